@@ -1,0 +1,86 @@
+"""Compose, train, evaluate and run multimodal LLMs in JAX.
+
+Importing the package loads nothing else: a public name brings its module along when it is first used, and no module
+starts a device or loads transformers, orbax or TFDS before that is needed.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # what editors and type checkers read; `_HOMES` says the same to Python
+    from mllm_jax.data.examples import Conversation as Conversation
+    from mllm_jax.data.examples import Source as Source
+    from mllm_jax.data.examples import Turn as Turn
+    from mllm_jax.data.images import decode_image as decode_image
+    from mllm_jax.data.pipeline import Mixture as Mixture
+    from mllm_jax.data.pipeline import Weighted as Weighted
+    from mllm_jax.data.tokenizer import Tokenizer as Tokenizer
+    from mllm_jax.encoders.text import TextTowerConfig as TextTowerConfig
+    from mllm_jax.encoders.vit import ViTConfig as ViTConfig
+    from mllm_jax.errors import CheckpointError as CheckpointError
+    from mllm_jax.errors import ConfigError as ConfigError
+    from mllm_jax.errors import DataError as DataError
+    from mllm_jax.errors import MllmError as MllmError
+    from mllm_jax.errors import RunFolderError as RunFolderError
+    from mllm_jax.errors import TrainingError as TrainingError
+    from mllm_jax.inference.generate import Generator as Generator
+    from mllm_jax.inference.generate import Prompt as Prompt
+    from mllm_jax.inference.sampling import Sampling as Sampling
+    from mllm_jax.llms.decoder import DecoderConfig as DecoderConfig
+    from mllm_jax.models.contrastive import ContrastiveConfig as ContrastiveConfig
+    from mllm_jax.models.multimodal import Multimodal as Multimodal
+    from mllm_jax.models.multimodal import MultimodalConfig as MultimodalConfig
+    from mllm_jax.projectors.mlp import MLPProjectorConfig as MLPProjectorConfig
+    from mllm_jax.sharding.mesh import MeshConfig as MeshConfig
+    from mllm_jax.training.config import AdamW as AdamW
+    from mllm_jax.training.config import CheckpointConfig as CheckpointConfig
+    from mllm_jax.training.config import Experiment as Experiment
+    from mllm_jax.training.config import Stage as Stage
+    from mllm_jax.training.config import TokenizerConfig as TokenizerConfig
+    from mllm_jax.training.loop import Interrupted as Interrupted
+    from mllm_jax.training.loop import load_run as load_run
+    from mllm_jax.training.loop import train as train
+    from mllm_jax.training.objectives.contrastive import Contrastive as Contrastive
+    from mllm_jax.training.objectives.next_token import NextToken as NextToken
+    from mllm_jax.training.run_folder import RunFolder as RunFolder
+
+__version__ = "0.1.0"
+
+_NAMES = {
+    "data.examples": ("Conversation", "Source", "Turn"),
+    "data.images": ("decode_image",),
+    "data.pipeline": ("Mixture", "Weighted"),
+    "data.tokenizer": ("Tokenizer",),
+    "encoders.text": ("TextTowerConfig",),
+    "encoders.vit": ("ViTConfig",),
+    "errors": ("CheckpointError", "ConfigError", "DataError", "MllmError", "RunFolderError", "TrainingError"),
+    "inference.generate": ("Generator", "Prompt"),
+    "inference.sampling": ("Sampling",),
+    "llms.decoder": ("DecoderConfig",),
+    "models.contrastive": ("ContrastiveConfig",),
+    "models.multimodal": ("Multimodal", "MultimodalConfig"),
+    "projectors.mlp": ("MLPProjectorConfig",),
+    "sharding.mesh": ("MeshConfig",),
+    "training.config": ("AdamW", "CheckpointConfig", "Experiment", "Stage", "TokenizerConfig"),
+    "training.loop": ("Interrupted", "load_run", "train"),
+    "training.objectives.contrastive": ("Contrastive",),
+    "training.objectives.next_token": ("NextToken",),
+    "training.run_folder": ("RunFolder",),
+}
+_HOMES = {name: f"{__name__}.{module}" for module, names in _NAMES.items() for name in names}
+
+__all__ = ["__version__", *_HOMES]
+
+
+def __getattr__(name: str):
+    """Imports the module of a public name when the name is first used (PEP 562)."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(importlib.import_module(_HOMES[name]), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOMES})

@@ -1,0 +1,69 @@
+"""Fingerprints: which weights these are, as one number a leaf, the same on every mesh."""
+
+from __future__ import annotations
+
+import zlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mllm_jax.checkpoints.leaves import PyTree, dtype_of, flatten, listed, storable
+from mllm_jax.errors import CheckpointError
+
+
+def fingerprint(params: PyTree) -> dict[str, int]:
+    """A 32-bit checksum of each leaf's bits, dtype and shape: path -> uint32; independent of sharding and platform.
+
+    Computed where the leaf lies, as a wrap-around sum over elements of a hash of (bits, position), so nothing is
+    gathered. It finds accidents (other weights, a swapped or shifted leaf), not an adversary.
+    """
+    leaves = storable(flatten(params)[0])
+    sums = {path: _checksum(leaf, np.uint32(_salt(leaf))) for path, leaf in leaves.items()}
+    return {path: int(value) for path, value in jax.device_get(sums).items()}
+
+
+def check_fingerprint(params: PyTree, expected: dict[str, int], source: str) -> None:
+    """Raises CheckpointError naming the leaves (ten at most, and their count) whose fingerprint is not `expected`."""
+    actual = fingerprint(params)
+    wrong = []
+    for path in sorted(actual.keys() | expected.keys()):
+        if path not in expected:
+            wrong.append(f"{path}: not in the checkpoint's list")
+        elif path not in actual:
+            wrong.append(f"{path}: absent")
+        elif actual[path] != expected[path]:
+            wrong.append(f"{path}: {actual[path]:08x}, expected {expected[path]:08x}")
+    if wrong:
+        raise CheckpointError(
+            f"{len(wrong)} of {len(actual.keys() | expected.keys())} frozen leaves from {source} differ{listed(wrong)}",
+            "the very weights the checkpoint was trained with",
+            f"put back the {source} that the run began from, or start the stage afresh",
+        )
+
+
+def _salt(leaf: object) -> int:
+    return zlib.crc32(f"{dtype_of(leaf)}{tuple(np.shape(leaf))}".encode())
+
+
+def _mix(x: jax.Array) -> jax.Array:
+    """A bijection of uint32 that spreads every bit (the finaliser of MurmurHash3, Appleby, public domain)."""
+    x = (x ^ (x >> 16)) * np.uint32(0x85EBCA6B)
+    x = (x ^ (x >> 13)) * np.uint32(0xC2B2AE35)
+    return x ^ (x >> 16)
+
+
+@jax.jit
+def _checksum(x: jax.Array, salt: jax.Array) -> jax.Array:
+    x = jnp.asarray(x)
+    if x.dtype == jnp.bool_:
+        bits = x.astype(jnp.uint32)
+    else:
+        width = min(x.dtype.itemsize * 8, 32)  # 64-bit leaves become two words in a new last axis
+        bits = jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{width}")).astype(jnp.uint32)
+    position, stride = jnp.zeros(bits.shape, jnp.uint32), 1
+    for axis in reversed(range(bits.ndim)):  # no reshape: it would gather a sharded leaf
+        position += jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis) * np.uint32(stride % 2**32)
+        stride *= bits.shape[axis]
+    # A plain weighted sum would miss swaps of floats whose low bits are zero; hashing each term does not.
+    return _mix(jnp.sum(_mix(bits ^ _mix(position + np.uint32(0x9E3779B9))), dtype=jnp.uint32) ^ salt)

@@ -1,0 +1,1 @@
+"""Sources, processors, templates, the packing plan and batches."""

@@ -1,0 +1,47 @@
+"""What every source gives to the pipeline: conversations of questions and answers, with or without pictures."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One question and its answer; `task` names the skill it trains or measures."""
+
+    question: str
+    answer: str
+    task: str
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """Turns about `num_images` pictures, or about the text `context` that stands in place of a picture."""
+
+    num_images: int
+    turns: tuple[Turn, ...]
+    context: str = ""
+
+
+@runtime_checkable
+class Source(Protocol):
+    """Random access to conversations: a pure function of the source's settings and an index."""
+
+    name: str
+
+    def __len__(self) -> int: ...
+
+    def conversation(self, index: int) -> Conversation:
+        """The text of example `index`; decodes no picture."""
+        ...
+
+    def images(self, index: int) -> list[np.ndarray]:
+        """The pictures of example `index`, in order: uint8 [image_size, image_size, 3] each."""
+        ...
+
+    def fingerprint(self) -> str:
+        """A short text that changes whenever the data or the questions change."""
+        ...

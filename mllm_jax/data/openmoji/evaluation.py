@@ -1,0 +1,136 @@
+"""Fixed questions that measure a model on a split: the same list on every machine, with answers evenly spread."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import numpy as np
+
+from mllm_jax.data.examples import Turn
+from mllm_jax.data.openmoji.catalog import Catalog, Dice, catalog
+from mllm_jax.data.openmoji.pictures import Pictures
+from mllm_jax.data.openmoji.questions import ASKED as ASKED_OF_PICTURES
+from mllm_jax.data.openmoji.questions import true_answers, yes_no
+from mllm_jax.data.openmoji.scenes import ASKED as ASKED_OF_SCENES
+from mllm_jax.data.openmoji.scenes import NUMBERS, PLACES, Scene, compose_scene, count_of, exists, position
+from mllm_jax.data.openmoji.sources import PER_BASE
+
+_STREAM = 100  # far from the streams of the training sources, so that no scene is a training scene
+_ONE_A_BASE = ("category", "subcategory")  # else persons, who have 18 forms, would be most of the answers
+
+
+@dataclass(frozen=True)
+class EvalQuestion:
+    """One question about `images` (uint8 [size, size, 3] each) and the one right answer.
+
+    `record_index` is the record shown, and of a scene the record whose base is counted.
+    """
+
+    task: str
+    question: str
+    answer: str
+    images: tuple[np.ndarray, ...]
+    record_index: int
+
+
+def evaluation_questions(
+    config: str = "quickstart",
+    split: str = "composition",
+    image_size: int = 64,
+    seed: int = 0,
+    limit: int = 300,
+    data_dir: str | None = None,
+) -> list[EvalQuestion]:
+    """All questions on a split, at most `limit` of each task, grouped by task.
+
+    naming, yes_no (each picture once with "yes", once with "no"), category and subcategory (one form of each base),
+    skin_tone and gender; scene2_top_left, scene2_count (zero to four equally often), scene2_exists (half "yes"), and
+    scene3_position, scene3_count, scene3_exists. On `unseen` every task takes one form of each base, skin_tone and
+    gender one of each base and answer. Scenes are made of the split's own pictures. A task whose answers would all
+    be the same on this split is left out.
+
+    Raises:
+        DataError: no such config or split, or a picture that cannot be decoded.
+    """
+    known = catalog(config, split, data_dir)
+    pictures = Pictures(known)
+    singles = _single_turns(known, one_form=split == "unseen", seed=seed, limit=limit)
+    questions = [
+        EvalQuestion(turn.task, turn.question, turn.answer, (pictures.single(index, image_size),), index)
+        for index, turn in singles
+    ]
+    schedule = _first_of_each(known.all, lambda index: known.records[index].base)
+    if split != "unseen":
+        schedule = known.schedule(PER_BASE)
+    for grid in PLACES:
+        for scene, turns in _scenes(known, grid, schedule, seed, limit):
+            image = pictures.scene(scene, image_size)
+            questions += [EvalQuestion(t.task, t.question, t.answer, (image,), scene.target) for t in turns]
+    by_task: dict[str, list[EvalQuestion]] = {}
+    for question in questions:
+        by_task.setdefault(question.task, []).append(question)
+    return [question for group in by_task.values() if len({one.answer for one in group}) > 1 for question in group]
+
+
+def _single_turns(known: Catalog, one_form: bool, seed: int, limit: int) -> Iterable[tuple[int, Turn]]:
+    shuffled = sorted(known.all, key=lambda index: _mixed(known.records[index].codepoints, seed))
+    # In the order of bases: in the order of forms the bases with many would come first, and fill the limit.
+    one_a_base = sorted(
+        _first_of_each(shuffled, lambda index: known.records[index].base),
+        key=lambda index: _mixed(known.records[index].base, seed),
+    )
+    for task in ("naming", "category", "subcategory", "skin_tone", "gender"):
+        chosen = one_a_base if one_form or task in _ONE_A_BASE else shuffled
+        if one_form and task in ("skin_tone", "gender"):
+            chosen = _first_of_each(
+                shuffled, lambda index, task=task: (known.records[index].base, getattr(known.records[index], task))
+            )
+        chosen = [index for index in chosen if task in true_answers(known.records[index])]
+        for index in chosen[:limit]:
+            yield index, Turn(ASKED_OF_PICTURES[task][0], true_answers(known.records[index])[task], task)
+    for index in (one_a_base if one_form else shuffled)[: limit // 2]:
+        turns = [
+            yes_no(known, Dice(seed, _STREAM, index, int(truth)), index, truth, ASKED_OF_PICTURES["yes_no"][0])
+            for truth in (True, False)
+        ]
+        if None not in turns:
+            yield from ((index, turn) for turn in turns if turn is not None)
+
+
+def _scenes(
+    known: Catalog, grid: int, schedule: list[int], seed: int, limit: int
+) -> Iterable[tuple[Scene, list[Turn]]]:
+    for number in range(limit):
+        dice = Dice(seed, _STREAM + grid, number)
+        scene = compose_scene(known, dice, grid, schedule, count=number % len(NUMBERS))
+        # Presence alternates in steps of the numbers' cycle, so that it says nothing about the number.
+        truth = (number // len(NUMBERS)) % 2 == 0
+        cell = 0 if grid == 2 else number % (grid * grid)
+        turns = [
+            position(known, scene, cell, ASKED_OF_SCENES["scene_position"][0]),
+            count_of(known, scene, ASKED_OF_SCENES["scene_count"][0]),
+            exists(known, dice, scene, truth, ASKED_OF_SCENES["scene_exists"][0]),
+        ]
+        names = (f"scene{grid}_{'top_left' if grid == 2 else 'position'}", f"scene{grid}_count", f"scene{grid}_exists")
+        yield (
+            scene,
+            [
+                Turn(turn.question, turn.answer, name)
+                for turn, name in zip(turns, names, strict=True)
+                if turn is not None
+            ],
+        )
+
+
+def _first_of_each(indices: list[int], key: Callable[[int], object]) -> list[int]:
+    first: dict[object, int] = {}
+    for index in indices:
+        first.setdefault(key(index), index)
+    return list(first.values())
+
+
+def _mixed(key: str, seed: int) -> tuple[int, str]:
+    """Sorts keys in an order that is the same everywhere and means nothing."""
+    return zlib.crc32(f"{seed}:{key}".encode()), key

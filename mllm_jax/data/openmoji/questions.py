@@ -1,0 +1,109 @@
+"""Questions about one picture: how they are put, and which answers are true."""
+
+from __future__ import annotations
+
+import re
+
+from mllm_jax.data.examples import Turn
+from mllm_jax.data.openmoji.catalog import FULL, Catalog, Dice
+from mllm_jax.data.openmoji.records import Record
+
+# `{x}` is a claim with its article; no verb follows it, for it may be singular or plural.
+ASKED = {
+    "naming": (
+        "What does this picture show?",
+        "What is this?",
+        "What do you see here?",
+        "What is shown here?",
+        "Name what you see.",
+        "What is in the picture?",
+    ),
+    "category": ("Which category does it belong to?", "What category is this?", "What kind of thing is this?"),
+    "subcategory": ("Which group does it belong to?", "What group is this, more closely?"),
+    "skin_tone": ("What skin tone is shown?", "What is the skin tone?", "Which skin tone do you see?"),
+    "gender": ("Is it a woman, a man or a person?", "Which gender is shown: woman, man or person?"),
+    "yes_no": ("Does this picture show {x}?", "Do you see {x} here?", "Can you see {x}?"),
+}
+_PLURAL_OR_MASS = frozenset(
+    """
+    bread, bacon, popcorn, sushi, garlic, broccoli, butter, salt, rice, spaghetti, curry rice, cooked rice,
+    ginger root, sheaf of rice, soft ice cream, ice cream, shaved ice, ice, soap, fire, dna, fog, wood, coral,
+    tennis, bowling, badminton, ping pong, lacrosse, ice hockey, field hockey, money, nail polish, sake, mate,
+    fondue, herb, mount fuji, breast-feeding, horse racing, baseball, basketball, volleyball, american football,
+    rugby football, softball, thread, yarn
+    """.replace("\n    ", " ")
+    .strip()
+    .split(", ")
+)
+_SINGULAR_WITH_S = {
+    "bus",
+    "minibus",
+    "trolleybus",
+    "octopus",
+    "rhinoceros",
+    "hippopotamus",
+    "cactus",
+    "lotus",
+    "abacus",
+}
+_SPOKEN_VOWEL = re.compile(r"(?!uni|one|eu|ewe)[aeiou]|hour")
+
+
+def with_article(words: str) -> str:
+    """The words as they stand in a sentence: "a cat", "an owl", "grapes"."""
+    head = words.partition(" with ")[0].partition(" of ")[0].split(" ")[-1]
+    plural = head.endswith("s") and not head.endswith("ss") and head not in _SINGULAR_WITH_S
+    if plural or words.partition(" with ")[0] in _PLURAL_OR_MASS:
+        return words
+    return f"an {words}" if _SPOKEN_VOWEL.match(words) else f"a {words}"
+
+
+def true_answers(record: Record) -> dict[str, str]:
+    """Task -> the answer of a record, for the tasks it has an answer to (`yes_no` apart)."""
+    answers = {"naming": record.name, "category": record.category, "subcategory": record.subcategory}
+    if record.skin_tone:
+        answers["skin_tone"] = "default yellow" if record.skin_tone == "default" else record.skin_tone
+    if record.gender:
+        answers["gender"] = record.gender
+    return answers
+
+
+def yes_no(catalog: Catalog, dice: Dice, index: int, truth: bool, question: str) -> Turn | None:
+    """Asks whether picture `index` shows something; None where the split holds nothing false to ask for."""
+    level = catalog.level(dice)
+    claim = catalog.claims[index][level] if truth else catalog.wrong_claim(dice, index, (index,), level)
+    if claim is None:
+        return None
+    return Turn(question.format(x=with_article(claim.text)), "yes" if truth else "no", "yes_no")
+
+
+def picture_turns(catalog: Catalog, dice: Dice, index: int, count: int, naming_last: float = 0.5) -> list[Turn]:
+    """About `count` turns of different tasks on picture `index` (yes/no may come twice).
+
+    Args:
+        naming_last: in this share of the conversations the name is asked at the end, so that the other answers
+            cannot be read off it.
+    """
+    answers = true_answers(catalog.records[index])
+    tasks = [task for task in answers if task not in ("naming", "subcategory")] + ["yes_no", "yes_no"]
+    if dice.chance(0.3):
+        tasks.append("subcategory")
+    dice.shuffle(tasks)
+    tasks = tasks[: count - 1]
+    tasks.insert(len(tasks) if dice.chance(naming_last) else dice.below(len(tasks) + 1), "naming")
+    turns = []
+    wordings = list(ASKED["yes_no"])
+    dice.shuffle(wordings)  # one apiece: dropping a question put twice would drop more "yes" than "no"
+    for task in tasks:
+        if task == "yes_no":
+            turn = yes_no(catalog, dice, index, dice.chance(0.5), wordings.pop())
+        else:
+            turn = Turn(dice.pick(ASKED[task]), answers[task], task)
+        if turn is not None:
+            turns.append(turn)
+    return turns
+
+
+def caption(catalog: Catalog, index: int) -> str:
+    """What picture `index` shows, in words."""
+    return catalog.claims[index][FULL].text

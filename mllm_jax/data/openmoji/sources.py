@@ -1,0 +1,263 @@
+"""Sources of conversations about emoji: each example is a function of the source's settings and its index.
+
+Every source is configured by a frozen dataclass; `build()` reads the data and returns a `Source`.
+The settings they share:
+
+    config: "quickstart" or "full"; split: "train", "validation", "composition" or "unseen"; image_size: in pixels;
+    seed: another seed is another set of questions; augment: shift and shrink each picture a little;
+    data_dir: see `records.load`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from mllm_jax.data.examples import Conversation, Turn
+from mllm_jax.data.openmoji.catalog import Catalog, Dice, catalog
+from mllm_jax.data.openmoji.pairs import Group, compose_group, group_turns
+from mllm_jax.data.openmoji.pictures import Pictures
+from mllm_jax.data.openmoji.questions import caption, picture_turns
+from mllm_jax.data.openmoji.scenes import PLACES, Scene, compose_scene, scene_caption, scene_turns
+from mllm_jax.errors import ConfigError
+
+QUESTIONS_VERSION = 1  # raise it whenever the questions, the answers or the drawing of pictures change
+_AUGMENT = 1  # the last part of a random stream's seed: 0 draws the text, 1 the picture
+PER_BASE = 3  # a base with fewer forms is repeated, so that persons in 18 forms do not drown everything else
+
+
+_RANGES = {
+    "image_size": (8, 4096),
+    "seed": (0, 2**63),
+    "variants": (1, 2**31),
+    "size": (1, 2**31),
+    "grid": (min(PLACES), max(PLACES)),
+    "scene_share": (0, 1),
+    "naming_last": (0, 1),
+}
+
+
+@dataclass(frozen=True)
+class _Settings:
+    config: str = "quickstart"
+    split: str = "train"
+    image_size: int = 64
+    seed: int = 0
+    augment: bool = False
+    data_dir: str | None = None
+
+    def check(self) -> None:
+        """Raises ConfigError for a setting out of its range."""
+        for name, (least, most) in _RANGES.items():
+            value = getattr(self, name, least)
+            if not least <= value <= most:
+                raise ConfigError(
+                    f"{type(self).__name__}: {name}={value}", f"{least} to {most}", "correct the setting in the config"
+                )
+
+
+@dataclass(frozen=True)
+class OpenMojiQuestions(_Settings):
+    """One picture and three to five questions of different tasks; index = scheduled picture * variants + variant."""
+
+    variants: int = 8
+    naming_last: float = 0.5
+
+    def build(self) -> _Questions:
+        return _Questions(self)
+
+
+@dataclass(frozen=True)
+class OpenMojiScenes(_Settings):
+    """A picture with a grid of emoji and three to five questions about places, numbers and presence."""
+
+    grid: int = 2
+    size: int = 20_000
+
+    def build(self) -> _Scenes:
+        return _Scenes(self)
+
+
+@dataclass(frozen=True)
+class OpenMojiPairs(_Settings):
+    """Two or three pictures in one conversation, and questions that compare them."""
+
+    size: int = 10_000
+
+    def build(self) -> _Pairs:
+        return _Pairs(self)
+
+
+@dataclass(frozen=True)
+class OpenMojiCaptions(_Settings):
+    """One picture and its caption, for contrastive training; a `scene_share` of the pictures are 2 x 2 scenes."""
+
+    variants: int = 8
+    scene_share: float = 0.0
+
+    def build(self) -> _Captions:
+        return _Captions(self)
+
+
+@dataclass(frozen=True)
+class OpenMojiText(_Settings):
+    """The questions of the other sources about a description in words instead of a picture; no pictures at all."""
+
+    variants: int = 8
+    scene_share: float = 0.3
+    naming_last: float = 0.5
+
+    def build(self) -> _Text:
+        return _Text(self)
+
+
+class _Source:
+    """What the sources share: the catalog, a schedule that levels the bases, random streams and the fingerprint."""
+
+    name: str
+    stream: int
+
+    def __init__(self, settings: Any):
+        settings.check()
+        self.settings = settings
+        self.catalog: Catalog = catalog(settings.config, settings.split, settings.data_dir)
+        self.schedule = self.catalog.schedule(PER_BASE)
+        self.pictures = Pictures(self.catalog)
+
+    def __len__(self) -> int:
+        return len(self.schedule) * self.settings.variants
+
+    def images(self, index: int) -> list[np.ndarray]:
+        raise NotImplementedError
+
+    def fingerprint(self) -> str:
+        """Changes with the records, the settings (but for the folder they lie in) and the version of the questions."""
+        settings = {key: value for key, value in asdict(self.settings).items() if key != "data_dir"}
+        parts = (self.name, QUESTIONS_VERSION, sorted(settings.items()), self.catalog.digest)
+        return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+
+    def _dice(self, index: int, purpose: int = 0) -> Dice:
+        if not 0 <= index < len(self):  # type: ignore[arg-type]
+            raise IndexError(f"index {index} of source {self.name}, which has {len(self)} examples")
+        return Dice(self.settings.seed, self.stream, index, purpose)
+
+    def _augment(self, index: int) -> Dice | None:
+        return self._dice(index, _AUGMENT) if self.settings.augment else None
+
+
+class _Questions(_Source):
+    name = "openmoji_questions"
+    stream = 1
+
+    def record_index(self, index: int) -> int:
+        """Which record example `index` shows."""
+        return self.schedule[index // self.settings.variants]
+
+    def conversation(self, index: int) -> Conversation:
+        dice = self._dice(index)
+        turns = picture_turns(
+            self.catalog, dice, self.record_index(index), 3 + dice.below(3), self.settings.naming_last
+        )
+        return Conversation(1, tuple(turns))
+
+    def images(self, index: int) -> list[np.ndarray]:
+        dice = self._augment(index)
+        return [self.pictures.single(self.record_index(index), self.settings.image_size, dice)]
+
+
+class _Scenes(_Source):
+    def __init__(self, settings: OpenMojiScenes):
+        super().__init__(settings)
+        self.name = f"openmoji_scenes{settings.grid}"
+        self.stream = 10 * settings.grid  # so that 2 x 2 and 3 x 3 scenes of one index have nothing in common
+
+    def __len__(self) -> int:
+        return self.settings.size
+
+    def scene(self, index: int, dice: Dice | None = None) -> Scene:
+        """The plan of example `index`."""
+        return compose_scene(self.catalog, dice or self._dice(index), self.settings.grid, self.schedule)
+
+    def conversation(self, index: int) -> Conversation:
+        dice = self._dice(index)
+        scene = self.scene(index, dice)
+        return Conversation(1, tuple(scene_turns(self.catalog, dice, scene, 3 + dice.below(3))))
+
+    def images(self, index: int) -> list[np.ndarray]:
+        return [self.pictures.scene(self.scene(index), self.settings.image_size, self._augment(index))]
+
+
+class _Pairs(_Source):
+    name = "openmoji_pairs"
+    stream = 3
+
+    def __len__(self) -> int:
+        return self.settings.size
+
+    def group(self, index: int, dice: Dice | None = None) -> Group:
+        """The plan of example `index`."""
+        return compose_group(self.catalog, dice or self._dice(index), self.schedule)
+
+    def conversation(self, index: int) -> Conversation:
+        dice = self._dice(index)
+        group = self.group(index, dice)
+        return Conversation(len(group.members), tuple(group_turns(self.catalog, dice, group)))
+
+    def images(self, index: int) -> list[np.ndarray]:
+        dice = self._augment(index)
+        return [self.pictures.single(one, self.settings.image_size, dice) for one in self.group(index).members]
+
+
+class _Captions(_Source):
+    name = "openmoji_captions"
+    stream = 4
+
+    def _shown(self, index: int) -> int | Scene:
+        dice = self._dice(index)
+        if dice.chance(self.settings.scene_share):
+            return compose_scene(self.catalog, dice, 2, self.schedule)
+        return self.schedule[index // self.settings.variants]
+
+    def conversation(self, index: int) -> Conversation:
+        shown = self._shown(index)
+        text = scene_caption(self.catalog, shown) if isinstance(shown, Scene) else caption(self.catalog, shown)
+        return Conversation(1, (Turn("", text, "caption"),))
+
+    def images(self, index: int) -> list[np.ndarray]:
+        shown, size, dice = self._shown(index), self.settings.image_size, self._augment(index)
+        draw = self.pictures.scene if isinstance(shown, Scene) else self.pictures.single
+        return [draw(shown, size, dice)]  # type: ignore[arg-type]
+
+
+class _Text(_Source):
+    name = "openmoji_text"
+    stream = 5
+
+    def conversation(self, index: int) -> Conversation:
+        dice = self._dice(index)
+        count = 3 + dice.below(3)
+        if dice.chance(self.settings.scene_share):
+            scene = compose_scene(self.catalog, dice, 2, self.schedule)
+            turns, context = scene_turns(self.catalog, dice, scene, count), scene_caption(self.catalog, scene)
+        else:
+            record = self.schedule[index // self.settings.variants]
+            turns = picture_turns(self.catalog, dice, record, count, self.settings.naming_last)
+            context = caption(self.catalog, record)
+        return Conversation(0, tuple(turns), context)
+
+    def images(self, index: int) -> list[np.ndarray]:
+        self._dice(index)  # the same check of the index as everywhere
+        return []
+
+    def texts(self) -> Iterator[str]:
+        """Every context, question and answer in turn: what a tokenizer is trained on."""
+        for index in range(len(self)):
+            conversation = self.conversation(index)
+            yield conversation.context
+            for turn in conversation.turns:
+                yield turn.question
+                yield turn.answer

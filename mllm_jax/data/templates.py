@@ -1,0 +1,97 @@
+"""Conversations to token rows: which ids stand where, and which of them are learnt."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from mllm_jax.data.examples import Conversation
+from mllm_jax.data.tokenizer import Tokenizer
+from mllm_jax.errors import DataError
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """One example: tokens int32[n], loss_weights float32[n], media_index int32[n] (-1 is text), num_images."""
+
+    tokens: np.ndarray
+    loss_weights: np.ndarray
+    media_index: np.ndarray
+    num_images: int
+    dropped_turns: int = 0
+
+
+def encode_conversation(
+    conversation: Conversation, tokenizer: Tokenizer, media_tokens: int, max_length: int
+) -> Encoded:
+    """Lays out <bos> picture* context (<user> question <assistant> answer <eos>)*; answers and <eos> are learnt.
+
+    A picture is `media_tokens` places. What does not fit into `max_length` is shortened by whole turns from the end;
+    pictures are never cut.
+
+    Raises:
+        DataError: an empty answer, no turn at all, or a first turn that does not fit.
+    """
+    if not conversation.turns:
+        raise DataError("a conversation without turns", "at least one question and answer", "drop or mend the record")
+    ids: list[int] = [tokenizer.bos] + [tokenizer.image] * (media_tokens * conversation.num_images)
+    media = [-1] + list(range(media_tokens * conversation.num_images))
+    if conversation.context:
+        ids += tokenizer.encode(conversation.context)
+    weights = [0.0] * len(ids)
+    kept = 0
+    for turn in conversation.turns:
+        answer = tokenizer.encode(turn.answer) if turn.answer.strip() else ()
+        if not answer:
+            raise DataError(f"an empty answer to {turn.question!r}", "an answer with text", "drop or mend the record")
+        asked = (tokenizer.user, *tokenizer.encode(turn.question), tokenizer.assistant)
+        if len(ids) + len(asked) + len(answer) + 1 > max_length:
+            break
+        ids += (*asked, *answer, tokenizer.eos)
+        weights += [0.0] * len(asked) + [1.0] * (len(answer) + 1)
+        kept += 1
+    if kept == 0:
+        need = len(ids) + len(asked) + len(answer) + 1
+        raise DataError(
+            f"an example of {need} tokens with {conversation.num_images} picture(s) of {media_tokens}",
+            f"at most {max_length} tokens with its first turn",
+            "raise the row's length, or lower the media tokens a picture takes",
+        )
+    media += [-1] * (len(ids) - len(media))
+    return Encoded(
+        np.asarray(ids, np.int32),
+        np.asarray(weights, np.float32),
+        np.asarray(media, np.int32),
+        conversation.num_images,
+        len(conversation.turns) - kept,
+    )
+
+
+def encode_caption(conversation: Conversation, tokenizer: Tokenizer, max_length: int) -> Encoded:
+    """Lays out <bos> caption <eos> for a text tower; the picture stands beside the text, not in it.
+
+    Raises:
+        DataError: an empty or too long caption.
+    """
+    caption = conversation.turns[0].answer
+    ids = (tokenizer.bos, *tokenizer.encode(caption), tokenizer.eos)
+    if not caption.strip() or len(ids) > max_length:
+        raise DataError(
+            f"a caption of {len(ids)} tokens: {caption[:60]!r}", f"3 to {max_length} tokens", "raise the row's length"
+        )
+    n = len(ids)
+    return Encoded(np.asarray(ids, np.int32), np.ones(n, np.float32), np.full(n, -1, np.int32), conversation.num_images)
+
+
+def encode_prompt(
+    question: str, num_images: int, tokenizer: Tokenizer, media_tokens: int, context: str = ""
+) -> Encoded:
+    """The row of a question that waits for its answer: everything up to and including <assistant>."""
+    ids = [tokenizer.bos] + [tokenizer.image] * (media_tokens * num_images)
+    media = [-1] + list(range(media_tokens * num_images))
+    ids += [*(tokenizer.encode(context) if context else ()), tokenizer.user, *tokenizer.encode(question)]
+    ids.append(tokenizer.assistant)
+    media += [-1] * (len(ids) - len(media))
+    n = len(ids)
+    return Encoded(np.asarray(ids, np.int32), np.zeros(n, np.float32), np.asarray(media, np.int32), num_images)

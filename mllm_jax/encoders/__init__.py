@@ -1,0 +1,1 @@
+"""Modality encoders: F_X = ME_X(I_X)."""

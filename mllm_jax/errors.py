@@ -1,0 +1,40 @@
+"""The library's own exceptions: every refusal says what was given, what was expected and what to do."""
+
+from __future__ import annotations
+
+
+class MllmError(Exception):
+    """A refusal with its three parts.
+
+    Args:
+        given: what the caller handed over, named precisely enough to find it.
+        expected: what would have been right.
+        todo: the next thing to do about it.
+    """
+
+    def __init__(self, given: str, expected: str, todo: str):
+        super().__init__(given, expected, todo)
+        self.given, self.expected, self.todo = given, expected, todo
+
+    def __str__(self) -> str:
+        return f"{self.given}\n  expected: {self.expected}\n  to do:    {self.todo}"
+
+
+class ConfigError(MllmError):
+    """A configuration that cannot run: unknown key, impossible mesh, contradicting sizes."""
+
+
+class DataError(MllmError):
+    """A record, picture or source that cannot be used."""
+
+
+class CheckpointError(MllmError):
+    """A checkpoint that cannot be written, read or trusted."""
+
+
+class RunFolderError(MllmError):
+    """A run folder that belongs to something else or cannot be written."""
+
+
+class TrainingError(MllmError):
+    """A training run that must stop: non-finite loss, too many bad batches."""

@@ -1,0 +1,124 @@
+"""Attention: one function for every model, and the module that projects into and out of it."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from flax import linen as nn
+
+from mllm_jax.layers.linear import Linear
+from mllm_jax.layers.norms import RMSNorm
+from mllm_jax.layers.rotary import apply_rotary
+from mllm_jax.sharding.logical import constrain
+
+MASKS = ("full", "causal")
+
+
+def attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    *,
+    mask: str = "full",
+    q_segments: jax.Array | None = None,
+    k_segments: jax.Array | None = None,
+    q_index: jax.Array | None = None,
+) -> jax.Array:
+    """Scaled dot-product attention with grouped keys, segments and a named mask.
+
+    The softmax is taken in float32. A query that may see nothing (padding) gets the mean of the values, never NaN.
+
+    Args:
+        q: [B, S, N, H].  k, v: [B, T, K, H] with K dividing N (grouped-query attention, arXiv 2305.13245).
+        mask: "full" or "causal" (a query sees keys whose index is not larger than its own).
+        q_segments, k_segments: int[B, S], int[B, T]; a query sees keys of its own segment only. None: one segment.
+        q_index: int[B, S] places of the queries among the keys; None means 0..S-1. Needed with a cache.
+
+    Returns:
+        [B, S, N, H] in q's dtype.
+    """
+    if mask not in MASKS:
+        raise ValueError(f"attention mask {mask!r}; expected one of {MASKS}")
+    queries, keys = q.shape[1], k.shape[1]
+    q = rearrange(q, "b s (k g) h -> b s k g h", k=k.shape[2]) * (q.shape[-1] ** -0.5)
+    scores = jnp.einsum("bskgh,btkh->bkgst", q, k, preferred_element_type=jnp.float32)
+    allowed = None
+    if mask == "causal":
+        q_index = jnp.arange(queries)[None] if q_index is None else q_index
+        allowed = q_index[:, :, None] >= jnp.arange(keys)[None, None, :]
+    if q_segments is not None:
+        same = q_segments[:, :, None] == k_segments[:, None, :]
+        allowed = same if allowed is None else allowed & same
+    if allowed is not None:
+        scores = jnp.where(allowed[:, None, None], scores, jnp.finfo(jnp.float32).min)
+    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+    return rearrange(jnp.einsum("bkgst,btkh->bskgh", weights, v), "b s k g h -> b s (k g) h")
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention, with grouped keys, rotary positions and a cache where asked.
+
+    Attributes:
+        num_kv_heads: None is num_heads.
+        head_dim: None is hidden size / num_heads.
+        qk_norm: RMSNorm on each head's queries and keys (Qwen3).
+    """
+
+    num_heads: int
+    num_kv_heads: int | None = None
+    head_dim: int | None = None
+    mask: str = "full"
+    qkv_bias: bool = True
+    out_bias: bool = True
+    qk_norm: bool = False
+    norm_eps: float = 1e-6
+    out_init_std: float | None = None
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x, *, segments=None, angles=None, cache=None):
+        """Attends within x, and into the cache if there is one.
+
+        Args:
+            x: [B, S, E].
+            segments: int[B, S] or None.
+            angles: rotary angles of x's positions, or None.
+            cache: None, or (keys [B, T, K, H], values [B, T, K, H], k_segments int[B, T], index int[B, S]): x's keys
+                and values are written at `index`, and all T places are attended to.
+
+        Returns:
+            ([B, S, E], (keys, values)): the latter as they stand in the cache after writing (None without one).
+        """
+        head_dim = self.head_dim or x.shape[-1] // self.num_heads
+        kv_heads = self.num_kv_heads or self.num_heads
+        common = dict(use_bias=self.qkv_bias, dtype=self.dtype)
+        q = Linear((self.num_heads, head_dim), ("embed", "heads", "head_dim"), **common, name="q")(x)
+        k = Linear((kv_heads, head_dim), ("embed", "kv_heads", "head_dim"), **common, name="k")(x)
+        v = Linear((kv_heads, head_dim), ("embed", "kv_heads", "head_dim"), **common, name="v")(x)
+        q = constrain(q, "batch", "seq", "heads", "head_dim")
+        if self.qk_norm:
+            q = RMSNorm(self.norm_eps, self.dtype, name="q_norm")(q)
+            k = RMSNorm(self.norm_eps, self.dtype, name="k_norm")(k)
+        if angles is not None:
+            q, k = apply_rotary(q, angles), apply_rotary(k, angles)
+        written, k_segments, index = None, segments, None
+        if cache is not None:
+            keys, values, k_segments, index = cache
+            rows = jnp.arange(x.shape[0])[:, None]
+            k = keys.at[rows, index].set(k.astype(keys.dtype), mode="drop")
+            v = values.at[rows, index].set(v.astype(values.dtype), mode="drop")
+            written = (k, v)
+            k, v = k.astype(self.dtype), v.astype(self.dtype)
+        y = attention(q, k, v, mask=self.mask, q_segments=segments, k_segments=k_segments, q_index=index)
+        y = constrain(y, "batch", "seq", "heads", "head_dim")
+        y = Linear(
+            (x.shape[-1],),
+            ("heads", "head_dim", "embed"),
+            in_ndim=2,
+            use_bias=self.out_bias,
+            init_std=self.out_init_std,
+            dtype=self.dtype,
+            name="out",
+        )(y)
+        return y, written

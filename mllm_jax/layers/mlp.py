@@ -1,0 +1,50 @@
+"""The feed-forward block: plain, or gated as in SwiGLU."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from mllm_jax.layers.linear import Linear
+from mllm_jax.sharding.logical import constrain
+
+ACTIVATIONS = {
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
+    "silu": jax.nn.silu,
+    "relu": jax.nn.relu,
+    "relu_squared": lambda x: jnp.square(jax.nn.relu(x)),
+}
+
+
+class MLP(nn.Module):
+    """Two linear maps with an activation between; `gated` multiplies it by a third (arXiv 2002.05202).
+
+    SwiGLU is `gated=True, activation="silu"`.
+    """
+
+    hidden_size: int
+    activation: str
+    gated: bool = False
+    use_bias: bool = True
+    out_init_std: float | None = None
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x):
+        """dtype[B, S, E] -> dtype[B, S, E]"""
+        wide = dict(features=(self.hidden_size,), names=("embed", "mlp"), use_bias=self.use_bias, dtype=self.dtype)
+        h = ACTIVATIONS[self.activation](Linear(**wide, name="gate" if self.gated else "up")(x))
+        if self.gated:
+            h = h * Linear(**wide, name="up")(x)
+        h = constrain(h, "batch", "seq", "mlp")
+        return Linear(
+            (x.shape[-1],),
+            ("mlp", "embed"),
+            use_bias=self.use_bias,
+            init_std=self.out_init_std,
+            dtype=self.dtype,
+            name="down",
+        )(h)

@@ -1,0 +1,41 @@
+"""A stack of equal layers: scanned, and rematerialised by a named policy."""
+
+from __future__ import annotations
+
+import jax
+from flax import linen as nn
+
+# What the backward pass finds stored; the rest is computed again. "none" stores everything.
+REMAT_POLICIES = {
+    "none": None,
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.checkpoint_dots_with_no_batch_dims,
+}
+
+
+def scan_layers(block: type[nn.Module], *, num_layers: int, remat: str = "none", unroll: int = 1, num_broadcast: int):
+    """The block class, repeated: parameters gain a leading `layers` axis.
+
+    The block is called `block(x, layer_input, *broadcast) -> (x, layer_output)`; `layer_input` and `layer_output` are
+    stacked over layers (pass None where there is none).
+
+    Args:
+        remat: a key of REMAT_POLICIES.
+        unroll: layers per turn of the loop; more is faster on a CPU and slower to compile.
+        num_broadcast: how many further arguments every layer receives alike.
+
+    Raises:
+        KeyError: an unknown policy.
+    """
+    policy = REMAT_POLICIES[remat]
+    if remat != "none":
+        block = nn.remat(block, policy=policy, prevent_cse=False)
+    return nn.scan(
+        block,
+        variable_axes={"params": 0},
+        split_rngs={"params": True},
+        in_axes=(0,) + (nn.broadcast,) * num_broadcast,
+        length=num_layers,
+        unroll=unroll,
+        metadata_params={nn.PARTITION_NAME: "layers"},
+    )

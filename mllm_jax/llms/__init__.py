@@ -1,0 +1,1 @@
+"""LLM backbones: t, S_X = LLM(P_X, F_T)."""

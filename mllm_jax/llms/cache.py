@@ -1,0 +1,50 @@
+"""The key-value cache of a decoder: static shapes, one stack for all layers."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from mllm_jax.sharding.logical import constrain
+
+
+@struct.dataclass
+class KVCache:
+    """What a decoder has read.
+
+    keys, values: dtype[L, B, T, K, H]; segments: int[B, T], 0 where nothing was written; length: int[B].
+    """
+
+    keys: jax.Array
+    values: jax.Array
+    segments: jax.Array
+    length: jax.Array
+
+    @classmethod
+    def zeros(cls, num_layers: int, batch: int, size: int, num_kv_heads: int, head_dim: int, dtype) -> KVCache:
+        shape = (num_layers, batch, size, num_kv_heads, head_dim)
+        names = ("layers", "batch", None, "kv_heads", "head_dim")
+        return cls(
+            keys=constrain(jnp.zeros(shape, dtype), *names),
+            values=constrain(jnp.zeros(shape, dtype), *names),
+            segments=jnp.zeros((batch, size), jnp.int32),
+            length=jnp.zeros((batch,), jnp.int32),
+        )
+
+    def reserve(self, segments: jax.Array) -> tuple[KVCache, jax.Array]:
+        """Makes room for a chunk of tokens behind what is there.
+
+        Padding (segment 0, at a chunk's end) takes no place: its index lies past the end, where writes are dropped.
+
+        Args:
+            segments: int[B, S] of the chunk.
+
+        Returns:
+            The cache with segments and length moved on (keys and values not yet), and index int[B, S].
+        """
+        real = (segments > 0).astype(jnp.int32)
+        index = jnp.where(real > 0, self.length[:, None] + jnp.cumsum(real, axis=1) - 1, self.keys.shape[2])
+        rows = jnp.arange(segments.shape[0])[:, None]
+        written = self.segments.at[rows, index].set(segments, mode="drop")
+        return self.replace(segments=written, length=self.length + real.sum(axis=1)), index

@@ -1,0 +1,1 @@
+"""Named models: presets of the five parts, and the parts as one module."""

@@ -1,0 +1,1 @@
+"""Input projectors: P_X = IP(F_X)."""

@@ -1,0 +1,1 @@
+"""The mesh and the table of logical-axis rules."""

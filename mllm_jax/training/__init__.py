@@ -1,0 +1,1 @@
+"""Stages, objectives, the one train step and the loop around it."""

@@ -1,0 +1,117 @@
+"""An experiment as data: the model, the stages and everything that decides the numbers of a run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from mllm_jax.data.pipeline import Mixture
+from mllm_jax.errors import ConfigError
+from mllm_jax.models.multimodal import MultimodalConfig
+from mllm_jax.sharding.mesh import MeshConfig
+from mllm_jax.training.objectives.contrastive import Contrastive
+from mllm_jax.training.objectives.next_token import NextToken
+
+
+@dataclass(frozen=True)
+class AdamW:
+    """AdamW with linear warm-up, cosine decay, clipping by global norm and a decay mask.
+
+    Attributes:
+        end_factor: the learning rate at the end as a share of the peak.
+        weight_decay: applies to kernels and embeddings, never to norms and biases.
+    """
+
+    learning_rate: float = 1e-3
+    warmup_steps: int = 100
+    end_factor: float = 0.05
+    weight_decay: float = 0.05
+    b1: float = 0.9
+    b2: float = 0.98
+    eps: float = 1e-8
+    clip_norm: float = 1.0
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage of training.
+
+    Attributes:
+        trainable: patterns over parameter paths such as "llm/*" (`*` also matches `/`); all else is frozen, without
+            gradient and without optimizer state.
+        accumulate: pieces that a batch is cut into, one after the other, their gradients summed.
+        validation: read every `validate_every` steps, `validation_batches` of it; None: no validation loss.
+        frozen_dtype: what frozen parameters are held in during the stage; None: as they are.
+    """
+
+    name: str
+    objective: NextToken | Contrastive
+    trainable: tuple[str, ...]
+    data: Mixture
+    steps: int
+    optimizer: AdamW = AdamW()
+    accumulate: int = 1
+    validation: Mixture | None = None
+    validate_every: int = 200
+    validation_batches: int = 4
+    frozen_dtype: str | None = None
+
+    def __post_init__(self):
+        if self.steps < 1 or self.accumulate < 1 or self.data.rows % self.accumulate:
+            raise ConfigError(
+                f"stage {self.name!r}: {self.steps} steps, {self.data.rows} rows in {self.accumulate} piece(s)",
+                "at least one step, and pieces that divide the rows",
+                "change steps, data.rows or accumulate",
+            )
+
+
+@dataclass(frozen=True)
+class TokenizerConfig:
+    """A byte-level BPE trained on the stages' text, unless `path` names a tokenizer.json."""
+
+    vocab_size: int = 1024
+    path: str | None = None
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """When checkpoints are taken and which stay: the newest `keep_last`, and the best by validation loss."""
+
+    every_steps: int = 200
+    keep_last: int = 2
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """Everything `mllm train` needs.
+
+    Attributes:
+        cpu_devices: devices that a CPU is presented as; two are faster than one of two cores. Ignored elsewhere.
+        nonfinite: "stop" at a loss or gradient that is not finite, or "skip" that step (it is never applied).
+        evaluation: config of the evaluation that closes the run (anything with `run(...)`); None: none.
+    """
+
+    name: str
+    model: MultimodalConfig
+    stages: tuple[Stage, ...]
+    tokenizer: TokenizerConfig = TokenizerConfig()
+    mesh: MeshConfig = MeshConfig()
+    cpu_devices: int | None = None
+    seed: int = 0
+    nonfinite: str = "stop"
+    log_every: int = 10
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    evaluation: Any = None
+
+    def __post_init__(self):
+        names = [stage.name for stage in self.stages]
+        if not names or len(set(names)) != len(names):
+            raise ConfigError(f"stages {names}", "at least one, with names that differ", "rename the stages")
+        if self.nonfinite not in ("stop", "skip"):
+            raise ConfigError(f"nonfinite {self.nonfinite!r}", '"stop" or "skip"', "change it")
+        if self.tokenizer.vocab_size > self.model.llm.vocab_size:
+            raise ConfigError(
+                f"a tokenizer of {self.tokenizer.vocab_size} for an LLM of {self.model.llm.vocab_size} tokens",
+                "a vocabulary that the embedding holds",
+                "raise model.llm.vocab_size",
+            )

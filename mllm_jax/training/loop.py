@@ -1,0 +1,421 @@
+"""Training: the stages of an experiment one after the other, resumable at any step."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections.abc import Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from mllm_jax.checkpoints.training import (
+    TrainingCheckpoints,
+    check_fingerprint,
+    fingerprint,
+    load_snapshot,
+    save_snapshot,
+    snapshot_meta,
+)
+from mllm_jax.data.pipeline import Pipeline, training_texts
+from mllm_jax.data.tokenizer import Tokenizer
+from mllm_jax.errors import ConfigError, TrainingError
+from mllm_jax.sharding.mesh import make_mesh
+from mllm_jax.training.config import Experiment, Stage
+from mllm_jax.training.flops import count_flops
+from mllm_jax.training.metrics import MetricsWriter, Progress, peak_flops
+from mllm_jax.training.optimizer import learning_rate, make_optimizer
+from mllm_jax.training.partition import join, num_bytes, num_parameters, split
+from mllm_jax.training.run_folder import RunFolder, open_run, read_json, write_json
+from mllm_jax.training.serialise import describe
+from mllm_jax.training.step import (
+    init_params,
+    init_state,
+    local_rows,
+    make_apply,
+    make_eval_step,
+    make_train_step,
+    place_batch,
+    state_shardings,
+)
+
+
+class Interrupted(Exception):
+    """A signal asked the run to stop; a checkpoint was saved."""
+
+
+def train(
+    experiment: Experiment,
+    run_dir: Path,
+    *,
+    fresh: bool = False,
+    devices: Sequence[jax.Device] | None = None,
+    cache_dir: Path | None = None,
+) -> RunFolder:
+    """Trains every stage that the run folder does not hold yet, and returns the folder.
+
+    Args:
+        fresh: start over, removing what an earlier run left there.
+        devices: the devices to use; None: all.
+        cache_dir: where measured lengths are kept.
+
+    Raises:
+        Interrupted: SIGTERM or SIGINT came; everything up to the last finished step is saved.
+        TrainingError: a loss that is not finite, with `nonfinite="stop"`.
+    """
+    # ---- the run folder, the tokenizer, the mesh
+    mesh = make_mesh(experiment.mesh, devices)
+    first_host = jax.process_index() == 0
+    folder = open_run(run_dir, experiment, fresh=fresh, writer=first_host)
+    tokenizer = prepare_tokenizer(experiment, folder, first_host)
+
+    # ---- all parameters, made in place
+    model = experiment.model.make()
+    params, shardings = init_params(model, mesh, experiment.seed)
+    facts = {
+        "config": experiment.name,
+        "devices": f"{mesh.devices.size} x {mesh.devices.flat[0].device_kind}",
+        "parameters": {part: num_parameters(tree) for part, tree in sorted(params.items())},
+        "stages": [],
+    }
+
+    # ---- the stages
+    kind = mesh.devices.flat[0].device_kind
+    peak = peak_flops(kind, experiment.model.llm.dtype)
+    done_before = 0
+    with Progress(peak=peak * mesh.devices.size if peak else None) as progress, _signals() as stopping:
+        for index, stage in enumerate(experiment.stages):
+            snapshot = folder.snapshot(index, stage.name)
+            runner = StageRunner(experiment, index, folder, tokenizer, mesh, model, shardings, progress)
+            if snapshot.is_dir():
+                trained, meta = load_snapshot(snapshot, runner.abstract(split(params, stage.trainable)[0]))
+                stage_facts = meta["facts"]
+            else:
+                trained, stage_facts = runner.run(params, done_before, cache_dir, stopping, first_host)
+            params = join(params, trained)
+            facts["stages"].append(stage_facts)
+            done_before += stage.steps
+            if first_host:
+                write_json(folder.path / "run.json", facts)
+    return folder
+
+
+def prepare_tokenizer(experiment: Experiment, folder: RunFolder, first_host: bool = True) -> Tokenizer:
+    """The run's tokenizer: the one it holds, the one that the config names, or one trained on the stages' text."""
+    config = experiment.tokenizer
+    if not folder.tokenizer_file.is_file():
+        if config.path is not None:
+            tokenizer = Tokenizer.load(Path(config.path))
+        else:
+            sources = {describe_key(w.source): w.source for stage in experiment.stages for w in stage.data.sources}
+            built = [source.build() for _, source in sorted(sources.items())]
+            tokenizer = Tokenizer.train(training_texts(built), config.vocab_size)
+        if not first_host:
+            return tokenizer
+        temporary = folder.path / ".tokenizer.json"
+        tokenizer.save(temporary)
+        temporary.replace(folder.tokenizer_file)
+    tokenizer = folder.tokenizer()
+    if tokenizer.vocab_size > experiment.model.llm.vocab_size:
+        raise ConfigError(
+            f"a tokenizer of {tokenizer.vocab_size} for an LLM of {experiment.model.llm.vocab_size} tokens",
+            "a vocabulary that the embedding holds",
+            "raise model.llm.vocab_size",
+        )
+    return tokenizer
+
+
+def describe_key(config) -> str:
+    """A string that is equal for equal configs."""
+    return repr(describe(config))
+
+
+class StageRunner:
+    """One stage of one run: builds the step, restores, loops, saves."""
+
+    def __init__(self, experiment, index, folder, tokenizer, mesh, model, shardings, progress):
+        self.experiment, self.index, self.folder = experiment, index, folder
+        self.stage: Stage = experiment.stages[index]
+        self.tokenizer, self.mesh, self.model, self.progress = tokenizer, mesh, model, progress
+        self.shardings = shardings
+
+    def abstract(self, params):
+        """ShapeDtypeStructs with shardings, what a restore is told to make."""
+        trainable, _ = split(self.shardings, self.stage.trainable)
+        return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), params, trainable)
+
+    def pipeline(self, mixture, cache_dir, salt: int = 0) -> Pipeline:
+        seed = (self.experiment.seed * 1009 + self.index) * 2 + salt
+        media_tokens = self.experiment.model.media_tokens
+        return Pipeline(mixture, self.tokenizer, media_tokens=media_tokens, seed=seed, cache_dir=cache_dir)
+
+    def frozen_meta(self, frozen) -> dict:
+        """Where the frozen parameters come from and what they are: enough to find and to check them."""
+        sources = {"": f"init(seed={self.experiment.seed})"}
+        for i, earlier in enumerate(self.experiment.stages[: self.index]):
+            sources |= {pattern: f"stages/{i}-{earlier.name}" for pattern in earlier.trainable}
+        return {"sources": sources, "fingerprint": fingerprint(frozen)}
+
+    def run(self, params, done_before, cache_dir, stopping, first_host):
+        """Trains the stage from its newest checkpoint or from its start.
+
+        Returns:
+            (the trained parameters, facts for the report).
+        """
+        stage, experiment, say = self.stage, self.experiment, self.progress.message
+        started = time.monotonic()
+
+        # ---- data
+        data = self.pipeline(stage.data, cache_dir)
+        validation = self.pipeline(stage.validation, cache_dir, salt=1) if stage.validation else None
+        packing = data.plan.statistics(64)
+        dropped = sum(m.dropped_turns for m in data.measured)
+        bad = sum(len(m.bad) for m in data.measured)
+
+        # ---- what is trained and what is frozen
+        trainable, frozen = split(params, stage.trainable)
+        frozen_meta = self.frozen_meta(frozen)
+        if stage.frozen_dtype is not None:
+            frozen = jax.tree.map(lambda x: x.astype(stage.frozen_dtype), frozen)
+        optimizer, schedule = make_optimizer(stage.optimizer, stage.steps), learning_rate(stage.optimizer, stage.steps)
+        layout = state_shardings(optimizer, trainable, split(self.shardings, stage.trainable)[0], self.mesh)
+        key = jax.random.fold_in(jax.random.key(experiment.seed), self.index)
+        # The state is donated step by step; `params` stays the caller's, so the state starts from a copy.
+        state = init_state(optimizer, jax.tree.map(lambda x: x.copy(), trainable), layout, key)
+        sizes = {
+            "trainable_bytes": num_bytes(trainable),
+            "frozen_bytes": num_bytes(frozen),
+            "optimizer_bytes": num_bytes(state.opt_state),
+        }
+        shown = ", ".join(f"{name.split('_')[0]} {size / 2**20:.2f} MiB" for name, size in sizes.items())
+        say(
+            f"stage {stage.name}: {shown}; rows of {stage.data.length} filled to {packing['fill']:.1%}, "
+            f"{packing['examples_per_step']:.0f} examples a step, left over {packing['left_over']:.2%}, "
+            f"turns dropped for length {dropped}, bad records {bad}"
+        )
+
+        # ---- the newest checkpoint of this stage, if there is one
+        best = "validation_loss" if validation else None
+        where = self.folder.checkpoints(self.index, stage.name)
+        checkpoints = TrainingCheckpoints(where, keep_last=experiment.checkpoint.keep_last, keep_best=best)
+        start = 0
+        if checkpoints.latest() is not None:
+            abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, layout)
+            start, restored, meta = checkpoints.restore({"state": abstract})
+            check_fingerprint(split(params, stage.trainable)[1], meta["frozen"]["fingerprint"], str(where))
+            state = restored["state"]
+            say(f"stage {stage.name}: resumed at step {start}")
+        for note in checkpoints.notes:
+            say(note)
+        writer = MetricsWriter(self.folder.path, resume_from=done_before + start) if first_host else None
+
+        # ---- the compiled steps
+        step_fn = make_train_step(
+            self.model,
+            stage.objective,
+            optimizer,
+            schedule,
+            mesh=self.mesh,
+            shardings=layout,
+            accumulate=stage.accumulate,
+        )
+        eval_fn = make_eval_step(self.model, stage.objective, mesh=self.mesh) if validation else None
+        rows, shapes = local_rows(self.mesh, stage.data.rows), data.shapes()
+        flops = self.step_flops(trainable, frozen, shapes)
+        meter = Meter(flops)
+
+        def save(step: int, metrics: dict[str, float] | None) -> None:
+            meta = {
+                "stage": stage.name,
+                "step": step,
+                "data_step": step,
+                "key": [int(x) for x in np.asarray(jax.random.key_data(key)).ravel()],
+                "config": describe(experiment),
+                "frozen": frozen_meta,
+            }
+            checkpoints.save(step, {"state": state}, meta, metrics)
+            if writer:
+                writer.flush()
+
+        def report(step: int, metrics: dict, tokens: int) -> None:
+            values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+            meter.tick(tokens)
+            if values["nonfinite"]:
+                given = f"stage {stage.name}, step {step}: loss {values['loss']}, gradient norm {values['grad_norm']}"
+                if experiment.nonfinite == "stop":
+                    raise TrainingError(
+                        f"{given}; the batch: {data.describe(step)}",
+                        "finite numbers; the update was not applied",
+                        "look at these examples, lower the learning rate, or set nonfinite='skip'",
+                    )
+                say(f"{given}: skipped; the batch: {data.describe(step)}")
+            if writer and (values["nonfinite"] or (step + 1) % experiment.log_every == 0 or step + 1 == stage.steps):
+                writer.write(done_before + step + 1, stage.name, values, meter.timing())
+            self.progress.update(
+                step + 1, loss=values["loss"], tokens_per_second=meter.tokens_rate, flops_per_second=meter.flops_rate
+            )
+
+        # ---- the loop: step k is dispatched before the metrics of k-1 are read
+        self.progress.stage(stage.name, stage.steps, start)
+        pending = None
+        for step, local in zip(range(start, stage.steps), data.iterate(start, stage.steps, rows), strict=True):
+            tokens = int((local["segments"] > 0).sum()) * jax.process_count()
+            state, metrics = step_fn(state, frozen, place_batch(local, self.mesh, shapes, rows))
+            if pending:
+                report(*pending)
+            pending = (step, metrics, tokens)
+            ended = step + 1
+            scores = None
+            if validation and (ended % stage.validate_every == 0 or ended == stage.steps):
+                scores = self.validate(eval_fn, state.params, frozen, validation, writer, done_before + ended)
+            if ended < stage.steps and (ended % experiment.checkpoint.every_steps == 0 or stopping.is_set()):
+                report(*pending)
+                pending = None
+                save(ended, scores)
+            if stopping.is_set() and ended < stage.steps:
+                checkpoints.close()
+                if writer:
+                    writer.close()
+                raise Interrupted(f"stopped at step {ended} of stage {stage.name}; the same command goes on from there")
+        if pending:
+            report(*pending)
+
+        # ---- the stage's end: its parameters stay for good
+        checkpoints.close()
+        seconds = time.monotonic() - started
+        facts = {
+            "name": stage.name,
+            "steps": stage.steps,
+            "seconds": seconds,
+            **sizes,
+            "tokens_per_second": meter.tokens_rate,
+            "packing": packing["fill"],
+            "flops_per_step": flops,
+        }
+        save_snapshot(
+            self.folder.snapshot(self.index, stage.name), state.params, {"facts": facts, "frozen": frozen_meta}
+        )
+        if writer:
+            writer.close()
+        return state.params, facts
+
+    def validate(self, eval_fn, params, frozen, data: Pipeline, writer, step: int) -> dict[str, float]:
+        """Mean validation metrics by weight; written under `validation_...`."""
+        rows, shapes = local_rows(self.mesh, data.mixture.rows), data.shapes()
+        total: dict[str, float] = {}
+        for i in range(self.stage.validation_batches):
+            batch = place_batch(data.batch(i, rows), self.mesh, shapes, rows)
+            values = jax.device_get(eval_fn(params, frozen, batch))
+            for name, value in values.items():
+                total[name] = total.get(name, 0.0) + float(value) * (
+                    float(values["weight"]) if name != "weight" else 1.0
+                )
+        weight = total.pop("weight")
+        means = {f"validation_{name}": value / weight for name, value in total.items()}
+        if writer:
+            writer.write(step, self.stage.name, means, {})
+        return means
+
+    def step_flops(self, trainable, frozen, shapes) -> int:
+        """Model FLOPs of one step over all devices: recomputation by remat is not counted."""
+        model = without_remat(self.experiment.model).make()
+        apply = make_apply(model)
+
+        def loss(params, frozen, batch):
+            return self.stage.objective.loss(apply, join(params, frozen), batch, jax.random.key(0))
+
+        batch = {name: jax.ShapeDtypeStruct(*shape) for name, shape in shapes.items()}
+        return count_flops(jax.value_and_grad(loss, has_aux=True), trainable, frozen, batch)
+
+
+def without_remat(config):
+    """The same model config with `remat="none"` in every part."""
+    import dataclasses
+
+    changes = {}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if field.name == "remat":
+            changes["remat"] = "none"
+        elif dataclasses.is_dataclass(value):
+            changes[field.name] = without_remat(value)
+    return dataclasses.replace(config, **changes)
+
+
+class Meter:
+    """Speed over the last steps; the first step, which compiles, is left out."""
+
+    def __init__(self, flops: int, window: int = 50):
+        self.flops, self.window = flops, window
+        self.marks: list[tuple[float, int]] = []
+        self.tokens_rate: float | None = None
+        self.flops_rate: float | None = None
+
+    def tick(self, tokens: int) -> None:
+        self.marks = [*self.marks[-self.window :], (time.monotonic(), tokens)]
+        if len(self.marks) > 1:
+            seconds = self.marks[-1][0] - self.marks[0][0]
+            self.tokens_rate = sum(tokens for _, tokens in self.marks[1:]) / seconds
+            self.flops_rate = self.flops * (len(self.marks) - 1) / seconds
+
+    def timing(self) -> dict[str, float]:
+        if self.tokens_rate is None:
+            return {}
+        return {"tokens_per_second": self.tokens_rate, "flops_per_second": self.flops_rate}
+
+
+@contextmanager
+def _signals():
+    """An event that SIGTERM and SIGINT set; a second SIGINT interrupts at once."""
+    stopping = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield stopping
+        return
+
+    def handle(number, frame):
+        if stopping.is_set() and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        stopping.set()
+
+    previous = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield stopping
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def load_run(folder: RunFolder, devices: Sequence[jax.Device] | None = None):
+    """A run's model with the parameters that its finished stages left.
+
+    Returns:
+        (experiment, model, params, tokenizer, mesh).
+
+    Raises:
+        RunFolderError: no run in the folder.
+        TrainingError: no stage of it is finished.
+    """
+    experiment = folder.experiment()
+    mesh = make_mesh(experiment.mesh, devices)
+    model = experiment.model.make()
+    params, shardings = init_params(model, mesh, experiment.seed)
+    finished = 0
+    for index, stage in enumerate(experiment.stages):
+        snapshot = folder.snapshot(index, stage.name)
+        if not snapshot.is_dir():
+            break
+        names, places = split(params, stage.trainable)[0], split(shardings, stage.trainable)[0]
+        abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), names, places)
+        check = snapshot_meta(snapshot)["frozen"]["fingerprint"]
+        check_fingerprint(split(params, stage.trainable)[1], check, f"what stage {stage.name} was trained on")
+        params = join(params, load_snapshot(snapshot, abstract)[0])
+        finished += 1
+    if finished == 0:
+        raise TrainingError(f"{folder.path}: no stage is finished", "a run that has ended a stage", "train it further")
+    return experiment, model, params, folder.tokenizer(), mesh
+
+
+__all__ = ["Interrupted", "load_run", "prepare_tokenizer", "read_json", "train"]

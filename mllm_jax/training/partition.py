@@ -1,0 +1,47 @@
+"""Which parameters a stage trains: two trees that add up to the whole."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+
+import jax
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from mllm_jax.errors import ConfigError
+
+
+def split(params: dict, patterns: Sequence[str]) -> tuple[dict, dict]:
+    """(trainable, frozen) nested dicts; a leaf is trainable if a pattern matches its path.
+
+    Raises:
+        ConfigError: a pattern that matches nothing.
+    """
+    flat = flatten_dict(params, sep="/")
+    for pattern in patterns:
+        if not any(fnmatchcase(path, pattern) for path in flat):
+            tops = sorted({"/".join(path.split("/")[:2]) for path in flat})
+            raise ConfigError(
+                f"trainable pattern {pattern!r} matches no parameter", f"paths such as {tops}", "change it"
+            )
+    chosen = {path for path in flat if any(fnmatchcase(path, pattern) for pattern in patterns)}
+    trainable = {path: leaf for path, leaf in flat.items() if path in chosen}
+    frozen = {path: leaf for path, leaf in flat.items() if path not in chosen}
+    return unflatten_dict(trainable, sep="/"), unflatten_dict(frozen, sep="/")
+
+
+def join(*trees: dict) -> dict:
+    """The reverse of `split`."""
+    flat: dict = {}
+    for tree in trees:
+        flat |= flatten_dict(tree, sep="/")
+    return unflatten_dict(flat, sep="/")
+
+
+def num_bytes(tree) -> int:
+    """Bytes of all arrays of a tree, once, whatever the sharding."""
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def num_parameters(tree) -> int:
+    return sum(leaf.size for leaf in jax.tree.leaves(tree))

@@ -1,0 +1,70 @@
+"""Configs as JSON and back, and what differs between two of them."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+from typing import Any
+
+from mllm_jax.errors import ConfigError
+
+# What may differ between a run and its continuation: none of it changes the numbers beyond rounding.
+FREE_TO_CHANGE = ("name", "mesh", "cpu_devices", "log_every", "nonfinite", "checkpoint", "evaluation")
+
+
+def describe(value: Any) -> Any:
+    """A config as JSON: a dataclass becomes an object with its class under "kind".
+
+    Raises:
+        ConfigError: a value that is neither a dataclass nor plain data.
+    """
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = {f.name: describe(getattr(value, f.name)) for f in dataclasses.fields(value) if f.init}
+        return {"kind": f"{type(value).__module__}:{type(value).__qualname__}", **fields}
+    if isinstance(value, (list, tuple)):
+        return [describe(v) for v in value]
+    if isinstance(value, (str, int, float, bool)) or value is None:
+        return value
+    raise ConfigError(f"a config value {value!r}", "dataclasses, tuples, strings, numbers", "replace it by plain data")
+
+
+def rebuild(description: Any) -> Any:
+    """The reverse of `describe`; only classes of this package are imported.
+
+    Raises:
+        ConfigError: a class that does not exist (any more), or fields it does not know.
+    """
+    if isinstance(description, list):
+        return tuple(rebuild(v) for v in description)
+    if not isinstance(description, dict):
+        return description
+    kind = description.get("kind", "")
+    module, _, name = kind.partition(":")
+    fields = {k: rebuild(v) for k, v in description.items() if k != "kind"}
+    if module.split(".")[0] != "mllm_jax":
+        raise ConfigError(f"a stored config of class {kind!r}", "a class of mllm_jax", "build the experiment in Python")
+    try:
+        return getattr(importlib.import_module(module), name)(**fields)
+    except (ImportError, AttributeError, TypeError) as error:
+        raise ConfigError(
+            f"a stored {kind}: {error}", "what this version knows", "use the version that wrote it"
+        ) from error
+
+
+def differences(old: Any, new: Any, path: str = "") -> list[str]:
+    """Lines "path: old -> new" for every leaf in which two described configs differ."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        return [
+            line
+            for key in sorted(set(old) | set(new))
+            for line in differences(old.get(key, "(absent)"), new.get(key, "(absent)"), f"{path}.{key}".lstrip("."))
+        ]
+    if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        return [line for i, pair in enumerate(zip(old, new, strict=True)) for line in differences(*pair, f"{path}.{i}")]
+    return [] if old == new else [f"{path}: {old} -> {new}"]
+
+
+def binding_differences(old: dict, new: dict) -> list[str]:
+    """The differences that make a run folder another experiment's."""
+    keep = {key: value for key, value in old.items() if key not in FREE_TO_CHANGE}
+    return differences(keep, {key: value for key, value in new.items() if key not in FREE_TO_CHANGE})

@@ -1,0 +1,75 @@
+"""The setting of every test: eight CPU devices, fixed seeds, and absent assets that fail where CI=true."""
+
+from __future__ import annotations
+
+import os
+import random
+import sys
+
+import pytest
+
+NUM_DEVICES = 8
+MISSING_ASSET = "missing asset"
+
+# The suite means the same on every machine, so what the caller set is replaced. Child processes inherit it.
+if "jax" in sys.modules:
+    raise pytest.UsageError("jax was imported before tests/conftest.py could choose its platform: drop the plugin")
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={NUM_DEVICES}"
+
+
+@pytest.fixture(autouse=True)
+def _seeds():
+    """Global random state is the same at the start of each test, whatever ran before."""
+    import numpy as np
+
+    random.seed(0)
+    np.random.seed(0)
+
+
+@pytest.fixture(scope="session")
+def devices():
+    """The eight CPU devices."""
+    import jax
+
+    found = jax.devices()
+    assert len(found) == NUM_DEVICES and found[0].platform == "cpu"
+    return found
+
+
+@pytest.fixture(scope="session")
+def require_asset():
+    """`require_asset(condition, what)`: skips the test where `condition` is false, and fails it where CI=true.
+
+    For a whole file or a mark, give the reason yourself: it begins with "missing asset: ".
+    """
+
+    def require(condition: object, what: str) -> None:
+        if not condition:
+            pytest.skip(f"{MISSING_ASSET}: {what}")
+
+    return require
+
+
+def _fail_if_asset_is_missing(report: pytest.TestReport | pytest.CollectReport) -> None:
+    """Turns a skip for want of an asset, or of a package (`importorskip`), into a failure where CI=true."""
+    if os.environ.get("CI") != "true" or report.outcome != "skipped" or hasattr(report, "wasxfail"):
+        return
+    reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+    if MISSING_ASSET in reason or "could not import" in reason:
+        report.outcome = "failed"
+        report.longrepr = f"{reason}\nCI=true: what the tests need must be there, so this skip is a failure."
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    report = yield
+    _fail_if_asset_is_missing(report)
+    return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(collector):
+    report = yield
+    _fail_if_asset_is_missing(report)
+    return report

@@ -1,0 +1,401 @@
+"""Questions about emoji: their answers are true, fairly spread, and the same on every machine."""
+
+from __future__ import annotations
+
+import pickle
+import re
+import subprocess
+import sys
+from collections import Counter, defaultdict
+
+import numpy as np
+import pytest
+
+from mllm_jax.data.examples import Source
+from mllm_jax.data.openmoji import (
+    OpenMojiCaptions,
+    OpenMojiPairs,
+    OpenMojiQuestions,
+    OpenMojiScenes,
+    OpenMojiText,
+    evaluation_questions,
+    load,
+)
+from mllm_jax.data.openmoji.catalog import BASE, Catalog, Dice, catalog, claims_of
+from mllm_jax.data.openmoji.questions import with_article
+from mllm_jax.data.openmoji.records import Record
+from mllm_jax.data.openmoji.scenes import NUMBERS, PLACES, compose_scene
+from mllm_jax.errors import ConfigError, DataError
+
+SOURCES = (OpenMojiQuestions, OpenMojiScenes, OpenMojiPairs, OpenMojiCaptions, OpenMojiText)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = str(tmp_path_factory.mktemp("data"))
+    load("quickstart", path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def statements(folder):
+    """Words as they stand in a question -> (base, gender, tone) that they say, for every record of every split."""
+    said = {}
+    for rows in load("quickstart", folder).values():
+        for row in rows:
+            for claim in claims_of(row):
+                said[with_article(claim.text)] = (claim.base, claim.gender, claim.tone)
+    return said
+
+
+def asked_for(question: str) -> str:
+    return re.search(r"(?:show|see|find) (.*?)(?: here| anywhere)?\?$", question)[1]
+
+
+def is_true(statement, row) -> bool:
+    base, gender, tone = statement
+    return base == row.base and gender in ("", row.gender) and tone in ("", row.skin_tone)
+
+
+def spread(source, count: int) -> list[int]:
+    return list(range(0, len(source), max(1, len(source) // count)))
+
+
+@pytest.mark.parametrize("settings", SOURCES)
+def test_a_source_is_a_function_of_seed_and_index(settings, folder):
+    source = settings(data_dir=folder, augment=True).build()
+    again = settings(data_dir=folder, augment=True).build()
+    other = settings(data_dir=folder, augment=True, seed=1).build()
+    assert isinstance(source, Source) and source.fingerprint() == again.fingerprint() != other.fingerprint()
+    chosen = spread(source, 60)
+    backwards = {index: again.conversation(index) for index in reversed(chosen)}
+    assert all(source.conversation(index) == backwards[index] for index in chosen)
+    for index in chosen:
+        conversation, images = source.conversation(index), source.images(index)
+        assert len(images) == conversation.num_images
+        assert all(image.shape == (64, 64, 3) and image.dtype == np.uint8 for image in images)
+        assert all(np.array_equal(one, two) for one, two in zip(images, again.images(index), strict=True))
+        assert conversation.turns and all(turn.answer and turn.task for turn in conversation.turns)
+        assert len({turn.question for turn in conversation.turns}) == len(conversation.turns)
+    with pytest.raises(IndexError):
+        source.conversation(len(source))
+    with pytest.raises(IndexError):
+        source.conversation(-1)
+
+
+def test_another_process_asks_the_same(folder):
+    code = (
+        "import sys; from mllm_jax.data.openmoji import OpenMojiScenes;"
+        "s = OpenMojiScenes(data_dir=sys.argv[1]).build(); print(s.fingerprint(), s.conversation(123))"
+    )
+    there = subprocess.run([sys.executable, "-c", code, folder], capture_output=True, text=True, check=True).stdout
+    here = OpenMojiScenes(data_dir=folder).build()
+    assert there.strip() == f"{here.fingerprint()} {here.conversation(123)}"
+
+
+def test_the_fingerprint_follows_settings_but_not_the_folder(folder, tmp_path):
+    one = OpenMojiQuestions(data_dir=folder).build().fingerprint()
+    assert OpenMojiQuestions(data_dir=folder, variants=9).build().fingerprint() != one
+    assert OpenMojiQuestions(data_dir=folder, split="unseen").build().fingerprint() != one
+    load("quickstart", tmp_path)
+    assert OpenMojiQuestions(data_dir=str(tmp_path)).build().fingerprint() == one
+
+
+def test_answers_about_one_picture_are_true(folder, statements):
+    source = OpenMojiQuestions(data_dir=folder).build()
+    told = Counter()
+    for index in spread(source, 3000):
+        row = source.catalog.records[source.record_index(index)]
+        for turn in source.conversation(index).turns:
+            told[turn.task, turn.answer] += 1
+            if turn.task == "yes_no":
+                words = asked_for(turn.question)
+                assert turn.answer == ("yes" if is_true(statements[words], row) else "no"), (turn, row.name)
+                if turn.answer == "no" and statements[words][0] != row.base:
+                    mine, theirs = set(row.base.split()), set(statements[words][0].split())
+                    assert not mine <= theirs and not theirs <= mine, f"{words} may be called true of {row.name}"
+            elif turn.task == "skin_tone":
+                assert turn.answer.removesuffix(" yellow") == row.skin_tone
+            else:
+                assert turn.answer == (row.name if turn.task == "naming" else getattr(row, turn.task))
+    yes, no = told["yes_no", "yes"], told["yes_no", "no"]
+    assert abs(yes / (yes + no) - 0.5) < 0.03
+    assert {task for task, _ in told} == {"naming", "category", "subcategory", "skin_tone", "gender", "yes_no"}
+
+
+def test_wrong_claims_are_plausible(folder, statements):
+    """Of a person, a good share of the wrong claims differ in tone or gender only; most of all share the category."""
+    known = catalog("quickstart", "train", folder)
+    category = {row.base: row.category for row in known.records}
+    person = next(index for index, row in enumerate(known.records) if row.name == "woman teacher with medium skin tone")
+    claims = [
+        known.wrong_claim(Dice(0, number), person, (person,), known.level(Dice(1, number))) for number in range(400)
+    ]
+    assert sum(claim.base == "teacher" for claim in claims) > 80
+    assert sum(category[claim.base] == "people and body" for claim in claims) > 320
+
+
+def test_a_base_with_many_forms_does_not_drown_the_others(folder):
+    source = OpenMojiQuestions(data_dir=folder).build()
+    shown = Counter(source.catalog.records[source.record_index(index)].base for index in range(len(source)))
+    assert shown["cat"] == 3 * source.settings.variants and max(shown.values()) <= 6 * shown["cat"]
+
+
+@pytest.mark.parametrize("grid", [2, 3])
+def test_answers_about_scenes_are_true(grid, folder, statements):
+    source = OpenMojiScenes(grid=grid, data_dir=folder).build()
+    told, placed = defaultdict(Counter), Counter()
+    for index in spread(source, 3000):
+        scene = source.scene(index)
+        rows = [source.catalog.records[cell] for cell in scene.cells]
+        assert len(rows) == grid * grid
+        for turn in source.conversation(index).turns:
+            if turn.task == "scene_position":
+                place = re.search(r"in the (.*)\?|does the (.*) show", turn.question)
+                place = PLACES[grid].index(place[1] or place[2])
+                placed[place] += 1
+                assert turn.answer == rows[place].name
+                continue
+            told[turn.task][turn.answer] += 1
+            statement = statements[asked_for(turn.question)]
+            true = sum(is_true(statement, row) for row in rows)
+            if turn.task == "scene_count":
+                assert turn.answer == NUMBERS[true]
+            else:
+                assert turn.answer == ("yes" if true else "no")
+    assert abs(told["scene_exists"]["yes"] / told["scene_exists"].total() - 0.5) < 0.03
+    assert set(told["scene_count"]) == set(NUMBERS)
+    assert max(told["scene_count"].values()) < 0.24 * told["scene_count"].total()
+    assert len(placed) == grid * grid and min(placed.values()) > 0.7 * placed.total() / grid**2
+
+
+def test_a_scene_shows_its_pictures_in_their_places(folder):
+    source = OpenMojiScenes(data_dir=folder).build()
+    singles = OpenMojiQuestions(data_dir=folder, image_size=32).build()
+    for index in range(20):
+        image = source.images(index)[0]
+        for place, cell in enumerate(source.scene(index).cells):
+            row, column = 32 * (place // 2), 32 * (place % 2)
+            assert np.array_equal(image[row : row + 32, column : column + 32], singles.pictures.single(cell, 32))
+
+
+def test_augmentation_moves_pictures_but_keeps_them_whole(folder):
+    plain = OpenMojiQuestions(data_dir=folder).build()
+    moved = OpenMojiQuestions(data_dir=folder, augment=True).build()
+    indices = spread(plain, 200)
+    ratios = [(255 - moved.images(i)[0]).sum() / (255 - plain.images(i)[0].astype(int)).sum() for i in indices]
+    assert min(ratios) > 0.65 and max(ratios) < 1.05, "area shrinks at most by 0.85 squared, and no ink is cut off"
+    assert sum(not np.array_equal(moved.images(i)[0], plain.images(i)[0]) for i in indices) > 100
+    assert len({moved.images(i)[0].tobytes() for i in range(8)}) > 3, "variants of one picture differ"
+
+
+def test_answers_about_several_pictures_are_true(folder, statements):
+    source = OpenMojiPairs(data_dir=folder).build()
+    told = defaultdict(Counter)
+    for index in spread(source, 2000):
+        rows = [source.catalog.records[member] for member in source.group(index).members]
+        for turn in source.conversation(index).turns:
+            told[turn.task][turn.answer] += 1
+            if turn.task == "pair_same":
+                assert turn.answer == ("yes" if len({row.name for row in rows}) == 1 else "no")
+            elif turn.task == "pair_category":
+                assert turn.answer == ("yes" if len({row.category for row in rows}) == 1 else "no")
+            elif turn.task == "pair_naming":
+                place = ("first", "second", "third").index(re.search(r"the (\w+) picture", turn.question)[1])
+                assert turn.answer == rows[place].name
+            else:
+                statement = statements[re.search(r"(?:shows|see) (.*?), (?:in )?the", turn.question)[1]]
+                right = [
+                    name
+                    for name, row in zip(("first", "second", "third"), rows, strict=False)
+                    if is_true(statement, row)
+                ]
+                assert right == [turn.answer]
+    assert abs(told["pair_same"]["yes"] / told["pair_same"].total() - 0.5) < 0.05
+
+
+def test_captions_and_descriptions_say_the_same(folder):
+    captions = OpenMojiCaptions(data_dir=folder, scene_share=0.3).build()
+    texts = [captions.conversation(index).turns[0].answer for index in spread(captions, 500)]
+    scenes = [text for text in texts if text.startswith("top left: ")]
+    assert 0.2 < len(scenes) / len(texts) < 0.4
+    names = {row.name for row in captions.catalog.records}
+    pattern = r"top left: (.+), top right: (.+), bottom left: (.+), bottom right: (.+)"
+    assert all(set(re.fullmatch(pattern, text).groups()) <= names for text in scenes)
+    assert set(texts) - set(scenes) <= names
+    described = OpenMojiText(data_dir=folder).build()
+    for index in spread(described, 500):
+        conversation = described.conversation(index)
+        assert conversation.num_images == 0 and not described.images(index)
+        match = re.fullmatch(pattern, conversation.context)
+        assert set(match.groups() if match else [conversation.context]) <= names
+
+
+def test_text_about_a_description_is_answered_by_it(folder):
+    source = OpenMojiText(data_dir=folder, scene_share=1.0).build()
+    for index in spread(source, 300):
+        conversation = source.conversation(index)
+        described = dict(part.split(": ") for part in conversation.context.split(", "))
+        for turn in conversation.turns:
+            if turn.task == "scene_position":
+                place = next(place for place in described if f"the {place}" in turn.question)
+                assert turn.answer == described[place]
+
+
+def test_texts_hold_every_context_question_and_answer(folder):
+    source = OpenMojiText(data_dir=folder, variants=1).build()
+    texts = set(source.texts())
+    conversation = source.conversation(17)
+    assert {conversation.context, *(turn.question for turn in conversation.turns)} <= texts
+    assert {row.name for row in load("quickstart", folder)["train"]} & texts
+    held = {row.name for split in ("composition", "unseen") for row in load("quickstart", folder)[split]}
+    assert not held & texts, "no name of a held-out picture is read in training"
+
+
+@pytest.mark.parametrize("split", ["validation", "composition", "unseen"])
+def test_evaluation_is_fair(split, folder, statements):
+    known = catalog("quickstart", split, folder)
+    questions = evaluation_questions("quickstart", split, image_size=32, limit=100, data_dir=folder)
+    again = evaluation_questions("quickstart", split, image_size=32, limit=100, data_dir=folder)
+    assert [(q.task, q.question, q.answer, q.record_index) for q in questions] == [
+        (q.task, q.question, q.answer, q.record_index) for q in again
+    ]
+    groups = defaultdict(list)
+    for question in questions:
+        groups[question.task].append(question)
+        assert all(image.shape == (32, 32, 3) for image in question.images) and len(question.images) == 1
+    assert all(2 <= len(group) <= 100 and len({one.answer for one in group}) > 1 for group in groups.values())
+    scenes = {"scene2_top_left", "scene2_count", "scene2_exists", "scene3_position", "scene3_count", "scene3_exists"}
+    assert set(groups) >= {"naming", "skin_tone", "gender", "yes_no"} | scenes
+    for task in ("yes_no", "scene2_exists", "scene3_exists"):
+        assert Counter(one.answer for one in groups[task])["yes"] * 2 == len(groups[task])
+    for task in ("scene2_count", "scene3_count"):
+        assert set(Counter(one.answer for one in groups[task]).values()) == {20}
+    for one in groups["yes_no"]:
+        row = known.records[one.record_index]
+        assert one.answer == ("yes" if is_true(statements[asked_for(one.question)], row) else "no")
+    for one in groups["scene2_count"]:
+        target = known.claims[one.record_index][BASE]
+        assert asked_for(one.question) == with_article(target.text)
+
+
+def test_unseen_is_asked_with_one_form_a_base(folder):
+    known = catalog("quickstart", "unseen", folder)
+    questions = evaluation_questions("quickstart", "unseen", data_dir=folder)
+    for task in ("naming", "category", "subcategory"):
+        bases = [known.records[one.record_index].base for one in questions if one.task == task]
+        assert len(bases) == len(set(bases)) == len(known.by_base)
+    answers = Counter(one.answer for one in questions if one.task == "category")
+    assert answers.most_common(1)[0][1] <= 0.2 * answers.total()
+
+
+def test_articles():
+    for words, spoken in {
+        "cat": "a cat",
+        "owl": "an owl",
+        "unicorn": "a unicorn",
+        "umbrella": "an umbrella",
+        "hourglass done": "an hourglass done",
+        "grapes": "grapes",
+        "octopus": "an octopus",
+        "dress": "a dress",
+        "thumbs up": "a thumbs up",
+        "clapping hands with dark skin tone": "clapping hands with dark skin tone",
+        "woman with beard": "a woman with beard",
+        "fire": "fire",
+        "statue of liberty": "a statue of liberty",
+    }.items():
+        assert with_article(words) == spoken
+
+
+def test_a_source_travels_to_another_process(folder):
+    source = OpenMojiQuestions(data_dir=folder).build()
+    source.images(5)
+    copy = pickle.loads(pickle.dumps(source))
+    assert copy.conversation(5) == source.conversation(5)
+    assert np.array_equal(copy.images(5)[0], source.images(5)[0])
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        OpenMojiQuestions(image_size=0),
+        OpenMojiQuestions(variants=0),
+        OpenMojiQuestions(seed=-1),
+        OpenMojiScenes(grid=4),
+        OpenMojiScenes(size=0),
+        OpenMojiCaptions(scene_share=1.5),
+        OpenMojiText(naming_last=-1),
+    ],
+)
+def test_impossible_settings_are_refused(settings):
+    with pytest.raises(ConfigError):
+        settings.build()
+
+
+def test_an_unknown_split_is_refused(folder):
+    with pytest.raises(DataError, match="composition"):
+        OpenMojiQuestions(split="test", data_dir=folder).build()
+
+
+def test_importing_needs_none_of_the_heavy_packages():
+    code = (
+        "import sys, mllm_jax.data.openmoji;"
+        "print([name for name in ('tensorflow_datasets', 'tensorflow', 'emoji', 'jax') if name in sys.modules])"
+    )
+    printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert printed.strip() == "[]"
+
+
+def test_names_that_hold_others_are_never_refuted():
+    def row(base: str, subcategory: str, category: str = "animals and nature") -> Record:
+        return Record(b"", base, base, category, subcategory, "", "", base)
+
+    rows = [
+        row("bird", "bird"),
+        row("duck", "bird"),
+        row("dog", "mammal"),
+        row("poodle", "mammal"),
+        row("cat", "mammal"),
+    ]
+    people = "people and body"
+    rows += [row("cat face", "mammal"), row("person", "person", people), row("cook", "role person", people)]
+    rows += [row("thumbs up", "closed fingers", people)]
+    known = Catalog(rows, "test")
+    for index, record in enumerate(rows):
+        claim = known.claims[index][BASE]
+        doubtful = {rows[i].base for i in range(len(rows)) if not known.refutes(claim, i)}
+        assert (
+            doubtful
+            == {
+                "bird": {"bird", "duck"},
+                "duck": {"bird", "duck"},
+                "dog": {"dog", "poodle"},
+                "poodle": {"dog", "poodle"},
+                "cat": {"cat", "cat face"},
+                "cat face": {"cat", "cat face"},
+                "person": {"person", "cook"},
+                "cook": {"person", "cook"},
+                "thumbs up": {"thumbs up"},
+            }[record.base]
+        )
+
+
+def test_a_split_of_one_base_makes_no_scene(folder):
+    known = catalog("quickstart", "train", folder)
+    cats = Catalog([row for row in known.records if row.base == "cat"], "openmoji/cats")
+    with pytest.raises(DataError, match="openmoji/cats has too few"):
+        compose_scene(cats, Dice(0), 2, cats.all)
+    assert cats.wrong_claim(Dice(0), 0, (0,), BASE) is None
+
+
+@pytest.mark.parametrize("split", ["train", "validation", "composition", "unseen"])
+def test_the_full_set_can_be_asked_too(split, tmp_path_factory):
+    folder = str(tmp_path_factory.getbasetemp() / "full")
+    questions = evaluation_questions("full", split, image_size=32, limit=40, data_dir=folder)
+    categories = Counter(one.answer for one in questions if one.task == "category")
+    assert not categories or max(categories.values()) <= 0.3 * categories.total(), "the limit takes bases evenly"
+    assert {"naming", "yes_no", "scene2_count", "scene3_exists"} <= {one.task for one in questions}
+    for settings in SOURCES:
+        source = settings(config="full", split=split, data_dir=folder).build()
+        assert all(source.conversation(index).turns for index in spread(source, 300))

@@ -1,0 +1,135 @@
+"""The decoder's cache: read in pieces, it says what one full pass says."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+
+from mllm_jax.errors import ConfigError
+from mllm_jax.llms.decoder import DecoderConfig
+
+CONFIG = DecoderConfig(
+    vocab_size=37, hidden_size=20, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=6, mlp_size=24, qk_norm=True
+)
+LENGTHS = np.array([7, 4])
+
+
+def random_params(module, *args):
+    """Every parameter random, without compiling `init`."""
+    abstract = nn.meta.unbox(jax.eval_shape(lambda: module.init(jax.random.key(0), *args)))
+    rng = np.random.default_rng(0)
+    return jax.tree.map(lambda x: 0.4 * rng.normal(size=x.shape).astype(np.float32), abstract)
+
+
+@pytest.fixture(scope="module")
+def decoder():
+    """(parameters, full pass, pass with a cache), compiled once."""
+    module = CONFIG.make()
+    params = random_params(module, jnp.ones((1, 4), jnp.int32))
+    full = jax.jit(lambda *args, **kwargs: module.apply(params, *args, **kwargs))
+    step = jax.jit(lambda tokens, segments, cache: module.apply(params, tokens, None, segments, cache=cache))
+    return params, full, step
+
+
+@pytest.fixture(scope="module")
+def prompts():
+    tokens = np.random.default_rng(0).integers(0, 37, (2, 12))
+    return tokens, (np.arange(12)[None] < LENGTHS[:, None]).astype(np.int32)
+
+
+def test_token_by_token_equals_the_full_pass(decoder, prompts):
+    """Rows of unequal length: each goes on from its own end, in the places that follow."""
+    _, full, step = decoder
+    tokens, _ = prompts
+    wanted = full(tokens)
+    prefix = np.where(np.arange(7)[None] < LENGTHS[:, None], tokens[:, :7], 35)
+    segments = (np.arange(7)[None] < LENGTHS[:, None]).astype(np.int32)
+    logits, cache = step(prefix, segments, CONFIG.make_cache(2, 12))
+    for row, n in enumerate(LENGTHS):
+        np.testing.assert_allclose(logits[row, :n], wanted[row, :n], atol=2e-5)
+    assert cache.length.tolist() == LENGTHS.tolist()
+    for i in range(5):
+        place = LENGTHS + i
+        logits, cache = step(tokens[[0, 1], place][:, None], np.ones((2, 1), np.int32), cache)
+        np.testing.assert_allclose(logits[:, 0], wanted[jnp.arange(2), place], atol=2e-5)
+    assert cache.length.tolist() == (LENGTHS + 5).tolist()
+
+
+def test_a_prompt_in_two_chunks_equals_one(decoder, prompts):
+    """The first chunk ends in padding in one row; the second goes on behind what is real."""
+    _, full, step = decoder
+    tokens, _ = prompts
+    wanted = full(tokens)
+    real = np.array([6, 2])
+    first = np.where(np.arange(6)[None] < real[:, None], tokens[:, :6], 36)
+    _, cache = step(first, (np.arange(6)[None] < real[:, None]).astype(np.int32), CONFIG.make_cache(2, 12))
+    second = np.stack([tokens[row, n : n + 5] for row, n in enumerate(real)])
+    logits, cache = step(second, np.ones((2, 5), np.int32), cache)
+    for row, n in enumerate(real):
+        np.testing.assert_allclose(logits[row], wanted[row, n : n + 5], atol=2e-5)
+    assert cache.segments.tolist() == [[1] * 11 + [0], [1] * 7 + [0] * 5]
+
+
+def test_padding_takes_no_place_in_the_cache(prompts):
+    _, segments = prompts
+    cache, index = CONFIG.make_cache(2, 9).reserve(segments)
+    for row, n in enumerate(LENGTHS):
+        assert index[row, :n].tolist() == list(range(n))
+        assert (np.asarray(index[row, n:]) >= 9).all(), "padding must be written nowhere"
+    assert cache.length.tolist() == LENGTHS.tolist()
+    assert cache.segments.sum(axis=1).tolist() == LENGTHS.tolist()
+
+
+def test_packed_examples_do_not_see_each_other(decoder):
+    """A change in one packed example leaves the other's logits equal to the last bit."""
+    _, full, _ = decoder
+    tokens = np.random.default_rng(1).integers(0, 37, (1, 12))
+    segments = np.array([[1] * 5 + [2] * 5 + [0] * 2])
+    positions = np.array([[*range(5), *range(5), 0, 0]])
+    before = full(tokens, positions, segments)
+    for changed, kept in ((slice(0, 5), slice(5, 10)), (slice(5, 10), slice(0, 5)), (slice(10, 12), slice(0, 10))):
+        other = tokens.copy()
+        other[0, changed] = (other[0, changed] + 1) % 37
+        after = full(other, positions, segments)
+        np.testing.assert_array_equal(before[0, kept], after[0, kept])
+        assert np.abs(before[0, changed] - after[0, changed]).max() > 1e-3
+
+
+def test_the_future_is_not_seen(decoder):
+    _, full, _ = decoder
+    tokens = np.random.default_rng(2).integers(0, 37, (1, 12))
+    other = tokens.copy()
+    other[0, 8:] = (other[0, 8:] + 1) % 37
+    np.testing.assert_array_equal(full(tokens)[0, :8], full(other)[0, :8])
+
+
+def test_embeddings_stand_in_for_tokens(decoder):
+    params, full, _ = decoder
+    tokens = np.random.default_rng(3).integers(0, 37, (2, 12))
+    embedded = CONFIG.make().apply(params, tokens, method="embed")
+    np.testing.assert_array_equal(full(tokens), full(np.zeros_like(tokens), embeddings=embedded))
+
+
+def test_logits_are_float32_in_bfloat16():
+    c = DecoderConfig(vocab_size=37, hidden_size=16, num_layers=1, mlp_size=24, dtype="bfloat16")
+    tokens = jnp.zeros((1, 4), jnp.int32)
+    abstract = nn.meta.unbox(jax.eval_shape(c.make().init, jax.random.key(0), tokens))
+    assert {leaf.dtype for leaf in jax.tree.leaves(abstract)} == {jnp.dtype("float32")}
+    assert jax.eval_shape(c.make().apply, abstract, tokens).dtype == jnp.float32
+    assert c.make_cache(1, 4).keys.dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize(
+    "change,message",
+    [
+        (dict(num_kv_heads=3), "key-value heads divide"),
+        (dict(head_dim=7), "RoPE turns pairs"),
+        (dict(hidden_size=12), "RoPE"),
+    ],
+)
+def test_impossible_sizes_are_refused(change, message):
+    with pytest.raises(ConfigError, match=message):
+        DecoderConfig(**dict(vocab_size=37, hidden_size=16, num_heads=4, num_kv_heads=2) | change)

@@ -1,0 +1,185 @@
+"""The parts as one module: where media land, what sees what, and what is refused."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+
+from mllm_jax.encoders.text import TextTowerConfig
+from mllm_jax.encoders.vit import ViTConfig
+from mllm_jax.errors import ConfigError
+from mllm_jax.llms.decoder import DecoderConfig
+from mllm_jax.models.contrastive import ContrastiveConfig
+from mllm_jax.models.multimodal import MultimodalConfig
+from mllm_jax.projectors.mlp import MLPProjectorConfig
+
+CONFIG = MultimodalConfig(
+    encoder=ViTConfig(8, 4, 12, num_layers=1, num_heads=2, mlp_size=16, class_token=True),
+    projector=MLPProjectorConfig(output_size=16),
+    llm=DecoderConfig(vocab_size=29, hidden_size=16, num_layers=2, num_heads=4, num_kv_heads=2, mlp_size=24),
+)
+MEDIA = CONFIG.media_tokens  # 4 places a picture
+
+
+def random_params(config: MultimodalConfig):
+    """Every parameter random, without compiling `init`."""
+    module = config.make()
+    abstract = jax.eval_shape(lambda: module.init(jax.random.key(0), module.sample_batch(), method="touch"))
+    rng = np.random.default_rng(0)
+    return jax.tree.map(lambda x: 0.4 * rng.normal(size=x.shape).astype(np.float32), nn.meta.unbox(abstract))
+
+
+@pytest.fixture(scope="module")
+def params():
+    return random_params(CONFIG)
+
+
+@pytest.fixture(scope="module")
+def forward(params):
+    return jax.jit(lambda batch: CONFIG.make().apply(params, batch))
+
+
+@pytest.fixture
+def batch():
+    """Row 0 packs two examples of one picture each; row 1 has text with the picture of slot 1; slot 0 is unused there."""
+    rng = np.random.default_rng(1)
+    media_index = np.full((2, 16), -1, np.int32)
+    media_index[0, 1:5], media_index[0, 9:13] = np.arange(4), np.arange(4, 8)
+    media_index[1, 2:6] = np.arange(4, 8)
+    segments = np.array([[1] * 8 + [2] * 7 + [0], [1] * 10 + [0] * 6], np.int32)
+    return {
+        "tokens": rng.integers(0, 29, (2, 16)).astype(np.int32),
+        "positions": np.array([[*range(8), *range(7), 0], [*range(10), *[0] * 6]], np.int32),
+        "segments": segments,
+        "media_index": media_index,
+        "images": rng.integers(0, 256, (2, 2, 8, 8, 3)).astype(np.uint8),
+    }
+
+
+def test_media_land_exactly_where_media_index_says(params):
+    rng = np.random.default_rng(2)
+    tokens = rng.integers(0, 29, (2, 9)).astype(np.int32)
+    media = rng.normal(size=(2, 2 * MEDIA, 16)).astype(np.float32)
+    # Any order, gaps and repeats: the index alone decides, and it counts within the row.
+    media_index = np.array([[-1, 7, 0, 0, -1, 3, 5, -1, 2], [6, -1, -1, 1, 4, -1, -1, 7, 0]], np.int32)
+    merged = CONFIG.make().apply(params, tokens, media, media_index, method="merge")
+    table = params["params"]["llm"]["token_embedding"]["embedding"]
+    for row in range(2):
+        for place, index in enumerate(media_index[row]):
+            wanted = media[row, index] if index >= 0 else table[tokens[row, place]]
+            np.testing.assert_array_equal(merged[row, place], wanted)
+
+
+def test_media_are_the_projected_patches_in_the_order_of_the_slots(params, batch):
+    model = CONFIG.make()
+    media = jax.jit(lambda x: model.apply(params, x, method="encode_media"))(batch["images"])
+    assert media.shape == (2, 2 * MEDIA, 16)
+    encoder, projector = CONFIG.encoder.make(), CONFIG.projector.make()
+
+    @jax.jit
+    def one(image):
+        pixels = (image.astype(jnp.float32) / 255 - 0.5) / 0.5
+        features = encoder.apply({"params": params["params"]["encoder"]}, pixels[None]).last_hidden_state
+        return projector.apply({"params": params["params"]["projector"]}, features[:, 1:])[0]  # without the class token
+
+    for row in range(2):
+        for slot in range(2):
+            wanted = one(batch["images"][row, slot])
+            np.testing.assert_allclose(media[row, slot * MEDIA : (slot + 1) * MEDIA], wanted, atol=1e-5)
+
+
+def test_gradient_reaches_only_the_media_used(params, batch):
+    media = np.random.default_rng(3).normal(size=(2, 2 * MEDIA, 16)).astype(np.float32)
+    text = {name: array for name, array in batch.items() if name != "images"}
+
+    @jax.jit
+    def gradient(media, weights):
+        def total(media):
+            return (CONFIG.make().apply(params, text | {"media": media}) * weights[..., None]).sum()
+
+        return jnp.abs(jax.grad(total)(media)).max(axis=-1)
+
+    used = np.array([[True] * 8, [False] * 4 + [True] * 4])
+    # The sum over the vocabulary is weighted by place only, so every token of a used picture has its say.
+    assert ((gradient(media, np.float32(batch["segments"] > 0)) > 0) == used).all()
+    second = np.zeros((2, 16), np.float32)
+    second[0, 8:15] = 1
+    assert ((gradient(media, second) > 0) == np.array([[False] * 4 + [True] * 4, [False] * 8])).all()
+
+
+def test_packed_examples_do_not_see_each_others_pictures_or_text(forward, batch):
+    before = np.asarray(forward(batch))
+    picture = batch["images"].copy()
+    picture[0, 0] = 255 - picture[0, 0]
+    after = np.asarray(forward(batch | {"images": picture}))
+    assert np.abs(after[0, :8] - before[0, :8]).max() > 1e-3
+    np.testing.assert_array_equal(after[0, 8:15], before[0, 8:15])
+    np.testing.assert_array_equal(after[1], before[1])
+
+    tokens = batch["tokens"].copy()
+    tokens[0, 13] = (tokens[0, 13] + 1) % 29
+    after = np.asarray(forward(batch | {"tokens": tokens}))
+    assert np.abs(after[0, 13:15] - before[0, 13:15]).max() > 1e-3
+    np.testing.assert_array_equal(after[0, :13], before[0, :13])
+
+
+def test_an_unused_slot_has_no_part(forward, batch):
+    images = batch["images"].copy()
+    images[1, 0] = 0
+    np.testing.assert_array_equal(forward(batch | {"images": images})[1], forward(batch)[1])
+
+
+def test_text_without_pictures_needs_none(params, forward, batch):
+    """A row of text says the same in a batch with pictures, in one without, and from the LLM alone."""
+    text = batch | {"media_index": np.full((2, 16), -1, np.int32)}
+    with_slots = forward(text)
+    without = forward({name: array for name, array in text.items() if name != "images"})
+    np.testing.assert_allclose(with_slots, without, atol=1e-6)
+    alone = jax.jit(CONFIG.llm.make().apply)(
+        {"params": params["params"]["llm"]}, text["tokens"], text["positions"], text["segments"]
+    )
+    np.testing.assert_allclose(without, alone, atol=1e-6)
+
+
+@pytest.mark.parametrize("pooling,width", [("pooler", 12), ("patches", 60)])
+def test_contrastive_towers(pooling, width, batch):
+    config = dataclasses.replace(
+        CONFIG,
+        text_tower=TextTowerConfig(vocab_size=29, max_length=16, hidden_size=8, num_layers=1, num_heads=2, mlp_size=8),
+        contrastive=ContrastiveConfig(projection_size=6, pooling=pooling),
+    )
+    params = random_params(config)
+    assert set(params["params"]) == {"encoder", "projector", "llm", "text_tower", "contrastive"}
+    assert params["params"]["contrastive"]["image_projection"]["kernel"].shape == (width, 6)
+    params["params"]["contrastive"]["log_scale"] = np.float32(50.0)
+    embed = jax.jit(lambda b: config.make().apply(params, b, method="embed_pairs"))
+    image, text, scale, _ = embed(batch)
+    np.testing.assert_allclose(np.linalg.norm(image, axis=1), 1, atol=1e-5)
+    np.testing.assert_allclose(np.linalg.norm(text, axis=1), 1, atol=1e-5)
+    assert float(scale) == pytest.approx(100, rel=1e-5), "the scale is bounded as in CLIP"
+    second_slot = batch["images"].copy()
+    second_slot[:, 1] = 0
+    np.testing.assert_array_equal(embed(batch | {"images": second_slot})[0], image)
+    first_slot = batch["images"].copy()
+    first_slot[0, 0] = 0
+    moved = np.abs(embed(batch | {"images": first_slot})[0] - image).max(axis=1)
+    assert moved[0] > 1e-3 and moved[1] == 0
+
+
+@pytest.mark.parametrize(
+    "change,message",
+    [
+        (dict(projector=MLPProjectorConfig(output_size=15)), "projector.output_size 15"),
+        (dict(projector=MLPProjectorConfig(output_size=16, merge=3)), "projector.merge 3"),
+        (dict(contrastive=ContrastiveConfig()), "both or neither"),
+        (dict(text_tower=TextTowerConfig()), "both or neither"),
+    ],
+)
+def test_parts_that_do_not_fit_are_refused(change, message):
+    with pytest.raises(ConfigError, match=message):
+        dataclasses.replace(CONFIG, **change)

@@ -1,0 +1,37 @@
+"""The MLP projector: which patches one media token is made of."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+from mllm_jax.projectors.mlp import MLPProjectorConfig
+
+
+def test_a_media_token_is_made_of_its_own_square_of_patches():
+    """A change of one patch of a 6 x 6 grid moves the one token whose 2 x 2 square holds it."""
+    c = MLPProjectorConfig(output_size=5, merge=2, input_norm=True)
+    module = c.make()
+    features = np.random.default_rng(0).normal(size=(1, 36, 4)).astype(np.float32)
+    abstract = nn.meta.unbox(jax.eval_shape(lambda: module.init(jax.random.key(0), features)))
+    params = jax.tree.map(lambda x: np.random.default_rng(x.size).normal(size=x.shape).astype(np.float32), abstract)
+    apply = jax.jit(module.apply)
+    before = apply(params, features)
+    assert before.shape == (1, 9, 5) == (1, c.num_tokens(6), 5)
+    for row, column in [(0, 0), (1, 2), (4, 3), (5, 5)]:
+        other = features.copy()
+        other[0, row * 6 + column, 0] += 1.0  # one channel only: the norm would undo a shift of all
+        after = apply(params, other)
+        moved = np.flatnonzero(np.abs(after - before).max(axis=-1)[0] > 1e-6)
+        assert moved.tolist() == [(row // 2) * 3 + column // 2]
+
+
+def test_hidden_size_defaults_to_the_output():
+    x = jnp.zeros((1, 4, 3))
+    shapes = [
+        jax.eval_shape(MLPProjectorConfig(7, hidden_size=hidden).make().init, jax.random.key(0), x)["params"]
+        for hidden in (None, 9)
+    ]
+    assert [s["linear_1"]["kernel"].value.shape for s in shapes] == [(3, 7), (3, 9)]

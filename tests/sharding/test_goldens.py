@@ -1,0 +1,136 @@
+"""Golden shardings of the whole train state, a JSON a mesh.
+
+A change of the table, of a model's logical names or of the optimizer shows up here as a diff to be read. When it is
+meant: `UPDATE_GOLDENS=1 pytest tests/sharding/test_goldens.py`, then read the diff of goldens/.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from functools import partial
+from pathlib import Path
+
+import jax
+import numpy as np
+import optax
+import pytest
+from flax import linen as nn
+
+from mllm_jax.encoders.text import TextTowerConfig
+from mllm_jax.encoders.vit import ViTConfig
+from mllm_jax.llms.decoder import DecoderConfig
+from mllm_jax.models.contrastive import ContrastiveConfig
+from mllm_jax.models.multimodal import MultimodalConfig
+from mllm_jax.projectors.mlp import MLPProjectorConfig
+from mllm_jax.sharding.mesh import MeshConfig, make_mesh, param_shardings
+from mllm_jax.training.config import AdamW
+from mllm_jax.training.objectives.next_token import NextToken
+from mllm_jax.training.optimizer import learning_rate, make_optimizer
+from mllm_jax.training.step import TrainState, init_params, init_state, make_train_step, place_batch, state_shardings
+
+GOLDENS = Path(__file__).parent / "goldens"
+MESHES = {
+    "data8": MeshConfig(data=8),
+    "fsdp8": MeshConfig(data=1, fsdp=8),
+    "tensor8": MeshConfig(data=1, tensor=8),
+    "data2_fsdp2_tensor2": MeshConfig(data=2, fsdp=2, tensor=2),
+}
+# Some sizes are divided by 8, some by 2 only, some by nothing: 2 key-value heads, 3 heads, an MLP of 20, a vocabulary of 30.
+CONFIG = MultimodalConfig(
+    encoder=ViTConfig(16, 8, 24, num_layers=2, num_heads=3, mlp_size=32, stem_channels=(8,), class_token=True),
+    projector=MLPProjectorConfig(output_size=16, hidden_size=20, input_norm=True),
+    llm=DecoderConfig(
+        vocab_size=30,
+        hidden_size=16,
+        num_layers=2,
+        num_heads=8,
+        num_kv_heads=2,
+        head_dim=4,
+        mlp_size=40,
+        tie_word_embeddings=False,
+        qkv_bias=True,
+        qk_norm=True,
+    ),
+    text_tower=TextTowerConfig(vocab_size=32, max_length=16, hidden_size=12, num_layers=1, num_heads=3, mlp_size=24),
+    contrastive=ContrastiveConfig(projection_size=8),
+)
+OPTIMIZER = make_optimizer(AdamW(), 10)
+
+
+def by_path(tree) -> dict:
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in jax.tree.leaves_with_path(tree)
+    }
+
+
+def abstract_state(mesh) -> tuple[TrainState, TrainState]:
+    """(shapes, shardings) of the train state with every parameter trainable; nothing is computed."""
+    model = CONFIG.make()
+    init = partial(model.init, method="touch")
+    boxed = jax.eval_shape(lambda: init(jax.random.key(0), model.sample_batch()))["params"]
+    params = nn.meta.unbox(boxed)
+    shardings = state_shardings(OPTIMIZER, params, param_shardings(boxed, mesh), mesh)
+    scalar = jax.ShapeDtypeStruct((), np.int32)
+    key = jax.ShapeDtypeStruct((2,), np.uint32)
+    return TrainState(scalar, params, jax.eval_shape(OPTIMIZER.init, params), key), shardings
+
+
+@pytest.mark.parametrize("name", MESHES)
+def test_shardings_of_the_train_state(name):
+    shapes, shardings = map(by_path, abstract_state(make_mesh(MESHES[name])))
+    assert shapes.keys() == shardings.keys(), "a leaf without a sharding"
+    found = {
+        path: {"shape": list(shapes[path].shape), "spec": [list(a) if isinstance(a, tuple) else a for a in s.spec]}
+        for path, s in shardings.items()
+    }
+    file = GOLDENS / f"{name}.json"
+    if os.environ.get("UPDATE_GOLDENS"):
+        lines = ",\n".join(f"  {json.dumps(path)}: {json.dumps(leaf)}" for path, leaf in sorted(found.items()))
+        file.write_text("{\n" + lines + "\n}\n")
+    assert file.is_file(), f"{file.name} is missing: run once with UPDATE_GOLDENS=1"
+    golden = json.loads(file.read_text())
+    changed = {
+        path: (golden.get(path, "absent"), found.get(path, "absent"))
+        for path in golden.keys() | found.keys()
+        if golden.get(path) != found.get(path)
+    }
+    assert not changed, "path: (golden, now)\n" + "\n".join(f"{path}: {pair}" for path, pair in sorted(changed.items()))
+
+
+@pytest.mark.parametrize("name", MESHES)
+def test_moments_lie_where_their_parameters_lie(name):
+    _, shardings = abstract_state(make_mesh(MESHES[name]))
+    params = by_path(shardings.params)
+    (adam,) = [s for s in jax.tree.leaves(shardings.opt_state, is_leaf=is_adam) if is_adam(s)]
+    for moments in (adam.mu, adam.nu):
+        assert by_path(moments) == params
+
+
+def is_adam(node) -> bool:
+    return isinstance(node, optax.ScaleByAdamState)
+
+
+def test_a_compiled_step_keeps_them_and_does_not_compile_twice():
+    """Init, and two steps on different batches: every leaf lies where the shardings say, and one program serves both."""
+    mesh = make_mesh(MESHES["data2_fsdp2_tensor2"])
+    model, adam = CONFIG.make(), AdamW()
+    params, shardings = init_params(model, mesh, seed=0)
+    shardings = state_shardings(OPTIMIZER, params, shardings, mesh)
+    state = init_state(OPTIMIZER, params, shardings, jax.random.key(0))
+    step = make_train_step(model, NextToken(), OPTIMIZER, learning_rate(adam, 10), mesh=mesh, shardings=shardings)
+    rng = np.random.default_rng(0)
+    wanted = by_path(shardings)
+    before = np.asarray(params["llm"]["lm_head"]["kernel"])
+    for _ in range(2):
+        batch = {name: np.asarray(x) for name, x in model.sample_batch(rows=4, length=8, slots=1).items()}
+        batch["tokens"] = rng.integers(0, 30, (4, 8)).astype(np.int32)
+        batch["segments"] = np.ones((4, 8), np.int32)
+        batch["loss_weights"] = np.ones((4, 8), np.float32)
+        shapes = {name: (x.shape, x.dtype) for name, x in batch.items()}
+        state, metrics = step(state, {}, place_batch(batch, mesh, shapes, list(range(4))))
+        for path, leaf in by_path(state).items():
+            assert leaf.sharding.is_equivalent_to(wanted[path], leaf.ndim), path
+    assert step._cache_size() == 1
+    assert int(state.step) == 2 and np.isfinite(float(metrics["loss"])) and float(metrics["nonfinite"]) == 0
+    assert np.abs(np.asarray(state.params["llm"]["lm_head"]["kernel"]) - before).max() > 0
