@@ -147,8 +147,9 @@ class Pipeline:
 
     @property
     def image_size(self) -> int:
-        """Side of the pictures, equal for all sources of the mixture."""
-        sizes = {w.source.image_size for w in self.mixture.sources if getattr(w.source, "image_size", None)}
+        """Side of the pictures, equal for all sources of the mixture that have any."""
+        measured = zip(self.mixture.sources, self.measured, strict=True)
+        sizes = {weighted.source.image_size for weighted, m in measured if m.images.any()}
         if len(sizes) != 1:
             raise ConfigError(
                 f"sources with picture sizes {sorted(sizes)}", "one size for a mixture", "make them equal"
@@ -174,6 +175,13 @@ class Pipeline:
             place, slot = 0, 0
             for segment, (source, index) in enumerate(plan[row], start=1):
                 e = self.encode(source, index)
+                if len(e.tokens) != self.measured[source].lengths[index]:
+                    raise DataError(
+                        f"{self.sources[source].name}[{index}]: {len(e.tokens)} tokens, measured as "
+                        f"{self.measured[source].lengths[index]}",
+                        "data that does not change while its fingerprint stays",
+                        "delete the stored lengths beside the data, or make the source's fingerprint tell the change",
+                    )
                 span = slice(place, place + len(e.tokens))
                 out["tokens"][r, span] = e.tokens
                 out["positions"][r, span] = np.arange(len(e.tokens))

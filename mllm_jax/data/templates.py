@@ -74,7 +74,7 @@ def encode_caption(conversation: Conversation, tokenizer: Tokenizer, max_length:
     Raises:
         DataError: an empty or too long caption.
     """
-    caption = conversation.turns[0].answer
+    caption = conversation.turns[0].answer if conversation.turns else ""
     ids = (tokenizer.bos, *tokenizer.encode(caption), tokenizer.eos)
     if not caption.strip() or len(ids) > max_length:
         raise DataError(

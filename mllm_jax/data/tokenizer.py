@@ -17,6 +17,8 @@ class Tokenizer:
     """Text to ids and back; a thin cover over `tokenizers.Tokenizer` that remembers what it has seen."""
 
     def __init__(self, backend):
+        # Text that spells a special token stays text: no record or question can end an answer or forge a picture.
+        backend.encode_special_tokens = True
         self.backend = backend
         ids = [backend.token_to_id(token) for token in SPECIAL_TOKENS]
         if None in ids:

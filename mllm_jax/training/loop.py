@@ -232,7 +232,7 @@ class StageRunner:
                 "stage": stage.name,
                 "step": step,
                 "data_step": step,
-                "key": [int(x) for x in np.asarray(jax.random.key_data(key)).ravel()],
+                "key": np.asarray(jax.device_get(state.key)).ravel().tolist(),
                 "config": describe(experiment),
                 "frozen": frozen_meta,
             }

@@ -46,7 +46,7 @@ def forward(params):
 
 @pytest.fixture
 def batch():
-    """Row 0 packs two examples of one picture each; row 1 has text with the picture of slot 1; slot 0 is unused there."""
+    """Row 0 packs two examples of one picture each; row 1 uses the picture of slot 1 and not that of slot 0."""
     rng = np.random.default_rng(1)
     media_index = np.full((2, 16), -1, np.int32)
     media_index[0, 1:5], media_index[0, 9:13] = np.arange(4), np.arange(4, 8)

@@ -1,0 +1,183 @@
+"""The packing plan: every example once an epoch, a function of (seed, step), slots and weights respected."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from mllm_jax.data.packing import PackingPlan, Stream
+from mllm_jax.errors import DataError
+
+
+def stream(count=150, weight=1.0, seed=0, low=5, high=30, pictures=2) -> Stream:
+    rng = np.random.default_rng(seed)
+    return Stream(rng.integers(low, high, count), rng.integers(0, pictures + 1, count), weight)
+
+
+def plan(*streams, **change) -> PackingPlan:
+    settings = dict(rows=4, length=64, slots=6, seed=3, block_steps=8) | change
+    return PackingPlan(streams or (stream(),), **settings)
+
+
+def placed(p: PackingPlan, steps) -> list[tuple[int, int]]:
+    return [pair for step in steps for row in p.step(step) for pair in row]
+
+
+def epochs(p: PackingPlan, source: int) -> int:
+    """Steps, in whole blocks, that hold at least three epochs of a source."""
+    tokens_a_step = p.rows * (p.length if p.packed else 1) * p.fill * p.share[source]
+    blocks = int(3 * p.totals[source] / (tokens_a_step * p.block_steps)) + 2
+    return blocks * p.block_steps
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_every_example_comes_once_an_epoch(packed):
+    first, second = stream(), stream(40, weight=0.5, seed=1)
+    p = plan(first, second, packed=packed)
+    for source, s in enumerate((first, second)):
+        steps = epochs(p, source)
+        assert p.statistics(steps)["left_over"] == 0
+        counts = Counter(e for i, e in placed(p, range(steps)) if i == source)
+        assert set(counts) == set(range(len(s.lengths)))
+        # A running epoch may have reached some examples and not others: the counts differ by one at most.
+        assert min(counts.values()) >= 3 and max(counts.values()) - min(counts.values()) <= 1
+
+
+def test_blocks_take_disjoint_pieces():
+    """Within an epoch no two blocks hold the same example, and what they hold adds up to the epoch."""
+    p = plan()
+    blocks = [placed(p, range(b * 8, b * 8 + 8)) for b in range(20)]
+    taken, whole = [], 0
+    for block in blocks:
+        if whole + sum(int(p.streams[0].lengths[e]) for _, e in block) > p.totals[0]:
+            break
+        taken += block
+        whole += sum(int(p.streams[0].lengths[e]) for _, e in block)
+    assert len(taken) > 50 and len(taken) == len(set(taken))
+
+
+def test_epochs_come_in_different_orders():
+    p = plan(packed=False, rows=1, block_steps=1)
+    count = len(p.streams[0].lengths)
+    first, second = ([e for _, e in placed(p, range(k * count, (k + 1) * count))] for k in (0, 1))
+    assert sorted(first) == sorted(second) == list(range(count))
+    assert first != second and first != sorted(first)
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_any_step_without_history_and_in_any_order(packed):
+    streams = (stream(), stream(40, seed=1))
+    forwards = plan(*streams, packed=packed)
+    walked = [forwards.step(step) for step in range(100)]
+    jumping = plan(*streams, packed=packed)
+    for step in np.random.default_rng(0).permutation(100):
+        assert jumping.step(int(step)) == walked[step]
+    assert plan(*streams, packed=packed).step(77) == walked[77]
+    assert plan(*streams, packed=packed).step(1_000_003) == forwards.step(1_000_003)
+
+
+def test_the_seed_decides():
+    assert plan(seed=3).step(0) == plan(seed=3).step(0)
+    assert plan(seed=3).step(0) != plan(seed=4).step(0)
+
+
+def test_rows_hold_no_more_than_their_places_and_slots():
+    """Many pictures, so that the slots run out before the places do."""
+    s = stream(pictures=4)
+    p = plan(s, slots=5)
+    tightest = 0
+    for step in range(64):
+        rows = p.step(step)
+        assert len(rows) == 4
+        for row in rows:
+            assert sum(s.lengths[e] for _, e in row) <= 64
+            pictures = sum(s.images[e] for _, e in row)
+            assert pictures <= 5
+            tightest = max(tightest, pictures)
+    assert tightest == 5
+
+
+def test_rows_are_well_filled_on_short_examples():
+    p = plan(stream(4000), rows=16, length=256, slots=40, block_steps=16)
+    found = p.statistics(64)
+    assert found["fill"] >= 0.97
+    assert found["left_over"] == 0
+
+
+def test_unpacked_rows_hold_exactly_one_example_each():
+    p = plan(stream(), stream(7, weight=0.3, seed=1), stream(30, weight=0.21, seed=2), packed=False)
+    for step in range(80):
+        rows = p.step(step)
+        assert len(rows) == 4 and all(len(row) == 1 for row in rows)
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_weights_are_shares_of_examples(packed):
+    """The third source's examples are four times as long; that changes tokens, not the count of examples."""
+    weights = (0.5, 0.3, 0.2)
+    streams = [stream(50, w, seed=i, low=5, high=9) for i, w in enumerate(weights[:2])]
+    streams.append(stream(50, weights[2], seed=2, low=25, high=33))
+    counts = Counter(i for i, _ in placed(plan(*streams, packed=packed, slots=16), range(400)))
+    total = sum(counts.values())
+    for i, weight in enumerate(weights):
+        assert counts[i] / total == pytest.approx(weight, abs=0.01)
+
+
+def test_weights_need_not_add_up_to_one():
+    one, other = (plan(stream(weight=w), stream(40, 3 * w, seed=1)) for w in (1.0, 0.1))
+    assert [one.step(s) for s in range(8)] == [other.step(s) for s in range(8)]
+
+
+def test_unusable_examples_never_appear():
+    s = stream()
+    s.lengths[::3] = 0
+    seen = {e for _, e in placed(plan(s), range(200))}
+    assert seen == set(np.flatnonzero(s.lengths).tolist())
+
+
+def test_what_does_not_fit_is_counted():
+    """Asked to fill more places than there are, the plan leaves examples over and says which share."""
+    p = plan()
+    p.fill = 1.25
+    p._block.cache_clear()
+    found = p.statistics(8)
+    offered = len(p._take(0, *p._bounds(0)[0]))
+    kept = len(placed(p, range(8)))
+    assert kept < offered
+    assert found["left_over"] == pytest.approx((offered - kept) / offered)
+    assert found["fill"] > 0.95
+
+
+def test_statistics_agree_with_the_rows():
+    s = stream()
+    p = plan(s)
+    pairs = placed(p, range(16))
+    found = p.statistics(16)
+    assert found["fill"] == pytest.approx(sum(s.lengths[e] for _, e in pairs) / (16 * 4 * 64))
+    assert found["slot_fill"] == pytest.approx(sum(s.images[e] for _, e in pairs) / (16 * 4 * 6))
+    assert found["examples_per_step"] == pytest.approx(len(pairs) / 16)
+
+
+def test_text_only_needs_no_slots():
+    p = plan(stream(pictures=0), slots=0)
+    assert p.statistics(8)["slot_fill"] == 0 and placed(p, range(8))
+
+
+@pytest.mark.parametrize(
+    "streams,change,given",
+    [
+        ([stream(), stream(low=65, high=66)], {}, "source 1: an example of 65 tokens"),
+        ([stream(pictures=7)], {}, "7 picture"),
+        ([stream(weight=0.0)], {}, "weight 0.0"),
+        ([stream(weight=-1.0)], {}, "weight -1.0"),
+        ([Stream(np.zeros(4, int), np.zeros(4, int), 1.0)], {}, "0 usable examples"),
+        ([stream(low=33, high=36, pictures=0)], {}, "less than 60 %"),
+    ],
+    ids=["too long", "too many pictures", "no weight", "negative weight", "nothing usable", "pack badly"],
+)
+def test_refusals(streams, change, given):
+    with pytest.raises(DataError) as refusal:
+        plan(*streams, **change)
+    assert given in refusal.value.given and refusal.value.expected and refusal.value.todo

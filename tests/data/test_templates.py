@@ -1,0 +1,133 @@
+"""Templates: what is learnt decodes to the answers; shortening goes by whole turns; pictures are never cut."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from mllm_jax.data.examples import Conversation, Turn
+from mllm_jax.data.templates import encode_caption, encode_conversation, encode_prompt
+from mllm_jax.data.tokenizer import Tokenizer
+from mllm_jax.errors import DataError
+
+MEDIA = 3
+TURNS = (
+    Turn("what is this?", "a red apple", "name"),
+    Turn("is it a cat?", "no", "yes_no"),
+    Turn("which colour?", "red, mostly", "colour"),
+)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return Tokenizer.train([t for turn in TURNS for t in (turn.question, turn.answer)], 280)
+
+
+def learnt(encoded, tokenizer) -> list[str]:
+    """The texts of the runs of learnt tokens, each of which must end with <eos>."""
+    answers, run = [], []
+    for token, weight in zip(encoded.tokens, encoded.loss_weights, strict=True):
+        assert weight in (0.0, 1.0)
+        if weight:
+            run.append(token)
+        elif run:
+            raise AssertionError("a learnt run that does not end with <eos>")
+        if run and token == tokenizer.eos:
+            answers.append(tokenizer.decode(run))
+            run = []
+    assert not run
+    return answers
+
+
+@pytest.mark.parametrize("images", [0, 1, 2])
+def test_learnt_tokens_decode_to_the_answers(tokenizer, images):
+    encoded = encode_conversation(Conversation(images, TURNS), tokenizer, MEDIA, 200)
+    assert learnt(encoded, tokenizer) == [turn.answer for turn in TURNS]
+    assert encoded.num_images == images and encoded.dropped_turns == 0
+    places = images * MEDIA
+    assert encoded.tokens[0] == tokenizer.bos
+    assert encoded.media_index.tolist() == [-1, *range(places)] + [-1] * (len(encoded.tokens) - 1 - places)
+    assert ((encoded.tokens == tokenizer.image) == (encoded.media_index >= 0)).all()
+    assert [encoded.tokens.dtype, encoded.loss_weights.dtype, encoded.media_index.dtype] == [
+        np.int32,
+        np.float32,
+        np.int32,
+    ]
+
+
+def test_layout_of_a_conversation(tokenizer):
+    t, encode = tokenizer, tokenizer.encode
+    encoded = encode_conversation(Conversation(1, TURNS[:2], context="a fruit"), t, MEDIA, 200)
+    wanted = [t.bos, *[t.image] * MEDIA, *encode("a fruit")]
+    for turn in TURNS[:2]:
+        wanted += [t.user, *encode(turn.question), t.assistant, *encode(turn.answer), t.eos]
+    assert encoded.tokens.tolist() == wanted
+
+
+def test_shortening_goes_by_whole_turns(tokenizer):
+    """At every length the row is that of the first turns that fit, whole."""
+    conversation = Conversation(2, TURNS)
+    wholes = [encode_conversation(Conversation(2, TURNS[:n]), tokenizer, MEDIA, 200) for n in (1, 2, 3)]
+    lengths = [len(w.tokens) for w in wholes]
+    for length in range(lengths[0], lengths[2] + 3):
+        kept = sum(n <= length for n in lengths)
+        encoded = encode_conversation(conversation, tokenizer, MEDIA, length)
+        assert len(encoded.tokens) <= length
+        assert encoded.tokens.tolist() == wholes[kept - 1].tokens.tolist()
+        assert encoded.dropped_turns == 3 - kept
+        assert learnt(encoded, tokenizer) == [turn.answer for turn in TURNS[:kept]]
+        assert (encoded.media_index >= 0).sum() == 2 * MEDIA, "pictures are never cut"
+
+
+def test_an_example_that_does_not_fit_is_refused_with_its_three_parts(tokenizer):
+    conversation = Conversation(2, TURNS)
+    need = len(encode_conversation(Conversation(2, TURNS[:1]), tokenizer, MEDIA, 200).tokens)
+    with pytest.raises(DataError) as refusal:
+        encode_conversation(conversation, tokenizer, MEDIA, need - 1)
+    assert refusal.value.given == f"an example of {need} tokens with 2 picture(s) of {MEDIA}"
+    assert refusal.value.expected == f"at most {need - 1} tokens with its first turn"
+    assert "length" in refusal.value.todo and "media tokens" in refusal.value.todo
+    text = str(refusal.value)
+    assert all(part in text for part in (refusal.value.given, refusal.value.expected, refusal.value.todo))
+
+
+@pytest.mark.parametrize("answer", ["", "  ", "\n\t"])
+@pytest.mark.parametrize("place", [0, 2])
+def test_an_empty_answer_is_refused(tokenizer, answer, place):
+    turns = list(TURNS)
+    turns[place] = Turn("which one?", answer, "name")
+    with pytest.raises(DataError) as refusal:
+        encode_conversation(Conversation(0, tuple(turns)), tokenizer, MEDIA, 200)
+    assert "empty answer to 'which one?'" in refusal.value.given
+    assert refusal.value.expected == "an answer with text" and refusal.value.todo
+
+
+def test_a_conversation_without_turns_is_refused(tokenizer):
+    with pytest.raises(DataError, match="without turns"):
+        encode_conversation(Conversation(1, ()), tokenizer, MEDIA, 200)
+
+
+def test_prompt_is_the_conversation_up_to_the_answer(tokenizer):
+    for context in ("", "a fruit"):
+        conversation = Conversation(2, TURNS[:1], context)
+        whole = encode_conversation(conversation, tokenizer, MEDIA, 200)
+        prompt = encode_prompt(TURNS[0].question, 2, tokenizer, MEDIA, context)
+        n = len(prompt.tokens)
+        assert prompt.tokens.tolist() == whole.tokens[:n].tolist()
+        assert prompt.media_index.tolist() == whole.media_index[:n].tolist()
+        assert whole.loss_weights[:n].sum() == 0 == prompt.loss_weights.sum()
+        assert whole.loss_weights[n:].all()
+
+
+def test_caption(tokenizer):
+    encoded = encode_caption(Conversation(1, TURNS[:1]), tokenizer, 50)
+    assert tokenizer.decode(encoded.tokens) == "a red apple"
+    assert encoded.tokens[0] == tokenizer.bos and encoded.tokens[-1] == tokenizer.eos
+    assert (encoded.media_index == -1).all() and encoded.num_images == 1
+
+
+@pytest.mark.parametrize("turns,length", [((Turn("", " ", "name"),), 50), (TURNS[:1], 4), ((), 50)])
+def test_an_empty_or_too_long_caption_is_refused(tokenizer, turns, length):
+    with pytest.raises(DataError) as refusal:
+        encode_caption(Conversation(1, turns), tokenizer, length)
+    assert "caption" in refusal.value.given and str(length) in refusal.value.expected and refusal.value.todo

@@ -1,0 +1,116 @@
+"""Configs as JSON: round trips, differences, and what is refused on the way back."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+
+from mllm_jax.data.pipeline import Mixture
+from mllm_jax.encoders.vit import ViTConfig
+from mllm_jax.errors import ConfigError
+from mllm_jax.llms.decoder import DecoderConfig
+from mllm_jax.models.multimodal import MultimodalConfig
+from mllm_jax.projectors.mlp import MLPProjectorConfig
+from mllm_jax.training.config import Experiment, Stage, TokenizerConfig
+from mllm_jax.training.objectives.contrastive import Contrastive
+from mllm_jax.training.objectives.next_token import NextToken
+from mllm_jax.training.serialise import binding_differences, describe, differences, rebuild
+
+EXPERIMENT = Experiment(
+    name="small",
+    model=MultimodalConfig(
+        encoder=ViTConfig(8, 4, 12, 1, 2, 16, stem_channels=(4, 8)),
+        projector=MLPProjectorConfig(output_size=16),
+        llm=DecoderConfig(vocab_size=300, hidden_size=16, num_heads=4, num_kv_heads=2),
+    ),
+    tokenizer=TokenizerConfig(vocab_size=300),
+    stages=(
+        Stage("language", NextToken(z_loss=1e-4), ("llm/*",), Mixture(sources=(), slots=0), steps=3),
+        Stage("instruct", Contrastive("sigmoid"), ("llm/*", "projector/*"), Mixture(sources=()), steps=5),
+    ),
+)
+
+
+def through_json(value):
+    return json.loads(json.dumps(describe(value)))
+
+
+def test_round_trip_through_json():
+    again = rebuild(through_json(EXPERIMENT))
+    assert again == EXPERIMENT
+    assert type(again.stages[1].objective) is Contrastive and type(again.model.encoder.stem_channels) is tuple
+    assert differences(through_json(EXPERIMENT), through_json(again)) == []
+
+
+def test_the_class_stands_beside_the_fields_and_collides_with_none():
+    assert describe(NextToken(0.5)) == {"class": "mllm_jax.training.objectives.next_token:NextToken", "z_loss": 0.5}
+    # A field may be called `kind`, never `class`.
+    described = describe(Contrastive("sigmoid"))
+    assert described == {"class": "mllm_jax.training.objectives.contrastive:Contrastive", "kind": "sigmoid"}
+
+
+@pytest.mark.parametrize("value", [np.zeros(2), {1, 2}, object(), NextToken, len], ids=str)
+def test_what_is_no_plain_data_is_refused(value):
+    with pytest.raises(ConfigError, match="a config value"):
+        describe((1, value))
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "os:getcwd",
+        "builtins:dict",
+        "tests.foo:Bar",
+        "mllm_jax_evil:Config",
+        "",
+        "mllm_jax.training.serialise:describe",  # of the package, but no config class
+        "mllm_jax.errors:MllmError",
+        "mllm_jax.training.serialise:importlib",
+        "mllm_jax.training.serialise:Gone",
+        "mllm_jax.training.gone:Gone",
+    ],
+)
+def test_foreign_and_vanished_classes_are_refused(kind):
+    with pytest.raises(ConfigError) as refusal:
+        rebuild([{"class": kind, "value": 3}])
+    assert kind in refusal.value.given and refusal.value.expected and refusal.value.todo
+
+
+def test_unknown_fields_are_refused():
+    description = through_json(NextToken()) | {"zloss": 1.0}
+    with pytest.raises(ConfigError, match="zloss"):
+        rebuild(description)
+
+
+def test_a_stored_config_is_checked_like_a_new_one():
+    description = through_json(EXPERIMENT)
+    description["model"]["projector"]["output_size"] = 15
+    with pytest.raises(ConfigError, match="projector.output_size 15"):
+        rebuild(description)
+
+
+def test_differences_name_every_leaf():
+    model = dataclasses.replace(EXPERIMENT.model, encoder=dataclasses.replace(EXPERIMENT.model.encoder, num_layers=7))
+    stages = (EXPERIMENT.stages[0], dataclasses.replace(EXPERIMENT.stages[1], objective=NextToken()))
+    new = through_json(dataclasses.replace(EXPERIMENT, model=model, stages=stages, seed=1))
+    old = through_json(EXPERIMENT)
+    module = "mllm_jax.training.objectives"
+    assert sorted(differences(old, new)) == [
+        "model.encoder.num_layers: 1 -> 7",
+        "seed: 0 -> 1",
+        f"stages.1.objective.class: {module}.contrastive:Contrastive -> {module}.next_token:NextToken",
+        "stages.1.objective.kind: sigmoid -> (absent)",
+        "stages.1.objective.z_loss: (absent) -> 0.0",
+    ]
+    assert differences([1, 2], [1, 2, 3]) == [": [1, 2] -> [1, 2, 3]"]
+
+
+def test_what_changes_no_numbers_does_not_bind_a_run_folder():
+    old = through_json(EXPERIMENT)
+    free = dataclasses.replace(EXPERIMENT, name="other", log_every=3, cpu_devices=8, nonfinite="skip")
+    assert binding_differences(old, through_json(free)) == []
+    bound = dataclasses.replace(free, seed=5)
+    assert binding_differences(old, through_json(bound)) == ["seed: 0 -> 5"]
