@@ -34,9 +34,11 @@ def config() -> Experiment:
             mlp_size=384,
             activation="relu",
             stem_channels=(24, 48, 96),
+            regions=2,
+            region_size=256,
             scan_unroll=5,
         ),
-        projector=MLPProjectorConfig(output_size=256, merge=2, activation="relu", input_norm=False),
+        projector=MLPProjectorConfig(output_size=256, activation="relu", input_norm=True),
         llm=DecoderConfig(
             vocab_size=1024,
             hidden_size=256,
@@ -56,7 +58,7 @@ def config() -> Experiment:
             mlp_size=384,
             activation="relu",
         ),
-        contrastive=ContrastiveConfig(projection_size=256, pooling="patches"),
+        contrastive=ContrastiveConfig(projection_size=256),
     )
     questions = Weighted(OpenMojiQuestions(image_size=SIZE, variants=16, augment=True), 0.7)
     scenes = Weighted(OpenMojiScenes(image_size=SIZE, augment=True), 0.3)

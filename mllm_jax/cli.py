@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+import difflib
 import os
+import re
+import runpy
 import sys
+import traceback
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -21,6 +27,12 @@ USAGE = """mllm: multimodal LLMs in JAX
   mllm generate RUN --image a.png "What is this?"                         text
 
 `mllm COMMAND --help` lists a command's options."""
+
+TRAIN_USAGE = """usage: mllm train CONFIG.py [OPTIONS]
+
+The options are --run-dir DIR, --fresh and every field of the config. Name a config to list them:
+
+  mllm train configs/quickstart.py --help"""
 
 OneName = tyro.conf.arg(name="")
 
@@ -69,6 +81,10 @@ class Generate:
     max_new_tokens: int = 32
     sampling: Annotated[Sampling, OneName] = Sampling()
 
+    def __post_init__(self):
+        if self.max_new_tokens < 1:
+            raise ConfigError(f"max_new_tokens {self.max_new_tokens}", "at least 1", "change --max-new-tokens")
+
 
 def load_config(path: Path) -> Experiment:
     """The `Experiment` that `config()` of a Python file returns.
@@ -76,28 +92,55 @@ def load_config(path: Path) -> Experiment:
     Raises:
         ConfigError: no such file, no `config()` in it, or a config with a key that does not exist.
     """
-    import importlib.util
-
     if not path.is_file():
         raise ConfigError(f"no config at {path}", "a Python file with `def config() -> Experiment`", "check the path")
-    spec = importlib.util.spec_from_file_location("mllm_jax_config", path)
-    module = importlib.util.module_from_spec(spec)
     try:
-        spec.loader.exec_module(module)
-        experiment = module.config()
+        make = runpy.run_path(str(path)).get("config")
+        if not callable(make):
+            raise ConfigError(f"{path} without config()", "`def config() -> Experiment` in it", "add the function")
+        experiment = make()
     except MllmError:
         raise
     except Exception as error:
-        given = f"{path}: {type(error).__name__}: {error}"
-        raise ConfigError(given, "a config() that builds an Experiment", "mend the file") from error
+        raise _config_error(path, error) from error
     if not isinstance(experiment, Experiment):
         raise ConfigError(f"{path}: config() returns {type(experiment).__name__}", "an Experiment", "mend the file")
     return experiment
 
 
+def _config_error(path: Path, error: Exception) -> ConfigError:
+    """What went wrong in a config and at which of its lines; of an unknown key also the nearest that exists."""
+    frames = list(traceback.walk_tb(error.__traceback__))
+    lines = [line for frame, line in frames if frame.f_code.co_filename == str(path)]
+    where = f"{path}, line {lines[-1]}" if lines else str(path)
+    unknown = re.match(r"(\S+)\.__init__\(\) got an unexpected keyword argument '(\w+)'", str(error))
+    if unknown and (fields := _fields(unknown[1], frames)):
+        name, key = unknown.groups()
+        near = difflib.get_close_matches(key, fields, n=1)
+        todo = f"did you mean {near[0]!r}?" if near else "remove it"
+        return ConfigError(f"{where}: {name} has no field {key!r}", f"some of {', '.join(fields)}", todo)
+    given = f"{where}: {type(error).__name__}: {error}"
+    return ConfigError(given, "a config() that builds an Experiment", "mend the file")
+
+
+def _fields(name: str, frames: list) -> list[str]:
+    """The fields of the dataclass of this name that a config or this package has; none if there is no such class."""
+    places = [frame.f_globals for frame, _ in frames]
+    places += [vars(module) for key, module in list(sys.modules.items()) if key.startswith("mllm_jax.")]
+    kind = next((place[name] for place in places if name in place), None)
+    return [field.name for field in dataclasses.fields(kind) if field.init] if dataclasses.is_dataclass(kind) else []
+
+
 def train_command(arguments: list[str]) -> int:
+    if arguments and arguments[0] in HELP:
+        print(TRAIN_USAGE)
+        return 0
     if not arguments or arguments[0].startswith("-"):
-        raise ConfigError("mllm train without a config", "mllm train configs/quickstart.py", "name a config file")
+        raise ConfigError(
+            " ".join(["mllm train", *arguments[:1], "without a config"]),
+            "mllm train configs/quickstart.py",
+            "name a config file, before any option",
+        )
     path = Path(arguments[0])
     default = Train(load_config(path))
     options = tyro.cli(
@@ -152,13 +195,19 @@ def generate_command(arguments: list[str]) -> int:
 def _experiment_of(run: Path) -> Experiment:
     from mllm_jax.training.run_folder import RunFolder
 
-    return RunFolder(run).experiment()
+    folder = RunFolder(run)
+    experiment = folder.experiment()
+    if unfinished := folder.unfinished(experiment):
+        print(f"warning: {run} is trained in part: no stage {', '.join(unfinished)} yet", file=sys.stderr)
+    return experiment
 
 
 def _use_cpu_devices(experiment: Experiment) -> None:
     """Presents the CPU as several devices, before anything has touched a device; XLA_FLAGS have the last word."""
     import jax
 
+    if experiment.cpu_devices is not None and experiment.cpu_devices < 1:
+        raise ConfigError(f"cpu_devices {experiment.cpu_devices}", "at least 1, or None", "change cpu_devices")
     if experiment.cpu_devices and "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
         jax.config.update("jax_num_cpu_devices", experiment.cpu_devices)
 
@@ -177,19 +226,24 @@ def _evaluate(run: Path, tasks: tuple[str, ...] | None = None) -> None:
 
     results = evaluate_run(run, tasks=tasks)
     if jax.process_index() == 0:
-        Console().print(table(results))
+        console = Console()
+        if not console.is_terminal:  # a file or a pipe: nothing forces the table into 80 columns
+            console.width = max(console.width, 120)
+        console.print(table(results))
         print(run / "report.html")
 
 
+HELP = ("-h", "--help")
 COMMANDS = {"train": train_command, "evaluate": evaluate_command, "generate": generate_command}
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs a command; a refusal of the library is printed as one message, without a traceback, and exits with 2."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    if not arguments or arguments[0] in ("-h", "--help"):
+    if not arguments or arguments[0] in HELP:
         print(USAGE)
         return 0
+    plain, warnings.formatwarning = warnings.formatwarning, lambda message, *_, **__: f"warning: {message}\n"
     try:
         if arguments[0] not in COMMANDS:
             raise ConfigError(f"mllm {arguments[0]}", f"one of {sorted(COMMANDS)}", "see `mllm --help`")
@@ -197,6 +251,19 @@ def main(arguments: list[str] | None = None) -> int:
     except MllmError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 2
+    except OSError as error:  # no bug of ours: a disk, a file or a permission
+        refusal = MllmError(
+            f"{type(error).__name__}: {error}",
+            "files and folders that can be read and written, with room on the disk",
+            "mend that, then start the same command again",
+        )
+        print(refusal, file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; what was saved before stays", file=sys.stderr)
+        return 130
+    finally:
+        warnings.formatwarning = plain
 
 
 if __name__ == "__main__":

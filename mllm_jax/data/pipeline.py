@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -86,11 +87,21 @@ class Pipeline:
 
     def encode(self, source: int, index: int) -> Encoded:
         """One example as ids; a DataError is told which it was."""
-        conversation = self.sources[source].conversation(index)
-        try:
+        with self._naming(source, index):
+            conversation = self.sources[source].conversation(index)
             if self.mixture.layout == "caption":
                 return encode_caption(conversation, self.tokenizer, self.mixture.length)
             return encode_conversation(conversation, self.tokenizer, self.media_tokens, self.mixture.length)
+
+    def images(self, source: int, index: int) -> list[np.ndarray]:
+        """The pictures of one example; a DataError is told which it was."""
+        with self._naming(source, index):
+            return self.sources[source].images(index)
+
+    @contextmanager
+    def _naming(self, source: int, index: int) -> Iterator[None]:
+        try:
+            yield
         except DataError as error:
             name = self.sources[source].name
             raise DataError(f"{name}[{index}]: {error.given}", error.expected, error.todo) from error
@@ -115,7 +126,7 @@ class Pipeline:
                     )
                     raise DataError(given, "at most as many as slots", "raise the mixture's slots")
                 if self.mixture.max_bad_share > 0:
-                    source.images(index)
+                    self.images(number, index)
             except DataError as error:
                 bad.append((index, str(error)))
                 continue
@@ -190,7 +201,7 @@ class Pipeline:
                 shifted = e.media_index + slot * self.media_tokens
                 out["media_index"][r, span] = np.where(e.media_index >= 0, shifted, -1)
                 if e.num_images:
-                    out["images"][r, slot : slot + e.num_images] = self.sources[source].images(index)
+                    out["images"][r, slot : slot + e.num_images] = self.images(source, index)
                 place, slot = place + len(e.tokens), slot + e.num_images
         return out
 

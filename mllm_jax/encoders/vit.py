@@ -26,6 +26,9 @@ class ViTConfig:
     Attributes:
         stem_channels: channels of 3x3 stride-2 convolutions before the patch projection (arXiv 2106.14881); each
             halves the picture, so the patch that is projected shrinks by as much. Empty: patches are cut from pixels.
+        regions: None, or the side of a square grid of regions: the patches of each, side by side, become one vector of
+            `region_size` by the region's own linear map. Contrastive training then teaches the places as well, and the
+            LLM reads few tokens that lie in one space.
         image_mean, image_std: what pixels in [0, 1] are normalised with.
     """
 
@@ -39,6 +42,8 @@ class ViTConfig:
     norm_eps: float = 1e-6
     stem_channels: tuple[int, ...] = ()
     class_token: bool = False
+    regions: int | None = None
+    region_size: int = 256
     image_mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
     image_std: tuple[float, float, float] = (0.5, 0.5, 0.5)
     dtype: str = "float32"
@@ -52,11 +57,18 @@ class ViTConfig:
                 "an image that is a whole number of patches, a patch divisible by 2^stem layers",
                 "change image_size, patch_size or stem_channels",
             )
+        if self.regions is not None and (self.class_token or self.image_size // self.patch_size % self.regions):
+            raise ConfigError(
+                f"ViT: {self.regions} regions on {self.image_size // self.patch_size} patches a side"
+                + (" and a class token" if self.class_token else ""),
+                "regions that divide the patches, and no class token",
+                "change regions, image_size or patch_size",
+            )
 
     @property
     def grid(self) -> int:
-        """Patches along one side."""
-        return self.image_size // self.patch_size
+        """Vectors along one side of what comes out: regions if there are any, else patches."""
+        return self.regions or self.image_size // self.patch_size
 
     def make(self) -> ViT:
         return ViT(self)
@@ -111,6 +123,24 @@ class PatchEmbedding(nn.Module):
         return Linear((c.hidden_size,), ("channels", "embed"), use_bias=True, dtype=x.dtype, name="projection")(x)
 
 
+class RegionPooling(nn.Module):
+    """The patches of each region, side by side, to one vector."""
+
+    config: ViTConfig
+
+    @nn.compact
+    def __call__(self, x):
+        """dtype[B, N, E] -> dtype[B, regions^2, region_size]"""
+        c = self.config
+        side = c.image_size // c.patch_size // c.regions
+        x = rearrange(x, "b (h p w q) e -> b (h w) (p q e)", h=c.regions, w=c.regions, p=side, q=side)
+        init = nn.with_logical_partitioning(
+            nn.initializers.lecun_normal(batch_axis=0), ("patches", "channels", "embed")
+        )
+        kernel = self.param("kernel", init, (*x.shape[1:], c.region_size), jnp.float32)
+        return jnp.einsum("bnc,nce->bne", x, kernel.astype(x.dtype))
+
+
 class ViT(nn.Module):
     """Vision transformer with learned positions and a final LayerNorm (reference class: `ViTModel`)."""
 
@@ -132,4 +162,6 @@ class ViT(nn.Module):
         layers = scan_layers(ViTBlock, num_layers=c.num_layers, remat=c.remat, unroll=c.scan_unroll, num_broadcast=0)
         x, _ = layers(c, name="layers")(x, None)
         x = LayerNorm(c.norm_eps, dtype, name="final_norm")(x)
+        if c.regions is not None:
+            x = RegionPooling(c, name="region_pooling")(x)
         return VisionOutput(x, x[:, 0] if c.class_token else x.mean(axis=1))

@@ -25,7 +25,7 @@ class Question(Protocol):
 
 def normalise(text: str) -> str:
     """What is compared: lower case, single spaces, no full stop at the end."""
-    return " ".join(text.lower().split()).rstrip(".")
+    return " ".join(text.lower().split()).rstrip(" .")
 
 
 def shuffled(count: int, seed: int = 0) -> np.ndarray:

@@ -12,7 +12,7 @@ from mllm_jax.evaluation.evaluate import evaluate
 from mllm_jax.evaluation.report import write_report
 from mllm_jax.inference.generate import Generator
 from mllm_jax.training.loop import load_run
-from mllm_jax.training.run_folder import RunFolder, write_json
+from mllm_jax.training.run_folder import RunFolder, read_json, write_json
 
 
 def evaluate_run(
@@ -25,25 +25,60 @@ def evaluate_run(
     """Evaluates a run by its own config and writes what it finds into the folder.
 
     Args:
-        tasks: only these; None: all that the config's evaluation has.
+        tasks: only these; None: all that the config's evaluation has. What the folder holds of others stays.
+
+    Returns:
+        The results of these tasks, as `evaluate` gives them.
 
     Raises:
-        ConfigError: the config has no evaluation, or none of these tasks.
+        ConfigError: the config has no evaluation, or not all of these tasks.
     """
     folder = RunFolder(Path(run_dir))
-    experiment, model, params, tokenizer, mesh = load_run(folder, devices)
-    if experiment.evaluation is None:
-        raise ConfigError(f"{run_dir}: a config without evaluation", "an `evaluation` in it", "add one and run again")
-    splits = experiment.evaluation.questions()
-    if tasks is not None:
-        known = sorted({q.task for questions in splits.values() for q in questions})
-        unknown = sorted(set(tasks) - set(known))
-        if unknown:
-            raise ConfigError(f"tasks {unknown}", f"some of {known}", "change --tasks")
-        splits = {name: [q for q in questions if q.task in tasks] for name, questions in splits.items()}
+    # What can be refused is refused before the model is loaded, which takes seconds.
+    splits = _questions(folder, tasks)
+    before = _measured(folder) if tasks is not None else ({"splits": {}}, [])
+    _, model, params, tokenizer, mesh = load_run(folder, devices)
     generator = Generator(model, params, tokenizer, mesh, batch_size=batch_size)
     results, examples = evaluate(generator, splits)
-    write_json(folder.path / "results.json", results)
-    write_json(folder.path / "examples.json", examples)
-    write_report(folder.path)
+    if jax.process_index() == 0:
+        results_after, examples_after = _merged(before, (results, examples))
+        write_json(folder.path / "results.json", results_after)
+        write_json(folder.path / "examples.json", examples_after)
+        write_report(folder.path)
     return results
+
+
+def _questions(folder: RunFolder, tasks: Sequence[str] | None) -> dict[str, list]:
+    experiment = folder.experiment()
+    if experiment.evaluation is None:
+        raise ConfigError(
+            f"{folder.path}: a config without evaluation", "an `evaluation` in it", "add one and run again"
+        )
+    splits = experiment.evaluation.questions()
+    if tasks is None:
+        return splits
+    known = sorted({q.task for questions in splits.values() for q in questions})
+    unknown = sorted(set(tasks) - set(known))
+    if unknown or not tasks:
+        raise ConfigError(f"tasks {unknown}", f"some of {known}", "change --tasks")
+    return {name: [q for q in questions if q.task in tasks] for name, questions in splits.items()}
+
+
+def _measured(folder: RunFolder) -> tuple[dict, list]:
+    """What an earlier evaluation of the same parameters left; the training that changes them removes it."""
+    results, examples = folder.path / "results.json", folder.path / "examples.json"
+    return (
+        read_json(results) if results.is_file() else {"splits": {}},
+        read_json(examples, list) if examples.is_file() else [],
+    )
+
+
+def _merged(before: tuple[dict, list], now: tuple[dict, list]) -> tuple[dict, list]:
+    """Results and examples of both, where tasks of a split were measured twice those of `now`."""
+    splits = {
+        split: dict(sorted({**before[0]["splits"].get(split, {}), **now[0]["splits"].get(split, {})}.items()))
+        for split in {**before[0]["splits"], **now[0]["splits"]}
+    }
+    again = {(split, task) for split, scores in now[0]["splits"].items() for task in scores}
+    kept = [example for example in before[1] if (example["split"], example["task"]) not in again]
+    return {"splits": splits}, kept + now[1]

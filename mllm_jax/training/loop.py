@@ -100,6 +100,8 @@ def train(
             done_before += stage.steps
             if first_host:
                 write_json(folder.path / "run.json", facts)
+            if stopping.is_set():
+                raise Interrupted(f"stopped after stage {stage.name}; the same command goes on from there")
     return folder
 
 

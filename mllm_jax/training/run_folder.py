@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from mllm_jax.data.tokenizer import Tokenizer
-from mllm_jax.errors import RunFolderError
+from mllm_jax.errors import MllmError, RunFolderError
 from mllm_jax.training.config import Experiment
 from mllm_jax.training.serialise import binding_differences, describe, rebuild
+
+KIND = f"{Experiment.__module__}:{Experiment.__qualname__}"
+MEASURED = ("results.json", "examples.json", "report.html")
+FOLDERS = ("stages", "checkpoints", "tensorboard")
+WRITTEN = (*FOLDERS, "config.json", "tokenizer.json", "run.json", "metrics.jsonl", *MEASURED)
+UNDERWAY = tuple(f".{name}" for name in WRITTEN)  # how the names begin of what is being written or removed
+RESTORE = "restore the file, or start over with --fresh"
 
 
 @dataclass(frozen=True)
@@ -35,52 +46,122 @@ class RunFolder:
         """The parameters a stage trained, as they stood at its end."""
         return self.path / "stages" / f"{index}-{stage}"
 
-    def experiment(self) -> Experiment:
-        """The experiment that the folder holds.
+    def described(self) -> dict:
+        """What config.json says of the experiment.
 
         Raises:
             RunFolderError: no run here, or its config.json cannot be read.
         """
         if not self.config_file.is_file():
             raise RunFolderError(f"{self.path}: no config.json", "a folder that `mllm train` made", "check the path")
-        return rebuild(read_json(self.config_file))
+        described = read_json(self.config_file)
+        if described.get("class") != KIND:
+            raise _no_experiment(self.config_file)
+        return described
+
+    def experiment(self) -> Experiment:
+        """The experiment that the folder holds.
+
+        Raises:
+            RunFolderError: no run here, or its config.json cannot be read.
+            ConfigError: a config that this version does not know.
+        """
+        described = self.described()
+        try:
+            return rebuild(described)
+        except MllmError:
+            raise
+        except Exception as error:  # a class that is a number, a list where a config belongs: any kind
+            raise _no_experiment(self.config_file) from error
+
+    def unfinished(self, experiment: Experiment) -> list[str]:
+        """The names of the stages from the first on that has not ended."""
+        ended = [self.snapshot(index, stage.name).is_dir() for index, stage in enumerate(experiment.stages)]
+        return [stage.name for stage in experiment.stages[(*ended, False).index(False) :]]
 
     def tokenizer(self) -> Tokenizer:
         return Tokenizer.load(self.tokenizer_file)
 
 
-WRITTEN = (
-    "config.json",
-    "tokenizer.json",
-    "run.json",
-    "results.json",
-    "examples.json",
-    "metrics.jsonl",
-    "report.html",
-) + ("checkpoints", "stages", "tensorboard")
+def _is_ours(name: str) -> bool:
+    return name.removesuffix(".tmp") in WRITTEN or name.startswith(UNDERWAY)
 
 
-def _remove_run(path: Path) -> None:
-    for name in WRITTEN:
-        target = path / name
-        if target.is_dir():
+def _names(path: Path, wanted: Callable[[str], bool]) -> list[str]:
+    return sorted(p.name for p in path.iterdir() if wanted(p.name)) if path.is_dir() else []
+
+
+def _remove_run(folder: RunFolder) -> None:
+    """Removes what a run wrote but its config, and only where a run surely wrote it: others have a config.json too."""
+    try:
+        folder.described()
+    except RunFolderError:
+        if strangers := _names(folder.path, lambda name: not _is_ours(name)):
+            raise RunFolderError(
+                f"{folder.path}: a config.json of no run, beside {strangers[:5]}",
+                "a run folder, or one in which nothing but a run's files lie",
+                "choose another --run-dir, or clear the folder yourself",
+            ) from None
+    for target in [folder.path / name for name in _names(folder.path, _is_ours)]:
+        if target == folder.config_file:
+            continue  # the new one replaces it: at no instant is the folder without one
+        if target.is_dir() and not target.is_symlink():
+            # First out of the way: half a folder must not be taken for a whole one if this is cut off.
+            if not target.name.startswith("."):
+                target = target.rename(target.with_name(f".{target.name}.removed.{time.time_ns()}"))
             shutil.rmtree(target)
         else:
-            target.unlink(missing_ok=True)
+            target.unlink()
 
 
-def write_json(path: Path, value) -> None:
-    """Writes a whole file or none."""
+def write_json(path: Path, value: Any) -> None:
+    """Writes a whole file or none.
+
+    Raises:
+        RunFolderError: no permission or no room; what stood there before stays.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(value, indent=1) + "\n")
-    os.replace(temporary, path)
-
-
-def read_json(path: Path):
     try:
-        return json.loads(path.read_text())
+        with temporary.open("w") as file:
+            file.write(json.dumps(value, indent=1) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise _unwritable(path, error) from error
+
+
+def read_json(path: Path, kind: type = dict) -> Any:
+    """A JSON file of a run; `kind` is what it must hold.
+
+    Raises:
+        RunFolderError: it cannot be read, or holds something else.
+    """
+    try:
+        value = json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        raise RunFolderError(f"{path}: {error}", "a JSON file that can be read", "restore it or start over") from error
+        raise RunFolderError(f"{path}: {error}", "a JSON file that can be read", RESTORE) from error
+    if not isinstance(value, kind):
+        raise RunFolderError(f"{path} holds a {type(value).__name__}", f"a {kind.__name__} as JSON", RESTORE)
+    return value
+
+
+def _no_experiment(path: Path) -> RunFolderError:
+    return RunFolderError(
+        f"{path} describes no experiment",
+        "the config.json of a run",
+        "choose the folder of a run, or restore the file",
+    )
+
+
+def _unwritable(path: Path, error: OSError) -> RunFolderError:
+    return RunFolderError(
+        f"{path}: {error.strerror or error}",
+        "a folder that can be written, with room on its disk",
+        "permit writing, free space or choose another --run-dir",
+    )
 
 
 def open_run(path: Path, experiment: Experiment, *, fresh: bool = False, writer: bool = True) -> RunFolder:
@@ -98,31 +179,26 @@ def open_run(path: Path, experiment: Experiment, *, fresh: bool = False, writer:
         return folder
     described = describe(experiment)
     try:
-        if fresh and folder.config_file.is_file():
-            _remove_run(folder.path)
-        folder.path.mkdir(parents=True, exist_ok=True)
-        if not folder.config_file.is_file():
-            strangers = sorted(p.name for p in folder.path.iterdir())
-            if strangers:
+        if folder.config_file.is_file():
+            if fresh:
+                _remove_run(folder)
+            elif changed := binding_differences(folder.described(), described):
+                shown = "\n  ".join(changed[:10]) + (f"\n  ... {len(changed) - 10} more" if len(changed) > 10 else "")
                 raise RunFolderError(
-                    f"{folder.path} holds {strangers[:5]} and no run",
-                    "an empty or new folder",
-                    "choose another --run-dir",
+                    f"{folder.path} holds a run of another config:\n  {shown}",
+                    "the config the run was started with",
+                    "choose another --run-dir, undo the change, or start over with --fresh",
                 )
-            write_json(folder.config_file, described)
-            return folder
-        changed = binding_differences(read_json(folder.config_file), described)
-        if changed:
-            shown = "\n  ".join(changed[:10]) + (f"\n  ... {len(changed) - 10} more" if len(changed) > 10 else "")
+        elif strangers := _names(folder.path, lambda name: not name.startswith(UNDERWAY)):
             raise RunFolderError(
-                f"{folder.path} holds a run of another config:\n  {shown}",
-                "the config the run was started with",
-                "choose another --run-dir, undo the change, or start over with --fresh",
+                f"{folder.path} holds {strangers[:5]} and no run", "an empty or new folder", "choose another --run-dir"
             )
+        folder.path.mkdir(parents=True, exist_ok=True)
         # What may change (the mesh, say) is kept up to date.
         write_json(folder.config_file, described)
+        if folder.unfinished(experiment):
+            for name in MEASURED:  # of parameters that are about to change
+                (folder.path / name).unlink(missing_ok=True)
     except OSError as error:
-        raise RunFolderError(
-            f"{folder.path}: {error}", "a folder that can be written", "choose another --run-dir"
-        ) from error
+        raise _unwritable(folder.path, error) from error
     return folder

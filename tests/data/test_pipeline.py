@@ -1,0 +1,270 @@
+"""Batches are a function of (seed, step): no history, no order, no number of hosts; and bad records are named."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import jax
+import numpy as np
+import pytest
+from tiny_runs import ROOT
+from toy_data import MODEL, PAIRS, PICTURES, SIZE, Toy, ToySource, pipeline, tokenizer
+
+from mllm_jax.cli import load_config
+from mllm_jax.data.examples import Conversation, Turn
+from mllm_jax.data.openmoji import OpenMojiQuestions
+from mllm_jax.data.openmoji.records import load
+from mllm_jax.data.pipeline import Mixture, Pipeline, Weighted, training_texts
+from mllm_jax.data.tokenizer import Tokenizer
+from mllm_jax.errors import DataError
+from mllm_jax.sharding.mesh import MeshConfig, make_mesh
+from mllm_jax.training.step import local_rows, place_batch
+
+TEXT = Weighted(Toy("toy_text", pictures=0))
+
+
+def assert_equal(a: dict, b: dict) -> None:
+    assert a.keys() == b.keys()
+    for name in a:
+        assert a[name].dtype == b[name].dtype
+        np.testing.assert_array_equal(a[name], b[name], err_msg=name)
+
+
+def differ(a: dict, b: dict) -> bool:
+    return any((a[name] != b[name]).any() for name in a)
+
+
+@pytest.mark.parametrize("mixture", [PICTURES, PAIRS], ids=["conversation", "caption"])
+def test_a_batch_needs_no_history_and_no_order(mixture):
+    forwards = {step: pipeline(mixture).batch(step) for step in (0, 1, 2, 17, 40, 1000)}
+    data = pipeline(mixture)
+    for step in (1000, 2, 40, 0, 17, 1, 2):
+        assert_equal(data.batch(step), forwards[step])
+    assert all(differ(forwards[a], forwards[b]) for a in forwards for b in forwards if a < b)
+    assert differ(pipeline(mixture, seed=1).batch(0), forwards[0])
+
+
+@pytest.mark.parametrize("mixture", [PICTURES, PAIRS], ids=["conversation", "caption"])
+def test_some_rows_are_those_of_the_whole(mixture):
+    data = pipeline(mixture)
+    whole = data.batch(5)
+    for rows in ([3], [6, 1, 4], range(2, 7)):
+        assert_equal(data.batch(5, rows), {name: x[list(rows)] for name, x in whole.items()})
+
+
+def test_iterating_gives_the_batches_in_order():
+    data = pipeline()
+    found = list(data.iterate(3, 21))
+    assert len(found) == 18
+    for step, batch in enumerate(found, start=3):
+        assert_equal(batch, data.batch(step))
+    for batch, step in zip(data.iterate(7, 9, rows=[2, 5]), (7, 8), strict=True):
+        assert_equal(batch, data.batch(step, [2, 5]))
+
+
+@pytest.mark.parametrize("hosts", [2, 4, 8])
+def test_any_number_of_hosts_sees_the_same_global_batch(hosts, devices):
+    """Each host has a pipeline of its own and the rows of its own devices; put together they are one host's batch."""
+    mesh = make_mesh(MeshConfig(data=4, fsdp=2))
+    whole, shapes = pipeline().batch(9), pipeline().shapes()
+    places = jax.device_put(
+        np.arange(8), jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(("data", "fsdp")))
+    )
+    rows_of = {shard.device: int(shard.data[0]) for shard in places.addressable_shards}
+    of_host = np.array(devices).reshape(hosts, -1)
+    parts = [sorted(rows_of[device] for device in host) for host in of_host]
+    assert sorted(sum(parts, [])) == local_rows(mesh, 8) == list(range(8))
+    batches = [pipeline().batch(9, rows) for rows in parts]
+    assert_equal({name: np.concatenate([b[name] for b in batches]) for name in whole}, whole)
+    placed = place_batch(whole, mesh, shapes, list(range(8)))
+    for name, array in placed.items():
+        for shard in array.addressable_shards:
+            np.testing.assert_array_equal(shard.data, whole[name][shard.index])
+
+
+def test_shapes_hold_for_every_batch():
+    data = pipeline()
+    for step in range(6):
+        assert {name: (x.shape, x.dtype) for name, x in data.batch(step).items()} == data.shapes()
+    assert data.shapes()["images"] == ((8, 3, SIZE, SIZE, 3), np.uint8)
+
+
+def test_rows_without_a_picture_have_the_same_shape():
+    """Text stands among pictures: slots stay empty and no place points to them."""
+    data = pipeline(replace(PICTURES, sources=(Weighted(Toy(), 0.1), TEXT), length=32, slots=2))
+    found = [(batch, row) for batch in map(data.batch, range(16)) for row in range(8)]
+    textual = [(b, r) for b, r in found if (b["media_index"][r] < 0).all()]
+    assert 0 < len(textual) < len(found)
+    for batch, row in textual:
+        assert not batch["images"][row].any() and batch["segments"][row].any()
+    alone = pipeline(Mixture((TEXT,), rows=8, length=32, slots=0))
+    assert set(alone.batch(0)) == set(data.batch(0)) - {"images"}
+
+
+def test_media_index_points_at_the_slots_of_the_example():
+    data, tokens = pipeline(), MODEL.media_tokens
+    assert tokens == 4
+    seen = 0
+    for step in range(4):
+        batch, plan = data.batch(step), data.plan.step(step)
+        np.testing.assert_array_equal(batch["media_index"] >= 0, batch["tokens"] == tokenizer().image)
+        for row, examples in enumerate(plan):
+            slot = 0
+            for segment, (source, index) in enumerate(examples, start=1):
+                places = batch["segments"][row] == segment
+                pictures = data.sources[source].images(index)
+                expected = [(slot + m) * tokens + t for m in range(len(pictures)) for t in range(tokens)]
+                found = batch["media_index"][row, places]
+                assert found[found >= 0].tolist() == expected
+                np.testing.assert_array_equal(batch["positions"][row, places], np.arange(places.sum()))
+                for m, picture in enumerate(pictures):
+                    np.testing.assert_array_equal(batch["images"][row, slot + m], picture)
+                slot, seen = slot + len(pictures), seen + len(pictures)
+            assert not batch["images"][row, slot:].any()
+            learnt = [w for s, i in examples for w in data.encode(s, i).loss_weights]
+            np.testing.assert_array_equal(batch["loss_weights"][row, : len(learnt)], learnt)
+            padding = batch["segments"][row] == 0
+            assert (batch["tokens"][row, padding] == tokenizer().pad).all()
+            assert not batch["loss_weights"][row, padding].any()
+    assert seen > 50
+
+
+def test_the_description_of_a_step_names_its_examples():
+    data = pipeline()
+    text = data.describe(2)
+    rows = text.split("; ")
+    assert len(rows) == 8
+    for row, (line, examples) in enumerate(zip(rows, data.plan.step(2), strict=True)):
+        assert line == f"row {row}: " + ", ".join(f"{data.sources[s].name}[{i}]" for s, i in examples)
+
+
+@pytest.fixture(scope="module")
+def quickstart():
+    """The experiment, and a pipeline for each of its packed mixtures."""
+    experiment = load_config(ROOT / "configs" / "quickstart.py")
+    sources = {repr(w.source): w.source for stage in experiment.stages for w in stage.data.sources}
+    texts = training_texts([source.build() for _, source in sorted(sources.items())])
+    words = Tokenizer.train(texts, experiment.tokenizer.vocab_size)
+    packed = {s.data: s.name for s in experiment.stages if s.data.layout == "conversation"}
+    media_tokens = experiment.model.media_tokens
+    return {name: Pipeline(data, words, media_tokens=media_tokens, seed=0) for data, name in packed.items()}
+
+
+def test_the_quickstart_fills_its_rows(quickstart, capsys):
+    found = {name: data.plan.statistics(64) for name, data in quickstart.items()}
+    with capsys.disabled():
+        shown = ", ".join(f"{name} {figures['fill']:.2%}" for name, figures in found.items())
+        print(f"\nquickstart, text positions filled: {shown}")
+    assert len(found) >= 2
+    assert min(figures["fill"] for figures in found.values()) >= 0.97, shown
+    assert max(figures["left_over"] for figures in found.values()) <= 0.001
+
+
+# ---- bad records
+
+
+@dataclass(frozen=True)
+class Broken(Toy):
+    """Some pictures cannot be read, some answers are empty."""
+
+    bad_pictures: tuple[int, ...] = ()
+    empty_answers: tuple[int, ...] = ()
+
+    def build(self) -> ToySource:
+        return BrokenSource(self)
+
+
+class BrokenSource(ToySource):
+    def conversation(self, index: int) -> Conversation:
+        if index in self.config.empty_answers:
+            return Conversation(1, (Turn("what colour", "  ", "colour"),))
+        return super().conversation(index)
+
+    def images(self, index: int) -> list[np.ndarray]:
+        if index in self.config.bad_pictures:
+            raise DataError(f"picture {index}: truncated", "a whole PNG", "replace it")
+        return super().images(index)
+
+
+def broken(share: float, **kwargs) -> Mixture:
+    return replace(PICTURES, sources=(Weighted(Broken("broken", **kwargs)), TEXT), max_bad_share=share)
+
+
+def test_a_corrupt_png_is_named_by_source_and_index(monkeypatch):
+    experiment = load_config(ROOT / "configs" / "smoke.py")
+    source = OpenMojiQuestions(image_size=16, variants=1)
+    mixture = Mixture((Weighted(source),), rows=8, length=128, slots=2)
+    words = Tokenizer.train(training_texts([source.build()], limit=100), 300)
+    data = Pipeline(mixture, words, media_tokens=experiment.model.media_tokens, seed=0)
+    index = data.plan.step(3)[2][0][1]
+    built = data.sources[0]
+    record = built.record_index(index)
+    half = load()["train"][record].image[:200]
+    records = list(built.catalog.records)
+    records[record] = replace(records[record], image=half)
+    monkeypatch.setattr(built.catalog, "records", tuple(records))
+    with pytest.raises(DataError, match=rf"openmoji_questions\[{index}\]: record {record} "):
+        data.batch(3, rows=[2])
+    with pytest.raises(DataError, match=r"openmoji_questions\["):
+        list(data.iterate(3, 4))
+
+
+def test_bad_records_are_counted_and_left_out():
+    bad = {"bad_pictures": (5, 60), "empty_answers": (7,)}
+    data = pipeline(broken(0.02, **bad))
+    assert [index for index, _ in data.measured[0].bad] == [5, 7, 60]
+    assert all(f"broken[{index}]" in reason for index, reason in data.measured[0].bad)
+    placed = {(s, i) for step in range(100) for row in data.plan.step(step) for s, i in row}
+    assert {i for s, i in placed if s == 0} == set(range(200)) - {5, 7, 60}
+    with pytest.raises(DataError, match=r"(?s)broken: 3 of 200 examples cannot be used.*broken\[5\].*at most 1.00%"):
+        pipeline(broken(0.01, **bad))
+
+
+def test_an_unreadable_picture_stops_a_run_that_allows_none():
+    data = pipeline(broken(0.0, bad_pictures=tuple(range(200))))
+    with pytest.raises(DataError, match=r"broken\[\d+\]: picture \d+: truncated"):
+        data.batch(0)
+
+
+def test_an_empty_answer_is_refused_at_measuring():
+    with pytest.raises(DataError, match=r"broken\[11\]: an empty answer to 'what colour'"):
+        pipeline(broken(0.0, empty_answers=(11,)))
+
+
+def test_more_pictures_than_slots_are_refused_at_measuring():
+    with pytest.raises(DataError, match=r"toy_pairs\[0\]: 2 pictures in a row of 1 slots"):
+        pipeline(replace(PICTURES, slots=1))
+
+
+# ---- stored lengths
+
+
+def test_lengths_are_measured_once(tmp_path, monkeypatch):
+    first = pipeline(cache_dir=tmp_path)
+    assert len(list(tmp_path.glob("*.npz"))) == len(PICTURES.sources)
+    monkeypatch.setattr(Pipeline, "encode", lambda *_: pytest.fail("measured again"))
+    second = pipeline(cache_dir=tmp_path)
+    monkeypatch.undo()
+    assert_equal(first.batch(4), second.batch(4))
+
+
+def test_lengths_are_measured_anew_for_other_data_or_settings(tmp_path):
+    pipeline(cache_dir=tmp_path)
+    for change in ({"length": 80}, {"sources": (Weighted(Toy(size=100)), *PICTURES.sources[1:])}):
+        before = set(tmp_path.iterdir())
+        pipeline(replace(PICTURES, **change), cache_dir=tmp_path)
+        assert set(tmp_path.iterdir()) - before
+
+
+def test_stale_lengths_are_told(tmp_path, monkeypatch):
+    """The data changed and the source's fingerprint did not."""
+    pipeline(cache_dir=tmp_path)
+    old = ToySource.conversation
+
+    def changed(self, index):
+        talk = old(self, index)
+        return replace(talk, turns=(replace(talk.turns[0], question="what is the colour of it"), *talk.turns[1:]))
+
+    monkeypatch.setattr(ToySource, "conversation", changed)
+    with pytest.raises(DataError, match=r"toy\w*\[\d+\]: \d+ tokens, measured as \d+(?s:.)*delete the stored lengths"):
+        pipeline(cache_dir=tmp_path).batch(0)

@@ -1,0 +1,145 @@
+"""Scores, their controls, and how results of several evaluations come together."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections import Counter
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from mllm_jax.errors import DataError
+from mllm_jax.evaluation.evaluate import evaluate, majority, normalise, shuffled
+from mllm_jax.evaluation.run import _merged
+
+
+@dataclass(frozen=True)
+class Asked:
+    task: str
+    question: str
+    answer: str
+    images: tuple[np.ndarray, ...]
+
+
+class Seer:
+    """A generator whose answer is the colours of its pictures, so that only the right pictures give the right one."""
+
+    def __init__(self, answer=lambda question, seen: seen):
+        self.say, self.calls = answer, []
+
+    def encode_images(self, images):
+        return np.stack([np.full((1, 1), image[0, 0, 0], np.float32) for image in images])
+
+    def answer(self, questions, media):
+        self.calls.append([m.ravel().astype(int).tolist() for m in media])
+        return [self.say(q, " ".join(str(v) for v in seen)) for q, seen in zip(questions, self.calls[-1], strict=True)]
+
+
+def picture(colour: int) -> np.ndarray:
+    return np.full((4, 4, 3), colour, np.uint8)
+
+
+def asked(task: str, *colours: int, question: str = "What colour?", answer: str | None = None) -> Asked:
+    return Asked(task, question, answer or " ".join(map(str, colours)), tuple(map(picture, colours)))
+
+
+@pytest.mark.parametrize(
+    ("text", "other"),
+    [("A red  cat.", "a red cat"), (" a\nred\tcat ", "a red cat"), ("a red cat .", "a red cat"), ("Yes", "yes.")],
+)
+def test_normalise_forgives_case_spaces_and_the_full_stop(text, other):
+    assert normalise(text) == normalise(other)
+
+
+@pytest.mark.parametrize(("text", "other"), [("cat", "cats"), ("red cat", "redcat"), ("", "no"), ("1.5", "15")])
+def test_normalise_forgives_nothing_else(text, other):
+    assert normalise(text) != normalise(other)
+
+
+def test_shuffled_is_a_permutation_that_leaves_nothing_in_its_place():
+    for count in [*range(2, 40), 200]:
+        for seed in range(20):
+            order = shuffled(count, seed)
+            assert sorted(order) == list(range(count))
+            assert not (order == np.arange(count)).any()
+    assert (shuffled(50, 1) != shuffled(50, 2)).any()
+    assert (shuffled(50) == shuffled(50)).all()
+
+
+def test_majority_counts_answers_as_they_are_compared():
+    assert majority(["Yes", "yes.", "no"]) == 2 / 3
+    assert majority(["a", "b", "c", "d"]) == 1 / 4
+
+
+def test_scores_and_controls_computed_by_hand():
+    questions = {
+        "seen": [
+            asked("colour", 1, answer="1."),
+            asked("colour", 2),
+            asked("colour", 3, answer="7"),  # what the generator sees is not the answer
+            asked("colour", 4),
+            asked("pair", 5, 6),
+            asked("pair", 6, 5),
+        ],
+        # The answer stands in the question: pictures make no difference, and the control says so.
+        "blind": [asked("colour", c, question=f"Say {c}", answer="9" if c < 3 else "8") for c in (1, 2, 3)],
+    }
+    seer = Seer(lambda question, seen: "9" if question.startswith("Say") else seen)
+    results, examples = evaluate(seer, questions)
+    assert results == {
+        "splits": {
+            "seen": {
+                "colour": {"accuracy": 3 / 4, "accuracy_shuffled_images": 0.0, "majority": 1 / 4, "n": 4},
+                "pair": {"accuracy": 1.0, "accuracy_shuffled_images": 0.0, "majority": 1 / 2, "n": 2},
+            },
+            "blind": {"colour": {"accuracy": 2 / 3, "accuracy_shuffled_images": 2 / 3, "majority": 2 / 3, "n": 3}},
+        }
+    }
+    # The control asks about the same pictures, each at another question, and pictures of one question stay together.
+    true, control, pairs, other_pairs = seer.calls[:4]
+    assert true == [[1], [2], [3], [4]] and sorted(control) == true
+    assert all(a != b for a, b in zip(true, control, strict=True))
+    assert (pairs, other_pairs) == ([[5, 6], [6, 5]], [[6, 5], [5, 6]])
+    assert [(e["question"], e["answer"], e["truth"], e["correct"]) for e in examples if e["split"] == "seen"][:3] == [
+        ("What colour?", "1", "1.", True),
+        ("What colour?", "2", "2", True),
+        ("What colour?", "3", "7", False),
+    ]
+
+
+def test_examples_come_from_every_split_and_task_with_their_pictures():
+    tasks = ("a", "b", "c")
+    questions = {s: [asked(t, c, c + 1) for t in tasks for c in range(9)] for s in ("one", "two")}
+    _, examples = evaluate(Seer(), questions, shown_per_task=4)
+    found = Counter((e["split"], e["task"]) for e in examples)
+    assert found == {(s, t): 4 for s in questions for t in tasks}
+    for number, example in enumerate(examples):
+        shown = [np.asarray(Image.open(io.BytesIO(base64.b64decode(t)))) for t in example["image_png_base64"]]
+        assert [image[0, 0, 0] for image in shown] == [number % 4, number % 4 + 1]
+
+
+def test_a_task_of_one_question_is_refused():
+    with pytest.raises(DataError, match="some/colour: one question"):
+        evaluate(Seer(), {"some": [asked("colour", 1)]})
+
+
+def test_a_second_evaluation_replaces_its_own_tasks_only():
+    def measured(*pairs, value):
+        splits: dict = {}
+        for split, task in pairs:
+            splits.setdefault(split, {})[task] = {"accuracy": value}
+        return {"splits": splits}, [{"split": s, "task": t, "answer": value} for s, t in pairs]
+
+    before = measured(("one", "a"), ("one", "c"), ("two", "a"), value=0.1)
+    now = measured(("one", "a"), ("one", "b"), ("three", "a"), value=0.9)
+    results, examples = _merged(before, now)
+    values = {s: {t: scores["accuracy"] for t, scores in tasks.items()} for s, tasks in results["splits"].items()}
+    assert values == {"one": {"a": 0.9, "b": 0.9, "c": 0.1}, "two": {"a": 0.1}, "three": {"a": 0.9}}
+    assert [list(tasks) for tasks in values.values()] == [["a", "b", "c"], ["a"], ["a"]]
+    assert {(e["split"], e["task"]): e["answer"] for e in examples} == {
+        (s, t): value for s, tasks in values.items() for t, value in tasks.items()
+    }
+    assert len(examples) == 5

@@ -1,0 +1,339 @@
+"""The command line end to end: a tiny run is trained, gone on with, evaluated, questioned, damaged and mended."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from mllm_jax.cli import load_config, main
+from mllm_jax.training.run_folder import RunFolder
+
+ROOT = Path(__file__).parents[1]
+SMOKE = ROOT / "configs" / "smoke.py"
+STAGES = ("language", "contrastive", "align", "instruct")
+MADE = {
+    *("config.json", "tokenizer.json", "run.json", "metrics.jsonl", "tensorboard", "stages", "checkpoints"),
+    *("results.json", "examples.json", "report.html"),
+}
+TFDS = "Downloading and preparing dataset |Dataset openmoji downloaded and prepared"  # TFDS prints them once a machine
+# Commands one after the other in one process: [exit code, stdout, stderr] of each.
+PRELUDE = """
+import contextlib, dataclasses, errno, io, json, sys
+from mllm_jax.cli import main
+
+def mllm(*arguments):
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            code = main([str(a) for a in arguments])
+        except SystemExit as stop:
+            code = stop.code
+    return [code, out.getvalue(), err.getvalue()]
+
+"""
+
+
+class Machine:
+    """Runs Python in processes with one device, one cache of compiled programs and data prepared only for them."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.environment = os.environ | {
+            "PYTHONPATH": str(ROOT),
+            "MLLM_DATA_DIR": str(folder / "data"),
+            # Most of the time would be the compiler's.
+            "XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true",
+            "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+            "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+        }
+
+    def call(self, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, *map(str, arguments)],
+            cwd=self.folder,
+            env=self.environment,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+
+    def run(self, code: str):
+        """What `code`, which can call `mllm(*arguments)`, leaves in `result`; it must print nothing itself."""
+        done = self.call("-c", PRELUDE + code + "\nprint(json.dumps(result))")
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert done.stderr == "", "noise"
+        return json.loads(done.stdout)
+
+
+@pytest.fixture(scope="module")
+def machine(tmp_path_factory):
+    return Machine(tmp_path_factory.mktemp("machine"))
+
+
+@pytest.fixture(scope="module")
+def trained(machine):
+    """(the run folder, the process that trained it, as a person starts it on a machine that has no data yet)."""
+    folder = machine.folder / "run"
+    done = machine.call("-m", "mllm_jax.cli", "train", SMOKE, "--run-dir", folder)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder, done
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pictures")
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 30, 3), np.uint8)).save(folder / "a.png")
+    Image.new("L", (16, 16), 128).save(folder / "b.png")
+    return folder
+
+
+def values_of(metrics: str) -> list[dict]:
+    """The lines of metrics.jsonl without what differs from one run to the next."""
+    found = [json.loads(line) for line in metrics.splitlines()]
+    return [{name: value for name, value in line.items() if name != "timing"} for line in found]
+
+
+def values(folder: Path) -> list[dict]:
+    return values_of((folder / "metrics.jsonl").read_text())
+
+
+def files(folder: Path, *under: str) -> dict[Path, tuple[int, int]]:
+    return {p: (p.stat().st_mtime_ns, p.stat().st_size) for name in under for p in (folder / name).rglob("*")}
+
+
+# ---- a run, and what is done with it
+
+
+def test_train_leaves_everything_in_the_run_folder(trained):
+    folder, done = trained
+    assert {p.name for p in folder.iterdir()} == MADE
+    assert RunFolder(folder).experiment() == load_config(SMOKE)
+    assert [p.name for p in sorted((folder / "stages").iterdir())] == [f"{i}-{s}" for i, s in enumerate(STAGES)]
+    train = [line for line in values(folder) if "loss" in line]
+    assert [(line["step"], line["stage"]) for line in train] == [(k + 1, STAGES[k // 8]) for k in range(32)]
+    assert list((folder / "tensorboard").glob("events*"))
+    facts = json.loads((folder / "run.json").read_text())
+    assert [stage["name"] for stage in facts["stages"]] == list(STAGES)
+    for stage, share in zip(STAGES, ("llm", "encoder", "projector", "llm"), strict=True):
+        assert f"stage {stage}: trainable" in done.stdout and share in facts["parameters"]
+
+
+def test_results_put_every_accuracy_beside_its_controls(trained):
+    folder, done = trained
+    results = json.loads((folder / "results.json").read_text())
+    assert list(results) == ["splits"] and set(results["splits"]) == {"composition", "unseen"}
+    for tasks in results["splits"].values():
+        assert {"naming", "yes_no", "skin_tone", "scene2_top_left", "scene2_count"} <= tasks.keys()
+        for task, scores in tasks.items():
+            assert set(scores) == {"accuracy", "accuracy_shuffled_images", "majority", "n"}
+            assert scores["n"] == 8 and all(0 <= value <= 1 for name, value in scores.items() if name != "n")
+            assert re.search(rf"│ {task} ", done.stdout), f"{task} is cut off in the table"
+
+
+def test_the_report_shows_24_pictures_with_their_answers(trained):
+    folder, _ = trained
+    examples = json.loads((folder / "examples.json").read_text())
+    assert {(e["split"], e["task"]) for e in examples} == {
+        (split, task)
+        for split, tasks in json.loads((folder / "results.json").read_text())["splits"].items()
+        for task in tasks
+    }
+    assert all(e["image_png_base64"] and e["question"] and e["truth"] for e in examples)
+    report = (folder / "report.html").read_text()
+    assert report.count("data:image/png;base64,") == 24 and "http://" not in report.replace("http://www.w3.org", "")
+
+
+def test_a_normal_run_prints_nothing_on_stderr(trained):
+    """Nor on stdout anything but the library's own lines; and it is a machine's first run, which prepares the data."""
+    _, done = trained
+    assert done.stderr == ""
+    told = re.compile(
+        rf"stage ({'|'.join(STAGES)}): |({'|'.join(STAGES)})  \d+/8  loss|[┏┃┡│├└]|/.*report\.html$|{TFDS}"
+    )
+    assert not [line for line in done.stdout.splitlines() if not told.match(line)]
+
+
+def test_the_same_command_again_trains_nothing_more(machine, trained):
+    folder, _ = trained
+    kept = ("stages", "checkpoints", "tensorboard", "config.json", "metrics.jsonl")
+    before, results, metrics = files(folder, *kept), (folder / "results.json").read_bytes(), values(folder)
+    code, out, err = machine.run(f"result = mllm('train', {str(SMOKE)!r}, '--run-dir', {str(folder)!r})")
+    assert (code, err) == (0, "") and "loss" not in out
+    assert files(folder, *kept) == before and values(folder) == metrics
+    assert (folder / "results.json").read_bytes() == results, "the same parameters give other answers"
+    assert {p.name for p in folder.iterdir()} == MADE
+    assert len(json.loads((folder / "run.json").read_text())["stages"]) == 4
+
+
+def test_another_config_on_the_same_folder_is_refused(trained, capsys):
+    folder, _ = trained
+    before = files(folder, ".")
+    code = main(["train", str(SMOKE), "--run-dir", str(folder), "--stages.0.steps", "3", "--seed", "7"])
+    out, message = capsys.readouterr()
+    assert code == 2 and out == "" and message.count("to do: ") == 1
+    assert "stages.0.steps: 8 -> 3" in message and "seed: 0 -> 7" in message and "--fresh" in message
+    assert files(folder, ".") == before
+
+
+def test_evaluation_of_some_tasks_keeps_the_others_and_hangs_on_no_batch_size(machine, trained):
+    folder, copy = trained[0], machine.folder / "evaluated"
+    shutil.copytree(folder, copy)
+    code, small = machine.run(
+        f"""
+from mllm_jax.evaluation.run import evaluate_run
+told = mllm("evaluate", {str(copy)!r}, "--tasks", "naming", "scene3_count")
+small = evaluate_run({str(copy)!r}, tasks=["naming", "scene3_count"], batch_size=8)
+result = [told, small]"""
+    )
+    assert code[0] == 0 and code[2] == "" and code[1].endswith(f"{copy}/report.html\n")
+    assert "naming" in code[1] and "scene3_count" in code[1] and "yes_no" not in code[1]
+    assert {tuple(tasks) for tasks in small["splits"].values()} == {("naming", "scene3_count")}
+    for name in ("results.json", "examples.json"):
+        before, after = (json.loads((f / name).read_text()) for f in (folder, copy))
+        if name == "examples.json":
+            before, after = (
+                sorted(e, key=lambda x: (x["split"], x["task"], x["question"], x["truth"])) for e in (before, after)
+            )
+        assert after == before, f"64 rows a batch and 8 differ in {name}"
+
+
+def test_generate_answers(machine, trained, pictures):
+    folder, a, b = trained[0], pictures / "a.png", pictures / "b.png"
+    asked = {
+        "greedy": [a],
+        "the likeliest of one": [a, "--temperature 5 --top-k 1"],
+        "two": [a, b, "--temperature 1"],
+        "none": ["--temperature 1"],
+        "sampled": [a, "--temperature 1 --top-k 50 --seed 1"],
+        "short": [a, "--temperature 1 --top-k 50 --seed 1 --max-new-tokens 6"],
+        "another seed": [a, "--temperature 1 --top-k 50 --seed 2"],
+    }
+    commands = {}
+    for name, parts in asked.items():
+        options = [word for part in parts if isinstance(part, str) for word in part.split()]
+        images = [word for part in parts if isinstance(part, Path) for word in ("--image", str(part))]
+        commands[name] = [str(folder), *images, "What is this?", *options]
+    told = machine.run(f"result = {{n: mllm('generate', *c) for n, c in {commands!r}.items()}}")
+    assert all(code == 0 and err == "" and out.endswith("\n") for code, out, err in told.values()), told
+    # After 32 steps the likeliest answer may well be none, but what is drawn at random is something.
+    said = {name: out.strip() for name, (_, out, _) in told.items()}
+    assert said["the likeliest of one"] == said["greedy"] != said["sampled"] != said["another seed"]
+    assert said["two"] and said["none"]
+    assert 1 < len(said["short"]) < len(said["sampled"])
+    # But for its last letter, which may be cut in the middle of its bytes.
+    assert said["sampled"].startswith(said["short"][:-1]), "a seed does not repeat its answer"
+
+
+# ---- full disks, other settings, damage: what is lost, and how it goes on
+
+
+def test_a_disk_that_is_full_while_saving_costs_no_finished_checkpoint(machine, trained):
+    folder, short = machine.folder / "full", machine.folder / "short.py"
+    short.write_text(
+        f"""
+import dataclasses, runpy
+from mllm_jax.training.config import TokenizerConfig
+
+def config():
+    smoke = runpy.run_path({str(SMOKE)!r})["config"]()
+    tokenizer = TokenizerConfig(512, path={str(trained[0] / "tokenizer.json")!r})
+    return dataclasses.replace(smoke, stages=smoke.stages[:1], tokenizer=tokenizer, evaluation=None)
+"""
+    )
+    told = machine.run(
+        f"""
+from pathlib import Path
+from mllm_jax.checkpoints import folder
+
+run = Path({str(folder)!r})
+result = []
+
+def train(*options):
+    told = mllm("train", {str(short)!r}, "--run-dir", run, *options)
+    kept = sorted(p.name for p in (run / "checkpoints" / "0-language").iterdir())
+    result.append([*told, kept, (run / "metrics.jsonl").read_text()])
+
+def full(real, after):
+    calls = iter(range(after))
+    def work(*args):
+        if next(calls, None) is None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return real(*args)
+    return work
+
+# In the background, while it is being written: the save of step 3 succeeds, that of step 6 does not.
+seal, folder._seal = folder._seal, full(folder._seal, 1)
+train()
+folder._seal = seal
+# Before it begins, because there is too little room.
+free, folder.free_bytes = folder.free_bytes, lambda path: 1000
+train()
+folder.free_bytes = free
+train()
+# The newest checkpoint is cut in half, and the stage's end was not reached.
+(run / "stages" / "0-language").rename(run.parent / "aside")
+newest = max((p for p in (run / "checkpoints/0-language/00000006/arrays").rglob("*") if p.is_file()),
+             key=lambda p: p.stat().st_size)
+newest.write_bytes(newest.read_bytes()[:100])
+train()
+train("--stages.0.steps", 3)
+train("--stages.0.steps", 3, "--fresh")
+"""
+    )
+    in_background, before, done, cut, refused, fresh = told
+    for code, _, err, kept, _ in (in_background, before):
+        assert code == 2 and err.count("to do: ") == 1 and "CheckpointError" in err and "Traceback" not in err
+        assert kept == ["00000003"], "the finished checkpoint is gone, or half a one is left"
+        assert "the checkpoints before it are untouched" in err
+    assert "No space left on device" in in_background[2] and "1,000 bytes" in before[2]
+    assert "resumed at step 3" in before[1] and "resumed at step 3" in done[1]
+    assert done[0] == 0 and done[2] == "" and done[3] == ["00000003", "00000006"]
+    whole = [line for line in values(trained[0]) if line["stage"] == "language"]
+    for _, _, _, _, metrics in (done, cut):
+        assert values_of(metrics) == whole, "not what the run gives that no disk disturbed"
+    assert cut[2].startswith("warning: checkpoint of step 6 not used: ") and cut[2].count("\n") == 1
+    assert cut[0] == 0 and "checkpoint of step 6 not used" in cut[1] and "resumed at step 3" in cut[1]
+    assert refused[0] == 2 and "stages.0.steps: 8 -> 3" in refused[2]
+    assert fresh[0] == 0 and "resumed" not in fresh[1] and "3/3" in fresh[1] and fresh[3] == []
+    assert [line["step"] for line in values_of(fresh[4])] == [1, 2, 3]
+    assert RunFolder(folder).experiment().stages[0].steps == 3
+
+
+def test_after_damage_the_message_names_what_is_damaged(machine, trained):
+    folder = machine.folder / "damaged"
+    shutil.copytree(trained[0], folder)
+    arrays = RunFolder(folder).snapshot(2, "align") / "arrays"
+    victim = max((p for p in arrays.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+    content = bytearray(victim.read_bytes())
+    content[len(content) // 2] ^= 1
+    victim.write_bytes(content)
+    unfinished = machine.folder / "unfinished"
+    shutil.copytree(trained[0], unfinished)
+    for stage in ("2-align", "3-instruct"):
+        shutil.rmtree(unfinished / "stages" / stage)
+    begun = machine.folder / "begun"
+    shutil.copytree(unfinished, begun)
+    shutil.rmtree(begun / "stages")
+    told = machine.run(
+        f"""
+folder, unfinished = {str(folder)!r}, {str(unfinished)!r}
+result = [mllm("evaluate", folder), mllm("train", {str(SMOKE)!r}, "--run-dir", folder)]
+result += [mllm("generate", unfinished, "What is this?"), mllm("generate", {str(begun)!r}, "What is this?")]
+"""
+    )
+    for code, _, err in told[:2]:
+        assert code == 2 and "2-align" in err and "is corrupt" in err and err.count("to do: ") == 1
+    code, out, err = told[2]
+    assert (code, err) == (0, f"warning: {unfinished} is trained in part: no stage align, instruct yet\n") and out
+    assert told[3][0] == 2 and "no stage is finished" in told[3][2] and told[3][2].count("to do: ") == 1

@@ -1,0 +1,255 @@
+"""The command line refuses in one message what it cannot do, and its help helps; no model is run here."""
+
+from __future__ import annotations
+
+import os
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from mllm_jax.cli import COMMANDS, load_config, main
+from mllm_jax.errors import ConfigError
+from mllm_jax.training.run_folder import open_run
+
+ROOT = Path(__file__).parents[1]
+SMOKE = ROOT / "configs" / "smoke.py"
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """What looks like a finished run until its parameters are read."""
+    experiment = load_config(SMOKE)
+    folder = open_run(tmp_path_factory.mktemp("runs") / "run", experiment)
+    for index, stage in enumerate(experiment.stages):
+        folder.snapshot(index, stage.name).mkdir(parents=True)
+    return folder.path
+
+
+def files(folder: Path) -> dict[Path, tuple[int, int]]:
+    return {p: (p.stat().st_mtime_ns, p.stat().st_size) for p in folder.rglob("*.*")}
+
+
+def check_refusal(code, out: str, err: str) -> str:
+    """One message in three parts, no traceback, exit code 2."""
+    assert code == 2, out + err
+    assert "Traceback" not in err and out == ""
+    assert err.count("expected: ") == 1 and err.count("to do: ") == 1, err
+    return err
+
+
+# ---- bad input, refused before anything is loaded
+
+
+def png_of(width: int, height: int) -> bytes:
+    """A PNG whose header declares a size that its few bytes do not hold."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+
+
+BAD_PICTURES = {
+    "missing.png": (None, "cannot be read"),
+    "text.png": (b"no picture", "cannot be decoded"),
+    "empty.png": (b"", "cannot be decoded"),
+    "cut.png": ("cut", "cannot be decoded"),
+    "huge.png": (png_of(10_000, 10_000), "10000 x 10000 pixels"),
+    "vast.png": (png_of(2**31 - 1, 2**31 - 1), "picture's header declares"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_PICTURES)
+def test_bad_pictures_are_refused_before_the_model_is_loaded(run, tmp_path, capsys, monkeypatch, name):
+    content, told = BAD_PICTURES[name]
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 30, 3), np.uint8)).save(tmp_path / "a.png")
+    if content == "cut":
+        whole = (tmp_path / "a.png").read_bytes()
+        content = whole[: len(whole) // 2]
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    monkeypatch.setattr("mllm_jax.training.loop.load_run", None)
+    images = ["--image", str(tmp_path / "a.png"), "--image", str(tmp_path / name)]
+    message = check_refusal(main(["generate", str(run), *images, "What?"]), *capsys.readouterr())
+    assert name in message and told in message and "a.png" not in message
+
+
+def config_file(folder: Path, text: str) -> str:
+    (folder / "experiment.py").write_text(text)
+    return str(folder / "experiment.py")
+
+
+REPLACED = "import dataclasses, mllm_jax\nx = dataclasses.replace(mllm_jax.AdamW(), warmup_step=1)\n"
+BAD_CONFIGS = {
+    "a dict": ("def config():\n    return {}\n", "config() returns dict"),
+    "nothing": ("def config():\n    pass\n", "config() returns NoneType"),
+    "no function": ("config = 3\n", "without config()"),
+    "empty": ("", "without config()"),
+    "syntax": ("def config(:\n", "SyntaxError"),
+    "import": ("import a_package_of_the_moon\n", "line 1: ModuleNotFoundError: No module named 'a_package_of"),
+    "error": ("def config():\n    return 1 / 0\n", "line 2: ZeroDivisionError"),
+    "key": (
+        "from mllm_jax import ViTConfig\n\nViTConfig(hiden_size=8)\n",
+        "line 3: ViTConfig has no field 'hiden_size'",
+    ),
+    "key named": ("from mllm_jax import ViTConfig\n\nViTConfig(hiden_size=8)\n", "did you mean 'hidden_size'?"),
+    "far key": ("import mllm_jax\nmllm_jax.AdamW(lr=1)\n", "line 2: AdamW has no field 'lr'"),
+    "far key named": ("import mllm_jax\nmllm_jax.AdamW(lr=1)\n", "expected: some of learning_rate, warmup_steps, "),
+    "replaced key": (REPLACED, "line 2: AdamW has no field 'warmup_step'"),
+    "replaced key named": (REPLACED, "did you mean 'warmup_steps'?"),
+    "missing key": ("import mllm_jax\nmllm_jax.Stage(name='a')\n", "line 2: TypeError: "),
+    "wrong value": ("import mllm_jax\nmllm_jax.Sampling(top_k=-1)\n", "top_k >= 0"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_CONFIGS)
+def test_bad_configs_are_refused_with_their_line(tmp_path, capsys, case):
+    text, told = BAD_CONFIGS[case]
+    message = check_refusal(main(["train", config_file(tmp_path, text)]), *capsys.readouterr())
+    assert message.startswith("ConfigError: ") and told in message
+
+
+def test_a_config_that_was_edited_at_once_is_read_anew(tmp_path):
+    """Of equal length and age, it could be taken for the one before by a cache."""
+    text = SMOKE.read_text()
+    names = []
+    for name in ("smoke", "smoky"):
+        path = Path(config_file(tmp_path, text.replace('name="smoke"', f'name="{name}"')))
+        os.utime(path, (1e9, 1e9))
+        names.append(load_config(path).name)
+    assert names == ["smoke", "smoky"] and not (tmp_path / "__pycache__").exists()
+
+
+REFUSED = {
+    "no command of ours": (["chat", "x"], "one of ['evaluate', 'generate', 'train']"),
+    "an option first": (["--fresh"], "one of ['evaluate', 'generate', 'train']"),
+    "no config": (["train"], "without a config"),
+    "an option before the config": (["train", "--fresh", str(SMOKE)], "before any option"),
+    "an absent config": (["train", "/nowhere/x.py"], "no config at /nowhere/x.py"),
+    "a folder as config": (["train", str(ROOT)], "no config at"),
+    "an impossible mesh": (["train", str(SMOKE), "--mesh.data", "3", "--run-dir", "{new}"], "mesh {'data': 3,"),
+    "two axes that take the rest": (
+        ["train", str(SMOKE), "--mesh.fsdp", "-1", "--run-dir", "{new}"],
+        "at most one of them -1",
+    ),
+    "no CPU device": (["train", str(SMOKE), "--cpu-devices", "0", "--run-dir", "{new}"], "cpu_devices 0"),
+    "no steps": (["train", str(SMOKE), "--stages.1.steps", "0", "--run-dir", "{new}"], "stage 'contrastive': 0 steps"),
+    "sizes that contradict": (
+        ["train", str(SMOKE), "--model.llm.hidden-size", "48", "--run-dir", "{new}"],
+        "projector.output_size 32",
+    ),
+    "a run folder below a file": (["train", str(SMOKE), "--run-dir", str(SMOKE / "x")], "Not a directory"),
+    "a run folder of other files": (["train", str(SMOKE), "--run-dir", str(ROOT / "configs")], "and no run"),
+    "other files, afresh": (["train", str(SMOKE), "--run-dir", str(ROOT / "configs"), "--fresh"], "and no run"),
+    "a broken run": (["train", str(SMOKE), "--run-dir", "{broken}"], "config.json: "),
+    "evaluating a broken run": (["evaluate", "{broken}"], "config.json: "),
+    "asking a broken run": (["generate", "{broken}", "What?"], "config.json: "),
+    "evaluating no run": (["evaluate", "{new}"], "no config.json"),
+    "asking no run": (["generate", "{new}", "What?"], "no config.json"),
+    "asking a file": (["generate", str(SMOKE), "What?"], "no config.json"),
+    "an unknown task": (["evaluate", "{run}", "--tasks", "naming", "singing"], "tasks ['singing']"),
+    "no task": (["evaluate", "{run}", "--tasks"], "some of ['category', "),
+    "a negative temperature": (["generate", "{run}", "What?", "--temperature", "-1"], "temperature >= 0"),
+    "top-p of nothing": (["generate", "{run}", "What?", "--top-p", "0"], "0 < top_p <= 1"),
+    "an answer of nothing": (["generate", "{run}", "What?", "--max-new-tokens", "0"], "max_new_tokens 0"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_cannot_be_done_is_refused_in_one_message(run, tmp_path, capsys, monkeypatch, case):
+    arguments, told = REFUSED[case]
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "config.json").write_text('{"class": ')
+    places = {"{run}": str(run), "{broken}": str(tmp_path / "broken"), "{new}": str(tmp_path / "new")}
+    monkeypatch.chdir(tmp_path)
+    before = files(run), files(ROOT / "configs")
+    message = check_refusal(main([places.get(a, a) for a in arguments]), *capsys.readouterr())
+    assert told in message
+    assert (files(run), files(ROOT / "configs")) == before
+    assert not (tmp_path / "new").exists() and not (tmp_path / "runs").exists(), "a folder is left"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["train", str(SMOKE), "--stages.0.stps", "3"], "--stages.0.steps"),
+        (["train", str(SMOKE), "--stages.0.steps", "many"], "invalid literal"),
+        (["evaluate", "run", "--task", "naming"], "--tasks"),
+        (["evaluate"], "a folder that `mllm train` made"),
+        (["generate", "run"], "what to ask"),
+        (["generate", "run", "What?", "--picture", "a.png"], "--picture"),
+    ],
+)
+def test_unknown_and_missing_options_are_told(capsys, arguments, told):
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    out, err = capsys.readouterr()
+    assert stop.value.code == 2 and out == "" and told in err and "Traceback" not in err
+
+
+def test_a_failing_disk_or_file_elsewhere_is_one_message(capsys, monkeypatch):
+    def fail(arguments):
+        raise OSError(28, "No space left on device", "/x")
+
+    monkeypatch.setitem(COMMANDS, "evaluate", fail)
+    assert "No space left on device: '/x'" in check_refusal(main(["evaluate"]), *capsys.readouterr())
+
+
+def test_an_interruption_is_no_traceback_and_a_bug_is_one(capsys, monkeypatch):
+    def fail(arguments):
+        raise KeyboardInterrupt if arguments else ZeroDivisionError
+
+    monkeypatch.setitem(COMMANDS, "evaluate", fail)
+    assert main(["evaluate", "run"]) == 130
+    assert capsys.readouterr().err.count("\n") == 1
+    with pytest.raises(ZeroDivisionError):
+        main(["evaluate"])
+
+
+# ---- help
+
+
+@pytest.mark.parametrize("arguments", [[], ["-h"], ["--help"]])
+def test_help_lists_the_commands(capsys, arguments):
+    assert main(arguments) == 0
+    out, err = capsys.readouterr()
+    assert err == "" and all(f"mllm {command} " in out for command in COMMANDS)
+
+
+def test_help_of_train_says_that_the_config_brings_the_options(capsys):
+    for flag in ("-h", "--help"):
+        assert main(["train", flag]) == 0
+        out, err = capsys.readouterr()
+        assert err == "" and "Name a config" in out and "--run-dir" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (
+            ["train", str(SMOKE), "--help"],
+            ("--run-dir", "--fresh", "--stages.3.optimizer.learning-rate", "--mesh.fsdp"),
+        ),
+        (["evaluate", "--help"], ("--tasks", "PATH")),
+        (["generate", "--help"], ("--image", "--temperature", "--top-k", "--seed", "--max-new-tokens")),
+    ],
+)
+def test_help_lists_the_options(capsys, arguments, told):
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    out, err = capsys.readouterr()
+    assert stop.value.code == 0 and err == "" and all(option in out for option in told)
+
+
+def test_every_refusal_has_three_parts():
+    with pytest.raises(ConfigError) as refusal:
+        load_config(Path("/nowhere/x.py"))
+    assert str(refusal.value).splitlines()[1:] == [
+        "  expected: a Python file with `def config() -> Experiment`",
+        "  to do:    check the path",
+    ]

@@ -1,0 +1,258 @@
+"""A run folder is taken up, refused or cleared, and nothing that a run did not write is touched."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import json
+import os
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from mllm_jax import (
+    DecoderConfig,
+    Experiment,
+    Mixture,
+    MLPProjectorConfig,
+    MultimodalConfig,
+    NextToken,
+    RunFolder,
+    Stage,
+    TokenizerConfig,
+    ViTConfig,
+)
+from mllm_jax.errors import ConfigError, RunFolderError
+from mllm_jax.training import run_folder
+from mllm_jax.training.run_folder import FOLDERS, MEASURED, open_run, read_json, write_json
+
+EXPERIMENT = Experiment(
+    name="small",
+    model=MultimodalConfig(
+        ViTConfig(8, 4, 12, 1, 2, 16),
+        MLPProjectorConfig(16),
+        DecoderConfig(vocab_size=300, hidden_size=16, num_heads=4, num_kv_heads=2),
+    ),
+    tokenizer=TokenizerConfig(vocab_size=300),
+    stages=tuple(Stage(name, NextToken(), ("llm/*",), Mixture(sources=()), steps=3) for name in "abc"),
+)
+OTHER = dataclasses.replace(EXPERIMENT, seed=1)
+SAME = dataclasses.replace(EXPERIMENT, log_every=3)  # changes no number
+
+
+def refused(*args, **options) -> str:
+    with pytest.raises(RunFolderError) as refusal:
+        open_run(*args, **options)
+    assert refusal.value.given and refusal.value.expected and refusal.value.todo
+    return str(refusal.value)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+@pytest.fixture
+def full(tmp_path):
+    """A run folder with something under every name that a run writes, and a file of somebody else."""
+    folder = open_run(tmp_path / "run", EXPERIMENT)
+    for name in FOLDERS:
+        (folder.path / name / "0-a").mkdir(parents=True)
+        (folder.path / name / "0-a" / "x").write_text("x")
+    for name in ("tokenizer.json", "run.json", *MEASURED):
+        (folder.path / name).write_text("{}")
+    (folder.path / "notes.txt").write_text("mine")
+    return folder
+
+
+def test_a_new_folder_holds_the_experiment(tmp_path):
+    folder = open_run(tmp_path / "deep" / "run", EXPERIMENT)
+    assert folder == RunFolder(tmp_path / "deep" / "run")
+    assert folder.experiment() == EXPERIMENT
+    assert list(folder.path.iterdir()) == [folder.config_file], "a temporary file is left"
+    assert folder.unfinished(EXPERIMENT) == ["a", "b", "c"]
+
+
+def test_a_stage_is_unfinished_from_the_first_that_did_not_end(tmp_path):
+    folder = RunFolder(tmp_path)
+    folder.snapshot(0, "a").mkdir(parents=True)
+    folder.snapshot(2, "c").mkdir()
+    assert folder.unfinished(EXPERIMENT) == ["b", "c"]
+    folder.snapshot(1, "b").mkdir()
+    assert folder.unfinished(EXPERIMENT) == []
+
+
+def test_the_same_experiment_goes_on_and_another_is_refused(full):
+    before = contents(full.path)
+    message = refused(full.path, OTHER)
+    assert "seed: 0 -> 1" in message and "--fresh" in message
+    assert contents(full.path) == before
+    assert open_run(full.path, SAME).experiment() == SAME, "what may change is kept up to date"
+
+
+def test_many_differences_are_counted(tmp_path):
+    open_run(tmp_path, EXPERIMENT)
+    stages = tuple(
+        dataclasses.replace(s, steps=9, validate_every=5, accumulate=2, name=s.name * 2) for s in OTHER.stages
+    )
+    message = refused(tmp_path, dataclasses.replace(OTHER, stages=stages))
+    assert "... 3 more" in message and message.count(" -> ") == 10
+
+
+def test_measurements_stay_until_the_parameters_change(full):
+    open_run(full.path, EXPERIMENT)
+    assert not any((full.path / name).exists() for name in MEASURED), "they are of a stage that goes on"
+    for index, name in enumerate("abc"):
+        full.snapshot(index, name).mkdir(exist_ok=True)
+    (full.path / "results.json").write_text("{}")
+    open_run(full.path, EXPERIMENT)
+    assert (full.path / "results.json").exists()
+
+
+def test_fresh_removes_what_a_run_writes_and_nothing_else(full):
+    (full.path / ".stages.removed").mkdir()  # an earlier removal was cut off here
+    (full.path / ".stages.removed" / "x").write_text("x")
+    (full.path / "metrics.jsonl.tmp").write_text("x")
+    open_run(full.path, OTHER, fresh=True)
+    assert sorted(contents(full.path)) == ["config.json", "notes.txt"]
+    assert full.experiment() == OTHER
+
+
+def test_a_removal_that_is_cut_off_anywhere_can_be_repeated(tmp_path, monkeypatch):
+    cuts = 0
+    for survives in range(20):
+        folder = open_run(tmp_path / str(survives), EXPERIMENT)
+        for name in ("stages", "checkpoints"):
+            (folder.path / name / "0-a").mkdir(parents=True)
+            for number in range(3):
+                (folder.path / name / "0-a" / str(number)).write_text("x")
+        (folder.path / "results.json").write_text("{}")
+        left = survives
+
+        def cut(real, *args, **options):
+            nonlocal left
+            left -= 1
+            if left < 0:
+                raise KeyboardInterrupt
+            return real(*args, **options)
+
+        with monkeypatch.context() as patch:
+            for name in ("unlink", "rename", "rmdir"):
+                patch.setattr(os, name, partial(cut, getattr(os, name)))
+            try:
+                open_run(folder.path, OTHER, fresh=True)
+            except KeyboardInterrupt:
+                cuts += 1
+        half = [p for p in folder.path.glob("stages/*") if len(list(p.iterdir())) < 3]
+        assert not half, "half a snapshot stands under its own name"
+        open_run(folder.path, OTHER, fresh=True)
+        assert sorted(contents(folder.path)) == ["config.json"] and folder.experiment() == OTHER
+    assert 8 < cuts < 20, "the cuts reached from the first removal to the last"
+
+
+def test_a_folder_of_other_files_is_refused_and_left_alone(tmp_path):
+    (tmp_path / "thesis.tex").write_text("mine")
+    for fresh in (False, True):
+        assert "thesis.tex" in refused(tmp_path, EXPERIMENT, fresh=fresh)
+    assert contents(tmp_path) == {"thesis.tex": b"mine"}
+
+
+def test_a_run_without_its_config_is_refused(full):
+    full.config_file.unlink()
+    assert "and no run" in refused(full.path, EXPERIMENT, fresh=True)
+    assert (full.path / "run.json").exists()
+
+
+def test_a_start_that_was_killed_while_writing_the_config_is_no_stranger(tmp_path):
+    (tmp_path / ".config.json.4711").write_text('{"cla')
+    assert open_run(tmp_path, EXPERIMENT).experiment() == EXPERIMENT
+
+
+def test_fresh_spares_the_model_folder_of_another_tool(tmp_path):
+    """Hugging Face folders hold a config.json and a tokenizer.json too."""
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    (tmp_path / "tokenizer.json").write_text("{}")
+    (tmp_path / "model.safetensors").write_text("weights")
+    before = contents(tmp_path)
+    assert "describes no experiment" in refused(tmp_path, EXPERIMENT)
+    assert "model.safetensors" in refused(tmp_path, EXPERIMENT, fresh=True)
+    assert contents(tmp_path) == before
+
+
+BROKEN = {
+    "cut off": '{"class": "mllm',
+    "empty": "",
+    "a list": "[1]",
+    "no class": "{}",
+    "a class that is a number": '{"class": 5}',
+    "another config": '{"class": "mllm_jax.training.config:AdamW"}',
+}
+
+
+@pytest.mark.parametrize("text", BROKEN.values(), ids=BROKEN)
+def test_a_broken_config_is_refused_and_fresh_starts_over(tmp_path, text):
+    folder = open_run(tmp_path, EXPERIMENT)
+    folder.config_file.write_text(text)
+    assert str(folder.config_file) in refused(tmp_path, EXPERIMENT)
+    with pytest.raises(RunFolderError, match="config.json"):
+        folder.experiment()
+    assert folder.config_file.read_text() == text
+    assert open_run(tmp_path, EXPERIMENT, fresh=True).experiment() == EXPERIMENT
+
+
+@pytest.mark.parametrize("change", [{"stages": 3}, {"model": [1]}, {"stages": [{"class": 5}]}, {"nonfinite": "go on"}])
+def test_a_config_with_a_part_that_is_none_is_refused(tmp_path, change):
+    folder = open_run(tmp_path, EXPERIMENT)
+    folder.config_file.write_text(json.dumps(json.loads(folder.config_file.read_text()) | change))
+    with pytest.raises((RunFolderError, ConfigError)):
+        folder.experiment()
+
+
+def test_no_run_is_refused(tmp_path):
+    with pytest.raises(RunFolderError, match="no config.json"):
+        RunFolder(tmp_path / "nowhere").experiment()
+
+
+# ---- what cannot be written
+
+
+def test_a_folder_below_a_file_is_refused(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    assert "Not a directory" in refused(tmp_path / "file" / "run", EXPERIMENT)
+    assert "File exists" in refused(tmp_path / "file", EXPERIMENT)
+
+
+@pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="no /proc, in which nobody can make a folder")
+def test_a_file_system_that_cannot_be_written_is_refused():
+    assert "can be written" in refused(Path("/proc/mllm_jax_run"), EXPERIMENT)
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EROFS, errno.ENOSPC])
+@pytest.mark.parametrize("where", ["open", "fsync", "replace"])
+def test_a_config_that_cannot_be_written_is_refused_whole(tmp_path, monkeypatch, number, where):
+    folder = open_run(tmp_path, EXPERIMENT)
+
+    def fail(*args, **options):
+        raise OSError(number, os.strerror(number))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path if where == "open" else run_folder.os, where, fail)
+        assert os.strerror(number) in refused(tmp_path, SAME)
+    assert folder.experiment() == EXPERIMENT, "the old config is lost"
+    assert list(tmp_path.iterdir()) == [folder.config_file], "a temporary file is left"
+
+
+def test_hosts_that_do_not_write_change_nothing(tmp_path):
+    assert open_run(tmp_path / "run", EXPERIMENT, writer=False).path == tmp_path / "run"
+    assert not (tmp_path / "run").exists()
+
+
+def test_json_files_come_back_or_are_refused(tmp_path):
+    path = tmp_path / "run.json"
+    write_json(path, {"a": [1, None, "ü"]})
+    assert read_json(path) == {"a": [1, None, "ü"]}
+    with pytest.raises(RunFolderError, match="holds a dict"):
+        read_json(path, list)
+    path.write_bytes(b"\xff\xfe{")
+    with pytest.raises(RunFolderError, match=r"run\.json"):
+        read_json(path)

@@ -1,0 +1,105 @@
+"""A source made of numbers, and a tiny model for it: for tests that need batches and no data set."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+import jax
+import numpy as np
+
+from mllm_jax.data.examples import Conversation, Turn
+from mllm_jax.data.pipeline import Mixture, Pipeline, Weighted, training_texts
+from mllm_jax.data.tokenizer import Tokenizer
+from mllm_jax.encoders.text import TextTowerConfig
+from mllm_jax.encoders.vit import ViTConfig
+from mllm_jax.llms.decoder import DecoderConfig
+from mllm_jax.models.contrastive import ContrastiveConfig
+from mllm_jax.models.multimodal import MultimodalConfig
+from mllm_jax.projectors.mlp import MLPProjectorConfig
+
+SIZE = 8
+COLOURS = ("red", "green", "blue", "grey", "black", "white", "brown", "pink", "violet", "orange")
+
+
+@dataclass(frozen=True)
+class Toy:
+    """Pictures of noise, each told by its colour and number; `pictures` a conversation (0: a text in their place)."""
+
+    name: str = "toy"
+    size: int = 200
+    pictures: int = 1
+    image_size: int = SIZE
+
+    def build(self) -> ToySource:
+        return ToySource(self)
+
+
+class ToySource:
+    def __init__(self, config: Toy):
+        self.config, self.name = config, config.name
+
+    def __len__(self) -> int:
+        return self.config.size
+
+    def conversation(self, index: int) -> Conversation:
+        colour, number = COLOURS[index % len(COLOURS)], index // len(COLOURS)
+        turns = [Turn("what colour", colour, "colour"), Turn("which number", f"{number} {colour}", "number")]
+        context = "" if self.config.pictures else f"number {number} is {colour}"
+        return Conversation(self.config.pictures, tuple(turns[: 1 + index % 3 // 2]), context)
+
+    def images(self, index: int) -> list[np.ndarray]:
+        rng = np.random.default_rng(index)
+        shape = (self.config.image_size, self.config.image_size, 3)
+        return [rng.integers(0, 256, shape, dtype=np.uint8) for _ in range(self.config.pictures)]
+
+    def fingerprint(self) -> str:
+        return repr(self.config)
+
+
+@lru_cache
+def tokenizer() -> Tokenizer:
+    return Tokenizer.train(training_texts([Toy().build(), Toy(pictures=0).build()]), 320)
+
+
+PICTURES = Mixture(
+    (Weighted(Toy(), 0.5), Weighted(Toy("toy_pairs", pictures=2), 0.3), Weighted(Toy("toy_text", pictures=0), 0.2)),
+    rows=8,
+    length=64,
+    slots=3,
+)
+PAIRS = Mixture((Weighted(Toy()),), rows=8, length=16, slots=1, layout="caption")
+
+# 8 divides the LLM's heads, MLP and vocabulary, but not its 2 key-value heads; nothing divides the ViT's 3 heads.
+MODEL = MultimodalConfig(
+    encoder=ViTConfig(SIZE, 4, 24, num_layers=1, num_heads=3, mlp_size=32),
+    projector=MLPProjectorConfig(output_size=32, merge=1),
+    llm=DecoderConfig(vocab_size=320, hidden_size=32, num_layers=2, num_heads=8, num_kv_heads=2, mlp_size=64),
+    text_tower=TextTowerConfig(vocab_size=320, max_length=16, hidden_size=16, num_layers=1, num_heads=2, mlp_size=32),
+    contrastive=ContrastiveConfig(projection_size=8),
+)
+
+
+def pipeline(mixture: Mixture = PICTURES, *, seed: int = 0, **kwargs) -> Pipeline:
+    return Pipeline(mixture, tokenizer(), media_tokens=MODEL.media_tokens, seed=seed, **kwargs)
+
+
+@contextmanager
+def quick_compilation() -> Iterator[None]:
+    """Leaves out LLVM's optimizations: compilation is nearly all the time of a test on toys, and partitioning is not
+    among what is left out."""
+    name = "jax_disable_most_optimizations"
+    before = jax.config.read(name)
+    jax.config.update(name, True)
+    try:
+        yield
+    finally:
+        jax.config.update(name, before)
+
+
+def with_dtype(config: MultimodalConfig, dtype: str) -> MultimodalConfig:
+    """The same model computing in another dtype; its parameters stay float32."""
+    parts = ("encoder", "projector", "llm", "text_tower")
+    return replace(config, **{name: replace(getattr(config, name), dtype=dtype) for name in parts})
