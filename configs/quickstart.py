@@ -12,6 +12,7 @@ from mllm_jax.data.openmoji import (
 from mllm_jax.data.pipeline import Mixture, Weighted
 from mllm_jax.encoders.text import TextTowerConfig
 from mllm_jax.encoders.vit import ViTConfig
+from mllm_jax.evaluation.openmoji import OpenMojiEvaluation
 from mllm_jax.llms.decoder import DecoderConfig
 from mllm_jax.models.contrastive import ContrastiveConfig
 from mllm_jax.models.multimodal import MultimodalConfig
@@ -47,6 +48,7 @@ def config() -> Experiment:
             num_kv_heads=2,
             mlp_size=512,
             activation="relu",
+            qk_norm=True,
             scan_unroll=4,
         ),
         text_tower=TextTowerConfig(
@@ -60,22 +62,33 @@ def config() -> Experiment:
         ),
         contrastive=ContrastiveConfig(projection_size=256),
     )
-    questions = Weighted(OpenMojiQuestions(image_size=SIZE, variants=16, augment=True), 0.7)
-    scenes = Weighted(OpenMojiScenes(image_size=SIZE, augment=True), 0.3)
-    text = Weighted(OpenMojiText(), 0.12)
+    names = OpenMojiQuestions(image_size=SIZE, variants=16, augment=True, tasks=("naming",), turns=1)
+    yes_no = OpenMojiQuestions(image_size=SIZE, variants=16, augment=True, tasks=("yes_no",), turns=5)
+    questions = OpenMojiQuestions(image_size=SIZE, variants=16, augment=True)
+    places = OpenMojiScenes(image_size=SIZE, augment=True, tasks=("scene_position",), turns=4)
+    scenes = OpenMojiScenes(image_size=SIZE, augment=True)
+    text = OpenMojiText()
+    describe = Mixture((Weighted(names, 0.7), Weighted(places, 0.3)), rows=16, length=128, slots=6)
+    instruct = Mixture(
+        (Weighted(names, 0.3), Weighted(yes_no, 0.15), Weighted(questions, 0.3), Weighted(scenes, 0.25)),
+        rows=16,
+        length=128,
+        slots=6,
+    )
     return Experiment(
         name="quickstart",
         model=model,
         tokenizer=TokenizerConfig(vocab_size=1024),
         cpu_devices=2,
+        evaluation=OpenMojiEvaluation(image_size=SIZE),
         stages=(
             Stage(
                 name="language",
                 objective=NextToken(),
                 trainable=("llm/*",),
-                data=Mixture((Weighted(OpenMojiText()),), rows=16, length=256, slots=0),
-                optimizer=AdamW(learning_rate=2e-3, warmup_steps=30),
-                steps=150,
+                data=Mixture((Weighted(text),), rows=16, length=128, slots=0),
+                optimizer=AdamW(learning_rate=3e-3, warmup_steps=30),
+                steps=200,
             ),
             Stage(
                 name="contrastive",
@@ -95,16 +108,24 @@ def config() -> Experiment:
                 name="align",
                 objective=NextToken(),
                 trainable=("projector/*",),
-                data=Mixture((questions, scenes, text), rows=16, length=256, slots=4),
-                optimizer=AdamW(learning_rate=2e-3, warmup_steps=20),
-                steps=50,
+                data=describe,
+                optimizer=AdamW(learning_rate=2e-3, warmup_steps=5),
+                steps=20,
+            ),
+            Stage(
+                name="describe",
+                objective=NextToken(),
+                trainable=("projector/*", "llm/*"),
+                data=describe,
+                optimizer=AdamW(learning_rate=2e-3, warmup_steps=30, end_factor=0.5),
+                steps=350,
             ),
             Stage(
                 name="instruct",
                 objective=NextToken(),
                 trainable=("projector/*", "llm/*"),
-                data=Mixture((questions, scenes, text), rows=16, length=256, slots=4),
-                optimizer=AdamW(learning_rate=1e-3, warmup_steps=50),
+                data=instruct,
+                optimizer=AdamW(learning_rate=1.5e-3, warmup_steps=30),
                 steps=600,
             ),
         ),

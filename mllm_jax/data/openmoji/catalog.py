@@ -127,7 +127,8 @@ class Catalog:
         """A plausible claim that is false of every record in `shown`.
 
         Args:
-            near: the record to stay close to: same base in another tone or gender, same subcategory, same category.
+            near: the record to stay close to: same base in another tone or gender (2 in 10), same subcategory (2), same
+                category (3), anything else (3).
             shown: indices of all records in the picture.
             level: FULL, PLAIN or BASE, as in `claims_of`.
 
@@ -137,11 +138,11 @@ class Catalog:
         record = self.records[near]
         for attempt in range(12):
             chance = dice.below(10)
-            if chance < 4 and attempt < 4 and level != BASE and len(self.by_base[record.base]) > 1:
+            if chance < 2 and attempt < 4 and level != BASE and len(self.by_base[record.base]) > 1:
                 pool = self.by_base[record.base]
-            elif chance < 7:
+            elif chance < 4:
                 pool = self.by_subcategory[record.subcategory]
-            elif chance < 9:
+            elif chance < 7:
                 pool = self.by_category[record.category]
             else:
                 pool = self.all

@@ -77,26 +77,35 @@ def yes_no(catalog: Catalog, dice: Dice, index: int, truth: bool, question: str)
     return Turn(question.format(x=with_article(claim.text)), "yes" if truth else "no", "yes_no")
 
 
-def picture_turns(catalog: Catalog, dice: Dice, index: int, count: int, naming_last: float = 0.5) -> list[Turn]:
-    """About `count` turns of different tasks on picture `index` (yes/no may come twice).
+def picture_turns(
+    catalog: Catalog, dice: Dice, index: int, count: int, naming_last: float = 0.5, only: tuple[str, ...] = ()
+) -> list[Turn]:
+    """About `count` turns of different tasks on picture `index` (yes/no may come more than once).
 
     Args:
         naming_last: in this share of the conversations the name is asked at the end, so that the other answers
             cannot be read off it.
+        only: nothing but these tasks, without a name that is always asked.
     """
     answers = true_answers(catalog.records[index])
-    tasks = [task for task in answers if task not in ("naming", "subcategory")] + ["yes_no", "yes_no"]
-    if dice.chance(0.3):
-        tasks.append("subcategory")
-    dice.shuffle(tasks)
-    tasks = tasks[: count - 1]
-    tasks.insert(len(tasks) if dice.chance(naming_last) else dice.below(len(tasks) + 1), "naming")
+    if only:
+        tasks = [task for task in only if task in answers]
+        tasks += ["yes_no"] * (count - len(tasks)) if "yes_no" in only else []
+        dice.shuffle(tasks)
+        tasks = tasks[:count]
+    else:
+        tasks = [task for task in answers if task not in ("naming", "subcategory")] + ["yes_no", "yes_no"]
+        if dice.chance(0.3):
+            tasks.append("subcategory")
+        dice.shuffle(tasks)
+        tasks = tasks[: count - 1]
+        tasks.insert(len(tasks) if dice.chance(naming_last) else dice.below(len(tasks) + 1), "naming")
     turns = []
     wordings = list(ASKED["yes_no"])
-    dice.shuffle(wordings)  # one apiece: dropping a question put twice would drop more "yes" than "no"
-    for task in tasks:
+    dice.shuffle(wordings)  # in turn: dropping a question put twice would drop more "yes" than "no"
+    for number, task in enumerate(tasks):
         if task == "yes_no":
-            turn = yes_no(catalog, dice, index, dice.chance(0.5), wordings.pop())
+            turn = yes_no(catalog, dice, index, dice.chance(0.5), wordings[number % len(wordings)])
         else:
             turn = Turn(dice.pick(ASKED[task]), answers[task], task)
         if turn is not None:

@@ -60,11 +60,19 @@ def compose_scene(catalog: Catalog, dice: Dice, grid: int, schedule: list[int], 
     )
 
 
-def scene_turns(catalog: Catalog, dice: Dice, scene: Scene, count: int) -> list[Turn]:
-    """`count` turns on a scene: places mostly, the number once, presence once or twice, in random order."""
+def scene_turns(catalog: Catalog, dice: Dice, scene: Scene, count: int, only: tuple[str, ...] = ()) -> list[Turn]:
+    """`count` turns on a scene: places mostly, the number once, presence once or twice, in random order.
+
+    Args:
+        only: nothing but these tasks, the number still at most once.
+    """
     tasks = ["scene_count", "scene_exists"] + ["scene_position"] * (count - 2)
     if count > 3 and dice.chance(0.5):
         tasks[-1] = "scene_exists"
+    if only:
+        again = [task for task in only if task != "scene_count"] or ["scene_count"]
+        tasks = [task for task in only if task == "scene_count"]
+        tasks += [again[n % len(again)] for n in range(count - len(tasks))]
     dice.shuffle(tasks)
     places = list(range(len(scene.cells)))
     dice.shuffle(places)
@@ -73,7 +81,7 @@ def scene_turns(catalog: Catalog, dice: Dice, scene: Scene, count: int) -> list[
     turns: list[Turn] = []
     for task in tasks:
         if task == "scene_position":
-            turn = position(catalog, scene, places.pop(), dice.pick(ASKED[task]))
+            turn = position(catalog, scene, places.pop(), dice.pick(ASKED[task])) if places else None
         elif task == "scene_count":
             turn = count_of(catalog, scene, dice.pick(ASKED[task]))
         else:

@@ -25,7 +25,7 @@ from mllm_jax.data.openmoji.questions import caption, picture_turns
 from mllm_jax.data.openmoji.scenes import PLACES, Scene, compose_scene, scene_caption, scene_turns
 from mllm_jax.errors import ConfigError
 
-QUESTIONS_VERSION = 1  # raise it whenever the questions, the answers or the drawing of pictures change
+QUESTIONS_VERSION = 11  # raise it whenever the questions, the answers or the drawing of pictures change
 _AUGMENT = 1  # the last part of a random stream's seed: 0 draws the text, 1 the picture
 PER_BASE = 3  # a base with fewer forms is repeated, so that persons in 18 forms do not drown everything else
 
@@ -38,6 +38,7 @@ _RANGES = {
     "grid": (min(PLACES), max(PLACES)),
     "scene_share": (0, 1),
     "naming_last": (0, 1),
+    "turns": (1, 64),
 }
 
 
@@ -54,7 +55,7 @@ class _Settings:
         """Raises ConfigError for a setting out of its range."""
         for name, (least, most) in _RANGES.items():
             value = getattr(self, name, least)
-            if not least <= value <= most:
+            if value is not None and not least <= value <= most:
                 raise ConfigError(
                     f"{type(self).__name__}: {name}={value}", f"{least} to {most}", "correct the setting in the config"
                 )
@@ -62,10 +63,15 @@ class _Settings:
 
 @dataclass(frozen=True)
 class OpenMojiQuestions(_Settings):
-    """One picture and three to five questions of different tasks; index = scheduled picture * variants + variant."""
+    """One picture and three to five questions of different tasks; index = scheduled picture * variants + variant.
+
+    `tasks` restricts them to some ("naming", "yes_no", ...) and `turns` sets their number.
+    """
 
     variants: int = 8
     naming_last: float = 0.5
+    tasks: tuple[str, ...] = ()
+    turns: int | None = None
 
     def build(self) -> _Questions:
         return _Questions(self)
@@ -73,10 +79,15 @@ class OpenMojiQuestions(_Settings):
 
 @dataclass(frozen=True)
 class OpenMojiScenes(_Settings):
-    """A picture with a grid of emoji and three to five questions about places, numbers and presence."""
+    """A picture with a grid of emoji and three to five questions about places, numbers and presence.
+
+    `tasks` restricts them to some ("scene_position", "scene_count", "scene_exists") and `turns` sets their number.
+    """
 
     grid: int = 2
     size: int = 20_000
+    tasks: tuple[str, ...] = ()
+    turns: int | None = None
 
     def build(self) -> _Scenes:
         return _Scenes(self)
@@ -159,9 +170,9 @@ class _Questions(_Source):
 
     def conversation(self, index: int) -> Conversation:
         dice = self._dice(index)
-        turns = picture_turns(
-            self.catalog, dice, self.record_index(index), 3 + dice.below(3), self.settings.naming_last
-        )
+        s = self.settings
+        count = s.turns or 3 + dice.below(3)
+        turns = picture_turns(self.catalog, dice, self.record_index(index), count, s.naming_last, s.tasks)
         return Conversation(1, tuple(turns))
 
     def images(self, index: int) -> list[np.ndarray]:
@@ -185,7 +196,8 @@ class _Scenes(_Source):
     def conversation(self, index: int) -> Conversation:
         dice = self._dice(index)
         scene = self.scene(index, dice)
-        return Conversation(1, tuple(scene_turns(self.catalog, dice, scene, 3 + dice.below(3))))
+        count = self.settings.turns or 3 + dice.below(3)
+        return Conversation(1, tuple(scene_turns(self.catalog, dice, scene, count, self.settings.tasks)))
 
     def images(self, index: int) -> list[np.ndarray]:
         return [self.pictures.scene(self.scene(index), self.settings.image_size, self._augment(index))]
