@@ -49,6 +49,7 @@ def config() -> Experiment:
             mlp_size=512,
             activation="relu",
             qk_norm=True,
+            mimetic_init=True,
             scan_unroll=4,
         ),
         text_tower=TextTowerConfig(
@@ -68,12 +69,12 @@ def config() -> Experiment:
     places = OpenMojiScenes(image_size=SIZE, augment=True, tasks=("scene_position",), turns=4)
     scenes = OpenMojiScenes(image_size=SIZE, augment=True)
     text = OpenMojiText()
-    describe = Mixture((Weighted(names, 0.7), Weighted(places, 0.3)), rows=16, length=128, slots=6)
+    describe = Mixture((Weighted(names, 0.7), Weighted(places, 0.3)), rows=16, length=128, slots=5)
     instruct = Mixture(
         (Weighted(names, 0.3), Weighted(yes_no, 0.15), Weighted(questions, 0.3), Weighted(scenes, 0.25)),
         rows=16,
         length=128,
-        slots=6,
+        slots=5,
     )
     return Experiment(
         name="quickstart",
@@ -100,6 +101,7 @@ def config() -> Experiment:
                     length=64,
                     slots=1,
                     layout="caption",
+                    group=4,
                 ),
                 optimizer=AdamW(learning_rate=1e-3, warmup_steps=50),
                 steps=200,

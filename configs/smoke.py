@@ -38,9 +38,7 @@ def config() -> Experiment:
                 stem_channels=(8,),
             ),
             projector=MLPProjectorConfig(output_size=32, merge=2),
-            llm=DecoderConfig(
-                vocab_size=512, hidden_size=32, num_layers=2, num_heads=4, num_kv_heads=2, mlp_size=64
-            ),
+            llm=DecoderConfig(vocab_size=512, hidden_size=32, num_layers=2, num_heads=4, num_kv_heads=2, mlp_size=64),
             text_tower=TextTowerConfig(
                 vocab_size=512, max_length=96, hidden_size=32, num_layers=1, num_heads=2, mlp_size=64
             ),

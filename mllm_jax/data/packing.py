@@ -13,6 +13,7 @@ from functools import lru_cache
 
 import numpy as np
 
+from mllm_jax.data.filling import fill_row
 from mllm_jax.errors import DataError
 
 
@@ -32,6 +33,7 @@ class PackingPlan:
         streams: the sources; weights are shares of examples.
         rows, length, slots: a batch's rows, a row's places and a row's media slots.
         packed: False gives each row one example.
+        group: so many neighbouring examples of a source stay neighbours in an unpacked batch.
         block_steps: steps that are packed together.
 
     Attributes:
@@ -47,10 +49,11 @@ class PackingPlan:
         slots: int,
         seed: int,
         packed: bool = True,
+        group: int = 1,
         block_steps: int = 16,
     ):
         self.rows, self.length, self.slots = rows, length, slots
-        self.seed, self.packed, self.block_steps = seed, packed, block_steps
+        self.seed, self.packed, self.group, self.block_steps = seed, packed, group, block_steps
         self.usable = [np.flatnonzero(s.lengths > 0) for s in streams]
         self.streams = list(streams)
         for i, (stream, usable) in enumerate(zip(self.streams, self.usable, strict=True)):
@@ -94,7 +97,8 @@ class PackingPlan:
 
     def _permute(self, source: int, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """The order of a source in an epoch, and the running sum of costs before each example."""
-        order = np.random.default_rng((self.seed, source, epoch)).permutation(len(self.usable[source]))
+        rng = np.random.default_rng((self.seed, source, epoch))
+        order = _permute_groups(rng, len(self.usable[source]), self.group)
         return order, np.concatenate([[0], np.cumsum(self.costs[source][order])])
 
     def _take(self, source: int, start: int, stop: int) -> list[int]:
@@ -120,29 +124,27 @@ class PackingPlan:
         return list(zip(at(block), at(block + 1), strict=True))
 
     def _pack_block(self, block: int) -> tuple[list[list[tuple[int, int]]], int]:
-        """Best-fit decreasing over places and slots: the rows in a shuffled order, and how many were left over."""
+        """Fills row after row; returns the rows in a shuffled order, and how many examples were left over."""
         examples = [(i, e) for i, (a, b) in enumerate(self._bounds(block)) for e in self._take(i, a, b)]
         count = self.rows * self.block_steps
         rng = np.random.default_rng((self.seed, 1 << 20, block))
         if not self.packed:
-            order = rng.permutation(len(examples))
+            order = _permute_groups(rng, len(examples), self.group)
             return [[examples[i]] for i in order[:count]], max(0, len(examples) - count)
-        sizes = np.array([self.streams[i].lengths[e] for i, e in examples])
-        images = np.array([self.streams[i].images[e] for i, e in examples])
-        places, slots = np.full(count, self.length), np.full(count, self.slots)
-        rows: list[list[tuple[int, int]]] = [[] for _ in range(count)]
-        left = 0
-        for k in np.lexsort((-images, -sizes)):
-            rest = np.where((places >= sizes[k]) & (slots >= images[k]), places, self.length + 1)
-            # Among rows that fit, the fullest; but a row's slots should last as long as its places.
-            row = int(np.argmin(rest))
-            if rest[row] > self.length:
-                left += 1
-                continue
-            rows[row].append(examples[k])
-            places[row] -= sizes[k]
-            slots[row] -= images[k]
-        return [rows[i] for i in rng.permutation(count)], left
+        waiting: dict[tuple[int, int], list[tuple[int, int]]] = {}
+        for i, e in examples:
+            kind = int(self.streams[i].lengths[e]), int(self.streams[i].images[e])
+            waiting.setdefault(kind, []).append((i, e))
+        pictures = sum(kind[1] * len(group) for kind, group in waiting.items())
+        rows: list[list[tuple[int, int]]] = []
+        while waiting and len(rows) < count:
+            counts = {kind: len(group) for kind, group in waiting.items()}
+            kinds = fill_row(counts, self.length, self.slots, pictures / (count - len(rows)))
+            rows.append([waiting[kind].pop() for kind in kinds])
+            pictures -= sum(kind[1] for kind in kinds)
+            waiting = {kind: group for kind, group in waiting.items() if group}
+        rows += [[] for _ in range(count - len(rows))]
+        return [rows[i] for i in rng.permutation(count)], sum(map(len, waiting.values()))
 
     def step(self, step: int) -> list[list[tuple[int, int]]]:
         """The (source, example) pairs of each row of a step."""
@@ -164,3 +166,10 @@ class PackingPlan:
             "examples_per_step": len(placed) / (len(blocks) * self.block_steps),
             "left_over": left / max(1, len(placed) + left),
         }
+
+
+def _permute_groups(rng: np.random.Generator, count: int, group: int) -> np.ndarray:
+    """0..count-1 in a random order in which each run of `group` stays together."""
+    starts = rng.permutation(-(-count // group)) * group
+    order = (starts[:, None] + np.arange(group)).ravel()
+    return order[order < count]

@@ -37,6 +37,8 @@ class Mixture:
     Attributes:
         rows, length, slots: rows of a global batch, places of a row, media slots of a row (0: text only).
         layout: "conversation" (questions and answers, packed) or "caption" (one picture and its text a row).
+        group: in the caption layout, so many neighbouring examples of a source stay together in a batch: hard negatives
+            for contrastive training where the source puts like beside like.
         max_bad_share: share of examples that may be unusable before the run refuses to start.
     """
 
@@ -45,11 +47,18 @@ class Mixture:
     length: int = 256
     slots: int = 4
     layout: str = "conversation"
+    group: int = 1
     max_bad_share: float = 0.0
 
     def __post_init__(self):
         if self.layout not in LAYOUTS:
             raise ConfigError(f"layout {self.layout!r}", f"one of {LAYOUTS}", "change the mixture's layout")
+        if self.group < 1 or self.rows % self.group or (self.group > 1 and self.layout != "caption"):
+            raise ConfigError(
+                f"groups of {self.group} in {self.rows} rows, layout {self.layout!r}",
+                "a group that divides the rows, and the caption layout",
+                "change the mixture's group",
+            )
 
 
 @dataclass(frozen=True)
@@ -83,6 +92,7 @@ class Pipeline:
             slots=mixture.slots,
             seed=seed,
             packed=mixture.layout == "conversation",
+            group=mixture.group,
         )
 
     def encode(self, source: int, index: int) -> Encoded:

@@ -63,6 +63,8 @@ class Attention(nn.Module):
         num_kv_heads: None is num_heads.
         head_dim: None is hidden size / num_heads.
         qk_norm: RMSNorm on each head's queries and keys (Qwen3).
+        mimetic_init: starts with queries that match keys of like vectors and outputs that copy what is attended to, as
+            trained models have it (arXiv 2305.09828): little data then suffices to learn to look up and to compare.
     """
 
     num_heads: int
@@ -74,6 +76,7 @@ class Attention(nn.Module):
     qk_norm: bool = False
     norm_eps: float = 1e-6
     out_init_std: float | None = None
+    mimetic_init: bool = False
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
@@ -93,9 +96,13 @@ class Attention(nn.Module):
         head_dim = self.head_dim or x.shape[-1] // self.num_heads
         kv_heads = self.num_kv_heads or self.num_heads
         common = dict(use_bias=self.qkv_bias, dtype=self.dtype)
-        q = Linear((self.num_heads, head_dim), ("embed", "heads", "head_dim"), **common, name="q")(x)
-        k = Linear((kv_heads, head_dim), ("embed", "kv_heads", "head_dim"), **common, name="k")(x)
-        v = Linear((kv_heads, head_dim), ("embed", "kv_heads", "head_dim"), **common, name="v")(x)
+        inits = dict.fromkeys("qkvo")
+        if self.mimetic_init and self.is_initializing():
+            inits = _mimetic(self.make_rng("params"), x.shape[-1], self.num_heads, kv_heads, head_dim)
+        q_names, kv_names = ("embed", "heads", "head_dim"), ("embed", "kv_heads", "head_dim")
+        q = Linear((self.num_heads, head_dim), q_names, kernel_init=inits["q"], **common, name="q")(x)
+        k = Linear((kv_heads, head_dim), kv_names, kernel_init=inits["k"], **common, name="k")(x)
+        v = Linear((kv_heads, head_dim), kv_names, kernel_init=inits["v"], **common, name="v")(x)
         q = constrain(q, "batch", "seq", "heads", "head_dim")
         if self.qk_norm:
             q = RMSNorm(self.norm_eps, self.dtype, name="q_norm")(q)
@@ -118,7 +125,19 @@ class Attention(nn.Module):
             in_ndim=2,
             use_bias=self.out_bias,
             init_std=self.out_init_std,
+            kernel_init=inits["o"],
             dtype=self.dtype,
             name="out",
         )(y)
         return y, written
+
+
+def _mimetic(key, width: int, num_heads: int, kv_heads: int, head_dim: int) -> dict:
+    """Initializers of q, k, v and o with W_q W_k^T and W_v W_o close to multiples of the identity."""
+    keys = jax.random.split(key, 3)
+    group = num_heads // kv_heads
+    k, v = (jax.random.normal(each, (width, kv_heads, head_dim)) / width**0.5 for each in keys[:2])
+    noise = jax.random.normal(keys[2], (width, num_heads, head_dim)) / width**0.5
+    q = 0.8 * jnp.repeat(k, group, axis=1) + 0.6 * noise
+    o = 0.3 * rearrange(jnp.repeat(v, group, axis=1), "e n h -> n h e")
+    return {name: (lambda *_, value=value: value) for name, value in (("q", q), ("k", k), ("v", v), ("o", o))}

@@ -9,8 +9,6 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-lecun_normal = nn.initializers.lecun_normal
-
 
 def _kernel_init(in_ndim: int, std: float | None) -> Callable:
     """Normal with the given deviation, or LeCun's over the first `in_ndim` dimensions."""
@@ -30,6 +28,7 @@ class Linear(nn.Module):
         names: logical names of the kernel's dimensions, inputs first.
         in_ndim: how many last dimensions of x are contracted.
         init_std: deviation of the kernel at the start; None is 1/sqrt(fan in).
+        kernel_init: the kernel's initializer, instead of a normal distribution.
     """
 
     features: tuple[int, ...]
@@ -37,12 +36,14 @@ class Linear(nn.Module):
     in_ndim: int = 1
     use_bias: bool = False
     init_std: float | None = None
+    kernel_init: Callable | None = None
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
     def __call__(self, x):
         shape = x.shape[x.ndim - self.in_ndim :] + self.features
-        init = nn.with_logical_partitioning(_kernel_init(self.in_ndim, self.init_std), self.names)
+        init = self.kernel_init or _kernel_init(self.in_ndim, self.init_std)
+        init = nn.with_logical_partitioning(init, self.names)
         kernel = self.param("kernel", init, shape, jnp.float32).astype(self.dtype)
         axes = tuple(range(x.ndim - self.in_ndim, x.ndim)), tuple(range(self.in_ndim))
         y = jax.lax.dot_general(x.astype(self.dtype), kernel, (axes, ((), ())))

@@ -27,6 +27,7 @@ class DecoderConfig:
         gated, activation: True and "silu" are SwiGLU.
         tie_word_embeddings: the output head is the embedding's transpose.
         qkv_bias, qk_norm: as in Qwen2 and Qwen3.
+        mimetic_init: for training from scratch on little data; see `Attention`.
     """
 
     vocab_size: int
@@ -43,6 +44,7 @@ class DecoderConfig:
     tie_word_embeddings: bool = True
     qkv_bias: bool = False
     qk_norm: bool = False
+    mimetic_init: bool = False
     dtype: str = "float32"
     remat: str = "none"
     scan_unroll: int = 1
@@ -87,6 +89,7 @@ class DecoderBlock(nn.Module):
             qk_norm=c.qk_norm,
             norm_eps=c.norm_eps,
             out_init_std=out_std,
+            mimetic_init=c.mimetic_init,
             dtype=dtype,
             name="attention",
         )

@@ -10,6 +10,7 @@ The settings they share:
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -25,7 +26,7 @@ from mllm_jax.data.openmoji.questions import caption, picture_turns
 from mllm_jax.data.openmoji.scenes import PLACES, Scene, compose_scene, scene_caption, scene_turns
 from mllm_jax.errors import ConfigError
 
-QUESTIONS_VERSION = 11  # raise it whenever the questions, the answers or the drawing of pictures change
+QUESTIONS_VERSION = 12  # raise it whenever the questions, the answers or the drawing of pictures change
 _AUGMENT = 1  # the last part of a random stream's seed: 0 draws the text, 1 the picture
 PER_BASE = 3  # a base with fewer forms is repeated, so that persons in 18 forms do not drown everything else
 
@@ -105,7 +106,11 @@ class OpenMojiPairs(_Settings):
 
 @dataclass(frozen=True)
 class OpenMojiCaptions(_Settings):
-    """One picture and its caption, for contrastive training; a `scene_share` of the pictures are 2 x 2 scenes."""
+    """One picture and its caption, for contrastive training; a `scene_share` of the pictures are 2 x 2 scenes.
+
+    Each variant lists every picture once, the forms of a base one after the other in random order: a mixture that keeps
+    neighbours together has hard negatives.
+    """
 
     variants: int = 8
     scene_share: float = 0.0
@@ -228,11 +233,27 @@ class _Captions(_Source):
     name = "openmoji_captions"
     stream = 4
 
+    def __init__(self, settings: OpenMojiCaptions):
+        super().__init__(settings)
+        self._order = functools.lru_cache(maxsize=settings.variants)(self._ordered)
+
+    def __len__(self) -> int:
+        return len(self.catalog.records) * self.settings.variants
+
+    def _ordered(self, variant: int) -> list[int]:
+        """All records, base by base, bases and their forms in an order of this variant's own."""
+        rng = np.random.default_rng((self.settings.seed, self.stream, variant))
+        bases = list(self.catalog.by_base.values())
+        return [
+            forms[j] for i in rng.permutation(len(bases)) for forms in [bases[i]] for j in rng.permutation(len(forms))
+        ]
+
     def _shown(self, index: int) -> int | Scene:
         dice = self._dice(index)
         if dice.chance(self.settings.scene_share):
             return compose_scene(self.catalog, dice, 2, self.schedule)
-        return self.schedule[index // self.settings.variants]
+        variant, place = divmod(index, len(self.catalog.records))
+        return self._order(variant)[place]
 
     def conversation(self, index: int) -> Conversation:
         shown = self._shown(index)
