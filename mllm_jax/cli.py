@@ -206,8 +206,6 @@ def _use_cpu_devices(experiment: Experiment) -> None:
     """Presents the CPU as several devices, before anything has touched a device; XLA_FLAGS have the last word."""
     import jax
 
-    if experiment.cpu_devices is not None and experiment.cpu_devices < 1:
-        raise ConfigError(f"cpu_devices {experiment.cpu_devices}", "at least 1, or None", "change cpu_devices")
     if experiment.cpu_devices and "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
         jax.config.update("jax_num_cpu_devices", experiment.cpu_devices)
 

@@ -20,6 +20,7 @@ from mllm_jax.data.tokenizer import Tokenizer
 from mllm_jax.errors import ConfigError, DataError
 
 LAYOUTS = ("conversation", "caption")
+LEARN = ("answers", "all")
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,7 @@ class Mixture:
     Attributes:
         rows, length, slots: rows of a global batch, places of a row, media slots of a row (0: text only).
         layout: "conversation" (questions and answers, packed) or "caption" (one picture and its text a row).
+        learn: what carries loss in conversations: the answers, or all the text.
         group: in the caption layout, so many neighbouring examples of a source stay together in a batch: hard negatives
             for contrastive training where the source puts like beside like.
         max_bad_share: share of examples that may be unusable before the run refuses to start.
@@ -47,12 +49,15 @@ class Mixture:
     length: int = 256
     slots: int = 4
     layout: str = "conversation"
+    learn: str = "answers"
     group: int = 1
     max_bad_share: float = 0.0
 
     def __post_init__(self):
         if self.layout not in LAYOUTS:
             raise ConfigError(f"layout {self.layout!r}", f"one of {LAYOUTS}", "change the mixture's layout")
+        if self.learn not in LEARN:
+            raise ConfigError(f"learn {self.learn!r}", f"one of {LEARN}", "change the mixture's learn")
         if self.group < 1 or self.rows % self.group or (self.group > 1 and self.layout != "caption"):
             raise ConfigError(
                 f"groups of {self.group} in {self.rows} rows, layout {self.layout!r}",
@@ -97,11 +102,12 @@ class Pipeline:
 
     def encode(self, source: int, index: int) -> Encoded:
         """One example as ids; a DataError is told which it was."""
+        m = self.mixture
         with self._naming(source, index):
             conversation = self.sources[source].conversation(index)
-            if self.mixture.layout == "caption":
-                return encode_caption(conversation, self.tokenizer, self.mixture.length)
-            return encode_conversation(conversation, self.tokenizer, self.media_tokens, self.mixture.length)
+            if m.layout == "caption":
+                return encode_caption(conversation, self.tokenizer, m.length)
+            return encode_conversation(conversation, self.tokenizer, self.media_tokens, m.length, m.learn)
 
     def images(self, source: int, index: int) -> list[np.ndarray]:
         """The pictures of one example; a DataError is told which it was."""

@@ -23,12 +23,15 @@ class Encoded:
 
 
 def encode_conversation(
-    conversation: Conversation, tokenizer: Tokenizer, media_tokens: int, max_length: int
+    conversation: Conversation, tokenizer: Tokenizer, media_tokens: int, max_length: int, learn: str = "answers"
 ) -> Encoded:
-    """Lays out <bos> picture* context (<user> question <assistant> answer <eos>)*; answers and <eos> are learnt.
+    """Lays out <bos> picture* context (<user> question <assistant> answer <eos>)*.
 
     A picture is `media_tokens` places. What does not fit into `max_length` is shortened by whole turns from the end;
     pictures are never cut.
+
+    Args:
+        learn: what carries loss: "answers", with their <eos>, or "all" the text, as in pretraining.
 
     Raises:
         DataError: an empty answer, no turn at all, or a first turn that does not fit.
@@ -40,6 +43,8 @@ def encode_conversation(
     if conversation.context:
         ids += tokenizer.encode(conversation.context)
     weights = [0.0] * len(ids)
+    if learn == "all":
+        weights[len(media) :] = [1.0] * (len(ids) - len(media))
     kept = 0
     for turn in conversation.turns:
         answer = tokenizer.encode(turn.answer) if turn.answer.strip() else ()
@@ -49,7 +54,7 @@ def encode_conversation(
         if len(ids) + len(asked) + len(answer) + 1 > max_length:
             break
         ids += (*asked, *answer, tokenizer.eos)
-        weights += [0.0] * len(asked) + [1.0] * (len(answer) + 1)
+        weights += [float(learn == "all")] * len(asked) + [1.0] * (len(answer) + 1)
         kept += 1
     if kept == 0:
         need = len(ids) + len(asked) + len(answer) + 1

@@ -115,3 +115,21 @@ class Experiment:
                 "a vocabulary that the embedding holds",
                 "raise model.llm.vocab_size",
             )
+        if self.cpu_devices is not None and self.cpu_devices < 1:
+            raise ConfigError(f"cpu_devices {self.cpu_devices}", "at least 1, or None", "change cpu_devices")
+        tower = self.model.text_tower
+        if tower is not None and self.tokenizer.vocab_size > tower.vocab_size:
+            raise ConfigError(
+                f"a tokenizer of {self.tokenizer.vocab_size} for a text tower of {tower.vocab_size} tokens",
+                "a vocabulary that the embedding holds",
+                "raise model.text_tower.vocab_size",
+            )
+        for stage in self.stages:
+            for mixture in filter(None, (stage.data, stage.validation)):
+                if tower is not None and mixture.layout == "caption" and mixture.length > tower.max_length:
+                    raise ConfigError(
+                        f"stage {stage.name!r}: captions of {mixture.length} places for a text tower of "
+                        f"{tower.max_length}",
+                        "rows that the tower's positions hold",
+                        "lower the mixture's length, or raise model.text_tower.max_length",
+                    )

@@ -122,7 +122,7 @@ def make_train_step(
         with use_mesh(mesh):
             key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
             value, metrics, grads = pieces(state.params, frozen, batch, key)
-            norm = optax.global_norm(grads)
+            norm = optax.tree.norm(grads)
             finite = jnp.isfinite(value) & jnp.isfinite(norm)
             updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
             params = optax.apply_updates(state.params, updates)

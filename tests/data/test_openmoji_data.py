@@ -164,9 +164,9 @@ def test_two_processes_may_prepare_at_once(tmp_path):
         subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True)
         for _ in range(2)
     ]
-    printed = [process.communicate(timeout=120)[0].split()[-1] for process in started]
+    printed = [process.communicate(timeout=120)[0].strip() for process in started]
     assert [process.returncode for process in started] == [0, 0]
-    assert printed[0] == printed[1] == records.digest(load("quickstart", tmp_path)["train"])
+    assert printed[0] == printed[1] == records.digest(load("quickstart", tmp_path)["train"]), "and nothing else"
 
 
 def test_a_folder_that_cannot_be_written(tmp_path):

@@ -113,6 +113,37 @@ def test_unpacked_rows_hold_exactly_one_example_each():
         assert len(rows) == 4 and all(len(row) == 1 for row in rows)
 
 
+def grouped(count: int, **change) -> PackingPlan:
+    return plan(stream(count), **dict(rows=8, packed=False, group=4) | change)
+
+
+def test_neighbours_stay_together_in_every_step():
+    """Each run of four comes whole, in four rows that follow one another, in epochs and blocks alike."""
+    p = grouped(152, block_steps=3)
+    orders = []
+    for step in range(60):
+        found = [row[0][1] for row in p.step(step)]
+        for start in range(0, 8, 4):
+            assert found[start] % 4 == 0 and found[start : start + 4] == list(range(found[start], found[start] + 4))
+        orders += found[::4]
+    assert len(set(orders[:38])) == 38 and orders[:38] != sorted(orders[:38]), "the runs come in random order"
+    assert orders[:38] != orders[38:76], "and in another one in the next epoch"
+
+
+def test_without_groups_neighbours_part():
+    p = grouped(152, group=1)
+    runs = [{row[0][1] // 4 for row in p.step(step)} for step in range(40)]
+    assert sum(map(len, runs)) > 6 * len(runs)
+
+
+@pytest.mark.parametrize("count", [152, 150, 3])
+def test_groups_leave_every_example_once_an_epoch(count):
+    """Also where the last run of an epoch is short."""
+    counts = Counter(e for _, e in placed(grouped(count), range(64)))
+    assert set(counts) == set(range(count)) and counts.total() == 64 * 8
+    assert max(counts.values()) - min(counts.values()) <= 1
+
+
 @pytest.mark.parametrize("packed", [True, False])
 def test_weights_are_shares_of_examples(packed):
     """The third source's examples are four times as long; that changes tokens, not the count of examples."""

@@ -16,7 +16,7 @@ from mllm_jax.data.openmoji import OpenMojiQuestions
 from mllm_jax.data.openmoji.records import load
 from mllm_jax.data.pipeline import Mixture, Pipeline, Weighted, training_texts
 from mllm_jax.data.tokenizer import Tokenizer
-from mllm_jax.errors import DataError
+from mllm_jax.errors import ConfigError, DataError
 from mllm_jax.sharding.mesh import MeshConfig, make_mesh
 from mllm_jax.training.step import local_rows, place_batch
 
@@ -127,6 +127,43 @@ def test_media_index_points_at_the_slots_of_the_example():
             assert (batch["tokens"][row, padding] == tokenizer().pad).all()
             assert not batch["loss_weights"][row, padding].any()
     assert seen > 50
+
+
+def test_what_is_learnt_is_the_mixtures_choice():
+    answers, everything = pipeline().batch(3), pipeline(replace(PICTURES, learn="all")).batch(3)
+    for name in answers.keys() - {"loss_weights"}:
+        np.testing.assert_array_equal(answers[name], everything[name])
+    given = (answers["positions"] == 0) | (answers["media_index"] >= 0)
+    np.testing.assert_array_equal(everything["loss_weights"], (answers["segments"] > 0) & ~given)
+    assert answers["loss_weights"].sum() < 0.7 * everything["loss_weights"].sum()
+
+
+def test_neighbours_of_a_source_stay_together_in_a_batch():
+    data = pipeline(replace(PAIRS, group=4))
+    single = {index: data.encode(0, index).tokens.tolist() for index in range(len(data.sources[0]))}
+    for step in range(30):
+        found = [row[0][1] for row in data.plan.step(step)]
+        assert [found[0] // 4] * 4 + [found[4] // 4] * 4 == [index // 4 for index in found]
+        batch = data.batch(step)
+        for row, index in enumerate(found):
+            assert batch["tokens"][row, batch["segments"][row] > 0].tolist() == single[index]
+
+
+@pytest.mark.parametrize(
+    "change,given",
+    [
+        ({"learn": "some"}, "learn 'some'"),
+        ({"layout": "list"}, "layout 'list'"),
+        ({"layout": "caption", "group": 3}, "groups of 3 in 8 rows"),
+        ({"layout": "caption", "group": 0}, "groups of 0"),
+        ({"layout": "conversation", "group": 2}, "layout 'conversation'"),
+    ],
+    ids=lambda value: None if isinstance(value, dict) else value,
+)
+def test_impossible_mixtures_are_refused(change, given):
+    with pytest.raises(ConfigError) as refusal:
+        replace(PICTURES, **change)
+    assert given in refusal.value.given and refusal.value.expected and refusal.value.todo
 
 
 def test_the_description_of_a_step_names_its_examples():

@@ -55,6 +55,26 @@ def test_learnt_tokens_decode_to_the_answers(tokenizer, images):
     ]
 
 
+@pytest.mark.parametrize("images", [0, 2])
+def test_learning_all_leaves_out_the_start_and_the_pictures_only(tokenizer, images):
+    conversation = Conversation(images, TURNS, context="a fruit")
+    answers = encode_conversation(conversation, tokenizer, MEDIA, 200)
+    everything = encode_conversation(conversation, tokenizer, MEDIA, 200, learn="all")
+    assert everything.tokens.tolist() == answers.tokens.tolist()
+    assert everything.media_index.tolist() == answers.media_index.tolist()
+    given = 1 + images * MEDIA
+    assert everything.loss_weights.tolist() == [0.0] * given + [1.0] * (len(answers.tokens) - given)
+    assert 0 < answers.loss_weights.sum() < everything.loss_weights.sum()
+    assert everything.loss_weights.dtype == np.float32
+
+
+def test_what_is_shortened_is_learnt_whole(tokenizer):
+    whole = encode_conversation(Conversation(1, TURNS[:2]), tokenizer, MEDIA, 200, learn="all")
+    short = encode_conversation(Conversation(1, TURNS), tokenizer, MEDIA, len(whole.tokens), learn="all")
+    assert short.dropped_turns == 1 and short.tokens.tolist() == whole.tokens.tolist()
+    assert short.loss_weights.tolist() == whole.loss_weights.tolist()
+
+
 def test_layout_of_a_conversation(tokenizer):
     t, encode = tokenizer, tokenizer.encode
     encoded = encode_conversation(Conversation(1, TURNS[:2], context="a fruit"), t, MEDIA, 200)

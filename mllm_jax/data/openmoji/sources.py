@@ -126,6 +126,8 @@ class OpenMojiText(_Settings):
     variants: int = 8
     scene_share: float = 0.3
     naming_last: float = 0.5
+    tasks: tuple[str, ...] = ()
+    turns: int | None = None
 
     def build(self) -> _Text:
         return _Text(self)
@@ -272,13 +274,15 @@ class _Text(_Source):
 
     def conversation(self, index: int) -> Conversation:
         dice = self._dice(index)
-        count = 3 + dice.below(3)
-        if dice.chance(self.settings.scene_share):
+        s = self.settings
+        count = s.turns or 3 + dice.below(3)
+        if dice.chance(s.scene_share):
             scene = compose_scene(self.catalog, dice, 2, self.schedule)
-            turns, context = scene_turns(self.catalog, dice, scene, count), scene_caption(self.catalog, scene)
+            turns = scene_turns(self.catalog, dice, scene, count, s.tasks)
+            context = scene_caption(self.catalog, scene)
         else:
             record = self.schedule[index // self.settings.variants]
-            turns = picture_turns(self.catalog, dice, record, count, self.settings.naming_last)
+            turns = picture_turns(self.catalog, dice, record, count, s.naming_last, s.tasks)
             context = caption(self.catalog, record)
         return Conversation(0, tuple(turns), context)
 

@@ -1,0 +1,16 @@
+"""The quickstart's stages on all pictures; more steps (--stages.4.steps 6000) go on learning.
+
+mllm train configs/openmoji_full.py
+"""
+
+import runpy
+from pathlib import Path
+
+from mllm_jax.training.config import Experiment
+
+STEPS = {"language": 200, "contrastive": 180, "align": 20, "describe": 250, "instruct": 450}
+
+
+def config() -> Experiment:
+    quickstart = runpy.run_path(str(Path(__file__).with_name("quickstart.py")))
+    return quickstart["experiment"]("openmoji_full", "full", STEPS, variants=8, caption_length=112)

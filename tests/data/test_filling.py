@@ -1,0 +1,88 @@
+"""Filling a row: the best bounded subset, against trying all of them."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+
+from mllm_jax.data.filling import MAX_KINDS, fill_row
+
+
+def figures(chosen) -> tuple[int, int]:
+    """(tokens, pictures) of the chosen examples together."""
+    return sum(size for size, _ in chosen), sum(pictures for _, pictures in chosen)
+
+
+def score(tokens: int, pictures: int, length: int, wanted: float) -> float:
+    return tokens - abs(pictures - wanted) * length / 100
+
+
+def best_of_all(counts, length, slots, wanted) -> float:
+    """The definition: every number of copies of every kind, with one of the longest kind at least."""
+    kinds, first, best = list(counts), max(counts), -np.inf
+    for copies in itertools.product(*(range(kind == first, counts[kind] + 1) for kind in kinds)):
+        tokens = sum(n * size for n, (size, _) in zip(copies, kinds, strict=True))
+        pictures = sum(n * count for n, (_, count) in zip(copies, kinds, strict=True))
+        if tokens <= length and pictures <= slots:
+            best = max(best, score(tokens, pictures, length, wanted))
+    return best
+
+
+def random_counts(rng, kinds: int) -> dict[tuple[int, int], int]:
+    return {(int(rng.integers(2, 14)), int(rng.integers(0, 3))): int(rng.integers(1, 4)) for _ in range(kinds)}
+
+
+@pytest.mark.parametrize("slots", [2, 3, 6])
+def test_nothing_scores_better(slots):
+    rng = np.random.default_rng(slots)
+    for _ in range(60):
+        counts, length, wanted = random_counts(rng, 5), int(rng.integers(14, 40)), float(rng.uniform(0, slots))
+        chosen = fill_row(counts, length, slots, wanted)
+        tokens, pictures = figures(chosen)
+        assert chosen[0] == max(counts), "the longest is placed while there is room for it"
+        assert all(chosen.count(kind) <= counts[kind] for kind in chosen), "no example is taken twice"
+        assert tokens <= length and pictures <= slots
+        found = score(tokens, pictures, length, wanted)
+        assert found == pytest.approx(best_of_all(counts, length, slots, wanted)), (counts, length, wanted)
+
+
+def test_what_is_wanted_decides_between_rows_of_one_length():
+    counts = {(10, 0): 1, (5, 0): 2, (5, 1): 2}
+    for wanted in (0, 1, 2):
+        assert figures(fill_row(counts, 20, 4, wanted)) == (20, wanted)
+
+
+def test_a_picture_too_many_costs_a_hundredth_of_the_row():
+    """200 places: two free ones are worth one picture, so 3 tokens more outweigh it and 1 token more does not."""
+    for gain, pictures in ((3, 1), (1, 0)):
+        counts = {(100, 0): 1, (90, 0): 1, (90 + gain, 1): 1}
+        assert figures(fill_row(counts, 200, 4, wanted=0)) == (190 + gain * pictures, pictures)
+
+
+def test_slots_bind_where_places_do_not():
+    counts = {(8, 2): 5, (1, 0): 4}
+    assert figures(fill_row(counts, 64, 5, wanted=5)) == (20, 4)
+
+
+def test_one_example_is_a_row():
+    assert fill_row({(7, 1): 1}, 7, 1, 0.0) == [(7, 1)]
+    assert fill_row({(7, 1): 3}, 13, 3, 0.0) == [(7, 1)], "a second one does not fit"
+    assert fill_row({(7, 0): 3}, 64, 0, 0.0) == [(7, 0)] * 3, "no more than there are"
+
+
+def test_many_kinds_still_fill_the_row():
+    """More kinds than are tried: the row stays full to the last place, and what is chosen exists."""
+    rng = np.random.default_rng(0)
+    counts = {(size, int(rng.integers(0, 3))): int(rng.integers(1, 3)) for size in range(20, 20 + 3 * MAX_KINDS)}
+    assert len(counts) > 2 * MAX_KINDS
+    while len(counts) > MAX_KINDS:
+        chosen = fill_row(counts, 512, 12, 5.0)
+        assert chosen[0] == max(counts)
+        tokens, pictures = figures(chosen)
+        assert tokens == 512 and pictures <= 12
+        for kind in chosen:
+            counts[kind] -= 1
+            assert counts[kind] >= 0
+        counts = {kind: count for kind, count in counts.items() if count}
