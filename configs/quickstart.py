@@ -128,7 +128,6 @@ def experiment(
                     rows=16,
                     length=128,
                     slots=5,
-                    learn="all",
                 ),
                 optimizer=AdamW(learning_rate=1.5e-3, warmup_steps=30),
                 steps=steps["instruct"],

@@ -157,9 +157,7 @@ def test_a_normal_run_prints_nothing_on_stderr(trained):
     """Nor on stdout anything but the library's own lines; and it is a machine's first run, which prepares the data."""
     _, done = trained
     assert done.stderr == ""
-    told = re.compile(
-        rf"stage ({'|'.join(STAGES)}): |({'|'.join(STAGES)})  \d+/8  loss|[┏┃┡│├└]|/.*report\.html$"
-    )
+    told = re.compile(rf"stage ({'|'.join(STAGES)}): |({'|'.join(STAGES)})  \d+/8  loss|[┏┃┡│├└]|/.*report\.html$")
     assert not [line for line in done.stdout.splitlines() if not told.match(line)]
 
 

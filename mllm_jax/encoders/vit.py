@@ -57,7 +57,9 @@ class ViTConfig:
                 "an image that is a whole number of patches, a patch divisible by 2^stem layers",
                 "change image_size, patch_size or stem_channels",
             )
-        if self.regions is not None and (self.class_token or self.image_size // self.patch_size % self.regions):
+        if self.regions is not None and (
+            self.regions < 1 or self.class_token or self.image_size // self.patch_size % self.regions
+        ):
             raise ConfigError(
                 f"ViT: {self.regions} regions on {self.image_size // self.patch_size} patches a side"
                 + (" and a class token" if self.class_token else ""),

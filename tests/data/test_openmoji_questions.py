@@ -130,7 +130,8 @@ def test_wrong_claims_are_plausible(folder, statements):
     category = {row.base: row.category for row in known.records}
     person = next(index for index, row in enumerate(known.records) if row.name == "woman teacher with medium skin tone")
     claims = [
-        known.wrong_claim(Dice(0, number), person, (person,), known.level(Dice(1, number))) for number in range(2000)
+        known.wrong_claim(Dice(0, number), person, (person,), known.level(Dice(1, number), 0.2))
+        for number in range(2000)
     ]
     # Two in ten are drawn from the same base, but for the claims of a base alone and for what turns out to be true.
     assert 0.08 < sum(claim.base == "teacher" for claim in claims) / len(claims) < 0.2
@@ -138,7 +139,7 @@ def test_wrong_claims_are_plausible(folder, statements):
     cat = next(index for index, row in enumerate(known.records) if row.name == "cat")
     claims = [known.wrong_claim(Dice(2, number), cat, (cat,), BASE) for number in range(2000)]
     near = sum(category[claim.base] == category["cat"] for claim in claims) / len(claims)
-    assert 0.5 < near < 0.7, "five in ten from the category, and some of the rest by chance"
+    assert 0.65 < near < 0.8, "seven in ten from the category, and some of the rest by chance"
 
 
 def test_a_base_with_many_forms_does_not_drown_the_others(folder):

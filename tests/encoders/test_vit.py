@@ -33,6 +33,50 @@ def test_shapes_and_pooling(class_token):
     assert ("class_token" in params["params"]) == class_token
 
 
+def test_each_region_has_a_linear_map_of_its_own():
+    """Six patches a side, three regions: nine vectors, each from its own 2 x 2 patches by its own kernel."""
+    sizes = SMALL | dict(image_size=24)
+    module = ViTConfig(**sizes, regions=3, region_size=5).make()
+    pixels = np.random.default_rng(0).normal(size=(2, 24, 24, 3)).astype(np.float32)
+    params = random_params(module, pixels)
+    kernel = params["params"]["region_pooling"]["kernel"]
+    assert kernel.shape == (9, 4 * 12, 5)
+    out = jax.jit(module.apply)(params, pixels)
+    rest = {name: leaf for name, leaf in params["params"].items() if name != "region_pooling"}
+    patches = np.asarray(jax.jit(ViTConfig(**sizes).make().apply)({"params": rest}, pixels).last_hidden_state)
+    wanted = np.zeros((2, 9, 5))
+    for region in range(9):
+        row, column = 2 * (region // 3), 2 * (region % 3)
+        members = [6 * (row + i) + column + j for i in range(2) for j in range(2)]
+        for b in range(2):
+            wanted[b, region] = np.concatenate(patches[b, members]) @ kernel[region]
+    np.testing.assert_allclose(out.last_hidden_state, wanted, atol=2e-4)
+    np.testing.assert_allclose(out.pooler_output, wanted.mean(axis=1), atol=2e-4)
+
+
+def test_region_maps_keep_the_scale_of_what_they_read():
+    """The fan-in of a map is one region's patches, not those of all regions."""
+    module = ViTConfig(**SMALL | dict(image_size=24), regions=3, region_size=50).make()
+    params = nn.meta.unbox(jax.jit(module.init)(jax.random.key(0), jnp.zeros((1, 24, 24, 3))))
+    kernel = np.asarray(params["params"]["region_pooling"]["kernel"])
+    assert kernel.std() == pytest.approx((4 * 12) ** -0.5, rel=0.05)
+    assert all(np.abs(kernel[0] - other).max() > 0.1 for other in kernel[1:])
+
+
+@pytest.mark.parametrize("regions,side", [(None, 6), (1, 1), (2, 2), (6, 6)])
+def test_the_grid_is_what_comes_out(regions, side):
+    config = ViTConfig(**SMALL | dict(image_size=24), regions=regions, region_size=12)
+    module, pixels = config.make(), jnp.zeros((1, 24, 24, 3))
+    abstract = jax.eval_shape(module.init_with_output, jax.random.key(0), pixels)[0]
+    assert config.grid == side and abstract.last_hidden_state.shape == (1, side**2, 12)
+
+
+@pytest.mark.parametrize("change", [dict(regions=2), dict(regions=4), dict(regions=3, class_token=True)])
+def test_impossible_regions_are_refused(change):
+    with pytest.raises(ConfigError, match="regions that divide the patches, and no class token"):
+        ViTConfig(**SMALL | change)
+
+
 def test_bfloat16_computes_in_bfloat16_with_float32_parameters():
     module = ViTConfig(**SMALL, dtype="bfloat16").make()
     abstract = jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, 12, 12, 3)))

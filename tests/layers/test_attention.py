@@ -6,8 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 
-from mllm_jax.layers.attention import attention
+from mllm_jax.layers.attention import Attention, attention
 
 
 def by_loops(q, k, v, *, mask, q_segments=None, k_segments=None, q_index=None):
@@ -82,6 +83,57 @@ def test_softmax_is_float32_when_inputs_are_bfloat16():
     out = attention(q, k, v)
     assert out.dtype == jnp.bfloat16
     np.testing.assert_allclose(np.asarray(out, np.float32), 1.0, atol=1e-2)
+
+
+def kernels(width=96, heads=4, kv_heads=2, head_dim=32, seed=0, **change) -> dict:
+    """The four kernels of an attention layer at its start, keys and values repeated for the heads that share them."""
+    module = Attention(heads, kv_heads, head_dim, **change)
+    params = nn.meta.unbox(jax.jit(module.init)(jax.random.key(seed), jnp.zeros((1, 3, width))))["params"]
+    found = {name: np.asarray(params[name]["kernel"], np.float64) for name in ("q", "k", "v", "out")}
+    repeated = {name: np.repeat(found[name], heads // kv_heads, axis=1) for name in ("k", "v")}
+    return found | repeated
+
+
+def products(found: dict) -> dict[str, list[np.ndarray]]:
+    """W_q W_k^T and W_v W_o of each head."""
+    heads = range(found["q"].shape[1])
+    return {
+        "qk": [found["q"][:, n] @ found["k"][:, n].T for n in heads],
+        "vo": [found["v"][:, n] @ found["out"][n] for n in heads],
+    }
+
+
+def test_mimetic_products_are_near_multiples_of_the_identity():
+    """The mean of the diagonal is the multiple; what lies beside it is the noise of 32 random directions."""
+    for name, multiple in (("qk", 0.8), ("vo", 0.3)):
+        for product in products(kernels(mimetic_init=True))[name]:
+            beside = product[~np.eye(96, dtype=bool)]
+            assert np.diag(product).mean() == pytest.approx(multiple * 32 / 96, rel=0.15)
+            assert abs(beside.mean()) < 0.01 * multiple
+            assert np.diag(product).mean() > 4 * beside.std()
+
+
+def test_mimetic_products_are_off_by_default():
+    for group in products(kernels()).values():
+        for product in group:
+            assert abs(np.diag(product).mean()) < 0.5 * product[~np.eye(96, dtype=bool)].std()
+
+
+def test_a_mimetic_layer_has_the_same_parameters_and_the_seed_decides():
+    for kv_heads in (1, 2, 4):
+        x = jnp.zeros((1, 3, 96))
+        shapes = [
+            jax.eval_shape(Attention(4, kv_heads, 32, mimetic_init=flag).init, jax.random.key(0), x)
+            for flag in (False, True)
+        ]
+        assert jax.tree.map(lambda x: (x.shape, x.dtype), shapes[0]) == jax.tree.map(
+            lambda x: (x.shape, x.dtype), shapes[1]
+        )
+        assert jax.tree.structure(shapes[0]) == jax.tree.structure(shapes[1]), "and the same logical axes"
+    one, again, other = (kernels(mimetic_init=True, seed=seed) for seed in (0, 0, 1))
+    for name in one:
+        np.testing.assert_array_equal(one[name], again[name])
+        assert np.abs(one[name] - other[name]).max() > 0.1
 
 
 def test_unknown_mask_is_refused():

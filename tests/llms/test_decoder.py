@@ -122,6 +122,19 @@ def test_logits_are_float32_in_bfloat16():
     assert c.make_cache(1, 4).keys.dtype == jnp.bfloat16
 
 
+def test_each_layer_starts_mimetic_with_numbers_of_its_own():
+    config = DecoderConfig(
+        vocab_size=11, hidden_size=96, num_layers=3, num_kv_heads=2, head_dim=32, mlp_size=8, mimetic_init=True
+    )
+    params = nn.meta.unbox(jax.jit(config.make().init)(jax.random.key(0), jnp.zeros((1, 4), jnp.int32)))
+    q, k = (np.asarray(params["params"]["layers"]["attention"][name]["kernel"]) for name in "qk")
+    for layer in range(3):
+        product = q[layer, :, 0] @ k[layer, :, 0].T
+        assert np.diag(product).mean() > 4 * product[~np.eye(96, dtype=bool)].std()
+        assert np.abs(q[layer] - q[layer - 1]).max() > 0.1 and np.abs(k[layer] - k[layer - 1]).max() > 0.1
+    assert not CONFIG.mimetic_init
+
+
 @pytest.mark.parametrize(
     "change,message",
     [

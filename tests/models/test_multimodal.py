@@ -128,6 +128,17 @@ def test_packed_examples_do_not_see_each_others_pictures_or_text(forward, batch)
     np.testing.assert_array_equal(after[0, :13], before[0, :13])
 
 
+def test_projected_media_stand_in_for_pictures(params, forward, batch):
+    """What was encoded once serves every later step of a generation."""
+    media = CONFIG.make().apply(params, batch["images"], method="encode_media")
+    assert media.shape == (2, 2 * MEDIA, 16)
+    others = {name: array for name, array in batch.items() if name != "images"}
+    wanted = forward(batch)
+    np.testing.assert_allclose(forward(others | {"media": media}), wanted, atol=2e-5)
+    assert np.abs(forward(others | {"media": -media}) - wanted).max() > 1e-3
+    assert np.abs(forward(others) - wanted).max() > 1e-3, "without either there is only text"
+
+
 def test_an_unused_slot_has_no_part(forward, batch):
     images = batch["images"].copy()
     images[1, 0] = 0

@@ -156,7 +156,7 @@ class Catalog:
                 return claim
         return None
 
-    def level(self, dice: Dice, base_share: float = 0.2) -> int:
+    def level(self, dice: Dice, base_share: float = 0.6) -> int:
         """How much a claim says: the base alone with `base_share`, without the tone with 0.2, else everything."""
         number = dice.below(100) / 100
         return BASE if number < base_share else PLAIN if number < base_share + 0.2 else FULL

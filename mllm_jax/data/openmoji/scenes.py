@@ -64,15 +64,16 @@ def scene_turns(catalog: Catalog, dice: Dice, scene: Scene, count: int, only: tu
     """`count` turns on a scene: places mostly, the number once, presence once or twice, in random order.
 
     Args:
-        only: nothing but these tasks, the number still at most once.
+        only: nothing but these tasks, the number still at most once; all where none of them is about scenes.
     """
     tasks = ["scene_count", "scene_exists"] + ["scene_position"] * (count - 2)
     if count > 3 and dice.chance(0.5):
         tasks[-1] = "scene_exists"
+    only = tuple(task for task in only if task in ASKED)
     if only:
-        again = [task for task in only if task != "scene_count"] or ["scene_count"]
+        again = [task for task in only if task != "scene_count"]
         tasks = [task for task in only if task == "scene_count"]
-        tasks += [again[n % len(again)] for n in range(count - len(tasks))]
+        tasks += [again[n % len(again)] for n in range(count - len(tasks))] if again else []
     dice.shuffle(tasks)
     places = list(range(len(scene.cells)))
     dice.shuffle(places)
@@ -85,7 +86,7 @@ def scene_turns(catalog: Catalog, dice: Dice, scene: Scene, count: int, only: tu
         elif task == "scene_count":
             turn = count_of(catalog, scene, dice.pick(ASKED[task]))
         else:
-            turn = exists(catalog, dice, scene, dice.chance(0.5), wordings.pop())
+            turn = exists(catalog, dice, scene, dice.chance(0.5), wordings[len(turns) % len(wordings)])
         if turn is not None:
             turns.append(turn)
     return turns

@@ -22,11 +22,13 @@ from mllm_jax.data.examples import Conversation, Turn
 from mllm_jax.data.openmoji.catalog import Catalog, Dice, catalog
 from mllm_jax.data.openmoji.pairs import Group, compose_group, group_turns
 from mllm_jax.data.openmoji.pictures import Pictures
+from mllm_jax.data.openmoji.questions import ASKED as ASKED_OF_PICTURES
 from mllm_jax.data.openmoji.questions import caption, picture_turns
+from mllm_jax.data.openmoji.scenes import ASKED as ASKED_OF_SCENES
 from mllm_jax.data.openmoji.scenes import PLACES, Scene, compose_scene, scene_caption, scene_turns
 from mllm_jax.errors import ConfigError
 
-QUESTIONS_VERSION = 12  # raise it whenever the questions, the answers or the drawing of pictures change
+QUESTIONS_VERSION = 13  # raise it whenever the questions, the answers or the drawing of pictures change
 _AUGMENT = 1  # the last part of a random stream's seed: 0 draws the text, 1 the picture
 PER_BASE = 3  # a base with fewer forms is repeated, so that persons in 18 forms do not drown everything else
 
@@ -60,6 +62,10 @@ class _Settings:
                 raise ConfigError(
                     f"{type(self).__name__}: {name}={value}", f"{least} to {most}", "correct the setting in the config"
                 )
+        unknown = set(getattr(self, "tasks", ())) - set(ASKED_OF_PICTURES) - set(ASKED_OF_SCENES)
+        if unknown:
+            known = ", ".join([*ASKED_OF_PICTURES, *ASKED_OF_SCENES])
+            raise ConfigError(f"{type(self).__name__}: tasks {sorted(unknown)}", f"some of {known}", "correct them")
 
 
 @dataclass(frozen=True)

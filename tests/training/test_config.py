@@ -1,0 +1,119 @@
+"""What an experiment refuses before anything is loaded, and what the shipped configs hold."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import jax
+import pytest
+from flax import linen as nn
+from flax.traverse_util import flatten_dict
+from tiny_runs import ROOT
+from toy_data import MODEL, PAIRS, PICTURES
+
+from mllm_jax.cli import load_config
+from mllm_jax.errors import ConfigError
+from mllm_jax.training.config import Experiment, Stage, TokenizerConfig
+from mllm_jax.training.objectives.contrastive import Contrastive
+from mllm_jax.training.objectives.next_token import NextToken
+from mllm_jax.training.partition import split
+
+STAGE = Stage("contrastive", Contrastive(), ("encoder/*",), PAIRS, steps=1)
+EXPERIMENT = Experiment("small", MODEL, (STAGE,), TokenizerConfig(vocab_size=320))
+
+
+@pytest.mark.parametrize(
+    "change,given",
+    [
+        ({"stages": ()}, "stages []"),
+        ({"stages": (STAGE, STAGE)}, "stages ['contrastive', 'contrastive']"),
+        ({"nonfinite": "ignore"}, "nonfinite 'ignore'"),
+        ({"tokenizer": TokenizerConfig(321)}, "a tokenizer of 321 for an LLM of 320 tokens"),
+        (
+            {"model": replace(MODEL, text_tower=replace(MODEL.text_tower, vocab_size=319))},
+            "a tokenizer of 320 for a text tower of 319 tokens",
+        ),
+        (
+            {"stages": (replace(STAGE, data=replace(PAIRS, length=17)),)},
+            "stage 'contrastive': captions of 17 places for a text tower of 16",
+        ),
+        ({"stages": (replace(STAGE, validation=replace(PAIRS, length=99)),)}, "captions of 99 places"),
+        ({"cpu_devices": 0}, "cpu_devices 0"),
+        ({"cpu_devices": -2}, "cpu_devices -2"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else None,
+)
+def test_impossible_experiments_are_refused(change, given):
+    with pytest.raises(ConfigError) as refusal:
+        replace(EXPERIMENT, **change)
+    assert given in refusal.value.given and refusal.value.expected and refusal.value.todo
+
+
+def test_what_the_text_tower_does_not_read_may_be_longer():
+    """Rows of conversations go to the LLM, whose positions have no end; a model may have no tower at all."""
+    talk = Stage("talk", NextToken(), ("llm/*",), replace(PICTURES, length=500), steps=1)
+    assert replace(EXPERIMENT, stages=(STAGE, talk), cpu_devices=1).stages[1].data.length == 500
+    bare = replace(MODEL, text_tower=None, contrastive=None)
+    assert replace(EXPERIMENT, model=bare, stages=(talk,)).model.text_tower is None
+
+
+# ---- the shipped configs
+
+TRAINED = {
+    "language": {"llm"},
+    "contrastive": {"encoder", "text_tower", "contrastive"},
+    "align": {"projector"},
+    "describe": {"projector", "llm"},
+    "instruct": {"projector", "llm"},
+}
+
+
+@pytest.fixture(scope="module", params=["quickstart", "openmoji_full"])
+def shipped(request):
+    return load_config(ROOT / "configs" / f"{request.param}.py")
+
+
+def test_stages_train_the_parts_they_name(shipped):
+    """In their order; whatever a stage does not train is frozen whole."""
+    module = shipped.model.make()
+    abstract = jax.eval_shape(lambda: module.init(jax.random.key(0), module.sample_batch(), method="touch")["params"])
+    params = nn.meta.unbox(abstract)
+    assert [stage.name for stage in shipped.stages] == list(TRAINED)
+    for stage in shipped.stages:
+        trainable, frozen = split(params, stage.trainable)
+        assert set(trainable) == TRAINED[stage.name]
+        assert set(frozen) == set(params) - TRAINED[stage.name]
+        assert len(flatten_dict(trainable)) + len(flatten_dict(frozen)) == len(flatten_dict(params))
+
+
+def test_stages_read_what_fits_them(shipped):
+    stages = {stage.name: stage for stage in shipped.stages}
+    assert {name: type(stage.objective) for name, stage in stages.items()} == {
+        name: Contrastive if name == "contrastive" else NextToken for name in TRAINED
+    }
+    assert stages["language"].data.slots == 0, "no pictures yet"
+    assert stages["contrastive"].data.layout == "caption" and stages["contrastive"].data.group > 1
+    assert all(stage.data.slots and stage.data.layout == "conversation" for stage in shipped.stages[2:])
+    sizes = {w.source.image_size for stage in shipped.stages if stage.data.slots for w in stage.data.sources}
+    assert sizes == {shipped.model.encoder.image_size}
+
+
+def test_training_reads_the_training_split_and_validation_another(shipped):
+    mixtures = {"data": set(), "validation": set()}
+    for stage in shipped.stages:
+        for kind, splits in mixtures.items():
+            mixture = getattr(stage, kind)
+            splits |= {weighted.source.split for weighted in mixture.sources} if mixture else set()
+    assert mixtures == {"data": {"train"}, "validation": {"validation"}}
+
+
+def test_the_full_config_is_the_quickstarts_on_all_pictures():
+    quickstart, full = (load_config(ROOT / "configs" / f"{name}.py") for name in ("quickstart", "openmoji_full"))
+    assert (quickstart.name, full.name) == ("quickstart", "openmoji_full")
+    tower = replace(full.model.text_tower, max_length=quickstart.model.text_tower.max_length)
+    assert replace(full.model, text_tower=tower) == quickstart.model, "but for the longest caption"
+    assert full.tokenizer == quickstart.tokenizer
+    for experiment, pictures in ((quickstart, "quickstart"), (full, "full")):
+        mixtures = [m for stage in experiment.stages for m in (stage.data, stage.validation) if m is not None]
+        assert {weighted.source.config for mixture in mixtures for weighted in mixture.sources} == {pictures}
+        assert experiment.evaluation.config == pictures
