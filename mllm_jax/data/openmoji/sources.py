@@ -155,9 +155,6 @@ class _Source:
     def __len__(self) -> int:
         return len(self.schedule) * self.settings.variants
 
-    def images(self, index: int) -> list[np.ndarray]:
-        raise NotImplementedError
-
     def fingerprint(self) -> str:
         """Changes with the records, the settings (but for the folder they lie in) and the version of the questions."""
         settings = {key: value for key, value in asdict(self.settings).items() if key != "data_dir"}
