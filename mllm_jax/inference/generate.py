@@ -33,7 +33,8 @@ class Prompt:
 class Generator:
     """Answers prompts with a trained model.
 
-    Rows are padded to a bucket and to a full batch; what a row answers does not depend on its neighbours.
+    Rows are padded to a bucket and to a full batch; a greedy answer does not depend on its neighbours, a sampled one
+    is drawn by seed and row.
 
     Args:
         batch_size: rows that are answered together.

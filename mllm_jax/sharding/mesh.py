@@ -53,11 +53,6 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     return jax.make_mesh(tuple(sizes), AXES, axis_types=axis_types, devices=devices)
 
 
-def logical_names(boxed) -> dict:
-    """The tree of logical names (as PartitionSpecs) of a tree of boxed or plain parameters."""
-    return nn.get_partition_spec(boxed)
-
-
 def param_shardings(boxed, mesh: Mesh):
     """NamedShardings for parameters that linen boxed with their logical names.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import signal
 import threading
 import time
@@ -29,7 +30,7 @@ from mllm_jax.training.flops import count_flops
 from mllm_jax.training.metrics import MetricsWriter, Progress, peak_flops
 from mllm_jax.training.optimizer import learning_rate, make_optimizer
 from mllm_jax.training.partition import join, num_bytes, num_parameters, split
-from mllm_jax.training.run_folder import RunFolder, open_run, read_json, write_json
+from mllm_jax.training.run_folder import RunFolder, open_run, write_json
 from mllm_jax.training.serialise import describe
 from mllm_jax.training.step import (
     init_params,
@@ -112,7 +113,7 @@ def prepare_tokenizer(experiment: Experiment, folder: RunFolder, first_host: boo
         if config.path is not None:
             tokenizer = Tokenizer.load(Path(config.path))
         else:
-            sources = {describe_key(w.source): w.source for stage in experiment.stages for w in stage.data.sources}
+            sources = {repr(describe(w.source)): w.source for stage in experiment.stages for w in stage.data.sources}
             built = [source.build() for _, source in sorted(sources.items())]
             tokenizer = Tokenizer.train(training_texts(built), config.vocab_size)
         if not first_host:
@@ -128,11 +129,6 @@ def prepare_tokenizer(experiment: Experiment, folder: RunFolder, first_host: boo
             "raise model.llm.vocab_size",
         )
     return tokenizer
-
-
-def describe_key(config) -> str:
-    """A string that is equal for equal configs."""
-    return repr(describe(config))
 
 
 class StageRunner:
@@ -335,8 +331,6 @@ class StageRunner:
 
 def without_remat(config):
     """The same model config with `remat="none"` in every part."""
-    import dataclasses
-
     changes = {}
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
@@ -418,6 +412,3 @@ def load_run(folder: RunFolder, devices: Sequence[jax.Device] | None = None):
     if finished == 0:
         raise TrainingError(f"{folder.path}: no stage is finished", "a run that has ended a stage", "train it further")
     return experiment, model, params, folder.tokenizer(), mesh
-
-
-__all__ = ["Interrupted", "load_run", "prepare_tokenizer", "read_json", "train"]

@@ -22,6 +22,7 @@ from mllm_jax.training.objectives.contrastive import Contrastive
 from mllm_jax.training.objectives.next_token import NextToken
 from mllm_jax.training.optimizer import learning_rate, make_optimizer
 from mllm_jax.training.partition import num_bytes, split
+from mllm_jax.training.run_folder import read_json
 from mllm_jax.training.step import (
     TrainState,
     init_params,
@@ -280,7 +281,7 @@ def test_frozen_dtype_in_a_run_leaves_the_parameters_themselves_alone(tmp_path, 
     config = experiment(tmp_path)
     first = replace(config.stages[0], frozen_dtype="bfloat16", steps=2)
     folder = train(tmp_path, replace(config, stages=(first, config.stages[1])))
-    facts = loop.read_json(folder.path / "run.json")["stages"]
+    facts = read_json(folder.path / "run.json")["stages"]
     assert facts[0]["frozen_bytes"] * 2 == num_bytes(plain.frozen)
     known = loop.snapshot_meta(folder.snapshot(1, "second"))["frozen"]["fingerprint"]
     encoder = {path: number for path, number in loop.fingerprint(plain.frozen).items() if path.startswith("encoder/")}
