@@ -1,0 +1,70 @@
+"""What a model family tells the checkpoint engine: which stored tensor is which parameter, read both ways."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Weight:
+    """One parameter and the stored tensor, or part of one, that it is.
+
+    Attributes:
+        name: the hub's name. "{layer}" in it counts 0, 1, ...: these tensors are stacked along a new first axis.
+        path: the parameter's place in the tree, such as "layers/attention/q/kernel".
+        pattern: an einops pattern from the stored axes to ours, without the layers' axis: "(n h) e -> e n h"; the same
+            pattern turned round writes. Empty: as it is.
+        sizes: the axes that einops cannot infer.
+        rows: (start, stop) of the stored tensor's first axis, where several parameters lie one after the other in one
+            tensor; the lines that share a name must cover it.
+        part: the index on the first axis that `pattern` gives, where several parameters are interleaved in one tensor:
+            "(n p h) e -> p e n h" and parts 0, 1, 2.
+    """
+
+    name: str
+    path: str
+    pattern: str = ""
+    sizes: Mapping[str, int] = field(default_factory=dict)
+    rows: tuple[int, int] | None = None
+    part: int | None = None
+
+
+@dataclass(frozen=True)
+class Table:
+    """All parameters of a model.
+
+    Attributes:
+        spellings: (regular expression, replacement) pairs that turn other spellings of names into the hub's, tried in
+            order on every stored name.
+        ignored: names, with "{layer}" or not, that may be stored and hold nothing to learn, such as RoPE's frequencies
+            or a head that is tied to the embedding.
+    """
+
+    weights: tuple[Weight, ...]
+    spellings: tuple[tuple[str, str], ...] = ()
+    ignored: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Family:
+    """What stands beside a module so that its Hugging Face folders can be read and written.
+
+    Attributes:
+        name: as people say it, "LLaMA, Vicuna".
+        architectures: the `architectures` of config.json that it reads.
+        from_hf: config.json's dictionary -> the module's config; refuses by name what it cannot honour.
+        to_hf: the module's config -> config.json's dictionary, `architectures` and `model_type` included.
+        table: the module's config -> Table.
+        sample: the module's config -> the arguments with which `init` creates every parameter.
+        oracle: the reference class that parity is proven against.
+    """
+
+    name: str
+    architectures: tuple[str, ...]
+    from_hf: Callable[[dict], Any]
+    to_hf: Callable[[Any], dict]
+    table: Callable[[Any], Table]
+    sample: Callable[[Any], tuple]
+    oracle: str = ""
