@@ -24,8 +24,11 @@ def attention(
     q_segments: jax.Array | None = None,
     k_segments: jax.Array | None = None,
     q_index: jax.Array | None = None,
+    window: int | jax.Array | None = None,
+    bias: jax.Array | None = None,
+    scale: float | None = None,
 ) -> jax.Array:
-    """Scaled dot-product attention with grouped keys, segments and a named mask.
+    """Scaled dot-product attention with grouped keys, segments, a named mask and a sliding window.
 
     The softmax is taken in float32. A query that may see nothing (padding) gets the mean of the values, never NaN.
 
@@ -34,19 +37,29 @@ def attention(
         mask: "full" or "causal" (a query sees keys whose index is not larger than its own).
         q_segments, k_segments: int[B, S], int[B, T]; a query sees keys of its own segment only. None: one segment.
         q_index: int[B, S] places of the queries among the keys; None means 0..S-1. Needed with a cache.
+        window: a query sees the last `window` keys only, its own place included (arXiv 2004.05150); needs the causal
+            mask. An int, or an int scalar that differs by layer.
+        bias: float[B, N, S, T], the first two may be 1: added to the scaled scores.
+        scale: factor of the scores; None is 1/sqrt(H).
 
     Returns:
         [B, S, N, H] in q's dtype.
     """
     if mask not in MASKS:
         raise ValueError(f"attention mask {mask!r}; expected one of {MASKS}")
+    if window is not None and mask != "causal":
+        raise ValueError(f"attention mask {mask!r} with a sliding window; expected 'causal'")
     queries, keys = q.shape[1], k.shape[1]
-    q = rearrange(q, "b s (k g) h -> b s k g h", k=k.shape[2]) * (q.shape[-1] ** -0.5)
+    q = rearrange(q, "b s (k g) h -> b s k g h", k=k.shape[2]) * (q.shape[-1] ** -0.5 if scale is None else scale)
     scores = jnp.einsum("bskgh,btkh->bkgst", q, k, preferred_element_type=jnp.float32)
+    if bias is not None:
+        groups = (k.shape[2], -1) if bias.shape[1] > 1 else (1, 1)
+        scores = scores + bias.reshape(bias.shape[0], *groups, queries, keys)
     allowed = None
     if mask == "causal":
         q_index = jnp.arange(queries)[None] if q_index is None else q_index
-        allowed = q_index[:, :, None] >= jnp.arange(keys)[None, None, :]
+        distance = q_index[:, :, None] - jnp.arange(keys)[None, None, :]
+        allowed = distance >= 0 if window is None else (distance >= 0) & (distance < window)
     if q_segments is not None:
         same = q_segments[:, :, None] == k_segments[:, None, :]
         allowed = same if allowed is None else allowed & same
@@ -63,6 +76,7 @@ class Attention(nn.Module):
         num_kv_heads: None is num_heads.
         head_dim: None is hidden size / num_heads.
         qk_norm: RMSNorm on each head's queries and keys (Qwen3).
+        rotary_interleaved: rotary positions turn neighbouring dimensions together, see `apply_rotary`.
         mimetic_init: starts with queries that match keys of like vectors and outputs that copy what is attended to, as
             trained models have it (arXiv 2305.09828): little data then suffices to learn to look up and to compare.
     """
@@ -74,19 +88,21 @@ class Attention(nn.Module):
     qkv_bias: bool = True
     out_bias: bool = True
     qk_norm: bool = False
+    rotary_interleaved: bool = False
     norm_eps: float = 1e-6
     out_init_std: float | None = None
     mimetic_init: bool = False
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x, *, segments=None, angles=None, cache=None):
+    def __call__(self, x, *, segments=None, angles=None, window=None, cache=None):
         """Attends within x, and into the cache if there is one.
 
         Args:
             x: [B, S, E].
             segments: int[B, S] or None.
             angles: rotary angles of x's positions, or None.
+            window: see `attention`.
             cache: None, or (keys [B, T, K, H], values [B, T, K, H], k_segments int[B, T], index int[B, S]): x's keys
                 and values are written at `index`, and all T places are attended to.
 
@@ -108,7 +124,7 @@ class Attention(nn.Module):
             q = RMSNorm(self.norm_eps, self.dtype, name="q_norm")(q)
             k = RMSNorm(self.norm_eps, self.dtype, name="k_norm")(k)
         if angles is not None:
-            q, k = apply_rotary(q, angles), apply_rotary(k, angles)
+            q, k = (apply_rotary(each, angles, self.rotary_interleaved) for each in (q, k))
         written, k_segments, index = None, segments, None
         if cache is not None:
             keys, values, k_segments, index = cache
@@ -117,7 +133,7 @@ class Attention(nn.Module):
             v = values.at[rows, index].set(v.astype(values.dtype), mode="drop")
             written = (k, v)
             k, v = k.astype(self.dtype), v.astype(self.dtype)
-        y = attention(q, k, v, mask=self.mask, q_segments=segments, k_segments=k_segments, q_index=index)
+        y = attention(q, k, v, mask=self.mask, q_segments=segments, k_segments=k_segments, q_index=index, window=window)
         y = constrain(y, "batch", "seq", "heads", "head_dim")
         y = Linear(
             (x.shape[-1],),

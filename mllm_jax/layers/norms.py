@@ -23,16 +23,24 @@ class RMSNorm(nn.Module):
 
 
 class LayerNorm(nn.Module):
-    """(x - mean) / std * scale + bias over the last dimension (arXiv 1607.06450)."""
+    """(x - mean) / std * scale + bias over the last dimension (arXiv 1607.06450).
+
+    Attributes:
+        affine: without it there is neither scale nor bias.
+    """
 
     eps: float = 1e-6
     dtype: jnp.dtype = jnp.float32
+    affine: bool = True
 
     @nn.compact
     def __call__(self, x):
-        scale = self.param("scale", nn.with_logical_partitioning(nn.initializers.ones, ("embed",)), (x.shape[-1],))
-        bias = self.param("bias", nn.with_logical_partitioning(nn.initializers.zeros, ("embed",)), (x.shape[-1],))
         x = x.astype(jnp.float32)
         x = x - jnp.mean(x, axis=-1, keepdims=True)
         x = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + self.eps)
-        return (x * scale + bias).astype(self.dtype)
+        if self.affine:
+            shape = (x.shape[-1],)
+            scale = self.param("scale", nn.with_logical_partitioning(nn.initializers.ones, ("embed",)), shape)
+            bias = self.param("bias", nn.with_logical_partitioning(nn.initializers.zeros, ("embed",)), shape)
+            x = x * scale + bias
+        return x.astype(self.dtype)

@@ -1,21 +1,24 @@
-"""Pre-norm decoder-only transformer of the LLaMA kind: RMSNorm, RoPE, grouped-query attention, gated MLP."""
+"""The decoder-only transformer: one module, whose switches make it LLaMA, Mistral, Qwen, GLM or OPT."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
 from mllm_jax.errors import ConfigError
 from mllm_jax.layers.attention import Attention
 from mllm_jax.layers.linear import Embedding, Linear
-from mllm_jax.layers.mlp import MLP
-from mllm_jax.layers.norms import RMSNorm
-from mllm_jax.layers.rotary import rotary_angles
+from mllm_jax.layers.mlp import ACTIVATIONS, MLP
+from mllm_jax.layers.norms import LayerNorm, RMSNorm
+from mllm_jax.layers.rotary import RopeScaling, rotary_angles
 from mllm_jax.layers.stack import scan_layers
 from mllm_jax.llms.cache import KVCache
 from mllm_jax.sharding.logical import constrain
+
+LAYER_TYPES = ("full_attention", "sliding_attention")
 
 
 @dataclass(frozen=True)
@@ -25,8 +28,21 @@ class DecoderConfig:
     Attributes:
         head_dim: None is hidden_size / num_heads.
         gated, activation: True and "silu" are SwiGLU.
+        norm: "rms" or "layer"; norm_affine False is a LayerNorm without scale and bias.
+        norm_first: norms before attention and MLP; False puts them behind each sum (OPT-350m).
+        final_norm: a norm before the output head.
+        positions: "rotary", or "learned": a table of max_position_embeddings + position_offset vectors, added to the
+            embedded tokens; the first position is row `position_offset`.
+        rope_scaling, rope_theta, partial_rotary_factor, rotary_interleaved: see `RopeScaling` and `apply_rotary`; the
+            first `partial_rotary_factor` of each head's dimensions are turned.
         tie_word_embeddings: the output head is the embedding's transpose.
-        qkv_bias, qk_norm: as in Qwen2 and Qwen3.
+        embedding_size: width of embedding and head where it is not hidden_size; linear maps lead in and out.
+        qkv_bias, out_bias, mlp_bias, qk_norm: of the layers' linear maps; a norm of each head's queries and keys.
+        sliding_window: None, or how many keys a query sees, itself included.
+        layer_types: "full_attention" or "sliding_attention" of each layer; empty: the window, if any, is every layer's.
+        max_position_embeddings: the length it was trained on; a bound for learned positions only.
+        bos_token_id, eos_token_id, pad_token_id: kept for generation; each of several eos ids ends a text.
+        family: the Hugging Face architecture that it is written as.
         mimetic_init: for training from scratch on little data; see `Attention`.
     """
 
@@ -39,100 +55,194 @@ class DecoderConfig:
     mlp_size: int = 688
     activation: str = "silu"
     gated: bool = True
-    rope_theta: float = 10_000.0
+    norm: str = "rms"
+    norm_affine: bool = True
     norm_eps: float = 1e-6
+    norm_first: bool = True
+    final_norm: bool = True
+    positions: str = "rotary"
+    position_offset: int = 0
+    rope_theta: float = 10_000.0
+    rope_scaling: RopeScaling = RopeScaling()
+    partial_rotary_factor: float = 1.0
+    rotary_interleaved: bool = False
     tie_word_embeddings: bool = True
+    embedding_size: int | None = None
     qkv_bias: bool = False
+    out_bias: bool = False
+    mlp_bias: bool = False
     qk_norm: bool = False
+    sliding_window: int | None = None
+    layer_types: tuple[str, ...] = ()
+    max_position_embeddings: int = 2048
+    bos_token_id: int | None = None
+    eos_token_id: tuple[int, ...] = ()
+    pad_token_id: int | None = None
+    family: str = "LlamaForCausalLM"
     mimetic_init: bool = False
     dtype: str = "float32"
     remat: str = "none"
     scan_unroll: int = 1
 
     def __post_init__(self):
-        if self.num_heads % self.num_kv_heads:
-            raise ConfigError(
-                f"decoder: {self.num_heads} heads, {self.num_kv_heads} key-value heads",
-                "a number of heads that the key-value heads divide",
-                "change num_heads or num_kv_heads",
-            )
-        if (self.head_dim or self.hidden_size // self.num_heads) % 2:
-            raise ConfigError("decoder: an odd head_dim", "an even one: RoPE turns pairs", "change head_dim")
+        def require(condition, given: str, expected: str, todo: str):
+            if not condition:
+                raise ConfigError(f"decoder: {given}", expected, todo)
+
+        def one_of(name: str, allowed):
+            given = getattr(self, name)
+            require(given in allowed, f"{name} {given!r}", f"one of {', '.join(allowed)}", f"change {name}")
+
+        one_of("norm", ("rms", "layer"))
+        one_of("positions", ("rotary", "learned"))
+        one_of("activation", tuple(ACTIVATIONS))
+        require(
+            self.num_heads % self.num_kv_heads == 0,
+            f"{self.num_heads} heads, {self.num_kv_heads} key-value heads",
+            "a number of heads that the key-value heads divide",
+            "change num_heads or num_kv_heads",
+        )
+        require(self.norm == "layer" or self.norm_affine, "RMSNorm without scale", "norm_affine", "use norm='layer'")
+        require(
+            self.positions == "learned" or 0 < self.rotary_dim + self.rotary_dim % 2 <= self.size_per_head,
+            f"an odd head_dim, {self.size_per_head}, of which RoPE is to turn {self.rotary_dim}",
+            "an even one: RoPE turns pairs",
+            "change head_dim or partial_rotary_factor",
+        )
+        require(
+            not self.layer_types
+            or (len(self.layer_types) == self.num_layers and set(self.layer_types) <= set(LAYER_TYPES)),
+            f"layer_types {self.layer_types} for {self.num_layers} layers",
+            f"as many of {', '.join(LAYER_TYPES)} as there are layers",
+            "change layer_types",
+        )
+        require(
+            self.sliding_window is not None or "sliding_attention" not in self.layer_types,
+            "layers with sliding attention and no sliding_window",
+            "the window's size",
+            "set sliding_window",
+        )
+
+    @property
+    def size_per_head(self) -> int:
+        """head_dim as it is used."""
+        return self.head_dim or self.hidden_size // self.num_heads
+
+    @property
+    def rotary_dim(self) -> int:
+        """How many dimensions of a head rotary positions turn; an odd number counts as one more."""
+        return int(self.size_per_head * self.partial_rotary_factor)
+
+    @property
+    def windows(self) -> tuple[int | None, ...]:
+        """The sliding window of each layer; None sees everything."""
+        kinds = self.layer_types or ("sliding_attention",) * self.num_layers
+        return tuple(self.sliding_window if kind == "sliding_attention" else None for kind in kinds)
 
     def make(self) -> Decoder:
         return Decoder(self)
 
     def make_cache(self, batch: int, size: int) -> KVCache:
         """An empty cache for `batch` rows of at most `size` tokens."""
-        head_dim = self.head_dim or self.hidden_size // self.num_heads
-        return KVCache.zeros(self.num_layers, batch, size, self.num_kv_heads, head_dim, jnp.dtype(self.dtype))
+        return KVCache.zeros(self.num_layers, batch, size, self.num_kv_heads, self.size_per_head, jnp.dtype(self.dtype))
+
+
+def _norm(c: DecoderConfig, **names) -> nn.Module:
+    if c.norm == "rms":
+        return RMSNorm(c.norm_eps, jnp.dtype(c.dtype), **names)
+    return LayerNorm(c.norm_eps, jnp.dtype(c.dtype), c.norm_affine, **names)
 
 
 class DecoderBlock(nn.Module):
-    """One layer: attention, then MLP, each behind an RMSNorm and added to the stream."""
+    """One layer: attention, then MLP, each with its norm and added to the stream."""
 
     config: DecoderConfig
 
     @nn.compact
-    def __call__(self, x, layer_cache, segments, angles, cache_place):
+    def __call__(self, x, own, segments, angles, cache_place):
+        """`own` is what differs by layer: (cache or None, window or None, which is then every layer's)."""
         c = self.config
         dtype = jnp.dtype(c.dtype)
         out_std = 0.02 / (2 * c.num_layers) ** 0.5
-        h = RMSNorm(c.norm_eps, dtype, name="attention_norm")(x)
+        layer_cache, window = own
+        attention_norm, mlp_norm = _norm(c, name="attention_norm"), _norm(c, name="mlp_norm")
         attention = Attention(
             c.num_heads,
             c.num_kv_heads,
             c.head_dim,
             mask="causal",
             qkv_bias=c.qkv_bias,
-            out_bias=False,
+            out_bias=c.out_bias,
             qk_norm=c.qk_norm,
+            rotary_interleaved=c.rotary_interleaved,
             norm_eps=c.norm_eps,
             out_init_std=out_std,
             mimetic_init=c.mimetic_init,
             dtype=dtype,
             name="attention",
         )
-        cache = None if layer_cache is None else (*layer_cache, *cache_place)
-        h, written = attention(h, segments=segments, angles=angles, cache=cache)
+        mlp = MLP(c.mlp_size, c.activation, c.gated, use_bias=c.mlp_bias, out_init_std=out_std, dtype=dtype, name="mlp")
+        h, written = attention(
+            attention_norm(x) if c.norm_first else x,
+            segments=segments,
+            angles=angles,
+            window=c.windows[0] if window is None else window,
+            cache=None if layer_cache is None else (*layer_cache, *cache_place),
+        )
         x = x + h
-        h = RMSNorm(c.norm_eps, dtype, name="mlp_norm")(x)
-        mlp = MLP(c.mlp_size, c.activation, c.gated, use_bias=False, out_init_std=out_std, dtype=dtype, name="mlp")
-        return constrain(x + mlp(h), "batch", "seq", None), written
+        if c.norm_first:
+            x = x + mlp(mlp_norm(x))
+        else:
+            x = attention_norm(x)
+            x = mlp_norm(x + mlp(x))
+        return constrain(x, "batch", "seq", None), written
 
 
 class Decoder(nn.Module):
-    """Token or embedding rows to logits (reference class: `LlamaForCausalLM`)."""
+    """Token or embedding rows to logits (reference classes: see the families' files)."""
 
     config: DecoderConfig
 
     def setup(self):
         c = self.config
         dtype = jnp.dtype(c.dtype)
-        self.token_embedding = Embedding(c.vocab_size, c.hidden_size, dtype=dtype)
+        width = c.embedding_size or c.hidden_size
+        self.token_embedding = Embedding(c.vocab_size, width, dtype=dtype)
+        if c.embedding_size is not None:
+            self.embedding_in = Linear((c.hidden_size,), (None, "embed"), dtype=dtype)
+            self.embedding_out = Linear((width,), ("embed", None), dtype=dtype)
+        if c.positions == "learned":
+            rows = c.max_position_embeddings + c.position_offset
+            self.position_embedding = Embedding(rows, c.hidden_size, (None, "embed"), dtype=dtype)
         self.layers = scan_layers(
             DecoderBlock, num_layers=c.num_layers, remat=c.remat, unroll=c.scan_unroll, num_broadcast=3
         )(c)
-        self.final_norm = RMSNorm(c.norm_eps, dtype)
+        if c.final_norm:
+            self.final_norm = _norm(c)
         if not c.tie_word_embeddings:
             self.lm_head = Linear((c.vocab_size,), ("embed", "vocab"), dtype=dtype)
 
     def embed(self, tokens):
-        """int[B, S] -> dtype[B, S, E]"""
-        return self.token_embedding(tokens)
+        """int[B, S] -> dtype[B, S, E], without positions."""
+        x = self.token_embedding(tokens)
+        return x if self.config.embedding_size is None else self.embedding_in(x)
 
-    def __call__(self, tokens, positions=None, segments=None, *, embeddings=None, cache=None):
+    def __call__(self, tokens, positions=None, segments=None, *, embeddings=None, cache=None, logits_at=None):
         """Logits for the token that follows each place.
 
         Args:
             tokens: int[B, S] (not read when embeddings are given).
-            positions: int[B, S] rotary positions; None counts 0..S-1, or on from the cache's length.
+            positions: int[B, S] counted in each text; None counts 0..S-1, or on from the cache's length.
             segments: int[B, S]; a token sees its own segment only, 0 is padding; None is one segment.
             embeddings: dtype[B, S, E] in the place of embedded tokens: this is how media enter.
             cache: KVCache to read from and add to.
+            logits_at: int[B, M], the places whose logits are wanted; None is all.
 
         Returns:
-            float32[B, S, V], with a cache (logits, cache).
+            float32[B, S or M, V], with a cache (logits, cache). A position beyond a table of learned ones makes NaN.
+
+        Raises:
+            ConfigError: more tokens than learned positions, where `positions` does not say otherwise.
         """
         c = self.config
         x = self.embed(tokens) if embeddings is None else embeddings
@@ -141,16 +251,45 @@ class Decoder(nn.Module):
         if positions is None:
             start = jnp.zeros((x.shape[0], 1), jnp.int32) if cache is None else cache.length[:, None]
             positions = start + jnp.arange(x.shape[1])[None]
-        angles = rotary_angles(positions, c.head_dim or c.hidden_size // c.num_heads, c.rope_theta)
+            if c.positions == "learned" and x.shape[1] > c.max_position_embeddings:
+                raise ConfigError(
+                    f"decoder: {x.shape[1]} tokens",
+                    f"at most {c.max_position_embeddings} positions",
+                    "shorten the text",
+                )
+        angles = None
+        if c.positions == "learned":
+            # Padding may be counted on beyond the table.
+            counted = positions if segments is None else jnp.where(segments > 0, positions, 0)
+            x = x + self.position_embedding(counted + c.position_offset)
+        else:
+            length = _text_length(positions, segments) if c.rope_scaling.kind == "dynamic" else None
+            angles = rotary_angles(positions, c.rotary_dim, c.rope_theta, c.rope_scaling, length)
         x = constrain(x, "batch", "seq", None)
         layer_caches, place = None, None
         if cache is not None:
             cache, index = cache.reserve(segments)
             layer_caches, place = (cache.keys, cache.values), (cache.segments, index)
-        x, written = self.layers(x, layer_caches, segments, angles, place)
-        x = self.final_norm(x)
+        windows = None
+        if len(set(c.windows)) > 1:
+            windows = jnp.array([jnp.iinfo(jnp.int32).max if w is None else w for w in c.windows], jnp.int32)
+        x, written = self.layers(x, (layer_caches, windows), segments, angles, place)
+        if logits_at is not None:
+            x = jnp.take_along_axis(x, logits_at[..., None], axis=1)
+        if c.final_norm:
+            x = self.final_norm(x)
+        if c.embedding_size is not None:
+            x = self.embedding_out(x)
         logits = self.token_embedding.attend(x) if c.tie_word_embeddings else self.lm_head(x)
         logits = constrain(logits.astype(jnp.float32), "batch", "seq", "vocab")
         if cache is None:
             return logits
         return logits, cache.replace(keys=written[0], values=written[1])
+
+
+def _text_length(positions: jax.Array, segments: jax.Array | None) -> jax.Array:
+    """int[B, S]: one more than the largest position in each token's own text, whatever shares its row or batch."""
+    if segments is None:
+        return jnp.broadcast_to(positions.max(axis=1, keepdims=True) + 1, positions.shape)
+    same = segments[:, :, None] == segments[:, None, :]
+    return jnp.where(same, positions[:, None, :], 0).max(axis=2) + 1

@@ -1,4 +1,4 @@
-"""Attention against a loop over queries in numpy: grouped keys, causal order, segments, places in a cache."""
+"""Attention against a loop over queries in numpy: grouped keys, causal order, windows, segments, places in a cache."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from flax import linen as nn
 from mllm_jax.layers.attention import Attention, attention
 
 
-def by_loops(q, k, v, *, mask, q_segments=None, k_segments=None, q_index=None):
+def by_loops(q, k, v, *, mask, q_segments=None, k_segments=None, q_index=None, window=None):
     """The definition, one query and one head at a time, in float64."""
     rows, queries, heads, size = q.shape
     group = heads // k.shape[2]
@@ -22,7 +22,9 @@ def by_loops(q, k, v, *, mask, q_segments=None, k_segments=None, q_index=None):
             seen = [
                 t
                 for t in range(k.shape[1])
-                if (mask == "full" or t <= place) and (q_segments is None or q_segments[b, s] == k_segments[b, t])
+                if (mask == "full" or t <= place)
+                and (window is None or place - window < t)
+                and (q_segments is None or q_segments[b, s] == k_segments[b, t])
             ]
             for n in range(heads):
                 scores = np.array([q[b, s, n] @ k[b, t, n // group] for t in seen]) / size**0.5
@@ -53,8 +55,12 @@ INDEX = np.array([[2, 3, 4], [1, 2, 5]])
         dict(mask="causal", q_segments=SEGMENTS, k_segments=SEGMENTS),
         dict(mask="causal", q_index=INDEX),
         dict(mask="causal", q_index=INDEX, q_segments=np.take_along_axis(SEGMENTS, INDEX, 1), k_segments=SEGMENTS),
+        dict(mask="causal", window=1),
+        dict(mask="causal", window=jnp.int32(3)),
+        dict(mask="causal", window=2, q_segments=SEGMENTS, k_segments=SEGMENTS),
+        dict(mask="causal", window=2, q_index=INDEX),
     ],
-    ids=["full", "causal", "segments", "packed", "cache", "packed cache"],
+    ids=["full", "causal", "segments", "packed", "cache", "packed cache", "itself", "window", "packed w.", "cached w."],
 )
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
 def test_equals_the_definition(kind, kv_heads):
@@ -140,3 +146,5 @@ def test_unknown_mask_is_refused():
     q, k, v = random_qkv()
     with pytest.raises(ValueError, match="sideways.*causal"):
         attention(q, k, v, mask="sideways")
+    with pytest.raises(ValueError, match="'full' with a sliding window.*causal"):
+        attention(q, k, v, mask="full", window=3)

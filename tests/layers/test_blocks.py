@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
+from mllm_jax.errors import ConfigError
 from mllm_jax.layers.linear import Embedding, Linear
 from mllm_jax.layers.mlp import ACTIVATIONS, MLP
 from mllm_jax.layers.norms import LayerNorm, RMSNorm
-from mllm_jax.layers.rotary import apply_rotary, rotary_angles
+from mllm_jax.layers.rotary import RopeScaling, apply_rotary, rotary_angles, rotary_frequencies
 from mllm_jax.layers.stack import scan_layers
 
 
@@ -52,6 +53,9 @@ def test_norms():
     layer = LayerNorm(0.5).apply({"params": {"scale": scale, "bias": bias}}, x)
     wanted = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 0.5) * scale + bias
     np.testing.assert_allclose(layer, wanted, rtol=1e-4, atol=1e-5)
+    bare = LayerNorm(0.5, affine=False)
+    assert not bare.init(jax.random.key(0), x)
+    np.testing.assert_allclose(bare.apply({}, x) * scale + bias, wanted, rtol=1e-4, atol=1e-5)
 
 
 def test_norms_are_computed_in_float32_and_returned_as_asked():
@@ -71,6 +75,38 @@ def test_rotary_turns_pairs_by_position_times_frequency():
             wanted = (x[0, s, :, i] + 1j * x[0, s, :, i + 3]) * turn
             np.testing.assert_allclose(out[0, s, :, i], wanted.real, atol=1e-5)
             np.testing.assert_allclose(out[0, s, :, i + 3], wanted.imag, atol=1e-5)
+
+
+def test_rotary_of_a_part_in_neighbouring_pairs():
+    x, positions, theta = normal(1, 3, 2, 7), np.array([[0, 2, 9]]), 50.0
+    angles = rotary_angles(positions, 4, theta)
+    out = apply_rotary(jnp.asarray(x), angles, interleaved=True)
+    for s, position in enumerate(positions[0]):
+        for i in range(2):
+            angle = position * theta ** (-2 * i / 4)
+            wanted = (x[0, s, :, 2 * i] + 1j * x[0, s, :, 2 * i + 1]) * complex(math.cos(angle), math.sin(angle))
+            np.testing.assert_allclose(out[0, s, :, 2 * i], wanted.real, atol=1e-5)
+            np.testing.assert_allclose(out[0, s, :, 2 * i + 1], wanted.imag, atol=1e-5)
+    np.testing.assert_array_equal(out[..., 4:], x[..., 4:])
+    halves = apply_rotary(jnp.asarray(x), angles)
+    np.testing.assert_array_equal(halves[..., 4:], x[..., 4:])
+    np.testing.assert_array_equal(halves[..., :4], apply_rotary(jnp.asarray(x[..., :4]), angles))
+
+
+def test_dynamic_frequencies_can_be_traced_and_differ_by_text():
+    scaling = RopeScaling("dynamic", 2.0, 16)
+    lengths = jnp.array([[5], [16], [40]])
+    found = jax.jit(lambda length: rotary_frequencies(8, 100.0, scaling, length))(lengths)
+    assert found.shape == (3, 1, 4)
+    default = rotary_frequencies(8, 100.0)
+    np.testing.assert_allclose(found[:2, 0], jnp.stack([default, default]), rtol=1e-6)
+    assert (found[2, 0, 1:] < 0.9 * default[1:]).all()
+
+
+@pytest.mark.parametrize("arguments", [("longrope", 2.0), ("yarn", 2.0), ("llama3", 2.0, 16, 1.0)])
+def test_rotary_scaling_that_lacks_something_is_refused(arguments):
+    with pytest.raises(ConfigError, match="longrope|original_max_position_embeddings|high_freq_factor"):
+        RopeScaling(*arguments)
 
 
 def test_rotary_scores_depend_on_distance_only():

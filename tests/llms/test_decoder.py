@@ -9,12 +9,14 @@ import pytest
 from flax import linen as nn
 
 from mllm_jax.errors import ConfigError
+from mllm_jax.layers.rotary import RopeScaling
 from mllm_jax.llms.decoder import DecoderConfig
 
 CONFIG = DecoderConfig(
     vocab_size=37, hidden_size=20, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=6, mlp_size=24, qk_norm=True
 )
 LENGTHS = np.array([7, 4])
+RULE_NAMES = ("layers", "embed", "heads", "kv_heads", "head_dim", "mlp", "vocab")
 
 
 def random_params(module, *args):
@@ -113,6 +115,50 @@ def test_embeddings_stand_in_for_tokens(decoder):
     np.testing.assert_array_equal(full(tokens), full(np.zeros_like(tokens), embeddings=embedded))
 
 
+def test_chosen_logits_are_those_of_their_places(decoder):
+    _, full, _ = decoder
+    tokens, places = np.random.default_rng(3).integers(0, 37, (2, 12)), np.array([[3, 11], [0, 5]])
+    wanted = np.take_along_axis(np.asarray(full(tokens)), places[..., None], axis=1)
+    np.testing.assert_allclose(full(tokens, logits_at=places), wanted, atol=2e-5)
+
+
+def test_learned_positions_end_with_their_table():
+    """A token beyond it makes NaN, which stops a run; padding may be counted on."""
+    c = DecoderConfig(
+        vocab_size=37, hidden_size=16, num_layers=1, mlp_size=24, positions="learned", max_position_embeddings=6
+    )
+    tokens = jnp.ones((1, 8), jnp.int32)
+    params = random_params(c.make(), tokens[:, :6])
+    positions, real = jnp.arange(8)[None], (jnp.arange(8) < 6).astype(jnp.int32)[None]
+    assert np.isfinite(c.make().apply(params, tokens, positions, real)).all()
+    assert np.isnan(c.make().apply(params, tokens, positions, jnp.ones_like(real))[0, 6:]).all()
+    with pytest.raises(ConfigError, match="8 tokens(?s:.*)at most 6 positions"):
+        c.make().apply(params, tokens)
+
+
+def test_dynamic_frequencies_depend_on_the_own_text_only():
+    """A long neighbour, in the row or in the batch, changes nothing; the own length does."""
+    c = DecoderConfig(
+        vocab_size=37,
+        hidden_size=16,
+        num_layers=1,
+        mlp_size=24,
+        rope_theta=20.0,
+        rope_scaling=RopeScaling("dynamic", 9.0, 4),
+    )
+    tokens = np.random.default_rng(0).integers(0, 37, (1, 12))
+    params = random_params(c.make(), tokens)
+    apply = jax.jit(c.make().apply)
+    positions, segments = np.array([[*range(3), *range(9)]]), np.array([[1] * 3 + [2] * 9])
+    together = apply(params, tokens, positions, segments)
+    alone = apply(params, np.roll(tokens, -3), np.roll(positions, -3), np.roll(segments, -3))
+    np.testing.assert_allclose(together[:, 3:], alone[:, :9], atol=1e-5)
+    short = c.make().apply(params, tokens[:, :3])
+    np.testing.assert_allclose(together[:, :3], short, atol=1e-5)
+    as_one = apply(params, tokens, np.arange(12)[None], np.ones_like(segments))
+    assert np.abs(as_one[:, 1:3] - short[:, 1:3]).max() > 1e-3
+
+
 def test_logits_are_float32_in_bfloat16():
     c = DecoderConfig(vocab_size=37, hidden_size=16, num_layers=1, mlp_size=24, dtype="bfloat16")
     tokens = jnp.zeros((1, 4), jnp.int32)
@@ -120,6 +166,19 @@ def test_logits_are_float32_in_bfloat16():
     assert {leaf.dtype for leaf in jax.tree.leaves(abstract)} == {jnp.dtype("float32")}
     assert jax.eval_shape(c.make().apply, abstract, tokens).dtype == jnp.float32
     assert c.make_cache(1, 4).keys.dtype == jnp.bfloat16
+
+
+def test_every_parameter_has_logical_names():
+    """With all switches that add parameters."""
+    switches = dict(qkv_bias=True, out_bias=True, mlp_bias=True, qk_norm=True, tie_word_embeddings=False)
+    switches |= dict(norm="layer", positions="learned", embedding_size=8)
+    c = DecoderConfig(vocab_size=37, hidden_size=16, num_layers=2, mlp_size=24, **switches)
+    boxed = jax.eval_shape(c.make().init, jax.random.key(0), jnp.zeros((1, 4), jnp.int32))["params"]
+    leaves = jax.tree.leaves_with_path(boxed, is_leaf=lambda x: isinstance(x, nn.LogicallyPartitioned))
+    assert len(leaves) == 27
+    for path, leaf in leaves:
+        assert isinstance(leaf, nn.LogicallyPartitioned) and len(leaf.names) == leaf.value.ndim, path
+        assert set(leaf.names) <= {*RULE_NAMES, None} and (leaf.names[0] == "layers") == ("layers" in str(path[0]))
 
 
 def test_each_layer_starts_mimetic_with_numbers_of_its_own():
@@ -141,8 +200,16 @@ def test_each_layer_starts_mimetic_with_numbers_of_its_own():
         (dict(num_kv_heads=3), "key-value heads divide"),
         (dict(head_dim=7), "RoPE turns pairs"),
         (dict(hidden_size=12), "RoPE"),
+        (dict(partial_rotary_factor=1.5), "RoPE"),
+        (dict(norm="batch"), "norm 'batch'.*rms, layer"),
+        (dict(activation="selu"), "activation 'selu'"),
+        (dict(positions="sinusoidal"), "rotary, learned"),
+        (dict(norm_affine=False), "RMSNorm without scale"),
+        (dict(layer_types=("full_attention",)), "layer_types.*for 4 layers"),
+        (dict(layer_types=("linear_attention",) * 4), "full_attention, sliding_attention"),
+        (dict(layer_types=("sliding_attention",) * 4), "no sliding_window"),
     ],
 )
 def test_impossible_sizes_are_refused(change, message):
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(ConfigError, match=f"(?s){message}"):
         DecoderConfig(**dict(vocab_size=37, hidden_size=16, num_heads=4, num_kv_heads=2) | change)

@@ -1,0 +1,131 @@
+"""GLM-4, ChatGLM2 and ChatGLM3 (arXiv 2406.12793).
+
+LLaMA with biases of q, k and v, and rotary positions on one half of each head's dimensions, turned in neighbouring
+pairs. The checkpoints of ChatGLM2 and ChatGLM3 name and fuse their tensors differently; they are read, and written as
+GlmForCausalLM.
+"""
+
+from __future__ import annotations
+
+from mllm_jax.checkpoints.options import Options
+from mllm_jax.checkpoints.table import Family, Table
+from mllm_jax.llms.decoder import DecoderConfig
+from mllm_jax.llms.hub import Names, architecture, decoder_table, faithful, read_decoder, sample, write_decoder
+
+# What an option is where config.json does not say.
+_DEFAULTS = dict(
+    vocab_size=151552,
+    hidden_size=4096,
+    intermediate_size=13696,
+    num_hidden_layers=40,
+    num_attention_heads=32,
+    num_key_value_heads=2,
+    head_dim=128,
+    hidden_act="silu",
+    max_position_embeddings=131072,
+    rms_norm_eps=1.5625e-7,
+    partial_rotary_factor=0.5,
+    pad_token_id=151329,
+    attention_bias=True,
+    tie_word_embeddings=False,
+)
+_EOS = [151329, 151336, 151338]  # also where config.json says null
+_NAMES = Names(gate="mlp.gate_up_proj", up="mlp.gate_up_proj")
+_CHATGLM_NAMES = Names(
+    embedding="transformer.embedding.word_embeddings",
+    head="transformer.output_layer",
+    final_norm="transformer.encoder.final_layernorm",
+    layers="transformer.encoder.layers",
+    q="self_attention.query_key_value",
+    k="self_attention.query_key_value",
+    v="self_attention.query_key_value",
+    out="self_attention.dense",
+    gate="mlp.dense_h_to_4h",
+    up="mlp.dense_h_to_4h",
+    down="mlp.dense_4h_to_h",
+    spellings=(),
+    ignored=("transformer.rotary_pos_emb.inv_freq",),
+)
+
+
+def from_hf_config(values: dict) -> DecoderConfig:
+    """config.json of GlmForCausalLM, every option honoured or refused by name."""
+    family = architecture(values, {"glm": "GlmForCausalLM"})
+    what = f"config.json of {family}"
+    options = Options(_DEFAULTS | values | {"eos_token_id": values.get("eos_token_id") or _EOS}, what)
+    switches = dict(qkv_bias=options("attention_bias"), rotary_interleaved=True)
+    return read_decoder(options, what, partial_rotary=True, family=family, **switches)
+
+
+def to_hf_config(config: DecoderConfig) -> dict:
+    """The reverse; refuses switches that the family does not have."""
+    own = dict(model_type="glm", attention_bias=config.qkv_bias, partial_rotary_factor=config.partial_rotary_factor)
+    return faithful(config, write_decoder(config) | own, from_hf_config)
+
+
+def table(config: DecoderConfig) -> Table:
+    return decoder_table(config, _NAMES)
+
+
+def from_chatglm_config(values: dict) -> DecoderConfig:
+    """config.json of ChatGLM2 or ChatGLM3 (ChatGLMModel), every option honoured or refused by name.
+
+    `rope_ratio` is refused: it multiplied the base in one version of the checkpoints' own code and divided the
+    positions in another, and config.json does not tell which.
+    """
+    options = Options(values, "config.json of ChatGLMModel (ChatGLM2, ChatGLM3)")
+    for name, needed in dict(
+        original_rope=True,
+        rmsnorm=True,
+        post_layer_norm=True,
+        apply_residual_connection_post_layernorm=False,
+        add_bias_linear=False,
+        prefix_projection=False,
+        tie_word_embeddings=False,
+        quantization_bit=0,
+        rope_ratio=1,
+        pre_seq_len=0,
+    ).items():
+        options.only(name, needed)
+    # The same numbers, computed in another order or precision; and the code that is never executed.
+    options.skip("apply_query_key_layer_scaling", "attention_softmax_in_fp32", "fp32_residual_connection")
+    options.skip("bias_dropout_fusion", "auto_map", "vocab_size", "tokenizer_class", "ffn_dropout")
+    heads = options("num_attention_heads")
+    translated = dict(
+        architectures=["GlmForCausalLM"],
+        vocab_size=options("padded_vocab_size"),
+        hidden_size=options("hidden_size"),
+        intermediate_size=options("ffn_hidden_size"),
+        num_hidden_layers=options("num_layers"),
+        num_attention_heads=heads,
+        num_key_value_heads=options("multi_query_group_num") if options("multi_query_attention", False) else heads,
+        head_dim=options("kv_channels"),
+        rms_norm_eps=options("layernorm_epsilon"),
+        max_position_embeddings=options("seq_length"),
+        attention_bias=options("add_qkv_bias", False),
+        bos_token_id=options("bos_token_id", None),
+        eos_token_id=options("eos_token_id", 2),
+        pad_token_id=options("pad_token_id", 0),
+    )
+    options.skip("multi_query_group_num")
+    options.done()
+    return from_hf_config(translated)
+
+
+def chatglm_table(config: DecoderConfig) -> Table:
+    """The names of ChatGLM2 and ChatGLM3: q, k and v in one tensor, one after the other."""
+    return decoder_table(config, _CHATGLM_NAMES)
+
+
+FAMILIES = (
+    Family("GLM-4", ("GlmForCausalLM",), from_hf_config, to_hf_config, table, sample, oracle="GlmForCausalLM"),
+    Family(
+        "ChatGLM2, ChatGLM3",
+        ("ChatGLMModel",),
+        from_chatglm_config,
+        to_hf_config,
+        chatglm_table,
+        sample,
+        oracle="golden: the checkpoints' own code",
+    ),
+)

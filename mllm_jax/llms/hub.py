@@ -1,0 +1,305 @@
+"""What the decoders' Hugging Face folders share: the reading and writing of their options, and their weights' names."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import jax.numpy as jnp
+
+from mllm_jax.checkpoints.options import Options
+from mllm_jax.checkpoints.table import Table, Weight
+from mllm_jax.errors import ConfigError
+from mllm_jax.layers.rotary import RopeScaling
+from mllm_jax.llms.decoder import DecoderConfig
+
+# The hub's names of activations; the first of those that share a function is written.
+ACTIVATIONS = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_python": "gelu",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_new": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+    "gelu_accurate": "gelu_tanh",
+    "gelu_python_tanh": "gelu_tanh",
+    "quick_gelu": "quick_gelu",
+    "relu": "relu",
+    "relu2": "relu_squared",
+}
+# The options that each kind of rotary scaling has, and those of them that may be absent.
+_ROPE_OPTIONAL = ("beta_fast", "beta_slow", "truncate", "attention_factor", "mscale", "mscale_all_dim")
+_ROPE_OPTIONS = {
+    "default": (),
+    "linear": ("factor",),
+    "dynamic": ("factor",),
+    "llama3": ("factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor"),
+    "yarn": ("factor", "original_max_position_embeddings", *_ROPE_OPTIONAL),
+}
+# How the module is run, which no checkpoint says.
+_NOT_STORED = ("mimetic_init", "dtype", "remat", "scan_unroll")
+# Options of a tokenizer, of generation or of training, found in config.json files of the hub.
+# fmt: off
+IDLE = (
+    "tokenizer_class", "prefix", "max_length", "min_length", "do_sample", "temperature", "top_p", "top_k", "num_beams",
+    "repetition_penalty", "max_new_tokens", "task_specific_params", "finetuning_task", "sep_token_id",
+    "decoder_start_token_id", "max_sequence_length", "is_llama_config", "transformers.js_config", "init_std",
+)
+# fmt: on
+
+
+def architecture(values: Mapping, model_types: Mapping[str, str]) -> str:
+    """The architecture that a config.json, or the part of one that describes a language model, stands for.
+
+    Args:
+        model_types: `model_type` -> architecture, for parts without `architectures`.
+
+    Raises:
+        ConfigError: it stands for another one.
+    """
+    named = (values.get("architectures") or [model_types.get(values.get("model_type"))])[0]
+    if named not in model_types.values():
+        raise ConfigError(
+            f"a config.json with architectures={values.get('architectures')}, model_type={values.get('model_type')!r}",
+            " or ".join(model_types.values()),
+            "read it with the family that knows it: mllm_jax.supported_models()",
+        )
+    return named
+
+
+def read_activation(options: Options, name: str = "hidden_act") -> str:
+    return ACTIVATIONS[options.only(name, *ACTIVATIONS)]
+
+
+def write_activation(activation: str) -> str:
+    return next(theirs for theirs, ours in ACTIVATIONS.items() if ours == activation)
+
+
+def read_ids(options: Options) -> dict:
+    """bos_token_id, eos_token_id and pad_token_id as the decoder's config keeps them."""
+    eos = options("eos_token_id", ())
+    return dict(
+        bos_token_id=options("bos_token_id", None),
+        eos_token_id=(eos,) if isinstance(eos, int) else tuple(eos),
+        pad_token_id=options("pad_token_id", None),
+    )
+
+
+def write_ids(c: DecoderConfig) -> dict:
+    eos = list(c.eos_token_id) if len(c.eos_token_id) > 1 else next(iter(c.eos_token_id), None)
+    return dict(bos_token_id=c.bos_token_id, eos_token_id=eos, pad_token_id=c.pad_token_id)
+
+
+def read_rope(options: Options, what: str, partial: bool = False) -> dict:
+    """Rotary options in either spelling: rope_parameters, or rope_theta beside rope_scaling.
+
+    Args:
+        partial: whether the family turns a part of each head's dimensions only; else a part is refused.
+
+    Raises:
+        ConfigError: a kind that is not implemented, or an option that it does not have.
+    """
+    longest = options("max_position_embeddings")
+    stored = options("rope_scaling", None) or options("rope_parameters", None) or {}
+    options.skip("rope_parameters")
+    # What stands inside goes before what stands beside it.
+    beside = dict(
+        rope_type=stored.get("type", "default"),
+        rope_theta=options("rope_theta", 10_000.0),
+        partial_rotary_factor=options("partial_rotary_factor", 1.0),
+    )
+    inside = {name: value for name, value in stored.items() if value is not None and name != "type"}
+    rope = Options(beside | inside, f"rope options in {what}")
+    kind = rope.only("rope_type", *_ROPE_OPTIONS)
+    scaling = {}
+    if kind == "dynamic":
+        scaling["original_max_position_embeddings"] = longest
+    if kind in ("llama3", "yarn"):
+        scaling["original_max_position_embeddings"] = rope("original_max_position_embeddings", longest)
+    if kind == "yarn":
+        scaling["factor"] = rope("factor", longest / scaling["original_max_position_embeddings"])
+    for name in _ROPE_OPTIONS[kind]:
+        if name not in scaling and (name in rope or name not in _ROPE_OPTIONAL):
+            scaling[name] = rope(name)
+    read = dict(
+        rope_theta=rope("rope_theta"),
+        rope_scaling=RopeScaling(kind, **scaling),
+        partial_rotary_factor=rope("partial_rotary_factor") if partial else rope.only("partial_rotary_factor", 1.0),
+    )
+    rope.done()
+    return read
+
+
+def write_rope(c: DecoderConfig) -> dict:
+    """The older spelling, which every transformers reads."""
+    s = c.rope_scaling
+    values = {name: getattr(s, name) for name in _ROPE_OPTIONS[s.kind]}
+    scaling = {"rope_type": s.kind} | {name: value for name, value in values.items() if value is not None}
+    return dict(rope_theta=c.rope_theta, rope_scaling=None if s.kind == "default" else scaling)
+
+
+def read_decoder(options: Options, what: str, *, partial_rotary: bool = False, **switches) -> DecoderConfig:
+    """The options that LLaMA and its descendants spell alike; refuses those that nobody has read.
+
+    Args:
+        what: how to name the file in a message.
+        switches: fields of the config that the family decides.
+    """
+    width, heads = options("hidden_size"), options("num_attention_heads")
+    head_dim = options("head_dim", None)
+    read = dict(
+        vocab_size=options("vocab_size"),
+        hidden_size=width,
+        num_layers=options("num_hidden_layers"),
+        num_heads=heads,
+        num_kv_heads=options("num_key_value_heads", heads),
+        head_dim=None if head_dim == width // heads else head_dim,
+        mlp_size=options("intermediate_size"),
+        activation=read_activation(options),
+        norm_eps=options("rms_norm_eps"),
+        tie_word_embeddings=options("tie_word_embeddings"),
+        max_position_embeddings=options("max_position_embeddings"),
+    )
+    read |= read_rope(options, what, partial_rotary) | read_ids(options) | switches
+    options.skip(*IDLE)
+    options.done()
+    return DecoderConfig(**read)
+
+
+def write_decoder(c: DecoderConfig) -> dict:
+    """The reverse of `read_decoder`."""
+    return dict(
+        architectures=[c.family],
+        vocab_size=c.vocab_size,
+        hidden_size=c.hidden_size,
+        num_hidden_layers=c.num_layers,
+        num_attention_heads=c.num_heads,
+        num_key_value_heads=c.num_kv_heads,
+        head_dim=c.size_per_head,
+        intermediate_size=c.mlp_size,
+        hidden_act=write_activation(c.activation),
+        rms_norm_eps=c.norm_eps,
+        tie_word_embeddings=c.tie_word_embeddings,
+        max_position_embeddings=c.max_position_embeddings,
+        **write_rope(c),
+        **write_ids(c),
+    )
+
+
+def faithful(c: DecoderConfig, written: dict, read: Callable[[dict], DecoderConfig]) -> dict:
+    """`written`, if reading it gives the same decoder again.
+
+    Raises:
+        ConfigError: the family has no options for some of the switches; names them.
+    """
+
+    def facts(config: DecoderConfig) -> dict:
+        values = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
+        for name in _NOT_STORED:
+            del values[name]
+        resolved = dict(
+            head_dim=config.size_per_head,
+            layer_types=config.windows,
+            sliding_window=max((w for w in config.windows if w is not None), default=None),
+            embedding_size=config.embedding_size or config.hidden_size,
+        )
+        return values | resolved
+
+    wanted, found = facts(c), facts(read(written))
+    lost = [f"{name}={getattr(c, name)!r}" for name in wanted if wanted[name] != found[name]]
+    if lost:
+        raise ConfigError(
+            f"a decoder with {', '.join(lost)}, to be written as {c.family}",
+            f"switches that {c.family} has",
+            "choose another family, or change these",
+        )
+    return written
+
+
+def sample(_: DecoderConfig) -> tuple:
+    """Arguments with which `init` creates every parameter."""
+    return (jnp.zeros((1, 1), jnp.int32),)
+
+
+@dataclass(frozen=True)
+class Names:
+    """The hub's words for a decoder's tensors; q, k and v, or gate and up, may lie in one tensor and share its name."""
+
+    embedding: str = "model.embed_tokens"
+    head: str = "lm_head"
+    final_norm: str = "model.norm"
+    layers: str = "model.layers"
+    attention_norm: str = "input_layernorm"
+    q: str = "self_attn.q_proj"
+    k: str = "self_attn.k_proj"
+    v: str = "self_attn.v_proj"
+    out: str = "self_attn.o_proj"
+    q_norm: str = "self_attn.q_norm"
+    k_norm: str = "self_attn.k_norm"
+    mlp_norm: str = "post_attention_layernorm"
+    gate: str = "mlp.gate_proj"
+    up: str = "mlp.up_proj"
+    down: str = "mlp.down_proj"
+    positions: str = ""
+    embedding_in: str = ""
+    embedding_out: str = ""
+    spellings: tuple[tuple[str, str], ...] = ((r"^(embed_tokens|layers|norm)\.", r"model.\1."),)
+    ignored: tuple[str, ...] = ("model.rotary_emb.inv_freq", "model.layers.{layer}.self_attn.rotary_emb.inv_freq")
+
+
+def decoder_table(c: DecoderConfig, names: Names = Names()) -> Table:
+    """The weights of a decoder under a family's names."""
+    weights: list[Weight] = []
+
+    def norm(name: str, path: str, kind: str = c.norm):
+        if kind == "rms" or c.norm_affine:
+            weights.append(Weight(f"{name}.weight", f"{path}/scale"))
+        if kind == "layer" and c.norm_affine:
+            weights.append(Weight(f"{name}.bias", f"{path}/bias"))
+
+    def linear(name: str, path: str, bias: bool = False, rows=None, heads: str = ""):
+        """`heads`: whether the rows ("out of") or columns ("into") of the stored matrix are the dimensions of heads."""
+        kernel = {"": "o i -> i o", "out of": "e (n h) -> n h e", "into": "(n h) e -> e n h"}[heads]
+        sizes = {"h": c.size_per_head} if heads else {}
+        weights.append(Weight(f"{name}.weight", f"{path}/kernel", kernel, sizes, rows))
+        if bias and heads == "into":
+            weights.append(Weight(f"{name}.bias", f"{path}/bias", "(n h) -> n h", sizes, rows))
+        elif bias:
+            weights.append(Weight(f"{name}.bias", f"{path}/bias", rows=rows))
+
+    def beside(parts: list[tuple[str, str, int]], bias: bool, heads: str = ""):
+        """Maps (stored name, path, rows), which lie one after the other in one tensor where they share its name."""
+        together = len({name for name, _, _ in parts}) < len(parts)
+        start = 0
+        for name, path, rows in parts:
+            linear(name, path, bias, (start, start + rows) if together else None, heads)
+            start += rows
+
+    layer, hub = "layers", f"{names.layers}.{{layer}}"
+    weights.append(Weight(f"{names.embedding}.weight", "token_embedding/embedding"))
+    if c.positions == "learned":
+        weights.append(Weight(f"{names.positions}.weight", "position_embedding/embedding"))
+    if c.embedding_size is not None:
+        linear(names.embedding_in, "embedding_in")
+        linear(names.embedding_out, "embedding_out")
+    norm(f"{hub}.{names.attention_norm}", f"{layer}/attention_norm")
+    heads = [("q", names.q, c.num_heads), ("k", names.k, c.num_kv_heads), ("v", names.v, c.num_kv_heads)]
+    parts = [(f"{hub}.{name}", f"{layer}/attention/{part}", n * c.size_per_head) for part, name, n in heads]
+    beside(parts, c.qkv_bias, heads="into")
+    linear(f"{hub}.{names.out}", f"{layer}/attention/out", c.out_bias, heads="out of")
+    if c.qk_norm:
+        norm(f"{hub}.{names.q_norm}", f"{layer}/attention/q_norm", "rms")
+        norm(f"{hub}.{names.k_norm}", f"{layer}/attention/k_norm", "rms")
+    norm(f"{hub}.{names.mlp_norm}", f"{layer}/mlp_norm")
+    wide = ([("gate", names.gate)] if c.gated else []) + [("up", names.up)]
+    parts = [(f"{hub}.{name}", f"{layer}/mlp/{part}", c.mlp_size) for part, name in wide]
+    beside(parts, c.mlp_bias)
+    linear(f"{hub}.{names.down}", f"{layer}/mlp/down", c.mlp_bias)
+    if c.final_norm:
+        norm(names.final_norm, "final_norm")
+    if not c.tie_word_embeddings:
+        linear(names.head, "lm_head")
+    ignored = names.ignored + ((f"{names.head}.weight",) if c.tie_word_embeddings else ())
+    return Table(tuple(weights), names.spellings, ignored)

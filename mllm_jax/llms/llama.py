@@ -1,0 +1,82 @@
+"""LLaMA 1, 2 and 3 (arXiv 2302.13971, 2307.09288, 2407.21783), Vicuna and Mistral (arXiv 2310.06825).
+
+Mistral is LLaMA with a sliding window and without biases.
+"""
+
+from __future__ import annotations
+
+from mllm_jax.checkpoints.options import Options
+from mllm_jax.checkpoints.table import Family
+from mllm_jax.errors import ConfigError
+from mllm_jax.llms.decoder import DecoderConfig
+from mllm_jax.llms.hub import architecture, decoder_table, faithful, read_decoder, sample, write_decoder
+
+_MODEL_TYPES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM"}
+# What an option is where config.json does not say.
+_DEFAULTS = {
+    "LlamaForCausalLM": dict(
+        vocab_size=32000,
+        hidden_size=4096,
+        intermediate_size=11008,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        hidden_act="silu",
+        max_position_embeddings=2048,
+        rms_norm_eps=1e-6,
+        bos_token_id=1,
+        eos_token_id=2,
+        tie_word_embeddings=False,
+    ),
+    "MistralForCausalLM": dict(
+        vocab_size=32000,
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        hidden_act="silu",
+        max_position_embeddings=131072,
+        rms_norm_eps=1e-6,
+        bos_token_id=1,
+        eos_token_id=2,
+        sliding_window=4096,
+        tie_word_embeddings=False,
+    ),
+}
+
+
+def from_hf_config(values: dict) -> DecoderConfig:
+    """config.json of LlamaForCausalLM or MistralForCausalLM, every option honoured or refused by name."""
+    family = architecture(values, _MODEL_TYPES)
+    what = f"config.json of {family}"
+    options = Options(_DEFAULTS[family] | values, what)
+    if family == "MistralForCausalLM":
+        return read_decoder(options, what, family=family, sliding_window=options("sliding_window", None))
+    bias = options("attention_bias", False)
+    options.only("rope_interleaved", False)
+    switches = dict(qkv_bias=bias, out_bias=bias, mlp_bias=options("mlp_bias", False))
+    return read_decoder(options, what, family=family, **switches)
+
+
+def to_hf_config(config: DecoderConfig) -> dict:
+    """The reverse; refuses switches that the family does not have."""
+    written = write_decoder(config)
+    if config.family == "MistralForCausalLM":
+        written |= dict(model_type="mistral", sliding_window=config.sliding_window)
+    else:
+        if config.hidden_size % config.num_heads:
+            raise ConfigError(
+                f"LlamaForCausalLM with hidden_size {config.hidden_size} and {config.num_heads} heads",
+                "heads that divide the hidden size: transformers refuses others",
+                "change num_heads, or choose another family",
+            )
+        written |= dict(model_type="llama", attention_bias=config.qkv_bias, mlp_bias=config.mlp_bias)
+    return faithful(config, written, from_hf_config)
+
+
+table = decoder_table
+
+FAMILIES = tuple(
+    Family(name, (hub,), from_hf_config, to_hf_config, table, sample, oracle=hub)
+    for name, hub in (("LLaMA, Vicuna", "LlamaForCausalLM"), ("Mistral", "MistralForCausalLM"))
+)

@@ -1,0 +1,89 @@
+"""Qwen2 and Qwen2.5 (arXiv 2407.10671, 2412.15115) and Qwen3 (arXiv 2505.09388).
+
+LLaMA with, in Qwen2, biases of q, k and v; in Qwen3, a norm of each head's queries and keys. Late layers may see a
+sliding window only.
+"""
+
+from __future__ import annotations
+
+from mllm_jax.checkpoints.options import Options
+from mllm_jax.checkpoints.table import Family
+from mllm_jax.llms.decoder import DecoderConfig
+from mllm_jax.llms.hub import architecture, decoder_table, faithful, read_decoder, sample, write_decoder
+
+_MODEL_TYPES = {"qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+# What an option is where config.json does not say.
+_BOTH = dict(
+    vocab_size=151936,
+    hidden_size=4096,
+    intermediate_size=22016,
+    num_hidden_layers=32,
+    num_attention_heads=32,
+    num_key_value_heads=32,
+    hidden_act="silu",
+    max_position_embeddings=32768,
+    rms_norm_eps=1e-6,
+    tie_word_embeddings=False,
+    use_sliding_window=False,
+    sliding_window=4096,
+    max_window_layers=28,
+)
+_DEFAULTS = {"Qwen2ForCausalLM": _BOTH, "Qwen3ForCausalLM": _BOTH | dict(head_dim=128, attention_bias=False)}
+
+
+def from_hf_config(values: dict) -> DecoderConfig:
+    """config.json of Qwen2ForCausalLM or Qwen3ForCausalLM, every option honoured or refused by name."""
+    family = architecture(values, _MODEL_TYPES)
+    what = f"config.json of {family}"
+    options = Options(_DEFAULTS[family] | values, what)
+    switches = _read_windows(options)
+    if family == "Qwen2ForCausalLM":
+        options.only("use_mrope", False)
+        switches |= dict(qkv_bias=True)
+    else:
+        bias = options("attention_bias")
+        switches |= dict(qkv_bias=bias, out_bias=bias, qk_norm=True)
+    return read_decoder(options, what, family=family, **switches)
+
+
+def to_hf_config(config: DecoderConfig) -> dict:
+    """The reverse; refuses switches that the family does not have."""
+    written = write_decoder(config) | _write_windows(config)
+    if config.family == "Qwen2ForCausalLM":
+        written |= dict(model_type="qwen2")
+    else:
+        written |= dict(model_type="qwen3", attention_bias=config.qkv_bias)
+    return faithful(config, written, from_hf_config)
+
+
+def _read_windows(options: Options) -> dict:
+    """The sliding window and the layers that have it."""
+    window, first = options("sliding_window", None), options("max_window_layers")
+    if not options("use_sliding_window"):
+        window = None
+    kinds = ["full_attention"] * options("num_hidden_layers")
+    if window is not None:
+        kinds[first:] = ["sliding_attention"] * len(kinds[first:])
+    kinds = options("layer_types", kinds)
+    if set(kinds) == {"full_attention"}:
+        return dict(sliding_window=None)
+    alike = set(kinds) == {"sliding_attention"} and window is not None
+    return dict(sliding_window=window, layer_types=() if alike else tuple(kinds))
+
+
+def _write_windows(c: DecoderConfig) -> dict:
+    kinds = ["full_attention" if window is None else "sliding_attention" for window in c.windows]
+    return dict(
+        use_sliding_window="sliding_attention" in kinds,
+        sliding_window=c.sliding_window,
+        max_window_layers=(*kinds, "sliding_attention").index("sliding_attention"),
+        layer_types=kinds,
+    )
+
+
+table = decoder_table
+
+FAMILIES = tuple(
+    Family(name, (hub,), from_hf_config, to_hf_config, table, sample, oracle=hub)
+    for name, hub in (("Qwen2, Qwen2.5", "Qwen2ForCausalLM"), ("Qwen3", "Qwen3ForCausalLM"))
+)
