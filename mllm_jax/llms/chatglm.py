@@ -1,0 +1,376 @@
+"""ChatGLM-6B, the first version (GLM-130B, arXiv 2210.02414): a prefix language model with two positions a token.
+
+A text is a context, which ends before the token `bos` and sees all of itself, and an answer, which is causal. The
+context holds a mark, gMASK or MASK, at whose place the answer stands.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from flax import struct
+
+from mllm_jax.checkpoints.options import Options
+from mllm_jax.checkpoints.table import Family, Table, Weight
+from mllm_jax.errors import ConfigError
+from mllm_jax.layers.attention import attention
+from mllm_jax.layers.linear import Embedding, Linear
+from mllm_jax.layers.mlp import MLP
+from mllm_jax.layers.norms import LayerNorm
+from mllm_jax.layers.rotary import apply_rotary
+from mllm_jax.layers.stack import scan_layers
+from mllm_jax.llms.cache import KVCache
+from mllm_jax.llms.hub import IDLE
+from mllm_jax.sharding.logical import constrain
+
+# The released model's sqrt(2 L): its code says 28 layers here whatever num_layers is.
+RESIDUAL_SCALE = (2 * 28) ** 0.5
+FAR = np.iinfo(np.int32).max  # the place of a mark that a text does not have
+
+
+@dataclass(frozen=True)
+class ChatGLMConfig:
+    """Sizes, and the tokens that structure a text.
+
+    Attributes:
+        bos_token_id: the answer begins with it.
+        gmask_token_id, mask_token_id: the marks; the first counts where a text has both.
+        max_position_embeddings: the length it was trained on; no bound.
+    """
+
+    vocab_size: int = 130528
+    hidden_size: int = 4096
+    num_layers: int = 28
+    num_heads: int = 32
+    mlp_size: int = 16384
+    norm_eps: float = 1e-5
+    max_position_embeddings: int = 2048
+    bos_token_id: int = 130004
+    eos_token_id: tuple[int, ...] = (130005,)
+    pad_token_id: int | None = 3
+    mask_token_id: int = 130000
+    gmask_token_id: int = 130001
+    family: str = "ChatGLMModel"
+    dtype: str = "float32"
+    remat: str = "none"
+    scan_unroll: int = 1
+
+    def __post_init__(self):
+        if self.hidden_size % (4 * self.num_heads):
+            raise ConfigError(
+                f"ChatGLM: hidden_size {self.hidden_size} for {self.num_heads} heads",
+                "heads whose size 4 divides: RoPE turns pairs in each half",
+                "change hidden_size or num_heads",
+            )
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_heads
+
+    def make(self) -> ChatGLM:
+        return ChatGLM(self)
+
+    def make_cache(self, batch: int, size: int) -> PrefixCache:
+        """An empty cache for `batch` rows of at most `size` tokens."""
+        kv = KVCache.zeros(self.num_layers, batch, size, self.num_heads, self.head_dim, jnp.dtype(self.dtype))
+        return PrefixCache(
+            **{field.name: getattr(kv, field.name) for field in fields(kv)},
+            blocks=jnp.zeros((batch, size), jnp.int32),
+            marks=jnp.full((batch, 3), FAR, jnp.int32),
+        )
+
+
+@struct.dataclass
+class PrefixCache(KVCache):
+    """What the model has read of one text a row; the context must come in one chunk, since it sees all of itself.
+
+    blocks: int[B, T], the second position of each token, 0 in the context; marks: int[B, 3], places of bos, gMASK and
+    MASK, FAR where there was none yet.
+    """
+
+    blocks: jax.Array
+    marks: jax.Array
+
+
+def find_marks(config: ChatGLMConfig, tokens, places, segments) -> jax.Array:
+    """int[B, S, 3]: the places of the first bos, gMASK and MASK in each token's own text, FAR where it has none.
+
+    Args:
+        tokens, places: int[B, S].  segments: int[B, S] or None.
+    """
+    ids = jnp.array([config.bos_token_id, config.gmask_token_id, config.mask_token_id])
+    found = jnp.where(tokens[..., None] == ids, places[..., None], FAR)
+    if segments is None:
+        return jnp.broadcast_to(found.min(axis=1, keepdims=True), found.shape)
+    same = segments[:, :, None] == segments[:, None, :]
+    return jnp.stack([jnp.where(same, found[:, None, :, i], FAR).min(axis=2) for i in range(3)], axis=-1)
+
+
+def two_positions(places: jax.Array, marks: jax.Array) -> jax.Array:
+    """Place in the context, where the answer stands at the mark; and place in the answer, 0 in the context.
+
+    Without a mark the answer stands at the context's last token; without bos all is context.
+
+    Args:
+        places: int[B, S] counted in each text.  marks: int[B, S, 3], see `find_marks`.
+
+    Returns:
+        int[B, 2, S].
+    """
+    bos, gmask, mask = (marks[..., i] for i in range(3))
+    mark = jnp.where(gmask < FAR, gmask, jnp.where(mask < FAR, mask, bos - 1))
+    context = places < bos
+    return jnp.stack([jnp.where(context, places, mark), jnp.where(context, 0, places - bos + 1)], axis=1)
+
+
+def rotary_angles_2d(positions: jax.Array, head_dim: int) -> tuple[jax.Array, jax.Array]:
+    """Cosines and sines, float32[B, 2, S, head_dim/4], of int positions[B, 2, S]."""
+    size = head_dim // 2
+    frequencies = (1 / 10_000 ** (np.arange(0, size, 2, dtype=np.float32) / size)).astype(np.float32)
+    # The model was trained with frequencies in half precision; others turn late tokens elsewhere.
+    frequencies = frequencies.astype(np.float16).astype(np.float32)
+    angles = positions[..., None].astype(jnp.float32) * frequencies
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def apply_rotary_2d(x: jax.Array, angles: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """Rotates each head of x[B, S, N, H]: its first half by the first position's angles, its second by the other's."""
+    halves = jnp.split(x, 2, axis=-1)
+    turned = [apply_rotary(half, tuple(a[:, i] for a in angles)) for i, half in enumerate(halves)]
+    return jnp.concatenate(turned, axis=-1)
+
+
+class ChatGLMBlock(nn.Module):
+    """One layer; attention and MLP are added to the normed and scaled stream, not to the stream itself."""
+
+    config: ChatGLMConfig
+
+    @nn.compact
+    def __call__(self, x, layer_cache, segments, angles, bias, cache_place):
+        """[B, S, E] -> ([B, S, E], keys and values as they stand in the cache)."""
+        c = self.config
+        dtype = jnp.dtype(c.dtype)
+        h = LayerNorm(c.norm_eps, dtype, name="attention_norm")(x)
+        y, written = ChatGLMAttention(c, name="attention")(h, layer_cache, segments, angles, bias, cache_place)
+        x = h * RESIDUAL_SCALE + y
+        h = LayerNorm(c.norm_eps, dtype, name="mlp_norm")(x)
+        x = h * RESIDUAL_SCALE + MLP(c.mlp_size, "gelu_tanh", dtype=dtype, name="mlp")(h)
+        return constrain(x, "batch", "seq", None), written
+
+
+class ChatGLMAttention(nn.Module):
+    """Multi-head attention with two-dimensional RoPE; the mask comes as a bias."""
+
+    config: ChatGLMConfig
+
+    @nn.compact
+    def __call__(self, x, layer_cache, segments, angles, bias, cache_place):
+        c = self.config
+        inner, names = (c.num_heads, c.head_dim), ("embed", "heads", "head_dim")
+        common = dict(use_bias=True, dtype=jnp.dtype(c.dtype))
+        q, k, v = (Linear(inner, names, **common, name=name)(x) for name in "qkv")
+        q, k = apply_rotary_2d(constrain(q, "batch", "seq", "heads", "head_dim"), angles), apply_rotary_2d(k, angles)
+        k_segments, written = segments, None
+        if layer_cache is not None:
+            k_segments, index = cache_place
+            rows = jnp.arange(x.shape[0])[:, None]
+            k, v = written = tuple(
+                held.at[rows, index].set(new.astype(held.dtype), mode="drop")
+                for held, new in zip(layer_cache, (k, v), strict=True)
+            )
+        y = attention(q, k.astype(q.dtype), v.astype(q.dtype), q_segments=segments, k_segments=k_segments, bias=bias)
+        y = constrain(y, "batch", "seq", "heads", "head_dim")
+        return Linear((c.hidden_size,), (*names[1:], "embed"), in_ndim=2, **common, name="out")(y), written
+
+
+class ChatGLM(nn.Module):
+    """Token or embedding rows to logits (reference class: the checkpoint's `ChatGLMForConditionalGeneration`)."""
+
+    config: ChatGLMConfig
+
+    def setup(self):
+        c = self.config
+        dtype = jnp.dtype(c.dtype)
+        self.token_embedding = Embedding(c.vocab_size, c.hidden_size, dtype=dtype)
+        self.layers = scan_layers(
+            ChatGLMBlock, num_layers=c.num_layers, remat=c.remat, unroll=c.scan_unroll, num_broadcast=4
+        )(c)
+        self.final_norm = LayerNorm(c.norm_eps, dtype)
+        self.lm_head = Linear((c.vocab_size,), ("embed", "vocab"), dtype=dtype)
+
+    def embed(self, tokens):
+        """int[B, S] -> dtype[B, S, E]"""
+        return self.token_embedding(tokens)
+
+    def __call__(self, tokens, positions=None, segments=None, *, embeddings=None, cache=None, logits_at=None):
+        """Logits for the token that follows each place.
+
+        Args:
+            tokens: int[B, S]; bos, gMASK and MASK in them make positions and mask, also where embeddings are given.
+            positions: int[B, S], places counted in each text; None counts them, on from the cache's length if there
+                is one. Or int[B, 2, S], both positions of each token, whatever the tokens say.
+            segments: int[B, S]; a token sees its own segment only, 0 is padding; None is one segment.
+            embeddings: dtype[B, S, E] in the place of embedded tokens: this is how media enter.
+            cache: PrefixCache to read from and add to.
+            logits_at: int[B, M], the places whose logits are wanted; None is all.
+
+        Returns:
+            float32[B, S, V] ([B, M, V]), with a cache (logits, cache).
+        """
+        x = constrain(self.embed(tokens) if embeddings is None else embeddings, "batch", "seq", None)
+        layer_caches, place = None, None
+        if cache is None:
+            index = jnp.arange(x.shape[1])[None]
+            places = index if segments is None else index - _starts(segments)
+        else:
+            segments = jnp.ones(tokens.shape, jnp.int32) if segments is None else segments
+            cache, index = cache.reserve(segments)
+            places = index
+            layer_caches, place = (cache.keys, cache.values), (cache.segments, index)
+        if positions is None or positions.ndim == 2:
+            places = jnp.broadcast_to(places if positions is None else positions, tokens.shape)
+            marks = find_marks(self.config, tokens, places, segments)
+            if cache is not None:
+                marks = jnp.minimum(marks, cache.marks[:, None])
+                real = (segments > 0)[..., None]
+                cache = cache.replace(marks=jnp.minimum(cache.marks, jnp.where(real, marks, FAR).min(axis=1)))
+            positions = two_positions(places, marks)
+        blocks = positions[:, 1]
+        if cache is not None:
+            rows = jnp.arange(x.shape[0])[:, None]
+            blocks = cache.blocks.at[rows, index].set(blocks, mode="drop")
+            cache = cache.replace(blocks=blocks)
+        # A context is seen by all of its text. Half of the least float: a score more cannot make it infinite.
+        seen = (blocks == 0)[:, None, :] | (index[:, :, None] >= jnp.arange(blocks.shape[1]))
+        bias = jnp.where(seen, 0.0, 0.5 * jnp.finfo(jnp.float32).min)[:, None]
+        angles = rotary_angles_2d(positions, self.config.head_dim)
+        x, written = self.layers(x, layer_caches, segments, angles, bias, place)
+        x = self.final_norm(x)
+        if logits_at is not None:
+            x = jnp.take_along_axis(x, logits_at[..., None], axis=1)
+        logits = constrain(self.lm_head(x).astype(jnp.float32), "batch", "seq", "vocab")
+        return logits if cache is None else (logits, cache.replace(keys=written[0], values=written[1]))
+
+
+def _starts(segments: jax.Array) -> jax.Array:
+    """int[B, S]: the index at which each token's segment begins."""
+    same = segments[:, :, None] == segments[:, None, :]
+    return jnp.argmax(same, axis=2)
+
+
+def is_v1(config: Mapping) -> bool:
+    """Whether a config.json of "ChatGLMModel" is of ChatGLM-6B's first version: 2 and 3 have other names for sizes."""
+    return "inner_hidden_size" in config or "position_encoding_2d" in config
+
+
+# Our field -> the option of the same meaning in the checkpoint's own code.
+_OPTIONS = {
+    "vocab_size": "vocab_size",
+    "hidden_size": "hidden_size",
+    "num_layers": "num_layers",
+    "num_heads": "num_attention_heads",
+    "mlp_size": "inner_hidden_size",
+    "norm_eps": "layernorm_epsilon",
+    "max_position_embeddings": "max_sequence_length",
+    "bos_token_id": "bos_token_id",
+    "pad_token_id": "pad_token_id",
+    "mask_token_id": "mask_token_id",
+    "gmask_token_id": "gmask_token_id",
+}
+
+
+def from_hf_config(values: dict) -> ChatGLMConfig:
+    """config.json of ChatGLM-6B; its sizes and the ids of its tokens must be there, since releases differ in them.
+
+    Raises:
+        ConfigError: another version, an option that is not supported, or one that is missing.
+    """
+    if not is_v1(values):
+        raise ConfigError(
+            "config.json of a ChatGLM model without 'inner_hidden_size' and 'position_encoding_2d'",
+            "the first ChatGLM-6B",
+            "read it with mllm_jax.llms.glm: ChatGLM2 and ChatGLM3 are models of another kind",
+        )
+    option = Options(values, "config.json of ChatGLM-6B")
+    option.only("position_encoding_2d", True)
+    option.only("quantization_bit", 0)
+    option.only("pre_seq_len", None, 0)
+    option.only("prefix_projection", False)
+    option.only("tie_word_embeddings", False)
+    option.skip("auto_map", *IDLE)  # the checkpoint's own code, which is never executed
+    eos = option("eos_token_id")
+    config = ChatGLMConfig(
+        **{ours: option(theirs) for ours, theirs in _OPTIONS.items()},
+        eos_token_id=(eos,) if isinstance(eos, int) else tuple(eos),
+    )
+    option.done()
+    return config
+
+
+def to_hf_config(config: ChatGLMConfig) -> dict:
+    """config.json as ChatGLM-6B has it, without the pointers to its code."""
+    eos = config.eos_token_id
+    return {
+        "architectures": [config.family],
+        "model_type": "chatglm",
+        **{theirs: getattr(config, ours) for ours, theirs in _OPTIONS.items()},
+        "eos_token_id": eos[0] if len(eos) == 1 else list(eos),
+        "position_encoding_2d": True,
+        "quantization_bit": 0,
+        "pre_seq_len": None,
+        "prefix_projection": False,
+        "tie_word_embeddings": False,
+    }
+
+
+def table(config: ChatGLMConfig) -> Table:
+    """The names of ChatGLM-6B: each head's rows of q, k and v follow one another."""
+    layer, heads = "transformer.layers.{layer}", {"n": config.num_heads}
+    weights = [
+        Weight("transformer.word_embeddings.weight", "token_embedding/embedding"),
+        Weight(f"{layer}.attention.dense.weight", "layers/attention/out/kernel", "e (n h) -> n h e", heads),
+        Weight(f"{layer}.attention.dense.bias", "layers/attention/out/bias"),
+        Weight("lm_head.weight", "lm_head/kernel", "v e -> e v"),
+    ]
+    for part, name in enumerate("qkv"):
+        stored, ours, sizes = f"{layer}.attention.query_key_value", f"layers/attention/{name}", heads | {"p": 3}
+        weights += [
+            Weight(f"{stored}.weight", f"{ours}/kernel", "(n p h) e -> p e n h", sizes, part=part),
+            Weight(f"{stored}.bias", f"{ours}/bias", "(n p h) -> p n h", sizes, part=part),
+        ]
+    for stored, ours in (("dense_h_to_4h", "up"), ("dense_4h_to_h", "down")):
+        weights += [
+            Weight(f"{layer}.mlp.{stored}.weight", f"layers/mlp/{ours}/kernel", "o i -> i o"),
+            Weight(f"{layer}.mlp.{stored}.bias", f"layers/mlp/{ours}/bias"),
+        ]
+    norms = {
+        f"{layer}.input_layernorm": "layers/attention_norm",
+        f"{layer}.post_attention_layernorm": "layers/mlp_norm",
+        "transformer.final_layernorm": "final_norm",
+    }
+    for stored, ours in norms.items():
+        weights += [Weight(f"{stored}.weight", f"{ours}/scale"), Weight(f"{stored}.bias", f"{ours}/bias")]
+    return Table(tuple(weights), ignored=(f"{layer}.attention.rotary_emb.inv_freq",))
+
+
+def sample(_: ChatGLMConfig) -> tuple:
+    """Arguments with which `init` creates every parameter."""
+    return (jnp.zeros((1, 4), jnp.int32),)
+
+
+FAMILIES = (
+    Family(
+        name="ChatGLM-6B",
+        architectures=("ChatGLMModel", "ChatGLMForConditionalGeneration"),
+        from_hf=from_hf_config,
+        to_hf=to_hf_config,
+        table=table,
+        sample=sample,
+        oracle="golden: the checkpoint's own code",
+    ),
+)

@@ -1,0 +1,493 @@
+"""T5 1.0, T5 1.1 and Flan-T5: an encoder-decoder with relative positions (arXiv 1910.10683, 2210.11416)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from flax import struct
+
+from mllm_jax.checkpoints.options import Options
+from mllm_jax.checkpoints.table import Family, Table, Weight
+from mllm_jax.errors import ConfigError, DataError
+from mllm_jax.layers.attention import attention
+from mllm_jax.layers.linear import Embedding, Linear
+from mllm_jax.layers.mlp import MLP
+from mllm_jax.layers.norms import RMSNorm
+from mllm_jax.layers.relative_bias import RelativeBias, bucket_of_distance
+from mllm_jax.layers.stack import scan_layers
+from mllm_jax.llms.cache import KVCache
+from mllm_jax.llms.hub import ACTIVATIONS, IDLE, write_activation
+from mllm_jax.sharding.logical import constrain
+
+
+@dataclass(frozen=True)
+class T5Config:
+    """Sizes and switches of an encoder-decoder.
+
+    Attributes:
+        head_dim: free of hidden_size / num_heads.
+        num_layers, num_decoder_layers: of the encoder and of the decoder.
+        num_buckets, max_distance: of the relative position bias.
+        gated, activation: False and "relu" are T5 1.0; True and "gelu_tanh" T5 1.1 and Flan-T5; BLIP-2 runs Flan-T5
+            with the exact "gelu".
+        tie_word_embeddings: the head is the embedding's transpose and reads outputs scaled by hidden_size**-0.5 (T5
+            1.0); otherwise it has weights of its own and nothing is scaled.
+        decoder_start_token_id: what generation gives the decoder first.
+        eos_token_id: each of them ends a text.
+    """
+
+    vocab_size: int = 32128
+    hidden_size: int = 512
+    head_dim: int = 64
+    mlp_size: int = 2048
+    num_layers: int = 6
+    num_decoder_layers: int = 6
+    num_heads: int = 8
+    num_buckets: int = 32
+    max_distance: int = 128
+    activation: str = "relu"
+    gated: bool = False
+    norm_eps: float = 1e-6
+    tie_word_embeddings: bool = True
+    bos_token_id: int | None = None
+    eos_token_id: tuple[int, ...] = (1,)
+    pad_token_id: int | None = 0
+    decoder_start_token_id: int = 0
+    family: str = "T5ForConditionalGeneration"
+    dtype: str = "float32"
+    remat: str = "none"
+    scan_unroll: int = 1
+
+    def __post_init__(self):
+        if self.activation not in ACTIVATIONS.values():
+            known = ", ".join(sorted(set(ACTIVATIONS.values())))
+            raise ConfigError(f"T5: activation {self.activation!r}", f"one of {known}", "choose one")
+        for buckets in (self.num_buckets // 2, self.num_buckets):  # of the encoder and of the decoder
+            bucket_of_distance(buckets, self.max_distance)
+
+    def make(self) -> T5:
+        return T5(self)
+
+    def make_cache(self, batch: int, size: int, source: int = 1) -> T5Cache:
+        """An empty cache: at most `size` decoded tokens over an encoded source of `source` tokens.
+
+        `T5.start` fills the source in; until then cross-attention sees nothing.
+        """
+        dtype = jnp.dtype(self.dtype)
+        own = KVCache.zeros(self.num_decoder_layers, batch, size, self.num_heads, self.head_dim, dtype)
+        cross = KVCache.zeros(self.num_decoder_layers, batch, source, self.num_heads, self.head_dim, dtype)
+        return T5Cache(
+            **{field.name: getattr(own, field.name) for field in fields(own)},
+            positions=jnp.zeros((batch, size), jnp.int32),
+            cross_keys=cross.keys,
+            cross_values=cross.values,
+            cross_segments=cross.segments,
+        )
+
+
+@struct.dataclass
+class T5Cache(KVCache):
+    """What the decoder has read, and what it sees of the source.
+
+    positions: int[B, T] of the decoded tokens; cross_keys, cross_values: dtype[L, B, S, N, H], computed once;
+    cross_segments: int[B, S] of the source, 0 is padding.
+    """
+
+    positions: jax.Array
+    cross_keys: jax.Array
+    cross_values: jax.Array
+    cross_segments: jax.Array
+
+
+class T5Attention(nn.Module):
+    """Multi-head attention from x to keys and values that may be made elsewhere; the scores are not scaled."""
+
+    config: T5Config
+
+    def setup(self):
+        c = self.config
+        dtype = jnp.dtype(c.dtype)
+        inner, names = (c.num_heads, c.head_dim), ("embed", "heads", "head_dim")
+        # The missing 1/sqrt(head_dim) stands in the queries' deviation instead.
+        self.q = Linear(inner, names, init_std=(c.hidden_size * c.head_dim) ** -0.5, dtype=dtype)
+        self.k = Linear(inner, names, dtype=dtype)
+        self.v = Linear(inner, names, dtype=dtype)
+        self.out = Linear((c.hidden_size,), (*names[1:], "embed"), in_ndim=2, dtype=dtype)
+
+    def keys_values(self, x):
+        """[B, T, E] -> [B, T, N, H] twice."""
+        return self.k(x), self.v(x)
+
+    def __call__(self, x, keys_values, **where):
+        """[B, S, E] -> [B, S, E]; `where` is what `attention` takes."""
+        q = constrain(self.q(x), "batch", "seq", "heads", "head_dim")
+        k, v = (each.astype(q.dtype) for each in keys_values)
+        return self.out(constrain(attention(q, k, v, scale=1.0, **where), "batch", "seq", "heads", "head_dim"))
+
+
+class EncoderBlock(nn.Module):
+    """Self-attention over a segment, then the MLP, each behind an RMSNorm and added to the stream."""
+
+    config: T5Config
+
+    @nn.compact
+    def __call__(self, x, _, segments, bias):
+        c = self.config
+        dtype = jnp.dtype(c.dtype)
+        h = RMSNorm(c.norm_eps, dtype, name="attention_norm")(x)
+        own = T5Attention(c, name="attention")
+        x = x + own(h, own.keys_values(h), q_segments=segments, k_segments=segments, bias=bias)
+        h = RMSNorm(c.norm_eps, dtype, name="mlp_norm")(x)
+        x = x + MLP(c.mlp_size, c.activation, c.gated, use_bias=False, dtype=dtype, name="mlp")(h)
+        return constrain(x, "batch", "seq", None), None
+
+
+class DecoderBlock(nn.Module):
+    """Causal self-attention, cross-attention to the source, MLP."""
+
+    config: T5Config
+
+    @nn.compact
+    def __call__(self, x, layer_cache, segments, bias, source, source_segments, place):
+        """One layer; without x only the keys and values that it makes of the source.
+
+        Args:
+            layer_cache: None, or (keys, values, cross keys, cross values).
+            source: [B, S, E] from the encoder, not read where there is a cache.
+            place: None, or (segments of the cache, index of x in it).
+
+        Returns:
+            (x, what the layer's cache is to hold).
+        """
+        c = self.config
+        dtype = jnp.dtype(c.dtype)
+        own, cross = T5Attention(c, name="attention"), T5Attention(c, name="cross_attention")
+        if x is None:
+            return None, cross.keys_values(source)
+        h = RMSNorm(c.norm_eps, dtype, name="attention_norm")(x)
+        k, v = own.keys_values(h)
+        k_segments, index, written = segments, None, None
+        if layer_cache is not None:
+            k_segments, index = place
+            rows = jnp.arange(x.shape[0])[:, None]
+            k = layer_cache[0].at[rows, index].set(k, mode="drop")
+            v = layer_cache[1].at[rows, index].set(v, mode="drop")
+            written = (k, v)
+        x = x + own(h, (k, v), mask="causal", q_segments=segments, k_segments=k_segments, q_index=index, bias=bias)
+        h = RMSNorm(c.norm_eps, dtype, name="cross_attention_norm")(x)
+        seen = cross.keys_values(source) if layer_cache is None else layer_cache[2:]
+        x = x + cross(h, seen, q_segments=segments, k_segments=source_segments)
+        h = RMSNorm(c.norm_eps, dtype, name="mlp_norm")(x)
+        x = x + MLP(c.mlp_size, c.activation, c.gated, use_bias=False, dtype=dtype, name="mlp")(h)
+        return constrain(x, "batch", "seq", None), written
+
+
+class _Stack(nn.Module):
+    """What encoder and decoder have in common: a relative bias that all their layers share, the layers, a last norm."""
+
+    config: T5Config
+
+    def _parts(self, block: type[nn.Module], num_layers: int, num_broadcast: int, bidirectional: bool):
+        c = self.config
+        # The first layer holds the bias's table and the others share it: it is computed once, outside the scan.
+        bias = RelativeBias(
+            c.num_heads, c.num_buckets, c.max_distance, bidirectional, c.hidden_size**-0.5, name="relative_bias"
+        )
+        stack = dict(num_layers=num_layers, remat=c.remat, unroll=c.scan_unroll, num_broadcast=num_broadcast)
+        layers = scan_layers(block, **stack)(c, name="layers")
+        return bias, layers, RMSNorm(c.norm_eps, jnp.dtype(c.dtype), name="final_norm")
+
+
+class Encoder(_Stack):
+    """Embedded source to encoded source."""
+
+    @nn.compact
+    def __call__(self, x, positions, segments):
+        """[B, S, E], int[B, S] or None twice -> [B, S, E]"""
+        bias, layers, norm = self._parts(EncoderBlock, self.config.num_layers, 2, bidirectional=True)
+        positions = jnp.arange(x.shape[1])[None] if positions is None else positions
+        x, _ = layers(constrain(x, "batch", "seq", None), None, segments, bias(positions, positions))
+        return norm(x)
+
+
+class Decoder(_Stack):
+    """Embedded target and encoded source to the target's last hidden states."""
+
+    @nn.compact
+    def __call__(self, x, positions, segments, source, source_segments, cache):
+        """[B, T, E] -> ([B, T, E], cache); without x the layers' cross keys and values of the source."""
+        bias, layers, norm = self._parts(DecoderBlock, self.config.num_decoder_layers, 5, bidirectional=False)
+        if x is None:
+            return layers(None, None, None, None, source, None, None)[1]
+        x = constrain(x, "batch", "seq", None)
+        if cache is None:
+            positions = jnp.arange(x.shape[1])[None] if positions is None else positions
+            x, _ = layers(x, None, segments, bias(positions, positions), source, source_segments, None)
+            return norm(x), None
+        cache, index = cache.reserve(segments)
+        positions = index if positions is None else positions
+        rows = jnp.arange(x.shape[0])[:, None]
+        seen = cache.positions.at[rows, index].set(positions, mode="drop")
+        held = (cache.keys, cache.values, cache.cross_keys, cache.cross_values)
+        place = (cache.segments, index)
+        x, (keys, values) = layers(x, held, segments, bias(positions, seen), None, cache.cross_segments, place)
+        return norm(x), cache.replace(keys=keys, values=values, positions=seen)
+
+
+class T5(nn.Module):
+    """Source and target tokens to logits (reference class: `T5ForConditionalGeneration`).
+
+    Training calls the module with both. Generation calls `start` on the source once and then, as with a decoder-only
+    model, the module on target tokens with the cache: `decoder_start_token_id` first.
+    """
+
+    config: T5Config
+
+    def setup(self):
+        c = self.config
+        dtype = jnp.dtype(c.dtype)
+        self.token_embedding = Embedding(c.vocab_size, c.hidden_size, init_std=1.0, dtype=dtype)
+        self.encoder = Encoder(c)
+        self.decoder = Decoder(c)
+        if not c.tie_word_embeddings:
+            self.lm_head = Linear((c.vocab_size,), ("embed", "vocab"), dtype=dtype)
+
+    def embed(self, tokens):
+        """int[B, S] -> dtype[B, S, E]"""
+        return self.token_embedding(tokens)
+
+    def encode(self, tokens, positions=None, segments=None, *, embeddings=None):
+        """The source as the decoder sees it.
+
+        Args:
+            tokens: int[B, S] (not read when embeddings are given).
+            positions: int[B, S], of which only differences inside a segment count; None is 0..S-1.
+            segments: int[B, S]; a token sees its own segment only, 0 is padding; None is one segment.
+            embeddings: dtype[B, S, E] in the place of embedded tokens: this is how media enter.
+
+        Returns:
+            dtype[B, S, E].
+        """
+        return self.encoder(self.embed(tokens) if embeddings is None else embeddings, positions, segments)
+
+    def start(self, tokens, positions=None, segments=None, *, embeddings=None, size: int):
+        """Encodes a source and makes the cache to generate from: each layer's cross keys and values are computed here.
+
+        Args:
+            tokens, positions, segments, embeddings: as `encode` takes them.
+            size: places for decoded tokens, `decoder_start_token_id` included.
+
+        Returns:
+            T5Cache.
+        """
+        source = self.encode(tokens, positions, segments, embeddings=embeddings)
+        keys, values = self.decoder(None, None, None, source, None, None)
+        cache = self.config.make_cache(source.shape[0], size, source.shape[1])
+        segments = jnp.ones(source.shape[:2], jnp.int32) if segments is None else segments
+        return cache.replace(cross_keys=keys, cross_values=values, cross_segments=segments)
+
+    def decode(self, tokens, positions=None, segments=None, *, source=None, source_segments=None, cache=None):
+        """Logits for the token that follows each place of the target.
+
+        Args:
+            tokens: int[B, T] of the target, its start token first.
+            positions: int[B, T]; None counts 0..T-1, or on from the cache's length.
+            segments: int[B, T]; a token sees its own segment only, in the target and in the source; None is 1.
+            source, source_segments: dtype[B, S, E] of `encode` and int[B, S], None is 1; not read with a cache.
+            cache: T5Cache of `start`, to read from and add to.
+
+        Returns:
+            float32[B, T, V], with a cache (logits, cache).
+
+        Raises:
+            DataError: neither a source nor a cache.
+        """
+        if cache is None and source is None:
+            raise DataError("T5.decode without a source", "source=encode(...) or cache=start(...)", "pass one of them")
+        if segments is None:
+            segments = jnp.ones(tokens.shape, jnp.int32)
+        if source_segments is None and cache is None:
+            source_segments = jnp.ones(source.shape[:2], jnp.int32)
+        x, cache = self.decoder(self.embed(tokens), positions, segments, source, source_segments, cache)
+        if self.config.tie_word_embeddings:
+            logits = self.token_embedding.attend(x * self.config.hidden_size**-0.5)
+        else:
+            logits = self.lm_head(x)
+        logits = constrain(logits.astype(jnp.float32), "batch", "seq", "vocab")
+        return logits if cache is None else (logits, cache)
+
+    def __call__(
+        self,
+        tokens,
+        positions=None,
+        segments=None,
+        decoder_tokens=None,
+        *,
+        decoder_positions=None,
+        decoder_segments=None,
+        embeddings=None,
+        cache=None,
+    ):
+        """Source and target to logits; with a cache the tokens are the target's, as for a decoder-only model.
+
+        Args:
+            tokens, positions, segments, embeddings: of the source, see `encode`; with a cache see `decode`.
+            decoder_tokens, decoder_positions, decoder_segments: int[B, T] of the target, its start token first.
+            cache: T5Cache of `start`.
+
+        Returns:
+            float32[B, T, V], with a cache (logits, cache).
+
+        Raises:
+            DataError: neither decoder_tokens nor a cache.
+        """
+        if cache is not None:
+            return self.decode(tokens, positions, segments, cache=cache)
+        if decoder_tokens is None:
+            raise DataError(
+                "T5 without decoder_tokens", "decoder_tokens int[B, T], or cache=start(...)", "pass the target"
+            )
+        source = self.encode(tokens, positions, segments, embeddings=embeddings)
+        return self.decode(decoder_tokens, decoder_positions, decoder_segments, source=source, source_segments=segments)
+
+
+# Our field -> the hub's option of the same meaning.
+_OPTIONS = {
+    "vocab_size": "vocab_size",
+    "hidden_size": "d_model",
+    "head_dim": "d_kv",
+    "mlp_size": "d_ff",
+    "num_layers": "num_layers",
+    "num_heads": "num_heads",
+    "num_buckets": "relative_attention_num_buckets",
+    "max_distance": "relative_attention_max_distance",
+    "norm_eps": "layer_norm_epsilon",
+}
+# fmt: off
+# Old configs, and those inside BLIP-2's, also carry the settings of generation, which change no logits.
+_IDLE = (
+    *IDLE, "n_positions", "output_past", "initializer_factor", "bad_words_ids", "begin_suppress_tokens",
+    "diversity_penalty", "early_stopping", "encoder_no_repeat_ngram_size", "exponential_decay_length_penalty",
+    "forced_bos_token_id", "forced_eos_token_id", "length_penalty", "no_repeat_ngram_size", "num_beam_groups",
+    "num_return_sequences", "output_scores", "remove_invalid_values", "return_dict_in_generate", "suppress_tokens",
+    "tf_legacy_loss", "typical_p", "use_bfloat16",
+)
+# fmt: on
+
+
+def from_hf_config(values: dict) -> T5Config:
+    """config.json of a T5 checkpoint, or the `text_config` of a model around one; what is absent is T5-small's.
+
+    Raises:
+        ConfigError: an option that is not supported.
+    """
+    option = Options(values, "config.json of T5ForConditionalGeneration")
+    kinds = [f"{gate}{name}" for gate in ("", "gated-") for name in ACTIVATIONS]
+    projection = option.only("feed_forward_proj", *kinds, default="relu")
+    gate, _, name = projection.rpartition("-")
+    name = option.only("dense_act_fn", *ACTIVATIONS, default="gelu_new" if projection == "gated-gelu" else name)
+    for fixed, value in (("tie_encoder_decoder", False), ("is_decoder", False), ("is_encoder_decoder", True)):
+        option.only(fixed, value)
+    option.only("pruned_heads", {})
+    option.skip(*_IDLE)
+    sizes = {ours: option(theirs, getattr(T5Config, ours)) for ours, theirs in _OPTIONS.items()}
+    pad = option("pad_token_id", 0)
+    # transformers 5 writes tie_word_embeddings=True into every config and keeps the real answer in the other option.
+    tied = option("tie_word_embeddings", True)
+    eos = option("eos_token_id", 1)
+    config = T5Config(
+        **sizes,
+        num_decoder_layers=option("num_decoder_layers", sizes["num_layers"]),
+        activation=ACTIVATIONS[name],
+        gated=option("is_gated_act", gate == "gated"),
+        tie_word_embeddings=option("scale_decoder_outputs", tied),
+        bos_token_id=option("bos_token_id", None),
+        eos_token_id=(eos,) if isinstance(eos, int) else tuple(eos),
+        pad_token_id=pad,
+        decoder_start_token_id=option("decoder_start_token_id", pad),
+    )
+    option.done()
+    return config
+
+
+def to_hf_config(config: T5Config) -> dict:
+    """config.json for `T5ForConditionalGeneration`."""
+    c = config
+    activation = "gelu_new" if c.activation == "gelu_tanh" else write_activation(c.activation)
+    projection = "gelu" if c.gated and activation == "gelu_new" else activation  # "gated-gelu" means gelu_new
+    return {
+        "architectures": [c.family],
+        "model_type": "t5",
+        "is_encoder_decoder": True,
+        **{theirs: getattr(c, ours) for ours, theirs in _OPTIONS.items()},
+        "num_decoder_layers": c.num_decoder_layers,
+        "feed_forward_proj": f"gated-{projection}" if c.gated else projection,
+        "dense_act_fn": activation,
+        "is_gated_act": c.gated,
+        "tie_word_embeddings": c.tie_word_embeddings,
+        "scale_decoder_outputs": c.tie_word_embeddings,
+        "bos_token_id": c.bos_token_id,
+        "eos_token_id": c.eos_token_id[0] if len(c.eos_token_id) == 1 else list(c.eos_token_id),
+        "pad_token_id": c.pad_token_id,
+        "decoder_start_token_id": c.decoder_start_token_id,
+    }
+
+
+def _attention(config: T5Config, name: str, path: str) -> list[Weight]:
+    inner, heads = "(n h) e -> e n h", {"n": config.num_heads}
+    lines = [Weight(f"{name}.{part}.weight", f"{path}/{part}/kernel", inner, heads) for part in "qkv"]
+    return [*lines, Weight(f"{name}.o.weight", f"{path}/out/kernel", "e (n h) -> n h e", heads)]
+
+
+def table(config: T5Config) -> Table:
+    """The names of T5ForConditionalGeneration."""
+    c = config
+    weights = [Weight("shared.weight", "token_embedding/embedding")]
+    for side, sublayers in (("encoder", ("SelfAttention",)), ("decoder", ("SelfAttention", "EncDecAttention"))):
+        block, path = f"{side}.block.{{layer}}.layer", f"{side}/layers"
+        paths = ("attention", "cross_attention")[: len(sublayers)]
+        for i, (name, place) in enumerate(zip(sublayers, paths, strict=True)):
+            weights += _attention(c, f"{block}.{i}.{name}", f"{path}/{place}")
+            weights.append(Weight(f"{block}.{i}.layer_norm.weight", f"{path}/{place}_norm/scale"))
+        mlp = f"{block}.{len(sublayers)}"
+        wide = {"wi_0": "gate", "wi_1": "up", "wo": "down"} if c.gated else {"wi": "up", "wo": "down"}
+        for name, place in wide.items():
+            weights.append(Weight(f"{mlp}.DenseReluDense.{name}.weight", f"{path}/mlp/{place}/kernel", "o i -> i o"))
+        weights += [
+            Weight(f"{mlp}.layer_norm.weight", f"{path}/mlp_norm/scale"),
+            Weight(
+                f"{side}.block.0.layer.0.SelfAttention.relative_attention_bias.weight",
+                f"{side}/relative_bias/embedding",
+            ),
+            Weight(f"{side}.final_layer_norm.weight", f"{side}/final_norm/scale"),
+        ]
+    # Copies of `shared`, and a table that was stored by mistake and is never read.
+    ignored = ["encoder.embed_tokens.weight", "decoder.embed_tokens.weight"]
+    ignored.append("decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight")
+    if c.tie_word_embeddings:
+        ignored.append("lm_head.weight")
+    else:
+        weights.append(Weight("lm_head.weight", "lm_head/kernel", "v e -> e v"))
+    return Table(tuple(weights), ignored=tuple(ignored))
+
+
+def sample(config: T5Config) -> tuple:
+    """Arguments with which `init` creates every parameter."""
+    tokens = jnp.zeros((1, 4), jnp.int32)
+    return tokens, None, None, tokens
+
+
+FAMILIES = (
+    Family(
+        name="T5, Flan-T5",
+        architectures=("T5ForConditionalGeneration", "T5WithLMHeadModel"),
+        from_hf=from_hf_config,
+        to_hf=to_hf_config,
+        table=table,
+        sample=sample,
+        oracle="T5ForConditionalGeneration",
+    ),
+)
