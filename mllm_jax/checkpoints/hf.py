@@ -1,0 +1,423 @@
+"""The one engine that reads and writes Hugging Face folders, driven by the table that stands beside each module.
+
+Tensors are mapped, not loaded: of each, only the bytes that a device's shard needs are copied, into a buffer of that
+shard's layout and dtype, which is handed to the device before the next one is begun. Pickles and remote code are never
+executed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import logging
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+from mllm_jax.checkpoints import safetensors_files as st
+from mllm_jax.checkpoints.layout import Layout, assemble, gather_layers, lay_out, parameter_view, resolve
+from mllm_jax.checkpoints.leaves import PyTree, flatten
+from mllm_jax.checkpoints.new_folder import new_folder
+from mllm_jax.checkpoints.table import Table, Weight
+from mllm_jax.errors import CheckpointError, ConfigError
+from mllm_jax.sharding.mesh import param_shardings
+
+CONFIG = "config.json"
+# What may stand beside the weights and goes along when they are converted; never code.
+# fmt: off
+COMPANIONS = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
+    "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "ice_text.model",
+    "*.tiktoken", "chat_template.jinja", "chat_template.json", "additional_chat_templates", "generation_config.json",
+    "preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json",
+)
+# fmt: on
+BAND = 4 << 20  # bytes of a file that are mapped at a time, where the tensor's layout lets it be cut
+logger = logging.getLogger("mllm_jax.checkpoints")
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a reading took.
+
+    Attributes:
+        peak_host_bytes: the most host memory held at once for what was not yet a finished array: one shard's buffer.
+        mapped_bytes: the largest piece of a file mapped at once, which the kernel may drop at any time.
+    """
+
+    tensors: int
+    bytes: int
+    peak_host_bytes: int
+    mapped_bytes: int
+    seconds: float
+
+    def __str__(self) -> str:
+        return (
+            f"{self.tensors} tensors, {self.bytes:,} bytes in {self.seconds:.2f} s; at a time at most "
+            f"{self.peak_host_bytes:,} bytes in buffers and {self.mapped_bytes:,} of the files mapped"
+        )
+
+
+def float_dtype(name: Any) -> np.dtype:
+    """float32, float16 or bfloat16 as numpy knows it. Raises ConfigError for any other."""
+    try:
+        dtype = np.dtype(jnp.dtype(name))
+    except TypeError:
+        dtype = None
+    if dtype not in st.DTYPE_NAMES:
+        raise ConfigError(f"dtype {name!r}", "float32, bfloat16 or float16", "choose one of the three")
+    return dtype
+
+
+# ---- config.json
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The dictionary in config.json. Raises CheckpointError: absent, or no JSON object."""
+    path = Path(folder) / CONFIG
+    try:
+        config = json.loads(path.read_text("utf-8"))
+    except FileNotFoundError as error:
+        raise CheckpointError(f"no {path}", "a Hugging Face folder, with its config.json", "check the path") from error
+    except (ValueError, OSError) as error:
+        raise CheckpointError(f"{path}: {error}", "JSON", "fetch the file again") from error
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{path} with {type(config).__name__}", "a JSON object", "fetch the file again")
+    return config
+
+
+def write_config(folder: Path, config: Mapping[str, Any]) -> None:
+    (Path(folder) / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", "utf-8")
+
+
+def copy_companions(source: Path, target: Path) -> list[str]:
+    """Copies tokenizer, chat template and generation settings; returns their names."""
+    found = sorted({path for pattern in COMPANIONS for path in Path(source).glob(pattern)})
+    for path in found:
+        (shutil.copytree if path.is_dir() else shutil.copyfile)(path, Path(target) / path.name)
+    return [path.name for path in found]
+
+
+# ---- reading
+
+
+def open_weights(folder: Path, table: Table, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, st.Entry]:
+    """The hub's name -> where that tensor lies, for exactly the tensors of the table; only headers are read.
+
+    Args:
+        shapes: parameter path -> shape.
+
+    Raises:
+        CheckpointError: damaged files; or all unknown, missing, doubled, mis-shaped and unreadable tensors at once.
+    """
+    folder = Path(folder)
+    layouts = lay_out(table, shapes)
+    entries = st.read_folder(folder)
+    found, wrong = resolve(table, layouts, {name: entry.shape for name, entry in entries.items()})
+    wrong += [
+        f"{raw}: dtype {entries[raw].dtype}, expected one of {', '.join(st.DTYPES)}"
+        for raw in found.values()
+        if entries[raw].dtype not in st.DTYPES
+    ]
+    if wrong:
+        raise CheckpointError(
+            f"{folder}: {len(wrong)} of its tensors do not fit the model"
+            + "".join(f"\n    {line}" for line in gather_layers(sorted(wrong))),
+            "the names, shapes and dtypes that follow from config.json",
+            "check that weights and config.json belong together; a quantised checkpoint must be taken unquantised",
+        )
+    return {name: entries[raw] for name, raw in found.items()}
+
+
+def read_weights(
+    folder: Path,
+    table: Table,
+    abstract: PyTree,
+    *,
+    mesh: jax.sharding.Mesh | None = None,
+    dtype: Any = None,
+    report: Callable[[Report], None] | None = None,
+) -> PyTree:
+    """The parameters in a Hugging Face folder, placed on the devices.
+
+    Args:
+        abstract: `jax.eval_shape` of `module.init(...)["params"]`, with the logical names still on it.
+        mesh: shards by `param_shardings`; None is the default device.
+        dtype: of the parameters; None keeps what is stored.
+        report: is called with the Report; by default it is logged.
+
+    Raises:
+        CheckpointError: see `open_weights`; also a model that does not fit the devices. Nothing is allocated then.
+    """
+    begun = time.perf_counter()
+    leaves, structure = flatten(nn.meta.unbox(abstract))
+    entries = open_weights(folder, table, {path: leaf.shape for path, leaf in leaves.items()})
+    sources = {line.path: _Source(line, leaves[line.path].shape, entries, dtype) for line in table.weights}
+    shardings = {} if mesh is None else flatten(param_shardings(abstract, mesh))[0]
+    _require_room(folder, sources, shardings)
+    params, peak = {}, _Held(0, 0)
+    for path in leaves:
+        params[path], held = _load(sources[path], shardings.get(path))
+        peak |= held
+    size = sum(entry.nbytes for entry in entries.values())
+    done = Report(len(entries), size, peak.buffers, peak.mapped, time.perf_counter() - begun)
+    logger.info("%s: %s", folder, done) if report is None else report(done)
+    return jax.tree_util.tree_unflatten(structure, [params[path] for path in leaves])
+
+
+class _Source:
+    """One parameter in the stored tensors."""
+
+    def __init__(self, line: Weight, shape: tuple[int, ...], entries: Mapping[str, st.Entry], dtype: Any):
+        self.line, self.shape, self.layered = line, shape, "{layer}" in line.name
+        names = [line.name.replace("{layer}", str(i)) for i in range(shape[0])] if self.layered else [line.name]
+        self.entries = [entries[name] for name in names]
+        stored = [st.DTYPES[entry.dtype] for entry in self.entries] or [np.dtype(np.float32)]
+        self.dtype = np.dtype(jnp.result_type(*stored)) if dtype is None else float_dtype(dtype)
+
+    def shard(self, index: tuple[slice, ...]) -> tuple[np.ndarray, _Held]:
+        """One device's part in a buffer of its own, and how much of the host's memory it took at most."""
+        shape = tuple(len(range(*part.indices(size))) for part, size in zip(index, self.shape, strict=True))
+        buffer, merged, mapped = _aligned(shape, self.dtype), 0, 0
+        if self.layered:
+            places = [(buffer[i, ...], entry) for i, entry in enumerate(self.entries[index[0]])]
+            index = index[1:]
+        else:
+            places = [(buffer, self.entries[0])]
+        for out, entry in places:
+            tensor = entry.map()
+            view = parameter_view(self.line, tensor)
+            whole = not np.may_share_memory(view, tensor)  # the pattern merges axes: einops had to copy
+            merged = max(merged, view.nbytes if whole else 0)
+            bands = [()] if whole else _bands(view[index], entry.nbytes)
+            mapped = max(mapped, entry.nbytes // len(bands))
+            del tensor, view
+            for band in bands:
+                # Mapped anew for each band, which gives the pages of the one before back.
+                st.copy_into(out[band], parameter_view(self.line, entry.map())[index][band])
+        return buffer, _Held(buffer.nbytes + merged, mapped)
+
+
+class _Held(NamedTuple):
+    """Bytes of the host in use at once."""
+
+    buffers: int
+    mapped: int
+
+    def __or__(self, other: _Held) -> _Held:
+        return _Held(max(self.buffers, other.buffers), max(self.mapped, other.mapped))
+
+
+def _bands(view: np.ndarray, nbytes: int) -> list[tuple]:
+    """Index tuples that cut the view along the file's slowest axis, for about BAND bytes of the file each."""
+    if nbytes <= BAND or not view.ndim:
+        return [()]
+    axis = max(range(view.ndim), key=lambda axis: view.strides[axis])
+    edges = np.linspace(0, view.shape[axis], min(view.shape[axis], -(-nbytes // BAND)) + 1).astype(int)
+    return [(*[slice(None)] * axis, slice(start, stop)) for start, stop in itertools.pairwise(edges)]
+
+
+def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """Memory that XLA's CPU client takes over as it is, where it would copy what begins elsewhere."""
+    size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+    raw = np.empty(size + 64, np.uint8)
+    start = -raw.ctypes.data % 64
+    return raw[start : start + size].view(dtype).reshape(shape)
+
+
+def _load(source: _Source, sharding: jax.sharding.Sharding | None) -> tuple[jax.Array, _Held]:
+    if sharding is None:
+        buffer, held = source.shard((slice(None),) * len(source.shape))
+        return jax.device_put(buffer).block_until_ready(), held
+    shards, peak = [], _Held(0, 0)
+    for device, index in sharding.addressable_devices_indices_map(source.shape).items():
+        buffer, held = source.shard(index)
+        # Waiting frees the buffer before the next is made: the host never holds two shards.
+        shards.append(jax.device_put(buffer, device).block_until_ready())
+        del buffer
+        peak |= held
+    return jax.make_array_from_single_device_arrays(source.shape, sharding, shards), peak
+
+
+def _require_room(folder: Path, sources: Mapping[str, _Source], shardings: Mapping[str, jax.sharding.Sharding]) -> None:
+    needed: dict[jax.Device, int] = {}
+    for path, source in sources.items():
+        sharding = shardings.get(path)
+        devices = [_default_device()] if sharding is None else sharding.addressable_devices
+        shape = source.shape if sharding is None else sharding.shard_shape(source.shape)
+        for device in devices:
+            needed[device] = needed.get(device, 0) + int(np.prod(shape)) * source.dtype.itemsize
+    rooms: dict[str, tuple[int, int | None]] = {}
+    for device, size in needed.items():
+        if device.platform == "cpu":
+            rooms["the host"] = (rooms.get("the host", (0, None))[0] + size, _free_host_bytes())
+        else:
+            rooms[str(device)] = (size, _free_device_bytes(device))
+    short = [
+        f"{name}: {size:,} bytes needed, {free:,} free"
+        for name, (size, free) in rooms.items()
+        if free is not None and size > free
+    ]
+    if short:
+        raise CheckpointError(
+            f"{folder} is larger than the memory" + "".join(f"\n    {line}" for line in short),
+            "room for every parameter",
+            "pass a mesh of more devices, dtype='bfloat16', or free memory",
+        )
+
+
+def _default_device() -> jax.Device:
+    device = jax.config.jax_default_device
+    return device if isinstance(device, jax.Device) else jax.local_devices(backend=device)[0]
+
+
+def _free_device_bytes(device: jax.Device) -> int | None:
+    """None where the platform does not say."""
+    stats = device.memory_stats() or {}
+    return stats["bytes_limit"] - stats["bytes_in_use"] if {"bytes_limit", "bytes_in_use"} <= stats.keys() else None
+
+
+def _free_host_bytes() -> int | None:
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, ValueError):
+        return None
+
+
+# ---- writing
+
+
+def write_weights(
+    folder: Path,
+    table: Table,
+    params: PyTree,
+    *,
+    config: Mapping[str, Any] | None = None,
+    companions: Path | None = None,
+    max_shard_bytes: int = 5 * 10**9,
+    dtype: Any = None,
+    overwrite: bool = False,
+) -> None:
+    """Writes parameters as a Hugging Face folder in the hub's spelling; it appears whole or not at all.
+
+    Tensor by tensor: the host holds one stored tensor at a time beside what the devices hold.
+
+    Args:
+        config: config.json's dictionary.
+        companions: a folder whose tokenizer, chat template and generation settings come along.
+        max_shard_bytes: a larger model is split over several files with an index.
+        dtype: what to store; None is that of each parameter.
+        overwrite: replace a model that is there.
+
+    Raises:
+        CheckpointError: the table and the parameters do not fit, the folder is taken, the disk is full.
+    """
+    leaves = _writable(flatten(nn.meta.unbox(params))[0])
+    specs, tensors = _specs(table, leaves, dtype), hub_tensors(table, leaves)
+    with new_folder(folder, sum(spec.nbytes for spec in specs.values()), overwrite=overwrite) as temporary:
+        files = st.plan_files(specs, max_shard_bytes)
+        for name, part in files.items():
+            st.write_file(temporary / name, part, (_cast(tensors[n](), spec.dtype) for n, spec in part.items()))
+        if len(files) > 1:
+            st.write_index(temporary / st.INDEX, files)
+        if config is not None:
+            write_config(temporary, config)
+        if companions is not None:
+            copy_companions(companions, temporary)
+
+
+def hub_tensors(table: Table, params: PyTree) -> dict[str, Callable[[], np.ndarray]]:
+    """The hub's name -> a function that makes that tensor on the host. Raises CheckpointError as `lay_out` does."""
+    leaves, _ = flatten(nn.meta.unbox(params))
+    return {
+        name: partial(assemble, layout, partial(_fetch, leaves, layer))
+        for layout, layer, name in _tensors(lay_out(table, {path: np.shape(leaf) for path, leaf in leaves.items()}))
+    }
+
+
+def _tensors(layouts: Iterable[Layout]) -> Iterator[tuple[Layout, int | None, str]]:
+    for layout in layouts:
+        for layer, name in enumerate(layout.names()):
+            yield layout, None if layout.layers is None else layer, name
+
+
+def _specs(table: Table, leaves: Mapping[str, Any], dtype: Any) -> dict[str, st.Spec]:
+    specs = {}
+    for layout, _, name in _tensors(lay_out(table, {path: np.shape(leaf) for path, leaf in leaves.items()})):
+        kinds = [leaves[line.path].dtype for slot in layout.slots for line in slot]
+        specs[name] = st.Spec(np.dtype(jnp.result_type(*kinds)) if dtype is None else float_dtype(dtype), layout.shape)
+    return specs
+
+
+def _writable(leaves: dict[str, Any]) -> dict[str, Any]:
+    wrong = [f"{path}: {leaf.dtype}" for path, leaf in leaves.items() if np.dtype(leaf.dtype) not in st.DTYPE_NAMES]
+    if wrong:
+        raise CheckpointError(
+            f"parameters of {', '.join(wrong)}", "float32, bfloat16 or float16", "convert them before saving"
+        )
+    if any(isinstance(leaf, jax.Array) and not leaf.is_fully_addressable for leaf in leaves.values()):
+        raise CheckpointError(
+            "parameters spread over several processes",
+            "arrays that this process can read whole",
+            "save a native checkpoint, then run `mllm convert` on one host",
+        )
+    return leaves
+
+
+def _fetch(leaves: Mapping[str, Any], layer: int | None, path: str) -> np.ndarray:
+    """A parameter, or one layer of it, on the host.
+
+    Of a device array a copy is fetched: JAX would keep the host's side of the array itself as long as the array lives.
+    """
+    leaf = leaves[path]
+    if not isinstance(leaf, jax.Array):
+        return np.asarray(leaf if layer is None else leaf[layer])
+    return np.asarray(jnp.copy(leaf) if layer is None else jax.lax.dynamic_index_in_dim(leaf, layer, keepdims=False))
+
+
+def _cast(tensor: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """On the host, so that the same numbers come out whatever the device does with subnormal ones."""
+    return tensor.astype(dtype, copy=False)
+
+
+# ---- proof
+
+
+@dataclass(frozen=True)
+class Checksum:
+    """What a set of tensors holds; equal for equal names, dtypes, shapes and bits."""
+
+    tensors: int
+    bytes: int
+    sha256: str
+
+
+def checksum(tensors: Mapping[str, Callable[[], np.ndarray]], dtype: Any = None) -> Checksum:
+    """Counts and hashes tensors, one on the host at a time, in the order of their names.
+
+    Args:
+        tensors: such as `hub_tensors` gives, or {name: entry.map} of `open_weights`.
+        dtype: cast each to it first.
+    """
+    digest, size = hashlib.sha256(), 0
+    for name in sorted(tensors):
+        tensor = tensors[name]()
+        tensor = tensor if dtype is None else _cast(tensor, float_dtype(dtype))
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        digest.update(st.as_bytes(tensor))
+        size += tensor.nbytes
+    return Checksum(len(tensors), size, digest.hexdigest())

@@ -1,0 +1,188 @@
+"""Which file knows a model, and the three public names that follow: load it, save it, list what is supported."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import importlib
+from collections import Counter
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+from flax import linen as nn
+
+from mllm_jax.checkpoints.hf import Report, float_dtype, read_config, read_weights, write_weights
+from mllm_jax.checkpoints.leaves import PyTree
+from mllm_jax.checkpoints.native import is_native, read_native, read_native_config
+from mllm_jax.checkpoints.table import Family
+from mllm_jax.errors import ConfigError
+
+# The architecture that config.json names -> the module whose FAMILIES has it. A new family is a file and its lines.
+_HOMES = {
+    "LlamaForCausalLM": "mllm_jax.llms.llama",
+    "MistralForCausalLM": "mllm_jax.llms.llama",
+    "Qwen2ForCausalLM": "mllm_jax.llms.qwen",
+    "Qwen3ForCausalLM": "mllm_jax.llms.qwen",
+    "GlmForCausalLM": "mllm_jax.llms.glm",
+    "OPTForCausalLM": "mllm_jax.llms.opt",
+    "T5ForConditionalGeneration": "mllm_jax.llms.t5",
+    "T5WithLMHeadModel": "mllm_jax.llms.t5",
+    "ChatGLMModel": "mllm_jax.llms.chatglm",
+    "ChatGLMForConditionalGeneration": "mllm_jax.llms.chatglm",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class SupportedModel:
+    """One row of `supported_models`.
+
+    Attributes:
+        architectures: as config.json names them.
+        reading, writing: whether folders of it can be read and written.
+        oracle: the reference that its parity tests compare with.
+    """
+
+    name: str
+    architectures: tuple[str, ...]
+    reading: bool
+    writing: bool
+    oracle: str
+
+
+def supported_models() -> list[SupportedModel]:
+    """Every model that `from_pretrained` reads, a row a family. `mllm models` prints it as a table."""
+    families = [family for home in dict.fromkeys(_HOMES.values()) for family in importlib.import_module(home).FAMILIES]
+    return [SupportedModel(f.name, f.architectures, bool(f.from_hf), bool(f.to_hf), f.oracle) for f in families]
+
+
+def family_of(hf_config: Mapping[str, Any]) -> Family:
+    """The family that reads a config.json. Raises ConfigError: it names no architecture, or none that is supported."""
+    architectures = hf_config.get("architectures")
+    if not (isinstance(architectures, (list, tuple)) and architectures):
+        raise ConfigError(
+            f"config.json with architectures={architectures!r}",
+            "the name of the model's class, such as LlamaForCausalLM",
+            "add the entry `architectures` as the model's own repository has it",
+        )
+    known = [name for name in architectures if name in _HOMES]
+    name = known[0] if known else str(architectures[0])
+    # ChatGLM 2 and 3 call themselves what the first one does, and only they have this option.
+    return _family(name, "mllm_jax.llms.glm" if name == "ChatGLMModel" and "padded_vocab_size" in hf_config else None)
+
+
+def family_of_config(config: Any) -> Family:
+    """The family as which a module's config is written: `config.family` is the architecture's name."""
+    if not isinstance(name := getattr(config, "family", None), str):
+        raise ConfigError(
+            f"a {type(config).__name__} without a family",
+            "a config that came from a Hugging Face folder, or names the architecture to be written as",
+            "set its field `family`, or save a training checkpoint instead",
+        )
+    return _family(name)
+
+
+def _family(architecture: str, home: str | None = None) -> Family:
+    if architecture not in _HOMES:
+        near = difflib.get_close_matches(architecture, _HOMES, n=1)
+        raise ConfigError(
+            f"architecture {architecture!r}",
+            f"one of {', '.join(_HOMES)}",
+            f"did you mean {near[0]!r}?"
+            if near
+            else "convert another checkpoint; `mllm models` lists what is supported",
+        )
+    families = importlib.import_module(home or _HOMES[architecture]).FAMILIES
+    return next(family for family in families if architecture in family.architectures)
+
+
+def abstract_params(config: Any, family: Family) -> PyTree:
+    """Shapes and logical names of the parameters of `config.make()`; nothing is computed."""
+    module, arguments = config.make(), family.sample(config)
+    return jax.eval_shape(lambda key: module.init(key, *arguments), jax.random.key(0))["params"]
+
+
+def from_pretrained(
+    folder: str | Path,
+    *,
+    dtype: Any = None,
+    mesh: jax.sharding.Mesh | None = None,
+    report: Callable[[Report], None] | None = None,
+) -> tuple[nn.Module, PyTree]:
+    """The module and the parameters in a folder: a Hugging Face one of any supported model, or a native one.
+
+    Args:
+        folder: config.json with (sharded) safetensors, or what `mllm convert` wrote.
+        dtype: of the parameters and of the computation; None is what is stored, for the computation what most is.
+        mesh: shards the parameters over it; None puts them on the default device.
+        report: is called with what reading Hugging Face files took; by default that is logged.
+
+    Returns:
+        (module, params) for `module.apply({"params": params}, ...)`.
+
+    Raises:
+        ConfigError: an unsupported architecture, or an option of it that is not supported.
+        CheckpointError: files absent or damaged, tensors that do not fit, or a model larger than the devices.
+    """
+    folder = Path(folder)
+    if dtype is not None:
+        dtype = float_dtype(dtype)
+    if is_native(folder):
+        config = read_native_config(folder)
+        params = read_native(folder, abstract_params(config, family_of_config(config)), mesh=mesh)
+        if dtype is not None:
+            params = jax.tree.map(lambda leaf: leaf.astype(dtype), params)
+    else:
+        hf_config = read_config(folder)
+        family = family_of(hf_config)
+        config = family.from_hf(hf_config)
+        abstract = abstract_params(config, family)
+        params = read_weights(folder, family.table(config), abstract, mesh=mesh, dtype=dtype, report=report)
+    return dataclasses.replace(config, dtype=_dtype_of(params)).make(), params
+
+
+def save_pretrained(
+    module: nn.Module,
+    params: PyTree,
+    folder: str | Path,
+    *,
+    companions: str | Path | None = None,
+    max_shard_bytes: int = 5 * 10**9,
+    dtype: Any = None,
+    overwrite: bool = False,
+) -> None:
+    """Writes a Hugging Face folder that transformers opens; it appears whole or not at all.
+
+    Args:
+        module: as `from_pretrained` gives it; its config says as which architecture to write.
+        companions: a folder whose tokenizer, chat template and generation settings come along.
+        max_shard_bytes: a larger model is split over several files with an index.
+        dtype: what to store; None is that of each parameter.
+        overwrite: replace a model that is there.
+
+    Raises:
+        ConfigError: a module without a family.
+        CheckpointError: parameters that are not this module's, a folder that is taken, a full disk.
+    """
+    config = module.config
+    family = family_of_config(config)
+    stored = _dtype_of(params) if dtype is None else str(float_dtype(dtype))
+    write_weights(
+        Path(folder),
+        family.table(config),
+        params,
+        config=family.to_hf(config) | {"torch_dtype": stored},
+        companions=None if companions is None else Path(companions),
+        max_shard_bytes=max_shard_bytes,
+        dtype=dtype,
+        overwrite=overwrite,
+    )
+
+
+def _dtype_of(params: PyTree) -> str:
+    """The dtype that most numbers have: norms may be wider than the matrices and do not decide."""
+    sizes: Counter[str] = Counter()
+    for leaf in jax.tree.leaves(params):
+        sizes[str(leaf.dtype)] += leaf.size
+    return sizes.most_common(1)[0][0]
