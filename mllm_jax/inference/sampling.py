@@ -12,36 +12,92 @@ from mllm_jax.errors import ConfigError
 
 @dataclass(frozen=True)
 class Sampling:
-    """Greedy by default.
+    """Greedy by default. The filters act in the order in which they stand here, as in transformers.
 
     Attributes:
-        temperature: 0 is greedy.
+        repetition_penalty: positive logits of tokens that the prompt or the answer already holds are divided by it,
+            negative ones multiplied (CTRL, arXiv 1909.05858); 1 is none.
+        temperature: what the logits are divided by; 0 is greedy.
         top_k: only the k likeliest tokens; 0 is all.
         top_p: only the likeliest tokens whose probabilities add up to p (nucleus sampling, arXiv 1904.09751).
+        min_p: only tokens at least min_p times as likely as the likeliest (arXiv 2407.01082).
+        seed: a sampled answer is drawn by the seed and the prompt's place in the list, whatever else is answered.
     """
 
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
     seed: int = 0
 
     def __post_init__(self):
-        if self.temperature < 0 or self.top_k < 0 or not 0 < self.top_p <= 1:
-            raise ConfigError(f"{self}", "temperature >= 0, top_k >= 0, 0 < top_p <= 1", "change the option")
+        right = self.temperature >= 0 and self.top_k >= 0 and 0 < self.top_p <= 1 and 0 <= self.min_p <= 1
+        if not right or self.repetition_penalty <= 0:
+            raise ConfigError(
+                f"{self}",
+                "temperature >= 0, top_k >= 0, 0 < top_p <= 1, 0 <= min_p <= 1, repetition_penalty > 0",
+                "change the option",
+            )
 
 
-def choose(logits: jax.Array, key: jax.Array, sampling: Sampling) -> jax.Array:
-    """float32[B, V] -> int32[B]"""
+def penalise(logits: jax.Array, seen: jax.Array, penalty: float) -> jax.Array:
+    """float[..., V], bool[..., V] -> float[..., V]: makes what was seen less likely."""
+    return jnp.where(seen, jnp.where(logits < 0, logits * penalty, logits / penalty), logits)
+
+
+def filtered(logits: jax.Array, sampling: Sampling, seen: jax.Array | None = None) -> jax.Array:
+    """The logits that the next token is drawn from: -inf where a filter forbids it.
+
+    Args:
+        logits: float32[B, V].
+        seen: bool[B, V] tokens of the prompt and of the answer so far; needed for a repetition penalty only.
+
+    Returns:
+        float32[B, V].
+    """
+    if sampling.repetition_penalty != 1:
+        logits = penalise(logits, seen, sampling.repetition_penalty)
+    if sampling.temperature == 0:
+        return logits
+    logits = logits / sampling.temperature
+    if sampling.top_k or sampling.top_p < 1:
+        # With top_k, what lies behind the k likeliest needs no order: a sort of the whole vocabulary is spared.
+        count = min(sampling.top_k or logits.shape[-1], logits.shape[-1])
+        ordered = jax.lax.top_k(logits, count)[0]
+        least = ordered[:, -1:]
+        if sampling.top_p < 1:
+            probabilities = jax.nn.softmax(ordered, axis=-1)
+            kept = jnp.cumsum(probabilities, axis=-1) - probabilities < sampling.top_p
+            least = jnp.where(kept, ordered, jnp.inf).min(axis=-1, keepdims=True)
+        logits = jnp.where(logits < least, -jnp.inf, logits)
+    if sampling.min_p > 0:
+        least = logits.max(axis=-1, keepdims=True) + jnp.log(jnp.float32(sampling.min_p))
+        logits = jnp.where(logits < least, -jnp.inf, logits)
+    return logits
+
+
+def row_keys(seed: int, indices: jax.Array) -> jax.Array:
+    """A random key for each prompt: int[B] places in the list -> key[B]."""
+    return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), indices)
+
+
+def choose(
+    logits: jax.Array, keys: jax.Array | None, step: jax.Array | int, sampling: Sampling, seen: jax.Array | None = None
+) -> jax.Array:
+    """The next token of each row.
+
+    Args:
+        logits: float32[B, V].
+        keys: key[B], one a row (see `row_keys`); not read when greedy.
+        step: which token of the answer this is.
+        seen: as in `filtered`.
+
+    Returns:
+        int32[B].
+    """
+    logits = filtered(logits, sampling, seen)
     if sampling.temperature == 0:
         return logits.argmax(axis=-1).astype(jnp.int32)
-    logits = logits / sampling.temperature
-    if sampling.top_k:
-        least = jax.lax.top_k(logits, min(sampling.top_k, logits.shape[-1]))[0][:, -1:]
-        logits = jnp.where(logits < least, -jnp.inf, logits)
-    if sampling.top_p < 1:
-        ordered = jnp.sort(logits, axis=-1)[:, ::-1]
-        probabilities = jax.nn.softmax(ordered, axis=-1)
-        kept = jnp.cumsum(probabilities, axis=-1) - probabilities < sampling.top_p
-        least = jnp.where(kept, ordered, jnp.inf).min(axis=-1, keepdims=True)
-        logits = jnp.where(logits < least, -jnp.inf, logits)
-    return jax.random.categorical(key, logits, axis=-1).astype(jnp.int32)
+    keys = jax.vmap(jax.random.fold_in, (0, None))(keys, step)
+    return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)

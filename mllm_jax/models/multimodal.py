@@ -99,20 +99,22 @@ class Multimodal(nn.Module):
         placed = jnp.take_along_axis(media, index, axis=1).astype(text.dtype)
         return constrain(jnp.where((media_index >= 0)[..., None], placed, text), "batch", "seq", None)
 
-    def __call__(self, batch, cache=None):
+    def __call__(self, batch, cache=None, logits_at=None):
         """Next-token logits of a batch of packed rows.
 
         Args:
             batch: tokens, positions, segments, media_index int[B, S]; images uint8[B, M, H, W, 3], or what
                 `encode_media` made of them as `media` dtype[B, M*T, E] (neither: text only).
             cache: KVCache, for generation.
+            logits_at: int[B, M], the places whose logits are wanted; None is all.
 
         Returns:
-            float32[B, S, V], with a cache (logits, cache).
+            float32[B, S or M, V], with a cache (logits, cache).
         """
         media = self.encode_media(batch["images"]) if "images" in batch else batch.get("media")
         embeddings = self.merge(batch["tokens"], media, batch["media_index"])
-        return self.llm(batch["tokens"], batch["positions"], batch["segments"], embeddings=embeddings, cache=cache)
+        places = batch["tokens"], batch["positions"], batch["segments"]
+        return self.llm(*places, embeddings=embeddings, cache=cache, logits_at=logits_at)
 
     def embed_pairs(self, batch):
         """The first picture and the text of each row as unit vectors: float32[B, P] twice, scale, bias."""

@@ -1,0 +1,168 @@
+"""Beam search as transformers' `generate(num_beams=n)` does it, as one compiled loop.
+
+Of the num_beams * vocabulary continuations the best few are looked at: enough that num_beams of them go on even if the
+best all end. Those among the first num_beams that end join the finished ones, by log probability / length^penalty; a
+prompt is done when its best running beam, scored at its present length, is below the worst of its finished ones.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange, repeat
+from flax import struct
+
+from mllm_jax.inference.engine import Engine, Rows
+from mllm_jax.inference.options import Options
+from mllm_jax.inference.sampling import Sampling, penalise
+from mllm_jax.inference.steps import Batch
+
+NEVER = -1e9  # a score that no beam has, and that can be added to one
+
+
+@struct.dataclass
+class Beams:
+    """B prompts with K running and K finished beams each.
+
+    state: the model's, of B*K rows.  step: int32 tokens added.
+    running, finished: int32[B, K, N].  running_scores: float32[B, K] log probabilities.
+    finished_scores: float32[B, K].  finished_lengths: int32[B, K].  is_finished: bool[B, K].
+    hopeful: bool[B], whether a running beam may still win.  seen: bool[B*K, V] or None.
+    """
+
+    state: Any
+    step: jax.Array
+    running: jax.Array
+    running_scores: jax.Array
+    finished: jax.Array
+    finished_scores: jax.Array
+    finished_lengths: jax.Array
+    is_finished: jax.Array
+    hopeful: jax.Array
+    seen: jax.Array | None
+
+
+@struct.dataclass
+class Rule:
+    """length_penalty: float32.  early_stopping: bool. See `Options`."""
+
+    length_penalty: jax.Array
+    early_stopping: jax.Array
+
+
+class BeamSearch:
+    """The compiled search over an engine's model."""
+
+    def __init__(self, engine: Engine):
+        self.engine = engine
+        self._run = jax.jit(self._run_impl, static_argnames=("new", "beams", "num_stops", "repetition_penalty"))
+
+    def run(self, batch: Batch, rows: Rows, new: int, num_stops: int, sampling: Sampling, options: Options):
+        """
+        Args:
+            new: room for tokens (a bucket).
+            num_stops: how many of the end tokens are real: with more of them, more continuations are looked at.
+
+        Returns:
+            Of the best beam of each prompt: tokens int32[B, new], lengths int32[B].
+        """
+        rule = Rule(jnp.float32(options.length_penalty), jnp.asarray(options.early_stopping))
+        penalty = sampling.repetition_penalty
+        sizes = dict(new=new, beams=options.num_beams, num_stops=num_stops, repetition_penalty=penalty)
+        return self._run(self.engine.params, batch, rows, rule, **sizes)
+
+    def _run_impl(self, params, batch, rows, rule, *, new, beams, num_stops, repetition_penalty):
+        steps, sampling = self.engine.steps, Sampling(repetition_penalty=repetition_penalty)
+        with self.engine.context():
+            logits, state = steps.prefill(params, batch, new)
+            prompts = logits.shape[0]
+            each = jnp.repeat(jnp.arange(prompts), beams)
+            seen = self.engine.seen(batch, logits, sampling)
+            scores = jnp.full((prompts, beams), NEVER)
+            start = Beams(
+                state=steps.take(state, each),
+                step=jnp.int32(0),
+                running=jnp.zeros((prompts, beams, new), jnp.int32),
+                # All beams begin alike: only the first may be continued.
+                running_scores=scores.at[:, 0].set(0.0),
+                finished=jnp.zeros((prompts, beams, new), jnp.int32),
+                finished_scores=scores,
+                finished_lengths=jnp.zeros((prompts, beams), jnp.int32),
+                is_finished=jnp.zeros((prompts, beams), bool),
+                hopeful=rows.limits > 0,
+                seen=None if seen is None else seen[each],
+            )
+            add = partial(_add, steps=steps, rows=rows, num_stops=num_stops, sampling=sampling, rule=rule)
+
+            def going(b):
+                return (~_closed(b, rule)).any() & (b.step < rows.limits.max())
+
+            def body(b):
+                last = jax.lax.dynamic_slice_in_dim(b.running, b.step - 1, 1, axis=2)
+                logits, state = steps.step(params, b.state, rearrange(last, "b k 1 -> (b k)"))
+                return add(b.replace(state=state), logits)
+
+            end = jax.lax.while_loop(going, body, add(start, repeat(logits, "b v -> (b k) v", k=beams)))
+            return end.finished[:, 0], end.finished_lengths[:, 0]
+
+
+def _closed(b: Beams, rule: Rule) -> jax.Array:
+    """bool[B]: whose finished beams are final."""
+    return (b.is_finished.all(axis=1) & rule.early_stopping) | ~b.hopeful
+
+
+def _add(b: Beams, logits, *, steps, rows: Rows, num_stops: int, sampling: Sampling, rule: Rule) -> Beams:
+    """One token more for each running beam."""
+    prompts, beams = b.running_scores.shape
+    logprobs = jax.nn.log_softmax(logits)
+    if b.seen is not None:
+        logprobs = penalise(logprobs, b.seen, sampling.repetition_penalty)
+    vocab = logprobs.shape[-1]
+    total = rearrange(logprobs, "(b k) v -> b k v", k=beams) + b.running_scores[:, :, None]
+    scores, place = jax.lax.top_k(rearrange(total, "b k v -> b (k v)"), max(2, 1 + num_stops) * beams)
+    parent, token = place // vocab, (place % vocab).astype(jnp.int32)
+    continued = jax.lax.dynamic_update_slice_in_dim(
+        jnp.take_along_axis(b.running, parent[:, :, None], axis=1), token[:, :, None], b.step, axis=2
+    )
+    length = b.step + 1
+    ends = (token[:, :, None] == rows.stops).any(axis=-1) | (length >= rows.limits)[:, None]
+
+    # What ended joins the finished; the continuations behind the first num_beams are there to go on only.
+    joins = ends & (jnp.arange(ends.shape[1]) < beams)
+    new_scores = scores / length.astype(jnp.float32) ** rule.length_penalty
+    new_scores = new_scores + NEVER * _closed(b, rule)[:, None] + NEVER * ~joins
+    merged_scores = jnp.concatenate([b.finished_scores, new_scores], axis=1)
+    finished_scores, best = jax.lax.top_k(merged_scores, beams)
+
+    def keep(old, new):
+        merged = jnp.concatenate([old, jnp.broadcast_to(new, old.shape[:1] + ends.shape[1:] + old.shape[2:])], axis=1)
+        return jnp.take_along_axis(merged, best.reshape(best.shape + (1,) * (old.ndim - 2)), axis=1)
+
+    is_finished = keep(b.is_finished, joins)
+
+    # The best that did not end go on.
+    running_scores, on = jax.lax.top_k(scores + NEVER * ends, beams)
+    parent = jnp.take_along_axis(parent, on, axis=1)
+    running = jnp.take_along_axis(continued, on[:, :, None], axis=1)
+    chosen = rearrange(parent + beams * jnp.arange(prompts)[:, None], "b k -> (b k)")
+    seen = None
+    if b.seen is not None:
+        token = rearrange(jnp.take_along_axis(token, on, axis=1), "b k -> (b k)")
+        seen = b.seen[chosen].at[jnp.arange(prompts * beams), token].set(True)
+    possible = running_scores[:, 0] / length.astype(jnp.float32) ** rule.length_penalty
+    worst = jnp.where(is_finished, finished_scores.min(axis=1, keepdims=True), NEVER)
+    return Beams(
+        state=steps.take(b.state, chosen),
+        step=length,
+        running=running,
+        running_scores=running_scores,
+        finished=keep(b.finished, continued),
+        finished_scores=finished_scores,
+        finished_lengths=keep(b.finished_lengths, length),
+        is_finished=is_finished,
+        hopeful=b.hopeful & (possible[:, None] > worst).any(axis=1),
+        seen=seen,
+    )

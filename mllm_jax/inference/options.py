@@ -1,0 +1,72 @@
+"""What a caller asks of an answer, and what comes back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from mllm_jax.errors import ConfigError
+from mllm_jax.inference.sampling import Sampling
+
+
+@dataclass(frozen=True)
+class Options:
+    """How long an answer may be, where it ends, and how it is searched for.
+
+    Attributes:
+        max_new_tokens: where an answer is cut off.
+        stop_tokens: ids that end an answer, besides the model's own end tokens.
+        stop_strings: texts that end an answer; it is cut before them.
+        ignore_eos: the model's own end tokens end nothing.
+        num_beams: beam search with so many beams; 1 is none.
+        length_penalty: a finished beam's score is its log probability / length^length_penalty.
+        early_stopping: beam search ends once num_beams beams have finished. False: once the best running beam, taken
+            at its present length, scores less than the worst of them.
+        logprobs: also give each token's log probability, under the model itself: before temperature and filters.
+    """
+
+    max_new_tokens: int = 256
+    stop_tokens: tuple[int, ...] = ()
+    stop_strings: tuple[str, ...] = ()
+    ignore_eos: bool = False
+    num_beams: int = 1
+    length_penalty: float = 1.0
+    early_stopping: bool = False
+    logprobs: bool = False
+
+    def __post_init__(self):
+        if self.max_new_tokens < 1 or self.num_beams < 1 or "" in self.stop_strings:
+            raise ConfigError(
+                f"{self}", "max_new_tokens and num_beams >= 1, stop_strings with text", "change the option"
+            )
+        if self.num_beams > 1 and (self.stop_strings or self.logprobs):
+            raise ConfigError(
+                f"num_beams={self.num_beams} with stop_strings={self.stop_strings}, logprobs={self.logprobs}",
+                "beam search without either: it compares whole answers",
+                "drop them, or set num_beams to 1",
+            )
+
+    def check(self, sampling: Sampling) -> None:
+        """Refuses a way of sampling that cannot go with these options."""
+        if self.num_beams > 1 and sampling.temperature > 0:
+            raise ConfigError(
+                f"num_beams={self.num_beams} with temperature {sampling.temperature}",
+                "beam search, or sampling",
+                "set the temperature to 0, or num_beams to 1",
+            )
+
+
+@dataclass(frozen=True)
+class Completion:
+    """An answer.
+
+    Attributes:
+        text: the answer without its end token or stop string.
+        ids: its tokens without the end token, with those that spell a stop string.
+        finish: "stop" at an end token or stop string, "length" where it was cut off.
+        logprobs: one for each id, if asked for.
+    """
+
+    text: str
+    ids: tuple[int, ...]
+    finish: str
+    logprobs: tuple[float, ...] | None = None

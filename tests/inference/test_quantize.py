@@ -1,0 +1,141 @@
+"""int8 storage: how far it is from the exact weights, where the scales stand, and that generation reads it."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+from flax.traverse_util import flatten_dict, unflatten_dict
+from tiny_language import CONFIG, random_params
+
+from mllm_jax.errors import ConfigError
+from mllm_jax.inference.language import LanguageGenerator
+from mllm_jax.inference.options import Options
+from mllm_jax.inference.quantize import int8_linear, logits_error, quantize, summary
+from mllm_jax.inference.sampling import Sampling
+
+C = dataclasses.replace(CONFIG, qkv_bias=True)
+TOKENS = np.random.default_rng(0).integers(0, 260, (2, 20))
+
+
+def logits(params):
+    with nn.intercept_methods(int8_linear):
+        return C.make().apply({"params": params}, TOKENS)
+
+
+@pytest.fixture(scope="module")
+def params():
+    return random_params(C, scale=0.3)
+
+
+@pytest.fixture(scope="module")
+def quantized(params):
+    return quantize(logits, params)
+
+
+def test_every_linear_kernel_and_nothing_else(params, quantized):
+    before, (after, errors) = flatten_dict(params, sep="/"), (flatten_dict(quantized[0], sep="/"), quantized[1])
+    kernels = {path for path in before if path.endswith("/kernel")}
+    assert {f"{error.path}/kernel" for error in errors} == kernels and len(kernels) == 8
+    for path, leaf in before.items():
+        if path in kernels:
+            assert after[path].dtype == jnp.int8 and after[path].shape == leaf.shape
+            assert int(jnp.abs(after[path].astype(jnp.int32)).max()) == 127
+        else:
+            assert after[path] is leaf
+    assert set(after) == set(before) | {f"{path}_scale" for path in kernels}
+
+
+def test_a_scale_for_each_output_channel_of_each_layer(params, quantized):
+    attention, sizes = quantized[0]["layers"]["attention"], (2, 4, 4)
+    assert attention["q"]["kernel_scale"].shape == sizes  # layers, heads, head_dim; the embedding is summed over
+    assert attention["out"]["kernel_scale"].shape == (2, 16)  # heads and head_dim are summed over
+    assert quantized[0]["lm_head"]["kernel_scale"].shape == (260,)
+    kernel = np.asarray(params["layers"]["attention"]["out"]["kernel"])
+    np.testing.assert_allclose(attention["out"]["kernel_scale"], np.abs(kernel).max((1, 2)) / 127, rtol=1e-6)
+
+
+def test_rounding_is_half_a_step_at_most_and_reported(params, quantized):
+    after = flatten_dict(quantized[0], sep="/")
+    for error in quantized[1]:
+        kernel = np.asarray(flatten_dict(params, sep="/")[f"{error.path}/kernel"])
+        scale = np.asarray(after[f"{error.path}/kernel_scale"])
+        first = int("layers/" in error.path)
+        axes = tuple(range(first, first + kernel.ndim - scale.ndim))
+        scale = np.expand_dims(scale, axes)
+        back = np.asarray(after[f"{error.path}/kernel"]) * scale
+        assert (np.abs(back - kernel) <= 0.5001 * scale).all()
+        np.testing.assert_allclose(error.relative, np.linalg.norm(back - kernel) / np.linalg.norm(kernel), rtol=1e-3)
+        assert 1e-4 < error.relative < 0.02
+        assert error.bytes_before == 4 * kernel.size and error.bytes_after == kernel.size + scale.nbytes
+    worst = max(quantized[1], key=lambda error: error.relative)
+    assert "8 kernels" in summary(quantized[1]) and worst.path in summary(quantized[1])
+
+
+def test_the_matmul_equals_one_with_the_kernels_written_out(params, quantized):
+    flat = flatten_dict(quantized[0], sep="/")
+    for error in quantized[1]:
+        kernel, scale = flat[f"{error.path}/kernel"], flat.pop(f"{error.path}/kernel_scale")
+        first = int("layers/" in error.path)
+        flat[f"{error.path}/kernel"] = kernel * jnp.expand_dims(
+            scale, tuple(range(first, first + kernel.ndim - scale.ndim))
+        )
+    plain = C.make().apply({"params": unflatten_dict(flat, sep="/")}, TOKENS)
+    np.testing.assert_allclose(logits(quantized[0]), plain, atol=2e-4)
+    found = logits_error(logits(params), logits(quantized[0]))
+    assert 1e-4 < found.relative < 0.1 and 0 < found.divergence < 0.05 and found.same_best > 0.8
+
+
+def test_logits_error_by_hand():
+    exact, other = jnp.array([[0.0, 2.0]]), jnp.array([[2.0, 0.0]])
+    found = logits_error(exact, other)
+    assert found.relative == pytest.approx(2.0) and found.same_best == 0
+    p = 1 / (1 + np.exp(-2.0))
+    assert found.divergence == pytest.approx(2 * (2 * p - 1), rel=1e-5)
+    same = logits_error(exact, exact + 5)
+    assert same.relative == pytest.approx(0, abs=1e-6) and same.divergence == pytest.approx(0, abs=1e-6)
+
+
+def test_generation_reads_what_is_stored(params, quantized):
+    options = Options(12, ignore_eos=True)
+    prompts = [TOKENS[0].tolist(), TOKENS[1, :3].tolist()]
+    generator = LanguageGenerator(C.make(), params, int8=True)
+    stored = jax.tree.leaves(generator._answers.engine.params)
+    assert sum(leaf.dtype == jnp.int8 for leaf in stored) == 7 * 2 + 1
+    assert [e.relative for e in generator.quantization_errors] == [e.relative for e in quantized[1]]
+    found = [c.ids for c in generator.generate(prompts, options)]
+    for prompt, ids in zip(prompts, found, strict=True):
+        row = jnp.array([[*prompt, *ids[:-1]]])
+        with nn.intercept_methods(int8_linear):
+            best = C.make().apply({"params": quantized[0]}, row)[0, len(prompt) - 1 :].argmax(-1)
+        assert best.tolist() == list(ids)
+
+
+def test_twice_is_refused(quantized):
+    with pytest.raises(ConfigError, match="int8"):
+        quantize(logits, quantized[0])
+
+
+def test_the_loop_over_tokens_keeps_no_floats_of_the_kernels():
+    """XLA would gladly convert them all once and for all."""
+    config = dataclasses.replace(CONFIG, hidden_size=64, mlp_size=512, vocab_size=64)
+    scratch, kept = {}, {}
+    for int8 in (False, True):
+        generator = LanguageGenerator(config.make(), random_params(config), int8=int8)
+        engine, ones = generator._answers.engine, np.ones(1, np.int32)
+        rows = engine.rows(ones, ones, (), Sampling())
+        progress = jax.eval_shape(
+            lambda engine=engine, generator=generator, rows=rows: engine._start_impl(
+                engine.params, generator._batch([[1]]), rows, new=32, sampling=Sampling(), logprobs=False
+            )
+        )
+        args = engine.params, progress.state, progress.replace(state=None), rows, np.int32(4)
+        compiled = engine._advance.lower(*args, sampling=Sampling()).compile()
+        scratch[int8] = compiled.memory_analysis().temp_size_in_bytes
+        kept[int8] = sum(leaf.nbytes for leaf in jax.tree.leaves(engine.params))
+    assert kept[True] < 0.4 * kept[False]
+    assert scratch[True] < scratch[False] + 0.4 * kept[False], "room for one float kernel or two, not for all"

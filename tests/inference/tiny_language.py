@@ -1,0 +1,65 @@
+"""A random decoder and a tokenizer of bytes with a chat template, small enough to compile in no time."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+from mllm_jax.data.chat import ChatTokenizer
+from mllm_jax.llms.decoder import DecoderConfig
+
+SPECIAL = ("<|end|>", "<|user|>", "<|assistant|>", "<|system|>")
+TEMPLATE = (
+    "{% for m in messages %}{% if loop.index0 and m.role == messages[loop.index0 - 1].role %}"
+    "{{ raise_exception('roles must alternate') }}{% endif %}"
+    "<|{{ m.role }}|>{{ m.content }}{% if m.role == 'assistant' %}<|end|>{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+def byte_tokenizer(template: str | None = TEMPLATE) -> ChatTokenizer:
+    """256 bytes and the special tokens; ids 0 to 259."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    letters = {letter: i for i, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    backend = Tokenizer(models.BPE(vocab=letters, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens(list(SPECIAL))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|end|>")
+    tokenizer.chat_template = template
+    return ChatTokenizer(tokenizer)
+
+
+CONFIG = DecoderConfig(
+    vocab_size=260,
+    hidden_size=16,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    mlp_size=24,
+    max_position_embeddings=96,
+    tie_word_embeddings=False,  # a tied head on random weights repeats the last token
+)
+
+
+def random_params(config=CONFIG, seed: int = 0, scale: float = 0.5) -> dict:
+    """Every parameter random, without compiling `init`."""
+    init = config.make().init
+    abstract = nn.meta.unbox(jax.eval_shape(lambda: init(jax.random.key(0), jnp.ones((1, 4), jnp.int32))))["params"]
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(lambda x: jnp.asarray(scale * rng.normal(size=x.shape).astype(np.float32)), abstract)
+
+
+def write_folder(folder: Path) -> Path:
+    """The model and its tokenizer as a Hugging Face folder."""
+    import mllm_jax
+
+    mllm_jax.save_pretrained(CONFIG.make(), random_params(), folder)
+    byte_tokenizer().save(folder)
+    return folder
