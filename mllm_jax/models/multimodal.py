@@ -19,13 +19,18 @@ from mllm_jax.sharding.logical import constrain
 
 @dataclass(frozen=True)
 class MultimodalConfig:
-    """The parts' configs; text tower and contrastive heads (both or neither) serve the contrastive stage only."""
+    """The parts' configs; text tower and contrastive heads (both or neither) serve the contrastive stage only.
+
+    Attributes:
+        pooled_token: the encoder's pooled vector of a picture stands before the picture's places as a token of its own.
+    """
 
     encoder: ViTConfig
     projector: MLPProjectorConfig
     llm: DecoderConfig
     text_tower: TextTowerConfig | None = None
     contrastive: ContrastiveConfig | None = None
+    pooled_token: bool = False
 
     def __post_init__(self):
         if self.projector.output_size != self.llm.hidden_size:
@@ -44,11 +49,17 @@ class MultimodalConfig:
                 "a merge that divides the patches",
                 "change projector.merge, encoder.image_size or encoder.patch_size",
             )
+        if self.pooled_token and self.projector.merge > 1:
+            raise ConfigError(
+                f"pooled_token with projector.merge {self.projector.merge}",
+                "projector.merge 1: the pooled vector has no neighbours to be merged with",
+                "change one of the two",
+            )
 
     @property
     def media_tokens(self) -> int:
         """Tokens that one picture takes in the LLM's row."""
-        return self.projector.num_tokens(self.encoder.grid)
+        return self.projector.num_tokens(self.encoder.grid) + self.pooled_token
 
     def make(self) -> Multimodal:
         return Multimodal(self)
@@ -78,9 +89,10 @@ class Multimodal(nn.Module):
         """uint8[B, M, H, W, 3] -> dtype[B, M*T, E]: every slot's projected media tokens, in the order of the slots."""
         rows = images.shape[0]
         pixels = rearrange(self.normalise(images), "b m h w c -> (b m) h w c")
-        features = self.encoder(pixels).last_hidden_state
-        if self.config.encoder.class_token:
-            features = features[:, 1:]
+        vision = self.encoder(pixels)
+        features = vision.last_hidden_state[:, 1:] if self.config.encoder.class_token else vision.last_hidden_state
+        if self.config.pooled_token:
+            features = jnp.concatenate([vision.pooler_output[:, None], features], axis=1)
         return rearrange(self.projector(features), "(b m) t e -> b (m t) e", b=rows)
 
     def merge(self, tokens, media, media_index):
@@ -115,10 +127,21 @@ class Multimodal(nn.Module):
         return self.llm(batch["tokens"], batch["positions"], batch["segments"], embeddings=embeddings, cache=cache)
 
     def embed_pairs(self, batch):
-        """The first picture and the text of each row as unit vectors: float32[B, P] twice, scale, bias."""
+        """The captions of each row and what they describe of its first picture, as unit vectors.
+
+        A caption stands in the row as a segment of its own. `media_index` at its first token names the media token
+        that it describes, -1 the whole picture.
+
+        Returns:
+            float32[B, C, P] of pictures or their places, float32[B, C, P] of captions, scale, bias; C is
+            `contrastive.captions`.
+        """
         vision = self.encoder(self.normalise(batch["images"][:, 0]))
-        text = self.text_tower(batch["tokens"], batch["segments"])
-        return self.contrastive(vision, text)
+        count = self.config.contrastive.captions
+        text = self.text_tower(batch["tokens"], batch["positions"], batch["segments"], count)
+        first = (batch["segments"][:, None] == jnp.arange(1, count + 1)[None, :, None]).argmax(axis=-1)
+        place = jnp.take_along_axis(batch["media_index"], first, axis=1)
+        return self.contrastive(vision, place, text)
 
     def touch(self, batch):
         """Runs every part once: what `init` traces so that all parameters exist."""

@@ -45,13 +45,13 @@ class MLPProjector(nn.Module):
 
     @nn.compact
     def __call__(self, features):
-        """dtype[B, h*w, E] of a square grid -> dtype[B, h*w/merge^2, output_size]"""
+        """dtype[B, h*w, E] of a square grid -> dtype[B, h*w/merge^2, output_size]; with merge 1 any number"""
         c = self.config
         dtype = jnp.dtype(c.dtype)
-        side = round(features.shape[1] ** 0.5)
-        x = rearrange(
-            features, "b (h p w q) e -> b (h w) (p q e)", h=side // c.merge, w=side // c.merge, p=c.merge, q=c.merge
-        )
+        x = features
+        if c.merge > 1:
+            side = round(x.shape[1] ** 0.5) // c.merge
+            x = rearrange(x, "b (h p w q) e -> b (h w) (p q e)", h=side, w=side, p=c.merge, q=c.merge)
         if c.input_norm:
             x = LayerNorm(1e-6, dtype, name="norm")(x)
         x = Linear((c.hidden_size or c.output_size,), ("channels", "mlp"), use_bias=True, dtype=dtype, name="linear_1")(
