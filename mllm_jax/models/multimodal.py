@@ -19,18 +19,13 @@ from mllm_jax.sharding.logical import constrain
 
 @dataclass(frozen=True)
 class MultimodalConfig:
-    """The parts' configs; text tower and contrastive heads (both or neither) serve the contrastive stage only.
-
-    Attributes:
-        pooled_token: the encoder's pooled vector of a picture stands before the picture's places as a token of its own.
-    """
+    """The parts' configs; text tower and contrastive heads (both or neither) serve the contrastive stage only."""
 
     encoder: ViTConfig
     projector: MLPProjectorConfig
     llm: DecoderConfig
     text_tower: TextTowerConfig | None = None
     contrastive: ContrastiveConfig | None = None
-    pooled_token: bool = False
 
     def __post_init__(self):
         if self.projector.output_size != self.llm.hidden_size:
@@ -49,17 +44,11 @@ class MultimodalConfig:
                 "a merge that divides the patches",
                 "change projector.merge, encoder.image_size or encoder.patch_size",
             )
-        if self.pooled_token and self.projector.merge > 1:
-            raise ConfigError(
-                f"pooled_token with projector.merge {self.projector.merge}",
-                "projector.merge 1: the pooled vector has no neighbours to be merged with",
-                "change one of the two",
-            )
 
     @property
     def media_tokens(self) -> int:
         """Tokens that one picture takes in the LLM's row."""
-        return self.projector.num_tokens(self.encoder.grid) + self.pooled_token
+        return self.projector.num_tokens(self.encoder.grid)
 
     def make(self) -> Multimodal:
         return Multimodal(self)
@@ -89,10 +78,9 @@ class Multimodal(nn.Module):
         """uint8[B, M, H, W, 3] -> dtype[B, M*T, E]: every slot's projected media tokens, in the order of the slots."""
         rows = images.shape[0]
         pixels = rearrange(self.normalise(images), "b m h w c -> (b m) h w c")
-        vision = self.encoder(pixels)
-        features = vision.last_hidden_state[:, 1:] if self.config.encoder.class_token else vision.last_hidden_state
-        if self.config.pooled_token:
-            features = jnp.concatenate([vision.pooler_output[:, None], features], axis=1)
+        features = self.encoder(pixels).last_hidden_state
+        if self.config.encoder.class_token:
+            features = features[:, 1:]
         return rearrange(self.projector(features), "(b m) t e -> b (m t) e", b=rows)
 
     def merge(self, tokens, media, media_index):

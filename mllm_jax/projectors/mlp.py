@@ -21,6 +21,9 @@ class MLPProjectorConfig:
         output_size: the LLM's hidden size.
         hidden_size: None is output_size.
         merge: side of the square of patches that becomes one media token (pixel shuffle, arXiv 2404.16821); 1 is none.
+        input_norm: LayerNorm on what comes in.
+        place_embedding: a learned vector is added to each media token that tells its place in the picture. Features do
+            not tell it where the encoder gives all places one meaning, and the LLM's positions count from the question.
     """
 
     output_size: int
@@ -28,6 +31,7 @@ class MLPProjectorConfig:
     merge: int = 1
     activation: str = "gelu"
     input_norm: bool = False
+    place_embedding: bool = False
     dtype: str = "float32"
 
     def num_tokens(self, grid: int) -> int:
@@ -45,17 +49,21 @@ class MLPProjector(nn.Module):
 
     @nn.compact
     def __call__(self, features):
-        """dtype[B, h*w, E] of a square grid -> dtype[B, h*w/merge^2, output_size]; with merge 1 any number"""
+        """dtype[B, h*w, E] of a square grid -> dtype[B, h*w/merge^2, output_size]"""
         c = self.config
         dtype = jnp.dtype(c.dtype)
-        x = features
-        if c.merge > 1:
-            side = round(x.shape[1] ** 0.5) // c.merge
-            x = rearrange(x, "b (h p w q) e -> b (h w) (p q e)", h=side, w=side, p=c.merge, q=c.merge)
+        side = round(features.shape[1] ** 0.5)
+        x = rearrange(
+            features, "b (h p w q) e -> b (h w) (p q e)", h=side // c.merge, w=side // c.merge, p=c.merge, q=c.merge
+        )
         if c.input_norm:
             x = LayerNorm(1e-6, dtype, name="norm")(x)
         x = Linear((c.hidden_size or c.output_size,), ("channels", "mlp"), use_bias=True, dtype=dtype, name="linear_1")(
             x
         )
         x = ACTIVATIONS[c.activation](x)
-        return Linear((c.output_size,), ("mlp", "embed"), use_bias=True, dtype=dtype, name="linear_2")(x)
+        x = Linear((c.output_size,), ("mlp", "embed"), use_bias=True, dtype=dtype, name="linear_2")(x)
+        if c.place_embedding:
+            init = nn.with_logical_partitioning(nn.initializers.normal(0.3), ("patches", "embed"))
+            x = x + self.param("place_embedding", init, x.shape[1:], jnp.float32).astype(dtype)
+        return x

@@ -223,24 +223,3 @@ def test_a_caption_is_compared_with_the_place_it_describes(batch):
 def test_parts_that_do_not_fit_are_refused(change, message):
     with pytest.raises(ConfigError, match=message):
         dataclasses.replace(CONFIG, **change)
-
-
-def test_the_pooled_token_stands_before_the_places():
-    config = dataclasses.replace(
-        CONFIG,
-        encoder=ViTConfig(8, 2, 12, num_layers=1, num_heads=2, mlp_size=16, regions=2, region_size=10),
-        pooled_token=True,
-    )
-    assert config.media_tokens == 5
-    params = random_params(config)
-    images = np.random.default_rng(3).integers(0, 256, (2, 3, 8, 8, 3)).astype(np.uint8)
-    model = config.make()
-    media = jax.jit(lambda x: model.apply(params, x, method="encode_media"))(images)
-    assert media.shape == (2, 3 * 5, 16)
-    pixels = (images[1, 2:].astype(np.float32) / 255 - 0.5) / 0.5
-    vision = config.encoder.make().apply({"params": params["params"]["encoder"]}, pixels)
-    project = lambda x: config.projector.make().apply({"params": params["params"]["projector"]}, x)[0]  # noqa: E731
-    np.testing.assert_allclose(media[1, 10], project(vision.pooler_output[:, None])[0], atol=1e-5)
-    np.testing.assert_allclose(media[1, 11:], project(vision.last_hidden_state), atol=1e-5)
-    with pytest.raises(ConfigError, match="merge 1"):
-        dataclasses.replace(config, projector=MLPProjectorConfig(output_size=16, merge=2))

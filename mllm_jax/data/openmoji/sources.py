@@ -28,7 +28,7 @@ from mllm_jax.data.openmoji.scenes import ASKED as ASKED_OF_SCENES
 from mllm_jax.data.openmoji.scenes import PLACES, Scene, compose_scene, scene_caption, scene_turns
 from mllm_jax.errors import ConfigError
 
-QUESTIONS_VERSION = 14  # raise it whenever the questions, the answers or the drawing of pictures change
+QUESTIONS_VERSION = 15  # raise it whenever the questions, the answers or the drawing of pictures change
 _AUGMENT = 1  # the last part of a random stream's seed: 0 draws the text, 1 the picture
 PER_BASE = 3  # a base with fewer forms is repeated, so that persons in 18 forms do not drown everything else
 
@@ -40,7 +40,6 @@ _RANGES = {
     "size": (1, 2**31),
     "grid": (min(PLACES), max(PLACES)),
     "scene_share": (0, 1),
-    "category_share": (0, 1),
     "naming_last": (0, 1),
     "turns": (1, 64),
 }
@@ -118,12 +117,11 @@ class OpenMojiCaptions(_Settings):
     A scene has a caption for each of its cells: the encoder is to have as many regions.
 
     Each variant lists every picture once, the forms of a base one after the other in random order: a mixture that keeps
-    neighbours together has hard negatives. A `category_share` of the captions of single pictures say the category too.
+    neighbours together has hard negatives.
     """
 
     variants: int = 8
     scene_share: float = 0.0
-    category_share: float = 0.0
 
     def build(self) -> _Captions:
         return _Captions(self)
@@ -257,21 +255,17 @@ class _Captions(_Source):
             forms[j] for i in rng.permutation(len(bases)) for forms in [bases[i]] for j in rng.permutation(len(forms))
         ]
 
-    def _shown(self, index: int, dice: Dice | None = None) -> int | Scene:
-        dice = dice or self._dice(index)
+    def _shown(self, index: int) -> int | Scene:
+        dice = self._dice(index)
         if dice.chance(self.settings.scene_share):
             return compose_scene(self.catalog, dice, 2, self.schedule)
         variant, place = divmod(index, len(self.catalog.records))
         return self._order(variant)[place]
 
     def conversation(self, index: int) -> Conversation:
-        dice = self._dice(index)
-        shown = self._shown(index, dice)
+        shown = self._shown(index)
         if not isinstance(shown, Scene):
-            text = caption(self.catalog, shown)
-            if dice.chance(self.settings.category_share):
-                text = f"{text}, {self.catalog.records[shown].category}"
-            return Conversation(1, (Turn("", text, "caption"),))
+            return Conversation(1, (Turn("", caption(self.catalog, shown), "caption"),))
         cells = enumerate(shown.cells)
         return Conversation(1, tuple(Turn("", caption(self.catalog, cell), "caption", place) for place, cell in cells))
 
