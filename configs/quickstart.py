@@ -20,7 +20,7 @@ from mllm_jax.training.objectives.contrastive import Contrastive
 from mllm_jax.training.objectives.next_token import NextToken
 
 SIZE = 64
-STEPS = {"language": 650, "contrastive": 550, "align": 20, "describe": 350, "instruct": 800}
+STEPS = {"language": 650, "contrastive": 500, "align": 20, "describe": 320, "instruct": 850}
 
 MODEL = MultimodalConfig(
     encoder=ViTConfig(
@@ -67,7 +67,7 @@ def experiment(name: str, pictures: str, steps: dict[str, int], variants: int = 
     questions = OpenMojiQuestions(**common, variants=variants)
     places = OpenMojiScenes(**common, tasks=("scene_position",), turns=4)
     scenes = OpenMojiScenes(**common)
-    captions = OpenMojiCaptions(**common, variants=variants, scene_share=0.4)
+    captions = OpenMojiCaptions(**common, variants=variants, scene_share=0.3)
     text = OpenMojiText(config=pictures, variants=variants)
     held_out = OpenMojiQuestions(config=pictures, split="validation", image_size=SIZE, variants=4)
     return Experiment(
@@ -100,7 +100,7 @@ def experiment(name: str, pictures: str, steps: dict[str, int], variants: int = 
                 name="align",
                 objective=NextToken(),
                 trainable=("projector/*",),
-                data=Mixture((Weighted(names, 0.6), Weighted(places, 0.4)), rows=16, length=128, slots=5),
+                data=Mixture((Weighted(names, 0.75), Weighted(places, 0.25)), rows=16, length=128, slots=5),
                 optimizer=AdamW(learning_rate=2e-3, warmup_steps=5),
                 steps=steps["align"],
             ),
@@ -108,7 +108,7 @@ def experiment(name: str, pictures: str, steps: dict[str, int], variants: int = 
                 name="describe",
                 objective=NextToken(),
                 trainable=("projector/*", "llm/*"),
-                data=Mixture((Weighted(names, 0.6), Weighted(places, 0.4)), rows=16, length=128, slots=5),
+                data=Mixture((Weighted(names, 0.75), Weighted(places, 0.25)), rows=16, length=128, slots=5),
                 optimizer=AdamW(learning_rate=2e-3, warmup_steps=30, end_factor=0.5),
                 steps=steps["describe"],
             ),
@@ -117,7 +117,7 @@ def experiment(name: str, pictures: str, steps: dict[str, int], variants: int = 
                 objective=NextToken(),
                 trainable=("projector/*", "llm/*"),
                 data=Mixture(
-                    (Weighted(names, 0.35), Weighted(yes_no, 0.2), Weighted(questions, 0.25), Weighted(scenes, 0.2)),
+                    (Weighted(names, 0.35), Weighted(yes_no, 0.15), Weighted(questions, 0.35), Weighted(scenes, 0.15)),
                     rows=16,
                     length=128,
                     slots=5,
