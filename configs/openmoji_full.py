@@ -13,4 +13,4 @@ STEPS = {"language": 200, "contrastive": 180, "align": 20, "describe": 250, "ins
 
 def config() -> Experiment:
     quickstart = runpy.run_path(str(Path(__file__).with_name("quickstart.py")))
-    return quickstart["experiment"]("openmoji_full", "full", STEPS, variants=8, caption_length=112)
+    return quickstart["experiment"]("openmoji_full", "full", STEPS, variants=8)

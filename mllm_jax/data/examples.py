@@ -10,11 +10,15 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Turn:
-    """One question and its answer; `task` names the skill it trains or measures."""
+    """One question and its answer; `task` names the skill it trains or measures.
+
+    A caption is a turn without a question; `place` is the media token of the picture that it describes, None the whole.
+    """
 
     question: str
     answer: str
     task: str
+    place: int | None = None
 
 
 @dataclass(frozen=True)

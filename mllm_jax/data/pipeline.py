@@ -15,7 +15,7 @@ import numpy as np
 
 from mllm_jax.data.examples import Source
 from mllm_jax.data.packing import PackingPlan, Stream
-from mllm_jax.data.templates import Encoded, encode_caption, encode_conversation
+from mllm_jax.data.templates import Encoded, encode_captions, encode_conversation
 from mllm_jax.data.tokenizer import Tokenizer
 from mllm_jax.errors import ConfigError, DataError
 
@@ -37,7 +37,8 @@ class Mixture:
 
     Attributes:
         rows, length, slots: rows of a global batch, places of a row, media slots of a row (0: text only).
-        layout: "conversation" (questions and answers, packed) or "caption" (one picture and its text a row).
+        layout: "conversation" (questions and answers, packed) or "caption" (one picture and its captions a row).
+        captions: in the caption layout, the most a picture may have.
         learn: what carries loss in conversations: the answers, or all the text.
         group: in the caption layout, so many neighbouring examples of a source stay together in a batch: hard negatives
             for contrastive training where the source puts like beside like.
@@ -49,6 +50,7 @@ class Mixture:
     length: int = 256
     slots: int = 4
     layout: str = "conversation"
+    captions: int = 1
     learn: str = "answers"
     group: int = 1
     max_bad_share: float = 0.0
@@ -106,7 +108,7 @@ class Pipeline:
         with self._naming(source, index):
             conversation = self.sources[source].conversation(index)
             if m.layout == "caption":
-                return encode_caption(conversation, self.tokenizer, m.length)
+                return encode_captions(conversation, self.tokenizer, self.media_tokens, m.length, m.captions)
             return encode_conversation(conversation, self.tokenizer, self.media_tokens, m.length, m.learn)
 
     def images(self, source: int, index: int) -> list[np.ndarray]:
@@ -124,7 +126,13 @@ class Pipeline:
 
     def _measure(self, source: Source, cache_dir: Path | None) -> Measured:
         number = self.sources.index(source)
-        settings = [self.tokenizer.fingerprint(), self.media_tokens, self.mixture.length, self.mixture.layout, 1]
+        settings = [
+            self.tokenizer.fingerprint(),
+            self.media_tokens,
+            self.mixture.length,
+            self.mixture.layout,
+            self.mixture.captions,
+        ]
         key = hashlib.sha256(json.dumps([source.fingerprint(), *settings]).encode()).hexdigest()[:24]
         file = cache_dir / f"{key}.npz" if cache_dir is not None and self.mixture.max_bad_share == 0 else None
         if file is not None and file.is_file():
@@ -199,8 +207,8 @@ class Pipeline:
         out["media_index"] -= 1
         out["tokens"] += self.tokenizer.pad
         for r, row in enumerate(rows):
-            place, slot = 0, 0
-            for segment, (source, index) in enumerate(plan[row], start=1):
+            place, slot, segment = 0, 0, 0
+            for source, index in plan[row]:
                 e = self.encode(source, index)
                 if len(e.tokens) != self.measured[source].lengths[index]:
                     raise DataError(
@@ -211,14 +219,15 @@ class Pipeline:
                     )
                 span = slice(place, place + len(e.tokens))
                 out["tokens"][r, span] = e.tokens
-                out["positions"][r, span] = np.arange(len(e.tokens))
-                out["segments"][r, span] = segment
+                segments, positions = e.places
+                out["positions"][r, span] = positions
+                out["segments"][r, span] = segment + segments
                 out["loss_weights"][r, span] = e.loss_weights
                 shifted = e.media_index + slot * self.media_tokens
                 out["media_index"][r, span] = np.where(e.media_index >= 0, shifted, -1)
                 if e.num_images:
                     out["images"][r, slot : slot + e.num_images] = self.images(source, index)
-                place, slot = place + len(e.tokens), slot + e.num_images
+                place, slot, segment = place + len(e.tokens), slot + e.num_images, segment + int(segments[-1])
         return out
 
     def iterate(self, start: int, stop: int, rows: Sequence[int] | None = None, threads: int = 2) -> Iterator[dict]:

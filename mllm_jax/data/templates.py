@@ -13,13 +13,26 @@ from mllm_jax.errors import DataError
 
 @dataclass(frozen=True)
 class Encoded:
-    """One example: tokens int32[n], loss_weights float32[n], media_index int32[n] (-1 is text), num_images."""
+    """One example: tokens int32[n], loss_weights float32[n], media_index int32[n] (-1 is text), num_images.
+
+    `segments` int32[n] from 1 parts it further; None is one segment.
+    """
 
     tokens: np.ndarray
     loss_weights: np.ndarray
     media_index: np.ndarray
     num_images: int
     dropped_turns: int = 0
+    segments: np.ndarray | None = None
+
+    @property
+    def places(self) -> tuple[np.ndarray, np.ndarray]:
+        """Segment of each token, from 1, and its position within it."""
+        n = len(self.tokens)
+        if self.segments is None:
+            return np.ones(n, np.int32), np.arange(n, dtype=np.int32)
+        starts = np.searchsorted(self.segments, self.segments)
+        return self.segments, np.arange(n, dtype=np.int32) - starts.astype(np.int32)
 
 
 def encode_conversation(
@@ -73,20 +86,50 @@ def encode_conversation(
     )
 
 
-def encode_caption(conversation: Conversation, tokenizer: Tokenizer, max_length: int) -> Encoded:
-    """Lays out <bos> caption <eos> for a text tower; the picture stands beside the text, not in it.
+def encode_captions(
+    conversation: Conversation, tokenizer: Tokenizer, media_tokens: int, max_length: int, most: int = 1
+) -> Encoded:
+    """Lays out (<bos> caption <eos>)* for a text tower; the picture stands beside the texts, not in them.
+
+    `segments` counts the captions from 1; `media_index` is the place that a caption describes, -1 the whole picture.
 
     Raises:
-        DataError: an empty or too long caption.
+        DataError: an empty caption, more captions than `most` or `max_length` allow, or a place that no picture has.
     """
-    caption = conversation.turns[0].answer if conversation.turns else ""
-    ids = (tokenizer.bos, *tokenizer.encode(caption), tokenizer.eos)
-    if not caption.strip() or len(ids) > max_length:
+    if not 0 < len(conversation.turns) <= most:
         raise DataError(
-            f"a caption of {len(ids)} tokens: {caption[:60]!r}", f"3 to {max_length} tokens", "raise the row's length"
+            f"a picture with {len(conversation.turns)} captions", f"1 to {most}", "raise the mixture's captions"
         )
-    n = len(ids)
-    return Encoded(np.asarray(ids, np.int32), np.ones(n, np.float32), np.full(n, -1, np.int32), conversation.num_images)
+    ids: list[int] = []
+    segments: list[int] = []
+    media: list[int] = []
+    for number, turn in enumerate(conversation.turns, start=1):
+        text = (tokenizer.bos, *tokenizer.encode(turn.answer), tokenizer.eos)
+        if not turn.answer.strip():
+            raise DataError("an empty caption", "a caption with text", "drop or mend the record")
+        if turn.place is not None and not 0 <= turn.place < media_tokens:
+            raise DataError(
+                f"a caption of place {turn.place}: {turn.answer[:60]!r}",
+                f"one of the {media_tokens} that the encoder makes of a picture",
+                "give the encoder as many regions as the pictures have",
+            )
+        ids += text
+        segments += [number] * len(text)
+        media += [-1 if turn.place is None else turn.place] * len(text)
+    if len(ids) > max_length:
+        first = conversation.turns[0].answer
+        raise DataError(
+            f"{number} caption(s) of {len(ids)} tokens: {first[:60]!r}",
+            f"at most {max_length} tokens",
+            "raise the row's length",
+        )
+    return Encoded(
+        np.asarray(ids, np.int32),
+        np.ones(len(ids), np.float32),
+        np.asarray(media, np.int32),
+        conversation.num_images,
+        segments=np.asarray(segments, np.int32),
+    )
 
 
 def encode_prompt(

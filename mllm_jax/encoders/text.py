@@ -17,7 +17,11 @@ from mllm_jax.sharding.logical import constrain
 
 @dataclass(frozen=True)
 class TextTowerConfig:
-    """Sizes of a bidirectional text encoder that pools by the mean over its text."""
+    """Sizes of a bidirectional text encoder that pools by the mean over each text.
+
+    Attributes:
+        num_layers: 0 is a bag of words: what the parts of a name add up to then holds for names never seen.
+    """
 
     vocab_size: int = 1024
     max_length: int = 64
@@ -52,21 +56,23 @@ class TextBlock(nn.Module):
 
 
 class TextTower(nn.Module):
-    """Text to one vector."""
+    """Texts to one vector each."""
 
     config: TextTowerConfig
 
     @nn.compact
-    def __call__(self, tokens, segments):
-        """int[B, L], int[B, L] (0 is padding) -> dtype[B, E], the mean over the text."""
+    def __call__(self, tokens, positions, segments, count: int = 1):
+        """int[B, L] each, `count` texts packed in a row as segments 1..count (0 is padding) -> dtype[B, count, E]."""
         c = self.config
         dtype = jnp.dtype(c.dtype)
         x = Embedding(c.vocab_size, c.hidden_size, dtype=dtype, name="token_embedding")(tokens)
-        init = nn.with_logical_partitioning(nn.initializers.normal(0.02), (None, "embed"))
-        positions = self.param("position_embedding", init, (c.max_length, c.hidden_size), jnp.float32)
-        x = x + positions[: tokens.shape[1]].astype(dtype)
-        layers = scan_layers(TextBlock, num_layers=c.num_layers, remat=c.remat, unroll=c.scan_unroll, num_broadcast=1)
-        x, _ = layers(c, name="layers")(x, None, segments)
+        if c.num_layers:
+            init = nn.with_logical_partitioning(nn.initializers.normal(0.02), (None, "embed"))
+            table = self.param("position_embedding", init, (c.max_length, c.hidden_size), jnp.float32)
+            x = x + jnp.take(table, positions, axis=0).astype(dtype)
+            x, _ = scan_layers(
+                TextBlock, num_layers=c.num_layers, remat=c.remat, unroll=c.scan_unroll, num_broadcast=1
+            )(c, name="layers")(x, None, segments)
         x = LayerNorm(c.norm_eps, dtype, name="final_norm")(x)
-        kept = (segments > 0)[..., None].astype(dtype)
-        return (x * kept).sum(axis=1) / jnp.maximum(kept.sum(axis=1), 1)
+        member = (segments[:, None] == jnp.arange(1, count + 1)[None, :, None]).astype(dtype)
+        return jnp.einsum("bcl,ble->bce", member, x) / jnp.maximum(member.sum(axis=-1), 1)[..., None]

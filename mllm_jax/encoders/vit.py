@@ -29,6 +29,7 @@ class ViTConfig:
         regions: None, or the side of a square grid of regions: the patches of each, side by side, become one vector of
             `region_size` by the region's own linear map. Contrastive training then teaches the places as well, and the
             LLM reads few tokens that lie in one space.
+        mimetic_init: for training from scratch on little data; see `Attention`.
         image_mean, image_std: what pixels in [0, 1] are normalised with.
     """
 
@@ -44,6 +45,7 @@ class ViTConfig:
     class_token: bool = False
     regions: int | None = None
     region_size: int = 256
+    mimetic_init: bool = False
     image_mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
     image_std: tuple[float, float, float] = (0.5, 0.5, 0.5)
     dtype: str = "float32"
@@ -94,7 +96,7 @@ class ViTBlock(nn.Module):
         c = self.config
         dtype = jnp.dtype(c.dtype)
         h = LayerNorm(c.norm_eps, dtype, name="attention_norm")(x)
-        x = x + Attention(c.num_heads, dtype=dtype, name="attention")(h)[0]
+        x = x + Attention(c.num_heads, mimetic_init=c.mimetic_init, dtype=dtype, name="attention")(h)[0]
         h = LayerNorm(c.norm_eps, dtype, name="mlp_norm")(x)
         x = x + MLP(c.mlp_size, c.activation, dtype=dtype, name="mlp")(h)
         return constrain(x, "batch", "patches", None), None

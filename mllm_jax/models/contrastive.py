@@ -27,6 +27,7 @@ class ContrastiveConfig:
 
     projection_size: int = 256
     pooling: str = "pooler"
+    captions: int = 1
     init_scale: float = 1 / 0.07
     init_bias: float = 0.0
 
@@ -40,12 +41,19 @@ class ContrastiveHeads(nn.Module):
     config: ContrastiveConfig
 
     @nn.compact
-    def __call__(self, vision, text):
-        """VisionOutput of B pictures, dtype[B, E] -> float32[B, P], float32[B, P], scale, bias"""
+    def __call__(self, vision, place, text):
+        """VisionOutput of B pictures, int[B, C], dtype[B, C, E] -> float32[B, C, P], float32[B, C, P], scale, bias
+
+        `place` is the media token that a caption describes; -1 is the whole picture.
+        """
         c = self.config
         image = vision.pooler_output
         if c.pooling == "patches":
             image = rearrange(vision.last_hidden_state, "b n e -> b (n e)")
+        image = jnp.broadcast_to(image[:, None], (*text.shape[:2], image.shape[-1]))
+        if c.captions > 1:
+            there = jnp.take_along_axis(vision.last_hidden_state, jnp.maximum(place, 0)[..., None], axis=1)
+            image = jnp.where((place >= 0)[..., None], there, image)
         image = Linear((c.projection_size,), ("channels", "embed"), dtype=image.dtype, name="image_projection")(image)
         text = Linear((c.projection_size,), ("channels", "embed"), dtype=text.dtype, name="text_projection")(text)
         scale = self.param("log_scale", nn.initializers.constant(jnp.log(c.init_scale)), (), jnp.float32)

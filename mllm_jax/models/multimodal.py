@@ -117,10 +117,21 @@ class Multimodal(nn.Module):
         return self.llm(*places, embeddings=embeddings, cache=cache, logits_at=logits_at)
 
     def embed_pairs(self, batch):
-        """The first picture and the text of each row as unit vectors: float32[B, P] twice, scale, bias."""
+        """The captions of each row and what they describe of its first picture, as unit vectors.
+
+        A caption stands in the row as a segment of its own. `media_index` at its first token names the media token
+        that it describes, -1 the whole picture.
+
+        Returns:
+            float32[B, C, P] of pictures or their places, float32[B, C, P] of captions, scale, bias; C is
+            `contrastive.captions`.
+        """
         vision = self.encoder(self.normalise(batch["images"][:, 0]))
-        text = self.text_tower(batch["tokens"], batch["segments"])
-        return self.contrastive(vision, text)
+        count = self.config.contrastive.captions
+        text = self.text_tower(batch["tokens"], batch["positions"], batch["segments"], count)
+        first = (batch["segments"][:, None] == jnp.arange(1, count + 1)[None, :, None]).argmax(axis=-1)
+        place = jnp.take_along_axis(batch["media_index"], first, axis=1)
+        return self.contrastive(vision, place, text)
 
     def touch(self, batch):
         """Runs every part once: what `init` traces so that all parameters exist."""

@@ -21,6 +21,9 @@ class MLPProjectorConfig:
         output_size: the LLM's hidden size.
         hidden_size: None is output_size.
         merge: side of the square of patches that becomes one media token (pixel shuffle, arXiv 2404.16821); 1 is none.
+        input_norm: LayerNorm on what comes in.
+        place_embedding: a learned vector is added to each media token that tells its place in the picture. Features do
+            not tell it where the encoder gives all places one meaning, and the LLM's positions count from the question.
     """
 
     output_size: int
@@ -28,6 +31,7 @@ class MLPProjectorConfig:
     merge: int = 1
     activation: str = "gelu"
     input_norm: bool = False
+    place_embedding: bool = False
     dtype: str = "float32"
 
     def num_tokens(self, grid: int) -> int:
@@ -58,4 +62,8 @@ class MLPProjector(nn.Module):
             x
         )
         x = ACTIVATIONS[c.activation](x)
-        return Linear((c.output_size,), ("mlp", "embed"), use_bias=True, dtype=dtype, name="linear_2")(x)
+        x = Linear((c.output_size,), ("mlp", "embed"), use_bias=True, dtype=dtype, name="linear_2")(x)
+        if c.place_embedding:
+            init = nn.with_logical_partitioning(nn.initializers.normal(0.3), ("patches", "embed"))
+            x = x + self.param("place_embedding", init, x.shape[1:], jnp.float32).astype(dtype)
+        return x

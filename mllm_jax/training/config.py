@@ -126,7 +126,16 @@ class Experiment:
             )
         for stage in self.stages:
             for mixture in filter(None, (stage.data, stage.validation)):
-                if tower is not None and mixture.layout == "caption" and mixture.length > tower.max_length:
+                if mixture.layout != "caption" or tower is None:
+                    continue
+                if mixture.captions > self.model.contrastive.captions:
+                    raise ConfigError(
+                        f"stage {stage.name!r}: up to {mixture.captions} captions a picture for heads of "
+                        f"{self.model.contrastive.captions}",
+                        "heads for as many captions",
+                        "raise model.contrastive.captions",
+                    )
+                if tower.num_layers and mixture.length > tower.max_length:
                     raise ConfigError(
                         f"stage {stage.name!r}: captions of {mixture.length} places for a text tower of "
                         f"{tower.max_length}",

@@ -148,9 +148,9 @@ def test_interrupted_preparation_leaves_nothing(monkeypatch, tmp_path):
         patch.setattr(drawing, "_png", interrupt)
         with pytest.raises(KeyboardInterrupt):
             load("quickstart", tmp_path)
-    remains = tmp_path / "openmoji" / "quickstart" / "incomplete.ABC123_1.0.0"  # of a process that was killed
+    remains = tmp_path / "openmoji" / "quickstart" / "incomplete.ABC123_1.1.0"  # of a process that was killed
     remains.mkdir()
-    assert not (tmp_path / "openmoji" / "quickstart" / "1.0.0").exists()
+    assert not (tmp_path / "openmoji" / "quickstart" / "1.1.0").exists()
     assert len(load("quickstart", tmp_path)["train"]) > 900
     assert not remains.exists()
 
@@ -178,13 +178,13 @@ def test_a_folder_that_cannot_be_written(tmp_path):
 def test_data_dir_comes_from_the_environment(monkeypatch, tmp_path):
     monkeypatch.setenv("MLLM_DATA_DIR", str(tmp_path))
     load("quickstart")
-    assert (tmp_path / "openmoji" / "quickstart" / "1.0.0" / "dataset_info.json").exists()
+    assert (tmp_path / "openmoji" / "quickstart" / "1.1.0" / "dataset_info.json").exists()
 
 
 def test_damaged_files_are_named(tmp_path):
     load("quickstart", tmp_path)
     records._load.cache_clear()
-    folder = tmp_path / "openmoji" / "quickstart" / "1.0.0"
+    folder = tmp_path / "openmoji" / "quickstart" / "1.1.0"
     file = next(folder.glob("openmoji-train*"))
     file.write_bytes(file.read_bytes()[:5000])
     with pytest.raises(DataError, match=r"(?s)'train' of openmoji/quickstart.*remove that folder"):

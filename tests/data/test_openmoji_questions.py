@@ -269,13 +269,14 @@ def test_answers_about_several_pictures_are_true(folder, statements):
 
 def test_captions_and_descriptions_say_the_same(folder):
     captions = OpenMojiCaptions(data_dir=folder, scene_share=0.3).build()
-    texts = [captions.conversation(index).turns[0].answer for index in spread(captions, 500)]
-    scenes = [text for text in texts if text.startswith("top left: ")]
-    assert 0.2 < len(scenes) / len(texts) < 0.4
+    told = [captions.conversation(index).turns for index in spread(captions, 500)]
+    scenes = [turns for turns in told if len(turns) > 1]
+    assert 0.2 < len(scenes) / len(told) < 0.4
     names = {row.name for row in captions.catalog.records}
+    assert all([turn.place for turn in turns] == [0, 1, 2, 3] for turns in scenes), "a caption for each cell"
+    assert all(turns[0].place is None for turns in told if len(turns) == 1)
+    assert {turn.answer for turns in told for turn in turns} <= names
     pattern = r"top left: (.+), top right: (.+), bottom left: (.+), bottom right: (.+)"
-    assert all(set(re.fullmatch(pattern, text).groups()) <= names for text in scenes)
-    assert set(texts) - set(scenes) <= names
     described = OpenMojiText(data_dir=folder).build()
     for index in spread(described, 500):
         conversation = described.conversation(index)
@@ -309,6 +310,17 @@ def test_a_caption_names_the_picture_beside_it(folder):
     for index in spread(source, 60):
         shown = number[source.conversation(index).turns[0].answer]
         assert np.array_equal(source.images(index)[0], source.pictures.single(shown, 32))
+
+
+def test_a_caption_of_a_place_names_the_cell_that_is_there(folder):
+    source = OpenMojiCaptions(variants=2, image_size=32, scene_share=1.0, data_dir=folder).build()
+    number = {row.name: index for index, row in enumerate(source.catalog.records)}
+    for index in spread(source, 60):
+        picture = source.images(index)[0]
+        for turn in source.conversation(index).turns:
+            row, column = divmod(turn.place, 2)
+            cell = picture[16 * row : 16 * row + 16, 16 * column : 16 * column + 16]
+            assert np.array_equal(cell, source.pictures.single(number[turn.answer], 16))
 
 
 def test_text_about_a_description_is_answered_by_it(folder):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from mllm_jax.data.examples import Conversation, Turn
-from mllm_jax.data.templates import encode_caption, encode_conversation, encode_prompt
+from mllm_jax.data.templates import encode_captions, encode_conversation, encode_prompt
 from mllm_jax.data.tokenizer import Tokenizer
 from mllm_jax.errors import DataError
 
@@ -139,15 +139,30 @@ def test_prompt_is_the_conversation_up_to_the_answer(tokenizer):
         assert whole.loss_weights[n:].all()
 
 
-def test_caption(tokenizer):
-    encoded = encode_caption(Conversation(1, TURNS[:1]), tokenizer, 50)
-    assert tokenizer.decode(encoded.tokens) == "a red apple"
-    assert encoded.tokens[0] == tokenizer.bos and encoded.tokens[-1] == tokenizer.eos
-    assert (encoded.media_index == -1).all() and encoded.num_images == 1
+def test_captions_of_a_picture_and_of_its_places(tokenizer):
+    turns = (Turn("", "a red apple", "caption"), Turn("", "an apple", "caption", place=2))
+    encoded = encode_captions(Conversation(1, turns), tokenizer, 4, 50, 2)
+    segments, positions = encoded.places
+    for number, (turn, place) in enumerate(zip(turns, (-1, 2), strict=True), start=1):
+        here = segments == number
+        ids = encoded.tokens[here]
+        assert tokenizer.decode(ids) == turn.answer
+        assert ids[0] == tokenizer.bos and ids[-1] == tokenizer.eos
+        assert (encoded.media_index[here] == place).all() and positions[here].tolist() == list(range(len(ids)))
+    assert set(segments) == {1, 2} and encoded.num_images == 1
 
 
-@pytest.mark.parametrize("turns,length", [((Turn("", " ", "name"),), 50), (TURNS[:1], 4), ((), 50)])
-def test_an_empty_or_too_long_caption_is_refused(tokenizer, turns, length):
+@pytest.mark.parametrize(
+    "turns,length,message",
+    [
+        ((Turn("", " ", "name"),), 50, "an empty caption"),
+        (TURNS[:1], 4, "1 caption(s) of"),
+        ((), 50, "0 captions"),
+        (TURNS[:1] * 3, 50, "3 captions"),
+        ((Turn("", "an apple", "caption", place=4),), 50, "a caption of place 4"),
+    ],
+)
+def test_captions_that_no_row_can_hold_are_refused(tokenizer, turns, length, message):
     with pytest.raises(DataError) as refusal:
-        encode_caption(Conversation(1, turns), tokenizer, length)
-    assert "caption" in refusal.value.given and str(length) in refusal.value.expected and refusal.value.todo
+        encode_captions(Conversation(1, turns), tokenizer, 4, length, 2)
+    assert message in refusal.value.given and refusal.value.expected and refusal.value.todo

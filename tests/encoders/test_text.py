@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -24,8 +26,14 @@ def random_params(module, *args):
 def tower():
     module = CONFIG.make()
     ints = jnp.ones((1, 8), jnp.int32)
-    params = random_params(module, ints, ints)
-    return jax.jit(lambda tokens, segments: module.apply(params, tokens, segments))
+    params = random_params(module, ints, ints, ints)
+
+    def embed(tokens, segments):
+        tokens = jnp.asarray(tokens)
+        positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+        return module.apply(params, tokens, positions, segments)[:, 0]
+
+    return jax.jit(embed)
 
 
 def test_padding_has_no_part(tower):
@@ -52,3 +60,28 @@ def test_order_matters(tower):
 
 def test_an_empty_row_is_finite(tower):
     assert np.isfinite(tower(np.zeros((1, 8), int), np.zeros((1, 8), int))).all()
+
+
+@pytest.mark.parametrize("num_layers", [0, 2])
+def test_texts_packed_into_a_row_give_the_vectors_of_each_alone(num_layers):
+    module = dataclasses.replace(CONFIG, num_layers=num_layers).make()
+    ints = jnp.ones((1, 8), jnp.int32)
+    params = random_params(module, ints, ints, ints)
+    tokens = np.array([[5, 6, 7, 9, 8, 0, 0, 0]])
+    positions, segments = np.array([[0, 1, 2, 0, 1, 0, 0, 0]]), np.array([[1, 1, 1, 2, 2, 0, 0, 0]])
+    packed = module.apply(params, tokens, positions, segments, 3)
+    assert packed.shape == (1, 3, 12)
+    for number, span in enumerate([slice(0, 3), slice(3, 5)]):
+        alone = module.apply(params, tokens[:, span], positions[:, span], np.ones_like(tokens[:, span]))
+        np.testing.assert_allclose(packed[0, number], alone[0, 0], atol=1e-6)
+    assert (np.asarray(packed[0, 2]) == 0).all(), "there is no third text"
+
+
+def test_without_layers_it_is_a_bag_of_words():
+    module = dataclasses.replace(CONFIG, num_layers=0).make()
+    ints = jnp.ones((1, 4), jnp.int32)
+    params = random_params(module, ints, ints, ints)
+    assert "position_embedding" not in params["params"] and "layers" not in params["params"]
+    ones, places = np.ones((1, 4), int), np.arange(4)[None]
+    one, other = (module.apply(params, np.array([t]), places, ones) for t in ([5, 6, 7, 8], [8, 7, 6, 5]))
+    np.testing.assert_allclose(one, other, atol=1e-6)

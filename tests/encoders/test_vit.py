@@ -91,3 +91,19 @@ def test_bfloat16_computes_in_bfloat16_with_float32_parameters():
 def test_impossible_sizes_are_refused(change):
     with pytest.raises(ConfigError, match="whole number of patches"):
         ViTConfig(**SMALL | change)
+
+
+def test_mimetic_init_reaches_every_layer_and_changes_no_shape():
+    pixels = jnp.zeros((1, 12, 12, 3))
+    plain, mimetic = (
+        nn.meta.unbox(ViTConfig(**SMALL, mimetic_init=flag).make().init(jax.random.key(0), pixels))["params"]["layers"]
+        for flag in (False, True)
+    )
+    assert jax.tree.map(jnp.shape, plain) == jax.tree.map(jnp.shape, mimetic)
+
+    def alignment(layers):
+        q, k = (np.asarray(layers["attention"][name]["kernel"]) for name in "qk")
+        products = np.einsum("lenh,lfnh->lef", q, k)
+        return np.trace(products, axis1=1, axis2=2) / np.linalg.norm(products, axis=(1, 2))
+
+    assert (np.abs(alignment(plain)) < 1).all() and (alignment(mimetic) > 1.5).all()

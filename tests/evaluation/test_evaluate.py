@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from mllm_jax.errors import DataError
-from mllm_jax.evaluation.evaluate import evaluate, majority, normalise, shuffled
+from mllm_jax.evaluation.evaluate import evaluate, majority, normalise, shuffles
 from mllm_jax.evaluation.run import _merged
 
 
@@ -59,14 +59,19 @@ def test_normalise_forgives_nothing_else(text, other):
     assert normalise(text) != normalise(other)
 
 
-def test_shuffled_is_a_permutation_that_leaves_nothing_in_its_place():
-    for count in [*range(2, 40), 200]:
-        for seed in range(20):
-            order = shuffled(count, seed)
-            assert sorted(order) == list(range(count))
-            assert not (order == np.arange(count)).any()
-    assert (shuffled(50, 1) != shuffled(50, 2)).any()
-    assert (shuffled(50) == shuffled(50)).all()
+def test_shuffles_are_permutations_that_leave_nothing_in_its_place():
+    for count in (2, 3, 10, 57, 500):
+        for seed in range(5):
+            for order in shuffles(count, seed):
+                assert sorted(order) == list(range(count))
+                assert (order != np.arange(count)).all()
+    assert (shuffles(50, 1)[0] != shuffles(50, 2)[0]).any()
+    assert np.array_equal(shuffles(50), shuffles(50))
+
+
+def test_few_questions_are_shuffled_several_times():
+    assert [len(shuffles(count)) for count in (2, 60, 100, 300, 1000)] == [8, 5, 3, 1, 1]
+    assert len({tuple(order) for order in shuffles(60)}) == 5
 
 
 def test_majority_counts_answers_as_they_are_compared():
@@ -100,9 +105,9 @@ def test_scores_and_controls_computed_by_hand():
     }
     # The control asks about the same pictures, each at another question, and pictures of one question stay together.
     true, control, pairs, other_pairs = seer.calls[:4]
-    assert true == [[1], [2], [3], [4]] and sorted(control) == true
-    assert all(a != b for a, b in zip(true, control, strict=True))
-    assert (pairs, other_pairs) == ([[5, 6], [6, 5]], [[6, 5], [5, 6]])
+    assert true == [[1], [2], [3], [4]] and sorted(control) == sorted(true * 8)
+    assert all(a != b for a, b in zip(true * 8, control, strict=True))
+    assert (pairs, other_pairs) == ([[5, 6], [6, 5]], [[6, 5], [5, 6]] * 8)
     assert [(e["question"], e["answer"], e["truth"], e["correct"]) for e in examples if e["split"] == "seen"][:3] == [
         ("What colour?", "1", "1.", True),
         ("What colour?", "2", "2", True),

@@ -168,7 +168,12 @@ def test_contrastive_towers(pooling, width, batch):
     assert set(params["params"]) == {"encoder", "projector", "llm", "text_tower", "contrastive"}
     assert params["params"]["contrastive"]["image_projection"]["kernel"].shape == (width, 6)
     params["params"]["contrastive"]["log_scale"] = np.float32(50.0)
-    embed = jax.jit(lambda b: config.make().apply(params, b, method="embed_pairs"))
+    apply = jax.jit(lambda b: config.make().apply(params, b, method="embed_pairs"))
+
+    def embed(b):
+        image, text, scale, bias = apply(b)
+        return image[:, 0], text[:, 0], scale, bias
+
     image, text, scale, _ = embed(batch)
     np.testing.assert_allclose(np.linalg.norm(image, axis=1), 1, atol=1e-5)
     np.testing.assert_allclose(np.linalg.norm(text, axis=1), 1, atol=1e-5)
@@ -180,6 +185,30 @@ def test_contrastive_towers(pooling, width, batch):
     first_slot[0, 0] = 0
     moved = np.abs(embed(batch | {"images": first_slot})[0] - image).max(axis=1)
     assert moved[0] > 1e-3 and moved[1] == 0
+
+
+def test_a_caption_is_compared_with_the_place_it_describes(batch):
+    config = dataclasses.replace(
+        CONFIG,
+        encoder=ViTConfig(8, 2, 12, num_layers=1, num_heads=2, mlp_size=16, regions=2, region_size=10),
+        text_tower=TextTowerConfig(vocab_size=29, max_length=16, hidden_size=8, num_layers=0),
+        contrastive=ContrastiveConfig(projection_size=6, captions=3),
+    )
+    params = random_params(config)
+    batch = batch | {
+        "segments": np.array([[1] * 4 + [2] * 4 + [3] * 4 + [0] * 4, [1] * 5 + [0] * 11], np.int32),
+        "positions": np.array([[*range(4)] * 3 + [0] * 4, [*range(5), *[0] * 11]], np.int32),
+        "media_index": np.array([[2] * 4 + [-1] * 4 + [0] * 4 + [-1] * 4, [-1] * 16], np.int32),
+    }
+    model = config.make()
+    image, text, *_ = jax.jit(lambda b: model.apply(params, b, method="embed_pairs"))(batch)
+    assert image.shape == text.shape == (2, 3, 6)
+    pixels = (batch["images"][:1, 0].astype(np.float32) / 255 - 0.5) / 0.5
+    tokens = config.encoder.make().apply({"params": params["params"]["encoder"]}, pixels).last_hidden_state[0]
+    kernel = params["params"]["contrastive"]["image_projection"]["kernel"]
+    for number, feature in enumerate([tokens[2], tokens.mean(axis=0), tokens[0]]):
+        wanted = feature @ kernel
+        np.testing.assert_allclose(image[0, number], wanted / np.linalg.norm(wanted), atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -14,8 +14,15 @@ SCALE, BIAS = 6.0, -1.5
 
 
 def given_vectors(params, batch, method):
+    """Vectors of [pairs, size] as rows of as many captions as the batch has segments."""
     assert method == "embed_pairs"
-    return params["image"], params["text"], params["scale"], params["bias"]
+    rows = batch["tokens"].shape[0]
+    image, text = (params[name].reshape(rows, -1, params[name].shape[-1]) for name in ("image", "text"))
+    return image, text, params["scale"], params["bias"]
+
+
+def batch_of(tokens) -> dict:
+    return {"tokens": jnp.asarray(tokens), "segments": jnp.ones_like(jnp.asarray(tokens))}
 
 
 def unit_vectors(seed: int, rows: int = 5, size: int = 7) -> np.ndarray:
@@ -51,7 +58,7 @@ def test_info_nce(tokens, params, assert_close):
     theirs.backward()
 
     def loss(p):
-        return Contrastive("softmax").loss(given_vectors, p, {"tokens": jnp.asarray(tokens)}, None)
+        return Contrastive("softmax").loss(given_vectors, p, batch_of(tokens), None)
 
     (ours, metrics), grads = jax.value_and_grad(loss, has_aux=True)(params)
     assert_close(ours, theirs.item(), 1e-5, "loss")
@@ -73,6 +80,26 @@ def test_sigmoid(tokens, params, assert_close):
                 continue
             sign = 1 if i == j else -1
             total += np.log1p(np.exp(-sign * (SCALE * x[i] @ y[j] + BIAS)))
-    batch = {"tokens": jnp.asarray(tokens)}
-    ours, _ = Contrastive("sigmoid").loss(given_vectors, params, batch, None)
+    ours, _ = Contrastive("sigmoid").loss(given_vectors, params, batch_of(tokens), None)
     assert_close(ours, total / 5, 1e-5, "loss")
+
+
+@pytest.mark.parametrize("kind", ["softmax", "sigmoid"])
+def test_captions_packed_into_rows_count_as_pairs_of_their_own(kind, assert_close):
+    """Four captions, one of them twice, in rows of up to two: the same loss as four rows of one."""
+    words = [[3, 4], [4, 3], [5, 6], [3, 4]]
+    vectors = {"image": unit_vectors(0, 6), "text": unit_vectors(1, 6), "scale": SCALE, "bias": BIAS}
+    packed = {
+        "tokens": jnp.array([[3, 4, 4, 3, 0], [5, 6, 0, 0, 0], [3, 4, 0, 0, 0]], jnp.int32),
+        "segments": jnp.array([[1, 1, 2, 2, 0], [1, 1, 0, 0, 0], [1, 1, 0, 0, 0]], jnp.int32),
+    }
+    there = np.array([0, 1, 2, 4])  # the second places of the last two rows are empty
+    alone = vectors | {name: vectors[name][there] for name in ("image", "text")}
+    wanted, wanted_metrics = Contrastive(kind).loss(given_vectors, alone, batch_of(np.array(words, np.int32)), None)
+    loss, metrics = Contrastive(kind).loss(given_vectors, vectors, packed, None)
+    assert_close(loss, wanted, 1e-6, "loss")
+    assert float(metrics["weight"]) == float(wanted_metrics["weight"]) == 4
+    assert float(metrics["recall_at_1"]) == float(wanted_metrics["recall_at_1"])
+    gradient = jax.grad(lambda v: Contrastive(kind).loss(given_vectors, v, packed, None)[0])(vectors)
+    moved = np.abs(np.asarray(gradient["image"])).max(axis=1) > 0
+    assert moved.tolist() == [place in there for place in range(6)], "an empty place teaches nothing"

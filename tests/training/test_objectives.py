@@ -86,8 +86,9 @@ def test_texts_with_the_same_words_in_another_order_are_negatives():
     vectors = jax.random.normal(jax.random.key(0), (3, 4))
 
     def loss(tokens):
-        apply = lambda params, batch, method: (vectors, vectors[::-1], jnp.float32(2.0), jnp.float32(0.0))  # noqa: E731
-        return float(Contrastive().loss(apply, None, {"tokens": jnp.asarray(tokens, jnp.int32)}, None)[0])
+        batch = {"tokens": jnp.asarray(tokens, jnp.int32), "segments": jnp.ones((3, 3), jnp.int32)}
+        pairs = vectors[:, None], vectors[::-1, None], jnp.float32(2.0), jnp.float32(0.0)
+        return float(Contrastive().loss(lambda params, batch, method: pairs, None, batch, None)[0])
 
     different = loss([[1, 2, 3], [4, 5, 6], [7, 8, 9]])
     assert loss([[1, 2, 3], [3, 2, 1], [2, 1, 3]]) == different

@@ -46,7 +46,7 @@ class ToySource:
 
     def conversation(self, index: int) -> Conversation:
         colour, number = COLOURS[index % len(COLOURS)], index // len(COLOURS)
-        turns = [Turn("what colour", colour, "colour"), Turn("which number", f"{number} {colour}", "number")]
+        turns = [Turn("what colour", colour, "colour"), Turn("which number", f"{number} {colour}", "number", place=1)]
         context = "" if self.config.pictures else f"number {number} is {colour}"
         return Conversation(self.config.pictures, tuple(turns[: 1 + index % 3 // 2]), context)
 
@@ -70,15 +70,15 @@ PICTURES = Mixture(
     length=64,
     slots=3,
 )
-PAIRS = Mixture((Weighted(Toy()),), rows=8, length=16, slots=1, layout="caption")
+PAIRS = Mixture((Weighted(Toy()),), rows=8, length=24, slots=1, layout="caption", captions=2)
 
 # 8 divides the LLM's heads, MLP and vocabulary, but not its 2 key-value heads; nothing divides the ViT's 3 heads.
 MODEL = MultimodalConfig(
     encoder=ViTConfig(SIZE, 4, 24, num_layers=1, num_heads=3, mlp_size=32),
     projector=MLPProjectorConfig(output_size=32, merge=1),
     llm=DecoderConfig(vocab_size=320, hidden_size=32, num_layers=2, num_heads=8, num_kv_heads=2, mlp_size=64),
-    text_tower=TextTowerConfig(vocab_size=320, max_length=16, hidden_size=16, num_layers=1, num_heads=2, mlp_size=32),
-    contrastive=ContrastiveConfig(projection_size=8),
+    text_tower=TextTowerConfig(vocab_size=320, max_length=24, hidden_size=16, num_layers=1, num_heads=2, mlp_size=32),
+    contrastive=ContrastiveConfig(projection_size=8, captions=2),
 )
 
 

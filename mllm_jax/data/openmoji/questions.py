@@ -103,9 +103,10 @@ def picture_turns(
     turns = []
     wordings = list(ASKED["yes_no"])
     dice.shuffle(wordings)  # in turn: dropping a question put twice would drop more "yes" than "no"
-    for number, task in enumerate(tasks):
+    for task in tasks:
         if task == "yes_no":
-            turn = yes_no(catalog, dice, index, dice.chance(0.5), wordings[number % len(wordings)])
+            wordings.append(wordings.pop(0))
+            turn = yes_no(catalog, dice, index, dice.chance(0.5), wordings[-1])
         else:
             turn = Turn(dice.pick(ASKED[task]), answers[task], task)
         if turn is not None:

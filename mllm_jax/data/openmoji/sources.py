@@ -28,7 +28,7 @@ from mllm_jax.data.openmoji.scenes import ASKED as ASKED_OF_SCENES
 from mllm_jax.data.openmoji.scenes import PLACES, Scene, compose_scene, scene_caption, scene_turns
 from mllm_jax.errors import ConfigError
 
-QUESTIONS_VERSION = 13  # raise it whenever the questions, the answers or the drawing of pictures change
+QUESTIONS_VERSION = 15  # raise it whenever the questions, the answers or the drawing of pictures change
 _AUGMENT = 1  # the last part of a random stream's seed: 0 draws the text, 1 the picture
 PER_BASE = 3  # a base with fewer forms is repeated, so that persons in 18 forms do not drown everything else
 
@@ -113,6 +113,8 @@ class OpenMojiPairs(_Settings):
 @dataclass(frozen=True)
 class OpenMojiCaptions(_Settings):
     """One picture and its caption, for contrastive training; a `scene_share` of the pictures are 2 x 2 scenes.
+
+    A scene has a caption for each of its cells: the encoder is to have as many regions.
 
     Each variant lists every picture once, the forms of a base one after the other in random order: a mixture that keeps
     neighbours together has hard negatives.
@@ -262,8 +264,10 @@ class _Captions(_Source):
 
     def conversation(self, index: int) -> Conversation:
         shown = self._shown(index)
-        text = scene_caption(self.catalog, shown) if isinstance(shown, Scene) else caption(self.catalog, shown)
-        return Conversation(1, (Turn("", text, "caption"),))
+        if not isinstance(shown, Scene):
+            return Conversation(1, (Turn("", caption(self.catalog, shown), "caption"),))
+        cells = enumerate(shown.cells)
+        return Conversation(1, tuple(Turn("", caption(self.catalog, cell), "caption", place) for place, cell in cells))
 
     def images(self, index: int) -> list[np.ndarray]:
         shown, size, dice = self._shown(index), self.settings.image_size, self._augment(index)

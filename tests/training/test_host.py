@@ -1,0 +1,37 @@
+"""The allocator keeps what it was given back."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import textwrap
+
+import pytest
+
+PROBE = """
+import resource, sys
+import numpy as np
+from mllm_jax.training.host import keep_freed_memory
+
+if sys.argv[1] == "keep":
+    assert keep_freed_memory()
+for _ in range(3):
+    np.ones(1 << 23)  # 64 MB, allocated, written and freed
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(10):
+    np.ones(1 << 23)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+def faults(how: str) -> int:
+    run = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(PROBE), how], capture_output=True, text=True, check=True
+    )
+    return int(run.stdout)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's malloc is Linux's")
+def test_freed_memory_is_not_asked_of_the_system_again():
+    kept, returned = faults("keep"), faults("return")
+    assert kept < 100 and returned > 10 * kept + 100, (kept, returned)
