@@ -10,6 +10,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # what editors and type checkers read; `_HOMES` says the same to Python
+    from mllm_jax.data.chat import ChatTokenizer as ChatTokenizer
     from mllm_jax.data.examples import Conversation as Conversation
     from mllm_jax.data.examples import Source as Source
     from mllm_jax.data.examples import Turn as Turn
@@ -27,16 +28,24 @@ if TYPE_CHECKING:  # what editors and type checkers read; `_HOMES` says the same
     from mllm_jax.errors import TrainingError as TrainingError
     from mllm_jax.inference.generate import Generator as Generator
     from mllm_jax.inference.generate import Prompt as Prompt
+    from mllm_jax.inference.language import LanguageGenerator as LanguageGenerator
+    from mllm_jax.inference.options import Completion as Completion
+    from mllm_jax.inference.options import Options as Options
     from mllm_jax.inference.sampling import Sampling as Sampling
     from mllm_jax.llms.decoder import DecoderConfig as DecoderConfig
     from mllm_jax.models.contrastive import ContrastiveConfig as ContrastiveConfig
     from mllm_jax.models.multimodal import Multimodal as Multimodal
     from mllm_jax.models.multimodal import MultimodalConfig as MultimodalConfig
+    from mllm_jax.models.pretrained import pretrained_config as pretrained_config
+    from mllm_jax.models.registry import from_pretrained as from_pretrained
+    from mllm_jax.models.registry import save_pretrained as save_pretrained
+    from mllm_jax.models.registry import supported_models as supported_models
     from mllm_jax.projectors.mlp import MLPProjectorConfig as MLPProjectorConfig
     from mllm_jax.sharding.mesh import MeshConfig as MeshConfig
     from mllm_jax.training.config import AdamW as AdamW
     from mllm_jax.training.config import CheckpointConfig as CheckpointConfig
     from mllm_jax.training.config import Experiment as Experiment
+    from mllm_jax.training.config import Pretrained as Pretrained
     from mllm_jax.training.config import Stage as Stage
     from mllm_jax.training.config import TokenizerConfig as TokenizerConfig
     from mllm_jax.training.loop import Interrupted as Interrupted
@@ -49,6 +58,7 @@ if TYPE_CHECKING:  # what editors and type checkers read; `_HOMES` says the same
 __version__ = "0.1.0"
 
 _NAMES = {
+    "data.chat": ("ChatTokenizer",),
     "data.examples": ("Conversation", "Source", "Turn"),
     "data.images": ("decode_image",),
     "data.pipeline": ("Mixture", "Weighted"),
@@ -57,13 +67,17 @@ _NAMES = {
     "encoders.vit": ("ViTConfig",),
     "errors": ("CheckpointError", "ConfigError", "DataError", "MllmError", "RunFolderError", "TrainingError"),
     "inference.generate": ("Generator", "Prompt"),
+    "inference.language": ("LanguageGenerator",),
+    "inference.options": ("Completion", "Options"),
     "inference.sampling": ("Sampling",),
     "llms.decoder": ("DecoderConfig",),
     "models.contrastive": ("ContrastiveConfig",),
     "models.multimodal": ("Multimodal", "MultimodalConfig"),
+    "models.pretrained": ("pretrained_config",),
+    "models.registry": ("from_pretrained", "save_pretrained", "supported_models"),
     "projectors.mlp": ("MLPProjectorConfig",),
     "sharding.mesh": ("MeshConfig",),
-    "training.config": ("AdamW", "CheckpointConfig", "Experiment", "Stage", "TokenizerConfig"),
+    "training.config": ("AdamW", "CheckpointConfig", "Experiment", "Pretrained", "Stage", "TokenizerConfig"),
     "training.loop": ("Interrupted", "load_run", "train"),
     "training.objectives.contrastive": ("Contrastive",),
     "training.objectives.next_token": ("NextToken",),

@@ -1,4 +1,4 @@
-"""The command `mllm`: train, evaluate and question a model."""
+"""The command `mllm`: train, evaluate and question a model, convert one from and to Hugging Face."""
 
 from __future__ import annotations
 
@@ -12,19 +12,27 @@ import traceback
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
 from mllm_jax.errors import ConfigError, MllmError
+from mllm_jax.inference.options import Options
 from mllm_jax.inference.sampling import Sampling
 from mllm_jax.training.config import Experiment
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 USAGE = """mllm: multimodal LLMs in JAX
 
   mllm train CONFIG.py [--run-dir DIR] [--fresh] [--stages.0.steps 50 ...]  train, evaluate, write report.html
   mllm evaluate RUN [--tasks naming yes_no ...]                           a table, results.json, report.html
   mllm generate RUN --image a.png "What is this?"                         text
+  mllm generate MODEL "Why is the sky blue?"                              text of a language model's folder
+  mllm chat MODEL [--temperature 0.7 --top-p 0.9 ...]                     in the terminal
+  mllm convert SRC DST [--to native|huggingface] [--dtype bfloat16]       Hugging Face <-> native, with a proof
+  mllm models                                                             what `convert` and from_pretrained read
 
 `mllm COMMAND --help` lists a command's options."""
 
@@ -69,7 +77,7 @@ class Generate:
     """Answers a question, about pictures if any are given.
 
     Attributes:
-        run: a folder that `mllm train` made.
+        run: a folder that `mllm train` made, or a language model's: Hugging Face's, or what `mllm convert` wrote.
         question: what to ask.
         image: picture files, in the order in which the question speaks of them.
         max_new_tokens: where an answer is cut off.
@@ -84,6 +92,53 @@ class Generate:
     def __post_init__(self):
         if self.max_new_tokens < 1:
             raise ConfigError(f"max_new_tokens {self.max_new_tokens}", "at least 1", "change --max-new-tokens")
+
+
+@dataclass(frozen=True)
+class Chat:
+    """Talks with a language model in the terminal.
+
+    Attributes:
+        model: a Hugging Face folder, or what `mllm convert` wrote.
+        system: what stands before the conversation.
+        dtype: what to compute and store in; as in the folder, if not given.
+        max_length: tokens that the conversation may take; the model's own limit if not given.
+        int8: store the linear kernels as int8.
+    """
+
+    model: tyro.conf.Positional[Path]
+    system: str = ""
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    max_length: int | None = None
+    int8: bool = False
+    options: Annotated[Options, OneName] = Options()
+    sampling: Annotated[Sampling, OneName] = Sampling()
+
+
+@dataclass(frozen=True)
+class Convert:
+    """Writes a model folder as one of the other kind, or in another dtype, and proves that nothing was lost.
+
+    Tokenizer, chat template and generation settings go along.
+
+    Attributes:
+        source: a Hugging Face folder (config.json, safetensors), or a native one.
+        target: the folder to write.
+        to: what to write; the kind that the source is not, if not given.
+        dtype: what to store; as in the source, if not given.
+        overwrite: replace a model that is there.
+    """
+
+    source: tyro.conf.Positional[Path]
+    target: tyro.conf.Positional[Path]
+    to: Literal["native", "huggingface"] | None = None
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    overwrite: bool = False
+
+
+@dataclass(frozen=True)
+class Models:
+    """Lists the models whose Hugging Face folders are read and written."""
 
 
 def load_config(path: Path) -> Experiment:
@@ -172,6 +227,8 @@ def evaluate_command(arguments: list[str]) -> int:
 
 def generate_command(arguments: list[str]) -> int:
     options = tyro.cli(Generate, args=arguments, prog="mllm generate")
+    if _is_language_model(options.run):
+        return _complete(options)
     experiment = _experiment_of(options.run)
 
     from mllm_jax.data.images import read_image, resize
@@ -189,6 +246,75 @@ def generate_command(arguments: list[str]) -> int:
     rows = mesh.shape["data"] * mesh.shape["fsdp"]
     generator = Generator(model, params, tokenizer, mesh, batch_size=rows, max_new_tokens=options.max_new_tokens)
     print(generator.generate([Prompt(options.question, pictures)], options.sampling)[0])
+    return 0
+
+
+def _is_language_model(folder: Path) -> bool:
+    """Whether a folder holds a model to be loaded, not a training run."""
+    from mllm_jax.checkpoints.native import is_native
+
+    return is_native(folder) or any(folder.glob("*.safetensors"))
+
+
+def _complete(options: Generate) -> int:
+    if options.image:
+        raise ConfigError(
+            f"{options.run} with {len(options.image)} picture(s)",
+            "a question in words only: this folder holds a language model",
+            "leave out --image, or name a run that was trained on pictures",
+        )
+
+    from mllm_jax.inference.language import LanguageGenerator
+
+    generator = LanguageGenerator.load(options.run)
+    prompt = options.question
+    if generator.tokenizer.has_template:
+        prompt = [{"role": "user", "content": prompt}]
+    answers = generator.generate([prompt], Options(max_new_tokens=options.max_new_tokens), options.sampling)
+    print(answers[0].text)
+    return 0
+
+
+def chat_command(arguments: list[str]) -> int:
+    options = tyro.cli(Chat, args=arguments, prog="mllm chat")
+
+    from mllm_jax.inference.chat import Conversation, chat
+    from mllm_jax.inference.language import LanguageGenerator
+    from mllm_jax.inference.quantize import summary
+
+    generator = LanguageGenerator.load(
+        options.model, dtype=options.dtype, int8=options.int8, max_length=options.max_length
+    )
+    if options.int8:
+        print(summary(generator.quantization_errors))
+    return chat(Conversation(generator, options.options, options.sampling, options.system))
+
+
+def convert_command(arguments: list[str]) -> int:
+    options = tyro.cli(Convert, args=arguments, prog="mllm convert")
+
+    import jax
+
+    jax.config.update("jax_platforms", "cpu")  # nothing is computed, and the host has the most room
+
+    from mllm_jax.models.convert import convert
+
+    convert(options.source, options.target, to=options.to, dtype=options.dtype, overwrite=options.overwrite, say=print)
+    return 0
+
+
+def models_command(arguments: list[str]) -> int:
+    tyro.cli(Models, args=arguments, prog="mllm models")
+
+    from rich.table import Table
+
+    from mllm_jax.models.registry import supported_models
+
+    table = Table("model", "architectures", "reads", "writes", "proven against")
+    for row in supported_models():
+        marks = ["yes" if able else "no" for able in (row.reading, row.writing)]
+        table.add_row(row.name, "\n".join(row.architectures), *marks, row.oracle)
+    _console().print(table)
     return 0
 
 
@@ -221,22 +347,34 @@ def _cache_dir() -> Path:
 
 def _evaluate(run: Path, tasks: tuple[str, ...] | None = None) -> None:
     import jax
-    from rich.console import Console
 
     from mllm_jax.evaluation.run import evaluate_run
     from mllm_jax.evaluation.tables import table
 
     results = evaluate_run(run, tasks=tasks)
     if jax.process_index() == 0:
-        console = Console()
-        if not console.is_terminal:  # a file or a pipe: nothing forces the table into 80 columns
-            console.width = max(console.width, 120)
-        console.print(table(results))
+        _console().print(table(results))
         print(run / "report.html")
 
 
+def _console() -> Console:
+    from rich.console import Console
+
+    console = Console()
+    if not console.is_terminal:  # a file or a pipe: nothing forces a table into 80 columns
+        console.width = max(console.width, 120)
+    return console
+
+
 HELP = ("-h", "--help")
-COMMANDS = {"train": train_command, "evaluate": evaluate_command, "generate": generate_command}
+COMMANDS = {
+    "train": train_command,
+    "evaluate": evaluate_command,
+    "generate": generate_command,
+    "chat": chat_command,
+    "convert": convert_command,
+    "models": models_command,
+}
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -269,14 +269,16 @@ def save_snapshot(folder: Path, tree: PyTree, meta: dict[str, Any]) -> None:
     together(write)
 
 
-def load_snapshot(folder: Path, abstract_tree: PyTree) -> tuple[PyTree, dict[str, Any]]:
+def load_snapshot(folder: Path, abstract_tree: PyTree, *, whole: bool = True) -> tuple[PyTree, dict[str, Any]]:
     """Reads what `save_snapshot` wrote: the tree on the shardings of `abstract_tree`, and the meta.
+
+    Unless `whole`, `abstract_tree` is a dict that may leave out entries of what was saved.
 
     Raises CheckpointError: absent, unfinished or damaged, or the leaves differ from `abstract_tree` in any way.
     """
     folder = _sound_snapshot(folder, deep=True)
     try:
-        return read(folder, abstract_tree, entries=False)
+        return read(folder, abstract_tree, entries=not whole)
     except ReadFailure as failure:
         raise _bad_snapshot(folder, str(failure)) from failure
 

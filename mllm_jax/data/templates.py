@@ -38,23 +38,21 @@ class Encoded:
 def encode_conversation(
     conversation: Conversation, tokenizer: Tokenizer, media_tokens: int, max_length: int, learn: str = "answers"
 ) -> Encoded:
-    """Lays out <bos> picture* context (<user> question <assistant> answer <eos>)*.
+    """Lays out <bos> picture* context (<user> question <assistant> answer <eos>)*, or as `ChatFormat` says.
 
     A picture is `media_tokens` places. What does not fit into `max_length` is shortened by whole turns from the end;
     pictures are never cut.
 
     Args:
-        learn: what carries loss: "answers", with their <eos>, or "all" the text, as in pretraining.
+        learn: what carries loss: "answers", with what ends them, or "all" the text, as in pretraining.
 
     Raises:
         DataError: an empty answer, no turn at all, or a first turn that does not fit.
     """
     if not conversation.turns:
         raise DataError("a conversation without turns", "at least one question and answer", "drop or mend the record")
-    ids: list[int] = [tokenizer.bos] + [tokenizer.image] * (media_tokens * conversation.num_images)
-    media = [-1] + list(range(media_tokens * conversation.num_images))
-    if conversation.context:
-        ids += tokenizer.encode(conversation.context)
+    chat = tokenizer.chat
+    ids, media = _opening(conversation.context, conversation.num_images, tokenizer, media_tokens)
     weights = [0.0] * len(ids)
     if learn == "all":
         weights[len(media) :] = [1.0] * (len(ids) - len(media))
@@ -63,14 +61,15 @@ def encode_conversation(
         answer = tokenizer.encode(turn.answer) if turn.answer.strip() else ()
         if not answer:
             raise DataError(f"an empty answer to {turn.question!r}", "an answer with text", "drop or mend the record")
-        asked = (tokenizer.user, *tokenizer.encode(turn.question), tokenizer.assistant)
-        if len(ids) + len(asked) + len(answer) + 1 > max_length:
+        asked = (*(chat.user if kept else chat.first_user), *tokenizer.encode(turn.question), *chat.assistant)
+        answer += chat.end
+        if len(ids) + len(asked) + len(answer) > max_length:
             break
-        ids += (*asked, *answer, tokenizer.eos)
-        weights += [float(learn == "all")] * len(asked) + [1.0] * (len(answer) + 1)
+        ids += (*asked, *answer)
+        weights += [float(learn == "all")] * len(asked) + [1.0] * len(answer)
         kept += 1
     if kept == 0:
-        need = len(ids) + len(asked) + len(answer) + 1
+        need = len(ids) + len(asked) + len(answer)
         raise DataError(
             f"an example of {need} tokens with {conversation.num_images} picture(s) of {media_tokens}",
             f"at most {max_length} tokens with its first turn",
@@ -136,10 +135,20 @@ def encode_prompt(
     question: str, num_images: int, tokenizer: Tokenizer, media_tokens: int, context: str = ""
 ) -> Encoded:
     """The row of a question that waits for its answer: everything up to and including <assistant>."""
-    ids = [tokenizer.bos] + [tokenizer.image] * (media_tokens * num_images)
-    media = [-1] + list(range(media_tokens * num_images))
-    ids += [*(tokenizer.encode(context) if context else ()), tokenizer.user, *tokenizer.encode(question)]
-    ids.append(tokenizer.assistant)
+    ids, media = _opening(context, num_images, tokenizer, media_tokens)
+    ids += (*tokenizer.chat.first_user, *tokenizer.encode(question), *tokenizer.chat.assistant)
     media += [-1] * (len(ids) - len(media))
     n = len(ids)
     return Encoded(np.asarray(ids, np.int32), np.zeros(n, np.float32), np.asarray(media, np.int32), num_images)
+
+
+def _opening(context: str, num_images: int, tokenizer: Tokenizer, media_tokens: int) -> tuple[list[int], list[int]]:
+    """The ids before the first question, and the media index of those that are no text to be learnt."""
+    chat, places = tokenizer.chat, media_tokens * num_images
+    ids = [*chat.begin] + [chat.image] * places
+    media = [-1] * len(chat.begin) + list(range(places))
+    if context:
+        ids += tokenizer.encode(context)
+    if context or places:
+        ids += chat.after_media
+    return ids, media

@@ -1,30 +1,45 @@
-"""A tokenizer with the special tokens that conversations need, kept as one tokenizer.json."""
+"""A tokenizer and the special tokens around a conversation's parts: of our own, or those of a chat model."""
 
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import Path
 
+from mllm_jax.data.chat import ChatTokenizer
+from mllm_jax.data.chat_format import ChatFormat
 from mllm_jax.errors import DataError
 
 PAD, BOS, EOS, IMAGE, USER, ASSISTANT = "<pad>", "<bos>", "<eos>", "<image>", "<user>", "<assistant>"
 SPECIAL_TOKENS = (PAD, BOS, EOS, IMAGE, USER, ASSISTANT)
+CHAT_FORMAT = "chat_format.json"  # beside tokenizer.json, where the special tokens are not ours
 
 
 class Tokenizer:
-    """Text to ids and back; a thin cover over `tokenizers.Tokenizer` that remembers what it has seen."""
+    """Text to ids and back; a thin cover over `tokenizers.Tokenizer` that remembers what it has seen.
 
-    def __init__(self, backend):
+    Args:
+        chat: how conversations are written; None: with the special tokens of this file, which must be there.
+    """
+
+    def __init__(self, backend, chat: ChatFormat | None = None):
         # Text that spells a special token stays text: no record or question can end an answer or forge a picture.
         backend.encode_special_tokens = True
         self.backend = backend
-        ids = [backend.token_to_id(token) for token in SPECIAL_TOKENS]
-        if None in ids:
-            missing = [t for t, i in zip(SPECIAL_TOKENS, ids, strict=True) if i is None]
-            raise DataError(f"a tokenizer without {missing}", f"the special tokens {SPECIAL_TOKENS}", "add them to it")
-        self.pad, self.bos, self.eos, self.image, self.user, self.assistant = ids
+        if chat is None:
+            ids = [backend.token_to_id(token) for token in SPECIAL_TOKENS]
+            if None in ids:
+                missing = [t for t, i in zip(SPECIAL_TOKENS, ids, strict=True) if i is None]
+                raise DataError(
+                    f"a tokenizer without {missing}",
+                    f"the special tokens {SPECIAL_TOKENS}",
+                    "add them to it, or name a chat model's folder: TokenizerConfig(folder=...)",
+                )
+            chat = ChatFormat.own(*ids)
+        self.chat = chat
+        self.pad, self.bos, self.eos, self.image = chat.pad, chat.bos, chat.eos, chat.image
         self.vocab_size = backend.get_vocab_size()
         self.encode = lru_cache(maxsize=1 << 17)(self._encode)
 
@@ -37,14 +52,23 @@ class Tokenizer:
         return self.backend.decode([int(i) for i in ids], skip_special_tokens=True).strip()
 
     def fingerprint(self) -> str:
-        return hashlib.sha256(self.backend.to_str().encode()).hexdigest()[:16]
+        """A short text that differs where ids or rows would."""
+        own = "" if not self.chat.template else repr(self.chat)
+        return hashlib.sha256((self.backend.to_str() + own).encode()).hexdigest()[:16]
 
     def save(self, path: Path) -> None:
-        self.backend.save(str(path))
+        """Writes tokenizer.json, whole or not at all; before it, a chat model's format as chat_format.json."""
+        path = Path(path)
+        temporary = path.with_name(f".{path.name}")
+        if self.chat.template:
+            self.chat.save(temporary)
+            os.replace(temporary, path.with_name(CHAT_FORMAT))
+        self.backend.save(str(temporary))
+        os.replace(temporary, path)
 
     @classmethod
     def load(cls, path: Path) -> Tokenizer:
-        """Reads a tokenizer.json.
+        """Reads a tokenizer.json, with the chat_format.json beside it if there is one.
 
         Raises:
             DataError: no such file, or not a tokenizer.
@@ -56,11 +80,38 @@ class Tokenizer:
                 f"no tokenizer at {path}", "a tokenizer.json", "train first, or copy it into the run folder"
             )
         try:
-            return cls(Backend.from_file(str(path)))
+            beside = Path(path).with_name(CHAT_FORMAT)
+            chat = ChatFormat.load(beside) if beside.is_file() else None
+            return cls(Backend.from_file(str(path)), chat)
         except DataError:
             raise
         except Exception as error:
             raise DataError(f"{path}: {error}", "a tokenizer.json of the tokenizers library", "restore it") from error
+
+    @classmethod
+    def from_folder(cls, folder: Path, system: str | None = None) -> Tokenizer:
+        """The tokenizer of a chat model, its conversations written as its own template has them.
+
+        Args:
+            system: the system message; see `ChatFormat.of_template`.
+
+        Raises:
+            DataError: no tokenizer or template there, or one that cannot be used for training.
+        """
+        from tokenizers import Tokenizer as Backend
+
+        chat = ChatTokenizer.load(folder)
+        fast = getattr(chat.backend, "backend_tokenizer", None)
+        if fast is None:
+            raise DataError(
+                f"the tokenizer in {folder}, a {type(chat.backend).__name__}",
+                "one that the tokenizers library has",
+                "convert it to a tokenizer.json",
+            )
+        backend = Backend.from_str(fast.to_str())  # a copy: what is set on it changes nobody else's
+        backend.no_padding()
+        backend.no_truncation()
+        return cls(backend, ChatFormat.of_template(chat, system))
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> Tokenizer:

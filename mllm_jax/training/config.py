@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
 from mllm_jax.data.pipeline import Mixture
@@ -67,10 +67,51 @@ class Stage:
 
 @dataclass(frozen=True)
 class TokenizerConfig:
-    """A byte-level BPE trained on the stages' text, unless `path` names a tokenizer.json."""
+    """A byte-level BPE trained on the stages' text, unless a file or a folder is named.
+
+    Attributes:
+        path: a tokenizer.json that an earlier run wrote.
+        folder: a chat model's folder: its tokenizer, and rows laid out by its chat template.
+        system: with `folder`, the system message; None leaves it to the template.
+    """
 
     vocab_size: int = 1024
     path: str | None = None
+    folder: str | None = None
+    system: str | None = None
+
+    def __post_init__(self):
+        if (self.path and self.folder) or (self.system is not None and not self.folder):
+            raise ConfigError(
+                f"{self}", "path or folder, and a system message only with a folder", "drop one of the two"
+            )
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """Where a part of the model begins, instead of at random.
+
+    Checkpoints name the source and hold the fingerprint of what is frozen: it may move, but not change.
+
+    Attributes:
+        part: "llm", "encoder" or another part of the model.
+        folder: a Hugging Face or native model folder; with `stage`, the folder of a run.
+        stage: the stage of that run which trained the part.
+        made_by: the Experiment that trains the run, up to that stage, if the folder does not hold it yet.
+    """
+
+    part: str
+    folder: str
+    stage: str | None = None
+    made_by: Any = None
+
+    def __post_init__(self):
+        if self.made_by is not None and self.stage not in [stage.name for stage in self.made_by.stages]:
+            raise ConfigError(
+                f"{self.folder}: stage {self.stage!r} made by experiment {self.made_by.name!r}",
+                f"one of its stages {[stage.name for stage in self.made_by.stages]}",
+                f"change the source of {self.part}",
+            )
 
 
 @dataclass(frozen=True)
@@ -86,6 +127,7 @@ class Experiment:
     """Everything `mllm train` needs.
 
     Attributes:
+        pretrained: parts that do not begin at random.
         cpu_devices: devices that a CPU is presented as; two are faster than one of two cores. Ignored elsewhere.
         nonfinite: "stop" at a loss or gradient that is not finite, or "skip" that step (it is never applied).
         evaluation: config of the evaluation that closes the run (anything with `run(...)`); None: none.
@@ -94,6 +136,7 @@ class Experiment:
     name: str
     model: MultimodalConfig
     stages: tuple[Stage, ...]
+    pretrained: tuple[Pretrained, ...] = ()
     tokenizer: TokenizerConfig = TokenizerConfig()
     mesh: MeshConfig = MeshConfig()
     cpu_devices: int | None = None
@@ -107,6 +150,12 @@ class Experiment:
         names = [stage.name for stage in self.stages]
         if not names or len(set(names)) != len(names):
             raise ConfigError(f"stages {names}", "at least one, with names that differ", "rename the stages")
+        parts = [source.part for source in self.pretrained]
+        known = [f.name for f in fields(self.model) if is_dataclass(getattr(self.model, f.name))]
+        if len(set(parts)) != len(parts) or not set(parts) <= set(known):
+            raise ConfigError(
+                f"pretrained parts {parts}", f"some of {known}, each once", "change experiment.pretrained"
+            )
         if self.nonfinite not in ("stop", "skip"):
             raise ConfigError(f"nonfinite {self.nonfinite!r}", '"stop" or "skip"', "change it")
         if self.tokenizer.vocab_size > self.model.llm.vocab_size:

@@ -13,6 +13,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from mllm_jax.checkpoints.description import describe
 from mllm_jax.checkpoints.training import (
     TrainingCheckpoints,
     check_fingerprint,
@@ -25,15 +26,14 @@ from mllm_jax.data.pipeline import Pipeline, training_texts
 from mllm_jax.data.tokenizer import Tokenizer
 from mllm_jax.errors import ConfigError, TrainingError
 from mllm_jax.sharding.mesh import make_mesh
-from mllm_jax.training.config import Experiment, Stage
+from mllm_jax.training.config import Experiment, Pretrained, Stage
 from mllm_jax.training.flops import count_flops
 from mllm_jax.training.metrics import MetricsWriter, Progress, peak_flops
 from mllm_jax.training.optimizer import learning_rate, make_optimizer
 from mllm_jax.training.partition import join, num_bytes, num_parameters, split
+from mllm_jax.training.pretrained import describe_sources, initial_params, snapshot_of
 from mllm_jax.training.run_folder import RunFolder, open_run, write_json
-from mllm_jax.training.serialise import describe
 from mllm_jax.training.step import (
-    init_params,
     init_state,
     local_rows,
     make_apply,
@@ -55,6 +55,7 @@ def train(
     fresh: bool = False,
     devices: Sequence[jax.Device] | None = None,
     cache_dir: Path | None = None,
+    until: str | None = None,
 ) -> RunFolder:
     """Trains every stage that the run folder does not hold yet, and returns the folder.
 
@@ -62,24 +63,31 @@ def train(
         fresh: start over, removing what an earlier run left there.
         devices: the devices to use; None: all.
         cache_dir: where measured lengths are kept.
+        until: the stage to end with; None: the last.
 
     Raises:
         Interrupted: SIGTERM or SIGINT came; everything up to the last finished step is saved.
         TrainingError: a loss that is not finite, with `nonfinite="stop"`.
     """
+    # ---- the runs that this one builds on
+    for source in experiment.pretrained:
+        if source.made_by is not None and not _is_made(source):
+            train(source.made_by, Path(source.folder), devices=devices, cache_dir=cache_dir, until=source.stage)
+
     # ---- the run folder, the tokenizer, the mesh
     mesh = make_mesh(experiment.mesh, devices)
     first_host = jax.process_index() == 0
     folder = open_run(run_dir, experiment, fresh=fresh, writer=first_host)
     tokenizer = prepare_tokenizer(experiment, folder, first_host)
 
-    # ---- all parameters, made in place
+    # ---- all parameters, made or read in place
     model = experiment.model.make()
-    params, shardings = init_params(model, mesh, experiment.seed)
+    params, shardings = initial_params(experiment, model, mesh)
     facts = {
         "config": experiment.name,
         "devices": f"{mesh.devices.size} x {mesh.devices.flat[0].device_kind}",
         "parameters": {part: num_parameters(tree) for part, tree in sorted(params.items())},
+        "pretrained": describe_sources(experiment),
         "stages": [],
     }
 
@@ -92,6 +100,7 @@ def train(
             snapshot = folder.snapshot(index, stage.name)
             runner = StageRunner(experiment, index, folder, tokenizer, mesh, model, shardings, progress)
             if snapshot.is_dir():
+                _check_frozen(snapshot, split(params, stage.trainable)[1], stage)
                 trained, meta = load_snapshot(snapshot, runner.abstract(split(params, stage.trainable)[0]))
                 stage_facts = meta["facts"]
             else:
@@ -103,14 +112,29 @@ def train(
                 write_json(folder.path / "run.json", facts)
             if stopping.is_set():
                 raise Interrupted(f"stopped after stage {stage.name}; the same command goes on from there")
+            if stage.name == until:
+                break
     return folder
+
+
+def _is_made(source: Pretrained) -> bool:
+    return RunFolder(Path(source.folder)).config_file.is_file() and snapshot_of(source).is_dir()
+
+
+def _check_frozen(snapshot: Path, frozen: dict, stage: Stage) -> None:
+    """Refuses frozen parameters that are not those which a finished stage was trained on."""
+    check_fingerprint(
+        frozen, snapshot_meta(snapshot)["frozen"]["fingerprint"], f"what stage {stage.name} was trained on"
+    )
 
 
 def prepare_tokenizer(experiment: Experiment, folder: RunFolder, first_host: bool = True) -> Tokenizer:
     """The run's tokenizer: the one it holds, the one that the config names, or one trained on the stages' text."""
     config = experiment.tokenizer
     if not folder.tokenizer_file.is_file():
-        if config.path is not None:
+        if config.folder is not None:
+            tokenizer = Tokenizer.from_folder(Path(config.folder), config.system)
+        elif config.path is not None:
             tokenizer = Tokenizer.load(Path(config.path))
         else:
             sources = {repr(describe(w.source)): w.source for stage in experiment.stages for w in stage.data.sources}
@@ -118,9 +142,7 @@ def prepare_tokenizer(experiment: Experiment, folder: RunFolder, first_host: boo
             tokenizer = Tokenizer.train(training_texts(built), config.vocab_size)
         if not first_host:
             return tokenizer
-        temporary = folder.path / ".tokenizer.json"
-        tokenizer.save(temporary)
-        temporary.replace(folder.tokenizer_file)
+        tokenizer.save(folder.tokenizer_file)
     tokenizer = folder.tokenizer()
     if tokenizer.vocab_size > experiment.model.llm.vocab_size:
         raise ConfigError(
@@ -152,7 +174,7 @@ class StageRunner:
 
     def frozen_meta(self, frozen) -> dict:
         """Where the frozen parameters come from and what they are: enough to find and to check them."""
-        sources = {"": f"init(seed={self.experiment.seed})"}
+        sources = {"": f"init(seed={self.experiment.seed})"} | describe_sources(self.experiment)
         for i, earlier in enumerate(self.experiment.stages[: self.index]):
             sources |= {pattern: f"stages/{i}-{earlier.name}" for pattern in earlier.trainable}
         return {"sources": sources, "fingerprint": fingerprint(frozen)}
@@ -397,7 +419,7 @@ def load_run(folder: RunFolder, devices: Sequence[jax.Device] | None = None):
     experiment = folder.experiment()
     mesh = make_mesh(experiment.mesh, devices)
     model = experiment.model.make()
-    params, shardings = init_params(model, mesh, experiment.seed)
+    params, shardings = initial_params(experiment, model, mesh)
     finished = 0
     for index, stage in enumerate(experiment.stages):
         snapshot = folder.snapshot(index, stage.name)
@@ -405,8 +427,7 @@ def load_run(folder: RunFolder, devices: Sequence[jax.Device] | None = None):
             break
         names, places = split(params, stage.trainable)[0], split(shardings, stage.trainable)[0]
         abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), names, places)
-        check = snapshot_meta(snapshot)["frozen"]["fingerprint"]
-        check_fingerprint(split(params, stage.trainable)[1], check, f"what stage {stage.name} was trained on")
+        _check_frozen(snapshot, split(params, stage.trainable)[1], stage)
         params = join(params, load_snapshot(snapshot, abstract)[0])
         finished += 1
     if finished == 0:

@@ -12,15 +12,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mllm_jax.checkpoints.description import describe, rebuild
 from mllm_jax.data.tokenizer import Tokenizer
 from mllm_jax.errors import MllmError, RunFolderError
 from mllm_jax.training.config import Experiment
-from mllm_jax.training.serialise import binding_differences, describe, rebuild
+from mllm_jax.training.serialise import binding_differences
 
 KIND = f"{Experiment.__module__}:{Experiment.__qualname__}"
 MEASURED = ("results.json", "examples.json", "report.html")
 FOLDERS = ("stages", "checkpoints", "tensorboard")
-WRITTEN = (*FOLDERS, "config.json", "tokenizer.json", "run.json", "metrics.jsonl", *MEASURED)
+WRITTEN = (*FOLDERS, "config.json", "tokenizer.json", "chat_format.json", "run.json", "metrics.jsonl", *MEASURED)
 UNDERWAY = tuple(f".{name}" for name in WRITTEN)  # how the names begin of what is being written or removed
 RESTORE = "restore the file, or start over with --fresh"
 

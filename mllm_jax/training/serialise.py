@@ -1,57 +1,12 @@
-"""Configs as JSON and back, and what differs between two of them."""
+"""What differs between two described configs, and which of it makes a run another one."""
 
 from __future__ import annotations
 
-import dataclasses
-import importlib
 from typing import Any
 
-from mllm_jax.errors import ConfigError
-
-# What may differ between a run and its continuation: none of it changes the numbers beyond rounding.
-FREE_TO_CHANGE = ("name", "mesh", "cpu_devices", "log_every", "nonfinite", "checkpoint", "evaluation")
-
-
-def describe(value: Any) -> Any:
-    """A config as JSON: a dataclass becomes an object with its class under "class".
-
-    Raises:
-        ConfigError: a value that is neither a dataclass nor plain data.
-    """
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        fields = {f.name: describe(getattr(value, f.name)) for f in dataclasses.fields(value) if f.init}
-        return {"class": f"{type(value).__module__}:{type(value).__qualname__}", **fields}
-    if isinstance(value, (list, tuple)):
-        return [describe(v) for v in value]
-    if isinstance(value, (str, int, float, bool)) or value is None:
-        return value
-    raise ConfigError(f"a config value {value!r}", "dataclasses, tuples, strings, numbers", "replace it by plain data")
-
-
-def rebuild(description: Any) -> Any:
-    """The reverse of `describe`; only classes of this package are imported.
-
-    Raises:
-        ConfigError: a class that does not exist (any more), or fields it does not know.
-    """
-    if isinstance(description, list):
-        return tuple(rebuild(v) for v in description)
-    if not isinstance(description, dict):
-        return description
-    kind = description.get("class", "")
-    module, _, name = kind.partition(":")
-    fields = {k: rebuild(v) for k, v in description.items() if k != "class"}
-    if module.split(".")[0] != "mllm_jax":
-        raise ConfigError(f"a stored config of class {kind!r}", "a class of mllm_jax", "build the experiment in Python")
-    try:
-        found = getattr(importlib.import_module(module), name)
-        if not (isinstance(found, type) and dataclasses.is_dataclass(found)):
-            raise TypeError("not a config class")
-        return found(**fields)
-    except (ImportError, AttributeError, TypeError) as error:
-        raise ConfigError(
-            f"a stored {kind}: {error}", "what this version knows", "use the version that wrote it"
-        ) from error
+# What may differ between a run and its continuation: none of it changes the numbers beyond rounding. Pretrained parts
+# may move because fingerprints tell if they change.
+FREE_TO_CHANGE = ("name", "mesh", "cpu_devices", "log_every", "nonfinite", "checkpoint", "evaluation", "pretrained")
 
 
 def differences(old: Any, new: Any, path: str = "") -> list[str]:
@@ -69,5 +24,12 @@ def differences(old: Any, new: Any, path: str = "") -> list[str]:
 
 def binding_differences(old: dict, new: dict) -> list[str]:
     """The differences that make a run folder another experiment's."""
-    keep = {key: value for key, value in old.items() if key not in FREE_TO_CHANGE}
-    return differences(keep, {key: value for key, value in new.items() if key not in FREE_TO_CHANGE})
+    return differences(_binding(old), _binding(new))
+
+
+def _binding(described: dict) -> dict:
+    kept = {key: value for key, value in described.items() if key not in FREE_TO_CHANGE}
+    if isinstance(tokenizer := kept.get("tokenizer"), dict):
+        # The run holds a copy of what it read there.
+        kept["tokenizer"] = {key: value for key, value in tokenizer.items() if key != "folder"}
+    return kept

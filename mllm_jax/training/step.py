@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import jax
@@ -27,19 +27,32 @@ class TrainState:
     key: jax.Array
 
 
-def init_params(model: nn.Module, mesh: Mesh, seed: int) -> tuple[dict, dict]:
+def abstract_params(model: nn.Module) -> dict:
+    """Shapes, dtypes and logical names of all parameters; nothing is computed."""
+    return jax.eval_shape(lambda key: _init(model, key), jax.random.key(0))
+
+
+def init_params(model: nn.Module, mesh: Mesh, seed: int, *, without: Sequence[str] = ()) -> tuple[dict, dict]:
     """All parameters, made where they will live: no host or device ever holds a full copy of a sharded one.
 
+    Args:
+        without: parts that are not made.
+
     Returns:
-        (params, shardings): nested dicts of float32 arrays and of their NamedShardings.
+        (params, shardings): nested dicts of float32 arrays and of their NamedShardings, the latter of all parts.
     """
+    shardings = param_shardings(abstract_params(model), mesh)
+    wanted = {part: places for part, places in shardings.items() if part not in without}
 
-    def init(key):
-        return model.init(key, model.sample_batch(), method="touch")["params"]
+    def make(key):
+        params = nn.meta.unbox(_init(model, key))
+        return {part: params[part] for part in wanted}
 
-    shardings = param_shardings(jax.eval_shape(init, jax.random.key(seed)), mesh)
-    make = jax.jit(lambda key: nn.meta.unbox(init(key)), out_shardings=shardings)
-    return make(jax.random.key(seed)), shardings
+    return jax.jit(make, out_shardings=wanted)(jax.random.key(seed)), shardings
+
+
+def _init(model: nn.Module, key: jax.Array) -> dict:
+    return model.init(key, model.sample_batch(), method="touch")["params"]
 
 
 def state_shardings(optimizer: optax.GradientTransformation, params, shardings, mesh: Mesh) -> TrainState:

@@ -80,7 +80,7 @@ def test_layout_of_a_conversation(tokenizer):
     encoded = encode_conversation(Conversation(1, TURNS[:2], context="a fruit"), t, MEDIA, 200)
     wanted = [t.bos, *[t.image] * MEDIA, *encode("a fruit")]
     for turn in TURNS[:2]:
-        wanted += [t.user, *encode(turn.question), t.assistant, *encode(turn.answer), t.eos]
+        wanted += [*t.chat.user, *encode(turn.question), *t.chat.assistant, *encode(turn.answer), t.eos]
     assert encoded.tokens.tolist() == wanted
 
 

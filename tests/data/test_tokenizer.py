@@ -33,7 +33,8 @@ def test_a_word_has_the_same_ids_wherever_it_stands(tokenizer):
 
 
 def test_special_tokens_are_distinct_and_left_out_of_text(tokenizer):
-    special = [tokenizer.pad, tokenizer.bos, tokenizer.eos, tokenizer.image, tokenizer.user, tokenizer.assistant]
+    chat = tokenizer.chat
+    special = [chat.pad, chat.bos, chat.eos, chat.image, *chat.user, *chat.assistant]
     assert len(set(special)) == 6
     ids = [tokenizer.bos, *tokenizer.encode("a cat"), tokenizer.eos, tokenizer.pad]
     assert tokenizer.decode(ids) == "a cat"

@@ -8,6 +8,7 @@ import json
 import numpy as np
 import pytest
 
+from mllm_jax.checkpoints.description import describe, rebuild
 from mllm_jax.data.pipeline import Mixture
 from mllm_jax.encoders.vit import ViTConfig
 from mllm_jax.errors import ConfigError
@@ -17,7 +18,7 @@ from mllm_jax.projectors.mlp import MLPProjectorConfig
 from mllm_jax.training.config import Experiment, Stage, TokenizerConfig
 from mllm_jax.training.objectives.contrastive import Contrastive
 from mllm_jax.training.objectives.next_token import NextToken
-from mllm_jax.training.serialise import binding_differences, describe, differences, rebuild
+from mllm_jax.training.serialise import binding_differences, differences
 
 EXPERIMENT = Experiment(
     name="small",
@@ -66,9 +67,9 @@ def test_what_is_no_plain_data_is_refused(value):
         "tests.foo:Bar",
         "mllm_jax_evil:Config",
         "",
-        "mllm_jax.training.serialise:describe",  # of the package, but no config class
+        "mllm_jax.checkpoints.description:describe",  # of the package, but no config class
         "mllm_jax.errors:MllmError",
-        "mllm_jax.training.serialise:importlib",
+        "mllm_jax.checkpoints.description:importlib",
         "mllm_jax.training.serialise:Gone",
         "mllm_jax.training.gone:Gone",
     ],

@@ -1,0 +1,96 @@
+"""The parameters that a run begins with: made from its seed, or read part by part from other models and runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import jax
+from flax import linen as nn
+from jax.sharding import Mesh
+
+from mllm_jax.checkpoints.description import describe
+from mllm_jax.checkpoints.training import load_snapshot
+from mllm_jax.errors import CheckpointError, ConfigError
+from mllm_jax.models.pretrained import pretrained_config
+from mllm_jax.models.registry import from_pretrained
+from mllm_jax.training.config import Experiment, Pretrained
+from mllm_jax.training.run_folder import RunFolder
+from mllm_jax.training.serialise import differences
+from mllm_jax.training.step import abstract_params, init_params
+
+# How a part is started and computed; the parameters mean the same whatever these say.
+_FREE = ("dtype", "remat", "scan_unroll", "mimetic_init")
+
+
+def initial_params(experiment: Experiment, model: nn.Module, mesh: Mesh) -> tuple[dict, dict]:
+    """All parameters where they will live, those of `experiment.pretrained` read and the others made from the seed.
+
+    Returns:
+        (params, shardings): nested dicts of float32 arrays and of their NamedShardings.
+
+    Raises:
+        ConfigError: a source whose model is not the part's.
+        CheckpointError: weights that are absent, damaged or of other shapes.
+    """
+    sources = experiment.pretrained
+    params, shardings = init_params(model, mesh, experiment.seed, without=[source.part for source in sources])
+    for source in sources:
+        config = getattr(experiment.model, source.part)
+        if source.stage is None:
+            params[source.part] = _from_model(source, config, mesh, shardings[source.part])
+        else:
+            abstract = nn.meta.unbox(abstract_params(model))[source.part]
+            params[source.part] = _from_run(source, config, abstract, shardings[source.part])
+    return params, shardings
+
+
+def snapshot_of(source: Pretrained) -> Path:
+    """Where the run keeps what the stage trained. Raises RunFolderError (no run) or ConfigError (no such stage)."""
+    run = RunFolder(Path(source.folder))
+    names = [stage.name for stage in run.experiment().stages]
+    if source.stage not in names:
+        raise ConfigError(
+            f"stage {source.stage!r} of {source.folder}", f"one of {names}", f"change the source of {source.part}"
+        )
+    return run.snapshot(names.index(source.stage), source.stage)
+
+
+def describe_sources(experiment: Experiment) -> dict[str, str]:
+    """{pattern of parameters: where they were read}."""
+    return {
+        f"{source.part}/*": f"pretrained({source.folder}{f', stage {source.stage}' if source.stage else ''})"
+        for source in experiment.pretrained
+    }
+
+
+def _from_model(source: Pretrained, config: Any, mesh: Mesh, shardings: dict) -> dict:
+    _require_same(source, config, pretrained_config(source.folder))
+    # float32 as all that is trained; a stage may hold what it freezes in less.
+    _, params = from_pretrained(source.folder, dtype="float32", mesh=mesh)
+    return jax.device_put(params, shardings)
+
+
+def _from_run(source: Pretrained, config: Any, abstract: dict, shardings: dict) -> dict:
+    _require_same(source, config, getattr(RunFolder(Path(source.folder)).experiment().model, source.part))
+    snapshot = snapshot_of(source)
+    if not snapshot.is_dir():
+        raise CheckpointError(
+            f"{source.folder}: stage {source.stage} has not ended", "its parameters", "train that run further first"
+        )
+    wanted = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings)
+    return load_snapshot(snapshot, {source.part: wanted}, whole=False)[0][source.part]
+
+
+def _require_same(source: Pretrained, ours: Any, theirs: Any) -> None:
+    left, right = (
+        {name: value for name, value in describe(config).items() if name not in _FREE} if config is not None else {}
+        for config in (theirs, ours)
+    )
+    if changed := differences(left, right):
+        shown = "".join(f"\n  {line}" for line in changed[:10])
+        raise ConfigError(
+            f"{source.folder} as model.{source.part}, which is another model:{shown}",
+            "the config that the weights were trained with",
+            f"build model.{source.part} from it: mllm_jax.pretrained_config(folder), or the run's own config",
+        )

@@ -1,0 +1,138 @@
+"""A real chat model, SmolLM2-135M-Instruct, against PyTorch: logits, greedy answers, and the way back."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import mllm_jax
+from mllm_jax.data.chat import ChatTokenizer
+from mllm_jax.data.examples import Conversation, Turn
+from mllm_jax.data.templates import encode_conversation
+from mllm_jax.data.tokenizer import Tokenizer
+from mllm_jax.inference.language import LanguageGenerator
+from mllm_jax.inference.options import Options
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "assets"))
+from smollm2 import REQUIREMENTS, smollm2  # noqa: E402
+
+pytestmark = pytest.mark.slow
+
+NEW = 64
+QUESTIONS = (
+    "What is the capital of France?",
+    "Name three colours of the rainbow.",
+    "Write one sentence about the sea.",
+    "How many legs does a spider have?",
+    "Translate 'good morning' into Spanish.",
+    "What is 7 times 8?",
+    "Give me a recipe for pancakes, with the amounts in grams and the time that each step takes.",
+    "Who wrote Romeo and Juliet?",
+    "Explain photosynthesis to a child in simple words.",
+    "List the days of the week.",
+)
+
+
+@pytest.fixture(scope="module")
+def folder(require_asset) -> Path:
+    """Fetched where CI=true; elsewhere nothing is downloaded unasked."""
+    found = smollm2(fetch=os.environ.get("CI") == "true")
+    require_asset(found, f"the package of {REQUIREMENTS.name}: python tests/assets/smollm2.py")
+    return found
+
+
+@pytest.fixture(scope="module")
+def theirs(folder):
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+@pytest.fixture(scope="module")
+def ours(folder) -> LanguageGenerator:
+    return LanguageGenerator.load(folder, batch_size=len(QUESTIONS), max_length=256)
+
+
+@pytest.fixture(scope="module")
+def chat(folder) -> ChatTokenizer:
+    return ChatTokenizer.load(folder)
+
+
+def prompt_of(chat: ChatTokenizer, question: str) -> list[int]:
+    return chat.encode_chat([{"role": "user", "content": question}])
+
+
+def test_logits_agree_with_torch(folder, theirs, chat, assert_close):
+    module, params = mllm_jax.from_pretrained(folder)
+    assert_logits_agree(module, params, theirs, chat, assert_close)
+
+
+def assert_logits_agree(module, params, theirs, chat, assert_close) -> None:
+    """Two conversations of unequal length in padded rows, and both packed into one row."""
+    prompts = [prompt_of(chat, QUESTIONS[0]), prompt_of(chat, QUESTIONS[6])]
+    with torch.no_grad():
+        wanted = [theirs(torch.tensor([ids])).logits[0].numpy() for ids in prompts]
+    longest = max(map(len, prompts))
+    tokens, segments = np.zeros((2, longest), np.int32), np.zeros((2, longest), np.int32)
+    for row, ids in enumerate(prompts):
+        tokens[row, : len(ids)], segments[row, : len(ids)] = ids, 1
+    logits = module.apply({"params": params}, tokens, segments=segments)
+    for row, (ids, reference) in enumerate(zip(prompts, wanted, strict=True)):
+        assert_close(logits[row, : len(ids)], reference, 1e-4, f"prompt {row}")
+    packed = module.apply(
+        {"params": params},
+        np.concatenate(prompts)[None],
+        positions=np.concatenate([np.arange(len(ids)) for ids in prompts])[None],
+        segments=np.repeat([1, 2], [len(ids) for ids in prompts])[None],
+    )
+    assert_close(packed[0], np.concatenate(wanted), 1e-4, "packed")
+
+
+def test_greedy_continuations_are_those_of_torch(theirs, ours, chat, monkeypatch):
+    """64 tokens, with nothing that ends them: ten prompts of unequal length in one batch here, each alone there."""
+    monkeypatch.setattr(theirs.generation_config, "eos_token_id", None)
+    answers = ours.generate(
+        [[{"role": "user", "content": question}] for question in QUESTIONS], Options(NEW, ignore_eos=True)
+    )
+    for question, answer in zip(QUESTIONS, answers, strict=True):
+        ids = torch.tensor([prompt_of(chat, question)])
+        out = theirs.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW, do_sample=False, eos_token_id=None
+        )
+        assert len(answer.ids) == NEW
+        assert list(answer.ids) == out[0, ids.shape[1] :].tolist(), question
+    assert len({answer.ids for answer in answers}) == len(QUESTIONS)
+
+
+def test_it_knows_the_capital_of_france(ours):
+    answer = ours.generate([[{"role": "user", "content": "What is the capital of France?"}]], Options(16))[0]
+    assert answer.text.endswith("Paris.") and answer.finish == "stop"
+
+
+def test_saved_by_us_it_is_the_same_model_to_transformers(folder, theirs, chat, tmp_path, assert_close):
+    module, params = mllm_jax.from_pretrained(folder)
+    mllm_jax.save_pretrained(module, params, tmp_path / "ours", companions=folder, max_shard_bytes=200 * 10**6)
+    assert len(list((tmp_path / "ours").glob("*.safetensors"))) > 1
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "ours", dtype=torch.float32).eval()
+    before, after = theirs.state_dict(), again.state_dict()
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+    ids = torch.tensor([prompt_of(chat, QUESTIONS[1])])
+    with torch.no_grad():
+        assert_close(again(ids).logits, theirs(ids).logits.numpy(), 1e-6, "logits")
+    assert prompt_of(ChatTokenizer.load(tmp_path / "ours"), QUESTIONS[1]) == ids[0].tolist()
+    assert again.generation_config.eos_token_id == theirs.generation_config.eos_token_id
+
+
+@pytest.mark.parametrize("system", [None, "", "Name the emoji."], ids=["its own", "empty", "ours"])
+def test_training_rows_are_what_its_template_gives(folder, chat, system):
+    """Odd spaces and line breaks included; behind the last answer the template writes one line break more."""
+    turns = (Turn("What is this? ", "a red cat", ""), Turn("\nHow many?\n", "two", ""), Turn(" Sure?", "Yes.", ""))
+    row = encode_conversation(Conversation(0, turns), Tokenizer.from_folder(folder, system), 4, 512).tokens.tolist()
+    messages = [] if system is None else [{"role": "system", "content": system}]
+    for turn in turns:
+        messages += [{"role": "user", "content": turn.question}, {"role": "assistant", "content": turn.answer}]
+    assert [*row, *chat.backend("\n")["input_ids"]] == chat.encode_chat(messages, add_generation_prompt=False)

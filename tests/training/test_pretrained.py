@@ -1,0 +1,298 @@
+"""Runs whose parts come from checkpoints: read where they belong, named and checked, followed when they move."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+import sys
+from dataclasses import replace
+
+import jax
+import numpy as np
+import pytest
+import toy_data
+from flax.traverse_util import flatten_dict
+from tiny_language import CONFIG, random_params, write_folder
+from toy_data import MODEL, PAIRS, PICTURES, quick_compilation
+
+import mllm_jax
+from mllm_jax.cli import load_config
+from mllm_jax.errors import CheckpointError, ConfigError, RunFolderError
+from mllm_jax.inference.generate import Generator
+from mllm_jax.sharding.mesh import MeshConfig
+from mllm_jax.training.config import AdamW, CheckpointConfig, Experiment, Pretrained, Stage, TokenizerConfig
+from mllm_jax.training.loop import load_run, train
+from mllm_jax.training.objectives.contrastive import Contrastive
+from mllm_jax.training.objectives.next_token import NextToken
+from mllm_jax.training.run_folder import RunFolder
+
+pytestmark = pytest.mark.slow
+
+ADAMW = AdamW(learning_rate=1e-2, warmup_steps=1)
+ROWS = replace(PICTURES, length=128)
+
+TOWER = Experiment(
+    name="tower",
+    model=MODEL,
+    tokenizer=TokenizerConfig(vocab_size=320),
+    mesh=MeshConfig(),
+    seed=5,
+    stages=(
+        Stage("pairs", Contrastive(), ("encoder/*", "text_tower/*", "contrastive/*"), PAIRS, 2, ADAMW),
+        Stage("later", NextToken(), ("llm/*",), PICTURES, 1, ADAMW),
+    ),
+)
+
+
+def experiment(llm, tower, **changes) -> Experiment:
+    """A frozen LLM and tower with a new projector, then the LLM too."""
+    config = mllm_jax.pretrained_config(llm)
+    parts = dict(llm=config, projector=replace(MODEL.projector, output_size=config.hidden_size))
+    made = Experiment(
+        name="joined",
+        model=replace(MODEL, text_tower=None, contrastive=None, **parts),
+        tokenizer=TokenizerConfig(vocab_size=260, folder=str(llm)),
+        pretrained=(Pretrained("llm", str(llm)), Pretrained("encoder", str(tower), "pairs", made_by=TOWER)),
+        checkpoint=CheckpointConfig(every_steps=1),
+        stages=(
+            Stage("align", NextToken(), ("projector/*",), ROWS, 2, ADAMW),
+            Stage("instruct", NextToken(), ("projector/*", "llm/*"), ROWS, 2, ADAMW),
+        ),
+    )
+    return replace(made, **changes)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def setting():
+    """Compiles quickly; and as a stored config names classes of the package only, the toy source poses as one."""
+    with quick_compilation(), pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "mllm_jax.toy_data", toy_data)
+        patch.setattr(toy_data.Toy, "__module__", "mllm_jax.toy_data")
+        yield
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory):
+    """(LLM folder, folder of the run that is to make the tower)."""
+    folder = tmp_path_factory.mktemp("sources")
+    return write_folder(folder / "llm"), folder / "tower"
+
+
+@pytest.fixture(scope="module")
+def run(sources, tmp_path_factory):
+    """The whole run, once, on two devices."""
+    return train(experiment(*sources), tmp_path_factory.mktemp("runs") / "run", devices=jax.devices()[:2])
+
+
+@pytest.fixture
+def copy(run, sources, tmp_path):
+    """Copies of the run and its sources, with the config that names them: a test may break them."""
+    shutil.copytree(sources[0].parent, tmp_path / "sources")
+    shutil.copytree(run.path, tmp_path / "run")
+    moved = experiment(tmp_path / "sources" / "llm", tmp_path / "sources" / "tower")
+    return moved, tmp_path / "run", tmp_path / "sources"
+
+
+def snapshot(folder: RunFolder, index: int, stage: str) -> dict[str, np.ndarray]:
+    """Every leaf that a stage trained, read without the library."""
+    import orbax.checkpoint as ocp
+
+    where = folder.snapshot(index, stage)
+    paths = list(json.loads((where / "record.json").read_text())["leaves"])
+    request = ocp.args.PyTreeRestore(
+        item=dict.fromkeys(paths, 0), restore_args={p: ocp.RestoreArgs(restore_type=np.ndarray) for p in paths}
+    )
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+        return reader.restore(where / "arrays", args=request)
+
+
+def meta(folder: RunFolder, index: int, stage: str) -> dict:
+    return json.loads((folder.snapshot(index, stage) / "record.json").read_text())["meta"]
+
+
+def flat(tree: dict) -> dict[str, np.ndarray]:
+    return {path: np.asarray(leaf) for path, leaf in flatten_dict(tree, sep="/").items()}
+
+
+def assert_equal(ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray]) -> None:
+    assert ours.keys() == theirs.keys()
+    for path in ours:
+        np.testing.assert_array_equal(ours[path], theirs[path], err_msg=path)
+
+
+def test_parts_begin_with_what_their_sources_hold(run, sources):
+    """The first stage trained the projector only, so a run cut after it holds the sources' very numbers."""
+    shutil.rmtree(run.snapshot(1, "instruct"))  # `load_run` then gives what stood before the second stage
+    _, _, params, _, _ = load_run(run, jax.devices()[:2])
+    assert_equal(flat(params["llm"]), flat(random_params(CONFIG)))
+    tower = snapshot(RunFolder(sources[1]), 0, "pairs")
+    assert_equal(flat({"encoder": params["encoder"]}), {k: v for k, v in tower.items() if k.startswith("encoder/")})
+    # The same command trains the stage that is missing, from there.
+    train(experiment(*sources), run.path, devices=jax.devices()[:2])
+    after = snapshot(run, 1, "instruct")
+    changed = [k for k, v in after.items() if k.startswith("llm/") and (v != flat(params)[k]).any()]
+    assert len(changed) == len(flat(params["llm"])), "the second stage did not train the LLM"
+
+
+def test_the_tower_was_made_by_its_own_experiment_up_to_its_stage(run, sources):
+    tower = RunFolder(sources[1])
+    assert tower.experiment() == TOWER and tower.unfinished(TOWER) == ["later"]
+    train(TOWER, tower.path, devices=jax.devices()[:2])  # goes on with it, as with any run
+    assert tower.unfinished(TOWER) == []
+
+
+def test_checkpoints_name_the_sources_and_what_they_held(run, sources):
+    llm, tower = (f"pretrained({folder})" for folder in (sources[0], f"{sources[1]}, stage pairs"))
+    align, instruct = meta(run, 0, "align"), meta(run, 1, "instruct")
+    assert align["frozen"]["sources"] == {"": "init(seed=0)", "llm/*": llm, "encoder/*": tower}
+    named = instruct["frozen"]["sources"]
+    assert named["encoder/*"] == tower and named["projector/*"] == "stages/0-align"
+    for found, parts in ((align, {"llm", "encoder"}), (instruct, {"encoder"})):
+        assert {path.split("/")[0] for path in found["frozen"]["fingerprint"]} == parts
+    assert json.loads((run.path / "run.json").read_text())["pretrained"] == {"llm/*": llm, "encoder/*": tower}
+    assert not any(path.startswith(("llm", "encoder")) for path in snapshot(run, 0, "align")), "frozen, yet written"
+
+
+def test_a_finished_run_answers_with_the_models_own_tokens(run, sources):
+    _, model, params, tokenizer, mesh = load_run(run, jax.devices()[:2])
+    assert tokenizer.vocab_size == 260 and "messages" in tokenizer.chat.template
+    generator = Generator(model, params, tokenizer, mesh, batch_size=2, max_new_tokens=3)
+    picture = np.zeros((MODEL.encoder.image_size,) * 2 + (3,), np.uint8)
+    assert len(generator.generate([mllm_jax.Prompt("what colour", (picture,))])) == 1
+
+
+def test_sources_may_move(copy):
+    moved, run, sources = copy
+    shutil.rmtree(run / "stages" / "1-instruct")
+    train(moved, run, devices=jax.devices()[:2])  # its checkpoint of step 1 is taken up
+    assert RunFolder(run).experiment() == moved
+    assert meta(RunFolder(run), 1, "instruct")["frozen"]["sources"]["llm/*"].startswith("pretrained(")
+    with pytest.raises(RunFolderError, match=r"tokenizer.system"):
+        train(replace(moved, tokenizer=replace(moved.tokenizer, system="be brief")), run)
+
+
+@pytest.mark.parametrize("part", ["llm", "encoder"])
+def test_sources_may_not_change(copy, part):
+    """Neither a finished stage nor a begun one goes on with other weights, and nothing can be evaluated with them."""
+    moved, run, sources = copy
+    if part == "llm":
+        mllm_jax.save_pretrained(CONFIG.make(), random_params(seed=1), sources / "llm", overwrite=True)
+        moved = replace(moved, tokenizer=TokenizerConfig(vocab_size=260, folder=moved.tokenizer.folder))
+    else:
+        shutil.rmtree(sources / "tower")
+        other = replace(moved.pretrained[1], made_by=replace(TOWER, seed=6))
+        moved = replace(moved, pretrained=(moved.pretrained[0], other))
+    with pytest.raises(CheckpointError, match=f"{part}/"):
+        train(moved, run, devices=jax.devices()[:2])
+    with pytest.raises(CheckpointError, match=f"{part}/"):
+        load_run(RunFolder(run), jax.devices()[:2])
+    shutil.rmtree(run / "stages")  # now the first stage is one that has only begun
+    with pytest.raises(CheckpointError, match=f"{part}/"):
+        train(moved, run, devices=jax.devices()[:2])
+
+
+def test_read_onto_a_mesh_each_part_lies_as_its_axes_say(run, sources, devices):
+    from mllm_jax.sharding.mesh import make_mesh, param_shardings
+    from mllm_jax.training.pretrained import initial_params
+    from mllm_jax.training.step import abstract_params
+
+    config = experiment(*sources, mesh=MeshConfig(data=2, fsdp=2, tensor=2))
+    mesh, model = make_mesh(config.mesh, devices), config.model.make()
+    params, shardings = initial_params(config, model, mesh)
+    assert shardings == param_shardings(abstract_params(model), mesh)
+    assert jax.tree.map(lambda x: x.sharding, params) == shardings
+    assert any(not leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(params["llm"]))
+    assert_equal(flat(params["llm"]), flat(random_params(CONFIG)))
+    # What is not read begins as it would without sources.
+    assert_equal(
+        flat(params["projector"]), flat(initial_params(replace(config, pretrained=()), model, mesh)[0]["projector"])
+    )
+
+
+# ---- refusals
+
+
+def refused(error, config: Experiment, folder) -> str:
+    with pytest.raises(error) as refusal:
+        train(config, folder, devices=jax.devices()[:2])
+    assert refusal.value.given and refusal.value.expected and refusal.value.todo
+    return refusal.value.given
+
+
+def test_another_model_is_refused_by_the_fields_that_differ(run, sources, tmp_path):
+    config = experiment(*sources)
+    wide = replace(config.model, llm=replace(config.model.llm, rope_theta=5e5, scan_unroll=2, remat="full"))
+    given = refused(ConfigError, replace(config, model=wide), tmp_path / "run")
+    assert "rope_theta: 10000.0 -> 500000.0" in given and "remat" not in given
+    deep = replace(config.model, encoder=replace(config.model.encoder, num_layers=2))
+    given = refused(ConfigError, replace(config, model=deep), tmp_path / "other")
+    assert "num_layers: 1 -> 2" in given
+
+
+def test_absent_sources_are_refused(run, sources, tmp_path):
+    config = experiment(*sources)
+    llm, tower = config.pretrained
+    absent = str(tmp_path / "nothing")
+    assert absent in refused(
+        CheckpointError, replace(config, pretrained=(replace(llm, folder=absent),)), tmp_path / "a"
+    )
+    nowhere = replace(tower, folder=absent, made_by=None)
+    assert absent in refused(RunFolderError, replace(config, pretrained=(nowhere,)), tmp_path / "b")
+    unknown = replace(tower, stage="dreams", made_by=None)
+    assert "'dreams'" in refused(ConfigError, replace(config, pretrained=(unknown,)), tmp_path / "c")
+    untrained = replace(tower, stage="later", made_by=None)
+    given = refused((CheckpointError, ConfigError), replace(config, pretrained=(untrained,)), tmp_path / "d")
+    assert "encoder" in given or "has not ended" in given
+
+
+@pytest.mark.parametrize(
+    "pretrained,given",
+    [
+        ((Pretrained("brain", "x"),), "['brain']"),
+        ((Pretrained("llm", "x"), Pretrained("llm", "y")), "['llm', 'llm']"),
+        ((Pretrained("text_tower", "x"),), "['text_tower']"),
+    ],
+    ids=str,
+)
+def test_parts_that_the_model_has_not_are_refused(sources, pretrained, given):
+    with pytest.raises(ConfigError) as refusal:
+        experiment(*sources, pretrained=pretrained)
+    assert given in refusal.value.given and "projector" in refusal.value.expected
+
+
+def test_contradictions_are_refused():
+    with pytest.raises(ConfigError, match="stage 'dreams' made by experiment 'tower'"):
+        Pretrained("encoder", "x", "dreams", made_by=TOWER)
+    for wrong in ({"path": "a", "folder": "b"}, {"system": "be brief"}):
+        with pytest.raises(ConfigError, match="TokenizerConfig"):
+            TokenizerConfig(**wrong)
+
+
+# ---- what a person types
+
+
+def test_sources_are_options_of_the_command_line(sources, tmp_path, monkeypatch):
+    """Every leaf of a config can be changed there, those of `pretrained` too."""
+    import mllm_jax.training.loop as loop
+    from mllm_jax.cli import main
+
+    seen = {}
+    monkeypatch.setattr(loop, "train", lambda config, folder, **_: seen.update(config=config) or RunFolder(folder))
+    file = tmp_path / "joined.py"
+    file.write_text(
+        f"import sys\nsys.path.insert(0, {str(__file__).rpartition('/')[0]!r})\nimport test_pretrained as t\n"
+        f"def config():\n    return t.experiment({str(sources[0])!r}, 'somewhere')\n"
+    )
+    assert dataclasses.asdict(load_config(file))["pretrained"][1]["folder"] == "somewhere"
+    arguments = [
+        "--run-dir",
+        str(tmp_path / "run"),
+        "--pretrained.1.folder",
+        "elsewhere",
+        "--tokenizer.system",
+        "brief",
+    ]
+    assert main(["train", str(file), *arguments]) == 0
+    assert seen["config"].pretrained[1].folder == "elsewhere" and seen["config"].pretrained[1].stage == "pairs"
+    assert seen["config"].tokenizer.system == "brief" and seen["config"].pretrained[1].made_by == TOWER
