@@ -8,7 +8,7 @@ from pathlib import Path
 
 from mllm_jax.training.config import Experiment
 
-STEPS = {"language": 200, "contrastive": 180, "align": 20, "describe": 250, "instruct": 450}
+STEPS = {"language": 420, "contrastive": 380, "align": 20, "describe": 250, "instruct": 650}
 
 
 def config() -> Experiment:

@@ -20,7 +20,7 @@ from mllm_jax.training.objectives.contrastive import Contrastive
 from mllm_jax.training.objectives.next_token import NextToken
 
 SIZE = 64
-STEPS = {"language": 650, "contrastive": 500, "align": 20, "describe": 320, "instruct": 850}
+STEPS = {"language": 650, "contrastive": 500, "align": 20, "describe": 320, "instruct": 1000}
 
 MODEL = MultimodalConfig(
     encoder=ViTConfig(
@@ -100,7 +100,7 @@ def experiment(name: str, pictures: str, steps: dict[str, int], variants: int = 
                 name="align",
                 objective=NextToken(),
                 trainable=("projector/*",),
-                data=Mixture((Weighted(names, 0.75), Weighted(places, 0.25)), rows=16, length=128, slots=5),
+                data=Mixture((Weighted(names, 0.75), Weighted(places, 0.25)), rows=16, length=128, slots=6),
                 optimizer=AdamW(learning_rate=2e-3, warmup_steps=5),
                 steps=steps["align"],
             ),
@@ -108,7 +108,7 @@ def experiment(name: str, pictures: str, steps: dict[str, int], variants: int = 
                 name="describe",
                 objective=NextToken(),
                 trainable=("projector/*", "llm/*"),
-                data=Mixture((Weighted(names, 0.75), Weighted(places, 0.25)), rows=16, length=128, slots=5),
+                data=Mixture((Weighted(names, 0.75), Weighted(places, 0.25)), rows=16, length=128, slots=6),
                 optimizer=AdamW(learning_rate=2e-3, warmup_steps=30, end_factor=0.5),
                 steps=steps["describe"],
             ),
@@ -120,7 +120,7 @@ def experiment(name: str, pictures: str, steps: dict[str, int], variants: int = 
                     (Weighted(names, 0.35), Weighted(yes_no, 0.15), Weighted(questions, 0.35), Weighted(scenes, 0.15)),
                     rows=16,
                     length=128,
-                    slots=5,
+                    slots=4,
                 ),
                 optimizer=AdamW(learning_rate=1.5e-3, warmup_steps=30),
                 steps=steps["instruct"],
