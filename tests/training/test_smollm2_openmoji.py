@@ -1,0 +1,60 @@
+"""configs/smollm2_openmoji.py from end to end, with a tiny random LLM and the smoke config as the quickstart."""
+
+from __future__ import annotations
+
+import runpy
+from dataclasses import replace
+
+import jax
+import pytest
+from tiny_language import write_folder
+from tiny_runs import ROOT
+from toy_data import quick_compilation
+
+from mllm_jax.cli import load_config
+from mllm_jax.errors import ConfigError
+from mllm_jax.evaluation.run import evaluate_run
+from mllm_jax.training.loop import train
+from mllm_jax.training.run_folder import RunFolder
+
+CONFIG = ROOT / "configs" / "smollm2_openmoji.py"
+
+
+@pytest.fixture
+def llm(tmp_path):
+    return write_folder(tmp_path / "llm")
+
+
+def make(llm, quickstart, tower, **options):
+    return runpy.run_path(str(CONFIG))["experiment"](str(llm), quickstart, str(tower), **options)
+
+
+def test_the_shipped_config_follows_the_quickstart(llm, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match="python tests/assets/smollm2.py runs/smollm2-135m-instruct"):
+        load_config(CONFIG)
+    (tmp_path / "runs").mkdir()
+    llm.rename(tmp_path / "runs" / "smollm2-135m-instruct")
+    shipped, quickstart = load_config(CONFIG), load_config(ROOT / "configs" / "quickstart.py")
+    assert shipped.model.encoder == quickstart.model.encoder and shipped.model.text_tower is None
+    read = {source.part: source for source in shipped.pretrained}
+    assert set(read) == {"llm", "encoder"} and read["encoder"].made_by == quickstart
+    assert (read["encoder"].folder, read["encoder"].stage) == ("runs/quickstart", "contrastive")
+    assert [stage.trainable for stage in shipped.stages] == [("projector/*",), ("projector/*", "llm/*")]
+    assert all(stage.data.rows * stage.data.length <= 512 for stage in shipped.stages), "too much for two cores"
+
+
+@pytest.mark.slow
+def test_it_trains_and_is_evaluated(llm, tmp_path):
+    smoke = load_config(ROOT / "configs" / "smoke.py")
+    evaluation = replace(smoke.evaluation, splits=("composition",))
+    short = replace(smoke, evaluation=evaluation, stages=tuple(replace(stage, steps=2) for stage in smoke.stages))
+    # The tiny LLM's tokens are bytes, so rows are long.
+    steps = {"align": 2, "instruct": 2}
+    config = make(llm, short, tmp_path / "tower", steps=steps, rows=2, length=768, slots=3, limit=2)
+    with quick_compilation():
+        run = train(config, tmp_path / "run", devices=jax.devices()[:2])
+        results = evaluate_run(run.path, devices=jax.devices()[:2], batch_size=4)
+    assert run.unfinished(config) == [] and RunFolder(tmp_path / "tower").unfinished(short) == ["align", "instruct"]
+    assert results["splits"]["composition"], "nothing was measured"
+    assert "llm/*" in (run.path / "run.json").read_text() and (run.path / "report.html").is_file()
