@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+
 import pytest
 from PIL import Image
 from tiny_language import write_folder
@@ -44,11 +46,11 @@ def test_a_picture_for_a_language_model_is_refused(folder, tmp_path, capsys):
 
 
 def test_chat_answers_and_leaves(folder, monkeypatch, capsys):
-    lines = iter(["why?", "/exit"])
-    monkeypatch.setattr("builtins.input", lambda prompt="": next(lines))
+    typed = io.StringIO("why?\n/exit\nnever read\n")
+    monkeypatch.setattr("sys.stdin", typed)
     assert main(["chat", str(folder), "--max-new-tokens", "8", "--ignore-eos", "--int8"]) == 0
     shown = capsys.readouterr().out
-    assert "int8" in shown and len(shown.splitlines()) > 2 and next(lines, None) is None
+    assert "int8" in shown and len(shown.splitlines()) > 2 and typed.readline() == "never read\n"
 
 
 def test_a_folder_that_is_no_model_is_refused(tmp_path, capsys):
