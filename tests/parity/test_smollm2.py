@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from smollm2 import REQUIREMENTS, smollm2
 from transformers import AutoModelForCausalLM
 
 import mllm_jax
@@ -18,9 +18,6 @@ from mllm_jax.data.templates import encode_conversation
 from mllm_jax.data.tokenizer import Tokenizer
 from mllm_jax.inference.language import LanguageGenerator
 from mllm_jax.inference.options import Options
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "assets"))
-from smollm2 import REQUIREMENTS, smollm2  # noqa: E402
 
 pytestmark = pytest.mark.slow
 
