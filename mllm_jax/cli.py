@@ -332,10 +332,11 @@ def _use_cpu_devices(experiment: Experiment) -> None:
     """Presents the CPU as several devices, before anything has touched a device; XLA_FLAGS have the last word."""
     import jax
 
-    from mllm_jax.training.host import keep_freed_memory
+    from mllm_jax.training.host import enough_threads, keep_freed_memory
 
     if experiment.cpu_devices:
         keep_freed_memory()
+        enough_threads(experiment.cpu_devices)
     if experiment.cpu_devices and "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
         jax.config.update("jax_num_cpu_devices", experiment.cpu_devices)
 

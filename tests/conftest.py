@@ -16,6 +16,9 @@ if "jax" in sys.modules:
     raise pytest.UsageError("jax was imported before tests/conftest.py could choose its platform: drop the plugin")
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={NUM_DEVICES}"
+# XLA's pool has a thread a core unless told otherwise. Eight devices on two cores can then all wait in collectives of
+# which each holds a thread, with none left for the devices they wait for.
+os.environ["NPROC"] = str(4 * NUM_DEVICES)
 
 
 @pytest.fixture(autouse=True)

@@ -10,7 +10,7 @@ from mllm_jax.errors import ConfigError
 # Options that say nothing about what a model computes when it is applied.
 # fmt: off
 _NEUTRAL = frozenset((
-    "_name_or_path", "architectures", "model_type", "torch_dtype", "dtype", "transformers_version", "use_cache",
+    "_name_or_path", "_model_name_or_path", "architectures", "model_type", "torch_dtype", "dtype", "transformers_version", "use_cache",
     "initializer_range", "output_attentions", "output_hidden_states", "return_dict", "attn_implementation",
     "_attn_implementation", "attention_dropout", "hidden_dropout", "hidden_dropout_prob",
     "attention_probs_dropout_prob", "resid_pdrop", "embd_pdrop", "dropout", "activation_dropout", "layerdrop",

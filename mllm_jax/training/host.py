@@ -1,8 +1,9 @@
-"""What the host's memory allocator must be told before a CPU computes fast."""
+"""What the host must be told before a CPU computes fast, and as several devices without a deadlock."""
 
 from __future__ import annotations
 
 import ctypes
+import os
 import sys
 
 # Numbers of glibc's malloc.h (mallopt).
@@ -23,3 +24,13 @@ def keep_freed_memory() -> bool:
         return False
     options = {_MMAP_MAX: 0, _TRIM_THRESHOLD: 2**31 - 1, _ARENA_MAX: 1, _TOP_PAD: 64 * 2**20}
     return all([mallopt(option, value) for option, value in options.items()])
+
+
+def enough_threads(devices: int) -> None:
+    """Gives XLA's pool threads for more CPU devices than cores; to be called before a device is touched.
+
+    A collective holds a thread of each device while it waits for the others. The pool has one a core, so that devices
+    may wait for ever for one that finds no thread. XLA reads the pool's size from NPROC, which is kept if it is set.
+    """
+    if devices > (os.cpu_count() or 1):
+        os.environ.setdefault("NPROC", str(4 * devices))

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import textwrap
 
 import pytest
+
+from mllm_jax.training.host import enough_threads
 
 PROBE = """
 import resource, sys
@@ -35,3 +38,12 @@ def faults(how: str) -> int:
 def test_freed_memory_is_not_asked_of_the_system_again():
     kept, returned = faults("keep"), faults("return")
     assert kept < 100 and returned > 10 * kept + 100, (kept, returned)
+
+
+@pytest.mark.parametrize("given,devices,wanted", [(None, 1, None), (None, 10_000, "40000"), ("7", 10_000, "7")])
+def test_more_devices_than_cores_get_threads_to_wait_in(given, devices, wanted, monkeypatch):
+    monkeypatch.delenv("NPROC")
+    if given:
+        monkeypatch.setenv("NPROC", given)
+    enough_threads(devices)
+    assert os.environ.get("NPROC") == wanted
