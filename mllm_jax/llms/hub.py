@@ -46,6 +46,7 @@ IDLE = (
     "tokenizer_class", "prefix", "max_length", "min_length", "do_sample", "temperature", "top_p", "top_k", "num_beams",
     "repetition_penalty", "max_new_tokens", "task_specific_params", "finetuning_task", "sep_token_id",
     "decoder_start_token_id", "max_sequence_length", "is_llama_config", "transformers.js_config", "init_std",
+    "unk_token_id",
 )
 # fmt: on
 
