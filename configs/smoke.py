@@ -1,4 +1,4 @@
-"""The quickstart's four stages at toy size: checks an installation in about a minute, learns next to nothing.
+"""Four of the quickstart's stages at toy size: checks an installation in about a minute, learns next to nothing.
 
 mllm train configs/smoke.py
 """

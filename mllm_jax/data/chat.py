@@ -89,6 +89,14 @@ class ChatTokenizer:
         Raises:
             DataError: no template, or messages that it refuses, such as two questions in a row.
         """
+        laid_out = self._lay_out(messages, add_generation_prompt, tokenize=True, return_dict=True)
+        return list(laid_out["input_ids"])
+
+    def render_chat(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> str:
+        """A conversation as the template writes it; takes and raises what `encode_chat` does."""
+        return self._lay_out(messages, add_generation_prompt, tokenize=False)
+
+    def _lay_out(self, messages: Sequence[Message], add_generation_prompt: bool, **how: bool):
         if not self.has_template:
             raise DataError(
                 "a conversation for a tokenizer without a chat template",
@@ -98,19 +106,15 @@ class ChatTokenizer:
         from jinja2 import TemplateError
 
         try:
-            ids = self.backend.apply_chat_template(
-                [dict(message) for message in messages],
-                add_generation_prompt=add_generation_prompt,
-                tokenize=True,
-                return_dict=True,
+            return self.backend.apply_chat_template(
+                [dict(message) for message in messages], add_generation_prompt=add_generation_prompt, **how
             )
         except TemplateError as error:
             raise DataError(
                 f"roles {[message['role'] for message in messages]}: {error}",
                 "a conversation that the chat template accepts",
-                "change the order or the roles of the messages",
+                "change the order or the roles of the messages, or take another chat model's tokenizer",
             ) from error
-        return list(ids["input_ids"])
 
     def decode(self, ids: Sequence[int]) -> str:
         """Ids to text, special tokens left out and spaces as they are."""

@@ -114,33 +114,13 @@ def _ids(chat: ChatTokenizer, text: str) -> Ids:
     return tuple(chat.backend(text, add_special_tokens=False)["input_ids"])
 
 
-def _render(chat: ChatTokenizer, messages: list[dict], add_generation_prompt: bool = False) -> str:
-    """A conversation as the template writes it. Raises DataError: no template, or roles that it refuses."""
-    if not chat.has_template:
-        raise DataError(
-            "a tokenizer without a chat template",
-            "chat_template in tokenizer_config.json, or chat_template.jinja",
-            "take an instruction-tuned checkpoint, or add the template",
-        )
-    from jinja2 import TemplateError
-
-    try:
-        return chat.backend.apply_chat_template(messages, add_generation_prompt=add_generation_prompt, tokenize=False)
-    except TemplateError as error:
-        raise DataError(
-            f"roles {[message['role'] for message in messages]}: {error}",
-            "a chat template that accepts them",
-            "leave the system message to the template (system=None), or train with another chat model's tokenizer",
-        ) from error
-
-
 def _pieces(chat: ChatTokenizer, system: str | None) -> tuple[Ids, Ids, Ids, Ids]:
     """What the template writes before each of Q A Q A."""
     messages = [] if system is None else [{"role": "system", "content": system}]
     asked = [*messages, {"role": "user", "content": _QUESTIONS[0]}]
     for question, answer in zip(_QUESTIONS, _ANSWERS, strict=True):
         messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-    text = _render(chat, messages)
+    text = chat.render_chat(messages, add_generation_prompt=False)
     cuts = [_QUESTIONS[0], _ANSWERS[0], _QUESTIONS[1], _ANSWERS[1]]
     pieces: list[str] = []
     for cut in cuts:
@@ -152,7 +132,7 @@ def _pieces(chat: ChatTokenizer, system: str | None) -> tuple[Ids, Ids, Ids, Ids
                 "train with another chat model's tokenizer, or with a simpler template",
             )
         pieces.append(before)
-    prompt = _render(chat, asked, add_generation_prompt=True)
+    prompt = chat.render_chat(asked)
     if prompt != pieces[0] + _QUESTIONS[0] + pieces[1]:
         raise DataError(
             f"a chat template that asks for an answer with {prompt.partition(_QUESTIONS[0])[2]!r} and writes "

@@ -14,7 +14,7 @@ def keep_freed_memory() -> bool:
     """Lets glibc keep freed memory for the next step instead of returning it to the system; False on another libc.
 
     XLA allocates a step's temporaries anew each time. They are large, so malloc maps and unmaps them, and the system
-    clears every page again: with the quickstart on two cores a third of the time.
+    clears every page again: about a quarter of a step's time in the quickstart on two cores.
     """
     if not sys.platform.startswith("linux"):
         return False
