@@ -1,29 +1,38 @@
-"""Vision transformer (arXiv 2010.11929): pixels to one vector a patch."""
+"""Vision transformer (arXiv 2010.11929): pixels to one vector a patch. Its switches make it any of its descendants:
+CLIP, SigLIP, DINOv2, EVA-01, EVA-02-CLIP, InternViT; each has a file with its config and its checkpoints' names.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
-from einops import rearrange
+import numpy as np
 from flax import linen as nn
 from flax import struct
 
+from mllm_jax.encoders.vit_embeddings import PatchEmbedding, RegionPooling, grid_positions, packed_positions
 from mllm_jax.errors import ConfigError
 from mllm_jax.layers.attention import Attention
 from mllm_jax.layers.linear import Linear
-from mllm_jax.layers.mlp import MLP
-from mllm_jax.layers.norms import LayerNorm
+from mllm_jax.layers.mlp import ACTIVATIONS, MLP
+from mllm_jax.layers.norms import LayerNorm, RMSNorm
+from mllm_jax.layers.pooling import AttentionPooling
+from mllm_jax.layers.rotary import grid_angles
 from mllm_jax.layers.stack import scan_layers
 from mllm_jax.sharding.logical import constrain
+
+POOLERS = ("auto", "token", "mean", "attention", "none")
 
 
 @dataclass(frozen=True)
 class ViTConfig:
-    """Sizes of a ViT.
+    """Sizes and switches of a ViT.
 
     Attributes:
+        image_size: of the square pictures that the position embedding is made for; for others it is interpolated.
         stem_channels: channels of 3x3 stride-2 convolutions before the patch projection (arXiv 2106.14881); each
             halves the picture, so the patch that is projected shrinks by as much. Empty: patches are cut from pixels.
         regions: None, or the side of a square grid of regions: the patches of each, side by side, become one vector of
@@ -31,6 +40,23 @@ class ViTConfig:
             LLM reads few tokens that lie in one space.
         mimetic_init: for training from scratch on little data; see `Attention`.
         image_mean, image_std: what pixels in [0, 1] are normalised with.
+        drop_remainder: pixels right and below that fill no patch are left out instead of refused.
+        patch_bias, qkv_bias, k_bias: of the patch projection; of queries, keys and values; of the keys among them.
+        gated: SwiGLU with activation "silu".
+        norm: "layer" or "rms"; that of the layers. `pre_norm`: one more before the first layer (CLIP).
+        norm_first: norms before attention and MLP; False puts them behind each, before the sum (EVA-02-CLIP E/14).
+        norm_output, norm_pooled: where the final LayerNorm is taken: on all vectors; on the pooled one.
+        qk_norm: RMSNorm over all heads of queries and keys; qk_norm_eps is its epsilon.
+        attention_sub_norm_eps, mlp_sub_norm_eps: None, or the epsilons of LayerNorms before the last maps of attention
+            and MLP (sub-LN).
+        layer_scale: None, or the start of a learned factor on what each attention and MLP adds, one a dimension.
+        rope_grid: None, or the side of the grid on which rotary positions of patches are counted, whatever the number
+            of patches (EVA-02).
+        position_antialias: with antialiasing where fewer patches are asked for than there are position embeddings.
+        pooler: "token" (the class token), "mean" (over the patches), "attention" (a learned query), "none"; "auto" is
+            the class token if there is one, else the mean.
+        head_size, head_activation: None, or the width of a linear map behind the pooling, and what follows it.
+        family: the architecture that it is written as.
     """
 
     image_size: int = 224
@@ -51,28 +77,90 @@ class ViTConfig:
     dtype: str = "float32"
     remat: str = "none"
     scan_unroll: int = 1
+    num_channels: int = 3
+    drop_remainder: bool = False
+    patch_bias: bool = True
+    qkv_bias: bool = True
+    k_bias: bool = True
+    gated: bool = False
+    norm: str = "layer"
+    norm_first: bool = True
+    pre_norm: bool = False
+    norm_output: bool = True
+    norm_pooled: bool = False
+    qk_norm: bool = False
+    qk_norm_eps: float = 1e-6
+    attention_sub_norm_eps: float | None = None
+    mlp_sub_norm_eps: float | None = None
+    layer_scale: float | None = None
+    rope_grid: int | None = None
+    rope_theta: float = 10_000.0
+    position_antialias: bool = False
+    pooler: str = "auto"
+    head_size: int | None = None
+    head_activation: str | None = None
+    family: str = "ViTModel"
 
     def __post_init__(self):
-        if self.image_size % self.patch_size or self.patch_size % 2 ** len(self.stem_channels):
-            raise ConfigError(
-                f"ViT: picture {self.image_size}, patch {self.patch_size}, {len(self.stem_channels)} stem layers",
-                "an image that is a whole number of patches, a patch divisible by 2^stem layers",
-                "change image_size, patch_size or stem_channels",
-            )
-        if self.regions is not None and (
-            self.regions < 1 or self.class_token or self.image_size // self.patch_size % self.regions
-        ):
-            raise ConfigError(
-                f"ViT: {self.regions} regions on {self.image_size // self.patch_size} patches a side"
-                + (" and a class token" if self.class_token else ""),
-                "regions that divide the patches, and no class token",
-                "change regions, image_size or patch_size",
-            )
+        def require(condition, given: str, expected: str, todo: str):
+            if not condition:
+                raise ConfigError(f"ViT: {given}", expected, todo)
+
+        def one_of(name: str, allowed):
+            given = getattr(self, name)
+            require(given in allowed, f"{name} {given!r}", f"one of {', '.join(map(str, allowed))}", f"change {name}")
+
+        whole = self.drop_remainder or not self.image_size % self.patch_size
+        require(
+            whole and self.image_size >= self.patch_size and not self.patch_size % 2 ** len(self.stem_channels),
+            f"picture {self.image_size}, patch {self.patch_size}, {len(self.stem_channels)} stem layers",
+            "an image that is a whole number of patches, a patch divisible by 2^stem layers",
+            "change image_size, patch_size or stem_channels",
+        )
+        require(
+            self.regions is None or (self.regions > 0 and not self.class_token and not self.side % self.regions),
+            f"{self.regions} regions on {self.side} patches a side" + (" and a class token" * self.class_token),
+            "regions that divide the patches, and no class token",
+            "change regions, image_size or patch_size",
+        )
+        one_of("activation", tuple(ACTIVATIONS))
+        one_of("head_activation", (None, *ACTIVATIONS))
+        one_of("norm", ("layer", "rms"))
+        one_of("pooler", POOLERS)
+        require(
+            not self.hidden_size % self.num_heads,
+            f"{self.num_heads} heads of {self.hidden_size} dimensions",
+            "a number of heads that divides hidden_size",
+            "change num_heads or hidden_size",
+        )
+        require(
+            self.rope_grid is None or not self.hidden_size // self.num_heads % 4,
+            f"rotary positions in heads of {self.hidden_size // self.num_heads}",
+            "a multiple of 4: rows and columns turn pairs in half of a head each",
+            "change num_heads or hidden_size",
+        )
+        require(
+            self.class_token or self.pooler != "token",
+            "pooler 'token' without a class token",
+            "a class token",
+            "set class_token, or choose another pooler",
+        )
+        require(
+            self.pooler != "none" or not (self.head_size or self.norm_pooled),
+            "a head or a norm for the pooled vector, and pooler 'none'",
+            "a pooled vector for them",
+            "change pooler, or leave out head_size and norm_pooled",
+        )
+
+    @property
+    def side(self) -> int:
+        """Patches along one side of a picture of image_size."""
+        return self.image_size // self.patch_size
 
     @property
     def grid(self) -> int:
         """Vectors along one side of what comes out: regions if there are any, else patches."""
-        return self.regions or self.image_size // self.patch_size
+        return self.regions or self.side
 
     def make(self) -> ViT:
         return ViT(self)
@@ -80,92 +168,198 @@ class ViTConfig:
 
 @struct.dataclass
 class VisionOutput:
-    """last_hidden_state [B, N, E]; pooler_output [B, E]: the class token if there is one, else the mean."""
+    """What every vision encoder returns.
+
+    Attributes:
+        last_hidden_state: [B, N, E].
+        pooler_output: [B, E], or None where the encoder pools nothing.
+        hidden_states: None, or what entered the first layer and what left each, [B, N, E] each, without the final norm.
+        class_tokens: how many vectors before the patches stand for the whole picture; None: they stand among them.
+    """
 
     last_hidden_state: jax.Array
-    pooler_output: jax.Array
+    pooler_output: jax.Array | None = None
+    hidden_states: tuple[jax.Array, ...] | None = None
+    class_tokens: int | None = struct.field(pytree_node=False, default=0)
+
+
+def select_layers(output: VisionOutput, layers: int | Sequence[int], keep_class_token: bool = False) -> jax.Array:
+    """The hidden states that an LLM is to read: dtype[B, N, E * len(layers)], side by side when there are several.
+
+    Args:
+        layers: indices into `hidden_states`: 0 is what entered the first layer, -1 what left the last.
+        keep_class_token: whether the vectors before the patches stay.
+
+    Raises:
+        ConfigError: hidden states that were not asked for, an index beyond them, or class tokens among packed patches.
+    """
+    wanted = (layers,) if isinstance(layers, int) else tuple(layers)
+    states = output.hidden_states
+    if states is None or not wanted or not all(-len(states) <= layer < len(states) for layer in wanted):
+        raise ConfigError(
+            f"hidden layers {wanted} of " + ("an output without any" if states is None else f"{len(states)}"),
+            "an output with hidden states, and indices into them",
+            "apply the encoder with output_hidden_states=True, and count from 0 (embeddings) or back from -1",
+        )
+    if output.class_tokens is None and not keep_class_token:
+        raise ConfigError(
+            "packed pictures whose class tokens are to be dropped",
+            "keep_class_token: they stand where their coordinates are -1",
+            "keep them, and do not point at them with media_index",
+        )
+    x = jnp.concatenate([states[layer] for layer in wanted], axis=-1)
+    return x if keep_class_token else x[:, output.class_tokens :]
+
+
+def _norm(c: ViTConfig, name: str) -> nn.Module:
+    return (RMSNorm if c.norm == "rms" else LayerNorm)(c.norm_eps, jnp.dtype(c.dtype), name=name)
 
 
 class ViTBlock(nn.Module):
-    """Pre-norm transformer layer, full attention."""
+    """Transformer layer, full attention within a picture; `capture` gives its output to the scan too."""
 
     config: ViTConfig
+    capture: bool = False
 
     @nn.compact
-    def __call__(self, x, _):
+    def __call__(self, x, _, segments, angles):
         c = self.config
         dtype = jnp.dtype(c.dtype)
-        h = LayerNorm(c.norm_eps, dtype, name="attention_norm")(x)
-        x = x + Attention(c.num_heads, mimetic_init=c.mimetic_init, dtype=dtype, name="attention")(h)[0]
-        h = LayerNorm(c.norm_eps, dtype, name="mlp_norm")(x)
-        x = x + MLP(c.mlp_size, c.activation, dtype=dtype, name="mlp")(h)
-        return constrain(x, "batch", "patches", None), None
-
-
-class PatchEmbedding(nn.Module):
-    """Pixels to patch vectors: an optional convolutional stem, then one linear map a patch."""
-
-    config: ViTConfig
-
-    @nn.compact
-    def __call__(self, pixels):
-        """dtype[B, H, W, 3] -> dtype[B, N, E]"""
-        c = self.config
-        x = pixels
-        for i, channels in enumerate(c.stem_channels):
-            init = nn.with_logical_partitioning(nn.initializers.he_normal(), (None, None, "channels", "channels"))
-            kernel = self.param(f"stem_{i}_kernel", init, (3, 3, x.shape[-1], channels), jnp.float32)
-            bias = self.param(
-                f"stem_{i}_bias", nn.with_logical_partitioning(nn.initializers.zeros, ("channels",)), (channels,)
-            )
-            x = jax.lax.conv_general_dilated(
-                x, kernel.astype(x.dtype), (2, 2), ((1, 1), (1, 1)), dimension_numbers=("NHWC", "HWIO", "NHWC")
-            )
-            x = jax.nn.relu(x + bias.astype(x.dtype))
-        patch = c.patch_size // 2 ** len(c.stem_channels)
-        x = rearrange(x, "b (h p) (w q) c -> b (h w) (p q c)", p=patch, q=patch)
-        return Linear((c.hidden_size,), ("channels", "embed"), use_bias=True, dtype=x.dtype, name="projection")(x)
-
-
-class RegionPooling(nn.Module):
-    """The patches of each region, side by side, to one vector."""
-
-    config: ViTConfig
-
-    @nn.compact
-    def __call__(self, x):
-        """dtype[B, N, E] -> dtype[B, regions^2, region_size]"""
-        c = self.config
-        side = c.image_size // c.patch_size // c.regions
-        x = rearrange(x, "b (h p w q) e -> b (h w) (p q e)", h=c.regions, w=c.regions, p=side, q=side)
-        init = nn.with_logical_partitioning(
-            nn.initializers.lecun_normal(batch_axis=0), ("patches", "channels", "embed")
+        attention = Attention(
+            c.num_heads,
+            qkv_bias=c.qkv_bias,
+            k_bias=c.k_bias,
+            qk_norm=c.qk_norm,
+            qk_norm_width=True,
+            out_norm_eps=c.attention_sub_norm_eps,
+            rotary_interleaved=True,
+            norm_eps=c.qk_norm_eps,
+            mimetic_init=c.mimetic_init,
+            dtype=dtype,
+            name="attention",
         )
-        kernel = self.param("kernel", init, (*x.shape[1:], c.region_size), jnp.float32)
-        return jnp.einsum("bnc,nce->bne", x, kernel.astype(x.dtype))
+        mlp = MLP(c.mlp_size, c.activation, c.gated, norm_eps=c.mlp_sub_norm_eps, dtype=dtype, name="mlp")
+        for part, branch in (("attention", lambda h: attention(h, segments=segments, angles=angles)[0]), ("mlp", mlp)):
+            norm = _norm(c, f"{part}_norm")
+            h = branch(norm(x)) if c.norm_first else norm(branch(x))
+            if c.layer_scale is not None:
+                init = nn.with_logical_partitioning(nn.initializers.constant(c.layer_scale), ("embed",))
+                h = h * self.param(f"{part}_scale", init, (c.hidden_size,), jnp.float32).astype(dtype)
+            x = x + h
+        x = constrain(x, "batch", "patches", None)
+        return x, x if self.capture else None
 
 
 class ViT(nn.Module):
-    """Vision transformer with learned positions and a final LayerNorm (reference class: `ViTModel`)."""
+    """Vision transformer with learned positions (reference classes: see the families' files)."""
 
     config: ViTConfig
 
     @nn.compact
-    def __call__(self, pixels) -> VisionOutput:
-        """Encodes normalised pixels float[B, H, W, 3]; N = grid^2 (+ 1 with a class token, which comes first)."""
+    def __call__(self, pixels, output_hidden_states=False, *, segments=None, coordinates=None, grids=None):
+        """Encodes whole pictures, or patches of several pictures packed in a row.
+
+        A picture of another size than image_size gets interpolated position embeddings. A packed picture comes out as
+        it does alone; where the model has a class token, a place of the row whose coordinates are (-1, -1) becomes that
+        of its segment, whatever its pixels.
+
+        Args:
+            pixels: normalised, float[B, H, W, C]; or packed, float[B, N, P*P*C], a patch's rows, columns, channels.
+            segments: packed: int[B, N], the picture of each patch; 0 is padding.
+            coordinates: packed: int[B, N, 2], row and column of each patch in its picture.
+            grids: packed: int[B, N, 2], height and width of that picture in patches.
+
+        Returns:
+            VisionOutput with N = patches (+ 1 with a class token, which comes first); packed, nothing is pooled.
+
+        Raises:
+            ConfigError: pixels that do not fit, packed patches without their places, regions of another picture size.
+        """
         c = self.config
         dtype = jnp.dtype(c.dtype)
-        x = PatchEmbedding(c, name="patch_embedding")(pixels.astype(dtype))
+        given = dict(segments=segments, coordinates=coordinates, grids=grids)
+        given = [name for name, value in given.items() if value is not None]
+        packed = bool(given)
+        if len(given) not in (0, 3) or pixels.ndim != (3 if packed else 4):
+            raise ConfigError(
+                f"ViT: pixels of shape {pixels.shape} with {', '.join(given) or 'nothing beside them'}",
+                "pictures [B, H, W, C] alone, or packed patches [B, N, P*P*C] with segments, coordinates and grids",
+                "pass all four or the pictures alone",
+            )
+        if not packed:
+            grids = np.array([size // c.patch_size for size in pixels.shape[1:3]])
+            coordinates = np.indices(grids).reshape(1, 2, -1).swapaxes(1, 2)
+            if c.class_token:
+                coordinates = np.concatenate([np.full((1, 1, 2), -1), coordinates], axis=1)
+        if c.regions is not None and (packed or tuple(grids) != (c.side, c.side)):
+            raise ConfigError(
+                f"ViT: {c.regions} regions on " + ("packed patches" if packed else f"{grids} patches"),
+                f"pictures of {c.side} x {c.side} patches",
+                "resize the pictures, or leave out regions",
+            )
+        places = jnp.maximum(jnp.asarray(coordinates), 0)
+        grids = jnp.maximum(jnp.asarray(grids), 1)  # that of padding may be 0, which must not become NaN
+        x = self._embed(pixels.astype(dtype), coordinates, places, grids if packed else None)
+        if c.pre_norm:
+            x = _norm(c, "pre_norm")(x)
+        angles = None
+        if c.rope_grid is not None:
+            angles = grid_angles(places / grids * c.rope_grid, c.hidden_size // c.num_heads, c.rope_theta)
+        layers = scan_layers(ViTBlock, num_layers=c.num_layers, remat=c.remat, unroll=c.scan_unroll, num_broadcast=2)
+        entered = x
+        x, states = layers(c, output_hidden_states, name="layers")(x, None, segments, angles)
+        if output_hidden_states:
+            states = (entered, *states)
+        if c.norm_output or c.norm_pooled:
+            final_norm = LayerNorm(c.norm_eps, dtype, name="final_norm")
+        if c.norm_output:
+            x = final_norm(x)
+        if c.regions is not None:
+            x = RegionPooling(c, name="region_pooling")(x)
+        if packed:
+            return VisionOutput(x, None, states, class_tokens=None if c.class_token else 0)
+        pooled = self._pool(x)
+        if c.norm_pooled:
+            pooled = final_norm(pooled)
+        if c.head_size is not None:
+            pooled = Linear((c.head_size,), ("embed", "channels"), use_bias=True, dtype=dtype, name="head")(pooled)
+        if c.head_activation is not None:
+            pooled = ACTIVATIONS[c.head_activation](pooled)
+        return VisionOutput(x, pooled, states, class_tokens=int(c.class_token))
+
+    def _embed(self, pixels, coordinates, places, grids):
+        """Patches and class tokens with their position embeddings; `grids` is None for whole pictures."""
+        c = self.config
+        x = PatchEmbedding(c, name="patch_embedding")(pixels)
         normal = nn.initializers.normal(0.02)
         if c.class_token:
             init = nn.with_logical_partitioning(normal, (None, "embed"))
-            token = self.param("class_token", init, (1, c.hidden_size), jnp.float32).astype(dtype)
-            x = jnp.concatenate([jnp.broadcast_to(token, (x.shape[0], 1, c.hidden_size)), x], axis=1)
+            token = self.param("class_token", init, (1, c.hidden_size), jnp.float32).astype(x.dtype)
         init = nn.with_logical_partitioning(normal, ("patches", "embed"))
-        x = x + self.param("position_embedding", init, x.shape[1:], jnp.float32).astype(dtype)
-        layers = scan_layers(ViTBlock, num_layers=c.num_layers, remat=c.remat, unroll=c.scan_unroll, num_broadcast=0)
-        x, _ = layers(c, name="layers")(x, None)
-        x = LayerNorm(c.norm_eps, dtype, name="final_norm")(x)
-        if c.regions is not None:
-            x = RegionPooling(c, name="region_pooling")(x)
-        return VisionOutput(x, x[:, 0] if c.class_token else x.mean(axis=1))
+        rows = c.side**2 + int(c.class_token)
+        table = self.param("position_embedding", init, (rows, c.hidden_size), jnp.float32)
+        first, table = table[: int(c.class_token)], table[int(c.class_token) :]
+        if grids is None:
+            height, width = (size // c.patch_size for size in pixels.shape[1:3])
+            positions = grid_positions(table, height, width, c.position_antialias)
+            if c.class_token:
+                x = jnp.concatenate([jnp.broadcast_to(token, (x.shape[0], 1, c.hidden_size)), x], axis=1)
+                positions = jnp.concatenate([first, positions])
+        else:
+            positions = packed_positions(table, places, grids, c.position_antialias)
+            if c.class_token:
+                here = coordinates[..., :1] < 0
+                x, positions = jnp.where(here, token, x), jnp.where(here, first, positions)
+        return x + positions.astype(x.dtype)
+
+    def _pool(self, x):
+        c = self.config
+        if c.pooler == "none":
+            return None
+        if c.pooler == "attention":
+            return AttentionPooling(
+                c.num_heads, c.mlp_size, c.activation, c.norm_eps, jnp.dtype(c.dtype), name="pooler"
+            )(x[:, int(c.class_token) :])
+        if c.class_token and c.pooler != "mean":
+            return x[:, 0]
+        return x[:, int(c.class_token) :].mean(axis=1)

@@ -8,7 +8,7 @@ from einops import rearrange
 from flax import linen as nn
 
 from mllm_jax.layers.linear import Linear
-from mllm_jax.layers.norms import RMSNorm
+from mllm_jax.layers.norms import LayerNorm, RMSNorm
 from mllm_jax.layers.rotary import apply_rotary
 from mllm_jax.sharding.logical import constrain
 
@@ -75,7 +75,10 @@ class Attention(nn.Module):
     Attributes:
         num_kv_heads: None is num_heads.
         head_dim: None is hidden size / num_heads.
+        k_bias: whether keys have a bias where queries and values do; it cancels in the softmax, and EVA has none.
         qk_norm: RMSNorm on each head's queries and keys (Qwen3).
+        qk_norm_width: that norm is over all heads together instead of each (InternViT-6B).
+        out_norm_eps: None, or the epsilon of a LayerNorm over all heads before the last map (sub-LN, arXiv 2210.06423).
         rotary_interleaved: rotary positions turn neighbouring dimensions together, see `apply_rotary`.
         mimetic_init: starts with queries that match keys of like vectors and outputs that copy what is attended to, as
             trained models have it (arXiv 2305.09828): little data then suffices to learn to look up and to compare.
@@ -86,8 +89,11 @@ class Attention(nn.Module):
     head_dim: int | None = None
     mask: str = "full"
     qkv_bias: bool = True
+    k_bias: bool = True
     out_bias: bool = True
     qk_norm: bool = False
+    qk_norm_width: bool = False
+    out_norm_eps: float | None = None
     rotary_interleaved: bool = False
     norm_eps: float = 1e-6
     out_init_std: float | None = None
@@ -111,16 +117,22 @@ class Attention(nn.Module):
         """
         head_dim = self.head_dim or x.shape[-1] // self.num_heads
         kv_heads = self.num_kv_heads or self.num_heads
+        k_bias = self.qkv_bias and self.k_bias
         common = dict(use_bias=self.qkv_bias, dtype=self.dtype)
         inits = dict.fromkeys("qkvo")
         if self.mimetic_init and self.is_initializing():
             inits = _mimetic(self.make_rng("params"), x.shape[-1], self.num_heads, kv_heads, head_dim)
         q_names, kv_names = ("embed", "heads", "head_dim"), ("embed", "kv_heads", "head_dim")
         q = Linear((self.num_heads, head_dim), q_names, kernel_init=inits["q"], **common, name="q")(x)
-        k = Linear((kv_heads, head_dim), kv_names, kernel_init=inits["k"], **common, name="k")(x)
+        k = Linear((kv_heads, head_dim), kv_names, kernel_init=inits["k"], **common | dict(use_bias=k_bias), name="k")(
+            x
+        )
         v = Linear((kv_heads, head_dim), kv_names, kernel_init=inits["v"], **common, name="v")(x)
         q = constrain(q, "batch", "seq", "heads", "head_dim")
-        if self.qk_norm:
+        if self.qk_norm and self.qk_norm_width:
+            q = _over_heads(RMSNorm(self.norm_eps, self.dtype, axis="heads", name="q_norm"), q)
+            k = _over_heads(RMSNorm(self.norm_eps, self.dtype, axis="kv_heads", name="k_norm"), k)
+        elif self.qk_norm:
             q = RMSNorm(self.norm_eps, self.dtype, name="q_norm")(q)
             k = RMSNorm(self.norm_eps, self.dtype, name="k_norm")(k)
         if angles is not None:
@@ -135,6 +147,8 @@ class Attention(nn.Module):
             k, v = k.astype(self.dtype), v.astype(self.dtype)
         y = attention(q, k, v, mask=self.mask, q_segments=segments, k_segments=k_segments, q_index=index, window=window)
         y = constrain(y, "batch", "seq", "heads", "head_dim")
+        if self.out_norm_eps is not None:
+            y = _over_heads(LayerNorm(self.out_norm_eps, self.dtype, axis="heads", name="norm"), y)
         y = Linear(
             (x.shape[-1],),
             ("heads", "head_dim", "embed"),
@@ -146,6 +160,11 @@ class Attention(nn.Module):
             name="out",
         )(y)
         return y, written
+
+
+def _over_heads(norm: nn.Module, x: jax.Array) -> jax.Array:
+    """A norm over the whole width of x [B, S, N, H]."""
+    return rearrange(norm(rearrange(x, "b s n h -> b s (n h)")), "b s (n h) -> b s n h", n=x.shape[2])
 
 
 def _mimetic(key, width: int, num_heads: int, kv_heads: int, head_dim: int) -> dict:

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from mllm_jax.layers.linear import Linear
+from mllm_jax.layers.norms import LayerNorm
 from mllm_jax.sharding.logical import constrain
 
 ACTIVATIONS = {
@@ -16,6 +17,7 @@ ACTIVATIONS = {
     "silu": jax.nn.silu,
     "relu": jax.nn.relu,
     "relu_squared": lambda x: jnp.square(jax.nn.relu(x)),
+    "tanh": jnp.tanh,
 }
 
 
@@ -23,6 +25,9 @@ class MLP(nn.Module):
     """Two linear maps with an activation between; `gated` multiplies it by a third (arXiv 2002.05202).
 
     SwiGLU is `gated=True, activation="silu"`.
+
+    Attributes:
+        norm_eps: None, or the epsilon of a LayerNorm before the last map (sub-LN, arXiv 2210.06423).
     """
 
     hidden_size: int
@@ -30,6 +35,7 @@ class MLP(nn.Module):
     gated: bool = False
     use_bias: bool = True
     out_init_std: float | None = None
+    norm_eps: float | None = None
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
@@ -40,6 +46,8 @@ class MLP(nn.Module):
         if self.gated:
             h = h * Linear(**wide, name="up")(x)
         h = constrain(h, "batch", "seq", "mlp")
+        if self.norm_eps is not None:
+            h = LayerNorm(self.norm_eps, self.dtype, axis="mlp", name="norm")(h)
         return Linear(
             (x.shape[-1],),
             ("mlp", "embed"),

@@ -8,14 +8,19 @@ from flax import linen as nn
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * scale over the last dimension (arXiv 1910.07467)."""
+    """x / rms(x) * scale over the last dimension (arXiv 1910.07467).
+
+    Attributes:
+        axis: logical name of that dimension.
+    """
 
     eps: float = 1e-6
     dtype: jnp.dtype = jnp.float32
+    axis: str = "embed"
 
     @nn.compact
     def __call__(self, x):
-        init = nn.with_logical_partitioning(nn.initializers.ones, ("embed",))
+        init = nn.with_logical_partitioning(nn.initializers.ones, (self.axis,))
         scale = self.param("scale", init, (x.shape[-1],), jnp.float32)
         x = x.astype(jnp.float32)
         x = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + self.eps)
@@ -27,11 +32,13 @@ class LayerNorm(nn.Module):
 
     Attributes:
         affine: without it there is neither scale nor bias.
+        axis: logical name of that dimension.
     """
 
     eps: float = 1e-6
     dtype: jnp.dtype = jnp.float32
     affine: bool = True
+    axis: str = "embed"
 
     @nn.compact
     def __call__(self, x):
@@ -40,7 +47,7 @@ class LayerNorm(nn.Module):
         x = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + self.eps)
         if self.affine:
             shape = (x.shape[-1],)
-            scale = self.param("scale", nn.with_logical_partitioning(nn.initializers.ones, ("embed",)), shape)
-            bias = self.param("bias", nn.with_logical_partitioning(nn.initializers.zeros, ("embed",)), shape)
+            scale = self.param("scale", nn.with_logical_partitioning(nn.initializers.ones, (self.axis,)), shape)
+            bias = self.param("bias", nn.with_logical_partitioning(nn.initializers.zeros, (self.axis,)), shape)
             x = x * scale + bias
         return x.astype(self.dtype)

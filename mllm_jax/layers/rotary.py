@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
+from einops import rearrange
 
 from mllm_jax.errors import ConfigError
 
@@ -132,6 +133,17 @@ def rotary_angles(
     frequencies = rotary_frequencies(dim, theta, scaling, length)
     angles = positions[..., None].astype(jnp.float32) * frequencies
     return jnp.cos(angles) * scaling.amplitude, jnp.sin(angles) * scaling.amplitude
+
+
+def grid_angles(places: jax.Array, dim: int, theta: float) -> tuple[jax.Array, jax.Array]:
+    """Cosines and sines, float32[..., dim / 2], of places[..., 2] on a grid: those of the row, then of the column.
+
+    Each turns half of the head's `dim` dimensions, a multiple of four (EVA-02, arXiv 2303.11331, section 2).
+    """
+    frequencies = rotary_frequencies(dim // 2, theta)
+    angles = places[..., None].astype(jnp.float32) * frequencies
+    angles = rearrange(angles, "... axes half -> ... (axes half)")
+    return jnp.cos(angles), jnp.sin(angles)
 
 
 def apply_rotary(x: jax.Array, angles: tuple[jax.Array, jax.Array], interleaved: bool = False) -> jax.Array:

@@ -1,4 +1,4 @@
-"""The ViT's sizes, its refusals and what it pools."""
+"""The ViT's sizes and switches, packed pictures, hidden layers, and its refusals."""
 
 from __future__ import annotations
 
@@ -6,10 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from einops import rearrange
 from flax import linen as nn
 
-from mllm_jax.encoders.vit import ViTConfig
+from mllm_jax.encoders.vit import VisionOutput, ViTConfig, select_layers
 from mllm_jax.errors import ConfigError
+from mllm_jax.sharding.logical import RULES
 
 SMALL = dict(image_size=12, patch_size=4, hidden_size=12, num_layers=1, num_heads=3, mlp_size=16)
 
@@ -107,3 +109,170 @@ def test_mimetic_init_reaches_every_layer_and_changes_no_shape():
         return np.trace(products, axis1=1, axis2=2) / np.linalg.norm(products, axis=(1, 2))
 
     assert (np.abs(alignment(plain)) < 1).all() and (alignment(mimetic) > 1.5).all()
+
+
+# ---- whole and packed pictures
+
+TOWERS = {
+    "class token": dict(class_token=True, norm_pooled=True, norm_output=False, pre_norm=True),
+    "attention pooling": dict(pooler="attention", activation="gelu_tanh"),
+    "rotary": dict(class_token=True, rope_grid=4, attention_sub_norm_eps=1e-6, mlp_sub_norm_eps=1e-6, gated=True),
+    "rms": dict(class_token=True, norm="rms", qk_norm=True, layer_scale=0.1, pooler="none", qkv_bias=False),
+    "behind": dict(norm_first=False, position_antialias=True, pooler="mean", head_size=5, k_bias=False),
+}
+
+
+def pack(pictures, patch: int, class_token: bool):
+    """One row of pictures of any size, with two places of padding: pixels and their places, and the spans."""
+    parts, spans, start = [], [], 0
+    for number, pixels in enumerate(pictures, start=1):
+        grid = np.array(pixels.shape[:2]) // patch
+        patches = rearrange(pixels, "(h p) (w q) c -> (h w) (p q c)", p=patch, q=patch)
+        places = np.indices(grid).reshape(2, -1).T
+        if class_token:
+            patches = np.concatenate([np.zeros_like(patches[:1]), patches])
+            places = np.concatenate([[[-1, -1]], places])
+        parts.append((patches, np.full(len(patches), number), places, np.broadcast_to(grid, places.shape)))
+        spans.append(slice(start, start := start + len(patches)))
+    parts.append((np.ones_like(parts[0][0][:2]), *(np.zeros(shape) for shape in ((2,), (2, 2), (2, 2)))))
+    pixels, segments, coordinates, grids = (np.concatenate(part)[None] for part in zip(*parts, strict=True))
+    places = dict(segments=segments, coordinates=coordinates, grids=grids)
+    return pixels.astype(np.float32), {name: place.astype(np.int32) for name, place in places.items()}, spans
+
+
+@pytest.mark.parametrize("tower", TOWERS)
+def test_packed_pictures_come_out_as_they_do_alone(tower):
+    c = ViTConfig(**SMALL | TOWERS[tower])
+    module, rng = c.make(), np.random.default_rng(0)
+    pictures = [rng.normal(size=(h, w, 3)).astype(np.float32) for h, w in ((12, 12), (8, 20))]
+    params = random_params(module, pictures[0][None])
+    apply = jax.jit(module.apply)
+    pixels, places, spans = pack(pictures, 4, c.class_token)
+    together = apply(params, pixels, **places)
+    assert together.pooler_output is None and np.isfinite(together.last_hidden_state).all()
+    assert together.class_tokens == (None if c.class_token else 0)
+    for picture, span in zip(pictures, spans, strict=True):
+        alone = apply(params, picture[None]).last_hidden_state[0]
+        np.testing.assert_allclose(together.last_hidden_state[0, span], alone, atol=2e-5 * np.abs(alone).max())
+    # Another second picture, and other padding, change nothing of the first.
+    other = np.array(pixels)
+    other[0, spans[1].start :] = 7.0
+    first = apply(params, other, **places).last_hidden_state[0, spans[0]]
+    np.testing.assert_array_equal(first, together.last_hidden_state[0, spans[0]])
+
+
+def test_gradients_of_packed_pictures_are_finite_and_ignore_padding():
+    c = ViTConfig(**SMALL | TOWERS["rotary"])
+    module = c.make()
+    picture = np.random.default_rng(0).normal(size=(8, 12, 3)).astype(np.float32)
+    params = random_params(module, np.zeros((1, 12, 12, 3), np.float32))
+    pixels, places, (span,) = pack([picture], 4, True)
+
+    def loss(params, pixels, **places):
+        x = module.apply(params, pixels, **places).last_hidden_state
+        return jnp.square(x[:, :7]).sum()
+
+    packed = jax.jit(jax.grad(loss))(params, pixels, **places)
+    alone = jax.jit(jax.grad(loss))(params, picture[None])
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-3 * (1 + np.abs(b).max())), packed, alone)
+
+
+def test_every_parameter_names_its_axes():
+    for switches in TOWERS.values():
+        boxed = jax.eval_shape(ViTConfig(**SMALL | switches).make().init, jax.random.key(0), jnp.zeros((1, 12, 12, 3)))
+        for box in jax.tree.leaves(boxed, is_leaf=lambda x: isinstance(x, nn.LogicallyPartitioned)):
+            assert isinstance(box, nn.LogicallyPartitioned) and len(box.names) == box.value.ndim
+            assert set(box.names) - {None} <= set(RULES)
+
+
+# ---- hidden layers
+
+
+@pytest.mark.parametrize("class_token", [False, True])
+def test_selected_layers(class_token):
+    module = ViTConfig(**SMALL | dict(num_layers=3, class_token=class_token)).make()
+    pixels = np.random.default_rng(0).normal(size=(2, 12, 12, 3)).astype(np.float32)
+    params = random_params(module, pixels)
+    output = jax.jit(module.apply, static_argnums=2)(params, pixels, True)
+    assert len(output.hidden_states) == 4
+    one = select_layers(output, -2)
+    np.testing.assert_array_equal(one, output.hidden_states[2][:, int(class_token) :])
+    assert one.shape == (2, 9, 12)
+    several = select_layers(output, (0, 3), keep_class_token=True)
+    assert several.shape == (2, 9 + class_token, 24)
+    np.testing.assert_array_equal(several[..., 12:], output.hidden_states[3])
+    plain = jax.jit(module.apply)(params, pixels)
+    assert plain.hidden_states is None
+    np.testing.assert_allclose(plain.last_hidden_state, output.last_hidden_state, atol=1e-6)
+
+
+@pytest.mark.parametrize("layers", [4, -5, (), (0, 9)])
+def test_layers_that_are_not_there_are_refused(layers):
+    output = VisionOutput(jnp.zeros((1, 2, 3)), None, tuple(jnp.zeros((1, 2, 3)) for _ in range(4)))
+    with pytest.raises(ConfigError, match="of 4"):
+        select_layers(output, layers)
+    with pytest.raises(ConfigError, match="without any"):
+        select_layers(VisionOutput(jnp.zeros((1, 2, 3))), layers)
+
+
+def test_class_tokens_among_patches_cannot_be_dropped():
+    output = VisionOutput(jnp.zeros((1, 2, 3)), None, (jnp.ones((1, 2, 3)),), class_tokens=None)
+    assert select_layers(output, 0, keep_class_token=True).shape == (1, 2, 3)
+    with pytest.raises(ConfigError, match="coordinates are -1"):
+        select_layers(output, 0)
+
+
+# ---- bad input
+
+PLACES = dict(segments=jnp.ones((1, 2), int), coordinates=jnp.zeros((1, 2, 2), int), grids=jnp.ones((1, 2, 2), int))
+
+
+@pytest.mark.parametrize(
+    "switches,shape,places,message",
+    [
+        ({}, (1, 12, 12, 4), {}, "with 4 channels"),
+        ({}, (1, 12, 12, 1), {}, "with 1 channels"),
+        ({}, (1, 12, 14, 3), {}, "whole number of patches"),
+        ({}, (1, 0, 12, 3), {}, "whole number of patches"),
+        (dict(drop_remainder=True), (1, 3, 12, 3), {}, "whole number of patches"),
+        ({}, (12, 12, 3), {}, "nothing beside them"),
+        ({}, (1, 12, 12, 3), PLACES, "packed patches"),
+        ({}, (1, 2, 48), PLACES | dict(grids=None), "segments, coordinates"),
+        ({}, (1, 2, 47), PLACES, "patches of 47 numbers"),
+        (dict(stem_channels=(4,)), (1, 2, 48), PLACES, "convolutional stem"),
+        (dict(regions=3), (1, 2, 48), PLACES, "regions on packed patches"),
+        (dict(regions=3), (1, 24, 12, 3), {}, "3 regions"),
+    ],
+)
+def test_pixels_that_do_not_fit_are_refused(switches, shape, places, message):
+    module = ViTConfig(**SMALL | switches).make()
+    params = jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, 12, 12, 3)))
+    with pytest.raises(ConfigError, match=message):
+        jax.eval_shape(lambda p, x: module.apply(p, x, **places), nn.meta.unbox(params), jnp.zeros(shape))
+
+
+def test_what_fills_no_patch_is_left_out_where_asked():
+    c = ViTConfig(**SMALL | dict(image_size=14, drop_remainder=True))
+    module, pixels = c.make(), np.random.default_rng(0).normal(size=(1, 15, 13, 3)).astype(np.float32)
+    params = random_params(module, pixels)
+    assert c.side == 3
+    ours = module.apply(params, pixels).last_hidden_state
+    np.testing.assert_array_equal(ours, module.apply(params, pixels[:, :12, :12]).last_hidden_state)
+
+
+@pytest.mark.parametrize(
+    "change,message",
+    [
+        (dict(num_heads=5), "divides hidden_size"),
+        (dict(rope_grid=4, num_heads=6), "multiple of 4"),
+        (dict(pooler="token"), "without a class token"),
+        (dict(pooler="none", head_size=4), "pooler 'none'"),
+        (dict(pooler="max"), "one of auto"),
+        (dict(norm="batch"), "one of layer, rms"),
+        (dict(activation="mish"), "one of gelu"),
+        (dict(head_activation="mish"), "one of None, gelu"),
+    ],
+)
+def test_impossible_switches_are_refused(change, message):
+    with pytest.raises(ConfigError, match=message):
+        ViTConfig(**SMALL | change)

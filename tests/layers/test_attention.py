@@ -148,3 +148,31 @@ def test_unknown_mask_is_refused():
         attention(q, k, v, mask="sideways")
     with pytest.raises(ValueError, match="'full' with a sliding window.*causal"):
         attention(q, k, v, mask="full", window=3)
+
+
+def test_norm_of_queries_and_keys_over_all_heads_and_norm_of_what_the_heads_give():
+    """Each norm is over the whole width: halving one head's numbers changes the others'."""
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(1, 5, 8)), jnp.float32)
+    plain = Attention(2, qkv_bias=False)
+    module = Attention(2, qkv_bias=False, qk_norm=True, qk_norm_width=True, out_norm_eps=0.2, norm_eps=0.1)
+    params = nn.meta.unbox(module.init(jax.random.key(0), x))["params"]
+    assert params["q_norm"]["scale"].shape == params["norm"]["bias"].shape == (8,)
+    rng = np.random.default_rng(1)
+    params = jax.tree.map(lambda leaf: jnp.asarray(rng.normal(size=leaf.shape), jnp.float32), params)
+    q, k, v = (jnp.einsum("bse,enh->bsnh", x, params[part]["kernel"]) for part in "qkv")
+
+    def rms(y, scale):
+        flat = y.reshape(1, 5, 8)
+        return (flat / jnp.sqrt((flat**2).mean(-1, keepdims=True) + 0.1) * scale).reshape(y.shape)
+
+    y = attention(rms(q, params["q_norm"]["scale"]), rms(k, params["k_norm"]["scale"]), v).reshape(1, 5, 8)
+    y = (y - y.mean(-1, keepdims=True)) / jnp.sqrt(y.var(-1, keepdims=True) + 0.2)
+    y = y * params["norm"]["scale"] + params["norm"]["bias"]
+    wanted = y @ params["out"]["kernel"].reshape(8, 8) + params["out"]["bias"]
+    np.testing.assert_allclose(module.apply({"params": params}, x)[0], wanted, rtol=1e-4, atol=1e-4)
+    assert set(nn.meta.unbox(plain.init(jax.random.key(0), x))["params"]) == {"q", "k", "v", "out"}
+
+
+def test_keys_may_lack_the_bias_that_queries_and_values_have():
+    shapes = jax.eval_shape(Attention(2, k_bias=False).init, jax.random.key(0), jnp.zeros((1, 3, 4)))["params"]
+    assert [part for part in "qkv" if "bias" in shapes[part]] == ["q", "v"]

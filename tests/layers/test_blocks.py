@@ -14,7 +14,7 @@ from mllm_jax.errors import ConfigError
 from mllm_jax.layers.linear import Embedding, Linear
 from mllm_jax.layers.mlp import ACTIVATIONS, MLP
 from mllm_jax.layers.norms import LayerNorm, RMSNorm
-from mllm_jax.layers.rotary import RopeScaling, apply_rotary, rotary_angles, rotary_frequencies
+from mllm_jax.layers.rotary import RopeScaling, apply_rotary, grid_angles, rotary_angles, rotary_frequencies
 from mllm_jax.layers.stack import scan_layers
 
 
@@ -133,6 +133,7 @@ def test_activations():
         "silu": x / (1 + np.exp(-x)),
         "relu": np.maximum(x, 0),
         "relu_squared": np.maximum(x, 0) ** 2,
+        "tanh": np.tanh(x),
     }
     assert set(wanted) == set(ACTIVATIONS)
     for name, values in wanted.items():
@@ -194,3 +195,34 @@ def test_layers_of_a_stack_start_differently():
 def test_unknown_remat_policy_is_refused():
     with pytest.raises(KeyError, match="sometimes"):
         scan_layers(Block, num_layers=1, remat="sometimes", num_broadcast=1)
+
+
+def test_norms_name_the_axis_that_they_are_told():
+    for norm in (RMSNorm(axis="heads"), LayerNorm(axis="heads")):
+        boxed = norm.init(jax.random.key(0), jnp.zeros((1, 4)))["params"]
+        assert {box.names for box in boxed.values()} == {("heads",)}
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_mlp_with_a_norm_before_its_last_map(gated):
+    x = normal(2, 3, 4)
+    module = MLP(6, "silu", gated, norm_eps=0.3)
+    shapes = nn.meta.unbox(jax.eval_shape(module.init, jax.random.key(0), x))["params"]
+    p = jax.tree.map(lambda leaf: normal(*leaf.shape, seed=leaf.size), shapes)
+    h = x @ p["gate" if gated else "up"]["kernel"] + p["gate" if gated else "up"]["bias"]
+    h = h / (1 + np.exp(-h))
+    if gated:
+        h = h * (x @ p["up"]["kernel"] + p["up"]["bias"])
+    h = (h - h.mean(-1, keepdims=True)) / np.sqrt(h.var(-1, keepdims=True) + 0.3) * p["norm"]["scale"] + p["norm"][
+        "bias"
+    ]
+    wanted = h @ p["down"]["kernel"] + p["down"]["bias"]
+    np.testing.assert_allclose(module.apply({"params": p}, x), wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_grid_angles_turn_half_of_a_head_by_the_row_and_half_by_the_column():
+    cos, sin = grid_angles(jnp.array([[3.0, 0.5], [0.0, 0.0]]), 8, 10_000.0)
+    angles = np.array([3.0, 3.0 * 0.01, 0.5, 0.5 * 0.01])
+    np.testing.assert_allclose(cos[0], np.cos(angles), rtol=1e-6)
+    np.testing.assert_allclose(sin[0], np.sin(angles), rtol=1e-6)
+    np.testing.assert_array_equal(cos[1], np.ones(4))  # a class token's place is not turned

@@ -1,87 +1,71 @@
-"""The ViT against ViTModel, and its convolutional stem against torch."""
+"""ViT against ViTModel, and the convolutional stem against torch."""
 
 from __future__ import annotations
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
 import transformers
 from einops import rearrange
-from flax import linen as nn
+from vision_checks import check_transformers, family_of, picture, read, to_torch
 
+from mllm_jax.encoders import vit_hf
 from mllm_jax.encoders.vit import PatchEmbedding, ViTConfig
+from mllm_jax.errors import ConfigError
+
+FAMILY = family_of(vit_hf, "ViTModel")
+SIZES = dict(
+    hidden_size=24, num_hidden_layers=3, num_attention_heads=3, intermediate_size=40, image_size=20, patch_size=5
+)
+CASES = {
+    "plain": {},
+    "no biases": dict(qkv_bias=False, hidden_act="gelu_new", num_channels=1, layer_norm_eps=0.1, pooler_act="linear"),
+    "wide pooler": dict(pooler_output_size=17, pooler_act="relu", num_attention_heads=4, image_size=23),
+}
 
 
-def our_params(weights: dict[str, np.ndarray], c: ViTConfig) -> dict:
-    """Hugging Face names to the encoder's tree."""
-
-    def stack(name: str, pattern: str) -> np.ndarray:
-        layers = [weights[f"layers.{i}.{name}"] for i in range(c.num_layers)]
-        return np.stack([rearrange(w, pattern, **({"n": c.num_heads} if "n" in pattern else {})) for w in layers])
-
-    def norm(name: str) -> dict:
-        return {"scale": stack(f"{name}.weight", "e -> e"), "bias": stack(f"{name}.bias", "e -> e")}
-
-    attention = {
-        part: {
-            "kernel": stack(f"attention.{part}_proj.weight", "(n h) e -> e n h"),
-            "bias": stack(f"attention.{part}_proj.bias", "(n h) -> n h"),
-        }
-        for part in "qkv"
-    }
-    attention["out"] = {
-        "kernel": stack("attention.o_proj.weight", "e (n h) -> n h e"),
-        "bias": stack("attention.o_proj.bias", "e -> e"),
-    }
-    return {
-        "patch_embedding": {
-            "projection": {
-                "kernel": rearrange(weights["embeddings.patch_embeddings.projection.weight"], "e c p q -> (p q c) e"),
-                "bias": weights["embeddings.patch_embeddings.projection.bias"],
-            }
-        },
-        "class_token": weights["embeddings.cls_token"][0],
-        "position_embedding": weights["embeddings.position_embeddings"][0],
-        "layers": {
-            "attention": attention,
-            "attention_norm": norm("layernorm_before"),
-            "mlp_norm": norm("layernorm_after"),
-            "mlp": {
-                ours: {
-                    "kernel": stack(f"mlp.{theirs}.weight", "o i -> i o"),
-                    "bias": stack(f"mlp.{theirs}.bias", "o -> o"),
-                }
-                for ours, theirs in (("up", "fc1"), ("down", "fc2"))
-            },
-        },
-        "final_norm": {"scale": weights["layernorm.weight"], "bias": weights["layernorm.bias"]},
-    }
-
-
-@pytest.mark.parametrize("eps", [1e-12, 0.1])
-def test_hidden_states_and_class_token(eps, randomise, to_numpy, assert_close, assert_same_tree):
-    config = transformers.ViTConfig(
-        hidden_size=24,
-        num_hidden_layers=3,
-        num_attention_heads=3,
-        intermediate_size=40,
-        image_size=20,
-        patch_size=5,
-        layer_norm_eps=eps,
-        attn_implementation="eager",
+@pytest.mark.parametrize("case", CASES)
+def test_outputs_and_folders(case, randomise, assert_close, tmp_path):
+    config = transformers.ViTConfig(**SIZES | CASES[case], attn_implementation="eager")
+    reference = randomise(transformers.ViTModel(config))
+    # 23 x 34 pixels fill 4 x 6 patches of 5; 15 x 10 are fewer patches than there are positions.
+    check_transformers(
+        reference, FAMILY, tmp_path, assert_close, [(20, 20), (23, 34), (15, 10)], interpolate_pos_encoding=True
     )
+
+
+def test_without_a_pooler_the_config_says_so(randomise, assert_close, tmp_path):
+    config = transformers.ViTConfig(**SIZES, add_pooling_layer=False)
     reference = randomise(transformers.ViTModel(config, add_pooling_layer=False))
-    c = ViTConfig(20, 5, 24, 3, 3, 40, norm_eps=eps, class_token=True)
-    params = our_params(to_numpy(reference.state_dict()), c)
-    pixels = np.random.default_rng(0).normal(size=(2, 20, 20, 3)).astype(np.float32)
-    assert_same_tree(params, nn.meta.unbox(jax.eval_shape(c.make().init, jax.random.key(0), pixels)["params"]))
+    reference.save_pretrained(tmp_path)
+    module, params = read(FAMILY, tmp_path)
+    assert module.config.head_size is None
     with torch.no_grad():
-        theirs = reference(torch.tensor(rearrange(pixels, "b h w c -> b c h w"))).last_hidden_state.numpy()
-    ours = jax.jit(c.make().apply)({"params": params}, pixels)
-    assert_close(ours.last_hidden_state, theirs, 1e-4, "last_hidden_state")
-    assert_close(ours.pooler_output, theirs[:, 0], 1e-4, "class token")
+        theirs = reference(to_torch(picture(20, 20))).last_hidden_state
+    ours = module.apply({"params": params}, picture(20, 20))
+    assert_close(ours.last_hidden_state, theirs, 1e-4)
+    assert_close(ours.pooler_output, theirs[:, 0], 1e-4, "the class token")
+
+
+@pytest.mark.parametrize(
+    "values,named",
+    [
+        (dict(image_size=[20, 30]), "image_size"),
+        (dict(hidden_act="swish2"), "hidden_act"),
+        (dict(pooler_act="mish"), "pooler_act"),
+        (dict(window=3), "window=3"),
+        (dict(architectures=["ViTForImageClassification"]), "ViTForImageClassification"),
+    ],
+)
+def test_options_that_cannot_be_honoured_are_refused_by_name(values, named):
+    with pytest.raises(ConfigError, match=named):
+        FAMILY.from_hf(dict(architectures=["ViTModel"]) | values)
+
+
+def test_a_vit_that_the_family_has_no_options_for_is_not_written():
+    with pytest.raises(ConfigError, match="class_token=False.*layer_scale=0.1"):
+        FAMILY.to_hf(ViTConfig(layer_scale=0.1))
 
 
 def test_convolutional_stem(assert_close):
@@ -90,7 +74,7 @@ def test_convolutional_stem(assert_close):
         torch.nn.Conv2d(3, 4, 3, 2, 1), torch.nn.ReLU(), torch.nn.Conv2d(4, 6, 3, 2, 1), torch.nn.ReLU()
     )
     projection = torch.nn.Conv2d(6, 10, 2, 2)
-    c = ViTConfig(image_size=16, patch_size=8, hidden_size=10, stem_channels=(4, 6))
+    c = ViTConfig(image_size=16, patch_size=8, hidden_size=10, num_heads=2, stem_channels=(4, 6))
     params = {
         "stem_0_kernel": rearrange(stem[0].weight.detach().numpy(), "o i h w -> h w i o"),
         "stem_0_bias": stem[0].bias.detach().numpy(),

@@ -1,0 +1,291 @@
+"""EVA: EVA-01 (arXiv 2303.15389) as `Blip2VisionModel`; EVA-01 and EVA-02-CLIP (arXiv 2303.11331) in timm's folders.
+
+EVA's queries and values have a bias and its keys have none; `Blip2VisionModel` stores one for keys too. EVA-02-CLIP B
+and L have SwiGLU, LayerNorms inside attention and MLP, and rotary positions beside learned ones; E has norms behind
+each branch and a plain MLP.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from mllm_jax.checkpoints.options import Options
+from mllm_jax.checkpoints.table import Family, Table
+from mllm_jax.encoders.hub import Names, faithful, options_of, read_vit, sample, vit_table, write_vit
+from mllm_jax.encoders.vit import ViTConfig
+from mllm_jax.errors import ConfigError
+
+# ---- Blip2VisionModel
+
+# What an option is where config.json does not say.
+_BLIP2_DEFAULTS = dict(
+    hidden_size=1408,
+    num_hidden_layers=39,
+    num_attention_heads=16,
+    intermediate_size=6144,
+    hidden_act="gelu",
+    layer_norm_eps=1e-6,
+    image_size=224,
+    patch_size=14,
+)
+_BLIP2_NAMES = Names(
+    patch="embeddings.patch_embedding",
+    layers="encoder.layers",
+    class_token="embeddings.class_embedding",
+    position="embeddings.position_embedding",
+    q="self_attn.qkv",
+    k="self_attn.qkv",
+    v="self_attn.qkv",
+    out="self_attn.projection",
+    spellings=((r"^vision_model\.", ""),),
+)
+
+
+def from_hf_config(values: dict) -> ViTConfig:
+    """config.json of Blip2VisionModel or `vision_config` of BLIP-2, every option honoured or refused by name."""
+    options = options_of(values, _BLIP2_DEFAULTS, "Blip2VisionModel")
+    # The reference takes the last norm twice on the class token.
+    return read_vit(
+        options,
+        class_token=True,
+        qkv_bias=options("qkv_bias", True),
+        norm_pooled=True,
+        pooler="token",
+        family="Blip2VisionModel",
+    )
+
+
+def to_hf_config(config: ViTConfig) -> dict:
+    """The reverse; refuses switches that the family does not have."""
+    written = write_vit(config) | dict(model_type="blip_2_vision_model", qkv_bias=config.qkv_bias)
+    return faithful(config, written, from_hf_config)
+
+
+def table(config: ViTConfig) -> Table:
+    return vit_table(config, _BLIP2_NAMES)
+
+
+# ---- timm
+
+# The published models' arguments; those that a config.json gives go before them.
+_E02 = dict(
+    mlp_ratio=4 * 2 / 3,
+    qkv_fused=False,
+    swiglu_mlp=True,
+    scale_mlp=True,
+    scale_attn_inner=True,
+    use_rot_pos_emb=True,
+    ref_feat_shape=(16, 16),
+)
+_TIMM = {
+    "eva_giant_patch14_clip_224": dict(patch_size=14, embed_dim=1408, depth=40, num_heads=16, mlp_ratio=6144 / 1408),
+    "eva02_base_patch16_clip_224": dict(patch_size=16, embed_dim=768, depth=12, num_heads=12) | _E02,
+    "eva02_large_patch14_clip_224": dict(patch_size=14, embed_dim=1024, depth=24, num_heads=16) | _E02,
+    "eva02_large_patch14_clip_336": dict(img_size=336, patch_size=14, embed_dim=1024, depth=24, num_heads=16) | _E02,
+    "eva02_enormous_patch14_clip_224": dict(
+        patch_size=14, embed_dim=1792, depth=64, num_heads=16, mlp_ratio=15360 / 1792, use_post_norm=True
+    ),
+}
+_POOLERS = {"token": "token", "avg": "mean"}
+# Arguments that change nothing outside training.
+_IDLE = (
+    "drop_rate", "pos_drop_rate", "patch_drop_rate", "proj_drop_rate", "attn_drop_rate", "drop_path_rate",
+    "head_init_scale", "dynamic_img_size", "strict_img_size", "rope_shift_coords", "rope_jitter_coords",
+    "rope_rescale_coords", "attn_pool_num_heads", "attn_pool_mlp_ratio",
+)  # fmt: skip
+# Arguments that must have the value that the models of the table have.
+_FIXED = dict(
+    num_kv_heads=None,
+    qk_norm=False,
+    swiglu_align_to=0,
+    attn_type="eva",
+    attn_only_layer_scale=False,
+    num_reg_tokens=0,
+    no_embed_class=False,
+    use_abs_pos_emb=True,
+    rope_type="cat",
+    rope_grid_offset=0.0,
+    rope_grid_indexing="ij",
+    rope_rotate_half=False,
+    dynamic_img_pad=False,
+)
+_TIMM_NAMES = Names(
+    patch="patch_embed.proj",
+    layers="blocks",
+    class_token="cls_token",
+    position="pos_embed",
+    pre_norm="norm_pre",
+    attention_norm="norm1",
+    q="attn.qkv",
+    k="attn.qkv",
+    v="attn.qkv",
+    q_bias="attn.q_bias",
+    v_bias="attn.v_bias",
+    attention_sub_norm="attn.norm",
+    out="attn.proj",
+    attention_scale="gamma_1",
+    mlp_norm="norm2",
+    mlp_sub_norm="mlp.norm",
+    mlp_scale="gamma_2",
+    final_norm="norm",
+    head="head",
+    # As the original repository and open_clip name them.
+    spellings=(
+        (r"^visual\.(trunk\.)?", ""),
+        (r"\.inner_attn_ln\.", ".norm."),
+        (r"\.ffn_ln\.", ".norm."),
+        (r"\.mlp\.w1\.", ".mlp.fc1_g."),
+        (r"\.mlp\.w2\.", ".mlp.fc1_x."),
+        (r"\.mlp\.w3\.", ".mlp.fc2."),
+        (r"\.attn\.([qv])_bias$", r".attn.\1_proj.bias"),
+    ),
+    ignored=(
+        *(f"{where}rope.{what}" for where in ("", "blocks.{layer}.attn.") for what in ("freqs_cos", "freqs_sin")),
+        *("rope.bands", "rope.pos_embed", "blocks.{layer}.attn.k_bias"),
+    ),
+)
+_UNFUSED = dict(q="attn.q_proj", k="attn.k_proj", v="attn.v_proj", q_bias="", v_bias="")
+# In one tensor where the MLP has no norm of its own.
+_GATED = dict(gate="mlp.fc1_g", up="mlp.fc1_x")
+_GATED_FUSED = dict(gate="mlp.fc1", up="mlp.fc1")
+
+
+def from_timm_config(values: dict) -> ViTConfig:
+    """config.json of a timm folder: `architecture` and `model_args`, every argument honoured or refused by name."""
+    family = values.get("architecture")
+    if family not in _TIMM:
+        raise ConfigError(
+            f"a config.json with architecture={family!r}",
+            f"one of {', '.join(_TIMM)}",
+            "read it with the family that knows it: mllm_jax.supported_models()",
+        )
+    cfg = values.get("pretrained_cfg") or values
+    defaults = dict(img_size=224, in_chans=3, mlp_ratio=4.0, qkv_fused=True, global_pool="token")
+    beside = {
+        "num_classes": values.get("num_classes", cfg.get("num_classes", 1000)),
+        "global_pool": values.get("global_pool") or "token",
+    }
+    given = {name: value for name, value in (values.get("model_args") or {}).items() if value is not None}
+    options = Options(defaults | beside | _TIMM[family] | given, f"config.json of {family}")
+    options.skip(*_IDLE)
+    for name, value in _FIXED.items():
+        options.only(name, value)
+    # What fuses is no part of the module, so it cannot be kept.
+    options.only("qkv_fused", _TIMM[family].get("qkv_fused", True))
+    width, gated, classes = options("embed_dim"), options("swiglu_mlp", False), options("num_classes")
+    post_norm = options("use_post_norm", False)
+    pooler = _POOLERS[options.only("global_pool", *_POOLERS)]
+    norm_pooled = options("use_fc_norm", pooler == "mean")
+    norm_output = options.only("use_post_transformer_norm", not norm_pooled)
+    pre_norm = options("use_pre_transformer_norm", False)
+    switches: dict[str, Any] = {}
+    if options("use_rot_pos_emb", False):
+        switches = dict(rope_grid=_equal(options, "ref_feat_shape"), rope_theta=options("rope_temperature", 10_000.0))
+    options.skip("ref_feat_shape", "rope_temperature", "rope_mrope_section")
+    scale = options("init_values", None)
+    if "mean" in cfg and "std" in cfg:
+        switches |= dict(image_mean=tuple(cfg["mean"]), image_std=tuple(cfg["std"]))
+    config = ViTConfig(
+        image_size=_equal(options, "img_size"),
+        patch_size=_equal(options, "patch_size"),
+        hidden_size=width,
+        num_layers=options("depth"),
+        num_heads=options("num_heads"),
+        mlp_size=int(width * options("mlp_ratio")),
+        activation="silu" if gated else "gelu",
+        gated=gated,
+        num_channels=options("in_chans"),
+        class_token=options("class_token", True),
+        drop_remainder=True,
+        patch_bias=not pre_norm,
+        pre_norm=pre_norm,
+        qkv_bias=options("qkv_bias", True),
+        k_bias=False,
+        norm_first=not post_norm,
+        norm_output=norm_output,
+        norm_pooled=norm_pooled,
+        attention_sub_norm_eps=1e-6 if options("scale_attn_inner", False) else None,
+        mlp_sub_norm_eps=1e-6 if options("scale_mlp", False) else None,
+        layer_scale=None if post_norm else scale,
+        position_antialias=True,
+        pooler=pooler,
+        head_size=classes or None,
+        family=family,
+        **switches,
+    )
+    options.done()
+    return config
+
+
+def _equal(options: Options, name: str) -> int:
+    value = options(name)
+    sides = {value} if isinstance(value, int) else set(value)
+    if len(sides) != 1:
+        raise ConfigError(f"{name}={value!r}", "equal sides", "convert another checkpoint")
+    return sides.pop()
+
+
+def to_timm_config(config: ViTConfig) -> dict:
+    """The reverse; refuses switches that the family does not have."""
+    c = config
+    arguments = dict(
+        img_size=c.image_size,
+        patch_size=c.patch_size,
+        embed_dim=c.hidden_size,
+        depth=c.num_layers,
+        num_heads=c.num_heads,
+        # Half a dimension more, so that the product's rounding cannot lose one.
+        mlp_ratio=(c.mlp_size + 0.5) / c.hidden_size,
+        swiglu_mlp=c.gated,
+        in_chans=c.num_channels,
+        num_classes=c.head_size or 0,
+        class_token=c.class_token,
+        use_pre_transformer_norm=c.pre_norm,
+        use_fc_norm=c.norm_pooled,
+        use_post_transformer_norm=c.norm_output,
+        qkv_bias=c.qkv_bias,
+        use_post_norm=not c.norm_first,
+        scale_attn_inner=c.attention_sub_norm_eps is not None,
+        scale_mlp=c.mlp_sub_norm_eps is not None,
+        init_values=c.layer_scale,
+        use_rot_pos_emb=c.rope_grid is not None,
+        ref_feat_shape=None if c.rope_grid is None else [c.rope_grid] * 2,
+        rope_temperature=c.rope_theta,
+        global_pool=next((theirs for theirs, ours in _POOLERS.items() if ours == c.pooler), "token"),
+    )
+    written = dict(
+        architecture=c.family,
+        num_classes=c.head_size or 0,
+        num_features=c.hidden_size,
+        global_pool=arguments["global_pool"],
+        model_args={name: value for name, value in arguments.items() if value is not None},
+        pretrained_cfg=dict(
+            num_classes=c.head_size or 0,
+            input_size=[c.num_channels, c.image_size, c.image_size],
+            fixed_input_size=True,
+            interpolation="bicubic",
+            mean=list(c.image_mean),
+            std=list(c.image_std),
+            first_conv="patch_embed.proj",
+            classifier="head",
+        ),
+    )
+    return faithful(c, written, from_timm_config)
+
+
+def timm_table(config: ViTConfig) -> Table:
+    c, changes = config, {}
+    if not _TIMM[c.family].get("qkv_fused", True):
+        changes |= _UNFUSED
+    if c.gated:
+        changes |= _GATED if c.mlp_sub_norm_eps is not None else _GATED_FUSED
+    if c.norm_pooled:
+        changes["final_norm"] = "fc_norm"
+    return vit_table(c, dataclasses.replace(_TIMM_NAMES, **changes))
+
+
+FAMILIES = (
+    Family("EVA-01", ("Blip2VisionModel",), from_hf_config, to_hf_config, table, sample, oracle="Blip2VisionModel"),
+    Family("EVA-02-CLIP", tuple(_TIMM), from_timm_config, to_timm_config, timm_table, sample, oracle="timm.Eva"),
+)

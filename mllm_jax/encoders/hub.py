@@ -1,0 +1,281 @@
+"""What the ViTs' Hugging Face folders share: the reading and writing of their options, and their weights' names."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import jax.numpy as jnp
+
+from mllm_jax.checkpoints.options import Options
+from mllm_jax.checkpoints.table import Table, Weight
+from mllm_jax.encoders.vit import ViTConfig
+from mllm_jax.errors import ConfigError
+
+# The hub's names of activations; the first of those that share a function is written.
+ACTIVATIONS = {
+    "gelu": "gelu",
+    "gelu_python": "gelu",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_new": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+    "gelu_accurate": "gelu_tanh",
+    "gelu_python_tanh": "gelu_tanh",
+    "quick_gelu": "quick_gelu",
+    "silu": "silu",
+    "swish": "silu",
+    "relu": "relu",
+    "relu2": "relu_squared",
+    "tanh": "tanh",
+}
+# How the module is run and what its pictures are normalised with, which no config.json says.
+_NOT_STORED = ("image_mean", "image_std", "mimetic_init", "dtype", "remat", "scan_unroll")
+# Options of generation and training that old config.json files of vision towers list, all without effect on them.
+# fmt: off
+IDLE = (
+    "_commit_hash", "auto_map", "bad_words_ids", "begin_suppress_tokens", "bos_token_id", "decoder_start_token_id",
+    "diversity_penalty", "do_sample", "drop_path_rate", "early_stopping", "encoder_no_repeat_ngram_size",
+    "eos_token_id", "exponential_decay_length_penalty", "finetuning_task", "forced_bos_token_id",
+    "forced_eos_token_id", "initializer_factor", "length_penalty", "max_length", "min_length", "no_repeat_ngram_size",
+    "num_beam_groups", "num_beams", "num_return_sequences", "output_scores", "pad_token_id", "prefix",
+    "projection_dim", "projection_dropout", "remove_invalid_values", "repetition_penalty", "return_dict_in_generate",
+    "sep_token_id", "suppress_tokens", "task_specific_params", "temperature", "tf_legacy_loss", "tie_word_embeddings",
+    "tokenizer_class", "top_k", "top_p", "transformers.js_config", "typical_p", "use_bfloat16", "use_flash_attn",
+)
+# fmt: on
+
+
+def read_activation(options: Options, name: str = "hidden_act") -> str:
+    return ACTIVATIONS[options.only(name, *ACTIVATIONS)]
+
+
+def write_activation(activation: str) -> str:
+    return next(theirs for theirs, ours in ACTIVATIONS.items() if ours == activation)
+
+
+def options_of(values: Mapping, defaults: Mapping, family: str) -> Options:
+    """The options of a config.json, or of the part of one that describes a vision tower; absent ones by default.
+
+    Raises:
+        ConfigError: it names another architecture.
+    """
+    named = values.get("architectures") or [family]
+    if family not in named:
+        raise ConfigError(
+            f"a config.json with architectures={named}",
+            family,
+            "read it with the family that knows it: mllm_jax.supported_models()",
+        )
+    return Options({**defaults, **{k: v for k, v in values.items() if v is not None}}, f"config.json of {family}")
+
+
+def read_vit(options: Options, **switches) -> ViTConfig:
+    """The options that the families spell alike; refuses those that nobody has read.
+
+    Args:
+        switches: fields of the config that the family decides.
+    """
+    read = dict(
+        image_size=_square(options, "image_size"),
+        patch_size=_square(options, "patch_size"),
+        hidden_size=options("hidden_size"),
+        num_layers=options("num_hidden_layers"),
+        num_heads=options("num_attention_heads"),
+        activation=read_activation(options) if "activation" not in switches else "",
+        norm_eps=options("layer_norm_eps"),
+        num_channels=options("num_channels", 3),
+        drop_remainder=True,
+    )
+    if "mlp_size" not in switches:
+        read["mlp_size"] = options("intermediate_size")
+    options.only("pruned_heads", {})
+    options.skip(*IDLE)
+    options.done()
+    return ViTConfig(**read | switches)
+
+
+def _square(options: Options, name: str) -> int:
+    """A number, or a pair of equal ones."""
+    value = options(name)
+    sides = (value, value) if isinstance(value, int) else tuple(value)
+    if len(sides) != 2 or sides[0] != sides[1]:
+        raise ConfigError(
+            f"{name}={value!r}",
+            "a square: position embeddings are read as those of a square grid",
+            "convert another checkpoint",
+        )
+    return sides[0]
+
+
+def write_vit(c: ViTConfig) -> dict:
+    """The reverse of `read_vit`."""
+    return dict(
+        architectures=[c.family],
+        image_size=c.image_size,
+        patch_size=c.patch_size,
+        hidden_size=c.hidden_size,
+        num_hidden_layers=c.num_layers,
+        num_attention_heads=c.num_heads,
+        intermediate_size=c.mlp_size,
+        hidden_act=write_activation(c.activation),
+        layer_norm_eps=c.norm_eps,
+        num_channels=c.num_channels,
+    )
+
+
+def faithful(c: ViTConfig, written: dict, read: Callable[[dict], ViTConfig]) -> dict:
+    """`written`, if reading it gives the same encoder again.
+
+    Raises:
+        ConfigError: the family has no options for some of the switches; names them.
+    """
+    found = read(written)
+    # What pictures the module refuses is no part of its numbers.
+    kept = [f.name for f in dataclasses.fields(c) if f.name not in (*_NOT_STORED, "drop_remainder", "region_size")]
+    lost = [f"{name}={getattr(c, name)!r}" for name in kept if _facts(c)[name] != _facts(found)[name]]
+    if lost:
+        raise ConfigError(
+            f"a ViT with {', '.join(lost)}, to be written as {c.family}",
+            f"switches that {c.family} has",
+            "choose another family, or change these",
+        )
+    return written
+
+
+def _facts(c: ViTConfig) -> dict:
+    pooler = {"auto": "token" if c.class_token else "mean"}.get(c.pooler, c.pooler)
+    return dataclasses.asdict(c) | dict(pooler=pooler)
+
+
+def sample(c: ViTConfig) -> tuple:
+    """Arguments with which `init` creates every parameter."""
+    return (jnp.zeros((1, c.image_size, c.image_size, c.num_channels)),)
+
+
+@dataclass(frozen=True)
+class Names:
+    """The hub's words for a ViT's tensors; q, k and v, or gate and up, may lie in one tensor and share its name.
+
+    Attributes:
+        q_bias, k_bias, v_bias: whole names where biases have their own, instead of the matrix' name with ".bias".
+        token_axes, position_axes: the axes that the hub has: "e", "1 e" or "1 1 e"; "n e" or "1 n e".
+        attention_scale, mlp_scale: whole names of the layer scales.
+        head: the linear map behind the pooling.
+        pooler: what an attention pooling's names begin with.
+    """
+
+    patch: str
+    layers: str
+    class_token: str = ""
+    position: str = "embeddings.position_embedding.weight"
+    token_axes: str = "1 1 e"
+    position_axes: str = "1 n e"
+    pre_norm: str = ""
+    attention_norm: str = "layer_norm1"
+    q: str = "self_attn.q_proj"
+    k: str = "self_attn.k_proj"
+    v: str = "self_attn.v_proj"
+    q_bias: str = ""
+    k_bias: str = ""
+    v_bias: str = ""
+    q_norm: str = ""
+    k_norm: str = ""
+    attention_sub_norm: str = ""
+    out: str = "self_attn.out_proj"
+    attention_scale: str = ""
+    mlp_norm: str = "layer_norm2"
+    gate: str = ""
+    up: str = "mlp.fc1"
+    mlp_sub_norm: str = ""
+    down: str = "mlp.fc2"
+    mlp_scale: str = ""
+    final_norm: str = "post_layernorm"
+    head: str = ""
+    pooler: str = ""
+    spellings: tuple[tuple[str, str], ...] = ()
+    ignored: tuple[str, ...] = ()
+
+
+def vit_table(c: ViTConfig, names: Names) -> Table:
+    """The weights of a ViT under a family's names."""
+    weights: list[Weight] = []
+    width, head = c.hidden_size, {"h": c.hidden_size // c.num_heads}
+
+    def norm(name: str, path: str, kind: str = "layer"):
+        weights.append(Weight(f"{name}.weight", f"{path}/scale"))
+        if kind == "layer":
+            weights.append(Weight(f"{name}.bias", f"{path}/bias"))
+
+    def linear(name: str, path: str, kernel: str = "o i -> i o", sizes: dict = {}, bias: bool = True):  # noqa: B006
+        weights.append(Weight(f"{name}.weight", f"{path}/kernel", kernel, sizes))
+        if bias:
+            weights.append(Weight(f"{name}.bias", f"{path}/bias"))
+
+    def beside(parts: list[tuple[str, str, int]], kernel: str, bias: str, sizes: dict):
+        """(stored name, path, rows), which lie one after the other in one tensor where they share its name."""
+        start = 0
+        for name, path, rows in parts:
+            together = [each for each, _, _ in parts].count(name) > 1
+            place = (start, start + rows) if together else None
+            start += rows
+            weights.append(Weight(name, path, bias if path.endswith("bias") else kernel, sizes, place))
+
+    def attention(hub: str, path: str, q: str, k: str, v: str, biases: tuple[str, str, str]):
+        parts = [(f"{hub}{name}", f"{path}/{ours}/kernel", width) for ours, name in zip("qkv", (q, k, v), strict=True)]
+        beside(parts, "(n h) e -> e n h", "", head)
+        parts = [
+            (f"{hub}{name}", f"{path}/{ours}/bias", width) for ours, name in zip("qkv", biases, strict=True) if name
+        ]
+        beside(parts, "", "(n h) -> n h", head)
+
+    patch = {"p": c.patch_size, "q": c.patch_size, "c": c.num_channels}
+    projection = "patch_embedding/projection"
+    linear(names.patch, projection, "e c p q -> (p q c) e", patch, c.patch_bias)
+    if c.class_token:
+        weights.append(Weight(names.class_token, "class_token", f"{names.token_axes} -> 1 e"))
+    weights.append(Weight(names.position, "position_embedding", f"{names.position_axes} -> n e"))
+    if c.pre_norm:
+        norm(names.pre_norm, "pre_norm", c.norm)
+    hub, layer = f"{names.layers}.{{layer}}.", "layers"
+    norm(hub + names.attention_norm, f"{layer}/attention_norm", c.norm)
+    biases = tuple(getattr(names, f"{part}_bias") or f"{getattr(names, part)}.bias" for part in "qkv")
+    keep = (c.qkv_bias, c.qkv_bias and c.k_bias, c.qkv_bias)
+    biases = tuple(name if kept else "" for name, kept in zip(biases, keep, strict=True))
+    matrices = (f"{names.q}.weight", f"{names.k}.weight", f"{names.v}.weight")
+    attention(hub, f"{layer}/attention", *matrices, biases)
+    if c.qk_norm:
+        norm(hub + names.q_norm, f"{layer}/attention/q_norm", "rms")
+        norm(hub + names.k_norm, f"{layer}/attention/k_norm", "rms")
+    if c.attention_sub_norm_eps is not None:
+        norm(hub + names.attention_sub_norm, f"{layer}/attention/norm")
+    linear(hub + names.out, f"{layer}/attention/out", "e (n h) -> n h e", head)
+    norm(hub + names.mlp_norm, f"{layer}/mlp_norm", c.norm)
+    wide = ([("gate", names.gate)] if c.gated else []) + [("up", names.up)]
+    for kind in ("weight", "bias"):
+        ours = {"weight": "kernel"}.get(kind, kind)
+        parts = [(f"{hub}{name}.{kind}", f"{layer}/mlp/{part}/{ours}", c.mlp_size) for part, name in wide]
+        beside(parts, "o i -> i o", "", {})
+    if c.mlp_sub_norm_eps is not None:
+        norm(hub + names.mlp_sub_norm, f"{layer}/mlp/norm")
+    linear(hub + names.down, f"{layer}/mlp/down")
+    if c.layer_scale is not None:
+        weights.append(Weight(hub + names.attention_scale, f"{layer}/attention_scale"))
+        weights.append(Weight(hub + names.mlp_scale, f"{layer}/mlp_scale"))
+    if c.norm_output or c.norm_pooled:
+        norm(names.final_norm, "final_norm")
+    if c.pooler == "attention":
+        weights.append(Weight(f"{names.pooler}.probe", "pooler/probe", "1 1 e -> 1 e"))
+        attention(f"{names.pooler}.attention.", "pooler", *["in_proj_weight"] * 3, ("in_proj_bias",) * 3)
+        linear(f"{names.pooler}.attention.out_proj", "pooler/out", "e (n h) -> n h e", head)
+        norm(f"{names.pooler}.layernorm", "pooler/norm")
+        linear(f"{names.pooler}.mlp.fc1", "pooler/mlp/up")
+        linear(f"{names.pooler}.mlp.fc2", "pooler/mlp/down")
+    if c.head_size is not None:
+        linear(names.head, "head")
+    return Table(tuple(weights), names.spellings, names.ignored)
+
+
+def nested(table: Table, name: str, path: str) -> tuple[Weight, ...]:
+    """A tower's weights as a part of a larger model: names begin with `name`, paths with `path`."""
+    return tuple(dataclasses.replace(w, name=name + w.name, path=path + w.path) for w in table.weights)

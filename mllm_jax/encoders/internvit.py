@@ -1,0 +1,137 @@
+"""InternViT (arXiv 2312.14238, 2404.16821): `InternVLVisionModel`, and the `InternVisionModel` of OpenGVLab's folders.
+
+The 300M has LayerNorms and biases of queries, keys and values; the 6B has RMSNorms, no such biases, and an RMSNorm over
+all heads of queries and keys before they are split. With mean pooling, which all have, there is no last norm.
+"""
+
+from __future__ import annotations
+
+from mllm_jax.checkpoints.table import Family, Table
+from mllm_jax.encoders.hub import Names, faithful, options_of, read_vit, sample, vit_table, write_vit
+from mllm_jax.encoders.vit import ViTConfig
+
+_HF, _ORIGINAL = "InternVLVisionModel", "InternVisionModel"
+_NORMS = {"layer_norm": "layer", "rms_norm": "rms"}
+# What an option is where config.json does not say.
+_DEFAULTS = {
+    _HF: dict(
+        hidden_size=1024,
+        num_hidden_layers=24,
+        num_attention_heads=16,
+        intermediate_size=4096,
+        hidden_act="gelu",
+        layer_norm_eps=1e-6,
+        image_size=448,
+        patch_size=14,
+        norm_type="layer_norm",
+        attention_bias=False,
+        use_qk_norm=False,
+        layer_scale_init_value=0.1,
+    ),
+    _ORIGINAL: dict(
+        hidden_size=3200,
+        num_hidden_layers=48,
+        num_attention_heads=25,
+        intermediate_size=12800,
+        hidden_act="gelu",
+        layer_norm_eps=1e-6,
+        image_size=224,
+        patch_size=14,
+        norm_type="rms_norm",
+        qkv_bias=False,
+        qk_normalization=True,
+        initializer_factor=0.1,
+    ),
+}
+# The three options that the two spell differently.
+_SPELT = {
+    _HF: dict(qkv_bias="attention_bias", qk_norm="use_qk_norm", layer_scale="layer_scale_init_value"),
+    _ORIGINAL: dict(qkv_bias="qkv_bias", qk_norm="qk_normalization", layer_scale="initializer_factor"),
+}
+_MODEL_TYPE = {_HF: "internvl_vision", _ORIGINAL: "intern_vit_6b"}
+_NAMES = {
+    _HF: Names(
+        patch="embeddings.patch_embeddings.projection",
+        layers="encoder.layer",
+        class_token="embeddings.cls_token",
+        position="embeddings.position_embeddings",
+        attention_norm="layernorm_before",
+        q="attention.q_proj",
+        k="attention.k_proj",
+        v="attention.v_proj",
+        q_norm="attention.q_norm",
+        k_norm="attention.k_norm",
+        out="attention.projection_layer",
+        attention_scale="lambda_1",
+        mlp_norm="layernorm_after",
+        mlp_scale="lambda_2",
+        final_norm="layernorm",
+        spellings=((r"^vision_tower\.", ""),),
+        ignored=("embeddings.mask_token",),
+    ),
+    _ORIGINAL: Names(
+        patch="embeddings.patch_embedding",
+        layers="encoder.layers",
+        class_token="embeddings.class_embedding",
+        position="embeddings.position_embedding",
+        attention_norm="norm1",
+        q="attn.qkv",
+        k="attn.qkv",
+        v="attn.qkv",
+        q_norm="attn.q_norm",
+        k_norm="attn.k_norm",
+        out="attn.proj",
+        attention_scale="ls1",
+        mlp_norm="norm2",
+        mlp_scale="ls2",
+        spellings=((r"^vision_model\.", ""),),
+    ),
+}
+
+
+def from_hf_config(values: dict) -> ViTConfig:
+    """config.json of either class, or `vision_config` of InternVL, every option honoured or refused by name."""
+    original = values.get("architectures") == [_ORIGINAL] or values.get("model_type") == _MODEL_TYPE[_ORIGINAL]
+    family = _ORIGINAL if original else _HF
+    options = options_of(values, _DEFAULTS[family], family)
+    norm = _NORMS[options.only("norm_type", *_NORMS)]
+    normed = False
+    if family == _HF:
+        options.only("use_absolute_position_embeddings", True)
+        options.skip("use_mask_token")
+        # Without mean pooling a LayerNorm follows the last layer, whatever norm_type says.
+        normed = not options("use_mean_pooling", True)
+    switches = {ours: options(theirs) for ours, theirs in _SPELT[family].items()}
+    return read_vit(
+        options,
+        class_token=True,
+        norm=norm,
+        norm_output=normed,
+        qk_norm_eps=1e-6 if family == _HF else options("layer_norm_eps"),
+        pooler="none" if family == _HF else "token",
+        family=family,
+        **switches,
+    )
+
+
+def to_hf_config(config: ViTConfig) -> dict:
+    """The reverse; refuses switches that the family does not have."""
+    c = config
+    written = write_vit(c) | dict(model_type=_MODEL_TYPE[c.family])
+    written["norm_type"] = next(theirs for theirs, ours in _NORMS.items() if ours == c.norm)
+    written |= {theirs: getattr(c, ours) for ours, theirs in _SPELT[c.family].items()}
+    if c.family == _HF:
+        written["use_mean_pooling"] = not c.norm_output
+    return faithful(c, written, from_hf_config)
+
+
+def table(config: ViTConfig) -> Table:
+    return vit_table(config, _NAMES[config.family])
+
+
+FAMILIES = (
+    Family("InternViT", (_HF,), from_hf_config, to_hf_config, table, sample, oracle=_HF),
+    Family(
+        "InternViT (OpenGVLab)", (_ORIGINAL,), from_hf_config, to_hf_config, table, sample, oracle="OpenGVLab's code"
+    ),
+)

@@ -1,0 +1,60 @@
+"""timm, the reference for EVA-02-CLIP and NFNet, without a line in the extras: with it comes torchvision.
+
+torchvision's wheels hold operators for one build of torch; beside another, transformers fails to import wherever it
+finds it. So both packages stay in a folder of their own, which only the tests that compare with timm put on the path.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+
+PACKAGES = ("timm==1.0.31", "torchvision==0.28.0")
+MISSING = f"missing asset: pip install --no-deps {' '.join(PACKAGES)}"
+
+
+def _folder() -> Path:
+    """Where the packages lie; fetched on CI, or where MLLM_FETCH_TIMM is set."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mllm_jax"
+    folder = cache / "-".join(PACKAGES).replace("==", "-")
+    if not folder.is_dir() and (os.environ.get("CI") == "true" or os.environ.get("MLLM_FETCH_TIMM")):
+        cache.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(dir=cache))
+        pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-compile", "--target"]
+        subprocess.run([*pip, str(temporary), *PACKAGES], check=True)
+        temporary.rename(folder)
+    return folder
+
+
+def _declare_operators() -> None:
+    """torchvision declares what its operators give on the meta device, which fails where they do not exist."""
+    try:
+        library = torch.library.Library("torchvision", "DEF")
+        for name in ("nms", "qnms"):
+            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        _KEPT.append(library)  # collected, it would take its schemas along
+    except RuntimeError:  # a torchvision with its operators is loaded
+        pass
+
+
+_KEPT: list = []
+
+
+def timm_or_skip():
+    """The package; skips the test file where it is absent (which fails on CI)."""
+    importlib.import_module("transformers").utils.is_torchvision_available()  # asked once: not there
+    folder = _folder()
+    if folder.is_dir() and str(folder) not in sys.path:
+        sys.path.append(str(folder))
+    _declare_operators()
+    try:
+        return importlib.import_module("timm")
+    except ImportError:
+        pytest.skip(MISSING, allow_module_level=True)
