@@ -1,0 +1,101 @@
+"""Where the patches of packed pictures lie in rows for Qwen's vision towers: integers, worked out on the host."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from einops import rearrange
+
+from mllm_jax.errors import DataError
+
+
+class PatchLayout(NamedTuple):
+    """Static-size integers for rows of packed pictures, int32 NumPy arrays.
+
+    Attributes:
+        source: [B, N] which of the processor's patches, all pictures of all rows one after the other, comes here; -1 is
+            padding.
+        segments: [B, N] number of the frame in its row, from 1; 0 is padding.
+        coordinates: [B, N, 2] row and column in patches.
+        grids: [B, N, 2] height and width in patches of the picture that the patch is of.
+        windows: [B, N] number of the attention window, or None without windows.
+    """
+
+    source: np.ndarray
+    segments: np.ndarray
+    coordinates: np.ndarray
+    grids: np.ndarray
+    windows: np.ndarray | None
+
+    def gather(self, patches: np.ndarray) -> np.ndarray:
+        """float[sum of all t*h*w, P] as processors concatenate them -> float[B, N, P] with zeros as padding."""
+        expected = int((self.source >= 0).sum())
+        if len(patches) != expected:
+            raise DataError(
+                f"{len(patches)} patches", f"{expected}, as the layout's grids say", "lay out the same pictures"
+            )
+        return np.where(self.source[..., None] >= 0, patches[np.maximum(self.source, 0)], 0).astype(patches.dtype)
+
+
+def lay_out_patches(
+    rows: Sequence[Sequence[tuple[int, int, int]]],
+    num_patches: int,
+    merge_size: int = 2,
+    window_side: int | None = None,
+) -> PatchLayout:
+    """Packs pictures and videos into rows of `num_patches`.
+
+    Args:
+        rows: of each row its pictures' (frames / temporal_patch_size, height, width) in patches: `grid_thw`.
+        num_patches: N, the same for every row.
+        window_side: in patches, `QwenViTConfig.window_side`.
+
+    Raises:
+        DataError: a grid that merging does not divide, or more patches than a row holds.
+    """
+    shape = (len(rows), num_patches)
+    source, segments = np.full(shape, -1, np.int32), np.zeros(shape, np.int32)
+    coordinates, grids = np.zeros((*shape, 2), np.int32), np.zeros((*shape, 2), np.int32)
+    if num_patches % merge_size**2:
+        raise DataError(f"rows of {num_patches} patches", f"a multiple of {merge_size**2}", "change num_patches")
+    taken = 0
+    for b, pictures in enumerate(rows):
+        start = frames = 0
+        for t, h, w in pictures:
+            if min(t, h, w) < 1 or h % merge_size or w % merge_size:
+                raise DataError(
+                    f"a picture of {t} x {h} x {w} patches in row {b}",
+                    f"at least one frame, and sides that are multiples of {merge_size}",
+                    "resize the picture as the processor does",
+                )
+            size = t * h * w
+            if start + size > num_patches:
+                needed = sum(math.prod(grid) for grid in pictures)
+                raise DataError(
+                    f"row {b} with {needed} patches",
+                    f"at most {num_patches}",
+                    "resize the pictures, put fewer in a row, or make rows longer",
+                )
+            here = slice(start, start + size)
+            frame = rearrange(np.indices((h, w)), "a (h p) (w q) -> (h w p q) a", p=merge_size, q=merge_size)
+            source[b, here] = np.arange(taken, taken + size)
+            segments[b, here] = np.repeat(np.arange(frames + 1, frames + t + 1), h * w)
+            coordinates[b, here] = np.tile(frame, (t, 1))
+            grids[b, here] = h, w
+            start, frames, taken = start + size, frames + t, taken + size
+    windows = None if window_side is None else window_numbers(segments, coordinates, grids, window_side)
+    return PatchLayout(source, segments, coordinates, grids, windows)
+
+
+def window_numbers(segments, coordinates, grids, side: int):
+    """int[B, N]: a number for each window of each frame in a row, 0 for padding; of NumPy or JAX arrays.
+
+    Windows of `side` x `side` patches tile each frame from its upper left corner; those at its other edges are smaller.
+    """
+    columns = -(-grids[..., 1] // side)
+    within = coordinates[..., 0] // side * columns + coordinates[..., 1] // side
+    # A frame has at most as many windows as the row has patches.
+    return (segments > 0) * (segments * segments.shape[1] + within)

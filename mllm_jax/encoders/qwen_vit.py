@@ -1,0 +1,485 @@
+"""The vision towers of Qwen2-VL (arXiv 2409.12191), Qwen2.5-VL (arXiv 2502.13923) and Qwen3-VL
+(arXiv 2511.21631).
+
+They take pictures and videos at their own resolution, several in a row. Patches come as the processors make them, in
+squares of merge_size x merge_size that lie one after the other ("merge-ordered"), so that merging is a reshape.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from einops import rearrange
+from flax import linen as nn
+from flax import struct
+
+from mllm_jax.checkpoints.options import Options
+from mllm_jax.checkpoints.table import Family, Table, Weight
+from mllm_jax.encoders.hub import IDLE, read_activation, write_activation
+from mllm_jax.encoders.qwen_patches import PatchLayout, lay_out_patches, window_numbers
+from mllm_jax.encoders.vit import VisionOutput
+from mllm_jax.errors import ConfigError, DataError
+from mllm_jax.layers.attention import Attention
+from mllm_jax.layers.linear import Linear
+from mllm_jax.layers.mlp import ACTIVATIONS, MLP
+from mllm_jax.layers.norms import LayerNorm, RMSNorm
+from mllm_jax.layers.rotary import grid_angles
+from mllm_jax.layers.stack import scan_layers
+from mllm_jax.sharding.logical import constrain
+
+NORM_EPS = 1e-6  # of every norm in the three towers; no option sets it
+
+
+@dataclass(frozen=True)
+class QwenViTConfig:
+    """Sizes and switches of a tower.
+
+    Attributes:
+        temporal_patch_size: frames that make one patch; a still picture is repeated.
+        merge_size: side of the square of patches that becomes one media token.
+        output_size: width of a media token, which is the LLM's.
+        gated, activation: True and "silu" are SwiGLU.
+        norm: "layer" or "rms".
+        patch_bias: of the patch projection.
+        window_size: None, or the side in pixels of the windows that attention stays in, except in `full_layers`.
+        full_layers: numbers of the layers that attend to the whole frame, where there are windows.
+        num_positions: None, or the size of a square table of learned positions, which is stretched over each picture.
+        deepstack_layers: layers behind which features are taken for the LLM's first layers, in rising order.
+        tokens_per_second: how the LLM counts time in videos; the tower does not read it.
+        family: the Hugging Face architecture that it is written as.
+    """
+
+    patch_size: int = 14
+    temporal_patch_size: int = 2
+    channels: int = 3
+    merge_size: int = 2
+    hidden_size: int = 1280
+    num_layers: int = 32
+    num_heads: int = 16
+    mlp_size: int = 5120
+    output_size: int = 3584
+    activation: str = "quick_gelu"
+    gated: bool = False
+    norm: str = "layer"
+    patch_bias: bool = False
+    window_size: int | None = None
+    full_layers: tuple[int, ...] = ()
+    num_positions: int | None = None
+    deepstack_layers: tuple[int, ...] = ()
+    rope_theta: float = 10_000.0
+    tokens_per_second: int | None = None
+    family: str = "Qwen2VisionTransformerPretrainedModel"
+    dtype: str = "float32"
+    remat: str = "none"
+    scan_unroll: int = 1
+
+    def __post_init__(self):
+        def require(condition, given: str, expected: str, todo: str):
+            if not condition:
+                raise ConfigError(f"Qwen ViT: {given}", expected, todo)
+
+        require(
+            self.hidden_size % (4 * self.num_heads) == 0,
+            f"hidden_size {self.hidden_size} for {self.num_heads} heads",
+            "heads whose size is a multiple of 4: RoPE turns pairs by row and pairs by column",
+            "change hidden_size or num_heads",
+        )
+        require(self.norm in ("layer", "rms"), f"norm {self.norm!r}", "'layer' or 'rms'", "change norm")
+        require(
+            self.activation in ACTIVATIONS,
+            f"activation {self.activation!r}",
+            f"one of {', '.join(ACTIVATIONS)}",
+            "change activation",
+        )
+        require(
+            self.window_size is None or self.window_side,
+            f"windows of {self.window_size} pixels",
+            f"at least one media token, {self.patch_size * self.merge_size} pixels",
+            "change window_size",
+        )
+        layers = self.deepstack_layers
+        require(
+            list(layers) == sorted(set(layers) & set(range(self.num_layers))),
+            f"deepstack layers {layers} of {self.num_layers}",
+            "different layers of the tower in rising order",
+            "change deepstack_layers",
+        )
+
+    @property
+    def merge_unit(self) -> int:
+        """Patches in one media token."""
+        return self.merge_size**2
+
+    @property
+    def patch_values(self) -> int:
+        """Numbers in one flattened patch: channels, frames, rows, columns."""
+        return self.channels * self.temporal_patch_size * self.patch_size**2
+
+    @property
+    def window_side(self) -> int | None:
+        """Side of a window in patches, a whole number of media tokens; None without windows."""
+        if self.window_size is None:
+            return None
+        return self.window_size // self.merge_size // self.patch_size * self.merge_size
+
+    def make(self) -> QwenViT:
+        return QwenViT(self)
+
+    def lay_out(self, rows: Sequence[Sequence[tuple[int, int, int]]], num_patches: int) -> PatchLayout:
+        """Packs pictures into rows for this tower, see `lay_out_patches`."""
+        return lay_out_patches(rows, num_patches, self.merge_size, self.window_side)
+
+
+@struct.dataclass
+class QwenVisionOutput(VisionOutput):
+    """What a tower gives; N patches in the order in which they came, M = N / merge_size^2 media tokens.
+
+    Of padding everything is finite and means nothing.
+
+    Attributes:
+        last_hidden_state: [B, N, E] behind the last layer. The reference's Qwen2.5-VL has it in the order of windows.
+        pooler_output: [B, M, output_size], the merged tokens.
+        hidden_states: None, or the embeddings and then each layer's output, [B, N, E] each.
+        deepstack_features: of each deepstack layer merged tokens [B, M, output_size] (arXiv 2406.04334).
+    """
+
+    deepstack_features: tuple[jax.Array, ...] = ()
+
+
+# ---- the tower
+
+
+def interpolate_positions(table: jax.Array, coordinates: jax.Array, grids: jax.Array) -> jax.Array:
+    """A square table of vectors stretched bilinearly over each patch's picture, the corners on the corners.
+
+    Places are kept as whole numbers and remainders, so that no rounding moves a patch to another cell of the table.
+
+    Args:
+        table: [side^2, E].
+        coordinates, grids: int[B, N, 2].
+
+    Returns:
+        float32[B, N, E].
+    """
+    side = math.isqrt(table.shape[0])
+    steps = jnp.maximum(grids - 1, 1)
+    low = coordinates * (side - 1) // steps
+    part = (coordinates * (side - 1) - low * steps).astype(jnp.float32) / steps
+    taps = [(low, 1 - part), (jnp.minimum(low + 1, side - 1), part)]
+    total = jnp.zeros((*coordinates.shape[:2], table.shape[1]), jnp.float32)
+    for row, row_weight in taps:
+        for column, column_weight in taps:
+            vectors = jnp.take(table, row[..., 0] * side + column[..., 1], axis=0, mode="clip")
+            total = total + vectors * (row_weight[..., 0] * column_weight[..., 1])[..., None]
+    return total
+
+
+def _norm(c: QwenViTConfig, name: str) -> nn.Module:
+    return (RMSNorm if c.norm == "rms" else LayerNorm)(NORM_EPS, jnp.dtype(c.dtype), name=name)
+
+
+class QwenViTBlock(nn.Module):
+    """Pre-norm transformer layer that attends within segments or, where its flag says so, within windows."""
+
+    config: QwenViTConfig
+    keep_hidden_state: bool = False
+
+    @nn.compact
+    def __call__(self, carry, own, segments, windows, angles):
+        """`carry` is (x, the deepstack layers' outputs so far or None), `own` (full attention?, place among them)."""
+        c = self.config
+        dtype = jnp.dtype(c.dtype)
+        (x, features), (full, place) = carry, own
+        if windows is not None:
+            segments = jnp.where(full, segments, windows)
+        attention = Attention(c.num_heads, dtype=dtype, name="attention")
+        x = x + attention(_norm(c, "attention_norm")(x), segments=segments, angles=angles)[0]
+        x = x + MLP(c.mlp_size, c.activation, c.gated, dtype=dtype, name="mlp")(_norm(c, "mlp_norm")(x))
+        x = constrain(x, "batch", "patches", None)
+        if features is not None:
+            features = features.at[place].set(x, mode="drop")
+        return (x, features), x if self.keep_hidden_state else None
+
+
+class PatchMerger(nn.Module):
+    """Each square of patches to one media token: norm, Linear, GELU, Linear."""
+
+    config: QwenViTConfig
+    norm_merged: bool = False
+
+    @nn.compact
+    def __call__(self, x):
+        """dtype[B, N, E] -> dtype[B, N / merge_size^2, output_size]"""
+        c = self.config
+        dtype, norm = jnp.dtype(c.dtype), _norm(c, "norm")
+        x = x if self.norm_merged else norm(x)
+        x = rearrange(x, "b (n u) e -> b n (u e)", u=c.merge_unit)
+        x = norm(x) if self.norm_merged else x
+        x = Linear((x.shape[-1],), ("embed", "mlp"), use_bias=True, dtype=dtype, name="linear_1")(x)
+        x = ACTIVATIONS["gelu"](x)
+        return Linear((c.output_size,), ("mlp", "embed"), use_bias=True, dtype=dtype, name="linear_2")(x)
+
+
+class QwenViT(nn.Module):
+    """Patches of packed pictures to media tokens (reference classes: see FAMILIES)."""
+
+    config: QwenViTConfig
+
+    @nn.compact
+    def __call__(
+        self, patches, segments, coordinates, grids, windows=None, *, output_hidden_states: bool = False
+    ) -> QwenVisionOutput:
+        """Encodes rows of N patches, each square of merge_size^2 of them one after the other.
+
+        Args:
+            patches: float[B, N, channels * temporal_patch_size * patch_size^2], normalised, as processors flatten them.
+            segments: int[B, N]; one frame of one picture or video each, 0 is padding. Attention never crosses them.
+            coordinates: int[B, N, 2], row and column in patches.
+            grids: int[B, N, 2], height and width in patches of the patch's picture.
+            windows: int[B, N] as `window_numbers` gives them; None works them out. Not read by towers without windows.
+
+        Raises:
+            DataError: patches of another size, or a number of them that merging does not divide.
+        """
+        c = self.config
+        dtype = jnp.dtype(c.dtype)
+        if patches.shape[-1] != c.patch_values or patches.shape[1] % c.merge_unit:
+            raise DataError(
+                f"patches {patches.shape}",
+                f"[B, N, {c.patch_values}] with N a multiple of {c.merge_unit}",
+                "make them with this model's processor and `lay_out_patches`",
+            )
+        x = Linear((c.hidden_size,), ("channels", "embed"), use_bias=c.patch_bias, dtype=dtype, name="patch_embedding")(
+            patches
+        )
+        if c.num_positions is not None:
+            init = nn.with_logical_partitioning(nn.initializers.normal(0.02), ("patches", "embed"))
+            table = self.param("position_embedding", init, (c.num_positions, c.hidden_size), jnp.float32)
+            table = constrain(table, "patches", None)  # looked up whole: it is small, and patches are split by row
+            x = x + interpolate_positions(table, coordinates, grids).astype(dtype)
+        x = embedded = constrain(x, "batch", "patches", None)
+        if c.window_side is None:
+            windows = None
+        elif windows is None:
+            windows = window_numbers(segments, coordinates, grids, c.window_side)
+        angles = grid_angles(coordinates, c.hidden_size // c.num_heads, c.rope_theta)
+        numbers, depth = np.arange(c.num_layers), len(c.deepstack_layers)
+        # Layers that are none of the deepstack's get a place beyond the end, where writing is dropped.
+        places = np.array([c.deepstack_layers.index(i) if i in c.deepstack_layers else depth for i in numbers])
+        features = jnp.zeros((depth, *x.shape), dtype) if depth else None
+        layers = scan_layers(
+            QwenViTBlock, num_layers=c.num_layers, remat=c.remat, unroll=c.scan_unroll, num_broadcast=3
+        )(c, output_hidden_states, name="layers")
+        own = (jnp.asarray(np.isin(numbers, c.full_layers)), jnp.asarray(places, jnp.int32))
+        (x, features), states = layers((x, features), own, segments, windows, angles)
+        deepstack = ()
+        if depth:
+            mergers = nn.vmap(
+                PatchMerger,
+                variable_axes={"params": 0},
+                split_rngs={"params": True},
+                metadata_params={nn.PARTITION_NAME: "layers"},
+            )(c, norm_merged=True, name="deepstack_mergers")
+            deepstack = tuple(mergers(features))
+        return QwenVisionOutput(
+            last_hidden_state=x,
+            pooler_output=PatchMerger(c, name="merger")(x),
+            hidden_states=(embedded, *states) if output_hidden_states else None,
+            deepstack_features=deepstack,
+        )
+
+
+# ---- Hugging Face folders
+
+_QWEN2, _QWEN25, _QWEN3 = (
+    "Qwen2VisionTransformerPretrainedModel",
+    "Qwen2_5_VisionTransformerPretrainedModel",
+    "Qwen3VLVisionModel",
+)
+_MODEL_TYPES = {"qwen2_vl": _QWEN2, "qwen2_5_vl": _QWEN25, "qwen3_vl": _QWEN3}
+# What an option is where config.json does not say.
+_COMMON = dict(num_heads=16, in_channels=3, patch_size=14, spatial_merge_size=2, temporal_patch_size=2)
+_DEFAULTS = {
+    _QWEN2: _COMMON | dict(depth=32, embed_dim=1280, hidden_size=3584, hidden_act="quick_gelu", mlp_ratio=4),
+    _QWEN25: _COMMON
+    | dict(depth=32, hidden_size=3584, hidden_act="silu", intermediate_size=3420, out_hidden_size=3584)
+    | dict(window_size=112, fullatt_block_indexes=(7, 15, 23, 31), tokens_per_second=4),
+    _QWEN3: _COMMON
+    | dict(depth=27, hidden_size=1152, hidden_act="gelu_pytorch_tanh", intermediate_size=4304, out_hidden_size=3584)
+    | dict(patch_size=16, num_position_embeddings=2304, deepstack_visual_indexes=(8, 16, 24)),
+}
+# The modules' names: projections of the MLP, then norm and two maps of the merger.
+_NAMES = {
+    _QWEN2: (("fc1", "fc2"), ("ln_q", "mlp.0", "mlp.2")),
+    _QWEN25: (("up_proj", "down_proj"), ("ln_q", "mlp.0", "mlp.2")),
+    _QWEN3: (("linear_fc1", "linear_fc2"), ("norm", "linear_fc1", "linear_fc2")),
+}
+
+
+def from_hf_config(values: dict) -> QwenViTConfig:
+    """A tower's config.json, or the `vision_config` in that of a whole model, whose other entries are not read.
+
+    Raises:
+        ConfigError: another architecture, or an option that is not supported.
+    """
+    part = values.get("vision_config") or values
+    kind = str(values.get("model_type")).removesuffix("_vision")
+    named = [name for name in part.get("architectures") or () if name in _DEFAULTS]
+    family = named[0] if named else _MODEL_TYPES.get(kind)
+    if family is None:
+        raise ConfigError(
+            f"a config.json with architectures={part.get('architectures')}, model_type={values.get('model_type')!r}",
+            f"{' or '.join(_DEFAULTS)}, or a model_type of {', '.join(_MODEL_TYPES)}",
+            "read it with the family that knows it: mllm_jax.supported_models()",
+        )
+    options = Options(_DEFAULTS[family] | {k: v for k, v in part.items() if v is not None}, f"config.json of {family}")
+    rope = Options(options("rope_parameters", {}), f"rope_parameters of {family}")
+    rope.only("rope_type", "axial")
+    patch, channels = options("patch_size"), options("in_channels")
+    frames = options("temporal_patch_size")
+    if not (isinstance(patch, int) and isinstance(frames, int)):
+        raise ConfigError(
+            f"{family} with patch_size={patch!r}, temporal_patch_size={frames!r}",
+            "whole numbers: patches are square",
+            "convert another checkpoint",
+        )
+    # Spellings of the first checkpoints, which the reference class does not read.
+    options.only("in_chans", channels)
+    options.only("spatial_patch_size", patch)
+    read = dict(
+        patch_size=patch,
+        temporal_patch_size=frames,
+        channels=channels,
+        merge_size=options("spatial_merge_size"),
+        num_layers=options("depth"),
+        num_heads=options("num_heads"),
+        activation=read_activation(options),
+        rope_theta=rope("rope_theta", 10_000.0),
+        family=family,
+    )
+    rope.done()
+    if family == _QWEN2:
+        width = options("embed_dim")
+        read |= dict(hidden_size=width, mlp_size=int(width * options("mlp_ratio")), output_size=options("hidden_size"))
+    else:
+        read |= dict(hidden_size=options("hidden_size"), mlp_size=options("intermediate_size"))
+        read |= dict(output_size=options("out_hidden_size"))
+    if family == _QWEN25:
+        read |= dict(norm="rms", gated=True, window_size=options("window_size"))
+        read |= dict(full_layers=tuple(options("fullatt_block_indexes")))
+        read |= dict(tokens_per_second=options("tokens_per_second"))
+    if family == _QWEN3:
+        read |= dict(patch_bias=True, num_positions=options("num_position_embeddings"))
+        read |= dict(deepstack_layers=tuple(options("deepstack_visual_indexes")))
+    options.skip("_attn_implementation_autoset", *IDLE)
+    options.done()
+    return QwenViTConfig(**read)
+
+
+def to_hf_config(config: QwenViTConfig) -> dict:
+    """The reverse, for a folder of the tower alone.
+
+    Raises:
+        ConfigError: the family has no options for some of the switches; names them.
+    """
+    c = config
+    if c.family not in _DEFAULTS:
+        raise ConfigError(f"Qwen ViT: family {c.family!r}", f"one of {', '.join(_DEFAULTS)}", "change family")
+    written = dict(
+        architectures=[c.family],
+        model_type=next(kind for kind, family in _MODEL_TYPES.items() if family == c.family) + "_vision",
+        depth=c.num_layers,
+        num_heads=c.num_heads,
+        in_channels=c.channels,
+        patch_size=c.patch_size,
+        spatial_merge_size=c.merge_size,
+        temporal_patch_size=c.temporal_patch_size,
+        hidden_act=write_activation(c.activation),
+        rope_parameters=dict(rope_type="axial", rope_theta=c.rope_theta),
+    )
+    if c.family == _QWEN2:
+        written |= dict(embed_dim=c.hidden_size, hidden_size=c.output_size, mlp_ratio=c.mlp_size // c.hidden_size)
+    else:
+        written |= dict(hidden_size=c.hidden_size, intermediate_size=c.mlp_size, out_hidden_size=c.output_size)
+    if c.family == _QWEN25:
+        written |= dict(window_size=c.window_size, fullatt_block_indexes=list(c.full_layers))
+        written |= dict(tokens_per_second=c.tokens_per_second)
+    if c.family == _QWEN3:
+        written |= dict(num_position_embeddings=c.num_positions, deepstack_visual_indexes=list(c.deepstack_layers))
+    again = dataclasses.replace(from_hf_config(written), dtype=c.dtype, remat=c.remat, scan_unroll=c.scan_unroll)
+    names = [field.name for field in dataclasses.fields(c)]
+    lost = [f"{name}={getattr(c, name)!r}" for name in names if getattr(c, name) != getattr(again, name)]
+    if lost:
+        raise ConfigError(
+            f"a Qwen ViT with {', '.join(lost)}, to be written as {c.family}",
+            f"switches that {c.family} has",
+            "choose another family, or change these",
+        )
+    return written
+
+
+def table(config: QwenViTConfig) -> Table:
+    """The tower's weights under the names of its own folder; in a whole model's folder the LLM's are passed over."""
+    c = config
+    (up, down), merger = _NAMES[c.family]
+    head = {"h": c.hidden_size // c.num_heads}
+    weights: list[Weight] = []
+
+    def norm(name: str, path: str, kind: str = c.norm):
+        weights.append(Weight(f"{name}.weight", f"{path}/scale"))
+        if kind == "layer":
+            weights.append(Weight(f"{name}.bias", f"{path}/bias"))
+
+    def linear(name: str, path: str, pattern: str = "o i -> i o", sizes=None, bias: bool = True):
+        weights.append(Weight(f"{name}.weight", f"{path}/kernel", pattern, sizes or {}))
+        if bias:
+            weights.append(Weight(f"{name}.bias", f"{path}/bias"))
+
+    def merge(name: str, path: str):
+        norm(f"{name}.{merger[0]}", f"{path}/norm")
+        linear(f"{name}.{merger[1]}", f"{path}/linear_1")
+        linear(f"{name}.{merger[2]}", f"{path}/linear_2")
+
+    sizes = dict(c=c.channels, t=c.temporal_patch_size, p=c.patch_size, q=c.patch_size)
+    linear("patch_embed.proj", "patch_embedding", "e c t p q -> (c t p q) e", sizes, c.patch_bias)
+    if c.num_positions is not None:
+        weights.append(Weight("pos_embed.weight", "position_embedding"))
+    hub = "blocks.{layer}"
+    norm(f"{hub}.norm1", "layers/attention_norm")
+    norm(f"{hub}.norm2", "layers/mlp_norm")
+    for i, part in enumerate("qkv"):
+        rows, path = (i * c.hidden_size, (i + 1) * c.hidden_size), f"layers/attention/{part}"
+        weights.append(Weight(f"{hub}.attn.qkv.weight", f"{path}/kernel", "(n h) e -> e n h", head, rows))
+        weights.append(Weight(f"{hub}.attn.qkv.bias", f"{path}/bias", "(n h) -> n h", head, rows))
+    linear(f"{hub}.attn.proj", "layers/attention/out", "e (n h) -> n h e", head)
+    if c.gated:
+        linear(f"{hub}.mlp.gate_proj", "layers/mlp/gate")
+    linear(f"{hub}.mlp.{up}", "layers/mlp/up")
+    linear(f"{hub}.mlp.{down}", "layers/mlp/down")
+    merge("merger", "merger")
+    if c.deepstack_layers:
+        merge("deepstack_merger_list.{layer}", "deepstack_mergers")
+    spellings = (
+        (r"^(?:model\.)?visual\.", ""),
+        (r"^(?:model\.(?:language_model|embed_tokens|layers|norm)|language_model|lm_head)\..+$", "language_model"),
+    )
+    return Table(tuple(weights), spellings, ("rotary_pos_emb.inv_freq", "language_model"))
+
+
+def sample(config: QwenViTConfig) -> tuple:
+    """Arguments with which `init` creates every parameter."""
+    unit = (1, config.merge_unit)
+    integers, pairs = jnp.ones(unit, jnp.int32), jnp.ones((*unit, 2), jnp.int32)
+    return jnp.zeros((*unit, config.patch_values)), integers, pairs, pairs
+
+
+FAMILIES = tuple(
+    Family(name, (hub,), from_hf_config, to_hf_config, table, sample, oracle=hub)
+    for name, hub in (("Qwen2-VL ViT", _QWEN2), ("Qwen2.5-VL ViT", _QWEN25), ("Qwen3-VL ViT", _QWEN3))
+)
