@@ -1,0 +1,500 @@
+"""NFNet (arXiv 2102.06171): a convolutional network without normalisation layers, F0 to F6.
+
+Instead of activations the weights are standardised, so that with scaled activations each block's variance is known in
+advance; blocks divide by it. Folders are timm's: `dm_nfnet_f*` as its authors trained it, `nfnet_f*` as timm did.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from flax import linen as nn
+
+from mllm_jax.checkpoints.options import Options
+from mllm_jax.checkpoints.table import Family, Table, Weight
+from mllm_jax.encoders.vit import VisionOutput
+from mllm_jax.errors import ConfigError
+from mllm_jax.layers.linear import Linear
+from mllm_jax.layers.mlp import ACTIVATIONS
+from mllm_jax.layers.stack import REMAT_POLICIES
+from mllm_jax.sharding.logical import constrain
+
+# What keeps the variance of a standard normal input through each activation.
+GAMMA = {
+    "gelu": 1.7015043497085571,
+    "gelu_tanh": 1.7015043497085571,
+    "silu": 1.7881293296813965,
+    "relu": 1.7139588594436646,
+}
+# Variant -> pixels a side in training and in testing, and the share of a test picture that is seen.
+VARIANTS = {
+    "F0": (192, 256, 0.9), "F1": (224, 320, 0.91), "F2": (256, 352, 0.92), "F3": (320, 416, 0.94),
+    "F4": (384, 512, 0.951), "F5": (416, 544, 0.954), "F6": (448, 576, 0.956),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class NFNetInput:
+    """How timm prepares pictures for a checkpoint; kept so that a folder is written as it was read.
+
+    Attributes:
+        size, test_size: (height, width) in training and in testing.
+        mean, std: what pixels in [0, 1] are normalised with.
+    """
+
+    size: tuple[int, int] = (192, 192)
+    test_size: tuple[int, int] | None = (256, 256)
+    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
+    std: tuple[float, ...] = (0.229, 0.224, 0.225)
+    interpolation: str = "bicubic"
+    crop_pct: float = 0.9
+    test_crop_pct: float | None = None
+    crop_mode: str = "center"
+
+
+@dataclass(frozen=True)
+class NFNetConfig:
+    """Sizes and switches of an NFNet; the defaults are F0 as its authors trained it, in timm's arithmetic.
+
+    Attributes:
+        depths, widths, group_sizes: blocks, channels, and channels a group of the 3x3 convolutions, of each stage.
+        stem_sizes: channels of the four 3x3 convolutions in front; the first and the last have stride 2.
+        bottleneck: channels inside a block relative to its output, rounded to multiples of channel_divisor.
+        se_ratio, se_divisor, se_gain: of squeeze-and-excitation: its inner width, rounded, and a factor behind it.
+        final_size: channels of the 1x1 convolution behind the stages: the features' width.
+        num_classes: 0 is without a head.
+        alpha: the share of a block's branch in the stream.
+        activation: "gelu" (exact) in timm, "gelu_tanh" in the authors' own Haiku code, "silu" or "relu".
+        gamma_in_act: activations are scaled by GAMMA; False scales every convolution's weights instead.
+        same_padding: as TensorFlow pads, at the end first; False pads both sides alike.
+        skip_init: a learned gain on each branch, which starts at 0.
+        std_eps, std_floor: standardised weights divide by sqrt(variance + std_eps); with std_floor by
+            sqrt(max(variance * fan in, std_eps)), as the Haiku code with 1e-4 does.
+        family: the timm architecture that it is written as.
+    """
+
+    depths: tuple[int, ...] = (1, 2, 6, 3)
+    widths: tuple[int, ...] = (256, 512, 1536, 1536)
+    group_sizes: tuple[int, ...] = (128, 128, 128, 128)
+    stem_sizes: tuple[int, ...] = (16, 32, 64, 128)
+    in_channels: int = 3
+    bottleneck: float = 0.5
+    channel_divisor: int = 8
+    se_ratio: float = 0.5
+    se_divisor: int = 8
+    se_gain: float = 2.0
+    final_size: int = 3072
+    num_classes: int = 1000
+    alpha: float = 0.2
+    activation: str = "gelu"
+    gamma_in_act: bool = True
+    same_padding: bool = True
+    skip_init: bool = True
+    std_eps: float = 1e-5
+    std_floor: bool = False
+    input: NFNetInput = NFNetInput()
+    family: str = "dm_nfnet_f0"
+    dtype: str = "float32"
+    remat: str = "none"
+
+    def __post_init__(self):
+        def require(condition, given: str, expected: str):
+            if not condition:
+                raise ConfigError(f"NFNet: {given}", expected, "change the config")
+
+        lengths = {len(self.depths), len(self.widths), len(self.group_sizes)}
+        require(lengths == {len(self.depths)} and min(self.depths, default=0) > 0, "stages of unequal number or none",
+                "as many depths, all positive, as widths and group_sizes")  # fmt: skip
+        require(self.final_size > 0, f"num_features={self.final_size}", "a convolution behind the stages")
+        require(self.activation in GAMMA, f"activation {self.activation!r}", f"one of {', '.join(GAMMA)}")
+        for stage, group in enumerate(self.group_sizes):
+            width = self.inner_size(stage)
+            require(width >= group and width % group == 0, f"groups of {group} in {width} channels",
+                    "groups that divide the channels inside a block")  # fmt: skip
+
+    def inner_size(self, stage: int) -> int:
+        """Channels inside a block; groups come before rounding, so that they stay whole."""
+        width = _round_to(self.widths[stage] * self.bottleneck, self.channel_divisor)
+        group = self.group_sizes[stage]
+        return width if group % self.channel_divisor else width // group * group
+
+    def se_size(self, stage: int) -> int:
+        """Channels inside squeeze-and-excitation."""
+        return _round_to(self.widths[stage] * self.se_ratio, self.se_divisor, limit=0.0)
+
+    def betas(self, stage: int) -> tuple[float, ...]:
+        """1 / the standard deviation that each block's input is expected to have.
+
+        It grows by alpha^2 a block. The first block of a stage meets what the stage before has gathered, and its
+        shortcut sets the variance back to 1.
+        """
+        before = self.depths[stage - 1] if stage else 0
+        gathered = (before, *range(1, self.depths[stage]))
+        return tuple((1 + n * self.alpha**2) ** -0.5 for n in gathered)
+
+    def make(self) -> NFNet:
+        return NFNet(self)
+
+
+def nfnet(variant: str) -> NFNetConfig:
+    """The config of "F0" to "F6", as timm's `dm_nfnet_f*` has it. Raises ConfigError: another name."""
+    if variant not in VARIANTS:
+        raise ConfigError(f"NFNet variant {variant!r}", f"one of {', '.join(VARIANTS)}", "choose one of them")
+    train, test, crop = VARIANTS[variant]
+    pictures = NFNetInput((train, train), (test, test), crop_pct=crop, crop_mode="squash")
+    depths = tuple((int(variant[1:]) + 1) * depth for depth in (1, 2, 6, 3))
+    return NFNetConfig(depths=depths, input=pictures, family=f"dm_nfnet_{variant.lower()}")
+
+
+def _round_to(size: float, divisor: int, limit: float = 0.9) -> int:
+    """The nearest multiple of `divisor`, or the next where that would lose more than 1 - limit."""
+    rounded = max(divisor, int(size + divisor / 2) // divisor * divisor)
+    return rounded + divisor if rounded < limit * size else rounded
+
+
+# ---- the module
+
+
+class ScaledConv(nn.Module):
+    """Convolution whose kernel is standardised over its inputs, then multiplied by a learned gain a channel."""
+
+    config: NFNetConfig
+    features: int
+    size: int = 1
+    stride: int = 1
+    groups: int = 1
+
+    @nn.compact
+    def __call__(self, x):
+        """dtype[B, H, W, C] -> dtype[B, ceil(H / stride), ceil(W / stride), features]"""
+        c = self.config
+        shape = (self.size, self.size, x.shape[-1] // self.groups, self.features)
+        fan_in = self.size**2 * shape[2]
+
+        def param(name: str, init, shape, names):
+            return self.param(name, nn.with_logical_partitioning(init, names), shape, jnp.float32)
+
+        normal = nn.initializers.variance_scaling(1.0, "fan_in", "normal")
+        kernel = param("kernel", normal, shape, (None, None, "channels", "embed")).astype(jnp.float32)
+        gain = param("gain", nn.initializers.ones, (self.features,), ("embed",)).astype(jnp.float32)
+        bias = param("bias", nn.initializers.zeros, (self.features,), ("embed",))
+        variance = kernel.var(axis=(0, 1, 2))
+        if c.std_floor:
+            scale = jax.lax.rsqrt(jnp.maximum(variance * fan_in, c.std_eps))
+        else:
+            scale = jax.lax.rsqrt(variance + c.std_eps) * fan_in**-0.5
+        if not c.gamma_in_act:
+            scale = scale * GAMMA[c.activation]
+        kernel = (kernel - kernel.mean(axis=(0, 1, 2))) * (scale * gain)
+        side = (self.size - 1) // 2
+        padding = "SAME" if c.same_padding else ((side, side), (side, side))
+        return _convolve(x, kernel.astype(x.dtype), self.stride, padding, self.groups) + bias.astype(x.dtype)
+
+
+def _convolve(x, kernel, stride: int, padding, groups: int):
+    def convolve(x, kernel, groups: int = 1):
+        axes = ("NHWC", "HWIO", "NHWC")
+        return jax.lax.conv_general_dilated(
+            x, kernel, (stride, stride), padding, dimension_numbers=axes, feature_group_count=groups
+        )
+
+    def group_by_group(x, kernel):
+        parts = zip(jnp.split(x, groups, axis=-1), jnp.split(kernel, groups, axis=-1), strict=True)
+        return jnp.concatenate([convolve(*part) for part in parts], axis=-1)
+
+    if groups == 1:
+        return convolve(x, kernel)
+    # XLA's CPU compiler has a fast convolution without groups only: 9 times as fast with 6 groups of 128.
+    return jax.lax.platform_dependent(x, kernel, cpu=group_by_group, default=partial(convolve, groups=groups))
+
+
+class SqueezeExcite(nn.Module):
+    """Each channel by a gate in (0, 1) that is worked out from the means of all channels."""
+
+    inner_size: int
+
+    @nn.compact
+    def __call__(self, x):
+        """dtype[B, H, W, C] -> dtype[B, H, W, C]"""
+        h = x.mean(axis=(1, 2))
+        h = Linear((self.inner_size,), ("embed", "mlp"), use_bias=True, dtype=x.dtype, name="down")(h)
+        h = Linear((x.shape[-1],), ("mlp", "embed"), use_bias=True, dtype=x.dtype, name="up")(jax.nn.relu(h))
+        return x * jax.nn.sigmoid(h)[:, None, None, :]
+
+
+class NFBlock(nn.Module):
+    """Activation first, then 1x1, 3x3, 3x3 and 1x1 convolutions beside a shortcut."""
+
+    config: NFNetConfig
+    stage: int
+    index: int
+
+    @nn.compact
+    def __call__(self, x):
+        c = self.config
+        width, inner = c.widths[self.stage], c.inner_size(self.stage)
+        first = self.index == 0
+        stride = 2 if first and self.stage else 1
+        groups = inner // c.group_sizes[self.stage]
+        h = _activate(c, x) * c.betas(self.stage)[self.index]
+        shortcut = x
+        if first and (self.stage or x.shape[-1] != width):
+            shortcut = h
+            if stride > 1:  # over the places that there are: padding does not count
+                shortcut = nn.avg_pool(h, (2, 2), (2, 2), "SAME", count_include_pad=False).astype(h.dtype)
+            shortcut = ScaledConv(c, width, name="shortcut")(shortcut)
+        h = ScaledConv(c, inner, name="conv_1")(h)
+        h = ScaledConv(c, inner, 3, stride, groups, name="conv_2")(_activate(c, h))
+        h = ScaledConv(c, inner, 3, 1, groups, name="conv_3")(_activate(c, h))
+        h = ScaledConv(c, width, name="conv_4")(_activate(c, h))
+        h = SqueezeExcite(c.se_size(self.stage), name="squeeze_excite")(h) * c.se_gain
+        if c.skip_init:
+            init = nn.with_logical_partitioning(nn.initializers.zeros, (None,))
+            h = h * self.param("skip_gain", init, (1,), jnp.float32).astype(h.dtype)
+        return constrain(h * c.alpha + shortcut, "batch", None, None, None)
+
+
+def _activate(c: NFNetConfig, x):
+    x = ACTIVATIONS[c.activation](x)
+    return x * GAMMA[c.activation] if c.gamma_in_act else x
+
+
+class NFNet(nn.Module):
+    """Pixels to a map of features, their mean, and logits (reference class: timm's `NormFreeNet`)."""
+
+    config: NFNetConfig
+
+    def setup(self):
+        c = self.config
+        block = NFBlock
+        if c.remat != "none":
+            block = nn.remat(block, policy=REMAT_POLICIES[c.remat])
+        strides = (2, 1, 1, 2)
+        self.stem = [ScaledConv(c, size, 3, n) for size, n in zip(c.stem_sizes, strides, strict=True)]
+        self.stages = [[block(c, stage, i) for i in range(depth)] for stage, depth in enumerate(c.depths)]
+        self.final_conv = ScaledConv(c, c.final_size)
+        if c.num_classes:
+            self.head = Linear((c.num_classes,), ("embed", "vocab"), use_bias=True, init_std=0.01)
+
+    def __call__(self, pixels, output_hidden_states: bool = False) -> VisionOutput:
+        """Encodes normalised pixels of any size.
+
+        Args:
+            pixels: float[B, H, W, in_channels].
+            output_hidden_states: also return the maps between the stages.
+
+        Returns:
+            last_hidden_state dtype[B, N, final_size], the last map row by row, N about H/32 * W/32; pooler_output
+            dtype[B, final_size], its mean; hidden_states, the stem's map and each stage's, before its activation and
+            before the last convolution, each dtype[B, h * w, C] with a size of its own.
+        """
+        c = self.config
+        x = pixels.astype(jnp.dtype(c.dtype))
+        for i, conv in enumerate(self.stem):
+            x = conv(_activate(c, x) if i else x)
+        maps = [x]
+        for stage in self.stages:
+            for block in stage:
+                x = block(x)
+            maps.append(x)
+        x = _flat(_activate(c, self.final_conv(x)))
+        pooled = x.mean(axis=1)
+        if c.num_classes and self.is_initializing():
+            self.head(pooled)
+        return VisionOutput(
+            last_hidden_state=x,
+            pooler_output=pooled,
+            hidden_states=tuple(map(_flat, maps)) if output_hidden_states else None,
+        )
+
+    def classify(self, pixels):
+        """Logits float32[B, num_classes]. Raises ConfigError: a model without a head."""
+        if not self.config.num_classes:
+            raise ConfigError("NFNet without a head, asked for classes", "num_classes above 0", "use its features")
+        return self.head(self(pixels).pooler_output)
+
+
+def _flat(x):
+    return rearrange(x, "b h w c -> b (h w) c")
+
+
+# ---- timm's folders
+
+# timm's name of an option -> ours, where the value is the same.
+_SAME = {
+    "alpha": "alpha",
+    "bottle_ratio": "bottleneck",
+    "ch_div": "channel_divisor",
+    "attn_gain": "se_gain",
+    "act_layer": "activation",
+    "gamma_in_act": "gamma_in_act",
+    "same_padding": "same_padding",
+    "skipinit": "skip_init",
+    "std_conv_eps": "std_eps",
+    "in_chans": "in_channels",
+    "num_classes": "num_classes",
+}
+# The one value that is supported.
+_FIXED = dict(stem_type="deep_quad", attn_layer="se", extra_conv=True, reg=False, width_factor=1.0)
+_FIXED |= dict(output_stride=32, global_pool="avg")
+_INPUT = ("mean", "std", "interpolation", "crop_pct", "test_crop_pct", "crop_mode")
+
+
+def _timm_options(architecture: str) -> dict[str, Any]:
+    """The options behind timm's name for a whole model."""
+    config = nfnet(architecture.rpartition("_")[2].upper())
+    switches = dict.fromkeys(("gamma_in_act", "same_padding", "skipinit"), architecture.startswith("dm_"))
+    return switches | dict(
+        depths=config.depths,
+        channels=config.widths,
+        stem_chs=config.stem_sizes[-1],
+        group_size=128,
+        num_features=config.final_size,
+        attn_kwargs=dict(rd_ratio=0.5),
+    )
+
+
+def from_hf_config(values: dict) -> NFNetConfig:
+    """timm's config.json, every option honoured or refused by name.
+
+    Raises:
+        ConfigError: another architecture, an option that is not supported, or an incomplete file.
+    """
+    options = Options(values, "timm's config.json")
+    architecture = options.only("architecture", *ARCHITECTURES)
+    pretrained = Options(options("pretrained_cfg", {}), "pretrained_cfg in timm's config.json")
+    defaults = NFNetConfig()
+    given = options("model_args", {})
+    classes = options("num_classes", pretrained("num_classes", 1000))
+    model = Options(
+        dict(num_classes=classes, ch_div=8) | _timm_options(architecture) | given,
+        f"model_args of {architecture} in timm's config.json",
+    )
+    for name, value in _FIXED.items():
+        model.only(name, value)
+    # Of training and of initialising only.
+    model.skip("drop_rate", "drop_path_rate", "zero_init_fc")
+    se = Options(model("attn_kwargs"), f"attn_kwargs of {architecture} in timm's config.json")
+    divisor = model("ch_div")
+    widths = tuple(_round_to(width, divisor) for width in model("channels"))
+    stem = _round_to(model("stem_chs"), divisor)
+    same = {ours: model(theirs, getattr(defaults, ours)) for theirs, ours in _SAME.items()}
+    size = pretrained("input_size", (3, *defaults.input.size))
+    test_size = pretrained("test_input_size", None)
+    pictures = {name: pretrained(name, getattr(defaults.input, name)) for name in _INPUT}
+    config = NFNetConfig(
+        depths=tuple(model("depths")),
+        widths=widths,
+        group_sizes=(model("group_size"),) * len(widths),
+        stem_sizes=(stem // 8, stem // 4, stem // 2, stem),
+        se_ratio=se("rd_ratio", 1 / 16),
+        se_divisor=se("rd_divisor", 8),
+        final_size=model("num_features") and _round_to(model("num_features"), divisor),
+        input=NFNetInput(
+            size=tuple(size[1:]),
+            test_size=None if test_size is None else tuple(test_size[1:]),
+            **{name: tuple(value) if isinstance(value, list) else value for name, value in pictures.items()},
+        ),
+        family=architecture,
+        **same,
+    )
+    se.done()
+    model.done()
+    options.only("global_pool", "avg")
+    # Labels, origins, and what follows from the rest.
+    options.skip("num_features", "label_names", "label_descriptions", "license")
+    options.done()
+    return config
+
+
+def to_hf_config(config: NFNetConfig) -> dict:
+    """The reverse: what timm opens as `local-dir:FOLDER`, with `model_args` where the name does not say all.
+
+    Raises:
+        ConfigError: switches that timm does not have, such as those of the Haiku code.
+    """
+    c = config
+    se = dict(rd_ratio=c.se_ratio) | ({} if c.se_divisor == 8 else dict(rd_divisor=c.se_divisor))
+    full = dict(
+        depths=c.depths,
+        channels=c.widths,
+        stem_chs=c.stem_sizes[-1],
+        group_size=c.group_sizes[0],
+        num_features=c.final_size,
+        attn_kwargs=se,
+        **{theirs: getattr(c, ours) for theirs, ours in _SAME.items() if theirs != "num_classes"},
+    )
+    plain = {theirs: getattr(NFNetConfig(), ours) for theirs, ours in _SAME.items()} | _timm_options(c.family)
+    model_args = {name: value for name, value in full.items() if value != plain[name]}
+    pictures = {name: value for name in _INPUT if (value := getattr(c.input, name)) is not None}
+    pictures["input_size"] = (c.in_channels, *c.input.size)
+    if c.input.test_size is not None:
+        pictures["test_input_size"] = (c.in_channels, *c.input.test_size)
+    written = dict(
+        architecture=c.family,
+        num_classes=c.num_classes,
+        num_features=c.final_size,
+        global_pool="avg",
+        pretrained_cfg=pictures | dict(num_classes=c.num_classes, first_conv="stem.conv1", classifier="head.fc"),
+    )
+    if model_args:
+        written["model_args"] = model_args
+    read = dataclasses.replace(from_hf_config(written), dtype=c.dtype, remat=c.remat)
+    lost = [f.name for f in dataclasses.fields(c) if getattr(read, f.name) != getattr(c, f.name)]
+    if lost or c.activation == "gelu_tanh":
+        what = ", ".join(f"{name}={getattr(c, name)!r}" for name in lost or ["activation"])
+        raise ConfigError(
+            f"an NFNet with {what}, to be written as {c.family}",
+            "switches that timm's NormFreeNet has",
+            "save a training checkpoint instead, or change these",
+        )
+    return written
+
+
+def table(config: NFNetConfig) -> Table:
+    """timm's names."""
+    weights: list[Weight] = []
+
+    def conv(name: str, path: str):
+        weights.append(Weight(f"{name}.weight", f"{path}/kernel", "o i h w -> h w i o"))
+        weights.append(Weight(f"{name}.gain", f"{path}/gain", "o 1 1 1 -> o"))
+        weights.append(Weight(f"{name}.bias", f"{path}/bias"))
+
+    def linear(name: str, path: str, pattern: str = "o i -> i o"):
+        weights.append(Weight(f"{name}.weight", f"{path}/kernel", pattern))
+        weights.append(Weight(f"{name}.bias", f"{path}/bias"))
+
+    for i in range(len(config.stem_sizes)):
+        conv(f"stem.conv{i + 1}", f"stem_{i}")
+    before = config.stem_sizes[-1]
+    for stage, depth in enumerate(config.depths):
+        for i in range(depth):
+            name, path = f"stages.{stage}.{i}", f"stages_{stage}_{i}"
+            if i == 0 and (stage or before != config.widths[0]):
+                conv(f"{name}.downsample.conv", f"{path}/shortcut")
+            for theirs, ours in (("conv1", "conv_1"), ("conv2", "conv_2"), ("conv2b", "conv_3"), ("conv3", "conv_4")):
+                conv(f"{name}.{theirs}", f"{path}/{ours}")
+            linear(f"{name}.attn_last.fc1", f"{path}/squeeze_excite/down", "o i 1 1 -> i o")
+            linear(f"{name}.attn_last.fc2", f"{path}/squeeze_excite/up", "o i 1 1 -> i o")
+            if config.skip_init:
+                # timm stores a number without axes; with one, every part of the engine can index it.
+                weights.append(Weight(f"{name}.skipinit_gain", f"{path}/skip_gain", " -> 1"))
+    conv("final_conv", "final_conv")
+    if config.num_classes:
+        linear("head.fc", "head")
+    return Table(tuple(weights))
+
+
+def sample(config: NFNetConfig) -> tuple:
+    """Arguments with which `init` creates every parameter."""
+    return (jnp.zeros((1, 32, 32, config.in_channels), jnp.float32),)
+
+
+ARCHITECTURES = tuple(f"{origin}nfnet_{variant.lower()}" for origin in ("dm_", "") for variant in VARIANTS)
+FAMILIES = (Family("NFNet", ARCHITECTURES, from_hf_config, to_hf_config, table, sample, oracle="timm NormFreeNet"),)
