@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mllm_jax.data.images import MAX_PIXELS, decode_image, read_image, resize
-from mllm_jax.errors import DataError
+from mllm_jax.data.images import FORMATS, MAX_PIXELS, decode_image, fit_patches, read_image, resize
+from mllm_jax.errors import ConfigError, DataError
 
 
 def encode(image: Image.Image, kind: str = "PNG", **options) -> bytes:
@@ -24,6 +24,17 @@ def pixel(data: bytes) -> list[int]:
     image = decode_image(data, what="test")
     assert image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3
     return image[0, 0].tolist()
+
+
+def chunk(kind: bytes, body: bytes) -> bytes:
+    return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+
+def png(width: int, height: int, bits: int, colour: int, row: bytes, *extra: bytes) -> bytes:
+    """A PNG whose rows are alike, of kinds that Pillow reads and does not write."""
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, bits, colour, 0, 0, 0))
+    body = chunk(b"IDAT", zlib.compress((b"\0" + row) * height))
+    return b"\x89PNG\r\n\x1a\n" + header + b"".join(extra) + body + chunk(b"IEND", b"")
 
 
 def test_grey_palette_and_bilevel_become_rgb():
@@ -47,6 +58,59 @@ def test_sixteen_bits_keep_their_high_byte():
     assert pixel(data) == [128, 128, 128]
 
 
+@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
+def test_sixteen_bits_in_every_layout(kind):
+    """A 16-bit sample's high byte is what an 8-bit file would hold; clear pixels are white here, too."""
+    assert pixel(encode(Image.fromarray(np.full((2, 3), 0xFE01, np.uint16)), kind)) == [254] * 3
+    samples = struct.pack(">3H", 0x12FF, 0x80FF, 0xFE00)
+    assert pixel(png(1, 1, 16, 2, samples)) == [0x12, 0x80, 0xFE]
+    assert pixel(png(1, 1, 16, 6, samples + b"\xff\xff")) == [0x12, 0x80, 0xFE]
+    assert pixel(png(1, 1, 16, 6, samples + b"\0\0")) == [255] * 3
+    assert pixel(png(1, 1, 16, 4, samples[:2] + b"\xff\xff")) == [0x12] * 3
+    assert pixel(png(1, 1, 16, 4, samples[:2] + b"\0\0")) == [255] * 3
+    clear = chunk(b"tRNS", samples[:2])
+    grey = decode_image(png(2, 1, 16, 0, samples[:2] + b"\x12\x00", clear), what="test")
+    assert grey[0, :, 0].tolist() == [255, 0x12], "one value is clear, not all with its high byte"
+
+
+def test_grey_pictures_keep_their_levels():
+    ramp = np.arange(256, dtype=np.uint8)[None].repeat(2, axis=0)
+    for kind in ("PNG", "BMP", "TIFF", "PPM"):
+        assert (decode_image(encode(Image.fromarray(ramp), kind), what="test") == ramp[..., None]).all()
+
+
+def test_palettes_with_an_opacity_of_each_entry():
+    palette = Image.new("P", (3, 1))
+    palette.putpalette([0, 0, 0, 0, 0, 0, 10, 20, 30])
+    palette.putdata([0, 1, 2])
+    data = encode(palette, transparency=bytes([0, 127, 255]))
+    assert decode_image(data, what="test")[0].tolist() == [[255] * 3, [128] * 3, [10, 20, 30]]
+
+
+@pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG", "TIFF"])
+def test_of_an_animation_the_first_frame_is_taken(kind):
+    colours = ((200, 0, 0), (0, 200, 0), (0, 0, 200))
+    first, *others = [Image.new("RGB", (5, 4), colour) for colour in colours]
+    options = dict(save_all=True, append_images=others) | (dict(lossless=True) if kind == "WEBP" else {})
+    data = encode(first, kind, **options)
+    assert Image.open(io.BytesIO(data)).n_frames == 3
+    assert (decode_image(data, what="test") == colours[0]).all()
+    assert decode_image(data, what="test").shape == (4, 5, 3)
+
+
+def test_a_clear_first_frame_lies_on_white():
+    frames = [Image.new("RGBA", (4, 4), (0, 0, 0, 0)), Image.new("RGBA", (4, 4), (9, 9, 9, 255))]
+    assert (decode_image(encode(frames[0], "GIF", save_all=True, append_images=frames[1:]), what="test") == 255).all()
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "TIFF"])
+def test_cmyk_ink_darkens(kind):
+    """Also in JPEG files, which many programs write with inverted samples."""
+    for ink, colour in (((0, 0, 0, 0), 255), ((0, 0, 0, 255), 0), ((255, 255, 255, 0), 0)):
+        found = np.array(pixel(encode(Image.new("CMYK", (8, 8), ink), kind)), int)
+        assert np.abs(found - colour).max() < 12, ink
+
+
 def test_cmyk_becomes_rgb():
     red, green, blue = pixel(encode(Image.new("CMYK", (8, 8), (0, 255, 255, 0)), "JPEG", quality=95))
     assert red > 240 and green < 20 and blue < 20
@@ -62,10 +126,32 @@ def test_exif_orientation_is_applied():
     assert turned[0, 1].tolist() == [0, 0, 0] and turned[0, 0].tolist() == [255, 255, 255]
 
 
-def test_a_picture_of_100_megapixels_is_refused_from_its_header():
-    def chunk(kind: bytes, body: bytes) -> bytes:
-        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
+def test_every_exif_orientation_stands_upright(kind):
+    upright = np.zeros((16, 24, 3), np.uint8)
+    upright[:8, :8], upright[8:, :8], upright[:8, 16:] = (250, 0, 0), (0, 250, 0), (0, 0, 250)
+    turned = {  # how the camera stored it
+        1: upright,
+        2: upright[:, ::-1],
+        3: upright[::-1, ::-1],
+        4: upright[::-1],
+        5: upright.transpose(1, 0, 2),
+        6: np.rot90(upright),
+        7: upright.transpose(1, 0, 2)[::-1, ::-1],
+        8: np.rot90(upright, -1),
+    }
+    for orientation, stored in turned.items():
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        options = dict(quality=95) if kind == "JPEG" else dict(lossless=True) if kind == "WEBP" else {}
+        data = encode(Image.fromarray(np.ascontiguousarray(stored)), kind, exif=exif, **options)
+        found = decode_image(data, what="test").astype(int)
+        assert found.shape == upright.shape, orientation
+        # JPEG mixes colours near edges: the middles of the corners tell.
+        assert np.abs(found[4::8, 4::8] - upright[4::8, 4::8]).max() < 40, orientation
 
+
+def test_a_picture_of_100_megapixels_is_refused_from_its_header():
     header = chunk(b"IHDR", struct.pack(">IIBBBBB", 10_000, 10_000, 8, 2, 0, 0, 0))
     data = b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", b"") + chunk(b"IEND", b"")
     with pytest.raises(DataError, match=r"(?s)record 7.*10000 x 10000.*50,000,000"):
@@ -80,13 +166,27 @@ def test_the_bound_itself_is_allowed():
     assert decode_image(encode(Image.new("1", (side, side))), what="test").shape == (side, side, 3)
 
 
-@pytest.mark.parametrize("kind", ["PNG", "JPEG"])
+@pytest.mark.parametrize("kind", FORMATS)
 def test_truncated_pictures_are_refused(kind):
     noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
     data = encode(Image.fromarray(noise), kind)
     assert decode_image(data, what="test").shape == (64, 64, 3)
-    with pytest.raises(DataError, match="record 3"):
-        decode_image(data[: len(data) // 2], what="record 3")
+    for kept in (0.02, 0.5, 0.97):
+        with pytest.raises(DataError, match="record 3: cannot be decoded"):
+            decode_image(data[: int(len(data) * kept)], what="record 3")
+
+
+@pytest.mark.parametrize("size", [(0, 1), (1, 0), (0, 0)])
+def test_pictures_without_pixels_are_refused(size):
+    jpeg = bytearray(encode(Image.new("RGB", (3, 2)), "JPEG"))
+    start = jpeg.index(b"\xff\xc0")
+    jpeg[start + 5 : start + 9] = struct.pack(">HH", *size)
+    bitmap = bytearray(encode(Image.new("RGB", (3, 2)), "BMP"))
+    bitmap[18:26] = struct.pack("<II", *size)
+    plain = b"P6 %d %d 255\n" % size
+    for data in (png(*size, 8, 2, bytes(3 * size[0])), bytes(jpeg), bytes(bitmap), plain):
+        with pytest.raises(DataError, match="record 5: cannot be decoded.*without pixels"):
+            decode_image(data, what="record 5")
 
 
 @pytest.mark.parametrize("data", [b"", b"not a picture", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"])
@@ -126,3 +226,58 @@ def test_files_are_read_and_named_when_they_cannot_be(tmp_path):
         read_image(tmp_path / "missing.png")
     with pytest.raises(DataError, match="IsADirectoryError"):
         read_image(tmp_path)
+
+
+# ---- native-resolution slots
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "grid"),
+    [(28, 42, (2, 3)), (30, 40, (2, 3)), (35, 50, (2, 4)), (1, 300, (1, 21)), (5, 6, (1, 1))],
+)
+def test_pictures_that_fit_go_to_the_nearest_patches(height, width, grid):
+    image = np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8)
+    for on_large in ("resize", "refuse"):
+        fitted = fit_patches(image, 14, 21, on_large)
+        assert fitted.grid == grid and fitted.note is None
+        assert fitted.image.shape == (grid[0] * 14, grid[1] * 14, 3) and fitted.image.dtype == np.uint8
+    if (height, width) == (28, 42):
+        np.testing.assert_array_equal(fitted.image, image)
+
+
+def test_large_pictures_are_resized_with_a_note():
+    image = np.full((300, 600, 3), (7, 80, 200), np.uint8)
+    fitted = fit_patches(image, 14, 64, what="record 9")
+    assert fitted.grid == (5, 11) and fitted.image.shape == (70, 154, 3)
+    assert (fitted.image == image[0, 0]).all()
+    assert fitted.note == "record 9: 300 x 600 pixels are 903 patches of 14, more than 64: resized to 70 x 154"
+
+
+def test_every_shape_fits_and_little_of_the_slot_is_left():
+    rng = np.random.default_rng(1)
+    shapes = [*rng.integers(1, 500, (60, 2)).tolist(), (1, 5000), (5000, 1), (3, 2000)]
+    for height, width in shapes:
+        for slots in (1, 2, 7, 64):
+            fitted = fit_patches(np.zeros((height, width, 3), np.uint8), 8, slots)
+            rows, columns = fitted.grid
+            assert 1 <= rows * columns <= slots, (height, width, slots)
+            assert fitted.image.shape == (rows * 8, columns * 8, 3)
+            if fitted.note:  # one row or column more would not fit, or would be further from the picture's shape
+                assert (rows + 1) * (columns + 1) > slots, (height, width, slots)
+
+
+def test_large_pictures_are_refused_where_so_configured():
+    with pytest.raises(DataError, match=r"(?s)record 4: 300 x 600 pixels are 903 patches of 14.*at most 64"):
+        fit_patches(np.zeros((300, 600, 3), np.uint8), 14, 64, "refuse", "record 4")
+
+
+@pytest.mark.parametrize("shape", [(8, 9), (8, 9, 4), (8, 9, 1), (0, 9, 3), (8, 0, 3)])
+def test_slots_take_rgb_pictures_only(shape):
+    with pytest.raises(DataError, match=r"the picture: uint8 \["):
+        fit_patches(np.zeros(shape, np.uint8), 14, 64)
+
+
+@pytest.mark.parametrize("settings", [(0, 4, "resize"), (14, 0, "resize"), (14, 4, "crop")])
+def test_slots_settings_are_checked(settings):
+    with pytest.raises(ConfigError, match="on_large"):
+        fit_patches(np.zeros((8, 9, 3), np.uint8), *settings)

@@ -1,0 +1,354 @@
+"""Image processors of Hugging Face folders, with Pillow and NumPy alone.
+
+What comes out equals transformers' own `...ImageProcessorPil` classes to the last bit. Those are not called: they
+import torch and torchvision wherever these are installed, for about five seconds, and fail with a torchvision that does
+not match torch. transformers' default processors, which use torchvision, differ from both in rounding.
+
+Where a family's authors prepare pictures otherwise in their own repository:
+
+- CLIP, DINOv2 (torchvision on Pillow pictures): the same resizing, bicubic with antialiasing on bytes. Their centre
+  crop rounds half a pixel to even where this one rounds down, so it may lie one pixel further; they divide bytes by 255
+  in float32, which changes last bits.
+- EVA-CLIP in BLIP-2 (LAVIS): the same resizing to a square, the same last bits.
+- ViT, SigLIP (big_vision): TensorFlow's bilinear resizing, in most configs without antialiasing, then [-1, 1]. The
+  folders on the hub say bicubic for SigLIP: a picture that is much reduced looks different.
+- InternVL: its repository cuts a picture into up to 12 tiles and a thumbnail; here a picture is one tile.
+- Qwen2-VL: its helper package resizes once before, to bounds of its own, so a picture may be resampled twice there.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from einops import repeat
+from PIL import Image
+
+from mllm_jax.errors import ConfigError, DataError
+
+_HALF = (0.5, 0.5, 0.5)
+_CLIP_MEAN, _CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+_MAX_ASPECT = 200  # of smart resizing
+
+
+class _Kind(NamedTuple):
+    """What a type of processor does where its file says nothing."""
+
+    size: Mapping[str, int]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    resample: Image.Resampling = Image.Resampling.BICUBIC
+    crop: int | None = None
+    square: bool = True  # what a plain number as `size` means
+
+
+def _square(side: int) -> dict[str, int]:
+    return dict(height=side, width=side)
+
+
+_KINDS = {
+    "ViTImageProcessor": _Kind(_square(224), _HALF, _HALF, Image.Resampling.BILINEAR),
+    "CLIPImageProcessor": _Kind(dict(shortest_edge=224), _CLIP_MEAN, _CLIP_STD, crop=224, square=False),
+    "SiglipImageProcessor": _Kind(_square(224), _HALF, _HALF, square=False),
+    "BlipImageProcessor": _Kind(_square(384), _CLIP_MEAN, _CLIP_STD),
+    "BitImageProcessor": _Kind(dict(shortest_edge=224), _CLIP_MEAN, _CLIP_STD, crop=224, square=False),
+    "GotOcr2ImageProcessor": _Kind(_square(384), _CLIP_MEAN, _CLIP_STD),
+    "Qwen2VLImageProcessor": _Kind(
+        dict(shortest_edge=56 * 56, longest_edge=28 * 28 * 1280), _CLIP_MEAN, _CLIP_STD, square=False
+    ),
+}
+# fmt: off
+_IDLE = (  # options of layout, of training or of other tools; pictures are RGB here, whatever is asked
+    "image_processor_type", "feature_extractor_type", "processor_class", "auto_map", "do_convert_rgb", "data_format",
+    "input_data_format", "device", "return_tensors", "disable_grouping", "image_seq_length", "_valid_processor_keys",
+    "pad_size",
+)
+# fmt: on
+
+
+@dataclass(frozen=True)
+class ImageProcessor:
+    """The steps from a decoded picture to what a vision encoder reads: resize, crop, rescale, normalise.
+
+    Attributes:
+        kind: transformers' name, without "Fast" or "Pil".
+        size: (height, width) to resize to, whatever the aspect ratio.
+        shortest_edge: or the shorter side, the aspect ratio kept.
+        pixel_range: or (least, most) pixels, sides multiples of patch_size * merge_size, the aspect ratio nearly kept.
+        crop_size: (height, width) of the crop in the middle; a smaller picture gets a black margin.
+        resample: Pillow's number of the filter.
+        rescale_factor: None leaves 0 to 255.
+        mean, std: None normalises nothing.
+        patch_size, merge_size, temporal_patch_size: for `patches`; 0 where the encoder cuts patches itself.
+    """
+
+    kind: str
+    size: tuple[int, int] | None = None
+    shortest_edge: int | None = None
+    pixel_range: tuple[int, int] | None = None
+    crop_size: tuple[int, int] | None = None
+    resample: int = int(Image.Resampling.BICUBIC)
+    rescale_factor: float | None = 1 / 255
+    mean: tuple[float, float, float] | None = None
+    std: tuple[float, float, float] | None = None
+    patch_size: int = 0
+    merge_size: int = 1
+    temporal_patch_size: int = 1
+
+    def __call__(self, image: np.ndarray) -> np.ndarray:
+        """Processes one picture.
+
+        Args:
+            image: uint8 [h, w, 3], as `decode_image` gives it.
+
+        Returns:
+            float32 [H, W, 3].
+
+        Raises:
+            DataError: another dtype or shape, no pixels, or sides that smart resizing refuses.
+        """
+        _require_picture(image)
+        height, width = self._resized(*image.shape[:2])
+        if (self.size, self.shortest_edge, self.pixel_range) != (None, None, None):
+            picture = Image.fromarray(np.ascontiguousarray(image))
+            image = np.asarray(picture.resize((width, height), Image.Resampling(self.resample)))
+        if self.crop_size is not None:
+            image = _crop_centre(image, *self.crop_size)
+        return self._values()[image, np.arange(3)]
+
+    def patches(self, image: np.ndarray) -> tuple[np.ndarray, tuple[int, int, int]]:
+        """Processes one picture into patches, those that are merged side by side.
+
+        Args:
+            image: uint8 [h, w, 3].
+
+        Returns:
+            float32 [N, 3 * temporal_patch_size * patch_size^2], channels first inside a patch, a still repeated in
+            time; and (1, rows, columns) of patches, rows * columns = N.
+
+        Raises:
+            DataError: as calling does; or sides that whole merged patches do not fill.
+            ConfigError: a processor without patches.
+        """
+        if not self.patch_size:
+            raise ConfigError(f"patches from a {self.kind}", "one with a patch_size", "call it for pixels")
+        pixels = self(image)
+        height, width = pixels.shape[:2]
+        side = self.patch_size * self.merge_size
+        if height % side or width % side:
+            raise DataError(
+                f"a picture of {height} x {width} pixels", f"sides that are multiples of {side}", "let it be resized"
+            )
+        cut = repeat(
+            pixels,
+            "(h p a) (w q b) c -> (h w p q) (c t a b)",
+            p=self.merge_size,
+            q=self.merge_size,
+            a=self.patch_size,
+            b=self.patch_size,
+            t=self.temporal_patch_size,
+        )
+        return cut, (1, height // self.patch_size, width // self.patch_size)
+
+    def output_size(self, height: int, width: int) -> tuple[int, int]:
+        """(H, W) of what comes out for a picture of that size. Raises DataError as calling does."""
+        return self.crop_size or self._resized(height, width)
+
+    def _resized(self, height: int, width: int) -> tuple[int, int]:
+        if self.size is not None:
+            return self.size
+        if self.shortest_edge is not None:
+            short, long = min(height, width), max(height, width)
+            long = int(self.shortest_edge * long / short)
+            return (long, self.shortest_edge) if width <= height else (self.shortest_edge, long)
+        if self.pixel_range is not None:
+            return smart_resize(height, width, self.patch_size * self.merge_size, *self.pixel_range)
+        return height, width
+
+    def _values(self) -> np.ndarray:
+        """float32 [256, 3]: what each byte of each channel becomes; the steps' own precision and order."""
+        values = np.arange(256, dtype=np.float32)
+        if self.rescale_factor is not None:
+            values = (values.astype(np.float64) * self.rescale_factor).astype(np.float32)
+        values = np.repeat(values[:, None], 3, axis=1)
+        if self.mean is not None:
+            values = (values - np.array(self.mean, np.float32)) / np.array(self.std, np.float32)
+        return values
+
+
+def smart_resize(height: int, width: int, factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
+    """The sides nearest to a picture's that are multiples of `factor`, with a number of pixels in a range.
+
+    Halves are rounded to even. The range may be left by thin pictures, whose shorter side is at least `factor`.
+
+    Raises:
+        DataError: no pixels, or one side more than 200 times the other.
+    """
+    if min(height, width) < 1 or max(height, width) > _MAX_ASPECT * min(height, width):
+        raise DataError(
+            f"a picture of {height} x {width} pixels",
+            f"sides of which none is more than {_MAX_ASPECT} times the other",
+            "crop it, or leave this record out",
+        )
+    high, wide = round(height / factor) * factor, round(width / factor) * factor
+    if high * wide > max_pixels:
+        shrink = math.sqrt(height * width / max_pixels)
+        high, wide = (max(factor, math.floor(side / shrink / factor) * factor) for side in (height, width))
+    elif high * wide < min_pixels:
+        grow = math.sqrt(min_pixels / (height * width))
+        high, wide = (math.ceil(side * grow / factor) * factor for side in (height, width))
+    return high, wide
+
+
+def read_image_processor(folder: str | Path) -> ImageProcessor:
+    """The processor of a Hugging Face folder.
+
+    Args:
+        folder: with preprocessor_config.json, or a processor_config.json that holds `image_processor`, which is
+            preferred, as in transformers.
+
+    Raises:
+        ConfigError: neither file, no JSON, a type that is not supported, or an option that would change the pixels and
+            is not.
+    """
+    for name, part in (("processor_config.json", "image_processor"), ("preprocessor_config.json", None)):
+        path = Path(folder) / name
+        try:
+            values = json.loads(path.read_text("utf-8"))
+        except FileNotFoundError:
+            continue
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"{path}: {error}", "JSON", "fetch the file again") from error
+        values = values.get(part) if part and isinstance(values, dict) else values
+        if values is not None:
+            return image_processor(values, str(path))
+    raise ConfigError(
+        f"{folder} without preprocessor_config.json", "a folder with its processor's settings", "fetch the file as well"
+    )
+
+
+def image_processor(values: Mapping[str, Any], what: str = "preprocessor_config.json") -> ImageProcessor:
+    """The processor that a preprocessor_config.json describes.
+
+    Args:
+        values: its dictionary.
+        what: how to name it in a message.
+
+    Raises:
+        ConfigError: see `read_image_processor`.
+    """
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"{what} with {type(values).__name__}", "a JSON object", "fetch the file again")
+    kind = _kind(values, what)
+    default = _KINDS[kind]
+    read = set(_IDLE)
+
+    def option(name: str, otherwise: Any = None) -> Any:
+        read.add(name)
+        value = values.get(name)
+        return otherwise if value is None else value
+
+    def refuse(given: str, expected: str):
+        raise ConfigError(f"{what}: {given}", expected, "use another processor, or prepare the pictures yourself")
+
+    fields: dict[str, Any] = dict(kind=kind, resample=option("resample", int(default.resample)))
+    if fields["resample"] not in [int(filter) for filter in Image.Resampling]:
+        refuse(f"resample={fields['resample']!r}", "Pillow's number of a filter, 0 to 5")
+    square = option("default_to_square", default.square)
+    size, crop, resize = option("size", default.size), option("crop_size", default.crop), option("do_resize", True)
+    if kind == "Qwen2VLImageProcessor":
+        fields |= dict(
+            patch_size=option("patch_size", 14),
+            merge_size=option("merge_size", 2),
+            temporal_patch_size=option("temporal_patch_size", 2),
+        )
+        size = dict(size) if isinstance(size, Mapping) else refuse(f"size={size!r}", "least and most pixels")
+        bounds = [option("min_pixels", size.get("shortest_edge")), option("max_pixels", size.get("longest_edge"))]
+        if not all(isinstance(bound, int) and bound > 0 for bound in bounds):
+            refuse(f"size={size!r}", "shortest_edge and longest_edge, the least and the most pixels")
+        fields["pixel_range"] = tuple(bounds) if resize else None
+    elif resize:
+        fields |= _read_size(size, square, refuse)
+    if option("do_center_crop", default.crop is not None):
+        if kind in ("Qwen2VLImageProcessor", "GotOcr2ImageProcessor"):
+            refuse("do_center_crop=True", f"no crop, which {kind} does not make")
+        sides = _read_size(crop, True, refuse, "crop_size") if crop is not None else {}
+        fields["crop_size"] = sides.get("size") or refuse(f"crop_size={crop!r}", "its height and width")
+    if kind == "GotOcr2ImageProcessor" and option("crop_to_patches", False):
+        refuse("crop_to_patches=True", "false: a picture is one tile here")
+    if kind == "GotOcr2ImageProcessor":
+        read |= {"min_patches", "max_patches"}
+    factor = option("rescale_factor", 1 / 255)
+    fields["rescale_factor"] = factor if option("do_rescale", True) else None
+    mean, std = option("image_mean", default.mean), option("image_std", default.std)
+    if option("do_normalize", True):
+        fields |= dict(mean=_three(mean, "image_mean", refuse), std=_three(std, "image_std", refuse))
+    unread = {name: value for name, value in values.items() if name not in read and value not in (None, False)}
+    if unread:
+        refuse(", ".join(f"{name}={value!r}" for name, value in sorted(unread.items())), f"options of {kind}")
+    return ImageProcessor(**fields)
+
+
+def _kind(values: Mapping[str, Any], what: str) -> str:
+    """The type's plain name: older files call processors feature extractors."""
+    given = str(values.get("image_processor_type") or values.get("feature_extractor_type"))
+    kind = given.replace("FeatureExtractor", "ImageProcessor").removesuffix("Fast").removesuffix("Pil")
+    if kind not in _KINDS:
+        raise ConfigError(
+            f"{what}: image_processor_type={given!r}",
+            f"one of {', '.join(_KINDS)}",
+            "use another processor, or prepare the pictures yourself",
+        )
+    return kind
+
+
+def _read_size(size: Any, square: bool, refuse, name: str = "size") -> dict[str, Any]:
+    """A size in any spelling, as fields of the processor."""
+    if isinstance(size, int):
+        size = _square(size) if square else dict(shortest_edge=size)
+    elif isinstance(size, (list, tuple)) and len(size) == 2:
+        size = dict(height=size[0], width=size[1])
+    given = {key: value for key, value in size.items() if value is not None} if isinstance(size, Mapping) else {}
+    if not all(isinstance(value, int) and value > 0 for value in given.values()):
+        given = {}
+    if given.keys() == {"height", "width"}:
+        return dict(size=(given["height"], given["width"]))
+    if given.keys() == {"shortest_edge"}:
+        return dict(shortest_edge=given["shortest_edge"])
+    return refuse(f"{name}={size!r}", "height and width, or shortest_edge, in pixels")
+
+
+def _three(value: Any, name: str, refuse) -> tuple[float, ...]:
+    values = (value,) * 3 if isinstance(value, (int, float)) else tuple(value)
+    if len(values) != 3:
+        refuse(f"{name}={value!r}", "one number a channel, of which there are 3")
+    return values
+
+
+def _require_picture(image: np.ndarray) -> None:
+    if not isinstance(image, np.ndarray):
+        given = f"a {type(image).__name__}"
+    elif image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+        given = f"{image.dtype} {list(image.shape)}"
+    elif not image.size:
+        given = f"a picture of {image.shape[0]} x {image.shape[1]} pixels"
+    else:
+        return
+    raise DataError(
+        given,
+        "uint8 [height, width, 3] with at least one pixel",
+        "decode it with mllm_jax.decode_image, which turns every mode into RGB",
+    )
+
+
+def _crop_centre(image: np.ndarray, height: int, width: int) -> np.ndarray:
+    """The middle; of an odd number of pixels, one more is cut below and right, or added, black, above and left."""
+    missing = [max(0, wanted - given) for wanted, given in zip((height, width), image.shape[:2], strict=True)]
+    image = np.pad(image, [*((-(-n // 2), n // 2) for n in missing), (0, 0)])
+    top, left = (image.shape[0] - height) // 2, (image.shape[1] - width) // 2
+    return image[top : top + height, left : left + width]
