@@ -32,6 +32,7 @@ USAGE = """mllm: multimodal LLMs in JAX
   mllm generate MODEL "Why is the sky blue?"                              text of a language model's folder
   mllm chat MODEL [--temperature 0.7 --top-p 0.9 ...]                     in the terminal
   mllm convert SRC DST [--to native|huggingface] [--dtype bfloat16]       Hugging Face <-> native, with a proof
+  mllm embed MODEL --images DIR --text "a cat" --out vectors.npz          unit vectors of pictures and texts
   mllm models                                                             what `convert` and from_pretrained read
 
 `mllm COMMAND --help` lists a command's options."""
@@ -133,6 +134,35 @@ class Convert:
     target: tyro.conf.Positional[Path]
     to: Literal["native", "huggingface"] | None = None
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    overwrite: bool = False
+
+
+@dataclass(frozen=True)
+class Embed:
+    """Writes unit vectors of pictures and texts to a file, for use in search.
+
+    The file holds `image_names`, `image_embeds`, `texts` and `text_embeds`; `numpy.load` opens it.
+
+    Attributes:
+        model: a Hugging Face folder of CLIP or SigLIP, or of one of their towers, or a native one.
+        images: picture files, and folders in which pictures lie at any depth.
+        text: texts.
+        out: the file to write, ending in .npz.
+        batch_size: pictures or texts at a time.
+        dtype: what to compute in; as in the folder, if not given.
+        truncate: shorten texts that are too long instead of refusing them.
+        skip_bad: leave out pictures that cannot be read, each with a warning.
+        overwrite: replace a file that is there.
+    """
+
+    model: tyro.conf.Positional[Path]
+    out: Path
+    images: tuple[Path, ...] = ()
+    text: tuple[str, ...] = ()
+    batch_size: int = 32
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    truncate: bool = False
+    skip_bad: bool = False
     overwrite: bool = False
 
 
@@ -303,6 +333,26 @@ def convert_command(arguments: list[str]) -> int:
     return 0
 
 
+def embed_command(arguments: list[str]) -> int:
+    options = tyro.cli(Embed, args=arguments, prog="mllm embed")
+
+    from mllm_jax.inference.embed import embed_to_file
+
+    shapes = embed_to_file(
+        options.model,
+        options.out,
+        images=options.images,
+        texts=options.text,
+        overwrite=options.overwrite,
+        bad=(lambda error: print(f"warning: {error}", file=sys.stderr)) if options.skip_bad else None,
+        batch_size=options.batch_size,
+        dtype=options.dtype,
+        truncate=options.truncate,
+    )
+    print(f"{options.out}: " + ", ".join(f"{name} {list(shape)}" for name, shape in shapes.items()))
+    return 0
+
+
 def models_command(arguments: list[str]) -> int:
     tyro.cli(Models, args=arguments, prog="mllm models")
 
@@ -374,6 +424,7 @@ COMMANDS = {
     "generate": generate_command,
     "chat": chat_command,
     "convert": convert_command,
+    "embed": embed_command,
     "models": models_command,
 }
 

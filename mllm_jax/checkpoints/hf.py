@@ -205,7 +205,8 @@ class _Source:
             del tensor, view
             for band in bands:
                 # Mapped anew for each band, which gives the pages of the one before back.
-                st.copy_into(out[band], parameter_view(self.line, entry.map())[index][band])
+                # The dots keep a parameter without axes, such as a logit scale, a view.
+                st.copy_into(out[*band, ...], parameter_view(self.line, entry.map())[index][*band, ...])
         return buffer, _Held(buffer.nbytes + merged, mapped)
 
 

@@ -1,26 +1,39 @@
-"""A small text transformer: the other tower of contrastive training (arXiv 2103.00020, section 2.4)."""
+"""Text towers, the other side of contrastive training: a small one of our own, CLIP's and SigLIP's, by switches."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from flax import struct
 
-from mllm_jax.layers.attention import Attention
-from mllm_jax.layers.linear import Embedding
-from mllm_jax.layers.mlp import MLP
+from mllm_jax.errors import ConfigError
+from mllm_jax.layers.attention import MASKS, Attention
+from mllm_jax.layers.linear import Embedding, Linear
+from mllm_jax.layers.mlp import ACTIVATIONS, MLP
 from mllm_jax.layers.norms import LayerNorm
 from mllm_jax.layers.stack import scan_layers
 from mllm_jax.sharding.logical import constrain
 
+POOLINGS = ("mean", "last", "eos", "largest")
+
 
 @dataclass(frozen=True)
 class TextTowerConfig:
-    """Sizes of a bidirectional text encoder that pools by the mean over each text.
+    """Sizes and switches of a text encoder.
 
     Attributes:
+        max_length: how many positions there are.
         num_layers: 0 is a bag of words: what the parts of a name add up to then holds for names never seen.
+        mask: "full", or "causal": a token sees those before it (CLIP, arXiv 2103.00020, section 2.4).
+        pooling: what stands for a text: "mean" of its tokens; "last" of them; "eos", the first that is `eos_token_id`;
+            "largest", the first with the largest id, which in CLIP's vocabulary is the end of text.
+        head_size: None, or the width of a linear map with bias of the pooled vector (SigLIP).
+        projection_size: None, or the width of one without bias behind it (CLIPTextModelWithProjection).
+        bos_token_id, eos_token_id, pad_token_id: of the tokenizer.
+        family: None, or the Hugging Face architecture that it is written as: the module is then a `TextModel`.
     """
 
     vocab_size: int = 1024
@@ -31,28 +44,81 @@ class TextTowerConfig:
     mlp_size: int = 768
     activation: str = "gelu"
     norm_eps: float = 1e-6
+    mask: str = "full"
+    pooling: str = "mean"
+    head_size: int | None = None
+    projection_size: int | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | None = None
+    pad_token_id: int | None = None
+    family: str | None = None
     dtype: str = "float32"
     remat: str = "none"
     scan_unroll: int = 1
 
-    def make(self) -> TextTower:
-        return TextTower(self)
+    def __post_init__(self):
+        for name, allowed in (("mask", MASKS), ("pooling", POOLINGS), ("activation", tuple(ACTIVATIONS))):
+            if getattr(self, name) not in allowed:
+                raise ConfigError(
+                    f"text tower: {name} {getattr(self, name)!r}", f"one of {', '.join(allowed)}", f"change {name}"
+                )
+        if self.pooling == "eos" and self.eos_token_id is None:
+            raise ConfigError("text tower: pooling 'eos' without eos_token_id", "the id", "set eos_token_id")
+        if self.num_layers and self.hidden_size % self.num_heads:
+            raise ConfigError(
+                f"text tower: {self.num_heads} heads on a width of {self.hidden_size}",
+                "a number of heads that divides the width",
+                "change num_heads or hidden_size",
+            )
+
+    @property
+    def output_size(self) -> int:
+        """Width of a text's vector."""
+        return self.projection_size or self.head_size or self.hidden_size
+
+    def make(self) -> TextTower | TextModel:
+        return (TextTower if self.family is None else TextModel)(self)
+
+
+@struct.dataclass
+class TextOutput:
+    """What a text tower makes of texts.
+
+    Attributes:
+        last_hidden_state: [B, L, E] behind the final norm.
+        pooler_output: [B, E], or behind a head [B, head_size].
+        text_embeds: [B, projection_size], None without a projection.
+        hidden_states: None, or embeddings and then each layer's output, each [B, L, E].
+    """
+
+    last_hidden_state: jax.Array
+    pooler_output: jax.Array
+    text_embeds: jax.Array | None = None
+    hidden_states: tuple[jax.Array, ...] | None = None
 
 
 class TextBlock(nn.Module):
-    """Pre-norm transformer layer that attends within a segment."""
+    """Pre-norm transformer layer that attends within a segment, or to the keys of a mask."""
 
     config: TextTowerConfig
+    keep: bool = False
 
     @nn.compact
-    def __call__(self, x, _, segments):
+    def __call__(self, x, _, segments, keys):
         c = self.config
         dtype = jnp.dtype(c.dtype)
         h = LayerNorm(c.norm_eps, dtype, name="attention_norm")(x)
-        x = x + Attention(c.num_heads, dtype=dtype, name="attention")(h, segments=segments)[0]
+        cache = None
+        if keys is not None:
+            # A cache that x fills whole: what tells the segments of keys from those of queries.
+            empty = jnp.zeros((*x.shape[:2], c.num_heads, c.hidden_size // c.num_heads), dtype)
+            cache = empty, empty, keys, jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2])
+        attention = Attention(c.num_heads, mask=c.mask, dtype=dtype, name="attention")
+        x = x + attention(h, segments=segments, cache=cache)[0]
         h = LayerNorm(c.norm_eps, dtype, name="mlp_norm")(x)
         x = x + MLP(c.mlp_size, c.activation, dtype=dtype, name="mlp")(h)
-        return constrain(x, "batch", "seq", None), None
+        x = constrain(x, "batch", "seq", None)
+        return x, x if self.keep else None
 
 
 class TextTower(nn.Module):
@@ -60,19 +126,86 @@ class TextTower(nn.Module):
 
     config: TextTowerConfig
 
-    @nn.compact
     def __call__(self, tokens, positions, segments, count: int = 1):
-        """int[B, L] each, `count` texts packed in a row as segments 1..count (0 is padding) -> dtype[B, count, E]."""
+        """int[B, L] each, `count` texts packed in a row as segments 1..count (0 is padding) -> dtype[B, count, P].
+
+        P is `config.output_size`. By the mean, the vector of a text that is not there is 0.
+        """
+        return self.embed(tokens, positions, segments, count)
+
+    def embed(self, tokens, positions, segments, count: int = 1):
+        """See `__call__`."""
+        member = segments[:, None] == jnp.arange(1, count + 1)[None, :, None]
+        out = self.run(tokens, positions, segments, None, member)
+        return out.pooler_output if out.text_embeds is None else out.text_embeds
+
+    @nn.compact
+    def run(self, tokens, positions, segments, keys, member, keep: bool = False) -> TextOutput:
+        """One pass.
+
+        Args:
+            tokens, positions: int[B, L].
+            segments: int[B, L] or None: a token sees its own segment.
+            keys: int[B, L] or None: a token sees the tokens whose number here equals its own segment.
+            member: bool[B, C, L], the tokens of each text; what is pooled has an axis C.
+            keep: whether hidden states are wanted.
+        """
         c = self.config
         dtype = jnp.dtype(c.dtype)
         x = Embedding(c.vocab_size, c.hidden_size, dtype=dtype, name="token_embedding")(tokens)
+        states = None
         if c.num_layers:
             init = nn.with_logical_partitioning(nn.initializers.normal(0.02), (None, "embed"))
             table = self.param("position_embedding", init, (c.max_length, c.hidden_size), jnp.float32)
-            x = x + jnp.take(table, positions, axis=0).astype(dtype)
-            x, _ = scan_layers(
-                TextBlock, num_layers=c.num_layers, remat=c.remat, unroll=c.scan_unroll, num_broadcast=1
-            )(c, name="layers")(x, None, segments)
+            embedded = x = x + jnp.take(table, positions, axis=0).astype(dtype)
+            x, states = scan_layers(
+                TextBlock, num_layers=c.num_layers, remat=c.remat, unroll=c.scan_unroll, num_broadcast=2
+            )(c, keep, name="layers")(x, None, segments, keys)
         x = LayerNorm(c.norm_eps, dtype, name="final_norm")(x)
-        member = (segments[:, None] == jnp.arange(1, count + 1)[None, :, None]).astype(dtype)
-        return jnp.einsum("bcl,ble->bce", member, x) / jnp.maximum(member.sum(axis=-1), 1)[..., None]
+        pooled, projected = _pool(c, x, tokens, member), None
+        if c.head_size is not None:
+            pooled = Linear((c.head_size,), ("embed", None), use_bias=True, dtype=dtype, name="head")(pooled)
+        if c.projection_size is not None:
+            projected = Linear((c.projection_size,), ("embed", None), dtype=dtype, name="projection")(pooled)
+        return TextOutput(x, pooled, projected, (embedded, *states) if keep and c.num_layers else None)
+
+
+class TextModel(TextTower):
+    """A text tower that is called as Hugging Face's classes are."""
+
+    def __call__(self, tokens, mask=None, *, output_hidden_states: bool = False) -> TextOutput:
+        """Encodes one text a row.
+
+        Args:
+            tokens: int[B, L].
+            mask: int[B, L], 0 at places that no token may see, or None. It does not change where a text is pooled:
+                SigLIP reads the last place even if it is padding, so pad its texts to `max_length`, as it was trained.
+
+        Raises:
+            ConfigError: more tokens than positions.
+        """
+        if tokens.shape[1] > self.config.max_length:
+            raise ConfigError(
+                f"a text of {tokens.shape[1]} tokens", f"at most {self.config.max_length}", "shorten the text"
+            )
+        positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+        member = jnp.ones((tokens.shape[0], 1, tokens.shape[1]), bool)
+        segments = None if mask is None else jnp.ones_like(tokens)
+        keys = None if mask is None else (mask != 0).astype(tokens.dtype)
+        out = self.run(tokens, positions, segments, keys, member, output_hidden_states)
+        embeds = None if out.text_embeds is None else out.text_embeds[:, 0]
+        return out.replace(pooler_output=out.pooler_output[:, 0], text_embeds=embeds)
+
+
+def _pool(c: TextTowerConfig, x, tokens, member):
+    """dtype[B, L, E], int[B, L], bool[B, C, L] -> dtype[B, C, E]"""
+    if c.pooling == "mean":
+        share = member.astype(x.dtype)
+        return jnp.einsum("bcl,ble->bce", share, x) / jnp.maximum(share.sum(axis=-1), 1)[..., None]
+    if c.pooling == "last":
+        place = jnp.where(member, jnp.arange(tokens.shape[1]), 0).max(axis=-1)
+    elif c.pooling == "eos":
+        place = (member * (1 + (tokens == c.eos_token_id)[:, None])).argmax(axis=-1)
+    else:
+        place = jnp.where(member, tokens[:, None], -1).argmax(axis=-1)
+    return jnp.take_along_axis(x, place[..., None], axis=1)

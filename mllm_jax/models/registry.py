@@ -31,6 +31,29 @@ _HOMES = {
     "T5WithLMHeadModel": "mllm_jax.llms.t5",
     "ChatGLMModel": "mllm_jax.llms.chatglm",
     "ChatGLMForConditionalGeneration": "mllm_jax.llms.chatglm",
+    "ViTModel": "mllm_jax.encoders.vit_hf",
+    "CLIPVisionModel": "mllm_jax.encoders.clip_vision",
+    "CLIPTextModel": "mllm_jax.encoders.clip_text",
+    "CLIPTextModelWithProjection": "mllm_jax.encoders.clip_text",
+    "CLIPModel": "mllm_jax.models.clip",
+    "SiglipVisionModel": "mllm_jax.encoders.siglip_vision",
+    "SiglipTextModel": "mllm_jax.encoders.siglip_text",
+    "SiglipModel": "mllm_jax.models.clip",
+    "Dinov2Model": "mllm_jax.encoders.dinov2",
+    "Blip2VisionModel": "mllm_jax.encoders.eva",
+    "InternVLVisionModel": "mllm_jax.encoders.internvit",
+    "InternVisionModel": "mllm_jax.encoders.internvit",
+    "Qwen2VisionTransformerPretrainedModel": "mllm_jax.encoders.qwen_vit",
+    "Qwen2_5_VisionTransformerPretrainedModel": "mllm_jax.encoders.qwen_vit",
+    "Qwen3VLVisionModel": "mllm_jax.encoders.qwen_vit",
+    "QWenVisionTransformer": "mllm_jax.encoders.qwen_vit_v1",
+    # timm's names
+    "eva_giant_patch14_clip_224": "mllm_jax.encoders.eva",
+    "eva02_base_patch16_clip_224": "mllm_jax.encoders.eva",
+    "eva02_large_patch14_clip_224": "mllm_jax.encoders.eva",
+    "eva02_large_patch14_clip_336": "mllm_jax.encoders.eva",
+    "eva02_enormous_patch14_clip_224": "mllm_jax.encoders.eva",
+    **{f"{origin}nfnet_f{size}": "mllm_jax.encoders.nfnet" for origin in ("dm_", "") for size in range(7)},
 }
 
 
@@ -60,6 +83,8 @@ def supported_models() -> list[SupportedModel]:
 def family_of(hf_config: Mapping[str, Any]) -> Family:
     """The family that reads a config.json. Raises ConfigError: it names no architecture, or none that is supported."""
     architectures = hf_config.get("architectures")
+    if architectures is None and isinstance(named := hf_config.get("architecture"), str):
+        architectures = [named]  # as timm writes it
     if not (isinstance(architectures, (list, tuple)) and architectures):
         raise ConfigError(
             f"config.json with architectures={architectures!r}",

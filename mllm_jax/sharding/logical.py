@@ -33,6 +33,11 @@ RULES: Mapping[str, tuple[str, ...]] = {
 _active: ContextVar[tuple[Mesh, Mapping[str, tuple[str, ...]]] | None] = ContextVar("logical_sharding", default=None)
 
 
+def active_mesh() -> tuple[Mesh, Mapping[str, tuple[str, ...]]] | None:
+    """The mesh and the rules of the surrounding `use_mesh`, if there is one."""
+    return _active.get()
+
+
 def partition_spec(
     names: Sequence[str | None],
     shape: Sequence[int],

@@ -11,6 +11,7 @@ import pytest
 from flax import linen as nn
 
 from mllm_jax.encoders.text import TextTowerConfig
+from mllm_jax.errors import ConfigError
 
 CONFIG = TextTowerConfig(vocab_size=31, max_length=8, hidden_size=12, num_layers=2, num_heads=3, mlp_size=20)
 
@@ -85,3 +86,39 @@ def test_without_layers_it_is_a_bag_of_words():
     ones, places = np.ones((1, 4), int), np.arange(4)[None]
     one, other = (module.apply(params, np.array([t]), places, ones) for t in ([5, 6, 7, 8], [8, 7, 6, 5]))
     np.testing.assert_allclose(one, other, atol=1e-6)
+
+
+@pytest.mark.parametrize("mask", ["full", "causal"])
+@pytest.mark.parametrize("pooling", ["last", "eos", "largest"])
+def test_poolings_of_packed_texts(mask, pooling):
+    """Each text's vector is that of the place it is pooled at, alone in its row as well."""
+    config = dataclasses.replace(CONFIG, mask=mask, pooling=pooling, eos_token_id=9, projection_size=5)
+    module = config.make()
+    ints = jnp.ones((1, 8), jnp.int32)
+    params = random_params(module, ints, ints, ints)
+    texts = [[5, 6, 9, 9, 7], [30, 2]]  # two ends; none, so the first place counts
+    tokens, positions = np.array([[*texts[0], *texts[1], 0]]), np.array([[*range(5), 0, 1, 0]])
+    packed = module.apply(params, tokens, positions, np.array([[1] * 5 + [2, 2, 0]]), 2)
+    assert packed.shape == (1, 2, 5)
+    hidden = module.clone(config=dataclasses.replace(config, projection_size=None))
+    kernel = params["params"]["projection"]["kernel"]
+    trunk = {"params": {k: v for k, v in params["params"].items() if k != "projection"}}
+    for number, text in enumerate(texts):
+        row, places, ones = np.array([text]), np.arange(len(text))[None], np.ones((1, len(text)), int)
+        member = ones[:, None] > 0
+        states = hidden.apply(trunk, row, places, ones, None, member, method="run").last_hidden_state[0]
+        place = {"last": (4, 1), "eos": (2, 0), "largest": (2, 0)}[pooling][number]
+        np.testing.assert_allclose(packed[0, number], states[place] @ kernel, atol=1e-5)
+
+
+def test_switches_that_are_refused():
+    for change, shown in (
+        (dict(mask="half"), "half"),
+        (dict(pooling="first"), "first"),
+        (dict(activation="sine"), "sine"),
+        (dict(pooling="eos"), "eos_token_id"),
+        (dict(num_heads=5), "5 heads"),
+    ):
+        with pytest.raises(ConfigError, match=shown):
+            dataclasses.replace(CONFIG, **change)
+    assert dataclasses.replace(CONFIG, num_heads=5, num_layers=0), "a bag of words has no heads"

@@ -1,0 +1,72 @@
+"""CLIP's text tower (arXiv 2103.00020, section 2.4): causal, pooled at the end of the text."""
+
+from __future__ import annotations
+
+from mllm_jax.checkpoints.table import Family, Table
+from mllm_jax.encoders.text import TextTowerConfig
+from mllm_jax.encoders.text_hub import faithful, read_tower, sample, tower_table, write_tower
+from mllm_jax.errors import ConfigError
+
+MODEL, WITH_PROJECTION = "CLIPTextModel", "CLIPTextModelWithProjection"
+# What an option is where config.json does not say.
+_DEFAULTS = dict(
+    vocab_size=49408,
+    hidden_size=512,
+    intermediate_size=2048,
+    num_hidden_layers=12,
+    num_attention_heads=8,
+    max_position_embeddings=77,
+    hidden_act="quick_gelu",
+    layer_norm_eps=1e-5,
+    eos_token_id=49407,
+)
+_IDS = dict(pad_token_id=1, bos_token_id=49406, eos_token_id=49407)
+
+
+def from_hf_config(values: dict) -> TextTowerConfig:
+    """config.json of CLIPTextModel or CLIPTextModelWithProjection, or the text_config of CLIPModel.
+
+    Every option is honoured or refused by name.
+    """
+    family = (values.get("architectures") or [MODEL])[0]
+    if family not in (MODEL, WITH_PROJECTION):
+        raise ConfigError(f"architecture {family!r} as CLIP's text tower", f"{MODEL} or {WITH_PROJECTION}", "name one")
+    values = {name: value for name, value in _IDS.items() if name not in values} | values
+    # Folders from before mid-2023 name a wrong end of text, 2; they are meant to be pooled at the largest id.
+    eos = _DEFAULTS["eos_token_id"] if values["eos_token_id"] is None else values["eos_token_id"]
+    return read_tower(
+        values,
+        _DEFAULTS,
+        f"config.json of {family}",
+        mask="causal",
+        pooling="largest" if eos == 2 else "eos",
+        projection_size=(values.get("projection_dim") or 512) if family == WITH_PROJECTION else None,
+        family=family,
+    )
+
+
+def to_hf_config(config: TextTowerConfig) -> dict:
+    """The reverse; refuses switches that the family does not have."""
+    c = config
+    written = dict(architectures=[c.family], model_type="clip_text_model", **write_tower(c))
+    if c.projection_size is not None:
+        written["projection_dim"] = c.projection_size
+    return faithful(c, written, from_hf_config)
+
+
+def table(config: TextTowerConfig) -> Table:
+    return tower_table(config, "" if config.projection_size is None else "text_projection")
+
+
+FAMILIES = (
+    Family("CLIP text", (MODEL,), from_hf_config, to_hf_config, table, sample, oracle=MODEL),
+    Family(
+        "CLIP text with projection",
+        (WITH_PROJECTION,),
+        from_hf_config,
+        to_hf_config,
+        table,
+        sample,
+        oracle=WITH_PROJECTION,
+    ),
+)

@@ -1,0 +1,46 @@
+"""SigLIP's text tower (arXiv 2303.15343): every token sees all 64 places, the last of them stands for the text."""
+
+from __future__ import annotations
+
+from mllm_jax.checkpoints.table import Family, Table
+from mllm_jax.encoders.text import TextTowerConfig
+from mllm_jax.encoders.text_hub import faithful, read_tower, sample, tower_table, write_tower
+from mllm_jax.errors import ConfigError
+
+MODEL = "SiglipTextModel"
+# What an option is where config.json does not say.
+_DEFAULTS = dict(
+    vocab_size=32000,
+    hidden_size=768,
+    intermediate_size=3072,
+    num_hidden_layers=12,
+    num_attention_heads=12,
+    max_position_embeddings=64,
+    hidden_act="gelu_pytorch_tanh",
+    layer_norm_eps=1e-6,
+)
+_IDS = dict(pad_token_id=1, bos_token_id=49406, eos_token_id=49407)
+
+
+def from_hf_config(values: dict) -> TextTowerConfig:
+    """config.json of SiglipTextModel, or the text_config of SiglipModel; each option honoured or refused by name."""
+    family = (values.get("architectures") or [MODEL])[0]
+    if family != MODEL:
+        raise ConfigError(f"architecture {family!r} as SigLIP's text tower", MODEL, "name it")
+    width = values.get("projection_size") or values.get("hidden_size") or _DEFAULTS["hidden_size"]
+    values = {name: value for name, value in _IDS.items() if name not in values} | values
+    return read_tower(values, _DEFAULTS, f"config.json of {family}", pooling="last", head_size=width, family=family)
+
+
+def to_hf_config(config: TextTowerConfig) -> dict:
+    """The reverse; refuses switches that the family does not have."""
+    c = config
+    written = dict(architectures=[c.family], model_type="siglip_text_model", projection_size=c.head_size)
+    return faithful(c, written | write_tower(c), from_hf_config)
+
+
+def table(config: TextTowerConfig) -> Table:
+    return tower_table(config)
+
+
+FAMILIES = (Family("SigLIP text", (MODEL,), from_hf_config, to_hf_config, table, sample, oracle=MODEL),)

@@ -1,0 +1,131 @@
+"""What the text towers' Hugging Face folders share: options, the names of their weights, and the written check."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import jax.numpy as jnp
+
+from mllm_jax.checkpoints.options import Options
+from mllm_jax.checkpoints.table import Table, Weight
+from mllm_jax.encoders.hub import IDLE, read_activation, write_activation
+from mllm_jax.encoders.text import TextTowerConfig
+from mllm_jax.errors import ConfigError
+
+# How the module is run, which no config.json says.
+_NOT_STORED = ("dtype", "remat", "scan_unroll")
+
+
+def read_tower(values: dict, defaults: dict, what: str, **switches) -> TextTowerConfig:
+    """The options that CLIP's and SigLIP's text towers spell alike; refuses those that nobody has read.
+
+    Args:
+        defaults: what an option is where the file does not say.
+        switches: fields of the config that the family decides.
+
+    Raises:
+        ConfigError: an option that is not supported, by name.
+    """
+    options = Options(defaults | {name: value for name, value in values.items() if value is not None}, what)
+    config = TextTowerConfig(
+        vocab_size=options("vocab_size"),
+        max_length=options("max_position_embeddings"),
+        hidden_size=options("hidden_size"),
+        num_layers=options("num_hidden_layers"),
+        num_heads=options("num_attention_heads"),
+        mlp_size=options("intermediate_size"),
+        activation=read_activation(options),
+        norm_eps=options("layer_norm_eps"),
+        bos_token_id=options("bos_token_id", None),
+        eos_token_id=_one_id(options("eos_token_id", None), what),
+        pad_token_id=options("pad_token_id", None),
+        **switches,
+    )
+    options.only("pruned_heads", {})
+    options.skip("projection_size", *IDLE)
+    options.done()
+    return config
+
+
+def _one_id(value: int | list[int] | None, what: str) -> int | None:
+    if value is not None and not isinstance(value, int):
+        raise ConfigError(f"{what}: eos_token_id={value}", "one id: it says where a text is pooled", "name the one")
+    return value
+
+
+def write_tower(c: TextTowerConfig) -> dict:
+    """The reverse of `read_tower`."""
+    return dict(
+        vocab_size=c.vocab_size,
+        max_position_embeddings=c.max_length,
+        hidden_size=c.hidden_size,
+        num_hidden_layers=c.num_layers,
+        num_attention_heads=c.num_heads,
+        intermediate_size=c.mlp_size,
+        hidden_act=write_activation(c.activation),
+        layer_norm_eps=c.norm_eps,
+        bos_token_id=c.bos_token_id,
+        eos_token_id=c.eos_token_id,
+        pad_token_id=c.pad_token_id,
+    )
+
+
+def faithful(config: TextTowerConfig, written: dict, read: Callable[[dict], TextTowerConfig]) -> dict:
+    """`written`, if reading it gives the same tower again.
+
+    Raises:
+        ConfigError: the family has no options for some of the switches; names them.
+    """
+    found = read(written)
+    names = [f.name for f in dataclasses.fields(config) if f.name not in _NOT_STORED]
+    lost = [f"{name}={getattr(config, name)!r}" for name in names if getattr(config, name) != getattr(found, name)]
+    if lost:
+        raise ConfigError(
+            f"a text tower with {', '.join(lost)}, to be written as {config.family}",
+            f"switches that {config.family} has",
+            "choose another family, or change these",
+        )
+    return written
+
+
+def tower_table(c: TextTowerConfig, projection: str = "") -> Table:
+    """The weights of a tower under the hub's names, which CLIP and SigLIP share.
+
+    Args:
+        projection: the name of the projection's kernel, where the family has one.
+    """
+    weights = [
+        Weight("text_model.embeddings.token_embedding.weight", "token_embedding/embedding"),
+        Weight("text_model.embeddings.position_embedding.weight", "position_embedding"),
+    ]
+
+    def affine(name: str, path: str):
+        weights.extend((Weight(f"{name}.weight", f"{path}/scale"), Weight(f"{name}.bias", f"{path}/bias")))
+
+    def linear(name: str, path: str, kernel: str = "o i -> i o", bias: str = "", **sizes: int):
+        weights.append(Weight(f"{name}.weight", f"{path}/kernel", kernel, sizes))
+        weights.append(Weight(f"{name}.bias", f"{path}/bias", bias, sizes if bias else {}))
+
+    layer, head = "text_model.encoder.layers.{layer}", c.hidden_size // c.num_heads
+    affine(f"{layer}.layer_norm1", "layers/attention_norm")
+    for part in "qkv":
+        name, path = f"{layer}.self_attn.{part}_proj", f"layers/attention/{part}"
+        linear(name, path, "(n h) e -> e n h", "(n h) -> n h", h=head)
+    linear(f"{layer}.self_attn.out_proj", "layers/attention/out", "e (n h) -> n h e", h=head)
+    affine(f"{layer}.layer_norm2", "layers/mlp_norm")
+    linear(f"{layer}.mlp.fc1", "layers/mlp/up")
+    linear(f"{layer}.mlp.fc2", "layers/mlp/down")
+    affine("text_model.final_layer_norm", "final_norm")
+    if c.head_size is not None:
+        linear("text_model.head", "head")
+    if projection:
+        weights.append(Weight(f"{projection}.weight", "projection/kernel", "o i -> i o"))
+    # What transformers 5 writes for a tower alone has no prefix; older folders hold the positions' numbers.
+    spellings = ((r"^(embeddings|encoder|final_layer_norm|head)\.", r"text_model.\1."),)
+    return Table(tuple(weights), spellings, ("text_model.embeddings.position_ids",))
+
+
+def sample(_: TextTowerConfig) -> tuple:
+    """Arguments with which `init` creates every parameter."""
+    return (jnp.zeros((1, 1), jnp.int32),)

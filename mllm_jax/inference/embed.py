@@ -1,0 +1,284 @@
+"""Pictures and texts to unit vectors in a file, for use in search."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+from mllm_jax.data.chat import ChatTokenizer
+from mllm_jax.data.image_processors import ImageProcessor, read_image_processor
+from mllm_jax.data.images import read_image
+from mllm_jax.encoders.text import TextModel, TextTowerConfig
+from mllm_jax.encoders.vit import ViT
+from mllm_jax.errors import ConfigError, DataError
+from mllm_jax.models.clip import DualEncoder
+from mllm_jax.models.registry import from_pretrained
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm")
+
+
+@dataclass(frozen=True)
+class Embedder:
+    """A model's two ways into its space of unit vectors, in batches of one shape.
+
+    Attributes:
+        processor, tokenizer: None where only the other kind is embedded.
+        truncate: shorten texts that are too long instead of refusing them.
+    """
+
+    module: nn.Module
+    params: Any
+    processor: ImageProcessor | None = None
+    tokenizer: ChatTokenizer | None = None
+    batch_size: int = 32
+    truncate: bool = False
+
+    def __post_init__(self):
+        if self.batch_size < 1:
+            raise ConfigError(f"batch size {self.batch_size}", "at least 1", "change the batch size")
+
+    @classmethod
+    def load(cls, folder: Path, *, images: bool = True, texts: bool = True, **options) -> Embedder:
+        """The model in a folder, with what it needs for pictures or texts or both.
+
+        Args:
+            options: batch_size, truncate, and dtype, see `from_pretrained`.
+
+        Raises:
+            ConfigError: a model without a tower for what is wanted, or no image processor's settings.
+            DataError: no tokenizer.
+        """
+        # The small files first: who lacks one should not have to wait for the weights.
+        processor = read_image_processor(folder) if images else None
+        tokenizer = ChatTokenizer.load(folder) if texts else None
+        module, params = from_pretrained(folder, dtype=options.pop("dtype", None))
+        embedder = cls(module, params, processor, tokenizer, **options)
+        for wanted, name in ((images, "_image_function"), (texts, "_text_function")):
+            if wanted:
+                getattr(embedder, name)  # refuses a model that cannot do it
+        return embedder
+
+    def images(self, paths: Sequence[Path], bad: Callable[[DataError], None] | None = None) -> tuple[list, np.ndarray]:
+        """Picture files to vectors.
+
+        Args:
+            bad: is called with what is wrong with an unreadable picture, which is then left out; None: that is raised.
+
+        Returns:
+            (the paths that were read, float32[N, P]).
+
+        Raises:
+            DataError: a picture that cannot be read, or none that can.
+            ConfigError: pictures that come out of the processor in several sizes.
+        """
+        compute = self._image_function
+
+        def read(path: Path) -> np.ndarray | DataError:
+            try:
+                picture = read_image(path)
+                try:
+                    return self.processor(picture)
+                except DataError as error:
+                    raise DataError(f"{path}: {error.given}", error.expected, error.todo) from error
+            except DataError as error:
+                if bad is None:
+                    raise
+                return error
+
+        kept, out = [], []
+        with ThreadPoolExecutor(4) as pool:
+            for some, pictures in _ahead(pool, read, paths, self.batch_size):
+                for problem in (p for p in pictures if isinstance(p, DataError)):
+                    bad(problem)
+                good = [(path, p) for path, p in zip(some, pictures, strict=True) if not isinstance(p, DataError)]
+                if not good:
+                    continue
+                sizes = sorted({p.shape[:2] for _, p in good})
+                if len(sizes) > 1:
+                    raise ConfigError(
+                        f"pictures of {sizes[0]} and {sizes[1]} pixels after processing",
+                        "a processor with one size, or a crop",
+                        "set size or crop_size in preprocessor_config.json, or use --batch-size 1",
+                    )
+                kept += [path for path, _ in good]
+                out.append(self._run(compute, np.stack([p for _, p in good])))
+        if not kept:
+            raise DataError(f"{len(paths)} pictures, none of which can be read", "pictures", "check the files")
+        return kept, np.concatenate(out)
+
+    def texts(self, texts: Sequence[str]) -> np.ndarray:
+        """Texts to float32[N, P].
+
+        Raises:
+            DataError: no text, an empty one, or one that is longer than the tower's positions.
+        """
+        compute = self._text_function
+        if not texts:
+            raise DataError("no text", "at least one", "give some")
+        rows = np.stack([self._row(text) for text in texts])
+        pieces = [rows[start : start + self.batch_size] for start in range(0, len(rows), self.batch_size)]
+        return np.concatenate([self._run(compute, piece) for piece in pieces])
+
+    def _row(self, text: str) -> np.ndarray:
+        """The ids of a text, of the tower's full length."""
+        tower = self._text_config()
+        ids = self.tokenizer.encode(text) if text.strip() else []
+        if not ids or len(ids) > tower.max_length and not self.truncate:
+            raise DataError(
+                f"a text of {len(ids)} tokens: {text[:60]!r}",
+                f"1 to {tower.max_length} tokens",
+                "shorten it, or say truncate",
+            )
+        if len(ids) > tower.max_length:
+            ids = [*ids[: tower.max_length - 1], ids[-1]]  # the last ends the text, and may stand for it
+        if tower.pooling == "last":
+            pad = next((i for i in (self.tokenizer.backend.pad_token_id, tower.pad_token_id) if i is not None), None)
+            if pad is None:
+                raise ConfigError("a tokenizer without padding", "what the texts are padded with", "set pad_token_id")
+        else:
+            pad = ids[-1]  # no token before it sees what follows, and the first end of text counts
+        return np.array(ids + [pad] * (tower.max_length - len(ids)), np.int32)
+
+    def _text_config(self) -> TextTowerConfig:
+        return self.module.config.text if isinstance(self.module, DualEncoder) else self.module.config
+
+    def _run(self, compute, batch: np.ndarray) -> np.ndarray:
+        """One batch, filled up to the size that is compiled."""
+        filled = np.concatenate([batch, np.repeat(batch[:1], self.batch_size - len(batch), axis=0)])
+        vectors = np.asarray(compute(self.params, filled))[: len(batch)]
+        if not np.isfinite(vectors).all():
+            raise DataError("vectors that are not finite", "numbers", "try --dtype float32, or check the checkpoint")
+        return vectors
+
+    @cached_property  # compiled once, however often it is asked for
+    def _image_function(self):
+        module = self.module
+        if isinstance(module, DualEncoder):
+            return jax.jit(lambda p, x: module.apply({"params": p}, x, method="encode_image"))
+        if isinstance(module, ViT) and module.config.pooler != "none":
+            return jax.jit(lambda p, x: _unit(module.apply({"params": p}, x).pooler_output))
+        raise self._lacks("pooled picture vectors")
+
+    @cached_property
+    def _text_function(self):
+        module = self.module
+        if isinstance(module, DualEncoder):
+            return jax.jit(lambda p, x: module.apply({"params": p}, x, method="encode_text"))
+        if isinstance(module, TextModel):
+            return jax.jit(lambda p, x: _unit(_text_vector(module.apply({"params": p}, x))))
+        raise self._lacks("text vectors")
+
+    def _lacks(self, what: str) -> ConfigError:
+        name = getattr(self.module.config, "family", None) or type(self.module).__name__
+        return ConfigError(
+            f"a {name}, asked for {what}", "a model that makes them, such as CLIP", "name another folder"
+        )
+
+
+def find_pictures(places: Sequence[Path]) -> list[Path]:
+    """Files as they are named, folders as the pictures in them at any depth, by name.
+
+    Raises:
+        DataError: a place that does not exist, a folder without pictures, or one file twice.
+    """
+    found: list[Path] = []
+    for place in places:
+        if place.is_dir():
+            inside = sorted(p for p in place.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
+            if not inside:
+                raise DataError(f"{place} without pictures", f"files ending in {', '.join(SUFFIXES)}", "check the path")
+            found += inside
+        elif place.is_file():
+            found.append(place)
+        else:
+            raise DataError(f"no file or folder {place}", "pictures, or folders of pictures", "check the path")
+    twice = sorted({str(path) for path in found if found.count(path) > 1}) if len(set(found)) < len(found) else []
+    if twice:
+        raise DataError(f"{twice[0]} and {len(twice) - 1} more, named twice", "each picture once", "name it once")
+    return found
+
+
+def embed_to_file(
+    folder: Path,
+    out: Path,
+    *,
+    images: Sequence[Path] = (),
+    texts: Sequence[str] = (),
+    overwrite: bool = False,
+    bad: Callable[[DataError], None] | None = None,
+    **options,
+) -> dict[str, tuple[int, ...]]:
+    """Writes `image_names` and `image_embeds`, `texts` and `text_embeds` as an .npz, whole or not at all.
+
+    Args:
+        folder: of the model.
+        images: picture files and folders of pictures.
+        overwrite: replace a file that is there.
+        bad: see `Embedder.images`.
+        options: see `Embedder.load`.
+
+    Returns:
+        The shape of each array in the file.
+
+    Raises:
+        ConfigError: nothing to embed, a name that is taken or no .npz; or what `Embedder` refuses.
+        DataError: what `find_pictures` and `Embedder` refuse.
+    """
+    if not images and not texts:
+        raise ConfigError("neither pictures nor texts", "at least one of them", "give --images or --text")
+    if out.suffix != ".npz" or not out.parent.is_dir() or out.is_dir():
+        raise ConfigError(f"{out} to write to", "a name ending in .npz in a folder that exists", "change --out")
+    if out.exists() and not overwrite:
+        raise ConfigError(f"{out}, which exists", "a new file", "choose another name, or say --overwrite")
+    paths = find_pictures(images)
+    embedder = Embedder.load(folder, images=bool(paths), texts=bool(texts), **options)
+    arrays: dict[str, np.ndarray] = {}
+    if texts:
+        arrays |= dict(texts=np.array(texts), text_embeds=embedder.texts(texts))
+    if paths:
+        kept, vectors = embedder.images(paths, bad)
+        arrays |= dict(image_names=np.array([str(path) for path in kept]), image_embeds=vectors)
+    temporary = out.with_name(f".{os.getpid()}-{out.name}")
+    try:
+        with temporary.open("wb") as file:
+            np.savez(file, **arrays)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, out)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return {name: array.shape for name, array in arrays.items()}
+
+
+def _ahead(pool: ThreadPoolExecutor, work, items: Sequence, size: int) -> Iterator[tuple[Sequence, list]]:
+    """(items, results) of each batch; the next is being worked on meanwhile, and no more than it is held."""
+    batches = [items[start : start + size] for start in range(0, len(items), size)]
+    futures = [pool.submit(work, item) for item in batches[0]] if batches else []
+    for number, batch in enumerate(batches):
+        following = batches[number + 1] if number + 1 < len(batches) else []
+        now, futures = futures, [pool.submit(work, item) for item in following]
+        try:
+            yield batch, [future.result() for future in now]
+        except BaseException:
+            for future in futures:
+                future.cancel()
+            raise
+
+
+def _text_vector(out):
+    return out.pooler_output if out.text_embeds is None else out.text_embeds
+
+
+def _unit(x):
+    x = x.astype(jnp.float32)
+    return x / jnp.linalg.norm(x, axis=-1, keepdims=True)

@@ -1,0 +1,317 @@
+"""Dual encoders, CLIP (arXiv 2103.00020) and SigLIP (arXiv 2303.15343): a picture and a text tower, one space."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from flax import struct
+
+from mllm_jax.checkpoints.options import Options
+from mllm_jax.checkpoints.table import Family, Table, Weight
+from mllm_jax.encoders import clip_text, clip_vision, siglip_text, siglip_vision
+from mllm_jax.encoders.hub import IDLE, nested
+from mllm_jax.encoders.text import TextModel, TextOutput, TextTowerConfig
+from mllm_jax.encoders.vit import VisionOutput, ViTConfig
+from mllm_jax.errors import ConfigError
+from mllm_jax.models.contrastive import POOLINGS, ContrastiveConfig
+
+KINDS = ("softmax", "sigmoid")
+# What OpenAI's and LAION's pictures are normalised with, which no config.json says.
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+# Log scale and bias at the start of training.
+INIT = {"softmax": (math.log(1 / 0.07), 0.0), "sigmoid": (math.log(10.0), -10.0)}
+
+
+@dataclass(frozen=True)
+class DualEncoderConfig:
+    """Two towers and what joins them.
+
+    Attributes:
+        projection_size: width of the common space; None: that of the towers' vectors, which are then not projected.
+        kind: "softmax" (CLIP), or "sigmoid" (SigLIP), which has a bias; the loss to train it with is named alike.
+        pooling, captions: what stands for a picture, and the most texts that one has in a row of a training batch; see
+            `ContrastiveConfig`.
+        init_log_scale, init_bias: of the similarity at the start of training; None is that of the kind's paper.
+        family: None, or the Hugging Face architecture that it is written as.
+        dtype: that of both towers.
+    """
+
+    vision: ViTConfig
+    text: TextTowerConfig
+    projection_size: int | None = 512
+    kind: str = "softmax"
+    pooling: str = "pooler"
+    captions: int = 1
+    init_log_scale: float | None = None
+    init_bias: float | None = None
+    family: str | None = None
+    dtype: str = "float32"
+
+    def __post_init__(self):
+        for name, allowed in (("kind", KINDS), ("pooling", POOLINGS)):
+            if getattr(self, name) not in allowed:
+                raise ConfigError(
+                    f"dual encoder: {name} {getattr(self, name)!r}", f"one of {', '.join(allowed)}", f"change {name}"
+                )
+        if self.pooling == "pooler" and self.vision.pooler == "none":
+            raise ConfigError("dual encoder: a vision tower that pools nothing", "a pooled vector", "set its pooler")
+        if self.projection_size is None and self.image_vector_size != self.text.output_size:
+            raise ConfigError(
+                f"dual encoder: pictures of {self.image_vector_size} and texts of {self.text.output_size} dimensions",
+                "equal widths, or a projection",
+                "set projection_size, or change a tower's width",
+            )
+
+    @property
+    def image_vector_size(self) -> int:
+        """Width of what the vision tower gives for a picture."""
+        v = self.vision
+        if self.pooling == "patches":
+            return (v.grid**2 + int(v.class_token)) * (v.hidden_size if v.regions is None else v.region_size)
+        return v.head_size or (v.hidden_size if v.regions is None else v.region_size)
+
+    @property
+    def media_tokens(self) -> int:
+        """Places of a picture that a caption may describe."""
+        return self.vision.grid**2
+
+    def make(self) -> DualEncoder:
+        return DualEncoder(self)
+
+
+@struct.dataclass
+class DualOutput:
+    """Pictures against texts.
+
+    Attributes:
+        image_embeds, text_embeds: float32[B, P], float32[T, P], unit vectors.
+        logits_per_image: float32[B, T]; logits_per_text is its transpose.
+        vision, text: the towers' own outputs.
+    """
+
+    image_embeds: jax.Array
+    text_embeds: jax.Array
+    logits_per_image: jax.Array
+    logits_per_text: jax.Array
+    vision: VisionOutput
+    text: TextOutput
+
+
+class DualEncoder(nn.Module):
+    """Pictures and texts to unit vectors (reference classes: `CLIPModel`, `SiglipModel`)."""
+
+    config: DualEncoderConfig
+
+    def setup(self):
+        c = self.config
+        log_scale, bias = INIT[c.kind]
+        self.vision = replace(c.vision, dtype=c.dtype).make()
+        self.text = TextModel(replace(c.text, dtype=c.dtype))
+        self.heads = ContrastiveConfig(
+            projection_size=c.projection_size,
+            pooling=c.pooling,
+            captions=c.captions,
+            init_scale=math.exp(log_scale if c.init_log_scale is None else c.init_log_scale),
+            init_bias=bias if c.init_bias is None else c.init_bias,
+            learned_bias=c.kind == "sigmoid",
+            max_scale=None,
+        ).make()
+
+    def __call__(self, pixels, tokens, mask=None, *, output_hidden_states: bool = False) -> DualOutput:
+        """Compares every picture with every text.
+
+        Args:
+            pixels: float[B, H, W, 3], normalised.
+            tokens: int[T, L], one text a row.
+            mask: int[T, L], 0 at padding, or None; see `TextModel`.
+
+        Raises:
+            ConfigError: texts longer than the tower's positions, pictures that the tower does not take.
+        """
+        vision = self.vision(pixels, output_hidden_states)
+        text = self.text(tokens, mask, output_hidden_states=output_hidden_states)
+        image_embeds, _, scale, bias = self.heads(vision, None, None)
+        _, text_embeds, _, _ = self.heads(None, None, _vector(text)[:, None])
+        image_embeds, text_embeds = image_embeds[:, 0], text_embeds[:, 0]
+        logits = scale * image_embeds @ text_embeds.T + bias
+        return DualOutput(image_embeds, text_embeds, logits, logits.T, vision, text)
+
+    def encode_image(self, pixels):
+        """float[B, H, W, 3], normalised -> float32[B, P], unit vectors."""
+        return self.heads(self.vision(pixels), None, None)[0][:, 0]
+
+    def encode_text(self, tokens, mask=None):
+        """int[T, L] -> float32[T, P], unit vectors; for the mask see `TextModel`."""
+        return self.heads(None, None, _vector(self.text(tokens, mask))[:, None])[1][:, 0]
+
+    # ---- what training asks of a model
+
+    def normalise(self, pixels):
+        """uint8[..., 3] -> float32[..., 3] by the encoder's mean and deviation."""
+        mean, std = (jnp.asarray(x, jnp.float32) for x in (self.config.vision.image_mean, self.config.vision.image_std))
+        return (pixels.astype(jnp.float32) / 255.0 - mean) / std
+
+    def embed_pairs(self, batch):
+        """The captions of each row and what they describe of its first picture, as unit vectors.
+
+        A caption stands in the row as a segment of its own. `media_index` at its first token names the patch or region
+        that it describes, -1 the whole picture; without `media_index` all describe the whole picture.
+
+        Returns:
+            float32[B, C, P] of pictures or their places, float32[B, C, P] of captions, scale, bias. By softmax the
+            scale is clipped at 100, as in CLIP's training.
+        """
+        c = self.config
+        vision = self.vision(self.normalise(batch["images"][:, 0]))
+        text = self.text.embed(batch["tokens"], batch["positions"], batch["segments"], c.captions)
+        place = None
+        if c.captions > 1 and "media_index" in batch:
+            first = (batch["segments"][:, None] == jnp.arange(1, c.captions + 1)[None, :, None]).argmax(axis=-1)
+            place = jnp.take_along_axis(batch["media_index"], first, axis=1)
+        image, text, scale, bias = self.heads(vision, place, text)
+        return image, text, jnp.minimum(scale, 100.0) if c.kind == "softmax" else scale, bias
+
+    def touch(self, batch):
+        """Runs every part once: what `init` traces so that all parameters exist."""
+        return self.embed_pairs(batch)
+
+    def sample_batch(self, rows: int = 1, length: int = 8, slots: int = 1) -> dict:
+        """A batch of zeros with the shapes that `touch` needs."""
+        side = self.config.vision.image_size
+        ints = jnp.zeros((rows, length), jnp.int32)
+        images = jnp.zeros((rows, slots, side, side, self.config.vision.num_channels), jnp.uint8)
+        return dict(tokens=ints, positions=ints, segments=ints, media_index=ints - 1, images=images)
+
+
+def _vector(text: TextOutput):
+    return text.pooler_output if text.text_embeds is None else text.text_embeds
+
+
+# ---- Hugging Face folders
+
+
+def _parts(options: Options, values: Mapping) -> tuple[dict, dict]:
+    """The dictionaries of the vision and the text tower.
+
+    Early folders hold one more of each, `vision_config_dict`, with defaults left out; it goes before the other.
+    """
+    options.skip("vision_config", "text_config", "vision_config_dict", "text_config_dict")
+    found = []
+    for name in ("vision_config", "text_config"):
+        part = values.get(f"{name}_dict")
+        part = dict((values.get(name) if part is None else part) or {})
+        part.pop("architectures", None)  # they name the whole model, or nothing
+        found.append(part)
+    return tuple(found)
+
+
+def read_clip(values: dict) -> DualEncoderConfig:
+    """config.json of CLIPModel, every option honoured or refused by name."""
+    options = Options(values, "config.json of CLIPModel")
+    vision, text = _parts(options, values)
+    config = DualEncoderConfig(
+        vision=replace(clip_vision.from_hf_config(vision), image_mean=CLIP_MEAN, image_std=CLIP_STD),
+        text=clip_text.from_hf_config(text),
+        projection_size=options("projection_dim", 512),
+        kind="softmax",
+        init_log_scale=options("logit_scale_init_value", 2.6592),
+        family="CLIPModel",
+    )
+    options.skip(*IDLE)
+    options.done()
+    return config
+
+
+def write_clip(config: DualEncoderConfig) -> dict:
+    """The reverse; refuses switches that the family does not have."""
+    log_scale = INIT["softmax"][0] if config.init_log_scale is None else config.init_log_scale
+    written = dict(
+        architectures=["CLIPModel"],
+        model_type="clip",
+        vision_config=_nameless(clip_vision.to_hf_config(config.vision)),
+        text_config=_nameless(clip_text.to_hf_config(config.text)),
+        projection_dim=config.projection_size,
+        logit_scale_init_value=log_scale,
+    )
+    return _faithful(config, written, read_clip)
+
+
+def read_siglip(values: dict) -> DualEncoderConfig:
+    """config.json of SiglipModel, every option honoured or refused by name."""
+    options = Options(values, "config.json of SiglipModel")
+    vision, text = _parts(options, values)
+    config = DualEncoderConfig(
+        vision=siglip_vision.from_hf_config(vision),
+        text=siglip_text.from_hf_config(text),
+        projection_size=None,
+        kind="sigmoid",
+        family="SiglipModel",
+    )
+    options.skip(*IDLE)
+    options.done()
+    return config
+
+
+def write_siglip(config: DualEncoderConfig) -> dict:
+    """The reverse; refuses switches that the family does not have."""
+    written = dict(
+        architectures=["SiglipModel"],
+        model_type="siglip",
+        vision_config=_nameless(siglip_vision.to_hf_config(config.vision)),
+        text_config=_nameless(siglip_text.to_hf_config(config.text)),
+    )
+    return _faithful(config, written, read_siglip)
+
+
+def _nameless(part: dict) -> dict:
+    return {name: value for name, value in part.items() if name != "architectures"}
+
+
+def _faithful(config: DualEncoderConfig, written: dict, read) -> dict:
+    """`written`, if it says how this dual encoder joins its towers; the towers have seen to themselves."""
+    found = read(written)
+    names = ("projection_size", "kind", "pooling", "family")
+    lost = [f"{name}={getattr(config, name)!r}" for name in names if getattr(config, name) != getattr(found, name)]
+    if lost:
+        raise ConfigError(
+            f"a dual encoder with {', '.join(lost)}, to be written as {config.family}",
+            f"switches that {config.family} has",
+            "choose another family, or change these",
+        )
+    return written
+
+
+def clip_table(config: DualEncoderConfig) -> Table:
+    joined = (
+        Weight("visual_projection.weight", "heads/image_projection/kernel", "o i -> i o"),
+        Weight("text_projection.weight", "heads/text_projection/kernel", "o i -> i o"),
+        Weight("logit_scale", "heads/log_scale"),
+    )
+    return _with_towers(clip_vision.table(config.vision), clip_text.table(config.text), joined)
+
+
+def siglip_table(config: DualEncoderConfig) -> Table:
+    joined = (Weight("logit_scale", "heads/log_scale", "1 ->"), Weight("logit_bias", "heads/bias", "1 ->"))
+    return _with_towers(siglip_vision.table(config.vision), siglip_text.table(config.text), joined)
+
+
+def _with_towers(vision: Table, text: Table, joined: tuple[Weight, ...]) -> Table:
+    weights = nested(vision, "", "vision/") + nested(text, "", "text/") + joined
+    return Table(weights, (), vision.ignored + text.ignored)
+
+
+def sample(config: DualEncoderConfig) -> tuple:
+    """Arguments with which `init` creates every parameter."""
+    side = config.vision.image_size
+    return jnp.zeros((1, side, side, config.vision.num_channels)), jnp.zeros((1, 1), jnp.int32)
+
+
+FAMILIES = (
+    Family("CLIP", ("CLIPModel",), read_clip, write_clip, clip_table, sample, oracle="CLIPModel"),
+    Family("SigLIP", ("SiglipModel",), read_siglip, write_siglip, siglip_table, sample, oracle="SiglipModel"),
+)

@@ -1,0 +1,190 @@
+"""Vectors in a file: the model's own, whatever the batch, with names; and what is refused, with nothing written."""
+
+from __future__ import annotations
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from flax import linen as nn
+from PIL import Image
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from toy_data import quick_compilation
+
+from mllm_jax import cli
+from mllm_jax.data.image_processors import read_image_processor
+from mllm_jax.data.images import read_image
+from mllm_jax.encoders.clip_text import from_hf_config as clip_text
+from mllm_jax.encoders.clip_vision import from_hf_config as clip_vision
+from mllm_jax.encoders.siglip_text import from_hf_config as siglip_text
+from mllm_jax.encoders.siglip_vision import from_hf_config as siglip_vision
+from mllm_jax.errors import ConfigError, DataError
+from mllm_jax.inference.embed import Embedder, embed_to_file
+from mllm_jax.models.clip import DualEncoderConfig
+from mllm_jax.models.registry import save_pretrained
+
+WORDS = ("a", "red", "blue", "cat", "dog", "and", "big", "<pad>", "<bos>", "<eos>")
+PAD, BOS, EOS = 7, 8, 9
+VISION = dict(
+    hidden_size=16, intermediate_size=20, num_hidden_layers=1, num_attention_heads=2, image_size=8, patch_size=4
+)
+TEXT = dict(hidden_size=16, intermediate_size=20, num_hidden_layers=1, num_attention_heads=2, vocab_size=10)
+TEXT |= dict(max_position_embeddings=8, pad_token_id=PAD, bos_token_id=BOS, eos_token_id=EOS)
+CONFIGS = {
+    "clip": DualEncoderConfig(clip_vision(VISION), clip_text(TEXT), 12, family="CLIPModel"),
+    "siglip": DualEncoderConfig(siglip_vision(VISION), siglip_text(TEXT), None, "sigmoid", family="SiglipModel"),
+    "vision": clip_vision(VISION),
+    "text": clip_text(TEXT),
+}
+TEXTS = ("a red cat", "a big blue dog and cat", "dog")  # the second fills all 8 places
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _quickly():
+    with quick_compilation():
+        yield
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """name -> (folder, module, parameters); each folder has its tokenizer and its processor's settings."""
+    made = {}
+    for name, config in CONFIGS.items():
+        folder, module = tmp_path_factory.mktemp(name) / "model", config.make()
+        pixels, ids = np.zeros((1, 8, 8, 3), np.float32), np.zeros((1, 8), np.int32)
+        given = {"vision": (pixels,), "text": (ids,)}.get(name, (pixels, ids))
+        abstract = nn.meta.unbox(jax.eval_shape(module.init, jax.random.key(0), *given))["params"]
+        rng = np.random.default_rng(0)
+        params = jax.tree.map(lambda x, rng=rng: 0.4 * rng.normal(size=x.shape).astype(np.float32), abstract)
+        save_pretrained(module, params, folder)
+        tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="a"))
+        tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single="<bos> $A <eos>", special_tokens=[("<bos>", BOS), ("<eos>", EOS)]
+        )
+        tokenizer.save(str(folder / "tokenizer.json"))
+        settings = dict(tokenizer_class="PreTrainedTokenizerFast", pad_token="<pad>", eos_token="<eos>")
+        (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+        settings = dict(image_processor_type="CLIPImageProcessor", size=dict(shortest_edge=8), crop_size=8)
+        (folder / "preprocessor_config.json").write_text(json.dumps(settings))
+        made[name] = folder, module, params
+    return made
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """A folder with three pictures, one in a folder of its own, and a file that is none."""
+    root, rng = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0)
+    (root / "more").mkdir()
+    for name, size in (("b.png", (8, 8)), ("a.jpg", (20, 11)), ("more/c.PNG", (9, 30))):
+        Image.fromarray(rng.integers(0, 256, (*size, 3), np.uint8)).save(root / name)
+    (root / "notes.txt").write_text("no picture")
+    return root
+
+
+def wanted(folders, name: str, paths) -> tuple[np.ndarray, np.ndarray]:
+    """Pictures and texts one by one, past everything that is tested here."""
+    folder, module, params = folders[name]
+    processor = read_image_processor(folder)
+    images = [module.apply({"params": params}, processor(read_image(p))[None], method="encode_image") for p in paths]
+    ids = [[BOS, *(WORDS.index(word) for word in text.split()), EOS] for text in TEXTS]
+    if name == "siglip":
+        ids = [row + [PAD] * (8 - len(row)) for row in ids]
+    texts = [module.apply({"params": params}, np.array([row]), method="encode_text") for row in ids]
+    return np.concatenate(images), np.concatenate(texts)
+
+
+@pytest.mark.parametrize("name", ["clip", "siglip"])
+@pytest.mark.parametrize("batch_size", [2, 5])
+def test_the_file_holds_names_and_the_models_own_vectors(name, batch_size, folders, pictures, tmp_path):
+    out = tmp_path / "vectors.npz"
+    shapes = embed_to_file(folders[name][0], out, images=[pictures], texts=TEXTS, batch_size=batch_size)
+    paths = [pictures / "a.jpg", pictures / "b.png", pictures / "more/c.PNG"]
+    images, texts = wanted(folders, name, paths)
+    with np.load(out, allow_pickle=False) as stored:
+        assert {key: stored[key].shape for key in stored} == shapes
+        assert stored["image_names"].tolist() == [str(path) for path in paths]
+        assert stored["texts"].tolist() == list(TEXTS)
+        assert stored["image_embeds"].dtype == stored["text_embeds"].dtype == np.float32
+        np.testing.assert_allclose(stored["image_embeds"], images, atol=1e-5)
+        np.testing.assert_allclose(stored["text_embeds"], texts, atol=1e-5)
+    assert np.abs(images[0] - images[1]).max() > 1e-2 and np.abs(texts[0] - texts[2]).max() > 1e-2
+    assert [path.name for path in tmp_path.iterdir()] == ["vectors.npz"]
+
+
+def test_a_tower_alone(folders, pictures):
+    folder, module, params = folders["vision"]
+    paths = [pictures / "b.png"]
+    kept, vectors = Embedder.load(folder, texts=False, batch_size=2).images(paths)
+    pooled = module.apply({"params": params}, read_image_processor(folder)(read_image(paths[0]))[None]).pooler_output
+    np.testing.assert_allclose(vectors, pooled / np.linalg.norm(pooled), atol=1e-5)
+    folder, module, params = folders["text"]
+    vectors = Embedder.load(folder, images=False, batch_size=2).texts(["a cat"])
+    pooled = module.apply({"params": params}, np.array([[BOS, 0, 3, EOS]])).pooler_output
+    np.testing.assert_allclose(vectors, pooled / np.linalg.norm(pooled), atol=1e-5)
+
+
+def test_a_text_that_is_too_long_is_refused_or_keeps_its_end(folders):
+    folder = folders["clip"][0]
+    long = "a red cat and a big blue dog"
+    with pytest.raises(DataError, match="10 tokens"):
+        Embedder.load(folder, images=False).texts([long])
+    embedder = Embedder.load(folder, images=False, truncate=True, batch_size=2)
+    cut, same = embedder.texts([long, "a red cat and a big"])
+    np.testing.assert_array_equal(cut, same)
+
+
+def test_bad_pictures_are_refused_or_named_and_left_out(folders, pictures, tmp_path):
+    folder, out = folders["clip"][0], tmp_path / "out.npz"
+    broken = tmp_path / "broken.png"
+    broken.write_bytes((pictures / "b.png").read_bytes()[:60])
+    given = [broken, pictures / "b.png"]
+    with pytest.raises(DataError, match="broken.png"):
+        embed_to_file(folder, out, images=given)
+    assert not out.exists() and [path.name for path in tmp_path.iterdir()] == ["broken.png"]
+    problems = []
+    shapes = embed_to_file(folder, out, images=given, bad=problems.append)
+    assert shapes["image_embeds"] == (1, 12) and "broken.png" in str(problems[0]) and len(problems) == 1
+    with pytest.raises(DataError, match="none of which"):
+        embed_to_file(folder, out, images=[broken], bad=problems.append, overwrite=True)
+    assert np.load(out)["image_names"].tolist() == [str(pictures / "b.png")], "the file before is untouched"
+
+
+REFUSED = {
+    "nothing": (dict(), ConfigError, "neither pictures nor texts"),
+    "an empty text": (dict(texts=["a", " "]), DataError, "0 tokens"),
+    "no such picture": (dict(images=["nowhere.png"]), DataError, "nowhere.png"),
+    "another ending": (dict(texts=["a"], out="x.json"), ConfigError, "ending in .npz"),
+    "no such folder": (dict(texts=["a"], out="no/x.npz"), ConfigError, "folder that exists"),
+    "a batch of nothing": (dict(texts=["a"], batch_size=0), ConfigError, "batch size 0"),
+    "texts of a vision tower": (dict(texts=["a"], model="vision"), ConfigError, "CLIPVisionModel"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_is_refused(name, folders, tmp_path):
+    given, kind, shown = REFUSED[name]
+    given = dict(given)
+    folder, out = folders[given.pop("model", "clip")][0], tmp_path / given.pop("out", "x.npz")
+    given["images"] = [tmp_path / path for path in given.get("images", [])]
+    with pytest.raises(kind, match=shown):
+        embed_to_file(folder, out, **given)
+    assert not list(tmp_path.rglob("*.npz"))
+
+
+def test_a_folder_without_pictures_and_a_picture_named_twice(folders, pictures, tmp_path):
+    for images, shown in (([tmp_path], "without pictures"), ([pictures, pictures / "b.png"], "named twice")):
+        with pytest.raises(DataError, match=shown):
+            embed_to_file(folders["clip"][0], tmp_path / "x.npz", images=images)
+
+
+def test_the_command(folders, pictures, tmp_path, capsys):
+    folder, out = str(folders["clip"][0]), tmp_path / "x.npz"
+    arguments = ["embed", folder, "--images", str(pictures), "--text", *TEXTS[::2], "--out", str(out)]
+    assert cli.main(arguments) == 0
+    assert "image_embeds [3, 12]" in capsys.readouterr().out
+    assert np.load(out)["texts"].tolist() == list(TEXTS[::2])
+    assert cli.main(arguments) == 2
+    assert "--overwrite" in capsys.readouterr().err
+    assert cli.main([*arguments, "--overwrite"]) == 0
