@@ -50,7 +50,11 @@ def test_the_class_stands_beside_the_fields_and_collides_with_none():
     assert describe(NextToken(0.5)) == {"class": "mllm_jax.training.objectives.next_token:NextToken", "z_loss": 0.5}
     # A field may be called `kind`, never `class`.
     described = describe(Contrastive("sigmoid"))
-    assert described == {"class": "mllm_jax.training.objectives.contrastive:Contrastive", "kind": "sigmoid"}
+    assert described == {
+        "class": "mllm_jax.training.objectives.contrastive:Contrastive",
+        "kind": "sigmoid",
+        "chunk": 1024,
+    }
 
 
 @pytest.mark.parametrize("value", [np.zeros(2), {1, 2}, object(), NextToken, len], ids=str)
@@ -102,6 +106,7 @@ def test_differences_name_every_leaf():
     assert sorted(differences(old, new)) == [
         "model.encoder.num_layers: 1 -> 7",
         "seed: 0 -> 1",
+        "stages.1.objective.chunk: 1024 -> (absent)",
         f"stages.1.objective.class: {module}.contrastive:Contrastive -> {module}.next_token:NextToken",
         "stages.1.objective.kind: sigmoid -> (absent)",
         "stages.1.objective.z_loss: (absent) -> 0.0",
