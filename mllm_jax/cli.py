@@ -11,6 +11,7 @@ import sys
 import traceback
 import warnings
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -19,6 +20,7 @@ import tyro
 from mllm_jax.errors import ConfigError, MllmError
 from mllm_jax.inference.options import Options
 from mllm_jax.inference.sampling import Sampling
+from mllm_jax.models.multimodal import MultimodalConfig
 from mllm_jax.training.config import Experiment
 
 if TYPE_CHECKING:
@@ -144,7 +146,8 @@ class Embed:
     The file holds `image_names`, `image_embeds`, `texts` and `text_embeds`; `numpy.load` opens it.
 
     Attributes:
-        model: a Hugging Face folder of CLIP or SigLIP, or of one of their towers, or a native one.
+        model: a Hugging Face folder of CLIP or SigLIP, or of one of their towers, or a native one; or a run of a dual
+            encoder.
         images: picture files, and folders in which pictures lie at any depth.
         text: texts.
         out: the file to write, ending in .npz.
@@ -260,6 +263,12 @@ def generate_command(arguments: list[str]) -> int:
     if _is_language_model(options.run):
         return _complete(options)
     experiment = _experiment_of(options.run)
+    if not isinstance(experiment.model, MultimodalConfig):
+        raise ConfigError(
+            f"{options.run}, which trained a {type(experiment.model).__name__.removesuffix('Config')}",
+            "a model that generates text",
+            "name another run; `mllm embed` compares pictures and texts with this one",
+        )
 
     from mllm_jax.data.images import read_image, resize
 
@@ -339,7 +348,7 @@ def embed_command(arguments: list[str]) -> int:
     from mllm_jax.inference.embed import embed_to_file
 
     shapes = embed_to_file(
-        options.model,
+        partial(_embedder_of, options.model),
         options.out,
         images=options.images,
         texts=options.text,
@@ -351,6 +360,22 @@ def embed_command(arguments: list[str]) -> int:
     )
     print(f"{options.out}: " + ", ".join(f"{name} {list(shape)}" for name, shape in shapes.items()))
     return 0
+
+
+def _embedder_of(model: Path, *, images: bool, texts: bool, dtype: str | None, **options):
+    from mllm_jax.inference.embed import Embedder
+    from mllm_jax.training.run_folder import RunFolder
+
+    if not RunFolder(model).is_trained():
+        return Embedder.load(model, images=images, texts=texts, dtype=dtype, **options)
+    if dtype is not None:
+        raise ConfigError(f"--dtype {dtype} for a run", "a run computes as its config says", "leave out --dtype")
+    _use_cpu_devices(_experiment_of(model))
+
+    from mllm_jax.training.loop import load_run
+
+    _, module, params, tokenizer, _ = load_run(RunFolder(model))
+    return Embedder.trained(module, params, tokenizer, **options)
 
 
 def models_command(arguments: list[str]) -> int:

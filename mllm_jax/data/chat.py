@@ -72,6 +72,11 @@ class ChatTokenizer:
         """Whether conversations can be laid out."""
         return bool(self.backend.chat_template)
 
+    @property
+    def pad_token_id(self) -> int | None:
+        """What texts are padded with, if the tokenizer says so."""
+        return self.backend.pad_token_id
+
     def encode(self, text: str) -> list[int]:
         """Plain text to ids, with the special tokens that the tokenizer puts around a text."""
         return list(self.backend(text)["input_ids"])

@@ -85,6 +85,11 @@ def encode_conversation(
     )
 
 
+def caption_ids(text: str, tokenizer: Tokenizer) -> tuple[int, ...]:
+    """<bos> caption <eos>"""
+    return (tokenizer.bos, *tokenizer.encode(text), tokenizer.eos)
+
+
 def encode_captions(
     conversation: Conversation, tokenizer: Tokenizer, media_tokens: int, max_length: int, most: int = 1
 ) -> Encoded:
@@ -103,7 +108,7 @@ def encode_captions(
     segments: list[int] = []
     media: list[int] = []
     for number, turn in enumerate(conversation.turns, start=1):
-        text = (tokenizer.bos, *tokenizer.encode(turn.answer), tokenizer.eos)
+        text = caption_ids(turn.answer, tokenizer)
         if not turn.answer.strip():
             raise DataError("an empty caption", "a caption with text", "drop or mend the record")
         if turn.place is not None and not 0 <= turn.place < media_tokens:

@@ -178,8 +178,9 @@ class TextModel(TextTower):
 
         Args:
             tokens: int[B, L].
-            mask: int[B, L], 0 at places that no token may see, or None. It does not change where a text is pooled:
-                SigLIP reads the last place even if it is padding, so pad its texts to `max_length`, as it was trained.
+            mask: int[B, L], 0 at places that no token may see, or None. A mean is taken over the others; else it does
+                not change where a text is pooled: SigLIP reads the last place even if it is padding, so pad its texts
+                to `max_length`, as it was trained.
 
         Raises:
             ConfigError: more tokens than positions.
@@ -190,6 +191,8 @@ class TextModel(TextTower):
             )
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
         member = jnp.ones((tokens.shape[0], 1, tokens.shape[1]), bool)
+        if self.config.pooling == "mean" and mask is not None:
+            member = (mask != 0)[:, None]
         segments = None if mask is None else jnp.ones_like(tokens)
         keys = None if mask is None else (mask != 0).astype(tokens.dtype)
         out = self.run(tokens, positions, segments, keys, member, output_hidden_states)

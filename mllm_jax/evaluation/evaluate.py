@@ -94,7 +94,7 @@ def evaluate(
                     {
                         "split": split,
                         "task": task,
-                        "image_png_base64": [_png(image) for image in pictures[i]],
+                        "image_png_base64": [picture_png(image) for image in pictures[i]],
                         "question": asked[i].question,
                         "answer": answers[i],
                         "truth": asked[i].answer,
@@ -104,7 +104,7 @@ def evaluate(
     return results, examples
 
 
-def _png(image: np.ndarray) -> str:
+def picture_png(image: np.ndarray) -> str:
     from PIL import Image
 
     buffer = io.BytesIO()

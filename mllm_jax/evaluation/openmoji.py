@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
+
+from mllm_jax.errors import ConfigError
+from mllm_jax.models.clip import DualEncoderConfig
+from mllm_jax.models.multimodal import MultimodalConfig
 
 
 @dataclass(frozen=True)
@@ -20,6 +25,9 @@ class OpenMojiEvaluation:
     seed: int = 0
     data_dir: str | None = None
 
+    def check(self, model: Any) -> None:
+        _require(self, model, MultimodalConfig, "a multimodal LLM, which answers questions")
+
     def questions(self) -> dict[str, list]:
         """{split: [EvalQuestion, ...]}"""
         from mllm_jax.data.openmoji.evaluation import evaluation_questions
@@ -28,3 +36,48 @@ class OpenMojiEvaluation:
             split: evaluation_questions(self.config, split, self.image_size, self.seed, self.limit, self.data_dir)
             for split in self.splits
         }
+
+    def score(self, splits, model, params, tokenizer, mesh, batch_size) -> tuple[dict, list]:
+        from mllm_jax.evaluation.evaluate import evaluate
+        from mllm_jax.inference.generate import Generator
+
+        return evaluate(Generator(model, params, tokenizer, mesh, batch_size=batch_size), splits)
+
+
+@dataclass(frozen=True)
+class OpenMojiRetrieval:
+    """Names among names and pictures among pictures; see `mllm_jax.data.openmoji.galleries`.
+
+    Attributes:
+        ways: pictures and names that each is looked for among.
+    """
+
+    config: str = "quickstart"
+    splits: tuple[str, ...] = ("validation", "composition", "unseen")
+    image_size: int = 64
+    ways: int = 300
+    seed: int = 0
+    data_dir: str | None = None
+
+    def check(self, model: Any) -> None:
+        _require(self, model, DualEncoderConfig, "a dual encoder, which compares pictures and texts")
+
+    def questions(self) -> dict[str, list]:
+        """{split: [Gallery, ...]}"""
+        from mllm_jax.data.openmoji.galleries import galleries
+
+        return {
+            split: galleries(self.config, split, self.image_size, self.ways, self.seed, self.data_dir)
+            for split in self.splits
+        }
+
+    def score(self, splits, model, params, tokenizer, mesh, batch_size) -> tuple[dict, list]:
+        from mllm_jax.evaluation.galleries import evaluate_retrieval
+        from mllm_jax.inference.embed import Embedder
+
+        return evaluate_retrieval(Embedder.trained(model, params, tokenizer, batch_size=batch_size), splits)
+
+
+def _require(evaluation: Any, model: Any, kind: type, expected: str) -> None:
+    if not isinstance(model, kind):
+        raise ConfigError(f"{type(evaluation).__name__} of a {type(model).__name__}", expected, "change the evaluation")

@@ -4,15 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, Protocol
 
 import jax
 
 from mllm_jax.errors import ConfigError
-from mllm_jax.evaluation.evaluate import evaluate
 from mllm_jax.evaluation.report import write_report
-from mllm_jax.inference.generate import Generator
 from mllm_jax.training.loop import load_run
 from mllm_jax.training.run_folder import RunFolder, read_json, write_json
+
+
+class Evaluation(Protocol):
+    """What `Experiment.evaluation` may be: a frozen dataclass with these methods."""
+
+    def check(self, model: Any) -> None:
+        """Raises ConfigError if a model of this config cannot be asked so."""
+
+    def questions(self) -> dict[str, list]:
+        """{split: [anything with a `task`]}"""
+
+    def score(self, splits: dict[str, list], model, params, tokenizer, mesh, batch_size: int) -> tuple[dict, list]:
+        """The results of such questions, and examples for the report; see `evaluate`."""
 
 
 def evaluate_run(
@@ -28,18 +40,17 @@ def evaluate_run(
         tasks: only these; None: all that the config's evaluation has. What the folder holds of others stays.
 
     Returns:
-        The results of these tasks, as `evaluate` gives them.
+        The results of these tasks, as `evaluate` and `evaluate_retrieval` give them.
 
     Raises:
         ConfigError: the config has no evaluation, or not all of these tasks.
     """
     folder = RunFolder(Path(run_dir))
     # What can be refused is refused before the model is loaded, which takes seconds.
-    splits = _questions(folder, tasks)
+    evaluation, splits = _asked(folder, tasks)
     before = _measured(folder) if tasks is not None else ({"splits": {}}, [])
     _, model, params, tokenizer, mesh = load_run(folder, devices)
-    generator = Generator(model, params, tokenizer, mesh, batch_size=batch_size)
-    results, examples = evaluate(generator, splits)
+    results, examples = evaluation.score(splits, model, params, tokenizer, mesh, batch_size)
     if jax.process_index() == 0:
         results_after, examples_after = _merged(before, (results, examples))
         write_json(folder.path / "results.json", results_after)
@@ -48,7 +59,7 @@ def evaluate_run(
     return results
 
 
-def _questions(folder: RunFolder, tasks: Sequence[str] | None) -> dict[str, list]:
+def _asked(folder: RunFolder, tasks: Sequence[str] | None) -> tuple[Evaluation, dict[str, list]]:
     experiment = folder.experiment()
     if experiment.evaluation is None:
         raise ConfigError(
@@ -56,12 +67,13 @@ def _questions(folder: RunFolder, tasks: Sequence[str] | None) -> dict[str, list
         )
     splits = experiment.evaluation.questions()
     if tasks is None:
-        return splits
+        return experiment.evaluation, splits
     known = sorted({q.task for questions in splits.values() for q in questions})
     unknown = sorted(set(tasks) - set(known))
     if unknown or not tasks:
         raise ConfigError(f"tasks {unknown}", f"some of {known}", "change --tasks")
-    return {name: [q for q in questions if q.task in tasks] for name, questions in splits.items()}
+    chosen = {name: [q for q in questions if q.task in tasks] for name, questions in splits.items()}
+    return experiment.evaluation, chosen
 
 
 def _measured(folder: RunFolder) -> tuple[dict, list]:

@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,9 @@ from flax import linen as nn
 
 from mllm_jax.data.chat import ChatTokenizer
 from mllm_jax.data.image_processors import ImageProcessor, read_image_processor
-from mllm_jax.data.images import read_image
+from mllm_jax.data.images import read_image, resize
+from mllm_jax.data.templates import caption_ids
+from mllm_jax.data.tokenizer import Tokenizer
 from mllm_jax.encoders.text import TextModel, TextTowerConfig
 from mllm_jax.encoders.vit import ViT
 from mllm_jax.errors import ConfigError, DataError
@@ -32,14 +34,15 @@ class Embedder:
     """A model's two ways into its space of unit vectors, in batches of one shape.
 
     Attributes:
-        processor, tokenizer: None where only the other kind is embedded.
+        processor: uint8[H, W, 3] -> float32[H', W', 3], normalised; None where only texts are embedded.
+        tokenizer: None where only pictures are.
         truncate: shorten texts that are too long instead of refusing them.
     """
 
     module: nn.Module
     params: Any
-    processor: ImageProcessor | None = None
-    tokenizer: ChatTokenizer | None = None
+    processor: ImageProcessor | Callable[[np.ndarray], np.ndarray] | None = None
+    tokenizer: ChatTokenizer | _Captions | None = None
     batch_size: int = 32
     truncate: bool = False
 
@@ -67,6 +70,31 @@ class Embedder:
             if wanted:
                 getattr(embedder, name)  # refuses a model that cannot do it
         return embedder
+
+    @classmethod
+    def trained(cls, module: nn.Module, params: Any, tokenizer: Tokenizer, **options) -> Embedder:
+        """A dual encoder as a run leaves it; pictures are resized and texts laid out as they were in training.
+
+        Args:
+            options: batch_size and truncate.
+
+        Raises:
+            ConfigError: a model of another kind.
+        """
+        if not isinstance(module, DualEncoder):
+            raise ConfigError(
+                f"a run of a {type(module).__name__}", "a run that trained a dual encoder", "name another run"
+            )
+        side = module.config.vision.image_size
+        return cls(
+            module, params, lambda x: np.asarray(module.normalise(resize(x, side))), _Captions(tokenizer), **options
+        )
+
+    def pictures(self, pictures: Sequence[np.ndarray]) -> np.ndarray:
+        """uint8[H, W, 3] each -> float32[N, P]."""
+        size, compute = self.batch_size, self._image_function
+        pieces = [pictures[start : start + size] for start in range(0, len(pictures), size)]
+        return np.concatenate([self._run(compute, np.stack([self.processor(p) for p in piece])) for piece in pieces])
 
     def images(self, paths: Sequence[Path], bad: Callable[[DataError], None] | None = None) -> tuple[list, np.ndarray]:
         """Picture files to vectors.
@@ -130,7 +158,7 @@ class Embedder:
         return np.concatenate([self._run(compute, piece) for piece in pieces])
 
     def _row(self, text: str) -> np.ndarray:
-        """The ids of a text, of the tower's full length."""
+        """int[2, L]: the ids of a text, of the tower's full length, and 1 where they are its own."""
         tower = self._text_config()
         ids = self.tokenizer.encode(text) if text.strip() else []
         if not ids or len(ids) > tower.max_length and not self.truncate:
@@ -142,12 +170,13 @@ class Embedder:
         if len(ids) > tower.max_length:
             ids = [*ids[: tower.max_length - 1], ids[-1]]  # the last ends the text, and may stand for it
         if tower.pooling == "last":
-            pad = next((i for i in (self.tokenizer.backend.pad_token_id, tower.pad_token_id) if i is not None), None)
+            pad = next((i for i in (self.tokenizer.pad_token_id, tower.pad_token_id) if i is not None), None)
             if pad is None:
                 raise ConfigError("a tokenizer without padding", "what the texts are padded with", "set pad_token_id")
         else:
             pad = ids[-1]  # no token before it sees what follows, and the first end of text counts
-        return np.array(ids + [pad] * (tower.max_length - len(ids)), np.int32)
+        free = tower.max_length - len(ids)
+        return np.array([[*ids, *[pad] * free], [1] * len(ids) + [0] * free], np.int32)
 
     def _text_config(self) -> TextTowerConfig:
         return self.module.config.text if isinstance(self.module, DualEncoder) else self.module.config
@@ -172,17 +201,40 @@ class Embedder:
     @cached_property
     def _text_function(self):
         module = self.module
-        if isinstance(module, DualEncoder):
-            return jax.jit(lambda p, x: module.apply({"params": p}, x, method="encode_text"))
-        if isinstance(module, TextModel):
-            return jax.jit(lambda p, x: _unit(_text_vector(module.apply({"params": p}, x))))
-        raise self._lacks("text vectors")
+        if not isinstance(module, (DualEncoder, TextModel)):
+            raise self._lacks("text vectors")
+        tower = self._text_config()
+        # What is read at the last place has padding as part of the text (SigLIP); a causal tower sees nothing behind
+        # the place that it reads.
+        masked = tower.pooling == "mean" or (tower.mask == "full" and tower.pooling != "last")
+
+        def compute(params, rows):
+            texts = rows[:, 0], rows[:, 1] if masked else None
+            if isinstance(module, DualEncoder):
+                return module.apply({"params": params}, *texts, method="encode_text")
+            return _unit(_text_vector(module.apply({"params": params}, *texts)))
+
+        return jax.jit(compute)
 
     def _lacks(self, what: str) -> ConfigError:
         name = getattr(self.module.config, "family", None) or type(self.module).__name__
         return ConfigError(
             f"a {name}, asked for {what}", "a model that makes them, such as CLIP", "name another folder"
         )
+
+
+@dataclass(frozen=True)
+class _Captions:
+    """A run's tokenizer, with texts laid out as captions."""
+
+    tokenizer: Tokenizer
+
+    def encode(self, text: str) -> list[int]:
+        return list(caption_ids(text, self.tokenizer))
+
+    @property
+    def pad_token_id(self) -> int:
+        return self.tokenizer.pad
 
 
 def find_pictures(places: Sequence[Path]) -> list[Path]:
@@ -209,7 +261,7 @@ def find_pictures(places: Sequence[Path]) -> list[Path]:
 
 
 def embed_to_file(
-    folder: Path,
+    model: Path | Callable[..., Embedder],
     out: Path,
     *,
     images: Sequence[Path] = (),
@@ -221,7 +273,8 @@ def embed_to_file(
     """Writes `image_names` and `image_embeds`, `texts` and `text_embeds` as an .npz, whole or not at all.
 
     Args:
-        folder: of the model.
+        model: a folder for `Embedder.load`, or another function of `images`, `texts` (is there any?) and the options
+            that makes an embedder; it is called when all else is seen to be right.
         images: picture files and folders of pictures.
         overwrite: replace a file that is there.
         bad: see `Embedder.images`.
@@ -241,7 +294,8 @@ def embed_to_file(
     if out.exists() and not overwrite:
         raise ConfigError(f"{out}, which exists", "a new file", "choose another name, or say --overwrite")
     paths = find_pictures(images)
-    embedder = Embedder.load(folder, images=bool(paths), texts=bool(texts), **options)
+    load = partial(Embedder.load, model) if isinstance(model, Path) else model
+    embedder = load(images=bool(paths), texts=bool(texts), **options)
     arrays: dict[str, np.ndarray] = {}
     if texts:
         arrays |= dict(texts=np.array(texts), text_embeds=embedder.texts(texts))

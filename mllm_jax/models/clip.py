@@ -80,6 +80,16 @@ class DualEncoderConfig:
         """Places of a picture that a caption may describe."""
         return self.vision.grid**2
 
+    @property
+    def text_tower(self) -> TextTowerConfig:
+        """The text tower by the name that training knows it by."""
+        return self.text
+
+    @property
+    def vocab_sizes(self) -> dict[str, int]:
+        """How many tokens each embedding holds, by its place in an experiment."""
+        return {"model.text.vocab_size": self.text.vocab_size}
+
     def make(self) -> DualEncoder:
         return DualEncoder(self)
 

@@ -50,6 +50,22 @@ class MultimodalConfig:
         """Tokens that one picture takes in the LLM's row."""
         return self.projector.num_tokens(self.encoder.grid)
 
+    @property
+    def vocab_sizes(self) -> dict[str, int]:
+        """How many tokens each embedding holds, by its place in an experiment."""
+        sizes = {"model.llm.vocab_size": self.llm.vocab_size}
+        return sizes if self.text_tower is None else sizes | {"model.text_tower.vocab_size": self.text_tower.vocab_size}
+
+    @property
+    def captions(self) -> int | None:
+        """The most captions that contrastive training may give a picture; None: there are no heads for any."""
+        return self.contrastive and self.contrastive.captions
+
+    @property
+    def dtype(self) -> str:
+        """What most of the model computes in."""
+        return self.llm.dtype
+
     def make(self) -> Multimodal:
         return Multimodal(self)
 

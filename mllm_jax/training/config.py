@@ -7,6 +7,7 @@ from typing import Any
 
 from mllm_jax.data.pipeline import Mixture
 from mllm_jax.errors import ConfigError
+from mllm_jax.models.clip import DualEncoderConfig
 from mllm_jax.models.multimodal import MultimodalConfig
 from mllm_jax.sharding.mesh import MeshConfig
 from mllm_jax.training.objectives.contrastive import Contrastive
@@ -127,14 +128,15 @@ class Experiment:
     """Everything `mllm train` needs.
 
     Attributes:
+        model: a multimodal LLM, or a dual encoder, whose stages are all contrastive.
         pretrained: parts that do not begin at random.
         cpu_devices: devices that a CPU is presented as; two are faster than one of two cores. Ignored elsewhere.
         nonfinite: "stop" at a loss or gradient that is not finite, or "skip" that step (it is never applied).
-        evaluation: config of the evaluation that closes the run (anything with `run(...)`); None: none.
+        evaluation: config of the evaluation that closes the run, see `mllm_jax.evaluation.run`; None: none.
     """
 
     name: str
-    model: MultimodalConfig
+    model: MultimodalConfig | DualEncoderConfig
     stages: tuple[Stage, ...]
     tokenizer: TokenizerConfig = TokenizerConfig()
     pretrained: tuple[Pretrained, ...] = ()
@@ -158,36 +160,61 @@ class Experiment:
             )
         if self.nonfinite not in ("stop", "skip"):
             raise ConfigError(f"nonfinite {self.nonfinite!r}", '"stop" or "skip"', "change it")
-        if self.tokenizer.vocab_size > self.model.llm.vocab_size:
-            raise ConfigError(
-                f"a tokenizer of {self.tokenizer.vocab_size} for an LLM of {self.model.llm.vocab_size} tokens",
-                "a vocabulary that the embedding holds",
-                "raise model.llm.vocab_size",
-            )
+        require_vocabulary(self.model, self.tokenizer.vocab_size)
         if self.cpu_devices is not None and self.cpu_devices < 1:
             raise ConfigError(f"cpu_devices {self.cpu_devices}", "at least 1, or None", "change cpu_devices")
-        tower = self.model.text_tower
-        if tower is not None and self.tokenizer.vocab_size > tower.vocab_size:
-            raise ConfigError(
-                f"a tokenizer of {self.tokenizer.vocab_size} for a text tower of {tower.vocab_size} tokens",
-                "a vocabulary that the embedding holds",
-                "raise model.text_tower.vocab_size",
-            )
+        if self.evaluation is not None:
+            self.evaluation.check(self.model)
         for stage in self.stages:
+            _check_objective(stage, self.model)
             for mixture in filter(None, (stage.data, stage.validation)):
-                if mixture.layout != "caption" or tower is None:
-                    continue
-                if mixture.captions > self.model.contrastive.captions:
-                    raise ConfigError(
-                        f"stage {stage.name!r}: up to {mixture.captions} captions a picture for heads of "
-                        f"{self.model.contrastive.captions}",
-                        "heads for as many captions",
-                        "raise model.contrastive.captions",
-                    )
-                if tower.num_layers and mixture.length > tower.max_length:
-                    raise ConfigError(
-                        f"stage {stage.name!r}: captions of {mixture.length} places for a text tower of "
-                        f"{tower.max_length}",
-                        "rows that the tower's positions hold",
-                        "lower the mixture's length, or raise model.text_tower.max_length",
-                    )
+                _check_captions(stage, mixture, self.model)
+
+
+def require_vocabulary(model: MultimodalConfig | DualEncoderConfig, size: int) -> None:
+    """Raises ConfigError if a tokenizer of `size` ids has more than one of the model's embeddings holds."""
+    for place, held in model.vocab_sizes.items():
+        if size > held:
+            raise ConfigError(
+                f"a tokenizer of {size} for {held} tokens in {place}", "a vocabulary that it holds", f"raise {place}"
+            )
+
+
+def _check_objective(stage: Stage, model: MultimodalConfig | DualEncoderConfig) -> None:
+    contrastive = isinstance(stage.objective, Contrastive)
+    if not contrastive and isinstance(model, DualEncoderConfig):
+        raise ConfigError(
+            f"stage {stage.name!r}: {type(stage.objective).__name__} for a dual encoder, which generates no text",
+            "Contrastive",
+            "change the stage's objective, or the model",
+        )
+    if contrastive and model.text_tower is None:
+        raise ConfigError(
+            f"stage {stage.name!r}: contrastive training of a model without a text tower",
+            "model.text_tower and model.contrastive",
+            "add both, or drop the stage",
+        )
+    if contrastive and isinstance(model, DualEncoderConfig) and stage.objective.kind != model.kind:
+        raise ConfigError(
+            f"stage {stage.name!r}: the {stage.objective.kind} loss for a dual encoder of kind {model.kind!r}",
+            "the loss that the model's scale and bias are made for",
+            "make objective.kind and model.kind equal",
+        )
+
+
+def _check_captions(stage: Stage, mixture: Mixture, model: MultimodalConfig | DualEncoderConfig) -> None:
+    tower = model.text_tower
+    if mixture.layout != "caption" or tower is None:
+        return
+    if mixture.captions > model.captions:
+        raise ConfigError(
+            f"stage {stage.name!r}: up to {mixture.captions} captions a picture for heads of {model.captions}",
+            "heads for as many captions",
+            "raise the number of captions of the model's contrastive heads",
+        )
+    if tower.num_layers and mixture.length > tower.max_length:
+        raise ConfigError(
+            f"stage {stage.name!r}: captions of {mixture.length} places for a text tower of {tower.max_length}",
+            "rows that the tower's positions hold",
+            "lower the mixture's length, or raise max_length of the model's text tower",
+        )

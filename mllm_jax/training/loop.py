@@ -24,9 +24,9 @@ from mllm_jax.checkpoints.training import (
 )
 from mllm_jax.data.pipeline import Pipeline, training_texts
 from mllm_jax.data.tokenizer import Tokenizer
-from mllm_jax.errors import ConfigError, TrainingError
+from mllm_jax.errors import TrainingError
 from mllm_jax.sharding.mesh import make_mesh
-from mllm_jax.training.config import Experiment, Pretrained, Stage
+from mllm_jax.training.config import Experiment, Pretrained, Stage, require_vocabulary
 from mllm_jax.training.flops import count_flops
 from mllm_jax.training.metrics import MetricsWriter, Progress, peak_flops
 from mllm_jax.training.optimizer import learning_rate, make_optimizer
@@ -93,7 +93,7 @@ def train(
 
     # ---- the stages
     kind = mesh.devices.flat[0].device_kind
-    peak = peak_flops(kind, experiment.model.llm.dtype)
+    peak = peak_flops(kind, experiment.model.dtype)
     done_before = 0
     with Progress(peak=peak * mesh.devices.size if peak else None) as progress, _signals() as stopping:
         for index, stage in enumerate(experiment.stages):
@@ -144,12 +144,7 @@ def prepare_tokenizer(experiment: Experiment, folder: RunFolder, first_host: boo
             return tokenizer
         tokenizer.save(folder.tokenizer_file)
     tokenizer = folder.tokenizer()
-    if tokenizer.vocab_size > experiment.model.llm.vocab_size:
-        raise ConfigError(
-            f"a tokenizer of {tokenizer.vocab_size} for an LLM of {experiment.model.llm.vocab_size} tokens",
-            "a vocabulary that the embedding holds",
-            "raise model.llm.vocab_size",
-        )
+    require_vocabulary(experiment.model, tokenizer.vocab_size)
     return tokenizer
 
 

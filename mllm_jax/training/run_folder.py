@@ -75,6 +75,10 @@ class RunFolder:
         except Exception as error:  # a class that is a number, a list where a config belongs: any kind
             raise _no_experiment(self.config_file) from error
 
+    def is_trained(self) -> bool:
+        """Whether there is a run here that has ended a stage; a model's folder has a config.json too, but no stages."""
+        return any(self.path.glob("stages/*"))
+
     def unfinished(self, experiment: Experiment) -> list[str]:
         """The names of the stages from the first on that has not ended."""
         ended = [self.snapshot(index, stage.name).is_dir() for index, stage in enumerate(experiment.stages)]

@@ -13,12 +13,16 @@ from toy_data import MODEL, PAIRS, PICTURES
 
 from mllm_jax.cli import load_config
 from mllm_jax.errors import ConfigError
+from mllm_jax.evaluation.openmoji import OpenMojiEvaluation, OpenMojiRetrieval
+from mllm_jax.models.clip import DualEncoderConfig
 from mllm_jax.training.config import Experiment, Stage, TokenizerConfig
 from mllm_jax.training.objectives.contrastive import Contrastive
 from mllm_jax.training.objectives.next_token import NextToken
 from mllm_jax.training.partition import split
 
 STAGE = Stage("contrastive", Contrastive(), ("encoder/*",), PAIRS, steps=1)
+TALK = Stage("talk", NextToken(), ("llm/*",), PICTURES, steps=1)
+DUAL = DualEncoderConfig(MODEL.encoder, MODEL.text_tower, 8, captions=2)
 EXPERIMENT = Experiment("small", MODEL, (STAGE,), TokenizerConfig(vocab_size=320))
 
 
@@ -28,10 +32,10 @@ EXPERIMENT = Experiment("small", MODEL, (STAGE,), TokenizerConfig(vocab_size=320
         ({"stages": ()}, "stages []"),
         ({"stages": (STAGE, STAGE)}, "stages ['contrastive', 'contrastive']"),
         ({"nonfinite": "ignore"}, "nonfinite 'ignore'"),
-        ({"tokenizer": TokenizerConfig(321)}, "a tokenizer of 321 for an LLM of 320 tokens"),
+        ({"tokenizer": TokenizerConfig(321)}, "a tokenizer of 321 for 320 tokens in model.llm.vocab_size"),
         (
             {"model": replace(MODEL, text_tower=replace(MODEL.text_tower, vocab_size=319))},
-            "a tokenizer of 320 for a text tower of 319 tokens",
+            "a tokenizer of 320 for 319 tokens in model.text_tower.vocab_size",
         ),
         (
             {"stages": (replace(STAGE, data=replace(PAIRS, length=25)),)},
@@ -42,6 +46,16 @@ EXPERIMENT = Experiment("small", MODEL, (STAGE,), TokenizerConfig(vocab_size=320
             "stage 'contrastive': up to 3 captions a picture for heads of 2",
         ),
         ({"stages": (replace(STAGE, validation=replace(PAIRS, length=99)),)}, "captions of 99 places"),
+        ({"model": replace(MODEL, text_tower=None, contrastive=None)}, "a model without a text tower"),
+        ({"model": DUAL, "stages": (TALK,)}, "NextToken for a dual encoder"),
+        ({"model": replace(DUAL, kind="sigmoid")}, "the softmax loss for a dual encoder of kind 'sigmoid'"),
+        ({"model": replace(DUAL, captions=1)}, "up to 2 captions a picture for heads of 1"),
+        (
+            {"model": replace(DUAL, text=replace(MODEL.text_tower, vocab_size=319))},
+            "319 tokens in model.text.vocab_size",
+        ),
+        ({"model": DUAL, "evaluation": OpenMojiEvaluation()}, "OpenMojiEvaluation of a DualEncoderConfig"),
+        ({"evaluation": OpenMojiRetrieval()}, "OpenMojiRetrieval of a MultimodalConfig"),
         ({"cpu_devices": 0}, "cpu_devices 0"),
         ({"cpu_devices": -2}, "cpu_devices -2"),
     ],
