@@ -70,6 +70,7 @@ def experiment(name: str, pictures: str, steps: dict[str, int], variants: int = 
     captions = OpenMojiCaptions(**common, variants=variants, scene_share=0.3)
     text = OpenMojiText(config=pictures, variants=variants)
     held_out = OpenMojiQuestions(config=pictures, split="validation", image_size=SIZE, variants=4)
+    describing = Mixture((Weighted(names, 0.75), Weighted(places, 0.25)), rows=16, length=128, slots=6)
     return Experiment(
         name=name,
         model=MODEL,
@@ -100,7 +101,7 @@ def experiment(name: str, pictures: str, steps: dict[str, int], variants: int = 
                 name="align",
                 objective=NextToken(),
                 trainable=("projector/*",),
-                data=Mixture((Weighted(names, 0.75), Weighted(places, 0.25)), rows=16, length=128, slots=6),
+                data=describing,
                 optimizer=AdamW(learning_rate=2e-3, warmup_steps=5),
                 steps=steps["align"],
             ),
@@ -108,7 +109,7 @@ def experiment(name: str, pictures: str, steps: dict[str, int], variants: int = 
                 name="describe",
                 objective=NextToken(),
                 trainable=("projector/*", "llm/*"),
-                data=Mixture((Weighted(names, 0.75), Weighted(places, 0.25)), rows=16, length=128, slots=6),
+                data=describing,
                 optimizer=AdamW(learning_rate=2e-3, warmup_steps=30, end_factor=0.5),
                 steps=steps["describe"],
             ),
@@ -124,7 +125,7 @@ def experiment(name: str, pictures: str, steps: dict[str, int], variants: int = 
                 ),
                 optimizer=AdamW(learning_rate=1.5e-3, warmup_steps=30),
                 steps=steps["instruct"],
-                validation=Mixture((Weighted(held_out),), rows=16, length=128, slots=5),
+                validation=Mixture((Weighted(held_out),), rows=16, length=128, slots=4),
                 validate_every=200,
             ),
         ),
