@@ -137,7 +137,9 @@ class Torch:
             with torch.inference_mode():
                 return self.call(self.model, self.pixels)
         self.model.zero_grad(set_to_none=True)
-        loss = sum((out * weight).mean() for out, weight in zip(self.call(self.model, self.pixels), self.weights))
+        loss = sum(
+            (out * weight).mean() for out, weight in zip(self.call(self.model, self.pixels), self.weights, strict=True)
+        )
         loss.backward()
         return loss
 
@@ -156,7 +158,7 @@ class Ours:
             return out.last_hidden_state, out.pooler_output
 
         def loss(params, pixels):
-            return sum((out * weight).mean() for out, weight in zip(forward(params, pixels), self.weights))
+            return sum((out * weight).mean() for out, weight in zip(forward(params, pixels), self.weights, strict=True))
 
         self.passes = dict(zip(PASSES, (jax.jit(forward), jax.jit(jax.value_and_grad(loss))), strict=True))
 
