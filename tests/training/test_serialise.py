@@ -10,9 +10,11 @@ import pytest
 
 from mllm_jax.checkpoints.description import describe, rebuild
 from mllm_jax.data.pipeline import Mixture
+from mllm_jax.encoders.text import TextTowerConfig
 from mllm_jax.encoders.vit import ViTConfig
 from mllm_jax.errors import ConfigError
 from mllm_jax.llms.decoder import DecoderConfig
+from mllm_jax.models.contrastive import ContrastiveConfig
 from mllm_jax.models.multimodal import MultimodalConfig
 from mllm_jax.projectors.mlp import MLPProjectorConfig
 from mllm_jax.training.config import Experiment, Stage, TokenizerConfig
@@ -26,6 +28,8 @@ EXPERIMENT = Experiment(
         encoder=ViTConfig(8, 4, 12, 1, 2, 16, stem_channels=(4, 8)),
         projector=MLPProjectorConfig(output_size=16),
         llm=DecoderConfig(vocab_size=300, hidden_size=16, num_heads=4, num_kv_heads=2),
+        text_tower=TextTowerConfig(vocab_size=300),
+        contrastive=ContrastiveConfig(16),
     ),
     tokenizer=TokenizerConfig(vocab_size=300),
     stages=(
