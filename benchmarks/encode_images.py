@@ -30,6 +30,7 @@ import transformers
 from einops import rearrange
 
 import mllm_jax
+from mllm_jax.training.host import keep_freed_memory
 
 PASSES = ("forward", "forward+backward")
 TOLERANCES = {"forward": 1e-4, "forward+backward": 1e-3}
@@ -264,6 +265,7 @@ def lines_of(model: str, which: str, found: dict[str, float | str], batch: int) 
 def main() -> None:
     options = arguments()
     transformers.logging.disable_progress_bar()
+    keep_freed_memory()  # as training does; it serves both sides, which share one allocator
     threads = os.cpu_count()
     torch.set_num_threads(threads)
     lines = []

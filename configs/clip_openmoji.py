@@ -4,10 +4,13 @@ mllm train configs/clip_openmoji.py
 mllm train configs/siglip_openmoji.py   the same with the sigmoid loss
 """
 
+import runpy
+from dataclasses import replace
+from pathlib import Path
+
 from mllm_jax.data.openmoji import OpenMojiCaptions
 from mllm_jax.data.pipeline import Mixture, Weighted
 from mllm_jax.encoders.text import TextTowerConfig
-from mllm_jax.encoders.vit import ViTConfig
 from mllm_jax.evaluation.openmoji import OpenMojiRetrieval
 from mllm_jax.models.clip import DualEncoderConfig
 from mllm_jax.training.config import AdamW, Experiment, Stage, TokenizerConfig
@@ -20,22 +23,12 @@ STEPS = 1000
 
 def experiment(name: str, kind: str) -> Experiment:
     """Both towers trained with the loss of this kind, "softmax" or "sigmoid"."""
+    quickstart = runpy.run_path(str(Path(__file__).with_name("quickstart.py")))
     captions = OpenMojiCaptions(config=PICTURES, image_size=SIZE, augment=True, variants=32)
     return Experiment(
         name=name,
         model=DualEncoderConfig(
-            vision=ViTConfig(
-                image_size=SIZE,
-                patch_size=16,
-                hidden_size=256,
-                num_layers=4,
-                num_heads=4,
-                mlp_size=512,
-                activation="relu",  # twice as fast as gelu or silu on a CPU
-                stem_channels=(32, 64, 128, 256),
-                mimetic_init=True,
-                scan_unroll=4,
-            ),
+            vision=replace(quickstart["MODEL"].encoder, regions=None),
             text=TextTowerConfig(
                 vocab_size=2048,
                 hidden_size=256,
