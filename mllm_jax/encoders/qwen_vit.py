@@ -18,11 +18,9 @@ from einops import rearrange
 from flax import linen as nn
 from flax import struct
 
-from mllm_jax.checkpoints.hub_options import read_activation, write_activation
 from mllm_jax.checkpoints.options import Options
 from mllm_jax.checkpoints.table import Family, Table, Weight
-from mllm_jax.encoders.hub import ACTIVATIONS as HUB_ACTIVATIONS
-from mllm_jax.encoders.hub import IDLE
+from mllm_jax.encoders.hub import IDLE, read_activation, write_activation
 from mllm_jax.encoders.qwen_patches import PatchLayout, lay_out_patches, window_numbers
 from mllm_jax.encoders.vit import VisionOutput
 from mllm_jax.errors import ConfigError, DataError
@@ -336,7 +334,7 @@ def from_hf_config(values: dict) -> QwenViTConfig:
         merge_size=options("spatial_merge_size"),
         num_layers=options("depth"),
         num_heads=options("num_heads"),
-        activation=read_activation(options, known=HUB_ACTIVATIONS),
+        activation=read_activation(options),
         rope_theta=rope("rope_theta", 10_000.0),
         family=family,
     )
@@ -377,7 +375,7 @@ def to_hf_config(config: QwenViTConfig) -> dict:
         patch_size=c.patch_size,
         spatial_merge_size=c.merge_size,
         temporal_patch_size=c.temporal_patch_size,
-        hidden_act=write_activation(c.activation, HUB_ACTIVATIONS),
+        hidden_act=write_activation(c.activation),
         rope_parameters=dict(rope_type="axial", rope_theta=c.rope_theta),
     )
     if c.family == _QWEN2:

@@ -7,10 +7,9 @@ from collections.abc import Callable
 
 import jax.numpy as jnp
 
-from mllm_jax.checkpoints.hub_options import read_activation, require_faithful, write_activation
 from mllm_jax.checkpoints.options import Options
 from mllm_jax.checkpoints.table import Table, Weight
-from mllm_jax.encoders.hub import ACTIVATIONS, IDLE
+from mllm_jax.encoders.hub import IDLE, read_activation, write_activation
 from mllm_jax.encoders.text import TextTowerConfig
 from mllm_jax.errors import ConfigError
 
@@ -36,7 +35,7 @@ def read_tower(values: dict, defaults: dict, what: str, **switches) -> TextTower
         num_layers=options("num_hidden_layers"),
         num_heads=options("num_attention_heads"),
         mlp_size=options("intermediate_size"),
-        activation=read_activation(options, known=ACTIVATIONS),
+        activation=read_activation(options),
         norm_eps=options("layer_norm_eps"),
         bos_token_id=options("bos_token_id", None),
         eos_token_id=_one_id(options("eos_token_id", None), what),
@@ -64,7 +63,7 @@ def write_tower(c: TextTowerConfig) -> dict:
         num_hidden_layers=c.num_layers,
         num_attention_heads=c.num_heads,
         intermediate_size=c.mlp_size,
-        hidden_act=write_activation(c.activation, ACTIVATIONS),
+        hidden_act=write_activation(c.activation),
         layer_norm_eps=c.norm_eps,
         bos_token_id=c.bos_token_id,
         eos_token_id=c.eos_token_id,
@@ -78,8 +77,16 @@ def faithful(config: TextTowerConfig, written: dict, read: Callable[[dict], Text
     Raises:
         ConfigError: the family has no options for some of the switches; names them.
     """
+    found = read(written)
     names = [f.name for f in dataclasses.fields(config) if f.name not in _NOT_STORED]
-    return require_faithful(config, written, read, lambda c: {name: getattr(c, name) for name in names}, "a text tower")
+    lost = [f"{name}={getattr(config, name)!r}" for name in names if getattr(config, name) != getattr(found, name)]
+    if lost:
+        raise ConfigError(
+            f"a text tower with {', '.join(lost)}, to be written as {config.family}",
+            f"switches that {config.family} has",
+            "choose another family, or change these",
+        )
+    return written
 
 
 def tower_table(c: TextTowerConfig, projection: str = "") -> Table:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from mllm_jax.checkpoints.hub_options import write_activation
 from mllm_jax.checkpoints.table import Family, Table
 from mllm_jax.encoders.hub import (
     ACTIVATIONS,
@@ -12,6 +11,7 @@ from mllm_jax.encoders.hub import (
     read_vit,
     sample,
     vit_table,
+    write_activation,
     write_vit,
 )
 from mllm_jax.encoders.vit import ViTConfig
@@ -81,7 +81,7 @@ def to_hf_config(config: ViTConfig) -> dict:
     if config.head_size is None:
         written["add_pooling_layer"] = False
     else:
-        activation = write_activation(config.head_activation, ACTIVATIONS) if config.head_activation else "linear"
+        activation = write_activation(config.head_activation) if config.head_activation else "linear"
         written |= dict(pooler_output_size=config.head_size, pooler_act=activation)
     return faithful(config, written, from_hf_config)
 

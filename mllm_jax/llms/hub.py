@@ -8,14 +8,27 @@ from dataclasses import dataclass
 
 import jax.numpy as jnp
 
-from mllm_jax.checkpoints import hub_options
-from mllm_jax.checkpoints.hub_options import read_activation, require_faithful, write_activation
 from mllm_jax.checkpoints.options import Options
 from mllm_jax.checkpoints.table import Table, Weight
 from mllm_jax.errors import ConfigError
 from mllm_jax.layers.rotary import RopeScaling
 from mllm_jax.llms.decoder import DecoderConfig
 
+# The hub's names of activations; the first of those that share a function is written.
+ACTIVATIONS = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_python": "gelu",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_new": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+    "gelu_accurate": "gelu_tanh",
+    "gelu_python_tanh": "gelu_tanh",
+    "quick_gelu": "quick_gelu",
+    "relu": "relu",
+    "relu2": "relu_squared",
+}
 # The options that each kind of rotary scaling has, and those of them that may be absent.
 _ROPE_OPTIONAL = ("beta_fast", "beta_slow", "truncate", "attention_factor", "mscale", "mscale_all_dim")
 _ROPE_OPTIONS = {
@@ -27,8 +40,15 @@ _ROPE_OPTIONS = {
 }
 # How the module is run, which no checkpoint says.
 _NOT_STORED = ("mimetic_init", "dtype", "remat", "scan_unroll")
-# Options without effect on a decoder, besides those without effect on any model.
-IDLE = (*hub_options.IDLE, "max_sequence_length", "is_llama_config")
+# Options of a tokenizer, of generation or of training, found in config.json files of the hub.
+# fmt: off
+IDLE = (
+    "tokenizer_class", "prefix", "max_length", "min_length", "do_sample", "temperature", "top_p", "top_k", "num_beams",
+    "repetition_penalty", "max_new_tokens", "task_specific_params", "finetuning_task", "sep_token_id",
+    "decoder_start_token_id", "max_sequence_length", "is_llama_config", "transformers.js_config", "init_std",
+    "unk_token_id",
+)
+# fmt: on
 
 
 def architecture(values: Mapping, model_types: Mapping[str, str]) -> str:
@@ -48,6 +68,14 @@ def architecture(values: Mapping, model_types: Mapping[str, str]) -> str:
             "read it with the family that knows it: mllm_jax.supported_models()",
         )
     return named
+
+
+def read_activation(options: Options, name: str = "hidden_act") -> str:
+    return ACTIVATIONS[options.only(name, *ACTIVATIONS)]
+
+
+def write_activation(activation: str) -> str:
+    return next(theirs for theirs, ours in ACTIVATIONS.items() if ours == activation)
 
 
 def read_ids(options: Options) -> dict:
@@ -180,7 +208,15 @@ def faithful(c: DecoderConfig, written: dict, read: Callable[[dict], DecoderConf
         )
         return values | resolved
 
-    return require_faithful(c, written, read, facts, "a decoder")
+    wanted, found = facts(c), facts(read(written))
+    lost = [f"{name}={getattr(c, name)!r}" for name in wanted if wanted[name] != found[name]]
+    if lost:
+        raise ConfigError(
+            f"a decoder with {', '.join(lost)}, to be written as {c.family}",
+            f"switches that {c.family} has",
+            "choose another family, or change these",
+        )
+    return written
 
 
 def sample(_: DecoderConfig) -> tuple:

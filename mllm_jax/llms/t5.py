@@ -9,7 +9,6 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax import struct
 
-from mllm_jax.checkpoints.hub_options import ACTIVATIONS, IDLE, write_activation
 from mllm_jax.checkpoints.options import Options
 from mllm_jax.checkpoints.table import Family, Table, Weight
 from mllm_jax.errors import ConfigError, DataError
@@ -20,6 +19,7 @@ from mllm_jax.layers.norms import RMSNorm
 from mllm_jax.layers.relative_bias import RelativeBias, bucket_of_distance
 from mllm_jax.layers.stack import scan_layers
 from mllm_jax.llms.cache import KVCache
+from mllm_jax.llms.hub import ACTIVATIONS, IDLE, write_activation
 from mllm_jax.sharding.logical import constrain
 
 
@@ -366,7 +366,16 @@ _OPTIONS = {
     "max_distance": "relative_attention_max_distance",
     "norm_eps": "layer_norm_epsilon",
 }
-_IDLE = (*IDLE, "n_positions", "output_past", "initializer_factor")
+# fmt: off
+# Old configs, and those inside BLIP-2's, also carry the settings of generation, which change no logits.
+_IDLE = (
+    *IDLE, "n_positions", "output_past", "initializer_factor", "bad_words_ids", "begin_suppress_tokens",
+    "diversity_penalty", "early_stopping", "encoder_no_repeat_ngram_size", "exponential_decay_length_penalty",
+    "forced_bos_token_id", "forced_eos_token_id", "length_penalty", "no_repeat_ngram_size", "num_beam_groups",
+    "num_return_sequences", "output_scores", "remove_invalid_values", "return_dict_in_generate", "suppress_tokens",
+    "tf_legacy_loss", "typical_p", "use_bfloat16",
+)
+# fmt: on
 
 
 def from_hf_config(values: dict) -> T5Config:

@@ -11,7 +11,6 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax import struct
 
-from mllm_jax.checkpoints.hub_options import require_faithful
 from mllm_jax.checkpoints.options import Options
 from mllm_jax.checkpoints.table import Family, Table, Weight
 from mllm_jax.encoders import clip_text, clip_vision, siglip_text, siglip_vision
@@ -285,12 +284,16 @@ def _nameless(part: dict) -> dict:
 
 def _faithful(config: DualEncoderConfig, written: dict, read) -> dict:
     """`written`, if it says how this dual encoder joins its towers; the towers have seen to themselves."""
+    found = read(written)
     names = ("projection_size", "kind", "pooling", "family")
-
-    def facts(c: DualEncoderConfig) -> dict:
-        return {name: getattr(c, name) for name in names}
-
-    return require_faithful(config, written, read, facts, "a dual encoder")
+    lost = [f"{name}={getattr(config, name)!r}" for name in names if getattr(config, name) != getattr(found, name)]
+    if lost:
+        raise ConfigError(
+            f"a dual encoder with {', '.join(lost)}, to be written as {config.family}",
+            f"switches that {config.family} has",
+            "choose another family, or change these",
+        )
+    return written
 
 
 def clip_table(config: DualEncoderConfig) -> Table:
