@@ -7,7 +7,6 @@ squares of merge_size x merge_size that lie one after the other ("merge-ordered"
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -26,6 +25,7 @@ from mllm_jax.encoders.qwen_patches import PatchLayout, lay_out_patches, window_
 from mllm_jax.encoders.vit import VisionOutput
 from mllm_jax.errors import ConfigError, DataError
 from mllm_jax.layers.attention import Attention
+from mllm_jax.layers.interpolation import bilinear_packed
 from mllm_jax.layers.linear import Linear
 from mllm_jax.layers.mlp import ACTIVATIONS, MLP
 from mllm_jax.layers.norms import LayerNorm, RMSNorm
@@ -143,31 +143,6 @@ class QwenVisionOutput(VisionOutput):
 # ---- the tower
 
 
-def interpolate_positions(table: jax.Array, coordinates: jax.Array, grids: jax.Array) -> jax.Array:
-    """A square table of vectors stretched bilinearly over each patch's picture, the corners on the corners.
-
-    Places are kept as whole numbers and remainders, so that no rounding moves a patch to another cell of the table.
-
-    Args:
-        table: [side^2, E].
-        coordinates, grids: int[B, N, 2].
-
-    Returns:
-        float32[B, N, E].
-    """
-    side = math.isqrt(table.shape[0])
-    steps = jnp.maximum(grids - 1, 1)
-    low = coordinates * (side - 1) // steps
-    part = (coordinates * (side - 1) - low * steps).astype(jnp.float32) / steps
-    taps = [(low, 1 - part), (jnp.minimum(low + 1, side - 1), part)]
-    total = jnp.zeros((*coordinates.shape[:2], table.shape[1]), jnp.float32)
-    for row, row_weight in taps:
-        for column, column_weight in taps:
-            vectors = jnp.take(table, row[..., 0] * side + column[..., 1], axis=0, mode="clip")
-            total = total + vectors * (row_weight[..., 0] * column_weight[..., 1])[..., None]
-    return total
-
-
 def _norm(c: QwenViTConfig, name: str) -> nn.Module:
     return (RMSNorm if c.norm == "rms" else LayerNorm)(NORM_EPS, jnp.dtype(c.dtype), name=name)
 
@@ -250,7 +225,7 @@ class QwenViT(nn.Module):
             init = nn.with_logical_partitioning(nn.initializers.normal(0.02), ("patches", "embed"))
             table = self.param("position_embedding", init, (c.num_positions, c.hidden_size), jnp.float32)
             table = constrain(table, "patches", None)  # looked up whole: it is small, and patches are split by row
-            x = x + interpolate_positions(table, coordinates, grids).astype(dtype)
+            x = x + bilinear_packed(table, coordinates, grids).astype(dtype)
         x = embedded = constrain(x, "batch", "patches", None)
         if c.window_side is None:
             windows = None

@@ -16,7 +16,7 @@ from mllm_jax.checkpoints.table import Family, Table, Weight
 from mllm_jax.encoders.vit import VisionOutput
 from mllm_jax.errors import ConfigError, DataError
 from mllm_jax.layers.attention import Attention, attention
-from mllm_jax.layers.interpolation import cubic_weights
+from mllm_jax.layers.interpolation import bicubic_grid
 from mllm_jax.layers.linear import Linear
 from mllm_jax.layers.mlp import MLP
 from mllm_jax.layers.norms import LayerNorm
@@ -95,17 +95,6 @@ def sincos_positions(side: int, width: int) -> np.ndarray:
     return np.concatenate(parts, axis=1).astype(np.float32)
 
 
-def stretch(table: jax.Array, grid: tuple[int, int]) -> jax.Array:
-    """A square table of vectors [side^2, E], resized bicubically in float32 to [height * width, E]."""
-    side = math.isqrt(table.shape[0])
-    if (side, side) == grid:
-        return table
-    by_row, by_column = (cubic_weights(jnp.arange(size), jnp.asarray(size), side) for size in grid)
-    table = rearrange(table.astype(jnp.float32), "(r c) e -> r c e", r=side)
-    resized = jnp.einsum("hr,wc,rce->hwe", by_row, by_column, table, precision=jax.lax.Precision.HIGHEST)
-    return rearrange(resized, "h w e -> (h w) e")
-
-
 class QwenViTV1Block(nn.Module):
     """Pre-norm transformer layer, full attention; `capture` gives its output to the scan too."""
 
@@ -149,7 +138,7 @@ class Resampler(nn.Module):
             x = Linear((width,), (None, "embed"), dtype=dtype, name="kv_projection")(x)
         x = LayerNorm(NORM_EPS, dtype, name="kv_norm")(x)
         queries = LayerNorm(NORM_EPS, dtype, name="query_norm")(query) + positions.astype(dtype)
-        keys = x + stretch(positions, grid).astype(dtype)
+        keys = x + bicubic_grid(positions, *grid).astype(dtype)
         heads = (width // c.query_head_dim, c.query_head_dim)
         common = dict(names=("embed", "heads", "head_dim"), use_bias=True, dtype=dtype)
         q = Linear(heads, **common, name="q")(queries)
@@ -189,7 +178,7 @@ class QwenViTV1(nn.Module):
         x = Linear((c.hidden_size,), ("channels", "embed"), dtype=dtype, name="patch_embedding")(x)
         init = nn.with_logical_partitioning(nn.initializers.normal(c.hidden_size**-0.5), ("patches", "embed"))
         positions = self.param("position_embedding", init, (c.num_positions, c.hidden_size), jnp.float32)
-        x = LayerNorm(NORM_EPS, dtype, name="pre_norm")(x + stretch(positions, grid).astype(dtype))
+        x = LayerNorm(NORM_EPS, dtype, name="pre_norm")(x + bicubic_grid(positions, *grid).astype(dtype))
         x = embedded = constrain(x, "batch", "patches", None)
         layers = scan_layers(
             QwenViTV1Block, num_layers=c.num_layers, remat=c.remat, unroll=c.scan_unroll, num_broadcast=0

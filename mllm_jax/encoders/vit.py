@@ -13,9 +13,10 @@ import numpy as np
 from flax import linen as nn
 from flax import struct
 
-from mllm_jax.encoders.vit_embeddings import PatchEmbedding, RegionPooling, grid_positions, packed_positions
+from mllm_jax.encoders.vit_embeddings import PatchEmbedding, RegionPooling
 from mllm_jax.errors import ConfigError
 from mllm_jax.layers.attention import Attention
+from mllm_jax.layers.interpolation import bicubic_grid, bicubic_packed
 from mllm_jax.layers.linear import Linear
 from mllm_jax.layers.mlp import ACTIVATIONS, MLP
 from mllm_jax.layers.norms import LayerNorm, RMSNorm
@@ -326,12 +327,12 @@ class ViT(nn.Module):
         first, table = table[: int(c.class_token)], table[int(c.class_token) :]
         if grids is None:
             height, width = (size // c.patch_size for size in pixels.shape[1:3])
-            positions = grid_positions(table, height, width, c.position_antialias)
+            positions = bicubic_grid(table, height, width, c.position_antialias)
             if c.class_token:
                 x = jnp.concatenate([jnp.broadcast_to(token, (x.shape[0], 1, c.hidden_size)), x], axis=1)
                 positions = jnp.concatenate([first, positions])
         else:
-            positions = packed_positions(table, places, grids, c.position_antialias)
+            positions = bicubic_packed(table, places, grids, c.position_antialias)
             if c.class_token:
                 here = coordinates[..., :1] < 0
                 x, positions = jnp.where(here, token, x), jnp.where(here, first, positions)

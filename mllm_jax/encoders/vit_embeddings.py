@@ -1,4 +1,4 @@
-"""What leads into and out of a ViT's layers: patches to vectors, their positions, and regions of patches."""
+"""What leads into and out of a ViT's layers: patches to vectors, and regions of patches."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from einops import rearrange
 from flax import linen as nn
 
 from mllm_jax.errors import ConfigError
-from mllm_jax.layers.interpolation import cubic_weights
 from mllm_jax.layers.linear import Linear
 
 if TYPE_CHECKING:
@@ -69,26 +68,6 @@ class PatchEmbedding(nn.Module):
                 "cut patches of that size, or pass whole pictures",
             )
         return x
-
-
-def grid_positions(table: jax.Array, height: int, width: int, antialias: bool) -> jax.Array:
-    """Position embeddings [side^2, E] of a square grid for another one: [height * width, E], bicubic."""
-    side = round(table.shape[0] ** 0.5)
-    if (height, width) == (side, side):
-        return table
-    rows = cubic_weights(jnp.arange(height), jnp.array(height), side, antialias)
-    columns = cubic_weights(jnp.arange(width), jnp.array(width), side, antialias)
-    table = rearrange(table, "(r c) e -> r c e", r=side)
-    return rearrange(jnp.einsum("hr,wc,rce->hwe", rows, columns, table), "h w e -> (h w) e")
-
-
-def packed_positions(table: jax.Array, places: jax.Array, grids: jax.Array, antialias: bool) -> jax.Array:
-    """The same for patches whose pictures differ in size: int[B, N, 2] each -> [B, N, E]."""
-    side = round(table.shape[0] ** 0.5)
-    rows = cubic_weights(places[..., 0], grids[..., 0], side, antialias)
-    columns = cubic_weights(places[..., 1], grids[..., 1], side, antialias)
-    weights = rearrange(rows[..., :, None] * columns[..., None, :], "b n r c -> b n (r c)")
-    return jnp.einsum("bns,se->bne", weights, table)
 
 
 class RegionPooling(nn.Module):

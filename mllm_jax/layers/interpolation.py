@@ -1,9 +1,56 @@
-"""Cubic interpolation as a matrix, so that sizes may differ by place: what resizes position embeddings."""
+"""Interpolation of a square table of vectors: what resizes position embeddings to other grids, bicubic and bilinear."""
 
 from __future__ import annotations
 
+import math
+
 import jax
 import jax.numpy as jnp
+from einops import rearrange
+
+
+def bicubic_grid(table: jax.Array, height: int, width: int, antialias: bool = False) -> jax.Array:
+    """A table [side^2, E] resized to one grid: [height * width, E]; see `cubic_weights`."""
+    side = math.isqrt(table.shape[0])
+    if (height, width) == (side, side):
+        return table
+    rows, columns = (cubic_weights(jnp.arange(n), jnp.array(n), side, antialias) for n in (height, width))
+    table = rearrange(table.astype(jnp.float32), "(r c) e -> r c e", r=side)
+    # In full precision also where matrices are multiplied in less: it is done once a batch and costs little.
+    resized = jnp.einsum("hr,wc,rce->hwe", rows, columns, table, precision=jax.lax.Precision.HIGHEST)
+    return rearrange(resized, "h w e -> (h w) e")
+
+
+def bicubic_packed(table: jax.Array, coordinates: jax.Array, grids: jax.Array, antialias: bool = False) -> jax.Array:
+    """The same for patches whose pictures differ in size: int[B, N, 2] each -> [B, N, E]."""
+    side = math.isqrt(table.shape[0])
+    rows, columns = (cubic_weights(coordinates[..., i], grids[..., i], side, antialias) for i in (0, 1))
+    weights = rearrange(rows[..., :, None] * columns[..., None, :], "b n r c -> b n (r c)")
+    return jnp.einsum("bns,se->bne", weights, table)
+
+
+def bilinear_packed(table: jax.Array, coordinates: jax.Array, grids: jax.Array) -> jax.Array:
+    """A table [side^2, E] stretched over each patch's picture, its corners on the corners ("align_corners" is True).
+
+    Places are kept as whole numbers and remainders, so that no rounding moves a patch to another cell of the table.
+
+    Args:
+        coordinates, grids: int[B, N, 2].
+
+    Returns:
+        float32[B, N, E].
+    """
+    side = math.isqrt(table.shape[0])
+    steps = jnp.maximum(grids - 1, 1)
+    low = coordinates * (side - 1) // steps
+    part = (coordinates * (side - 1) - low * steps).astype(jnp.float32) / steps
+    taps = [(low, 1 - part), (jnp.minimum(low + 1, side - 1), part)]
+    total = jnp.zeros((*coordinates.shape[:2], table.shape[1]), jnp.float32)
+    for row, row_weight in taps:
+        for column, column_weight in taps:
+            vectors = jnp.take(table, row[..., 0] * side + column[..., 1], axis=0, mode="clip")
+            total = total + vectors * (row_weight[..., 0] * column_weight[..., 1])[..., None]
+    return total
 
 
 def cubic_weights(index: jax.Array, count: jax.Array, size: int, antialias: bool = False) -> jax.Array:

@@ -12,9 +12,10 @@ from flax import linen as nn
 
 from mllm_jax.encoders import qwen_vit, qwen_vit_v1
 from mllm_jax.encoders.qwen_patches import lay_out_patches, window_numbers
-from mllm_jax.encoders.qwen_vit import QwenViTConfig, from_hf_config, interpolate_positions, to_hf_config
+from mllm_jax.encoders.qwen_vit import QwenViTConfig, from_hf_config, to_hf_config
 from mllm_jax.encoders.qwen_vit_v1 import QwenViTV1Config
 from mllm_jax.errors import ConfigError, DataError
+from mllm_jax.layers.interpolation import bilinear_packed
 from mllm_jax.models.registry import abstract_params
 from mllm_jax.sharding.logical import RULES
 
@@ -178,7 +179,7 @@ def test_windows_are_worked_out_where_none_are_given():
 def test_positions_stretch_from_corner_to_corner():
     table = np.random.default_rng(0).normal(size=(9, 4)).astype(np.float32)
     layout = lay_out_patches([[(1, 3, 3)], [(1, 5, 3)], [(1, 1, 2)]], 15, merge_size=1)
-    found = np.asarray(interpolate_positions(jnp.asarray(table), layout.coordinates, layout.grids))
+    found = np.asarray(bilinear_packed(jnp.asarray(table), layout.coordinates, layout.grids))
     np.testing.assert_array_equal(found[0, :9], table)
     tall = found[1].reshape(5, 3, 4)
     np.testing.assert_allclose(tall[::2], table.reshape(3, 3, 4), atol=1e-6)

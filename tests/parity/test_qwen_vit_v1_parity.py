@@ -14,7 +14,8 @@ from einops import rearrange
 from safetensors.numpy import save_file
 
 from mllm_jax.checkpoints.hf import hub_tensors, read_weights
-from mllm_jax.encoders.qwen_vit_v1 import FAMILIES, from_hf_config, sincos_positions, stretch, table
+from mllm_jax.encoders.qwen_vit_v1 import FAMILIES, from_hf_config, sincos_positions, table
+from mllm_jax.layers.interpolation import bicubic_grid
 from mllm_jax.models.registry import abstract_params
 
 GOLDEN = Path(__file__).parents[1] / "goldens" / "qwenvl_v1_visual"
@@ -76,7 +77,7 @@ def test_every_stage(params, config, golden, assert_close):
     assert_close(queries, golden["outputs/resampler_q_in"], 1e-5, "queries")
     values = kept["resampler"]["kv_norm"]["__call__"][0]
     assert_close(values, golden["outputs/resampler_v_in"], 1e-5, "values")
-    assert_close(values + stretch(positions, (4, 4)), golden["outputs/resampler_k_in"], 1e-5, "keys")
+    assert_close(values + bicubic_grid(positions, 4, 4), golden["outputs/resampler_k_in"], 1e-5, "keys")
     assert_close(kept["resampler"]["__call__"][0], golden["outputs/attn_pool"], 1e-5, "resampler")
     assert_close(kept["post_norm"]["__call__"][0], golden["outputs/ln_post"], 1e-5, "post norm")
     assert_close(out.pooler_output, golden["outputs/output"], 1e-5, "media tokens")
@@ -98,4 +99,4 @@ def test_positions_are_stretched_as_torch_does(grid, assert_close):
     positions = np.random.default_rng(0).normal(size=(25, 6)).astype(np.float32)
     picture = torch.tensor(rearrange(positions, "(r c) e -> 1 e r c", r=5))
     theirs = torch.nn.functional.interpolate(picture, size=grid, mode="bicubic", align_corners=False)
-    assert_close(stretch(positions, grid), rearrange(theirs.numpy(), "1 e h w -> (h w) e"), 1e-5)
+    assert_close(bicubic_grid(positions, *grid), rearrange(theirs.numpy(), "1 e h w -> (h w) e"), 1e-5)
