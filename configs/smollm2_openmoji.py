@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from mllm_jax.errors import ConfigError
-from mllm_jax.models.pretrained import pretrained_config
+from mllm_jax.models.registry import pretrained_config
 from mllm_jax.training.config import AdamW, CheckpointConfig, Experiment, Pretrained, Stage, TokenizerConfig
 from mllm_jax.training.objectives.next_token import NextToken
 

@@ -36,8 +36,8 @@ if TYPE_CHECKING:  # what editors and type checkers read; `_HOMES` says the same
     from mllm_jax.models.contrastive import ContrastiveConfig as ContrastiveConfig
     from mllm_jax.models.multimodal import Multimodal as Multimodal
     from mllm_jax.models.multimodal import MultimodalConfig as MultimodalConfig
-    from mllm_jax.models.pretrained import pretrained_config as pretrained_config
     from mllm_jax.models.registry import from_pretrained as from_pretrained
+    from mllm_jax.models.registry import pretrained_config as pretrained_config
     from mllm_jax.models.registry import save_pretrained as save_pretrained
     from mllm_jax.models.registry import supported_models as supported_models
     from mllm_jax.projectors.mlp import MLPProjectorConfig as MLPProjectorConfig
@@ -73,8 +73,7 @@ _NAMES = {
     "llms.decoder": ("DecoderConfig",),
     "models.contrastive": ("ContrastiveConfig",),
     "models.multimodal": ("Multimodal", "MultimodalConfig"),
-    "models.pretrained": ("pretrained_config",),
-    "models.registry": ("from_pretrained", "save_pretrained", "supported_models"),
+    "models.registry": ("from_pretrained", "pretrained_config", "save_pretrained", "supported_models"),
     "projectors.mlp": ("MLPProjectorConfig",),
     "sharding.mesh": ("MeshConfig",),
     "training.config": ("AdamW", "CheckpointConfig", "Experiment", "Pretrained", "Stage", "TokenizerConfig"),

@@ -1,27 +1,24 @@
 """NFNet (arXiv 2102.06171): a convolutional network without normalisation layers, F0 to F6.
 
 Instead of activations the weights are standardised, so that with scaled activations each block's variance is known in
-advance; blocks divide by it. Folders are timm's: `dm_nfnet_f*` as its authors trained it, `nfnet_f*` as timm did.
+advance; blocks divide by it. nfnet_timm.py reads and writes its folders.
 """
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from einops import rearrange
 from flax import linen as nn
 
-from mllm_jax.checkpoints.options import Options
-from mllm_jax.checkpoints.table import Family, Table, Weight
 from mllm_jax.encoders.vit import VisionOutput
 from mllm_jax.errors import ConfigError
 from mllm_jax.layers.linear import Linear
 from mllm_jax.layers.mlp import ACTIVATIONS
+from mllm_jax.layers.requirements import Requirements
 from mllm_jax.layers.stack import REMAT_POLICIES
 from mllm_jax.sharding.logical import constrain
 
@@ -104,29 +101,39 @@ class NFNetConfig:
     remat: str = "none"
 
     def __post_init__(self):
-        def require(condition, given: str, expected: str):
-            if not condition:
-                raise ConfigError(f"NFNet: {given}", expected, "change the config")
-
+        require = Requirements("NFNet", self)
         lengths = {len(self.depths), len(self.widths), len(self.group_sizes)}
-        require(lengths == {len(self.depths)} and min(self.depths, default=0) > 0, "stages of unequal number or none",
-                "as many depths, all positive, as widths and group_sizes")  # fmt: skip
-        require(self.final_size > 0, f"num_features={self.final_size}", "a convolution behind the stages")
-        require(self.activation in GAMMA, f"activation {self.activation!r}", f"one of {', '.join(GAMMA)}")
+        require(
+            lengths == {len(self.depths)} and min(self.depths, default=0) > 0,
+            "stages of unequal number or none",
+            "as many depths, all positive, as widths and group_sizes",
+            "change depths, widths or group_sizes",
+        )
+        require(
+            self.final_size > 0,
+            f"num_features={self.final_size}",
+            "a convolution behind the stages",
+            "change final_size, which timm calls num_features",
+        )
+        require.one_of("activation", GAMMA)
         for stage, group in enumerate(self.group_sizes):
             width = self.inner_size(stage)
-            require(width >= group and width % group == 0, f"groups of {group} in {width} channels",
-                    "groups that divide the channels inside a block")  # fmt: skip
+            require(
+                width >= group and width % group == 0,
+                f"groups of {group} in {width} channels",
+                "groups that divide the channels inside a block",
+                "change group_sizes, widths or bottleneck",
+            )
 
     def inner_size(self, stage: int) -> int:
         """Channels inside a block; groups come before rounding, so that they stay whole."""
-        width = _round_to(self.widths[stage] * self.bottleneck, self.channel_divisor)
+        width = round_to(self.widths[stage] * self.bottleneck, self.channel_divisor)
         group = self.group_sizes[stage]
         return width if group % self.channel_divisor else width // group * group
 
     def se_size(self, stage: int) -> int:
         """Channels inside squeeze-and-excitation."""
-        return _round_to(self.widths[stage] * self.se_ratio, self.se_divisor, limit=0.0)
+        return round_to(self.widths[stage] * self.se_ratio, self.se_divisor, limit=0.0)
 
     def betas(self, stage: int) -> tuple[float, ...]:
         """1 / the standard deviation that each block's input is expected to have.
@@ -152,7 +159,7 @@ def nfnet(variant: str) -> NFNetConfig:
     return NFNetConfig(depths=depths, input=pictures, family=f"dm_nfnet_{variant.lower()}")
 
 
-def _round_to(size: float, divisor: int, limit: float = 0.9) -> int:
+def round_to(size: float, divisor: int, limit: float = 0.9) -> int:
     """The nearest multiple of `divisor`, or the next where that would lose more than 1 - limit."""
     rounded = max(divisor, int(size + divisor / 2) // divisor * divisor)
     return rounded + divisor if rounded < limit * size else rounded
@@ -322,179 +329,3 @@ class NFNet(nn.Module):
 
 def _flat(x):
     return rearrange(x, "b h w c -> b (h w) c")
-
-
-# ---- timm's folders
-
-# timm's name of an option -> ours, where the value is the same.
-_SAME = {
-    "alpha": "alpha",
-    "bottle_ratio": "bottleneck",
-    "ch_div": "channel_divisor",
-    "attn_gain": "se_gain",
-    "act_layer": "activation",
-    "gamma_in_act": "gamma_in_act",
-    "same_padding": "same_padding",
-    "skipinit": "skip_init",
-    "std_conv_eps": "std_eps",
-    "in_chans": "in_channels",
-    "num_classes": "num_classes",
-}
-# The one value that is supported.
-_FIXED = dict(stem_type="deep_quad", attn_layer="se", extra_conv=True, reg=False, width_factor=1.0)
-_FIXED |= dict(output_stride=32, global_pool="avg")
-_INPUT = ("mean", "std", "interpolation", "crop_pct", "test_crop_pct", "crop_mode")
-
-
-def _timm_options(architecture: str) -> dict[str, Any]:
-    """The options behind timm's name for a whole model."""
-    config = nfnet(architecture.rpartition("_")[2].upper())
-    switches = dict.fromkeys(("gamma_in_act", "same_padding", "skipinit"), architecture.startswith("dm_"))
-    return switches | dict(
-        depths=config.depths,
-        channels=config.widths,
-        stem_chs=config.stem_sizes[-1],
-        group_size=128,
-        num_features=config.final_size,
-        attn_kwargs=dict(rd_ratio=0.5),
-    )
-
-
-def from_hf_config(values: dict) -> NFNetConfig:
-    """timm's config.json, every option honoured or refused by name.
-
-    Raises:
-        ConfigError: another architecture, an option that is not supported, or an incomplete file.
-    """
-    options = Options(values, "timm's config.json")
-    architecture = options.only("architecture", *ARCHITECTURES)
-    pretrained = Options(options("pretrained_cfg", {}), "pretrained_cfg in timm's config.json")
-    defaults = NFNetConfig()
-    given = options("model_args", {})
-    classes = options("num_classes", pretrained("num_classes", 1000))
-    model = Options(
-        dict(num_classes=classes, ch_div=8) | _timm_options(architecture) | given,
-        f"model_args of {architecture} in timm's config.json",
-    )
-    for name, value in _FIXED.items():
-        model.only(name, value)
-    # Of training and of initialising only.
-    model.skip("drop_rate", "drop_path_rate", "zero_init_fc")
-    se = Options(model("attn_kwargs"), f"attn_kwargs of {architecture} in timm's config.json")
-    divisor = model("ch_div")
-    widths = tuple(_round_to(width, divisor) for width in model("channels"))
-    stem = _round_to(model("stem_chs"), divisor)
-    same = {ours: model(theirs, getattr(defaults, ours)) for theirs, ours in _SAME.items()}
-    size = pretrained("input_size", (3, *defaults.input.size))
-    test_size = pretrained("test_input_size", None)
-    pictures = {name: pretrained(name, getattr(defaults.input, name)) for name in _INPUT}
-    config = NFNetConfig(
-        depths=tuple(model("depths")),
-        widths=widths,
-        group_sizes=(model("group_size"),) * len(widths),
-        stem_sizes=(stem // 8, stem // 4, stem // 2, stem),
-        se_ratio=se("rd_ratio", 1 / 16),
-        se_divisor=se("rd_divisor", 8),
-        final_size=model("num_features") and _round_to(model("num_features"), divisor),
-        input=NFNetInput(
-            size=tuple(size[1:]),
-            test_size=None if test_size is None else tuple(test_size[1:]),
-            **{name: tuple(value) if isinstance(value, list) else value for name, value in pictures.items()},
-        ),
-        family=architecture,
-        **same,
-    )
-    se.done()
-    model.done()
-    options.only("global_pool", "avg")
-    # Labels, origins, and what follows from the rest.
-    options.skip("num_features", "label_names", "label_descriptions", "license")
-    options.done()
-    return config
-
-
-def to_hf_config(config: NFNetConfig) -> dict:
-    """The reverse: what timm opens as `local-dir:FOLDER`, with `model_args` where the name does not say all.
-
-    Raises:
-        ConfigError: switches that timm does not have, such as those of the Haiku code.
-    """
-    c = config
-    se = dict(rd_ratio=c.se_ratio) | ({} if c.se_divisor == 8 else dict(rd_divisor=c.se_divisor))
-    full = dict(
-        depths=c.depths,
-        channels=c.widths,
-        stem_chs=c.stem_sizes[-1],
-        group_size=c.group_sizes[0],
-        num_features=c.final_size,
-        attn_kwargs=se,
-        **{theirs: getattr(c, ours) for theirs, ours in _SAME.items() if theirs != "num_classes"},
-    )
-    plain = {theirs: getattr(NFNetConfig(), ours) for theirs, ours in _SAME.items()} | _timm_options(c.family)
-    model_args = {name: value for name, value in full.items() if value != plain[name]}
-    pictures = {name: value for name in _INPUT if (value := getattr(c.input, name)) is not None}
-    pictures["input_size"] = (c.in_channels, *c.input.size)
-    if c.input.test_size is not None:
-        pictures["test_input_size"] = (c.in_channels, *c.input.test_size)
-    written = dict(
-        architecture=c.family,
-        num_classes=c.num_classes,
-        num_features=c.final_size,
-        global_pool="avg",
-        pretrained_cfg=pictures | dict(num_classes=c.num_classes, first_conv="stem.conv1", classifier="head.fc"),
-    )
-    if model_args:
-        written["model_args"] = model_args
-    read = dataclasses.replace(from_hf_config(written), dtype=c.dtype, remat=c.remat)
-    lost = [f.name for f in dataclasses.fields(c) if getattr(read, f.name) != getattr(c, f.name)]
-    if lost or c.activation == "gelu_tanh":
-        what = ", ".join(f"{name}={getattr(c, name)!r}" for name in lost or ["activation"])
-        raise ConfigError(
-            f"an NFNet with {what}, to be written as {c.family}",
-            "switches that timm's NormFreeNet has",
-            "save a training checkpoint instead, or change these",
-        )
-    return written
-
-
-def table(config: NFNetConfig) -> Table:
-    """timm's names."""
-    weights: list[Weight] = []
-
-    def conv(name: str, path: str):
-        weights.append(Weight(f"{name}.weight", f"{path}/kernel", "o i h w -> h w i o"))
-        weights.append(Weight(f"{name}.gain", f"{path}/gain", "o 1 1 1 -> o"))
-        weights.append(Weight(f"{name}.bias", f"{path}/bias"))
-
-    def linear(name: str, path: str, pattern: str = "o i -> i o"):
-        weights.append(Weight(f"{name}.weight", f"{path}/kernel", pattern))
-        weights.append(Weight(f"{name}.bias", f"{path}/bias"))
-
-    for i in range(len(config.stem_sizes)):
-        conv(f"stem.conv{i + 1}", f"stem_{i}")
-    before = config.stem_sizes[-1]
-    for stage, depth in enumerate(config.depths):
-        for i in range(depth):
-            name, path = f"stages.{stage}.{i}", f"stages_{stage}_{i}"
-            if i == 0 and (stage or before != config.widths[0]):
-                conv(f"{name}.downsample.conv", f"{path}/shortcut")
-            for theirs, ours in (("conv1", "conv_1"), ("conv2", "conv_2"), ("conv2b", "conv_3"), ("conv3", "conv_4")):
-                conv(f"{name}.{theirs}", f"{path}/{ours}")
-            linear(f"{name}.attn_last.fc1", f"{path}/squeeze_excite/down", "o i 1 1 -> i o")
-            linear(f"{name}.attn_last.fc2", f"{path}/squeeze_excite/up", "o i 1 1 -> i o")
-            if config.skip_init:
-                # timm stores a number without axes; with one, every part of the engine can index it.
-                weights.append(Weight(f"{name}.skipinit_gain", f"{path}/skip_gain", " -> 1"))
-    conv("final_conv", "final_conv")
-    if config.num_classes:
-        linear("head.fc", "head")
-    return Table(tuple(weights))
-
-
-def sample(config: NFNetConfig) -> tuple:
-    """Arguments with which `init` creates every parameter."""
-    return (jnp.zeros((1, 32, 32, config.in_channels), jnp.float32),)
-
-
-ARCHITECTURES = tuple(f"{origin}nfnet_{variant.lower()}" for origin in ("dm_", "") for variant in VARIANTS)
-FAMILIES = (Family("NFNet", ARCHITECTURES, from_hf_config, to_hf_config, table, sample, oracle="timm NormFreeNet"),)

@@ -1,4 +1,4 @@
-"""Which file knows a model, and the three public names that follow: load it, save it, list what is supported."""
+"""Which file knows a model, and the public names that follow: load it, its config, save it, list what is supported."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ _HOMES = {
     "eva02_large_patch14_clip_224": "mllm_jax.encoders.eva",
     "eva02_large_patch14_clip_336": "mllm_jax.encoders.eva",
     "eva02_enormous_patch14_clip_224": "mllm_jax.encoders.eva",
-    **{f"{origin}nfnet_f{size}": "mllm_jax.encoders.nfnet" for origin in ("dm_", "") for size in range(7)},
+    **{f"{origin}nfnet_f{size}": "mllm_jax.encoders.nfnet_timm" for origin in ("dm_", "") for size in range(7)},
 }
 
 
@@ -123,9 +123,27 @@ def _family(architecture: str, home: str | None = None) -> Family:
 
 
 def abstract_params(config: Any, family: Family) -> PyTree:
-    """Shapes and logical names of the parameters of `config.make()`; nothing is computed."""
-    module, arguments = config.make(), family.sample(config)
-    return jax.eval_shape(lambda key: module.init(key, *arguments), jax.random.key(0))["params"]
+    """Shapes, dtypes and logical names of the parameters of `config.make()`; nothing is computed."""
+    return abstract_init(config.make(), *family.sample(config))
+
+
+def abstract_init(module: nn.Module, *arguments: Any, **options: Any) -> PyTree:
+    """The same of any module; the arguments and options are those of its `init` behind the key."""
+    return jax.eval_shape(lambda key: module.init(key, *arguments, **options), jax.random.key(0))["params"]
+
+
+def pretrained_config(folder: str | Path) -> Any:
+    """The config of the module that `from_pretrained(folder)` gives, such as a DecoderConfig, without the weights.
+
+    Raises:
+        CheckpointError: no model there.
+        ConfigError: an unsupported architecture, or an option of it that is not supported.
+    """
+    folder = Path(folder)
+    if is_native(folder):
+        return read_native_config(folder)
+    hf_config = read_config(folder)
+    return family_of(hf_config).from_hf(hf_config)
 
 
 def from_pretrained(

@@ -12,12 +12,11 @@ from jax.sharding import Mesh
 from mllm_jax.checkpoints.description import describe
 from mllm_jax.checkpoints.training import load_snapshot
 from mllm_jax.errors import CheckpointError, ConfigError
-from mllm_jax.models.pretrained import pretrained_config
-from mllm_jax.models.registry import from_pretrained
+from mllm_jax.models.registry import abstract_init, from_pretrained, pretrained_config
 from mllm_jax.training.config import Experiment, Pretrained
 from mllm_jax.training.run_folder import RunFolder
 from mllm_jax.training.serialise import differences
-from mllm_jax.training.step import abstract_params, init_params
+from mllm_jax.training.step import init_params
 
 # How a part is started and computed; the parameters mean the same whatever these say.
 _FREE = ("dtype", "remat", "scan_unroll", "mimetic_init")
@@ -40,7 +39,7 @@ def initial_params(experiment: Experiment, model: nn.Module, mesh: Mesh) -> tupl
         if source.stage is None:
             params[source.part] = _from_model(source, config, mesh, shardings[source.part])
         else:
-            abstract = nn.meta.unbox(abstract_params(model))[source.part]
+            abstract = nn.meta.unbox(abstract_init(model, model.sample_batch(), method="touch"))[source.part]
             params[source.part] = _from_run(source, config, abstract, shardings[source.part])
     return params, shardings
 

@@ -12,6 +12,7 @@ from flax import linen as nn
 from flax import struct
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from mllm_jax.models.registry import abstract_init
 from mllm_jax.sharding.logical import use_mesh
 from mllm_jax.sharding.mesh import batch_sharding, param_shardings
 from mllm_jax.training.partition import join
@@ -27,11 +28,6 @@ class TrainState:
     key: jax.Array
 
 
-def abstract_params(model: nn.Module) -> dict:
-    """Shapes, dtypes and logical names of all parameters; nothing is computed."""
-    return jax.eval_shape(lambda key: _init(model, key), jax.random.key(0))
-
-
 def init_params(model: nn.Module, mesh: Mesh, seed: int, *, without: Sequence[str] = ()) -> tuple[dict, dict]:
     """All parameters, made where they will live: no host or device ever holds a full copy of a sharded one.
 
@@ -41,18 +37,14 @@ def init_params(model: nn.Module, mesh: Mesh, seed: int, *, without: Sequence[st
     Returns:
         (params, shardings): nested dicts of float32 arrays and of their NamedShardings, the latter of all parts.
     """
-    shardings = param_shardings(abstract_params(model), mesh)
+    shardings = param_shardings(abstract_init(model, model.sample_batch(), method="touch"), mesh)
     wanted = {part: places for part, places in shardings.items() if part not in without}
 
     def make(key):
-        params = nn.meta.unbox(_init(model, key))
+        params = nn.meta.unbox(model.init(key, model.sample_batch(), method="touch")["params"])
         return {part: params[part] for part in wanted}
 
     return jax.jit(make, out_shardings=wanted)(jax.random.key(seed)), shardings
-
-
-def _init(model: nn.Module, key: jax.Array) -> dict:
-    return model.init(key, model.sample_batch(), method="touch")["params"]
 
 
 def state_shardings(optimizer: optax.GradientTransformation, params, shardings, mesh: Mesh) -> TrainState:

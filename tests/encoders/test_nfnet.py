@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from mllm_jax.encoders.nfnet import FAMILIES, NFNetConfig, _convolve, from_hf_config, nfnet, table, to_hf_config
+from mllm_jax.encoders.nfnet import NFNetConfig, _convolve, nfnet
+from mllm_jax.encoders.nfnet_timm import FAMILIES, from_hf_config, table, to_hf_config
 from mllm_jax.errors import ConfigError
 from mllm_jax.models.registry import abstract_params
 from mllm_jax.sharding.mesh import MeshConfig, make_mesh, param_shardings

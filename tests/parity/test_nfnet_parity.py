@@ -21,7 +21,8 @@ from timm_reference import timm_or_skip
 from mllm_jax.checkpoints.hf import hub_tensors
 from mllm_jax.checkpoints.layout import lay_out
 from mllm_jax.checkpoints.leaves import flatten
-from mllm_jax.encoders.nfnet import FAMILIES, NFNetConfig, from_hf_config, nfnet, table, to_hf_config
+from mllm_jax.encoders.nfnet import NFNetConfig, nfnet
+from mllm_jax.encoders.nfnet_timm import FAMILIES, from_hf_config, table, to_hf_config
 from mllm_jax.models.registry import abstract_params, from_pretrained, save_pretrained
 
 timm = timm_or_skip()
