@@ -1,8 +1,8 @@
 """Image processors of Hugging Face folders, with Pillow and NumPy alone.
 
-What comes out equals transformers' own `...ImageProcessorPil` classes to the last bit. Those are not called: they
-import torch and torchvision wherever these are installed, for about five seconds, and fail with a torchvision that does
-not match torch. transformers' default processors, which use torchvision, differ from both in rounding.
+What comes out equals transformers' own `...ImageProcessorPil` classes to the last bit. Those are not called: wherever
+torch and torchvision are installed they import both, for about five seconds, and fail where the two do not match.
+transformers' default processors, which use torchvision, round otherwise than those classes and this file.
 
 Where a family's authors prepare pictures otherwise in their own repository:
 

@@ -8,50 +8,23 @@ from dataclasses import dataclass
 
 import jax.numpy as jnp
 
+from mllm_jax.checkpoints import config_json
+from mllm_jax.checkpoints.config_json import ENCODER_ACTIVATIONS, check_written, stored_fields, write_activation
 from mllm_jax.checkpoints.options import Options
 from mllm_jax.checkpoints.table import Table, Weight
 from mllm_jax.encoders.vit import ViTConfig
 from mllm_jax.errors import ConfigError
 
-# The hub's names of activations; the first of those that share a function is written.
-ACTIVATIONS = {
-    "gelu": "gelu",
-    "gelu_python": "gelu",
-    "gelu_pytorch_tanh": "gelu_tanh",
-    "gelu_new": "gelu_tanh",
-    "gelu_fast": "gelu_tanh",
-    "gelu_accurate": "gelu_tanh",
-    "gelu_python_tanh": "gelu_tanh",
-    "quick_gelu": "quick_gelu",
-    "silu": "silu",
-    "swish": "silu",
-    "relu": "relu",
-    "relu2": "relu_squared",
-    "tanh": "tanh",
-}
-# How the module is run and what its pictures are normalised with, which no config.json says.
-_NOT_STORED = ("image_mean", "image_std", "mimetic_init", "dtype", "remat", "scan_unroll")
-# Options of generation and training that old config.json files of vision towers list, all without effect on them.
-# fmt: off
+# Options that old config.json files of towers list, all without effect on them.
 IDLE = (
-    "_commit_hash", "auto_map", "bad_words_ids", "begin_suppress_tokens", "bos_token_id", "decoder_start_token_id",
-    "diversity_penalty", "do_sample", "drop_path_rate", "early_stopping", "encoder_no_repeat_ngram_size",
-    "eos_token_id", "exponential_decay_length_penalty", "finetuning_task", "forced_bos_token_id",
-    "forced_eos_token_id", "initializer_factor", "length_penalty", "max_length", "min_length", "no_repeat_ngram_size",
-    "num_beam_groups", "num_beams", "num_return_sequences", "output_scores", "pad_token_id", "prefix",
-    "projection_dim", "projection_dropout", "remove_invalid_values", "repetition_penalty", "return_dict_in_generate",
-    "sep_token_id", "suppress_tokens", "task_specific_params", "temperature", "tf_legacy_loss", "tie_word_embeddings",
-    "tokenizer_class", "top_k", "top_p", "transformers.js_config", "typical_p", "use_bfloat16", "use_flash_attn",
-)
-# fmt: on
+    *config_json.IDLE, *config_json.IDLE_GENERATION, "_commit_hash", "auto_map", "bos_token_id", "drop_path_rate",
+    "eos_token_id", "pad_token_id", "projection_dim", "projection_dropout", "tie_word_embeddings", "use_flash_attn",
+)  # fmt: skip
 
 
 def read_activation(options: Options, name: str = "hidden_act") -> str:
-    return ACTIVATIONS[options.only(name, *ACTIVATIONS)]
-
-
-def write_activation(activation: str) -> str:
-    return next(theirs for theirs, ours in ACTIVATIONS.items() if ours == activation)
+    """Our name of an encoder's activation. Raises ConfigError: an unknown one."""
+    return config_json.read_activation(options, name, ENCODER_ACTIVATIONS)
 
 
 def options_of(values: Mapping, defaults: Mapping, family: str) -> Options:
@@ -130,22 +103,13 @@ def faithful(c: ViTConfig, written: dict, read: Callable[[dict], ViTConfig]) -> 
     Raises:
         ConfigError: the family has no options for some of the switches; names them.
     """
-    found = read(written)
-    # What pictures the module refuses is no part of its numbers.
-    kept = [f.name for f in dataclasses.fields(c) if f.name not in (*_NOT_STORED, "drop_remainder", "region_size")]
-    lost = [f"{name}={getattr(c, name)!r}" for name in kept if _facts(c)[name] != _facts(found)[name]]
-    if lost:
-        raise ConfigError(
-            f"a ViT with {', '.join(lost)}, to be written as {c.family}",
-            f"switches that {c.family} has",
-            "choose another family, or change these",
-        )
-    return written
+    return check_written(c, written, read, "a ViT", _facts)
 
 
 def _facts(c: ViTConfig) -> dict:
+    """What pictures are normalised with no config.json says, and which of them are refused changes no numbers."""
     pooler = {"auto": "token" if c.class_token else "mean"}.get(c.pooler, c.pooler)
-    return dataclasses.asdict(c) | dict(pooler=pooler)
+    return stored_fields(c, "image_mean", "image_std", "drop_remainder", "region_size") | dict(pooler=pooler)
 
 
 def sample(c: ViTConfig) -> tuple:

@@ -12,80 +12,44 @@ from mllm_jax.encoders.vit import ViTConfig
 
 _HF, _ORIGINAL = "InternVLVisionModel", "InternVisionModel"
 _NORMS = {"layer_norm": "layer", "rms_norm": "rms"}
-# What an option is where config.json does not say.
+_MODEL_TYPE = {_HF: "internvl_vision", _ORIGINAL: "intern_vit_6b"}
+# What an option is where config.json does not say, by class.
+_COMMON = dict(hidden_act="gelu", layer_norm_eps=1e-6, patch_size=14)
 _DEFAULTS = {
-    _HF: dict(
-        hidden_size=1024,
-        num_hidden_layers=24,
-        num_attention_heads=16,
-        intermediate_size=4096,
-        hidden_act="gelu",
-        layer_norm_eps=1e-6,
-        image_size=448,
-        patch_size=14,
-        norm_type="layer_norm",
-        attention_bias=False,
-        use_qk_norm=False,
-        layer_scale_init_value=0.1,
-    ),
-    _ORIGINAL: dict(
-        hidden_size=3200,
-        num_hidden_layers=48,
-        num_attention_heads=25,
-        intermediate_size=12800,
-        hidden_act="gelu",
-        layer_norm_eps=1e-6,
-        image_size=224,
-        patch_size=14,
-        norm_type="rms_norm",
-        qkv_bias=False,
-        qk_normalization=True,
-        initializer_factor=0.1,
-    ),
+    _HF: _COMMON
+    | dict(hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096, image_size=448)
+    | dict(norm_type="layer_norm", attention_bias=False, use_qk_norm=False, layer_scale_init_value=0.1),
+    _ORIGINAL: _COMMON
+    | dict(hidden_size=3200, num_hidden_layers=48, num_attention_heads=25, intermediate_size=12800, image_size=224)
+    | dict(norm_type="rms_norm", qkv_bias=False, qk_normalization=True, initializer_factor=0.1),
 }
 # The three options that the two spell differently.
 _SPELT = {
     _HF: dict(qkv_bias="attention_bias", qk_norm="use_qk_norm", layer_scale="layer_scale_init_value"),
     _ORIGINAL: dict(qkv_bias="qkv_bias", qk_norm="qk_normalization", layer_scale="initializer_factor"),
 }
-_MODEL_TYPE = {_HF: "internvl_vision", _ORIGINAL: "intern_vit_6b"}
+# Their words for the same tensors, Hugging Face's beside OpenGVLab's.
+_WORDS = {
+    "patch": ("embeddings.patch_embeddings.projection", "embeddings.patch_embedding"),
+    "layers": ("encoder.layer", "encoder.layers"),
+    "class_token": ("embeddings.cls_token", "embeddings.class_embedding"),
+    "position": ("embeddings.position_embeddings", "embeddings.position_embedding"),
+    "attention_norm": ("layernorm_before", "norm1"),
+    "q": ("attention.q_proj", "attn.qkv"),
+    "k": ("attention.k_proj", "attn.qkv"),
+    "v": ("attention.v_proj", "attn.qkv"),
+    "q_norm": ("attention.q_norm", "attn.q_norm"),
+    "k_norm": ("attention.k_norm", "attn.k_norm"),
+    "out": ("attention.projection_layer", "attn.proj"),
+    "attention_scale": ("lambda_1", "ls1"),
+    "mlp_norm": ("layernorm_after", "norm2"),
+    "mlp_scale": ("lambda_2", "ls2"),
+    "final_norm": ("layernorm", "post_layernorm"),
+    "spellings": (((r"^vision_tower\.", ""),), ((r"^vision_model\.", ""),)),
+    "ignored": (("embeddings.mask_token",), ()),
+}
 _NAMES = {
-    _HF: Names(
-        patch="embeddings.patch_embeddings.projection",
-        layers="encoder.layer",
-        class_token="embeddings.cls_token",
-        position="embeddings.position_embeddings",
-        attention_norm="layernorm_before",
-        q="attention.q_proj",
-        k="attention.k_proj",
-        v="attention.v_proj",
-        q_norm="attention.q_norm",
-        k_norm="attention.k_norm",
-        out="attention.projection_layer",
-        attention_scale="lambda_1",
-        mlp_norm="layernorm_after",
-        mlp_scale="lambda_2",
-        final_norm="layernorm",
-        spellings=((r"^vision_tower\.", ""),),
-        ignored=("embeddings.mask_token",),
-    ),
-    _ORIGINAL: Names(
-        patch="embeddings.patch_embedding",
-        layers="encoder.layers",
-        class_token="embeddings.class_embedding",
-        position="embeddings.position_embedding",
-        attention_norm="norm1",
-        q="attn.qkv",
-        k="attn.qkv",
-        v="attn.qkv",
-        q_norm="attn.q_norm",
-        k_norm="attn.k_norm",
-        out="attn.proj",
-        attention_scale="ls1",
-        mlp_norm="norm2",
-        mlp_scale="ls2",
-        spellings=((r"^vision_model\.", ""),),
-    ),
+    family: Names(**{field: words[i] for field, words in _WORDS.items()}) for i, family in enumerate((_HF, _ORIGINAL))
 }
 
 

@@ -7,7 +7,6 @@ squares of merge_size x merge_size that lie one after the other ("merge-ordered"
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -18,9 +17,10 @@ from einops import rearrange
 from flax import linen as nn
 from flax import struct
 
+from mllm_jax.checkpoints.config_json import check_written, write_activation
 from mllm_jax.checkpoints.options import Options
 from mllm_jax.checkpoints.table import Family, Table, Weight
-from mllm_jax.encoders.hub import IDLE, read_activation, write_activation
+from mllm_jax.encoders.hub import IDLE, read_activation
 from mllm_jax.encoders.qwen_patches import PatchLayout, lay_out_patches, window_numbers
 from mllm_jax.encoders.vit import VisionOutput
 from mllm_jax.errors import ConfigError, DataError
@@ -29,6 +29,7 @@ from mllm_jax.layers.interpolation import bilinear_packed
 from mllm_jax.layers.linear import Linear
 from mllm_jax.layers.mlp import ACTIVATIONS, MLP
 from mllm_jax.layers.norms import LayerNorm, RMSNorm
+from mllm_jax.layers.requirements import Requirements
 from mllm_jax.layers.rotary import grid_angles
 from mllm_jax.layers.stack import scan_layers
 from mllm_jax.sharding.logical import constrain
@@ -80,23 +81,10 @@ class QwenViTConfig:
     scan_unroll: int = 1
 
     def __post_init__(self):
-        def require(condition, given: str, expected: str, todo: str):
-            if not condition:
-                raise ConfigError(f"Qwen ViT: {given}", expected, todo)
-
-        require(
-            self.hidden_size % (4 * self.num_heads) == 0,
-            f"hidden_size {self.hidden_size} for {self.num_heads} heads",
-            "heads whose size is a multiple of 4: RoPE turns pairs by row and pairs by column",
-            "change hidden_size or num_heads",
-        )
-        require(self.norm in ("layer", "rms"), f"norm {self.norm!r}", "'layer' or 'rms'", "change norm")
-        require(
-            self.activation in ACTIVATIONS,
-            f"activation {self.activation!r}",
-            f"one of {', '.join(ACTIVATIONS)}",
-            "change activation",
-        )
+        require = Requirements("Qwen ViT", self)
+        require.heads(4, "RoPE turns pairs by row and pairs by column")
+        require.one_of("norm", ("layer", "rms"))
+        require.one_of("activation", ACTIVATIONS)
         require(
             self.window_size is None or self.window_side,
             f"windows of {self.window_size} pixels",
@@ -387,16 +375,7 @@ def to_hf_config(config: QwenViTConfig) -> dict:
         written |= dict(tokens_per_second=c.tokens_per_second)
     if c.family == _QWEN3:
         written |= dict(num_position_embeddings=c.num_positions, deepstack_visual_indexes=list(c.deepstack_layers))
-    again = dataclasses.replace(from_hf_config(written), dtype=c.dtype, remat=c.remat, scan_unroll=c.scan_unroll)
-    names = [field.name for field in dataclasses.fields(c)]
-    lost = [f"{name}={getattr(c, name)!r}" for name in names if getattr(c, name) != getattr(again, name)]
-    if lost:
-        raise ConfigError(
-            f"a Qwen ViT with {', '.join(lost)}, to be written as {c.family}",
-            f"switches that {c.family} has",
-            "choose another family, or change these",
-        )
-    return written
+    return check_written(c, written, from_hf_config, "a Qwen ViT")
 
 
 def table(config: QwenViTConfig) -> Table:

@@ -20,6 +20,7 @@ from mllm_jax.layers.interpolation import bicubic_grid
 from mllm_jax.layers.linear import Linear
 from mllm_jax.layers.mlp import MLP
 from mllm_jax.layers.norms import LayerNorm
+from mllm_jax.layers.requirements import Requirements
 from mllm_jax.layers.stack import scan_layers
 from mllm_jax.sharding.logical import constrain
 
@@ -58,10 +59,7 @@ class QwenViTV1Config:
     scan_unroll: int = 1
 
     def __post_init__(self):
-        def require(condition, given: str, expected: str, todo: str):
-            if not condition:
-                raise ConfigError(f"Qwen-VL's ViT: {given}", expected, todo)
-
+        require = Requirements("Qwen-VL's ViT", self)
         for name in ("num_positions", "num_queries"):
             size = getattr(self, name)
             require(
@@ -73,12 +71,7 @@ class QwenViTV1Config:
             "a picture that is a whole number of patches",
             "change one of them",
         )
-        require(
-            self.hidden_size % self.num_heads == 0,
-            f"hidden_size {self.hidden_size}, {self.num_heads} heads",
-            "heads that divide it",
-            "change one of them",
-        )
+        require.heads()
         require(
             self.output_size % self.query_head_dim == 0 and self.output_size % 4 == 0,
             f"output_size {self.output_size}, resampler heads of {self.query_head_dim}",

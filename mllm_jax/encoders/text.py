@@ -14,6 +14,7 @@ from mllm_jax.layers.attention import MASKS, Attention
 from mllm_jax.layers.linear import Embedding, Linear
 from mllm_jax.layers.mlp import ACTIVATIONS, MLP
 from mllm_jax.layers.norms import LayerNorm
+from mllm_jax.layers.requirements import Requirements
 from mllm_jax.layers.stack import scan_layers
 from mllm_jax.sharding.logical import constrain
 
@@ -57,19 +58,18 @@ class TextTowerConfig:
     scan_unroll: int = 1
 
     def __post_init__(self):
-        for name, allowed in (("mask", MASKS), ("pooling", POOLINGS), ("activation", tuple(ACTIVATIONS))):
-            if getattr(self, name) not in allowed:
-                raise ConfigError(
-                    f"text tower: {name} {getattr(self, name)!r}", f"one of {', '.join(allowed)}", f"change {name}"
-                )
-        if self.pooling == "eos" and self.eos_token_id is None:
-            raise ConfigError("text tower: pooling 'eos' without eos_token_id", "the id", "set eos_token_id")
-        if self.num_layers and self.hidden_size % self.num_heads:
-            raise ConfigError(
-                f"text tower: {self.num_heads} heads on a width of {self.hidden_size}",
-                "a number of heads that divides the width",
-                "change num_heads or hidden_size",
-            )
+        require = Requirements("text tower", self)
+        require.one_of("mask", MASKS)
+        require.one_of("pooling", POOLINGS)
+        require.one_of("activation", ACTIVATIONS)
+        require(
+            self.pooling != "eos" or self.eos_token_id is not None,
+            "pooling 'eos' without eos_token_id",
+            "the id",
+            "set eos_token_id",
+        )
+        if self.num_layers:
+            require.heads()
 
     @property
     def output_size(self) -> int:

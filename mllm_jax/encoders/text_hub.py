@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 
 import jax.numpy as jnp
 
+from mllm_jax.checkpoints.config_json import check_written, write_activation
 from mllm_jax.checkpoints.options import Options
 from mllm_jax.checkpoints.table import Table, Weight
-from mllm_jax.encoders.hub import IDLE, read_activation, write_activation
+from mllm_jax.encoders.hub import IDLE, read_activation
 from mllm_jax.encoders.text import TextTowerConfig
 from mllm_jax.errors import ConfigError
-
-# How the module is run, which no config.json says.
-_NOT_STORED = ("dtype", "remat", "scan_unroll")
 
 
 def read_tower(values: dict, defaults: dict, what: str, **switches) -> TextTowerConfig:
@@ -77,16 +74,7 @@ def faithful(config: TextTowerConfig, written: dict, read: Callable[[dict], Text
     Raises:
         ConfigError: the family has no options for some of the switches; names them.
     """
-    found = read(written)
-    names = [f.name for f in dataclasses.fields(config) if f.name not in _NOT_STORED]
-    lost = [f"{name}={getattr(config, name)!r}" for name in names if getattr(config, name) != getattr(found, name)]
-    if lost:
-        raise ConfigError(
-            f"a text tower with {', '.join(lost)}, to be written as {config.family}",
-            f"switches that {config.family} has",
-            "choose another family, or change these",
-        )
-    return written
+    return check_written(config, written, read, "a text tower")
 
 
 def tower_table(c: TextTowerConfig, projection: str = "") -> Table:

@@ -21,6 +21,7 @@ from mllm_jax.layers.linear import Linear
 from mllm_jax.layers.mlp import ACTIVATIONS, MLP
 from mllm_jax.layers.norms import LayerNorm, RMSNorm
 from mllm_jax.layers.pooling import AttentionPooling
+from mllm_jax.layers.requirements import Requirements
 from mllm_jax.layers.rotary import grid_angles
 from mllm_jax.layers.stack import scan_layers
 from mllm_jax.sharding.logical import constrain
@@ -103,14 +104,7 @@ class ViTConfig:
     family: str = "ViTModel"
 
     def __post_init__(self):
-        def require(condition, given: str, expected: str, todo: str):
-            if not condition:
-                raise ConfigError(f"ViT: {given}", expected, todo)
-
-        def one_of(name: str, allowed):
-            given = getattr(self, name)
-            require(given in allowed, f"{name} {given!r}", f"one of {', '.join(map(str, allowed))}", f"change {name}")
-
+        require = Requirements("ViT", self)
         whole = self.drop_remainder or not self.image_size % self.patch_size
         require(
             whole and self.image_size >= self.patch_size and not self.patch_size % 2 ** len(self.stem_channels),
@@ -124,22 +118,13 @@ class ViTConfig:
             "regions that divide the patches, and no class token",
             "change regions, image_size or patch_size",
         )
-        one_of("activation", tuple(ACTIVATIONS))
-        one_of("head_activation", (None, *ACTIVATIONS))
-        one_of("norm", ("layer", "rms"))
-        one_of("pooler", POOLERS)
-        require(
-            not self.hidden_size % self.num_heads,
-            f"{self.num_heads} heads of {self.hidden_size} dimensions",
-            "a number of heads that divides hidden_size",
-            "change num_heads or hidden_size",
-        )
-        require(
-            self.rope_grid is None or not self.hidden_size // self.num_heads % 4,
-            f"rotary positions in heads of {self.hidden_size // self.num_heads}",
-            "a multiple of 4: rows and columns turn pairs in half of a head each",
-            "change num_heads or hidden_size",
-        )
+        require.one_of("activation", ACTIVATIONS)
+        require.one_of("head_activation", (None, *ACTIVATIONS))
+        require.one_of("norm", ("layer", "rms"))
+        require.one_of("pooler", POOLERS)
+        require.heads()
+        if self.rope_grid is not None:
+            require.heads(4, "rows and columns turn pairs in half of a head each")
         require(
             self.class_token or self.pooler != "token",
             "pooler 'token' without a class token",

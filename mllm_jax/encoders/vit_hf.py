@@ -2,18 +2,9 @@
 
 from __future__ import annotations
 
+from mllm_jax.checkpoints.config_json import ENCODER_ACTIVATIONS, write_activation
 from mllm_jax.checkpoints.table import Family, Table
-from mllm_jax.encoders.hub import (
-    ACTIVATIONS,
-    Names,
-    faithful,
-    options_of,
-    read_vit,
-    sample,
-    vit_table,
-    write_activation,
-    write_vit,
-)
+from mllm_jax.encoders.hub import Names, faithful, options_of, read_vit, sample, vit_table, write_vit
 from mllm_jax.encoders.vit import ViTConfig
 
 # What an option is where config.json does not say.
@@ -27,7 +18,7 @@ _DEFAULTS = dict(
     image_size=224,
     patch_size=16,
 )
-_POOLER_ACTIVATIONS = ACTIVATIONS | {"linear": None}
+_POOLER_ACTIVATIONS = ENCODER_ACTIVATIONS | {"linear": None}
 _NAMES = Names(
     patch="embeddings.patch_embeddings.projection",
     layers="encoder.layer",

@@ -15,6 +15,7 @@ import numpy as np
 from flax import linen as nn
 from flax import struct
 
+from mllm_jax.checkpoints.config_json import one_or_several, several_ids
 from mllm_jax.checkpoints.options import Options
 from mllm_jax.checkpoints.table import Family, Table, Weight
 from mllm_jax.errors import ConfigError
@@ -22,6 +23,7 @@ from mllm_jax.layers.attention import attention
 from mllm_jax.layers.linear import Embedding, Linear
 from mllm_jax.layers.mlp import MLP
 from mllm_jax.layers.norms import LayerNorm
+from mllm_jax.layers.requirements import Requirements
 from mllm_jax.layers.rotary import apply_rotary
 from mllm_jax.layers.stack import scan_layers
 from mllm_jax.llms.cache import KVCache
@@ -61,12 +63,7 @@ class ChatGLMConfig:
     scan_unroll: int = 1
 
     def __post_init__(self):
-        if self.hidden_size % (4 * self.num_heads):
-            raise ConfigError(
-                f"ChatGLM: hidden_size {self.hidden_size} for {self.num_heads} heads",
-                "heads whose size 4 divides: RoPE turns pairs in each half",
-                "change hidden_size or num_heads",
-            )
+        Requirements("ChatGLM", self).heads(4, "RoPE turns pairs in each half")
 
     @property
     def head_dim(self) -> int:
@@ -303,10 +300,9 @@ def from_hf_config(values: dict) -> ChatGLMConfig:
     option.only("prefix_projection", False)
     option.only("tie_word_embeddings", False)
     option.skip("auto_map", *IDLE)  # the checkpoint's own code, which is never executed
-    eos = option("eos_token_id")
     config = ChatGLMConfig(
         **{ours: option(theirs) for ours, theirs in _OPTIONS.items()},
-        eos_token_id=(eos,) if isinstance(eos, int) else tuple(eos),
+        eos_token_id=several_ids(option("eos_token_id")),
     )
     option.done()
     return config
@@ -314,12 +310,11 @@ def from_hf_config(values: dict) -> ChatGLMConfig:
 
 def to_hf_config(config: ChatGLMConfig) -> dict:
     """config.json as ChatGLM-6B has it, without the pointers to its code."""
-    eos = config.eos_token_id
     return {
         "architectures": [config.family],
         "model_type": "chatglm",
         **{theirs: getattr(config, ours) for ours, theirs in _OPTIONS.items()},
-        "eos_token_id": eos[0] if len(eos) == 1 else list(eos),
+        "eos_token_id": one_or_several(config.eos_token_id),
         "position_encoding_2d": True,
         "quantization_bit": 0,
         "pre_seq_len": None,

@@ -13,6 +13,7 @@ from mllm_jax.layers.attention import Attention
 from mllm_jax.layers.linear import Embedding, Linear
 from mllm_jax.layers.mlp import ACTIVATIONS, MLP
 from mllm_jax.layers.norms import LayerNorm, RMSNorm
+from mllm_jax.layers.requirements import Requirements
 from mllm_jax.layers.rotary import RopeScaling, rotary_angles
 from mllm_jax.layers.stack import scan_layers
 from mllm_jax.llms.cache import KVCache
@@ -85,17 +86,10 @@ class DecoderConfig:
     scan_unroll: int = 1
 
     def __post_init__(self):
-        def require(condition, given: str, expected: str, todo: str):
-            if not condition:
-                raise ConfigError(f"decoder: {given}", expected, todo)
-
-        def one_of(name: str, allowed):
-            given = getattr(self, name)
-            require(given in allowed, f"{name} {given!r}", f"one of {', '.join(allowed)}", f"change {name}")
-
-        one_of("norm", ("rms", "layer"))
-        one_of("positions", ("rotary", "learned"))
-        one_of("activation", tuple(ACTIVATIONS))
+        require = Requirements("decoder", self)
+        require.one_of("norm", ("rms", "layer"))
+        require.one_of("positions", ("rotary", "learned"))
+        require.one_of("activation", ACTIVATIONS)
         require(
             self.num_heads % self.num_kv_heads == 0,
             f"{self.num_heads} heads, {self.num_kv_heads} key-value heads",

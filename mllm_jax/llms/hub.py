@@ -2,33 +2,26 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import jax.numpy as jnp
 
+from mllm_jax.checkpoints import config_json
+from mllm_jax.checkpoints.config_json import (
+    check_written,
+    one_or_several,
+    read_activation,
+    several_ids,
+    stored_fields,
+    write_activation,
+)
 from mllm_jax.checkpoints.options import Options
 from mllm_jax.checkpoints.table import Table, Weight
 from mllm_jax.errors import ConfigError
 from mllm_jax.layers.rotary import RopeScaling
 from mllm_jax.llms.decoder import DecoderConfig
 
-# The hub's names of activations; the first of those that share a function is written.
-ACTIVATIONS = {
-    "silu": "silu",
-    "swish": "silu",
-    "gelu": "gelu",
-    "gelu_python": "gelu",
-    "gelu_pytorch_tanh": "gelu_tanh",
-    "gelu_new": "gelu_tanh",
-    "gelu_fast": "gelu_tanh",
-    "gelu_accurate": "gelu_tanh",
-    "gelu_python_tanh": "gelu_tanh",
-    "quick_gelu": "quick_gelu",
-    "relu": "relu",
-    "relu2": "relu_squared",
-}
 # The options that each kind of rotary scaling has, and those of them that may be absent.
 _ROPE_OPTIONAL = ("beta_fast", "beta_slow", "truncate", "attention_factor", "mscale", "mscale_all_dim")
 _ROPE_OPTIONS = {
@@ -38,17 +31,8 @@ _ROPE_OPTIONS = {
     "llama3": ("factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor"),
     "yarn": ("factor", "original_max_position_embeddings", *_ROPE_OPTIONAL),
 }
-# How the module is run, which no checkpoint says.
-_NOT_STORED = ("mimetic_init", "dtype", "remat", "scan_unroll")
-# Options of a tokenizer, of generation or of training, found in config.json files of the hub.
-# fmt: off
-IDLE = (
-    "tokenizer_class", "prefix", "max_length", "min_length", "do_sample", "temperature", "top_p", "top_k", "num_beams",
-    "repetition_penalty", "max_new_tokens", "task_specific_params", "finetuning_task", "sep_token_id",
-    "decoder_start_token_id", "max_sequence_length", "is_llama_config", "transformers.js_config", "init_std",
-    "unk_token_id",
-)
-# fmt: on
+# Options of a tokenizer, of generation or of training that decoders' config.json files list.
+IDLE = (*config_json.IDLE, "max_new_tokens", "max_sequence_length", "is_llama_config", "init_std", "unk_token_id")
 
 
 def architecture(values: Mapping, model_types: Mapping[str, str]) -> str:
@@ -70,26 +54,17 @@ def architecture(values: Mapping, model_types: Mapping[str, str]) -> str:
     return named
 
 
-def read_activation(options: Options, name: str = "hidden_act") -> str:
-    return ACTIVATIONS[options.only(name, *ACTIVATIONS)]
-
-
-def write_activation(activation: str) -> str:
-    return next(theirs for theirs, ours in ACTIVATIONS.items() if ours == activation)
-
-
 def read_ids(options: Options) -> dict:
     """bos_token_id, eos_token_id and pad_token_id as the decoder's config keeps them."""
-    eos = options("eos_token_id", ())
     return dict(
         bos_token_id=options("bos_token_id", None),
-        eos_token_id=(eos,) if isinstance(eos, int) else tuple(eos),
+        eos_token_id=several_ids(options("eos_token_id", ())),
         pad_token_id=options("pad_token_id", None),
     )
 
 
 def write_ids(c: DecoderConfig) -> dict:
-    eos = list(c.eos_token_id) if len(c.eos_token_id) > 1 else next(iter(c.eos_token_id), None)
+    eos = one_or_several(c.eos_token_id) if c.eos_token_id else None
     return dict(bos_token_id=c.bos_token_id, eos_token_id=eos, pad_token_id=c.pad_token_id)
 
 
@@ -196,27 +171,17 @@ def faithful(c: DecoderConfig, written: dict, read: Callable[[dict], DecoderConf
         ConfigError: the family has no options for some of the switches; names them.
     """
 
-    def facts(config: DecoderConfig) -> dict:
-        values = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
-        for name in _NOT_STORED:
-            del values[name]
-        resolved = dict(
-            head_dim=config.size_per_head,
-            layer_types=config.windows,
-            sliding_window=max((w for w in config.windows if w is not None), default=None),
-            embedding_size=config.embedding_size or config.hidden_size,
-        )
-        return values | resolved
+    return check_written(c, written, read, "a decoder", _facts)
 
-    wanted, found = facts(c), facts(read(written))
-    lost = [f"{name}={getattr(c, name)!r}" for name in wanted if wanted[name] != found[name]]
-    if lost:
-        raise ConfigError(
-            f"a decoder with {', '.join(lost)}, to be written as {c.family}",
-            f"switches that {c.family} has",
-            "choose another family, or change these",
-        )
-    return written
+
+def _facts(c: DecoderConfig) -> dict:
+    """What the stored fields come to, where there are several ways to say the same."""
+    return stored_fields(c) | dict(
+        head_dim=c.size_per_head,
+        layer_types=c.windows,
+        sliding_window=max((w for w in c.windows if w is not None), default=None),
+        embedding_size=c.embedding_size or c.hidden_size,
+    )
 
 
 def sample(_: DecoderConfig) -> tuple:

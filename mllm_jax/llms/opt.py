@@ -5,6 +5,7 @@ OPT-350m differs from its siblings: norms behind each sum, and an embedding narr
 
 from __future__ import annotations
 
+from mllm_jax.checkpoints.config_json import read_activation, write_activation
 from mllm_jax.checkpoints.options import Options
 from mllm_jax.checkpoints.table import Family, Table
 from mllm_jax.llms.decoder import DecoderConfig
@@ -14,10 +15,8 @@ from mllm_jax.llms.hub import (
     architecture,
     decoder_table,
     faithful,
-    read_activation,
     read_ids,
     sample,
-    write_activation,
     write_ids,
 )
 

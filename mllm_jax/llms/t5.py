@@ -9,17 +9,25 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax import struct
 
+from mllm_jax.checkpoints.config_json import (
+    ACTIVATIONS,
+    IDLE_GENERATION,
+    one_or_several,
+    several_ids,
+    write_activation,
+)
 from mllm_jax.checkpoints.options import Options
 from mllm_jax.checkpoints.table import Family, Table, Weight
-from mllm_jax.errors import ConfigError, DataError
+from mllm_jax.errors import DataError
 from mllm_jax.layers.attention import attention
 from mllm_jax.layers.linear import Embedding, Linear
 from mllm_jax.layers.mlp import MLP
 from mllm_jax.layers.norms import RMSNorm
 from mllm_jax.layers.relative_bias import RelativeBias, bucket_of_distance
+from mllm_jax.layers.requirements import Requirements
 from mllm_jax.layers.stack import scan_layers
 from mllm_jax.llms.cache import KVCache
-from mllm_jax.llms.hub import ACTIVATIONS, IDLE, write_activation
+from mllm_jax.llms.hub import IDLE
 from mllm_jax.sharding.logical import constrain
 
 
@@ -62,9 +70,7 @@ class T5Config:
     scan_unroll: int = 1
 
     def __post_init__(self):
-        if self.activation not in ACTIVATIONS.values():
-            known = ", ".join(sorted(set(ACTIVATIONS.values())))
-            raise ConfigError(f"T5: activation {self.activation!r}", f"one of {known}", "choose one")
+        Requirements("T5", self).one_of("activation", sorted(set(ACTIVATIONS.values())))
         for buckets in (self.num_buckets // 2, self.num_buckets):  # of the encoder and of the decoder
             bucket_of_distance(buckets, self.max_distance)
 
@@ -366,16 +372,8 @@ _OPTIONS = {
     "max_distance": "relative_attention_max_distance",
     "norm_eps": "layer_norm_epsilon",
 }
-# fmt: off
 # Old configs, and those inside BLIP-2's, also carry the settings of generation, which change no logits.
-_IDLE = (
-    *IDLE, "n_positions", "output_past", "initializer_factor", "bad_words_ids", "begin_suppress_tokens",
-    "diversity_penalty", "early_stopping", "encoder_no_repeat_ngram_size", "exponential_decay_length_penalty",
-    "forced_bos_token_id", "forced_eos_token_id", "length_penalty", "no_repeat_ngram_size", "num_beam_groups",
-    "num_return_sequences", "output_scores", "remove_invalid_values", "return_dict_in_generate", "suppress_tokens",
-    "tf_legacy_loss", "typical_p", "use_bfloat16",
-)
-# fmt: on
+_IDLE = (*IDLE, *IDLE_GENERATION, "n_positions", "output_past")
 
 
 def from_hf_config(values: dict) -> T5Config:
@@ -397,7 +395,6 @@ def from_hf_config(values: dict) -> T5Config:
     pad = option("pad_token_id", 0)
     # transformers 5 writes tie_word_embeddings=True into every config and keeps the real answer in the other option.
     tied = option("tie_word_embeddings", True)
-    eos = option("eos_token_id", 1)
     config = T5Config(
         **sizes,
         num_decoder_layers=option("num_decoder_layers", sizes["num_layers"]),
@@ -405,7 +402,7 @@ def from_hf_config(values: dict) -> T5Config:
         gated=option("is_gated_act", gate == "gated"),
         tie_word_embeddings=option("scale_decoder_outputs", tied),
         bos_token_id=option("bos_token_id", None),
-        eos_token_id=(eos,) if isinstance(eos, int) else tuple(eos),
+        eos_token_id=several_ids(option("eos_token_id", 1)),
         pad_token_id=pad,
         decoder_start_token_id=option("decoder_start_token_id", pad),
     )
@@ -430,7 +427,7 @@ def to_hf_config(config: T5Config) -> dict:
         "tie_word_embeddings": c.tie_word_embeddings,
         "scale_decoder_outputs": c.tie_word_embeddings,
         "bos_token_id": c.bos_token_id,
-        "eos_token_id": c.eos_token_id[0] if len(c.eos_token_id) == 1 else list(c.eos_token_id),
+        "eos_token_id": one_or_several(c.eos_token_id),
         "pad_token_id": c.pad_token_id,
         "decoder_start_token_id": c.decoder_start_token_id,
     }

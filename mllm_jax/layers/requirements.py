@@ -1,0 +1,40 @@
+"""What a model's config asks of its own sizes and switches, refused in one form."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from mllm_jax.errors import ConfigError
+
+
+class Requirements:
+    """The checks of a config's `__post_init__`.
+
+    Args:
+        what: how to name the model in a message.
+        config: the dataclass whose fields are checked.
+    """
+
+    def __init__(self, what: str, config: Any):
+        self._what, self._config = what, config
+
+    def __call__(self, condition: Any, given: str, expected: str, todo: str) -> None:
+        """Raises ConfigError, with its three parts, unless the condition holds."""
+        if not condition:
+            raise ConfigError(f"{self._what}: {given}", expected, todo)
+
+    def one_of(self, name: str, allowed: Iterable[Any]) -> None:
+        """Raises ConfigError: the field `name` is none of those allowed."""
+        given, allowed = getattr(self._config, name), tuple(allowed)
+        self(given in allowed, f"{name} {given!r}", f"one of {', '.join(map(str, allowed))}", f"change {name}")
+
+    def heads(self, multiple: int = 1, why: str = "") -> None:
+        """Raises ConfigError: heads that do not divide hidden_size, or whose size is no multiple that `why` needs."""
+        width, heads = self._config.hidden_size, self._config.num_heads
+        self(
+            width % (multiple * heads) == 0,
+            f"hidden_size {width} for {heads} heads",
+            f"heads whose size is a multiple of {multiple}: {why}" if why else "heads that divide it",
+            "change hidden_size or num_heads",
+        )
