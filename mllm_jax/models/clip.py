@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax import struct
 
+from mllm_jax.checkpoints.config_json import check_written
 from mllm_jax.checkpoints.options import Options
 from mllm_jax.checkpoints.table import Family, Table, Weight
 from mllm_jax.encoders import clip_text, clip_vision, siglip_text, siglip_vision
@@ -284,16 +285,8 @@ def _nameless(part: dict) -> dict:
 
 def _faithful(config: DualEncoderConfig, written: dict, read) -> dict:
     """`written`, if it says how this dual encoder joins its towers; the towers have seen to themselves."""
-    found = read(written)
     names = ("projection_size", "kind", "pooling", "family")
-    lost = [f"{name}={getattr(config, name)!r}" for name in names if getattr(config, name) != getattr(found, name)]
-    if lost:
-        raise ConfigError(
-            f"a dual encoder with {', '.join(lost)}, to be written as {config.family}",
-            f"switches that {config.family} has",
-            "choose another family, or change these",
-        )
-    return written
+    return check_written(config, written, read, "a dual encoder", lambda c: {name: getattr(c, name) for name in names})
 
 
 def clip_table(config: DualEncoderConfig) -> Table:
