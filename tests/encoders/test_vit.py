@@ -263,7 +263,7 @@ def test_what_fills_no_patch_is_left_out_where_asked():
 @pytest.mark.parametrize(
     "change,message",
     [
-        (dict(num_heads=5), "divides hidden_size"),
+        (dict(num_heads=5), "heads that divide it"),
         (dict(rope_grid=4, num_heads=6), "multiple of 4"),
         (dict(pooler="token"), "without a class token"),
         (dict(pooler="none", head_size=4), "pooler 'none'"),
