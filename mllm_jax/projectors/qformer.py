@@ -71,6 +71,11 @@ class QFormerConfig:
     def reads_text(self) -> bool:
         return self.vocab_size is not None
 
+    @property
+    def pointwise(self) -> bool:
+        """Whether each vector that comes in goes out by itself; the queries read them all."""
+        return False
+
     def num_tokens(self, grid: int) -> int:
         """Media tokens of a picture of grid x grid patches: as many as there are queries."""
         return self.num_queries
