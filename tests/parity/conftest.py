@@ -10,7 +10,7 @@ import torch
 torch.set_num_threads(1)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def randomise():
     """Fills every parameter of a torch module, biases and norms included, with numbers far from their defaults."""
 
