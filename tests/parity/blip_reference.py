@@ -6,7 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
+import pytest
 import torch
 import transformers
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
@@ -17,7 +19,8 @@ from mllm_jax.inference.multimodal import MultimodalGenerator
 from mllm_jax.inference.options import Options
 from mllm_jax.models.processor import Processor
 
-SIDE, NEW = 12, 32
+# Pictures are SIDE wide; answers have NEW tokens; LENGTH holds every text.
+SIDE, NEW, LENGTH = 12, 32, 32
 VISION = dict(
     hidden_size=20, intermediate_size=36, num_hidden_layers=3, num_attention_heads=2, image_size=SIDE, patch_size=4
 )
@@ -65,8 +68,16 @@ LLAMA = dict(
     max_position_embeddings=96,
     tie_word_embeddings=False,
 )
-WORDS = "<pad> <s> </s> question : what is the colour of cat ? answer a dog red two pictures \n which one left".split(" ")
-BERT_WORDS = "[PAD] [CLS] [SEP] question : what is the colour of cat ? answer a dog red two pictures which one".split(" ")
+# fmt: off
+WORDS = [
+    "<pad>", "<s>", "</s>", "question", ":", "what", "is", "the", "colour", "of", "cat", "?", "answer", "a", "dog",
+    "red", "two", "pictures", "\n", "which", "one", "left",
+]
+BERT_WORDS = [
+    "[PAD]", "[CLS]", "[SEP]", "question", ":", "what", "is", "the", "colour", "of", "cat", "?", "answer", "a", "dog",
+    "red", "two", "pictures", "which", "one",
+]
+# fmt: on
 TEXTS = [
     "question : what is the colour of the cat ? answer :",
     "a dog",
@@ -191,3 +202,78 @@ def build(kind: str, text: dict, qformer: dict, queries: int, eos: int, seed: in
     processor.save_pretrained(folder)
     model, params = mllm_jax.from_pretrained(folder)
     return Case(reference, processor, folder, model, params, Processor.from_pretrained(folder))
+
+
+ROWS = range(len(TEXTS))
+
+
+class Checks:
+    """What holds for every case, a fixture `case` of the class or module."""
+
+    @pytest.fixture(scope="class")
+    def applied(self, case):
+        """(what the model says of the batch, the batch, the targets of an encoder-decoder)."""
+        batch, target = dict(case.batch()), None
+        if case.model.config.encoder_decoder:
+            target = np.random.default_rng(5).integers(3, 20, (len(TEXTS), 6))
+            target[:, 0] = 0
+            batch |= dict(decoder_tokens=target.astype(np.int32), decoder_segments=np.ones((len(TEXTS), 6), np.int32))
+        logits = jax.jit(lambda p, b: case.model.apply({"params": p}, b).logits)(case.params, batch)
+        return np.asarray(logits), batch, target
+
+    def check_logits(self, case, applied, assert_close, model=None):
+        logits, batch, target = applied
+        for row in ROWS:
+            wanted = None if target is None else torch.tensor(target[row : row + 1])
+            theirs = case.their_logits(row, wanted, model)
+            real = batch["segments"][row] > 0 if target is None else np.ones(6, bool)
+            assert_close(logits[row][real], theirs, 1e-4, f"row {row}")
+
+    def test_pictures_and_places(self, case, assert_close):
+        """The same ids, the queries before the first token; the same pixels once the bytes are normalised."""
+        batch = case.batch()
+        config = case.model.config.encoder
+        assert batch["images"].dtype == np.uint8
+        pixels = (batch["images"] / 255 - np.array(config.image_mean)) / np.array(config.image_std)
+        for row in ROWS:
+            theirs = case.theirs(row)
+            ids = theirs["input_ids"][0].numpy()
+            np.testing.assert_array_equal(batch["tokens"][row][: len(ids)], ids)
+            assert batch["segments"][row].sum() == len(ids)
+            queries = case.model.config.projector.num_queries * len(PICTURES[row])
+            assert batch["media_index"][row][: len(ids)].tolist() == [*range(queries), *[-1] * (len(ids) - queries)]
+            if PICTURES[row]:
+                wanted = theirs["pixel_values"].permute(0, 2, 3, 1).numpy()
+                np.testing.assert_allclose(pixels[row, : len(wanted)], wanted, atol=1e-6)
+
+    def test_logits(self, case, applied, assert_close):
+        self.check_logits(case, applied, assert_close)
+
+    def test_answers(self, case):
+        """Token for token, in a batch and alone."""
+        wanted = [case.their_tokens(row, eos_token_id=None) for row in ROWS]
+        together = case.our_tokens(list(ROWS))
+        assert together == wanted and len(set(map(tuple, wanted))) == len(wanted)
+        # One shape for all, so that little is compiled; the batch had another.
+        assert [case.our_tokens([row], slots=2, length=LENGTH)[0] for row in ROWS] == wanted
+
+    def test_the_configs_own_token_ends_an_answer(self, case):
+        """As "\\n" does with OPT, which is no end of a text elsewhere; the tokenizer's own end does so too."""
+        (end,) = case.model.config.llm.eos_token_id
+        ends = [end, case.processor.tokenizer.backend.eos_token_id]
+        wanted = [case.their_tokens(row, eos_token_id=ends) for row in ROWS]
+        assert any(tokens[-1] == end and len(tokens) < NEW for tokens in wanted)
+        bodies = [tokens[:-1] if tokens[-1] in ends else tokens for tokens in wanted]
+        assert case.our_tokens(list(ROWS), ignore_eos=False) == bodies
+
+    def test_folders_both_ways(self, case, applied, assert_close, tmp_path):
+        mllm_jax.save_pretrained(case.model, case.params, tmp_path / "ours", companions=case.folder)
+        kind = type(case.reference)
+        again, info = kind.from_pretrained(tmp_path / "ours", output_loading_info=True)
+        assert not info["missing_keys"] and not info["unexpected_keys"]
+        self.check_logits(case, applied, assert_close, again.eval())
+        config = mllm_jax.pretrained_config(tmp_path / "ours")
+        assert config == mllm_jax.pretrained_config(case.folder)
+        # What was written is what was there, tensor for tensor.
+        stored, written = case.reference.state_dict(), again.state_dict()
+        assert stored.keys() == written.keys() and all(torch.equal(stored[name], written[name]) for name in stored)
