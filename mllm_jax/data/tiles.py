@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 from einops import rearrange, repeat
 
-NEWLINE = -2
+from mllm_jax.data.media import NEWLINE
 
 Size = tuple[int, int]
 

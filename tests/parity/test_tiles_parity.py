@@ -9,7 +9,8 @@ import pytest
 import torch
 from transformers import LlavaNextModel, LlavaOnevisionModel
 
-from mllm_jax.data.tiles import NEWLINE, anyres_places, best_resolution, tile_places, video_places
+from mllm_jax.data.media import NEWLINE
+from mllm_jax.data.tiles import anyres_places, best_resolution, tile_places, video_places
 
 TILE, GRID, WIDTH = 8, 4, 5
 RESOLUTIONS = [[8 * a, 8 * b] for a, b in ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3), (3, 3))]
