@@ -59,7 +59,7 @@ class DialogueEncoder:
                 "at least one question, and an answer to each",
                 "drop or mend the record",
             )
-        media = [self.layout.image(image) for image in images]
+        media = self.layout.images(images)
         kept: tuple[Row, np.ndarray] | None = None
         messages = [] if self.system is None else [{"role": "system", "content": self.system}]
         learnt: list[tuple[int, int]] = []

@@ -36,6 +36,10 @@ class Layout:
         """uint8[H, W, 3] as decoded, prepared."""
         raise NotImplementedError
 
+    def images(self, pictures: Sequence[np.ndarray]) -> list[Media]:
+        """The pictures of one text; some models prepare one that is alone otherwise than one of several."""
+        return [self.image(picture) for picture in pictures]
+
     def video(self, frames: np.ndarray) -> Media:
         """uint8[F, H, W, 3], the frames that the model is to see, prepared."""
         raise NotImplementedError
@@ -148,7 +152,7 @@ class Processor:
             raise DataError(f"{len(texts)} texts and {len(answers)} answers", "one for each", "give as many")
         read = [self._read(each) for each in texts]
         shown = self._shown(read, {"image": images, "video": videos})
-        media = [[self._prepare(kind, thing) for kind, thing in row] for row in shown]
+        media = [self._prepare(row) for row in shown]
         rows = [
             self.lay_out(one_text.ids, row, f"a text ({one_text.written[:60]!r})")
             for one_text, row in zip(read, media, strict=True)
@@ -227,9 +231,12 @@ class Processor:
                     'take it out, and give pictures as parts {"type": "image"} of the content',
                 )
 
-    def _prepare(self, kind: str, thing: Any) -> Media:
-        if kind == "image":
-            return self.layout.image(as_picture(thing))
+    def _prepare(self, row: list[tuple[str, Any]]) -> list[Media]:
+        """The media of one text, in its order."""
+        images = iter(self.layout.images([as_picture(thing) for kind, thing in row if kind == "image"]))
+        return [next(images) if kind == "image" else self._video(thing) for kind, thing in row]
+
+    def _video(self, thing: Any) -> Media:
         frames = [as_picture(frame) for frame in thing]
         if not frames or len({frame.shape for frame in frames}) > 1:
             raise DataError(f"a video of {len(frames)} frames", "frames of one size", "resize them")
