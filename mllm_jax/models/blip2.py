@@ -65,7 +65,8 @@ def read_parts(values: Mapping, family: str, llms: Sequence[str], text: bool | N
     """
     options = Options(values, f"config.json of {family}")
     options.skip("vision_config", "qformer_config", "text_config")
-    llm_values = dict(options("text_config", {}))
+    # Its model type decides: old files spell its architecture in their own ways.
+    llm_values = _nameless(options("text_config", {}))
     kind = Options({"model_type": llms[0]} | llm_values, f"text_config of {family}").only("model_type", *llms)
     llm, encoder = (
         LLMS[kind].from_hf_config({"model_type": kind} | llm_values),
