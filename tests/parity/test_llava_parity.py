@@ -67,7 +67,9 @@ def test_pixels_on_the_device_are_theirs(loaded):
         slot = 0
         for media in loaded.ours.layout.images(images):
             count, theirs = len(media.arrays["images"]), next(pixels)
-            mine = loaded.model.bind({}).normalise(loaded.batch["images"][row, slot : slot + count])
+            mine = loaded.model.bind({"params": loaded.params}).normalise(
+                loaded.batch["images"][row, slot : slot + count]
+            )
             np.testing.assert_allclose(mine, theirs[:count], atol=1e-6)
             assert not theirs[count:].any(), "what is left is their padding"
             slot += count
