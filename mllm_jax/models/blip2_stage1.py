@@ -54,6 +54,16 @@ class QFormerPretrainingConfig:
         return self.projector.num_tokens(self.encoder.grid)
 
     @property
+    def text_tower(self) -> QFormerConfig:
+        """What reads texts, by the name that training knows it by."""
+        return self.projector
+
+    @property
+    def captions(self) -> int:
+        """The most captions that a picture may have in a row."""
+        return 1
+
+    @property
     def vocab_sizes(self) -> dict[str, int]:
         """How many tokens each embedding holds, by its place in an experiment."""
         return {"model.projector.vocab_size": self.projector.vocab_size}

@@ -8,12 +8,16 @@ from typing import Any
 
 from mllm_jax.data.pipeline import Mixture
 from mllm_jax.errors import ConfigError
+from mllm_jax.models.blip2_stage1 import QFormerPretrainingConfig
 from mllm_jax.models.clip import DualEncoderConfig
 from mllm_jax.models.multimodal import MultimodalConfig
 from mllm_jax.models.registry import has_layout
 from mllm_jax.sharding.mesh import MeshConfig
 from mllm_jax.training.objectives.contrastive import Contrastive
 from mllm_jax.training.objectives.next_token import NextToken
+from mllm_jax.training.objectives.qformer import QFormerStage1
+
+Model = MultimodalConfig | DualEncoderConfig | QFormerPretrainingConfig
 
 
 @dataclass(frozen=True)
@@ -49,7 +53,7 @@ class Stage:
     """
 
     name: str
-    objective: NextToken | Contrastive
+    objective: NextToken | Contrastive | QFormerStage1
     trainable: tuple[str, ...]
     data: Mixture
     steps: int
@@ -132,7 +136,7 @@ class Experiment:
     """Everything `mllm train` needs.
 
     Attributes:
-        model: a multimodal LLM, or a dual encoder, whose stages are all contrastive.
+        model: a multimodal LLM; a dual encoder, whose stages are all contrastive; or what BLIP-2's first stage trains.
         pretrained: parts that do not begin at random.
         cpu_devices: devices that a CPU is presented as; two are faster than one of two cores. Ignored elsewhere.
         nonfinite: "stop" at a loss or gradient that is not finite, or "skip" that step (it is never applied).
@@ -140,7 +144,7 @@ class Experiment:
     """
 
     name: str
-    model: MultimodalConfig | DualEncoderConfig
+    model: Model
     stages: tuple[Stage, ...]
     tokenizer: TokenizerConfig = TokenizerConfig()
     pretrained: tuple[Pretrained, ...] = ()
@@ -183,7 +187,7 @@ class Experiment:
                 _check_captions(stage, mixture, self.model)
 
 
-def require_vocabulary(model: MultimodalConfig | DualEncoderConfig, size: int) -> None:
+def require_vocabulary(model: Model, size: int) -> None:
     """Raises ConfigError if a tokenizer of `size` ids has more than one of the model's embeddings holds."""
     for place, held in model.vocab_sizes.items():
         if size > held:
@@ -192,7 +196,13 @@ def require_vocabulary(model: MultimodalConfig | DualEncoderConfig, size: int) -
             )
 
 
-def _check_objective(stage: Stage, model: MultimodalConfig | DualEncoderConfig) -> None:
+def _check_objective(stage: Stage, model: Model) -> None:
+    if isinstance(stage.objective, QFormerStage1) != isinstance(model, QFormerPretrainingConfig):
+        raise ConfigError(
+            f"stage {stage.name!r}: {type(stage.objective).__name__} for a {type(model).__name__}",
+            "QFormerStage1 for a QFormerPretrainingConfig, and no other objective for that",
+            "change the stage's objective, or the model",
+        )
     contrastive = isinstance(stage.objective, Contrastive)
     if not contrastive and isinstance(model, DualEncoderConfig):
         raise ConfigError(
@@ -214,7 +224,7 @@ def _check_objective(stage: Stage, model: MultimodalConfig | DualEncoderConfig) 
         )
 
 
-def _check_features(stage: Stage, model: MultimodalConfig | DualEncoderConfig) -> None:
+def _check_features(stage: Stage, model: Model) -> None:
     if not stage.cache_features:
         return
     reads = isinstance(model, MultimodalConfig) and not model.packed and isinstance(stage.objective, NextToken)
@@ -226,7 +236,7 @@ def _check_features(stage: Stage, model: MultimodalConfig | DualEncoderConfig) -
         )
 
 
-def _check_captions(stage: Stage, mixture: Mixture, model: MultimodalConfig | DualEncoderConfig) -> None:
+def _check_captions(stage: Stage, mixture: Mixture, model: Model) -> None:
     tower = model.text_tower
     if mixture.layout != "caption" or tower is None:
         return

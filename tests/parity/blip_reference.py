@@ -211,7 +211,8 @@ class Checks:
     """What holds for every case, a fixture `case` of the class or module."""
 
     @pytest.fixture(scope="class")
-    def applied(self, case):
+    @classmethod
+    def applied(cls, case):
         """(what the model says of the batch, the batch, the targets of an encoder-decoder)."""
         batch, target = dict(case.batch()), None
         if case.model.config.encoder_decoder:

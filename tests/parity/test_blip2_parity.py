@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 import transformers
-from blip_reference import OPT, T5, build
-from blip_reference import Checks as _Checks
+from blip_reference import OPT, T5, Checks, build
 
 from mllm_jax.errors import ConfigError
 from mllm_jax.models.blip2 import pixel_reader
@@ -29,7 +28,7 @@ def case(request, tmp_path_factory, randomise):
     return build("Blip2", **CASES[request.param], randomise=randomise, folder=tmp_path_factory.mktemp("blip2"))
 
 
-class TestBlip2(_Checks):
+class TestBlip2(Checks):
     """The checks that it shares with InstructBLIP."""
 
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from blip_reference import LLAMA, PICTURES, T5, TEXTS, build
-from blip_reference import Checks as _Checks
+from blip_reference import LLAMA, PICTURES, T5, TEXTS, Checks, build
 
 CASES = {
     "vicuna": dict(text=LLAMA, qformer={}, queries=5, eos=7, seed=0),
@@ -25,7 +24,7 @@ def case(request, tmp_path_factory, randomise):
     return build("InstructBlip", **CASES[request.param], randomise=randomise, folder=tmp_path_factory.mktemp("folder"))
 
 
-class TestInstructBlip(_Checks):
+class TestInstructBlip(Checks):
     """The checks that it shares with BLIP-2."""
 
 
