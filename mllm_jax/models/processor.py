@@ -204,7 +204,7 @@ class Processor:
             shown = parts if plain else [{n: part[n] for n in ("type", "text") if n in part} for part in parts]
             messages.append({**message, "content": shown})
         ids = self.tokenizer.encode_chat(messages, add_generation_prompt)
-        return _Read(ids, f"{messages[-1]['content']}", wanted)
+        return _Read(ids, _text_of(messages[-1]["content"]), wanted)
 
     def _shown(self, texts: list[_Read], given: Mapping[str, Sequence[Any] | None]) -> list[list[tuple[str, Any]]]:
         """Each text's media in the order of its places: what a message brought along, else what was given beside."""
@@ -316,6 +316,11 @@ class _Read:
     ids: list[int]
     written: str
     wanted: list[tuple[str, Any]]
+
+
+def _text_of(content: str | Sequence[Mapping[str, str]]) -> str:
+    """What a message says, without its pictures."""
+    return content if isinstance(content, str) else " ".join(part["text"] for part in content if "text" in part)
 
 
 def _deal(given: Sequence[Any] | None, kind: str, missing: Sequence[int]) -> list[list[Any]]:

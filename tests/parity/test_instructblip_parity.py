@@ -45,3 +45,12 @@ def test_a_place_for_a_picture_is_no_part_of_the_instruction(case):
     without = case.processor(TEXTS[1], images=PICTURES[0])
     np.testing.assert_array_equal(with_place["query_segments"], without["query_segments"])
     np.testing.assert_array_equal(with_place["query_tokens"], without["query_tokens"])
+
+
+def test_the_instruction_is_what_a_message_says(case, monkeypatch):
+    template = "{% for p in messages[0]['content'] %}{{ p['text'] if p['type'] == 'text' else '' }}{% endfor %}"
+    monkeypatch.setattr(case.processor.tokenizer.backend, "chat_template", template)
+    said = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": TEXTS[1]}]}]
+    batch, wanted = case.processor(said, images=PICTURES[0]), case.processor(TEXTS[1], images=PICTURES[0])
+    for name in ("query_tokens", "query_segments", "images"):
+        np.testing.assert_array_equal(batch[name], wanted[name])
