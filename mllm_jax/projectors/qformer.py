@@ -278,7 +278,8 @@ class QFormer(nn.Module):
                 f"at most {c.max_length}",
                 "shorten the text",
             )
-        return self.token_embedding(tokens) + self.position_embedding(jnp.arange(tokens.shape[1]))
+        places = self.position_embedding(jnp.arange(tokens.shape[1]))
+        return constrain(self.token_embedding(tokens) + places, "batch", "seq", None)
 
     @nn.compact
     def run(self, x, queries: int, cache, features, feature_segments, k_segments, q_index):

@@ -47,7 +47,7 @@ def stage(**changes) -> Stage:
         trainable,
         DATA,
         steps=STEPS,
-        optimizer=AdamW(learning_rate=3e-3, warmup_steps=2),
+        optimizer=AdamW(learning_rate=1e-2, warmup_steps=2),
     )
     return replace(made, **changes)
 
@@ -58,7 +58,7 @@ def experiment(**changes) -> Experiment:
         model=MODEL_1,
         stages=(stage(),),
         tokenizer=TokenizerConfig(vocab_size=400),
-        mesh=MeshConfig(data=2, fsdp=2, tensor=2),
+        mesh=MeshConfig(data=8),
         log_every=1,
     )
     return replace(made, **changes)
@@ -134,7 +134,7 @@ def test_what_does_not_fit_is_refused():
     with pytest.raises(ConfigError, match="Contrastive for a QFormerPretrainingConfig"):
         experiment(stages=(stage(objective=Contrastive()),))
     with pytest.raises(ConfigError, match="QFormerStage1 for a MultimodalConfig"):
-        experiment(model=MODEL)
+        experiment(model=MODEL, tokenizer=TokenizerConfig(vocab_size=320))
     with pytest.raises(ConfigError, match="up to 2 captions a picture for heads of 1"):
         experiment(stages=(stage(data=PAIRS),))
     with pytest.raises(ConfigError, match="60 places for a text tower of 48"):
