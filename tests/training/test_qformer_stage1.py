@@ -32,7 +32,16 @@ from mllm_jax.training.step import make_apply
 STEPS = 20
 ENCODER = ViTConfig(16, 8, 16, num_layers=1, num_heads=2, mlp_size=24, class_token=True)
 QFORMER = QFormerConfig(
-    32, 16, hidden_size=32, num_layers=2, num_heads=4, mlp_size=32, num_queries=3, vocab_size=400, max_length=48
+    32,
+    16,
+    hidden_size=32,
+    num_layers=1,
+    num_heads=4,
+    mlp_size=32,
+    num_queries=3,
+    cross_attention_frequency=1,
+    vocab_size=400,
+    max_length=48,
 )
 MODEL_1 = QFormerPretrainingConfig(ENCODER, QFORMER, projection_size=16)
 CAPTIONS = OpenMojiCaptions(image_size=16, variants=1)
