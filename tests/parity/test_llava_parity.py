@@ -67,7 +67,9 @@ def test_pixels_on_the_device_are_theirs(loaded):
         slot = 0
         for media in loaded.ours.layout.images(images):
             count, theirs = len(media.arrays["images"]), next(pixels)
-            mine = loaded.model.bind({}).normalise(loaded.batch["images"][row, slot : slot + count])
+            mine = loaded.model.bind({"params": loaded.params}).normalise(
+                loaded.batch["images"][row, slot : slot + count]
+            )
             np.testing.assert_allclose(mine, theirs[:count], atol=1e-6)
             assert not theirs[count:].any(), "what is left is their padding"
             slot += count
@@ -125,3 +127,24 @@ def test_all_spellings_of_names(loaded, tmp_path):
         save_file(spelling, tmp_path / "model.safetensors")
         _, params = from_pretrained(tmp_path)
         jax.tree.map(np.testing.assert_array_equal, params, loaded.params)
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.startswith("onevision")][1:])
+def test_videos(case, randomise, assert_close, tmp_path):
+    """A film and a picture in one text; frames of the tower's size, as transformers resizes them by torchvision."""
+    with quick_compilation():
+        reference, processor = build(case, tmp_path, randomise)
+        model, params = from_pretrained(tmp_path)
+        ours = Processor.from_pretrained(tmp_path)
+        side, (picture,) = model.config.encoder.image_size, pictures()[2]
+        frames = np.random.default_rng(5).integers(0, 256, (3, side, side, 3), np.uint8)
+        batch = ours("what is in <video> and <image> ?", images=[picture], videos=[frames])
+        logits = np.asarray(jax.jit(model.apply)({"params": params}, batch).logits)
+    film = torch.tensor(np.moveaxis(np.stack([ours.layout.frames(frame) for frame in frames]), -1, 1))[None]
+    spelt = processor.replace_video_token({"pixel_values_videos": film}, 0)
+    text = f"what is in {spelt} and <image> ?"
+    inputs = reference_inputs(processor, [text], [[picture]], "right") | dict(pixel_values_videos=film)
+    np.testing.assert_array_equal(batch["tokens"], inputs["input_ids"])
+    assert (batch["tokens"] == VIDEO).sum() == 3 * (-(-model.config.encoder.grid // 2)) ** 2 + 1
+    with torch.no_grad():
+        assert_close(logits, reference(**inputs).logits.numpy(), 1e-4, "logits")
