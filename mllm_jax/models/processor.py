@@ -25,10 +25,12 @@ class Layout:
     Attributes:
         image_token, video_token: the id that stands for one picture or video in a text, as the chat template writes
             it; None: the model takes none.
+        neighbours: the most media tokens whose sum stands at one place.
     """
 
     image_token: int | None = None
     video_token: int | None = None
+    neighbours: int = 1
 
     def image(self, picture: np.ndarray) -> Media:
         """uint8[H, W, 3] as decoded, prepared."""
@@ -151,12 +153,28 @@ class Processor:
         read = [self._read(each) for each in texts]
         shown = self._shown(read, {"image": images, "video": videos})
         media = [self._prepare(row) for row in shown]
-        rows = []
-        for one_text, row in zip(read, media, strict=True):
-            ids = self.layout.arrange(one_text.ids, len(row))
-            placeholders = list(self._placeholders.values())
-            rows.append(lay_out_row(ids, row, placeholders, f"a text ({one_text.written[:60]!r})"))
+        rows = [
+            self.lay_out(one_text.ids, row, f"a text ({one_text.written[:60]!r})")
+            for one_text, row in zip(read, media, strict=True)
+        ]
         return self._batch(rows, media, [each.written for each in read], answers, slots, length)
+
+    @property
+    def placeholders(self) -> tuple[int, ...]:
+        """The ids that stand for a picture or video in a text."""
+        return tuple(self._placeholders.values())
+
+    def ids_of(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> list[int]:
+        """A conversation to ids with a placeholder for each picture.
+
+        Raises:
+            DataError: a message that spells a placeholder, or that the chat template refuses.
+        """
+        return self._read(messages, add_generation_prompt).ids
+
+    def lay_out(self, ids: Sequence[int], media: Sequence[Media], what: str) -> Row:
+        """A text with media tokens in the places of its pictures; `what` it is, for the message of a DataError."""
+        return lay_out_row(self.layout.arrange(list(ids), len(media)), media, self.placeholders, what)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Ids to text, special tokens left out."""
@@ -164,7 +182,7 @@ class Processor:
 
     # ---- texts and their pictures
 
-    def _read(self, text: Text) -> _Read:
+    def _read(self, text: Text, add_generation_prompt: bool = True) -> _Read:
         if isinstance(text, str):
             ids = self.tokenizer.encode(text)
             return _Read(ids, text, [(kind, None) for i in ids for kind, p in self._placeholders.items() if i == p])
@@ -185,7 +203,8 @@ class Processor:
                     )
             shown = parts if plain else [{n: part[n] for n in ("type", "text") if n in part} for part in parts]
             messages.append({**message, "content": shown})
-        return _Read(self.tokenizer.encode_chat(messages), f"{messages[-1]['content']}", wanted)
+        ids = self.tokenizer.encode_chat(messages, add_generation_prompt)
+        return _Read(ids, f"{messages[-1]['content']}", wanted)
 
     def _shown(self, texts: list[_Read], given: Mapping[str, Sequence[Any] | None]) -> list[list[tuple[str, Any]]]:
         """Each text's media in the order of its places: what a message brought along, else what was given beside."""

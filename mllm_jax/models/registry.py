@@ -125,6 +125,11 @@ def _family(architecture: str, home: str | None = None) -> Family:
     return next(family for family in families if architecture in family.architectures)
 
 
+def has_layout(config: Any) -> bool:
+    """Whether a config is that of a named model with a processor of its own, which lays out pictures and text."""
+    return getattr(config, "family", None) is not None and family_of_config(config).layout is not None
+
+
 def abstract_params(config: Any, family: Family) -> PyTree:
     """Shapes, dtypes and logical names of the parameters of `config.make()`; nothing is computed."""
     return abstract_init(config.make(), *family.sample(config))
