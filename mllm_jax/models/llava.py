@@ -111,7 +111,8 @@ class LlavaLayout(TileLayout):
     def __init__(self, config: LlavaConfig, pictures: ImageProcessor, frames: ImageProcessor | None = None):
         side = config.encoder.image_size
         if config.preprocessing == "original" and config.family == LLAVA:
-            pictures = replace(pictures, background=tuple(int(x * 255) for x in config.encoder.image_mean))
+            mean = pictures.mean or config.encoder.image_mean
+            pictures = replace(pictures, background=tuple(int(x * 255) for x in mean))
         for processor in filter(None, (pictures, frames)):
             made = {processor.output_size(*size) for size in ((side, 2 * side), (2 * side, side))}
             if made != {(side, side)}:

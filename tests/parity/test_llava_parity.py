@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from llava_reference import CASES, IMAGE, TEXTS, VIDEO, build, pictures, reference_inputs
+from llava_reference import CASES, ID, IMAGE, TEXTS, VIDEO, build, pictures, reference_inputs
 from safetensors.numpy import load_file, save_file
 from toy_data import quick_compilation
 
@@ -127,3 +127,25 @@ def test_all_spellings_of_names(loaded, tmp_path):
         save_file(spelling, tmp_path / "model.safetensors")
         _, params = from_pretrained(tmp_path)
         jax.tree.map(np.testing.assert_array_equal, params, loaded.params)
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.startswith("onevision")][1:])
+def test_videos(case, randomise, assert_close, tmp_path):
+    """A film and a picture in one text; frames of the tower's size, as transformers resizes them by torchvision."""
+    with quick_compilation():
+        reference, processor = build(case, tmp_path, randomise)
+        model, params = from_pretrained(tmp_path)
+        ours = Processor.from_pretrained(tmp_path)
+        side, (picture,) = model.config.encoder.image_size, pictures()[2]
+        frames = np.random.default_rng(5).integers(0, 256, (3, side, side, 3), np.uint8)
+        batch = ours("what is in <video> and <image> ?", images=[picture], videos=[frames])
+        logits = np.asarray(jax.jit(model.apply)({"params": params}, batch).logits)
+    film = torch.tensor(np.moveaxis(np.stack([ours.layout.frames(frame) for frame in frames]), -1, 1))[None]
+    tokens = processor.replace_video_token({"pixel_values_videos": film}, 0).count("<video>")
+    # Without torchvision there is no video processor, and without one the text may not speak of videos.
+    text = "what is in" + " dog" * tokens + " and <image> ?"
+    inputs = reference_inputs(processor, [text], [[picture]], "right") | dict(pixel_values_videos=film)
+    inputs["input_ids"][inputs["input_ids"] == ID["dog"]] = VIDEO
+    np.testing.assert_array_equal(batch["tokens"], inputs["input_ids"])
+    with torch.no_grad():
+        assert_close(logits, reference(**inputs).logits.numpy(), 1e-4, "logits")
