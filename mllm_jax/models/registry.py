@@ -37,6 +37,7 @@ _HOMES = {
     "CLIPTextModelWithProjection": "mllm_jax.encoders.clip_text",
     "CLIPModel": "mllm_jax.models.clip",
     "SiglipVisionModel": "mllm_jax.encoders.siglip_vision",
+    "SamVisionModel": "mllm_jax.encoders.sam",
     "SiglipTextModel": "mllm_jax.encoders.siglip_text",
     "SiglipModel": "mllm_jax.models.clip",
     "Dinov2Model": "mllm_jax.encoders.dinov2",
