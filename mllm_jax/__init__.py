@@ -29,13 +29,17 @@ if TYPE_CHECKING:  # what editors and type checkers read; `_HOMES` says the same
     from mllm_jax.inference.generate import Generator as Generator
     from mllm_jax.inference.generate import Prompt as Prompt
     from mllm_jax.inference.language import LanguageGenerator as LanguageGenerator
+    from mllm_jax.inference.multimodal import MultimodalGenerator as MultimodalGenerator
+    from mllm_jax.inference.multimodal import generate as generate
     from mllm_jax.inference.options import Completion as Completion
     from mllm_jax.inference.options import Options as Options
     from mllm_jax.inference.sampling import Sampling as Sampling
     from mllm_jax.llms.decoder import DecoderConfig as DecoderConfig
     from mllm_jax.models.contrastive import ContrastiveConfig as ContrastiveConfig
+    from mllm_jax.models.multimodal import Connection as Connection
     from mllm_jax.models.multimodal import Multimodal as Multimodal
     from mllm_jax.models.multimodal import MultimodalConfig as MultimodalConfig
+    from mllm_jax.models.processor import Processor as Processor
     from mllm_jax.models.registry import from_pretrained as from_pretrained
     from mllm_jax.models.registry import pretrained_config as pretrained_config
     from mllm_jax.models.registry import save_pretrained as save_pretrained
@@ -68,11 +72,13 @@ _NAMES = {
     "errors": ("CheckpointError", "ConfigError", "DataError", "MllmError", "RunFolderError", "TrainingError"),
     "inference.generate": ("Generator", "Prompt"),
     "inference.language": ("LanguageGenerator",),
+    "inference.multimodal": ("MultimodalGenerator", "generate"),
     "inference.options": ("Completion", "Options"),
     "inference.sampling": ("Sampling",),
     "llms.decoder": ("DecoderConfig",),
     "models.contrastive": ("ContrastiveConfig",),
-    "models.multimodal": ("Multimodal", "MultimodalConfig"),
+    "models.multimodal": ("Connection", "Multimodal", "MultimodalConfig"),
+    "models.processor": ("Processor",),
     "models.registry": ("from_pretrained", "pretrained_config", "save_pretrained", "supported_models"),
     "projectors.mlp": ("MLPProjectorConfig",),
     "sharding.mesh": ("MeshConfig",),

@@ -318,7 +318,7 @@ def test_the_encoder_of_the_contributing_page_works(tmp_path, monkeypatch):
     # Any numbers do, and drawing them here spares compiling the initialisers.
     numbers = np.random.default_rng(0)
     params = jax.tree.map(lambda x: numbers.normal(0, 0.1, x.shape).astype(x.dtype), nn.meta.unbox(boxed))
-    logits = jax.jit(lambda images: model.apply({"params": params}, {**batch, "images": images}))
+    logits = jax.jit(lambda images: model.apply({"params": params}, {**batch, "images": images}).logits)
     one, other = logits(batch["images"]), logits(batch["images"].at[1].set(200))
     assert one.shape == (2, 6, 32)
     assert jnp.array_equal(one[0], other[0]) and not jnp.array_equal(one[1], other[1])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 
@@ -59,6 +60,8 @@ class Family:
         table: the module's config -> Table.
         sample: the module's config -> the arguments with which `init` creates every parameter.
         oracle: the reference class that parity is proven against.
+        layout: of a model that reads media: (the module's config, the folder) -> how its pictures are prepared and
+            where they stand in the text, see `mllm_jax.models.processor.Layout`.
     """
 
     name: str
@@ -68,3 +71,4 @@ class Family:
     table: Callable[[Any], Table]
     sample: Callable[[Any], tuple]
     oracle: str = ""
+    layout: Callable[[Any, Path], Any] | None = None

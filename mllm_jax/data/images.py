@@ -70,6 +70,28 @@ def read_image(path: str | os.PathLike) -> np.ndarray:
     return decode_image(data, what=os.fspath(path))
 
 
+def as_picture(image: np.ndarray | Image.Image | bytes | str | os.PathLike) -> np.ndarray:
+    """A picture in any form that people have it in, as uint8[H, W, 3].
+
+    Raises:
+        DataError: a file that cannot be read, an array of another shape or dtype, or something else altogether.
+    """
+    if isinstance(image, Image.Image):
+        return np.asarray(_to_rgb(image))
+    if isinstance(image, (str, os.PathLike)):
+        return read_image(image)
+    if isinstance(image, bytes):
+        return decode_image(image, what="a picture")
+    if isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.ndim == 3 and image.shape[-1] == 3:
+        return image
+    given = f"{image.dtype}{list(image.shape)}" if isinstance(image, np.ndarray) else f"a {type(image).__name__}"
+    raise DataError(
+        f"a picture given as {given}",
+        "uint8[height, width, 3], a picture of Pillow, a path, or the bytes of a file",
+        "convert it; a file from the network is to be fetched first",
+    )
+
+
 def resize(image: np.ndarray, size: int | tuple[int, int]) -> np.ndarray:
     """Resizes a picture, filtering so that thin lines survive.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from contextlib import nullcontext
 from typing import Any
@@ -64,16 +65,24 @@ class Engine:
 
     Args:
         module: see `steps_of`.
-        params: its parameters, unboxed; sharded if there is a mesh.
+        params: its parameters, unboxed; sharded if there is a mesh. None: they come with `of`.
         by_layer: see `LanguageSteps`.
     """
 
-    def __init__(self, module: nn.Module, params: dict, mesh: Mesh | None = None, *, by_layer: bool | None = None):
+    def __init__(
+        self, module: nn.Module, params: dict | None, mesh: Mesh | None = None, *, by_layer: bool | None = None
+    ):
         self.steps: Steps = steps_of(module, by_layer)
-        self.params, self.mesh = self.steps.prepare(params), mesh
+        self.params, self.mesh = params if params is None else self.steps.prepare(params), mesh
         # Each call gives its cache to the next, which writes it in place; what the host looks at is not given away.
         self._start = jax.jit(self._start_impl, static_argnames=("new", "sampling", "logprobs"))
         self._advance = jax.jit(self._advance_impl, static_argnames=("sampling",), donate_argnames=("state",))
+
+    def of(self, params: dict) -> Engine:
+        """The same engine with other parameters; what is compiled serves both."""
+        other = copy.copy(self)
+        other.params = self.steps.prepare(params)
+        return other
 
     def place(self, array: np.ndarray) -> jax.Array:
         """An array of rows on the devices."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Generator as Stream
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import jax
 import numpy as np
@@ -51,7 +50,7 @@ class Generator:
     ):
         self.model, self.params, self.tokenizer, self.mesh = model, params, tokenizer, mesh
         self.batch_size, self.max_new_tokens = batch_size, max_new_tokens
-        self._encode = jax.jit(partial(model.apply, method="encode_media"))
+        self._encode = jax.jit(lambda p, x: model.apply({"params": p}, {"images": x}, method="encode_media").tokens)
         self._answers = Answers(Engine(model, params, mesh))
 
     def encode_images(self, images: Sequence[np.ndarray]) -> np.ndarray:
@@ -64,7 +63,7 @@ class Generator:
         for start in range(0, len(images), self.batch_size):
             chunk = np.stack(images[start : start + self.batch_size])[:, None]
             pixels = self._answers.engine.place(_pad_rows(chunk, self.batch_size))
-            media = self._encode({"params": self.params}, pixels)
+            media = self._encode(self.params, pixels)
             out.append(np.asarray(media, np.float32)[: len(chunk)])
         return np.concatenate(out)
 

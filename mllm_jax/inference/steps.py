@@ -47,7 +47,8 @@ class Steps(Protocol):
 def steps_of(module: nn.Module, by_layer: bool | None = None) -> Steps:
     """The steps of a composed model, an encoder-decoder (it has a method `start`) or a decoder-only model."""
     if isinstance(module, Multimodal):
-        return MultimodalSteps(module, by_layer)
+        composed = MultimodalEncoderDecoderSteps if module.config.encoder_decoder else MultimodalSteps
+        return composed(module, by_layer)
     return (EncoderDecoderSteps if hasattr(module, "start") else LanguageSteps)(module, by_layer)
 
 
@@ -123,27 +124,37 @@ class EncoderDecoderSteps(LanguageSteps):
 
 
 class MultimodalSteps(LanguageSteps):
-    """The composed model; batches also hold positions, media_index and, where there are pictures, media."""
+    """The composed model; batches also hold positions, media_index and, where there are pictures, what shows them."""
 
     def __init__(self, module: Multimodal, by_layer: bool | None = None):
         super().__init__(module.config.llm.make(), by_layer)
-        self.module = dataclasses.replace(module.config, llm=self.config).make()
+        self.llm, self.module = self.module, dataclasses.replace(module.config, llm=self.config).make()
 
     def prepare(self, params: dict) -> dict:
         return {**params, "llm": super().prepare(params["llm"])}
 
     def prefill(self, params: dict, batch: Batch, new: int) -> tuple[jax.Array, Any]:
         rows, length = batch["tokens"].shape
-        ask = only_last(self.module, batch) | {"cache": self.config.make_cache(rows, length + new)}
-        logits, cache = self.apply(params, batch, **ask)
-        return last_of(logits, batch), self.shut(cache)
+        ask = only_last(self.llm, batch) | {"cache": self.config.make_cache(rows, length + new)}
+        out = self.apply(params, batch, **ask)
+        return last_of(out.logits, batch), self.shut(out.cache)
 
     def step(self, params: dict, state: Any, tokens: jax.Array) -> tuple[jax.Array, Any]:
-        cache = self.open(state)
-        one = jnp.ones((tokens.shape[0], 1), jnp.int32)
-        batch = dict(tokens=tokens[:, None], positions=cache.length[:, None], segments=one, media_index=-one)
-        logits, cache = self.apply(params, batch, cache=cache)
+        logits, cache = self.apply(params, tokens[:, None], self.open(state), method="step")
         return logits[:, 0], self.shut(cache)
+
+
+class MultimodalEncoderDecoderSteps(MultimodalSteps, EncoderDecoderSteps):
+    """The composed model over an encoder-decoder, which reads text and media in its encoder."""
+
+    prompt_takes_room = False
+
+    def prefill(self, params: dict, batch: Batch, new: int) -> tuple[jax.Array, Any]:
+        cache = self.apply(params, batch, size=new + 1, method="start")
+        return self.step(params, self.shut(cache), self._first(batch)[:, 0])
+
+    def said(self, batch: Batch) -> tuple[jax.Array, jax.Array]:
+        return EncoderDecoderSteps.said(self, batch)
 
 
 def only_last(module: nn.Module, batch: Batch) -> dict:

@@ -2,53 +2,95 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 from einops import rearrange
 from flax import linen as nn
+from flax import struct
 
 from mllm_jax.encoders.text import TextTowerConfig
-from mllm_jax.encoders.vit import ViTConfig
+from mllm_jax.encoders.vit import select_layers
 from mllm_jax.errors import ConfigError
-from mllm_jax.llms.decoder import DecoderConfig
 from mllm_jax.models.contrastive import ContrastiveConfig
-from mllm_jax.projectors.mlp import MLPProjectorConfig
 from mllm_jax.sharding.logical import constrain
 
 
 @dataclass(frozen=True)
-class MultimodalConfig:
-    """The parts' configs; text tower and contrastive heads (both or neither) serve the contrastive stage only."""
+class Connection:
+    """Which of the encoder's features the projector reads.
 
-    encoder: ViTConfig
-    projector: MLPProjectorConfig
-    llm: DecoderConfig
+    Attributes:
+        layers: hidden states, side by side when there are several: 0 is what entered the first layer, -1 what left the
+            last. None: the encoder's last hidden state, behind its final norm.
+        class_token: whether vectors that stand for the whole picture are read too.
+    """
+
+    layers: tuple[int, ...] | None = None
+    class_token: bool = False
+
+
+@dataclass(frozen=True)
+class MultimodalConfig:
+    """The parts' configs and what joins them. A named model is a subclass that adds what its config.json says.
+
+    Attributes:
+        encoder: of one size of pictures, or of packed patches, which come out merged and projected.
+        projector: None for an encoder of packed patches.
+        llm: a decoder or an encoder-decoder, which reads media in its encoder.
+        newline: a learned vector that stands in the text where a row of patches ends (LLaVA-NeXT); it is the media
+            token behind all others of a row.
+        text_tower, contrastive: both or neither; they serve the contrastive stage only.
+        family: None, or the Hugging Face architecture that it is written as.
+    """
+
+    encoder: Any
+    projector: Any
+    llm: Any
+    connection: Connection = Connection()
+    newline: bool = False
     text_tower: TextTowerConfig | None = None
     contrastive: ContrastiveConfig | None = None
+    family: str | None = None
 
     def __post_init__(self):
-        if self.projector.output_size != self.llm.hidden_size:
-            raise ConfigError(
-                f"projector.output_size {self.projector.output_size}",
-                f"the LLM's hidden_size {self.llm.hidden_size}",
-                "make the two equal",
-            )
         if (self.text_tower is None) != (self.contrastive is None):
             raise ConfigError(
                 "a text tower without contrastive heads, or the reverse", "both or neither", "add or drop"
             )
-        if self.encoder.grid % self.projector.merge:
+        if self.packed != (self.projector is None):
             raise ConfigError(
-                f"projector.merge {self.projector.merge} on {self.encoder.grid} patches a side",
-                "a merge that divides the patches",
-                "change projector.merge, encoder.image_size or encoder.patch_size",
+                f"encoder {type(self.encoder).__name__} with projector {type(self.projector).__name__}",
+                "a projector for an encoder of whole pictures, and None for one of packed patches, which projects",
+                "change the projector",
             )
+        where, width = ("encoder", self.encoder) if self.packed else ("projector", self.projector)
+        if width.output_size != self.llm.hidden_size:
+            raise ConfigError(
+                f"{where}.output_size {width.output_size}",
+                f"the LLM's hidden_size {self.llm.hidden_size}",
+                "make the two equal",
+            )
+        if not self.packed:
+            self.media_tokens  # noqa: B018 - refuses a grid that the projector cannot divide
+
+    @property
+    def packed(self) -> bool:
+        """Whether the encoder reads patches of pictures of any size, packed in rows, instead of tiles of one size."""
+        return not hasattr(self.encoder, "grid")
+
+    @property
+    def encoder_decoder(self) -> bool:
+        """Whether the LLM reads text and media in an encoder of its own and answers from a decoder."""
+        return hasattr(self.llm, "decoder_start_token_id")
 
     @property
     def media_tokens(self) -> int:
-        """Tokens that one picture takes in the LLM's row."""
-        return self.projector.num_tokens(self.encoder.grid)
+        """Tokens that one picture, or tile of one, takes in the LLM's row."""
+        kept = self.connection.class_token and self.encoder.class_token and self.projector.pointwise
+        return self.projector.num_tokens(self.encoder.grid) + int(kept)
 
     @property
     def vocab_sizes(self) -> dict[str, int]:
@@ -66,8 +108,40 @@ class MultimodalConfig:
         """What most of the model computes in."""
         return self.llm.dtype
 
+    def with_dtype(self, dtype: str) -> MultimodalConfig:
+        """The same model with every part computing in `dtype`."""
+        parts = {name: getattr(self, name) for name in ("encoder", "projector", "llm", "text_tower")}
+        return replace(self, **{name: replace(part, dtype=dtype) for name, part in parts.items() if part is not None})
+
     def make(self) -> Multimodal:
         return Multimodal(self)
+
+
+@struct.dataclass
+class MediaTokens:
+    """Encoded media of a batch of rows.
+
+    Attributes:
+        tokens: dtype[B, N, E], every slot's media tokens in the order of the slots.
+        deepstack: of each of the LLM's first layers what is added behind it where these tokens stand (arXiv
+            2406.04334); empty for most encoders.
+    """
+
+    tokens: jax.Array
+    deepstack: tuple[jax.Array, ...] = ()
+
+
+@struct.dataclass
+class MultimodalOutput:
+    """What a batch gives.
+
+    Attributes:
+        logits: float32[B, S, V], of what follows each place; [B, M, V] where only M places were asked for.
+        cache: what was read, where a cache was given.
+    """
+
+    logits: jax.Array
+    cache: Any = None
 
 
 class Multimodal(nn.Module):
@@ -78,8 +152,12 @@ class Multimodal(nn.Module):
     def setup(self):
         c = self.config
         self.encoder = c.encoder.make()
-        self.projector = c.projector.make()
         self.llm = c.llm.make()
+        if c.projector is not None:
+            self.projector = c.projector.make()
+        if c.newline:
+            init = nn.with_logical_partitioning(nn.initializers.normal(0.02), ("embed",))
+            self.newline = self.param("newline", init, (c.llm.hidden_size,), jnp.float32)
         if c.contrastive is not None:
             self.text_tower = c.text_tower.make()
             self.contrastive = c.contrastive.make()
@@ -90,47 +168,101 @@ class Multimodal(nn.Module):
         mean, std = jnp.asarray(c.image_mean, jnp.float32), jnp.asarray(c.image_std, jnp.float32)
         return (pixels.astype(jnp.float32) / 255.0 - mean) / std
 
-    def encode_media(self, images):
-        """uint8[B, M, H, W, 3] -> dtype[B, M*T, E]: every slot's projected media tokens, in the order of the slots."""
-        rows = images.shape[0]
-        pixels = rearrange(self.normalise(images), "b m h w c -> (b m) h w c")
-        features = self.encoder(pixels).last_hidden_state
-        if self.config.encoder.class_token:
-            features = features[:, 1:]
-        return rearrange(self.projector(features), "(b m) t e -> b (m t) e", b=rows)
+    def encode_media(self, batch) -> MediaTokens | None:
+        """The media of a batch as the LLM reads them; None where it has none.
 
-    def merge(self, tokens, media, media_index):
+        Args:
+            batch: `images` uint8[B, M, H, W, 3], or float where they are normalised already, with `query_tokens` and
+                `query_segments` int[B, M, L] for a projector that reads text; or `patches` [B, N, D] with
+                `patch_segments`, `patch_coordinates` and `patch_grids` as `QwenViT` takes them; or `media`
+                dtype[B, N, E], encoded before; or none of these.
+        """
+        if "media" in batch:
+            return MediaTokens(batch["media"])
+        if "patches" in batch:
+            where = (batch[f"patch_{name}"] for name in ("segments", "coordinates", "grids"))
+            out = self.encoder(batch["patches"], *where)
+            return MediaTokens(out.pooler_output, out.deepstack_features)
+        if "images" not in batch:
+            return None
+        rows, slots = batch["images"].shape[:2]
+        text = [
+            rearrange(batch[name], "b m l -> (b m) l") for name in ("query_tokens", "query_segments") if name in batch
+        ]
+        media = self.projector(self.encode_images(batch), *text)
+        return MediaTokens(rearrange(media, "(b m) t e -> b (m t) e", b=rows, m=slots))
+
+    def encode_images(self, batch):
+        """The features that the projector reads: dtype[B * M, P, E] of `images` [B, M, H, W, 3]."""
+        c = self.config
+        images = rearrange(batch["images"], "b m h w c -> (b m) h w c")
+        pixels = self.normalise(images) if images.dtype == jnp.uint8 else images
+        chosen, keep = c.connection.layers, c.connection.class_token
+        if chosen is not None:
+            return select_layers(self.encoder(pixels, output_hidden_states=True), chosen, keep)
+        out = self.encoder(pixels)
+        return out.last_hidden_state if keep else out.last_hidden_state[:, out.class_tokens :]
+
+    def merge(self, tokens, media, media_index, media_weights=None):
         """Media tokens in the places of the text that ask for them; a gather inside each row, so no shard is crossed.
 
         Args:
-            tokens: int[B, S].  media: dtype[B, M*T, E] or None.  media_index: int[B, S], -1 for text.
+            tokens: int[B, S].
+            media: dtype[B, N, E] or None; with a newline vector index N means that.
+            media_index: int[B, S], -1 for text; or int[B, S, K] with `media_weights` float[B, S, K], where a place
+                holds the weighted sum of K media tokens.
 
         Returns:
             dtype[B, S, E].
         """
-        text = self.llm.embed(tokens)
+        here = (media_index if media_index.ndim == 2 else media_index[..., 0]) >= 0
+        text = self.llm.embed(jnp.where(here, 0, tokens))  # the id that stands for a picture may be beyond the table
         if media is None:
             return text
-        index = jnp.maximum(media_index, 0)[..., None]
-        placed = jnp.take_along_axis(media, index, axis=1).astype(text.dtype)
-        return constrain(jnp.where((media_index >= 0)[..., None], placed, text), "batch", "seq", None)
+        if self.config.newline:
+            newline = jnp.broadcast_to(self.newline.astype(media.dtype), (media.shape[0], 1, media.shape[-1]))
+            media = jnp.concatenate([media, newline], axis=1)
+        placed = _placed(media, media_index, media_weights)
+        return constrain(jnp.where(here[..., None], placed.astype(text.dtype), text), "batch", "seq", None)
 
-    def __call__(self, batch, cache=None, logits_at=None):
+    def __call__(self, batch, cache=None, logits_at=None) -> MultimodalOutput:
         """Next-token logits of a batch of packed rows.
 
         Args:
-            batch: tokens, positions, segments, media_index int[B, S]; images uint8[B, M, H, W, 3], or what
-                `encode_media` made of them as `media` dtype[B, M*T, E] (neither: text only).
+            batch: tokens, segments int[B, S]; positions int[B, S], or int[B, S, 3] for M-RoPE; media_index and
+                media_weights, see `merge`; the media, see `encode_media`. An encoder-decoder reads all this in its
+                encoder and has decoder_tokens, decoder_positions and decoder_segments int[B, T] besides.
             cache: KVCache, for generation.
             logits_at: int[B, M], the places whose logits are wanted; None is all.
-
-        Returns:
-            float32[B, S or M, V], with a cache (logits, cache).
         """
-        media = self.encode_media(batch["images"]) if "images" in batch else batch.get("media")
-        embeddings = self.merge(batch["tokens"], media, batch["media_index"])
-        places = batch["tokens"], batch["positions"], batch["segments"]
-        return self.llm(*places, embeddings=embeddings, cache=cache, logits_at=logits_at)
+        embeddings, more = self._read(batch)
+        places = batch["tokens"], batch.get("positions"), batch["segments"]
+        if "decoder_tokens" in batch:
+            target = {n: batch.get(n) for n in ("decoder_tokens", "decoder_positions", "decoder_segments")}
+            return MultimodalOutput(self.llm(*places, embeddings=embeddings, **target))
+        more |= {} if logits_at is None else {"logits_at": logits_at}
+        if cache is None:
+            return MultimodalOutput(self.llm(*places, embeddings=embeddings, **more))
+        return MultimodalOutput(*self.llm(*places, embeddings=embeddings, cache=cache, **more))
+
+    def _read(self, batch):
+        """The LLM's input dtype[B, S, E], and what its first layers get besides."""
+        media, index, weights = self.encode_media(batch), batch["media_index"], batch.get("media_weights")
+        embeddings = self.merge(batch["tokens"], media and media.tokens, index, weights)
+        if media is None or not media.deepstack:
+            return embeddings, {}
+        here = (index if index.ndim == 2 else index[..., 0])[..., None] >= 0
+        return embeddings, {"deepstack": tuple(jnp.where(here, _placed(x, index, weights), 0) for x in media.deepstack)}
+
+    def start(self, batch, size: int):
+        """Lets an encoder-decoder read a batch and makes the cache to generate from; see `T5.start`."""
+        embeddings, _ = self._read(batch)
+        places = batch["tokens"], batch.get("positions"), batch["segments"]
+        return self.llm.start(*places, embeddings=embeddings, size=size)
+
+    def step(self, tokens, cache):
+        """One more token of each row, int[B, 1]: (float32[B, 1, V], cache)."""
+        return self.llm(tokens, cache=cache)
 
     def embed_pairs(self, batch):
         """The captions of each row and what they describe of its first picture, as unit vectors.
@@ -151,14 +283,37 @@ class Multimodal(nn.Module):
 
     def touch(self, batch):
         """Runs every part once: what `init` traces so that all parameters exist."""
-        logits = self(batch)
+        out = self(batch)
         if self.config.contrastive is not None:
             self.embed_pairs(batch)
-        return logits
+        return out
 
     def sample_batch(self, rows: int = 1, length: int = 8, slots: int = 1) -> dict:
         """A batch of zeros with the shapes that `touch` needs."""
-        side = self.config.encoder.image_size
+        c = self.config
         ints = jnp.zeros((rows, length), jnp.int32)
-        images = jnp.zeros((rows, slots, side, side, 3), jnp.uint8)
-        return dict(tokens=ints, positions=ints, segments=ints, media_index=ints - 1, images=images)
+        batch = dict(tokens=ints, positions=ints, segments=ints, media_index=ints - 1)
+        if c.packed:
+            few = jnp.zeros((rows, slots * c.encoder.merge_unit), jnp.int32)
+            places = jnp.zeros((*few.shape, 2), jnp.int32)
+            batch |= dict(patches=jnp.zeros((*few.shape, c.encoder.patch_values)), patch_segments=few)
+            batch |= dict(patch_coordinates=places, patch_grids=places)
+        else:
+            side = c.encoder.image_size
+            batch |= dict(images=jnp.zeros((rows, slots, side, side, 3), jnp.uint8))
+        if getattr(c.projector, "reads_text", False):
+            query = jnp.zeros((rows, slots, 2), jnp.int32)
+            batch |= dict(query_tokens=query, query_segments=query)
+        if c.encoder_decoder:
+            batch |= dict(decoder_tokens=ints, decoder_segments=ints)
+        return batch
+
+
+def _placed(media, index, weights):
+    """dtype[B, N, E] gathered to [B, S, E]; see `Multimodal.merge`."""
+    if index.ndim == 2:
+        return jnp.take_along_axis(media, jnp.maximum(index, 0)[..., None], axis=1)
+    neighbours = index.shape[-1]
+    flat = rearrange(jnp.maximum(index, 0), "b s k -> b (s k) 1")
+    found = rearrange(jnp.take_along_axis(media, flat, axis=1), "b (s k) e -> b s k e", k=neighbours)
+    return jnp.einsum("bske,bsk->bse", found, weights.astype(media.dtype))

@@ -183,7 +183,7 @@ def from_pretrained(
         config = family.from_hf(hf_config)
         abstract = abstract_params(config, family)
         params = read_weights(folder, family.table(config), abstract, mesh=mesh, dtype=dtype, report=report)
-    return dataclasses.replace(config, dtype=_dtype_of(params)).make(), params
+    return _computing_in(config, _dtype_of(params)).make(), params
 
 
 def save_pretrained(
@@ -222,6 +222,11 @@ def save_pretrained(
         dtype=dtype,
         overwrite=overwrite,
     )
+
+
+def _computing_in(config: Any, dtype: str) -> Any:
+    """The config with that dtype; a composed model has one in each part."""
+    return config.with_dtype(dtype) if hasattr(config, "with_dtype") else dataclasses.replace(config, dtype=dtype)
 
 
 def _dtype_of(params: PyTree) -> str:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from einops import rearrange
 from flax import linen as nn
 
+from mllm_jax.errors import ConfigError
 from mllm_jax.layers.linear import Linear
 from mllm_jax.layers.mlp import ACTIVATIONS
 from mllm_jax.layers.norms import LayerNorm
@@ -34,8 +35,19 @@ class MLPProjectorConfig:
     place_embedding: bool = False
     dtype: str = "float32"
 
+    @property
+    def pointwise(self) -> bool:
+        """Whether each vector that comes in goes out by itself, class tokens among them."""
+        return self.merge == 1
+
     def num_tokens(self, grid: int) -> int:
-        """Media tokens of a square picture of grid x grid patches."""
+        """Media tokens of a square picture of grid x grid patches. Raises ConfigError: `merge` does not divide it."""
+        if grid % self.merge:
+            raise ConfigError(
+                f"projector.merge {self.merge} on {grid} patches a side",
+                "a merge that divides the patches",
+                "change projector.merge, encoder.image_size or encoder.patch_size",
+            )
         return (grid // self.merge) ** 2
 
     def make(self) -> MLPProjector:
@@ -52,10 +64,10 @@ class MLPProjector(nn.Module):
         """dtype[B, h*w, E] of a square grid -> dtype[B, h*w/merge^2, output_size]"""
         c = self.config
         dtype = jnp.dtype(c.dtype)
-        side = round(features.shape[1] ** 0.5)
-        x = rearrange(
-            features, "b (h p w q) e -> b (h w) (p q e)", h=side // c.merge, w=side // c.merge, p=c.merge, q=c.merge
-        )
+        x = features
+        if c.merge > 1:
+            side = round(features.shape[1] ** 0.5) // c.merge
+            x = rearrange(x, "b (h p w q) e -> b (h w) (p q e)", h=side, w=side, p=c.merge, q=c.merge)
         if c.input_norm:
             x = LayerNorm(1e-6, dtype, name="norm")(x)
         x = Linear((c.hidden_size or c.output_size,), ("channels", "mlp"), use_bias=True, dtype=dtype, name="linear_1")(

@@ -76,7 +76,7 @@ PROMPTS = [
 def reference(params, tokenizer):
     """Greedy ids of one prompt by full passes over a padded row."""
     model = CONFIG.make()
-    forward = jax.jit(lambda batch: model.apply({"params": params}, batch))
+    forward = jax.jit(lambda batch: model.apply({"params": params}, batch).logits)
 
     def answer(prompt: Prompt) -> list[int]:
         encoded = encode_prompt(prompt.question, len(prompt.images), tokenizer, MEDIA)

@@ -41,7 +41,7 @@ def params():
 
 @pytest.fixture(scope="module")
 def forward(params):
-    return jax.jit(lambda batch: CONFIG.make().apply(params, batch))
+    return jax.jit(lambda batch: CONFIG.make().apply(params, batch).logits)
 
 
 @pytest.fixture
@@ -77,7 +77,7 @@ def test_media_land_exactly_where_media_index_says(params):
 
 def test_media_are_the_projected_patches_in_the_order_of_the_slots(params, batch):
     model = CONFIG.make()
-    media = jax.jit(lambda x: model.apply(params, x, method="encode_media"))(batch["images"])
+    media = jax.jit(lambda x: model.apply(params, x, method="encode_media").tokens)({"images": batch["images"]})
     assert media.shape == (2, 2 * MEDIA, 16)
     encoder, projector = CONFIG.encoder.make(), CONFIG.projector.make()
 
@@ -100,7 +100,7 @@ def test_gradient_reaches_only_the_media_used(params, batch):
     @jax.jit
     def gradient(media, weights):
         def total(media):
-            return (CONFIG.make().apply(params, text | {"media": media}) * weights[..., None]).sum()
+            return (CONFIG.make().apply(params, text | {"media": media}).logits * weights[..., None]).sum()
 
         return jnp.abs(jax.grad(total)(media)).max(axis=-1)
 
@@ -130,7 +130,7 @@ def test_packed_examples_do_not_see_each_others_pictures_or_text(forward, batch)
 
 def test_projected_media_stand_in_for_pictures(params, forward, batch):
     """What was encoded once serves every later step of a generation."""
-    media = CONFIG.make().apply(params, batch["images"], method="encode_media")
+    media = CONFIG.make().apply(params, {"images": batch["images"]}, method="encode_media").tokens
     assert media.shape == (2, 2 * MEDIA, 16)
     others = {name: array for name, array in batch.items() if name != "images"}
     wanted = forward(batch)

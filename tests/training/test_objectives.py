@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 
 from mllm_jax.errors import ConfigError
+from mllm_jax.models.multimodal import MultimodalOutput
 from mllm_jax.training.objectives.contrastive import Contrastive
 from mllm_jax.training.objectives.next_token import NextToken
 
 
 def given_logits(params, batch):
-    return params
+    return MultimodalOutput(params)
 
 
 @pytest.fixture

@@ -24,9 +24,12 @@ class NextToken:
         Returns:
             (float32, metrics): `weight` is the number of learnt tokens, what means over several batches go by.
         """
-        logits = apply(params, batch)[:, :-1]
-        targets = batch["tokens"][:, 1:]
-        same = batch["segments"][:, 1:] == batch["segments"][:, :-1]
+        logits = apply(params, batch).logits[:, :-1]
+        # An encoder-decoder learns its target; what its encoder reads is given.
+        side = "decoder_" if "decoder_tokens" in batch else ""
+        tokens, segments = batch[f"{side}tokens"], batch[f"{side}segments"]
+        targets = tokens[:, 1:]
+        same = segments[:, 1:] == segments[:, :-1]
         weights = batch["loss_weights"][:, 1:] * same
         log_z = jax.nn.logsumexp(logits, axis=-1)
         target_logits = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]

@@ -1,0 +1,201 @@
+"""Texts with pictures to batches: places, shapes, what is refused; and answers that do not depend on company."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+from PIL import Image
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from mllm_jax import generate
+from mllm_jax.data.chat import ChatTokenizer
+from mllm_jax.data.media import NEWLINE, Media
+from mllm_jax.encoders.vit import ViTConfig
+from mllm_jax.errors import DataError
+from mllm_jax.inference.options import Options
+from mllm_jax.llms.decoder import DecoderConfig
+from mllm_jax.llms.t5 import T5Config
+from mllm_jax.models.multimodal import Connection, MultimodalConfig
+from mllm_jax.models.processor import Processor, TileLayout
+from mllm_jax.projectors.mlp import MLPProjectorConfig
+
+WORDS = (
+    "<pad>",
+    "<s>",
+    "</s>",
+    "<image>",
+    "<video>",
+    "user:",
+    "assistant:",
+    "what",
+    "is",
+    "it",
+    "a",
+    "cat",
+    "dog",
+    "?",
+)
+ID = {word: i for i, word in enumerate(WORDS)}
+TEMPLATE = (
+    "{% for m in messages %}{{ m['role'] + ': ' }}"
+    "{% if m['content'] is string %}{{ m['content'] + ' ' }}{% else %}"
+    "{% for p in m['content'] %}{{ ('<' + p['type'] + '>' if p['type'] != 'text' else p['text']) + ' ' }}{% endfor %}"
+    "{% endif %}{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+)
+LLM = DecoderConfig(
+    vocab_size=len(WORDS), hidden_size=16, num_layers=2, num_heads=4, num_kv_heads=2, mlp_size=24, eos_token_id=(2,)
+)
+ENCODER = ViTConfig(8, 4, 12, num_layers=2, num_heads=2, mlp_size=16, class_token=True)
+CONFIG = MultimodalConfig(
+    encoder=ENCODER,
+    projector=MLPProjectorConfig(output_size=16),
+    llm=LLM,
+    connection=Connection(layers=(-2,)),
+    newline=True,
+)
+
+
+class TwoTiles(TileLayout):
+    """A picture is its left and its right half; a newline stands between them. A video is one tile of its mean."""
+
+    image_token, video_token = ID["<image>"], ID["<video>"]
+    tokens_a_tile = 4
+
+    def image(self, picture):
+        halves = np.split(np.asarray(Image.fromarray(picture).resize((16, 8))), 2, axis=1)
+        places = np.array([0, 1, 2, 3, NEWLINE, 4, 5, 6, 7])
+        return Media({"images": np.stack(halves)}, np.full(9, self.image_token), places)
+
+    def video(self, frames):
+        tile = np.asarray(Image.fromarray(frames.mean(axis=0).astype(np.uint8)).resize((8, 8)))
+        places, weights = np.array([[0, 1], [2, 3]]), np.array([[0.25, 0.75], [0.5, 0.5]], np.float32)
+        return Media({"images": tile[None]}, np.full(2, self.video_token), places, weights)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    backend = Tokenizer(models.WordLevel(ID, unk_token="?"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    fast = PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
+    fast.add_special_tokens({"additional_special_tokens": ["<image>", "<video>"]})
+    fast.chat_template = TEMPLATE
+    return ChatTokenizer(fast)
+
+
+@pytest.fixture(scope="module")
+def processor(tokenizer):
+    return Processor(CONFIG, tokenizer, TwoTiles())
+
+
+def picture(seed: int, height: int = 9, width: int = 13) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+def random_params(config):
+    module = config.make()
+    abstract = jax.eval_shape(lambda: module.init(jax.random.key(0), module.sample_batch()))["params"]
+    rng = np.random.default_rng(0)
+    return jax.tree.map(lambda x: 0.4 * rng.normal(size=x.shape).astype(np.float32), nn.meta.unbox(abstract))
+
+
+def test_pictures_stand_where_the_text_has_them(processor):
+    batch = processor(["what is <image> ? <image>", "a dog"], images=[picture(0), picture(1)])
+    assert batch["images"].shape == (2, 4, 8, 8, 3) and batch["images"].dtype == np.uint8
+    assert not batch["images"][1].any()
+    one, two = [0, 1, 2, 3, 16, 4, 5, 6, 7], [8, 9, 10, 11, 16, 12, 13, 14, 15]
+    assert batch["media_index"][0].tolist() == [-1, -1, *one, -1, *two]
+    assert batch["media_index"][1].tolist() == [-1] * 21
+    assert batch["tokens"][0].tolist() == [7, 8, *[3] * 9, 13, *[3] * 9]
+    assert batch["segments"].sum(axis=1).tolist() == [21, 2]
+    assert batch["positions"][0].tolist() == list(range(21))
+    alone = processor("what is <image> ? <image>", images=[picture(0), picture(1)])
+    np.testing.assert_array_equal(alone["images"][0], batch["images"][0])
+
+
+def test_a_conversation_brings_its_pictures_along_or_finds_them_beside(processor, tmp_path):
+    Image.fromarray(picture(0)).save(tmp_path / "cat.png")
+    said = [{"type": "image", "image": tmp_path / "cat.png"}, {"type": "text", "text": "what is it ?"}]
+    brought = processor([{"role": "user", "content": said}])
+    bare = [{"type": "image"}, {"type": "text", "text": "what is it ?"}]
+    beside = processor([{"role": "user", "content": bare}], images=[Image.fromarray(picture(0))])
+    for name, array in brought.items():
+        np.testing.assert_array_equal(array, beside[name])
+    assert brought["tokens"][0].tolist() == [5, *[3] * 9, 7, 8, 9, 13, 6]
+    plain = processor([{"role": "user", "content": "what is it ?"}])
+    assert plain["tokens"][0].tolist() == [5, 7, 8, 9, 13, 6] and "images" not in plain
+
+
+def test_sums_of_media_tokens(processor):
+    """A video's places hold sums of two tokens; a picture beside it, whose hold one, is padded to that."""
+    batch = processor("<video> what <image>", images=[picture(0)], videos=[[picture(1), picture(2)]])
+    assert batch["media_index"].shape == batch["media_weights"].shape == (1, 12, 2)
+    assert batch["media_index"][0, :2].tolist() == [[0, 1], [2, 3]]
+    assert batch["media_index"][0, 2].tolist() == [-1, -1]
+    assert batch["media_index"][0, 3:5].tolist() == [[4, 4], [5, 5]] and batch["media_index"][0, 7, 0] == 12
+    assert batch["media_weights"][0, 3:].tolist() == [[1, 0]] * 9
+    params, model = random_params(CONFIG), CONFIG.make()
+    media = model.apply({"params": params}, batch, method="encode_media").tokens
+    ask = dict(media_index=batch["media_index"], media_weights=batch["media_weights"])
+    merged = model.apply({"params": params}, batch["tokens"], media, **ask, method="merge")
+    np.testing.assert_allclose(merged[0, 0], 0.25 * media[0, 0] + 0.75 * media[0, 1], atol=1e-6)
+    np.testing.assert_array_equal(merged[0, 2], params["llm"]["token_embedding"]["embedding"][ID["what"]])
+    np.testing.assert_allclose(merged[0, 7], params["newline"], atol=1e-6)
+
+
+def test_the_connection_chooses_the_layer(processor):
+    params, model = random_params(CONFIG), CONFIG.make()
+    batch = processor("<image>", images=[picture(0)])
+    features = model.apply({"params": params}, batch, method="encode_images")
+    pixels = (jnp.asarray(batch["images"][0], jnp.float32) / 255 - 0.5) / 0.5
+    wanted = ENCODER.make().apply({"params": params["encoder"]}, pixels, output_hidden_states=True).hidden_states[-2]
+    np.testing.assert_allclose(features, wanted[:, 1:], atol=1e-5)
+
+
+@pytest.mark.parametrize("llm", [LLM, T5Config(len(WORDS), 16, 8, 24, 1, 1, 2)], ids=["decoder", "encoder-decoder"])
+def test_an_answer_is_the_same_in_any_company(tokenizer, llm):
+    config = MultimodalConfig(ENCODER, MLPProjectorConfig(16), llm, Connection((-2,)), newline=True)
+    processor = Processor(config, tokenizer, TwoTiles())
+    model, params = config.make(), random_params(config)
+    texts = ["what is <image> ?", "a dog", "<image> <image>", "<image> a cat is what ?"]
+    shown = [[picture(0)], [], [picture(1), picture(2)], [picture(3, 20, 5)]]
+    options = Options(max_new_tokens=8, ignore_eos=True)
+    together = generate(model, params, processor(texts, images=shown), processor, options)
+    assert len(set(together)) > 1
+    for text, images, wanted in zip(texts, shown, together, strict=True):
+        assert generate(model, params, processor(text, images=images, slots=4), processor, options) == [wanted]
+
+
+def test_answers_to_learn(processor, tokenizer):
+    batch = processor(["what is <image>", "a"], images=[picture(0)], answers=["a cat", "dog ?"])
+    assert batch["tokens"][0, -3:].tolist() == [ID["a"], ID["cat"], 2]
+    assert batch["loss_weights"].tolist() == [[0] * 11 + [1] * 3, [0, 1, 1, 1] + [0] * 10]
+    t5 = MultimodalConfig(ENCODER, MLPProjectorConfig(16), T5Config(len(WORDS), 16, 8, 24, 1, 1, 2), newline=True)
+    batch = Processor(t5, tokenizer, TwoTiles())(["<image>", "a"], images=[picture(0)], answers=["a cat", "dog"])
+    assert batch["decoder_tokens"].tolist() == [[0, 10, 11, 1], [0, 12, 1, 0]]
+    assert batch["loss_weights"].tolist() == [[0, 1, 1, 1], [0, 1, 1, 0]]
+
+
+@pytest.mark.parametrize(
+    "text,given,message",
+    [
+        ("what <image>", {}, r"1 place\(s\) for pictures or videos, and 0 of them"),
+        ("what", dict(images=[picture(0)]), r"0 place\(s\) for pictures or videos, and 1 of them"),
+        (["<image>", "<image>"], dict(images=[picture(0)] * 3), r"3 image\(s\) for 2 texts that ask for \[1, 1\]"),
+        ([{"role": "user", "content": "what <image> ?"}], dict(images=[picture(0)]), "text has '<image>' in it"),
+        ([{"role": "user", "content": [{"type": "audio"}]}], {}, "part of type 'audio'"),
+        ("a", dict(audios=[np.zeros(9)]), r"1 sound\(s\)"),
+        ("what <image>", dict(images=[picture(0)], length=8), r"\[10\] tokens, media included"),
+        ("what <image>", dict(images=[picture(0)], slots=1), "a row with 2 tiles"),
+        ("what <image>", dict(images=[np.zeros((4, 4))]), r"a picture given as float64\[4, 4\]"),
+        (["a", "a"], dict(answers=["a"]), "2 texts and 1 answers"),
+        ("", {}, r"texts of \[0\] tokens"),
+        ([], {}, "no text"),
+    ],
+)
+def test_what_does_not_fit_is_refused(processor, text, given, message):
+    with pytest.raises(DataError, match=message):
+        processor(text, **given)
