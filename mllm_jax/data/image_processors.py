@@ -13,6 +13,8 @@ Where a family's authors prepare pictures otherwise in their own repository:
 - ViT, SigLIP (big_vision): TensorFlow's bilinear resizing, in most configs without antialiasing, then [-1, 1]. The
   folders on the hub say bicubic for SigLIP: a picture that is much reduced looks different.
 - InternVL: its repository cuts a picture into up to 12 tiles and a thumbnail; here a picture is one tile.
+- LLaVA-1.5: pads to a square with the mean colour before the centre crop, which its folders on the hub leave out: here
+  as there `do_pad` adds it. LLaVA-NeXT and LLaVA-OneVision: the same tiles.
 - Qwen2-VL: its helper package resizes once before, to bounds of its own, so a picture may be resampled twice there.
 """
 
@@ -20,8 +22,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,6 +32,7 @@ import numpy as np
 from einops import repeat
 from PIL import Image
 
+from mllm_jax.data.tiles import best_resolution, cut, fitted_size, pad_to, pad_to_square
 from mllm_jax.errors import ConfigError, DataError
 
 _HALF = (0.5, 0.5, 0.5)
@@ -45,6 +49,7 @@ class _Kind(NamedTuple):
     resample: Image.Resampling = Image.Resampling.BICUBIC
     crop: int | None = None
     square: bool = True  # what a plain number as `size` means
+    resolutions: tuple[tuple[int, int], ...] = ()
 
 
 def _square(side: int) -> dict[str, int]:
@@ -55,6 +60,19 @@ _KINDS = {
     "ViTImageProcessor": _Kind(_square(224), _HALF, _HALF, Image.Resampling.BILINEAR),
     "CLIPImageProcessor": _Kind(dict(shortest_edge=224), _CLIP_MEAN, _CLIP_STD, crop=224, square=False),
     "SiglipImageProcessor": _Kind(_square(224), _HALF, _HALF, square=False),
+    "LlavaImageProcessor": _Kind(dict(shortest_edge=224), _CLIP_MEAN, _CLIP_STD, crop=224, square=False),
+    "LlavaNextImageProcessor": _Kind(
+        dict(shortest_edge=224),
+        _CLIP_MEAN,
+        _CLIP_STD,
+        crop=224,
+        square=False,
+        resolutions=((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008)),
+    ),
+    "LlavaOnevisionImageProcessor": _Kind(
+        _square(384), _CLIP_MEAN, _CLIP_STD, square=False, resolutions=tuple(product(range(384, 2305, 384), repeat=2))
+    ),
+    "LlavaOnevisionVideoProcessor": _Kind(_square(384), _CLIP_MEAN, _CLIP_STD, square=False),
     "BlipImageProcessor": _Kind(_square(384), _CLIP_MEAN, _CLIP_STD),
     "BitImageProcessor": _Kind(dict(shortest_edge=224), _CLIP_MEAN, _CLIP_STD, crop=224, square=False),
     "GotOcr2ImageProcessor": _Kind(_square(384), _CLIP_MEAN, _CLIP_STD),
@@ -66,7 +84,7 @@ _KINDS = {
 _IDLE = (  # options of layout, of training or of other tools; pictures are RGB here, whatever is asked
     "image_processor_type", "feature_extractor_type", "processor_class", "auto_map", "do_convert_rgb", "data_format",
     "input_data_format", "device", "return_tensors", "disable_grouping", "image_seq_length", "_valid_processor_keys",
-    "pad_size",
+    "pad_size", "video_processor_type",
 )
 # fmt: on
 
@@ -81,6 +99,10 @@ class ImageProcessor:
         shortest_edge: or the shorter side, the aspect ratio kept.
         pixel_range: or (least, most) pixels, sides multiples of patch_size * merge_size, the aspect ratio nearly kept.
         crop_size: (height, width) of the crop in the middle; a smaller picture gets a black margin.
+        background: None, or the colour with which a picture becomes a square before all else; where there are
+            `resolutions`, one that is not cut into tiles.
+        resolutions: empty, or those that a picture may be resized to before it is cut into tiles, see
+            `mllm_jax.data.tiles`; tile_size is the side of those tiles.
         resample: Pillow's number of the filter.
         rescale_factor: None leaves 0 to 255.
         mean, std: None normalises nothing.
@@ -92,6 +114,9 @@ class ImageProcessor:
     shortest_edge: int | None = None
     pixel_range: tuple[int, int] | None = None
     crop_size: tuple[int, int] | None = None
+    background: tuple[int, int, int] | None = None
+    resolutions: tuple[tuple[int, int], ...] = ()
+    tile_size: int = 0
     resample: int = int(Image.Resampling.BICUBIC)
     rescale_factor: float | None = 1 / 255
     mean: tuple[float, float, float] | None = None
@@ -112,14 +137,35 @@ class ImageProcessor:
         Raises:
             DataError: another dtype or shape, no pixels, or sides that smart resizing refuses.
         """
+        return self.normalise(self.prepare(image))
+
+    def prepare(self, image: np.ndarray) -> np.ndarray:
+        """One picture as one tile of bytes, uint8[H, W, 3], which `normalise` makes numbers; raises as calling does."""
         _require_picture(image)
-        height, width = self._resized(*image.shape[:2])
+        return self._tile(image if self.background is None else pad_to_square(image, self.background))
+
+    def tiles(self, image: np.ndarray) -> np.ndarray:
+        """One picture as all its tiles: uint8[N, H, W, 3], the whole one first; raises as calling does."""
+        _require_picture(image)
+        if not self.resolutions:
+            return self.prepare(image)[None]
+        target = best_resolution(image.shape[:2], self.resolutions)
+        large = pad_to(self._to_size(image, fitted_size(image.shape[:2], target)), target)
+        small = self._to_size(image, self.size or (self.shortest_edge, self.shortest_edge))
+        return np.stack([self._tile(tile) for tile in (small, *cut(large, self.tile_size))])
+
+    def normalise(self, pixels: np.ndarray) -> np.ndarray:
+        """uint8[..., 3] -> float32[..., 3]"""
+        return self._values()[pixels, np.arange(3)]
+
+    def _tile(self, image: np.ndarray) -> np.ndarray:
         if (self.size, self.shortest_edge, self.pixel_range) != (None, None, None):
-            picture = Image.fromarray(np.ascontiguousarray(image))
-            image = np.asarray(picture.resize((width, height), Image.Resampling(self.resample)))
-        if self.crop_size is not None:
-            image = _crop_centre(image, *self.crop_size)
-        return self._values()[image, np.arange(3)]
+            image = self._to_size(image, self._resized(*image.shape[:2]))
+        return image if self.crop_size is None else _crop_centre(image, *self.crop_size)
+
+    def _to_size(self, image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+        picture = Image.fromarray(np.ascontiguousarray(image))
+        return np.asarray(picture.resize(size[::-1], Image.Resampling(self.resample)))
 
     def patches(self, image: np.ndarray) -> tuple[np.ndarray, tuple[int, int, int]]:
         """Processes one picture into patches, those that are merged side by side.
@@ -157,6 +203,8 @@ class ImageProcessor:
 
     def output_size(self, height: int, width: int) -> tuple[int, int]:
         """(H, W) of what comes out for a picture of that size. Raises DataError as calling does."""
+        if self.background is not None:
+            height = width = max(height, width)
         return self.crop_size or self._resized(height, width)
 
     def _resized(self, height: int, width: int) -> tuple[int, int]:
@@ -216,7 +264,26 @@ def read_image_processor(folder: str | Path) -> ImageProcessor:
         ConfigError: neither file, no JSON, a type that is not supported, or an option that would change the pixels and
             is not.
     """
-    for name, part in (("processor_config.json", "image_processor"), ("preprocessor_config.json", None)):
+    return _read(folder, (("processor_config.json", "image_processor"), ("preprocessor_config.json", None)))
+
+
+def read_video_processor(folder: str | Path) -> ImageProcessor:
+    """What prepares the frames of videos in a Hugging Face folder, each as one tile; raises as for pictures.
+
+    transformers has torchvision resize frames: about one byte in 300 comes out one more or less than by Pillow here.
+
+    Args:
+        folder: with a processor_config.json that holds `video_processor`, video_preprocessor_config.json or, where
+            pictures and frames share it, preprocessor_config.json; the first of these.
+    """
+    names = ("processor_config.json", "video_preprocessor_config.json", "preprocessor_config.json")
+    found = _read(folder, tuple(zip(names, ("video_processor", None, None), strict=True)))
+    return replace(found, background=None, resolutions=())
+
+
+def _read(folder: str | Path, places: Sequence[tuple[str, str | None]]) -> ImageProcessor:
+    """The processor in the first of these files, or parts of files."""
+    for name, part in places:
         path = Path(folder) / name
         try:
             values = json.loads(path.read_text("utf-8"))
@@ -279,10 +346,24 @@ def image_processor(values: Mapping[str, Any], what: str = "preprocessor_config.
             refuse("do_center_crop=True", f"no crop, which {kind} does not make")
         sides = _read_size(crop, True, refuse, "crop_size") if crop is not None else {}
         fields["crop_size"] = sides.get("size") or refuse(f"crop_size={crop!r}", "its height and width")
+    if kind in ("LlavaImageProcessor", "LlavaOnevisionImageProcessor"):
+        colour = option("image_mean", default.mean)
+        if option("do_pad", kind == "LlavaOnevisionImageProcessor") or default.resolutions:
+            fields["background"] = tuple(int(x * 255) for x in _three(colour, "image_mean", refuse))
+    if default.resolutions:
+        if not resize:
+            refuse("do_resize=False", f"true: {kind} resizes a picture to tiles")
+        resolutions = option("image_grid_pinpoints", default.resolutions)
+        fields["resolutions"] = tuple((int(height), int(width)) for height, width in resolutions)
+        whole = _read_size(size, square, refuse) if crop is None else _read_size(crop, True, refuse, "crop_size")
+        fields["tile_size"] = whole["size"][0] if "size" in whole else whole["shortest_edge"]
+        read |= {"do_pad", "aspect_ratio_setting"}  # of the batch, with tiles of zeros; of the original repository
     if kind == "GotOcr2ImageProcessor" and option("crop_to_patches", False):
         refuse("crop_to_patches=True", "false: a picture is one tile here")
     if kind == "GotOcr2ImageProcessor":
         read |= {"min_patches", "max_patches"}
+    if kind == "LlavaOnevisionVideoProcessor":
+        read |= {"return_metadata", "video_metadata"}  # do_sample_frames: whoever decodes the video chooses the frames
     factor = option("rescale_factor", 1 / 255)
     fields["rescale_factor"] = factor if option("do_rescale", True) else None
     mean, std = option("image_mean", default.mean), option("image_std", default.std)
@@ -296,7 +377,8 @@ def image_processor(values: Mapping[str, Any], what: str = "preprocessor_config.
 
 def _kind(values: Mapping[str, Any], what: str) -> str:
     """The type's plain name: older files call processors feature extractors."""
-    given = str(values.get("image_processor_type") or values.get("feature_extractor_type"))
+    names = ("image_processor_type", "video_processor_type", "feature_extractor_type")
+    given = str(next((values[name] for name in names if values.get(name)), None))
     kind = given.replace("FeatureExtractor", "ImageProcessor").removesuffix("Fast").removesuffix("Pil")
     if kind not in _KINDS:
         raise ConfigError(
