@@ -49,6 +49,8 @@ class PixelShuffleProjectorConfig:
     norm_eps: float = 1e-5
     dtype: str = "float32"
 
+    pointwise = False  # several vectors become one media token
+
     def __post_init__(self):
         require = Requirements("pixel shuffle", self)
         require.one_of("version", VERSIONS)
