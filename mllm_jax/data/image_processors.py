@@ -20,7 +20,6 @@ Where a family's authors prepare pictures otherwise in their own repository:
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
@@ -32,12 +31,12 @@ from einops import rearrange, repeat
 from PIL import Image
 
 from mllm_jax.data.dynamic_tiles import tile_grid
+from mllm_jax.data.smart_resize import smart_resize
 from mllm_jax.data.tiles import best_resolution, cut, fitted_size, pad_to, pad_to_square
 from mllm_jax.errors import ConfigError, DataError
 
 _HALF = (0.5, 0.5, 0.5)
 _CLIP_MEAN, _CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-_MAX_ASPECT = 200  # of smart resizing
 
 
 class _Kind(NamedTuple):
@@ -101,7 +100,8 @@ class ImageProcessor:
         kind: transformers' name, without "Fast" or "Pil".
         size: (height, width) to resize to, whatever the aspect ratio.
         shortest_edge: or the shorter side, the aspect ratio kept.
-        longest_edge: or the longer side, the aspect ratio kept, and the least that the shorter side becomes.
+        longest_edge: or the longer side, the aspect ratio kept, and the least that the shorter side becomes; what is
+            over whole pixels is rounded or, with `cuts_off`, left out.
         pixel_range: or (least, most) pixels, sides multiples of patch_size * merge_size, the aspect ratio nearly kept.
         crop_size: (height, width) of the crop in the middle; a smaller picture gets a black margin.
         background: None, or the colour with which a picture becomes a square before all else, with `longest_edge`
@@ -121,6 +121,7 @@ class ImageProcessor:
     size: tuple[int, int] | None = None
     shortest_edge: int | None = None
     longest_edge: tuple[int, int] | None = None
+    cuts_off: bool = False
     pixel_range: tuple[int, int] | None = None
     crop_size: tuple[int, int] | None = None
     background: tuple[int, int, int] | None = None
@@ -177,6 +178,11 @@ class ImageProcessor:
     def normalise(self, pixels: np.ndarray) -> np.ndarray:
         """uint8[..., 3] -> float32[..., 3]"""
         return self._values()[pixels, np.arange(3)]
+
+    def for_encoder(self, pixels: np.ndarray, encoder: Any) -> np.ndarray:
+        """The bytes themselves where the encoder's config has it normalise them like this, else the numbers."""
+        on_device = (1 / 255, tuple(encoder.image_mean), tuple(encoder.image_std))
+        return pixels if (self.rescale_factor, self.mean, self.std) == on_device else self.normalise(pixels)
 
     def _tile(self, image: np.ndarray) -> np.ndarray:
         if (self.size, self.shortest_edge, self.longest_edge, self.pixel_range) != (None,) * 4:
@@ -236,9 +242,10 @@ class ImageProcessor:
             long = int(self.shortest_edge * long / short)
             return (long, self.shortest_edge) if width <= height else (self.shortest_edge, long)
         if self.longest_edge is not None:
-            longest, least = self.longest_edge
-            scale = longest / max(height, width)
-            return max(round(height * scale), least), max(round(width * scale), least)
+            (longest, least), long = self.longest_edge, max(height, width)
+            if self.cuts_off:
+                return max(int(height / long * longest), least), max(int(width / long * longest), least)
+            return max(round(height * (longest / long)), least), max(round(width * (longest / long)), least)
         if self.pixel_range is not None:
             return smart_resize(height, width, self.patch_size * self.merge_size, *self.pixel_range)
         return height, width
@@ -252,30 +259,6 @@ class ImageProcessor:
         if self.mean is not None:
             values = (values - np.array(self.mean, np.float32)) / np.array(self.std, np.float32)
         return values
-
-
-def smart_resize(height: int, width: int, factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
-    """The sides nearest to a picture's that are multiples of `factor`, with a number of pixels in a range.
-
-    Halves are rounded to even. The range may be left by thin pictures, whose shorter side is at least `factor`.
-
-    Raises:
-        DataError: no pixels, or one side more than 200 times the other.
-    """
-    if min(height, width) < 1 or max(height, width) > _MAX_ASPECT * min(height, width):
-        raise DataError(
-            f"a picture of {height} x {width} pixels",
-            f"sides of which none is more than {_MAX_ASPECT} times the other",
-            "crop it, or leave this record out",
-        )
-    high, wide = round(height / factor) * factor, round(width / factor) * factor
-    if high * wide > max_pixels:
-        shrink = math.sqrt(height * width / max_pixels)
-        high, wide = (max(factor, math.floor(side / shrink / factor) * factor) for side in (height, width))
-    elif high * wide < min_pixels:
-        grow = math.sqrt(min_pixels / (height * width))
-        high, wide = (math.ceil(side * grow / factor) * factor for side in (height, width))
-    return high, wide
 
 
 def read_image_processor(folder: str | Path, **options: Any) -> ImageProcessor:

@@ -146,7 +146,7 @@ def _resize(x, side: int, antialias: bool):
 def siglip_sam_weights(c: SiglipSamConfig) -> list[Weight]:
     """The encoder's weights as `DeepseekVLHybridModel` names them."""
     return [
-        *nested(siglip_table(c.low), "", "low/"),
+        *nested(siglip_table(c.low), "vision_model.", "low/"),
         *nested(sam_table(c.high), "high_res_vision_model.", "high/"),
         *neck_weights("high_res_vision_neck", "neck"),
         *(convolution_weight(f"high_res_vision_proj.conv{i + 1}", f"downsample_{i}") for i in range(len(c.downsample))),

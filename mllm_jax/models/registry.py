@@ -47,6 +47,10 @@ _HOMES = {
     "Qwen2VisionTransformerPretrainedModel": "mllm_jax.encoders.qwen_vit",
     "Qwen2_5_VisionTransformerPretrainedModel": "mllm_jax.encoders.qwen_vit",
     "Qwen3VLVisionModel": "mllm_jax.encoders.qwen_vit",
+    "InternVLForConditionalGeneration": "mllm_jax.models.internvl",
+    "InternVLChatModel": "mllm_jax.models.internvl",
+    "DeepseekVLForConditionalGeneration": "mllm_jax.models.deepseek_vl",
+    "DeepseekVLHybridForConditionalGeneration": "mllm_jax.models.deepseek_vl",
     "QWenVisionTransformer": "mllm_jax.encoders.qwen_vit_v1",
     # timm's names
     "eva_giant_patch14_clip_224": "mllm_jax.encoders.eva",
