@@ -26,6 +26,11 @@ class Encoded:
     segments: np.ndarray | None = None
 
     @property
+    def slots(self) -> int:
+        """Slots that its pictures take in a row."""
+        return self.num_images
+
+    @property
     def places(self) -> tuple[np.ndarray, np.ndarray]:
         """Segment of each token, from 1, and its position within it."""
         n = len(self.tokens)

@@ -40,6 +40,9 @@ _HOMES = {
     "SamVisionModel": "mllm_jax.encoders.sam",
     "SiglipTextModel": "mllm_jax.encoders.siglip_text",
     "SiglipModel": "mllm_jax.models.clip",
+    "LlavaForConditionalGeneration": "mllm_jax.models.llava",
+    "LlavaNextForConditionalGeneration": "mllm_jax.models.llava",
+    "LlavaOnevisionForConditionalGeneration": "mllm_jax.models.llava",
     "Dinov2Model": "mllm_jax.encoders.dinov2",
     "Blip2VisionModel": "mllm_jax.encoders.eva",
     "InternVLVisionModel": "mllm_jax.encoders.internvit",
@@ -52,6 +55,9 @@ _HOMES = {
     "DeepseekVLForConditionalGeneration": "mllm_jax.models.deepseek_vl",
     "DeepseekVLHybridForConditionalGeneration": "mllm_jax.models.deepseek_vl",
     "QWenVisionTransformer": "mllm_jax.encoders.qwen_vit_v1",
+    "Blip2ForConditionalGeneration": "mllm_jax.models.blip2",
+    "Blip2ForImageTextRetrieval": "mllm_jax.models.blip2_retrieval",
+    "InstructBlipForConditionalGeneration": "mllm_jax.models.instructblip",
     # timm's names
     "eva_giant_patch14_clip_224": "mllm_jax.encoders.eva",
     "eva02_base_patch16_clip_224": "mllm_jax.encoders.eva",
@@ -125,6 +131,11 @@ def _family(architecture: str, home: str | None = None) -> Family:
         )
     families = importlib.import_module(home or _HOMES[architecture]).FAMILIES
     return next(family for family in families if architecture in family.architectures)
+
+
+def has_layout(config: Any) -> bool:
+    """Whether a config is that of a named model with a processor of its own, which lays out pictures and text."""
+    return getattr(config, "family", None) is not None and family_of_config(config).layout is not None
 
 
 def abstract_params(config: Any, family: Family) -> PyTree:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, is_dataclass
+from fnmatch import fnmatchcase
 from typing import Any
 
 from mllm_jax.data.pipeline import Mixture
 from mllm_jax.errors import ConfigError
 from mllm_jax.models.clip import DualEncoderConfig
 from mllm_jax.models.multimodal import MultimodalConfig
+from mllm_jax.models.registry import has_layout
 from mllm_jax.sharding.mesh import MeshConfig
 from mllm_jax.training.objectives.contrastive import Contrastive
 from mllm_jax.training.objectives.next_token import NextToken
@@ -43,6 +45,7 @@ class Stage:
         accumulate: pieces that a batch is cut into, one after the other, their gradients summed.
         validation: read every `validate_every` steps, `validation_batches` of it; None: no validation loss.
         frozen_dtype: what frozen parameters are held in during the stage; None: as they are.
+        cache_features: the frozen encoder sees each picture once; what it makes of it is kept in the run folder.
     """
 
     name: str
@@ -56,6 +59,7 @@ class Stage:
     validate_every: int = 200
     validation_batches: int = 4
     frozen_dtype: str | None = None
+    cache_features: bool = False
 
     def __post_init__(self):
         if self.steps < 1 or self.accumulate < 1 or self.data.rows % self.accumulate:
@@ -95,7 +99,7 @@ class Pretrained:
     Checkpoints name the source and hold the fingerprint of what is frozen: it may move, but not change.
 
     Attributes:
-        part: "llm", "encoder" or another part of the model.
+        part: "llm", "encoder" or another part of the model; "*" is the whole model, of a folder that holds all of it.
         folder: a Hugging Face or native model folder; with `stage`, the folder of a run.
         stage: the stage of that run which trained the part.
         made_by: the Experiment that trains the run, up to that stage, if the folder does not hold it yet.
@@ -154,19 +158,27 @@ class Experiment:
             raise ConfigError(f"stages {names}", "at least one, with names that differ", "rename the stages")
         parts = [source.part for source in self.pretrained]
         known = [f.name for f in fields(self.model) if is_dataclass(getattr(self.model, f.name))]
-        if len(set(parts)) != len(parts) or not set(parts) <= set(known):
+        if parts != ["*"] and (len(set(parts)) != len(parts) or not set(parts) <= set(known)):
             raise ConfigError(
-                f"pretrained parts {parts}", f"some of {known}, each once", "change experiment.pretrained"
+                f"pretrained parts {parts}", f"some of {known}, each once, or '*' alone", "change experiment.pretrained"
             )
         if self.nonfinite not in ("stop", "skip"):
             raise ConfigError(f"nonfinite {self.nonfinite!r}", '"stop" or "skip"', "change it")
-        require_vocabulary(self.model, self.tokenizer.vocab_size)
+        if self.tokenizer.folder is None and self.tokenizer.path is None:
+            require_vocabulary(self.model, self.tokenizer.vocab_size)
         if self.cpu_devices is not None and self.cpu_devices < 1:
             raise ConfigError(f"cpu_devices {self.cpu_devices}", "at least 1, or None", "change cpu_devices")
         if self.evaluation is not None:
+            if has_layout(self.model):
+                raise ConfigError(
+                    f"{type(self.evaluation).__name__} of a {self.model.family}",
+                    "a model whose pictures and text a run lays out itself",
+                    "set evaluation=None, and ask the exported model: mllm convert RUN FOLDER",
+                )
             self.evaluation.check(self.model)
         for stage in self.stages:
             _check_objective(stage, self.model)
+            _check_features(stage, self.model)
             for mixture in filter(None, (stage.data, stage.validation)):
                 _check_captions(stage, mixture, self.model)
 
@@ -199,6 +211,18 @@ def _check_objective(stage: Stage, model: MultimodalConfig | DualEncoderConfig) 
             f"stage {stage.name!r}: the {stage.objective.kind} loss for a dual encoder of kind {model.kind!r}",
             "the loss that the model's scale and bias are made for",
             "make objective.kind and model.kind equal",
+        )
+
+
+def _check_features(stage: Stage, model: MultimodalConfig | DualEncoderConfig) -> None:
+    if not stage.cache_features:
+        return
+    reads = isinstance(model, MultimodalConfig) and not model.packed and isinstance(stage.objective, NextToken)
+    if not reads or any(p.startswith("encoder") or fnmatchcase("encoder/x", p) for p in stage.trainable):
+        raise ConfigError(
+            f"stage {stage.name!r}: cache_features of {type(model).__name__}, trainable {stage.trainable}",
+            "next-token training of a model with a frozen encoder of whole pictures",
+            "freeze the encoder, or drop cache_features",
         )
 
 
