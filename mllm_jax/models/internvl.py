@@ -101,6 +101,7 @@ class InternVLLayout(TileLayout):
         if config.tile_range is not None:
             pictures = replace(pictures, tile_range=config.tile_range if config.tile_range[1] > 1 else None)
         self.config, self.pictures, self.frames, self._backend = config, pictures, frames, tokenizer.backend
+        self._ids = self._backend.get_vocab()
         self.begin, self.end = (self._id(f"{which}_image_token", given) for which, given in _EDGES.items())
         own = self._id("context_image_token", CONTEXT_TOKEN)
         self.image_token = own if config.image_token_id is None else config.image_token_id
@@ -132,7 +133,7 @@ class InternVLLayout(TileLayout):
 
     def _id(self, name: str, usual: str) -> int:
         token = getattr(self._backend, name, None) or usual
-        number = self._backend.get_vocab().get(token)
+        number = self._ids.get(token)
         if number is None:
             raise ConfigError(f"a tokenizer without {token!r}", f"{name}, as InternVL's have it", "restore its files")
         return number
