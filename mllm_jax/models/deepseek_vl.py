@@ -1,4 +1,7 @@
-"""DeepSeek-VL (arXiv 2403.05525): SigLIP, in the larger model beside SAM, a projector, LLaMA; a picture is one tile."""
+"""DeepSeek-VL (arXiv 2403.05525): SigLIP, in the larger model beside SAM, a projector, LLaMA; a picture is one tile.
+
+Read are folders of transformers' classes, such as deepseek-community's, not the authors' own `MultiModalityCausalLM`.
+"""
 
 from __future__ import annotations
 

@@ -16,8 +16,11 @@ from flax import linen as nn
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from mllm_jax.data.chat import ChatTokenizer
+from mllm_jax.data.dialogues import pack_dialogues
+from mllm_jax.data.examples import Conversation, Turn
 from mllm_jax.data.image_processors import ImageProcessor
 from mllm_jax.errors import ConfigError
+from mllm_jax.models.dialogue import DialogueEncoder
 from mllm_jax.models.internvl import (
     HUB,
     IMAGE_MEAN,
@@ -29,6 +32,7 @@ from mllm_jax.models.internvl import (
     to_hf_config,
 )
 from mllm_jax.models.multimodal import Connection
+from mllm_jax.models.processor import Processor
 from mllm_jax.models.registry import abstract_params, family_of_config
 
 CONFIG = Path(__file__).parents[2] / "configs" / "internvl3_8b.py"
@@ -96,6 +100,28 @@ def test_tiles_in_the_text(config):
     video = layout.video(np.stack([WIDE, WIDE]))
     assert video.tokens.tolist() == [3, 5, 7, 7, 7, 7, 6, 4, 5, 7, 7, 7, 7, 6]
     assert video.places[video.places >= 0].tolist() == list(range(8)) and video.arrays["images"].shape[0] == 2
+
+
+TEMPLATE = (
+    "{% for m in messages %}{{ m['role'] + ' ' }}{% for p in m['content'] %}"
+    "{{ ('<IMG_CONTEXT>' if p['type'] == 'image' else p['text']) + ' ' }}{% endfor %}"
+    "{{ '</s> ' if m['role'] == 'assistant' else '' }}{% endfor %}"
+    "{{ 'assistant ' if add_generation_prompt else '' }}"
+)
+
+
+def test_conversations_to_train_on(config):
+    made = tokenizer()
+    made.backend.add_special_tokens(dict(eos_token="</s>"))
+    made.backend.chat_template, made.stop_ids = TEMPLATE, (made.backend.eos_token_id,)
+    encoder = DialogueEncoder(Processor(config, made, InternVLLayout(config, made, PICTURES)))
+    talk = Conversation(2, (Turn("a", "cat", "name"), Turn("cat", "a", "name")))
+    encoded = encoder.encode(talk, [WIDE, WIDE[:, :9]], max_length=64)
+    assert encoded.slots == 4 + 1, "three tiles and a thumbnail, and a picture of one tile"
+    assert encoded.tokens[encoded.loss_weights > 0].tolist() == [2, 9, 1, 9]
+    assert (encoded.row.places >= 0).sum() == 4 * 4 + 4
+    batch = pack_dialogues([[encoded], []], encoder.layout, length=64, slots=6)
+    assert batch["images"].shape == (2, 6, 8, 8, 3) and batch["media_index"].max() == 19
 
 
 def test_the_config_may_say_how_many_tiles(config):

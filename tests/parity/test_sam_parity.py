@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
+import numpy as np
 import pytest
 import torch
 import transformers
 from einops import rearrange
+from flax import linen as nn
 from vision_checks import family_of, picture, read, to_torch, write
 
 from mllm_jax.encoders import sam
@@ -66,6 +70,19 @@ def test_options_that_cannot_be_honoured_are_refused_by_name(option):
     name = {"window_size": "window 0", "global_attn_indexes": "global layers"}
     with pytest.raises(ConfigError, match=name.get(next(iter(option)), next(iter(option)))):
         FAMILY.from_hf(dict(architectures=["SamVisionModel"]) | option)
+
+
+def test_rematerialised_layers_give_the_same_gradients(assert_close):
+    config = FAMILY.from_hf(SIZES | dict(window_size=3, global_attn_indexes=[1]))
+    pixels = picture(32, 32)
+    params = nn.meta.unbox(config.make().init(jax.random.key(0), pixels)["params"])
+    stored, again = (
+        jax.jit(jax.grad(lambda p, m=m: (m.apply({"params": p}, pixels).last_hidden_state ** 2).sum()))(params)
+        for m in (config.make(), dataclasses.replace(config, remat="full").make())
+    )
+    for a, b in zip(jax.tree.leaves(stored), jax.tree.leaves(again), strict=True):
+        if np.abs(a).max() > 1e-3:  # those of key biases are zero but for rounding
+            assert_close(b, a, 1e-4)
 
 
 def test_pictures_of_another_size_are_refused():
