@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +70,13 @@ class TileLayout(Layout):
     tokens_a_tile: int
 
     def collate(self, rows: Sequence[Sequence[Media]], slots: int | None = None) -> Collated:
-        return collate_tiles(rows, self.tokens_a_tile, slots)
+        collated = collate_tiles(rows, self.tokens_a_tile, slots)
+        if slots and not collated.arrays:
+            # Batches without any picture keep the shapes of those with some, so that one program serves both.
+            blank = self.image(np.zeros((32, 32, 3), np.uint8)).arrays
+            made = {name: np.zeros((len(rows), slots, *tile.shape[1:]), tile.dtype) for name, tile in blank.items()}
+            collated = replace(collated, arrays=made)
+        return collated
 
 
 class Processor:
