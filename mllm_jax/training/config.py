@@ -82,12 +82,17 @@ class TokenizerConfig:
         path: a tokenizer.json that an earlier run wrote.
         folder: a chat model's folder: its tokenizer, and rows laid out by its chat template.
         system: with `folder`, the system message; None leaves it to the template.
+        phrases: of several words, each of which is to be one token of a tokenizer that is trained.
+        places: words that stand in the text before each media token of a picture and tell its place in it, such as
+            "top left", "top right", ... for a picture of 2 x 2; empty: nothing stands there.
     """
 
     vocab_size: int = 1024
     path: str | None = None
     folder: str | None = None
     system: str | None = None
+    places: tuple[str, ...] = ()
+    phrases: tuple[str, ...] = ()
 
     def __post_init__(self):
         if (self.path and self.folder) or (self.system is not None and not self.folder):

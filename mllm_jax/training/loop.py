@@ -148,7 +148,9 @@ def prepare_tokenizer(experiment: Experiment, folder: RunFolder, first_host: boo
         else:
             sources = {repr(describe(w.source)): w.source for stage in experiment.stages for w in stage.data.sources}
             built = [source.build() for _, source in sorted(sources.items())]
-            tokenizer = Tokenizer.train(training_texts(built), config.vocab_size)
+            tokenizer = Tokenizer.train(training_texts(built), config.vocab_size, config.phrases)
+        if config.places:
+            tokenizer = tokenizer.naming_places(config.places)
         if not first_host:
             return tokenizer
         tokenizer.save(folder.tokenizer_file)
