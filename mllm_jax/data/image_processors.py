@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from einops import rearrange, repeat
+from einops import rearrange
 from PIL import Image
 
 from mllm_jax.data.dynamic_tiles import tile_grid
@@ -193,15 +193,15 @@ class ImageProcessor:
         picture = Image.fromarray(np.ascontiguousarray(image))
         return np.asarray(picture.resize(size[::-1], Image.Resampling(self.resample)))
 
-    def patches(self, image: np.ndarray) -> tuple[np.ndarray, tuple[int, int, int]]:
-        """Processes one picture into patches, those that are merged side by side.
+    def patches(self, *frames: np.ndarray) -> tuple[np.ndarray, tuple[int, int, int]]:
+        """Processes one picture, or the frames of a video, into patches, those that are merged side by side.
 
         Args:
-            image: uint8 [h, w, 3].
+            frames: uint8 [h, w, 3] each, of one size; one is a still.
 
         Returns:
-            float32 [N, 3 * temporal_patch_size * patch_size^2], channels first inside a patch, a still repeated in
-            time; and (1, rows, columns) of patches, rows * columns = N.
+            float32 [N, 3 * temporal_patch_size * patch_size^2], channels first inside a patch, the last frame repeated
+            until time is whole patches; and (time, rows, columns) of patches, whose product is N.
 
         Raises:
             DataError: as calling does; or sides that whole merged patches do not fill.
@@ -209,23 +209,24 @@ class ImageProcessor:
         """
         if not self.patch_size:
             raise ConfigError(f"patches from a {self.kind}", "one with a patch_size", "call it for pixels")
-        pixels = self(image)
-        height, width = pixels.shape[:2]
+        pixels = np.stack([self(frame) for frame in frames])
+        pixels = np.concatenate([pixels, *[pixels[-1:]] * (-len(pixels) % self.temporal_patch_size)])
+        height, width = pixels.shape[1:3]
         side = self.patch_size * self.merge_size
         if height % side or width % side:
             raise DataError(
                 f"a picture of {height} x {width} pixels", f"sides that are multiples of {side}", "let it be resized"
             )
-        cut = repeat(
+        cut = rearrange(
             pixels,
-            "(h p a) (w q b) c -> (h w p q) (c t a b)",
+            "(f t) (h p a) (w q b) c -> (f h w p q) (c t a b)",
             p=self.merge_size,
             q=self.merge_size,
             a=self.patch_size,
             b=self.patch_size,
             t=self.temporal_patch_size,
         )
-        return cut, (1, height // self.patch_size, width // self.patch_size)
+        return cut, (len(pixels) // self.temporal_patch_size, height // self.patch_size, width // self.patch_size)
 
     def output_size(self, height: int, width: int) -> tuple[int, int]:
         """(H, W) of what comes out for a picture of that size. Raises DataError as calling does."""

@@ -58,6 +58,9 @@ _HOMES = {
     "Blip2ForConditionalGeneration": "mllm_jax.models.blip2",
     "Blip2ForImageTextRetrieval": "mllm_jax.models.blip2_retrieval",
     "InstructBlipForConditionalGeneration": "mllm_jax.models.instructblip",
+    "Qwen2VLForConditionalGeneration": "mllm_jax.models.qwen_vl",
+    "Qwen2_5_VLForConditionalGeneration": "mllm_jax.models.qwen_vl",
+    "Qwen3VLForConditionalGeneration": "mllm_jax.models.qwen_vl",
     # timm's names
     "eva_giant_patch14_clip_224": "mllm_jax.encoders.eva",
     "eva02_base_patch16_clip_224": "mllm_jax.encoders.eva",
