@@ -21,7 +21,7 @@ from mllm_jax.training.objectives.contrastive import Contrastive
 from mllm_jax.training.objectives.next_token import NextToken
 
 SIZE = 64
-STEPS = {"language": 650, "contrastive": 500, "align": 20, "describe": 320, "instruct": 1000}
+STEPS = {"language": 1000, "contrastive": 500, "align": 20, "describe": 320, "instruct": 1150}
 
 MODEL = MultimodalConfig(
     encoder=ViTConfig(

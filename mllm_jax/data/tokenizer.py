@@ -46,8 +46,7 @@ class Tokenizer:
 
     def _encode(self, text: str) -> tuple[int, ...]:
         """The ids of plain text, without special tokens; remembered, as questions repeat."""
-        if not self.chat.template and not text.startswith(" "):
-            text = f" {text}"  # so that a word has the same ids wherever it stands, and a phrase too
+        text = text if self.chat.template else _spaced(text)
         return tuple(self.backend.encode(text, add_special_tokens=False).ids)
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -141,6 +140,11 @@ class Tokenizer:
             initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
             show_progress=False,
         )
-        backend.train_from_iterator(texts, trainer)
+        backend.train_from_iterator(map(_spaced, texts), trainer)
         backend.add_tokens([AddedToken(f" {phrase}") for phrase in phrases])
         return cls(backend)
+
+
+def _spaced(text: str) -> str:
+    """With a space before the first word, so that a word or phrase has the same ids wherever it stands."""
+    return text if text.startswith(" ") else f" {text}"
