@@ -26,7 +26,16 @@ import numpy as np
 from flax import linen as nn
 
 from mllm_jax.checkpoints import safetensors_files as st
-from mllm_jax.checkpoints.layout import Layout, assemble, gather_layers, lay_out, parameter_view, resolve
+from mllm_jax.checkpoints.layout import (
+    Layout,
+    assemble,
+    gather_layers,
+    is_layered,
+    lay_out,
+    named,
+    parameter_view,
+    resolve,
+)
 from mllm_jax.checkpoints.leaves import PyTree, flatten
 from mllm_jax.checkpoints.new_folder import new_folder
 from mllm_jax.checkpoints.table import Table, Weight
@@ -180,8 +189,8 @@ class _Source:
     """One parameter in the stored tensors."""
 
     def __init__(self, line: Weight, shape: tuple[int, ...], entries: Mapping[str, st.Entry], dtype: Any):
-        self.line, self.shape, self.layered = line, shape, "{layer}" in line.name
-        names = [line.name.replace("{layer}", str(i)) for i in range(shape[0])] if self.layered else [line.name]
+        self.line, self.shape, self.layered = line, shape, is_layered(line.name)
+        names = [named(line.name, i) for i in range(shape[0])] if self.layered else [line.name]
         self.entries = [entries[name] for name in names]
         stored = [st.DTYPES[entry.dtype] for entry in self.entries] or [np.dtype(np.float32)]
         self.dtype = np.dtype(jnp.result_type(*stored)) if dtype is None else float_dtype(dtype)

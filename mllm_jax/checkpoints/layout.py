@@ -43,8 +43,17 @@ class Layout:
         return [self.name] if self.layers is None else [named(self.name, layer) for layer in range(self.layers)]
 
 
+_LAYER = re.compile(r"\{layer(?:\*(\d+)\+(\d+))?\}")
+
+
+def is_layered(name: str) -> bool:
+    """Whether a line's name stands for one tensor a layer."""
+    return _LAYER.search(name) is not None
+
+
 def named(name: str, layer: int) -> str:
-    return name.replace("{layer}", str(layer))
+    """The hub's name of the given repetition: "{layer}" is its number, "{layer*2+1}" twice that and one more."""
+    return _LAYER.sub(lambda found: str(layer if found[1] is None else layer * int(found[1]) + int(found[2])), name)
 
 
 def lay_out(table: Table, shapes: Mapping[str, Shape]) -> list[Layout]:
@@ -80,7 +89,7 @@ def lay_out(table: Table, shapes: Mapping[str, Shape]) -> list[Layout]:
 
 
 def _layout(name: str, lines: list[Weight], shapes: Mapping[str, Shape]) -> Layout:
-    layered = "{layer}" in name
+    layered = is_layered(name)
     counts = {shapes[line.path][0] if layered and shapes[line.path] else None for line in lines}
     if len(counts) > 1 or (layered and None in counts):
         raise ValueError("parameters with different numbers of layers")

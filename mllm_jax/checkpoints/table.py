@@ -14,6 +14,7 @@ class Weight:
 
     Attributes:
         name: the hub's name. "{layer}" in it counts 0, 1, ...: these tensors are stacked along a new first axis.
+            Where layers repeat in groups of two, "{layer*2+0}" counts 0, 2, ... and "{layer*2+1}" counts 1, 3, ...
         path: the parameter's place in the tree, such as "layers/attention/q/kernel".
         pattern: an einops pattern from the stored axes to ours, without the layers' axis: "(n h) e -> e n h"; the same
             pattern turned round writes. Empty: as it is.

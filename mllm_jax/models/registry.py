@@ -50,6 +50,9 @@ _HOMES = {
     "Qwen2_5_VisionTransformerPretrainedModel": "mllm_jax.encoders.qwen_vit",
     "Qwen3VLVisionModel": "mllm_jax.encoders.qwen_vit",
     "QWenVisionTransformer": "mllm_jax.encoders.qwen_vit_v1",
+    "Blip2ForConditionalGeneration": "mllm_jax.models.blip2",
+    "Blip2ForImageTextRetrieval": "mllm_jax.models.blip2_retrieval",
+    "InstructBlipForConditionalGeneration": "mllm_jax.models.instructblip",
     # timm's names
     "eva_giant_patch14_clip_224": "mllm_jax.encoders.eva",
     "eva02_base_patch16_clip_224": "mllm_jax.encoders.eva",

@@ -1,0 +1,290 @@
+"""The Q-Former of BLIP-2 (arXiv 2301.12597, section 3.1) and InstructBLIP (arXiv 2305.06500): queries read a picture.
+
+A BERT whose input is a fixed number of learned queries and, where there is one, a text. Both attend to each other;
+every `cross_attention_frequency`-th layer the queries, never the text, attend to the picture as well; queries and text
+have feed-forward blocks of their own. What the queries hold in the end are the media tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from flax import struct
+
+from mllm_jax.errors import ConfigError, DataError
+from mllm_jax.layers.attention import attention
+from mllm_jax.layers.linear import Embedding, Linear
+from mllm_jax.layers.mlp import ACTIVATIONS, MLP
+from mllm_jax.layers.norms import LayerNorm
+from mllm_jax.layers.requirements import Requirements
+from mllm_jax.layers.stack import scan_layers
+from mllm_jax.sharding.logical import constrain
+
+# As BERT starts all that is no norm and no bias.
+INIT_STD = 0.02
+
+
+@dataclass(frozen=True)
+class QFormerConfig:
+    """Sizes and switches of a Q-Former; the defaults are BERT-base with 32 queries.
+
+    Attributes:
+        output_size: the LLM's hidden size, or None: no map to it, the queries' last hidden states as they are.
+        feature_size: width of the features that come in.
+        num_queries: media tokens of a picture, whatever its size.
+        cross_attention_frequency: layers 0, n, 2n, ... have cross-attention.
+        vocab_size: None: it reads no text, and has no parameters for any.
+        max_length: how many positions a text may have.
+    """
+
+    output_size: int | None = None
+    feature_size: int = 1408
+    hidden_size: int = 768
+    num_layers: int = 12
+    num_heads: int = 12
+    mlp_size: int = 3072
+    num_queries: int = 32
+    cross_attention_frequency: int = 2
+    activation: str = "gelu"
+    norm_eps: float = 1e-12
+    vocab_size: int | None = None
+    max_length: int = 512
+    dtype: str = "float32"
+    remat: str = "none"
+    scan_unroll: int = 1
+
+    def __post_init__(self):
+        require = Requirements("Q-Former", self)
+        require.one_of("activation", ACTIVATIONS)
+        require.heads()
+        require(
+            self.cross_attention_frequency > 0 and self.num_layers % self.cross_attention_frequency == 0,
+            f"{self.num_layers} layers, every {self.cross_attention_frequency}th with cross-attention",
+            "a frequency that divides the layers",
+            "change num_layers or cross_attention_frequency",
+        )
+
+    @property
+    def reads_text(self) -> bool:
+        return self.vocab_size is not None
+
+    @property
+    def pointwise(self) -> bool:
+        """Whether each vector that comes in goes out by itself; the queries read them all."""
+        return False
+
+    def num_tokens(self, grid: int) -> int:
+        """Media tokens of a picture of grid x grid patches: as many as there are queries."""
+        return self.num_queries
+
+    def make(self) -> QFormer:
+        return QFormer(self)
+
+
+@struct.dataclass
+class QFormerCache:
+    """What every layer made of the queries when no text was beside them, for texts that are written from them.
+
+    Attributes:
+        keys, values: [num_layers / frequency, frequency, N, num_queries, heads, head_dim].
+    """
+
+    keys: jax.Array
+    values: jax.Array
+
+
+class QFormerAttention(nn.Module):
+    """Attention of one sequence to another, with the sum and the norm behind it, as BERT has it."""
+
+    config: QFormerConfig
+
+    @nn.compact
+    def __call__(self, x, source, cached=None, *, k_segments=None, q_index=None):
+        """x [N, S, E], source [N, T, F] -> [N, S, E] and the source's keys and values, each [N, T, heads, head_dim].
+
+        Args:
+            cached: keys and values that stand before the source's, or None.
+            k_segments: int[N, T], 0 at what nobody may see, or None.
+            q_index: int[N, S], places among all keys: what lies behind them is not seen; None: all is seen.
+        """
+        c = self.config
+        dtype, heads = jnp.dtype(c.dtype), (c.num_heads, c.hidden_size // c.num_heads)
+        common = dict(features=heads, use_bias=True, init_std=INIT_STD, dtype=dtype)
+        q = Linear(names=("embed", "heads", "head_dim"), **common, name="q")(x)
+        k = Linear(names=("embed", "heads", "head_dim"), **common, name="k")(source)
+        v = Linear(names=("embed", "heads", "head_dim"), **common, name="v")(source)
+        made = (k, v)
+        if cached is not None:
+            k, v = (jnp.concatenate(pair, axis=1) for pair in zip(cached, made, strict=True))
+        q_segments = None
+        if k_segments is not None:
+            q_segments, k_segments = jnp.ones(q.shape[:2], jnp.int32), (k_segments != 0).astype(jnp.int32)
+        mask = "full" if q_index is None else "causal"
+        y = attention(q, k, v, mask=mask, q_segments=q_segments, k_segments=k_segments, q_index=q_index)
+        names = ("heads", "head_dim", "embed")
+        y = Linear((c.hidden_size,), names, in_ndim=2, use_bias=True, init_std=INIT_STD, dtype=dtype, name="out")(y)
+        return LayerNorm(c.norm_eps, dtype, name="norm")(x + y), made
+
+
+class FeedForward(nn.Module):
+    """MLP, sum and norm."""
+
+    config: QFormerConfig
+
+    @nn.compact
+    def __call__(self, x):
+        c = self.config
+        dtype = jnp.dtype(c.dtype)
+        y = MLP(c.mlp_size, c.activation, out_init_std=INIT_STD, dtype=dtype, name="mlp")(x)
+        return LayerNorm(c.norm_eps, dtype, name="norm")(x + y)
+
+
+class QFormerLayer(nn.Module):
+    """One layer; `crosses`: whether its queries attend to the picture."""
+
+    config: QFormerConfig
+    crosses: bool
+
+    @nn.compact
+    def __call__(self, x, cached, queries: int, features, features_segments, k_segments, q_index):
+        """x is [N, queries + text, E]; see `QFormer.run`."""
+        own = QFormerAttention(self.config, name="attention")
+        x, made = own(x, x, cached, k_segments=k_segments, q_index=q_index)
+        parts = []
+        if queries:
+            part = x[:, :queries]
+            if self.crosses:
+                cross = QFormerAttention(self.config, name="cross_attention")
+                part, _ = cross(part, features, k_segments=features_segments)
+            parts.append(FeedForward(self.config, name="query_mlp")(part))
+        if x.shape[1] > queries:
+            parts.append(FeedForward(self.config, name="text_mlp")(x[:, queries:]))
+        return constrain(jnp.concatenate(parts, axis=1), "batch", "seq", None), made
+
+
+class QFormerGroup(nn.Module):
+    """`cross_attention_frequency` layers, of which the first crosses: what repeats."""
+
+    config: QFormerConfig
+    queries: int
+
+    @nn.compact
+    def __call__(self, x, cached, *broadcast):
+        made = []
+        for i in range(self.config.cross_attention_frequency):
+            layer = QFormerLayer(self.config, crosses=i == 0, name=f"layer_{i}")
+            held = None if cached is None else (cached.keys[i], cached.values[i])
+            x, keys_values = layer(x, held, self.queries, *broadcast)
+            made.append(keys_values)
+        keys, values = (jnp.stack(each) for each in zip(*made, strict=True))
+        return x, QFormerCache(keys, values)
+
+
+class QFormer(nn.Module):
+    """Features, and a text where there is one, to media tokens (`Blip2QFormerModel`, `InstructBlipQFormerModel`)."""
+
+    config: QFormerConfig
+
+    def setup(self):
+        c = self.config
+        dtype = jnp.dtype(c.dtype)
+        init = nn.with_logical_partitioning(nn.initializers.normal(INIT_STD), ("queries", "embed"))
+        self.query = self.param("query", init, (c.num_queries, c.hidden_size), jnp.float32)
+        if c.reads_text:
+            self.token_embedding = Embedding(c.vocab_size, c.hidden_size, dtype=dtype)
+            self.position_embedding = Embedding(c.max_length, c.hidden_size, names=(None, "embed"), dtype=dtype)
+        self.embedding_norm = LayerNorm(c.norm_eps, dtype)
+        if c.output_size is not None:
+            self.language_projection = Linear(
+                (c.output_size,), ("channels", "embed"), use_bias=True, init_std=INIT_STD, dtype=dtype
+            )
+
+    def __call__(self, features, tokens=None, segments=None):
+        """Media tokens of pictures.
+
+        Args:
+            features: dtype[N, P, feature_size].
+            tokens, segments: int[N, L], 0 in segments at padding, or None: the text that the queries read too.
+
+        Returns:
+            dtype[N, num_queries, output_size].
+        """
+        queries = self.encode(features, tokens, segments)[0][:, : self.config.num_queries]
+        return queries if self.config.output_size is None else self.language_projection(queries)
+
+    def encode(self, features, tokens=None, segments=None, *, feature_segments=None):
+        """The queries, and the text behind them, all of which see each other.
+
+        Args:
+            feature_segments: int[N, P], 0 at features that are padding, or None.
+
+        Returns:
+            (dtype[N, num_queries + L, E], QFormerCache).
+
+        Raises:
+            ConfigError, DataError: see `read`; features of another width.
+        """
+        c = self.config
+        if features.shape[-1] != c.feature_size:
+            raise DataError(
+                f"features of width {features.shape[-1]}", f"{c.feature_size}", "change the Q-Former's feature_size"
+            )
+        rows = features.shape[0]
+        x = jnp.broadcast_to(self.query.astype(c.dtype), (rows, *self.query.shape))
+        k_segments = None
+        if tokens is not None:
+            segments = jnp.ones_like(tokens) if segments is None else segments
+            x = jnp.concatenate([x, self._embed(tokens)], axis=1)
+            k_segments = jnp.concatenate([jnp.ones((rows, c.num_queries), segments.dtype), segments], axis=1)
+        return self.run(x, c.num_queries, None, features, feature_segments, k_segments, None)
+
+    def read(self, tokens, segments=None, cache: QFormerCache | None = None):
+        """A text by itself, or the continuation of what the queries hold.
+
+        Args:
+            tokens: int[N, L], one text a row.
+            segments: int[N, L], 0 at padding, or None.
+            cache: None: every token sees the whole text. Else, of `encode` without a text: a token sees the queries
+                and the tokens before it.
+
+        Returns:
+            dtype[N, L, E].
+
+        Raises:
+            ConfigError: a Q-Former without a vocabulary.
+            DataError: a text longer than its positions.
+        """
+        x, q_index = self._embed(tokens), None
+        segments = jnp.ones_like(tokens) if segments is None else segments
+        if cache is not None:
+            queries = cache.keys.shape[3]
+            q_index = jnp.broadcast_to(queries + jnp.arange(tokens.shape[1]), tokens.shape)
+            segments = jnp.concatenate([jnp.ones((tokens.shape[0], queries), segments.dtype), segments], axis=1)
+        return self.run(x, 0, cache, None, None, segments, q_index)[0]
+
+    def _embed(self, tokens):
+        """int[N, L] -> dtype[N, L, E], whose positions count from 0."""
+        c = self.config
+        if not c.reads_text:
+            raise ConfigError(
+                "a text for a Q-Former that reads none", "vocab_size, or no text", "set the Q-Former's vocab_size"
+            )
+        if tokens.shape[1] > c.max_length:
+            raise DataError(
+                f"a text of {tokens.shape[1]} tokens for a Q-Former of {c.max_length} positions",
+                f"at most {c.max_length}",
+                "shorten the text",
+            )
+        return self.token_embedding(tokens) + self.position_embedding(jnp.arange(tokens.shape[1]))
+
+    @nn.compact
+    def run(self, x, queries: int, cache, features, feature_segments, k_segments, q_index):
+        """The layers on embedded queries (the first `queries` places) and text."""
+        c = self.config
+        groups = c.num_layers // c.cross_attention_frequency
+        stack = scan_layers(QFormerGroup, num_layers=groups, remat=c.remat, unroll=c.scan_unroll, num_broadcast=4)
+        x = constrain(self.embedding_norm(x), "batch", "seq", None)
+        return stack(c, queries, name="layers")(x, cache, features, feature_segments, k_segments, q_index)

@@ -1,0 +1,117 @@
+"""The Q-Former in Hugging Face folders of BLIP-2 and InstructBLIP: its options and its weights' names."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from mllm_jax.checkpoints.config_json import (
+    ENCODER_ACTIVATIONS,
+    IDLE,
+    IDLE_GENERATION,
+    read_activation,
+    write_activation,
+)
+from mllm_jax.checkpoints.options import Options
+from mllm_jax.checkpoints.table import Weight
+from mllm_jax.projectors.qformer import QFormerConfig
+
+# Our field -> the hub's option of the same meaning.
+_OPTIONS = {
+    "hidden_size": "hidden_size",
+    "num_layers": "num_hidden_layers",
+    "num_heads": "num_attention_heads",
+    "mlp_size": "intermediate_size",
+    "norm_eps": "layer_norm_eps",
+    "cross_attention_frequency": "cross_attention_frequency",
+    "max_length": "max_position_embeddings",
+}
+VOCAB_SIZE = 30522
+
+
+def read_qformer(values: Mapping, what: str, *, text: bool | None, **sizes) -> QFormerConfig:
+    """`qformer_config` of a config.json, every option honoured or refused by name.
+
+    Args:
+        what: how to name the file in a message.
+        text: whether the architecture's Q-Former reads text; None: InstructBLIP, which has no option for it and does.
+        sizes: the fields that stand elsewhere: output_size, feature_size, num_queries.
+    """
+    options = Options(values, f"qformer_config of {what}")
+    reads = True if text is None else options.only("use_qformer_text_input", text, default=False)
+    vocab_size = options("vocab_size", VOCAB_SIZE)
+    config = QFormerConfig(
+        **{ours: options(theirs, getattr(QFormerConfig, ours)) for ours, theirs in _OPTIONS.items()},
+        activation=read_activation(options, "hidden_act", ENCODER_ACTIVATIONS) if "hidden_act" in options else "gelu",
+        vocab_size=vocab_size if reads else None,
+        **sizes,
+    )
+    options.only("position_embedding_type", "absolute")
+    options.only("pruned_heads", {})
+    # The reference takes the features' width from the vision tower, whatever stands here.
+    options.skip("encoder_hidden_size", "pad_token_id", "bos_token_id", "eos_token_id", "tie_word_embeddings")
+    options.skip(*IDLE, *IDLE_GENERATION)
+    options.done()
+    return config
+
+
+def write_qformer(c: QFormerConfig, model_type: str) -> dict:
+    """The reverse of `read_qformer`."""
+    written = dict(
+        model_type=model_type,
+        **{theirs: getattr(c, ours) for ours, theirs in _OPTIONS.items()},
+        hidden_act=write_activation(c.activation),
+        vocab_size=c.vocab_size or VOCAB_SIZE,
+        encoder_hidden_size=c.feature_size,
+    )
+    return written if model_type == "instructblip_qformer" else written | dict(use_qformer_text_input=c.reads_text)
+
+
+def qformer_weights(
+    c: QFormerConfig,
+    *,
+    query: str = "query_tokens",
+    layers: str = "qformer.encoder.layer",
+    own: str = "attention",
+    norm: str = "qformer.layernorm",
+    embeddings: str = "qformer.embeddings",
+    projection: str = "language_projection",
+    path: str = "projector",
+) -> tuple[Weight, ...]:
+    """The weights of a Q-Former, its queries and its map to the LLM.
+
+    Args:
+        own: what stands between a layer's "attention." and ".query": transformers' "attention", LAVIS' "self".
+        path: where its parameters stand.
+    """
+    weights = [Weight(query, f"{path}/query", "1 q e -> q e")]
+    heads = {"h": c.hidden_size // c.num_heads}
+
+    def dense(name: str, place: str, kernel: str = "o i -> i o", bias: str = "", sizes: Mapping[str, int] = {}):  # noqa: B006
+        weights.append(Weight(f"{name}.weight", f"{place}/kernel", kernel, sizes))
+        weights.append(Weight(f"{name}.bias", f"{place}/bias", bias, sizes if bias else {}))
+
+    def layer_norm(name: str, place: str):
+        weights.append(Weight(f"{name}.weight", f"{place}/scale"))
+        weights.append(Weight(f"{name}.bias", f"{place}/bias"))
+
+    if c.reads_text:
+        for ours, theirs in (("token", "word"), ("position", "position")):
+            weights.append(Weight(f"{embeddings}.{theirs}_embeddings.weight", f"{path}/{ours}_embedding/embedding"))
+    layer_norm(norm, f"{path}/embedding_norm")
+    frequency = c.cross_attention_frequency
+    for i in range(frequency):
+        hub, place = f"{layers}.{{layer*{frequency}+{i}}}", f"{path}/layers/layer_{i}"
+        attentions = {"attention": "attention"} | ({"crossattention": "cross_attention"} if i == 0 else {})
+        for theirs, ours in attentions.items():
+            for name in ("query", "key", "value"):
+                part = f"{place}/{ours}/{name[0]}"
+                dense(f"{hub}.{theirs}.{own}.{name}", part, "(n h) e -> e n h", "(n h) -> n h", heads)
+            dense(f"{hub}.{theirs}.output.dense", f"{place}/{ours}/out", "e (n h) -> n h e", sizes=heads)
+            layer_norm(f"{hub}.{theirs}.output.LayerNorm", f"{place}/{ours}/norm")
+        for suffix, ours in (("_query", "query_mlp"), *((("", "text_mlp"),) if c.reads_text else ())):
+            dense(f"{hub}.intermediate{suffix}.dense", f"{place}/{ours}/mlp/up")
+            dense(f"{hub}.output{suffix}.dense", f"{place}/{ours}/mlp/down")
+            layer_norm(f"{hub}.output{suffix}.LayerNorm", f"{place}/{ours}/norm")
+    if c.output_size is not None:
+        dense(projection, f"{path}/language_projection")
+    return tuple(weights)
