@@ -128,6 +128,7 @@ class LlavaLayout(TileLayout):
         self.config, self.pictures, self.frames = config, pictures, frames
         self.image_token, self.video_token = config.image_token_id, config.video_token_id
         self.tokens_a_tile = config.media_tokens
+        self.neighbours = 4 if config.family == ONEVISION else 1
 
     def image(self, picture: np.ndarray) -> Media:
         """A picture that is alone in its text."""

@@ -15,8 +15,9 @@ import transformers
 from flax import linen as nn
 
 from mllm_jax.checkpoints.native import read_native_config, write_native
+from mllm_jax.data.dialogues import EncodedDialogue, pack_dialogues
 from mllm_jax.data.image_processors import image_processor
-from mllm_jax.data.media import NEWLINE
+from mllm_jax.data.media import NEWLINE, lay_out_row
 from mllm_jax.encoders.vit import ViTConfig
 from mllm_jax.errors import ConfigError
 from mllm_jax.llms.decoder import DecoderConfig
@@ -146,6 +147,26 @@ def test_places_and_tokens():
     np.testing.assert_allclose(film.weights.sum(axis=1), 1, atol=1e-6)
     full = pictures_of(replace(TINY, connection=Connection((-2,), class_token=True)))
     assert full.image(picture(9, 9)).places.tolist() == list(range(GRID**2 + 1))
+
+
+def test_rows_to_train_on_hold_pictures_of_all_kinds():
+    """A picture whose features are reduced, and in the next example two of one tile each, share a row."""
+    config = replace(TILED, family=ONEVISION, max_tiles=2, image_token_id=7, video_token_id=8)
+    layout = pictures_of(config)
+    alone, two = layout.images([picture(40, 40)]), layout.images([picture(20, 40), picture(9, 9)])
+    examples = []
+    for ids, media in (([1, 7, 2], alone), ([7, 3, 7], two)):
+        row = lay_out_row(ids, media, (7, 8), "a text")
+        examples.append(EncodedDialogue(row, np.ones(len(row.tokens), np.float32), media))
+    assert [e.slots for e in examples] == [5, 2]
+    batch = pack_dialogues([examples], layout, 80, 8)
+    assert batch["images"].shape == (1, 8, SIDE, SIDE, 3) and batch["media_index"].shape == (1, 80, 4)
+    used = int((batch["segments"] > 0).sum())
+    held = (batch["media_index"] >= 0).all(axis=-1)
+    np.testing.assert_allclose(batch["media_weights"][held].sum(axis=-1), 1, atol=1e-6)
+    assert held.sum() == used - 3 and batch["media_index"].max() == 8 * GRID**2  # the newline
+    second = batch["media_index"][0, batch["segments"][0] == 2, 0]
+    assert second.tolist() == [*range(45, 54), 72, -1, *range(54, 63), 72]
 
 
 # ---- what is refused
