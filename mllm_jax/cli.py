@@ -80,7 +80,7 @@ class Generate:
     """Answers a question, about pictures if any are given.
 
     Attributes:
-        run: a folder that `mllm train` made, or a language model's: Hugging Face's, or what `mllm convert` wrote.
+        run: a folder that `mllm train` made, or a model's: Hugging Face's, or what `mllm convert` wrote.
         question: what to ask.
         image: picture files, in the order in which the question speaks of them.
         max_new_tokens: where an answer is cut off.
@@ -269,6 +269,12 @@ def generate_command(arguments: list[str]) -> int:
             "a model that generates text",
             "name another run; `mllm embed` compares pictures and texts with this one",
         )
+    if experiment.model.family is not None:
+        raise ConfigError(
+            f"{options.run}, a run that trains a {experiment.model.family}",
+            "its Hugging Face folder, with the processor of its own",
+            f"write it first: mllm convert {options.run} FOLDER, then mllm generate FOLDER",
+        )
 
     from mllm_jax.data.images import read_image, resize
 
@@ -296,11 +302,15 @@ def _is_language_model(folder: Path) -> bool:
 
 
 def _complete(options: Generate) -> int:
+    from mllm_jax.models.registry import has_layout, pretrained_config
+
+    if has_layout(pretrained_config(options.run)):
+        return _describe(options)
     if options.image:
         raise ConfigError(
             f"{options.run} with {len(options.image)} picture(s)",
             "a question in words only: this folder holds a language model",
-            "leave out --image, or name a run that was trained on pictures",
+            "leave out --image, or name a model that reads pictures",
         )
 
     from mllm_jax.inference.language import LanguageGenerator
@@ -311,6 +321,27 @@ def _complete(options: Generate) -> int:
         prompt = [{"role": "user", "content": prompt}]
     answers = generator.generate([prompt], Options(max_new_tokens=options.max_new_tokens), options.sampling)
     print(answers[0].text)
+    return 0
+
+
+def _describe(options: Generate) -> int:
+    """An answer of a named model, LLaVA or another, from its folder."""
+    from mllm_jax.data.images import read_image
+    from mllm_jax.inference.multimodal import generate
+    from mllm_jax.models.processor import Processor
+    from mllm_jax.models.registry import from_pretrained
+
+    # What is small first: a wrong path should not have to wait for the weights.
+    pictures = [read_image(path) for path in options.image]
+    processor = Processor.from_pretrained(options.run)
+    text = options.question
+    if processor.tokenizer.has_template:
+        parts = [{"type": "image"}] * len(pictures) + [{"type": "text", "text": text}]
+        text = [{"role": "user", "content": parts}]
+    batch = processor(text, images=pictures)
+    model, params = from_pretrained(options.run)
+    asked = Options(max_new_tokens=options.max_new_tokens)
+    print(generate(model, params, batch, processor, asked, options.sampling)[0])
     return 0
 
 

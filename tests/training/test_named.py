@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import pytest
 from flax import linen as nn
+from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
 from toy_data import COLOURS, Toy
 from transformers import PreTrainedTokenizerFast
@@ -180,6 +181,16 @@ def test_stages_train_from_the_checkpoint_and_leave_as_a_folder(folder, run, tmp
     assert again.config == model.config
     processor = mllm_jax.Processor.from_pretrained(tmp_path / "out")
     assert processor.tokenizer.backend.chat_template == TEMPLATE
+
+    Image.fromarray(np.full((20, 9, 3), 90, np.uint8)).save(tmp_path / "a.png")
+    command = [str(tmp_path / "out"), "what colour ?", "--image", str(tmp_path / "a.png"), "--max-new-tokens", "5"]
+    assert main(["generate", *command]) == 0
+    parts = [{"type": "image", "image": tmp_path / "a.png"}, {"type": "text", "text": "what colour ?"}]
+    batch = processor([{"role": "user", "content": parts}])
+    wanted = mllm_jax.generate(again, read, batch, processor, mllm_jax.Options(max_new_tokens=5))
+    assert capsys.readouterr().out.strip() == wanted[0].strip()
+    assert main(["generate", str(run), *command[1:]]) == 2
+    assert "mllm convert" in capsys.readouterr().err
 
 
 def test_kept_features_change_no_loss(folder, run, tmp_path):
