@@ -23,10 +23,9 @@ from mllm_jax.encoders.hub import nested
 from mllm_jax.encoders.vit import ViTConfig
 from mllm_jax.errors import ConfigError
 from mllm_jax.layers.requirements import Requirements
-from mllm_jax.llms import llama, qwen
-from mllm_jax.llms.decoder import DecoderConfig
 from mllm_jax.llms.hub import architecture
 from mllm_jax.models.clip import CLIP_MEAN, CLIP_STD
+from mllm_jax.models.llm_part import llm_table, read_llm, write_llm
 from mllm_jax.models.multimodal import Connection, MultimodalConfig
 from mllm_jax.models.processor import TileLayout
 from mllm_jax.projectors.mlp import MLPProjectorConfig
@@ -34,7 +33,6 @@ from mllm_jax.projectors.mlp import MLPProjectorConfig
 LLAVA, NEXT, ONEVISION = (f"Llava{name}ForConditionalGeneration" for name in ("", "Next", "Onevision"))
 _MODEL_TYPES = {LLAVA: "llava", NEXT: "llava_next", ONEVISION: "llava_onevision"}
 _TOWERS = {"clip_vision_model": clip_vision, "siglip_vision_model": siglip_vision}
-_LLMS = {"llama": llama, "mistral": llama, "qwen2": qwen, "qwen3": qwen}
 NEXT_RESOLUTIONS = ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008))
 ONEVISION_RESOLUTIONS = tuple((384 * down, 384 * across) for down in range(1, 7) for across in range(1, 7))
 _ANYRES = "anyres_max_"
@@ -182,7 +180,8 @@ def from_hf_config(values: dict) -> LlavaConfig:
     text = dict(options("text_config"))
     # transformers reads it from the LLM's part too, except in LLaVA-NeXT.
     tied = options("tie_word_embeddings", False) or (family != NEXT and text.get("tie_word_embeddings") or False)
-    llm = _read_llm(text | {"tie_word_embeddings": tied}, what)
+    text.setdefault("model_type", "llama")
+    llm = read_llm(text | {"tie_word_embeddings": tied}, what)
     layers = options("vision_feature_layer", -1 if family == ONEVISION else -2)
     keeps = options.only(
         "vision_feature_select_strategy", "default", "full", default="full" if family == ONEVISION else "default"
@@ -239,13 +238,6 @@ def _read_tower(values: dict, what: str) -> ViTConfig:
     return replace(tower, image_mean=CLIP_MEAN, image_std=CLIP_STD) if kind == "clip_vision_model" else tower
 
 
-def _read_llm(values: dict, what: str) -> DecoderConfig:
-    kind = values.setdefault("model_type", "llama")
-    if kind not in _LLMS:
-        raise ConfigError(f"{what}: an LLM {kind!r}", f"one of {', '.join(_LLMS)}", "convert another checkpoint")
-    return _LLMS[kind].from_hf_config({name: value for name, value in values.items() if name != "architectures"})
-
-
 def to_hf_config(config: LlavaConfig) -> dict:
     """The reverse; refuses switches that the family does not have."""
     layers, llm = config.connection.layers, config.llm
@@ -253,8 +245,8 @@ def to_hf_config(config: LlavaConfig) -> dict:
     written = dict(
         architectures=[config.family],
         model_type=_MODEL_TYPES[config.family],
-        vision_config=_part_of(_TOWERS, config.encoder).to_hf_config(config.encoder),
-        text_config=_part_of(_LLMS, llm).to_hf_config(llm),
+        vision_config=_tower(config.encoder).to_hf_config(config.encoder),
+        text_config=write_llm(llm, "a LLaVA"),
         tie_word_embeddings=llm.tie_word_embeddings,
         image_token_index=config.image_token_id,
         projector_hidden_act=write_activation(config.projector.activation),
@@ -278,17 +270,17 @@ def _facts(c: LlavaConfig) -> dict:
     return stored_fields(c, "encoder", "llm", "preprocessing") | dict(projector=projector)
 
 
-def _part_of(modules: dict, part: ViTConfig | DecoderConfig):
-    """The file that writes a tower or an LLM."""
-    for module in modules.values():
-        if part.family in [name for family in module.FAMILIES for name in family.architectures]:
+def _tower(encoder: ViTConfig):
+    """The file that writes a tower."""
+    for module in _TOWERS.values():
+        if encoder.family in [name for family in module.FAMILIES for name in family.architectures]:
             return module
-    raise ConfigError(f"LLaVA with a {part.family}", f"one of {', '.join(modules)}", "choose another part")
+    raise ConfigError(f"LLaVA with a {encoder.family}", f"one of {', '.join(_TOWERS)}", "choose another encoder")
 
 
 def table(config: LlavaConfig) -> Table:
-    tower = _part_of(_TOWERS, config.encoder).table(config.encoder)
-    llm = _part_of(_LLMS, config.llm).table(config.llm)
+    tower = _tower(config.encoder).table(config.encoder)
+    llm = llm_table(config.llm, "a LLaVA")
     weights = list(nested(tower, "vision_tower.", "encoder/") + nested(llm, "language_model.", "llm/"))
     for layer in range(1, config.projector.num_layers + 1):
         hub, ours = f"multi_modal_projector.linear_{layer}", f"projector/linear_{layer}"
