@@ -46,7 +46,7 @@ _HOMES = {
     "Qwen2VisionTransformerPretrainedModel": "mllm_jax.encoders.qwen_vit",
     "Qwen2_5_VisionTransformerPretrainedModel": "mllm_jax.encoders.qwen_vit",
     "Qwen3VLVisionModel": "mllm_jax.encoders.qwen_vit",
-    "QWenVisionTransformer": "mllm_jax.encoders.qwen_vit_v1",
+    "QWenVisionTransformer": "mllm_jax.models.qwen_vl_v1",
     # timm's names
     "eva_giant_patch14_clip_224": "mllm_jax.encoders.eva",
     "eva02_base_patch16_clip_224": "mllm_jax.encoders.eva",
