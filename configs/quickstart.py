@@ -7,6 +7,7 @@ LLM's language; projector and LLM learn to say what they see, then to answer que
 """
 
 from mllm_jax.data.openmoji import OpenMojiCaptions, OpenMojiQuestions, OpenMojiScenes, OpenMojiText
+from mllm_jax.data.openmoji.scenes import PLACES
 from mllm_jax.data.pipeline import Mixture, Weighted
 from mllm_jax.encoders.text import TextTowerConfig
 from mllm_jax.encoders.vit import ViTConfig
@@ -20,7 +21,7 @@ from mllm_jax.training.objectives.contrastive import Contrastive
 from mllm_jax.training.objectives.next_token import NextToken
 
 SIZE = 64
-STEPS = {"language": 650, "contrastive": 500, "align": 20, "describe": 320, "instruct": 1000}
+STEPS = {"language": 1000, "contrastive": 500, "align": 20, "describe": 320, "instruct": 1150}
 
 MODEL = MultimodalConfig(
     encoder=ViTConfig(
@@ -68,13 +69,13 @@ def experiment(name: str, pictures: str, steps: dict[str, int], variants: int = 
     places = OpenMojiScenes(**common, tasks=("scene_position",), turns=4)
     scenes = OpenMojiScenes(**common)
     captions = OpenMojiCaptions(**common, variants=variants, scene_share=0.3)
-    text = OpenMojiText(config=pictures, variants=variants)
+    text = OpenMojiText(config=pictures, variants=variants, scene_share=0.5)
     held_out = OpenMojiQuestions(config=pictures, split="validation", image_size=SIZE, variants=4)
     describing = Mixture((Weighted(names, 0.75), Weighted(places, 0.25)), rows=16, length=128, slots=6)
     return Experiment(
         name=name,
         model=MODEL,
-        tokenizer=TokenizerConfig(vocab_size=1024),
+        tokenizer=TokenizerConfig(vocab_size=1024, phrases=PLACES[2], places=PLACES[2]),
         cpu_devices=2,  # two devices on two cores are twice as fast as one
         evaluation=OpenMojiEvaluation(config=pictures, image_size=SIZE),
         stages=(
@@ -82,7 +83,7 @@ def experiment(name: str, pictures: str, steps: dict[str, int], variants: int = 
                 name="language",
                 objective=NextToken(),
                 trainable=("llm/*",),
-                data=Mixture((Weighted(text),), rows=12, length=192, slots=0, learn="all"),
+                data=Mixture((Weighted(text),), rows=10, length=224, slots=0, learn="all"),
                 optimizer=AdamW(learning_rate=3e-3, warmup_steps=30),
                 steps=steps["language"],
             ),
@@ -118,7 +119,7 @@ def experiment(name: str, pictures: str, steps: dict[str, int], variants: int = 
                 objective=NextToken(),
                 trainable=("projector/*", "llm/*"),
                 data=Mixture(
-                    (Weighted(names, 0.35), Weighted(yes_no, 0.15), Weighted(questions, 0.35), Weighted(scenes, 0.15)),
+                    (Weighted(names, 0.3), Weighted(yes_no, 0.15), Weighted(questions, 0.3), Weighted(scenes, 0.25)),
                     rows=16,
                     length=128,
                     slots=4,

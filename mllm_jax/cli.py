@@ -336,6 +336,15 @@ def convert_command(arguments: list[str]) -> int:
 
     jax.config.update("jax_platforms", "cpu")  # nothing is computed, and the host has the most room
 
+    from mllm_jax.training.run_folder import RunFolder
+
+    if (run := RunFolder(options.source)).is_trained():
+        from mllm_jax.training.named import export_run
+
+        export_run(run, options.target, dtype=options.dtype, overwrite=options.overwrite)
+        print(f"{run.path} written to {options.target} as a Hugging Face folder")
+        return 0
+
     from mllm_jax.models.convert import convert
 
     convert(options.source, options.target, to=options.to, dtype=options.dtype, overwrite=options.overwrite, say=print)

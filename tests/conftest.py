@@ -19,6 +19,9 @@ os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={NUM_DEVICES}
 # XLA's pool has a thread a core unless told otherwise. Eight devices on two cores can then all wait in collectives of
 # which each holds a thread, with none left for the devices they wait for.
 os.environ["NPROC"] = str(4 * NUM_DEVICES)
+# Compiling is nearly all that tests on toys do. What is left out are LLVM's passes; XLA's own, partitioning and fusion
+# among them, run as always. The fixture `optimized` brings them back where much is computed or users' code is meant.
+os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "true"
 
 
 @pytest.fixture(autouse=True)
@@ -28,6 +31,18 @@ def _seeds():
 
     random.seed(0)
     np.random.seed(0)
+
+
+@pytest.fixture(scope="module")
+def optimized():
+    """The file compiles as users do: `pytestmark = pytest.mark.usefixtures("optimized")`."""
+    import jax
+
+    name = "jax_disable_most_optimizations"
+    assert jax.config.read(name), "tests/conftest.py sets it"
+    jax.config.update(name, False)
+    yield
+    jax.config.update(name, True)
 
 
 @pytest.fixture(scope="session")

@@ -12,10 +12,10 @@ from mllm_jax.errors import ConfigError
 _NEUTRAL = frozenset((
     "_name_or_path", "architectures", "model_type", "torch_dtype", "dtype", "transformers_version", "use_cache",
     "initializer_range", "output_attentions", "output_hidden_states", "return_dict", "attn_implementation",
-    "_attn_implementation", "attention_dropout", "hidden_dropout", "hidden_dropout_prob",
-    "attention_probs_dropout_prob", "resid_pdrop", "embd_pdrop", "dropout", "activation_dropout", "layerdrop",
-    "dropout_rate", "classifier_dropout", "chunk_size_feed_forward", "pretraining_tp", "problem_type", "id2label",
-    "label2id", "is_encoder_decoder", "is_decoder", "add_cross_attention", "cross_attention_hidden_size",
+    "_attn_implementation", "_attn_implementation_autoset", "attention_dropout", "hidden_dropout",
+    "hidden_dropout_prob", "attention_probs_dropout_prob", "resid_pdrop", "embd_pdrop", "dropout", "activation_dropout",
+    "layerdrop", "dropout_rate", "classifier_dropout", "chunk_size_feed_forward", "pretraining_tp", "problem_type",
+    "id2label", "label2id", "is_encoder_decoder", "is_decoder", "add_cross_attention", "cross_attention_hidden_size",
     "tie_encoder_decoder", "torchscript", "gradient_checkpointing", "_model_name_or_path",
 ))
 # fmt: on

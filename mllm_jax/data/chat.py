@@ -12,6 +12,7 @@ from mllm_jax.errors import DataError
 Message = Mapping[str, str]  # {"role": "user", "content": "..."}
 
 GENERATION = "generation_config.json"
+PROCESSORS_TEMPLATE = "chat_template.json"  # early folders of models with pictures keep the one that places them here
 # One of these holds the vocabulary; without any, transformers would make up an empty tokenizer.
 _VOCABULARIES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "tekken.json")
 
@@ -51,10 +52,12 @@ class ChatTokenizer:
         try:
             generation = json.loads(path.read_text("utf-8")) if path.is_file() else {}
             backend = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+            if (template := folder / PROCESSORS_TEMPLATE).is_file():
+                backend.chat_template = json.loads(template.read_text("utf-8"))["chat_template"]
         except Exception as error:  # transformers and tokenizers raise many kinds, some of them plain Exception
             raise DataError(
                 f"the tokenizer in {folder}: {type(error).__name__}: {error}",
-                f"files that transformers' AutoTokenizer reads, and {GENERATION} in JSON",
+                f"files that transformers' AutoTokenizer reads, {GENERATION} and {PROCESSORS_TEMPLATE} in JSON",
                 "restore them from the checkpoint's origin",
             ) from error
         return cls(backend, generation)

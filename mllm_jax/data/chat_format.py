@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mllm_jax.data.chat import ChatTokenizer
-from mllm_jax.errors import DataError
+from mllm_jax.errors import ConfigError, DataError
 
 Ids = tuple[int, ...]
 
@@ -29,6 +29,7 @@ class ChatFormat:
         after_media: only behind pictures or the text in their place.
         end: what ends an answer and is learnt with it, the stop token `eos` last.
         image: holds a picture's places; the embedding of this id is never read.
+        picture: what one picture is in the text, words and places; empty: its places one after the other.
         template: the chat template that the ids were cut out of, empty for special tokens of our own.
     """
 
@@ -43,6 +44,23 @@ class ChatFormat:
     eos: int
     image: int
     template: str = ""
+    picture: Ids = ()
+
+    def pictures(self, count: int, media_tokens: int) -> tuple[Ids, list[int]]:
+        """The ids of so many pictures of `media_tokens` places each, and of each id the media token, -1 for words.
+
+        Raises:
+            ConfigError: `picture` has another number of places.
+        """
+        one = self.picture or (self.image,) * media_tokens
+        if one.count(self.image) != media_tokens:
+            raise ConfigError(
+                f"words for {one.count(self.image)} places of a picture, which takes {media_tokens}",
+                "words before each of them",
+                "change tokenizer.places, or leave it out",
+            )
+        ids, numbers = one * count, iter(range(media_tokens * count))
+        return ids, [next(numbers) if i == self.image else -1 for i in ids]
 
     @classmethod
     def own(cls, pad: int, bos: int, eos: int, image: int, user: int, assistant: int) -> ChatFormat:

@@ -12,28 +12,31 @@ Where a family's authors prepare pictures otherwise in their own repository:
 - EVA-CLIP in BLIP-2 (LAVIS): the same resizing to a square, the same last bits.
 - ViT, SigLIP (big_vision): TensorFlow's bilinear resizing, in most configs without antialiasing, then [-1, 1]. The
   folders on the hub say bicubic for SigLIP: a picture that is much reduced looks different.
-- InternVL: its repository cuts a picture into up to 12 tiles and a thumbnail; here a picture is one tile.
+- LLaVA-1.5: pads to a square with the mean colour before the centre crop, which its folders on the hub leave out: here
+  as there `do_pad` adds it. LLaVA-NeXT and LLaVA-OneVision: the same tiles.
 - Qwen2-VL: its helper package resizes once before, to bounds of its own, so a picture may be resampled twice there.
 """
 
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from einops import repeat
+from einops import rearrange
 from PIL import Image
 
+from mllm_jax.data.dynamic_tiles import tile_grid
+from mllm_jax.data.smart_resize import smart_resize
+from mllm_jax.data.tiles import best_resolution, cut, fitted_size, pad_to, pad_to_square
 from mllm_jax.errors import ConfigError, DataError
 
 _HALF = (0.5, 0.5, 0.5)
 _CLIP_MEAN, _CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-_MAX_ASPECT = 200  # of smart resizing
 
 
 class _Kind(NamedTuple):
@@ -45,6 +48,7 @@ class _Kind(NamedTuple):
     resample: Image.Resampling = Image.Resampling.BICUBIC
     crop: int | None = None
     square: bool = True  # what a plain number as `size` means
+    resolutions: tuple[tuple[int, int], ...] = ()
 
 
 def _square(side: int) -> dict[str, int]:
@@ -55,18 +59,35 @@ _KINDS = {
     "ViTImageProcessor": _Kind(_square(224), _HALF, _HALF, Image.Resampling.BILINEAR),
     "CLIPImageProcessor": _Kind(dict(shortest_edge=224), _CLIP_MEAN, _CLIP_STD, crop=224, square=False),
     "SiglipImageProcessor": _Kind(_square(224), _HALF, _HALF, square=False),
+    "LlavaImageProcessor": _Kind(dict(shortest_edge=224), _CLIP_MEAN, _CLIP_STD, crop=224, square=False),
+    "LlavaNextImageProcessor": _Kind(
+        dict(shortest_edge=224),
+        _CLIP_MEAN,
+        _CLIP_STD,
+        crop=224,
+        square=False,
+        resolutions=((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008)),
+    ),
+    "LlavaOnevisionImageProcessor": _Kind(
+        _square(384), _CLIP_MEAN, _CLIP_STD, square=False, resolutions=tuple(product(range(384, 2305, 384), repeat=2))
+    ),
+    "LlavaOnevisionVideoProcessor": _Kind(_square(384), _CLIP_MEAN, _CLIP_STD, square=False),
     "BlipImageProcessor": _Kind(_square(384), _CLIP_MEAN, _CLIP_STD),
     "BitImageProcessor": _Kind(dict(shortest_edge=224), _CLIP_MEAN, _CLIP_STD, crop=224, square=False),
     "GotOcr2ImageProcessor": _Kind(_square(384), _CLIP_MEAN, _CLIP_STD),
+    "InternVLVideoProcessor": _Kind(_square(384), _CLIP_MEAN, _CLIP_STD),
+    "DeepseekVLImageProcessor": _Kind(_square(384), _CLIP_MEAN, _CLIP_STD),
+    "DeepseekVLHybridImageProcessor": _Kind(_square(384), _CLIP_MEAN, _CLIP_STD),
     "Qwen2VLImageProcessor": _Kind(
         dict(shortest_edge=56 * 56, longest_edge=28 * 28 * 1280), _CLIP_MEAN, _CLIP_STD, square=False
     ),
 }
+_SQUARED = ("DeepseekVLImageProcessor", "DeepseekVLHybridImageProcessor")  # resized, then filled up to a square
 # fmt: off
 _IDLE = (  # options of layout, of training or of other tools; pictures are RGB here, whatever is asked
     "image_processor_type", "feature_extractor_type", "processor_class", "auto_map", "do_convert_rgb", "data_format",
     "input_data_format", "device", "return_tensors", "disable_grouping", "image_seq_length", "_valid_processor_keys",
-    "pad_size",
+    "pad_size", "video_processor_type",
 )
 # fmt: on
 
@@ -79,8 +100,17 @@ class ImageProcessor:
         kind: transformers' name, without "Fast" or "Pil".
         size: (height, width) to resize to, whatever the aspect ratio.
         shortest_edge: or the shorter side, the aspect ratio kept.
+        longest_edge: or the longer side, the aspect ratio kept, and the least that the shorter side becomes; what is
+            over whole pixels is rounded or, with `cuts_off`, left out.
         pixel_range: or (least, most) pixels, sides multiples of patch_size * merge_size, the aspect ratio nearly kept.
         crop_size: (height, width) of the crop in the middle; a smaller picture gets a black margin.
+        background: None, or the colour with which a picture becomes a square before all else, with `longest_edge`
+            behind its resizing; where there are `resolutions`, one that is not cut into tiles.
+        resolutions: empty, or those that a picture may be resized to before it is cut into tiles, see
+            `mllm_jax.data.tiles`; tile_size is the side of those tiles.
+        tile_range: None, or the least and the most tiles of `size` that a picture is cut into, see
+            `mllm_jax.data.dynamic_tiles`; the whole picture comes last, unless it is one tile.
+        low: None, or what makes a second, smaller picture of what this makes, for encoders that read both.
         resample: Pillow's number of the filter.
         rescale_factor: None leaves 0 to 255.
         mean, std: None normalises nothing.
@@ -90,8 +120,15 @@ class ImageProcessor:
     kind: str
     size: tuple[int, int] | None = None
     shortest_edge: int | None = None
+    longest_edge: tuple[int, int] | None = None
+    cuts_off: bool = False
     pixel_range: tuple[int, int] | None = None
     crop_size: tuple[int, int] | None = None
+    background: tuple[int, int, int] | None = None
+    resolutions: tuple[tuple[int, int], ...] = ()
+    tile_size: int = 0
+    tile_range: tuple[int, int] | None = None
+    low: ImageProcessor | None = None
     resample: int = int(Image.Resampling.BICUBIC)
     rescale_factor: float | None = 1 / 255
     mean: tuple[float, float, float] | None = None
@@ -112,24 +149,59 @@ class ImageProcessor:
         Raises:
             DataError: another dtype or shape, no pixels, or sides that smart resizing refuses.
         """
-        _require_picture(image)
-        height, width = self._resized(*image.shape[:2])
-        if (self.size, self.shortest_edge, self.pixel_range) != (None, None, None):
-            picture = Image.fromarray(np.ascontiguousarray(image))
-            image = np.asarray(picture.resize((width, height), Image.Resampling(self.resample)))
-        if self.crop_size is not None:
-            image = _crop_centre(image, *self.crop_size)
-        return self._values()[image, np.arange(3)]
+        return self.normalise(self.prepare(image))
 
-    def patches(self, image: np.ndarray) -> tuple[np.ndarray, tuple[int, int, int]]:
-        """Processes one picture into patches, those that are merged side by side.
+    def prepare(self, image: np.ndarray) -> np.ndarray:
+        """One picture as one tile of bytes, uint8[H, W, 3], which `normalise` makes numbers; raises as calling does."""
+        _require_picture(image)
+        if self.background is None:
+            return self._tile(image)
+        if self.longest_edge is not None:
+            return pad_to_square(self._tile(image), self.background)
+        return self._tile(pad_to_square(image, self.background))
+
+    def tiles(self, image: np.ndarray) -> np.ndarray:
+        """One picture as all its tiles: uint8[N, H, W, 3], the whole one first, or last with `tile_range`."""
+        _require_picture(image)
+        if self.tile_range is not None:
+            rows, columns = tile_grid(image.shape[:2], self.size, *self.tile_range)
+            large = self._to_size(image, (self.size[0] * rows, self.size[1] * columns))
+            tiles = rearrange(large, "(r h) (c w) k -> (r c) h w k", r=rows, c=columns)
+            return tiles if len(tiles) == 1 else np.concatenate([tiles, self._to_size(image, self.size)[None]])
+        if not self.resolutions:
+            return self.prepare(image)[None]
+        target = best_resolution(image.shape[:2], self.resolutions)
+        large = pad_to(self._to_size(image, fitted_size(image.shape[:2], target)), target)
+        small = self._to_size(image, self.size or (self.shortest_edge, self.shortest_edge))
+        return np.stack([self._tile(tile) for tile in (small, *cut(large, self.tile_size))])
+
+    def normalise(self, pixels: np.ndarray) -> np.ndarray:
+        """uint8[..., 3] -> float32[..., 3]"""
+        return self._values()[pixels, np.arange(3)]
+
+    def for_encoder(self, pixels: np.ndarray, encoder: Any) -> np.ndarray:
+        """The bytes themselves where the encoder's config has it normalise them like this, else the numbers."""
+        on_device = (1 / 255, tuple(encoder.image_mean), tuple(encoder.image_std))
+        return pixels if (self.rescale_factor, self.mean, self.std) == on_device else self.normalise(pixels)
+
+    def _tile(self, image: np.ndarray) -> np.ndarray:
+        if (self.size, self.shortest_edge, self.longest_edge, self.pixel_range) != (None,) * 4:
+            image = self._to_size(image, self._resized(*image.shape[:2]))
+        return image if self.crop_size is None else _crop_centre(image, *self.crop_size)
+
+    def _to_size(self, image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+        picture = Image.fromarray(np.ascontiguousarray(image))
+        return np.asarray(picture.resize(size[::-1], Image.Resampling(self.resample)))
+
+    def patches(self, *frames: np.ndarray) -> tuple[np.ndarray, tuple[int, int, int]]:
+        """Processes one picture, or the frames of a video, into patches, those that are merged side by side.
 
         Args:
-            image: uint8 [h, w, 3].
+            frames: uint8 [h, w, 3] each, of one size; one is a still.
 
         Returns:
-            float32 [N, 3 * temporal_patch_size * patch_size^2], channels first inside a patch, a still repeated in
-            time; and (1, rows, columns) of patches, rows * columns = N.
+            float32 [N, 3 * temporal_patch_size * patch_size^2], channels first inside a patch, the last frame repeated
+            until time is whole patches; and (time, rows, columns) of patches, whose product is N.
 
         Raises:
             DataError: as calling does; or sides that whole merged patches do not fill.
@@ -137,27 +209,31 @@ class ImageProcessor:
         """
         if not self.patch_size:
             raise ConfigError(f"patches from a {self.kind}", "one with a patch_size", "call it for pixels")
-        pixels = self(image)
-        height, width = pixels.shape[:2]
+        pixels = np.stack([self(frame) for frame in frames])
+        pixels = np.concatenate([pixels, *[pixels[-1:]] * (-len(pixels) % self.temporal_patch_size)])
+        height, width = pixels.shape[1:3]
         side = self.patch_size * self.merge_size
         if height % side or width % side:
             raise DataError(
                 f"a picture of {height} x {width} pixels", f"sides that are multiples of {side}", "let it be resized"
             )
-        cut = repeat(
+        cut = rearrange(
             pixels,
-            "(h p a) (w q b) c -> (h w p q) (c t a b)",
+            "(f t) (h p a) (w q b) c -> (f h w p q) (c t a b)",
             p=self.merge_size,
             q=self.merge_size,
             a=self.patch_size,
             b=self.patch_size,
             t=self.temporal_patch_size,
         )
-        return cut, (1, height // self.patch_size, width // self.patch_size)
+        return cut, (len(pixels) // self.temporal_patch_size, height // self.patch_size, width // self.patch_size)
 
     def output_size(self, height: int, width: int) -> tuple[int, int]:
         """(H, W) of what comes out for a picture of that size. Raises DataError as calling does."""
-        return self.crop_size or self._resized(height, width)
+        if self.background is not None and self.longest_edge is None:
+            height = width = max(height, width)
+        sides = self.crop_size or self._resized(height, width)
+        return sides if self.background is None or self.longest_edge is None else (max(sides),) * 2
 
     def _resized(self, height: int, width: int) -> tuple[int, int]:
         if self.size is not None:
@@ -166,6 +242,11 @@ class ImageProcessor:
             short, long = min(height, width), max(height, width)
             long = int(self.shortest_edge * long / short)
             return (long, self.shortest_edge) if width <= height else (self.shortest_edge, long)
+        if self.longest_edge is not None:
+            (longest, least), long = self.longest_edge, max(height, width)
+            if self.cuts_off:
+                return max(int(height / long * longest), least), max(int(width / long * longest), least)
+            return max(round(height * (longest / long)), least), max(round(width * (longest / long)), least)
         if self.pixel_range is not None:
             return smart_resize(height, width, self.patch_size * self.merge_size, *self.pixel_range)
         return height, width
@@ -181,42 +262,38 @@ class ImageProcessor:
         return values
 
 
-def smart_resize(height: int, width: int, factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
-    """The sides nearest to a picture's that are multiples of `factor`, with a number of pixels in a range.
-
-    Halves are rounded to even. The range may be left by thin pictures, whose shorter side is at least `factor`.
-
-    Raises:
-        DataError: no pixels, or one side more than 200 times the other.
-    """
-    if min(height, width) < 1 or max(height, width) > _MAX_ASPECT * min(height, width):
-        raise DataError(
-            f"a picture of {height} x {width} pixels",
-            f"sides of which none is more than {_MAX_ASPECT} times the other",
-            "crop it, or leave this record out",
-        )
-    high, wide = round(height / factor) * factor, round(width / factor) * factor
-    if high * wide > max_pixels:
-        shrink = math.sqrt(height * width / max_pixels)
-        high, wide = (max(factor, math.floor(side / shrink / factor) * factor) for side in (height, width))
-    elif high * wide < min_pixels:
-        grow = math.sqrt(min_pixels / (height * width))
-        high, wide = (math.ceil(side * grow / factor) * factor for side in (height, width))
-    return high, wide
-
-
-def read_image_processor(folder: str | Path) -> ImageProcessor:
+def read_image_processor(folder: str | Path, **options: Any) -> ImageProcessor:
     """The processor of a Hugging Face folder.
 
     Args:
         folder: with preprocessor_config.json, or a processor_config.json that holds `image_processor`, which is
             preferred, as in transformers.
+        options: go before the file's, as those do that transformers' processors of whole models have.
 
     Raises:
         ConfigError: neither file, no JSON, a type that is not supported, or an option that would change the pixels and
             is not.
     """
-    for name, part in (("processor_config.json", "image_processor"), ("preprocessor_config.json", None)):
+    return _read(folder, (("processor_config.json", "image_processor"), ("preprocessor_config.json", None)), options)
+
+
+def read_video_processor(folder: str | Path) -> ImageProcessor:
+    """What prepares the frames of videos in a Hugging Face folder, each as one tile; raises as for pictures.
+
+    transformers has torchvision resize frames: about one byte in 300 comes out one more or less than by Pillow here.
+
+    Args:
+        folder: with a processor_config.json that holds `video_processor`, video_preprocessor_config.json or, where
+            pictures and frames share it, preprocessor_config.json; the first of these.
+    """
+    names = ("processor_config.json", "video_preprocessor_config.json", "preprocessor_config.json")
+    found = _read(folder, tuple(zip(names, ("video_processor", None, None), strict=True)))
+    return replace(found, background=None, resolutions=(), tile_range=None)
+
+
+def _read(folder: str | Path, places: Sequence[tuple[str, str | None]], more: Mapping = {}) -> ImageProcessor:  # noqa: B006
+    """The processor in the first of these files, or parts of files; `more` goes before what stands there."""
+    for name, part in places:
         path = Path(folder) / name
         try:
             values = json.loads(path.read_text("utf-8"))
@@ -226,7 +303,7 @@ def read_image_processor(folder: str | Path) -> ImageProcessor:
             raise ConfigError(f"{path}: {error}", "JSON", "fetch the file again") from error
         values = values.get(part) if part and isinstance(values, dict) else values
         if values is not None:
-            return image_processor(values, str(path))
+            return image_processor({**values, **more} if isinstance(values, Mapping) else values, str(path))
     raise ConfigError(
         f"{folder} without preprocessor_config.json", "a folder with its processor's settings", "fetch the file as well"
     )
@@ -274,20 +351,56 @@ def image_processor(values: Mapping[str, Any], what: str = "preprocessor_config.
         fields["pixel_range"] = tuple(bounds) if resize else None
     elif resize:
         fields |= _read_size(size, square, refuse)
+    if kind in _SQUARED and resize:
+        fields["longest_edge"] = _side(fields.pop("size", None), "size", refuse), option("min_size", 14)
     if option("do_center_crop", default.crop is not None):
-        if kind in ("Qwen2VLImageProcessor", "GotOcr2ImageProcessor"):
+        if kind in ("Qwen2VLImageProcessor", "GotOcr2ImageProcessor", *_SQUARED):
             refuse("do_center_crop=True", f"no crop, which {kind} does not make")
         sides = _read_size(crop, True, refuse, "crop_size") if crop is not None else {}
         fields["crop_size"] = sides.get("size") or refuse(f"crop_size={crop!r}", "its height and width")
-    if kind == "GotOcr2ImageProcessor" and option("crop_to_patches", False):
-        refuse("crop_to_patches=True", "false: a picture is one tile here")
+    if kind in ("LlavaImageProcessor", "LlavaOnevisionImageProcessor"):
+        colour = option("image_mean", default.mean)
+        if option("do_pad", kind == "LlavaOnevisionImageProcessor") or default.resolutions:
+            fields["background"] = _colour(colour, "image_mean", refuse)
+    if default.resolutions:
+        if not resize:
+            refuse("do_resize=False", f"true: {kind} resizes a picture to tiles")
+        resolutions = option("image_grid_pinpoints", default.resolutions)
+        fields["resolutions"] = tuple((int(height), int(width)) for height, width in resolutions)
+        whole = _read_size(size, square, refuse) if crop is None else _read_size(crop, True, refuse, "crop_size")
+        fields["tile_size"] = whole["size"][0] if "size" in whole else whole["shortest_edge"]
+        read |= {"do_pad", "aspect_ratio_setting"}  # of the batch, with tiles of zeros; of the original repository
     if kind == "GotOcr2ImageProcessor":
-        read |= {"min_patches", "max_patches"}
+        cuts, most = option("crop_to_patches", False), option("max_patches", 12)
+        least = option("min_patches", 1)
+        if cuts and "size" not in fields:
+            refuse("crop_to_patches=True without height and width to resize to", "these, for each tile")
+        fields["tile_range"] = (least, most) if cuts and most > 1 else None
+    if kind.endswith("VideoProcessor"):
+        # do_sample_frames: whoever decodes the video chooses the frames
+        read |= {"return_metadata", "video_metadata", "initial_shift", "num_frames", "fps"}
+    if kind in _SQUARED:
+        colour = _colour(option("image_mean", default.mean), "image_mean", refuse)
+        pads = option("do_pad", True) and (resize or kind == "DeepseekVLImageProcessor")
+        fields["background"] = colour if pads else None
+        read |= {"min_size", "background_color", "high_res_background_color"}  # the colours are those of the means
     factor = option("rescale_factor", 1 / 255)
     fields["rescale_factor"] = factor if option("do_rescale", True) else None
     mean, std = option("image_mean", default.mean), option("image_std", default.std)
     if option("do_normalize", True):
         fields |= dict(mean=_three(mean, "image_mean", refuse), std=_three(std, "image_std", refuse))
+    if kind == "DeepseekVLHybridImageProcessor":
+        # The larger picture is made first, and the smaller one of it.
+        mean, std = option("high_res_image_mean", default.mean), option("high_res_image_std", default.std)
+        larger = _read_size(option("high_res_size", 1024), True, refuse, "high_res_size")
+        larger = _side(larger.get("size"), "high_res_size", refuse), option("min_size", 14)
+        low = ImageProcessor(**fields)
+        fields |= dict(low=low, resample=option("high_res_resample", 3) or low.resample)  # 0 is none there
+        fields |= dict(longest_edge=larger if resize else None)
+        fields |= dict(background=pads and _colour(mean, "high_res_image_mean", refuse) or None)
+        if low.mean is not None:
+            mean, std = _three(mean, "high_res_image_mean", refuse), _three(std, "high_res_image_std", refuse)
+            fields |= dict(mean=mean, std=std)
     unread = {name: value for name, value in values.items() if name not in read and value not in (None, False)}
     if unread:
         refuse(", ".join(f"{name}={value!r}" for name, value in sorted(unread.items())), f"options of {kind}")
@@ -296,7 +409,8 @@ def image_processor(values: Mapping[str, Any], what: str = "preprocessor_config.
 
 def _kind(values: Mapping[str, Any], what: str) -> str:
     """The type's plain name: older files call processors feature extractors."""
-    given = str(values.get("image_processor_type") or values.get("feature_extractor_type"))
+    names = ("image_processor_type", "video_processor_type", "feature_extractor_type")
+    given = str(next((values[name] for name in names if values.get(name)), None))
     kind = given.replace("FeatureExtractor", "ImageProcessor").removesuffix("Fast").removesuffix("Pil")
     if kind not in _KINDS:
         raise ConfigError(
@@ -321,6 +435,17 @@ def _read_size(size: Any, square: bool, refuse, name: str = "size") -> dict[str,
     if given.keys() == {"shortest_edge"}:
         return dict(shortest_edge=given["shortest_edge"])
     return refuse(f"{name}={size!r}", "height and width, or shortest_edge, in pixels")
+
+
+def _side(size: tuple[int, int] | None, name: str, refuse) -> int:
+    if size is None or size[0] != size[1]:
+        refuse(f"{name} of {size}", "height and width alike: pictures are filled up to a square")
+    return size[0]
+
+
+def _colour(mean: Any, name: str, refuse) -> tuple[int, ...]:
+    """The bytes of a mean colour, cut off."""
+    return tuple(int(x * 255) for x in _three(mean, name, refuse))
 
 
 def _three(value: Any, name: str, refuse) -> tuple[float, ...]:

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from mllm_jax.data.dialogues import EncodedDialogue, pack_dialogues
 from mllm_jax.data.examples import Source
 from mllm_jax.data.packing import PackingPlan, Stream
 from mllm_jax.data.templates import Encoded, encode_captions, encode_conversation
@@ -82,14 +83,30 @@ class Pipeline:
     """The batches of one stage.
 
     Args:
-        media_tokens: places that one picture takes.
+        media_tokens: places that one picture takes, where every picture takes as many.
+        dialogues: instead of `media_tokens`, lays conversations out as a named model has them; see
+            `mllm_jax.models.dialogue`. Lengths are then measured with the pictures, and slots are those of its layout:
+            tiles, or patches.
         cache_dir: where measured lengths are kept, beside the data; None keeps nothing.
     """
 
     def __init__(
-        self, mixture: Mixture, tokenizer: Tokenizer, *, media_tokens: int, seed: int, cache_dir: Path | None = None
+        self,
+        mixture: Mixture,
+        tokenizer: Tokenizer | None,
+        *,
+        media_tokens: int | None = None,
+        dialogues: Any = None,
+        seed: int,
+        cache_dir: Path | None = None,
     ):
-        self.mixture, self.tokenizer, self.media_tokens = mixture, tokenizer, media_tokens
+        self.mixture, self.tokenizer, self.media_tokens, self.dialogues = mixture, tokenizer, media_tokens, dialogues
+        if (media_tokens is None) == (dialogues is None) or (dialogues and mixture.layout != "conversation"):
+            raise ConfigError(
+                f"media_tokens {media_tokens}, dialogues {dialogues}, layout {mixture.layout!r}",
+                "one of the two, and conversations for a named model",
+                "change the mixture's layout, or the pipeline's arguments",
+            )
         self.sources: list[Source] = [w.source.build() for w in mixture.sources]
         self.measured = [self._measure(source, cache_dir) for source in self.sources]
         self.plan = PackingPlan(
@@ -102,11 +119,13 @@ class Pipeline:
             group=mixture.group,
         )
 
-    def encode(self, source: int, index: int) -> Encoded:
+    def encode(self, source: int, index: int) -> Encoded | EncodedDialogue:
         """One example as ids; a DataError is told which it was."""
         m = self.mixture
         with self._naming(source, index):
             conversation = self.sources[source].conversation(index)
+            if self.dialogues is not None:
+                return self.dialogues.encode(conversation, self.sources[source].images(index), m.length, m.learn)
             if m.layout == "caption":
                 return encode_captions(conversation, self.tokenizer, self.media_tokens, m.length, m.captions)
             return encode_conversation(conversation, self.tokenizer, self.media_tokens, m.length, m.learn)
@@ -126,8 +145,9 @@ class Pipeline:
 
     def _measure(self, source: Source, cache_dir: Path | None) -> Measured:
         number = self.sources.index(source)
+        told = self.tokenizer if self.dialogues is None else self.dialogues
         settings = [
-            self.tokenizer.fingerprint(),
+            told.fingerprint(),
             self.media_tokens,
             self.mixture.length,
             self.mixture.layout,
@@ -144,9 +164,9 @@ class Pipeline:
         for index in range(len(source)):
             try:
                 encoded = self.encode(number, index)
-                if encoded.num_images > self.mixture.slots:
+                if encoded.slots > self.mixture.slots:
                     given = (
-                        f"{source.name}[{index}]: {encoded.num_images} pictures in a row of {self.mixture.slots} slots"
+                        f"{source.name}[{index}]: pictures for {encoded.slots} slots in a row of {self.mixture.slots}"
                     )
                     raise DataError(given, "at most as many as slots", "raise the mixture's slots")
                 if self.mixture.max_bad_share > 0:
@@ -154,7 +174,7 @@ class Pipeline:
             except DataError as error:
                 bad.append((index, str(error)))
                 continue
-            lengths[index], images[index] = len(encoded.tokens), encoded.num_images
+            lengths[index], images[index] = len(encoded.tokens), encoded.slots
             dropped += encoded.dropped_turns
         if len(bad) > self.mixture.max_bad_share * len(source):
             first = "\n".join(reason for _, reason in bad[:5])
@@ -173,6 +193,9 @@ class Pipeline:
     def shapes(self) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
         """Shape and dtype of every array of a global batch."""
         m = self.mixture
+        if self.dialogues is not None:
+            example = self.batch(0, rows=[0])
+            return {name: ((m.rows, *array.shape[1:]), array.dtype) for name, array in example.items()}
         text = (m.rows, m.length)
         shapes = {name: (text, np.dtype(np.int32)) for name in ("tokens", "positions", "segments", "media_index")}
         shapes["loss_weights"] = (text, np.dtype(np.float32))
@@ -203,20 +226,16 @@ class Pipeline:
         """
         plan = self.plan.step(step)
         rows = range(self.mixture.rows) if rows is None else rows
+        if self.dialogues is not None:
+            packed = [[self._planned(source, index) for source, index in plan[row]] for row in rows]
+            return pack_dialogues(packed, self.dialogues.layout, self.mixture.length, self.mixture.slots)
         out = {name: np.zeros((len(rows), *shape[1:]), dtype) for name, (shape, dtype) in self.shapes().items()}
         out["media_index"] -= 1
         out["tokens"] += self.tokenizer.pad
         for r, row in enumerate(rows):
             place, slot, segment = 0, 0, 0
             for source, index in plan[row]:
-                e = self.encode(source, index)
-                if len(e.tokens) != self.measured[source].lengths[index]:
-                    raise DataError(
-                        f"{self.sources[source].name}[{index}]: {len(e.tokens)} tokens, measured as "
-                        f"{self.measured[source].lengths[index]}",
-                        "data that does not change while its fingerprint stays",
-                        "delete the stored lengths beside the data, or make the source's fingerprint tell the change",
-                    )
+                e = self._planned(source, index)
                 span = slice(place, place + len(e.tokens))
                 out["tokens"][r, span] = e.tokens
                 segments, positions = e.places
@@ -229,6 +248,18 @@ class Pipeline:
                     out["images"][r, slot : slot + e.num_images] = self.images(source, index)
                 place, slot, segment = place + len(e.tokens), slot + e.num_images, segment + int(segments[-1])
         return out
+
+    def _planned(self, source: int, index: int) -> Encoded | EncodedDialogue:
+        """An example as the plan knows it. Raises DataError: it is of another length than when it was measured."""
+        e = self.encode(source, index)
+        if len(e.tokens) != self.measured[source].lengths[index]:
+            raise DataError(
+                f"{self.sources[source].name}[{index}]: {len(e.tokens)} tokens, measured as "
+                f"{self.measured[source].lengths[index]}",
+                "data that does not change while its fingerprint stays",
+                "delete the stored lengths beside the data, or make the source's fingerprint tell the change",
+            )
+        return e
 
     def iterate(self, start: int, stop: int, rows: Sequence[int] | None = None, threads: int = 2) -> Iterator[dict]:
         """The batches of steps start..stop-1, read ahead by grain's threads."""

@@ -26,6 +26,11 @@ class Encoded:
     segments: np.ndarray | None = None
 
     @property
+    def slots(self) -> int:
+        """Slots that its pictures take in a row."""
+        return self.num_images
+
+    @property
     def places(self) -> tuple[np.ndarray, np.ndarray]:
         """Segment of each token, from 1, and its position within it."""
         n = len(self.tokens)
@@ -149,11 +154,11 @@ def encode_prompt(
 
 def _opening(context: str, num_images: int, tokenizer: Tokenizer, media_tokens: int) -> tuple[list[int], list[int]]:
     """The ids before the first question, and the media index of those that are no text to be learnt."""
-    chat, places = tokenizer.chat, media_tokens * num_images
-    ids = [*chat.begin] + [chat.image] * places
-    media = [-1] * len(chat.begin) + list(range(places))
+    chat = tokenizer.chat
+    pictures, places = chat.pictures(num_images, media_tokens)
+    ids, media = [*chat.begin, *pictures], [-1] * len(chat.begin) + places
     if context:
         ids += tokenizer.encode(context)
-    if context or places:
+    if context or pictures:
         ids += chat.after_media
     return ids, media

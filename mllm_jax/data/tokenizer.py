@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from pathlib import Path
 
@@ -45,6 +46,7 @@ class Tokenizer:
 
     def _encode(self, text: str) -> tuple[int, ...]:
         """The ids of plain text, without special tokens; remembered, as questions repeat."""
+        text = text if self.chat.template else _spaced(text)
         return tuple(self.backend.encode(text, add_special_tokens=False).ids)
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -53,14 +55,19 @@ class Tokenizer:
 
     def fingerprint(self) -> str:
         """A short text that differs where ids or rows would."""
-        own = "" if not self.chat.template else repr(self.chat)
+        own = repr(self.chat) if self.chat.template or self.chat.picture else ""
         return hashlib.sha256((self.backend.to_str() + own).encode()).hexdigest()[:16]
+
+    def naming_places(self, words: Sequence[str]) -> Tokenizer:
+        """The same tokenizer, for pictures whose media tokens stand behind words: "top left", "top right", ..."""
+        picture = tuple(i for word in words for i in (*self.encode(word), self.image))
+        return Tokenizer(self.backend, dataclasses.replace(self.chat, picture=picture))
 
     def save(self, path: Path) -> None:
         """Writes tokenizer.json, whole or not at all; before it, a chat model's format as chat_format.json."""
         path = Path(path)
         temporary = path.with_name(f".{path.name}")
-        if self.chat.template:
+        if self.chat.template or self.chat.picture:
             self.chat.save(temporary)
             os.replace(temporary, path.with_name(CHAT_FORMAT))
         self.backend.save(str(temporary))
@@ -114,20 +121,30 @@ class Tokenizer:
         return cls(backend, ChatFormat.of_template(chat, system))
 
     @classmethod
-    def train(cls, texts: Iterable[str], vocab_size: int) -> Tokenizer:
-        """Byte-level BPE (arXiv 1508.07909) with at most `vocab_size` entries, special tokens included."""
+    def train(cls, texts: Iterable[str], vocab_size: int, phrases: Sequence[str] = ()) -> Tokenizer:
+        """Byte-level BPE (arXiv 1508.07909) with at most `vocab_size` entries, special tokens and phrases included.
+
+        Args:
+            phrases: of several words, each of which becomes one token wherever a text has it.
+        """
+        from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
         from tokenizers import Tokenizer as Backend
-        from tokenizers import decoders, models, pre_tokenizers, trainers
 
         backend = Backend(models.BPE())
-        # A space before the first word too, so that a word has the same ids wherever it stands.
-        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+        # What stands behind a phrase is a text of its own to the backend, and gets no space that is not there.
+        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=not phrases)
         backend.decoder = decoders.ByteLevel()
         trainer = trainers.BpeTrainer(
-            vocab_size=vocab_size,
+            vocab_size=vocab_size - len(phrases),
             special_tokens=list(SPECIAL_TOKENS),
             initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
             show_progress=False,
         )
-        backend.train_from_iterator(texts, trainer)
+        backend.train_from_iterator(map(_spaced, texts), trainer)
+        backend.add_tokens([AddedToken(f" {phrase}") for phrase in phrases])
         return cls(backend)
+
+
+def _spaced(text: str) -> str:
+    """With a space before the first word, so that a word or phrase has the same ids wherever it stands."""
+    return text if text.startswith(" ") else f" {text}"

@@ -37,7 +37,10 @@ class PatchLayout(NamedTuple):
             raise DataError(
                 f"{len(patches)} patches", f"{expected}, as the layout's grids say", "lay out the same pictures"
             )
-        return np.where(self.source[..., None] >= 0, patches[np.maximum(self.source, 0)], 0).astype(patches.dtype)
+        out = np.zeros((*self.source.shape, patches.shape[-1]), patches.dtype)
+        here = self.source >= 0
+        out[here] = patches[self.source[here]]
+        return out
 
 
 def lay_out_patches(

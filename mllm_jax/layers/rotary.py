@@ -6,10 +6,12 @@ Every function is pure and can be traced; what depends on the configuration alon
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from einops import rearrange
 
 from mllm_jax.errors import ConfigError
@@ -124,15 +126,33 @@ def rotary_angles(
     theta: float,
     scaling: RopeScaling = RopeScaling(),
     length: jax.Array | None = None,
+    parts: np.ndarray | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Cosines and sines, float32[..., ceil(dim / 2)], of int positions[...].
 
     Args:
         dim, theta, scaling, length: see `rotary_frequencies`; `length` has the shape of `positions`.
+        parts: int[dim / 2], where positions[..., 3] have parts: which of them turns each pair of dimensions.
     """
     frequencies = rotary_frequencies(dim, theta, scaling, length)
-    angles = positions[..., None].astype(jnp.float32) * frequencies
+    places = positions[..., None] if parts is None else positions[..., parts]
+    angles = places.astype(jnp.float32) * frequencies
     return jnp.cos(angles) * scaling.amplitude, jnp.sin(angles) * scaling.amplitude
+
+
+def mrope_parts(sections: Sequence[int], interleaved: bool = False) -> np.ndarray:
+    """int[pairs]: whether time (0), height (1) or width (2) turns each pair of dimensions (M-RoPE, arXiv 2409.12191).
+
+    Args:
+        sections: pairs that each of the three turns, one after the other.
+        interleaved: time, height, width, time, ... instead; where height and width have had theirs, time goes on.
+    """
+    if not interleaved:
+        return np.repeat(np.arange(3), sections)
+    parts = np.zeros(sum(sections), np.int64)
+    for part in (1, 2):
+        parts[part : 3 * sections[part] : 3] = part
+    return parts
 
 
 def grid_angles(places: jax.Array, dim: int, theta: float) -> tuple[jax.Array, jax.Array]:

@@ -13,13 +13,15 @@ from mllm_jax.sharding.logical import constrain
 class KVCache:
     """What a decoder has read.
 
-    keys, values: dtype[L, B, T, K, H]; segments: int[B, T], 0 where nothing was written; length: int[B].
+    keys, values: dtype[L, B, T, K, H]; segments: int[B, T], 0 where nothing was written; length: int[B];
+    offset: int[B], how far the next token's position lies from `length`, as it does behind media with M-RoPE.
     """
 
     keys: jax.Array
     values: jax.Array
     segments: jax.Array
     length: jax.Array
+    offset: jax.Array
 
     @classmethod
     def zeros(cls, num_layers: int, batch: int, size: int, num_kv_heads: int, head_dim: int, dtype) -> KVCache:
@@ -30,15 +32,17 @@ class KVCache:
             values=constrain(jnp.zeros(shape, dtype), *names),
             segments=jnp.zeros((batch, size), jnp.int32),
             length=jnp.zeros((batch,), jnp.int32),
+            offset=jnp.zeros((batch,), jnp.int32),
         )
 
-    def reserve(self, segments: jax.Array) -> tuple[KVCache, jax.Array]:
+    def reserve(self, segments: jax.Array, positions: jax.Array | None = None) -> tuple[KVCache, jax.Array]:
         """Makes room for a chunk of tokens behind what is there.
 
         Padding (segment 0, at a chunk's end) takes no place: its index lies past the end, where writes are dropped.
 
         Args:
             segments: int[B, S] of the chunk.
+            positions: int[B, S] or int[B, S, 3] of it; None: counted. Text goes on behind the largest.
 
         Returns:
             The cache with segments and length moved on (keys and values not yet), and index int[B, S].
@@ -47,4 +51,9 @@ class KVCache:
         index = jnp.where(real > 0, self.length[:, None] + jnp.cumsum(real, axis=1) - 1, self.keys.shape[2])
         rows = jnp.arange(segments.shape[0])[:, None]
         written = self.segments.at[rows, index].set(segments, mode="drop")
-        return self.replace(segments=written, length=self.length + real.sum(axis=1)), index
+        length, offset = self.length + real.sum(axis=1), self.offset
+        if positions is not None:
+            largest = positions if positions.ndim == 2 else positions.max(axis=-1)
+            largest = jnp.where(real > 0, largest, -1).max(axis=1)
+            offset = jnp.where(largest >= 0, largest + 1 - length, offset)
+        return self.replace(segments=written, length=length, offset=offset), index

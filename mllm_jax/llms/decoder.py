@@ -14,7 +14,7 @@ from mllm_jax.layers.linear import Embedding, Linear
 from mllm_jax.layers.mlp import ACTIVATIONS, MLP
 from mllm_jax.layers.norms import LayerNorm, RMSNorm
 from mllm_jax.layers.requirements import Requirements
-from mllm_jax.layers.rotary import RopeScaling, rotary_angles
+from mllm_jax.layers.rotary import RopeScaling, mrope_parts, rotary_angles
 from mllm_jax.layers.stack import scan_layers
 from mllm_jax.llms.cache import KVCache
 from mllm_jax.sharding.logical import constrain
@@ -36,6 +36,9 @@ class DecoderConfig:
             embedded tokens; the first position is row `position_offset`.
         rope_scaling, rope_theta, partial_rotary_factor, rotary_interleaved: see `RopeScaling` and `apply_rotary`; the
             first `partial_rotary_factor` of each head's dimensions are turned.
+        mrope_sections: of three-part positions (M-RoPE, arXiv 2409.12191): how many pairs of a head's dimensions turn
+            by time, height and width, one after the other; empty: positions are single numbers.
+        mrope_interleaved: pairs take turns, time, height, width, time, ..., as long as the sections last (Qwen3-VL).
         tie_word_embeddings: the output head is the embedding's transpose.
         embedding_size: width of embedding and head where it is not hidden_size; linear maps lead in and out.
         qkv_bias, out_bias, mlp_bias, qk_norm: of the layers' linear maps; a norm of each head's queries and keys.
@@ -67,6 +70,8 @@ class DecoderConfig:
     rope_scaling: RopeScaling = RopeScaling()
     partial_rotary_factor: float = 1.0
     rotary_interleaved: bool = False
+    mrope_sections: tuple[int, ...] = ()
+    mrope_interleaved: bool = False
     tie_word_embeddings: bool = True
     embedding_size: int | None = None
     qkv_bias: bool = False
@@ -102,6 +107,19 @@ class DecoderConfig:
             f"an odd head_dim, {self.size_per_head}, of which RoPE is to turn {self.rotary_dim}",
             "an even one: RoPE turns pairs",
             "change head_dim or partial_rotary_factor",
+        )
+        require(
+            not self.mrope_sections
+            or (len(self.mrope_sections) == 3 and 2 * sum(self.mrope_sections) == self.rotary_dim),
+            f"mrope_sections {self.mrope_sections} of {self.rotary_dim // 2} pairs of dimensions that turn",
+            "three numbers whose sum that is",
+            "change mrope_sections",
+        )
+        require(
+            not self.mrope_sections or (self.positions == "rotary" and self.rope_scaling.kind != "dynamic"),
+            f"mrope_sections with {self.positions} positions and {self.rope_scaling.kind} scaling",
+            "rotary positions whose scaling does not hang on the text's length",
+            "leave out mrope_sections, or change the scaling",
         )
         require(
             not self.layer_types
@@ -153,12 +171,12 @@ class DecoderBlock(nn.Module):
     config: DecoderConfig
 
     @nn.compact
-    def __call__(self, x, own, segments, angles, cache_place):
-        """`own` is what differs by layer: (cache or None, window or None, which is then every layer's)."""
+    def __call__(self, x, own, segments, angles, cache_place, deepstack=None):
+        """`own` is what differs by layer: (cache or None, window or None, which is then every layer's, its number)."""
         c = self.config
         dtype = jnp.dtype(c.dtype)
         out_std = 0.02 / (2 * c.num_layers) ** 0.5
-        layer_cache, window = own
+        layer_cache, window, number = own
         attention_norm, mlp_norm = _norm(c, name="attention_norm"), _norm(c, name="mlp_norm")
         attention = Attention(
             c.num_heads,
@@ -189,6 +207,9 @@ class DecoderBlock(nn.Module):
         else:
             x = attention_norm(x)
             x = mlp_norm(x + mlp(x))
+        if deepstack is not None:
+            here = jax.lax.dynamic_index_in_dim(deepstack, jnp.minimum(number, len(deepstack) - 1), keepdims=False)
+            x = x + jnp.where(number < len(deepstack), here.astype(dtype), 0)
         return constrain(x, "batch", "seq", None), written
 
 
@@ -209,7 +230,7 @@ class Decoder(nn.Module):
             rows = c.max_position_embeddings + c.position_offset
             self.position_embedding = Embedding(rows, c.hidden_size, (None, "embed"), dtype=dtype)
         self.layers = scan_layers(
-            DecoderBlock, num_layers=c.num_layers, remat=c.remat, unroll=c.scan_unroll, num_broadcast=3
+            DecoderBlock, num_layers=c.num_layers, remat=c.remat, unroll=c.scan_unroll, num_broadcast=4
         )(c)
         if c.final_norm:
             self.final_norm = _norm(c)
@@ -221,14 +242,18 @@ class Decoder(nn.Module):
         x = self.token_embedding(tokens)
         return x if self.config.embedding_size is None else self.embedding_in(x)
 
-    def __call__(self, tokens, positions=None, segments=None, *, embeddings=None, cache=None, logits_at=None):
+    def __call__(
+        self, tokens, positions=None, segments=None, *, embeddings=None, deepstack=(), cache=None, logits_at=None
+    ):
         """Logits for the token that follows each place.
 
         Args:
             tokens: int[B, S] (not read when embeddings are given).
-            positions: int[B, S] counted in each text; None counts 0..S-1, or on from the cache's length.
+            positions: int[B, S] counted in each text, or int[B, S, 3], time, height and width, for M-RoPE; None counts
+                0..S-1, or on from what the cache holds.
             segments: int[B, S]; a token sees its own segment only, 0 is padding; None is one segment.
             embeddings: dtype[B, S, E] in the place of embedded tokens: this is how media enter.
+            deepstack: dtype[B, S, E] each, added to what leaves the first layers, one a layer.
             cache: KVCache to read from and add to.
             logits_at: int[B, M], the places whose logits are wanted; None is all.
 
@@ -243,7 +268,7 @@ class Decoder(nn.Module):
         if cache is not None and segments is None:
             segments = jnp.ones(x.shape[:2], jnp.int32)
         if positions is None:
-            start = jnp.zeros((x.shape[0], 1), jnp.int32) if cache is None else cache.length[:, None]
+            start = jnp.zeros((x.shape[0], 1), jnp.int32) if cache is None else (cache.length + cache.offset)[:, None]
             positions = start + jnp.arange(x.shape[1])[None]
             if c.positions == "learned" and x.shape[1] > c.max_position_embeddings:
                 raise ConfigError(
@@ -258,16 +283,18 @@ class Decoder(nn.Module):
             x = x + self.position_embedding(counted + c.position_offset)
         else:
             length = _text_length(positions, segments) if c.rope_scaling.kind == "dynamic" else None
-            angles = rotary_angles(positions, c.rotary_dim, c.rope_theta, c.rope_scaling, length)
+            parts = mrope_parts(c.mrope_sections, c.mrope_interleaved) if positions.ndim == 3 else None
+            angles = rotary_angles(positions, c.rotary_dim, c.rope_theta, c.rope_scaling, length, parts)
         x = constrain(x, "batch", "seq", None)
         layer_caches, place = None, None
         if cache is not None:
-            cache, index = cache.reserve(segments)
+            cache, index = cache.reserve(segments, positions)
             layer_caches, place = (cache.keys, cache.values), (cache.segments, index)
         windows = None
         if len(set(c.windows)) > 1:
             windows = jnp.array([jnp.iinfo(jnp.int32).max if w is None else w for w in c.windows], jnp.int32)
-        x, written = self.layers(x, (layer_caches, windows), segments, angles, place)
+        stacked, numbers = (jnp.stack(deepstack), jnp.arange(c.num_layers)) if deepstack else (None, None)
+        x, written = self.layers(x, (layer_caches, windows, numbers), segments, angles, place, stacked)
         if logits_at is not None:
             x = jnp.take_along_axis(x, logits_at[..., None], axis=1)
         if c.final_norm:

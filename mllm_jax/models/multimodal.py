@@ -173,7 +173,8 @@ class Multimodal(nn.Module):
 
         Args:
             batch: `images` uint8[B, M, H, W, 3], or float where they are normalised already, with `query_tokens` and
-                `query_segments` int[B, M, L] for a projector that reads text; or `patches` [B, N, D] with
+                `query_segments` int[B, M, L] for a projector that reads text; or `features` dtype[B, M, P, E] that
+                `encode_images` gave before; or `patches` [B, N, D] with
                 `patch_segments`, `patch_coordinates` and `patch_grids` as `QwenViT` takes them; or `media`
                 dtype[B, N, E], encoded before; or none of these.
         """
@@ -183,13 +184,15 @@ class Multimodal(nn.Module):
             where = (batch[f"patch_{name}"] for name in ("segments", "coordinates", "grids"))
             out = self.encoder(batch["patches"], *where)
             return MediaTokens(out.pooler_output, out.deepstack_features)
-        if "images" not in batch:
+        if "images" not in batch and "features" not in batch:
             return None
-        rows, slots = batch["images"].shape[:2]
+        encoded = "features" in batch
+        rows, slots = batch["features" if encoded else "images"].shape[:2]
+        features = rearrange(batch["features"], "b m p e -> (b m) p e") if encoded else self.encode_images(batch)
         text = [
             rearrange(batch[name], "b m l -> (b m) l") for name in ("query_tokens", "query_segments") if name in batch
         ]
-        media = self.projector(self.encode_images(batch), *text)
+        media = self.projector(features, *text)
         return MediaTokens(rearrange(media, "(b m) t e -> b (m t) e", b=rows, m=slots))
 
     def encode_images(self, batch):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +25,20 @@ class Layout:
     Attributes:
         image_token, video_token: the id that stands for one picture or video in a text, as the chat template writes
             it; None: the model takes none.
+        neighbours: the most media tokens whose sum stands at one place.
     """
 
     image_token: int | None = None
     video_token: int | None = None
+    neighbours: int = 1
 
     def image(self, picture: np.ndarray) -> Media:
         """uint8[H, W, 3] as decoded, prepared."""
         raise NotImplementedError
+
+    def images(self, pictures: Sequence[np.ndarray]) -> list[Media]:
+        """The pictures of one text; some models prepare one that is alone otherwise than one of several."""
+        return [self.image(picture) for picture in pictures]
 
     def video(self, frames: np.ndarray) -> Media:
         """uint8[F, H, W, 3], the frames that the model is to see, prepared."""
@@ -64,7 +70,13 @@ class TileLayout(Layout):
     tokens_a_tile: int
 
     def collate(self, rows: Sequence[Sequence[Media]], slots: int | None = None) -> Collated:
-        return collate_tiles(rows, self.tokens_a_tile, slots)
+        collated = collate_tiles(rows, self.tokens_a_tile, slots)
+        if slots and not collated.arrays:
+            # Batches without any picture keep the shapes of those with some, so that one program serves both.
+            blank = self.image(np.zeros((32, 32, 3), np.uint8)).arrays
+            made = {name: np.zeros((len(rows), slots, *tile.shape[1:]), tile.dtype) for name, tile in blank.items()}
+            collated = replace(collated, arrays=made)
+        return collated
 
 
 class Processor:
@@ -146,13 +158,29 @@ class Processor:
             raise DataError(f"{len(texts)} texts and {len(answers)} answers", "one for each", "give as many")
         read = [self._read(each) for each in texts]
         shown = self._shown(read, {"image": images, "video": videos})
-        media = [[self._prepare(kind, thing) for kind, thing in row] for row in shown]
-        rows = []
-        for one_text, row in zip(read, media, strict=True):
-            ids = self.layout.arrange(one_text.ids, len(row))
-            placeholders = list(self._placeholders.values())
-            rows.append(lay_out_row(ids, row, placeholders, f"a text ({one_text.written[:60]!r})"))
+        media = [self._prepare(row) for row in shown]
+        rows = [
+            self.lay_out(one_text.ids, row, f"a text ({one_text.written[:60]!r})")
+            for one_text, row in zip(read, media, strict=True)
+        ]
         return self._batch(rows, media, [each.written for each in read], answers, slots, length)
+
+    @property
+    def placeholders(self) -> tuple[int, ...]:
+        """The ids that stand for a picture or video in a text."""
+        return tuple(self._placeholders.values())
+
+    def ids_of(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> list[int]:
+        """A conversation to ids with a placeholder for each picture.
+
+        Raises:
+            DataError: a message that spells a placeholder, or that the chat template refuses.
+        """
+        return self._read(messages, add_generation_prompt).ids
+
+    def lay_out(self, ids: Sequence[int], media: Sequence[Media], what: str) -> Row:
+        """A text with media tokens in the places of its pictures; `what` it is, for the message of a DataError."""
+        return lay_out_row(self.layout.arrange(list(ids), len(media)), media, self.placeholders, what)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Ids to text, special tokens left out."""
@@ -160,7 +188,7 @@ class Processor:
 
     # ---- texts and their pictures
 
-    def _read(self, text: Text) -> _Read:
+    def _read(self, text: Text, add_generation_prompt: bool = True) -> _Read:
         if isinstance(text, str):
             ids = self.tokenizer.encode(text)
             return _Read(ids, text, [(kind, None) for i in ids for kind, p in self._placeholders.items() if i == p])
@@ -181,7 +209,8 @@ class Processor:
                     )
             shown = parts if plain else [{n: part[n] for n in ("type", "text") if n in part} for part in parts]
             messages.append({**message, "content": shown})
-        return _Read(self.tokenizer.encode_chat(messages), f"{messages[-1]['content']}", wanted)
+        ids = self.tokenizer.encode_chat(messages, add_generation_prompt)
+        return _Read(ids, _text_of(messages[-1]["content"]), wanted)
 
     def _shown(self, texts: list[_Read], given: Mapping[str, Sequence[Any] | None]) -> list[list[tuple[str, Any]]]:
         """Each text's media in the order of its places: what a message brought along, else what was given beside."""
@@ -208,9 +237,12 @@ class Processor:
                     'take it out, and give pictures as parts {"type": "image"} of the content',
                 )
 
-    def _prepare(self, kind: str, thing: Any) -> Media:
-        if kind == "image":
-            return self.layout.image(as_picture(thing))
+    def _prepare(self, row: list[tuple[str, Any]]) -> list[Media]:
+        """The media of one text, in its order."""
+        images = iter(self.layout.images([as_picture(thing) for kind, thing in row if kind == "image"]))
+        return [next(images) if kind == "image" else self._video(thing) for kind, thing in row]
+
+    def _video(self, thing: Any) -> Media:
         frames = [as_picture(frame) for frame in thing]
         if not frames or len({frame.shape for frame in frames}) > 1:
             raise DataError(f"a video of {len(frames)} frames", "frames of one size", "resize them")
@@ -290,6 +322,11 @@ class _Read:
     ids: list[int]
     written: str
     wanted: list[tuple[str, Any]]
+
+
+def _text_of(content: str | Sequence[Mapping[str, str]]) -> str:
+    """What a message says, without its pictures."""
+    return content if isinstance(content, str) else " ".join(part["text"] for part in content if "text" in part)
 
 
 def _deal(given: Sequence[Any] | None, kind: str, missing: Sequence[int]) -> list[list[Any]]:

@@ -37,8 +37,12 @@ _HOMES = {
     "CLIPTextModelWithProjection": "mllm_jax.encoders.clip_text",
     "CLIPModel": "mllm_jax.models.clip",
     "SiglipVisionModel": "mllm_jax.encoders.siglip_vision",
+    "SamVisionModel": "mllm_jax.encoders.sam",
     "SiglipTextModel": "mllm_jax.encoders.siglip_text",
     "SiglipModel": "mllm_jax.models.clip",
+    "LlavaForConditionalGeneration": "mllm_jax.models.llava",
+    "LlavaNextForConditionalGeneration": "mllm_jax.models.llava",
+    "LlavaOnevisionForConditionalGeneration": "mllm_jax.models.llava",
     "Dinov2Model": "mllm_jax.encoders.dinov2",
     "Blip2VisionModel": "mllm_jax.encoders.eva",
     "InternVLVisionModel": "mllm_jax.encoders.internvit",
@@ -47,6 +51,16 @@ _HOMES = {
     "Qwen2_5_VisionTransformerPretrainedModel": "mllm_jax.encoders.qwen_vit",
     "Qwen3VLVisionModel": "mllm_jax.encoders.qwen_vit",
     "QWenVisionTransformer": "mllm_jax.models.qwen_vl_v1",
+    "InternVLForConditionalGeneration": "mllm_jax.models.internvl",
+    "InternVLChatModel": "mllm_jax.models.internvl",
+    "DeepseekVLForConditionalGeneration": "mllm_jax.models.deepseek_vl",
+    "DeepseekVLHybridForConditionalGeneration": "mllm_jax.models.deepseek_vl",
+    "Blip2ForConditionalGeneration": "mllm_jax.models.blip2",
+    "Blip2ForImageTextRetrieval": "mllm_jax.models.blip2_retrieval",
+    "InstructBlipForConditionalGeneration": "mllm_jax.models.instructblip",
+    "Qwen2VLForConditionalGeneration": "mllm_jax.models.qwen_vl",
+    "Qwen2_5_VLForConditionalGeneration": "mllm_jax.models.qwen_vl",
+    "Qwen3VLForConditionalGeneration": "mllm_jax.models.qwen_vl",
     # timm's names
     "eva_giant_patch14_clip_224": "mllm_jax.encoders.eva",
     "eva02_base_patch16_clip_224": "mllm_jax.encoders.eva",
@@ -120,6 +134,11 @@ def _family(architecture: str, home: str | None = None) -> Family:
         )
     families = importlib.import_module(home or _HOMES[architecture]).FAMILIES
     return next(family for family in families if architecture in family.architectures)
+
+
+def has_layout(config: Any) -> bool:
+    """Whether a config is that of a named model with a processor of its own, which lays out pictures and text."""
+    return getattr(config, "family", None) is not None and family_of_config(config).layout is not None
 
 
 def abstract_params(config: Any, family: Family) -> PyTree:

@@ -1,4 +1,7 @@
-"""The MLP projector of LLaVA-1.5 (arXiv 2310.03744), with InternVL's merging of neighbouring patches before it."""
+"""Linear maps and what lies between them: the projectors of LLaVA (arXiv 2304.08485: one; 1.5, arXiv 2310.03744: two).
+
+Before them InternVL's merging of neighbouring patches.
+"""
 
 from __future__ import annotations
 
@@ -12,15 +15,17 @@ from mllm_jax.errors import ConfigError
 from mllm_jax.layers.linear import Linear
 from mllm_jax.layers.mlp import ACTIVATIONS
 from mllm_jax.layers.norms import LayerNorm
+from mllm_jax.layers.requirements import Requirements
 
 
 @dataclass(frozen=True)
 class MLPProjectorConfig:
-    """Linear, activation, Linear.
+    """Linear, activation, Linear; more or fewer of them.
 
     Attributes:
         output_size: the LLM's hidden size.
-        hidden_size: None is output_size.
+        hidden_size: of all maps but the last; None is output_size.
+        num_layers: linear maps, with an activation between two of them; 1 is a linear projector.
         merge: side of the square of patches that becomes one media token (pixel shuffle, arXiv 2404.16821); 1 is none.
         input_norm: LayerNorm on what comes in.
         place_embedding: a learned vector is added to each media token that tells its place in the picture. Features do
@@ -34,6 +39,13 @@ class MLPProjectorConfig:
     input_norm: bool = False
     place_embedding: bool = False
     dtype: str = "float32"
+    num_layers: int = 2
+    use_bias: bool = True
+
+    def __post_init__(self):
+        require = Requirements("MLP projector", self)
+        require(self.num_layers >= 1, f"{self.num_layers} linear maps", "at least one", "change num_layers")
+        require.one_of("activation", ACTIVATIONS)
 
     @property
     def pointwise(self) -> bool:
@@ -70,11 +82,12 @@ class MLPProjector(nn.Module):
             x = rearrange(x, "b (h p w q) e -> b (h w) (p q e)", h=side, w=side, p=c.merge, q=c.merge)
         if c.input_norm:
             x = LayerNorm(1e-6, dtype, name="norm")(x)
-        x = Linear((c.hidden_size or c.output_size,), ("channels", "mlp"), use_bias=True, dtype=dtype, name="linear_1")(
-            x
-        )
-        x = ACTIVATIONS[c.activation](x)
-        x = Linear((c.output_size,), ("mlp", "embed"), use_bias=True, dtype=dtype, name="linear_2")(x)
+        for layer in range(1, c.num_layers + 1):
+            last = layer == c.num_layers
+            size = c.output_size if last else c.hidden_size or c.output_size
+            between = ("mlp", "channels")[layer % 2], "embed" if last else ("channels", "mlp")[layer % 2]
+            x = Linear((size,), between, use_bias=c.use_bias, dtype=dtype, name=f"linear_{layer}")(x)
+            x = x if last else ACTIVATIONS[c.activation](x)
         if c.place_embedding:
             init = nn.with_logical_partitioning(nn.initializers.normal(0.3), ("patches", "embed"))
             x = x + self.param("place_embedding", init, x.shape[1:], jnp.float32).astype(dtype)

@@ -71,6 +71,11 @@ class QFormerConfig:
     def reads_text(self) -> bool:
         return self.vocab_size is not None
 
+    @property
+    def pointwise(self) -> bool:
+        """Whether each vector that comes in goes out by itself; the queries read them all."""
+        return False
+
     def num_tokens(self, grid: int) -> int:
         """Media tokens of a picture of grid x grid patches: as many as there are queries."""
         return self.num_queries
@@ -273,7 +278,8 @@ class QFormer(nn.Module):
                 f"at most {c.max_length}",
                 "shorten the text",
             )
-        return self.token_embedding(tokens) + self.position_embedding(jnp.arange(tokens.shape[1]))
+        places = self.position_embedding(jnp.arange(tokens.shape[1]))
+        return constrain(self.token_embedding(tokens) + places, "batch", "seq", None)
 
     @nn.compact
     def run(self, x, queries: int, cache, features, feature_segments, k_segments, q_index):

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, is_dataclass
+from fnmatch import fnmatchcase
 from typing import Any
 
 from mllm_jax.data.pipeline import Mixture
 from mllm_jax.errors import ConfigError
+from mllm_jax.models.blip2_stage1 import QFormerPretrainingConfig
 from mllm_jax.models.clip import DualEncoderConfig
 from mllm_jax.models.multimodal import MultimodalConfig
+from mllm_jax.models.registry import has_layout
 from mllm_jax.sharding.mesh import MeshConfig
 from mllm_jax.training.objectives.contrastive import Contrastive
 from mllm_jax.training.objectives.next_token import NextToken
+from mllm_jax.training.objectives.qformer import QFormerStage1
+
+Model = MultimodalConfig | DualEncoderConfig | QFormerPretrainingConfig
 
 
 @dataclass(frozen=True)
@@ -43,10 +49,11 @@ class Stage:
         accumulate: pieces that a batch is cut into, one after the other, their gradients summed.
         validation: read every `validate_every` steps, `validation_batches` of it; None: no validation loss.
         frozen_dtype: what frozen parameters are held in during the stage; None: as they are.
+        cache_features: the frozen encoder sees each picture once; what it makes of it is kept in the run folder.
     """
 
     name: str
-    objective: NextToken | Contrastive
+    objective: NextToken | Contrastive | QFormerStage1
     trainable: tuple[str, ...]
     data: Mixture
     steps: int
@@ -56,6 +63,7 @@ class Stage:
     validate_every: int = 200
     validation_batches: int = 4
     frozen_dtype: str | None = None
+    cache_features: bool = False
 
     def __post_init__(self):
         if self.steps < 1 or self.accumulate < 1 or self.data.rows % self.accumulate:
@@ -74,12 +82,17 @@ class TokenizerConfig:
         path: a tokenizer.json that an earlier run wrote.
         folder: a chat model's folder: its tokenizer, and rows laid out by its chat template.
         system: with `folder`, the system message; None leaves it to the template.
+        phrases: of several words, each of which is to be one token of a tokenizer that is trained.
+        places: words that stand in the text before each media token of a picture and tell its place in it, such as
+            "top left", "top right", ... for a picture of 2 x 2; empty: nothing stands there.
     """
 
     vocab_size: int = 1024
     path: str | None = None
     folder: str | None = None
     system: str | None = None
+    places: tuple[str, ...] = ()
+    phrases: tuple[str, ...] = ()
 
     def __post_init__(self):
         if (self.path and self.folder) or (self.system is not None and not self.folder):
@@ -95,7 +108,7 @@ class Pretrained:
     Checkpoints name the source and hold the fingerprint of what is frozen: it may move, but not change.
 
     Attributes:
-        part: "llm", "encoder" or another part of the model.
+        part: "llm", "encoder" or another part of the model; "*" is the whole model, of a folder that holds all of it.
         folder: a Hugging Face or native model folder; with `stage`, the folder of a run.
         stage: the stage of that run which trained the part.
         made_by: the Experiment that trains the run, up to that stage, if the folder does not hold it yet.
@@ -128,7 +141,7 @@ class Experiment:
     """Everything `mllm train` needs.
 
     Attributes:
-        model: a multimodal LLM, or a dual encoder, whose stages are all contrastive.
+        model: a multimodal LLM; a dual encoder, whose stages are all contrastive; or what BLIP-2's first stage trains.
         pretrained: parts that do not begin at random.
         cpu_devices: devices that a CPU is presented as; two are faster than one of two cores. Ignored elsewhere.
         nonfinite: "stop" at a loss or gradient that is not finite, or "skip" that step (it is never applied).
@@ -136,7 +149,7 @@ class Experiment:
     """
 
     name: str
-    model: MultimodalConfig | DualEncoderConfig
+    model: Model
     stages: tuple[Stage, ...]
     tokenizer: TokenizerConfig = TokenizerConfig()
     pretrained: tuple[Pretrained, ...] = ()
@@ -154,24 +167,32 @@ class Experiment:
             raise ConfigError(f"stages {names}", "at least one, with names that differ", "rename the stages")
         parts = [source.part for source in self.pretrained]
         known = [f.name for f in fields(self.model) if is_dataclass(getattr(self.model, f.name))]
-        if len(set(parts)) != len(parts) or not set(parts) <= set(known):
+        if parts != ["*"] and (len(set(parts)) != len(parts) or not set(parts) <= set(known)):
             raise ConfigError(
-                f"pretrained parts {parts}", f"some of {known}, each once", "change experiment.pretrained"
+                f"pretrained parts {parts}", f"some of {known}, each once, or '*' alone", "change experiment.pretrained"
             )
         if self.nonfinite not in ("stop", "skip"):
             raise ConfigError(f"nonfinite {self.nonfinite!r}", '"stop" or "skip"', "change it")
-        require_vocabulary(self.model, self.tokenizer.vocab_size)
+        if self.tokenizer.folder is None and self.tokenizer.path is None:
+            require_vocabulary(self.model, self.tokenizer.vocab_size)
         if self.cpu_devices is not None and self.cpu_devices < 1:
             raise ConfigError(f"cpu_devices {self.cpu_devices}", "at least 1, or None", "change cpu_devices")
         if self.evaluation is not None:
+            if has_layout(self.model):
+                raise ConfigError(
+                    f"{type(self.evaluation).__name__} of a {self.model.family}",
+                    "a model whose pictures and text a run lays out itself",
+                    "set evaluation=None, and ask the exported model: mllm convert RUN FOLDER",
+                )
             self.evaluation.check(self.model)
         for stage in self.stages:
             _check_objective(stage, self.model)
+            _check_features(stage, self.model)
             for mixture in filter(None, (stage.data, stage.validation)):
                 _check_captions(stage, mixture, self.model)
 
 
-def require_vocabulary(model: MultimodalConfig | DualEncoderConfig, size: int) -> None:
+def require_vocabulary(model: Model, size: int) -> None:
     """Raises ConfigError if a tokenizer of `size` ids has more than one of the model's embeddings holds."""
     for place, held in model.vocab_sizes.items():
         if size > held:
@@ -180,7 +201,13 @@ def require_vocabulary(model: MultimodalConfig | DualEncoderConfig, size: int) -
             )
 
 
-def _check_objective(stage: Stage, model: MultimodalConfig | DualEncoderConfig) -> None:
+def _check_objective(stage: Stage, model: Model) -> None:
+    if isinstance(stage.objective, QFormerStage1) != isinstance(model, QFormerPretrainingConfig):
+        raise ConfigError(
+            f"stage {stage.name!r}: {type(stage.objective).__name__} for a {type(model).__name__}",
+            "QFormerStage1 for a QFormerPretrainingConfig, and no other objective for that",
+            "change the stage's objective, or the model",
+        )
     contrastive = isinstance(stage.objective, Contrastive)
     if not contrastive and isinstance(model, DualEncoderConfig):
         raise ConfigError(
@@ -202,7 +229,19 @@ def _check_objective(stage: Stage, model: MultimodalConfig | DualEncoderConfig) 
         )
 
 
-def _check_captions(stage: Stage, mixture: Mixture, model: MultimodalConfig | DualEncoderConfig) -> None:
+def _check_features(stage: Stage, model: Model) -> None:
+    if not stage.cache_features:
+        return
+    reads = isinstance(model, MultimodalConfig) and not model.packed and isinstance(stage.objective, NextToken)
+    if not reads or any(p.startswith("encoder") or fnmatchcase("encoder/x", p) for p in stage.trainable):
+        raise ConfigError(
+            f"stage {stage.name!r}: cache_features of {type(model).__name__}, trainable {stage.trainable}",
+            "next-token training of a model with a frozen encoder of whole pictures",
+            "freeze the encoder, or drop cache_features",
+        )
+
+
+def _check_captions(stage: Stage, mixture: Mixture, model: Model) -> None:
     tower = model.text_tower
     if mixture.layout != "caption" or tower is None:
         return

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import signal
 import threading
 import time
@@ -25,10 +26,13 @@ from mllm_jax.checkpoints.training import (
 from mllm_jax.data.pipeline import Pipeline, training_texts
 from mllm_jax.data.tokenizer import Tokenizer
 from mllm_jax.errors import TrainingError
+from mllm_jax.models.registry import has_layout
 from mllm_jax.sharding.mesh import make_mesh
 from mllm_jax.training.config import Experiment, Pretrained, Stage, require_vocabulary
+from mllm_jax.training.features import FeatureCache
 from mllm_jax.training.flops import count_flops
 from mllm_jax.training.metrics import MetricsWriter, Progress, peak_flops
+from mllm_jax.training.named import dialogues_of
 from mllm_jax.training.optimizer import learning_rate, make_optimizer
 from mllm_jax.training.partition import join, num_bytes, num_parameters, split
 from mllm_jax.training.pretrained import describe_sources, initial_params, snapshot_of
@@ -128,9 +132,14 @@ def _check_frozen(snapshot: Path, frozen: dict, stage: Stage) -> None:
     )
 
 
-def prepare_tokenizer(experiment: Experiment, folder: RunFolder, first_host: bool = True) -> Tokenizer:
-    """The run's tokenizer: the one it holds, the one that the config names, or one trained on the stages' text."""
+def prepare_tokenizer(experiment: Experiment, folder: RunFolder, first_host: bool = True) -> Tokenizer | None:
+    """The run's tokenizer: the one it holds, the one that the config names, or one trained on the stages' text.
+
+    None for a named model, which has a processor instead.
+    """
     config = experiment.tokenizer
+    if has_layout(experiment.model):
+        return None
     if not folder.tokenizer_file.is_file():
         if config.folder is not None:
             tokenizer = Tokenizer.from_folder(Path(config.folder), config.system)
@@ -139,7 +148,9 @@ def prepare_tokenizer(experiment: Experiment, folder: RunFolder, first_host: boo
         else:
             sources = {repr(describe(w.source)): w.source for stage in experiment.stages for w in stage.data.sources}
             built = [source.build() for _, source in sorted(sources.items())]
-            tokenizer = Tokenizer.train(training_texts(built), config.vocab_size)
+            tokenizer = Tokenizer.train(training_texts(built), config.vocab_size, config.phrases)
+        if config.places:
+            tokenizer = tokenizer.naming_places(config.places)
         if not first_host:
             return tokenizer
         tokenizer.save(folder.tokenizer_file)
@@ -156,6 +167,7 @@ class StageRunner:
         self.stage: Stage = experiment.stages[index]
         self.tokenizer, self.mesh, self.model, self.progress = tokenizer, mesh, model, progress
         self.shardings = shardings
+        self.dialogues = dialogues_of(experiment, folder)
 
     def abstract(self, params):
         """ShapeDtypeStructs with shardings, what a restore is told to make."""
@@ -163,9 +175,10 @@ class StageRunner:
         return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), params, trainable)
 
     def pipeline(self, mixture, cache_dir, salt: int = 0) -> Pipeline:
-        seed = (self.experiment.seed * 1009 + self.index) * 2 + salt
-        media_tokens = self.experiment.model.media_tokens
-        return Pipeline(mixture, self.tokenizer, media_tokens=media_tokens, seed=seed, cache_dir=cache_dir)
+        common = dict(seed=(self.experiment.seed * 1009 + self.index) * 2 + salt, cache_dir=cache_dir)
+        if self.dialogues is not None:
+            return Pipeline(mixture, None, dialogues=self.dialogues, **common)
+        return Pipeline(mixture, self.tokenizer, media_tokens=self.experiment.model.media_tokens, **common)
 
     def frozen_meta(self, frozen) -> dict:
         """Where the frozen parameters come from and what they are: enough to find and to check them."""
@@ -239,6 +252,9 @@ class StageRunner:
         )
         eval_fn = make_eval_step(self.model, stage.objective, mesh=self.mesh) if validation else None
         rows, shapes = local_rows(self.mesh, stage.data.rows), data.shapes()
+        features = self.feature_cache(join(params, frozen), frozen_meta) if stage.cache_features else None
+        if features is not None:
+            shapes = features.shapes(shapes)
         flops = self.step_flops(trainable, frozen, shapes)
         meter = Meter(flops)
 
@@ -278,6 +294,7 @@ class StageRunner:
         pending = None
         for step, local in zip(range(start, stage.steps), data.iterate(start, stage.steps, rows), strict=True):
             tokens = int((local["segments"] > 0).sum()) * jax.process_count()
+            local = features(local) if features is not None else local
             state, metrics = step_fn(state, frozen, place_batch(local, self.mesh, shapes, rows))
             if pending:
                 report(*pending)
@@ -285,7 +302,7 @@ class StageRunner:
             ended = step + 1
             scores = None
             if validation and (ended % stage.validate_every == 0 or ended == stage.steps):
-                scores = self.validate(eval_fn, state.params, frozen, validation, writer, done_before + ended)
+                scores = self.validate(eval_fn, state.params, frozen, validation, writer, done_before + ended, features)
             if ended < stage.steps and (ended % experiment.checkpoint.every_steps == 0 or stopping.is_set()):
                 report(*pending)
                 pending = None
@@ -300,6 +317,8 @@ class StageRunner:
 
         # ---- the stage's end: its parameters stay for good
         checkpoints.close()
+        if features is not None:
+            features.close()
         seconds = time.monotonic() - started
         facts = {
             "name": stage.name,
@@ -317,12 +336,19 @@ class StageRunner:
             writer.close()
         return state.params, facts
 
-    def validate(self, eval_fn, params, frozen, data: Pipeline, writer, step: int) -> dict[str, float]:
+    def feature_cache(self, params, frozen_meta) -> FeatureCache:
+        """The encoder's features on disk, beside the run and under the name of what they come from."""
+        key = hashlib.sha256(repr([frozen_meta["fingerprint"], describe(self.experiment.model)]).encode())
+        return FeatureCache.of(self.folder.features / key.hexdigest()[:16], self.model, params, self.mesh)
+
+    def validate(self, eval_fn, params, frozen, data: Pipeline, writer, step: int, features=None) -> dict[str, float]:
         """Mean validation metrics by weight; written under `validation_...`."""
         rows, shapes = local_rows(self.mesh, data.mixture.rows), data.shapes()
+        shapes = features.shapes(shapes) if features is not None else shapes
         total: dict[str, float] = {}
         for i in range(self.stage.validation_batches):
-            batch = place_batch(data.batch(i, rows), self.mesh, shapes, rows)
+            local = data.batch(i, rows)
+            batch = place_batch(features(local) if features is not None else local, self.mesh, shapes, rows)
             values = jax.device_get(eval_fn(params, frozen, batch))
             for name, value in values.items():
                 total[name] = total.get(name, 0.0) + float(value) * (
@@ -405,7 +431,7 @@ def load_run(folder: RunFolder, devices: Sequence[jax.Device] | None = None):
     """A run's model with the parameters that its finished stages left.
 
     Returns:
-        (experiment, model, params, tokenizer, mesh).
+        (experiment, model, params, tokenizer, mesh); tokenizer is None for a named model, see `training.named`.
 
     Raises:
         RunFolderError: no run in the folder.
@@ -427,4 +453,4 @@ def load_run(folder: RunFolder, devices: Sequence[jax.Device] | None = None):
         finished += 1
     if finished == 0:
         raise TrainingError(f"{folder.path}: no stage is finished", "a run that has ended a stage", "train it further")
-    return experiment, model, params, folder.tokenizer(), mesh
+    return experiment, model, params, None if has_layout(experiment.model) else folder.tokenizer(), mesh

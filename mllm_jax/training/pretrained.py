@@ -13,6 +13,7 @@ from mllm_jax.checkpoints.description import describe
 from mllm_jax.checkpoints.training import load_snapshot
 from mllm_jax.errors import CheckpointError, ConfigError
 from mllm_jax.models.registry import abstract_init, from_pretrained, pretrained_config
+from mllm_jax.sharding.mesh import param_shardings
 from mllm_jax.training.config import Experiment, Pretrained
 from mllm_jax.training.run_folder import RunFolder
 from mllm_jax.training.serialise import differences
@@ -33,6 +34,9 @@ def initial_params(experiment: Experiment, model: nn.Module, mesh: Mesh) -> tupl
         CheckpointError: weights that are absent, damaged or of other shapes.
     """
     sources = experiment.pretrained
+    if [source.part for source in sources] == ["*"]:
+        shardings = param_shardings(abstract_init(model, model.sample_batch(), method="touch"), mesh)
+        return _from_model(sources[0], experiment.model, mesh, shardings), shardings
     params, shardings = init_params(model, mesh, experiment.seed, without=[source.part for source in sources])
     for source in sources:
         config = getattr(experiment.model, source.part)
@@ -58,7 +62,9 @@ def snapshot_of(source: Pretrained) -> Path:
 def describe_sources(experiment: Experiment) -> dict[str, str]:
     """{pattern of parameters: where they were read}."""
     return {
-        f"{source.part}/*": f"pretrained({source.folder}{f', stage {source.stage}' if source.stage else ''})"
+        "*"
+        if source.part == "*"
+        else f"{source.part}/*": f"pretrained({source.folder}{f', stage {source.stage}' if source.stage else ''})"
         for source in experiment.pretrained
     }
 
@@ -81,15 +87,20 @@ def _from_run(source: Pretrained, config: Any, abstract: dict, shardings: dict) 
     return load_snapshot(snapshot, {source.part: wanted}, whole=False)[0][source.part]
 
 
+def _binding(described: Any) -> Any:
+    """A described config without what is free, in its parts too."""
+    if not isinstance(described, dict):
+        return described
+    return {name: _binding(value) for name, value in described.items() if name not in _FREE}
+
+
 def _require_same(source: Pretrained, ours: Any, theirs: Any) -> None:
-    left, right = (
-        {name: value for name, value in describe(config).items() if name not in _FREE} if config is not None else {}
-        for config in (theirs, ours)
-    )
+    left, right = (_binding(describe(config)) if config is not None else {} for config in (theirs, ours))
     if changed := differences(left, right):
         shown = "".join(f"\n  {line}" for line in changed[:10])
+        name = "model" if source.part == "*" else f"model.{source.part}"
         raise ConfigError(
-            f"{source.folder} as model.{source.part}, which is another model:{shown}",
+            f"{source.folder} as {name}, which is another model:{shown}",
             "the config that the weights were trained with",
-            f"build model.{source.part} from it: mllm_jax.pretrained_config(folder), or the run's own config",
+            f"build {name} from it: mllm_jax.pretrained_config(folder), or the run's own config",
         )

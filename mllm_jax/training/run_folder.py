@@ -20,7 +20,7 @@ from mllm_jax.training.serialise import binding_differences
 
 KIND = f"{Experiment.__module__}:{Experiment.__qualname__}"
 MEASURED = ("results.json", "examples.json", "report.html")
-FOLDERS = ("stages", "checkpoints", "tensorboard")
+FOLDERS = ("stages", "checkpoints", "tensorboard", "processor", "features")
 WRITTEN = (*FOLDERS, "config.json", "tokenizer.json", "chat_format.json", "run.json", "metrics.jsonl", *MEASURED)
 UNDERWAY = tuple(f".{name}" for name in WRITTEN)  # how the names begin of what is being written or removed
 RESTORE = "restore the file, or start over with --fresh"
@@ -39,6 +39,16 @@ class RunFolder:
     @property
     def tokenizer_file(self) -> Path:
         return self.path / "tokenizer.json"
+
+    @property
+    def processor_folder(self) -> Path:
+        """A named model's tokenizer and processor files."""
+        return self.path / "processor"
+
+    @property
+    def features(self) -> Path:
+        """Encoder features that stages keep."""
+        return self.path / "features"
 
     def checkpoints(self, index: int, stage: str) -> Path:
         return self.path / "checkpoints" / f"{index}-{stage}"

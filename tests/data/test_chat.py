@@ -63,6 +63,15 @@ def test_what_is_saved_loads_again_here_and_in_transformers(folder, tmp_path):
     assert theirs.apply_chat_template(TURNS, add_generation_prompt=True)["input_ids"] == first.encode_chat(TURNS)
 
 
+def test_the_processors_template_goes_before_the_tokenizers(folder, tmp_path):
+    """Early folders on the hub have a second template, in chat_template.json, that knows places for pictures."""
+    (folder / "chat_template.json").write_text(json.dumps({"chat_template": "{{ messages[0]['content'] }}!"}))
+    tokenizer = ChatTokenizer.load(folder)
+    assert tokenizer.render_chat(TURNS[:1]) == "be brief!"
+    tokenizer.save(tmp_path / "copy")
+    assert ChatTokenizer.load(tmp_path / "copy").render_chat(TURNS[:1]) == "be brief!"
+
+
 def test_a_template_that_refuses_and_one_that_is_not_there():
     with pytest.raises(DataError, match="alternate"):
         byte_tokenizer().encode_chat([TURNS[1], TURNS[1]])
@@ -72,13 +81,17 @@ def test_a_template_that_refuses_and_one_that_is_not_there():
         bare.encode_chat(TURNS)
 
 
-@pytest.mark.parametrize("damage", ["empty", "no tokenizer", "damaged tokenizer", "damaged generation_config"])
+@pytest.mark.parametrize(
+    "damage", ["empty", "no tokenizer", "damaged tokenizer", "damaged generation_config", "template"]
+)
 def test_what_cannot_be_loaded_is_refused(folder, tmp_path, damage):
     if damage == "empty":
         (tmp_path / damage).mkdir()
         folder = tmp_path / damage
     elif damage == "no tokenizer":
         (folder / "tokenizer.json").unlink()
+    elif damage == "template":
+        (folder / "chat_template.json").write_text("[]")
     elif damage == "damaged tokenizer":
         (folder / "tokenizer.json").write_text("{")
     else:

@@ -157,7 +157,7 @@ TILES = dict(image_processor_type="GotOcr2ImageProcessor")
         (CLIP | dict(crop_size=dict(shortest_edge=3)), "crop_size=.*shortest_edge"),
         (CLIP | dict(image_mean=[0.5]), "image_mean=.*one number a channel"),
         (dict(image_processor_type="ViTImageProcessor", do_center_crop=True), "crop_size=None"),
-        (TILES | dict(crop_to_patches=True), "crop_to_patches=True.*one tile"),
+        (TILES | dict(crop_to_patches=True, size=dict(shortest_edge=9)), "crop_to_patches=True without height"),
         (TILES | dict(do_center_crop=True, crop_size=30), "do_center_crop=True"),
         (QWEN2 | dict(size=30), "size=30"),
         (QWEN2 | dict(size=dict(height=30, width=30)), "least and the most pixels"),

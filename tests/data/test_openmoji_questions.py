@@ -276,7 +276,7 @@ def test_captions_and_descriptions_say_the_same(folder):
     assert all([turn.place for turn in turns] == [0, 1, 2, 3] for turns in scenes), "a caption for each cell"
     assert all(turns[0].place is None for turns in told if len(turns) == 1)
     assert {turn.answer for turns in told for turn in turns} <= names
-    pattern = r"top left: (.+), top right: (.+), bottom left: (.+), bottom right: (.+)"
+    pattern = r"top left (.+) top right (.+) bottom left (.+) bottom right (.+)"
     described = OpenMojiText(data_dir=folder).build()
     for index in spread(described, 500):
         conversation = described.conversation(index)
@@ -325,9 +325,11 @@ def test_a_caption_of_a_place_names_the_cell_that_is_there(folder):
 
 def test_text_about_a_description_is_answered_by_it(folder):
     source = OpenMojiText(data_dir=folder, scene_share=1.0).build()
+    places = ("top left", "top right", "bottom left", "bottom right")
     for index in spread(source, 300):
         conversation = source.conversation(index)
-        described = dict(part.split(": ") for part in conversation.context.split(", "))
+        told = re.fullmatch(" ".join(f"{place} (.+)" for place in places), conversation.context)
+        described = dict(zip(places, told.groups(), strict=True))
         for turn in conversation.turns:
             if turn.task == "scene_position":
                 place = next(place for place in described if f"the {place}" in turn.question)

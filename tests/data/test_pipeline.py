@@ -269,7 +269,7 @@ def test_an_empty_answer_is_refused_at_measuring():
 
 
 def test_more_pictures_than_slots_are_refused_at_measuring():
-    with pytest.raises(DataError, match=r"toy_pairs\[0\]: 2 pictures in a row of 1 slots"):
+    with pytest.raises(DataError, match=r"toy_pairs\[0\]: pictures for 2 slots in a row of 1"):
         pipeline(replace(PICTURES, slots=1))
 
 

@@ -8,7 +8,7 @@ import pytest
 from mllm_jax.data.examples import Conversation, Turn
 from mllm_jax.data.templates import encode_captions, encode_conversation, encode_prompt
 from mllm_jax.data.tokenizer import Tokenizer
-from mllm_jax.errors import DataError
+from mllm_jax.errors import ConfigError, DataError
 
 MEDIA = 3
 TURNS = (
@@ -53,6 +53,29 @@ def test_learnt_tokens_decode_to_the_answers(tokenizer, images):
         np.float32,
         np.int32,
     ]
+
+
+def test_words_may_tell_each_place_of_a_picture(tokenizer, tmp_path):
+    words = ("one", "two", "three")
+    assert len(words) == MEDIA
+    named = tokenizer.naming_places(words)
+    encoded = encode_conversation(Conversation(2, TURNS), named, MEDIA, 200)
+    plain = encode_conversation(Conversation(2, TURNS), tokenizer, MEDIA, 200)
+    assert learnt(encoded, named) == learnt(plain, tokenizer)
+    seen = encoded.media_index[encoded.media_index >= 0]
+    assert seen.tolist() == list(range(2 * MEDIA))
+    ids, where = encoded.tokens.tolist(), [*np.flatnonzero(encoded.media_index >= 0)]
+    behind = [ids[a + 1 : b] for a, b in zip([0, *where], where, strict=False)]
+    assert [tokenizer.decode(each) for each in behind] == list(words) * 2
+    assert ids[where[-1] + 1 :] == plain.tokens.tolist()[1 + 2 * MEDIA :]
+    prompt = encode_prompt(TURNS[0].question, 2, named, MEDIA)
+    assert prompt.tokens.tolist() == ids[: len(prompt.tokens)]
+    named.save(tmp_path / "tokenizer.json")
+    again = type(tokenizer).load(tmp_path / "tokenizer.json")
+    assert again.fingerprint() == named.fingerprint() != tokenizer.fingerprint()
+    assert encode_conversation(Conversation(2, TURNS), again, MEDIA, 200).tokens.tolist() == ids
+    with pytest.raises(ConfigError, match="words for 3 places of a picture, which takes 9"):
+        encode_conversation(Conversation(1, TURNS), named, 9, 200)
 
 
 @pytest.mark.parametrize("images", [0, 2])

@@ -40,6 +40,16 @@ def test_special_tokens_are_distinct_and_left_out_of_text(tokenizer):
     assert tokenizer.decode(ids) == "a cat"
 
 
+def test_a_phrase_is_one_token_and_its_text_comes_back():
+    phrased = Tokenizer.train(TEXTS, 290, ("red apple", "two cats"))
+    assert phrased.vocab_size == 290
+    assert len(phrased.encode("red apple")) == len(phrased.encode("two cats")) == 1
+    assert phrased.encode("a red apple?")[1:2] == phrased.encode("red apple")
+    for text in ("red apple", "what is this? a red apple, two cats.", "a cat", "two  cats"):
+        assert phrased.decode(phrased.encode(text)) == text
+    assert phrased.encode("cat") == phrased.encode("a cat")[1:]
+
+
 @pytest.mark.parametrize("special", SPECIAL_TOKENS)
 def test_text_cannot_forge_a_special_token(tokenizer, special):
     """A record or a user who writes `<eos>` gets its letters, not the id that ends an answer."""

@@ -63,6 +63,7 @@ SIZES = {
     "EVA-02-CLIP B/16": ("eva", "eva02_base_patch16_clip_224", dict(num_classes=512), 86_263_040, 0),
     "EVA-02-CLIP L/14-336": ("eva", EVA02_L, dict(num_classes=768), 304_432_832, 0),
     "EVA-02-CLIP E/14": ("eva", "eva02_enormous_patch14_clip_224", dict(num_classes=1024), 4_350_556_928, 0),
+    "SAM-B": ("sam", "SamVisionModel", {}, 89_670_912, 0),
     "InternViT-300M": ("internvit", "InternVLVisionModel", dict(attention_bias=True), 304_012_288, 0),
     "InternViT-6B": (
         "internvit",

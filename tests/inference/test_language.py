@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -37,18 +38,22 @@ def generator(params):
 @pytest.fixture(scope="module")
 def reference(params):
     """Tokens and log probabilities by full passes over one padded row, without a cache."""
-    forward = jax.jit(lambda tokens, segments: CONFIG.make().apply({"params": params}, tokens, None, segments))
+
+    @partial(jax.jit, static_argnames="sampling")
+    def choose(row, length, seen, sampling):
+        segments = jnp.int32(jnp.arange(64)[None] < length)
+        logits = CONFIG.make().apply({"params": params}, row, None, segments)[:, length - 1]
+        token = filtered(logits, sampling, seen)[0].argmax()
+        return token, jax.nn.log_softmax(logits[0])[token]
 
     def continue_(prompt: list[int], sampling: Sampling = Sampling(), new: int = NEW) -> tuple[list[int], list[float]]:
         ids, logprobs = list(prompt), []
         for _ in range(new):
-            row = np.zeros((1, 64), np.int32)
-            row[0, : len(ids)] = ids
-            logits = forward(row, np.int32(np.arange(64)[None] < len(ids)))[:, len(ids) - 1]
-            seen = jnp.zeros((1, CONFIG.vocab_size), bool).at[0, jnp.array(ids)].set(True)
-            token = int(filtered(logits, sampling, seen)[0].argmax())
-            logprobs.append(float(jax.nn.log_softmax(logits[0])[token]))
-            ids.append(token)
+            row, seen = np.zeros((1, 64), np.int32), np.zeros((1, CONFIG.vocab_size), bool)
+            row[0, : len(ids)], seen[0, ids] = ids, True
+            token, logprob = choose(row, len(ids), seen, sampling)
+            logprobs.append(float(logprob))
+            ids.append(int(token))
         return ids[len(prompt) :], logprobs
 
     return continue_
@@ -309,9 +314,10 @@ def test_an_encoder_decoder_is_asked_in_the_same_way():
     generator = LanguageGenerator(module, params, batch_size=4)
     found = ids(generator.generate(PROMPTS[:3], FREE))
     assert len(set(map(tuple, found))) == 3
+    apply = jax.jit(module.apply)
     for prompt, answer in zip(PROMPTS[:3], found, strict=True):
         target = jnp.array([[config.decoder_start_token_id, *answer[:-1]]])
-        logits = module.apply({"params": params}, jnp.array([prompt]), None, None, target)
+        logits = apply({"params": params}, jnp.array([prompt]), None, None, target)
         assert logits[0].argmax(-1).tolist() == answer
     short = LanguageGenerator(module, params, max_length=8)
     assert len(short.generate([[1] * 8], FREE)[0].ids) == 8, "source and answer have a row each"

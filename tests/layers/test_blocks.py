@@ -14,7 +14,14 @@ from mllm_jax.errors import ConfigError
 from mllm_jax.layers.linear import Embedding, Linear
 from mllm_jax.layers.mlp import ACTIVATIONS, MLP
 from mllm_jax.layers.norms import LayerNorm, RMSNorm
-from mllm_jax.layers.rotary import RopeScaling, apply_rotary, grid_angles, rotary_angles, rotary_frequencies
+from mllm_jax.layers.rotary import (
+    RopeScaling,
+    apply_rotary,
+    grid_angles,
+    mrope_parts,
+    rotary_angles,
+    rotary_frequencies,
+)
 from mllm_jax.layers.stack import scan_layers
 
 
@@ -226,3 +233,15 @@ def test_grid_angles_turn_half_of_a_head_by_the_row_and_half_by_the_column():
     np.testing.assert_allclose(cos[0], np.cos(angles), rtol=1e-6)
     np.testing.assert_allclose(sin[0], np.sin(angles), rtol=1e-6)
     np.testing.assert_array_equal(cos[1], np.ones(4))  # a class token's place is not turned
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_three_part_positions_turn_their_own_dimensions(interleaved):
+    parts = mrope_parts((4, 2, 2), interleaved)
+    assert parts.tolist() == ([0, 1, 2, 0, 1, 2, 0, 0] if interleaved else [0, 0, 0, 0, 1, 1, 2, 2])
+    places = jnp.array([[[3, 5, 7], [2, 2, 2]]])
+    cos, sin = rotary_angles(places, 16, 100.0, parts=parts)
+    for pair, part in enumerate(parts):
+        plain = rotary_angles(places[..., part], 16, 100.0)
+        np.testing.assert_allclose(cos[..., pair], plain[0][..., pair], rtol=1e-6)
+        np.testing.assert_allclose(sin[..., pair], plain[1][..., pair], rtol=1e-6)

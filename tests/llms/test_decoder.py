@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -213,3 +215,86 @@ def test_each_layer_starts_mimetic_with_numbers_of_its_own():
 def test_impossible_sizes_are_refused(change, message):
     with pytest.raises(ConfigError, match=f"(?s){message}"):
         DecoderConfig(**dict(vocab_size=37, hidden_size=16, num_heads=4, num_kv_heads=2) | change)
+
+
+# ---- three-part positions and what media add to the first layers
+
+MROPE = DecoderConfig(
+    vocab_size=37, hidden_size=16, num_layers=3, num_heads=2, num_kv_heads=1, mlp_size=24, mrope_sections=(2, 1, 1)
+)
+
+
+@pytest.fixture(scope="module")
+def mrope():
+    module = MROPE.make()
+    params = random_params(module, jnp.ones((1, 4), jnp.int32))
+    return params, jax.jit(lambda *args, **kwargs: module.apply(params, *args, **kwargs))
+
+
+def test_three_equal_parts_are_a_plain_position(mrope):
+    _, full = mrope
+    tokens = np.random.default_rng(1).integers(0, 37, (2, 6))
+    counted = np.broadcast_to(np.arange(6), (2, 6))
+    plain = full(tokens, counted)
+    np.testing.assert_array_equal(full(tokens, np.stack([counted] * 3, axis=-1)), plain)
+    other = np.stack([counted, counted, counted[:, ::-1]], axis=-1)
+    assert np.abs(full(tokens, other) - plain).max() > 1e-3
+
+
+def test_text_goes_on_behind_the_largest_part(mrope):
+    """Media may take more or fewer positions than tokens; the cache knows where text resumes, row by row."""
+    _, full = mrope
+    tokens = np.random.default_rng(2).integers(0, 37, (2, 9))
+    read, resumed = np.array([6, 4]), np.array([4, 9])
+    places = np.zeros((2, 9, 3), np.int32)
+    places[0, :6] = [[0, 0, 0], [1, 1, 1], [1, 1, 2], [1, 2, 1], [1, 2, 2], [3, 3, 3]]
+    places[1, :4] = [[0, 0, 0], [1, 1, 8], [1, 4, 1], [1, 1, 1]]
+    for row in range(2):
+        places[row, read[row] :] = (resumed[row] + np.arange(9 - read[row]))[:, None]
+    wanted = full(tokens, places)
+    segments = (np.arange(6)[None] < read[:, None]).astype(np.int32)
+    _, cache = full(tokens[:, :6], places[:, :6], segments, cache=MROPE.make_cache(2, 9))
+    assert (cache.length + cache.offset).tolist() == resumed.tolist()
+    for i in range(3):
+        place = read + i
+        logits, cache = full(tokens[[0, 1], place][:, None], cache=cache)
+        np.testing.assert_allclose(logits[:, 0], wanted[jnp.arange(2), place], atol=2e-5)
+
+
+def test_deepstack_adds_behind_the_first_layers(mrope):
+    """Layer by layer: a decoder of one layer, fed with the sum, is the next layer of the whole one."""
+    params, full = mrope
+    rng = np.random.default_rng(3)
+    x, *more = (rng.normal(size=(2, 5, 16)).astype(np.float32) for _ in range(3))
+    tokens = np.zeros((2, 5), np.int32)
+    found = full(tokens, embeddings=x, deepstack=tuple(more))
+    assert np.abs(found - full(tokens, embeddings=x)).max() > 1e-3
+
+    one = dataclasses.replace(MROPE, num_layers=1, final_norm=False, tie_word_embeddings=False, vocab_size=16).make()
+    identity = {"kernel": np.eye(16, dtype=np.float32)}
+
+    def layer(i, h):
+        layers = jax.tree.map(lambda leaf: leaf[i : i + 1], params["params"]["layers"])
+        own = {"layers": layers, "lm_head": identity, "token_embedding": params["params"]["token_embedding"]}
+        return one.apply({"params": own}, tokens, embeddings=h)
+
+    h = x
+    for i in range(3):
+        h = layer(i, h) + (more[i] if i < 2 else 0)
+    scale = params["params"]["final_norm"]["scale"]
+    normed = h / np.sqrt(np.square(h).mean(axis=-1, keepdims=True) + MROPE.norm_eps) * scale
+    wanted = normed @ params["params"]["token_embedding"]["embedding"].T
+    np.testing.assert_allclose(found, wanted, atol=2e-4 * np.abs(wanted).max())
+
+
+@pytest.mark.parametrize(
+    "change,message",
+    [
+        (dict(mrope_sections=(2, 1)), "three numbers"),
+        (dict(mrope_sections=(2, 2, 1)), r"\(2, 2, 1\) of 4 pairs"),
+        (dict(positions="learned"), "with learned positions"),
+    ],
+)
+def test_sections_that_do_not_fit_are_refused(change, message):
+    with pytest.raises(ConfigError, match=message):
+        dataclasses.replace(MROPE, **change)

@@ -146,6 +146,13 @@ def test_sums_of_media_tokens(processor):
     np.testing.assert_allclose(merged[0, 7], params["newline"], atol=1e-6)
 
 
+def test_batches_without_pictures_have_the_shapes_of_others(processor):
+    some = processor(["what <image>", "a"], images=[picture(0)], slots=2, length=12)
+    none = processor(["what", "a"], slots=2, length=12)
+    assert {name: (a.shape, a.dtype) for name, a in some.items()} == {n: (a.shape, a.dtype) for n, a in none.items()}
+    assert not none["images"].any() and "images" not in processor(["what", "a"])
+
+
 def test_the_connection_chooses_the_layer(processor):
     params, model = random_params(CONFIG), CONFIG.make()
     batch = processor("<image>", images=[picture(0)])

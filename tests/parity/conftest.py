@@ -10,7 +10,7 @@ import torch
 torch.set_num_threads(1)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def randomise():
     """Fills every parameter of a torch module, biases and norms included, with numbers far from their defaults."""
 
@@ -31,7 +31,7 @@ def randomise():
     return fill
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def to_numpy():
     """Torch tensors of a dict as float32 arrays."""
 
@@ -41,7 +41,7 @@ def to_numpy():
     return convert
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def assert_close():
     """Largest difference, relative to the largest value, of two arrays."""
 
@@ -56,7 +56,7 @@ def assert_close():
     return check
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def assert_same_tree():
     """Mapped weights have exactly the leaves and shapes that the module asks for."""
 

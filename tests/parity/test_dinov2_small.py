@@ -21,7 +21,7 @@ from mllm_jax.data.openmoji.catalog import catalog
 from mllm_jax.data.openmoji.pictures import Pictures
 from mllm_jax.inference.embed import Embedder
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("optimized")]
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,7 @@ from mllm_jax.data.tokenizer import Tokenizer
 from mllm_jax.inference.language import LanguageGenerator
 from mllm_jax.inference.options import Options
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("optimized")]
 
 NEW = 64
 QUESTIONS = (

@@ -5,8 +5,10 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from flax import linen as nn
 
+from mllm_jax.errors import ConfigError
 from mllm_jax.projectors.mlp import MLPProjectorConfig
 
 
@@ -35,6 +37,27 @@ def test_hidden_size_defaults_to_the_output():
         for hidden in (None, 9)
     ]
     assert [s["linear_1"]["kernel"].value.shape for s in shapes] == [(3, 7), (3, 9)]
+
+
+@pytest.mark.parametrize("layers,bias", [(1, True), (3, False)])
+def test_any_number_of_linear_maps(layers, bias):
+    c = MLPProjectorConfig(output_size=5, hidden_size=6, num_layers=layers, use_bias=bias, activation="relu")
+    x = np.random.default_rng(0).normal(size=(2, 4, 3)).astype(np.float32)
+    params = nn.meta.unbox(c.make().init(jax.random.key(0), x))["params"]
+    wanted = x
+    assert sorted(params) == [f"linear_{n}" for n in range(1, layers + 1)]
+    for n in range(1, layers + 1):
+        assert ("bias" in params[f"linear_{n}"]) == bias
+        params[f"linear_{n}"] = {name: value + 0.1 for name, value in params[f"linear_{n}"].items()}
+        wanted = wanted @ params[f"linear_{n}"]["kernel"] + params[f"linear_{n}"].get("bias", 0)
+        wanted = wanted if n == layers else np.maximum(wanted, 0)
+    np.testing.assert_allclose(c.make().apply({"params": params}, x), wanted, atol=1e-5)
+
+
+@pytest.mark.parametrize("wrong", [dict(num_layers=0), dict(activation="sine")])
+def test_what_makes_no_projector_is_refused(wrong):
+    with pytest.raises(ConfigError, match="MLP projector"):
+        MLPProjectorConfig(5, **wrong)
 
 
 def test_place_embeddings_tell_equal_features_apart():

@@ -115,9 +115,9 @@ def exists(catalog: Catalog, dice: Dice, scene: Scene, truth: bool, question: st
 
 
 def scene_caption(catalog: Catalog, scene: Scene) -> str:
-    """The scene in words: "top left: red apple, top right: ..."."""
+    """The scene in words: "top left red apple top right ..."."""
     pairs = zip(PLACES[scene.grid], scene.cells, strict=True)
-    return ", ".join(f"{place}: {catalog.claims[index][FULL].text}" for place, index in pairs)
+    return " ".join(f"{place} {catalog.claims[index][FULL].text}" for place, index in pairs)
 
 
 def _other(catalog: Catalog, dice: Dice, claim: Claim, pool: list[int]) -> int | None:

@@ -28,7 +28,7 @@ from mllm_jax.data.openmoji.scenes import ASKED as ASKED_OF_SCENES
 from mllm_jax.data.openmoji.scenes import PLACES, Scene, compose_scene, scene_caption, scene_turns
 from mllm_jax.errors import ConfigError
 
-QUESTIONS_VERSION = 15  # raise it whenever the questions, the answers or the drawing of pictures change
+QUESTIONS_VERSION = 16  # raise it whenever the questions, the answers or the drawing of pictures change
 _AUGMENT = 1  # the last part of a random stream's seed: 0 draws the text, 1 the picture
 PER_BASE = 3  # a base with fewer forms is repeated, so that persons in 18 forms do not drown everything else
 

@@ -39,7 +39,7 @@ class Contrastive:
         `recall_at_1` is the share of pictures that are closer to their own text than to any other; a tie is a miss.
         """
         image, text, scale, bias = apply(params, batch, method="embed_pairs")
-        code = _text_codes(batch["tokens"], batch["segments"], text.shape[1])
+        code = text_codes(batch["tokens"], batch["segments"], text.shape[1])
         pairs = jnp.maximum((code[..., 1] != 0).sum(), 1).astype(jnp.float32)
         total, hits = pair_loss(self._plan(image.shape), image, text, code, scale, bias)
         return total / pairs, {"recall_at_1": hits / pairs, "logit_scale": scale, "weight": pairs}
@@ -53,7 +53,7 @@ class Contrastive:
         return Plan(self.kind, self.chunk, mesh, (axes,) if isinstance(axes, str) else axes)
 
 
-def _text_codes(tokens, segments, count: int):
+def text_codes(tokens, segments, count: int):
     """Two numbers for each text of each row that are equal for equal texts: uint32[B, count, 2], 0 where there is none.
 
     Together they have 63 bits, so that in a batch of 100,000 texts the chance that two share them is below 1e-9.

@@ -1,0 +1,121 @@
+"""BLIP-2 with EVA-CLIP-g and Flan-T5-XL at its real sizes, and how its authors trained it (arXiv 2301.12597).
+
+The sizes are those of Salesforce/blip2-flan-t5-xl. Two stages: `represent` trains the Q-Former on pairs of pictures and
+texts, without an LLM; `align` trains it, begun there, to be read by the frozen LLM. Data is the reader's:
+`represent(mixture)` and `align(mixture)` are stages for an Experiment on `stage1_model()` and `model()`.
+"""
+
+from mllm_jax.data.pipeline import Mixture
+from mllm_jax.encoders.vit import ViTConfig
+from mllm_jax.llms.t5 import T5Config
+from mllm_jax.models.blip2 import Blip2Config
+from mllm_jax.models.blip2_stage1 import QFormerPretrainingConfig
+from mllm_jax.models.clip import CLIP_MEAN, CLIP_STD
+from mllm_jax.projectors.qformer import QFormerConfig
+from mllm_jax.training.config import AdamW, Stage
+from mllm_jax.training.objectives.next_token import NextToken
+from mllm_jax.training.objectives.qformer import QFormerStage1
+
+# BERT's 30,522 and [DEC], with which a text to be written begins.
+VOCAB_SIZE, DECODE = 30_523, 30_522
+NO_CLIPPING = 1e9
+# Section 3.4: rows of a batch with ViT-g, in the first stage and in the second with Flan-T5.
+REPRESENT_ROWS, ALIGN_ROWS = 1680, 1520
+
+
+def encoder() -> ViTConfig:
+    """EVA-CLIP-g/14 without its last layer; the weights came as half precision and stay frozen."""
+    return ViTConfig(
+        image_size=224,
+        patch_size=14,
+        hidden_size=1408,
+        num_layers=39,
+        num_heads=16,
+        mlp_size=6144,
+        activation="gelu",
+        norm_eps=1e-6,
+        class_token=True,
+        drop_remainder=True,
+        qkv_bias=True,
+        norm_pooled=True,
+        pooler="token",
+        image_mean=CLIP_MEAN,
+        image_std=CLIP_STD,
+        family="Blip2VisionModel",
+        dtype="bfloat16",
+        remat="full",
+    )
+
+
+def llm() -> T5Config:
+    """Flan-T5-XL, with the exact GELU that BLIP-2 runs it with."""
+    return T5Config(
+        vocab_size=32_128,
+        hidden_size=2048,
+        head_dim=64,
+        mlp_size=5120,
+        num_layers=24,
+        num_decoder_layers=24,
+        num_heads=32,
+        activation="gelu",
+        gated=True,
+        tie_word_embeddings=False,
+        bos_token_id=1,
+        dtype="bfloat16",
+        remat="full",
+    )
+
+
+def model() -> Blip2Config:
+    """The composed model, as its folder has it."""
+    return Blip2Config(encoder(), QFormerConfig(2048, dtype="bfloat16", remat="full"), llm(), image_token_id=32_100)
+
+
+def stage1_model() -> QFormerPretrainingConfig:
+    """Before there is an LLM: the Q-Former reads text too."""
+    return QFormerPretrainingConfig(
+        encoder(),
+        QFormerConfig(2048, vocab_size=VOCAB_SIZE, dtype="bfloat16", remat="full"),
+        decode_token_id=DECODE,
+    )
+
+
+def represent(data: Mixture) -> Stage:
+    """The first stage: section 3.4, 250,000 steps, from BERT-base; how low the learning rate ends is LAVIS' file's."""
+    return Stage(
+        name="represent",
+        objective=QFormerStage1(),
+        trainable=("projector/*", "image_projection/*", "text_projection/*", "matching/*", "caption*", "temperature"),
+        data=data,
+        optimizer=AdamW(
+            learning_rate=1e-4,
+            warmup_steps=2000,
+            end_factor=0.1,
+            weight_decay=0.05,
+            b1=0.9,
+            b2=0.98,
+            clip_norm=NO_CLIPPING,
+        ),
+        steps=250_000,
+    )
+
+
+def align(data: Mixture) -> Stage:
+    """The second: section 3.4, 80,000 steps that end at half of the learning rate; picture tower and LLM are frozen."""
+    return Stage(
+        name="align",
+        objective=NextToken(),
+        trainable=("projector/*",),
+        data=data,
+        optimizer=AdamW(
+            learning_rate=1e-4,
+            warmup_steps=2000,
+            end_factor=0.5,
+            weight_decay=0.05,
+            b1=0.9,
+            b2=0.98,
+            clip_norm=NO_CLIPPING,
+        ),
+        steps=80_000,
+        frozen_dtype="bfloat16",
+    )

@@ -1,0 +1,105 @@
+"""DeepSeek-VL-7B (arXiv 2403.05525) at its real size, with the published hyperparameters of its three stages.
+
+`model()` is what deepseek-community/deepseek-vl-7b-chat holds. `warm_up(mixture)`, `pretrain(mixture)` and
+`instruct(mixture)` are stages for an Experiment on it, on data that you give (table 4; what is trained: section 3.2).
+"""
+
+from mllm_jax.data.pipeline import Mixture
+from mllm_jax.encoders.sam import SamConfig
+from mllm_jax.encoders.siglip_sam import SiglipSamConfig
+from mllm_jax.encoders.vit import ViTConfig
+from mllm_jax.llms.decoder import DecoderConfig
+from mllm_jax.models.clip import CLIP_MEAN, CLIP_STD
+from mllm_jax.models.deepseek_vl import DeepseekVLConfig
+from mllm_jax.projectors.paired import PairedProjectorConfig
+from mllm_jax.training.config import AdamW, Stage
+from mllm_jax.training.objectives.next_token import NextToken
+
+# Rows and their length, by stage; a picture is one slot. Only `pretrain` packed several examples into a row.
+WARM_UP_ROWS, WARM_UP_LENGTH = 256, 512 + 576  # the 512 of the table cannot count the tokens of a picture
+PRETRAIN_ROWS, INSTRUCT_ROWS, LENGTH = 2304, 256, 4096
+# The paper counts the convolutions behind SAM with the adaptor; of the second neck beside them it does not tell.
+ADAPTOR = ("projector/*", "encoder/downsample_*", "encoder/neck/*", "encoder/alpha")
+
+
+def encoder(dtype: str = "bfloat16") -> SiglipSamConfig:
+    """SigLIP-L/16 on 384 pixels beside SAM-B on 1,024: 576 vectors of 1024 + 1024."""
+    low = ViTConfig(
+        image_size=384,
+        patch_size=16,
+        hidden_size=1024,
+        num_layers=24,
+        num_heads=16,
+        mlp_size=4096,
+        activation="gelu",
+        norm_eps=1e-6,
+        drop_remainder=True,
+        pooler="none",
+        family="SiglipVisionModel",
+        remat="full",
+    )
+    high = SamConfig(image_mean=CLIP_MEAN, image_std=CLIP_STD, remat="full")
+    return SiglipSamConfig(low, high, dtype=dtype)
+
+
+def llm(dtype: str = "bfloat16") -> DecoderConfig:
+    """DeepSeek-LLM-7B."""
+    return DecoderConfig(
+        vocab_size=102_400,
+        hidden_size=4096,
+        num_layers=30,
+        num_heads=32,
+        num_kv_heads=32,
+        mlp_size=11_008,
+        norm_eps=1e-6,
+        tie_word_embeddings=False,
+        max_position_embeddings=16_384,
+        bos_token_id=100_000,
+        eos_token_id=(100_001,),
+        dtype=dtype,
+        remat="full",
+    )
+
+
+def model(dtype: str = "bfloat16") -> DeepseekVLConfig:
+    """7,331,390,721 parameters: towers 400,045,313, projector 20,979,712, LLM 6,910,365,696.
+
+    The authors' folder has 14.69 GB in bfloat16: these, and the head of SigLIP, 12.6 million, that nothing reads.
+    """
+    towers = encoder(dtype)
+    return DeepseekVLConfig(towers, PairedProjectorConfig(4096, towers.widths, dtype=dtype), llm(dtype))
+
+
+def optimizer(learning_rate: float, warmup_steps: int, end_factor: float = 0.0) -> AdamW:
+    """AdamW (0.9, 0.95) without weight decay, clipped at 1.0."""
+    return AdamW(
+        learning_rate,
+        warmup_steps=warmup_steps,
+        end_factor=end_factor,
+        weight_decay=0.0,
+        b1=0.9,
+        b2=0.95,
+        clip_norm=1.0,
+    )
+
+
+def warm_up(data: Mixture) -> Stage:
+    """Stage 1: the adaptor alone."""
+    return _stage("warm_up", data, ADAPTOR, 15_000, optimizer(1e-3, 128))
+
+
+def pretrain(data: Mixture) -> Stage:
+    """Stage 2: adaptor and LLM, seven parts of text to three of pictures with text.
+
+    The authors' learning rate falls in steps; here it is a cosine to a tenth, where those of DeepSeek-LLM end.
+    """
+    return _stage("pretrain", data, (*ADAPTOR, "llm/*"), 42_000, optimizer(4.2e-5, 2000, 0.1))
+
+
+def instruct(data: Mixture) -> Stage:
+    """Stage 3: SigLIP as well; SAM stays frozen."""
+    return _stage("instruct", data, (*ADAPTOR, "llm/*", "encoder/low/*"), 10_000, optimizer(2e-5, 256))
+
+
+def _stage(name: str, data: Mixture, trainable: tuple[str, ...], steps: int, adamw: AdamW) -> Stage:
+    return Stage(name, NextToken(), trainable, data, steps, adamw, frozen_dtype="bfloat16")

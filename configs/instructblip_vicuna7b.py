@@ -1,0 +1,82 @@
+"""InstructBLIP with EVA-CLIP-g and Vicuna-7B at its real sizes, and how its authors trained it (arXiv 2305.06500).
+
+The sizes are those of Salesforce/instructblip-vicuna-7b. Data is the reader's: `instruct(mixture)` is a stage for an
+Experiment on `model()`, whose Q-Former begins as BLIP-2's.
+"""
+
+from dataclasses import replace
+
+from mllm_jax.data.pipeline import Mixture
+from mllm_jax.encoders.vit import ViTConfig
+from mllm_jax.llms.decoder import DecoderConfig
+from mllm_jax.models.clip import CLIP_MEAN, CLIP_STD
+from mllm_jax.models.instructblip import InstructBlipConfig
+from mllm_jax.projectors.qformer import QFormerConfig
+from mllm_jax.training.config import AdamW, Stage
+from mllm_jax.training.objectives.next_token import NextToken
+
+NO_CLIPPING = 1e9
+# Section 2.6: rows of a batch with a 7B language model; 192 with 3B, 64 with 11B and 13B.
+ROWS = 128
+
+
+def model() -> InstructBlipConfig:
+    """The composed model, as its folder has it."""
+    encoder = ViTConfig(
+        image_size=224,
+        patch_size=14,
+        hidden_size=1408,
+        num_layers=39,
+        num_heads=16,
+        mlp_size=6144,
+        activation="gelu",
+        norm_eps=1e-6,
+        class_token=True,
+        drop_remainder=True,
+        qkv_bias=True,
+        norm_pooled=True,
+        pooler="token",
+        image_mean=CLIP_MEAN,
+        image_std=CLIP_STD,
+        family="Blip2VisionModel",
+    )
+    llm = DecoderConfig(
+        vocab_size=32_064,  # 32,000, [PAD] and <image>, and what fills up to a multiple of 64
+        hidden_size=4096,
+        num_layers=32,
+        num_heads=32,
+        num_kv_heads=32,
+        mlp_size=11_008,
+        norm_eps=1e-6,
+        tie_word_embeddings=False,
+        max_position_embeddings=2048,
+        bos_token_id=0,
+        eos_token_id=(1,),  # as its config.json says; generation_config.json and the tokenizer say what ends a text
+        pad_token_id=32_000,
+        family="LlamaForCausalLM",
+    )
+    projector = QFormerConfig(4096, vocab_size=30_523)
+    config = InstructBlipConfig(encoder, projector, llm, image_token_id=32_001).with_dtype("bfloat16")
+    parts = {name: replace(getattr(config, name), remat="full") for name in ("encoder", "projector", "llm")}
+    return replace(config, **parts)
+
+
+def instruct(data: Mixture) -> Stage:
+    """Section 2.6: at most 60,000 steps; only the Q-Former, its queries and its map to the LLM are trained."""
+    return Stage(
+        name="instruct",
+        objective=NextToken(),
+        trainable=("projector/*",),
+        data=data,
+        optimizer=AdamW(
+            learning_rate=1e-5,
+            warmup_steps=1000,
+            end_factor=0.0,
+            weight_decay=0.05,
+            b1=0.9,
+            b2=0.999,
+            clip_norm=NO_CLIPPING,
+        ),
+        steps=60_000,
+        frozen_dtype="bfloat16",
+    )

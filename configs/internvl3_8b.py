@@ -1,0 +1,92 @@
+"""InternVL3-8B (arXiv 2504.10479) at its real size, and how its authors' script trains it further.
+
+`model()` is what OpenGVLab/InternVL3-8B-hf holds. `finetune(mixture, steps)` is a stage for an Experiment on it, on
+data that you give. The pre-training before it has no published script, and there is no stage for MPO here yet.
+"""
+
+from mllm_jax.data.pipeline import Mixture
+from mllm_jax.encoders.vit import ViTConfig
+from mllm_jax.layers.rotary import RopeScaling
+from mllm_jax.llms.decoder import DecoderConfig
+from mllm_jax.models.internvl import IMAGE_MEAN, IMAGE_STD, InternVLConfig
+from mllm_jax.projectors.pixel_shuffle import PixelShuffleProjectorConfig
+from mllm_jax.training.config import AdamW, Stage
+from mllm_jax.training.objectives.next_token import NextToken
+
+# internvl_chat/shell/internvl3.0/2nd_finetune/internvl3_8b_dynamic_res_2nd_finetune_full.sh of OpenGVLab/InternVL:
+ROWS, LENGTH, MAX_TILES = 128, 16_384, 12
+
+
+def encoder(dtype: str = "bfloat16") -> ViTConfig:
+    """InternViT-300M-448px-V2.5: 1,024 patches of 1024 numbers for each tile."""
+    return ViTConfig(
+        image_size=448,
+        patch_size=14,
+        hidden_size=1024,
+        num_layers=24,
+        num_heads=16,
+        mlp_size=4096,
+        norm_eps=1e-6,
+        class_token=True,
+        drop_remainder=True,
+        norm_output=False,
+        layer_scale=0.1,
+        pooler="none",
+        image_mean=IMAGE_MEAN,
+        image_std=IMAGE_STD,
+        family="InternVLVisionModel",
+        dtype=dtype,
+        remat="full",
+    )
+
+
+def llm(dtype: str = "bfloat16") -> DecoderConfig:
+    """Qwen2.5-7B; its vocabulary ends with the last token in use, 151,674 of the 152,064 rows that Qwen's own has."""
+    return DecoderConfig(
+        vocab_size=151_674,
+        hidden_size=3584,
+        num_layers=28,
+        num_heads=28,
+        num_kv_heads=4,
+        mlp_size=18_944,
+        norm_eps=1e-6,
+        qkv_bias=True,
+        rope_theta=1_000_000.0,
+        rope_scaling=RopeScaling("dynamic", factor=2.0, original_max_position_embeddings=32_768),
+        tie_word_embeddings=False,
+        max_position_embeddings=32_768,
+        bos_token_id=151_643,
+        eos_token_id=(151_645,),
+        family="Qwen2ForCausalLM",
+        dtype=dtype,
+        remat="full",
+    )
+
+
+def model(dtype: str = "bfloat16") -> InternVLConfig:
+    """7,944,373,760 parameters: InternViT 304,012,288, MLP 27,540,480, Qwen2.5 7,612,820,992; the hub has 15.9 GB."""
+    projector = PixelShuffleProjectorConfig(output_size=3584, dtype=dtype)
+    return InternVLConfig(encoder(dtype), projector, llm(dtype), image_token_id=151_667)
+
+
+def optimizer(steps: int) -> AdamW:
+    """The script's: warm-up over 3 % of the steps, cosine to 0; betas and clipping are transformers' own."""
+    return AdamW(2e-5, warmup_steps=-(-3 * steps // 100), end_factor=0.0, weight_decay=0.05, b2=0.999, clip_norm=1.0)
+
+
+def finetune(data: Mixture, steps: int) -> Stage:
+    """One epoch of the data with the picture tower frozen, as in that script.
+
+    Args:
+        data: rows=ROWS, length=LENGTH, and MAX_TILES + 1 slots for each picture of a row.
+        steps: of one epoch.
+    """
+    return Stage(
+        name="finetune",
+        objective=NextToken(),
+        trainable=("projector/*", "llm/*"),
+        data=data,
+        optimizer=optimizer(steps),
+        steps=steps,
+        frozen_dtype="bfloat16",
+    )

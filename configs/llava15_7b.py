@@ -1,0 +1,119 @@
+"""LLaVA-1.5-7B (arXiv 2310.03744) at its real size, with the published hyperparameters of its two stages.
+
+`model()` is what llava-hf/llava-1.5-7b-hf holds. `experiment(...)` trains it on data sources that you give:
+LLaVA's own records have no loader here yet, so there is no `config()` for `mllm train`.
+"""
+
+from typing import Any
+
+from mllm_jax.data.pipeline import Mixture, Weighted
+from mllm_jax.encoders.vit import ViTConfig
+from mllm_jax.llms.decoder import DecoderConfig
+from mllm_jax.models.clip import CLIP_MEAN, CLIP_STD
+from mllm_jax.models.llava import LlavaConfig
+from mllm_jax.models.multimodal import Connection
+from mllm_jax.projectors.mlp import MLPProjectorConfig
+from mllm_jax.training.config import AdamW, Experiment, Pretrained, Stage, TokenizerConfig
+from mllm_jax.training.objectives.next_token import NextToken
+
+# 558,128 pictures with captions in batches of 256; 665,298 conversations in batches of 128; one epoch each (the paper's
+# table of hyperparameters; the counts are those of LLaVA-Pretrain and llava_v1_5_mix665k.json).
+ALIGN_STEPS, INSTRUCT_STEPS = -(-558_128 // 256), -(-665_298 // 128)
+LENGTH = 2048  # model_max_length in scripts/v1_5/*.sh of haotian-liu/LLaVA
+
+
+def clip_large(dtype: str = "bfloat16") -> ViTConfig:
+    """The picture tower of openai/clip-vit-large-patch14-336: 577 vectors of 1024."""
+    return ViTConfig(
+        image_size=336,
+        patch_size=14,
+        hidden_size=1024,
+        num_layers=24,
+        num_heads=16,
+        mlp_size=4096,
+        activation="quick_gelu",
+        norm_eps=1e-5,
+        class_token=True,
+        image_mean=CLIP_MEAN,
+        image_std=CLIP_STD,
+        drop_remainder=True,
+        patch_bias=False,
+        pre_norm=True,
+        norm_output=False,
+        norm_pooled=True,
+        pooler="token",
+        family="CLIPVisionModel",
+        dtype=dtype,
+        remat="full",
+    )
+
+
+def model(dtype: str = "bfloat16") -> LlavaConfig:
+    """7,063,427,072 parameters: CLIP 303,507,456, MLP 20,979,712, Vicuna with 64 more tokens 6,738,939,904.
+
+    The hub counts 7.06 billion in llava-hf/llava-1.5-7b-hf.
+    """
+    return LlavaConfig(
+        encoder=clip_large(dtype),
+        projector=MLPProjectorConfig(output_size=4096, dtype=dtype),
+        llm=DecoderConfig(
+            vocab_size=32064,
+            hidden_size=4096,
+            num_layers=32,
+            num_heads=32,
+            num_kv_heads=32,
+            mlp_size=11008,
+            norm_eps=1e-5,
+            tie_word_embeddings=False,
+            max_position_embeddings=4096,
+            bos_token_id=1,
+            eos_token_id=(2,),
+            dtype=dtype,
+            remat="full",
+        ),
+        connection=Connection(layers=(-2,)),
+    )
+
+
+def optimizer(learning_rate: float, steps: int) -> AdamW:
+    """AdamW without weight decay, 3 % warm-up, cosine to 0 (scripts/v1_5); betas and clipping are transformers' own."""
+    return AdamW(
+        learning_rate, warmup_steps=-(-3 * steps // 100), end_factor=0.0, weight_decay=0.0, b2=0.999, clip_norm=1.0
+    )
+
+
+def experiment(align: Any, instruct: Any, tokenizer: str, pretrained: tuple[Pretrained, ...] = ()) -> Experiment:
+    """The two stages. A row has one slot, so rows are the published batches wherever every record has a picture.
+
+    Args:
+        align, instruct: data sources.
+        tokenizer: a folder with Vicuna's tokenizer and a chat template.
+        pretrained: where tower and LLM begin: the authors took openai/clip-vit-large-patch14-336 and
+            lmsys/vicuna-7b-v1.5, and a new projector.
+    """
+    return Experiment(
+        name="llava15_7b",
+        model=model(),
+        pretrained=pretrained,
+        tokenizer=TokenizerConfig(vocab_size=32064, folder=tokenizer),
+        stages=(
+            Stage(
+                name="align",
+                objective=NextToken(),
+                trainable=("projector/*",),
+                data=Mixture((Weighted(align),), rows=256, length=LENGTH, slots=1),
+                optimizer=optimizer(1e-3, ALIGN_STEPS),
+                steps=ALIGN_STEPS,
+                frozen_dtype="bfloat16",
+            ),
+            Stage(
+                name="instruct",
+                objective=NextToken(),
+                trainable=("projector/*", "llm/*"),
+                data=Mixture((Weighted(instruct),), rows=128, length=LENGTH, slots=1),
+                optimizer=optimizer(2e-5, INSTRUCT_STEPS),
+                steps=INSTRUCT_STEPS,
+                frozen_dtype="bfloat16",
+            ),
+        ),
+    )

@@ -1,0 +1,128 @@
+"""LLaVA-NeXT at its real sizes, with the published hyperparameters of its two stages.
+
+`vicuna_7b()` and `mistral_7b()` are what llava-hf/llava-v1.6-vicuna-7b-hf and llava-v1.6-mistral-7b-hf hold (blog post
+of 30 January 2024); `onevision_7b()` and `onevision_500m()` are llava-onevision-qwen2-7b-ov-hf and -0.5b-ov-hf
+(arXiv 2408.03326). `STAGES` says how the authors train such a model. It stops short of an Experiment: there is no
+loader of their records here, and the tower learns with a learning rate of its own, which a Stage does not have.
+"""
+
+import runpy
+from pathlib import Path
+
+from mllm_jax.encoders.vit import ViTConfig
+from mllm_jax.llms.decoder import DecoderConfig
+from mllm_jax.models.llava import NEXT, NEXT_RESOLUTIONS, ONEVISION, ONEVISION_RESOLUTIONS, LlavaConfig
+from mllm_jax.models.multimodal import Connection
+from mllm_jax.projectors.mlp import MLPProjectorConfig
+from mllm_jax.training.config import AdamW
+
+_LLAVA15 = runpy.run_path(str(Path(__file__).with_name("llava15_7b.py")))
+
+# scripts/train/pretrain_clip.sh and finetune_clip.sh of LLaVA-VL/LLaVA-NeXT: 3 % warm-up, cosine, no weight decay, one
+# epoch, at most 8,192 and 32,768 tokens. Examples a device are 16 and 4; how many devices the scripts do not say.
+# What is trained, learning rate, learning rate of the tower where it has one of its own.
+STAGES = {
+    "align": (("projector/*",), 1e-3, None),
+    "instruct": (("encoder/*", "projector/*", "newline", "llm/*"), 1e-5, 2e-6),
+}
+
+
+def optimizer(stage: str, steps: int) -> AdamW:
+    """That of everything but the tower."""
+    return _LLAVA15["optimizer"](STAGES[stage][1], steps)
+
+
+def _next(llm: DecoderConfig, dtype: str) -> LlavaConfig:
+    return LlavaConfig(
+        encoder=_LLAVA15["clip_large"](dtype),
+        projector=MLPProjectorConfig(output_size=llm.hidden_size, dtype=dtype),
+        llm=llm,
+        connection=Connection(layers=(-2,)),
+        newline=True,
+        family=NEXT,
+        resolutions=NEXT_RESOLUTIONS,
+    )
+
+
+def vicuna_7b(dtype: str = "bfloat16") -> LlavaConfig:
+    """7,063,431,168 parameters: LLaVA-1.5-7B's and the newline vector. The hub counts 7.06 billion."""
+    return _next(_LLAVA15["model"](dtype).llm, dtype)
+
+
+def mistral_7b(dtype: str = "bfloat16") -> LlavaConfig:
+    """7,566,747,648 parameters, with Mistral-7B-Instruct-v0.2. The hub counts 7.57 billion."""
+    llm = DecoderConfig(
+        vocab_size=32064,
+        hidden_size=4096,
+        num_layers=32,
+        num_heads=32,
+        num_kv_heads=8,
+        mlp_size=14336,
+        norm_eps=1e-5,
+        rope_theta=1e6,
+        tie_word_embeddings=False,
+        max_position_embeddings=32768,
+        bos_token_id=1,
+        eos_token_id=(2,),
+        family="MistralForCausalLM",
+        dtype=dtype,
+        remat="full",
+    )
+    return _next(llm, dtype)
+
+
+def _onevision(llm: DecoderConfig, dtype: str) -> LlavaConfig:
+    return LlavaConfig(
+        # SigLIP so400m/14-384 without its last layer and its head: 729 vectors of 1152.
+        encoder=ViTConfig(
+            image_size=384,
+            patch_size=14,
+            hidden_size=1152,
+            num_layers=26,
+            num_heads=16,
+            mlp_size=4304,
+            activation="gelu_tanh",
+            norm_eps=1e-6,
+            drop_remainder=True,
+            pooler="none",
+            family="SiglipVisionModel",
+            dtype=dtype,
+            remat="full",
+        ),
+        projector=MLPProjectorConfig(output_size=llm.hidden_size, dtype=dtype),
+        llm=llm,
+        connection=Connection(layers=(-1,)),
+        newline=True,
+        family=ONEVISION,
+        image_token_id=151646,
+        video_token_id=151647,
+        resolutions=ONEVISION_RESOLUTIONS,
+        max_tiles=9,
+    )
+
+
+def _qwen2(dtype: str, **sizes) -> DecoderConfig:
+    return DecoderConfig(
+        **sizes,
+        norm_eps=1e-6,
+        rope_theta=1e6,
+        qkv_bias=True,
+        max_position_embeddings=32768,
+        bos_token_id=151643,
+        eos_token_id=(151645,),
+        family="Qwen2ForCausalLM",
+        dtype=dtype,
+        remat="full",
+    )
+
+
+def onevision_7b(dtype: str = "bfloat16") -> LlavaConfig:
+    """8,030,348,832 parameters, with Qwen2-7B. The hub counts 8.03 billion."""
+    sizes = dict(hidden_size=3584, num_layers=28, num_heads=28, num_kv_heads=4, mlp_size=18944)
+    return _onevision(_qwen2(dtype, vocab_size=152064, tie_word_embeddings=False, **sizes), dtype)
+
+
+def onevision_500m(dtype: str = "bfloat16") -> LlavaConfig:
+    """893,618,208 parameters, with Qwen2-0.5B. The hub counts 0.89 billion."""
+    sizes = dict(hidden_size=896, num_layers=24, num_heads=14, num_kv_heads=2, mlp_size=4864)
+    return _onevision(_qwen2(dtype, vocab_size=151936, tie_word_embeddings=True, **sizes), dtype)

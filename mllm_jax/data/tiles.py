@@ -1,0 +1,194 @@
+"""Pictures of any size as tiles of one size, and where their media tokens stand in the text (LLaVA-NeXT's "anyres").
+
+The tiles of a picture are: the whole picture, squeezed into one; then the picture, its aspect ratio kept and margins
+added, cut into those of the resolution that fits it best. In the text the whole picture comes first; then, row by row
+and each row with a newline vector behind it, the features of the tiles together, those of the margins left out.
+Sources: the blog posts on LLaVA-NeXT (January 2024) and LLaVA-OneVision (arXiv 2408.03326).
+
+All sizes are (height, width).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import numpy as np
+from einops import rearrange, repeat
+
+from mllm_jax.data.media import NEWLINE
+
+Size = tuple[int, int]
+
+_REDUCES_ABOVE = 1.1  # LLaVA-OneVision leaves features alone that are hardly too many
+
+
+class Places(NamedTuple):
+    """What stands for a picture in the text.
+
+    Attributes:
+        places: int[L], or int[L, 4] with weights: media tokens counted over the picture's tiles, or NEWLINE.
+        weights: float32[L, 4] of the media tokens whose sum stands at a place, or None.
+    """
+
+    places: np.ndarray
+    weights: np.ndarray | None = None
+
+
+# ---- pixels
+
+
+def best_resolution(size: Size, resolutions: Iterable[Size]) -> Size:
+    """The resolution that keeps most of a picture's pixels; among equals the one with the smallest margins."""
+    height, width = size
+
+    def merit(resolution: Size) -> tuple[int, int]:
+        scale = min(resolution[1] / width, resolution[0] / height)
+        kept = min(int(width * scale) * int(height * scale), width * height)
+        return kept, kept - resolution[0] * resolution[1]
+
+    return max(resolutions, key=merit)
+
+
+def fitted_size(size: Size, target: Size) -> Size:
+    """The largest size that a picture has inside the target with its aspect ratio kept, rounded up."""
+    tall, wide = (inside / outside for inside, outside in zip(target, size, strict=True))
+    if wide < tall:
+        return min(math.ceil(size[0] * wide), target[0]), target[1]
+    return target[0], min(math.ceil(size[1] * tall), target[1])
+
+
+def pad_to(image: np.ndarray, target: Size) -> np.ndarray:
+    """uint8[h, w, 3] -> uint8[*target, 3]: a black margin on both sides, an odd pixel below or right."""
+    before = [(wanted - given) // 2 for wanted, given in zip(target, image.shape[:2], strict=True)]
+    margins = [(b, wanted - given - b) for b, wanted, given in zip(before, target, image.shape[:2], strict=True)]
+    return np.pad(image, [*margins, (0, 0)])
+
+
+def pad_to_square(image: np.ndarray, colour: tuple[int, int, int]) -> np.ndarray:
+    """uint8[h, w, 3] -> uint8[s, s, 3], s the longer side, the picture in the middle, an odd pixel below or right."""
+    height, width = image.shape[:2]
+    side = max(height, width)
+    square = np.empty((side, side, 3), np.uint8)
+    square[:] = colour
+    top, left = (side - height) // 2, (side - width) // 2
+    square[top : top + height, left : left + width] = image
+    return square
+
+
+def cut(image: np.ndarray, side: int) -> list[np.ndarray]:
+    """The tiles of a picture, row by row; those at its lower and right edge may be smaller."""
+    rows, columns = (range(0, length, side) for length in image.shape[:2])
+    return [image[top : top + side, left : left + side] for top in rows for left in columns]
+
+
+# ---- places
+
+
+def unpadded(size: Size, grid: Size, rounds: bool = True) -> tuple[slice, slice]:
+    """The rows and columns of a grid of features over a padded picture that show the picture.
+
+    Args:
+        size: the picture's own.
+        grid: features of the picture with its margins.
+        rounds: to 7 decimal places before the rest is cut off, as transformers does; the original repository cuts at
+            once and so may leave out a row of the picture.
+    """
+    (height, width), (rows, columns) = size, grid
+
+    def middle(length: int, whole: float) -> slice:
+        margin = (length - int(round(whole, 7) if rounds else whole)) // 2
+        return slice(margin, length - margin)
+
+    if width / height > columns / rows:
+        return middle(rows, height * (columns / width)), slice(0, columns)
+    return slice(0, rows), middle(columns, width * (rows / height))
+
+
+def anyres_places(
+    size: Size, resolution: Size, tile: int, grid: int, max_tiles: int | None = None, rounds: bool = True
+) -> Places:
+    """The places of a picture that is cut into tiles.
+
+    Args:
+        size: the picture's own, in pixels.
+        resolution: its `best_resolution`, whole tiles.
+        tile: a tile's side in pixels; grid: in media tokens, which are counted row by row, tile by tile.
+        max_tiles: features of more tiles than these are resized to about as many (LLaVA-OneVision's "anyres_max_9").
+        rounds: see `unpadded`.
+    """
+    down, across = (length // tile for length in resolution)
+    tokens = np.arange(grid**2, grid**2 * (1 + down * across))
+    tokens = rearrange(tokens, "(i j r c) -> (i r) (j c)", i=down, j=across, r=grid, c=grid)
+    tokens = tokens[unpadded(size, tokens.shape, rounds)]
+    ratio = 0.0 if max_tiles is None else math.sqrt(tokens.size / (max_tiles * grid**2))
+    whole = Places(np.arange(grid**2))
+    if ratio > _REDUCES_ABOVE:
+        return _joined(whole, _lines(resized(tokens, tuple(int(length // ratio) for length in tokens.shape))))
+    return _joined(whole, _lines(Places(tokens)))
+
+
+def tile_places(grid: int) -> Places:
+    """The places of a picture of one tile, with a newline behind it, as LLaVA-OneVision has several in a text."""
+    return Places(np.append(np.arange(grid**2), NEWLINE))
+
+
+def video_places(frames: int, grid: int) -> Places:
+    """The places of a video: each frame is a tile, resized to half its sides, rounded up; one newline at the end."""
+    tokens = rearrange(np.arange(frames * grid**2), "(f r c) -> f r c", r=grid, c=grid)
+    half = [resized(frame, (-(-grid // 2), -(-grid // 2))) for frame in tokens]
+    flat = [Places(rearrange(p, "r c k -> (r c) k"), rearrange(w, "r c k -> (r c) k")) for p, w in half]
+    return _joined(*flat, Places(np.array([NEWLINE])))
+
+
+def resized(tokens: np.ndarray, size: Size) -> Places:
+    """A grid of features resized by linear interpolation of pixels' centres, without antialiasing.
+
+    Args:
+        tokens: int[r, c], which features.
+
+    Returns:
+        int[*size, 4] and float32[*size, 4].
+    """
+    (low_r, high_r, part_r), (low_c, high_c, part_c) = map(_neighbours, tokens.shape, size)
+    rows, columns = np.stack([low_r, high_r], -1), np.stack([low_c, high_c], -1)  # [n, 2] each
+    places = tokens[rows[:, None, :, None], columns[None, :, None, :]]
+    weights = np.stack([1 - part_r, part_r], -1)[:, None, :, None] * np.stack([1 - part_c, part_c], -1)[None, :, None]
+    return Places(*(rearrange(x, "r c a b -> r c (a b)") for x in (places, weights)))
+
+
+def _neighbours(given: int, wanted: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Between which two of `given` each of `wanted` lies, and how far on the way to the second."""
+    scale = np.float32(given / wanted)  # in float32 throughout, as torch computes it
+    at = np.maximum((np.arange(wanted, dtype=np.float32) + np.float32(0.5)) * scale - np.float32(0.5), 0)
+    low = np.minimum(at.astype(np.int64), given - 1)
+    return low, np.minimum(low + 1, given - 1), at - low.astype(np.float32)
+
+
+def _lines(grid: Places) -> Places:
+    """A grid [r, c] or [r, c, 4] row by row, each with a newline behind it."""
+
+    def flat(x: np.ndarray, end: float) -> np.ndarray:
+        x = np.concatenate([x, np.full((len(x), 1, *x.shape[2:]), end, x.dtype)], axis=1)
+        return rearrange(x, "r c ... -> (r c) ...")
+
+    places = flat(grid.places, NEWLINE)
+    return Places(places) if grid.weights is None else _only_first(Places(places, flat(grid.weights, 0)))
+
+
+def _only_first(places: Places) -> Places:
+    """Newlines, of which there is one at a place, with the first weight."""
+    weights = np.where(places.places == NEWLINE, np.eye(1, 4, dtype=np.float32), places.weights)
+    return Places(places.places, weights)
+
+
+def _joined(*parts: Places) -> Places:
+    """One behind the other; with weights where any has them."""
+    if all(part.weights is None for part in parts):
+        return Places(np.concatenate([part.places for part in parts]))
+    alone = np.eye(1, 4, dtype=np.float32)
+    return Places(
+        np.concatenate([p if w is not None else repeat(p, "l -> l 4") for p, w in parts]),
+        np.concatenate([w if w is not None else np.repeat(alone, len(p), axis=0) for p, w in parts]),
+    )

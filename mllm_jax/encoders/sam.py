@@ -1,0 +1,366 @@
+"""The picture encoder of Segment Anything (arXiv 2304.02643) as `SamVisionModel`: a ViT with windows, and a neck.
+
+Most layers attend within windows, a few over the whole picture; a score gains a learned number for the distance of rows
+and one for that of columns (arXiv 2112.01526). The neck makes one small vector a patch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from einops import rearrange, repeat
+from flax import linen as nn
+
+from mllm_jax.checkpoints.config_json import check_written, stored_fields, write_activation
+from mllm_jax.checkpoints.table import Family, Table, Weight
+from mllm_jax.encoders.hub import IDLE, options_of, read_activation
+from mllm_jax.encoders.vit import VisionOutput
+from mllm_jax.errors import ConfigError
+from mllm_jax.layers.attention import attention
+from mllm_jax.layers.linear import Linear
+from mllm_jax.layers.mlp import ACTIVATIONS, MLP
+from mllm_jax.layers.norms import LayerNorm
+from mllm_jax.layers.requirements import Requirements
+from mllm_jax.layers.stack import REMAT_POLICIES
+from mllm_jax.sharding.logical import constrain
+
+NECK_EPS = 1e-6  # of the neck's LayerNorms, whatever that of the layers is
+
+
+@dataclass(frozen=True)
+class SamConfig:
+    """Sizes; the defaults are SAM-B's.
+
+    Attributes:
+        image_size: side of the square pictures; others are refused, for the position tables fit one grid only.
+        output_channels: width behind the neck.
+        window: side of the windows in patches; at the right and lower edge they are filled up with zeros.
+        global_layers: the layers that attend over the whole picture instead.
+        absolute_positions, relative_positions: whether there are such tables.
+    """
+
+    image_size: int = 1024
+    patch_size: int = 16
+    hidden_size: int = 768
+    num_layers: int = 12
+    num_heads: int = 12
+    mlp_size: int = 3072
+    output_channels: int = 256
+    window: int = 14
+    global_layers: tuple[int, ...] = (2, 5, 8, 11)
+    activation: str = "gelu"
+    norm_eps: float = 1e-6
+    qkv_bias: bool = True
+    absolute_positions: bool = True
+    relative_positions: bool = True
+    num_channels: int = 3
+    image_mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    image_std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    dtype: str = "float32"
+    remat: str = "none"
+    family: str = "SamVisionModel"
+
+    def __post_init__(self):
+        require = Requirements("SAM", self)
+        require(
+            self.image_size >= self.patch_size and not self.image_size % self.patch_size,
+            f"picture {self.image_size}, patch {self.patch_size}",
+            "an image that is a whole number of patches",
+            "change image_size or patch_size",
+        )
+        require(
+            self.window >= 1 and all(0 <= layer < self.num_layers for layer in self.global_layers),
+            f"window {self.window}, global layers {self.global_layers} of {self.num_layers}",
+            "windows of at least one patch, and layers that exist",
+            "change window, global_layers or num_layers",
+        )
+        require.heads()
+        require.one_of("activation", ACTIVATIONS)
+        require.one_of("remat", REMAT_POLICIES)
+
+    @property
+    def grid(self) -> int:
+        """Vectors along one side of what comes out."""
+        return self.image_size // self.patch_size
+
+    def make(self) -> Sam:
+        return Sam(self)
+
+
+class SamAttention(nn.Module):
+    """Attention over a grid of patches, with the learned numbers for distances of rows and of columns."""
+
+    config: SamConfig
+
+    @nn.compact
+    def __call__(self, x):
+        """dtype[B, H, W, E] -> dtype[B, H, W, E]; the tables fit this H and W."""
+        c = self.config
+        head, dtype = c.hidden_size // c.num_heads, jnp.dtype(c.dtype)
+        into = dict(features=(c.num_heads, head), names=("embed", "heads", "head_dim"), use_bias=c.qkv_bias)
+        q, k, v = (Linear(**into, dtype=dtype, name=name)(x) for name in "qkv")
+        height, width = x.shape[1:3]
+        scaled = q * head**-0.5
+        if c.relative_positions:
+            # A query's number for each row stands beside it, and the rows of keys as one-hot vectors beside these: the
+            # product adds the right one to the score, in any implementation of attention.
+            by_row = jnp.einsum("b r c n h, r k h -> b r c n k", q, self._distances("rows", height, head, dtype))
+            by_column = jnp.einsum("b r c n h, c k h -> b r c n k", q, self._distances("columns", width, head, dtype))
+            scaled = jnp.concatenate([scaled, by_row, by_column], axis=-1)
+            row = repeat(jnp.eye(height, dtype=dtype), "r k -> b r c n k", b=x.shape[0], c=width, n=c.num_heads)
+            column = repeat(jnp.eye(width, dtype=dtype), "c k -> b r c n k", b=x.shape[0], r=height, n=c.num_heads)
+            k = jnp.concatenate([k, row, column], axis=-1)
+        y = attention(*(rearrange(each, "b r c n h -> b (r c) n h") for each in (scaled, k, v)), scale=1.0)
+        y = rearrange(y, "b (r c) n h -> b r c n h", r=height)
+        out = dict(features=(c.hidden_size,), names=("heads", "head_dim", "embed"), in_ndim=2)
+        return Linear(**out, use_bias=True, dtype=dtype, name="out")(y)
+
+    def _distances(self, name: str, size: int, head: int, dtype):
+        """dtype[size, size, head]: the table's row for each query's and key's place along one axis."""
+        init = nn.with_logical_partitioning(nn.initializers.zeros, (None, "head_dim"))
+        table = self.param(name, init, (2 * size - 1, head), jnp.float32).astype(dtype)
+        places = np.arange(size)
+        return table[places[:, None] - places[None, :] + size - 1]
+
+
+class SamBlock(nn.Module):
+    """Pre-norm transformer layer on a grid of patches, in windows unless it is global."""
+
+    config: SamConfig
+    windowed: bool
+
+    @nn.compact
+    def __call__(self, x):
+        """dtype[B, H, W, E] -> dtype[B, H, W, E]"""
+        c = self.config
+        dtype = jnp.dtype(c.dtype)
+        h = LayerNorm(c.norm_eps, dtype, name="attention_norm")(x)
+        attend = SamAttention(c, name="attention")
+        x = x + (self._in_windows(attend, h) if self.windowed else attend(h))
+        h = LayerNorm(c.norm_eps, dtype, name="mlp_norm")(x)
+        x = x + MLP(c.mlp_size, c.activation, dtype=dtype, name="mlp")(h)
+        return constrain(x, "batch", "patches", None, None)
+
+    def _in_windows(self, attend, x):
+        # The zeros at the edge are attended to like any patch: so the weights were trained.
+        (height, width), side = x.shape[1:3], self.config.window
+        x = jnp.pad(x, ((0, 0), (0, -height % side), (0, -width % side), (0, 0)))
+        sizes = dict(rows=x.shape[1] // side, columns=x.shape[2] // side)
+        x = attend(rearrange(x, "b (rows r) (columns c) e -> (b rows columns) r c e", **sizes))
+        x = rearrange(x, "(b rows columns) r c e -> b (rows r) (columns c) e", **sizes)
+        return x[:, :height, :width]
+
+
+class Convolution(nn.Module):
+    """3 x 3 convolution without bias, a margin of one zero around."""
+
+    features: int
+    stride: int = 1
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x):
+        """dtype[B, H, W, C] -> dtype[B, H / stride, W / stride, features]"""
+        init = nn.with_logical_partitioning(nn.initializers.he_normal(), (None, None, "channels", "channels"))
+        kernel = self.param("kernel", init, (3, 3, x.shape[-1], self.features), jnp.float32).astype(self.dtype)
+        steps, margins, order = (self.stride,) * 2, ((1, 1), (1, 1)), ("NHWC", "HWIO", "NHWC")
+        return jax.lax.conv_general_dilated(x.astype(self.dtype), kernel, steps, margins, dimension_numbers=order)
+
+
+class SamNeck(nn.Module):
+    """Linear, LayerNorm, 3 x 3 convolution, LayerNorm."""
+
+    features: int
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x):
+        """dtype[B, H, W, E] -> dtype[B, H, W, features]"""
+        norm = dict(eps=NECK_EPS, dtype=self.dtype, axis="channels")
+        x = Linear((self.features,), ("embed", "channels"), dtype=self.dtype, name="projection")(x)
+        x = Convolution(self.features, dtype=self.dtype, name="convolution")(LayerNorm(**norm, name="norm_1")(x))
+        return LayerNorm(**norm, name="norm_2")(x)
+
+
+class Sam(nn.Module):
+    """Pictures to one vector a patch (reference: `SamVisionModel`)."""
+
+    config: SamConfig
+
+    @nn.compact
+    def __call__(self, pixels, output_hidden_states=False) -> VisionOutput:
+        """Encodes pictures.
+
+        Args:
+            pixels: normalised, float[B, image_size, image_size, C].
+
+        Returns:
+            VisionOutput: last_hidden_state dtype[B, N, output_channels] behind the neck, patches row by row; the hidden
+            states, what entered the first layer and what left each, are dtype[B, N, E].
+
+        Raises:
+            ConfigError: pictures of another shape.
+        """
+        c = self.config
+        dtype = jnp.dtype(c.dtype)
+        if pixels.shape[1:] != (c.image_size, c.image_size, c.num_channels):
+            raise ConfigError(
+                f"SAM: pixels of shape {list(pixels.shape)}",
+                f"[B, {c.image_size}, {c.image_size}, {c.num_channels}]",
+                "resize and fill up the pictures to that square",
+            )
+        x = rearrange(pixels, "b (h p) (w q) c -> b h w (p q c)", p=c.patch_size, q=c.patch_size)
+        x = Linear((c.hidden_size,), ("channels", "embed"), use_bias=True, dtype=dtype, name="patch_embedding")(x)
+        if c.absolute_positions:
+            init = nn.with_logical_partitioning(nn.initializers.normal(0.02), ("patches", None, "embed"))
+            x = x + self.param("position_embedding", init, (c.grid, c.grid, c.hidden_size), jnp.float32).astype(dtype)
+        policy = REMAT_POLICIES[c.remat]
+        block = SamBlock if c.remat == "none" else nn.remat(SamBlock, policy=policy)
+        states = [x]
+        # Not scanned: the tables of windows and of whole pictures differ in size.
+        for i in range(c.num_layers):
+            states.append(block(c, windowed=i not in c.global_layers, name=f"layer_{i}")(states[-1]))
+        x = SamNeck(c.output_channels, dtype, name="neck")(states[-1])
+        flat = [rearrange(each, "b h w e -> b (h w) e") for each in (x, *states)]
+        return VisionOutput(flat[0], hidden_states=tuple(flat[1:]) if output_hidden_states else None)
+
+
+# ---- Hugging Face folders
+
+_FAMILY = "SamVisionModel"
+# What an option is where config.json does not say.
+_DEFAULTS = dict(
+    hidden_size=768,
+    output_channels=256,
+    num_hidden_layers=12,
+    num_attention_heads=12,
+    image_size=1024,
+    patch_size=16,
+    hidden_act="gelu",
+    layer_norm_eps=1e-6,
+    mlp_ratio=4.0,
+    window_size=14,
+    global_attn_indexes=(2, 5, 8, 11),
+)
+
+
+def from_hf_config(values: dict) -> SamConfig:
+    """config.json of SamVisionModel, or the part of a larger one that describes such a tower."""
+    options = options_of(values, _DEFAULTS, _FAMILY)
+    sizes = {name: options(name) for name in ("image_size", "patch_size")}
+    for name, value in sizes.items():
+        sizes[name] = options.only(name, *([value] if isinstance(value, int) else []), default=value)
+    options.skip("num_pos_feats", "scale", *IDLE)  # of the prompts' encoder
+    width = options("hidden_size")
+    read = SamConfig(
+        **sizes,
+        hidden_size=width,
+        num_layers=options("num_hidden_layers"),
+        num_heads=options("num_attention_heads"),
+        mlp_size=options("mlp_dim", int(width * options("mlp_ratio"))),
+        output_channels=options("output_channels"),
+        window=options("window_size"),
+        global_layers=tuple(options("global_attn_indexes")),
+        activation=read_activation(options),
+        norm_eps=options("layer_norm_eps"),
+        qkv_bias=options("qkv_bias", True),
+        absolute_positions=options("use_abs_pos", True),
+        relative_positions=options("use_rel_pos", True),
+        num_channels=options("num_channels", 3),
+    )
+    options.done()
+    return read
+
+
+def to_hf_config(config: SamConfig) -> dict:
+    """The reverse."""
+    c = config
+    written = dict(
+        architectures=[_FAMILY],
+        model_type="sam_vision_model",
+        image_size=c.image_size,
+        patch_size=c.patch_size,
+        hidden_size=c.hidden_size,
+        num_hidden_layers=c.num_layers,
+        num_attention_heads=c.num_heads,
+        mlp_dim=c.mlp_size,
+        output_channels=c.output_channels,
+        window_size=c.window,
+        global_attn_indexes=list(c.global_layers),
+        hidden_act=write_activation(c.activation),
+        layer_norm_eps=c.norm_eps,
+        qkv_bias=c.qkv_bias,
+        use_abs_pos=c.absolute_positions,
+        use_rel_pos=c.relative_positions,
+        num_channels=c.num_channels,
+    )
+    return check_written(c, written, from_hf_config, "a SAM", _facts)
+
+
+def _facts(c: SamConfig) -> dict:
+    return stored_fields(c, "image_mean", "image_std")
+
+
+def sam_weights(c: SamConfig) -> list[Weight]:
+    """The tower's weights under Hugging Face's names."""
+    weights: list[Weight] = []
+    head = {"h": c.hidden_size // c.num_heads}
+    patch = dict(p=c.patch_size, q=c.patch_size, c=c.num_channels)
+
+    def linear(name: str, path: str, pattern: str = "o i -> i o", sizes=None):
+        weights.append(Weight(f"{name}.weight", f"{path}/kernel", pattern, sizes or {}))
+        weights.append(Weight(f"{name}.bias", f"{path}/bias"))
+
+    linear("patch_embed.projection", "patch_embedding", "e c p q -> (p q c) e", patch)
+    if c.absolute_positions:
+        weights.append(Weight("pos_embed", "position_embedding", "1 h w e -> h w e"))
+    for i in range(c.num_layers):
+        hub, layer = f"layers.{i}", f"layer_{i}"
+        weights += norm_weights(f"{hub}.layer_norm1", f"{layer}/attention_norm")
+        for place, part in enumerate("qkv"):
+            rows, path = (place * c.hidden_size, (place + 1) * c.hidden_size), f"{layer}/attention/{part}"
+            weights.append(Weight(f"{hub}.attn.qkv.weight", f"{path}/kernel", "(n h) e -> e n h", head, rows))
+            if c.qkv_bias:
+                weights.append(Weight(f"{hub}.attn.qkv.bias", f"{path}/bias", "(n h) -> n h", head, rows))
+        if c.relative_positions:
+            weights.append(Weight(f"{hub}.attn.rel_pos_h", f"{layer}/attention/rows"))
+            weights.append(Weight(f"{hub}.attn.rel_pos_w", f"{layer}/attention/columns"))
+        linear(f"{hub}.attn.proj", f"{layer}/attention/out", "e (n h) -> n h e", head)
+        weights += norm_weights(f"{hub}.layer_norm2", f"{layer}/mlp_norm")
+        linear(f"{hub}.mlp.lin1", f"{layer}/mlp/up")
+        linear(f"{hub}.mlp.lin2", f"{layer}/mlp/down")
+    return weights + neck_weights("neck", "neck")
+
+
+def norm_weights(name: str, path: str) -> list[Weight]:
+    return [Weight(f"{name}.weight", f"{path}/scale"), Weight(f"{name}.bias", f"{path}/bias")]
+
+
+def convolution_weight(name: str, path: str) -> Weight:
+    return Weight(f"{name}.weight", f"{path}/kernel", "o i p q -> p q i o")
+
+
+def neck_weights(name: str, path: str) -> list[Weight]:
+    return [
+        Weight(f"{name}.conv1.weight", f"{path}/projection/kernel", "o i 1 1 -> i o"),
+        *norm_weights(f"{name}.layer_norm1", f"{path}/norm_1"),
+        convolution_weight(f"{name}.conv2", f"{path}/convolution"),
+        *norm_weights(f"{name}.layer_norm2", f"{path}/norm_2"),
+    ]
+
+
+def table(config: SamConfig) -> Table:
+    weights = sam_weights(config)
+    named = [Weight(f"vision_encoder.{w.name}", w.path, w.pattern, w.sizes, w.rows) for w in weights]
+    return Table(tuple(named), ((r"^(?!vision_encoder\.)", "vision_encoder."),))
+
+
+def sample(c: SamConfig) -> tuple:
+    """Arguments with which `init` creates every parameter."""
+    return (jnp.zeros((1, c.image_size, c.image_size, c.num_channels)),)
+
+
+FAMILIES = (Family("SAM's picture encoder", (_FAMILY,), from_hf_config, to_hf_config, table, sample, oracle=_FAMILY),)

@@ -1,0 +1,216 @@
+"""BLIP-2 (arXiv 2301.12597): a frozen picture tower, a Q-Former, and OPT or Flan-T5 that reads its queries first.
+
+What InstructBLIP has in common with it stands here too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from mllm_jax.checkpoints.config_json import IDLE, IDLE_GENERATION, check_written, stored_fields
+from mllm_jax.checkpoints.options import Options
+from mllm_jax.checkpoints.table import Family, Table, Weight
+from mllm_jax.data.image_processors import ImageProcessor, read_image_processor
+from mllm_jax.data.media import Media
+from mllm_jax.encoders import eva
+from mllm_jax.encoders.hub import nested
+from mllm_jax.encoders.vit import ViTConfig
+from mllm_jax.errors import ConfigError, DataError
+from mllm_jax.llms import llama, opt, t5
+from mllm_jax.models.clip import CLIP_MEAN, CLIP_STD
+from mllm_jax.models.multimodal import Connection, MultimodalConfig
+from mllm_jax.models.processor import TileLayout
+from mllm_jax.projectors.qformer_hub import qformer_weights, read_qformer, write_qformer
+
+FAMILY = "Blip2ForConditionalGeneration"
+# `model_type` of text_config -> the file that knows the language model.
+LLMS = {"opt": opt, "t5": t5, "llama": llama}
+
+
+@dataclass(frozen=True)
+class Blip2Config(MultimodalConfig):
+    """BLIP-2: the queries stand before the text, its first token included.
+
+    Attributes:
+        image_token_id: what a query's place has as its id; None: an old config.json that says none, whose pictures the
+            processor cannot place.
+    """
+
+    connection: Connection = Connection(class_token=True)
+    image_token_id: int | None = None
+    family: str | None = FAMILY
+
+
+# ---- config.json and weights
+
+
+def read_encoder(values: Mapping | None) -> ViTConfig:
+    """`vision_config`, with what the pictures of all these models are normalised with."""
+    return replace(eva.from_hf_config(dict(values or {})), image_mean=CLIP_MEAN, image_std=CLIP_STD)
+
+
+def read_parts(values: Mapping, family: str, llms: Sequence[str], text: bool | None) -> dict:
+    """The fields of the config that BLIP-2 and InstructBLIP spell alike.
+
+    Args:
+        llms: model types of language models that the architecture is known with, the one by default first.
+        text: see `read_qformer`.
+
+    Raises:
+        ConfigError: an option that is not supported.
+    """
+    options = Options(values, f"config.json of {family}")
+    options.skip("vision_config", "qformer_config", "text_config")
+    # Its model type decides: old files spell its architecture in their own ways.
+    llm_values = _nameless(options("text_config", {}))
+    kind = Options({"model_type": llms[0]} | llm_values, f"text_config of {family}").only("model_type", *llms)
+    llm, encoder = (
+        LLMS[kind].from_hf_config({"model_type": kind} | llm_values),
+        read_encoder(options("vision_config", {})),
+    )
+    projector = read_qformer(
+        options("qformer_config", {}),
+        family,
+        text=text,
+        output_size=llm.hidden_size,
+        feature_size=encoder.hidden_size,
+        num_queries=options("num_query_tokens", 32),
+    )
+    image_token = options("image_token_index", options("image_token_id", None))
+    # The language model's own config decides what this one repeats.
+    options.skip("use_decoder_only_language_model", "tie_word_embeddings", "image_text_hidden_size")
+    options.skip("bos_token_id", "eos_token_id", "pad_token_id", *IDLE, *IDLE_GENERATION)
+    options.done()
+    return dict(encoder=encoder, projector=projector, llm=llm, image_token_id=image_token, family=family)
+
+
+def write_parts(config: Blip2Config, prefix: str, model_type: str) -> dict:
+    """The reverse of `read_parts`.
+
+    Args:
+        prefix: what the model types of the parts begin with.
+    """
+    kind = next((kind for kind, home in LLMS.items() if config.llm.family in _architectures(home)), None)
+    if kind is None:
+        raise ConfigError(f"{config.family} over {config.llm.family}", f"one of {', '.join(LLMS)}", "change the LLM")
+    vision = eva.to_hf_config(config.encoder) | dict(model_type=f"{prefix}_vision_model")
+    return dict(
+        architectures=[config.family],
+        model_type=model_type,
+        vision_config=_nameless(vision),
+        qformer_config=write_qformer(config.projector, f"{prefix}_qformer"),
+        text_config=LLMS[kind].to_hf_config(config.llm),
+        num_query_tokens=config.projector.num_queries,
+        image_token_index=config.image_token_id,
+        use_decoder_only_language_model=not config.encoder_decoder,
+        tie_word_embeddings=config.llm.tie_word_embeddings,
+    )
+
+
+def faithful(config: Blip2Config, written: dict, read) -> dict:
+    """`written`, if it says everything that the config does; the parts have seen to themselves."""
+
+    def facts(c):
+        parts = {name: getattr(c, name) for name in ("connection", "newline", "text_tower", "contrastive", "family")}
+        return parts | dict(image_token_id=c.image_token_id, projector=stored_fields(c.projector))
+
+    return check_written(config, written, read, "a composed model", facts)
+
+
+def _architectures(home) -> tuple[str, ...]:
+    return tuple(name for family in home.FAMILIES for name in family.architectures)
+
+
+def _nameless(part: dict) -> dict:
+    return {name: value for name, value in part.items() if name != "architectures"}
+
+
+def from_hf_config(values: dict) -> Blip2Config:
+    """config.json of Blip2ForConditionalGeneration, every option honoured or refused by name."""
+    return Blip2Config(**read_parts(values, FAMILY, ("opt", "t5"), text=False))
+
+
+def to_hf_config(config: Blip2Config) -> dict:
+    """The reverse; refuses switches that the family does not have."""
+    return faithful(config, write_parts(config, "blip_2", "blip-2"), from_hf_config)
+
+
+def table_of(config: Blip2Config, projector: tuple[Weight, ...]) -> Table:
+    """The weights of a composed model around a Q-Former."""
+    home = next(home for home in LLMS.values() if config.llm.family in _architectures(home))
+    vision, llm = eva.table(config.encoder), home.table(config.llm)
+    weights = nested(vision, "vision_model.", "encoder/") + projector + nested(llm, "language_model.", "llm/")
+    ignored = tuple(f"language_model.{name}" for name in llm.ignored) + (
+        "qformer.embeddings.position_ids", "embeddings.position_ids",
+    )  # fmt: skip
+    return Table(weights, (), ignored)
+
+
+def table(config: Blip2Config) -> Table:
+    return table_of(config, qformer_weights(config.projector))
+
+
+def sample(config: MultimodalConfig) -> tuple:
+    """Arguments with which `init` creates every parameter."""
+    return (config.make().sample_batch(),)
+
+
+# ---- pictures
+
+
+class QueryLayout(TileLayout):
+    """Pictures of one size; their queries stand before the text, its first token included."""
+
+    def __init__(self, config: Blip2Config, folder: Path):
+        if config.image_token_id is None:
+            raise ConfigError(
+                f"{folder}: a config.json without image_token_index",
+                "the id of <image> in the tokenizer, which current versions of the checkpoint say",
+                "fetch config.json and the tokenizer's files again",
+            )
+        self.image_token = config.image_token_id
+        self.tokens_a_tile = config.projector.num_queries
+        self._read = pixel_reader(config.encoder, folder)
+
+    def image(self, picture: np.ndarray) -> Media:
+        tokens = np.full(self.tokens_a_tile, self.image_token)
+        return Media({"images": self._read(picture)[None]}, tokens, np.arange(self.tokens_a_tile))
+
+    def video(self, frames: np.ndarray) -> Media:
+        raise DataError(
+            f"a video of {len(frames)} frames for a model of pictures", "pictures", "give the frames as pictures"
+        )
+
+    def arrange(self, ids: list[int], media: int) -> list[int]:
+        return ids if self.image_token in ids else [self.image_token] * media + ids
+
+
+def pixel_reader(encoder: ViTConfig, folder: Path):
+    """The folder's image processor as a function uint8[h, w, 3] -> [H, W, 3].
+
+    It leaves bytes, which the model normalises, where that is the processor's way of normalising too; else float32,
+    normalised.
+
+    Raises:
+        ConfigError: pictures of another size than the encoder's.
+    """
+    processor: ImageProcessor = read_image_processor(folder)
+    wanted = (encoder.image_size,) * 2
+    if (processor.crop_size or processor.size) != wanted:
+        raise ConfigError(
+            f"{folder}: pictures of {processor.crop_size or processor.size} pixels",
+            f"those of the vision tower, {wanted}",
+            "make preprocessor_config.json and config.json agree",
+        )
+    normalised = (processor.mean, processor.std, processor.rescale_factor)
+    if normalised != (tuple(encoder.image_mean), tuple(encoder.image_std), 1 / 255):
+        return processor
+    plain = replace(processor, mean=None, std=None, rescale_factor=None)
+    return lambda picture: plain(picture).astype(np.uint8)
+
+
+FAMILIES = (Family("BLIP-2", (FAMILY,), from_hf_config, to_hf_config, table, sample, FAMILY, QueryLayout),)

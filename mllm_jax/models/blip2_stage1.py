@@ -1,0 +1,208 @@
+"""BLIP-2's first stage (arXiv 2301.12597, section 3.2): encoder, Q-Former and the heads that compare, match and write.
+
+The same heads, without the one that writes, are what `Blip2ForImageTextRetrieval` ranks pictures and texts with.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from flax import struct
+
+from mllm_jax.errors import ConfigError
+from mllm_jax.layers.linear import Linear
+from mllm_jax.layers.mlp import ACTIVATIONS
+from mllm_jax.layers.norms import LayerNorm
+from mllm_jax.projectors.qformer import INIT_STD, QFormerCache, QFormerConfig
+
+
+@dataclass(frozen=True)
+class QFormerPretrainingConfig:
+    """What learns from pairs of pictures and texts before there is an LLM.
+
+    Attributes:
+        projector: a Q-Former that reads text. It is the one that the composed model has in this place: what a run
+            trained is read there as its part "projector".
+        projection_size: width of the space in which pictures and texts are compared.
+        captioning: whether there are a temperature and a head that writes text, which only training needs.
+        init_temperature: what similarities are divided by at the start; it is learnt.
+        decode_token_id: the token that a text begins with when it is to be written; None: its own first one.
+        image_token_id: of the checkpoint's tokenizer; nothing here reads it.
+        family: None, or the Hugging Face architecture that it is written as.
+    """
+
+    encoder: Any
+    projector: QFormerConfig
+    projection_size: int = 256
+    captioning: bool = True
+    init_temperature: float = 0.07
+    decode_token_id: int | None = None
+    image_token_id: int | None = None
+    family: str | None = None
+
+    def __post_init__(self):
+        if not self.projector.reads_text:
+            raise ConfigError("a Q-Former that reads no text", "one that does", "set projector.vocab_size")
+
+    @property
+    def media_tokens(self) -> int:
+        """Tokens that stand for a picture: the queries."""
+        return self.projector.num_tokens(self.encoder.grid)
+
+    @property
+    def text_tower(self) -> QFormerConfig:
+        """What reads texts, by the name that training knows it by."""
+        return self.projector
+
+    @property
+    def captions(self) -> int:
+        """The most captions that a picture may have in a row."""
+        return 1
+
+    @property
+    def vocab_sizes(self) -> dict[str, int]:
+        """How many tokens each embedding holds, by its place in an experiment."""
+        return {"model.projector.vocab_size": self.projector.vocab_size}
+
+    @property
+    def dtype(self) -> str:
+        """What most of the model computes in."""
+        return self.projector.dtype
+
+    def with_dtype(self, dtype: str) -> QFormerPretrainingConfig:
+        """The same model with every part computing in `dtype`."""
+        parts = {name: replace(getattr(self, name), dtype=dtype) for name in ("encoder", "projector")}
+        return replace(self, **parts)
+
+    def make(self) -> QFormerPretraining:
+        return QFormerPretraining(self)
+
+
+@struct.dataclass
+class Pairs:
+    """Pictures and texts, each by itself.
+
+    Attributes:
+        features: dtype[B, P, E], what the queries read.
+        cache: the queries' keys and values, for texts that are written from them.
+        image, text: float32[B, num_queries, D] and float32[B, D], unit vectors.
+        temperature: float32, what similarities are divided by; 1 without a captioning head.
+    """
+
+    features: jax.Array
+    cache: QFormerCache
+    image: jax.Array
+    text: jax.Array
+    temperature: jax.Array
+
+
+@struct.dataclass
+class PairScores:
+    """What the heads say.
+
+    Attributes:
+        similarity: float32[B, T], each picture with each text: the largest cosine over the queries.
+        matching: float32[B, 2], whether the picture and the text of a row belong together: logits of no and yes.
+    """
+
+    similarity: jax.Array
+    matching: jax.Array
+
+
+class QFormerPretraining(nn.Module):
+    """Pairs of pictures and texts to the three heads' answers."""
+
+    config: QFormerPretrainingConfig
+
+    def setup(self):
+        c = self.config
+        dtype = jnp.dtype(c.dtype)
+        self.encoder, self.projector = c.encoder.make(), c.projector.make()
+        common = dict(use_bias=True, init_std=INIT_STD, dtype=dtype)
+        self.image_projection = Linear((c.projection_size,), ("channels", "embed"), **common)
+        self.text_projection = Linear((c.projection_size,), ("channels", "embed"), **common)
+        self.matching = Linear((2,), ("embed", None), **common)
+        if c.captioning:
+            constant = nn.initializers.constant(c.init_temperature)
+            self.temperature = self.param("temperature", constant, (), jnp.float32)
+            self.caption_dense = Linear((c.projector.hidden_size,), ("channels", "embed"), **common)
+            self.caption_norm = LayerNorm(c.projector.norm_eps, dtype)
+            zeros = nn.with_logical_partitioning(nn.initializers.zeros, ("vocab",))
+            self.caption_bias = self.param("caption_bias", zeros, (c.projector.vocab_size,), jnp.float32)
+
+    def __call__(self, batch) -> PairScores:
+        """Every picture of a batch with every text, and each with its own.
+
+        Args:
+            batch: images uint8[B, M, H, W, 3], of which the first of each row counts, or float where they are
+                normalised already; tokens, segments int[B, L], of which segment 1 counts, from its first place on.
+        """
+        pairs = self.encode_pairs(batch)
+        return PairScores(similarity(pairs.image, pairs.text), self.match(batch | {"features": pairs.features}))
+
+    def encode_pairs(self, batch) -> Pairs:
+        """Pictures and texts of a batch, apart from each other."""
+        images, real = batch["images"][:, 0], _first_text(batch)
+        features = self.encoder(self.normalise(images) if images.dtype == jnp.uint8 else images).last_hidden_state
+        queries, cache = self.projector.encode(features)
+        text = self.projector.read(batch["tokens"], real)[:, 0]
+        temperature = self.temperature if self.config.captioning else jnp.float32(1)
+        image, text = _unit(self.image_projection(queries)), _unit(self.text_projection(text))
+        return Pairs(features, cache, image, text, temperature)
+
+    def match(self, batch):
+        """float32[N, 2]: whether `features` dtype[N, P, E] and the text beside them belong together."""
+        hidden, _ = self.projector.encode(batch["features"], batch["tokens"], _first_text(batch))
+        queries = hidden[:, : self.config.projector.num_queries]
+        return self.matching(queries).astype(jnp.float32).mean(axis=1)
+
+    def write(self, batch):
+        """float32[B, L, V]: what follows each place of a text that is written from the queries in `cache`."""
+        c = self.config
+        tokens = batch["tokens"]
+        if c.decode_token_id is not None:
+            tokens = tokens.at[:, 0].set(c.decode_token_id)
+        x = self.projector.read(tokens, _first_text(batch), batch["cache"])
+        x = self.caption_norm(ACTIVATIONS[c.projector.activation](self.caption_dense(x)))
+        return self.projector.token_embedding.attend(x).astype(jnp.float32) + self.caption_bias
+
+    # ---- what training asks of a model
+
+    def normalise(self, pixels):
+        """uint8[..., 3] -> float32[..., 3] by the encoder's mean and deviation."""
+        c = self.config.encoder
+        mean, std = jnp.asarray(c.image_mean, jnp.float32), jnp.asarray(c.image_std, jnp.float32)
+        return (pixels.astype(jnp.float32) / 255.0 - mean) / std
+
+    def touch(self, batch):
+        """Runs every part once: what `init` traces so that all parameters exist."""
+        pairs = self.encode_pairs(batch)
+        self.projector(pairs.features)  # the map to an LLM, which this stage carries along
+        self.match(batch | {"features": pairs.features})
+        if self.config.captioning:
+            self.write(batch | {"cache": pairs.cache})
+
+    def sample_batch(self, rows: int = 1, length: int = 8, slots: int = 1) -> dict:
+        """A batch of zeros with the shapes that `touch` needs."""
+        side = self.config.encoder.image_size
+        ints = jnp.zeros((rows, length), jnp.int32)
+        images = jnp.zeros((rows, slots, side, side, 3), jnp.uint8)
+        return dict(tokens=ints, positions=ints, segments=ints, media_index=ints - 1, images=images)
+
+
+def similarity(image, text):
+    """[B, Q, D], [T, D] -> [B, T]: of the queries' similarities with a text the largest."""
+    return jnp.einsum("bqd,td->bqt", image, text).max(axis=1)
+
+
+def _first_text(batch):
+    return (batch["segments"] == 1).astype(jnp.int32)
+
+
+def _unit(x):
+    x = x.astype(jnp.float32)
+    return x * jax.lax.rsqrt(jnp.sum(jnp.square(x), axis=-1, keepdims=True) + 1e-12)

@@ -1,0 +1,115 @@
+"""Conversations as rows to train a named model on: the ids of its own chat template, and which of them are learnt."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from mllm_jax.data.dialogues import EncodedDialogue
+from mllm_jax.data.examples import Conversation
+from mllm_jax.data.media import Media, Row
+from mllm_jax.errors import DataError
+from mllm_jax.models.processor import Layout, Processor
+
+
+class DialogueEncoder:
+    """Lays conversations out as a checkpoint's own chat template does, pictures first in the first question.
+
+    The template writes the whole conversation and each of its beginnings; what an answer adds to its beginning is what
+    is learnt. So no mask depends on how a template looks, and one that rewrites earlier turns is refused.
+
+    Args:
+        processor: of the model that is trained.
+        system: a message before the conversation; None leaves it to the template.
+    """
+
+    def __init__(self, processor: Processor, system: str | None = None):
+        if processor.config.encoder_decoder:
+            raise DataError(
+                "conversations for an encoder-decoder",
+                "a decoder-only LLM: packed rows hold question and answer in one text",
+                "make batches with Processor(text, images, answers=...)",
+            )
+        self.processor, self.system = processor, system
+
+    @property
+    def layout(self) -> Layout:
+        """How the model's pictures are prepared and collated."""
+        return self.processor.layout
+
+    def fingerprint(self) -> str:
+        """A text that differs where rows would."""
+        chat = self.processor.tokenizer.backend
+        return repr([self.processor.config, chat.chat_template, self.system, len(chat)])
+
+    def encode(
+        self, conversation: Conversation, images: list[np.ndarray], max_length: int, learn: str = "answers"
+    ) -> EncodedDialogue:
+        """Lays out a conversation; what does not fit is shortened by whole turns from its end, media are never cut.
+
+        Args:
+            learn: what carries loss: "answers", with what ends them, or "all" the text.
+
+        Raises:
+            DataError: an empty answer, no turn, a first turn that does not fit, a text that spells a placeholder, or a
+                template that does not write a conversation as a continuation of its beginning.
+        """
+        if not conversation.turns or not all(turn.answer.strip() for turn in conversation.turns):
+            raise DataError(
+                f"a conversation of {len(conversation.turns)} turns, or an answer without text",
+                "at least one question, and an answer to each",
+                "drop or mend the record",
+            )
+        media = self.layout.images(images)
+        kept: tuple[Row, np.ndarray] | None = None
+        messages = [] if self.system is None else [{"role": "system", "content": self.system}]
+        learnt: list[tuple[int, int]] = []
+        before: list[int] = []
+        for number, turn in enumerate(conversation.turns):
+            text = f"{conversation.context}\n{turn.question}".strip() if number == 0 else turn.question
+            content = [{"type": "image"}] * (len(images) if number == 0 else 0) + [{"type": "text", "text": text}]
+            messages.append({"role": "user", "content": content})
+            asked = self.processor.ids_of(messages)
+            messages.append({"role": "assistant", "content": [{"type": "text", "text": turn.answer}]})
+            said = self.processor.ids_of(messages, add_generation_prompt=False)
+            if said[: len(asked)] != asked or (learnt and said[: learnt[-1][1]] != before[: learnt[-1][1]]):
+                raise DataError(
+                    "a chat template that writes a question otherwise once it is answered",
+                    "a conversation that goes on where its beginning ended",
+                    "train with a template that only adds to what it wrote",
+                )
+            learnt.append((0 if learn == "all" else len(asked), self._end(said)))
+            before = said
+            row, weights = self._laid_out(said, learnt, media)
+            if len(row.tokens) > max_length:
+                break
+            kept = row, weights, number + 1
+        if kept is None:
+            raise DataError(
+                f"an example of {len(row.tokens)} tokens with {len(images)} picture(s)",
+                f"at most {max_length} tokens with its first turn",
+                "raise the row's length, or give it fewer or smaller pictures",
+            )
+        row, weights, turns = kept
+        return EncodedDialogue(row, weights, media, len(conversation.turns) - turns)
+
+    def _end(self, ids: list[int]) -> int:
+        """One past the stop token that ends the last answer; what a template writes behind it is not learnt."""
+        stops = self.processor.tokenizer.stop_ids
+        last = next((place for place in range(len(ids) - 1, -1, -1) if ids[place] in stops), None)
+        if last is None:
+            raise DataError(
+                f"a chat template that ends an answer without one of the stop tokens {stops}",
+                "answers that end, so that the model learns to",
+                "name the end token in tokenizer_config.json or generation_config.json",
+            )
+        return last + 1
+
+    def _laid_out(self, ids: list[int], learnt: list[tuple[int, int]], media: list[Media]) -> tuple[Row, np.ndarray]:
+        weights = np.zeros(len(ids), np.float32)
+        for start, stop in learnt:
+            weights[start:stop] = 1
+        row = self.processor.lay_out(ids, media, "a conversation")
+        spread = np.zeros(len(row.tokens), np.float32)
+        # Placeholders carry no loss, so the weights of the text keep their order around what stands for pictures.
+        spread[row.owners < 0] = weights[~np.isin(ids, self.processor.placeholders)]
+        return row, spread

@@ -1,0 +1,68 @@
+"""InstructBLIP (arXiv 2305.06500): BLIP-2 whose Q-Former reads the instruction too; Vicuna or Flan-T5."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from mllm_jax.checkpoints.table import Family, Table
+from mllm_jax.data.chat import ChatTokenizer
+from mllm_jax.data.media import Media
+from mllm_jax.models.blip2 import Blip2Config, QueryLayout, faithful, read_parts, sample, table_of, write_parts
+from mllm_jax.projectors.qformer_hub import qformer_weights
+
+FAMILY = "InstructBlipForConditionalGeneration"
+# Where the folder has the Q-Former's own tokenizer, that of BERT.
+TOKENIZER = "qformer_tokenizer"
+# How the language model's tokenizer spells the place of a query.
+IMAGE = "<image>"
+# Instructions are padded to a multiple of this, so that lengths compile once for several.
+BUCKET = 16
+
+
+@dataclass(frozen=True)
+class InstructBlipConfig(Blip2Config):
+    """InstructBLIP: `projector` has a vocabulary, and batches with pictures have `query_tokens`."""
+
+    family: str | None = FAMILY
+
+
+def from_hf_config(values: dict) -> InstructBlipConfig:
+    """config.json of InstructBlipForConditionalGeneration, every option honoured or refused by name."""
+    return InstructBlipConfig(**read_parts(values, FAMILY, ("llama", "t5", "opt"), text=None))
+
+
+def to_hf_config(config: InstructBlipConfig) -> dict:
+    """The reverse; refuses switches that the family does not have."""
+    return faithful(config, write_parts(config, "instructblip", "instructblip"), from_hf_config)
+
+
+def table(config: InstructBlipConfig) -> Table:
+    return table_of(config, qformer_weights(config.projector, norm="qformer.embeddings.layernorm"))
+
+
+class InstructLayout(QueryLayout):
+    """As BLIP-2's; each picture's queries read the row's text as well."""
+
+    def __init__(self, config: InstructBlipConfig, folder: Path):
+        super().__init__(config, folder)
+        self._tokenizer = ChatTokenizer.load(folder / TOKENIZER)
+
+    def text_inputs(self, texts: Sequence[str], rows: Sequence[Sequence[Media]], slots: int | None) -> dict:
+        most = max(map(len, rows))
+        if most == 0:
+            return {}
+        # A place for a picture is no part of the instruction.
+        ids = [self._tokenizer.encode(text.replace(IMAGE, "")) for text in texts]
+        length = -(-max(map(len, ids)) // BUCKET) * BUCKET
+        tokens = np.zeros((len(rows), most if slots is None else slots, length), np.int32)
+        segments = np.zeros_like(tokens)
+        for r, text in enumerate(ids):
+            tokens[r, :, : len(text)], segments[r, :, : len(text)] = text, 1
+        return dict(query_tokens=tokens, query_segments=segments)
+
+
+FAMILIES = (Family("InstructBLIP", (FAMILY,), from_hf_config, to_hf_config, table, sample, FAMILY, InstructLayout),)

@@ -1,0 +1,335 @@
+"""InternVL 2.5 and 3 (arXiv 2412.05271, 2504.10479): InternViT on dynamic tiles, pixel shuffle and MLP, a decoder.
+
+Two kinds of folders: Hugging Face's `InternVLForConditionalGeneration`, and OpenGVLab's own `InternVLChatModel`. The
+same weights serve both: `dataclasses.replace(config, family=...)` makes one the other, unless the shuffle is "v1".
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from mllm_jax.checkpoints.config_json import check_written, read_activation, stored_fields, write_activation
+from mllm_jax.checkpoints.options import Options
+from mllm_jax.checkpoints.table import Family, Table, Weight
+from mllm_jax.data.chat import ChatTokenizer
+from mllm_jax.data.image_processors import ImageProcessor, read_image_processor, read_video_processor
+from mllm_jax.data.media import TEXT, Media
+from mllm_jax.encoders import internvit
+from mllm_jax.encoders.hub import nested
+from mllm_jax.encoders.vit import ViTConfig
+from mllm_jax.errors import ConfigError
+from mllm_jax.layers.requirements import Requirements
+from mllm_jax.llms.hub import architecture
+from mllm_jax.models.llm_part import llm_table, read_llm, write_llm
+from mllm_jax.models.multimodal import Connection, MultimodalConfig
+from mllm_jax.models.processor import TileLayout
+from mllm_jax.projectors.pixel_shuffle import PixelShuffleProjectorConfig
+
+HUB, ORIGINAL = "InternVLForConditionalGeneration", "InternVLChatModel"
+_MODEL_TYPES = {HUB: "internvl", ORIGINAL: "internvl_chat"}
+_TOWERS = {HUB: "InternVLVisionModel", ORIGINAL: "InternVisionModel"}
+IMAGE_MEAN, IMAGE_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+CONTEXT_TOKEN = "<IMG_CONTEXT>"
+
+
+@dataclass(frozen=True)
+class InternVLConfig(MultimodalConfig):
+    """What InternVL's config.json says besides its parts.
+
+    Attributes:
+        image_token_id: of the token that stands for a picture and for each of its media tokens; None: the folder's
+            tokenizer says it, as in OpenGVLab's folders.
+        tile_range: the least and the most tiles of a picture, the thumbnail not counted; None: the folder's processor
+            says it, as in Hugging Face's folders. (1, 1) is a single tile.
+    """
+
+    family: str | None = HUB
+    image_token_id: int | None = 151667
+    tile_range: tuple[int, int] | None = None
+
+    def __post_init__(self):
+        super().__post_init__()
+        require = Requirements("InternVL", self)
+        require.one_of("family", _MODEL_TYPES)
+        require(
+            self.encoder.class_token and not self.connection.class_token,
+            f"a tower with class_token={self.encoder.class_token}, read: {self.connection.class_token}",
+            "a tower with a class token, which is left out: the rest is a square to be shuffled",
+            "set encoder.class_token and leave out connection.class_token",
+        )
+        require(
+            self.tile_range is None or 1 <= self.tile_range[0] <= self.tile_range[1],
+            f"tile_range {self.tile_range}",
+            "at least one tile, and no fewer at most",
+            "change tile_range",
+        )
+
+
+# ---- pictures and videos
+
+
+class InternVLLayout(TileLayout):
+    """InternVL's tiles, between a token that begins a picture and one that ends it; frames of a video with numbers.
+
+    Args:
+        config: the model's.
+        tokenizer: the folder's.
+        pictures, frames: what prepares them; frames None: the model takes no videos.
+
+    Raises:
+        ConfigError: a processor that makes other tiles than the model reads, or a tokenizer without the tokens.
+    """
+
+    def __init__(
+        self,
+        config: InternVLConfig,
+        tokenizer: ChatTokenizer,
+        pictures: ImageProcessor,
+        frames: ImageProcessor | None = None,
+    ):
+        side = config.encoder.image_size
+        for processor in filter(None, (pictures, frames)):
+            if processor.size != (side, side):
+                raise ConfigError(
+                    f"a {processor.kind} that makes tiles of {processor.size}",
+                    f"{side} x {side} pixels, as the model reads",
+                    "restore preprocessor_config.json and config.json, which do not belong together",
+                )
+        if config.tile_range is not None:
+            pictures = replace(pictures, tile_range=config.tile_range if config.tile_range[1] > 1 else None)
+        self.config, self.pictures, self.frames, self._backend = config, pictures, frames, tokenizer.backend
+        self._ids = self._backend.get_vocab()
+        self.begin, self.end = (self._id(f"{which}_image_token", given) for which, given in _EDGES.items())
+        own = self._id("context_image_token", CONTEXT_TOKEN)
+        self.image_token = own if config.image_token_id is None else config.image_token_id
+        named = getattr(self._backend, "video_token", None)
+        self.video_token = None if named is None or frames is None else self._id("video_token", named)
+        self.tokens_a_tile = config.media_tokens
+
+    def image(self, picture: np.ndarray) -> Media:
+        tiles = self.pictures.tiles(picture)
+        return self._media(tiles, self.pictures, self._shown(len(tiles)))
+
+    def video(self, frames: np.ndarray) -> Media:
+        """Each frame is one tile, with its number before it on a line of its own."""
+        tiles = np.stack([self.frames.prepare(frame) for frame in frames])
+        ids: list[int] = []
+        for number in range(1, len(frames) + 1):
+            said = f"Frame{number}: " if number == 1 else f"\nFrame{number}: "
+            ids += [*self._backend(said, add_special_tokens=False)["input_ids"], *self._shown(1)]
+        return self._media(tiles, self.frames, ids)
+
+    def _shown(self, tiles: int) -> list[int]:
+        return [self.begin, *[self.image_token] * (tiles * self.tokens_a_tile), self.end]
+
+    def _media(self, tiles: np.ndarray, processor: ImageProcessor, ids: list[int]) -> Media:
+        tokens = np.array(ids)
+        here = tokens == self.image_token
+        places = np.where(here, np.cumsum(here) - 1, TEXT)
+        return Media({"images": processor.for_encoder(tiles, self.config.encoder)}, tokens, places)
+
+    def _id(self, name: str, usual: str) -> int:
+        token = getattr(self._backend, name, None) or usual
+        number = self._ids.get(token)
+        if number is None:
+            raise ConfigError(f"a tokenizer without {token!r}", f"{name}, as InternVL's have it", "restore its files")
+        return number
+
+
+_EDGES = {"start": "<img>", "end": "</img>"}
+
+
+def layout(config: InternVLConfig, folder: Path) -> InternVLLayout:
+    """The layout of a model in a folder with its tokenizer and its processors' settings."""
+    tokenizer, side = ChatTokenizer.load(folder), config.encoder.image_size
+    if config.family == ORIGINAL:
+        # Its preprocessor_config.json is a CLIP's that nothing in its own code reads.
+        tiles = ImageProcessor("GotOcr2ImageProcessor", (side, side), mean=IMAGE_MEAN, std=IMAGE_STD)
+        return InternVLLayout(config, tokenizer, tiles, tiles)
+    # transformers' processor of the model always cuts, whatever the file of the image processor says.
+    pictures = read_image_processor(folder, crop_to_patches=True)
+    return InternVLLayout(config, tokenizer, pictures, read_video_processor(folder))
+
+
+# ---- folders
+
+
+def from_hf_config(values: dict) -> InternVLConfig:
+    """config.json of either kind, every option honoured or refused by name."""
+    family = architecture(values, {kind: name for name, kind in _MODEL_TYPES.items()})
+    options = Options(values, f"config.json of {family}")
+    return (_read_original if family == ORIGINAL else _read_hub)(options, f"config.json of {family}")
+
+
+def _read_hub(options: Options, what: str) -> InternVLConfig:
+    text = dict(options("text_config"))
+    text.setdefault("model_type", "qwen2")
+    # The whole model's word goes before the part's; where it says nothing, old files mean what the part says.
+    tied = options("tie_word_embeddings", text.get("tie_word_embeddings") or False)
+    llm = read_llm(text | {"tie_word_embeddings": tied}, what)
+    layer = options("vision_feature_layer", -1)
+    if not isinstance(layer, int):
+        raise ConfigError(f"{what}: vision_feature_layer={layer!r}", "one layer's number", "mend it")
+    options.only("vision_feature_select_strategy", "default")
+    options.skip("image_seq_length", "bos_token_id", "eos_token_id", "pad_token_id")
+    read = InternVLConfig(
+        encoder=_read_tower(options("vision_config"), HUB, what),
+        projector=PixelShuffleProjectorConfig(
+            output_size=llm.hidden_size,
+            factor=_factor(options),
+            activation=read_activation(options, "projector_hidden_act")
+            if "projector_hidden_act" in options
+            else "gelu",
+        ),
+        llm=llm,
+        connection=_connection(layer),
+        image_token_id=options("image_token_id", 151667),
+    )
+    options.done()
+    return read
+
+
+def _read_original(options: Options, what: str) -> InternVLConfig:
+    llm = read_llm(options("llm_config"), what)
+    vision = dict(options("vision_config"))
+    side = vision.get("image_size", 224)
+    options.only("force_image_size", side, default=side)
+    options.only("pad2square", False)
+    options.only("use_backbone_lora", 0)
+    options.only("use_llm_lora", 0)
+    options.only("tie_word_embeddings", False, llm.tie_word_embeddings)
+    cuts = options("dynamic_image_size", False)
+    if cuts:
+        options.only("use_thumbnail", True)
+    tiles = options("min_dynamic_patch", 1), options("max_dynamic_patch", 6)
+    options.skip("template", "use_thumbnail", "image_fold", "auto_map", "_commit_hash", "hidden_size", "system_message")
+    options.skip("bos_token_id", "eos_token_id", "pad_token_id", "output_attentions")
+    read = InternVLConfig(
+        encoder=_read_tower(vision, ORIGINAL, what),
+        projector=PixelShuffleProjectorConfig(
+            llm.hidden_size, _factor(options), options.only("ps_version", "v1", "v2")
+        ),
+        llm=llm,
+        connection=_connection(options("select_layer", -1)),
+        family=ORIGINAL,
+        image_token_id=None,
+        tile_range=tiles if cuts else (1, 1),
+    )
+    options.done()
+    return read
+
+
+def _connection(layer: int) -> Connection:
+    """-1 is the tower's output in both codes, which has a last norm where the tower has one."""
+    return Connection() if layer == -1 else Connection(layers=(layer,))
+
+
+def _factor(options: Options) -> int:
+    ratio = options("downsample_ratio", 0.5)
+    factor = round(1 / ratio) if ratio > 0 else 0
+    options.only("downsample_ratio", *([ratio] if factor and factor * ratio == 1 else [0.5, 1.0]), default=ratio)
+    return factor
+
+
+def _read_tower(values: dict, family: str, what: str) -> ViTConfig:
+    kind = values.get("model_type")
+    if family == HUB and kind not in (None, "internvl_vision"):
+        raise ConfigError(f"{what}: a vision tower {kind!r}", "internvl_vision", "convert another checkpoint")
+    tower = internvit.from_hf_config(dict(values) | {"architectures": [_TOWERS[family]]})
+    return replace(tower, image_mean=IMAGE_MEAN, image_std=IMAGE_STD)
+
+
+def _tower(c: InternVLConfig) -> ViTConfig:
+    """The tower as the family's own folders have it, so that one family's model can be written as the other's."""
+    return replace(c.encoder, family=_TOWERS[c.family], pooler="none" if c.family == HUB else "token")
+
+
+def to_hf_config(config: InternVLConfig) -> dict:
+    """The reverse; refuses switches that the family does not have."""
+    c = config
+    vision, text = internvit.to_hf_config(_tower(c)), write_llm(c.llm, "an InternVL")
+    layer, ratio = c.connection.layers, 1 / c.projector.factor
+    layer = -1 if layer is None else layer[0] if len(layer) == 1 else list(layer)
+    written = dict(architectures=[c.family], model_type=_MODEL_TYPES[c.family], downsample_ratio=ratio)
+    if c.family == HUB:
+        written |= dict(
+            vision_config=vision,
+            text_config=text,
+            tie_word_embeddings=c.llm.tie_word_embeddings,
+            image_token_id=c.image_token_id,
+            image_seq_length=c.media_tokens,
+            projector_hidden_act=write_activation(c.projector.activation),
+            vision_feature_layer=layer,
+            vision_feature_select_strategy="default",
+        )
+    else:
+        least, most = c.tile_range or (1, 12)
+        written |= dict(
+            vision_config=vision,
+            llm_config=text,
+            tie_word_embeddings=c.llm.tie_word_embeddings,
+            force_image_size=c.encoder.image_size,
+            select_layer=layer,
+            ps_version=c.projector.version,
+            dynamic_image_size=most > 1,
+            use_thumbnail=most > 1,
+            min_dynamic_patch=least,
+            max_dynamic_patch=most,
+        )
+    return check_written(c, written, from_hf_config, "an InternVL", _facts)
+
+
+def _facts(c: InternVLConfig) -> dict:
+    """What a config.json has to say of the whole; the parts have seen to themselves, other files say the rest."""
+    return stored_fields(c, "encoder", "llm", "projector", "image_token_id", "tile_range") | dict(
+        projector=stored_fields(c.projector),
+        image_token_id=c.image_token_id if c.family == HUB else None,
+    )
+
+
+def table(config: InternVLConfig) -> Table:
+    c = config
+    hub = c.family == HUB
+    tower, llm = internvit.table(_tower(c)), llm_table(c.llm, "an InternVL")
+    vision = "vision_tower." if hub else "vision_model."
+    weights = [*nested(tower, vision, "encoder/"), *nested(llm, "language_model.", "llm/")]
+    prefix, norm, first, second = (
+        ("multi_modal_projector", "layer_norm", "linear_1", "linear_2") if hub else ("mlp1", "0", "1", "3")
+    )
+    weights += [
+        Weight(f"{prefix}.{norm}.weight", "projector/norm/scale"),
+        Weight(f"{prefix}.{norm}.bias", "projector/norm/bias"),
+    ]
+    for name, path in ((first, "linear_1"), (second, "linear_2")):
+        weights.append(Weight(f"{prefix}.{name}.weight", f"projector/{path}/kernel", "o i -> i o"))
+        weights.append(Weight(f"{prefix}.{name}.bias", f"projector/{path}/bias"))
+    spellings = (
+        (r"^model\.(vision_tower|multi_modal_projector)\.", r"\1."),
+        (r"^model\.language_model\.", "language_model.model."),
+        (r"^lm_head\.", "language_model.lm_head."),
+    )
+    ignored = [f"{vision}{name}" for name in tower.ignored] + [f"language_model.{name}" for name in llm.ignored]
+    return Table(tuple(weights), spellings if hub else (), tuple(ignored))
+
+
+def sample(config: InternVLConfig) -> tuple:
+    """Arguments with which `init` creates every parameter."""
+    return (config.make().sample_batch(),)
+
+
+FAMILIES = (
+    Family("InternVL 2.5, 3", (HUB,), from_hf_config, to_hf_config, table, sample, oracle=HUB, layout=layout),
+    Family(
+        "InternVL (OpenGVLab)",
+        (ORIGINAL,),
+        from_hf_config,
+        to_hf_config,
+        table,
+        sample,
+        oracle="OpenGVLab's code, by its parts",
+        layout=layout,
+    ),
+)

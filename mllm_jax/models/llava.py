@@ -1,0 +1,318 @@
+"""LLaVA-1.5 (arXiv 2310.03744), LLaVA-NeXT and LLaVA-OneVision (arXiv 2408.03326): ViT, MLP, decoder-only LLM.
+
+A picture of LLaVA-1.5 is one tile. LLaVA-NeXT adds tiles in high resolution and a newline vector behind their rows.
+LLaVA-OneVision reduces those where they are many, takes several pictures as one tile each, and videos.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from mllm_jax.checkpoints.config_json import check_written, read_activation, stored_fields, write_activation
+from mllm_jax.checkpoints.options import Options
+from mllm_jax.checkpoints.table import Family, Table, Weight
+from mllm_jax.data.image_processors import ImageProcessor, read_image_processor, read_video_processor
+from mllm_jax.data.media import Media
+from mllm_jax.data.tiles import Places, anyres_places, best_resolution, tile_places, video_places
+from mllm_jax.encoders import clip_vision, siglip_vision
+from mllm_jax.encoders.hub import nested
+from mllm_jax.encoders.vit import ViTConfig
+from mllm_jax.errors import ConfigError
+from mllm_jax.layers.requirements import Requirements
+from mllm_jax.llms import llama, qwen
+from mllm_jax.llms.decoder import DecoderConfig
+from mllm_jax.llms.hub import architecture
+from mllm_jax.models.clip import CLIP_MEAN, CLIP_STD
+from mllm_jax.models.multimodal import Connection, MultimodalConfig
+from mllm_jax.models.processor import TileLayout
+from mllm_jax.projectors.mlp import MLPProjectorConfig
+
+LLAVA, NEXT, ONEVISION = (f"Llava{name}ForConditionalGeneration" for name in ("", "Next", "Onevision"))
+_MODEL_TYPES = {LLAVA: "llava", NEXT: "llava_next", ONEVISION: "llava_onevision"}
+_TOWERS = {"clip_vision_model": clip_vision, "siglip_vision_model": siglip_vision}
+_LLMS = {"llama": llama, "mistral": llama, "qwen2": qwen, "qwen3": qwen}
+NEXT_RESOLUTIONS = ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008))
+ONEVISION_RESOLUTIONS = tuple((384 * down, 384 * across) for down in range(1, 7) for across in range(1, 7))
+_ANYRES = "anyres_max_"
+
+
+@dataclass(frozen=True)
+class LlavaConfig(MultimodalConfig):
+    """What LLaVA's config.json says besides its parts.
+
+    Attributes:
+        image_token_id, video_token_id: of the placeholders in the text.
+        resolutions: (height, width) that a picture may be resized to before it is cut into tiles; empty: it is one.
+        max_tiles: features of more tiles are resized to about as many; None: never.
+        preprocessing: "hub", as in transformers, or "original", as in the authors' repository: LLaVA-1.5 pads pictures
+            to squares with the mean colour, LLaVA-NeXT and LLaVA-OneVision leave out more rows at the margins of some
+            (see `mllm_jax.data.tiles.unpadded`). No config.json says it.
+    """
+
+    family: str | None = LLAVA
+    image_token_id: int = 32000
+    video_token_id: int | None = None
+    resolutions: tuple[tuple[int, int], ...] = ()
+    max_tiles: int | None = None
+    preprocessing: str = "hub"
+
+    def __post_init__(self):
+        super().__post_init__()
+        require = Requirements("LLaVA", self)
+        require.one_of("family", _MODEL_TYPES)
+        require.one_of("preprocessing", ("hub", "original"))
+        tiled = self.family != LLAVA
+        require(
+            tiled == bool(self.resolutions) == self.newline,
+            f"{self.family} with {len(self.resolutions)} resolutions and newline={self.newline}",
+            "resolutions and a newline vector in LLaVA-NeXT and LLaVA-OneVision, neither in LLaVA-1.5",
+            "change resolutions or newline, or family",
+        )
+        require(
+            not tiled or self.media_tokens == self.encoder.grid**2,
+            "tiles whose class token is read: vision_feature_select_strategy 'full'",
+            "tiles whose features are a grid: strategy 'default' for a tower with a class token",
+            "leave out connection.class_token",
+        )
+        side = self.encoder.image_size
+        require(
+            not any(length % side for resolution in self.resolutions for length in resolution),
+            f"resolutions {self.resolutions} for tiles of {side}",
+            "whole tiles",
+            "change resolutions or encoder.image_size",
+        )
+
+
+def _places(c: LlavaConfig, size: tuple[int, int]) -> Places:
+    """Of a picture of that size that is cut into tiles."""
+    target = best_resolution(size, c.resolutions)
+    rounds = c.preprocessing == "hub"
+    return anyres_places(size, target, c.encoder.image_size, c.encoder.grid, c.max_tiles, rounds)
+
+
+# ---- pictures
+
+
+class LlavaLayout(TileLayout):
+    """LLaVA's pictures and videos.
+
+    Args:
+        config: the model's.
+        pictures, frames: what prepares them; None: the model takes no videos.
+
+    Raises:
+        ConfigError: a processor that makes other tiles than the model reads.
+    """
+
+    def __init__(self, config: LlavaConfig, pictures: ImageProcessor, frames: ImageProcessor | None = None):
+        side = config.encoder.image_size
+        if config.preprocessing == "original" and config.family == LLAVA:
+            mean = pictures.mean or config.encoder.image_mean
+            pictures = replace(pictures, background=tuple(int(x * 255) for x in mean))
+        for processor in filter(None, (pictures, frames)):
+            made = {processor.output_size(*size) for size in ((side, 2 * side), (2 * side, side))}
+            if made != {(side, side)}:
+                _refuse(f"a {processor.kind} that makes tiles of {sorted(made)}", f"{side} x {side} pixels")
+        if (pictures.resolutions, pictures.tile_size * bool(config.resolutions)) != (
+            config.resolutions,
+            side * bool(config.resolutions),
+        ):
+            _refuse(
+                f"a {pictures.kind} that cuts tiles of {pictures.tile_size} out of {pictures.resolutions}",
+                f"tiles of {side} out of {config.resolutions}, as the model",
+            )
+        self.config, self.pictures, self.frames = config, pictures, frames
+        self.image_token, self.video_token = config.image_token_id, config.video_token_id
+        self.tokens_a_tile = config.media_tokens
+        self.neighbours = 4 if config.family == ONEVISION else 1
+
+    def image(self, picture: np.ndarray) -> Media:
+        """A picture that is alone in its text."""
+        tiles = self.pictures.tiles(picture)
+        if self.config.resolutions:
+            return self._media(tiles, _places(self.config, picture.shape[:2]))
+        return self._media(tiles, Places(np.arange(self.tokens_a_tile)))
+
+    def images(self, pictures: Sequence[np.ndarray]) -> list[Media]:
+        """LLaVA-OneVision makes one tile of each of several."""
+        if self.config.family != ONEVISION or len(pictures) == 1:
+            return super().images(pictures)
+        places = tile_places(self.config.encoder.grid)
+        return [self._media(self.pictures.prepare(picture)[None], places) for picture in pictures]
+
+    def video(self, frames: np.ndarray) -> Media:
+        """Each frame a tile, whose features are resized to half the sides."""
+        tiles = np.stack([self.frames.prepare(frame) for frame in frames])
+        return self._media(tiles, video_places(len(frames), self.config.encoder.grid), self.frames, self.video_token)
+
+    def _media(
+        self, tiles: np.ndarray, where: Places, processor: ImageProcessor | None = None, token: int | None = None
+    ) -> Media:
+        processor, encoder = processor or self.pictures, self.config.encoder
+        on_device = (1 / 255, tuple(encoder.image_mean), tuple(encoder.image_std))
+        if (processor.rescale_factor, processor.mean, processor.std) != on_device:
+            tiles = processor.normalise(tiles)
+        tokens = np.full(len(where.places), self.image_token if token is None else token)
+        return Media({"images": tiles}, tokens, where.places, where.weights)
+
+
+def _refuse(given: str, expected: str):
+    raise ConfigError(given, expected, "restore preprocessor_config.json and config.json, which do not belong together")
+
+
+def layout(config: LlavaConfig, folder: Path) -> LlavaLayout:
+    """The layout of a model in a folder with its processors' settings."""
+    frames = None if config.video_token_id is None else read_video_processor(folder)
+    return LlavaLayout(config, read_image_processor(folder), frames)
+
+
+# ---- Hugging Face folders
+
+
+def from_hf_config(values: dict) -> LlavaConfig:
+    """config.json of the three, every option honoured or refused by name."""
+    family = architecture(values, {kind: name for name, kind in _MODEL_TYPES.items()})
+    what = f"config.json of {family}"
+    options = Options(values, what)
+    encoder = _read_tower(options("vision_config"), what)
+    text = dict(options("text_config"))
+    # transformers reads it from the LLM's part too, except in LLaVA-NeXT.
+    tied = options("tie_word_embeddings", False) or (family != NEXT and text.get("tie_word_embeddings") or False)
+    llm = _read_llm(text | {"tie_word_embeddings": tied}, what)
+    layers = options("vision_feature_layer", -1 if family == ONEVISION else -2)
+    keeps = options.only(
+        "vision_feature_select_strategy", "default", "full", default="full" if family == ONEVISION else "default"
+    )
+    if keeps == "default" and not encoder.class_token:
+        raise ConfigError(
+            f"{what}: vision_feature_select_strategy='default' for a {encoder.family}",
+            "'full': without a class token 'default' would drop a patch",
+            "convert another checkpoint, or mend its config.json",
+        )
+    read = dict(
+        encoder=encoder,
+        projector=MLPProjectorConfig(
+            output_size=llm.hidden_size,
+            activation=read_activation(options, "projector_hidden_act")
+            if "projector_hidden_act" in options
+            else "gelu",
+            use_bias=options("multimodal_projector_bias", True),
+        ),
+        llm=llm,
+        connection=Connection(
+            layers=(layers,) if isinstance(layers, int) else tuple(layers),
+            class_token=keeps == "full" and encoder.class_token,
+        ),
+        image_token_id=options(
+            "image_token_index", options("image_token_id", 151646 if family == ONEVISION else 32000)
+        ),
+        family=family,
+    )
+    if family != LLAVA:
+        usual = ONEVISION_RESOLUTIONS if family == ONEVISION else NEXT_RESOLUTIONS
+        read |= dict(newline=True, resolutions=tuple(map(tuple, options("image_grid_pinpoints", usual))))
+        options.only("use_image_newline_parameter", True)
+    if family == ONEVISION:
+        most = options("vision_aspect_ratio", f"{_ANYRES}9")
+        if not (most.startswith(_ANYRES) and most.removeprefix(_ANYRES).isdecimal()):
+            raise ConfigError(f"{what}: vision_aspect_ratio={most!r}", f"{_ANYRES}9 or another number", "mend it")
+        read |= dict(max_tiles=int(most.removeprefix(_ANYRES)))
+        read |= dict(video_token_id=options("video_token_index", options("video_token_id", 151647)))
+    # Of training, of generation or of the processor; vocab_size repeats the LLM's.
+    options.skip("ignore_index", "pad_token_id", "bos_token_id", "eos_token_id", "image_seq_length", "vocab_size")
+    options.done()
+    return LlavaConfig(**read)
+
+
+def _read_tower(values: dict, what: str) -> ViTConfig:
+    kind = values.get("model_type", "clip_vision_model")
+    if kind not in _TOWERS:
+        raise ConfigError(f"{what}: a vision tower {kind!r}", " or ".join(_TOWERS), "convert another checkpoint")
+    # Towers of whole CLIPs say their text tower's vocabulary.
+    tower = _TOWERS[kind].from_hf_config(
+        {name: value for name, value in values.items() if name not in ("architectures", "vocab_size")}
+    )
+    return replace(tower, image_mean=CLIP_MEAN, image_std=CLIP_STD) if kind == "clip_vision_model" else tower
+
+
+def _read_llm(values: dict, what: str) -> DecoderConfig:
+    kind = values.setdefault("model_type", "llama")
+    if kind not in _LLMS:
+        raise ConfigError(f"{what}: an LLM {kind!r}", f"one of {', '.join(_LLMS)}", "convert another checkpoint")
+    return _LLMS[kind].from_hf_config({name: value for name, value in values.items() if name != "architectures"})
+
+
+def to_hf_config(config: LlavaConfig) -> dict:
+    """The reverse; refuses switches that the family does not have."""
+    layers, llm = config.connection.layers, config.llm
+    full = config.connection.class_token or not config.encoder.class_token
+    written = dict(
+        architectures=[config.family],
+        model_type=_MODEL_TYPES[config.family],
+        vision_config=_part_of(_TOWERS, config.encoder).to_hf_config(config.encoder),
+        text_config=_part_of(_LLMS, llm).to_hf_config(llm),
+        tie_word_embeddings=llm.tie_word_embeddings,
+        image_token_index=config.image_token_id,
+        projector_hidden_act=write_activation(config.projector.activation),
+        multimodal_projector_bias=config.projector.use_bias,
+        vision_feature_layer=layers[0] if layers and len(layers) == 1 else layers and list(layers),
+        vision_feature_select_strategy="full" if full else "default",
+    )
+    if config.family != ONEVISION:
+        written |= dict(image_seq_length=config.media_tokens)
+    if config.family != LLAVA:
+        written |= dict(image_grid_pinpoints=[list(resolution) for resolution in config.resolutions])
+    if config.family == ONEVISION:
+        written |= dict(vision_aspect_ratio=f"{_ANYRES}{config.max_tiles}", video_token_index=config.video_token_id)
+    return check_written(config, written, from_hf_config, "a LLaVA", _facts)
+
+
+def _facts(c: LlavaConfig) -> dict:
+    """What a config.json has to say of the whole; the parts have seen to themselves."""
+    p = c.projector
+    projector = stored_fields(p, "hidden_size") | dict(hidden_size=p.hidden_size or p.output_size)
+    return stored_fields(c, "encoder", "llm", "preprocessing") | dict(projector=projector)
+
+
+def _part_of(modules: dict, part: ViTConfig | DecoderConfig):
+    """The file that writes a tower or an LLM."""
+    for module in modules.values():
+        if part.family in [name for family in module.FAMILIES for name in family.architectures]:
+            return module
+    raise ConfigError(f"LLaVA with a {part.family}", f"one of {', '.join(modules)}", "choose another part")
+
+
+def table(config: LlavaConfig) -> Table:
+    tower = _part_of(_TOWERS, config.encoder).table(config.encoder)
+    llm = _part_of(_LLMS, config.llm).table(config.llm)
+    weights = list(nested(tower, "vision_tower.", "encoder/") + nested(llm, "language_model.", "llm/"))
+    for layer in range(1, config.projector.num_layers + 1):
+        hub, ours = f"multi_modal_projector.linear_{layer}", f"projector/linear_{layer}"
+        weights.append(Weight(f"{hub}.weight", f"{ours}/kernel", "o i -> i o"))
+        if config.projector.use_bias:
+            weights.append(Weight(f"{hub}.bias", f"{ours}/bias"))
+    if config.newline:
+        weights.append(Weight("image_newline", "newline"))
+    spellings = (
+        (r"^model\.(vision_tower|multi_modal_projector|image_newline)", r"\1"),
+        (r"^model\.language_model\.", "language_model.model."),
+        (r"^lm_head\.", "language_model.lm_head."),
+        (r"^vision_tower\.(embeddings|pre_layrnorm|encoder|post_layernorm|head)\.", r"vision_tower.vision_model.\1."),
+    )
+    ignored = [f"vision_tower.{name}" for name in tower.ignored] + [f"language_model.{name}" for name in llm.ignored]
+    return Table(tuple(weights), spellings, tuple(ignored))
+
+
+def sample(config: LlavaConfig) -> tuple:
+    """Arguments with which `init` creates every parameter."""
+    return (config.make().sample_batch(),)
+
+
+FAMILIES = tuple(
+    Family(name, (hub,), from_hf_config, to_hf_config, table, sample, oracle=hub, layout=layout)
+    for name, hub in (("LLaVA-1.5", LLAVA), ("LLaVA-NeXT", NEXT), ("LLaVA-OneVision", ONEVISION))
+)

@@ -1,0 +1,227 @@
+"""Qwen2-VL (arXiv 2409.12191), Qwen2.5-VL (arXiv 2502.13923) and Qwen3-VL: packed patches, M-RoPE, deepstack."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from mllm_jax.checkpoints.config_json import check_written, stored_fields
+from mllm_jax.checkpoints.options import Options
+from mllm_jax.checkpoints.table import Family, Table
+from mllm_jax.data.image_processors import ImageProcessor, read_image_processor
+from mllm_jax.data.media import Collated, Media, Row
+from mllm_jax.data.mrope import mrope_positions
+from mllm_jax.encoders import qwen_vit
+from mllm_jax.encoders.hub import nested
+from mllm_jax.errors import ConfigError, DataError
+from mllm_jax.layers.requirements import Requirements
+from mllm_jax.llms import qwen
+from mllm_jax.llms.decoder import DecoderConfig
+from mllm_jax.llms.hub import architecture
+from mllm_jax.models.multimodal import MultimodalConfig
+from mllm_jax.models.processor import Layout
+
+QWEN2, QWEN25, QWEN3 = (f"Qwen{number}VLForConditionalGeneration" for number in ("2", "2_5_", "3"))
+_MODEL_TYPES = {QWEN2: "qwen2_vl", QWEN25: "qwen2_5_vl", QWEN3: "qwen3_vl"}
+_LLMS = {QWEN2: "qwen2", QWEN25: "qwen2", QWEN3: "qwen3"}
+_SECTIONS = {QWEN2: (16, 24, 24), QWEN25: (16, 24, 24), QWEN3: (24, 20, 20)}
+_OLDER = dict(
+    vocab_size=152064, hidden_size=8192, intermediate_size=29568, num_hidden_layers=80, num_attention_heads=64,
+    num_key_value_heads=8, rms_norm_eps=1e-5, rope_theta=1_000_000.0, bos_token_id=151643, eos_token_id=151645,
+    max_window_layers=80,
+)  # fmt: skip
+# What an option of the LLM is where config.json does not say.
+_DEFAULTS = {QWEN2: _OLDER, QWEN25: _OLDER, QWEN3: dict(rope_theta=500_000.0, max_position_embeddings=128_000)}
+# Of the tokenizer, or written by transformers into every part.
+_IDLE = (
+    "vision_start_token_id", "vision_end_token_id", "vision_token_id", "bos_token_id", "eos_token_id", "pad_token_id",
+    "text_config", "vision_config", "tie_word_embeddings",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class QwenVLConfig(MultimodalConfig):
+    """What the three's config.json says besides tower and LLM.
+
+    Attributes:
+        image_token_id, video_token_id: of the placeholders in the text.
+    """
+
+    family: str | None = QWEN2
+    image_token_id: int = 151655
+    video_token_id: int = 151656
+
+    def __post_init__(self):
+        super().__post_init__()
+        Requirements("Qwen-VL", self).one_of("family", _MODEL_TYPES)
+
+
+class PatchLayout(Layout):
+    """Pictures of any size as packed patches, and videos as the frames that are given.
+
+    Frames are resized as pictures are, and are taken as two a second; the reference samples them out of a file.
+    """
+
+    def __init__(self, config: QwenVLConfig, pictures: ImageProcessor):
+        tower = config.encoder
+        cut = pictures.patch_size, pictures.merge_size, pictures.temporal_patch_size
+        if cut != (tower.patch_size, tower.merge_size, tower.temporal_patch_size):
+            raise ConfigError(
+                f"a {pictures.kind} that cuts patches of {cut} (side, merged, frames)",
+                f"{(tower.patch_size, tower.merge_size, tower.temporal_patch_size)}, as the model",
+                "restore preprocessor_config.json and config.json, which do not belong together",
+            )
+        self.config, self.pictures = config, pictures
+        self.image_token = config.image_token_id
+        # Qwen3-VL writes each frame's time as text, which only its own processor knows how to spell.
+        self.video_token = None if config.family == QWEN3 else config.video_token_id
+
+    def image(self, picture: np.ndarray) -> Media:
+        return self._media(self.image_token, picture)
+
+    def video(self, frames: np.ndarray) -> Media:
+        return self._media(self.video_token, *frames)
+
+    def _media(self, token: int, *frames: np.ndarray) -> Media:
+        patches, grid = self.pictures.patches(*frames)
+        count = len(patches) // self.config.encoder.merge_unit
+        seconds = self.pictures.temporal_patch_size / 2 if token == self.video_token else None
+        return Media({"patches": patches}, np.full(count, token), np.arange(count), grid=grid, seconds=seconds)
+
+    def collate(self, rows: Sequence[Sequence[Media]], slots: int | None = None) -> Collated:
+        """`slots` is the patches of a row; None: as many as the fullest row has."""
+        tower = self.config.encoder
+        counts = [[len(m.arrays["patches"]) for m in row] for row in rows]
+        needed = max((sum(row) for row in counts), default=0)
+        size = needed if slots is None else slots
+        if needed > size or size % tower.merge_unit:
+            raise DataError(
+                f"a row with {needed} patches for {size}",
+                f"at most as many as the row holds, a multiple of {tower.merge_unit}",
+                "raise `slots`, resize the pictures, or give it fewer",
+            )
+        first = [list(np.cumsum([0, *row])[:-1] // tower.merge_unit) for row in counts]
+        if size == 0:
+            return Collated({}, first)
+        where = tower.lay_out([[m.grid for m in row] for row in rows], size)
+        none = np.zeros((0, tower.patch_values), np.float32)
+        patches = where.gather(np.concatenate([none, *(m.arrays["patches"] for row in rows for m in row)]))
+        names = dict(segments=where.segments, coordinates=where.coordinates, grids=where.grids)
+        return Collated({"patches": patches} | {f"patch_{name}": x for name, x in names.items()}, first)
+
+    def positions(self, rows: Sequence[Row], media: Sequence[Sequence[Media]], length: int) -> np.ndarray:
+        tower = self.config.encoder
+        out = np.zeros((len(rows), length, 3), np.int32)
+        for place, row, shown in zip(out, rows, media, strict=True):
+            place[: len(row.tokens)] = mrope_positions(row, shown, tower.merge_size, tower.tokens_per_second)
+        return out
+
+
+def layout(config: QwenVLConfig, folder: Path) -> PatchLayout:
+    """The layout of a model in a folder with its processor's settings."""
+    return PatchLayout(config, read_image_processor(folder))
+
+
+# ---- Hugging Face folders
+
+
+def from_hf_config(values: dict) -> QwenVLConfig:
+    """config.json of the three, nested or, as Qwen2-VL's first ones, flat; every option honoured or refused by name."""
+    family = architecture(values, {kind: name for name, kind in _MODEL_TYPES.items()})
+    what = f"config.json of {family}"
+    own = ("image_token_id", "video_token_id", "architectures", "model_type", *_IDLE)
+    flat = "text_config" not in values
+    text = {name: value for name, value in values.items() if name not in own[:4] + ("vision_config",)}
+    text = text if flat else dict(values["text_config"])
+    # Before version 5 transformers wrote it into the LLM's part.
+    tied = values.get("tie_word_embeddings") or text.get("tie_word_embeddings") or False
+    options = Options(values if not flat else {n: v for n, v in values.items() if n in own}, what)
+    options.skip("architectures", "model_type", *_IDLE)
+    tower = qwen_vit.from_hf_config(
+        dict(model_type=_MODEL_TYPES[family], vision_config=dict(values.get("vision_config") or {}))
+    )
+    config = QwenVLConfig(
+        encoder=tower,
+        projector=None,
+        llm=_read_llm(family, text | {"tie_word_embeddings": tied}),
+        image_token_id=options("image_token_id", 151655),
+        video_token_id=options("video_token_id", 151656),
+        family=family,
+    )
+    options.done()
+    return config
+
+
+def _read_llm(family: str, text: dict) -> DecoderConfig:
+    """Qwen2 or Qwen3 with positions in three parts."""
+    left = {n: v for n, v in text.items() if n not in ("architectures", "rope_scaling", "rope_parameters", *_IDLE[:3])}
+    rope = dict(text.get("rope_scaling") or text.get("rope_parameters") or {})
+    sections = tuple(rope.pop("mrope_section", _SECTIONS[family]))
+    rope.pop("mrope_interleaved", None)  # Qwen3-VL's always are
+    kind = rope.pop("type", None)
+    rope.setdefault("rope_type", kind or "default")
+    if rope["rope_type"] == "mrope":
+        rope["rope_type"] = "default"
+    rope.setdefault("rope_theta", text.get("rope_theta", _DEFAULTS[family]["rope_theta"]))
+    left = _DEFAULTS[family] | left | dict(model_type=_LLMS[family], rope_parameters=rope)
+    left.pop("rope_theta", None)
+    read = qwen.from_hf_config({name: value for name, value in left.items() if name != "use_mrope"})
+    return replace(read, mrope_sections=sections, mrope_interleaved=family == QWEN3)
+
+
+def to_hf_config(config: QwenVLConfig) -> dict:
+    """The reverse; refuses switches that the family does not have."""
+    llm, kind = config.llm, _MODEL_TYPES[config.family]
+    text = qwen.to_hf_config(replace(llm, mrope_sections=(), mrope_interleaved=False))
+    rope = dict(text.pop("rope_scaling") or {"rope_type": "default"})
+    rope |= dict(rope_theta=text.pop("rope_theta"), mrope_section=list(llm.mrope_sections))
+    vision = qwen_vit.to_hf_config(config.encoder)
+    for part in (text, vision):
+        part.pop("architectures")
+    if config.family == QWEN3:
+        vision["model_type"] = kind
+    written = dict(
+        architectures=[config.family],
+        model_type=kind,
+        text_config=text | dict(model_type=f"{kind}_text", rope_parameters=rope),
+        vision_config=vision,
+        tie_word_embeddings=llm.tie_word_embeddings,
+        image_token_id=config.image_token_id,
+        video_token_id=config.video_token_id,
+    )
+    return check_written(config, written, from_hf_config, "a Qwen-VL", _facts)
+
+
+def _facts(c: QwenVLConfig) -> dict:
+    """What a config.json has to say; of tower and LLM too, whose positions the parts' own files do not know."""
+    parts = dict(encoder=stored_fields(c.encoder), llm=stored_fields(c.llm))
+    return stored_fields(c, "encoder", "llm") | parts
+
+
+def table(config: QwenVLConfig) -> Table:
+    tower, llm = qwen_vit.table(config.encoder), qwen.table(config.llm)
+    if config.family == QWEN3:
+        visual, text = "model.visual.", "model.language_model."
+        spellings = ((r"^visual\.", visual), (r"^model\.(?!visual\.|language_model\.)", text))
+    else:
+        visual, text = "visual.", "model."
+        spellings = ((r"^model\.visual\.", visual), (r"^model\.language_model\.", text))
+    own = [
+        replace(weight, name=weight.name.replace("model.", text, 1)) if weight.name.startswith("model.") else weight
+        for weight in nested(llm, "", "llm/")
+    ]
+    return Table((*nested(tower, visual, "encoder/"), *own), spellings, (*llm.ignored,))
+
+
+def sample(config: QwenVLConfig) -> tuple:
+    """Arguments with which `init` creates every parameter."""
+    return (config.make().sample_batch(),)
+
+
+FAMILIES = tuple(
+    Family(name, (hub,), from_hf_config, to_hf_config, table, sample, oracle=hub, layout=layout)
+    for name, hub in (("Qwen2-VL", QWEN2), ("Qwen2.5-VL", QWEN25), ("Qwen3-VL", QWEN3))
+)

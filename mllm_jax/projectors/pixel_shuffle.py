@@ -1,0 +1,93 @@
+"""InternVL's projector (arXiv 2404.16821, section 3.1): pixel shuffle, LayerNorm, Linear, GELU, Linear."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import jax.numpy as jnp
+from einops import rearrange
+from flax import linen as nn
+
+from mllm_jax.errors import ConfigError
+from mllm_jax.layers.linear import Linear
+from mllm_jax.layers.mlp import ACTIVATIONS
+from mllm_jax.layers.norms import LayerNorm
+from mllm_jax.layers.requirements import Requirements
+
+VERSIONS = ("v1", "v2")
+
+
+def pixel_shuffle(x, factor: int, version: str = "v2"):
+    """Squares of factor x factor neighbours become one vector each, its parts by row, then by column of the square.
+
+    Args:
+        x: [B, H, W, E].
+        version: "v2" keeps rows and columns; "v1", the first OpenGVLab code, leaves the two swapped.
+
+    Returns:
+        v2: [B, H/factor, W/factor, factor^2 * E]; v1: [B, W/factor, H/factor, factor^2 * E].
+    """
+    order = "w h" if version == "v1" else "h w"
+    return rearrange(x, f"b (h p) (w q) e -> b {order} (p q e)", p=factor, q=factor)
+
+
+@dataclass(frozen=True)
+class PixelShuffleProjectorConfig:
+    """Sizes and the version of the shuffle.
+
+    Attributes:
+        output_size: the LLM's hidden size, and the width between the two linear maps.
+        factor: side of the square of patches that becomes one media token; 1 / `downsample_ratio`.
+        version: "v1" or "v2", see `pixel_shuffle`.
+    """
+
+    output_size: int
+    factor: int = 2
+    version: str = "v2"
+    activation: str = "gelu"
+    norm_eps: float = 1e-5
+    dtype: str = "float32"
+
+    pointwise = False  # several vectors become one media token
+
+    def __post_init__(self):
+        require = Requirements("pixel shuffle", self)
+        require.one_of("version", VERSIONS)
+        require.one_of("activation", ACTIVATIONS)
+        require(self.factor >= 1, f"factor {self.factor}", "1 or more patches a side", "change factor")
+
+    def num_tokens(self, grid: int) -> int:
+        """Media tokens of a square picture of grid x grid patches.
+
+        Raises:
+            ConfigError: squares of `factor` patches do not fill that grid.
+        """
+        if grid % self.factor:
+            raise ConfigError(
+                f"pixel shuffle of {self.factor} x {self.factor} patches on a grid of {grid} x {grid}",
+                "a side that the factor divides",
+                "change the encoder's image_size or patch_size, or the factor",
+            )
+        return (grid // self.factor) ** 2
+
+    def make(self) -> PixelShuffleProjector:
+        return PixelShuffleProjector(self)
+
+
+class PixelShuffleProjector(nn.Module):
+    """Encoder features to LLM embeddings (reference: `InternVLMultiModalProjector` behind `pixel_shuffle`)."""
+
+    config: PixelShuffleProjectorConfig
+
+    @nn.compact
+    def __call__(self, features):
+        """dtype[B, h*w, E] of a square grid -> dtype[B, h*w/factor^2, output_size]"""
+        c = self.config
+        dtype = jnp.dtype(c.dtype)
+        c.num_tokens(side := math.isqrt(features.shape[1]))  # refuses a grid that does not fit
+        x = pixel_shuffle(rearrange(features, "b (h w) e -> b h w e", h=side), c.factor, c.version)
+        x = LayerNorm(c.norm_eps, dtype, axis="channels", name="norm")(rearrange(x, "b h w e -> b (h w) e"))
+        wide = dict(features=(c.output_size,), use_bias=True, dtype=dtype)
+        x = ACTIVATIONS[c.activation](Linear(names=("channels", "mlp"), **wide, name="linear_1")(x))
+        return Linear(names=("mlp", "embed"), **wide, name="linear_2")(x)

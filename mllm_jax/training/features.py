@@ -1,0 +1,130 @@
+"""Encoder features kept on disk: a frozen encoder sees each picture once, however many steps show it."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import jax
+import numpy as np
+from flax import linen as nn
+from jax.sharding import Mesh
+
+from mllm_jax.errors import CheckpointError, ConfigError
+from mllm_jax.sharding.logical import use_mesh
+
+KEY_BYTES = 16
+CHUNK = 16  # pictures that are encoded together
+
+
+class FeatureCache:
+    """Pictures by their bytes to what the encoder makes of them; every process keeps a file of its own.
+
+    Features are appended to `features.bin` and then their keys to `keys.bin`; after a kill, what has no key counts for
+    nothing. A folder belongs to one encoder: name it by the encoder's fingerprint.
+
+    Args:
+        folder: where both files lie; it is made.
+        encode: uint8[n, H, W, 3] -> [n, P, E], for any n.
+        shape, dtype: of one picture's features, (P, E).
+
+    Raises:
+        CheckpointError: a folder that cannot be written.
+    """
+
+    def __init__(self, folder: Path, encode: Callable[[np.ndarray], np.ndarray], shape: tuple[int, ...], dtype: str):
+        self.encode, self.shape, self.dtype = encode, shape, np.dtype(dtype)
+        self._size = int(np.prod(shape)) * self.dtype.itemsize
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._keys, self._features = (
+                open(folder / name, "a+b")  # noqa: SIM115 - until `close`
+                for name in ("keys.bin", "features.bin")
+            )
+        except OSError as error:
+            raise CheckpointError(
+                f"the cache of features in {folder}: {error}",
+                "a folder that can be written",
+                "choose another run folder",
+            ) from error
+        whole = min(
+            os.path.getsize(folder / "keys.bin") // KEY_BYTES, os.path.getsize(folder / "features.bin") // self._size
+        )
+        self._keys.truncate(whole * KEY_BYTES)
+        self._features.truncate(whole * self._size)
+        self._keys.seek(0)
+        stored = self._keys.read()
+        self._places = {stored[i * KEY_BYTES : (i + 1) * KEY_BYTES]: i for i in range(whole)}
+
+    @classmethod
+    def of(cls, folder: Path, model: nn.Module, params: dict, mesh: Mesh) -> FeatureCache:
+        """The cache of a composed model's encoder, which is compiled for a few pictures at a time.
+
+        Raises:
+            ConfigError: several processes: they would have to agree on which pictures are new.
+        """
+        if jax.process_count() > 1:
+            raise ConfigError(
+                f"cache_features on {jax.process_count()} processes", "one process", "drop it from the stage"
+            )
+
+        @jax.jit
+        def encode(params, images):
+            with use_mesh(mesh):
+                return model.apply({"params": params}, {"images": images[None]}, method="encode_images")
+
+        def encode_all(images: np.ndarray) -> np.ndarray:
+            found = []
+            for start in range(0, len(images), CHUNK):
+                chunk = images[start : start + CHUNK]
+                padded = np.pad(chunk, [(0, CHUNK - len(chunk))] + [(0, 0)] * (chunk.ndim - 1))
+                found.append(np.asarray(encode(params, padded))[: len(chunk)])
+            return np.concatenate(found)
+
+        side = model.config.encoder.image_size
+        one = jax.ShapeDtypeStruct((CHUNK, side, side, 3), np.uint8)
+        made = jax.eval_shape(encode, params, one)
+        return cls(folder, encode_all, made.shape[1:], made.dtype)
+
+    def shapes(self, shapes: Mapping[str, tuple]) -> dict[str, tuple]:
+        """Shapes and dtypes of a batch's arrays with features instead of pictures."""
+        kept = {name: shape for name, shape in shapes.items() if name != "images"}
+        if "images" not in shapes:
+            return kept
+        return kept | {"features": ((*shapes["images"][0][:2], *self.shape), self.dtype)}
+
+    def __len__(self) -> int:
+        """Pictures that are held."""
+        return len(self._places)
+
+    def __call__(self, batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """A batch with `features` [B, M, P, E] in the place of `images` uint8[B, M, H, W, 3]; others as they are."""
+        if "images" not in batch:
+            return dict(batch)
+        images = batch["images"]
+        flat = images.reshape(-1, *images.shape[2:])
+        keys = [hashlib.blake2b(image.tobytes(), digest_size=KEY_BYTES).digest() for image in flat]
+        new = {key: i for i, key in enumerate(keys) if key not in self._places}
+        if new:
+            self._add(new, np.asarray(self.encode(flat[list(new.values())])))
+        features = np.stack([self._read(self._places[key]) for key in keys])
+        kept = {name: array for name, array in batch.items() if name != "images"}
+        return kept | {"features": features.reshape(*images.shape[:2], *self.shape)}
+
+    def close(self) -> None:
+        self._keys.close()
+        self._features.close()
+
+    def _add(self, new: dict[bytes, int], features: np.ndarray) -> None:
+        first = len(self._places)
+        self._features.write(np.ascontiguousarray(features, self.dtype).tobytes())
+        self._features.flush()
+        self._keys.write(b"".join(new))
+        self._keys.flush()
+        self._places |= {key: first + i for i, key in enumerate(new)}
+
+    def _read(self, place: int) -> np.ndarray:
+        raw = os.pread(self._features.fileno(), self._size, place * self._size)
+        return np.frombuffer(raw, self.dtype).reshape(self.shape)

@@ -1,0 +1,116 @@
+"""BLIP-2's first stage (arXiv 2301.12597, section 3.2): contrast, matching and captioning at once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+
+from mllm_jax.errors import ConfigError
+from mllm_jax.models.blip2_stage1 import similarity
+from mllm_jax.training.objectives.contrastive import text_codes
+
+# What a pair that must not be drawn scores.
+_NEVER = -10_000.0
+
+
+@dataclass(frozen=True)
+class QFormerStage1:
+    """The sum of three losses on pairs of pictures and texts, one pair a row, over the whole batch.
+
+    Contrast (ITC): each picture against all texts and the reverse, by the query that is nearest. Matching (ITM): each
+    pair, and each text with a picture and each picture with a text that it does not belong to, drawn by how similar
+    they are. Captioning (ITG): each text from its picture's queries.
+
+    Attributes:
+        label_smoothing: of contrast and captioning.
+        gathered_gradient: whether the vectors that a picture or text is compared with get a gradient too. False is how
+            the published models were trained: they were gathered from all devices without one.
+        equal_texts: pairs of rows with equal texts belong together, and are no negatives of each other. A batch may
+            say the same by `image_ids` int[B], equal for rows that show one picture.
+    """
+
+    label_smoothing: float = 0.1
+    gathered_gradient: bool = False
+    equal_texts: bool = False
+
+    def loss(self, apply, params, batch, key):
+        """The sum of the losses' means.
+
+        Returns:
+            (float32, metrics): each loss, `recall_at_1` of pictures' own texts, `matching_accuracy`, and `weight`, the
+            number of pairs.
+
+        Raises:
+            ConfigError: a batch of one pair, which leaves no negative.
+        """
+        if batch["tokens"].shape[0] < 2:
+            raise ConfigError("BLIP-2's first stage on one row", "at least two: negatives are others'", "raise rows")
+        pairs = apply(params, batch, method="encode_pairs")
+        same, targets = self._same(batch)
+        to_text, to_image = self._similarities(pairs)
+        itc = 0.5 * (_cross_entropy(to_text, targets).mean() + _cross_entropy(to_image, targets).mean())
+        picks = self.negatives(key, jnp.where(same, _NEVER, to_image), jnp.where(same, _NEVER, to_text))
+        itm, matched = self._matching(apply, params, batch, pairs, picks)
+        itg = self._captioning(apply, params, batch, pairs)
+        best = (to_text.argmax(axis=1) == jnp.arange(len(same))).mean()
+        metrics = {"loss_itc": itc, "loss_itm": itm, "loss_itg": itg, "recall_at_1": best, "matching_accuracy": matched}
+        return itc + itm + itg, metrics | {"temperature": pairs.temperature, "weight": jnp.float32(len(same))}
+
+    def negatives(self, key, to_image, to_text):
+        """Draws a wrong picture for each text and a wrong text for each picture, likely ones more often.
+
+        Args:
+            to_image, to_text: float32[B, B], logits of each text's pictures and of each picture's texts.
+
+        Returns:
+            int[B], int[B], rows of pictures and of texts.
+        """
+        keys = jax.random.split(key)
+        return jax.random.categorical(keys[0], to_image), jax.random.categorical(keys[1], to_text)
+
+    def _same(self, batch):
+        """bool[B, B], which rows belong together, and float32[B, B], the smoothed share of each."""
+        rows = batch["tokens"].shape[0]
+        same = jnp.eye(rows, dtype=bool)
+        if "image_ids" in batch:
+            same |= batch["image_ids"][:, None] == batch["image_ids"]
+        if self.equal_texts:
+            code = text_codes(batch["tokens"], batch["segments"], 1)[:, 0]
+            same |= (code[:, None] == code).all(axis=-1)
+        share = same / same.sum(axis=1, keepdims=True)
+        return same, (1 - self.label_smoothing) * share + self.label_smoothing / rows
+
+    def _similarities(self, pairs):
+        """float32[B, B] of each picture with all texts, and of each text with all pictures."""
+        held = jax.lax.stop_gradient if not self.gathered_gradient else lambda x: x
+        to_text = similarity(pairs.image, held(pairs.text))
+        to_image = similarity(held(pairs.image), pairs.text).T
+        return to_text / pairs.temperature, to_image / pairs.temperature
+
+    def _matching(self, apply, params, batch, pairs, picks):
+        """Pairs first, then texts with wrong pictures, then pictures with wrong texts."""
+        rows = batch["tokens"].shape[0]
+        image, text = picks
+        mixed = {name: jnp.concatenate([batch[name]] * 2 + [batch[name][text]]) for name in ("tokens", "segments")}
+        mixed["features"] = jnp.concatenate([pairs.features, pairs.features[image], pairs.features])
+        logits = apply(params, mixed, method="match")
+        labels = (jnp.arange(3 * rows) < rows).astype(jnp.int32)
+        loss = _cross_entropy(logits, jax.nn.one_hot(labels, 2)).mean()
+        return loss, (logits.argmax(axis=1) == labels).mean()
+
+    def _captioning(self, apply, params, batch, pairs):
+        text = {name: batch[name] for name in ("tokens", "segments")}
+        logits = apply(params, text | {"cache": pairs.cache}, method="write")[:, :-1]
+        log_p = jax.nn.log_softmax(logits)
+        own = jnp.take_along_axis(log_p, batch["tokens"][:, 1:, None], axis=-1)[..., 0]
+        # Smoothed without a one-hot vector as wide as the vocabulary.
+        loss = -(1 - self.label_smoothing) * own - self.label_smoothing * log_p.mean(axis=-1)
+        learnt = batch["segments"][:, 1:] == 1
+        return (loss * learnt).sum() / jnp.maximum(learnt.sum(), 1)
+
+
+def _cross_entropy(logits, targets):
+    """[N, C] twice, the targets as shares -> [N]"""
+    return -(jax.nn.log_softmax(logits) * targets).sum(axis=-1)

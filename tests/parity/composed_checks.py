@@ -1,0 +1,102 @@
+"""One way to compare a composed model with its reference class: folders, texts with pictures, logits, answers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import jax
+import numpy as np
+import torch
+from einops import rearrange
+from PIL import Image
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from mllm_jax import Processor, from_pretrained, save_pretrained
+from mllm_jax.inference.multimodal import MultimodalGenerator
+from mllm_jax.inference.options import Options
+
+WORDS = ("<pad>", "<s>", "</s>", "user", "what", "is", "it", "?", "a", "cat", "dog", "Frame1:", "Frame2:", "two")
+NEW_TOKENS = 32
+
+
+def tokenizer(**special: str) -> PreTrainedTokenizerFast:
+    """Words to ids, and special tokens by the names under which transformers' processors look for them."""
+    backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<pad>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    ends = dict(pad_token="<pad>", eos_token="</s>")
+    return PreTrainedTokenizerFast(tokenizer_object=backend, **ends, extra_special_tokens=special)
+
+
+def picture(height: int, width: int) -> np.ndarray:
+    return np.random.default_rng(height * 100 + width).integers(0, 256, (height, width, 3), np.uint8)
+
+
+def prompts(placeholder: str) -> tuple[list[str], list[list[np.ndarray]]]:
+    """Four texts of unequal length: one picture, several of all shapes, none, one in the middle."""
+    texts = [
+        f"user {placeholder} what is it ?",
+        f"{placeholder} a {placeholder} dog {placeholder} ?",
+        "what is a cat ?",
+        f"a cat is it {placeholder} two",
+    ]
+    return texts, [[picture(16, 16)], [picture(20, 61), picture(50, 17), picture(33, 30)], [], [picture(9, 40)]]
+
+
+def check_composed(
+    reference, processor, folder: Path, placeholder: str, assert_close, images: str = "images", alone: bool = True
+):
+    """Logits, answers and the written folder.
+
+    Args:
+        reference: a model of transformers with random weights, saved in `folder` beside its processor's files.
+        processor: transformers' own, with the picture-making that needs no torchvision.
+        images: "images" checks the tiles too.
+        alone: whether each row is also answered by itself.
+
+    Returns:
+        The module and its parameters.
+    """
+    module, params = from_pretrained(folder)
+    ours = Processor.from_pretrained(folder)
+    texts, pictures = prompts(placeholder)
+    batch = ours(texts, images=pictures)
+    logits = np.asarray(jax.jit(module.apply)({"params": params}, batch).logits)
+    generator, options = MultimodalGenerator(module, params, ours), Options(max_new_tokens=NEW_TOKENS, ignore_eos=True)
+    answers = generator.complete(batch, options)
+    reference.generation_config.eos_token_id = None
+    shown = []
+    for row, (text, mine) in enumerate(zip(texts, pictures, strict=True)):
+        inputs = processor(
+            text=text, images=[Image.fromarray(each) for each in mine] or None, return_tensors="pt", padding=False
+        )
+        inputs.pop("num_patches", None)
+        length = inputs["input_ids"].shape[1]
+        np.testing.assert_array_equal(batch["tokens"][row, :length], inputs["input_ids"][0], err_msg=text)
+        assert batch["segments"][row].sum() == length
+        with torch.no_grad():
+            assert_close(logits[row, :length], reference(**inputs).logits[0], 1e-4, f"logits of {text!r}")
+            said = reference.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False, pad_token_id=0)
+        assert list(answers[row].ids) == said[0, length:].tolist(), text
+        shown.append(inputs)
+    assert len({answer.ids for answer in answers}) == len(texts), "answers that depend on nothing prove nothing"
+
+    if alone:
+        for text, mine, wanted in zip(texts, pictures, answers, strict=True):
+            one = ours(text, images=mine, slots=batch["images"].shape[1], length=batch["tokens"].shape[1])
+            assert generator.complete(one, options)[0].ids == wanted.ids, text
+
+    save_pretrained(module, params, folder / "ours")
+    opened, report = type(reference).from_pretrained(folder / "ours", output_loading_info=True)
+    assert not any(report[what] for what in ("missing_keys", "unexpected_keys", "mismatched_keys")), report
+    kept = reference.state_dict()
+    assert opened.state_dict().keys() == kept.keys()
+    assert all(torch.equal(tensor, kept[name]) for name, tensor in opened.state_dict().items())
+    with torch.no_grad():
+        assert_close(opened(**shown[1]).logits, reference(**shown[1]).logits, 1e-5, "written")
+    return module, params, batch, shown
+
+
+def tiles_of(shown: dict, name: str = "pixel_values") -> np.ndarray:
+    """transformers' numbers of a row's pictures: [tiles, H, W, 3]."""
+    return rearrange(shown[name].numpy(), "n c h w -> n h w c")

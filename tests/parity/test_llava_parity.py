@@ -1,0 +1,151 @@
+"""LLaVA-1.5, LLaVA-NeXT and LLaVA-OneVision against transformers through real folders: batches, logits, answers."""
+
+from __future__ import annotations
+
+import jax
+import numpy as np
+import pytest
+import torch
+import transformers
+from llava_reference import CASES, ID, IMAGE, TEXTS, VIDEO, build, pictures, reference_inputs
+from safetensors.numpy import load_file, save_file
+from toy_data import quick_compilation
+
+from mllm_jax import MultimodalGenerator, Options, Processor, from_pretrained, save_pretrained
+from mllm_jax.models.registry import family_of_config
+
+ANSWER = Options(max_new_tokens=32, ignore_eos=True)
+COMPANY = ("llava", "next", "onevision")  # one of each preset for what does not depend on the switches
+
+
+class Loaded:
+    """A reference and what was read from its folder."""
+
+    def __init__(self, case: str, folder, randomise):
+        self.case, self.folder = case, folder
+        self.reference, self.theirs = build(case, folder, randomise)
+        self.model, self.params = from_pretrained(folder)
+        self.ours = Processor.from_pretrained(folder)
+        self.images = pictures()
+        self.batch = self.ours(TEXTS, images=self.images)
+        self.apply = jax.jit(self.model.apply)
+        self.generator = MultimodalGenerator(self.model, self.params, self.ours)
+
+    @torch.no_grad()
+    def logits(self, reference, **given) -> np.ndarray:
+        return reference(**(given or reference_inputs(self.theirs, TEXTS, self.images, "right"))).logits.numpy()
+
+    @torch.no_grad()
+    def answers(self, inputs) -> list[list[int]]:
+        settings = transformers.GenerationConfig(max_new_tokens=32, do_sample=False, pad_token_id=0)
+        out = self.reference.generate(**inputs, generation_config=settings)
+        return out[:, inputs["input_ids"].shape[1] :].tolist()
+
+
+@pytest.fixture(scope="module", params=CASES)
+def loaded(request, tmp_path_factory, randomise):
+    with quick_compilation():
+        yield Loaded(request.param, tmp_path_factory.mktemp("theirs"), randomise)
+
+
+def test_a_batch_is_what_their_processor_makes(loaded):
+    theirs = reference_inputs(loaded.theirs, TEXTS, loaded.images, "right")
+    length = theirs["input_ids"].shape[1]
+    ours = loaded.batch
+    np.testing.assert_array_equal(ours["tokens"][:, :length], theirs["input_ids"])
+    np.testing.assert_array_equal(ours["segments"][:, :length], theirs["attention_mask"])
+    assert ours["images"].dtype == np.uint8 and not ours["segments"][:, length:].any()
+    at = ours["media_index"] if ours["media_index"].ndim == 2 else ours["media_index"][..., 0]
+    np.testing.assert_array_equal(at >= 0, (ours["tokens"] == IMAGE) | (ours["tokens"] == VIDEO))
+
+
+def test_pixels_on_the_device_are_theirs(loaded):
+    pixels = reference_inputs(loaded.theirs, TEXTS, loaded.images, "right")["pixel_values"].numpy()
+    pixels = pixels if pixels.ndim == 5 else pixels[:, None]
+    pixels = iter(np.moveaxis(pixels, 2, -1))
+    for row, images in enumerate(loaded.images):
+        slot = 0
+        for media in loaded.ours.layout.images(images):
+            count, theirs = len(media.arrays["images"]), next(pixels)
+            mine = loaded.model.bind({"params": loaded.params}).normalise(
+                loaded.batch["images"][row, slot : slot + count]
+            )
+            np.testing.assert_allclose(mine, theirs[:count], atol=1e-6)
+            assert not theirs[count:].any(), "what is left is their padding"
+            slot += count
+
+
+def test_logits(loaded, assert_close):
+    theirs = loaded.logits(loaded.reference)
+    ours = np.asarray(loaded.apply({"params": loaded.params}, loaded.batch).logits)
+    for row, segments in enumerate(loaded.batch["segments"]):
+        length = int(segments.sum())
+        assert_close(ours[row, :length], theirs[row, :length], 1e-4, f"row {row}")
+
+
+def test_answers(loaded):
+    """32 tokens each, of a batch whose prompts differ in length, with one of text alone."""
+    wanted = loaded.answers(reference_inputs(loaded.theirs, TEXTS, loaded.images, "left"))
+    found = [list(c.ids) for c in loaded.generator.complete(loaded.batch, ANSWER)]
+    assert found == wanted and len({tuple(ids) for ids in found}) == len(TEXTS)
+    if loaded.case not in COMPANY:
+        return
+    shape = dict(slots=loaded.batch["images"].shape[1], length=loaded.batch["tokens"].shape[1])
+    for text, images, together in zip(TEXTS, loaded.images, found, strict=True):
+        alone = loaded.generator.complete(loaded.ours(text, images=images, **shape), ANSWER)
+        assert list(alone[0].ids) == together
+
+
+def test_the_folder_written_opens_there(loaded, tmp_path):
+    save_pretrained(loaded.model, loaded.params, tmp_path, companions=loaded.folder)
+    names = set(load_file(tmp_path / "model.safetensors"))
+    parts = ("vision_tower.vision_model.", "multi_modal_projector.linear_", "language_model.", "image_newline")
+    assert all(name.startswith(parts) for name in names) and "language_model.model.norm.weight" in names
+    again, told = type(loaded.reference).from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(told[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    np.testing.assert_array_equal(loaded.logits(again.eval()), loaded.logits(loaded.reference))
+    model, params = from_pretrained(tmp_path)
+    assert model.config == loaded.model.config
+    jax.tree.map(np.testing.assert_array_equal, params, loaded.params)
+    assert family_of_config(model.config).layout is not None
+
+
+def test_all_spellings_of_names(loaded, tmp_path):
+    """As the reference names its parameters in memory and as early folders on the hub name them."""
+    (tmp_path / "config.json").write_bytes((loaded.folder / "config.json").read_bytes())
+    in_memory = {name: value.numpy() for name, value in loaded.reference.state_dict().items()}
+    assert any(name.startswith("model.language_model.layers.") for name in in_memory)
+    stored = load_file(loaded.folder / "model.safetensors")
+    without = {name.replace("vision_tower.vision_model.", "vision_tower."): value for name, value in stored.items()}
+    with_it = {
+        name.replace("vision_tower.vision_model.", "vision_tower.").replace(
+            "vision_tower.", "vision_tower.vision_model."
+        ): v
+        for name, v in stored.items()
+    }
+    for spelling in (in_memory, without, with_it):
+        save_file(spelling, tmp_path / "model.safetensors")
+        _, params = from_pretrained(tmp_path)
+        jax.tree.map(np.testing.assert_array_equal, params, loaded.params)
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.startswith("onevision")][1:])
+def test_videos(case, randomise, assert_close, tmp_path):
+    """A film and a picture in one text; frames of the tower's size, as transformers resizes them by torchvision."""
+    with quick_compilation():
+        reference, processor = build(case, tmp_path, randomise)
+        model, params = from_pretrained(tmp_path)
+        ours = Processor.from_pretrained(tmp_path)
+        side, (picture,) = model.config.encoder.image_size, pictures()[2]
+        frames = np.random.default_rng(5).integers(0, 256, (3, side, side, 3), np.uint8)
+        batch = ours("what is in <video> and <image> ?", images=[picture], videos=[frames])
+        logits = np.asarray(jax.jit(model.apply)({"params": params}, batch).logits)
+    film = torch.tensor(np.moveaxis(np.stack([ours.layout.frames(frame) for frame in frames]), -1, 1))[None]
+    tokens = processor.replace_video_token({"pixel_values_videos": film}, 0).count("<video>")
+    # Without torchvision there is no video processor, and without one the text may not speak of videos.
+    text = "what is in" + " dog" * tokens + " and <image> ?"
+    inputs = reference_inputs(processor, [text], [[picture]], "right") | dict(pixel_values_videos=film)
+    inputs["input_ids"][inputs["input_ids"] == ID["dog"]] = VIDEO
+    np.testing.assert_array_equal(batch["tokens"], inputs["input_ids"])
+    with torch.no_grad():
+        assert_close(logits, reference(**inputs).logits.numpy(), 1e-4, "logits")

@@ -1,0 +1,244 @@
+"""A named model trained from its checkpoint: its own template, packed; features kept; a folder to leave with."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import jax
+import numpy as np
+import pytest
+from flax import linen as nn
+from tokenizers import Tokenizer, models, pre_tokenizers
+from toy_data import COLOURS, Toy
+from transformers import PreTrainedTokenizerFast
+
+import mllm_jax
+from mllm_jax.cli import main
+from mllm_jax.data.dialogues import pack_dialogues
+from mllm_jax.data.examples import Conversation, Turn
+from mllm_jax.data.pipeline import Mixture, Pipeline, Weighted
+from mllm_jax.encoders.vit import ViTConfig
+from mllm_jax.errors import ConfigError, DataError
+from mllm_jax.llms.decoder import DecoderConfig
+from mllm_jax.models.dialogue import DialogueEncoder
+from mllm_jax.models.llava import LlavaConfig
+from mllm_jax.models.multimodal import Connection
+from mllm_jax.projectors.mlp import MLPProjectorConfig
+from mllm_jax.training.config import AdamW, CheckpointConfig, Experiment, Pretrained, Stage, TokenizerConfig
+from mllm_jax.training.features import FeatureCache
+from mllm_jax.training.loop import load_run, train
+from mllm_jax.training.objectives.next_token import NextToken
+from mllm_jax.training.run_folder import RunFolder
+
+WORDS = ("<pad>", "<s>", "</s>", "user:", "assistant:", "?", "what", "colour", "which", "number", "is", *COLOURS)
+NUMBERS = tuple(str(i) for i in range(20))
+ID = {word: i for i, word in enumerate((*WORDS, *NUMBERS))}
+IMAGE = len(ID)
+TEMPLATE = (
+    "<s> {% for m in messages %}{{ m['role'] + ': ' }}"
+    "{% for p in m['content'] %}{{ ('<image>' if p['type'] == 'image' else p['text']) + ' ' }}{% endfor %}"
+    "{% if m['role'] == 'assistant' %}</s> {% endif %}{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+)
+MODEL = LlavaConfig(
+    encoder=ViTConfig(
+        8, 4, 24, num_layers=2, num_heads=2, mlp_size=32, class_token=True, pre_norm=True, patch_bias=False,
+        norm_output=False, norm_pooled=True, pooler="token", activation="quick_gelu", family="CLIPVisionModel",
+        norm_eps=1e-5, image_mean=(0.48145466, 0.4578275, 0.40821073), image_std=(0.26862954, 0.26130258, 0.27577711),
+    ),
+    projector=MLPProjectorConfig(32),
+    llm=DecoderConfig(
+        vocab_size=len(ID) + 1, hidden_size=32, num_layers=2, num_heads=4, num_kv_heads=2, mlp_size=48,
+        tie_word_embeddings=False, bos_token_id=1, eos_token_id=(2,), max_position_embeddings=256,
+    ),
+    connection=Connection(layers=(-2,)),
+    image_token_id=IMAGE,
+)  # fmt: skip
+DATA = Mixture(
+    (Weighted(Toy(), 0.5), Weighted(Toy("toy_pairs", pictures=2), 0.3), Weighted(Toy("toy_text", pictures=0), 0.2)),
+    rows=4,
+    length=64,
+    slots=4,
+)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A LLaVA of random weights with its tokenizer and processor, as the hub has them."""
+    folder = tmp_path_factory.mktemp("named") / "llava"
+    module = MODEL.make()
+    abstract = jax.eval_shape(lambda: module.init(jax.random.key(0), module.sample_batch()))["params"]
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(lambda x: 0.1 * rng.normal(size=x.shape).astype(np.float32), nn.meta.unbox(abstract))
+    mllm_jax.save_pretrained(module, params, folder)
+    backend = Tokenizer(models.WordLevel(ID, unk_token="?"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    fast = PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
+    fast.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    fast.chat_template = TEMPLATE
+    fast.save_pretrained(folder)
+    processor = {"image_processor_type": "CLIPImageProcessor", "size": {"shortest_edge": 8}, "crop_size": 8}
+    (folder / "preprocessor_config.json").write_text(json.dumps(processor))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def dialogues(folder):
+    return DialogueEncoder(mllm_jax.Processor.from_pretrained(folder))
+
+
+def experiment(folder, *, cache_features: bool = False, steps: int = 4) -> Experiment:
+    return Experiment(
+        name="named",
+        model=mllm_jax.pretrained_config(folder),
+        tokenizer=TokenizerConfig(folder=str(folder)),
+        pretrained=(Pretrained("*", str(folder)),),
+        log_every=1,
+        checkpoint=CheckpointConfig(every_steps=2),
+        stages=(
+            Stage(
+                "align",
+                NextToken(),
+                ("projector/*",),
+                DATA,
+                steps,
+                AdamW(learning_rate=1e-2, warmup_steps=1),
+                cache_features=cache_features,
+                validation=DATA,
+                validate_every=2,
+                validation_batches=1,
+            ),
+            Stage("instruct", NextToken(), ("projector/*", "llm/*"), DATA, 2, AdamW(learning_rate=1e-3)),
+        ),
+    )
+
+
+def losses(run) -> list[float]:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [line["loss"] for line in lines if "loss" in line]
+
+
+@pytest.fixture(scope="module")
+def run(folder, tmp_path_factory):
+    return train(experiment(folder), tmp_path_factory.mktemp("plain")).path
+
+
+def test_rows_are_the_templates_own(dialogues):
+    turns = (Turn("what colour ?", "red", ""), Turn("which number ?", "7 red", ""))
+    pictures = [np.zeros((8, 8, 3), np.uint8)] * 2
+    e = dialogues.encode(Conversation(2, turns), pictures, 64)
+    text = "<s> user: I I what colour ? assistant: red </s> user: which number ? assistant: 7 red </s>"
+    wanted = [i for word in text.split(" ") for i in ([IMAGE] * 4 if word == "I" else [ID[word]])]
+    assert e.tokens.tolist() == wanted
+    learnt = [word for word, weight in zip(wanted, e.loss_weights, strict=True) if weight]
+    assert learnt == [ID[word] for word in ("red", "</s>", "7", "red", "</s>")]
+    short = dialogues.encode(Conversation(2, turns), pictures, len(wanted) - 1)
+    assert short.dropped_turns == 1 and short.tokens.tolist() == wanted[: len(short.tokens)]
+    with pytest.raises(DataError, match="with its first turn"):
+        dialogues.encode(Conversation(2, turns), pictures, len(short.tokens) - 1)
+    with pytest.raises(DataError, match="has '<image>' in it"):
+        dialogues.encode(Conversation(0, (Turn("what <image> ?", "red", ""),)), [], 64)
+    with pytest.raises(DataError, match="without text"):
+        dialogues.encode(Conversation(0, (Turn("what ?", " ", ""),)), [], 64)
+
+
+def test_packed_examples_say_what_each_says_alone(dialogues, folder):
+    data = Pipeline(DATA, None, dialogues=dialogues, seed=0)
+    batch = data.batch(3)
+    assert {name: (x.shape, x.dtype) for name, x in batch.items()} == data.shapes()
+    assert batch["segments"].max() > 1
+    model, params = mllm_jax.from_pretrained(folder)
+    apply = jax.jit(lambda b: model.apply({"params": params}, b).logits)
+    packed = np.asarray(apply(batch))
+    plan = data.plan.step(3)
+    for row, examples in enumerate(plan[:2]):
+        place = 0
+        for source, index in examples:
+            alone = data.dialogues.encode(
+                data.sources[source].conversation(index), data.sources[source].images(index), DATA.length
+            )
+            single = pack_dialogues([[alone]] * DATA.rows, dialogues.layout, DATA.length, DATA.slots)
+            n = len(alone.tokens)
+            np.testing.assert_allclose(packed[row, place : place + n], np.asarray(apply(single))[0, :n], atol=2e-5)
+            place += n
+
+
+def test_stages_train_from_the_checkpoint_and_leave_as_a_folder(folder, run, tmp_path, capsys, monkeypatch):
+    # Stored configs name classes of the package only, and the toys are none.
+    monkeypatch.setattr(RunFolder, "experiment", lambda self: experiment(folder))
+    _, before = mllm_jax.from_pretrained(folder)
+    _, model, params, tokenizer, _ = load_run(RunFolder(run))
+    assert tokenizer is None
+    same = jax.tree.map(lambda a, b: bool((np.asarray(a) == np.asarray(b)).all()), before, params)
+    assert all(jax.tree.leaves(same["encoder"])) and not any(jax.tree.leaves(same["projector"]))
+    found = losses(run)
+    assert len(found) == 6 and np.isfinite(found).all() and found[3] < found[0]
+    assert main(["convert", str(run), str(tmp_path / "out")]) == 0
+    assert "written to" in capsys.readouterr().out
+    again, read = mllm_jax.from_pretrained(tmp_path / "out")
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(np.asarray(a), np.asarray(b)), read, params)
+    assert again.config == model.config
+    processor = mllm_jax.Processor.from_pretrained(tmp_path / "out")
+    assert processor.tokenizer.backend.chat_template == TEMPLATE
+
+
+def test_kept_features_change_no_loss(folder, run, tmp_path):
+    cached = train(experiment(folder, cache_features=True), tmp_path).path
+    np.testing.assert_allclose(losses(cached), losses(run), rtol=1e-5)
+    (features,) = (cached / "features").iterdir()
+    held = (features / "keys.bin").stat().st_size // 16
+    shown = {
+        image.tobytes()
+        for step in range(4)
+        for image in Pipeline(DATA, None, dialogues=DialogueEncoder(mllm_jax.Processor.from_pretrained(folder)), seed=0)
+        .batch(step)["images"]
+        .reshape(-1, 192)
+    }
+    assert held >= len(shown), "every picture of the stage, and those of its validation"
+
+
+def test_the_cache_encodes_once_and_survives_a_kill(tmp_path):
+    calls = []
+
+    def encode(images):
+        calls.append(len(images))
+        return images.astype(np.float32).mean(axis=(1, 2))[:, None] * np.ones((1, 2, 1), np.float32)
+
+    images = np.random.default_rng(0).integers(0, 256, (2, 2, 4, 4, 3), dtype=np.uint8)
+    images[1, 1] = images[0, 0]
+    cache = FeatureCache(tmp_path, encode, (2, 3), "float32")
+    one = cache({"images": images, "tokens": np.zeros(2)})
+    assert calls == [3] and set(one) == {"features", "tokens"} and one["features"].shape == (2, 2, 2, 3)
+    np.testing.assert_allclose(one["features"][:, :, 0], images.astype(np.float32).mean(axis=(2, 3)), rtol=1e-6)
+    cache.close()
+    with (tmp_path / "features.bin").open("ab") as file:
+        file.write(b"torn")  # what a kill between the two writes leaves
+    again = FeatureCache(tmp_path, encode, (2, 3), "float32")
+    assert len(again) == 3
+    np.testing.assert_array_equal(again({"images": images})["features"], one["features"])
+    assert calls == [3]
+    other = 255 - images
+    np.testing.assert_allclose(
+        again({"images": other})["features"][:, :, 1], other.astype(np.float32).mean(axis=(2, 3)), rtol=1e-6
+    )
+    again.close()
+
+
+@pytest.mark.parametrize(
+    "change,message",
+    [
+        (lambda e: replace(e, tokenizer=TokenizerConfig(vocab_size=8)), "without TokenizerConfig"),
+        (
+            lambda e: replace(e, stages=(replace(e.stages[0], cache_features=True, trainable=("*",)),)),
+            "cache_features of LlavaConfig",
+        ),
+        (lambda e: replace(e, pretrained=(Pretrained("*", "x"), Pretrained("llm", "x"))), "or '\\*' alone"),
+        (
+            lambda e: replace(e, model=replace(e.model, llm=replace(e.model.llm, rope_theta=7.0))),
+            "as model, which is another model",
+        ),
+    ],
+)
+def test_what_does_not_fit_is_refused(folder, tmp_path, change, message):
+    with pytest.raises(ConfigError, match=message):
+        train(change(experiment(folder)), tmp_path)
