@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from mllm_jax.encoders import qwen_vit, qwen_vit_v1
+from mllm_jax.encoders import qwen_vit
 from mllm_jax.encoders.qwen_patches import lay_out_patches, window_numbers
 from mllm_jax.encoders.qwen_vit import QwenViTConfig, from_hf_config, to_hf_config
 from mllm_jax.encoders.qwen_vit_v1 import QwenViTV1Config
 from mllm_jax.errors import ConfigError, DataError
 from mllm_jax.layers.interpolation import bilinear_packed
-from mllm_jax.models.registry import abstract_params
+from mllm_jax.models.registry import abstract_init, abstract_params
 from mllm_jax.sharding.logical import RULES
 
 SIZES = dict(patch_size=2, hidden_size=16, num_layers=3, num_heads=2, mlp_size=24, output_size=12)
@@ -45,20 +45,23 @@ V1 = QwenViTV1Config(
     num_layers=2,
     num_heads=2,
     mlp_ratio=2.0,
-    num_queries=4,
-    output_size=128,
 )
 
 
 def family(config):
-    home = qwen_vit_v1 if isinstance(config, QwenViTV1Config) else qwen_vit
-    return next(f for f in home.FAMILIES if config.family in f.architectures)
+    return next(f for f in qwen_vit.FAMILIES if config.family in f.architectures)
+
+
+def abstract_of(config):
+    if config is V1:
+        return abstract_init(config.make(), np.zeros((1, 12, 12, 3), np.float32))
+    return abstract_params(config, family(config))
 
 
 def random_params(config):
     """Every parameter random, without compiling `init`."""
     rng = np.random.default_rng(0)
-    abstract = nn.meta.unbox(abstract_params(config, family(config)))
+    abstract = nn.meta.unbox(abstract_of(config))
     return jax.tree.map(lambda x: 0.4 * rng.normal(size=x.shape).astype(np.float32), abstract)
 
 
@@ -199,7 +202,8 @@ def test_remat_changes_no_gradient(config):
     def gradient(config):
         def loss(params):
             out = config.make().apply({"params": params}, *inputs)
-            return sum(jnp.sin(x).sum() for x in (out.pooler_output, *getattr(out, "deepstack_features", ())))
+            tokens = out.last_hidden_state if out.pooler_output is None else out.pooler_output
+            return sum(jnp.sin(x).sum() for x in (tokens, *getattr(out, "deepstack_features", ())))
 
         return jax.jit(jax.grad(loss))(params)
 
@@ -209,7 +213,7 @@ def test_remat_changes_no_gradient(config):
 
 @pytest.mark.parametrize("config", [WINDOWED, DEEP, V1], ids=["windows", "deepstack", "first"])
 def test_every_parameter_has_logical_names_and_bfloat16_computes_in_it(config):
-    abstract = abstract_params(config, family(config))
+    abstract = abstract_of(config)
     boxes = jax.tree.leaves(abstract, is_leaf=lambda x: isinstance(x, nn.meta.AxisMetadata))
     for box in boxes:
         assert isinstance(box, nn.LogicallyPartitioned) and len(box.names) == box.value.ndim
@@ -217,7 +221,8 @@ def test_every_parameter_has_logical_names_and_bfloat16_computes_in_it(config):
     stacked = [abstract["layers"]] + ([abstract["deepstack_mergers"]] if config is DEEP else [])
     for box in jax.tree.leaves(stacked, is_leaf=lambda x: isinstance(x, nn.meta.AxisMetadata)):
         assert box.names[0] == "layers"
-    half, arguments = replace(config, dtype="bfloat16").make(), family(config).sample(config)
+    arguments = (np.zeros((1, 12, 12, 3), np.float32),) if config is V1 else family(config).sample(config)
+    half = replace(config, dtype="bfloat16").make()
     out = jax.eval_shape(half.apply, {"params": nn.meta.unbox(abstract)}, *arguments)
     assert {leaf.dtype for leaf in jax.tree.leaves(out)} == {jnp.dtype("bfloat16")}
 
@@ -237,17 +242,17 @@ def test_pictures_that_do_not_fit_the_first_tower_are_refused(shape):
 
 
 def test_the_first_tower_takes_pictures_of_any_size():
-    """As many media tokens whatever the size; the fixed positions have no gradient."""
+    """Positions are stretched; each patch stays one vector."""
     params = random_params(V1)
     pixels = np.random.default_rng(0).normal(size=(2, 8, 20, 3)).astype(np.float32)
 
     def total(params):
         out = V1.make().apply({"params": params}, pixels)
-        return jnp.sin(out.pooler_output).sum(), out
+        return jnp.sin(out.last_hidden_state).sum(), out
 
     grads, out = jax.jit(jax.grad(total, has_aux=True))(params)
-    assert out.last_hidden_state.shape == (2, 10, 12) and out.pooler_output.shape == (2, 4, 128)
-    assert not grads["resampler"]["positions"].any() and grads["position_embedding"].any()
+    assert out.last_hidden_state.shape == (2, 10, 12) and out.class_tokens == 0 and V1.grid == 3
+    assert grads["position_embedding"].any()
 
 
 # ---- configs
@@ -273,11 +278,9 @@ def test_impossible_configs_are_refused(change, message):
 @pytest.mark.parametrize(
     "change,message",
     [
-        (dict(num_queries=5), "a square number"),
         (dict(num_positions=8), "a square number"),
         (dict(image_size=13), "whole number of patches"),
         (dict(num_heads=5), "heads that divide"),
-        (dict(output_size=100), "a multiple of the heads' size"),
     ],
     ids=lambda x: "",
 )
@@ -364,28 +367,14 @@ def test_what_the_family_has_no_option_for_is_not_written(change):
         to_hf_config(replace(plain, family="Nobody"))
 
 
-def test_the_first_towers_config():
-    hub = dict(heads=16, image_size=448, image_start_id=151857, layers=48, mlp_ratio=4.9231, output_dim=4096)
-    hub |= dict(patch_size=14, width=1664)
-    config = qwen_vit_v1.from_hf_config(dict(architectures=["QWenLMHeadModel"], visual=hub, vocab_size=9))
-    assert config == QwenViTV1Config() and config.mlp_size == 8192
-    assert qwen_vit_v1.from_hf_config(qwen_vit_v1.to_hf_config(config)) == config
-    with pytest.raises(ConfigError, match="heads of 16"):
-        qwen_vit_v1.to_hf_config(replace(config, query_head_dim=16))
-    with pytest.raises(ConfigError, match="ls_init_value"):
-        qwen_vit_v1.from_hf_config(dict(visual=hub | dict(ls_init_value=0.1)))
-
-
-# Transformers' classes are counted in tests/parity. Of the first tower's, 1,842,770,688 are the ViT's (1.9 billion in
-# the paper) and 76,054,528 the resampler's (0.08 billion); the rest is the last norm and map.
+# Transformers' classes are counted in tests/parity.
 @pytest.mark.parametrize(
     "config,count",
     [
         (from_hf_config(dict(model_type="qwen2_5_vl", vision_config=HUB["qwen2_5_vl"])), 668_684_288),
         (from_hf_config(dict(model_type="qwen2_vl", vision_config=HUB["qwen2_vl"])), 675_759_104),
-        (QwenViTV1Config(), 1_935_610_624),
     ],
-    ids=["2.5-3B", "2-7B", "first"],
+    ids=["2.5-3B", "2-7B"],
 )
 def test_full_size_parameter_counts(config, count):
     assert sum(leaf.size for leaf in jax.tree.leaves(abstract_params(config, family(config)))) == count

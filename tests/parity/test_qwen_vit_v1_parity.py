@@ -14,9 +14,10 @@ from einops import rearrange
 from safetensors.numpy import save_file
 
 from mllm_jax.checkpoints.hf import hub_tensors, read_weights
-from mllm_jax.encoders.qwen_vit_v1 import FAMILIES, from_hf_config, sincos_positions, table
 from mllm_jax.layers.interpolation import bicubic_grid
+from mllm_jax.models.qwen_vl_v1 import FAMILIES, read_tower, tower_table
 from mllm_jax.models.registry import abstract_params
+from mllm_jax.projectors.resampler import ResamplerLayer, sincos_positions
 
 GOLDEN = Path(__file__).parents[1] / "goldens" / "qwenvl_v1_visual"
 
@@ -36,9 +37,10 @@ def weights(golden):
 def config():
     """Sizes that the reference has fixed were made small for the recording: positions, and heads of the resampler."""
     values = json.loads(GOLDEN.with_suffix(".json").read_text("utf-8"))["config"]
-    small = dict(num_positions=values.pop("pos_grid") ** 2, query_head_dim=values.pop("resampler_head_dim"))
-    read = from_hf_config({"visual": values | {"output_dim": 128}})
-    return replace(read, output_size=values["output_dim"], **small)
+    positions, head_dim = values.pop("pos_grid") ** 2, values.pop("resampler_head_dim")
+    read = read_tower({"visual": values | {"output_dim": 128}})
+    projector = replace(read.projector, output_size=values["output_dim"], head_dim=head_dim)
+    return replace(read, encoder=replace(read.encoder, num_positions=positions), projector=projector)
 
 
 @pytest.fixture(scope="module", params=["", "transformer.visual."], ids=["alone", "in a whole model"])
@@ -54,7 +56,7 @@ def params(request, weights, config, tmp_path_factory):
         )
         stored |= {name: np.ones(3, np.float32) for name in language}
     save_file(stored, folder / "model.safetensors")
-    return read_weights(folder, table(config), abstract_params(config, FAMILIES[0]))
+    return read_weights(folder, tower_table(config), abstract_params(config, FAMILIES[0]))
 
 
 def test_every_stage(params, config, golden, assert_close):
@@ -67,24 +69,41 @@ def test_every_stage(params, config, golden, assert_close):
         )
 
     out, kept = run(params)
-    kept = kept["intermediates"]
     assert len(out.hidden_states) == 4
     for layer, name in enumerate(("ln_pre", "block0", "block1", "block2")):
         assert_close(out.hidden_states[layer], golden[f"outputs/{name}"], 1e-5, name)
     assert_close(out.last_hidden_state, golden["outputs/block2"], 1e-5)
-    positions = params["resampler"]["positions"]
-    queries = np.broadcast_to(kept["resampler"]["query_norm"]["__call__"][0] + positions, (2, 9, 64))
-    assert_close(queries, golden["outputs/resampler_q_in"], 1e-5, "queries")
-    values = kept["resampler"]["kv_norm"]["__call__"][0]
-    assert_close(values, golden["outputs/resampler_v_in"], 1e-5, "values")
-    assert_close(values + bicubic_grid(positions, 4, 4), golden["outputs/resampler_k_in"], 1e-5, "keys")
-    assert_close(kept["resampler"]["__call__"][0], golden["outputs/attn_pool"], 1e-5, "resampler")
-    assert_close(kept["post_norm"]["__call__"][0], golden["outputs/ln_post"], 1e-5, "post norm")
+    normed = kept["intermediates"]["projector"]["output_norm"]["__call__"][0]
+    assert_close(normed, golden["outputs/ln_post"], 1e-5, "post norm")
     assert_close(out.pooler_output, golden["outputs/output"], 1e-5, "media tokens")
 
 
+def test_every_stage_of_the_resampler(params, config, golden, assert_close):
+    """Its one layer by itself: a scan keeps what happens inside to itself."""
+    own = params["projector"]
+    positions = own["positions"]
+    features = golden["outputs/block2"] @ own["kv_projection"]["kernel"]
+    queries = np.broadcast_to(own["query"], (2, 9, 64))
+    layer = jax.tree.map(lambda x: x[0], own["layers"])
+    places = positions, bicubic_grid(positions, 4, 4)
+
+    @jax.jit
+    def run(layer):
+        module = ResamplerLayer(config.projector)
+        return module.apply(
+            {"params": layer}, queries, None, features, *places, capture_intermediates=True, mutable="intermediates"
+        )
+
+    (found, _), kept = run(layer)
+    kept = {name: value["__call__"][0] for name, value in kept["intermediates"].items() if name != "__call__"}
+    assert_close(kept["query_norm"] + positions, golden["outputs/resampler_q_in"], 1e-5, "queries")
+    assert_close(kept["kv_norm"], golden["outputs/resampler_v_in"], 1e-5, "values")
+    assert_close(kept["kv_norm"] + places[1], golden["outputs/resampler_k_in"], 1e-5, "keys")
+    assert_close(found, golden["outputs/attn_pool"], 1e-5, "resampler")
+
+
 def test_the_names_are_written_as_they_were_read(params, config, weights):
-    written = {name: get() for name, get in hub_tensors(table(config), params).items()}
+    written = {name: get() for name, get in hub_tensors(tower_table(config), params).items()}
     assert written.keys() == weights.keys()
     for name, array in weights.items():
         np.testing.assert_array_equal(written[name], array, err_msg=name)

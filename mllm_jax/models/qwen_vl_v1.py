@@ -1,0 +1,174 @@
+"""The first Qwen-VL (arXiv 2308.12966): a ViT-bigG, a resampler with 256 queries and the first Qwen.
+
+Its folders have the architecture of the language model, `QWenLMHeadModel`, with a part `visual` in config.json.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import jax.numpy as jnp
+from flax import linen as nn
+
+from mllm_jax.checkpoints.options import Options
+from mllm_jax.checkpoints.table import Family, Table, Weight
+from mllm_jax.encoders import qwen_vit_v1
+from mllm_jax.encoders.hub import nested
+from mllm_jax.encoders.qwen_vit_v1 import NORM_EPS, QwenViTV1Config
+from mllm_jax.encoders.vit import VisionOutput
+from mllm_jax.errors import ConfigError
+from mllm_jax.projectors.resampler import ResamplerConfig
+
+# Qwen-VL's repository has no class for the tower alone, and its folders no architecture of its own: this is ours.
+TOWER = "QWenVisionTransformer"
+
+
+# ---- the tower: ViT and resampler
+
+
+@dataclass(frozen=True)
+class QwenVLTowerConfig:
+    """The ViT and the resampler behind it, without a language model: `VisionTransformer` of visual.py."""
+
+    encoder: QwenViTV1Config = QwenViTV1Config()
+    projector: ResamplerConfig = ResamplerConfig(output_size=4096)
+    family: str = TOWER
+
+    @property
+    def dtype(self) -> str:
+        return self.encoder.dtype
+
+    def with_dtype(self, dtype: str) -> QwenVLTowerConfig:
+        """The same tower with both parts computing in `dtype`."""
+        parts = replace(self.encoder, dtype=dtype), replace(self.projector, dtype=dtype)
+        return replace(self, encoder=parts[0], projector=parts[1])
+
+    def make(self) -> QwenVLTower:
+        return QwenVLTower(self)
+
+
+class QwenVLTower(nn.Module):
+    """Pixels to media tokens."""
+
+    config: QwenVLTowerConfig
+
+    def setup(self):
+        self.encoder = self.config.encoder.make()
+        self.projector = self.config.projector.make()
+
+    def __call__(self, pixels, output_hidden_states: bool = False) -> VisionOutput:
+        """Encodes normalised pixels float[B, H, W, 3].
+
+        Returns:
+            last_hidden_state [B, N, E] is what the resampler reads; pooler_output [B, num_queries, output_size] are
+            the media tokens, the only output of the reference.
+
+        Raises:
+            DataError: pictures that are not square or no whole number of patches.
+        """
+        out = self.encoder(pixels, output_hidden_states)
+        return out.replace(pooler_output=self.projector(out.last_hidden_state))
+
+
+def read_tower(values: Mapping) -> QwenVLTowerConfig:
+    """The `visual` part of a Qwen-VL config.json, alone or within the whole, whose other entries are not read.
+
+    Raises:
+        ConfigError: no such part, or an option that is not supported.
+    """
+    options = Options(values.get("visual") or values, "the visual part of Qwen-VL's config.json")
+    encoder = qwen_vit_v1.read_sizes(options)
+    projector = ResamplerConfig(
+        output_size=options("output_dim"), num_queries=options("n_queries", 256), norm_eps=NORM_EPS
+    )
+    options.skip("image_start_id")  # where the LLM's text has a picture
+    options.done()
+    return QwenVLTowerConfig(encoder, projector)
+
+
+def write_tower(config: QwenVLTowerConfig) -> dict:
+    """The reverse. Raises ConfigError: sizes that the reference has fixed, or another resampler."""
+    encoder, projector = config.encoder, config.projector
+    fixed = ResamplerConfig(projector.output_size, num_queries=projector.num_queries)
+    how = ("dtype", "remat", "scan_unroll")
+    fixed = replace(fixed, **{name: getattr(projector, name) for name in how})
+    default = QwenViTV1Config()
+    given = (encoder.num_positions, encoder.image_mean, encoder.image_std, config.family)
+    expected = (default.num_positions, default.image_mean, default.image_std, TOWER)
+    if given != expected or projector != fixed:
+        raise ConfigError(
+            f"Qwen-VL's ViT with (positions, mean, std, family) {given} and {projector}",
+            f"{expected} and {fixed}: no option says otherwise",
+            "change them",
+        )
+    return dict(
+        architectures=[TOWER],
+        **qwen_vit_v1.write_sizes(encoder),
+        n_queries=projector.num_queries,
+        output_dim=projector.output_size,
+    )
+
+
+def resampler_weights(c: ResamplerConfig, feature_size: int) -> tuple[Weight, ...]:
+    """The resampler's weights under the names of visual.py; its one layer has no number there.
+
+    Args:
+        feature_size: width of what it reads.
+    """
+    layer, attention, heads = "layers", "attn_pool.attn", {"h": c.head_dim}
+    weights = [
+        Weight("attn_pool.query", "query"),
+        Weight("attn_pool.pos_embed", "positions"),
+        Weight("proj", "projection/kernel"),
+        Weight(f"{attention}.out_proj.weight", f"{layer}/out/kernel", "e (n h) -> 1 n h e", heads),
+        Weight(f"{attention}.out_proj.bias", f"{layer}/out/bias", "e -> 1 e"),
+    ]
+    for name, path, pattern in (
+        ("attn_pool.ln_q", f"{layer}/query_norm", "e -> 1 e"),
+        ("attn_pool.ln_kv", f"{layer}/kv_norm", "e -> 1 e"),
+        ("ln_post", "output_norm", ""),
+    ):
+        weights.append(Weight(f"{name}.weight", f"{path}/scale", pattern))
+        weights.append(Weight(f"{name}.bias", f"{path}/bias", pattern))
+    if feature_size != c.width:
+        weights.append(Weight("attn_pool.kv_proj.weight", "kv_projection/kernel", "o i -> i o"))
+    for part, letter in enumerate("qkv"):
+        rows, path = (part * c.width, (part + 1) * c.width), f"{layer}/{letter}"
+        weights.append(Weight(f"{attention}.in_proj_weight", f"{path}/kernel", "(n h) e -> 1 e n h", heads, rows))
+        weights.append(Weight(f"{attention}.in_proj_bias", f"{path}/bias", "(n h) -> 1 n h", heads, rows))
+    return tuple(weights)
+
+
+def vision_weights(encoder: QwenViTV1Config, projector: ResamplerConfig, name: str = "") -> tuple[Weight, ...]:
+    """Both parts' weights; names begin with `name`."""
+    resampler = Table(resampler_weights(projector, encoder.hidden_size))
+    return nested(qwen_vit_v1.table(encoder), name, "encoder/") + nested(resampler, name, "projector/")
+
+
+def tower_table(config: QwenVLTowerConfig) -> Table:
+    """The tower's weights; in a whole model's folder the LLM's are passed over."""
+    spellings = (
+        (r"^(?:transformer\.)?visual\.", ""),
+        (r"^(?:transformer\.(?:wte|h|ln_f|rotary_emb)|lm_head)\..+$", "language_model"),
+    )
+    return Table(vision_weights(config.encoder, config.projector), spellings, ("language_model",))
+
+
+def tower_sample(config: QwenVLTowerConfig) -> tuple:
+    """Arguments with which `init` creates every parameter."""
+    side = config.encoder.image_size
+    return (jnp.zeros((1, side, side, 3)),)
+
+
+FAMILIES = (
+    Family(
+        "Qwen-VL (first) ViT and resampler",
+        (TOWER,),
+        read_tower,
+        write_tower,
+        tower_table,
+        tower_sample,
+        oracle="recorded outputs of Qwen-VL-Chat's visual.py",
+    ),
+)

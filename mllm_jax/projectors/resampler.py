@@ -1,0 +1,226 @@
+"""Cross-attention resampler: learned queries read a picture of any number of patches, and are its media tokens.
+
+Its switches make it Qwen-VL's (arXiv 2308.12966, section 2.1), whose defaults these are, or the Perceiver resampler of
+Flamingo (arXiv 2204.14198, section 3.1) and its descendants, Idefics and Idefics2.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+from mllm_jax.errors import DataError
+from mllm_jax.layers.attention import attention
+from mllm_jax.layers.interpolation import bicubic_grid
+from mllm_jax.layers.linear import Linear
+from mllm_jax.layers.mlp import ACTIVATIONS, MLP
+from mllm_jax.layers.norms import LayerNorm, RMSNorm
+from mllm_jax.layers.requirements import Requirements
+from mllm_jax.layers.stack import scan_layers
+from mllm_jax.sharding.logical import constrain
+
+POSITIONS = ("sincos", "none")
+
+
+@dataclass(frozen=True)
+class ResamplerConfig:
+    """Sizes and switches of a resampler.
+
+    Attributes:
+        output_size: the LLM's hidden size.
+        hidden_size: None is output_size; features of another width are mapped to it first, without a bias.
+        num_queries: media tokens of a picture; a square number with "sincos" positions.
+        num_kv_heads: None is num_heads, which is hidden_size / head_dim unless it is given.
+        positions: "sincos" adds fixed 2-D positions to queries and keys, not to values; "none" adds nothing.
+        attends_itself: the queries stand behind the features among the keys and values (Flamingo).
+        residual: what attention finds is added to the queries, instead of taking their place.
+        mlp_size: None, or the width of a pre-norm MLP behind each attention; it is always added.
+        gated, activation: of that MLP; True and "silu" are SwiGLU.
+        bias: of the attention's maps; the MLP has none.
+        qk_norm: a LayerNorm of each head's queries and keys.
+        norm: "layer" or "rms".
+        output_map: a norm and a linear map without bias lead out; without it a norm does, and hidden_size is
+            output_size.
+    """
+
+    output_size: int
+    hidden_size: int | None = None
+    num_queries: int = 256
+    num_layers: int = 1
+    num_heads: int | None = None
+    num_kv_heads: int | None = None
+    head_dim: int = 128
+    positions: str = "sincos"
+    attends_itself: bool = False
+    residual: bool = False
+    mlp_size: int | None = None
+    gated: bool = False
+    activation: str = "relu"
+    bias: bool = True
+    qk_norm: bool = False
+    norm: str = "layer"
+    norm_eps: float = 1e-6
+    output_map: bool = True
+    dtype: str = "float32"
+    remat: str = "none"
+    scan_unroll: int = 1
+
+    def __post_init__(self):
+        require = Requirements("resampler", self)
+        require.one_of("positions", POSITIONS)
+        require.one_of("norm", ("layer", "rms"))
+        require.one_of("activation", ACTIVATIONS)
+        require(
+            self.num_queries > 0 and self.num_layers > 0,
+            f"{self.num_queries} queries, {self.num_layers} layers",
+            "at least one of each",
+            "change num_queries or num_layers",
+        )
+        require(
+            self.positions == "none" or (self.num_queries == math.isqrt(self.num_queries) ** 2 and self.width % 4 == 0),
+            f"sincos positions of {self.num_queries} queries of width {self.width}",
+            "a square number, for they form a grid, and a width that is a multiple of 4",
+            "change num_queries, hidden_size or positions",
+        )
+        require(
+            self.num_heads is not None or self.width % self.head_dim == 0,
+            f"width {self.width} in heads of {self.head_dim}",
+            "heads that fill it",
+            "change head_dim, or set num_heads",
+        )
+        require(
+            self.heads > 0 and self.heads % self.kv_heads == 0,
+            f"{self.heads} heads, {self.kv_heads} key-value heads",
+            "a number of heads that the key-value heads divide",
+            "change num_heads or num_kv_heads",
+        )
+        require(
+            self.output_map or self.width == self.output_size,
+            f"hidden_size {self.width} and output_size {self.output_size} without a map between them",
+            "output_map, or equal sizes",
+            "change one of them",
+        )
+
+    @property
+    def width(self) -> int:
+        """hidden_size as it is used."""
+        return self.hidden_size or self.output_size
+
+    @property
+    def heads(self) -> int:
+        """num_heads as it is used."""
+        return self.num_heads or self.width // self.head_dim
+
+    @property
+    def kv_heads(self) -> int:
+        """num_kv_heads as it is used."""
+        return self.num_kv_heads or self.heads
+
+    @property
+    def pointwise(self) -> bool:
+        return False
+
+    def num_tokens(self, grid: int) -> int:
+        """Media tokens of a picture of grid x grid patches: as many as there are queries."""
+        return self.num_queries
+
+    def make(self) -> Resampler:
+        return Resampler(self)
+
+
+def sincos_positions(side: int, width: int) -> np.ndarray:
+    """float32[side^2, width]: sines and cosines of the column, then of the row, half of the width each."""
+    frequencies = (1.0 / 10_000 ** (np.arange(width // 4) / np.float32(width / 4))).astype(np.float32)
+    rows, columns = np.divmod(np.arange(side**2, dtype=np.float32), side)
+    parts = [f(places[:, None] * frequencies) for places in (columns, rows) for f in (np.sin, np.cos)]
+    return np.concatenate(parts, axis=1).astype(np.float32)
+
+
+def _norm(c: ResamplerConfig, name: str) -> nn.Module:
+    return (RMSNorm if c.norm == "rms" else LayerNorm)(c.norm_eps, jnp.dtype(c.dtype), name=name)
+
+
+class ResamplerLayer(nn.Module):
+    """Attention of the queries to the features, and an MLP where there is one."""
+
+    config: ResamplerConfig
+
+    @nn.compact
+    def __call__(self, queries, _, features, query_places, key_places):
+        """queries [B, Q, E], features [B, P, E]; positions of both [Q, E], [P, E] or None -> [B, Q, E]"""
+        c = self.config
+        dtype = jnp.dtype(c.dtype)
+        x, found = _norm(c, "query_norm")(queries), _norm(c, "kv_norm")(features)
+        q = x if query_places is None else x + query_places.astype(dtype)
+        keys = found if key_places is None else found + key_places.astype(dtype)
+        if c.attends_itself:
+            keys, found = jnp.concatenate([keys, q], axis=1), jnp.concatenate([found, x], axis=1)
+        kv_names = ("embed", "kv_heads", "head_dim")
+        common = dict(use_bias=c.bias, dtype=dtype)
+        q = Linear((c.heads, c.head_dim), ("embed", "heads", "head_dim"), **common, name="q")(q)
+        k = Linear((c.kv_heads, c.head_dim), kv_names, **common, name="k")(keys)
+        v = Linear((c.kv_heads, c.head_dim), kv_names, **common, name="v")(found)
+        if c.qk_norm:
+            q = LayerNorm(c.norm_eps, dtype, axis="head_dim", name="q_norm")(q)
+            k = LayerNorm(c.norm_eps, dtype, axis="head_dim", name="k_norm")(k)
+        y = Linear((c.width,), ("heads", "head_dim", "embed"), in_ndim=2, **common, name="out")(attention(q, k, v))
+        queries = queries + y if c.residual else y
+        if c.mlp_size is not None:
+            mlp = MLP(c.mlp_size, c.activation, c.gated, use_bias=False, dtype=dtype, name="mlp")
+            queries = queries + mlp(_norm(c, "mlp_norm")(queries))
+        return constrain(queries, "batch", "queries", None), None
+
+
+class Resampler(nn.Module):
+    """Features to a fixed number of media tokens."""
+
+    config: ResamplerConfig
+
+    @nn.compact
+    def __call__(self, features):
+        """dtype[N, P, F] -> dtype[N, num_queries, output_size]
+
+        Raises:
+            DataError: "sincos" positions for patches that form no square grid.
+        """
+        c = self.config
+        dtype = jnp.dtype(c.dtype)
+        shape, names = (c.num_queries, c.width), ("queries", "embed")
+        init = nn.with_logical_partitioning(nn.initializers.normal(0.02), names)
+        queries = self.param("query", init, shape, jnp.float32).astype(dtype)
+        query_places = key_places = None
+        if c.positions == "sincos":
+            query_places, key_places = self._places(features.shape[1], shape, names)
+        x = features
+        if x.shape[-1] != c.width:
+            x = Linear((c.width,), ("channels", "embed"), dtype=dtype, name="kv_projection")(x)
+        layers = scan_layers(
+            ResamplerLayer, num_layers=c.num_layers, remat=c.remat, unroll=c.scan_unroll, num_broadcast=3
+        )
+        y = jnp.broadcast_to(queries, (x.shape[0], *shape))
+        y, _ = layers(c, name="layers")(y, None, x.astype(dtype), query_places, key_places)
+        y = _norm(c, "output_norm")(y)
+        return Linear((c.output_size,), ("channels", "embed"), dtype=dtype, name="projection")(y) if c.output_map else y
+
+    def _places(self, patches: int, shape, names) -> tuple[jax.Array, jax.Array]:
+        """The positions of queries and of patches, which are the queries' stretched to their grid."""
+        side = math.isqrt(patches)
+        if side**2 != patches:
+            raise DataError(
+                f"{patches} vectors of a picture for a resampler with sincos positions",
+                "a square grid of patches, without a class token",
+                "change the connection, or the resampler's positions to 'none'",
+            )
+
+        def fixed(*_):
+            return jnp.asarray(sincos_positions(math.isqrt(shape[0]), shape[1]))
+
+        # Not learnt, but stored: checkpoints hold it rounded to their own precision.
+        table = self.param("positions", nn.with_logical_partitioning(fixed, names), shape, jnp.float32)
+        table = jax.lax.stop_gradient(table)
+        return table, bicubic_grid(table, side, side)
