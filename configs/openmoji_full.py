@@ -8,7 +8,7 @@ from pathlib import Path
 
 from mllm_jax.training.config import Experiment
 
-STEPS = {"language": 420, "contrastive": 380, "align": 20, "describe": 250, "instruct": 650}
+STEPS = {"language": 600, "contrastive": 400, "align": 20, "describe": 250, "instruct": 650}
 
 
 def config() -> Experiment:
