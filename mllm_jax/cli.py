@@ -260,8 +260,12 @@ def evaluate_command(arguments: list[str]) -> int:
 
 def generate_command(arguments: list[str]) -> int:
     options = tyro.cli(Generate, args=arguments, prog="mllm generate")
-    if _is_language_model(options.run):
-        return _complete(options)
+    if _is_model(options.run):
+        from mllm_jax.inference.ask import ask
+
+        asked = Options(max_new_tokens=options.max_new_tokens)
+        print(ask(options.run, options.question, options.image, asked, options.sampling))
+        return 0
     experiment = _experiment_of(options.run)
     if not isinstance(experiment.model, MultimodalConfig):
         raise ConfigError(
@@ -294,55 +298,11 @@ def generate_command(arguments: list[str]) -> int:
     return 0
 
 
-def _is_language_model(folder: Path) -> bool:
+def _is_model(folder: Path) -> bool:
     """Whether a folder holds a model to be loaded, not a training run."""
     from mllm_jax.checkpoints.native import is_native
 
     return is_native(folder) or any(folder.glob("*.safetensors"))
-
-
-def _complete(options: Generate) -> int:
-    from mllm_jax.models.registry import has_layout, pretrained_config
-
-    if has_layout(pretrained_config(options.run)):
-        return _describe(options)
-    if options.image:
-        raise ConfigError(
-            f"{options.run} with {len(options.image)} picture(s)",
-            "a question in words only: this folder holds a language model",
-            "leave out --image, or name a model that reads pictures",
-        )
-
-    from mllm_jax.inference.language import LanguageGenerator
-
-    generator = LanguageGenerator.load(options.run)
-    prompt = options.question
-    if generator.tokenizer.has_template:
-        prompt = [{"role": "user", "content": prompt}]
-    answers = generator.generate([prompt], Options(max_new_tokens=options.max_new_tokens), options.sampling)
-    print(answers[0].text)
-    return 0
-
-
-def _describe(options: Generate) -> int:
-    """An answer of a named model, LLaVA or another, from its folder."""
-    from mllm_jax.data.images import read_image
-    from mllm_jax.inference.multimodal import generate
-    from mllm_jax.models.processor import Processor
-    from mllm_jax.models.registry import from_pretrained
-
-    # What is small first: a wrong path should not have to wait for the weights.
-    pictures = [read_image(path) for path in options.image]
-    processor = Processor.from_pretrained(options.run)
-    text = options.question
-    if processor.tokenizer.has_template:
-        parts = [{"type": "image"}] * len(pictures) + [{"type": "text", "text": text}]
-        text = [{"role": "user", "content": parts}]
-    batch = processor(text, images=pictures)
-    model, params = from_pretrained(options.run)
-    asked = Options(max_new_tokens=options.max_new_tokens)
-    print(generate(model, params, batch, processor, asked, options.sampling)[0])
-    return 0
 
 
 def chat_command(arguments: list[str]) -> int:
