@@ -12,6 +12,7 @@ import torch
 import transformers
 
 from mllm_jax.checkpoints.hf import hub_tensors
+from mllm_jax.models.multimodal import MultimodalOutput
 from mllm_jax.models.registry import family_of_config, from_pretrained, save_pretrained
 from mllm_jax.training.objectives.next_token import NextToken
 
@@ -236,7 +237,7 @@ def test_next_token_loss_and_every_gradient(case, load, assert_close):
     loss.backward()
 
     def apply(p, b):
-        return module.apply({"params": p}, b["tokens"], b["positions"], b["segments"])
+        return MultimodalOutput(logits=module.apply({"params": p}, b["tokens"], b["positions"], b["segments"]))
 
     def ours(p):
         return NextToken().loss(apply, p, batch, None)
