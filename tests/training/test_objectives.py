@@ -5,12 +5,13 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from mllm_jax.errors import ConfigError
 from mllm_jax.models.multimodal import MultimodalOutput
 from mllm_jax.training.objectives.contrastive import Contrastive
-from mllm_jax.training.objectives.next_token import NextToken
+from mllm_jax.training.objectives.next_token import NextToken, cross_entropy
 
 
 def given_logits(params, batch):
@@ -53,6 +54,24 @@ def test_next_token_on_packed_rows(case, z_loss):
     assert float(loss) == pytest.approx(wanted_loss, rel=1e-5)
     assert float(metrics["token_accuracy"]) == pytest.approx(wanted_accuracy, rel=1e-5)
     assert float(metrics["weight"]) == pytest.approx(wanted_weight)
+
+
+def test_cross_entropy_and_its_gradient(case):
+    logits, batch = case
+    rng = np.random.default_rng(1)
+    weights, more = rng.normal(size=(2, *batch["tokens"].shape)).astype(np.float32)
+
+    def ours(logits):
+        nll, log_z, _ = cross_entropy(logits, batch["tokens"])
+        return (nll * weights + jnp.sin(log_z) * more).sum()
+
+    def plain(logits):
+        nll = optax.softmax_cross_entropy_with_integer_labels(logits, batch["tokens"])
+        return (nll * weights + jnp.sin(jax.nn.logsumexp(logits, axis=-1)) * more).sum()
+
+    (value, gradient), (wanted, wanted_gradient) = (jax.value_and_grad(f)(jnp.asarray(logits)) for f in (ours, plain))
+    assert float(value) == pytest.approx(float(wanted), rel=1e-5)
+    np.testing.assert_allclose(gradient, wanted_gradient, atol=1e-5)
 
 
 def test_a_segment_is_not_predicted_from_the_one_before(case):

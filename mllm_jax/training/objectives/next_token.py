@@ -24,18 +24,50 @@ class NextToken:
         Returns:
             (float32, metrics): `weight` is the number of learnt tokens, what means over several batches go by.
         """
-        logits = apply(params, batch).logits[:, :-1]
+        logits = apply(params, batch).logits
         # An encoder-decoder learns its target; what its encoder reads is given.
         side = "decoder_" if "decoder_tokens" in batch else ""
-        tokens, segments = batch[f"{side}tokens"], batch[f"{side}segments"]
-        targets = tokens[:, 1:]
-        same = segments[:, 1:] == segments[:, :-1]
-        weights = batch["loss_weights"][:, 1:] * same
-        log_z = jax.nn.logsumexp(logits, axis=-1)
-        target_logits = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+        segments = batch[f"{side}segments"]
+        weights = _next(batch["loss_weights"]) * (_next(segments) == segments)
+        nll, log_z, right = cross_entropy(logits, _next(batch[f"{side}tokens"]))
         total = weights.sum()
         count = jnp.maximum(total, 1e-9)
-        loss = ((log_z - target_logits) * weights).sum() / count
-        accuracy = ((logits.argmax(axis=-1) == targets) * weights).sum() / count
+        loss = (nll * weights).sum() / count
         regular = self.z_loss * (jnp.square(log_z) * weights).sum() / count if self.z_loss else 0.0
-        return loss + regular, {"token_accuracy": accuracy, "weight": total}
+        return loss + regular, {"token_accuracy": (right * weights).sum() / count, "weight": total}
+
+
+@jax.custom_vjp
+def cross_entropy(logits, targets):
+    """-log softmax(logits)[targets], with a gradient that passes over the logits once.
+
+    Args:
+        logits: float32[..., V].  targets: int[...].
+
+    Returns:
+        float32[...]; the logarithm of the normaliser float32[...]; whether no logit is above the target's bool[...].
+    """
+    return _forward(logits, targets)[0]
+
+
+def _forward(logits, targets):
+    highest = logits.max(axis=-1)
+    log_z = highest + jnp.log(jnp.exp(logits - highest[..., None]).sum(axis=-1))
+    chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+    return (log_z - chosen, log_z, chosen >= highest), (logits, log_z, targets)
+
+
+def _backward(kept, cotangents):
+    logits, log_z, targets = kept
+    nll, normaliser, _ = cotangents
+    here = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1) == targets[..., None]
+    probability = jnp.exp(logits - log_z[..., None])
+    return probability * (nll + normaliser)[..., None] - jnp.where(here, nll[..., None], 0), None
+
+
+cross_entropy.defvjp(_forward, _backward)
+
+
+def _next(x):
+    """What stands one place further on in each row [B, S]; zero behind the last."""
+    return jnp.pad(x[:, 1:], ((0, 0), (0, 1)))
