@@ -45,6 +45,32 @@ class OpenMojiEvaluation:
 
 
 @dataclass(frozen=True)
+class OpenMojiSkillsEvaluation:
+    """Naming, places, numbers and small written text, each asked by itself; see `mllm_jax.data.openmoji.skills`.
+
+    Attributes:
+        limit: questions a skill at most.
+    """
+
+    config: str = "quickstart"
+    image_size: int = 64
+    limit: int = 200
+    seed: int = 0
+    data_dir: str | None = None
+
+    def check(self, model: Any) -> None:
+        _require(self, model, MultimodalConfig, "a multimodal LLM, which answers questions")
+
+    def questions(self) -> dict[str, list]:
+        """{split: [EvalQuestion, ...]}"""
+        from mllm_jax.data.openmoji.skills import skill_questions
+
+        return skill_questions(self.config, self.image_size, self.seed, self.limit, self.data_dir)
+
+    score = OpenMojiEvaluation.score
+
+
+@dataclass(frozen=True)
 class OpenMojiRetrieval:
     """Names among names and pictures among pictures; see `mllm_jax.data.openmoji.galleries`.
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from mllm_jax.data.openmoji.evaluation import EvalQuestion, evaluation_questions
 from mllm_jax.data.openmoji.records import Record, load, summary
+from mllm_jax.data.openmoji.skills import OpenMojiSkills
 from mllm_jax.data.openmoji.sources import (
     OpenMojiCaptions,
     OpenMojiPairs,
@@ -21,6 +22,7 @@ __all__ = [
     "OpenMojiPairs",
     "OpenMojiQuestions",
     "OpenMojiScenes",
+    "OpenMojiSkills",
     "OpenMojiText",
     "Record",
     "evaluation_questions",

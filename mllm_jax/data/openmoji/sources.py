@@ -46,7 +46,7 @@ _RANGES = {
 
 
 @dataclass(frozen=True)
-class _Settings:
+class SourceSettings:
     config: str = "quickstart"
     split: str = "train"
     image_size: int = 64
@@ -69,7 +69,7 @@ class _Settings:
 
 
 @dataclass(frozen=True)
-class OpenMojiQuestions(_Settings):
+class OpenMojiQuestions(SourceSettings):
     """One picture and three to five questions of different tasks; index = scheduled picture * variants + variant.
 
     `tasks` restricts them to some ("naming", "yes_no", ...) and `turns` sets their number.
@@ -85,7 +85,7 @@ class OpenMojiQuestions(_Settings):
 
 
 @dataclass(frozen=True)
-class OpenMojiScenes(_Settings):
+class OpenMojiScenes(SourceSettings):
     """A picture with a grid of emoji and three to five questions about places, numbers and presence.
 
     `tasks` restricts them to some ("scene_position", "scene_count", "scene_exists") and `turns` sets their number.
@@ -101,7 +101,7 @@ class OpenMojiScenes(_Settings):
 
 
 @dataclass(frozen=True)
-class OpenMojiPairs(_Settings):
+class OpenMojiPairs(SourceSettings):
     """Two or three pictures in one conversation, and questions that compare them."""
 
     size: int = 10_000
@@ -111,7 +111,7 @@ class OpenMojiPairs(_Settings):
 
 
 @dataclass(frozen=True)
-class OpenMojiCaptions(_Settings):
+class OpenMojiCaptions(SourceSettings):
     """One picture and its caption, for contrastive training; a `scene_share` of the pictures are 2 x 2 scenes.
 
     A scene has a caption for each of its cells: the encoder is to have as many regions.
@@ -128,7 +128,7 @@ class OpenMojiCaptions(_Settings):
 
 
 @dataclass(frozen=True)
-class OpenMojiText(_Settings):
+class OpenMojiText(SourceSettings):
     """The questions of the other sources about a description in words instead of a picture; no pictures at all."""
 
     variants: int = 8
@@ -141,7 +141,7 @@ class OpenMojiText(_Settings):
         return _Text(self)
 
 
-class _Source:
+class EmojiSource:
     """What the sources share: the catalog, a schedule that levels the bases, random streams and the fingerprint."""
 
     name: str
@@ -172,7 +172,7 @@ class _Source:
         return self._dice(index, _AUGMENT) if self.settings.augment else None
 
 
-class _Questions(_Source):
+class _Questions(EmojiSource):
     name = "openmoji_questions"
     stream = 1
 
@@ -192,7 +192,7 @@ class _Questions(_Source):
         return [self.pictures.single(self.record_index(index), self.settings.image_size, dice)]
 
 
-class _Scenes(_Source):
+class _Scenes(EmojiSource):
     def __init__(self, settings: OpenMojiScenes):
         super().__init__(settings)
         self.name = f"openmoji_scenes{settings.grid}"
@@ -215,7 +215,7 @@ class _Scenes(_Source):
         return [self.pictures.scene(self.scene(index), self.settings.image_size, self._augment(index))]
 
 
-class _Pairs(_Source):
+class _Pairs(EmojiSource):
     name = "openmoji_pairs"
     stream = 3
 
@@ -236,7 +236,7 @@ class _Pairs(_Source):
         return [self.pictures.single(one, self.settings.image_size, dice) for one in self.group(index).members]
 
 
-class _Captions(_Source):
+class _Captions(EmojiSource):
     name = "openmoji_captions"
     stream = 4
 
@@ -275,7 +275,7 @@ class _Captions(_Source):
         return [draw(shown, size, dice)]  # type: ignore[arg-type]
 
 
-class _Text(_Source):
+class _Text(EmojiSource):
     name = "openmoji_text"
     stream = 5
 

@@ -1,0 +1,177 @@
+"""One controlled study of projectors: the same encoder, LLM, data, steps and media tokens; only the projector differs.
+
+    python benchmarks/projectors.py
+
+trains `base` once, then every projector of this folder with several seeds, and makes a table. Each picture is 16 media
+tokens for all: a patch each, or a learned query each.
+"""
+
+from typing import Any
+
+from mllm_jax.data.openmoji import OpenMojiSkills
+from mllm_jax.data.pipeline import Mixture, Weighted
+from mllm_jax.encoders.text import TextTowerConfig
+from mllm_jax.encoders.vit import ViTConfig
+from mllm_jax.evaluation.openmoji import OpenMojiSkillsEvaluation
+from mllm_jax.llms.decoder import DecoderConfig
+from mllm_jax.models.blip2_stage1 import QFormerPretrainingConfig
+from mllm_jax.models.contrastive import ContrastiveConfig
+from mllm_jax.models.multimodal import MultimodalConfig
+from mllm_jax.projectors.mlp import MLPProjectorConfig
+from mllm_jax.projectors.qformer import QFormerConfig
+from mllm_jax.projectors.resampler import ResamplerConfig
+from mllm_jax.training.config import AdamW, Experiment, Pretrained, Stage, TokenizerConfig
+from mllm_jax.training.objectives.contrastive import Contrastive
+from mllm_jax.training.objectives.next_token import NextToken
+from mllm_jax.training.objectives.qformer import QFormerStage1
+
+SIZE = 64
+VOCAB = 512
+WIDTH = 192
+TOKENS = 16  # media tokens of a picture, whatever the projector
+STEPS = {"language": 600, "contrastive": 500, "stage1": 300, "align": 60, "instruct": 500}
+RUNS = "runs/projectors"
+
+ENCODER = ViTConfig(
+    image_size=SIZE,
+    patch_size=SIZE // 4,
+    hidden_size=WIDTH,
+    num_layers=4,
+    num_heads=4,
+    mlp_size=2 * WIDTH,
+    activation="relu",
+    stem_channels=(32, 64, 96, 128),
+    mimetic_init=True,
+    scan_unroll=4,
+)
+LLM = DecoderConfig(
+    vocab_size=VOCAB,
+    hidden_size=WIDTH,
+    num_layers=4,
+    num_heads=4,
+    num_kv_heads=2,
+    mlp_size=2 * WIDTH,
+    activation="relu",
+    qk_norm=True,
+    mimetic_init=True,
+    scan_unroll=4,
+)
+QFORMER = QFormerConfig(
+    output_size=WIDTH,
+    feature_size=WIDTH,
+    hidden_size=WIDTH,
+    num_layers=4,
+    num_heads=4,
+    mlp_size=2 * WIDTH,
+    num_queries=TOKENS,
+    vocab_size=VOCAB,
+    max_length=64,
+    scan_unroll=2,
+)
+PROJECTORS: dict[str, Any] = {
+    "linear": MLPProjectorConfig(output_size=WIDTH, num_layers=1),
+    "mlp": MLPProjectorConfig(output_size=WIDTH, hidden_size=2 * WIDTH),
+    "resampler": ResamplerConfig(
+        output_size=WIDTH, num_queries=TOKENS, num_layers=2, head_dim=48, residual=True, mlp_size=2 * WIDTH
+    ),
+    "qformer": QFORMER,
+    "qformer_stage1": QFORMER,
+}
+
+
+def mixture(form: str, length: int, **settings) -> Mixture:
+    """Examples of all skills; those of places and numbers are the longest."""
+    source = OpenMojiSkills(image_size=SIZE, augment=True, form=form)
+    return Mixture((Weighted(source),), length=length, **settings)
+
+
+def common(name: str) -> dict[str, Any]:
+    """The same for all runs: another tokenizer would be another LLM."""
+    return dict(name=f"projectors_{name}", tokenizer=TokenizerConfig(vocab_size=VOCAB), cpu_devices=2)
+
+
+def base() -> Experiment:
+    """Encoder and LLM before they meet: the LLM reads, the encoder learns against words."""
+    return Experiment(
+        **common("base"),
+        model=MultimodalConfig(
+            encoder=ENCODER,
+            projector=PROJECTORS["linear"],
+            llm=LLM,
+            text_tower=TextTowerConfig(vocab_size=VOCAB, hidden_size=WIDTH, num_layers=0),
+            contrastive=ContrastiveConfig(projection_size=WIDTH, pooling="patches"),
+        ),
+        stages=(
+            Stage(
+                name="language",
+                objective=NextToken(),
+                trainable=("llm/*",),
+                data=mixture("text", 192, rows=10, slots=0, learn="all"),
+                optimizer=AdamW(learning_rate=3e-3, warmup_steps=30),
+                steps=STEPS["language"],
+            ),
+            Stage(
+                name="contrastive",
+                objective=Contrastive(),
+                trainable=("encoder/*", "text_tower/*", "contrastive/*"),
+                data=mixture("captions", 48, rows=128, slots=1, layout="caption"),
+                optimizer=AdamW(learning_rate=1.5e-3, warmup_steps=50),
+                steps=STEPS["contrastive"],
+            ),
+        ),
+    )
+
+
+def from_base(part: str, stage: str) -> Pretrained:
+    return Pretrained(part, f"{RUNS}/base", stage=stage, made_by=base())
+
+
+def stage1() -> Experiment:
+    """BLIP-2's first stage of the Q-Former, on the pairs that the encoder was trained with."""
+    return Experiment(
+        **common("stage1"),
+        model=QFormerPretrainingConfig(encoder=ENCODER, projector=QFORMER, projection_size=WIDTH),
+        pretrained=(from_base("encoder", "contrastive"),),
+        stages=(
+            Stage(
+                name="stage1",
+                objective=QFormerStage1(equal_texts=True),
+                trainable=("projector/*", "image_projection/*", "text_projection/*", "matching/*", "caption*", "temp*"),
+                data=mixture("captions", 48, rows=64, slots=1, layout="caption"),
+                optimizer=AdamW(learning_rate=1e-3, warmup_steps=30),
+                steps=STEPS["stage1"],
+            ),
+        ),
+    )
+
+
+def experiment(name: str) -> Experiment:
+    """The projector of that name between the frozen encoder and the LLM: aligned, then instructed together."""
+    pretrained = (from_base("encoder", "contrastive"), from_base("llm", "language"))
+    if name == "qformer_stage1":
+        pretrained += (Pretrained("projector", f"{RUNS}/stage1", stage="stage1", made_by=stage1()),)
+    data = mixture("pictures", 128, rows=16, slots=6)
+    return Experiment(
+        **common(name),
+        model=MultimodalConfig(encoder=ENCODER, projector=PROJECTORS[name], llm=LLM),
+        pretrained=pretrained,
+        evaluation=OpenMojiSkillsEvaluation(image_size=SIZE),
+        stages=(
+            Stage(
+                name="align",
+                objective=NextToken(),
+                trainable=("projector/*",),
+                data=data,
+                optimizer=AdamW(learning_rate=2e-3, warmup_steps=10),
+                steps=STEPS["align"],
+            ),
+            Stage(
+                name="instruct",
+                objective=NextToken(),
+                trainable=("projector/*", "llm/*"),
+                data=data,
+                optimizer=AdamW(learning_rate=1.5e-3, warmup_steps=30),
+                steps=STEPS["instruct"],
+            ),
+        ),
+    )

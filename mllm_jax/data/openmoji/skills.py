@@ -1,0 +1,245 @@
+"""One skill at a time, for comparing parts of a model: naming, places, numbers and small written text.
+
+Few bases and short answers, so that what limits the answer is what the projector lets through.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from mllm_jax.data.examples import Conversation, Turn
+from mllm_jax.data.images import resize
+from mllm_jax.data.openmoji.catalog import Catalog, Dice, catalog
+from mllm_jax.data.openmoji.evaluation import EvalQuestion
+from mllm_jax.data.openmoji.pictures import Pictures
+from mllm_jax.data.openmoji.questions import ASKED as ASKED_OF_PICTURES
+from mllm_jax.data.openmoji.questions import caption
+from mllm_jax.data.openmoji.scenes import ASKED as ASKED_OF_SCENES
+from mllm_jax.data.openmoji.scenes import PLACES, Scene, compose_scene, count_of, position, scene_caption
+from mllm_jax.data.openmoji.sources import PER_BASE, EmojiSource, SourceSettings
+from mllm_jax.errors import ConfigError, DataError
+
+SKILLS = ("naming", "place", "number", "text")
+FORMS = ("pictures", "captions", "text")
+READING = ("Which number is written here?", "What number do you read?", "Read the number.")
+PEOPLE = (
+    *("teacher", "cook", "artist", "astronaut", "mage", "vampire", "superhero", "scientist", "pilot", "elf"),
+    *("fairy", "student", "singer", "detective", "mechanic", "guard"),
+)
+THINGS = (
+    *("cat", "fox", "lion", "elephant", "penguin", "frog", "snake", "octopus", "butterfly", "snail"),
+    *("red apple", "banana", "lemon", "grapes", "carrot", "pizza", "hamburger", "bread"),
+    *("guitar", "camera", "key", "violin", "laptop", "house", "castle", "bus", "bicycle", "rocket", "airplane"),
+    *("sun", "star", "umbrella", "pile of poo", "robot", "ghost", "red heart"),
+)
+_STREAM, _EVALUATION = 7, 107
+_LETTER = 0.25  # height of the digits as a share of the picture's
+_PICTURE = 0.62  # and the side of the emoji beside them
+
+
+@dataclass(frozen=True)
+class Sign:
+    """An emoji and a number from 10 to 99: the record, the number, and the corner (row, column) of the number."""
+
+    record: int
+    number: int
+    row: int
+    column: int
+
+
+@dataclass(frozen=True)
+class OpenMojiSkills(SourceSettings):
+    """Examples of some skills, one a picture, taking turns.
+
+    Attributes:
+        skills: "naming" of a single picture, "place" and "number" of 2 x 2 scenes of things, "text" of an emoji with a
+            small number written in a corner.
+        form: "pictures" asks of pictures; "captions" is a picture and its words, for contrastive training; "text" says
+            in words what is asked of, for the LLM.
+    """
+
+    skills: tuple[str, ...] = SKILLS
+    form: str = "pictures"
+    size: int = 40_000
+
+    def check(self) -> None:
+        super().check()
+        if self.form not in FORMS or not self.skills or not set(self.skills) <= set(SKILLS):
+            raise ConfigError(
+                f"OpenMojiSkills: form {self.form!r}, skills {self.skills}",
+                f"one of {', '.join(FORMS)}, and some of {', '.join(SKILLS)}",
+                "correct the config",
+            )
+
+    def build(self) -> _Skills:
+        return _Skills(self)
+
+
+class _Skills(EmojiSource):
+    stream = _STREAM
+
+    def __init__(self, settings: OpenMojiSkills):
+        settings.check()
+        self.settings = settings
+        self.name = f"openmoji_skills_{settings.form}"
+        self.catalog = _restricted(settings.config, settings.split, settings.data_dir)
+        self.pictures = Pictures(self.catalog)
+        self.singles = self.catalog.schedule(PER_BASE)
+        self.things = _things(self.catalog)
+
+    def __len__(self) -> int:
+        return self.settings.size
+
+    def _shown(self, index: int) -> tuple[str, int | Scene | Sign, Dice]:
+        """The skill, what is shown, and the dice that go on from there."""
+        dice = self._dice(index)
+        skill = self.settings.skills[index % len(self.settings.skills)]
+        if skill == "naming":
+            return skill, dice.pick(self.singles), dice
+        if skill == "text":
+            return skill, draw_sign(self.things, dice), dice
+        return skill, compose_scene(self.catalog, dice, 2, self.things), dice
+
+    def conversation(self, index: int) -> Conversation:
+        skill, shown, dice = self._shown(index)
+        form = self.settings.form
+        if form == "captions":
+            return Conversation(1, (Turn("", _words(self.catalog, shown), "caption"),))
+        turns = _turns(self.catalog, dice, skill, shown)
+        if form == "pictures":
+            return Conversation(1, turns)
+        context = scene_caption(self.catalog, shown) if isinstance(shown, Scene) else _words(self.catalog, shown)
+        return Conversation(0, turns, context)
+
+    def images(self, index: int) -> list[np.ndarray]:
+        if self.settings.form == "text":
+            self._dice(index)  # the same check of the index as everywhere
+            return []
+        return [_drawn(self.pictures, self._shown(index)[1], self.settings.image_size, self._augment(index))]
+
+    def texts(self) -> Iterator[str]:
+        """Every context, question and answer: what a tokenizer is trained on."""
+        for index in range(min(len(self), 8_000)):
+            conversation = self.conversation(index)
+            yield conversation.context
+            for turn in conversation.turns:
+                yield turn.question
+                yield turn.answer
+
+
+def skill_questions(
+    config: str = "quickstart", image_size: int = 64, seed: int = 0, limit: int = 200, data_dir: str | None = None
+) -> dict[str, list[EvalQuestion]]:
+    """{"composition": naming of tones and genders never seen, "new": scenes and signs of known things}.
+
+    Pairs of thing and number on signs are never in training; a scene of four equal things may be.
+
+    Raises:
+        DataError: no such config, or a picture that cannot be decoded.
+    """
+    held = _restricted(config, "composition", data_dir)
+    pictures = Pictures(held)
+    order = list(held.all)
+    Dice(seed, _EVALUATION).shuffle(order)
+    naming = [
+        EvalQuestion(
+            "naming",
+            ASKED_OF_PICTURES["naming"][0],
+            held.records[record].name,
+            (pictures.single(record, image_size),),
+            record,
+        )
+        for record in order[:limit]
+    ]
+    known = _restricted(config, "train", data_dir)
+    pictures, things, asked = Pictures(known), _things(known), []
+    for number in range(limit):
+        dice = Dice(seed, _EVALUATION, number)
+        scene = compose_scene(known, dice, 2, things, count=number % 5)
+        sign = draw_sign(things, dice, held_out=True)
+        turns = {
+            "top_left": (position(known, scene, 0, ASKED_OF_SCENES["scene_position"][0]), scene),
+            "number": (count_of(known, scene, ASKED_OF_SCENES["scene_count"][0]), scene),
+            "text": (Turn(READING[0], str(sign.number), "text"), sign),
+        }
+        for task, (turn, shown) in turns.items():
+            record = shown.target if isinstance(shown, Scene) else shown.record
+            asked.append(
+                EvalQuestion(task, turn.question, turn.answer, (_drawn(pictures, shown, image_size, None),), record)
+            )
+    return {"composition": naming, "new": sorted(asked, key=lambda question: question.task)}
+
+
+def draw_sign(things: list[int], dice: Dice, held_out: bool = False) -> Sign:
+    """A thing and a number, at random. A fifth of these pairs is held out, of every thing and of every number some."""
+    while True:
+        sign = Sign(dice.pick(things), 10 + dice.below(90), dice.below(2), dice.below(2))
+        if ((7 * sign.number + sign.record) % 5 == 0) == held_out:
+            return sign
+
+
+def sign_picture(pictures: Pictures, sign: Sign, size: int, dice: Dice | None = None) -> np.ndarray:
+    """uint8 [size, size, 3]: the emoji in the corner that is opposite to the number's."""
+    from PIL import Image, ImageDraw
+
+    side = round(size * _PICTURE)
+    canvas = np.full((size, size, 3), 255, np.uint8)
+    top, left = (0 if corner else size - side for corner in (sign.row, sign.column))
+    canvas[top : top + side, left : left + side] = resize(pictures.single(sign.record, size, dice), side)
+    image = Image.fromarray(canvas)
+    margin = round(0.03 * size)
+    where = tuple(size - margin if corner else margin for corner in (sign.column, sign.row))
+    anchor = ("r" if sign.column else "l") + ("b" if sign.row else "t")
+    ImageDraw.Draw(image).text(
+        where, str(sign.number), fill="black", font=_digits(round(size * _LETTER)), anchor=anchor
+    )
+    return np.asarray(image)
+
+
+@functools.lru_cache(maxsize=4)
+def _digits(height: int):
+    from PIL import ImageFont
+
+    return ImageFont.load_default(height)
+
+
+def _restricted(config: str, split: str, data_dir: str | None) -> Catalog:
+    """The split's pictures of PEOPLE and THINGS."""
+    whole = catalog(config, split, data_dir)
+    records = [record for record in whole.records if record.base in {*PEOPLE, *THINGS}]
+    if not records:
+        raise DataError(f"{whole.where} without {', '.join(PEOPLE)} and things", "some", "choose another split")
+    return Catalog(records, f"{whole.where}, some bases")
+
+
+def _things(known: Catalog) -> list[int]:
+    return [index for index in known.all if known.records[index].base in THINGS]
+
+
+def _words(known: Catalog, shown: int | Scene | Sign) -> str:
+    if isinstance(shown, Sign):
+        return f"{caption(known, shown.record)} {shown.number}"
+    cells = shown.cells if isinstance(shown, Scene) else (shown,)
+    return " ".join(caption(known, cell) for cell in cells)
+
+
+def _turns(known: Catalog, dice: Dice, skill: str, shown: int | Scene | Sign) -> tuple[Turn, ...]:
+    if isinstance(shown, Sign):
+        return (Turn(dice.pick(READING), str(shown.number), skill),)
+    if isinstance(shown, int):
+        return (Turn(dice.pick(ASKED_OF_PICTURES["naming"]), known.records[shown].name, skill),)
+    if skill == "number":
+        return (count_of(known, shown, dice.pick(ASKED_OF_SCENES["scene_count"])),)
+    places = list(range(len(PLACES[2])))
+    dice.shuffle(places)
+    return tuple(position(known, shown, place, dice.pick(ASKED_OF_SCENES["scene_position"])) for place in places)
+
+
+def _drawn(pictures: Pictures, shown: int | Scene | Sign, size: int, dice: Dice | None) -> np.ndarray:
+    if isinstance(shown, Sign):
+        return sign_picture(pictures, shown, size, dice)
+    return pictures.scene(shown, size, dice) if isinstance(shown, Scene) else pictures.single(shown, size, dice)
