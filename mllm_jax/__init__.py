@@ -17,6 +17,7 @@ if TYPE_CHECKING:  # what editors and type checkers read; `_HOMES` says the same
     from mllm_jax.data.images import decode_image as decode_image
     from mllm_jax.data.pipeline import Mixture as Mixture
     from mllm_jax.data.pipeline import Weighted as Weighted
+    from mllm_jax.data.text_only import TextOnly as TextOnly
     from mllm_jax.data.tokenizer import Tokenizer as Tokenizer
     from mllm_jax.encoders.text import TextTowerConfig as TextTowerConfig
     from mllm_jax.encoders.vit import ViTConfig as ViTConfig
@@ -39,12 +40,14 @@ if TYPE_CHECKING:  # what editors and type checkers read; `_HOMES` says the same
     from mllm_jax.models.multimodal import Connection as Connection
     from mllm_jax.models.multimodal import Multimodal as Multimodal
     from mllm_jax.models.multimodal import MultimodalConfig as MultimodalConfig
+    from mllm_jax.models.pformer import PFormerPretrainingConfig as PFormerPretrainingConfig
     from mllm_jax.models.processor import Processor as Processor
     from mllm_jax.models.registry import from_pretrained as from_pretrained
     from mllm_jax.models.registry import pretrained_config as pretrained_config
     from mllm_jax.models.registry import save_pretrained as save_pretrained
     from mllm_jax.models.registry import supported_models as supported_models
     from mllm_jax.projectors.mlp import MLPProjectorConfig as MLPProjectorConfig
+    from mllm_jax.projectors.pformer import PFormerConfig as PFormerConfig
     from mllm_jax.sharding.mesh import MeshConfig as MeshConfig
     from mllm_jax.training.config import AdamW as AdamW
     from mllm_jax.training.config import CheckpointConfig as CheckpointConfig
@@ -57,6 +60,8 @@ if TYPE_CHECKING:  # what editors and type checkers read; `_HOMES` says the same
     from mllm_jax.training.loop import train as train
     from mllm_jax.training.objectives.contrastive import Contrastive as Contrastive
     from mllm_jax.training.objectives.next_token import NextToken as NextToken
+    from mllm_jax.training.objectives.pformer import PFormerObjective as PFormerObjective
+    from mllm_jax.training.objectives.pformer import PromptGuided as PromptGuided
     from mllm_jax.training.run_folder import RunFolder as RunFolder
 
 __version__ = "0.1.0"
@@ -67,6 +72,7 @@ _NAMES = {
     "data.images": ("decode_image",),
     "data.pipeline": ("Mixture", "Weighted"),
     "data.tokenizer": ("Tokenizer",),
+    "data.text_only": ("TextOnly",),
     "encoders.text": ("TextTowerConfig",),
     "encoders.vit": ("ViTConfig",),
     "errors": ("CheckpointError", "ConfigError", "DataError", "MllmError", "RunFolderError", "TrainingError"),
@@ -78,14 +84,17 @@ _NAMES = {
     "llms.decoder": ("DecoderConfig",),
     "models.contrastive": ("ContrastiveConfig",),
     "models.multimodal": ("Connection", "Multimodal", "MultimodalConfig"),
+    "models.pformer": ("PFormerPretrainingConfig",),
     "models.processor": ("Processor",),
     "models.registry": ("from_pretrained", "pretrained_config", "save_pretrained", "supported_models"),
     "projectors.mlp": ("MLPProjectorConfig",),
+    "projectors.pformer": ("PFormerConfig",),
     "sharding.mesh": ("MeshConfig",),
     "training.config": ("AdamW", "CheckpointConfig", "Experiment", "Pretrained", "Stage", "TokenizerConfig"),
     "training.loop": ("Interrupted", "load_run", "train"),
     "training.objectives.contrastive": ("Contrastive",),
     "training.objectives.next_token": ("NextToken",),
+    "training.objectives.pformer": ("PFormerObjective", "PromptGuided"),
     "training.run_folder": ("RunFolder",),
 }
 _HOMES = {name: f"{__name__}.{module}" for module, names in _NAMES.items() for name in names}

@@ -14,7 +14,9 @@ from flax import struct
 from mllm_jax.encoders.text import TextTowerConfig
 from mllm_jax.encoders.vit import select_layers
 from mllm_jax.errors import ConfigError
+from mllm_jax.models.caption_row import caption_row
 from mllm_jax.models.contrastive import ContrastiveConfig
+from mllm_jax.projectors.pformer import PFormerConfig
 from mllm_jax.sharding.logical import constrain
 
 
@@ -43,6 +45,7 @@ class MultimodalConfig:
         newline: a learned vector that stands in the text where a row of patches ends (LLaVA-NeXT); it is the media
             token behind all others of a row.
         text_tower, contrastive: both or neither; they serve the contrastive stage only.
+        prompter: a P-Former, which serves the stage that draws a picture's media tokens to its caption's prompts.
         family: None, or the Hugging Face architecture that it is written as.
     """
 
@@ -53,6 +56,7 @@ class MultimodalConfig:
     newline: bool = False
     text_tower: TextTowerConfig | None = None
     contrastive: ContrastiveConfig | None = None
+    prompter: PFormerConfig | None = None
     family: str | None = None
 
     def __post_init__(self):
@@ -75,6 +79,21 @@ class MultimodalConfig:
             )
         if not self.packed:
             self.media_tokens  # noqa: B018 - refuses a grid that the projector cannot divide
+        if self.prompter is not None:
+            self._check_prompts()
+
+    def _check_prompts(self):
+        """Each media token is compared with the prompt in its place."""
+        made = (self.prompter.num_queries, self.prompter.output_size)
+        media = ("any number" if self.packed else self.media_tokens, self.llm.hidden_size)
+        if made != media:
+            raise ConfigError(
+                "a prompter of {} prompts of width {}".format(*made),
+                "as many as a picture has media tokens, in the LLM's width: {} of {}".format(*media),
+                "change num_queries or output_size of the prompter or the projector"
+                if not self.packed
+                else "leave the prompter out: pictures of any size have no fixed number of media tokens",
+            )
 
     @property
     def packed(self) -> bool:
@@ -95,8 +114,8 @@ class MultimodalConfig:
     @property
     def vocab_sizes(self) -> dict[str, int]:
         """How many tokens each embedding holds, by its place in an experiment."""
-        sizes = {"model.llm.vocab_size": self.llm.vocab_size}
-        return sizes if self.text_tower is None else sizes | {"model.text_tower.vocab_size": self.text_tower.vocab_size}
+        parts = {name: getattr(self, name) for name in ("llm", "text_tower", "prompter")}
+        return {f"model.{name}.vocab_size": part.vocab_size for name, part in parts.items() if part is not None}
 
     @property
     def captions(self) -> int | None:
@@ -110,7 +129,7 @@ class MultimodalConfig:
 
     def with_dtype(self, dtype: str) -> MultimodalConfig:
         """The same model with every part computing in `dtype`."""
-        parts = {name: getattr(self, name) for name in ("encoder", "projector", "llm", "text_tower")}
+        parts = {name: getattr(self, name) for name in ("encoder", "projector", "llm", "text_tower", "prompter")}
         return replace(self, **{name: replace(part, dtype=dtype) for name, part in parts.items() if part is not None})
 
     def make(self) -> Multimodal:
@@ -144,6 +163,20 @@ class MultimodalOutput:
     cache: Any = None
 
 
+@struct.dataclass
+class GuidedMedia:
+    """Pictures and what a P-Former makes of their captions.
+
+    Attributes:
+        media, prompts: dtype[B, T, E], of each row's picture and of its caption.
+        row: media and captions as the LLM reads them; see `caption_row`.
+    """
+
+    media: jax.Array
+    prompts: jax.Array
+    row: dict
+
+
 class Multimodal(nn.Module):
     """One batch of packed rows to logits; also the two towers for contrastive training."""
 
@@ -161,6 +194,8 @@ class Multimodal(nn.Module):
         if c.contrastive is not None:
             self.text_tower = c.text_tower.make()
             self.contrastive = c.contrastive.make()
+        if c.prompter is not None:
+            self.prompter = c.prompter.make()
 
     def normalise(self, pixels):
         """uint8[..., 3] -> float32[..., 3] by the encoder's mean and deviation."""
@@ -284,11 +319,18 @@ class Multimodal(nn.Module):
         place = jnp.take_along_axis(batch["media_index"], first, axis=1)
         return self.contrastive(vision, place, text)
 
+    def guide(self, batch) -> GuidedMedia:
+        """A picture and its caption, which are tokens and segments int[B, L], in each row; see `PromptGuided`."""
+        media, caption = self.encode_media(batch).tokens, (batch["tokens"], batch["segments"])
+        return GuidedMedia(media, self.prompter(*caption), caption_row(self.config.llm, media, *caption))
+
     def touch(self, batch):
         """Runs every part once: what `init` traces so that all parameters exist."""
         out = self(batch)
         if self.config.contrastive is not None:
             self.embed_pairs(batch)
+        if self.config.prompter is not None:
+            self.prompter(batch["tokens"], batch["segments"])
         return out
 
     def sample_batch(self, rows: int = 1, length: int = 8, slots: int = 1) -> dict:

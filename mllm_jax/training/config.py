@@ -11,13 +11,17 @@ from mllm_jax.errors import ConfigError
 from mllm_jax.models.blip2_stage1 import QFormerPretrainingConfig
 from mllm_jax.models.clip import DualEncoderConfig
 from mllm_jax.models.multimodal import MultimodalConfig
+from mllm_jax.models.pformer import PFormerPretrainingConfig
 from mllm_jax.models.registry import has_layout
 from mllm_jax.sharding.mesh import MeshConfig
 from mllm_jax.training.objectives.contrastive import Contrastive
 from mllm_jax.training.objectives.next_token import NextToken
+from mllm_jax.training.objectives.pformer import PFormerObjective, PromptGuided
 from mllm_jax.training.objectives.qformer import QFormerStage1
 
-Model = MultimodalConfig | DualEncoderConfig | QFormerPretrainingConfig
+Model = MultimodalConfig | DualEncoderConfig | QFormerPretrainingConfig | PFormerPretrainingConfig
+# The models that one objective trains and no other, which trains nothing else.
+OWN_OBJECTIVES = {QFormerPretrainingConfig: QFormerStage1, PFormerPretrainingConfig: PFormerObjective}
 
 
 @dataclass(frozen=True)
@@ -53,7 +57,7 @@ class Stage:
     """
 
     name: str
-    objective: NextToken | Contrastive | QFormerStage1
+    objective: NextToken | Contrastive | QFormerStage1 | PFormerObjective | PromptGuided
     trainable: tuple[str, ...]
     data: Mixture
     steps: int
@@ -141,7 +145,8 @@ class Experiment:
     """Everything `mllm train` needs.
 
     Attributes:
-        model: a multimodal LLM; a dual encoder, whose stages are all contrastive; or what BLIP-2's first stage trains.
+        model: a multimodal LLM; a dual encoder, whose stages are all contrastive; what BLIP-2's first stage trains; or
+            what trains a P-Former.
         pretrained: parts that do not begin at random.
         cpu_devices: devices that a CPU is presented as; two are faster than one of two cores. Ignored elsewhere.
         nonfinite: "stop" at a loss or gradient that is not finite, or "skip" that step (it is never applied).
@@ -190,6 +195,7 @@ class Experiment:
             _check_features(stage, self.model)
             for mixture in filter(None, (stage.data, stage.validation)):
                 _check_captions(stage, mixture, self.model)
+                _check_prompts(stage, mixture, self.model)
 
 
 def require_vocabulary(model: Model, size: int) -> None:
@@ -202,12 +208,13 @@ def require_vocabulary(model: Model, size: int) -> None:
 
 
 def _check_objective(stage: Stage, model: Model) -> None:
-    if isinstance(stage.objective, QFormerStage1) != isinstance(model, QFormerPretrainingConfig):
-        raise ConfigError(
-            f"stage {stage.name!r}: {type(stage.objective).__name__} for a {type(model).__name__}",
-            "QFormerStage1 for a QFormerPretrainingConfig, and no other objective for that",
-            "change the stage's objective, or the model",
-        )
+    for kind, objective in OWN_OBJECTIVES.items():
+        if isinstance(stage.objective, objective) != isinstance(model, kind):
+            raise ConfigError(
+                f"stage {stage.name!r}: {type(stage.objective).__name__} for a {type(model).__name__}",
+                f"{objective.__name__} for a {kind.__name__}, and no other objective for that",
+                "change the stage's objective, or the model",
+            )
     contrastive = isinstance(stage.objective, Contrastive)
     if not contrastive and isinstance(model, DualEncoderConfig):
         raise ConfigError(
@@ -232,18 +239,23 @@ def _check_objective(stage: Stage, model: Model) -> None:
 def _check_features(stage: Stage, model: Model) -> None:
     if not stage.cache_features:
         return
-    reads = isinstance(model, MultimodalConfig) and not model.packed and isinstance(stage.objective, NextToken)
-    if not reads or any(p.startswith("encoder") or fnmatchcase("encoder/x", p) for p in stage.trainable):
+    objective = isinstance(stage.objective, NextToken | PromptGuided)
+    reads = isinstance(model, MultimodalConfig) and not model.packed and objective
+    if not reads or _trains(stage, "encoder"):
         raise ConfigError(
             f"stage {stage.name!r}: cache_features of {type(model).__name__}, trainable {stage.trainable}",
-            "next-token training of a model with a frozen encoder of whole pictures",
+            "next-token or prompt-guided training of a model with a frozen encoder of whole pictures",
             "freeze the encoder, or drop cache_features",
         )
 
 
+def _trains(stage: Stage, part: str) -> bool:
+    return any(p.startswith(part) or fnmatchcase(f"{part}/x", p) for p in stage.trainable)
+
+
 def _check_captions(stage: Stage, mixture: Mixture, model: Model) -> None:
-    tower = model.text_tower
-    if mixture.layout != "caption" or tower is None:
+    tower = getattr(model, "text_tower", None)
+    if mixture.layout != "caption" or tower is None or isinstance(stage.objective, PromptGuided):
         return
     if mixture.captions > model.captions:
         raise ConfigError(
@@ -256,4 +268,35 @@ def _check_captions(stage: Stage, mixture: Mixture, model: Model) -> None:
             f"stage {stage.name!r}: captions of {mixture.length} places for a text tower of {tower.max_length}",
             "rows that the tower's positions hold",
             "lower the mixture's length, or raise max_length of the model's text tower",
+        )
+
+
+def _check_prompts(stage: Stage, mixture: Mixture, model: Model) -> None:
+    """Captions are what a P-Former reads; where it guides, each has a picture beside it."""
+    if not isinstance(stage.objective, PFormerObjective | PromptGuided):
+        return
+    guides = isinstance(stage.objective, PromptGuided)
+    prompter = getattr(model, "prompter", None)
+    if prompter is None:
+        raise ConfigError(
+            f"stage {stage.name!r}: prompt-guided training of a {type(model).__name__} without a P-Former",
+            "model.prompter, read from the run that trained it",
+            "add model.prompter and Pretrained('prompter', run, stage=...), or change the objective",
+        )
+    if mixture.layout != "caption" or (guides and mixture.slots != 1):
+        raise ConfigError(
+            f"stage {stage.name!r}: layout {mixture.layout!r} with {mixture.slots} media slots",
+            f"layout 'caption'{', and 1 slot: the picture of the caption' if guides else ''}",
+            "change the stage's mixture",
+        )
+    if mixture.length > prompter.max_length:
+        raise ConfigError(
+            f"stage {stage.name!r}: captions of {mixture.length} places for a P-Former of {prompter.max_length}",
+            "rows that its positions hold",
+            "lower the mixture's length, or raise max_length of the model's prompter",
+        )
+    frozen = "prompter" if guides else "llm"
+    if _trains(stage, frozen):
+        raise ConfigError(
+            f"stage {stage.name!r}: trainable {stage.trainable}", f"{frozen}/* frozen", "change the stage's trainable"
         )

@@ -1,0 +1,146 @@
+"""What trains a P-Former (arXiv 2307.07063, section 3.2): captions, their prompts, and the LLM that is prompted."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from flax import struct
+
+from mllm_jax.errors import ConfigError
+from mllm_jax.layers.linear import Linear
+from mllm_jax.models.caption_row import caption_row
+from mllm_jax.models.multimodal import MultimodalOutput
+from mllm_jax.projectors.pformer import PFormerConfig
+from mllm_jax.projectors.qformer import INIT_STD
+
+
+@dataclass(frozen=True)
+class PFormerPretrainingConfig:
+    """A P-Former and the LLM that it prompts, which learns nothing.
+
+    Attributes:
+        prompter: it is the one that a composed model has in this place: what a run trained is read there as its part
+            "prompter".
+        llm: any LLM whose vocabulary is that of the captions.
+        projection_size: width of the space in which captions are told apart.
+        init_temperature: what similarities are divided by at the start; it is learnt.
+    """
+
+    prompter: PFormerConfig
+    llm: Any
+    projection_size: int = 256
+    init_temperature: float = 0.07
+
+    def __post_init__(self):
+        if self.prompter.output_size != self.llm.hidden_size:
+            raise ConfigError(
+                f"prompter.output_size {self.prompter.output_size}",
+                f"the LLM's hidden_size {self.llm.hidden_size}",
+                "make the two equal",
+            )
+
+    @property
+    def media_tokens(self) -> int:
+        """Tokens that stand for what a caption describes: the prompts."""
+        return self.prompter.num_queries
+
+    @property
+    def vocab_sizes(self) -> dict[str, int]:
+        """How many tokens each embedding holds, by its place in an experiment."""
+        return {"model.prompter.vocab_size": self.prompter.vocab_size, "model.llm.vocab_size": self.llm.vocab_size}
+
+    @property
+    def dtype(self) -> str:
+        """What most of the model computes in."""
+        return self.prompter.dtype
+
+    def with_dtype(self, dtype: str) -> PFormerPretrainingConfig:
+        """The same model with every part computing in `dtype`."""
+        return replace(self, prompter=replace(self.prompter, dtype=dtype), llm=replace(self.llm, dtype=dtype))
+
+    def make(self) -> PFormerPretraining:
+        return PFormerPretraining(self)
+
+
+@struct.dataclass
+class PromptedTexts:
+    """Captions as the P-Former has them.
+
+    Attributes:
+        prompts: float32[B, Q, E].
+        nearest: float32[B, Q, E], of the LLM's embedded tokens the one nearest to each prompt; no gradient.
+        text: float32[B, D], unit vectors.
+        temperature: float32, what similarities are divided by.
+        row: prompts and captions as the LLM reads them.
+    """
+
+    prompts: jax.Array
+    nearest: jax.Array
+    text: jax.Array
+    temperature: jax.Array
+    row: dict
+
+
+class PFormerPretraining(nn.Module):
+    """Captions to prompts, and prompts to the LLM's answer."""
+
+    config: PFormerPretrainingConfig
+
+    def setup(self):
+        c = self.config
+        self.prompter, self.llm = c.prompter.make(), c.llm.make()
+        self.text_projection = Linear(
+            (c.projection_size,), ("channels", "embed"), use_bias=True, init_std=INIT_STD, dtype=jnp.dtype(c.dtype)
+        )
+        constant = nn.initializers.constant(c.init_temperature)
+        self.temperature = self.param("temperature", constant, (), jnp.float32)
+
+    def encode_texts(self, batch) -> PromptedTexts:
+        """The captions of a batch, one a row.
+
+        Args:
+            batch: tokens, segments int[B, L], 0 in segments at padding; `masked` bool[B, L], what the P-Former may not
+                read of them; `llm_tokens`, `llm_segments` int[B, K], the same captions to the LLM, where it has a
+                tokenizer of its own.
+        """
+        c = self.config
+        first = self.prompter.read(batch["tokens"], batch["segments"], batch.get("masked"))
+        prompts = self.prompter.prompt(first)
+        caption = (batch.get(f"llm_{name}", batch[name]) for name in ("tokens", "segments"))
+        row = caption_row(c.llm, prompts, *caption)
+        prompts, text = prompts.astype(jnp.float32), self.text_projection(first).astype(jnp.float32)
+        text *= jax.lax.rsqrt(jnp.square(text).sum(axis=-1, keepdims=True) + 1e-12)
+        return PromptedTexts(prompts, self.nearest(prompts), text, self.temperature, row)
+
+    def nearest(self, x):
+        """float32[..., E] -> float32[..., E], the LLM's embedded token at the least distance, without a gradient."""
+        # [..., V] numbers, no more than the LLM's logits.
+        table = self.llm.embed(jnp.arange(self.config.llm.vocab_size)).astype(jnp.float32)
+        table, x = jax.lax.stop_gradient((table, x))
+        # In full precision also where products are not by default: the near ones differ by little.
+        distance = jnp.square(table).sum(axis=-1) - 2 * jnp.matmul(x, table.T, precision="highest")
+        return jnp.take(table, distance.argmin(axis=-1), axis=0)
+
+    def __call__(self, batch) -> MultimodalOutput:
+        """Next-token logits of a `row` of `encode_texts`."""
+        here = batch["media_index"] >= 0
+        placed = jnp.take_along_axis(batch["media"], jnp.maximum(batch["media_index"], 0)[..., None], axis=1)
+        text = self.llm.embed(batch["tokens"])
+        embeddings = jnp.where(here[..., None], placed.astype(text.dtype), text)
+        target = {name: batch[name] for name in ("decoder_tokens", "decoder_segments") if name in batch}
+        return MultimodalOutput(self.llm(batch["tokens"], None, batch["segments"], embeddings=embeddings, **target))
+
+    # ---- what training asks of a model
+
+    def touch(self, batch):
+        """Runs every part once: what `init` traces so that all parameters exist."""
+        return self(self.encode_texts(batch).row)
+
+    def sample_batch(self, rows: int = 1, length: int = 8) -> dict:
+        """A batch of zeros with the shapes that `touch` needs."""
+        ints = jnp.zeros((rows, length), jnp.int32)
+        return dict(tokens=ints, segments=ints)

@@ -1,0 +1,106 @@
+"""P-Former training and the training that it guides (arXiv 2307.07063, section 3)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+
+from mllm_jax.errors import ConfigError
+from mllm_jax.training.objectives.contrastive import text_codes
+from mllm_jax.training.objectives.next_token import NextToken
+
+
+@dataclass(frozen=True)
+class PFormerObjective:
+    """The sum of three losses on captions, one a row, of which the P-Former reads a part.
+
+    Contrast: each caption against all of the batch, so that they keep apart. Nearness: the mean squared distance of
+    prompts to the LLM's embedded token that is nearest. Language: the LLM says the whole caption after its prompts.
+
+    Attributes:
+        mask_ratio: share of tokens that are masked anew in each step, but for the first, which becomes the prompts.
+        label_smoothing: of the contrast.
+        gathered_gradient: whether the captions that one is compared with get a gradient too. False is how the published
+            model was trained: they were gathered from all devices without one.
+        equal_texts: whether rows with equal captions count as one, and do not have to keep apart.
+    """
+
+    mask_ratio: float = 0.25
+    label_smoothing: float = 0.1
+    gathered_gradient: bool = False
+    equal_texts: bool = False
+
+    def __post_init__(self):
+        if not (0 <= self.mask_ratio < 1 and 0 <= self.label_smoothing < 1):
+            raise ConfigError(
+                f"mask_ratio {self.mask_ratio}, label_smoothing {self.label_smoothing}",
+                "shares from 0 to less than 1",
+                "change the objective",
+            )
+
+    def loss(self, apply, params, batch, key):
+        """The sum of the losses' means.
+
+        Returns:
+            (float32, metrics): each loss, the share of tokens that the LLM says right, and `weight`, the number of
+            captions.
+
+        Raises:
+            ConfigError: a batch of one caption, which has none to keep apart from.
+        """
+        rows = batch["tokens"].shape[0]
+        if rows < 2:
+            raise ConfigError("P-Former training on one row", "at least two: captions are contrasted", "raise rows")
+        made = apply(params, batch | {"masked": self.mask(batch, key)}, method="encode_texts")
+        others = made.text if self.gathered_gradient else jax.lax.stop_gradient(made.text)
+        log_p = jax.nn.log_softmax(made.text @ others.T / made.temperature)
+        contrast = -(log_p * self._targets(batch)).sum(axis=1).mean()
+        nearness = jnp.square(made.prompts - made.nearest).mean()
+        language, metrics = NextToken().loss(apply, params, made.row, key)
+        metrics |= {"loss_contrast": contrast, "loss_nearness": nearness, "loss_language": language}
+        return contrast + nearness + language, metrics | {
+            "temperature": made.temperature,
+            "weight": jnp.float32(rows),
+        }
+
+    def mask(self, batch, key):
+        """bool[B, L], the tokens that are hidden: never padding, and never the first of a row."""
+        drawn = jax.random.bernoulli(key, self.mask_ratio, batch["tokens"].shape)
+        return drawn.at[:, 0].set(False) & (batch["segments"] > 0)
+
+    def _targets(self, batch):
+        """float32[B, B], the smoothed share of each caption in what each is to be like."""
+        rows = batch["tokens"].shape[0]
+        same = jnp.eye(rows, dtype=bool)
+        if self.equal_texts:
+            code = text_codes(batch["tokens"], (batch["segments"] > 0).astype(jnp.int32), 1)[:, 0]
+            same |= (code[:, None] == code).all(axis=-1)
+        share = same / same.sum(axis=1, keepdims=True)
+        return (1 - self.label_smoothing) * share + self.label_smoothing / rows
+
+
+@dataclass(frozen=True)
+class PromptGuided:
+    """Next-token prediction of a picture's caption, with its media tokens drawn to the caption's prompts.
+
+    The P-Former that makes the prompts is the model's `prompter`; it reads the whole caption and learns nothing.
+
+    Attributes:
+        weight: of the mean squared distance of media tokens to prompts.
+    """
+
+    weight: float = 10.0
+
+    def loss(self, apply, params, batch, key):
+        """The sum of both losses.
+
+        Returns:
+            (float32, metrics): each loss, the latter with its weight, and those of `NextToken`.
+        """
+        made = apply(params, batch, method="guide")
+        prompts = jax.lax.stop_gradient(made.prompts.astype(jnp.float32))
+        alignment = self.weight * jnp.square(made.media.astype(jnp.float32) - prompts).mean()
+        language, metrics = NextToken().loss(apply, params, made.row, key)
+        return language + alignment, metrics | {"loss_language": language, "loss_alignment": alignment}
