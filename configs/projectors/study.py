@@ -6,10 +6,12 @@ trains `base` once, then every projector of this folder with several seeds, and 
 tokens for all: a patch each, or a learned query each.
 """
 
+from dataclasses import replace
 from typing import Any
 
 from mllm_jax.data.openmoji import OpenMojiSkills
 from mllm_jax.data.pipeline import Mixture, Weighted
+from mllm_jax.data.text_only import TextOnly
 from mllm_jax.encoders.text import TextTowerConfig
 from mllm_jax.encoders.vit import ViTConfig
 from mllm_jax.evaluation.openmoji import OpenMojiSkillsEvaluation
@@ -17,19 +19,22 @@ from mllm_jax.llms.decoder import DecoderConfig
 from mllm_jax.models.blip2_stage1 import QFormerPretrainingConfig
 from mllm_jax.models.contrastive import ContrastiveConfig
 from mllm_jax.models.multimodal import MultimodalConfig
+from mllm_jax.models.pformer import PFormerPretrainingConfig
 from mllm_jax.projectors.mlp import MLPProjectorConfig
+from mllm_jax.projectors.pformer import PFormerConfig
 from mllm_jax.projectors.qformer import QFormerConfig
 from mllm_jax.projectors.resampler import ResamplerConfig
 from mllm_jax.training.config import AdamW, Experiment, Pretrained, Stage, TokenizerConfig
 from mllm_jax.training.objectives.contrastive import Contrastive
 from mllm_jax.training.objectives.next_token import NextToken
+from mllm_jax.training.objectives.pformer import PFormerObjective, PromptGuided
 from mllm_jax.training.objectives.qformer import QFormerStage1
 
 SIZE = 64
 VOCAB = 512
 WIDTH = 192
 TOKENS = 16  # media tokens of a picture, whatever the projector
-STEPS = {"language": 600, "contrastive": 500, "stage1": 300, "align": 60, "instruct": 500}
+STEPS = {"language": 400, "contrastive": 400, "stage1": 200, "prompt": 200, "guided": 200, "align": 60, "instruct": 350}
 RUNS = "runs/projectors"
 
 ENCODER = ViTConfig(
@@ -76,7 +81,19 @@ PROJECTORS: dict[str, Any] = {
     ),
     "qformer": QFORMER,
     "qformer_stage1": QFORMER,
+    "pformer": QFORMER,
 }
+PFORMER = PFormerConfig(
+    output_size=WIDTH,
+    vocab_size=VOCAB,
+    hidden_size=WIDTH,
+    num_layers=4,
+    num_heads=4,
+    mlp_size=2 * WIDTH,
+    num_queries=TOKENS,
+    max_length=64,
+    scan_unroll=2,
+)
 
 
 def mixture(form: str, length: int, **settings) -> Mixture:
@@ -86,8 +103,9 @@ def mixture(form: str, length: int, **settings) -> Mixture:
 
 
 def common(name: str) -> dict[str, Any]:
-    """The same for all runs: another tokenizer would be another LLM."""
-    return dict(name=f"projectors_{name}", tokenizer=TokenizerConfig(vocab_size=VOCAB), cpu_devices=2)
+    """The same for all runs: with another tokenizer it would be another LLM."""
+    path = None if name == "base" else f"{RUNS}/base/tokenizer.json"
+    return dict(name=f"projectors_{name}", tokenizer=TokenizerConfig(vocab_size=VOCAB, path=path), cpu_devices=2)
 
 
 def base() -> Experiment:
@@ -145,11 +163,57 @@ def stage1() -> Experiment:
     )
 
 
+def prompt() -> Experiment:
+    """The P-Former, on the captions alone: prompts with which the LLM would say them."""
+    captions = mixture("captions", 48, rows=64, slots=0, layout="caption")
+    texts = tuple(replace(source, source=TextOnly(source.source)) for source in captions.sources)
+    return Experiment(
+        **common("prompt"),
+        model=PFormerPretrainingConfig(PFORMER, LLM, projection_size=WIDTH),
+        pretrained=(from_base("llm", "language"),),
+        stages=(
+            Stage(
+                name="prompt",
+                objective=PFormerObjective(equal_texts=True),
+                trainable=("prompter/*", "text_projection/*", "temperature"),
+                data=replace(captions, sources=texts),
+                optimizer=AdamW(learning_rate=1e-3, warmup_steps=30),
+                steps=STEPS["prompt"],
+            ),
+        ),
+    )
+
+
+def guided() -> Experiment:
+    """The Q-Former drawn to the P-Former's prompts, and taught to make the frozen LLM say the captions."""
+    return Experiment(
+        **common("guided"),
+        model=MultimodalConfig(encoder=ENCODER, projector=QFORMER, llm=LLM, prompter=PFORMER),
+        pretrained=(
+            from_base("encoder", "contrastive"),
+            from_base("llm", "language"),
+            Pretrained("prompter", f"{RUNS}/prompt", stage="prompt", made_by=prompt()),
+        ),
+        stages=(
+            Stage(
+                name="guided",
+                objective=PromptGuided(),
+                trainable=("projector/*",),
+                data=mixture("captions", 48, rows=64, slots=1, layout="caption"),
+                optimizer=AdamW(learning_rate=1e-3, warmup_steps=30),
+                steps=STEPS["guided"],
+            ),
+        ),
+    )
+
+
 def experiment(name: str) -> Experiment:
     """The projector of that name between the frozen encoder and the LLM: aligned, then instructed together."""
     pretrained = (from_base("encoder", "contrastive"), from_base("llm", "language"))
     if name == "qformer_stage1":
         pretrained += (Pretrained("projector", f"{RUNS}/stage1", stage="stage1", made_by=stage1()),)
+    if name == "pformer":
+        pretrained += (Pretrained("projector", f"{RUNS}/guided", stage="guided", made_by=guided()),)
     data = mixture("pictures", 128, rows=16, slots=6)
     return Experiment(
         **common(name),
