@@ -35,7 +35,7 @@ from mllm_jax.training.metrics import MetricsWriter, Progress, peak_flops
 from mllm_jax.training.named import dialogues_of
 from mllm_jax.training.optimizer import learning_rate, make_optimizer
 from mllm_jax.training.partition import join, num_bytes, num_parameters, split
-from mllm_jax.training.pretrained import describe_sources, initial_params, snapshot_of
+from mllm_jax.training.pretrained import describe_sources, initial_params, require_words, snapshot_of
 from mllm_jax.training.run_folder import RunFolder, open_run, write_json
 from mllm_jax.training.step import (
     init_state,
@@ -156,6 +156,7 @@ def prepare_tokenizer(experiment: Experiment, folder: RunFolder, first_host: boo
         tokenizer.save(folder.tokenizer_file)
     tokenizer = folder.tokenizer()
     require_vocabulary(experiment.model, tokenizer.vocab_size)
+    require_words(experiment, tokenizer)
     return tokenizer
 
 

@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 
 from mllm_jax.checkpoints.description import describe
 from mllm_jax.checkpoints.training import load_snapshot
+from mllm_jax.data.tokenizer import Tokenizer
 from mllm_jax.errors import CheckpointError, ConfigError
 from mllm_jax.models.registry import abstract_init, from_pretrained, pretrained_config
 from mllm_jax.sharding.mesh import param_shardings
@@ -19,6 +20,7 @@ from mllm_jax.training.run_folder import RunFolder
 from mllm_jax.training.serialise import differences
 from mllm_jax.training.step import init_params
 
+_READS_TOKENS = ("llm", "text_tower", "prompter")
 # How a part is started and computed; the parameters mean the same whatever these say.
 _FREE = ("dtype", "remat", "scan_unroll", "mimetic_init")
 
@@ -46,6 +48,27 @@ def initial_params(experiment: Experiment, model: nn.Module, mesh: Mesh) -> tupl
             abstract = nn.meta.unbox(abstract_init(model, model.sample_batch(), method="touch"))[source.part]
             params[source.part] = _from_run(source, config, abstract, shardings[source.part])
     return params, shardings
+
+
+def require_words(experiment: Experiment, tokenizer: Tokenizer) -> None:
+    """Parts that read tokens go on with the ids that they were trained on.
+
+    Raises:
+        ConfigError: a part of a run whose tokenizer gives some text another id.
+    """
+    ours = tokenizer.backend.get_vocab()
+    for source in experiment.pretrained:
+        if source.stage is None or source.part not in _READS_TOKENS:
+            continue
+        run = RunFolder(Path(source.folder))
+        theirs = run.tokenizer().backend.get_vocab()
+        if others := sorted(word for word, number in theirs.items() if ours.get(word) != number):
+            raise ConfigError(
+                f"{source.part} of {source.folder} with another tokenizer: {len(others)} of its {len(theirs)} words"
+                f" have other ids here, such as {others[0]!r}",
+                "the tokenizer that the part was trained with",
+                f"set tokenizer=TokenizerConfig(path={str(run.tokenizer_file)!r})",
+            )
 
 
 def snapshot_of(source: Pretrained) -> Path:

@@ -211,3 +211,10 @@ def test_what_does_not_fit_is_refused(tmp_path):
     for match, make in refused.items():
         with pytest.raises(ConfigError, match=match):
             make()
+
+
+def test_a_part_is_not_read_with_another_tokenizer(runs, tmp_path):
+    with pytest.raises(ConfigError, match="llm of .* with another tokenizer: .* words have other ids") as caught:
+        train(replace(guided(runs), tokenizer=TokenizerConfig(300)), tmp_path / "other")
+    assert str(runs / "language" / "tokenizer.json") in str(caught.value)
+    assert not list((tmp_path / "other").glob("**/arrays"))
