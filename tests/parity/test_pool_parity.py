@@ -45,8 +45,10 @@ def features():
 @pytest.mark.parametrize("factor", [1, 2, 3])
 def test_llava_next_video(factor, features, randomise, assert_close, assert_same_tree):
     config = LlavaNextVideoConfig(
-        vision_config=dict(model_type="clip_vision_model", hidden_size=WIDTH, image_size=4 * SIDE, patch_size=4),
-        text_config=dict(model_type="llama", hidden_size=20),
+        vision_config=dict(
+            model_type="clip_vision_model", hidden_size=WIDTH, num_attention_heads=2, image_size=4 * SIDE, patch_size=4
+        ),
+        text_config=dict(model_type="llama", hidden_size=20, num_attention_heads=2),
         spatial_pool_mode="average",
         spatial_pool_stride=factor,
     )
