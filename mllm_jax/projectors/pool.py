@@ -35,6 +35,7 @@ class PoolProjectorConfig:
     dtype: str = "float32"
 
     pointwise = False  # several vectors become one media token
+    needs_grid = True  # and a class token has no place among them
 
     def __post_init__(self):
         require = Requirements("average pooling", self)
