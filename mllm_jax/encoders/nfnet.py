@@ -100,6 +100,8 @@ class NFNetConfig:
     dtype: str = "float32"
     remat: str = "none"
 
+    class_token = False  # there is none
+
     def __post_init__(self):
         require = Requirements("NFNet", self)
         lengths = {len(self.depths), len(self.widths), len(self.group_sizes)}
@@ -130,6 +132,27 @@ class NFNetConfig:
         width = round_to(self.widths[stage] * self.bottleneck, self.channel_divisor)
         group = self.group_sizes[stage]
         return width if group % self.channel_divisor else width // group * group
+
+    @property
+    def image_size(self) -> int:
+        """Side of the square pictures that a composed model reads; others are taken too."""
+        return self.input.size[0]
+
+    @property
+    def grid(self) -> int:
+        """Vectors along one side of what comes out."""
+        side = self.image_size
+        for _ in range(len(self.depths) + 1):  # twice in the stem, once before each stage but the first
+            side = -(-side // 2)
+        return side
+
+    @property
+    def image_mean(self) -> tuple[float, ...]:
+        return self.input.mean
+
+    @property
+    def image_std(self) -> tuple[float, ...]:
+        return self.input.std
 
     def se_size(self, stage: int) -> int:
         """Channels inside squeeze-and-excitation."""

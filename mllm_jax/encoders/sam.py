@@ -63,6 +63,8 @@ class SamConfig:
     remat: str = "none"
     family: str = "SamVisionModel"
 
+    class_token = False  # there is none
+
     def __post_init__(self):
         require = Requirements("SAM", self)
         require(

@@ -45,6 +45,7 @@ class DecoderConfig:
         sliding_window: None, or how many keys a query sees, itself included.
         layer_types: "full_attention" or "sliding_attention" of each layer; empty: the window, if any, is every layer's.
         max_position_embeddings: the length it was trained on; a bound for learned positions only.
+        longest: None, or how many tokens a text may have: beyond it the family's own code does what is not done here.
         bos_token_id, eos_token_id, pad_token_id: kept for generation; each of several eos ids ends a text.
         family: the Hugging Face architecture that it is written as.
         mimetic_init: for training from scratch on little data; see `Attention`.
@@ -81,6 +82,7 @@ class DecoderConfig:
     sliding_window: int | None = None
     layer_types: tuple[str, ...] = ()
     max_position_embeddings: int = 2048
+    longest: int | None = None
     bos_token_id: int | None = None
     eos_token_id: tuple[int, ...] = ()
     pad_token_id: int | None = None
@@ -258,10 +260,11 @@ class Decoder(nn.Module):
             logits_at: int[B, M], the places whose logits are wanted; None is all.
 
         Returns:
-            float32[B, S or M, V], with a cache (logits, cache). A position beyond a table of learned ones makes NaN.
+            float32[B, S or M, V], with a cache (logits, cache). A position beyond a table of learned ones, or
+            beyond `longest`, makes NaN.
 
         Raises:
-            ConfigError: more tokens than learned positions, where `positions` does not say otherwise.
+            ConfigError: more tokens than learned positions or `longest`, where `positions` does not say otherwise.
         """
         c = self.config
         x = self.embed(tokens) if embeddings is None else embeddings
@@ -270,12 +273,17 @@ class Decoder(nn.Module):
         if positions is None:
             start = jnp.zeros((x.shape[0], 1), jnp.int32) if cache is None else (cache.length + cache.offset)[:, None]
             positions = start + jnp.arange(x.shape[1])[None]
-            if c.positions == "learned" and x.shape[1] > c.max_position_embeddings:
+            bound = c.max_position_embeddings if c.positions == "learned" else c.longest
+            if bound is not None and x.shape[1] > bound:
                 raise ConfigError(
                     f"decoder: {x.shape[1]} tokens",
-                    f"at most {c.max_position_embeddings} positions",
+                    f"at most {bound} positions",
                     "shorten the text",
                 )
+        if c.longest is not None:
+            beyond = positions >= c.longest
+            beyond = beyond if segments is None else beyond & (segments > 0)
+            x = jnp.where(beyond[..., None], jnp.nan, x)
         angles = None
         if c.positions == "learned":
             # Padding may be counted on beyond the table.

@@ -108,8 +108,14 @@ class MultimodalConfig:
     @property
     def media_tokens(self) -> int:
         """Tokens that one picture, or tile of one, takes in the LLM's row."""
-        kept = self.connection.class_token and self.encoder.class_token and self.projector.pointwise
-        return self.projector.num_tokens(self.encoder.grid) + int(kept)
+        kept = self.connection.class_token and self.encoder.class_token
+        if kept and getattr(self.projector, "needs_grid", False):
+            raise ConfigError(
+                f"connection.class_token with projector {type(self.projector).__name__}, which reads squares",
+                "patches alone",
+                "leave out the class token, or change the projector",
+            )
+        return self.projector.num_tokens(self.encoder.grid) + int(kept and self.projector.pointwise)
 
     @property
     def vocab_sizes(self) -> dict[str, int]:

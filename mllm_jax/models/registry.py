@@ -25,6 +25,7 @@ _HOMES = {
     "MistralForCausalLM": "mllm_jax.llms.llama",
     "Qwen2ForCausalLM": "mllm_jax.llms.qwen",
     "Qwen3ForCausalLM": "mllm_jax.llms.qwen",
+    "QWenLMHeadModel": "mllm_jax.llms.qwen_v1",
     "GlmForCausalLM": "mllm_jax.llms.glm",
     "OPTForCausalLM": "mllm_jax.llms.opt",
     "T5ForConditionalGeneration": "mllm_jax.llms.t5",

@@ -52,6 +52,11 @@ class MLPProjectorConfig:
         """Whether each vector that comes in goes out by itself, class tokens among them."""
         return self.merge == 1
 
+    @property
+    def needs_grid(self) -> bool:
+        """Whether what comes in must be a square of patches and nothing besides."""
+        return self.merge > 1
+
     def num_tokens(self, grid: int) -> int:
         """Media tokens of a square picture of grid x grid patches. Raises ConfigError: `merge` does not divide it."""
         if grid % self.merge:

@@ -50,6 +50,7 @@ class PixelShuffleProjectorConfig:
     dtype: str = "float32"
 
     pointwise = False  # several vectors become one media token
+    needs_grid = True  # and a class token has no place among them
 
     def __post_init__(self):
         require = Requirements("pixel shuffle", self)

@@ -125,6 +125,11 @@ class ResamplerConfig:
     def pointwise(self) -> bool:
         return False
 
+    @property
+    def needs_grid(self) -> bool:
+        """Whether what comes in must be a square of patches and nothing besides."""
+        return self.positions == "sincos"
+
     def num_tokens(self, grid: int) -> int:
         """Media tokens of a picture of grid x grid patches: as many as there are queries."""
         return self.num_queries

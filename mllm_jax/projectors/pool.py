@@ -1,0 +1,96 @@
+"""Average pooling of the grid of patches, then an MLP: how LLaVA-NeXT-Video shortens a frame.
+
+Neighbours side by side instead of their mean, a "2 x 2 merge", are `MLPProjectorConfig.merge`.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from einops import reduce
+from flax import linen as nn
+
+from mllm_jax.errors import ConfigError
+from mllm_jax.layers.requirements import Requirements
+from mllm_jax.projectors.mlp import MLPProjector, MLPProjectorConfig
+
+
+@dataclass(frozen=True)
+class PoolProjectorConfig:
+    """The side of the pooled squares and the MLP behind them.
+
+    Attributes:
+        output_size: the LLM's hidden size.
+        factor: side of the square of patches whose mean becomes one media token.
+        hidden_size, num_layers, activation, use_bias: of the MLP, see `MLPProjectorConfig`.
+    """
+
+    output_size: int
+    factor: int = 2
+    hidden_size: int | None = None
+    num_layers: int = 2
+    activation: str = "gelu"
+    use_bias: bool = True
+    dtype: str = "float32"
+
+    pointwise = False  # several vectors become one media token
+    needs_grid = True  # and a class token has no place among them
+
+    def __post_init__(self):
+        require = Requirements("average pooling", self)
+        require(self.factor >= 1, f"factor {self.factor}", "1 or more patches a side", "change factor")
+        self.mlp  # noqa: B018 - refuses what makes no MLP
+
+    @property
+    def mlp(self) -> MLPProjectorConfig:
+        """What stands behind the pooling."""
+        return MLPProjectorConfig(
+            self.output_size,
+            self.hidden_size,
+            activation=self.activation,
+            dtype=self.dtype,
+            num_layers=self.num_layers,
+            use_bias=self.use_bias,
+        )
+
+    def num_tokens(self, grid: int) -> int:
+        """Media tokens of a square picture of grid x grid patches.
+
+        Raises:
+            ConfigError: squares of `factor` patches do not fill that grid.
+        """
+        if grid % self.factor:
+            raise ConfigError(
+                f"average pooling of {self.factor} x {self.factor} patches on a grid of {grid} x {grid}",
+                "a side that the factor divides",
+                "change the encoder's image_size or patch_size, or the factor",
+            )
+        return (grid // self.factor) ** 2
+
+    def make(self) -> PoolProjector:
+        return PoolProjector(self)
+
+
+class PoolProjector(nn.Module):
+    """Encoder features to LLM embeddings (reference: transformers' `LlavaNextVideoPooler` and the projector behind)."""
+
+    config: PoolProjectorConfig
+
+    @nn.compact
+    def __call__(self, features):
+        """dtype[B, h*w, E] of a square grid -> dtype[B, h*w/factor^2, output_size]
+
+        Raises:
+            ConfigError: a grid that is not square, or that squares of `factor` patches do not fill.
+        """
+        c, (patches, side) = self.config, (features.shape[1], math.isqrt(features.shape[1]))
+        if side**2 != patches:
+            raise ConfigError(
+                f"average pooling of {patches} vectors of a picture",
+                "a square grid of patches, without a class token",
+                "change the connection",
+            )
+        c.num_tokens(side)  # refuses a grid that does not fit
+        x = reduce(features, "b (h p w q) e -> b (h w) e", "mean", h=side // c.factor, p=c.factor, q=c.factor)
+        return MLPProjector(c.mlp, name="mlp")(x)
