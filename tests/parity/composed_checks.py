@@ -43,16 +43,12 @@ def prompts(placeholder: str) -> tuple[list[str], list[list[np.ndarray]]]:
     return texts, [[picture(16, 16)], [picture(20, 61), picture(50, 17), picture(33, 30)], [], [picture(9, 40)]]
 
 
-def check_composed(
-    reference, processor, folder: Path, placeholder: str, assert_close, images: str = "images", alone: bool = True
-):
-    """Logits, answers and the written folder.
+def check_composed(reference, processor, folder: Path, placeholder: str, assert_close):
+    """Logits, answers of the batch and of each row by itself, and the written folder.
 
     Args:
         reference: a model of transformers with random weights, saved in `folder` beside its processor's files.
         processor: transformers' own, with the picture-making that needs no torchvision.
-        images: "images" checks the tiles too.
-        alone: whether each row is also answered by itself.
 
     Returns:
         The module and its parameters.
@@ -81,10 +77,10 @@ def check_composed(
         shown.append(inputs)
     assert len({answer.ids for answer in answers}) == len(texts), "answers that depend on nothing prove nothing"
 
-    if alone:
-        for text, mine, wanted in zip(texts, pictures, answers, strict=True):
-            one = ours(text, images=mine, slots=batch["images"].shape[1], length=batch["tokens"].shape[1])
-            assert generator.complete(one, options)[0].ids == wanted.ids, text
+    # Padded to the batch's shapes, so that the four are answered by one compiled program.
+    for text, mine, wanted in zip(texts, pictures, answers, strict=True):
+        one = ours(text, images=mine, slots=batch["images"].shape[1], length=batch["tokens"].shape[1])
+        assert generator.complete(one, options)[0].ids == wanted.ids, text
 
     save_pretrained(module, params, folder / "ours")
     opened, report = type(reference).from_pretrained(folder / "ours", output_loading_info=True)

@@ -99,9 +99,7 @@ def build(case: str, folder, randomise):
 @pytest.mark.parametrize("case", CASES)
 def test_against_transformers(case, randomise, assert_close, tmp_path):
     reference, processor = build(case, tmp_path, randomise)
-    module, _, batch, shown = check_composed(
-        reference, processor, tmp_path, PLACEHOLDER, assert_close, alone=case == "SigLIP and SAM"
-    )
+    module, _, batch, shown = check_composed(reference, processor, tmp_path, PLACEHOLDER, assert_close)
     config = module.config
     assert deepseek_vl.from_hf_config(deepseek_vl.to_hf_config(config)) == config
     encoder = config.encoder

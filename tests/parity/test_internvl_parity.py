@@ -90,10 +90,7 @@ def build(case: str, folder, randomise):
 @pytest.mark.parametrize("case", CASES)
 def test_against_transformers(case, randomise, assert_close, tmp_path):
     reference, processor = build(case, tmp_path, randomise)
-    alone = case == next(iter(CASES))
-    module, params, batch, shown = check_composed(
-        reference, processor, tmp_path, "<IMG_CONTEXT>", assert_close, alone=alone
-    )
+    module, params, batch, shown = check_composed(reference, processor, tmp_path, "<IMG_CONTEXT>", assert_close)
     config = module.config
     assert internvl.from_hf_config(internvl.to_hf_config(config)) == config
     for row, inputs in enumerate(shown):
