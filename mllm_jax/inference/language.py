@@ -15,7 +15,7 @@ from mllm_jax.data.chat import ChatTokenizer, Message
 from mllm_jax.errors import ConfigError, DataError
 from mllm_jax.inference.answers import Answers, Request
 from mllm_jax.inference.engine import Engine, bucket
-from mllm_jax.inference.options import Completion, Options
+from mllm_jax.inference.options import Completion, Options, longest_text
 from mllm_jax.inference.quantize import TensorError, quantize
 from mllm_jax.inference.sampling import Sampling
 from mllm_jax.inference.steps import Batch, steps_of
@@ -53,7 +53,7 @@ class LanguageGenerator:
         by_layer: bool | None = None,
     ):
         self.config, self.tokenizer, self.batch_size = module.config, tokenizer, batch_size
-        self.max_length = max_length or getattr(module.config, "max_position_embeddings", None)
+        self.max_length = longest_text(module.config, max_length)
         self.quantization_errors: list[TensorError] = []
         if int8:
             steps, ones = steps_of(module, by_layer=False), jnp.ones((1, 1), jnp.int32)

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from mllm_jax.errors import DataError
 from mllm_jax.inference.answers import Answers, Request
 from mllm_jax.inference.engine import Engine, bucket
-from mllm_jax.inference.options import Completion, Options
+from mllm_jax.inference.options import Completion, Options, longest_text
 from mllm_jax.inference.sampling import Sampling
 from mllm_jax.models.multimodal import Multimodal
 from mllm_jax.models.processor import Processor
@@ -64,7 +64,7 @@ class MultimodalGenerator:
         max_length: int | None = None,
     ):
         self.config, self.processor = model.config, processor
-        self.max_length = max_length or getattr(model.config.llm, "max_position_embeddings", None)
+        self.max_length = longest_text(model.config.llm, max_length)
         self._answers = Answers(_engine(model, mesh).of(params))
 
     def complete(

@@ -70,3 +70,17 @@ class Completion:
     ids: tuple[int, ...]
     finish: str
     logprobs: tuple[float, ...] | None = None
+
+
+def longest_text(config, asked: int | None = None) -> int | None:
+    """Tokens that a text with its answer may have: `asked`, or what an LLM's config was trained on; None: no bound.
+
+    Raises:
+        ConfigError: more than the LLM can read at all.
+    """
+    bound = getattr(config, "longest", None)
+    if asked is not None and bound is not None and asked > bound:
+        raise ConfigError(
+            f"max_length {asked} for a {config.family}", f"at most {bound}: it reads no longer text", "lower max_length"
+        )
+    return asked or getattr(config, "max_position_embeddings", None)

@@ -14,6 +14,8 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from mllm_jax import from_pretrained, save_pretrained
 from mllm_jax.errors import ConfigError
+from mllm_jax.inference.language import LanguageGenerator
+from mllm_jax.inference.options import Options
 from mllm_jax.llms.qwen_v1 import from_hf_config, to_hf_config
 from mllm_jax.models.registry import abstract_params, family_of_config
 
@@ -79,13 +81,9 @@ def test_logits_greedy_tokens_and_the_written_folder(loaded, assert_close):
         eos_token_id=None,
         pad_token_id=0,
     )
-    row = np.zeros((2, LENGTH), np.int64)
-    row[:, :8] = tokens[0, :8]
-    for place in range(8, LENGTH):
-        row[:, place] = np.asarray(apply(row, np.int32(np.arange(LENGTH) < place) * np.ones((2, 1), np.int32)))[
-            0, place - 1
-        ].argmax()
-    assert row[0].tolist() == said[0].tolist()
+    options = Options(max_new_tokens=32, ignore_eos=True)
+    answers = LanguageGenerator(module, params).generate([tokens[0, :8].tolist(), tokens[1, :3].tolist()], options)
+    assert list(answers[0].ids) == said[0, 8:].tolist()
 
     save_pretrained(module, params, folder / "ours")
     kept, written = load_file(folder / "model.safetensors"), load_file(folder / "ours" / "model.safetensors")
@@ -97,6 +95,8 @@ def test_logits_greedy_tokens_and_the_written_folder(loaded, assert_close):
 def test_longer_texts_are_refused_or_nan():
     config = from_hf_config(CONFIG)
     module, tokens = config.make(), jnp.zeros((1, LENGTH + 1), jnp.int32)
+    with pytest.raises(ConfigError, match=rf"max_length {LENGTH + 1} [\s\S]* at most {LENGTH}"):
+        LanguageGenerator(module, {}, max_length=LENGTH + 1)
     with pytest.raises(ConfigError, match=f"{LENGTH + 1} tokens"):
         jax.eval_shape(module.init, jax.random.key(0), tokens)
     places = jnp.array([[0, 1, LENGTH - 1], [0, 1, LENGTH]])
