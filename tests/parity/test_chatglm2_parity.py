@@ -1,4 +1,8 @@
-"""ChatGLM2 against stored outputs of its checkpoints' own code, and what is read, written as GlmForCausalLM."""
+"""ChatGLM2 against stored outputs of its checkpoints' own code, and what is read, written as GlmForCausalLM.
+
+That class, with the weights renamed here, is the reference for more configs than the stored one: it first gives the
+stored outputs itself. What we write are its folders, for no class of transformers opens ChatGLM's own.
+"""
 
 from __future__ import annotations
 
@@ -12,13 +16,156 @@ import optax
 import pytest
 import torch
 import transformers
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
+from test_decoder_parity import LENGTHS, examples, logits_of, packed, padded
 
 from mllm_jax.checkpoints.hf import hub_tensors
+from mllm_jax.inference.language import LanguageGenerator
+from mllm_jax.inference.options import Options
 from mllm_jax.llms.glm import chatglm_table
 from mllm_jax.models.registry import from_pretrained, save_pretrained
 
 GOLDEN = Path(__file__).parents[1] / "goldens" / "chatglm2_6b"
+SIZES = dict(
+    padded_vocab_size=61,
+    hidden_size=24,
+    ffn_hidden_size=36,
+    num_layers=2,
+    num_attention_heads=6,
+    kv_channels=4,
+    layernorm_epsilon=1e-2,  # large, so that a wrong epsilon shows
+    seq_length=64,
+    multi_query_attention=True,
+    multi_query_group_num=2,
+    add_qkv_bias=True,
+    original_rope=True,
+    eos_token_id=2,
+    pad_token_id=0,
+)
+CASES = {
+    "as published": SIZES,
+    "one group, no bias": SIZES | dict(multi_query_group_num=1, add_qkv_bias=False, num_layers=3),
+    "every head its keys": SIZES | dict(multi_query_attention=False, layernorm_epsilon=1e-5, ffn_hidden_size=52),
+    "wide heads": SIZES | dict(kv_channels=12, multi_query_group_num=3, hidden_size=32),
+}
+# ChatGLM's name -> Glm's.
+LAYER = {
+    "input_layernorm.weight": "input_layernorm.weight",
+    "post_attention_layernorm.weight": "post_attention_layernorm.weight",
+    "self_attention.dense.weight": "self_attn.o_proj.weight",
+    "mlp.dense_h_to_4h.weight": "mlp.gate_up_proj.weight",
+    "mlp.dense_4h_to_h.weight": "mlp.down_proj.weight",
+}
+WHOLE = {
+    "transformer.embedding.word_embeddings.weight": "model.embed_tokens.weight",
+    "transformer.encoder.final_layernorm.weight": "model.norm.weight",
+    "transformer.output_layer.weight": "lm_head.weight",
+}
+
+
+def glm_of(config: dict) -> transformers.GlmForCausalLM:
+    """The reference with the sizes of a ChatGLM config."""
+    heads, grouped = config["num_attention_heads"], config["multi_query_attention"]
+    theirs = transformers.GlmConfig(
+        vocab_size=config["padded_vocab_size"],
+        hidden_size=config["hidden_size"],
+        intermediate_size=config["ffn_hidden_size"],
+        num_hidden_layers=config["num_layers"],
+        num_attention_heads=heads,
+        num_key_value_heads=config["multi_query_group_num"] if grouped else heads,
+        head_dim=config["kv_channels"],
+        rms_norm_eps=config["layernorm_epsilon"],
+        max_position_embeddings=config["seq_length"],
+        attention_bias=config["add_qkv_bias"],
+        rope_parameters=dict(rope_type="default", rope_theta=10000.0, partial_rotary_factor=0.5),
+        pad_token_id=config.get("pad_token_id", 0),
+        eos_token_id=config.get("eos_token_id", 2),
+        attn_implementation="eager",
+    )
+    return transformers.GlmForCausalLM(theirs).eval()
+
+
+def names_of(reference: transformers.GlmForCausalLM) -> dict[str, tuple[str, ...]]:
+    """{ChatGLM's name: Glm's names, whose tensors stand in it one after the other}"""
+    names = {theirs: (ours,) for theirs, ours in WHOLE.items()}
+    for i in range(reference.config.num_hidden_layers):
+        theirs, ours = f"transformer.encoder.layers.{i}", f"model.layers.{i}"
+        names |= {f"{theirs}.{name}": (f"{ours}.{other}",) for name, other in LAYER.items()}
+        for kind in ("weight", "bias") if reference.config.attention_bias else ("weight",):
+            parts = tuple(f"{ours}.self_attn.{letter}_proj.{kind}" for letter in "qkv")
+            names[f"{theirs}.self_attention.query_key_value.{kind}"] = parts
+    return names
+
+
+def test_the_reference_gives_the_stored_outputs(golden, assert_close):
+    config = json.loads(GOLDEN.with_suffix(".json").read_text("utf-8"))["config"]
+    reference = glm_of(config)
+    state = reference.state_dict()
+    for name, parts in names_of(reference).items():
+        sizes = [state[part].shape[0] for part in parts]
+        pieces = torch.tensor(golden[f"weights/{name}"]).split(sizes)
+        state |= dict(zip(parts, pieces, strict=True))
+    reference.load_state_dict(state)
+    found = logits_of(reference, torch.tensor(golden["inputs/input_ids_nopad"]))
+    assert_close(found, golden["outputs/nopad/logits"], 1e-5)
+
+
+@pytest.fixture(scope="module", params=CASES)
+def pair(request, tmp_path_factory, randomise):
+    """(reference, a folder with its weights as the hub has ChatGLM's)."""
+    config = CASES[request.param]
+    reference = randomise(glm_of(config))
+    for name, parameter in reference.named_parameters():
+        if parameter.ndim == 2 and "embed" not in name:
+            parameter.data.mul_(0.5)  # quiet, for the sake of bfloat16; see `test_decoder_parity.test_bfloat16`
+    folder, state = tmp_path_factory.mktemp("chatglm2"), reference.state_dict()
+    tensors = {name: torch.cat([state[p] for p in parts]).numpy() for name, parts in names_of(reference).items()}
+    tensors["transformer.rotary_pos_emb.inv_freq"] = np.ones(2, np.float32)
+    save_file(tensors, folder / "model.safetensors")
+    hub = dict(architectures=["ChatGLMModel"], model_type="chatglm", rmsnorm=True, post_layer_norm=True)
+    (folder / "config.json").write_text(json.dumps(config | hub), "utf-8")
+    return reference, folder
+
+
+def test_more_configs_padded_packed_and_written(pair, assert_close, tmp_path):
+    reference, folder = pair
+    module, params = from_pretrained(folder)
+    texts = examples()
+    alone = [logits_of(reference, torch.tensor(text[None]))[0] for text in texts]
+    tokens, mask = padded(texts)
+    packed_tokens, positions, segments, spans = packed(texts, [(0, 1), (1, 0)])
+    counted = np.tile(np.arange(32), (2, 1))
+    stacked = [np.concatenate(two) for two in ((tokens, packed_tokens), (counted, positions), (mask, segments))]
+    ours = np.asarray(jax.jit(module.apply)({"params": params}, *stacked))
+    for row, n in enumerate(LENGTHS):
+        assert_close(ours[row, :n], alone[row], 1e-4, f"right padding, row {row}")
+    for (row, e), span in spans.items():
+        assert_close(ours[2 + row, span], alone[e], 1e-4, f"packed, row {row} text {e}")
+
+    prompts = [text[:n] for text, n in zip(texts, (12, 5), strict=True)]
+    answers = LanguageGenerator(module, params).generate(
+        [prompt.tolist() for prompt in prompts], Options(32, ignore_eos=True)
+    )
+    for prompt, answer in zip(prompts, answers, strict=True):
+        greedy = dict(do_sample=False, max_new_tokens=32, min_new_tokens=32, eos_token_id=None)
+        said = reference.generate(torch.tensor(prompt[None]), **greedy)[0, len(prompt) :]
+        assert list(answer.ids) == said.tolist()
+
+    save_pretrained(module, params, tmp_path / "glm")
+    written, state = load_file(tmp_path / "glm" / "model.safetensors"), reference.state_dict()
+    assert written.keys() == state.keys()
+    assert all((written[name] == tensor.numpy()).all() for name, tensor in state.items())
+    opened = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "glm", attn_implementation="eager").eval()
+    assert_close(logits_of(opened, torch.tensor(texts[0][None]))[0], alone[0], 1e-5, "the folder that we wrote")
+
+
+def test_more_configs_in_bfloat16(pair, assert_close):
+    reference, folder = pair
+    module, params = from_pretrained(folder, dtype="bfloat16")
+    text = examples()[0][None]
+    exact = logits_of(reference, torch.tensor(text))
+    ours = np.asarray(jax.jit(module.apply)({"params": params}, text))
+    assert_close(ours, exact, 2e-2, "against float32")
 
 
 @pytest.fixture(scope="module")
