@@ -6,6 +6,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import chatglm_reference as reference
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,6 +16,8 @@ from safetensors.numpy import load_file, save_file
 
 import mllm_jax
 from mllm_jax.checkpoints.layout import named, parameter_view
+from mllm_jax.inference.language import LanguageGenerator
+from mllm_jax.inference.options import Options
 from mllm_jax.layers.norms import LayerNorm
 from mllm_jax.llms.chatglm import (
     FAR,
@@ -183,3 +186,70 @@ def test_written_as_it_was_read(model, folder, weights, hf_config, tmp_path):
     assert {name: config[name] for name in hf_config if name != "use_cache"} == {
         name: value for name, value in hf_config.items() if name != "use_cache"
     }
+
+
+# ---- more configs than the golden's, against NumPy, which first gives the golden's logits
+
+SIZES = dict(hidden_size=24, num_layers=2, num_attention_heads=3, inner_hidden_size=40, vocab_size=61)
+SIZES |= dict(layernorm_epsilon=1e-3, bos_token_id=57, gmask_token_id=58, mask_token_id=59, pad_token_id=3)
+CASES = {
+    "gMASK": SIZES,
+    "MASK": SIZES | dict(num_layers=3, hidden_size=32, num_attention_heads=2),
+    "no mark": SIZES | dict(num_attention_heads=1, layernorm_epsilon=1e-5, inner_hidden_size=17),
+    "other ids": SIZES | dict(num_attention_heads=6, bos_token_id=5, gmask_token_id=9, mask_token_id=8),
+}
+
+
+def text_of(config: dict, case: str, before: int, behind: int, seed: int) -> np.ndarray:
+    """A context with its mark, bos, and an answer so far; a token behind the mark tells its place from the end."""
+    words = [i for i in range(10, 57)]
+    rng = np.random.default_rng(seed)
+    mark = {"MASK": [config["mask_token_id"]], "no mark": []}.get(case, [config["gmask_token_id"]])
+    context = [*rng.choice(words, before), *mark, *rng.choice(words, 1)]
+    return np.array([*context, config["bos_token_id"], *rng.choice(words, behind)])
+
+
+def test_numpy_gives_the_stored_logits(golden, weights, hf_config, tokens, assert_close):
+    for row, text in enumerate(tokens):
+        assert_close(reference.logits(hf_config, weights, text), golden["outputs/logits"][row], 1e-5, f"row {row}")
+
+
+@pytest.fixture(scope="module", params=CASES)
+def other(request, hf_config, tmp_path_factory):
+    """(case, config, weights, folder)"""
+    config = hf_config | CASES[request.param] | dict(eos_token_id=4)
+    made, path = reference.random_weights(config, seed=3), tmp_path_factory.mktemp("other")
+    save_file(made, path / "model.safetensors")
+    (path / "config.json").write_text(json.dumps(config), "utf-8")
+    return request.param, config, made, path
+
+
+def test_more_configs_padded_packed_generated_and_written(other, assert_close, tmp_path):
+    case, config, weights, folder = other
+    module, params = mllm_jax.from_pretrained(folder)
+    texts = [text_of(config, case, 6, 5, 0), text_of(config, case, 3, 2, 1)]
+    alone = [reference.logits(config, weights, text) for text in texts]
+    rows, segments = np.full((2, 26), 3), np.zeros((2, 26), np.int32)
+    ends = np.cumsum([len(text) for text in texts])
+    rows[0, : ends[1]], segments[0, : ends[1]] = np.concatenate(texts), np.repeat([1, 2], [len(t) for t in texts])
+    rows[1, : len(texts[1])], segments[1, : len(texts[1])] = texts[1], 1
+    ours = np.asarray(jax.jit(module.apply)({"params": params}, rows, None, segments))
+    assert_close(ours[0, : ends[0]], alone[0], 1e-4, "packed, first")
+    assert_close(ours[0, ends[0] : ends[1]], alone[1], 1e-4, "packed, second")
+    assert_close(ours[1, : len(texts[1])], alone[1], 1e-4, "padded")
+
+    half = replace(module.config, dtype="bfloat16").make()
+    rough = half.apply({"params": jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)}, texts[0][None])[0]
+    assert np.linalg.norm(rough - alone[0]) <= 2e-2 * np.linalg.norm(alone[0]), "bfloat16"
+
+    answers = LanguageGenerator(module, params).generate(
+        [text.tolist() for text in texts], Options(32, ignore_eos=True)
+    )
+    said = [reference.greedy(config, weights, text, 32) for text in texts]
+    assert [list(answer.ids) for answer in answers] == said
+    assert len({token for tokens in said for token in tokens}) > 3
+
+    mllm_jax.save_pretrained(module, params, tmp_path / "ours")
+    written = load_file(tmp_path / "ours" / "model.safetensors")
+    assert written.keys() == weights.keys()
+    assert all((written[name] == array).all() for name, array in weights.items())
