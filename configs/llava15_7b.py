@@ -1,11 +1,18 @@
 """LLaVA-1.5-7B (arXiv 2310.03744) at its real size, with the published hyperparameters of its two stages.
 
-`model()` is what llava-hf/llava-1.5-7b-hf holds. `experiment(...)` trains it on data sources that you give:
-LLaVA's own records have no loader here yet, so there is no `config()` for `mllm train`.
+mllm train configs/llava15_7b.py
+
+`model()` is what llava-hf/llava-1.5-7b-hf holds; that folder lies in START. The records and pictures lie in the folder
+that the environment variable MLLM_DATA_DIR names, else in the working folder, by the names in RECORDS, which are those
+of the authors' repository.
+
+The authors began with openai/clip-vit-large-patch14-336, lmsys/vicuna-7b-v1.5 and a new projector. Vicuna has 64 tokens
+fewer than this model, so `config()` begins with the whole of START; `experiment(...)` takes parts instead.
 """
 
 from typing import Any
 
+from mllm_jax.data.llava import LLaVARecords
 from mllm_jax.data.pipeline import Mixture, Weighted
 from mllm_jax.encoders.vit import ViTConfig
 from mllm_jax.llms.decoder import DecoderConfig
@@ -19,6 +26,27 @@ from mllm_jax.training.objectives.next_token import NextToken
 # 558,128 pictures with captions in batches of 256; 665,298 conversations in batches of 128; one epoch each (the paper's
 # table of hyperparameters; the counts are those of LLaVA-Pretrain and llava_v1_5_mix665k.json).
 ALIGN_STEPS, INSTRUCT_STEPS = -(-558_128 // 256), -(-665_298 // 128)
+START = "runs/llava-1.5-7b-hf"
+RECORDS = {
+    "align": LLaVARecords(
+        path="LLaVA-Pretrain/blip_laion_cc_sbu_558k.json", image_folder="LLaVA-Pretrain/images", version="plain"
+    ),
+    "instruct": LLaVARecords(path="llava_v1_5_mix665k.json", image_folder="."),
+}
+# What is written around questions and answers: conv_vicuna_v1 in llava/conversation.py. START's own template ends an
+# answer without the end token, which training needs.
+SYSTEM = (
+    "A chat between a curious human and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the human's questions."
+)
+TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'system' %}{{ m['content'] + ' ' }}"
+    "{% elif m['role'] == 'user' %}{{ 'USER: ' }}"
+    "{% for p in m['content'] if p['type'] == 'image' %}{{ '<image>\n' }}{% endfor %}"
+    "{% for p in m['content'] if p['type'] == 'text' %}{{ p['text'] }}{% endfor %}{{ ' ' }}"
+    "{% else %}{{ 'ASSISTANT: ' }}{% for p in m['content'] %}{{ p['text'] }}{% endfor %}{{ eos_token }}{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
+)
 LENGTH = 2048  # model_max_length in scripts/v1_5/*.sh of haotian-liu/LLaVA
 
 
@@ -87,7 +115,7 @@ def experiment(align: Any, instruct: Any, tokenizer: str, pretrained: tuple[Pret
 
     Args:
         align, instruct: data sources.
-        tokenizer: a folder with Vicuna's tokenizer and a chat template.
+        tokenizer: a folder with LLaVA's tokenizer and its processor's settings.
         pretrained: where tower and LLM begin: the authors took openai/clip-vit-large-patch14-336 and
             lmsys/vicuna-7b-v1.5, and a new projector.
     """
@@ -95,7 +123,7 @@ def experiment(align: Any, instruct: Any, tokenizer: str, pretrained: tuple[Pret
         name="llava15_7b",
         model=model(),
         pretrained=pretrained,
-        tokenizer=TokenizerConfig(vocab_size=32064, folder=tokenizer),
+        tokenizer=TokenizerConfig(vocab_size=32064, folder=tokenizer, system=SYSTEM, template=TEMPLATE),
         stages=(
             Stage(
                 name="align",
@@ -117,3 +145,7 @@ def experiment(align: Any, instruct: Any, tokenizer: str, pretrained: tuple[Pret
             ),
         ),
     )
+
+
+def config() -> Experiment:
+    return experiment(RECORDS["align"], RECORDS["instruct"], START, (Pretrained("*", START),))

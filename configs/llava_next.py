@@ -2,8 +2,8 @@
 
 `vicuna_7b()` and `mistral_7b()` are what llava-hf/llava-v1.6-vicuna-7b-hf and llava-v1.6-mistral-7b-hf hold (blog post
 of 30 January 2024); `onevision_7b()` and `onevision_500m()` are llava-onevision-qwen2-7b-ov-hf and -0.5b-ov-hf
-(arXiv 2408.03326). `STAGES` says how the authors train such a model. It stops short of an Experiment: there is no
-loader of their records here, and the tower learns with a learning rate of its own, which a Stage does not have.
+(arXiv 2408.03326). `STAGES` says how the authors train such a model. It stops short of an Experiment: the tower learns
+with a learning rate of its own, which a Stage does not have. `LLaVARecords` reads records of their form.
 """
 
 import runpy

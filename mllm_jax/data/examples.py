@@ -13,21 +13,34 @@ class Turn:
     """One question and its answer; `task` names the skill it trains or measures.
 
     A caption is a turn without a question; `place` is the media token of the picture that it describes, None the whole.
+    `images_at` are the places in the question's text, in characters, at which pictures stand; where no turn of a
+    conversation has any, its pictures stand before the first question.
     """
 
     question: str
     answer: str
     task: str
     place: int | None = None
+    images_at: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)
 class Conversation:
-    """Turns about `num_images` pictures, or about the text `context` that stands in place of a picture."""
+    """Turns about `num_images` pictures, or about the text `context` that stands in place of a picture.
+
+    `plain`: pictures and a caption, without a template around them, as LLaVA is pretrained.
+    """
 
     num_images: int
     turns: tuple[Turn, ...]
     context: str = ""
+    plain: bool = False
+
+    @property
+    def pictures_first(self) -> bool:
+        """Whether all pictures stand before the first question."""
+        first, *others = [turn.images_at or () for turn in self.turns]
+        return not any(first) and not any(others)
 
 
 @runtime_checkable

@@ -56,6 +56,12 @@ def encode_conversation(
     """
     if not conversation.turns:
         raise DataError("a conversation without turns", "at least one question and answer", "drop or mend the record")
+    if conversation.plain or not conversation.pictures_first:
+        raise DataError(
+            "a conversation with pictures inside its text, or without a template",
+            "pictures before the first question, in rows that a run lays out itself",
+            "train a named model on it, such as LLaVA, or move its pictures",
+        )
     chat = tokenizer.chat
     ids, media = _opening(conversation.context, conversation.num_images, tokenizer, media_tokens)
     weights = [0.0] * len(ids)

@@ -12,7 +12,7 @@ from mllm_jax.models.processor import Layout, Processor
 
 
 class DialogueEncoder:
-    """Lays conversations out as a checkpoint's own chat template does, pictures first in the first question.
+    """Lays conversations out as a checkpoint's own chat template does, pictures where the questions have them.
 
     The template writes the whole conversation and each of its beginnings; what an answer adds to its beginning is what
     is learnt. So no mask depends on how a template looks, and one that rewrites earlier turns is refused.
@@ -60,14 +60,14 @@ class DialogueEncoder:
                 "drop or mend the record",
             )
         media = self.layout.images(images)
+        if conversation.plain:
+            return self._plain(conversation, media, max_length, learn)
         kept: tuple[Row, np.ndarray] | None = None
         messages = [] if self.system is None else [{"role": "system", "content": self.system}]
         learnt: list[tuple[int, int]] = []
         before: list[int] = []
         for number, turn in enumerate(conversation.turns):
-            text = f"{conversation.context}\n{turn.question}".strip() if number == 0 else turn.question
-            content = [{"type": "image"}] * (len(images) if number == 0 else 0) + [{"type": "text", "text": text}]
-            messages.append({"role": "user", "content": content})
+            messages.append({"role": "user", "content": _question(conversation, number, len(images))})
             asked = self.processor.ids_of(messages)
             messages.append({"role": "assistant", "content": [{"type": "text", "text": turn.answer}]})
             said = self.processor.ids_of(messages, add_generation_prompt=False)
@@ -92,6 +92,24 @@ class DialogueEncoder:
         row, weights, turns = kept
         return EncodedDialogue(row, weights, media, len(conversation.turns) - turns)
 
+    def _plain(self, conversation: Conversation, media: list[Media], max_length: int, learn: str) -> EncodedDialogue:
+        """Pictures, the caption and a line break, which LLaVA's pretraining has for an end."""
+        mark = self.processor.tokenizer.backend.convert_ids_to_tokens(self.layout.image_token)
+        caption = conversation.turns[0].answer
+        if mark in caption:
+            raise DataError(f"a caption with {mark!r} in it", "text", "drop or mend the record")
+        ids = self.processor.tokenizer.encode(f"{mark * len(media)}{caption}\n")
+        shown = [place for place, token in enumerate(ids) if token == self.layout.image_token]
+        first = 0 if learn == "all" else max(shown) + 1
+        row, weights = self._laid_out(ids, [(first, len(ids))], media)
+        if len(row.tokens) > max_length:
+            raise DataError(
+                f"a caption of {len(row.tokens)} tokens with {len(media)} picture(s)",
+                f"at most {max_length} tokens",
+                "raise the row's length, or give it fewer or smaller pictures",
+            )
+        return EncodedDialogue(row, weights, media)
+
     def _end(self, ids: list[int]) -> int:
         """One past the stop token that ends the last answer; what a template writes behind it is not learnt."""
         stops = self.processor.tokenizer.stop_ids
@@ -113,3 +131,18 @@ class DialogueEncoder:
         # Placeholders carry no loss, so the weights of the text keep their order around what stands for pictures.
         spread[row.owners < 0] = weights[~np.isin(ids, self.processor.placeholders)]
         return row, spread
+
+
+def _question(conversation: Conversation, number: int, images: int) -> list[dict[str, str]]:
+    """The parts of a question: its text, cut where pictures stand, and the pictures."""
+    turn = conversation.turns[number]
+    opening = f"{conversation.context}\n" if number == 0 and conversation.context else ""
+    text, places = f"{opening}{turn.question}", [len(opening) + place for place in turn.images_at or ()]
+    if number == 0 and not any(each.images_at for each in conversation.turns):
+        text, places = text.strip(), [0] * images
+    parts, start = [], 0
+    for place in places:
+        parts += [{"type": "text", "text": text[start:place]}, {"type": "image"}]
+        start = place
+    parts.append({"type": "text", "text": text[start:]})
+    return [part for part in parts if part["type"] == "image" or part["text"]] or parts

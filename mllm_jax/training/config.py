@@ -86,6 +86,7 @@ class TokenizerConfig:
         path: a tokenizer.json that an earlier run wrote.
         folder: a chat model's folder: its tokenizer, and rows laid out by its chat template.
         system: with `folder`, the system message; None leaves it to the template.
+        template: of a named model, a chat template to train with instead of the folder's.
         phrases: of several words, each of which is to be one token of a tokenizer that is trained.
         places: words that stand in the text before each media token of a picture and tell its place in it, such as
             "top left", "top right", ... for a picture of 2 x 2; empty: nothing stands there.
@@ -95,6 +96,7 @@ class TokenizerConfig:
     path: str | None = None
     folder: str | None = None
     system: str | None = None
+    template: str | None = None
     places: tuple[str, ...] = ()
     phrases: tuple[str, ...] = ()
 
@@ -175,6 +177,12 @@ class Experiment:
         if parts != ["*"] and (len(set(parts)) != len(parts) or not set(parts) <= set(known)):
             raise ConfigError(
                 f"pretrained parts {parts}", f"some of {known}, each once, or '*' alone", "change experiment.pretrained"
+            )
+        if self.tokenizer.template is not None and not has_layout(self.model):
+            raise ConfigError(
+                f"a chat template for a {type(self.model).__name__}",
+                "a named model, or the template of TokenizerConfig(folder=...)",
+                "drop tokenizer.template",
             )
         if self.nonfinite not in ("stop", "skip"):
             raise ConfigError(f"nonfinite {self.nonfinite!r}", '"stop" or "skip"', "change it")

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mllm_jax.checkpoints.hf import copy_companions
-from mllm_jax.data.chat import ChatTokenizer
+from mllm_jax.data.chat import PROCESSORS_TEMPLATE, ChatTokenizer
 from mllm_jax.errors import ConfigError
 from mllm_jax.models.dialogue import DialogueEncoder
 from mllm_jax.models.processor import Processor
@@ -38,6 +38,10 @@ def dialogues_of(experiment: Experiment, run: RunFolder) -> DialogueEncoder | No
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         copy_companions(Path(source), temporary)
+        if experiment.tokenizer.template is not None:
+            # What is trained leaves with the template that it was trained with.
+            (temporary / PROCESSORS_TEMPLATE).unlink(missing_ok=True)
+            (temporary / "chat_template.jinja").write_text(experiment.tokenizer.template, "utf-8")
         temporary.rename(run.processor_folder)
     return DialogueEncoder(processor_of(experiment, run), experiment.tokenizer.system)
 

@@ -1,0 +1,236 @@
+"""Conversations in the form that LLaVA's are published in: one JSON file of records beside a folder of pictures.
+
+The files meant are blip_laion_cc_sbu_558k.json of liuhaotian/LLaVA-Pretrain and llava_v1_5_mix665k.json of
+liuhaotian/LLaVA-Instruct-150K; any list of such records, or a file with one a line, is read alike:
+
+    {"id": "7", "image": "a.png", "conversations": [{"from": "human", "value": "<image>\\nWhat?"}, ...]}
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import mmap
+import os
+import re
+from array import array
+from dataclasses import dataclass
+from pathlib import Path, PureWindowsPath
+from typing import Any
+
+import numpy as np
+
+from mllm_jax.data.examples import Conversation, Turn
+from mllm_jax.data.images import read_image, resize
+from mllm_jax.errors import ConfigError, DataError
+
+PLACEHOLDER = "<image>"
+VERSIONS = ("chat", "plain")
+_READING = 1  # raise it whenever the same file gives other conversations
+# Everything up to the next brace that is not inside a string.
+_NEXT_BRACE = re.compile(rb'(?:[^"{}]++|"[^"\\]*+(?:\\.[^"\\]*+)*+")*+([{}])', re.DOTALL)
+
+
+@dataclass(frozen=True)
+class LLaVARecords:
+    """A file of LLaVA's records.
+
+    Attributes:
+        path: the file, JSON or JSON lines.
+        image_folder: what the records' picture names are relative to.
+        version: "chat" asks the human's questions; "plain" is LLaVA's pretraining, a picture and then its caption, the
+            question left out.
+        image_size: side that pictures are resized to, for a model that a run lays out itself; None: as they are.
+        data_dir: what relative paths begin at; None: the environment variable MLLM_DATA_DIR, else the working folder.
+    """
+
+    path: str
+    image_folder: str
+    version: str = "chat"
+    image_size: int | None = None
+    data_dir: str | None = None
+
+    def __post_init__(self):
+        if self.version not in VERSIONS:
+            raise ConfigError(f"LLaVARecords: version {self.version!r}", f"one of {VERSIONS}", "change it")
+
+    def build(self) -> LLaVASource:
+        """Raises DataError: a file that is absent, or that does not consist of records."""
+        return LLaVASource(self)
+
+
+class LLaVASource:
+    """The records of one file. Held of each are two offsets; text and pictures are read when they are asked for."""
+
+    def __init__(self, settings: LLaVARecords):
+        root = Path(settings.data_dir or os.environ.get("MLLM_DATA_DIR") or ".")
+        self.settings, self.folder = settings, root / settings.image_folder
+        self.name = Path(settings.path).name
+        path = root / settings.path
+        try:
+            facts = path.stat()
+            self._file = _open(path, facts.st_size, facts.st_mtime_ns)
+        except (OSError, ValueError) as error:  # mmap refuses empty files with a ValueError
+            raise DataError(
+                f"the records {path} cannot be read ({error})",
+                "a file of records",
+                "download it, or set MLLM_DATA_DIR to the folder that its name is relative to",
+            ) from error
+
+    def __len__(self) -> int:
+        return len(self._file.spans) // 2
+
+    def fingerprint(self) -> str:
+        """Changes with the file's bytes and with how they are read; of the pictures it knows their names."""
+        told = (_READING, self.settings.version, self.settings.image_size, self._file.digest)
+        return hashlib.sha256(repr(told).encode()).hexdigest()[:16]
+
+    def conversation(self, index: int) -> Conversation:
+        """The text of a record. Raises DataError, which names the record's id, for one that cannot be learnt from."""
+        record = self._record(index)
+        turns = _turns(record)
+        shown, pictures = sum(len(turn.images_at or ()) for turn in turns), len(_pictures(record))
+        if shown != pictures:
+            _refuse(record, f"{PLACEHOLDER} {shown} time(s) for {pictures} picture(s)", "one for each picture")
+        if self.settings.version == "chat":
+            return Conversation(pictures, tuple(turns))
+        if len(turns) != 1 or pictures == 0:
+            _refuse(record, f"{len(turns)} turn(s) and {pictures} picture(s), as a caption", "one turn with a picture")
+        turn = Turn("", turns[0].answer, "caption", images_at=(0,) * pictures)
+        return Conversation(pictures, (turn,), plain=True)
+
+    def images(self, index: int) -> list[np.ndarray]:
+        """The pictures of a record, uint8[H, W, 3] each. Raises DataError: one that is absent, broken or elsewhere."""
+        record = self._record(index)
+        found = []
+        for name in _pictures(record):
+            inside = os.path.normpath(name)
+            if PureWindowsPath(name).drive or os.path.isabs(name) or inside.split(os.sep)[0] == ".." or "\0" in name:
+                _refuse(record, f"the picture {name!r}", "a file inside the folder of pictures")
+            try:
+                image = read_image(self.folder / inside)
+            except DataError as error:
+                raise DataError(f"{_called(record)}: {error.given}", error.expected, error.todo) from error
+            found.append(image if self.settings.image_size is None else resize(image, self.settings.image_size))
+        return found
+
+    def _record(self, index: int) -> dict[str, Any]:
+        if not 0 <= index < len(self):
+            raise IndexError(f"index {index} of source {self.name}, which has {len(self)} records")
+        start, stop = self._file.spans[2 * index : 2 * index + 2]
+        try:
+            return json.loads(self._file.content[start:stop])
+        except ValueError as error:
+            raise DataError(
+                f"bytes {start} to {stop} are no JSON ({error})", "a record", "download the file again, or mend it"
+            ) from error
+
+
+# ---- what a record says
+
+
+def _turns(record: dict[str, Any]) -> list[Turn]:
+    said = record.get("conversations")
+    if not isinstance(said, list) or not all(isinstance(one, dict) for one in said):
+        _refuse(record, "no list of `conversations`", 'messages such as {"from": "human", "value": "..."}')
+    for one in said:
+        if one.get("from") not in ("human", "gpt") or not isinstance(one.get("value"), str):
+            _refuse(record, f"a message from {one.get('from')!r}", 'text from "human" or "gpt"')
+        if one["from"] == "gpt" and not one["value"].strip():
+            _refuse(record, "an empty answer", "an answer with text")
+        if one["from"] == "gpt" and PLACEHOLDER in one["value"]:
+            _refuse(record, f"{PLACEHOLDER} in an answer", "pictures in questions only")
+    if said and said[0]["from"] == "gpt":
+        said = said[1:]  # the authors' training leaves out an answer to nothing, too
+    if not said or said[-1]["from"] != "gpt":
+        _refuse(record, "a dialogue without an assistant turn at its end", "an answer to each question")
+    if [one["from"] for one in said] != ["human", "gpt"] * (len(said) // 2):
+        _refuse(record, f"turns of {[one['from'] for one in said]}", "a question and an answer in turn")
+    asked = [_placed(one["value"]) for one in said[::2]]
+    return [
+        Turn(text, answer["value"].strip(), "dialogue", images_at=places)
+        for (text, places), answer in zip(asked, said[1::2], strict=True)
+    ]
+
+
+def _placed(question: str) -> tuple[str, tuple[int, ...]]:
+    """The text without placeholders, and where in it they stood.
+
+    Line breaks between pictures and at the ends of the text go: they part a picture from the text, which chat templates
+    do by themselves.
+    """
+    pieces = [piece if piece.strip() else "" for piece in question.split(PLACEHOLDER)]
+    texts = [i for i, piece in enumerate(pieces) if piece]
+    if texts:
+        pieces[texts[0]] = pieces[texts[0]].lstrip()
+        pieces[texts[-1]] = pieces[texts[-1]].rstrip()
+    ends = np.cumsum([len(piece) for piece in pieces[:-1]], dtype=int)
+    return "".join(pieces), tuple(ends.tolist())
+
+
+def _pictures(record: dict[str, Any]) -> list[str]:
+    names = record.get("image")
+    names = [] if names is None else [names] if isinstance(names, str) else names
+    if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
+        _refuse(record, f"image={names!r}", "a name, or a list of names")
+    return names
+
+
+def _called(record: dict[str, Any]) -> str:
+    return f"record {record.get('id', '(without an id)')!r}"
+
+
+def _refuse(record: dict[str, Any], given: str, expected: str):
+    raise DataError(f"{_called(record)}: {given}", expected, "mend the record, or leave it out")
+
+
+# ---- the file
+
+
+@dataclass(frozen=True)
+class _File:
+    """A mapped file, where its records begin and end (two int64 for each), and a digest of its bytes."""
+
+    content: mmap.mmap
+    spans: array
+    digest: str
+
+
+@functools.lru_cache(maxsize=4)
+def _open(path: Path, size: int, changed: int) -> _File:
+    """Size and time of change make a file that was replaced be read again."""
+    with open(path, "rb") as file:
+        content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    digest = hashlib.blake2b(digest_size=16)
+    with memoryview(content) as view:
+        digest.update(view)
+    return _File(content, _spans(content, path), digest.hexdigest())
+
+
+def _spans(content: mmap.mmap, path: Path) -> array:
+    """Offsets of the outermost braces."""
+    spans, depth, end = array("q"), 0, 0
+    for found in _NEXT_BRACE.finditer(content):
+        if found[1] == b"{":
+            if depth == 0:
+                between = content[end : found.end() - 1].strip()
+                if between not in ((b",", b"") if spans else (b"[", b"", b"\xef\xbb\xbf", b"\xef\xbb\xbf[")):
+                    break
+                spans.append(found.end() - 1)
+            depth += 1
+        else:
+            depth -= 1
+            if depth < 0:
+                break
+            if depth == 0:
+                end = found.end()
+                spans.append(end)
+    listed = content[: spans[0]].strip().endswith(b"[") if spans else False
+    if depth != 0 or not spans or content[end:].strip() != (b"]" if listed else b""):
+        raise DataError(
+            f"{path}: no whole file of records; it makes sense up to byte {end:,}",
+            "a JSON list of objects, or one object a line",
+            "download it again: it may have been cut short",
+        )
+    return spans
