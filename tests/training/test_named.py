@@ -18,6 +18,7 @@ import mllm_jax
 from mllm_jax.cli import main
 from mllm_jax.data.dialogues import pack_dialogues
 from mllm_jax.data.examples import Conversation, Turn
+from mllm_jax.data.llava import LLaVARecords
 from mllm_jax.data.pipeline import Mixture, Pipeline, Weighted
 from mllm_jax.encoders.vit import ViTConfig
 from mllm_jax.errors import ConfigError, DataError
@@ -253,3 +254,67 @@ def test_the_cache_encodes_once_and_survives_a_kill(tmp_path):
 def test_what_does_not_fit_is_refused(folder, tmp_path, change, message):
     with pytest.raises(ConfigError, match=message):
         train(change(experiment(folder)), tmp_path)
+
+
+# ---- LLaVA's own records
+
+
+@pytest.fixture
+def records(tmp_path):
+    """A file of captions, one of conversations (one without a picture, one with it behind the text), and pictures."""
+    for n in range(4):
+        Image.fromarray(np.full((8, 8 + n, 3), 60 * n, np.uint8)).save(tmp_path / f"{n}.png")
+    captions, talks = [], []
+    for n in range(32):
+        colour, number = COLOURS[n % len(COLOURS)], str(n % 20)
+        asked = {"from": "human", "value": "<image>\nwhat is"}
+        said = {"from": "gpt", "value": f"{colour} {number}"}
+        captions.append({"id": f"c{n}", "image": f"{n % 4}.png", "conversations": [asked, said]})
+        if n % 3 == 0:
+            talks.append({"id": f"t{n}", "conversations": [asked | {"value": f"number {number} ?"}, said]})
+        else:
+            behind = [asked | {"value": "which colour ? <image>"}, said] if n % 3 == 1 else [asked, said]
+            more = [asked | {"value": "which number ?"}, said | {"value": number}]
+            talks.append({"id": f"t{n}", "image": f"{n % 4}.png", "conversations": behind + more})
+    (tmp_path / "captions.json").write_text(json.dumps(captions))
+    (tmp_path / "talks.json").write_text(json.dumps(talks))
+    return tmp_path
+
+
+def on_records(folder, records) -> Experiment:
+    """The two stages of LLaVA: captions without a template, then conversations."""
+    read = dict(image_folder=".", data_dir=str(records))
+    sources = (LLaVARecords("captions.json", version="plain", **read), LLaVARecords("talks.json", **read))
+    made = experiment(folder)
+    stages = tuple(
+        replace(stage, data=replace(DATA, sources=(Weighted(source),)), validation=None, steps=6)
+        for stage, source in zip(made.stages, sources, strict=True)
+    )
+    return replace(made, stages=stages)
+
+
+def test_llava_records_train_a_named_model(folder, records, tmp_path):
+    run = train(on_records(folder, records), tmp_path / "run")
+    found = losses(run.path)
+    assert len(found) == 12 and np.isfinite(found).all() and np.mean(found[4:6]) < found[0]
+
+
+def test_pictures_stand_where_the_records_have_them(records, dialogues):
+    source = LLaVARecords("talks.json", ".", data_dir=str(records)).build()
+    encoded = dialogues.encode(source.conversation(1), source.images(1), 64)
+    row = encoded.row.tokens.tolist()
+    start = row.index(IMAGE)
+    assert row[start - 3 : start] == [ID["which"], ID["colour"], ID["?"]] and row[start : start + 4] == [IMAGE] * 4
+    plain = LLaVARecords("captions.json", ".", version="plain", data_dir=str(records)).build()
+    encoded = dialogues.encode(plain.conversation(5), plain.images(5), 64)
+    caption = [ID[word] for word in plain.conversation(5).turns[0].answer.split()]
+    assert encoded.row.tokens.tolist() == [IMAGE] * 4 + caption
+    assert encoded.loss_weights.tolist() == [0] * 4 + [1] * 2
+
+
+def test_a_record_without_an_answer_stops_the_run(folder, records, tmp_path):
+    talks = json.loads((records / "talks.json").read_text())
+    talks[3]["conversations"].pop()
+    (records / "talks.json").write_text(json.dumps(talks))
+    with pytest.raises(DataError, match="t3.*without an assistant turn"):
+        train(on_records(folder, records), tmp_path / "run")
