@@ -58,16 +58,13 @@ class OpenMojiSkillsEvaluation:
     seed: int = 0
     data_dir: str | None = None
 
-    def check(self, model: Any) -> None:
-        _require(self, model, MultimodalConfig, "a multimodal LLM, which answers questions")
+    check, score = OpenMojiEvaluation.check, OpenMojiEvaluation.score
 
     def questions(self) -> dict[str, list]:
         """{split: [EvalQuestion, ...]}"""
         from mllm_jax.data.openmoji.skills import skill_questions
 
         return skill_questions(self.config, self.image_size, self.seed, self.limit, self.data_dir)
-
-    score = OpenMojiEvaluation.score
 
 
 @dataclass(frozen=True)

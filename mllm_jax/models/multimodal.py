@@ -336,7 +336,7 @@ class Multimodal(nn.Module):
         if self.config.contrastive is not None:
             self.embed_pairs(batch)
         if self.config.prompter is not None:
-            self.prompter(batch["tokens"], batch["segments"])
+            self.prompter(*(batch[name][:, : self.config.prompter.max_length] for name in ("tokens", "segments")))
         return out
 
     def sample_batch(self, rows: int = 1, length: int = 8, slots: int = 1) -> dict:

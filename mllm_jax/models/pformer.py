@@ -142,5 +142,5 @@ class PFormerPretraining(nn.Module):
 
     def sample_batch(self, rows: int = 1, length: int = 8) -> dict:
         """A batch of zeros with the shapes that `touch` needs."""
-        ints = jnp.zeros((rows, length), jnp.int32)
+        ints = jnp.zeros((rows, min(length, self.config.prompter.max_length)), jnp.int32)
         return dict(tokens=ints, segments=ints)
