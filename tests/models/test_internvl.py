@@ -149,7 +149,7 @@ def test_configs_that_do_not_fit_are_refused(config):
     for change, message in (
         (dict(family="InternVL"), "family 'InternVL'"),
         (dict(tile_range=(3, 2)), r"tile_range \(3, 2\)"),
-        (dict(connection=Connection(class_token=True)), "read: True"),
+        (dict(connection=Connection(class_token=True)), r"class_token with projector PixelShuffle"),
         (dict(projector=dataclasses.replace(config.projector, factor=3)), "grid of 4 x 4"),
     ):
         with pytest.raises(ConfigError, match=message):
