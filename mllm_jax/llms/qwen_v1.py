@@ -46,7 +46,7 @@ def from_hf_config(values: dict) -> DecoderConfig:
         raise ConfigError(
             f"{what} with a part 'visual', which makes it Qwen-VL",
             "a language model alone",
-            "read its picture tower with architectures=['QWenVisionTransformer']; the whole is not supported yet",
+            "read the whole with mllm_jax.from_pretrained, or its tower with architectures=['QWenVisionTransformer']",
         )
     width, heads = options("hidden_size"), options("num_attention_heads")
     options.only("kv_channels", width // heads)

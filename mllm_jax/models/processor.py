@@ -51,6 +51,10 @@ class Layout:
         """
         return ids
 
+    def without_names(self, ids: Sequence[int]) -> list[int]:
+        """The ids of a text without the names of its pictures, where the model's texts have any behind placeholders."""
+        return list(ids)
+
     def collate(self, rows: Sequence[Sequence[Media]], slots: int | None = None) -> Collated:
         """The media of a batch as arrays with one shape for every row."""
         raise NotImplementedError
@@ -190,7 +194,7 @@ class Processor:
 
     def _read(self, text: Text, add_generation_prompt: bool = True) -> _Read:
         if isinstance(text, str):
-            ids = self.tokenizer.encode(text)
+            ids = self.layout.without_names(self.tokenizer.encode(text))
             return _Read(ids, text, [(kind, None) for i in ids for kind, p in self._placeholders.items() if i == p])
         messages, wanted = [], []
         for message in text:
@@ -209,7 +213,7 @@ class Processor:
                     )
             shown = parts if plain else [{n: part[n] for n in ("type", "text") if n in part} for part in parts]
             messages.append({**message, "content": shown})
-        ids = self.tokenizer.encode_chat(messages, add_generation_prompt)
+        ids = self.layout.without_names(self.tokenizer.encode_chat(messages, add_generation_prompt))
         return _Read(ids, _text_of(messages[-1]["content"]), wanted)
 
     def _shown(self, texts: list[_Read], given: Mapping[str, Sequence[Any] | None]) -> list[list[tuple[str, Any]]]:

@@ -5,23 +5,31 @@ Its folders have the architecture of the language model, `QWenLMHeadModel`, with
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 
+from mllm_jax.checkpoints.config_json import check_written, stored_fields
 from mllm_jax.checkpoints.options import Options
 from mllm_jax.checkpoints.table import Family, Table, Weight
+from mllm_jax.data.image_processors import ImageProcessor
+from mllm_jax.data.media import TEXT, Media
 from mllm_jax.encoders import qwen_vit_v1
 from mllm_jax.encoders.hub import nested
 from mllm_jax.encoders.qwen_vit_v1 import NORM_EPS, QwenViTV1Config
 from mllm_jax.encoders.vit import VisionOutput
 from mllm_jax.errors import ConfigError
+from mllm_jax.llms import qwen_v1
+from mllm_jax.models.multimodal import MultimodalConfig
+from mllm_jax.models.processor import TileLayout
 from mllm_jax.projectors.resampler import ResamplerConfig
 
-# Qwen-VL's repository has no class for the tower alone, and its folders no architecture of its own: this is ours.
-TOWER = "QWenVisionTransformer"
+# Qwen-VL's repository has no class for the tower alone, and its folders no architecture of their own: these are ours.
+TOWER, WHOLE = "QWenVisionTransformer", "QWenVL"
 
 
 # ---- the tower: ViT and resampler
@@ -161,6 +169,110 @@ def tower_sample(config: QwenVLTowerConfig) -> tuple:
     return (jnp.zeros((1, side, side, 3)),)
 
 
+# ---- the whole
+
+
+@dataclass(frozen=True)
+class QwenVLV1Config(MultimodalConfig):
+    """What Qwen-VL's config.json says besides its parts.
+
+    Attributes:
+        image_start_id: of the token behind which a picture stands; the next id ends it, the one after fills its places.
+    """
+
+    family: str | None = WHOLE
+    image_start_id: int = 151857
+
+    def __post_init__(self):
+        super().__post_init__()
+        parts = type(self.encoder).__name__, type(self.projector).__name__, getattr(self.llm, "family", None)
+        wanted = QwenViTV1Config.__name__, ResamplerConfig.__name__, qwen_v1.ARCHITECTURE
+        if parts != wanted or self.family != WHOLE:
+            raise ConfigError(
+                f"Qwen-VL, family {self.family!r}, of {' and '.join(map(str, parts))}",
+                f"family {WHOLE!r} of {' and '.join(wanted)}",
+                "change the part, or compose a MultimodalConfig",
+            )
+
+
+class QwenVLV1Layout(TileLayout):
+    """Qwen-VL's pictures: squares, whatever their shape was; 256 places between a token before and one behind.
+
+    In a text a picture is `<img>its name</img>`, or `<img>` alone. The authors' code opens the file of that name; here
+    pictures are given, and the name is left out.
+    """
+
+    def __init__(self, config: QwenVLV1Config):
+        tower = config.encoder
+        side = (tower.image_size, tower.image_size)
+        # Their code resizes with Pillow, bicubic, and has no preprocessor_config.json.
+        self.pictures = ImageProcessor(TOWER, side, mean=tower.image_mean, std=tower.image_std)
+        self.config, self.image_token, self.tokens_a_tile = config, config.image_start_id, config.media_tokens
+        self.end, self.filling = config.image_start_id + 1, config.image_start_id + 2
+
+    def image(self, picture: np.ndarray) -> Media:
+        count = self.tokens_a_tile
+        tokens = np.array([self.image_token, *[self.filling] * count, self.end])
+        tile = self.pictures.for_encoder(self.pictures.prepare(picture), self.config.encoder)
+        return Media({"images": tile[None]}, tokens, np.array([TEXT, *range(count), TEXT]))
+
+    def without_names(self, ids: Sequence[int]) -> list[int]:
+        kept, name_ends = [], -1
+        for place, token in enumerate(ids):
+            if place <= name_ends:
+                continue
+            kept.append(token)
+            edges = (p for p in range(place + 1, len(ids)) if ids[p] in (self.image_token, self.end))
+            if token == self.image_token and (edge := next(edges, None)) is not None and ids[edge] == self.end:
+                name_ends = edge
+        return kept
+
+
+def layout(config: QwenVLV1Config, folder: Path) -> QwenVLV1Layout:
+    """The layout of a model; its folder says no more than config.json does."""
+    return QwenVLV1Layout(config)
+
+
+def from_hf_config(values: dict) -> QwenVLV1Config:
+    """config.json of Qwen-VL or Qwen-VL-Chat, every option honoured or refused by name."""
+    if not values.get("visual"):
+        raise ConfigError(
+            "config.json of Qwen-VL without a part 'visual'", "the picture tower's sizes", "restore it from its origin"
+        )
+    tower = read_tower(values)
+    return QwenVLV1Config(
+        encoder=tower.encoder,
+        projector=tower.projector,
+        llm=qwen_v1.from_hf_config({name: value for name, value in values.items() if name != "visual"}),
+        image_start_id=Options(values["visual"], "the visual part of Qwen-VL's config.json")("image_start_id"),
+    )
+
+
+def to_hf_config(config: QwenVLV1Config) -> dict:
+    """The reverse; refuses switches that the family does not have."""
+    c = config
+    visual = write_tower(QwenVLTowerConfig(c.encoder, c.projector)) | dict(image_start_id=c.image_start_id)
+    visual.pop("architectures")
+    written = qwen_v1.to_hf_config(c.llm) | dict(visual=visual)
+    return check_written(c, written, from_hf_config, "a Qwen-VL", _facts)
+
+
+def _facts(c: QwenVLV1Config) -> dict:
+    """What a config.json has to say of the whole; the parts have seen to themselves."""
+    return stored_fields(c, "encoder", "projector", "llm")
+
+
+def table(config: QwenVLV1Config) -> Table:
+    llm = qwen_v1.table(config.llm)
+    vision = vision_weights(config.encoder, config.projector, "transformer.visual.")
+    return Table((*vision, *nested(llm, "", "llm/")), llm.spellings, llm.ignored)
+
+
+def sample(config: QwenVLV1Config) -> tuple:
+    """Arguments with which `init` creates every parameter."""
+    return (config.make().sample_batch(),)
+
+
 FAMILIES = (
     Family(
         "Qwen-VL (first) ViT and resampler",
@@ -170,5 +282,15 @@ FAMILIES = (
         tower_table,
         tower_sample,
         oracle="recorded outputs of Qwen-VL-Chat's visual.py",
+    ),
+    Family(
+        "Qwen-VL (first)",
+        (WHOLE,),
+        from_hf_config,
+        to_hf_config,
+        table,
+        sample,
+        oracle="its tower's recorded outputs, and Qwen2ForCausalLM with the weights renamed",
+        layout=layout,
     ),
 )

@@ -52,6 +52,7 @@ _HOMES = {
     "Qwen2_5_VisionTransformerPretrainedModel": "mllm_jax.encoders.qwen_vit",
     "Qwen3VLVisionModel": "mllm_jax.encoders.qwen_vit",
     "QWenVisionTransformer": "mllm_jax.models.qwen_vl_v1",
+    "QWenVL": "mllm_jax.models.qwen_vl_v1",
     "InternVLForConditionalGeneration": "mllm_jax.models.internvl",
     "InternVLChatModel": "mllm_jax.models.internvl",
     "DeepseekVLForConditionalGeneration": "mllm_jax.models.deepseek_vl",
@@ -108,6 +109,8 @@ def family_of(hf_config: Mapping[str, Any]) -> Family:
         )
     known = [name for name in architectures if name in _HOMES]
     name = known[0] if known else str(architectures[0])
+    if name == "QWenLMHeadModel" and hf_config.get("visual"):
+        name = "QWenVL"  # whose folders name the class that its language model has
     # ChatGLM 2 and 3 call themselves what the first one does, and only they have this option.
     return _family(name, "mllm_jax.llms.glm" if name == "ChatGLMModel" and "padded_vocab_size" in hf_config else None)
 

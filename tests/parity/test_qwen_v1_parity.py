@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from qwen_vl_v1_reference import renamed
 from safetensors.numpy import load_file, save_file
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
@@ -24,30 +25,6 @@ CONFIG = dict(architectures=["QWenLMHeadModel"], model_type="qwen", vocab_size=V
 CONFIG |= dict(num_hidden_layers=LAYERS, num_attention_heads=4, kv_channels=8, intermediate_size=2 * MLP)
 CONFIG |= dict(layer_norm_epsilon=1e-6, rotary_emb_base=10000, rotary_pct=1.0, no_bias=True, seq_length=LENGTH)
 CONFIG |= dict(use_dynamic_ntk=True, use_logn_attn=True, tie_word_embeddings=False, max_position_embeddings=99)
-
-
-def renamed(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Qwen2's tensors under the first Qwen's names."""
-    stored = {
-        "transformer.wte.weight": tensors["model.embed_tokens.weight"],
-        "lm_head.weight": tensors["lm_head.weight"],
-    }
-    stored["transformer.ln_f.weight"] = tensors["model.norm.weight"]
-    for i in range(LAYERS):
-        theirs, ours = f"model.layers.{i}", f"transformer.h.{i}"
-        for kind in ("weight", "bias"):
-            parts = [tensors[f"{theirs}.self_attn.{letter}_proj.{kind}"] for letter in "qkv"]
-            stored[f"{ours}.attn.c_attn.{kind}"] = np.concatenate(parts)
-        for name, other in {
-            "ln_1": "input_layernorm",
-            "ln_2": "post_attention_layernorm",
-            "attn.c_proj": "self_attn.o_proj",
-            "mlp.w1": "mlp.up_proj",  # the one without SiLU
-            "mlp.w2": "mlp.gate_proj",
-            "mlp.c_proj": "mlp.down_proj",
-        }.items():
-            stored[f"{ours}.{name}.weight"] = tensors[f"{theirs}.{other}.weight"]
-    return stored
 
 
 @pytest.fixture(scope="module", params=[0, 1, 2])
