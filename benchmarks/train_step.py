@@ -6,16 +6,19 @@ CLIP's ViT of 12 x 384 on pictures of 224, a two-layer MLP, LLaMA of 8 x 512, ro
 picture's, batch 8, float32, on every core: forward, backward, clipping and AdamW on every parameter. Both sides begin
 with the same weights, by way of a folder, and see the same batch; the losses of the first steps must agree to 1e-3
 before anything is measured. Ours is the step that `mllm train` runs, on a device a core, as its configs for CPUs set;
-theirs is eager and compiled, with torch's fused AdamW. Runs alternate, medians are printed.
+theirs is eager and compiled, with torch's fused AdamW. Each side has a process of its own, so that what it keeps of the
+memory (16 GB are enough) is gone with it. Runs of ours and of one of theirs alternate, medians are printed.
 """
 
 from __future__ import annotations
 
 import argparse
+import multiprocessing
 import os
 import statistics
 import tempfile
 import time
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import jax
@@ -80,7 +83,6 @@ class Torch:
     """transformers' model, eager or compiled."""
 
     def __init__(self, folder: Path, batch: dict, compiled: bool = False):
-        self.name = "transformers" + ", torch.compile" * compiled
         self.model = transformers.LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).train()
         self.parameters = list(self.model.parameters())
         options = dict(lr=ADAMW.learning_rate, betas=(ADAMW.b1, ADAMW.b2), eps=ADAMW.eps, weight_decay=0.0)
@@ -135,56 +137,108 @@ class Ours:
         return float(metrics["loss"])
 
 
-def check(sides: list) -> None:
-    """Stops the program where the losses of the first steps differ; also lets every side compile."""
-    losses = {}
-    for side in list(sides):
-        start = time.perf_counter()
-        try:
-            losses[side.name] = [side.step() for _ in range(CHECKED)]
-        except Exception as error:  # torch.compile raises whatever its back ends do
-            if "torch.compile" not in side.name:
-                raise
-            print(f"{side.name} left out: {type(error).__name__}: {str(error).splitlines()[0][:100]}")
-            sides.remove(side)
-            continue
-        shown = ", ".join(f"{loss:.5f}" for loss in losses[side.name])
-        print(f"{side.name}: losses {shown}; {time.perf_counter() - start:.0f} s with compiling")
-    theirs = np.array(losses["transformers"])
+# ---- a process for each side
+
+
+def serve(kind: type, folder: Path, batch: dict, options: dict, pipe: Connection) -> None:
+    """Takes a step whenever it is asked and sends (loss, seconds); or sends why it failed, and ends."""
+    transformers.logging.disable_progress_bar()
+    keep_freed_memory()  # as training does
+    torch.set_num_threads(CORES)
+    try:
+        side = kind(folder, batch, **options)
+        while pipe.recv():
+            start = time.perf_counter()
+            loss = side.step()
+            pipe.send((loss, time.perf_counter() - start))
+    except Exception as error:  # torch.compile raises whatever its back ends do
+        pipe.send(f"{type(error).__name__}: {str(error).splitlines()[0][:100]}")
+
+
+class Failed(Exception):
+    """A side that does not run here."""
+
+
+class Side:
+    """One library in a process of its own; `with` ends it."""
+
+    def __init__(self, kind: type, folder: Path, batch: dict, **options: bool):
+        self.name = Ours.name if kind is Ours else "transformers" + ", torch.compile" * options["compiled"]
+        context = multiprocessing.get_context("spawn")
+        self.pipe, theirs = context.Pipe()
+        self.process = context.Process(target=serve, args=(kind, folder, batch, options, theirs), daemon=True)
+
+    def __enter__(self):
+        self.process.start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self.process.is_alive():
+            self.pipe.send(False)
+        self.process.join()
+
+    def step(self) -> tuple[float, float]:
+        """The loss, and the seconds that it took. Raises Failed."""
+        self.pipe.send(True)
+        while not self.pipe.poll(1):
+            if not self.process.is_alive():
+                raise Failed(f"its process ended with {self.process.exitcode}; -9 is what a lack of memory does")
+        answer = self.pipe.recv()
+        if isinstance(answer, str):
+            raise Failed(answer)
+        return answer
+
+
+def first_losses(side: Side) -> list[float]:
+    """Also lets the side compile."""
+    start = time.perf_counter()
+    losses = [side.step()[0] for _ in range(CHECKED)]
+    shown = ", ".join(f"{loss:.5f}" for loss in losses)
+    print(f"{side.name}: losses {shown}; {time.perf_counter() - start:.0f} s with compiling")
+    return losses
+
+
+def check(ours: list[float], theirs: list[float], name: str) -> None:
+    """Stops the program where the losses of the first steps differ."""
     if theirs[-1] > theirs[0] - 1e-3:
-        raise SystemExit(f"the reference's loss does not fall: {theirs}: nothing is measured")
-    for name, mine in losses.items():
-        if not np.abs(np.array(mine) / theirs - 1).max() <= TOLERANCE:
-            raise SystemExit(f"{name}: losses {mine}, the reference's {theirs}: nothing is measured")
+        raise SystemExit(f"the loss of {name} does not fall: {theirs}: nothing is measured")
+    if not np.abs(np.array(ours) / theirs - 1).max() <= TOLERANCE:
+        raise SystemExit(f"{Ours.name}: losses {ours}, of {name} {theirs}: nothing is measured")
 
 
 def main() -> None:
     options = arguments()
     transformers.logging.disable_progress_bar()
-    keep_freed_memory()  # as training does; it serves both sides, which share one allocator
-    torch.set_num_threads(CORES)
     torch.manual_seed(0)
     config = reference_config(options.tiny)
     batch = make_batch(config)
-    with tempfile.TemporaryDirectory() as folder:
+    lines = []
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
         model = transformers.LlavaForConditionalGeneration(config)
         print(f"{sum(parameter.numel() for parameter in model.parameters()):,} parameters, {CORES} cores")
         model.save_pretrained(folder)
         del model
-        kinds = [False] if options.no_compile else [False, True]
-        sides = [Ours(Path(folder), batch), *[Torch(Path(folder), batch, kind) for kind in kinds]]
-    check(sides)
-    seconds: dict[str, list[float]] = {side.name: [] for side in sides}
-    for _ in range(options.repeats):
-        for side in sides:
-            start = time.perf_counter()
-            side.step()
-            seconds[side.name].append(time.perf_counter() - start)
-    medians = {name: statistics.median(times) for name, times in seconds.items()}
-    print(f"\nfloat32, {batch['tokens'].shape} tokens, medians of {options.repeats}\n")
-    print("| library | s a step | tokens/s | mllm_jax is faster by |\n|---|---|---|---|")
-    for name, median in medians.items():
-        print(f"| {name} | {median:.2f} | {batch['tokens'].size / median:,.0f} | {median / medians[Ours.name]:.2f} |")
+        with Side(Ours, folder, batch) as ours:
+            mine = first_losses(ours)
+            for compiled in [False] if options.no_compile else [False, True]:
+                with Side(Torch, folder, batch, compiled=compiled) as side:
+                    try:
+                        check(mine, first_losses(side), side.name)
+                        times = [(ours.step()[1], side.step()[1]) for _ in range(options.repeats)]
+                    except Failed as reason:
+                        if not compiled:
+                            raise SystemExit(f"{side.name}: {reason}") from reason
+                        print(f"{side.name} left out: {reason}")
+                        continue
+                lines.append((side.name, *map(statistics.median, zip(*times, strict=True))))
+    print(f"\nfloat32, {batch['tokens'].shape} tokens, medians of {options.repeats} in turn with mllm_jax\n")
+    print("| library | s a step | tokens/s | mllm_jax beside it, s a step | mllm_jax is faster by |")
+    print("|---|---|---|---|---|")
+    for name, beside, theirs in lines:
+        print(
+            f"| {name} | {theirs:.2f} | {batch['tokens'].size / theirs:,.0f} | {beside:.2f} | {theirs / beside:.2f} |"
+        )
 
 
 if __name__ == "__main__":

@@ -12,6 +12,8 @@ import torch
 import transformers
 
 from mllm_jax.checkpoints.hf import hub_tensors
+from mllm_jax.inference.language import LanguageGenerator
+from mllm_jax.inference.options import Options
 from mllm_jax.models.multimodal import MultimodalOutput
 from mllm_jax.models.registry import family_of_config, from_pretrained, save_pretrained
 from mllm_jax.training.objectives.next_token import NextToken
@@ -176,6 +178,22 @@ def test_logits_with_padding_and_packed_and_of_the_folder_written(case, load, as
     assert family.from_hf(family.to_hf(module.config)) == module.config
 
 
+@pytest.mark.parametrize("case", CASES)
+def test_greedy_32_tokens(case, load):
+    """Prompts of unequal length in one batch here, each alone there."""
+    reference, module, params = load(case)
+    prompts = [text[:n] for text, n in zip(examples(2), (8, 3), strict=True)]
+    generator = LanguageGenerator(module, params, max_length=40)
+    answers = generator.generate([prompt.tolist() for prompt in prompts], Options(32, ignore_eos=True))
+    reference.generation_config.eos_token_id = None
+    for prompt, answer in zip(prompts, answers, strict=True):
+        logits_of(reference, torch.tensor(prompt[None, :1]))  # forgets the longest text so far
+        ids = torch.tensor(prompt[None])
+        how = dict(attention_mask=torch.ones_like(ids), max_new_tokens=32, do_sample=False, pad_token_id=0)
+        assert list(answer.ids) == reference.generate(ids, **how)[0, len(prompt) :].tolist()
+    assert len({token for answer in answers for token in answer.ids}) > 2
+
+
 CACHED = ("llama dynamic", "mistral", "qwen2 late windows", "qwen3 mixed", "glm", "opt 350m")
 
 
@@ -206,7 +224,7 @@ def test_token_by_token_equals_theirs_with_a_cache(case, load, assert_close):
             assert_close(mine, their.numpy(), 1e-4, f"row {row}, step {i}")
 
 
-@pytest.mark.parametrize("case", ("llama3", "mistral", "qwen2 mixed", "qwen3", "glm", "opt 350m"))
+@pytest.mark.parametrize("case", CASES)
 def test_bfloat16(case, load, assert_close):
     """Quiet weights: with the loud ones of the other tests, torch's own bfloat16 is up to 8 % off."""
     reference, module, params = load(case, "bfloat16", gain=0.5)
