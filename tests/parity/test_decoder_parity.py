@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from copy import deepcopy
 
 import jax
@@ -90,23 +91,25 @@ CASES = {
 LENGTHS = (21, 9)
 
 
-@pytest.fixture
-def load(randomise, tmp_path):
+@pytest.fixture(scope="module")
+def load(randomise, tmp_path_factory):
     """`load(case) -> (torch model, our module, our parameters)`, the latter read from the folder that torch wrote.
 
     `gain` makes all matrices but the embedding smaller.
     """
 
+    @functools.cache
     def make(case: str, dtype=None, gain: float = 1.0):
         name, options = CASES[case]
+        folder = tmp_path_factory.mktemp("theirs")
         # A copy: transformers writes its own defaults into what it is given.
         config = getattr(transformers, f"{name}Config")(**deepcopy(options), attn_implementation="eager")
         reference = randomise(getattr(transformers, f"{name}ForCausalLM")(config))
         for name, parameter in reference.named_parameters():
             if parameter.ndim == 2 and "embed" not in name:
                 parameter.data.mul_(gain)
-        reference.save_pretrained(tmp_path / "theirs")
-        return reference, *from_pretrained(tmp_path / "theirs", dtype=dtype)
+        reference.save_pretrained(folder)
+        return reference, *from_pretrained(folder, dtype=dtype)
 
     return make
 

@@ -46,12 +46,25 @@ CASES = {
         TOWER | dict(embed_dim=16, hidden_size=32, mlp_ratio=2),
         dict(tie_word_embeddings=True),
     ),
+    "2, late windows in the LLM": (
+        "Qwen2VL",
+        dict(rope_parameters=OLD_ROPE, num_key_value_heads=1, hidden_act="gelu")
+        | dict(use_sliding_window=True, sliding_window=11, max_window_layers=1),
+        TOWER | dict(depth=1, num_heads=4, embed_dim=32, hidden_size=32, hidden_act="gelu"),
+        {},
+    ),
     "2.5": ("Qwen2_5_VL", dict(rope_parameters=OLD_ROPE), TOWER | WINDOWS, {}),
     "2.5, tied, wider windows": (
         "Qwen2_5_VL",
         dict(rope_parameters=OLD_ROPE | dict(rope_theta=50.0)),
         TOWER | WINDOWS | dict(depth=3, window_size=24, fullatt_block_indexes=[0, 2], tokens_per_second=3),
         dict(tie_word_embeddings=True),
+    ),
+    "2.5, no layer of the whole picture": (
+        "Qwen2_5_VL",
+        dict(rope_parameters=OLD_ROPE | dict(mrope_section=[2, 0, 2]), num_key_value_heads=1, rms_norm_eps=1e-2),
+        TOWER | WINDOWS | dict(num_heads=3, fullatt_block_indexes=[], window_size=8, hidden_act="gelu"),
+        {},
     ),
     "3": (
         "Qwen3VL",
@@ -68,6 +81,15 @@ CASES = {
         | dict(depth=3, hidden_size=16, intermediate_size=24, out_hidden_size=32, num_position_embeddings=9)
         | dict(deepstack_visual_indexes=[0, 2]),
         dict(tie_word_embeddings=True),
+    ),
+    "3, biases, deepstack from the last layers": (
+        "Qwen3VL",
+        dict(head_dim=8, rope_parameters=dict(rope_type="default", rope_theta=90.0, mrope_section=[2, 1, 1]))
+        | dict(attention_bias=True, num_key_value_heads=4, hidden_act="gelu"),
+        TOWER
+        | dict(depth=3, num_heads=3, hidden_size=36, intermediate_size=20, out_hidden_size=32, hidden_act="gelu")
+        | dict(num_position_embeddings=25, deepstack_visual_indexes=[1, 2]),
+        {},
     ),
 }
 WRAPPED = "<|vision_start|> <|image_pad|> <|vision_end|>"

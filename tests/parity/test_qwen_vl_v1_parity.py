@@ -13,7 +13,6 @@ from composed_checks import NEW_TOKENS, WORDS, prompts, tokenizer
 from PIL import Image
 from qwen_vl_v1_reference import llm_config, media_tokens, random_tower, renamed
 from safetensors.numpy import load_file, save_file
-from toy_data import quick_compilation
 from vision_checks import GOLDENS
 
 from mllm_jax import Processor, from_pretrained, pretrained_config, save_pretrained
@@ -108,28 +107,27 @@ def reference_row(case, text: str, images: list[np.ndarray]) -> tuple[list[int],
 def test_logits_answers_and_folder(case, assert_close, tmp_path):
     visual, _, llm, folder = case
     texts, images = prompts("<img> </img>")
-    with quick_compilation():
-        module, params = from_pretrained(folder)
-        ours = Processor.from_pretrained(folder)
-        # A picture may be named, as the authors' code wants it, or only begun.
-        written = [texts[0].replace("<img>", "<img> a cat"), texts[1].replace("</img>", ""), *texts[2:]]
-        batch = ours(written, images=images)
-        logits = np.asarray(jax.jit(module.apply)({"params": params}, batch).logits)
-        generator = MultimodalGenerator(module, params, ours)
-        options = Options(max_new_tokens=NEW_TOKENS, ignore_eos=True)
-        answers = generator.complete(batch, options)
-        for row, (text, mine) in enumerate(zip(texts, images, strict=True)):
-            ids, embedded = reference_row(case, text, mine)
-            assert batch["tokens"][row, : len(ids)].tolist() == ids, text
-            assert batch["segments"][row].sum() == len(ids)
-            theirs = llm(inputs_embeds=embedded).logits[0]
-            assert_close(logits[row, : len(ids)], theirs, 1e-4, f"logits of {text!r}")
-            mask = torch.ones(1, len(ids), dtype=torch.long)
-            how = dict(max_new_tokens=NEW_TOKENS, do_sample=False, pad_token_id=0)
-            said = llm.generate(inputs_embeds=embedded, attention_mask=mask, **how)[0].tolist()
-            assert list(answers[row].ids) == said and len(said) == NEW_TOKENS, text
-            size = dict(slots=batch["images"].shape[1], length=batch["tokens"].shape[1])
-            assert generator.complete(ours(text, images=mine, **size), options)[0].ids == answers[row].ids, text
+    module, params = from_pretrained(folder)
+    ours = Processor.from_pretrained(folder)
+    # A picture may be named, as the authors' code wants it, or only begun.
+    written = [texts[0].replace("<img>", "<img> a cat"), texts[1].replace("</img>", ""), *texts[2:]]
+    batch = ours(written, images=images)
+    logits = np.asarray(jax.jit(module.apply)({"params": params}, batch).logits)
+    generator = MultimodalGenerator(module, params, ours)
+    options = Options(max_new_tokens=NEW_TOKENS, ignore_eos=True)
+    answers = generator.complete(batch, options)
+    for row, (text, mine) in enumerate(zip(texts, images, strict=True)):
+        ids, embedded = reference_row(case, text, mine)
+        assert batch["tokens"][row, : len(ids)].tolist() == ids, text
+        assert batch["segments"][row].sum() == len(ids)
+        theirs = llm(inputs_embeds=embedded).logits[0]
+        assert_close(logits[row, : len(ids)], theirs, 1e-4, f"logits of {text!r}")
+        mask = torch.ones(1, len(ids), dtype=torch.long)
+        how = dict(max_new_tokens=NEW_TOKENS, do_sample=False, pad_token_id=0)
+        said = llm.generate(inputs_embeds=embedded, attention_mask=mask, **how)[0].tolist()
+        assert list(answers[row].ids) == said and len(said) == NEW_TOKENS, text
+        size = dict(slots=batch["images"].shape[1], length=batch["tokens"].shape[1])
+        assert generator.complete(ours(text, images=mine, **size), options)[0].ids == answers[row].ids, text
     assert len({answer.ids for answer in answers}) == len(texts), "answers that depend on nothing prove nothing"
 
     save_pretrained(module, params, tmp_path / "ours", companions=folder)
