@@ -6,8 +6,8 @@ CLIP's ViT of 12 x 384 on pictures of 224, a two-layer MLP, LLaMA of 8 x 512, ro
 picture's, batch 8, float32, on every core: forward, backward, clipping and AdamW on every parameter. Both sides begin
 with the same weights, by way of a folder, and see the same batch; the losses of the first steps must agree to 1e-3
 before anything is measured. Ours is the step that `mllm train` runs, on a device a core, as its configs for CPUs set;
-theirs is eager and compiled, with torch's fused AdamW. Each side has a process of its own, so that what it keeps of the
-memory (16 GB are enough) is gone with it. Runs of ours and of one of theirs alternate, medians are printed.
+theirs is eager and compiled, with torch's fused AdamW. Each side has a process of its own, one after the other, for a
+step that keeps its memory takes up to 17 GB. Medians are printed.
 """
 
 from __future__ import annotations
@@ -159,43 +159,37 @@ class Failed(Exception):
     """A side that does not run here."""
 
 
-class Side:
-    """One library in a process of its own; `with` ends it."""
+def measure(kind: type, folder: Path, batch: dict, repeats: int, **options: bool) -> tuple[list[float], float]:
+    """The losses of the first steps, which let the side compile, and the median seconds of the following ones.
 
-    def __init__(self, kind: type, folder: Path, batch: dict, **options: bool):
-        self.name = Ours.name if kind is Ours else "transformers" + ", torch.compile" * options["compiled"]
-        context = multiprocessing.get_context("spawn")
-        self.pipe, theirs = context.Pipe()
-        self.process = context.Process(target=serve, args=(kind, folder, batch, options, theirs), daemon=True)
-
-    def __enter__(self):
-        self.process.start()
-        return self
-
-    def __exit__(self, *_) -> None:
-        if self.process.is_alive():
-            self.pipe.send(False)
-        self.process.join()
-
-    def step(self) -> tuple[float, float]:
-        """The loss, and the seconds that it took. Raises Failed."""
-        self.pipe.send(True)
-        while not self.pipe.poll(1):
-            if not self.process.is_alive():
-                raise Failed(f"its process ended with {self.process.exitcode}; -9 is what a lack of memory does")
-        answer = self.pipe.recv()
-        if isinstance(answer, str):
-            raise Failed(answer)
-        return answer
-
-
-def first_losses(side: Side) -> list[float]:
-    """Also lets the side compile."""
+    Raises:
+        Failed: the side's own error, or its process's end.
+    """
+    context = multiprocessing.get_context("spawn")
+    pipe, theirs = context.Pipe()
+    process = context.Process(target=serve, args=(kind, folder, batch, options, theirs), daemon=True)
+    process.start()
+    theirs.close()
     start = time.perf_counter()
-    losses = [side.step()[0] for _ in range(CHECKED)]
-    shown = ", ".join(f"{loss:.5f}" for loss in losses)
-    print(f"{side.name}: losses {shown}; {time.perf_counter() - start:.0f} s with compiling")
-    return losses
+    try:
+        steps = [_step(pipe) for _ in range(CHECKED)]
+        spent = time.perf_counter() - start
+        times = [_step(pipe)[1] for _ in range(repeats)]
+        pipe.send(False)
+    except (EOFError, BrokenPipeError) as error:
+        process.join()
+        raise Failed(f"its process ended with {process.exitcode}; -9 is what a lack of memory does") from error
+    process.join()
+    print(f"losses {', '.join(f'{loss:.5f}' for loss, _ in steps)}; {spent:.0f} s with compiling", flush=True)
+    return [loss for loss, _ in steps], statistics.median(times)
+
+
+def _step(pipe: Connection) -> tuple[float, float]:
+    pipe.send(True)
+    answer = pipe.recv()
+    if isinstance(answer, str):
+        raise Failed(answer)
+    return answer
 
 
 def check(ours: list[float], theirs: list[float], name: str) -> None:
@@ -212,33 +206,31 @@ def main() -> None:
     torch.manual_seed(0)
     config = reference_config(options.tiny)
     batch = make_batch(config)
-    lines = []
+    sides = {Ours.name: (Ours, {}), "transformers": (Torch, {"compiled": False})}
+    if not options.no_compile:
+        sides["transformers, torch.compile"] = (Torch, {"compiled": True})
+    losses, medians = {}, {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         model = transformers.LlavaForConditionalGeneration(config)
         print(f"{sum(parameter.numel() for parameter in model.parameters()):,} parameters, {CORES} cores")
         model.save_pretrained(folder)
         del model
-        with Side(Ours, folder, batch) as ours:
-            mine = first_losses(ours)
-            for compiled in [False] if options.no_compile else [False, True]:
-                with Side(Torch, folder, batch, compiled=compiled) as side:
-                    try:
-                        check(mine, first_losses(side), side.name)
-                        times = [(ours.step()[1], side.step()[1]) for _ in range(options.repeats)]
-                    except Failed as reason:
-                        if not compiled:
-                            raise SystemExit(f"{side.name}: {reason}") from reason
-                        print(f"{side.name} left out: {reason}")
-                        continue
-                lines.append((side.name, *map(statistics.median, zip(*times, strict=True))))
-    print(f"\nfloat32, {batch['tokens'].shape} tokens, medians of {options.repeats} in turn with mllm_jax\n")
-    print("| library | s a step | tokens/s | mllm_jax beside it, s a step | mllm_jax is faster by |")
-    print("|---|---|---|---|---|")
-    for name, beside, theirs in lines:
-        print(
-            f"| {name} | {theirs:.2f} | {batch['tokens'].size / theirs:,.0f} | {beside:.2f} | {theirs / beside:.2f} |"
-        )
+        for name, (kind, how) in sides.items():
+            print(f"{name}: ", end="", flush=True)
+            try:
+                losses[name], medians[name] = measure(kind, folder, batch, options.repeats, **how)
+            except Failed as reason:  # torch.compile may not run everywhere
+                if not how.get("compiled"):
+                    raise SystemExit(f"{reason}") from reason
+                print(f"left out: {reason}")
+                continue
+            if name != Ours.name:
+                check(losses[Ours.name], losses[name], name)
+    print(f"\nfloat32, {batch['tokens'].shape} tokens, medians of {options.repeats}\n")
+    print("| library | s a step | tokens/s | mllm_jax is faster by |\n|---|---|---|---|")
+    for name, median in medians.items():
+        print(f"| {name} | {median:.2f} | {batch['tokens'].size / median:,.0f} | {median / medians[Ours.name]:.2f} |")
 
 
 if __name__ == "__main__":

@@ -174,7 +174,7 @@ class Pipeline:
             except DataError as error:
                 bad.append((index, str(error)))
                 continue
-            lengths[index], images[index] = len(encoded.tokens), encoded.slots
+            lengths[index], images[index] = encoded.length, encoded.slots
             dropped += encoded.dropped_turns
         if len(bad) > self.mixture.max_bad_share * len(source):
             first = "\n".join(reason for _, reason in bad[:5])
@@ -228,7 +228,8 @@ class Pipeline:
         rows = range(self.mixture.rows) if rows is None else rows
         if self.dialogues is not None:
             packed = [[self._planned(source, index) for source, index in plan[row]] for row in rows]
-            return pack_dialogues(packed, self.dialogues.layout, self.mixture.length, self.mixture.slots)
+            m, told = self.mixture, self.dialogues
+            return pack_dialogues(packed, told.layout, m.length, m.slots, decodes=told.decodes)
         out = {name: np.zeros((len(rows), *shape[1:]), dtype) for name, (shape, dtype) in self.shapes().items()}
         out["media_index"] -= 1
         out["tokens"] += self.tokenizer.pad
@@ -252,9 +253,9 @@ class Pipeline:
     def _planned(self, source: int, index: int) -> Encoded | EncodedDialogue:
         """An example as the plan knows it. Raises DataError: it is of another length than when it was measured."""
         e = self.encode(source, index)
-        if len(e.tokens) != self.measured[source].lengths[index]:
+        if e.length != self.measured[source].lengths[index]:
             raise DataError(
-                f"{self.sources[source].name}[{index}]: {len(e.tokens)} tokens, measured as "
+                f"{self.sources[source].name}[{index}]: {e.length} tokens, measured as "
                 f"{self.measured[source].lengths[index]}",
                 "data that does not change while its fingerprint stays",
                 "delete the stored lengths beside the data, or make the source's fingerprint tell the change",

@@ -26,6 +26,11 @@ class Encoded:
     segments: np.ndarray | None = None
 
     @property
+    def length(self) -> int:
+        """Places of a row that it takes."""
+        return len(self.tokens)
+
+    @property
     def slots(self) -> int:
         """Slots that its pictures take in a row."""
         return self.num_images

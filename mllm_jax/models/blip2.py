@@ -165,6 +165,8 @@ def sample(config: MultimodalConfig) -> tuple:
 class QueryLayout(TileLayout):
     """Pictures of one size; their queries stand before the text, its first token included."""
 
+    places_pictures = True
+
     def __init__(self, config: Blip2Config, folder: Path):
         if config.image_token_id is None:
             raise ConfigError(

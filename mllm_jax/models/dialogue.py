@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
 from mllm_jax.data.dialogues import EncodedDialogue
@@ -17,19 +19,21 @@ class DialogueEncoder:
     The template writes the whole conversation and each of its beginnings; what an answer adds to its beginning is what
     is learnt. So no mask depends on how a template looks, and one that rewrites earlier turns is refused.
 
+    An encoder-decoder reads the question, by the template where there is one, and its decoder learns the answer. For
+    it, and for a projector that reads the question too, a conversation is one question and its answer.
+
     Args:
         processor: of the model that is trained.
         system: a message before the conversation; None leaves it to the template.
     """
 
     def __init__(self, processor: Processor, system: str | None = None):
-        if processor.config.encoder_decoder:
-            raise DataError(
-                "conversations for an encoder-decoder",
-                "a decoder-only LLM: packed rows hold question and answer in one text",
-                "make batches with Processor(text, images, answers=...)",
-            )
         self.processor, self.system = processor, system
+
+    @property
+    def decodes(self) -> bool:
+        """Whether examples have a target beside their text."""
+        return self.processor.config.encoder_decoder
 
     @property
     def layout(self) -> Layout:
@@ -50,8 +54,9 @@ class DialogueEncoder:
             learn: what carries loss: "answers", with what ends them, or "all" the text.
 
         Raises:
-            DataError: an empty answer, no turn, a first turn that does not fit, a text that spells a placeholder, or a
-                template that does not write a conversation as a continuation of its beginning.
+            DataError: an empty answer, no turn, several where one is read, a first turn that does not fit, a text that
+                spells a placeholder, or a template that does not write a conversation as a continuation of its
+                beginning.
         """
         if not conversation.turns or not all(turn.answer.strip() for turn in conversation.turns):
             raise DataError(
@@ -59,15 +64,29 @@ class DialogueEncoder:
                 "at least one question, and an answer to each",
                 "drop or mend the record",
             )
-        media = self.layout.images(images)
-        if conversation.plain:
-            return self._plain(conversation, media, max_length, learn)
+        media, reads = self.layout.images(images), self.layout.instruction_length > 0
+        if (self.decodes or reads) and len(conversation.turns) > 1:
+            raise DataError(
+                f"a conversation of {len(conversation.turns)} turns",
+                "one question and its answer: an encoder-decoder, or a Q-Former that reads the question, takes no more",
+                "make each question a record of its own",
+            )
+        if self.decodes:
+            encoded = self._answered(conversation, media, max_length)
+        elif conversation.plain:
+            encoded = self._plain(conversation, media, max_length, learn)
+        else:
+            encoded = self._turns(conversation, media, max_length, learn)
+        return replace(encoded, instruction=self.layout.instruction(_asked(conversation))) if reads else encoded
+
+    def _turns(self, conversation: Conversation, media: list[Media], max_length: int, learn: str) -> EncodedDialogue:
+        """Questions and answers in one text."""
         kept: tuple[Row, np.ndarray] | None = None
         messages = [] if self.system is None else [{"role": "system", "content": self.system}]
         learnt: list[tuple[int, int]] = []
         before: list[int] = []
         for number, turn in enumerate(conversation.turns):
-            messages.append({"role": "user", "content": _question(conversation, number, len(images))})
+            messages.append({"role": "user", "content": _question(conversation, number, len(media))})
             asked = self.processor.ids_of(messages)
             messages.append({"role": "assistant", "content": [{"type": "text", "text": turn.answer}]})
             said = self.processor.ids_of(messages, add_generation_prompt=False)
@@ -85,12 +104,31 @@ class DialogueEncoder:
             kept = row, weights, number + 1
         if kept is None:
             raise DataError(
-                f"an example of {len(row.tokens)} tokens with {len(images)} picture(s)",
+                f"an example of {len(row.tokens)} tokens with {len(media)} picture(s)",
                 f"at most {max_length} tokens with its first turn",
                 "raise the row's length, or give it fewer or smaller pictures",
             )
         row, weights, turns = kept
         return EncodedDialogue(row, weights, media, len(conversation.turns) - turns)
+
+    def _answered(self, conversation: Conversation, media: list[Media], max_length: int) -> EncodedDialogue:
+        """A question for the encoder, its answer for the decoder."""
+        if self.processor.tokenizer.has_template and not conversation.plain:
+            system = [] if self.system is None else [{"role": "system", "content": self.system}]
+            question = {"role": "user", "content": _question(conversation, 0, len(media))}
+            ids = self.processor.ids_of([*system, question])
+        else:
+            ids = self.processor.ids_of_text(_asked(conversation))
+        row = self.processor.lay_out(ids, media, "a question")
+        target = np.asarray(self.processor.target_of(conversation.turns[0].answer))
+        encoded = EncodedDialogue(row, (np.arange(len(target)) > 0).astype(np.float32), media, target=target)
+        if encoded.length > max_length:
+            raise DataError(
+                f"a question of {len(row.tokens)} tokens with {len(media)} picture(s), an answer of {len(target)}",
+                f"at most {max_length} tokens each",
+                "raise the row's length, or give it fewer or smaller pictures",
+            )
+        return encoded
 
     def _plain(self, conversation: Conversation, media: list[Media], max_length: int, learn: str) -> EncodedDialogue:
         """Pictures, the caption and a line break, which LLaVA's pretraining has for an end."""
@@ -98,9 +136,10 @@ class DialogueEncoder:
         caption = conversation.turns[0].answer
         if mark in caption:
             raise DataError(f"a caption with {mark!r} in it", "text", "drop or mend the record")
-        ids = self.processor.tokenizer.encode(f"{mark * len(media)}{caption}\n")
+        marks = "" if self.layout.places_pictures else mark * len(media)
+        ids = self.processor.tokenizer.encode(f"{marks}{caption}\n")
         shown = [place for place, token in enumerate(ids) if token == self.layout.image_token]
-        first = 0 if learn == "all" else max(shown) + 1
+        first = 0 if learn == "all" else max(shown, default=-1) + 1
         row, weights = self._laid_out(ids, [(first, len(ids))], media)
         if len(row.tokens) > max_length:
             raise DataError(
@@ -131,6 +170,12 @@ class DialogueEncoder:
         # Placeholders carry no loss, so the weights of the text keep their order around what stands for pictures.
         spread[row.owners < 0] = weights[~np.isin(ids, self.processor.placeholders)]
         return row, spread
+
+
+def _asked(conversation: Conversation) -> str:
+    """The first question as plain text; of a caption none is asked."""
+    opening = f"{conversation.context}\n" if conversation.context else ""
+    return "" if conversation.plain else f"{opening}{conversation.turns[0].question}".strip()
 
 
 def _question(conversation: Conversation, number: int, images: int) -> list[dict[str, str]]:

@@ -11,6 +11,7 @@ import numpy as np
 from mllm_jax.checkpoints.table import Family, Table
 from mllm_jax.data.chat import ChatTokenizer
 from mllm_jax.data.media import Media
+from mllm_jax.errors import DataError
 from mllm_jax.models.blip2 import Blip2Config, QueryLayout, faithful, read_parts, sample, table_of, write_parts
 from mllm_jax.projectors.qformer_hub import qformer_weights
 
@@ -21,6 +22,7 @@ TOKENIZER = "qformer_tokenizer"
 IMAGE = "<image>"
 # Instructions are padded to a multiple of this, so that lengths compile once for several.
 BUCKET = 16
+INSTRUCTION = 128  # the most tokens of one in training: max_txt_len in LAVIS' configs
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,7 @@ class InstructLayout(QueryLayout):
     def __init__(self, config: InstructBlipConfig, folder: Path):
         super().__init__(config, folder)
         self._tokenizer = ChatTokenizer.load(folder / TOKENIZER)
+        self.instruction_length = min(INSTRUCTION, config.projector.max_length)
 
     def text_inputs(self, texts: Sequence[str], rows: Sequence[Sequence[Media]], slots: int | None) -> dict:
         most = max(map(len, rows))
@@ -63,6 +66,16 @@ class InstructLayout(QueryLayout):
         for r, text in enumerate(ids):
             tokens[r, :, : len(text)], segments[r, :, : len(text)] = text, 1
         return dict(query_tokens=tokens, query_segments=segments)
+
+    def instruction(self, text: str) -> np.ndarray:
+        ids = self._tokenizer.encode(text)
+        if len(ids) > self.instruction_length:
+            raise DataError(
+                f"an instruction of {len(ids)} tokens ({text[:60]!r})",
+                f"at most {self.instruction_length}, as the Q-Former was trained",
+                "shorten the question, or drop the record",
+            )
+        return np.asarray(ids)
 
 
 FAMILIES = (Family("InstructBLIP", (FAMILY,), from_hf_config, to_hf_config, table, sample, FAMILY, InstructLayout),)

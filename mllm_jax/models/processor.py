@@ -26,11 +26,15 @@ class Layout:
         image_token, video_token: the id that stands for one picture or video in a text, as the chat template writes
             it; None: the model takes none.
         neighbours: the most media tokens whose sum stands at one place.
+        places_pictures: whether prompts name no place for a picture, so that `arrange` puts it where it belongs.
+        instruction_length: the most tokens that the projector reads of an instruction in training; 0: it reads none.
     """
 
     image_token: int | None = None
     video_token: int | None = None
     neighbours: int = 1
+    places_pictures: bool = False
+    instruction_length: int = 0
 
     def image(self, picture: np.ndarray) -> Media:
         """uint8[H, W, 3] as decoded, prepared."""
@@ -62,6 +66,10 @@ class Layout:
     def text_inputs(self, texts: Sequence[str], rows: Sequence[Sequence[Media]], slots: int | None) -> dict:
         """What the projector reads of each row's text, by its names in a batch; most read nothing."""
         return {}
+
+    def instruction(self, text: str) -> np.ndarray:
+        """The ids int[n] that the projector reads of one text, where `instruction_length` is not 0."""
+        raise NotImplementedError
 
     def positions(self, rows: Sequence[Row], media: Sequence[Sequence[Media]], length: int) -> np.ndarray | None:
         """int[B, length, 3] for M-RoPE; None: positions count the tokens."""
@@ -186,6 +194,15 @@ class Processor:
         """A text with media tokens in the places of its pictures; `what` it is, for the message of a DataError."""
         return lay_out_row(self.layout.arrange(list(ids), len(media)), media, self.placeholders, what)
 
+    def ids_of_text(self, text: str) -> list[int]:
+        """A text of a message without a chat template around it. Raises DataError: one that spells a placeholder."""
+        self._refuse_placeholders(text)
+        return self.tokenizer.encode(text)
+
+    def target_of(self, answer: str) -> list[int]:
+        """What an encoder-decoder's decoder reads to say an answer, and its end."""
+        return [self.config.llm.decoder_start_token_id, *self._answer(answer)]
+
     def decode(self, ids: Sequence[int]) -> str:
         """Ids to text, special tokens left out."""
         return self.tokenizer.decode(ids)
@@ -308,7 +325,7 @@ class Processor:
     def _targets(self, answers: Sequence[str] | None, rows: int) -> dict[str, np.ndarray]:
         """What an encoder-decoder is to say; without answers only the token that everything begins with."""
         start = self.config.llm.decoder_start_token_id
-        texts = [[start, *(self._answer(answer))] for answer in answers] if answers is not None else [[start]] * rows
+        texts = [self.target_of(answer) for answer in answers] if answers is not None else [[start]] * rows
         shape = (rows, max(map(len, texts)))
         tokens, segments = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
         for r, ids in enumerate(texts):

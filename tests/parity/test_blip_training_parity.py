@@ -1,0 +1,166 @@
+"""BLIP-2 and InstructBLIP learn from conversations: packed rows give transformers' loss, and stages train."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import jax
+import numpy as np
+import pytest
+import torch
+from blip_reference import LLAMA, OPT, T5, build, picture
+from PIL import Image
+
+import mllm_jax
+from mllm_jax.data.dialogues import pack_dialogues
+from mllm_jax.data.examples import Conversation, Turn
+from mllm_jax.data.llava import LLaVARecords
+from mllm_jax.data.pipeline import Mixture, Weighted
+from mllm_jax.errors import DataError
+from mllm_jax.models.dialogue import DialogueEncoder
+from mllm_jax.training.config import AdamW, CheckpointConfig, Experiment, Pretrained, Stage, TokenizerConfig
+from mllm_jax.training.loop import load_run, train
+from mllm_jax.training.named import export_run
+from mllm_jax.training.objectives.next_token import NextToken
+from mllm_jax.training.step import make_apply
+
+CASES = {
+    "InstructBLIP, Flan-T5": ("InstructBlip", T5),
+    "InstructBLIP, Vicuna": ("InstructBlip", LLAMA),
+    "BLIP-2, Flan-T5": ("Blip2", T5 | dict(dense_act_fn="gelu")),
+    "BLIP-2, OPT": ("Blip2", OPT),
+}
+# As plain as BLIP-2's prompts are: the question, the answer and what ends it.
+TEMPLATE = (
+    "{% for m in messages %}{% for p in m['content'] if p['type'] == 'text' %}{{ p['text'] + ' ' }}{% endfor %}"
+    "{{ '</s> ' if m['role'] == 'assistant' else '' }}{% endfor %}"
+)
+ASKED = (("question : what is the colour of the cat ?", "red"), ("which one ?", "a dog left"), ("a dog", "two"))
+SHOWN = (1, 2, 0)
+
+
+@pytest.fixture(scope="module", params=CASES)
+def case(request, tmp_path_factory, randomise):
+    kind, text = CASES[request.param]
+    folder = tmp_path_factory.mktemp("blip")
+    made = build(kind, text, {}, queries=4, eos=2, seed=3, randomise=randomise, folder=folder)
+    if text["model_type"] != "t5":
+        made.processor.tokenizer.backend.chat_template = TEMPLATE
+    return made
+
+
+def conversation(number: int, plain: bool = False) -> tuple[Conversation, list[np.ndarray]]:
+    pictures = [picture(10 * number + i, 15, 22) for i in range(SHOWN[number])]
+    return Conversation(len(pictures), (Turn(*ASKED[number], "dialogue"),), plain=plain), pictures
+
+
+@torch.no_grad()
+def their_loss(case, number: int) -> tuple[float, int]:
+    """The sum over an example's learnt tokens, from the whole model or, without pictures, its LLM; and how many."""
+    reference, processor = case.reference, case.their_processor
+    (question, answer), (_, pictures) = ASKED[number], conversation(number)
+    own, encodes = processor.tokenizer, case.model.config.encoder_decoder
+    said = [*own(answer, add_special_tokens=False)["input_ids"], 2]
+    asked = own(question, add_special_tokens=encodes)["input_ids"]
+    ids = [reference.config.image_token_id] * (4 * len(pictures)) + asked + ([] if encodes else said)
+    given = dict(input_ids=torch.tensor([ids]), attention_mask=torch.ones(1, len(ids), dtype=torch.long))
+    if pictures:
+        given["pixel_values"] = processor.image_processor(pictures, return_tensors="pt")["pixel_values"]
+        if "InstructBlip" in type(reference).__name__:
+            instruction = processor.qformer_tokenizer(question, return_tensors="pt")
+            given["qformer_input_ids"] = instruction["input_ids"].repeat(len(pictures), 1)
+            given["qformer_attention_mask"] = instruction["attention_mask"].repeat(len(pictures), 1)
+    if encodes:
+        given["decoder_input_ids"] = torch.tensor([[0, *said[:-1]]])
+    logits = (reference if pictures else reference.language_model)(**given).logits[0]
+    logits = logits if encodes else logits[-len(said) - 1 : -1]
+    return float(torch.nn.functional.cross_entropy(logits, torch.tensor(said), reduction="sum")), len(said)
+
+
+def test_packed_rows_have_their_loss(case, assert_close):
+    dialogues = DialogueEncoder(case.processor)
+    examples = [dialogues.encode(*conversation(number), 48) for number in range(3)]
+    packed = [[examples[0], examples[1]], [examples[2]]]
+    batch = pack_dialogues(packed, dialogues.layout, 64, 4, decodes=dialogues.decodes)
+    loss, metrics = jax.jit(lambda p, b: NextToken().loss(make_apply(case.model), p, b, None))(case.params, batch)
+    wanted = [their_loss(case, number) for number in range(3)]
+    assert float(metrics["weight"]) == sum(count for _, count in wanted)
+    assert_close(loss, sum(total for total, _ in wanted) / sum(count for _, count in wanted), 1e-4, "loss")
+
+
+def test_captions_follow_the_queries(case):
+    """Of a caption all is learnt; the question is left out, also where the queries would read it."""
+    encoder = DialogueEncoder(case.processor)
+    e = encoder.encode(*conversation(0, plain=True), 40)
+    own, caption = case.processor.tokenizer, ASKED[0][1]
+    ids = own.encode("") if encoder.decodes else own.encode(f"{caption}\n")
+    assert e.tokens.tolist() == [case.model.config.image_token_id] * 4 + ids
+    said = [*own.backend(caption, add_special_tokens=False)["input_ids"], 2]
+    side, wanted = (e.target, said) if encoder.decodes else (e.tokens, ids)
+    assert side[e.loss_weights > 0].tolist() == wanted
+    if encoder.layout.instruction_length:
+        assert e.instruction.tolist() == [1, 2], "[CLS] and [SEP]"
+
+
+def test_what_cannot_be_learnt_is_refused(case):
+    dialogues = DialogueEncoder(case.processor)
+    said, pictures = conversation(0)
+    for length in (len(dialogues.encode(said, pictures, 64).tokens) - 1, 2):
+        with pytest.raises(DataError, match=r"with 1 picture\(s\)"):
+            dialogues.encode(said, pictures, length)
+    with pytest.raises(DataError, match="'<image>' in it"):
+        dialogues.encode(replace(said, turns=(Turn("what is <image> ?", "red", ""),)), pictures, 64)
+    two = replace(said, turns=said.turns * 2)
+    if dialogues.decodes or dialogues.layout.instruction_length:
+        with pytest.raises(DataError, match="2 turns.*\n.*one question and its answer"):
+            dialogues.encode(two, pictures, 64)
+    else:
+        one, both = (dialogues.encode(talk, pictures, 64).loss_weights.sum() for talk in (said, two))
+        assert both == 2 * one > 0
+    if dialogues.layout.instruction_length:
+        long = replace(said, turns=(Turn("a dog " * 70, "red", ""),))
+        with pytest.raises(DataError, match="an instruction of 142 tokens"):
+            dialogues.encode(long, pictures, 400)
+
+
+@pytest.mark.parametrize("case", ["InstructBLIP, Flan-T5"], indirect=True)
+def test_stages_train_and_leave_as_a_folder(case, tmp_path):
+    for n in range(4):
+        Image.fromarray(np.full((9, 12 + n, 3), 60 * n, np.uint8)).save(tmp_path / f"{n}.png")
+    words = ("red", "a dog", "two", "left")
+    records = [
+        {"id": n, "image": f"{n % 4}.png"} | {"conversations": [
+            {"from": "human", "value": "<image>\nwhich colour ?"}, {"from": "gpt", "value": words[n % 4]}
+        ]} for n in range(16)
+    ]  # fmt: skip
+    (tmp_path / "r.json").write_text(json.dumps(records))
+    read = dict(path="r.json", image_folder=".", data_dir=str(tmp_path))
+    plain, chat = (
+        Mixture((Weighted(LLaVARecords(**read, version=version)),), rows=2, length=40, slots=3)
+        for version in ("plain", "chat")
+    )
+    experiment = Experiment(
+        name="blip",
+        model=mllm_jax.pretrained_config(case.folder),
+        tokenizer=TokenizerConfig(folder=str(case.folder)),
+        pretrained=(Pretrained("*", str(case.folder)),),
+        log_every=1,
+        checkpoint=CheckpointConfig(every_steps=4),
+        stages=(
+            Stage("align", NextToken(), ("projector/*",), plain, 4, AdamW(learning_rate=3e-3, warmup_steps=1),
+                  cache_features=True),
+            Stage("instruct", NextToken(), ("projector/*", "llm/*"), chat, 4, AdamW(learning_rate=3e-3)),
+        ),
+    )  # fmt: skip
+    run = train(experiment, tmp_path / "run", devices=jax.devices()[:1])
+    lines = [json.loads(line) for line in (run.path / "metrics.jsonl").read_text().splitlines()]
+    losses = [line["loss"] for line in lines if "loss" in line]
+    assert len(losses) == 8 and np.isfinite(losses).all() and losses[3] < losses[0] and losses[7] < losses[4]
+    export_run(run, tmp_path / "out")
+    _, params = mllm_jax.from_pretrained(tmp_path / "out")
+    trained = load_run(run)[2]
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(np.asarray(a), np.asarray(b)), params, trained)
+    type(case.reference).from_pretrained(tmp_path / "out")
+    batch = mllm_jax.Processor.from_pretrained(tmp_path / "out")("a dog", images=[picture(0, 9, 9)])
+    assert batch["query_tokens"].shape == (1, 1, 16), "the Q-Former's own tokenizer came along"
