@@ -1,6 +1,7 @@
 """The first Qwen-VL (arXiv 2308.12966): a ViT-bigG, a resampler with 256 queries and the first Qwen.
 
-Its folders have the architecture of the language model, `QWenLMHeadModel`, with a part `visual` in config.json.
+Its folders have the architecture of the language model, `QWenLMHeadModel`, with a part `visual` in config.json. Their
+tokenizer is Python code over qwen.tiktoken, which is never run here: a tokenizer.json of the same ids has to lie there.
 """
 
 from __future__ import annotations
