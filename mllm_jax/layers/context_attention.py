@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from einops import rearrange
 from jax.sharding import Mesh, PartitionSpec
 
-from mllm_jax.sharding.logical import active_mesh, partition_spec
+from mllm_jax.sharding.logical import active_mesh, axes_of, partition_spec
 
 BLOCK = 1024  # queries, and keys, that are compared at a time
 LEAST = jnp.finfo(jnp.float32).min
@@ -78,7 +78,7 @@ def row_split(q_shape: tuple[int, ...], k_shape: tuple[int, ...]) -> RowSplit | 
     k = partition_spec(("batch", "seq", "kv_heads", None), k_shape, mesh, rules)
     if q[1] is None or q[:2] != k[:2]:
         return None
-    return RowSplit(mesh, *(_axes(each) for each in (*q[:3], k[2])))
+    return RowSplit(mesh, *(axes_of(each) for each in (*q[:3], k[2])))
 
 
 def context_attention(
@@ -392,11 +392,6 @@ def _block(length: int, most: int) -> int:
     """The largest block of at most `most` that divides a length; the length itself where only tiny ones do."""
     fewest = -(-length // most)
     return next((length // n for n in range(fewest, 4 * fewest + 1) if length % n == 0), length)
-
-
-def _axes(entry) -> tuple[str, ...]:
-    """An entry of a PartitionSpec as a tuple."""
-    return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
 
 
 def _size(mesh: Mesh, axes: tuple[str, ...]) -> int:

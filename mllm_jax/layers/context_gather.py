@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from mllm_jax.sharding.logical import active_mesh, partition_spec
+from mllm_jax.sharding.logical import active_mesh, axes_of, partition_spec
 
 
 def take_along_rows(x: jax.Array, index: jax.Array) -> jax.Array:
@@ -34,9 +34,7 @@ def take_along_rows(x: jax.Array, index: jax.Array) -> jax.Array:
                 mesh=mesh,
                 in_specs=(split, split),
                 out_specs=split,
-                axis_names={
-                    axis for entry in split if entry for axis in ((entry,) if isinstance(entry, str) else entry)
-                },
+                axis_names={*axes_of(rows), *axes_of(seq)},
                 check_vma=False,
             )(x, index)
     return jnp.take_along_axis(x, index[..., None], axis=1)

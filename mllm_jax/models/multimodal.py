@@ -18,7 +18,7 @@ from mllm_jax.layers.context_gather import take_along_rows
 from mllm_jax.models.caption_row import caption_row
 from mllm_jax.models.contrastive import ContrastiveConfig
 from mllm_jax.projectors.pformer import PFormerConfig
-from mllm_jax.sharding.logical import constrain, part_of_model
+from mllm_jax.sharding.logical import constrain, part_of_model, split_sizes
 
 
 @dataclass(frozen=True)
@@ -228,19 +228,23 @@ class Multimodal(nn.Module):
             return MediaTokens(out.pooler_output, out.deepstack_features)
         if "images" not in batch and "features" not in batch:
             return None
-        encoded = "features" in batch
-        rows, slots = batch["features" if encoded else "images"].shape[:2]
-        features = rearrange(batch["features"], "b m p e -> (b m) p e") if encoded else self.encode_images(batch)
-        text = [
-            rearrange(batch[name], "b m l -> (b m) l") for name in ("query_tokens", "query_segments") if name in batch
-        ]
-        media = self.projector(features, *text)
-        return MediaTokens(rearrange(media, "(b m) t e -> b (m t) e", b=rows, m=slots))
+        given = "features" if "features" in batch else "images"
+        # One picture after the other, so ordered that each device's are those of its own rows and slots.
+        sizes = dict(zip("rs", split_sizes(("batch", "slots"), batch[given].shape[:2]), strict=True))
+        names = (given, "query_tokens", "query_segments")
+        flat = [rearrange(batch[n], "(r b) (s m) ... -> (r s b m) ...", **sizes) for n in names if n in batch]
+        features = flat[0] if given == "features" else self._features(flat[0])
+        media = self.projector(features, *flat[1:])
+        slots = batch[given].shape[1] // sizes["s"]
+        return MediaTokens(rearrange(media, "(r s b m) t e -> (r b) (s m t) e", m=slots, **sizes))
 
     def encode_images(self, batch):
         """The features that the projector reads: dtype[B * M, P, E] of `images` [B, M, H, W, 3]."""
+        return self._features(rearrange(batch["images"], "b m h w c -> (b m) h w c"))
+
+    def _features(self, images):
+        """[N, H, W, 3] -> dtype[N, P, E]"""
         c = self.config
-        images = rearrange(batch["images"], "b m h w c -> (b m) h w c")
         pixels = self.normalise(images) if images.dtype == jnp.uint8 else images
         with part_of_model("encoder"):
             pixels = constrain(pixels, "batch", None, None, None)  # before the tower's first layer, which is no block

@@ -148,6 +148,21 @@ def partition_spec(
     return PartitionSpec(*spec)
 
 
+def split_sizes(names: Sequence[str | None], shape: Sequence[int]) -> list[int]:
+    """Into how many pieces the surrounding `use_mesh` splits each dimension of an activation; 1 outside of it."""
+    active = active_mesh()
+    if active is None:
+        return [1] * len(shape)
+    return [
+        math.prod(active[0].shape[axis] for axis in axes_of(entry)) for entry in partition_spec(names, shape, *active)
+    ]
+
+
+def axes_of(entry: tuple[str, ...] | str | None) -> tuple[str, ...]:
+    """An entry of a PartitionSpec as a tuple."""
+    return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
+
+
 @contextmanager
 def use_mesh(mesh: Mesh, rules: Table = RULES, parts: Sequence[PartRules] = ()) -> Iterator[None]:
     """Makes `constrain` effective for what is traced inside, by the rules of the part of the model that it stands in.
