@@ -75,7 +75,8 @@ def test_impossible_experiments_are_refused(change, given):
 
 def test_rules_of_parts_are_kept_with_the_run():
     ruled = replace(EXPERIMENT, part_rules=(data_parallel("encoder"),), mesh=MeshConfig(context=8, slices=1))
-    assert rebuild(describe(ruled)) == ruled
+    for kept in (ruled.part_rules, ruled.mesh):
+        assert rebuild(describe(kept)) == kept
 
 
 def test_what_the_text_tower_does_not_read_may_be_longer():
