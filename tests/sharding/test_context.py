@@ -14,7 +14,6 @@ from flax import linen as nn
 
 from mllm_jax.encoders.qwen_vit import QwenViTConfig
 from mllm_jax.encoders.vit import ViTConfig
-from mllm_jax.llms.chatglm import ChatGLMConfig
 from mllm_jax.llms.decoder import DecoderConfig
 from mllm_jax.llms.t5 import T5Config
 from mllm_jax.models.multimodal import MultimodalConfig
@@ -53,7 +52,6 @@ MODELS = {
         QFormerConfig(16, 8, 8, 2, 2, 16, num_queries=4, vocab_size=VOCAB),
         T5Config(VOCAB, 16, 4, 24, 1, 1, 2),
     ),
-    "prefixes as a bias": MultimodalConfig(VIT, MLPProjectorConfig(16), ChatGLMConfig(VOCAB, 16, 1, 2, 24)),
 }
 
 
