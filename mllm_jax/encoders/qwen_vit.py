@@ -224,7 +224,7 @@ class QwenViT(nn.Module):
         if c.num_positions is not None:
             init = nn.with_logical_partitioning(nn.initializers.normal(0.02), ("patches", "embed"))
             table = self.param("position_embedding", init, (c.num_positions, c.hidden_size), jnp.float32)
-            table = constrain(table, "patches", None)  # looked up whole: it is small, and patches are split by row
+            table = constrain(table, None, None)  # looked up whole: it is small, and patches are split by row
             x = x + bilinear_packed(table, coordinates, grids).astype(dtype)
         x = embedded = constrain(x, "batch", "patches", None)
         if c.window_side is None:

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from einops import rearrange
 from flax import linen as nn
 
+from mllm_jax.layers.context_attention import context_attention, row_split
 from mllm_jax.layers.linear import Linear
 from mllm_jax.layers.norms import LayerNorm, RMSNorm
 from mllm_jax.layers.rotary import apply_rotary
@@ -31,6 +32,8 @@ def attention(
     """Scaled dot-product attention with grouped keys, segments, a named mask and a sliding window.
 
     The softmax is taken in float32. A query that may see nothing (padding) gets the mean of the values, never NaN.
+    Where the surrounding `use_mesh` splits rows over `context`, keys and values travel round a ring of devices: see
+    `context_attention`.
 
     Args:
         q: [B, S, N, H].  k, v: [B, T, K, H] with K dividing N (grouped-query attention, arXiv 2305.13245).
@@ -49,6 +52,10 @@ def attention(
         raise ValueError(f"attention mask {mask!r}; expected one of {MASKS}")
     if window is not None and mask != "causal":
         raise ValueError(f"attention mask {mask!r} with a sliding window; expected 'causal'")
+    split = row_split(q.shape, k.shape)
+    if split is not None:
+        common = dict(mask=mask, q_segments=q_segments, k_segments=k_segments, window=window, scale=scale)
+        return context_attention(split, q, k, v, q_index=q_index, bias=bias, **common)
     queries, keys = q.shape[1], k.shape[1]
     q = rearrange(q, "b s (k g) h -> b s k g h", k=k.shape[2]) * (q.shape[-1] ** -0.5 if scale is None else scale)
     scores = jnp.einsum("bskgh,btkh->bkgst", q, k, preferred_element_type=jnp.float32)

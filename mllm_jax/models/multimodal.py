@@ -14,10 +14,11 @@ from flax import struct
 from mllm_jax.encoders.text import TextTowerConfig
 from mllm_jax.encoders.vit import select_layers
 from mllm_jax.errors import ConfigError
+from mllm_jax.layers.context_gather import take_along_rows
 from mllm_jax.models.caption_row import caption_row
 from mllm_jax.models.contrastive import ContrastiveConfig
 from mllm_jax.projectors.pformer import PFormerConfig
-from mllm_jax.sharding.logical import constrain
+from mllm_jax.sharding.logical import constrain, part_of_model, split_sizes
 
 
 @dataclass(frozen=True)
@@ -227,20 +228,26 @@ class Multimodal(nn.Module):
             return MediaTokens(out.pooler_output, out.deepstack_features)
         if "images" not in batch and "features" not in batch:
             return None
-        encoded = "features" in batch
-        rows, slots = batch["features" if encoded else "images"].shape[:2]
-        features = rearrange(batch["features"], "b m p e -> (b m) p e") if encoded else self.encode_images(batch)
-        text = [
-            rearrange(batch[name], "b m l -> (b m) l") for name in ("query_tokens", "query_segments") if name in batch
-        ]
-        media = self.projector(features, *text)
-        return MediaTokens(rearrange(media, "(b m) t e -> b (m t) e", b=rows, m=slots))
+        given = "features" if "features" in batch else "images"
+        # One picture after the other, so ordered that each device's are those of its own rows and slots.
+        sizes = dict(zip("rs", split_sizes(("batch", "slots"), batch[given].shape[:2]), strict=True))
+        names = (given, "query_tokens", "query_segments")
+        flat = [rearrange(batch[n], "(r b) (s m) ... -> (r s b m) ...", **sizes) for n in names if n in batch]
+        features = flat[0] if given == "features" else self._features(flat[0])
+        media = self.projector(features, *flat[1:])
+        slots = batch[given].shape[1] // sizes["s"]
+        return MediaTokens(rearrange(media, "(r s b m) t e -> (r b) (s m t) e", m=slots, **sizes))
 
     def encode_images(self, batch):
         """The features that the projector reads: dtype[B * M, P, E] of `images` [B, M, H, W, 3]."""
+        return self._features(rearrange(batch["images"], "b m h w c -> (b m) h w c"))
+
+    def _features(self, images):
+        """[N, H, W, 3] -> dtype[N, P, E]"""
         c = self.config
-        images = rearrange(batch["images"], "b m h w c -> (b m) h w c")
         pixels = self.normalise(images) if images.dtype == jnp.uint8 else images
+        with part_of_model("encoder"):
+            pixels = constrain(pixels, "batch", None, None, None)  # before the tower's first layer, which is no block
         chosen, keep = c.connection.layers, c.connection.class_token
         if chosen is not None:
             return select_layers(self.encoder(pixels, output_hidden_states=True), chosen, keep)
@@ -248,7 +255,10 @@ class Multimodal(nn.Module):
         return out.last_hidden_state if keep else out.last_hidden_state[:, out.class_tokens :]
 
     def merge(self, tokens, media, media_index, media_weights=None):
-        """Media tokens in the places of the text that ask for them; a gather inside each row, so no shard is crossed.
+        """Media tokens in the places of the text that ask for them: a gather inside each row.
+
+        No shard of the batch is crossed. Where a mesh splits rows along the sequence, each device's media pass the
+        others once; see `take_along_rows`.
 
         Args:
             tokens: int[B, S].
@@ -263,10 +273,8 @@ class Multimodal(nn.Module):
         text = self.llm.embed(jnp.where(here, 0, tokens))  # the id that stands for a picture may be beyond the table
         if media is None:
             return text
-        if self.config.newline:
-            newline = jnp.broadcast_to(self.newline.astype(media.dtype), (media.shape[0], 1, media.shape[-1]))
-            media = jnp.concatenate([media, newline], axis=1)
-        placed = _placed(media, media_index, media_weights)
+        newline = self.newline.astype(media.dtype) if self.config.newline else None
+        placed = _placed(media, media_index, media_weights, newline)
         return constrain(jnp.where(here[..., None], placed.astype(text.dtype), text), "batch", "seq", None)
 
     def __call__(self, batch, cache=None, logits_at=None) -> MultimodalOutput:
@@ -360,11 +368,14 @@ class Multimodal(nn.Module):
         return batch
 
 
-def _placed(media, index, weights):
-    """dtype[B, N, E] gathered to [B, S, E]; see `Multimodal.merge`."""
+def _placed(media, index, weights, newline=None):
+    """dtype[B, N, E] gathered to [B, S, E]; index N means the newline [E], if there is one. See `Multimodal.merge`."""
+
+    def take(index):
+        found = take_along_rows(media, jnp.clip(index, 0, media.shape[1] - 1))
+        return found if newline is None else jnp.where((index == media.shape[1])[..., None], newline, found)
+
     if index.ndim == 2:
-        return jnp.take_along_axis(media, jnp.maximum(index, 0)[..., None], axis=1)
-    neighbours = index.shape[-1]
-    flat = rearrange(jnp.maximum(index, 0), "b s k -> b (s k) 1")
-    found = rearrange(jnp.take_along_axis(media, flat, axis=1), "b (s k) e -> b s k e", k=neighbours)
+        return take(index)
+    found = rearrange(take(rearrange(index, "b s k -> b (s k)")), "b (s k) e -> b s k e", k=index.shape[-1])
     return jnp.einsum("bske,bsk->bse", found, weights.astype(media.dtype))

@@ -1,7 +1,7 @@
 """Logical axes: one table says which mesh axes each named dimension is split over.
 
-Parameters and activations carry names (`batch`, `embed`, `heads`, ...); nothing but `RULES` knows the mesh. Changing
-the parallelism edits the table, never a model.
+Parameters and activations carry names (`batch`, `embed`, `heads`, ...); nothing but `RULES` knows the mesh, and `PARTS`
+what parts of a model have of their own. Changing the parallelism edits the tables, never a model.
 """
 
 from __future__ import annotations
@@ -10,11 +10,19 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass
 
 import jax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from flax import linen as nn
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
-RULES: Mapping[str, tuple[str, ...]] = {
+from mllm_jax.errors import ConfigError
+
+AXES = ("data", "fsdp", "context", "tensor")
+
+Table = Mapping[str, tuple[str, ...]]
+
+RULES: Table = {
     "batch": ("data", "fsdp"),
     "seq": ("context",),
     "embed": ("fsdp",),
@@ -24,25 +32,96 @@ RULES: Mapping[str, tuple[str, ...]] = {
     "mlp": ("tensor",),
     "vocab": ("tensor",),
     "layers": (),
-    "slots": (),
+    "slots": ("context",),
     "patches": (),
     "queries": (),
     "channels": (),
 }
 
-_active: ContextVar[tuple[Mesh, Mapping[str, tuple[str, ...]]] | None] = ContextVar("logical_sharding", default=None)
+# Pictures of one row are spread over `context` like its text; where their number does not divide, an encoder splits
+# each picture's patches instead. A projector reads few tokens a picture and keeps them together.
+_PICTURES = ("data", "fsdp", "context")
+PARTS: Mapping[str, Table] = {
+    "encoder": {"batch": _PICTURES, "patches": ("context",)},
+    "projector": {"batch": _PICTURES, "seq": (), "patches": ()},
+}
+
+# Names of what is computed. A table of parameters that bears one of them, such as position embeddings of patches, is
+# looked up whole and never split along it.
+ACTIVATIONS = ("batch", "seq", "slots", "patches")
 
 
-def active_mesh() -> tuple[Mesh, Mapping[str, tuple[str, ...]]] | None:
-    """The mesh and the rules of the surrounding `use_mesh`, if there is one."""
-    return _active.get()
+@dataclass(frozen=True)
+class PartRules:
+    """What one part of a model has of its own in the table: of its parameters, and of what is computed inside it.
+
+    Attributes:
+        part: "encoder", "projector", "llm" or another part, as the model's config and its parameters name it.
+        axes: (logical name, mesh axes) each; names that are not here are split as everywhere.
+    """
+
+    part: str
+    axes: tuple[tuple[str, tuple[str, ...]], ...]
+
+    def __post_init__(self):
+        names = [name for name, _ in self.axes]
+        if unknown := sorted(set(names) - set(RULES)):
+            raise ConfigError(
+                f"rules of {self.part!r} for {', '.join(map(repr, unknown))}",
+                f"logical names: {', '.join(RULES)}",
+                "change the name",
+            )
+        for name, axes in self.axes:
+            given = f"rules of {self.part!r}: {name!r} over {axes}"
+            if isinstance(axes, str) or not set(axes) <= set(AXES) or len(set(axes)) != len(axes):
+                raise ConfigError(given, f"a tuple of mesh axes, each once: {', '.join(AXES)}", "change the axes")
+            if names.count(name) > 1:
+                raise ConfigError(f"{given}, and once more", "each name once", "drop one of the two")
+
+
+def data_parallel(part: str) -> PartRules:
+    """A part whose matrices are split over no `tensor`: rows or pictures are split over that axis as well.
+
+    For an encoder beside a tensor-parallel LLM: a tower of some hundred million parameters is too narrow to be cut by
+    `tensor`, and pictures need no exchange between devices.
+    """
+    whole = (("heads", ()), ("kv_heads", ()), ("mlp", ()), ("vocab", ()))
+    return PartRules(part, (("batch", ("data", "fsdp", "context", "tensor")), *whole))
+
+
+@dataclass(frozen=True)
+class _Active:
+    mesh: Mesh
+    rules: Table
+    parts: Mapping[str, Table]
+
+
+_active: ContextVar[_Active | None] = ContextVar("logical_sharding", default=None)
+_part: ContextVar[str | None] = ContextVar("part_of_the_model", default=None)
+
+
+def part_tables(parts: Sequence[PartRules] = ()) -> dict[str, Table]:
+    """What each part has of its own: `PARTS`, and over it what `parts` say."""
+    tables = {part: dict(table) for part, table in PARTS.items()}
+    for rules in parts:
+        tables[rules.part] = tables.get(rules.part, {}) | dict(rules.axes)
+    return tables
+
+
+def active_mesh() -> tuple[Mesh, Table] | None:
+    """The mesh of the surrounding `use_mesh`, if there is one, and the rules of the part that is being traced."""
+    active = _active.get()
+    if active is None:
+        return None
+    own = active.parts.get(_part.get())
+    return active.mesh, active.rules if own is None else {**active.rules, **own}
 
 
 def partition_spec(
     names: Sequence[str | None],
     shape: Sequence[int],
-    mesh: Mesh,
-    rules: Mapping[str, tuple[str, ...]] = RULES,
+    mesh: Mesh | AbstractMesh,
+    rules: Table = RULES,
 ) -> PartitionSpec:
     """The mesh axes of one array.
 
@@ -69,19 +148,56 @@ def partition_spec(
     return PartitionSpec(*spec)
 
 
+def split_sizes(names: Sequence[str | None], shape: Sequence[int]) -> list[int]:
+    """Into how many pieces the surrounding `use_mesh` splits each dimension of an activation; 1 outside of it."""
+    active = active_mesh()
+    if active is None:
+        return [1] * len(shape)
+    return [
+        math.prod(active[0].shape[axis] for axis in axes_of(entry)) for entry in partition_spec(names, shape, *active)
+    ]
+
+
+def axes_of(entry: tuple[str, ...] | str | None) -> tuple[str, ...]:
+    """An entry of a PartitionSpec as a tuple."""
+    return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
+
+
 @contextmanager
-def use_mesh(mesh: Mesh, rules: Mapping[str, tuple[str, ...]] = RULES) -> Iterator[None]:
-    """Makes `constrain` effective for what is traced inside."""
-    token = _active.set((mesh, rules))
+def use_mesh(mesh: Mesh, rules: Table = RULES, parts: Sequence[PartRules] = ()) -> Iterator[None]:
+    """Makes `constrain` effective for what is traced inside, by the rules of the part of the model that it stands in.
+
+    A part is what the applied module holds under a part's name: its methods are traced under its rules.
+    """
+    token = _active.set(_Active(mesh, rules, part_tables(parts)))
     try:
-        yield
+        with nn.intercept_methods(_enter_part):
+            yield
     finally:
         _active.reset(token)
 
 
+@contextmanager
+def part_of_model(name: str | None) -> Iterator[None]:
+    """What is traced inside belongs to this part: for what a model does for a part outside of the part's module."""
+    token = _part.set(name)
+    try:
+        yield
+    finally:
+        _part.reset(token)
+
+
+def _enter_part(method, args, kwargs, context):
+    scope = context.module.scope
+    if scope is None or len(scope.path) != 1:
+        return method(*args, **kwargs)
+    with part_of_model(scope.path[0]):
+        return method(*args, **kwargs)
+
+
 def constrain(x: jax.Array, *names: str | None) -> jax.Array:
     """Pins an activation to the mesh by its logical names; outside `use_mesh` it changes nothing."""
-    active = _active.get()
+    active = active_mesh()
     if active is None:
         return x
     mesh, rules = active

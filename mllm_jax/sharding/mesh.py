@@ -9,29 +9,39 @@ from dataclasses import dataclass
 import jax
 import numpy as np
 from flax import linen as nn
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.experimental import mesh_utils
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from mllm_jax.errors import ConfigError
-from mllm_jax.sharding.logical import partition_spec
-
-AXES = ("data", "fsdp", "context", "tensor")
+from mllm_jax.sharding.logical import ACTIVATIONS, AXES, RULES, PartRules, part_tables, partition_spec
 
 
 @dataclass(frozen=True)
 class MeshConfig:
-    """Sizes of the mesh axes; one of them may be -1 and takes the devices that are left."""
+    """Sizes of the mesh axes; one of them may be -1 and takes the devices that are left.
+
+    Attributes:
+        slices: groups of devices with a fast network inside (TPU slices), joined by a slow one. The outer part of
+            `data` runs over them, every other axis stays inside one: only gradients cross the slow network, once a
+            step. None: as many as the devices say, 1 where they say nothing.
+    """
 
     data: int = -1
     fsdp: int = 1
     context: int = 1
     tensor: int = 1
+    slices: int | None = None
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """Arranges the devices as data x fsdp x context x tensor.
 
+    TPU devices, those of a topology that is only compiled for among them, are arranged so that neighbours on the mesh
+    are neighbours in the torus. Others stand in their order, in which devices of one slice follow each other.
+
     Raises:
-        ConfigError: the sizes do not multiply to the number of devices.
+        ConfigError: the sizes do not multiply to the number of devices; slices that do not divide `data`, or that are
+            not the devices' own.
     """
     devices = list(jax.devices() if devices is None else devices)
     sizes = [getattr(config, axis) for axis in AXES]
@@ -47,28 +57,61 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
             f"sizes whose product is {len(devices)}",
             "change experiment.mesh, or on a CPU experiment.cpu_devices",
         )
-    axis_types = (AxisType.Auto,) * len(AXES)
-    if devices[0].platform == "cpu" or len(devices) != len(jax.devices()):
-        return Mesh(np.asarray(devices).reshape(sizes), AXES, axis_types=axis_types)
-    return jax.make_mesh(tuple(sizes), AXES, axis_types=axis_types, devices=devices)
+    slices = _slices(config, devices)
+    if sizes[0] % slices:
+        raise ConfigError(
+            f"{given}, in {slices} slices",
+            f"`data` a multiple of {slices}: no other axis crosses slices",
+            "raise experiment.mesh.data, and lower another axis",
+        )
+    return Mesh(_arranged(sizes, slices, devices), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
-def param_shardings(boxed, mesh: Mesh):
+def _slices(config: MeshConfig, devices: Sequence[jax.Device]) -> int:
+    """How many slices the devices make."""
+    numbers = [getattr(device, "slice_index", None) for device in devices]
+    told = None not in numbers or devices[0].platform == "tpu"  # a TPU that says nothing is of the only slice
+    found = len(set(numbers)) if told else 1
+    slices = found if config.slices is None else config.slices
+    if slices < 1 or len(devices) % slices or (told and slices != found):
+        raise ConfigError(
+            f"mesh of {slices} slices on {len(devices)} device(s)" + (f" of {found} slice(s)" if told else ""),
+            f"{found} slice(s), as the devices say" if told else "a positive number that divides the devices",
+            "change experiment.mesh.slices, or leave it out",
+        )
+    return slices
+
+
+def _arranged(sizes: list[int], slices: int, devices: list[jax.Device]) -> np.ndarray:
+    if devices[0].platform != "tpu":
+        return np.asarray(devices).reshape(sizes)
+    if slices > 1:
+        inner, outer = [sizes[0] // slices, *sizes[1:]], [slices, 1, 1, 1]
+        return mesh_utils.create_hybrid_device_mesh(inner, outer, devices, allow_split_physical_axes=True)
+    return mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+
+
+def param_shardings(boxed, mesh: Mesh | AbstractMesh, parts: Sequence[PartRules] = ()):
     """NamedShardings for parameters that linen boxed with their logical names.
 
     Args:
         boxed: (abstract) parameters as `module.init` returns them.
+        parts: what parts of the model have of their own; the first key of a parameter's path is its part.
     """
+    tables, whole = part_tables(parts), dict.fromkeys(ACTIVATIONS, ())
 
-    def one(leaf):
-        if isinstance(leaf, nn.LogicallyPartitioned):
-            return NamedSharding(mesh, partition_spec(leaf.names, leaf.value.shape, mesh))
-        return NamedSharding(mesh, PartitionSpec())
+    def one(path, leaf):
+        if not isinstance(leaf, nn.LogicallyPartitioned):
+            return NamedSharding(mesh, PartitionSpec())
+        own = tables.get(path[0].key, {}) if path else {}
+        spec = partition_spec(leaf.names, leaf.value.shape, mesh, {**RULES, **own, **whole})
+        return NamedSharding(mesh, spec)
 
-    return jax.tree.map(one, boxed, is_leaf=lambda x: isinstance(x, nn.LogicallyPartitioned))
+    return jax.tree_util.tree_map_with_path(one, boxed, is_leaf=lambda x: isinstance(x, nn.LogicallyPartitioned))
 
 
 def batch_sharding(mesh: Mesh, ndim: int, shape: Sequence[int] | None = None) -> NamedSharding:
-    """Rows over `data` and `fsdp`, everything else whole."""
+    """Rows over `data` and `fsdp`; along a row, its places, media slots or patches, over `context`."""
     shape = shape if shape is not None else (mesh.shape["data"] * mesh.shape["fsdp"],) + (1,) * (ndim - 1)
-    return NamedSharding(mesh, partition_spec(["batch"] + [None] * (ndim - 1), shape, mesh))
+    names = ("batch", "seq")[:ndim] + (None,) * (ndim - 2)
+    return NamedSharding(mesh, partition_spec(names, shape, mesh))

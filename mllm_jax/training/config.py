@@ -13,6 +13,7 @@ from mllm_jax.models.clip import DualEncoderConfig
 from mllm_jax.models.multimodal import MultimodalConfig
 from mllm_jax.models.pformer import PFormerPretrainingConfig
 from mllm_jax.models.registry import has_layout
+from mllm_jax.sharding.logical import PartRules
 from mllm_jax.sharding.mesh import MeshConfig
 from mllm_jax.training.objectives.contrastive import Contrastive
 from mllm_jax.training.objectives.next_token import NextToken
@@ -150,6 +151,8 @@ class Experiment:
         model: a multimodal LLM; a dual encoder, whose stages are all contrastive; what BLIP-2's first stage trains; or
             what trains a P-Former.
         pretrained: parts that do not begin at random.
+        part_rules: what parts of the model have of their own in the table of logical axes, such as
+            `data_parallel("encoder")`.
         cpu_devices: devices that a CPU is presented as; two are faster than one of two cores. Ignored elsewhere.
         nonfinite: "stop" at a loss or gradient that is not finite, or "skip" that step (it is never applied).
         evaluation: config of the evaluation that closes the run, see `mllm_jax.evaluation.run`; None: none.
@@ -161,6 +164,7 @@ class Experiment:
     tokenizer: TokenizerConfig = TokenizerConfig()
     pretrained: tuple[Pretrained, ...] = ()
     mesh: MeshConfig = MeshConfig()
+    part_rules: tuple[PartRules, ...] = ()
     cpu_devices: int | None = None
     seed: int = 0
     nonfinite: str = "stop"
@@ -178,6 +182,9 @@ class Experiment:
             raise ConfigError(
                 f"pretrained parts {parts}", f"some of {known}, each once, or '*' alone", "change experiment.pretrained"
             )
+        ruled = [rules.part for rules in self.part_rules]
+        if len(set(ruled)) != len(ruled) or not set(ruled) <= set(known):
+            raise ConfigError(f"rules of parts {ruled}", f"some of {known}, each once", "change experiment.part_rules")
         if self.tokenizer.template is not None and not has_layout(self.model):
             raise ConfigError(
                 f"a chat template for a {type(self.model).__name__}",
@@ -202,6 +209,7 @@ class Experiment:
             _check_objective(stage, self.model)
             _check_features(stage, self.model)
             for mixture in filter(None, (stage.data, stage.validation)):
+                _check_length(stage, mixture, self.mesh)
                 _check_captions(stage, mixture, self.model)
                 _check_prompts(stage, mixture, self.model)
 
@@ -254,6 +262,16 @@ def _check_features(stage: Stage, model: Model) -> None:
             f"stage {stage.name!r}: cache_features of {type(model).__name__}, trainable {stage.trainable}",
             "next-token or prompt-guided training of a model with a frozen encoder of whole pictures",
             "freeze the encoder, or drop cache_features",
+        )
+
+
+def _check_length(stage: Stage, mixture: Mixture, mesh: MeshConfig) -> None:
+    """Rows that `context` does not divide would be computed whole on each of its devices."""
+    if mesh.context > 1 and mixture.length % mesh.context:
+        raise ConfigError(
+            f"stage {stage.name!r}: rows of {mixture.length} places over mesh.context {mesh.context}",
+            f"a multiple of {mesh.context}; of {2 * mesh.context} for causal attention in balance",
+            "change the mixture's length or mesh.context",
         )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import jax
@@ -13,7 +13,7 @@ from flax import linen as nn
 from jax.sharding import Mesh
 
 from mllm_jax.errors import CheckpointError, ConfigError
-from mllm_jax.sharding.logical import use_mesh
+from mllm_jax.sharding.logical import PartRules, use_mesh
 
 KEY_BYTES = 16
 CHUNK = 16  # pictures that are encoded together
@@ -59,7 +59,9 @@ class FeatureCache:
         self._places = {stored[i * KEY_BYTES : (i + 1) * KEY_BYTES]: i for i in range(whole)}
 
     @classmethod
-    def of(cls, folder: Path, model: nn.Module, params: dict, mesh: Mesh) -> FeatureCache:
+    def of(
+        cls, folder: Path, model: nn.Module, params: dict, mesh: Mesh, parts: Sequence[PartRules] = ()
+    ) -> FeatureCache:
         """The cache of a composed model's encoder, which is compiled for a few pictures at a time.
 
         Raises:
@@ -72,7 +74,7 @@ class FeatureCache:
 
         @jax.jit
         def encode(params, images):
-            with use_mesh(mesh):
+            with use_mesh(mesh, parts=parts):
                 return model.apply({"params": params}, {"images": images[None]}, method="encode_images")
 
         def encode_all(images: np.ndarray) -> np.ndarray:

@@ -242,16 +242,17 @@ class StageRunner:
         writer = MetricsWriter(self.folder.path, resume_from=done_before + start) if first_host else None
 
         # ---- the compiled steps
+        where = dict(mesh=self.mesh, parts=self.experiment.part_rules)
         step_fn = make_train_step(
             self.model,
             stage.objective,
             optimizer,
             schedule,
-            mesh=self.mesh,
+            **where,
             shardings=layout,
             accumulate=stage.accumulate,
         )
-        eval_fn = make_eval_step(self.model, stage.objective, mesh=self.mesh) if validation else None
+        eval_fn = make_eval_step(self.model, stage.objective, **where) if validation else None
         rows, shapes = local_rows(self.mesh, stage.data.rows), data.shapes()
         features = self.feature_cache(join(params, frozen), frozen_meta) if stage.cache_features else None
         if features is not None:
@@ -340,7 +341,8 @@ class StageRunner:
     def feature_cache(self, params, frozen_meta) -> FeatureCache:
         """The encoder's features on disk, beside the run and under the name of what they come from."""
         key = hashlib.sha256(repr([frozen_meta["fingerprint"], describe(self.experiment.model)]).encode())
-        return FeatureCache.of(self.folder.features / key.hexdigest()[:16], self.model, params, self.mesh)
+        folder = self.folder.features / key.hexdigest()[:16]
+        return FeatureCache.of(folder, self.model, params, self.mesh, self.experiment.part_rules)
 
     def validate(self, eval_fn, params, frozen, data: Pipeline, writer, step: int, features=None) -> dict[str, float]:
         """Mean validation metrics by weight; written under `validation_...`."""

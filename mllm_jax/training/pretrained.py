@@ -37,9 +37,11 @@ def initial_params(experiment: Experiment, model: nn.Module, mesh: Mesh) -> tupl
     """
     sources = experiment.pretrained
     if [source.part for source in sources] == ["*"]:
-        shardings = param_shardings(abstract_init(model, model.sample_batch(), method="touch"), mesh)
+        abstract = abstract_init(model, model.sample_batch(), method="touch")
+        shardings = param_shardings(abstract, mesh, experiment.part_rules)
         return _from_model(sources[0], experiment.model, mesh, shardings), shardings
-    params, shardings = init_params(model, mesh, experiment.seed, without=[source.part for source in sources])
+    without = [source.part for source in sources]
+    params, shardings = init_params(model, mesh, experiment.seed, without=without, parts=experiment.part_rules)
     for source in sources:
         config = getattr(experiment.model, source.part)
         if source.stage is None:

@@ -6,7 +6,9 @@ from typing import Any
 
 # What may differ between a run and its continuation: none of it changes the numbers beyond rounding. Pretrained parts
 # may move because fingerprints tell if they change.
-FREE_TO_CHANGE = ("name", "mesh", "cpu_devices", "log_every", "nonfinite", "checkpoint", "evaluation", "pretrained")
+FREE_TO_CHANGE = (
+    *("name", "mesh", "part_rules", "cpu_devices", "log_every", "nonfinite", "checkpoint", "evaluation", "pretrained"),
+)
 
 
 def differences(old: Any, new: Any, path: str = "") -> list[str]:

@@ -13,7 +13,7 @@ from flax import struct
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mllm_jax.models.registry import abstract_init
-from mllm_jax.sharding.logical import use_mesh
+from mllm_jax.sharding.logical import PartRules, use_mesh
 from mllm_jax.sharding.mesh import batch_sharding, param_shardings
 from mllm_jax.training.partition import join
 
@@ -28,16 +28,19 @@ class TrainState:
     key: jax.Array
 
 
-def init_params(model: nn.Module, mesh: Mesh, seed: int, *, without: Sequence[str] = ()) -> tuple[dict, dict]:
+def init_params(
+    model: nn.Module, mesh: Mesh, seed: int, *, without: Sequence[str] = (), parts: Sequence[PartRules] = ()
+) -> tuple[dict, dict]:
     """All parameters, made where they will live: no host or device ever holds a full copy of a sharded one.
 
     Args:
         without: parts that are not made.
+        parts: what parts of the model have of their own in the table of logical axes.
 
     Returns:
         (params, shardings): nested dicts of float32 arrays and of their NamedShardings, the latter of all parts.
     """
-    shardings = param_shardings(abstract_init(model, model.sample_batch(), method="touch"), mesh)
+    shardings = param_shardings(abstract_init(model, model.sample_batch(), method="touch"), mesh, parts)
     wanted = {part: places for part, places in shardings.items() if part not in without}
 
     def make(key):
@@ -77,7 +80,7 @@ def make_apply(model: nn.Module) -> Callable:
 
 
 def make_train_step(
-    model: nn.Module, objective, optimizer, schedule, *, mesh: Mesh, shardings: TrainState, accumulate=1
+    model: nn.Module, objective, optimizer, schedule, *, mesh: Mesh, shardings: TrainState, accumulate=1, parts=()
 ):
     """Compiles (state, frozen, batch) -> (state, metrics).
 
@@ -88,6 +91,7 @@ def make_train_step(
         batch: arrays [rows, ...]; with `accumulate` > 1 it is cut into so many pieces along the rows, whose gradients
             are averaged by the objective's `weight`, so that the result is that of the whole batch. (A contrastive
             batch has the negatives of its piece only.)
+        parts: what parts of the model have of their own in the table of logical axes.
     """
     apply = make_apply(model)
 
@@ -124,7 +128,7 @@ def make_train_step(
         return value, metrics | {"weight": weights.sum()}, grads
 
     def step(state: TrainState, frozen, batch):
-        with use_mesh(mesh):
+        with use_mesh(mesh, parts=parts):
             key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
             value, metrics, grads = pieces(state.params, frozen, batch, key)
             norm = optax.tree.norm(grads)
@@ -146,12 +150,12 @@ def make_train_step(
     return jax.jit(step, donate_argnums=0, out_shardings=(shardings, replicated))
 
 
-def make_eval_step(model: nn.Module, objective, *, mesh: Mesh):
+def make_eval_step(model: nn.Module, objective, *, mesh: Mesh, parts: Sequence[PartRules] = ()):
     """Compiles (params, frozen, batch) -> metrics with the loss, without gradient."""
     apply = make_apply(model)
 
     def step(params, frozen, batch):
-        with use_mesh(mesh):
+        with use_mesh(mesh, parts=parts):
             value, metrics = objective.loss(apply, join(params, frozen), batch, jax.random.key(0))
             return metrics | {"loss": value}
 
@@ -168,7 +172,7 @@ def place_batch(local: dict, mesh: Mesh, shapes: dict, rows: list[int]) -> dict:
         def piece(index):
             wanted = range(*index[0].indices(shape[0]))
             start = position[wanted[0]]
-            return array[start : start + len(wanted)]
+            return array[(slice(start, start + len(wanted)), *index[1:])]
 
         return jax.make_array_from_callback(shape, batch_sharding(mesh, len(shape), shape), piece)
 

@@ -11,10 +11,13 @@ from flax.traverse_util import flatten_dict
 from tiny_runs import ROOT
 from toy_data import MODEL, PAIRS, PICTURES
 
+from mllm_jax.checkpoints.description import describe, rebuild
 from mllm_jax.cli import load_config
 from mllm_jax.errors import ConfigError
 from mllm_jax.evaluation.openmoji import OpenMojiEvaluation, OpenMojiRetrieval
 from mllm_jax.models.clip import DualEncoderConfig
+from mllm_jax.sharding.logical import data_parallel
+from mllm_jax.sharding.mesh import MeshConfig
 from mllm_jax.training.config import Experiment, Stage, TokenizerConfig
 from mllm_jax.training.objectives.contrastive import Contrastive
 from mllm_jax.training.objectives.next_token import NextToken
@@ -56,6 +59,9 @@ EXPERIMENT = Experiment("small", MODEL, (STAGE,), TokenizerConfig(vocab_size=320
         ),
         ({"model": DUAL, "evaluation": OpenMojiEvaluation()}, "OpenMojiEvaluation of a DualEncoderConfig"),
         ({"evaluation": OpenMojiRetrieval()}, "OpenMojiRetrieval of a MultimodalConfig"),
+        ({"mesh": MeshConfig(context=16)}, "rows of 24 places over mesh.context 16"),
+        ({"part_rules": (data_parallel("head"),)}, "rules of parts ['head']"),
+        ({"part_rules": (data_parallel("llm"), data_parallel("llm"))}, "rules of parts ['llm', 'llm']"),
         ({"cpu_devices": 0}, "cpu_devices 0"),
         ({"cpu_devices": -2}, "cpu_devices -2"),
     ],
@@ -65,6 +71,12 @@ def test_impossible_experiments_are_refused(change, given):
     with pytest.raises(ConfigError) as refusal:
         replace(EXPERIMENT, **change)
     assert given in refusal.value.given and refusal.value.expected and refusal.value.todo
+
+
+def test_rules_of_parts_are_kept_with_the_run():
+    ruled = replace(EXPERIMENT, part_rules=(data_parallel("encoder"),), mesh=MeshConfig(context=8, slices=1))
+    for kept in (ruled.part_rules, ruled.mesh):
+        assert rebuild(describe(kept)) == kept
 
 
 def test_what_the_text_tower_does_not_read_may_be_longer():
