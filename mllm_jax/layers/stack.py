@@ -5,9 +5,11 @@ from __future__ import annotations
 import jax
 from flax import linen as nn
 
-# What the backward pass finds stored; the rest is computed again. "none" stores everything.
+from mllm_jax.sharding.fsdp import GATHERED, fully_sharded
+
+# What the backward pass finds stored; the rest is computed again. "none" stores everything but gathered matrices.
 REMAT_POLICIES = {
-    "none": None,
+    "none": jax.checkpoint_policies.save_anything_except_these_names(GATHERED),
     "full": jax.checkpoint_policies.nothing_saveable,
     "dots": jax.checkpoint_policies.checkpoint_dots_with_no_batch_dims,
 }
@@ -28,7 +30,7 @@ def scan_layers(block: type[nn.Module], *, num_layers: int, remat: str = "none",
         KeyError: an unknown policy.
     """
     policy = REMAT_POLICIES[remat]
-    if remat != "none":
+    if remat != "none" or fully_sharded():
         block = nn.remat(block, policy=policy, prevent_cse=False)
     return nn.scan(
         block,
