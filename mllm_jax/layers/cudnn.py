@@ -11,7 +11,7 @@ MOST_HEAD_DIM = 128
 
 
 def cudnn_supports(q: jax.Array, mask: str, window) -> bool:
-    """Whether the kernel can do it: half precision, heads of a multiple of 8 up to 128, no window of each layer's own."""
+    """Whether the kernel can do it: 16-bit numbers, heads of a multiple of 8 up to 128, a static window."""
     static = window is None or isinstance(window, int)
     head_dim = q.shape[-1]
     return static and str(q.dtype) in DTYPES and head_dim % 8 == 0 and head_dim <= MOST_HEAD_DIM

@@ -74,9 +74,7 @@ def logits_bytes(head: HeadInputs) -> int:
     return 4 * math.prod(shape) // ways
 
 
-def head_cross_entropy(
-    head: HeadInputs, targets: jax.Array, weights: jax.Array, z_loss: float, chunks: int
-) -> Scores:
+def head_cross_entropy(head: HeadInputs, targets: jax.Array, weights: jax.Array, z_loss: float, chunks: int) -> Scores:
     """The cross-entropy of a head, chunk by chunk: logits of all places never exist together.
 
     The gradient is taken in the same pass, so nothing is computed twice. It flows into `loss` alone.
@@ -116,25 +114,22 @@ def _on_mesh(x, matrix, targets, weights, how, wanted):
     """(loss, right, and the gradients in `wanted`): every device does its own rows."""
     tied, names, z_loss, chunks = how
     local = partial(_local, tied=tied, z_loss=z_loss, chunks=chunks, wanted=wanted)
-    plan = gather_plan(matrix.shape, names, x.shape[:1])
+    plan = gather_plan(matrix.shape, names, x.shape)
     if plan is None:
-        return local(x, matrix, targets, weights, axes=(), gathered=(), dim=0)
-    mesh, gathered, dim = plan
-    axes = ("data", *gathered, *(("context",) if x.shape[1] % mesh.shape["context"] == 0 else ()))
-    rows = PartitionSpec(axes[: 1 + len(gathered)], *axes[1 + len(gathered) :])
-    split = PartitionSpec(*[None] * dim, gathered)
-    whole = PartitionSpec()
+        return local(x, matrix, targets, weights, rows=(), gathered=(), dim=0)
+    more = () if "context" in plan.rows or x.shape[1] % plan.mesh.shape["context"] else ("context",)
+    rows, whole = PartitionSpec(plan.rows, *more), PartitionSpec()
     return jax.shard_map(
-        partial(local, axes=axes, gathered=gathered, dim=dim),
-        mesh=mesh,
-        in_specs=(rows, split, rows, rows),
-        out_specs=(whole, whole, *({"x": rows, "matrix": split}[name] for name in wanted)),
-        axis_names=frozenset(axes),
+        partial(local, rows=(*plan.rows, *more), gathered=plan.gathered, dim=plan.dim),
+        mesh=plan.mesh,
+        in_specs=(rows, plan.shard, rows, rows),
+        out_specs=(whole, whole, *({"x": rows, "matrix": plan.shard}[name] for name in wanted)),
+        axis_names=frozenset((*plan.rows, *more)),
         check_vma=False,
     )(x, matrix, targets, weights)
 
 
-def _local(x, matrix, targets, weights, *, tied, z_loss, chunks, wanted, axes, gathered, dim):
+def _local(x, matrix, targets, weights, *, tied, z_loss, chunks, wanted, rows, gathered, dim):
     dtype, shape = x.dtype, x.shape
     whole = matrix.astype(dtype)
     whole = gather(whole, gathered, dim) if gathered else whole
@@ -174,8 +169,8 @@ def _local(x, matrix, targets, weights, *, tied, z_loss, chunks, wanted, axes, g
     start = zero, zero, jnp.zeros(whole.shape, jnp.float32) if "matrix" in wanted else None
     xs = cut(x, shape[-1:]), cut(targets), cut(weights)
     (loss, right, slope), dx = jax.lax.scan(body, start, xs)
-    if axes:
-        loss, right = jax.lax.psum((loss, right), axes)
+    if rows:
+        loss, right = jax.lax.psum((loss, right), rows)
     out = [loss, right]
     if "x" in wanted:
         out.append(dx.reshape(-1, shape[-1])[:places].reshape(shape))
@@ -183,7 +178,6 @@ def _local(x, matrix, targets, weights, *, tied, z_loss, chunks, wanted, axes, g
         # Over the wire in the dtype that the model computes in, like every other gradient.
         if gathered:
             slope = scatter_sum(slope.astype(dtype), gathered, dim)
-            others = tuple(axis for axis in axes if axis not in gathered)
-            slope = jax.lax.psum(slope, others)
+            slope = jax.lax.psum(slope, tuple(axis for axis in rows if axis not in gathered))
         out.append(slope.astype(jnp.float32))
     return tuple(out)

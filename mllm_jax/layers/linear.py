@@ -74,7 +74,9 @@ class Embedding(nn.Module):
 
     def __call__(self, ids):
         """int[...] -> dtype[..., features]"""
-        return with_gathered(lambda ids, table: jnp.take(table, ids, axis=0), ids, self.embedding, self.names, self.dtype)
+        return with_gathered(
+            lambda ids, table: jnp.take(table, ids, axis=0), ids, self.embedding, self.names, self.dtype
+        )
 
     def attend(self, x):
         """dtype[..., features] -> dtype[..., num_embeddings]"""

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,32 +25,49 @@ from mllm_jax.sharding.logical import active_mesh, partition_spec
 GATHERED = "gathered"
 
 
+class GatherPlan(NamedTuple):
+    """How a matrix is gathered.
+
+    Attributes:
+        mesh: the active mesh with `fsdp` cut into axes of the chips' torus.
+        rows: the axes that the batch is split over, of which `gathered` are those that the matrix is split over too.
+        dim: the dimension of the matrix that is split.
+    """
+
+    mesh: Mesh
+    rows: tuple[str, ...]
+    gathered: tuple[str, ...]
+    dim: int
+
+    @property
+    def shard(self) -> PartitionSpec:
+        return PartitionSpec(*[None] * self.dim, self.gathered)
+
+
 def with_gathered(function: Callable, x: jax.Array, matrix: jax.Array, names: Sequence[str | None], dtype) -> jax.Array:
     """function(x, matrix in dtype), where the matrix is whole for this one use.
 
-    Outside `use_mesh`, or where the matrix is not split over `fsdp`, nothing is gathered.
+    Where `gather_plan` finds nothing to gather, it is left to the partitioner.
 
     Args:
         function: works on rows alone: the first dimension of x is that of what it returns.
         x: [B, ...], rows of the batch.
         names: the logical names of the matrix's dimensions.
     """
-    plan = gather_plan(matrix.shape, names, x.shape[:1])
+    plan = gather_plan(matrix.shape, names, x.shape)
     if plan is None:
         return function(x, matrix.astype(dtype))
-    mesh, axes, dim = plan
 
     def local(x, shard):
-        return function(x, gather(shard.astype(dtype), axes, dim))
+        return function(x, gather(shard.astype(dtype), plan.gathered, plan.dim))
 
-    rows = PartitionSpec(("data", *axes))
-    split = PartitionSpec(*[None] * dim, axes)
+    rows = PartitionSpec(plan.rows)
     return jax.shard_map(
         local,
-        mesh=mesh,
-        in_specs=(rows, split),
+        mesh=plan.mesh,
+        in_specs=(rows, plan.shard),
         out_specs=rows,
-        axis_names=frozenset(("data", *axes)),
+        axis_names=frozenset(plan.rows),
         check_vma=False,
     )(x, matrix)
 
@@ -60,28 +78,35 @@ def fully_sharded() -> bool:
     return active is not None and active[0].shape["fsdp"] > 1
 
 
-def gather_plan(shape, names, batch: Sequence[int]) -> tuple[Mesh, tuple[str, ...], int] | None:
-    """How a matrix is gathered: (mesh with `fsdp` cut along the torus, the names of the cuts, the split dimension).
+def gather_plan(shape: Sequence[int], names: Sequence[str | None], batch: Sequence[int]) -> GatherPlan | None:
+    """How a matrix that is split over `fsdp` is gathered for rows that are split over it as well.
 
     Args:
-        batch: the sizes of the dimensions that the batch is split over.
+        batch: the shape of what it is applied to, rows first.
 
     Returns:
-        None where there is nothing to gather, or where the batch does not divide.
+        None without a mesh, and where matrix or rows are not split over `fsdp` or share another axis.
     """
-    if not fully_sharded():
+    if not fully_sharded() or not batch:
         return None
     mesh, rules = active_mesh()
-    split = partition_spec(names, shape, mesh, rules)
-    if "fsdp" not in split or not batch or batch[0] % (mesh.shape["data"] * mesh.shape["fsdp"]):
+    rows = _axes(partition_spec(("batch",), batch[:1], mesh, rules)[0])
+    split = [_axes(axes) for axes in partition_spec(names, shape, mesh, rules)]
+    shared = [axis for axes in split for axis in axes if axis in rows]
+    if shared != ["fsdp"] or ("fsdp",) not in split:
         return None
-    cut, axes = cut_along_torus(mesh)
-    return cut, axes, split.index("fsdp")
+    cut, gathered = cut_along_torus(mesh)
+    place = rows.index("fsdp")
+    return GatherPlan(cut, (*rows[:place], *gathered, *rows[place + 1 :]), gathered, split.index(("fsdp",)))
+
+
+def _axes(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    return (entry,) if isinstance(entry, str) else entry or ()
 
 
 @lru_cache
 def cut_along_torus(mesh: Mesh) -> tuple[Mesh, tuple[str, ...]]:
-    """The same devices in the same order, with `fsdp` cut into axes that each run along one axis of the chips' torus."""
+    """The same devices in the same order, with `fsdp` cut into axes that each run along one of the chips' torus."""
     sizes = torus_sizes([getattr(device, "coords", None) for device in np.moveaxis(mesh.devices, 1, 0)[:, 0, 0, 0]])
     axes = tuple(f"fsdp_{i}" for i in range(len(sizes)))
     names = ("data", *axes, "context", "tensor")

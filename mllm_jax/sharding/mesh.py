@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import jax
 import numpy as np
 from flax import linen as nn
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from mllm_jax.errors import ConfigError
@@ -48,9 +49,11 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
             "change experiment.mesh, or on a CPU experiment.cpu_devices",
         )
     axis_types = (AxisType.Auto,) * len(AXES)
-    if devices[0].platform == "cpu" or len(devices) != len(jax.devices()):
+    if devices[0].platform == "cpu":
         return Mesh(np.asarray(devices).reshape(sizes), AXES, axis_types=axis_types)
-    return jax.make_mesh(tuple(sizes), AXES, axis_types=axis_types, devices=devices)
+    # Along the axes of the chips' torus as far as the sizes allow it.
+    placed = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+    return Mesh(placed, AXES, axis_types=axis_types)
 
 
 def param_shardings(boxed, mesh: Mesh):
