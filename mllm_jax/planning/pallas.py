@@ -21,10 +21,12 @@ class Kernel:
 
     Attributes:
         flops: of the blocks that its mask does not skip.
+        dense_flops: of all blocks.
         note: what could not be read, so that `flops` is an upper bound; "" where all could.
     """
 
     flops: float
+    dense_flops: float
     hbm_bytes: float
     note: str = ""
 
@@ -62,9 +64,9 @@ def kernel(module: Module, computation: Computation, instruction: Instruction) -
     if part == "dkv" and '"use_fused_bwd_kernel\\": true' in instruction.attributes:
         part = "dkv_fused"
     with_qk, with_v = _PRODUCTS[part]
-    flops = 2 * heads * rows * columns * computed * (with_qk * q.dims[-1] + with_v * v.dims[-1])
+    dense = 2 * heads * rows * columns * (with_qk * q.dims[-1] + with_v * v.dims[-1])
     own = [s for s in (*(o.shape for o in operands), *instruction.shapes) if s.in_hbm]
     # The inner loop of the grid reads its operands again for every block of the outer one.
     steps = columns // block_kv if part.startswith("dkv") and block_kv else rows // block_q if block_q else 1
     again = (q.bytes + q.bytes * v.dims[-1] // q.dims[-1]) if part.startswith("dkv") else (k.bytes + v.bytes)
-    return Kernel(flops, sum(s.bytes for s in own) + again * max(0.0, steps * computed - 1), note)
+    return Kernel(dense * computed, dense, sum(s.bytes for s in own) + again * max(0.0, steps * computed - 1), note)
