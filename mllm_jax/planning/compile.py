@@ -1,4 +1,4 @@
-"""Ahead-of-time compilation of the training step for a TPU slice, on any machine: nothing is read, nothing allocated."""
+"""Ahead-of-time compilation of a training step for a TPU slice, on any machine: no data, no weights, no TPU."""
 
 from __future__ import annotations
 
