@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import os
 import re
 import sys
@@ -38,7 +39,7 @@ class OutOfMemory(PlanError):
 
     def __init__(self, message: str, what: str):
         super().__init__(message.strip(), f"{what} within the HBM of a chip", "see what the plan proposes")
-        needed = re.search(r"(?:Used|\w+ \()([\d.]+)([KMGT]?)(?:i?B)?\)? (?:of|exceeds)", message)
+        needed = re.search(r"(?:Used |\()([\d.]+)([KMGT]?)(?:i?B)?\)? (?:of|exceeds)", message)
         available = re.search(r"(?:of|available HBM \()\s*([\d.]+)([KMGT]?)(?:\)| hbm)", message)
         self.needed, self.available = (_bytes(found) for found in (needed, available))
 

@@ -43,6 +43,7 @@ class Collective:
         times: how often a step runs it.
         group: chips that take part together; `slices` of them in different slices (1: all over ICI).
         bytes: of its operands on one chip, once.
+        members: partitions of one of its groups.
         ici_bytes, dcn_bytes: what one chip sends in a step, all times together, by the cost of a ring: over ICI, and
             over the network between slices.
     """
@@ -55,7 +56,7 @@ class Collective:
     ici_bytes: float
     dcn_bytes: float
     name: str = ""
-    op_name: str = ""
+    members: tuple[int, ...] = ()
 
     @property
     def wire_bytes(self) -> float:
@@ -222,19 +223,18 @@ class _Walk:
         if kind == "collective-permute":
             pairs = re.findall(r"\{(\d+),(\d+)\}", instruction.attribute("source_target_pairs") or "")
             moved = [(int(a), int(b)) for a, b in pairs if a != b]
+            members = moved[0] if moved else ()
             crossing = any(self.slices[a] != self.slices[b] for a, b in moved)
             group, slices = len({i for pair in moved for i in pair}), 1 + crossing
             ici, dcn = (0, size) if crossing else (size if moved else 0, 0)
         else:
             found = _GROUPS.search(instruction.attributes)
             groups = replica_groups(found[1] if found else None, self.module.devices)
-            group = max(len(g) for g in groups)
+            members = tuple(int(i) for i in max(groups, key=len))
+            group = len(members)
             slices = max(len(set(self.slices[np.asarray(g)].tolist())) for g in groups)
             ici, dcn = ring_bytes(kind, size, group, slices)
-        op = re.search(r'op_name="([^"]*)"', instruction.attributes)
-        return Collective(
-            kind, times, group, slices, size, times * ici, times * dcn, instruction.name, op[1] if op else ""
-        )
+        return Collective(kind, times, group, slices, size, times * ici, times * dcn, instruction.name, members)
 
     def transfer(self, computation, instruction: Instruction, times: int, total: Account) -> None:
         """What goes between slices: the compiler leaves it to the hosts, as a send and a recv of which one counts."""

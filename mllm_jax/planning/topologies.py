@@ -19,10 +19,13 @@ class Chip:
 
     Attributes:
         flops: FLOP/s in bf16, dense.
-        hbm: bytes, as the vendor states them. What a TPU program may use is less; the compiler says how much.
+        hbm: bytes, as the vendor states them.
+        usable_hbm: bytes that a program may use, as libtpu 0.0.42 says when it refuses one; None: all.
         link_bandwidth: of one link of a chip to a neighbour, in one direction.
         links: links of a chip; two along each axis of the torus. 0: a switch joins the chips of a node.
         dcn_bandwidth: a chip's share of its host's network, in one direction.
+        efficiency: share of the roofline that published runs reach, one factor a generation, fitted by
+            benchmarks/plan_calibration.py; 1: no published run was fitted.
         devices: as how many devices JAX sees a chip; each has that share of everything.
         node: GPUs that a switch joins; beyond it there is only the network.
     """
@@ -34,8 +37,15 @@ class Chip:
     link_bandwidth: float
     links: int
     dcn_bandwidth: float
+    usable_hbm: float | None = None
+    efficiency: float = 1.0
     devices: int = 1
     node: int | None = None
+
+    @property
+    def device_hbm(self) -> float:
+        """Bytes that a program may use on one device."""
+        return (self.usable_hbm or self.hbm) / self.devices
 
     @property
     def axes(self) -> int:
@@ -49,12 +59,12 @@ class Chip:
 # Hosts of v4, v5p and tpu7x have 4 chips, those of v5e and v6e in large slices 4 (ct5lp-hightpu-4t, ct6e-standard-4t).
 _HOST_NETWORK = 25e9
 TPUS = {
-    "v4": Chip("TPU v4", 275e12, 32 * GIB, 1.2e12, 45e9, 6, _HOST_NETWORK / 4),
-    "v5e": Chip("TPU v5e", 197e12, 16 * GIB, 0.81e12, 50e9, 4, _HOST_NETWORK / 4),
-    "v5p": Chip("TPU v5p", 459e12, 95 * GIB, 2.765e12, 100e9, 6, _HOST_NETWORK / 4),
-    "v6e": Chip("TPU v6e", 918e12, 32 * GIB, 1.64e12, 100e9, 4, _HOST_NETWORK / 4),
+    "v4": Chip("TPU v4", 275e12, 32 * GIB, 1.2e12, 45e9, 6, _HOST_NETWORK / 4, 30.75 * GIB),
+    "v5e": Chip("TPU v5e", 197e12, 16 * GIB, 0.81e12, 50e9, 4, _HOST_NETWORK / 4, 15.75 * GIB),
+    "v5p": Chip("TPU v5p", 459e12, 95 * GIB, 2.765e12, 100e9, 6, _HOST_NETWORK / 4, 95.74 * GIB),
+    "v6e": Chip("TPU v6e", 918e12, 32 * GIB, 1.64e12, 100e9, 4, _HOST_NETWORK / 4, 31.25 * GIB),
     # A chip is two dies with half of everything each, and JAX sees two devices (docs, "programming model").
-    "v7x": Chip("TPU7x", 2307e12, 192 * GIB, 7.38e12, 100e9, 6, _HOST_NETWORK / 4, devices=2),
+    "v7x": Chip("TPU7x", 2307e12, 192 * GIB, 7.38e12, 100e9, 6, _HOST_NETWORK / 4, 2 * 94.75 * GIB, devices=2),
 }
 
 # GPUs: NVIDIA's data sheets of A100 SXM 80GB, H100 SXM, H200 SXM and HGX B200, bf16 without sparsity; NVLink 3, 4, 4,
