@@ -46,15 +46,6 @@ The options are --run-dir DIR, --fresh and every field of the config. Name a con
 
   mllm train configs/quickstart.py --help"""
 
-PLAN_USAGE = """usage: mllm plan CONFIG.py --topology v5e-256 [OPTIONS]
-
-Compiles a stage's training step for a TPU slice, without a TPU, data or weights, and prints memory, FLOPs, collectives
-and a roofline. The options are --topology (v4-, v5e-, v5p-, v6e-, v7x- slices, 2xv5e-256 for several, 8xh100 for an
-estimate on GPUs), --stage NAME, --json FILE, --search N, and every field of the config, such as --mesh.data 1
---mesh.fsdp -1. Name a config to list them:
-
-  mllm plan configs/llava15_7b.py --help"""
-
 OneName = tyro.conf.arg(name="")
 
 
@@ -70,28 +61,6 @@ class Train:
     experiment: Annotated[Experiment, OneName]
     run_dir: Path | None = None
     fresh: bool = False
-
-
-@dataclass(frozen=True)
-class Plan:
-    """Compiles a stage's step for a TPU slice, here and now, and says what it costs there.
-
-    Attributes:
-        topology: v5e-256, v5p-128, 2xv6e-256 and the like; 8xh100 for an estimate without compiling.
-        stage: which stage; the last if not given.
-        json: a file to write every figure to.
-        search: try so many meshes, remat policies and numbers of pieces, and print the best.
-    """
-
-    experiment: Annotated[Experiment, OneName]
-    topology: str
-    stage: str | None = None
-    json: Path | None = None
-    search: int = 0
-
-    def __post_init__(self):
-        if self.search < 0:
-            raise ConfigError(f"search {self.search}", "0 or more", "change --search")
 
 
 @dataclass(frozen=True)
@@ -284,42 +253,9 @@ def train_command(arguments: list[str]) -> int:
 
 
 def plan_command(arguments: list[str]) -> int:
-    if not arguments or arguments[0] in HELP:
-        print(PLAN_USAGE)
-        return 0
-    if arguments[0].startswith("-"):
-        raise ConfigError(
-            f"mllm plan {arguments[0]} without a config",
-            "mllm plan configs/llava15_7b.py --topology v5e-256",
-            "name a config file, before any option",
-        )
-    path = Path(arguments[0])
-    default = Plan(load_config(path), tyro.MISSING)
-    options = tyro.cli(
-        Plan, args=arguments[1:], default=default, prog=f"mllm plan {path}", config=(tyro.conf.AvoidSubcommands,)
-    )
+    from mllm_jax.planning import command
 
-    import jax
-
-    jax.config.update("jax_platforms", "cpu")  # the compiler needs no device
-
-    from mllm_jax.planning.plan import make_plan
-    from mllm_jax.planning.report import show, show_search
-    from mllm_jax.planning.search import search
-    from mllm_jax.planning.topologies import topology
-
-    where, console = topology(options.topology), _console()
-    if not options.search:
-        plan = make_plan(options.experiment, where, options.stage)
-        show(plan, console)
-    else:
-        best, tried = search(options.experiment, where, options.stage, limit=options.search)
-        show_search(best[:5], tried, console)
-        plan = best[0] if best else tried[-1]
-        show(plan, console)
-    if options.json is not None:
-        plan.write(options.json)
-    return 0 if plan.fits is not False else 1
+    return command.plan_command(arguments, load_config, _console())
 
 
 def evaluate_command(arguments: list[str]) -> int:
