@@ -50,15 +50,14 @@ def kernel(module: Module, computation: Computation, instruction: Instruction) -
     rows, columns, heads = q.dims[-2], k.dims[-2], prod(q.dims[:-2])
 
     computed, note = 1.0, ""
-    first = next(i for i, o in enumerate(operands) if o.shape is q)
-    # The mask's tables stand before the queries: which block comes next, and what each is (0: skipped).
-    mask = instruction.operands[1] if first >= 2 else None
-    text = module.constant(computation, mask) if mask is not None else None
+    # The mask's tables stand before the queries: which block comes next, what each is (0: skipped), and which of the
+    # partly hidden ones it is. Without a mask, or with one that hides nothing, there are none.
+    before = [o for o in operands[: next(i for i, o in enumerate(operands) if o.shape is q)] if len(o.shape.dims) == 3]
+    text = module.constant(computation, before[1].name) if len(before) > 1 else None
     if text is not None and "..." not in text and block_q and block_kv:
-        states = [int(value) for value in re.findall(r"-?\d+", text)]
-        tables = computation.instructions[mask].shape.dims[0]
-        computed = sum(state > 0 for state in states) * block_q * block_kv / (tables * rows * columns)
-    elif mask is not None:
+        computed = sum(int(state) > 0 for state in re.findall(r"-?\d+", text)) * block_q * block_kv
+        computed /= before[1].shape.dims[0] * rows * columns
+    elif before:
         note = f"mask of kernel {instruction.name} not in the text: counted without skipped blocks"
 
     if part == "dkv" and '"use_fused_bwd_kernel\\": true' in instruction.attributes:
