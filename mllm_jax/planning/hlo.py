@@ -43,6 +43,7 @@ class Collective:
         times: how often a step runs it.
         group: chips that take part together; `slices` of them in different slices (1: all over ICI).
         bytes: of its operands on one chip, once.
+        members: partitions of one of its groups.
         ici_bytes, dcn_bytes: what one chip sends in a step, all times together, by the cost of a ring: over ICI, and
             over the network between slices.
     """
@@ -55,7 +56,7 @@ class Collective:
     ici_bytes: float
     dcn_bytes: float
     name: str = ""
-    op_name: str = ""
+    members: tuple[int, ...] = ()
 
     @property
     def wire_bytes(self) -> float:
@@ -68,7 +69,8 @@ class Account:
 
     Attributes:
         dot_flops: of matrix products and convolutions.
-        kernel_flops: of Pallas kernels, by formula.
+        kernel_flops: of Pallas kernels, by formula, without the blocks that their masks skip.
+        dense_flops: of both, with those blocks.
         hbm_bytes: read from and written to HBM, as the scheduled program has it.
         kernels: (name, times, FLOPs of one run) of each Pallas kernel.
         unknown: what could not be counted, for a person to see: loops without a constant trip count (counted once) and
@@ -77,6 +79,7 @@ class Account:
 
     dot_flops: float = 0
     kernel_flops: float = 0
+    dense_flops: float = 0
     hbm_bytes: float = 0
     collectives: list[Collective] = field(default_factory=list)
     kernels: list[tuple[str, int, float]] = field(default_factory=list)
@@ -85,6 +88,14 @@ class Account:
     @property
     def flops(self) -> float:
         return self.dot_flops + self.kernel_flops
+
+    @property
+    def ici_bytes(self) -> float:
+        return sum(c.ici_bytes for c in self.collectives)
+
+    @property
+    def dcn_bytes(self) -> float:
+        return sum(c.dcn_bytes for c in self.collectives)
 
     def wire_bytes(self, *kinds: str) -> float:
         """Bytes that a chip sends in a step, in these kinds of collectives or in all."""
@@ -151,12 +162,12 @@ class _Walk:
             name = instruction.called["to_apply" if opcode == "call" and "to_apply" in instruction.called else "calls"]
             _add(total, self.computation(self.module.computations[name], times))
         elif opcode == "convolution":
-            total.dot_flops += times * convolution_flops(computation, instruction)
+            self.product(total, times * convolution_flops(computation, instruction))
         elif opcode == "dot":
-            total.dot_flops += times * dot_flops(computation, instruction)
+            self.product(total, times * dot_flops(computation, instruction))
         elif kind := _collective(opcode):
             total.collectives.append(self.collective(computation, instruction, kind, times))
-        elif opcode in ("send", "recv"):
+        elif opcode == "send":
             self.transfer(computation, instruction, times, total)
         elif is_kernel(instruction):
             run = kernel(self.module, computation, instruction)
@@ -166,7 +177,12 @@ class _Walk:
                 )
             flops = run.flops if run else 0
             total.kernel_flops += times * flops
+            total.dense_flops += times * (run.dense_flops if run else 0)
             total.kernels.append((instruction.name, times, flops))
+
+    def product(self, total: Account, flops: int) -> None:
+        total.dot_flops += flops
+        total.dense_flops += flops
 
     def fusion(self, inner: Computation, times: int, total: Account, counted: set) -> None:
         """What stands in a fusion: no traffic of its own, and of an asynchronous collective only its start."""
@@ -207,25 +223,30 @@ class _Walk:
         if kind == "collective-permute":
             pairs = re.findall(r"\{(\d+),(\d+)\}", instruction.attribute("source_target_pairs") or "")
             moved = [(int(a), int(b)) for a, b in pairs if a != b]
+            members = moved[0] if moved else ()
             crossing = any(self.slices[a] != self.slices[b] for a, b in moved)
             group, slices = len({i for pair in moved for i in pair}), 1 + crossing
             ici, dcn = (0, size) if crossing else (size if moved else 0, 0)
         else:
             found = _GROUPS.search(instruction.attributes)
             groups = replica_groups(found[1] if found else None, self.module.devices)
-            group = max(len(g) for g in groups)
+            members = tuple(int(i) for i in max(groups, key=len))
+            group = len(members)
             slices = max(len(set(self.slices[np.asarray(g)].tolist())) for g in groups)
             ici, dcn = ring_bytes(kind, size, group, slices)
-        op = re.search(r'op_name="([^"]*)"', instruction.attributes)
-        return Collective(
-            kind, times, group, slices, size, times * ici, times * dcn, instruction.name, op[1] if op else ""
-        )
+        return Collective(kind, times, group, slices, size, times * ici, times * dcn, instruction.name, members)
 
     def transfer(self, computation, instruction: Instruction, times: int, total: Account) -> None:
-        """A send between slices (the receiving end moves the same bytes and is not counted again)."""
-        if instruction.opcode == "send" and "megascale" in instruction.attributes:
-            size = computation.instructions[instruction.operands[0]].shape.bytes
-            total.collectives.append(Collective("send", times, 2, 2, size, 0, times * size, instruction.name))
+        """What goes between slices: the compiler leaves it to the hosts, as a send and a recv of which one counts."""
+        kind = re.search(r'_xla_megascale_transfer_type="(\w+)"', instruction.attributes)
+        if kind is None:
+            return
+        size = computation.instructions[instruction.operands[0]].shape.bytes
+        target = re.search(r'_xla_megascale_target="\{([\d,]+)\}', instruction.attributes)
+        slices = len(target[1].split(",")) if target else 2
+        name = kind[1].lower().replace("_", "-")
+        sent = ring_bytes(name if name in COLLECTIVES else "all-gather", size, slices)[0]
+        total.collectives.append(Collective(name, times, slices, slices, size, 0, times * sent, instruction.name))
 
     def traffic(self, computation: Computation, instruction: Instruction) -> float:
         """Bytes between HBM and the chip's own memory that one run of an instruction causes."""
@@ -284,6 +305,7 @@ def _written(inner: Computation, output: Instruction) -> int:
 def _add(total: Account, part: Account) -> None:
     total.dot_flops += part.dot_flops
     total.kernel_flops += part.kernel_flops
+    total.dense_flops += part.dense_flops
     total.hbm_bytes += part.hbm_bytes
     total.collectives += part.collectives
     total.kernels += part.kernels

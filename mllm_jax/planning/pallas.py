@@ -21,10 +21,12 @@ class Kernel:
 
     Attributes:
         flops: of the blocks that its mask does not skip.
+        dense_flops: of all blocks.
         note: what could not be read, so that `flops` is an upper bound; "" where all could.
     """
 
     flops: float
+    dense_flops: float
     hbm_bytes: float
     note: str = ""
 
@@ -48,23 +50,22 @@ def kernel(module: Module, computation: Computation, instruction: Instruction) -
     rows, columns, heads = q.dims[-2], k.dims[-2], prod(q.dims[:-2])
 
     computed, note = 1.0, ""
-    first = next(i for i, o in enumerate(operands) if o.shape is q)
-    # The mask's tables stand before the queries: which block comes next, and what each is (0: skipped).
-    mask = instruction.operands[1] if first >= 2 else None
-    text = module.constant(computation, mask) if mask is not None else None
+    # The mask's tables stand before the queries: which block comes next, what each is (0: skipped), and which of the
+    # partly hidden ones it is. Without a mask, or with one that hides nothing, there are none.
+    before = [o for o in operands[: next(i for i, o in enumerate(operands) if o.shape is q)] if len(o.shape.dims) == 3]
+    text = module.constant(computation, before[1].name) if len(before) > 1 else None
     if text is not None and "..." not in text and block_q and block_kv:
-        states = [int(value) for value in re.findall(r"-?\d+", text)]
-        tables = computation.instructions[mask].shape.dims[0]
-        computed = sum(state > 0 for state in states) * block_q * block_kv / (tables * rows * columns)
-    elif mask is not None:
+        computed = sum(int(state) > 0 for state in re.findall(r"-?\d+", text)) * block_q * block_kv
+        computed /= before[1].shape.dims[0] * rows * columns
+    elif before:
         note = f"mask of kernel {instruction.name} not in the text: counted without skipped blocks"
 
     if part == "dkv" and '"use_fused_bwd_kernel\\": true' in instruction.attributes:
         part = "dkv_fused"
     with_qk, with_v = _PRODUCTS[part]
-    flops = 2 * heads * rows * columns * computed * (with_qk * q.dims[-1] + with_v * v.dims[-1])
+    dense = 2 * heads * rows * columns * (with_qk * q.dims[-1] + with_v * v.dims[-1])
     own = [s for s in (*(o.shape for o in operands), *instruction.shapes) if s.in_hbm]
     # The inner loop of the grid reads its operands again for every block of the outer one.
     steps = columns // block_kv if part.startswith("dkv") and block_kv else rows // block_q if block_q else 1
     again = (q.bytes + q.bytes * v.dims[-1] // q.dims[-1]) if part.startswith("dkv") else (k.bytes + v.bytes)
-    return Kernel(flops, sum(s.bytes for s in own) + again * max(0.0, steps * computed - 1), note)
+    return Kernel(dense * computed, dense, sum(s.bytes for s in own) + again * max(0.0, steps * computed - 1), note)

@@ -28,6 +28,28 @@ class MeshConfig:
     tensor: int = 1
 
 
+def mesh_sizes(config: MeshConfig, num_devices: int) -> tuple[int, ...]:
+    """The sizes of AXES on so many devices.
+
+    Raises:
+        ConfigError: the sizes do not multiply to the number of devices.
+    """
+    sizes = [getattr(config, axis) for axis in AXES]
+    given = f"mesh {dict(zip(AXES, sizes, strict=True))} on {num_devices} device(s)"
+    if sizes.count(-1) > 1 or any(size == 0 or size < -1 for size in sizes):
+        raise ConfigError(given, "positive sizes, at most one of them -1", "set the sizes of experiment.mesh")
+    known = math.prod(size for size in sizes if size != -1)
+    if -1 in sizes and num_devices % known == 0:
+        sizes[sizes.index(-1)] = num_devices // known
+    if math.prod(sizes) != num_devices:
+        raise ConfigError(
+            given,
+            f"sizes whose product is {num_devices}",
+            "change experiment.mesh, or on a CPU experiment.cpu_devices",
+        )
+    return tuple(sizes)
+
+
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """Arranges the devices as data x fsdp x context x tensor.
 
@@ -35,20 +57,10 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
         ConfigError: the sizes do not multiply to the number of devices.
     """
     devices = list(jax.devices() if devices is None else devices)
-    sizes = [getattr(config, axis) for axis in AXES]
-    given = f"mesh {dict(zip(AXES, sizes, strict=True))} on {len(devices)} device(s)"
-    if sizes.count(-1) > 1 or any(size == 0 or size < -1 for size in sizes):
-        raise ConfigError(given, "positive sizes, at most one of them -1", "set the sizes of experiment.mesh")
-    known = math.prod(size for size in sizes if size != -1)
-    if -1 in sizes and len(devices) % known == 0:
-        sizes[sizes.index(-1)] = len(devices) // known
-    if math.prod(sizes) != len(devices):
-        raise ConfigError(
-            given,
-            f"sizes whose product is {len(devices)}",
-            "change experiment.mesh, or on a CPU experiment.cpu_devices",
-        )
+    sizes = mesh_sizes(config, len(devices))
     axis_types = (AxisType.Auto,) * len(AXES)
+    if devices[0].platform == "cpu":
+        return Mesh(np.asarray(devices).reshape(sizes), AXES, axis_types=axis_types)
     if devices[0].platform == "cpu":
         return Mesh(np.asarray(devices).reshape(sizes), AXES, axis_types=axis_types)
     # Along the axes of the chips' torus as far as the sizes allow it.

@@ -167,6 +167,7 @@ def test_splash_attention_counts_by_formula_without_the_blocks_its_mask_skips():
     text = kernel_call("splash_mha_fwd_segmented", "{ { { 1, 0 }, { 2, 1 } } }", FORWARD)
     counted = account(text)
     assert counted.kernel_flops == 3 / 4 * 2 * 8 * 512 * 512 * (128 + 64)
+    assert counted.dense_flops == counted.kernel_flops / (3 / 4)
     assert counted.unknown == []
 
 
@@ -228,6 +229,23 @@ def test_over_two_slices_each_chip_sends_its_part_over_dcn():
     )
     [reduce] = account(text, slice_of=[0] * 8 + [1] * 8).collectives
     assert (reduce.slices, reduce.ici_bytes, reduce.dcn_bytes) == (2, 0, 256)
+
+
+def test_what_hosts_send_between_slices_is_read_from_its_send():
+    attributes = (
+        'frontend_attributes={_xla_host_transfer_handler_name="xla_megascale_runtime",'
+        '_xla_megascale_target="{1,2}x{0:3}",_xla_megascale_transfer_type="ALL_REDUCE"}'
+    )
+    text = entry(
+        "%a = bf16[256,1024]{1,0} parameter(0)",
+        "%t = token[] after-all()",
+        f"%s = (bf16[256,1024]{{1,0}}, u32[], token[]) send(%a, %t), channel_id=2, is_host_transfer=true, {attributes}",
+        f"%r = (bf16[256,1024]{{1,0}}, u32[], token[]) recv(%t), channel_id=1, is_host_transfer=true, {attributes}",
+        "ROOT %d = token[] send-done(%s), channel_id=2",
+    )
+    counted = account(text)
+    assert counted.by_kind() == {("all-reduce", "DCN"): (1, 2 * 256 * 1024 * 2 / 2)}
+    assert (counted.ici_bytes, counted.dcn_bytes) == (0, 256 * 1024 * 2)
 
 
 def test_memory_traffic_counts_slices_not_the_stack_and_not_what_stays_on_chip():

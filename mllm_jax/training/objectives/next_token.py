@@ -10,6 +10,10 @@ import jax.numpy as jnp
 from mllm_jax.layers.head import head_cross_entropy, logits_bytes
 
 
+# Where FLOPs of the head are counted: see `mllm_jax.training.flops`.
+HEAD = "llm/head"
+
+
 @dataclass(frozen=True)
 class NextToken:
     """Cross-entropy of each learnt token given what stands before it in its own segment.
@@ -39,9 +43,12 @@ class NextToken:
         count = jnp.maximum(total, 1e-9)
         chunks = -(-logits_bytes(head) // (self.logits_mib * 2**20))
         if chunks > 1:
-            loss, right = head_cross_entropy(head, targets, weights, self.z_loss, chunks)
+            with jax.named_scope(HEAD):
+                loss, right = head_cross_entropy(head, targets, weights, self.z_loss, chunks)
             return loss / count, {"token_accuracy": right / count, "weight": total}
-        nll, log_z, right = cross_entropy(head.logits(), targets)
+        with jax.named_scope(HEAD):
+            logits = head.logits()
+        nll, log_z, right = cross_entropy(logits, targets)
         loss = (nll * weights).sum() / count
         regular = self.z_loss * (jnp.square(log_z) * weights).sum() / count if self.z_loss else 0.0
         return loss + regular, {"token_accuracy": (right * weights).sum() / count, "weight": total}
