@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
 import jax
 import jax.numpy as jnp
 from einops import rearrange
@@ -21,6 +25,19 @@ GPUS = ("gpu", "cuda")
 SHORT = 128
 # From so many queries and keys on scores are no longer held whole.
 LONG = 2048
+
+
+_whole_scores: ContextVar[bool] = ContextVar("whole_scores", default=False)
+
+
+@contextmanager
+def whole_scores() -> Iterator[None]:
+    """Inside, all that is traced computes attention as the definition says it: to count its FLOPs, or to compare."""
+    token = _whole_scores.set(True)
+    try:
+        yield
+    finally:
+        _whole_scores.reset(token)
 
 
 def attention(
@@ -64,7 +81,7 @@ def attention(
     common = dict(mask=mask, q_segments=q_segments, k_segments=k_segments, window=window, scale=scale)
     active = active_mesh()
     whole_rows = active is None or active[0].shape["context"] == 1
-    if bias is None and whole_rows:
+    if bias is None and whole_rows and not _whole_scores.get():
         platform = None if active is None or q_index is not None else active[0].devices.flat[0].platform
         worth_it = min(q.shape[1], k.shape[1]) >= SHORT
         if worth_it and platform == "tpu" and splash_supports(q, k, mask, window):

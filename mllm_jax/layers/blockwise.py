@@ -79,7 +79,8 @@ def _allowed(how: _How, q_place, k_place, window, j):
     if causal:
         distance = index[:, :, None] - at[None, None, :]
         seen &= (distance >= 0) & (distance < window)
-    return seen[:, None, None], at < keys
+    real = at < keys
+    return (seen & real)[:, None, None], real
 
 
 def _scores(q, k, seen):

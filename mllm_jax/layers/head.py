@@ -12,7 +12,7 @@ from flax import struct
 from jax.sharding import PartitionSpec
 
 from mllm_jax.layers.linear import Embedding, Linear
-from mllm_jax.sharding.fsdp import gather, gather_plan, scatter_sum, with_gathered
+from mllm_jax.sharding.fsdp import GatherPlan, gather, gather_plan, row_axes, scatter_sum, with_gathered
 from mllm_jax.sharding.logical import active_mesh, constrain, partition_spec
 
 
@@ -114,17 +114,23 @@ def _on_mesh(x, matrix, targets, weights, how, wanted):
     """(loss, right, and the gradients in `wanted`): every device does its own rows."""
     tied, names, z_loss, chunks = how
     local = partial(_local, tied=tied, z_loss=z_loss, chunks=chunks, wanted=wanted)
-    plan = gather_plan(matrix.shape, names, x.shape)
-    if plan is None:
+    active = active_mesh()
+    if active is None:
         return local(x, matrix, targets, weights, rows=(), gathered=(), dim=0)
-    more = () if "context" in plan.rows or x.shape[1] % plan.mesh.shape["context"] else ("context",)
-    rows, whole = PartitionSpec(plan.rows, *more), PartitionSpec()
+    plan = gather_plan(matrix.shape, names, x.shape) or GatherPlan(active[0], row_axes(x.shape), (), 0)
+    # A row's places go on being split where they are; a dimension is split over each axis once.
+    context = plan.mesh.shape["context"]
+    places = ("context",) if "context" not in plan.rows and context > 1 and x.shape[1] % context == 0 else ()
+    if not plan.rows + places:
+        return local(x, matrix, targets, weights, rows=(), gathered=(), dim=0)
+    rows, whole = PartitionSpec(plan.rows, *places), PartitionSpec()
+    shard = plan.shard if plan.gathered else whole
     return jax.shard_map(
-        partial(local, rows=(*plan.rows, *more), gathered=plan.gathered, dim=plan.dim),
+        partial(local, rows=(*plan.rows, *places), gathered=plan.gathered, dim=plan.dim),
         mesh=plan.mesh,
-        in_specs=(rows, plan.shard, rows, rows),
-        out_specs=(whole, whole, *({"x": rows, "matrix": plan.shard}[name] for name in wanted)),
-        axis_names=frozenset((*plan.rows, *more)),
+        in_specs=(rows, shard, rows, rows),
+        out_specs=(whole, whole, *({"x": rows, "matrix": shard}[name] for name in wanted)),
+        axis_names=frozenset((*plan.rows, *places)),
         check_vma=False,
     )(x, matrix, targets, weights)
 
@@ -176,8 +182,8 @@ def _local(x, matrix, targets, weights, *, tied, z_loss, chunks, wanted, rows, g
         out.append(dx.reshape(-1, shape[-1])[:places].reshape(shape))
     if "matrix" in wanted:
         # Over the wire in the dtype that the model computes in, like every other gradient.
-        if gathered:
-            slope = scatter_sum(slope.astype(dtype), gathered, dim)
-            slope = jax.lax.psum(slope, tuple(axis for axis in rows if axis not in gathered))
+        others = tuple(axis for axis in rows if axis not in gathered)
+        slope = scatter_sum(slope.astype(dtype), gathered, dim) if gathered else slope
+        slope = jax.lax.psum(slope.astype(dtype), others) if others else slope
         out.append(slope.astype(jnp.float32))
     return tuple(out)

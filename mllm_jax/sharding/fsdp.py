@@ -90,7 +90,7 @@ def gather_plan(shape: Sequence[int], names: Sequence[str | None], batch: Sequen
     if not fully_sharded() or not batch:
         return None
     mesh, rules = active_mesh()
-    rows = _axes(partition_spec(("batch",), batch[:1], mesh, rules)[0])
+    rows = row_axes(batch)
     split = [_axes(axes) for axes in partition_spec(names, shape, mesh, rules)]
     shared = [axis for axes in split for axis in axes if axis in rows]
     if shared != ["fsdp"] or ("fsdp",) not in split:
@@ -98,6 +98,11 @@ def gather_plan(shape: Sequence[int], names: Sequence[str | None], batch: Sequen
     cut, gathered = cut_along_torus(mesh)
     place = rows.index("fsdp")
     return GatherPlan(cut, (*rows[:place], *gathered, *rows[place + 1 :]), gathered, split.index(("fsdp",)))
+
+
+def row_axes(batch: Sequence[int]) -> tuple[str, ...]:
+    """The axes of the active mesh that the first dimension of such a shape is split over."""
+    return _axes(partition_spec(("batch",), batch[:1], *active_mesh())[0])
 
 
 def _axes(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:

@@ -61,8 +61,6 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     axis_types = (AxisType.Auto,) * len(AXES)
     if devices[0].platform == "cpu":
         return Mesh(np.asarray(devices).reshape(sizes), AXES, axis_types=axis_types)
-    if devices[0].platform == "cpu":
-        return Mesh(np.asarray(devices).reshape(sizes), AXES, axis_types=axis_types)
     # Along the axes of the chips' torus as far as the sizes allow it.
     placed = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
     return Mesh(placed, AXES, axis_types=axis_types)

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import jax
 from jax.extend import core
 
+from mllm_jax.layers.attention import whole_scores
+
 
 @dataclass(frozen=True)
 class PartFlops:
@@ -30,7 +32,7 @@ def count_flops(function, *args) -> int:
     What is in the program is counted, every part of a model alike; a frozen part counts its forward pass only, as no
     gradient of it is in the program. Elementwise work is left out, as is usual for MFU (PaLM, arXiv 2204.02311, B).
     """
-    return sum(_count(jax.make_jaxpr(function)(*args).jaxpr, "").values())
+    return sum(_count(_traced(function, args), "").values())
 
 
 def flops_by_part(function, parts: Collection[str], *args) -> dict[str, PartFlops]:
@@ -43,7 +45,7 @@ def flops_by_part(function, parts: Collection[str], *args) -> dict[str, PartFlop
     Returns:
         the parts that do anything, in the order of `parts`.
     """
-    by_stack = _count(jax.make_jaxpr(function)(*args).jaxpr, "")
+    by_stack = _count(_traced(function, args), "")
     sums: Counter[tuple[str, bool]] = Counter()
     for stack, flops in by_stack.items():
         path = [step for step in re.split(r"[/()]+", stack) if step]
@@ -55,6 +57,12 @@ def flops_by_part(function, parts: Collection[str], *args) -> dict[str, PartFlop
     names = [*parts, "head", "other"]
     table = {name: PartFlops(sums[name, False], sums[name, True]) for name in dict.fromkeys(names)}
     return {name: flops for name, flops in table.items() if flops.total}
+
+
+def _traced(function, args):
+    """The program with attention as the definition has it: loops over blocks stop at what a mask hides."""
+    with whole_scores():
+        return jax.make_jaxpr(function)(*args).jaxpr
 
 
 def _count(jaxpr, stack: str) -> Counter[str]:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
 
 from mllm_jax.layers.head import head_cross_entropy, logits_bytes
-
 
 # Where FLOPs of the head are counted: see `mllm_jax.training.flops`.
 HEAD = "llm/head"
@@ -25,7 +25,7 @@ class NextToken:
     """
 
     z_loss: float = 0.0
-    logits_mib: int = 128
+    logits_mib: float = 128.0
 
     def loss(self, apply, params, batch, key):
         """The mean over learnt tokens.
@@ -41,7 +41,7 @@ class NextToken:
         targets = _next(batch[f"{side}tokens"])
         total = weights.sum()
         count = jnp.maximum(total, 1e-9)
-        chunks = -(-logits_bytes(head) // (self.logits_mib * 2**20))
+        chunks = math.ceil(logits_bytes(head) / (self.logits_mib * 2**20))
         if chunks > 1:
             with jax.named_scope(HEAD):
                 loss, right = head_cross_entropy(head, targets, weights, self.z_loss, chunks)
