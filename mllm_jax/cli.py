@@ -35,6 +35,7 @@ USAGE = """mllm: multimodal LLMs in JAX
   mllm chat MODEL [--temperature 0.7 --top-p 0.9 ...]                     in the terminal
   mllm convert SRC DST [--to native|huggingface] [--dtype bfloat16]       Hugging Face <-> native, with a proof
   mllm embed MODEL --images DIR --text "a cat" --out vectors.npz          unit vectors of pictures and texts
+  mllm plan CONFIG.py --topology v5e-256 [--stage instruct] [--search 8]  compiled for that slice: does it fit, how fast
   mllm models                                                             what `convert` and from_pretrained read
 
 `mllm COMMAND --help` lists a command's options."""
@@ -251,6 +252,12 @@ def train_command(arguments: list[str]) -> int:
     return 0
 
 
+def plan_command(arguments: list[str]) -> int:
+    from mllm_jax.planning import command
+
+    return command.plan_command(arguments, load_config, _console())
+
+
 def evaluate_command(arguments: list[str]) -> int:
     options = tyro.cli(Evaluate, args=arguments, prog="mllm evaluate")
     _use_cpu_devices(_experiment_of(options.run))
@@ -451,6 +458,7 @@ COMMANDS = {
     "convert": convert_command,
     "embed": embed_command,
     "models": models_command,
+    "plan": plan_command,
 }
 
 

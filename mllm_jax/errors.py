@@ -38,3 +38,7 @@ class RunFolderError(MllmError):
 
 class TrainingError(MllmError):
     """A training run that must stop: non-finite loss, too many bad batches."""
+
+
+class PlanError(MllmError):
+    """A plan that cannot be made: an unknown slice, no TPU compiler, a program that cannot be read."""

@@ -143,6 +143,13 @@ REFUSED = {
         ["train", str(SMOKE), "--model.llm.hidden-size", "48", "--run-dir", "{new}"],
         "projector.output_size 32",
     ),
+    "planning nothing": (["plan", "--topology", "v5e-4"], "without a config"),
+    "an unknown slice": (["plan", str(SMOKE), "--topology", "v5e-250"], "topology 'v5e-250'"),
+    "an unknown stage": (["plan", str(SMOKE), "--topology", "8xh100", "--stage", "dance"], "stage 'dance'"),
+    "a mesh that the chips do not fill": (
+        ["plan", str(SMOKE), "--topology", "8xh100", "--mesh.data", "3"],
+        "on 8 device",
+    ),
     "a run folder below a file": (["train", str(SMOKE), "--run-dir", str(SMOKE / "x")], "Not a directory"),
     "a run folder of other files": (["train", str(SMOKE), "--run-dir", str(ROOT / "configs")], "and no run"),
     "other files, afresh": (["train", str(SMOKE), "--run-dir", str(ROOT / "configs"), "--fresh"], "and no run"),
@@ -221,11 +228,12 @@ def test_help_lists_the_commands(capsys, arguments):
     assert err == "" and all(f"mllm {command} " in out for command in COMMANDS)
 
 
-def test_help_of_train_says_that_the_config_brings_the_options(capsys):
+@pytest.mark.parametrize("command, option", [("train", "--run-dir"), ("plan", "--topology")])
+def test_help_says_that_the_config_brings_the_options(capsys, command, option):
     for flag in ("-h", "--help"):
-        assert main(["train", flag]) == 0
+        assert main([command, flag]) == 0
         out, err = capsys.readouterr()
-        assert err == "" and "Name a config" in out and "--run-dir" in out
+        assert err == "" and "Name a config" in out and option in out
 
 
 @pytest.mark.parametrize(
@@ -235,6 +243,7 @@ def test_help_of_train_says_that_the_config_brings_the_options(capsys):
             ["train", str(SMOKE), "--help"],
             ("--run-dir", "--fresh", "--stages.3.optimizer.learning-rate", "--mesh.fsdp"),
         ),
+        (["plan", str(SMOKE), "--help"], ("--topology", "--stage", "--search", "--json", "--mesh.fsdp")),
         (["evaluate", "--help"], ("--tasks", "PATH")),
         (["generate", "--help"], ("--image", "--temperature", "--top-k", "--seed", "--max-new-tokens")),
     ],

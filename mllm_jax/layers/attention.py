@@ -2,18 +2,43 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
 import jax
 import jax.numpy as jnp
 from einops import rearrange
 from flax import linen as nn
 
+from mllm_jax.layers.blockwise import blockwise_attention
 from mllm_jax.layers.context_attention import context_attention, row_split
+from mllm_jax.layers.cudnn import cudnn_attention, cudnn_supports
 from mllm_jax.layers.linear import Linear
 from mllm_jax.layers.norms import LayerNorm, RMSNorm
 from mllm_jax.layers.rotary import apply_rotary
-from mllm_jax.sharding.logical import constrain
+from mllm_jax.layers.splash import splash_attention, splash_supports
+from mllm_jax.sharding.logical import active_mesh, constrain
 
 MASKS = ("full", "causal")
+GPUS = ("gpu", "cuda")
+# With fewer queries or keys a kernel would be padding for the most part.
+SHORT = 128
+# From so many queries and keys on scores are no longer held whole.
+LONG = 2048
+
+
+_whole_scores: ContextVar[bool] = ContextVar("whole_scores", default=False)
+
+
+@contextmanager
+def whole_scores() -> Iterator[None]:
+    """Inside, all that is traced computes attention as the definition says it: to count its FLOPs, or to compare."""
+    token = _whole_scores.set(True)
+    try:
+        yield
+    finally:
+        _whole_scores.reset(token)
 
 
 def attention(
@@ -31,9 +56,12 @@ def attention(
 ) -> jax.Array:
     """Scaled dot-product attention with grouped keys, segments, a named mask and a sliding window.
 
-    The softmax is taken in float32. A query that may see nothing (padding) gets the mean of the values, never NaN.
-    Where the surrounding `use_mesh` splits rows over `context`, keys and values travel round a ring of devices: see
-    `context_attention`.
+    The softmax is taken in float32. A query that may see nothing (padding) gets a mean of values, never NaN.
+
+    What computes it follows from the mesh that the program is compiled for (see `use_mesh`). Where that splits rows
+    over `context`, keys and values travel round a ring of devices: see `context_attention`. Elsewhere its platform
+    decides: splash on TPU, cuDNN on GPU, for what they support; else blocks with a running softmax for LONG lengths,
+    and for the rest, as without a mesh, XLA alone.
 
     Args:
         q: [B, S, N, H].  k, v: [B, T, K, H] with K dividing N (grouped-query attention, arXiv 2305.13245).
@@ -52,10 +80,31 @@ def attention(
         raise ValueError(f"attention mask {mask!r}; expected one of {MASKS}")
     if window is not None and mask != "causal":
         raise ValueError(f"attention mask {mask!r} with a sliding window; expected 'causal'")
+    common = dict(mask=mask, q_segments=q_segments, k_segments=k_segments, window=window, scale=scale)
     split = row_split(q.shape, k.shape)
     if split is not None:
-        common = dict(mask=mask, q_segments=q_segments, k_segments=k_segments, window=window, scale=scale)
         return context_attention(split, q, k, v, q_index=q_index, bias=bias, **common)
+    active = active_mesh()
+    whole_rows = active is None or active[0].shape["context"] == 1
+    if bias is None and whole_rows and not _whole_scores.get():
+        platform = None if active is None or q_index is not None else active[0].devices.flat[0].platform
+        worth_it = min(q.shape[1], k.shape[1]) >= SHORT
+        if worth_it and platform == "tpu" and splash_supports(q, k, mask, window):
+            return splash_attention(q, k, v, mesh=active[0], rules=active[1], **common)
+        if worth_it and platform in GPUS and cudnn_supports(q, mask, window):
+            return cudnn_attention(q, k, v, **common)
+        if q.shape[1] * k.shape[1] >= LONG**2:
+            return blockwise_attention(q, k, v, q_index=q_index, **common)
+    return xla_attention(q, k, v, q_index=q_index, bias=bias, **common)
+
+
+def xla_attention(
+    q, k, v, *, mask="full", q_segments=None, k_segments=None, q_index=None, window=None, bias=None, scale=None
+):
+    """The reference of `attention`, as the definition says it: all scores exist at once.
+
+    A query that may see nothing gets the mean of all values.
+    """
     queries, keys = q.shape[1], k.shape[1]
     q = rearrange(q, "b s (k g) h -> b s k g h", k=k.shape[2]) * (q.shape[-1] ** -0.5 if scale is None else scale)
     scores = jnp.einsum("bskgh,btkh->bkgst", q, k, preferred_element_type=jnp.float32)

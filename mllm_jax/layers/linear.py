@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from mllm_jax.sharding.fsdp import with_gathered
+
 
 def _kernel_init(in_ndim: int, std: float | None) -> Callable:
     """Normal with the given deviation, or LeCun's over the first `in_ndim` dimensions."""
@@ -44,9 +46,13 @@ class Linear(nn.Module):
         shape = x.shape[x.ndim - self.in_ndim :] + self.features
         init = self.kernel_init or _kernel_init(self.in_ndim, self.init_std)
         init = nn.with_logical_partitioning(init, self.names)
-        kernel = self.param("kernel", init, shape, jnp.float32).astype(self.dtype)
+        kernel = self.param("kernel", init, shape, jnp.float32)
         axes = tuple(range(x.ndim - self.in_ndim, x.ndim)), tuple(range(self.in_ndim))
-        y = jax.lax.dot_general(x.astype(self.dtype), kernel, (axes, ((), ())))
+
+        def product(x, kernel):
+            return jax.lax.dot_general(x, kernel, (axes, ((), ())))
+
+        y = with_gathered(product, x.astype(self.dtype), kernel, self.names, self.dtype)
         if self.use_bias:
             init = nn.with_logical_partitioning(nn.initializers.zeros, self.names[self.in_ndim :])
             y = y + self.param("bias", init, self.features, jnp.float32).astype(self.dtype)
@@ -68,8 +74,10 @@ class Embedding(nn.Module):
 
     def __call__(self, ids):
         """int[...] -> dtype[..., features]"""
-        return jnp.take(self.embedding.astype(self.dtype), ids, axis=0)
+        return with_gathered(
+            lambda ids, table: jnp.take(table, ids, axis=0), ids, self.embedding, self.names, self.dtype
+        )
 
     def attend(self, x):
         """dtype[..., features] -> dtype[..., num_embeddings]"""
-        return x.astype(self.dtype) @ self.embedding.astype(self.dtype).T
+        return with_gathered(lambda x, t: x @ t.T, x.astype(self.dtype), self.embedding, self.names, self.dtype)

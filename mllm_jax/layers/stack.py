@@ -4,11 +4,22 @@ from __future__ import annotations
 
 import jax
 from flax import linen as nn
+from jax.ad_checkpoint import checkpoint_name
 
-# What the backward pass finds stored; the rest is computed again. "none" stores everything.
+from mllm_jax.sharding.fsdp import GATHERED, fully_sharded
+
+LAYER_INPUT = "layer_input"
+# What the backward pass finds stored; the rest is computed again. "none" stores everything but gathered matrices,
+# "full" what enters each layer, "offload" the same in the host's memory.
 REMAT_POLICIES = {
-    "none": None,
+    "none": jax.checkpoint_policies.save_anything_except_these_names(GATHERED),
     "full": jax.checkpoint_policies.nothing_saveable,
+    "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[],
+        names_which_can_be_offloaded=[LAYER_INPUT],
+        offload_src="device",
+        offload_dst="pinned_host",
+    ),
     "dots": jax.checkpoint_policies.checkpoint_dots_with_no_batch_dims,
 }
 
@@ -28,7 +39,9 @@ def scan_layers(block: type[nn.Module], *, num_layers: int, remat: str = "none",
         KeyError: an unknown policy.
     """
     policy = REMAT_POLICIES[remat]
-    if remat != "none":
+    if remat == "offload":
+        block = _named_input(block)
+    if remat != "none" or fully_sharded():
         block = nn.remat(block, policy=policy, prevent_cse=False)
     return nn.scan(
         block,
@@ -39,3 +52,13 @@ def scan_layers(block: type[nn.Module], *, num_layers: int, remat: str = "none",
         unroll=unroll,
         metadata_params={nn.PARTITION_NAME: "layers"},
     )
+
+
+def _named_input(block: type[nn.Module]) -> type[nn.Module]:
+    """The block, with a name that policies know for what enters it."""
+
+    class Block(block):
+        def __call__(self, x, *others):
+            return super().__call__(checkpoint_name(x, LAYER_INPUT), *others)
+
+    return Block

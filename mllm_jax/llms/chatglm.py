@@ -20,6 +20,7 @@ from mllm_jax.checkpoints.options import Options
 from mllm_jax.checkpoints.table import Family, Table, Weight
 from mllm_jax.errors import ConfigError
 from mllm_jax.layers.attention import attention
+from mllm_jax.layers.head import head_inputs
 from mllm_jax.layers.linear import Embedding, Linear
 from mllm_jax.layers.mlp import MLP
 from mllm_jax.layers.norms import LayerNorm
@@ -204,7 +205,9 @@ class ChatGLM(nn.Module):
         """int[B, S] -> dtype[B, S, E]"""
         return self.token_embedding(tokens)
 
-    def __call__(self, tokens, positions=None, segments=None, *, embeddings=None, cache=None, logits_at=None):
+    def __call__(
+        self, tokens, positions=None, segments=None, *, embeddings=None, cache=None, logits_at=None, project=True
+    ):
         """Logits for the token that follows each place.
 
         Args:
@@ -215,6 +218,7 @@ class ChatGLM(nn.Module):
             embeddings: dtype[B, S, E] in the place of embedded tokens: this is how media enter.
             cache: PrefixCache to read from and add to.
             logits_at: int[B, M], the places whose logits are wanted; None is all.
+            project: False stops before the head and gives HeadInputs in the place of logits.
 
         Returns:
             float32[B, S, V] ([B, M, V]), with a cache (logits, cache).
@@ -250,6 +254,8 @@ class ChatGLM(nn.Module):
         x = self.final_norm(x)
         if logits_at is not None:
             x = jnp.take_along_axis(x, logits_at[..., None], axis=1)
+        if not project:
+            return head_inputs(x, self.token_embedding, self.lm_head)
         logits = constrain(self.lm_head(x).astype(jnp.float32), "batch", "seq", "vocab")
         return logits if cache is None else (logits, cache.replace(keys=written[0], values=written[1]))
 

@@ -10,6 +10,7 @@ from flax import linen as nn
 
 from mllm_jax.errors import ConfigError
 from mllm_jax.layers.attention import Attention
+from mllm_jax.layers.head import head_inputs
 from mllm_jax.layers.linear import Embedding, Linear
 from mllm_jax.layers.mlp import ACTIVATIONS, MLP
 from mllm_jax.layers.norms import LayerNorm, RMSNorm
@@ -245,7 +246,16 @@ class Decoder(nn.Module):
         return x if self.config.embedding_size is None else self.embedding_in(x)
 
     def __call__(
-        self, tokens, positions=None, segments=None, *, embeddings=None, deepstack=(), cache=None, logits_at=None
+        self,
+        tokens,
+        positions=None,
+        segments=None,
+        *,
+        embeddings=None,
+        deepstack=(),
+        cache=None,
+        logits_at=None,
+        project=True,
     ):
         """Logits for the token that follows each place.
 
@@ -258,6 +268,7 @@ class Decoder(nn.Module):
             deepstack: dtype[B, S, E] each, added to what leaves the first layers, one a layer.
             cache: KVCache to read from and add to.
             logits_at: int[B, M], the places whose logits are wanted; None is all.
+            project: False stops before the head and gives HeadInputs in the place of logits.
 
         Returns:
             float32[B, S or M, V], with a cache (logits, cache). A position beyond a table of learned ones, or
@@ -309,6 +320,8 @@ class Decoder(nn.Module):
             x = self.final_norm(x)
         if c.embedding_size is not None:
             x = self.embedding_out(x)
+        if not project:
+            return head_inputs(x, self.token_embedding, None if c.tie_word_embeddings else self.lm_head)
         logits = self.token_embedding.attend(x) if c.tie_word_embeddings else self.lm_head(x)
         logits = constrain(logits.astype(jnp.float32), "batch", "seq", "vocab")
         if cache is None:

@@ -20,6 +20,7 @@ from mllm_jax.checkpoints.options import Options
 from mllm_jax.checkpoints.table import Family, Table, Weight
 from mllm_jax.errors import DataError
 from mllm_jax.layers.attention import attention
+from mllm_jax.layers.head import head_inputs
 from mllm_jax.layers.linear import Embedding, Linear
 from mllm_jax.layers.mlp import MLP
 from mllm_jax.layers.norms import RMSNorm
@@ -295,7 +296,9 @@ class T5(nn.Module):
         segments = jnp.ones(source.shape[:2], jnp.int32) if segments is None else segments
         return cache.replace(cross_keys=keys, cross_values=values, cross_segments=segments)
 
-    def decode(self, tokens, positions=None, segments=None, *, source=None, source_segments=None, cache=None):
+    def decode(
+        self, tokens, positions=None, segments=None, *, source=None, source_segments=None, cache=None, project=True
+    ):
         """Logits for the token that follows each place of the target.
 
         Args:
@@ -304,6 +307,7 @@ class T5(nn.Module):
             segments: int[B, T]; a token sees its own segment only, in the target and in the source; None is 1.
             source, source_segments: dtype[B, S, E] of `encode` and int[B, S], None is 1; not read with a cache.
             cache: T5Cache of `start`, to read from and add to.
+            project: False stops before the head and gives HeadInputs in the place of logits.
 
         Returns:
             float32[B, T, V], with a cache (logits, cache).
@@ -318,10 +322,11 @@ class T5(nn.Module):
         if source_segments is None and cache is None:
             source_segments = jnp.ones(source.shape[:2], jnp.int32)
         x, cache = self.decoder(self.embed(tokens), positions, segments, source, source_segments, cache)
-        if self.config.tie_word_embeddings:
-            logits = self.token_embedding.attend(x * self.config.hidden_size**-0.5)
-        else:
-            logits = self.lm_head(x)
+        tied = self.config.tie_word_embeddings
+        x = x * self.config.hidden_size**-0.5 if tied else x
+        if not project:
+            return head_inputs(x, self.token_embedding, None if tied else self.lm_head)
+        logits = self.token_embedding.attend(x) if tied else self.lm_head(x)
         logits = constrain(logits.astype(jnp.float32), "batch", "seq", "vocab")
         return logits if cache is None else (logits, cache)
 
@@ -336,12 +341,14 @@ class T5(nn.Module):
         decoder_segments=None,
         embeddings=None,
         cache=None,
+        project=True,
     ):
         """Source and target to logits; with a cache the tokens are the target's, as for a decoder-only model.
 
         Args:
             tokens, positions, segments, embeddings: of the source, see `encode`; with a cache see `decode`.
             decoder_tokens, decoder_positions, decoder_segments: int[B, T] of the target, its start token first.
+            project: see `decode`.
             cache: T5Cache of `start`.
 
         Returns:
@@ -357,7 +364,8 @@ class T5(nn.Module):
                 "T5 without decoder_tokens", "decoder_tokens int[B, T], or cache=start(...)", "pass the target"
             )
         source = self.encode(tokens, positions, segments, embeddings=embeddings)
-        return self.decode(decoder_tokens, decoder_positions, decoder_segments, source=source, source_segments=segments)
+        target = decoder_tokens, decoder_positions, decoder_segments
+        return self.decode(*target, source=source, source_segments=segments, project=project)
 
 
 # Our field -> the hub's option of the same meaning.

@@ -15,6 +15,7 @@ from mllm_jax.encoders.text import TextTowerConfig
 from mllm_jax.encoders.vit import select_layers
 from mllm_jax.errors import ConfigError
 from mllm_jax.layers.context_gather import take_along_rows
+from mllm_jax.layers.head import HeadInputs
 from mllm_jax.models.caption_row import caption_row
 from mllm_jax.models.contrastive import ContrastiveConfig
 from mllm_jax.projectors.pformer import PFormerConfig
@@ -287,15 +288,22 @@ class Multimodal(nn.Module):
             cache: KVCache, for generation.
             logits_at: int[B, M], the places whose logits are wanted; None is all.
         """
-        embeddings, more = self._read(batch)
+        more = {} if logits_at is None or self.config.encoder_decoder else {"logits_at": logits_at}
+        if cache is None:
+            return MultimodalOutput(self._language(batch, **more))
+        return MultimodalOutput(*self._language(batch, cache=cache, **more))
+
+    def head_inputs(self, batch) -> HeadInputs:
+        """What the LLM's output head makes the logits of a batch from."""
+        return self._language(batch, project=False)
+
+    def _language(self, batch, **more):
+        """The LLM on a batch."""
+        embeddings, deepstack = self._read(batch)
         places = batch["tokens"], batch.get("positions"), batch["segments"]
         if "decoder_tokens" in batch:
-            target = {n: batch.get(n) for n in ("decoder_tokens", "decoder_positions", "decoder_segments")}
-            return MultimodalOutput(self.llm(*places, embeddings=embeddings, **target))
-        more |= {} if logits_at is None else {"logits_at": logits_at}
-        if cache is None:
-            return MultimodalOutput(self.llm(*places, embeddings=embeddings, **more))
-        return MultimodalOutput(*self.llm(*places, embeddings=embeddings, cache=cache, **more))
+            more |= {n: batch.get(n) for n in ("decoder_tokens", "decoder_positions", "decoder_segments")}
+        return self.llm(*places, embeddings=embeddings, **more, **deepstack)
 
     def _read(self, batch):
         """The LLM's input dtype[B, S, E], and what its first layers get besides."""

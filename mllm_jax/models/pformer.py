@@ -11,6 +11,7 @@ from flax import linen as nn
 from flax import struct
 
 from mllm_jax.errors import ConfigError
+from mllm_jax.layers.head import HeadInputs
 from mllm_jax.layers.linear import Linear
 from mllm_jax.models.caption_row import caption_row
 from mllm_jax.models.multimodal import MultimodalOutput
@@ -127,12 +128,19 @@ class PFormerPretraining(nn.Module):
 
     def __call__(self, batch) -> MultimodalOutput:
         """Next-token logits of a `row` of `encode_texts`."""
+        return MultimodalOutput(self._language(batch))
+
+    def head_inputs(self, batch) -> HeadInputs:
+        """What the LLM's output head makes the logits of a `row` from."""
+        return self._language(batch, project=False)
+
+    def _language(self, batch, **more):
         here = batch["media_index"] >= 0
         placed = jnp.take_along_axis(batch["media"], jnp.maximum(batch["media_index"], 0)[..., None], axis=1)
         text = self.llm.embed(batch["tokens"])
         embeddings = jnp.where(here[..., None], placed.astype(text.dtype), text)
         target = {name: batch[name] for name in ("decoder_tokens", "decoder_segments") if name in batch}
-        return MultimodalOutput(self.llm(batch["tokens"], None, batch["segments"], embeddings=embeddings, **target))
+        return self.llm(batch["tokens"], None, batch["segments"], embeddings=embeddings, **target, **more)
 
     # ---- what training asks of a model
 

@@ -33,6 +33,28 @@ class MeshConfig:
     slices: int | None = None
 
 
+def mesh_sizes(config: MeshConfig, num_devices: int) -> tuple[int, ...]:
+    """The sizes of AXES on so many devices.
+
+    Raises:
+        ConfigError: the sizes do not multiply to the number of devices.
+    """
+    sizes = [getattr(config, axis) for axis in AXES]
+    given = f"mesh {dict(zip(AXES, sizes, strict=True))} on {num_devices} device(s)"
+    if sizes.count(-1) > 1 or any(size == 0 or size < -1 for size in sizes):
+        raise ConfigError(given, "positive sizes, at most one of them -1", "set the sizes of experiment.mesh")
+    known = math.prod(size for size in sizes if size != -1)
+    if -1 in sizes and num_devices % known == 0:
+        sizes[sizes.index(-1)] = num_devices // known
+    if math.prod(sizes) != num_devices:
+        raise ConfigError(
+            given,
+            f"sizes whose product is {num_devices}",
+            "change experiment.mesh, or on a CPU experiment.cpu_devices",
+        )
+    return tuple(sizes)
+
+
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """Arranges the devices as data x fsdp x context x tensor.
 
@@ -44,23 +66,11 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
             not the devices' own.
     """
     devices = list(jax.devices() if devices is None else devices)
-    sizes = [getattr(config, axis) for axis in AXES]
-    given = f"mesh {dict(zip(AXES, sizes, strict=True))} on {len(devices)} device(s)"
-    if sizes.count(-1) > 1 or any(size == 0 or size < -1 for size in sizes):
-        raise ConfigError(given, "positive sizes, at most one of them -1", "set the sizes of experiment.mesh")
-    known = math.prod(size for size in sizes if size != -1)
-    if -1 in sizes and len(devices) % known == 0:
-        sizes[sizes.index(-1)] = len(devices) // known
-    if math.prod(sizes) != len(devices):
-        raise ConfigError(
-            given,
-            f"sizes whose product is {len(devices)}",
-            "change experiment.mesh, or on a CPU experiment.cpu_devices",
-        )
+    sizes = mesh_sizes(config, len(devices))
     slices = _slices(config, devices)
     if sizes[0] % slices:
         raise ConfigError(
-            f"{given}, in {slices} slices",
+            f"mesh {dict(zip(AXES, sizes, strict=True))} in {slices} slices",
             f"`data` a multiple of {slices}: no other axis crosses slices",
             "raise experiment.mesh.data, and lower another axis",
         )
@@ -82,7 +92,7 @@ def _slices(config: MeshConfig, devices: Sequence[jax.Device]) -> int:
     return slices
 
 
-def _arranged(sizes: list[int], slices: int, devices: list[jax.Device]) -> np.ndarray:
+def _arranged(sizes: Sequence[int], slices: int, devices: list[jax.Device]) -> np.ndarray:
     if devices[0].platform != "tpu":
         return np.asarray(devices).reshape(sizes)
     if slices > 1:

@@ -3,9 +3,27 @@
 from __future__ import annotations
 
 import math
+import re
+from collections import Counter
+from collections.abc import Collection
+from dataclasses import dataclass
 
 import jax
 from jax.extend import core
+
+from mllm_jax.layers.attention import whole_scores
+
+
+@dataclass(frozen=True)
+class PartFlops:
+    """FLOPs of one part of a model in a step; a frozen part in front of all trained ones has no backward pass."""
+
+    forward: int = 0
+    backward: int = 0
+
+    @property
+    def total(self) -> int:
+        return self.forward + self.backward
 
 
 def count_flops(function, *args) -> int:
@@ -14,27 +32,62 @@ def count_flops(function, *args) -> int:
     What is in the program is counted, every part of a model alike; a frozen part counts its forward pass only, as no
     gradient of it is in the program. Elementwise work is left out, as is usual for MFU (PaLM, arXiv 2204.02311, B).
     """
-    return _count(jax.make_jaxpr(function)(*args).jaxpr)
+    return sum(_count(_traced(function, args), "").values())
 
 
-def _count(jaxpr) -> int:
-    total = 0
+def flops_by_part(function, parts: Collection[str], *args) -> dict[str, PartFlops]:
+    """The same, apart for each part of a model and for its forward and backward pass.
+
+    Args:
+        function: a loss and its gradient.
+        parts: names of submodules. What none of them does is "other"; the output head of an LLM is "head".
+
+    Returns:
+        the parts that do anything, in the order of `parts`.
+    """
+    by_stack = _count(_traced(function, args), "")
+    sums: Counter[tuple[str, bool]] = Counter()
+    for stack, flops in by_stack.items():
+        path = [step for step in re.split(r"[/()]+", stack) if step]
+        found = next((i for i, step in enumerate(path) if step in parts), None)
+        part = "other" if found is None else path[found]
+        if found is not None and any(re.search(r"(\.|^)(attend|lm_head|head)$", step) for step in path[found + 1 :]):
+            part = "head"
+        sums[part, "transpose(" in stack] += flops
+    names = [*parts, "head", "other"]
+    table = {name: PartFlops(sums[name, False], sums[name, True]) for name in dict.fromkeys(names)}
+    return {name: flops for name, flops in table.items() if flops.total}
+
+
+def _traced(function, args):
+    """The program with attention as the definition has it: loops over blocks stop at what a mask hides."""
+    with whole_scores():
+        return jax.make_jaxpr(function)(*args).jaxpr
+
+
+def _count(jaxpr, stack: str) -> Counter[str]:
+    """FLOPs by the names around them."""
+    total: Counter[str] = Counter()
     for eqn in jaxpr.eqns:
         name = eqn.primitive.name
+        here = f"{stack}/{eqn.source_info.name_stack}"
         if name == "dot_general":
             (contracted, _), _ = eqn.params["dimension_numbers"]
             depth = math.prod(eqn.invars[0].aval.shape[axis] for axis in contracted)
-            total += 2 * depth * math.prod(eqn.outvars[0].aval.shape)
+            total[here] += 2 * depth * math.prod(eqn.outvars[0].aval.shape)
         elif name == "conv_general_dilated":
             kernel = eqn.invars[1].aval.shape
             features = kernel[eqn.params["dimension_numbers"].rhs_spec[0]]
             dilation = math.prod(eqn.params["lhs_dilation"])
-            total += 2 * math.prod(eqn.outvars[0].aval.shape) * math.prod(kernel) // (features * dilation)
+            total[here] += 2 * math.prod(eqn.outvars[0].aval.shape) * math.prod(kernel) // (features * dilation)
         elif name == "cond":
-            total += max(_count(branch.jaxpr) for branch in eqn.params["branches"])
+            branches = [_count(branch.jaxpr, here) for branch in eqn.params["branches"]]
+            total += max(branches, key=lambda branch: sum(branch.values()))
         else:
             times = eqn.params["length"] if name == "scan" else 1
-            total += times * sum(_count(inner) for inner in _inner(eqn.params))
+            for inner in _inner(eqn.params):
+                for where, flops in _count(inner, here).items():
+                    total[where] += times * flops
     return total
 
 

@@ -22,6 +22,7 @@ from mllm_jax.projectors.qformer import QFormerConfig
 from mllm_jax.sharding.logical import use_mesh
 from mllm_jax.sharding.mesh import MeshConfig, batch_sharding, make_mesh, param_shardings
 from mllm_jax.training.objectives.next_token import NextToken
+from mllm_jax.training.step import make_apply
 
 ROWS, LENGTH, VOCAB = 2, 16, 23
 VIT = ViTConfig(8, 4, 8, num_layers=1, num_heads=2, mlp_size=16)
@@ -91,10 +92,7 @@ def loss_and_gradients(config: MultimodalConfig, mesh=None, parts=(), report=Non
     params = jax.tree.map(lambda x: 0.3 * rng.normal(size=x.shape).astype(np.float32), nn.meta.unbox(boxed))
 
     def loss(params, batch):
-        def apply(params, batch):
-            return model.apply({"params": params}, batch)
-
-        return NextToken().loss(apply, params, batch, None)[0]
+        return NextToken().loss(make_apply(model), params, batch, None)[0]
 
     if mesh is None:
         return jax.jit(jax.value_and_grad(loss))(params, batch)

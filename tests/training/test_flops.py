@@ -5,8 +5,9 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 import pytest
+from flax import linen as nn
 
-from mllm_jax.training.flops import count_flops
+from mllm_jax.training.flops import PartFlops, count_flops, flops_by_part
 
 X, W = jnp.ones((5, 7)), jnp.ones((7, 11))
 MATMUL = 2 * 5 * 7 * 11
@@ -96,3 +97,28 @@ def test_grouped_convolution(groups):
         )
 
     assert count_flops(conv, images, kernel) == 2 * (4 * 4 * 8) * (3 * 3 * 4 // groups)
+
+
+class Two(nn.Module):
+    """An encoder and a language model with a head, of one product each."""
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.Dense(4, use_bias=False, name="encoder")(x)
+        return nn.Dense(8, use_bias=False, name="lm_head")(nn.Dense(4, use_bias=False, name="llm")(x))
+
+
+def test_parts_are_told_apart_forward_and_backward():
+    x = jnp.ones((3, 4))
+    params = Two().init(jax.random.key(0), x)["params"]
+    frozen = {"encoder": params.pop("encoder")}
+
+    def loss(params):
+        return Two().apply({"params": params | frozen}, x).sum()
+
+    one, head = 2 * 3 * 4 * 4, 2 * 3 * 4 * 8
+    assert flops_by_part(jax.value_and_grad(loss), ("encoder", "llm", "lm_head"), params) == {
+        "encoder": PartFlops(one, 0),
+        "llm": PartFlops(one, one),  # nothing trained stands before it
+        "lm_head": PartFlops(head, 2 * head),
+    }

@@ -9,13 +9,14 @@ import optax
 import pytest
 
 from mllm_jax.errors import ConfigError
-from mllm_jax.models.multimodal import MultimodalOutput
+from mllm_jax.layers.head import HeadInputs
 from mllm_jax.training.objectives.contrastive import Contrastive
 from mllm_jax.training.objectives.next_token import NextToken, cross_entropy
 
 
-def given_logits(params, batch):
-    return MultimodalOutput(params)
+def given_logits(params, batch, method):
+    """A model whose head leaves its inputs as they are: parameters are the logits."""
+    return HeadInputs(params, jnp.eye(params.shape[-1]))
 
 
 @pytest.fixture
@@ -46,10 +47,11 @@ def by_hand(logits, batch, z_loss=0.0):
     return loss / weight, right / weight, weight
 
 
+@pytest.mark.parametrize("logits_mib", [128, 1e-4], ids=["whole", "chunks"])
 @pytest.mark.parametrize("z_loss", [0.0, 0.3])
-def test_next_token_on_packed_rows(case, z_loss):
+def test_next_token_on_packed_rows(case, z_loss, logits_mib):
     logits, batch = case
-    loss, metrics = NextToken(z_loss).loss(given_logits, jnp.asarray(logits), batch, None)
+    loss, metrics = NextToken(z_loss, logits_mib).loss(given_logits, jnp.asarray(logits), batch, None)
     wanted_loss, wanted_accuracy, wanted_weight = by_hand(logits, batch, z_loss)
     assert float(loss) == pytest.approx(wanted_loss, rel=1e-5)
     assert float(metrics["token_accuracy"]) == pytest.approx(wanted_accuracy, rel=1e-5)

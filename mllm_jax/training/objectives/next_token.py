@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
+
+from mllm_jax.layers.head import head_cross_entropy, logits_bytes
+
+# Where FLOPs of the head are counted: see `mllm_jax.training.flops`.
+HEAD = "llm/head"
 
 
 @dataclass(frozen=True)
@@ -14,9 +20,12 @@ class NextToken:
 
     Attributes:
         z_loss: weight of log(Z)^2, which keeps the logits' normaliser near 1 (PaLM, arXiv 2204.02311, section 5).
+        logits_mib: the most MiB of float32 logits that a device holds at a time. Where all of them are more, loss and
+            gradient of the head are taken in pieces of that size.
     """
 
     z_loss: float = 0.0
+    logits_mib: float = 128.0
 
     def loss(self, apply, params, batch, key):
         """The mean over learnt tokens.
@@ -24,14 +33,22 @@ class NextToken:
         Returns:
             (float32, metrics): `weight` is the number of learnt tokens, what means over several batches go by.
         """
-        logits = apply(params, batch).logits
+        head = apply(params, batch, method="head_inputs")
         # An encoder-decoder learns its target; what its encoder reads is given.
         side = "decoder_" if "decoder_tokens" in batch else ""
         segments = batch[f"{side}segments"]
         weights = _next(batch["loss_weights"]) * (_next(segments) == segments)
-        nll, log_z, right = cross_entropy(logits, _next(batch[f"{side}tokens"]))
+        targets = _next(batch[f"{side}tokens"])
         total = weights.sum()
         count = jnp.maximum(total, 1e-9)
+        chunks = math.ceil(logits_bytes(head) / (self.logits_mib * 2**20))
+        if chunks > 1:
+            with jax.named_scope(HEAD):
+                loss, right = head_cross_entropy(head, targets, weights, self.z_loss, chunks)
+            return loss / count, {"token_accuracy": right / count, "weight": total}
+        with jax.named_scope(HEAD):
+            logits = head.logits()
+        nll, log_z, right = cross_entropy(logits, targets)
         loss = (nll * weights).sum() / count
         regular = self.z_loss * (jnp.square(log_z) * weights).sum() / count if self.z_loss else 0.0
         return loss + regular, {"token_accuracy": (right * weights).sum() / count, "weight": total}

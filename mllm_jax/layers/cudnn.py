@@ -1,0 +1,52 @@
+"""Attention on NVIDIA GPUs: cuDNN's fused kernel, through `jax.nn.dot_product_attention`."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+# What cuDNN has kernels for on every generation that computes in bfloat16.
+DTYPES = ("bfloat16", "float16")
+MOST_HEAD_DIM = 128
+
+
+def cudnn_supports(q: jax.Array, mask: str, window) -> bool:
+    """Whether the kernel can do it: 16-bit numbers, heads of a multiple of 8 up to 128, a static window."""
+    static = window is None or isinstance(window, int)
+    head_dim = q.shape[-1]
+    return static and str(q.dtype) in DTYPES and head_dim % 8 == 0 and head_dim <= MOST_HEAD_DIM
+
+
+def cudnn_attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    *,
+    mask: str = "full",
+    q_segments: jax.Array | None = None,
+    k_segments: jax.Array | None = None,
+    window: int | None = None,
+    scale: float | None = None,
+) -> jax.Array:
+    """`attention` for what `cudnn_supports`. Segments reach the kernel as a mask [B, 1, S, T] of single bytes.
+
+    A query that may see nothing sees its own place, so that nothing is divided by zero.
+
+    Args:
+        q: [B, S, N, H].  k, v: [B, T, K, H].  The others: see `mllm_jax.layers.attention.attention`.
+    """
+    allowed = None
+    if q_segments is not None:
+        allowed = q_segments[:, :, None] == k_segments[:, None, :]
+        alone = ~allowed.any(axis=-1, keepdims=True)
+        allowed = (allowed | (alone & jnp.eye(*allowed.shape[1:], dtype=bool)))[:, None]
+    return jax.nn.dot_product_attention(
+        q,
+        k,
+        v,
+        mask=allowed,
+        is_causal=mask == "causal",
+        local_window_size=None if window is None else (window - 1, 0),
+        scale=scale,
+        implementation="cudnn",
+    )

@@ -1,0 +1,189 @@
+"""The output head: what is left of a language model when its last vectors are known, and its loss in pieces."""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jax.sharding import PartitionSpec
+
+from mllm_jax.layers.linear import Embedding, Linear
+from mllm_jax.sharding.fsdp import GatherPlan, gather, gather_plan, row_axes, scatter_sum, with_gathered
+from mllm_jax.sharding.logical import active_mesh, constrain, partition_spec
+
+
+@struct.dataclass
+class HeadInputs:
+    """The last vectors of a language model and the matrix that makes logits of them.
+
+    Attributes:
+        x: dtype[B, S, E], behind the last norm and all scaling.
+        matrix: float32[E, V], or [V, E] where it is the table of embedded tokens.
+        tied: which of the two.
+    """
+
+    x: jax.Array
+    matrix: jax.Array
+    tied: bool = struct.field(pytree_node=False, default=False)
+
+    @property
+    def names(self) -> tuple[str, str]:
+        """The logical names of the matrix's dimensions."""
+        return ("vocab", "embed") if self.tied else ("embed", "vocab")
+
+    @property
+    def vocab_size(self) -> int:
+        return self.matrix.shape[0 if self.tied else 1]
+
+    def logits(self) -> jax.Array:
+        """float32[B, S, V]"""
+        product = partial(_product, tied=self.tied)
+        logits = with_gathered(product, self.x, self.matrix, self.names, self.x.dtype)
+        return constrain(logits.astype(jnp.float32), "batch", "seq", "vocab")
+
+
+def head_inputs(x: jax.Array, embedding: Embedding, linear: Linear | None) -> HeadInputs:
+    """What a head reads: of a linear map without a bias, or, where it is None, of the table of embedded tokens."""
+    matrix = embedding.embedding if linear is None else linear.get_variable("params", "kernel")
+    return HeadInputs(x, matrix, tied=linear is None)
+
+
+def _product(x, matrix, *, tied: bool, **how):
+    return jax.lax.dot_general(x, matrix, (((x.ndim - 1,), (1 if tied else 0,)), ((), ())), **how)
+
+
+class Scores(NamedTuple):
+    """Sums over all places: of weight * loss, and of weight where no logit is above the target's."""
+
+    loss: jax.Array
+    right: jax.Array
+
+
+def logits_bytes(head: HeadInputs) -> int:
+    """Bytes of the float32 logits that one device would hold at a time."""
+    shape = (*head.x.shape[:2], head.vocab_size)
+    active = active_mesh()
+    ways = 1
+    if active is not None:
+        for axes in partition_spec(("batch", "seq", "vocab"), shape, *active):
+            ways *= math.prod(active[0].shape[axis] for axis in ((axes,) if isinstance(axes, str) else axes or ()))
+    return 4 * math.prod(shape) // ways
+
+
+def head_cross_entropy(head: HeadInputs, targets: jax.Array, weights: jax.Array, z_loss: float, chunks: int) -> Scores:
+    """The cross-entropy of a head, chunk by chunk: logits of all places never exist together.
+
+    The gradient is taken in the same pass, so nothing is computed twice. It flows into `loss` alone.
+
+    Args:
+        targets: int[B, S].  weights: float32[B, S].
+        z_loss: weight of log(Z)^2.
+        chunks: pieces that each device's places are cut into.
+    """
+    return Scores(*_scores(head.x, head.matrix, targets, weights, (head.tied, head.names, z_loss, chunks)))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _scores(x, matrix, targets, weights, how):
+    return _on_mesh(x, matrix, targets, weights, how, ())
+
+
+def _forward(x, matrix, targets, weights, how):
+    wanted = tuple(name for name, each in (("x", x), ("matrix", matrix)) if each.perturbed)
+    values = (each.value for each in (x, matrix, targets, weights))
+    loss, right, *gradients = _on_mesh(*values, how, wanted)
+    return (loss, right), dict(zip(wanted, gradients, strict=True))
+
+
+def _backward(how, gradients, cotangents):
+    slope = cotangents[0]
+    if isinstance(slope, jax.custom_derivatives.SymbolicZero):
+        return None, None, None, None
+    found = {name: (slope * gradient).astype(gradient.dtype) for name, gradient in gradients.items()}
+    return found.get("x"), found.get("matrix"), None, None
+
+
+_scores.defvjp(_forward, _backward, symbolic_zeros=True)
+
+
+def _on_mesh(x, matrix, targets, weights, how, wanted):
+    """(loss, right, and the gradients in `wanted`): every device does its own rows."""
+    tied, names, z_loss, chunks = how
+    local = partial(_local, tied=tied, z_loss=z_loss, chunks=chunks, wanted=wanted)
+    active = active_mesh()
+    if active is None:
+        return local(x, matrix, targets, weights, rows=(), gathered=(), dim=0)
+    plan = gather_plan(matrix.shape, names, x.shape) or GatherPlan(active[0], row_axes(x.shape), (), 0)
+    # A row's places go on being split where they are; a dimension is split over each axis once.
+    context = plan.mesh.shape["context"]
+    places = ("context",) if "context" not in plan.rows and context > 1 and x.shape[1] % context == 0 else ()
+    if not plan.rows + places:
+        return local(x, matrix, targets, weights, rows=(), gathered=(), dim=0)
+    rows, whole = PartitionSpec(plan.rows, *places), PartitionSpec()
+    shard = plan.shard if plan.gathered else whole
+    return jax.shard_map(
+        partial(local, rows=(*plan.rows, *places), gathered=plan.gathered, dim=plan.dim),
+        mesh=plan.mesh,
+        in_specs=(rows, shard, rows, rows),
+        out_specs=(whole, whole, *({"x": rows, "matrix": shard}[name] for name in wanted)),
+        axis_names=frozenset((*plan.rows, *places)),
+        check_vma=False,
+    )(x, matrix, targets, weights)
+
+
+def _local(x, matrix, targets, weights, *, tied, z_loss, chunks, wanted, rows, gathered, dim):
+    dtype, shape = x.dtype, x.shape
+    whole = matrix.astype(dtype)
+    whole = gather(whole, gathered, dim) if gathered else whole
+    places = math.prod(targets.shape)
+    chunks = min(chunks, places)
+
+    def cut(each, width=()):
+        each = each.reshape(places, *width)
+        each = jnp.pad(each, [(0, -places % chunks)] + [(0, 0)] * len(width))
+        return each.reshape(chunks, -1, *width)
+
+    def body(carry, chunk):
+        loss, right, slope = carry
+        x, targets, weights = chunk
+        logits = _product(x, whole, tied=tied, preferred_element_type=jnp.float32)
+        highest = logits.max(axis=-1, keepdims=True)
+        raised = jnp.exp(logits - highest)
+        total = raised.sum(axis=-1, keepdims=True)
+        log_z = (highest + jnp.log(total))[:, 0]
+        here = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 1) == targets[:, None]
+        chosen = jnp.where(here, logits, 0).sum(axis=-1)
+        loss += (weights * (log_z - chosen + z_loss * jnp.square(log_z))).sum()
+        right += (weights * (chosen >= highest[:, 0])).sum()
+        dx = None
+        if wanted:
+            scale = weights * (1 + 2 * z_loss * log_z)
+            dlogits = raised * (scale[:, None] / total) - jnp.where(here, weights[:, None], 0)
+            dlogits = dlogits.astype(dtype)
+        if "x" in wanted:
+            dx = _product(dlogits, whole, tied=not tied)
+        if "matrix" in wanted:
+            pair = (dlogits, x) if tied else (x, dlogits)
+            slope += jax.lax.dot_general(*pair, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32)
+        return (loss, right, slope), dx
+
+    zero = jnp.float32(0)
+    start = zero, zero, jnp.zeros(whole.shape, jnp.float32) if "matrix" in wanted else None
+    xs = cut(x, shape[-1:]), cut(targets), cut(weights)
+    (loss, right, slope), dx = jax.lax.scan(body, start, xs)
+    if rows:
+        loss, right = jax.lax.psum((loss, right), rows)
+    out = [loss, right]
+    if "x" in wanted:
+        out.append(dx.reshape(-1, shape[-1])[:places].reshape(shape))
+    if "matrix" in wanted:
+        # Over the wire in the dtype that the model computes in, like every other gradient.
+        others = tuple(axis for axis in rows if axis not in gathered)
+        slope = scatter_sum(slope.astype(dtype), gathered, dim) if gathered else slope
+        slope = jax.lax.psum(slope.astype(dtype), others) if others else slope
+        out.append(slope.astype(jnp.float32))
+    return tuple(out)

@@ -1,0 +1,90 @@
+"""The command `mllm plan`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import tyro
+
+from mllm_jax.errors import ConfigError
+from mllm_jax.training.config import Experiment
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+USAGE = """usage: mllm plan CONFIG.py --topology v5e-256 [OPTIONS]
+
+Compiles a stage's training step for a TPU slice, without a TPU, data or weights, and prints memory, FLOPs, collectives
+and a roofline. The options are --topology (v4-, v5e-, v5p-, v6e-, v7x- slices, 2xv5e-256 for several, 8xh100 for an
+estimate on GPUs), --stage NAME, --json FILE, --search N, and every field of the config, such as --mesh.data 1
+--mesh.fsdp -1. Name a config to list them:
+
+  mllm plan configs/llava15_7b.py --help"""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Compiles a stage's step for a TPU slice, here and now, and says what it costs there.
+
+    Attributes:
+        topology: v5e-256, v5p-128, 2xv6e-256 and the like; 8xh100 for an estimate without compiling.
+        stage: which stage; the last if not given.
+        json: a file to write every figure to.
+        search: try so many meshes, remat policies and numbers of pieces, and print the best.
+    """
+
+    experiment: Annotated[Experiment, tyro.conf.arg(name="")]
+    topology: str
+    stage: str | None = None
+    json: Path | None = None
+    search: int = 0
+
+    def __post_init__(self):
+        if self.search < 0:
+            raise ConfigError(f"search {self.search}", "0 or more", "change --search")
+
+
+def plan_command(arguments: list[str], load_config: Callable[[Path], Experiment], console: Console) -> int:
+    """Runs the command.
+
+    Returns:
+        the exit status: 0 if the step fits or may fit, 1 if it does not.
+    """
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(USAGE)
+        return 0
+    if arguments[0].startswith("-"):
+        raise ConfigError(
+            f"mllm plan {arguments[0]} without a config",
+            "mllm plan configs/llava15_7b.py --topology v5e-256",
+            "name a config file, before any option",
+        )
+    path = Path(arguments[0])
+    default = Plan(load_config(path), tyro.MISSING)
+    options = tyro.cli(
+        Plan, args=arguments[1:], default=default, prog=f"mllm plan {path}", config=(tyro.conf.AvoidSubcommands,)
+    )
+
+    import jax
+
+    jax.config.update("jax_platforms", "cpu")  # the compiler needs no device
+
+    from mllm_jax.planning.plan import make_plan
+    from mllm_jax.planning.report import show, show_search
+    from mllm_jax.planning.search import search
+    from mllm_jax.planning.topologies import topology
+
+    where = topology(options.topology)
+    if options.search:
+        best, tried = search(options.experiment, where, options.stage, limit=options.search)
+        show_search(best[:5], tried, console)
+        plan = best[0] if best else tried[-1]
+    else:
+        plan = make_plan(options.experiment, where, options.stage)
+    show(plan, console)
+    if options.json is not None:
+        plan.write(options.json)
+    return 0 if plan.fits is not False else 1

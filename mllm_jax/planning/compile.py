@@ -1,0 +1,227 @@
+"""Ahead-of-time compilation of a training step for a TPU slice, on any machine: no data, no weights, no TPU."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+import re
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import jax
+import numpy as np
+from flax import linen as nn
+from jax.sharding import Mesh
+
+from mllm_jax.errors import PlanError
+from mllm_jax.models.registry import abstract_init
+from mllm_jax.planning.batches import batch_shapes
+from mllm_jax.planning.hlo import Account, account
+from mllm_jax.planning.topologies import Topology
+from mllm_jax.sharding.mesh import MeshConfig, batch_sharding, make_mesh, param_shardings
+from mllm_jax.training.config import Experiment
+from mllm_jax.training.optimizer import learning_rate, make_optimizer
+from mllm_jax.training.partition import split
+from mllm_jax.training.step import TrainState, make_train_step, state_shardings
+
+
+class OutOfMemory(PlanError):
+    """A step that does not fit into the chips' HBM.
+
+    Attributes:
+        needed, available: bytes a device, as the compiler gives them; None where it does not say.
+    """
+
+    def __init__(self, message: str, what: str):
+        super().__init__(message.strip(), f"{what} within the HBM of a chip", "see what the plan proposes")
+        needed = re.search(r"(?:Used |\()([\d.]+)([KMGT]?)(?:i?B)?\)? (?:of|exceeds)", message)
+        available = re.search(r"(?:of|available HBM \()\s*([\d.]+)([KMGT]?)(?:\)| hbm)", message)
+        self.needed, self.available = (_bytes(found) for found in (needed, available))
+
+
+def _bytes(found: re.Match | None) -> float | None:
+    return float(found[1]) * 2 ** {"": 0, "K": 10, "M": 20, "G": 30, "T": 40}[found[2]] if found else None
+
+
+@dataclass(frozen=True)
+class AbstractStep:
+    """One stage's step and the arrays that it takes, as shapes with shardings."""
+
+    step: object
+    state: TrainState
+    frozen: dict
+    batch: dict[str, jax.ShapeDtypeStruct]
+    mesh: Mesh
+
+    def device_bytes(self, tree) -> int:
+        """What one device holds of a tree."""
+
+        def one(leaf):
+            return int(np.prod(leaf.sharding.shard_shape(leaf.shape), dtype=np.int64)) * leaf.dtype.itemsize
+
+        return sum(map(one, jax.tree.leaves(tree)))
+
+
+@dataclass(frozen=True)
+class CompiledStep:
+    """What the compiler made of a step; bytes are those of one device.
+
+    Attributes:
+        peak: the most that is held at any instant: arguments, results and temporaries.
+        temporaries: the most that temporaries take.
+        lower_seconds, compile_seconds: tracing, and compiling.
+    """
+
+    account: Account
+    peak: int
+    arguments: int
+    temporaries: int
+    lower_seconds: float
+    compile_seconds: float
+    text: str
+
+
+def topology_devices(topology: Topology) -> list:
+    """The devices of a slice as the TPU compiler knows them.
+
+    Raises:
+        PlanError: no libtpu, or one that does not know the slice.
+    """
+    if importlib.util.find_spec("libtpu") is None:
+        raise PlanError(
+            f"a plan for {topology.name} without libtpu, the TPU compiler",
+            "libtpu of the version that belongs to jax; no TPU is needed",
+            "pip install 'mllm-jax[plan]'",
+        )
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # do not look for a TPU machine's metadata
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # several plans at once
+    from jax.experimental import topologies
+
+    with _quiet():
+        try:
+            found = topologies.get_topology_desc(
+                platform="tpu", topology_name=topology.libtpu_name, **topology.libtpu_options
+            )
+        except Exception as error:
+            raise PlanError(
+                f"{topology.name}: {error}", "a slice that this libtpu knows", "update jax and libtpu, or name another"
+            ) from error
+    return list(found.devices)
+
+
+def topology_mesh(config: MeshConfig, topology: Topology) -> Mesh:
+    """The mesh that training makes on such a slice; `data` is what goes over several slices.
+
+    Raises:
+        ConfigError: sizes that do not multiply to the devices, or a data axis that the slices do not divide.
+    """
+    return make_mesh(config, topology_devices(topology))
+
+
+def abstract_step(experiment: Experiment, index: int, mesh: Mesh) -> AbstractStep:
+    """The step that `training.loop` runs for a stage, with its state, its frozen parameters and its batch as shapes."""
+    stage = experiment.stages[index]
+    model = experiment.model.make()
+    boxed = abstract_init(model, model.sample_batch(), method="touch")
+    parts = experiment.part_rules
+    shardings = param_shardings(boxed, mesh, parts)
+    trainable, frozen = split(nn.meta.unbox(boxed), stage.trainable)
+    places, frozen_places = split(shardings, stage.trainable)
+    optimizer, schedule = make_optimizer(stage.optimizer, stage.steps), learning_rate(stage.optimizer, stage.steps)
+    layout = state_shardings(optimizer, trainable, places, mesh)
+    state = TrainState(
+        jax.ShapeDtypeStruct((), "int32"),
+        trainable,
+        jax.eval_shape(optimizer.init, trainable),
+        jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0))),
+    )
+    step = make_train_step(
+        model,
+        stage.objective,
+        optimizer,
+        schedule,
+        mesh=mesh,
+        parts=parts,
+        shardings=layout,
+        accumulate=stage.accumulate,
+    )
+
+    def placed(leaf, sharding, dtype=None):
+        return jax.ShapeDtypeStruct(leaf.shape, dtype or leaf.dtype, sharding=sharding)
+
+    return AbstractStep(
+        step,
+        jax.tree.map(placed, state, layout),
+        jax.tree.map(lambda leaf, sharding: placed(leaf, sharding, stage.frozen_dtype), frozen, frozen_places),
+        {
+            name: placed(shape, batch_sharding(mesh, len(shape.shape), shape.shape))
+            for name, shape in batch_shapes(experiment, stage).items()
+        },
+        mesh,
+    )
+
+
+def compile_step(abstract: AbstractStep, topology: Topology) -> CompiledStep:
+    """Compiles a step for a TPU slice.
+
+    Raises:
+        OutOfMemory: it does not fit.
+    """
+    began = time.monotonic()
+    lowered = abstract.step.lower(abstract.state, abstract.frozen, abstract.batch)
+    lowered_at = time.monotonic()
+    with _quiet():
+        try:
+            compiled = lowered.compile()
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" in str(error) or "out of memory" in str(error).lower():
+                raise OutOfMemory(str(error), f"the step on {topology.name}") from error
+            raise
+    seconds = time.monotonic() - lowered_at
+    memory = compiled.memory_analysis()
+    text = _text(compiled)
+    slices = [getattr(device, "slice_index", 0) for device in abstract.mesh.devices.flat]
+    return CompiledStep(
+        account(text, slices),
+        memory.peak_memory_in_bytes,
+        memory.argument_size_in_bytes,
+        memory.temp_size_in_bytes,
+        lowered_at - began,
+        seconds,
+        text,
+    )
+
+
+def _text(compiled) -> str:
+    """The compiled module; where Pallas kernels are called, with the tables of their masks, which are left out else."""
+    text = compiled.as_text()
+    if "tpu_custom_call" not in text or "{...}" not in text:
+        return text
+    [module] = compiled.runtime_executable().hlo_modules()
+    options = importlib.import_module(type(module).__module__).HloPrintOptions()
+    options.print_large_constants = True
+    return module.to_string(options)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Hides what libtpu's C++ writes to stderr about not standing in a TPU machine; errors come as exceptions."""
+    sys.stderr.flush()
+    try:
+        kept = os.dup(2)
+    except OSError:  # no stderr
+        yield
+        return
+    with tempfile.TemporaryFile() as sink:
+        os.dup2(sink.fileno(), 2)
+        try:
+            yield
+        finally:
+            sys.stderr.flush()
+            os.dup2(kept, 2)
+            os.close(kept)

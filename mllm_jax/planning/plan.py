@@ -1,0 +1,298 @@
+"""A plan: one stage of an experiment on one set of chips, compiled or, for GPUs, estimated, as figures."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+
+import jax
+
+from mllm_jax.errors import ConfigError
+from mllm_jax.planning.analytic import analytic_account
+from mllm_jax.planning.compile import AbstractStep, OutOfMemory, abstract_step, compile_step, topology_mesh
+from mllm_jax.planning.hlo import FUSED_SCATTER
+from mllm_jax.planning.model import model_flops, remat_of
+from mllm_jax.planning.roofline import Roofline, roofline
+from mllm_jax.planning.topologies import GIB, Topology
+from mllm_jax.sharding.mesh import AXES, mesh_sizes
+from mllm_jax.training.config import Experiment
+from mllm_jax.training.flops import PartFlops
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one device.
+
+    Attributes:
+        parameters, frozen, optimizer, batch: what the step is given.
+        temporaries: activations, gradients and all else that it makes; None where nothing was compiled.
+        peak: the most that is held at any instant, which decides; of a step that does not fit what it asks for, None
+            where the compiler does not say.
+        available: what a program may use.
+    """
+
+    parameters: int
+    frozen: int
+    optimizer: int
+    batch: int
+    temporaries: float | None
+    peak: float | None
+    available: float
+
+    @property
+    def state(self) -> int:
+        """What lies there between steps."""
+        return self.parameters + self.frozen + self.optimizer
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What `mllm plan` prints; times in seconds, FLOPs of a step over all devices unless said otherwise.
+
+    Attributes:
+        fits: None where that cannot be known without compiling.
+        compiled: whether the compiler was asked; else all is estimated from shapes.
+        model_flops: by part; what the model needs, without recomputation and with all of the attention's products.
+        compiled_flops: what the program computes, without the blocks that attention kernels skip.
+        dense_flops: the same with those blocks: what compares with `model_flops`.
+        collectives: (kind, link, runs, bytes that a device sends) a step.
+        unfused_wire_bytes: sent in all, with each fused all-reduce-scatter at the cost of an all-reduce.
+        notes: what a person should know before believing the figures.
+        advice: what to change.
+    """
+
+    config: str
+    stage: str
+    topology: str
+    chips: int
+    devices: int
+    mesh: dict[str, int]
+    rows: int
+    length: int
+    accumulate: int
+    remat: str
+    compiled: bool
+    fits: bool | None
+    memory: Memory
+    model_flops: dict[str, PartFlops]
+    peak_flops: float
+    lower_seconds: float | None = None
+    compile_seconds: float | None = None
+    compiled_flops: float | None = None
+    dense_flops: float | None = None
+    collectives: tuple[tuple[str, str, int, float], ...] = ()
+    unfused_wire_bytes: float | None = None
+    times: Roofline | None = None
+    notes: tuple[str, ...] = ()
+    advice: tuple[str, ...] = ()
+    hlo: str = field(default="", repr=False)
+
+    @property
+    def flops(self) -> int:
+        """FLOPs that the model needs in a step."""
+        return sum(part.total for part in self.model_flops.values())
+
+    @property
+    def recompute(self) -> float | None:
+        """Compiled FLOPs over model FLOPs; above 1 is what is computed again."""
+        return self.dense_flops / self.flops if self.dense_flops is not None else None
+
+    @property
+    def tokens(self) -> int:
+        return self.rows * self.length
+
+    def mfu(self, seconds: float) -> float:
+        """Share of the chips' peak that a step of so many seconds needs for the model's FLOPs."""
+        return self.flops / (seconds * self.peak_flops)
+
+    def to_json(self) -> dict:
+        """Every figure, with those that follow from others."""
+        values = {name: value for name, value in asdict(self).items() if name != "hlo"}
+        values |= {"flops": self.flops, "recompute": self.recompute, "tokens": self.tokens}
+        values["memory"] |= {"state": self.memory.state}
+        if self.times is not None:
+            seconds = {name: getattr(self.times, name) for name in ("overlapped", "serial", "expected")}
+            values["times"] |= seconds | {"bound": self.times.bound}
+            values["mfu"] = {name: self.mfu(value) for name, value in seconds.items()}
+        return values
+
+    def write(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(self.to_json(), indent=2) + "\n")
+
+
+def stage_index(experiment: Experiment, name: str | None) -> int:
+    """The stage of that name, the last if None. Raises ConfigError: there is none."""
+    names = [stage.name for stage in experiment.stages]
+    if name is not None and name not in names:
+        raise ConfigError(f"stage {name!r} of {experiment.name}", f"one of {', '.join(names)}", "name one of those")
+    return len(names) - 1 if name is None else names.index(name)
+
+
+def make_plan(experiment: Experiment, topology: Topology, stage: str | None = None) -> Plan:
+    """Plans a stage, the last if None. For a TPU it is compiled; a step that does not fit is a plan too.
+
+    Raises:
+        PlanError: no TPU compiler; ConfigError: a mesh that the chips do not fill.
+    """
+    index = stage_index(experiment, stage)
+    if topology.is_tpu:
+        mesh = topology_mesh(experiment.mesh, topology)
+    else:
+        mesh = jax.sharding.AbstractMesh(mesh_sizes(experiment.mesh, topology.devices), AXES)
+    abstract = abstract_step(experiment, index, mesh)
+    plan = _described(experiment, index, topology, abstract)
+    if not topology.is_tpu:
+        return _estimated(plan, topology, abstract)
+    try:
+        compiled = compile_step(abstract, topology)
+    except OutOfMemory as error:
+        memory = replace(plan.memory, peak=error.needed, available=error.available or plan.memory.available)
+        plan = replace(plan, fits=False, memory=memory, notes=(*plan.notes, *_first_lines(error.given)))
+        return replace(plan, advice=_advice(plan))
+    counted = compiled.account
+    coordinates = [device.coords for device in mesh.devices.flat]
+    memory = replace(plan.memory, temporaries=compiled.temporaries, peak=compiled.peak)
+    notes = list(plan.notes)
+    if unknown := list(dict.fromkeys(counted.unknown)):
+        notes.append("not counted: " + "; ".join(unknown[:4]) + (" ..." if len(unknown) > 4 else ""))
+    if counted.wire_bytes(FUSED_SCATTER):
+        notes.append(
+            "all-reduce-scatter: an all-reduce of which a chip keeps its slice; counted as the reduce-scatter that the "
+            f"chips run. As an all-reduce all would be {counted.wire_bytes_unfused() / 1e9:.2f} GB."
+        )
+    plan = replace(
+        plan,
+        fits=compiled.peak <= memory.available,
+        memory=memory,
+        lower_seconds=compiled.lower_seconds,
+        compile_seconds=compiled.compile_seconds,
+        compiled_flops=counted.flops * topology.devices,
+        dense_flops=counted.dense_flops * topology.devices,
+        collectives=tuple((kind, link, n, sent) for (kind, link), (n, sent) in counted.by_kind().items()),
+        unfused_wire_bytes=counted.wire_bytes_unfused(),
+        times=roofline(counted, topology, coordinates),
+        notes=tuple(notes),
+        hlo=compiled.text,
+    )
+    return replace(plan, advice=_advice(plan))
+
+
+def _described(experiment: Experiment, index: int, topology: Topology, abstract: AbstractStep) -> Plan:
+    """The plan before anything is compiled."""
+    stage, sizes = experiment.stages[index], dict(abstract.mesh.shape)
+    size = abstract.device_bytes
+    memory = Memory(
+        size(abstract.state.params),
+        size(abstract.frozen),
+        size(abstract.state.opt_state),
+        size(abstract.batch),
+        None,
+        None,
+        topology.chip.device_hbm,
+    )
+    notes = []
+    over = sizes["data"] * sizes["fsdp"]
+    piece = stage.data.rows // stage.accumulate
+    if piece % over:
+        what = "rows" if stage.accumulate == 1 else f"rows in {stage.accumulate} pieces of {piece}"
+        notes.append(
+            f"{stage.data.rows} {what}, which data x fsdp = {over} does not divide: devices compute the same rows"
+        )
+    return Plan(
+        experiment.name,
+        stage.name,
+        topology.name,
+        topology.chips,
+        topology.devices,
+        sizes,
+        stage.data.rows,
+        stage.data.length,
+        stage.accumulate,
+        remat_of(experiment.model),
+        topology.is_tpu,
+        None,
+        memory,
+        model_flops(experiment, index, abstract),
+        topology.chips * topology.chip.flops,
+        notes=tuple(notes),
+    )
+
+
+def _estimated(plan: Plan, topology: Topology, abstract: AbstractStep) -> Plan:
+    counted = analytic_account(plan.model_flops, plan.remat, abstract, topology)
+    notes = (
+        *plan.notes,
+        "estimated from shapes, nothing compiled: activations are not in the memory, kernels reach their peak, and of "
+        "collectives only those of fsdp and data are counted",
+    )
+    fits = None if plan.memory.state < plan.memory.available else False
+    plan = replace(
+        plan,
+        fits=fits,
+        compiled_flops=counted.flops * topology.devices,
+        dense_flops=counted.dense_flops * topology.devices,
+        collectives=tuple((kind, link, n, sent) for (kind, link), (n, sent) in counted.by_kind().items()),
+        unfused_wire_bytes=counted.wire_bytes_unfused(),
+        times=_gpu_roofline(counted, topology),
+        notes=notes,
+    )
+    return replace(plan, advice=_advice(plan))
+
+
+def _gpu_roofline(counted, topology: Topology) -> Roofline:
+    chip = topology.chip
+    return Roofline(
+        counted.flops / chip.flops,
+        counted.hbm_bytes / chip.hbm_bandwidth,
+        counted.ici_bytes / chip.link_bandwidth,
+        counted.dcn_bytes / chip.dcn_bandwidth,
+        chip.efficiency,
+    )
+
+
+def _first_lines(message: str, count: int = 2) -> list[str]:
+    lines = [line.strip() for line in message.splitlines() if line.strip()]
+    return [line if len(line) < 300 else line[:297] + "..." for line in lines[:count]]
+
+
+def _advice(plan: Plan) -> tuple[str, ...]:
+    """What to change: first what is wasted, then, where a step does not fit, what makes it smaller."""
+    advice, mesh = [], plan.mesh
+    over = mesh["data"] * mesh["fsdp"]
+    piece = plan.rows // plan.accumulate
+    if piece % over:
+        shared = math.gcd(piece, over)
+        rest = over // shared
+        advice.append(
+            f"give data x fsdp {shared} devices and tensor or context the other {rest * mesh['tensor']}, or "
+            f"set the rows to a multiple of {over * plan.accumulate}"
+        )
+    if plan.fits is not False:
+        return tuple(advice)
+    memory = plan.memory
+    if memory.state > 0.9 * memory.available:
+        need = math.ceil(memory.state * plan.chips / (0.7 * memory.available))
+        takes = f"parameters and optimizer take {memory.state / GIB:.1f} GiB a device"
+        if mesh["data"] > 1:
+            wide = mesh["data"] * mesh["fsdp"]
+            advice.append(
+                f"{takes}: shard them over the devices that hold copies, with mesh.fsdp {wide} and mesh.data 1"
+            )
+        else:
+            less = "" if memory.frozen == 0 else ", or hold frozen parameters in bfloat16 (frozen_dtype)"
+            advice.append(f"{takes}: take about {need} chips{less}")
+        return tuple(advice)
+    if plan.remat != "full":
+        advice.append(f"remat 'full' instead of {plan.remat!r}: activations of one layer at a time")
+    if piece // over > 1:
+        advice.append(f"accumulate {plan.accumulate * 2}: half as many rows of a device at a time")
+    else:
+        advice.append(
+            f"a device has one row of {plan.length} places at a time: split rows or layers, with mesh.context 2 or "
+            f"mesh.tensor 2 and mesh.fsdp {max(1, mesh['fsdp'] // 2)}, or shorten the rows"
+        )
+    advice.append("--search tries such changes")
+    return tuple(advice)

@@ -1,0 +1,164 @@
+"""Fully sharded parameters, explicitly: a matrix is gathered for one use, and its gradient comes back as shards.
+
+Left alone, the partitioner gathers in the dtype that the parameters are stored in where it sees fit, and sums a
+gradient with an all-reduce, of which each device then keeps its part: twice the bytes. Here a matrix is cast before
+it crosses the wire, and its gradient is reduced by scattering along one axis of the chips' torus after the other,
+which the TPU compiler leaves what it is (a scatter along several axes at once it turns into an all-reduce).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from functools import lru_cache, partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import AxisType, Mesh, PartitionSpec
+
+from mllm_jax.sharding.logical import active_mesh, partition_spec
+
+# What a rematerialisation policy calls gathered matrices: they are never kept for the backward pass.
+GATHERED = "gathered"
+
+
+class GatherPlan(NamedTuple):
+    """How a matrix is gathered.
+
+    Attributes:
+        mesh: the active mesh with `fsdp` cut into axes of the chips' torus.
+        rows: the axes that the batch is split over, of which `gathered` are those that the matrix is split over too.
+        dim: the dimension of the matrix that is split.
+    """
+
+    mesh: Mesh
+    rows: tuple[str, ...]
+    gathered: tuple[str, ...]
+    dim: int
+
+    @property
+    def shard(self) -> PartitionSpec:
+        return PartitionSpec(*[None] * self.dim, self.gathered)
+
+
+def with_gathered(function: Callable, x: jax.Array, matrix: jax.Array, names: Sequence[str | None], dtype) -> jax.Array:
+    """function(x, matrix in dtype), where the matrix is whole for this one use.
+
+    Where `gather_plan` finds nothing to gather, it is left to the partitioner.
+
+    Args:
+        function: works on rows alone: the first dimension of x is that of what it returns.
+        x: [B, ...], rows of the batch.
+        names: the logical names of the matrix's dimensions.
+    """
+    plan = gather_plan(matrix.shape, names, x.shape)
+    if plan is None:
+        return function(x, matrix.astype(dtype))
+
+    def local(x, shard):
+        return function(x, gather(shard.astype(dtype), plan.gathered, plan.dim))
+
+    rows = PartitionSpec(plan.rows)
+    return jax.shard_map(
+        local,
+        mesh=plan.mesh,
+        in_specs=(rows, plan.shard),
+        out_specs=rows,
+        axis_names=frozenset(plan.rows),
+        check_vma=False,
+    )(x, matrix)
+
+
+def fully_sharded() -> bool:
+    """Whether the surrounding `use_mesh` splits parameters over `fsdp`."""
+    active = active_mesh()
+    return active is not None and active[0].shape["fsdp"] > 1
+
+
+def gather_plan(shape: Sequence[int], names: Sequence[str | None], batch: Sequence[int]) -> GatherPlan | None:
+    """How a matrix that is split over `fsdp` is gathered for rows that are split over it as well.
+
+    Args:
+        batch: the shape of what it is applied to, rows first.
+
+    Returns:
+        None without a mesh, and where matrix or rows are not split over `fsdp` or share another axis.
+    """
+    if not fully_sharded() or not batch:
+        return None
+    mesh, rules = active_mesh()
+    rows = row_axes(batch)
+    split = [_axes(axes) for axes in partition_spec(names, shape, mesh, rules)]
+    shared = [axis for axes in split for axis in axes if axis in rows]
+    if shared != ["fsdp"] or ("fsdp",) not in split:
+        return None
+    cut, gathered = cut_along_torus(mesh)
+    place = rows.index("fsdp")
+    return GatherPlan(cut, (*rows[:place], *gathered, *rows[place + 1 :]), gathered, split.index(("fsdp",)))
+
+
+def row_axes(batch: Sequence[int]) -> tuple[str, ...]:
+    """The axes of the active mesh that the first dimension of such a shape is split over."""
+    return _axes(partition_spec(("batch",), batch[:1], *active_mesh())[0])
+
+
+def _axes(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    return (entry,) if isinstance(entry, str) else entry or ()
+
+
+@lru_cache
+def cut_along_torus(mesh: Mesh) -> tuple[Mesh, tuple[str, ...]]:
+    """The same devices in the same order, with `fsdp` cut into axes that each run along one of the chips' torus."""
+    sizes = torus_sizes([getattr(device, "coords", None) for device in np.moveaxis(mesh.devices, 1, 0)[:, 0, 0, 0]])
+    axes = tuple(f"fsdp_{i}" for i in range(len(sizes)))
+    names = ("data", *axes, "context", "tensor")
+    shape = (mesh.shape["data"], *sizes, mesh.shape["context"], mesh.shape["tensor"])
+    return Mesh(mesh.devices.reshape(shape), names, axis_types=(AxisType.Auto,) * len(names)), axes
+
+
+def torus_sizes(coords: Sequence[Sequence[int] | None]) -> tuple[int, ...]:
+    """Sizes of the grid that devices at these coordinates form in row-major order, slowest axis first.
+
+    Devices without coordinates, or in another order, are one axis.
+    """
+    if any(place is None for place in coords):
+        return (len(coords),)
+    places = np.asarray(coords)
+    places = places - places[0]
+    # An axis is where a coordinate first changes; the coordinate that changes last is the slowest.
+    moving = [axis for axis in range(places.shape[1]) if places[:, axis].any()]
+    moving.sort(key=lambda axis: -int(places[:, axis].nonzero()[0][0]))
+    sizes = tuple(len(np.unique(places[:, axis])) for axis in moving)
+    if not sizes or math.prod(sizes) != len(coords):
+        return (len(coords),)
+    for axis, index in zip(moving, np.unravel_index(np.arange(len(coords)), sizes), strict=True):
+        if not np.array_equal(places[:, axis], np.unique(places[:, axis])[index]):
+            return (len(coords),)
+    return sizes
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def gather(shard: jax.Array, axes: tuple[str, ...], dim: int) -> jax.Array:
+    """The whole of a matrix that is split over mesh axes along one dimension; for use inside `shard_map`."""
+    return checkpoint_name(jax.lax.all_gather(shard, axes, axis=dim, tiled=True), GATHERED)
+
+
+def scatter_sum(whole: jax.Array, axes: tuple[str, ...], dim: int) -> jax.Array:
+    """The transpose of `gather`: the sum over all devices, of which each keeps its part."""
+    sizes = [jax.lax.axis_size(axis) for axis in axes]
+    whole = jnp.moveaxis(whole, dim, 0)
+    parts = whole.reshape(*sizes, whole.shape[0] // math.prod(sizes), *whole.shape[1:])
+    # The axis that the dimension's neighbours lie along goes first: it then carries the whole matrix over the
+    # shortest way, and each further axis carries a part of what is left.
+    for place in reversed(range(len(axes))):
+        parts = jax.lax.psum_scatter(parts, axes[place], scatter_dimension=place, tiled=False)
+    return jnp.moveaxis(parts, 0, dim)
+
+
+gather.defvjp(
+    lambda shard, axes, dim: (gather(shard, axes, dim), None),
+    lambda axes, dim, _, cotangent: (scatter_sum(cotangent, axes, dim),),
+)

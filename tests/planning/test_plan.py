@@ -1,0 +1,241 @@
+"""One small step compiled for 16 chips, against what is worked out by hand; and what is refused or does not fit."""
+
+import importlib.util
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+from rich.console import Console
+from tiny import LANGUAGE, experiment, hand_counted
+
+from mllm_jax.cli import load_config, main
+from mllm_jax.encoders.vit import ViTConfig
+from mllm_jax.errors import ConfigError, PlanError
+from mllm_jax.planning import compile as compiling
+from mllm_jax.planning import search as searching
+from mllm_jax.planning.batches import batch_shapes
+from mllm_jax.planning.compile import OutOfMemory, topology_mesh
+from mllm_jax.planning.hlo import account
+from mllm_jax.planning.model import with_remat
+from mllm_jax.planning.plan import make_plan
+from mllm_jax.planning.report import render, show, show_search
+from mllm_jax.planning.topologies import GIB, topology
+from mllm_jax.sharding.mesh import MeshConfig
+from mllm_jax.training.flops import count_flops
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def plan():
+    return make_plan(experiment(), topology("v5e-16"))
+
+
+def text_of(parts) -> str:
+    console = Console(width=140, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    for part in parts:
+        console.print(part)
+    return console.export_text()
+
+
+# ---- the compiled step
+
+
+def test_compiled_flops_are_those_worked_out_by_hand(plan):
+    tokens, length, layers, heads, head_dim = 16 * 128, 128, 4, 2, 128
+    hand = hand_counted(tokens, length, 512, 256, layers, heads, heads, 704)
+    assert plan.flops == pytest.approx(hand, rel=0.01)
+    # Attention's kernels go back in two, for queries and for keys: both make scores again, the second dP as well.
+    again = 3 * layers * 2 * tokens * length * heads * head_dim
+    assert plan.kernel_flops > 0
+    assert plan.dense_flops == pytest.approx(hand + again, rel=0.02)
+    assert plan.model_flops["llm"].backward == 2 * plan.model_flops["llm"].forward
+
+
+def test_fsdp_sends_what_theory_says(plan):
+    """(n-1)/n of every layer's weights gathered in bf16 for each of two passes, and its gradient reduced once.
+
+    The head is gathered once, as its passes stand side by side; the table of embeddings stays where it is.
+    """
+    weights, table = plan.memory.parameters / 4 * 16, 512 * 256
+    sent = {kind: nbytes for kind, link, _, nbytes in plan.collectives}
+    gathered = 2 * (weights - 2 * table) + table
+    assert sent["all-gather"] == pytest.approx(gathered * 2 * 15 / 16, rel=0.1)
+    reduced = sent.get("all-reduce", 0) + 2 * sent.get("all-reduce-scatter", 0) + 2 * sent.get("reduce-scatter", 0)
+    assert reduced == pytest.approx(2 * weights * 2 * 15 / 16, rel=0.1)
+
+
+def test_memory_is_what_the_shapes_say(plan):
+    memory = plan.memory
+    assert memory.optimizer == pytest.approx(2 * memory.parameters, rel=0.01)
+    assert plan.fits and memory.state < memory.peak < memory.available == 15.75 * GIB
+    assert memory.batch == 5 * 128 * 4
+
+
+def test_times_follow_from_the_counts(plan):
+    chip, times = topology("v5e-16").chip, plan.times
+    assert times.compute == pytest.approx(plan.compiled_flops / 16 / chip.flops)
+    assert times.overlapped == max(times.compute, times.hbm, times.ici) < times.serial
+    assert plan.mfu(times.compute) == pytest.approx(1 / plan.recompute, rel=0.02)
+
+
+def test_the_report_fits_on_a_screen_and_into_a_file(plan, tmp_path):
+    text = text_of(render(plan))
+    assert len(text.splitlines()) < 40
+    assert "fits" in text and "all-gather" in text and "nothing overlapped" in text
+    plan.write(tmp_path / "new" / "plan.json")
+    stored = json.loads((tmp_path / "new" / "plan.json").read_text())
+    assert stored["flops"] == plan.flops and stored["mfu"]["overlapped"] == plan.mfu(plan.times.overlapped)
+
+
+# ---- several slices
+
+
+def test_a_gradient_goes_over_dcn_between_slices():
+    two = topology("2xv5e-4")
+    mesh = topology_mesh(MeshConfig(data=2, fsdp=-1), two)
+    weight = jax.ShapeDtypeStruct((512, 512), jnp.bfloat16, sharding=NamedSharding(mesh, PartitionSpec("fsdp")))
+    rows = NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+    x = jax.ShapeDtypeStruct((64, 512), jnp.bfloat16, sharding=rows)
+    gradient = jax.grad(lambda w, x: jnp.square((x @ w).astype(jnp.float32)).sum())
+    compiled = jax.jit(gradient, out_shardings=weight.sharding).lower(weight, x).compile()
+    counted = account(compiled.as_text(), [device.slice_index for device in mesh.devices.flat])
+    # A chip's quarter of the gradient, halved for each of two ways through a ring of two.
+    assert counted.by_kind()["all-reduce", "DCN"] == (1, 512 * 512 * 2 / 4)
+    assert counted.ici_bytes > 0
+
+
+def test_only_data_goes_over_slices():
+    with pytest.raises(ConfigError, match="raise experiment.mesh.data"):
+        topology_mesh(MeshConfig(data=1, fsdp=-1), topology("2xv5e-4"))
+
+
+# ---- model FLOPs at full size, without compiling
+
+
+def test_model_flops_of_llama_7b_are_those_worked_out_by_hand():
+    full = make_plan(LANGUAGE["experiment"]("llama2_7b", rows=64, length=2048), topology("64xh100"))
+    assert full.flops == pytest.approx(hand_counted(64 * 2048, 2048, *LANGUAGE["SIZES"]["llama2_7b"]), rel=0.02)
+
+
+def test_model_flops_of_vit_large_are_those_worked_out_by_hand():
+    config = ViTConfig(image_size=224, patch_size=16, hidden_size=1024, num_layers=24, num_heads=16, mlp_size=4096)
+    model = config.make()
+    images = jax.ShapeDtypeStruct((4, 224, 224, 3), jnp.float32)
+    params = jax.eval_shape(model.init, jax.random.key(0), images)
+    patches = 14 * 14
+    weights = 24 * (4 * 1024**2 + 2 * 1024 * 4096) + 16 * 16 * 3 * 1024
+    forward = 2 * 4 * patches * (weights + 24 * 2 * patches * 1024)
+    assert count_flops(model.apply, params, images) == pytest.approx(forward, rel=0.02)
+
+
+# ---- what does not fit, or is not there
+
+
+def test_what_does_not_fit_is_a_plan_with_advice():
+    big = experiment(rows=4, vocab_size=3_000_000, mesh=MeshConfig(data=1, fsdp=-1))
+    plan = make_plan(big, topology("v5e-1"))
+    assert plan.fits is False and plan.memory.state > plan.memory.available
+    assert "chips" in plan.advice[0]
+    assert "does not fit" in text_of(render(plan))
+
+
+@pytest.mark.parametrize(
+    "message, needed, available",
+    [
+        ("RESOURCE_EXHAUSTED: ... HLO temporaries (200.00G) exceeds available HBM (15.75G).", 200, 15.75),
+        ("RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 19.52G of 15.75G hbm.", 19.52, 15.75),
+        ("RESOURCE_EXHAUSTED: something else", None, None),
+    ],
+)
+def test_figures_of_the_compilers_refusal(message, needed, available):
+    error = OutOfMemory(message, "the step")
+    assert (error.needed, error.available) == tuple(value and value * GIB for value in (needed, available))
+
+
+def test_without_the_compiler_the_extra_is_named(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(PlanError, match="mllm-jax\\[plan\\]"):
+        compiling.topology_devices(topology("v5e-4"))
+
+
+def test_rows_that_the_mesh_does_not_divide_are_named():
+    plan = make_plan(experiment(rows=6), topology("8xh100"))
+    assert "does not divide" in plan.notes[0] and "data x fsdp 2 devices" in plan.advice[0]
+
+
+# ---- GPUs, from shapes
+
+
+def test_gpus_are_estimated():
+    plan = make_plan(replace(experiment(rows=64), mesh=MeshConfig(1, -1)), topology("16xh100"))
+    assert plan.compiled is False and plan.fits is None and plan.dense_flops == plan.flops
+    again = make_plan(replace(experiment(rows=64), model=with_remat(experiment().model, "full")), topology("16xh100"))
+    assert again.recompute == pytest.approx(4 / 3, rel=0.01)
+    assert {link for _, link, _, _ in plan.collectives} == {"ICI", "DCN"}  # two nodes of eight
+    assert "may fit" in text_of(render(plan)) and "NVLink" in text_of(render(plan))
+
+
+# ---- batches without data
+
+
+def test_batches_of_the_smoke_config():
+    smoke = load_config(ROOT / "configs" / "smoke.py")
+    text, pairs, pictures = (batch_shapes(smoke, smoke.stages[i]) for i in (0, 1, 3))
+    assert "images" not in text and text["tokens"].shape == (8, 128)
+    assert pairs["images"].shape == (16, 1, 16, 16, 3)
+    assert pictures["images"].shape == (8, 2, 16, 16, 3) and pictures["images"].dtype == jnp.uint8
+
+
+def test_batches_of_packed_patches():
+    plan = load_config(ROOT / "configs" / "plans" / "qwen25vl_7b.py")
+    shapes = batch_shapes(plan, plan.stages[0])
+    assert shapes["positions"].shape == (256, 8192, 3)  # M-RoPE
+    assert shapes["patches"].shape == (256, 16_384, 3 * 2 * 14 * 14)
+    assert shapes["patch_coordinates"].shape == (256, 16_384, 2)
+
+
+# ---- the command
+
+
+def test_the_command_plans_and_writes_the_figures(tmp_path, capsys):
+    options = ["--stage", "align", "--mesh.data", "1", "--mesh.fsdp", "-1", "--json", str(tmp_path / "plan.json")]
+    assert main(["plan", str(ROOT / "configs" / "smoke.py"), "--topology", "8xh100", *options]) == 0
+    assert "stage align on 8xh100" in capsys.readouterr().out
+    stored = json.loads((tmp_path / "plan.json").read_text())
+    assert stored["mesh"]["fsdp"] == 8 and stored["model_flops"]["encoder"]["backward"] == 0
+
+
+# ---- the search
+
+
+def test_the_search_skips_what_cannot_do_better(monkeypatch, plan):
+    """A pretence of chips on which one piece at full remat, and two at any, fit."""
+    asked = []
+
+    def pretend(candidate, where, stage):
+        pieces, mesh = candidate.stages[0].accumulate, candidate.mesh
+        fits = pieces >= 2 or candidate.model.llm.remat == "full"
+        asked.append((mesh.tensor, pieces, candidate.model.llm.remat))
+        sizes = dict(data=mesh.data, fsdp=mesh.fsdp, context=1, tensor=mesh.tensor)
+        slower = replace(plan.times, compute=1.0 + pieces + mesh.tensor)
+        return replace(plan, fits=fits, mesh=sizes, accumulate=pieces, remat=candidate.model.llm.remat, times=slower)
+
+    monkeypatch.setattr(searching, "make_plan", pretend)
+    best, tried = searching.search(experiment(rows=32), topology("v5e-16"), limit=8)
+    assert asked[:3] == [(1, 1, "dots"), (1, 2, "dots"), (1, 1, "full")]
+    assert len(tried) <= 8 and all(found.fits for found in best)
+    assert [found.times.expected for found in best] == sorted(found.times.expected for found in best)
+    console = Console(width=140, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    show_search(best, tried, console)
+    show(best[0], console)
+    assert "does not fit" in console.export_text()
+
+
+def test_a_search_without_a_candidate_says_so():
+    with pytest.raises(ConfigError, match="rows that data x fsdp divides"):
+        searching.search(experiment(rows=6), topology("v5e-16"))
