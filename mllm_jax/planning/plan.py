@@ -10,6 +10,7 @@ from pathlib import Path
 import jax
 
 from mllm_jax.errors import ConfigError
+from mllm_jax.layers.stack import REMAT_POLICIES
 from mllm_jax.planning.analytic import analytic_account
 from mllm_jax.planning.compile import AbstractStep, OutOfMemory, abstract_step, compile_step, topology_mesh
 from mllm_jax.planning.hlo import FUSED_SCATTER
@@ -298,8 +299,10 @@ def _advice(plan: Plan) -> tuple[str, ...]:
             less = "" if memory.frozen == 0 else ", or hold frozen parameters in bfloat16 (frozen_dtype)"
             advice.append(f"{takes}: take about {need} chips{less}")
         return tuple(advice)
-    if plan.remat != "full":
+    if plan.remat not in ("full", "offload"):
         advice.append(f"remat 'full' instead of {plan.remat!r}: activations of one layer at a time")
+    elif plan.remat == "full" and "offload" in REMAT_POLICIES:
+        advice.append("remat 'offload': what enters each layer goes to the host's memory")
     if piece // over > 1:
         advice.append(f"accumulate {plan.accumulate * 2}: half as many rows of a device at a time")
     else:
