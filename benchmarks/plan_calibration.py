@@ -127,6 +127,7 @@ def main() -> None:
     if not options.print:
         make(options.runs, options.again)
     print(table(read(OUT)))
+    print("efficiency, for topologies.py: " + ", ".join(f"{name} {f:.3f}" for name, f in factors(read(OUT)).items()))
 
 
 if __name__ == "__main__":

@@ -193,7 +193,7 @@ class _Walk:
             if kind is None:
                 self.instruction(inner, instruction, times, total, counted)
                 continue
-            if "chain_id=" in instruction.attributes:
+            if starts or "chain_id=" in instruction.attributes or "async_collective_fusion" in instruction.attributes:
                 # One collective in three fusions: its start, what it overlaps with, its end. Channel and chain are one,
                 # but permutes may share a channel, so their pairs count as well.
                 part = [instruction.attribute(name) for name in ("channel_id", "chain_id", "source_target_pairs")]
@@ -272,34 +272,42 @@ class _Walk:
         if opcode != "fusion":
             return sum(map(_hbm, instruction.shapes)) + sum(_hbm(o.shape) for o in operands if len(o.shapes) == 1)
         inner = self.module.computations[instruction.called["calls"]]
-        read = sum(_read(inner, number) for number, o in enumerate(operands) if o.shape.in_hbm)
+        read = sum(self.read(inner, inner.parameters[n].name) for n, o in enumerate(operands) if o.shape.in_hbm)
         outputs = [inner.root] if inner.root.opcode != "tuple" else [inner.instructions[n] for n in inner.root.operands]
-        return read + sum(_written(inner, out) for out, s in zip(outputs, instruction.shapes, strict=False) if s.in_hbm)
+        return read + sum(
+            self.written(inner, out) for out, s in zip(outputs, instruction.shapes, strict=False) if s.in_hbm
+        )
+
+    def read(self, inner: Computation, name: str) -> int:
+        """Bytes that a fusion reads of one of its values: where it only takes slices of it, those."""
+        total, whole = 0, inner.instructions[name].shape.bytes
+        for user in inner.users[name]:
+            if user.opcode == "bitcast":
+                total += self.read(inner, user.name)
+            elif user.opcode == "fusion":
+                nested = self.module.computations[user.called["calls"]]
+                places = [place for place, operand in enumerate(user.operands) if operand == name]
+                total += sum(self.read(nested, nested.parameters[place].name) for place in places)
+            elif user.opcode == "dynamic-slice" and user.operands[0] == name:
+                total += user.shape.bytes
+            elif user.opcode != "dynamic-update-slice" or user.operands[0] != name:  # that one writes in place
+                return whole
+        return min(total, whole)
+
+    def written(self, inner: Computation, output: Instruction) -> int:
+        """Bytes that a fusion writes of one of its results: where it updates a slice in place, those."""
+        while output.opcode in ("bitcast", "copy", "convert") and output.operands:
+            output = inner.instructions[output.operands[0]]
+        if output.opcode == "fusion":
+            nested = self.module.computations[output.called["calls"]]
+            return self.written(nested, nested.root)
+        if output.opcode == "dynamic-update-slice":
+            return inner.instructions[output.operands[1]].shape.bytes
+        return output.shape.bytes
 
 
 def _hbm(shape: Shape) -> int:
     return shape.bytes if shape.in_hbm else 0
-
-
-def _read(inner: Computation, number: int) -> int:
-    """Bytes of a fusion's operand that it reads: where it only takes slices of it, those."""
-    parameter = inner.parameters.get(number)
-    if parameter is None:
-        return 0
-    users = inner.users[parameter.name]
-    if users and all(u.opcode == "dynamic-slice" and u.operands[0] == parameter.name for u in users):
-        return sum(u.shape.bytes for u in users)
-    if users and all(u.opcode == "dynamic-update-slice" and u.operands[0] == parameter.name for u in users):
-        return 0  # written in place
-    return parameter.shape.bytes
-
-
-def _written(inner: Computation, output: Instruction) -> int:
-    while output.opcode in ("bitcast", "copy", "convert") and output.operands:
-        output = inner.instructions[output.operands[0]]
-    if output.opcode == "dynamic-update-slice":
-        return inner.instructions[output.operands[1]].shape.bytes
-    return output.shape.bytes
 
 
 def _add(total: Account, part: Account) -> None:

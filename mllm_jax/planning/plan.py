@@ -10,6 +10,7 @@ from pathlib import Path
 import jax
 
 from mllm_jax.errors import ConfigError
+from mllm_jax.layers.stack import REMAT_POLICIES
 from mllm_jax.planning.analytic import analytic_account
 from mllm_jax.planning.compile import AbstractStep, OutOfMemory, abstract_step, compile_step, topology_mesh
 from mllm_jax.planning.hlo import FUSED_SCATTER
@@ -55,8 +56,9 @@ class Plan:
         fits: None where that cannot be known without compiling.
         compiled: whether the compiler was asked; else all is estimated from shapes.
         model_flops: by part; what the model needs, without recomputation and with all of the attention's products.
-        compiled_flops: what the program computes, without the blocks that attention kernels skip.
-        dense_flops: the same with those blocks: what compares with `model_flops`.
+        dot_flops, kernel_flops: what the program computes in products, and in attention kernels without the blocks that
+            they skip.
+        dense_flops: both, with those blocks: what compares with `model_flops`.
         collectives: (kind, link, runs, bytes that a device sends) a step.
         unfused_wire_bytes: sent in all, with each fused all-reduce-scatter at the cost of an all-reduce.
         notes: what a person should know before believing the figures.
@@ -80,7 +82,8 @@ class Plan:
     peak_flops: float
     lower_seconds: float | None = None
     compile_seconds: float | None = None
-    compiled_flops: float | None = None
+    dot_flops: float | None = None
+    kernel_flops: float | None = None
     dense_flops: float | None = None
     collectives: tuple[tuple[str, str, int, float], ...] = ()
     unfused_wire_bytes: float | None = None
@@ -93,6 +96,10 @@ class Plan:
     def flops(self) -> int:
         """FLOPs that the model needs in a step."""
         return sum(part.total for part in self.model_flops.values())
+
+    @property
+    def compiled_flops(self) -> float | None:
+        return None if self.dot_flops is None else self.dot_flops + self.kernel_flops
 
     @property
     def recompute(self) -> float | None:
@@ -110,7 +117,12 @@ class Plan:
     def to_json(self) -> dict:
         """Every figure, with those that follow from others."""
         values = {name: value for name, value in asdict(self).items() if name != "hlo"}
-        values |= {"flops": self.flops, "recompute": self.recompute, "tokens": self.tokens}
+        values |= {
+            "flops": self.flops,
+            "compiled_flops": self.compiled_flops,
+            "recompute": self.recompute,
+            "tokens": self.tokens,
+        }
         values["memory"] |= {"state": self.memory.state}
         if self.times is not None:
             seconds = {name: getattr(self.times, name) for name in ("overlapped", "serial", "expected")}
@@ -169,7 +181,8 @@ def make_plan(experiment: Experiment, topology: Topology, stage: str | None = No
         memory=memory,
         lower_seconds=compiled.lower_seconds,
         compile_seconds=compiled.compile_seconds,
-        compiled_flops=counted.flops * topology.devices,
+        dot_flops=counted.dot_flops * topology.devices,
+        kernel_flops=counted.kernel_flops * topology.devices,
         dense_flops=counted.dense_flops * topology.devices,
         collectives=tuple((kind, link, n, sent) for (kind, link), (n, sent) in counted.by_kind().items()),
         unfused_wire_bytes=counted.wire_bytes_unfused(),
@@ -232,7 +245,8 @@ def _estimated(plan: Plan, topology: Topology, abstract: AbstractStep) -> Plan:
     plan = replace(
         plan,
         fits=fits,
-        compiled_flops=counted.flops * topology.devices,
+        dot_flops=counted.dot_flops * topology.devices,
+        kernel_flops=counted.kernel_flops * topology.devices,
         dense_flops=counted.dense_flops * topology.devices,
         collectives=tuple((kind, link, n, sent) for (kind, link), (n, sent) in counted.by_kind().items()),
         unfused_wire_bytes=counted.wire_bytes_unfused(),
@@ -285,8 +299,10 @@ def _advice(plan: Plan) -> tuple[str, ...]:
             less = "" if memory.frozen == 0 else ", or hold frozen parameters in bfloat16 (frozen_dtype)"
             advice.append(f"{takes}: take about {need} chips{less}")
         return tuple(advice)
-    if plan.remat != "full":
+    if plan.remat not in ("full", "offload"):
         advice.append(f"remat 'full' instead of {plan.remat!r}: activations of one layer at a time")
+    elif plan.remat == "full" and "offload" in REMAT_POLICIES:
+        advice.append("remat 'offload': what enters each layer goes to the host's memory")
     if piece // over > 1:
         advice.append(f"accumulate {plan.accumulate * 2}: half as many rows of a device at a time")
     else:

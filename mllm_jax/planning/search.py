@@ -15,6 +15,7 @@ from mllm_jax.training.config import Experiment
 
 TENSORS = (1, 2, 4, 8)
 PIECES = (1, 2, 4, 8)
+POLICIES = tuple(name for name in ("none", "dots", "full", "offload") if name in REMAT_POLICIES)  # each saves more
 
 
 def candidates(experiment: Experiment, topology: Topology, index: int) -> Iterator[Experiment]:
@@ -25,12 +26,11 @@ def candidates(experiment: Experiment, topology: Topology, index: int) -> Iterat
     stage = experiment.stages[index]
     inside = topology.devices // topology.slices
     heads = getattr(getattr(experiment.model, "llm", None), "num_heads", 0)
-    policies = [policy for policy in ("dots", "full") if policy in REMAT_POLICIES]
     for tensor in TENSORS:
         if inside % tensor or (tensor > 1 and heads % tensor):
             continue
         mesh = MeshConfig(data=topology.slices, fsdp=inside // tensor, tensor=tensor)
-        for policy in policies:
+        for policy in POLICIES[1:]:
             for pieces in PIECES:
                 if stage.data.rows % pieces or stage.data.rows // pieces % (mesh.data * mesh.fsdp):
                     continue
@@ -87,8 +87,8 @@ def _hopeless(candidate: Experiment, index: int, tried: list[Plan]) -> bool:
     for plan in tried:
         if (plan.mesh["fsdp"], plan.mesh["tensor"]) != (mesh.fsdp, mesh.tensor):
             continue
-        saves_less = stage.accumulate <= plan.accumulate and (remat == plan.remat or plan.remat == "full")
-        saves_more = stage.accumulate >= plan.accumulate and (remat == plan.remat or remat == "full")
+        pieces, kept = stage.accumulate - plan.accumulate, POLICIES.index(remat) - POLICIES.index(plan.remat)
+        saves_less, saves_more = max(pieces, kept) <= 0, min(pieces, kept) >= 0
         if (plan.fits is False and saves_less) or (plan.fits and saves_more):
             return True
     return False

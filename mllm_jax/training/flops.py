@@ -40,7 +40,8 @@ def flops_by_part(function, parts: Collection[str], *args) -> dict[str, PartFlop
 
     Args:
         function: a loss and its gradient.
-        parts: names of submodules. What none of them does is "other"; the output head of an LLM is "head".
+        parts: names of submodules. The output head of an LLM is "head", and what no part does is the "objective": the
+            head too, where a loss takes it in pieces.
 
     Returns:
         the parts that do anything, in the order of `parts`.
@@ -50,11 +51,11 @@ def flops_by_part(function, parts: Collection[str], *args) -> dict[str, PartFlop
     for stack, flops in by_stack.items():
         path = [step for step in re.split(r"[/()]+", stack) if step]
         found = next((i for i, step in enumerate(path) if step in parts), None)
-        part = "other" if found is None else path[found]
+        part = "objective" if found is None else path[found]
         if found is not None and any(re.search(r"(\.|^)(attend|lm_head|head)$", step) for step in path[found + 1 :]):
             part = "head"
         sums[part, "transpose(" in stack] += flops
-    names = [*parts, "head", "other"]
+    names = [*parts, "head", "objective"]
     table = {name: PartFlops(sums[name, False], sums[name, True]) for name in dict.fromkeys(names)}
     return {name: flops for name, flops in table.items() if flops.total}
 

@@ -265,6 +265,33 @@ def test_memory_traffic_counts_slices_not_the_stack_and_not_what_stays_on_chip()
     assert account(text).hbm_bytes == 64 * 64 * 2
 
 
+def test_slices_are_seen_through_nested_fusions_and_updates_in_place():
+    fused = """
+%inner (s: bf16[12,64,64], i: s32[]) -> bf16[1,64,64] {
+  %s = bf16[12,64,64]{2,1,0} parameter(0)
+  %i = s32[] parameter(1)
+  %b = bf16[12,64,64]{2,1,0} bitcast(%s)
+  ROOT %one = bf16[1,64,64]{2,1,0} dynamic-slice(%b, %i, %i, %i), dynamic_slice_sizes={1,64,64}
+}
+
+%outer (t: bf16[12,64,64], u: bf16[12,64,64], j: s32[]) -> bf16[12,64,64] {
+  %t = bf16[12,64,64]{2,1,0} parameter(0)
+  %u = bf16[12,64,64]{2,1,0} parameter(1)
+  %j = s32[] parameter(2)
+  %taken = bf16[1,64,64]{2,1,0} fusion(%t, %j), kind=kLoop, calls=%inner
+  ROOT %put = bf16[12,64,64]{2,1,0} dynamic-update-slice(%u, %taken, %j, %j, %j)
+}
+"""
+    text = entry(
+        "%stack = bf16[12,64,64]{2,1,0} parameter(0)",
+        "%other = bf16[12,64,64]{2,1,0} parameter(1)",
+        "%n = s32[]{:T(128)S(6)} parameter(2)",
+        "ROOT %w = bf16[12,64,64]{2,1,0} fusion(%stack, %other, %n), kind=kLoop, calls=%outer",
+        before=fused,
+    )
+    assert account(text).hbm_bytes == 2 * 64 * 64 * 2  # a slice read, a slice written
+
+
 def test_text_that_is_no_module_is_refused():
     with pytest.raises(PlanError, match="ENTRY"):
         Module("nothing")
