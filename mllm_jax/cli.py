@@ -202,7 +202,7 @@ def train_command(arguments: list[str]) -> int:
         keep_compiled()
     if not join(options.hosts):
         return _train(options)
-    return end_together(lambda: _refused(lambda: _train(options)))
+    return end_together(lambda: _train(options), _refused)
 
 
 def _train(options: Train) -> int:

@@ -12,6 +12,8 @@ import numpy as np
 import mllm_jax.errors
 from mllm_jax.errors import MllmError
 
+BLOCK = 1024  # bytes
+
 
 def is_first() -> bool:
     """Whether this is the process that writes what a run has once: its files, metrics and lines on the screen."""
@@ -30,8 +32,8 @@ def from_first(value: Any) -> Any:
 
     text = np.frombuffer(json.dumps(value).encode(), np.uint8) if is_first() else np.zeros(0, np.uint8)
     size = int(broadcast_one_to_all(np.int32(len(text))))
-    padded = np.zeros(size, np.uint8)
-    padded[: len(text)] = text[:size]
+    padded = np.full(-(-size // BLOCK) * BLOCK, ord(" "), np.uint8)  # few sizes: each is compiled for
+    padded[: len(text)] = text
     return json.loads(bytes(np.asarray(broadcast_one_to_all(padded))))
 
 

@@ -131,23 +131,32 @@ def leave() -> None:
         jax.distributed.shutdown()
 
 
-def end_together(work: Callable[[], int]) -> int:
+def end_together(work: Callable[[], int], refused: Callable[[Callable[[], int]], int]) -> int:
     """Runs the work of one of several processes; returns its exit code, 0, once all have come to the end.
 
     Any other end ends the process here and at once: the usual one would first wait for the other processes, which may
     be waiting for this one. They notice that it is gone.
+
+    Args:
+        refused: runs what it is given and turns refusals into messages and exit codes.
     """
+
+    def told() -> int:
+        try:
+            return work()
+        except Exception as error:
+            if (lost := lost_host(error)) is None:
+                raise
+            print(f"{type(lost).__name__}: {lost}", file=sys.stderr)
+            return LOST_EXIT
+
     code = 1
     try:
-        code = work()
+        code = refused(told)
         if code == 0:
             leave()
-    except BaseException as error:
-        if (lost := lost_host(error)) is not None:
-            code = LOST_EXIT
-            print(f"{type(lost).__name__}: {lost}", file=sys.stderr)
-        else:
-            traceback.print_exc()
+    except BaseException:
+        traceback.print_exc()
     finally:
         if code:
             sys.stdout.flush()
@@ -156,11 +165,13 @@ def end_together(work: Callable[[], int]) -> int:
     return code
 
 
-def lost_host(error: BaseException) -> TrainingError | None:
-    """What to say of an error that a dead or unreachable process causes in the others; None: it is another error."""
+def lost_host(error: BaseException | None) -> TrainingError | None:
+    """What to say of an error that comes from a dead or unreachable process; None: it comes from something else."""
     import jax
 
-    if jax.process_count() == 1 or not isinstance(error, jax.errors.JaxRuntimeError):
+    while error is not None and not isinstance(error, jax.errors.JaxRuntimeError):
+        error = error.__cause__  # a checkpoint that failed for it, say
+    if error is None or jax.process_count() == 1:
         return None
     text = str(error)
     signs = ("gloo", "connection", "unavailable", "coordination", "heartbeat", "deadline", "barrier", "socket")

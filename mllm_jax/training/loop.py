@@ -31,7 +31,7 @@ from mllm_jax.training.config import Experiment, Pretrained, Stage, require_voca
 from mllm_jax.training.features import FeatureCache
 from mllm_jax.training.flops import count_flops
 from mllm_jax.training.metrics import Meter, MetricsWriter, Progress, peak_flops
-from mllm_jax.training.monitors import HANG_SECONDS, Monitors, attended
+from mllm_jax.training.monitors import Monitors, attended
 from mllm_jax.training.named import dialogues_of
 from mllm_jax.training.optimizer import learning_rate, make_optimizer
 from mllm_jax.training.partition import join, num_bytes, num_parameters, split
@@ -60,7 +60,7 @@ def train(
     devices: Sequence[jax.Device] | None = None,
     cache_dir: Path | None = None,
     until: str | None = None,
-    hang_seconds: float = HANG_SECONDS,
+    hang_seconds: float = 0.0,
     profile: bool = False,
 ) -> RunFolder:
     """Trains every stage that the run folder does not hold yet, and returns the folder.
@@ -70,7 +70,7 @@ def train(
         devices: the devices to use; None: all.
         cache_dir: where measured lengths are kept.
         until: the stage to end with; None: the last.
-        hang_seconds: the process ends with all its stacks told when nothing is finished for so long; 0: never.
+        hang_seconds: this process ends, its stacks told, when nothing is finished for so long (`mllm train`: 1800).
         profile: write a trace of a few steps.
 
     Of several processes each calls this with equal arguments; `run_dir` is one folder that all of them see.

@@ -14,8 +14,6 @@ from mllm_jax.training.run_folder import RunFolder
 from mllm_jax.training.stopping import Stopping, signals
 from mllm_jax.training.watchdog import Watchdog
 
-HANG_SECONDS = 1800.0  # longer than any compilation is expected to take
-
 
 @dataclass(frozen=True)
 class Monitors:

@@ -36,9 +36,13 @@ class Started:
         """Their numbers in the system, in order."""
         return [int(pid) for pid in Path(f"/proc/{self.launcher.pid}/task").glob("*/children") for pid in _words(pid)]
 
-    def wait_for_step(self, step: int, seconds: float = 600) -> None:
+    def wait_for(self, step: int, checkpoint: int | None = None, seconds: float = 600) -> None:
+        """Returns once a step is done and a checkpoint complete."""
+        sealed = self.folder / "checkpoints" / "0-stage0" / f"{checkpoint or 0:08d}" / "manifest.json"
         until = time.monotonic() + seconds
-        while not any(line["step"] >= step and "loss" in line for line in metrics(self.folder)):
+        while not any(line["step"] >= step and "loss" in line for line in metrics(self.folder)) or (
+            checkpoint is not None and not sealed.is_file()
+        ):
             assert self.launcher.poll() is None, f"ended too early:\n{self.output.read_text()}"
             assert time.monotonic() < until, self.output.read_text()
             time.sleep(0.01)
@@ -160,8 +164,8 @@ def test_one_process_writes_the_run_and_the_evaluation_of_all(one, several):
 def test_one_is_killed_and_all_go_on_to_the_same_bits(place, several, processes):
     rng = random.Random(processes)
     name = f"{processes}-killed"
-    started = place.start(name, processes, 4 // processes, FOUR, pause=0.1, restarts=1)
-    started.wait_for_step(rng.randint(3, 6))
+    started = place.start(name, processes, 4 // processes, FOUR, pause=0.3, restarts=1)
+    started.wait_for(rng.randint(3, 5), checkpoint=3)
     os.kill(started.processes()[rng.randrange(processes)], signal.SIGKILL)
     printed = started.end(0)
     assert "restart 1 of 1" in printed and re.search(r"\[0\] stage stage0: resumed at step [36]", printed)
@@ -175,7 +179,7 @@ def test_one_is_killed_and_all_go_on_to_the_same_bits(place, several, processes)
 def test_eight_devices_preempted_then_four_with_a_host_that_dies_then_two(place, one):
     # A notice to one of two processes: both save the same step.
     started = place.start("elastic", 2, 4, {"data": 2, "fsdp": 4}, pause=0.3)
-    started.wait_for_step(2)
+    started.wait_for(2)
     os.kill(started.processes()[1], signal.SIGTERM)
     printed = started.end(130)
     stopped = set(re.findall(r"stopped at step (\d) of stage", printed))
@@ -183,7 +187,7 @@ def test_eight_devices_preempted_then_four_with_a_host_that_dies_then_two(place,
     (at,) = stopped
     # Four processes; one dies, and the launcher leaves the others to themselves: they say so and end.
     started = place.start("elastic", 4, 1, FOUR, pause=0.3, extra=("--hosts.heartbeat-seconds", "10"))
-    started.wait_for_step(int(at) + 1)
+    started.wait_for(int(at) + 1)
     os.kill(started.processes()[2], signal.SIGKILL)
     printed = started.end(256 - signal.SIGKILL, -signal.SIGKILL)
     assert f"resumed at step {at}" in printed

@@ -86,22 +86,28 @@ def writing(folder: Path) -> bool:
 
 
 def complete(folder: Path) -> tuple[int, list[str]]:
-    """The newest step (over all stages) that is safe on disk, and what has a checkpoint's name without being sound."""
-    from mllm_jax.checkpoints.folder import damage
+    """The newest step (over all stages) that is safe on disk, and what has a checkpoint's name without being sound.
 
-    newest, broken = 0, []
+    An old checkpoint that was being deleted, its manifest first, is none of the latter: it had been given up.
+    """
+    from mllm_jax.checkpoints.folder import MANIFEST, damage
+
+    sound, broken = [0], {}
     for stage in range(STAGES):
         ended = folder / "stages" / f"{stage}-stage{stage}"
         found = {(stage + 1) * STEPS: ended} if ended.is_dir() else {}
         for path in folder.glob(f"checkpoints/{stage}-stage{stage}/*"):
             if path.name.isdecimal():
-                found[stage * STEPS + int(path.name)] = path
+                found.setdefault(stage * STEPS + int(path.name), path)
         for step, path in found.items():
             if reason := damage(path, deep=True):
-                broken.append(f"{path.relative_to(folder)}: {reason}")
+                broken[step] = path, reason
             else:
-                newest = max(newest, step)
-    return newest, broken
+                sound.append(step)
+    newest = max(sound)
+    given_up = [step for step, (path, _) in broken.items() if step < newest and not (path / MANIFEST).exists()]
+    told = [f"{path.relative_to(folder)}: {why}" for step, (path, why) in broken.items() if step not in given_up]
+    return newest, told
 
 
 def resumed_at(printed: str) -> int:
@@ -152,19 +158,23 @@ class Harness:
 
         return in_child(lambda: train(experiment(), folder, cache_dir=self.base), folder.with_suffix(".out"))
 
+    def fault(self, text: str) -> None:
+        self.faults.append(f"after kill {self.counts['kills']}: {text}")
+        print(self.faults[-1], flush=True)
+
     def check_end(self, folder: Path) -> None:
         """What a run that has ended left must be what the undisturbed one left, to the last bit."""
         if metrics(folder) != self.lines:
-            self.faults.append(f"{folder.name}: metrics differ from those of the run that was never killed")
+            self.fault(f"{folder.name}: metrics differ from those of the run that was never killed")
         output = folder.with_suffix(".compared")
         ended_well(in_child(lambda: print(different(self.whole, folder)), output), output)
         if (found := output.read_text().strip()) != "[]":
-            self.faults.append(f"{folder.name}: parameters differ: {found}")
+            self.fault(f"{folder.name}: parameters differ: {found}")
 
     def cycle(self, folder: Path) -> bool:
         """One start, killed; True if it came to its end before that."""
         before, _ = complete(folder) if folder.is_dir() else (0, [])
-        folder.with_suffix(".out").unlink(missing_ok=True)
+        folder.with_suffix(".out").write_text("")  # this start's alone, also if it is killed before it prints
         child = self.start(folder)
         aimed = self.random.random() < 0.5
         wait = self.random.random()
@@ -201,16 +211,16 @@ class Harness:
         after, broken = complete(folder)
         if after < before or broken:
             self.counts["lost checkpoints"] += 1
-            self.faults.append(f"kill {self.counts['kills']}: newest {before} -> {after}, broken {broken}")
+            self.fault(f"newest {before} -> {after}, broken {broken}")
         printed = folder.with_suffix(".out").read_text()
         started = "stage stage" in printed
         if started and resumed_at(printed.split("\nstage0  ")[0].split("\nstage1  ")[0]) != before:
             self.counts["wrong resumes"] += 1
-            self.faults.append(f"kill {self.counts['kills']}: resumed not at {before}:\n{printed}")
+            self.fault(f"resumed not at {before}:\n{printed}")
         left = metrics(folder)
         if left != self.lines[: len(left)]:
             self.counts["wrong resumes"] += 1
-            self.faults.append(f"kill {self.counts['kills']}: metrics differ after a resume at {before}")
+            self.fault(f"metrics differ after a resume at {before}")
         return False
 
 
@@ -243,8 +253,6 @@ def main(arguments: list[str] | None = None) -> int:
             harness.counts["runs ended"] += 1
         names = ("kills", "kills while a checkpoint was written", "runs ended", "lost checkpoints", "wrong resumes")
         print("; ".join(f"{name}: {harness.counts[name]}" for name in names), f"({time.monotonic() - began:.0f} s)")
-        for fault in harness.faults:
-            print(fault)
         return 1 if harness.faults else 0
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import jax
 import pytest
 
-from mllm_jax.errors import ConfigError
+from mllm_jax.errors import CheckpointError, ConfigError
 from mllm_jax.training import distributed
 from mllm_jax.training.distributed import Hosts, join, resolve
 
@@ -71,3 +72,13 @@ def test_a_machine_that_computes_on_its_cpu_is_no_tpu_host():
 def test_half_told_is_refused(make):
     with pytest.raises(ConfigError, match="to do"):
         make()
+
+
+def test_an_error_of_a_lost_process_is_told_as_one(monkeypatch):
+    error = CheckpointError("writing failed", "a folder", "free some space")
+    error.__cause__ = jax.errors.JaxRuntimeError("UNAVAILABLE: Socket closed\nmore")
+    assert distributed.lost_host(error) is None, "one process loses no other"
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    assert "process 0 of 2 lost another one: UNAVAILABLE: Socket closed" in str(distributed.lost_host(error))
+    for other in (CheckpointError("a", "b", "c"), jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")):
+        assert distributed.lost_host(other) is None
