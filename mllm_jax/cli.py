@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
 import os
-import re
-import runpy
 import sys
-import traceback
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,6 +18,8 @@ from mllm_jax.inference.options import Options
 from mllm_jax.inference.sampling import Sampling
 from mllm_jax.models.multimodal import MultimodalConfig
 from mllm_jax.training.config import Experiment
+from mllm_jax.training.config_file import load_config
+from mllm_jax.training.distributed import Hosts, end_together, join, leave
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -56,11 +54,19 @@ class Train:
     Attributes:
         run_dir: where everything of the run lies; runs/<config name> if not given.
         fresh: start over, removing what an earlier run left in the folder.
+        hosts: where several processes train together; see launch/README.md.
+        hang_seconds: when no step ends for so long, the stacks of all threads are told and the process ends; 0: never.
+        profile: write a trace of a few steps into the run folder.
+        compile_cache: keep compiled programs in the user's cache folder, so that a restart does not compile again.
     """
 
     experiment: Annotated[Experiment, OneName]
     run_dir: Path | None = None
     fresh: bool = False
+    hosts: Hosts = Hosts()
+    hang_seconds: float = 1800.0
+    profile: bool = False
+    compile_cache: bool = True
 
 
 @dataclass(frozen=True)
@@ -175,51 +181,6 @@ class Models:
     """Lists the models whose Hugging Face folders are read and written."""
 
 
-def load_config(path: Path) -> Experiment:
-    """The `Experiment` that `config()` of a Python file returns.
-
-    Raises:
-        ConfigError: no such file, no `config()` in it, or a config with a key that does not exist.
-    """
-    if not path.is_file():
-        raise ConfigError(f"no config at {path}", "a Python file with `def config() -> Experiment`", "check the path")
-    try:
-        make = runpy.run_path(str(path)).get("config")
-        if not callable(make):
-            raise ConfigError(f"{path} without config()", "`def config() -> Experiment` in it", "add the function")
-        experiment = make()
-    except MllmError:
-        raise
-    except Exception as error:
-        raise _config_error(path, error) from error
-    if not isinstance(experiment, Experiment):
-        raise ConfigError(f"{path}: config() returns {type(experiment).__name__}", "an Experiment", "mend the file")
-    return experiment
-
-
-def _config_error(path: Path, error: Exception) -> ConfigError:
-    """What went wrong in a config and at which of its lines; of an unknown key also the nearest that exists."""
-    frames = list(traceback.walk_tb(error.__traceback__))
-    lines = [line for frame, line in frames if frame.f_code.co_filename == str(path)]
-    where = f"{path}, line {lines[-1]}" if lines else str(path)
-    unknown = re.match(r"(\S+)\.__init__\(\) got an unexpected keyword argument '(\w+)'", str(error))
-    if unknown and (fields := _fields(unknown[1], frames)):
-        name, key = unknown.groups()
-        near = difflib.get_close_matches(key, fields, n=1)
-        todo = f"did you mean {near[0]!r}?" if near else "remove it"
-        return ConfigError(f"{where}: {name} has no field {key!r}", f"some of {', '.join(fields)}", todo)
-    given = f"{where}: {type(error).__name__}: {error}"
-    return ConfigError(given, "a config() that builds an Experiment", "mend the file")
-
-
-def _fields(name: str, frames: list) -> list[str]:
-    """The fields of the dataclass of this name that a config or this package has; none if there is no such class."""
-    places = [frame.f_globals for frame, _ in frames]
-    places += [vars(module) for key, module in list(sys.modules.items()) if key.startswith("mllm_jax.")]
-    kind = next((place[name] for place in places if name in place), None)
-    return [field.name for field in dataclasses.fields(kind) if field.init] if dataclasses.is_dataclass(kind) else []
-
-
 def train_command(arguments: list[str]) -> int:
     if arguments and arguments[0] in HELP:
         print(TRAIN_USAGE)
@@ -235,18 +196,35 @@ def train_command(arguments: list[str]) -> int:
     options = tyro.cli(
         Train, args=arguments[1:], default=default, prog=f"mllm train {path}", config=(tyro.conf.AvoidSubcommands,)
     )
-    experiment = options.experiment
-    _use_cpu_devices(experiment)
+    _use_cpu_devices(options.experiment)
+    if options.compile_cache:
+        from mllm_jax.training.compilation import keep_compiled
 
+        keep_compiled()
+    if not join(options.hosts):
+        return _train(options)
+    return end_together(lambda: _train(options), _refused)
+
+
+def _train(options: Train) -> int:
     from mllm_jax.training.loop import Interrupted, train
+    from mllm_jax.training.stopping import heed_no_notice
 
+    experiment = options.experiment
     try:
         folder = train(
-            experiment, options.run_dir or Path("runs") / experiment.name, fresh=options.fresh, cache_dir=_cache_dir()
+            experiment,
+            options.run_dir or Path("runs") / experiment.name,
+            fresh=options.fresh,
+            cache_dir=_cache_dir(),
+            hang_seconds=options.hang_seconds,
+            profile=options.profile,
         )
-    except Interrupted as stop:
+    except Interrupted as stop:  # on all processes after the same step
         print(stop, file=sys.stderr)
+        leave()
         return 130
+    heed_no_notice()
     if experiment.evaluation is not None:
         _evaluate(folder.path)
     return 0
@@ -470,9 +448,21 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     plain, warnings.formatwarning = warnings.formatwarning, lambda message, *_, **__: f"warning: {message}\n"
     try:
-        if arguments[0] not in COMMANDS:
-            raise ConfigError(f"mllm {arguments[0]}", f"one of {sorted(COMMANDS)}", "see `mllm --help`")
-        return COMMANDS[arguments[0]](arguments[1:])
+        return _refused(partial(_command, arguments))
+    finally:
+        warnings.formatwarning = plain
+
+
+def _command(arguments: list[str]) -> int:
+    if arguments[0] not in COMMANDS:
+        raise ConfigError(f"mllm {arguments[0]}", f"one of {sorted(COMMANDS)}", "see `mllm --help`")
+    return COMMANDS[arguments[0]](arguments[1:])
+
+
+def _refused(command: Callable[[], int]) -> int:
+    """The command's exit code; where it refuses, the code for that, and the refusal on standard error."""
+    try:
+        return command()
     except MllmError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 2
@@ -487,8 +477,6 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted; what was saved before stays", file=sys.stderr)
         return 130
-    finally:
-        warnings.formatwarning = plain
 
 
 if __name__ == "__main__":

@@ -28,6 +28,10 @@ class DataError(MllmError):
     """A record, picture or source that cannot be used."""
 
 
+class ReadError(MllmError):
+    """A source that could not be read for the moment, however often it was tried: no fault of a record."""
+
+
 class CheckpointError(MllmError):
     """A checkpoint that cannot be written, read or trusted."""
 

@@ -30,6 +30,7 @@ from mllm_jax.checkpoints.folder import (
 )
 from mllm_jax.checkpoints.leaves import PyTree
 from mllm_jax.errors import CheckpointError, ConfigError
+from mllm_jax.sharding.hosts import from_first
 
 __all__ = [
     "TrainingCheckpoints",
@@ -197,8 +198,9 @@ class TrainingCheckpoints:
                     f"name no step, to take the newest sound one, or one of {self.steps()}",
                 )
             return step, *found
-        refused = [(s, "its save was cut off before the end") for s in self._unfinished()]
-        for candidate in reversed(self._candidates()):
+        candidates, unfinished = from_first([self._candidates(), self._unfinished()])
+        refused = [(s, "its save was cut off before the end") for s in unfinished]
+        for candidate in reversed(candidates):
             reason, found = self._try(candidate, abstract)
             if found is not None:
                 for s, why in sorted(refused):

@@ -5,23 +5,28 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Sequence
+import uuid
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from mllm_jax.data.dialogues import EncodedDialogue, pack_dialogues
 from mllm_jax.data.examples import Source
 from mllm_jax.data.packing import PackingPlan, Stream
+from mllm_jax.data.retry import Patience, patiently
 from mllm_jax.data.templates import Encoded, encode_captions, encode_conversation
 from mllm_jax.data.tokenizer import Tokenizer
 from mllm_jax.errors import ConfigError, DataError
 
 LAYOUTS = ("conversation", "caption")
 LEARN = ("answers", "all")
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -88,6 +93,7 @@ class Pipeline:
             `mllm_jax.models.dialogue`. Lengths are then measured with the pictures, and slots are those of its layout:
             tiles, or patches.
         cache_dir: where measured lengths are kept, beside the data; None keeps nothing.
+        patience: how long a source that fails to read is tried.
     """
 
     def __init__(
@@ -99,7 +105,9 @@ class Pipeline:
         dialogues: Any = None,
         seed: int,
         cache_dir: Path | None = None,
+        patience: Patience = Patience(),
     ):
+        self.patience = patience
         self.mixture, self.tokenizer, self.media_tokens, self.dialogues = mixture, tokenizer, media_tokens, dialogues
         if (media_tokens is None) == (dialogues is None) or (dialogues and mixture.layout != "conversation"):
             raise ConfigError(
@@ -123,9 +131,10 @@ class Pipeline:
         """One example as ids; a DataError is told which it was."""
         m = self.mixture
         with self._naming(source, index):
-            conversation = self.sources[source].conversation(index)
+            conversation = self._read(self.sources[source].conversation, source, index)
             if self.dialogues is not None:
-                return self.dialogues.encode(conversation, self.sources[source].images(index), m.length, m.learn)
+                images = self._read(self.sources[source].images, source, index)
+                return self.dialogues.encode(conversation, images, m.length, m.learn)
             if m.layout == "caption":
                 return encode_captions(conversation, self.tokenizer, self.media_tokens, m.length, m.captions)
             return encode_conversation(conversation, self.tokenizer, self.media_tokens, m.length, m.learn)
@@ -133,7 +142,11 @@ class Pipeline:
     def images(self, source: int, index: int) -> list[np.ndarray]:
         """The pictures of one example; a DataError is told which it was."""
         with self._naming(source, index):
-            return self.sources[source].images(index)
+            return self._read(self.sources[source].images, source, index)
+
+    def _read(self, read: Callable[[int], T], source: int, index: int) -> T:
+        """Raises ReadError: the source cannot be read for the moment, which is no fault of the example."""
+        return patiently(partial(read, index), f"{self.sources[source].name}[{index}]", self.patience)
 
     @contextmanager
     def _naming(self, source: int, index: int) -> Iterator[None]:
@@ -185,7 +198,8 @@ class Pipeline:
             )
         if file is not None:
             file.parent.mkdir(parents=True, exist_ok=True)
-            temporary = file.with_name(f".{os.getpid()}-{file.name}")
+            # Several hosts may share the folder, and number their processes alike.
+            temporary = file.with_name(f".{uuid.uuid4().hex}-{file.name}")
             np.savez(temporary, lengths=lengths, images=images, dropped_turns=dropped)
             os.replace(temporary, file)
         return Measured(lengths, images, tuple(bad), dropped)

@@ -18,6 +18,7 @@ from mllm_jax.errors import DataError, RunFolderError
 from mllm_jax.evaluation.charts import Line, chart, ema
 from mllm_jax.evaluation.style import STYLE
 from mllm_jax.evaluation.tables import percent
+from mllm_jax.training.goodput import KINDS
 
 CARDS = 24
 LEARNING_RATE = ("learning_rate", "lr")
@@ -27,7 +28,7 @@ NO_EVALUATION = '<p class="note">No evaluation was made in this run.</p>'
 def write_report(run_dir: Path) -> Path:
     """Writes `report.html` into a run folder and returns its path.
 
-    Reads `metrics.jsonl`, and where they exist `results.json` (accuracies from 0 to 1; an optional
+    Reads `metrics.jsonl`, and where they exist `goodput.json`, `results.json` (accuracies from 0 to 1; an optional
     `"descriptions": {split: text}`), `examples.json` (pictures as base64 PNG) and `run.json` (free facts; `"headline":
     [[split, task], ...]` chooses the large figures). What is missing is not shown. The page loads nothing: no script,
     no font, no address. An older page is replaced at once or not at all.
@@ -48,6 +49,7 @@ def write_report(run_dir: Path) -> Path:
         _section("Accuracy", _accuracies(results) if results.get("splits") else NO_EVALUATION),
         _section("Training", _curves(points)),
         _section("Stages", _stages(run.get("stages", []))),
+        _section("Where the time went", _time(_json(run_dir / "goodput.json", dict))),
         _section("The run", _facts(run)),
         _section("Questions and answers", NO_EVALUATION if examples is None else _cards(examples)),
         _section("How the figures were made", _method()),
@@ -269,7 +271,8 @@ def _curves(points: Sequence[Point]) -> str:
         figures.append(over_run(rate, "smooth"))
     switch = '<input type="checkbox" id="log"><label for="log">logarithmic loss axis</label>'
     page = f'{switch}<div class="charts">{"".join(figures)}</div>'
-    if others := [name for name in names if name != rate]:
+    # Sums that only grow are in the table of where the time went.
+    if others := [name for name in names if name != rate and not name.endswith("_seconds")]:
         drawn = "".join(over_run(name) for name in others)
         summary = _count(len(others), "more curve")
         page += f'<details><summary>{summary}</summary><div class="charts">{drawn}</div></details>'
@@ -358,6 +361,27 @@ def _png(text: str, number: int) -> str:
     return text
 
 
+def _time(account: Mapping[str, Any] | None) -> str:
+    """Seconds by kind over all starts of the run, and their shares of all the time since the first."""
+    if account is None:
+        return ""
+    try:
+        seconds = {kind: float(account["seconds"][kind]) for kind in KINDS}
+        total, starts = sum(seconds.values()), int(account["starts"])
+    except (KeyError, TypeError, ValueError) as error:
+        todo = "remove the file, or restore it"
+        raise DataError(f"goodput.json: {type(error).__name__}: {error}", "seconds of each kind", todo) from error
+    rows = "".join(
+        f'<tr><th>{kind}</th><td class="n">{_duration(value)}</td><td class="n">{percent(value / total)}</td>'
+        f"<td>{escape(KINDS[kind])}</td></tr>"
+        for kind, value in seconds.items()
+        if value > 0
+    )
+    head = "<thead><tr><th>kind</th><th>time</th><th>share</th><th>what</th></tr></thead>"
+    note = f'<p class="note">All the time since the run first started; {_count(starts, "start")}.</p>'
+    return f'{note}<div class="wide"><table>{head}<tbody>{rows}</tbody></table></div>' if total else ""
+
+
 def _method() -> str:
     notes = (
         "<b>Accuracy</b> is the share of a task's questions that its scorer judged right. The small ± is half the "
@@ -368,8 +392,11 @@ def _method() -> str:
         "<b>Curves</b>: the faint line is each logged value of metrics.jsonl as it was; the strong one is its "
         "exponential moving average over a fortieth of the stage's logged points, at least five. Steps count over all "
         "stages. Values that are not finite leave a gap.",
-        "<b>Sources</b>: metrics.jsonl, run.json, results.json and examples.json of the run folder; this page rounds, "
-        "they do not.",
+        "<b>Where the time went</b>: each second between the run's first start and the end of its training counts "
+        "once. A wait for a batch is input only if the devices had nothing left to compute; validation, starting and "
+        "restoring are other.",
+        "<b>Sources</b>: metrics.jsonl, goodput.json, run.json, results.json and examples.json of the run folder; this "
+        "page rounds, they do not.",
     )
     return f'<ul class="method">{"".join(f"<li>{note}</li>" for note in notes)}</ul>'
 

@@ -14,6 +14,7 @@ from mllm_jax.inference.options import Completion, Options
 from mllm_jax.inference.sampling import Sampling
 from mllm_jax.inference.steps import Batch
 from mllm_jax.inference.text import Decode, TextStream
+from mllm_jax.sharding.hosts import fetch
 
 CHUNK = 4  # tokens between two looks at the answer, when streaming
 CHUNK_OF_STOP_STRINGS = 16  # when only stop strings have to be looked for
@@ -62,7 +63,7 @@ class Answers:
         streams = [TextStream(request.decode, options.stop_strings) for _ in request.limits]
         progress = self.engine.start(batch, rows, new, sampling, options.logprobs)
         while True:
-            tokens, counts, ended = (np.array(x) for x in (progress.tokens, progress.counts, progress.ended))
+            tokens, counts, ended = (fetch(x).copy() for x in (progress.tokens, progress.counts, progress.ended))
             pieces = []
             for row, stream in enumerate(streams):
                 piece = stream.push(_body(tokens[row, : counts[row]], request.stops)[len(stream.ids) :])
@@ -73,13 +74,13 @@ class Answers:
                 break
             progress = progress.replace(ended=self.engine.place(ended))
             progress = self.engine.advance(progress, rows, int(progress.step) + chunk, sampling)
-        logprobs = np.asarray(progress.logprobs) if options.logprobs else [None] * len(streams)
+        logprobs = fetch(progress.logprobs) if options.logprobs else [None] * len(streams)
         return [_completion(s, tokens[r, : counts[r]], logprobs[r], request) for r, s in enumerate(streams)]
 
     def _search(self, batch: Batch, request: Request) -> list[Completion]:
         rows, new = self._rows(batch, request)
         found = self.beams.run(batch, rows, new, len(request.stops), request.sampling, request.options)
-        tokens, lengths = (np.asarray(x) for x in found)
+        tokens, lengths = (fetch(x) for x in found)
         streams = [TextStream(request.decode) for _ in request.limits]
         for row, stream in enumerate(streams):
             stream.push(_body(tokens[row, : lengths[row]], request.stops))

@@ -25,6 +25,7 @@ from mllm_jax.encoders.vit import ViT
 from mllm_jax.errors import ConfigError, DataError
 from mllm_jax.models.clip import DualEncoder
 from mllm_jax.models.registry import from_pretrained
+from mllm_jax.sharding.hosts import fetch
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm")
 
@@ -184,7 +185,7 @@ class Embedder:
     def _run(self, compute, batch: np.ndarray) -> np.ndarray:
         """One batch, filled up to the size that is compiled."""
         filled = np.concatenate([batch, np.repeat(batch[:1], self.batch_size - len(batch), axis=0)])
-        vectors = np.asarray(compute(self.params, filled))[: len(batch)]
+        vectors = fetch(compute(self.params, filled))[: len(batch)]
         if not np.isfinite(vectors).all():
             raise DataError("vectors that are not finite", "numbers", "try --dtype float32, or check the checkpoint")
         return vectors

@@ -18,6 +18,7 @@ from mllm_jax.inference.engine import Engine, bucket
 from mllm_jax.inference.options import Completion, Options
 from mllm_jax.inference.sampling import Sampling
 from mllm_jax.models.multimodal import Multimodal
+from mllm_jax.sharding.hosts import fetch
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ class Generator:
             chunk = np.stack(images[start : start + self.batch_size])[:, None]
             pixels = self._answers.engine.place(_pad_rows(chunk, self.batch_size))
             media = self._encode(self.params, pixels)
-            out.append(np.asarray(media, np.float32)[: len(chunk)])
+            out.append(fetch(media).astype(np.float32)[: len(chunk)])
         return np.concatenate(out)
 
     def answer(

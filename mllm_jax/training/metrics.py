@@ -177,6 +177,7 @@ class Progress:
     Args:
         peak: FLOP/s of all devices together (`peak_flops(kind) * jax.device_count()`), or None if unknown.
         console: where to print; standard output by default.
+        quiet: print nothing, as every process but the first.
         interval: seconds between plain lines.
         clock: seconds, monotonic; tests hand in their own.
     """
@@ -186,6 +187,7 @@ class Progress:
         *,
         peak: float | None = None,
         console: Console | None = None,
+        quiet: bool = False,
         interval: float = 10.0,
         clock: Callable[[], float] = time.monotonic,
     ):
@@ -193,7 +195,7 @@ class Progress:
         from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
         from rich.progress import Progress as Bars
 
-        self._console = console or Console()
+        self._console = console or Console(quiet=quiet)
         self._peak, self._interval, self._clock = peak, interval, clock
         self._bars = None
         if self._console.is_terminal and not self._console.is_dumb_terminal:
@@ -282,6 +284,33 @@ def _duration(seconds: float) -> str:
     minutes, second = divmod(round(seconds), 60)
     hours, minute = divmod(minutes, 60)
     return f"{hours}:{minute:02d}:{second:02d}" if hours else f"{minute}:{second:02d}"
+
+
+# --------------------------------------------------------------------------------------------------
+# Speed
+# --------------------------------------------------------------------------------------------------
+
+
+class Meter:
+    """Speed over the last steps; the first step, which compiles, is left out."""
+
+    def __init__(self, flops: int, window: int = 50):
+        self.flops, self.window = flops, window
+        self.marks: list[tuple[float, int]] = []
+        self.tokens_rate: float | None = None
+        self.flops_rate: float | None = None
+
+    def tick(self, tokens: int) -> None:
+        self.marks = [*self.marks[-self.window :], (time.monotonic(), tokens)]
+        if len(self.marks) > 1:
+            seconds = self.marks[-1][0] - self.marks[0][0]
+            self.tokens_rate = sum(tokens for _, tokens in self.marks[1:]) / seconds
+            self.flops_rate = self.flops * (len(self.marks) - 1) / seconds
+
+    def timing(self) -> dict[str, float]:
+        if self.tokens_rate is None:
+            return {}
+        return {"tokens_per_second": self.tokens_rate, "flops_per_second": self.flops_rate}
 
 
 # --------------------------------------------------------------------------------------------------

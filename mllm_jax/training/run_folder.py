@@ -9,19 +9,22 @@ import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from mllm_jax.checkpoints.description import describe, rebuild
 from mllm_jax.data.tokenizer import Tokenizer
 from mllm_jax.errors import MllmError, RunFolderError
+from mllm_jax.sharding.hosts import first_alone
 from mllm_jax.training.config import Experiment
 from mllm_jax.training.serialise import binding_differences
 
 KIND = f"{Experiment.__module__}:{Experiment.__qualname__}"
 MEASURED = ("results.json", "examples.json", "report.html")
-FOLDERS = ("stages", "checkpoints", "tensorboard", "processor", "features")
-WRITTEN = (*FOLDERS, "config.json", "tokenizer.json", "chat_format.json", "run.json", "metrics.jsonl", *MEASURED)
+FOLDERS = ("stages", "checkpoints", "tensorboard", "processor", "features", "lengths", "hangs", "profile")
+FILES = ("config.json", "tokenizer.json", "chat_format.json", "run.json", "metrics.jsonl", "goodput.json", *MEASURED)
+WRITTEN = (*FOLDERS, *FILES)
 UNDERWAY = tuple(f".{name}" for name in WRITTEN)  # how the names begin of what is being written or removed
 RESTORE = "restore the file, or start over with --fresh"
 
@@ -49,6 +52,26 @@ class RunFolder:
     def features(self) -> Path:
         """Encoder features that stages keep."""
         return self.path / "features"
+
+    @property
+    def lengths(self) -> Path:
+        """Measured lengths, where several processes share them."""
+        return self.path / "lengths"
+
+    @property
+    def goodput(self) -> Path:
+        """The account of where the run's time went."""
+        return self.path / "goodput.json"
+
+    @property
+    def hangs(self) -> Path:
+        """Where every thread stood when a process hung."""
+        return self.path / "hangs"
+
+    @property
+    def profile(self) -> Path:
+        """Traces of `--profile`."""
+        return self.path / "profile"
 
     def checkpoints(self, index: int, stage: str) -> Path:
         return self.path / "checkpoints" / f"{index}-{stage}"
@@ -179,19 +202,28 @@ def _unwritable(path: Path, error: OSError) -> RunFolderError:
     )
 
 
-def open_run(path: Path, experiment: Experiment, *, fresh: bool = False, writer: bool = True) -> RunFolder:
-    """Makes the folder, or takes up the run that it holds.
+def open_run(path: Path, experiment: Experiment, *, fresh: bool = False) -> RunFolder:
+    """Makes the folder, or takes up the run that it holds. Of several processes the first writes, and all must see it.
 
     Args:
         fresh: remove an earlier run first. Only what a run writes is removed.
-        writer: False on all hosts but the first, which reads only.
 
     Raises:
-        RunFolderError: the folder holds another experiment's run or other files, or cannot be written.
+        RunFolderError: the folder holds another experiment's run or other files, cannot be written, or is not the same
+            for all processes.
     """
     folder = RunFolder(Path(path))
-    if not writer:
-        return folder
+    first_alone(partial(_take_up, folder, experiment, fresh))
+    if not folder.config_file.is_file():
+        raise RunFolderError(
+            f"{folder.path}, which the first process has made and this one does not see",
+            "one folder for all processes, on a disk or bucket that every host mounts",
+            "choose another --run-dir",
+        )
+    return folder
+
+
+def _take_up(folder: RunFolder, experiment: Experiment, fresh: bool) -> None:
     described = describe(experiment)
     try:
         if folder.config_file.is_file():
@@ -216,4 +248,3 @@ def open_run(path: Path, experiment: Experiment, *, fresh: bool = False, writer:
                 (folder.path / name).unlink(missing_ok=True)
     except OSError as error:
         raise _unwritable(folder.path, error) from error
-    return folder

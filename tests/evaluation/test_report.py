@@ -19,6 +19,7 @@ from mllm_jax.evaluation import report
 from mllm_jax.evaluation.charts import Line, chart, ema
 from mllm_jax.evaluation.report import write_report
 from mllm_jax.evaluation.tables import table
+from mllm_jax.training.goodput import KINDS
 
 VOID = {"meta", "img", "input", "br"}
 SVG = {"line", "rect", "polyline", "circle"}
@@ -109,6 +110,19 @@ def full_run(folder: Path) -> Path:
     (folder / "run.json").write_text(json.dumps(RUN))
     (folder / "examples.json").write_text(json.dumps([example(number) for number in range(24)]))
     return folder
+
+
+def test_where_the_time_went(tmp_path):
+    seconds = dict.fromkeys(KINDS, 0.0) | {"productive": 75.0, "compile": 15.0, "lost": 10.0}
+    (full_run(tmp_path) / "goodput.json").write_text(json.dumps({"seconds": seconds, "starts": 3}))
+    page = Page(write_report(tmp_path).read_text())
+    assert "Where the time went" in page.all and "3 starts" in page.all
+    assert "productive 1 min 15 s 75.0 % steps that count" in page.all
+    assert "lost 10.0 s 10.0 % steps done again after a restart" in page.all
+    assert "waiting for a batch" not in page.all, "kinds without time are left out"
+    (tmp_path / "goodput.json").write_text('{"seconds": {}, "starts": 1}')
+    with pytest.raises(DataError, match="goodput.json"):
+        write_report(tmp_path)
 
 
 def test_a_full_run_is_shown_whole(tmp_path):

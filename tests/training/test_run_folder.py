@@ -242,8 +242,10 @@ def test_a_config_that_cannot_be_written_is_refused_whole(tmp_path, monkeypatch,
     assert list(tmp_path.iterdir()) == [folder.config_file], "a temporary file is left"
 
 
-def test_hosts_that_do_not_write_change_nothing(tmp_path):
-    assert open_run(tmp_path / "run", EXPERIMENT, writer=False).path == tmp_path / "run"
+def test_a_host_that_does_not_see_the_first_ones_folder_is_refused_and_changes_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(run_folder, "first_alone", lambda work: None)  # as on a host with another disk
+    with pytest.raises(RunFolderError, match="does not see"):
+        open_run(tmp_path / "run", EXPERIMENT)
     assert not (tmp_path / "run").exists()
 
 

@@ -1,0 +1,65 @@
+"""Several processes as one run: what the first of them says to all, and arrays that lie on more than one host."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+import mllm_jax.errors
+from mllm_jax.errors import MllmError
+
+BLOCK = 1024  # bytes
+
+
+def is_first() -> bool:
+    """Whether this is the process that writes what a run has once: its files, metrics and lines on the screen."""
+    return jax.process_index() == 0
+
+
+def from_first(value: Any) -> Any:
+    """What the first process gives, on every process; all must call it at the same point.
+
+    Args:
+        value: JSON; only the first process's counts.
+    """
+    if jax.process_count() == 1:
+        return value
+    from jax.experimental.multihost_utils import broadcast_one_to_all
+
+    text = np.frombuffer(json.dumps(value).encode(), np.uint8) if is_first() else np.zeros(0, np.uint8)
+    size = int(broadcast_one_to_all(np.int32(len(text))))
+    padded = np.full(-(-size // BLOCK) * BLOCK, ord(" "), np.uint8)  # few sizes: each is compiled for
+    padded[: len(text)] = text
+    return json.loads(bytes(np.asarray(broadcast_one_to_all(padded))))
+
+
+def first_alone(work: Callable[[], None]) -> None:
+    """Runs `work` on the first process while the others wait for its end; its refusal is raised on all of them."""
+    if jax.process_count() == 1:
+        work()
+        return
+    refusal: MllmError | None = None
+    if is_first():
+        try:
+            work()
+        except MllmError as error:
+            refusal = error
+    told = from_first([type(refusal).__name__, *refusal.args] if refusal is not None else None)
+    if refusal is not None:
+        raise refusal
+    if told is not None:
+        kind, *parts = told
+        raise getattr(mllm_jax.errors, kind, MllmError)(*parts)
+
+
+def fetch(array: jax.Array | np.ndarray) -> np.ndarray:
+    """The whole array on this host; one that lies on several hosts is gathered, for which all must call this."""
+    if isinstance(array, jax.Array) and not (array.is_fully_addressable or array.is_fully_replicated):
+        from jax.experimental.multihost_utils import process_allgather
+
+        array = process_allgather(array, tiled=True)
+    return np.asarray(array)

@@ -1,0 +1,59 @@
+"""A config file: Python whose `config()` returns an Experiment, read with its errors told by line."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+import runpy
+import sys
+import traceback
+from pathlib import Path
+
+from mllm_jax.errors import ConfigError, MllmError
+from mllm_jax.training.config import Experiment
+
+
+def load_config(path: Path) -> Experiment:
+    """The `Experiment` that `config()` of a Python file returns.
+
+    Raises:
+        ConfigError: no such file, no `config()` in it, or a config with a key that does not exist.
+    """
+    if not path.is_file():
+        raise ConfigError(f"no config at {path}", "a Python file with `def config() -> Experiment`", "check the path")
+    try:
+        make = runpy.run_path(str(path)).get("config")
+        if not callable(make):
+            raise ConfigError(f"{path} without config()", "`def config() -> Experiment` in it", "add the function")
+        experiment = make()
+    except MllmError:
+        raise
+    except Exception as error:
+        raise _config_error(path, error) from error
+    if not isinstance(experiment, Experiment):
+        raise ConfigError(f"{path}: config() returns {type(experiment).__name__}", "an Experiment", "mend the file")
+    return experiment
+
+
+def _config_error(path: Path, error: Exception) -> ConfigError:
+    """What went wrong in a config and at which of its lines; of an unknown key also the nearest that exists."""
+    frames = list(traceback.walk_tb(error.__traceback__))
+    lines = [line for frame, line in frames if frame.f_code.co_filename == str(path)]
+    where = f"{path}, line {lines[-1]}" if lines else str(path)
+    unknown = re.match(r"(\S+)\.__init__\(\) got an unexpected keyword argument '(\w+)'", str(error))
+    if unknown and (fields := _fields(unknown[1], frames)):
+        name, key = unknown.groups()
+        near = difflib.get_close_matches(key, fields, n=1)
+        todo = f"did you mean {near[0]!r}?" if near else "remove it"
+        return ConfigError(f"{where}: {name} has no field {key!r}", f"some of {', '.join(fields)}", todo)
+    given = f"{where}: {type(error).__name__}: {error}"
+    return ConfigError(given, "a config() that builds an Experiment", "mend the file")
+
+
+def _fields(name: str, frames: list) -> list[str]:
+    """The fields of the dataclass of this name that a config or this package has; none if there is no such class."""
+    places = [frame.f_globals for frame, _ in frames]
+    places += [vars(module) for key, module in list(sys.modules.items()) if key.startswith("mllm_jax.")]
+    kind = next((place[name] for place in places if name in place), None)
+    return [field.name for field in dataclasses.fields(kind) if field.init] if dataclasses.is_dataclass(kind) else []

@@ -1,0 +1,184 @@
+"""How the processes of a run find each other: told by flags or the environment, or seen from where they run."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from mllm_jax.errors import ConfigError, TrainingError
+
+COORDINATOR, PROCESSES, PROCESS = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
+LOST_EXIT = 3  # another process of the run is gone
+CONNECT_SECONDS = 300
+
+
+@dataclass(frozen=True)
+class Hosts:
+    """The processes that train together, one a host. Nothing given: the environment says, or there is one.
+
+    Attributes:
+        coordinator: host:port of the first process, at which all meet.
+        num_processes: how many there are; 1 keeps a host of a TPU slice or of a SLURM step by itself.
+        process_id: the number of this one, from 0.
+        heartbeat_seconds: a process that has not been heard of for so long counts as dead, and the others stop.
+    """
+
+    coordinator: str | None = None
+    num_processes: int | None = None
+    process_id: int | None = None
+    heartbeat_seconds: int = 100
+
+    def __post_init__(self):
+        told = (self.coordinator, self.num_processes, self.process_id)
+        if self.num_processes == 1 and self.coordinator is None:
+            return
+        if any(x is not None for x in told) and None in told:
+            raise ConfigError(
+                f"coordinator {self.coordinator}, num_processes {self.num_processes}, process_id {self.process_id}",
+                "all three, or none where the processes are started by SLURM, Open MPI or on a TPU slice",
+                f"give --hosts.coordinator, --hosts.num-processes and --hosts.process-id, or {COORDINATOR}, "
+                f"{PROCESSES} and {PROCESS} in the environment",
+            )
+        if self.num_processes is not None and not 0 <= self.process_id < self.num_processes:
+            raise ConfigError(
+                f"process {self.process_id} of {self.num_processes}", "numbers from 0 on", "change --hosts.process-id"
+            )
+
+
+def resolve(hosts: Hosts, environ: Mapping[str, str] = os.environ) -> Hosts | str | None:
+    """Who takes part: Hosts told by flags or environment, the name of what jax detects by itself, or None.
+
+    Raises:
+        ConfigError: the environment names a coordinator and not all the rest, or numbers that are none.
+    """
+    if hosts.num_processes is not None:
+        return hosts if hosts.coordinator is not None else None
+    if COORDINATOR in environ and (PROCESSES in environ or PROCESS in environ):
+        count, number = environ.get(PROCESSES), environ.get(PROCESS)
+        if not all(text is None or text.isdecimal() for text in (count, number)):
+            raise ConfigError(
+                f"{PROCESSES}={count}, {PROCESS}={number} in the environment", "two numbers", "correct them"
+            )
+        return Hosts(
+            environ[COORDINATOR], *(None if x is None else int(x) for x in (count, number)), hosts.heartbeat_seconds
+        )
+    slurm = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_PROCID", "SLURM_LOCALID")
+    if all(name in environ for name in slurm) and int(environ.get("SLURM_NTASKS", "1")) > 1:
+        return "slurm"
+    if int(environ.get("OMPI_COMM_WORLD_SIZE", "1")) > 1:
+        return "ompi"
+    if _on_tpu_host(environ):
+        slices = int(environ.get("MEGASCALE_NUM_SLICES") or 1)
+        workers = environ.get("TPU_PROCESS_ADDRESSES") or environ.get("TPU_WORKER_HOSTNAMES")
+        if workers is None and "TPU_SKIP_MDS_QUERY" not in environ:
+            return "gcetpu"  # the metadata server knows, also of a slice of one host
+        if slices > 1 or (workers and "," in workers):
+            return "gketpu"
+    return None
+
+
+def _on_tpu_host(environ: Mapping[str, str]) -> bool:
+    """A host with TPU chips whose use is not switched off; a machine that merely has libtpu installed is none."""
+    if environ.get("JAX_PLATFORMS", "tpu").split(",")[0] != "tpu":
+        return False
+    return any(Path(device).exists() for device in ("/dev/accel0", "/dev/vfio/0"))
+
+
+def join(hosts: Hosts, environ: Mapping[str, str] = os.environ) -> bool:
+    """Connects this process with the others of its run, before anything touches a device; False if it is alone.
+
+    On a CPU collectives between processes go over gloo.
+
+    Raises:
+        TrainingError: the others did not come, or the coordinator could not be reached.
+    """
+    found = resolve(hosts, environ)
+    if found is None:
+        return False
+    import jax
+
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    common = dict(heartbeat_timeout_seconds=hosts.heartbeat_seconds, initialization_timeout=CONNECT_SECONDS)
+    if isinstance(found, Hosts):
+        told = dict(
+            coordinator_address=found.coordinator, num_processes=found.num_processes, process_id=found.process_id
+        )
+        where = f"process {found.process_id} of {found.num_processes} at {found.coordinator}"
+        common |= told | {"cluster_detection_method": "deactivate"}
+    else:
+        where = f"processes as {found} tells them"
+        common |= {"cluster_detection_method": found}
+    try:
+        jax.distributed.initialize(**common)
+    except (RuntimeError, ValueError, OSError, AttributeError) as error:
+        raise TrainingError(
+            f"{where}: {str(error).splitlines()[0] if str(error) else type(error).__name__}",
+            f"all processes within {CONNECT_SECONDS} s, at a coordinator that every host can reach",
+            "start them all, check the address and the firewall; --hosts.num-processes 1 trains on this host alone",
+        ) from error
+    return True
+
+
+def leave() -> None:
+    """Parts from the other processes, if there are any, once all have come to this point."""
+    import jax
+
+    if jax.distributed.is_initialized():
+        jax.distributed.shutdown()
+
+
+def end_together(work: Callable[[], int], refused: Callable[[Callable[[], int]], int]) -> int:
+    """Runs the work of one of several processes; returns its exit code, 0, once all have come to the end.
+
+    Any other end ends the process here and at once: the usual one would first wait for the other processes, which may
+    be waiting for this one. They notice that it is gone.
+
+    Args:
+        refused: runs what it is given and turns refusals into messages and exit codes.
+    """
+
+    def told() -> int:
+        try:
+            return work()
+        except Exception as error:
+            if (lost := lost_host(error)) is None:
+                raise
+            print(f"{type(lost).__name__}: {lost}", file=sys.stderr)
+            return LOST_EXIT
+
+    code = 1
+    try:
+        code = refused(told)
+        if code == 0:
+            leave()
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        if code:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+    return code
+
+
+def lost_host(error: BaseException | None) -> TrainingError | None:
+    """What to say of an error that comes from a dead or unreachable process; None: it comes from something else."""
+    import jax
+
+    while error is not None and not isinstance(error, jax.errors.JaxRuntimeError):
+        error = error.__cause__  # a checkpoint that failed for it, say
+    if error is None or jax.process_count() == 1:
+        return None
+    text = str(error)
+    signs = ("gloo", "connection", "unavailable", "coordination", "heartbeat", "deadline", "barrier", "socket")
+    if not any(sign in text.lower() for sign in signs):
+        return None
+    return TrainingError(
+        f"process {jax.process_index()} of {jax.process_count()} lost another one: {text.splitlines()[0]:.300}",
+        "all processes of the run alive; what stopped the other one stands in its own output",
+        "start all of them again with the same command: the run goes on from its last checkpoint",
+    )

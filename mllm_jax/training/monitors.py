@@ -1,0 +1,37 @@
+"""What looks after a run while it trains: the account of its time, requests to stop, the watchdog, the profile."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from mllm_jax.sharding.hosts import is_first
+from mllm_jax.training.goodput import Goodput
+from mllm_jax.training.metrics import Progress
+from mllm_jax.training.profiling import Profile
+from mllm_jax.training.run_folder import RunFolder
+from mllm_jax.training.stopping import Stopping, signals
+from mllm_jax.training.watchdog import Watchdog
+
+
+@dataclass(frozen=True)
+class Monitors:
+    """Those of one run, from its first stage to its last."""
+
+    goodput: Goodput
+    stopping: Stopping
+    watchdog: Watchdog
+    profile: Profile
+
+
+@contextmanager
+def attended(folder: RunFolder, progress: Progress, hang_seconds: float, profile: bool) -> Iterator[Monitors]:
+    """Makes them for a run; each process has its own, and the first writes what they have to tell."""
+    with signals() as stopping:
+        yield Monitors(
+            Goodput(folder.goodput if is_first() else None),
+            stopping,
+            Watchdog(folder.hangs, hang_seconds),
+            Profile(folder.profile if profile and is_first() else None, progress.message),
+        )

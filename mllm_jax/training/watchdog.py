@@ -1,0 +1,80 @@
+"""A watch over a run that may hang: no sign of life for too long, and every thread's stack is told before it ends."""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+
+HANG_EXIT = 4
+
+
+class Watchdog:
+    """Ends the process, with exit code 4, when `beat` was not called for `seconds`.
+
+    Where every thread stands goes to standard error and to a file; the other processes of the run then notice that this
+    one is gone, and all can be started again. It watches only inside its `with` block.
+
+    Args:
+        folder: where the stacks are written; made when needed.
+        seconds: patience; at least the longest compilation and step together. 0 watches nothing.
+        end: what ends the process; tests hand in their own.
+    """
+
+    def __init__(self, folder: Path, seconds: float, end: Callable[[int], object] = os._exit):
+        self.folder, self.seconds, self._end = folder, seconds, end
+        self._doing, self._at = "starting", time.monotonic()
+        self._over = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def beat(self, doing: str) -> None:
+        """The run lives and goes on with `doing`, which is told if nothing comes after it."""
+        self._doing, self._at = doing, time.monotonic()
+
+    def __enter__(self) -> Watchdog:
+        if self.seconds > 0:
+            self.beat("starting")
+            self._over.clear()
+            self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+            self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        if self._thread is not None:
+            self._thread.join()
+
+    def _watch(self) -> None:
+        while not self._over.wait(min(5.0, self.seconds / 10)):
+            silent = time.monotonic() - self._at
+            if silent > self.seconds:
+                self._tell(silent)
+                self._end(HANG_EXIT)
+                return
+
+    def _tell(self, silent: float) -> None:
+        text = (
+            f"process {jax.process_index()} of {jax.process_count()}: no step finished for {silent:.0f} s, the last "
+            f"that was heard: {self._doing}\n"
+            f"  expected: a step, a checkpoint or a validation batch every {self.seconds:.0f} s\n"
+            "  to do:    see the stacks for what it waits for; the same command goes on from the last checkpoint; "
+            "--hang-seconds sets the patience, 0 watches nothing\n"
+        )
+        print(text, file=sys.stderr, flush=True)
+        try:
+            # The descriptor itself: standard error may have been replaced by something that has none.
+            faulthandler.dump_traceback(file=sys.__stderr__.fileno(), all_threads=True)
+            self.folder.mkdir(parents=True, exist_ok=True)
+            name = f"process-{jax.process_index()}-{time.strftime('%Y%m%d-%H%M%S')}.txt"
+            with (self.folder / name).open("w") as file:
+                file.write(text)
+                file.flush()
+                faulthandler.dump_traceback(file=file, all_threads=True)
+        except OSError as error:
+            print(f"the stacks could not be written: {error}", file=sys.stderr, flush=True)

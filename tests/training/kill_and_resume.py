@@ -1,0 +1,260 @@
+"""Kills a small run with SIGKILL again and again, and counts what was lost or went on wrongly.
+
+    PYTHONPATH=.:tests/training python tests/training/kill_and_resume.py --kills 200
+
+Half of the kills come at random instants, half while a checkpoint or a stage's parameters are being written. After each
+kill every complete checkpoint is read to its last byte; the next start must go on from the newest of them, and whatever
+it writes must be the very bits of a run that was never killed. Exit code 1 if anything is not.
+
+Each start is a fork of this process, which has imported everything and touches no device: so it is killed as a process
+of its own, and spares the seconds of importing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import shutil
+import signal
+import sys
+import tempfile
+import time
+import traceback
+import warnings
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+
+STEPS, STAGES, EVERY = 16, 2, 2
+os.environ |= {"TINY_STEPS": str(STEPS), "TINY_STAGES": str(STAGES)}
+
+
+def in_child(work: Callable[[], object], output: Path) -> int:
+    """Runs `work` in a fork, which prints into a file; returns its process number at once."""
+    with warnings.catch_warnings():
+        # jax warns of its threads, of which there are none before a device is touched: this process never does.
+        warnings.simplefilter("ignore", RuntimeWarning)
+        child = os.fork()
+    if child:
+        return child
+    code = 1
+    try:
+        with open(output, "a") as file:
+            os.dup2(file.fileno(), 1)
+            os.dup2(file.fileno(), 2)
+        work()
+        code = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def ended_well(child: int, output: Path) -> None:
+    _, status = os.waitpid(child, 0)
+    if os.waitstatus_to_exitcode(status) != 0:
+        raise SystemExit(f"a process failed by itself:\n{output.read_text()}")
+
+
+def experiment():
+    from dataclasses import replace
+
+    import tiny_config
+
+    from mllm_jax.training.config import CheckpointConfig
+
+    return replace(tiny_config.config(), checkpoint=CheckpointConfig(every_steps=EVERY, keep_last=2))
+
+
+def metrics(folder: Path) -> list[dict]:
+    """The complete lines of metrics.jsonl, without their timing."""
+    try:
+        text = (folder / "metrics.jsonl").read_text()
+    except FileNotFoundError:
+        return []
+    return [{k: v for k, v in json.loads(line).items() if k != "timing"} for line in text.split("\n")[:-1]]
+
+
+def writing(folder: Path) -> bool:
+    return any(folder.glob("checkpoints/*/*.writing")) or any(folder.glob("stages/*.writing"))
+
+
+def complete(folder: Path) -> tuple[int, list[str]]:
+    """The newest step (over all stages) that is safe on disk, and what has a checkpoint's name without being sound.
+
+    An old checkpoint that was being deleted, its manifest first, is none of the latter: it had been given up.
+    """
+    from mllm_jax.checkpoints.folder import MANIFEST, damage
+
+    sound, broken = [0], {}
+    for stage in range(STAGES):
+        ended = folder / "stages" / f"{stage}-stage{stage}"
+        found = {(stage + 1) * STEPS: ended} if ended.is_dir() else {}
+        for path in folder.glob(f"checkpoints/{stage}-stage{stage}/*"):
+            if path.name.isdecimal():
+                found.setdefault(stage * STEPS + int(path.name), path)
+        for step, path in found.items():
+            if reason := damage(path, deep=True):
+                broken[step] = path, reason
+            else:
+                sound.append(step)
+    newest = max(sound)
+    given_up = [step for step, (path, _) in broken.items() if step < newest and not (path / MANIFEST).exists()]
+    told = [f"{path.relative_to(folder)}: {why}" for step, (path, why) in broken.items() if step not in given_up]
+    return newest, told
+
+
+def resumed_at(printed: str) -> int:
+    """The step (over all stages) from which the last start went on, by what it printed."""
+    step = 0
+    for line in printed.splitlines():
+        words = line.split()
+        if line.startswith("stage stage") and "resumed at step" in line:
+            step = int(words[1].strip(":").removeprefix("stage")) * STEPS + int(words[-1])
+        elif line.startswith("stage stage"):
+            step = int(words[1].strip(":").removeprefix("stage")) * STEPS
+    return step
+
+
+def different(whole: Path, other: Path) -> list[str]:
+    """The leaves of all stages' parameters that differ. Reading them starts threads: to be called in a child."""
+    from tiny_runs import arrays
+
+    names = [Path("stages") / f"{stage}-stage{stage}" for stage in range(STAGES)]
+    pairs = [(arrays(whole / name), arrays(other / name)) for name in names]
+    return [path for left, right in pairs for path in left.keys() | right.keys() if left.get(path) != right.get(path)]
+
+
+class Harness:
+    """One reference run, and runs beside it that are killed until the kills are used up."""
+
+    def __init__(self, base: Path, seed: int):
+        self.base, self.random = base, random.Random(seed)
+        self.counts: Counter = Counter()
+        self.faults: list[str] = []
+        self.whole = base / "whole"
+        began = time.monotonic()
+        self.end(self.whole)
+        self.seconds = time.monotonic() - began
+        began = time.monotonic()  # again, with everything compiled: how long an undisturbed run takes
+        self.end(base / "again")
+        self.seconds = time.monotonic() - began
+        self.lines = metrics(self.whole)
+        self.check_end(base / "again")
+        assert not self.faults, self.faults
+
+    def end(self, folder: Path) -> None:
+        """A start that nothing disturbs."""
+        ended_well(self.start(folder), folder.with_suffix(".out"))
+
+    def start(self, folder: Path) -> int:
+        from mllm_jax.training.loop import train
+
+        return in_child(lambda: train(experiment(), folder, cache_dir=self.base), folder.with_suffix(".out"))
+
+    def fault(self, text: str) -> None:
+        self.faults.append(f"after kill {self.counts['kills']}: {text}")
+        print(self.faults[-1], flush=True)
+
+    def check_end(self, folder: Path) -> None:
+        """What a run that has ended left must be what the undisturbed one left, to the last bit."""
+        if metrics(folder) != self.lines:
+            self.fault(f"{folder.name}: metrics differ from those of the run that was never killed")
+        output = folder.with_suffix(".compared")
+        ended_well(in_child(lambda: print(different(self.whole, folder)), output), output)
+        if (found := output.read_text().strip()) != "[]":
+            self.fault(f"{folder.name}: parameters differ: {found}")
+
+    def cycle(self, folder: Path) -> bool:
+        """One start, killed; True if it came to its end before that."""
+        before, _ = complete(folder) if folder.is_dir() else (0, [])
+        folder.with_suffix(".out").write_text("")  # this start's alone, also if it is killed before it prints
+        child = self.start(folder)
+        aimed = self.random.random() < 0.5
+        wait = self.random.random()
+        began, ended = time.monotonic(), False
+        # The first sign of life of this start; what comes before are imports and restoring, which have their share too.
+        loops = self.random.random() < 0.85
+        lines = len(metrics(folder)) if loops else 0
+        seen, until = not loops, began + wait * 2
+        while True:
+            if os.waitpid(child, os.WNOHANG)[0]:
+                ended = True
+                break
+            now = time.monotonic()
+            if not seen and len(metrics(folder)) != lines:
+                seen, until = True, now + wait * self.seconds / 3
+            if seen and aimed and writing(folder):
+                time.sleep(wait * 0.03)
+                break
+            if seen and now > until and not (aimed and loops):
+                break
+            time.sleep(0.002)
+        if ended:
+            printed = folder.with_suffix(".out").read_text()
+            if not (folder / "stages" / f"{STAGES - 1}-stage{STAGES - 1}").is_dir():
+                raise SystemExit(f"the run failed by itself:\n{printed}")
+            self.check_end(folder)
+            self.counts["runs ended"] += 1
+            return True
+        during = writing(folder)
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        self.counts["kills"] += 1
+        self.counts["kills while a checkpoint was written"] += during
+        after, broken = complete(folder)
+        if after < before or broken:
+            self.counts["lost checkpoints"] += 1
+            self.fault(f"newest {before} -> {after}, broken {broken}")
+        printed = folder.with_suffix(".out").read_text()
+        started = "stage stage" in printed
+        if started and resumed_at(printed.split("\nstage0  ")[0].split("\nstage1  ")[0]) != before:
+            self.counts["wrong resumes"] += 1
+            self.fault(f"resumed not at {before}:\n{printed}")
+        left = metrics(folder)
+        if left != self.lines[: len(left)]:
+            self.counts["wrong resumes"] += 1
+            self.fault(f"metrics differ after a resume at {before}")
+        return False
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--kills", type=int, default=200)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args(arguments)
+    import orbax.checkpoint  # noqa: F401 - once, and not in every child
+    import tensorboardX  # noqa: F401
+
+    with tempfile.TemporaryDirectory() as base:
+        jax.config.update("jax_platforms", "cpu")
+        jax.config.update("jax_compilation_cache_dir", str(Path(base) / "compiled"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+        jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+        harness = Harness(Path(base), options.seed)
+        began, run = time.monotonic(), 0
+        while harness.counts["kills"] < options.kills:
+            if harness.cycle(Path(base) / f"run{run}"):
+                shutil.rmtree(Path(base) / f"run{run}")
+                run += 1
+            if harness.counts["kills"] % 20 == 0:
+                print(dict(harness.counts), f"{time.monotonic() - began:.0f} s", flush=True)
+        # The run under way ends undisturbed: what the last kills left must lead to the same bits.
+        last = Path(base) / f"run{run}"
+        if last.is_dir():
+            harness.end(last)
+            harness.check_end(last)
+            harness.counts["runs ended"] += 1
+        names = ("kills", "kills while a checkpoint was written", "runs ended", "lost checkpoints", "wrong resumes")
+        print("; ".join(f"{name}: {harness.counts[name]}" for name in names), f"({time.monotonic() - began:.0f} s)")
+        return 1 if harness.faults else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

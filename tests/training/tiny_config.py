@@ -1,0 +1,122 @@
+"""A run that is over in seconds, for tests that start it in several processes; the environment changes it a little.
+
+TINY_MESH: sizes of the mesh axes as JSON. TINY_PAUSE: seconds before each step. TINY_RECORD: a file for a hash of each
+batch. TINY_EVALUATE: asks questions at the end. TINY_STEPS: steps of a stage. TINY_STAGES: how many there are.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import toy_data
+
+from mllm_jax.data.pipeline import Mixture, Weighted
+from mllm_jax.sharding.mesh import MeshConfig
+from mllm_jax.training import run_folder
+from mllm_jax.training.config import AdamW, CheckpointConfig, Experiment, Stage, TokenizerConfig
+from mllm_jax.training.objectives.next_token import NextToken
+
+STEPS = 8
+MIXTURE = Mixture((Weighted(toy_data.Toy()),), rows=8, length=32, slots=1)
+
+
+@dataclass(frozen=True)
+class Question:
+    task: str
+    question: str
+    answer: str
+    images: tuple
+
+
+@dataclass(frozen=True)
+class ToyEvaluation:
+    """Eight questions about the colour of pictures of noise."""
+
+    def check(self, model):
+        assert model.llm
+
+    def questions(self):
+        source = toy_data.Toy().build()
+        numbers = range(8)
+        return {
+            "toy": [Question("colour", "what colour", toy_data.COLOURS[i], tuple(source.images(i))) for i in numbers]
+        }
+
+    def score(self, splits, model, params, tokenizer, mesh, batch_size):
+        from mllm_jax.evaluation.evaluate import evaluate
+        from mllm_jax.inference.generate import Generator
+
+        return evaluate(Generator(model, params, tokenizer, mesh, batch_size=8, max_new_tokens=4), splits)
+
+
+def config() -> Experiment:
+    watch_steps(os.environ.get("TINY_RECORD"), float(os.environ.get("TINY_PAUSE", "0")))
+    mesh = MeshConfig(**json.loads(os.environ.get("TINY_MESH", "{}")))
+    model = replace(toy_data.MODEL, text_tower=None, contrastive=None)
+    made = Experiment(
+        name="tiny",
+        model=model,
+        tokenizer=TokenizerConfig(vocab_size=320),
+        mesh=mesh,
+        log_every=1,
+        checkpoint=CheckpointConfig(every_steps=3),
+        evaluation=ToyEvaluation() if os.environ.get("TINY_EVALUATE") else None,
+        stages=tuple(stage(f"stage{number}") for number in range(int(os.environ.get("TINY_STAGES", "1")))),
+    )
+    if made.evaluation is not None:
+        # A run is evaluated by the config in its folder, which may name classes of mllm_jax only.
+        run_folder.RunFolder.experiment = lambda self: made
+    return made
+
+
+def stage(name: str) -> Stage:
+    return Stage(
+        name=name,
+        objective=NextToken(),
+        trainable=("projector/*", "llm/*"),
+        data=MIXTURE,
+        optimizer=AdamW(learning_rate=1e-2, warmup_steps=2),
+        steps=int(os.environ.get("TINY_STEPS", STEPS)),
+        validation=MIXTURE,
+        validate_every=4,
+        validation_batches=1,
+    )
+
+
+def watch_steps(record: str | None, pause: float) -> None:
+    """Lets every step wait a little, and notes a hash of this process's part of the batch."""
+    import jax
+    import numpy as np
+
+    from mllm_jax.training import loop
+
+    make = loop.make_train_step
+
+    def make_watched(*args, **kwargs):
+        step_fn = make(*args, **kwargs)
+
+        def watched(state, frozen, batch):
+            time.sleep(pause)
+            step = int(state.step)
+            if record is not None:
+                note(step, batch)
+            return step_fn(state, frozen, batch)
+
+        return watched
+
+    def note(step, batch):
+        rows = {}
+        for shard in batch["tokens"].addressable_shards:
+            first = shard.index[0].start or 0
+            for i, row in enumerate(np.asarray(shard.data)):
+                rows[first + i] = hashlib.sha256(row.tobytes()).hexdigest()[:16]
+        with Path(f"{record}.{jax.process_index()}").open("a") as file:
+            file.write(json.dumps({"step": step, "rows": rows}) + "\n")
+
+    if getattr(make, "__name__", "") != "make_watched":
+        loop.make_train_step = make_watched
