@@ -22,7 +22,7 @@ SMOKE = ROOT / "configs" / "smoke.py"
 STAGES = ("language", "contrastive", "align", "instruct")
 MADE = {
     *("config.json", "tokenizer.json", "run.json", "metrics.jsonl", "tensorboard", "stages", "checkpoints"),
-    *("results.json", "examples.json", "report.html"),
+    *("results.json", "examples.json", "report.html", "goodput.json"),
 }
 # Commands one after the other in one process: [exit code, stdout, stderr] of each.
 PRELUDE = """
