@@ -1,8 +1,8 @@
 """Our training step beside MaxText's, both compiled ahead of time for TPU slices: memory, FLOPs and bytes on the wire.
 
-    python benchmarks/plan_vs_maxtext.py [--rows llama2_7b:v5e-256:full ...] [--again]   makes what is missing
-    python benchmarks/plan_vs_maxtext.py --live                                         MaxText's too, where installed
-    python benchmarks/plan_vs_maxtext.py --print                                        the table in Markdown
+    python benchmarks/plan_vs_maxtext.py [llama2_7b:v5e-256:full ...] [--again]   makes what is missing
+    python benchmarks/plan_vs_maxtext.py --live                                  MaxText's too, where installed
+    python benchmarks/plan_vs_maxtext.py --print                                 the table in Markdown
 
 Both have FSDP over all chips, bf16 compute, float32 masters, AdamW and scanned layers. Rows are made one at a time,
 each in a process of its own, and kept in benchmarks/plan_vs_maxtext.json. No TPU is needed; a row takes one to five
@@ -269,7 +269,7 @@ def table() -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", nargs="*", default=[], help="MODEL:SLICE:REMAT, or that with :OURS behind it")
+    parser.add_argument("rows", nargs="*", metavar="ROW", help="MODEL:SLICE:REMAT, or that with :OURS behind it")
     parser.add_argument("--again", action="store_true", help="rows that are there too")
     parser.add_argument("--live", action="store_true", help="MaxText's rows compiled here, where it is installed")
     parser.add_argument("--print", action="store_true", help="print the table of what is there")

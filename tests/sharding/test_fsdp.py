@@ -17,8 +17,6 @@ from mllm_jax.sharding.fsdp import gather, gather_plan, scatter_sum, torus_sizes
 from mllm_jax.sharding.logical import use_mesh
 from mllm_jax.sharding.mesh import MeshConfig, make_mesh
 
-GRID = Mesh(np.asarray(jax.devices()).reshape(2, 4), ("a", "b"), axis_types=(AxisType.Auto,) * 2)
-
 
 @pytest.mark.parametrize(
     "order, sizes",
@@ -35,21 +33,20 @@ def test_the_torus_is_found_in_the_order_of_its_axes(order, sizes):
 
 
 @pytest.mark.parametrize("dim", [0, 1])
-def test_scattering_along_two_axes_gives_each_device_its_part_of_the_sum(dim):
+@pytest.mark.parametrize("sizes", [(2, 4), (2, 2, 2)])
+def test_along_the_torus_a_matrix_is_gathered_and_each_device_gets_its_part_of_a_sum(sizes, dim):
+    axes = tuple("abc"[: len(sizes)])
+    grid = Mesh(np.asarray(jax.devices()).reshape(sizes), axes, axis_types=(AxisType.Auto,) * len(axes))
     x = jnp.asarray(np.random.default_rng(0).normal(size=(8, 16, 16)), jnp.float32)  # one matrix a device
-    spec = PartitionSpec(*[None] * dim, ("a", "b"))
-    sums = jax.shard_map(
-        lambda x: scatter_sum(x[0], ("a", "b"), dim),
-        mesh=GRID,
-        in_specs=PartitionSpec(("a", "b")),
-        out_specs=spec,
-        check_vma=False,
-    )
-    np.testing.assert_allclose(jax.jit(sums)(x), x.sum(axis=0), rtol=1e-5)
-    whole = jax.shard_map(
-        lambda x: gather(x, ("a", "b"), dim), mesh=GRID, in_specs=spec, out_specs=PartitionSpec(), check_vma=False
-    )
-    np.testing.assert_array_equal(jax.jit(whole)(x[0]), x[0])
+    split = PartitionSpec(*[None] * dim, axes)
+
+    def on_grid(function, given, made):
+        return jax.jit(jax.shard_map(function, mesh=grid, in_specs=given, out_specs=made, check_vma=False))
+
+    total = on_grid(lambda x: scatter_sum(x[0], axes, dim), PartitionSpec(axes), split)(x)
+    np.testing.assert_allclose(total, x.sum(axis=0), rtol=1e-5, atol=1e-6)
+    whole = on_grid(lambda x: gather(x, axes, dim), split, PartitionSpec())(x[0])
+    np.testing.assert_array_equal(whole, x[0])
 
 
 class Model(nn.Module):
