@@ -5,28 +5,18 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from mllm_jax.errors import PlanError
+from mllm_jax.models.instructblip import INSTRUCTION, InstructBlipConfig
 from mllm_jax.models.llava import ONEVISION
 from mllm_jax.models.registry import has_layout
 from mllm_jax.training.config import Experiment, Stage
 
 
 def batch_shapes(experiment: Experiment, stage: Stage) -> dict[str, jax.ShapeDtypeStruct]:
-    """What `data.pipeline.Pipeline.shapes()` says once the data is there, with pictures as bytes.
-
-    Raises:
-        PlanError: a model that packed conversations do not train.
-    """
+    """What `data.pipeline.Pipeline.shapes()` says once the data is there, with pictures as bytes."""
     config, mixture = experiment.model, stage.data
     shapes = dict.fromkeys(("tokens", "segments", "positions", "media_index"), _array(mixture, dtype="int32"))
     shapes["loss_weights"] = _array(mixture)
     if has_layout(config):
-        if config.encoder_decoder:
-            raise PlanError(
-                f"stage {stage.name!r} of a {config.family}, an encoder-decoder",
-                "a decoder-only LLM: packed rows hold question and answer in one text",
-                "plan another model; training refuses this one too",
-            )
         shapes |= _named_media(config, mixture)
     elif mixture.slots:
         side = _image_size(config, stage)
@@ -47,6 +37,12 @@ def _named_media(config, mixture) -> dict[str, jax.ShapeDtypeStruct]:
         shapes = {"media_index": _array(mixture, 4, dtype="int32"), "media_weights": _array(mixture, 4)}
     if getattr(config.llm, "mrope_sections", ()):
         shapes["positions"] = _array(mixture, 3, dtype="int32")
+    if config.encoder_decoder:
+        shapes |= {f"decoder_{name}": _array(mixture, dtype="int32") for name in ("tokens", "segments", "positions")}
+    if isinstance(config, InstructBlipConfig):
+        longest = min(INSTRUCTION, config.projector.max_length)
+        read = jax.ShapeDtypeStruct((mixture.rows, mixture.slots, longest), jnp.int32)
+        shapes |= dict(query_tokens=read, query_segments=read)
     if not mixture.slots:
         return shapes
     # `slots` counts patches where an encoder packs them, and `sample_batch` what they are merged to.

@@ -19,6 +19,7 @@ from mllm_jax.data.llava import LLaVARecords
 from mllm_jax.data.pipeline import Mixture, Weighted
 from mllm_jax.errors import DataError
 from mllm_jax.models.dialogue import DialogueEncoder
+from mllm_jax.planning.batches import batch_shapes
 from mllm_jax.training.config import AdamW, CheckpointConfig, Experiment, Pretrained, Stage, TokenizerConfig
 from mllm_jax.training.loop import load_run, train
 from mllm_jax.training.named import export_run
@@ -83,6 +84,12 @@ def test_packed_rows_have_their_loss(case, assert_close):
     examples = [dialogues.encode(*conversation(number), 48) for number in range(3)]
     packed = [[examples[0], examples[1]], [examples[2]]]
     batch = pack_dialogues(packed, dialogues.layout, 64, 4, decodes=dialogues.decodes)
+    stage = Stage("instruct", NextToken(), ("*",), Mixture((), rows=2, length=64, slots=4), 1)
+    planned = batch_shapes(
+        Experiment("planned", case.model.config, (stage,), TokenizerConfig(folder=str(case.folder))), stage
+    )
+    shapes = {name: (x.shape, x.dtype) for name, x in batch.items()}
+    assert shapes == {name: (x.shape, x.dtype) for name, x in planned.items()}
     loss, metrics = jax.jit(lambda p, b: NextToken().loss(make_apply(case.model), p, b, None))(case.params, batch)
     wanted = [their_loss(case, number) for number in range(3)]
     assert float(metrics["weight"]) == sum(count for _, count in wanted)
