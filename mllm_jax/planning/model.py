@@ -8,23 +8,11 @@ import jax
 
 from mllm_jax.planning.compile import AbstractStep
 from mllm_jax.training.config import Experiment
-from mllm_jax.training.flops import PartFlops, flops_by_part
+from mllm_jax.training.flops import PartFlops, flops_by_part, with_remat
 from mllm_jax.training.partition import join
 from mllm_jax.training.step import make_apply
 
 _ORDER = ("encoder", "projector", "", "llm")  # what data goes through; others stand in the gap
-
-
-def with_remat(config, policy: str):
-    """A model's config with one rematerialisation policy in every part that has any."""
-    changes = {}
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        if field.name == "remat":
-            changes["remat"] = policy
-        elif dataclasses.is_dataclass(value):
-            changes[field.name] = with_remat(value, policy)
-    return dataclasses.replace(config, **changes)
 
 
 def remat_of(config) -> str:

@@ -7,11 +7,12 @@ from dataclasses import replace
 
 from mllm_jax.errors import ConfigError
 from mllm_jax.layers.stack import REMAT_POLICIES
-from mllm_jax.planning.model import remat_of, with_remat
+from mllm_jax.planning.model import remat_of
 from mllm_jax.planning.plan import Plan, make_plan, stage_index
 from mllm_jax.planning.topologies import Topology
 from mllm_jax.sharding.mesh import MeshConfig
 from mllm_jax.training.config import Experiment
+from mllm_jax.training.flops import with_remat
 
 TENSORS = (1, 2, 4, 8)
 PIECES = (1, 2, 4, 8)

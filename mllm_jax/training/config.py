@@ -32,6 +32,8 @@ class AdamW:
     Attributes:
         end_factor: the learning rate at the end as a share of the peak.
         weight_decay: applies to kernels and embeddings, never to norms and biases.
+        factors: pairs of a pattern over parameter paths, such as "encoder/*", and what the learning rate of the
+            parameters that match is multiplied by; the first pattern that matches counts.
     """
 
     learning_rate: float = 1e-3
@@ -42,6 +44,7 @@ class AdamW:
     b2: float = 0.98
     eps: float = 1e-8
     clip_norm: float = 1.0
+    factors: tuple[tuple[str, float], ...] = ()
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import time
 from collections.abc import Sequence
@@ -29,7 +28,7 @@ from mllm_jax.sharding.hosts import first_alone, from_first, is_first
 from mllm_jax.sharding.mesh import make_mesh
 from mllm_jax.training.config import Experiment, Pretrained, Stage, require_vocabulary
 from mllm_jax.training.features import FeatureCache
-from mllm_jax.training.flops import count_flops
+from mllm_jax.training.flops import count_flops, with_remat
 from mllm_jax.training.metrics import Meter, MetricsWriter, Progress, peak_flops
 from mllm_jax.training.monitors import Monitors, attended
 from mllm_jax.training.named import dialogues_of
@@ -412,7 +411,7 @@ class StageRunner:
 
     def step_flops(self, trainable, frozen, shapes) -> int:
         """Model FLOPs of one step over all devices: recomputation by remat is not counted."""
-        model = without_remat(self.experiment.model).make()
+        model = with_remat(self.experiment.model, "none").make()
         apply = make_apply(model)
 
         def loss(params, frozen, batch):
@@ -420,18 +419,6 @@ class StageRunner:
 
         batch = {name: jax.ShapeDtypeStruct(*shape) for name, shape in shapes.items()}
         return count_flops(jax.value_and_grad(loss, has_aux=True), trainable, frozen, batch)
-
-
-def without_remat(config):
-    """The same model config with `remat="none"` in every part."""
-    changes = {}
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        if field.name == "remat":
-            changes["remat"] = "none"
-        elif dataclasses.is_dataclass(value):
-            changes[field.name] = without_remat(value)
-    return dataclasses.replace(config, **changes)
 
 
 def load_run(folder: RunFolder, devices: Sequence[jax.Device] | None = None):

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+
 import jax
 import optax
+from flax.traverse_util import flatten_dict, unflatten_dict
 
+from mllm_jax.errors import ConfigError
 from mllm_jax.training.config import AdamW
 
 DECAYED = ("kernel", "embedding")
@@ -27,9 +32,31 @@ def _decay_mask(params):
     return jax.tree_util.tree_map_with_path(one, params)
 
 
+def _by_pattern(factors: Sequence[tuple[str, float]]) -> optax.GradientTransformation:
+    """Multiplies each update by the factor of the first pattern that its path matches."""
+
+    def scale(updates, _):
+        flat = flatten_dict(updates, sep="/")
+        for pattern, _ in factors:
+            if not any(fnmatchcase(path, pattern) for path in flat):
+                raise ConfigError(
+                    f"optimizer.factors: {pattern!r} matches nothing that is trained",
+                    f"paths such as {sorted({path.split('/')[0] for path in flat})}",
+                    "change or drop it",
+                )
+        found = {path: next((f for p, f in factors if fnmatchcase(path, p)), 1.0) for path in flat}
+        return unflatten_dict({path: update * found[path] for path, update in flat.items()}, sep="/")
+
+    return optax.stateless(scale)
+
+
 def make_optimizer(config: AdamW, steps: int) -> optax.GradientTransformation:
-    """Clip by global norm, then AdamW."""
-    return optax.chain(
+    """Clip by global norm, then AdamW, then the factors of single parts.
+
+    Raises:
+        ConfigError: at the first update, a factor's pattern that matches nothing.
+    """
+    transformations = [
         optax.clip_by_global_norm(config.clip_norm),
         optax.adamw(
             learning_rate(config, steps),
@@ -39,4 +66,5 @@ def make_optimizer(config: AdamW, steps: int) -> optax.GradientTransformation:
             weight_decay=config.weight_decay,
             mask=_decay_mask,
         ),
-    )
+    ]
+    return optax.chain(*transformations, *([_by_pattern(config.factors)] if config.factors else []))

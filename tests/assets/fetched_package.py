@@ -61,9 +61,12 @@ class whole_folder:
         return self.temporary
 
     def __exit__(self, kind, *_) -> None:
-        if kind is None:
-            shutil.rmtree(self.folder, ignore_errors=True)
-            self.temporary.chmod(0o755)
-            self.temporary.rename(self.folder)
-        else:
+        try:
+            if kind is None:
+                self.temporary.chmod(0o755)
+                self.temporary.rename(self.folder)
+        except OSError:
+            if not self.folder.is_dir():  # else another process was quicker, and its folder is as whole
+                raise
+        finally:
             shutil.rmtree(self.temporary, ignore_errors=True)

@@ -25,6 +25,7 @@ from mllm_jax.models.llava import LLAVA, NEXT, ONEVISION, LlavaConfig, LlavaLayo
 from mllm_jax.models.multimodal import Connection
 from mllm_jax.models.registry import abstract_params, family_of_config
 from mllm_jax.projectors.mlp import MLPProjectorConfig
+from mllm_jax.training.partition import split
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 SIDE, GRID = 12, 3
@@ -89,8 +90,18 @@ def test_published_stages():
     assert (align.steps, align.data.rows, align.optimizer.learning_rate) == (2181, 256, 1e-3)
     assert (instruct.steps, instruct.data.rows, instruct.optimizer.learning_rate) == (5198, 128, 2e-5)
     assert instruct.optimizer.warmup_steps == 156 and align.trainable == ("projector/*",)
-    following = runpy.run_path(str(CONFIGS / "llava_next.py"))
-    assert following["optimizer"]("instruct", 1000).learning_rate == 1e-5
+
+
+def test_published_stages_of_next():
+    """558,128 / 256 and 760,000 / 128 steps; the tower's rate is 2e-6."""
+    experiment = runpy.run_path(str(CONFIGS / "llava_next.py"))["config"]()
+    align, instruct = experiment.stages
+    assert (align.steps, align.trainable, align.optimizer.factors) == (2181, ("projector/*",), ())
+    [(pattern, factor)] = instruct.optimizer.factors
+    assert (instruct.steps, instruct.optimizer.learning_rate, instruct.optimizer.warmup_steps) == (5938, 1e-5, 179)
+    assert pattern == "encoder/*" and factor * instruct.optimizer.learning_rate == pytest.approx(2e-6)
+    params = abstract_params(experiment.model, family_of_config(experiment.model))
+    assert not split(nn.meta.unbox(params), instruct.trainable)[1], "everything is trained"
 
 
 # ---- pictures

@@ -10,11 +10,11 @@ import importlib
 import os
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 import pytest
 import torch
+from fetched_package import whole_folder
 
 PACKAGES = ("timm==1.0.31", "torchvision==0.28.0")
 MISSING = f"missing asset: pip install --no-deps {' '.join(PACKAGES)}"
@@ -25,11 +25,9 @@ def _folder() -> Path:
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mllm_jax"
     folder = cache / "-".join(PACKAGES).replace("==", "-")
     if not folder.is_dir() and (os.environ.get("CI") == "true" or os.environ.get("MLLM_FETCH_TIMM")):
-        cache.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(dir=cache))
-        pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-compile", "--target"]
-        subprocess.run([*pip, str(temporary), *PACKAGES], check=True)
-        temporary.rename(folder)
+        with whole_folder(folder) as temporary:
+            pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-compile", "--target"]
+            subprocess.run([*pip, str(temporary), *PACKAGES], check=True)
     return folder
 
 

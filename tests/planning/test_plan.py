@@ -20,12 +20,11 @@ from mllm_jax.planning import search as searching
 from mllm_jax.planning.batches import batch_shapes
 from mllm_jax.planning.compile import OutOfMemory, topology_mesh
 from mllm_jax.planning.hlo import account
-from mllm_jax.planning.model import with_remat
 from mllm_jax.planning.plan import make_plan
 from mllm_jax.planning.report import render, show, show_search
 from mllm_jax.planning.topologies import GIB, topology
 from mllm_jax.sharding.mesh import MeshConfig
-from mllm_jax.training.flops import count_flops
+from mllm_jax.training.flops import count_flops, with_remat
 
 ROOT = Path(__file__).parents[2]
 
