@@ -46,7 +46,7 @@ def test_pauses_double(monkeypatch):
     pauses = []
     monkeypatch.setattr(retry.time, "sleep", pauses.append)
     with pytest.warns(UserWarning), pytest.raises(ReadError):
-        patiently(Flaky(9, OSError("x")), "toy[3]", Patience(attempts=5, first_pause=1.5))
+        patiently(Flaky(9, OSError(5, "x")), "toy[3]", Patience(attempts=5, first_pause=1.5))
     assert pauses == [1.5, 3.0, 6.0, 12.0]
 
 

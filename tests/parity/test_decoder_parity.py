@@ -15,7 +15,6 @@ import transformers
 from mllm_jax.checkpoints.hf import hub_tensors
 from mllm_jax.inference.language import LanguageGenerator
 from mllm_jax.inference.options import Options
-from mllm_jax.models.multimodal import MultimodalOutput
 from mllm_jax.models.registry import family_of_config, from_pretrained, save_pretrained
 from mllm_jax.training.objectives.next_token import NextToken
 
@@ -257,8 +256,10 @@ def test_next_token_loss_and_every_gradient(case, load, assert_close):
     loss = total / count
     loss.backward()
 
-    def apply(p, b):
-        return MultimodalOutput(logits=module.apply({"params": p}, b["tokens"], b["positions"], b["segments"]))
+    def apply(p, b, method):
+        assert method == "head_inputs"
+        texts = b["tokens"], b["positions"], b["segments"]
+        return module.apply({"params": p}, *texts, project=False)
 
     def ours(p):
         return NextToken().loss(apply, p, batch, None)

@@ -16,8 +16,8 @@ from transformers import BertConfig, BertModel
 
 from mllm_jax.checkpoints.hf import hub_tensors, read_weights
 from mllm_jax.checkpoints.table import Table, Weight
+from mllm_jax.layers.head import HeadInputs
 from mllm_jax.llms import opt
-from mllm_jax.models.multimodal import MultimodalOutput
 from mllm_jax.models.pformer import PFormerPretrainingConfig
 from mllm_jax.projectors.pformer import PFormerConfig
 from mllm_jax.training.objectives.pformer import PFormerObjective, PromptGuided
@@ -205,8 +205,8 @@ def test_alignment_with_media(recorded, assert_close):
     probe, prompts = (jnp.asarray(arrays[n]) for n in ("inputs/align_probe", "outputs/unmasked/inputs_opt_ref"))
 
     def apply(params, batch, method=None):
-        if method is None:
-            return MultimodalOutput(jnp.zeros((*batch["tokens"].shape, 40)))
+        if method == "head_inputs":
+            return HeadInputs(jnp.zeros((*batch["tokens"].shape, 40)), jnp.eye(40))
         assert method == "guide"
         row = batch | dict(loss_weights=jnp.ones(batch["tokens"].shape))
         return dataclasses.make_dataclass("Guided", ("media", "prompts", "row"))(*params, row)

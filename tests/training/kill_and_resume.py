@@ -30,7 +30,6 @@ from pathlib import Path
 import jax
 
 STEPS, STAGES, EVERY = 16, 2, 2
-os.environ |= {"TINY_STEPS": str(STEPS), "TINY_STAGES": str(STAGES)}
 
 
 def in_child(work: Callable[[], object], output: Path) -> int:
@@ -69,6 +68,7 @@ def experiment():
 
     from mllm_jax.training.config import CheckpointConfig
 
+    os.environ |= {"TINY_STEPS": str(STEPS), "TINY_STAGES": str(STAGES)}  # not on import: tests import this file too
     return replace(tiny_config.config(), checkpoint=CheckpointConfig(every_steps=EVERY, keep_last=2))
 
 

@@ -51,7 +51,8 @@ def test_round_trip_through_json():
 
 
 def test_the_class_stands_beside_the_fields_and_collides_with_none():
-    assert describe(NextToken(0.5)) == {"class": "mllm_jax.training.objectives.next_token:NextToken", "z_loss": 0.5}
+    named = {"class": "mllm_jax.training.objectives.next_token:NextToken"}
+    assert describe(NextToken(0.5, 64.0)) == named | {"z_loss": 0.5, "logits_mib": 64.0}
     # A field may be called `kind`, never `class`.
     described = describe(Contrastive("sigmoid"))
     assert described == {
@@ -116,6 +117,7 @@ def test_differences_name_every_leaf():
         "stages.1.objective.chunk: 1024 -> (absent)",
         f"stages.1.objective.class: {module}.contrastive:Contrastive -> {module}.next_token:NextToken",
         "stages.1.objective.kind: sigmoid -> (absent)",
+        "stages.1.objective.logits_mib: (absent) -> 128.0",
         "stages.1.objective.z_loss: (absent) -> 0.0",
     ]
     assert differences([1, 2], [1, 2, 3]) == [": [1, 2] -> [1, 2, 3]"]
