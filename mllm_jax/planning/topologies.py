@@ -61,7 +61,7 @@ _HOST_NETWORK = 25e9
 TPUS = {
     "v4": Chip("TPU v4", 275e12, 32 * GIB, 1.2e12, 45e9, 6, _HOST_NETWORK / 4, 30.75 * GIB),
     "v5e": Chip("TPU v5e", 197e12, 16 * GIB, 0.81e12, 50e9, 4, _HOST_NETWORK / 4, 15.75 * GIB, 0.796),
-    "v5p": Chip("TPU v5p", 459e12, 95 * GIB, 2.765e12, 100e9, 6, _HOST_NETWORK / 4, 95.74 * GIB, 0.821),
+    "v5p": Chip("TPU v5p", 459e12, 95 * GIB, 2.765e12, 100e9, 6, _HOST_NETWORK / 4, 95.74 * GIB, 0.777),
     "v6e": Chip("TPU v6e", 918e12, 32 * GIB, 1.64e12, 100e9, 4, _HOST_NETWORK / 4, 31.25 * GIB, 0.568),
     # A chip is two dies with half of everything each, and JAX sees two devices (docs, "programming model").
     "v7x": Chip("TPU7x", 2307e12, 192 * GIB, 7.38e12, 100e9, 6, _HOST_NETWORK / 4, 2 * 94.75 * GIB, devices=2),
