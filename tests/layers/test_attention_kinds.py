@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from functools import partial
 
 import jax
@@ -119,9 +120,9 @@ def test_long_rows_are_taken_block_by_block(monkeypatch, qkv, segments):
         assert str(jax.make_jaxpr(partial(attention, **kind))(*qkv)) == plain
 
 
-def test_the_platform_that_is_compiled_for_decides(qkv):
+def test_the_platform_that_is_compiled_for_decides(qkv, require_asset):
     """Traced here for a TPU slice: splash under a mesh of TPUs, and none under one of CPUs or for a cache."""
-    pytest.importorskip("libtpu")
+    require_asset(importlib.util.find_spec("libtpu"), "libtpu, of the extra `test`")
     from mllm_jax.planning.compile import topology_mesh
     from mllm_jax.planning.topologies import topology
 

@@ -130,5 +130,4 @@ def test_no_policy_keeps_a_gathered_matrix(remat):
 
     _, pull = jax.vjp(value, params, x)
     kept = [leaf for leaf in jax.tree.leaves(pull) if getattr(leaf, "shape", None) == (3, 16, 16)]
-    pointers = {id(leaf) for leaf in jax.tree.leaves(params)}
-    assert all(id(leaf) in pointers for leaf in kept) or len(kept) <= 1
+    assert len(kept) <= 1, "the sharded one"
