@@ -5,8 +5,9 @@
 
 Rows are made one at a time, each in a process of its own, and kept in benchmarks/plan_table.json; those that are there
 are left out unless --again. `--print` prints the table in Markdown. A slice's devices go to fsdp as far as the rows
-divide, the rest to tensor. Where a step does not fit, `mllm plan --search` tries up to --rescue others, and the fastest
-that fits stands beside it. No TPU is needed; a row takes one to five minutes of two cores.
+and the parameters' sizes divide, the rest to data and tensor. Where a step does not fit, `mllm plan --search` tries up
+to --rescue others, and the fastest that fits stands beside it. No TPU is needed; a row takes one to five minutes of two
+cores.
 """
 
 from __future__ import annotations
@@ -46,11 +47,15 @@ def run_plan(config: str, topology: str, *options: str) -> dict:
         return json.loads(file.read_text()) | {"seconds": seconds}
 
 
-def mesh_options(rows: int, devices: int, slices: int = 1) -> list[str]:
-    """fsdp over as many devices as divide the rows, tensor over the rest; data over slices."""
-    fsdp = math.gcd(rows // slices, devices // slices)
-    tensor = devices // slices // fsdp
-    return ["--mesh.data", str(slices), "--mesh.fsdp", str(fsdp), "--mesh.tensor", str(tensor)]
+def mesh_options(experiment, stage: int, devices: int) -> list[str]:
+    """fsdp over as many devices as divide the rows and the parameters' sizes, tensor over what the rows leave."""
+    from mllm_jax.planning.arithmetic import dividing_fsdp
+    from mllm_jax.sharding.mesh import MeshConfig
+
+    most = math.gcd(experiment.stages[stage].data.rows, devices)
+    fsdp = dividing_fsdp(experiment, stage, MeshConfig(1, most, 1, devices // most))
+    sizes = {"data": most // fsdp, "fsdp": fsdp, "context": 1, "tensor": devices // most}
+    return [part for axis, size in sizes.items() for part in (f"--mesh.{axis}", str(size))]
 
 
 def read(path: Path) -> dict:
@@ -68,13 +73,13 @@ def make(models, slices, rescue: int, again: bool) -> None:
 
     for name in models:
         experiment, stage = load_config(ROOT / MODELS[name]), name.split(":")[1]
-        rows = experiment.stages[stage_index(experiment, stage)].data.rows
+        index = stage_index(experiment, stage)
         for where in slices:
             key = f"{name} {where}"
             if key in read(OUT) and not again:
                 continue
             devices = topology(where).devices
-            plan = run_plan(MODELS[name], where, "--stage", stage, *mesh_options(rows, devices))
+            plan = run_plan(MODELS[name], where, "--stage", stage, *mesh_options(experiment, index, devices))
             print(key, verdict(plan), f"{plan['seconds']:.0f} s", flush=True)
             if plan.get("fits") is False and rescue:
                 plan["rescue"] = run_plan(MODELS[name], where, "--stage", stage, "--search", str(rescue))

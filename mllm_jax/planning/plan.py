@@ -12,6 +12,7 @@ import jax
 from mllm_jax.errors import ConfigError
 from mllm_jax.layers.stack import REMAT_POLICIES
 from mllm_jax.planning.analytic import analytic_account
+from mllm_jax.planning.arithmetic import whole_bytes
 from mllm_jax.planning.compile import AbstractStep, OutOfMemory, abstract_step, compile_step, topology_mesh
 from mllm_jax.planning.hlo import FUSED_SCATTER
 from mllm_jax.planning.model import model_flops, remat_of
@@ -28,6 +29,7 @@ class Memory:
 
     Attributes:
         parameters, frozen, optimizer, batch: what the step is given.
+        whole: of the first three, what fsdp does not split.
         temporaries: activations, gradients and all else that it makes; None where nothing was compiled.
         peak: the most that is held at any instant, which decides; of a step that does not fit what it asks for, None
             where the compiler does not say.
@@ -41,6 +43,7 @@ class Memory:
     temporaries: float | None
     peak: float | None
     available: float
+    whole: int = 0
 
     @property
     def state(self) -> int:
@@ -205,8 +208,14 @@ def _described(experiment: Experiment, index: int, topology: Topology, abstract:
         None,
         None,
         topology.chip.device_hbm,
+        whole_bytes(abstract),
     )
     notes = []
+    if memory.whole > 0.05 * memory.available:
+        notes.append(
+            f"{memory.whole / GIB:.1f} GiB of parameters and optimizer are whole on every device: fsdp "
+            f"{sizes['fsdp']} does not divide their sizes"
+        )
     over = sizes["data"] * sizes["fsdp"]
     piece = stage.data.rows // stage.accumulate
     if piece % over:
@@ -287,6 +296,12 @@ def _advice(plan: Plan) -> tuple[str, ...]:
     if plan.fits is not False:
         return tuple(advice)
     memory = plan.memory
+    if memory.whole > 0.05 * memory.available and mesh["fsdp"] % 2 == 0:
+        advice.append(
+            f"mesh.fsdp {mesh['fsdp'] // 2} and mesh.data {mesh['data'] * 2}, or still less fsdp, splits what is whole "
+            "now; --search finds the largest that does"
+        )
+        return tuple(advice)
     if memory.state > 0.9 * memory.available:
         need = math.ceil(memory.state * plan.chips / (0.7 * memory.available))
         takes = f"parameters and optimizer take {memory.state / GIB:.1f} GiB a device"

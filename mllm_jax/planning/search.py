@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 from mllm_jax.errors import ConfigError
 from mllm_jax.layers.stack import REMAT_POLICIES
+from mllm_jax.planning.arithmetic import dividing_fsdp, least_bytes
 from mllm_jax.planning.model import remat_of
 from mllm_jax.planning.plan import Plan, make_plan, stage_index
-from mllm_jax.planning.topologies import Topology
-from mllm_jax.sharding.mesh import MeshConfig
-from mllm_jax.training.config import Experiment
+from mllm_jax.planning.topologies import GIB, Topology
+from mllm_jax.sharding.mesh import AXES, MeshConfig
+from mllm_jax.training.config import Experiment, Stage
 from mllm_jax.training.flops import with_remat
 
 TENSORS = (1, 2, 4, 8)
+CONTEXTS = (1, 2, 4, 8)
+PLACES = 1024  # a device has at least so many places of a row
 PIECES = (1, 2, 4, 8)
 POLICIES = tuple(name for name in ("none", "dots", "full", "offload") if name in REMAT_POLICIES)  # each saves more
 
@@ -22,22 +26,34 @@ POLICIES = tuple(name for name in ("none", "dots", "full", "offload") if name in
 def candidates(experiment: Experiment, topology: Topology, index: int) -> Iterator[Experiment]:
     """Experiments to try, those first that save the least memory and so waste the least time.
 
-    fsdp inside a slice, data over slices; tensor where heads and fsdp leave no row idle; more pieces and more remat.
+    fsdp inside a slice as far as it divides the parameters' sizes, data over the rest and over slices; tensor where
+    heads, and context where a row's places, leave no device idle; more pieces and more remat.
     """
     stage = experiment.stages[index]
     inside = topology.devices // topology.slices
     heads = getattr(getattr(experiment.model, "llm", None), "num_heads", 0)
-    for tensor in TENSORS:
-        if inside % tensor or (tensor > 1 and heads % tensor):
+    for tensor, context in sorted(itertools.product(TENSORS, CONTEXTS), key=lambda pair: (pair[0] * pair[1], pair[0])):
+        if inside % (tensor * context) or (tensor > 1 and heads % tensor):
             continue
-        mesh = MeshConfig(data=topology.slices, fsdp=inside // tensor, tensor=tensor)
+        if context > 1 and (stage.data.length % context or stage.data.length // context < PLACES):
+            continue
+        most = inside // tensor // context
+        if not any(_divides(stage, pieces, topology.slices * most) for pieces in PIECES):
+            continue
+        fsdp = dividing_fsdp(experiment, index, MeshConfig(topology.slices, most, context, tensor))
+        mesh = MeshConfig(topology.slices * most // fsdp, fsdp, context, tensor)
         for policy in POLICIES[1:]:
             for pieces in PIECES:
-                if stage.data.rows % pieces or stage.data.rows // pieces % (mesh.data * mesh.fsdp):
-                    continue
-                stages = list(experiment.stages)
-                stages[index] = replace(stage, accumulate=pieces)
-                yield replace(experiment, mesh=mesh, model=with_remat(experiment.model, policy), stages=tuple(stages))
+                if _divides(stage, pieces, mesh.data * mesh.fsdp):
+                    stages = list(experiment.stages)
+                    stages[index] = replace(stage, accumulate=pieces)
+                    model = with_remat(experiment.model, policy)
+                    yield replace(experiment, mesh=mesh, model=model, stages=tuple(stages))
+
+
+def _divides(stage: Stage, pieces: int, devices: int) -> bool:
+    """Whether so many devices share the rows of each piece evenly."""
+    return stage.data.rows % pieces == 0 and stage.data.rows // pieces % devices == 0
 
 
 def search(
@@ -50,7 +66,8 @@ def search(
 ) -> tuple[list[Plan], list[Plan]]:
     """Plans at most `limit` candidates.
 
-    A candidate that saves less memory than one that did not fit, and is alike else, is left out.
+    A candidate that saves less memory than one that did not fit, and is alike else, is left out; so is one whose
+    parameters, optimizer and layer inputs alone are more than the HBM.
 
     Args:
         tell: is called with each plan as it is made.
@@ -59,17 +76,27 @@ def search(
         (plans that fit, the fastest expected step first; all that were made).
 
     Raises:
-        ConfigError: no mesh suits the rows.
+        ConfigError: no mesh suits the rows, or none can hold the parameters.
     """
     index = stage_index(experiment, stage)
     tried: list[Plan] = []
+    least: list[int] = []  # bytes, of what is not worth compiling
     for candidate in candidates(experiment, topology, index):
         if len(tried) == limit:
             break
         if _hopeless(candidate, index, tried):
             continue
+        if (needed := least_bytes(candidate, index)) > topology.chip.device_hbm:
+            least.append(needed)
+            continue
         tried.append(make_plan(candidate, topology, experiment.stages[index].name))
         tell(tried[-1])
+    if least and not tried:
+        raise ConfigError(
+            f"{experiment.name} on {topology.name}: {min(least) / GIB:.1f} GiB a device, activations not counted",
+            f"at most {topology.chip.device_hbm / GIB:.1f} GiB",
+            "take more chips, or fewer rows",
+        )
     if not tried:
         rows = experiment.stages[index].data.rows
         raise ConfigError(
@@ -86,7 +113,7 @@ def _hopeless(candidate: Experiment, index: int, tried: list[Plan]) -> bool:
     stage, mesh = candidate.stages[index], candidate.mesh
     remat = remat_of(candidate.model)
     for plan in tried:
-        if (plan.mesh["fsdp"], plan.mesh["tensor"]) != (mesh.fsdp, mesh.tensor):
+        if any(plan.mesh[axis] != getattr(mesh, axis) for axis in AXES):
             continue
         pieces, kept = stage.accumulate - plan.accumulate, POLICIES.index(remat) - POLICIES.index(plan.remat)
         saves_less, saves_more = max(pieces, kept) <= 0, min(pieces, kept) >= 0
