@@ -120,6 +120,16 @@ def test_long_rows_are_taken_block_by_block(monkeypatch, qkv, segments):
         assert str(jax.make_jaxpr(partial(attention, **kind))(*qkv)) == plain
 
 
+def test_on_a_cpu_causal_rows_are_taken_block_by_block_earlier(monkeypatch, qkv, segments):
+    monkeypatch.setattr(layer, "CPU_LONG", LENGTH)
+    kind = dict(q_segments=segments, k_segments=segments)
+    with use_mesh(make_mesh(MeshConfig(data=2), jax.devices()[:2])):
+        found = {mask: str(jax.make_jaxpr(partial(attention, mask=mask, **kind))(*qkv)) for mask in layer.MASKS}
+        y = jax.jit(partial(attention, mask="causal", **kind))(*qkv)
+    assert "while" in found["causal"] and "while" not in found["full"]
+    np.testing.assert_allclose(y, xla_attention(*qkv, mask="causal", **kind), atol=2e-5)
+
+
 def test_the_platform_that_is_compiled_for_decides(qkv, require_asset):
     """Traced here for a TPU slice: splash under a mesh of TPUs, and none under one of CPUs or for a cache."""
     require_asset(importlib.util.find_spec("libtpu"), "libtpu, of the extra `test`")
