@@ -77,7 +77,8 @@ def logits_bytes(head: HeadInputs) -> int:
 def head_cross_entropy(head: HeadInputs, targets: jax.Array, weights: jax.Array, z_loss: float, chunks: int) -> Scores:
     """The cross-entropy of a head, chunk by chunk: logits of all places never exist together.
 
-    The gradient is taken in the same pass, so nothing is computed twice. It flows into `loss` alone.
+    The gradient is taken in the same pass, so nothing is computed twice. It flows into `loss` alone. Chunks are made of
+    places with a weight as far as there are any, and those without are left out.
 
     Args:
         targets: int[B, S].  weights: float32[B, S].
@@ -141,13 +142,20 @@ def _local(x, matrix, targets, weights, *, tied, z_loss, chunks, wanted, rows, g
     whole = gather(whole, gathered, dim) if gathered else whole
     places = math.prod(targets.shape)
     chunks = min(chunks, places)
+    size = -(-places // chunks)
+    # Places that are learnt come first: chunks of others are not computed. Most places of a picture and of a question
+    # are such. All devices do as many chunks as the one that needs most.
+    flat = weights.reshape(places)
+    order = jnp.argsort(flat == 0, stable=True)
+    needed = -(-(flat != 0).sum() // size)
+    needed = jax.lax.pmax(needed, rows) if rows else needed
 
     def cut(each, width=()):
-        each = each.reshape(places, *width)
-        each = jnp.pad(each, [(0, -places % chunks)] + [(0, 0)] * len(width))
-        return each.reshape(chunks, -1, *width)
+        each = each.reshape(places, *width)[order]
+        each = jnp.pad(each, [(0, chunks * size - places)] + [(0, 0)] * len(width))
+        return each.reshape(chunks, size, *width)
 
-    def body(carry, chunk):
+    def compute(carry, chunk):
         loss, right, slope = carry
         x, targets, weights = chunk
         logits = _product(x, whole, tied=tied, preferred_element_type=jnp.float32)
@@ -171,15 +179,22 @@ def _local(x, matrix, targets, weights, *, tied, z_loss, chunks, wanted, rows, g
             slope += jax.lax.dot_general(*pair, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32)
         return (loss, right, slope), dx
 
+    def skip(carry, chunk):
+        return carry, jnp.zeros_like(chunk[0]) if "x" in wanted else None
+
+    def body(carry, numbered):
+        number, chunk = numbered
+        return jax.lax.cond(number < needed, compute, skip, carry, chunk)
+
     zero = jnp.float32(0)
     start = zero, zero, jnp.zeros(whole.shape, jnp.float32) if "matrix" in wanted else None
-    xs = cut(x, shape[-1:]), cut(targets), cut(weights)
+    xs = jnp.arange(chunks), (cut(x, shape[-1:]), cut(targets), cut(weights))
     (loss, right, slope), dx = jax.lax.scan(body, start, xs)
     if rows:
         loss, right = jax.lax.psum((loss, right), rows)
     out = [loss, right]
     if "x" in wanted:
-        out.append(dx.reshape(-1, shape[-1])[:places].reshape(shape))
+        out.append(dx.reshape(-1, shape[-1])[jnp.argsort(order)].reshape(shape))
     if "matrix" in wanted:
         # Over the wire in the dtype that the model computes in, like every other gradient.
         others = tuple(axis for axis in rows if axis not in gathered)

@@ -63,6 +63,22 @@ def test_chunks_equal_the_whole(mesh, tied, case):
     assert float(jax.jit(chunked)(x, matrix)[0]) == pytest.approx(float(loss), rel=1e-6), "without a gradient"
 
 
+def test_places_that_are_not_learnt_cost_nothing(case):
+    """14 of 56 places are learnt, which is one chunk of four: what stands at the others is not looked at."""
+    x, matrix, targets, _ = case
+    weights = jnp.where(jnp.arange(ROWS * LENGTH).reshape(ROWS, LENGTH) % 4 == 1, 2.0, 0.0)
+    spoilt = jnp.where(weights[..., None] > 0, x, jnp.nan)
+
+    def chunked(x, matrix):
+        return head_cross_entropy(HeadInputs(x, matrix), targets, weights, Z_LOSS, 4).loss
+
+    loss, (dx, slope) = jax.jit(jax.value_and_grad(chunked, (0, 1)))(spoilt, matrix)
+    wanted, gradients = jax.value_and_grad(lambda *a: whole(*a, targets, weights, False)[0], (0, 1))(x, matrix)
+    np.testing.assert_allclose(loss, wanted, rtol=1e-5)
+    np.testing.assert_allclose(dx, gradients[0], rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(slope, gradients[1], rtol=1e-4, atol=1e-5)
+
+
 def test_a_frozen_head_costs_no_gradient_of_its_matrix(case):
     x, matrix, targets, weights = case
 
