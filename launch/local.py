@@ -18,6 +18,7 @@ import sys
 import threading
 import time
 
+DEVICE_COUNT = "--xla_force_host_platform_device_count"
 STOPPED = 130  # the run was asked to stop and has saved: no failure
 
 
@@ -50,12 +51,13 @@ def main(arguments: list[str] | None = None) -> int:
 
 def settings(process: int, count: int, devices: int, port: int) -> dict[str, str]:
     """What the environment of one process has more than this one's."""
+    others = [flag for flag in os.environ.get("XLA_FLAGS", "").split() if not flag.startswith(DEVICE_COUNT)]
     return {
         "JAX_PLATFORMS": "cpu",
         "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
         "JAX_NUM_PROCESSES": str(count),
         "JAX_PROCESS_ID": str(process),
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "XLA_FLAGS": " ".join([f"{DEVICE_COUNT}={devices}", *others]),
         # XLA's pool has a thread a core; a device that waits in a collective holds one.
         "NPROC": str(max(os.cpu_count() or 1, 4 * devices)),
     }

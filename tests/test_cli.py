@@ -46,11 +46,14 @@ class Machine:
 
     def __init__(self, folder: Path):
         self.folder = folder
+        emitters = [flag for flag in os.environ["XLA_FLAGS"].split() if "emitters" in flag]
         self.environment = os.environ | {
             "PYTHONPATH": str(ROOT),
             "MLLM_DATA_DIR": str(folder / "data"),
             # Most of the time would be the compiler's.
-            "XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true",
+            "XLA_FLAGS": " ".join(
+                ["--xla_backend_optimization_level=0", "--xla_llvm_disable_expensive_passes=true", *emitters]
+            ),
             "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
             "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",

@@ -16,10 +16,11 @@ def local(*arguments: str, code: str = "", seconds: float = 50) -> subprocess.Co
     return subprocess.run(command, capture_output=True, text=True, timeout=seconds)
 
 
-def test_each_process_is_told_its_number_and_its_lines_bear_it():
+def test_each_process_is_told_its_number_and_its_lines_bear_it(monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=8 --xla_dump_to=kept")
     code = "import os; e = os.environ; print(e['JAX_PROCESS_ID'], e['JAX_NUM_PROCESSES'], e['XLA_FLAGS'])"
     done = local("--processes", "3", "--devices", "2", code=code)
-    flags = "--xla_force_host_platform_device_count=2"
+    flags = "--xla_force_host_platform_device_count=2 --xla_dump_to=kept"
     assert done.returncode == 0
     assert sorted(done.stdout.splitlines()) == [f"[{i}] {i} 3 {flags}" for i in range(3)]
 

@@ -26,9 +26,11 @@ class Setting:
     cache: Path
 
     def environment(self) -> dict[str, str]:
+        count = "--xla_force_host_platform_device_count"
+        others = [flag for flag in os.environ.get("XLA_FLAGS", "").split() if not flag.startswith(count)]
         return os.environ | {
             "PYTHONPATH": os.pathsep.join(filter(None, [*map(str, (ROOT, HERE)), os.environ.get("PYTHONPATH")])),
-            "XLA_FLAGS": f"--xla_force_host_platform_device_count={self.devices}",
+            "XLA_FLAGS": " ".join([f"{count}={self.devices}", *others]),
             "JAX_COMPILATION_CACHE_DIR": str(self.cache),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
             "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
