@@ -52,7 +52,7 @@ class OpenMojiSkillsEvaluation:
         limit: questions a skill at most.
     """
 
-    config: str = "quickstart"
+    config: str = "study"
     image_size: int = 64
     limit: int = 200
     seed: int = 0

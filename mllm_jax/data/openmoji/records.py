@@ -15,7 +15,7 @@ from pathlib import Path
 from mllm_jax.data.openmoji.splits import SPLITS
 from mllm_jax.errors import DataError
 
-CONFIGS = ("quickstart", "full")
+CONFIGS = ("quickstart", "study", "full")
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ def load(config: str = "quickstart", data_dir: str | os.PathLike | None = None) 
     """The splits of the data set, drawn and stored first where that was not done before (a few seconds, once).
 
     Args:
-        config: "quickstart" or "full".
+        config: "quickstart", "study" or "full".
         data_dir: where prepared data lies; default: the environment variable MLLM_DATA_DIR, else TFDS's own default.
 
     Returns:

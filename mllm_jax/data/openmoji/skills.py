@@ -62,6 +62,7 @@ class OpenMojiSkills(SourceSettings):
             in words what is asked of, for the LLM.
     """
 
+    config: str = "study"
     skills: tuple[str, ...] = SKILLS
     form: str = "pictures"
     size: int = 40_000
@@ -87,7 +88,7 @@ class _Skills(EmojiSource):
         self.settings = settings
         self.name = f"openmoji_skills_{settings.form}"
         self.catalog = _restricted(settings.config, settings.split, settings.data_dir)
-        self.pictures = Pictures(self.catalog)
+        self.pictures = Pictures(self.catalog, settings.stretch)
         self.singles = self.catalog.schedule(PER_BASE)
         self.things = _things(self.catalog)
 
@@ -132,7 +133,7 @@ class _Skills(EmojiSource):
 
 
 def skill_questions(
-    config: str = "quickstart", image_size: int = 64, seed: int = 0, limit: int = 200, data_dir: str | None = None
+    config: str = "study", image_size: int = 64, seed: int = 0, limit: int = 200, data_dir: str | None = None
 ) -> dict[str, list[EvalQuestion]]:
     """{"composition": naming of tones and genders never seen, "new": scenes and signs of known things}.
 

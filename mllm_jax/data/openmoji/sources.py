@@ -3,9 +3,9 @@
 Every source is configured by a frozen dataclass; `build()` reads the data and returns a `Source`.
 The settings they share:
 
-    config: "quickstart" or "full"; split: "train", "validation", "composition" or "unseen"; image_size: in pixels;
-    seed: another seed is another set of questions; augment: shift and shrink each picture a little;
-    data_dir: see `records.load`.
+    config: "quickstart", "study" or "full"; split: "train", "validation", "composition" or "unseen";
+    image_size: in pixels; seed: another seed is another set of questions; augment: shift and shrink each picture a
+    little; stretch: with augment, stretch and mirror those of bases with one picture; data_dir: see `records.load`.
 """
 
 from __future__ import annotations
@@ -52,6 +52,7 @@ class SourceSettings:
     image_size: int = 64
     seed: int = 0
     augment: bool = False
+    stretch: bool = False
     data_dir: str | None = None
 
     def check(self) -> None:
@@ -152,7 +153,7 @@ class EmojiSource:
         self.settings = settings
         self.catalog: Catalog = catalog(settings.config, settings.split, settings.data_dir)
         self.schedule = self.catalog.schedule(PER_BASE)
-        self.pictures = Pictures(self.catalog)
+        self.pictures = Pictures(self.catalog, settings.stretch)
 
     def __len__(self) -> int:
         return len(self.schedule) * self.settings.variants
