@@ -43,7 +43,7 @@ def vit_large(rows: int, side: int) -> tuple:
 
     tower = runpy.run_path(str(ROOT / "configs" / "llava15_7b.py"))["clip_large"]()
     tower = replace(tower, image_size=side, remat="none")
-    text = TextTowerConfig(vocab_size=1024, hidden_size=128, num_layers=0, dtype="bfloat16")
+    text = TextTowerConfig(vocab_size=32_000, hidden_size=128, num_layers=0, dtype="bfloat16")
     base, *_ = llama(rows)
     data = Mixture((), rows=rows, length=32, slots=1, layout="caption")
     stage = replace(base.stages[0], objective=Contrastive(), trainable=("*",), data=data, frozen_dtype=None)

@@ -39,7 +39,7 @@ def keep_account(folder: Path, journal: Path, death: tuple[int, int] | None = No
         death: after so many have been named, the process kills itself so many file operations later.
     """
     real = {name: getattr(os, name) for name in OPERATIONS}
-    file = os.open(journal, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+    file = os.open(journal, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
     left = list(death) if death is not None else None
 
     def note(what: str, path: Path, **more) -> None:
