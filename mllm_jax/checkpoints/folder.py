@@ -16,8 +16,9 @@ import os
 import shutil
 import threading
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -127,18 +128,28 @@ def _publish(temporary: Path, target: Path) -> None:
     """Gives the sealed folder its name; what had the name stays whole under `.replaced` until then (see `recover`)."""
     replaced = target.with_name(target.name + REPLACED)
     if target.exists():
-        shutil.rmtree(replaced, ignore_errors=True)
+        with suppress(OSError):
+            discard(replaced)
         os.rename(target, replaced)
     os.rename(temporary, target)
     _sync(target.parent)
-    shutil.rmtree(replaced, ignore_errors=True)
+    with suppress(OSError):
+        discard(replaced)
 
 
-def recover(target: Path) -> None:
-    """Undoes a replacement that was killed between its two renames."""
+def recover(target: Path, marks: Sequence[str] = (MANIFEST,)) -> None:
+    """Undoes a replacement that was killed between its two renames; `marks` as `discard` had them."""
     replaced = target.with_name(target.name + REPLACED)
-    if jax.process_index() == 0 and replaced.exists() and not target.exists():
+    whole = any((replaced / mark).exists() for mark in marks)
+    if jax.process_index() == 0 and whole and not target.exists():
         os.rename(replaced, target)
+
+
+def discard(folder: Path, marks: Sequence[str] = (MANIFEST,)) -> None:
+    """Deletes a folder, the files without which it counts for nothing first: a part is never taken for the whole."""
+    for mark in marks:
+        (folder / mark).unlink(missing_ok=True)
+    shutil.rmtree(folder)
 
 
 def make_writable(folder: Path) -> None:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from mllm_jax.checkpoints.folder import REPLACED, WRITING, free_bytes, make_writable
+from mllm_jax.checkpoints.folder import REPLACED, WRITING, discard, free_bytes, make_writable, recover
 from mllm_jax.errors import CheckpointError
 
 # A folder with one of these holds a model, so that `overwrite` can never take away a home directory.
@@ -27,6 +27,7 @@ def new_folder(target: Path, nbytes: int, *, overwrite: bool = False) -> Iterato
         CheckpointError: the target is taken, cannot be made, or the disk is too full.
     """
     target = Path(target).absolute()
+    recover(target, MODEL_FILES)
     if target.is_symlink() or (target.exists() and not target.is_dir()):
         raise CheckpointError(f"{target} is a file or a link", "the name of a folder", "choose another name")
     if target.is_dir() and any(target.iterdir()):
@@ -49,10 +50,13 @@ def new_folder(target: Path, nbytes: int, *, overwrite: bool = False) -> Iterato
         temporary.mkdir()
         yield temporary
         if target.exists():
-            shutil.rmtree(replaced, ignore_errors=True)
+            with suppress(OSError):
+                discard(replaced, MODEL_FILES)
             os.rename(target, replaced)
         os.rename(temporary, target)
-        shutil.rmtree(replaced, ignore_errors=True)
+        with suppress(OSError):
+            discard(replaced, MODEL_FILES)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
+        recover(target, MODEL_FILES)
         raise

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import re
-import shutil
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,7 +13,6 @@ import jax
 
 from mllm_jax.checkpoints.fingerprint import check_fingerprint, fingerprint
 from mllm_jax.checkpoints.folder import (
-    MANIFEST,
     REPLACED,
     WRITING,
     Background,
@@ -22,6 +20,7 @@ from mllm_jax.checkpoints.folder import (
     agree,
     begin,
     damage,
+    discard,
     make_writable,
     read,
     record,
@@ -247,10 +246,10 @@ class TrainingCheckpoints:
             keep.add(best)
         old = [self._path(s) for s in self._candidates() if s not in keep and s < max(keep)]
         old += [self.folder / f"{s:08d}{WRITING}" for s in self._unfinished()]
+        old += self.folder.glob(f"*{REPLACED}")  # what counted of them was given its name back at the start
         for path in old:
             try:
-                (path / MANIFEST).unlink(missing_ok=True)  # first, so that a half-deleted folder is not complete
-                shutil.rmtree(path)
+                discard(path)
             except OSError as error:
                 self._note(f"an old checkpoint could not be deleted: {error}")
 

@@ -2,8 +2,9 @@
 
     PYTHONPATH=.:tests/training python tests/training/kill_and_resume.py --kills 200
 
-Half of the kills come at random instants, half while a checkpoint or a stage's parameters are being written. After each
-kill every complete checkpoint is read to its last byte; the next start must go on from the newest of them, and whatever
+A third of the kills come at random instants, a third while a checkpoint or a stage's parameters are being written, a
+third at a file operation soon after one got its name, when an old one is deleted. What must be there afterwards the
+harness knows by itself (`kill_account.py`), to the last byte; the next start must go on from the newest, and whatever
 it writes must be the very bits of a run that was never killed. Exit code 1 if anything is not.
 
 Each start is a fork of this process, which has imported everything and touches no device: so it is killed as a process
@@ -13,6 +14,7 @@ of its own, and spares the seconds of importing.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import os
 import random
@@ -28,8 +30,18 @@ from collections.abc import Callable
 from pathlib import Path
 
 import jax
+from kill_account import Account, Found, examine, keep_account, read_account
 
-STEPS, STAGES, EVERY = 16, 2, 2
+PR_SET_PDEATHSIG = 1  # sys/prctl.h
+STEPS, STAGES, EVERY, KEEP = 16, 2, 2, 2
+COUNTED = (
+    "kills",
+    "kills while a checkpoint was written",
+    "kills while an old one was deleted",
+    "runs ended",
+    "lost checkpoints",
+    "wrong resumes",
+)
 
 
 def in_child(work: Callable[[], object], output: Path) -> int:
@@ -42,6 +54,7 @@ def in_child(work: Callable[[], object], output: Path) -> int:
         return child
     code = 1
     try:
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # it does not outlive the harness
         with open(output, "a") as file:
             os.dup2(file.fileno(), 1)
             os.dup2(file.fileno(), 2)
@@ -69,7 +82,7 @@ def experiment():
     from mllm_jax.training.config import CheckpointConfig
 
     os.environ |= {"TINY_STEPS": str(STEPS), "TINY_STAGES": str(STAGES)}  # not on import: tests import this file too
-    return replace(tiny_config.config(), checkpoint=CheckpointConfig(every_steps=EVERY, keep_last=2))
+    return replace(tiny_config.config(), checkpoint=CheckpointConfig(every_steps=EVERY, keep_last=KEEP))
 
 
 def metrics(folder: Path) -> list[dict]:
@@ -79,35 +92,6 @@ def metrics(folder: Path) -> list[dict]:
     except FileNotFoundError:
         return []
     return [{k: v for k, v in json.loads(line).items() if k != "timing"} for line in text.split("\n")[:-1]]
-
-
-def writing(folder: Path) -> bool:
-    return any(folder.glob("checkpoints/*/*.writing")) or any(folder.glob("stages/*.writing"))
-
-
-def complete(folder: Path) -> tuple[int, list[str]]:
-    """The newest step (over all stages) that is safe on disk, and what has a checkpoint's name without being sound.
-
-    An old checkpoint that was being deleted, its manifest first, is none of the latter: it had been given up.
-    """
-    from mllm_jax.checkpoints.folder import MANIFEST, damage
-
-    sound, broken = [0], {}
-    for stage in range(STAGES):
-        ended = folder / "stages" / f"{stage}-stage{stage}"
-        found = {(stage + 1) * STEPS: ended} if ended.is_dir() else {}
-        for path in folder.glob(f"checkpoints/{stage}-stage{stage}/*"):
-            if path.name.isdecimal():
-                found.setdefault(stage * STEPS + int(path.name), path)
-        for step, path in found.items():
-            if reason := damage(path, deep=True):
-                broken[step] = path, reason
-            else:
-                sound.append(step)
-    newest = max(sound)
-    given_up = [step for step, (path, _) in broken.items() if step < newest and not (path / MANIFEST).exists()]
-    told = [f"{path.relative_to(folder)}: {why}" for step, (path, why) in broken.items() if step not in given_up]
-    return newest, told
 
 
 def resumed_at(printed: str) -> int:
@@ -153,10 +137,22 @@ class Harness:
         """A start that nothing disturbs."""
         ended_well(self.start(folder), folder.with_suffix(".out"))
 
-    def start(self, folder: Path) -> int:
-        from mllm_jax.training.loop import train
+    def start(self, folder: Path, death: tuple[int, int] | None = None) -> int:
+        from mllm_jax.training import loop
 
-        return in_child(lambda: train(experiment(), folder, cache_dir=self.base), folder.with_suffix(".out"))
+        def work():
+            loop.StageRunner.step_flops = lambda *_: 1  # spares each start a second of tracing
+            keep_account(folder, folder.with_suffix(".journal"), death)
+            loop.train(experiment(), folder, cache_dir=self.base)
+
+        return in_child(work, folder.with_suffix(".out"))
+
+    def account(self, folder: Path) -> Account:
+        return read_account(folder.with_suffix(".journal"))
+
+    def examine(self, folder: Path) -> Found:
+        scores = {line["step"]: line["validation_loss"] for line in self.lines if "validation_loss" in line}
+        return examine(folder, self.account(folder), STAGES, STEPS, KEEP, scores)
 
     def fault(self, text: str) -> None:
         self.faults.append(f"after kill {self.counts['kills']}: {text}")
@@ -171,57 +167,65 @@ class Harness:
         if (found := output.read_text().strip()) != "[]":
             self.fault(f"{folder.name}: parameters differ: {found}")
 
+    def check_kept(self, folder: Path) -> Found:
+        """What a run holds after a kill or at its end must be what it has to hold."""
+        found = self.examine(folder)
+        for text in found.faults:
+            self.counts["lost checkpoints"] += 1
+            self.fault(text)
+        return found
+
     def cycle(self, folder: Path) -> bool:
         """One start, killed; True if it came to its end before that."""
-        before, _ = complete(folder) if folder.is_dir() else (0, [])
-        folder.with_suffix(".out").write_text("")  # this start's alone, also if it is killed before it prints
-        child = self.start(folder)
-        aimed = self.random.random() < 0.5
-        wait = self.random.random()
-        began, ended = time.monotonic(), False
-        # The first sign of life of this start; what comes before are imports and restoring, which have their share too.
-        loops = self.random.random() < 0.85
-        lines = len(metrics(folder)) if loops else 0
-        seen, until = not loops, began + wait * 2
-        while True:
-            if os.waitpid(child, os.WNOHANG)[0]:
-                ended = True
-                break
-            now = time.monotonic()
-            if not seen and len(metrics(folder)) != lines:
-                seen, until = True, now + wait * self.seconds / 3
-            if seen and aimed and writing(folder):
-                time.sleep(wait * 0.03)
-                break
-            if seen and now > until and not (aimed and loops):
-                break
-            time.sleep(0.002)
-        if ended:
-            printed = folder.with_suffix(".out").read_text()
-            if not (folder / "stages" / f"{STAGES - 1}-stage{STAGES - 1}").is_dir():
-                raise SystemExit(f"the run failed by itself:\n{printed}")
+        before = self.examine(folder)
+        output = folder.with_suffix(".out")
+        output.write_text("")  # this start's alone, also if it is killed before it prints
+        aim, wait = self.random.choice(("instant", "writing", "operation")), self.random.random()
+        child = self.start(folder, (self.random.randrange(4), int(wait * 48)) if aim == "operation" else None)
+        code = self.wait_or_kill(child, folder, aim, wait)
+        if code not in (0, -signal.SIGKILL):
+            raise SystemExit(f"the run failed by itself:\n{output.read_text()}")
+        if code == 0:
             self.check_end(folder)
+            self.check_kept(folder)
             self.counts["runs ended"] += 1
             return True
-        during = writing(folder)
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
         self.counts["kills"] += 1
-        self.counts["kills while a checkpoint was written"] += during
-        after, broken = complete(folder)
-        if after < before or broken:
-            self.counts["lost checkpoints"] += 1
-            self.fault(f"newest {before} -> {after}, broken {broken}")
-        printed = folder.with_suffix(".out").read_text()
+        found = self.check_kept(folder)
+        self.counts["kills while a checkpoint was written"] += self.account(folder).writing is not None
+        self.counts["kills while an old one was deleted"] += bool(set(found.going) - set(before.going))
+        printed = output.read_text()
         started = "stage stage" in printed
-        if started and resumed_at(printed.split("\nstage0  ")[0].split("\nstage1  ")[0]) != before:
+        if started and resumed_at(printed.split("\nstage0  ")[0].split("\nstage1  ")[0]) != before.newest:
             self.counts["wrong resumes"] += 1
-            self.fault(f"resumed not at {before}:\n{printed}")
+            self.fault(f"resumed not at {before.newest}:\n{printed}")
         left = metrics(folder)
         if left != self.lines[: len(left)]:
             self.counts["wrong resumes"] += 1
-            self.fault(f"metrics differ after a resume at {before}")
+            self.fault(f"metrics differ after a resume at {before.newest}")
         return False
+
+    def wait_or_kill(self, child: int, folder: Path, aim: str, wait: float) -> int:
+        """Kills a start at its time, unless it ends or kills itself; returns its exit code."""
+        # The first sign of life of this start; what comes before are imports and restoring, which have their share too.
+        loops = aim != "instant" or self.random.random() < 0.7
+        began, lines = time.monotonic(), len(metrics(folder))
+        seen, until = not loops, began + wait * 2
+        while True:
+            process, status = os.waitpid(child, os.WNOHANG)
+            if process:
+                return os.waitstatus_to_exitcode(status)
+            now = time.monotonic()
+            if not seen and len(metrics(folder)) != lines:
+                seen, until = True, now + wait * self.seconds / 3
+            if aim == "writing" and seen and self.account(folder).writing is not None:
+                time.sleep(wait * 0.03)
+                break
+            if aim == "instant" and seen and now > until:
+                break
+            time.sleep(0.002)
+        os.kill(child, signal.SIGKILL)
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -250,9 +254,9 @@ def main(arguments: list[str] | None = None) -> int:
         if last.is_dir():
             harness.end(last)
             harness.check_end(last)
+            harness.check_kept(last)
             harness.counts["runs ended"] += 1
-        names = ("kills", "kills while a checkpoint was written", "runs ended", "lost checkpoints", "wrong resumes")
-        print("; ".join(f"{name}: {harness.counts[name]}" for name in names), f"({time.monotonic() - began:.0f} s)")
+        print("; ".join(f"{name}: {harness.counts[name]}" for name in COUNTED), f"({time.monotonic() - began:.0f} s)")
         return 1 if harness.faults else 0
 
 
