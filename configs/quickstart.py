@@ -62,7 +62,7 @@ MODEL = MultimodalConfig(
 
 def experiment(name: str, pictures: str, steps: dict[str, int], variants: int = 16) -> Experiment:
     """The stages on the named configuration of the data set."""
-    common = dict(config=pictures, image_size=SIZE, augment=True, stretch=True)
+    common = dict(config=pictures, image_size=SIZE, augment=True)
     names = OpenMojiQuestions(**common, variants=variants, tasks=("naming",), turns=1)
     yes_no = OpenMojiQuestions(**common, variants=variants, tasks=("yes_no",), turns=5)
     questions = OpenMojiQuestions(**common, variants=variants)

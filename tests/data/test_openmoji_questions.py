@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 
 from mllm_jax.data.examples import Source
-from mllm_jax.data.images import resize
 from mllm_jax.data.openmoji import (
     OpenMojiCaptions,
     OpenMojiPairs,
@@ -24,7 +23,6 @@ from mllm_jax.data.openmoji import (
     load,
 )
 from mllm_jax.data.openmoji.catalog import BASE, Catalog, Dice, catalog, claims_of
-from mllm_jax.data.openmoji.pictures import Pictures
 from mllm_jax.data.openmoji.questions import with_article
 from mllm_jax.data.openmoji.records import Record
 from mllm_jax.data.openmoji.scenes import NUMBERS, PLACES, compose_scene
@@ -242,54 +240,6 @@ def test_augmentation_moves_pictures_but_keeps_them_whole(folder):
     assert min(ratios) > 0.65 and max(ratios) < 1.05, "area shrinks at most by 0.85 squared, and no ink is cut off"
     assert sum(not np.array_equal(moved.images(i)[0], plain.images(i)[0]) for i in indices) > 100
     assert len({moved.images(i)[0].tobytes() for i in range(8)}) > 3, "variants of one picture differ"
-
-
-def test_pictures_of_bases_that_have_no_other_are_stretched_and_mirrored(folder):
-    moved, stretched = (
-        OpenMojiQuestions(data_dir=folder, augment=True, stretch=stretch, tasks=("naming",)).build()
-        for stretch in (False, True)
-    )
-    shapes, mirrored = set(), 0
-    for index in spread(stretched, 400):
-        picture = stretched.images(index)[0]
-        record = stretched.catalog.records[stretched.record_index(index)]
-        if len(stretched.catalog.by_base[record.base]) > 1:
-            assert np.array_equal(picture, moved.images(index)[0]), "persons and hands as without"
-            continue
-        whole = stretched.pictures.single(stretched.record_index(index), 64)
-        found = [_extent(each) for each in (picture, whole)]
-        shapes.add(tuple(round(one / other, 1) for one, other in zip(*found, strict=True)))
-        mirrored += _resembles(picture, whole[:, ::-1]) > _resembles(picture, whole) + 0.01
-    assert len({height for height, _ in shapes}) > 2 and any(height != width for height, width in shapes)
-    assert mirrored > 20
-
-
-def test_what_a_mirror_would_change_is_not_mirrored():
-    known = load("full")["train"]
-    sided = [row for row in known if row.name in ("left arrow", "last quarter moon", "keycap 7", "flag of kenya")][:2]
-    pictures = Pictures(Catalog(sided, "sided"), stretch=True)
-    assert len(sided) == 2
-    for index in range(2):
-        whole = pictures.single(index, 64)
-        for seed in range(12):
-            picture = pictures.single(index, 64, Dice(seed))
-            assert _resembles(picture, whole) > _resembles(picture, whole[:, ::-1])
-
-
-def _extent(picture) -> tuple[int, int]:
-    """Height and width of what is not white."""
-    ink = np.argwhere((picture < 250).any(axis=-1))
-    return tuple(ink.max(axis=0) - ink.min(axis=0) + 1)
-
-
-def _resembles(picture, other) -> float:
-    """How well two pictures' ink agrees, each cut out and brought to one size."""
-    cut = []
-    for each in (picture, other):
-        ink = np.argwhere((each < 250).any(axis=-1))
-        (top, left), (bottom, right) = ink.min(axis=0), ink.max(axis=0) + 1
-        cut.append(resize(np.ascontiguousarray(each[top:bottom, left:right]), 24).astype(float).ravel())
-    return float(np.corrcoef(*cut)[0, 1])
 
 
 def test_answers_about_several_pictures_are_true(folder, statements):

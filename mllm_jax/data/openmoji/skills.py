@@ -88,7 +88,7 @@ class _Skills(EmojiSource):
         self.settings = settings
         self.name = f"openmoji_skills_{settings.form}"
         self.catalog = _restricted(settings.config, settings.split, settings.data_dir)
-        self.pictures = Pictures(self.catalog, settings.stretch)
+        self.pictures = Pictures(self.catalog)
         self.singles = self.catalog.schedule(PER_BASE)
         self.things = _things(self.catalog)
 

@@ -5,7 +5,7 @@ The settings they share:
 
     config: "quickstart", "study" or "full"; split: "train", "validation", "composition" or "unseen";
     image_size: in pixels; seed: another seed is another set of questions; augment: shift and shrink each picture a
-    little; stretch: with augment, stretch and mirror those of bases with one picture; data_dir: see `records.load`.
+    little; data_dir: see `records.load`.
 """
 
 from __future__ import annotations
@@ -52,7 +52,6 @@ class SourceSettings:
     image_size: int = 64
     seed: int = 0
     augment: bool = False
-    stretch: bool = False
     data_dir: str | None = None
 
     def check(self) -> None:
@@ -153,7 +152,7 @@ class EmojiSource:
         self.settings = settings
         self.catalog: Catalog = catalog(settings.config, settings.split, settings.data_dir)
         self.schedule = self.catalog.schedule(PER_BASE)
-        self.pictures = Pictures(self.catalog, settings.stretch)
+        self.pictures = Pictures(self.catalog)
 
     def __len__(self) -> int:
         return len(self.schedule) * self.settings.variants
