@@ -44,7 +44,7 @@ def ours(folder):
 
 def real_pixels(folder: Path, height: int, width: int) -> np.ndarray:
     """float32[2, height, width, 3]: two emoji, normalised as the folder says."""
-    known = catalog("quickstart", "train")
+    known = catalog("study", "train")
     drawn, processor = Pictures(known), read_image_processor(folder)
     mean, std = (np.asarray(value, np.float32) for value in (processor.mean, processor.std))
     pictures = [Image.fromarray(drawn.single(index, 256)).resize((width, height)) for index in (3, 700)]
@@ -89,7 +89,7 @@ def test_it_sees_more_than_pixels_tell(folder, ours):
 
     The margin over pixels is small: the weights were tuned to tell figure from ground, on photographs.
     """
-    known = catalog("quickstart", "train")
+    known = catalog("study", "train")
     drawn, groups = Pictures(known), {}
     for _, indices in sorted(known.by_base.items()):
         groups.setdefault(known.records[indices[0]].subcategory, []).append(indices[0])
