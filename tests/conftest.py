@@ -37,7 +37,7 @@ def _knows(flag: str) -> bool:
     return False
 
 
-# XLA's older emitters of fused loops compile in a third to a half of the time.
+# XLA's older emitters of fused loops compile in 40 to 65 % of the time (two measurements).
 if _knows(emitters := "xla_cpu_use_fusion_emitters"):
     os.environ["XLA_FLAGS"] += f" --{emitters}=false"
 

@@ -22,8 +22,7 @@ def whole_bytes(abstract: AbstractStep) -> int:
     """
     if abstract.mesh.shape["fsdp"] == 1:
         return 0
-    state = abstract.state.params, abstract.frozen, abstract.state.opt_state
-    leaves = [leaf for leaf in jax.tree.leaves(state) if not _split(leaf.sharding.spec)]
+    leaves = [leaf for leaf in jax.tree.leaves(_state(abstract)) if not _split(leaf.sharding.spec)]
     return abstract.device_bytes(leaves)
 
 
@@ -37,7 +36,7 @@ def dividing_fsdp(experiment: Experiment, index: int, mesh: MeshConfig) -> int:
         abstract = _on(experiment, index, MeshConfig(mesh.data, fsdp, mesh.context, mesh.tensor))
         # Split, the same bytes are 1/fsdp on each device.
         whole = whole_bytes(abstract)
-        state = abstract.device_bytes((abstract.state.params, abstract.frozen, abstract.state.opt_state))
+        state = abstract.device_bytes(_state(abstract))
         if whole <= SMALL * (whole + (state - whole) * fsdp):
             return fsdp
         if fsdp % 2:
@@ -56,7 +55,7 @@ def least_bytes(experiment: Experiment, index: int) -> int:
         experiment: with every size of its mesh given.
     """
     abstract = _on(experiment, index, experiment.mesh)
-    state = abstract.device_bytes((abstract.state.params, abstract.frozen, abstract.state.opt_state))
+    state = abstract.device_bytes(_state(abstract))
     llm, stage, sizes = getattr(experiment.model, "llm", None), experiment.stages[index], abstract.mesh.shape
     if not all(hasattr(llm, name) for name in ("num_layers", "hidden_size", "remat")) or llm.remat == "offload":
         return state
@@ -71,6 +70,10 @@ def least_bytes(experiment: Experiment, index: int) -> int:
 def _on(experiment: Experiment, index: int, mesh: MeshConfig) -> AbstractStep:
     sizes = tuple(getattr(mesh, axis) for axis in AXES)
     return abstract_step(experiment, index, AbstractMesh(sizes, AXES))
+
+
+def _state(abstract: AbstractStep):
+    return abstract.state.params, abstract.frozen, abstract.state.opt_state
 
 
 def _split(spec) -> bool:

@@ -93,7 +93,8 @@ def search(
         tell(tried[-1])
     if least and not tried:
         raise ConfigError(
-            f"{experiment.name} on {topology.name}: {min(least) / GIB:.1f} GiB a device, activations not counted",
+            f"{experiment.name} on {topology.name}: {min(least) / GIB:.1f} GiB a device for parameters, "
+            "optimizer and layer inputs alone",
             f"at most {topology.chip.device_hbm / GIB:.1f} GiB",
             "take more chips, or fewer rows",
         )

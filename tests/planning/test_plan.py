@@ -237,7 +237,7 @@ def test_the_search_skips_what_cannot_do_better(monkeypatch, plan):
 def test_a_search_without_a_candidate_says_so(monkeypatch):
     monkeypatch.setattr(searching, "make_plan", lambda *_: pytest.fail("nothing is to be compiled"))
     large = experiment(hidden_size=8192, mlp_size=32_768, num_layers=80, num_heads=64, num_kv_heads=8)
-    with pytest.raises(ConfigError, match="GiB a device, activations not counted"):
+    with pytest.raises(ConfigError, match="GiB a device for parameters, optimizer and layer inputs alone"):
         searching.search(large, topology("v5e-16"))
     with pytest.raises(ConfigError, match="rows that data x fsdp divides"):
         searching.search(experiment(rows=6), topology("v5e-16"))
