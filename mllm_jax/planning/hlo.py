@@ -32,7 +32,8 @@ _GROUPS = re.compile(
 # Instructions that move nothing by themselves.
 _FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "iota"}
 _FREE |= {"partition-id", "replica-id", "after-all", "add-dependency", "optimization-barrier", "async-update"}
-_FREE |= {f"{kind}-done" for kind in (*COLLECTIVES, "copy", "slice", "async", "send", "recv")}
+_FREE |= {f"{kind}-done" for kind in (*COLLECTIVES, "copy", "slice", "async", "call", "send", "recv")}
+_FREE |= {"async-start", "call-start"}  # what they run is counted where it stands
 
 
 @dataclass(frozen=True)
@@ -158,8 +159,8 @@ class _Walk:
             _add(total, max(branches, key=lambda branch: (branch.flops, branch.hbm_bytes)))
         elif opcode == "fusion":
             self.fusion(self.module.computations[instruction.called["calls"]], times, total, counted)
-        elif opcode == "call" or (opcode == "async-start" and "calls" in instruction.called):
-            name = instruction.called["to_apply" if opcode == "call" and "to_apply" in instruction.called else "calls"]
+        elif opcode in ("call", "call-start") or (opcode == "async-start" and "calls" in instruction.called):
+            name = instruction.called["calls" if "calls" in instruction.called else "to_apply"]
             _add(total, self.computation(self.module.computations[name], times))
         elif opcode == "convolution":
             self.product(total, times * convolution_flops(computation, instruction))

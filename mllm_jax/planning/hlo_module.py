@@ -16,6 +16,8 @@ _BITS = {"pred": 8, "token": 0, "opaque": 0, "bf16": 16}
 _SHAPE = re.compile(r"([a-z]+[0-9]*[a-z0-9]*)\[([0-9,<=\s]*)\](?:\{([^{}]*)\})?")
 _INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = ")
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) (?:\(.*\) -> .*)?\{$")
+# A computation that another thread than the main one runs, a SparseCore's, names it where it ends.
+_END = re.compile(r"^\}(, execution_thread=\"[\w.\-]+\")?$")
 _CALLED = re.compile(r"\b(calls|body|condition|to_apply|true_computation|false_computation)=%?([\w.\-]+)")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 
@@ -135,7 +137,7 @@ class Module:
                 if started := _COMPUTATION.match(line):
                     current = self.computations.setdefault(started[2], Computation(started[2]))
                     self.entry = current if started[1] else self.entry
-            elif line == "}":
+            elif _END.match(line):
                 finish()
                 current = None
             elif _INSTRUCTION.match(line):

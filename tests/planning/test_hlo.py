@@ -120,6 +120,43 @@ def test_an_asynchronous_collective_in_three_fusions_counts_once():
     assert gather.wire_bytes == 3 * 128 * 512 * 2
 
 
+SPARSECORE = """
+%sum (x: bf16[], y: bf16[]) -> bf16[] {
+  %x = bf16[]{:T(256)S(7)} parameter(0)
+  %y = bf16[]{:T(256)S(7)} parameter(1)
+  ROOT %add = bf16[]{:T(256)S(7)} add(%x, %y)
+}, execution_thread="sparsecore"
+
+%called (whole: bf16[2,4], flag: token[]) -> bf16[2,4] {
+  %flag = token[] parameter(1)
+  %whole = bf16[2,4]{1,0} parameter(0)
+  ROOT %reduced = bf16[2,4]{1,0} all-reduce(%whole), channel_id=1, replica_groups={{0,1,2,3}}, to_apply=%sum
+}, execution_thread="sparsecore"
+
+%fused (piece: bf16[2,4]) -> bf16[2,4] {
+  %piece = bf16[2,4]{1,0} parameter(0)
+  ROOT %twice = bf16[2,4]{1,0} add(%piece, %piece)
+}
+"""
+
+
+def test_what_a_sparsecore_runs_counts_and_ends_before_the_next_computation():
+    start = "((bf16[2,4]{1,0}, token[]), bf16[2,4]{1,0}, u32[]{:S(8)}) call-start(%f, %ready)"
+    counted = account(
+        entry(
+            "%a = bf16[2,4]{1,0} parameter(0)",
+            "%f = bf16[2,4]{1,0} fusion(%a), kind=kLoop, calls=%fused",
+            "%ready = token[] after-all()",
+            f'%started = {start}, async_execution_thread="sparsecore", to_apply=%called',
+            "ROOT %done = bf16[2,4]{1,0} call-done(%started)",
+            before=SPARSECORE,
+        )
+    )
+    [collective] = counted.collectives
+    assert (collective.kind, collective.group, collective.bytes) == ("all-reduce", 4, 16)
+    assert counted.hbm_bytes == 2 * 16 + 2 * 16, "the fusion and the all-reduce, each once"
+
+
 def test_permutes_that_share_a_channel_all_count():
     line = "bf16[64,64]{1,0} collective-permute(%a), channel_id=1, source_target_pairs={{0,1},{1,2},{2,0}}"
     text = entry("%a = bf16[64,64]{1,0} parameter(0)", f"%b = {line}", f"ROOT %c = {line}")
