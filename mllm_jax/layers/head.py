@@ -57,10 +57,11 @@ def _product(x, matrix, *, tied: bool, **how):
 
 
 class Scores(NamedTuple):
-    """Sums over all places: of weight * loss, and of weight where no logit is above the target's."""
+    """Sums over all places: of weight * loss, of weight where no logit is above the target's, and of weight."""
 
     loss: jax.Array
     right: jax.Array
+    weight: jax.Array
 
 
 def logits_bytes(head: HeadInputs) -> int:
@@ -96,8 +97,8 @@ def _scores(x, matrix, targets, weights, how):
 def _forward(x, matrix, targets, weights, how):
     wanted = tuple(name for name, each in (("x", x), ("matrix", matrix)) if each.perturbed)
     values = (each.value for each in (x, matrix, targets, weights))
-    loss, right, *gradients = _on_mesh(*values, how, wanted)
-    return (loss, right), dict(zip(wanted, gradients, strict=True))
+    loss, right, weight, *gradients = _on_mesh(*values, how, wanted)
+    return (loss, right, weight), dict(zip(wanted, gradients, strict=True))
 
 
 def _backward(how, gradients, cotangents):
@@ -112,7 +113,7 @@ _scores.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
 def _on_mesh(x, matrix, targets, weights, how, wanted):
-    """(loss, right, and the gradients in `wanted`): every device does its own rows."""
+    """(loss, right, weight, and the gradients in `wanted`): every device does its own rows."""
     tied, names, z_loss, chunks = how
     local = partial(_local, tied=tied, z_loss=z_loss, chunks=chunks, wanted=wanted)
     active = active_mesh()
@@ -130,7 +131,7 @@ def _on_mesh(x, matrix, targets, weights, how, wanted):
         partial(local, rows=(*plan.rows, *places), gathered=plan.gathered, dim=plan.dim),
         mesh=plan.mesh,
         in_specs=(rows, shard, rows, rows),
-        out_specs=(whole, whole, *({"x": rows, "matrix": shard}[name] for name in wanted)),
+        out_specs=(whole, whole, whole, *({"x": rows, "matrix": shard}[name] for name in wanted)),
         axis_names=frozenset((*plan.rows, *places)),
         check_vma=False,
     )(x, matrix, targets, weights)
@@ -148,7 +149,10 @@ def _local(x, matrix, targets, weights, *, tied, z_loss, chunks, wanted, rows, g
     flat = weights.reshape(places)
     order = jnp.argsort(flat == 0, stable=True)
     needed = -(-(flat != 0).sum() // size)
-    needed = jax.lax.pmax(needed, rows) if rows else needed
+    if rows:
+        # A maximum that waits for x, so that no device can meet it ahead of the collectives that lead to x: a CPU's
+        # devices run those that do not depend on one another in any order, and then wait for each other for ever.
+        needed = jax.lax.pmax(jnp.where(jnp.isnan(x[0, 0, 0]), chunks, needed), rows)
 
     def cut(each, width=()):
         each = each.reshape(places, *width)[order]
@@ -190,9 +194,9 @@ def _local(x, matrix, targets, weights, *, tied, z_loss, chunks, wanted, rows, g
     start = zero, zero, jnp.zeros(whole.shape, jnp.float32) if "matrix" in wanted else None
     xs = jnp.arange(chunks), (cut(x, shape[-1:]), cut(targets), cut(weights))
     (loss, right, slope), dx = jax.lax.scan(body, start, xs)
+    out = [loss, right, weights.sum()]
     if rows:
-        loss, right = jax.lax.psum((loss, right), rows)
-    out = [loss, right]
+        out = list(jax.lax.psum(tuple(out), rows))
     if "x" in wanted:
         out.append(dx.reshape(-1, shape[-1])[jnp.argsort(order)].reshape(shape))
     if "matrix" in wanted:

@@ -8,13 +8,11 @@ import shutil
 import signal
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
 import pytest
 from tiny_runs import (
     STEPS,
-    Deadlock,
     Setting,
     arrays,
     experiment,
@@ -22,7 +20,6 @@ from tiny_runs import (
     metrics,
     start,
     start_command,
-    without_deadlock,
 )
 
 pytestmark = pytest.mark.slow
@@ -58,24 +55,18 @@ def make_pair(base: Path, devices: int, mesh: dict[str, int]) -> Pair:
     """The whole run compiles, the killed one takes what was compiled from the cache: they also compare the two."""
     setting = Setting(devices, mesh, base / "compiled")
     whole, killed = base / "whole", base / "killed"
-    batches = base / "whole.batches", base / "killed.batches"
-    without_deadlock(lambda: start(setting, whole, record=batches[0]).end(expected=0), whole, batches[0])
+    start(setting, whole, record=base / "whole.batches").end(expected=0)
     copies, printed = {}, []
-
-    def kill_at(goal: int) -> str:
-        run = start(setting, killed, pause=PAUSE, record=batches[1])
-        run.wait_for(lambda lines: bool(lines) and lines[-1]["step"] >= goal)
-        run.process.kill()
-        return run.end(expected=-signal.SIGKILL)
-
     for stage, steps in kill_points(seed=devices):
-        printed.append(without_deadlock(partial(kill_at, stage * STEPS + steps), killed, batches[1]))
+        run = start(setting, killed, pause=PAUSE, record=base / "killed.batches")
+        run.wait_for(lambda lines, goal=stage * STEPS + steps: bool(lines) and lines[-1]["step"] >= goal)
+        run.process.kill()
+        printed.append(run.end(expected=-signal.SIGKILL))
         left = metrics(killed)[-1]
         assert (left["stage"], left["step"] < (stage + 1) * STEPS) == (STAGES[stage], True), "killed at another place"
         assert not (killed / "stages" / f"{stage}-{STAGES[stage]}").exists()
         copies[stage, steps] = shutil.copytree(killed, base / f"killed-{stage}-{steps}")
-    last = without_deadlock(lambda: start(setting, killed, record=batches[1]).end(expected=0), killed, batches[1])
-    printed.append(last)
+    printed.append(start(setting, killed, record=base / "killed.batches").end(expected=0))
     return Pair(setting, whole, killed, copies, printed)
 
 
@@ -92,29 +83,6 @@ def pairs(tmp_path_factory):
 @pytest.fixture
 def pair(pairs, request) -> Pair:
     return pairs[getattr(request, "param", "one device")].result()
-
-
-def test_what_a_deadlocked_attempt_left_is_put_back(tmp_path):
-    folder, record = tmp_path / "run", tmp_path / "batches"
-    folder.mkdir()
-    (folder / "kept").write_text("1")
-    seen = []
-
-    def attempt() -> str:
-        seen.append((sorted(p.name for p in folder.iterdir()), (folder / "kept").read_text(), record.exists()))
-        (folder / "kept").write_text("2")
-        (folder / "more").write_text("")
-        record.write_text("")
-        if len(seen) < 3:
-            raise Deadlock("as XLA tells it")
-        return "ended"
-
-    with pytest.warns(UserWarning, match="as XLA tells it"):
-        assert without_deadlock(attempt, folder, record) == "ended"
-    assert seen == [(["kept"], "1", False)] * 3
-    seen.clear()
-    with pytest.raises(Deadlock), pytest.warns(UserWarning):
-        without_deadlock(attempt, tries=2)
 
 
 on_every_mesh = pytest.mark.parametrize("pair", MESHES, indirect=True)
@@ -187,7 +155,7 @@ def test_eight_devices_then_four(pairs, tmp_path):
     folder = shutil.copytree(copy, tmp_path / "run")
     four = replace(pair.setting, devices=4, mesh={"data": 2, "fsdp": 1, "tensor": 2})
     record = tmp_path / "batches"
-    without_deadlock(lambda: start(four, folder, record=record).end(expected=0), folder, record)
+    start(four, folder, record=record).end(expected=0)
     found, expected = hashes(record), hashes(pair.whole.parent / "whole.batches")
     assert {stage for stage, _ in found} == {"contrastive", "align", "instruct"}
     assert found.items() <= expected.items()

@@ -5,21 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
-import signal
 import subprocess
 import sys
-import tempfile
 import time
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeVar
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
-T = TypeVar("T")
 STEPS = 8  # of each stage of configs/smoke.py
 
 
@@ -87,38 +81,6 @@ def watch_steps(record: Path | None, pause: float) -> None:
     loop.StageRunner, loop.make_train_step = Watched, make_watched
 
 
-class Deadlock(AssertionError):
-    """XLA has ended a process whose CPU devices waited for one another in different collectives.
-
-    Seen once, with eight devices on two cores under load. The executor of jaxlib 0.10.2 gives collectives that do not
-    depend on one another no common order on a CPU's devices, by its own log; no test of ours is about that.
-    """
-
-
-def without_deadlock(attempt: Callable[[], T], *paths: Path, tries: int = 3) -> T:
-    """What `attempt` returns; where it ends in a Deadlock, these files and folders are put back and it begins anew."""
-    with tempfile.TemporaryDirectory() as kept:
-        before = [(path, Path(kept, str(i))) for i, path in enumerate(paths) if path.exists()]
-        for path, copy in before:
-            _copy(path, copy)
-        while True:
-            try:
-                return attempt()
-            except Deadlock as deadlock:
-                tries -= 1
-                if not tries:
-                    raise
-                warnings.warn(f"begun anew after a deadlock within XLA: {str(deadlock)[-300:]}", stacklevel=2)
-            for path in paths:
-                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-            for path, copy in before:
-                _copy(copy, path)
-
-
-def _copy(source: Path, target: Path) -> None:
-    shutil.copytree(source, target) if source.is_dir() else shutil.copyfile(source, target)
-
-
 @dataclass
 class Started:
     """A training process; its output goes to a file."""
@@ -131,9 +93,7 @@ class Started:
         """Returns as soon as the metrics written so far satisfy `reached`."""
         until = time.monotonic() + seconds
         while not reached(metrics(self.folder)):
-            if (code := self.process.poll()) is not None:
-                self._refuse_deadlock(code)
-                raise AssertionError(f"the run ended too early, {code}:\n{self.output.read_text()}")
+            assert self.process.poll() is None, f"the run ended too early:\n{self.output.read_text()}"
             assert time.monotonic() < until, f"not reached in {seconds} s:\n{self.output.read_text()}"
             time.sleep(0.005)
 
@@ -144,15 +104,8 @@ class Started:
         finally:
             self.process.kill()
         printed = self.output.read_text()
-        if code != expected:
-            self._refuse_deadlock(code)
         assert code == expected, f"exit code {code} instead of {expected}:\n{printed}"
         return printed
-
-    def _refuse_deadlock(self, code: int) -> None:
-        printed = self.output.read_text()
-        if code == -signal.SIGABRT and "rendezvous.cc" in printed and "Termination timeout" in printed:
-            raise Deadlock(printed)
 
 
 def start(setting: Setting, folder: Path, *, fresh=False, pause=0.0, record: Path | None = None) -> Started:
