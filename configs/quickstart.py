@@ -21,7 +21,7 @@ from mllm_jax.training.objectives.contrastive import Contrastive
 from mllm_jax.training.objectives.next_token import NextToken
 
 SIZE = 64
-STEPS = {"language": 1000, "contrastive": 500, "align": 20, "describe": 320, "instruct": 1150}
+STEPS = {"language": 1000, "contrastive": 900, "align": 20, "describe": 280, "instruct": 1000}
 
 MODEL = MultimodalConfig(
     encoder=ViTConfig(
@@ -68,7 +68,8 @@ def experiment(name: str, pictures: str, steps: dict[str, int], variants: int = 
     questions = OpenMojiQuestions(**common, variants=variants)
     places = OpenMojiScenes(**common, tasks=("scene_position",), turns=4)
     scenes = OpenMojiScenes(**common)
-    captions = OpenMojiCaptions(**common, variants=variants, scene_share=0.3)
+    matches = OpenMojiScenes(**common, tasks=("scene_exists", "scene_count"), turns=6)  # names against every cell
+    captions = OpenMojiCaptions(**common, variants=variants, scene_share=0.4, category_share=0.5)
     text = OpenMojiText(config=pictures, variants=variants, scene_share=0.5)
     held_out = OpenMojiQuestions(config=pictures, split="validation", image_size=SIZE, variants=4)
     describing = Mixture((Weighted(names, 0.75), Weighted(places, 0.25)), rows=16, length=128, slots=6)
@@ -95,7 +96,7 @@ def experiment(name: str, pictures: str, steps: dict[str, int], variants: int = 
                 data=Mixture(
                     (Weighted(captions),), rows=128, length=112, slots=1, layout="caption", captions=4, group=4
                 ),
-                optimizer=AdamW(learning_rate=1.5e-3, warmup_steps=50),
+                optimizer=AdamW(learning_rate=1.5e-3, warmup_steps=50, weight_decay=0.5),
                 steps=steps["contrastive"],
             ),
             Stage(
@@ -111,7 +112,7 @@ def experiment(name: str, pictures: str, steps: dict[str, int], variants: int = 
                 objective=NextToken(),
                 trainable=("projector/*", "llm/*"),
                 data=describing,
-                optimizer=AdamW(learning_rate=2e-3, warmup_steps=30, end_factor=0.5),
+                optimizer=AdamW(learning_rate=2e-3, warmup_steps=30, end_factor=0.5, weight_decay=0.3),
                 steps=steps["describe"],
             ),
             Stage(
@@ -119,12 +120,15 @@ def experiment(name: str, pictures: str, steps: dict[str, int], variants: int = 
                 objective=NextToken(),
                 trainable=("projector/*", "llm/*"),
                 data=Mixture(
-                    (Weighted(names, 0.3), Weighted(yes_no, 0.15), Weighted(questions, 0.3), Weighted(scenes, 0.25)),
+                    (
+                        *(Weighted(names, 0.15), Weighted(yes_no, 0.15), Weighted(questions, 0.25)),
+                        *(Weighted(scenes, 0.2), Weighted(matches, 0.25)),
+                    ),
                     rows=16,
                     length=128,
                     slots=4,
                 ),
-                optimizer=AdamW(learning_rate=1.5e-3, warmup_steps=30),
+                optimizer=AdamW(learning_rate=1.5e-3, warmup_steps=30, weight_decay=0.3),
                 steps=steps["instruct"],
                 validation=Mixture((Weighted(held_out),), rows=16, length=128, slots=4),
                 validate_every=200,

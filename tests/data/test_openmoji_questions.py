@@ -323,6 +323,21 @@ def test_a_caption_of_a_place_names_the_cell_that_is_there(folder):
             assert np.array_equal(cell, source.pictures.single(number[turn.answer], 16))
 
 
+def test_captions_end_in_their_category_as_often_as_asked(folder):
+    plain = OpenMojiCaptions(data_dir=folder, scene_share=0.3).build()
+    longer = OpenMojiCaptions(data_dir=folder, scene_share=0.3, category_share=0.5).build()
+    category = {row.name: row.category for row in plain.catalog.records}
+    ended = []
+    for index in spread(plain, 500):
+        pairs = zip(plain.conversation(index).turns, longer.conversation(index).turns, strict=True)
+        for short, long in pairs:
+            assert long.place == short.place, "the pictures are the same"
+            ended.append(long.answer != short.answer)
+            assert long.answer == f"{short.answer} {category[short.answer]}" or not ended[-1]
+    assert 0.45 < sum(ended) / len(ended) < 0.55
+    assert plain.fingerprint() != longer.fingerprint()
+
+
 def test_text_about_a_description_is_answered_by_it(folder):
     source = OpenMojiText(data_dir=folder, scene_share=1.0).build()
     places = ("top left", "top right", "bottom left", "bottom right")
@@ -421,6 +436,7 @@ def test_a_source_travels_to_another_process(folder):
         OpenMojiQuestions(turns=0),
         OpenMojiScenes(turns=65),
         OpenMojiCaptions(scene_share=1.5),
+        OpenMojiCaptions(category_share=-0.1),
         OpenMojiText(naming_last=-1),
     ],
 )

@@ -29,7 +29,7 @@ from mllm_jax.data.openmoji.scenes import PLACES, Scene, compose_scene, scene_ca
 from mllm_jax.errors import ConfigError
 
 QUESTIONS_VERSION = 16  # raise it whenever the questions, the answers or the drawing of pictures change
-_AUGMENT = 1  # the last part of a random stream's seed: 0 draws the text, 1 the picture
+_AUGMENT, _ENDING = 1, 2  # the last part of a random stream's seed: 0 draws the text, 1 the picture, 2 a caption's end
 PER_BASE = 3  # a base with fewer forms is repeated, so that persons in 18 forms do not drown everything else
 
 
@@ -40,6 +40,7 @@ _RANGES = {
     "size": (1, 2**31),
     "grid": (min(PLACES), max(PLACES)),
     "scene_share": (0, 1),
+    "category_share": (0, 1),
     "naming_last": (0, 1),
     "turns": (1, 64),
 }
@@ -114,7 +115,8 @@ class OpenMojiPairs(SourceSettings):
 class OpenMojiCaptions(SourceSettings):
     """One picture and its caption, for contrastive training; a `scene_share` of the pictures are 2 x 2 scenes.
 
-    A scene has a caption for each of its cells: the encoder is to have as many regions.
+    A scene has a caption for each of its cells: the encoder is to have as many regions. With a `category_share` a
+    caption ends in the picture's category, which a base that was never seen can share.
 
     Each variant lists every picture once, the forms of a base one after the other in random order: a mixture that keeps
     neighbours together has hard negatives.
@@ -122,6 +124,7 @@ class OpenMojiCaptions(SourceSettings):
 
     variants: int = 8
     scene_share: float = 0.0
+    category_share: float = 0.0
 
     def build(self) -> _Captions:
         return _Captions(self)
@@ -263,16 +266,21 @@ class _Captions(EmojiSource):
         return self._order(variant)[place]
 
     def conversation(self, index: int) -> Conversation:
-        shown = self._shown(index)
+        shown, dice = self._shown(index), self._dice(index, _ENDING)
         if not isinstance(shown, Scene):
-            return Conversation(1, (Turn("", caption(self.catalog, shown), "caption"),))
+            return Conversation(1, (Turn("", self._caption(shown, dice), "caption"),))
         cells = enumerate(shown.cells)
-        return Conversation(1, tuple(Turn("", caption(self.catalog, cell), "caption", place) for place, cell in cells))
+        return Conversation(1, tuple(Turn("", self._caption(cell, dice), "caption", place) for place, cell in cells))
 
     def images(self, index: int) -> list[np.ndarray]:
         shown, size, dice = self._shown(index), self.settings.image_size, self._augment(index)
         draw = self.pictures.scene if isinstance(shown, Scene) else self.pictures.single
         return [draw(shown, size, dice)]  # type: ignore[arg-type]
+
+    def _caption(self, record: int, dice: Dice) -> str:
+        words = caption(self.catalog, record)
+        with_category = dice.chance(self.settings.category_share)
+        return f"{words} {self.catalog.records[record].category}" if with_category else words
 
 
 class _Text(EmojiSource):
