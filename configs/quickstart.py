@@ -21,7 +21,7 @@ from mllm_jax.training.objectives.contrastive import Contrastive
 from mllm_jax.training.objectives.next_token import NextToken
 
 SIZE = 64
-STEPS = {"language": 1000, "contrastive": 900, "align": 20, "describe": 280, "instruct": 1000}
+STEPS = {"language": 1000, "contrastive": 900, "align": 20, "describe": 280, "instruct": 1100}
 
 MODEL = MultimodalConfig(
     encoder=ViTConfig(
@@ -121,14 +121,14 @@ def experiment(name: str, pictures: str, steps: dict[str, int], variants: int = 
                 trainable=("projector/*", "llm/*"),
                 data=Mixture(
                     (
-                        *(Weighted(names, 0.15), Weighted(yes_no, 0.15), Weighted(questions, 0.25)),
-                        *(Weighted(scenes, 0.2), Weighted(matches, 0.25)),
+                        *(Weighted(names, 0.2), Weighted(yes_no, 0.2), Weighted(questions, 0.2)),
+                        *(Weighted(scenes, 0.2), Weighted(matches, 0.2)),
                     ),
-                    rows=16,
-                    length=128,
-                    slots=4,
+                    rows=8,
+                    length=256,  # long conversations fill rows of 128 to 89 %
+                    slots=6,
                 ),
-                optimizer=AdamW(learning_rate=1.5e-3, warmup_steps=30, weight_decay=0.3),
+                optimizer=AdamW(learning_rate=1.5e-3, warmup_steps=30, weight_decay=0.1),
                 steps=steps["instruct"],
                 validation=Mixture((Weighted(held_out),), rows=16, length=128, slots=4),
                 validate_every=200,
