@@ -41,8 +41,9 @@ done
 
 run() {
     if $dry; then
-        printf '%q ' "$@"
-        echo
+        local line
+        line=$(printf '%q ' "$@")
+        printf '%s\n' "$line" # in one piece: the commands of several slices are printed side by side
     else
         "$@"
     fi
