@@ -22,6 +22,13 @@ from mllm_jax.training.objectives.next_token import NextToken
 
 SIZE = 64
 STEPS = {"language": 1000, "contrastive": 900, "align": 20, "describe": 280, "instruct": 1100}
+DECAY = {"contrastive": 0.5, "describe": 0.3, "instruct": 0.1}
+SHARES = {
+    "language": {"scenes": 0.5},
+    "contrastive": {"scenes": 0.4, "categories": 0.5},
+    "describe": {"names": 0.75, "places": 0.25},
+    "instruct": {"names": 0.2, "yes_no": 0.2, "questions": 0.2, "scenes": 0.2, "matches": 0.2},
+}
 
 MODEL = MultimodalConfig(
     encoder=ViTConfig(
@@ -60,19 +67,38 @@ MODEL = MultimodalConfig(
 )
 
 
-def experiment(name: str, pictures: str, steps: dict[str, int], variants: int = 16) -> Experiment:
+def experiment(
+    name: str,
+    pictures: str,
+    steps: dict[str, int],
+    decay: dict[str, float] = DECAY,
+    shares: dict[str, dict[str, float]] = SHARES,
+    variants: int = 16,
+    per_base: int = 3,
+) -> Experiment:
     """The stages on the named configuration of the data set."""
-    common = dict(config=pictures, image_size=SIZE, augment=True)
-    names = OpenMojiQuestions(**common, variants=variants, tasks=("naming",), turns=1)
-    yes_no = OpenMojiQuestions(**common, variants=variants, tasks=("yes_no",), turns=5)
-    questions = OpenMojiQuestions(**common, variants=variants)
-    places = OpenMojiScenes(**common, tasks=("scene_position",), turns=4)
-    scenes = OpenMojiScenes(**common)
-    matches = OpenMojiScenes(**common, tasks=("scene_exists", "scene_count"), turns=6)  # names against every cell
-    captions = OpenMojiCaptions(**common, variants=variants, scene_share=0.4, category_share=0.5)
-    text = OpenMojiText(config=pictures, variants=variants, scene_share=0.5)
+    common = dict(config=pictures, image_size=SIZE, augment=True, per_base=per_base)
+    sources = {
+        "names": OpenMojiQuestions(**common, variants=variants, tasks=("naming",), turns=1),
+        "yes_no": OpenMojiQuestions(**common, variants=variants, tasks=("yes_no",), turns=5),
+        "questions": OpenMojiQuestions(**common, variants=variants),
+        "places": OpenMojiScenes(**common, tasks=("scene_position",), turns=4),
+        "scenes": OpenMojiScenes(**common),
+        "matches": OpenMojiScenes(**common, tasks=("scene_exists", "scene_count"), turns=6),  # against every cell
+    }
+
+    def weighted(stage: str) -> tuple[Weighted, ...]:
+        return tuple(Weighted(sources[source], share) for source, share in shares[stage].items())
+
+    text = OpenMojiText(config=pictures, variants=variants, scene_share=shares["language"]["scenes"], per_base=per_base)
+    captions = OpenMojiCaptions(
+        **common,
+        variants=variants,
+        scene_share=shares["contrastive"]["scenes"],
+        category_share=shares["contrastive"]["categories"],
+    )
     held_out = OpenMojiQuestions(config=pictures, split="validation", image_size=SIZE, variants=4)
-    describing = Mixture((Weighted(names, 0.75), Weighted(places, 0.25)), rows=16, length=128, slots=6)
+    describing = Mixture(weighted("describe"), rows=16, length=128, slots=6)
     return Experiment(
         name=name,
         model=MODEL,
@@ -96,7 +122,7 @@ def experiment(name: str, pictures: str, steps: dict[str, int], variants: int = 
                 data=Mixture(
                     (Weighted(captions),), rows=128, length=112, slots=1, layout="caption", captions=4, group=4
                 ),
-                optimizer=AdamW(learning_rate=1.5e-3, warmup_steps=50, weight_decay=0.5),
+                optimizer=AdamW(learning_rate=1.5e-3, warmup_steps=50, weight_decay=decay["contrastive"]),
                 steps=steps["contrastive"],
             ),
             Stage(
@@ -112,7 +138,7 @@ def experiment(name: str, pictures: str, steps: dict[str, int], variants: int = 
                 objective=NextToken(),
                 trainable=("projector/*", "llm/*"),
                 data=describing,
-                optimizer=AdamW(learning_rate=2e-3, warmup_steps=30, end_factor=0.5, weight_decay=0.3),
+                optimizer=AdamW(learning_rate=2e-3, warmup_steps=30, end_factor=0.5, weight_decay=decay["describe"]),
                 steps=steps["describe"],
             ),
             Stage(
@@ -120,15 +146,12 @@ def experiment(name: str, pictures: str, steps: dict[str, int], variants: int = 
                 objective=NextToken(),
                 trainable=("projector/*", "llm/*"),
                 data=Mixture(
-                    (
-                        *(Weighted(names, 0.2), Weighted(yes_no, 0.2), Weighted(questions, 0.2)),
-                        *(Weighted(scenes, 0.2), Weighted(matches, 0.2)),
-                    ),
+                    weighted("instruct"),
                     rows=8,
                     length=256,  # long conversations fill rows of 128 to 89 %
                     slots=6,
                 ),
-                optimizer=AdamW(learning_rate=1.5e-3, warmup_steps=30, weight_decay=0.1),
+                optimizer=AdamW(learning_rate=1.5e-3, warmup_steps=30, weight_decay=decay["instruct"]),
                 steps=steps["instruct"],
                 validation=Mixture((Weighted(held_out),), rows=16, length=128, slots=4),
                 validate_every=200,

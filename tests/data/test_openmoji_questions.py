@@ -215,6 +215,17 @@ def test_answers_about_scenes_are_true(grid, folder, statements):
     assert len(placed) == grid * grid and min(placed.values()) > 0.7 * placed.total() / grid**2
 
 
+@pytest.mark.parametrize("per_base", [1, 2, 3])
+def test_bases_with_few_forms_are_repeated(folder, per_base):
+    shown = Counter(OpenMojiQuestions(data_dir=folder, per_base=per_base).build().schedule)
+    records = OpenMojiQuestions(data_dir=folder).build().catalog.records
+    forms, bases = Counter(record.base for record in records), Counter()
+    for index, count in shown.items():
+        bases[records[index].base] += count
+        assert count == max(1, -(-per_base // forms[records[index].base]))
+    assert bases.keys() == forms.keys() and min(bases.values()) == per_base, "some base has one form"
+
+
 def test_a_scene_shows_its_pictures_in_their_places(folder):
     source = OpenMojiScenes(data_dir=folder).build()
     singles = OpenMojiQuestions(data_dir=folder, image_size=32).build()

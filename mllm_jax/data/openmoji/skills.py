@@ -20,7 +20,7 @@ from mllm_jax.data.openmoji.questions import ASKED as ASKED_OF_PICTURES
 from mllm_jax.data.openmoji.questions import caption
 from mllm_jax.data.openmoji.scenes import ASKED as ASKED_OF_SCENES
 from mllm_jax.data.openmoji.scenes import PLACES, Scene, compose_scene, count_of, position, scene_caption
-from mllm_jax.data.openmoji.sources import PER_BASE, EmojiSource, SourceSettings
+from mllm_jax.data.openmoji.sources import EmojiSource, SourceSettings
 from mllm_jax.errors import ConfigError, DataError
 
 SKILLS = ("naming", "place", "number", "text")
@@ -89,7 +89,7 @@ class _Skills(EmojiSource):
         self.name = f"openmoji_skills_{settings.form}"
         self.catalog = _restricted(settings.config, settings.split, settings.data_dir)
         self.pictures = Pictures(self.catalog)
-        self.singles = self.catalog.schedule(PER_BASE)
+        self.singles = self.catalog.schedule(settings.per_base)
         self.things = _things(self.catalog)
 
     def __len__(self) -> int:

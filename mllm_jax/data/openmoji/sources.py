@@ -5,7 +5,8 @@ The settings they share:
 
     config: "quickstart", "study" or "full"; split: "train", "validation", "composition" or "unseen";
     image_size: in pixels; seed: another seed is another set of questions; augment: shift and shrink each picture a
-    little; data_dir: see `records.load`.
+    little; per_base: a base with fewer forms is repeated up to so many, so that persons in 18 forms do not drown
+    everything else (1: each picture equally often); data_dir: see `records.load`.
 """
 
 from __future__ import annotations
@@ -30,11 +31,11 @@ from mllm_jax.errors import ConfigError
 
 QUESTIONS_VERSION = 16  # raise it whenever the questions, the answers or the drawing of pictures change
 _AUGMENT, _ENDING = 1, 2  # the last part of a random stream's seed: 0 draws the text, 1 the picture, 2 a caption's end
-PER_BASE = 3  # a base with fewer forms is repeated, so that persons in 18 forms do not drown everything else
-
+PER_BASE = 3  # the default of `per_base`, and what the evaluation draws its scenes from
 
 _RANGES = {
     "image_size": (8, 4096),
+    "per_base": (1, 1000),
     "seed": (0, 2**63),
     "variants": (1, 2**31),
     "size": (1, 2**31),
@@ -53,6 +54,7 @@ class SourceSettings:
     image_size: int = 64
     seed: int = 0
     augment: bool = False
+    per_base: int = PER_BASE
     data_dir: str | None = None
 
     def check(self) -> None:
@@ -154,7 +156,7 @@ class EmojiSource:
         settings.check()
         self.settings = settings
         self.catalog: Catalog = catalog(settings.config, settings.split, settings.data_dir)
-        self.schedule = self.catalog.schedule(PER_BASE)
+        self.schedule = self.catalog.schedule(settings.per_base)
         self.pictures = Pictures(self.catalog)
 
     def __len__(self) -> int:
