@@ -1,4 +1,4 @@
-"""The quickstart's stages on all pictures: four times as many, so less of all but names; more steps go on learning.
+"""The quickstart's stages on all pictures: four times as many, so fewer scenes; more steps go on learning.
 
 mllm train configs/openmoji_full.py
 """
