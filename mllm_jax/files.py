@@ -1,0 +1,79 @@
+"""Reading files that may be anything: only regular ones, of bounded size, and JSON that ends in an error of ours."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from mllm_jax.errors import MllmError
+
+JSON_BYTES = 256 << 20  # the vocabulary of a large tokenizer is about 30 MB
+_KINDS = {dict: "object", list: "list"}
+
+
+def read_bytes(path: Path | str, limit: int, error: type[MllmError]) -> bytes:
+    """Reads a regular file of at most `limit` bytes.
+
+    A FIFO is not waited for, and a device or a sparse file of any size is not read into memory.
+
+    Raises:
+        FileNotFoundError, PermissionError and other OSErrors: as `open` raises them.
+        error: no regular file, too large, or a name that no file can have.
+    """
+    try:
+        # O_NONBLOCK: opening a FIFO without a writer would wait for one.
+        number = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    except ValueError as problem:  # a NUL byte, or a character that the file system cannot encode
+        raise error(f"the name {str(path)!a}: {problem}", "the name of a file", "change the name") from problem
+    with os.fdopen(number, "rb") as file:
+        status = os.fstat(number)
+        if stat.S_ISDIR(status.st_mode):
+            raise IsADirectoryError(f"{path} is a folder")
+        if not stat.S_ISREG(status.st_mode):
+            raise error(f"{path}, which is no regular file", "a file, not a pipe, socket or device", "name another file")
+        if status.st_size > limit:
+            raise error(f"{path} of {status.st_size:,} bytes", f"at most {limit:,} bytes", "name another file")
+        return file.read(limit + 1)
+
+
+def parse_json(
+    content: bytes | str,
+    name: str,
+    error: type[MllmError],
+    kind: type = dict,
+    *,
+    pairs: Callable[[list], Any] | None = None,
+    todo: str = "fetch the file again",
+) -> Any:
+    """Parses JSON whose top level is a `kind` (dict, list or object for any).
+
+    Args:
+        name: what the message calls it.
+        pairs: as `object_pairs_hook` of `json.loads`.
+
+    Raises:
+        error: no UTF-8, no JSON, nested too deeply, or another kind at the top level.
+    """
+    try:
+        value = json.loads(content, object_pairs_hook=pairs)
+    except RecursionError as problem:
+        raise error(f"{name}, nested too deeply", "JSON of some levels", todo) from problem
+    except ValueError as problem:  # UnicodeDecodeError is one
+        raise error(f"{name}: {problem}", "JSON in UTF-8", todo) from problem
+    if not isinstance(value, kind):
+        raise error(f"{name} with a {type(value).__name__}", f"a JSON {_KINDS.get(kind, kind.__name__)}", todo)
+    return value
+
+
+def read_json(path: Path | str, error: type[MllmError], kind: type = dict, *, limit: int = JSON_BYTES) -> Any:
+    """Reads a JSON file whose top level is a `kind`.
+
+    Raises:
+        FileNotFoundError and other OSErrors: as `open` raises them.
+        error: see `read_bytes` and `parse_json`.
+    """
+    return parse_json(read_bytes(path, limit, error), str(path), error, kind)
