@@ -273,8 +273,8 @@ def generate_command(arguments: list[str]) -> int:
     _use_cpu_devices(experiment)
 
     from mllm_jax.inference.generate import Generator, Prompt
-    from mllm_jax.training.loop import load_run
     from mllm_jax.training.run_folder import RunFolder
+    from mllm_jax.training.weights import load_run
 
     experiment, model, params, tokenizer, mesh = load_run(RunFolder(options.run))
     rows = mesh.shape["data"] * mesh.shape["fsdp"]
@@ -357,7 +357,7 @@ def _embedder_of(model: Path, *, images: bool, texts: bool, dtype: str | None, *
         raise ConfigError(f"--dtype {dtype} for a run", "a run computes as its config says", "leave out --dtype")
     _use_cpu_devices(_experiment_of(model))
 
-    from mllm_jax.training.loop import load_run
+    from mllm_jax.training.weights import load_run
 
     _, module, params, tokenizer, _ = load_run(RunFolder(model))
     return Embedder.trained(module, params, tokenizer, **options)

@@ -34,7 +34,9 @@ def read_bytes(path: Path | str, limit: int, error: type[MllmError]) -> bytes:
         if stat.S_ISDIR(status.st_mode):
             raise IsADirectoryError(f"{path} is a folder")
         if not stat.S_ISREG(status.st_mode):
-            raise error(f"{path}, which is no regular file", "a file, not a pipe, socket or device", "name another file")
+            raise error(
+                f"{path}, which is no regular file", "a file, not a pipe, socket or device", "name another file"
+            )
         if status.st_size > limit:
             raise error(f"{path} of {status.st_size:,} bytes", f"at most {limit:,} bytes", "name another file")
         return file.read(limit + 1)
@@ -65,7 +67,7 @@ def parse_json(
     except ValueError as problem:  # UnicodeDecodeError is one
         raise error(f"{name}: {problem}", "JSON in UTF-8", todo) from problem
     if not isinstance(value, kind):
-        raise error(f"{name} with a {type(value).__name__}", f"a JSON {_KINDS.get(kind, kind.__name__)}", todo)
+        raise error(f"{name} holds a {type(value).__name__}", f"a JSON {_KINDS.get(kind, kind.__name__)}", todo)
     return value
 
 

@@ -73,7 +73,7 @@ def test_bad_pictures_are_refused_before_the_model_is_loaded(run, tmp_path, caps
         content = whole[: len(whole) // 2]
     if content is not None:
         (tmp_path / name).write_bytes(content)
-    monkeypatch.setattr("mllm_jax.training.loop.load_run", None)
+    monkeypatch.setattr("mllm_jax.training.weights.load_run", None)
     images = ["--image", str(tmp_path / "a.png"), "--image", str(tmp_path / name)]
     message = check_refusal(main(["generate", str(run), *images, "What?"]), *capsys.readouterr())
     assert name in message and told in message and "a.png" not in message

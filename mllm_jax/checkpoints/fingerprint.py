@@ -23,23 +23,39 @@ def fingerprint(params: PyTree) -> dict[str, int]:
     return {path: int(value) for path, value in jax.device_get(sums).items()}
 
 
-def check_fingerprint(params: PyTree, expected: dict[str, int], source: str) -> None:
-    """Raises CheckpointError naming the leaves (ten at most, and their count) whose fingerprint is not `expected`."""
-    actual = fingerprint(params)
+def check_fingerprint(params: PyTree, expected: dict[str, int], source: str, **refusal: str) -> None:
+    """Refuses weights whose fingerprint is not `expected`; see `compare_fingerprints`."""
+    compare_fingerprints(fingerprint(params), expected, source, **refusal)
+
+
+def compare_fingerprints(
+    actual: dict[str, int],
+    expected: dict[str, int],
+    source: str,
+    *,
+    wanted: str = "the very weights that the checkpoint was trained with",
+    todo: str = "put them back, or start over with --fresh",
+) -> None:
+    """Compares fingerprints, leaf by leaf.
+
+    Args:
+        source: what `actual` is of, such as "the frozen weights beside stage align".
+        wanted, todo: the refusal's other two parts.
+
+    Raises:
+        CheckpointError: names the leaves that differ (ten at most) and their number.
+    """
     wrong = []
     for path in sorted(actual.keys() | expected.keys()):
         if path not in expected:
-            wrong.append(f"{path}: not in the checkpoint's list")
+            wrong.append(f"{path}: unknown")
         elif path not in actual:
             wrong.append(f"{path}: absent")
         elif actual[path] != expected[path]:
             wrong.append(f"{path}: {actual[path]:08x}, expected {expected[path]:08x}")
     if wrong:
-        raise CheckpointError(
-            f"{len(wrong)} of {len(actual.keys() | expected.keys())} frozen leaves from {source} differ{listed(wrong)}",
-            "the very weights the checkpoint was trained with",
-            f"put back the {source} that the run began from, or start the stage afresh",
-        )
+        total = len(actual.keys() | expected.keys())
+        raise CheckpointError(f"{source}: {len(wrong)} of {total} leaves differ{listed(wrong)}", wanted, todo)
 
 
 def _salt(leaf: object) -> int:

@@ -20,7 +20,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -206,13 +206,13 @@ def record(folder: Path) -> dict[str, Any]:
     return json.loads((folder / RECORD).read_bytes())
 
 
-def read(folder: Path, abstract: PyTree, entries: bool) -> tuple[PyTree, dict[str, Any]]:
+def read(folder: Path, abstract: PyTree, only: Literal["", "entries", "leaves"]) -> tuple[PyTree, dict[str, Any]]:
     """The tree, placed as `abstract` says, and the meta of a folder without damage.
 
     Each device's slice is read on its own, so no host holds a whole leaf that it does not need.
 
     Args:
-        entries: `abstract` is a dict that may leave out whole entries of what was saved.
+        only: what `abstract`, a dict, may leave out of what was saved: nothing, whole entries, or any leaves.
 
     Raises:
         CheckpointError: leaves, shapes or dtypes differ.
@@ -221,8 +221,10 @@ def read(folder: Path, abstract: PyTree, entries: bool) -> tuple[PyTree, dict[st
     stored = record(folder)
     leaves, structure = flatten(abstract)
     saved = stored["leaves"]
-    if entries:
+    if only == "entries":
         saved = {path: v for path, v in saved.items() if any(path == e or path.startswith(f"{e}/") for e in abstract)}
+    elif only == "leaves":
+        saved = {path: v for path, v in saved.items() if path in leaves}
     require_same(folder, saved, table_of(leaves))
     try:
         values = _read_arrays(folder / ARRAYS, leaves)

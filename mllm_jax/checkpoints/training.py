@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import jax
 
-from mllm_jax.checkpoints.fingerprint import check_fingerprint, fingerprint
+from mllm_jax.checkpoints.fingerprint import check_fingerprint, compare_fingerprints, fingerprint
 from mllm_jax.checkpoints.folder import (
     REPLACED,
     WRITING,
@@ -34,6 +34,7 @@ from mllm_jax.sharding.hosts import from_first
 __all__ = [
     "TrainingCheckpoints",
     "check_fingerprint",
+    "compare_fingerprints",
     "fingerprint",
     "load_snapshot",
     "save_snapshot",
@@ -231,7 +232,7 @@ class TrainingCheckpoints:
         reason = damage(path, deep=True) if jax.process_index() == 0 else None
         if agree(reason is None):
             try:
-                found = read(path, abstract, entries=True)
+                found = read(path, abstract, "entries")
             except ReadFailure as failure:
                 reason = str(failure)
             if agree(reason is None):
@@ -273,13 +274,13 @@ def save_snapshot(folder: Path, tree: PyTree, meta: dict[str, Any]) -> None:
 def load_snapshot(folder: Path, abstract_tree: PyTree, *, whole: bool = True) -> tuple[PyTree, dict[str, Any]]:
     """Reads what `save_snapshot` wrote: the tree on the shardings of `abstract_tree`, and the meta.
 
-    Unless `whole`, `abstract_tree` is a dict that may leave out entries of what was saved.
+    Unless `whole`, `abstract_tree` is a dict that may leave out leaves of what was saved.
 
     Raises CheckpointError: absent, unfinished or damaged, or the leaves differ from `abstract_tree` in any way.
     """
     folder = _sound_snapshot(folder, deep=True)
     try:
-        return read(folder, abstract_tree, entries=not whole)
+        return read(folder, abstract_tree, "" if whole else "leaves")
     except ReadFailure as failure:
         raise _bad_snapshot(folder, str(failure)) from failure
 

@@ -10,8 +10,8 @@ import jax
 
 from mllm_jax.errors import ConfigError
 from mllm_jax.evaluation.report import write_report
-from mllm_jax.training.loop import load_run
-from mllm_jax.training.run_folder import RunFolder, read_json, write_json
+from mllm_jax.training.run_folder import RunFolder, holding, read_json, write_json
+from mllm_jax.training.weights import load_run
 
 
 class Evaluation(Protocol):
@@ -48,14 +48,15 @@ def evaluate_run(
     folder = RunFolder(Path(run_dir))
     # What can be refused is refused before the model is loaded, which takes seconds.
     evaluation, splits = _asked(folder, tasks)
-    before = _measured(folder) if tasks is not None else ({"splits": {}}, [])
-    _, model, params, tokenizer, mesh = load_run(folder, devices)
-    results, examples = evaluation.score(splits, model, params, tokenizer, mesh, batch_size)
-    if jax.process_index() == 0:
-        results_after, examples_after = _merged(before, (results, examples))
-        write_json(folder.path / "results.json", results_after)
-        write_json(folder.path / "examples.json", examples_after)
-        write_report(folder.path)
+    with holding(folder.path):
+        before = _measured(folder) if tasks is not None else ({"splits": {}}, [])
+        _, model, params, tokenizer, mesh = load_run(folder, devices)
+        results, examples = evaluation.score(splits, model, params, tokenizer, mesh, batch_size)
+        if jax.process_index() == 0:
+            results_after, examples_after = _merged(before, (results, examples))
+            write_json(folder.path / "results.json", results_after)
+            write_json(folder.path / "examples.json", examples_after)
+            write_report(folder.path)
     return results
 
 

@@ -77,6 +77,17 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     return Mesh(_arranged(sizes, slices, devices), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
+def make_fitting_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The mesh of `make_mesh` where the config fits the devices; else one that spreads the weights over them (`fsdp`).
+
+    For what reads a run and does not train it: a run of 256 chips opens on one device.
+    """
+    try:
+        return make_mesh(config, devices)
+    except ConfigError:
+        return make_mesh(MeshConfig(data=1, fsdp=-1), devices)
+
+
 def _slices(config: MeshConfig, devices: Sequence[jax.Device]) -> int:
     """How many slices the devices make."""
     numbers = [getattr(device, "slice_index", None) for device in devices]

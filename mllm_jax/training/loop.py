@@ -10,19 +10,20 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from mllm_jax.checkpoints.description import describe
 from mllm_jax.checkpoints.training import (
     TrainingCheckpoints,
-    check_fingerprint,
+    compare_fingerprints,
     fingerprint,
-    load_snapshot,
     save_snapshot,
     snapshot_meta,
 )
 from mllm_jax.data.pipeline import Pipeline, training_texts
 from mllm_jax.data.tokenizer import Tokenizer
 from mllm_jax.errors import TrainingError
+from mllm_jax.models.dialogue import DialogueEncoder
 from mllm_jax.models.registry import has_layout
 from mllm_jax.sharding.hosts import first_alone, from_first, is_first
 from mllm_jax.sharding.mesh import make_mesh
@@ -34,8 +35,8 @@ from mllm_jax.training.monitors import Monitors, attended
 from mllm_jax.training.named import dialogues_of
 from mllm_jax.training.optimizer import learning_rate, make_optimizer
 from mllm_jax.training.partition import join, num_bytes, num_parameters, split
-from mllm_jax.training.pretrained import describe_sources, initial_params, require_words, snapshot_of
-from mllm_jax.training.run_folder import RunFolder, open_run, write_json
+from mllm_jax.training.pretrained import describe_sources, require_words, snapshot_of
+from mllm_jax.training.run_folder import RunFolder, holding, open_run, write_json
 from mllm_jax.training.step import (
     init_state,
     local_rows,
@@ -45,6 +46,7 @@ from mllm_jax.training.step import (
     place_batch,
     state_shardings,
 )
+from mllm_jax.training.weights import finished_stages, starting_params
 
 
 class Interrupted(Exception):
@@ -61,6 +63,7 @@ def train(
     until: str | None = None,
     hang_seconds: float = 0.0,
     profile: bool = False,
+    self_contained: bool = False,
 ) -> RunFolder:
     """Trains every stage that the run folder does not hold yet, and returns the folder.
 
@@ -71,52 +74,67 @@ def train(
         until: the stage to end with; None: the last.
         hang_seconds: this process ends, its stacks told, when nothing is finished for so long (`mllm train`: 1800).
         profile: write a trace of a few steps.
+        self_contained: copy what `Pretrained` parts read into the run folder, instead of referring to their folders.
 
-    Of several processes each calls this with equal arguments; `run_dir` is one folder that all of them see.
+    Every process calls this with the same arguments; `run_dir` is one folder that all of them see. One run at a time
+    trains in it.
 
     Raises:
+        RunFolderError: another run's folder, or one that another process is writing.
         Interrupted: SIGTERM or SIGINT came; everything up to the last finished step is saved.
         TrainingError: a loss that is not finite, with `nonfinite="stop"`.
     """
-    # ---- the runs that this one builds on
-    for source in experiment.pretrained:
+    how = dict(hang_seconds=hang_seconds, profile=profile, self_contained=self_contained)
+    for source in experiment.pretrained:  # the runs that this one builds on
         if source.made_by is not None and not _is_made(source):
             options = dict(devices=devices, cache_dir=cache_dir, hang_seconds=hang_seconds)
             train(source.made_by, Path(source.folder), until=source.stage, **options)
-
-    # ---- the run folder, the tokenizer, the mesh
     mesh = make_mesh(experiment.mesh, devices)
-    folder = open_run(run_dir, experiment, fresh=fresh)
-    tokenizer = prepare_tokenizer(experiment, folder)
+    with holding(run_dir):
+        folder = open_run(run_dir, experiment, fresh=fresh)
+        _train_stages(experiment, folder, mesh, cache_dir, until, **how)
+    return folder
 
-    # ---- all parameters, made or read in place
+
+def _train_stages(
+    experiment: Experiment,
+    folder: RunFolder,
+    mesh: Mesh,
+    cache_dir: Path | None,
+    until: str | None,
+    *,
+    hang_seconds: float,
+    profile: bool,
+    self_contained: bool,
+) -> None:
+    # ---- the tokenizer, or a named model's processor; all parameters, made or read in place
+    tokenizer = prepare_tokenizer(experiment, folder)
+    dialogues = prepare_dialogues(experiment, folder)
     model = experiment.model.make()
-    params, shardings = initial_params(experiment, model, mesh)
+    params, shardings = starting_params(experiment, folder, model, mesh, self_contained=self_contained)
+    finished = finished_stages(folder, experiment)
+    kind = mesh.devices.flat[0].device_kind
     facts = {
         "config": experiment.name,
-        "devices": f"{mesh.devices.size} x {mesh.devices.flat[0].device_kind}",
+        "devices": f"{mesh.devices.size} x {kind}",
         "parameters": {part: num_parameters(tree) for part, tree in sorted(params.items())},
         "pretrained": describe_sources(experiment),
         "stages": [],
     }
 
     # ---- the stages
-    kind = mesh.devices.flat[0].device_kind
     peak = peak_flops(kind, experiment.model.dtype)
     done_before = 0
     peak = peak * mesh.devices.size if peak else None
     with Progress(peak=peak, quiet=not is_first()) as progress, attended(folder, progress, hang_seconds, profile) as by:
         for index, stage in enumerate(experiment.stages):
-            snapshot = folder.snapshot(index, stage.name)
-            runner = StageRunner(experiment, index, folder, tokenizer, mesh, model, shardings, progress)
-            if from_first(snapshot.is_dir()):
-                _check_frozen(snapshot, split(params, stage.trainable)[1], stage)
-                trained, meta = load_snapshot(snapshot, runner.abstract(split(params, stage.trainable)[0]))
-                stage_facts = meta["facts"]
+            if index < finished:
+                stage_facts = snapshot_meta(folder.snapshot(index, stage.name))["facts"]
             else:
+                runner = StageRunner(experiment, index, folder, tokenizer, dialogues, mesh, model, shardings, progress)
                 trained, stage_facts = runner.run(params, done_before, cache_dir, by)
+                params = join(params, trained)
                 by.goodput.write(finished=index + 1 == len(experiment.stages) or stage.name == until)
-            params = join(params, trained)
             facts["stages"].append(stage_facts)
             done_before += stage.steps
             if is_first():
@@ -125,19 +143,11 @@ def train(
                 raise Interrupted(f"stopped after stage {stage.name}; the same command goes on from there")
             if stage.name == until:
                 break
-    return folder
 
 
 def _is_made(source: Pretrained) -> bool:
     made = RunFolder(Path(source.folder)).config_file.is_file() and snapshot_of(source).is_dir()
     return from_first(made)
-
-
-def _check_frozen(snapshot: Path, frozen: dict, stage: Stage) -> None:
-    """Refuses frozen parameters that are not those which a finished stage was trained on."""
-    check_fingerprint(
-        frozen, snapshot_meta(snapshot)["frozen"]["fingerprint"], f"what stage {stage.name} was trained on"
-    )
 
 
 def prepare_tokenizer(experiment: Experiment, folder: RunFolder) -> Tokenizer | None:
@@ -152,6 +162,13 @@ def prepare_tokenizer(experiment: Experiment, folder: RunFolder) -> Tokenizer | 
     require_vocabulary(experiment.model, tokenizer.vocab_size)
     require_words(experiment, tokenizer)
     return tokenizer
+
+
+def prepare_dialogues(experiment: Experiment, folder: RunFolder) -> DialogueEncoder | None:
+    """A named model's processor, whose files the first process copies into the run; None for other models."""
+    if jax.process_count() > 1:
+        first_alone(partial(dialogues_of, experiment, folder))
+    return dialogues_of(experiment, folder)
 
 
 def _write_tokenizer(experiment: Experiment, folder: RunFolder) -> None:
@@ -173,19 +190,11 @@ def _write_tokenizer(experiment: Experiment, folder: RunFolder) -> None:
 class StageRunner:
     """One stage of one run: builds the step, restores, loops, saves."""
 
-    def __init__(self, experiment, index, folder, tokenizer, mesh, model, shardings, progress):
+    def __init__(self, experiment, index, folder, tokenizer, dialogues, mesh, model, shardings, progress):
         self.experiment, self.index, self.folder = experiment, index, folder
         self.stage: Stage = experiment.stages[index]
-        self.tokenizer, self.mesh, self.model, self.progress = tokenizer, mesh, model, progress
-        self.shardings = shardings
-        if jax.process_count() > 1:  # the first copies the processor's files, which all then read
-            first_alone(partial(dialogues_of, experiment, folder))
-        self.dialogues = dialogues_of(experiment, folder)
-
-    def abstract(self, params):
-        """ShapeDtypeStructs with shardings, what a restore is told to make."""
-        trainable, _ = split(self.shardings, self.stage.trainable)
-        return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), params, trainable)
+        self.tokenizer, self.dialogues, self.mesh, self.model = tokenizer, dialogues, mesh, model
+        self.shardings, self.progress = shardings, progress
 
     def pipeline(self, mixture, cache_dir, salt: int = 0) -> Pipeline:
         common = dict(seed=(self.experiment.seed * 1009 + self.index) * 2 + salt, cache_dir=cache_dir)
@@ -251,7 +260,8 @@ class StageRunner:
         if from_first(checkpoints.latest()) is not None:
             abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, layout)
             start, restored, meta = checkpoints.restore({"state": abstract})
-            check_fingerprint(split(params, stage.trainable)[1], meta["frozen"]["fingerprint"], str(where))
+            saved = meta["frozen"]["fingerprint"]
+            compare_fingerprints(frozen_meta["fingerprint"], saved, f"the frozen weights beside {where}")
             state = restored["state"]
             say(f"stage {stage.name}: resumed at step {start}")
         for note in checkpoints.notes:
@@ -376,7 +386,7 @@ class StageRunner:
             "flops_per_step": flops,
         }
         with account.spending("checkpoint"):
-            kept = {"facts": facts, "frozen": frozen_meta}
+            kept = {"facts": facts, "frozen": frozen_meta, "fingerprint": fingerprint(state.params)}
             save_snapshot(self.folder.snapshot(self.index, stage.name), state.params, kept)
         account.reached(done_before + stage.steps, saved=True)
         if writer:
@@ -419,32 +429,3 @@ class StageRunner:
 
         batch = {name: jax.ShapeDtypeStruct(*shape) for name, shape in shapes.items()}
         return count_flops(jax.value_and_grad(loss, has_aux=True), trainable, frozen, batch)
-
-
-def load_run(folder: RunFolder, devices: Sequence[jax.Device] | None = None):
-    """A run's model with the parameters that its finished stages left.
-
-    Returns:
-        (experiment, model, params, tokenizer, mesh); tokenizer is None for a named model, see `training.named`.
-
-    Raises:
-        RunFolderError: no run in the folder.
-        TrainingError: no stage of it is finished.
-    """
-    experiment = folder.experiment()
-    mesh = make_mesh(experiment.mesh, devices)
-    model = experiment.model.make()
-    params, shardings = initial_params(experiment, model, mesh)
-    finished = 0
-    for index, stage in enumerate(experiment.stages):
-        snapshot = folder.snapshot(index, stage.name)
-        if not from_first(snapshot.is_dir()):
-            break
-        names, places = split(params, stage.trainable)[0], split(shardings, stage.trainable)[0]
-        abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), names, places)
-        _check_frozen(snapshot, split(params, stage.trainable)[1], stage)
-        params = join(params, load_snapshot(snapshot, abstract)[0])
-        finished += 1
-    if finished == 0:
-        raise TrainingError(f"{folder.path}: no stage is finished", "a run that has ended a stage", "train it further")
-    return experiment, model, params, None if has_layout(experiment.model) else folder.tokenizer(), mesh

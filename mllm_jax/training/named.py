@@ -59,7 +59,7 @@ def export_run(run: RunFolder, target: Path, *, dtype: Any = None, overwrite: bo
     Raises:
         ConfigError: a run of a model without a family; CheckpointError: a folder that is taken.
     """
-    from mllm_jax.training.loop import load_run
+    from mllm_jax.training.weights import load_run
 
     _, model, params, _, _ = load_run(run)
     folder = run.processor_folder

@@ -13,12 +13,11 @@ from mllm_jax.checkpoints.description import describe
 from mllm_jax.checkpoints.training import load_snapshot
 from mllm_jax.data.tokenizer import Tokenizer
 from mllm_jax.errors import CheckpointError, ConfigError
-from mllm_jax.models.registry import abstract_init, from_pretrained, pretrained_config
-from mllm_jax.sharding.mesh import param_shardings
+from mllm_jax.models.registry import from_pretrained, pretrained_config
 from mllm_jax.training.config import Experiment, Pretrained
 from mllm_jax.training.run_folder import RunFolder
 from mllm_jax.training.serialise import differences
-from mllm_jax.training.step import init_params
+from mllm_jax.training.step import init_params, placed_params, shardings_of
 
 _READS_TOKENS = ("llm", "text_tower", "prompter")
 # How a part is started and computed; the parameters mean the same whatever these say.
@@ -35,21 +34,35 @@ def initial_params(experiment: Experiment, model: nn.Module, mesh: Mesh) -> tupl
         ConfigError: a source whose model is not the part's.
         CheckpointError: weights that are absent, damaged or of other shapes.
     """
-    sources = experiment.pretrained
-    if [source.part for source in sources] == ["*"]:
-        abstract = abstract_init(model, model.sample_batch(), method="touch")
-        shardings = param_shardings(abstract, mesh, experiment.part_rules)
-        return _from_model(sources[0], experiment.model, mesh, shardings), shardings
-    without = [source.part for source in sources]
-    params, shardings = init_params(model, mesh, experiment.seed, without=without, parts=experiment.part_rules)
-    for source in sources:
-        config = getattr(experiment.model, source.part)
-        if source.stage is None:
-            params[source.part] = _from_model(source, config, mesh, shardings[source.part])
-        else:
-            abstract = nn.meta.unbox(abstract_init(model, model.sample_batch(), method="touch"))[source.part]
-            params[source.part] = _from_run(source, config, abstract, shardings[source.part])
+    placed = placed_params(model, mesh, experiment.part_rules)
+    parts = [source.part for source in experiment.pretrained]
+    without = list(placed) if parts == ["*"] else parts
+    params, shardings = init_params(model, mesh, experiment.seed, without=without, placed=placed)
+    for source in experiment.pretrained:
+        params |= read_source(source, experiment.model, mesh, placed)
     return params, shardings
+
+
+def covers(source: Pretrained, path: str) -> bool:
+    """Returns whether a parameter, by its path, begins with what the source holds."""
+    return source.part == "*" or path.partition("/")[0] == source.part
+
+
+def read_source(source: Pretrained, model: Any, mesh: Mesh, wanted: dict) -> dict:
+    """Reads what a source holds of a model's config: {part: parameters}, or all parts of "*".
+
+    Args:
+        wanted: nested ShapeDtypeStructs with shardings, of whole parts of the model.
+
+    Raises:
+        ConfigError: a source whose model is not the part's.
+        CheckpointError: weights that are absent, damaged or of other shapes.
+    """
+    if source.part == "*":
+        return _from_model(source, model, mesh, wanted)
+    config, part = getattr(model, source.part), wanted[source.part]
+    read = _from_model(source, config, mesh, part) if source.stage is None else _from_run(source, config, part)
+    return {source.part: read}
 
 
 def require_words(experiment: Experiment, tokenizer: Tokenizer) -> None:
@@ -94,21 +107,20 @@ def describe_sources(experiment: Experiment) -> dict[str, str]:
     }
 
 
-def _from_model(source: Pretrained, config: Any, mesh: Mesh, shardings: dict) -> dict:
+def _from_model(source: Pretrained, config: Any, mesh: Mesh, wanted: dict) -> dict:
     _require_same(source, config, pretrained_config(source.folder))
     # float32 as all that is trained; a stage may hold what it freezes in less.
     _, params = from_pretrained(source.folder, dtype="float32", mesh=mesh)
-    return jax.device_put(params, shardings)
+    return jax.device_put(params, shardings_of(wanted))
 
 
-def _from_run(source: Pretrained, config: Any, abstract: dict, shardings: dict) -> dict:
+def _from_run(source: Pretrained, config: Any, wanted: dict) -> dict:
     _require_same(source, config, getattr(RunFolder(Path(source.folder)).experiment().model, source.part))
     snapshot = snapshot_of(source)
     if not snapshot.is_dir():
         raise CheckpointError(
             f"{source.folder}: stage {source.stage} has not ended", "its parameters", "train that run further first"
         )
-    wanted = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings)
     return load_snapshot(snapshot, {source.part: wanted}, whole=False)[0][source.part]
 
 

@@ -3,29 +3,34 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
+import re
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from mllm_jax import files
 from mllm_jax.checkpoints.description import describe, rebuild
 from mllm_jax.data.tokenizer import Tokenizer
 from mllm_jax.errors import MllmError, RunFolderError
 from mllm_jax.sharding.hosts import first_alone
 from mllm_jax.training.config import Experiment
+from mllm_jax.training.run_lock import MARK, held
 from mllm_jax.training.serialise import binding_differences
 
 KIND = f"{Experiment.__module__}:{Experiment.__qualname__}"
 MEASURED = ("results.json", "examples.json", "report.html")
-FOLDERS = ("stages", "checkpoints", "tensorboard", "processor", "features", "lengths", "hangs", "profile")
+FOLDERS = ("initial", "stages", "checkpoints", "tensorboard", "processor", "features", "lengths", "hangs", "profile")
 FILES = ("config.json", "tokenizer.json", "chat_format.json", "run.json", "metrics.jsonl", "goodput.json", *MEASURED)
 WRITTEN = (*FOLDERS, *FILES)
 UNDERWAY = tuple(f".{name}" for name in WRITTEN)  # how the names begin of what is being written or removed
+STAGE = re.compile(r"\d+-.+")  # what a stage's folders are called
 RESTORE = "restore the file, or start over with --fresh"
 
 
@@ -47,6 +52,11 @@ class RunFolder:
     def processor_folder(self) -> Path:
         """A named model's tokenizer and processor files."""
         return self.path / "processor"
+
+    @property
+    def initial(self) -> Path:
+        """The weights that the run began with, see `training.weights`."""
+        return self.path / "initial"
 
     @property
     def features(self) -> Path:
@@ -110,7 +120,12 @@ class RunFolder:
 
     def is_trained(self) -> bool:
         """Whether there is a run here that has ended a stage; a model's folder has a config.json too, but no stages."""
-        return any(self.path.glob("stages/*"))
+        return bool(_names(self.path / "stages", STAGE.fullmatch))
+
+    def has_progress(self) -> bool:
+        """Whether a stage has ended here or a checkpoint was taken, so that there is something to lose."""
+        stages = [self.path / "checkpoints" / name for name in _names(self.path / "checkpoints", STAGE.fullmatch)]
+        return self.is_trained() or any(_names(stage, re.compile(r"\d{8,}").fullmatch) for stage in stages)
 
     def unfinished(self, experiment: Experiment) -> list[str]:
         """The names of the stages from the first on that has not ended."""
@@ -121,35 +136,61 @@ class RunFolder:
         return Tokenizer.load(self.tokenizer_file)
 
 
+def words_of(folder: RunFolder) -> dict[str, str]:
+    """Gives a checksum of each file that says how text and media become ids: the tokenizer's or the processor's."""
+    files = [folder.tokenizer_file, folder.path / "chat_format.json", *folder.processor_folder.rglob("*")]
+    files = [file for file in files if file.is_file() and file.name != "generation_config.json"]
+    return {str(file.relative_to(folder.path)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+
+
 def _is_ours(name: str) -> bool:
     return name.removesuffix(".tmp") in WRITTEN or name.startswith(UNDERWAY)
 
 
-def _names(path: Path, wanted: Callable[[str], bool]) -> list[str]:
+def _names(path: Path, wanted: Callable[[str], object]) -> list[str]:
     return sorted(p.name for p in path.iterdir() if wanted(p.name)) if path.is_dir() else []
 
 
-def _remove_run(folder: RunFolder) -> None:
-    """Removes what a run wrote but its config, and only where a run surely wrote it: others have a config.json too."""
+def is_ours(folder: RunFolder) -> bool:
+    """Whether the folder has our mark, or the config.json of an experiment: many programs write a config.json."""
+    if (folder.path / MARK).is_file():
+        return True
     try:
         folder.described()
     except RunFolderError:
-        if strangers := _names(folder.path, lambda name: not _is_ours(name)):
-            raise RunFolderError(
-                f"{folder.path}: a config.json of no run, beside {strangers[:5]}",
-                "a run folder, or one in which nothing but a run's files lie",
-                "choose another --run-dir, or clear the folder yourself",
-            ) from None
+        return False
+    return True
+
+
+def _remove_run(folder: RunFolder) -> None:
+    """Removes what a run wrote but its config, from a folder with our mark and from no other."""
+    if not is_ours(folder):
+        raise RunFolderError(
+            f"{folder.path}: a config.json of no run, beside {_names(folder.path, 'config.json'.__ne__)[:5]}",
+            "a folder that `mllm train` made",
+            "choose another --run-dir, or clear the folder yourself",
+        )
     for target in [folder.path / name for name in _names(folder.path, _is_ours)]:
         if target == folder.config_file:
             continue  # the new one replaces it: at no instant is the folder without one
-        if target.is_dir() and not target.is_symlink():
-            # First out of the way: half a folder must not be taken for a whole one if this is cut off.
-            if not target.name.startswith("."):
-                target = target.rename(target.with_name(f".{target.name}.removed.{time.time_ns()}"))
-            shutil.rmtree(target)
+        if target.name in ("stages", "checkpoints") and not target.is_symlink():
+            for stage in _names(target, STAGE.fullmatch):
+                _remove(target / stage, folder.path)
+            with contextlib.suppress(OSError):  # what else lies there is somebody's, and stays
+                target.rmdir()
         else:
-            target.unlink()
+            _remove(target, folder.path)
+
+
+def _remove(target: Path, run: Path) -> None:
+    if target.is_dir() and not target.is_symlink():
+        # First out of the way: half a folder must not be taken for a whole one if this is cut off.
+        if not target.name.startswith("."):
+            name = ".".join(target.relative_to(run).parts)
+            target = target.rename(run / f".{name}.removed.{time.time_ns()}")
+        shutil.rmtree(target)
+    else:
+        target.unlink()
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -178,12 +219,9 @@ def read_json(path: Path, kind: type = dict) -> Any:
         RunFolderError: it cannot be read, or holds something else.
     """
     try:
-        value = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+        return files.read_json(path, RunFolderError, kind)
+    except OSError as error:
         raise RunFolderError(f"{path}: {error}", "a JSON file that can be read", RESTORE) from error
-    if not isinstance(value, kind):
-        raise RunFolderError(f"{path} holds a {type(value).__name__}", f"a {kind.__name__} as JSON", RESTORE)
-    return value
 
 
 def _no_experiment(path: Path) -> RunFolderError:
@@ -205,8 +243,10 @@ def _unwritable(path: Path, error: OSError) -> RunFolderError:
 def open_run(path: Path, experiment: Experiment, *, fresh: bool = False) -> RunFolder:
     """Makes the folder, or takes up the run that it holds. Of several processes the first writes, and all must see it.
 
+    A run in which no stage has ended and no checkpoint was taken gives way to another config.
+
     Args:
-        fresh: remove an earlier run first. Only what a run writes is removed.
+        fresh: remove an earlier run first. Only what a run writes is removed, from a folder that has our mark.
 
     Raises:
         RunFolderError: the folder holds another experiment's run or other files, cannot be written, or is not the same
@@ -223,6 +263,31 @@ def open_run(path: Path, experiment: Experiment, *, fresh: bool = False) -> RunF
     return folder
 
 
+@contextlib.contextmanager
+def holding(path: Path) -> Iterator[None]:
+    """Keeps every other process from writing the run folder until the block ends; of several processes the first does.
+
+    Raises:
+        RunFolderError: another process holds it, or it cannot be written. A folder that is not a run's is left alone.
+    """
+    with contextlib.ExitStack() as lock:
+        first_alone(lambda: lock.enter_context(held(path)) if _may_be_ours(RunFolder(Path(path))) else None)
+        yield
+
+
+def _may_be_ours(folder: RunFolder) -> bool:
+    """Makes the folder if it is absent; whether it is a run's or empty. Any other is refused by `open_run`."""
+    try:
+        folder.path.mkdir(parents=True, exist_ok=True)
+        return is_ours(folder) or not _strangers(folder)
+    except OSError as error:
+        raise _unwritable(folder.path, error) from error
+
+
+def _strangers(folder: RunFolder) -> list[str]:
+    return _names(folder.path, lambda name: not name.startswith(UNDERWAY) and name != MARK)
+
+
 def _take_up(folder: RunFolder, experiment: Experiment, fresh: bool) -> None:
     described = describe(experiment)
     try:
@@ -230,17 +295,15 @@ def _take_up(folder: RunFolder, experiment: Experiment, fresh: bool) -> None:
             if fresh:
                 _remove_run(folder)
             elif changed := binding_differences(folder.described(), described):
-                shown = "\n  ".join(changed[:10]) + (f"\n  ... {len(changed) - 10} more" if len(changed) > 10 else "")
-                raise RunFolderError(
-                    f"{folder.path} holds a run of another config:\n  {shown}",
-                    "the config the run was started with",
-                    "choose another --run-dir, undo the change, or start over with --fresh",
-                )
-        elif strangers := _names(folder.path, lambda name: not name.startswith(UNDERWAY)):
+                if folder.has_progress():
+                    raise _another(folder, changed)
+                _remove_run(folder)  # it ended before there was anything to lose
+        elif strangers := _strangers(folder):
             raise RunFolderError(
                 f"{folder.path} holds {strangers[:5]} and no run", "an empty or new folder", "choose another --run-dir"
             )
         folder.path.mkdir(parents=True, exist_ok=True)
+        (folder.path / MARK).touch()
         # What may change (the mesh, say) is kept up to date.
         write_json(folder.config_file, described)
         if folder.unfinished(experiment):
@@ -248,3 +311,12 @@ def _take_up(folder: RunFolder, experiment: Experiment, fresh: bool) -> None:
                 (folder.path / name).unlink(missing_ok=True)
     except OSError as error:
         raise _unwritable(folder.path, error) from error
+
+
+def _another(folder: RunFolder, changed: list[str]) -> RunFolderError:
+    shown = "\n  ".join(changed[:10]) + (f"\n  ... {len(changed) - 10} more" if len(changed) > 10 else "")
+    return RunFolderError(
+        f"{folder.path} holds a run of another config:\n  {shown}",
+        "the config the run was started with",
+        "choose another --run-dir, undo the change, or start over with --fresh",
+    )

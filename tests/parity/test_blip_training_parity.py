@@ -21,10 +21,11 @@ from mllm_jax.errors import DataError
 from mllm_jax.models.dialogue import DialogueEncoder
 from mllm_jax.planning.batches import batch_shapes
 from mllm_jax.training.config import AdamW, CheckpointConfig, Experiment, Pretrained, Stage, TokenizerConfig
-from mllm_jax.training.loop import load_run, train
+from mllm_jax.training.loop import train
 from mllm_jax.training.named import export_run
 from mllm_jax.training.objectives.next_token import NextToken
 from mllm_jax.training.step import make_apply
+from mllm_jax.training.weights import load_run
 
 CASES = {
     "InstructBLIP, Flan-T5": ("InstructBlip", T5),

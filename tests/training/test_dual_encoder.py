@@ -23,8 +23,9 @@ from mllm_jax.inference.embed import Embedder
 from mllm_jax.models.clip import DualEncoderConfig
 from mllm_jax.sharding.mesh import MeshConfig
 from mllm_jax.training.config import AdamW, Experiment, Stage, TokenizerConfig
-from mllm_jax.training.loop import load_run, train
+from mllm_jax.training.loop import train
 from mllm_jax.training.objectives.contrastive import Contrastive
+from mllm_jax.training.weights import load_run
 
 SIZE, STEPS = 16, 48
 VISION = ViTConfig(image_size=SIZE, patch_size=4, hidden_size=32, num_layers=1, num_heads=2, mlp_size=48)

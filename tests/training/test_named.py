@@ -29,9 +29,10 @@ from mllm_jax.models.multimodal import Connection
 from mllm_jax.projectors.mlp import MLPProjectorConfig
 from mllm_jax.training.config import AdamW, CheckpointConfig, Experiment, Pretrained, Stage, TokenizerConfig
 from mllm_jax.training.features import FeatureCache
-from mllm_jax.training.loop import load_run, train
+from mllm_jax.training.loop import train
 from mllm_jax.training.objectives.next_token import NextToken
 from mllm_jax.training.run_folder import RunFolder
+from mllm_jax.training.weights import load_run
 
 WORDS = ("<pad>", "<s>", "</s>", "user:", "assistant:", "?", "what", "colour", "which", "number", "is", *COLOURS)
 NUMBERS = tuple(str(i) for i in range(20))

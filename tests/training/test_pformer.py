@@ -24,13 +24,14 @@ from mllm_jax.projectors.qformer import QFormerConfig
 from mllm_jax.sharding.logical import use_mesh
 from mllm_jax.sharding.mesh import MeshConfig, make_mesh
 from mllm_jax.training.config import AdamW, Experiment, Pretrained, Stage, TokenizerConfig
-from mllm_jax.training.loop import load_run, train
+from mllm_jax.training.loop import train
 from mllm_jax.training.objectives.contrastive import Contrastive
 from mllm_jax.training.objectives.next_token import NextToken
 from mllm_jax.training.objectives.pformer import PFormerObjective, PromptGuided
 from mllm_jax.training.pretrained import initial_params
 from mllm_jax.training.run_folder import RunFolder
 from mllm_jax.training.step import make_apply
+from mllm_jax.training.weights import load_run
 
 STEPS = 24
 VOCABULARY = 400

@@ -22,10 +22,11 @@ from mllm_jax.errors import CheckpointError, ConfigError, RunFolderError
 from mllm_jax.inference.generate import Generator
 from mllm_jax.sharding.mesh import MeshConfig
 from mllm_jax.training.config import AdamW, CheckpointConfig, Experiment, Pretrained, Stage, TokenizerConfig
-from mllm_jax.training.loop import load_run, train
+from mllm_jax.training.loop import train
 from mllm_jax.training.objectives.contrastive import Contrastive
 from mllm_jax.training.objectives.next_token import NextToken
 from mllm_jax.training.run_folder import RunFolder
+from mllm_jax.training.weights import load_run
 
 pytestmark = pytest.mark.slow
 

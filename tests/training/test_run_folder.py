@@ -25,7 +25,8 @@ from mllm_jax import (
 )
 from mllm_jax.errors import ConfigError, RunFolderError
 from mllm_jax.training import run_folder
-from mllm_jax.training.run_folder import FOLDERS, MEASURED, open_run, read_json, write_json
+from mllm_jax.training.run_folder import FILES, FOLDERS, MEASURED, holding, open_run, read_json, write_json
+from mllm_jax.training.run_lock import MARK
 
 EXPERIMENT = Experiment(
     name="small",
@@ -49,7 +50,9 @@ def refused(*args, **options) -> str:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+    """Every file but our mark."""
+    files = [p for p in sorted(folder.rglob("*")) if p.is_file() and p.name != MARK]
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in files}
 
 
 @pytest.fixture
@@ -69,7 +72,7 @@ def test_a_new_folder_holds_the_experiment(tmp_path):
     folder = open_run(tmp_path / "deep" / "run", EXPERIMENT)
     assert folder == RunFolder(tmp_path / "deep" / "run")
     assert folder.experiment() == EXPERIMENT
-    assert list(folder.path.iterdir()) == [folder.config_file], "a temporary file is left"
+    assert {p.name for p in folder.path.iterdir()} == {"config.json", MARK}, "a temporary file is left"
     assert folder.unfinished(EXPERIMENT) == ["a", "b", "c"]
 
 
@@ -91,7 +94,7 @@ def test_the_same_experiment_goes_on_and_another_is_refused(full):
 
 
 def test_many_differences_are_counted(tmp_path):
-    open_run(tmp_path, EXPERIMENT)
+    open_run(tmp_path, EXPERIMENT).snapshot(0, "a").mkdir(parents=True)
     stages = tuple(
         dataclasses.replace(s, steps=9, validate_every=5, accumulate=2, name=s.name * 2) for s in OTHER.stages
     )
@@ -116,6 +119,50 @@ def test_fresh_removes_what_a_run_writes_and_nothing_else(full):
     open_run(full.path, OTHER, fresh=True)
     assert sorted(contents(full.path)) == ["config.json", "notes.txt"]
     assert full.experiment() == OTHER
+
+
+@pytest.mark.parametrize("reached", ["nothing", "stage", "checkpoint"])
+def test_a_run_without_a_step_gives_way_to_another_config(tmp_path, reached):
+    """After a refusal before the first step, the mended config goes on in the same folder (TRIAL, row 31)."""
+    folder = open_run(tmp_path, EXPERIMENT)
+    folder.tokenizer_file.write_text("of the first config")
+    folder.checkpoints(0, "a").mkdir(parents=True)  # made at the start, before any step
+    (tmp_path / "notes.txt").write_text("mine")
+    if reached == "stage":
+        folder.snapshot(0, "a").mkdir(parents=True)
+    if reached == "checkpoint":
+        (folder.checkpoints(0, "a") / "00000003").mkdir()
+    if reached != "nothing":
+        assert "another config" in refused(tmp_path, OTHER)
+        assert folder.tokenizer_file.exists()
+        return
+    assert open_run(tmp_path, OTHER).experiment() == OTHER
+    assert sorted(contents(tmp_path)) == ["config.json", "notes.txt"], "the tokenizer of the first config stayed"
+
+
+@pytest.mark.parametrize("config", ['{"a": 1}', "[", "", '{"class": "mllm_jax.training.config:AdamW"}'])
+def test_fresh_spares_other_programs_files_under_our_names(tmp_path, config):
+    """Other trainers also write `stages`, `checkpoints`, `report.html` beside a config.json (ATTACK, F1)."""
+    for name in FOLDERS:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "thesis.txt").write_text("mine")
+    for name in FILES:
+        (tmp_path / name).write_text("mine")
+    (tmp_path / "config.json").write_text(config)
+    before = contents(tmp_path)
+    assert "config.json of no run" in refused(tmp_path, EXPERIMENT, fresh=True)
+    with holding(tmp_path):  # what `train` does first leaves no mark by which we would take the folder for ours
+        assert "config.json of no run" in refused(tmp_path, EXPERIMENT, fresh=True)
+    assert contents(tmp_path) == before and not (tmp_path / MARK).exists()
+
+
+def test_fresh_spares_strangers_among_the_stages(full):
+    for name in ("stages", "checkpoints"):
+        (full.path / name / "thesis.txt").write_text("mine")
+    assert full.is_trained()
+    open_run(full.path, EXPERIMENT, fresh=True)
+    assert sorted(contents(full.path)) == ["checkpoints/thesis.txt", "config.json", "notes.txt", "stages/thesis.txt"]
+    assert not full.is_trained(), "a stranger's file was taken for a stage"
 
 
 def test_a_removal_that_is_cut_off_anywhere_can_be_repeated(tmp_path, monkeypatch):
@@ -239,7 +286,7 @@ def test_a_config_that_cannot_be_written_is_refused_whole(tmp_path, monkeypatch,
         patch.setattr(Path if where == "open" else run_folder.os, where, fail)
         assert os.strerror(number) in refused(tmp_path, SAME)
     assert folder.experiment() == EXPERIMENT, "the old config is lost"
-    assert list(tmp_path.iterdir()) == [folder.config_file], "a temporary file is left"
+    assert {p.name for p in tmp_path.iterdir()} == {"config.json", MARK}, "a temporary file is left"
 
 
 def test_a_host_that_does_not_see_the_first_ones_folder_is_refused_and_changes_nothing(tmp_path, monkeypatch):

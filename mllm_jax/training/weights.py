@@ -1,0 +1,201 @@
+"""The weights of a run: what it began with, kept once in its folder, and what its stages left.
+
+    initial/          what was drawn at the start and, with `self_contained`, what `Pretrained` parts read
+    stages/0-align/   what a stage trained
+
+Each folder's meta has a fingerprint of every leaf that it stands for, so that files which were swapped or changed are
+found wherever a run is opened. Nothing is drawn a second time: another compiler or processor draws other last bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+from flax import linen as nn
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.sharding import Mesh
+
+from mllm_jax.checkpoints.training import (
+    check_fingerprint,
+    compare_fingerprints,
+    fingerprint,
+    load_snapshot,
+    save_snapshot,
+    snapshot_meta,
+)
+from mllm_jax.errors import CheckpointError, RunFolderError, TrainingError
+from mllm_jax.models.registry import has_layout
+from mllm_jax.sharding.hosts import from_first
+from mllm_jax.sharding.mesh import make_fitting_mesh
+from mllm_jax.training.config import Experiment, Stage
+from mllm_jax.training.pretrained import covers, initial_params, read_source
+from mllm_jax.training.run_folder import RunFolder, words_of
+from mllm_jax.training.step import placed_params, shardings_of
+
+Leaves = dict[str, Any]  # path -> leaf
+
+
+def load_run(folder: RunFolder, devices: Sequence[jax.Device] | None = None):
+    """Reads a run's model with the parameters that its finished stages left.
+
+    Only the last weights are read. The run's mesh is used where it fits the devices; else the weights are spread over
+    those that are there (`fsdp`), so that a run of a pod opens on a laptop.
+
+    Returns:
+        (experiment, model, params, tokenizer, mesh); tokenizer is None for a named model, see `training.named`.
+
+    Raises:
+        RunFolderError: no run in the folder, or a tokenizer that is not the run's.
+        TrainingError: no stage of it is finished.
+        CheckpointError: weights that are absent, damaged or not those that the run was trained with.
+    """
+    experiment = folder.experiment()
+    if not finished_stages(folder, experiment):
+        raise TrainingError(f"{folder.path}: no stage is finished", "a run that has ended a stage", "train it further")
+    mesh = make_fitting_mesh(experiment.mesh, devices)
+    model = experiment.model.make()
+    params, _ = params_of(experiment, folder, model, mesh)
+    return experiment, model, params, None if has_layout(experiment.model) else folder.tokenizer(), mesh
+
+
+def finished_stages(folder: RunFolder, experiment: Experiment) -> int:
+    """Counts the stages, from the first on, that have ended."""
+    return len(experiment.stages) - len(from_first(folder.unfinished(experiment)))
+
+
+def starting_params(
+    experiment: Experiment, folder: RunFolder, model: nn.Module, mesh: Mesh, *, self_contained: bool = False
+) -> tuple[dict, dict]:
+    """Gives the parameters with which training goes on; a run that begins draws or reads them, and keeps them.
+
+    Args:
+        self_contained: the run folder gets a copy of what `Pretrained` parts read, now or at its first start.
+
+    Returns:
+        (params, shardings): nested dicts of float32 arrays and of their NamedShardings.
+
+    Raises:
+        CheckpointError: as `load_run`; RunFolderError: a folder with stages or checkpoints and without `initial`.
+    """
+    if from_first(folder.initial.is_dir()):
+        if self_contained:
+            _copy_sources(experiment, folder, model, mesh)
+        return params_of(experiment, folder, model, mesh)
+    if from_first(folder.has_progress()):
+        raise RunFolderError(
+            f"{folder.path}: stages or checkpoints without {folder.initial.name}/, the weights that the run began with",
+            "both of them",
+            "restore the folder, or start over with --fresh",
+        )
+    params, shardings = initial_params(experiment, model, mesh)
+    leaves = flatten_dict(params, sep="/")
+    read = [path for path in leaves if any(covers(source, path) for source in experiment.pretrained)]
+    stored = list(leaves) if self_contained else [path for path in leaves if path not in set(read)]
+    _keep(folder, leaves, stored, from_first(words_of(folder)))
+    return params, shardings
+
+
+def params_of(experiment: Experiment, folder: RunFolder, model: nn.Module, mesh: Mesh) -> tuple[dict, dict]:
+    """Reads each parameter where it was last written: its last finished stage, `initial`, or its `Pretrained` source.
+
+    Raises:
+        CheckpointError: see `load_run`.
+    """
+    placed = placed_params(model, mesh, experiment.part_rules)
+    wanted: Leaves = flatten_dict(placed, sep="/")
+    begin = _initial_meta(folder)
+    check_words(folder, begin)
+    known: dict[str, int] = begin["fingerprint"]
+    places: dict[str, Path | None] = dict.fromkeys(begin["stored"], folder.initial)
+    for index, stage in enumerate(experiment.stages[: finished_stages(folder, experiment)]):
+        snapshot = folder.snapshot(index, stage.name)
+        meta = snapshot_meta(snapshot)
+        _check_frozen(meta, known, stage)
+        known = known | meta["fingerprint"]
+        places |= dict.fromkeys(meta["fingerprint"], snapshot)
+    found: Leaves = {}
+    for place in dict.fromkeys(places.values()):
+        there = {path: leaf for path, leaf in wanted.items() if places.get(path) == place}
+        found |= load_snapshot(place, there, whole=False)[0] if there else {}
+    found |= _read_sources(experiment, placed, wanted.keys() - found.keys(), mesh, known)
+    if absent := sorted(wanted.keys() - found.keys()):
+        raise CheckpointError(
+            f"{folder.path}: no stage and no source has {len(absent)} of the model's leaves, such as {absent[:3]}",
+            "the weights of the whole model",
+            "restore the run folder, or start over with --fresh",
+        )
+    return unflatten_dict({path: found[path] for path in wanted}, sep="/"), shardings_of(placed)
+
+
+def check_words(folder: RunFolder, begin: dict | None = None) -> None:
+    """Refuses a tokenizer, or processor files, that are not those with which the run began.
+
+    Raises:
+        RunFolderError: names the files that differ.
+    """
+    expected = (begin or _initial_meta(folder))["words"]
+    actual = from_first(words_of(folder))
+    if wrong := sorted(name for name in actual.keys() | expected.keys() if actual.get(name) != expected.get(name)):
+        raise RunFolderError(
+            f"{folder.path}: {', '.join(wrong)}, which the run was not trained with",
+            "the tokenizer's files as training wrote them",
+            "restore them: with other ids or another template the weights mean something else",
+        )
+
+
+# ---- inside
+
+
+def _initial_meta(folder: RunFolder) -> dict[str, Any]:
+    if not from_first(folder.initial.is_dir()):
+        raise CheckpointError(
+            f"{folder.path} without {folder.initial.name}/", "the weights that the run began with", "restore the folder"
+        )
+    return snapshot_meta(folder.initial)
+
+
+def _keep(folder: RunFolder, leaves: Leaves, stored: Sequence[str], words: dict[str, str]) -> None:
+    """Writes `initial`: some of the leaves that the run began with, and the fingerprints of all."""
+    meta = {"fingerprint": fingerprint(leaves), "stored": sorted(stored), "words": words}
+    save_snapshot(folder.initial, {path: leaves[path] for path in stored}, meta)
+
+
+def _copy_sources(experiment: Experiment, folder: RunFolder, model: nn.Module, mesh: Mesh) -> None:
+    """Adds to `initial` what is only referred to yet."""
+    begin = _initial_meta(folder)
+    if len(begin["stored"]) == len(begin["fingerprint"]):
+        return
+    placed = placed_params(model, mesh, experiment.part_rules)
+    leaves = flatten_dict(placed, sep="/")
+    leaves |= load_snapshot(folder.initial, {path: leaves[path] for path in begin["stored"]})[0]
+    leaves |= _read_sources(experiment, placed, leaves.keys() - set(begin["stored"]), mesh, begin["fingerprint"])
+    _keep(folder, leaves, list(leaves), begin["words"])
+
+
+def _read_sources(
+    experiment: Experiment, placed: dict, missing: Collection[str], mesh: Mesh, known: dict[str, int]
+) -> Leaves:
+    """Reads leaves that no folder of the run holds from where `Pretrained` found them."""
+    found: Leaves = {}
+    for source in experiment.pretrained:
+        if wanted := [path for path in missing if covers(source, path)]:
+            read = flatten_dict(read_source(source, experiment.model, mesh, placed), sep="/")
+            leaves = {path: read[path] for path in wanted}
+            check_fingerprint(
+                leaves,
+                {path: known[path] for path in wanted if path in known},
+                source.folder,
+                wanted="the weights that the run began with",
+                todo="put them back there; `mllm train --self-contained` copies them while they are the same",
+            )
+            found |= leaves
+    return found
+
+
+def _check_frozen(meta: dict, known: dict[str, int], stage: Stage) -> None:
+    """Refuses what a finished stage was not trained on, by the fingerprints alone."""
+    frozen = {path: number for path, number in known.items() if path not in meta["fingerprint"]}
+    compare_fingerprints(frozen, meta["frozen"]["fingerprint"], f"the frozen weights beside stage {stage.name}")
