@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import types
+import typing
 from typing import Any
 
 from mllm_jax.errors import ConfigError
@@ -29,7 +31,7 @@ def rebuild(description: Any) -> Any:
     """The reverse of `describe`; only classes of this package are imported.
 
     Raises:
-        ConfigError: a class that does not exist (any more), or fields it does not know.
+        ConfigError: a class that does not exist (any more), fields it does not know, or values of another type.
     """
     if isinstance(description, list):
         return tuple(rebuild(v) for v in description)
@@ -44,8 +46,41 @@ def rebuild(description: Any) -> Any:
         found = getattr(importlib.import_module(module), name)
         if not (isinstance(found, type) and dataclasses.is_dataclass(found)):
             raise TypeError("not a config class")
+        _check_types(found, fields)
         return found(**fields)
-    except (ImportError, AttributeError, TypeError) as error:
+    except (ImportError, AttributeError, NameError, TypeError) as error:
         raise ConfigError(
             f"a stored {kind}: {error}", "what this version knows", "use the version that wrote it"
         ) from error
+
+
+def _check_types(kind: type, fields: dict[str, Any]) -> None:
+    """Raises TypeError: names the fields whose value is not of the annotated type."""
+    hints = typing.get_type_hints(kind)
+    wrong = [name for name, value in fields.items() if name in hints and not fits(value, hints[name])]
+    if wrong:
+        declared = {field.name: field.type for field in dataclasses.fields(kind)}
+        raise TypeError(", ".join(f"{name}={fields[name]!r:.80}, expected {declared.get(name)}" for name in wrong))
+
+
+def fits(value: Any, hint: Any) -> bool:
+    """Returns whether a value that came from JSON is of an annotated type; an int is a float, a bool is no number."""
+    if hint is Any:
+        return True
+    origin, inner = typing.get_origin(hint), typing.get_args(hint)
+    if origin is typing.Literal:
+        return any(value == allowed and type(value) is type(allowed) for allowed in inner)
+    if origin in (typing.Union, types.UnionType):
+        return any(fits(value, one) for one in inner)
+    if origin is tuple:
+        if not isinstance(value, tuple):
+            return False
+        each = [inner[0]] * len(value) if inner[-1:] == (...,) else inner
+        return len(each) == len(value) and all(map(fits, value, each))
+    if hint in (int, float):
+        return isinstance(value, (int, float) if hint is float else int) and not isinstance(value, bool)
+    if hint is None:
+        return value is None
+    if isinstance(hint, type) and not getattr(hint, "_is_protocol", False):
+        return isinstance(value, hint)
+    return dataclasses.is_dataclass(value)  # a protocol, such as a source's

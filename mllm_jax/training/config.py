@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, fields, is_dataclass
 from fnmatch import fnmatchcase
 from typing import Any
@@ -74,6 +75,7 @@ class Stage:
     cache_features: bool = False
 
     def __post_init__(self):
+        _check_name("a stage", self.name)
         if self.steps < 1 or self.accumulate < 1 or self.data.rows % self.accumulate:
             raise ConfigError(
                 f"stage {self.name!r}: {self.steps} steps, {self.data.rows} rows in {self.accumulate} piece(s)",
@@ -176,6 +178,7 @@ class Experiment:
     evaluation: Any = None
 
     def __post_init__(self):
+        _check_name("an experiment", self.name)
         names = [stage.name for stage in self.stages]
         if not names or len(set(names)) != len(names):
             raise ConfigError(f"stages {names}", "at least one, with names that differ", "rename the stages")
@@ -215,6 +218,14 @@ class Experiment:
                 _check_length(stage, mixture, self.mesh)
                 _check_captions(stage, mixture, self.model)
                 _check_prompts(stage, mixture, self.model)
+
+
+def _check_name(what: str, name: str) -> None:
+    """Names become parts of paths in the run folder."""
+    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.+-]{0,99}", name):
+        raise ConfigError(
+            f"{what} named {name!r}", "letters, digits and any of _ . + -, at most 100, no dot first", "rename it"
+        )
 
 
 def require_vocabulary(model: Model, size: int) -> None:

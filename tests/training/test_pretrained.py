@@ -178,6 +178,7 @@ def test_sources_may_not_change(copy, part):
     """Neither a finished stage nor a begun one goes on with other weights, and nothing can be evaluated with them."""
     moved, run, sources = copy
     if part == "llm":
+        shutil.rmtree(run / "stages" / "1-instruct")  # which trained the LLM: from then on its source counts no more
         mllm_jax.save_pretrained(CONFIG.make(), random_params(seed=1), sources / "llm", overwrite=True)
         moved = replace(moved, tokenizer=TokenizerConfig(vocab_size=260, folder=moved.tokenizer.folder))
     else:
@@ -191,6 +192,87 @@ def test_sources_may_not_change(copy, part):
     shutil.rmtree(run / "stages")  # now the first stage is one that has only begun
     with pytest.raises(CheckpointError, match=f"{part}/"):
         train(moved, run, devices=jax.devices()[:2])
+
+
+def test_a_run_opens_by_what_it_holds_and_draws_nothing_again(copy, monkeypatch):
+    """A second draw has other last bits under another jax or on another CPU (TRIAL, row 2)."""
+    moved, run, sources = copy
+    whole = flat(load_run(RunFolder(run), jax.devices()[:2])[2])
+    held = json.loads((run / "initial" / "record.json").read_text())
+    assert {path.split("/")[0] for path in held["meta"]["stored"]} == {"projector"}, "what sources hold is referred to"
+    assert held["meta"]["fingerprint"].keys() == whole.keys()
+
+    def draw(*_, **__):
+        raise AssertionError("drawn again")
+
+    monkeypatch.setattr("mllm_jax.training.pretrained.init_params", draw)
+    shutil.rmtree(sources / "llm")  # trained by the last stage: no longer needed
+    assert_equal(flat(load_run(RunFolder(run), jax.devices()[:1])[2]), whole)
+    with pytest.raises(CheckpointError, match="encoder"):
+        shutil.rmtree(sources / "tower" / "stages")
+        load_run(RunFolder(run), jax.devices()[:1])
+
+
+def test_a_self_contained_run_needs_no_sources(copy):
+    moved, run, sources = copy
+    whole = flat(load_run(RunFolder(run), jax.devices()[:2])[2])
+    shutil.rmtree(run / "stages" / "1-instruct")
+    train(moved, run, devices=jax.devices()[:2], self_contained=True)
+    for folder in (sources / "llm", sources / "tower"):
+        shutil.rmtree(folder)
+    assert_equal(flat(load_run(RunFolder(run), jax.devices()[:2])[2]), whole)
+    shutil.rmtree(run / "stages" / "1-instruct")  # the LLM then comes from the copy
+    frozen = flat(load_run(RunFolder(run), jax.devices()[:2])[2])
+    assert_equal({k: v for k, v in frozen.items() if k.startswith("llm/")}, flat({"llm": random_params(CONFIG)}))
+
+
+@pytest.mark.parametrize("change", ["permuted", "format", "absent"])
+def test_another_tokenizer_is_refused_by_name(copy, change):
+    """Ids would mean other words (ATTACK, F9)."""
+    _, run, _ = copy
+    file = run / ("chat_format.json" if change == "format" else "tokenizer.json")
+    stored = json.loads(file.read_text())
+    if change == "permuted":
+        vocabulary = stored["model"]["vocab"]
+        first, second = list(vocabulary)[40:42]
+        vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
+    if change == "absent":
+        file.unlink()
+    else:
+        file.write_text(json.dumps(stored | {"bos": 3} if change == "format" else stored))
+    with pytest.raises(RunFolderError, match=file.name) as refusal:
+        load_run(RunFolder(run), jax.devices()[:2])
+    assert "was not trained with" in refusal.value.given
+
+
+@pytest.mark.parametrize("damage", ["swapped", "initial", "a byte"])
+def test_stages_of_another_run_are_refused(copy, damage, tmp_path):
+    moved, run, _ = copy
+    if damage == "swapped":
+        other = train(replace(moved, seed=7), tmp_path / "other", devices=jax.devices()[:2], until="align")
+        shutil.rmtree(run / "stages" / "0-align")
+        shutil.copytree(other.path / "stages" / "0-align", run / "stages" / "0-align")
+    elif damage == "initial":
+        shutil.rmtree(run / "initial")
+    else:
+        file = max((run / "stages" / "1-instruct" / "arrays").rglob("*"), key=lambda p: p.stat().st_size * p.is_file())
+        content = bytearray(file.read_bytes())
+        content[len(content) // 2] ^= 1
+        file.write_bytes(content)
+    with pytest.raises((CheckpointError, RunFolderError)):
+        load_run(RunFolder(run), jax.devices()[:2])
+    if damage == "initial":
+        with pytest.raises(RunFolderError, match="initial"):
+            train(moved, run, devices=jax.devices()[:2])
+
+
+def test_strangers_files_in_a_snapshot_change_nothing(copy):
+    _, run, _ = copy
+    whole = flat(load_run(RunFolder(run), jax.devices()[:2])[2])
+    for folder in (run / "stages" / "1-instruct", run / "initial"):
+        for place in (folder, folder / "arrays"):
+            (place / "notes.txt").write_text("mine")
+    assert_equal(flat(load_run(RunFolder(run), jax.devices()[:2])[2]), whole)
 
 
 def test_read_onto_a_mesh_each_part_lies_as_its_axes_say(run, sources, devices):

@@ -105,6 +105,54 @@ def test_a_stored_config_is_checked_like_a_new_one():
         rebuild(description)
 
 
+WRONG = {
+    "seed": "x",
+    "log_every": 1.5,
+    "cpu_devices": True,
+    "pretrained": "llm",
+    "name": 3,
+    "mesh.data": None,
+    "model.encoder.num_layers": "2",
+    "model.encoder.stem_channels": [4, "8"],
+    "model.llm.tie_word_embeddings": 1,
+    "model.llm.hidden_size": [16],
+    "stages.0.steps": 3.0,
+    "stages.0.trainable": [1],
+    "stages.0.optimizer": {"class": "mllm_jax.sharding.mesh:MeshConfig"},
+    "stages.0.objective": {"class": "mllm_jax.training.config:AdamW"},
+    "stages.0.optimizer.factors": [["llm/*", "0.1"]],
+}
+
+
+@pytest.mark.parametrize("path", WRONG)
+def test_a_leaf_of_another_type_is_refused_by_name(path):
+    """`seed: "x"` was accepted and broke what came after (ATTACK, config.json: other classes, wrong leaves)."""
+    description = at = through_json(EXPERIMENT)
+    *parents, name = path.split(".")
+    for parent in parents:
+        at = at[int(parent) if parent.isdigit() else parent]
+    assert name in at
+    at[name] = WRONG[path]
+    with pytest.raises(ConfigError, match=f"{name}=.*expected") as refusal:
+        rebuild(description)
+    assert "mllm_jax." in refusal.value.given
+
+
+def test_a_whole_number_is_a_float():
+    description = through_json(EXPERIMENT)
+    description["stages"][0]["optimizer"]["learning_rate"] = 1
+    assert rebuild(description).stages[0].optimizer.learning_rate == 1
+
+
+@pytest.mark.parametrize("name", ["../../x", "a/b", "", ".", "..", ".hidden", "a\\b", "a\0b", "ü", "x" * 101, "a b"])
+def test_names_that_are_no_plain_names_are_refused(name):
+    """They become parts of paths in the run folder."""
+    with pytest.raises(ConfigError, match="a stage named"):
+        dataclasses.replace(EXPERIMENT.stages[0], name=name)
+    with pytest.raises(ConfigError, match="an experiment named"):
+        dataclasses.replace(EXPERIMENT, name=name)
+
+
 def test_differences_name_every_leaf():
     model = dataclasses.replace(EXPERIMENT.model, encoder=dataclasses.replace(EXPERIMENT.model.encoder, num_layers=7))
     stages = (EXPERIMENT.stages[0], dataclasses.replace(EXPERIMENT.stages[1], objective=NextToken()))
