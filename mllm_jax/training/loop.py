@@ -232,7 +232,7 @@ class StageRunner:
 
         # ---- what is trained and what is frozen
         trainable, frozen = split(params, stage.trainable)
-        frozen_meta = self.frozen_meta(frozen)
+        frozen_meta, began = self.frozen_meta(frozen), fingerprint(trainable)
         if stage.frozen_dtype is not None:
             frozen = jax.tree.map(lambda x: x.astype(stage.frozen_dtype), frozen)
         optimizer, schedule = make_optimizer(stage.optimizer, stage.steps), learning_rate(stage.optimizer, stage.steps)
@@ -262,6 +262,7 @@ class StageRunner:
             start, restored, meta = checkpoints.restore({"state": abstract})
             saved = meta["frozen"]["fingerprint"]
             compare_fingerprints(frozen_meta["fingerprint"], saved, f"the frozen weights beside {where}")
+            compare_fingerprints(began, meta["began"], f"the weights with which {where} began")
             state = restored["state"]
             say(f"stage {stage.name}: resumed at step {start}")
         for note in checkpoints.notes:
@@ -296,6 +297,7 @@ class StageRunner:
                 "key": np.asarray(jax.device_get(state.key)).ravel().tolist(),
                 "config": describe(experiment),
                 "frozen": frozen_meta,
+                "began": began,
             }
             with account.spending("checkpoint"):
                 checkpoints.save(step, {"state": state}, meta, metrics)
@@ -386,7 +388,7 @@ class StageRunner:
             "flops_per_step": flops,
         }
         with account.spending("checkpoint"):
-            kept = {"facts": facts, "frozen": frozen_meta, "fingerprint": fingerprint(state.params)}
+            kept = {"facts": facts, "frozen": frozen_meta, "began": began, "fingerprint": fingerprint(state.params)}
             save_snapshot(self.folder.snapshot(self.index, stage.name), state.params, kept)
         account.reached(done_before + stage.steps, saved=True)
         if writer:

@@ -113,7 +113,7 @@ def params_of(experiment: Experiment, folder: RunFolder, model: nn.Module, mesh:
     for index, stage in enumerate(experiment.stages[: finished_stages(folder, experiment)]):
         snapshot = folder.snapshot(index, stage.name)
         meta = snapshot_meta(snapshot)
-        _check_frozen(meta, known, stage)
+        _check_began(meta, known, stage)
         known = known | meta["fingerprint"]
         places |= dict.fromkeys(meta["fingerprint"], snapshot)
     found: Leaves = {}
@@ -195,7 +195,6 @@ def _read_sources(
     return found
 
 
-def _check_frozen(meta: dict, known: dict[str, int], stage: Stage) -> None:
-    """Refuses what a finished stage was not trained on, by the fingerprints alone."""
-    frozen = {path: number for path, number in known.items() if path not in meta["fingerprint"]}
-    compare_fingerprints(frozen, meta["frozen"]["fingerprint"], f"the frozen weights beside stage {stage.name}")
+def _check_began(meta: dict, known: dict[str, int], stage: Stage) -> None:
+    """Refuses a finished stage that began with other weights than the stages before it left, by fingerprints alone."""
+    compare_fingerprints(known, meta["frozen"]["fingerprint"] | meta["began"], f"the weights before stage {stage.name}")

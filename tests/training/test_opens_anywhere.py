@@ -1,0 +1,95 @@
+"""A run opens on other devices and another kind of CPU than those that trained it, and answers the same (row 2).
+
+Run as a script this file is the other machine: it opens the run that is named and prints logits and answers.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import toy_data
+
+HERE = Path(__file__).parent
+QUESTIONS = ("what colour", "which number")
+MARGIN = 1e-3  # answers are compared where the two best logits differ by more
+
+
+def experiment():
+    from mllm_jax.sharding.mesh import MeshConfig
+    from mllm_jax.training.config import AdamW, Experiment, Stage, TokenizerConfig
+    from mllm_jax.training.objectives.next_token import NextToken
+
+    stage = Stage("only", NextToken(), ("projector/*", "llm/*"), toy_data.PICTURES, 40, AdamW(1e-2, 1))
+    return Experiment(
+        name="anywhere",
+        model=replace(toy_data.MODEL, text_tower=None, contrastive=None),  # the encoder is drawn and never trained
+        tokenizer=TokenizerConfig(vocab_size=320),
+        mesh=MeshConfig(data=1, fsdp=4, tensor=2),
+        stages=(stage,),
+    )
+
+
+def pose_as_the_packages() -> None:
+    """A stored config names classes of the package only."""
+    sys.modules["mllm_jax.toy_data"] = toy_data
+    toy_data.Toy.__module__ = "mllm_jax.toy_data"
+
+
+def asked(run: Path, devices=None) -> dict:
+    """What the run says: logits of one batch, and greedy answers."""
+    import jax
+
+    from mllm_jax.inference.generate import Generator, Prompt
+    from mllm_jax.training.run_folder import RunFolder
+    from mllm_jax.training.weights import load_run
+
+    _, model, params, tokenizer, mesh = load_run(RunFolder(run), devices)
+    batch = toy_data.pipeline().batch(0)
+    logits = jax.jit(lambda p, b: model.apply({"params": p}, b).logits)(params, batch)
+    picture = tuple(toy_data.Toy().build().images(3))
+    generator = Generator(model, params, tokenizer, mesh, batch_size=8, max_new_tokens=4)
+    answers = generator.generate([Prompt(question, picture) for question in QUESTIONS])
+    return {"logits": np.asarray(logits)[:2].tolist(), "answers": answers, "mesh": dict(mesh.shape)}
+
+
+def test_a_run_of_eight_devices_opens_on_one_of_an_older_cpu(tmp_path, devices):
+    from mllm_jax.training.loop import train
+
+    before = toy_data.Toy.__module__
+    pose_as_the_packages()
+    try:
+        train(experiment(), tmp_path / "run")
+        here = asked(tmp_path / "run")
+        one = asked(tmp_path / "run", devices[:1])
+    finally:
+        toy_data.Toy.__module__ = before
+    paths = [*map(str, (HERE.parents[1], HERE)), os.environ.get("PYTHONPATH", "")]
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join(filter(None, paths)),
+        "XLA_FLAGS": "--xla_cpu_max_isa=SSE4_2 --xla_force_host_platform_device_count=1",
+    }
+    command = [sys.executable, __file__, str(tmp_path / "run")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    there = json.loads(done.stdout.splitlines()[-1])
+    assert (here["mesh"]["fsdp"], here["mesh"]["tensor"]) == (4, 2)
+    assert there["mesh"] == one["mesh"] == {"data": 1, "fsdp": 1, "context": 1, "tensor": 1}
+    logits = np.asarray(here["logits"])
+    best = np.sort(logits, axis=-1)
+    clear = best[..., -1] - best[..., -2] > MARGIN
+    assert clear.mean() > 0.9, "a model without opinions would prove nothing"
+    for other in (one, there):
+        np.testing.assert_allclose(other["logits"], logits, atol=1e-4)
+        assert (np.argmax(other["logits"], -1) == logits.argmax(-1))[clear].all()
+        assert other["answers"] == here["answers"] and all(here["answers"])
+
+
+if __name__ == "__main__":
+    pose_as_the_packages()
+    print(json.dumps(asked(Path(sys.argv[1]))))
