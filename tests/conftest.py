@@ -8,6 +8,7 @@ import sys
 
 import pytest
 
+from mllm_jax.sharding.cpu import prepare_cpu
 from mllm_jax.sharding.xla_flags import has_flag
 
 NUM_DEVICES = 8
@@ -29,6 +30,7 @@ os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "true"
 if "PYTEST_XDIST_WORKER" not in os.environ:  # a worker has the flags of the process that started it
     _flags = [f"--xla_force_host_platform_device_count={NUM_DEVICES}", "--xla_cpu_use_fusion_emitters=false"]
     os.environ["XLA_FLAGS"] = " ".join(flag for flag in _flags if has_flag(flag))
+    prepare_cpu()
 
 
 @pytest.fixture(autouse=True)
