@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
-import mmap
 import os
 import random
 import sys
-from pathlib import Path
 
 import pytest
+
+from mllm_jax.sharding.cpu import prepare_cpu
+from mllm_jax.sharding.xla_flags import has_flag
 
 NUM_DEVICES = 8
 MISSING_ASSET = "missing asset"
@@ -18,7 +18,6 @@ MISSING_ASSET = "missing asset"
 if "jax" in sys.modules:
     raise pytest.UsageError("jax was imported before tests/conftest.py could choose its platform: drop the plugin")
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={NUM_DEVICES}"
 # XLA's pool has a thread a core unless told otherwise. Eight devices on two cores can then all wait in collectives of
 # which each holds a thread, with none left for the devices they wait for.
 os.environ["NPROC"] = str(4 * NUM_DEVICES)
@@ -27,19 +26,11 @@ os.environ["NPROC"] = str(4 * NUM_DEVICES)
 os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "true"
 
 
-def _knows(flag: str) -> bool:
-    """Whether this jaxlib has an XLA flag: one that it has not ends the process."""
-    found = importlib.util.find_spec("jaxlib")
-    for folder in found.submodule_search_locations if found else ():
-        for library in Path(folder).glob("libjax_common*"):
-            with open(library, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as text:
-                return text.find(flag.encode()) >= 0
-    return False
-
-
-# XLA's older emitters of fused loops compile in 40 to 65 % of the time (two measurements).
-if _knows(emitters := "xla_cpu_use_fusion_emitters"):
-    os.environ["XLA_FLAGS"] += f" --{emitters}=false"
+# XLA's older emitters of fused loops compile in 40 to 65 % of the time (two measurements). Not every jaxlib has them.
+if "PYTEST_XDIST_WORKER" not in os.environ:  # a worker has the flags of the process that started it
+    _flags = [f"--xla_force_host_platform_device_count={NUM_DEVICES}", "--xla_cpu_use_fusion_emitters=false"]
+    os.environ["XLA_FLAGS"] = " ".join(flag for flag in _flags if has_flag(flag))
+    prepare_cpu()
 
 
 @pytest.fixture(autouse=True)

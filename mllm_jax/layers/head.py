@@ -12,6 +12,7 @@ from flax import struct
 from jax.sharding import PartitionSpec
 
 from mllm_jax.layers.linear import Embedding, Linear
+from mllm_jax.sharding.cpu import check_sum
 from mllm_jax.sharding.fsdp import GatherPlan, gather, gather_plan, row_axes, scatter_sum, with_gathered
 from mllm_jax.sharding.logical import active_mesh, constrain, partition_spec
 
@@ -202,6 +203,8 @@ def _local(x, matrix, targets, weights, *, tied, z_loss, chunks, wanted, rows, g
     if "matrix" in wanted:
         # Over the wire in the dtype that the model computes in, like every other gradient.
         others = tuple(axis for axis in rows if axis not in gathered)
+        if rows:
+            check_sum(dtype, active_mesh()[0])
         slope = scatter_sum(slope.astype(dtype), gathered, dim) if gathered else slope
         slope = jax.lax.psum(slope.astype(dtype), others) if others else slope
         out.append(slope.astype(jnp.float32))

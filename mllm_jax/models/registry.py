@@ -18,6 +18,7 @@ from mllm_jax.checkpoints.leaves import PyTree
 from mllm_jax.checkpoints.native import is_native, read_native, read_native_config
 from mllm_jax.checkpoints.table import Family
 from mllm_jax.errors import ConfigError
+from mllm_jax.sharding.cpu import prepare_cpu
 
 # The architecture that config.json names -> the module whose FAMILIES has it. A new family is a file and its lines.
 _HOMES = {
@@ -191,6 +192,7 @@ def from_pretrained(
         ConfigError: an unsupported architecture, or an option of it that is not supported.
         CheckpointError: files absent or damaged, tensors that do not fit, or a model larger than the devices.
     """
+    prepare_cpu()
     folder = Path(folder)
     if dtype is not None:
         dtype = float_dtype(dtype)

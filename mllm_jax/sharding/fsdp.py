@@ -19,6 +19,7 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import AxisType, Mesh, PartitionSpec
 
+from mllm_jax.sharding.cpu import check_sum
 from mllm_jax.sharding.logical import active_mesh, partition_spec
 
 # What a rematerialisation policy calls gathered matrices: they are never kept for the backward pass.
@@ -155,6 +156,8 @@ def gather(shard: jax.Array, axes: tuple[str, ...], dim: int) -> jax.Array:
 
 def scatter_sum(whole: jax.Array, axes: tuple[str, ...], dim: int) -> jax.Array:
     """The transpose of `gather`: the sum over all devices, of which each keeps its part."""
+    if (active := active_mesh()) is not None:
+        check_sum(whole.dtype, active[0])
     sizes = [jax.lax.axis_size(axis) for axis in axes]
     whole = jnp.moveaxis(whole, dim, 0)
     parts = whole.reshape(*sizes, whole.shape[0] // math.prod(sizes), *whole.shape[1:])

@@ -13,6 +13,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from mllm_jax.errors import ConfigError
+from mllm_jax.sharding.cpu import prepare_cpu, warn_of_wrong_sums
 from mllm_jax.sharding.logical import ACTIVATIONS, AXES, RULES, PartRules, part_tables, partition_spec
 
 
@@ -65,7 +66,10 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
         ConfigError: the sizes do not multiply to the number of devices; slices that do not divide `data`, or that are
             not the devices' own.
     """
+    prepare_cpu()
     devices = list(jax.devices() if devices is None else devices)
+    if devices[0].platform == "cpu":
+        warn_of_wrong_sums()
     sizes = mesh_sizes(config, len(devices))
     slices = _slices(config, devices)
     if sizes[0] % slices:
