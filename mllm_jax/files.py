@@ -7,7 +7,7 @@ import os
 import stat
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from mllm_jax.errors import MllmError
 
@@ -15,30 +15,37 @@ JSON_BYTES = 256 << 20  # the vocabulary of a large tokenizer is about 30 MB
 _KINDS = {dict: "object", list: "list"}
 
 
-def read_bytes(path: Path | str, limit: int, error: type[MllmError]) -> bytes:
-    """Reads a regular file of at most `limit` bytes.
-
-    A FIFO is not waited for, and a device or a sparse file of any size is not read into memory.
+def open_regular(path: Path | str, error: type[MllmError]) -> BinaryIO:
+    """Opens a regular file for reading; a FIFO is not waited for.
 
     Raises:
         FileNotFoundError, PermissionError and other OSErrors: as `open` raises them.
-        error: no regular file, too large, or a name that no file can have.
+        error: no regular file, or a name that no file can have.
     """
     try:
         # O_NONBLOCK: opening a FIFO without a writer would wait for one.
         number = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
     except ValueError as problem:  # a NUL byte, or a character that the file system cannot encode
         raise error(f"the name {str(path)!a}: {problem}", "the name of a file", "change the name") from problem
-    with os.fdopen(number, "rb") as file:
-        status = os.fstat(number)
-        if stat.S_ISDIR(status.st_mode):
-            raise IsADirectoryError(f"{path} is a folder")
-        if not stat.S_ISREG(status.st_mode):
-            raise error(
-                f"{path}, which is no regular file", "a file, not a pipe, socket or device", "name another file"
-            )
-        if status.st_size > limit:
-            raise error(f"{path} of {status.st_size:,} bytes", f"at most {limit:,} bytes", "name another file")
+    mode = os.fstat(number).st_mode
+    if stat.S_ISREG(mode):
+        return os.fdopen(number, "rb")
+    os.close(number)
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(f"{path} is a folder")
+    raise error(f"{path}, no regular file", "a file, not a pipe, a socket or a device", "name another file")
+
+
+def read_bytes(path: Path | str, limit: int, error: type[MllmError]) -> bytes:
+    """Reads a regular file of at most `limit` bytes: never a device or a sparse file of any size.
+
+    Raises:
+        OSError, error: as `open_regular`; also `error`: too large.
+    """
+    with open_regular(path, error) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > limit:
+            raise error(f"{path} of {size:,} bytes", f"at most {limit:,} bytes", "name another file")
         return file.read(limit + 1)
 
 

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
-from mllm_jax.checkpoints.options import Options
+from mllm_jax.checkpoints.options import LARGEST, Options
 from mllm_jax.errors import ConfigError
 
 Config = TypeVar("Config")
@@ -28,22 +28,9 @@ ACTIVATIONS = {
 }
 # Those of encoders, which may have one more.
 ENCODER_ACTIVATIONS = ACTIVATIONS | {"tanh": "tanh"}
-# Options of a tokenizer, of generation or of training that config.json files of every kind list.
-# fmt: off
-IDLE = (
-    "tokenizer_class", "prefix", "max_length", "min_length", "do_sample", "temperature", "top_p", "top_k", "num_beams",
-    "repetition_penalty", "task_specific_params", "finetuning_task", "sep_token_id", "decoder_start_token_id",
-    "transformers.js_config",
-)
-# Further ones of generation, which configs of early versions of transformers held.
-IDLE_GENERATION = (
-    "bad_words_ids", "begin_suppress_tokens", "diversity_penalty", "early_stopping", "encoder_no_repeat_ngram_size",
-    "exponential_decay_length_penalty", "forced_bos_token_id", "forced_eos_token_id", "initializer_factor",
-    "length_penalty", "no_repeat_ngram_size", "num_beam_groups", "num_return_sequences", "output_scores",
-    "remove_invalid_values", "return_dict_in_generate", "suppress_tokens", "tf_legacy_loss", "typical_p",
-    "use_bfloat16",
-)
-# fmt: on
+RATIOS = (1 / 64, 1024)  # of an MLP's width to the stream's
+MOST_PIXELS = 16_384  # along a side of an image, far more than any tower was trained on
+MOST_PATCHES = 2_048  # along a side of an image
 # How a module is started and run, which no checkpoint says.
 NOT_STORED = ("mimetic_init", "dtype", "remat", "scan_unroll")
 
@@ -58,13 +45,32 @@ def write_activation(activation: str) -> str:
     return next(theirs for theirs, ours in ENCODER_ACTIVATIONS.items() if ours == activation)
 
 
-def several_ids(ids: int | list[int] | tuple[int, ...]) -> tuple[int, ...]:
-    """The ids of an option that holds one or a list of them."""
-    return (ids,) if isinstance(ids, int) else tuple(ids)
+def read_square(options: Options, name: str, most: int = LARGEST) -> int:
+    """The side that an option says by one size or by two equal ones. Raises ConfigError: no square."""
+    sides = options.sizes(name, most=most)
+    if len(sides) not in (1, 2) or len(set(sides)) != 1:
+        raise ConfigError(
+            f"{name}={list(sides)}",
+            "a square: positions are those of a square grid",
+            "convert another checkpoint",
+        )
+    return sides[0]
+
+
+def read_grid(options: Options, image: str = "image_size", patch: str = "patch_size") -> dict[str, int]:
+    """image_size and patch_size of a vision tower. Raises ConfigError: no squares, or no patch in an image."""
+    sizes = dict(image_size=read_square(options, image, MOST_PIXELS), patch_size=read_square(options, patch))
+    if not 0 < sizes["image_size"] // sizes["patch_size"] <= MOST_PATCHES:
+        raise ConfigError(
+            f"{image}={sizes['image_size']} with {patch}={sizes['patch_size']}",
+            f"1 to {MOST_PATCHES:,} patches along a side",
+            "restore config.json from its origin",
+        )
+    return sizes
 
 
 def one_or_several(ids: tuple[int, ...]) -> int | list[int]:
-    """The reverse of `several_ids`."""
+    """The value of an option that holds one id or a list of them."""
     return ids[0] if len(ids) == 1 else list(ids)
 
 

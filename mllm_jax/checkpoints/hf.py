@@ -7,11 +7,13 @@ executed.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import itertools
 import json
 import logging
 import os
+import re
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -40,9 +42,12 @@ from mllm_jax.checkpoints.leaves import PyTree, flatten
 from mllm_jax.checkpoints.new_folder import new_folder
 from mllm_jax.checkpoints.table import Table, Weight
 from mllm_jax.errors import CheckpointError, ConfigError
+from mllm_jax.files import read_json
 from mllm_jax.sharding.mesh import param_shardings
 
 CONFIG = "config.json"
+CONFIG_BYTES = 16 << 20
+FEW_LAYERS = 100  # as many can be written out, to say which tensors are missing
 # What may stand beside the weights and goes along when they are converted; never code.
 # fmt: off
 COMPANIONS = (
@@ -97,14 +102,11 @@ def read_config(folder: Path) -> dict[str, Any]:
     """The dictionary in config.json. Raises CheckpointError: absent, or no JSON object."""
     path = Path(folder) / CONFIG
     try:
-        config = json.loads(path.read_text("utf-8"))
+        return read_json(path, CheckpointError, limit=CONFIG_BYTES)
     except FileNotFoundError as error:
         raise CheckpointError(f"no {path}", "a Hugging Face folder, with its config.json", "check the path") from error
-    except (ValueError, OSError) as error:
+    except OSError as error:
         raise CheckpointError(f"{path}: {error}", "JSON", "fetch the file again") from error
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{path} with {type(config).__name__}", "a JSON object", "fetch the file again")
-    return config
 
 
 def write_config(folder: Path, config: Mapping[str, Any]) -> None:
@@ -120,6 +122,36 @@ def copy_companions(source: Path, target: Path) -> list[str]:
 
 
 # ---- reading
+
+
+def require_layers(folder: Path, config: Any, stored: Iterable[str]) -> None:
+    """Refuses a config with more layers than the stored tensors can have, before anything is made for each layer.
+
+    Args:
+        stored: the names of the tensors, in which layers are numbered.
+
+    Raises:
+        CheckpointError: names the number of layers and how many the tensors have.
+    """
+    most = 1 + max((int(number) for name in stored for number in re.findall(r"(?<=\.)\d{1,9}(?=\.)", name)), default=-1)
+    wrong = [f"{name}={count:,}" for name, count in layer_counts(config) if count > max(most, FEW_LAYERS)]
+    if wrong:
+        raise CheckpointError(
+            f"{folder}: config.json has {', '.join(wrong)} (num_hidden_layers, num_layers or depth there), "
+            f"and the stored tensors have at most {most:,} layers",
+            "as many layers as are stored",
+            "check that weights and config.json belong together",
+        )
+
+
+def layer_counts(config: Any, path: str = "") -> Iterator[tuple[str, int]]:
+    """The names and values of all fields that say how many layers a part of a model has."""
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            yield from layer_counts(value, f"{path}{field.name}.")
+        elif field.name.endswith("num_layers") or field.name == "num_decoder_layers":
+            yield f"{path}{field.name}", value
 
 
 def open_weights(folder: Path, table: Table, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, st.Entry]:

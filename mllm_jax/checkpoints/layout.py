@@ -7,6 +7,7 @@ tensor, `assemble` puts a stored tensor together from its parameters.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -64,8 +65,9 @@ def lay_out(table: Table, shapes: Mapping[str, Shape]) -> list[Layout]:
     """
     paths = [line.path for line in table.weights]
     wrong = [f"{path}: in the table, not in the model" for path in paths if path not in shapes]
-    wrong += [f"{path}: in the model, not in the table" for path in shapes if path not in paths]
-    wrong += [f"{path}: in the table {paths.count(path)} times" for path in {p for p in paths if paths.count(p) > 1}]
+    known = set(paths)
+    wrong += [f"{path}: in the model, not in the table" for path in shapes if path not in known]
+    wrong += [f"{path}: in the table {count} times" for path, count in Counter(paths).items() if count > 1]
     layouts = []
     if not wrong:
         by_name: dict[str, list[Weight]] = {}
@@ -77,8 +79,8 @@ def lay_out(table: Table, shapes: Mapping[str, Shape]) -> list[Layout]:
             except ValueError as error:
                 wrong.append(f"{name}: {error}")
     if not wrong:
-        names = [name for layout in layouts for name in layout.names()]
-        wrong += [f"{name}: {names.count(name)} lines name it" for name in {n for n in names if names.count(n) > 1}]
+        names = Counter(name for layout in layouts for name in layout.names())
+        wrong += [f"{name}: {count} lines name it" for name, count in names.items() if count > 1]
     if wrong:
         raise CheckpointError(
             f"{len(wrong)} faults between the table of weights and the parameters{listed(sorted(wrong))}",

@@ -21,6 +21,7 @@ from mllm_jax.checkpoints.leaves import PyTree, flatten
 from mllm_jax.checkpoints.new_folder import new_folder
 from mllm_jax.checkpoints.training import load_snapshot, save_snapshot, snapshot_meta
 from mllm_jax.errors import CheckpointError
+from mllm_jax.files import read_json
 from mllm_jax.sharding.mesh import param_shardings
 
 MODEL, PARAMS = "model.json", "params"
@@ -58,7 +59,7 @@ def read_native_config(folder: Path) -> Any:
     """The module's config. Raises CheckpointError or ConfigError: absent, damaged, of another version."""
     path = Path(folder) / MODEL
     try:
-        stored = json.loads(path.read_text("utf-8"))
+        stored = read_json(path, CheckpointError)
         if stored["format"] != FORMAT:
             raise ValueError(f"format {stored['format']!r}")
         return rebuild(stored["config"])

@@ -1,28 +1,89 @@
-"""Reading a config.json so that every option in it is honoured or refused by name."""
+"""Reading a config.json so that every option in it is honoured or refused by name, and has the type that it must have.
+
+A family asks for each option by a method that states its type. What nobody asked for is refused, unless it is one of
+the idle options below.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+import reprlib
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from mllm_jax.errors import ConfigError
 
-# Options that say nothing about what a model computes when it is applied.
+# Options without any effect on what a model computes when it is applied, in every family and in every nested config:
+# of training, of the tokenizer, of generation (`PretrainedConfig` wrote all defaults of generation into each nested
+# config until 2024), of faster kernels that give the same, and pointers to code, which is never executed. A family
+# for which one of them does have an effect asks for it all the same.
 # fmt: off
-_NEUTRAL = frozenset((
-    "_name_or_path", "architectures", "model_type", "torch_dtype", "dtype", "transformers_version", "use_cache",
-    "initializer_range", "output_attentions", "output_hidden_states", "return_dict", "attn_implementation",
-    "_attn_implementation", "_attn_implementation_autoset", "attention_dropout", "hidden_dropout",
-    "hidden_dropout_prob", "attention_probs_dropout_prob", "resid_pdrop", "embd_pdrop", "dropout", "activation_dropout",
-    "layerdrop", "dropout_rate", "classifier_dropout", "chunk_size_feed_forward", "pretraining_tp", "problem_type",
-    "id2label", "label2id", "is_encoder_decoder", "is_decoder", "add_cross_attention", "cross_attention_hidden_size",
-    "tie_encoder_decoder", "torchscript", "gradient_checkpointing", "_model_name_or_path",
+IDLE = frozenset((
+    # what the file is, and how a call answers
+    "_name_or_path", "_model_name_or_path", "_commit_hash", "architectures", "model_type", "torch_dtype", "dtype",
+    "transformers_version", "transformers.js_config", "auto_map", "custom_pipelines", "use_cache", "output_attentions",
+    "_output_attentions", "output_hidden_states", "output_past", "return_dict", "torchscript", "attn_implementation",
+    "_attn_implementation", "_attn_implementation_autoset", "_attn_implementation_internal", "use_flash_attn",
+    "chunk_size_feed_forward", "pretraining_tp", "xla_device", "use_bfloat16", "tf_legacy_loss", "is_llama_config",
+    "max_sequence_length",
+    # training
+    "initializer_range", "initializer_factor", "init_std", "gradient_checkpointing", "attention_dropout",
+    "hidden_dropout", "hidden_dropout_prob", "attention_probs_dropout_prob", "resid_pdrop", "embd_pdrop", "dropout",
+    "activation_dropout", "layerdrop", "dropout_rate", "classifier_dropout", "projection_dropout", "drop_path_rate",
+    "problem_type", "finetuning_task", "id2label", "label2id", "num_labels", "loss_type", "adapters",
+    # other kinds of model
+    "is_encoder_decoder", "is_decoder", "add_cross_attention", "cross_attention_hidden_size", "tie_encoder_decoder",
+    # the tokenizer
+    "tokenizer_class", "prefix", "sep_token_id", "unk_token_id", "task_specific_params",
+    # generation
+    "assistant_confidence_threshold", "assistant_early_exit", "assistant_lookbehind", "assistant_temperature",
+    "bad_words_ids", "begin_suppress_tokens", "cache_config", "cache_implementation", "compile_config", "constraints",
+    "decoder_start_token_id", "disable_compile", "diversity_penalty", "do_sample", "dola_layers", "early_stopping",
+    "encoder_no_repeat_ngram_size", "encoder_repetition_penalty", "epsilon_cutoff", "eta_cutoff",
+    "exponential_decay_length_penalty", "force_words_ids", "forced_bos_token_id", "forced_decoder_ids",
+    "forced_eos_token_id", "generation_kwargs", "guidance_scale", "is_assistant", "length_penalty", "low_memory",
+    "max_length", "max_matching_ngram_size", "max_new_tokens", "max_time", "min_length", "min_new_tokens", "min_p",
+    "no_repeat_ngram_size", "num_assistant_tokens", "num_assistant_tokens_schedule", "num_beam_groups", "num_beams",
+    "num_return_sequences", "output_logits", "output_scores", "penalty_alpha", "prefill_chunk_size",
+    "prompt_lookup_num_tokens", "remove_invalid_values", "renormalize_logits", "repetition_penalty",
+    "return_dict_in_generate", "return_legacy_cache", "sequence_bias", "stop_strings", "suppress_tokens",
+    "target_lookbehind", "temperature", "token_healing", "top_h", "top_k", "top_p", "typical_p",
+    "use_model_defaults", "watermarking_config",
 ))
 # fmt: on
+LARGEST = 2**31 - 1  # what an index of 32 bits reaches
+GREATEST = 1e30  # of a number: computations in float32 leave room for its square root's square and no more
+_shown = reprlib.Repr()
+_shown.maxstring = _shown.maxother = 100
+_shown.maxlist = _shown.maxdict = _shown.maxtuple = 8
+
+
+def is_whole(value: Any) -> bool:
+    """Whether a JSON value is a whole number; a flag is none, and neither is 2.0."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def is_number(value: Any) -> bool:
+    """Whether a JSON value is a number that a computation in float32 survives."""
+    return (is_whole(value) or isinstance(value, float)) and math.isfinite(value) and abs(value) <= GREATEST
+
+
+def named_as(values: Mapping[str, Any]) -> tuple[tuple[str, ...], str | None]:
+    """What a config.json, or a part of one, says that it is: `architectures` and `model_type`.
+
+    Raises:
+        ConfigError: they are no strings.
+    """
+    options = Options(values, "config.json")
+    return options.texts("architectures", ()), options.text("model_type", None)
 
 
 class Options:
     """A config.json (or a part of it) that remembers what was asked of it.
+
+    Each method but `skip` and `done` takes the option's name and what it is where the option is absent or null; without
+    that, it must be there. The default is given back as it is. Each raises ConfigError, with the option, its value and
+    what is expected.
 
     Args:
         values: the dictionary.
@@ -30,40 +91,91 @@ class Options:
     """
 
     def __init__(self, values: Mapping[str, Any], what: str):
-        self._values, self._what, self._read = dict(values), what, set(_NEUTRAL)
+        self._values, self._what, self._read = dict(values), what, set(IDLE)
 
     def __contains__(self, name: str) -> bool:
         return self._values.get(name) is not None
 
-    def __call__(self, name: str, default: Any = ...) -> Any:
-        """The option's value; the default where it is absent or null.
+    def size(self, name: str, default: Any = ..., most: int = LARGEST) -> Any:
+        """A whole number from 1 to `most`."""
+        return self._typed(name, default, lambda v: is_whole(v) and 1 <= v <= most, f"a whole number, 1 to {most:,}")
 
-        Raises:
-            ConfigError: it is absent and there is no default.
-        """
-        self._read.add(name)
-        value = self._values.get(name)
-        if value is None and default is ...:
-            raise ConfigError(f"{self._what} without {name!r}", "a complete config.json", "restore it from its origin")
-        return default if value is None else value
+    def count(self, name: str, default: Any = ...) -> Any:
+        """A whole number that may be 0."""
+        return self._typed(
+            name, default, lambda v: is_whole(v) and 0 <= v <= LARGEST, f"a whole number, 0 to {LARGEST:,}"
+        )
+
+    def sizes(self, name: str, default: Any = ..., most: int = LARGEST) -> Any:
+        """One or several whole numbers from 1 to `most`, as a tuple."""
+        return self._several(name, default, lambda v: is_whole(v) and 1 <= v <= most, f"whole numbers, 1 to {most:,}")
+
+    def resolutions(self, name: str, default: Any = ...) -> Any:
+        """A list of pairs of sizes, height and width, as a tuple."""
+
+        def fits(pair: Any) -> bool:
+            return isinstance(pair, (list, tuple)) and len(pair) == 2 and all(is_whole(v) and v > 0 for v in pair)
+
+        return self._several(name, default, fits, "pairs of whole numbers above 0", alone=False)
+
+    def integers(self, name: str, default: Any = ...) -> Any:
+        """One or several whole numbers, as a tuple, such as numbers of layers counted from the end."""
+        return self._several(name, default, lambda v: is_whole(v) and abs(v) <= LARGEST, "whole numbers")
+
+    def number(self, name: str, default: Any = ..., least: float = -GREATEST, most: float = GREATEST) -> Any:
+        """A number; 1 counts as 1.0."""
+        where = f", {least:g} to {most:g}"
+        return self._typed(name, default, lambda v: is_number(v) and least <= v <= most, f"a number{where}")
+
+    def numbers(self, name: str, default: Any = ...) -> Any:
+        """One or several numbers, as a tuple."""
+        return self._several(name, default, is_number, "numbers")
+
+    def flag(self, name: str, default: Any = ...) -> Any:
+        """true or false."""
+        return self._typed(name, default, lambda v: isinstance(v, bool), "true or false")
+
+    def text(self, name: str, default: Any = ...) -> Any:
+        return self._typed(name, default, lambda v: isinstance(v, str), "a string")
+
+    def texts(self, name: str, default: Any = ...) -> Any:
+        """A list of strings, as a tuple."""
+        return self._several(name, default, lambda v: isinstance(v, str), "strings", alone=False)
+
+    def part(self, name: str, default: Any = ...) -> Any:
+        """A nested config, as a dictionary of its own."""
+        value = self._typed(name, default, lambda v: isinstance(v, Mapping), "an object")
+        return dict(value) if isinstance(value, Mapping) else value
+
+    def id(self, name: str, default: Any = None) -> Any:
+        """The id of a token. -1, as files of early LLaMAs have it, is the same as null."""
+        value = self._typed(name, default, lambda v: is_whole(v) and -1 <= v <= LARGEST, "an id, a whole number")
+        return default if value == -1 else value
+
+    def ids(self, name: str, default: Any = ()) -> Any:
+        """One or several ids of tokens, as a tuple."""
+        return self._several(name, default, lambda v: is_whole(v) and 0 <= v <= LARGEST, "one or several ids")
 
     def only(self, name: str, *allowed: Any, default: Any = ...) -> Any:
-        """The option's value, which must be one of those that are implemented.
+        """The option's value, which must be one of those that are implemented."""
+        value = self._value(name, allowed[0] if default is ... else default)
+        for each in allowed:
+            if value is each or (value == each and isinstance(value, bool) == isinstance(each, bool)):
+                return each
+        raise self._refusal(
+            name,
+            value,
+            " or ".join(map(repr, allowed)) or "absent",
+            "convert another checkpoint; this option is not supported",
+        )
 
-        Raises:
-            ConfigError: another value; names the option, the value and what is supported.
-        """
-        value = self(name, allowed[0] if default is ... else default)
-        if value not in allowed:
-            raise ConfigError(
-                f"{self._what}: {name}={value!r}",
-                f"{name} to be " + (" or ".join(map(repr, allowed)) or "absent"),
-                "convert another checkpoint; this option is not supported",
-            )
-        return value
+    def divided(self, width: str, heads: str) -> None:
+        """Refuses a width that its heads do not divide; both have been read."""
+        if self._values[width] % self._values[heads]:
+            raise self._refusal(heads, self._values[heads], f"a divisor of {width}={self._values[width]!r}")
 
     def skip(self, *names: str) -> None:
-        """Marks options that do not change what the module computes, such as ids for generation."""
+        """Marks options that do not change what this module computes, such as ids for generation."""
         self._read.update(names)
 
     def done(self) -> None:
@@ -72,11 +184,37 @@ class Options:
         Raises:
             ConfigError: lists them.
         """
+        self.only("pruned_heads", {})
         unread = {name: value for name, value in self._values.items() if name not in self._read and value is not None}
         if unread:
-            listed = ", ".join(f"{name}={value!r}" for name, value in sorted(unread.items()))
+            listed = ", ".join(f"{name}={_shown.repr(value)}" for name, value in sorted(unread.items()))
             raise ConfigError(
                 f"{self._what} with {listed}",
                 "options that are supported",
                 "remove those that have no effect on the model, else convert another checkpoint",
             )
+
+    def _value(self, name: str, default: Any) -> Any:
+        self._read.add(name)
+        value = self._values.get(name)
+        if value is None and default is ...:
+            raise ConfigError(f"{self._what} without {name!r}", "a complete config.json", "restore it from its origin")
+        return default if value is None else value
+
+    def _typed(self, name: str, default: Any, fits: Callable[[Any], bool], expected: str) -> Any:
+        value = self._value(name, default)
+        if name in self and not fits(value):
+            raise self._refusal(name, value, expected)
+        return value
+
+    def _several(self, name: str, default: Any, fits: Callable[[Any], bool], expected: str, alone: bool = True) -> Any:
+        value = self._value(name, default)
+        if name not in self:
+            return value
+        listed = tuple(value) if isinstance(value, (list, tuple)) else (value,) if alone else None
+        if listed is None or not all(map(fits, listed)):
+            raise self._refusal(name, value, expected)
+        return listed
+
+    def _refusal(self, name: str, value: Any, expected: str, todo: str = "restore it from its origin") -> ConfigError:
+        return ConfigError(f"{self._what}: {name}={_shown.repr(value)}", f"{name} to be {expected}", todo)

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mllm_jax.errors import CheckpointError
+from mllm_jax.files import open_regular, parse_json, read_json
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(jnp.bfloat16)}
@@ -65,6 +66,11 @@ class Entry:
 # ---- reading
 
 
+def has_weights(folder: Path) -> bool:
+    """Whether safetensors lie in the folder, alone or with an index."""
+    return any((folder / name).exists() for name in (SINGLE, INDEX))
+
+
 def read_folder(folder: Path) -> dict[str, Entry]:
     """Where each tensor of a Hugging Face folder lies; only headers are read.
 
@@ -72,13 +78,13 @@ def read_folder(folder: Path) -> dict[str, Entry]:
         CheckpointError: no safetensors (pickles are refused by name), an index that names absent files or tensors, a
             tensor stored twice, a damaged file.
     """
-    if (folder / SINGLE).is_file():
+    if (folder / SINGLE).exists():
         return read_header(folder / SINGLE)
-    if not (folder / INDEX).is_file():
+    if not (folder / INDEX).exists():
         raise _no_weights(folder)
     weight_map = _weight_map(folder / INDEX)
     names = sorted(set(weight_map.values()))
-    if absent := [name for name in names if not (folder / name).is_file()]:
+    if absent := [name for name in names if not (folder / name).exists()]:
         raise CheckpointError(
             f"{folder} without {', '.join(absent)}",
             f"all {len(names)} files that {INDEX} names",
@@ -107,17 +113,21 @@ def read_folder(folder: Path) -> dict[str, Entry]:
 
 def _weight_map(path: Path) -> dict[str, str]:
     try:
-        weight_map = json.loads(path.read_bytes())["weight_map"]
-        fine = weight_map and all(
-            name == Path(name).name and name.endswith(".safetensors") for name in weight_map.values()
-        )
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{path}: {type(error).__name__}: {error}", "an index of safetensors", AGAIN) from error
-    if not fine:
+        weight_map = read_json(path, CheckpointError).get("weight_map")
+    except OSError as error:
+        raise CheckpointError(f"{path}: {error}", "an index of safetensors", AGAIN) from error
+    files = list(weight_map.values()) if isinstance(weight_map, dict) else []
+    if not files or not all(map(_is_weights_name, files)):
         raise CheckpointError(
             f"{path} with a weight_map of other than safetensors files beside it", "tensor -> file name", AGAIN
         )
     return weight_map
+
+
+def _is_weights_name(name: Any) -> bool:
+    """Whether it names a file beside the index, and not one elsewhere."""
+    plain = isinstance(name, str) and name.isprintable() and name == Path(name).name
+    return plain and name.endswith(".safetensors")
 
 
 def _no_weights(folder: Path) -> CheckpointError:
@@ -142,14 +152,17 @@ def read_header(path: Path) -> dict[str, Entry]:
     def refuse(given: str, expected: str) -> CheckpointError:
         return CheckpointError(f"{path}: {given}", expected, AGAIN)
 
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if size < 8 or length > min(LONGEST_HEADER, size - 8):
-            raise refuse(f"{size:,} bytes, of which {length:,} would be header", "a whole safetensors file")
-        text = file.read(length)
     try:
-        header = json.loads(text, object_pairs_hook=_unique)
+        with open_regular(path, CheckpointError) as file:
+            size = os.fstat(file.fileno()).st_size
+            length = int.from_bytes(file.read(8), "little")
+            if size < 8 or length > min(LONGEST_HEADER, size - 8):
+                raise refuse(f"{size:,} bytes, of which {length:,} would be header", "a whole safetensors file")
+            text = file.read(length)
+    except OSError as error:
+        raise refuse(str(error), "a safetensors file") from error
+    try:
+        header = parse_json(text, f"{path}, its header", CheckpointError, pairs=_unique, todo=AGAIN)
         header.pop("__metadata__", None)
         entries = {name: _entry(path, name, value, 8 + length) for name, value in header.items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:

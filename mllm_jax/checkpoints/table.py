@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -63,6 +63,8 @@ class Family:
         oracle: the reference class that parity is proven against.
         layout: of a model that reads media: (the module's config, the folder) -> how its pictures are prepared and
             where they stand in the text, see `mllm_jax.models.processor.Layout`.
+        settle: (the module's config, the names of the stored tensors) -> the config, where config.json alone leaves
+            something open.
     """
 
     name: str
@@ -73,3 +75,4 @@ class Family:
     sample: Callable[[Any], tuple]
     oracle: str = ""
     layout: Callable[[Any, Path], Any] | None = None
+    settle: Callable[[Any, Collection[str]], Any] = lambda config, stored: config

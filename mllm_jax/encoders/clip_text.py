@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from mllm_jax.checkpoints.options import Options, named_as
 from mllm_jax.checkpoints.table import Family, Table
 from mllm_jax.encoders.text import TextTowerConfig
 from mllm_jax.encoders.text_hub import faithful, read_tower, sample, tower_table, write_tower
@@ -28,7 +29,7 @@ def from_hf_config(values: dict) -> TextTowerConfig:
 
     Every option is honoured or refused by name.
     """
-    family = (values.get("architectures") or [MODEL])[0]
+    family = (*named_as(values)[0], MODEL)[0]
     if family not in (MODEL, WITH_PROJECTION):
         raise ConfigError(f"architecture {family!r} as CLIP's text tower", f"{MODEL} or {WITH_PROJECTION}", "name one")
     values = {name: value for name, value in _IDS.items() if name not in values} | values
@@ -40,7 +41,7 @@ def from_hf_config(values: dict) -> TextTowerConfig:
         f"config.json of {family}",
         mask="causal",
         pooling="largest" if eos == 2 else "eos",
-        projection_size=(values.get("projection_dim") or 512) if family == WITH_PROJECTION else None,
+        projection_size=Options(values, family).size("projection_dim", 512) if family == WITH_PROJECTION else None,
         family=family,
     )
 

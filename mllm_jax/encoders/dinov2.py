@@ -5,6 +5,7 @@ The mask token, which only masked pretraining reads, is neither kept nor written
 
 from __future__ import annotations
 
+from mllm_jax.checkpoints.config_json import RATIOS
 from mllm_jax.checkpoints.table import Family, Table
 from mllm_jax.encoders.hub import Names, faithful, options_of, read_vit, sample, vit_table, write_vit
 from mllm_jax.encoders.vit import ViTConfig
@@ -60,17 +61,17 @@ def from_hf_config(values: dict) -> ViTConfig:
     # What the backbone for detectors returns, and the mask token.
     options.skip("out_features", "out_indices", "stage_names", "apply_layernorm", "reshape_hidden_states")
     options.skip("_out_features", "_out_indices", "use_mask_token")
-    gated = options("use_swiglu_ffn", False)
+    gated = options.flag("use_swiglu_ffn", False)
     switches = dict(activation="silu") if gated else {}
     if gated:
         options.skip("hidden_act")
     return read_vit(
         options,
         class_token=True,
-        mlp_size=_mlp_size(options("hidden_size"), options("mlp_ratio"), gated),
+        mlp_size=_mlp_size(options.size("hidden_size"), options.number("mlp_ratio", ..., *RATIOS), gated),
         gated=gated,
-        qkv_bias=options("qkv_bias", True),
-        layer_scale=float(options("layerscale_value", 1.0)),
+        qkv_bias=options.flag("qkv_bias", True),
+        layer_scale=float(options.number("layerscale_value", 1.0)),
         pooler="token",
         family="Dinov2Model",
         **switches,

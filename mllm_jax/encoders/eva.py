@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+from mllm_jax.checkpoints.config_json import MOST_PATCHES, RATIOS, read_grid, read_square
 from mllm_jax.checkpoints.options import Options
 from mllm_jax.checkpoints.table import Family, Table
 from mllm_jax.encoders.hub import Names, faithful, options_of, read_vit, sample, vit_table, write_vit
@@ -49,7 +50,7 @@ def from_hf_config(values: dict) -> ViTConfig:
     return read_vit(
         options,
         class_token=True,
-        qkv_bias=options("qkv_bias", True),
+        qkv_bias=options.flag("qkv_bias", True),
         norm_pooled=True,
         pooler="token",
         family="Blip2VisionModel",
@@ -154,59 +155,64 @@ _GATED_FUSED = dict(gate="mlp.fc1", up="mlp.fc1")
 def from_timm_config(values: dict) -> ViTConfig:
     """config.json of a timm folder: `architecture` and `model_args`, every argument honoured or refused by name."""
     family = values.get("architecture")
-    if family not in _TIMM:
+    if not isinstance(family, str) or family not in _TIMM:
         raise ConfigError(
             f"a config.json with architecture={family!r}",
             f"one of {', '.join(_TIMM)}",
             "read it with the family that knows it: mllm_jax.supported_models()",
         )
-    cfg = values.get("pretrained_cfg") or values
+    whole = Options(values, f"config.json of {family}")
+    cfg = whole.part("pretrained_cfg", {}) or values
     defaults = dict(img_size=224, in_chans=3, mlp_ratio=4.0, qkv_fused=True, global_pool="token")
     beside = {
         "num_classes": values.get("num_classes", cfg.get("num_classes", 1000)),
         "global_pool": values.get("global_pool") or "token",
     }
-    given = {name: value for name, value in (values.get("model_args") or {}).items() if value is not None}
+    given = {name: value for name, value in whole.part("model_args", {}).items() if value is not None}
     options = Options(defaults | beside | _TIMM[family] | given, f"config.json of {family}")
     options.skip(*_IDLE)
     for name, value in _FIXED.items():
         options.only(name, value)
     # What fuses is no part of the module, so it cannot be kept.
     options.only("qkv_fused", _TIMM[family].get("qkv_fused", True))
-    width, gated, classes = options("embed_dim"), options("swiglu_mlp", False), options("num_classes")
-    post_norm = options("use_post_norm", False)
+    width, gated = options.size("embed_dim"), options.flag("swiglu_mlp", False)
+    classes = options.count("num_classes")
+    post_norm = options.flag("use_post_norm", False)
     pooler = _POOLERS[options.only("global_pool", *_POOLERS)]
-    norm_pooled = options("use_fc_norm", pooler == "mean")
+    norm_pooled = options.flag("use_fc_norm", pooler == "mean")
     norm_output = options.only("use_post_transformer_norm", not norm_pooled)
-    pre_norm = options("use_pre_transformer_norm", False)
+    pre_norm = options.flag("use_pre_transformer_norm", False)
     switches: dict[str, Any] = {}
-    if options("use_rot_pos_emb", False):
-        switches = dict(rope_grid=_equal(options, "ref_feat_shape"), rope_theta=options("rope_temperature", 10_000.0))
+    if options.flag("use_rot_pos_emb", False):
+        switches = dict(
+            rope_grid=read_square(options, "ref_feat_shape", MOST_PATCHES),
+            rope_theta=options.number("rope_temperature", 10_000.0, least=1.0),
+        )
     options.skip("ref_feat_shape", "rope_temperature", "rope_mrope_section")
-    scale = options("init_values", None)
-    if "mean" in cfg and "std" in cfg:
-        switches |= dict(image_mean=tuple(cfg["mean"]), image_std=tuple(cfg["std"]))
+    scale = options.number("init_values", None)
+    shown = Options(cfg, f"pretrained_cfg of {family}")
+    if "mean" in shown and "std" in shown:
+        switches |= dict(image_mean=shown.numbers("mean"), image_std=shown.numbers("std"))
     config = ViTConfig(
-        image_size=_equal(options, "img_size"),
-        patch_size=_equal(options, "patch_size"),
+        **read_grid(options, "img_size"),
         hidden_size=width,
-        num_layers=options("depth"),
-        num_heads=options("num_heads"),
-        mlp_size=int(width * options("mlp_ratio")),
+        num_layers=options.size("depth"),
+        num_heads=options.size("num_heads"),
+        mlp_size=int(width * options.number("mlp_ratio", ..., *RATIOS)),
         activation="silu" if gated else "gelu",
         gated=gated,
-        num_channels=options("in_chans"),
-        class_token=options("class_token", True),
+        num_channels=options.size("in_chans"),
+        class_token=options.flag("class_token", True),
         drop_remainder=True,
         patch_bias=not pre_norm,
         pre_norm=pre_norm,
-        qkv_bias=options("qkv_bias", True),
+        qkv_bias=options.flag("qkv_bias", True),
         k_bias=False,
         norm_first=not post_norm,
         norm_output=norm_output,
         norm_pooled=norm_pooled,
-        attention_sub_norm_eps=1e-6 if options("scale_attn_inner", False) else None,
-        mlp_sub_norm_eps=1e-6 if options("scale_mlp", False) else None,
+        attention_sub_norm_eps=1e-6 if options.flag("scale_attn_inner", False) else None,
+        mlp_sub_norm_eps=1e-6 if options.flag("scale_mlp", False) else None,
         layer_scale=None if post_norm else scale,
         position_antialias=True,
         pooler=pooler,
@@ -216,14 +222,6 @@ def from_timm_config(values: dict) -> ViTConfig:
     )
     options.done()
     return config
-
-
-def _equal(options: Options, name: str) -> int:
-    value = options(name)
-    sides = {value} if isinstance(value, int) else set(value)
-    if len(sides) != 1:
-        raise ConfigError(f"{name}={value!r}", "equal sides", "convert another checkpoint")
-    return sides.pop()
 
 
 def to_timm_config(config: ViTConfig) -> dict:

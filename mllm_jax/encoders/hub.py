@@ -9,17 +9,20 @@ from dataclasses import dataclass
 import jax.numpy as jnp
 
 from mllm_jax.checkpoints import config_json
-from mllm_jax.checkpoints.config_json import ENCODER_ACTIVATIONS, check_written, stored_fields, write_activation
-from mllm_jax.checkpoints.options import Options
+from mllm_jax.checkpoints.config_json import (
+    ENCODER_ACTIVATIONS,
+    check_written,
+    read_grid,
+    stored_fields,
+    write_activation,
+)
+from mllm_jax.checkpoints.options import Options, named_as
 from mllm_jax.checkpoints.table import Table, Weight
 from mllm_jax.encoders.vit import ViTConfig
 from mllm_jax.errors import ConfigError
 
-# Options that old config.json files of towers list, all without effect on them.
-IDLE = (
-    *config_json.IDLE, *config_json.IDLE_GENERATION, "_commit_hash", "auto_map", "bos_token_id", "drop_path_rate",
-    "eos_token_id", "pad_token_id", "projection_dim", "projection_dropout", "tie_word_embeddings", "use_flash_attn",
-)  # fmt: skip
+# Options of a text or of a larger model that config.json files of towers list, without effect on the tower.
+ELSEWHERE = ("bos_token_id", "eos_token_id", "pad_token_id", "projection_dim", "tie_word_embeddings")
 
 
 def read_activation(options: Options, name: str = "hidden_act") -> str:
@@ -33,10 +36,10 @@ def options_of(values: Mapping, defaults: Mapping, family: str) -> Options:
     Raises:
         ConfigError: it names another architecture.
     """
-    named = values.get("architectures") or [family]
-    if family not in named:
+    named, _ = named_as(values)
+    if named and family not in named:
         raise ConfigError(
-            f"a config.json with architectures={named}",
+            f"a config.json with architectures={list(named)}",
             family,
             "read it with the family that knows it: mllm_jax.supported_models()",
         )
@@ -50,35 +53,20 @@ def read_vit(options: Options, **switches) -> ViTConfig:
         switches: fields of the config that the family decides.
     """
     read = dict(
-        image_size=_square(options, "image_size"),
-        patch_size=_square(options, "patch_size"),
-        hidden_size=options("hidden_size"),
-        num_layers=options("num_hidden_layers"),
-        num_heads=options("num_attention_heads"),
+        **read_grid(options),
+        hidden_size=options.size("hidden_size"),
+        num_layers=options.size("num_hidden_layers"),
+        num_heads=options.size("num_attention_heads"),
         activation=read_activation(options) if "activation" not in switches else "",
-        norm_eps=options("layer_norm_eps"),
-        num_channels=options("num_channels", 3),
+        norm_eps=options.number("layer_norm_eps", least=0.0),
+        num_channels=options.size("num_channels", 3),
         drop_remainder=True,
     )
     if "mlp_size" not in switches:
-        read["mlp_size"] = options("intermediate_size")
-    options.only("pruned_heads", {})
-    options.skip(*IDLE)
+        read["mlp_size"] = options.size("intermediate_size")
+    options.skip(*ELSEWHERE)
     options.done()
     return ViTConfig(**read | switches)
-
-
-def _square(options: Options, name: str) -> int:
-    """A number, or a pair of equal ones."""
-    value = options(name)
-    sides = (value, value) if isinstance(value, int) else tuple(value)
-    if len(sides) != 2 or sides[0] != sides[1]:
-        raise ConfigError(
-            f"{name}={value!r}",
-            "a square: position embeddings are read as those of a square grid",
-            "convert another checkpoint",
-        )
-    return sides[0]
 
 
 def write_vit(c: ViTConfig) -> dict:

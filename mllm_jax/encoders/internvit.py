@@ -6,6 +6,7 @@ all heads of queries and keys before they are split. With mean pooling, which al
 
 from __future__ import annotations
 
+from mllm_jax.checkpoints.options import named_as
 from mllm_jax.checkpoints.table import Family, Table
 from mllm_jax.encoders.hub import Names, faithful, options_of, read_vit, sample, vit_table, write_vit
 from mllm_jax.encoders.vit import ViTConfig
@@ -55,7 +56,8 @@ _NAMES = {
 
 def from_hf_config(values: dict) -> ViTConfig:
     """config.json of either class, or `vision_config` of InternVL, every option honoured or refused by name."""
-    original = values.get("architectures") == [_ORIGINAL] or values.get("model_type") == _MODEL_TYPE[_ORIGINAL]
+    named, kind = named_as(values)
+    original = named == (_ORIGINAL,) or kind == _MODEL_TYPE[_ORIGINAL]
     family = _ORIGINAL if original else _HF
     options = options_of(values, _DEFAULTS[family], family)
     norm = _NORMS[options.only("norm_type", *_NORMS)]
@@ -64,14 +66,16 @@ def from_hf_config(values: dict) -> ViTConfig:
         options.only("use_absolute_position_embeddings", True)
         options.skip("use_mask_token")
         # Without mean pooling a LayerNorm follows the last layer, whatever norm_type says.
-        normed = not options("use_mean_pooling", True)
-    switches = {ours: options(theirs) for ours, theirs in _SPELT[family].items()}
+        normed = not options.flag("use_mean_pooling", True)
+    spelt = _SPELT[family]
+    switches = {ours: options.flag(spelt[ours]) for ours in ("qkv_bias", "qk_norm")}
+    switches["layer_scale"] = options.number(spelt["layer_scale"])
     return read_vit(
         options,
         class_token=True,
         norm=norm,
         norm_output=normed,
-        qk_norm_eps=1e-6 if family == _HF else options("layer_norm_eps"),
+        qk_norm_eps=1e-6 if family == _HF else options.number("layer_norm_eps", least=0.0),
         pooler="none" if family == _HF else "token",
         family=family,
         **switches,

@@ -12,24 +12,26 @@ from mllm_jax.checkpoints.table import Family, Table, Weight
 from mllm_jax.encoders.nfnet import VARIANTS, NFNetConfig, NFNetInput, nfnet, round_to
 from mllm_jax.errors import ConfigError
 
-# timm's name of an option -> ours, where the value is the same.
+# timm's name of an option -> ours, where the value is the same, and its kind.
 _SAME = {
-    "alpha": "alpha",
-    "bottle_ratio": "bottleneck",
-    "ch_div": "channel_divisor",
-    "attn_gain": "se_gain",
-    "act_layer": "activation",
-    "gamma_in_act": "gamma_in_act",
-    "same_padding": "same_padding",
-    "skipinit": "skip_init",
-    "std_conv_eps": "std_eps",
-    "in_chans": "in_channels",
-    "num_classes": "num_classes",
+    "alpha": ("alpha", "number"),
+    "bottle_ratio": ("bottleneck", "number"),
+    "ch_div": ("channel_divisor", "size"),
+    "attn_gain": ("se_gain", "number"),
+    "act_layer": ("activation", "text"),
+    "gamma_in_act": ("gamma_in_act", "flag"),
+    "same_padding": ("same_padding", "flag"),
+    "skipinit": ("skip_init", "flag"),
+    "std_conv_eps": ("std_eps", "number"),
+    "in_chans": ("in_channels", "size"),
+    "num_classes": ("num_classes", "count"),
 }
 # The one value that is supported.
 _FIXED = dict(stem_type="deep_quad", attn_layer="se", extra_conv=True, reg=False, width_factor=1.0)
 _FIXED |= dict(output_stride=32, global_pool="avg")
-_INPUT = ("mean", "std", "interpolation", "crop_pct", "test_crop_pct", "crop_mode")
+_INPUT = dict(mean="numbers", std="numbers", interpolation="text", crop_pct="number", test_crop_pct="number")
+_INPUT |= dict(crop_mode="text")
+MOST_BLOCKS = 1_000  # of a stage, which are written out
 
 
 def _timm_options(architecture: str) -> dict[str, Any]:
@@ -54,10 +56,10 @@ def from_hf_config(values: dict) -> NFNetConfig:
     """
     options = Options(values, "timm's config.json")
     architecture = options.only("architecture", *ARCHITECTURES)
-    pretrained = Options(options("pretrained_cfg", {}), "pretrained_cfg in timm's config.json")
+    pretrained = Options(options.part("pretrained_cfg", {}), "pretrained_cfg in timm's config.json")
     defaults = NFNetConfig()
-    given = options("model_args", {})
-    classes = options("num_classes", pretrained("num_classes", 1000))
+    given = options.part("model_args", {})
+    classes = options.count("num_classes", pretrained.count("num_classes", 1000))
     model = Options(
         dict(num_classes=classes, ch_div=8) | _timm_options(architecture) | given,
         f"model_args of {architecture} in timm's config.json",
@@ -66,26 +68,27 @@ def from_hf_config(values: dict) -> NFNetConfig:
         model.only(name, value)
     # Of training and of initialising only.
     model.skip("drop_rate", "drop_path_rate", "zero_init_fc")
-    se = Options(model("attn_kwargs"), f"attn_kwargs of {architecture} in timm's config.json")
-    divisor = model("ch_div")
-    widths = tuple(round_to(width, divisor) for width in model("channels"))
-    stem = round_to(model("stem_chs"), divisor)
-    same = {ours: model(theirs, getattr(defaults, ours)) for theirs, ours in _SAME.items()}
-    size = pretrained("input_size", (3, *defaults.input.size))
-    test_size = pretrained("test_input_size", None)
-    pictures = {name: pretrained(name, getattr(defaults.input, name)) for name in _INPUT}
+    se = Options(model.part("attn_kwargs"), f"attn_kwargs of {architecture} in timm's config.json")
+    divisor = model.size("ch_div")
+    widths = tuple(round_to(width, divisor) for width in model.sizes("channels"))
+    stem = round_to(model.size("stem_chs"), divisor)
+    same = {ours: getattr(model, kind)(theirs, getattr(defaults, ours)) for theirs, (ours, kind) in _SAME.items()}
+    size = _pixels(pretrained, "input_size", (3, *defaults.input.size))
+    test_size = _pixels(pretrained, "test_input_size", None)
+    pictures = {name: getattr(pretrained, kind)(name, getattr(defaults.input, name)) for name, kind in _INPUT.items()}
+    groups, final = model.size("group_size"), model.count("num_features")
     config = NFNetConfig(
-        depths=tuple(model("depths")),
+        depths=model.sizes("depths", most=MOST_BLOCKS),
         widths=widths,
-        group_sizes=(model("group_size"),) * len(widths),
+        group_sizes=(groups,) * len(widths),
         stem_sizes=(stem // 8, stem // 4, stem // 2, stem),
-        se_ratio=se("rd_ratio", 1 / 16),
-        se_divisor=se("rd_divisor", 8),
-        final_size=model("num_features") and round_to(model("num_features"), divisor),
+        se_ratio=se.number("rd_ratio", 1 / 16, least=0.0, most=64.0),
+        se_divisor=se.size("rd_divisor", 8),
+        final_size=final and round_to(final, divisor),
         input=NFNetInput(
-            size=tuple(size[1:]),
-            test_size=None if test_size is None else tuple(test_size[1:]),
-            **{name: tuple(value) if isinstance(value, list) else value for name, value in pictures.items()},
+            size=size[1:],
+            test_size=None if test_size is None else test_size[1:],
+            **pictures,
         ),
         family=architecture,
         **same,
@@ -97,6 +100,14 @@ def from_hf_config(values: dict) -> NFNetConfig:
     options.skip("num_features", "label_names", "label_descriptions", "license")
     options.done()
     return config
+
+
+def _pixels(options: Options, name: str, default: tuple[int, ...] | None) -> tuple[int, ...] | None:
+    """Channels, height and width. Raises ConfigError: other than three sizes."""
+    sizes = options.sizes(name, default)
+    if sizes is not None and len(sizes) != 3:
+        raise ConfigError(f"{name}={list(sizes)}", "channels, height and width", "restore it from its origin")
+    return sizes
 
 
 def to_hf_config(config: NFNetConfig) -> dict:
@@ -114,9 +125,9 @@ def to_hf_config(config: NFNetConfig) -> dict:
         group_size=c.group_sizes[0],
         num_features=c.final_size,
         attn_kwargs=se,
-        **{theirs: getattr(c, ours) for theirs, ours in _SAME.items() if theirs != "num_classes"},
+        **{theirs: getattr(c, ours) for theirs, (ours, _) in _SAME.items() if theirs != "num_classes"},
     )
-    plain = {theirs: getattr(NFNetConfig(), ours) for theirs, ours in _SAME.items()} | _timm_options(c.family)
+    plain = {theirs: getattr(NFNetConfig(), ours) for theirs, (ours, _) in _SAME.items()} | _timm_options(c.family)
     model_args = {name: value for name, value in full.items() if value != plain[name]}
     pictures = {name: value for name in _INPUT if (value := getattr(c.input, name)) is not None}
     pictures["input_size"] = (c.in_channels, *c.input.size)

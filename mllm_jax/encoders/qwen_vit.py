@@ -17,10 +17,10 @@ from einops import rearrange
 from flax import linen as nn
 from flax import struct
 
-from mllm_jax.checkpoints.config_json import check_written, write_activation
-from mllm_jax.checkpoints.options import Options
+from mllm_jax.checkpoints.config_json import MOST_PATCHES, RATIOS, check_written, write_activation
+from mllm_jax.checkpoints.options import Options, named_as
 from mllm_jax.checkpoints.table import Family, Table, Weight
-from mllm_jax.encoders.hub import IDLE, read_activation
+from mllm_jax.encoders.hub import ELSEWHERE, read_activation
 from mllm_jax.encoders.qwen_patches import PatchLayout, lay_out_patches, window_numbers
 from mllm_jax.encoders.vit import VisionOutput
 from mllm_jax.errors import ConfigError, DataError
@@ -93,7 +93,7 @@ class QwenViTConfig:
         )
         layers = self.deepstack_layers
         require(
-            list(layers) == sorted(set(layers) & set(range(self.num_layers))),
+            list(layers) == sorted(set(layers)) and all(0 <= layer < self.num_layers for layer in layers),
             f"deepstack layers {layers} of {self.num_layers}",
             "different layers of the tower in rising order",
             "change deepstack_layers",
@@ -277,6 +277,7 @@ _DEFAULTS = {
     | dict(depth=27, hidden_size=1152, hidden_act="gelu_pytorch_tanh", intermediate_size=4304, out_hidden_size=3584)
     | dict(patch_size=16, num_position_embeddings=2304, deepstack_visual_indexes=(8, 16, 24)),
 }
+MOST_PATCH = 256  # a side in pixels, or in patches that become one token
 # The modules' names: projections of the MLP, then norm and two maps of the merger.
 _NAMES = {
     _QWEN2: (("fc1", "fc2"), ("ln_q", "mlp.0", "mlp.2")),
@@ -291,9 +292,9 @@ def from_hf_config(values: dict) -> QwenViTConfig:
     Raises:
         ConfigError: another architecture, or an option that is not supported.
     """
-    part = values.get("vision_config") or values
-    kind = str(values.get("model_type")).removesuffix("_vision")
-    named = [name for name in part.get("architectures") or () if name in _DEFAULTS]
+    part = Options(values, "config.json of a Qwen-VL").part("vision_config", {}) or values
+    kind = str(named_as(values)[1]).removesuffix("_vision")
+    named = [name for name in named_as(part)[0] if name in _DEFAULTS]
     family = named[0] if named else _MODEL_TYPES.get(kind)
     if family is None:
         raise ConfigError(
@@ -302,16 +303,10 @@ def from_hf_config(values: dict) -> QwenViTConfig:
             "read it with the family that knows it: mllm_jax.supported_models()",
         )
     options = Options(_DEFAULTS[family] | {k: v for k, v in part.items() if v is not None}, f"config.json of {family}")
-    rope = Options(options("rope_parameters", {}), f"rope_parameters of {family}")
+    rope = Options(options.part("rope_parameters", {}), f"rope_parameters of {family}")
     rope.only("rope_type", "axial")
-    patch, channels = options("patch_size"), options("in_channels")
-    frames = options("temporal_patch_size")
-    if not (isinstance(patch, int) and isinstance(frames, int)):
-        raise ConfigError(
-            f"{family} with patch_size={patch!r}, temporal_patch_size={frames!r}",
-            "whole numbers: patches are square",
-            "convert another checkpoint",
-        )
+    patch, channels = options.size("patch_size", most=MOST_PATCH), options.size("in_channels")
+    frames = options.size("temporal_patch_size")
     # Spellings of the first checkpoints, which the reference class does not read.
     options.only("in_chans", channels)
     options.only("spatial_patch_size", patch)
@@ -319,28 +314,29 @@ def from_hf_config(values: dict) -> QwenViTConfig:
         patch_size=patch,
         temporal_patch_size=frames,
         channels=channels,
-        merge_size=options("spatial_merge_size"),
-        num_layers=options("depth"),
-        num_heads=options("num_heads"),
+        merge_size=options.size("spatial_merge_size", most=MOST_PATCH),
+        num_layers=options.size("depth"),
+        num_heads=options.size("num_heads"),
         activation=read_activation(options),
-        rope_theta=rope("rope_theta", 10_000.0),
+        rope_theta=rope.number("rope_theta", 10_000.0, least=1.0),
         family=family,
     )
     rope.done()
     if family == _QWEN2:
-        width = options("embed_dim")
-        read |= dict(hidden_size=width, mlp_size=int(width * options("mlp_ratio")), output_size=options("hidden_size"))
+        width = options.size("embed_dim")
+        mlp_size = int(width * options.number("mlp_ratio", ..., *RATIOS))
+        read |= dict(hidden_size=width, mlp_size=mlp_size, output_size=options.size("hidden_size"))
     else:
-        read |= dict(hidden_size=options("hidden_size"), mlp_size=options("intermediate_size"))
-        read |= dict(output_size=options("out_hidden_size"))
+        read |= dict(hidden_size=options.size("hidden_size"), mlp_size=options.size("intermediate_size"))
+        read |= dict(output_size=options.size("out_hidden_size"))
     if family == _QWEN25:
-        read |= dict(norm="rms", gated=True, window_size=options("window_size"))
-        read |= dict(full_layers=tuple(options("fullatt_block_indexes")))
-        read |= dict(tokens_per_second=options("tokens_per_second"))
+        read |= dict(norm="rms", gated=True, window_size=options.size("window_size"))
+        read |= dict(full_layers=options.integers("fullatt_block_indexes"))
+        read |= dict(tokens_per_second=options.size("tokens_per_second"))
     if family == _QWEN3:
-        read |= dict(patch_bias=True, num_positions=options("num_position_embeddings"))
-        read |= dict(deepstack_layers=tuple(options("deepstack_visual_indexes")))
-    options.skip("_attn_implementation_autoset", *IDLE)
+        read |= dict(patch_bias=True, num_positions=options.size("num_position_embeddings", most=MOST_PATCHES**2))
+        read |= dict(deepstack_layers=options.integers("deepstack_visual_indexes"))
+    options.skip(*ELSEWHERE)
     options.done()
     return QwenViTConfig(**read)
 

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from einops import rearrange
 from flax import linen as nn
 
+from mllm_jax.checkpoints.config_json import RATIOS, read_grid
 from mllm_jax.checkpoints.options import Options
 from mllm_jax.checkpoints.table import Table, Weight
 from mllm_jax.encoders.vit import VisionOutput
@@ -144,12 +145,11 @@ class QwenViTV1(nn.Module):
 def read_sizes(options: Options) -> QwenViTV1Config:
     """The ViT's options of the `visual` part of a Qwen-VL config.json; the resampler's stand beside them."""
     return QwenViTV1Config(
-        image_size=options("image_size"),
-        patch_size=options("patch_size"),
-        hidden_size=options("width"),
-        num_layers=options("layers"),
-        num_heads=options("heads"),
-        mlp_ratio=options("mlp_ratio"),
+        **read_grid(options),
+        hidden_size=options.size("width"),
+        num_layers=options.size("layers"),
+        num_heads=options.size("heads"),
+        mlp_ratio=options.number("mlp_ratio", ..., *RATIOS),
     )
 
 

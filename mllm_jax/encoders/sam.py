@@ -14,9 +14,9 @@ import numpy as np
 from einops import rearrange, repeat
 from flax import linen as nn
 
-from mllm_jax.checkpoints.config_json import check_written, stored_fields, write_activation
+from mllm_jax.checkpoints.config_json import RATIOS, check_written, read_grid, stored_fields, write_activation
 from mllm_jax.checkpoints.table import Family, Table, Weight
-from mllm_jax.encoders.hub import IDLE, options_of, read_activation
+from mllm_jax.encoders.hub import ELSEWHERE, options_of, read_activation
 from mllm_jax.encoders.vit import VisionOutput
 from mllm_jax.errors import ConfigError
 from mllm_jax.layers.attention import attention
@@ -252,26 +252,23 @@ _DEFAULTS = dict(
 def from_hf_config(values: dict) -> SamConfig:
     """config.json of SamVisionModel, or the part of a larger one that describes such a tower."""
     options = options_of(values, _DEFAULTS, _FAMILY)
-    sizes = {name: options(name) for name in ("image_size", "patch_size")}
-    for name, value in sizes.items():
-        sizes[name] = options.only(name, *([value] if isinstance(value, int) else []), default=value)
-    options.skip("num_pos_feats", "scale", *IDLE)  # of the prompts' encoder
-    width = options("hidden_size")
+    options.skip("num_pos_feats", "scale", *ELSEWHERE)  # of the prompts' encoder
+    width = options.size("hidden_size")
     read = SamConfig(
-        **sizes,
+        **read_grid(options),
         hidden_size=width,
-        num_layers=options("num_hidden_layers"),
-        num_heads=options("num_attention_heads"),
-        mlp_size=options("mlp_dim", int(width * options("mlp_ratio"))),
-        output_channels=options("output_channels"),
-        window=options("window_size"),
-        global_layers=tuple(options("global_attn_indexes")),
+        num_layers=options.size("num_hidden_layers"),
+        num_heads=options.size("num_attention_heads"),
+        mlp_size=options.size("mlp_dim", int(width * options.number("mlp_ratio", ..., *RATIOS))),
+        output_channels=options.size("output_channels"),
+        window=options.size("window_size"),
+        global_layers=options.integers("global_attn_indexes"),
         activation=read_activation(options),
-        norm_eps=options("layer_norm_eps"),
-        qkv_bias=options("qkv_bias", True),
-        absolute_positions=options("use_abs_pos", True),
-        relative_positions=options("use_rel_pos", True),
-        num_channels=options("num_channels", 3),
+        norm_eps=options.number("layer_norm_eps", least=0.0),
+        qkv_bias=options.flag("qkv_bias", True),
+        absolute_positions=options.flag("use_abs_pos", True),
+        relative_positions=options.flag("use_rel_pos", True),
+        num_channels=options.size("num_channels", 3),
     )
     options.done()
     return read

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from mllm_jax.checkpoints.options import Options, named_as
 from mllm_jax.checkpoints.table import Family, Table
 from mllm_jax.encoders.text import TextTowerConfig
 from mllm_jax.encoders.text_hub import faithful, read_tower, sample, tower_table, write_tower
@@ -24,10 +25,11 @@ _IDS = dict(pad_token_id=1, bos_token_id=49406, eos_token_id=49407)
 
 def from_hf_config(values: dict) -> TextTowerConfig:
     """config.json of SiglipTextModel, or the text_config of SiglipModel; each option honoured or refused by name."""
-    family = (values.get("architectures") or [MODEL])[0]
+    family = (*named_as(values)[0], MODEL)[0]
     if family != MODEL:
         raise ConfigError(f"architecture {family!r} as SigLIP's text tower", MODEL, "name it")
-    width = values.get("projection_size") or values.get("hidden_size") or _DEFAULTS["hidden_size"]
+    sizes = Options(values, f"config.json of {family}")
+    width = sizes.size("projection_size", sizes.size("hidden_size", _DEFAULTS["hidden_size"]))
     values = {name: value for name, value in _IDS.items() if name not in values} | values
     return read_tower(values, _DEFAULTS, f"config.json of {family}", pooling="last", head_size=width, family=family)
 

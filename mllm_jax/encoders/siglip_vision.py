@@ -32,7 +32,7 @@ _NAMES = Names(
 def from_hf_config(values: dict) -> ViTConfig:
     """config.json of SiglipVisionModel or `vision_config` of SiglipModel, every option honoured or refused by name."""
     options = options_of(values, _DEFAULTS, "SiglipVisionModel")
-    pooler = "attention" if options("vision_use_head", True) else "none"
+    pooler = "attention" if options.flag("vision_use_head", True) else "none"
     return read_vit(options, pooler=pooler, family="SiglipVisionModel")
 
 

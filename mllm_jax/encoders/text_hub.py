@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from mllm_jax.checkpoints.config_json import check_written, write_activation
 from mllm_jax.checkpoints.options import Options
 from mllm_jax.checkpoints.table import Table, Weight
-from mllm_jax.encoders.hub import IDLE, read_activation
+from mllm_jax.encoders.hub import ELSEWHERE, read_activation
 from mllm_jax.encoders.text import TextTowerConfig
 from mllm_jax.errors import ConfigError
 
@@ -26,29 +26,28 @@ def read_tower(values: dict, defaults: dict, what: str, **switches) -> TextTower
     """
     options = Options(defaults | {name: value for name, value in values.items() if value is not None}, what)
     config = TextTowerConfig(
-        vocab_size=options("vocab_size"),
-        max_length=options("max_position_embeddings"),
-        hidden_size=options("hidden_size"),
-        num_layers=options("num_hidden_layers"),
-        num_heads=options("num_attention_heads"),
-        mlp_size=options("intermediate_size"),
+        vocab_size=options.size("vocab_size"),
+        max_length=options.size("max_position_embeddings"),
+        hidden_size=options.size("hidden_size"),
+        num_layers=options.size("num_hidden_layers"),
+        num_heads=options.size("num_attention_heads"),
+        mlp_size=options.size("intermediate_size"),
         activation=read_activation(options),
-        norm_eps=options("layer_norm_eps"),
-        bos_token_id=options("bos_token_id", None),
-        eos_token_id=_one_id(options("eos_token_id", None), what),
-        pad_token_id=options("pad_token_id", None),
+        norm_eps=options.number("layer_norm_eps", least=0.0),
+        bos_token_id=options.id("bos_token_id"),
+        eos_token_id=_one_id(options.ids("eos_token_id"), what),
+        pad_token_id=options.id("pad_token_id"),
         **switches,
     )
-    options.only("pruned_heads", {})
-    options.skip("projection_size", *IDLE)
+    options.skip("projection_size", *ELSEWHERE)
     options.done()
     return config
 
 
-def _one_id(value: int | list[int] | None, what: str) -> int | None:
-    if value is not None and not isinstance(value, int):
-        raise ConfigError(f"{what}: eos_token_id={value}", "one id: it says where a text is pooled", "name the one")
-    return value
+def _one_id(ids: tuple[int, ...], what: str) -> int | None:
+    if len(ids) > 1:
+        raise ConfigError(f"{what}: eos_token_id={list(ids)}", "one id: it says where a text is pooled", "name the one")
+    return ids[0] if ids else None
 
 
 def write_tower(c: TextTowerConfig) -> dict:

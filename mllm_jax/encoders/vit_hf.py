@@ -58,11 +58,11 @@ def from_hf_config(values: dict) -> ViTConfig:
     """
     options = options_of(values, _DEFAULTS, "ViTModel")
     options.skip("encoder_stride")
-    width = options("pooler_output_size", options("hidden_size"))
+    width = options.size("pooler_output_size", options.size("hidden_size"))
     activation = _POOLER_ACTIVATIONS[options.only("pooler_act", *_POOLER_ACTIVATIONS, default="tanh")]
-    pooler = dict(head_size=width, head_activation=activation) if options("add_pooling_layer", True) else {}
+    pooler = dict(head_size=width, head_activation=activation) if options.flag("add_pooling_layer", True) else {}
     return read_vit(
-        options, class_token=True, qkv_bias=options("qkv_bias", True), pooler="token", family="ViTModel", **pooler
+        options, class_token=True, qkv_bias=options.flag("qkv_bias", True), pooler="token", family="ViTModel", **pooler
     )
 
 

@@ -15,7 +15,7 @@ import numpy as np
 from flax import linen as nn
 from flax import struct
 
-from mllm_jax.checkpoints.config_json import one_or_several, several_ids
+from mllm_jax.checkpoints.config_json import one_or_several
 from mllm_jax.checkpoints.options import Options
 from mllm_jax.checkpoints.table import Family, Table, Weight
 from mllm_jax.errors import ConfigError
@@ -28,7 +28,6 @@ from mllm_jax.layers.requirements import Requirements
 from mllm_jax.layers.rotary import apply_rotary
 from mllm_jax.layers.stack import scan_layers
 from mllm_jax.llms.cache import KVCache
-from mllm_jax.llms.hub import IDLE
 from mllm_jax.sharding.logical import constrain
 
 # The released model's sqrt(2 L): its code says 28 layers here whatever num_layers is.
@@ -271,19 +270,18 @@ def is_v1(config: Mapping) -> bool:
     return "inner_hidden_size" in config or "position_encoding_2d" in config
 
 
-# Our field -> the option of the same meaning in the checkpoint's own code.
+# Our field -> the option of the same meaning in the checkpoint's own code, and its kind.
 _OPTIONS = {
-    "vocab_size": "vocab_size",
-    "hidden_size": "hidden_size",
-    "num_layers": "num_layers",
-    "num_heads": "num_attention_heads",
-    "mlp_size": "inner_hidden_size",
-    "norm_eps": "layernorm_epsilon",
-    "max_position_embeddings": "max_sequence_length",
-    "bos_token_id": "bos_token_id",
-    "pad_token_id": "pad_token_id",
-    "mask_token_id": "mask_token_id",
-    "gmask_token_id": "gmask_token_id",
+    "vocab_size": ("vocab_size", "size"),
+    "hidden_size": ("hidden_size", "size"),
+    "num_layers": ("num_layers", "size"),
+    "num_heads": ("num_attention_heads", "size"),
+    "mlp_size": ("inner_hidden_size", "size"),
+    "max_position_embeddings": ("max_sequence_length", "size"),
+    "bos_token_id": ("bos_token_id", "count"),
+    "pad_token_id": ("pad_token_id", "count"),
+    "mask_token_id": ("mask_token_id", "count"),
+    "gmask_token_id": ("gmask_token_id", "count"),
 }
 
 
@@ -305,10 +303,10 @@ def from_hf_config(values: dict) -> ChatGLMConfig:
     option.only("pre_seq_len", None, 0)
     option.only("prefix_projection", False)
     option.only("tie_word_embeddings", False)
-    option.skip("auto_map", *IDLE)  # the checkpoint's own code, which is never executed
     config = ChatGLMConfig(
-        **{ours: option(theirs) for ours, theirs in _OPTIONS.items()},
-        eos_token_id=several_ids(option("eos_token_id")),
+        **{ours: getattr(option, kind)(theirs) for ours, (theirs, kind) in _OPTIONS.items()},
+        norm_eps=option.number("layernorm_epsilon", least=0.0),
+        eos_token_id=option.ids("eos_token_id", ...),
     )
     option.done()
     return config
@@ -319,7 +317,8 @@ def to_hf_config(config: ChatGLMConfig) -> dict:
     return {
         "architectures": [config.family],
         "model_type": "chatglm",
-        **{theirs: getattr(config, ours) for ours, theirs in _OPTIONS.items()},
+        **{theirs: getattr(config, ours) for ours, (theirs, _) in _OPTIONS.items()},
+        "layernorm_epsilon": config.norm_eps,
         "eos_token_id": one_or_several(config.eos_token_id),
         "position_encoding_2d": True,
         "quantization_bit": 0,

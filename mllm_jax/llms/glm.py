@@ -53,7 +53,7 @@ def from_hf_config(values: dict) -> DecoderConfig:
     family = architecture(values, {"glm": "GlmForCausalLM"})
     what = f"config.json of {family}"
     options = Options(_DEFAULTS | values | {"eos_token_id": values.get("eos_token_id") or _EOS}, what)
-    switches = dict(qkv_bias=options("attention_bias"), rotary_interleaved=True)
+    switches = dict(qkv_bias=options.flag("attention_bias"), rotary_interleaved=True)
     return read_decoder(options, what, partial_rotary=True, family=family, **switches)
 
 
@@ -89,23 +89,25 @@ def from_chatglm_config(values: dict) -> DecoderConfig:
         options.only(name, needed)
     # The same numbers, computed in another order or precision; and the code that is never executed.
     options.skip("apply_query_key_layer_scaling", "attention_softmax_in_fp32", "fp32_residual_connection")
-    options.skip("bias_dropout_fusion", "auto_map", "vocab_size", "tokenizer_class", "ffn_dropout")
-    heads = options("num_attention_heads")
+    options.skip("bias_dropout_fusion", "vocab_size", "ffn_dropout")
+    heads = options.size("num_attention_heads")
     translated = dict(
         architectures=["GlmForCausalLM"],
-        vocab_size=options("padded_vocab_size"),
-        hidden_size=options("hidden_size"),
-        intermediate_size=options("ffn_hidden_size"),
-        num_hidden_layers=options("num_layers"),
+        vocab_size=options.size("padded_vocab_size"),
+        hidden_size=options.size("hidden_size"),
+        intermediate_size=options.size("ffn_hidden_size"),
+        num_hidden_layers=options.size("num_layers"),
         num_attention_heads=heads,
-        num_key_value_heads=options("multi_query_group_num") if options("multi_query_attention", False) else heads,
-        head_dim=options("kv_channels"),
-        rms_norm_eps=options("layernorm_epsilon"),
-        max_position_embeddings=options("seq_length"),
-        attention_bias=options("add_qkv_bias", False),
-        bos_token_id=options("bos_token_id", None),
-        eos_token_id=options("eos_token_id", 2),
-        pad_token_id=options("pad_token_id", 0),
+        num_key_value_heads=options.size("multi_query_group_num")
+        if options.flag("multi_query_attention", False)
+        else heads,
+        head_dim=options.size("kv_channels"),
+        rms_norm_eps=options.number("layernorm_epsilon", least=0.0),
+        max_position_embeddings=options.size("seq_length"),
+        attention_bias=options.flag("add_qkv_bias", False),
+        bos_token_id=options.id("bos_token_id"),
+        eos_token_id=options.ids("eos_token_id", (2,)),
+        pad_token_id=options.id("pad_token_id", 0),
     )
     options.skip("multi_query_group_num")
     options.done()

@@ -7,21 +7,25 @@ from dataclasses import dataclass
 
 import jax.numpy as jnp
 
-from mllm_jax.checkpoints import config_json
 from mllm_jax.checkpoints.config_json import (
     check_written,
     one_or_several,
     read_activation,
-    several_ids,
     stored_fields,
     write_activation,
 )
-from mllm_jax.checkpoints.options import Options
+from mllm_jax.checkpoints.options import Options, named_as
 from mllm_jax.checkpoints.table import Table, Weight
 from mllm_jax.errors import ConfigError
 from mllm_jax.layers.rotary import RopeScaling
 from mllm_jax.llms.decoder import DecoderConfig
 
+# The least and the most that an option of rotary scaling may be: beyond it, angles or scores are no numbers.
+_STRETCH = (1.0, 1e6)
+_ROPE_RANGES = dict(factor=_STRETCH) | dict.fromkeys(
+    ("low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim"),
+    (1e-3, 1e3),
+)
 # The options that each kind of rotary scaling has, and those of them that may be absent.
 _ROPE_OPTIONAL = ("beta_fast", "beta_slow", "truncate", "attention_factor", "mscale", "mscale_all_dim")
 _ROPE_OPTIONS = {
@@ -31,8 +35,6 @@ _ROPE_OPTIONS = {
     "llama3": ("factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor"),
     "yarn": ("factor", "original_max_position_embeddings", *_ROPE_OPTIONAL),
 }
-# Options of a tokenizer, of generation or of training that decoders' config.json files list.
-IDLE = (*config_json.IDLE, "max_new_tokens", "max_sequence_length", "is_llama_config", "init_std", "unk_token_id")
 
 
 def architecture(values: Mapping, model_types: Mapping[str, str]) -> str:
@@ -44,10 +46,11 @@ def architecture(values: Mapping, model_types: Mapping[str, str]) -> str:
     Raises:
         ConfigError: it stands for another one.
     """
-    named = (values.get("architectures") or [model_types.get(values.get("model_type"))])[0]
+    named, kind = named_as(values)
+    named = named[0] if named else model_types.get(kind)
     if named not in model_types.values():
         raise ConfigError(
-            f"a config.json with architectures={values.get('architectures')}, model_type={values.get('model_type')!r}",
+            f"a config.json with architectures={values.get('architectures')}, model_type={kind!r}",
             " or ".join(model_types.values()),
             "read it with the family that knows it: mllm_jax.supported_models()",
         )
@@ -57,9 +60,9 @@ def architecture(values: Mapping, model_types: Mapping[str, str]) -> str:
 def read_ids(options: Options) -> dict:
     """bos_token_id, eos_token_id and pad_token_id as the decoder's config keeps them."""
     return dict(
-        bos_token_id=options("bos_token_id", None),
-        eos_token_id=several_ids(options("eos_token_id", ())),
-        pad_token_id=options("pad_token_id", None),
+        bos_token_id=options.id("bos_token_id"),
+        eos_token_id=options.ids("eos_token_id"),
+        pad_token_id=options.id("pad_token_id"),
     )
 
 
@@ -77,14 +80,14 @@ def read_rope(options: Options, what: str, partial: bool = False) -> dict:
     Raises:
         ConfigError: a kind that is not implemented, or an option that it does not have.
     """
-    longest = options("max_position_embeddings")
-    stored = options("rope_scaling", None) or options("rope_parameters", None) or {}
+    longest = options.size("max_position_embeddings")
+    stored = options.part("rope_scaling", {}) or options.part("rope_parameters", {})
     options.skip("rope_parameters")
     # What stands inside goes before what stands beside it.
     beside = dict(
         rope_type=stored.get("type", "default"),
-        rope_theta=options("rope_theta", 10_000.0),
-        partial_rotary_factor=options("partial_rotary_factor", 1.0),
+        rope_theta=options.number("rope_theta", 10_000.0, least=1.0),
+        partial_rotary_factor=options.number("partial_rotary_factor", 1.0, least=0.0, most=1.0),
     )
     inside = {name: value for name, value in stored.items() if value is not None and name != "type"}
     rope = Options(beside | inside, f"rope options in {what}")
@@ -93,16 +96,24 @@ def read_rope(options: Options, what: str, partial: bool = False) -> dict:
     if kind == "dynamic":
         scaling["original_max_position_embeddings"] = longest
     if kind in ("llama3", "yarn"):
-        scaling["original_max_position_embeddings"] = rope("original_max_position_embeddings", longest)
+        scaling["original_max_position_embeddings"] = rope.size("original_max_position_embeddings", longest)
     if kind == "yarn":
-        scaling["factor"] = rope("factor", longest / scaling["original_max_position_embeddings"])
+        scaling["factor"] = rope.number("factor", longest / scaling["original_max_position_embeddings"], *_STRETCH)
     for name in _ROPE_OPTIONS[kind]:
         if name not in scaling and (name in rope or name not in _ROPE_OPTIONAL):
-            scaling[name] = rope(name)
+            scaling[name] = rope.flag(name) if name == "truncate" else rope.number(name, ..., *_ROPE_RANGES[name])
+    if kind == "llama3" and scaling["low_freq_factor"] >= scaling["high_freq_factor"]:
+        raise ConfigError(
+            f"rope options in {what}: low_freq_factor={scaling['low_freq_factor']!r}",
+            f"less than high_freq_factor={scaling['high_freq_factor']!r}",
+            "restore it from its origin",
+        )
     read = dict(
-        rope_theta=rope("rope_theta"),
+        rope_theta=rope.number("rope_theta", least=1.0),
         rope_scaling=RopeScaling(kind, **scaling),
-        partial_rotary_factor=rope("partial_rotary_factor") if partial else rope.only("partial_rotary_factor", 1.0),
+        partial_rotary_factor=rope.number("partial_rotary_factor", least=0.0, most=1.0)
+        if partial
+        else rope.only("partial_rotary_factor", 1.0),
     )
     rope.done()
     return read
@@ -123,23 +134,27 @@ def read_decoder(options: Options, what: str, *, partial_rotary: bool = False, *
         what: how to name the file in a message.
         switches: fields of the config that the family decides.
     """
-    width, heads = options("hidden_size"), options("num_attention_heads")
-    head_dim = options("head_dim", None)
+    width, heads = options.size("hidden_size"), options.size("num_attention_heads")
+    head_dim = options.size("head_dim", None)
+    if head_dim is None:
+        options.divided("hidden_size", "num_attention_heads")
+    kv_heads = options.size("num_key_value_heads", heads)
+    if "num_key_value_heads" in options:
+        options.divided("num_attention_heads", "num_key_value_heads")
     read = dict(
-        vocab_size=options("vocab_size"),
+        vocab_size=options.size("vocab_size"),
         hidden_size=width,
-        num_layers=options("num_hidden_layers"),
+        num_layers=options.size("num_hidden_layers"),
         num_heads=heads,
-        num_kv_heads=options("num_key_value_heads", heads),
+        num_kv_heads=kv_heads,
         head_dim=None if head_dim == width // heads else head_dim,
-        mlp_size=options("intermediate_size"),
+        mlp_size=options.size("intermediate_size"),
         activation=read_activation(options),
-        norm_eps=options("rms_norm_eps"),
-        tie_word_embeddings=options("tie_word_embeddings"),
-        max_position_embeddings=options("max_position_embeddings"),
+        norm_eps=options.number("rms_norm_eps", least=0.0),
+        tie_word_embeddings=options.flag("tie_word_embeddings"),
+        max_position_embeddings=options.size("max_position_embeddings"),
     )
     read |= read_rope(options, what, partial_rotary) | read_ids(options) | switches
-    options.skip(*IDLE)
     options.done()
     return DecoderConfig(**read)
 

@@ -51,10 +51,10 @@ def from_hf_config(values: dict) -> DecoderConfig:
     what = f"config.json of {family}"
     options = Options(_DEFAULTS[family] | values, what)
     if family == "MistralForCausalLM":
-        return read_decoder(options, what, family=family, sliding_window=options("sliding_window", None))
-    bias = options("attention_bias", False)
+        return read_decoder(options, what, family=family, sliding_window=options.size("sliding_window", None))
+    bias = options.flag("attention_bias", False)
     options.only("rope_interleaved", False)
-    switches = dict(qkv_bias=bias, out_bias=bias, mlp_bias=options("mlp_bias", False))
+    switches = dict(qkv_bias=bias, out_bias=bias, mlp_bias=options.flag("mlp_bias", False))
     return read_decoder(options, what, family=family, **switches)
 
 

@@ -10,7 +10,6 @@ from mllm_jax.checkpoints.options import Options
 from mllm_jax.checkpoints.table import Family, Table
 from mllm_jax.llms.decoder import DecoderConfig
 from mllm_jax.llms.hub import (
-    IDLE,
     Names,
     architecture,
     decoder_table,
@@ -54,37 +53,37 @@ def from_hf_config(values: dict) -> DecoderConfig:
     """config.json of OPTForCausalLM, every option honoured or refused by name."""
     family = architecture(values, {"opt": "OPTForCausalLM"})
     options = Options(_DEFAULTS | values, f"config.json of {family}")
-    width, heads = options("hidden_size"), options("num_attention_heads")
-    embedding_size, bias = options("word_embed_proj_dim", width), options("enable_bias", True)
-    norm_first = options("do_layer_norm_before", True)
+    width, heads = options.size("hidden_size"), options.size("num_attention_heads")
+    options.divided("hidden_size", "num_attention_heads")
+    embedding_size, bias = options.size("word_embed_proj_dim", width), options.flag("enable_bias", True)
+    norm_first = options.flag("do_layer_norm_before", True)
     # Early fine-tuned checkpoints lack the last norm.
-    removed = options("_remove_final_layer_norm", False)
+    removed = options.flag("_remove_final_layer_norm", False)
     config = DecoderConfig(
-        vocab_size=options("vocab_size"),
+        vocab_size=options.size("vocab_size"),
         hidden_size=width,
-        num_layers=options("num_hidden_layers"),
+        num_layers=options.size("num_hidden_layers"),
         num_heads=heads,
         num_kv_heads=heads,
-        mlp_size=options("ffn_dim"),
+        mlp_size=options.size("ffn_dim"),
         activation=read_activation(options, "activation_function"),
         gated=False,
         norm="layer",
-        norm_affine=options("layer_norm_elementwise_affine", True),
+        norm_affine=options.flag("layer_norm_elementwise_affine", True),
         norm_eps=1e-5,
         norm_first=norm_first,
         final_norm=norm_first and not removed,
         positions="learned",
         position_offset=2,
-        tie_word_embeddings=options("tie_word_embeddings", True),
+        tie_word_embeddings=options.flag("tie_word_embeddings", True),
         embedding_size=None if embedding_size == width else embedding_size,
         qkv_bias=bias,
         out_bias=bias,
         mlp_bias=bias,
-        max_position_embeddings=options("max_position_embeddings"),
+        max_position_embeddings=options.size("max_position_embeddings"),
         family=family,
         **read_ids(options),
     )
-    options.skip(*IDLE)
     options.done()
     return config
 

@@ -28,6 +28,7 @@ _BOTH = dict(
     sliding_window=4096,
     max_window_layers=28,
 )
+MOST_LAYERS = 10_000  # whose kinds are written out
 _DEFAULTS = {"Qwen2ForCausalLM": _BOTH, "Qwen3ForCausalLM": _BOTH | dict(head_dim=128, attention_bias=False)}
 
 
@@ -41,7 +42,7 @@ def from_hf_config(values: dict) -> DecoderConfig:
         options.only("use_mrope", False)
         switches |= dict(qkv_bias=True)
     else:
-        bias = options("attention_bias")
+        bias = options.flag("attention_bias")
         switches |= dict(qkv_bias=bias, out_bias=bias, qk_norm=True)
     return read_decoder(options, what, family=family, **switches)
 
@@ -58,17 +59,21 @@ def to_hf_config(config: DecoderConfig) -> dict:
 
 def _read_windows(options: Options) -> dict:
     """The sliding window and the layers that have it."""
-    window, first = options("sliding_window", None), options("max_window_layers")
-    if not options("use_sliding_window"):
+    window, first = options.size("sliding_window", None), options.count("max_window_layers")
+    layers, kinds = options.size("num_hidden_layers"), options.texts("layer_types", None)
+    if not options.flag("use_sliding_window"):
         window = None
-    kinds = ["full_attention"] * options("num_hidden_layers")
-    if window is not None:
-        kinds[first:] = ["sliding_attention"] * len(kinds[first:])
-    kinds = options("layer_types", kinds)
+    if kinds is None:
+        if window is None or first >= layers:
+            return dict(sliding_window=None)
+        if first == 0:
+            return dict(sliding_window=window, layer_types=())
+        layers = options.size("num_hidden_layers", most=MOST_LAYERS)
+        kinds = ("full_attention",) * first + ("sliding_attention",) * (layers - first)
     if set(kinds) == {"full_attention"}:
         return dict(sliding_window=None)
     alike = set(kinds) == {"sliding_attention"} and window is not None
-    return dict(sliding_window=window, layer_types=() if alike else tuple(kinds))
+    return dict(sliding_window=window, layer_types=() if alike else kinds)
 
 
 def _write_windows(c: DecoderConfig) -> dict:

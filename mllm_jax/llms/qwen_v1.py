@@ -11,7 +11,7 @@ from mllm_jax.checkpoints.options import Options
 from mllm_jax.checkpoints.table import Family, Table
 from mllm_jax.errors import ConfigError
 from mllm_jax.llms.decoder import DecoderConfig
-from mllm_jax.llms.hub import IDLE, Names, architecture, decoder_table, faithful, read_ids, sample, write_ids
+from mllm_jax.llms.hub import Names, architecture, decoder_table, faithful, read_ids, sample, write_ids
 
 ARCHITECTURE = "QWenLMHeadModel"
 # The MLP is c_proj(w1(x) * silu(w2(x))).
@@ -33,8 +33,8 @@ _NAMES = Names(
 )
 # Of precision, of faster kernels that give the same, of dropout; and the code that is never executed.
 _IDLE = (
-    "auto_map", "bf16", "fp16", "fp32", "use_flash_attn", "attn_dropout_prob", "emb_dropout_prob", "onnx_safe",
-    "use_cache_quantization", "use_cache_kernel", "softmax_in_fp32", "_attn_implementation_internal",
+    "bf16", "fp16", "fp32", "attn_dropout_prob", "emb_dropout_prob", "onnx_safe",
+    "use_cache_quantization", "use_cache_kernel", "softmax_in_fp32",
 )  # fmt: skip
 
 
@@ -48,7 +48,8 @@ def from_hf_config(values: dict) -> DecoderConfig:
             "a language model alone",
             "read the whole with mllm_jax.from_pretrained, or its tower with architectures=['QWenVisionTransformer']",
         )
-    width, heads = options("hidden_size"), options("num_attention_heads")
+    width, heads = options.size("hidden_size"), options.size("num_attention_heads")
+    options.divided("hidden_size", "num_attention_heads")
     options.only("kv_channels", width // heads)
     options.only("rotary_pct", 1.0)
     options.only("no_bias", True)
@@ -56,18 +57,18 @@ def from_hf_config(values: dict) -> DecoderConfig:
     options.only("tie_word_embeddings", False)
     stretched = options.only("use_dynamic_ntk", True, False)
     options.only("use_logn_attn", stretched)
-    trained = options("seq_length")
+    trained = options.size("seq_length")
     # The table of positions that nobody has: rotary positions have no end.
-    options.skip("max_position_embeddings", *_IDLE, *IDLE)
+    options.skip("max_position_embeddings", *_IDLE)
     read = DecoderConfig(
-        vocab_size=options("vocab_size"),
+        vocab_size=options.size("vocab_size"),
         hidden_size=width,
-        num_layers=options("num_hidden_layers"),
+        num_layers=options.size("num_hidden_layers"),
         num_heads=heads,
         num_kv_heads=heads,
-        mlp_size=options("intermediate_size") // 2,
-        norm_eps=options("layer_norm_epsilon"),
-        rope_theta=options("rotary_emb_base", 10_000.0),
+        mlp_size=options.size("intermediate_size") // 2,
+        norm_eps=options.number("layer_norm_epsilon", least=0.0),
+        rope_theta=options.number("rotary_emb_base", 10_000.0, least=1.0),
         tie_word_embeddings=False,
         qkv_bias=True,
         max_position_embeddings=trained,

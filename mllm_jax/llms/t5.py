@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from collections.abc import Collection
+from dataclasses import dataclass, fields, replace
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from flax import struct
 
-from mllm_jax.checkpoints.config_json import (
-    ACTIVATIONS,
-    IDLE_GENERATION,
-    one_or_several,
-    several_ids,
-    write_activation,
-)
+from mllm_jax.checkpoints.config_json import ACTIVATIONS, one_or_several, write_activation
 from mllm_jax.checkpoints.options import Options
 from mllm_jax.checkpoints.table import Family, Table, Weight
 from mllm_jax.errors import DataError
@@ -28,7 +23,6 @@ from mllm_jax.layers.relative_bias import RelativeBias, bucket_of_distance
 from mllm_jax.layers.requirements import Requirements
 from mllm_jax.layers.stack import scan_layers
 from mllm_jax.llms.cache import KVCache
-from mllm_jax.llms.hub import IDLE
 from mllm_jax.sharding.logical import constrain
 
 
@@ -42,8 +36,9 @@ class T5Config:
         num_buckets, max_distance: of the relative position bias.
         gated, activation: False and "relu" are T5 1.0; True and "gelu_tanh" T5 1.1 and Flan-T5; BLIP-2 runs Flan-T5
             with the exact "gelu".
-        tie_word_embeddings: the head is the embedding's transpose and reads outputs scaled by hidden_size**-0.5 (T5
-            1.0); otherwise it has weights of its own and nothing is scaled.
+        tie_word_embeddings: the head is the embedding's transpose; otherwise it has weights of its own.
+        scale_outputs: a tied head reads outputs scaled by hidden_size**-0.5 (T5 1.0). False is what transformers 5
+            saves of a fresh model that asked for an untied head. An untied head never reads scaled ones.
         decoder_start_token_id: what generation gives the decoder first.
         eos_token_id: each of them ends a text.
     """
@@ -61,6 +56,7 @@ class T5Config:
     gated: bool = False
     norm_eps: float = 1e-6
     tie_word_embeddings: bool = True
+    scale_outputs: bool = True
     bos_token_id: int | None = None
     eos_token_id: tuple[int, ...] = (1,)
     pad_token_id: int | None = 0
@@ -323,7 +319,7 @@ class T5(nn.Module):
             source_segments = jnp.ones(source.shape[:2], jnp.int32)
         x, cache = self.decoder(self.embed(tokens), positions, segments, source, source_segments, cache)
         tied = self.config.tie_word_embeddings
-        x = x * self.config.hidden_size**-0.5 if tied else x
+        x = x * self.config.hidden_size**-0.5 if tied and self.config.scale_outputs else x
         if not project:
             return head_inputs(x, self.token_embedding, None if tied else self.lm_head)
         logits = self.token_embedding.attend(x) if tied else self.lm_head(x)
@@ -368,6 +364,7 @@ class T5(nn.Module):
         return self.decode(*target, source=source, source_segments=segments, project=project)
 
 
+MOST_DISTANCE = 1 << 20  # whose buckets are counted one by one
 # Our field -> the hub's option of the same meaning.
 _OPTIONS = {
     "vocab_size": "vocab_size",
@@ -377,11 +374,7 @@ _OPTIONS = {
     "num_layers": "num_layers",
     "num_heads": "num_heads",
     "num_buckets": "relative_attention_num_buckets",
-    "max_distance": "relative_attention_max_distance",
-    "norm_eps": "layer_norm_epsilon",
 }
-# Old configs, and those inside BLIP-2's, also carry the settings of generation, which change no logits.
-_IDLE = (*IDLE, *IDLE_GENERATION, "n_positions", "output_past")
 
 
 def from_hf_config(values: dict) -> T5Config:
@@ -397,22 +390,23 @@ def from_hf_config(values: dict) -> T5Config:
     name = option.only("dense_act_fn", *ACTIVATIONS, default="gelu_new" if projection == "gated-gelu" else name)
     for fixed, value in (("tie_encoder_decoder", False), ("is_decoder", False), ("is_encoder_decoder", True)):
         option.only(fixed, value)
-    option.only("pruned_heads", {})
-    option.skip(*_IDLE)
-    sizes = {ours: option(theirs, getattr(T5Config, ours)) for ours, theirs in _OPTIONS.items()}
-    pad = option("pad_token_id", 0)
+    option.skip("n_positions")
+    sizes = {ours: option.size(theirs, getattr(T5Config, ours)) for ours, theirs in _OPTIONS.items()}
+    pad = option.id("pad_token_id", 0)
     # transformers 5 writes tie_word_embeddings=True into every config and keeps the real answer in the other option.
-    tied = option("tie_word_embeddings", True)
+    tied = option.flag("tie_word_embeddings", True)
     config = T5Config(
         **sizes,
-        num_decoder_layers=option("num_decoder_layers", sizes["num_layers"]),
+        num_decoder_layers=option.size("num_decoder_layers", sizes["num_layers"]),
+        max_distance=option.size("relative_attention_max_distance", T5Config.max_distance, most=MOST_DISTANCE),
+        norm_eps=option.number("layer_norm_epsilon", T5Config.norm_eps, least=0.0),
         activation=ACTIVATIONS[name],
-        gated=option("is_gated_act", gate == "gated"),
-        tie_word_embeddings=option("scale_decoder_outputs", tied),
-        bos_token_id=option("bos_token_id", None),
-        eos_token_id=several_ids(option("eos_token_id", 1)),
+        gated=option.flag("is_gated_act", gate == "gated"),
+        tie_word_embeddings=option.flag("scale_decoder_outputs", tied),
+        bos_token_id=option.id("bos_token_id"),
+        eos_token_id=option.ids("eos_token_id", (1,)),
         pad_token_id=pad,
-        decoder_start_token_id=option("decoder_start_token_id", pad),
+        decoder_start_token_id=option.id("decoder_start_token_id", pad),
     )
     option.done()
     return config
@@ -428,17 +422,26 @@ def to_hf_config(config: T5Config) -> dict:
         "model_type": "t5",
         "is_encoder_decoder": True,
         **{theirs: getattr(c, ours) for ours, theirs in _OPTIONS.items()},
+        "relative_attention_max_distance": c.max_distance,
+        "layer_norm_epsilon": c.norm_eps,
         "num_decoder_layers": c.num_decoder_layers,
         "feed_forward_proj": f"gated-{projection}" if c.gated else projection,
         "dense_act_fn": activation,
         "is_gated_act": c.gated,
         "tie_word_embeddings": c.tie_word_embeddings,
-        "scale_decoder_outputs": c.tie_word_embeddings,
+        "scale_decoder_outputs": c.tie_word_embeddings and c.scale_outputs,
         "bos_token_id": c.bos_token_id,
         "eos_token_id": one_or_several(c.eos_token_id),
         "pad_token_id": c.pad_token_id,
         "decoder_start_token_id": c.decoder_start_token_id,
     }
+
+
+def settle(config: T5Config, stored: Collection[str]) -> T5Config:
+    """What config.json leaves open: outputs that are not scaled go with a head of its own only where one is stored."""
+    if config.tie_word_embeddings or any(name.endswith("lm_head.weight") for name in stored):
+        return config
+    return replace(config, tie_word_embeddings=True, scale_outputs=False)
 
 
 def _attention(config: T5Config, name: str, path: str) -> list[Weight]:
@@ -494,5 +497,6 @@ FAMILIES = (
         table=table,
         sample=sample,
         oracle="T5ForConditionalGeneration",
+        settle=settle,
     ),
 )

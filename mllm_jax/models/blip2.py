@@ -5,13 +5,13 @@ What InstructBLIP has in common with it stands here too.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
-from mllm_jax.checkpoints.config_json import IDLE, IDLE_GENERATION, check_written, stored_fields
+from mllm_jax.checkpoints.config_json import check_written, stored_fields
 from mllm_jax.checkpoints.options import Options
 from mllm_jax.checkpoints.table import Family, Table, Weight
 from mllm_jax.data.image_processors import ImageProcessor, read_image_processor
@@ -66,24 +66,24 @@ def read_parts(values: Mapping, family: str, llms: Sequence[str], text: bool | N
     options = Options(values, f"config.json of {family}")
     options.skip("vision_config", "qformer_config", "text_config")
     # Its model type decides: old files spell its architecture in their own ways.
-    llm_values = _nameless(options("text_config", {}))
+    llm_values = _nameless(options.part("text_config", {}))
     kind = Options({"model_type": llms[0]} | llm_values, f"text_config of {family}").only("model_type", *llms)
     llm, encoder = (
         LLMS[kind].from_hf_config({"model_type": kind} | llm_values),
-        read_encoder(options("vision_config", {})),
+        read_encoder(options.part("vision_config", {})),
     )
     projector = read_qformer(
-        options("qformer_config", {}),
+        options.part("qformer_config", {}),
         family,
         text=text,
         output_size=llm.hidden_size,
         feature_size=encoder.hidden_size,
-        num_queries=options("num_query_tokens", 32),
+        num_queries=options.size("num_query_tokens", 32),
     )
-    image_token = options("image_token_index", options("image_token_id", None))
+    image_token = options.id("image_token_index", options.id("image_token_id"))
     # The language model's own config decides what this one repeats.
     options.skip("use_decoder_only_language_model", "tie_word_embeddings", "image_text_hidden_size")
-    options.skip("bos_token_id", "eos_token_id", "pad_token_id", *IDLE, *IDLE_GENERATION)
+    options.skip("bos_token_id", "eos_token_id", "pad_token_id")
     options.done()
     return dict(encoder=encoder, projector=projector, llm=llm, image_token_id=image_token, family=family)
 
@@ -137,6 +137,11 @@ def from_hf_config(values: dict) -> Blip2Config:
 def to_hf_config(config: Blip2Config) -> dict:
     """The reverse; refuses switches that the family does not have."""
     return faithful(config, write_parts(config, "blip_2", "blip-2"), from_hf_config)
+
+
+def settle(config: Blip2Config, stored: Collection[str]) -> Blip2Config:
+    """See `t5.settle`."""
+    return replace(config, llm=t5.settle(config.llm, stored)) if isinstance(config.llm, t5.T5Config) else config
 
 
 def table_of(config: Blip2Config, projector: tuple[Weight, ...]) -> Table:
@@ -215,4 +220,4 @@ def pixel_reader(encoder: ViTConfig, folder: Path):
     return lambda picture: plain(picture).astype(np.uint8)
 
 
-FAMILIES = (Family("BLIP-2", (FAMILY,), from_hf_config, to_hf_config, table, sample, FAMILY, QueryLayout),)
+FAMILIES = (Family("BLIP-2", (FAMILY,), from_hf_config, to_hf_config, table, sample, FAMILY, QueryLayout, settle),)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mllm_jax.checkpoints.config_json import IDLE, IDLE_GENERATION, check_written, stored_fields
+from mllm_jax.checkpoints.config_json import check_written, stored_fields
 from mllm_jax.checkpoints.options import Options
 from mllm_jax.checkpoints.table import Family, Table, Weight
 from mllm_jax.encoders import eva
@@ -17,25 +17,25 @@ FAMILY = "Blip2ForImageTextRetrieval"
 def from_hf_config(values: dict) -> QFormerPretrainingConfig:
     """config.json of Blip2ForImageTextRetrieval, every option honoured or refused by name."""
     options = Options(values, f"config.json of {FAMILY}")
-    encoder = read_encoder(options("vision_config", {}))
+    encoder = read_encoder(options.part("vision_config", {}))
     projector = read_qformer(
-        options("qformer_config", {}),
+        options.part("qformer_config", {}),
         FAMILY,
         text=True,
         feature_size=encoder.hidden_size,
-        num_queries=options("num_query_tokens", 32),
+        num_queries=options.size("num_query_tokens", 32),
     )
     config = QFormerPretrainingConfig(
         encoder,
         projector,
-        projection_size=options("image_text_hidden_size", 256),
+        projection_size=options.size("image_text_hidden_size", 256),
         captioning=False,
-        image_token_id=options("image_token_index", options("image_token_id", None)),
+        image_token_id=options.id("image_token_index", options.id("image_token_id")),
         family=FAMILY,
     )
     # A language model is described there, but there is none.
     options.skip("vision_config", "qformer_config", "text_config", "use_decoder_only_language_model")
-    options.skip("tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id", *IDLE, *IDLE_GENERATION)
+    options.skip("tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id")
     options.done()
     return config
 

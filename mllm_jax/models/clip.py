@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import jax
@@ -15,7 +14,7 @@ from mllm_jax.checkpoints.config_json import check_written
 from mllm_jax.checkpoints.options import Options
 from mllm_jax.checkpoints.table import Family, Table, Weight
 from mllm_jax.encoders import clip_text, clip_vision, siglip_text, siglip_vision
-from mllm_jax.encoders.hub import IDLE, nested
+from mllm_jax.encoders.hub import ELSEWHERE, nested
 from mllm_jax.encoders.text import TextModel, TextOutput, TextTowerConfig
 from mllm_jax.encoders.vit import VisionOutput, ViTConfig
 from mllm_jax.errors import ConfigError
@@ -206,7 +205,7 @@ def _vector(text: TextOutput):
 # ---- Hugging Face folders
 
 
-def _parts(options: Options, values: Mapping) -> tuple[dict, dict]:
+def _parts(options: Options) -> tuple[dict, dict]:
     """The dictionaries of the vision and the text tower.
 
     Early folders hold one more of each, `vision_config_dict`, with defaults left out; it goes before the other.
@@ -214,8 +213,8 @@ def _parts(options: Options, values: Mapping) -> tuple[dict, dict]:
     options.skip("vision_config", "text_config", "vision_config_dict", "text_config_dict")
     found = []
     for name in ("vision_config", "text_config"):
-        part = values.get(f"{name}_dict")
-        part = dict((values.get(name) if part is None else part) or {})
+        part = options.part(f"{name}_dict", None)
+        part = options.part(name, {}) if part is None else part
         part.pop("architectures", None)  # they name the whole model, or nothing
         found.append(part)
     return tuple(found)
@@ -224,16 +223,16 @@ def _parts(options: Options, values: Mapping) -> tuple[dict, dict]:
 def read_clip(values: dict) -> DualEncoderConfig:
     """config.json of CLIPModel, every option honoured or refused by name."""
     options = Options(values, "config.json of CLIPModel")
-    vision, text = _parts(options, values)
+    vision, text = _parts(options)
     config = DualEncoderConfig(
         vision=replace(clip_vision.from_hf_config(vision), image_mean=CLIP_MEAN, image_std=CLIP_STD),
         text=clip_text.from_hf_config(text),
-        projection_size=options("projection_dim", 512),
+        projection_size=options.size("projection_dim", 512),
         kind="softmax",
-        init_log_scale=options("logit_scale_init_value", 2.6592),
+        init_log_scale=options.number("logit_scale_init_value", 2.6592),
         family="CLIPModel",
     )
-    options.skip(*IDLE)
+    options.skip(*ELSEWHERE)
     options.done()
     return config
 
@@ -255,7 +254,7 @@ def write_clip(config: DualEncoderConfig) -> dict:
 def read_siglip(values: dict) -> DualEncoderConfig:
     """config.json of SiglipModel, every option honoured or refused by name."""
     options = Options(values, "config.json of SiglipModel")
-    vision, text = _parts(options, values)
+    vision, text = _parts(options)
     config = DualEncoderConfig(
         vision=siglip_vision.from_hf_config(vision),
         text=siglip_text.from_hf_config(text),
@@ -263,7 +262,7 @@ def read_siglip(values: dict) -> DualEncoderConfig:
         kind="sigmoid",
         family="SiglipModel",
     )
-    options.skip(*IDLE)
+    options.skip(*ELSEWHERE)
     options.done()
     return config
 

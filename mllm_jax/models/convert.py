@@ -10,11 +10,17 @@ from typing import Any, Literal
 import numpy as np
 from flax import linen as nn
 
-from mllm_jax.checkpoints.hf import Checksum, checksum, float_dtype, hub_tensors, open_weights, read_config
+from mllm_jax.checkpoints.hf import Checksum, checksum, float_dtype, hub_tensors, open_weights
 from mllm_jax.checkpoints.leaves import flatten
 from mllm_jax.checkpoints.native import is_native, write_native
 from mllm_jax.errors import CheckpointError, ConfigError
-from mllm_jax.models.registry import abstract_params, family_of, family_of_config, from_pretrained, save_pretrained
+from mllm_jax.models.registry import (
+    abstract_params,
+    family_of_config,
+    from_pretrained,
+    read_pretrained,
+    save_pretrained,
+)
 
 Kind = Literal["huggingface", "native"]
 
@@ -92,9 +98,7 @@ def _stored(folder: Path) -> dict[str, Callable[[], np.ndarray]]:
     As the files have it where they are spelled as we would write them; else put together from the parameters.
     """
     if not is_native(folder):
-        hf_config = read_config(folder)
-        family = family_of(hf_config)
-        config = family.from_hf(hf_config)
+        config, family = read_pretrained(folder)
         if family == family_of_config(config):
             leaves = flatten(nn.meta.unbox(abstract_params(config, family)))[0]
             entries = open_weights(folder, family.table(config), {path: leaf.shape for path, leaf in leaves.items()})

@@ -140,19 +140,19 @@ def from_hf_config(values: dict) -> DeepseekVLConfig:
     family = architecture(values, {kind: name for name, kind in _MODEL_TYPES.items()})
     what = f"config.json of {family}"
     options = Options(values, what)
-    text = dict(options("text_config"))
+    text = options.part("text_config")
     text.setdefault("model_type", "llama")
     # The whole model's word goes before the part's; where it says nothing, old files mean what the part says.
-    tied = options("tie_word_embeddings", text.get("tie_word_embeddings") or False)
+    tied = options.flag("tie_word_embeddings", Options(text, what).flag("tie_word_embeddings", False))
     llm = read_llm(text | {"tie_word_embeddings": tied}, what)
-    encoder = low = _read_siglip(options("vision_config"), what)
+    encoder = low = _read_siglip(options.part("vision_config"), what)
     projector = MLPProjectorConfig(llm.hidden_size)
     if family == HYBRID:
-        high = _read_sam(options("high_res_vision_config"), what)
+        high = _read_sam(options.part("high_res_vision_config"), what)
         # transformers' class has no option for these widths.
         encoder = SiglipSamConfig(low, high, (2 * high.output_channels, 4 * high.output_channels))
         projector = PairedProjectorConfig(llm.hidden_size, encoder.widths)
-    token = options("image_token_id", 100015)
+    token = options.id("image_token_id", 100015)
     options.skip("bos_token_id", "eos_token_id", "pad_token_id")
     options.done()
     return DeepseekVLConfig(encoder, projector, llm, family=family, image_token_id=token)

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from mllm_jax.checkpoints.config_json import check_written, read_activation, stored_fields, write_activation
-from mllm_jax.checkpoints.options import Options
+from mllm_jax.checkpoints.options import Options, named_as
 from mllm_jax.checkpoints.table import Family, Table, Weight
 from mllm_jax.data.chat import ChatTokenizer
 from mllm_jax.data.image_processors import ImageProcessor, read_image_processor, read_video_processor
@@ -30,6 +30,7 @@ from mllm_jax.projectors.pixel_shuffle import PixelShuffleProjectorConfig
 
 HUB, ORIGINAL = "InternVLForConditionalGeneration", "InternVLChatModel"
 _MODEL_TYPES = {HUB: "internvl", ORIGINAL: "internvl_chat"}
+MOST_TILES = 1_024  # of an image
 _TOWERS = {HUB: "InternVLVisionModel", ORIGINAL: "InternVisionModel"}
 IMAGE_MEAN, IMAGE_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CONTEXT_TOKEN = "<IMG_CONTEXT>"
@@ -165,18 +166,16 @@ def from_hf_config(values: dict) -> InternVLConfig:
 
 
 def _read_hub(options: Options, what: str) -> InternVLConfig:
-    text = dict(options("text_config"))
+    text = options.part("text_config")
     text.setdefault("model_type", "qwen2")
     # The whole model's word goes before the part's; where it says nothing, old files mean what the part says.
-    tied = options("tie_word_embeddings", text.get("tie_word_embeddings") or False)
+    tied = options.flag("tie_word_embeddings", Options(text, what).flag("tie_word_embeddings", False))
     llm = read_llm(text | {"tie_word_embeddings": tied}, what)
-    layer = options("vision_feature_layer", -1)
-    if not isinstance(layer, int):
-        raise ConfigError(f"{what}: vision_feature_layer={layer!r}", "one layer's number", "mend it")
     options.only("vision_feature_select_strategy", "default")
     options.skip("image_seq_length", "bos_token_id", "eos_token_id", "pad_token_id")
+    encoder = _read_tower(options.part("vision_config"), HUB, what)
     read = InternVLConfig(
-        encoder=_read_tower(options("vision_config"), HUB, what),
+        encoder=encoder,
         projector=PixelShuffleProjectorConfig(
             output_size=llm.hidden_size,
             factor=_factor(options),
@@ -185,35 +184,36 @@ def _read_hub(options: Options, what: str) -> InternVLConfig:
             else "gelu",
         ),
         llm=llm,
-        connection=_connection(layer),
-        image_token_id=options("image_token_id", 151667),
+        connection=_connection(options, "vision_feature_layer", encoder),
+        image_token_id=options.id("image_token_id", 151667),
     )
     options.done()
     return read
 
 
 def _read_original(options: Options, what: str) -> InternVLConfig:
-    llm = read_llm(options("llm_config"), what)
-    vision = dict(options("vision_config"))
-    side = vision.get("image_size", 224)
+    llm = read_llm(options.part("llm_config"), what)
+    vision = options.part("vision_config")
+    encoder = _read_tower(vision, ORIGINAL, what)
+    side = encoder.image_size
     options.only("force_image_size", side, default=side)
     options.only("pad2square", False)
     options.only("use_backbone_lora", 0)
     options.only("use_llm_lora", 0)
     options.only("tie_word_embeddings", False, llm.tie_word_embeddings)
-    cuts = options("dynamic_image_size", False)
+    cuts = options.flag("dynamic_image_size", False)
     if cuts:
         options.only("use_thumbnail", True)
-    tiles = options("min_dynamic_patch", 1), options("max_dynamic_patch", 6)
-    options.skip("template", "use_thumbnail", "image_fold", "auto_map", "_commit_hash", "hidden_size", "system_message")
-    options.skip("bos_token_id", "eos_token_id", "pad_token_id", "output_attentions")
+    tiles = options.size("min_dynamic_patch", 1), options.size("max_dynamic_patch", 6, most=MOST_TILES)
+    options.skip("template", "use_thumbnail", "image_fold", "hidden_size", "system_message")
+    options.skip("bos_token_id", "eos_token_id", "pad_token_id")
     read = InternVLConfig(
-        encoder=_read_tower(vision, ORIGINAL, what),
+        encoder=encoder,
         projector=PixelShuffleProjectorConfig(
             llm.hidden_size, _factor(options), options.only("ps_version", "v1", "v2")
         ),
         llm=llm,
-        connection=_connection(options("select_layer", -1)),
+        connection=_connection(options, "select_layer", encoder),
         family=ORIGINAL,
         image_token_id=None,
         tile_range=tiles if cuts else (1, 1),
@@ -222,20 +222,25 @@ def _read_original(options: Options, what: str) -> InternVLConfig:
     return read
 
 
-def _connection(layer: int) -> Connection:
+def _connection(options: Options, name: str, encoder: ViTConfig) -> Connection:
     """-1 is the tower's output in both codes, which has a last norm where the tower has one."""
+    layer, *others = options.integers(name, (-1,)) or (None,)
+    if others or layer is None or not -encoder.num_layers - 1 <= layer <= encoder.num_layers:
+        raise ConfigError(
+            f"{name}={[layer, *others]}", f"one hidden state of a tower of {encoder.num_layers} layers", "mend it"
+        )
     return Connection() if layer == -1 else Connection(layers=(layer,))
 
 
 def _factor(options: Options) -> int:
-    ratio = options("downsample_ratio", 0.5)
-    factor = round(1 / ratio) if ratio > 0 else 0
-    options.only("downsample_ratio", *([ratio] if factor and factor * ratio == 1 else [0.5, 1.0]), default=ratio)
+    ratio = options.number("downsample_ratio", 0.5, least=1 / 64, most=1.0)
+    factor = round(1 / ratio)
+    options.only("downsample_ratio", *([ratio] if factor * ratio == 1 else [0.5, 1.0]), default=ratio)
     return factor
 
 
 def _read_tower(values: dict, family: str, what: str) -> ViTConfig:
-    kind = values.get("model_type")
+    kind = named_as(values)[1]
     if family == HUB and kind not in (None, "internvl_vision"):
         raise ConfigError(f"{what}: a vision tower {kind!r}", "internvl_vision", "convert another checkpoint")
     tower = internvit.from_hf_config(dict(values) | {"architectures": [_TOWERS[family]]})

@@ -176,13 +176,15 @@ def from_hf_config(values: dict) -> LlavaConfig:
     family = architecture(values, {kind: name for name, kind in _MODEL_TYPES.items()})
     what = f"config.json of {family}"
     options = Options(values, what)
-    encoder = _read_tower(options("vision_config"), what)
-    text = dict(options("text_config"))
+    encoder = _read_tower(options.part("vision_config"), what)
+    text = options.part("text_config")
     # transformers reads it from the LLM's part too, except in LLaVA-NeXT.
-    tied = options("tie_word_embeddings", False) or (family != NEXT and text.get("tie_word_embeddings") or False)
+    tied = options.flag("tie_word_embeddings", False) or (
+        family != NEXT and Options(text, f"text_config of {what}").flag("tie_word_embeddings", False)
+    )
     text.setdefault("model_type", "llama")
     llm = read_llm(text | {"tie_word_embeddings": tied}, what)
-    layers = options("vision_feature_layer", -1 if family == ONEVISION else -2)
+    layers = options.integers("vision_feature_layer", (-1 if family == ONEVISION else -2,))
     keeps = options.only(
         "vision_feature_select_strategy", "default", "full", default="full" if family == ONEVISION else "default"
     )
@@ -199,36 +201,54 @@ def from_hf_config(values: dict) -> LlavaConfig:
             activation=read_activation(options, "projector_hidden_act")
             if "projector_hidden_act" in options
             else "gelu",
-            use_bias=options("multimodal_projector_bias", True),
+            use_bias=options.flag("multimodal_projector_bias", True),
         ),
         llm=llm,
         connection=Connection(
-            layers=(layers,) if isinstance(layers, int) else tuple(layers),
+            layers=_existing(layers, encoder, what),
             class_token=keeps == "full" and encoder.class_token,
         ),
-        image_token_id=options(
-            "image_token_index", options("image_token_id", 151646 if family == ONEVISION else 32000)
+        image_token_id=options.id(
+            "image_token_index", options.id("image_token_id", 151646 if family == ONEVISION else 32000)
         ),
         family=family,
     )
     if family != LLAVA:
         usual = ONEVISION_RESOLUTIONS if family == ONEVISION else NEXT_RESOLUTIONS
-        read |= dict(newline=True, resolutions=tuple(map(tuple, options("image_grid_pinpoints", usual))))
+        read |= dict(newline=True, resolutions=_resolutions(options, usual, what))
         options.only("use_image_newline_parameter", True)
     if family == ONEVISION:
-        most = options("vision_aspect_ratio", f"{_ANYRES}9")
+        most = options.text("vision_aspect_ratio", f"{_ANYRES}9")
         if not (most.startswith(_ANYRES) and most.removeprefix(_ANYRES).isdecimal()):
             raise ConfigError(f"{what}: vision_aspect_ratio={most!r}", f"{_ANYRES}9 or another number", "mend it")
         read |= dict(max_tiles=int(most.removeprefix(_ANYRES)))
-        read |= dict(video_token_id=options("video_token_index", options("video_token_id", 151647)))
+        read |= dict(video_token_id=options.id("video_token_index", options.id("video_token_id", 151647)))
     # Of training, of generation or of the processor; vocab_size repeats the LLM's.
     options.skip("ignore_index", "pad_token_id", "bos_token_id", "eos_token_id", "image_seq_length", "vocab_size")
     options.done()
     return LlavaConfig(**read)
 
 
+def _existing(layers: tuple[int, ...], encoder: ViTConfig, what: str) -> tuple[int, ...]:
+    """Refuses hidden states that the tower does not have: 0 to num_layers, or counted from the end."""
+    if not layers or not all(-encoder.num_layers - 1 <= layer <= encoder.num_layers for layer in layers):
+        raise ConfigError(
+            f"{what}: vision_feature_layer={list(layers)}",
+            f"hidden states of a tower of {encoder.num_layers} layers",
+            "restore config.json from its origin",
+        )
+    return layers
+
+
+def _resolutions(options: Options, usual: Sequence, what: str) -> tuple[tuple[int, int], ...]:
+    listed = options.resolutions("image_grid_pinpoints", usual)
+    if not listed:
+        raise ConfigError(f"{what}: image_grid_pinpoints=[]", "at least one [height, width]", "leave it out")
+    return tuple(map(tuple, listed))
+
+
 def _read_tower(values: dict, what: str) -> ViTConfig:
-    kind = values.get("model_type", "clip_vision_model")
+    kind = Options(values, f"vision_config of {what}").text("model_type", "clip_vision_model")
     if kind not in _TOWERS:
         raise ConfigError(f"{what}: a vision tower {kind!r}", " or ".join(_TOWERS), "convert another checkpoint")
     # Towers of whole CLIPs say their text tower's vocabulary.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from mllm_jax.checkpoints import config_json
+from mllm_jax.checkpoints.options import named_as
 from mllm_jax.checkpoints.table import Table
 from mllm_jax.errors import ConfigError
 from mllm_jax.llms import llama, qwen
@@ -14,8 +14,6 @@ from mllm_jax.llms.decoder import DecoderConfig
 # `model_type` of the part -> the file that knows it.
 _HOMES = {"llama": llama, "mistral": llama, "qwen2": qwen, "qwen3": qwen}
 _ARCHITECTURES = {name: home for home in _HOMES.values() for family in home.FAMILIES for name in family.architectures}
-# What parts that were written with every default list besides.
-_IDLE = {*config_json.IDLE, *config_json.IDLE_GENERATION, "auto_map", "_commit_hash", "_attn_implementation_autoset"}
 
 
 def read_llm(values: Mapping[str, Any], what: str) -> DecoderConfig:
@@ -28,15 +26,15 @@ def read_llm(values: Mapping[str, Any], what: str) -> DecoderConfig:
     Raises:
         ConfigError: a decoder that is not supported in there, or one of its options.
     """
-    named, kind = (values.get("architectures") or [None])[0], values.get("model_type")
-    home = _ARCHITECTURES.get(named) if named else _HOMES.get(kind)
+    named, kind = named_as(values)
+    home = _ARCHITECTURES.get(named[0]) if named else _HOMES.get(kind)
     if home is None:
         raise ConfigError(
             f"{what}: an LLM with architectures={values.get('architectures')}, model_type={kind!r}",
             f"one of {', '.join(_ARCHITECTURES)}",
             "take a checkpoint with one of these, perhaps a conversion by others",
         )
-    return home.from_hf_config({name: value for name, value in values.items() if name not in _IDLE})
+    return home.from_hf_config(dict(values))
 
 
 def write_llm(config: DecoderConfig, what: str) -> dict:

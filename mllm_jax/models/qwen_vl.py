@@ -133,39 +133,42 @@ def from_hf_config(values: dict) -> QwenVLConfig:
     family = architecture(values, {kind: name for name, kind in _MODEL_TYPES.items()})
     what = f"config.json of {family}"
     own = ("image_token_id", "video_token_id", "architectures", "model_type", *_IDLE)
-    flat = "text_config" not in values
+    flat = values.get("text_config") is None
+    whole = Options(values, what)
     text = {name: value for name, value in values.items() if name not in own[:4] + ("vision_config",)}
-    text = text if flat else dict(values["text_config"])
+    text = text if flat else whole.part("text_config")
     # Before version 5 transformers wrote it into the LLM's part.
-    tied = values.get("tie_word_embeddings") or text.get("tie_word_embeddings") or False
+    tied = whole.flag("tie_word_embeddings", False) or Options(text, what).flag("tie_word_embeddings", False)
     options = Options(values if not flat else {n: v for n, v in values.items() if n in own}, what)
     options.skip("architectures", "model_type", *_IDLE)
     tower = qwen_vit.from_hf_config(
-        dict(model_type=_MODEL_TYPES[family], vision_config=dict(values.get("vision_config") or {}))
+        dict(model_type=_MODEL_TYPES[family], vision_config=whole.part("vision_config", {}))
     )
     config = QwenVLConfig(
         encoder=tower,
         projector=None,
-        llm=_read_llm(family, text | {"tie_word_embeddings": tied}),
-        image_token_id=options("image_token_id", 151655),
-        video_token_id=options("video_token_id", 151656),
+        llm=_read_llm(family, text | {"tie_word_embeddings": tied}, what),
+        image_token_id=options.id("image_token_id", 151655),
+        video_token_id=options.id("video_token_id", 151656),
         family=family,
     )
     options.done()
     return config
 
 
-def _read_llm(family: str, text: dict) -> DecoderConfig:
+def _read_llm(family: str, text: dict, what: str) -> DecoderConfig:
     """Qwen2 or Qwen3 with positions in three parts."""
     left = {n: v for n, v in text.items() if n not in ("architectures", "rope_scaling", "rope_parameters", *_IDLE[:3])}
-    rope = dict(text.get("rope_scaling") or text.get("rope_parameters") or {})
-    sections = tuple(rope.pop("mrope_section", _SECTIONS[family]))
+    options = Options(text, f"text_config of {what}")
+    rope = options.part("rope_scaling", {}) or options.part("rope_parameters", {})
+    sections = Options(rope, f"rope options in {what}").sizes("mrope_section", _SECTIONS[family])
+    rope.pop("mrope_section", None)
     rope.pop("mrope_interleaved", None)  # Qwen3-VL's always are
     kind = rope.pop("type", None)
     rope.setdefault("rope_type", kind or "default")
     if rope["rope_type"] == "mrope":
         rope["rope_type"] = "default"
-    rope.setdefault("rope_theta", text.get("rope_theta", _DEFAULTS[family]["rope_theta"]))
+    rope.setdefault("rope_theta", options.number("rope_theta", _DEFAULTS[family]["rope_theta"]))
     left = _DEFAULTS[family] | left | dict(model_type=_LLMS[family], rope_parameters=rope)
     left.pop("rope_theta", None)
     read = qwen.from_hf_config({name: value for name, value in left.items() if name != "use_mrope"})

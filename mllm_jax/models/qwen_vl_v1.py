@@ -31,6 +31,7 @@ from mllm_jax.projectors.resampler import ResamplerConfig
 
 # Qwen-VL's repository has no class for the tower alone, and its folders no architecture of their own: these are ours.
 TOWER, WHOLE = "QWenVisionTransformer", "QWenVL"
+_WHAT = "Qwen-VL's config.json"
 
 
 # ---- the tower: ViT and resampler
@@ -86,10 +87,10 @@ def read_tower(values: Mapping) -> QwenVLTowerConfig:
     Raises:
         ConfigError: no such part, or an option that is not supported.
     """
-    options = Options(values.get("visual") or values, "the visual part of Qwen-VL's config.json")
+    options = Options(Options(values, _WHAT).part("visual", {}) or values, f"the visual part of {_WHAT}")
     encoder = qwen_vit_v1.read_sizes(options)
     projector = ResamplerConfig(
-        output_size=options("output_dim"), num_queries=options("n_queries", 256), norm_eps=NORM_EPS
+        output_size=options.size("output_dim"), num_queries=options.size("n_queries", 256), norm_eps=NORM_EPS
     )
     options.skip("image_start_id")  # where the LLM's text has a picture
     options.done()
@@ -236,16 +237,14 @@ def layout(config: QwenVLV1Config, folder: Path) -> QwenVLV1Layout:
 
 def from_hf_config(values: dict) -> QwenVLV1Config:
     """config.json of Qwen-VL or Qwen-VL-Chat, every option honoured or refused by name."""
-    if not values.get("visual"):
-        raise ConfigError(
-            "config.json of Qwen-VL without a part 'visual'", "the picture tower's sizes", "restore it from its origin"
-        )
+    if not Options(values, _WHAT).part("visual", {}):
+        raise ConfigError(f"{_WHAT} without a part 'visual'", "the picture tower's sizes", "restore it from its origin")
     tower = read_tower(values)
     return QwenVLV1Config(
         encoder=tower.encoder,
         projector=tower.projector,
         llm=qwen_v1.from_hf_config({name: value for name, value in values.items() if name != "visual"}),
-        image_start_id=Options(values["visual"], "the visual part of Qwen-VL's config.json")("image_start_id"),
+        image_start_id=Options(values["visual"], f"the visual part of {_WHAT}").id("image_start_id", ...),
     )
 
 

@@ -7,15 +7,18 @@ import difflib
 import importlib
 from collections import Counter
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
 from flax import linen as nn
 
-from mllm_jax.checkpoints.hf import Report, float_dtype, read_config, read_weights, write_weights
+from mllm_jax.checkpoints.hf import Report, float_dtype, read_config, read_weights, require_layers, write_weights
 from mllm_jax.checkpoints.leaves import PyTree
 from mllm_jax.checkpoints.native import is_native, read_native, read_native_config
+from mllm_jax.checkpoints.options import named_as
+from mllm_jax.checkpoints.safetensors_files import has_weights, read_folder
 from mllm_jax.checkpoints.table import Family
 from mllm_jax.errors import ConfigError
 from mllm_jax.sharding.cpu import prepare_cpu
@@ -99,17 +102,17 @@ def supported_models() -> list[SupportedModel]:
 
 def family_of(hf_config: Mapping[str, Any]) -> Family:
     """The family that reads a config.json. Raises ConfigError: it names no architecture, or none that is supported."""
-    architectures = hf_config.get("architectures")
-    if architectures is None and isinstance(named := hf_config.get("architecture"), str):
-        architectures = [named]  # as timm writes it
-    if not (isinstance(architectures, (list, tuple)) and architectures):
+    architectures = named_as(hf_config)[0]
+    if not architectures and isinstance(named := hf_config.get("architecture"), str):
+        architectures = (named,)  # as timm writes it
+    if not architectures:
         raise ConfigError(
-            f"config.json with architectures={architectures!r}",
+            f"config.json with architectures={hf_config.get('architectures')!r}",
             "the name of the model's class, such as LlamaForCausalLM",
             "add the entry `architectures` as the model's own repository has it",
         )
     known = [name for name in architectures if name in _HOMES]
-    name = known[0] if known else str(architectures[0])
+    name = known[0] if known else architectures[0]
     if name == "QWenLMHeadModel" and hf_config.get("visual"):
         name = "QWenVL"  # whose folders name the class that its language model has
     # ChatGLM 2 and 3 call themselves what the first one does, and only they have this option.
@@ -148,12 +151,12 @@ def has_layout(config: Any) -> bool:
 
 def abstract_params(config: Any, family: Family) -> PyTree:
     """Shapes, dtypes and logical names of the parameters of `config.make()`; nothing is computed."""
-    return abstract_init(config.make(), *family.sample(config))
+    return abstract_init(config.make(), *jax.eval_shape(lambda: family.sample(config)))
 
 
 def abstract_init(module: nn.Module, *arguments: Any, **options: Any) -> PyTree:
-    """The same of any module; the arguments and options are those of its `init` behind the key."""
-    return jax.eval_shape(lambda key: module.init(key, *arguments, **options), jax.random.key(0))["params"]
+    """The same of any module; arguments, perhaps abstract, and options are those of its `init` after the key."""
+    return jax.eval_shape(partial(module.init, **options), jax.random.key(0), *arguments)["params"]
 
 
 def pretrained_config(folder: str | Path) -> Any:
@@ -163,11 +166,26 @@ def pretrained_config(folder: str | Path) -> Any:
         CheckpointError: no model there.
         ConfigError: an unsupported architecture, or an option of it that is not supported.
     """
+    return read_pretrained(folder)[0]
+
+
+def read_pretrained(folder: str | Path) -> tuple[Any, Family]:
+    """The same, and the family of the folder; of a native one that as which it would be written.
+
+    Where weights lie beside config.json, their headers say what it leaves open, and bound its numbers of layers.
+    """
     folder = Path(folder)
     if is_native(folder):
-        return read_native_config(folder)
+        config = read_native_config(folder)
+        return config, family_of_config(config)
     hf_config = read_config(folder)
-    return family_of(hf_config).from_hf(hf_config)
+    family = family_of(hf_config)
+    config = family.from_hf(hf_config)
+    if has_weights(folder):
+        stored = read_folder(folder)
+        require_layers(folder, config, stored)
+        config = family.settle(config, stored)
+    return config, family
 
 
 def from_pretrained(
@@ -196,16 +214,13 @@ def from_pretrained(
     folder = Path(folder)
     if dtype is not None:
         dtype = float_dtype(dtype)
+    config, family = read_pretrained(folder)
+    abstract = abstract_params(config, family)
     if is_native(folder):
-        config = read_native_config(folder)
-        params = read_native(folder, abstract_params(config, family_of_config(config)), mesh=mesh)
+        params = read_native(folder, abstract, mesh=mesh)
         if dtype is not None:
             params = jax.tree.map(lambda leaf: leaf.astype(dtype), params)
     else:
-        hf_config = read_config(folder)
-        family = family_of(hf_config)
-        config = family.from_hf(hf_config)
-        abstract = abstract_params(config, family)
         params = read_weights(folder, family.table(config), abstract, mesh=mesh, dtype=dtype, report=report)
     return _computing_in(config, _dtype_of(params)).make(), params
 

@@ -61,11 +61,18 @@ class QFormerConfig:
         require.one_of("activation", ACTIVATIONS)
         require.heads()
         require(
-            self.cross_attention_frequency > 0 and self.num_layers % self.cross_attention_frequency == 0,
+            self.num_layers > 0 and self.cross_attention_frequency > 0,
             f"{self.num_layers} layers, every {self.cross_attention_frequency}th with cross-attention",
-            "a frequency that divides the layers",
+            "at least one layer, and a frequency of at least 1",
             "change num_layers or cross_attention_frequency",
         )
+
+    @property
+    def group(self) -> tuple[bool, ...]:
+        """Whether each layer crosses, of the layers that repeat: all of them where the frequency does not divide."""
+        divides = self.num_layers % self.cross_attention_frequency == 0
+        size = self.cross_attention_frequency if divides else self.num_layers
+        return tuple(i % self.cross_attention_frequency == 0 for i in range(size))
 
     @property
     def reads_text(self) -> bool:
@@ -89,7 +96,7 @@ class QFormerCache:
     """What every layer made of the queries when no text was beside them, for texts that are written from them.
 
     Attributes:
-        keys, values: [num_layers / frequency, frequency, N, num_queries, heads, head_dim].
+        keys, values: [num_layers / layers that repeat, layers that repeat, N, num_queries, heads, head_dim].
     """
 
     keys: jax.Array
@@ -166,7 +173,7 @@ class QFormerLayer(nn.Module):
 
 
 class QFormerGroup(nn.Module):
-    """`cross_attention_frequency` layers, of which the first crosses: what repeats."""
+    """The layers that repeat, see `QFormerConfig.group`."""
 
     config: QFormerConfig
     queries: int
@@ -174,8 +181,8 @@ class QFormerGroup(nn.Module):
     @nn.compact
     def __call__(self, x, cached, *broadcast):
         made = []
-        for i in range(self.config.cross_attention_frequency):
-            layer = QFormerLayer(self.config, crosses=i == 0, name=f"layer_{i}")
+        for i, crosses in enumerate(self.config.group):
+            layer = QFormerLayer(self.config, crosses, name=f"layer_{i}")
             held = None if cached is None else (cached.keys[i], cached.values[i])
             x, keys_values = layer(x, held, self.queries, *broadcast)
             made.append(keys_values)
@@ -285,7 +292,7 @@ class QFormer(nn.Module):
     def run(self, x, queries: int, cache, features, feature_segments, k_segments, q_index):
         """The layers on embedded queries (the first `queries` places) and text."""
         c = self.config
-        groups = c.num_layers // c.cross_attention_frequency
+        groups = c.num_layers // len(c.group)
         stack = scan_layers(QFormerGroup, num_layers=groups, remat=c.remat, unroll=c.scan_unroll, num_broadcast=4)
         x = constrain(self.embedding_norm(x), "batch", "seq", None)
         return stack(c, queries, name="layers")(x, cache, features, feature_segments, k_segments, q_index)

@@ -4,13 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from mllm_jax.checkpoints.config_json import (
-    ENCODER_ACTIVATIONS,
-    IDLE,
-    IDLE_GENERATION,
-    read_activation,
-    write_activation,
-)
+from mllm_jax.checkpoints.config_json import ENCODER_ACTIVATIONS, read_activation, write_activation
 from mllm_jax.checkpoints.options import Options
 from mllm_jax.checkpoints.table import Weight
 from mllm_jax.projectors.qformer import QFormerConfig
@@ -21,7 +15,6 @@ _OPTIONS = {
     "num_layers": "num_hidden_layers",
     "num_heads": "num_attention_heads",
     "mlp_size": "intermediate_size",
-    "norm_eps": "layer_norm_eps",
     "cross_attention_frequency": "cross_attention_frequency",
     "max_length": "max_position_embeddings",
 }
@@ -38,18 +31,17 @@ def read_qformer(values: Mapping, what: str, *, text: bool | None, **sizes) -> Q
     """
     options = Options(values, f"qformer_config of {what}")
     reads = True if text is None else options.only("use_qformer_text_input", text, default=False)
-    vocab_size = options("vocab_size", VOCAB_SIZE)
+    vocab_size = options.size("vocab_size", VOCAB_SIZE)
     config = QFormerConfig(
-        **{ours: options(theirs, getattr(QFormerConfig, ours)) for ours, theirs in _OPTIONS.items()},
+        **{ours: options.size(theirs, getattr(QFormerConfig, ours)) for ours, theirs in _OPTIONS.items()},
+        norm_eps=options.number("layer_norm_eps", QFormerConfig.norm_eps, least=0.0),
         activation=read_activation(options, "hidden_act", ENCODER_ACTIVATIONS) if "hidden_act" in options else "gelu",
         vocab_size=vocab_size if reads else None,
         **sizes,
     )
     options.only("position_embedding_type", "absolute")
-    options.only("pruned_heads", {})
     # The reference takes the features' width from the vision tower, whatever stands here.
     options.skip("encoder_hidden_size", "pad_token_id", "bos_token_id", "eos_token_id", "tie_word_embeddings")
-    options.skip(*IDLE, *IDLE_GENERATION)
     options.done()
     return config
 
@@ -59,6 +51,7 @@ def write_qformer(c: QFormerConfig, model_type: str) -> dict:
     written = dict(
         model_type=model_type,
         **{theirs: getattr(c, ours) for ours, theirs in _OPTIONS.items()},
+        layer_norm_eps=c.norm_eps,
         hidden_act=write_activation(c.activation),
         vocab_size=c.vocab_size or VOCAB_SIZE,
         encoder_hidden_size=c.feature_size,
@@ -98,10 +91,9 @@ def qformer_weights(
         for ours, theirs in (("token", "word"), ("position", "position")):
             weights.append(Weight(f"{embeddings}.{theirs}_embeddings.weight", f"{path}/{ours}_embedding/embedding"))
     layer_norm(norm, f"{path}/embedding_norm")
-    frequency = c.cross_attention_frequency
-    for i in range(frequency):
-        hub, place = f"{layers}.{{layer*{frequency}+{i}}}", f"{path}/layers/layer_{i}"
-        attentions = {"attention": "attention"} | ({"crossattention": "cross_attention"} if i == 0 else {})
+    for i, crosses in enumerate(c.group):
+        hub, place = f"{layers}.{{layer*{len(c.group)}+{i}}}", f"{path}/layers/layer_{i}"
+        attentions = {"attention": "attention"} | ({"crossattention": "cross_attention"} if crosses else {})
         for theirs, ours in attentions.items():
             for name in ("query", "key", "value"):
                 part = f"{place}/{ours}/{name[0]}"

@@ -12,7 +12,6 @@ from mllm_jax.checkpoints.config_json import (
     check_written,
     one_or_several,
     read_activation,
-    several_ids,
     write_activation,
 )
 from mllm_jax.checkpoints.options import Options
@@ -39,7 +38,8 @@ def test_decoders_have_no_tanh():
 
 def test_ids_are_written_as_they_were_read():
     for stored, ids in ((0, (0,)), ([3, 0], (3, 0)), ([], ())):
-        assert several_ids(stored) == ids and one_or_several(ids) == stored
+        assert Options({"eos_token_id": stored}, "config.json").ids("eos_token_id") == ids
+        assert one_or_several(ids) == stored
 
 
 @dataclass(frozen=True)

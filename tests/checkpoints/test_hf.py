@@ -284,7 +284,7 @@ def test_free_memory_of_this_host_is_known():
 
 
 @pytest.mark.parametrize(
-    "text,message", [(None, "no "), ("{", "Expecting"), ("[1]", "with list"), (b"\xff\xfe", "codec")]
+    "text,message", [(None, "no "), ("{", "Expecting"), ("[1]", "with a list"), (b"\xff\xfe\x00", "codec")]
 )
 def test_a_config_that_cannot_be_read(tmp_path, text, message):
     if text is not None:

@@ -223,7 +223,7 @@ def test_blip2_opt_ends_at_a_newline():
     [
         (dict(text_config=dict(model_type="gpt2")), "model_type='gpt2'"),
         (dict(qformer_config=dict(use_qformer_text_input=True)), "use_qformer_text_input=True"),
-        (dict(qformer_config=dict(num_hidden_layers=5)), "5 layers, every 2th with cross-attention"),
+        (dict(qformer_config=dict(cross_attention_frequency=0)), "cross_attention_frequency=0"),
         (dict(qformer_config=dict(position_embedding_type="relative_key")), "position_embedding_type='relative_key'"),
         (dict(video_token_index=3), "video_token_index=3"),
     ],
