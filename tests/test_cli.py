@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mllm_jax.cli import load_config, main
+from mllm_jax.cli import main
+from mllm_jax.training.config_file import load_config
 from mllm_jax.training.run_folder import RunFolder
 
 ROOT = Path(__file__).parents[1]

@@ -11,8 +11,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mllm_jax.cli import COMMANDS, load_config, main
+from mllm_jax.cli import main
+from mllm_jax.cli.commands import COMMANDS
 from mllm_jax.errors import ConfigError
+from mllm_jax.training.config_file import load_config
 from mllm_jax.training.run_folder import open_run
 
 ROOT = Path(__file__).parents[1]
@@ -203,7 +205,7 @@ def test_a_failing_disk_or_file_elsewhere_is_one_message(capsys, monkeypatch):
     def fail(arguments):
         raise OSError(28, "No space left on device", "/x")
 
-    monkeypatch.setitem(COMMANDS, "evaluate", fail)
+    monkeypatch.setattr("mllm_jax.cli.evaluate.run", fail)
     assert "No space left on device: '/x'" in check_refusal(main(["evaluate"]), *capsys.readouterr())
 
 
@@ -211,7 +213,7 @@ def test_an_interruption_is_no_traceback_and_a_bug_is_one(capsys, monkeypatch):
     def fail(arguments):
         raise KeyboardInterrupt if arguments else ZeroDivisionError
 
-    monkeypatch.setitem(COMMANDS, "evaluate", fail)
+    monkeypatch.setattr("mllm_jax.cli.evaluate.run", fail)
     assert main(["evaluate", "run"]) == 130
     assert capsys.readouterr().err.count("\n") == 1
     with pytest.raises(ZeroDivisionError):

@@ -1,19 +1,17 @@
-"""The command `mllm plan`."""
+"""`mllm plan`: compiles a stage's step for a TPU slice and says what it costs there."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import tyro
 
+from mllm_jax.cli.console import console
 from mllm_jax.errors import ConfigError
 from mllm_jax.training.config import Experiment
-
-if TYPE_CHECKING:
-    from rich.console import Console
+from mllm_jax.training.config_file import load_config
 
 USAGE = """usage: mllm plan CONFIG.py --topology v5e-256 [OPTIONS]
 
@@ -47,7 +45,7 @@ class Plan:
             raise ConfigError(f"search {self.search}", "0 or more", "change --search")
 
 
-def plan_command(arguments: list[str], load_config: Callable[[Path], Experiment], console: Console) -> int:
+def run(arguments: list[str]) -> int:
     """Runs the command.
 
     Returns:
@@ -80,11 +78,11 @@ def plan_command(arguments: list[str], load_config: Callable[[Path], Experiment]
     where = topology(options.topology)
     if options.search:
         best, tried = search(options.experiment, where, options.stage, limit=options.search)
-        show_search(best[:5], tried, console)
+        show_search(best[:5], tried, console())
         plan = best[0] if best else tried[-1]
     else:
         plan = make_plan(options.experiment, where, options.stage)
-    show(plan, console)
+    show(plan, console())
     if options.json is not None:
         plan.write(options.json)
     return 0 if plan.fits is not False else 1
