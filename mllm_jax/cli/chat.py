@@ -8,6 +8,8 @@ from typing import Annotated, Literal
 
 import tyro
 
+from mllm_jax.cli.runs import is_run
+from mllm_jax.errors import ConfigError
 from mllm_jax.inference.options import Options
 from mllm_jax.inference.sampling import Sampling
 
@@ -17,7 +19,7 @@ class Chat:
     """Talks with a language model in the terminal.
 
     Attributes:
-        model: a Hugging Face folder, or what `mllm convert` wrote.
+        model: a language model's Hugging Face folder, or what `mllm convert` wrote.
         system: what stands before the conversation.
         dtype: what to compute and store in; as in the folder, if not given.
         max_length: tokens that the conversation may take; the model's own limit if not given.
@@ -37,9 +39,17 @@ def run(arguments: list[str]) -> int:
     options = tyro.cli(Chat, args=arguments, prog="mllm chat")
 
     from mllm_jax.inference.chat import Conversation, chat
-    from mllm_jax.inference.language import LanguageGenerator
+    from mllm_jax.inference.language import LanguageGenerator, require_language
     from mllm_jax.inference.quantize import summary
+    from mllm_jax.models.registry import pretrained_config
 
+    if is_run(options.model):
+        raise ConfigError(
+            f"{options.model}, the folder of a run",
+            "the folder of a language model",
+            f'ask it one question at a time: mllm generate {options.model} --image cat.png "What is this?"',
+        )
+    require_language(pretrained_config(options.model), options.model)
     generator = LanguageGenerator.load(
         options.model, dtype=options.dtype, int8=options.int8, max_length=options.max_length
     )

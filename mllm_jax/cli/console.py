@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -22,12 +24,15 @@ def console() -> Console:
 
 
 def refused(command: Callable[[], int]) -> int:
-    """The command's exit code; where it refuses, the code for that, and the refusal on standard error."""
+    """Runs a command and returns its exit code; a refusal is printed to standard error, without a traceback."""
     try:
         return command()
     except MllmError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # who read the output has read enough, as `| head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nor may Python's last flush complain
+        return 128 + signal.SIGPIPE
     except OSError as error:  # no bug of ours: a disk, a file or a permission
         refusal = MllmError(
             f"{type(error).__name__}: {error}",

@@ -8,6 +8,10 @@ from typing import Literal
 
 import tyro
 
+from mllm_jax.cli.runs import is_run
+from mllm_jax.errors import ConfigError, TrainingError
+from mllm_jax.training.run_folder import RunFolder
+
 
 @dataclass(frozen=True)
 class Convert:
@@ -16,7 +20,7 @@ class Convert:
     Tokenizer, chat template and generation settings go along.
 
     Attributes:
-        source: a Hugging Face folder (config.json, safetensors), or a native one.
+        source: a Hugging Face folder (config.json, safetensors), a native one, or a run that trained a named model.
         target: the folder to write.
         to: what to write; the kind that the source is not, if not given.
         dtype: what to store; as in the source, if not given.
@@ -37,9 +41,10 @@ def run(arguments: list[str]) -> int:
 
     jax.config.update("jax_platforms", "cpu")  # nothing is computed, and the host has the most room
 
-    from mllm_jax.training.run_folder import RunFolder
+    if is_run(options.source):
+        run = RunFolder(options.source)
+        _check_run(run)
 
-    if (run := RunFolder(options.source)).is_trained():
         from mllm_jax.training.named import export_run
 
         export_run(run, options.target, dtype=options.dtype, overwrite=options.overwrite)
@@ -50,3 +55,16 @@ def run(arguments: list[str]) -> int:
 
     convert(options.source, options.target, to=options.to, dtype=options.dtype, overwrite=options.overwrite, say=print)
     return 0
+
+
+def _check_run(run: RunFolder) -> None:
+    """Refuses, before any weights are read, a run of which no folder can be written."""
+    experiment = run.experiment()
+    if getattr(experiment.model, "family", None) is None:
+        raise ConfigError(
+            f"{run.path}, a run of a {type(experiment.model).__name__} that was composed here",
+            "a run that trains a named model, such as LLaVA: other programs know no others",
+            f"use the run itself: mllm generate {run.path}, mllm embed {run.path}, or mllm_jax.load_run in Python",
+        )
+    if not run.is_trained():
+        raise TrainingError(f"{run.path}: no stage is finished", "a run that has ended a stage", "train it further")

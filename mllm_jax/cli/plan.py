@@ -8,6 +8,7 @@ from typing import Annotated
 
 import tyro
 
+from mllm_jax.cli.config_help import all_help, config_help, wants_help
 from mllm_jax.cli.console import console
 from mllm_jax.errors import ConfigError
 from mllm_jax.training.config import Experiment
@@ -51,7 +52,7 @@ def run(arguments: list[str]) -> int:
     Returns:
         the exit status: 0 if the step fits or may fit, 1 if it does not.
     """
-    if not arguments or arguments[0] in ("-h", "--help"):
+    if not arguments or arguments[0] in ("-h", "--help", "--help-all"):
         print(USAGE)
         return 0
     if arguments[0].startswith("-"):
@@ -60,10 +61,16 @@ def run(arguments: list[str]) -> int:
             "mllm plan configs/llava15_7b.py --topology v5e-256",
             "name a config file, before any option",
         )
-    path = Path(arguments[0])
-    default = Plan(load_config(path), tyro.MISSING)
+    default = Plan(load_config(Path(arguments[0])), tyro.MISSING)
+    if wants_help(arguments):
+        print(config_help("plan", default, arguments[0]))
+        return 0
     options = tyro.cli(
-        Plan, args=arguments[1:], default=default, prog=f"mllm plan {path}", config=(tyro.conf.AvoidSubcommands,)
+        Plan,
+        args=all_help(arguments[1:]),
+        default=default,
+        prog=f"mllm plan {arguments[0]}",
+        config=(tyro.conf.AvoidSubcommands,),
     )
 
     import jax
