@@ -47,12 +47,6 @@ PROCESS = ("JAX_PROCESS_ID", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK")  # the numb
 def main(arguments: list[str] | None = None) -> int:
     """Runs a command; a refusal of the library is printed as one message, without a traceback, and exits with 2."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    if not arguments or arguments[0] in HELP:
-        print(USAGE)
-        return 0
-    if arguments[0] in ("-V", "--version"):
-        print(f"mllm_jax {__version__}")
-        return 0
     plain, warnings.formatwarning = warnings.formatwarning, lambda message, *_, **__: f"warning: {message}\n"
     try:
         return refused(partial(_command, arguments))
@@ -61,6 +55,12 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _command(arguments: list[str]) -> int:
+    if not arguments or arguments[0] in HELP:
+        print(USAGE)
+        return 0
+    if arguments[0] in ("-V", "--version"):
+        print(f"mllm_jax {__version__}")
+        return 0
     check_arguments(arguments)
     name, *rest = arguments
     if name not in COMMANDS:

@@ -6,6 +6,7 @@ import dataclasses
 import re
 import textwrap
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 WIDTH, COLUMN = 110, 34
@@ -52,7 +53,7 @@ def _documented(options: Any) -> dict[str, str]:
 
 
 def _is_plain(value: Any) -> bool:
-    return value is None or isinstance(value, str | int | float)
+    return value is None or isinstance(value, str | int | float | Path)
 
 
 def _spelled(path: str, value: Any) -> str:

@@ -26,7 +26,9 @@ def console() -> Console:
 def refused(command: Callable[[], int]) -> int:
     """Runs a command and returns its exit code; a refusal is printed to standard error, without a traceback."""
     try:
-        return command()
+        code = command()
+        sys.stdout.flush()
+        return code
     except MllmError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 2

@@ -80,6 +80,6 @@ def _show(answer: Completion, options: Generate) -> int:
     print(answer.text, flush=True)
     if answer.finish == "length":
         count = len(answer.ids)
-        todo = "--max-new-tokens allows more" if count == options.max_new_tokens else "the model's longest text"
+        todo = "--max-new-tokens allows more" if count == options.max_new_tokens else "the model takes no longer text"
         print(f"(cut off after {count} tokens; {todo})", file=sys.stderr)
     return 0
