@@ -67,9 +67,9 @@ def write(path: Path, values: dict) -> None:
 
 
 def make(models, slices, rescue: int, again: bool) -> None:
-    from mllm_jax.cli import load_config
     from mllm_jax.planning.plan import stage_index
     from mllm_jax.planning.topologies import topology
+    from mllm_jax.training.config_file import load_config
 
     for name in models:
         experiment, stage = load_config(ROOT / MODELS[name]), name.split(":")[1]

@@ -3,15 +3,28 @@
 from __future__ import annotations
 
 import io
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 from PIL import Image
-from tiny_language import write_folder
+from tiny_language import byte_tokenizer, write_folder
 
 from mllm_jax.cli import main
+from mllm_jax.encoders.vit import ViTConfig
 from mllm_jax.inference.language import LanguageGenerator
 from mllm_jax.inference.options import Options
 from mllm_jax.inference.sampling import Sampling
+from mllm_jax.llms.decoder import DecoderConfig
+from mllm_jax.models.llava import LlavaConfig
+from mllm_jax.models.multimodal import Connection
+from mllm_jax.models.registry import family_of_config
+from mllm_jax.projectors.mlp import MLPProjectorConfig
+from mllm_jax.sharding.platform import may_have_accelerator
 
 SAMPLED = Sampling(temperature=0.8, seed=3)
 
@@ -55,4 +68,62 @@ def test_chat_answers_and_leaves(folder, monkeypatch, capsys):
 
 def test_a_folder_that_is_no_model_is_refused(tmp_path, capsys):
     assert main(["chat", str(tmp_path)]) == 2
-    assert "no tokenizer in" in capsys.readouterr().err
+    assert "config.json" in capsys.readouterr().err
+
+
+def test_an_answer_that_is_cut_off_is_said_to_be(folder, capsys):
+    asked = ["generate", str(folder), "why?", "--temperature", "0.8", "--seed", "3", "--max-new-tokens"]
+    assert main([*asked, "2"]) == 0
+    assert capsys.readouterr().err == "(cut off after 2 tokens; --max-new-tokens allows more)\n"
+    assert main([*asked, "100"]) == 0
+    assert re.fullmatch(r"\(cut off after 9\d tokens; the model takes no longer text\)\n", capsys.readouterr().err)
+
+
+class Unread(io.StringIO):
+    def readline(self, *_):
+        raise AssertionError("the prompt came up")
+
+
+@pytest.mark.parametrize("family", ["LlavaForConditionalGeneration", "CLIPVisionModel"])
+def test_chat_with_what_is_no_language_model_is_refused_before_the_prompt(tmp_path, monkeypatch, capsys, family):
+    """Before the weights too: there are none."""
+    encoder = ViTConfig(
+        *(12, 4, 24),
+        num_layers=2,
+        num_heads=2,
+        mlp_size=40,
+        class_token=True,
+        norm_output=False,
+        norm_pooled=True,
+        pre_norm=True,
+        patch_bias=False,
+        family="CLIPVisionModel",
+    )
+    llm = DecoderConfig(vocab_size=20, hidden_size=32, num_layers=2, num_heads=4, mlp_size=40)
+    llava = LlavaConfig(encoder, MLPProjectorConfig(output_size=32), llm, connection=Connection(layers=(-2,)))
+    config = llava if family.startswith("Llava") else encoder
+    (tmp_path / "config.json").write_text(json.dumps(family_of_config(config).to_hf(config)))
+    byte_tokenizer().save(tmp_path)
+    monkeypatch.setattr("sys.stdin", Unread())
+    assert main(["chat", str(tmp_path)]) == 2
+    err = capsys.readouterr().err
+    assert family in err and "a language model" in err and err.count("to do: ") == 1
+    assert main(["generate", str(tmp_path), "why?"]) == 2
+
+
+def test_chat_and_generate_are_silent_without_torch_and_a_tpu(folder):
+    """libtpu is installed, and transformers finds no PyTorch."""
+    hidden = {"JAX_PLATFORMS"} if not may_have_accelerator(os.environ, Path("/dev"), ()) else set()
+    environment = {name: value for name, value in os.environ.items() if name not in hidden}
+    environment |= {"PYTHONPATH": str(Path(__file__).parents[1]), "USE_TORCH": "0"}
+    for command, typed in ((["chat"], "why?\n/exit\n"), (["generate"], None)):
+        words = [*command, str(folder), *([] if typed else ["why?"]), "--max-new-tokens", "4"]
+        done = subprocess.run(
+            [sys.executable, "-m", "mllm_jax.cli", *words],
+            **({"input": typed} if typed else {"stdin": subprocess.DEVNULL}),
+            env=environment,
+            capture_output=True,
+            text=True,
+        )
+        noise = done.stderr.removesuffix("(cut off after 4 tokens; --max-new-tokens allows more)\n")
+        assert (done.returncode, noise) == (0, "") and done.stdout

@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import struct
+import subprocess
+import sys
 import zlib
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
 
-from mllm_jax.cli import COMMANDS, load_config, main
+import mllm_jax
+from mllm_jax.cli import main
+from mllm_jax.cli.arguments import check_arguments
+from mllm_jax.cli.caches import keep_compiled_programs, lengths_folder
+from mllm_jax.cli.commands import COMMANDS
 from mllm_jax.errors import ConfigError
+from mllm_jax.training.config_file import load_config
 from mllm_jax.training.run_folder import open_run
 
 ROOT = Path(__file__).parents[1]
@@ -34,9 +44,9 @@ def files(folder: Path) -> dict[Path, tuple[int, int]]:
 
 
 def check_refusal(code, out: str, err: str) -> str:
-    """One message in three parts, no traceback, exit code 2."""
+    """One message in three parts, no traceback, exit code 2; on stdout at most the command's first line."""
     assert code == 2, out + err
-    assert "Traceback" not in err and out == ""
+    assert "Traceback" not in err and re.fullmatch(r"(mllm \w+ [^\n]*\n)?", out), out
     assert err.count("expected: ") == 1 and err.count("to do: ") == 1, err
     return err
 
@@ -196,14 +206,15 @@ def test_unknown_and_missing_options_are_told(capsys, arguments, told):
     with pytest.raises(SystemExit) as stop:
         main(arguments)
     out, err = capsys.readouterr()
-    assert stop.value.code == 2 and out == "" and told in err and "Traceback" not in err
+    assert stop.value.code == 2 and re.fullmatch(r"(mllm \w+ [^\n]*\n)?", out)
+    assert told in err and "Traceback" not in err
 
 
 def test_a_failing_disk_or_file_elsewhere_is_one_message(capsys, monkeypatch):
     def fail(arguments):
         raise OSError(28, "No space left on device", "/x")
 
-    monkeypatch.setitem(COMMANDS, "evaluate", fail)
+    monkeypatch.setattr("mllm_jax.cli.evaluate.run", fail)
     assert "No space left on device: '/x'" in check_refusal(main(["evaluate"]), *capsys.readouterr())
 
 
@@ -211,7 +222,7 @@ def test_an_interruption_is_no_traceback_and_a_bug_is_one(capsys, monkeypatch):
     def fail(arguments):
         raise KeyboardInterrupt if arguments else ZeroDivisionError
 
-    monkeypatch.setitem(COMMANDS, "evaluate", fail)
+    monkeypatch.setattr("mllm_jax.cli.evaluate.run", fail)
     assert main(["evaluate", "run"]) == 130
     assert capsys.readouterr().err.count("\n") == 1
     with pytest.raises(ZeroDivisionError):
@@ -240,12 +251,12 @@ def test_help_says_that_the_config_brings_the_options(capsys, command, option):
     ("arguments", "told"),
     [
         (
-            ["train", str(SMOKE), "--help"],
+            ["train", str(SMOKE), "--help-all"],
             ("--run-dir", "--fresh", "--stages.3.optimizer.learning-rate", "--mesh.fsdp"),
         ),
-        (["plan", str(SMOKE), "--help"], ("--topology", "--stage", "--search", "--json", "--mesh.fsdp")),
+        (["plan", str(SMOKE), "--help-all"], ("--topology", "--stage", "--search", "--json", "--mesh.fsdp")),
         (["evaluate", "--help"], ("--tasks", "PATH")),
-        (["generate", "--help"], ("--image", "--temperature", "--top-k", "--seed", "--max-new-tokens")),
+        (["generate", "--help"], ("--image", "--temperature", "--top-k", "--seed", "--max-new-tokens", "default: 256")),
     ],
 )
 def test_help_lists_the_options(capsys, arguments, told):
@@ -253,6 +264,154 @@ def test_help_lists_the_options(capsys, arguments, told):
         main(arguments)
     out, err = capsys.readouterr()
     assert stop.value.code == 0 and err == "" and all(option in out for option in told)
+
+
+@pytest.mark.parametrize("option", ["-h", "--help"])
+@pytest.mark.parametrize(
+    ("command", "config", "told"),
+    [
+        (
+            "train",
+            "quickstart.py",
+            ("--run-dir DIR", "--fresh", "--stages.0.steps 1000", "4 instruct"),
+        ),
+        ("train", "plans/qwen25vl_7b.py", ("--no-compile-cache", "0 instruct", "--seed 0")),
+        ("plan", "smoke.py", ("--topology TOPOLOGY", "--stages.0.steps 8", "--model.encoder.image-size")),
+    ],
+)
+def test_the_help_of_a_config_fits_a_screen(capsys, command, config, told, option):
+    assert main([command, str(ROOT / "configs" / config), option]) == 0
+    out, err = capsys.readouterr()
+    assert err == "" and all(text in out for text in told) and "--help-all" in out
+    assert len(out.splitlines()) <= 25 and max(map(len, out.splitlines())) <= 120
+
+
+@pytest.mark.parametrize("option", ["--version", "-V"])
+def test_the_version(capsys, option):
+    assert main([option]) == 0
+    assert capsys.readouterr() == (f"mllm_jax {mllm_jax.__version__}\n", "")
+
+
+def test_a_run_folder_stands_for_its_config(run, capsys):
+    assert main(["train", str(run), "--help"]) == 0
+    out = capsys.readouterr().out
+    assert f"--run-dir {run}" in out and "--name smoke" in out
+
+
+# ---- before anything is loaded
+
+
+def test_every_command_says_something_before_it_loads_what_takes_seconds():
+    """The first line of each, and the libraries that were there when it was printed."""
+    code = """
+import contextlib, io, json, sys, types
+from mllm_jax.cli import commands, main
+
+def load(name):
+    print([name for name in ("jax", "flax", "tyro", "numpy", "rich", "transformers") if name in sys.modules])
+    return types.SimpleNamespace(run=lambda arguments: 0)
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+commands.importlib = types.SimpleNamespace(import_module=load)
+found = {}
+for name in commands.COMMANDS:
+    for stderr in (Terminal(), io.StringIO()):
+        with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(stderr):
+            assert main([name, "THIS"]) == 0
+        found.setdefault(name, []).append([out.getvalue(), stderr.getvalue()])
+print(json.dumps(found))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found.keys() == COMMANDS.keys()
+    for name, doing in COMMANDS.items():
+        (out, terminal), (piped, err) = found[name]
+        first = f"mllm {name} THIS: {doing}\n" if doing else ""
+        if name == "generate":  # its output is the answer
+            assert (out, terminal, piped, err) == ("[]\n", first, "[]\n", "")
+        else:
+            assert (out, terminal, piped, err) == (f"{first}[]\n", "", f"{first}[]\n", "")
+    assert [name for name, doing in COMMANDS.items() if not doing] == ["models"], "which loads little itself"
+
+
+UNUSABLE = {
+    "a bucket to train in": ["train", str(SMOKE), "--run-dir", "gs://bucket/run"],
+    "spelt in one word": ["train", str(SMOKE), "--run_dir=gs://bucket/run"],
+    "another bucket": ["train", str(SMOKE), "--fresh", "--run-dir", "s3://bucket/run"],
+    "a bucket after a flag": ["convert", "--overwrite", "hdfs://node/model", "out"],
+    "a bucket to evaluate": ["evaluate", "gs://bucket/run"],
+    "a bucket to ask": ["generate", "gs://bucket/run", "What?"],
+    "an image from a bucket": ["generate", "run", "--image", "gs://bucket/a.png", "What?"],
+    "a bucket to write": ["convert", "model", "gs://bucket/model"],
+    "images from a bucket": ["embed", "model", "--images", "a.png", "https://host/b.png", "--out", "x.npz"],
+    "a NUL byte": ["generate", "run", "Wh\0at?"],
+    "a NUL byte in a name": ["train", "a\0.py"],
+    "no UTF-8": ["generate", "run", os.fsdecode(b"\xff")],
+    "no UTF-8 in a text": ["embed", "model", "--text", os.fsdecode(b"\xff"), "--out", "x.npz"],
+    "no UTF-8 in a command": [os.fsdecode(b"\xff")],
+}
+
+
+@pytest.mark.parametrize("case", UNUSABLE)
+def test_what_no_command_can_use_is_refused_before_anything_is_loaded(tmp_path, capsys, monkeypatch, case):
+    monkeypatch.setattr("mllm_jax.cli.commands.importlib.import_module", None)
+    monkeypatch.chdir(tmp_path)
+    out, err = main(UNUSABLE[case]), capsys.readouterr()
+    message = check_refusal(out, *err)
+    assert message.startswith("ConfigError: ") and err.out == "" and not list(tmp_path.iterdir())
+
+
+def test_addresses_are_words_where_words_are_asked_for():
+    check_arguments(["generate", "run", "--image", "a.png", "https://host/what"])
+    check_arguments(["embed", "model", "--text", "gs://a", "s3://b", "--out", "x.npz"])
+    check_arguments(["chat", "model", "--system", "gs://a"])
+    check_arguments(["train", "c.py", "--stages.0.data.sources.0.source.folder", "gs://a"])
+
+
+def test_a_composed_run_is_not_converted_and_no_run_is_chatted_with(run, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("mllm_jax.training.loop.load_run", None)
+    message = check_refusal(main(["convert", str(run), str(tmp_path / "out")]), *capsys.readouterr())
+    assert "composed here" in message and f"mllm generate {run}" in message and not list(tmp_path.iterdir())
+    monkeypatch.setattr("sys.stdin", None)
+    message = check_refusal(main(["chat", str(run)]), *capsys.readouterr())
+    assert "the folder of a run" in message and f"mllm generate {run}" in message
+
+
+def test_a_reader_that_has_read_enough_is_no_error():
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run(
+        [sys.executable, "-m", "mllm_jax.cli", "--help"],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        stdout=write,
+        stderr=subprocess.PIPE,
+    )
+    os.close(write)
+    assert (done.returncode, done.stderr) == (141, b"")
+
+
+def test_a_home_that_cannot_be_written_costs_only_what_would_be_kept(tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").touch()
+    for name in ("XDG_CACHE_HOME", "JAX_COMPILATION_CACHE_DIR", "MLLM_DATA_DIR"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path / "file" / "home"))
+    before = jax.config.jax_compilation_cache_dir
+    try:
+        keep_compiled_programs()
+        assert jax.config.jax_compilation_cache_dir is None
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before)
+    assert lengths_folder() is None
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1 and err.startswith("warning: compiled programs are not kept: ")
+    monkeypatch.setenv("MLLM_DATA_DIR", str(tmp_path))
+    assert lengths_folder() == tmp_path / "mllm_jax_lengths"
 
 
 def test_every_refusal_has_three_parts():

@@ -147,12 +147,13 @@ def test_import_contract_notices_violations(tmp_path):
 
 def test_import_loads_nothing_heavy_and_touches_no_device():
     code = f"""
-import sys
-import mllm_jax
+import importlib, sys
+import mllm_jax, mllm_jax.cli.commands
 assert "jax" not in sys.modules, "the bare import is for `mllm --help` too"
 for name in mllm_jax.__all__:
     getattr(mllm_jax, name)
-import mllm_jax.cli
+for name in mllm_jax.cli.commands.COMMANDS:
+    importlib.import_module(f"mllm_jax.cli.{{name}}")
 import mllm_jax.data.openmoji
 print([name for name in {HEAVY} if name in sys.modules])
 import jax._src.xla_bridge

@@ -33,7 +33,9 @@ def new_folder(target: Path, nbytes: int, *, overwrite: bool = False) -> Iterato
     if target.is_dir() and any(target.iterdir()):
         if not overwrite:
             raise CheckpointError(
-                f"{target} is not empty", "a new folder", "choose another name, or say overwrite to replace the model"
+                f"{target} is not empty",
+                "a new folder",
+                "choose another name, or replace the model in it: --overwrite, in Python overwrite=True",
             )
         if not any((target / name).is_file() for name in MODEL_FILES):
             raise CheckpointError(

@@ -1,4 +1,4 @@
-"""One question to the model in a folder: a language model, or a named model that reads pictures."""
+"""One question to the model in a folder: a language model, or a named model that reads images."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from pathlib import Path
 
 from mllm_jax.data.images import read_image
 from mllm_jax.errors import ConfigError
-from mllm_jax.inference.language import LanguageGenerator
-from mllm_jax.inference.multimodal import generate
-from mllm_jax.inference.options import Options
+from mllm_jax.inference.language import LanguageGenerator, require_language
+from mllm_jax.inference.multimodal import MultimodalGenerator
+from mllm_jax.inference.options import Completion, Options
 from mllm_jax.inference.sampling import Sampling
 from mllm_jax.models.processor import Processor
 from mllm_jax.models.registry import from_pretrained, has_layout, pretrained_config
@@ -21,28 +21,32 @@ def ask(
     images: Sequence[Path] = (),
     options: Options = Options(),
     sampling: Sampling = Sampling(),
-) -> str:
-    """The answer, asked by the chat template if the tokenizer has one; pictures stand before the question.
+) -> Completion:
+    """The answer, asked by the chat template if the tokenizer has one; images come before the question.
 
     Raises:
-        ConfigError: pictures for a language model, or a model that is not supported.
-        DataError: no tokenizer, or a picture that cannot be read.
+        ConfigError: images for a language model, or a model that generates no text or is not supported.
+        DataError: no tokenizer, or an image that cannot be read.
         CheckpointError: no model in the folder, or a damaged one.
     """
-    if has_layout(pretrained_config(folder)):
+    config = pretrained_config(folder)
+    if has_layout(config):
         return _about_pictures(folder, question, images, options, sampling)
+    require_language(config, folder)
     if images:
         raise ConfigError(
-            f"{folder} with {len(images)} picture(s)",
+            f"{folder} with {len(images)} image(s)",
             "a question in words only: this folder holds a language model",
-            "leave out --image, or name a model that reads pictures",
+            "leave out --image, or name a model that reads images",
         )
     generator = LanguageGenerator.load(folder)
     prompt = [{"role": "user", "content": question}] if generator.tokenizer.has_template else question
-    return generator.generate([prompt], options, sampling)[0].text
+    return generator.generate([prompt], options, sampling)[0]
 
 
-def _about_pictures(folder: Path, question: str, images: Sequence[Path], options: Options, sampling: Sampling) -> str:
+def _about_pictures(
+    folder: Path, question: str, images: Sequence[Path], options: Options, sampling: Sampling
+) -> Completion:
     # What is small first: a wrong path should not have to wait for the weights.
     pictures = [read_image(path) for path in images]
     processor = Processor.from_pretrained(folder)
@@ -52,4 +56,4 @@ def _about_pictures(folder: Path, question: str, images: Sequence[Path], options
         text = [{"role": "user", "content": parts}]
     batch = processor(text, images=pictures)
     model, params = from_pretrained(folder)
-    return generate(model, params, batch, processor, options, sampling)[0]
+    return MultimodalGenerator(model, params, processor).complete(batch, options, sampling)[0]

@@ -71,31 +71,38 @@ class Generator:
     def answer(
         self, questions: Sequence[str], media: Sequence[np.ndarray | None], sampling: Sampling = Sampling()
     ) -> list[str]:
-        """Texts that answer the questions, each about its own encoded pictures.
+        """Texts that answer the questions, each about its own encoded images.
 
         Args:
-            media: for each question float32[num_images * T, E], or None for a question without pictures.
+            media: for each question float32[num_images * T, E], or None for a question without images.
         """
+        return [completion.text for completion in self._complete(questions, media, sampling)]
+
+    def generate(self, prompts: Sequence[Prompt], sampling: Sampling = Sampling()) -> list[str]:
+        """Texts that answer the prompts."""
+        return [completion.text for completion in self.complete(prompts, sampling)]
+
+    def complete(self, prompts: Sequence[Prompt], sampling: Sampling = Sampling()) -> list[Completion]:
+        """The answers to the prompts, which also say whether they were cut off."""
+        images = [image for prompt in prompts for image in prompt.images]
+        encoded = iter(self.encode_images(images)) if images else iter(())
+        media = [np.concatenate([next(encoded) for _ in p.images]) if p.images else None for p in prompts]
+        return self._complete([p.question for p in prompts], media, sampling)
+
+    def _complete(
+        self, questions: Sequence[str], media: Sequence[np.ndarray | None], sampling: Sampling
+    ) -> list[Completion]:
         encoded = [self._encode_question(q, m) for q, m in zip(questions, media, strict=True)]
         # Prompts of one bucket and one number of pictures go together, so that shapes repeat.
         order = sorted(range(len(encoded)), key=lambda i: (encoded[i].num_images, len(encoded[i].tokens)))
-        answers = [""] * len(encoded)
+        answers: dict[int, Completion] = {}
         while order:
             images = encoded[order[0]].num_images
             chunk = [i for i in order[: self.batch_size] if encoded[i].num_images == images]
             order = order[len(chunk) :]
             batch = self._batch([encoded[i] for i in chunk], [media[i] for i in chunk], self.batch_size)
-            completions = self._answers.complete(batch, self._request(chunk, sampling))
-            for i, completion in zip(chunk, completions, strict=True):
-                answers[i] = completion.text
-        return answers
-
-    def generate(self, prompts: Sequence[Prompt], sampling: Sampling = Sampling()) -> list[str]:
-        """Texts that answer the prompts."""
-        images = [image for prompt in prompts for image in prompt.images]
-        encoded = iter(self.encode_images(images)) if images else iter(())
-        media = [np.concatenate([next(encoded) for _ in p.images]) if p.images else None for p in prompts]
-        return self.answer([p.question for p in prompts], media, sampling)
+            answers |= zip(chunk, self._answers.complete(batch, self._request(chunk, sampling)), strict=True)
+        return [answers[i] for i in range(len(encoded))]
 
     def stream(self, prompt: Prompt, sampling: Sampling = Sampling()) -> Stream[str, None, Completion]:
         """Yields the answer piece by piece and returns it whole."""

@@ -23,6 +23,22 @@ from mllm_jax.inference.steps import Batch, steps_of
 Prompt = str | Sequence[int] | Sequence[Message]
 
 
+def require_language(config: Any, folder: str | Path) -> None:
+    """Refuses the config of a model that is no language model; they alone make a cache for what they have read.
+
+    Raises:
+        ConfigError: an encoder, or a model of an encoder and a language model.
+    """
+    if hasattr(config, "make_cache"):
+        return
+    reads_images = f"ask it one question at a time: mllm generate {folder} --image cat.png QUESTION"
+    raise ConfigError(
+        f"{folder}, which holds a {getattr(config, 'family', None) or type(config).__name__}",
+        "a language model",
+        reads_images if hasattr(config, "llm") else "name another folder; `mllm embed` compares images and texts",
+    )
+
+
 class LanguageGenerator:
     """Continues prompts, many at a time.
 

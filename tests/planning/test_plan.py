@@ -12,7 +12,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from rich.console import Console
 from tiny import LANGUAGE, experiment, hand_counted
 
-from mllm_jax.cli import load_config, main
+from mllm_jax.cli import main
 from mllm_jax.encoders.vit import ViTConfig
 from mllm_jax.errors import ConfigError, PlanError
 from mllm_jax.planning import compile as compiling
@@ -24,6 +24,7 @@ from mllm_jax.planning.plan import make_plan
 from mllm_jax.planning.report import render, show, show_search
 from mllm_jax.planning.topologies import GIB, topology
 from mllm_jax.sharding.mesh import MeshConfig
+from mllm_jax.training.config_file import load_config
 from mllm_jax.training.flops import count_flops, with_remat
 
 ROOT = Path(__file__).parents[2]

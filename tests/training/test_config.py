@@ -12,13 +12,13 @@ from tiny_runs import ROOT
 from toy_data import MODEL, PAIRS, PICTURES
 
 from mllm_jax.checkpoints.description import describe, rebuild
-from mllm_jax.cli import load_config
 from mllm_jax.errors import ConfigError
 from mllm_jax.evaluation.openmoji import OpenMojiEvaluation, OpenMojiRetrieval
 from mllm_jax.models.clip import DualEncoderConfig
 from mllm_jax.sharding.logical import data_parallel
 from mllm_jax.sharding.mesh import MeshConfig
 from mllm_jax.training.config import Experiment, Stage, TokenizerConfig
+from mllm_jax.training.config_file import load_config
 from mllm_jax.training.objectives.contrastive import Contrastive
 from mllm_jax.training.objectives.next_token import NextToken
 from mllm_jax.training.partition import split

@@ -109,7 +109,7 @@ def test_a_run_embeds_what_training_embeds(run, tmp_path):
         Image.fromarray(picture).save(places[-1])
     out = tmp_path / "vectors.npz"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cli, "_use_cpu_devices", lambda experiment: None)
+        patch.setattr("mllm_jax.cli.embed.use_cpu_devices", lambda experiment: None)
         command = ["embed", str(folder), "--out", str(out), "--images", *map(str, places), "--text", *captions]
         assert cli.main(command) == 0
     with np.load(out) as stored:

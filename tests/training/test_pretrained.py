@@ -17,11 +17,11 @@ from tiny_language import CONFIG, random_params, write_folder
 from toy_data import MODEL, PAIRS, PICTURES, quick_compilation
 
 import mllm_jax
-from mllm_jax.cli import load_config
 from mllm_jax.errors import CheckpointError, ConfigError, RunFolderError
 from mllm_jax.inference.generate import Generator
 from mllm_jax.sharding.mesh import MeshConfig
 from mllm_jax.training.config import AdamW, CheckpointConfig, Experiment, Pretrained, Stage, TokenizerConfig
+from mllm_jax.training.config_file import load_config
 from mllm_jax.training.loop import train
 from mllm_jax.training.objectives.contrastive import Contrastive
 from mllm_jax.training.objectives.next_token import NextToken

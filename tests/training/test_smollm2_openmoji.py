@@ -11,9 +11,9 @@ from tiny_language import write_folder
 from tiny_runs import ROOT
 from toy_data import quick_compilation
 
-from mllm_jax.cli import load_config
 from mllm_jax.errors import ConfigError
 from mllm_jax.evaluation.run import evaluate_run
+from mllm_jax.training.config_file import load_config
 from mllm_jax.training.loop import train
 from mllm_jax.training.run_folder import RunFolder
 

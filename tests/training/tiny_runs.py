@@ -39,8 +39,8 @@ class Setting:
 
 def experiment(mesh: dict[str, int]):
     """configs/smoke.py on a mesh, without its evaluation."""
-    from mllm_jax.cli import load_config
     from mllm_jax.sharding.mesh import MeshConfig
+    from mllm_jax.training.config_file import load_config
 
     smoke = load_config(ROOT / "configs" / "smoke.py")
     assert all(stage.steps == STEPS for stage in smoke.stages) and smoke.log_every == 1

@@ -1,19 +1,18 @@
-"""The command `mllm plan`."""
+"""`mllm plan`: compiles a stage's step for a TPU slice and says what it costs there."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import tyro
 
+from mllm_jax.cli.config_help import all_help, config_help, wants_help
+from mllm_jax.cli.console import console
 from mllm_jax.errors import ConfigError
 from mllm_jax.training.config import Experiment
-
-if TYPE_CHECKING:
-    from rich.console import Console
+from mllm_jax.training.config_file import load_config
 
 USAGE = """usage: mllm plan CONFIG.py --topology v5e-256 [OPTIONS]
 
@@ -47,13 +46,13 @@ class Plan:
             raise ConfigError(f"search {self.search}", "0 or more", "change --search")
 
 
-def plan_command(arguments: list[str], load_config: Callable[[Path], Experiment], console: Console) -> int:
+def run(arguments: list[str]) -> int:
     """Runs the command.
 
     Returns:
         the exit status: 0 if the step fits or may fit, 1 if it does not.
     """
-    if not arguments or arguments[0] in ("-h", "--help"):
+    if not arguments or arguments[0] in ("-h", "--help", "--help-all"):
         print(USAGE)
         return 0
     if arguments[0].startswith("-"):
@@ -62,10 +61,16 @@ def plan_command(arguments: list[str], load_config: Callable[[Path], Experiment]
             "mllm plan configs/llava15_7b.py --topology v5e-256",
             "name a config file, before any option",
         )
-    path = Path(arguments[0])
-    default = Plan(load_config(path), tyro.MISSING)
+    default = Plan(load_config(Path(arguments[0])), tyro.MISSING)
+    if wants_help(arguments):
+        print(config_help("plan", default, arguments[0]))
+        return 0
     options = tyro.cli(
-        Plan, args=arguments[1:], default=default, prog=f"mllm plan {path}", config=(tyro.conf.AvoidSubcommands,)
+        Plan,
+        args=all_help(arguments[1:]),
+        default=default,
+        prog=f"mllm plan {arguments[0]}",
+        config=(tyro.conf.AvoidSubcommands,),
     )
 
     import jax
@@ -80,11 +85,11 @@ def plan_command(arguments: list[str], load_config: Callable[[Path], Experiment]
     where = topology(options.topology)
     if options.search:
         best, tried = search(options.experiment, where, options.stage, limit=options.search)
-        show_search(best[:5], tried, console)
+        show_search(best[:5], tried, console())
         plan = best[0] if best else tried[-1]
     else:
         plan = make_plan(options.experiment, where, options.stage)
-    show(plan, console)
+    show(plan, console())
     if options.json is not None:
         plan.write(options.json)
     return 0 if plan.fits is not False else 1

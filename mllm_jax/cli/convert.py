@@ -1,0 +1,70 @@
+"""`mllm convert`: a model folder as one of another kind."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import tyro
+
+from mllm_jax.cli.runs import is_run
+from mllm_jax.errors import ConfigError, TrainingError
+from mllm_jax.training.run_folder import RunFolder
+
+
+@dataclass(frozen=True)
+class Convert:
+    """Writes a model folder as one of the other kind, or in another dtype, and proves that nothing was lost.
+
+    Tokenizer, chat template and generation settings go along.
+
+    Attributes:
+        source: a Hugging Face folder (config.json, safetensors), a native one, or a run that trained a named model.
+        target: the folder to write.
+        to: what to write; the kind that the source is not, if not given.
+        dtype: what to store; as in the source, if not given.
+        overwrite: replace a model that is there.
+    """
+
+    source: tyro.conf.Positional[Path]
+    target: tyro.conf.Positional[Path]
+    to: Literal["native", "huggingface"] | None = None
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    overwrite: bool = False
+
+
+def run(arguments: list[str]) -> int:
+    options = tyro.cli(Convert, args=arguments, prog="mllm convert")
+
+    import jax
+
+    jax.config.update("jax_platforms", "cpu")  # nothing is computed, and the host has the most room
+
+    if is_run(options.source):
+        run = RunFolder(options.source)
+        _check_run(run)
+
+        from mllm_jax.training.named import export_run
+
+        export_run(run, options.target, dtype=options.dtype, overwrite=options.overwrite)
+        print(f"{run.path} written to {options.target} as a Hugging Face folder")
+        return 0
+
+    from mllm_jax.models.convert import convert
+
+    convert(options.source, options.target, to=options.to, dtype=options.dtype, overwrite=options.overwrite, say=print)
+    return 0
+
+
+def _check_run(run: RunFolder) -> None:
+    """Refuses, before any weights are read, a run of which no folder can be written."""
+    experiment = run.experiment()
+    if getattr(experiment.model, "family", None) is None:
+        raise ConfigError(
+            f"{run.path}, a run of a {type(experiment.model).__name__} that was composed here",
+            "a run that trains a named model, such as LLaVA: other programs know no others",
+            f"use the run itself: mllm generate {run.path}, mllm embed {run.path}, or mllm_jax.load_run in Python",
+        )
+    if not run.is_trained():
+        raise TrainingError(f"{run.path}: no stage is finished", "a run that has ended a stage", "train it further")

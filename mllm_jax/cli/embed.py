@@ -1,0 +1,80 @@
+"""`mllm embed`: vectors of pictures and texts."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+import tyro
+
+from mllm_jax.cli.runs import experiment_of, use_cpu_devices
+from mllm_jax.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Embed:
+    """Writes unit vectors of pictures and texts to a file, for use in search.
+
+    The file holds `image_names`, `image_embeds`, `texts` and `text_embeds`; `numpy.load` opens it.
+
+    Attributes:
+        model: a Hugging Face folder of CLIP or SigLIP, or of one of their towers, or a native one; or a run of a dual
+            encoder.
+        images: picture files, and folders in which pictures lie at any depth.
+        text: texts.
+        out: the file to write, ending in .npz.
+        batch_size: pictures or texts at a time.
+        dtype: what to compute in; as in the folder, if not given.
+        truncate: shorten texts that are too long instead of refusing them.
+        skip_bad: leave out pictures that cannot be read, each with a warning.
+        overwrite: replace a file that is there.
+    """
+
+    model: tyro.conf.Positional[Path]
+    out: Path
+    images: tuple[Path, ...] = ()
+    text: tuple[str, ...] = ()
+    batch_size: int = 32
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    truncate: bool = False
+    skip_bad: bool = False
+    overwrite: bool = False
+
+
+def run(arguments: list[str]) -> int:
+    options = tyro.cli(Embed, args=arguments, prog="mllm embed")
+
+    from mllm_jax.inference.embed import embed_to_file
+
+    shapes = embed_to_file(
+        partial(_embedder_of, options.model),
+        options.out,
+        images=options.images,
+        texts=options.text,
+        overwrite=options.overwrite,
+        bad=(lambda error: print(f"warning: {error}", file=sys.stderr)) if options.skip_bad else None,
+        batch_size=options.batch_size,
+        dtype=options.dtype,
+        truncate=options.truncate,
+    )
+    print(f"{options.out}: " + ", ".join(f"{name} {list(shape)}" for name, shape in shapes.items()))
+    return 0
+
+
+def _embedder_of(model: Path, *, images: bool, texts: bool, dtype: str | None, **options):
+    from mllm_jax.inference.embed import Embedder
+    from mllm_jax.training.run_folder import RunFolder
+
+    if not RunFolder(model).is_trained():
+        return Embedder.load(model, images=images, texts=texts, dtype=dtype, **options)
+    if dtype is not None:
+        raise ConfigError(f"--dtype {dtype} for a run", "a run computes as its config says", "leave out --dtype")
+    use_cpu_devices(experiment_of(model))
+
+    from mllm_jax.training.weights import load_run
+
+    _, module, params, tokenizer, _ = load_run(RunFolder(model))
+    return Embedder.trained(module, params, tokenizer, **options)

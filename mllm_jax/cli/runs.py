@@ -1,0 +1,51 @@
+"""What several commands ask of a folder, and what must be told before a device is touched."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+from mllm_jax.errors import RunFolderError
+from mllm_jax.training.config import Experiment
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a folder holds a training run, finished or not."""
+    from mllm_jax.training.run_folder import RunFolder
+
+    try:
+        RunFolder(folder).described()
+    except RunFolderError:
+        return False
+    return True
+
+
+def is_model(folder: Path) -> bool:
+    """Whether a folder holds a model to be loaded, not a training run."""
+    from mllm_jax.checkpoints.native import is_native
+
+    return is_native(folder) or any(folder.glob("*.safetensors"))
+
+
+def experiment_of(run: Path) -> Experiment:
+    from mllm_jax.training.run_folder import RunFolder
+
+    folder = RunFolder(run)
+    experiment = folder.experiment()
+    if unfinished := folder.unfinished(experiment):
+        print(f"warning: {run} is trained in part: no stage {', '.join(unfinished)} yet", file=sys.stderr)
+    return experiment
+
+
+def use_cpu_devices(experiment: Experiment) -> None:
+    """Presents the CPU as several devices, before anything has touched a device; XLA_FLAGS have the last word."""
+    import jax
+
+    from mllm_jax.training.host import enough_threads, keep_freed_memory
+
+    if experiment.cpu_devices:
+        keep_freed_memory()
+        enough_threads(experiment.cpu_devices)
+    if experiment.cpu_devices and "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+        jax.config.update("jax_num_cpu_devices", experiment.cpu_devices)

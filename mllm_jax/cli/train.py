@@ -1,0 +1,137 @@
+"""`mllm train`: trains an experiment, or goes on with it, and evaluates it."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from mllm_jax.cli.caches import keep_compiled_programs, lengths_folder
+from mllm_jax.cli.config_help import all_help, config_help, wants_help
+from mllm_jax.cli.console import refused
+from mllm_jax.cli.evaluate import evaluate
+from mllm_jax.cli.runs import is_run, use_cpu_devices
+from mllm_jax.errors import ConfigError
+from mllm_jax.models.clip import DualEncoderConfig
+from mllm_jax.models.multimodal import MultimodalConfig
+from mllm_jax.models.registry import has_layout
+from mllm_jax.training.config import Experiment
+from mllm_jax.training.config_file import load_config
+from mllm_jax.training.distributed import Hosts, end_together, join, leave
+from mllm_jax.training.run_folder import RunFolder
+
+USAGE = """usage: mllm train CONFIG.py [OPTIONS]
+
+The options are --run-dir DIR, --fresh and every field of the config. Name a config to list them:
+
+  mllm train configs/quickstart.py --help
+
+A run's folder may stand for its config: mllm train runs/quickstart goes on with that run."""
+
+
+@dataclass(frozen=True)
+class Train:
+    """Trains an experiment, or goes on with it, then evaluates it.
+
+    Attributes:
+        run_dir: where everything of the run lies; runs/<config name> if not given.
+        fresh: start over, removing what an earlier run left in the folder.
+        hosts: where several processes train together; see launch/README.md.
+        hang_seconds: where no step ends for this long, prints the stack of every thread and exits; 0: never.
+        profile: write a trace of a few steps into the run folder.
+        self_contained: copy what `Pretrained` parts read into the run folder, which then needs no other.
+        compile_cache: whether compiled programs are kept in the user's cache folder for the next start.
+    """
+
+    experiment: Annotated[Experiment, tyro.conf.arg(name="")]
+    run_dir: Path | None = None
+    fresh: bool = False
+    hosts: Hosts = Hosts()
+    hang_seconds: float = 1800.0
+    profile: bool = False
+    self_contained: bool = False
+    compile_cache: bool = True
+
+
+def run(arguments: list[str]) -> int:
+    if arguments and arguments[0] in ("-h", "--help", "--help-all"):
+        print(USAGE)
+        return 0
+    if not arguments or arguments[0].startswith("-"):
+        raise ConfigError(
+            " ".join(["mllm train", *arguments[:1], "without a config"]),
+            "mllm train configs/quickstart.py",
+            "name a config file, before any option",
+        )
+    default = _default(Path(arguments[0]))
+    if wants_help(arguments):
+        print(config_help("train", default, arguments[0]))
+        return 0
+    options = tyro.cli(
+        Train,
+        args=all_help(arguments[1:]),
+        default=default,
+        prog=f"mllm train {arguments[0]}",
+        config=(tyro.conf.AvoidSubcommands,),
+    )
+    use_cpu_devices(options.experiment)
+    if options.compile_cache:
+        keep_compiled_programs()
+    if not join(options.hosts):
+        return _train(options)
+    return end_together(lambda: _train(options), refused)
+
+
+def _default(path: Path) -> Train:
+    """What a config file asks for; or a run's folder, whose config it holds itself."""
+    if is_run(path):
+        return Train(RunFolder(path).experiment(), run_dir=path)
+    return Train(load_config(path))
+
+
+def _train(options: Train) -> int:
+    import jax
+
+    from mllm_jax.training.loop import Interrupted, train
+    from mllm_jax.training.stopping import heed_no_notice
+
+    experiment = options.experiment
+    folder = RunFolder(options.run_dir or Path("runs") / experiment.name)
+    done = not options.fresh and is_run(folder.path) and not folder.unfinished(experiment)
+    try:
+        train(
+            experiment,
+            folder.path,
+            fresh=options.fresh,
+            cache_dir=lengths_folder(),
+            hang_seconds=options.hang_seconds,
+            profile=options.profile,
+            self_contained=options.self_contained,
+        )
+    except Interrupted as stop:  # on all processes after the same step
+        print(stop, file=sys.stderr)
+        leave()
+        return 130
+    heed_no_notice()
+    first = jax.process_index() == 0
+    if done and first:
+        print(f"nothing to train: all stages of {folder.path} are done")
+    if experiment.evaluation is not None:
+        evaluate(folder.path)
+    if first:
+        print(f"next: {_next(experiment, folder.path)}")
+    return 0
+
+
+def _next(experiment: Experiment, run: Path) -> str:
+    """The command with which a trained model is put to use."""
+    if has_layout(experiment.model):
+        return f'mllm convert {run} FOLDER, then mllm generate FOLDER --image cat.png "What is this?"'
+    if isinstance(experiment.model, DualEncoderConfig):
+        return f'mllm embed {run} --images FOLDER --text "a cat" --out vectors.npz'
+    if isinstance(experiment.model, MultimodalConfig):
+        return f'mllm generate {run} --image cat.png "What is this?"'
+    return f"a config that begins with it: Pretrained(part, {str(run)!r}, stage={experiment.stages[-1].name!r})"
