@@ -4,16 +4,20 @@ The files meant are blip_laion_cc_sbu_558k.json of liuhaotian/LLaVA-Pretrain and
 liuhaotian/LLaVA-Instruct-150K; any list of such records, or a file with one a line, is read alike:
 
     {"id": "7", "image": "a.png", "conversations": [{"from": "human", "value": "<image>\\nWhat?"}, ...]}
+
+A record names images inside the image folder only. Symbolic links in that folder are followed, also out of it: a record
+cannot make one, and data sets are often linked into a folder. What they lead to has to be a regular file and an image.
 """
 
 from __future__ import annotations
 
 import functools
 import hashlib
-import json
 import mmap
 import os
 import re
+import reprlib
+import stat
 from array import array
 from dataclasses import dataclass
 from pathlib import Path, PureWindowsPath
@@ -24,12 +28,17 @@ import numpy as np
 from mllm_jax.data.examples import Conversation, Turn
 from mllm_jax.data.images import read_image, resize
 from mllm_jax.errors import ConfigError, DataError
+from mllm_jax.files import parse_json
 
 PLACEHOLDER = "<image>"
 VERSIONS = ("chat", "plain")
 _READING = 1  # raise it whenever the same file gives other conversations
-# Everything up to the next brace that is not inside a string.
-_NEXT_BRACE = re.compile(rb'(?:[^"{}]++|"[^"\\]*+(?:\\.[^"\\]*+)*+")*+([{}])', re.DOTALL)
+# Each is matched once at a position and never goes back, so that a file is read in one pass. No JSON has a NUL byte.
+_BEGIN = re.compile(rb"(?:\xef\xbb\xbf)?[ \t\r\n]*+(\[?)[ \t\r\n]*+")
+_BETWEEN = re.compile(rb"[ \t\r\n]*+,?[ \t\r\n]*+")
+_REST = rb'(?:[^"{}\0]++|"[^"\\\0]*+(?:\\[^\0][^"\\\0]*+)*+")*+'  # a brace in a string is none
+_TO_BRACE, _TO_ANY = re.compile(_REST + rb"([{}])"), re.compile(_REST)
+_END = re.compile(rb"[ \t\r\n]*+(\]?)[ \t\r\n]*+")
 
 
 @dataclass(frozen=True)
@@ -70,6 +79,8 @@ class LLaVASource:
         path = root / settings.path
         try:
             facts = path.stat()
+            if not stat.S_ISREG(facts.st_mode):
+                raise OSError("no regular file")  # a pipe would be waited for
             self._file = _open(path, facts.st_size, facts.st_mtime_ns)
         except (OSError, ValueError) as error:  # mmap refuses empty files with a ValueError
             raise DataError(
@@ -106,8 +117,8 @@ class LLaVASource:
         found = []
         for name in _pictures(record):
             inside = os.path.normpath(name)
-            if PureWindowsPath(name).drive or os.path.isabs(name) or inside.split(os.sep)[0] == ".." or "\0" in name:
-                _refuse(record, f"the picture {name!r}", "a file inside the folder of pictures")
+            if PureWindowsPath(name).drive or os.path.isabs(name) or inside.split(os.sep)[0] == "..":
+                _refuse(record, f"the picture {_short(name)}", "a file inside the folder of pictures")
             try:
                 image = read_image(self.folder / inside)
             except DataError as error:
@@ -119,12 +130,8 @@ class LLaVASource:
         if not 0 <= index < len(self):
             raise IndexError(f"index {index} of source {self.name}, which has {len(self)} records")
         start, stop = self._file.spans[2 * index : 2 * index + 2]
-        try:
-            return json.loads(self._file.content[start:stop])
-        except ValueError as error:
-            raise DataError(
-                f"bytes {start} to {stop} are no JSON ({error})", "a record", "download the file again, or mend it"
-            ) from error
+        name = f"bytes {start:,} to {stop:,}"
+        return parse_json(self._file.content[start:stop], name, DataError, todo="download the file again, or mend it")
 
 
 # ---- what a record says
@@ -136,7 +143,9 @@ def _turns(record: dict[str, Any]) -> list[Turn]:
         _refuse(record, "no list of `conversations`", 'messages such as {"from": "human", "value": "..."}')
     for one in said:
         if one.get("from") not in ("human", "gpt") or not isinstance(one.get("value"), str):
-            _refuse(record, f"a message from {one.get('from')!r}", 'text from "human" or "gpt"')
+            _refuse(record, f"a message from {_short(one.get('from'))}", 'text from "human" or "gpt"')
+        if not _encodable(one["value"]):
+            _refuse(record, f"half a character in the text {_short(one['value'])}", "text that UTF-8 can write")
         if one["from"] == "gpt" and not one["value"].strip():
             _refuse(record, "an empty answer", "an answer with text")
         if one["from"] == "gpt" and PLACEHOLDER in one["value"]:
@@ -146,7 +155,7 @@ def _turns(record: dict[str, Any]) -> list[Turn]:
     if not said or said[-1]["from"] != "gpt":
         _refuse(record, "a dialogue without an assistant turn at its end", "an answer to each question")
     if [one["from"] for one in said] != ["human", "gpt"] * (len(said) // 2):
-        _refuse(record, f"turns of {[one['from'] for one in said]}", "a question and an answer in turn")
+        _refuse(record, f"turns of {_short([one['from'] for one in said])}", "a question and an answer in turn")
     asked = [_placed(one["value"]) for one in said[::2]]
     return [
         Turn(text, answer["value"].strip(), "dialogue", images_at=places)
@@ -173,12 +182,33 @@ def _pictures(record: dict[str, Any]) -> list[str]:
     names = record.get("image")
     names = [] if names is None else [names] if isinstance(names, str) else names
     if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
-        _refuse(record, f"image={names!r}", "a name, or a list of names")
+        _refuse(record, f"image={_short(names)}", "a name, or a list of names")
+    for name in names:
+        if "\0" in name or not _encodable(name):
+            _refuse(record, f"image={_short(name)}", "a name that a file can have")
     return names
 
 
+def _encodable(text: str) -> bool:
+    """Whether UTF-8 can write the text: JSON can spell half of a pair of surrogates."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _short(value: Any) -> str:
+    """A value for a message, however long or deep it is."""
+    return _REPR.repr(value)
+
+
+_REPR = reprlib.Repr()
+_REPR.maxstring = _REPR.maxother = 100
+
+
 def _called(record: dict[str, Any]) -> str:
-    return f"record {record.get('id', '(without an id)')!r}"
+    return f"record {_short(record.get('id', '(without an id)'))}"
 
 
 def _refuse(record: dict[str, Any], given: str, expected: str):
@@ -202,35 +232,47 @@ def _open(path: Path, size: int, changed: int) -> _File:
     """Size and time of change make a file that was replaced be read again."""
     with open(path, "rb") as file:
         content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    spans = _spans(content, path)
     digest = hashlib.blake2b(digest_size=16)
     with memoryview(content) as view:
         digest.update(view)
-    return _File(content, _spans(content, path), digest.hexdigest())
+    return _File(content, spans, digest.hexdigest())
 
 
 def _spans(content: mmap.mmap, path: Path) -> array:
-    """Offsets of the outermost braces."""
-    spans, depth, end = array("q"), 0, 0
-    for found in _NEXT_BRACE.finditer(content):
-        if found[1] == b"{":
-            if depth == 0:
-                between = content[end : found.end() - 1].strip()
-                if between not in ((b",", b"") if spans else (b"[", b"", b"\xef\xbb\xbf", b"\xef\xbb\xbf[")):
-                    break
-                spans.append(found.end() - 1)
-            depth += 1
-        else:
-            depth -= 1
-            if depth < 0:
-                break
-            if depth == 0:
-                end = found.end()
-                spans.append(end)
-    listed = content[: spans[0]].strip().endswith(b"[") if spans else False
-    if depth != 0 or not spans or content[end:].strip() != (b"]" if listed else b""):
-        raise DataError(
-            f"{path}: no whole file of records; it makes sense up to byte {end:,}",
-            "a JSON list of objects, or one object a line",
-            "download it again: it may have been cut short",
-        )
+    """Offsets of the outermost braces, found in one pass.
+
+    Raises:
+        DataError: a file that is no list or lines of objects, with the first byte that does not fit.
+    """
+    spans = array("q")
+    begin = _BEGIN.match(content)
+    at = begin.end()
+    while content[at : at + 1] == b"{":
+        spans.append(at)
+        depth, at = 1, at + 1
+        while depth:
+            found = _TO_BRACE.match(content, at)
+            if found is None:  # the end of the file, a string without an end, or a NUL byte
+                raise _does_not_fit(content, _TO_ANY.match(content, at).end(), path)
+            depth += 1 if found[1] == b"{" else -1
+            at = found.end()
+        spans.append(at)
+        at = _BETWEEN.match(content, at).end()
+    # Back to where the last record ends: no comma may follow it.
+    last = _END.match(content, spans[-1] if spans else at)
+    if not spans or bool(last[1]) != bool(begin[1]) or last.end() != len(content):
+        raise _does_not_fit(content, max(at, last.end()), path)
     return spans
+
+
+def _does_not_fit(content: mmap.mmap, at: int, path: Path) -> DataError:
+    line, step = 1, 1 << 20
+    for start in range(0, at, step):
+        line += content[start : min(start + step, at)].count(b"\n")
+    found = ascii(content[at : at + 1].decode("latin-1")) if at < len(content) else "the file's end"
+    return DataError(
+        f"{path}: no whole file of records; it makes sense up to byte {at:,} (line {line:,}), where {found} is",
+        "a JSON list of objects, or one object a line",
+        "name the file of records, or download it again: it may have been cut short",
+    )
