@@ -173,16 +173,16 @@ def test_a_sparse_file_and_a_pipe_are_refused_at_once(folder):
 
 
 BROKEN = {
-    "nested": '{"id": "n", "x": %s0%s}' % ("[" * 100_000, "]" * 100_000),
-    "nested objects": '{"id": "n", "x": %s0%s}' % ('{"a": ' * 100_000, "}" * 100_000),
+    "nested": '{"id": "n", "x": ' + "[" * 100_000 + "0" + "]" * 100_000 + "}",
+    "nested objects": '{"id": "n", "x": ' + '{"a": ' * 100_000 + "0" + "}" * 100_001,
     "half a character in a question": json.dumps({"id": "h", "conversations": said("\ud800", "b")}),
     "half a character in an answer": json.dumps({"id": "h", "conversations": said("a", "b\udc00")}),
     "half a character in a name": json.dumps({"image": "\ud800.png", "conversations": said("<image>", "b")}),
     "NUL in a name": json.dumps({"image": "a\0.png", "conversations": said("<image>", "b")}),
-    "a number too long": '{"id": %s}' % ("1" * 5_000),
+    "a number too long": '{"id": ' + "1" * 5_000 + "}",
     "no UTF-8": '{"id": "LATIN"}',
-    "a name in lists": '{"image": %s"a"%s}' % ("[" * 500, "]" * 500),
-    "a speaker in lists": '{"id": "s", "conversations": [{"from": %s"a"%s}]}' % ("[" * 500, "]" * 500),
+    "a name in lists": '{"image": ' + "[" * 500 + '"a"' + "]" * 500 + "}",
+    "a speaker in lists": '{"id": "s", "conversations": [{"from": ' + "[" * 500 + '"a"' + "]" * 500 + "}]}",
 }
 
 
