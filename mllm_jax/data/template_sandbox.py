@@ -33,7 +33,9 @@ from mllm_jax.data.template_budget import (
     require_width,
 )
 
-MAX_TEMPLATE = 200_000  # characters; the longest templates of well-known models have 30,000
+MAX_TEMPLATE = (
+    100_000  # characters, which take up to 2 s to compile; the longest templates of well-known models have 30,000
+)
 _UNKNOWN = ("lipsum", "pprint", "striptags", "urlize", "wordwrap", "xmlattr")  # slow, and of no use in a chat
 # Filters that look at no more of a value than its first level; all others may write it out.
 _SHALLOW = {
@@ -53,10 +55,10 @@ def render(template: str, messages: Sequence[Mapping[str, Any]], **variables: An
         raise BudgetError(f"a template of {len(template):,} characters, more than {MAX_TEMPLATE:,}")
     given = _plain({"messages": [dict(message) for message in messages], **variables})
     given["messages"] = [_aliased(message) for message in given["messages"]]
-    budget = Budget(given)
-    token = _BUDGET.set(budget)
+    compiled = _compiled(template)
+    token = _BUDGET.set(Budget(given))
     try:
-        return _compiled(template).render(**given)
+        return compiled.render(**given)
     finally:
         _BUDGET.reset(token)
 
@@ -94,17 +96,18 @@ class _Code(CodeGenerator):
     """Python that counts: steps of loops, and text of the template each time that it is written."""
 
     def visit_For(self, node: nodes.For, frame: Any) -> None:
-        step = nodes.Call(nodes.EnvironmentAttribute("step"), [], [], None, None).set_lineno(node.lineno)
-        node.body = [nodes.ExprStmt(step).set_lineno(node.lineno), *node.body]
+        node.body = [nodes.Output([]).set_lineno(node.lineno), *node.body]
         if node.test is not None:  # what it leaves out is a step as well
+            step = nodes.Call(nodes.EnvironmentAttribute("step"), [], [], None, None)
             node.test = nodes.And(step, node.test).set_lineno(node.lineno)
         super().visit_For(node, frame)
 
     def visit_Output(self, node: nodes.Output, frame: Any) -> None:
         written = sum(len(child.data) for child in node.nodes if isinstance(child, nodes.TemplateData))
-        if written:
+        if written or not node.nodes:  # an empty one begins a loop's body
             self.writeline(f"environment.spend({written})", node)
-        super().visit_Output(node, frame)
+        if node.nodes:
+            super().visit_Output(node, frame)
 
     def visit_Concat(self, node: nodes.Concat, frame: Any) -> None:
         self.write("environment.joined(context, (")
@@ -172,11 +175,11 @@ class _Environment(ImmutableSandboxedEnvironment):
         self.globals |= dict(raise_exception=_refuse, strftime_now=_now, dict=_Dict(), namespace=_Namespace)
 
     def step(self) -> bool:
-        """One step of a loop; `call` counts it."""
+        """One step of a loop over what it leaves out; `call` counts it."""
         return True
 
     def spend(self, amount: int) -> None:
-        """Counts text of the template."""
+        """Counts a step of a loop, or text of the template."""
         _BUDGET.get().spend(amount)
 
     def made(self, value: Any) -> Any:
