@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mllm_jax.errors import DataError
+from mllm_jax.files import read_json
 
 Message = Mapping[str, str]  # {"role": "user", "content": "..."}
 
@@ -30,6 +31,10 @@ class ChatTokenizer:
         listed = self.generation.get("eos_token_id")
         listed = listed if isinstance(listed, list) else [listed]
         ids = [i for i in (backend.eos_token_id, *listed) if i is not None]
+        if not all(type(i) is int and i >= 0 for i in ids):
+            raise DataError(
+                f"{GENERATION} with eos_token_id={listed!r:.100}", "one id, or a list of them", "restore it"
+            )
         self.stop_ids: tuple[int, ...] = tuple(dict.fromkeys(ids))
 
     @classmethod
@@ -48,18 +53,17 @@ class ChatTokenizer:
             )
         from transformers import AutoTokenizer
 
-        path = folder / GENERATION
+        generation = _json(folder / GENERATION) or {}
         try:
-            generation = json.loads(path.read_text("utf-8")) if path.is_file() else {}
             backend = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
-            if (template := folder / PROCESSORS_TEMPLATE).is_file():
-                backend.chat_template = json.loads(template.read_text("utf-8"))["chat_template"]
         except Exception as error:  # transformers and tokenizers raise many kinds, some of them plain Exception
-            raise DataError(
-                f"the tokenizer in {folder}: {type(error).__name__}: {error}",
-                f"files that transformers' AutoTokenizer reads, {GENERATION} and {PROCESSORS_TEMPLATE} in JSON",
-                "restore them from the checkpoint's origin",
-            ) from error
+            raise _unreadable(folder, f"{type(error).__name__}: {str(error)[:1_000]}") from error
+        if (template := _json(folder / PROCESSORS_TEMPLATE)) is not None:
+            if "chat_template" not in template:
+                raise _unreadable(folder, f"{PROCESSORS_TEMPLATE} without chat_template")
+            backend.chat_template = template["chat_template"]
+        if not _is_template(getattr(backend, "chat_template", None)):
+            raise _unreadable(folder, f"a chat template that is {type(backend.chat_template).__name__}")
         return cls(backend, generation)
 
     def save(self, folder: str | Path) -> None:
@@ -81,8 +85,18 @@ class ChatTokenizer:
         return self.backend.pad_token_id
 
     def encode(self, text: str) -> list[int]:
-        """Plain text to ids, with the special tokens that the tokenizer puts around a text."""
-        return list(self.backend(text)["input_ids"])
+        """Plain text to ids, with the special tokens that the tokenizer puts around a text.
+
+        Raises:
+            DataError: a text that is none to the tokenizer, such as half a pair of surrogates.
+        """
+        return self._ids(text)
+
+    def _ids(self, text: str, **how: bool) -> list[int]:
+        try:
+            return list(self.backend(text, **how)["input_ids"])
+        except Exception as error:  # tokenizers raises a TypeError for half a character, and plain Exceptions
+            raise not_encodable(text, error) from error
 
     def encode_chat(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> list[int]:
         """A conversation to ids, laid out by the template.
@@ -97,33 +111,66 @@ class ChatTokenizer:
         Raises:
             DataError: no template, or messages that it refuses, such as two questions in a row.
         """
-        laid_out = self._lay_out(messages, add_generation_prompt, tokenize=True, return_dict=True)
-        return list(laid_out["input_ids"])
+        return self._ids(self.render_chat(messages, add_generation_prompt), add_special_tokens=False)
 
     def render_chat(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> str:
-        """A conversation as the template writes it; takes and raises what `encode_chat` does."""
-        return self._lay_out(messages, add_generation_prompt, tokenize=False)
+        """A conversation as the template writes it; takes and raises what `encode_chat` does.
 
-    def _lay_out(self, messages: Sequence[Message], add_generation_prompt: bool, **how: bool):
+        A template is a program of the checkpoint's authors: it has a budget of time and text, see
+        `mllm_jax.data.template_sandbox`, and whatever it fails with is a refusal.
+        """
         if not self.has_template:
             raise DataError(
                 "a conversation for a tokenizer without a chat template",
                 "chat_template in tokenizer_config.json, or chat_template.jinja",
                 "take an instruction-tuned checkpoint, or give plain text as the prompt",
             )
-        from jinja2 import TemplateError
+        from mllm_jax.data.template_sandbox import render
 
+        variables = dict(tools=None, documents=None, add_generation_prompt=add_generation_prompt)
         try:
-            return self.backend.apply_chat_template(
-                [dict(message) for message in messages], add_generation_prompt=add_generation_prompt, **how
-            )
-        except TemplateError as error:
+            template = self.backend.get_chat_template()
+            return render(template, messages, **variables | self.backend.special_tokens_map)
+        except Exception as error:  # a template can raise anything: 1/0, a macro that calls itself, no memory
             raise DataError(
-                f"roles {[message['role'] for message in messages]}: {error}",
-                "a conversation that the chat template accepts",
+                f"roles {[message.get('role') for message in messages]!r:.200}: {type(error).__name__}: {error!s:.500}",
+                "a conversation that the chat template accepts, and a template that ends",
                 "change the order or the roles of the messages, or take another chat model's tokenizer",
             ) from error
 
     def decode(self, ids: Sequence[int]) -> str:
         """Ids to text, special tokens left out and spaces as they are."""
         return self.backend.decode([int(i) for i in ids], skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
+def not_encodable(text: str, error: Exception) -> DataError:
+    """The refusal of a text of which a tokenizer makes no ids."""
+    return DataError(
+        f"the text {text!a:.100}: {type(error).__name__}: {error!s:.200}",
+        "text that UTF-8 can write, and a tokenizer that can read it",
+        "mend the text, or restore the tokenizer's files",
+    )
+
+
+def _json(path: Path) -> dict[str, Any] | None:
+    """The object in a file of a folder, None where there is no such file."""
+    try:
+        return read_json(path, DataError)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise _unreadable(path.parent, f"{path.name}: {error}") from error
+
+
+def _is_template(value: Any) -> bool:
+    """Whether it is a chat template, none, or several by name."""
+    texts = value.values() if isinstance(value, dict) else [value]
+    return value is None or all(isinstance(text, str) for text in texts)
+
+
+def _unreadable(folder: Path, reason: str) -> DataError:
+    return DataError(
+        f"the tokenizer in {folder}: {reason}",
+        f"files that transformers' AutoTokenizer reads, {GENERATION} and {PROCESSORS_TEMPLATE} in JSON",
+        "restore them from the checkpoint's origin",
+    )

@@ -7,7 +7,11 @@ from __future__ import annotations
 
 from functools import lru_cache
 
+from mllm_jax.errors import ConfigError
+
 Size = tuple[int, int]
+
+MAX_TILES = 1_000  # InternVL's own settings have 6 to 40
 
 
 @lru_cache(maxsize=256)
@@ -22,7 +26,12 @@ def tile_grid(size: Size, tile: Size, least: int, most: int) -> Size:
         size: the picture's.
         tile: a tile's.
         least, most: how many tiles there may be, without the thumbnail.
+
+    Raises:
+        ConfigError: more tiles than any model takes.
     """
+    if most > MAX_TILES:
+        raise ConfigError(f"up to {most:,} tiles of an image", f"at most {MAX_TILES:,}", "set fewer")
     height, width = size
     counts = range(1, most + 1)
     grids = [(rows, columns) for columns in counts for rows in counts if least <= rows * columns <= most]

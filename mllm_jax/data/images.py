@@ -6,15 +6,16 @@ import io
 import math
 import os
 import warnings
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from mllm_jax.errors import ConfigError, DataError
+from mllm_jax.files import read_bytes
 
 MAX_PIXELS = 50_000_000
+MAX_BYTES = 512 << 20  # of a file: MAX_PIXELS without compression have 150 MB, with 16 bits a sample twice as much
 # Formats that Pillow decodes in-process; others (EPS, for one) would start foreign programs on untrusted bytes.
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 
@@ -57,10 +58,10 @@ def read_image(path: str | os.PathLike) -> np.ndarray:
     """Reads and decodes a picture file; returns and raises what `decode_image` does.
 
     Raises:
-        DataError: also where the file is missing or cannot be read.
+        DataError: also where the file is missing or cannot be read, is a pipe or a device, or larger than MAX_BYTES.
     """
     try:
-        data = Path(path).read_bytes()
+        data = read_bytes(path, MAX_BYTES, DataError)
     except OSError as error:
         raise DataError(
             f"the picture {os.fspath(path)} cannot be read ({type(error).__name__}: {error.strerror or error})",
@@ -74,10 +75,14 @@ def as_picture(image: np.ndarray | Image.Image | bytes | str | os.PathLike) -> n
     """A picture in any form that people have it in, as uint8[H, W, 3].
 
     Raises:
-        DataError: a file that cannot be read, an array of another shape or dtype, or something else altogether.
+        DataError: a file that cannot be read, an image that Pillow cannot finish reading or whose samples are floating
+            point, an array of another shape or dtype, or something else altogether.
     """
     if isinstance(image, Image.Image):
-        return np.asarray(_to_rgb(image))
+        try:
+            return np.asarray(_to_rgb(image))
+        except Exception as error:  # Pillow reads a file when its pixels are asked for
+            raise _broken("an image of Pillow", error) from error
     if isinstance(image, (str, os.PathLike)):
         return read_image(image)
     if isinstance(image, bytes):

@@ -17,6 +17,7 @@ import mmap
 import os
 import re
 import reprlib
+import stat
 from array import array
 from dataclasses import dataclass
 from pathlib import Path, PureWindowsPath
@@ -27,7 +28,7 @@ import numpy as np
 from mllm_jax.data.examples import Conversation, Turn
 from mllm_jax.data.images import read_image, resize
 from mllm_jax.errors import ConfigError, DataError
-from mllm_jax.files import open_regular, parse_json
+from mllm_jax.files import parse_json
 
 PLACEHOLDER = "<image>"
 VERSIONS = ("chat", "plain")
@@ -35,7 +36,8 @@ _READING = 1  # raise it whenever the same file gives other conversations
 # Each is matched once at a position and never goes back, so that a file is read in one pass. No JSON has a NUL byte.
 _BEGIN = re.compile(rb"(?:\xef\xbb\xbf)?[ \t\r\n]*+(\[?)[ \t\r\n]*+")
 _BETWEEN = re.compile(rb"[ \t\r\n]*+,?[ \t\r\n]*+")
-_TO_BRACE = re.compile(rb'(?:[^"{}\0]++|"[^"\\\0]*+(?:\\[^\0][^"\\\0]*+)*+")*+')  # a brace in a string is none
+_REST = rb'(?:[^"{}\0]++|"[^"\\\0]*+(?:\\[^\0][^"\\\0]*+)*+")*+'  # a brace in a string is none
+_TO_BRACE, _TO_ANY = re.compile(_REST + rb"([{}])"), re.compile(_REST)
 _END = re.compile(rb"[ \t\r\n]*+(\]?)[ \t\r\n]*+")
 
 
@@ -77,6 +79,8 @@ class LLaVASource:
         path = root / settings.path
         try:
             facts = path.stat()
+            if not stat.S_ISREG(facts.st_mode):
+                raise OSError("no regular file")  # a pipe would be waited for
             self._file = _open(path, facts.st_size, facts.st_mtime_ns)
         except (OSError, ValueError) as error:  # mmap refuses empty files with a ValueError
             raise DataError(
@@ -226,7 +230,7 @@ class _File:
 @functools.lru_cache(maxsize=4)
 def _open(path: Path, size: int, changed: int) -> _File:
     """Size and time of change make a file that was replaced be read again."""
-    with open_regular(path, DataError) as file:
+    with open(path, "rb") as file:
         content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     spans = _spans(content, path)
     digest = hashlib.blake2b(digest_size=16)
@@ -248,18 +252,17 @@ def _spans(content: mmap.mmap, path: Path) -> array:
         spans.append(at)
         depth, at = 1, at + 1
         while depth:
-            at = _TO_BRACE.match(content, at).end()
-            brace = content[at : at + 1]
-            if brace not in (b"{", b"}"):  # the end of the file, a string without an end, or a NUL byte
-                raise _does_not_fit(content, at, path)
-            depth += 1 if brace == b"{" else -1
-            at += 1
+            found = _TO_BRACE.match(content, at)
+            if found is None:  # the end of the file, a string without an end, or a NUL byte
+                raise _does_not_fit(content, _TO_ANY.match(content, at).end(), path)
+            depth += 1 if found[1] == b"{" else -1
+            at = found.end()
         spans.append(at)
         at = _BETWEEN.match(content, at).end()
     # Back to where the last record ends: no comma may follow it.
     last = _END.match(content, spans[-1] if spans else at)
-    if not spans or last[1] != begin[1] or last.end() != len(content):
-        raise _does_not_fit(content, at if at < len(content) else last.end(), path)
+    if not spans or bool(last[1]) != bool(begin[1]) or last.end() != len(content):
+        raise _does_not_fit(content, max(at, last.end()), path)
     return spans
 
 

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from pathlib import Path
 
-from mllm_jax.data.chat import ChatTokenizer
+from mllm_jax.data.chat import ChatTokenizer, not_encodable
 from mllm_jax.data.chat_format import ChatFormat
 from mllm_jax.errors import DataError
 
@@ -47,7 +47,10 @@ class Tokenizer:
     def _encode(self, text: str) -> tuple[int, ...]:
         """The ids of plain text, without special tokens; remembered, as questions repeat."""
         text = text if self.chat.template else _spaced(text)
-        return tuple(self.backend.encode(text, add_special_tokens=False).ids)
+        try:
+            return tuple(self.backend.encode(text, add_special_tokens=False).ids)
+        except Exception as error:  # half a pair of surrogates is a TypeError to tokenizers
+            raise not_encodable(text, error) from error
 
     def decode(self, ids: Iterable[int]) -> str:
         """Ids to text, special tokens left out."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import stat
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -239,26 +241,67 @@ class _Captions:
 
 
 def find_pictures(places: Sequence[Path]) -> list[Path]:
-    """Files as they are named, folders as the pictures in them at any depth, by name.
+    """Files as they are named, folders as the images in them at any depth, by name.
+
+    In a folder, links to files are followed, also out of it; links to folders are not, as they may form a ring. A
+    warning names what looks like an image and is left out: links that lead nowhere, pipes, devices; and linked folders.
 
     Raises:
-        DataError: a place that does not exist, a folder without pictures, or one file twice.
+        DataError: a place that does not exist or is no regular file, a folder without images, or one file twice.
     """
     found: list[Path] = []
     for place in places:
-        if place.is_dir():
-            inside = sorted(p for p in place.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
+        if _kind(place) == "folder":
+            inside, left_out = _inside(place)
+            if left_out:
+                named = "".join(f"\n  {path} ({what})" for path, what in left_out[:_NAMED])
+                more = f"\n  and {len(left_out) - _NAMED:,} more" if len(left_out) > _NAMED else ""
+                warnings.warn(f"left out of {place}: {len(left_out):,}{named}{more}", stacklevel=2)
             if not inside:
                 raise DataError(f"{place} without pictures", f"files ending in {', '.join(SUFFIXES)}", "check the path")
             found += inside
-        elif place.is_file():
+        elif _kind(place) == "file":
             found.append(place)
         else:
-            raise DataError(f"no file or folder {place}", "pictures, or folders of pictures", "check the path")
+            raise DataError(
+                f"no file or folder {place} ({_kind(place)})", "pictures, or folders of pictures", "check the path"
+            )
     twice = sorted({str(path) for path in found if found.count(path) > 1}) if len(set(found)) < len(found) else []
     if twice:
         raise DataError(f"{twice[0]} and {len(twice) - 1} more, named twice", "each picture once", "name it once")
     return found
+
+
+_NAMED = 10  # of what is left out, so many are named
+
+
+def _inside(folder: Path) -> tuple[list[Path], list[tuple[Path, str]]]:
+    """The images in a folder, by name; and what is left out of it, with what it is."""
+    images: list[Path] = []
+    left_out: list[tuple[Path, str]] = []
+
+    def unreadable(error: OSError) -> None:
+        left_out.append((Path(error.filename), f"a folder that cannot be read: {error.strerror}"))
+
+    for root, folders, files in os.walk(folder, onerror=unreadable):
+        for name in folders:
+            if (path := Path(root, name)).is_symlink():
+                left_out.append((path, "a link to a folder"))
+        for path in (Path(root, name) for name in files):
+            if path.suffix.lower() in SUFFIXES:
+                kind = _kind(path)
+                images.append(path) if kind == "file" else left_out.append((path, kind))
+    return sorted(images), sorted(left_out)
+
+
+def _kind(path: Path) -> str:
+    """What a path leads to, in a word or two."""
+    try:
+        mode = path.stat().st_mode
+    except (OSError, ValueError) as error:  # ValueError: a NUL byte, or half a character
+        return "a link that leads nowhere" if isinstance(error, OSError) and path.is_symlink() else "nothing there"
+    kinds = {stat.S_IFREG: "file", stat.S_IFDIR: "folder", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}
+    return kinds.get(stat.S_IFMT(mode), "a device")
 
 
 def embed_to_file(

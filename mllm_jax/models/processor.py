@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,8 +11,10 @@ from typing import Any
 import numpy as np
 
 from mllm_jax.data.chat import ChatTokenizer
+from mllm_jax.data.image_steps import ImageProcessor
 from mllm_jax.data.images import as_picture
 from mllm_jax.data.media import Collated, Media, Row, collate_tiles, lay_out_row
+from mllm_jax.data.pixels import require_call
 from mllm_jax.errors import ConfigError, DataError
 from mllm_jax.models.multimodal import MultimodalConfig
 
@@ -28,6 +31,7 @@ class Layout:
         neighbours: the most media tokens whose sum stands at one place.
         places_pictures: whether prompts name no place for a picture, so that `arrange` puts it where it belongs.
         instruction_length: the most tokens that the projector reads of an instruction in training; 0: it reads none.
+        pictures, frames: what prepares images, and frames of videos where that is another; None: no `ImageProcessor`.
     """
 
     image_token: int | None = None
@@ -35,6 +39,8 @@ class Layout:
     neighbours: int = 1
     places_pictures: bool = False
     instruction_length: int = 0
+    pictures: ImageProcessor | None = None
+    frames: ImageProcessor | None = None
 
     def image(self, picture: np.ndarray) -> Media:
         """uint8[H, W, 3] as decoded, prepared."""
@@ -153,7 +159,8 @@ class Processor:
 
         Raises:
             DataError: pictures and their places do not match, a text that spells a placeholder in a message, pictures
-                that the model does not take, a text longer than `length` or without anything in it.
+                that the model does not take or that become too large (one, or all together, see
+                `mllm_jax.data.pixels`), a text longer than `length` or without anything in it.
         """
         if audios:
             raise DataError(
@@ -170,7 +177,12 @@ class Processor:
             raise DataError(f"{len(texts)} texts and {len(answers)} answers", "one for each", "give as many")
         read = [self._read(each) for each in texts]
         shown = self._shown(read, {"image": images, "video": videos})
-        media = [self._prepare(row) for row in shown]
+        media, pixels = [], 0
+        for row in shown:
+            decoded = _decoded(row)
+            pixels += sum(self._pixels(kind, frames) for kind, frames in decoded)
+            require_call(pixels, "prepared images and frames")
+            media.append(self._prepare(decoded))
         rows = [
             self.lay_out(one_text.ids, row, f"a text ({one_text.written[:60]!r})")
             for one_text, row in zip(read, media, strict=True)
@@ -258,13 +270,20 @@ class Processor:
                     'take it out, and give pictures as parts {"type": "image"} of the content',
                 )
 
-    def _prepare(self, row: list[tuple[str, Any]]) -> list[Media]:
-        """The media of one text, in its order."""
-        images = iter(self.layout.images([as_picture(thing) for kind, thing in row if kind == "image"]))
-        return [next(images) if kind == "image" else self._video(thing) for kind, thing in row]
+    def _pixels(self, kind: str, frames: Sequence[np.ndarray]) -> int:
+        """How many pixels will be made of an image or of the frames of a video."""
+        sizes = [frame.shape[:2] for frame in frames]
+        if kind == "image":
+            return sum(self.layout.pictures.pixels(*size) for size in sizes) if self.layout.pictures else 0
+        reader = self.layout.frames or self.layout.pictures
+        return sum(math.prod(reader.output_size(*size)) for size in sizes) if reader else 0
 
-    def _video(self, thing: Any) -> Media:
-        frames = [as_picture(frame) for frame in thing]
+    def _prepare(self, row: list[tuple[str, list[np.ndarray]]]) -> list[Media]:
+        """The media of one text, in its order."""
+        images = iter(self.layout.images([frames[0] for kind, frames in row if kind == "image"]))
+        return [next(images) if kind == "image" else self._video(frames) for kind, frames in row]
+
+    def _video(self, frames: list[np.ndarray]) -> Media:
         if not frames or len({frame.shape for frame in frames}) > 1:
             raise DataError(f"a video of {len(frames)} frames", "frames of one size", "resize them")
         return self.layout.video(np.stack(frames))
@@ -334,6 +353,19 @@ class Processor:
         if answers is None:
             return targets
         return targets | dict(loss_weights=np.float32((segments > 0) & (np.arange(shape[1]) > 0)))
+
+
+def _decoded(row: list[tuple[str, Any]]) -> list[tuple[str, list[np.ndarray]]]:
+    """The media of one text: an image is one frame. Raises DataError: see `as_picture`, or too many pixels."""
+    media, pixels = [], 0
+    for kind, thing in row:
+        frames = []
+        for frame in [thing] if kind == "image" else thing:
+            frames.append(as_picture(frame))
+            pixels += math.prod(frames[-1].shape[:2])
+            require_call(pixels, "images and frames of one text")
+        media.append((kind, frames))
+    return media
 
 
 @dataclass(frozen=True)

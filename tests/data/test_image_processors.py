@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
+import tracemalloc
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 
 import numpy as np
 import pytest
 from einops import rearrange
+from PIL import Image
 
-from mllm_jax.data.image_processors import image_processor, read_image_processor, smart_resize
+from mllm_jax.data.image_processors import image_processor, read_image_processor
+from mllm_jax.data.smart_resize import smart_resize
 from mllm_jax.errors import ConfigError, DataError
 
 SIZES = ((48, 48), (37, 90), (91, 38), (20, 33), (1, 7), (120, 3), (64, 61))
@@ -209,3 +214,90 @@ def test_neither_transformers_nor_torch_is_imported():
         "sys.exit(bool({'transformers', 'torch', 'torchvision', 'jax'} & sys.modules.keys()))"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])
+
+
+# ---- bounds
+
+GROWING = {
+    "CLIP": dict(image_processor_type="CLIPImageProcessor"),
+    "Bit": dict(image_processor_type="BitImageProcessor"),
+    "LLaVA": dict(image_processor_type="LlavaImageProcessor"),
+    "LLaVA, padded": dict(image_processor_type="LlavaImageProcessor", do_pad=True),
+    "SigLIP, shortest edge": dict(image_processor_type="SiglipImageProcessor", size=224),
+    "OneVision, padded": dict(image_processor_type="LlavaOnevisionImageProcessor", image_grid_pinpoints=[]),
+    "Qwen2-VL": dict(image_processor_type="Qwen2VLImageProcessor"),
+    "Qwen2-VL, many pixels": dict(image_processor_type="Qwen2VLImageProcessor", min_pixels=10**9, max_pixels=10**10),
+    "crop": dict(image_processor_type="CLIPImageProcessor", do_resize=False, crop_size=10_000),
+}
+BOUNDED = {
+    "ViT": dict(image_processor_type="ViTImageProcessor"),
+    "SigLIP": dict(image_processor_type="SiglipImageProcessor"),
+    "BLIP": dict(image_processor_type="BlipImageProcessor"),
+    "LLaVA-NeXT": dict(image_processor_type="LlavaNextImageProcessor"),
+    "OneVision": dict(image_processor_type="LlavaOnevisionImageProcessor"),
+    "OneVision, frames": dict(image_processor_type="LlavaOnevisionVideoProcessor"),
+    "InternVL, tiles": dict(image_processor_type="GotOcr2ImageProcessor", crop_to_patches=True),
+    "InternVL, frames": dict(image_processor_type="InternVLVideoProcessor"),
+    "DeepSeek": dict(image_processor_type="DeepseekVLImageProcessor"),
+    "DeepSeek, hybrid": dict(image_processor_type="DeepseekVLHybridImageProcessor"),
+}
+
+
+def peak_of(function) -> int:
+    """The most bytes that NumPy and Python hold while the function runs; Pillow's are not seen."""
+    tracemalloc.start()
+    try:
+        function()
+    finally:
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+    return peak
+
+
+@pytest.mark.parametrize("name", GROWING)
+@pytest.mark.parametrize("size", [(65_000, 1), (1, 65_000)])
+def test_a_thin_image_is_refused_before_anything_is_made_of_it(name, size, monkeypatch):
+    processor, image = image_processor(GROWING[name]), np.zeros((*size, 3), np.uint8)
+
+    def fail(*_):
+        raise AssertionError("something was made")
+
+    monkeypatch.setattr(Image.Image, "resize", fail)
+
+    def refuse():
+        read = processor.patches if processor.patch_size else processor.tiles
+        with pytest.raises(DataError, match="65,000|65000"):
+            read(image)
+        with pytest.raises(DataError, match="65,000|65000"):
+            processor(image)
+
+    assert peak_of(refuse) < 1_000_000
+
+
+@pytest.mark.parametrize("name", BOUNDED)
+def test_other_processors_make_little_of_a_thin_image(name):
+    """Their sizes are the same for every image."""
+    processor = image_processor(BOUNDED[name])
+    for size in ((65_000, 1), (1, 65_000)):
+        tiles = processor.tiles(np.zeros((*size, 3), np.uint8))
+        assert math.prod(tiles.shape[:3]) <= processor.pixels(*size) < 10_000_000
+
+
+def test_a_large_photo_is_processed():
+    """12,000 x 9,000 pixels; to a square they are 144 million."""
+    photo = np.broadcast_to(np.uint8(7), (9_000, 12_000, 3))
+    padded = image_processor(GROWING["LLaVA, padded"] | dict(resample=0)).prepare(photo)
+    assert padded.shape == (224, 224, 3) and padded[112, 112].tolist() == [7, 7, 7]
+    assert padded[0, 0].tolist() == [122, 116, 104]
+
+
+def test_frames_and_tiles_are_bounded_together():
+    qwen = image_processor(dict(image_processor_type="Qwen2VLImageProcessor", min_pixels=10**7, max_pixels=10**8))
+    frame = np.broadcast_to(np.uint8(0), (20, 20, 3))
+    with pytest.raises(DataError, match="100 frames of 1,0.* pixels together"):
+        qwen.patches(*[frame] * 100)
+    values = dict(image_processor_type="LlavaNextImageProcessor", crop_size=1, size=dict(shortest_edge=1_000))
+    with pytest.raises(DataError, match="tiles of an image"):
+        image_processor(values | dict(do_center_crop=False, crop_size=8)).tiles(picture(50, 50))
+    with pytest.raises(ConfigError, match="up to 1,000,000 tiles"):
+        replace(image_processor(BOUNDED["InternVL, tiles"]), tile_range=(1, 1_000_000)).tiles(picture(50, 50))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import struct
 import zlib
 
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mllm_jax.data.images import FORMATS, MAX_PIXELS, decode_image, fit_patches, read_image, resize
+from mllm_jax.data.images import FORMATS, MAX_PIXELS, as_picture, decode_image, fit_patches, read_image, resize
 from mllm_jax.errors import ConfigError, DataError
 
 
@@ -281,3 +282,32 @@ def test_slots_take_rgb_pictures_only(shape):
 def test_slots_settings_are_checked(settings):
     with pytest.raises(ConfigError, match="on_large"):
         fit_patches(np.zeros((8, 9, 3), np.uint8), *settings)
+
+
+def test_only_regular_files_of_bounded_size_are_read(tmp_path):
+    """A pipe would be waited for, a device or a sparse file would be read into memory."""
+    os.mkfifo(tmp_path / "pipe.png")
+    with open(tmp_path / "sparse.png", "wb") as file:
+        file.truncate(100 << 30)
+    refused = {
+        tmp_path / "pipe.png": "no regular file",
+        "/dev/zero": "no regular file",
+        tmp_path / "sparse.png": "107,374,182,400 bytes",
+        str(tmp_path / "a\0.png"): "null",
+        str(tmp_path / "\ud800.png"): "surrogates",
+        tmp_path: "cannot be read",
+        str(tmp_path / ("x" * 5_000)): "cannot be read",
+    }
+    for path, message in refused.items():
+        for read in (read_image, as_picture):
+            with pytest.raises(DataError, match=message) as told:
+                read(path)
+            str(told.value).encode()
+
+
+def test_pillows_images_are_finished_or_refused():
+    whole = encode(Image.new("RGB", (64, 64), (1, 2, 3)))
+    assert as_picture(Image.open(io.BytesIO(whole))).shape == (64, 64, 3)
+    for image in (Image.new("F", (3, 2), 0.5), Image.open(io.BytesIO(whole[:70]))):
+        with pytest.raises(DataError, match="an image of Pillow: cannot be decoded"):
+            as_picture(image)

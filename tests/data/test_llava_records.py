@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import time
 import tracemalloc
 
 import numpy as np
@@ -10,6 +12,8 @@ import pytest
 from PIL import Image
 
 from mllm_jax.data.llava import LLaVARecords
+from mllm_jax.data.pipeline import Mixture, Pipeline, Weighted
+from mllm_jax.data.tokenizer import Tokenizer
 from mllm_jax.errors import ConfigError, DataError
 
 
@@ -130,3 +134,86 @@ def test_offsets_are_all_that_is_held(folder):
     held, _ = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert len(s) == 2000 and held < 200_000, held
+
+
+WRONG = {
+    "a CSV": ("name,text\n" + "a,b\n" * 250_000, "byte 0 (line 1), where 'n' is"),
+    "letters": ("a" * 1_000_000, "byte 0 (line 1), where 'a' is"),
+    "a list of strings": (json.dumps(["a cat"] * 100_000), "byte 1 (line 1), where '\"' is"),
+    "a long string": ('[{"id": 1},\n "' + "a" * 1_000_000 + '"]', "byte 13 (line 2), where '\"' is"),
+    "a string without an end": ('[{"id": "' + "a" * 1_000_000, "byte 8 (line 1), where '\"' is"),
+    "letters in a record": ('[{"id": ' + "a" * 1_000_000, "byte 1,000,008 (line 1), where the file's end is"),
+    "quotes": ('{"a": ' + '"' * 1_000_001, "byte 1,000,006 (line 1), where '\"' is"),
+    "zeros in a record": ('[{"id": "\0', "byte 8 (line 1), where '\"' is"),
+    "a comma at the end": ('[{"id": 1},\n]', "byte 12 (line 2), where ']' is"),
+    "two lists": ('[{"id": 1}]\n[{"id": 1}]', "byte 12 (line 2), where '[' is"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_a_wrong_file_is_refused_at_its_first_wrong_byte(folder, case):
+    """In one pass: a reader that began again at each byte took minutes for a megabyte."""
+    text, where = WRONG[case]
+    before = time.thread_time()
+    with pytest.raises(DataError) as told:
+        source(folder, text)
+    assert where in str(told.value) and "r.json" in str(told.value)
+    assert time.thread_time() - before < 1
+
+
+def test_a_sparse_file_and_a_pipe_are_refused_at_once(folder):
+    with open(folder / "zeros.json", "wb") as file:
+        file.truncate(100 << 30)
+    os.mkfifo(folder / "pipe.json")
+    before = time.thread_time()
+    for name, said_of_it in (("zeros.json", "byte 0 "), ("pipe.json", "no regular file"), ("a\0.json", "null")):
+        with pytest.raises(DataError, match=said_of_it):
+            LLaVARecords(name, ".", data_dir=str(folder)).build()
+    assert time.thread_time() - before < 1
+
+
+BROKEN = {
+    "nested": '{"id": "n", "x": ' + "[" * 100_000 + "0" + "]" * 100_000 + "}",
+    "nested objects": '{"id": "n", "x": ' + '{"a": ' * 100_000 + "0" + "}" * 100_001,
+    "half a character in a question": json.dumps({"id": "h", "conversations": said("\ud800", "b")}),
+    "half a character in an answer": json.dumps({"id": "h", "conversations": said("a", "b\udc00")}),
+    "half a character in a name": json.dumps({"image": "\ud800.png", "conversations": said("<image>", "b")}),
+    "NUL in a name": json.dumps({"image": "a\0.png", "conversations": said("<image>", "b")}),
+    "a number too long": '{"id": ' + "1" * 5_000 + "}",
+    "no UTF-8": '{"id": "LATIN"}',
+    "a name in lists": '{"image": ' + "[" * 500 + '"a"' + "]" * 500 + "}",
+    "a speaker in lists": '{"id": "s", "conversations": [{"from": ' + "[" * 500 + '"a"' + "]" * 500 + "}]}",
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_a_broken_record_costs_itself_and_no_other(folder, case):
+    good = json.dumps(GOOD[1])
+    (folder / "r.json").write_bytes("\n".join([good, BROKEN[case], good]).encode().replace(b"LATIN", b"\xff"))
+    records = LLaVARecords("r.json", ".", data_dir=str(folder))
+    s = records.build()
+    assert len(s) == 3 and s.conversation(0).turns == s.conversation(2).turns
+    with pytest.raises(DataError) as told:
+        s.conversation(1)
+    str(told.value).encode()
+    assert len(str(told.value)) < 1_000
+    mixture = Mixture((Weighted(records),), rows=1, length=64, slots=1, max_bad_share=0.4)
+    (measured,) = Pipeline(mixture, Tokenizer.train(["Hello Hi"], 300), media_tokens=1, seed=0).measured
+    assert measured.lengths.astype(bool).tolist() == [True, False, True] and [i for i, _ in measured.bad] == [1]
+
+
+def test_links_inside_the_folder_are_followed_and_must_lead_to_pictures(folder, tmp_path_factory):
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    (folder / "b.png").rename(elsewhere / "b.png")
+    (elsewhere / "secret").write_text("root:x:0:0")
+    (folder / "linked").symlink_to(elsewhere)
+    (folder / "loop.png").symlink_to("loop.png")
+    (folder / "zero.png").symlink_to("/dev/zero")
+    os.mkfifo(folder / "pipe.png")
+    names = ["linked/b.png", "linked/secret", "loop.png", "zero.png", "pipe.png"]
+    s = source(folder, [dict(id=name, image=name, conversations=said("<image>", "b")) for name in names])
+    assert int(s.images(0)[0][0, 0, 0]) == 200
+    for index in range(1, len(names)):
+        with pytest.raises(DataError, match=f"record '{names[index]}'") as told:
+            s.images(index)
+        assert "x:0:0" not in str(told.value)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import socket
 
 import jax
 import numpy as np
@@ -20,7 +23,7 @@ from mllm_jax.encoders.clip_vision import from_hf_config as clip_vision
 from mllm_jax.encoders.siglip_text import from_hf_config as siglip_text
 from mllm_jax.encoders.siglip_vision import from_hf_config as siglip_vision
 from mllm_jax.errors import ConfigError, DataError
-from mllm_jax.inference.embed import Embedder, embed_to_file
+from mllm_jax.inference.embed import Embedder, embed_to_file, find_pictures
 from mllm_jax.models.clip import DualEncoderConfig
 from mllm_jax.models.registry import save_pretrained
 
@@ -149,6 +152,61 @@ def test_bad_pictures_are_refused_or_named_and_left_out(folders, pictures, tmp_p
     with pytest.raises(DataError, match="none of which"):
         embed_to_file(folder, out, images=[broken], bad=problems.append, overwrite=True)
     assert np.load(out)["image_names"].tolist() == [str(pictures / "b.png")], "the file before is untouched"
+
+
+def test_a_thin_picture_costs_itself_alone(folders, pictures, tmp_path, capsys):
+    """Its shorter side resized, it would take gigabytes; it has 205 bytes."""
+    Image.new("RGB", (1, 65_000)).save(tmp_path / "thin.png")
+    model = shutil.copytree(folders["clip"][0], tmp_path / "model")
+    settings = dict(image_processor_type="CLIPImageProcessor", size=dict(shortest_edge=224), crop_size=8)
+    (model / "preprocessor_config.json").write_text(json.dumps(settings))
+    arguments = ["embed", str(model), "--images", str(tmp_path / "thin.png"), str(pictures)]
+    arguments += ["--out", str(tmp_path / "x.npz")]
+    assert cli.main(arguments) == 2
+    assert "thin.png: an image of 65,000 x 1 pixels, which would become" in capsys.readouterr().err
+    assert cli.main([*arguments, "--skip-bad"]) == 0
+    assert "thin.png: an image of 65,000 x 1 pixels" in capsys.readouterr().err
+    assert len(np.load(tmp_path / "x.npz")["image_names"]) == 3
+
+
+@pytest.mark.parametrize("skip_bad", [False, True])
+def test_what_is_left_out_of_a_folder_is_named(folders, pictures, tmp_path, monkeypatch, skip_bad):
+    root = tmp_path / "mixed"
+    (root / "in").mkdir(parents=True)
+    for path in (root / "pipe.png", *(root / f"in/pipe{i:02}.PNG" for i in range(12))):
+        os.mkfifo(path)
+    (root / "b.png").symlink_to(pictures / "b.png")
+    (root / "zero.png").symlink_to("/dev/zero")
+    (root / "broken.png").symlink_to("nowhere.png")
+    (root / "in/loop.png").symlink_to("loop.png")
+    (root / "in/ring").symlink_to(root)
+    (root / "notes.txt").symlink_to("nowhere.txt")
+    monkeypatch.chdir(root)
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind("socket.png")
+    arguments = ["embed", str(folders["clip"][0]), "--images", str(root), "--out", str(tmp_path / "x.npz")]
+    with pytest.warns(UserWarning, match="left out") as told:
+        assert cli.main([*arguments, *["--skip-bad"] * skip_bad]) == 0
+    assert np.load(tmp_path / "x.npz")["image_names"].tolist() == [str(root / "b.png")], "a link to a file is followed"
+    (text,) = [str(one.message) for one in told]
+    assert text.startswith(f"left out of {root}: 18\n") and text.endswith("and 8 more") and "notes" not in text
+    assert "broken.png (a link that leads nowhere)" in text and "loop.png (a link that leads nowhere)" in text
+    for path in (root / "in").glob("pipe*"):
+        path.unlink()
+    with pytest.warns(UserWarning, match="left out") as told:
+        find_pictures([root])
+    for line in ("pipe.png (a pipe)", "zero.png (a device)", "socket.png (a socket)", "ring (a link to a folder)"):
+        assert line in str(told[0].message)
+    assert "more" not in str(told[0].message)
+
+
+@pytest.mark.parametrize("name", ["pipe.png", "zero.png", "a\0.png", "\ud800.png"])
+def test_what_is_no_file_is_refused_by_name(folders, tmp_path, name):
+    os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "zero.png").symlink_to("/dev/zero")
+    with pytest.raises(DataError, match="no file or folder") as told:
+        embed_to_file(folders["clip"][0], tmp_path / "x.npz", images=[tmp_path / name])
+    assert any(what in str(told.value) for what in ("a pipe", "a device", "nothing there"))
 
 
 REFUSED = {
