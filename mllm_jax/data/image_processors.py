@@ -29,6 +29,7 @@ from typing import Any, NamedTuple
 from PIL import Image
 
 from mllm_jax.data.image_steps import ImageProcessor
+from mllm_jax.data.processor_types import named_type, with_type
 from mllm_jax.errors import ConfigError
 
 _HALF = (0.5, 0.5, 0.5)
@@ -83,7 +84,7 @@ _SQUARED = ("DeepseekVLImageProcessor", "DeepseekVLHybridImageProcessor")  # res
 _IDLE = (  # options of layout, of training or of other tools; pictures are RGB here, whatever is asked
     "image_processor_type", "feature_extractor_type", "processor_class", "auto_map", "do_convert_rgb", "data_format",
     "input_data_format", "device", "return_tensors", "disable_grouping", "image_seq_length", "_valid_processor_keys",
-    "pad_size", "video_processor_type",
+    "pad_size", "video_processor_type", "vision_token_id",
 )
 # fmt: on
 
@@ -93,7 +94,7 @@ def read_image_processor(folder: str | Path, **options: Any) -> ImageProcessor:
 
     Args:
         folder: with preprocessor_config.json, or a processor_config.json that holds `image_processor`, which is
-            preferred, as in transformers.
+            preferred, as in transformers. Where it names no type, `model_type` in config.json decides.
         options: go before the file's, as those do that transformers' processors of whole models have.
 
     Raises:
@@ -129,7 +130,9 @@ def _read(folder: str | Path, places: Sequence[tuple[str, str | None]], more: Ma
             raise ConfigError(f"{path}: {error}", "JSON", "fetch the file again") from error
         values = values.get(part) if part and isinstance(values, dict) else values
         if values is not None:
-            return image_processor({**values, **more} if isinstance(values, Mapping) else values, str(path))
+            if isinstance(values, Mapping):
+                values = {**with_type(values, Path(folder)), **more}
+            return image_processor(values, str(path))
     raise ConfigError(
         f"{folder} without preprocessor_config.json", "a folder with its processor's settings", "fetch the file as well"
     )
@@ -235,8 +238,7 @@ def image_processor(values: Mapping[str, Any], what: str = "preprocessor_config.
 
 def _kind(values: Mapping[str, Any], what: str) -> str:
     """The type's plain name: older files call processors feature extractors."""
-    names = ("image_processor_type", "video_processor_type", "feature_extractor_type")
-    given = str(next((values[name] for name in names if values.get(name)), None))
+    given = str(named_type(values))
     kind = given.replace("FeatureExtractor", "ImageProcessor").removesuffix("Fast").removesuffix("Pil")
     if kind not in _KINDS:
         raise ConfigError(
