@@ -5,25 +5,45 @@
 
 Each line of output begins with the number of its process. When one of them fails, the others are given a little time
 to notice by themselves and are then ended; with `--restarts` all begin again and go on from the last checkpoint.
+
+SIGTERM, SIGINT and SIGHUP are passed on to all processes and what they started. A stop that was asked for is no
+failure: nothing starts again, and the exit code is that of the signal (143, 130, 129). A second SIGTERM or SIGINT ends
+everything within seconds. SIGHUP stays ignored where it is (`nohup`).
+
+On Linux the processes also end when this one is killed; what they started themselves does not. Elsewhere they live on,
+and of processes that fail within 50 ms of each other the first in number counts as the first in time.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
+import errno
 import os
+import random
+import selectors
 import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
+from collections.abc import Callable
+from contextlib import suppress
 
 DEVICE_COUNT = "--xla_force_host_platform_device_count"
 STOPPED = 130  # the run was asked to stop and has saved: no failure
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+LAST_SECONDS = 5.0  # from a second signal to the end of everything
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
+LONGEST_LINE = 1 << 20
+POLL_SECONDS = 0.05  # where a system does not announce the end of a process
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Returns the exit code of the first process that did not end well, else 0."""
+    """Returns the exit code of the process that failed first, 128 and the number of the signal that stopped it, or 0.
+
+    A stop that the processes agreed on among themselves is 130; a command that cannot be started is 126 or 127.
+    """
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--processes", "-n", type=int, default=2, help="how many (default: 2)")
     parser.add_argument("--devices", type=int, default=1, help="CPU devices of each process (default: 1)")
@@ -41,12 +61,20 @@ def main(arguments: list[str] | None = None) -> int:
             extra = settings(process, options.processes, options.devices, options.port or 12345)
             print(" ".join([*(f"{name}={value!r}" for name, value in extra.items()), *command]))
         return 0
-    for start in range(options.restarts + 1):
-        code = run(command, options)
-        if code in (0, STOPPED) or start == options.restarts:
-            return code
-        print(f"local: exit code {code}; restart {start + 1} of {options.restarts}", file=sys.stderr, flush=True)
-    raise AssertionError("the last start returns")
+    with Group() as group:
+        for start in range(options.restarts + 1):
+            if group.signalled is not None:
+                break
+            try:
+                code = run(group, command, options)
+            except OSError as error:
+                reason = "no such command" if isinstance(error, FileNotFoundError) else error.strerror
+                say(f"{command[0]} cannot be started: {reason}")
+                return 127 if isinstance(error, FileNotFoundError) else 126
+            if code in (0, STOPPED) or group.signalled is not None or start == options.restarts:
+                return code
+            say(f"exit code {code}; restart {start + 1} of {options.restarts}")
+    return 128 + group.signalled
 
 
 def settings(process: int, count: int, devices: int, port: int) -> dict[str, str]:
@@ -63,62 +91,244 @@ def settings(process: int, count: int, devices: int, port: int) -> dict[str, str
     }
 
 
-def run(command: list[str], options: argparse.Namespace) -> int:
-    """One start of all processes; Ctrl-C and SIGTERM are passed on to them."""
-    port = options.port or free_port()
-    processes = [
-        subprocess.Popen(
-            command,
-            env=os.environ | settings(number, options.processes, options.devices, port),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,  # a Ctrl-C in the terminal reaches them through this process alone
-        )
-        for number in range(options.processes)
-    ]
-    threads = [threading.Thread(target=relay, args=pair) for pair in enumerate(processes)]
-    for thread in threads:
-        thread.start()
+class Group:
+    """The processes of a start, and the signals that they are sent; this program has no threads.
 
-    def forward(number, frame):
-        for process in processes:
-            if process.poll() is None:
-                process.send_signal(number)
+    Each process leads a session: a Ctrl-C in the terminal reaches it through this program alone, and what it starts can
+    be ended with it. None is reaped before the end, so its number cannot come to mean another process.
+    """
 
-    before = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        first, since = 0, None
-        while None in (codes := [process.poll() for process in processes]):
-            failed = [code for code in codes if code not in (None, 0, STOPPED)]
-            if failed and since is None:
-                first, since = failed[0], time.monotonic()
-            if since is not None and time.monotonic() - since > options.grace:
-                for process in processes:
-                    if process.poll() is None:
-                        process.kill()
-            time.sleep(0.05)
-    finally:
-        for number, handler in before.items():
+    def __init__(self) -> None:
+        self.processes: list[subprocess.Popen] = []
+        self.signalled: int | None = None  # the first signal that asked for a stop
+        # A handler of Python's runs between two steps of Python: a signal just before a wait must end that wait.
+        self.woken, self._waker = socket.socketpair()
+        self._parent = os.getpid()
+        self._prctl = ctypes.CDLL(None).prctl if sys.platform == "linux" else None
+
+    def __enter__(self) -> Group:
+        # `nohup` has SIGHUP ignored, which stays so. A script's shell has SIGINT ignored by what it starts with `&`, where
+        # a Ctrl-C is not meant for it; whoever sends it here by number means it.
+        heeded = [x for x in SIGNALS if x != signal.SIGHUP or signal.getsignal(x) is not signal.SIG_IGN]
+        for side in (self.woken, self._waker):
+            side.setblocking(False)
+        self._waker_before = signal.set_wakeup_fd(self._waker.fileno(), warn_on_full_buffer=False)
+        self._before = {number: signal.signal(number, self._forward) for number in heeded}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
             signal.signal(number, handler)
-        for process in processes:
-            if process.poll() is None:
-                process.kill()
-        for thread in threads:
-            thread.join()
-    codes = [process.returncode for process in processes]
-    return first or next((code for code in codes if code), 0)
+        signal.set_wakeup_fd(self._waker_before)
+        self.woken.close()
+        self._waker.close()
+
+    def start(self, command: list[str], environments: list[dict[str, str]], watch: Callable) -> None:
+        """Starts a process for each environment and has it watched; after a request to stop it starts none.
+
+        A signal waits until all have started.
+
+        Raises:
+            OSError: the command cannot be started; none of the processes is left.
+        """
+        self.processes = []
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+        try:
+            for environment in environments if self.signalled is None else []:
+                process = subprocess.Popen(
+                    command,
+                    env=environment,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.STDOUT,
+                    bufsize=0,
+                    start_new_session=True,
+                    preexec_fn=lambda: self._become_child(mask),  # safe: there are no threads
+                )
+                self.processes.append(process)
+                watch(process)
+        except BaseException:
+            self.kill()
+            self.reap()
+            raise
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+    def _become_child(self, mask: set[int]) -> None:
+        """Gives a new process the handlers and the mask that this program was started with, and ties it to this one."""
+        for number in self._before:
+            signal.signal(number, signal.SIG_DFL)
+        if self._prctl is not None:
+            self._prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+            if os.getppid() != self._parent:  # it died before it could be said that its death matters
+                os._exit(1)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+    def _forward(self, number: int, frame: object) -> None:
+        first = self.signalled is None
+        self.signalled = number if first else self.signalled
+        self.send(number)
+        # A terminal that closes may send more than one SIGHUP: none of them is a second request.
+        if not first and number != signal.SIGHUP:
+            signal.signal(signal.SIGALRM, self._end)
+            signal.setitimer(signal.ITIMER_REAL, LAST_SECONDS, 1.0)
+
+    def _end(self, number: int, frame: object) -> None:
+        """Ends everything here and now, even where a line of output waits for its reader."""
+        self.kill()
+        os._exit(128 + self.signalled)
+
+    def send(self, number: int) -> None:
+        """Sends a signal to all processes and what they started."""
+        for process in self.processes:
+            with suppress(OSError):  # of another user, or gone
+                os.killpg(process.pid, number)
+
+    def kill(self) -> None:
+        self.send(signal.SIGKILL)
+
+    def reap(self) -> None:
+        while self.processes:
+            process = self.processes.pop()  # first of all: from its end on its number may be another's
+            process.wait()
+            process.stdout.close()
 
 
-def relay(number: int, process: subprocess.Popen) -> None:
-    for line in process.stdout:
-        sys.stdout.buffer.write(f"[{number}] ".encode() + line)
-        sys.stdout.buffer.flush()
+class Watch:
+    """Output and ends of the processes of a start, as they come."""
+
+    def __init__(self, woken: socket.socket) -> None:
+        self.codes: dict[int, int] = {}  # process -> its exit code, in the order in time of their ends
+        self._selector = selectors.DefaultSelector()
+        self._woken = woken
+        self._selector.register(woken, selectors.EVENT_READ)
+        self._processes: list[subprocess.Popen] = []
+        self._parts: list[bytes] = []  # of each process, the beginning of a line whose end has not come
+        self._descriptors: list[int] = []
+        self._heard = True  # somebody reads what this program prints
+
+    def __enter__(self) -> Watch:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number in range(len(self._parts)):
+            self._print(number, b"\n" if self._parts[number] else b"")
+        self._selector.close()
+        for descriptor in self._descriptors:
+            os.close(descriptor)
+
+    @property
+    def reading(self) -> bool:
+        """Whether anybody may still write."""
+        return len(self._selector.get_map()) > 1
+
+    def add(self, process: subprocess.Popen) -> None:
+        number = len(self._processes)
+        self._processes.append(process)
+        self._parts.append(b"")
+        self._selector.register(process.stdout, selectors.EVENT_READ, number)
+        try:
+            self._descriptors.append(os.pidfd_open(process.pid))
+        except (AttributeError, OSError):  # not Linux, or an old one
+            return
+        # Linux queues these descriptors as their processes end: the order of the events is the order in time.
+        self._selector.register(self._descriptors[-1], selectors.EVENT_READ, number)
+
+    def step(self, seconds: float | None) -> bool:
+        """Waits for output or an end, and takes in what there is; False if nothing came in that time."""
+        polled = len(self._descriptors) < len(self._processes)
+        ready = self._selector.select(min(POLL_SECONDS, seconds or POLL_SECONDS) if polled else seconds)
+        for key, _ in ready:
+            if key.fileobj is self._woken:
+                self._woken.recv(1 << 10)
+            elif key.fd in self._descriptors:
+                self._selector.unregister(key.fileobj)
+                self._end(key.data)
+            elif chunk := os.read(key.fd, 1 << 16):
+                self._print(key.data, chunk)
+            else:
+                self._selector.unregister(key.fileobj)
+        for number in range(len(self._processes) if polled else 0):
+            self._end(number)
+        return bool(ready)
+
+    def _end(self, number: int) -> None:
+        if number not in self.codes and (code := exit_code(self._processes[number])) is not None:
+            self.codes[number] = code
+
+    def _print(self, number: int, text: bytes) -> None:
+        """Prints the lines that are complete, each after the number of its process."""
+        *lines, part = (self._parts[number] + text).split(b"\n")
+        if len(part) > LONGEST_LINE:
+            lines, part = [*lines, part], b""
+        self._parts[number] = part
+        rest = b"".join(b"[%d] %b\n" % (number, line) for line in lines)
+        while rest and self._heard:
+            try:
+                rest = rest[os.write(sys.stdout.fileno(), rest) :]
+            except OSError as error:
+                self._heard = False
+                say(f"the output cannot be written ({error.strerror}); the processes go on without it")
+
+
+def run(group: Group, command: list[str], options: argparse.Namespace) -> int:
+    """One start of all processes; returns its exit code once they and what they started have ended.
+
+    Raises:
+        OSError: the command cannot be started.
+    """
+    port = options.port or free_port()
+    environments = [
+        os.environ | settings(number, options.processes, options.devices, port) for number in range(options.processes)
+    ]
+    with Watch(group.woken) as watch:
+        try:
+            group.start(command, environments, watch.add)
+            until = killed = None
+            while len(watch.codes) < len(group.processes):
+                watch.step(None if until is None or killed else max(0.0, until - time.monotonic()))
+                if until is None and any(code not in (0, STOPPED) for code in watch.codes.values()):
+                    until = time.monotonic() + options.grace
+                if until is not None and time.monotonic() >= until and not killed:
+                    group.kill()
+                    killed = True
+            # What the processes started may still hold their output: after a stop it has time to save, too.
+            until = time.monotonic() + (options.grace if group.signalled is not None else 0)
+            while watch.reading and (left := until - time.monotonic()) > 0:
+                watch.step(left)
+        finally:
+            group.kill()
+            until = time.monotonic() + LAST_SECONDS
+            while watch.reading and watch.step(0.0) and time.monotonic() < until:
+                pass
+            group.reap()
+    codes = list(watch.codes.values())
+    if group.signalled is not None and set(codes) != {0}:
+        return 128 + group.signalled
+    return next((code for code in codes if code not in (0, STOPPED)), max(codes))
+
+
+def exit_code(process: subprocess.Popen) -> int | None:
+    """None while it runs; 128 and the number of the signal that ended it. Does not reap it where that can be helped."""
+    if hasattr(os, "waitid"):
+        end = os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+        code = None if end is None else end.si_status if end.si_code == os.CLD_EXITED else -end.si_status
+    else:  # macOS before Python 3.13
+        code = process.poll()
+    return 128 - code if code is not None and code < 0 else code
+
+
+def say(text: str) -> None:
+    with suppress(OSError):
+        print(f"local: {text}", file=sys.stderr, flush=True)
 
 
 def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
+    """A port below those that systems give to outgoing connections, so that none takes it before the coordinator."""
+    for port in random.SystemRandom().sample(range(20_000, 32_000), 1_000):
+        with socket.socket() as found, suppress(OSError):
+            found.bind(("127.0.0.1", port))
+            return port
+    raise OSError(errno.EADDRINUSE, "none of 1,000 ports is free")
 
 
 if __name__ == "__main__":

@@ -91,7 +91,7 @@ def _on_tpu_host(environ: Mapping[str, str]) -> bool:
 def join(hosts: Hosts, environ: Mapping[str, str] = os.environ) -> bool:
     """Connects this process with the others of its run, before anything touches a device; False if it is alone.
 
-    On a CPU collectives between processes go over gloo.
+    On a CPU collectives between processes go over gloo, whose lines on standard output are not printed.
 
     Raises:
         TrainingError: the others did not come, or the coordinator could not be reached.
@@ -101,6 +101,7 @@ def join(hosts: Hosts, environ: Mapping[str, str] = os.environ) -> bool:
         return False
     import jax
 
+    _keep_standard_output()
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     common = dict(heartbeat_timeout_seconds=hosts.heartbeat_seconds, initialization_timeout=CONNECT_SECONDS)
     if isinstance(found, Hosts):
@@ -121,6 +122,27 @@ def join(hosts: Hosts, environ: Mapping[str, str] = os.environ) -> bool:
             "start them all, check the address and the firewall; --hosts.num-processes 1 trains on this host alone",
         ) from error
     return True
+
+
+def _keep_standard_output() -> None:
+    """Leaves standard output to Python alone.
+
+    Gloo writes "[Gloo] Rank 0 is connected to ..." into C++'s standard output for every new group of devices, at any
+    time, and has no option for it. C++ writes errors to standard error, which stays as it is.
+    """
+    python = sys.stdout
+    try:
+        if python is not sys.__stdout__ or python.fileno() != 1:
+            return  # a notebook or a test has taken it already
+    except (AttributeError, OSError, ValueError):
+        return  # there is none
+    python.flush()
+    kept = os.fdopen(os.dup(1), "w", encoding=python.encoding, errors=python.errors)
+    kept.reconfigure(line_buffering=python.line_buffering, write_through=python.write_through)
+    nothing = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nothing, 1)
+    os.close(nothing)
+    sys.stdout = sys.__stdout__ = kept
 
 
 def leave() -> None:
