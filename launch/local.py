@@ -14,7 +14,13 @@ On Linux the processes also end when this one is killed; what they started thems
 and of processes that fail within 50 ms of each other the first in number counts as the first in time.
 """
 
+# ruff: noqa: E402
 from __future__ import annotations
+
+import signal
+
+if __name__ == "__main__":  # a KeyboardInterrupt during an import may be lost; this ends at once, with nothing started
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import argparse
 import ctypes
@@ -22,7 +28,6 @@ import errno
 import os
 import random
 import selectors
-import signal
 import socket
 import subprocess
 import sys
@@ -107,8 +112,8 @@ class Group:
         self._prctl = ctypes.CDLL(None).prctl if sys.platform == "linux" else None
 
     def __enter__(self) -> Group:
-        # `nohup` has SIGHUP ignored, which stays so. A script's shell has SIGINT ignored by what it starts with `&`, where
-        # a Ctrl-C is not meant for it; whoever sends it here by number means it.
+        # `nohup` has SIGHUP ignored, which stays so. A shell lets what a script starts with `&` ignore SIGINT, since a
+        # Ctrl-C is not meant for it; a SIGINT that comes here all the same is meant.
         heeded = [x for x in SIGNALS if x != signal.SIGHUP or signal.getsignal(x) is not signal.SIG_IGN]
         for side in (self.woken, self._waker):
             side.setblocking(False)
