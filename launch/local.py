@@ -123,7 +123,7 @@ class Group:
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
-            signal.signal(number, handler)
+            signal.signal(number, handler or signal.SIG_DFL)
         signal.set_wakeup_fd(self._waker_before)
         self.woken.close()
         self._waker.close()
@@ -134,9 +134,8 @@ class Group:
         A signal waits until all have started.
 
         Raises:
-            OSError: the command cannot be started; none of the processes is left.
+            OSError: the command cannot be started, though some processes may have.
         """
-        self.processes = []
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
         try:
             for environment in environments if self.signalled is None else []:
@@ -151,10 +150,6 @@ class Group:
                 )
                 self.processes.append(process)
                 watch(process)
-        except BaseException:
-            self.kill()
-            self.reap()
-            raise
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
@@ -164,7 +159,7 @@ class Group:
             signal.signal(number, signal.SIG_DFL)
         if self._prctl is not None:
             self._prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-            if os.getppid() != self._parent:  # it died before it could be said that its death matters
+            if os.getppid() != self._parent:  # it died before that call
                 os._exit(1)
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
