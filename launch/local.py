@@ -93,6 +93,8 @@ def settings(process: int, count: int, devices: int, port: int) -> dict[str, str
         "XLA_FLAGS": " ".join([f"{DEVICE_COUNT}={devices}", *others]),
         # XLA's pool has a thread a core; a device that waits in a collective holds one.
         "NPROC": str(max(os.cpu_count() or 1, 4 * devices)),
+        # Errors of C++ only: it also warns of each SIGTERM. It reads this when jax is imported, never later.
+        "TF_CPP_MIN_LOG_LEVEL": os.environ.get("TF_CPP_MIN_LOG_LEVEL", "2"),
     }
 
 

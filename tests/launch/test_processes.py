@@ -71,7 +71,7 @@ class Started:
             self.launcher.terminate()
         printed = self.output.read_text()
         assert code in expected, f"exit code {code} instead of {expected}:\n{printed}"
-        assert "[Gloo]" not in printed
+        assert "[Gloo]" not in printed and "preemption_notifier" not in printed
         return printed
 
 
