@@ -30,6 +30,9 @@ ACCELERATORS = {
     "v7x": "tpu7x",
 }
 DIMENSIONS = {"v4": 3, "v5e": 2, "v5p": 3, "v6e": 2, "v7x": 3}
+# The slices there are: of two dimensions these; of three these, and others whose sides are multiples of 4.
+FLAT = ("2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
+CUBIC = ("2x2x1", "2x2x2", "2x2x4", "2x4x4")
 CHIPS_A_HOST = 4
 
 
@@ -69,6 +72,11 @@ def manifest(options: argparse.Namespace, command: list[str]) -> str:
     sides = [int(side) for side in options.topology.split("x")]
     if len(sides) != DIMENSIONS[options.tpu]:
         raise ValueError(f"--topology {options.topology}: {options.tpu} has {DIMENSIONS[options.tpu]} sides")
+    if options.topology not in (FLAT if len(sides) == 2 else CUBIC) and (
+        len(sides) == 2 or sides != sorted(sides) or not all(side and side % 4 == 0 for side in sides)
+    ):
+        known = ", ".join(FLAT) if len(sides) == 2 else f"{', '.join(CUBIC)}, or multiples of 4 in rising order"
+        raise ValueError(f"--topology {options.topology}: there are {known}")
     chips = math.prod(sides)
     if chips % CHIPS_A_HOST or options.slices < 1 or options.restarts < 0 or options.grace < 1:
         raise ValueError(
@@ -76,6 +84,7 @@ def manifest(options: argparse.Namespace, command: list[str]) -> str:
         )
     if not any(word.split("=")[0] == "--run-dir" for word in command):
         command = [*command, "--run-dir", f"/shared/runs/{options.name}"]
+    check_paths(command)
     values = {
         "NAME": options.name,
         "ACCELERATOR": ACCELERATORS[options.tpu],
@@ -92,6 +101,22 @@ def manifest(options: argparse.Namespace, command: list[str]) -> str:
     template = (Path(__file__).parent / "jobset.yaml").read_text()
     head, body = template.split("apiVersion", 1)  # what explains the template is not part of what is submitted
     return Template("apiVersion" + body).substitute(values)
+
+
+def check_paths(command: list[str]) -> None:
+    """Raises ValueError: a bucket's address, or a run folder that the hosts do not share."""
+    for word, after in zip(command, [*command[1:], ""], strict=True):
+        if re.match(r"[a-z0-9]+://", value := word.split("=", 1)[-1]):
+            raise ValueError(
+                f"{value}: runs and data lie on a disk that all hosts mount, and a bucket's address is none; "
+                "name a folder under /shared, where --claim is mounted"
+            )
+        if word.split("=")[0] == "--run-dir":
+            folder = value if "=" in word else after
+            if not folder.startswith("/shared/") and "://" not in folder:
+                raise ValueError(
+                    f"--run-dir {folder}: a folder of one host alone; name one under /shared, where --claim is mounted"
+                )
 
 
 if __name__ == "__main__":

@@ -14,7 +14,13 @@ On Linux the processes also end when this one is killed; what they started thems
 and of processes that fail within 50 ms of each other the first in number counts as the first in time.
 """
 
+# ruff: noqa: E402
 from __future__ import annotations
+
+import signal
+
+if __name__ == "__main__":  # a KeyboardInterrupt during an import may be lost; this ends at once, with nothing started
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import argparse
 import ctypes
@@ -22,7 +28,6 @@ import errno
 import os
 import random
 import selectors
-import signal
 import socket
 import subprocess
 import sys
@@ -88,6 +93,8 @@ def settings(process: int, count: int, devices: int, port: int) -> dict[str, str
         "XLA_FLAGS": " ".join([f"{DEVICE_COUNT}={devices}", *others]),
         # XLA's pool has a thread a core; a device that waits in a collective holds one.
         "NPROC": str(max(os.cpu_count() or 1, 4 * devices)),
+        # Errors of C++ only: it also warns of each SIGTERM. It reads this when jax is imported, never later.
+        "TF_CPP_MIN_LOG_LEVEL": os.environ.get("TF_CPP_MIN_LOG_LEVEL", "2"),
     }
 
 
@@ -107,8 +114,8 @@ class Group:
         self._prctl = ctypes.CDLL(None).prctl if sys.platform == "linux" else None
 
     def __enter__(self) -> Group:
-        # `nohup` has SIGHUP ignored, which stays so. A script's shell has SIGINT ignored by what it starts with `&`, where
-        # a Ctrl-C is not meant for it; whoever sends it here by number means it.
+        # `nohup` has SIGHUP ignored, which stays so. A shell lets what a script starts with `&` ignore SIGINT, since a
+        # Ctrl-C is not meant for it; a SIGINT that comes here all the same is meant.
         heeded = [x for x in SIGNALS if x != signal.SIGHUP or signal.getsignal(x) is not signal.SIG_IGN]
         for side in (self.woken, self._waker):
             side.setblocking(False)
@@ -118,7 +125,7 @@ class Group:
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
-            signal.signal(number, handler)
+            signal.signal(number, handler or signal.SIG_DFL)
         signal.set_wakeup_fd(self._waker_before)
         self.woken.close()
         self._waker.close()
@@ -129,9 +136,8 @@ class Group:
         A signal waits until all have started.
 
         Raises:
-            OSError: the command cannot be started; none of the processes is left.
+            OSError: the command cannot be started, though some processes may have.
         """
-        self.processes = []
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
         try:
             for environment in environments if self.signalled is None else []:
@@ -146,10 +152,6 @@ class Group:
                 )
                 self.processes.append(process)
                 watch(process)
-        except BaseException:
-            self.kill()
-            self.reap()
-            raise
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
@@ -159,7 +161,7 @@ class Group:
             signal.signal(number, signal.SIG_DFL)
         if self._prctl is not None:
             self._prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-            if os.getppid() != self._parent:  # it died before it could be said that its death matters
+            if os.getppid() != self._parent:  # it died before that call
                 os._exit(1)
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 

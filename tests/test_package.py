@@ -10,7 +10,6 @@ import re
 import shutil
 import subprocess
 import sys
-import time
 import tomllib
 from pathlib import Path
 
@@ -171,12 +170,13 @@ def test_heavy_packages_are_really_there():
 
 def test_import_takes_less_than_four_seconds():
     def seconds() -> float:
-        start = time.perf_counter()
+        """Of a processor, not of the clock: what else the machine does is not counted."""
+        before = os.times()
         done = python("import mllm_jax; [getattr(mllm_jax, name) for name in mllm_jax.__all__]")
         assert done.returncode == 0, done.stderr
-        return time.perf_counter() - start
+        after = os.times()
+        return after.children_user + after.children_system - before.children_user - before.children_system
 
-    # The best of three: a busy machine makes an import slow, but never fast.
     best = min(seconds() for _ in range(3))
     assert best < 4, best
 

@@ -90,7 +90,7 @@ sys.exit(130)
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_nothing_starts_again_after_a_stop(number):
-    code = f"{READY} signal.signal(signal.SIGINT, signal.SIG_DFL); signal.pause()"
+    code = f"import signal; signal.signal(signal.SIGINT, signal.SIG_DFL); {READY} signal.pause()"
     with launched("--restarts", "2", code=code) as launcher:
         ready(launcher)
         launcher.send_signal(number)
@@ -119,7 +119,7 @@ while True:
 
 
 def test_a_signal_that_nohup_has_ignored_stays_ignored():
-    code = f"{READY} signal.signal(signal.SIGTERM, signal.SIG_DFL); signal.pause()"
+    code = f"{READY} signal.pause()"
     command = ["sh", "-c", 'trap "" HUP; exec "$@"', "sh", sys.executable, str(LOCAL), "--", sys.executable, "-c", code]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as launcher:
         for process in ready(launcher):

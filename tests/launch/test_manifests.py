@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
+import importlib.util
+import math
 import os
 import re
 import shutil
@@ -11,6 +14,8 @@ from pathlib import Path
 
 import pytest
 import yaml
+
+from mllm_jax.planning import topologies
 
 ROOT = Path(__file__).parents[2]
 LAUNCH = ROOT / "launch"
@@ -101,6 +106,10 @@ def test_the_command_reaches_mllm_word_by_word(two_slices):
         ("--tpu", "v5e", "--topology", "4x4x4", "--", "train", "c.py"),
         ("--tpu", "v5p", "--topology", "16x16", "--", "train", "c.py"),
         ("--tpu", "v5e", "--topology", "1x2", "--", "train", "c.py"),
+        ("--tpu", "v5e", "--topology", "16x17", "--", "train", "c.py"),
+        ("--tpu", "v6e", "--topology", "16x32", "--", "train", "c.py"),
+        ("--tpu", "v5p", "--topology", "8x4x4", "--", "train", "c.py"),
+        ("--tpu", "v4", "--topology", "4x4x6", "--", "train", "c.py"),
         ("--tpu", "v5e", "--topology", "big", "--", "train", "c.py"),
         ("--tpu", "v5e", "--topology", "4x4", "--slices", "0", "--", "train", "c.py"),
         ("--tpu", "v5e", "--topology", "4x4", "--name", "Big_1", "--", "train", "c.py"),
@@ -111,6 +120,38 @@ def test_the_command_reaches_mllm_word_by_word(two_slices):
 def test_gke_refuses_what_cannot_be(arguments):
     done = gke(*arguments)
     assert done.returncode == 2 and not done.stdout and "error: " in done.stderr
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("--run-dir", "gs://bucket/run"),
+        ("--run-dir=gs://bucket/run",),
+        ("--stages.0.data.path", "s3://bucket/records.json"),
+    ],
+)
+def test_gke_refuses_a_bucket_where_a_mounted_disk_is_needed(words):
+    done = gke("--tpu", "v5e", "--topology", "4x4", "--", "train", "c.py", *words)
+    assert done.returncode == 2 and not done.stdout
+    assert "://bucket" in done.stderr and "name a folder under /shared" in done.stderr
+
+
+@pytest.mark.parametrize("words", [("--run-dir", "runs/x"), ("--run-dir=/tmp/x",), ("--run-dir",)])
+def test_gke_refuses_a_run_folder_of_one_host(words):
+    done = gke("--tpu", "v5e", "--topology", "4x4", "--", "train", "c.py", *words)
+    assert done.returncode == 2 and "a folder of one host alone" in done.stderr
+
+
+def test_gke_knows_every_slice_that_the_planner_knows():
+    spec = importlib.util.spec_from_file_location("gke", LAUNCH / "gke.py")
+    spec.loader.exec_module(module := importlib.util.module_from_spec(spec))
+    for generation, shapes in topologies._SHAPES.items():
+        for shape in shapes.values():
+            options = argparse.Namespace(
+                name="x", image="x", claim="x", slices=1, restarts=0, grace=1, tpu=generation, topology=shape
+            )
+            if math.prod(map(int, shape.split("x"))) >= module.CHIPS_A_HOST:
+                assert shape in module.manifest(options, ["train", "c.py"])
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

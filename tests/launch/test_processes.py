@@ -6,6 +6,7 @@ import json
 import os
 import random
 import re
+import select
 import signal
 import subprocess
 import sys
@@ -47,6 +48,22 @@ class Started:
             assert time.monotonic() < until, self.output.read_text()
             time.sleep(0.01)
 
+    def wait_until_held(self, gate: Path, seconds: float = 600) -> None:
+        """Returns once each process of the run waits at the gate."""
+        until = time.monotonic() + seconds
+        while len(list(gate.parent.glob(f"{gate.name}.*"))) < len(self.processes()) or not self.processes():
+            assert self.launcher.poll() is None, f"ended too early:\n{self.output.read_text()}"
+            assert time.monotonic() < until, self.output.read_text()
+            time.sleep(0.01)
+
+    def kill(self, number: int) -> None:
+        """Kills one of the processes; returns once it is dead."""
+        process = self.processes()[number]
+        descriptor = os.pidfd_open(process)
+        os.kill(process, signal.SIGKILL)
+        assert select.select([descriptor], [], [], 60)[0]
+        os.close(descriptor)
+
     def end(self, *expected: int, seconds: float = 600) -> str:
         try:
             code = self.launcher.wait(seconds)
@@ -54,6 +71,7 @@ class Started:
             self.launcher.terminate()
         printed = self.output.read_text()
         assert code in expected, f"exit code {code} instead of {expected}:\n{printed}"
+        assert "[Gloo]" not in printed and "preemption_notifier" not in printed
         return printed
 
 
@@ -164,9 +182,11 @@ def test_one_process_writes_the_run_and_the_evaluation_of_all(one, several):
 def test_one_is_killed_and_all_go_on_to_the_same_bits(place, several, processes):
     rng = random.Random(processes)
     name = f"{processes}-killed"
-    started = place.start(name, processes, 4 // processes, FOUR, pause=0.3, restarts=1)
+    gate = place.base / f"{name}.gate"  # before the last step: the kill comes at any time before that, never later
+    started = place.start(name, processes, 4 // processes, FOUR, pause=0.3, restarts=1, hold="7", gate=str(gate))
     started.wait_for(rng.randint(3, 5), checkpoint=3)
-    os.kill(started.processes()[rng.randrange(processes)], signal.SIGKILL)
+    started.kill(rng.randrange(processes))
+    gate.touch()
     printed = started.end(0)
     assert "restart 1 of 1" in printed and re.search(r"\[0\] stage stage0: resumed at step [36]", printed)
     assert metrics(started.folder) == metrics(several[processes])
@@ -177,19 +197,24 @@ def test_one_is_killed_and_all_go_on_to_the_same_bits(place, several, processes)
 
 
 def test_eight_devices_preempted_then_four_with_a_host_that_dies_then_two(place, one):
-    # A notice to one of two processes: both save the same step.
-    started = place.start("elastic", 2, 4, {"data": 2, "fsdp": 4}, pause=0.3)
+    # A notice to one of two processes: both save the same step. jax looks for notices once a second, and then they
+    # agree on a step to come: so that there is one, both wait before the fifth step until both have heard of it.
+    started = place.start("elastic", 2, 4, {"data": 2, "fsdp": 4}, hold="4")
     started.wait_for(2)
     os.kill(started.processes()[1], signal.SIGTERM)
     printed = started.end(130)
     stopped = set(re.findall(r"stopped at step (\d) of stage", printed))
     assert len(stopped) == 1 and len(re.findall("stopped at step", printed)) == 2, printed
     (at,) = stopped
-    # Four processes; one dies, and the launcher leaves the others to themselves: they say so and end.
-    started = place.start("elastic", 4, 1, FOUR, pause=0.3, extra=("--hosts.heartbeat-seconds", "10"))
-    started.wait_for(int(at) + 1)
-    os.kill(started.processes()[2], signal.SIGKILL)
-    printed = started.end(256 - signal.SIGKILL, -signal.SIGKILL)
+    # Four processes; one dies, and the launcher leaves the others to themselves: they say so and end. They may notice
+    # while it dies and end before it has: they wait until it is dead, so that it is the first.
+    gate = place.base / "elastic.gate"
+    more = {"hold": str(int(at) + 1), "gate": str(gate)}
+    started = place.start("elastic", 4, 1, FOUR, extra=("--hosts.heartbeat-seconds", "10"), **more)
+    started.wait_until_held(gate)
+    started.kill(2)
+    gate.touch()
+    printed = started.end(128 + signal.SIGKILL)
     assert f"resumed at step {at}" in printed
     assert "another task died" in printed or "lost another one" in printed
     # Two devices of one process end it.

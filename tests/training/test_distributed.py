@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
+
 import jax
 import pytest
 
@@ -22,6 +26,23 @@ SLURM = {
 @pytest.fixture
 def tpu_host(monkeypatch):
     monkeypatch.setattr(distributed, "_on_tpu_host", lambda environ: True)
+
+
+def test_only_python_writes_to_standard_output():
+    """C++'s lines, as gloo's, are written to the descriptor; Python's lines and all errors still come out."""
+    code = """
+import os, sys
+from mllm_jax.training.distributed import _keep_standard_output
+print("before")
+_keep_standard_output()
+os.write(1, b"[Gloo] Rank 0 is connected to 1 peer ranks\\n")
+os.write(2, b"a real error\\n")
+print("after \u00e9")
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=Path(__file__).parents[2], capture_output=True, encoding="utf-8", timeout=100
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "before\nafter \u00e9\n", "a real error\n")
 
 
 def test_alone_where_nothing_says_otherwise():

@@ -58,7 +58,9 @@ def make_pair(base: Path, devices: int, mesh: dict[str, int]) -> Pair:
     start(setting, whole, record=base / "whole.batches").end(expected=0)
     copies, printed = {}, []
     for stage, steps in kill_points(seed=devices):
-        run = start(setting, killed, pause=PAUSE, record=base / "killed.batches")
+        # The kill comes when the step is seen to be done; the run waits two steps later, should that be seen late.
+        hold = (STAGES[stage], steps + 1)
+        run = start(setting, killed, pause=PAUSE, record=base / "killed.batches", hold=hold)
         run.wait_for(lambda lines, goal=stage * STEPS + steps: bool(lines) and lines[-1]["step"] >= goal)
         run.process.kill()
         printed.append(run.end(expected=-signal.SIGKILL))
@@ -202,13 +204,15 @@ def test_sigterm_saves_and_leaves_with_130(pair, tmp_path):
     config = tmp_path / "config.py"
     config.write_text(
         "from tiny_runs import experiment, watch_steps\n"
-        f"def config():\n    watch_steps(None, {PAUSE})\n    return experiment({pair.setting.mesh})\n"
+        f"def config():\n    watch_steps(None, 0, ('instruct', 4), {str(tmp_path / 'gate')!r})\n"
+        f"    return experiment({pair.setting.mesh})\n"
     )
     command = ["-m", "mllm_jax.cli", "train", str(config), "--run-dir", str(folder)]
     run = start_command(command, pair.setting, folder)
-    run.wait_for(lambda lines: lines[-1]["step"] == 3 * STEPS + 1)
+    run.wait_for(lambda lines: lines[-1]["step"] > 3 * STEPS)
     run.process.send_signal(signal.SIGTERM)
-    printed = run.end(expected=130, seconds=30)
+    (tmp_path / "gate").touch()
+    printed = run.end(expected=130)
     step = metrics(folder)[-1]["step"] - 3 * STEPS
     assert 1 <= step < 6
     assert f"stopped at step {step} of stage instruct" in printed
@@ -222,7 +226,7 @@ def test_fresh_removes_what_a_run_writes_and_nothing_else(pair, tmp_path):
     folder = shutil.copytree(pair.whole, tmp_path / "run")
     (folder / "notes.txt").write_text("mine")
     (folder / "pictures").mkdir()
-    run = start(pair.setting, folder, fresh=True, pause=PAUSE)
+    run = start(pair.setting, folder, fresh=True, pause=PAUSE, hold=("language", 4))
     run.wait_for(lambda lines: 0 < len(lines) < STEPS)
     run.process.kill()
     printed = run.end(expected=-signal.SIGKILL)

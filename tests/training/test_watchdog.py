@@ -5,7 +5,6 @@ from __future__ import annotations
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 
 from mllm_jax.training.watchdog import HANG_EXIT, Watchdog
@@ -13,13 +12,27 @@ from mllm_jax.training.watchdog import HANG_EXIT, Watchdog
 ROOT = Path(__file__).parents[2]
 
 
-def test_a_beating_run_is_let_be(tmp_path):
-    codes = []
+class Clock:
+    """In place of the module's `time`: moved by hand, and it knows when the watching thread has looked at it."""
+
+    def __init__(self):
+        self.now, self.looks = 100.0, threading.Semaphore(0)
+
+    def monotonic(self) -> float:
+        if threading.current_thread().name == "watchdog":
+            self.looks.release()
+        return self.now
+
+
+def test_a_beating_run_is_let_be(tmp_path, monkeypatch):
+    codes, clock = [], Clock()
+    monkeypatch.setattr("mllm_jax.training.watchdog.time", clock)
     with Watchdog(tmp_path / "hangs", 0.4, end=codes.append) as watchdog:
         for step in range(8):
-            time.sleep(0.1)
+            clock.now += 0.3
             watchdog.beat(f"step {step}")
-    time.sleep(0.5)
+            assert clock.looks.acquire(timeout=50) and clock.looks.acquire(timeout=50)
+    clock.now += 100
     assert codes == [] and not (tmp_path / "hangs").exists()
 
 
@@ -31,17 +44,23 @@ def test_none_watches_with_zero_seconds(tmp_path):
 
 def test_a_hang_ends_the_process_with_all_stacks(tmp_path):
     code = f"""
-import threading, time
+import threading, time, types
 from pathlib import Path
-from mllm_jax.training.watchdog import Watchdog
+from mllm_jax.training import watchdog
+
+waits, now = threading.Event(), 0.0
 
 def waits_for_a_bucket():
-    time.sleep(60)
+    waits.set()
+    threading.Event().wait()
 
 threading.Thread(target=waits_for_a_bucket, daemon=True).start()
-with Watchdog(Path({str(tmp_path / "hangs")!r}), 0.3) as watchdog:
-    watchdog.beat("step 7 of stage align")
-    time.sleep(60)
+waits.wait()
+watchdog.time = types.SimpleNamespace(monotonic=lambda: now, strftime=time.strftime)
+with watchdog.Watchdog(Path({str(tmp_path / "hangs")!r}), 0.3) as watch:
+    watch.beat("step 7 of stage align")
+    now = 1.0
+    threading.Event().wait()
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=50)
     assert done.returncode == HANG_EXIT, done.stderr

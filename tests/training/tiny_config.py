@@ -2,6 +2,8 @@
 
 TINY_MESH: sizes of the mesh axes as JSON. TINY_PAUSE: seconds before each step. TINY_RECORD: a file for a hash of each
 batch. TINY_EVALUATE: asks questions at the end. TINY_STEPS: steps of a stage. TINY_STAGES: how many there are.
+TINY_HOLD: after how many steps each process waits, so that a test finds it there: until the file TINY_GATE exists, or,
+without one, until all processes have heard of a notice to stop. Each makes a file TINY_GATE.<its number>.
 """
 
 from __future__ import annotations
@@ -88,6 +90,20 @@ def stage(name: str) -> Stage:
     )
 
 
+def wait_at(gate: str | None) -> None:
+    import jax
+    from jax._src.distributed import global_state
+
+    if gate is not None:
+        Path(f"{gate}.{jax.process_index()}").touch()
+        while not Path(gate).exists():
+            time.sleep(0.01)
+    else:
+        # Where jax notes, for each process that knows of the notice, how far it has come.
+        while len(global_state.client.key_value_dir_get("PREEMPTION_CURRENT_COUNTER/")) < jax.process_count():
+            time.sleep(0.01)
+
+
 def watch_steps(record: str | None, pause: float) -> None:
     """Lets every step wait a little, and notes a hash of this process's part of the batch."""
     import jax
@@ -95,7 +111,7 @@ def watch_steps(record: str | None, pause: float) -> None:
 
     from mllm_jax.training import loop
 
-    make = loop.make_train_step
+    make, hold = loop.make_train_step, int(os.environ.get("TINY_HOLD", "-1"))
 
     def make_watched(*args, **kwargs):
         step_fn = make(*args, **kwargs)
@@ -103,6 +119,8 @@ def watch_steps(record: str | None, pause: float) -> None:
         def watched(state, frozen, batch):
             time.sleep(pause)
             step = int(state.step)
+            if step == hold:
+                wait_at(os.environ.get("TINY_GATE"))
             if record is not None:
                 note(step, batch)
             return step_fn(state, frozen, batch)

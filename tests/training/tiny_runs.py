@@ -48,8 +48,15 @@ def experiment(mesh: dict[str, int]):
     return replace(smoke, evaluation=None, mesh=MeshConfig(**mesh))
 
 
-def watch_steps(record: Path | None, pause: float) -> None:
-    """Lets every training step wait a little, and notes a hash of the batch that it is given."""
+def watch_steps(
+    record: Path | None, pause: float, hold: tuple[str, int] | None = None, gate: str | None = None
+) -> None:
+    """Lets every training step wait a little, and notes a hash of the batch that it is given.
+
+    Args:
+        hold: a stage, and how many of its steps are done when the run waits.
+        gate: the file that it waits for; without one, for its end.
+    """
     import jax
     import numpy as np
 
@@ -74,6 +81,8 @@ def watch_steps(record: Path | None, pause: float) -> None:
                 with record.open("a") as file:
                     file.write(json.dumps(line) + "\n")
             time.sleep(pause)
+            while hold and hold == (stage["name"], int(state.step)) and not (gate and Path(gate).exists()):
+                time.sleep(0.005)
             return step_fn(state, frozen, batch)
 
         return watched
@@ -108,9 +117,11 @@ class Started:
         return printed
 
 
-def start(setting: Setting, folder: Path, *, fresh=False, pause=0.0, record: Path | None = None) -> Started:
-    """Trains into `folder` in a new process."""
-    arguments = {"folder": str(folder), "mesh": setting.mesh, "fresh": fresh, "pause": pause}
+def start(
+    setting: Setting, folder: Path, *, fresh=False, pause=0.0, record: Path | None = None, hold: tuple | None = None
+) -> Started:
+    """Trains into `folder` in a new process; `hold`: (stage, steps) at which it waits to be killed."""
+    arguments = {"folder": str(folder), "mesh": setting.mesh, "fresh": fresh, "pause": pause, "hold": hold}
     arguments |= {"record": record and str(record), "lengths": str(setting.cache.parent / "lengths")}
     return start_command([str(Path(__file__)), json.dumps(arguments)], setting, folder)
 
@@ -165,7 +176,7 @@ def main() -> None:
 
     given = json.loads(sys.argv[1])
     record = given["record"] and Path(given["record"])
-    watch_steps(record, given["pause"])
+    watch_steps(record, given["pause"], given["hold"] and tuple(given["hold"]))
     train(experiment(given["mesh"]), Path(given["folder"]), fresh=given["fresh"], cache_dir=Path(given["lengths"]))
 
 
