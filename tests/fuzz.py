@@ -18,10 +18,8 @@ from pathlib import Path
 
 import numpy as np
 
-LIMIT, WAIT = (
-    5.0,
-    60.0,
-)  # seconds for one case: of all threads' work, which a busy machine does not lengthen; and in all
+# Seconds for one case: of work, which a busy machine does not lengthen, and on the clock.
+LIMIT, WAIT = 5.0, 60.0
 TIMERS = {signal.ITIMER_PROF: (signal.SIGPROF, LIMIT), signal.ITIMER_REAL: (signal.SIGALRM, WAIT)}
 SHOWN = 5
 HERE = Path(__file__).parent

@@ -88,7 +88,7 @@ def _llava(name: str, model_type: str, **options) -> dict:
 
 
 def _qwen_vl(name: str, model_type: str, vision: dict) -> dict:
-    text = QWEN2 | MROPE | dict(model_type=f"{model_type}_text", num_attention_heads=2, num_key_value_heads=1)
+    text = QWEN2 | MROPE | dict(model_type=f"{model_type}_text", head_dim=8)
     return _named(name, dict(model_type=model_type, text_config=text, vision_config=vision, image_token_id=30))
 
 
