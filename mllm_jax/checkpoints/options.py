@@ -109,6 +109,10 @@ class Options:
         """One or several whole numbers from 1 to `most`, as a tuple."""
         return self._several(name, default, lambda v: is_whole(v) and 1 <= v <= most, f"whole numbers, 1 to {most:,}")
 
+    def counts(self, name: str, default: Any = ...) -> Any:
+        """One or several whole numbers that may be 0, as a tuple."""
+        return self._several(name, default, lambda v: is_whole(v) and 0 <= v <= LARGEST, "whole numbers, 0 or more")
+
     def resolutions(self, name: str, default: Any = ...) -> Any:
         """A list of pairs of sizes, height and width, as a tuple."""
 

@@ -30,6 +30,7 @@ WRONG = {
     "part": [1, "a", [], [{}], True],
     "id": [-2, 1.0, "1", True, [1], [[]]],
     "sizes": [0, [0], ["4"], [[4]], {}, [2.0], True],
+    "counts": [-1, "1", [-1], [1.5], [[0]], {}, True],
     "integers": ["1", [1.5], [[1]], {}, [None], True],
     "numbers": [[NAN], "1", [[0.5]], {}],
     "ids": [[[]], "1", [-1], [True], {}, 1.5],
@@ -45,7 +46,7 @@ def test_what_fits_is_given_back(kind, value):
 
 def test_one_or_several():
     options = Options(dict(one=3, several=[3, 4], floats=[1, 0.5], pairs=[[1, 2]], names=["a"]), "it")
-    assert options.sizes("one") == options.integers("one") == options.ids("one") == (3,)
+    assert options.sizes("one") == options.integers("one") == options.counts("one") == options.ids("one") == (3,)
     assert options.sizes("several") == options.integers("several") == options.ids("several") == (3, 4)
     assert options.numbers("floats") == (1, 0.5) and options.texts("names") == ("a",)
     assert options.resolutions("pairs") == ([1, 2],)
