@@ -33,7 +33,7 @@ IDLE = frozenset((
     # other kinds of model
     "is_encoder_decoder", "is_decoder", "add_cross_attention", "cross_attention_hidden_size", "tie_encoder_decoder",
     # the tokenizer
-    "tokenizer_class", "prefix", "sep_token_id", "unk_token_id", "task_specific_params",
+    "tokenizer_class", "tokenizer_type", "prefix", "sep_token_id", "unk_token_id", "task_specific_params",
     # generation
     "assistant_confidence_threshold", "assistant_early_exit", "assistant_lookbehind", "assistant_temperature",
     "bad_words_ids", "begin_suppress_tokens", "cache_config", "cache_implementation", "compile_config", "constraints",
