@@ -6,7 +6,6 @@ the idle options below.
 
 from __future__ import annotations
 
-import math
 import reprlib
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -34,7 +33,7 @@ IDLE = frozenset((
     # other kinds of model
     "is_encoder_decoder", "is_decoder", "add_cross_attention", "cross_attention_hidden_size", "tie_encoder_decoder",
     # the tokenizer
-    "tokenizer_class", "prefix", "sep_token_id", "unk_token_id", "task_specific_params",
+    "tokenizer_class", "tokenizer_type", "prefix", "sep_token_id", "unk_token_id", "task_specific_params",
     # generation
     "assistant_confidence_threshold", "assistant_early_exit", "assistant_lookbehind", "assistant_temperature",
     "bad_words_ids", "begin_suppress_tokens", "cache_config", "cache_implementation", "compile_config", "constraints",
@@ -52,7 +51,7 @@ IDLE = frozenset((
 ))
 # fmt: on
 LARGEST = 2**31 - 1  # what an index of 32 bits reaches
-GREATEST = 1e30  # of a number: computations in float32 leave room for its square root's square and no more
+GREATEST = 1e30  # of a number: it is one in float32 too
 _shown = reprlib.Repr()
 _shown.maxstring = _shown.maxother = 100
 _shown.maxlist = _shown.maxdict = _shown.maxtuple = 8
@@ -65,7 +64,7 @@ def is_whole(value: Any) -> bool:
 
 def is_number(value: Any) -> bool:
     """Whether a JSON value is a number that a computation in float32 survives."""
-    return (is_whole(value) or isinstance(value, float)) and math.isfinite(value) and abs(value) <= GREATEST
+    return (is_whole(value) or isinstance(value, float)) and -GREATEST <= value <= GREATEST
 
 
 def named_as(values: Mapping[str, Any]) -> tuple[tuple[str, ...], str | None]:
@@ -109,6 +108,10 @@ class Options:
     def sizes(self, name: str, default: Any = ..., most: int = LARGEST) -> Any:
         """One or several whole numbers from 1 to `most`, as a tuple."""
         return self._several(name, default, lambda v: is_whole(v) and 1 <= v <= most, f"whole numbers, 1 to {most:,}")
+
+    def counts(self, name: str, default: Any = ...) -> Any:
+        """One or several whole numbers that may be 0, as a tuple."""
+        return self._several(name, default, lambda v: is_whole(v) and 0 <= v <= LARGEST, "whole numbers, 0 or more")
 
     def resolutions(self, name: str, default: Any = ...) -> Any:
         """A list of pairs of sizes, height and width, as a tuple."""

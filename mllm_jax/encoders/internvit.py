@@ -24,6 +24,12 @@ _DEFAULTS = {
     | dict(hidden_size=3200, num_hidden_layers=48, num_attention_heads=25, intermediate_size=12800, image_size=224)
     | dict(norm_type="rms_norm", qkv_bias=False, qk_normalization=True, initializer_factor=0.1),
 }
+# Which the folders of InternVL 2.5 and 3 list, though they have no experts.
+_OF_EXPERTS = (
+    "capacity_factor", "eval_capacity_factor", "laux_allreduce", "moe_coeff_ratio", "moe_intermediate_size",
+    "moe_output_scale", "noisy_gate_policy", "num_experts", "num_routed_experts", "num_shared_experts",
+    "shared_expert_intermediate_size", "use_residual", "use_rts", "use_weighted_residual",
+)  # fmt: skip
 # The three options that the two spell differently.
 _SPELT = {
     _HF: dict(qkv_bias="attention_bias", qk_norm="use_qk_norm", layer_scale="layer_scale_init_value"),
@@ -62,6 +68,9 @@ def from_hf_config(values: dict) -> ViTConfig:
     options = options_of(values, _DEFAULTS[family], family)
     norm = _NORMS[options.only("norm_type", *_NORMS)]
     normed = False
+    if family == _ORIGINAL:
+        options.only("use_moe", False)
+        options.skip(*_OF_EXPERTS)
     if family == _HF:
         options.only("use_absolute_position_embeddings", True)
         options.skip("use_mask_token")

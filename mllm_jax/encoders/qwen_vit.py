@@ -331,11 +331,11 @@ def from_hf_config(values: dict) -> QwenViTConfig:
         read |= dict(output_size=options.size("out_hidden_size"))
     if family == _QWEN25:
         read |= dict(norm="rms", gated=True, window_size=options.size("window_size"))
-        read |= dict(full_layers=options.integers("fullatt_block_indexes"))
+        read |= dict(full_layers=options.counts("fullatt_block_indexes"))
         read |= dict(tokens_per_second=options.size("tokens_per_second"))
     if family == _QWEN3:
         read |= dict(patch_bias=True, num_positions=options.size("num_position_embeddings", most=MOST_PATCHES**2))
-        read |= dict(deepstack_layers=options.integers("deepstack_visual_indexes"))
+        read |= dict(deepstack_layers=options.counts("deepstack_visual_indexes"))
     options.skip(*ELSEWHERE)
     options.done()
     return QwenViTConfig(**read)

@@ -29,6 +29,7 @@ _DEFAULTS = dict(
     attention_bias=True,
     tie_word_embeddings=False,
 )
+_GLM4 = _DEFAULTS["vocab_size"]  # its vocabulary is not ChatGLM2's and 3's of 65,024
 _EOS = [151329, 151336, 151338]  # also where config.json says null
 _NAMES = Names(gate="mlp.gate_up_proj", up="mlp.gate_up_proj")
 _CHATGLM_NAMES = Names(
@@ -70,8 +71,9 @@ def table(config: DecoderConfig) -> Table:
 def from_chatglm_config(values: dict) -> DecoderConfig:
     """config.json of ChatGLM2 or ChatGLM3 (ChatGLMModel), every option honoured or refused by name.
 
-    `rope_ratio` is refused: it multiplied the base in one version of the checkpoints' own code and divided the
-    positions in another, and config.json does not tell which.
+    GLM-4's first folders are of this kind too, and its `rope_ratio` multiplies the base. Of ChatGLM2 and 3 another
+    than 1 is refused: their versions with longer texts divided the positions by it or multiplied the base, and
+    config.json does not say which.
     """
     options = Options(values, "config.json of ChatGLMModel (ChatGLM2, ChatGLM3)")
     for name, needed in dict(
@@ -83,25 +85,28 @@ def from_chatglm_config(values: dict) -> DecoderConfig:
         prefix_projection=False,
         tie_word_embeddings=False,
         quantization_bit=0,
-        rope_ratio=1,
         pre_seq_len=0,
     ).items():
         options.only(name, needed)
     # The same numbers, computed in another order or precision; and the code that is never executed.
     options.skip("apply_query_key_layer_scaling", "attention_softmax_in_fp32", "fp32_residual_connection")
     options.skip("bias_dropout_fusion", "vocab_size", "ffn_dropout")
-    heads = options.size("num_attention_heads")
+    heads, layers = options.size("num_attention_heads"), options.size("num_layers")
+    options.only("num_hidden_layers", layers)
+    vocabulary = options.size("padded_vocab_size")
+    ratio = options.number("rope_ratio", 1, 1.0, 1e6) if vocabulary == _GLM4 else options.only("rope_ratio", 1)
     translated = dict(
         architectures=["GlmForCausalLM"],
-        vocab_size=options.size("padded_vocab_size"),
+        vocab_size=vocabulary,
         hidden_size=options.size("hidden_size"),
         intermediate_size=options.size("ffn_hidden_size"),
-        num_hidden_layers=options.size("num_layers"),
+        num_hidden_layers=layers,
         num_attention_heads=heads,
         num_key_value_heads=options.size("multi_query_group_num")
         if options.flag("multi_query_attention", False)
         else heads,
         head_dim=options.size("kv_channels"),
+        rope_theta=10_000.0 * ratio,
         rms_norm_eps=options.number("layernorm_epsilon", least=0.0),
         max_position_embeddings=options.size("seq_length"),
         attention_bias=options.flag("add_qkv_bias", False),

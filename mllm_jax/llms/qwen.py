@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from mllm_jax.checkpoints.options import Options
 from mllm_jax.checkpoints.table import Family
+from mllm_jax.errors import ConfigError
 from mllm_jax.llms.decoder import DecoderConfig
 from mllm_jax.llms.hub import architecture, decoder_table, faithful, read_decoder, sample, write_decoder
 
@@ -70,6 +71,10 @@ def _read_windows(options: Options) -> dict:
             return dict(sliding_window=window, layer_types=())
         layers = options.size("num_hidden_layers", most=MOST_LAYERS)
         kinds = ("full_attention",) * first + ("sliding_attention",) * (layers - first)
+    if len(kinds) != layers:
+        raise ConfigError(
+            f"layer_types of {len(kinds)} layers", f"num_hidden_layers={layers} of them", "restore it from its origin"
+        )
     if set(kinds) == {"full_attention"}:
         return dict(sliding_window=None)
     alike = set(kinds) == {"sliding_attention"} and window is not None

@@ -161,7 +161,7 @@ def _read_llm(family: str, text: dict, what: str) -> DecoderConfig:
     left = {n: v for n, v in text.items() if n not in ("architectures", "rope_scaling", "rope_parameters", *_IDLE[:3])}
     options = Options(text, f"text_config of {what}")
     rope = options.part("rope_scaling", {}) or options.part("rope_parameters", {})
-    sections = Options(rope, f"rope options in {what}").sizes("mrope_section", _SECTIONS[family])
+    sections = Options(rope, f"rope options in {what}").counts("mrope_section", _SECTIONS[family])
     rope.pop("mrope_section", None)
     rope.pop("mrope_interleaved", None)  # Qwen3-VL's always are
     kind = rope.pop("type", None)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import jax
 import numpy as np
 import pytest
@@ -80,6 +82,24 @@ def test_blip2(randomise, to_numpy, assert_close, tmp_path):
     assert_close(run(params, "__call__", features), alone, 1e-5, "queries")
     assert_close(run(params, "encode", features, tokens, real)[0], both, 1e-5, "queries and text")
     assert_close(run(params, "read", tokens, real), text, 1e-5, "text")
+
+
+@pytest.mark.parametrize("layers,frequency", [(3, 2), (5, 3), (1, 2)])
+def test_a_frequency_that_does_not_divide_the_layers(layers, frequency, randomise, to_numpy, assert_close, tmp_path):
+    sizes = dict(num_hidden_layers=layers, cross_attention_frequency=frequency)
+    theirs = transformers.Blip2QFormerConfig(**SIZES | sizes, use_qformer_text_input=True)
+    reference = randomise(Reference(Blip2QFormerModel(theirs), Blip2TextEmbeddings(theirs)))
+    config = replace(CONFIG, num_layers=layers, cross_attention_frequency=frequency)
+    params = loaded(config, to_numpy(reference.state_dict()), tmp_path, embeddings="embeddings")
+    features, tokens, real = inputs()
+    query = reference.query_tokens.expand(3, -1, -1)
+    mask = torch.cat([torch.ones(3, CONFIG.num_queries), torch.tensor(real)], dim=1)
+    with torch.no_grad():
+        embedded = reference.embeddings(torch.tensor(tokens), query_embeds=query)
+        both = reference.qformer(
+            embedded, CONFIG.num_queries, attention_mask=mask, encoder_hidden_states=torch.tensor(features)
+        ).last_hidden_state
+    assert_close(run(params, "encode", features, tokens, real, config=config)[0], both, 1e-5, "queries and text")
 
 
 def test_instructblip(randomise, to_numpy, assert_close, tmp_path):

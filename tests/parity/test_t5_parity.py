@@ -222,6 +222,26 @@ def test_folders_both_ways(pair, examples, tmp_path, assert_close):
     np.testing.assert_array_equal(ours, theirs)
 
 
+def test_a_fresh_model_that_asked_for_an_untied_head(examples, randomise, tmp_path, assert_close):
+    """transformers 5 ties it all the same, stores no head and does not scale what the embedding's transpose reads."""
+    fresh = transformers.T5Config(**SIZES | CASES["flan"], attn_implementation="eager")
+    reference = randomise(transformers.T5ForConditionalGeneration(fresh), seed=8)
+    reference.save_pretrained(tmp_path / "theirs")
+    module, params = mllm_jax.from_pretrained(tmp_path / "theirs")
+    assert module.config == mllm_jax.pretrained_config(tmp_path / "theirs")
+    assert (module.config.tie_word_embeddings, module.config.scale_outputs) == (True, False)
+    s, t = (x[None] for x in examples[0])
+    ours = jax.jit(lambda p: module.apply({"params": p}, s, decoder_tokens=t))(params)
+    mllm_jax.save_pretrained(module, params, tmp_path / "ours")
+    again = transformers.T5ForConditionalGeneration.from_pretrained(tmp_path / "ours", attn_implementation="eager")
+    with torch.no_grad():
+        given = dict(input_ids=torch.tensor(s), decoder_input_ids=torch.tensor(t))
+        theirs, written = (model(**given).logits.numpy() for model in (reference, again))
+    assert_close(ours, theirs, 1e-5, "logits")
+    np.testing.assert_array_equal(written, theirs)
+    assert mllm_jax.pretrained_config(tmp_path / "ours") == module.config
+
+
 def test_a_config_both_ways(case):
     config = transformers.T5Config(**case)
     c = from_hf_config(config.to_dict())

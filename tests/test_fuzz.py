@@ -1,0 +1,13 @@
+"""Bad input of every kind is refused in words or read; `python tests/fuzz.py --cases 10000` runs more of it."""
+
+from __future__ import annotations
+
+import fuzz
+import pytest
+
+
+@pytest.mark.parametrize("kind", fuzz.kinds())
+def test_nothing_is_unhandled(kind):
+    result = fuzz.run(kind, 300)
+    assert not result.faults, "\n".join(result.faults[: fuzz.SHOWN])
+    assert result.counts["refused"] > 100 and result.counts.total() == 300, result.counts
