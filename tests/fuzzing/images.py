@@ -91,7 +91,8 @@ def _decoded(rng: random.Random, files: list, folder: Path) -> tuple[str, Callab
 
 def _sized(rng: random.Random, files: list, folder: Path) -> tuple[str, Callable]:
     """An array of an odd size, processed."""
-    short, long, kind = rng.choice(SIDES[:4]), rng.choice(SIDES + LONG), rng.choice(list(KINDS))
+    long, kind = rng.choice(SIDES + LONG), rng.choice(list(KINDS))
+    short = rng.choice(SIDES[:2] if long in LONG else SIDES[:4])
     size = rng.choice(((short, long), (long, short)))
     return f"{size} for {kind}", lambda: _process(kind, np.zeros((*size, 3), np.uint8))
 
