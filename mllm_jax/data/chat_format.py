@@ -10,6 +10,7 @@ from typing import Any
 
 from mllm_jax.data.chat import ChatTokenizer
 from mllm_jax.errors import ConfigError, DataError
+from mllm_jax.files import read_json
 
 Ids = tuple[int, ...]
 
@@ -119,12 +120,33 @@ class ChatFormat:
 
     @classmethod
     def load(cls, path: Path) -> ChatFormat:
-        """The reverse of `save`. Raises DataError: not such a file."""
+        """Reads what `save` wrote. Raises DataError: not such a file."""
         try:
-            stored: dict[str, Any] = json.loads(path.read_text("utf-8"))
-            return cls(**{name: tuple(v) if isinstance(v, list) else v for name, v in stored.items()})
-        except (OSError, ValueError, TypeError, AttributeError) as error:
-            raise DataError(f"{path}: {error}", "what training wrote beside tokenizer.json", "restore it") from error
+            stored = read_json(path, DataError)
+        except OSError as error:
+            raise _damaged(path, str(error)) from error
+        values = {name: tuple(value) if isinstance(value, list) else value for name, value in stored.items()}
+        for field in dataclasses.fields(cls):
+            if not _KINDS[field.type](values.get(field.name, field.default)):
+                raise _damaged(path, f"{field.name}={values.get(field.name)!r:.100}")
+        if unknown := values.keys() - {field.name for field in dataclasses.fields(cls)}:
+            raise _damaged(path, f"{sorted(unknown)!r:.100}, which nothing reads")
+        return cls(**values)
+
+
+def _is_id(value: Any) -> bool:
+    return type(value) is int and value >= 0
+
+
+_KINDS = {  # by the annotations of ChatFormat
+    "Ids": lambda value: isinstance(value, tuple) and all(map(_is_id, value)),
+    "int": _is_id,
+    "str": lambda value: isinstance(value, str),
+}
+
+
+def _damaged(path: Path, reason: str) -> DataError:
+    return DataError(f"{path}: {reason}", "what training wrote beside tokenizer.json", "restore it")
 
 
 def _ids(chat: ChatTokenizer, text: str) -> Ids:

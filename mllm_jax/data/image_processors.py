@@ -19,7 +19,6 @@ Where a family's authors prepare pictures otherwise in their own repository:
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import product
@@ -28,9 +27,11 @@ from typing import Any, NamedTuple
 
 from PIL import Image
 
+from mllm_jax.data.image_options import check_options
 from mllm_jax.data.image_steps import ImageProcessor
 from mllm_jax.data.processor_types import named_type, with_type
 from mllm_jax.errors import ConfigError
+from mllm_jax.files import read_json
 
 _HALF = (0.5, 0.5, 0.5)
 _CLIP_MEAN, _CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -123,10 +124,10 @@ def _read(folder: str | Path, places: Sequence[tuple[str, str | None]], more: Ma
     for name, part in places:
         path = Path(folder) / name
         try:
-            values = json.loads(path.read_text("utf-8"))
+            values = read_json(path, ConfigError)
         except FileNotFoundError:
             continue
-        except (OSError, ValueError) as error:
+        except OSError as error:
             raise ConfigError(f"{path}: {error}", "JSON", "fetch the file again") from error
         values = values.get(part) if part and isinstance(values, dict) else values
         if values is not None:
@@ -162,6 +163,7 @@ def image_processor(values: Mapping[str, Any], what: str = "preprocessor_config.
     def refuse(given: str, expected: str):
         raise ConfigError(f"{what}: {given}", expected, "use another processor, or prepare the pictures yourself")
 
+    check_options(values, refuse)
     fields: dict[str, Any] = dict(kind=kind, resample=option("resample", int(default.resample)))
     if fields["resample"] not in [int(filter) for filter in Image.Resampling]:
         refuse(f"resample={fields['resample']!r}", "Pillow's number of a filter, 0 to 5")

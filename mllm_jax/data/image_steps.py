@@ -11,7 +11,7 @@ from einops import rearrange
 from PIL import Image
 
 from mllm_jax.data.dynamic_tiles import tile_grid
-from mllm_jax.data.pixels import require_call, require_image
+from mllm_jax.data.pixels import require_call, require_padded, require_resized
 from mllm_jax.data.smart_resize import smart_resize
 from mllm_jax.data.tiles import best_resolution, cut, fitted_size, pad_to, pad_to_square
 from mllm_jax.errors import ConfigError, DataError
@@ -91,7 +91,7 @@ class ImageProcessor:
         _require_picture(image)
         if self.tile_range is not None:
             rows, columns = tile_grid(image.shape[:2], self.size, *self.tile_range)
-            require_image(image.shape[:2], [(self.size[0] * rows, self.size[1] * columns)])
+            require_resized(image.shape[:2], (self.size[0] * rows, self.size[1] * columns))
             large = self._to_size(image, (self.size[0] * rows, self.size[1] * columns))
             tiles = rearrange(large, "(r h) (c w) k -> (r c) h w k", r=rows, c=columns)
             return tiles if len(tiles) == 1 else np.concatenate([tiles, self._to_size(image, self.size)[None]])
@@ -99,7 +99,8 @@ class ImageProcessor:
             return self.prepare(image)[None]
         target = best_resolution(image.shape[:2], self.resolutions)
         whole = self.size or (self.shortest_edge, self.shortest_edge)
-        require_image(image.shape[:2], [target, whole])
+        require_resized(image.shape[:2], target)
+        require_resized(image.shape[:2], whole)
         require_call(self.pixels(*image.shape[:2]), "the tiles of an image")
         large = pad_to(self._to_size(image, fitted_size(image.shape[:2], target)), target)
         small = self._to_size(image, whole)
@@ -117,14 +118,15 @@ class ImageProcessor:
     def _tile(self, image: np.ndarray) -> np.ndarray:
         given = image.shape[:2]
         size = self._resized(*given)
-        margins = [tuple(map(max, size, self.crop_size))] if self.crop_size else []
-        require_image(given, [size, *margins])
+        require_resized(given, size)
+        if self.crop_size is not None:
+            require_padded(given, (max(size[0], self.crop_size[0]), max(size[1], self.crop_size[1])))
         if (self.size, self.shortest_edge, self.longest_edge, self.pixel_range) != (None,) * 4:
             image = self._to_size(image, size)
         return image if self.crop_size is None else _crop_centre(image, *self.crop_size)
 
     def _squared(self, image: np.ndarray) -> np.ndarray:
-        require_image(image.shape[:2], [(max(image.shape[:2]),) * 2])
+        require_padded(image.shape[:2], (max(image.shape[:2]),) * 2)
         return pad_to_square(image, self.background)
 
     def _sides(self, height: int, width: int) -> tuple[int, int]:

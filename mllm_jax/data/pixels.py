@@ -6,34 +6,35 @@ A file of some bytes can declare an image of 1 x 65,000 pixels; with its shorter
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 from mllm_jax.errors import DataError
 
-# One image at any step: a photo of 12,000 x 9,000 pixels that is padded to a square has 144 million.
-MAX_IMAGE_PIXELS = 150_000_000
+# An image that is resized to be larger than it was: 224 x 107,000 pixels, or 119 tiles of 448.
+MAX_GROWN_PIXELS = 24_000_000
+# An image with margins: a photo of 12,000 x 9,000 pixels that is padded to a square has 144 million.
+MAX_PADDED_PIXELS = 150_000_000
 # All images, tiles and frames of one call, decoded or processed: 1.5 GB of bytes, 6 GB of float32.
 MAX_CALL_PIXELS = 500_000_000
-_TODO = "crop or leave out images that are long and thin, or set smaller sizes in preprocessor_config.json"
+
+Size = tuple[int, int]
 
 
-def require_image(given: tuple[int, int], steps: Iterable[tuple[int, int]]) -> None:
-    """Checks what becomes of one image.
+def require_resized(given: Size, size: Size) -> None:
+    """Raises DataError: an image of (height, width) `given` that would grow too large when it is resized."""
+    _require(given, size, max(MAX_GROWN_PIXELS, given[0] * given[1]), "resizing")
 
-    Args:
-        given: its (height, width).
-        steps: (height, width) of everything that is made of it.
 
-    Raises:
-        DataError: one of them has more than MAX_IMAGE_PIXELS pixels.
-    """
-    for height, width in steps:
-        if height * width > MAX_IMAGE_PIXELS:
-            raise DataError(
-                f"an image of {given[0]:,} x {given[1]:,} pixels, which would become {height:,} x {width:,}",
-                f"at most {MAX_IMAGE_PIXELS:,} pixels after resizing and padding",
-                _TODO,
-            )
+def require_padded(given: Size, size: Size) -> None:
+    """Raises DataError: an image of (height, width) `given` that margins would make too large."""
+    _require(given, size, MAX_PADDED_PIXELS, "padding")
+
+
+def _require(given: Size, size: Size, most: int, step: str) -> None:
+    if size[0] * size[1] > most:
+        raise DataError(
+            f"an image of {given[0]:,} x {given[1]:,} pixels, which would become {size[0]:,} x {size[1]:,}",
+            f"at most {most:,} pixels after {step}",
+            "crop or leave out images that are long and thin, or set smaller sizes in preprocessor_config.json",
+        )
 
 
 def require_call(pixels: int, what: str) -> None:

@@ -16,7 +16,7 @@ from jinja2 import TemplateRuntimeError
 # are in use make each message about five times (trimmed, split, joined, written).
 MAX_MADE, MADE_A_CHARACTER = 4_000_000, 32
 # Of the thread's own time, so that a busy machine refuses nothing. A template in use takes milliseconds.
-MAX_SECONDS, SECONDS_A_CHARACTER = 1.0, 1e-6
+MAX_SECONDS, SECONDS_A_CHARACTER = 0.5, 1e-6
 _MAX_BITS = 4096  # of an integer
 _MAX_WIDTH = 999  # of a formatted field
 _CHECKED_EVERY = 64

@@ -17,6 +17,7 @@ from functools import lru_cache, wraps
 from typing import Any
 
 import jinja2
+import numpy as np
 from jinja2 import nodes
 from jinja2.compiler import CodeGenerator
 from jinja2.ext import Extension, loopcontrols
@@ -75,7 +76,9 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {_plain(key): _plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
+        return (tuple if isinstance(value, tuple) else list)(_plain(item) for item in value)
+    if isinstance(value, np.generic):
+        return _plain(value.item())
     return str(value) if isinstance(value, str) else f"<{type(value).__name__}>"
 
 

@@ -110,3 +110,47 @@ def test_code_in_a_folder_is_not_run(folder):
     with contextlib.suppress(DataError):  # refused, or read without the code: either will do
         ChatTokenizer.load(folder)
     assert not (folder / "ran").exists()
+
+
+BAD_JSON = {
+    "generation_config.json": [
+        "[" * 100_000, "[]", '{"eos_token_id": [[]]}', '{"eos_token_id": {}}', '{"eos_token_id": "</s>"}',
+        '{"eos_token_id": -1}', '{"eos_token_id": [1.5]}', '{"eos_token_id": [true]}',
+    ],
+    "chat_template.json": ["[" * 100_000, "7", "{}", '{"chat_template": 7}', '{"chat_template": {"default": 7}}'],
+    "tokenizer_config.json": [
+        "[" * 100_000, "[]", '{"chat_template": 7}', '{"chat_template": ["x"]}', '{"chat_template": [{"name": 1}]}',
+        '{"eos_token": 7}', '{"tokenizer_class": {}}', '{"added_tokens_decoder": 7}',
+    ],
+    "tokenizer.json": ["[" * 100_000, "[]", "{}", '{"model": {"type": "BPE"}}'],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD_JSON)
+def test_json_of_wrong_types_or_nested_too_deeply_is_refused(folder, name):
+    whole = (folder / name).read_text() if (folder / name).is_file() else None
+    if name == "tokenizer_config.json":  # the template in a file of its own would go before
+        (folder / "chat_template.jinja").rename(folder / "aside")
+    for text in BAD_JSON[name]:
+        (folder / name).write_text(text)
+        with pytest.raises(DataError) as told:
+            ChatTokenizer.load(folder)
+        assert told.value.todo and len(str(told.value)) < 3_000
+    if whole is not None:
+        (folder / name).write_text(whole)
+        if (folder / "aside").exists():
+            (folder / "aside").rename(folder / "chat_template.jinja")
+        assert ChatTokenizer.load(folder).encode_chat(TURNS)
+
+
+def test_half_a_character_is_refused(folder):
+    from mllm_jax.data.tokenizer import Tokenizer
+
+    tokenizer, own = ChatTokenizer.load(folder), Tokenizer.train(["a text"], 300)
+    for text in ("\ud800", "a\udc00b", "\udcff"):
+        turn = [{"role": "user", "content": text}]
+        for encode in (lambda: tokenizer.encode(text), lambda: tokenizer.encode_chat(turn), lambda: own.encode(text)):  # noqa: B023
+            with pytest.raises(DataError, match=r"\\ud") as told:
+                encode()
+            str(told.value).encode()
+    assert tokenizer.encode("a\0b") and own.encode("a\0b"), "NUL is a character"

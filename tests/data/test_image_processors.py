@@ -138,7 +138,7 @@ def test_files_that_are_absent_or_broken(tmp_path):
     with pytest.raises(ConfigError, match="without preprocessor_config.json"):
         read_image_processor(tmp_path)
     path = tmp_path / "preprocessor_config.json"
-    for text, message in (("{", "preprocessor_config.json"), ("[1]", "with list")):
+    for text, message in (("{", "preprocessor_config.json"), ("[1]", "with a list")):
         path.write_text(text, "utf-8")
         with pytest.raises(ConfigError, match=message):
             read_image_processor(tmp_path)
@@ -301,3 +301,45 @@ def test_frames_and_tiles_are_bounded_together():
         image_processor(values | dict(do_center_crop=False, crop_size=8)).tiles(picture(50, 50))
     with pytest.raises(ConfigError, match="up to 1,000,000 tiles"):
         replace(image_processor(BOUNDED["InternVL, tiles"]), tile_range=(1, 1_000_000)).tiles(picture(50, 50))
+
+
+# ---- options of a wrong type or size
+
+WRONG = {
+    "rescale_factor": ({}, "1/255", True, float("nan"), 10**400),
+    "image_mean": ("0.5", [None] * 3, [[0.5]] * 3, {}, [0.5] * 2, float("inf"), 10**400),
+    "image_std": (0, [0.5, 0.5, 0.0], "0.5", {}, [True] * 3),
+    "resample": ({}, [], "bicubic", 99, -1, 10**400),
+    "size": (0, -1, "224", [224], [224, "224"], {"height": 0, "width": 9}, {"shortest_edge": "9"}, 10**9, [[]], 1.5),
+    "crop_size": (0, "224", {"height": -1, "width": 9}, {"height": 9}, 10**400),
+    "do_resize": ("no", {}, [], 7),
+    "do_center_crop": ("no", [1]),
+    "image_processor_type": ([], {}, 7, "\ud800"),
+}
+NAMED = {
+    "GotOcr2": {"max_patches": (0, "6", {}, 10**9, 1.5), "min_patches": (0, -1, "1"), "crop_to_patches": ("yes", {})},
+    "Qwen2VL": {
+        "patch_size": (0, -1, "14", 10**9, {}), "merge_size": (0, "2"), "temporal_patch_size": (0, [2]),
+        "min_pixels": (0, "9", 10**400), "max_pixels": (-1, {}), "size": (9, "9", [9, 9], {"shortest_edge": 0}),
+    },
+    "LlavaNext": {"image_grid_pinpoints": (7, "x", [7], [[7]], [[0, 336]], [["336", "336"]], [[336, 336]] * 99_999)},
+    "DeepseekVLHybrid": {"min_size": (0, "14"), "high_res_size": (0, "x", [1, 2]), "high_res_image_std": (0, "x")},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["CLIP", *NAMED])
+def test_options_of_a_wrong_type_or_size_are_refused(kind):
+    for name, wrong in (NAMED.get(kind) or WRONG).items():
+        for value in wrong:
+            values = {"image_processor_type": f"{kind}ImageProcessor", name: value}
+            with pytest.raises(ConfigError) as told:
+                image_processor(values)
+            assert len(str(told.value)) < 1_000, (name, value)
+            str(told.value).encode()
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, "[]", "7", '"x"', "\ufeff{", "{" * 100_000])
+def test_a_file_that_is_no_object_is_refused(tmp_path, text):
+    (tmp_path / "preprocessor_config.json").write_text(text, "utf-8")
+    with pytest.raises(ConfigError, match=r"preprocessor_config\.json"):
+        read_image_processor(tmp_path)

@@ -6,6 +6,7 @@ import threading
 import time
 import tracemalloc
 
+import numpy as np
 import pytest
 from tiny_language import byte_tokenizer
 
@@ -172,6 +173,16 @@ def test_a_hostile_template_is_refused_within_its_budget(name):
     assert "a template that ends" in text and len(text) < 1_500
     assert time.thread_time() - before < 4 * MAX_SECONDS + 1, "watching memory makes it slower"
     assert peak < 40 * MAX_MADE
+
+
+def test_a_template_sees_data_alone():
+    """Objects have methods that a sandbox does not know."""
+    template = "{% for key, value in messages[0].items() %}{{ key }}={{ value }} {% endfor %}"
+    tokenizer = byte_tokenizer(template=template)
+    given = {"role": "user", "a": (1, "x"), "b": np.float32(0.5), "c": np.zeros(3), "d": {"e": [None, True]}, "f": None}
+    text = "role=user a=(1, 'x') b=0.5 c=<ndarray> d={'e': [None, True]} "
+    assert tokenizer.render_chat([given]) == text
+    assert tokenizer.backend.apply_chat_template([given], tokenize=False) == text
 
 
 def test_the_sandbox_holds():

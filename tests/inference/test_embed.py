@@ -212,6 +212,7 @@ def test_what_is_no_file_is_refused_by_name(folders, tmp_path, name):
 REFUSED = {
     "nothing": (dict(), ConfigError, "neither pictures nor texts"),
     "an empty text": (dict(texts=["a", " "]), DataError, "0 tokens"),
+    "half a character": (dict(texts=["a\udcff"]), DataError, r"\\udcff"),
     "no such picture": (dict(images=["nowhere.png"]), DataError, "nowhere.png"),
     "another ending": (dict(texts=["a"], out="x.json"), ConfigError, "ending in .npz"),
     "no such folder": (dict(texts=["a"], out="no/x.npz"), ConfigError, "folder that exists"),

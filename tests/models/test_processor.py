@@ -12,7 +12,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from mllm_jax import generate
+from mllm_jax.data import pixels
 from mllm_jax.data.chat import ChatTokenizer
+from mllm_jax.data.image_steps import ImageProcessor
 from mllm_jax.data.media import NEWLINE, Media
 from mllm_jax.encoders.vit import ViTConfig
 from mllm_jax.errors import DataError
@@ -206,3 +208,48 @@ def test_answers_to_learn(processor, tokenizer):
 def test_what_does_not_fit_is_refused(processor, text, given, message):
     with pytest.raises(DataError, match=message):
         processor(text, **given)
+
+
+class Prepared(TwoTiles):
+    """As TwoTiles, with image processors that say what they will make."""
+
+    pictures = ImageProcessor("ViTImageProcessor", size=(8, 16))
+    frames = ImageProcessor("ViTImageProcessor", size=(8, 8))
+
+    def image(self, picture):
+        raise AssertionError("an image was prepared")
+
+    def video(self, frames):
+        raise AssertionError("a video was prepared")
+
+
+@pytest.mark.parametrize(
+    ("layout", "given", "message"),
+    [
+        # Decoded: 9 x 13 pixels each; prepared: 128 for an image, 64 for a frame.
+        (TwoTiles, dict(images=[picture(i) for i in range(9)]), "images and frames of one text of 1,053 pixels"),
+        (TwoTiles, dict(videos=[[picture(0)] * 9]), "images and frames of one text of 1,053 pixels"),
+        (Prepared, dict(images=[picture(i, 1, 1) for i in range(8)]), "prepared images and frames of 1,024 pixels"),
+        (Prepared, dict(videos=[[picture(0, 1, 1)] * 16]), "prepared images and frames of 1,024 pixels"),
+        (
+            Prepared,
+            dict(images=[picture(i, 1, 1) for i in range(4)], videos=[[picture(0, 1, 1)] * 8]),
+            "prepared images and frames of 1,024 pixels",
+        ),
+    ],
+)
+def test_all_media_of_a_call_are_bounded_together(tokenizer, monkeypatch, layout, given, message):
+    monkeypatch.setattr(pixels, "MAX_CALL_PIXELS", 1_000)
+    text = "<image> " * len(given.get("images", ())) + "<video>" * ("videos" in given)
+    with pytest.raises(DataError, match=f"{message} together"):
+        Processor(CONFIG, tokenizer, layout())(text, **given)
+
+
+def test_texts_of_a_call_are_decoded_one_by_one_and_prepared_together(processor, tokenizer, monkeypatch):
+    monkeypatch.setattr(pixels, "MAX_CALL_PIXELS", 1_000)
+    texts, images = ["what is <image>"] * 9, [picture(i) for i in range(9)]
+    assert processor(texts, images=images)["images"].shape[0] == 9, "117 pixels of one text at a time"
+    layout = TwoTiles()
+    layout.pictures = Prepared.pictures
+    with pytest.raises(DataError, match="prepared images and frames of 1,024 pixels together"):
+        Processor(CONFIG, tokenizer, layout)(texts, images=images)
