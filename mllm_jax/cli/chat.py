@@ -20,8 +20,8 @@ class Chat:
 
     Attributes:
         model: a language model's Hugging Face folder, or what `mllm convert` wrote.
-        system: what stands before the conversation.
-        dtype: what to compute and store in; as in the folder, if not given.
+        system: the system message.
+        dtype: of the computation and of the parameters; as in the folder, if not given.
         max_length: tokens that the conversation may take; the model's own limit if not given.
         int8: store the linear kernels as int8.
     """

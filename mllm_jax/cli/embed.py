@@ -1,4 +1,4 @@
-"""`mllm embed`: vectors of pictures and texts."""
+"""`mllm embed`: vectors of images and texts."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from mllm_jax.errors import ConfigError
 
 @dataclass(frozen=True)
 class Embed:
-    """Writes unit vectors of pictures and texts to a file, for use in search.
+    """Writes unit vectors of images and texts to a file, for use in search.
 
     The file holds `image_names`, `image_embeds`, `texts` and `text_embeds`; `numpy.load` opens it.
 
     Attributes:
         model: a Hugging Face folder of CLIP or SigLIP, or of one of their towers, or a native one; or a run of a dual
             encoder.
-        images: picture files, and folders in which pictures lie at any depth.
+        images: image files, and folders that hold images at any depth.
         text: texts.
         out: the file to write, ending in .npz.
-        batch_size: pictures or texts at a time.
+        batch_size: images or texts at a time.
         dtype: what to compute in; as in the folder, if not given.
         truncate: shorten texts that are too long instead of refusing them.
-        skip_bad: leave out pictures that cannot be read, each with a warning.
+        skip_bad: leave out images that cannot be read, each with a warning.
         overwrite: replace a file that is there.
     """
 

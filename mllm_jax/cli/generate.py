@@ -24,7 +24,7 @@ class Generate:
         run: a folder that `mllm train` made, or a model's: Hugging Face's, or what `mllm convert` wrote.
         question: what to ask.
         image: image files, in the order in which the question speaks of them.
-        max_new_tokens: where an answer is cut off.
+        max_new_tokens: the number of tokens after which an answer is cut off.
     """
 
     run: tyro.conf.Positional[Path]

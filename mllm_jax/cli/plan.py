@@ -32,7 +32,7 @@ class Plan:
         topology: v5e-256, v5p-128, 2xv6e-256 and the like; 8xh100 for an estimate without compiling.
         stage: which stage; the last if not given.
         json: a file to write every figure to.
-        search: try so many meshes, remat policies and numbers of pieces, and print the best.
+        search: how many meshes, remat policies and numbers of pieces to try; the best are printed.
     """
 
     experiment: Annotated[Experiment, tyro.conf.arg(name="")]

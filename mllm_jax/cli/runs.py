@@ -1,4 +1,4 @@
-"""What several commands ask of a folder, and what must be told before a device is touched."""
+"""What several commands ask of a folder, and what must be set before a device is touched."""
 
 from __future__ import annotations
 
@@ -29,6 +29,7 @@ def is_model(folder: Path) -> bool:
 
 
 def experiment_of(run: Path) -> Experiment:
+    """Reads the experiment of a run; warns where stages of it are not finished."""
     from mllm_jax.training.run_folder import RunFolder
 
     folder = RunFolder(run)

@@ -7,14 +7,17 @@ import binascii
 import json
 import math
 import os
+import shlex
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 from typing import Any
 
+from mllm_jax import __version__
 from mllm_jax.errors import DataError, RunFolderError
+from mllm_jax.evaluation import figures
 from mllm_jax.evaluation.charts import Line, chart, ema
 from mllm_jax.evaluation.style import STYLE
 from mllm_jax.evaluation.tables import percent
@@ -44,7 +47,8 @@ def write_report(run_dir: Path) -> Path:
     examples = _json(run_dir / "examples.json", list)
     title = str(run.get("config", run_dir.resolve().name))
     body = [
-        f'<header><p class="eyebrow">mllm_jax · run report</p><h1>{escape(title)}</h1>{_machine(run)}</header>',
+        f'<header><p class="eyebrow">mllm_jax · run report</p><h1>{escape(title)}</h1>',
+        f"{_machine(run)}{_origin(run_dir)}</header>",
         _headline(run, results, points),
         _section("Accuracy", _accuracies(results) if results.get("splits") else NO_EVALUATION),
         _section("Training", _curves(points)),
@@ -158,7 +162,16 @@ def _section(title: str, content: str) -> str:
 
 
 def _machine(run: Mapping[str, Any]) -> str:
-    return f'<p class="note">{escape(_figure("machine", run["machine"]))}</p>' if "machine" in run else ""
+    return f'<p class="note">{escape(figures.figure("machine", run["machine"]))}</p>' if "machine" in run else ""
+
+
+def _origin(run_dir: Path) -> str:
+    """Where the whole config is, the command that goes on with the run, and the version that wrote the page."""
+    command = f"mllm train {shlex.quote(str(run_dir))}"
+    return (
+        '<p class="note"><code>config.json</code> beside this page is the whole config; '
+        f"<code>{escape(command)}</code> goes on with the run. Written by mllm_jax {__version__}.</p>"
+    )
 
 
 def _headline(run: Mapping, results: Mapping, points: Sequence[Point]) -> str:
@@ -176,10 +189,12 @@ def _headline(run: Mapping, results: Mapping, points: Sequence[Point]) -> str:
         tiles.append(_tile(f"{value:.3g}", "final loss", f"stage {last}"))
     seconds = [stage["seconds"] for stage in run.get("stages", []) if "seconds" in stage]
     if seconds:
-        tiles.append(_tile(_duration(sum(seconds)), "training time", _count(len(seconds), "stage")))
+        tiles.append(_tile(figures.duration(sum(seconds)), "training time", figures.count(len(seconds), "stage")))
     if parts := run.get("parameters"):
-        tiles.append(_tile(_short(parts.get("total", sum(parts.values()))), "parameters", ", ".join(parts)))
-    return f'<div class="tiles">{"".join(tiles)}</div>' if tiles else ""
+        tiles.append(_tile(figures.short(parts.get("total", sum(parts.values()))), "parameters", ", ".join(parts)))
+    # At most five in a row, and rows of nearly the same length: no tile is left alone.
+    columns = math.ceil(len(tiles) / math.ceil(len(tiles) / 5)) if tiles else 0
+    return f'<div class="tiles" style="--columns: {columns}">{"".join(tiles)}</div>' if tiles else ""
 
 
 def _accuracy_tile(label: str, scores: Sequence[Mapping]) -> str:
@@ -237,7 +252,7 @@ def _curves(points: Sequence[Point]) -> str:
     if not points:
         return '<p class="note">No step was logged.</p>'
     stages = list(dict.fromkeys(point.stage for point in points))
-    figures = []
+    drawings = []
     for stage in stages:
         found = [(p.step, p.values["loss"]) for p in points if p.stage == stage and "loss" in p.values]
         if not found:
@@ -250,7 +265,7 @@ def _curves(points: Sequence[Point]) -> str:
         both = all(loss > 0 for loss in losses if math.isfinite(loss))
         for css, log in (("linear", False), ("log", True)) if both else (("", False),):
             drawing = chart(f"loss of {stage}", [Line(steps, losses, "raw"), Line(steps, smooth, "smooth")], log=log)
-            figures.append(_picture(f"{stage}: loss", told, drawing, css))
+            drawings.append(_picture(f"{stage}: loss", told, drawing, css))
     begins = [(next(p.step for p in points if p.stage == stage), stage) for stage in stages]
     names = list(dict.fromkeys(name for point in points for name in point.values if name != "loss"))
     rate = next((name for name in LEARNING_RATE if name in names), None)
@@ -264,17 +279,17 @@ def _curves(points: Sequence[Point]) -> str:
             lines.append(Line(steps, values, css))
             if css == "raw":
                 lines.append(Line(steps, _smooth(values), "smooth"))
-        title = _words(name)
+        title = figures.words(name)
         return _picture(title, f"{value:.4g} at last", chart(title, lines, marks=begins))
 
     if rate:
-        figures.append(over_run(rate, "smooth"))
+        drawings.append(over_run(rate, "smooth"))
     switch = '<input type="checkbox" id="log"><label for="log">logarithmic loss axis</label>'
-    page = f'{switch}<div class="charts">{"".join(figures)}</div>'
+    page = f'{switch}<div class="charts">{"".join(drawings)}</div>'
     # Sums that only grow are in the table of where the time went.
     if others := [name for name in names if name != rate and not name.endswith("_seconds")]:
         drawn = "".join(over_run(name) for name in others)
-        summary = _count(len(others), "more curve")
+        summary = figures.count(len(others), "more curve")
         page += f'<details><summary>{summary}</summary><div class="charts">{drawn}</div></details>'
     return page
 
@@ -292,10 +307,10 @@ def _stages(stages: Sequence[Mapping[str, Any]]) -> str:
     if not columns:
         return ""
     titles = {"name": "stage", "seconds": "time", "tokens_per_second": "tokens/s"}
-    head = "".join(f"<th>{escape(titles.get(key, _words(key)))}</th>" for key in columns)
+    head = "".join(f"<th>{escape(titles.get(key, figures.words(key)))}</th>" for key in columns)
     rows = []
     for stage in stages:
-        cells = [escape(_figure(key, stage[key])) if key in stage else "–" for key in columns]
+        cells = [escape(figures.figure(key, stage[key])) if key in stage else "–" for key in columns]
         first, *rest = cells
         rows.append(f"<tr><th>{first}</th>" + "".join(f'<td class="n">{cell}</td>' for cell in rest) + "</tr>")
     table = f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
@@ -304,7 +319,10 @@ def _stages(stages: Sequence[Mapping[str, Any]]) -> str:
 
 def _facts(run: Mapping[str, Any]) -> str:
     shown = {key: value for key, value in run.items() if key not in ("config", "machine", "stages", "headline")}
-    rows = [f"<dt>{escape(_words(key))}</dt><dd>{escape(_figure(key, value))}</dd>" for key, value in shown.items()]
+    rows = [
+        f"<dt>{escape(figures.words(key))}</dt><dd>{escape(figures.figure(key, value))}</dd>"
+        for key, value in shown.items()
+    ]
     return f'<dl class="facts">{"".join(rows)}</dl>' if rows else ""
 
 
@@ -372,13 +390,13 @@ def _time(account: Mapping[str, Any] | None) -> str:
         todo = "remove the file, or restore it"
         raise DataError(f"goodput.json: {type(error).__name__}: {error}", "seconds of each kind", todo) from error
     rows = "".join(
-        f'<tr><th>{kind}</th><td class="n">{_duration(value)}</td><td class="n">{percent(value / total)}</td>'
+        f'<tr><th>{kind}</th><td class="n">{figures.duration(value)}</td><td class="n">{percent(value / total)}</td>'
         f"<td>{escape(KINDS[kind])}</td></tr>"
         for kind, value in seconds.items()
         if value > 0
     )
     head = "<thead><tr><th>kind</th><th>time</th><th>share</th><th>what</th></tr></thead>"
-    note = f'<p class="note">All the time since the run first started; {_count(starts, "start")}.</p>'
+    note = f'<p class="note">All the time since the run first started; {figures.count(starts, "start")}.</p>'
     return f'{note}<div class="wide"><table>{head}<tbody>{rows}</tbody></table></div>' if total else ""
 
 
@@ -401,11 +419,6 @@ def _method() -> str:
     return f'<ul class="method">{"".join(f"<li>{note}</li>" for note in notes)}</ul>'
 
 
-# --------------------------------------------------------------------------------------------------
-# Figures as text
-# --------------------------------------------------------------------------------------------------
-
-
 def _smooth(values: Sequence[float]) -> list[float]:
     """The moving average over a fortieth of a stage, at least five points."""
     return ema(values, max(5.0, len(values) / 40))
@@ -414,56 +427,3 @@ def _smooth(values: Sequence[float]) -> list[float]:
 def _wilson(share: float, n: int, z: float = 1.96) -> float:
     """Half the width of Wilson's interval, which unlike the normal one is not zero at 0 % and 100 %."""
     return z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n)) / (1 + z * z / n)
-
-
-def _figure(key: str, value: Any) -> str:
-    """A fact as text, its unit told by the end of its name: `_bytes`, `seconds`, `_per_second`; packing is a share."""
-    if isinstance(value, Mapping):
-        return " · ".join(f"{_words(name)} {_figure(name, part)}" for name, part in value.items())
-    if isinstance(value, list | tuple):
-        return ", ".join(_figure(key, part) for part in value)
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return {True: "yes", False: "no", None: "–"}.get(value, str(value))
-    if not math.isfinite(value):
-        return str(value)
-    by_name: tuple[tuple[str, Callable[[float], str]], ...] = (
-        ("bytes", _bytes),
-        ("per_second", _short),
-        ("seconds", _duration),
-        ("packing", percent),
-        ("mfu", percent),
-    )
-    for ending, write in by_name:
-        if key.lower().endswith(ending):
-            return write(value)
-    return f"{value:,}" if isinstance(value, int) else f"{value:,.4g}"
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}{'' if number == 1 else 's'}"
-
-
-def _words(key: str) -> str:
-    return key.removesuffix("_bytes").replace("_", " ")
-
-
-def _short(value: float) -> str:
-    for size, suffix in ((1e12, " T"), (1e9, " G"), (1e6, " M"), (1e3, " k")):
-        if abs(value) >= size:
-            return f"{value / size:.3g}{suffix}"
-    return f"{value:.3g}"
-
-
-def _bytes(value: float) -> str:
-    for size, unit in ((2**40, "TiB"), (2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
-        if value >= size:
-            return f"{value / size:.1f} {unit}"
-    return f"{value:.0f} B"
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes, second = divmod(round(seconds), 60)
-    hours, minute = divmod(minutes, 60)
-    return f"{hours} h {minute:02d} min" if hours else f"{minute} min {second:02d} s"

@@ -30,12 +30,18 @@ section { margin-top: 52px; }
 small, .note, .eyebrow, .legend, figcaption span, .verdict span { color: var(--muted); }
 .note { margin: 0 0 12px; max-width: 75ch; }
 .eyebrow { margin: 0 0 6px; font-size: 13px; letter-spacing: 0.04em; }
-.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(180px, 1fr)); gap: 12px; margin-top: 28px; }
+.tiles {
+  --share: calc((100% - 12px * (var(--columns) - 1)) / var(--columns));
+  display: grid; gap: 12px; margin-top: 28px;
+  grid-template-columns: repeat(auto-fit, minmax(max(160px, var(--share)), 1fr));
+}
 .tile {
   display: flex; flex-direction: column; padding: 16px 18px; background: var(--card);
   border: 1px solid var(--rule); border-radius: 10px;
 }
-.tile strong { font-size: 27px; line-height: 1.2; font-weight: 650; font-variant-numeric: tabular-nums; }
+.tile strong {
+  font-size: 25px; line-height: 1.2; font-weight: 650; font-variant-numeric: tabular-nums; white-space: nowrap;
+}
 .tile small { margin-top: 4px; overflow-wrap: anywhere; }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }

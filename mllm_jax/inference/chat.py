@@ -20,11 +20,11 @@ class Conversation:
     """What was said, as much of it as the model can read.
 
     Args:
-        system: what stands before the conversation and is never dropped.
+        system: the system message, which is never dropped.
 
     Attributes:
-        turns: questions and answers by turns.
-        dropped: how many pairs of them the last question pushed out.
+        turns: questions and answers in turn.
+        dropped: how many pairs of them were dropped for the last question.
         completion: the last answer, None where it was stopped.
     """
 

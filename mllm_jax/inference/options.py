@@ -1,4 +1,4 @@
-"""What a caller asks of an answer, and what comes back."""
+"""What a caller asks of an answer, and what it gets."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ class Options:
         max_new_tokens: where an answer is cut off.
         stop_tokens: ids that end an answer, besides the model's own end tokens.
         stop_strings: texts that end an answer; it is cut before them.
-        ignore_eos: the model's own end tokens end nothing.
-        num_beams: beam search with so many beams; 1 is none.
+        ignore_eos: go on after the model's own end tokens.
+        num_beams: the number of beams of beam search; 1: no beam search.
         length_penalty: a finished beam's score is its log probability / length^length_penalty.
         early_stopping: beam search ends once num_beams beams have finished. False: once the best running beam, taken
             at its present length, scores less than the worst of them.

@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
+import mllm_jax
 from mllm_jax.errors import DataError, RunFolderError
 from mllm_jax.evaluation import report
 from mllm_jax.evaluation.charts import Line, chart, ema
@@ -164,6 +165,25 @@ def test_the_page_needs_nothing_but_itself(tmp_path):
     assert "@import" not in text and "url(" not in text and "http" not in text.replace("http-equiv", "")
     assert "default-src 'none'" in text and "prefers-color-scheme: dark" in text
     assert len(page.ids) == len(set(page.ids))
+
+
+@pytest.mark.parametrize(("tiles", "columns"), [(1, 1), (4, 4), (5, 5), (6, 3), (7, 4), (11, 4)])
+def test_no_tile_is_left_alone_in_a_row(tmp_path, tiles, columns):
+    full_run(tmp_path)
+    splits = {f"split{i}": {"naming": {"accuracy": 0.5}} for i in range(tiles)}
+    (tmp_path / "results.json").write_text(json.dumps({"splits": splits}))
+    (tmp_path / "metrics.jsonl").write_text("")
+    (tmp_path / "run.json").write_text("{}")
+    page = Page(write_report(tmp_path).read_text())
+    assert page.count("div", "tile") == tiles and tiles % columns != 1
+    assert ("div", {"class": "tiles", "style": f"--columns: {columns}"}) in page.tags
+
+
+def test_the_page_says_what_it_was_made_from(tmp_path):
+    full_run(tmp_path)
+    page = Page(write_report(tmp_path).read_text())
+    assert f"mllm train {tmp_path}" in page.all and "config.json" in page.all
+    assert f"Written by mllm_jax {mllm_jax.__version__}" in page.all
 
 
 def test_the_numbers_drawn_are_the_numbers_given(tmp_path):

@@ -11,8 +11,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-from fuzzing import _faults as faults
 from PIL import Image
+
+from fuzzing import _faults as faults
 
 KINDS = {
     "CLIP": dict(image_processor_type="CLIPImageProcessor", size={"shortest_edge": 32}, crop_size=32),

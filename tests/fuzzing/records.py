@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from fuzzing import _faults as faults
 from PIL import Image
+
+from fuzzing import _faults as faults
 
 RECORDS = [
     {"id": "a", "image": "in/a.png", "conversations": [

@@ -6,6 +6,9 @@ import json
 import os
 import shutil
 import socket
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -26,6 +29,7 @@ from mllm_jax.errors import ConfigError, DataError
 from mllm_jax.inference.embed import Embedder, embed_to_file, find_pictures
 from mllm_jax.models.clip import DualEncoderConfig
 from mllm_jax.models.registry import save_pretrained
+from mllm_jax.sharding.platform import may_have_accelerator
 
 WORDS = ("a", "red", "blue", "cat", "dog", "and", "big", "<pad>", "<bos>", "<eos>")
 PAD, BOS, EOS = 7, 8, 9
@@ -247,3 +251,15 @@ def test_the_command(folders, pictures, tmp_path, capsys):
     assert cli.main(arguments) == 2
     assert "--overwrite" in capsys.readouterr().err
     assert cli.main([*arguments, "--overwrite"]) == 0
+
+
+def test_the_command_is_silent_without_torch_and_a_tpu(folders, tmp_path):
+    """libtpu is installed, and transformers finds no PyTorch."""
+    hidden = {"JAX_PLATFORMS"} if not may_have_accelerator(os.environ, Path("/dev"), ()) else set()
+    environment = {name: value for name, value in os.environ.items() if name not in hidden}
+    environment |= {"PYTHONPATH": str(Path(__file__).parents[2]), "USE_TORCH": "0"}
+    out = tmp_path / "x.npz"
+    words = ["embed", str(folders["clip"][0]), "--text", "a cat", "--out", str(out)]
+    command = [sys.executable, "-m", "mllm_jax.cli", *words]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "") and out.is_file()
