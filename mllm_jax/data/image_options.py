@@ -56,7 +56,7 @@ def _is_number(value: Any) -> bool:
 def _check_size(name: str, size: Any, refuse: Callable[[str, str], NoReturn]) -> None:
     # Qwen2-VL gives numbers of pixels by the names of edges.
     parts = size.values() if isinstance(size, Mapping) else size if isinstance(size, (list, tuple)) else [size]
-    most = _MAX_PIXELS if isinstance(size, Mapping) and "longest_edge" in size else _MAX_SIDE
+    most = _MAX_PIXELS if isinstance(size, Mapping) and {"longest_edge", "max_pixels"} & set(size) else _MAX_SIDE
     if not all(part is None or _is_count(part, most) for part in parts):
         refuse(f"{name}={size!r:.100}", f"height and width, or shortest_edge, in pixels, from 1 to {most:,}")
 

@@ -95,6 +95,12 @@ _IDLE = (
     "head_init_scale", "dynamic_img_size", "strict_img_size", "rope_shift_coords", "rope_jitter_coords",
     "rope_rescale_coords", "attn_pool_num_heads", "attn_pool_mlp_ratio",
 )  # fmt: skip
+# What `pretrained_cfg` says besides the mean and the standard deviation of its pictures.
+_SHOWN = (
+    "tag", "custom_load", "input_size", "test_input_size", "fixed_input_size", "interpolation", "crop_pct", "crop_mode",
+    "test_crop_pct", "mean", "std", "pool_size", "first_conv", "classifier", "license", "url", "file", "hf_hub_id",
+    "hf_hub_filename", "source", "description", "origin_url", "paper_name", "paper_ids", "notes",
+)  # fmt: skip
 # Arguments that must have the value that the models of the table have.
 _FIXED = dict(
     num_kv_heads=None,
@@ -169,6 +175,9 @@ def from_timm_config(values: dict) -> ViTConfig:
         "global_pool": values.get("global_pool") or "token",
     }
     given = {name: value for name, value in whole.part("model_args", {}).items() if value is not None}
+    # Folders without `pretrained_cfg` have its entries, what pictures are made for, beside the architecture.
+    whole.skip("architecture", "num_classes", "num_features", "global_pool", *(_SHOWN if cfg is values else ()))
+    whole.done()
     options = Options(defaults | beside | _TIMM[family] | given, f"config.json of {family}")
     options.skip(*_IDLE)
     for name, value in _FIXED.items():

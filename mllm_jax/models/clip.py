@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -205,28 +207,32 @@ def _vector(text: TextOutput):
 # ---- Hugging Face folders
 
 
-def _parts(options: Options) -> tuple[dict, dict]:
-    """The dictionaries of the vision and the text tower.
+def _parts(options: Options, readers: Sequence[Callable[[dict], Any]]) -> list:
+    """The configs of the vision and the text tower.
 
-    Early folders hold one more of each, `vision_config_dict`, with defaults left out; it goes before the other.
+    Early folders hold one more of each, `vision_config_dict`, with defaults left out; it goes before the other, which
+    is read all the same, so that an unknown option in it is refused.
+
+    Args:
+        readers: of the two towers.
     """
     options.skip("vision_config", "text_config", "vision_config_dict", "text_config_dict")
     found = []
-    for name in ("vision_config", "text_config"):
-        part = options.part(f"{name}_dict", None)
-        part = options.part(name, {}) if part is None else part
-        part.pop("architectures", None)  # they name the whole model, or nothing
-        found.append(part)
-    return tuple(found)
+    for name, read in zip(("vision_config", "text_config"), readers, strict=True):
+        parts = [options.part(f"{name}_dict", None), options.part(name, {})]
+        for part in filter(None, parts):
+            part.pop("architectures", None)  # they name the whole model, or nothing
+        found.append([read(part) for part in parts if part is not None][0])
+    return found
 
 
 def read_clip(values: dict) -> DualEncoderConfig:
     """config.json of CLIPModel, every option honoured or refused by name."""
     options = Options(values, "config.json of CLIPModel")
-    vision, text = _parts(options)
+    vision, text = _parts(options, (clip_vision.from_hf_config, clip_text.from_hf_config))
     config = DualEncoderConfig(
-        vision=replace(clip_vision.from_hf_config(vision), image_mean=CLIP_MEAN, image_std=CLIP_STD),
-        text=clip_text.from_hf_config(text),
+        vision=replace(vision, image_mean=CLIP_MEAN, image_std=CLIP_STD),
+        text=text,
         projection_size=options.size("projection_dim", 512),
         kind="softmax",
         init_log_scale=options.number("logit_scale_init_value", 2.6592),
@@ -254,10 +260,10 @@ def write_clip(config: DualEncoderConfig) -> dict:
 def read_siglip(values: dict) -> DualEncoderConfig:
     """config.json of SiglipModel, every option honoured or refused by name."""
     options = Options(values, "config.json of SiglipModel")
-    vision, text = _parts(options)
+    vision, text = _parts(options, (siglip_vision.from_hf_config, siglip_text.from_hf_config))
     config = DualEncoderConfig(
-        vision=siglip_vision.from_hf_config(vision),
-        text=siglip_text.from_hf_config(text),
+        vision=vision,
+        text=text,
         projection_size=None,
         kind="sigmoid",
         family="SiglipModel",
