@@ -32,7 +32,8 @@ def mutated(rng: np.random.Generator, config: dict) -> tuple[str, dict]:
     """A copy with one to three faults, and what they are."""
     config, done = copy.deepcopy(config), []
     for _ in range(int(rng.choice([1, 1, 1, 2, 3]))):
-        places = list(_places(config))
+        if not (places := list(_places(config))):  # all was deleted
+            break
         where, key = places[rng.integers(len(places))]
         value = copy.deepcopy(VALUES[rng.integers(len(VALUES))])
         how = ("set", "set", "set", "delete", "swap", "add", "scale")[rng.integers(7)]
