@@ -15,6 +15,8 @@ from jinja2 import TemplateRuntimeError
 # Characters and list items that a template may make, itself and for each character of the conversation: templates that
 # are in use make each message about five times (trimmed, split, joined, written).
 MAX_MADE, MADE_A_CHARACTER = 4_000_000, 32
+# Characters of the text that comes out, which has still to be made ids.
+MAX_TEXT, TEXT_A_CHARACTER = 500_000, 8
 # Of the thread's own time, so that a busy machine refuses nothing. A template in use takes milliseconds.
 MAX_SECONDS, SECONDS_A_CHARACTER = 0.5, 1e-6
 _MAX_BITS = 4096  # of an integer
@@ -35,6 +37,7 @@ class Budget:
         self.most = self._left = float("inf")
         size = self.size(given)
         self.most = self._left = MAX_MADE + MADE_A_CHARACTER * size
+        self._text = MAX_TEXT + TEXT_A_CHARACTER * size
         self._seconds, self._steps = MAX_SECONDS + SECONDS_A_CHARACTER * size, 0
         self._end = time.thread_time() + self._seconds
 
@@ -73,6 +76,12 @@ class Budget:
         elif isinstance(value, int) and value.bit_length() > _MAX_BITS:
             raise BudgetError(f"the template makes an integer of {value.bit_length():,} bits")
         return value
+
+    def written(self, text: str) -> str:
+        """The text that comes out, if it is not too long."""
+        if len(text) > self._text:
+            raise BudgetError(f"the template writes {len(text):,} characters, more than {self._text:,}")
+        return text
 
     def text(self, value: Any) -> None:
         """Counts a value that is about to be written out."""

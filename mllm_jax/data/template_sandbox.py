@@ -57,9 +57,10 @@ def render(template: str, messages: Sequence[Mapping[str, Any]], **variables: An
     given = _plain({"messages": [dict(message) for message in messages], **variables})
     given["messages"] = [_aliased(message) for message in given["messages"]]
     compiled = _compiled(template)
-    token = _BUDGET.set(Budget(given))
+    budget = Budget(given)
+    token = _BUDGET.set(budget)
     try:
-        return compiled.render(**given)
+        return budget.written(compiled.render(**given))
     finally:
         _BUDGET.reset(token)
 
