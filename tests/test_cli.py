@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from no_torch import hide_torch
 from PIL import Image
 
 from mllm_jax.cli import main
@@ -54,7 +55,7 @@ class Machine:
         quiet = {} if may_have_accelerator(os.environ, Path("/dev"), ()) else {"JAX_PLATFORMS": None}
         emitters = [flag for flag in os.environ["XLA_FLAGS"].split() if "emitters" in flag]
         self.environment = os.environ | {
-            "PYTHONPATH": str(ROOT),
+            "PYTHONPATH": os.pathsep.join([str(hide_torch(folder / "hidden")), str(ROOT)]),
             "MLLM_DATA_DIR": str(folder / "data"),
             # Most of the time would be the compiler's.
             "XLA_FLAGS": " ".join(
@@ -63,7 +64,6 @@ class Machine:
             "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
             "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
-            "USE_TORCH": "0",
         }
         self.environment = {name: x for name, x in (self.environment | quiet).items() if x is not None}
 

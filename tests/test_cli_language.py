@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from no_torch import hide_torch
 from PIL import Image
 from tiny_language import byte_tokenizer, write_folder
 
@@ -111,11 +112,12 @@ def test_chat_with_what_is_no_language_model_is_refused_before_the_prompt(tmp_pa
     assert main(["generate", str(tmp_path), "why?"]) == 2
 
 
-def test_chat_and_generate_are_silent_without_torch_and_a_tpu(folder):
+def test_chat_and_generate_are_silent_without_torch_and_a_tpu(folder, tmp_path):
     """libtpu is installed, and transformers finds no PyTorch."""
     hidden = {"JAX_PLATFORMS"} if not may_have_accelerator(os.environ, Path("/dev"), ()) else set()
     environment = {name: value for name, value in os.environ.items() if name not in hidden}
-    environment |= {"PYTHONPATH": str(Path(__file__).parents[1]), "USE_TORCH": "0"}
+    path = [str(hide_torch(tmp_path / "hidden")), str(Path(__file__).parents[1])]
+    environment["PYTHONPATH"] = os.pathsep.join(path)
     for command, typed in ((["chat"], "why?\n/exit\n"), (["generate"], None)):
         words = [*command, str(folder), *([] if typed else ["why?"]), "--max-new-tokens", "4"]
         done = subprocess.run(

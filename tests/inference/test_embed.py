@@ -14,6 +14,7 @@ import jax
 import numpy as np
 import pytest
 from flax import linen as nn
+from no_torch import hide_torch
 from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from toy_data import quick_compilation
@@ -257,7 +258,8 @@ def test_the_command_is_silent_without_torch_and_a_tpu(folders, tmp_path):
     """libtpu is installed, and transformers finds no PyTorch."""
     hidden = {"JAX_PLATFORMS"} if not may_have_accelerator(os.environ, Path("/dev"), ()) else set()
     environment = {name: value for name, value in os.environ.items() if name not in hidden}
-    environment |= {"PYTHONPATH": str(Path(__file__).parents[2]), "USE_TORCH": "0"}
+    path = [str(hide_torch(tmp_path / "hidden")), str(Path(__file__).parents[2])]
+    environment["PYTHONPATH"] = os.pathsep.join(path)
     out = tmp_path / "x.npz"
     words = ["embed", str(folders["clip"][0]), "--text", "a cat", "--out", str(out)]
     command = [sys.executable, "-m", "mllm_jax.cli", *words]
