@@ -125,7 +125,7 @@ def test_the_head_chunk_by_chunk(shape):
 
     def loss(x, matrix):
         head = HeadInputs(x[None], matrix, tied=False)
-        return head_cross_entropy(head, targets[None], weights[None], 0.0, 4).loss
+        return head_cross_entropy(head, jnp.asarray(targets)[None], jnp.asarray(weights)[None], 0.0, 4).loss
 
     found, (of_x, of_matrix) = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))(x, matrix)
     nll, slope = exact_cross_entropy(x.astype(np.float64) @ matrix, targets)
