@@ -97,6 +97,7 @@ def wait_at(gate: str | None) -> None:
     if gate is not None:
         Path(f"{gate}.{jax.process_index()}").touch()
         while not Path(gate).exists():
+            assert Path(gate).parent.is_dir(), "the test is over"
             time.sleep(0.01)
     else:
         # Where jax notes, for each process that knows of the notice, how far it has come.
