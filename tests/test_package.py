@@ -313,15 +313,16 @@ def test_ci_runs_a_small_set_under_the_newest_python(ci, tmp_path):
     (tmp_path / "pyenv" / "versions" / "3.100-broken" / "bin").mkdir(parents=True)
     done, log = ci(readme, PYENV_ROOT=str(tmp_path / "pyenv"))
     assert done.returncode == 0, done.stderr
-    assert [line.split()[0] for line in log] == ["pip", "pytest", "pip", "mllm", "pytest"]
+    assert [line.split()[0] for line in log] == ["pip", "pytest", "pip", "mllm", "pytest", "mllm", "mllm", "mllm"]
     assert log[2].startswith("pip install -e .[quickstart] pytest") and "torch" not in log[2]
     assert log[3].startswith("mllm train configs/smoke.py")
+    assert [" ".join(line.split()[:2]) for line in log[5:]] == ["mllm evaluate", "mllm train", "mllm evaluate"]
     files = log[4].split(" | ")[0].split()[1:]
     assert len(files) > 5 and all((ROOT / file).is_file() for file in files)
     done, log = ci(readme, PYENV_ROOT=str(tmp_path / "pyenv"), FAIL_mllm="4")
     assert done.returncode == 4 and len(log) == 4
     done, log = ci(readme, NEWEST_PYTHON=str(tmp_path / "python3.98"))
-    assert done.returncode == 0 and len(log) == 5
+    assert done.returncode == 0 and len(log) == 8
 
 
 def test_the_small_set_needs_no_torch():
