@@ -10,6 +10,7 @@ from typing import Literal
 
 import tyro
 
+from mllm_jax.cli.caches import keep_compiled_programs
 from mllm_jax.cli.runs import experiment_of, use_cpu_devices
 from mllm_jax.errors import ConfigError
 
@@ -46,6 +47,7 @@ class Embed:
 
 def run(arguments: list[str]) -> int:
     options = tyro.cli(Embed, args=arguments, prog="mllm embed")
+    keep_compiled_programs()
 
     from mllm_jax.inference.embed import embed_to_file
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import tyro
 
+from mllm_jax.cli.caches import keep_compiled_programs
 from mllm_jax.cli.console import console
 from mllm_jax.cli.runs import experiment_of, use_cpu_devices
 
@@ -30,6 +31,7 @@ class Evaluate:
 
 def run(arguments: list[str]) -> int:
     options = tyro.cli(Evaluate, args=arguments, prog="mllm evaluate")
+    keep_compiled_programs()
     use_cpu_devices(experiment_of(options.run))
     evaluate(options.run, options.tasks)
     return 0

@@ -9,7 +9,8 @@ from typing import Annotated
 
 import tyro
 
-from mllm_jax.cli.runs import experiment_of, is_model, use_cpu_devices
+from mllm_jax.cli.caches import keep_compiled_programs
+from mllm_jax.cli.runs import experiment_of, is_model
 from mllm_jax.errors import ConfigError
 from mllm_jax.inference.options import Completion, Options
 from mllm_jax.inference.sampling import Sampling
@@ -40,6 +41,7 @@ class Generate:
 
 def run(arguments: list[str]) -> int:
     options = tyro.cli(Generate, args=arguments, prog="mllm generate")
+    keep_compiled_programs()
     if is_model(options.run):
         from mllm_jax.inference.ask import ask
 
@@ -64,7 +66,6 @@ def run(arguments: list[str]) -> int:
     # The images first: a wrong path should not have to wait for the model.
     side = experiment.model.encoder.image_size
     images = tuple(resize(read_image(path), side) for path in options.image)
-    use_cpu_devices(experiment)
 
     from mllm_jax.inference.generate import Generator, Prompt
     from mllm_jax.training.run_folder import RunFolder
@@ -72,7 +73,9 @@ def run(arguments: list[str]) -> int:
 
     experiment, model, params, tokenizer, mesh = load_run(RunFolder(options.run))
     rows = mesh.shape["data"] * mesh.shape["fsdp"]
-    generator = Generator(model, params, tokenizer, mesh, batch_size=rows, max_new_tokens=options.max_new_tokens)
+    generator = Generator(
+        model, params, tokenizer, mesh, batch_size=rows, max_new_tokens=options.max_new_tokens, by_layer=False
+    )
     return _show(generator.complete([Prompt(options.question, images)], options.sampling)[0], options)
 
 

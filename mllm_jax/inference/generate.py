@@ -37,6 +37,7 @@ class Generator:
 
     Args:
         batch_size: rows that are answered together.
+        by_layer: see `LanguageSteps`; False compiles faster and decodes more slowly, which suits a single question.
     """
 
     def __init__(
@@ -48,11 +49,12 @@ class Generator:
         *,
         batch_size: int = 64,
         max_new_tokens: int = 32,
+        by_layer: bool | None = None,
     ):
         self.model, self.params, self.tokenizer, self.mesh = model, params, tokenizer, mesh
         self.batch_size, self.max_new_tokens = batch_size, max_new_tokens
         self._encode = jax.jit(lambda p, x: model.apply({"params": p}, {"images": x}, method="encode_media").tokens)
-        self._answers = Answers(Engine(model, params, mesh))
+        self._answers = Answers(Engine(model, params, mesh, by_layer=by_layer))
 
     def encode_images(self, images: Sequence[np.ndarray]) -> np.ndarray:
         """Pictures uint8[H, W, 3] to projected media tokens float32[n, T, E]."""

@@ -14,15 +14,14 @@ from mllm_jax.checkpoints.config_json import ACTIVATIONS, one_or_several, write_
 from mllm_jax.checkpoints.options import Options
 from mllm_jax.checkpoints.table import Family, Table, Weight
 from mllm_jax.errors import DataError
-from mllm_jax.layers.attention import attention
 from mllm_jax.layers.head import head_inputs
 from mllm_jax.layers.linear import Embedding, Linear
-from mllm_jax.layers.mlp import MLP
 from mllm_jax.layers.norms import RMSNorm
 from mllm_jax.layers.relative_bias import RelativeBias, bucket_of_distance
 from mllm_jax.layers.requirements import Requirements
 from mllm_jax.layers.stack import scan_layers
 from mllm_jax.llms.cache import KVCache
+from mllm_jax.llms.t5_blocks import DecoderBlock, EncoderBlock
 from mllm_jax.sharding.logical import constrain
 
 
@@ -103,89 +102,6 @@ class T5Cache(KVCache):
     cross_keys: jax.Array
     cross_values: jax.Array
     cross_segments: jax.Array
-
-
-class T5Attention(nn.Module):
-    """Multi-head attention from x to keys and values that may be made elsewhere; the scores are not scaled."""
-
-    config: T5Config
-
-    def setup(self):
-        c = self.config
-        dtype = jnp.dtype(c.dtype)
-        inner, names = (c.num_heads, c.head_dim), ("embed", "heads", "head_dim")
-        # The missing 1/sqrt(head_dim) stands in the queries' deviation instead.
-        self.q = Linear(inner, names, init_std=(c.hidden_size * c.head_dim) ** -0.5, dtype=dtype)
-        self.k = Linear(inner, names, dtype=dtype)
-        self.v = Linear(inner, names, dtype=dtype)
-        self.out = Linear((c.hidden_size,), (*names[1:], "embed"), in_ndim=2, dtype=dtype)
-
-    def keys_values(self, x):
-        """[B, T, E] -> [B, T, N, H] twice."""
-        return self.k(x), self.v(x)
-
-    def __call__(self, x, keys_values, **where):
-        """[B, S, E] -> [B, S, E]; `where` is what `attention` takes."""
-        q = constrain(self.q(x), "batch", "seq", "heads", "head_dim")
-        k, v = (each.astype(q.dtype) for each in keys_values)
-        return self.out(constrain(attention(q, k, v, scale=1.0, **where), "batch", "seq", "heads", "head_dim"))
-
-
-class EncoderBlock(nn.Module):
-    """Self-attention over a segment, then the MLP, each behind an RMSNorm and added to the stream."""
-
-    config: T5Config
-
-    @nn.compact
-    def __call__(self, x, _, segments, bias):
-        c = self.config
-        dtype = jnp.dtype(c.dtype)
-        h = RMSNorm(c.norm_eps, dtype, name="attention_norm")(x)
-        own = T5Attention(c, name="attention")
-        x = x + own(h, own.keys_values(h), q_segments=segments, k_segments=segments, bias=bias)
-        h = RMSNorm(c.norm_eps, dtype, name="mlp_norm")(x)
-        x = x + MLP(c.mlp_size, c.activation, c.gated, use_bias=False, dtype=dtype, name="mlp")(h)
-        return constrain(x, "batch", "seq", None), None
-
-
-class DecoderBlock(nn.Module):
-    """Causal self-attention, cross-attention to the source, MLP."""
-
-    config: T5Config
-
-    @nn.compact
-    def __call__(self, x, layer_cache, segments, bias, source, source_segments, place):
-        """One layer; without x only the keys and values that it makes of the source.
-
-        Args:
-            layer_cache: None, or (keys, values, cross keys, cross values).
-            source: [B, S, E] from the encoder, not read where there is a cache.
-            place: None, or (segments of the cache, index of x in it).
-
-        Returns:
-            (x, what the layer's cache is to hold).
-        """
-        c = self.config
-        dtype = jnp.dtype(c.dtype)
-        own, cross = T5Attention(c, name="attention"), T5Attention(c, name="cross_attention")
-        if x is None:
-            return None, cross.keys_values(source)
-        h = RMSNorm(c.norm_eps, dtype, name="attention_norm")(x)
-        k, v = own.keys_values(h)
-        k_segments, index, written = segments, None, None
-        if layer_cache is not None:
-            k_segments, index = place
-            rows = jnp.arange(x.shape[0])[:, None]
-            k = layer_cache[0].at[rows, index].set(k, mode="drop")
-            v = layer_cache[1].at[rows, index].set(v, mode="drop")
-            written = (k, v)
-        x = x + own(h, (k, v), mask="causal", q_segments=segments, k_segments=k_segments, q_index=index, bias=bias)
-        h = RMSNorm(c.norm_eps, dtype, name="cross_attention_norm")(x)
-        seen = cross.keys_values(source) if layer_cache is None else layer_cache[2:]
-        x = x + cross(h, seen, q_segments=segments, k_segments=source_segments)
-        h = RMSNorm(c.norm_eps, dtype, name="mlp_norm")(x)
-        x = x + MLP(c.mlp_size, c.activation, c.gated, use_bias=False, dtype=dtype, name="mlp")(h)
-        return constrain(x, "batch", "seq", None), written
 
 
 class _Stack(nn.Module):

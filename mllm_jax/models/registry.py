@@ -14,7 +14,8 @@ from typing import Any
 import jax
 from flax import linen as nn
 
-from mllm_jax.checkpoints.hf import Report, float_dtype, read_config, read_weights, require_layers, write_weights
+from mllm_jax.checkpoints.hf import Report, float_dtype, read_config, read_weights, write_weights
+from mllm_jax.checkpoints.layer_bound import require_layers
 from mllm_jax.checkpoints.leaves import PyTree
 from mllm_jax.checkpoints.native import is_native, read_native, read_native_config
 from mllm_jax.checkpoints.options import named_as
