@@ -164,6 +164,7 @@ HOSTILE = {
 
 @pytest.mark.parametrize("name", HOSTILE)
 def test_a_hostile_template_is_refused_within_its_budget(name):
+    byte_tokenizer()  # what it imports is not what is measured
     tracemalloc.start()
     before = time.thread_time()
     try:
@@ -207,7 +208,7 @@ def test_a_long_conversation_is_within_the_budget():
 
 
 def test_the_budget_is_each_renderings_own_in_every_thread():
-    tokenizer = byte_tokenizer(template="{% for i in range(60000) %}{{ 'xxxxx' }}{% set x = 'x' * 20 %}{% endfor %}")
+    tokenizer = byte_tokenizer(template="{% for i in range(40000) %}{{ 'xxxxx' }}{% set x = 'x' * 20 %}{% endfor %}")
     made: list[int] = []
 
     def render():
@@ -219,4 +220,4 @@ def test_the_budget_is_each_renderings_own_in_every_thread():
         thread.start()
     for thread in threads:
         thread.join()
-    assert made == [300_000] * 4
+    assert made == [200_000] * 4
