@@ -21,6 +21,7 @@ def prepare_cpu() -> None:
     """Lets XLA compile sums in bfloat16 across CPU devices; call it before a device is touched.
 
     The flag goes into XLA_FLAGS and counts for the whole process, so it is set only where jax's platform is the CPU.
+    The planner, which compiles for TPUs on a CPU, does not call this.
     Passes that the user disables stay disabled, and what already names this one is left alone. Warns once of a jaxlib
     that computes wrongly.
     """

@@ -66,7 +66,8 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
         ConfigError: the sizes do not multiply to the number of devices; slices that do not divide `data`, or that are
             not the devices' own.
     """
-    prepare_cpu()
+    if devices is None:  # devices that exist started XLA already, and those of a plan are no CPUs
+        prepare_cpu()
     devices = list(jax.devices() if devices is None else devices)
     if devices[0].platform == "cpu":
         warn_of_wrong_sums()

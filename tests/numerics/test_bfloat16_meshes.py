@@ -16,6 +16,8 @@ from mllm_jax.training.objectives.next_token import NextToken
 from mllm_jax.training.optimizer import learning_rate, make_optimizer
 from mllm_jax.training.step import init_params, init_state, make_train_step, place_batch, state_shardings
 
+pytestmark = pytest.mark.slow
+
 STEPS = 8
 ADAMW = AdamW(learning_rate=2e-2, warmup_steps=2)
 MESHES = {

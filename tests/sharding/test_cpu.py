@@ -123,3 +123,12 @@ def test_a_jaxlib_that_computes_wrongly_is_warned_of_once(version, wrong, monkey
     warn_of_wrong_sums.cache_clear()
     assert [str(one.message)[:14] for one in caught] == ["jaxlib 0.10.2 "] * wrong
     assert all("pip install" in str(one.message) and one.category is UserWarning for one in caught)
+
+
+def test_devices_that_are_given_set_no_flag(monkeypatch):
+    """The planner gives those of a TPU topology, and compiles for them in a process whose platform is the CPU."""
+    monkeypatch.setenv("XLA_FLAGS", "")
+    make_mesh(MeshConfig(), jax.devices())
+    assert os.environ["XLA_FLAGS"] == ""
+    make_mesh(MeshConfig())
+    assert os.environ["XLA_FLAGS"] == FLAG
