@@ -293,10 +293,16 @@ class Pipeline:
 
 
 def training_texts(sources: Sequence[Source], limit: int = 4000) -> Iterator[str]:
-    """Every context, question and answer of evenly spaced examples: what a tokenizer is trained on."""
+    """Every context, question and answer of evenly spaced examples: what a tokenizer is trained on.
+
+    Records that cannot be used are passed over: `Pipeline` names and counts them, and refuses more than its share.
+    """
     for source in sources:
         for index in np.unique(np.linspace(0, len(source) - 1, min(limit, len(source))).astype(int)):
-            conversation = source.conversation(int(index))
+            try:
+                conversation = source.conversation(int(index))
+            except DataError:
+                continue
             if conversation.context:
                 yield conversation.context
             for turn in conversation.turns:

@@ -246,6 +246,23 @@ def test_a_corrupt_png_is_named_by_source_and_index(monkeypatch):
         list(data.iterate(3, 4))
 
 
+def test_a_tokenizer_is_trained_past_records_that_cannot_be_used(monkeypatch):
+    whole = BrokenSource.conversation
+
+    def some(self, index):
+        if index in (5, 60):
+            raise DataError(f"record {index}", "text", "mend it")
+        return whole(self, index)
+
+    source = Broken("broken").build()
+    before = list(training_texts([source]))
+    monkeypatch.setattr(BrokenSource, "conversation", some)
+    after = list(training_texts([source]))
+    assert set(after) < set(before) and len(after) == len(before) - sum(
+        len(whole(source, i).turns) * 2 for i in (5, 60)
+    )
+
+
 def test_bad_records_are_counted_and_left_out():
     bad = {"bad_pictures": (5, 60), "empty_answers": (7,)}
     data = pipeline(broken(0.02, **bad))
