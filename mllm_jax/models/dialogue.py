@@ -9,7 +9,7 @@ import numpy as np
 from mllm_jax.data.dialogues import EncodedDialogue
 from mllm_jax.data.examples import Conversation
 from mllm_jax.data.media import Media, Row
-from mllm_jax.errors import DataError
+from mllm_jax.errors import ConfigError, DataError
 from mllm_jax.models.processor import Layout, Processor
 
 
@@ -57,6 +57,7 @@ class DialogueEncoder:
             DataError: an empty answer, no turn, several where one is read, a first turn that does not fit, a text that
                 spells a placeholder, or a template that does not write a conversation as a continuation of its
                 beginning.
+            ConfigError: a template without an end token.
         """
         if not conversation.turns or not all(turn.answer.strip() for turn in conversation.turns):
             raise DataError(
@@ -154,10 +155,13 @@ class DialogueEncoder:
         stops = self.processor.tokenizer.stop_ids
         last = next((place for place in range(len(ids) - 1, -1, -1) if ids[place] in stops), None)
         if last is None:
-            raise DataError(
-                f"a chat template that ends an answer without one of the stop tokens {stops}",
+            # No fault of a record, so it is no DataError, which would be told of each.
+            names = self.processor.tokenizer.backend.convert_ids_to_tokens(list(stops))
+            raise ConfigError(
+                f"a chat template that writes none of the stop tokens {names} after an answer",
                 "answers that end, so that the model learns to",
-                "name the end token in tokenizer_config.json or generation_config.json",
+                "add one to the template (TokenizerConfig.template, or the folder's chat_template), or name the token "
+                "that it writes in tokenizer_config.json or generation_config.json",
             )
         return last + 1
 

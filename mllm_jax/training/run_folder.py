@@ -31,6 +31,7 @@ FILES = ("config.json", "tokenizer.json", "chat_format.json", "run.json", "metri
 WRITTEN = (*FOLDERS, *FILES)
 UNDERWAY = tuple(f".{name}" for name in WRITTEN)  # how the names begin of what is being written or removed
 STAGE = re.compile(r"\d+-.+")  # what a stage's folders are called
+STEP = re.compile(r"\d{8,}")  # and its checkpoints
 RESTORE = "restore the file, or start over with --fresh"
 
 
@@ -122,10 +123,12 @@ class RunFolder:
         """Whether there is a run here that has ended a stage; a model's folder has a config.json too, but no stages."""
         return bool(_names(self.path / "stages", STAGE.fullmatch))
 
-    def has_progress(self) -> bool:
-        """Whether a stage has ended here or a checkpoint was taken, so that there is something to lose."""
-        stages = [self.path / "checkpoints" / name for name in _names(self.path / "checkpoints", STAGE.fullmatch)]
-        return self.is_trained() or any(_names(stage, re.compile(r"\d{8,}").fullmatch) for stage in stages)
+    def begun(self) -> int:
+        """How many stages, from the first on, have ended or taken a checkpoint: 0 where there is nothing to lose."""
+        stages, checkpoints = self.path / "stages", self.path / "checkpoints"
+        names = _names(stages, STAGE.fullmatch)
+        names += [name for name in _names(checkpoints, STAGE.fullmatch) if _names(checkpoints / name, STEP.fullmatch)]
+        return max([1 + int(name.partition("-")[0]) for name in names], default=0)
 
     def unfinished(self, experiment: Experiment) -> list[str]:
         """The names of the stages from the first on that has not ended."""
@@ -243,7 +246,7 @@ def _unwritable(path: Path, error: OSError) -> RunFolderError:
 def open_run(path: Path, experiment: Experiment, *, fresh: bool = False) -> RunFolder:
     """Makes the folder, or takes up the run that it holds. Of several processes the first writes, and all must see it.
 
-    A run in which no stage has ended and no checkpoint was taken gives way to another config.
+    Stages that have not begun may change; a run of which none has ended or taken a checkpoint gives way to any config.
 
     Args:
         fresh: remove an earlier run first. Only what a run writes is removed, from a folder that has our mark.
@@ -294,8 +297,8 @@ def _take_up(folder: RunFolder, experiment: Experiment, fresh: bool) -> None:
         if folder.config_file.is_file():
             if fresh:
                 _remove_run(folder)
-            elif changed := binding_differences(folder.described(), described):
-                if folder.has_progress():
+            elif changed := binding_differences(folder.described(), described, begun := folder.begun() or None):
+                if begun:
                     raise _another(folder, changed)
                 _remove_run(folder)  # it ended before there was anything to lose
         elif strangers := _strangers(folder):

@@ -9,6 +9,8 @@ from typing import Any
 FREE_TO_CHANGE = (
     *("name", "mesh", "part_rules", "cpu_devices", "log_every", "nonfinite", "checkpoint", "evaluation", "pretrained"),
 )
+# The same of a stage: what is only looked at. A validation's numbers decide which checkpoint is kept as the best.
+FREE_IN_A_STAGE = ("validation", "validate_every", "validation_batches")
 
 
 def differences(old: Any, new: Any, path: str = "") -> list[str]:
@@ -24,13 +26,19 @@ def differences(old: Any, new: Any, path: str = "") -> list[str]:
     return [] if old == new else [f"{path}: {old} -> {new}"]
 
 
-def binding_differences(old: dict, new: dict) -> list[str]:
-    """The differences that make a run folder another experiment's."""
-    return differences(_binding(old), _binding(new))
+def binding_differences(old: dict, new: dict, begun: int | None = None) -> list[str]:
+    """The differences that make a run folder another experiment's.
+
+    Args:
+        begun: how many stages have begun; those after them may change. None: all have.
+    """
+    return differences(_binding(old, begun), _binding(new, begun))
 
 
-def _binding(described: dict) -> dict:
+def _binding(described: dict, begun: int | None) -> dict:
     kept = {key: value for key, value in described.items() if key not in FREE_TO_CHANGE}
+    if isinstance(stages := kept.get("stages"), list) and all(isinstance(stage, dict) for stage in stages):
+        kept["stages"] = [{k: v for k, v in stage.items() if k not in FREE_IN_A_STAGE} for stage in stages[:begun]]
     if isinstance(tokenizer := kept.get("tokenizer"), dict):
         # The run holds a copy of what it read there.
         kept["tokenizer"] = {key: value for key, value in tokenizer.items() if key != "folder"}

@@ -84,7 +84,7 @@ def starting_params(
         if self_contained:
             _copy_sources(experiment, folder, model, mesh)
         return params_of(experiment, folder, model, mesh)
-    if from_first(folder.has_progress()):
+    if from_first(folder.begun()):
         raise RunFolderError(
             f"{folder.path}: stages or checkpoints without {folder.initial.name}/, the weights that the run began with",
             "both of them",

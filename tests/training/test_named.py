@@ -257,6 +257,15 @@ def test_what_does_not_fit_is_refused(folder, tmp_path, change, message):
         train(change(experiment(folder)), tmp_path)
 
 
+def test_a_template_without_an_end_token_is_refused_once(folder, tmp_path):
+    """And by the name of the option that holds it, not of each record (TRIAL, row 33)."""
+    endless = "{% for m in messages %}{{ m.content[0].text if m.content is not string else m.content }} {% endfor %}"
+    made = experiment(folder)
+    with pytest.raises(ConfigError, match=r"none of the stop tokens \['</s>'\]") as refusal:
+        train(replace(made, tokenizer=replace(made.tokenizer, template=endless)), tmp_path)
+    assert "TokenizerConfig.template" in refusal.value.todo and str(refusal.value).count("none of the stop tokens") == 1
+
+
 # ---- LLaVA's own records
 
 

@@ -25,6 +25,7 @@ from mllm_jax import (
 )
 from mllm_jax.errors import ConfigError, RunFolderError
 from mllm_jax.training import run_folder
+from mllm_jax.training.config import AdamW
 from mllm_jax.training.run_folder import FILES, FOLDERS, MEASURED, holding, open_run, read_json, write_json
 from mllm_jax.training.run_lock import MARK
 
@@ -94,9 +95,11 @@ def test_the_same_experiment_goes_on_and_another_is_refused(full):
 
 
 def test_many_differences_are_counted(tmp_path):
-    open_run(tmp_path, EXPERIMENT).snapshot(0, "a").mkdir(parents=True)
+    folder = open_run(tmp_path, EXPERIMENT)
+    for index, name in enumerate("abc"):
+        folder.snapshot(index, name).mkdir(parents=True)
     stages = tuple(
-        dataclasses.replace(s, steps=9, validate_every=5, accumulate=2, name=s.name * 2) for s in OTHER.stages
+        dataclasses.replace(s, steps=9, trainable=("*",), accumulate=2, name=s.name * 2) for s in OTHER.stages
     )
     message = refused(tmp_path, dataclasses.replace(OTHER, stages=stages))
     assert "... 3 more" in message and message.count(" -> ") == 10
@@ -138,6 +141,24 @@ def test_a_run_without_a_step_gives_way_to_another_config(tmp_path, reached):
         return
     assert open_run(tmp_path, OTHER).experiment() == OTHER
     assert sorted(contents(tmp_path)) == ["config.json", "notes.txt"], "the tokenizer of the first config stayed"
+
+
+def test_a_stage_that_has_not_begun_may_change(tmp_path):
+    """Another learning rate or number of steps for what is still to come (TRIAL, row 30)."""
+    folder = open_run(tmp_path, EXPERIMENT)
+    folder.snapshot(0, "a").mkdir(parents=True)
+    (folder.checkpoints(1, "b") / "00000002").mkdir(parents=True)
+    first, second, third = EXPERIMENT.stages
+    faster = dataclasses.replace(third, steps=9, optimizer=AdamW(1e-5))
+    changed = dataclasses.replace(EXPERIMENT, stages=(first, dataclasses.replace(second, validate_every=5), faster))
+    assert open_run(tmp_path, changed).experiment() == changed
+    assert open_run(tmp_path, dataclasses.replace(changed, stages=(first, second))).unfinished(changed) == ["b", "c"]
+    for stages in (
+        (dataclasses.replace(first, steps=9), second),
+        (first, dataclasses.replace(second, steps=9)),
+        (first,),
+    ):
+        assert "another config" in refused(tmp_path, dataclasses.replace(changed, stages=stages))
 
 
 @pytest.mark.parametrize("config", ['{"a": 1}', "[", "", '{"class": "mllm_jax.training.config:AdamW"}'])

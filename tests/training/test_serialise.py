@@ -175,5 +175,8 @@ def test_what_changes_no_numbers_does_not_bind_a_run_folder():
     old = through_json(EXPERIMENT)
     free = dataclasses.replace(EXPERIMENT, name="other", log_every=3, cpu_devices=8, nonfinite="skip")
     assert binding_differences(old, through_json(free)) == []
-    bound = dataclasses.replace(free, seed=5)
+    validated = dict(validation=Mixture(sources=(), rows=3), validate_every=7, validation_batches=2)
+    stages = tuple(dataclasses.replace(stage, **validated) for stage in EXPERIMENT.stages)
+    assert binding_differences(old, through_json(dataclasses.replace(free, stages=stages))) == []
+    bound = dataclasses.replace(free, seed=5, stages=stages)
     assert binding_differences(old, through_json(bound)) == ["seed: 0 -> 5"]
