@@ -43,8 +43,10 @@ def use_cpu_devices(experiment: Experiment) -> None:
     """Presents the CPU as several devices, before anything has touched a device; XLA_FLAGS have the last word."""
     import jax
 
+    from mllm_jax.sharding.cpu import prepare_cpu
     from mllm_jax.training.host import enough_threads, keep_freed_memory
 
+    prepare_cpu()
     if experiment.cpu_devices:
         keep_freed_memory()
         enough_threads(experiment.cpu_devices)

@@ -8,6 +8,7 @@ import warnings
 from functools import cache
 
 from mllm_jax.errors import ConfigError
+from mllm_jax.sharding.platform import choose_platform
 from mllm_jax.sharding.xla_flags import has_flag
 
 # The pass turns sums in bfloat16 into sums in float32. It ends the process at those of a `shard_map` over a part of
@@ -25,6 +26,7 @@ def prepare_cpu() -> None:
     Passes that the user disables stay disabled, and what already names this one is left alone. Warns once of a jaxlib
     that computes wrongly.
     """
+    choose_platform()
     platforms = sys.modules["jax"].config.jax_platforms if "jax" in sys.modules else os.environ.get("JAX_PLATFORMS")
     if platforms != "cpu":
         return
