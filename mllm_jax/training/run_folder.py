@@ -21,7 +21,7 @@ from mllm_jax.data.tokenizer import Tokenizer
 from mllm_jax.errors import MllmError, RunFolderError
 from mllm_jax.sharding.hosts import first_alone
 from mllm_jax.training.config import Experiment
-from mllm_jax.training.run_lock import MARK, held
+from mllm_jax.training.run_lock import MARK, held, unwritable
 from mllm_jax.training.serialise import binding_differences
 
 KIND = f"{Experiment.__module__}:{Experiment.__qualname__}"
@@ -212,7 +212,7 @@ def write_json(path: Path, value: Any) -> None:
     except OSError as error:
         with contextlib.suppress(OSError):
             temporary.unlink()
-        raise _unwritable(path, error) from error
+        raise unwritable(path, error) from error
 
 
 def read_json(path: Path, kind: type = dict) -> Any:
@@ -232,14 +232,6 @@ def _no_experiment(path: Path) -> RunFolderError:
         f"{path} describes no experiment",
         "the config.json of a run",
         "choose the folder of a run, or restore the file",
-    )
-
-
-def _unwritable(path: Path, error: OSError) -> RunFolderError:
-    return RunFolderError(
-        f"{path}: {error.strerror or error}",
-        "a folder that can be written, with room on its disk",
-        "permit writing, free space or choose another --run-dir",
     )
 
 
@@ -284,7 +276,7 @@ def _may_be_ours(folder: RunFolder) -> bool:
         folder.path.mkdir(parents=True, exist_ok=True)
         return is_ours(folder) or not _strangers(folder)
     except OSError as error:
-        raise _unwritable(folder.path, error) from error
+        raise unwritable(folder.path, error) from error
 
 
 def _strangers(folder: RunFolder) -> list[str]:
@@ -313,7 +305,7 @@ def _take_up(folder: RunFolder, experiment: Experiment, fresh: bool) -> None:
             for name in MEASURED:  # of parameters that are about to change
                 (folder.path / name).unlink(missing_ok=True)
     except OSError as error:
-        raise _unwritable(folder.path, error) from error
+        raise unwritable(folder.path, error) from error
 
 
 def _another(folder: RunFolder, changed: list[str]) -> RunFolderError:

@@ -37,7 +37,7 @@ def held(folder: Path) -> Iterator[None]:
     try:
         file = os.open(folder / MARK, os.O_RDWR | os.O_CREAT, 0o666)
     except OSError as error:
-        raise _unwritable(folder / MARK, error) from error
+        raise unwritable(folder / MARK, error) from error
     try:
         if _lock(file, folder):
             _say_who(file, folder)
@@ -64,7 +64,7 @@ def _lock(file: int, folder: Path) -> bool:
             time.sleep(0.2)
         except OSError as error:
             if error.errno not in _NO_LOCKS:
-                raise _unwritable(folder / MARK, error) from error
+                raise unwritable(folder / MARK, error) from error
             return _without_locks(folder)
 
 
@@ -79,7 +79,7 @@ def _say_who(file: int, folder: Path) -> None:
         os.ftruncate(file, 0)
         os.pwrite(file, (json.dumps(who) + "\n").encode(), 0)
     except OSError as error:  # a full disk: the lock holds without a word, but nothing could be trained there
-        raise _unwritable(folder / MARK, error) from error
+        raise unwritable(folder / MARK, error) from error
 
 
 def _holder(file: int) -> dict[str, Any]:
@@ -121,7 +121,8 @@ def _taken(folder: Path, holder: dict[str, Any]) -> RunFolderError:
     )
 
 
-def _unwritable(path: Path, error: OSError) -> RunFolderError:
+def unwritable(path: Path, error: OSError) -> RunFolderError:
+    """The refusal of a run folder, or of a file in it, that cannot be written."""
     return RunFolderError(
         f"{path}: {error.strerror or error}",
         "a folder that can be written, with room on its disk",
