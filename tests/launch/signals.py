@@ -53,6 +53,12 @@ def ends(process: int) -> bool:
         os.close(descriptor)
 
 
+def heed_all() -> None:
+    """Gives a new process the handlers that a terminal's has, also where the tests run under `nohup` or in a script."""
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+
+
 def lost(launcher: subprocess.Popen, errors: TextIO) -> bool:
     """Whether Python says that it met a SIGINT, and goes on."""
     try:
@@ -67,7 +73,8 @@ def trial(number: signal.Signals, processes: int, instant: float, mark: str) -> 
     command = [sys.executable, str(LOCAL), "-n", str(processes), "--restarts", "2", "--", "sleep", mark]
     errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 (closed with the launcher's end)
     null = subprocess.DEVNULL
-    launcher = subprocess.Popen(command, stdin=null, stdout=null, stderr=errors, start_new_session=True)
+    streams = dict(stdin=null, stdout=null, stderr=errors)
+    launcher = subprocess.Popen(command, start_new_session=True, preexec_fn=heed_all, **streams)
     time.sleep(instant)
     launcher.send_signal(number)
     wrong: Counter = Counter()

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from signals import heed_all
 
 LOCAL = Path(__file__).parents[2] / "launch" / "local.py"
 READY = "import os, signal, sys; print('ready', os.getpid(), flush=True); "
@@ -22,7 +23,8 @@ def local(*arguments: str, code: str = "", seconds: float = 50) -> subprocess.Co
 
 def launched(*arguments: str, code: str, **how) -> subprocess.Popen[str]:
     command = [sys.executable, str(LOCAL), "-n", "2", *arguments, "--", sys.executable, "-c", code]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **how)
+    pipes = dict.fromkeys(("stdout", "stderr"), subprocess.PIPE)
+    return subprocess.Popen(command, text=True, preexec_fn=heed_all, **pipes, **how)
 
 
 def ready(launcher: subprocess.Popen[str]) -> list[int]:
@@ -132,7 +134,7 @@ def test_a_signal_that_nohup_has_ignored_stays_ignored():
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_processes_start_with_the_handlers_and_the_mask_of_any_other():
     command = [sys.executable, str(LOCAL), "-n", "1", "--", "grep", "-E", "SigBlk|SigIgn|SigCgt", "/proc/self/status"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=50)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=50, preexec_fn=heed_all)
     masks = [int(line.split()[-1], 16) for line in done.stdout.splitlines()]
     bits = sum(1 << number - 1 for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGPIPE))
     assert len(masks) == 3 and not any(mask & bits for mask in masks)
