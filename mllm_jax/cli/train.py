@@ -42,7 +42,7 @@ class Train:
         hosts: where several processes train together; see launch/README.md.
         hang_seconds: where no step ends for this long, prints the stack of every thread and exits; 0: never.
         profile: write a trace of a few steps into the run folder.
-        self_contained: copy what `Pretrained` parts read into the run folder, which then needs no other.
+        self_contained: copy what `Pretrained` parts read into the run folder.
         compile_cache: whether compiled programs are kept in the user's cache folder for the next start.
     """
 
