@@ -74,7 +74,7 @@ def parse_json(
     except ValueError as problem:  # UnicodeDecodeError is one
         raise error(f"{name}: {problem}", "JSON in UTF-8", todo) from problem
     if not isinstance(value, kind):
-        raise error(f"{name} holds a {type(value).__name__}", f"a JSON {_KINDS.get(kind, kind.__name__)}", todo)
+        raise error(f"{name} with a {type(value).__name__}", f"a JSON {_KINDS.get(kind, kind.__name__)}", todo)
     return value
 
 

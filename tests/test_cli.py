@@ -27,7 +27,7 @@ TOY = "toy size: at most 8 questions a task, so these accuracies mean little"
 STAGES = ("language", "contrastive", "align", "instruct")
 MADE = {
     *("config.json", "tokenizer.json", "run.json", "metrics.jsonl", "tensorboard", "stages", "checkpoints"),
-    *("results.json", "examples.json", "report.html", "goodput.json"),
+    *("results.json", "examples.json", "report.html", "goodput.json", "initial", ".mllm_run"),
 }
 # Commands one after the other in one process: [exit code, stdout, stderr] of each.
 PRELUDE = """
@@ -119,7 +119,9 @@ def values(folder: Path) -> list[dict]:
 
 
 def files(folder: Path, *under: str) -> dict[Path, tuple[int, int]]:
-    return {p: (p.stat().st_mtime_ns, p.stat().st_size) for name in under for p in (folder / name).rglob("*")}
+    """Every file but the lock, which each start writes."""
+    found = [p for name in under for p in (folder / name).rglob("*") if p.name != ".mllm_run"]
+    return {p: (p.stat().st_mtime_ns, p.stat().st_size) for p in found}
 
 
 # ---- a run, and what is done with it
@@ -289,8 +291,8 @@ def full(real, after):
         return real(*args)
     return work
 
-# In the background, while it is being written: the save of step 3 succeeds, that of step 6 does not.
-seal, folder._seal = folder._seal, full(folder._seal, 1)
+# In the background, while it is being written: the first weights and step 3 are saved, step 6 is not.
+seal, folder._seal = folder._seal, full(folder._seal, 2)
 train()
 folder._seal = seal
 # Before it begins, because there is too little room.
@@ -330,7 +332,7 @@ train("--stages.0.steps", 3, "--fresh")
 def test_after_damage_the_message_names_what_is_damaged(machine, trained):
     folder = machine.folder / "damaged"
     shutil.copytree(trained[0], folder)
-    arrays = RunFolder(folder).snapshot(2, "align") / "arrays"
+    arrays = RunFolder(folder).snapshot(3, "instruct") / "arrays"
     victim = max((p for p in arrays.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
     content = bytearray(victim.read_bytes())
     content[len(content) // 2] ^= 1
@@ -350,7 +352,7 @@ result += [mllm("generate", unfinished, "What is this?"), mllm("generate", {str(
 """
     )
     for code, _, err in told[:2]:
-        assert code == 2 and "2-align" in err and "is corrupt" in err and err.count("to do: ") == 1
+        assert code == 2 and "3-instruct" in err and "is corrupt" in err and err.count("to do: ") == 1
     code, out, err = told[2]
     warning = f"warning: {unfinished} is trained in part: no stage align, instruct yet\n"
     assert code == 0 and err.removesuffix(CUT_OFF) == warning and out

@@ -17,8 +17,8 @@ from jinja2 import TemplateRuntimeError
 MAX_MADE, MADE_A_CHARACTER = 4_000_000, 32
 # Characters of the text that comes out, which has still to be made ids.
 MAX_TEXT, TEXT_A_CHARACTER = 500_000, 8
-# Of the thread's own time, so that a busy machine refuses nothing. A template in use takes milliseconds.
-MAX_SECONDS, SECONDS_A_CHARACTER = 0.5, 1e-6
+# Of the thread's own time, which a busy machine lengthens to a few times. A template in use takes milliseconds.
+MAX_SECONDS, SECONDS_A_CHARACTER = 2.0, 1e-6
 _MAX_BITS = 4096  # of an integer
 _MAX_WIDTH = 999  # of a formatted field
 _CHECKED_EVERY = 64

@@ -261,7 +261,7 @@ def from_hf_config(values: dict) -> SamConfig:
         num_heads=options.size("num_attention_heads"),
         mlp_size=options.size("mlp_dim", int(width * options.number("mlp_ratio", ..., *RATIOS))),
         output_channels=options.size("output_channels"),
-        window=options.size("window_size"),
+        window=options.count("window_size"),
         global_layers=options.counts("global_attn_indexes"),
         activation=read_activation(options),
         norm_eps=options.number("layer_norm_eps", least=0.0),

@@ -222,9 +222,11 @@ class Experiment:
 
 def _check_name(what: str, name: str) -> None:
     """Names become parts of paths in the run folder."""
-    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.+-]{0,99}", name):
+    if not re.fullmatch(r"[^./\\:\x00-\x1f][^/\\:\x00-\x1f]{0,99}", name):
         raise ConfigError(
-            f"{what} named {name!r}", "letters, digits and any of _ . + -, at most 100, no dot first", "rename it"
+            f"{what} named {name!r}",
+            r"1 to 100 characters, no dot first, and no / \ : or control character",
+            "rename it",
         )
 
 

@@ -222,9 +222,12 @@ def read_json(path: Path, kind: type = dict) -> Any:
         RunFolderError: it cannot be read, or holds something else.
     """
     try:
-        return files.read_json(path, RunFolderError, kind)
+        value = files.read_json(path, RunFolderError, object)
     except OSError as error:
         raise RunFolderError(f"{path}: {error}", "a JSON file that can be read", RESTORE) from error
+    if not isinstance(value, kind):
+        raise RunFolderError(f"{path} holds a {type(value).__name__}", f"a {kind.__name__} as JSON", RESTORE)
+    return value
 
 
 def _no_experiment(path: Path) -> RunFolderError:

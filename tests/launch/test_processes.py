@@ -86,7 +86,9 @@ class Place:
         self.base = base
 
     def start(self, name: str, processes: int, devices: int, mesh: dict, *, pause=0.0, restarts=0, extra=(), **tiny):
-        environment = os.environ | {
+        # jax, imported here, has set how much of C++'s log is printed; a launcher's shell has not.
+        inherited = {name: value for name, value in os.environ.items() if name != "TF_CPP_MIN_LOG_LEVEL"}
+        environment = inherited | {
             "PYTHONPATH": f"{ROOT}{os.pathsep}{CONFIG.parent}",
             "TINY_MESH": json.dumps(mesh),
             "TINY_PAUSE": str(pause),

@@ -144,7 +144,7 @@ def test_a_whole_number_is_a_float():
     assert rebuild(description).stages[0].optimizer.learning_rate == 1
 
 
-@pytest.mark.parametrize("name", ["../../x", "a/b", "", ".", "..", ".hidden", "a\\b", "a\0b", "ü", "x" * 101, "a b"])
+@pytest.mark.parametrize("name", ["../../x", "a/b", "", ".", "..", ".hidden", "a\\b", "a\0b", "C:x", "x" * 101])
 def test_names_that_are_no_plain_names_are_refused(name):
     """They become parts of paths in the run folder."""
     with pytest.raises(ConfigError, match="a stage named"):
