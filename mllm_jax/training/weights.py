@@ -107,7 +107,7 @@ def params_of(experiment: Experiment, folder: RunFolder, model: nn.Module, mesh:
     placed = placed_params(model, mesh, experiment.part_rules)
     wanted: Leaves = flatten_dict(placed, sep="/")
     begin = _initial_meta(folder)
-    check_words(folder, begin)
+    _check_words(folder, begin)
     known: dict[str, int] = begin["fingerprint"]
     places: dict[str, Path | None] = dict.fromkeys(begin["stored"], folder.initial)
     for index, stage in enumerate(experiment.stages[: finished_stages(folder, experiment)]):
@@ -130,13 +130,13 @@ def params_of(experiment: Experiment, folder: RunFolder, model: nn.Module, mesh:
     return unflatten_dict({path: found[path] for path in wanted}, sep="/"), shardings_of(placed)
 
 
-def check_words(folder: RunFolder, begin: dict | None = None) -> None:
+def _check_words(folder: RunFolder, begin: dict) -> None:
     """Refuses a tokenizer, or processor files, that are not those with which the run began.
 
     Raises:
         RunFolderError: names the files that differ.
     """
-    expected = (begin or _initial_meta(folder))["words"]
+    expected = begin["words"]
     actual = from_first(words_of(folder))
     if wrong := sorted(name for name in actual.keys() | expected.keys() if actual.get(name) != expected.get(name)):
         raise RunFolderError(
