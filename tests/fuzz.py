@@ -13,6 +13,7 @@ import sys
 import time
 import traceback
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,13 +21,13 @@ import numpy as np
 
 # Seconds for one case: of work, which a busy machine does not lengthen, and on the clock.
 LIMIT, WAIT = 5.0, 60.0
-TIMERS = {signal.ITIMER_PROF: (signal.SIGPROF, LIMIT), signal.ITIMER_REAL: (signal.SIGALRM, WAIT)}
+TIMERS = {signal.ITIMER_PROF: signal.SIGPROF, signal.ITIMER_REAL: signal.SIGALRM}
 SHOWN = 5
 HERE = Path(__file__).parent
 
 
 class TooLong(BaseException):
-    """A case took more than LIMIT or WAIT seconds. No Exception, so that no library catches it."""
+    """A case took more than its seconds. No Exception, so that no library catches it."""
 
 
 @dataclass
@@ -43,28 +44,21 @@ def kinds() -> list[str]:
     return sorted(path.stem for path in (HERE / "fuzzing").glob("*.py") if not path.stem.startswith("_"))
 
 
-def run(kind: str, cases: int, seed: int = 0) -> Result:
-    """Runs cases of one kind; equal seeds give equal cases."""
-    from mllm_jax.errors import MllmError
+def run(kind: str, cases: int, seed: int = 0, limits: tuple[float, float] = (LIMIT, WAIT)) -> Result:
+    """Runs cases of one kind; equal seeds give equal cases.
 
+    Args:
+        limits: seconds for one case, of work (by all threads of the process) and on the clock.
+    """
     result, begun = Result(), time.perf_counter()
-    before = {number: signal.signal(number, _stop) for number, _ in TIMERS.values()}
+    before = {number: signal.signal(number, _stop) for number in TIMERS.values()}
     try:
         for description, case in importlib.import_module(f"fuzzing.{kind}").cases(np.random.default_rng(seed), cases):
-            _limit(True)
-            try:
-                case()
-                outcome = "accepted"
-            except MllmError:
-                outcome = "refused"
-            except KeyboardInterrupt:
-                raise
-            except BaseException:
-                outcome = "unhandled"
-                result.faults.append(f"{description}\n{traceback.format_exc(limit=-6)}")
-            finally:
-                _limit(False)
+            outcome, fault = _outcome(case, limits)
             result.counts[outcome] += 1
+            if fault:
+                # In ASCII: a test's report has to be written in UTF-8, and half a character cannot be.
+                result.faults.append(ascii_of(f"{description}\n{fault}"))
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -72,13 +66,39 @@ def run(kind: str, cases: int, seed: int = 0) -> Result:
     return result
 
 
-def _limit(on: bool) -> None:
-    for timer, (_, seconds) in TIMERS.items():
-        signal.setitimer(timer, seconds if on else 0)
+def ascii_of(text: str) -> str:
+    return text.encode("ascii", "backslashreplace").decode()
+
+
+def _outcome(case: Callable[[], object], limits: tuple[float, float]) -> tuple[str, str]:
+    """What became of a case, and of an unhandled one the last calls."""
+    from mllm_jax.errors import MllmError
+
+    _armed.append(limits)
+    for timer, seconds in zip(TIMERS, limits, strict=True):
+        signal.setitimer(timer, seconds)
+    try:
+        case()
+        return "accepted", ""
+    except MllmError:
+        return "refused", ""
+    except KeyboardInterrupt:
+        raise
+    except BaseException:
+        return "unhandled", traceback.format_exc(limit=-6)
+    finally:
+        _armed.clear()  # a signal that comes from here on stops nothing
+        for timer in TIMERS:
+            signal.setitimer(timer, 0)
+
+
+_armed: list[tuple[float, float]] = []  # the limits of the case that is running
 
 
 def _stop(*_) -> None:
-    raise TooLong(f"more than {LIMIT} s of work or {WAIT} s")
+    if _armed:
+        work, clock = _armed[-1]
+        raise TooLong(f"more than {work} s of work or {clock} s")
 
 
 def main(arguments: list[str] | None = None) -> int:
