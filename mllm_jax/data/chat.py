@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from mllm_jax.data.chat_template import SEAM, parted
 from mllm_jax.errors import DataError
 from mllm_jax.files import read_json
 
@@ -84,6 +85,40 @@ class ChatTokenizer:
         """What texts are padded with, if the tokenizer says so."""
         return self.backend.pad_token_id
 
+    @property
+    def template(self) -> Any:
+        """The chat template, or several by name; None without one."""
+        return self.backend.chat_template
+
+    @property
+    def special_tokens(self) -> tuple[str, ...]:
+        """The texts that become special tokens wherever a text has them."""
+        return tuple(t.content for t in self.backend.added_tokens_decoder.values() if t.special)
+
+    @property
+    def vocab_size(self) -> int:
+        """How many ids there are."""
+        return len(self.backend)
+
+    @property
+    def bos_token_id(self) -> int | None:
+        return self.backend.bos_token_id
+
+    def words(self, text: str) -> list[int]:
+        """The ids of plain text; special tokens that it spells are text."""
+        return self.ids(parted(text, self.special_tokens))
+
+    def token_of(self, token_id: int) -> str:
+        """The token as text."""
+        return self.backend.convert_ids_to_tokens(int(token_id))
+
+    def id_of(self, token: str) -> int | None:
+        return self.backend.get_vocab().get(token)
+
+    def fingerprint(self) -> str:
+        """A text that differs where ids or rows would."""
+        return repr([self.template, len(self.backend), type(self.backend).__name__])
+
     def encode(self, text: str) -> list[int]:
         """Plain text to ids, with the special tokens that the tokenizer puts around a text.
 
@@ -91,6 +126,10 @@ class ChatTokenizer:
             DataError: a text that is none to the tokenizer, such as half a pair of surrogates.
         """
         return self._ids(text)
+
+    def ids(self, text: str) -> list[int]:
+        """The ids of a text in which special tokens are such; a SEAM parts what is none. Nothing is put around it."""
+        return [i for piece in text.split(SEAM) for i in self._ids(piece, add_special_tokens=False)]
 
     def _ids(self, text: str, **how: bool) -> list[int]:
         try:
@@ -111,7 +150,7 @@ class ChatTokenizer:
         Raises:
             DataError: no template, or messages that it refuses, such as two questions in a row.
         """
-        return self._ids(self.render_chat(messages, add_generation_prompt), add_special_tokens=False)
+        return self.ids(self.render_chat(messages, add_generation_prompt))
 
     def render_chat(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> str:
         """A conversation as the template writes it; takes and raises what `encode_chat` does.
@@ -125,22 +164,29 @@ class ChatTokenizer:
                 "chat_template in tokenizer_config.json, or chat_template.jinja",
                 "take an instruction-tuned checkpoint, or give plain text as the prompt",
             )
-        from mllm_jax.data.template_sandbox import render
-
-        variables = dict(tools=None, documents=None, add_generation_prompt=add_generation_prompt)
-        try:
-            template = self.backend.get_chat_template()
-            return render(template, messages, **variables | self.backend.special_tokens_map)
-        except Exception as error:  # a template can raise anything: 1/0, a macro that calls itself, no memory
-            raise DataError(
-                f"roles {[message.get('role') for message in messages]!r:.200}: {type(error).__name__}: {error!s:.500}",
-                "a conversation that the chat template accepts, and a template that ends",
-                "change the order or the roles of the messages, or take another chat model's tokenizer",
-            ) from error
+        find = self.backend.get_chat_template
+        return rendered(find, messages, add_generation_prompt, **self.backend.special_tokens_map)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Ids to text, special tokens left out and spaces as they are."""
         return self.backend.decode([int(i) for i in ids], skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
+def rendered(
+    template: str | Callable[[], str], messages: Sequence[Message], add_generation_prompt: bool, **tokens: Any
+) -> str:
+    """What a chat template, or the one that a function finds, makes of messages. Raises DataError if it fails."""
+    from mllm_jax.data.template_sandbox import render
+
+    variables = dict(tools=None, documents=None, add_generation_prompt=add_generation_prompt)
+    try:
+        return render(template if isinstance(template, str) else template(), messages, **variables | tokens)
+    except Exception as error:  # a template can raise anything: 1/0, a macro that calls itself, no memory
+        raise DataError(
+            f"roles {[message.get('role') for message in messages]!r:.200}: {type(error).__name__}: {error!s:.500}",
+            "a conversation that the chat template accepts, and a template that ends",
+            "change the order or the roles of the messages, or take another chat model's tokenizer",
+        ) from error
 
 
 def not_encodable(text: str, error: Exception) -> DataError:

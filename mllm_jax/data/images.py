@@ -6,6 +6,7 @@ import io
 import math
 import os
 import warnings
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -87,6 +88,8 @@ def as_picture(image: np.ndarray | Image.Image | bytes | str | os.PathLike) -> n
         return read_image(image)
     if isinstance(image, bytes):
         return decode_image(image, what="a picture")
+    if hasattr(image, "__array__"):
+        image = np.asarray(image)  # also of what is drawn only now
     if isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.ndim == 3 and image.shape[-1] == 3:
         return image
     given = f"{image.dtype}{list(image.shape)}" if isinstance(image, np.ndarray) else f"a {type(image).__name__}"
@@ -95,6 +98,16 @@ def as_picture(image: np.ndarray | Image.Image | bytes | str | os.PathLike) -> n
         "uint8[height, width, 3], a picture of Pillow, a path, or the bytes of a file",
         "convert it; a file from the network is to be fetched first",
     )
+
+
+class Drawn:
+    """An image that is made each time that it is read, not before: what a source gives that draws its images."""
+
+    def __init__(self, draw: Callable[[], np.ndarray]):
+        self.draw = draw
+
+    def __array__(self, dtype=None, copy=None) -> np.ndarray:
+        return self.draw()
 
 
 def resize(image: np.ndarray, size: int | tuple[int, int]) -> np.ndarray:

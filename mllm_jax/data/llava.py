@@ -19,14 +19,16 @@ import re
 import reprlib
 import stat
 from array import array
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
 import numpy as np
 
-from mllm_jax.data.examples import Conversation, Turn
-from mllm_jax.data.images import read_image, resize
+from mllm_jax.data.images import Drawn, read_image, resize
+from mllm_jax.data.message import TEXT_ROLE, Example, Image, Message, Part, Text
 from mllm_jax.errors import ConfigError, DataError
 from mllm_jax.files import parse_json
 
@@ -97,34 +99,36 @@ class LLaVASource:
         told = (_READING, self.settings.version, self.settings.image_size, self._file.digest)
         return hashlib.sha256(repr(told).encode()).hexdigest()[:16]
 
-    def conversation(self, index: int) -> Conversation:
-        """The text of a record. Raises DataError, which names the record's id, for one that cannot be learnt from."""
+    def example(self, index: int) -> Example:
+        """A record with its images, which are read later. Raises DataError, which names the record's id: it is bad."""
         record = self._record(index)
-        turns = _turns(record)
-        shown, pictures = sum(len(turn.images_at or ()) for turn in turns), len(_pictures(record))
-        if shown != pictures:
-            _refuse(record, f"{PLACEHOLDER} {shown} time(s) for {pictures} picture(s)", "one for each picture")
-        if self.settings.version == "chat":
-            return Conversation(pictures, tuple(turns))
-        if len(turns) != 1 or pictures == 0:
-            _refuse(record, f"{len(turns)} turn(s) and {pictures} picture(s), as a caption", "one turn with a picture")
-        turn = Turn("", turns[0].answer, "caption", images_at=(0,) * pictures)
-        return Conversation(pictures, (turn,), plain=True)
+        turns, names = _turns(record), _pictures(record)
+        shown = sum(len(places) for _, places, _ in turns)
+        if shown != len(names):
+            _refuse(record, f"{PLACEHOLDER} {shown} time(s) for {len(names)} picture(s)", "one for each picture")
+        images = iter([Image(Drawn(partial(self._image, record, name))) for name in names])
+        if self.settings.version == "plain":
+            if len(turns) != 1 or not names:
+                _refuse(
+                    record, f"{len(turns)} turn(s) and {len(names)} picture(s), as a caption", "one turn with a picture"
+                )
+            return Example((Message(TEXT_ROLE, (*images, Text(turns[0][2]))),), id=_called(record))
+        messages = []
+        for question, places, answer in turns:
+            asked = tuple(_cut(question, places, images))
+            messages += [Message("user", asked), Message("assistant", answer)]
+        return Example(tuple(messages), id=_called(record))
 
-    def images(self, index: int) -> list[np.ndarray]:
-        """The pictures of a record, uint8[H, W, 3] each. Raises DataError: one that is absent, broken or elsewhere."""
-        record = self._record(index)
-        found = []
-        for name in _pictures(record):
-            inside = os.path.normpath(name)
-            if PureWindowsPath(name).drive or os.path.isabs(name) or inside.split(os.sep)[0] == "..":
-                _refuse(record, f"the picture {_short(name)}", "a file inside the folder of pictures")
-            try:
-                image = read_image(self.folder / inside)
-            except DataError as error:
-                raise DataError(f"{_called(record)}: {error.given}", error.expected, error.todo) from error
-            found.append(image if self.settings.image_size is None else resize(image, self.settings.image_size))
-        return found
+    def _image(self, record: dict[str, Any], name: str) -> np.ndarray:
+        """uint8[H, W, 3]. Raises DataError: an image that is absent, broken or elsewhere."""
+        inside = os.path.normpath(name)
+        if PureWindowsPath(name).drive or os.path.isabs(name) or inside.split(os.sep)[0] == "..":
+            _refuse(record, f"the picture {_short(name)}", "a file inside the folder of pictures")
+        try:
+            image = read_image(self.folder / inside)
+        except DataError as error:
+            raise DataError(f"{_called(record)}: {error.given}", error.expected, error.todo) from error
+        return image if self.settings.image_size is None else resize(image, self.settings.image_size)
 
     def _record(self, index: int) -> dict[str, Any]:
         if not 0 <= index < len(self):
@@ -137,7 +141,8 @@ class LLaVASource:
 # ---- what a record says
 
 
-def _turns(record: dict[str, Any]) -> list[Turn]:
+def _turns(record: dict[str, Any]) -> list[tuple[str, tuple[int, ...], str]]:
+    """Of each turn the question, the positions of images in it, in characters, and the answer."""
     said = record.get("conversations")
     if not isinstance(said, list) or not all(isinstance(one, dict) for one in said):
         _refuse(record, "no list of `conversations`", 'messages such as {"from": "human", "value": "..."}')
@@ -157,10 +162,7 @@ def _turns(record: dict[str, Any]) -> list[Turn]:
     if [one["from"] for one in said] != ["human", "gpt"] * (len(said) // 2):
         _refuse(record, f"turns of {_short([one['from'] for one in said])}", "a question and an answer in turn")
     asked = [_placed(one["value"]) for one in said[::2]]
-    return [
-        Turn(text, answer["value"].strip(), "dialogue", images_at=places)
-        for (text, places), answer in zip(asked, said[1::2], strict=True)
-    ]
+    return [(*question, answer["value"].strip()) for question, answer in zip(asked, said[1::2], strict=True)]
 
 
 def _placed(question: str) -> tuple[str, tuple[int, ...]]:
@@ -176,6 +178,18 @@ def _placed(question: str) -> tuple[str, tuple[int, ...]]:
         pieces[texts[-1]] = pieces[texts[-1]].rstrip()
     ends = np.cumsum([len(piece) for piece in pieces[:-1]], dtype=int)
     return "".join(pieces), tuple(ends.tolist())
+
+
+def _cut(question: str, places: tuple[int, ...], images: Iterator[Image]) -> Iterator[Part]:
+    """The text, cut where images stand, and the images."""
+    start = 0
+    for place in places:
+        if question[start:place]:
+            yield Text(question[start:place])
+        yield next(images)
+        start = place
+    if question[start:]:
+        yield Text(question[start:])
 
 
 def _pictures(record: dict[str, Any]) -> list[str]:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from mllm_jax.data.media import Media, Row
+from mllm_jax.data.processing.media import Media, Row
 
 
 def mrope_positions(row: Row, media: Sequence[Media], merge_size: int, tokens_per_second: int | None) -> np.ndarray:

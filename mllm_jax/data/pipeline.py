@@ -11,22 +11,20 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 
-from mllm_jax.data.dialogues import EncodedDialogue, pack_dialogues
-from mllm_jax.data.examples import Source
+from mllm_jax.data.batch import BatchSpec
+from mllm_jax.data.message import Example, Text
 from mllm_jax.data.packing import PackingPlan, Stream
+from mllm_jax.data.processing.media import Encoded
 from mllm_jax.data.retry import Patience, patiently
-from mllm_jax.data.templates import Encoded, encode_captions, encode_conversation
-from mllm_jax.data.tokenizer import Tokenizer
+from mllm_jax.data.source import Source
 from mllm_jax.errors import ConfigError, DataError
 
 LAYOUTS = ("conversation", "caption")
 LEARN = ("answers", "all")
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -88,10 +86,8 @@ class Pipeline:
     """The batches of one stage.
 
     Args:
-        media_tokens: places that one picture takes, where every picture takes as many.
-        dialogues: instead of `media_tokens`, lays conversations out as a named model has them; see
-            `mllm_jax.models.dialogue`. Lengths are then measured with the pictures, and slots are those of its layout:
-            tiles, or patches.
+        processor: lays examples out and packs rows of them, see `mllm_jax.models.processor.Processor`. Slots are those
+            of the model's layout: tiles, or patches.
         cache_dir: where measured lengths are kept, beside the data; None keeps nothing.
         patience: how long a source that fails to read is tried.
     """
@@ -99,24 +95,15 @@ class Pipeline:
     def __init__(
         self,
         mixture: Mixture,
-        tokenizer: Tokenizer | None,
+        processor: Any,
         *,
-        media_tokens: int | None = None,
-        dialogues: Any = None,
         seed: int,
         cache_dir: Path | None = None,
         patience: Patience = Patience(),
     ):
-        self.patience = patience
-        self.mixture, self.tokenizer, self.media_tokens, self.dialogues = mixture, tokenizer, media_tokens, dialogues
-        if (media_tokens is None) == (dialogues is None) or (dialogues and mixture.layout != "conversation"):
-            raise ConfigError(
-                f"media_tokens {media_tokens}, dialogues {dialogues}, layout {mixture.layout!r}",
-                "one of the two, and conversations for a named model",
-                "change the mixture's layout, or the pipeline's arguments",
-            )
+        self.patience, self.mixture, self.processor = patience, mixture, processor
         self.sources: list[Source] = [w.source.build() for w in mixture.sources]
-        self.measured = [self._measure(source, cache_dir) for source in self.sources]
+        self.measured = [self._measure(number, cache_dir) for number in range(len(self.sources))]
         self.plan = PackingPlan(
             [Stream(m.lengths, m.images, w.weight) for m, w in zip(self.measured, mixture.sources, strict=True)],
             rows=mixture.rows,
@@ -127,24 +114,21 @@ class Pipeline:
             group=mixture.group,
         )
 
-    def encode(self, source: int, index: int) -> Encoded | EncodedDialogue:
-        """One example as ids; a DataError is told which it was."""
+    @property
+    def spec(self) -> BatchSpec:
+        """The arrays of a global batch."""
+        return self.processor.spec(self.mixture.rows, self.mixture.length, self.mixture.slots)
+
+    def encode(self, source: int, index: int) -> Encoded:
+        """Lays out one example; a DataError names it."""
         m = self.mixture
         with self._naming(source, index):
-            conversation = self._read(self.sources[source].conversation, source, index)
-            if self.dialogues is not None:
-                images = self._read(self.sources[source].images, source, index)
-                return self.dialogues.encode(conversation, images, m.length, m.learn)
+            example = self._read(self.sources[source].example, source, index)
             if m.layout == "caption":
-                return encode_captions(conversation, self.tokenizer, self.media_tokens, m.length, m.captions)
-            return encode_conversation(conversation, self.tokenizer, self.media_tokens, m.length, m.learn)
+                return self.processor.encode_captions(example, m.length, m.captions)
+            return self.processor.encode(example, m.length, m.learn)
 
-    def images(self, source: int, index: int) -> list[np.ndarray]:
-        """The pictures of one example; a DataError is told which it was."""
-        with self._naming(source, index):
-            return self._read(self.sources[source].images, source, index)
-
-    def _read(self, read: Callable[[int], T], source: int, index: int) -> T:
+    def _read(self, read: Callable[[int], Example], source: int, index: int) -> Example:
         """Raises ReadError: the source cannot be read for the moment, which is no fault of the example."""
         return patiently(partial(read, index), f"{self.sources[source].name}[{index}]", self.patience)
 
@@ -156,18 +140,11 @@ class Pipeline:
             name = self.sources[source].name
             raise DataError(f"{name}[{index}]: {error.given}", error.expected, error.todo) from error
 
-    def _measure(self, source: Source, cache_dir: Path | None) -> Measured:
-        number = self.sources.index(source)
-        told = self.tokenizer if self.dialogues is None else self.dialogues
-        settings = [
-            told.fingerprint(),
-            self.media_tokens,
-            self.mixture.length,
-            self.mixture.layout,
-            self.mixture.captions,
-        ]
+    def _measure(self, number: int, cache_dir: Path | None) -> Measured:
+        source, m = self.sources[number], self.mixture
+        settings = [self.processor.fingerprint(), m.length, m.layout, m.captions]
         key = hashlib.sha256(json.dumps([source.fingerprint(), *settings]).encode()).hexdigest()[:24]
-        file = cache_dir / f"{key}.npz" if cache_dir is not None and self.mixture.max_bad_share == 0 else None
+        file = cache_dir / f"{key}.npz" if cache_dir is not None and m.max_bad_share == 0 else None
         if file is not None and file.is_file():
             with np.load(file) as stored:
                 return Measured(stored["lengths"], stored["images"], (), int(stored["dropped_turns"]))
@@ -177,23 +154,21 @@ class Pipeline:
         for index in range(len(source)):
             try:
                 encoded = self.encode(number, index)
-                if encoded.slots > self.mixture.slots:
-                    given = (
-                        f"{source.name}[{index}]: pictures for {encoded.slots} slots in a row of {self.mixture.slots}"
-                    )
+                if encoded.slots > m.slots:
+                    given = f"{source.name}[{index}]: pictures for {encoded.slots} slots in a row of {m.slots}"
                     raise DataError(given, "at most as many as slots", "raise the mixture's slots")
-                if self.mixture.max_bad_share > 0:
-                    self.images(number, index)
+                if m.max_bad_share > 0:
+                    self._require_media(number, index, encoded)
             except DataError as error:
                 bad.append((index, str(error)))
                 continue
             lengths[index], images[index] = encoded.length, encoded.slots
             dropped += encoded.dropped_turns
-        if len(bad) > self.mixture.max_bad_share * len(source):
+        if len(bad) > m.max_bad_share * len(source):
             first = "\n".join(reason for _, reason in bad[:5])
             raise DataError(
                 f"{source.name}: {len(bad)} of {len(source)} examples cannot be used, the first:\n{first}",
-                f"at most {self.mixture.max_bad_share:.2%}",
+                f"at most {m.max_bad_share:.2%}",
                 "mend the records, or raise the mixture's max_bad_share",
             )
         if file is not None:
@@ -204,67 +179,25 @@ class Pipeline:
             os.replace(temporary, file)
         return Measured(lengths, images, tuple(bad), dropped)
 
-    def shapes(self) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
-        """Shape and dtype of every array of a global batch."""
-        m = self.mixture
-        if self.dialogues is not None:
-            example = self.batch(0, rows=[0])
-            return {name: ((m.rows, *array.shape[1:]), array.dtype) for name, array in example.items()}
-        text = (m.rows, m.length)
-        shapes = {name: (text, np.dtype(np.int32)) for name in ("tokens", "positions", "segments", "media_index")}
-        shapes["loss_weights"] = (text, np.dtype(np.float32))
-        if m.slots:
-            shapes["images"] = ((m.rows, m.slots, self.image_size, self.image_size, 3), np.dtype(np.uint8))
-        return shapes
-
-    @property
-    def image_size(self) -> int:
-        """Side of the pictures, equal for all sources of the mixture that have any."""
-        measured = zip(self.mixture.sources, self.measured, strict=True)
-        sizes = {weighted.source.image_size for weighted, m in measured if m.images.any()}
-        if len(sizes) != 1:
-            raise ConfigError(
-                f"sources with picture sizes {sorted(sizes)}", "one size for a mixture", "make them equal"
-            )
-        return sizes.pop()
+    def _require_media(self, source: int, index: int, encoded: Encoded) -> None:
+        """Reads the media of an example, of which some are decoded only then. Raises DataError: one that is broken."""
+        with self._naming(source, index):
+            for medium in encoded.media:
+                for name in medium.arrays:
+                    medium.arrays[name]  # noqa: B018 - reading is the check
 
     def batch(self, step: int, rows: Sequence[int] | None = None) -> dict[str, np.ndarray]:
-        """The batch of a step, or only the given rows of it.
-
-        Returns:
-            tokens, positions, segments, media_index int32[R, S]; loss_weights float32[R, S];
-            images uint8[R, M, H, W, 3] where the mixture has slots.
+        """The batch of a step, or only the given rows of it: the arrays of `spec`.
 
         Raises:
-            DataError: a picture cannot be read, by source, index and reason.
+            DataError: an image cannot be read, by source, index and reason.
         """
         plan = self.plan.step(step)
         rows = range(self.mixture.rows) if rows is None else rows
-        if self.dialogues is not None:
-            packed = [[self._planned(source, index) for source, index in plan[row]] for row in rows]
-            m, told = self.mixture, self.dialogues
-            return pack_dialogues(packed, told.layout, m.length, m.slots, decodes=told.decodes)
-        out = {name: np.zeros((len(rows), *shape[1:]), dtype) for name, (shape, dtype) in self.shapes().items()}
-        out["media_index"] -= 1
-        out["tokens"] += self.tokenizer.pad
-        for r, row in enumerate(rows):
-            place, slot, segment = 0, 0, 0
-            for source, index in plan[row]:
-                e = self._planned(source, index)
-                span = slice(place, place + len(e.tokens))
-                out["tokens"][r, span] = e.tokens
-                segments, positions = e.places
-                out["positions"][r, span] = positions
-                out["segments"][r, span] = segment + segments
-                out["loss_weights"][r, span] = e.loss_weights
-                shifted = e.media_index + slot * self.media_tokens
-                out["media_index"][r, span] = np.where(e.media_index >= 0, shifted, -1)
-                if e.num_images:
-                    out["images"][r, slot : slot + e.num_images] = self.images(source, index)
-                place, slot, segment = place + len(e.tokens), slot + e.num_images, segment + int(segments[-1])
-        return out
+        packed = [[self._planned(source, index) for source, index in plan[row]] for row in rows]
+        return self.processor.pack(packed, self.mixture.length, self.mixture.slots)
 
-    def _planned(self, source: int, index: int) -> Encoded | EncodedDialogue:
+    def _planned(self, source: int, index: int) -> Encoded:
         """An example as the plan knows it. Raises DataError: it is of another length than when it was measured."""
         e = self.encode(source, index)
         if e.length != self.measured[source].lengths[index]:
@@ -293,19 +226,14 @@ class Pipeline:
 
 
 def training_texts(sources: Sequence[Source], limit: int = 4000) -> Iterator[str]:
-    """Every context, question and answer of evenly spaced examples: what a tokenizer is trained on.
+    """Every text of evenly spaced examples: what a tokenizer is trained on.
 
     Records that cannot be used are passed over: `Pipeline` names and counts them, and refuses more than its share.
     """
     for source in sources:
         for index in np.unique(np.linspace(0, len(source) - 1, min(limit, len(source))).astype(int)):
             try:
-                conversation = source.conversation(int(index))
+                example = source.example(int(index))
             except DataError:
                 continue
-            if conversation.context:
-                yield conversation.context
-            for turn in conversation.turns:
-                if turn.question:
-                    yield turn.question
-                yield turn.answer
+            yield from (part.text for message in example.messages for part in message.parts if isinstance(part, Text))

@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
-
-from mllm_jax.data.examples import Conversation, Source
+from mllm_jax.data.message import Example, Text
+from mllm_jax.data.source import Source
 
 
 @dataclass(frozen=True)
@@ -32,11 +31,11 @@ class TextOnlySource:
     def __len__(self) -> int:
         return len(self.source)
 
-    def conversation(self, index: int) -> Conversation:
-        return replace(self.source.conversation(index), num_images=0)
-
-    def images(self, index: int) -> list[np.ndarray]:
-        return []
+    def example(self, index: int) -> Example:
+        found = self.source.example(index)
+        texts = [tuple(part for part in message.parts if isinstance(part, Text)) for message in found.messages]
+        messages = tuple(replace(m, content=parts) for m, parts in zip(found.messages, texts, strict=True))
+        return replace(found, messages=messages)
 
     def fingerprint(self) -> str:
         return f"text of {self.source.fingerprint()}"

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 from einops import rearrange, repeat
 
-from mllm_jax.data.media import NEWLINE
+from mllm_jax.data.processing.media import NEWLINE
 
 Size = tuple[int, int]
 

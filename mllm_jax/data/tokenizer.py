@@ -1,56 +1,89 @@
-"""A tokenizer and the special tokens around a conversation's parts: of our own, or those of a chat model."""
+"""A tokenizer that is trained here, with the interface of `ChatTokenizer`: a run needs no transformers for it."""
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
-import os
-from collections.abc import Iterable, Sequence
-from functools import lru_cache
+import json
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from mllm_jax.data.chat import ChatTokenizer, not_encodable
-from mllm_jax.data.chat_format import ChatFormat
+from mllm_jax.data.chat import not_encodable, rendered
+from mllm_jax.data.chat_template import (
+    ASSISTANT,
+    BOS,
+    EOS,
+    IMAGE,
+    OWN_TEMPLATE,
+    PAD,
+    SEAM,
+    SPECIAL_TOKENS,
+    USER,
+    own_text,
+    parted,
+    spaced,
+)
 from mllm_jax.errors import DataError
+from mllm_jax.files import read_json
 
-PAD, BOS, EOS, IMAGE, USER, ASSISTANT = "<pad>", "<bos>", "<eos>", "<image>", "<user>", "<assistant>"
-SPECIAL_TOKENS = (PAD, BOS, EOS, IMAGE, USER, ASSISTANT)
-CHAT_FORMAT = "chat_format.json"  # beside tokenizer.json, where the special tokens are not ours
+TOKENIZER, SETTINGS, TEMPLATE = "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"
 
 
 class Tokenizer:
-    """Text to ids and back; a thin cover over `tokenizers.Tokenizer` that remembers what it has seen.
+    """Text to ids and back; a thin cover over `tokenizers.Tokenizer`.
 
     Args:
-        chat: how conversations are written; None: with the special tokens of this file, which must be there.
+        template: the chat template.
     """
 
-    def __init__(self, backend, chat: ChatFormat | None = None):
-        # Text that spells a special token stays text: no record or question can end an answer or forge a picture.
-        backend.encode_special_tokens = True
-        self.backend = backend
-        if chat is None:
-            ids = [backend.token_to_id(token) for token in SPECIAL_TOKENS]
-            if None in ids:
-                missing = [t for t, i in zip(SPECIAL_TOKENS, ids, strict=True) if i is None]
-                raise DataError(
-                    f"a tokenizer without {missing}",
-                    f"the special tokens {SPECIAL_TOKENS}",
-                    "add them to it, or name a chat model's folder: TokenizerConfig(folder=...)",
-                )
-            chat = ChatFormat.own(*ids)
-        self.chat = chat
-        self.pad, self.bos, self.eos, self.image = chat.pad, chat.bos, chat.eos, chat.image
-        self.vocab_size = backend.get_vocab_size()
-        self.encode = lru_cache(maxsize=1 << 17)(self._encode)
+    has_template = True
 
-    def _encode(self, text: str) -> tuple[int, ...]:
-        """The ids of plain text, without special tokens; remembered, as questions repeat."""
-        text = text if self.chat.template else _spaced(text)
+    def __init__(self, backend, template: str = OWN_TEMPLATE):
+        ids = [backend.token_to_id(token) for token in SPECIAL_TOKENS]
+        if None in ids:
+            missing = [t for t, i in zip(SPECIAL_TOKENS, ids, strict=True) if i is None]
+            raise DataError(
+                f"a tokenizer without {missing}",
+                f"the special tokens {SPECIAL_TOKENS}",
+                "add them to it, or name a chat model's folder: TokenizerConfig(folder=...)",
+            )
+        self.backend, self.template = backend, template
+        self.pad_token_id, self.bos_token_id, self.eos_token_id, self.image_token_id, *_ = ids
+        self.stop_ids: tuple[int, ...] = (self.eos_token_id,)
+        self.special_tokens = SPECIAL_TOKENS
+        self.vocab_size = backend.get_vocab_size()
+
+    def token_of(self, token_id: int) -> str:
+        """The token as text."""
+        return self.backend.id_to_token(int(token_id))
+
+    def id_of(self, token: str) -> int | None:
+        return self.backend.token_to_id(token)
+
+    def ids(self, text: str) -> list[int]:
+        """The ids of a text in which special tokens are such; a SEAM parts what is none. Nothing is put around it."""
         try:
-            return tuple(self.backend.encode(text, add_special_tokens=False).ids)
+            return [i for piece in text.split(SEAM) for i in self.backend.encode(piece, add_special_tokens=False).ids]
         except Exception as error:  # half a pair of surrogates is a TypeError to tokenizers
             raise not_encodable(text, error) from error
+
+    def encode(self, text: str) -> list[int]:
+        """<bos> and a text, in which special tokens are such."""
+        return [self.bos_token_id, *self.ids(spaced(text))]
+
+    def words(self, text: str) -> list[int]:
+        """The ids of plain text, which may stand anywhere in a conversation; special tokens that it spells are text."""
+        return self.ids(parted(spaced(text), SPECIAL_TOKENS))
+
+    def caption_ids(self, text: str) -> list[int]:
+        """<bos> caption <eos>"""
+        return [self.bos_token_id, *self.words(text), self.eos_token_id]
+
+    def render_chat(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True) -> str:
+        """A conversation as the template writes it; takes and raises what `ChatTokenizer.render_chat` does."""
+        if self.template == OWN_TEMPLATE:
+            return own_text(messages, add_generation_prompt)
+        return rendered(self.template, messages, add_generation_prompt, bos_token=BOS, eos_token=EOS, pad_token=PAD)
 
     def decode(self, ids: Iterable[int]) -> str:
         """Ids to text, special tokens left out."""
@@ -58,70 +91,50 @@ class Tokenizer:
 
     def fingerprint(self) -> str:
         """A short text that differs where ids or rows would."""
-        own = repr(self.chat) if self.chat.template or self.chat.picture else ""
-        return hashlib.sha256((self.backend.to_str() + own).encode()).hexdigest()[:16]
+        return hashlib.sha256((self.backend.to_str() + self.template).encode()).hexdigest()[:16]
 
-    def naming_places(self, words: Sequence[str]) -> Tokenizer:
-        """The same tokenizer, for pictures whose media tokens stand behind words: "top left", "top right", ..."""
-        picture = tuple(i for word in words for i in (*self.encode(word), self.image))
-        return Tokenizer(self.backend, dataclasses.replace(self.chat, picture=picture))
+    def save(self, folder: Path) -> None:
+        """Writes tokenizer.json, tokenizer_config.json and chat_template.jinja; transformers reads them too."""
+        folder.mkdir(parents=True, exist_ok=True)
+        names = dict(bos_token=BOS, eos_token=EOS, pad_token=PAD, additional_special_tokens=[IMAGE, USER, ASSISTANT])
+        settings = dict(tokenizer_class="PreTrainedTokenizerFast", clean_up_tokenization_spaces=False, **names)
+        (folder / SETTINGS).write_text(json.dumps(settings, indent=1) + "\n", "utf-8")
+        (folder / TEMPLATE).write_text(self.template, "utf-8")
+        self.backend.save(str(folder / TOKENIZER))
 
-    def save(self, path: Path) -> None:
-        """Writes tokenizer.json, whole or not at all; before it, a chat model's format as chat_format.json."""
-        path = Path(path)
-        temporary = path.with_name(f".{path.name}")
-        if self.chat.template or self.chat.picture:
-            self.chat.save(temporary)
-            os.replace(temporary, path.with_name(CHAT_FORMAT))
-        self.backend.save(str(temporary))
-        os.replace(temporary, path)
+    @staticmethod
+    def is_in(folder: Path) -> bool:
+        """Whether a folder holds a tokenizer that was trained here."""
+        try:
+            settings = read_json(folder / SETTINGS, DataError)
+        except (OSError, DataError):
+            return False
+        return settings.get("additional_special_tokens") == [IMAGE, USER, ASSISTANT]
 
     @classmethod
     def load(cls, path: Path) -> Tokenizer:
-        """Reads a tokenizer.json, with the chat_format.json beside it if there is one.
+        """Reads a tokenizer.json, or the one in a folder, with the chat template beside it if there is one.
 
         Raises:
             DataError: no such file, or not a tokenizer.
         """
         from tokenizers import Tokenizer as Backend
 
-        if not Path(path).is_file():
+        path = Path(path)
+        path = path / TOKENIZER if path.is_dir() else path
+        if not path.is_file():
             raise DataError(
                 f"no tokenizer at {path}", "a tokenizer.json", "train first, or copy it into the run folder"
             )
+        template = path.with_name(TEMPLATE)
         try:
-            beside = Path(path).with_name(CHAT_FORMAT)
-            chat = ChatFormat.load(beside) if beside.is_file() else None
-            return cls(Backend.from_file(str(path)), chat)
+            return cls(
+                Backend.from_file(str(path)), template.read_text("utf-8") if template.is_file() else OWN_TEMPLATE
+            )
         except DataError:
             raise
         except Exception as error:
             raise DataError(f"{path}: {error}", "a tokenizer.json of the tokenizers library", "restore it") from error
-
-    @classmethod
-    def from_folder(cls, folder: Path, system: str | None = None) -> Tokenizer:
-        """The tokenizer of a chat model, its conversations written as its own template has them.
-
-        Args:
-            system: the system message; see `ChatFormat.of_template`.
-
-        Raises:
-            DataError: no tokenizer or template there, or one that cannot be used for training.
-        """
-        from tokenizers import Tokenizer as Backend
-
-        chat = ChatTokenizer.load(folder)
-        fast = getattr(chat.backend, "backend_tokenizer", None)
-        if fast is None:
-            raise DataError(
-                f"the tokenizer in {folder}, a {type(chat.backend).__name__}",
-                "one that the tokenizers library has",
-                "convert it to a tokenizer.json",
-            )
-        backend = Backend.from_str(fast.to_str())  # a copy: what is set on it changes nobody else's
-        backend.no_padding()
-        backend.no_truncation()
-        return cls(backend, ChatFormat.of_template(chat, system))
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int, phrases: Sequence[str] = ()) -> Tokenizer:
@@ -134,8 +147,8 @@ class Tokenizer:
         from tokenizers import Tokenizer as Backend
 
         backend = Backend(models.BPE())
-        # What stands behind a phrase is a text of its own to the backend, and gets no space that is not there.
-        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=not phrases)
+        # Texts come with the space that they begin with; what follows a special token or a phrase gets none.
+        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         backend.decoder = decoders.ByteLevel()
         trainer = trainers.BpeTrainer(
             vocab_size=vocab_size - len(phrases),
@@ -143,11 +156,6 @@ class Tokenizer:
             initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
             show_progress=False,
         )
-        backend.train_from_iterator(map(_spaced, texts), trainer)
+        backend.train_from_iterator(map(spaced, texts), trainer)
         backend.add_tokens([AddedToken(f" {phrase}") for phrase in phrases])
         return cls(backend)
-
-
-def _spaced(text: str) -> str:
-    """With a space before the first word, so that a word or phrase has the same ids wherever it stands."""
-    return text if text.startswith(" ") else f" {text}"

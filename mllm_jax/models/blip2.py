@@ -15,7 +15,7 @@ from mllm_jax.checkpoints.config_json import check_written, stored_fields
 from mllm_jax.checkpoints.options import Options
 from mllm_jax.checkpoints.table import Family, Table, Weight
 from mllm_jax.data.image_processors import ImageProcessor, read_image_processor
-from mllm_jax.data.media import Media
+from mllm_jax.data.processing.media import Media
 from mllm_jax.encoders import eva
 from mllm_jax.encoders.hub import nested
 from mllm_jax.encoders.vit import ViTConfig
@@ -23,7 +23,7 @@ from mllm_jax.errors import ConfigError, DataError
 from mllm_jax.llms import llama, opt, t5
 from mllm_jax.models.clip import CLIP_MEAN, CLIP_STD
 from mllm_jax.models.multimodal import Connection, MultimodalConfig
-from mllm_jax.models.processor import TileLayout
+from mllm_jax.data.processing.layouts import TileLayout
 from mllm_jax.projectors.qformer_hub import qformer_weights, read_qformer, write_qformer
 
 FAMILY = "Blip2ForConditionalGeneration"
@@ -161,7 +161,7 @@ def table(config: Blip2Config) -> Table:
 
 def sample(config: MultimodalConfig) -> tuple:
     """Arguments with which `init` creates every parameter."""
-    return (config.make().sample_batch(),)
+    return (config.batch_spec().empty(),)
 
 
 # ---- pictures

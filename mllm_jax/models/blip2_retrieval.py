@@ -73,7 +73,7 @@ def table(config: QFormerPretrainingConfig) -> Table:
 
 def sample(config: QFormerPretrainingConfig) -> tuple:
     """Arguments with which `init` creates every parameter."""
-    return (config.make().sample_batch(),)
+    return (config.batch_spec().empty(),)
 
 
 FAMILIES = (Family("BLIP-2 retrieval", (FAMILY,), from_hf_config, to_hf_config, table, sample, oracle=FAMILY),)

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax import struct
 
+from mllm_jax.data.batch import BatchSpec, images_spec, text_spec
 from mllm_jax.errors import ConfigError
 from mllm_jax.layers.linear import Linear
 from mllm_jax.layers.mlp import ACTIVATIONS
@@ -54,6 +55,11 @@ class QFormerPretrainingConfig:
         return self.projector.num_tokens(self.encoder.grid)
 
     @property
+    def image_size(self) -> int:
+        """Side of the images that a batch holds."""
+        return self.encoder.image_size
+
+    @property
     def text_tower(self) -> QFormerConfig:
         """What reads texts, by the name that training knows it by."""
         return self.projector
@@ -77,6 +83,10 @@ class QFormerPretrainingConfig:
         """The same model with every part computing in `dtype`."""
         parts = {name: replace(getattr(self, name), dtype=dtype) for name in ("encoder", "projector")}
         return replace(self, **parts)
+
+    def batch_spec(self, rows: int = 1, length: int = 8, slots: int = 1) -> BatchSpec:
+        """The arrays of a batch: captions, and an image in each slot."""
+        return text_spec(rows, length) | images_spec(rows, slots, self.encoder.image_size)
 
     def make(self) -> QFormerPretraining:
         return QFormerPretraining(self)
@@ -186,12 +196,6 @@ class QFormerPretraining(nn.Module):
         if self.config.captioning:
             self.write(batch | {"cache": pairs.cache})
 
-    def sample_batch(self, rows: int = 1, length: int = 8, slots: int = 1) -> dict:
-        """A batch of zeros with the shapes that `touch` needs."""
-        side = self.config.encoder.image_size
-        ints = jnp.zeros((rows, length), jnp.int32)
-        images = jnp.zeros((rows, slots, side, side, 3), jnp.uint8)
-        return dict(tokens=ints, positions=ints, segments=ints, media_index=ints - 1, images=images)
 
 
 def similarity(image, text):

@@ -15,6 +15,7 @@ from flax import struct
 from mllm_jax.checkpoints.config_json import check_written
 from mllm_jax.checkpoints.options import Options
 from mllm_jax.checkpoints.table import Family, Table, Weight
+from mllm_jax.data.batch import BatchSpec, images_spec, text_spec
 from mllm_jax.encoders import clip_text, clip_vision, siglip_text, siglip_vision
 from mllm_jax.encoders.hub import ELSEWHERE, nested
 from mllm_jax.encoders.text import TextModel, TextOutput, TextTowerConfig
@@ -83,6 +84,11 @@ class DualEncoderConfig:
         return self.vision.grid**2
 
     @property
+    def image_size(self) -> int:
+        """Side of the images that a batch holds."""
+        return self.vision.image_size
+
+    @property
     def text_tower(self) -> TextTowerConfig:
         """The text tower by the name that training knows it by."""
         return self.text
@@ -91,6 +97,10 @@ class DualEncoderConfig:
     def vocab_sizes(self) -> dict[str, int]:
         """How many tokens each embedding holds, by its place in an experiment."""
         return {"model.text.vocab_size": self.text.vocab_size}
+
+    def batch_spec(self, rows: int = 1, length: int = 8, slots: int = 1) -> BatchSpec:
+        """The arrays of a batch: captions, and an image in each slot."""
+        return text_spec(rows, length) | images_spec(rows, slots, self.vision.image_size, self.vision.num_channels)
 
     def make(self) -> DualEncoder:
         return DualEncoder(self)
@@ -192,12 +202,6 @@ class DualEncoder(nn.Module):
         """Runs every part once: what `init` traces so that all parameters exist."""
         return self.embed_pairs(batch)
 
-    def sample_batch(self, rows: int = 1, length: int = 8, slots: int = 1) -> dict:
-        """A batch of zeros with the shapes that `touch` needs."""
-        side = self.config.vision.image_size
-        ints = jnp.zeros((rows, length), jnp.int32)
-        images = jnp.zeros((rows, slots, side, side, self.config.vision.num_channels), jnp.uint8)
-        return dict(tokens=ints, positions=ints, segments=ints, media_index=ints - 1, images=images)
 
 
 def _vector(text: TextOutput):

@@ -15,7 +15,7 @@ from mllm_jax.checkpoints.config_json import check_written, stored_fields
 from mllm_jax.checkpoints.options import Options
 from mllm_jax.checkpoints.table import Family, Table, Weight
 from mllm_jax.data.image_processors import ImageProcessor, read_image_processor
-from mllm_jax.data.media import Media
+from mllm_jax.data.processing.media import Media
 from mllm_jax.encoders import sam, siglip_vision
 from mllm_jax.encoders.hub import nested
 from mllm_jax.encoders.siglip_sam import SiglipSamConfig, siglip_sam_weights
@@ -26,7 +26,7 @@ from mllm_jax.llms.hub import architecture
 from mllm_jax.models.clip import CLIP_MEAN, CLIP_STD
 from mllm_jax.models.llm_part import llm_table, read_llm, write_llm
 from mllm_jax.models.multimodal import MultimodalConfig
-from mllm_jax.models.processor import TileLayout
+from mllm_jax.data.processing.layouts import TileLayout
 from mllm_jax.projectors.mlp import MLPProjectorConfig
 from mllm_jax.projectors.paired import PairedProjectorConfig
 
@@ -228,7 +228,7 @@ def _in_llm(name: str) -> str:
 
 def sample(config: DeepseekVLConfig) -> tuple:
     """Arguments with which `init` creates every parameter."""
-    return (config.make().sample_batch(),)
+    return (config.batch_spec().empty(),)
 
 
 FAMILIES = tuple(

@@ -10,7 +10,7 @@ import numpy as np
 
 from mllm_jax.checkpoints.table import Family, Table
 from mllm_jax.data.chat import ChatTokenizer
-from mllm_jax.data.media import Media
+from mllm_jax.data.processing.media import Media
 from mllm_jax.errors import DataError
 from mllm_jax.models.blip2 import Blip2Config, QueryLayout, faithful, read_parts, sample, settle, table_of, write_parts
 from mllm_jax.projectors.qformer_hub import qformer_weights
@@ -22,7 +22,6 @@ TOKENIZER = "qformer_tokenizer"
 IMAGE = "<image>"
 # Instructions are padded to a multiple of this, so that lengths compile once for several.
 BUCKET = 16
-INSTRUCTION = 128  # the most tokens of one in training: max_txt_len in LAVIS' configs
 
 
 @dataclass(frozen=True)
@@ -52,24 +51,11 @@ class InstructLayout(QueryLayout):
     def __init__(self, config: InstructBlipConfig, folder: Path):
         super().__init__(config, folder)
         self._tokenizer = ChatTokenizer.load(folder / TOKENIZER)
-        self.instruction_length = min(INSTRUCTION, config.projector.max_length)
+        self.instruction_length = config.instruction_length
 
-    def text_inputs(self, texts: Sequence[str], rows: Sequence[Sequence[Media]], slots: int | None) -> dict:
-        most = max(map(len, rows))
-        if most == 0:
-            return {}
-        # A place for a picture is no part of the instruction.
-        ids = [self._tokenizer.encode(text.replace(IMAGE, "")) for text in texts]
-        length = -(-max(map(len, ids)) // BUCKET) * BUCKET
-        tokens = np.zeros((len(rows), most if slots is None else slots, length), np.int32)
-        segments = np.zeros_like(tokens)
-        for r, text in enumerate(ids):
-            tokens[r, :, : len(text)], segments[r, :, : len(text)] = text, 1
-        return dict(query_tokens=tokens, query_segments=segments)
-
-    def instruction(self, text: str) -> np.ndarray:
-        ids = self._tokenizer.encode(text)
-        if len(ids) > self.instruction_length:
+    def instruction(self, text: str, bounded: bool) -> np.ndarray:
+        ids = self._tokenizer.encode(text.replace(IMAGE, ""))  # a position for an image is no part of it
+        if bounded and len(ids) > self.instruction_length:
             raise DataError(
                 f"an instruction of {len(ids)} tokens ({text[:60]!r})",
                 f"at most {self.instruction_length}, as the Q-Former was trained",

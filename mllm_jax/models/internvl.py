@@ -16,7 +16,7 @@ from mllm_jax.checkpoints.options import Options, named_as
 from mllm_jax.checkpoints.table import Family, Table, Weight
 from mllm_jax.data.chat import ChatTokenizer
 from mllm_jax.data.image_processors import ImageProcessor, read_image_processor, read_video_processor
-from mllm_jax.data.media import TEXT, Media
+from mllm_jax.data.processing.media import TEXT, Media
 from mllm_jax.encoders import internvit
 from mllm_jax.encoders.hub import nested
 from mllm_jax.encoders.vit import ViTConfig
@@ -25,7 +25,7 @@ from mllm_jax.layers.requirements import Requirements
 from mllm_jax.llms.hub import architecture
 from mllm_jax.models.llm_part import llm_table, read_llm, write_llm
 from mllm_jax.models.multimodal import Connection, MultimodalConfig
-from mllm_jax.models.processor import TileLayout
+from mllm_jax.data.processing.layouts import TileLayout
 from mllm_jax.projectors.pixel_shuffle import PixelShuffleProjectorConfig
 
 HUB, ORIGINAL = "InternVLForConditionalGeneration", "InternVLChatModel"
@@ -322,7 +322,7 @@ def table(config: InternVLConfig) -> Table:
 
 def sample(config: InternVLConfig) -> tuple:
     """Arguments with which `init` creates every parameter."""
-    return (config.make().sample_batch(),)
+    return (config.batch_spec().empty(),)
 
 
 FAMILIES = (

@@ -16,7 +16,7 @@ from mllm_jax.checkpoints.config_json import check_written, read_activation, sto
 from mllm_jax.checkpoints.options import Options
 from mllm_jax.checkpoints.table import Family, Table, Weight
 from mllm_jax.data.image_processors import ImageProcessor, read_image_processor, read_video_processor
-from mllm_jax.data.media import Media
+from mllm_jax.data.processing.media import Media
 from mllm_jax.data.tiles import Places, anyres_places, best_resolution, tile_places, video_places
 from mllm_jax.encoders import clip_vision, siglip_vision
 from mllm_jax.encoders.hub import nested
@@ -27,7 +27,7 @@ from mllm_jax.llms.hub import architecture
 from mllm_jax.models.clip import CLIP_MEAN, CLIP_STD
 from mllm_jax.models.llm_part import llm_table, read_llm, write_llm
 from mllm_jax.models.multimodal import Connection, MultimodalConfig
-from mllm_jax.models.processor import TileLayout
+from mllm_jax.data.processing.layouts import TileLayout
 from mllm_jax.projectors.mlp import MLPProjectorConfig
 
 LLAVA, NEXT, ONEVISION = (f"Llava{name}ForConditionalGeneration" for name in ("", "Next", "Onevision"))
@@ -84,6 +84,11 @@ class LlavaConfig(MultimodalConfig):
             "change resolutions or encoder.image_size",
         )
 
+    @property
+    def neighbours(self) -> int:
+        """Resized features of LLaVA-OneVision are weighted sums of four."""
+        return 4 if self.family == ONEVISION else 1
+
 
 def _places(c: LlavaConfig, size: tuple[int, int]) -> Places:
     """Of a picture of that size that is cut into tiles."""
@@ -126,7 +131,6 @@ class LlavaLayout(TileLayout):
         self.config, self.pictures, self.frames = config, pictures, frames
         self.image_token, self.video_token = config.image_token_id, config.video_token_id
         self.tokens_a_tile = config.media_tokens
-        self.neighbours = 4 if config.family == ONEVISION else 1
 
     def image(self, picture: np.ndarray) -> Media:
         """A picture that is alone in its text."""
@@ -321,7 +325,7 @@ def table(config: LlavaConfig) -> Table:
 
 def sample(config: LlavaConfig) -> tuple:
     """Arguments with which `init` creates every parameter."""
-    return (config.make().sample_batch(),)
+    return (config.batch_spec().empty(),)
 
 
 FAMILIES = tuple(

@@ -11,6 +11,7 @@ from einops import rearrange
 from flax import linen as nn
 from flax import struct
 
+from mllm_jax.data.batch import ROW, SLOTS, ArraySpec, BatchSpec, images_spec, instruction_spec, target_spec, text_spec
 from mllm_jax.encoders.text import TextTowerConfig
 from mllm_jax.encoders.vit import select_layers
 from mllm_jax.errors import ConfigError
@@ -20,6 +21,9 @@ from mllm_jax.models.caption_row import caption_row
 from mllm_jax.models.contrastive import ContrastiveConfig
 from mllm_jax.projectors.pformer import PFormerConfig
 from mllm_jax.sharding.logical import constrain, part_of_model, split_sizes
+
+
+INSTRUCTION = 128  # the most tokens of one in training: max_txt_len in LAVIS' configs
 
 
 @dataclass(frozen=True)
@@ -139,6 +143,56 @@ class MultimodalConfig:
         """The same model with every part computing in `dtype`."""
         parts = {name: getattr(self, name) for name in ("encoder", "projector", "llm", "text_tower", "prompter")}
         return replace(self, **{name: replace(part, dtype=dtype) for name, part in parts.items() if part is not None})
+
+    @property
+    def image_size(self) -> int:
+        """Side of the images that a batch holds."""
+        return self.encoder.image_size
+
+    @property
+    def neighbours(self) -> int:
+        """The most media tokens whose weighted sum stands at one position."""
+        return 1
+
+    def batch_spec(self, rows: int = 1, length: int = 8, slots: int | None = None) -> BatchSpec:
+        """The arrays of a batch.
+
+        Args:
+            slots: of a row: tiles, or patches of an encoder that packs them; None: the fewest that hold an image.
+        """
+        slots = (self.encoder.merge_unit if self.packed else 1) if slots is None else slots
+        spec = text_spec(rows, length, width=self.neighbours, axes=self.position_axes)
+        if self.encoder_decoder:
+            spec |= target_spec(rows, length)
+        if not slots:
+            return spec
+        media = (rows, slots)
+        if self.packed:
+            spec |= dict(
+                patches=ArraySpec((*media, self.encoder.patch_values), "float32", axes=(ROW, SLOTS)),
+                patch_segments=ArraySpec(media, axes=(ROW, SLOTS)),
+                patch_coordinates=ArraySpec((*media, 2), axes=(ROW, SLOTS)),
+                patch_grids=ArraySpec((*media, 2), axes=(ROW, SLOTS)),
+            )
+        else:
+            spec |= images_spec(rows, slots, self.encoder.image_size)
+        if self.instruction_length:
+            spec |= instruction_spec(rows, slots, self.instruction_length)
+        return spec
+
+    def target_spec(self, rows: int, length: int) -> BatchSpec:
+        """The arrays of what an encoder-decoder's decoder writes."""
+        return target_spec(rows, length) | dict(loss_weights=ArraySpec((rows, length), "float32"))
+
+    @property
+    def position_axes(self) -> int:
+        """Numbers of a position: 3 for M-RoPE."""
+        return 3 if getattr(self.llm, "mrope_sections", ()) else 1
+
+    @property
+    def instruction_length(self) -> int:
+        """Tokens of an instruction that the projector reads in training; 0: it reads none."""
+        return min(INSTRUCTION, self.projector.max_length) if getattr(self.projector, "reads_text", False) else 0
 
     def make(self) -> Multimodal:
         return Multimodal(self)
@@ -354,26 +408,6 @@ class Multimodal(nn.Module):
         if self.config.prompter is not None:
             self.prompter(*(batch[name][:, : self.config.prompter.max_length] for name in ("tokens", "segments")))
         return out
-
-    def sample_batch(self, rows: int = 1, length: int = 8, slots: int = 1) -> dict:
-        """A batch of zeros with the shapes that `touch` needs."""
-        c = self.config
-        ints = jnp.zeros((rows, length), jnp.int32)
-        batch = dict(tokens=ints, positions=ints, segments=ints, media_index=ints - 1)
-        if c.packed:
-            few = jnp.zeros((rows, slots * c.encoder.merge_unit), jnp.int32)
-            places = jnp.zeros((*few.shape, 2), jnp.int32)
-            batch |= dict(patches=jnp.zeros((*few.shape, c.encoder.patch_values)), patch_segments=few)
-            batch |= dict(patch_coordinates=places, patch_grids=places)
-        else:
-            side = c.encoder.image_size
-            batch |= dict(images=jnp.zeros((rows, slots, side, side, 3), jnp.uint8))
-        if getattr(c.projector, "reads_text", False):
-            query = jnp.zeros((rows, slots, 2), jnp.int32)
-            batch |= dict(query_tokens=query, query_segments=query)
-        if c.encoder_decoder:
-            batch |= dict(decoder_tokens=ints, decoder_segments=ints)
-        return batch
 
 
 def _placed(media, index, weights, newline=None):

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax import struct
 
+from mllm_jax.data.batch import BatchSpec, text_spec
 from mllm_jax.errors import ConfigError
 from mllm_jax.layers.head import HeadInputs
 from mllm_jax.layers.linear import Linear
@@ -49,6 +50,9 @@ class PFormerPretrainingConfig:
         """Tokens that stand for what a caption describes: the prompts."""
         return self.prompter.num_queries
 
+    image_size = 1  # it reads no images
+    family = None
+
     @property
     def vocab_sizes(self) -> dict[str, int]:
         """How many tokens each embedding holds, by its place in an experiment."""
@@ -62,6 +66,10 @@ class PFormerPretrainingConfig:
     def with_dtype(self, dtype: str) -> PFormerPretrainingConfig:
         """The same model with every part computing in `dtype`."""
         return replace(self, prompter=replace(self.prompter, dtype=dtype), llm=replace(self.llm, dtype=dtype))
+
+    def batch_spec(self, rows: int = 1, length: int = 8, slots: int = 0) -> BatchSpec:
+        """The arrays of a batch: captions without images."""
+        return text_spec(rows, min(length, self.prompter.max_length))
 
     def make(self) -> PFormerPretraining:
         return PFormerPretraining(self)
@@ -148,7 +156,3 @@ class PFormerPretraining(nn.Module):
         """Runs every part once: what `init` traces so that all parameters exist."""
         return self(self.encode_texts(batch).row)
 
-    def sample_batch(self, rows: int = 1, length: int = 8) -> dict:
-        """A batch of zeros with the shapes that `touch` needs."""
-        ints = jnp.zeros((rows, min(length, self.config.prompter.max_length)), jnp.int32)
-        return dict(tokens=ints, segments=ints)

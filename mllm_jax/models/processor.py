@@ -1,139 +1,142 @@
-"""From conversations with pictures to a batch, as the checkpoint's authors prepare them."""
+"""From conversations and examples to batches: the one way, for every model, in training and in use."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from mllm_jax.checkpoints.table import Family
+from mllm_jax.data.batch import BatchSpec, assemble, instruction_spec
 from mllm_jax.data.chat import ChatTokenizer
-from mllm_jax.data.image_steps import ImageProcessor
-from mllm_jax.data.images import as_picture
-from mllm_jax.data.media import Collated, Media, Row, collate_tiles, lay_out_row
-from mllm_jax.data.pixels import require_call
-from mllm_jax.errors import ConfigError, DataError
-from mllm_jax.models.multimodal import MultimodalConfig
+from mllm_jax.data.message import MEDIA, Audio, Conversation, Example, Image, Message, Part, Text, conversations
+from mllm_jax.data.processing.encode import (
+    Encoder,
+    Words,
+    encode_answer,
+    encode_captions,
+    encode_text,
+    encode_turns,
+    require_answers,
+)
+from mllm_jax.data.processing.layouts import Layout, PlainLayout
+from mllm_jax.data.processing.media import Encoded, Media
+from mllm_jax.data.tokenizer import Tokenizer
+from mllm_jax.errors import DataError
 
-Message = Mapping[str, Any]  # {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "..."}]}
-Text = str | Sequence[Message]
-
-
-class Layout:
-    """How a model's pictures are prepared and where they stand in its text; a named model has one of its own.
-
-    Attributes:
-        image_token, video_token: the id that stands for one picture or video in a text, as the chat template writes
-            it; None: the model takes none.
-        neighbours: the most media tokens whose sum stands at one place.
-        places_pictures: whether prompts name no place for a picture, so that `arrange` puts it where it belongs.
-        instruction_length: the most tokens that the projector reads of an instruction in training; 0: it reads none.
-        pictures, frames: what prepares images, and frames of videos where that is another; None: no `ImageProcessor`.
-    """
-
-    image_token: int | None = None
-    video_token: int | None = None
-    neighbours: int = 1
-    places_pictures: bool = False
-    instruction_length: int = 0
-    pictures: ImageProcessor | None = None
-    frames: ImageProcessor | None = None
-
-    def image(self, picture: np.ndarray) -> Media:
-        """uint8[H, W, 3] as decoded, prepared."""
-        raise NotImplementedError
-
-    def images(self, pictures: Sequence[np.ndarray]) -> list[Media]:
-        """The pictures of one text; some models prepare one that is alone otherwise than one of several."""
-        return [self.image(picture) for picture in pictures]
-
-    def video(self, frames: np.ndarray) -> Media:
-        """uint8[F, H, W, 3], the frames that the model is to see, prepared."""
-        raise NotImplementedError
-
-    def arrange(self, ids: list[int], media: int) -> list[int]:
-        """The ids of a text that is to have so many pictures, with a placeholder for each; here they have to be there.
-
-        Models whose prompts name no place for the picture put it where it belongs.
-        """
-        return ids
-
-    def without_names(self, ids: Sequence[int]) -> list[int]:
-        """The ids of a text without the names of its pictures, where the model's texts have any behind placeholders."""
-        return list(ids)
-
-    def collate(self, rows: Sequence[Sequence[Media]], slots: int | None = None) -> Collated:
-        """The media of a batch as arrays with one shape for every row."""
-        raise NotImplementedError
-
-    def text_inputs(self, texts: Sequence[str], rows: Sequence[Sequence[Media]], slots: int | None) -> dict:
-        """What the projector reads of each row's text, by its names in a batch; most read nothing."""
-        return {}
-
-    def instruction(self, text: str) -> np.ndarray:
-        """The ids int[n] that the projector reads of one text, where `instruction_length` is not 0."""
-        raise NotImplementedError
-
-    def positions(self, rows: Sequence[Row], media: Sequence[Sequence[Media]], length: int) -> np.ndarray | None:
-        """int[B, length, 3] for M-RoPE; None: positions count the tokens."""
-        return None
-
-
-class TileLayout(Layout):
-    """Pictures as tiles of one size, each of which takes `tokens_a_tile` media tokens."""
-
-    tokens_a_tile: int
-
-    def collate(self, rows: Sequence[Sequence[Media]], slots: int | None = None) -> Collated:
-        collated = collate_tiles(rows, self.tokens_a_tile, slots)
-        if slots and not collated.arrays:
-            # Batches without any picture keep the shapes of those with some, so that one program serves both.
-            blank = self.image(np.zeros((32, 32, 3), np.uint8)).arrays
-            made = {name: np.zeros((len(rows), slots, *tile.shape[1:]), tile.dtype) for name, tile in blank.items()}
-            collated = replace(collated, arrays=made)
-        return collated
+# Placeholders that vision-language models have for images, then whatever special token the template leaves unused.
+IMAGE_TOKENS = ("<image>", "<|image|>", "<|image_pad|>")
+BUCKET = 16  # instructions are padded to a multiple of it, so that lengths compile once for several
 
 
 class Processor:
-    """Texts with pictures to batches.
+    """Texts with media to batches.
 
     Args:
         config: the model's.
-        tokenizer: with the chat template of the checkpoint's authors.
+        tokenizer: with its chat template.
         layout: the model's.
+        system: a message before each conversation; None leaves it to the template.
     """
 
-    def __init__(self, config: MultimodalConfig, tokenizer: ChatTokenizer, layout: Layout):
+    def __init__(self, config: Any, tokenizer: Words, layout: Layout, system: str | None = None):
         self.config, self.tokenizer, self.layout = config, tokenizer, layout
-        names = tokenizer.backend.convert_ids_to_tokens
-        tokens = {"image": layout.image_token, "video": layout.video_token}
-        self._placeholders = {kind: token for kind, token in tokens.items() if token is not None}
-        self._reserved = tuple(names(token) for token in self._placeholders.values())
+        self.encoder = Encoder(tokenizer, layout, system)
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> Processor:
         """The processor of the model in a folder.
 
         Raises:
-            ConfigError: a model that reads no media, or an option of its processor that is not supported.
+            ConfigError: an option of the model's processor that is not supported.
             DataError: no tokenizer.
         """
-        from mllm_jax.models.registry import family_of_config, pretrained_config
+        from mllm_jax.models.registry import pretrained_config
 
-        config = pretrained_config(folder)
-        family = family_of_config(config)
-        if family.layout is None:
-            raise ConfigError(
-                f"{folder}: {family.name}", "a model that reads pictures", "use its tokenizer: ChatTokenizer.load"
+        return cls.of(pretrained_config(folder), Path(folder))
+
+    @classmethod
+    def of(
+        cls, config: Any, folder: Path, *, system: str | None = None, words: Sequence[str] = ()
+    ) -> Processor:
+        """The processor of a model whose tokenizer, and processor if it is a named one, are in a folder.
+
+        Args:
+            words: before each media token of an image, for a model that is composed here.
+        """
+        family = cls.family_of(config)
+        if family is not None:
+            return cls(config, ChatTokenizer.load(folder), family.layout(config, folder), system)
+        own = Tokenizer.is_in(folder)
+        tokenizer = Tokenizer.load(folder) if own else ChatTokenizer.load(folder)
+        ids = [tokenizer.words(word) for word in words]
+        layout = PlainLayout(config.image_size, config.media_tokens, image_token(tokenizer), ids, flattens=not own)
+        return cls(config, tokenizer, layout, system)
+
+    @staticmethod
+    def family_of(config: Any) -> Family | None:
+        """The family of a named model, which has a layout of its own; None of a model that is composed here."""
+        from mllm_jax.models.registry import family_of_config
+
+        family = None if config.family is None else family_of_config(config)
+        return None if family is None or family.layout is None else family
+
+    @property
+    def family(self) -> Family | None:
+        return self.family_of(self.config)
+
+    # ---- to train on
+
+    def fingerprint(self) -> str:
+        """A text that differs where rows would."""
+        return repr([self.config, self.encoder.fingerprint(), vars(self.layout).get("side")])
+
+    def encode(self, example: Example, max_length: int, learn: str = "answers") -> Encoded:
+        """Lays out an example as the model reads it; see `mllm_jax.data.processing.encode`."""
+        plain = example.messages[0].role == "text"
+        reads = self.layout.instruction_length > 0
+        if self.config.encoder_decoder or reads:
+            self._require_one_turn(example)
+        if self.config.encoder_decoder:
+            llm = self.config.llm
+            encoded = encode_answer(self.encoder, example, max_length, llm.decoder_start_token_id, _end_of(llm))
+        elif plain:
+            encoded = encode_text(self.encoder, example, max_length, learn)
+        else:
+            encoded = encode_turns(self.encoder, example, max_length, learn)
+        asked = "" if plain else "\n".join(message.text for message in example.messages[:-1]).strip()
+        return replace(encoded, instruction=self.layout.instruction(asked, bounded=True)) if reads else encoded
+
+    def encode_captions(self, example: Example, max_length: int, most: int) -> Encoded:
+        """Lays out the captions of an image."""
+        return encode_captions(self.encoder, example, max_length, most, self.config.media_tokens)
+
+    def _require_one_turn(self, example: Example) -> None:
+        answers = [i for i, message in enumerate(example.messages) if message.role == "assistant"]
+        require_answers(example, answers)
+        if len(answers) > 1:
+            raise DataError(
+                f"a conversation of {len(answers)} turns",
+                "one question and its answer: an encoder-decoder, or a Q-Former that reads the question, takes no more",
+                "make each question a record of its own",
             )
-        return cls(config, ChatTokenizer.load(folder), family.layout(config, Path(folder)))
+
+    def spec(self, rows: int, length: int, slots: int) -> BatchSpec:
+        """The batch that rows of this length, with so many slots for media, are packed into."""
+        return self.layout.spec(self.config.batch_spec(rows, length, slots))
+
+    def pack(self, rows: Sequence[Sequence[Encoded]], length: int, slots: int) -> dict[str, np.ndarray]:
+        """The batch of rows of several examples each."""
+        return assemble(rows, self.spec(len(rows), length, slots), self.layout, slots)
+
+    # ---- to ask
 
     def __call__(
         self,
-        text: Text | Sequence[Text],
+        text: Conversation | Sequence[Conversation],
         images: Sequence[Any] | None = None,
         videos: Sequence[Any] | None = None,
         audios: Sequence[Any] | None = None,
@@ -145,20 +148,19 @@ class Processor:
         """A batch of one text, or of a list of texts.
 
         Args:
-            text: a string with a placeholder for each picture, as the model's tokenizer spells it, or a conversation:
-                messages whose content is a string or a list of {"type": "text", "text": ...}, {"type": "image"} and
-                {"type": "video"}; a picture may stand in the message, as "image", or in `images`.
-            images, videos: in the order of their places, over all texts; or a list of lists, one for each text. A
-                picture is uint8[H, W, 3], one of Pillow, a path or bytes; a video is a list of them, or an array.
+            text: a string with a placeholder for each image, as the model's tokenizer spells it, or a conversation, see
+                `mllm_jax.data.message.conversation`; an image may stand in the message or in `images`.
+            images, videos: in the order of their positions, over all texts; or a list of lists, one for each text. An
+                image is uint8[H, W, 3], one of Pillow, a path or bytes; a video is a list of them, or an array.
             answers: one for each text; the batch is then one to train on.
-            slots: places for pictures in each row, see the model's layout; None is what this batch needs.
+            slots: positions for media in each row, see the model's layout; None is what this batch needs.
             length: of the rows; None is the longest text.
 
         Returns:
             NumPy arrays by name, as `Multimodal` takes them; with `answers` also loss_weights.
 
         Raises:
-            DataError: pictures and their places do not match, a text that spells a placeholder in a message, pictures
+            DataError: media and their placeholders do not match, a text that spells a placeholder in a message, media
                 that the model does not take or that become too large (one, or all together, see
                 `mllm_jax.data.pixels`), a text longer than `length` or without anything in it.
         """
@@ -168,222 +170,141 @@ class Processor:
                 "pictures or videos: it has no encoder for sounds",
                 "leave them out",
             )
-        one = isinstance(text, str) or (len(text) > 0 and isinstance(text[0], Mapping))
-        texts = [text] if one else list(text)
-        if not texts:
-            raise DataError("no text", "at least one", "give a text, or a list of them")
+        texts = _texts(text)
         answers = [answers] if isinstance(answers, str) else answers
         if answers is not None and len(answers) != len(texts):
             raise DataError(f"{len(texts)} texts and {len(answers)} answers", "one for each", "give as many")
-        read = [self._read(each) for each in texts]
-        shown = self._shown(read, {"image": images, "video": videos})
-        media, pixels = [], 0
-        for row in shown:
-            decoded = _decoded(row)
-            pixels += sum(self._pixels(kind, frames) for kind, frames in decoded)
-            require_call(pixels, "prepared images and frames")
-            media.append(self._prepare(decoded))
-        rows = [
-            self.lay_out(one_text.ids, row, f"a text ({one_text.written[:60]!r})")
-            for one_text, row in zip(read, media, strict=True)
-        ]
-        return self._batch(rows, media, [each.written for each in read], answers, slots, length)
+        ids = [self._ids(each) for each in texts]
+        wanted = [self._wanted(each, found) for each, found in zip(texts, ids, strict=True)]
+        shown = _shown(wanted, {"image": images, "video": videos})
+        media = self.layout.prepare_all(shown)
+        encoded = [self._asked(*each) for each in zip(texts, ids, media, strict=True)]
+        if answers is not None:
+            encoded = [self._answered(e, answer) for e, answer in zip(encoded, answers, strict=True)]
+        return self.batch(encoded, slots, length, learnt=answers is not None)
 
-    @property
-    def placeholders(self) -> tuple[int, ...]:
-        """The ids that stand for a picture or video in a text."""
-        return tuple(self._placeholders.values())
+    def batch(
+        self,
+        encoded: Sequence[Encoded],
+        slots: int | None = None,
+        length: int | None = None,
+        *,
+        learnt: bool = False,
+    ) -> dict[str, np.ndarray]:
+        """The batch of one example a row, no longer than it must be."""
+        longest = max(len(e.tokens) for e in encoded)
+        if longest == 0:
+            raise DataError("a text without anything in it", "at least one token", "give it a text")
+        if length is not None and longest > length:
+            raise DataError(
+                f"a text of {longest} tokens, media included",
+                f"at most {length}",
+                "raise `length`, shorten the text or give it fewer pictures: media are never cut",
+            )
+        length = length or longest
+        slots = max(e.slots for e in encoded) if slots is None else slots
+        spec = self.spec(len(encoded), length, slots)
+        if self.config.encoder_decoder:
+            spec = spec | self.config.target_spec(len(encoded), max(len(e.target) for e in encoded))
+        if encoded[0].instruction is not None and slots:
+            read = -(-max(len(e.instruction) for e in encoded) // BUCKET) * BUCKET
+            spec = spec | instruction_spec(len(encoded), slots, read)
+        if not learnt:
+            spec = spec.without("loss_weights")
+        return assemble([[e] for e in encoded], spec, self.layout, slots)
 
-    def ids_of(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> list[int]:
-        """A conversation to ids with a placeholder for each picture.
-
-        Raises:
-            DataError: a message that spells a placeholder, or that the chat template refuses.
-        """
-        return self._read(messages, add_generation_prompt).ids
-
-    def lay_out(self, ids: Sequence[int], media: Sequence[Media], what: str) -> Row:
-        """A text with media tokens in the places of its pictures; `what` it is, for the message of a DataError."""
-        return lay_out_row(self.layout.arrange(list(ids), len(media)), media, self.placeholders, what)
-
-    def ids_of_text(self, text: str) -> list[int]:
-        """A text of a message without a chat template around it. Raises DataError: one that spells a placeholder."""
-        self._refuse_placeholders(text)
-        return self.tokenizer.encode(text)
-
-    def target_of(self, answer: str) -> list[int]:
-        """What an encoder-decoder's decoder reads to say an answer, and its end."""
-        return [self.config.llm.decoder_start_token_id, *self._answer(answer)]
+    def prompt(self, messages: Sequence[Message]) -> Encoded:
+        """A conversation that waits for an answer."""
+        media = self.layout.prepare([part for message in messages for part in message.parts if _is_medium(part)])
+        return self._asked(messages, self._ids(messages), media)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Ids to text, special tokens left out."""
         return self.tokenizer.decode(ids)
 
-    # ---- texts and their pictures
-
-    def _read(self, text: Text, add_generation_prompt: bool = True) -> _Read:
+    def _ids(self, text: str | Sequence[Message]) -> list[int]:
         if isinstance(text, str):
-            ids = self.layout.without_names(self.tokenizer.encode(text))
-            return _Read(ids, text, [(kind, None) for i in ids for kind, p in self._placeholders.items() if i == p])
-        messages, wanted = [], []
-        for message in text:
-            parts = message["content"]
-            plain = isinstance(parts, str)
-            for part in [dict(type="text", text=parts)] if plain else parts:
-                if part["type"] == "text":
-                    self._refuse_placeholders(part["text"])
-                elif part["type"] in self._placeholders:
-                    wanted.append((part["type"], part.get(part["type"], part.get("path"))))
-                else:
-                    raise DataError(
-                        f"a message with a part of type {part['type']!r}",
-                        f"text{''.join(f', {kind}' for kind in self._placeholders)}",
-                        "change the type, or take a model that reads it",
-                    )
-            shown = parts if plain else [{n: part[n] for n in ("type", "text") if n in part} for part in parts]
-            messages.append({**message, "content": shown})
-        ids = self.layout.without_names(self.tokenizer.encode_chat(messages, add_generation_prompt))
-        return _Read(ids, _text_of(messages[-1]["content"]), wanted)
+            return self.layout.without_names(self.tokenizer.encode(text))
+        return self.encoder.ids_of(text)
 
-    def _shown(self, texts: list[_Read], given: Mapping[str, Sequence[Any] | None]) -> list[list[tuple[str, Any]]]:
-        """Each text's media in the order of its places: what a message brought along, else what was given beside."""
-        rows: list[list[tuple[str, Any]]] = [[] for _ in texts]
-        dealt = {}
-        for kind, things in given.items():
-            missing = [sum(k == kind and thing is None for k, thing in text.wanted) for text in texts]
-            dealt[kind] = _deal(things, kind, missing)
-        for row, text, *shares in zip(rows, texts, *dealt.values(), strict=True):
-            left = dict(zip(dealt, map(list, shares), strict=True))
-            for kind, thing in text.wanted:
-                if thing is not None or left[kind]:
-                    row.append((kind, left[kind].pop(0) if thing is None else thing))
-            # Too many or too few are told of when the places are counted; some models' texts have none.
-            row += [(kind, thing) for kind, things in left.items() for thing in things]
-        return rows
+    def _wanted(self, text: str | Sequence[Message], ids: Sequence[int]) -> list[Part]:
+        """The media that a text asks for, with those that it brings along."""
+        if isinstance(text, str):
+            kinds = {token: kind for kind, token in self.layout.placeholders.items()}
+            return [MEDIA[kinds[i]]() for i in ids if i in kinds]
+        return [part for message in text for part in message.parts if _is_medium(part)]
 
-    def _refuse_placeholders(self, text: str) -> None:
-        for reserved in self._reserved:
-            if reserved in text:
-                raise DataError(
-                    f"a message whose text has {reserved!r} in it ({text[:60]!r})",
-                    "text, in which this would become a place for a picture",
-                    'take it out, and give pictures as parts {"type": "image"} of the content',
-                )
+    def _asked(self, text: str | Sequence[Message], ids: list[int], media: Sequence[Media]) -> Encoded:
+        written = text if isinstance(text, str) else text[-1].text
+        row = self.encoder.lay_out(ids, media, f"a text ({written[:60]!r})")
+        encoded = Encoded(row, np.zeros(len(row.tokens), np.float32), media)
+        if self.layout.instruction_length and media:
+            encoded = replace(encoded, instruction=self.layout.instruction(written, bounded=False))
+        if self.config.encoder_decoder:
+            encoded = replace(encoded, target=np.asarray([self.config.llm.decoder_start_token_id]))
+        return encoded
 
-    def _pixels(self, kind: str, frames: Sequence[np.ndarray]) -> int:
-        """How many pixels will be made of an image or of the frames of a video."""
-        sizes = [frame.shape[:2] for frame in frames]
-        if kind == "image":
-            return sum(self.layout.pictures.pixels(*size) for size in sizes) if self.layout.pictures else 0
-        reader = self.layout.frames or self.layout.pictures
-        return sum(math.prod(reader.output_size(*size)) for size in sizes) if reader else 0
-
-    def _prepare(self, row: list[tuple[str, list[np.ndarray]]]) -> list[Media]:
-        """The media of one text, in its order."""
-        images = iter(self.layout.images([frames[0] for kind, frames in row if kind == "image"]))
-        return [next(images) if kind == "image" else self._video(frames) for kind, frames in row]
-
-    def _video(self, frames: list[np.ndarray]) -> Media:
-        if not frames or len({frame.shape for frame in frames}) > 1:
-            raise DataError(f"a video of {len(frames)} frames", "frames of one size", "resize them")
-        return self.layout.video(np.stack(frames))
-
-    # ---- arrays
-
-    def _batch(
-        self,
-        rows: list[Row],
-        media: list[list[Media]],
-        texts: list[str],
-        answers: Sequence[str] | None,
-        slots: int | None,
-        length: int | None,
-    ) -> dict[str, np.ndarray]:
-        decodes = self.config.encoder_decoder
-        learnt = [len(row.tokens) for row in rows]  # where what is learnt begins
-        if answers is not None and not decodes:
-            rows = [row.followed_by(self._answer(answer)) for row, answer in zip(rows, answers, strict=True)]
-        longest = max(len(row.tokens) for row in rows)
-        if min(len(row.tokens) for row in rows) == 0 or longest > (length or longest):
-            raise DataError(
-                f"texts of {[len(row.tokens) for row in rows]} tokens, media included",
-                f"1 to {length}" if length else "at least 1",
-                "shorten the text or give it fewer pictures: media are never cut",
-            )
-        length = length or longest
-        collated = self.layout.collate(media, slots)
-        index = np.full((len(rows), length, max(row.places.shape[1] for row in rows)), -1, np.int32)
-        weights = np.zeros(index.shape, np.float32)
-        tokens = np.full((len(rows), length), self.tokenizer.pad_token_id or 0, np.int32)
-        segments = np.zeros_like(tokens)
-        for r, (row, first) in enumerate(zip(rows, collated.first, strict=True)):
-            here = slice(0, len(row.tokens))
-            tokens[r, here], segments[r, here] = row.tokens, 1
-            wide = slice(0, row.places.shape[1])
-            found = row.media_index(first, collated.newline)
-            index[r, here] = found[:, :1]  # those beyond its own have no weight
-            index[r, here, wide], weights[r, here, wide] = found, row.weights
-        positions = self.layout.positions(rows, media, length)
-        batch = dict(tokens=tokens, segments=segments, media_index=index[..., 0], **collated.arrays)
-        batch["positions"] = np.where(segments > 0, np.arange(length), 0) if positions is None else positions
-        batch["positions"] = batch["positions"].astype(np.int32)
-        if index.shape[-1] > 1:
-            batch |= dict(media_index=index, media_weights=weights)
-        batch |= self.layout.text_inputs(texts, media, slots)
-        if decodes:
-            return batch | self._targets(answers, len(rows))
-        if answers is not None:
-            batch["loss_weights"] = np.float32((np.arange(length) >= np.array(learnt)[:, None]) & (segments > 0))
-        return batch
-
-    def _answer(self, answer: str) -> list[int]:
-        ids = self.tokenizer.backend(answer, add_special_tokens=False)["input_ids"]
-        end = self.config.llm.eos_token_id
-        return [*ids, end[0] if isinstance(end, tuple) else end]
-
-    def _targets(self, answers: Sequence[str] | None, rows: int) -> dict[str, np.ndarray]:
-        """What an encoder-decoder is to say; without answers only the token that everything begins with."""
-        start = self.config.llm.decoder_start_token_id
-        texts = [self.target_of(answer) for answer in answers] if answers is not None else [[start]] * rows
-        shape = (rows, max(map(len, texts)))
-        tokens, segments = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
-        for r, ids in enumerate(texts):
-            tokens[r, : len(ids)], segments[r, : len(ids)] = ids, 1
-        targets = dict(decoder_tokens=tokens, decoder_segments=segments)
-        if answers is None:
-            return targets
-        return targets | dict(loss_weights=np.float32((segments > 0) & (np.arange(shape[1]) > 0)))
+    def _answered(self, encoded: Encoded, answer: str) -> Encoded:
+        ids = [*self.tokenizer.ids(answer), _end_of(self.config.llm)]
+        if encoded.target is not None:
+            target = np.concatenate([encoded.target, ids])
+            return replace(encoded, target=target, loss_weights=np.float32(np.arange(len(target)) > 0))
+        weights = np.concatenate([encoded.loss_weights, np.ones(len(ids), np.float32)])
+        return replace(encoded, row=encoded.row.followed_by(ids), loss_weights=weights)
 
 
-def _decoded(row: list[tuple[str, Any]]) -> list[tuple[str, list[np.ndarray]]]:
-    """The media of one text: an image is one frame. Raises DataError: see `as_picture`, or too many pixels."""
-    media, pixels = [], 0
-    for kind, thing in row:
-        frames = []
-        for frame in [thing] if kind == "image" else thing:
-            frames.append(as_picture(frame))
-            pixels += math.prod(frames[-1].shape[:2])
-            require_call(pixels, "images and frames of one text")
-        media.append((kind, frames))
-    return media
+def image_token(tokenizer: Words) -> int:
+    """An id for images that nothing else in a row has, if there is one."""
+    special = {token: tokenizer.id_of(token) for token in tokenizer.special_tokens}
+    named = [special[name] for name in IMAGE_TOKENS if name in special]
+    template = tokenizer.template if isinstance(tokenizer.template, str) else ""
+    free = [i for token, i in sorted(special.items(), key=lambda item: item[1]) if token not in template]
+    unused = [i for i in free if i not in (*tokenizer.stop_ids, tokenizer.pad_token_id, tokenizer.bos_token_id)]
+    return next(iter(named + unused), tokenizer.stop_ids[0])
 
 
-@dataclass(frozen=True)
-class _Read:
-    """A text as ids, as it was written (for messages), and the media that it asks for, with those it brings along."""
-
-    ids: list[int]
-    written: str
-    wanted: list[tuple[str, Any]]
+def _is_medium(part: Part) -> bool:
+    return not isinstance(part, Text)
 
 
-def _text_of(content: str | Sequence[Mapping[str, str]]) -> str:
-    """What a message says, without its pictures."""
-    return content if isinstance(content, str) else " ".join(part["text"] for part in content if "text" in part)
+def _end_of(llm: Any) -> int:
+    end = llm.eos_token_id
+    return end[0] if isinstance(end, tuple) else end
+
+
+def _texts(text: Any) -> list[str | tuple[Message, ...]]:
+    """Strings as they are, with placeholders of the tokenizer; conversations as messages."""
+    given = [text] if isinstance(text, str) or not (text and all(isinstance(each, str) for each in text)) else text
+    texts: list[str | tuple[Message, ...]] = []
+    for each in given:
+        texts += [each] if isinstance(each, str) else conversations(each)[0]
+    if not texts:
+        raise DataError("no text", "at least one", "give a text, or a list of them")
+    return texts
+
+
+def _shown(texts: list[list[Part]], given: Mapping[str, Sequence[Any] | None]) -> list[list[Part]]:
+    """Each text's media in the order of its positions: what a message brought along, else what was given beside."""
+    rows: list[list[Part]] = [[] for _ in texts]
+    dealt = {}
+    for kind, things in given.items():
+        missing = [sum(isinstance(p, MEDIA[kind]) and p.source is None for p in text) for text in texts]
+        dealt[kind] = _deal(things, kind, missing)
+    for row, text, *shares in zip(rows, texts, *dealt.values(), strict=True):
+        left = dict(zip(dealt, map(list, shares), strict=True))
+        for part in text:
+            kind = type(part).__name__.lower()
+            if part.source is not None:
+                row.append(part)
+            elif left[kind]:
+                row.append(replace(part, source=left[kind].pop(0)))
+        # Too many or too few are found when the positions are counted; some models' texts have none.
+        row += [MEDIA[kind](thing) for kind, things in left.items() for thing in things]
+    return rows
 
 
 def _deal(given: Sequence[Any] | None, kind: str, missing: Sequence[int]) -> list[list[Any]]:
-    """Pictures given beside the texts, to each text its own.
+    """Media given beside the texts, to each text its own.
 
     Args:
         missing: how many each text asks for.
@@ -398,7 +319,7 @@ def _deal(given: Sequence[Any] | None, kind: str, missing: Sequence[int]) -> lis
         stops = np.cumsum(missing)
         dealt = [given[stop - count : stop] for stop, count in zip(stops, missing, strict=True)]
     elif not any(missing) and len(given) == len(missing):
-        dealt = [[each] for each in given]  # of models whose prompts name no place
+        dealt = [[each] for each in given]  # of models whose prompts name no position
     if dealt is None or len(dealt) != len(missing):
         raise DataError(
             f"{len(given)} {kind}(s) for {len(missing)} texts that ask for {list(missing)}",

@@ -12,7 +12,7 @@ from mllm_jax.checkpoints.config_json import check_written, stored_fields
 from mllm_jax.checkpoints.options import Options
 from mllm_jax.checkpoints.table import Family, Table
 from mllm_jax.data.image_processors import ImageProcessor, read_image_processor
-from mllm_jax.data.media import Collated, Media, Row
+from mllm_jax.data.processing.media import Collated, Media, Row
 from mllm_jax.data.mrope import mrope_positions
 from mllm_jax.encoders import qwen_vit
 from mllm_jax.encoders.hub import nested
@@ -22,7 +22,7 @@ from mllm_jax.llms import qwen
 from mllm_jax.llms.decoder import DecoderConfig
 from mllm_jax.llms.hub import architecture
 from mllm_jax.models.multimodal import MultimodalConfig
-from mllm_jax.models.processor import Layout
+from mllm_jax.data.processing.layouts import Layout
 
 QWEN2, QWEN25, QWEN3 = (f"Qwen{number}VLForConditionalGeneration" for number in ("2", "2_5_", "3"))
 _MODEL_TYPES = {QWEN2: "qwen2_vl", QWEN25: "qwen2_5_vl", QWEN3: "qwen3_vl"}
@@ -112,12 +112,9 @@ class PatchLayout(Layout):
         names = dict(segments=where.segments, coordinates=where.coordinates, grids=where.grids)
         return Collated({"patches": patches} | {f"patch_{name}": x for name, x in names.items()}, first)
 
-    def positions(self, rows: Sequence[Row], media: Sequence[Sequence[Media]], length: int) -> np.ndarray:
+    def positions(self, row: Row, media: Sequence[Media]) -> np.ndarray:
         tower = self.config.encoder
-        out = np.zeros((len(rows), length, 3), np.int32)
-        for place, row, shown in zip(out, rows, media, strict=True):
-            place[: len(row.tokens)] = mrope_positions(row, shown, tower.merge_size, tower.tokens_per_second)
-        return out
+        return mrope_positions(row, media, tower.merge_size, tower.tokens_per_second)
 
 
 def layout(config: QwenVLConfig, folder: Path) -> PatchLayout:
@@ -221,7 +218,7 @@ def table(config: QwenVLConfig) -> Table:
 
 def sample(config: QwenVLConfig) -> tuple:
     """Arguments with which `init` creates every parameter."""
-    return (config.make().sample_batch(),)
+    return (config.batch_spec().empty(),)
 
 
 FAMILIES = tuple(

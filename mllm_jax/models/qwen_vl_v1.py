@@ -18,7 +18,7 @@ from mllm_jax.checkpoints.config_json import check_written, stored_fields
 from mllm_jax.checkpoints.options import Options
 from mllm_jax.checkpoints.table import Family, Table, Weight
 from mllm_jax.data.image_processors import ImageProcessor
-from mllm_jax.data.media import TEXT, Media
+from mllm_jax.data.processing.media import TEXT, Media
 from mllm_jax.encoders import qwen_vit_v1
 from mllm_jax.encoders.hub import nested
 from mllm_jax.encoders.qwen_vit_v1 import NORM_EPS, QwenViTV1Config
@@ -26,7 +26,7 @@ from mllm_jax.encoders.vit import VisionOutput
 from mllm_jax.errors import ConfigError
 from mllm_jax.llms import qwen_v1
 from mllm_jax.models.multimodal import MultimodalConfig
-from mllm_jax.models.processor import TileLayout
+from mllm_jax.data.processing.layouts import TileLayout
 from mllm_jax.projectors.resampler import ResamplerConfig
 
 # Qwen-VL's repository has no class for the tower alone, and its folders no architecture of their own: these are ours.
@@ -270,7 +270,7 @@ def table(config: QwenVLV1Config) -> Table:
 
 def sample(config: QwenVLV1Config) -> tuple:
     """Arguments with which `init` creates every parameter."""
-    return (config.make().sample_batch(),)
+    return (config.batch_spec().empty(),)
 
 
 FAMILIES = (

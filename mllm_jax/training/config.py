@@ -13,7 +13,6 @@ from mllm_jax.models.blip2_stage1 import QFormerPretrainingConfig
 from mllm_jax.models.clip import DualEncoderConfig
 from mllm_jax.models.multimodal import MultimodalConfig
 from mllm_jax.models.pformer import PFormerPretrainingConfig
-from mllm_jax.models.registry import has_layout
 from mllm_jax.sharding.logical import PartRules
 from mllm_jax.sharding.mesh import MeshConfig
 from mllm_jax.training.objectives.contrastive import Contrastive
@@ -191,12 +190,6 @@ class Experiment:
         ruled = [rules.part for rules in self.part_rules]
         if len(set(ruled)) != len(ruled) or not set(ruled) <= set(known):
             raise ConfigError(f"rules of parts {ruled}", f"some of {known}, each once", "change experiment.part_rules")
-        if self.tokenizer.template is not None and not has_layout(self.model):
-            raise ConfigError(
-                f"a chat template for a {type(self.model).__name__}",
-                "a named model, or the template of TokenizerConfig(folder=...)",
-                "drop tokenizer.template",
-            )
         if self.nonfinite not in ("stop", "skip"):
             raise ConfigError(f"nonfinite {self.nonfinite!r}", '"stop" or "skip"', "change it")
         if self.tokenizer.folder is None and self.tokenizer.path is None:
@@ -204,12 +197,6 @@ class Experiment:
         if self.cpu_devices is not None and self.cpu_devices < 1:
             raise ConfigError(f"cpu_devices {self.cpu_devices}", "at least 1, or None", "change cpu_devices")
         if self.evaluation is not None:
-            if has_layout(self.model):
-                raise ConfigError(
-                    f"{type(self.evaluation).__name__} of a {self.model.family}",
-                    "a model whose pictures and text a run lays out itself",
-                    "set evaluation=None, and ask the exported model: mllm convert RUN FOLDER",
-                )
             self.evaluation.check(self.model)
         for stage in self.stages:
             _check_objective(stage, self.model)

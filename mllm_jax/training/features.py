@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -12,6 +13,7 @@ import numpy as np
 from flax import linen as nn
 from jax.sharding import Mesh
 
+from mllm_jax.data.batch import BatchSpec
 from mllm_jax.errors import CheckpointError, ConfigError
 from mllm_jax.sharding.logical import PartRules, use_mesh
 
@@ -90,12 +92,12 @@ class FeatureCache:
         made = jax.eval_shape(encode, params, one)
         return cls(folder, encode_all, made.shape[1:], made.dtype)
 
-    def shapes(self, shapes: Mapping[str, tuple]) -> dict[str, tuple]:
-        """Shapes and dtypes of a batch's arrays with features instead of pictures."""
-        kept = {name: shape for name, shape in shapes.items() if name != "images"}
-        if "images" not in shapes:
-            return kept
-        return kept | {"features": ((*shapes["images"][0][:2], *self.shape), self.dtype)}
+    def spec(self, spec: BatchSpec) -> BatchSpec:
+        """A batch's spec with features instead of images."""
+        if "images" not in spec:
+            return spec
+        shape = (*spec["images"].shape[:2], *self.shape)
+        return spec.without("images") | {"features": replace(spec["images"], shape=shape, dtype=str(self.dtype))}
 
     def __len__(self) -> int:
         """Pictures that are held."""

@@ -20,23 +20,20 @@ from mllm_jax.checkpoints.training import (
     save_snapshot,
     snapshot_meta,
 )
-from mllm_jax.data.pipeline import Pipeline, training_texts
-from mllm_jax.data.tokenizer import Tokenizer
+from mllm_jax.data.pipeline import Pipeline
 from mllm_jax.errors import TrainingError
-from mllm_jax.models.dialogue import DialogueEncoder
-from mllm_jax.models.registry import has_layout
 from mllm_jax.sharding.hosts import first_alone, from_first, is_first
 from mllm_jax.sharding.mesh import make_mesh
-from mllm_jax.training.config import Experiment, Pretrained, Stage, require_vocabulary
+from mllm_jax.training.config import Experiment, Pretrained, Stage
 from mllm_jax.training.features import FeatureCache
 from mllm_jax.training.flops import count_flops, with_remat
 from mllm_jax.training.metrics import Meter, MetricsWriter, Progress, peak_flops
 from mllm_jax.training.monitors import Monitors, attended
-from mllm_jax.training.named import dialogues_of
 from mllm_jax.training.optimizer import learning_rate, make_optimizer
 from mllm_jax.training.partition import join, num_bytes, num_parameters, split
-from mllm_jax.training.pretrained import describe_sources, require_words, snapshot_of
+from mllm_jax.training.pretrained import describe_sources, snapshot_of
 from mllm_jax.training.run_folder import RunFolder, holding, open_run, write_json
+from mllm_jax.training.run_processor import prepare_processor
 from mllm_jax.training.step import (
     init_state,
     local_rows,
@@ -107,9 +104,8 @@ def _train_stages(
     profile: bool,
     self_contained: bool,
 ) -> None:
-    # ---- the tokenizer, or a named model's processor; all parameters, made or read in place
-    tokenizer = prepare_tokenizer(experiment, folder)
-    dialogues = prepare_dialogues(experiment, folder)
+    # ---- the processor; all parameters, made or read in place
+    processor = prepare_processor(experiment, folder)
     model = experiment.model.make()
     params, shardings = starting_params(experiment, folder, model, mesh, self_contained=self_contained)
     finished = finished_stages(folder, experiment)
@@ -131,7 +127,7 @@ def _train_stages(
             if index < finished:
                 stage_facts = snapshot_meta(folder.snapshot(index, stage.name))["facts"]
             else:
-                runner = StageRunner(experiment, index, folder, tokenizer, dialogues, mesh, model, shardings, progress)
+                runner = StageRunner(experiment, index, folder, processor, mesh, model, shardings, progress)
                 trained, stage_facts = runner.run(params, done_before, cache_dir, by)
                 params = join(params, trained)
                 by.goodput.write(finished=index + 1 == len(experiment.stages) or stage.name == until)
@@ -150,58 +146,18 @@ def _is_made(source: Pretrained) -> bool:
     return from_first(made)
 
 
-def prepare_tokenizer(experiment: Experiment, folder: RunFolder) -> Tokenizer | None:
-    """The run's tokenizer: the one it holds, the one that the config names, or one trained on the stages' text.
-
-    None for a named model, which has a processor instead.
-    """
-    if has_layout(experiment.model):
-        return None
-    first_alone(partial(_write_tokenizer, experiment, folder))
-    tokenizer = folder.tokenizer()
-    require_vocabulary(experiment.model, tokenizer.vocab_size)
-    require_words(experiment, tokenizer)
-    return tokenizer
-
-
-def prepare_dialogues(experiment: Experiment, folder: RunFolder) -> DialogueEncoder | None:
-    """A named model's processor, whose files the first process copies into the run; None for other models."""
-    if jax.process_count() > 1:
-        first_alone(partial(dialogues_of, experiment, folder))
-    return dialogues_of(experiment, folder)
-
-
-def _write_tokenizer(experiment: Experiment, folder: RunFolder) -> None:
-    config = experiment.tokenizer
-    if not folder.tokenizer_file.is_file():
-        if config.folder is not None:
-            tokenizer = Tokenizer.from_folder(Path(config.folder), config.system)
-        elif config.path is not None:
-            tokenizer = Tokenizer.load(Path(config.path))
-        else:
-            sources = {repr(describe(w.source)): w.source for stage in experiment.stages for w in stage.data.sources}
-            built = [source.build() for _, source in sorted(sources.items())]
-            tokenizer = Tokenizer.train(training_texts(built), config.vocab_size, config.phrases)
-        if config.places:
-            tokenizer = tokenizer.naming_places(config.places)
-        tokenizer.save(folder.tokenizer_file)
-
-
 class StageRunner:
     """One stage of one run: builds the step, restores, loops, saves."""
 
-    def __init__(self, experiment, index, folder, tokenizer, dialogues, mesh, model, shardings, progress):
+    def __init__(self, experiment, index, folder, processor, mesh, model, shardings, progress):
         self.experiment, self.index, self.folder = experiment, index, folder
         self.stage: Stage = experiment.stages[index]
-        self.tokenizer, self.dialogues, self.mesh, self.model = tokenizer, dialogues, mesh, model
+        self.processor, self.mesh, self.model = processor, mesh, model
         self.shardings, self.progress = shardings, progress
 
     def pipeline(self, mixture, cache_dir, salt: int = 0) -> Pipeline:
         common = dict(seed=(self.experiment.seed * 1009 + self.index) * 2 + salt, cache_dir=cache_dir)
-        if self.dialogues is not None:
-            make = partial(Pipeline, mixture, None, dialogues=self.dialogues)
-        else:
-            make = partial(Pipeline, mixture, self.tokenizer, media_tokens=self.experiment.model.media_tokens)
+        make = partial(Pipeline, mixture, self.processor)
         if jax.process_count() > 1:  # the first reads all records to measure them, the others only their rows
             common["cache_dir"] = self.folder.lengths
             first_alone(partial(make, **common))
@@ -282,10 +238,10 @@ class StageRunner:
             accumulate=stage.accumulate,
         )
         eval_fn = make_eval_step(self.model, stage.objective, **where) if validation else None
-        rows, shapes = local_rows(self.mesh, stage.data.rows), data.shapes()
+        rows, shapes = local_rows(self.mesh, stage.data.rows), data.spec
         features = self.feature_cache(join(params, frozen), frozen_meta) if stage.cache_features else None
         if features is not None:
-            shapes = features.shapes(shapes)
+            shapes = features.spec(shapes)
         flops = self.step_flops(trainable, frozen, shapes)
         meter = Meter(flops)
 
@@ -403,8 +359,8 @@ class StageRunner:
 
     def validate(self, eval_fn, params, frozen, data: Pipeline, writer, step: int, features, watchdog) -> dict:
         """Mean validation metrics by weight; written under `validation_...`."""
-        rows, shapes = local_rows(self.mesh, data.mixture.rows), data.shapes()
-        shapes = features.shapes(shapes) if features is not None else shapes
+        rows, shapes = local_rows(self.mesh, data.mixture.rows), data.spec
+        shapes = features.spec(shapes) if features is not None else shapes
         total: dict[str, float] = {}
         for i in range(self.stage.validation_batches):
             local = data.batch(i, rows)
@@ -429,5 +385,4 @@ class StageRunner:
         def loss(params, frozen, batch):
             return self.stage.objective.loss(apply, join(params, frozen), batch, jax.random.key(0))
 
-        batch = {name: jax.ShapeDtypeStruct(*shape) for name, shape in shapes.items()}
-        return count_flops(jax.value_and_grad(loss, has_aux=True), trainable, frozen, batch)
+        return count_flops(jax.value_and_grad(loss, has_aux=True), trainable, frozen, shapes.abstract())

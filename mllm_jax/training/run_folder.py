@@ -27,7 +27,7 @@ from mllm_jax.training.serialise import binding_differences
 KIND = f"{Experiment.__module__}:{Experiment.__qualname__}"
 MEASURED = ("results.json", "examples.json", "report.html")
 FOLDERS = ("initial", "stages", "checkpoints", "tensorboard", "processor", "features", "lengths", "hangs", "profile")
-FILES = ("config.json", "tokenizer.json", "chat_format.json", "run.json", "metrics.jsonl", "goodput.json", *MEASURED)
+FILES = ("config.json", "run.json", "metrics.jsonl", "goodput.json", *MEASURED)
 WRITTEN = (*FOLDERS, *FILES)
 UNDERWAY = tuple(f".{name}" for name in WRITTEN)  # how the names begin of what is being written or removed
 STAGE = re.compile(r"\d+-.+")  # what a stage's folders are called
@@ -47,11 +47,11 @@ class RunFolder:
 
     @property
     def tokenizer_file(self) -> Path:
-        return self.path / "tokenizer.json"
+        return self.processor_folder / "tokenizer.json"
 
     @property
     def processor_folder(self) -> Path:
-        """A named model's tokenizer and processor files."""
+        """The tokenizer, its chat template and what else prepares the model's input."""
         return self.path / "processor"
 
     @property
@@ -136,13 +136,13 @@ class RunFolder:
         return [stage.name for stage in experiment.stages[(*ended, False).index(False) :]]
 
     def tokenizer(self) -> Tokenizer:
-        return Tokenizer.load(self.tokenizer_file)
+        """The tokenizer that was trained for the run."""
+        return Tokenizer.load(self.processor_folder)
 
 
 def words_of(folder: RunFolder) -> dict[str, str]:
     """Gives a checksum of each file that says how text and media become ids: the tokenizer's or the processor's."""
-    files = [folder.tokenizer_file, folder.path / "chat_format.json", *folder.processor_folder.rglob("*")]
-    files = [file for file in files if file.is_file() and file.name != "generation_config.json"]
+    files = [file for file in folder.processor_folder.rglob("*") if file.is_file() and file.name != "generation_config.json"]
     return {str(file.relative_to(folder.path)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
 
 

@@ -12,6 +12,7 @@ from flax import linen as nn
 from flax import struct
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from mllm_jax.data.batch import BatchSpec
 from mllm_jax.models.registry import abstract_init
 from mllm_jax.sharding.logical import PartRules, use_mesh
 from mllm_jax.sharding.mesh import batch_sharding, param_shardings
@@ -34,7 +35,7 @@ def placed_params(model: nn.Module, mesh: Mesh, parts: Sequence[PartRules] = ())
     Args:
         parts: what parts of the model have of their own in the table of logical axes.
     """
-    boxed = abstract_init(model, model.sample_batch(), method="touch")
+    boxed = abstract_init(model, model.config.batch_spec().empty(), method="touch")
     shardings = param_shardings(boxed, mesh, parts)
     return jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), nn.meta.unbox(boxed), shardings
@@ -69,7 +70,7 @@ def init_params(
     wanted = {part: places for part, places in shardings.items() if part not in without}
 
     def make(key):
-        params = nn.meta.unbox(model.init(key, model.sample_batch(), method="touch")["params"])
+        params = nn.meta.unbox(model.init(key, model.config.batch_spec().empty(), method="touch")["params"])
         return {part: params[part] for part in wanted}
 
     return jax.jit(make, out_shardings=wanted)(jax.random.key(seed)) if wanted else {}, shardings
@@ -187,12 +188,13 @@ def make_eval_step(model: nn.Module, objective, *, mesh: Mesh, parts: Sequence[P
     return jax.jit(step, out_shardings=NamedSharding(mesh, PartitionSpec()))
 
 
-def place_batch(local: dict, mesh: Mesh, shapes: dict, rows: list[int]) -> dict:
+def place_batch(local: dict, mesh: Mesh, spec: BatchSpec, rows: list[int]) -> dict:
     """Global arrays from this process's rows, which `rows` names; nothing crosses hosts."""
+    spec.check(local)
     position = {row: i for i, row in enumerate(rows)}
 
     def one(name, array):
-        shape = shapes[name][0]
+        shape = spec[name].shape
 
         def piece(index):
             wanted = range(*index[0].indices(shape[0]))

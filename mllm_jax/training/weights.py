@@ -27,12 +27,12 @@ from mllm_jax.checkpoints.training import (
     snapshot_meta,
 )
 from mllm_jax.errors import CheckpointError, RunFolderError, TrainingError
-from mllm_jax.models.registry import has_layout
 from mllm_jax.sharding.hosts import from_first
 from mllm_jax.sharding.mesh import make_fitting_mesh
 from mllm_jax.training.config import Experiment, Stage
 from mllm_jax.training.pretrained import covers, initial_params, read_source
 from mllm_jax.training.run_folder import RunFolder, words_of
+from mllm_jax.training.run_processor import processor_of
 from mllm_jax.training.step import placed_params, shardings_of
 
 Leaves = dict[str, Any]  # path -> leaf
@@ -45,7 +45,7 @@ def load_run(folder: RunFolder, devices: Sequence[jax.Device] | None = None):
     those that are there (`fsdp`), so that a run of a pod opens on a laptop.
 
     Returns:
-        (experiment, model, params, tokenizer, mesh); tokenizer is None for a named model, see `training.named`.
+        (experiment, model, params, processor, mesh)
 
     Raises:
         RunFolderError: no run in the folder, or a tokenizer that is not the run's.
@@ -58,7 +58,7 @@ def load_run(folder: RunFolder, devices: Sequence[jax.Device] | None = None):
     mesh = make_fitting_mesh(experiment.mesh, devices)
     model = experiment.model.make()
     params, _ = params_of(experiment, folder, model, mesh)
-    return experiment, model, params, None if has_layout(experiment.model) else folder.tokenizer(), mesh
+    return experiment, model, params, processor_of(experiment, folder), mesh
 
 
 def finished_stages(folder: RunFolder, experiment: Experiment) -> int:

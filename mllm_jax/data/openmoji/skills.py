@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mllm_jax.data.examples import Conversation, Turn
+from mllm_jax.data.message import Example
 from mllm_jax.data.images import resize
 from mllm_jax.data.openmoji.catalog import Catalog, Dice, catalog
 from mllm_jax.data.openmoji.evaluation import EvalQuestion
@@ -21,6 +21,7 @@ from mllm_jax.data.openmoji.questions import caption
 from mllm_jax.data.openmoji.scenes import ASKED as ASKED_OF_SCENES
 from mllm_jax.data.openmoji.scenes import PLACES, Scene, compose_scene, count_of, position, scene_caption
 from mllm_jax.data.openmoji.sources import EmojiSource, SourceSettings
+from mllm_jax.data.openmoji.turns import Turn, asked, captioned
 from mllm_jax.errors import ConfigError, DataError
 
 SKILLS = ("naming", "place", "number", "text")
@@ -105,31 +106,20 @@ class _Skills(EmojiSource):
             return skill, draw_sign(self.things, dice), dice
         return skill, compose_scene(self.catalog, dice, 2, self.things), dice
 
-    def conversation(self, index: int) -> Conversation:
+    def example(self, index: int) -> Example:
         skill, shown, dice = self._shown(index)
         form = self.settings.form
         if form == "captions":
-            return Conversation(1, (Turn("", _words(self.catalog, shown), "caption"),))
+            return captioned([_words(self.catalog, shown)], lambda: self.image(index))
         turns = _turns(self.catalog, dice, skill, shown)
         if form == "pictures":
-            return Conversation(1, turns)
+            return asked(turns, [lambda: self.image(index)])
         context = scene_caption(self.catalog, shown) if isinstance(shown, Scene) else _words(self.catalog, shown)
-        return Conversation(0, turns, context)
+        return asked(turns, context=context)
 
-    def images(self, index: int) -> list[np.ndarray]:
-        if self.settings.form == "text":
-            self._dice(index)  # the same check of the index as everywhere
-            return []
-        return [_drawn(self.pictures, self._shown(index)[1], self.settings.image_size, self._augment(index))]
+    def image(self, index: int) -> np.ndarray:
+        return _drawn(self.pictures, self._shown(index)[1], self.settings.image_size, self._augment(index))
 
-    def texts(self) -> Iterator[str]:
-        """Every context, question and answer: what a tokenizer is trained on."""
-        for index in range(min(len(self), 8_000)):
-            conversation = self.conversation(index)
-            yield conversation.context
-            for turn in conversation.turns:
-                yield turn.question
-                yield turn.answer
 
 
 def skill_questions(

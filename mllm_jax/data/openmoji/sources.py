@@ -13,13 +13,13 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 
-from mllm_jax.data.examples import Conversation, Turn
+from mllm_jax.data.message import Example
 from mllm_jax.data.openmoji.catalog import Catalog, Dice, catalog
 from mllm_jax.data.openmoji.pairs import Group, compose_group, group_turns
 from mllm_jax.data.openmoji.pictures import Pictures
@@ -27,6 +27,7 @@ from mllm_jax.data.openmoji.questions import ASKED as ASKED_OF_PICTURES
 from mllm_jax.data.openmoji.questions import caption, picture_turns
 from mllm_jax.data.openmoji.scenes import ASKED as ASKED_OF_SCENES
 from mllm_jax.data.openmoji.scenes import PLACES, Scene, compose_scene, scene_caption, scene_turns
+from mllm_jax.data.openmoji.turns import asked, captioned
 from mllm_jax.errors import ConfigError
 
 QUESTIONS_VERSION = 16  # raise it whenever the questions, the answers or the drawing of pictures change
@@ -185,16 +186,15 @@ class _Questions(EmojiSource):
         """Which record example `index` shows."""
         return self.schedule[index // self.settings.variants]
 
-    def conversation(self, index: int) -> Conversation:
+    def example(self, index: int) -> Example:
         dice = self._dice(index)
         s = self.settings
         count = s.turns or 3 + dice.below(3)
         turns = picture_turns(self.catalog, dice, self.record_index(index), count, s.naming_last, s.tasks)
-        return Conversation(1, tuple(turns))
+        return asked(turns, [lambda: self.image(index)])
 
-    def images(self, index: int) -> list[np.ndarray]:
-        dice = self._augment(index)
-        return [self.pictures.single(self.record_index(index), self.settings.image_size, dice)]
+    def image(self, index: int) -> np.ndarray:
+        return self.pictures.single(self.record_index(index), self.settings.image_size, self._augment(index))
 
 
 class _Scenes(EmojiSource):
@@ -210,14 +210,14 @@ class _Scenes(EmojiSource):
         """The plan of example `index`."""
         return compose_scene(self.catalog, dice or self._dice(index), self.settings.grid, self.schedule)
 
-    def conversation(self, index: int) -> Conversation:
+    def example(self, index: int) -> Example:
         dice = self._dice(index)
         scene = self.scene(index, dice)
         count = self.settings.turns or 3 + dice.below(3)
-        return Conversation(1, tuple(scene_turns(self.catalog, dice, scene, count, self.settings.tasks)))
+        return asked(scene_turns(self.catalog, dice, scene, count, self.settings.tasks), [lambda: self.image(index)])
 
-    def images(self, index: int) -> list[np.ndarray]:
-        return [self.pictures.scene(self.scene(index), self.settings.image_size, self._augment(index))]
+    def image(self, index: int) -> np.ndarray:
+        return self.pictures.scene(self.scene(index), self.settings.image_size, self._augment(index))
 
 
 class _Pairs(EmojiSource):
@@ -231,14 +231,19 @@ class _Pairs(EmojiSource):
         """The plan of example `index`."""
         return compose_group(self.catalog, dice or self._dice(index), self.schedule)
 
-    def conversation(self, index: int) -> Conversation:
+    def example(self, index: int) -> Example:
         dice = self._dice(index)
         group = self.group(index, dice)
-        return Conversation(len(group.members), tuple(group_turns(self.catalog, dice, group)))
+        draw = [partial(self._image, index, number) for number in range(len(group.members))]
+        return asked(group_turns(self.catalog, dice, group), draw)
 
     def images(self, index: int) -> list[np.ndarray]:
+        """All images of an example, which share one stream of chance."""
         dice = self._augment(index)
         return [self.pictures.single(one, self.settings.image_size, dice) for one in self.group(index).members]
+
+    def _image(self, index: int, number: int) -> np.ndarray:
+        return self.images(index)[number]
 
 
 class _Captions(EmojiSource):
@@ -267,17 +272,17 @@ class _Captions(EmojiSource):
         variant, place = divmod(index, len(self.catalog.records))
         return self._order(variant)[place]
 
-    def conversation(self, index: int) -> Conversation:
+    def example(self, index: int) -> Example:
         shown, dice = self._shown(index), self._dice(index, _ENDING)
-        if not isinstance(shown, Scene):
-            return Conversation(1, (Turn("", self._caption(shown, dice), "caption"),))
-        cells = enumerate(shown.cells)
-        return Conversation(1, tuple(Turn("", self._caption(cell, dice), "caption", place) for place, cell in cells))
+        scene = isinstance(shown, Scene)
+        cells = shown.cells if scene else (shown,)
+        captions = [self._caption(cell, dice) for cell in cells]
+        return captioned(captions, lambda: self.image(index), regions=scene)
 
-    def images(self, index: int) -> list[np.ndarray]:
+    def image(self, index: int) -> np.ndarray:
         shown, size, dice = self._shown(index), self.settings.image_size, self._augment(index)
         draw = self.pictures.scene if isinstance(shown, Scene) else self.pictures.single
-        return [draw(shown, size, dice)]  # type: ignore[arg-type]
+        return draw(shown, size, dice)  # type: ignore[arg-type]
 
     def _caption(self, record: int, dice: Dice) -> str:
         words = caption(self.catalog, record)
@@ -289,7 +294,7 @@ class _Text(EmojiSource):
     name = "openmoji_text"
     stream = 5
 
-    def conversation(self, index: int) -> Conversation:
+    def example(self, index: int) -> Example:
         dice = self._dice(index)
         s = self.settings
         count = s.turns or 3 + dice.below(3)
@@ -301,17 +306,4 @@ class _Text(EmojiSource):
             record = self.schedule[index // self.settings.variants]
             turns = picture_turns(self.catalog, dice, record, count, s.naming_last, s.tasks)
             context = caption(self.catalog, record)
-        return Conversation(0, tuple(turns), context)
-
-    def images(self, index: int) -> list[np.ndarray]:
-        self._dice(index)  # the same check of the index as everywhere
-        return []
-
-    def texts(self) -> Iterator[str]:
-        """Every context, question and answer in turn: what a tokenizer is trained on."""
-        for index in range(len(self)):
-            conversation = self.conversation(index)
-            yield conversation.context
-            for turn in conversation.turns:
-                yield turn.question
-                yield turn.answer
+        return asked(turns, context=context)

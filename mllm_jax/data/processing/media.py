@@ -24,6 +24,7 @@ class Media:
         weights: float[L, K] of the K media tokens whose sum stands at a place, or None.
         grid: time, height and width in patches, for packed patches.
         seconds: what one step in time of the grid takes, in a video.
+        count: slots of a row that it takes, where that is known without reading the arrays.
     """
 
     arrays: Mapping[str, np.ndarray]
@@ -32,6 +33,12 @@ class Media:
     weights: np.ndarray | None = None
     grid: tuple[int, int, int] | None = None
     seconds: float | None = None
+    count: int | None = None
+
+    @property
+    def slots(self) -> int:
+        """Slots of a row that it takes: tiles, or patches."""
+        return len(next(iter(self.arrays.values()))) if self.count is None else self.count
 
 
 @dataclass(frozen=True)
@@ -87,7 +94,7 @@ def collate_tiles(rows: Sequence[Sequence[Media]], tokens_a_tile: int, slots: in
     Raises:
         DataError: a row with more tiles than slots.
     """
-    counts = [[len(next(iter(m.arrays.values()))) for m in row] for row in rows]
+    counts = [[m.slots for m in row] for row in rows]
     needed = max((sum(row) for row in counts), default=0)
     slots = needed if slots is None else slots
     if needed > slots:
@@ -97,12 +104,12 @@ def collate_tiles(rows: Sequence[Sequence[Media]], tokens_a_tile: int, slots: in
     first = [list(np.cumsum([0, *row])[:-1] * tokens_a_tile) for row in counts]
     arrays = {}
     for name in dict.fromkeys(name for row in rows for m in row for name in m.arrays):
-        example = next(m.arrays[name] for row in rows for m in row)
+        tiles = [[m.arrays[name] for m in row] for row in rows]  # read once: some are drawn when they are
+        example = next(each for row in tiles for each in row)
         batch = np.zeros((len(rows), slots, *example.shape[1:]), example.dtype)
-        for row, media in zip(batch, rows, strict=True):
-            if media:
-                filled = np.concatenate([m.arrays[name] for m in media])
-                row[: len(filled)] = filled
+        for row, filled in zip(batch, tiles, strict=True):
+            if filled:
+                row[: sum(map(len, filled))] = np.concatenate(filled)
         arrays[name] = batch
     return Collated(arrays, first, slots * tokens_a_tile)
 
@@ -148,3 +155,40 @@ def _picture(media: Media, number: int, width: int) -> tuple[np.ndarray, ...]:
     places = np.concatenate([places, np.repeat(places[:, :1], missing, axis=1)], axis=1)
     weights = np.pad(weights, [(0, 0), (0, missing)])
     return np.asarray(media.tokens, np.int64), places, weights, np.full(len(places), number, np.int64)
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """An example as one row or a part of one: its text with media in their positions, and what carries loss.
+
+    Attributes:
+        row: the text.
+        loss_weights: float32[n], of the text or, with a target, of that.
+        media: what its media became.
+        segments: int[n], from 1: what may not see each other; None: all is one.
+        dropped_turns: how many turns did not fit.
+        target: of an encoder-decoder, int[n] that its decoder writes.
+        instruction: int[m] that the projector reads beside the media, in the projector's own ids.
+    """
+
+    row: Row
+    loss_weights: np.ndarray
+    media: Sequence[Media] = ()
+    segments: np.ndarray | None = None
+    dropped_turns: int = 0
+    target: np.ndarray | None = None
+    instruction: np.ndarray | None = None
+
+    @property
+    def tokens(self) -> np.ndarray:
+        return self.row.tokens
+
+    @property
+    def length(self) -> int:
+        """Positions of a row that it takes, on the side of an encoder-decoder where it takes more."""
+        return max(len(self.row.tokens), 0 if self.target is None else len(self.target))
+
+    @property
+    def slots(self) -> int:
+        """Slots that its media take in a row."""
+        return sum(m.slots for m in self.media)

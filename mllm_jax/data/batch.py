@@ -1,0 +1,207 @@
+"""The declared batch: what arrays it has, and the one place where rows of examples become them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+
+from mllm_jax.errors import DataError
+
+ROW, SEQ, SLOTS = "batch", "seq", "slots"
+
+
+@dataclass(frozen=True)
+class ArraySpec:
+    """One array of a batch.
+
+    Attributes:
+        shape: rows first.
+        fill: what stands where there is nothing.
+        axes: logical names of the first axes, see `mllm_jax.sharding.logical`; the others are not split.
+    """
+
+    shape: tuple[int, ...]
+    dtype: str = "int32"
+    fill: float = 0
+    axes: tuple[str, ...] = (ROW, SEQ)
+
+    def empty(self, rows: int | None = None) -> np.ndarray:
+        """The array with nothing in it; `rows` of it, or all."""
+        return np.full(self.shape if rows is None else (rows, *self.shape[1:]), self.fill, self.dtype)
+
+
+@dataclass(frozen=True)
+class BatchSpec(Mapping[str, ArraySpec]):
+    """Every array of a batch by name. Nothing else knows the keys of a batch.
+
+    Pipeline, planner, `init`, precomputed values, inference and the placing on devices read it.
+    """
+
+    arrays: Mapping[str, ArraySpec] = field(default_factory=dict)
+
+    def __getitem__(self, name: str) -> ArraySpec:
+        return self.arrays[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.arrays)
+
+    def __len__(self) -> int:
+        return len(self.arrays)
+
+    def __or__(self, more: Mapping[str, ArraySpec]) -> BatchSpec:
+        return BatchSpec({**self.arrays, **more})
+
+    def without(self, *names: str) -> BatchSpec:
+        return BatchSpec({name: spec for name, spec in self.arrays.items() if name not in names})
+
+    def empty(self, rows: int | None = None) -> dict[str, np.ndarray]:
+        """A batch with nothing in it, as `init` traces it."""
+        return {name: spec.empty(rows) for name, spec in self.arrays.items()}
+
+    def abstract(self) -> dict[str, Any]:
+        """Shapes and dtypes alone."""
+        import jax
+
+        return {name: jax.ShapeDtypeStruct(spec.shape, spec.dtype) for name, spec in self.arrays.items()}
+
+    def check(self, batch: Mapping[str, Any]) -> None:
+        """Refuses a batch with a name that is not declared, or with arrays of other sizes a row.
+
+        Raises:
+            DataError: names them all.
+        """
+        wrong = [f"{name}, which is not declared" for name in batch if name not in self.arrays]
+        wrong += [
+            f"{name} {list(batch[name].shape)}, declared as {list(spec.shape)}"
+            for name, spec in self.arrays.items()
+            if name in batch and tuple(batch[name].shape[1:]) != spec.shape[1:]
+        ]
+        if wrong:
+            raise DataError(f"a batch with {'; '.join(wrong)}", f"the arrays {sorted(self.arrays)}", "mend the batch")
+
+
+def text_spec(rows: int, length: int, *, width: int = 1, axes: int = 1, pad: int = 0) -> BatchSpec:
+    """The arrays of text that every batch has.
+
+    Args:
+        width: media tokens whose weighted sum may stand at one position.
+        axes: numbers of a position: 3 for M-RoPE.
+        pad: the id that fills rows.
+    """
+    row = (rows, length)
+    spec = BatchSpec(
+        dict(
+            tokens=ArraySpec(row, fill=pad),
+            positions=ArraySpec(row if axes == 1 else (*row, axes)),
+            segments=ArraySpec(row),
+            media_index=ArraySpec(row if width == 1 else (*row, width), fill=-1),
+            loss_weights=ArraySpec(row, "float32"),
+        )
+    )
+    return spec if width == 1 else spec | dict(media_weights=ArraySpec((*row, width), "float32"))
+
+
+def target_spec(rows: int, length: int) -> BatchSpec:
+    """The arrays of what an encoder-decoder's decoder writes."""
+    return BatchSpec({f"decoder_{name}": ArraySpec((rows, length)) for name in ("tokens", "segments", "positions")})
+
+
+def images_spec(rows: int, slots: int, side: int, channels: int = 3) -> BatchSpec:
+    """Images as bytes, a tile in each slot; no array where there are no slots."""
+    shape = (rows, slots, side, side, channels)
+    return BatchSpec(dict(images=ArraySpec(shape, "uint8", axes=(ROW, SLOTS))) if slots else {})
+
+
+def instruction_spec(rows: int, slots: int, length: int) -> BatchSpec:
+    """The arrays of what a projector reads of the text beside each slot."""
+    read = ArraySpec((rows, slots, length), axes=(ROW, SLOTS))
+    return BatchSpec(dict(query_tokens=read, query_segments=read))
+
+
+def bytes_of(spec: BatchSpec) -> int:
+    """The size of a batch."""
+    return sum(math.prod(each.shape) * np.dtype(each.dtype).itemsize for each in spec.values())
+
+
+def assemble(packed: Sequence[Sequence[Any]], spec: BatchSpec, layout: Any, slots: int) -> dict[str, np.ndarray]:
+    """Makes the batch of rows that hold several examples each.
+
+    Args:
+        packed: of each row its examples, `mllm_jax.data.processing.media.Encoded`, which fit together.
+        spec: of the batch; rows are counted by `packed`.
+        layout: the model's.
+
+    Returns:
+        The arrays of `spec`.
+    """
+    collated = layout.collate([[m for e in row for m in e.media] for row in packed], slots)
+    texts = spec.without(*collated.arrays)
+    out = texts.empty(len(packed)) | collated.arrays
+    for r, row in enumerate(packed):
+        cursor = _Cursor()
+        for e in row:
+            first = collated.first[r][cursor.media : cursor.media + len(e.media)]
+            _write_text(out, r, cursor, e, e.row.media_index(first, collated.newline), layout.positions(e.row, e.media))
+            if e.target is not None:
+                _write_target(out, r, cursor, e)
+            if e.instruction is not None:
+                here = slice(cursor.slot, cursor.slot + e.slots)
+                out["query_tokens"][r, here, : len(e.instruction)] = e.instruction
+                out["query_segments"][r, here, : len(e.instruction)] = 1
+            cursor = cursor.after(e)
+    return out
+
+
+@dataclass(frozen=True)
+class _Cursor:
+    """Where the next example of a row begins."""
+
+    text: int = 0
+    target: int = 0
+    segment: int = 0
+    media: int = 0
+    slot: int = 0
+
+    def after(self, e: Any) -> _Cursor:
+        return replace(
+            self,
+            text=self.text + len(e.tokens),
+            target=self.target + (0 if e.target is None else len(e.target)),
+            segment=self.segment + (1 if e.segments is None else int(e.segments[-1])),
+            media=self.media + len(e.media),
+            slot=self.slot + e.slots,
+        )
+
+
+def _write_text(out, r: int, cursor: _Cursor, e: Any, index: np.ndarray, positions: np.ndarray) -> None:
+    here = slice(cursor.text, cursor.text + len(e.tokens))
+    out["tokens"][r, here] = e.tokens
+    out["positions"][r, here] = positions if e.segments is None else _from_each_start(e.segments)
+    out["segments"][r, here] = cursor.segment + (1 if e.segments is None else e.segments)
+    if "media_weights" in out:
+        width = index.shape[1]
+        out["media_index"][r, here] = index[:, :1]  # those beyond its own have no weight
+        out["media_index"][r, here, :width], out["media_weights"][r, here, :width] = index, e.row.weights
+    else:
+        out["media_index"][r, here] = index[:, 0]
+    if e.target is None and "loss_weights" in out:
+        out["loss_weights"][r, here] = e.loss_weights
+
+
+def _write_target(out, r: int, cursor: _Cursor, e: Any) -> None:
+    """What the decoder writes, in the segment that its text has on the encoder's side."""
+    here = slice(cursor.target, cursor.target + len(e.target))
+    out["decoder_tokens"][r, here] = e.target
+    out["decoder_segments"][r, here] = cursor.segment + 1
+    out["decoder_positions"][r, here] = np.arange(len(e.target))
+    if "loss_weights" in out:
+        out["loss_weights"][r, here] = e.loss_weights
+
+
+def _from_each_start(segments: np.ndarray) -> np.ndarray:
+    """Positions that begin anew with each segment."""
+    return np.arange(len(segments)) - np.searchsorted(segments, segments)

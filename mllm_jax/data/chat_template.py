@@ -1,0 +1,69 @@
+"""The chat template of tokenizers that are trained here, and text in it that must stay text."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from mllm_jax.errors import DataError
+
+PAD, BOS, EOS, IMAGE, USER, ASSISTANT = "<pad>", "<bos>", "<eos>", "<image>", "<user>", "<assistant>"
+SPECIAL_TOKENS = (PAD, BOS, EOS, IMAGE, USER, ASSISTANT)
+
+# <bos> (media and texts of a question but its last) <user> question <assistant> answer <eos> ...
+# A word has the same ids wherever it stands, so each text begins with a space. `own_text` writes the same.
+OWN_TEMPLATE = """\
+{%- macro spaced(text) -%}{{ text if text.startswith(' ') else ' ' + text }}{%- endmacro -%}
+{{- bos_token -}}
+{%- for message in messages -%}
+{%- set parts = [{'type': 'text', 'text': message.content}] if message.content is string else message.content -%}
+{%- if message.role == 'assistant' -%}<assistant>
+{%- elif message.role == 'user' and (not parts or parts[-1].type != 'text') -%}
+{%- set parts = parts + [{'type': 'end'}] -%}
+{%- endif -%}
+{%- for part in parts -%}
+{%- if message.role == 'user' and loop.last -%}<user>{%- endif -%}
+{%- if part.type == 'image' -%}<image>{%- elif part.type == 'text' -%}{{- spaced(part.text) -}}{%- endif -%}
+{%- endfor -%}
+{%- if message.role == 'assistant' -%}{{- eos_token -}}{%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}<assistant>{%- endif -%}
+"""
+
+# A character that no text has (Unicode reserves it for programs). It parts what spells a special token.
+SEAM = "\ufdd0"
+
+
+def own_text(messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool) -> str:
+    """What OWN_TEMPLATE makes of messages, without the cost of a template: sources have millions of them."""
+    pieces = [BOS]
+    for message in messages:
+        role, content = message["role"], message["content"]
+        parts = [{"type": "text", "text": content}] if isinstance(content, str) else list(content)
+        if role == "user" and (not parts or parts[-1]["type"] != "text"):
+            parts.append({"type": "end"})
+        pieces += [ASSISTANT] if role == "assistant" else []
+        for number, part in enumerate(parts, start=1):
+            pieces += [USER] if role == "user" and number == len(parts) else []
+            pieces.append({"image": IMAGE, "text": spaced(part.get("text", ""))}.get(part["type"], ""))
+        pieces += [EOS] if role == "assistant" else []
+    return "".join(pieces) + (ASSISTANT if add_generation_prompt else "")
+
+
+def spaced(text: str) -> str:
+    """With a space before the first word, so that a word or phrase has the same ids wherever it stands."""
+    return text if text.startswith(" ") else f" {text}"
+
+
+def parted(text: str, special: Sequence[str]) -> str:
+    """The text with a SEAM in each special token that it spells: no record or question ends an answer or forges media.
+
+    Raises:
+        DataError: a text that has a SEAM already.
+    """
+    if SEAM in text:
+        raise DataError(f"a text with the character U+{ord(SEAM):X} in it", "text", "take the character out")
+    for token in special:
+        if token in text:
+            text = text.replace(token, f"{token[:1]}{SEAM}{token[1:]}")
+    return text

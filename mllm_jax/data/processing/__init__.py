@@ -1,0 +1,1 @@
+"""Raw text and media to the arrays of a batch."""

@@ -1,0 +1,295 @@
+"""Examples to rows: what a chat template makes of messages, and which of it carries loss."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, Protocol
+
+import numpy as np
+
+from mllm_jax.data.chat_template import parted
+from mllm_jax.data.message import TEXT_ROLE, Example, Message, Part, Text
+from mllm_jax.data.processing.layouts import Layout
+from mllm_jax.data.processing.media import TEXT, Encoded, Media, Row, lay_out_row
+from mllm_jax.errors import ConfigError, DataError
+
+
+class Words(Protocol):
+    """What makes ids of text: `ChatTokenizer`, or a `Tokenizer` that was trained here."""
+
+    has_template: bool
+    stop_ids: tuple[int, ...]
+    pad_token_id: int | None
+    special_tokens: Sequence[str]
+
+    def encode(self, text: str) -> list[int]: ...
+    def ids(self, text: str) -> list[int]: ...
+    def render_chat(self, messages: Sequence[dict], add_generation_prompt: bool = True) -> str: ...
+    def decode(self, ids: Sequence[int]) -> str: ...
+    def token_of(self, token_id: int) -> str: ...
+    def fingerprint(self) -> str: ...
+
+
+class Encoder:
+    """Lays messages out as a model's chat template and layout have them.
+
+    Args:
+        system: a message before each conversation that has none; None leaves it to the template.
+    """
+
+    def __init__(self, tokenizer: Words, layout: Layout, system: str | None = None):
+        self.tokenizer, self.layout, self.system = tokenizer, layout, system
+        self._marks = {kind: tokenizer.token_of(token) for kind, token in layout.placeholders.items()}
+
+    # ---- text
+
+    def ids_of(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> list[int]:
+        """A conversation to ids with a placeholder for each medium.
+
+        Raises:
+            DataError: a message that spells a placeholder, one with media that the model lacks, or one that the chat
+                template refuses.
+        """
+        if self.system is not None and messages[0].role != "system":
+            messages = (Message("system", self.system), *messages)
+        shown = [{"role": message.role, "content": self._content(message)} for message in messages]
+        return self.layout.without_names(self.tokenizer.ids(self.tokenizer.render_chat(shown, add_generation_prompt)))
+
+    def _content(self, message: Message) -> Any:
+        """What the template gets of a message."""
+        if isinstance(message.content, str):
+            return self._text(message.content)
+        parts = [self._part(part) for part in message.content]
+        return self._flat(parts) if self.layout.flattens else parts
+
+    def _part(self, part: Part) -> dict[str, str]:
+        if isinstance(part, Text):
+            return {"type": "text", "text": self._text(part.text)}
+        return {"type": self.kind_of(part)}
+
+    def kind_of(self, part: Part) -> str:
+        """The modality of a medium. Raises DataError: the model reads no such media."""
+        kind = type(part).__name__.lower()
+        if kind not in self._marks:
+            raise DataError(
+                f"a message with a part of type {kind!r}",
+                f"text{''.join(f', {each}' for each in self._marks)}",
+                "change the type, or take a model that reads it",
+            )
+        return kind
+
+    def _flat(self, parts: Sequence[dict[str, str]]) -> str:
+        """One text, media first where they are: their tokens, and each text in a line of its own."""
+        media = "".join(self._marks[part["type"]] for part in parts if part["type"] != "text")
+        first, *others = [part["text"] for part in parts if part["type"] == "text"] or [""]
+        lines = [media + first, *others] if others else [media, first] if media else [first]
+        return "\n".join(lines)
+
+    def _text(self, text: str) -> str:
+        if self.layout.keeps_text:
+            return parted(text, self.tokenizer.special_tokens)
+        for reserved in self._marks.values():
+            if reserved in text:
+                raise DataError(
+                    f"a message whose text has {reserved!r} in it ({text[:60]!r})",
+                    "text, in which this would become a place for a picture",
+                    'take it out, and give pictures as parts {"type": "image"} of the content',
+                )
+        return text
+
+    def text_ids(self, message: Message) -> list[int]:
+        """A message without a chat template around it, a placeholder for each medium."""
+        pieces = [self._text(p.text) if isinstance(p, Text) else self._marks[self.kind_of(p)] for p in message.parts]
+        if self.layout.places_pictures:
+            pieces = [self._text(part.text) for part in message.parts if isinstance(part, Text)]
+        return self.tokenizer.encode("".join(pieces))
+
+    def lay_out(self, ids: Sequence[int], media: Sequence[Media], what: str) -> Row:
+        """A text with media tokens in the positions of its media; `what` it is, for the message of a DataError."""
+        return lay_out_row(self.layout.arrange(list(ids), len(media)), media, self.placeholders, what)
+
+    @property
+    def placeholders(self) -> tuple[int, ...]:
+        return tuple(self.layout.placeholders.values())
+
+    def fingerprint(self) -> str:
+        """A text that differs where rows would."""
+        return repr([self.tokenizer.fingerprint(), self.system])
+
+
+def encode_turns(encoder: Encoder, example: Example, max_length: int, learn: str) -> Encoded:
+    """Lays out questions and answers; what does not fit is shortened by whole turns from its end, media are never cut.
+
+    The template writes the whole conversation and the beginning before each answer. What an answer adds to its
+    beginning carries loss, so no mask depends on how a template looks; one that rewrites what it wrote is refused.
+
+    Args:
+        learn: what carries loss: "answers", with what ends them, or "all" the text.
+
+    Raises:
+        DataError: an answer without text, none at all, a first turn that does not fit, a text that spells a
+            placeholder, or a template that does not write a conversation as a continuation of its beginning.
+        ConfigError: a template without an end token.
+    """
+    answers = [i for i, message in enumerate(example.messages) if message.role == "assistant"]
+    require_answers(example, answers)
+    media = encoder.layout.prepare(example.media)
+    for kept in range(len(answers), 0, -1):
+        messages = example.messages[: answers[kept - 1] + 1]
+        ids = encoder.ids_of(messages, add_generation_prompt=False)
+        row = encoder.lay_out(ids, media, "a conversation")
+        if len(row.tokens) <= max_length:
+            break
+    else:
+        raise DataError(
+            f"an example of {len(row.tokens)} tokens with {len(media)} picture(s)",
+            f"at most {max_length} tokens with its first turn",
+            "raise the row's length, or give it fewer or smaller pictures",
+        )
+    weights = np.zeros(len(ids), np.float32)
+    starts = [_start(encoder, messages[:i], ids) for i in answers[:kept]]
+    for i, start, following in zip(answers, starts, [*starts[1:], len(ids)]):
+        end = _end(encoder, ids, start, following)
+        weights[(1 if learn == "all" else start) : end] = 1
+        if following < len(ids):
+            _require_kept(encoder, messages[: i + 1], ids, end)
+    return Encoded(row, _spread(encoder, ids, row, weights), media, dropped_turns=len(answers) - kept)
+
+
+def encode_answer(encoder: Encoder, example: Example, max_length: int, start_id: int, end_id: int) -> Encoded:
+    """Lays out a question for an encoder-decoder's encoder and the answer for its decoder."""
+    *asked, answer = example.messages
+    media = encoder.layout.prepare(example.media)
+    if encoder.tokenizer.has_template and asked and asked[0].role != TEXT_ROLE:
+        ids = encoder.ids_of(asked)
+    else:
+        ids = encoder.text_ids(Message("user", tuple(part for message in asked for part in message.parts)))
+    row = encoder.lay_out(ids, media, "a question")
+    target = np.asarray([start_id, *encoder.tokenizer.ids(answer.text), end_id])
+    encoded = Encoded(row, (np.arange(len(target)) > 0).astype(np.float32), media, target=target)
+    if encoded.length > max_length:
+        raise DataError(
+            f"a question of {len(row.tokens)} tokens with {len(media)} picture(s), an answer of {len(target)}",
+            f"at most {max_length} tokens each",
+            "raise the row's length, or give it fewer or smaller pictures",
+        )
+    return encoded
+
+
+def encode_text(encoder: Encoder, example: Example, max_length: int, learn: str) -> Encoded:
+    """Lays out text with media in it and a line break at its end, as LLaVA is pretrained; what follows media is learnt."""
+    (message,) = example.messages
+    if not message.text.strip():
+        raise DataError("a text without words", "a caption or another text", "drop or mend the record")
+    media = encoder.layout.prepare(example.media)
+    ids = encoder.text_ids(replace(message, content=(*message.parts, Text("\n"))))
+    shown = [place for place, token in enumerate(ids) if token in encoder.placeholders]
+    weights = np.zeros(len(ids), np.float32)
+    weights[(1 if learn == "all" else max(shown, default=-1) + 1) :] = 1
+    row = encoder.lay_out(ids, media, "a conversation")
+    if len(row.tokens) > max_length:
+        raise DataError(
+            f"a caption of {len(row.tokens)} tokens with {len(media)} picture(s)",
+            f"at most {max_length} tokens",
+            "raise the row's length, or give it fewer or smaller pictures",
+        )
+    return Encoded(row, _spread(encoder, ids, row, weights), media)
+
+
+def encode_captions(encoder: Encoder, example: Example, max_length: int, most: int, regions: int) -> Encoded:
+    """Lays out (<bos> caption <eos>)* for a text encoder, a segment each; the image is beside the texts, not in them.
+
+    Args:
+        most: captions that an image may have.
+        regions: media tokens of an image, which captions may describe.
+
+    Raises:
+        DataError: an empty caption, more captions than `most` or `max_length` allow, or a region that no image has.
+    """
+    media = encoder.layout.prepare(example.media)
+    captions = [(example.messages[number].text, s.region) for s in example.segments for number in s.messages]
+    captions = captions or [(m.text, None) for m in example.messages if m.role == "assistant"]
+    if not 0 < len(captions) <= most:
+        raise DataError(f"a picture with {len(captions)} captions", f"1 to {most}", "raise the mixture's captions")
+    ids: list[int] = []
+    segments: list[int] = []
+    places: list[int] = []
+    for number, (caption, region) in enumerate(captions, start=1):
+        if not caption.strip():
+            raise DataError("an empty caption", "a caption with text", "drop or mend the record")
+        if region is not None and not 0 <= region < regions:
+            raise DataError(
+                f"a caption of place {region}: {caption[:60]!r}",
+                f"one of the {regions} that the encoder makes of a picture",
+                "give the encoder as many regions as the pictures have",
+            )
+        text = encoder.tokenizer.caption_ids(caption)
+        ids += text
+        segments += [number] * len(text)
+        places += [TEXT if region is None else region] * len(text)
+    if len(ids) > max_length:
+        raise DataError(
+            f"{number} caption(s) of {len(ids)} tokens: {captions[0][0][:60]!r}",
+            f"at most {max_length} tokens",
+            "raise the row's length",
+        )
+    index = np.asarray(places)[:, None]
+    row = Row(np.asarray(ids), index, np.ones(index.shape, np.float32), np.where(index[:, 0] >= 0, 0, -1))
+    return Encoded(row, np.ones(len(ids), np.float32), media, segments=np.asarray(segments, np.int32))
+
+
+def require_answers(example: Example, answers: Sequence[int]) -> None:
+    """Raises DataError: no answer, one without text, or messages after the last."""
+    said = [example.messages[i].text.strip() for i in answers]
+    if not said or not all(said) or answers[-1] != len(example.messages) - 1:
+        raise DataError(
+            f"a conversation of {len(said)} turns, or an answer without text",
+            "at least one question, and an answer to each",
+            "drop or mend the record",
+        )
+
+
+def _start(encoder: Encoder, before: Sequence[Message], ids: list[int]) -> int:
+    """Where an answer begins: what the template writes to ask for it is how the conversation went on."""
+    asked = encoder.ids_of(before)
+    if ids[: len(asked)] != asked:
+        raise _rewritten()
+    return len(asked)
+
+
+def _require_kept(encoder: Encoder, messages: Sequence[Message], ids: list[int], end: int) -> None:
+    """Raises DataError: an answer that is written otherwise once another question follows."""
+    if encoder.ids_of(messages, add_generation_prompt=False)[:end] != ids[:end]:
+        raise _rewritten()
+
+
+def _rewritten() -> DataError:
+    return DataError(
+        "a chat template that writes a question otherwise once it is answered",
+        "a conversation that goes on where its beginning ended",
+        "train with a template that only adds to what it wrote",
+    )
+
+
+def _end(encoder: Encoder, ids: list[int], start: int, following: int) -> int:
+    """One past the stop token that ends an answer; what a template writes after it carries no loss."""
+    stops = encoder.tokenizer.stop_ids
+    first = next((place for place in range(start, following) if ids[place] in stops), None)
+    if first is None:
+        # No fault of a record, so it is no DataError, which would be counted with the bad records.
+        names = [encoder.tokenizer.token_of(token) for token in stops]
+        raise ConfigError(
+            f"a chat template that writes none of the stop tokens {names} after an answer",
+            "answers that end, so that the model learns to",
+            "add one to the template (TokenizerConfig.template, or the folder's chat_template), or name the token "
+            "that it writes in tokenizer_config.json or generation_config.json",
+        )
+    return first + 1
+
+
+def _spread(encoder: Encoder, ids: Sequence[int], row: Row, weights: np.ndarray) -> np.ndarray:
+    """Loss weights of the text around what stands for media, which carries none."""
+    spread = np.zeros(len(row.tokens), np.float32)
+    spread[row.owners < 0] = weights[~np.isin(ids, encoder.placeholders)]
+    return spread

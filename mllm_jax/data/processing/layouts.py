@@ -1,0 +1,234 @@
+"""Layouts: how a model's media are prepared, what stands for them in its text, and how rows of them are collated."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import numpy as np
+
+from mllm_jax.data.batch import BatchSpec
+from mllm_jax.data.image_steps import ImageProcessor
+from mllm_jax.data.images import as_picture, resize
+from mllm_jax.data.message import Image, Part, Video
+from mllm_jax.data.pixels import require_call
+from mllm_jax.data.processing.media import TEXT, Collated, Media, Row, collate_tiles
+from mllm_jax.errors import ConfigError, DataError
+
+
+class Layout:
+    """How a model's media become rows; a named model has one of its own.
+
+    Attributes:
+        image_token, video_token: the id that stands for one image or video in a text, as the chat template writes it;
+            None: the model takes none.
+        places_pictures: whether prompts name no position for an image, so that `arrange` puts it where it belongs.
+        instruction_length: the most tokens that the projector reads of an instruction in training; 0: it reads none.
+        keeps_text: whether a special token that a message spells stays text.
+        flattens: whether the chat template takes content as one text only, in which media are tokens.
+        pictures, frames: what prepares images, and frames of videos where that is another; None: no `ImageProcessor`.
+    """
+
+    image_token: int | None = None
+    video_token: int | None = None
+    places_pictures: bool = False
+    instruction_length: int = 0
+    keeps_text: bool = False
+    flattens: bool = False
+    pictures: ImageProcessor | None = None
+    frames: ImageProcessor | None = None
+
+    @property
+    def placeholders(self) -> dict[str, int]:
+        """The ids that stand for media in a text, by modality."""
+        tokens = {"image": self.image_token, "video": self.video_token}
+        return {kind: token for kind, token in tokens.items() if token is not None}
+
+    def image(self, picture: np.ndarray) -> Media:
+        """Prepares uint8[H, W, 3] as decoded."""
+        raise NotImplementedError
+
+    def images(self, pictures: Sequence[np.ndarray]) -> list[Media]:
+        """Prepares the images of one text; some models prepare a single image differently."""
+        return [self.image(picture) for picture in pictures]
+
+    def video(self, frames: np.ndarray) -> Media:
+        """Prepares uint8[F, H, W, 3], the frames that the model is to see."""
+        raise DataError(f"a video of {len(frames)} frames", "images: the model reads no video", "leave it out")
+
+    def prepare(self, parts: Sequence[Part]) -> list[Media]:
+        """The media of one text, in their order; raises what `prepare_all` does."""
+        return self.prepare_all([parts])[0]
+
+    def prepare_all(self, rows: Sequence[Sequence[Part]]) -> list[list[Media]]:
+        """The media of several texts.
+
+        Raises:
+            DataError: see `as_picture`; too many pixels in a text or in all, or frames of different sizes.
+        """
+        prepared, pixels = [], 0
+        for parts in rows:
+            decoded = _decoded(parts)
+            pixels += sum(self._pixels(part, frames) for part, frames in decoded)
+            require_call(pixels, "prepared images and frames")
+            images = iter(self.images([frames[0] for part, frames in decoded if isinstance(part, Image)]))
+            prepared.append([next(images) if isinstance(p, Image) else self._video(frames) for p, frames in decoded])
+        return prepared
+
+    def _video(self, frames: list[np.ndarray]) -> Media:
+        if not frames or len({frame.shape for frame in frames}) > 1:
+            raise DataError(f"a video of {len(frames)} frames", "frames of one size", "resize them")
+        return self.video(np.stack(frames))
+
+    def _pixels(self, part: Part, frames: Sequence[np.ndarray]) -> int:
+        """How many pixels will be made of an image or of the frames of a video."""
+        sizes = [frame.shape[:2] for frame in frames]
+        if isinstance(part, Image):
+            return sum(self.pictures.pixels(*size) for size in sizes) if self.pictures else 0
+        reader = self.frames or self.pictures
+        return sum(math.prod(reader.output_size(*size)) for size in sizes) if reader else 0
+
+    def arrange(self, ids: list[int], media: int) -> list[int]:
+        """The ids of a text that is to have so many media, with a placeholder for each; here they have to be there.
+
+        Models whose prompts name no position for the image put it where it belongs.
+        """
+        return ids
+
+    def without_names(self, ids: Sequence[int]) -> list[int]:
+        """The ids of a text without the names of its images, where the model's texts have any after placeholders."""
+        return list(ids)
+
+    def collate(self, rows: Sequence[Sequence[Media]], slots: int | None = None) -> Collated:
+        """The media of a batch as arrays with one shape for every row."""
+        raise NotImplementedError
+
+    def spec(self, spec: BatchSpec) -> BatchSpec:
+        """A batch's spec with its media as the folder's processor leaves them: bytes, or numbers."""
+        return spec
+
+    def instruction(self, text: str, bounded: bool) -> np.ndarray:
+        """The ids int[n] that the projector reads of one text, where `instruction_length` is not 0.
+
+        Args:
+            bounded: refuse more than `instruction_length` of them.
+        """
+        raise NotImplementedError
+
+    def positions(self, row: Row, media: Sequence[Media]) -> np.ndarray:
+        """int[n] of a row's text, or int[n, 3] for M-RoPE; they count the tokens."""
+        return np.arange(len(row.tokens), dtype=np.int32)
+
+
+class TileLayout(Layout):
+    """Images as tiles of one size, each of which takes `tokens_a_tile` media tokens."""
+
+    tokens_a_tile: int
+
+    @cached_property
+    def _blank(self) -> Mapping[str, np.ndarray]:
+        return dict(self.image(np.zeros((32, 32, 3), np.uint8)).arrays)
+
+    def collate(self, rows: Sequence[Sequence[Media]], slots: int | None = None) -> Collated:
+        collated = collate_tiles(rows, self.tokens_a_tile, slots)
+        if slots and not collated.arrays:
+            # Batches without any image keep the shapes of those with some, so that one program serves both.
+            made = {n: np.zeros((len(rows), slots, *tile.shape[1:]), tile.dtype) for n, tile in self._blank.items()}
+            collated = replace(collated, arrays=made)
+        return collated
+
+    def spec(self, spec: BatchSpec) -> BatchSpec:
+        found = {name: tile for name, tile in self._blank.items() if name in spec}
+        return spec | {
+            name: replace(spec[name], shape=(*spec[name].shape[:2], *tile.shape[1:]), dtype=str(tile.dtype))
+            for name, tile in found.items()
+        }
+
+
+class PlainLayout(TileLayout):
+    """The layout of a model that is composed here: images resized to the encoder's size, one tile each.
+
+    Args:
+        side: of the images that the encoder reads.
+        media_tokens: of one image.
+        image_token: the id that stands for an image.
+        words: ids before each media token, such as those of "top left", "top right"; empty: nothing stands there.
+
+    Raises:
+        ConfigError: words for another number of media tokens.
+    """
+
+    keeps_text = True
+
+    def __init__(
+        self,
+        side: int,
+        media_tokens: int,
+        image_token: int,
+        words: Sequence[Sequence[int]] = (),
+        flattens: bool = False,
+    ):
+        if words and len(words) != media_tokens:
+            raise ConfigError(
+                f"words for {len(words)} places of a picture, which takes {media_tokens}",
+                "words before each of them",
+                "change tokenizer.places, or leave it out",
+            )
+        self.side, self.tokens_a_tile, self.image_token, self.flattens = side, media_tokens, image_token, flattens
+        tokens, places = [], []
+        for number in range(media_tokens):
+            before = list(words[number]) if words else []
+            tokens += [*before, image_token]
+            places += [TEXT] * len(before) + [number]
+        self._tokens, self._places = np.asarray(tokens), np.asarray(places)
+
+    def prepare_all(self, rows: Sequence[Sequence[Part]]) -> list[list[Media]]:
+        """An image is decoded when its arrays are read: its size says nothing about the row."""
+        if strange := [part for parts in rows for part in parts if not isinstance(part, Image)]:
+            raise DataError(f"a {type(strange[0]).__name__}", "images: the model reads nothing else", "leave it out")
+        return [[self._media(lambda source=part.source: as_picture(source)) for part in parts] for parts in rows]
+
+    def image(self, picture: np.ndarray) -> Media:
+        return self._media(lambda: picture)
+
+    def _media(self, read: Callable[[], np.ndarray]) -> Media:
+        return Media(_Later(lambda: self._fitted(read())), self._tokens, self._places, count=1)
+
+    def _fitted(self, picture: np.ndarray) -> np.ndarray:
+        return picture if picture.shape[:2] == (self.side, self.side) else resize(picture, self.side)
+
+
+@dataclass(frozen=True)
+class _Later(Mapping[str, np.ndarray]):
+    """`images` uint8[1, H, W, 3], made each time that it is read."""
+
+    make: Callable[[], np.ndarray]
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        if name != "images":
+            raise KeyError(name)
+        return self.make()[None]
+
+    def __iter__(self):
+        yield "images"
+
+    def __len__(self) -> int:
+        return 1
+
+
+def _decoded(parts: Sequence[Part]) -> list[tuple[Part, list[np.ndarray]]]:
+    """The media of one text: an image is one frame. Raises DataError: see `as_picture`, or too many pixels."""
+    media, pixels = [], 0
+    for part in parts:
+        if not isinstance(part, (Image, Video)):
+            raise DataError(f"a {type(part).__name__}", "images or videos", "take a model that reads it")
+        frames = []
+        for frame in [part.source] if isinstance(part, Image) else part.source:
+            frames.append(as_picture(frame))
+            pixels += math.prod(frames[-1].shape[:2])
+            require_call(pixels, "images and frames of one text")
+        media.append((part, frames))
+    return media
+

@@ -1,0 +1,24 @@
+"""What every source gives to the pipeline: examples, by index."""
+
+from __future__ import annotations
+
+from typing import Protocol, runtime_checkable
+
+from mllm_jax.data.message import Example
+
+
+@runtime_checkable
+class Source(Protocol):
+    """Random access to examples: a pure function of the source's settings and an index."""
+
+    name: str
+
+    def __len__(self) -> int: ...
+
+    def example(self, index: int) -> Example:
+        """Example `index`. Its media are named or drawn when they are read: here nothing is decoded."""
+        ...
+
+    def fingerprint(self) -> str:
+        """A short text that changes whenever the data or the questions change."""
+        ...
