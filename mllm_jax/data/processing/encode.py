@@ -11,7 +11,7 @@ import numpy as np
 from mllm_jax.data.chat_template import parted
 from mllm_jax.data.message import TEXT_ROLE, Example, Message, Part, Text
 from mllm_jax.data.processing.layouts import Layout
-from mllm_jax.data.processing.media import TEXT, Encoded, Media, Row, lay_out_row
+from mllm_jax.data.processing.media import TEXT, Encoded, Media, Row, lay_out_row, one_of
 from mllm_jax.errors import ConfigError, DataError
 
 
@@ -40,6 +40,7 @@ class Encoder:
 
     def __init__(self, tokenizer: Words, layout: Layout, system: str | None = None):
         self.tokenizer, self.layout, self.system = tokenizer, layout, system
+        self.placeholders = tuple(layout.placeholders.values())
         self._marks = {kind: tokenizer.token_of(token) for kind, token in layout.placeholders.items()}
 
     # ---- text
@@ -109,9 +110,6 @@ class Encoder:
         """A text with media tokens in the positions of its media; `what` it is, for the message of a DataError."""
         return lay_out_row(self.layout.arrange(list(ids), len(media)), media, self.placeholders, what)
 
-    @property
-    def placeholders(self) -> tuple[int, ...]:
-        return tuple(self.layout.placeholders.values())
 
     def fingerprint(self) -> str:
         """A text that differs where rows would."""
@@ -291,5 +289,5 @@ def _end(encoder: Encoder, ids: list[int], start: int, following: int) -> int:
 def _spread(encoder: Encoder, ids: Sequence[int], row: Row, weights: np.ndarray) -> np.ndarray:
     """Loss weights of the text around what stands for media, which carries none."""
     spread = np.zeros(len(row.tokens), np.float32)
-    spread[row.owners < 0] = weights[~np.isin(ids, encoder.placeholders)]
+    spread[row.owners < 0] = weights[~one_of(np.asarray(ids), encoder.placeholders)]
     return spread

@@ -126,7 +126,7 @@ def lay_out_row(ids: Sequence[int], media: Sequence[Media], placeholders: Sequen
         DataError: another number of placeholders than of pictures.
     """
     ids = np.asarray(ids, np.int64)
-    where = np.flatnonzero(np.isin(ids, placeholders))
+    where = np.flatnonzero(one_of(ids, placeholders))
     if len(where) != len(media):
         raise DataError(
             f"{what} with {len(where)} place(s) for pictures or videos, and {len(media)} of them",
@@ -142,6 +142,14 @@ def lay_out_row(ids: Sequence[int], media: Sequence[Media], placeholders: Sequen
     return Row(*(np.concatenate(parts) for parts in zip(*pieces, strict=True)))
 
 
+def one_of(ids: np.ndarray, tokens: Sequence[int]) -> np.ndarray:
+    """bool[n]: which ids are among a few."""
+    found = np.zeros(len(ids), bool)
+    for token in tokens:
+        found |= ids == token
+    return found
+
+
 def _text(ids: np.ndarray, width: int) -> tuple[np.ndarray, ...]:
     places = np.full((len(ids), width), TEXT, np.int64)
     return ids, places, np.zeros(places.shape, np.float32), np.full(len(ids), -1, np.int64)
@@ -151,9 +159,9 @@ def _picture(media: Media, number: int, width: int) -> tuple[np.ndarray, ...]:
     places = media.places if media.places.ndim == 2 else media.places[:, None]
     weights = np.ones(places.shape, np.float32) if media.weights is None else media.weights
     # The sum of fewer media tokens than others need: the first one again, with nothing of it.
-    missing = width - places.shape[1]
-    places = np.concatenate([places, np.repeat(places[:, :1], missing, axis=1)], axis=1)
-    weights = np.pad(weights, [(0, 0), (0, missing)])
+    if missing := width - places.shape[1]:
+        places = np.concatenate([places, np.repeat(places[:, :1], missing, axis=1)], axis=1)
+        weights = np.pad(weights, [(0, 0), (0, missing)])
     return np.asarray(media.tokens, np.int64), places, weights, np.full(len(places), number, np.int64)
 
 
