@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from mllm_jax.checkpoints.options import Options, named_as
+from mllm_jax.checkpoints.sample import token_sample
 from mllm_jax.checkpoints.table import Family, Table
 from mllm_jax.encoders.text import TextTowerConfig
-from mllm_jax.encoders.text_hub import faithful, read_tower, sample, tower_table, write_tower
+from mllm_jax.encoders.text_hub import faithful, read_tower, tower_table, write_tower
 from mllm_jax.errors import ConfigError
 
 MODEL, WITH_PROJECTION = "CLIPTextModel", "CLIPTextModelWithProjection"
@@ -60,14 +61,22 @@ def table(config: TextTowerConfig) -> Table:
 
 
 FAMILIES = (
-    Family("CLIP text", (MODEL,), from_hf_config, to_hf_config, table, sample, oracle=MODEL),
     Family(
-        "CLIP text with projection",
-        (WITH_PROJECTION,),
-        from_hf_config,
-        to_hf_config,
-        table,
-        sample,
+        name="CLIP text",
+        architectures=(MODEL,),
+        from_hf=from_hf_config,
+        to_hf=to_hf_config,
+        table=table,
+        sample=token_sample,
+        oracle=MODEL,
+    ),
+    Family(
+        name="CLIP text with projection",
+        architectures=(WITH_PROJECTION,),
+        from_hf=from_hf_config,
+        to_hf=to_hf_config,
+        table=table,
+        sample=token_sample,
         oracle=WITH_PROJECTION,
     ),
 )

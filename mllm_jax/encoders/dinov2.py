@@ -6,8 +6,9 @@ The mask token, which only masked pretraining reads, is neither kept nor written
 from __future__ import annotations
 
 from mllm_jax.checkpoints.config_json import RATIOS
+from mllm_jax.checkpoints.sample import image_sample
 from mllm_jax.checkpoints.table import Family, Table
-from mllm_jax.encoders.hub import Names, faithful, options_of, read_vit, sample, vit_table, write_vit
+from mllm_jax.encoders.hub import Names, faithful, options_of, read_vit, vit_table, write_vit
 from mllm_jax.encoders.vit import ViTConfig
 from mllm_jax.errors import ConfigError
 
@@ -110,4 +111,14 @@ def table(config: ViTConfig) -> Table:
     return vit_table(config, names)
 
 
-FAMILIES = (Family("DINOv2", ("Dinov2Model",), from_hf_config, to_hf_config, table, sample, oracle="Dinov2Model"),)
+FAMILIES = (
+    Family(
+        name="DINOv2",
+        architectures=("Dinov2Model",),
+        from_hf=from_hf_config,
+        to_hf=to_hf_config,
+        table=table,
+        sample=image_sample,
+        oracle="Dinov2Model",
+    ),
+)

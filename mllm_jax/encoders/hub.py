@@ -6,8 +6,6 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-import jax.numpy as jnp
-
 from mllm_jax.checkpoints import config_json
 from mllm_jax.checkpoints.config_json import (
     ENCODER_ACTIVATIONS,
@@ -98,11 +96,6 @@ def _facts(c: ViTConfig) -> dict:
     """What pictures are normalised with no config.json says, and which of them are refused changes no numbers."""
     pooler = {"auto": "token" if c.class_token else "mean"}.get(c.pooler, c.pooler)
     return stored_fields(c, "image_mean", "image_std", "drop_remainder", "region_size") | dict(pooler=pooler)
-
-
-def sample(c: ViTConfig) -> tuple:
-    """Arguments with which `init` creates every parameter."""
-    return (jnp.zeros((1, c.image_size, c.image_size, c.num_channels)),)
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,9 @@ all heads of queries and keys before they are split. With mean pooling, which al
 from __future__ import annotations
 
 from mllm_jax.checkpoints.options import named_as
+from mllm_jax.checkpoints.sample import image_sample
 from mllm_jax.checkpoints.table import Family, Table
-from mllm_jax.encoders.hub import Names, faithful, options_of, read_vit, sample, vit_table, write_vit
+from mllm_jax.encoders.hub import Names, faithful, options_of, read_vit, vit_table, write_vit
 from mllm_jax.encoders.vit import ViTConfig
 
 _HF, _ORIGINAL = "InternVLVisionModel", "InternVisionModel"
@@ -107,8 +108,22 @@ def table(config: ViTConfig) -> Table:
 
 
 FAMILIES = (
-    Family("InternViT", (_HF,), from_hf_config, to_hf_config, table, sample, oracle=_HF),
     Family(
-        "InternViT (OpenGVLab)", (_ORIGINAL,), from_hf_config, to_hf_config, table, sample, oracle="OpenGVLab's code"
+        name="InternViT",
+        architectures=(_HF,),
+        from_hf=from_hf_config,
+        to_hf=to_hf_config,
+        table=table,
+        sample=image_sample,
+        oracle=_HF,
+    ),
+    Family(
+        name="InternViT (OpenGVLab)",
+        architectures=(_ORIGINAL,),
+        from_hf=from_hf_config,
+        to_hf=to_hf_config,
+        table=table,
+        sample=image_sample,
+        oracle="OpenGVLab's code",
     ),
 )

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from mllm_jax.checkpoints.options import Options, named_as
+from mllm_jax.checkpoints.sample import token_sample
 from mllm_jax.checkpoints.table import Family, Table
 from mllm_jax.encoders.text import TextTowerConfig
-from mllm_jax.encoders.text_hub import faithful, read_tower, sample, tower_table, write_tower
+from mllm_jax.encoders.text_hub import faithful, read_tower, tower_table, write_tower
 from mllm_jax.errors import ConfigError
 
 MODEL = "SiglipTextModel"
@@ -45,4 +46,14 @@ def table(config: TextTowerConfig) -> Table:
     return tower_table(config)
 
 
-FAMILIES = (Family("SigLIP text", (MODEL,), from_hf_config, to_hf_config, table, sample, oracle=MODEL),)
+FAMILIES = (
+    Family(
+        name="SigLIP text",
+        architectures=(MODEL,),
+        from_hf=from_hf_config,
+        to_hf=to_hf_config,
+        table=table,
+        sample=token_sample,
+        oracle=MODEL,
+    ),
+)

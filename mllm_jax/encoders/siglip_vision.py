@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from mllm_jax.checkpoints.sample import image_sample
 from mllm_jax.checkpoints.table import Family, Table
-from mllm_jax.encoders.hub import Names, faithful, options_of, read_vit, sample, vit_table, write_vit
+from mllm_jax.encoders.hub import Names, faithful, options_of, read_vit, vit_table, write_vit
 from mllm_jax.encoders.vit import ViTConfig
 
 # What an option is where config.json does not say.
@@ -48,12 +49,12 @@ def table(config: ViTConfig) -> Table:
 
 FAMILIES = (
     Family(
-        "SigLIP vision",
-        ("SiglipVisionModel",),
-        from_hf_config,
-        to_hf_config,
-        table,
-        sample,
+        name="SigLIP vision",
+        architectures=("SiglipVisionModel",),
+        from_hf=from_hf_config,
+        to_hf=to_hf_config,
+        table=table,
+        sample=image_sample,
         oracle="SiglipVisionModel",
     ),
 )

@@ -17,6 +17,7 @@ from flax import struct
 
 from mllm_jax.checkpoints.config_json import one_or_several
 from mllm_jax.checkpoints.options import Options
+from mllm_jax.checkpoints.sample import token_sample
 from mllm_jax.checkpoints.table import Family, Table, Weight
 from mllm_jax.errors import ConfigError
 from mllm_jax.layers.attention import attention
@@ -358,11 +359,6 @@ def table(config: ChatGLMConfig) -> Table:
     return Table(tuple(weights), ignored=(f"{layer}.attention.rotary_emb.inv_freq",))
 
 
-def sample(_: ChatGLMConfig) -> tuple:
-    """Arguments with which `init` creates every parameter."""
-    return (jnp.zeros((1, 4), jnp.int32),)
-
-
 FAMILIES = (
     Family(
         name="ChatGLM-6B",
@@ -370,7 +366,7 @@ FAMILIES = (
         from_hf=from_hf_config,
         to_hf=to_hf_config,
         table=table,
-        sample=sample,
+        sample=token_sample,
         oracle="golden: the checkpoint's own code",
     ),
 )

@@ -8,9 +8,10 @@ GlmForCausalLM.
 from __future__ import annotations
 
 from mllm_jax.checkpoints.options import Options
+from mllm_jax.checkpoints.sample import token_sample
 from mllm_jax.checkpoints.table import Family, Table
 from mllm_jax.llms.decoder import DecoderConfig
-from mllm_jax.llms.hub import Names, architecture, decoder_table, faithful, read_decoder, sample, write_decoder
+from mllm_jax.llms.hub import Names, architecture, decoder_table, faithful, read_decoder, write_decoder
 
 # What an option is where config.json does not say.
 _DEFAULTS = dict(
@@ -125,14 +126,22 @@ def chatglm_table(config: DecoderConfig) -> Table:
 
 
 FAMILIES = (
-    Family("GLM-4", ("GlmForCausalLM",), from_hf_config, to_hf_config, table, sample, oracle="GlmForCausalLM"),
     Family(
-        "ChatGLM2, ChatGLM3",
-        ("ChatGLMModel",),
-        from_chatglm_config,
-        to_hf_config,
-        chatglm_table,
-        sample,
+        name="GLM-4",
+        architectures=("GlmForCausalLM",),
+        from_hf=from_hf_config,
+        to_hf=to_hf_config,
+        table=table,
+        sample=token_sample,
+        oracle="GlmForCausalLM",
+    ),
+    Family(
+        name="ChatGLM2, ChatGLM3",
+        architectures=("ChatGLMModel",),
+        from_hf=from_chatglm_config,
+        to_hf=to_hf_config,
+        table=chatglm_table,
+        sample=token_sample,
         oracle="golden: the checkpoints' own code",
     ),
 )

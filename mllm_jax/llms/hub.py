@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-import jax.numpy as jnp
-
 from mllm_jax.checkpoints.config_json import (
     check_written,
     one_or_several,
@@ -197,11 +195,6 @@ def _facts(c: DecoderConfig) -> dict:
         sliding_window=max((w for w in c.windows if w is not None), default=None),
         embedding_size=c.embedding_size or c.hidden_size,
     )
-
-
-def sample(_: DecoderConfig) -> tuple:
-    """Arguments with which `init` creates every parameter."""
-    return (jnp.zeros((1, 1), jnp.int32),)
 
 
 @dataclass(frozen=True)

@@ -6,10 +6,11 @@ Mistral is LLaMA with a sliding window and without biases.
 from __future__ import annotations
 
 from mllm_jax.checkpoints.options import Options
+from mllm_jax.checkpoints.sample import token_sample
 from mllm_jax.checkpoints.table import Family
 from mllm_jax.errors import ConfigError
 from mllm_jax.llms.decoder import DecoderConfig
-from mllm_jax.llms.hub import architecture, decoder_table, faithful, read_decoder, sample, write_decoder
+from mllm_jax.llms.hub import architecture, decoder_table, faithful, read_decoder, write_decoder
 
 _MODEL_TYPES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM"}
 # What an option is where config.json does not say.
@@ -77,6 +78,14 @@ def to_hf_config(config: DecoderConfig) -> dict:
 table = decoder_table
 
 FAMILIES = tuple(
-    Family(name, (hub,), from_hf_config, to_hf_config, table, sample, oracle=hub)
+    Family(
+        name=name,
+        architectures=(hub,),
+        from_hf=from_hf_config,
+        to_hf=to_hf_config,
+        table=table,
+        sample=token_sample,
+        oracle=hub,
+    )
     for name, hub in (("LLaMA, Vicuna", "LlamaForCausalLM"), ("Mistral", "MistralForCausalLM"))
 )

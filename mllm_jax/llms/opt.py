@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from mllm_jax.checkpoints.config_json import read_activation, write_activation
 from mllm_jax.checkpoints.options import Options
+from mllm_jax.checkpoints.sample import token_sample
 from mllm_jax.checkpoints.table import Family, Table
 from mllm_jax.llms.decoder import DecoderConfig
 from mllm_jax.llms.hub import (
@@ -15,7 +16,6 @@ from mllm_jax.llms.hub import (
     decoder_table,
     faithful,
     read_ids,
-    sample,
     write_ids,
 )
 
@@ -116,4 +116,14 @@ def table(config: DecoderConfig) -> Table:
     return decoder_table(config, _NAMES)
 
 
-FAMILIES = (Family("OPT", ("OPTForCausalLM",), from_hf_config, to_hf_config, table, sample, oracle="OPTForCausalLM"),)
+FAMILIES = (
+    Family(
+        name="OPT",
+        architectures=("OPTForCausalLM",),
+        from_hf=from_hf_config,
+        to_hf=to_hf_config,
+        table=table,
+        sample=token_sample,
+        oracle="OPTForCausalLM",
+    ),
+)

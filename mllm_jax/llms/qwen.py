@@ -7,10 +7,11 @@ sliding window only.
 from __future__ import annotations
 
 from mllm_jax.checkpoints.options import Options
+from mllm_jax.checkpoints.sample import token_sample
 from mllm_jax.checkpoints.table import Family
 from mllm_jax.errors import ConfigError
 from mllm_jax.llms.decoder import DecoderConfig
-from mllm_jax.llms.hub import architecture, decoder_table, faithful, read_decoder, sample, write_decoder
+from mllm_jax.llms.hub import architecture, decoder_table, faithful, read_decoder, write_decoder
 
 _MODEL_TYPES = {"qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 # What an option is where config.json does not say.
@@ -94,6 +95,14 @@ def _write_windows(c: DecoderConfig) -> dict:
 table = decoder_table
 
 FAMILIES = tuple(
-    Family(name, (hub,), from_hf_config, to_hf_config, table, sample, oracle=hub)
+    Family(
+        name=name,
+        architectures=(hub,),
+        from_hf=from_hf_config,
+        to_hf=to_hf_config,
+        table=table,
+        sample=token_sample,
+        oracle=hub,
+    )
     for name, hub in (("Qwen2, Qwen2.5", "Qwen2ForCausalLM"), ("Qwen3", "Qwen3ForCausalLM"))
 )

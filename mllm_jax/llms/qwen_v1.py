@@ -8,10 +8,11 @@ whole doublings of the first chunk's length) and `use_logn_attn` (queries scaled
 from __future__ import annotations
 
 from mllm_jax.checkpoints.options import Options
+from mllm_jax.checkpoints.sample import token_sample
 from mllm_jax.checkpoints.table import Family, Table
 from mllm_jax.errors import ConfigError
 from mllm_jax.llms.decoder import DecoderConfig
-from mllm_jax.llms.hub import Names, architecture, decoder_table, faithful, read_ids, sample, write_ids
+from mllm_jax.llms.hub import Names, architecture, decoder_table, faithful, read_ids, write_ids
 
 ARCHITECTURE = "QWenLMHeadModel"
 # The MLP is c_proj(w1(x) * silu(w2(x))).
@@ -114,12 +115,12 @@ def table(config: DecoderConfig) -> Table:
 
 FAMILIES = (
     Family(
-        "Qwen (first)",
-        (ARCHITECTURE,),
-        from_hf_config,
-        to_hf_config,
-        table,
-        sample,
+        name="Qwen (first)",
+        architectures=(ARCHITECTURE,),
+        from_hf=from_hf_config,
+        to_hf=to_hf_config,
+        table=table,
+        sample=token_sample,
         oracle="Qwen2ForCausalLM with the weights renamed",
     ),
 )

@@ -159,11 +159,6 @@ def table(config: Blip2Config) -> Table:
     return table_of(config, qformer_weights(config.projector))
 
 
-def sample(config: MultimodalConfig) -> tuple:
-    """Arguments with which `init` creates every parameter."""
-    return (config.make().sample_batch(),)
-
-
 # ---- pictures
 
 
@@ -220,4 +215,15 @@ def pixel_reader(encoder: ViTConfig, folder: Path):
     return lambda picture: plain(picture).astype(np.uint8)
 
 
-FAMILIES = (Family("BLIP-2", (FAMILY,), from_hf_config, to_hf_config, table, sample, FAMILY, QueryLayout, settle),)
+FAMILIES = (
+    Family(
+        name="BLIP-2",
+        architectures=(FAMILY,),
+        from_hf=from_hf_config,
+        to_hf=to_hf_config,
+        table=table,
+        oracle=FAMILY,
+        layout=QueryLayout,
+        settle=settle,
+    ),
+)

@@ -71,9 +71,13 @@ def table(config: QFormerPretrainingConfig) -> Table:
     return Table(weights, (), ("embeddings.position_ids",))
 
 
-def sample(config: QFormerPretrainingConfig) -> tuple:
-    """Arguments with which `init` creates every parameter."""
-    return (config.make().sample_batch(),)
-
-
-FAMILIES = (Family("BLIP-2 retrieval", (FAMILY,), from_hf_config, to_hf_config, table, sample, oracle=FAMILY),)
+FAMILIES = (
+    Family(
+        name="BLIP-2 retrieval",
+        architectures=(FAMILY,),
+        from_hf=from_hf_config,
+        to_hf=to_hf_config,
+        table=table,
+        oracle=FAMILY,
+    ),
+)

@@ -320,6 +320,22 @@ def sample(config: DualEncoderConfig) -> tuple:
 
 
 FAMILIES = (
-    Family("CLIP", ("CLIPModel",), read_clip, write_clip, clip_table, sample, oracle="CLIPModel"),
-    Family("SigLIP", ("SiglipModel",), read_siglip, write_siglip, siglip_table, sample, oracle="SiglipModel"),
+    Family(
+        name="CLIP",
+        architectures=("CLIPModel",),
+        from_hf=read_clip,
+        to_hf=write_clip,
+        table=clip_table,
+        sample=sample,
+        oracle="CLIPModel",
+    ),
+    Family(
+        name="SigLIP",
+        architectures=("SiglipModel",),
+        from_hf=read_siglip,
+        to_hf=write_siglip,
+        table=siglip_table,
+        sample=sample,
+        oracle="SiglipModel",
+    ),
 )

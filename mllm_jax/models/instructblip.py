@@ -12,7 +12,7 @@ from mllm_jax.checkpoints.table import Family, Table
 from mllm_jax.data.chat import ChatTokenizer
 from mllm_jax.data.media import Media
 from mllm_jax.errors import DataError
-from mllm_jax.models.blip2 import Blip2Config, QueryLayout, faithful, read_parts, sample, settle, table_of, write_parts
+from mllm_jax.models.blip2 import Blip2Config, QueryLayout, faithful, read_parts, settle, table_of, write_parts
 from mllm_jax.projectors.qformer_hub import qformer_weights
 
 FAMILY = "InstructBlipForConditionalGeneration"
@@ -79,5 +79,14 @@ class InstructLayout(QueryLayout):
 
 
 FAMILIES = (
-    Family("InstructBLIP", (FAMILY,), from_hf_config, to_hf_config, table, sample, FAMILY, InstructLayout, settle),
+    Family(
+        name="InstructBLIP",
+        architectures=(FAMILY,),
+        from_hf=from_hf_config,
+        to_hf=to_hf_config,
+        table=table,
+        oracle=FAMILY,
+        layout=InstructLayout,
+        settle=settle,
+    ),
 )

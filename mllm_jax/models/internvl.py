@@ -320,20 +320,22 @@ def table(config: InternVLConfig) -> Table:
     return Table(tuple(weights), spellings if hub else (), tuple(ignored))
 
 
-def sample(config: InternVLConfig) -> tuple:
-    """Arguments with which `init` creates every parameter."""
-    return (config.make().sample_batch(),)
-
-
 FAMILIES = (
-    Family("InternVL 2.5, 3", (HUB,), from_hf_config, to_hf_config, table, sample, oracle=HUB, layout=layout),
     Family(
-        "InternVL (OpenGVLab)",
-        (ORIGINAL,),
-        from_hf_config,
-        to_hf_config,
-        table,
-        sample,
+        name="InternVL 2.5, 3",
+        architectures=(HUB,),
+        from_hf=from_hf_config,
+        to_hf=to_hf_config,
+        table=table,
+        oracle=HUB,
+        layout=layout,
+    ),
+    Family(
+        name="InternVL (OpenGVLab)",
+        architectures=(ORIGINAL,),
+        from_hf=from_hf_config,
+        to_hf=to_hf_config,
+        table=table,
         oracle="OpenGVLab's code, by its parts",
         layout=layout,
     ),

@@ -319,12 +319,15 @@ def table(config: LlavaConfig) -> Table:
     return Table(tuple(weights), spellings, tuple(ignored))
 
 
-def sample(config: LlavaConfig) -> tuple:
-    """Arguments with which `init` creates every parameter."""
-    return (config.make().sample_batch(),)
-
-
 FAMILIES = tuple(
-    Family(name, (hub,), from_hf_config, to_hf_config, table, sample, oracle=hub, layout=layout)
+    Family(
+        name=name,
+        architectures=(hub,),
+        from_hf=from_hf_config,
+        to_hf=to_hf_config,
+        table=table,
+        oracle=hub,
+        layout=layout,
+    )
     for name, hub in (("LLaVA-1.5", LLAVA), ("LLaVA-NeXT", NEXT), ("LLaVA-OneVision", ONEVISION))
 )

@@ -219,12 +219,15 @@ def table(config: QwenVLConfig) -> Table:
     return Table((*nested(tower, visual, "encoder/"), *own), spellings, (*llm.ignored,))
 
 
-def sample(config: QwenVLConfig) -> tuple:
-    """Arguments with which `init` creates every parameter."""
-    return (config.make().sample_batch(),)
-
-
 FAMILIES = tuple(
-    Family(name, (hub,), from_hf_config, to_hf_config, table, sample, oracle=hub, layout=layout)
+    Family(
+        name=name,
+        architectures=(hub,),
+        from_hf=from_hf_config,
+        to_hf=to_hf_config,
+        table=table,
+        oracle=hub,
+        layout=layout,
+    )
     for name, hub in (("Qwen2-VL", QWEN2), ("Qwen2.5-VL", QWEN25), ("Qwen3-VL", QWEN3))
 )

@@ -10,12 +10,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
 from mllm_jax.checkpoints.config_json import check_written, stored_fields
 from mllm_jax.checkpoints.options import Options
+from mllm_jax.checkpoints.sample import image_sample
 from mllm_jax.checkpoints.table import Family, Table, Weight
 from mllm_jax.data.image_processors import ImageProcessor
 from mllm_jax.data.media import TEXT, Media
@@ -165,12 +165,6 @@ def tower_table(config: QwenVLTowerConfig) -> Table:
     return Table(vision_weights(config.encoder, config.projector), spellings, ("language_model",))
 
 
-def tower_sample(config: QwenVLTowerConfig) -> tuple:
-    """Arguments with which `init` creates every parameter."""
-    side = config.encoder.image_size
-    return (jnp.zeros((1, side, side, 3)),)
-
-
 # ---- the whole
 
 
@@ -268,28 +262,22 @@ def table(config: QwenVLV1Config) -> Table:
     return Table((*vision, *nested(llm, "", "llm/")), llm.spellings, llm.ignored)
 
 
-def sample(config: QwenVLV1Config) -> tuple:
-    """Arguments with which `init` creates every parameter."""
-    return (config.make().sample_batch(),)
-
-
 FAMILIES = (
     Family(
-        "Qwen-VL (first) ViT and resampler",
-        (TOWER,),
-        read_tower,
-        write_tower,
-        tower_table,
-        tower_sample,
+        name="Qwen-VL (first) ViT and resampler",
+        architectures=(TOWER,),
+        from_hf=read_tower,
+        to_hf=write_tower,
+        table=tower_table,
+        sample=lambda config: image_sample(config.encoder),
         oracle="recorded outputs of Qwen-VL-Chat's visual.py",
     ),
     Family(
-        "Qwen-VL (first)",
-        (WHOLE,),
-        from_hf_config,
-        to_hf_config,
-        table,
-        sample,
+        name="Qwen-VL (first)",
+        architectures=(WHOLE,),
+        from_hf=from_hf_config,
+        to_hf=to_hf_config,
+        table=table,
         oracle="its tower's recorded outputs, and Qwen2ForCausalLM with the weights renamed",
         layout=layout,
     ),

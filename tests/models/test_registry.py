@@ -18,6 +18,7 @@ import mllm_jax
 from mllm_jax import DecoderConfig, MeshConfig, from_pretrained, save_pretrained, supported_models
 from mllm_jax.checkpoints.hf import read_config
 from mllm_jax.checkpoints.native import write_native
+from mllm_jax.checkpoints.sample import batch_sample, image_sample, token_sample
 from mllm_jax.errors import CheckpointError, ConfigError
 from mllm_jax.models import registry
 from mllm_jax.models.registry import _HOMES, abstract_params, family_of, family_of_config
@@ -82,6 +83,13 @@ def test_supported_models_lists_every_family_once():
     names = [name for row in rows for name in row.architectures]
     assert set(names) == _HOMES.keys() and len({row.name for row in rows}) == len(rows)
     assert all(row.reading and row.writing and row.oracle for row in rows)
+
+
+def test_only_what_takes_other_arguments_has_a_sample_of_its_own():
+    families = [f for home in set(_HOMES.values()) for f in importlib.import_module(home).FAMILIES]
+    own = {f.name for f in families if f.sample not in (batch_sample, token_sample, image_sample)}
+    vits = {"Qwen2-VL ViT", "Qwen2.5-VL ViT", "Qwen3-VL ViT", "Qwen-VL (first) ViT and resampler"}
+    assert own == {"T5, Flan-T5", "CLIP", "SigLIP", "NFNet"} | vits
 
 
 @pytest.mark.parametrize(
