@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +49,11 @@ class Table:
     weights: tuple[Weight, ...]
     spellings: tuple[tuple[str, str], ...] = ()
     ignored: tuple[str, ...] = ()
+
+
+def nested(table: Table, name: str, path: str) -> tuple[Weight, ...]:
+    """A part's weights as those of a larger model: names begin with `name`, paths with `path`."""
+    return tuple(replace(w, name=name + w.name, path=path + w.path) for w in table.weights)
 
 
 @dataclass(frozen=True, kw_only=True)

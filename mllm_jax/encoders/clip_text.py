@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from mllm_jax.checkpoints.architectures import model_type
 from mllm_jax.checkpoints.options import Options, named_as
 from mllm_jax.checkpoints.sample import token_sample
 from mllm_jax.checkpoints.table import Family, Table
@@ -50,7 +51,7 @@ def from_hf_config(values: dict) -> TextTowerConfig:
 def to_hf_config(config: TextTowerConfig) -> dict:
     """The reverse; refuses switches that the family does not have."""
     c = config
-    written = dict(architectures=[c.family], model_type="clip_text_model", **write_tower(c))
+    written = dict(architectures=[c.family], model_type=model_type(c.family), **write_tower(c))
     if c.projection_size is not None:
         written["projection_dim"] = c.projection_size
     return faithful(c, written, from_hf_config)

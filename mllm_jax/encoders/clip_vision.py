@@ -51,7 +51,7 @@ def from_hf_config(values: dict) -> ViTConfig:
 
 def to_hf_config(config: ViTConfig) -> dict:
     """The reverse; refuses switches that the family does not have."""
-    return faithful(config, write_vit(config) | dict(model_type="clip_vision_model"), from_hf_config)
+    return faithful(config, write_vit(config), from_hf_config)
 
 
 def table(config: ViTConfig) -> Table:

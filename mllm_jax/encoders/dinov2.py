@@ -5,6 +5,7 @@ The mask token, which only masked pretraining reads, is neither kept nor written
 
 from __future__ import annotations
 
+from mllm_jax.checkpoints.architectures import model_type
 from mllm_jax.checkpoints.config_json import RATIOS
 from mllm_jax.checkpoints.sample import image_sample
 from mllm_jax.checkpoints.table import Family, Table
@@ -83,7 +84,7 @@ def to_hf_config(config: ViTConfig) -> dict:
     """The reverse; refuses switches that the family does not have."""
     c = config
     written = write_vit(c) | dict(
-        model_type="dinov2",
+        model_type=model_type(c.family),
         mlp_ratio=_mlp_ratio(c),
         use_swiglu_ffn=c.gated,
         qkv_bias=c.qkv_bias,

@@ -60,7 +60,7 @@ def from_hf_config(values: dict) -> ViTConfig:
 
 def to_hf_config(config: ViTConfig) -> dict:
     """The reverse; refuses switches that the family does not have."""
-    written = write_vit(config) | dict(model_type="blip_2_vision_model", qkv_bias=config.qkv_bias)
+    written = write_vit(config) | dict(qkv_bias=config.qkv_bias)
     return faithful(config, written, from_hf_config)
 
 

@@ -6,6 +6,7 @@ all heads of queries and keys before they are split. With mean pooling, which al
 
 from __future__ import annotations
 
+from mllm_jax.checkpoints.architectures import model_type
 from mllm_jax.checkpoints.options import named_as
 from mllm_jax.checkpoints.sample import image_sample
 from mllm_jax.checkpoints.table import Family, Table
@@ -14,7 +15,6 @@ from mllm_jax.encoders.vit import ViTConfig
 
 _HF, _ORIGINAL = "InternVLVisionModel", "InternVisionModel"
 _NORMS = {"layer_norm": "layer", "rms_norm": "rms"}
-_MODEL_TYPE = {_HF: "internvl_vision", _ORIGINAL: "intern_vit_6b"}
 # What an option is where config.json does not say, by class.
 _COMMON = dict(hidden_act="gelu", layer_norm_eps=1e-6, patch_size=14)
 _DEFAULTS = {
@@ -64,7 +64,7 @@ _NAMES = {
 def from_hf_config(values: dict) -> ViTConfig:
     """config.json of either class, or `vision_config` of InternVL, every option honoured or refused by name."""
     named, kind = named_as(values)
-    original = named == (_ORIGINAL,) or kind == _MODEL_TYPE[_ORIGINAL]
+    original = named == (_ORIGINAL,) or kind == model_type(_ORIGINAL)
     family = _ORIGINAL if original else _HF
     options = options_of(values, _DEFAULTS[family], family)
     norm = _NORMS[options.only("norm_type", *_NORMS)]
@@ -95,7 +95,7 @@ def from_hf_config(values: dict) -> ViTConfig:
 def to_hf_config(config: ViTConfig) -> dict:
     """The reverse; refuses switches that the family does not have."""
     c = config
-    written = write_vit(c) | dict(model_type=_MODEL_TYPE[c.family])
+    written = write_vit(c)
     written["norm_type"] = next(theirs for theirs, ours in _NORMS.items() if ours == c.norm)
     written |= {theirs: getattr(c, ours) for ours, theirs in _SPELT[c.family].items()}
     if c.family == _HF:

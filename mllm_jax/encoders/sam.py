@@ -14,6 +14,7 @@ import numpy as np
 from einops import rearrange, repeat
 from flax import linen as nn
 
+from mllm_jax.checkpoints.architectures import model_type
 from mllm_jax.checkpoints.config_json import RATIOS, check_written, read_grid, stored_fields, write_activation
 from mllm_jax.checkpoints.sample import image_sample
 from mllm_jax.checkpoints.table import Family, Table, Weight
@@ -280,7 +281,7 @@ def to_hf_config(config: SamConfig) -> dict:
     c = config
     written = dict(
         architectures=[_FAMILY],
-        model_type="sam_vision_model",
+        model_type=model_type(c.family),
         image_size=c.image_size,
         patch_size=c.patch_size,
         hidden_size=c.hidden_size,

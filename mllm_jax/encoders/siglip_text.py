@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from mllm_jax.checkpoints.architectures import model_type
 from mllm_jax.checkpoints.options import Options, named_as
 from mllm_jax.checkpoints.sample import token_sample
 from mllm_jax.checkpoints.table import Family, Table
@@ -38,7 +39,7 @@ def from_hf_config(values: dict) -> TextTowerConfig:
 def to_hf_config(config: TextTowerConfig) -> dict:
     """The reverse; refuses switches that the family does not have."""
     c = config
-    written = dict(architectures=[c.family], model_type="siglip_text_model", projection_size=c.head_size)
+    written = dict(architectures=[c.family], model_type=model_type(c.family), projection_size=c.head_size)
     return faithful(c, written | write_tower(c), from_hf_config)
 
 

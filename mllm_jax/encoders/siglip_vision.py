@@ -39,7 +39,7 @@ def from_hf_config(values: dict) -> ViTConfig:
 
 def to_hf_config(config: ViTConfig) -> dict:
     """The reverse; refuses switches that the family does not have."""
-    written = dict(model_type="siglip_vision_model", vision_use_head=config.pooler == "attention")
+    written = dict(vision_use_head=config.pooler == "attention")
     return faithful(config, write_vit(config) | written, from_hf_config)
 
 

@@ -69,7 +69,7 @@ def from_hf_config(values: dict) -> ViTConfig:
 
 def to_hf_config(config: ViTConfig) -> dict:
     """The reverse; refuses switches that the family does not have."""
-    written = write_vit(config) | dict(model_type="vit", qkv_bias=config.qkv_bias)
+    written = write_vit(config) | dict(qkv_bias=config.qkv_bias)
     if config.head_size is None:
         written["add_pooling_layer"] = False
     else:

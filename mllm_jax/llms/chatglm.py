@@ -15,6 +15,7 @@ import numpy as np
 from flax import linen as nn
 from flax import struct
 
+from mllm_jax.checkpoints.architectures import model_type
 from mllm_jax.checkpoints.config_json import one_or_several
 from mllm_jax.checkpoints.options import Options
 from mllm_jax.checkpoints.sample import token_sample
@@ -317,7 +318,7 @@ def to_hf_config(config: ChatGLMConfig) -> dict:
     """config.json as ChatGLM-6B has it, without the pointers to its code."""
     return {
         "architectures": [config.family],
-        "model_type": "chatglm",
+        "model_type": model_type(config.family),
         **{theirs: getattr(config, ours) for ours, (theirs, _) in _OPTIONS.items()},
         "layernorm_epsilon": config.norm_eps,
         "eos_token_id": one_or_several(config.eos_token_id),

@@ -12,11 +12,12 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax import struct
 
+from mllm_jax.checkpoints.architectures import model_type
 from mllm_jax.checkpoints.config_json import check_written
 from mllm_jax.checkpoints.options import Options
-from mllm_jax.checkpoints.table import Family, Table, Weight
+from mllm_jax.checkpoints.table import Family, Table, Weight, nested
 from mllm_jax.encoders import clip_text, clip_vision, siglip_text, siglip_vision
-from mllm_jax.encoders.hub import ELSEWHERE, nested
+from mllm_jax.encoders.hub import ELSEWHERE
 from mllm_jax.encoders.text import TextModel, TextOutput, TextTowerConfig
 from mllm_jax.encoders.vit import VisionOutput, ViTConfig
 from mllm_jax.errors import ConfigError
@@ -248,7 +249,7 @@ def write_clip(config: DualEncoderConfig) -> dict:
     log_scale = INIT["softmax"][0] if config.init_log_scale is None else config.init_log_scale
     written = dict(
         architectures=["CLIPModel"],
-        model_type="clip",
+        model_type=model_type(config.family),
         vision_config=_nameless(clip_vision.to_hf_config(config.vision)),
         text_config=_nameless(clip_text.to_hf_config(config.text)),
         projection_dim=config.projection_size,
@@ -277,7 +278,7 @@ def write_siglip(config: DualEncoderConfig) -> dict:
     """The reverse; refuses switches that the family does not have."""
     written = dict(
         architectures=["SiglipModel"],
-        model_type="siglip",
+        model_type=model_type(config.family),
         vision_config=_nameless(siglip_vision.to_hf_config(config.vision)),
         text_config=_nameless(siglip_text.to_hf_config(config.text)),
     )

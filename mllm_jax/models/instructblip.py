@@ -39,7 +39,7 @@ def from_hf_config(values: dict) -> InstructBlipConfig:
 
 def to_hf_config(config: InstructBlipConfig) -> dict:
     """The reverse; refuses switches that the family does not have."""
-    return faithful(config, write_parts(config, "instructblip", "instructblip"), from_hf_config)
+    return faithful(config, write_parts(config, "instructblip"), from_hf_config)
 
 
 def table(config: InstructBlipConfig) -> Table:

@@ -10,17 +10,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
 from mllm_jax.checkpoints.config_json import check_written, stored_fields
 from mllm_jax.checkpoints.options import Options
-from mllm_jax.checkpoints.sample import image_sample
-from mllm_jax.checkpoints.table import Family, Table, Weight
+from mllm_jax.checkpoints.table import Family, Table, Weight, nested
 from mllm_jax.data.image_processors import ImageProcessor
 from mllm_jax.data.media import TEXT, Media
 from mllm_jax.encoders import qwen_vit_v1
-from mllm_jax.encoders.hub import nested
 from mllm_jax.encoders.qwen_vit_v1 import NORM_EPS, QwenViTV1Config
 from mllm_jax.encoders.vit import VisionOutput
 from mllm_jax.errors import ConfigError
@@ -165,6 +164,12 @@ def tower_table(config: QwenVLTowerConfig) -> Table:
     return Table(vision_weights(config.encoder, config.projector), spellings, ("language_model",))
 
 
+def tower_sample(config: QwenVLTowerConfig) -> tuple:
+    """Arguments with which `init` creates every parameter."""
+    side = config.encoder.image_size
+    return (jnp.zeros((1, side, side, 3)),)
+
+
 # ---- the whole
 
 
@@ -269,7 +274,7 @@ FAMILIES = (
         from_hf=read_tower,
         to_hf=write_tower,
         table=tower_table,
-        sample=lambda config: image_sample(config.encoder),
+        sample=tower_sample,
         oracle="recorded outputs of Qwen-VL-Chat's visual.py",
     ),
     Family(
