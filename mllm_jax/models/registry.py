@@ -14,6 +14,7 @@ import jax
 from flax import linen as nn
 
 from mllm_jax.checkpoints.architectures import ARCHITECTURES, Architecture, find, known
+from mllm_jax.checkpoints.components import Component, component_of
 from mllm_jax.checkpoints.hf import Report, float_dtype, read_config, read_weights, write_weights
 from mllm_jax.checkpoints.layer_bound import require_layers
 from mllm_jax.checkpoints.leaves import PyTree
@@ -47,6 +48,19 @@ def supported_models() -> list[SupportedModel]:
     modules = dict.fromkeys(found.module for found in ARCHITECTURES)
     families = [family for module in modules for family in importlib.import_module(module).FAMILIES]
     return [SupportedModel(f.name, f.architectures, bool(f.from_hf), bool(f.to_hf), f.oracle) for f in families]
+
+
+def family_of_component(component: Component, hf_config: Mapping[str, Any]) -> Family:
+    """The family that reads a component: of the class that model_index.json says, else as config.json says."""
+    if not component.class_name:
+        return family_of(hf_config)
+    if (found := find(component.class_name, hf_config)) is None:
+        raise ConfigError(
+            f"{component.folder}: a component of class {component.class_name!r}",
+            f"one of {', '.join(dict.fromkeys(entry.name for entry in ARCHITECTURES))}",
+            "read the other components by themselves, or convert another checkpoint",
+        )
+    return _family(found)
 
 
 def family_of(hf_config: Mapping[str, Any]) -> Family:
@@ -105,27 +119,29 @@ def pretrained_config(folder: str | Path) -> Any:
     return read_pretrained(folder)[0]
 
 
-def read_pretrained(folder: str | Path) -> tuple[Any, Family]:
+def read_pretrained(folder: str | Path | Component) -> tuple[Any, Family]:
     """The same, and the family of the folder; of a native one that as which it would be written.
 
     Where weights lie beside config.json, their headers say what it leaves open, and bound its numbers of layers.
     """
-    folder = Path(folder)
-    if is_native(folder):
-        config = read_native_config(folder)
+    if not isinstance(folder, Component) and is_native(Path(folder)):
+        config = read_native_config(Path(folder))
         return config, family_of_config(config)
-    hf_config = read_config(folder)
-    family = family_of(hf_config)
+    component = component_of(folder)
+    hf_config = read_config(component)
+    family = family_of_component(component, hf_config)
+    if component.class_name and not named_as(hf_config)[0]:
+        hf_config |= {"architectures": [component.class_name]}
     config = family.from_hf(hf_config)
-    if has_weights(folder):
-        stored = read_folder(folder)
-        require_layers(folder, config, stored)
+    if has_weights(component):
+        stored = read_folder(component)
+        require_layers(component.folder, config, stored)
         config = family.settle(config, stored)
     return config, family
 
 
 def from_pretrained(
-    folder: str | Path,
+    folder: str | Path | Component,
     *,
     dtype: Any = None,
     mesh: jax.sharding.Mesh | None = None,
@@ -134,7 +150,8 @@ def from_pretrained(
     """The module and the parameters in a folder: a Hugging Face one of any supported model, or a native one.
 
     Args:
-        folder: config.json with (sharded) safetensors, or what `mllm convert` wrote.
+        folder: config.json with (sharded) safetensors, or what `mllm convert` wrote. Of a folder with a
+            model_index.json, one of its components: see `mllm_jax.checkpoints.components.components_of`.
         dtype: of the parameters and of the computation; None is what is stored, for the computation what most is.
         mesh: shards the parameters over it; None puts them on the default device.
         report: is called with what reading Hugging Face files took; by default that is logged.
@@ -147,17 +164,18 @@ def from_pretrained(
         CheckpointError: files absent or damaged, tensors that do not fit, or a model larger than the devices.
     """
     prepare_cpu()
-    folder = Path(folder)
     if dtype is not None:
         dtype = float_dtype(dtype)
     config, family = read_pretrained(folder)
     abstract = abstract_params(config, family)
-    if is_native(folder):
-        params = read_native(folder, abstract, mesh=mesh)
+    if not isinstance(folder, Component) and is_native(Path(folder)):
+        params = read_native(Path(folder), abstract, mesh=mesh)
         if dtype is not None:
             params = jax.tree.map(lambda leaf: leaf.astype(dtype), params)
     else:
-        params = read_weights(folder, family.table(config), abstract, mesh=mesh, dtype=dtype, report=report)
+        params = read_weights(
+            component_of(folder), family.table(config), abstract, mesh=mesh, dtype=dtype, report=report
+        )
     return _computing_in(config, _dtype_of(params)).make(), params
 
 
