@@ -26,6 +26,7 @@ import numpy as np
 from flax import linen as nn
 
 from mllm_jax.checkpoints import safetensors_files as st
+from mllm_jax.checkpoints.components import CONFIG, CONFIG_BYTES, Component, component_of
 from mllm_jax.checkpoints.layout import (
     Layout,
     assemble,
@@ -43,8 +44,6 @@ from mllm_jax.errors import CheckpointError, ConfigError
 from mllm_jax.files import read_json
 from mllm_jax.sharding.mesh import param_shardings
 
-CONFIG = "config.json"
-CONFIG_BYTES = 16 << 20
 # What may stand beside the weights and goes along when they are converted; never code.
 # fmt: off
 COMPANIONS = (
@@ -95,9 +94,9 @@ def float_dtype(name: Any) -> np.dtype:
 # ---- config.json
 
 
-def read_config(folder: Path) -> dict[str, Any]:
+def read_config(where: Path | Component) -> dict[str, Any]:
     """The dictionary in config.json. Raises CheckpointError: absent, or no JSON object."""
-    path = Path(folder) / CONFIG
+    path = component_of(where).folder / CONFIG
     try:
         return read_json(path, CheckpointError, limit=CONFIG_BYTES)
     except FileNotFoundError as error:
@@ -121,7 +120,7 @@ def copy_companions(source: Path, target: Path) -> list[str]:
 # ---- reading
 
 
-def open_weights(folder: Path, table: Table, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, st.Entry]:
+def open_weights(where: Path | Component, table: Table, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, st.Entry]:
     """The hub's name -> where that tensor lies, for exactly the tensors of the table; only headers are read.
 
     Args:
@@ -130,9 +129,9 @@ def open_weights(folder: Path, table: Table, shapes: Mapping[str, tuple[int, ...
     Raises:
         CheckpointError: damaged files; or all unknown, missing, doubled, mis-shaped and unreadable tensors at once.
     """
-    folder = Path(folder)
+    component = component_of(where)
     layouts = lay_out(table, shapes)
-    entries = st.read_folder(folder)
+    entries = st.read_folder(component)
     found, wrong = resolve(table, layouts, {name: entry.shape for name, entry in entries.items()})
     wrong += [
         f"{raw}: dtype {entries[raw].dtype}, expected one of {', '.join(st.DTYPES)}"
@@ -141,7 +140,7 @@ def open_weights(folder: Path, table: Table, shapes: Mapping[str, tuple[int, ...
     ]
     if wrong:
         raise CheckpointError(
-            f"{folder}: {len(wrong)} of its tensors do not fit the model"
+            f"{component.folder}: {len(wrong)} of its tensors do not fit the model"
             + "".join(f"\n    {line}" for line in gather_layers(sorted(wrong))),
             "the names, shapes and dtypes that follow from config.json",
             "check that weights and config.json belong together; a quantised checkpoint must be taken unquantised",
@@ -150,7 +149,7 @@ def open_weights(folder: Path, table: Table, shapes: Mapping[str, tuple[int, ...
 
 
 def read_weights(
-    folder: Path,
+    where: Path | Component,
     table: Table,
     abstract: PyTree,
     *,
@@ -158,7 +157,7 @@ def read_weights(
     dtype: Any = None,
     report: Callable[[Report], None] | None = None,
 ) -> PyTree:
-    """The parameters in a Hugging Face folder, placed on the devices.
+    """The parameters in a Hugging Face folder, or of one component, placed on the devices.
 
     Args:
         abstract: `jax.eval_shape` of `module.init(...)["params"]`, with the logical names still on it.
@@ -171,17 +170,18 @@ def read_weights(
     """
     begun = time.perf_counter()
     leaves, structure = flatten(nn.meta.unbox(abstract))
-    entries = open_weights(folder, table, {path: leaf.shape for path, leaf in leaves.items()})
+    component = component_of(where)
+    entries = open_weights(component, table, {path: leaf.shape for path, leaf in leaves.items()})
     sources = {line.path: _Source(line, leaves[line.path].shape, entries, dtype) for line in table.weights}
     shardings = {} if mesh is None else flatten(param_shardings(abstract, mesh))[0]
-    _require_room(folder, sources, shardings)
+    _require_room(component.folder, sources, shardings)
     params, peak = {}, _Held(0, 0)
     for path in leaves:
         params[path], held = _load(sources[path], shardings.get(path))
         peak |= held
     size = sum(entry.nbytes for entry in entries.values())
     done = Report(len(entries), size, peak.buffers, peak.mapped, time.perf_counter() - begun)
-    logger.info("%s: %s", folder, done) if report is None else report(done)
+    logger.info("%s: %s", component.folder, done) if report is None else report(done)
     return jax.tree_util.tree_unflatten(structure, [params[path] for path in leaves])
 
 
@@ -312,7 +312,7 @@ def _free_host_bytes() -> int | None:
 
 
 def write_weights(
-    folder: Path,
+    where: Path | Component,
     table: Table,
     params: PyTree,
     *,
@@ -327,6 +327,7 @@ def write_weights(
     Tensor by tensor: the host holds one stored tensor at a time beside what the devices hold.
 
     Args:
+        where: the folder; a component also says the stem of the files.
         config: config.json's dictionary.
         companions: a folder whose tokenizer, chat template and generation settings come along.
         max_shard_bytes: a larger model is split over several files with an index.
@@ -338,12 +339,13 @@ def write_weights(
     """
     leaves = _writable(flatten(nn.meta.unbox(params))[0])
     specs, tensors = _specs(table, leaves, dtype), hub_tensors(table, leaves)
-    with new_folder(folder, sum(spec.nbytes for spec in specs.values()), overwrite=overwrite) as temporary:
-        files = st.plan_files(specs, max_shard_bytes)
+    target = where if isinstance(where, Component) else Component(Path(where))
+    with new_folder(target.folder, sum(spec.nbytes for spec in specs.values()), overwrite=overwrite) as temporary:
+        files = st.plan_files(specs, max_shard_bytes, target.stem)
         for name, part in files.items():
             st.write_file(temporary / name, part, (_cast(tensors[n](), spec.dtype) for n, spec in part.items()))
         if len(files) > 1:
-            st.write_index(temporary / st.INDEX, files)
+            st.write_index(temporary / st.file_names(target)[1], files)
         if config is not None:
             write_config(temporary, config)
         if companions is not None:

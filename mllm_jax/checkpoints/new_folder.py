@@ -12,7 +12,7 @@ from mllm_jax.checkpoints.folder import REPLACED, WRITING, discard, free_bytes, 
 from mllm_jax.errors import CheckpointError
 
 # A folder with one of these holds a model, so that `overwrite` can never take away a home directory.
-MODEL_FILES = ("config.json", "model.json")
+MODEL_FILES = ("config.json", "model.json", "model_index.json")
 
 
 @contextmanager

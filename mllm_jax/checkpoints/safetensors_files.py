@@ -18,10 +18,10 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from mllm_jax.checkpoints.components import STEM, Component, component_of
 from mllm_jax.errors import CheckpointError
 from mllm_jax.files import open_regular, parse_json, read_json
 
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(jnp.bfloat16)}
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 # Every dtype the format knows, so that a file which holds others beside the weights can be checked as a whole.
@@ -66,28 +66,36 @@ class Entry:
 # ---- reading
 
 
-def has_weights(folder: Path) -> bool:
+def file_names(component: Component) -> tuple[str, str]:
+    """What the one file of a component's weights is called, and the index of several."""
+    return f"{component.stem}.safetensors", f"{component.stem}.safetensors.index.json"
+
+
+def has_weights(where: Path | Component) -> bool:
     """Whether safetensors lie in the folder, alone or with an index."""
-    return any((folder / name).exists() for name in (SINGLE, INDEX))
+    component = component_of(where)
+    return any((component.folder / name).exists() for name in file_names(component))
 
 
-def read_folder(folder: Path) -> dict[str, Entry]:
-    """Where each tensor of a Hugging Face folder lies; only headers are read.
+def read_folder(where: Path | Component) -> dict[str, Entry]:
+    """Where each tensor of a Hugging Face folder, or of one component, lies; only headers are read.
 
     Raises:
         CheckpointError: no safetensors (pickles are refused by name), an index that names absent files or tensors, a
             tensor stored twice, a damaged file.
     """
-    if (folder / SINGLE).exists():
-        return read_header(folder / SINGLE)
-    if not (folder / INDEX).exists():
-        raise _no_weights(folder)
-    weight_map = _weight_map(folder / INDEX)
+    component = component_of(where)
+    folder, (single, index) = component.folder, file_names(component)
+    if (folder / single).exists():
+        return read_header(folder / single)
+    if not (folder / index).exists():
+        raise _no_weights(folder, single, index)
+    weight_map = _weight_map(folder / index)
     names = sorted(set(weight_map.values()))
     if absent := [name for name in names if not (folder / name).exists()]:
         raise CheckpointError(
             f"{folder} without {', '.join(absent)}",
-            f"all {len(names)} files that {INDEX} names",
+            f"all {len(names)} files that {index} names",
             "fetch the missing files",
         )
     headers = {name: read_header(folder / name) for name in names}
@@ -104,7 +112,7 @@ def read_folder(folder: Path) -> dict[str, Entry]:
     ]
     if wrong:
         raise CheckpointError(
-            f"{folder / INDEX}:" + "".join(f"\n    {line}" for line in wrong),
+            f"{folder / index}:" + "".join(f"\n    {line}" for line in wrong),
             "an index that agrees with its files",
             "fetch the index and the files again, from one revision",
         )
@@ -130,16 +138,16 @@ def _is_weights_name(name: Any) -> bool:
     return plain and name.endswith(".safetensors")
 
 
-def _no_weights(folder: Path) -> CheckpointError:
+def _no_weights(folder: Path, single: str, index: str) -> CheckpointError:
     pickles = sorted({path.name for pattern in PICKLES for path in folder.glob(pattern)}) if folder.is_dir() else []
     if pickles:
         return CheckpointError(
             f"{folder} with {', '.join(pickles)} and no safetensors",
-            f"{SINGLE} or {INDEX}: loading a pickle can run any code",
+            f"{single} or {index}: loading a pickle can run any code",
             "take the safetensors revision of the model, or convert the file where you trust it",
         )
     what = "no such folder" if not folder.is_dir() else "no weights in it"
-    return CheckpointError(f"{folder}: {what}", f"a folder with {SINGLE} or {INDEX}", "check the path")
+    return CheckpointError(f"{folder}: {what}", f"a folder with {single} or {index}", "check the path")
 
 
 def read_header(path: Path) -> dict[str, Entry]:
@@ -212,7 +220,7 @@ class Spec:
         return self.dtype.itemsize * math.prod(self.shape)
 
 
-def plan_files(specs: Mapping[str, Spec], max_bytes: int) -> dict[str, dict[str, Spec]]:
+def plan_files(specs: Mapping[str, Spec], max_bytes: int, stem: str = STEM) -> dict[str, dict[str, Spec]]:
     """File name -> its tensors, none above `max_bytes` unless one tensor alone is."""
     files: list[dict[str, Spec]] = [{}]
     room = max_bytes
@@ -224,8 +232,8 @@ def plan_files(specs: Mapping[str, Spec], max_bytes: int) -> dict[str, dict[str,
         files[-1][name] = spec
         room -= spec.nbytes
     if len(files) == 1:
-        return {SINGLE: files[0]}
-    return {f"model-{i:05}-of-{len(files):05}.safetensors": tensors for i, tensors in enumerate(files, 1)}
+        return {f"{stem}.safetensors": files[0]}
+    return {f"{stem}-{i:05}-of-{len(files):05}.safetensors": tensors for i, tensors in enumerate(files, 1)}
 
 
 def write_file(path: Path, specs: Mapping[str, Spec], tensors: Iterable[np.ndarray]) -> None:

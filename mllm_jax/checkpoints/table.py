@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
+
+from mllm_jax.checkpoints.sample import batch_sample
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,12 @@ class Table:
     ignored: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True)
+def nested(table: Table, name: str, path: str) -> tuple[Weight, ...]:
+    """A part's weights as those of a larger model: names begin with `name`, paths with `path`."""
+    return tuple(replace(w, name=name + w.name, path=path + w.path) for w in table.weights)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Family:
     """What stands beside a module so that its Hugging Face folders can be read and written.
 
@@ -59,7 +66,8 @@ class Family:
         from_hf: config.json's dictionary -> the module's config; refuses by name what it cannot honour.
         to_hf: the module's config -> config.json's dictionary, `architectures` and `model_type` included.
         table: the module's config -> Table.
-        sample: the module's config -> the arguments with which `init` creates every parameter.
+        sample: the module's config -> the arguments with which `init` creates every parameter; by default a batch of
+            the whole model, see `mllm_jax.checkpoints.sample` for those of language models and of encoders.
         oracle: the reference class that parity is proven against.
         layout: of a model that reads media: (the module's config, the folder) -> how its pictures are prepared and
             where they stand in the text, see `mllm_jax.models.processor.Layout`.
@@ -72,7 +80,7 @@ class Family:
     from_hf: Callable[[dict], Any]
     to_hf: Callable[[Any], dict]
     table: Callable[[Any], Table]
-    sample: Callable[[Any], tuple]
+    sample: Callable[[Any], tuple] = batch_sample
     oracle: str = ""
     layout: Callable[[Any, Path], Any] | None = None
     settle: Callable[[Any, Collection[str]], Any] = lambda config, stored: config

@@ -173,7 +173,11 @@ def _parts(content: Sequence[Any]) -> Iterator[Part]:
             yield Text(part["text"])
         elif kind in MEDIA:
             source = next((part[name] for name in (kind, "path") if part.get(name) is not None), None)
-            more = {name: part[name] for name in ("fps", "times", "rate") if name in part and name in MEDIA[kind].__dataclass_fields__}
+            more = {
+                name: part[name]
+                for name in ("fps", "times", "rate")
+                if name in part and name in MEDIA[kind].__dataclass_fields__
+            }
             yield MEDIA[kind](source, **more)
         else:
             raise DataError(

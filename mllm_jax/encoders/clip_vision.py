@@ -5,8 +5,9 @@ The last norm is taken on the pooled class token only; `last_hidden_state` is wi
 
 from __future__ import annotations
 
+from mllm_jax.checkpoints.sample import image_sample
 from mllm_jax.checkpoints.table import Family, Table
-from mllm_jax.encoders.hub import Names, faithful, options_of, read_vit, sample, vit_table, write_vit
+from mllm_jax.encoders.hub import Names, faithful, options_of, read_vit, vit_table, write_vit
 from mllm_jax.encoders.vit import ViTConfig
 
 # What an option is where config.json does not say: OpenAI's B/32, with their approximate GELU.
@@ -50,7 +51,7 @@ def from_hf_config(values: dict) -> ViTConfig:
 
 def to_hf_config(config: ViTConfig) -> dict:
     """The reverse; refuses switches that the family does not have."""
-    return faithful(config, write_vit(config) | dict(model_type="clip_vision_model"), from_hf_config)
+    return faithful(config, write_vit(config), from_hf_config)
 
 
 def table(config: ViTConfig) -> Table:
@@ -58,5 +59,13 @@ def table(config: ViTConfig) -> Table:
 
 
 FAMILIES = (
-    Family("CLIP vision", ("CLIPVisionModel",), from_hf_config, to_hf_config, table, sample, oracle="CLIPVisionModel"),
+    Family(
+        name="CLIP vision",
+        architectures=("CLIPVisionModel",),
+        from_hf=from_hf_config,
+        to_hf=to_hf_config,
+        table=table,
+        sample=image_sample,
+        oracle="CLIPVisionModel",
+    ),
 )

@@ -5,9 +5,11 @@ The mask token, which only masked pretraining reads, is neither kept nor written
 
 from __future__ import annotations
 
+from mllm_jax.checkpoints.architectures import model_type
 from mllm_jax.checkpoints.config_json import RATIOS
+from mllm_jax.checkpoints.sample import image_sample
 from mllm_jax.checkpoints.table import Family, Table
-from mllm_jax.encoders.hub import Names, faithful, options_of, read_vit, sample, vit_table, write_vit
+from mllm_jax.encoders.hub import Names, faithful, options_of, read_vit, vit_table, write_vit
 from mllm_jax.encoders.vit import ViTConfig
 from mllm_jax.errors import ConfigError
 
@@ -82,7 +84,7 @@ def to_hf_config(config: ViTConfig) -> dict:
     """The reverse; refuses switches that the family does not have."""
     c = config
     written = write_vit(c) | dict(
-        model_type="dinov2",
+        model_type=model_type(c.family),
         mlp_ratio=_mlp_ratio(c),
         use_swiglu_ffn=c.gated,
         qkv_bias=c.qkv_bias,
@@ -110,4 +112,14 @@ def table(config: ViTConfig) -> Table:
     return vit_table(config, names)
 
 
-FAMILIES = (Family("DINOv2", ("Dinov2Model",), from_hf_config, to_hf_config, table, sample, oracle="Dinov2Model"),)
+FAMILIES = (
+    Family(
+        name="DINOv2",
+        architectures=("Dinov2Model",),
+        from_hf=from_hf_config,
+        to_hf=to_hf_config,
+        table=table,
+        sample=image_sample,
+        oracle="Dinov2Model",
+    ),
+)

@@ -12,8 +12,9 @@ from typing import Any
 
 from mllm_jax.checkpoints.config_json import MOST_PATCHES, RATIOS, read_grid, read_square
 from mllm_jax.checkpoints.options import Options
+from mllm_jax.checkpoints.sample import image_sample
 from mllm_jax.checkpoints.table import Family, Table
-from mllm_jax.encoders.hub import Names, faithful, options_of, read_vit, sample, vit_table, write_vit
+from mllm_jax.encoders.hub import Names, faithful, options_of, read_vit, vit_table, write_vit
 from mllm_jax.encoders.vit import ViTConfig
 from mllm_jax.errors import ConfigError
 
@@ -59,7 +60,7 @@ def from_hf_config(values: dict) -> ViTConfig:
 
 def to_hf_config(config: ViTConfig) -> dict:
     """The reverse; refuses switches that the family does not have."""
-    written = write_vit(config) | dict(model_type="blip_2_vision_model", qkv_bias=config.qkv_bias)
+    written = write_vit(config) | dict(qkv_bias=config.qkv_bias)
     return faithful(config, written, from_hf_config)
 
 
@@ -293,6 +294,22 @@ def timm_table(config: ViTConfig) -> Table:
 
 
 FAMILIES = (
-    Family("EVA-01", ("Blip2VisionModel",), from_hf_config, to_hf_config, table, sample, oracle="Blip2VisionModel"),
-    Family("EVA-02-CLIP", tuple(_TIMM), from_timm_config, to_timm_config, timm_table, sample, oracle="timm.Eva"),
+    Family(
+        name="EVA-01",
+        architectures=("Blip2VisionModel",),
+        from_hf=from_hf_config,
+        to_hf=to_hf_config,
+        table=table,
+        sample=image_sample,
+        oracle="Blip2VisionModel",
+    ),
+    Family(
+        name="EVA-02-CLIP",
+        architectures=tuple(_TIMM),
+        from_hf=from_timm_config,
+        to_hf=to_timm_config,
+        table=timm_table,
+        sample=image_sample,
+        oracle="timm.Eva",
+    ),
 )

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-import jax.numpy as jnp
-
 from mllm_jax.checkpoints import config_json
+from mllm_jax.checkpoints.architectures import model_type
 from mllm_jax.checkpoints.config_json import (
     ENCODER_ACTIVATIONS,
     check_written,
@@ -73,6 +71,7 @@ def write_vit(c: ViTConfig) -> dict:
     """The reverse of `read_vit`."""
     return dict(
         architectures=[c.family],
+        model_type=model_type(c.family),
         image_size=c.image_size,
         patch_size=c.patch_size,
         hidden_size=c.hidden_size,
@@ -98,11 +97,6 @@ def _facts(c: ViTConfig) -> dict:
     """What pictures are normalised with no config.json says, and which of them are refused changes no numbers."""
     pooler = {"auto": "token" if c.class_token else "mean"}.get(c.pooler, c.pooler)
     return stored_fields(c, "image_mean", "image_std", "drop_remainder", "region_size") | dict(pooler=pooler)
-
-
-def sample(c: ViTConfig) -> tuple:
-    """Arguments with which `init` creates every parameter."""
-    return (jnp.zeros((1, c.image_size, c.image_size, c.num_channels)),)
 
 
 @dataclass(frozen=True)
@@ -226,8 +220,3 @@ def vit_table(c: ViTConfig, names: Names) -> Table:
     if c.head_size is not None:
         linear(names.head, "head")
     return Table(tuple(weights), names.spellings, names.ignored)
-
-
-def nested(table: Table, name: str, path: str) -> tuple[Weight, ...]:
-    """A tower's weights as a part of a larger model: names begin with `name`, paths with `path`."""
-    return tuple(dataclasses.replace(w, name=name + w.name, path=path + w.path) for w in table.weights)

@@ -6,14 +6,15 @@ all heads of queries and keys before they are split. With mean pooling, which al
 
 from __future__ import annotations
 
+from mllm_jax.checkpoints.architectures import model_type
 from mllm_jax.checkpoints.options import named_as
+from mllm_jax.checkpoints.sample import image_sample
 from mllm_jax.checkpoints.table import Family, Table
-from mllm_jax.encoders.hub import Names, faithful, options_of, read_vit, sample, vit_table, write_vit
+from mllm_jax.encoders.hub import Names, faithful, options_of, read_vit, vit_table, write_vit
 from mllm_jax.encoders.vit import ViTConfig
 
 _HF, _ORIGINAL = "InternVLVisionModel", "InternVisionModel"
 _NORMS = {"layer_norm": "layer", "rms_norm": "rms"}
-_MODEL_TYPE = {_HF: "internvl_vision", _ORIGINAL: "intern_vit_6b"}
 # What an option is where config.json does not say, by class.
 _COMMON = dict(hidden_act="gelu", layer_norm_eps=1e-6, patch_size=14)
 _DEFAULTS = {
@@ -63,7 +64,7 @@ _NAMES = {
 def from_hf_config(values: dict) -> ViTConfig:
     """config.json of either class, or `vision_config` of InternVL, every option honoured or refused by name."""
     named, kind = named_as(values)
-    original = named == (_ORIGINAL,) or kind == _MODEL_TYPE[_ORIGINAL]
+    original = named == (_ORIGINAL,) or kind == model_type(_ORIGINAL)
     family = _ORIGINAL if original else _HF
     options = options_of(values, _DEFAULTS[family], family)
     norm = _NORMS[options.only("norm_type", *_NORMS)]
@@ -94,7 +95,7 @@ def from_hf_config(values: dict) -> ViTConfig:
 def to_hf_config(config: ViTConfig) -> dict:
     """The reverse; refuses switches that the family does not have."""
     c = config
-    written = write_vit(c) | dict(model_type=_MODEL_TYPE[c.family])
+    written = write_vit(c)
     written["norm_type"] = next(theirs for theirs, ours in _NORMS.items() if ours == c.norm)
     written |= {theirs: getattr(c, ours) for ours, theirs in _SPELT[c.family].items()}
     if c.family == _HF:
@@ -107,8 +108,22 @@ def table(config: ViTConfig) -> Table:
 
 
 FAMILIES = (
-    Family("InternViT", (_HF,), from_hf_config, to_hf_config, table, sample, oracle=_HF),
     Family(
-        "InternViT (OpenGVLab)", (_ORIGINAL,), from_hf_config, to_hf_config, table, sample, oracle="OpenGVLab's code"
+        name="InternViT",
+        architectures=(_HF,),
+        from_hf=from_hf_config,
+        to_hf=to_hf_config,
+        table=table,
+        sample=image_sample,
+        oracle=_HF,
+    ),
+    Family(
+        name="InternViT (OpenGVLab)",
+        architectures=(_ORIGINAL,),
+        from_hf=from_hf_config,
+        to_hf=to_hf_config,
+        table=table,
+        sample=image_sample,
+        oracle="OpenGVLab's code",
     ),
 )

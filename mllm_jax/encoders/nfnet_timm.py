@@ -191,4 +191,14 @@ def sample(config: NFNetConfig) -> tuple:
 
 
 ARCHITECTURES = tuple(f"{origin}nfnet_{variant.lower()}" for origin in ("dm_", "") for variant in VARIANTS)
-FAMILIES = (Family("NFNet", ARCHITECTURES, from_hf_config, to_hf_config, table, sample, oracle="timm NormFreeNet"),)
+FAMILIES = (
+    Family(
+        name="NFNet",
+        architectures=ARCHITECTURES,
+        from_hf=from_hf_config,
+        to_hf=to_hf_config,
+        table=table,
+        sample=sample,
+        oracle="timm NormFreeNet",
+    ),
+)

@@ -17,6 +17,7 @@ from einops import rearrange
 from flax import linen as nn
 from flax import struct
 
+from mllm_jax.checkpoints.architectures import model_type
 from mllm_jax.checkpoints.config_json import MOST_PATCHES, RATIOS, check_written, write_activation
 from mllm_jax.checkpoints.options import Options, named_as
 from mllm_jax.checkpoints.table import Family, Table, Weight
@@ -265,7 +266,6 @@ _QWEN2, _QWEN25, _QWEN3 = (
     "Qwen2_5_VisionTransformerPretrainedModel",
     "Qwen3VLVisionModel",
 )
-_MODEL_TYPES = {"qwen2_vl": _QWEN2, "qwen2_5_vl": _QWEN25, "qwen3_vl": _QWEN3}
 # What an option is where config.json does not say.
 _COMMON = dict(num_heads=16, in_channels=3, patch_size=14, spatial_merge_size=2, temporal_patch_size=2)
 _DEFAULTS = {
@@ -295,11 +295,12 @@ def from_hf_config(values: dict) -> QwenViTConfig:
     part = Options(values, "config.json of a Qwen-VL").part("vision_config", {}) or values
     kind = str(named_as(values)[1]).removesuffix("_vision")
     named = [name for name in named_as(part)[0] if name in _DEFAULTS]
-    family = named[0] if named else _MODEL_TYPES.get(kind)
+    kinds = {model_type(name).removesuffix("_vision"): name for name in _DEFAULTS}
+    family = named[0] if named else kinds.get(kind)
     if family is None:
         raise ConfigError(
             f"a config.json with architectures={part.get('architectures')}, model_type={values.get('model_type')!r}",
-            f"{' or '.join(_DEFAULTS)}, or a model_type of {', '.join(_MODEL_TYPES)}",
+            f"{' or '.join(_DEFAULTS)}, or a model_type of {', '.join(kinds)}",
             "read it with the family that knows it: mllm_jax.supported_models()",
         )
     options = Options(_DEFAULTS[family] | {k: v for k, v in part.items() if v is not None}, f"config.json of {family}")
@@ -352,7 +353,7 @@ def to_hf_config(config: QwenViTConfig) -> dict:
         raise ConfigError(f"Qwen ViT: family {c.family!r}", f"one of {', '.join(_DEFAULTS)}", "change family")
     written = dict(
         architectures=[c.family],
-        model_type=next(kind for kind, family in _MODEL_TYPES.items() if family == c.family) + "_vision",
+        model_type=model_type(c.family),
         depth=c.num_layers,
         num_heads=c.num_heads,
         in_channels=c.channels,
@@ -430,6 +431,14 @@ def sample(config: QwenViTConfig) -> tuple:
 
 
 FAMILIES = tuple(
-    Family(name, (hub,), from_hf_config, to_hf_config, table, sample, oracle=hub)
+    Family(
+        name=name,
+        architectures=(hub,),
+        from_hf=from_hf_config,
+        to_hf=to_hf_config,
+        table=table,
+        sample=sample,
+        oracle=hub,
+    )
     for name, hub in (("Qwen2-VL ViT", _QWEN2), ("Qwen2.5-VL ViT", _QWEN25), ("Qwen3-VL ViT", _QWEN3))
 )

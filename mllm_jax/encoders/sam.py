@@ -14,7 +14,9 @@ import numpy as np
 from einops import rearrange, repeat
 from flax import linen as nn
 
+from mllm_jax.checkpoints.architectures import model_type
 from mllm_jax.checkpoints.config_json import RATIOS, check_written, read_grid, stored_fields, write_activation
+from mllm_jax.checkpoints.sample import image_sample
 from mllm_jax.checkpoints.table import Family, Table, Weight
 from mllm_jax.encoders.hub import ELSEWHERE, options_of, read_activation
 from mllm_jax.encoders.vit import VisionOutput
@@ -279,7 +281,7 @@ def to_hf_config(config: SamConfig) -> dict:
     c = config
     written = dict(
         architectures=[_FAMILY],
-        model_type="sam_vision_model",
+        model_type=model_type(c.family),
         image_size=c.image_size,
         patch_size=c.patch_size,
         hidden_size=c.hidden_size,
@@ -357,9 +359,14 @@ def table(config: SamConfig) -> Table:
     return Table(tuple(named), ((r"^(?!vision_encoder\.)", "vision_encoder."),))
 
 
-def sample(c: SamConfig) -> tuple:
-    """Arguments with which `init` creates every parameter."""
-    return (jnp.zeros((1, c.image_size, c.image_size, c.num_channels)),)
-
-
-FAMILIES = (Family("SAM's picture encoder", (_FAMILY,), from_hf_config, to_hf_config, table, sample, oracle=_FAMILY),)
+FAMILIES = (
+    Family(
+        name="SAM's picture encoder",
+        architectures=(_FAMILY,),
+        from_hf=from_hf_config,
+        to_hf=to_hf_config,
+        table=table,
+        sample=image_sample,
+        oracle=_FAMILY,
+    ),
+)

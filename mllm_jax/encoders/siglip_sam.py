@@ -13,8 +13,7 @@ import jax.numpy as jnp
 from einops import rearrange
 from flax import linen as nn
 
-from mllm_jax.checkpoints.table import Weight
-from mllm_jax.encoders.hub import nested
+from mllm_jax.checkpoints.table import Weight, nested
 from mllm_jax.encoders.sam import Convolution, SamConfig, SamNeck, convolution_weight, neck_weights
 from mllm_jax.encoders.sam import table as sam_table
 from mllm_jax.encoders.siglip_vision import table as siglip_table

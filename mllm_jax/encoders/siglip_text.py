@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from mllm_jax.checkpoints.architectures import model_type
 from mllm_jax.checkpoints.options import Options, named_as
+from mllm_jax.checkpoints.sample import token_sample
 from mllm_jax.checkpoints.table import Family, Table
 from mllm_jax.encoders.text import TextTowerConfig
-from mllm_jax.encoders.text_hub import faithful, read_tower, sample, tower_table, write_tower
+from mllm_jax.encoders.text_hub import faithful, read_tower, tower_table, write_tower
 from mllm_jax.errors import ConfigError
 
 MODEL = "SiglipTextModel"
@@ -37,7 +39,7 @@ def from_hf_config(values: dict) -> TextTowerConfig:
 def to_hf_config(config: TextTowerConfig) -> dict:
     """The reverse; refuses switches that the family does not have."""
     c = config
-    written = dict(architectures=[c.family], model_type="siglip_text_model", projection_size=c.head_size)
+    written = dict(architectures=[c.family], model_type=model_type(c.family), projection_size=c.head_size)
     return faithful(c, written | write_tower(c), from_hf_config)
 
 
@@ -45,4 +47,14 @@ def table(config: TextTowerConfig) -> Table:
     return tower_table(config)
 
 
-FAMILIES = (Family("SigLIP text", (MODEL,), from_hf_config, to_hf_config, table, sample, oracle=MODEL),)
+FAMILIES = (
+    Family(
+        name="SigLIP text",
+        architectures=(MODEL,),
+        from_hf=from_hf_config,
+        to_hf=to_hf_config,
+        table=table,
+        sample=token_sample,
+        oracle=MODEL,
+    ),
+)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from mllm_jax.checkpoints.sample import image_sample
 from mllm_jax.checkpoints.table import Family, Table
-from mllm_jax.encoders.hub import Names, faithful, options_of, read_vit, sample, vit_table, write_vit
+from mllm_jax.encoders.hub import Names, faithful, options_of, read_vit, vit_table, write_vit
 from mllm_jax.encoders.vit import ViTConfig
 
 # What an option is where config.json does not say.
@@ -38,7 +39,7 @@ def from_hf_config(values: dict) -> ViTConfig:
 
 def to_hf_config(config: ViTConfig) -> dict:
     """The reverse; refuses switches that the family does not have."""
-    written = dict(model_type="siglip_vision_model", vision_use_head=config.pooler == "attention")
+    written = dict(vision_use_head=config.pooler == "attention")
     return faithful(config, write_vit(config) | written, from_hf_config)
 
 
@@ -48,12 +49,12 @@ def table(config: ViTConfig) -> Table:
 
 FAMILIES = (
     Family(
-        "SigLIP vision",
-        ("SiglipVisionModel",),
-        from_hf_config,
-        to_hf_config,
-        table,
-        sample,
+        name="SigLIP vision",
+        architectures=("SiglipVisionModel",),
+        from_hf=from_hf_config,
+        to_hf=to_hf_config,
+        table=table,
+        sample=image_sample,
         oracle="SiglipVisionModel",
     ),
 )

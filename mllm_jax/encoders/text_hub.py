@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import jax.numpy as jnp
-
 from mllm_jax.checkpoints.config_json import check_written, write_activation
 from mllm_jax.checkpoints.options import Options
 from mllm_jax.checkpoints.table import Table, Weight
@@ -111,8 +109,3 @@ def tower_table(c: TextTowerConfig, projection: str = "") -> Table:
     # What transformers 5 writes for a tower alone has no prefix; older folders hold the positions' numbers.
     spellings = ((r"^(embeddings|encoder|final_layer_norm|head)\.", r"text_model.\1."),)
     return Table(tuple(weights), spellings, ("text_model.embeddings.position_ids",))
-
-
-def sample(_: TextTowerConfig) -> tuple:
-    """Arguments with which `init` creates every parameter."""
-    return (jnp.zeros((1, 1), jnp.int32),)

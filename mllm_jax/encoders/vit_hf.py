@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from mllm_jax.checkpoints.config_json import ENCODER_ACTIVATIONS, write_activation
+from mllm_jax.checkpoints.sample import image_sample
 from mllm_jax.checkpoints.table import Family, Table
-from mllm_jax.encoders.hub import Names, faithful, options_of, read_vit, sample, vit_table, write_vit
+from mllm_jax.encoders.hub import Names, faithful, options_of, read_vit, vit_table, write_vit
 from mllm_jax.encoders.vit import ViTConfig
 
 # What an option is where config.json does not say.
@@ -68,7 +69,7 @@ def from_hf_config(values: dict) -> ViTConfig:
 
 def to_hf_config(config: ViTConfig) -> dict:
     """The reverse; refuses switches that the family does not have."""
-    written = write_vit(config) | dict(model_type="vit", qkv_bias=config.qkv_bias)
+    written = write_vit(config) | dict(qkv_bias=config.qkv_bias)
     if config.head_size is None:
         written["add_pooling_layer"] = False
     else:
@@ -81,4 +82,14 @@ def table(config: ViTConfig) -> Table:
     return vit_table(config, _NAMES)
 
 
-FAMILIES = (Family("ViT", ("ViTModel",), from_hf_config, to_hf_config, table, sample, oracle="ViTModel"),)
+FAMILIES = (
+    Family(
+        name="ViT",
+        architectures=("ViTModel",),
+        from_hf=from_hf_config,
+        to_hf=to_hf_config,
+        table=table,
+        sample=image_sample,
+        oracle="ViTModel",
+    ),
+)

@@ -15,8 +15,10 @@ import numpy as np
 from flax import linen as nn
 from flax import struct
 
+from mllm_jax.checkpoints.architectures import model_type
 from mllm_jax.checkpoints.config_json import one_or_several
 from mllm_jax.checkpoints.options import Options
+from mllm_jax.checkpoints.sample import token_sample
 from mllm_jax.checkpoints.table import Family, Table, Weight
 from mllm_jax.errors import ConfigError
 from mllm_jax.layers.attention import attention
@@ -316,7 +318,7 @@ def to_hf_config(config: ChatGLMConfig) -> dict:
     """config.json as ChatGLM-6B has it, without the pointers to its code."""
     return {
         "architectures": [config.family],
-        "model_type": "chatglm",
+        "model_type": model_type(config.family),
         **{theirs: getattr(config, ours) for ours, (theirs, _) in _OPTIONS.items()},
         "layernorm_epsilon": config.norm_eps,
         "eos_token_id": one_or_several(config.eos_token_id),
@@ -358,11 +360,6 @@ def table(config: ChatGLMConfig) -> Table:
     return Table(tuple(weights), ignored=(f"{layer}.attention.rotary_emb.inv_freq",))
 
 
-def sample(_: ChatGLMConfig) -> tuple:
-    """Arguments with which `init` creates every parameter."""
-    return (jnp.zeros((1, 4), jnp.int32),)
-
-
 FAMILIES = (
     Family(
         name="ChatGLM-6B",
@@ -370,7 +367,7 @@ FAMILIES = (
         from_hf=from_hf_config,
         to_hf=to_hf_config,
         table=table,
-        sample=sample,
+        sample=token_sample,
         oracle="golden: the checkpoint's own code",
     ),
 )

@@ -7,10 +7,12 @@ GlmForCausalLM.
 
 from __future__ import annotations
 
+from mllm_jax.checkpoints.architectures import architecture
 from mllm_jax.checkpoints.options import Options
+from mllm_jax.checkpoints.sample import token_sample
 from mllm_jax.checkpoints.table import Family, Table
 from mllm_jax.llms.decoder import DecoderConfig
-from mllm_jax.llms.hub import Names, architecture, decoder_table, faithful, read_decoder, sample, write_decoder
+from mllm_jax.llms.hub import Names, decoder_table, faithful, read_decoder, write_decoder
 
 # What an option is where config.json does not say.
 _DEFAULTS = dict(
@@ -51,7 +53,7 @@ _CHATGLM_NAMES = Names(
 
 def from_hf_config(values: dict) -> DecoderConfig:
     """config.json of GlmForCausalLM, every option honoured or refused by name."""
-    family = architecture(values, {"glm": "GlmForCausalLM"})
+    family = architecture(values, "GlmForCausalLM")
     what = f"config.json of {family}"
     options = Options(_DEFAULTS | values | {"eos_token_id": values.get("eos_token_id") or _EOS}, what)
     switches = dict(qkv_bias=options.flag("attention_bias"), rotary_interleaved=True)
@@ -60,7 +62,7 @@ def from_hf_config(values: dict) -> DecoderConfig:
 
 def to_hf_config(config: DecoderConfig) -> dict:
     """The reverse; refuses switches that the family does not have."""
-    own = dict(model_type="glm", attention_bias=config.qkv_bias, partial_rotary_factor=config.partial_rotary_factor)
+    own = dict(attention_bias=config.qkv_bias, partial_rotary_factor=config.partial_rotary_factor)
     return faithful(config, write_decoder(config) | own, from_hf_config)
 
 
@@ -125,14 +127,22 @@ def chatglm_table(config: DecoderConfig) -> Table:
 
 
 FAMILIES = (
-    Family("GLM-4", ("GlmForCausalLM",), from_hf_config, to_hf_config, table, sample, oracle="GlmForCausalLM"),
     Family(
-        "ChatGLM2, ChatGLM3",
-        ("ChatGLMModel",),
-        from_chatglm_config,
-        to_hf_config,
-        chatglm_table,
-        sample,
+        name="GLM-4",
+        architectures=("GlmForCausalLM",),
+        from_hf=from_hf_config,
+        to_hf=to_hf_config,
+        table=table,
+        sample=token_sample,
+        oracle="GlmForCausalLM",
+    ),
+    Family(
+        name="ChatGLM2, ChatGLM3",
+        architectures=("ChatGLMModel",),
+        from_hf=from_chatglm_config,
+        to_hf=to_hf_config,
+        table=chatglm_table,
+        sample=token_sample,
         oracle="golden: the checkpoints' own code",
     ),
 )

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 
-import jax.numpy as jnp
-
+from mllm_jax.checkpoints.architectures import model_type
 from mllm_jax.checkpoints.config_json import (
     check_written,
     one_or_several,
@@ -14,7 +13,7 @@ from mllm_jax.checkpoints.config_json import (
     stored_fields,
     write_activation,
 )
-from mllm_jax.checkpoints.options import Options, named_as
+from mllm_jax.checkpoints.options import Options
 from mllm_jax.checkpoints.table import Table, Weight
 from mllm_jax.errors import ConfigError
 from mllm_jax.layers.rotary import RopeScaling
@@ -35,26 +34,6 @@ _ROPE_OPTIONS = {
     "llama3": ("factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor"),
     "yarn": ("factor", "original_max_position_embeddings", *_ROPE_OPTIONAL),
 }
-
-
-def architecture(values: Mapping, model_types: Mapping[str, str]) -> str:
-    """The architecture that a config.json, or the part of one that describes a language model, stands for.
-
-    Args:
-        model_types: `model_type` -> architecture, for parts without `architectures`.
-
-    Raises:
-        ConfigError: it stands for another one.
-    """
-    named, kind = named_as(values)
-    named = named[0] if named else model_types.get(kind)
-    if named not in model_types.values():
-        raise ConfigError(
-            f"a config.json with architectures={values.get('architectures')}, model_type={kind!r}",
-            " or ".join(model_types.values()),
-            "read it with the family that knows it: mllm_jax.supported_models()",
-        )
-    return named
 
 
 def read_ids(options: Options) -> dict:
@@ -163,6 +142,7 @@ def write_decoder(c: DecoderConfig) -> dict:
     """The reverse of `read_decoder`."""
     return dict(
         architectures=[c.family],
+        model_type=model_type(c.family),
         vocab_size=c.vocab_size,
         hidden_size=c.hidden_size,
         num_hidden_layers=c.num_layers,
@@ -197,11 +177,6 @@ def _facts(c: DecoderConfig) -> dict:
         sliding_window=max((w for w in c.windows if w is not None), default=None),
         embedding_size=c.embedding_size or c.hidden_size,
     )
-
-
-def sample(_: DecoderConfig) -> tuple:
-    """Arguments with which `init` creates every parameter."""
-    return (jnp.zeros((1, 1), jnp.int32),)
 
 
 @dataclass(frozen=True)

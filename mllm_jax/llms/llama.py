@@ -5,13 +5,14 @@ Mistral is LLaMA with a sliding window and without biases.
 
 from __future__ import annotations
 
+from mllm_jax.checkpoints.architectures import architecture
 from mllm_jax.checkpoints.options import Options
+from mllm_jax.checkpoints.sample import token_sample
 from mllm_jax.checkpoints.table import Family
 from mllm_jax.errors import ConfigError
 from mllm_jax.llms.decoder import DecoderConfig
-from mllm_jax.llms.hub import architecture, decoder_table, faithful, read_decoder, sample, write_decoder
+from mllm_jax.llms.hub import decoder_table, faithful, read_decoder, write_decoder
 
-_MODEL_TYPES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM"}
 # What an option is where config.json does not say.
 _DEFAULTS = {
     "LlamaForCausalLM": dict(
@@ -47,7 +48,7 @@ _DEFAULTS = {
 
 def from_hf_config(values: dict) -> DecoderConfig:
     """config.json of LlamaForCausalLM or MistralForCausalLM, every option honoured or refused by name."""
-    family = architecture(values, _MODEL_TYPES)
+    family = architecture(values, *_DEFAULTS)
     what = f"config.json of {family}"
     options = Options(_DEFAULTS[family] | values, what)
     if family == "MistralForCausalLM":
@@ -62,7 +63,7 @@ def to_hf_config(config: DecoderConfig) -> dict:
     """The reverse; refuses switches that the family does not have."""
     written = write_decoder(config)
     if config.family == "MistralForCausalLM":
-        written |= dict(model_type="mistral", sliding_window=config.sliding_window)
+        written |= dict(sliding_window=config.sliding_window)
     else:
         if config.hidden_size % config.num_heads:
             raise ConfigError(
@@ -70,13 +71,21 @@ def to_hf_config(config: DecoderConfig) -> dict:
                 "heads that divide the hidden size: transformers refuses others",
                 "change num_heads, or choose another family",
             )
-        written |= dict(model_type="llama", attention_bias=config.qkv_bias, mlp_bias=config.mlp_bias)
+        written |= dict(attention_bias=config.qkv_bias, mlp_bias=config.mlp_bias)
     return faithful(config, written, from_hf_config)
 
 
 table = decoder_table
 
 FAMILIES = tuple(
-    Family(name, (hub,), from_hf_config, to_hf_config, table, sample, oracle=hub)
+    Family(
+        name=name,
+        architectures=(hub,),
+        from_hf=from_hf_config,
+        to_hf=to_hf_config,
+        table=table,
+        sample=token_sample,
+        oracle=hub,
+    )
     for name, hub in (("LLaMA, Vicuna", "LlamaForCausalLM"), ("Mistral", "MistralForCausalLM"))
 )

@@ -5,17 +5,17 @@ OPT-350m differs from its siblings: norms behind each sum, and an embedding narr
 
 from __future__ import annotations
 
+from mllm_jax.checkpoints.architectures import architecture, model_type
 from mllm_jax.checkpoints.config_json import read_activation, write_activation
 from mllm_jax.checkpoints.options import Options
+from mllm_jax.checkpoints.sample import token_sample
 from mllm_jax.checkpoints.table import Family, Table
 from mllm_jax.llms.decoder import DecoderConfig
 from mllm_jax.llms.hub import (
     Names,
-    architecture,
     decoder_table,
     faithful,
     read_ids,
-    sample,
     write_ids,
 )
 
@@ -51,7 +51,7 @@ _NAMES = Names(
 
 def from_hf_config(values: dict) -> DecoderConfig:
     """config.json of OPTForCausalLM, every option honoured or refused by name."""
-    family = architecture(values, {"opt": "OPTForCausalLM"})
+    family = architecture(values, "OPTForCausalLM")
     options = Options(_DEFAULTS | values, f"config.json of {family}")
     width, heads = options.size("hidden_size"), options.size("num_attention_heads")
     options.divided("hidden_size", "num_attention_heads")
@@ -93,7 +93,7 @@ def to_hf_config(config: DecoderConfig) -> dict:
     c = config
     written = dict(
         architectures=[c.family],
-        model_type="opt",
+        model_type=model_type(c.family),
         vocab_size=c.vocab_size,
         hidden_size=c.hidden_size,
         num_hidden_layers=c.num_layers,
@@ -116,4 +116,14 @@ def table(config: DecoderConfig) -> Table:
     return decoder_table(config, _NAMES)
 
 
-FAMILIES = (Family("OPT", ("OPTForCausalLM",), from_hf_config, to_hf_config, table, sample, oracle="OPTForCausalLM"),)
+FAMILIES = (
+    Family(
+        name="OPT",
+        architectures=("OPTForCausalLM",),
+        from_hf=from_hf_config,
+        to_hf=to_hf_config,
+        table=table,
+        sample=token_sample,
+        oracle="OPTForCausalLM",
+    ),
+)

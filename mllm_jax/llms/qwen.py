@@ -6,13 +6,14 @@ sliding window only.
 
 from __future__ import annotations
 
+from mllm_jax.checkpoints.architectures import architecture
 from mllm_jax.checkpoints.options import Options
+from mllm_jax.checkpoints.sample import token_sample
 from mllm_jax.checkpoints.table import Family
 from mllm_jax.errors import ConfigError
 from mllm_jax.llms.decoder import DecoderConfig
-from mllm_jax.llms.hub import architecture, decoder_table, faithful, read_decoder, sample, write_decoder
+from mllm_jax.llms.hub import decoder_table, faithful, read_decoder, write_decoder
 
-_MODEL_TYPES = {"qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 # What an option is where config.json does not say.
 _BOTH = dict(
     vocab_size=151936,
@@ -35,7 +36,7 @@ _DEFAULTS = {"Qwen2ForCausalLM": _BOTH, "Qwen3ForCausalLM": _BOTH | dict(head_di
 
 def from_hf_config(values: dict) -> DecoderConfig:
     """config.json of Qwen2ForCausalLM or Qwen3ForCausalLM, every option honoured or refused by name."""
-    family = architecture(values, _MODEL_TYPES)
+    family = architecture(values, *_DEFAULTS)
     what = f"config.json of {family}"
     options = Options(_DEFAULTS[family] | values, what)
     switches = _read_windows(options)
@@ -51,10 +52,8 @@ def from_hf_config(values: dict) -> DecoderConfig:
 def to_hf_config(config: DecoderConfig) -> dict:
     """The reverse; refuses switches that the family does not have."""
     written = write_decoder(config) | _write_windows(config)
-    if config.family == "Qwen2ForCausalLM":
-        written |= dict(model_type="qwen2")
-    else:
-        written |= dict(model_type="qwen3", attention_bias=config.qkv_bias)
+    if config.family != "Qwen2ForCausalLM":
+        written |= dict(attention_bias=config.qkv_bias)
     return faithful(config, written, from_hf_config)
 
 
@@ -94,6 +93,14 @@ def _write_windows(c: DecoderConfig) -> dict:
 table = decoder_table
 
 FAMILIES = tuple(
-    Family(name, (hub,), from_hf_config, to_hf_config, table, sample, oracle=hub)
+    Family(
+        name=name,
+        architectures=(hub,),
+        from_hf=from_hf_config,
+        to_hf=to_hf_config,
+        table=table,
+        sample=token_sample,
+        oracle=hub,
+    )
     for name, hub in (("Qwen2, Qwen2.5", "Qwen2ForCausalLM"), ("Qwen3", "Qwen3ForCausalLM"))
 )

@@ -7,11 +7,13 @@ whole doublings of the first chunk's length) and `use_logn_attn` (queries scaled
 
 from __future__ import annotations
 
+from mllm_jax.checkpoints.architectures import architecture, model_type
 from mllm_jax.checkpoints.options import Options
+from mllm_jax.checkpoints.sample import token_sample
 from mllm_jax.checkpoints.table import Family, Table
 from mllm_jax.errors import ConfigError
 from mllm_jax.llms.decoder import DecoderConfig
-from mllm_jax.llms.hub import Names, architecture, decoder_table, faithful, read_ids, sample, write_ids
+from mllm_jax.llms.hub import Names, decoder_table, faithful, read_ids, write_ids
 
 ARCHITECTURE = "QWenLMHeadModel"
 # The MLP is c_proj(w1(x) * silu(w2(x))).
@@ -40,7 +42,7 @@ _IDLE = (
 
 def from_hf_config(values: dict) -> DecoderConfig:
     """config.json of QWenLMHeadModel without `visual`, every option honoured or refused by name."""
-    what = f"config.json of {architecture(values, {'qwen': ARCHITECTURE})}"
+    what = f"config.json of {architecture(values, ARCHITECTURE)}"
     options = Options(values, what)
     if "visual" in options:
         raise ConfigError(
@@ -85,7 +87,7 @@ def to_hf_config(config: DecoderConfig) -> dict:
     c = config
     written = dict(
         architectures=[ARCHITECTURE],
-        model_type="qwen",
+        model_type=model_type(ARCHITECTURE),
         vocab_size=c.vocab_size,
         hidden_size=c.hidden_size,
         num_hidden_layers=c.num_layers,
@@ -114,12 +116,12 @@ def table(config: DecoderConfig) -> Table:
 
 FAMILIES = (
     Family(
-        "Qwen (first)",
-        (ARCHITECTURE,),
-        from_hf_config,
-        to_hf_config,
-        table,
-        sample,
+        name="Qwen (first)",
+        architectures=(ARCHITECTURE,),
+        from_hf=from_hf_config,
+        to_hf=to_hf_config,
+        table=table,
+        sample=token_sample,
         oracle="Qwen2ForCausalLM with the weights renamed",
     ),
 )

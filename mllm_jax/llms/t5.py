@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax import struct
 
+from mllm_jax.checkpoints.architectures import model_type
 from mllm_jax.checkpoints.config_json import ACTIVATIONS, one_or_several, write_activation
 from mllm_jax.checkpoints.options import Options
 from mllm_jax.checkpoints.table import Family, Table, Weight
@@ -335,7 +336,7 @@ def to_hf_config(config: T5Config) -> dict:
     projection = "gelu" if c.gated and activation == "gelu_new" else activation  # "gated-gelu" means gelu_new
     return {
         "architectures": [c.family],
-        "model_type": "t5",
+        "model_type": model_type(c.family),
         "is_encoder_decoder": True,
         **{theirs: getattr(c, ours) for ours, theirs in _OPTIONS.items()},
         "relative_attention_max_distance": c.max_distance,

@@ -8,27 +8,27 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 
+from mllm_jax.checkpoints.architectures import BEFORE, find, llms_inside, model_type, of_type
 from mllm_jax.checkpoints.config_json import check_written, stored_fields
 from mllm_jax.checkpoints.options import Options
-from mllm_jax.checkpoints.table import Family, Table, Weight
+from mllm_jax.checkpoints.table import Family, Table, Weight, nested
 from mllm_jax.data.image_processors import ImageProcessor, read_image_processor
+from mllm_jax.data.processing.layouts import TileLayout
 from mllm_jax.data.processing.media import Media
 from mllm_jax.encoders import eva
-from mllm_jax.encoders.hub import nested
 from mllm_jax.encoders.vit import ViTConfig
 from mllm_jax.errors import ConfigError, DataError
-from mllm_jax.llms import llama, opt, t5
+from mllm_jax.llms import t5
 from mllm_jax.models.clip import CLIP_MEAN, CLIP_STD
 from mllm_jax.models.multimodal import Connection, MultimodalConfig
-from mllm_jax.data.processing.layouts import TileLayout
+from mllm_jax.models.parts import home
 from mllm_jax.projectors.qformer_hub import qformer_weights, read_qformer, write_qformer
 
 FAMILY = "Blip2ForConditionalGeneration"
-# `model_type` of text_config -> the file that knows the language model.
-LLMS = {"opt": opt, "t5": t5, "llama": llama}
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ def read_parts(values: Mapping, family: str, llms: Sequence[str], text: bool | N
     llm_values = _nameless(options.part("text_config", {}))
     kind = Options({"model_type": llms[0]} | llm_values, f"text_config of {family}").only("model_type", *llms)
     llm, encoder = (
-        LLMS[kind].from_hf_config({"model_type": kind} | llm_values),
+        home(of_type(kind)).from_hf_config({"model_type": kind} | llm_values),
         read_encoder(options.part("vision_config", {})),
     )
     projector = read_qformer(
@@ -88,22 +88,19 @@ def read_parts(values: Mapping, family: str, llms: Sequence[str], text: bool | N
     return dict(encoder=encoder, projector=projector, llm=llm, image_token_id=image_token, family=family)
 
 
-def write_parts(config: Blip2Config, prefix: str, model_type: str) -> dict:
+def write_parts(config: Blip2Config, prefix: str) -> dict:
     """The reverse of `read_parts`.
 
     Args:
         prefix: what the model types of the parts begin with.
     """
-    kind = next((kind for kind, home in LLMS.items() if config.llm.family in _architectures(home)), None)
-    if kind is None:
-        raise ConfigError(f"{config.family} over {config.llm.family}", f"one of {', '.join(LLMS)}", "change the LLM")
     vision = eva.to_hf_config(config.encoder) | dict(model_type=f"{prefix}_vision_model")
     return dict(
         architectures=[config.family],
-        model_type=model_type,
+        model_type=model_type(config.family),
         vision_config=_nameless(vision),
         qformer_config=write_qformer(config.projector, f"{prefix}_qformer"),
-        text_config=LLMS[kind].to_hf_config(config.llm),
+        text_config=_llm(config).to_hf_config(config.llm),
         num_query_tokens=config.projector.num_queries,
         image_token_index=config.image_token_id,
         use_decoder_only_language_model=not config.encoder_decoder,
@@ -121,8 +118,13 @@ def faithful(config: Blip2Config, written: dict, read) -> dict:
     return check_written(config, written, read, "a composed model", facts)
 
 
-def _architectures(home) -> tuple[str, ...]:
-    return tuple(name for family in home.FAMILIES for name in family.architectures)
+def _llm(config: Blip2Config) -> ModuleType:
+    """The module of the language model inside. Raises ConfigError: one that these models are not known with."""
+    part = find(config.llm.family)
+    if part is None or BEFORE not in part.media:
+        kinds = dict.fromkeys(part.model_type for part in llms_inside(BEFORE))
+        raise ConfigError(f"{config.family} over {config.llm.family}", f"one of {', '.join(kinds)}", "change the LLM")
+    return home(part)
 
 
 def _nameless(part: dict) -> dict:
@@ -136,7 +138,7 @@ def from_hf_config(values: dict) -> Blip2Config:
 
 def to_hf_config(config: Blip2Config) -> dict:
     """The reverse; refuses switches that the family does not have."""
-    return faithful(config, write_parts(config, "blip_2", "blip-2"), from_hf_config)
+    return faithful(config, write_parts(config, "blip_2"), from_hf_config)
 
 
 def settle(config: Blip2Config, stored: Collection[str]) -> Blip2Config:
@@ -146,8 +148,7 @@ def settle(config: Blip2Config, stored: Collection[str]) -> Blip2Config:
 
 def table_of(config: Blip2Config, projector: tuple[Weight, ...]) -> Table:
     """The weights of a composed model around a Q-Former."""
-    home = next(home for home in LLMS.values() if config.llm.family in _architectures(home))
-    vision, llm = eva.table(config.encoder), home.table(config.llm)
+    vision, llm = eva.table(config.encoder), _llm(config).table(config.llm)
     weights = nested(vision, "vision_model.", "encoder/") + projector + nested(llm, "language_model.", "llm/")
     ignored = tuple(f"language_model.{name}" for name in llm.ignored) + (
         "qformer.embeddings.position_ids", "embeddings.position_ids",
@@ -157,11 +158,6 @@ def table_of(config: Blip2Config, projector: tuple[Weight, ...]) -> Table:
 
 def table(config: Blip2Config) -> Table:
     return table_of(config, qformer_weights(config.projector))
-
-
-def sample(config: MultimodalConfig) -> tuple:
-    """Arguments with which `init` creates every parameter."""
-    return (config.batch_spec().empty(),)
 
 
 # ---- pictures
@@ -220,4 +216,15 @@ def pixel_reader(encoder: ViTConfig, folder: Path):
     return lambda picture: plain(picture).astype(np.uint8)
 
 
-FAMILIES = (Family("BLIP-2", (FAMILY,), from_hf_config, to_hf_config, table, sample, FAMILY, QueryLayout, settle),)
+FAMILIES = (
+    Family(
+        name="BLIP-2",
+        architectures=(FAMILY,),
+        from_hf=from_hf_config,
+        to_hf=to_hf_config,
+        table=table,
+        oracle=FAMILY,
+        layout=QueryLayout,
+        settle=settle,
+    ),
+)

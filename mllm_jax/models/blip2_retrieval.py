@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from mllm_jax.checkpoints.architectures import model_type
 from mllm_jax.checkpoints.config_json import check_written, stored_fields
 from mllm_jax.checkpoints.options import Options
-from mllm_jax.checkpoints.table import Family, Table, Weight
+from mllm_jax.checkpoints.table import Family, Table, Weight, nested
 from mllm_jax.encoders import eva
-from mllm_jax.encoders.hub import nested
 from mllm_jax.models.blip2 import read_encoder
 from mllm_jax.models.blip2_stage1 import QFormerPretrainingConfig
 from mllm_jax.projectors.qformer_hub import qformer_weights, read_qformer, write_qformer
@@ -45,7 +45,7 @@ def to_hf_config(config: QFormerPretrainingConfig) -> dict:
     vision = {name: value for name, value in eva.to_hf_config(config.encoder).items() if name != "architectures"}
     written = dict(
         architectures=[FAMILY],
-        model_type="blip-2",
+        model_type=model_type(FAMILY),
         vision_config=vision,
         qformer_config=write_qformer(config.projector, "blip_2_qformer"),
         num_query_tokens=config.projector.num_queries,
@@ -71,9 +71,13 @@ def table(config: QFormerPretrainingConfig) -> Table:
     return Table(weights, (), ("embeddings.position_ids",))
 
 
-def sample(config: QFormerPretrainingConfig) -> tuple:
-    """Arguments with which `init` creates every parameter."""
-    return (config.batch_spec().empty(),)
-
-
-FAMILIES = (Family("BLIP-2 retrieval", (FAMILY,), from_hf_config, to_hf_config, table, sample, oracle=FAMILY),)
+FAMILIES = (
+    Family(
+        name="BLIP-2 retrieval",
+        architectures=(FAMILY,),
+        from_hf=from_hf_config,
+        to_hf=to_hf_config,
+        table=table,
+        oracle=FAMILY,
+    ),
+)

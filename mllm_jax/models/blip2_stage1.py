@@ -197,7 +197,6 @@ class QFormerPretraining(nn.Module):
             self.write(batch | {"cache": pairs.cache})
 
 
-
 def similarity(image, text):
     """[B, Q, D], [T, D] -> [B, T]: of the queries' similarities with a text the largest."""
     return jnp.einsum("bqd,td->bqt", image, text).max(axis=1)

@@ -12,12 +12,13 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax import struct
 
+from mllm_jax.checkpoints.architectures import model_type
 from mllm_jax.checkpoints.config_json import check_written
 from mllm_jax.checkpoints.options import Options
-from mllm_jax.checkpoints.table import Family, Table, Weight
+from mllm_jax.checkpoints.table import Family, Table, Weight, nested
 from mllm_jax.data.batch import BatchSpec, images_spec, text_spec
 from mllm_jax.encoders import clip_text, clip_vision, siglip_text, siglip_vision
-from mllm_jax.encoders.hub import ELSEWHERE, nested
+from mllm_jax.encoders.hub import ELSEWHERE
 from mllm_jax.encoders.text import TextModel, TextOutput, TextTowerConfig
 from mllm_jax.encoders.vit import VisionOutput, ViTConfig
 from mllm_jax.errors import ConfigError
@@ -203,7 +204,6 @@ class DualEncoder(nn.Module):
         return self.embed_pairs(batch)
 
 
-
 def _vector(text: TextOutput):
     return text.pooler_output if text.text_embeds is None else text.text_embeds
 
@@ -252,7 +252,7 @@ def write_clip(config: DualEncoderConfig) -> dict:
     log_scale = INIT["softmax"][0] if config.init_log_scale is None else config.init_log_scale
     written = dict(
         architectures=["CLIPModel"],
-        model_type="clip",
+        model_type=model_type(config.family),
         vision_config=_nameless(clip_vision.to_hf_config(config.vision)),
         text_config=_nameless(clip_text.to_hf_config(config.text)),
         projection_dim=config.projection_size,
@@ -281,7 +281,7 @@ def write_siglip(config: DualEncoderConfig) -> dict:
     """The reverse; refuses switches that the family does not have."""
     written = dict(
         architectures=["SiglipModel"],
-        model_type="siglip",
+        model_type=model_type(config.family),
         vision_config=_nameless(siglip_vision.to_hf_config(config.vision)),
         text_config=_nameless(siglip_text.to_hf_config(config.text)),
     )
@@ -324,6 +324,22 @@ def sample(config: DualEncoderConfig) -> tuple:
 
 
 FAMILIES = (
-    Family("CLIP", ("CLIPModel",), read_clip, write_clip, clip_table, sample, oracle="CLIPModel"),
-    Family("SigLIP", ("SiglipModel",), read_siglip, write_siglip, siglip_table, sample, oracle="SiglipModel"),
+    Family(
+        name="CLIP",
+        architectures=("CLIPModel",),
+        from_hf=read_clip,
+        to_hf=write_clip,
+        table=clip_table,
+        sample=sample,
+        oracle="CLIPModel",
+    ),
+    Family(
+        name="SigLIP",
+        architectures=("SiglipModel",),
+        from_hf=read_siglip,
+        to_hf=write_siglip,
+        table=siglip_table,
+        sample=sample,
+        oracle="SiglipModel",
+    ),
 )

@@ -11,27 +11,25 @@ from pathlib import Path
 
 import numpy as np
 
+from mllm_jax.checkpoints.architectures import architecture, model_type
 from mllm_jax.checkpoints.config_json import check_written, stored_fields
 from mllm_jax.checkpoints.options import Options
-from mllm_jax.checkpoints.table import Family, Table, Weight
+from mllm_jax.checkpoints.table import Family, Table, Weight, nested
 from mllm_jax.data.image_processors import ImageProcessor, read_image_processor
+from mllm_jax.data.processing.layouts import TileLayout
 from mllm_jax.data.processing.media import Media
 from mllm_jax.encoders import sam, siglip_vision
-from mllm_jax.encoders.hub import nested
 from mllm_jax.encoders.siglip_sam import SiglipSamConfig, siglip_sam_weights
 from mllm_jax.encoders.vit import ViTConfig
 from mllm_jax.errors import ConfigError
 from mllm_jax.layers.requirements import Requirements
-from mllm_jax.llms.hub import architecture
 from mllm_jax.models.clip import CLIP_MEAN, CLIP_STD
-from mllm_jax.models.llm_part import llm_table, read_llm, write_llm
 from mllm_jax.models.multimodal import MultimodalConfig
-from mllm_jax.data.processing.layouts import TileLayout
+from mllm_jax.models.parts import llm_table, read_llm, write_llm
 from mllm_jax.projectors.mlp import MLPProjectorConfig
 from mllm_jax.projectors.paired import PairedProjectorConfig
 
 SINGLE, HYBRID = "DeepseekVLForConditionalGeneration", "DeepseekVLHybridForConditionalGeneration"
-_MODEL_TYPES = {SINGLE: "deepseek_vl", HYBRID: "deepseek_vl_hybrid"}
 _WHAT = "a DeepSeek-VL"
 
 
@@ -53,7 +51,7 @@ class DeepseekVLConfig(MultimodalConfig):
     def __post_init__(self):
         super().__post_init__()
         require = Requirements("DeepSeek-VL", self)
-        require.one_of("family", _MODEL_TYPES)
+        require.one_of("family", (SINGLE, HYBRID))
         require.one_of("preprocessing", ("hub", "original"))
         parts = type(self.encoder).__name__, type(self.projector).__name__
         wanted = (SiglipSamConfig, PairedProjectorConfig) if self.hybrid else (ViTConfig, MLPProjectorConfig)
@@ -137,7 +135,7 @@ def layout(config: DeepseekVLConfig, folder: Path) -> DeepseekVLLayout:
 
 def from_hf_config(values: dict) -> DeepseekVLConfig:
     """config.json of either kind, every option honoured or refused by name."""
-    family = architecture(values, {kind: name for name, kind in _MODEL_TYPES.items()})
+    family = architecture(values, SINGLE, HYBRID)
     what = f"config.json of {family}"
     options = Options(values, what)
     text = options.part("text_config")
@@ -181,7 +179,7 @@ def to_hf_config(config: DeepseekVLConfig) -> dict:
     c = config
     written = dict(
         architectures=[c.family],
-        model_type=_MODEL_TYPES[c.family],
+        model_type=model_type(c.family),
         text_config=write_llm(c.llm, _WHAT),
         vision_config=siglip_vision.to_hf_config(c.encoder.low if c.hybrid else c.encoder),
         tie_word_embeddings=c.llm.tie_word_embeddings,
@@ -226,12 +224,15 @@ def _in_llm(name: str) -> str:
     return f"model.language_model.{name.removeprefix('model.')}" if name.startswith("model.") else name
 
 
-def sample(config: DeepseekVLConfig) -> tuple:
-    """Arguments with which `init` creates every parameter."""
-    return (config.batch_spec().empty(),)
-
-
 FAMILIES = tuple(
-    Family(name, (hub,), from_hf_config, to_hf_config, table, sample, oracle=hub, layout=layout)
+    Family(
+        name=name,
+        architectures=(hub,),
+        from_hf=from_hf_config,
+        to_hf=to_hf_config,
+        table=table,
+        oracle=hub,
+        layout=layout,
+    )
     for name, hub in (("DeepSeek-VL", SINGLE), ("DeepSeek-VL with SAM", HYBRID))
 )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,9 +9,8 @@ import numpy as np
 
 from mllm_jax.checkpoints.table import Family, Table
 from mllm_jax.data.chat import ChatTokenizer
-from mllm_jax.data.processing.media import Media
 from mllm_jax.errors import DataError
-from mllm_jax.models.blip2 import Blip2Config, QueryLayout, faithful, read_parts, sample, settle, table_of, write_parts
+from mllm_jax.models.blip2 import Blip2Config, QueryLayout, faithful, read_parts, settle, table_of, write_parts
 from mllm_jax.projectors.qformer_hub import qformer_weights
 
 FAMILY = "InstructBlipForConditionalGeneration"
@@ -38,7 +36,7 @@ def from_hf_config(values: dict) -> InstructBlipConfig:
 
 def to_hf_config(config: InstructBlipConfig) -> dict:
     """The reverse; refuses switches that the family does not have."""
-    return faithful(config, write_parts(config, "instructblip", "instructblip"), from_hf_config)
+    return faithful(config, write_parts(config, "instructblip"), from_hf_config)
 
 
 def table(config: InstructBlipConfig) -> Table:
@@ -65,5 +63,14 @@ class InstructLayout(QueryLayout):
 
 
 FAMILIES = (
-    Family("InstructBLIP", (FAMILY,), from_hf_config, to_hf_config, table, sample, FAMILY, InstructLayout, settle),
+    Family(
+        name="InstructBLIP",
+        architectures=(FAMILY,),
+        from_hf=from_hf_config,
+        to_hf=to_hf_config,
+        table=table,
+        oracle=FAMILY,
+        layout=InstructLayout,
+        settle=settle,
+    ),
 )

@@ -11,25 +11,23 @@ from pathlib import Path
 
 import numpy as np
 
+from mllm_jax.checkpoints.architectures import architecture, model_type
 from mllm_jax.checkpoints.config_json import check_written, read_activation, stored_fields, write_activation
 from mllm_jax.checkpoints.options import Options, named_as
-from mllm_jax.checkpoints.table import Family, Table, Weight
+from mllm_jax.checkpoints.table import Family, Table, Weight, nested
 from mllm_jax.data.chat import ChatTokenizer
 from mllm_jax.data.image_processors import ImageProcessor, read_image_processor, read_video_processor
+from mllm_jax.data.processing.layouts import TileLayout
 from mllm_jax.data.processing.media import TEXT, Media
 from mllm_jax.encoders import internvit
-from mllm_jax.encoders.hub import nested
 from mllm_jax.encoders.vit import ViTConfig
 from mllm_jax.errors import ConfigError
 from mllm_jax.layers.requirements import Requirements
-from mllm_jax.llms.hub import architecture
-from mllm_jax.models.llm_part import llm_table, read_llm, write_llm
 from mllm_jax.models.multimodal import Connection, MultimodalConfig
-from mllm_jax.data.processing.layouts import TileLayout
+from mllm_jax.models.parts import llm_table, read_llm, write_llm
 from mllm_jax.projectors.pixel_shuffle import PixelShuffleProjectorConfig
 
 HUB, ORIGINAL = "InternVLForConditionalGeneration", "InternVLChatModel"
-_MODEL_TYPES = {HUB: "internvl", ORIGINAL: "internvl_chat"}
 MOST_TILES = 1_024  # of an image
 _TOWERS = {HUB: "InternVLVisionModel", ORIGINAL: "InternVisionModel"}
 IMAGE_MEAN, IMAGE_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -54,7 +52,7 @@ class InternVLConfig(MultimodalConfig):
     def __post_init__(self):
         super().__post_init__()
         require = Requirements("InternVL", self)
-        require.one_of("family", _MODEL_TYPES)
+        require.one_of("family", (HUB, ORIGINAL))
         require(
             self.encoder.class_token and not self.connection.class_token,
             f"a tower with class_token={self.encoder.class_token}, read: {self.connection.class_token}",
@@ -160,7 +158,7 @@ def layout(config: InternVLConfig, folder: Path) -> InternVLLayout:
 
 def from_hf_config(values: dict) -> InternVLConfig:
     """config.json of either kind, every option honoured or refused by name."""
-    family = architecture(values, {kind: name for name, kind in _MODEL_TYPES.items()})
+    family = architecture(values, HUB, ORIGINAL)
     options = Options(values, f"config.json of {family}")
     return (_read_original if family == ORIGINAL else _read_hub)(options, f"config.json of {family}")
 
@@ -258,7 +256,7 @@ def to_hf_config(config: InternVLConfig) -> dict:
     vision, text = internvit.to_hf_config(_tower(c)), write_llm(c.llm, "an InternVL")
     layer, ratio = c.connection.layers, 1 / c.projector.factor
     layer = -1 if layer is None else layer[0] if len(layer) == 1 else list(layer)
-    written = dict(architectures=[c.family], model_type=_MODEL_TYPES[c.family], downsample_ratio=ratio)
+    written = dict(architectures=[c.family], model_type=model_type(c.family), downsample_ratio=ratio)
     if c.family == HUB:
         written |= dict(
             vision_config=vision,
@@ -320,20 +318,22 @@ def table(config: InternVLConfig) -> Table:
     return Table(tuple(weights), spellings if hub else (), tuple(ignored))
 
 
-def sample(config: InternVLConfig) -> tuple:
-    """Arguments with which `init` creates every parameter."""
-    return (config.batch_spec().empty(),)
-
-
 FAMILIES = (
-    Family("InternVL 2.5, 3", (HUB,), from_hf_config, to_hf_config, table, sample, oracle=HUB, layout=layout),
     Family(
-        "InternVL (OpenGVLab)",
-        (ORIGINAL,),
-        from_hf_config,
-        to_hf_config,
-        table,
-        sample,
+        name="InternVL 2.5, 3",
+        architectures=(HUB,),
+        from_hf=from_hf_config,
+        to_hf=to_hf_config,
+        table=table,
+        oracle=HUB,
+        layout=layout,
+    ),
+    Family(
+        name="InternVL (OpenGVLab)",
+        architectures=(ORIGINAL,),
+        from_hf=from_hf_config,
+        to_hf=to_hf_config,
+        table=table,
         oracle="OpenGVLab's code, by its parts",
         layout=layout,
     ),

@@ -12,27 +12,24 @@ from pathlib import Path
 
 import numpy as np
 
+from mllm_jax.checkpoints.architectures import architecture, find, model_type, of_type
 from mllm_jax.checkpoints.config_json import check_written, read_activation, stored_fields, write_activation
 from mllm_jax.checkpoints.options import Options
-from mllm_jax.checkpoints.table import Family, Table, Weight
+from mllm_jax.checkpoints.table import Family, Table, Weight, nested
 from mllm_jax.data.image_processors import ImageProcessor, read_image_processor, read_video_processor
+from mllm_jax.data.processing.layouts import TileLayout
 from mllm_jax.data.processing.media import Media
 from mllm_jax.data.tiles import Places, anyres_places, best_resolution, tile_places, video_places
-from mllm_jax.encoders import clip_vision, siglip_vision
-from mllm_jax.encoders.hub import nested
 from mllm_jax.encoders.vit import ViTConfig
 from mllm_jax.errors import ConfigError
 from mllm_jax.layers.requirements import Requirements
-from mllm_jax.llms.hub import architecture
 from mllm_jax.models.clip import CLIP_MEAN, CLIP_STD
-from mllm_jax.models.llm_part import llm_table, read_llm, write_llm
 from mllm_jax.models.multimodal import Connection, MultimodalConfig
-from mllm_jax.data.processing.layouts import TileLayout
+from mllm_jax.models.parts import home, llm_table, read_llm, write_llm
 from mllm_jax.projectors.mlp import MLPProjectorConfig
 
 LLAVA, NEXT, ONEVISION = (f"Llava{name}ForConditionalGeneration" for name in ("", "Next", "Onevision"))
-_MODEL_TYPES = {LLAVA: "llava", NEXT: "llava_next", ONEVISION: "llava_onevision"}
-_TOWERS = {"clip_vision_model": clip_vision, "siglip_vision_model": siglip_vision}
+_TOWERS = ("clip_vision_model", "siglip_vision_model")  # `model_type` of vision_config, the first by default
 NEXT_RESOLUTIONS = ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008))
 ONEVISION_RESOLUTIONS = tuple((384 * down, 384 * across) for down in range(1, 7) for across in range(1, 7))
 _ANYRES = "anyres_max_"
@@ -61,7 +58,7 @@ class LlavaConfig(MultimodalConfig):
     def __post_init__(self):
         super().__post_init__()
         require = Requirements("LLaVA", self)
-        require.one_of("family", _MODEL_TYPES)
+        require.one_of("family", (LLAVA, NEXT, ONEVISION))
         require.one_of("preprocessing", ("hub", "original"))
         tiled = self.family != LLAVA
         require(
@@ -177,7 +174,7 @@ def layout(config: LlavaConfig, folder: Path) -> LlavaLayout:
 
 def from_hf_config(values: dict) -> LlavaConfig:
     """config.json of the three, every option honoured or refused by name."""
-    family = architecture(values, {kind: name for name, kind in _MODEL_TYPES.items()})
+    family = architecture(values, LLAVA, NEXT, ONEVISION)
     what = f"config.json of {family}"
     options = Options(values, what)
     encoder = _read_tower(options.part("vision_config"), what)
@@ -252,14 +249,14 @@ def _resolutions(options: Options, usual: Sequence, what: str) -> tuple[tuple[in
 
 
 def _read_tower(values: dict, what: str) -> ViTConfig:
-    kind = Options(values, f"vision_config of {what}").text("model_type", "clip_vision_model")
+    kind = Options(values, f"vision_config of {what}").text("model_type", _TOWERS[0])
     if kind not in _TOWERS:
         raise ConfigError(f"{what}: a vision tower {kind!r}", " or ".join(_TOWERS), "convert another checkpoint")
     # Towers of whole CLIPs say their text tower's vocabulary.
-    tower = _TOWERS[kind].from_hf_config(
+    tower = home(of_type(kind)).from_hf_config(
         {name: value for name, value in values.items() if name not in ("architectures", "vocab_size")}
     )
-    return replace(tower, image_mean=CLIP_MEAN, image_std=CLIP_STD) if kind == "clip_vision_model" else tower
+    return replace(tower, image_mean=CLIP_MEAN, image_std=CLIP_STD) if kind == _TOWERS[0] else tower
 
 
 def to_hf_config(config: LlavaConfig) -> dict:
@@ -268,7 +265,7 @@ def to_hf_config(config: LlavaConfig) -> dict:
     full = config.connection.class_token or not config.encoder.class_token
     written = dict(
         architectures=[config.family],
-        model_type=_MODEL_TYPES[config.family],
+        model_type=model_type(config.family),
         vision_config=_tower(config.encoder).to_hf_config(config.encoder),
         text_config=write_llm(llm, "a LLaVA"),
         tie_word_embeddings=llm.tie_word_embeddings,
@@ -296,9 +293,9 @@ def _facts(c: LlavaConfig) -> dict:
 
 def _tower(encoder: ViTConfig):
     """The file that writes a tower."""
-    for module in _TOWERS.values():
-        if encoder.family in [name for family in module.FAMILIES for name in family.architectures]:
-            return module
+    found = find(encoder.family)
+    if found is not None and found.model_type in _TOWERS:
+        return home(found)
     raise ConfigError(f"LLaVA with a {encoder.family}", f"one of {', '.join(_TOWERS)}", "choose another encoder")
 
 
@@ -323,12 +320,15 @@ def table(config: LlavaConfig) -> Table:
     return Table(tuple(weights), spellings, tuple(ignored))
 
 
-def sample(config: LlavaConfig) -> tuple:
-    """Arguments with which `init` creates every parameter."""
-    return (config.batch_spec().empty(),)
-
-
 FAMILIES = tuple(
-    Family(name, (hub,), from_hf_config, to_hf_config, table, sample, oracle=hub, layout=layout)
+    Family(
+        name=name,
+        architectures=(hub,),
+        from_hf=from_hf_config,
+        to_hf=to_hf_config,
+        table=table,
+        oracle=hub,
+        layout=layout,
+    )
     for name, hub in (("LLaVA-1.5", LLAVA), ("LLaVA-NeXT", NEXT), ("LLaVA-OneVision", ONEVISION))
 )

@@ -22,7 +22,6 @@ from mllm_jax.models.contrastive import ContrastiveConfig
 from mllm_jax.projectors.pformer import PFormerConfig
 from mllm_jax.sharding.logical import constrain, part_of_model, split_sizes
 
-
 INSTRUCTION = 128  # the most tokens of one in training: max_txt_len in LAVIS' configs
 
 

@@ -155,4 +155,3 @@ class PFormerPretraining(nn.Module):
     def touch(self, batch):
         """Runs every part once: what `init` traces so that all parameters exist."""
         return self(self.encode_texts(batch).row)
-

@@ -12,7 +12,7 @@ import numpy as np
 from mllm_jax.checkpoints.table import Family
 from mllm_jax.data.batch import BatchSpec, assemble, instruction_spec
 from mllm_jax.data.chat import ChatTokenizer
-from mllm_jax.data.message import MEDIA, Audio, Conversation, Example, Image, Message, Part, Text, conversations
+from mllm_jax.data.message import MEDIA, Conversation, Example, Message, Part, Text, conversations
 from mllm_jax.data.processing.encode import (
     Encoder,
     Words,
@@ -59,9 +59,7 @@ class Processor:
         return cls.of(pretrained_config(folder), Path(folder))
 
     @classmethod
-    def of(
-        cls, config: Any, folder: Path, *, system: str | None = None, words: Sequence[str] = ()
-    ) -> Processor:
+    def of(cls, config: Any, folder: Path, *, system: str | None = None, words: Sequence[str] = ()) -> Processor:
         """The processor of a model whose tokenizer, and processor if it is a named one, are in a folder.
 
         Args:

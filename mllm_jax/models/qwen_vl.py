@@ -8,24 +8,22 @@ from pathlib import Path
 
 import numpy as np
 
+from mllm_jax.checkpoints.architectures import architecture, model_type
 from mllm_jax.checkpoints.config_json import check_written, stored_fields
 from mllm_jax.checkpoints.options import Options
-from mllm_jax.checkpoints.table import Family, Table
+from mllm_jax.checkpoints.table import Family, Table, nested
 from mllm_jax.data.image_processors import ImageProcessor, read_image_processor
-from mllm_jax.data.processing.media import Collated, Media, Row
 from mllm_jax.data.mrope import mrope_positions
+from mllm_jax.data.processing.layouts import Layout
+from mllm_jax.data.processing.media import Collated, Media, Row
 from mllm_jax.encoders import qwen_vit
-from mllm_jax.encoders.hub import nested
 from mllm_jax.errors import ConfigError, DataError
 from mllm_jax.layers.requirements import Requirements
 from mllm_jax.llms import qwen
 from mllm_jax.llms.decoder import DecoderConfig
-from mllm_jax.llms.hub import architecture
 from mllm_jax.models.multimodal import MultimodalConfig
-from mllm_jax.data.processing.layouts import Layout
 
 QWEN2, QWEN25, QWEN3 = (f"Qwen{number}VLForConditionalGeneration" for number in ("2", "2_5_", "3"))
-_MODEL_TYPES = {QWEN2: "qwen2_vl", QWEN25: "qwen2_5_vl", QWEN3: "qwen3_vl"}
 _LLMS = {QWEN2: "qwen2", QWEN25: "qwen2", QWEN3: "qwen3"}
 _SECTIONS = {QWEN2: (16, 24, 24), QWEN25: (16, 24, 24), QWEN3: (24, 20, 20)}
 _OLDER = dict(
@@ -56,7 +54,7 @@ class QwenVLConfig(MultimodalConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        Requirements("Qwen-VL", self).one_of("family", _MODEL_TYPES)
+        Requirements("Qwen-VL", self).one_of("family", (QWEN2, QWEN25, QWEN3))
 
 
 class PatchLayout(Layout):
@@ -127,7 +125,7 @@ def layout(config: QwenVLConfig, folder: Path) -> PatchLayout:
 
 def from_hf_config(values: dict) -> QwenVLConfig:
     """config.json of the three, nested or, as Qwen2-VL's first ones, flat; every option honoured or refused by name."""
-    family = architecture(values, {kind: name for name, kind in _MODEL_TYPES.items()})
+    family = architecture(values, QWEN2, QWEN25, QWEN3)
     what = f"config.json of {family}"
     own = ("image_token_id", "video_token_id", "architectures", "model_type", *_IDLE)
     flat = values.get("text_config") is None
@@ -138,9 +136,7 @@ def from_hf_config(values: dict) -> QwenVLConfig:
     tied = whole.flag("tie_word_embeddings", False) or Options(text, what).flag("tie_word_embeddings", False)
     options = Options(values if not flat else {n: v for n, v in values.items() if n in own}, what)
     options.skip("architectures", "model_type", *_IDLE)
-    tower = qwen_vit.from_hf_config(
-        dict(model_type=_MODEL_TYPES[family], vision_config=whole.part("vision_config", {}))
-    )
+    tower = qwen_vit.from_hf_config(dict(model_type=model_type(family), vision_config=whole.part("vision_config", {})))
     config = QwenVLConfig(
         encoder=tower,
         projector=None,
@@ -174,7 +170,7 @@ def _read_llm(family: str, text: dict, what: str) -> DecoderConfig:
 
 def to_hf_config(config: QwenVLConfig) -> dict:
     """The reverse; refuses switches that the family does not have."""
-    llm, kind = config.llm, _MODEL_TYPES[config.family]
+    llm, kind = config.llm, model_type(config.family)
     text = qwen.to_hf_config(replace(llm, mrope_sections=(), mrope_interleaved=False))
     rope = dict(text.pop("rope_scaling") or {"rope_type": "default"})
     rope |= dict(rope_theta=text.pop("rope_theta"), mrope_section=list(llm.mrope_sections))
@@ -216,12 +212,15 @@ def table(config: QwenVLConfig) -> Table:
     return Table((*nested(tower, visual, "encoder/"), *own), spellings, (*llm.ignored,))
 
 
-def sample(config: QwenVLConfig) -> tuple:
-    """Arguments with which `init` creates every parameter."""
-    return (config.batch_spec().empty(),)
-
-
 FAMILIES = tuple(
-    Family(name, (hub,), from_hf_config, to_hf_config, table, sample, oracle=hub, layout=layout)
+    Family(
+        name=name,
+        architectures=(hub,),
+        from_hf=from_hf_config,
+        to_hf=to_hf_config,
+        table=table,
+        oracle=hub,
+        layout=layout,
+    )
     for name, hub in (("Qwen2-VL", QWEN2), ("Qwen2.5-VL", QWEN25), ("Qwen3-VL", QWEN3))
 )

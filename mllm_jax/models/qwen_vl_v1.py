@@ -16,17 +16,16 @@ from flax import linen as nn
 
 from mllm_jax.checkpoints.config_json import check_written, stored_fields
 from mllm_jax.checkpoints.options import Options
-from mllm_jax.checkpoints.table import Family, Table, Weight
+from mllm_jax.checkpoints.table import Family, Table, Weight, nested
 from mllm_jax.data.image_processors import ImageProcessor
+from mllm_jax.data.processing.layouts import TileLayout
 from mllm_jax.data.processing.media import TEXT, Media
 from mllm_jax.encoders import qwen_vit_v1
-from mllm_jax.encoders.hub import nested
 from mllm_jax.encoders.qwen_vit_v1 import NORM_EPS, QwenViTV1Config
 from mllm_jax.encoders.vit import VisionOutput
 from mllm_jax.errors import ConfigError
 from mllm_jax.llms import qwen_v1
 from mllm_jax.models.multimodal import MultimodalConfig
-from mllm_jax.data.processing.layouts import TileLayout
 from mllm_jax.projectors.resampler import ResamplerConfig
 
 # Qwen-VL's repository has no class for the tower alone, and its folders no architecture of their own: these are ours.
@@ -268,28 +267,22 @@ def table(config: QwenVLV1Config) -> Table:
     return Table((*vision, *nested(llm, "", "llm/")), llm.spellings, llm.ignored)
 
 
-def sample(config: QwenVLV1Config) -> tuple:
-    """Arguments with which `init` creates every parameter."""
-    return (config.batch_spec().empty(),)
-
-
 FAMILIES = (
     Family(
-        "Qwen-VL (first) ViT and resampler",
-        (TOWER,),
-        read_tower,
-        write_tower,
-        tower_table,
-        tower_sample,
+        name="Qwen-VL (first) ViT and resampler",
+        architectures=(TOWER,),
+        from_hf=read_tower,
+        to_hf=write_tower,
+        table=tower_table,
+        sample=tower_sample,
         oracle="recorded outputs of Qwen-VL-Chat's visual.py",
     ),
     Family(
-        "Qwen-VL (first)",
-        (WHOLE,),
-        from_hf_config,
-        to_hf_config,
-        table,
-        sample,
+        name="Qwen-VL (first)",
+        architectures=(WHOLE,),
+        from_hf=from_hf_config,
+        to_hf=to_hf_config,
+        table=table,
         oracle="its tower's recorded outputs, and Qwen2ForCausalLM with the weights renamed",
         layout=layout,
     ),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import importlib
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -14,6 +13,8 @@ from typing import Any
 import jax
 from flax import linen as nn
 
+from mllm_jax.checkpoints.architectures import ARCHITECTURES, Architecture, find, known
+from mllm_jax.checkpoints.components import Component, component_of
 from mllm_jax.checkpoints.hf import Report, float_dtype, read_config, read_weights, write_weights
 from mllm_jax.checkpoints.layer_bound import require_layers
 from mllm_jax.checkpoints.leaves import PyTree
@@ -23,59 +24,6 @@ from mllm_jax.checkpoints.safetensors_files import has_weights, read_folder
 from mllm_jax.checkpoints.table import Family
 from mllm_jax.errors import ConfigError
 from mllm_jax.sharding.cpu import prepare_cpu
-
-# The architecture that config.json names -> the module whose FAMILIES has it. A new family is a file and its lines.
-_HOMES = {
-    "LlamaForCausalLM": "mllm_jax.llms.llama",
-    "MistralForCausalLM": "mllm_jax.llms.llama",
-    "Qwen2ForCausalLM": "mllm_jax.llms.qwen",
-    "Qwen3ForCausalLM": "mllm_jax.llms.qwen",
-    "QWenLMHeadModel": "mllm_jax.llms.qwen_v1",
-    "GlmForCausalLM": "mllm_jax.llms.glm",
-    "OPTForCausalLM": "mllm_jax.llms.opt",
-    "T5ForConditionalGeneration": "mllm_jax.llms.t5",
-    "T5WithLMHeadModel": "mllm_jax.llms.t5",
-    "ChatGLMModel": "mllm_jax.llms.chatglm",
-    "ChatGLMForConditionalGeneration": "mllm_jax.llms.chatglm",
-    "ViTModel": "mllm_jax.encoders.vit_hf",
-    "CLIPVisionModel": "mllm_jax.encoders.clip_vision",
-    "CLIPTextModel": "mllm_jax.encoders.clip_text",
-    "CLIPTextModelWithProjection": "mllm_jax.encoders.clip_text",
-    "CLIPModel": "mllm_jax.models.clip",
-    "SiglipVisionModel": "mllm_jax.encoders.siglip_vision",
-    "SamVisionModel": "mllm_jax.encoders.sam",
-    "SiglipTextModel": "mllm_jax.encoders.siglip_text",
-    "SiglipModel": "mllm_jax.models.clip",
-    "LlavaForConditionalGeneration": "mllm_jax.models.llava",
-    "LlavaNextForConditionalGeneration": "mllm_jax.models.llava",
-    "LlavaOnevisionForConditionalGeneration": "mllm_jax.models.llava",
-    "Dinov2Model": "mllm_jax.encoders.dinov2",
-    "Blip2VisionModel": "mllm_jax.encoders.eva",
-    "InternVLVisionModel": "mllm_jax.encoders.internvit",
-    "InternVisionModel": "mllm_jax.encoders.internvit",
-    "Qwen2VisionTransformerPretrainedModel": "mllm_jax.encoders.qwen_vit",
-    "Qwen2_5_VisionTransformerPretrainedModel": "mllm_jax.encoders.qwen_vit",
-    "Qwen3VLVisionModel": "mllm_jax.encoders.qwen_vit",
-    "QWenVisionTransformer": "mllm_jax.models.qwen_vl_v1",
-    "QWenVL": "mllm_jax.models.qwen_vl_v1",
-    "InternVLForConditionalGeneration": "mllm_jax.models.internvl",
-    "InternVLChatModel": "mllm_jax.models.internvl",
-    "DeepseekVLForConditionalGeneration": "mllm_jax.models.deepseek_vl",
-    "DeepseekVLHybridForConditionalGeneration": "mllm_jax.models.deepseek_vl",
-    "Blip2ForConditionalGeneration": "mllm_jax.models.blip2",
-    "Blip2ForImageTextRetrieval": "mllm_jax.models.blip2_retrieval",
-    "InstructBlipForConditionalGeneration": "mllm_jax.models.instructblip",
-    "Qwen2VLForConditionalGeneration": "mllm_jax.models.qwen_vl",
-    "Qwen2_5_VLForConditionalGeneration": "mllm_jax.models.qwen_vl",
-    "Qwen3VLForConditionalGeneration": "mllm_jax.models.qwen_vl",
-    # timm's names
-    "eva_giant_patch14_clip_224": "mllm_jax.encoders.eva",
-    "eva02_base_patch16_clip_224": "mllm_jax.encoders.eva",
-    "eva02_large_patch14_clip_224": "mllm_jax.encoders.eva",
-    "eva02_large_patch14_clip_336": "mllm_jax.encoders.eva",
-    "eva02_enormous_patch14_clip_224": "mllm_jax.encoders.eva",
-    **{f"{origin}nfnet_f{size}": "mllm_jax.encoders.nfnet_timm" for origin in ("dm_", "") for size in range(7)},
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,8 +45,22 @@ class SupportedModel:
 
 def supported_models() -> list[SupportedModel]:
     """Every model that `from_pretrained` reads, a row a family. `mllm models` prints it as a table."""
-    families = [family for home in dict.fromkeys(_HOMES.values()) for family in importlib.import_module(home).FAMILIES]
+    modules = dict.fromkeys(found.module for found in ARCHITECTURES)
+    families = [family for module in modules for family in importlib.import_module(module).FAMILIES]
     return [SupportedModel(f.name, f.architectures, bool(f.from_hf), bool(f.to_hf), f.oracle) for f in families]
+
+
+def family_of_component(component: Component, hf_config: Mapping[str, Any]) -> Family:
+    """The family that reads a component: of the class that model_index.json says, else as config.json says."""
+    if not component.class_name:
+        return family_of(hf_config)
+    if (found := find(component.class_name, hf_config)) is None:
+        raise ConfigError(
+            f"{component.folder}: a component of class {component.class_name!r}",
+            f"one of {', '.join(dict.fromkeys(entry.name for entry in ARCHITECTURES))}",
+            "read the other components by themselves, or convert another checkpoint",
+        )
+    return _family(found)
 
 
 def family_of(hf_config: Mapping[str, Any]) -> Family:
@@ -112,12 +74,8 @@ def family_of(hf_config: Mapping[str, Any]) -> Family:
             "the name of the model's class, such as LlamaForCausalLM",
             "add the entry `architectures` as the model's own repository has it",
         )
-    known = [name for name in architectures if name in _HOMES]
-    name = known[0] if known else architectures[0]
-    if name == "QWenLMHeadModel" and hf_config.get("visual"):
-        name = "QWenVL"  # whose folders name the class that its language model has
-    # ChatGLM 2 and 3 call themselves what the first one does, and only they have this option.
-    return _family(name, "mllm_jax.llms.glm" if name == "ChatGLMModel" and "padded_vocab_size" in hf_config else None)
+    name = next((name for name in architectures if find(name, hf_config)), architectures[0])
+    return _family(known(name, hf_config))
 
 
 def family_of_config(config: Any) -> Family:
@@ -128,21 +86,12 @@ def family_of_config(config: Any) -> Family:
             "a config that came from a Hugging Face folder, or names the architecture to be written as",
             "set its field `family`, or save a training checkpoint instead",
         )
-    return _family(name)
+    return _family(known(name))
 
 
-def _family(architecture: str, home: str | None = None) -> Family:
-    if architecture not in _HOMES:
-        near = difflib.get_close_matches(architecture, _HOMES, n=1)
-        raise ConfigError(
-            f"architecture {architecture!r}",
-            f"one of {', '.join(_HOMES)}",
-            f"did you mean {near[0]!r}?"
-            if near
-            else "convert another checkpoint; `mllm models` lists what is supported",
-        )
-    families = importlib.import_module(home or _HOMES[architecture]).FAMILIES
-    return next(family for family in families if architecture in family.architectures)
+def _family(found: Architecture) -> Family:
+    families = importlib.import_module(found.module).FAMILIES
+    return next(family for family in families if found.name in family.architectures)
 
 
 def has_layout(config: Any) -> bool:
@@ -170,27 +119,29 @@ def pretrained_config(folder: str | Path) -> Any:
     return read_pretrained(folder)[0]
 
 
-def read_pretrained(folder: str | Path) -> tuple[Any, Family]:
+def read_pretrained(folder: str | Path | Component) -> tuple[Any, Family]:
     """The same, and the family of the folder; of a native one that as which it would be written.
 
     Where weights lie beside config.json, their headers say what it leaves open, and bound its numbers of layers.
     """
-    folder = Path(folder)
-    if is_native(folder):
-        config = read_native_config(folder)
+    if not isinstance(folder, Component) and is_native(Path(folder)):
+        config = read_native_config(Path(folder))
         return config, family_of_config(config)
-    hf_config = read_config(folder)
-    family = family_of(hf_config)
+    component = component_of(folder)
+    hf_config = read_config(component)
+    family = family_of_component(component, hf_config)
+    if component.class_name and not named_as(hf_config)[0]:
+        hf_config |= {"architectures": [component.class_name]}
     config = family.from_hf(hf_config)
-    if has_weights(folder):
-        stored = read_folder(folder)
-        require_layers(folder, config, stored)
+    if has_weights(component):
+        stored = read_folder(component)
+        require_layers(component.folder, config, stored)
         config = family.settle(config, stored)
     return config, family
 
 
 def from_pretrained(
-    folder: str | Path,
+    folder: str | Path | Component,
     *,
     dtype: Any = None,
     mesh: jax.sharding.Mesh | None = None,
@@ -199,7 +150,8 @@ def from_pretrained(
     """The module and the parameters in a folder: a Hugging Face one of any supported model, or a native one.
 
     Args:
-        folder: config.json with (sharded) safetensors, or what `mllm convert` wrote.
+        folder: config.json with (sharded) safetensors, or what `mllm convert` wrote. Of a folder with a
+            model_index.json, one of its components: see `mllm_jax.checkpoints.components.components_of`.
         dtype: of the parameters and of the computation; None is what is stored, for the computation what most is.
         mesh: shards the parameters over it; None puts them on the default device.
         report: is called with what reading Hugging Face files took; by default that is logged.
@@ -212,17 +164,18 @@ def from_pretrained(
         CheckpointError: files absent or damaged, tensors that do not fit, or a model larger than the devices.
     """
     prepare_cpu()
-    folder = Path(folder)
     if dtype is not None:
         dtype = float_dtype(dtype)
     config, family = read_pretrained(folder)
     abstract = abstract_params(config, family)
-    if is_native(folder):
-        params = read_native(folder, abstract, mesh=mesh)
+    if not isinstance(folder, Component) and is_native(Path(folder)):
+        params = read_native(Path(folder), abstract, mesh=mesh)
         if dtype is not None:
             params = jax.tree.map(lambda leaf: leaf.astype(dtype), params)
     else:
-        params = read_weights(folder, family.table(config), abstract, mesh=mesh, dtype=dtype, report=report)
+        params = read_weights(
+            component_of(folder), family.table(config), abstract, mesh=mesh, dtype=dtype, report=report
+        )
     return _computing_in(config, _dtype_of(params)).make(), params
 
 

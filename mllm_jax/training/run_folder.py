@@ -142,7 +142,9 @@ class RunFolder:
 
 def words_of(folder: RunFolder) -> dict[str, str]:
     """Gives a checksum of each file that says how text and media become ids: the tokenizer's or the processor's."""
-    files = [file for file in folder.processor_folder.rglob("*") if file.is_file() and file.name != "generation_config.json"]
+    files = [
+        file for file in folder.processor_folder.rglob("*") if file.is_file() and file.name != "generation_config.json"
+    ]
     return {str(file.relative_to(folder.path)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
 
 

@@ -19,14 +19,16 @@ from safetensors.numpy import load_file, save_file
 from toy_hub import LAYERS, NAMES, SHAPES, TABLE, abstract, by_hand, nest, parameters, write_raw
 
 from mllm_jax.checkpoints import hf
+from mllm_jax.checkpoints.components import Component
 from mllm_jax.checkpoints.hf import checksum, hub_tensors, open_weights, read_config, read_weights, write_weights
 from mllm_jax.checkpoints.leaves import flatten
-from mllm_jax.checkpoints.safetensors_files import INDEX, SINGLE
+from mllm_jax.checkpoints.safetensors_files import file_names
 from mllm_jax.checkpoints.table import Weight
 from mllm_jax.errors import CheckpointError, ConfigError
 from mllm_jax.sharding.logical import partition_spec
 from mllm_jax.sharding.mesh import MeshConfig, make_mesh
 
+SINGLE, INDEX = file_names(Component(Path()))
 BF16 = np.dtype(ml_dtypes.bfloat16)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from pathlib import Path
 
 import ml_dtypes
 import numpy as np
@@ -11,18 +12,20 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from toy_hub import write_raw
 
+from mllm_jax.checkpoints.components import Component
 from mllm_jax.checkpoints.safetensors_files import (
     DTYPES,
-    INDEX,
-    SINGLE,
     Spec,
     copy_into,
+    file_names,
     plan_files,
     read_folder,
     read_header,
     write_file,
 )
 from mllm_jax.errors import CheckpointError
+
+SINGLE, INDEX = file_names(Component(Path()))
 
 
 def refused(call, *arguments) -> str:

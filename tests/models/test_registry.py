@@ -16,17 +16,25 @@ from safetensors.numpy import load_file
 
 import mllm_jax
 from mllm_jax import DecoderConfig, MeshConfig, from_pretrained, save_pretrained, supported_models
+from mllm_jax.checkpoints import architectures
+from mllm_jax.checkpoints.architectures import ARCHITECTURES
 from mllm_jax.checkpoints.hf import read_config
 from mllm_jax.checkpoints.native import write_native
+from mllm_jax.checkpoints.sample import batch_sample, image_sample, token_sample
 from mllm_jax.errors import CheckpointError, ConfigError
-from mllm_jax.models import registry
-from mllm_jax.models.registry import _HOMES, abstract_params, family_of, family_of_config
+from mllm_jax.models.registry import abstract_params, family_of, family_of_config
 from mllm_jax.sharding.mesh import make_mesh, param_shardings
 
 CONFIG = DecoderConfig(
     vocab_size=32, hidden_size=16, num_layers=2, num_heads=4, num_kv_heads=2, mlp_size=24, tie_word_embeddings=False
 )
+MODULES = list(dict.fromkeys(entry.module for entry in ARCHITECTURES))
+NAMES = list(dict.fromkeys(entry.name for entry in ARCHITECTURES))
 TOKENS = jnp.arange(12, dtype=jnp.int32).reshape(2, 6)
+
+
+def families_of(module):
+    return importlib.import_module(module).FAMILIES
 
 
 def random_params(config, dtype=jnp.float32):
@@ -59,14 +67,9 @@ def folder(tmp_path_factory, params):
 
 
 def test_every_architecture_has_the_home_that_reads_it():
-    told = {
-        name
-        for home in set(_HOMES.values())
-        for f in importlib.import_module(home).FAMILIES
-        for name in f.architectures
-    }
-    assert told == _HOMES.keys()
-    for name in _HOMES:
+    told = {(module, name) for module in MODULES for f in families_of(module) for name in f.architectures}
+    assert told == {(entry.module, entry.name) for entry in ARCHITECTURES}
+    for name in NAMES:
         family = family_of({"architectures": [name]})
         assert name in family.architectures and family.name and family.oracle
 
@@ -80,8 +83,15 @@ def test_chatglm_2_is_not_taken_for_the_first_one():
 def test_supported_models_lists_every_family_once():
     rows = supported_models()
     names = [name for row in rows for name in row.architectures]
-    assert set(names) == _HOMES.keys() and len({row.name for row in rows}) == len(rows)
+    assert set(names) == set(NAMES) and len({row.name for row in rows}) == len(rows)
     assert all(row.reading and row.writing and row.oracle for row in rows)
+
+
+def test_only_what_takes_other_arguments_has_a_sample_of_its_own():
+    families = [f for module in MODULES for f in families_of(module)]
+    own = {f.name for f in families if f.sample not in (batch_sample, token_sample, image_sample)}
+    vits = {"Qwen2-VL ViT", "Qwen2.5-VL ViT", "Qwen3-VL ViT", "Qwen-VL (first) ViT and resampler"}
+    assert own == {"T5, Flan-T5", "CLIP", "SigLIP", "NFNet"} | vits
 
 
 @pytest.mark.parametrize(
@@ -107,7 +117,8 @@ def test_a_config_of_no_family_is_not_written(config):
 
 
 def test_a_new_family_is_one_line(monkeypatch):
-    monkeypatch.setitem(registry._HOMES, "MyForCausalLM", "my_models")
+    line = architectures.Architecture("MyForCausalLM", "my_models", "my")
+    monkeypatch.setattr(architectures, "ARCHITECTURES", (*ARCHITECTURES, line))
     with pytest.raises(ModuleNotFoundError, match="my_models"):
         family_of({"architectures": ["MyForCausalLM"]})
 

@@ -10,8 +10,7 @@ from qformer_reference import LAVIS, golden, golden_config
 from safetensors.numpy import save_file
 
 from mllm_jax.checkpoints.hf import hub_tensors, read_weights
-from mllm_jax.checkpoints.table import Table
-from mllm_jax.encoders.hub import nested
+from mllm_jax.checkpoints.table import Table, nested
 from mllm_jax.encoders.vit import ViTConfig
 from mllm_jax.llms import llama
 from mllm_jax.llms.decoder import DecoderConfig

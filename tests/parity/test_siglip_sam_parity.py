@@ -13,8 +13,8 @@ from safetensors.numpy import save_file
 from vision_checks import GOLDENS
 
 from mllm_jax.checkpoints.hf import read_weights
-from mllm_jax.checkpoints.table import Table, Weight
-from mllm_jax.encoders.hub import Names, nested, vit_table
+from mllm_jax.checkpoints.table import Table, Weight, nested
+from mllm_jax.encoders.hub import Names, vit_table
 from mllm_jax.encoders.sam import SamConfig, convolution_weight, neck_weights, sam_weights
 from mllm_jax.encoders.siglip_sam import SiglipSamConfig
 from mllm_jax.encoders.vit import ViTConfig

@@ -6,13 +6,12 @@ Few bases and short answers, so that what limits the answer is what the projecto
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
-from mllm_jax.data.message import Example
 from mllm_jax.data.images import resize
+from mllm_jax.data.message import Example
 from mllm_jax.data.openmoji.catalog import Catalog, Dice, catalog
 from mllm_jax.data.openmoji.evaluation import EvalQuestion
 from mllm_jax.data.openmoji.pictures import Pictures
@@ -119,7 +118,6 @@ class _Skills(EmojiSource):
 
     def image(self, index: int) -> np.ndarray:
         return _drawn(self.pictures, self._shown(index)[1], self.settings.image_size, self._augment(index))
-
 
 
 def skill_questions(

@@ -110,7 +110,6 @@ class Encoder:
         """A text with media tokens in the positions of its media; `what` it is, for the message of a DataError."""
         return lay_out_row(self.layout.arrange(list(ids), len(media)), media, self.placeholders, what)
 
-
     def fingerprint(self) -> str:
         """A text that differs where rows would."""
         return repr([self.tokenizer.fingerprint(), self.system])

@@ -231,4 +231,3 @@ def _decoded(parts: Sequence[Part]) -> list[tuple[Part, list[np.ndarray]]]:
             require_call(pixels, "images and frames of one text")
         media.append((part, frames))
     return media
-

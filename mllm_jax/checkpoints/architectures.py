@@ -1,0 +1,160 @@
+"""The one registry of architectures: what a config.json calls a model, and the module that reads and writes it.
+
+A new family is a file with its `FAMILIES` and a line here for each of its architectures. Nothing is imported: a module
+is a name, which `mllm_jax.models.registry` and `mllm_jax.models.parts` look up.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from mllm_jax.checkpoints.options import named_as
+from mllm_jax.errors import ConfigError
+
+# Where the media of a named model may be in the text that its LLM reads.
+AMONG, BEFORE = "among", "before"
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """One architecture.
+
+    Attributes:
+        name: as the families of its module have it, and config.json under `architectures`.
+        module: where `FAMILIES` has it.
+        model_type: what says the same in a part of a config.json that names no architecture.
+        media: of an LLM that may be a part of a named model: whether that puts media AMONG the tokens, BEFORE them, or
+            some models the one and some the other.
+        called: another architecture's name, where config.json has that instead,
+        option: together with this option, which the other architecture lacks.
+    """
+
+    name: str
+    module: str
+    model_type: str = ""
+    media: tuple[str, ...] = ()
+    called: str = ""
+    option: str = ""
+
+
+ARCHITECTURES: tuple[Architecture, ...] = (
+    # language models
+    Architecture("LlamaForCausalLM", "mllm_jax.llms.llama", "llama", media=(AMONG, BEFORE)),
+    Architecture("MistralForCausalLM", "mllm_jax.llms.llama", "mistral", media=(AMONG,)),
+    Architecture("Qwen2ForCausalLM", "mllm_jax.llms.qwen", "qwen2", media=(AMONG,)),
+    Architecture("Qwen3ForCausalLM", "mllm_jax.llms.qwen", "qwen3", media=(AMONG,)),
+    Architecture("QWenLMHeadModel", "mllm_jax.llms.qwen_v1", "qwen"),
+    Architecture("GlmForCausalLM", "mllm_jax.llms.glm", "glm"),
+    Architecture("OPTForCausalLM", "mllm_jax.llms.opt", "opt", media=(BEFORE,)),
+    Architecture("T5ForConditionalGeneration", "mllm_jax.llms.t5", "t5", media=(BEFORE,)),
+    Architecture("T5WithLMHeadModel", "mllm_jax.llms.t5", "t5", media=(BEFORE,)),
+    Architecture("ChatGLMModel", "mllm_jax.llms.chatglm", "chatglm"),
+    Architecture("ChatGLMForConditionalGeneration", "mllm_jax.llms.chatglm", "chatglm"),
+    # ChatGLM 2 and 3 call themselves what the first one does.
+    Architecture("ChatGLMModel", "mllm_jax.llms.glm", called="ChatGLMModel", option="padded_vocab_size"),
+    # encoders, and whole models
+    Architecture("ViTModel", "mllm_jax.encoders.vit_hf", "vit"),
+    Architecture("CLIPVisionModel", "mllm_jax.encoders.clip_vision", "clip_vision_model"),
+    Architecture("CLIPTextModel", "mllm_jax.encoders.clip_text", "clip_text_model"),
+    Architecture("CLIPTextModelWithProjection", "mllm_jax.encoders.clip_text", "clip_text_model"),
+    Architecture("CLIPModel", "mllm_jax.models.clip", "clip"),
+    Architecture("SiglipVisionModel", "mllm_jax.encoders.siglip_vision", "siglip_vision_model"),
+    Architecture("SamVisionModel", "mllm_jax.encoders.sam", "sam_vision_model"),
+    Architecture("SiglipTextModel", "mllm_jax.encoders.siglip_text", "siglip_text_model"),
+    Architecture("SiglipModel", "mllm_jax.models.clip", "siglip"),
+    Architecture("LlavaForConditionalGeneration", "mllm_jax.models.llava", "llava"),
+    Architecture("LlavaNextForConditionalGeneration", "mllm_jax.models.llava", "llava_next"),
+    Architecture("LlavaOnevisionForConditionalGeneration", "mllm_jax.models.llava", "llava_onevision"),
+    Architecture("Dinov2Model", "mllm_jax.encoders.dinov2", "dinov2"),
+    Architecture("Blip2VisionModel", "mllm_jax.encoders.eva", "blip_2_vision_model"),
+    Architecture("InternVLVisionModel", "mllm_jax.encoders.internvit", "internvl_vision"),
+    Architecture("InternVisionModel", "mllm_jax.encoders.internvit", "intern_vit_6b"),
+    Architecture("Qwen2VisionTransformerPretrainedModel", "mllm_jax.encoders.qwen_vit", "qwen2_vl_vision"),
+    Architecture("Qwen2_5_VisionTransformerPretrainedModel", "mllm_jax.encoders.qwen_vit", "qwen2_5_vl_vision"),
+    Architecture("Qwen3VLVisionModel", "mllm_jax.encoders.qwen_vit", "qwen3_vl_vision"),
+    Architecture("QWenVisionTransformer", "mllm_jax.models.qwen_vl_v1"),
+    # Its folders name the class of its language model.
+    Architecture("QWenVL", "mllm_jax.models.qwen_vl_v1", called="QWenLMHeadModel", option="visual"),
+    Architecture("InternVLForConditionalGeneration", "mllm_jax.models.internvl", "internvl"),
+    Architecture("InternVLChatModel", "mllm_jax.models.internvl", "internvl_chat"),
+    Architecture("DeepseekVLForConditionalGeneration", "mllm_jax.models.deepseek_vl", "deepseek_vl"),
+    Architecture("DeepseekVLHybridForConditionalGeneration", "mllm_jax.models.deepseek_vl", "deepseek_vl_hybrid"),
+    Architecture("Blip2ForConditionalGeneration", "mllm_jax.models.blip2", "blip-2"),
+    Architecture("Blip2ForImageTextRetrieval", "mllm_jax.models.blip2_retrieval", "blip-2"),
+    Architecture("InstructBlipForConditionalGeneration", "mllm_jax.models.instructblip", "instructblip"),
+    Architecture("Qwen2VLForConditionalGeneration", "mllm_jax.models.qwen_vl", "qwen2_vl"),
+    Architecture("Qwen2_5_VLForConditionalGeneration", "mllm_jax.models.qwen_vl", "qwen2_5_vl"),
+    Architecture("Qwen3VLForConditionalGeneration", "mllm_jax.models.qwen_vl", "qwen3_vl"),
+    # timm's names
+    Architecture("eva_giant_patch14_clip_224", "mllm_jax.encoders.eva"),
+    Architecture("eva02_base_patch16_clip_224", "mllm_jax.encoders.eva"),
+    Architecture("eva02_large_patch14_clip_224", "mllm_jax.encoders.eva"),
+    Architecture("eva02_large_patch14_clip_336", "mllm_jax.encoders.eva"),
+    Architecture("eva02_enormous_patch14_clip_224", "mllm_jax.encoders.eva"),
+    *(
+        Architecture(f"{origin}nfnet_f{size}", "mllm_jax.encoders.nfnet_timm")
+        for origin in ("dm_", "")
+        for size in range(7)
+    ),
+)
+
+
+def find(name: str, values: Mapping[str, Any] = {}) -> Architecture | None:  # noqa: B006
+    """The architecture of that name, or the one that config.json calls so and has an option of; None: nobody reads it.
+
+    Args:
+        values: config.json's dictionary.
+    """
+    marked = [a for a in ARCHITECTURES if a.option and name == a.called and values.get(a.option)]
+    return next(iter(marked + [a for a in ARCHITECTURES if a.name == name]), None)
+
+
+def known(name: str, values: Mapping[str, Any] = {}) -> Architecture:  # noqa: B006
+    """The same. Raises ConfigError: nobody reads it; names what is nearest."""
+    if (found := find(name, values)) is not None:
+        return found
+    names = list(dict.fromkeys(a.name for a in ARCHITECTURES))
+    near = difflib.get_close_matches(str(name), names, n=1)
+    raise ConfigError(
+        f"architecture {name!r}",
+        f"one of {', '.join(names)}",
+        f"did you mean {near[0]!r}?" if near else "convert another checkpoint; `mllm models` lists what is supported",
+    )
+
+
+def of_type(model_type: str | None) -> Architecture | None:
+    """The first architecture with that `model_type`; None: there is none."""
+    return next((a for a in ARCHITECTURES if model_type and a.model_type == model_type), None)
+
+
+def model_type(name: str) -> str:
+    """The `model_type` of an architecture. Raises ConfigError: an unknown one."""
+    return known(name).model_type
+
+
+def llms_inside(media: str) -> tuple[Architecture, ...]:
+    """The LLMs that named models may have inside which put media AMONG the tokens, or BEFORE them."""
+    return tuple(a for a in ARCHITECTURES if media in a.media)
+
+
+def architecture(values: Mapping[str, Any], *names: str) -> str:
+    """Which of `names` a config.json, or the part of one that describes a model, is of.
+
+    It says so by `architectures`, else by `model_type`.
+
+    Raises:
+        ConfigError: it is of another one.
+    """
+    named, kind = named_as(values)
+    by_type = {model_type(name): name for name in names}
+    found = named[0] if named else by_type.get(kind)
+    if found not in names:
+        raise ConfigError(
+            f"a config.json with architectures={values.get('architectures')}, model_type={kind!r}",
+            " or ".join(names),
+            "read it with the family that knows it: mllm_jax.supported_models()",
+        )
+    return found
