@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 
 from mllm_jax.data.examples import Turn
-from mllm_jax.data.openmoji.catalog import FULL, Catalog, Dice
-from mllm_jax.data.openmoji.records import Record
+from mllm_jax.datasets.openmoji.catalog import FULL, Catalog, Dice
+from mllm_jax.datasets.openmoji.records import Record
 
 # `{x}` is a claim with its article; no verb follows it, for it may be singular or plural.
 ASKED = {
