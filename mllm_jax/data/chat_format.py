@@ -10,7 +10,7 @@ from typing import Any
 
 from mllm_jax.data.chat import ChatTokenizer
 from mllm_jax.errors import ConfigError, DataError
-from mllm_jax.files import read_json
+from mllm_jax.files import read_json, write_atomic
 
 Ids = tuple[int, ...]
 
@@ -115,8 +115,8 @@ class ChatFormat:
         )
 
     def save(self, path: Path) -> None:
-        """Writes the ids, and the template they came from, as JSON."""
-        path.write_text(json.dumps(dataclasses.asdict(self), indent=1) + "\n", "utf-8")
+        """Writes the ids, and the template they came from, as JSON: a whole file or none."""
+        write_atomic(path, json.dumps(dataclasses.asdict(self), indent=1) + "\n")
 
     @classmethod
     def load(cls, path: Path) -> ChatFormat:

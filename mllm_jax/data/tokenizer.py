@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import os
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -12,6 +11,7 @@ from pathlib import Path
 from mllm_jax.data.chat import ChatTokenizer, not_encodable
 from mllm_jax.data.chat_format import ChatFormat
 from mllm_jax.errors import DataError
+from mllm_jax.files import write_atomic
 
 PAD, BOS, EOS, IMAGE, USER, ASSISTANT = "<pad>", "<bos>", "<eos>", "<image>", "<user>", "<assistant>"
 SPECIAL_TOKENS = (PAD, BOS, EOS, IMAGE, USER, ASSISTANT)
@@ -69,12 +69,9 @@ class Tokenizer:
     def save(self, path: Path) -> None:
         """Writes tokenizer.json, whole or not at all; before it, a chat model's format as chat_format.json."""
         path = Path(path)
-        temporary = path.with_name(f".{path.name}")
         if self.chat.template or self.chat.picture:
-            self.chat.save(temporary)
-            os.replace(temporary, path.with_name(CHAT_FORMAT))
-        self.backend.save(str(temporary))
-        os.replace(temporary, path)
+            self.chat.save(path.with_name(CHAT_FORMAT))
+        write_atomic(path, self.backend.to_str(pretty=True))
 
     @classmethod
     def load(cls, path: Path) -> Tokenizer:

@@ -25,6 +25,7 @@ from mllm_jax.data.tokenizer import Tokenizer
 from mllm_jax.encoders.text import TextModel, TextTowerConfig
 from mllm_jax.encoders.vit import ViT
 from mllm_jax.errors import ConfigError, DataError
+from mllm_jax.files import write_atomic
 from mllm_jax.models.clip import DualEncoder
 from mllm_jax.models.registry import from_pretrained
 from mllm_jax.sharding.hosts import fetch
@@ -346,15 +347,7 @@ def embed_to_file(
     if paths:
         kept, vectors = embedder.images(paths, bad)
         arrays |= dict(image_names=np.array([str(path) for path in kept]), image_embeds=vectors)
-    temporary = out.with_name(f".{os.getpid()}-{out.name}")
-    try:
-        with temporary.open("wb") as file:
-            np.savez(file, **arrays)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, out)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_atomic(out, lambda file: np.savez(file, **arrays))
     return {name: array.shape for name, array in arrays.items()}
 
 

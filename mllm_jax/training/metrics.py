@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mllm_jax.errors import RunFolderError, TrainingError
+from mllm_jax.files import write_atomic
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -155,12 +156,7 @@ def _keep_until(path: Path, last_step: int) -> None:
             ) from None
         if step <= last_step:
             kept.append(line + b"\n")
-    fresh = path.with_name(path.name + ".tmp")
-    with fresh.open("wb") as file:
-        file.writelines(kept)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(fresh, path)
+    write_atomic(path, b"".join(kept))
 
 
 # --------------------------------------------------------------------------------------------------

@@ -96,7 +96,7 @@ def test_resume_drops_later_and_half_written_lines(tmp_path):
         for step in (4, 5):
             writer.write(step, "a", {"loss": 1 / step}, {"seconds": 1.0})
     assert (tmp_path / "metrics.jsonl").read_bytes() == b"".join(whole)
-    assert not (tmp_path / "metrics.jsonl.tmp").exists()
+    assert not list(tmp_path.glob(".metrics.jsonl*"))
 
 
 def test_a_whole_last_line_without_newline_is_kept(tmp_path):
