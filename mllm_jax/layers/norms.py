@@ -53,7 +53,7 @@ class LayerNorm(nn.Module):
         return x.astype(self.dtype)
 
 
-def unit_vectors(x: jax.Array) -> jax.Array:
+def as_unit_vectors(x: jax.Array) -> jax.Array:
     """Scales dtype[..., E] to float32[..., E] of length 1; zeros stay zeros."""
     x = x.astype(jnp.float32)
     return x * jax.lax.rsqrt(jnp.sum(jnp.square(x), axis=-1, keepdims=True) + 1e-12)

@@ -16,7 +16,7 @@ from flax import struct
 from mllm_jax.errors import ConfigError
 from mllm_jax.layers.linear import Linear
 from mllm_jax.layers.mlp import ACTIVATIONS
-from mllm_jax.layers.norms import LayerNorm, unit_vectors
+from mllm_jax.layers.norms import LayerNorm, as_unit_vectors
 from mllm_jax.layers.pixels import normalise_pixels
 from mllm_jax.projectors.qformer import INIT_STD, QFormerCache, QFormerConfig
 
@@ -153,7 +153,7 @@ class QFormerPretraining(nn.Module):
         queries, cache = self.projector.encode(features)
         text = self.projector.read(batch["tokens"], real)[:, 0]
         temperature = self.temperature if self.config.captioning else jnp.float32(1)
-        image, text = (unit_vectors(x) for x in (self.image_projection(queries), self.text_projection(text)))
+        image, text = (as_unit_vectors(x) for x in (self.image_projection(queries), self.text_projection(text)))
         return Pairs(features, cache, image, text, temperature)
 
     def match(self, batch):

@@ -13,7 +13,7 @@ from flax import struct
 from mllm_jax.errors import ConfigError
 from mllm_jax.layers.head import HeadInputs
 from mllm_jax.layers.linear import Linear
-from mllm_jax.layers.norms import unit_vectors
+from mllm_jax.layers.norms import as_unit_vectors
 from mllm_jax.models.caption_row import caption_row
 from mllm_jax.models.multimodal import MultimodalOutput
 from mllm_jax.projectors.pformer import PFormerConfig
@@ -114,7 +114,7 @@ class PFormerPretraining(nn.Module):
         prompts = self.prompter.prompt(first)
         caption = (batch.get(f"llm_{name}", batch[name]) for name in ("tokens", "segments"))
         row = caption_row(c.llm, prompts, *caption)
-        prompts, text = prompts.astype(jnp.float32), unit_vectors(self.text_projection(first))
+        prompts, text = prompts.astype(jnp.float32), as_unit_vectors(self.text_projection(first))
         return PromptedTexts(prompts, self.nearest(prompts), text, self.temperature, row)
 
     def nearest(self, x):

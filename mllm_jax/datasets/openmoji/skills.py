@@ -6,7 +6,6 @@ Few bases and short answers, so that what limits the answer is what the projecto
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -121,15 +120,6 @@ class _Skills(EmojiSource):
             self._dice(index)  # the same check of the index as everywhere
             return []
         return [_drawn(self.pictures, self._shown(index)[1], self.settings.image_size, self._augment(index))]
-
-    def texts(self) -> Iterator[str]:
-        """Every context, question and answer: what a tokenizer is trained on."""
-        for index in range(min(len(self), 8_000)):
-            conversation = self.conversation(index)
-            yield conversation.context
-            for turn in conversation.turns:
-                yield turn.question
-                yield turn.answer
 
 
 def skill_questions(

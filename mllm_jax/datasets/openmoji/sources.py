@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -306,12 +305,3 @@ class _Text(EmojiSource):
     def images(self, index: int) -> list[np.ndarray]:
         self._dice(index)  # the same check of the index as everywhere
         return []
-
-    def texts(self) -> Iterator[str]:
-        """Every context, question and answer in turn: what a tokenizer is trained on."""
-        for index in range(len(self)):
-            conversation = self.conversation(index)
-            yield conversation.context
-            for turn in conversation.turns:
-                yield turn.question
-                yield turn.answer
