@@ -5,7 +5,7 @@
 
 Each published run is compiled ahead of time (`mllm plan` on configs/plans/), which gives a bound: the slowest of
 computing, HBM and network at their peak rates. A generation's factor is the geometric mean of bound / measured over its
-runs; the predicted time is bound / factor. The factors stand in mllm_jax/planning/topologies.py as `efficiency`, which
+runs; the predicted time is bound / factor. The factors stand in mllm_jax/sharding/chips.py as `efficiency`, which
 is left out here. Results are kept in benchmarks/plan_calibration.json.
 
 The measured runs are MaxText's: configs/v5e/README.md and configs/v5p/README.md of AI-Hypercomputer/maxtext for the 16B
@@ -132,7 +132,9 @@ def main() -> None:
     if not options.print:
         make(options.runs, options.again)
     print(table(read(OUT)))
-    print("efficiency, for topologies.py: " + ", ".join(f"{name} {f:.3f}" for name, f in factors(read(OUT)).items()))
+    print(
+        "efficiency, for sharding/chips.py: " + ", ".join(f"{name} {f:.3f}" for name, f in factors(read(OUT)).items())
+    )
 
 
 if __name__ == "__main__":

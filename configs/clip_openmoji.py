@@ -8,8 +8,8 @@ import runpy
 from dataclasses import replace
 from pathlib import Path
 
-from mllm_jax.data.openmoji import OpenMojiCaptions
 from mllm_jax.data.pipeline import Mixture, Weighted
+from mllm_jax.datasets.openmoji import OpenMojiCaptions
 from mllm_jax.encoders.text import TextTowerConfig
 from mllm_jax.evaluation.openmoji import OpenMojiRetrieval
 from mllm_jax.models.clip import DualEncoderConfig

@@ -12,8 +12,8 @@ fewer than this model, so `config()` begins with the whole of START; `experiment
 
 from typing import Any
 
-from mllm_jax.data.llava import LLaVARecords
 from mllm_jax.data.pipeline import Mixture, Weighted
+from mllm_jax.datasets.llava import LLaVARecords
 from mllm_jax.encoders.vit import ViTConfig
 from mllm_jax.llms.decoder import DecoderConfig
 from mllm_jax.models.clip import CLIP_MEAN, CLIP_STD

@@ -14,8 +14,8 @@ import runpy
 from dataclasses import replace
 from pathlib import Path
 
-from mllm_jax.data.llava import LLaVARecords
 from mllm_jax.data.pipeline import Mixture, Weighted
+from mllm_jax.datasets.llava import LLaVARecords
 from mllm_jax.encoders.vit import ViTConfig
 from mllm_jax.llms.decoder import DecoderConfig
 from mllm_jax.models.llava import NEXT, NEXT_RESOLUTIONS, ONEVISION, ONEVISION_RESOLUTIONS, LlavaConfig

@@ -6,9 +6,9 @@ Five stages: the LLM learns to read descriptions; a picture tower learns against
 LLM's language; projector and LLM learn to say what they see, then to answer questions.
 """
 
-from mllm_jax.data.openmoji import OpenMojiCaptions, OpenMojiQuestions, OpenMojiScenes, OpenMojiText
-from mllm_jax.data.openmoji.scenes import PLACES
 from mllm_jax.data.pipeline import Mixture, Weighted
+from mllm_jax.datasets.openmoji import OpenMojiCaptions, OpenMojiQuestions, OpenMojiScenes, OpenMojiText
+from mllm_jax.datasets.openmoji.scenes import PLACES
 from mllm_jax.encoders.text import TextTowerConfig
 from mllm_jax.encoders.vit import ViTConfig
 from mllm_jax.evaluation.openmoji import OpenMojiEvaluation

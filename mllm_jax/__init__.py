@@ -17,8 +17,8 @@ if TYPE_CHECKING:  # what editors and type checkers read; `_HOMES` says the same
     from mllm_jax.data.images import decode_image as decode_image
     from mllm_jax.data.pipeline import Mixture as Mixture
     from mllm_jax.data.pipeline import Weighted as Weighted
-    from mllm_jax.data.text_only import TextOnly as TextOnly
     from mllm_jax.data.tokenizer import Tokenizer as Tokenizer
+    from mllm_jax.datasets.text_only import TextOnly as TextOnly
     from mllm_jax.encoders.text import TextTowerConfig as TextTowerConfig
     from mllm_jax.encoders.vit import ViTConfig as ViTConfig
     from mllm_jax.errors import CheckpointError as CheckpointError
@@ -72,7 +72,7 @@ _NAMES = {
     "data.images": ("decode_image",),
     "data.pipeline": ("Mixture", "Weighted"),
     "data.tokenizer": ("Tokenizer",),
-    "data.text_only": ("TextOnly",),
+    "datasets.text_only": ("TextOnly",),
     "encoders.text": ("TextTowerConfig",),
     "encoders.vit": ("ViTConfig",),
     "errors": ("CheckpointError", "ConfigError", "DataError", "MllmError", "RunFolderError", "TrainingError"),

@@ -1,10 +1,12 @@
-"""Reading files that may be anything: only regular ones, of bounded size, and JSON that ends in an error of ours."""
+"""Files: reading what may be anything (regular, of bounded size, JSON with an error of ours), and writing whole."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import stat
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -86,3 +88,32 @@ def read_json(path: Path | str, error: type[MllmError], kind: type = dict, *, li
         error: see `read_bytes` and `parse_json`.
     """
     return parse_json(read_bytes(path, limit, error), str(path), error, kind)
+
+
+def write_atomic(path: Path | str, content: str | bytes | Callable[[BinaryIO], object]) -> None:
+    """Writes a file whole, on the disk before it has its name, or not at all: what was there before stays.
+
+    The temporary file lies in the same folder. Its name begins with a dot and the file's own name, and no other
+    process or host chooses the same.
+
+    Args:
+        content: text (stored as UTF-8), bytes, or a function that writes to the open file.
+
+    Raises:
+        OSError: as opening, writing and renaming raise it, and whatever `content` raises.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name[:48]}.{uuid.uuid4().hex}")  # cut: a name has at most 255 bytes
+    try:
+        with temporary.open("wb") as file:
+            if callable(content):
+                content(file)
+            else:
+                file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise

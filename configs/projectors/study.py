@@ -9,9 +9,9 @@ tokens for all: a patch each, or a learned query each.
 from dataclasses import replace
 from typing import Any
 
-from mllm_jax.data.openmoji import OpenMojiSkills
 from mllm_jax.data.pipeline import Mixture, Weighted
-from mllm_jax.data.text_only import TextOnly
+from mllm_jax.datasets.openmoji import OpenMojiSkills
+from mllm_jax.datasets.text_only import TextOnly
 from mllm_jax.encoders.text import TextTowerConfig
 from mllm_jax.encoders.vit import ViTConfig
 from mllm_jax.evaluation.openmoji import OpenMojiSkillsEvaluation

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import io
-import math
 import os
 import warnings
 from collections.abc import Callable
-from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from mllm_jax.errors import ConfigError, DataError
+from mllm_jax.errors import DataError
 from mllm_jax.files import read_bytes
 
 MAX_PIXELS = 50_000_000
@@ -127,72 +125,6 @@ def resize(image: np.ndarray, size: int | tuple[int, int]) -> np.ndarray:
     whole_blocks = image.shape[0] % height == 0 and image.shape[1] % width == 0
     method = Image.Resampling.BOX if whole_blocks else Image.Resampling.LANCZOS
     return np.array(Image.fromarray(image).resize((width, height), method))
-
-
-class Fitted(NamedTuple):
-    """A picture that whole patches fill.
-
-    Attributes:
-        image: uint8 [rows * patch_size, columns * patch_size, 3].
-        grid: (rows, columns) of patches.
-        note: None, or how many patches it would have needed and what became of it: to be shown and counted.
-    """
-
-    image: np.ndarray
-    grid: tuple[int, int]
-    note: str | None
-
-
-def fit_patches(
-    image: np.ndarray, patch_size: int, max_patches: int, on_large: str = "resize", what: str = "the picture"
-) -> Fitted:
-    """Resizes a picture to whole patches, close to its own size, and to no more of them than a slot holds.
-
-    Each side goes to the nearest multiple of the patch, at least one: that is no note. A picture that needs more
-    patches than there are is made smaller with its aspect ratio nearly kept, or refused.
-
-    Args:
-        image: uint8 [height, width, 3].
-        patch_size: of the encoder, in pixels; where it merges patches, of a merged one.
-        max_patches: of that size that the slot holds.
-        on_large: "resize" or "refuse".
-        what: how to name the picture in a message.
-
-    Raises:
-        DataError: a picture without pixels or channels that are not three, or a large one that is to be refused.
-        ConfigError: sizes below 1, or another `on_large`.
-    """
-    if on_large not in ("resize", "refuse") or patch_size < 1 or max_patches < 1:
-        raise ConfigError(
-            f"patches of {patch_size}, at most {max_patches}, on_large={on_large!r}",
-            "positive sizes, and 'resize' or 'refuse'",
-            "change the slot's settings",
-        )
-    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
-        raise DataError(
-            f"{what}: {image.dtype} {list(image.shape)}",
-            "uint8 [height, width, 3] with at least one pixel",
-            "decode it with decode_image, which turns every mode into RGB",
-        )
-    height, width = image.shape[:2]
-    rows, columns = (max(1, round(side / patch_size)) for side in (height, width))
-    needed, note = rows * columns, None
-    if needed > max_patches:
-        if on_large == "refuse":
-            raise DataError(
-                f"{what}: {height} x {width} pixels are {needed:,} patches of {patch_size}",
-                f"at most {max_patches:,}",
-                "make the slot larger, let large pictures be resized, or leave this record out",
-            )
-        shrink = math.sqrt(height * width / (max_patches * patch_size**2))
-        rows, columns = (max(1, math.floor(side / shrink / patch_size)) for side in (height, width))
-        # A side that is held at one patch leaves the other less than the area says.
-        rows, columns = min(rows, max_patches // columns or 1), min(columns, max_patches // rows or 1)
-        note = (
-            f"{what}: {height} x {width} pixels are {needed:,} patches of {patch_size}, more than {max_patches:,}: "
-            f"resized to {rows * patch_size} x {columns * patch_size}"
-        )
-    return Fitted(resize(image, (rows * patch_size, columns * patch_size)), (rows, columns), note)
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

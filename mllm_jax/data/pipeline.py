@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,6 +20,7 @@ from mllm_jax.data.processing.media import Encoded
 from mllm_jax.data.retry import Patience, patiently
 from mllm_jax.data.source import Source
 from mllm_jax.errors import ConfigError, DataError
+from mllm_jax.files import write_atomic
 
 LAYOUTS = ("conversation", "caption")
 LEARN = ("answers", "all")
@@ -173,10 +172,8 @@ class Pipeline:
             )
         if file is not None:
             file.parent.mkdir(parents=True, exist_ok=True)
-            # Several hosts may share the folder, and number their processes alike.
-            temporary = file.with_name(f".{uuid.uuid4().hex}-{file.name}")
-            np.savez(temporary, lengths=lengths, images=images, dropped_turns=dropped)
-            os.replace(temporary, file)
+            arrays = dict(lengths=lengths, images=images, dropped_turns=dropped)
+            write_atomic(file, lambda opened: np.savez(opened, **arrays))
         return Measured(lengths, images, tuple(bad), dropped)
 
     def _require_media(self, source: int, index: int, encoded: Encoded) -> None:

@@ -24,7 +24,7 @@ from mllm_jax.data.chat_template import (
     spaced,
 )
 from mllm_jax.errors import DataError
-from mllm_jax.files import read_json
+from mllm_jax.files import read_json, write_atomic
 
 TOKENIZER, SETTINGS, TEMPLATE = "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"
 
@@ -98,9 +98,9 @@ class Tokenizer:
         folder.mkdir(parents=True, exist_ok=True)
         names = dict(bos_token=BOS, eos_token=EOS, pad_token=PAD, additional_special_tokens=[IMAGE, USER, ASSISTANT])
         settings = dict(tokenizer_class="PreTrainedTokenizerFast", clean_up_tokenization_spaces=False, **names)
-        (folder / SETTINGS).write_text(json.dumps(settings, indent=1) + "\n", "utf-8")
-        (folder / TEMPLATE).write_text(self.template, "utf-8")
-        self.backend.save(str(folder / TOKENIZER))
+        write_atomic(folder / SETTINGS, json.dumps(settings, indent=1) + "\n")
+        write_atomic(folder / TEMPLATE, self.template)
+        write_atomic(folder / TOKENIZER, self.backend.to_str(pretty=True))
 
     @staticmethod
     def is_in(folder: Path) -> bool:

@@ -343,12 +343,6 @@ class NFNet(nn.Module):
             hidden_states=tuple(map(_flat, maps)) if output_hidden_states else None,
         )
 
-    def classify(self, pixels):
-        """Logits float32[B, num_classes]. Raises ConfigError: a model without a head."""
-        if not self.config.num_classes:
-            raise ConfigError("NFNet without a head, asked for classes", "num_classes above 0", "use its features")
-        return self.head(self(pixels).pooler_output)
-
 
 def _flat(x):
     return rearrange(x, "b h w c -> b (h w) c")

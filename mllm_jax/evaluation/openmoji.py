@@ -12,7 +12,7 @@ from mllm_jax.models.multimodal import MultimodalConfig
 
 @dataclass(frozen=True)
 class OpenMojiEvaluation:
-    """Fixed questions on the splits; see `mllm_jax.data.openmoji.evaluation` for the tasks.
+    """Fixed questions on the splits; see `mllm_jax.datasets.openmoji.evaluation` for the tasks.
 
     Attributes:
         limit: questions a task and split at most.
@@ -30,7 +30,7 @@ class OpenMojiEvaluation:
 
     def questions(self) -> dict[str, list]:
         """{split: [EvalQuestion, ...]}"""
-        from mllm_jax.data.openmoji.evaluation import evaluation_questions
+        from mllm_jax.datasets.openmoji.evaluation import evaluation_questions
 
         return {
             split: evaluation_questions(self.config, split, self.image_size, self.seed, self.limit, self.data_dir)
@@ -46,7 +46,7 @@ class OpenMojiEvaluation:
 
 @dataclass(frozen=True)
 class OpenMojiSkillsEvaluation:
-    """Naming, places, numbers and small written text, each asked by itself; see `mllm_jax.data.openmoji.skills`.
+    """Naming, places, numbers and small written text, each asked by itself; see `mllm_jax.datasets.openmoji.skills`.
 
     Attributes:
         limit: questions a skill at most.
@@ -62,14 +62,14 @@ class OpenMojiSkillsEvaluation:
 
     def questions(self) -> dict[str, list]:
         """{split: [EvalQuestion, ...]}"""
-        from mllm_jax.data.openmoji.skills import skill_questions
+        from mllm_jax.datasets.openmoji.skills import skill_questions
 
         return skill_questions(self.config, self.image_size, self.seed, self.limit, self.data_dir)
 
 
 @dataclass(frozen=True)
 class OpenMojiRetrieval:
-    """Names among names and pictures among pictures; see `mllm_jax.data.openmoji.galleries`.
+    """Names among names and pictures among pictures; see `mllm_jax.datasets.openmoji.galleries`.
 
     Attributes:
         ways: pictures and names that each is looked for among.
@@ -87,7 +87,7 @@ class OpenMojiRetrieval:
 
     def questions(self) -> dict[str, list]:
         """{split: [Gallery, ...]}"""
-        from mllm_jax.data.openmoji.galleries import galleries
+        from mllm_jax.datasets.openmoji.galleries import galleries
 
         return {
             split: galleries(self.config, split, self.image_size, self.ways, self.seed, self.data_dir)

@@ -6,7 +6,6 @@ import base64
 import binascii
 import json
 import math
-import os
 import shlex
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -21,6 +20,7 @@ from mllm_jax.evaluation import figures
 from mllm_jax.evaluation.charts import Line, chart, ema
 from mllm_jax.evaluation.style import STYLE
 from mllm_jax.evaluation.tables import percent
+from mllm_jax.files import write_atomic
 from mllm_jax.training.goodput import KINDS
 
 CARDS = 24
@@ -138,15 +138,9 @@ def _checked(results: dict[str, Any]) -> dict[str, Any]:
 
 
 def _replace(path: Path, text: str) -> Path:
-    fresh = path.with_name(path.name + ".tmp")
     try:
-        with fresh.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(fresh, path)
+        write_atomic(path, text)
     except OSError as error:
-        fresh.unlink(missing_ok=True)
         todo = "free space or permit writing, then ask for the report again"
         raise RunFolderError(f"{path}: {error.strerror or error}", "a run folder that can be written", todo) from error
     return path

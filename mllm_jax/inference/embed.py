@@ -25,6 +25,8 @@ from mllm_jax.data.tokenizer import Tokenizer
 from mllm_jax.encoders.text import TextModel, TextTowerConfig
 from mllm_jax.encoders.vit import ViT
 from mllm_jax.errors import ConfigError, DataError
+from mllm_jax.files import write_atomic
+from mllm_jax.layers.pixels import normalise_pixels
 from mllm_jax.models.clip import DualEncoder
 from mllm_jax.models.registry import from_pretrained
 from mllm_jax.sharding.hosts import fetch
@@ -88,10 +90,12 @@ class Embedder:
             raise ConfigError(
                 f"a run of a {type(module).__name__}", "a run that trained a dual encoder", "name another run"
             )
-        side = module.config.vision.image_size
-        return cls(
-            module, params, lambda x: np.asarray(module.normalise(resize(x, side))), _Captions(tokenizer), **options
-        )
+        vision = module.config.vision
+
+        def prepare(image: np.ndarray) -> np.ndarray:
+            return np.asarray(normalise_pixels(resize(image, vision.image_size), vision))
+
+        return cls(module, params, prepare, _Captions(tokenizer), **options)
 
     def pictures(self, pictures: Sequence[np.ndarray]) -> np.ndarray:
         """uint8[H, W, 3] each -> float32[N, P]."""
@@ -346,15 +350,7 @@ def embed_to_file(
     if paths:
         kept, vectors = embedder.images(paths, bad)
         arrays |= dict(image_names=np.array([str(path) for path in kept]), image_embeds=vectors)
-    temporary = out.with_name(f".{os.getpid()}-{out.name}")
-    try:
-        with temporary.open("wb") as file:
-            np.savez(file, **arrays)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, out)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_atomic(out, lambda file: np.savez(file, **arrays))
     return {name: array.shape for name, array in arrays.items()}
 
 

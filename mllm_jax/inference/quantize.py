@@ -37,21 +37,6 @@ class TensorError:
     bytes_after: int
 
 
-@dataclass(frozen=True)
-class LogitsError:
-    """What rounding did to the logits.
-
-    Attributes:
-        relative: norm of the error / norm of the logits, both without each row's mean, which no softmax sees.
-        divergence: mean KL divergence from the exact distribution to the other, in nats.
-        same_best: share of places whose likeliest token stayed.
-    """
-
-    relative: float
-    divergence: float
-    same_best: float
-
-
 def quantize(run: Callable[[dict], Any], params: dict) -> tuple[dict, list[TensorError]]:
     """The kernel of every `Linear` that a model applies as int8, with a `kernel_scale` beside it.
 
@@ -79,18 +64,6 @@ def quantize(run: Callable[[dict], Any], params: dict) -> tuple[dict, list[Tenso
     if not errors:
         raise ConfigError("int8 storage of a model without floating-point kernels", "one with them", "quantize it once")
     return unflatten_dict(flat), errors
-
-
-def logits_error(exact: jax.Array, rounded: jax.Array) -> LogitsError:
-    """float[..., V] twice -> how far the second is from the first."""
-    exact, rounded = (jnp.asarray(x, jnp.float32) for x in (exact, rounded))
-    exact, rounded = (x - x.mean(axis=-1, keepdims=True) for x in (exact, rounded))
-    p, q = jax.nn.log_softmax(exact), jax.nn.log_softmax(rounded)
-    return LogitsError(
-        relative=float(jnp.linalg.norm(rounded - exact) / jnp.linalg.norm(exact)),
-        divergence=float((jnp.exp(p) * (p - q)).sum(axis=-1).mean()),
-        same_best=float((exact.argmax(axis=-1) == rounded.argmax(axis=-1)).mean()),
-    )
 
 
 def summary(errors: list[TensorError]) -> str:

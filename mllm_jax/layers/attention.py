@@ -129,6 +129,12 @@ def xla_attention(
     return rearrange(jnp.einsum("bkgst,btkh->bskgh", weights, v), "b s k g h -> b s (k g) h")
 
 
+def write_at(held: jax.Array, new: jax.Array, index: jax.Array) -> jax.Array:
+    """Writes new [B, S, ...] into held [B, T, ...] at index int[B, S]; what has an index past the end is dropped."""
+    rows = jnp.arange(index.shape[0])[:, None]
+    return held.at[rows, index].set(new.astype(held.dtype), mode="drop")
+
+
 class Attention(nn.Module):
     """Multi-head self-attention, with grouped keys, rotary positions and a cache where asked.
 
@@ -200,10 +206,7 @@ class Attention(nn.Module):
         written, k_segments, index = None, segments, None
         if cache is not None:
             keys, values, k_segments, index = cache
-            rows = jnp.arange(x.shape[0])[:, None]
-            k = keys.at[rows, index].set(k.astype(keys.dtype), mode="drop")
-            v = values.at[rows, index].set(v.astype(values.dtype), mode="drop")
-            written = (k, v)
+            k, v = written = write_at(keys, k, index), write_at(values, v, index)
             k, v = k.astype(self.dtype), v.astype(self.dtype)
         y = attention(q, k, v, mask=self.mask, q_segments=segments, k_segments=k_segments, q_index=index, window=window)
         y = constrain(y, "batch", "seq", "heads", "head_dim")

@@ -1,4 +1,4 @@
-"""RMSNorm and LayerNorm, computed in float32."""
+"""RMSNorm, LayerNorm and unit vectors, computed in float32."""
 
 from __future__ import annotations
 
@@ -51,3 +51,9 @@ class LayerNorm(nn.Module):
             bias = self.param("bias", nn.with_logical_partitioning(nn.initializers.zeros, (self.axis,)), shape)
             x = x * scale + bias
         return x.astype(self.dtype)
+
+
+def as_unit_vectors(x: jax.Array) -> jax.Array:
+    """Scales dtype[..., E] to float32[..., E] of length 1; zeros stay zeros."""
+    x = x.astype(jnp.float32)
+    return x * jax.lax.rsqrt(jnp.sum(jnp.square(x), axis=-1, keepdims=True) + 1e-12)

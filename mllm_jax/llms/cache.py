@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from mllm_jax.layers.attention import write_at
 from mllm_jax.sharding.logical import constrain
 
 
@@ -49,8 +50,7 @@ class KVCache:
         """
         real = (segments > 0).astype(jnp.int32)
         index = jnp.where(real > 0, self.length[:, None] + jnp.cumsum(real, axis=1) - 1, self.keys.shape[2])
-        rows = jnp.arange(segments.shape[0])[:, None]
-        written = self.segments.at[rows, index].set(segments, mode="drop")
+        written = write_at(self.segments, segments, index)
         length, offset = self.length + real.sum(axis=1), self.offset
         if positions is not None:
             largest = positions if positions.ndim == 2 else positions.max(axis=-1)

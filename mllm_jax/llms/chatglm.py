@@ -21,7 +21,7 @@ from mllm_jax.checkpoints.options import Options
 from mllm_jax.checkpoints.sample import token_sample
 from mllm_jax.checkpoints.table import Family, Table, Weight
 from mllm_jax.errors import ConfigError
-from mllm_jax.layers.attention import attention
+from mllm_jax.layers.attention import attention, write_at
 from mllm_jax.layers.head import head_inputs
 from mllm_jax.layers.linear import Embedding, Linear
 from mllm_jax.layers.mlp import MLP
@@ -177,11 +177,7 @@ class ChatGLMAttention(nn.Module):
         k_segments, written = segments, None
         if layer_cache is not None:
             k_segments, index = cache_place
-            rows = jnp.arange(x.shape[0])[:, None]
-            k, v = written = tuple(
-                held.at[rows, index].set(new.astype(held.dtype), mode="drop")
-                for held, new in zip(layer_cache, (k, v), strict=True)
-            )
+            k, v = written = write_at(layer_cache[0], k, index), write_at(layer_cache[1], v, index)
         y = attention(q, k.astype(q.dtype), v.astype(q.dtype), q_segments=segments, k_segments=k_segments, bias=bias)
         y = constrain(y, "batch", "seq", "heads", "head_dim")
         return Linear((c.hidden_size,), (*names[1:], "embed"), in_ndim=2, **common, name="out")(y), written
@@ -244,8 +240,7 @@ class ChatGLM(nn.Module):
             positions = two_positions(places, marks)
         blocks = positions[:, 1]
         if cache is not None:
-            rows = jnp.arange(x.shape[0])[:, None]
-            blocks = cache.blocks.at[rows, index].set(blocks, mode="drop")
+            blocks = write_at(cache.blocks, blocks, index)
             cache = cache.replace(blocks=blocks)
         # A context is seen by all of its text. Half of the least float: a score more cannot make it infinite.
         seen = (blocks == 0)[:, None, :] | (index[:, :, None] >= jnp.arange(blocks.shape[1]))

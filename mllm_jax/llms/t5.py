@@ -15,6 +15,7 @@ from mllm_jax.checkpoints.config_json import ACTIVATIONS, one_or_several, write_
 from mllm_jax.checkpoints.options import Options
 from mllm_jax.checkpoints.table import Family, Table, Weight
 from mllm_jax.errors import DataError
+from mllm_jax.layers.attention import write_at
 from mllm_jax.layers.head import head_inputs
 from mllm_jax.layers.linear import Embedding, Linear
 from mllm_jax.layers.norms import RMSNorm
@@ -149,8 +150,7 @@ class Decoder(_Stack):
             return norm(x), None
         cache, index = cache.reserve(segments)
         positions = index if positions is None else positions
-        rows = jnp.arange(x.shape[0])[:, None]
-        seen = cache.positions.at[rows, index].set(positions, mode="drop")
+        seen = write_at(cache.positions, positions, index)
         held = (cache.keys, cache.values, cache.cross_keys, cache.cross_values)
         place = (cache.segments, index)
         x, (keys, values) = layers(x, held, segments, bias(positions, seen), None, cache.cross_segments, place)

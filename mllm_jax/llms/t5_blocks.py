@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import jax.numpy as jnp
 from flax import linen as nn
 
-from mllm_jax.layers.attention import attention
+from mllm_jax.layers.attention import attention, write_at
 from mllm_jax.layers.linear import Linear
 from mllm_jax.layers.mlp import MLP
 from mllm_jax.layers.norms import RMSNorm
@@ -87,10 +87,7 @@ class DecoderBlock(nn.Module):
         k_segments, index, written = segments, None, None
         if layer_cache is not None:
             k_segments, index = place
-            rows = jnp.arange(x.shape[0])[:, None]
-            k = layer_cache[0].at[rows, index].set(k, mode="drop")
-            v = layer_cache[1].at[rows, index].set(v, mode="drop")
-            written = (k, v)
+            k, v = written = write_at(layer_cache[0], k, index), write_at(layer_cache[1], v, index)
         x = x + own(h, (k, v), mask="causal", q_segments=segments, k_segments=k_segments, q_index=index, bias=bias)
         h = RMSNorm(c.norm_eps, dtype, name="cross_attention_norm")(x)
         seen = cross.keys_values(source) if layer_cache is None else layer_cache[2:]

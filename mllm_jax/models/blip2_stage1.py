@@ -17,7 +17,8 @@ from mllm_jax.data.batch import BatchSpec, images_spec, text_spec
 from mllm_jax.errors import ConfigError
 from mllm_jax.layers.linear import Linear
 from mllm_jax.layers.mlp import ACTIVATIONS
-from mllm_jax.layers.norms import LayerNorm
+from mllm_jax.layers.norms import LayerNorm, as_unit_vectors
+from mllm_jax.layers.pixels import normalise_pixels
 from mllm_jax.projectors.qformer import INIT_STD, QFormerCache, QFormerConfig
 
 
@@ -157,11 +158,12 @@ class QFormerPretraining(nn.Module):
     def encode_pairs(self, batch) -> Pairs:
         """Pictures and texts of a batch, apart from each other."""
         images, real = batch["images"][:, 0], _first_text(batch)
-        features = self.encoder(self.normalise(images) if images.dtype == jnp.uint8 else images).last_hidden_state
+        pixels = normalise_pixels(images, self.config.encoder) if images.dtype == jnp.uint8 else images
+        features = self.encoder(pixels).last_hidden_state
         queries, cache = self.projector.encode(features)
         text = self.projector.read(batch["tokens"], real)[:, 0]
         temperature = self.temperature if self.config.captioning else jnp.float32(1)
-        image, text = _unit(self.image_projection(queries)), _unit(self.text_projection(text))
+        image, text = (as_unit_vectors(x) for x in (self.image_projection(queries), self.text_projection(text)))
         return Pairs(features, cache, image, text, temperature)
 
     def match(self, batch):
@@ -182,12 +184,6 @@ class QFormerPretraining(nn.Module):
 
     # ---- what training asks of a model
 
-    def normalise(self, pixels):
-        """uint8[..., 3] -> float32[..., 3] by the encoder's mean and deviation."""
-        c = self.config.encoder
-        mean, std = jnp.asarray(c.image_mean, jnp.float32), jnp.asarray(c.image_std, jnp.float32)
-        return (pixels.astype(jnp.float32) / 255.0 - mean) / std
-
     def touch(self, batch):
         """Runs every part once: what `init` traces so that all parameters exist."""
         pairs = self.encode_pairs(batch)
@@ -204,8 +200,3 @@ def similarity(image, text):
 
 def _first_text(batch):
     return (batch["segments"] == 1).astype(jnp.int32)
-
-
-def _unit(x):
-    x = x.astype(jnp.float32)
-    return x * jax.lax.rsqrt(jnp.sum(jnp.square(x), axis=-1, keepdims=True) + 1e-12)

@@ -22,6 +22,7 @@ from mllm_jax.encoders.hub import ELSEWHERE
 from mllm_jax.encoders.text import TextModel, TextOutput, TextTowerConfig
 from mllm_jax.encoders.vit import VisionOutput, ViTConfig
 from mllm_jax.errors import ConfigError
+from mllm_jax.layers.pixels import normalise_pixels
 from mllm_jax.models.contrastive import POOLINGS, ContrastiveConfig
 
 KINDS = ("softmax", "sigmoid")
@@ -174,11 +175,6 @@ class DualEncoder(nn.Module):
 
     # ---- what training asks of a model
 
-    def normalise(self, pixels):
-        """uint8[..., 3] -> float32[..., 3] by the encoder's mean and deviation."""
-        mean, std = (jnp.asarray(x, jnp.float32) for x in (self.config.vision.image_mean, self.config.vision.image_std))
-        return (pixels.astype(jnp.float32) / 255.0 - mean) / std
-
     def embed_pairs(self, batch):
         """The captions of each row and what they describe of its first picture, as unit vectors.
 
@@ -190,7 +186,7 @@ class DualEncoder(nn.Module):
             scale is clipped at 100, as in CLIP's training.
         """
         c = self.config
-        vision = self.vision(self.normalise(batch["images"][:, 0]))
+        vision = self.vision(normalise_pixels(batch["images"][:, 0], c.vision))
         text = self.text.embed(batch["tokens"], batch["positions"], batch["segments"], c.captions)
         place = None
         if c.captions > 1 and "media_index" in batch:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import jax
 import jax.numpy as jnp
 from einops import rearrange
 from flax import linen as nn
 
 from mllm_jax.layers.linear import Linear
+from mllm_jax.layers.norms import as_unit_vectors
 
 POOLINGS = ("pooler", "patches")
 
@@ -64,9 +64,9 @@ class ContrastiveHeads(nn.Module):
                 patches = vision.last_hidden_state[:, vision.class_tokens :]
                 there = jnp.take_along_axis(patches, jnp.maximum(place, 0)[..., None], axis=1)
                 image = jnp.where((place >= 0)[..., None], there, image)
-            image = _unit(self._project(image, "image_projection"))
+            image = as_unit_vectors(self._project(image, "image_projection"))
         if text is not None:
-            text = _unit(self._project(text, "text_projection"))
+            text = as_unit_vectors(self._project(text, "text_projection"))
         scale = self.param("log_scale", nn.initializers.constant(jnp.log(c.init_scale)), (), jnp.float32)
         if c.max_scale is not None:
             scale = jnp.minimum(scale, jnp.log(c.max_scale))
@@ -78,8 +78,3 @@ class ContrastiveHeads(nn.Module):
     def _project(self, x, name: str):
         size = self.config.projection_size
         return x if size is None else Linear((size,), ("channels", "embed"), dtype=x.dtype, name=name)(x)
-
-
-def _unit(x):
-    x = x.astype(jnp.float32)
-    return x * jax.lax.rsqrt(jnp.sum(jnp.square(x), axis=-1, keepdims=True) + 1e-12)

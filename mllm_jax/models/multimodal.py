@@ -17,6 +17,7 @@ from mllm_jax.encoders.vit import select_layers
 from mllm_jax.errors import ConfigError
 from mllm_jax.layers.context_gather import take_along_rows
 from mllm_jax.layers.head import HeadInputs
+from mllm_jax.layers.pixels import normalise_pixels
 from mllm_jax.models.caption_row import caption_row
 from mllm_jax.models.contrastive import ContrastiveConfig
 from mllm_jax.projectors.pformer import PFormerConfig
@@ -258,12 +259,6 @@ class Multimodal(nn.Module):
         if c.prompter is not None:
             self.prompter = c.prompter.make()
 
-    def normalise(self, pixels):
-        """uint8[..., 3] -> float32[..., 3] by the encoder's mean and deviation."""
-        c = self.config.encoder
-        mean, std = jnp.asarray(c.image_mean, jnp.float32), jnp.asarray(c.image_std, jnp.float32)
-        return (pixels.astype(jnp.float32) / 255.0 - mean) / std
-
     def encode_media(self, batch) -> MediaTokens | None:
         """The media of a batch as the LLM reads them; None where it has none.
 
@@ -299,7 +294,7 @@ class Multimodal(nn.Module):
     def _features(self, images):
         """[N, H, W, 3] -> dtype[N, P, E]"""
         c = self.config
-        pixels = self.normalise(images) if images.dtype == jnp.uint8 else images
+        pixels = normalise_pixels(images, self.config.encoder) if images.dtype == jnp.uint8 else images
         with part_of_model("encoder"):
             pixels = constrain(pixels, "batch", None, None, None)  # before the tower's first layer, which is no block
         chosen, keep = c.connection.layers, c.connection.class_token
@@ -387,7 +382,7 @@ class Multimodal(nn.Module):
             float32[B, C, P] of pictures or their places, float32[B, C, P] of captions, scale, bias; C is
             `contrastive.captions`.
         """
-        vision = self.encoder(self.normalise(batch["images"][:, 0]))
+        vision = self.encoder(normalise_pixels(batch["images"][:, 0], self.config.encoder))
         count = self.config.contrastive.captions
         text = self.text_tower(batch["tokens"], batch["positions"], batch["segments"], count)
         first = (batch["segments"][:, None] == jnp.arange(1, count + 1)[None, :, None]).argmax(axis=-1)

@@ -14,6 +14,7 @@ from mllm_jax.data.batch import BatchSpec, text_spec
 from mllm_jax.errors import ConfigError
 from mllm_jax.layers.head import HeadInputs
 from mllm_jax.layers.linear import Linear
+from mllm_jax.layers.norms import as_unit_vectors
 from mllm_jax.models.caption_row import caption_row
 from mllm_jax.models.multimodal import MultimodalOutput
 from mllm_jax.projectors.pformer import PFormerConfig
@@ -121,8 +122,7 @@ class PFormerPretraining(nn.Module):
         prompts = self.prompter.prompt(first)
         caption = (batch.get(f"llm_{name}", batch[name]) for name in ("tokens", "segments"))
         row = caption_row(c.llm, prompts, *caption)
-        prompts, text = prompts.astype(jnp.float32), self.text_projection(first).astype(jnp.float32)
-        text *= jax.lax.rsqrt(jnp.square(text).sum(axis=-1, keepdims=True) + 1e-12)
+        prompts, text = prompts.astype(jnp.float32), as_unit_vectors(self.text_projection(first))
         return PromptedTexts(prompts, self.nearest(prompts), text, self.temperature, row)
 
     def nearest(self, x):

@@ -17,7 +17,8 @@ from mllm_jax.planning.compile import AbstractStep, OutOfMemory, abstract_step, 
 from mllm_jax.planning.hlo import FUSED_SCATTER
 from mllm_jax.planning.model import model_flops, remat_of
 from mllm_jax.planning.roofline import Roofline, roofline
-from mllm_jax.planning.topologies import GIB, Topology
+from mllm_jax.planning.topologies import Topology
+from mllm_jax.sharding.chips import GIB
 from mllm_jax.sharding.mesh import AXES, mesh_sizes
 from mllm_jax.training.config import Experiment
 from mllm_jax.training.flops import PartFlops

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from mllm_jax.planning.plan import Plan
-from mllm_jax.planning.topologies import GIB
+from mllm_jax.sharding.chips import GIB
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType

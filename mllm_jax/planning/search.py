@@ -11,7 +11,8 @@ from mllm_jax.layers.stack import REMAT_POLICIES
 from mllm_jax.planning.arithmetic import dividing_fsdp, least_bytes
 from mllm_jax.planning.model import remat_of
 from mllm_jax.planning.plan import Plan, make_plan, stage_index
-from mllm_jax.planning.topologies import GIB, Topology
+from mllm_jax.planning.topologies import Topology
+from mllm_jax.sharding.chips import GIB
 from mllm_jax.sharding.mesh import AXES, MeshConfig
 from mllm_jax.training.config import Experiment, Stage
 from mllm_jax.training.flops import with_remat

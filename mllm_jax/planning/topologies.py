@@ -1,4 +1,4 @@
-"""TPU slices by their usual names, and what chips can do, each figure with its public source."""
+"""TPU slices by their usual names."""
 
 from __future__ import annotations
 
@@ -9,73 +9,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from mllm_jax.errors import PlanError
-
-GIB = 2**30
-
-
-@dataclass(frozen=True)
-class Chip:
-    """What one chip can do. Bandwidths are bytes/s.
-
-    Attributes:
-        flops: FLOP/s in bf16, dense.
-        hbm: bytes, as the vendor states them.
-        usable_hbm: bytes that a program may use, as libtpu 0.0.42 says when it refuses one; None: all.
-        link_bandwidth: of one link of a chip to a neighbour, in one direction.
-        links: links of a chip; two along each axis of the torus. 0: a switch joins the chips of a node.
-        dcn_bandwidth: a chip's share of its host's network, in one direction.
-        efficiency: share of the roofline that published runs reach, one factor a generation, fitted by
-            benchmarks/plan_calibration.py; 1: no published run was fitted.
-        devices: as how many devices JAX sees a chip; each has that share of everything.
-        node: GPUs that a switch joins; beyond it there is only the network.
-    """
-
-    name: str
-    flops: float
-    hbm: float
-    hbm_bandwidth: float
-    link_bandwidth: float
-    links: int
-    dcn_bandwidth: float
-    usable_hbm: float | None = None
-    efficiency: float = 1.0
-    devices: int = 1
-    node: int | None = None
-
-    @property
-    def device_hbm(self) -> float:
-        """Bytes that a program may use on one device."""
-        return (self.usable_hbm or self.hbm) / self.devices
-
-    @property
-    def axes(self) -> int:
-        return self.links // 2
-
-
-# TPUs. FLOP/s, HBM and its bandwidth: the tables of cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e,tpu7x}, where the same
-# tables give the interconnect of a chip as a whole: v4 2400 Gbit/s, v5e 1600 Gbit/s, v5p 4800 Gbit/s, v6e 3200 Gbit/s
-# in one direction, tpu7x 1200 GB/s in both, which over 6, 4, 6, 4 and 6 links is 50, 50, 100, 100 and 100 GB/s a link.
-# The scaling book (jax-ml.github.io/scaling-book/tpus) measures 45 for v4, and has 25 GB/s of network for a host.
-# Hosts of v4, v5p and tpu7x have 4 chips, those of v5e and v6e in large slices 4 (ct5lp-hightpu-4t, ct6e-standard-4t).
-_HOST_NETWORK = 25e9
-TPUS = {
-    "v4": Chip("TPU v4", 275e12, 32 * GIB, 1.2e12, 45e9, 6, _HOST_NETWORK / 4, 30.75 * GIB),
-    "v5e": Chip("TPU v5e", 197e12, 16 * GIB, 0.81e12, 50e9, 4, _HOST_NETWORK / 4, 15.75 * GIB, 0.796),
-    "v5p": Chip("TPU v5p", 459e12, 95 * GIB, 2.765e12, 100e9, 6, _HOST_NETWORK / 4, 95.74 * GIB, 0.777),
-    "v6e": Chip("TPU v6e", 918e12, 32 * GIB, 1.64e12, 100e9, 4, _HOST_NETWORK / 4, 31.25 * GIB, 0.568),
-    # A chip is two dies with half of everything each, and JAX sees two devices (docs, "programming model").
-    "v7x": Chip("TPU7x", 2307e12, 192 * GIB, 7.38e12, 100e9, 6, _HOST_NETWORK / 4, 2 * 94.75 * GIB, devices=2),
-}
-
-# GPUs: NVIDIA's data sheets of A100 SXM 80GB, H100 SXM, H200 SXM and HGX B200, bf16 without sparsity; NVLink 3, 4, 4,
-# 5 in one direction (half of the 600, 900, 900 and 1800 GB/s that the sheets give for both); one network adapter a GPU
-# as in DGX: ConnectX-6 200 Gbit/s for A100, ConnectX-7 400 Gbit/s for the others.
-GPUS = {
-    "a100": Chip("A100 80GB", 312e12, 80e9, 2.039e12, 300e9, 0, 25e9, node=8),
-    "h100": Chip("H100", 989.4e12, 80e9, 3.35e12, 450e9, 0, 50e9, node=8),
-    "h200": Chip("H200", 989.4e12, 141e9, 4.8e12, 450e9, 0, 50e9, node=8),
-    "b200": Chip("B200", 2250e12, 180e9, 7.7e12, 900e9, 0, 50e9, node=8),
-}
+from mllm_jax.sharding.chips import GPUS, TPUS, Chip
 
 # Names count chips for v5e and v6e, and TensorCores, two a chip, for v4, v5p and v7x: v5p-128 has 64 chips
 # (cloud.google.com/tpu/docs/{v4,v5p}#configurations, and xpk's and MaxText's tables of names). v5e and v6e are a torus

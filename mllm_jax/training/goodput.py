@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mllm_jax.errors import RunFolderError
+from mllm_jax.files import write_atomic
 
 KINDS = {
     "productive": "steps that count",
@@ -111,10 +111,8 @@ class Goodput:
             return
         account = {"seconds": self.seconds, "starts": self.starts, "step": self._step, "marks": self._marks}
         text = json.dumps(account | {"wall": self._wall(), "finished": finished})
-        fresh = self.file.with_name(self.file.name + ".tmp")
         try:
-            fresh.write_text(text)
-            os.replace(fresh, self.file)
+            write_atomic(self.file, text)
         except OSError as error:
             raise RunFolderError(
                 f"{self.file}: {error.strerror or error}",

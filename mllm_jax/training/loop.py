@@ -22,12 +22,13 @@ from mllm_jax.checkpoints.training import (
 )
 from mllm_jax.data.pipeline import Pipeline
 from mllm_jax.errors import TrainingError
+from mllm_jax.sharding.chips import peak_flops
 from mllm_jax.sharding.hosts import first_alone, from_first, is_first
 from mllm_jax.sharding.mesh import make_mesh
 from mllm_jax.training.config import Experiment, Pretrained, Stage
 from mllm_jax.training.features import FeatureCache
 from mllm_jax.training.flops import count_flops, with_remat
-from mllm_jax.training.metrics import Meter, MetricsWriter, Progress, peak_flops
+from mllm_jax.training.metrics import Meter, MetricsWriter, Progress
 from mllm_jax.training.monitors import Monitors, attended
 from mllm_jax.training.optimizer import learning_rate, make_optimizer
 from mllm_jax.training.partition import join, num_bytes, num_parameters, split

@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import math
 import os
-import re
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mllm_jax.errors import RunFolderError, TrainingError
+from mllm_jax.files import write_atomic
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -155,12 +155,7 @@ def _keep_until(path: Path, last_step: int) -> None:
             ) from None
         if step <= last_step:
             kept.append(line + b"\n")
-    fresh = path.with_name(path.name + ".tmp")
-    with fresh.open("wb") as file:
-        file.writelines(kept)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(fresh, path)
+    write_atomic(path, b"".join(kept))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -311,58 +306,3 @@ class Meter:
         if self.tokens_rate is None:
             return {}
         return {"tokens_per_second": self.tokens_rate, "flops_per_second": self.flops_rate}
-
-
-# --------------------------------------------------------------------------------------------------
-# Published peaks
-# --------------------------------------------------------------------------------------------------
-
-# Dense bf16 TFLOP/s a JAX device, from the makers' data sheets (NVIDIA's headline figures count 2:4 sparsity: halved).
-_TPU_TFLOPS = {
-    "TPU v4": 275.0,
-    "TPU v5 lite": 197.0,
-    "TPU v5e": 197.0,
-    "TPU v5": 459.0,
-    "TPU v5p": 459.0,
-    "TPU v6 lite": 918.0,
-    "TPU v6e": 918.0,
-    "TPU7x": 2307.0 / 2,  # the sheet counts the chip, which JAX shows as two devices
-}
-# The first row whose words all stand in the device's name counts; a form factor therefore stands before the plain name.
-_NVIDIA_TFLOPS = (
-    (("A100",), 312.0),
-    (("A30",), 165.0),
-    (("A40",), 149.7),
-    (("A10",), 125.0),
-    (("L4",), 121.0),
-    (("L40",), 181.05),
-    (("L40S",), 362.05),
-    (("H100", "PCIE"), 756.5),
-    (("H100", "NVL"), 835.5),
-    (("H100", "HBM3"), 989.4),
-    (("H200", "NVL"), 835.5),
-    (("H200",), 989.4),
-    (("GH200",), 989.4),
-    (("B200",), 2250.0),
-    (("GB200",), 2500.0),
-)
-
-
-def peak_flops(device_kind: str, dtype: str = "bfloat16") -> float | None:
-    """Published dense peak of one JAX device, in FLOP/s; None where no single figure holds.
-
-    That is: CPUs, unknown devices, slices of a GPU (MIG), and dtypes other than bfloat16 and float16 (the rate of a
-    float32 product hangs on the matmul precision that XLA is allowed).
-
-    Args:
-        device_kind: `jax.devices()[0].device_kind`.
-        dtype: the dtype that the matrix products are computed in.
-    """
-    if str(dtype) not in ("bfloat16", "float16"):
-        return None
-    if device_kind in _TPU_TFLOPS:
-        return _TPU_TFLOPS[device_kind] * 1e12
-    words = set(re.split(r"[^A-Z0-9]+", device_kind.upper()))
-    if "NVIDIA" not in words or "MIG" in words:
-        return None
-    return next((tflops * 1e12 for names, tflops in _NVIDIA_TFLOPS if words.issuperset(names)), None)

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mllm_jax.data.images import FORMATS, MAX_PIXELS, as_picture, decode_image, fit_patches, read_image, resize
-from mllm_jax.errors import ConfigError, DataError
+from mllm_jax.data.images import FORMATS, MAX_PIXELS, as_picture, decode_image, read_image, resize
+from mllm_jax.errors import DataError
 
 
 def encode(image: Image.Image, kind: str = "PNG", **options) -> bytes:
@@ -227,61 +227,6 @@ def test_files_are_read_and_named_when_they_cannot_be(tmp_path):
         read_image(tmp_path / "missing.png")
     with pytest.raises(DataError, match="IsADirectoryError"):
         read_image(tmp_path)
-
-
-# ---- native-resolution slots
-
-
-@pytest.mark.parametrize(
-    ("height", "width", "grid"),
-    [(28, 42, (2, 3)), (30, 40, (2, 3)), (35, 50, (2, 4)), (1, 300, (1, 21)), (5, 6, (1, 1))],
-)
-def test_pictures_that_fit_go_to_the_nearest_patches(height, width, grid):
-    image = np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8)
-    for on_large in ("resize", "refuse"):
-        fitted = fit_patches(image, 14, 21, on_large)
-        assert fitted.grid == grid and fitted.note is None
-        assert fitted.image.shape == (grid[0] * 14, grid[1] * 14, 3) and fitted.image.dtype == np.uint8
-    if (height, width) == (28, 42):
-        np.testing.assert_array_equal(fitted.image, image)
-
-
-def test_large_pictures_are_resized_with_a_note():
-    image = np.full((300, 600, 3), (7, 80, 200), np.uint8)
-    fitted = fit_patches(image, 14, 64, what="record 9")
-    assert fitted.grid == (5, 11) and fitted.image.shape == (70, 154, 3)
-    assert (fitted.image == image[0, 0]).all()
-    assert fitted.note == "record 9: 300 x 600 pixels are 903 patches of 14, more than 64: resized to 70 x 154"
-
-
-def test_every_shape_fits_and_little_of_the_slot_is_left():
-    rng = np.random.default_rng(1)
-    shapes = [*rng.integers(1, 500, (60, 2)).tolist(), (1, 5000), (5000, 1), (3, 2000)]
-    for height, width in shapes:
-        for slots in (1, 2, 7, 64):
-            fitted = fit_patches(np.zeros((height, width, 3), np.uint8), 8, slots)
-            rows, columns = fitted.grid
-            assert 1 <= rows * columns <= slots, (height, width, slots)
-            assert fitted.image.shape == (rows * 8, columns * 8, 3)
-            if fitted.note:  # one row or column more would not fit, or would be further from the picture's shape
-                assert (rows + 1) * (columns + 1) > slots, (height, width, slots)
-
-
-def test_large_pictures_are_refused_where_so_configured():
-    with pytest.raises(DataError, match=r"(?s)record 4: 300 x 600 pixels are 903 patches of 14.*at most 64"):
-        fit_patches(np.zeros((300, 600, 3), np.uint8), 14, 64, "refuse", "record 4")
-
-
-@pytest.mark.parametrize("shape", [(8, 9), (8, 9, 4), (8, 9, 1), (0, 9, 3), (8, 0, 3)])
-def test_slots_take_rgb_pictures_only(shape):
-    with pytest.raises(DataError, match=r"the picture: uint8 \["):
-        fit_patches(np.zeros(shape, np.uint8), 14, 64)
-
-
-@pytest.mark.parametrize("settings", [(0, 4, "resize"), (14, 0, "resize"), (14, 4, "crop")])
-def test_slots_settings_are_checked(settings):
-    with pytest.raises(ConfigError, match="on_large"):
-        fit_patches(np.zeros((8, 9, 3), np.uint8), *settings)
 
 
 def test_only_regular_files_of_bounded_size_are_read(tmp_path):

@@ -11,10 +11,10 @@ from tiny_runs import ROOT
 from toy_data import MODEL, PAIRS, PICTURES, SIZE, Toy, ToySource, pipeline, tokenizer
 
 from mllm_jax.data.examples import Conversation, Turn
-from mllm_jax.data.openmoji import OpenMojiQuestions
-from mllm_jax.data.openmoji.records import load
 from mllm_jax.data.pipeline import Mixture, Pipeline, Weighted, training_texts
 from mllm_jax.data.tokenizer import Tokenizer
+from mllm_jax.datasets.openmoji import OpenMojiQuestions
+from mllm_jax.datasets.openmoji.records import load
 from mllm_jax.errors import ConfigError, DataError
 from mllm_jax.sharding.mesh import MeshConfig, make_mesh
 from mllm_jax.training.config_file import load_config

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 
-from mllm_jax.data.openmoji.catalog import catalog
-from mllm_jax.data.openmoji.galleries import galleries
+from mllm_jax.datasets.openmoji.catalog import catalog
+from mllm_jax.datasets.openmoji.galleries import galleries
 from mllm_jax.errors import ConfigError
 from mllm_jax.evaluation.galleries import evaluate_retrieval
 

@@ -6,6 +6,7 @@ import base64
 import io
 import json
 import math
+import os
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -16,7 +17,6 @@ from rich.console import Console
 
 import mllm_jax
 from mllm_jax.errors import DataError, RunFolderError
-from mllm_jax.evaluation import report
 from mllm_jax.evaluation.charts import Line, chart, ema
 from mllm_jax.evaluation.report import write_report
 from mllm_jax.evaluation.tables import table
@@ -153,7 +153,7 @@ def test_a_full_run_is_shown_whole(tmp_path):
     assert page.count("figure", "log") == page.count("figure", "linear") == 2
     assert page.count("svg", "bar") == 3
     assert "8 of these 24 are right" in page.all
-    assert not (tmp_path / "report.html.tmp").exists()
+    assert not list(tmp_path.glob(".report.html*"))
 
 
 def test_the_page_needs_nothing_but_itself(tmp_path):
@@ -318,11 +318,11 @@ def test_the_old_page_stays_when_the_new_one_cannot_be_written(tmp_path, monkeyp
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(report.os, "replace", full)
+    monkeypatch.setattr(os, "replace", full)
     with pytest.raises(RunFolderError, match="No space left"):
         write_report(tmp_path)
     assert (tmp_path / "report.html").read_text() == old
-    assert not (tmp_path / "report.html.tmp").exists()
+    assert not list(tmp_path.glob(".report.html*"))
 
 
 def test_a_long_run_stays_a_small_page(tmp_path):

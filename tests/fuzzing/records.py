@@ -84,7 +84,7 @@ def _content(rng: random.Random) -> bytes:
 
 def _read(path: Path, content: bytes, version: str) -> None:
     """Reads every record: a bad one is refused by itself."""
-    from mllm_jax.data.llava import LLaVARecords
+    from mllm_jax.datasets.llava import LLaVARecords
     from mllm_jax.errors import DataError
 
     path.write_bytes(content)

@@ -15,6 +15,7 @@ from mllm_jax.data.pipeline import Pipeline, Weighted
 from mllm_jax.encoders.text import TextTowerConfig
 from mllm_jax.encoders.vit import ViTConfig
 from mllm_jax.errors import ConfigError
+from mllm_jax.layers.pixels import normalise_pixels
 from mllm_jax.models.clip import DualEncoderConfig, read_clip, read_siglip, sample
 from mllm_jax.sharding.mesh import MeshConfig, make_mesh
 from mllm_jax.training.config import AdamW
@@ -90,7 +91,7 @@ def test_pairs_are_what_each_picture_and_text_gives_alone(ready, batch):
     image, text, scale, bias = module.apply(params, batch, method="embed_pairs")
     assert image.shape == text.shape == (16, 2, 16) and bias == 0
     assert scale == pytest.approx(float(np.exp(params["params"]["heads"]["log_scale"])))
-    pixels = module.apply(params, batch["images"][:, 0], method="normalise")
+    pixels = normalise_pixels(batch["images"][:, 0], module.config.vision)
     np.testing.assert_allclose(image[:, 0], module.apply(params, pixels, method="encode_image"), atol=1e-5)
     for row in range(3):
         for number in range(1, 1 + batch["segments"][row].max()):

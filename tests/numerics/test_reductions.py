@@ -9,8 +9,7 @@ import optax
 import pytest
 
 from mllm_jax.layers.head import HeadInputs, head_cross_entropy
-from mllm_jax.layers.norms import LayerNorm, RMSNorm
-from mllm_jax.models.contrastive import _unit
+from mllm_jax.layers.norms import LayerNorm, RMSNorm, as_unit_vectors
 from mllm_jax.training.config import AdamW
 from mllm_jax.training.objectives.next_token import cross_entropy
 from mllm_jax.training.objectives.ring import Plan, pair_loss
@@ -65,7 +64,7 @@ def test_norms_and_their_gradients(norm, shape):
 
 def test_unit_vectors(shape):
     x = normal(*shape)
-    close(jax.jit(_unit)(x), x / np.linalg.norm(x.astype(np.float64), axis=1, keepdims=True))
+    close(jax.jit(as_unit_vectors)(x), x / np.linalg.norm(x.astype(np.float64), axis=1, keepdims=True))
 
 
 def test_the_global_norm(shape):
@@ -138,7 +137,7 @@ def test_the_head_chunk_by_chunk(shape):
 @pytest.mark.parametrize("kind", ["softmax", "sigmoid"])
 def test_the_contrastive_losses(kind):
     rows, width, scale, bias = 4_096, 3, 5.0, -2.0
-    image, text = (np.asarray(_unit(normal(rows, width, seed=seed))) for seed in (0, 1))
+    image, text = (np.asarray(as_unit_vectors(normal(rows, width, seed=seed))) for seed in (0, 1))
     code = np.stack([np.arange(1, rows + 1), np.ones(rows)], axis=1).astype(np.uint32)[:, None]
     plan = Plan(kind, 1_024)
 

@@ -15,8 +15,8 @@ from PIL import Image
 import mllm_jax
 from mllm_jax.data.dialogues import pack_dialogues
 from mllm_jax.data.examples import Conversation, Turn
-from mllm_jax.data.llava import LLaVARecords
 from mllm_jax.data.pipeline import Mixture, Weighted
+from mllm_jax.datasets.llava import LLaVARecords
 from mllm_jax.errors import DataError
 from mllm_jax.models.dialogue import DialogueEncoder
 from mllm_jax.planning.batches import batch_shapes

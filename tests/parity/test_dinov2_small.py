@@ -17,8 +17,8 @@ from vision_checks import to_torch
 
 import mllm_jax
 from mllm_jax.data.image_processors import read_image_processor
-from mllm_jax.data.openmoji.catalog import catalog
-from mllm_jax.data.openmoji.pictures import Pictures
+from mllm_jax.datasets.openmoji.catalog import catalog
+from mllm_jax.datasets.openmoji.pictures import Pictures
 from mllm_jax.inference.embed import Embedder
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("optimized")]

@@ -22,7 +22,8 @@ from mllm_jax.planning.compile import OutOfMemory, topology_mesh
 from mllm_jax.planning.hlo import account
 from mllm_jax.planning.plan import make_plan
 from mllm_jax.planning.report import render, show, show_search
-from mllm_jax.planning.topologies import GIB, topology
+from mllm_jax.planning.topologies import topology
+from mllm_jax.sharding.chips import GIB
 from mllm_jax.sharding.mesh import MeshConfig
 from mllm_jax.training.config_file import load_config
 from mllm_jax.training.flops import count_flops, with_remat

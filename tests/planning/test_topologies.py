@@ -3,7 +3,8 @@
 import pytest
 
 from mllm_jax.errors import PlanError
-from mllm_jax.planning.topologies import GPUS, TPUS, topology
+from mllm_jax.planning.topologies import topology
+from mllm_jax.sharding.chips import GPUS, TPUS
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from mllm_jax.data.openmoji import OpenMojiCaptions
-from mllm_jax.data.text_only import TextOnly
+from mllm_jax.datasets.openmoji import OpenMojiCaptions
+from mllm_jax.datasets.text_only import TextOnly
 from mllm_jax.encoders.vit import ViTConfig
 from mllm_jax.errors import ConfigError, DataError
 from mllm_jax.llms.decoder import DecoderConfig

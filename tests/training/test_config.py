@@ -101,7 +101,7 @@ TRAINED = {
 }
 
 
-@pytest.fixture(scope="module", params=["quickstart", "openmoji_full"])
+@pytest.fixture(scope="module", params=["quickstart", "openmoji_scenes", "openmoji_full"])
 def shipped(request):
     return load_config(ROOT / "configs" / f"{request.param}.py")
 

@@ -12,8 +12,8 @@ from PIL import Image
 from toy_data import quick_compilation
 
 from mllm_jax import cli
-from mllm_jax.data.openmoji import OpenMojiCaptions
 from mllm_jax.data.pipeline import Mixture, Pipeline, Weighted
+from mllm_jax.datasets.openmoji import OpenMojiCaptions
 from mllm_jax.encoders.text import TextTowerConfig
 from mllm_jax.encoders.vit import ViTConfig
 from mllm_jax.errors import ConfigError

@@ -18,7 +18,7 @@ from rich.console import Console
 from tensorboardX.proto import event_pb2
 
 from mllm_jax.errors import RunFolderError, TrainingError
-from mllm_jax.training.metrics import MetricsWriter, Progress, peak_flops
+from mllm_jax.training.metrics import MetricsWriter, Progress
 
 
 def read(folder: Path) -> list[dict]:
@@ -96,7 +96,7 @@ def test_resume_drops_later_and_half_written_lines(tmp_path):
         for step in (4, 5):
             writer.write(step, "a", {"loss": 1 / step}, {"seconds": 1.0})
     assert (tmp_path / "metrics.jsonl").read_bytes() == b"".join(whole)
-    assert not (tmp_path / "metrics.jsonl.tmp").exists()
+    assert not list(tmp_path.glob(".metrics.jsonl*"))
 
 
 def test_a_whole_last_line_without_newline_is_kept(tmp_path):
@@ -222,36 +222,3 @@ def test_the_bar_shows_every_column_on_a_terminal():
     text = out.getvalue()
     for shown in ("align[x]", "20/20", "loss 1.5000", "900 tokens/s", "2.0 TFLOP/s", "took 0:00", "checkpoint [1]"):
         assert shown in text
-
-
-@pytest.mark.parametrize(
-    ("kind", "tflops"),
-    [
-        ("TPU v4", 275),
-        ("TPU v5 lite", 197),
-        ("TPU v5", 459),
-        ("TPU v5p", 459),
-        ("TPU v6 lite", 918),
-        ("TPU7x", 1153.5),
-        ("NVIDIA A100-SXM4-80GB", 312),
-        ("NVIDIA A10", 125),
-        ("NVIDIA H100 80GB HBM3", 989.4),
-        ("NVIDIA H100 PCIe", 756.5),
-        ("NVIDIA H100 NVL", 835.5),
-        ("NVIDIA H200", 989.4),
-        ("NVIDIA B200", 2250),
-        ("NVIDIA L40S", 362.05),
-        ("NVIDIA A10G", None),
-        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None),
-        ("NVIDIA Unheard-of", None),
-        ("TPU v99", None),
-        ("cpu", None),
-    ],
-)
-def test_peaks(kind, tflops):
-    assert peak_flops(kind) == (None if tflops is None else pytest.approx(tflops * 1e12))
-
-
-def test_float32_has_no_single_peak():
-    assert peak_flops("TPU v4", "float32") is None
-    assert peak_flops("TPU v4", "float16") == 275e12

@@ -18,8 +18,8 @@ import mllm_jax
 from mllm_jax.cli import main
 from mllm_jax.data.dialogues import pack_dialogues
 from mllm_jax.data.examples import Conversation, Turn
-from mllm_jax.data.llava import LLaVARecords
 from mllm_jax.data.pipeline import Mixture, Pipeline, Weighted
+from mllm_jax.datasets.llava import LLaVARecords
 from mllm_jax.encoders.vit import ViTConfig
 from mllm_jax.errors import ConfigError, DataError
 from mllm_jax.llms.decoder import DecoderConfig

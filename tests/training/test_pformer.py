@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 
-from mllm_jax.data.openmoji import OpenMojiCaptions
 from mllm_jax.data.pipeline import Mixture, Pipeline, Weighted
-from mllm_jax.data.text_only import TextOnly
+from mllm_jax.datasets.openmoji import OpenMojiCaptions
+from mllm_jax.datasets.text_only import TextOnly
 from mllm_jax.encoders.vit import ViTConfig
 from mllm_jax.errors import ConfigError
 from mllm_jax.llms.decoder import DecoderConfig

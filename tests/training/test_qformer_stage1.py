@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from toy_data import MODEL, PAIRS, Toy
 
-from mllm_jax.data.openmoji import OpenMojiCaptions
 from mllm_jax.data.pipeline import Mixture, Weighted
+from mllm_jax.datasets.openmoji import OpenMojiCaptions
 from mllm_jax.encoders.vit import ViTConfig
 from mllm_jax.errors import ConfigError
 from mllm_jax.models.blip2_stage1 import QFormerPretrainingConfig

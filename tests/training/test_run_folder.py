@@ -304,7 +304,7 @@ def test_a_config_that_cannot_be_written_is_refused_whole(tmp_path, monkeypatch,
         raise OSError(number, os.strerror(number))
 
     with monkeypatch.context() as patch:
-        patch.setattr(Path if where == "open" else run_folder.os, where, fail)
+        patch.setattr(Path if where == "open" else os, where, fail)
         assert os.strerror(number) in refused(tmp_path, SAME)
     assert folder.experiment() == EXPERIMENT, "the old config is lost"
     assert {p.name for p in tmp_path.iterdir()} == {"config.json", MARK}, "a temporary file is left"

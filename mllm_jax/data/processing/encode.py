@@ -146,7 +146,7 @@ def encode_turns(encoder: Encoder, example: Example, max_length: int, learn: str
         )
     weights = np.zeros(len(ids), np.float32)
     starts = [_start(encoder, messages[:i], ids) for i in answers[:kept]]
-    for i, start, following in zip(answers, starts, [*starts[1:], len(ids)]):
+    for i, start, following in zip(answers[:kept], starts, [*starts[1:], len(ids)], strict=True):
         end = _end(encoder, ids, start, following)
         weights[(1 if learn == "all" else start) : end] = 1
         if following < len(ids):
@@ -175,7 +175,7 @@ def encode_answer(encoder: Encoder, example: Example, max_length: int, start_id:
 
 
 def encode_text(encoder: Encoder, example: Example, max_length: int, learn: str) -> Encoded:
-    """Lays out text with media in it and a line break at its end, as LLaVA is pretrained; what follows media is learnt."""
+    """Lays out text with media in it and a line break, as LLaVA is pretrained; what follows media carries loss."""
     (message,) = example.messages
     if not message.text.strip():
         raise DataError("a text without words", "a caption or another text", "drop or mend the record")

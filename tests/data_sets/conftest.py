@@ -1,8 +1,11 @@
-"""What tests of the emoji data share."""
+"""What tests of the emoji data share.
+
+This folder is not named datasets: tests/ is on sys.path, and transformers asks for a package of that name.
+"""
 
 import pytest
 
-from mllm_jax.data.openmoji import load
+from mllm_jax.datasets.openmoji import load
 
 
 @pytest.fixture(scope="module")

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from mllm_jax.data.images import decode_image, resize
-from mllm_jax.data.openmoji.catalog import Catalog, Dice
-from mllm_jax.data.openmoji.scenes import Scene
+from mllm_jax.datasets.openmoji.catalog import Catalog, Dice
+from mllm_jax.datasets.openmoji.scenes import Scene
 
 _CACHE_BYTES = 256 * 2**20
 _SCALES = (1.0, 0.95, 0.9, 0.85)  # few, so that each resized picture is used again

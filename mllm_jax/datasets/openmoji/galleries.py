@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mllm_jax.data.openmoji.catalog import Catalog, Dice, catalog
-from mllm_jax.data.openmoji.pictures import Pictures
-from mllm_jax.data.openmoji.questions import caption
+from mllm_jax.datasets.openmoji.catalog import Catalog, Dice, catalog
+from mllm_jax.datasets.openmoji.pictures import Pictures
+from mllm_jax.datasets.openmoji.questions import caption
 from mllm_jax.errors import ConfigError
 
 WAYS = ("image_to_text", "text_to_image")

@@ -7,10 +7,10 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from mllm_jax.data.openmoji import OpenMojiSkills
-from mllm_jax.data.openmoji.catalog import Dice
-from mllm_jax.data.openmoji.scenes import NUMBERS, PLACES
-from mllm_jax.data.openmoji.skills import PEOPLE, SKILLS, THINGS, Sign, draw_sign, sign_picture, skill_questions
+from mllm_jax.datasets.openmoji import OpenMojiSkills
+from mllm_jax.datasets.openmoji.catalog import Dice
+from mllm_jax.datasets.openmoji.scenes import NUMBERS, PLACES
+from mllm_jax.datasets.openmoji.skills import PEOPLE, SKILLS, THINGS, Sign, draw_sign, sign_picture, skill_questions
 from mllm_jax.errors import ConfigError
 
 

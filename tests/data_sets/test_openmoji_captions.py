@@ -6,7 +6,7 @@ import re
 
 import numpy as np
 
-from mllm_jax.data.openmoji import OpenMojiCaptions, OpenMojiText
+from mllm_jax.datasets.openmoji import OpenMojiCaptions, OpenMojiText
 
 
 def spread(source, count: int) -> list[int]:

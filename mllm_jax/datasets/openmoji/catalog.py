@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mllm_jax.data.openmoji.records import Record, digest, load
+from mllm_jax.datasets.openmoji.records import Record, digest, load
 from mllm_jax.errors import DataError
 
 # A base that is also true of other pictures: of all in a subcategory ("person" of every one that names persons), or of

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from mllm_jax.data.openmoji.catalog import FULL, Catalog, Dice
-from mllm_jax.data.openmoji.questions import with_article
-from mllm_jax.data.openmoji.turns import Turn
+from mllm_jax.datasets.openmoji.catalog import FULL, Catalog, Dice
+from mllm_jax.datasets.openmoji.questions import with_article
+from mllm_jax.datasets.openmoji.turns import Turn
 
 ORDINALS = ("first", "second", "third")
 _CHOICES = {2: "the first or the second", 3: "the first, the second or the third"}

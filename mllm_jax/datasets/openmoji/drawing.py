@@ -10,7 +10,7 @@ import numpy as np
 from einops import rearrange, reduce
 
 from mllm_jax.data.images import resize
-from mllm_jax.data.openmoji.vocabulary import Form, package_folder
+from mllm_jax.datasets.openmoji.vocabulary import Form, package_folder
 from mllm_jax.errors import DataError
 
 PICTURE_SIZE = 128

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from mllm_jax.data.openmoji.splits import SPLITS
+from mllm_jax.datasets.openmoji.splits import SPLITS
 from mllm_jax.errors import DataError
 
 CONFIGS = ("quickstart", "study", "full")
@@ -55,7 +55,7 @@ def load(config: str = "quickstart", data_dir: str | os.PathLike | None = None) 
 def _load(config: str, data_dir: str | None) -> Mapping[str, tuple[Record, ...]]:
     import tensorflow_datasets as tfds
 
-    from mllm_jax.data.openmoji.openmoji_dataset_builder import Builder
+    from mllm_jax.datasets.openmoji.openmoji_dataset_builder import Builder
 
     try:
         builder = Builder(config=config, data_dir=data_dir)

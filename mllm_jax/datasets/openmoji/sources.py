@@ -20,14 +20,14 @@ from typing import Any
 import numpy as np
 
 from mllm_jax.data.message import Example
-from mllm_jax.data.openmoji.catalog import Catalog, Dice, catalog
-from mllm_jax.data.openmoji.pairs import Group, compose_group, group_turns
-from mllm_jax.data.openmoji.pictures import Pictures
-from mllm_jax.data.openmoji.questions import ASKED as ASKED_OF_PICTURES
-from mllm_jax.data.openmoji.questions import caption, picture_turns
-from mllm_jax.data.openmoji.scenes import ASKED as ASKED_OF_SCENES
-from mllm_jax.data.openmoji.scenes import PLACES, Scene, compose_scene, scene_caption, scene_turns
-from mllm_jax.data.openmoji.turns import asked, captioned
+from mllm_jax.datasets.openmoji.catalog import Catalog, Dice, catalog
+from mllm_jax.datasets.openmoji.pairs import Group, compose_group, group_turns
+from mllm_jax.datasets.openmoji.pictures import Pictures
+from mllm_jax.datasets.openmoji.questions import ASKED as ASKED_OF_PICTURES
+from mllm_jax.datasets.openmoji.questions import caption, picture_turns
+from mllm_jax.datasets.openmoji.scenes import ASKED as ASKED_OF_SCENES
+from mllm_jax.datasets.openmoji.scenes import PLACES, Scene, compose_scene, scene_caption, scene_turns
+from mllm_jax.datasets.openmoji.turns import asked, captioned
 from mllm_jax.errors import ConfigError
 
 QUESTIONS_VERSION = 16  # raise it whenever the questions, the answers or the drawing of pictures change

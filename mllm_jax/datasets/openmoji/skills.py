@@ -12,15 +12,15 @@ import numpy as np
 
 from mllm_jax.data.images import resize
 from mllm_jax.data.message import Example
-from mllm_jax.data.openmoji.catalog import Catalog, Dice, catalog
-from mllm_jax.data.openmoji.evaluation import EvalQuestion
-from mllm_jax.data.openmoji.pictures import Pictures
-from mllm_jax.data.openmoji.questions import ASKED as ASKED_OF_PICTURES
-from mllm_jax.data.openmoji.questions import caption
-from mllm_jax.data.openmoji.scenes import ASKED as ASKED_OF_SCENES
-from mllm_jax.data.openmoji.scenes import PLACES, Scene, compose_scene, count_of, position, scene_caption
-from mllm_jax.data.openmoji.sources import EmojiSource, SourceSettings
-from mllm_jax.data.openmoji.turns import Turn, asked, captioned
+from mllm_jax.datasets.openmoji.catalog import Catalog, Dice, catalog
+from mllm_jax.datasets.openmoji.evaluation import EvalQuestion
+from mllm_jax.datasets.openmoji.pictures import Pictures
+from mllm_jax.datasets.openmoji.questions import ASKED as ASKED_OF_PICTURES
+from mllm_jax.datasets.openmoji.questions import caption
+from mllm_jax.datasets.openmoji.scenes import ASKED as ASKED_OF_SCENES
+from mllm_jax.datasets.openmoji.scenes import PLACES, Scene, compose_scene, count_of, position, scene_caption
+from mllm_jax.datasets.openmoji.sources import EmojiSource, SourceSettings
+from mllm_jax.datasets.openmoji.turns import Turn, asked, captioned
 from mllm_jax.errors import ConfigError, DataError
 
 SKILLS = ("naming", "place", "number", "text")

@@ -8,14 +8,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mllm_jax.data.openmoji.catalog import Catalog, Dice, catalog
-from mllm_jax.data.openmoji.pictures import Pictures
-from mllm_jax.data.openmoji.questions import ASKED as ASKED_OF_PICTURES
-from mllm_jax.data.openmoji.questions import true_answers, yes_no
-from mllm_jax.data.openmoji.scenes import ASKED as ASKED_OF_SCENES
-from mllm_jax.data.openmoji.scenes import NUMBERS, PLACES, Scene, compose_scene, count_of, exists, position
-from mllm_jax.data.openmoji.sources import PER_BASE
-from mllm_jax.data.openmoji.turns import Turn
+from mllm_jax.datasets.openmoji.catalog import Catalog, Dice, catalog
+from mllm_jax.datasets.openmoji.pictures import Pictures
+from mllm_jax.datasets.openmoji.questions import ASKED as ASKED_OF_PICTURES
+from mllm_jax.datasets.openmoji.questions import true_answers, yes_no
+from mllm_jax.datasets.openmoji.scenes import ASKED as ASKED_OF_SCENES
+from mllm_jax.datasets.openmoji.scenes import NUMBERS, PLACES, Scene, compose_scene, count_of, exists, position
+from mllm_jax.datasets.openmoji.sources import PER_BASE
+from mllm_jax.datasets.openmoji.turns import Turn
 
 _STREAM = 100  # far from the streams of the training sources, so that no scene is a training scene
 _ONE_A_BASE = ("category", "subcategory")  # else persons, who have 18 forms, would be most of the answers

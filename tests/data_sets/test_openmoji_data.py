@@ -15,14 +15,14 @@ import pytest
 from PIL import features
 
 from mllm_jax.data.images import decode_image, resize
-from mllm_jax.data.openmoji import drawing, load, records, summary
-from mllm_jax.data.openmoji.catalog import Catalog
-from mllm_jax.data.openmoji.drawing import draw_distinct, find_repeats
-from mllm_jax.data.openmoji.openmoji_dataset_builder import Builder
-from mllm_jax.data.openmoji.pictures import Pictures
-from mllm_jax.data.openmoji.splits import SPLITS, assign_splits
-from mllm_jax.data.openmoji.subset import bases
-from mllm_jax.data.openmoji.vocabulary import GENDERS, TONES, read_forms
+from mllm_jax.datasets.openmoji import drawing, load, records, summary
+from mllm_jax.datasets.openmoji.catalog import Catalog
+from mllm_jax.datasets.openmoji.drawing import draw_distinct, find_repeats
+from mllm_jax.datasets.openmoji.openmoji_dataset_builder import Builder
+from mllm_jax.datasets.openmoji.pictures import Pictures
+from mllm_jax.datasets.openmoji.splits import SPLITS, assign_splits
+from mllm_jax.datasets.openmoji.subset import bases
+from mllm_jax.datasets.openmoji.vocabulary import GENDERS, TONES, read_forms
 from mllm_jax.errors import DataError
 
 VERSION = str(Builder.VERSION)
@@ -179,7 +179,8 @@ def test_interrupted_preparation_leaves_nothing(monkeypatch, tmp_path):
 
 def test_two_processes_may_prepare_at_once(tmp_path):
     code = (
-        "import sys; from mllm_jax.data.openmoji import load; from mllm_jax.data.openmoji.records import digest;"
+        "import sys; from mllm_jax.datasets.openmoji import load;"
+        "from mllm_jax.datasets.openmoji.records import digest;"
         "print(digest(load('quickstart', sys.argv[1])['train']))"
     )
     started = [

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mllm_jax.data.llava import LLaVARecords
 from mllm_jax.data.pipeline import Mixture, Pipeline, Weighted
 from mllm_jax.data.tokenizer import Tokenizer
+from mllm_jax.datasets.llava import LLaVARecords
 from mllm_jax.errors import ConfigError, DataError
 
 

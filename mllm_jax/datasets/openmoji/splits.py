@@ -6,7 +6,7 @@ import hashlib
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 
-from mllm_jax.data.openmoji.vocabulary import Form
+from mllm_jax.datasets.openmoji.vocabulary import Form
 
 SPLITS = ("train", "validation", "composition", "unseen")
 UNSEEN_SHARE = 0.12  # of the bases of each category

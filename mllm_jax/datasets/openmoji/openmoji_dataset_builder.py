@@ -8,10 +8,10 @@ from collections.abc import Iterator
 import numpy as np
 import tensorflow_datasets as tfds
 
-from mllm_jax.data.openmoji.drawing import PICTURE_SIZE, draw_distinct
-from mllm_jax.data.openmoji.splits import SPLITS, assign_splits
-from mllm_jax.data.openmoji.subset import bases
-from mllm_jax.data.openmoji.vocabulary import read_forms
+from mllm_jax.datasets.openmoji.drawing import PICTURE_SIZE, draw_distinct
+from mllm_jax.datasets.openmoji.splits import SPLITS, assign_splits
+from mllm_jax.datasets.openmoji.subset import bases
+from mllm_jax.datasets.openmoji.vocabulary import read_forms
 
 TEXT_FEATURES = ("name", "base", "category", "subcategory", "skin_tone", "gender", "codepoints")
 

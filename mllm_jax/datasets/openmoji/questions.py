@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import re
 
-from mllm_jax.data.openmoji.catalog import FULL, Catalog, Dice
-from mllm_jax.data.openmoji.records import Record
-from mllm_jax.data.openmoji.turns import Turn
+from mllm_jax.datasets.openmoji.catalog import FULL, Catalog, Dice
+from mllm_jax.datasets.openmoji.records import Record
+from mllm_jax.datasets.openmoji.turns import Turn
 
 # `{x}` is a claim with its article; no verb follows it, for it may be singular or plural.
 ASKED = {

@@ -5,10 +5,10 @@ Importing this package loads neither TFDS nor the emoji packages; building a sou
 
 from __future__ import annotations
 
-from mllm_jax.data.openmoji.evaluation import EvalQuestion, evaluation_questions
-from mllm_jax.data.openmoji.records import Record, load, summary
-from mllm_jax.data.openmoji.skills import OpenMojiSkills
-from mllm_jax.data.openmoji.sources import (
+from mllm_jax.datasets.openmoji.evaluation import EvalQuestion, evaluation_questions
+from mllm_jax.datasets.openmoji.records import Record, load, summary
+from mllm_jax.datasets.openmoji.skills import OpenMojiSkills
+from mllm_jax.datasets.openmoji.sources import (
     OpenMojiCaptions,
     OpenMojiPairs,
     OpenMojiQuestions,

@@ -1,0 +1,164 @@
+"""A multimodal LLM from scratch on emoji: minutes on two CPU cores.
+
+mllm train configs/openmoji_scenes.py
+
+Five stages: the LLM learns to read descriptions; a picture tower learns against a text tower; the projector learns the
+LLM's language; projector and LLM learn to say what they see, then to answer questions.
+"""
+
+from mllm_jax.data.pipeline import Mixture, Weighted
+from mllm_jax.datasets.openmoji import OpenMojiCaptions, OpenMojiQuestions, OpenMojiScenes, OpenMojiText
+from mllm_jax.datasets.openmoji.scenes import PLACES
+from mllm_jax.encoders.text import TextTowerConfig
+from mllm_jax.encoders.vit import ViTConfig
+from mllm_jax.evaluation.openmoji import OpenMojiEvaluation
+from mllm_jax.llms.decoder import DecoderConfig
+from mllm_jax.models.contrastive import ContrastiveConfig
+from mllm_jax.models.multimodal import MultimodalConfig
+from mllm_jax.projectors.mlp import MLPProjectorConfig
+from mllm_jax.training.config import AdamW, Experiment, Stage, TokenizerConfig
+from mllm_jax.training.objectives.contrastive import Contrastive
+from mllm_jax.training.objectives.next_token import NextToken
+
+SIZE = 64
+STEPS = {"language": 1000, "contrastive": 900, "align": 20, "describe": 280, "instruct": 1100}
+DECAY = {"contrastive": 0.5, "describe": 0.3, "instruct": 0.1}
+SHARES = {
+    "language": {"scenes": 0.5},
+    "contrastive": {"scenes": 0.4, "categories": 0.5},
+    "describe": {"names": 0.75, "places": 0.25},
+    "instruct": {"names": 0.2, "yes_no": 0.2, "questions": 0.2, "scenes": 0.2, "matches": 0.2},
+}
+
+MODEL = MultimodalConfig(
+    encoder=ViTConfig(
+        image_size=SIZE,
+        patch_size=16,
+        hidden_size=256,
+        num_layers=4,
+        num_heads=4,
+        mlp_size=512,
+        activation="relu",  # twice as fast as gelu or silu on a CPU
+        stem_channels=(32, 64, 128, 256),
+        mimetic_init=True,
+        regions=2,
+        region_size=256,
+        scan_unroll=4,
+    ),
+    projector=MLPProjectorConfig(output_size=256, activation="relu", input_norm=True, place_embedding=True),
+    llm=DecoderConfig(
+        vocab_size=1024,
+        hidden_size=256,
+        num_layers=4,
+        num_heads=4,
+        num_kv_heads=2,
+        mlp_size=512,
+        activation="relu",
+        qk_norm=True,
+        mimetic_init=True,
+        scan_unroll=4,
+    ),
+    text_tower=TextTowerConfig(
+        vocab_size=1024,
+        hidden_size=256,
+        num_layers=0,  # a bag of words: names never seen are then the sum of words that were
+    ),
+    contrastive=ContrastiveConfig(projection_size=256, captions=4),
+)
+
+
+def experiment(
+    name: str,
+    pictures: str,
+    steps: dict[str, int],
+    decay: dict[str, float] = DECAY,
+    shares: dict[str, dict[str, float]] = SHARES,
+    variants: int = 16,
+    per_base: int = 3,
+) -> Experiment:
+    """The stages on the named configuration of the data set."""
+    common = dict(config=pictures, image_size=SIZE, augment=True, per_base=per_base)
+    sources = {
+        "names": OpenMojiQuestions(**common, variants=variants, tasks=("naming",), turns=1),
+        "yes_no": OpenMojiQuestions(**common, variants=variants, tasks=("yes_no",), turns=5),
+        "questions": OpenMojiQuestions(**common, variants=variants),
+        "places": OpenMojiScenes(**common, tasks=("scene_position",), turns=4),
+        "scenes": OpenMojiScenes(**common),
+        "matches": OpenMojiScenes(**common, tasks=("scene_exists", "scene_count"), turns=6),  # against every cell
+    }
+
+    def weighted(stage: str) -> tuple[Weighted, ...]:
+        return tuple(Weighted(sources[source], share) for source, share in shares[stage].items())
+
+    text = OpenMojiText(config=pictures, variants=variants, scene_share=shares["language"]["scenes"], per_base=per_base)
+    captions = OpenMojiCaptions(
+        **common,
+        variants=variants,
+        scene_share=shares["contrastive"]["scenes"],
+        category_share=shares["contrastive"]["categories"],
+    )
+    held_out = OpenMojiQuestions(config=pictures, split="validation", image_size=SIZE, variants=4)
+    describing = Mixture(weighted("describe"), rows=16, length=128, slots=6)
+    return Experiment(
+        name=name,
+        model=MODEL,
+        tokenizer=TokenizerConfig(vocab_size=1024, phrases=PLACES[2], places=PLACES[2]),
+        cpu_devices=2,  # two devices on two cores are twice as fast as one
+        evaluation=OpenMojiEvaluation(config=pictures, image_size=SIZE),
+        stages=(
+            Stage(
+                name="language",
+                objective=NextToken(),
+                trainable=("llm/*",),
+                data=Mixture((Weighted(text),), rows=10, length=224, slots=0, learn="all"),
+                optimizer=AdamW(learning_rate=3e-3, warmup_steps=30),
+                steps=steps["language"],
+            ),
+            Stage(
+                name="contrastive",
+                objective=Contrastive(),
+                trainable=("encoder/*", "text_tower/*", "contrastive/*"),
+                # Four forms of a base side by side are each other's hard negatives.
+                data=Mixture(
+                    (Weighted(captions),), rows=128, length=112, slots=1, layout="caption", captions=4, group=4
+                ),
+                optimizer=AdamW(learning_rate=1.5e-3, warmup_steps=50, weight_decay=decay["contrastive"]),
+                steps=steps["contrastive"],
+            ),
+            Stage(
+                name="align",
+                objective=NextToken(),
+                trainable=("projector/*",),
+                data=describing,
+                optimizer=AdamW(learning_rate=2e-3, warmup_steps=5),
+                steps=steps["align"],
+            ),
+            Stage(
+                name="describe",
+                objective=NextToken(),
+                trainable=("projector/*", "llm/*"),
+                data=describing,
+                optimizer=AdamW(learning_rate=2e-3, warmup_steps=30, end_factor=0.5, weight_decay=decay["describe"]),
+                steps=steps["describe"],
+            ),
+            Stage(
+                name="instruct",
+                objective=NextToken(),
+                trainable=("projector/*", "llm/*"),
+                data=Mixture(
+                    weighted("instruct"),
+                    rows=8,
+                    length=256,  # long conversations fill rows of 128 to 89 %
+                    slots=6,
+                ),
+                optimizer=AdamW(learning_rate=1.5e-3, warmup_steps=30, weight_decay=decay["instruct"]),
+                steps=steps["instruct"],
+                validation=Mixture((Weighted(held_out),), rows=16, length=128, slots=4),
+                validate_every=200,
+            ),
+        ),
+    )
+
+
+def config() -> Experiment:
+    return experiment("openmoji_scenes", "quickstart", STEPS)
