@@ -21,8 +21,8 @@ import torch
 import transformers
 
 import mllm_jax
-from mllm_jax.inference.language import LanguageGenerator
-from mllm_jax.inference.options import Options
+from mllm_jax.generation.language import LanguageGenerator
+from mllm_jax.generation.options import Options
 
 SMOLLM2 = dict(
     vocab_size=49152,

@@ -11,12 +11,17 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # what editors and type checkers read; `_HOMES` says the same to Python
     from mllm_jax.data.chat import ChatTokenizer as ChatTokenizer
-    from mllm_jax.data.examples import Conversation as Conversation
-    from mllm_jax.data.examples import Source as Source
-    from mllm_jax.data.examples import Turn as Turn
     from mllm_jax.data.images import decode_image as decode_image
+    from mllm_jax.data.message import Audio as Audio
+    from mllm_jax.data.message import Example as Example
+    from mllm_jax.data.message import Image as Image
+    from mllm_jax.data.message import Message as Message
+    from mllm_jax.data.message import Segment as Segment
+    from mllm_jax.data.message import Text as Text
+    from mllm_jax.data.message import Video as Video
     from mllm_jax.data.pipeline import Mixture as Mixture
     from mllm_jax.data.pipeline import Weighted as Weighted
+    from mllm_jax.data.source import Source as Source
     from mllm_jax.data.tokenizer import Tokenizer as Tokenizer
     from mllm_jax.datasets.text_only import TextOnly as TextOnly
     from mllm_jax.encoders.text import TextTowerConfig as TextTowerConfig
@@ -27,14 +32,9 @@ if TYPE_CHECKING:  # what editors and type checkers read; `_HOMES` says the same
     from mllm_jax.errors import MllmError as MllmError
     from mllm_jax.errors import RunFolderError as RunFolderError
     from mllm_jax.errors import TrainingError as TrainingError
-    from mllm_jax.inference.generate import Generator as Generator
-    from mllm_jax.inference.generate import Prompt as Prompt
-    from mllm_jax.inference.language import LanguageGenerator as LanguageGenerator
-    from mllm_jax.inference.multimodal import MultimodalGenerator as MultimodalGenerator
-    from mllm_jax.inference.multimodal import generate as generate
-    from mllm_jax.inference.options import Completion as Completion
-    from mllm_jax.inference.options import Options as Options
-    from mllm_jax.inference.sampling import Sampling as Sampling
+    from mllm_jax.generation.assistant import Assistant as Assistant
+    from mllm_jax.generation.generate import generate as generate
+    from mllm_jax.generation.options import Answer as Answer
     from mllm_jax.llms.decoder import DecoderConfig as DecoderConfig
     from mllm_jax.models.contrastive import ContrastiveConfig as ContrastiveConfig
     from mllm_jax.models.multimodal import Connection as Connection
@@ -68,19 +68,18 @@ __version__ = "0.1.0"
 
 _NAMES = {
     "data.chat": ("ChatTokenizer",),
-    "data.examples": ("Conversation", "Source", "Turn"),
+    "data.message": ("Audio", "Example", "Image", "Message", "Segment", "Text", "Video"),
     "data.images": ("decode_image",),
     "data.pipeline": ("Mixture", "Weighted"),
+    "data.source": ("Source",),
     "data.tokenizer": ("Tokenizer",),
     "datasets.text_only": ("TextOnly",),
     "encoders.text": ("TextTowerConfig",),
     "encoders.vit": ("ViTConfig",),
     "errors": ("CheckpointError", "ConfigError", "DataError", "MllmError", "RunFolderError", "TrainingError"),
-    "inference.generate": ("Generator", "Prompt"),
-    "inference.language": ("LanguageGenerator",),
-    "inference.multimodal": ("MultimodalGenerator", "generate"),
-    "inference.options": ("Completion", "Options"),
-    "inference.sampling": ("Sampling",),
+    "generation.assistant": ("Assistant",),
+    "generation.generate": ("generate",),
+    "generation.options": ("Answer",),
     "llms.decoder": ("DecoderConfig",),
     "models.contrastive": ("ContrastiveConfig",),
     "models.multimodal": ("Connection", "Multimodal", "MultimodalConfig"),

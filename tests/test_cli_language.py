@@ -17,9 +17,9 @@ from tiny_language import byte_tokenizer, write_folder
 
 from mllm_jax.cli import main
 from mllm_jax.encoders.vit import ViTConfig
-from mllm_jax.inference.language import LanguageGenerator
-from mllm_jax.inference.options import Options
-from mllm_jax.inference.sampling import Sampling
+from mllm_jax.generation.language import LanguageGenerator
+from mllm_jax.generation.options import Options
+from mllm_jax.generation.sampling import Sampling
 from mllm_jax.llms.decoder import DecoderConfig
 from mllm_jax.models.llava import LlavaConfig
 from mllm_jax.models.multimodal import Connection

@@ -8,18 +8,17 @@ from typing import Annotated, Literal
 
 import tyro
 
-from mllm_jax.cli.runs import is_run
-from mllm_jax.errors import ConfigError
-from mllm_jax.inference.options import Options
-from mllm_jax.inference.sampling import Sampling
+from mllm_jax.cli.assistants import assistant_of
+from mllm_jax.generation.options import Options
+from mllm_jax.generation.sampling import Sampling
 
 
 @dataclass(frozen=True)
 class Chat:
-    """Talks with a language model in the terminal.
+    """Talks with a model in the terminal; `/image FILE` shows it an image.
 
     Attributes:
-        model: a language model's Hugging Face folder, or what `mllm convert` wrote.
+        model: a folder that `mllm train` made, or a model's: Hugging Face's, or what `mllm convert` wrote.
         system: the system message.
         dtype: of the computation and of the parameters; as in the folder, if not given.
         max_length: tokens that the conversation may take; the model's own limit if not given.
@@ -38,21 +37,10 @@ class Chat:
 def run(arguments: list[str]) -> int:
     options = tyro.cli(Chat, args=arguments, prog="mllm chat")
 
-    from mllm_jax.inference.chat import Conversation, chat
-    from mllm_jax.inference.language import LanguageGenerator, require_language
-    from mllm_jax.inference.quantize import summary
-    from mllm_jax.models.registry import pretrained_config
+    from mllm_jax.generation.chat import Dialogue, chat
+    from mllm_jax.generation.quantize import summary
 
-    if is_run(options.model):
-        raise ConfigError(
-            f"{options.model}, the folder of a run",
-            "the folder of a language model",
-            f'ask it one question at a time: mllm generate {options.model} --image cat.png "What is this?"',
-        )
-    require_language(pretrained_config(options.model), options.model)
-    generator = LanguageGenerator.load(
-        options.model, dtype=options.dtype, int8=options.int8, max_length=options.max_length
-    )
+    assistant = assistant_of(options.model, dtype=options.dtype, int8=options.int8, max_length=options.max_length)
     if options.int8:
-        print(summary(generator.quantization_errors))
-    return chat(Conversation(generator, options.options, options.sampling, options.system))
+        print(summary(assistant.quantization_errors))
+    return chat(Dialogue(assistant, options.options, options.sampling, options.system))

@@ -45,7 +45,7 @@ def run(arguments: list[str]) -> int:
         run = RunFolder(options.source)
         _check_run(run)
 
-        from mllm_jax.training.named import export_run
+        from mllm_jax.training.run_processor import export_run
 
         export_run(run, options.target, dtype=options.dtype, overwrite=options.overwrite)
         print(f"{run.path} written to {options.target} as a Hugging Face folder")

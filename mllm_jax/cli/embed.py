@@ -49,7 +49,7 @@ def run(arguments: list[str]) -> int:
     options = tyro.cli(Embed, args=arguments, prog="mllm embed")
     keep_compiled_programs()
 
-    from mllm_jax.inference.embed import embed_to_file
+    from mllm_jax.generation.embed import embed_to_file
 
     shapes = embed_to_file(
         partial(_embedder_of, options.model),
@@ -67,7 +67,7 @@ def run(arguments: list[str]) -> int:
 
 
 def _embedder_of(model: Path, *, images: bool, texts: bool, dtype: str | None, **options):
-    from mllm_jax.inference.embed import Embedder
+    from mllm_jax.generation.embed import Embedder
     from mllm_jax.training.run_folder import RunFolder
 
     if not RunFolder(model).is_trained():
@@ -78,5 +78,5 @@ def _embedder_of(model: Path, *, images: bool, texts: bool, dtype: str | None, *
 
     from mllm_jax.training.weights import load_run
 
-    _, module, params, tokenizer, _ = load_run(RunFolder(model))
-    return Embedder.trained(module, params, tokenizer, **options)
+    _, module, params, processor, _ = load_run(RunFolder(model))
+    return Embedder.trained(module, params, processor.tokenizer, **options)

@@ -9,12 +9,13 @@ from typing import Annotated
 
 import tyro
 
+from mllm_jax.cli.assistants import assistant_of
 from mllm_jax.cli.caches import keep_compiled_programs
-from mllm_jax.cli.runs import experiment_of, is_model
+from mllm_jax.data.images import read_image
+from mllm_jax.data.message import Image, Message, Text
 from mllm_jax.errors import ConfigError
-from mllm_jax.inference.options import Completion, Options
-from mllm_jax.inference.sampling import Sampling
-from mllm_jax.models.multimodal import MultimodalConfig
+from mllm_jax.generation.options import Answer, Options
+from mllm_jax.generation.sampling import Sampling
 
 
 @dataclass(frozen=True)
@@ -42,47 +43,18 @@ class Generate:
 def run(arguments: list[str]) -> int:
     options = tyro.cli(Generate, args=arguments, prog="mllm generate")
     keep_compiled_programs()
-    if is_model(options.run):
-        from mllm_jax.inference.ask import ask
-
-        asked = Options(max_new_tokens=options.max_new_tokens)
-        return _show(ask(options.run, options.question, options.image, asked, options.sampling), options)
-    experiment = experiment_of(options.run)
-    if not isinstance(experiment.model, MultimodalConfig):
-        raise ConfigError(
-            f"{options.run}, which trained a {type(experiment.model).__name__.removesuffix('Config')}",
-            "a model that generates text",
-            "name another run; `mllm embed` compares pictures and texts with this one",
-        )
-    if experiment.model.family is not None:
-        raise ConfigError(
-            f"{options.run}, a run that trains a {experiment.model.family}",
-            "its Hugging Face folder, with the processor of its own",
-            f"write it first: mllm convert {options.run} FOLDER, then mllm generate FOLDER",
-        )
-
-    from mllm_jax.data.images import read_image, resize
-
-    # The images first: a wrong path should not have to wait for the model.
-    side = experiment.model.encoder.image_size
-    images = tuple(resize(read_image(path), side) for path in options.image)
-
-    from mllm_jax.inference.generate import Generator, Prompt
-    from mllm_jax.training.run_folder import RunFolder
-    from mllm_jax.training.weights import load_run
-
-    experiment, model, params, tokenizer, mesh = load_run(RunFolder(options.run))
-    rows = mesh.shape["data"] * mesh.shape["fsdp"]
-    generator = Generator(
-        model, params, tokenizer, mesh, batch_size=rows, max_new_tokens=options.max_new_tokens, by_layer=False
-    )
-    return _show(generator.complete([Prompt(options.question, images)], options.sampling)[0], options)
+    # The images first: a wrong path should not have to wait for the weights.
+    images = [Image(read_image(path)) for path in options.image]
+    assistant = assistant_of(options.run, by_layer=False)
+    prompt = assistant.prompt((Message("user", (*images, Text(options.question))),))
+    asked = Options(max_new_tokens=options.max_new_tokens)
+    return _show(assistant.complete([prompt], asked, options.sampling)[0], options)
 
 
-def _show(answer: Completion, options: Generate) -> int:
+def _show(answer: Answer, options: Generate) -> int:
     print(answer.text, flush=True)
-    if answer.finish == "length":
-        count = len(answer.ids)
+    if answer.reason == "length":
+        count = len(answer.tokens)
         todo = "--max-new-tokens allows more" if count == options.max_new_tokens else "the model takes no longer text"
         print(f"(cut off after {count} tokens; {todo})", file=sys.stderr)
     return 0

@@ -17,7 +17,6 @@ from mllm_jax.cli.runs import is_run, use_cpu_devices
 from mllm_jax.errors import ConfigError
 from mllm_jax.models.clip import DualEncoderConfig
 from mllm_jax.models.multimodal import MultimodalConfig
-from mllm_jax.models.registry import has_layout
 from mllm_jax.training.config import Experiment
 from mllm_jax.training.config_file import load_config
 from mllm_jax.training.distributed import Hosts, end_together, join, leave
@@ -128,8 +127,6 @@ def _train(options: Train) -> int:
 
 def _next(experiment: Experiment, run: Path) -> str:
     """The command with which a trained model is put to use."""
-    if has_layout(experiment.model):
-        return f'mllm convert {run} FOLDER, then mllm generate FOLDER --image cat.png "What is this?"'
     if isinstance(experiment.model, DualEncoderConfig):
         return f'mllm embed {run} --images FOLDER --text "a cat" --out vectors.npz'
     if isinstance(experiment.model, MultimodalConfig):

@@ -117,6 +117,8 @@ class QwenViTConfig:
             return None
         return self.window_size // self.merge_size // self.patch_size * self.merge_size
 
+    packed = True  # it reads patches of images of any size
+
     def make(self) -> QwenViT:
         return QwenViT(self)
 

@@ -10,8 +10,10 @@ from typing import Protocol
 
 import numpy as np
 
+from mllm_jax.data.message import Image, Message, Text
 from mllm_jax.errors import DataError
-from mllm_jax.inference.generate import Generator
+from mllm_jax.generation.assistant import Assistant
+from mllm_jax.generation.options import Options
 
 CONTROL_ANSWERS = 300
 
@@ -51,7 +53,11 @@ def majority(answers: Sequence[str]) -> float:
 
 
 def evaluate(
-    generator: Generator, splits: Mapping[str, Sequence[Question]], shown_per_task: int = 4
+    assistant: Assistant,
+    splits: Mapping[str, Sequence[Question]],
+    shown_per_task: int = 4,
+    batch_size: int = 64,
+    max_new_tokens: int = 32,
 ) -> tuple[dict, list]:
     """Scores every task of every split by exact match after `normalise`.
 
@@ -74,12 +80,14 @@ def evaluate(
             if len(asked) < 2:
                 raise DataError(f"{split}/{task}: one question", "at least two", "raise the number of questions")
             pictures = [q.images for q in asked]
-            encoded = iter(generator.encode_images([image for images in pictures for image in images]))
-            media = [np.concatenate([next(encoded) for _ in images]) for images in pictures]
-            texts = [q.question for q in asked]
-            answers = generator.answer(texts, media)
             orders = shuffles(len(asked))
-            control = generator.answer(texts * len(orders), [media[i] for order in orders for i in order])
+            control_pictures = [pictures[i] for order in orders for i in order]
+            prompts = [
+                assistant.prompt((Message("user", (*map(Image, images), Text(q.question))),))
+                for q, images in zip(asked * (1 + len(orders)), pictures + control_pictures, strict=True)
+            ]
+            said = assistant.complete(prompts, Options(max_new_tokens=max_new_tokens), batch_size=batch_size)
+            answers, control = [a.text for a in said[: len(asked)]], [a.text for a in said[len(asked) :]]
             right = [normalise(a) == normalise(q.answer) for a, q in zip(answers, asked, strict=True)]
             truths = asked * len(orders)
             right_control = [normalise(a) == normalise(q.answer) for a, q in zip(control, truths, strict=True)]

@@ -9,7 +9,7 @@ import numpy as np
 
 from mllm_jax.evaluation.evaluate import picture_png, shuffles
 from mllm_jax.evaluation.retrieval import rank_of_own
-from mllm_jax.inference.embed import Embedder
+from mllm_jax.generation.embed import Embedder
 
 QUESTIONS = {"image_to_text": "Which of {} captions?", "text_to_image": "Which of {} pictures? {}"}
 

@@ -37,11 +37,11 @@ class OpenMojiEvaluation:
             for split in self.splits
         }
 
-    def score(self, splits, model, params, tokenizer, mesh, batch_size) -> tuple[dict, list]:
+    def score(self, splits, model, params, processor, mesh, batch_size) -> tuple[dict, list]:
         from mllm_jax.evaluation.evaluate import evaluate
-        from mllm_jax.inference.generate import Generator
+        from mllm_jax.generation.assistant import Assistant
 
-        return evaluate(Generator(model, params, tokenizer, mesh, batch_size=batch_size), splits)
+        return evaluate(Assistant(model, params, processor, mesh=mesh), splits, batch_size=batch_size)
 
 
 @dataclass(frozen=True)
@@ -94,11 +94,11 @@ class OpenMojiRetrieval:
             for split in self.splits
         }
 
-    def score(self, splits, model, params, tokenizer, mesh, batch_size) -> tuple[dict, list]:
+    def score(self, splits, model, params, processor, mesh, batch_size) -> tuple[dict, list]:
         from mllm_jax.evaluation.galleries import evaluate_retrieval
-        from mllm_jax.inference.embed import Embedder
+        from mllm_jax.generation.embed import Embedder
 
-        return evaluate_retrieval(Embedder.trained(model, params, tokenizer, batch_size=batch_size), splits)
+        return evaluate_retrieval(Embedder.trained(model, params, processor.tokenizer, batch_size=batch_size), splits)
 
 
 def _require(evaluation: Any, model: Any, kind: type, expected: str) -> None:

@@ -23,7 +23,7 @@ class Evaluation(Protocol):
     def questions(self) -> dict[str, list]:
         """{split: [anything with a `task`]}"""
 
-    def score(self, splits: dict[str, list], model, params, tokenizer, mesh, batch_size: int) -> tuple[dict, list]:
+    def score(self, splits: dict[str, list], model, params, processor, mesh, batch_size: int) -> tuple[dict, list]:
         """The results of such questions, and examples for the report; see `evaluate`."""
 
 
@@ -50,8 +50,8 @@ def evaluate_run(
     evaluation, splits = _asked(folder, tasks)
     with holding(folder.path):
         before = _measured(folder) if tasks is not None else ({"splits": {}}, [])
-        _, model, params, tokenizer, mesh = load_run(folder, devices)
-        results, examples = evaluation.score(splits, model, params, tokenizer, mesh, batch_size)
+        _, model, params, processor, mesh = load_run(folder, devices)
+        results, examples = evaluation.score(splits, model, params, processor, mesh, batch_size)
         if jax.process_index() == 0:
             results_after, examples_after = _merged(before, (results, examples))
             write_json(folder.path / "results.json", results_after)

@@ -71,6 +71,8 @@ class ChatGLMConfig:
     def head_dim(self) -> int:
         return self.hidden_size // self.num_heads
 
+    encoder_decoder = False  # see `mllm_jax.llms.protocol`
+
     def make(self) -> ChatGLM:
         return ChatGLM(self)
 

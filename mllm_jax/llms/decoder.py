@@ -154,6 +154,8 @@ class DecoderConfig:
         kinds = self.layer_types or ("sliding_attention",) * self.num_layers
         return tuple(self.sliding_window if kind == "sliding_attention" else None for kind in kinds)
 
+    encoder_decoder = False  # see `mllm_jax.llms.protocol`
+
     def make(self) -> Decoder:
         return Decoder(self)
 

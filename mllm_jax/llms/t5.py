@@ -72,6 +72,8 @@ class T5Config:
         for buckets in (self.num_buckets // 2, self.num_buckets):  # of the encoder and of the decoder
             bucket_of_distance(buckets, self.max_distance)
 
+    encoder_decoder = True  # see `mllm_jax.llms.protocol`
+
     def make(self) -> T5:
         return T5(self)
 

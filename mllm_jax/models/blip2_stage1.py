@@ -55,6 +55,8 @@ class QFormerPretrainingConfig:
         """Tokens that stand for a picture: the queries."""
         return self.projector.num_tokens(self.encoder.grid)
 
+    llm = None  # it generates no text
+
     @property
     def image_size(self) -> int:
         """Side of the images that a batch holds."""

@@ -25,7 +25,7 @@ def caption_row(llm: Any, media, tokens, segments) -> dict:
     text = (segments > 0).astype(jnp.int32)
     ones = jnp.ones((rows, count), jnp.int32)
     row = dict(media=media, tokens=0 * ones, segments=ones, media_index=ones * jnp.arange(count))
-    if hasattr(llm, "decoder_start_token_id"):
+    if llm.encoder_decoder:
         first = ones[:, :1]
         return row | dict(
             decoder_tokens=jnp.concatenate([first * llm.decoder_start_token_id, tokens], axis=1),

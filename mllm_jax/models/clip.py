@@ -85,6 +85,8 @@ class DualEncoderConfig:
         """Places of a picture that a caption may describe."""
         return self.vision.grid**2
 
+    llm = None  # it generates no text
+
     @property
     def image_size(self) -> int:
         """Side of the images that a batch holds."""

@@ -104,12 +104,12 @@ class MultimodalConfig:
     @property
     def packed(self) -> bool:
         """Whether the encoder reads patches of pictures of any size, packed in rows, instead of tiles of one size."""
-        return not hasattr(self.encoder, "grid")
+        return getattr(self.encoder, "packed", False)
 
     @property
     def encoder_decoder(self) -> bool:
         """Whether the LLM reads text and media in an encoder of its own and answers from a decoder."""
-        return hasattr(self.llm, "decoder_start_token_id")
+        return self.llm.encoder_decoder
 
     @property
     def media_tokens(self) -> int:

@@ -25,7 +25,9 @@ from mllm_jax.data.processing.encode import (
 from mllm_jax.data.processing.layouts import Layout, PlainLayout
 from mllm_jax.data.processing.media import Encoded, Media
 from mllm_jax.data.tokenizer import Tokenizer
-from mllm_jax.errors import DataError
+from mllm_jax.errors import ConfigError, DataError
+from mllm_jax.llms.protocol import LLMConfig
+from mllm_jax.models.protocol import LanguageOnly, ModelConfig
 
 # Placeholders that vision-language models have for images, then whatever special token the template leaves unused.
 IMAGE_TOKENS = ("<image>", "<|image|>", "<|image_pad|>")
@@ -68,6 +70,12 @@ class Processor:
         family = cls.family_of(config)
         if family is not None:
             return cls(config, ChatTokenizer.load(folder), family.layout(config, folder), system)
+        if not isinstance(config, (LLMConfig, ModelConfig)):
+            raise ConfigError(
+                f"{folder}: {config.family}", "a model that reads pictures", "use its tokenizer: ChatTokenizer.load"
+            )
+        if isinstance(config, LLMConfig):
+            return cls(LanguageOnly(config), ChatTokenizer.load(folder), Layout(), system)
         own = Tokenizer.is_in(folder)
         tokenizer = Tokenizer.load(folder) if own else ChatTokenizer.load(folder)
         ids = [tokenizer.words(word) for word in words]
@@ -211,10 +219,23 @@ class Processor:
             spec = spec.without("loss_weights")
         return assemble([[e] for e in encoded], spec, self.layout, slots)
 
-    def prompt(self, messages: Sequence[Message]) -> Encoded:
-        """A conversation that waits for an answer."""
+    def declared(self, batch: Mapping[str, np.ndarray]) -> BatchSpec:
+        """The spec of a batch of these sizes that `batch` or `__call__` made."""
+        rows, length = np.asarray(batch["tokens"]).shape
+        media = set(self.config.batch_spec()) & batch.keys() - set(self.config.batch_spec(slots=0))
+        slots = next((np.asarray(batch[name]).shape[1] for name in media), 0)
+        spec = self.spec(rows, length, slots)
+        if "decoder_tokens" in batch:
+            spec |= self.config.target_spec(rows, np.asarray(batch["decoder_tokens"]).shape[1])
+        if "query_tokens" in batch:
+            spec |= instruction_spec(rows, slots, np.asarray(batch["query_tokens"]).shape[2])
+        return spec
+
+    def prompt(self, messages: Sequence[Message], *, plain: bool = False) -> Encoded:
+        """A conversation that waits for an answer; `plain`: its text alone, without a chat template."""
         media = self.layout.prepare([part for message in messages for part in message.parts if _is_medium(part)])
-        return self._asked(messages, self._ids(messages), media)
+        ids = self.encoder.text_ids(messages[0]) if plain else self._ids(messages)
+        return self._asked(messages, ids, media)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Ids to text, special tokens left out."""

@@ -94,11 +94,6 @@ def _family(found: Architecture) -> Family:
     return next(family for family in families if found.name in family.architectures)
 
 
-def has_layout(config: Any) -> bool:
-    """Whether a config is that of a named model with a processor of its own, which lays out pictures and text."""
-    return getattr(config, "family", None) is not None and family_of_config(config).layout is not None
-
-
 def abstract_params(config: Any, family: Family) -> PyTree:
     """Shapes, dtypes and logical names of the parameters of `config.make()`; nothing is computed."""
     return abstract_init(config.make(), *jax.eval_shape(lambda: family.sample(config)))

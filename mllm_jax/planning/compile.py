@@ -20,11 +20,11 @@ from jax.sharding import Mesh
 
 from mllm_jax.errors import PlanError
 from mllm_jax.models.registry import abstract_init
-from mllm_jax.planning.batches import batch_shapes
 from mllm_jax.planning.hlo import Account, account
 from mllm_jax.planning.topologies import Topology
 from mllm_jax.sharding.mesh import MeshConfig, batch_sharding, make_mesh, param_shardings
 from mllm_jax.training.config import Experiment
+from mllm_jax.training.features import stage_spec
 from mllm_jax.training.optimizer import learning_rate, make_optimizer
 from mllm_jax.training.partition import split
 from mllm_jax.training.step import TrainState, make_train_step, state_shardings
@@ -127,7 +127,7 @@ def abstract_step(experiment: Experiment, index: int, mesh: Mesh) -> AbstractSte
     """The step that `training.loop` runs for a stage, with its state, its frozen parameters and its batch as shapes."""
     stage = experiment.stages[index]
     model = experiment.model.make()
-    boxed = abstract_init(model, model.sample_batch(), method="touch")
+    boxed = abstract_init(model, model.config.batch_spec().empty(), method="touch")
     parts = experiment.part_rules
     shardings = param_shardings(boxed, mesh, parts)
     trainable, frozen = split(nn.meta.unbox(boxed), stage.trainable)
@@ -160,7 +160,7 @@ def abstract_step(experiment: Experiment, index: int, mesh: Mesh) -> AbstractSte
         jax.tree.map(lambda leaf, sharding: placed(leaf, sharding, stage.frozen_dtype), frozen, frozen_places),
         {
             name: placed(shape, batch_sharding(mesh, len(shape.shape), shape.shape))
-            for name, shape in batch_shapes(experiment, stage).items()
+            for name, shape in stage_spec(experiment, stage).abstract().items()
         },
         mesh,
     )

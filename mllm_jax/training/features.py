@@ -16,9 +16,34 @@ from jax.sharding import Mesh
 from mllm_jax.data.batch import BatchSpec
 from mllm_jax.errors import CheckpointError, ConfigError
 from mllm_jax.sharding.logical import PartRules, use_mesh
+from mllm_jax.training.config import Experiment, Stage
 
 KEY_BYTES = 16
 CHUNK = 16  # pictures that are encoded together
+
+
+def stage_spec(experiment: Experiment, stage: Stage) -> BatchSpec:
+    """The batches of a stage, from its config alone: no data is read, no tokenizer, no folder; images are bytes."""
+    config, mixture = experiment.model, stage.data
+    spec = config.batch_spec(mixture.rows, mixture.length, mixture.slots)
+    if not stage.cache_features or "images" not in spec:
+        return spec
+    one = jax.ShapeDtypeStruct((1, 1, *spec["images"].shape[2:]), "uint8")
+    model = config.make()
+
+    def encode(images):
+        return model.init_with_output(jax.random.key(0), {"images": images}, method="encode_images")[0]
+
+    made = jax.eval_shape(encode, one)
+    return with_features(spec, made.shape[1:], str(made.dtype))
+
+
+def with_features(spec: BatchSpec, shape: tuple[int, ...], dtype: str) -> BatchSpec:
+    """A batch's spec with features of each image, `shape` numbers, instead of images."""
+    if "images" not in spec:
+        return spec
+    images = spec["images"]
+    return spec.without("images") | {"features": replace(images, shape=(*images.shape[:2], *shape), dtype=dtype)}
 
 
 class FeatureCache:
@@ -94,10 +119,7 @@ class FeatureCache:
 
     def spec(self, spec: BatchSpec) -> BatchSpec:
         """A batch's spec with features instead of images."""
-        if "images" not in spec:
-            return spec
-        shape = (*spec["images"].shape[:2], *self.shape)
-        return spec.without("images") | {"features": replace(spec["images"], shape=shape, dtype=str(self.dtype))}
+        return with_features(spec, self.shape, str(self.dtype))
 
     def __len__(self) -> int:
         """Pictures that are held."""

@@ -18,7 +18,7 @@ from mllm_jax.data.image_steps import ImageProcessor
 from mllm_jax.data.media import NEWLINE, Media
 from mllm_jax.encoders.vit import ViTConfig
 from mllm_jax.errors import DataError
-from mllm_jax.inference.options import Options
+from mllm_jax.generation.options import Options
 from mllm_jax.llms.decoder import DecoderConfig
 from mllm_jax.llms.t5 import T5Config
 from mllm_jax.models.multimodal import Connection, MultimodalConfig

@@ -15,8 +15,8 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
 
 import mllm_jax
-from mllm_jax.inference.multimodal import MultimodalGenerator
-from mllm_jax.inference.options import Options
+from mllm_jax.generation.multimodal import MultimodalGenerator
+from mllm_jax.generation.options import Options
 from mllm_jax.models.processor import Processor
 
 # Pictures are SIDE wide; answers have NEW tokens; LENGTH holds every text.

@@ -13,8 +13,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from mllm_jax import Processor, from_pretrained, save_pretrained
-from mllm_jax.inference.multimodal import MultimodalGenerator
-from mllm_jax.inference.options import Options
+from mllm_jax.generation.multimodal import MultimodalGenerator
+from mllm_jax.generation.options import Options
 
 WORDS = ("<pad>", "<s>", "</s>", "user", "what", "is", "it", "?", "a", "cat", "dog", "Frame1:", "Frame2:", "two")
 NEW_TOKENS = 32

@@ -19,7 +19,7 @@ import mllm_jax
 from mllm_jax.data.image_processors import read_image_processor
 from mllm_jax.datasets.openmoji.catalog import catalog
 from mllm_jax.datasets.openmoji.pictures import Pictures
-from mllm_jax.inference.embed import Embedder
+from mllm_jax.generation.embed import Embedder
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("optimized")]
 

@@ -8,9 +8,9 @@ import torch
 import transformers
 
 import mllm_jax
-from mllm_jax.inference.language import LanguageGenerator
-from mllm_jax.inference.options import Options
-from mllm_jax.inference.sampling import Sampling
+from mllm_jax.generation.language import LanguageGenerator
+from mllm_jax.generation.options import Options
+from mllm_jax.generation.sampling import Sampling
 
 VOCABULARY, EOS = 61, [2, 5, 8, 17, 33, 40, 51]
 RNG = np.random.default_rng(0)

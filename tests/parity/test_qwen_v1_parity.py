@@ -15,8 +15,8 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from mllm_jax import from_pretrained, save_pretrained
 from mllm_jax.errors import ConfigError
-from mllm_jax.inference.language import LanguageGenerator
-from mllm_jax.inference.options import Options
+from mllm_jax.generation.language import LanguageGenerator
+from mllm_jax.generation.options import Options
 from mllm_jax.llms.qwen_v1 import from_hf_config, to_hf_config
 from mllm_jax.models.registry import abstract_params, family_of_config
 

@@ -16,8 +16,8 @@ from safetensors.numpy import load_file, save_file
 from vision_checks import GOLDENS
 
 from mllm_jax import Processor, from_pretrained, pretrained_config, save_pretrained
-from mllm_jax.inference.multimodal import MultimodalGenerator
-from mllm_jax.inference.options import Options
+from mllm_jax.generation.multimodal import MultimodalGenerator
+from mllm_jax.generation.options import Options
 
 START, END, FILLING = (len(WORDS) + i for i in range(3))
 LENGTH = 96  # that the LLM was trained on

@@ -16,8 +16,8 @@ from mllm_jax.data.chat import ChatTokenizer
 from mllm_jax.data.examples import Conversation, Turn
 from mllm_jax.data.templates import encode_conversation
 from mllm_jax.data.tokenizer import Tokenizer
-from mllm_jax.inference.language import LanguageGenerator
-from mllm_jax.inference.options import Options
+from mllm_jax.generation.language import LanguageGenerator
+from mllm_jax.generation.options import Options
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("optimized")]
 

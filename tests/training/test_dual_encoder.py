@@ -19,7 +19,7 @@ from mllm_jax.encoders.vit import ViTConfig
 from mllm_jax.errors import ConfigError
 from mllm_jax.evaluation.openmoji import OpenMojiRetrieval
 from mllm_jax.evaluation.run import evaluate_run
-from mllm_jax.inference.embed import Embedder
+from mllm_jax.generation.embed import Embedder
 from mllm_jax.models.clip import DualEncoderConfig
 from mllm_jax.sharding.mesh import MeshConfig
 from mllm_jax.training.config import AdamW, Experiment, Stage, TokenizerConfig

@@ -45,7 +45,7 @@ def asked(run: Path, devices=None) -> dict:
     """What the run says: logits of one batch, and greedy answers."""
     import jax
 
-    from mllm_jax.inference.generate import Generator, Prompt
+    from mllm_jax.generation.generate import Generator, Prompt
     from mllm_jax.training.run_folder import RunFolder
     from mllm_jax.training.weights import load_run
 

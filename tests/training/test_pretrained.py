@@ -18,7 +18,7 @@ from toy_data import MODEL, PAIRS, PICTURES, quick_compilation
 
 import mllm_jax
 from mllm_jax.errors import CheckpointError, ConfigError, RunFolderError
-from mllm_jax.inference.generate import Generator
+from mllm_jax.generation.generate import Generator
 from mllm_jax.sharding.mesh import MeshConfig
 from mllm_jax.training.config import AdamW, CheckpointConfig, Experiment, Pretrained, Stage, TokenizerConfig
 from mllm_jax.training.config_file import load_config

@@ -51,7 +51,7 @@ class ToyEvaluation:
 
     def score(self, splits, model, params, tokenizer, mesh, batch_size):
         from mllm_jax.evaluation.evaluate import evaluate
-        from mllm_jax.inference.generate import Generator
+        from mllm_jax.generation.generate import Generator
 
         return evaluate(Generator(model, params, tokenizer, mesh, batch_size=8, max_new_tokens=4), splits)
 

@@ -13,10 +13,10 @@ from flax import linen as nn
 from tiny_language import CONFIG, byte_tokenizer, random_params, write_folder
 
 from mllm_jax.errors import ConfigError, DataError
-from mllm_jax.inference.engine import BUCKET, bucket
-from mllm_jax.inference.language import LanguageGenerator
-from mllm_jax.inference.options import Options
-from mllm_jax.inference.sampling import Sampling, filtered
+from mllm_jax.generation.engine import BUCKET, bucket
+from mllm_jax.generation.language import LanguageGenerator
+from mllm_jax.generation.options import Options
+from mllm_jax.generation.sampling import Sampling, filtered
 from mllm_jax.llms.t5 import T5Config
 from mllm_jax.sharding.mesh import MeshConfig, make_mesh, param_shardings
 

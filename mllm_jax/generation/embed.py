@@ -20,7 +20,6 @@ from flax import linen as nn
 from mllm_jax.data.chat import ChatTokenizer
 from mllm_jax.data.image_processors import ImageProcessor, read_image_processor
 from mllm_jax.data.images import read_image, resize
-from mllm_jax.data.templates import caption_ids
 from mllm_jax.data.tokenizer import Tokenizer
 from mllm_jax.encoders.text import TextModel, TextTowerConfig
 from mllm_jax.encoders.vit import ViT
@@ -237,11 +236,11 @@ class _Captions:
     tokenizer: Tokenizer
 
     def encode(self, text: str) -> list[int]:
-        return list(caption_ids(text, self.tokenizer))
+        return self.tokenizer.caption_ids(text)
 
     @property
     def pad_token_id(self) -> int:
-        return self.tokenizer.pad
+        return self.tokenizer.pad_token_id
 
 
 def find_pictures(places: Sequence[Path]) -> list[Path]:

@@ -12,9 +12,9 @@ from mllm_jax.data.templates import encode_prompt
 from mllm_jax.data.tokenizer import Tokenizer
 from mllm_jax.encoders.vit import ViTConfig
 from mllm_jax.errors import DataError
-from mllm_jax.inference.engine import BUCKET
-from mllm_jax.inference.generate import Generator, Prompt
-from mllm_jax.inference.sampling import Sampling
+from mllm_jax.generation.engine import BUCKET
+from mllm_jax.generation.generate import Generator, Prompt
+from mllm_jax.generation.sampling import Sampling
 from mllm_jax.llms.decoder import DecoderConfig
 from mllm_jax.models.multimodal import MultimodalConfig
 from mllm_jax.projectors.mlp import MLPProjectorConfig

@@ -10,7 +10,7 @@ import torch
 from transformers.generation import logits_process as theirs
 
 from mllm_jax.errors import ConfigError
-from mllm_jax.inference.sampling import Sampling, choose, filtered, row_keys
+from mllm_jax.generation.sampling import Sampling, choose, filtered, row_keys
 
 LOGITS = np.random.default_rng(0).normal(size=12).astype(np.float32) * 2
 

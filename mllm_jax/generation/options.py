@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from mllm_jax.errors import ConfigError
-from mllm_jax.inference.sampling import Sampling
+from mllm_jax.generation.sampling import Sampling
 
 
 @dataclass(frozen=True)
@@ -56,20 +57,22 @@ class Options:
 
 
 @dataclass(frozen=True)
-class Completion:
+class Answer:
     """An answer.
 
     Attributes:
         text: the answer without its end token or stop string.
-        ids: its tokens without the end token, with those that spell a stop string.
-        finish: "stop" at an end token or stop string, "length" where it was cut off.
-        logprobs: one for each id, if asked for.
+        tokens: its ids without the end token, with those that spell a stop string.
+        logprobs: natural log of each token's probability, if asked for.
+        reason: why it ended: "stop" at an end token or stop string, "length" where it was cut off.
+        media: what a generator made.
     """
 
     text: str
-    ids: tuple[int, ...]
-    finish: str
+    tokens: tuple[int, ...]
     logprobs: tuple[float, ...] | None = None
+    reason: str = "stop"
+    media: tuple[Any, ...] = ()
 
 
 def longest_text(config, asked: int | None = None) -> int | None:

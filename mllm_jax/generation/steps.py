@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from mllm_jax.inference.quantize import int8_linear
-from mllm_jax.inference.stacks import CacheLayout, restack, unrolled, unstack
+from mllm_jax.generation.quantize import int8_linear
+from mllm_jax.generation.stacks import CacheLayout, restack, unrolled, unstack
 from mllm_jax.models.multimodal import Multimodal
 
 Batch = dict[str, jax.Array]
@@ -37,6 +37,9 @@ class Steps(Protocol):
     def step(self, params: dict, state: Any, tokens: jax.Array) -> tuple[jax.Array, Any]:
         """Takes the next token int32[B] of each row: float32[B, V] logits of the one behind it, and the new state."""
 
+    def logits(self, params: dict, batch: Batch) -> jax.Array:
+        """float32[B, S, V] of whole rows; of an encoder-decoder, of what its decoder reads."""
+
     def take(self, state: Any, rows: jax.Array) -> Any:
         """The state with row rows[i] in row i."""
 
@@ -49,7 +52,7 @@ def steps_of(module: nn.Module, by_layer: bool | None = None) -> Steps:
     if isinstance(module, Multimodal):
         composed = MultimodalEncoderDecoderSteps if module.config.encoder_decoder else MultimodalSteps
         return composed(module, by_layer)
-    return (EncoderDecoderSteps if hasattr(module, "start") else LanguageSteps)(module, by_layer)
+    return (EncoderDecoderSteps if module.config.encoder_decoder else LanguageSteps)(module, by_layer)
 
 
 class LanguageSteps:
@@ -84,6 +87,9 @@ class LanguageSteps:
         logits, cache = self.apply(params, tokens[:, None], cache=self.open(state))
         return logits[:, 0], self.shut(cache)
 
+    def logits(self, params: dict, batch: Batch) -> jax.Array:
+        return self.apply(params, batch["tokens"], batch["positions"], batch["segments"])
+
     def take(self, state: Any, rows: jax.Array) -> Any:
         return self.shut(self.layout.take(self.open(state), rows))
 
@@ -115,6 +121,11 @@ class EncoderDecoderSteps(LanguageSteps):
         cache = self.apply(params, batch["tokens"], None, batch["segments"], size=new + 1, method="start")
         return self.step(params, self.shut(cache), self._first(batch)[:, 0])
 
+    def logits(self, params: dict, batch: Batch) -> jax.Array:
+        read = batch["tokens"], batch["positions"], batch["segments"]
+        target = {name: batch[name] for name in ("decoder_tokens", "decoder_positions", "decoder_segments")}
+        return self.apply(params, *read, **target)
+
     def said(self, batch: Batch) -> tuple[jax.Array, jax.Array]:
         first = self._first(batch)
         return first, jnp.ones_like(first, bool)
@@ -139,6 +150,9 @@ class MultimodalSteps(LanguageSteps):
         out = self.apply(params, batch, **ask)
         return last_of(out.logits, batch), self.shut(out.cache)
 
+    def logits(self, params: dict, batch: Batch) -> jax.Array:
+        return self.apply(params, batch).logits
+
     def step(self, params: dict, state: Any, tokens: jax.Array) -> tuple[jax.Array, Any]:
         logits, cache = self.apply(params, tokens[:, None], self.open(state), method="step")
         return logits[:, 0], self.shut(cache)
@@ -152,6 +166,9 @@ class MultimodalEncoderDecoderSteps(MultimodalSteps, EncoderDecoderSteps):
     def prefill(self, params: dict, batch: Batch, new: int) -> tuple[jax.Array, Any]:
         cache = self.apply(params, batch, size=new + 1, method="start")
         return self.step(params, self.shut(cache), self._first(batch)[:, 0])
+
+    def logits(self, params: dict, batch: Batch) -> jax.Array:
+        return MultimodalSteps.logits(self, params, batch)
 
     def said(self, batch: Batch) -> tuple[jax.Array, jax.Array]:
         return EncoderDecoderSteps.said(self, batch)

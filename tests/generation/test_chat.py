@@ -8,11 +8,11 @@ import pytest
 from rich.console import Console
 from tiny_language import CONFIG, byte_tokenizer, random_params
 
-from mllm_jax.inference import chat as module
-from mllm_jax.inference.chat import Conversation, chat
-from mllm_jax.inference.language import LanguageGenerator
-from mllm_jax.inference.options import Options
-from mllm_jax.inference.sampling import Sampling
+from mllm_jax.generation import chat as module
+from mllm_jax.generation.chat import Conversation, chat
+from mllm_jax.generation.language import LanguageGenerator
+from mllm_jax.generation.options import Options
+from mllm_jax.generation.sampling import Sampling
 
 NEW = 10
 

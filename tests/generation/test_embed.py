@@ -27,7 +27,7 @@ from mllm_jax.encoders.clip_vision import from_hf_config as clip_vision
 from mllm_jax.encoders.siglip_text import from_hf_config as siglip_text
 from mllm_jax.encoders.siglip_vision import from_hf_config as siglip_vision
 from mllm_jax.errors import ConfigError, DataError
-from mllm_jax.inference.embed import Embedder, embed_to_file, find_pictures
+from mllm_jax.generation.embed import Embedder, embed_to_file, find_pictures
 from mllm_jax.models.clip import DualEncoderConfig
 from mllm_jax.models.registry import save_pretrained
 from mllm_jax.sharding.platform import may_have_accelerator

@@ -13,10 +13,10 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from tiny_language import CONFIG, random_params
 
 from mllm_jax.errors import ConfigError
-from mllm_jax.inference.language import LanguageGenerator
-from mllm_jax.inference.options import Options
-from mllm_jax.inference.quantize import int8_linear, quantize, summary
-from mllm_jax.inference.sampling import Sampling
+from mllm_jax.generation.language import LanguageGenerator
+from mllm_jax.generation.options import Options
+from mllm_jax.generation.quantize import int8_linear, quantize, summary
+from mllm_jax.generation.sampling import Sampling
 
 C = dataclasses.replace(CONFIG, qkv_bias=True)
 TOKENS = np.random.default_rng(0).integers(0, 260, (2, 20))

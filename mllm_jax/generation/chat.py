@@ -6,17 +6,18 @@ from collections.abc import Callable, Iterator
 
 from rich.console import Console
 
-from mllm_jax.data.chat import Message
+from mllm_jax.data.images import read_image
+from mllm_jax.data.message import Image, Message, Text
 from mllm_jax.errors import DataError
-from mllm_jax.inference.language import LanguageGenerator
-from mllm_jax.inference.options import Completion, Options
-from mllm_jax.inference.sampling import Sampling
+from mllm_jax.generation.assistant import Assistant
+from mllm_jax.generation.options import Answer, Options
+from mllm_jax.generation.sampling import Sampling
 
-HELP = "/reset forgets the conversation, /exit leaves; Ctrl-C stops an answer"
+HELP = "/image FILE shows an image, /reset forgets the conversation, /exit leaves; Ctrl-C stops an answer"
 PROMPT = "> "
 
 
-class Conversation:
+class Dialogue:
     """What was said, as much of it as the model can read.
 
     Args:
@@ -25,18 +26,25 @@ class Conversation:
     Attributes:
         turns: questions and answers in turn.
         dropped: how many pairs of them were dropped for the last question.
-        completion: the last answer, None where it was stopped.
+        answer: the last one, None where it was stopped.
     """
 
-    def __init__(self, generator: LanguageGenerator, options: Options, sampling: Sampling, system: str = ""):
-        self.generator, self.options, self.sampling = generator, options, sampling
-        self._system: list[Message] = [{"role": "system", "content": system}] if system else []
-        self.turns: list[Message] = []
+    def __init__(self, assistant: Assistant, options: Options, sampling: Sampling, system: str = ""):
+        self.assistant, self.options, self.sampling = assistant, options, sampling
+        self._system = (Message("system", system),) if system else ()
+        self.turns: tuple[Message, ...] = ()
+        self._images: tuple[Image, ...] = ()
         self.dropped = 0
-        self.completion: Completion | None = None
+        self.answer: Answer | None = None
 
     def reset(self) -> None:
-        self.turns = []
+        self.turns, self._images = (), ()
+
+    def show(self, path: str) -> None:
+        """Puts an image before the next question. Raises DataError: it cannot be read, or the model reads none."""
+        image = Image(read_image(path))
+        self.assistant.processor.encoder.kind_of(image)
+        self._images = (*self._images, image)
 
     def ask(self, question: str) -> Iterator[str]:
         """The answer's text in pieces; closing the iterator ends the answer, and what was said until then stays said.
@@ -44,37 +52,39 @@ class Conversation:
         Raises:
             DataError: the question does not fit even alone; it is forgotten.
         """
-        turns = [*self.turns, {"role": "user", "content": question}]
+        turns = (*self.turns, Message("user", (*self._images, Text(question)) if self._images else question))
         self.dropped = 0
         while not self._fits(turns):
             turns, self.dropped = turns[2:], self.dropped + 1
+        self._images = ()
         return self._answer(turns)
 
-    def _answer(self, turns: list[Message]) -> Iterator[str]:
-        said, self.completion = "", None
-        stream = self.generator.stream(self._system + turns, self.options, self.sampling)
+    def _answer(self, turns: tuple[Message, ...]) -> Iterator[str]:
+        said, self.answer = "", None
+        how = vars(self.options) | vars(self.sampling)
+        stream = self.assistant.stream(self._system + turns, **how)
         try:
             while True:
                 piece = next(stream)
                 said += piece
                 yield piece
         except StopIteration as end:
-            self.completion, said = end.value, end.value.text
+            self.answer, said = end.value, end.value.text
         finally:
             # A question without an answer would be followed by another one, which no template knows.
-            self.turns = [*turns, {"role": "assistant", "content": said}] if said else turns[:-1]
+            self.turns = (*turns, Message("assistant", said)) if said else turns[:-1]
 
-    def _fits(self, turns: list[Message]) -> bool:
+    def _fits(self, turns: tuple[Message, ...]) -> bool:
         """Whether these turns leave room for a whole answer. One alone is taken with what room it leaves."""
-        length = len(self.generator.encode(self._system + turns))
+        length = len(self.assistant.prompt(self._system + turns).tokens)
         if len(turns) == 1:
-            return self.generator.room(length, self.options) > 0
-        limit = self.generator.max_length
+            return self.assistant.room(length, self.options) > 0
+        limit = self.assistant.max_length
         return limit is None or length + self.options.max_new_tokens <= limit
 
 
 def chat(
-    conversation: Conversation,
+    dialogue: Dialogue,
     *,
     read: Callable[[str], str] = input,
     console: Console | None = None,
@@ -98,31 +108,41 @@ def chat(
         if line == "/exit":
             return 0
         if line == "/reset":
-            conversation.reset()
+            dialogue.reset()
             console.print("the conversation begins anew", style="dim")
+        elif line.startswith("/image "):
+            _show_image(dialogue, line.removeprefix("/image ").strip(), console)
         elif line.startswith("/"):
             console.print(HELP, style="dim")
         elif line:
-            _answer(conversation, line, console)
+            _answer(dialogue, line, console)
 
 
-def _answer(conversation: Conversation, question: str, console: Console) -> None:
+def _show_image(dialogue: Dialogue, path: str, console: Console) -> None:
+    try:
+        dialogue.show(path)
+        console.print("shown with your next question", style="dim")
+    except DataError as error:
+        console.print(f"{error}", style="red", markup=False)
+
+
+def _answer(dialogue: Dialogue, question: str, console: Console) -> None:
     def show(text: str, **style) -> None:
         console.print(text, markup=False, emoji=False, highlight=False, soft_wrap=True, **style)
 
     try:
-        pieces = conversation.ask(question)
+        pieces = dialogue.ask(question)
     except DataError as error:
         return show(f"{error}", style="red")
-    if conversation.dropped:
-        show(f"[the oldest {conversation.dropped} turn(s) no longer fit and are forgotten]", style="dim")
+    if dialogue.dropped:
+        show(f"[the oldest {dialogue.dropped} turn(s) no longer fit and are forgotten]", style="dim")
     try:
         for piece in pieces:
             show(piece, end="")
     except KeyboardInterrupt:
         pieces.close()
     show("")
-    if conversation.completion is None:
+    if dialogue.answer is None:
         show("[stopped]", style="dim")
-    elif conversation.completion.finish == "length":
+    elif dialogue.answer.reason == "length":
         show("[cut off; --max-new-tokens allows more]", style="dim")

@@ -8,12 +8,12 @@ from typing import TypeVar
 
 import numpy as np
 
-from mllm_jax.inference.beam import BeamSearch
-from mllm_jax.inference.engine import Engine, Rows, bucket
-from mllm_jax.inference.options import Completion, Options
-from mllm_jax.inference.sampling import Sampling
-from mllm_jax.inference.steps import Batch
-from mllm_jax.inference.text import Decode, TextStream
+from mllm_jax.generation.beam import BeamSearch
+from mllm_jax.generation.engine import Engine, Rows, bucket
+from mllm_jax.generation.options import Answer, Options
+from mllm_jax.generation.sampling import Sampling
+from mllm_jax.generation.steps import Batch
+from mllm_jax.generation.text import Decode, TextStream
 from mllm_jax.sharding.hosts import fetch
 
 CHUNK = 4  # tokens between two looks at the answer, when streaming
@@ -47,16 +47,14 @@ class Answers:
     def __init__(self, engine: Engine):
         self.engine, self.beams = engine, BeamSearch(engine)
 
-    def complete(self, batch: Batch, request: Request) -> list[Completion]:
+    def complete(self, batch: Batch, request: Request) -> list[Answer]:
         """The completions of a batch."""
         if request.options.num_beams > 1:
             return self._search(batch, request)
         chunk = CHUNK_OF_STOP_STRINGS if request.options.stop_strings else request.options.max_new_tokens
         return drain(self.stream(batch, request, chunk))
 
-    def stream(
-        self, batch: Batch, request: Request, chunk: int = CHUNK
-    ) -> Generator[list[str], None, list[Completion]]:
+    def stream(self, batch: Batch, request: Request, chunk: int = CHUNK) -> Generator[list[str], None, list[Answer]]:
         """Yields what each prompt's text gains, after every `chunk` tokens; returns the completions."""
         options, sampling = request.options, request.sampling
         rows, new = self._rows(batch, request)
@@ -77,7 +75,7 @@ class Answers:
         logprobs = fetch(progress.logprobs) if options.logprobs else [None] * len(streams)
         return [_completion(s, tokens[r, : counts[r]], logprobs[r], request) for r, s in enumerate(streams)]
 
-    def _search(self, batch: Batch, request: Request) -> list[Completion]:
+    def _search(self, batch: Batch, request: Request) -> list[Answer]:
         rows, new = self._rows(batch, request)
         found = self.beams.run(batch, rows, new, len(request.stops), request.sampling, request.options)
         tokens, lengths = (fetch(x) for x in found)
@@ -107,12 +105,12 @@ def _body(ids: np.ndarray, stops: tuple[int, ...]) -> np.ndarray:
     return ids[:-1] if len(ids) and ids[-1] in stops else ids
 
 
-def _completion(stream: TextStream, ids: np.ndarray, logprobs: np.ndarray | None, request: Request) -> Completion:
+def _completion(stream: TextStream, ids: np.ndarray, logprobs: np.ndarray | None, request: Request) -> Answer:
     body = _body(ids, request.stops)
     kept = tuple(stream.ids if stream.stopped else body.tolist())
-    return Completion(
+    return Answer(
         text=stream.text if stream.stopped else request.decode(kept),
-        ids=kept,
-        finish="stop" if stream.stopped or len(body) < len(ids) else "length",
+        tokens=kept,
+        reason="stop" if stream.stopped or len(body) < len(ids) else "length",
         logprobs=None if logprobs is None else tuple(logprobs[: len(kept)].tolist()),
     )

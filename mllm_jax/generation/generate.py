@@ -1,0 +1,87 @@
+"""Answers to a batch that a processor made: `mllm_jax.generate`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+from flax import linen as nn
+from jax.sharding import Mesh
+
+from mllm_jax.data.batch import SEQ
+from mllm_jax.generation.answers import Answers
+from mllm_jax.generation.assistant import Assistant, read_options
+from mllm_jax.generation.engine import Engine, bucket
+from mllm_jax.generation.options import Answer
+from mllm_jax.models.processor import Processor
+
+
+def generate(
+    model: nn.Module,
+    params: dict,
+    batch: Mapping[str, np.ndarray],
+    processor: Processor,
+    *,
+    mesh: Mesh | None = None,
+    **options: Any,
+) -> list[str]:
+    """The texts that follow each row of a batch.
+
+    Args:
+        model, params: as `from_pretrained` gives them.
+        batch: what the processor made of texts and media.
+        processor: whose tokenizer writes the answers.
+        mesh: what params are sharded over, if over anything.
+        options: see `Assistant.generate`.
+
+    Raises:
+        DataError: a batch that leaves no room for an answer, or with an array that the model's spec lacks.
+        ConfigError: options that contradict one another, or that there are not.
+    """
+    return [answer.text for answer in complete(model, params, batch, processor, mesh=mesh, **options)]
+
+
+def complete(
+    model: nn.Module,
+    params: dict,
+    batch: Mapping[str, np.ndarray],
+    processor: Processor,
+    *,
+    mesh: Mesh | None = None,
+    max_length: int | None = None,
+    **options: Any,
+) -> list[Answer]:
+    """The same as answers."""
+    how, sampling = read_options(options)
+    how.check(sampling)
+    assistant = Assistant(model, params, processor, mesh=mesh, max_length=max_length)
+    lengths = (np.asarray(batch["segments"]) > 0).sum(axis=1)
+    limits = [assistant.room(int(lengths.max()), how)] * len(lengths)
+    answers = Answers(_engine(model, mesh).of(params))
+    padded = {n: answers.engine.place(x) for n, x in _padded(batch, assistant).items()}
+    return answers.complete(padded, assistant.request(limits, list(range(len(limits))), how, sampling))
+
+
+def _padded(batch: Mapping[str, np.ndarray], assistant: Assistant) -> dict[str, np.ndarray]:
+    """The batch with its texts padded to a bucket, so that lengths compile once for several."""
+    rows, length = np.asarray(batch["tokens"]).shape
+    wanted = bucket(length) if assistant.max_length is None else min(bucket(length), assistant.max_length)
+    spec = assistant.processor.declared(batch)
+    spec.check(batch)
+    padded = {}
+    for name, array in batch.items():
+        array = np.asarray(array)
+        if SEQ in spec[name].axes and array.shape[1] == length:
+            more = [(0, 0), (0, max(wanted - length, 0))] + [(0, 0)] * (array.ndim - 2)
+            array = np.pad(array, more, constant_values=spec[name].fill)
+        if name != "loss_weights":
+            padded[name] = array
+    return padded
+
+
+@lru_cache(maxsize=8)
+def _engine(model: nn.Module, mesh: Mesh | None) -> Engine:
+    """What is compiled for a model, without parameters, so that calls one after the other compile once."""
+    return Engine(model, None, mesh)

@@ -1,0 +1,73 @@
+"""What the library asks of a model's config: declared here, so that nothing has to guess it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+from flax import linen as nn
+
+from mllm_jax.data.batch import BatchSpec, target_spec, text_spec
+
+
+@runtime_checkable
+class ModelConfig(Protocol):
+    """The config of a model that is trained or asked.
+
+    Attributes:
+        family: the Hugging Face architecture that it is written as; None of a model that is composed here.
+        image_size: side of the images that a batch holds.
+        media_tokens: of one image.
+        llm: the language model's config; None of a model that generates no text.
+    """
+
+    family: str | None
+    llm: Any
+
+    @property
+    def image_size(self) -> int: ...
+    @property
+    def media_tokens(self) -> int: ...
+    @property
+    def encoder_decoder(self) -> bool: ...
+    def batch_spec(self, rows: int = 1, length: int = 8, slots: int = 1) -> BatchSpec:
+        """The arrays of a batch; without arguments those that `init` needs to make every parameter."""
+        ...
+
+    def make(self) -> nn.Module: ...
+
+
+@dataclass(frozen=True)
+class LanguageOnly:
+    """A language model as a model without encoders, so that it is asked the same way.
+
+    Attributes:
+        llm: the language model's config.
+    """
+
+    llm: Any
+
+    image_size = media_tokens = instruction_length = 0
+
+    @property
+    def family(self) -> str | None:
+        return self.llm.family
+
+    @property
+    def encoder_decoder(self) -> bool:
+        return self.llm.encoder_decoder
+
+    @property
+    def dtype(self) -> str:
+        return self.llm.dtype
+
+    def batch_spec(self, rows: int = 1, length: int = 8, slots: int = 0) -> BatchSpec:
+        """The arrays of a batch of text."""
+        return text_spec(rows, length)
+
+    def target_spec(self, rows: int, length: int) -> BatchSpec:
+        """The arrays of what an encoder-decoder's decoder writes."""
+        return target_spec(rows, length)
+
+    def make(self) -> nn.Module:
+        return self.llm.make()
