@@ -19,9 +19,9 @@ from pathlib import Path
 import numpy as np
 import torch
 import transformers
+from mllm_jax.generation.language import LanguageGenerator
 
 import mllm_jax
-from mllm_jax.generation.language import LanguageGenerator
 from mllm_jax.generation.options import Options
 
 SMOLLM2 = dict(

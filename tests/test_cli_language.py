@@ -11,13 +11,13 @@ import sys
 from pathlib import Path
 
 import pytest
+from mllm_jax.generation.language import LanguageGenerator
 from no_torch import hide_torch
 from PIL import Image
 from tiny_language import byte_tokenizer, write_folder
 
 from mllm_jax.cli import main
 from mllm_jax.encoders.vit import ViTConfig
-from mllm_jax.generation.language import LanguageGenerator
 from mllm_jax.generation.options import Options
 from mllm_jax.generation.sampling import Sampling
 from mllm_jax.llms.decoder import DecoderConfig

@@ -346,7 +346,7 @@ def test_the_encoder_of_the_contributing_page_works(tmp_path, monkeypatch):
     config = MultimodalConfig(module.PatchMLPConfig(), MLPProjectorConfig(16, merge=2), llm)
     assert config.media_tokens == 4
     model = config.make()
-    batch = model.sample_batch(rows=2, length=6)
+    batch = model.config.batch_spec(rows=2, length=6).empty()
     batch["media_index"] = batch["media_index"].at[:, 1:5].set(jnp.arange(4))
     boxed = jax.eval_shape(lambda key: model.init(key, batch, method="touch"), jax.random.key(0))["params"]
     leaves = jax.tree.leaves(boxed["encoder"], is_leaf=lambda x: hasattr(x, "names"))

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from mllm_jax.data.batch import BatchSpec
-from mllm_jax.data.message import Example, Text
+from mllm_jax.data.message import Text
 from mllm_jax.data.packing import PackingPlan, Stream
 from mllm_jax.data.processing.media import Encoded
 from mllm_jax.data.retry import Patience, patiently
@@ -24,6 +23,8 @@ from mllm_jax.files import write_atomic
 
 LAYOUTS = ("conversation", "caption")
 LEARN = ("answers", "all")
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,23 @@ class Measured:
     dropped_turns: int = 0
 
 
+@dataclass(frozen=True)
+class _Arrays(Mapping[str, np.ndarray]):
+    """Arrays of a medium that are read as all of an example is: with patience, and named if they are broken."""
+
+    arrays: Mapping[str, np.ndarray]
+    read: Callable[[Callable[[], np.ndarray]], np.ndarray]
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        return self.read(partial(self.arrays.__getitem__, name))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.arrays)
+
+    def __len__(self) -> int:
+        return len(self.arrays)
+
+
 class Pipeline:
     """The batches of one stage.
 
@@ -120,24 +138,28 @@ class Pipeline:
 
     def encode(self, source: int, index: int) -> Encoded:
         """Lays out one example; a DataError names it."""
-        m = self.mixture
-        with self._naming(source, index):
-            example = self._read(self.sources[source].example, source, index)
-            if m.layout == "caption":
-                return self.processor.encode_captions(example, m.length, m.captions)
-            return self.processor.encode(example, m.length, m.learn)
+        encoded = self._read(partial(self._encode, source, index), source, index)
+        read = partial(self._read, source=source, index=index)
+        media = [replace(medium, arrays=_Arrays(medium.arrays, read)) for medium in encoded.media]
+        return replace(encoded, media=media)
 
-    def _read(self, read: Callable[[int], Example], source: int, index: int) -> Example:
-        """Raises ReadError: the source cannot be read for the moment, which is no fault of the example."""
-        return patiently(partial(read, index), f"{self.sources[source].name}[{index}]", self.patience)
+    def _encode(self, source: int, index: int) -> Encoded:
+        example, m = self.sources[source].example(index), self.mixture
+        if m.layout == "caption":
+            return self.processor.encode_captions(example, m.length, m.captions)
+        return self.processor.encode(example, m.length, m.learn)
 
-    @contextmanager
-    def _naming(self, source: int, index: int) -> Iterator[None]:
+    def _read(self, read: Callable[[], T], source: int, index: int) -> T:
+        """Reads something of an example; a DataError names it.
+
+        Raises:
+            ReadError: the source cannot be read for the moment, which is no fault of the example.
+        """
+        name = f"{self.sources[source].name}[{index}]"
         try:
-            yield
+            return patiently(read, name, self.patience)
         except DataError as error:
-            name = self.sources[source].name
-            raise DataError(f"{name}[{index}]: {error.given}", error.expected, error.todo) from error
+            raise DataError(f"{name}: {error.given}", error.expected, error.todo) from error
 
     def _measure(self, number: int, cache_dir: Path | None) -> Measured:
         source, m = self.sources[number], self.mixture
@@ -157,7 +179,8 @@ class Pipeline:
                     given = f"{source.name}[{index}]: pictures for {encoded.slots} slots in a row of {m.slots}"
                     raise DataError(given, "at most as many as slots", "raise the mixture's slots")
                 if m.max_bad_share > 0:
-                    self._require_media(number, index, encoded)
+                    for medium in encoded.media:
+                        dict(medium.arrays)  # some are decoded only when they are read
             except DataError as error:
                 bad.append((index, str(error)))
                 continue
@@ -175,13 +198,6 @@ class Pipeline:
             arrays = dict(lengths=lengths, images=images, dropped_turns=dropped)
             write_atomic(file, lambda opened: np.savez(opened, **arrays))
         return Measured(lengths, images, tuple(bad), dropped)
-
-    def _require_media(self, source: int, index: int, encoded: Encoded) -> None:
-        """Reads the media of an example, of which some are decoded only then. Raises DataError: one that is broken."""
-        with self._naming(source, index):
-            for medium in encoded.media:
-                for name in medium.arrays:
-                    medium.arrays[name]  # noqa: B018 - reading is the check
 
     def batch(self, step: int, rows: Sequence[int] | None = None) -> dict[str, np.ndarray]:
         """The batch of a step, or only the given rows of it: the arrays of `spec`.

@@ -21,7 +21,7 @@ def test_a_family_is_filled_by_keyword_only():
 
 def test_the_sample_is_by_default_a_batch_of_the_model():
     batch = {"tokens": jnp.zeros((1, 2), jnp.int32)}
-    config = SimpleNamespace(make=lambda: SimpleNamespace(sample_batch=lambda: batch))
+    config = SimpleNamespace(batch_spec=lambda: SimpleNamespace(empty=lambda: batch))
     assert Family(name="toy", **FILLED).sample(config) == (batch,)
     assert Family(name="toy", **FILLED).sample is batch_sample
 

@@ -6,11 +6,11 @@ import dataclasses
 
 import numpy as np
 import pytest
-from tiny_language import byte_tokenizer
-
 from mllm_jax.data.chat_format import ChatFormat
 from mllm_jax.data.examples import Conversation, Turn
 from mllm_jax.data.templates import encode_conversation, encode_prompt
+from tiny_language import byte_tokenizer
+
 from mllm_jax.data.tokenizer import CHAT_FORMAT, Tokenizer
 from mllm_jax.errors import DataError
 

@@ -7,10 +7,10 @@ from dataclasses import dataclass, replace
 import jax
 import numpy as np
 import pytest
+from mllm_jax.data.examples import Conversation, Turn
 from tiny_runs import ROOT
 from toy_data import MODEL, PAIRS, PICTURES, SIZE, Toy, ToySource, pipeline, tokenizer
 
-from mllm_jax.data.examples import Conversation, Turn
 from mllm_jax.data.pipeline import Mixture, Pipeline, Weighted, training_texts
 from mllm_jax.data.tokenizer import Tokenizer
 from mllm_jax.datasets.openmoji import OpenMojiQuestions
@@ -66,7 +66,7 @@ def test_iterating_gives_the_batches_in_order():
 def test_any_number_of_hosts_sees_the_same_global_batch(hosts, devices):
     """Each host has a pipeline of its own and the rows of its own devices; put together they are one host's batch."""
     mesh = make_mesh(MeshConfig(data=4, fsdp=2))
-    whole, shapes = pipeline().batch(9), pipeline().shapes()
+    whole, spec = pipeline().batch(9), pipeline().spec
     places = jax.device_put(
         np.arange(8), jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(("data", "fsdp")))
     )
@@ -76,7 +76,7 @@ def test_any_number_of_hosts_sees_the_same_global_batch(hosts, devices):
     assert sorted(sum(parts, [])) == local_rows(mesh, 8) == list(range(8))
     batches = [pipeline().batch(9, rows) for rows in parts]
     assert_equal({name: np.concatenate([b[name] for b in batches]) for name in whole}, whole)
-    placed = place_batch(whole, mesh, shapes, list(range(8)))
+    placed = place_batch(whole, mesh, spec, list(range(8)))
     for name, array in placed.items():
         for shard in array.addressable_shards:
             np.testing.assert_array_equal(shard.data, whole[name][shard.index])
@@ -85,8 +85,9 @@ def test_any_number_of_hosts_sees_the_same_global_batch(hosts, devices):
 def test_shapes_hold_for_every_batch():
     data = pipeline()
     for step in range(6):
-        assert {name: (x.shape, x.dtype) for name, x in data.batch(step).items()} == data.shapes()
-    assert data.shapes()["images"] == ((8, 3, SIZE, SIZE, 3), np.uint8)
+        shapes = {name: (x.shape, x.dtype) for name, x in data.batch(step).items()}
+        assert shapes == {name: (spec.shape, np.dtype(spec.dtype)) for name, spec in data.spec.items()}
+    assert (data.spec["images"].shape, data.spec["images"].dtype) == ((8, 3, SIZE, SIZE, 3), "uint8")
 
 
 def test_rows_without_a_picture_have_the_same_shape():

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-
 from mllm_jax.data.examples import Conversation, Turn
 from mllm_jax.data.templates import encode_captions, encode_conversation, encode_prompt
+
 from mllm_jax.data.tokenizer import Tokenizer
 from mllm_jax.errors import ConfigError, DataError
 

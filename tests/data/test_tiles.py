@@ -11,7 +11,7 @@ from einops import rearrange
 from transformers.image_processing_utils import get_patch_output_size, select_best_resolution
 
 from mllm_jax.data.image_processors import image_processor, read_image_processor, read_video_processor
-from mllm_jax.data.media import NEWLINE
+from mllm_jax.data.processing.media import NEWLINE
 from mllm_jax.data.tiles import (
     anyres_places,
     best_resolution,

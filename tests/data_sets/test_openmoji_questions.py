@@ -11,8 +11,8 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-
 from mllm_jax.data.examples import Source
+
 from mllm_jax.datasets.openmoji import (
     OpenMojiCaptions,
     OpenMojiPairs,

@@ -186,7 +186,7 @@ def _processor(settings: dict) -> Any:
 
     from mllm_jax.data.chat import ChatTokenizer
     from mllm_jax.data.image_processors import image_processor
-    from mllm_jax.data.media import Media
+    from mllm_jax.data.processing.media import Media
     from mllm_jax.models.processor import Processor, TileLayout
 
     class Tiles(TileLayout):

@@ -5,12 +5,12 @@ from __future__ import annotations
 import io
 
 import pytest
+from mllm_jax.generation.language import LanguageGenerator
 from rich.console import Console
 from tiny_language import CONFIG, byte_tokenizer, random_params
 
 from mllm_jax.generation import chat as module
 from mllm_jax.generation.chat import Conversation, chat
-from mllm_jax.generation.language import LanguageGenerator
 from mllm_jax.generation.options import Options
 from mllm_jax.generation.sampling import Sampling
 

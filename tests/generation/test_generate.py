@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
-
 from mllm_jax.data.templates import encode_prompt
+
 from mllm_jax.data.tokenizer import Tokenizer
 from mllm_jax.encoders.vit import ViTConfig
 from mllm_jax.errors import DataError
@@ -44,7 +44,9 @@ def tokenizer():
 @pytest.fixture(scope="module")
 def params():
     module = CONFIG.make()
-    abstract = jax.eval_shape(lambda: module.init(jax.random.key(0), module.sample_batch(), method="touch"))
+    abstract = jax.eval_shape(
+        lambda: module.init(jax.random.key(0), module.config.batch_spec().empty(), method="touch")
+    )
     rng = np.random.default_rng(0)
     return jax.tree.map(lambda x: 0.5 * rng.normal(size=x.shape).astype(np.float32), nn.meta.unbox(abstract))["params"]
 

@@ -10,11 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
+from mllm_jax.generation.language import LanguageGenerator
 from tiny_language import CONFIG, byte_tokenizer, random_params, write_folder
 
 from mllm_jax.errors import ConfigError, DataError
 from mllm_jax.generation.engine import BUCKET, bucket
-from mllm_jax.generation.language import LanguageGenerator
 from mllm_jax.generation.options import Options
 from mllm_jax.generation.sampling import Sampling, filtered
 from mllm_jax.llms.t5 import T5Config

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from flax import linen as nn
 from flax.traverse_util import flatten_dict, unflatten_dict
+from mllm_jax.generation.language import LanguageGenerator
 from tiny_language import CONFIG, random_params
 
 from mllm_jax.errors import ConfigError
-from mllm_jax.generation.language import LanguageGenerator
 from mllm_jax.generation.options import Options
 from mllm_jax.generation.quantize import int8_linear, quantize, summary
 from mllm_jax.generation.sampling import Sampling

@@ -197,7 +197,7 @@ def test_the_first_stages_model():
     file = config_file("blip2_flant5xl")
     config = file.stage1_model()
     module = config.make()
-    abstract = abstract_init(module, module.sample_batch(), method="touch")
+    abstract = abstract_init(module, module.config.batch_spec().empty(), method="touch")
     paths = flatten_dict(nn.meta.unbox(abstract), sep="/")
     patterns = file.represent(_NoData()).trainable
     left = {path.split("/")[0] for path in paths if not any(fnmatchcase(path, p) for p in patterns)}

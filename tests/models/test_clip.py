@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
-from toy_data import PAIRS, SIZE, Toy, quick_compilation, tokenizer
+from toy_data import PAIRS, SIZE, Toy, processor, quick_compilation
 
 from mllm_jax.data.pipeline import Pipeline, Weighted
 from mllm_jax.encoders.text import TextTowerConfig
@@ -43,7 +43,7 @@ def _quickly():
 @pytest.fixture(scope="module")
 def batch():
     mixture = replace(PAIRS, rows=16, sources=(Weighted(Toy(size=16)),))
-    return Pipeline(mixture, tokenizer(), media_tokens=CONFIG.media_tokens, seed=0).batch(0)
+    return Pipeline(mixture, processor(CONFIG), seed=0).batch(0)
 
 
 def trained(kind: str, mesh_config: MeshConfig, devices, batch, steps: int) -> tuple[list[dict], dict]:
@@ -56,7 +56,7 @@ def trained(kind: str, mesh_config: MeshConfig, devices, batch, steps: int) -> t
     places = state_shardings(optimizer, params, shardings, mesh)
     state = init_state(optimizer, params, places, jax.random.key(0))
     step = make_train_step(model, Contrastive(kind), optimizer, schedule, mesh=mesh, shardings=places)
-    placed = place_batch(batch, mesh, {k: (v.shape, v.dtype) for k, v in batch.items()}, list(range(16)))
+    placed = place_batch(batch, mesh, CONFIG.batch_spec(*batch["tokens"].shape), list(range(16)))
     history = []
     for _ in range(steps):
         state, metrics = step(state, {}, placed)
@@ -81,7 +81,9 @@ def test_the_contrastive_stage_trains_it_alike_on_one_device_and_on_eight(kind, 
 def ready():
     """(module, random parameters)"""
     module = CONFIG.make()
-    abstract = jax.eval_shape(lambda: module.init(jax.random.key(0), module.sample_batch(), method="touch"))
+    abstract = jax.eval_shape(
+        lambda: module.init(jax.random.key(0), module.config.batch_spec().empty(), method="touch")
+    )
     rng = np.random.default_rng(0)
     return module, jax.tree.map(lambda x: 0.4 * rng.normal(size=x.shape).astype(np.float32), nn.meta.unbox(abstract))
 
@@ -112,7 +114,7 @@ def test_a_caption_of_a_place_is_compared_with_that_patch(ready, batch):
 def test_the_scale_is_clipped_in_training_by_softmax_only(ready, batch):
     for config, clipped in ((CONFIG, True), (SIGMOID, False)):
         module = config.make()
-        params = module.init(jax.random.key(0), module.sample_batch(), method="touch")["params"]
+        params = module.init(jax.random.key(0), module.config.batch_spec().empty(), method="touch")["params"]
         params = nn.meta.unbox(params)
         params["heads"]["log_scale"] = jnp.log(120.0)
         scale = module.apply({"params": params}, batch, method="embed_pairs")[2]
@@ -122,7 +124,7 @@ def test_the_scale_is_clipped_in_training_by_softmax_only(ready, batch):
 def test_a_new_one_begins_as_its_paper_says():
     for kind, scale, bias in (("softmax", 1 / 0.07, 0), ("sigmoid", 10, -10)):
         module = replace(CONFIG, kind=kind).make()
-        out = module.init_with_output(jax.random.key(0), module.sample_batch(), method="embed_pairs")[0]
+        out = module.init_with_output(jax.random.key(0), module.config.batch_spec().empty(), method="embed_pairs")[0]
         assert (float(out[2]), float(out[3])) == pytest.approx((scale, bias))
 
 

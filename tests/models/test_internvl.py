@@ -13,14 +13,14 @@ import pytest
 import torch
 import transformers
 from flax import linen as nn
+from mllm_jax.data.dialogues import pack_dialogues
+from mllm_jax.data.examples import Conversation, Turn
+from mllm_jax.models.dialogue import DialogueEncoder
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from mllm_jax.data.chat import ChatTokenizer
-from mllm_jax.data.dialogues import pack_dialogues
-from mllm_jax.data.examples import Conversation, Turn
 from mllm_jax.data.image_processors import ImageProcessor
 from mllm_jax.errors import ConfigError
-from mllm_jax.models.dialogue import DialogueEncoder
 from mllm_jax.models.internvl import (
     HUB,
     IMAGE_MEAN,

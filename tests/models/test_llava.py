@@ -13,11 +13,11 @@ import pytest
 import torch
 import transformers
 from flax import linen as nn
+from mllm_jax.data.dialogues import EncodedDialogue, pack_dialogues
 
 from mllm_jax.checkpoints.native import read_native_config, write_native
-from mllm_jax.data.dialogues import EncodedDialogue, pack_dialogues
 from mllm_jax.data.image_processors import image_processor
-from mllm_jax.data.media import NEWLINE, lay_out_row
+from mllm_jax.data.processing.media import NEWLINE, lay_out_row
 from mllm_jax.encoders.vit import ViTConfig
 from mllm_jax.errors import ConfigError
 from mllm_jax.llms.decoder import DecoderConfig

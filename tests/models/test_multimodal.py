@@ -29,7 +29,9 @@ MEDIA = CONFIG.media_tokens  # 4 places a picture
 def random_params(config: MultimodalConfig):
     """Every parameter random, without compiling `init`."""
     module = config.make()
-    abstract = jax.eval_shape(lambda: module.init(jax.random.key(0), module.sample_batch(), method="touch"))
+    abstract = jax.eval_shape(
+        lambda: module.init(jax.random.key(0), module.config.batch_spec().empty(), method="touch")
+    )
     rng = np.random.default_rng(0)
     return jax.tree.map(lambda x: 0.4 * rng.normal(size=x.shape).astype(np.float32), nn.meta.unbox(abstract))
 

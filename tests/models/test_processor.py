@@ -15,7 +15,7 @@ from mllm_jax import generate
 from mllm_jax.data import pixels
 from mllm_jax.data.chat import ChatTokenizer
 from mllm_jax.data.image_steps import ImageProcessor
-from mllm_jax.data.media import NEWLINE, Media
+from mllm_jax.data.processing.media import NEWLINE, Media
 from mllm_jax.encoders.vit import ViTConfig
 from mllm_jax.errors import DataError
 from mllm_jax.generation.options import Options
@@ -99,7 +99,7 @@ def picture(seed: int, height: int = 9, width: int = 13) -> np.ndarray:
 
 def random_params(config):
     module = config.make()
-    abstract = jax.eval_shape(lambda: module.init(jax.random.key(0), module.sample_batch()))["params"]
+    abstract = jax.eval_shape(lambda: module.init(jax.random.key(0), module.config.batch_spec().empty()))["params"]
     rng = np.random.default_rng(0)
     return jax.tree.map(lambda x: 0.4 * rng.normal(size=x.shape).astype(np.float32), nn.meta.unbox(abstract))
 

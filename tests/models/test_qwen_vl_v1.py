@@ -7,14 +7,14 @@ from dataclasses import replace
 import jax
 import numpy as np
 import pytest
+from mllm_jax.data.examples import Conversation, Turn
+from mllm_jax.models.dialogue import DialogueEncoder
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from mllm_jax.data.chat import ChatTokenizer
-from mllm_jax.data.examples import Conversation, Turn
 from mllm_jax.encoders.vit import ViTConfig
 from mllm_jax.errors import ConfigError, DataError
-from mllm_jax.models.dialogue import DialogueEncoder
 from mllm_jax.models.processor import Processor
 from mllm_jax.models.qwen_vl_v1 import (
     TOWER,

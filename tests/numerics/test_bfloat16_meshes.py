@@ -50,7 +50,7 @@ def batches() -> list[dict[str, np.ndarray]]:
 def losses(dtype: str, config: MeshConfig, devices: int = 8) -> np.ndarray:
     module, mesh = model(dtype), make_mesh(config, jax.devices()[:devices])
     boxed = jax.eval_shape(
-        lambda key: module.init(key, module.sample_batch(), method="touch")["params"], jax.random.key(0)
+        lambda key: module.init(key, module.config.batch_spec().empty(), method="touch")["params"], jax.random.key(0)
     )
     shardings = param_shardings(boxed, mesh)
     optimizer = make_optimizer(ADAMW, STEPS)
@@ -59,7 +59,7 @@ def losses(dtype: str, config: MeshConfig, devices: int = 8) -> np.ndarray:
     step_fn = make_train_step(module, NextToken(), optimizer, learning_rate(ADAMW, STEPS), mesh=mesh, shardings=layout)
     found = []
     for batch in batches():
-        shapes = {key: (x.shape, x.dtype) for key, x in batch.items()}
+        shapes = spec_of(batch)
         state, metrics = step_fn(state, {}, place_batch(batch, mesh, shapes, list(range(PICTURES.rows))))
         found.append(float(metrics["loss"]))
     return np.array(found)

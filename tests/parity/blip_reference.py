@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from mllm_jax.generation.multimodal import MultimodalGenerator
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
 
 import mllm_jax
-from mllm_jax.generation.multimodal import MultimodalGenerator
 from mllm_jax.generation.options import Options
 from mllm_jax.models.processor import Processor
 

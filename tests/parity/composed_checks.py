@@ -8,12 +8,12 @@ import jax
 import numpy as np
 import torch
 from einops import rearrange
+from mllm_jax.generation.multimodal import MultimodalGenerator
 from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from mllm_jax import Processor, from_pretrained, save_pretrained
-from mllm_jax.generation.multimodal import MultimodalGenerator
 from mllm_jax.generation.options import Options
 
 WORDS = ("<pad>", "<s>", "</s>", "user", "what", "is", "it", "?", "a", "cat", "dog", "Frame1:", "Frame2:", "two")

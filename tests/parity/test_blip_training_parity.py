@@ -10,19 +10,19 @@ import numpy as np
 import pytest
 import torch
 from blip_reference import LLAMA, OPT, T5, build, picture
+from mllm_jax.data.dialogues import pack_dialogues
+from mllm_jax.data.examples import Conversation, Turn
+from mllm_jax.models.dialogue import DialogueEncoder
+from mllm_jax.planning.batches import batch_shapes
+from mllm_jax.training.named import export_run
 from PIL import Image
 
 import mllm_jax
-from mllm_jax.data.dialogues import pack_dialogues
-from mllm_jax.data.examples import Conversation, Turn
 from mllm_jax.data.pipeline import Mixture, Weighted
 from mllm_jax.datasets.llava import LLaVARecords
 from mllm_jax.errors import DataError
-from mllm_jax.models.dialogue import DialogueEncoder
-from mllm_jax.planning.batches import batch_shapes
 from mllm_jax.training.config import AdamW, CheckpointConfig, Experiment, Pretrained, Stage, TokenizerConfig
 from mllm_jax.training.loop import train
-from mllm_jax.training.named import export_run
 from mllm_jax.training.objectives.next_token import NextToken
 from mllm_jax.training.step import make_apply
 from mllm_jax.training.weights import load_run

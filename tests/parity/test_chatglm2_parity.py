@@ -16,11 +16,11 @@ import optax
 import pytest
 import torch
 import transformers
+from mllm_jax.generation.language import LanguageGenerator
 from safetensors.numpy import load_file, save_file
 from test_decoder_parity import LENGTHS, examples, logits_of, packed, padded
 
 from mllm_jax.checkpoints.hf import hub_tensors
-from mllm_jax.generation.language import LanguageGenerator
 from mllm_jax.generation.options import Options
 from mllm_jax.llms.glm import chatglm_table
 from mllm_jax.models.registry import from_pretrained, save_pretrained

@@ -12,11 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
+from mllm_jax.generation.language import LanguageGenerator
 from safetensors.numpy import load_file, save_file
 
 import mllm_jax
 from mllm_jax.checkpoints.layout import named, parameter_view
-from mllm_jax.generation.language import LanguageGenerator
 from mllm_jax.generation.options import Options
 from mllm_jax.layers.norms import LayerNorm
 from mllm_jax.llms.chatglm import (

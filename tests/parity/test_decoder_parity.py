@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from mllm_jax.generation.language import LanguageGenerator
 
 from mllm_jax.checkpoints.hf import hub_tensors
-from mllm_jax.generation.language import LanguageGenerator
 from mllm_jax.generation.options import Options
 from mllm_jax.models.registry import family_of_config, from_pretrained, save_pretrained
 from mllm_jax.training.objectives.next_token import NextToken

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from mllm_jax.generation.language import LanguageGenerator
 
 import mllm_jax
-from mllm_jax.generation.language import LanguageGenerator
 from mllm_jax.generation.options import Options
 from mllm_jax.generation.sampling import Sampling
 

@@ -9,13 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from mllm_jax.generation.language import LanguageGenerator
 from qwen_vl_v1_reference import renamed
 from safetensors.numpy import load_file, save_file
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from mllm_jax import from_pretrained, save_pretrained
 from mllm_jax.errors import ConfigError
-from mllm_jax.generation.language import LanguageGenerator
 from mllm_jax.generation.options import Options
 from mllm_jax.llms.qwen_v1 import from_hf_config, to_hf_config
 from mllm_jax.models.registry import abstract_params, family_of_config

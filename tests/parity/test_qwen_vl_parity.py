@@ -11,12 +11,12 @@ import torch
 import transformers
 from composed_checks import NEW_TOKENS, WORDS, prompts, tokenizer
 from einops import rearrange
+from mllm_jax.generation.multimodal import MultimodalGenerator
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from mllm_jax import Processor, from_pretrained, save_pretrained
 from mllm_jax.data.image_processors import read_image_processor
 from mllm_jax.errors import ConfigError
-from mllm_jax.generation.multimodal import MultimodalGenerator
 from mllm_jax.generation.options import Options
 from mllm_jax.models.qwen_vl import PatchLayout
 from mllm_jax.models.registry import pretrained_config

@@ -10,13 +10,13 @@ import pytest
 import torch
 import transformers
 from composed_checks import NEW_TOKENS, WORDS, prompts, tokenizer
+from mllm_jax.generation.multimodal import MultimodalGenerator
 from PIL import Image
 from qwen_vl_v1_reference import llm_config, media_tokens, random_tower, renamed
 from safetensors.numpy import load_file, save_file
 from vision_checks import GOLDENS
 
 from mllm_jax import Processor, from_pretrained, pretrained_config, save_pretrained
-from mllm_jax.generation.multimodal import MultimodalGenerator
 from mllm_jax.generation.options import Options
 
 START, END, FILLING = (len(WORDS) + i for i in range(3))

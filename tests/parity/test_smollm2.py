@@ -8,15 +8,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from mllm_jax.data.examples import Conversation, Turn
+from mllm_jax.data.templates import encode_conversation
+from mllm_jax.generation.language import LanguageGenerator
 from smollm2 import REQUIREMENTS, smollm2
 from transformers import AutoModelForCausalLM
 
 import mllm_jax
 from mllm_jax.data.chat import ChatTokenizer
-from mllm_jax.data.examples import Conversation, Turn
-from mllm_jax.data.templates import encode_conversation
 from mllm_jax.data.tokenizer import Tokenizer
-from mllm_jax.generation.language import LanguageGenerator
 from mllm_jax.generation.options import Options
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("optimized")]

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import LlavaNextModel, LlavaOnevisionModel
 
-from mllm_jax.data.media import NEWLINE
+from mllm_jax.data.processing.media import NEWLINE
 from mllm_jax.data.tiles import anyres_places, best_resolution, tile_places, video_places
 
 TILE, GRID, WIDTH = 8, 4, 5

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
+from mllm_jax.planning.batches import batch_shapes
 from rich.console import Console
 from tiny import LANGUAGE, experiment, hand_counted
 
@@ -17,7 +18,6 @@ from mllm_jax.encoders.vit import ViTConfig
 from mllm_jax.errors import ConfigError, PlanError
 from mllm_jax.planning import compile as compiling
 from mllm_jax.planning import search as searching
-from mllm_jax.planning.batches import batch_shapes
 from mllm_jax.planning.compile import OutOfMemory, topology_mesh
 from mllm_jax.planning.hlo import account
 from mllm_jax.planning.plan import make_plan

@@ -100,7 +100,9 @@ def test_every_kind_of_llm_is_prompted(kind):
     llm = LLMS[kind]
     config = PFormerPretrainingConfig(TINY, llm, projection_size=4)
     module, objective = config.make(), PFormerObjective()
-    params = nn.meta.unbox(module.init(jax.random.key(0), module.sample_batch(length=5), method="touch"))["params"]
+    params = nn.meta.unbox(module.init(jax.random.key(0), module.config.batch_spec(length=5).empty(), method="touch"))[
+        "params"
+    ]
 
     def language(params):
         return objective.loss(make_apply(module), params, BATCH, jax.random.key(0))[1]["loss_language"]
@@ -111,7 +113,7 @@ def test_every_kind_of_llm_is_prompted(kind):
     encoder = ViTConfig(8, 4, 8, num_layers=1, num_heads=2, mlp_size=8)
     composed = MultimodalConfig(encoder, MLPProjectorConfig(12), llm, prompter=replace(TINY, num_queries=4)).make()
     images = dict(images=jnp.zeros((2, 1, 8, 8, 3), jnp.uint8))
-    batch = composed.sample_batch(2, 5) | BATCH | images
+    batch = composed.config.batch_spec(2, 5).empty() | BATCH | images
     theirs = nn.meta.unbox(composed.init(jax.random.key(1), batch, method="touch"))["params"]
     assert set(theirs) == {"encoder", "projector", "llm", "prompter"}
 
@@ -132,7 +134,7 @@ def test_every_kind_of_llm_is_prompted(kind):
 def test_the_nearest_embedded_token_is_found():
     config = PFormerPretrainingConfig(TINY, LLMS["decoder"], projection_size=4)
     module = config.make()
-    params = nn.meta.unbox(module.init(jax.random.key(0), module.sample_batch(), method="touch"))["params"]
+    params = nn.meta.unbox(module.init(jax.random.key(0), module.config.batch_spec().empty(), method="touch"))["params"]
     table = np.asarray(params["llm"]["token_embedding"]["embedding"])
     x = np.random.default_rng(0).normal(0, 0.03, (2, 3, 12)).astype(np.float32)
     wanted = table[np.square(x[..., None, :] - table).sum(axis=-1).argmin(axis=-1)]
@@ -143,5 +145,5 @@ def test_pictures_are_left_out():
     config = OpenMojiCaptions(image_size=16, variants=1)
     whole, text = config.build(), TextOnly(config).build()
     assert len(text) == len(whole) and text.fingerprint() != whole.fingerprint() and text.name != whole.name
-    assert text.conversation(3).turns == whole.conversation(3).turns
-    assert (text.conversation(3).num_images, text.images(3)) == (0, []) and whole.conversation(3).num_images == 1
+    assert [m.text for m in text.example(3).messages] == [m.text for m in whole.example(3).messages]
+    assert not text.example(3).media and len(whole.example(3).media) == 1

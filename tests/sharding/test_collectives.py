@@ -48,7 +48,9 @@ MODEL = MultimodalConfig(
 
 def boxed_params():
     model = MODEL.make()
-    return jax.eval_shape(lambda: model.init(jax.random.key(0), model.sample_batch(), method="touch"))["params"]
+    return jax.eval_shape(lambda: model.init(jax.random.key(0), model.config.batch_spec().empty(), method="touch"))[
+        "params"
+    ]
 
 
 def placed(tree, shardings):
@@ -56,7 +58,7 @@ def placed(tree, shardings):
 
 
 def abstract_batch(mesh):
-    batch = MODEL.make().sample_batch(ROWS, LENGTH, SLOTS)
+    batch = MODEL.batch_spec(ROWS, LENGTH, SLOTS).empty()
     batch["loss_weights"] = np.zeros((ROWS, LENGTH), np.float32)
     return placed(batch, {name: batch_sharding(mesh, x.ndim, x.shape) for name, x in batch.items()})
 

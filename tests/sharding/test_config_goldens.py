@@ -33,7 +33,7 @@ def boxed_params(name: str):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     model = module.model().make()
-    return abstract_init(model, model.sample_batch(), method="touch")
+    return abstract_init(model, model.config.batch_spec().empty(), method="touch")
 
 
 def lines(boxed, parts=()) -> dict[str, str]:

@@ -59,7 +59,7 @@ MODELS = {
 def batch_of(config: MultimodalConfig) -> dict[str, np.ndarray]:
     """Two texts in each row, which both ask for media tokens of both slots; the last places are padding."""
     rng = np.random.default_rng(1)
-    batch = {name: np.array(x) for name, x in config.make().sample_batch(ROWS, LENGTH, 4).items()}
+    batch = {name: np.array(x) for name, x in config.batch_spec(ROWS, LENGTH, 4).empty().items()}
     for name, x in batch.items():
         if name.endswith("tokens"):
             batch[name] = rng.integers(0, VOCAB, x.shape).astype(np.int32)
@@ -87,7 +87,9 @@ def batch_of(config: MultimodalConfig) -> dict[str, np.ndarray]:
 def loss_and_gradients(config: MultimodalConfig, mesh=None, parts=(), report=None):
     """As one program, from random parameters laid out as training does."""
     model, batch = config.make(), batch_of(config)
-    boxed = jax.eval_shape(lambda: model.init(jax.random.key(0), model.sample_batch(), method="touch"))["params"]
+    boxed = jax.eval_shape(lambda: model.init(jax.random.key(0), model.config.batch_spec().empty(), method="touch"))[
+        "params"
+    ]
     rng = np.random.default_rng(0)
     params = jax.tree.map(lambda x: 0.3 * rng.normal(size=x.shape).astype(np.float32), nn.meta.unbox(boxed))
 

@@ -69,7 +69,7 @@ def abstract_state(mesh) -> tuple[TrainState, TrainState]:
     """(shapes, shardings) of the train state with every parameter trainable; nothing is computed."""
     model = CONFIG.make()
     init = partial(model.init, method="touch")
-    boxed = jax.eval_shape(lambda: init(jax.random.key(0), model.sample_batch()))["params"]
+    boxed = jax.eval_shape(lambda: init(jax.random.key(0), model.config.batch_spec().empty()))["params"]
     params = nn.meta.unbox(boxed)
     shardings = state_shardings(OPTIMIZER, params, param_shardings(boxed, mesh), mesh)
     scalar = jax.ShapeDtypeStruct((), np.int32)
@@ -124,7 +124,9 @@ def test_a_compiled_step_keeps_them_and_does_not_compile_twice():
         text_tower=None,
         contrastive=None,
     ).make()
-    boxed = jax.eval_shape(lambda: model.init(jax.random.key(0), model.sample_batch(), method="touch"))["params"]
+    boxed = jax.eval_shape(lambda: model.init(jax.random.key(0), model.config.batch_spec().empty(), method="touch"))[
+        "params"
+    ]
     shardings = param_shardings(boxed, mesh)
     rng = np.random.default_rng(0)
     params = jax.tree.map(
@@ -138,12 +140,12 @@ def test_a_compiled_step_keeps_them_and_does_not_compile_twice():
     wanted = by_path(shardings)
     before = np.asarray(params["llm"]["token_embedding"]["embedding"])
     for _ in range(2):
-        batch = {name: np.asarray(x) for name, x in model.sample_batch(rows=4, length=8, slots=1).items()}
+        batch = {name: np.asarray(x) for name, x in model.config.batch_spec(rows=4, length=8, slots=1).empty().items()}
         batch["tokens"] = rng.integers(0, 30, (4, 8)).astype(np.int32)
         batch["segments"] = np.ones((4, 8), np.int32)
         batch["loss_weights"] = np.ones((4, 8), np.float32)
-        shapes = {name: (x.shape, x.dtype) for name, x in batch.items()}
-        state, metrics = step(state, {}, place_batch(batch, mesh, shapes, list(range(4))))
+        shapes = spec_of(batch)
+        state, metrics = step(state, {}, place_batch(batch, mesh, spec, list(range(4))))
         for path, leaf in by_path(state).items():
             assert leaf.sharding.is_equivalent_to(wanted[path], leaf.ndim), path
     assert step._cache_size() == 1

@@ -109,7 +109,9 @@ def shipped(request):
 def test_stages_train_the_parts_they_name(shipped):
     """In their order; whatever a stage does not train is frozen whole."""
     module = shipped.model.make()
-    abstract = jax.eval_shape(lambda: module.init(jax.random.key(0), module.sample_batch(), method="touch")["params"])
+    abstract = jax.eval_shape(
+        lambda: module.init(jax.random.key(0), module.config.batch_spec().empty(), method="touch")["params"]
+    )
     params = nn.meta.unbox(abstract)
     assert [stage.name for stage in shipped.stages] == list(TRAINED)
     for stage in shipped.stages:

@@ -93,7 +93,7 @@ def test_a_run_embeds_what_training_embeds(run, tmp_path):
     _, folder = run
     made, model, params, tokenizer, _ = load_run(folder_of(folder))
     mixture = replace(made.stages[0].data, sources=(Weighted(OpenMojiCaptions(image_size=SIZE, variants=1)),))
-    data = Pipeline(mixture, tokenizer, media_tokens=made.model.media_tokens, seed=0)
+    data = Pipeline(mixture, processor(made.model, tokenizer), seed=0)
     source = data.sources[0]
     index = [i for row in data.plan.step(0) for _, i in row][:5]
     image, text, *_ = jax.jit(lambda p, b: model.apply({"params": p}, b, method="embed_pairs"))(params, data.batch(0))

@@ -67,7 +67,7 @@ def on_mesh(mesh):
     """The parameters laid out on a mesh, and their shardings."""
     model = MODEL.make()
     boxed = jax.eval_shape(
-        lambda key: model.init(key, model.sample_batch(), method="touch")["params"], jax.random.key(0)
+        lambda key: model.init(key, model.config.batch_spec().empty(), method="touch")["params"], jax.random.key(0)
     )
     shardings = param_shardings(boxed, mesh)
     return jax.device_put(first_params(), shardings), shardings
@@ -88,7 +88,7 @@ def losses(name: str, mesh_config: MeshConfig, accumulate: int = 1) -> np.ndarra
     )
     found = []
     for batch in batches(name):
-        shapes = {key: (x.shape, x.dtype) for key, x in batch.items()}
+        shapes = spec_of(batch)
         state, metrics = step_fn(state, frozen, place_batch(batch, mesh, shapes, list(range(case.data.rows))))
         found.append(float(metrics["loss"]))
     return np.array(found)

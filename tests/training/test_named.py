@@ -9,6 +9,9 @@ import jax
 import numpy as np
 import pytest
 from flax import linen as nn
+from mllm_jax.data.dialogues import pack_dialogues
+from mllm_jax.data.examples import Conversation, Turn
+from mllm_jax.models.dialogue import DialogueEncoder
 from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
 from toy_data import COLOURS, Toy
@@ -16,14 +19,11 @@ from transformers import PreTrainedTokenizerFast
 
 import mllm_jax
 from mllm_jax.cli import main
-from mllm_jax.data.dialogues import pack_dialogues
-from mllm_jax.data.examples import Conversation, Turn
 from mllm_jax.data.pipeline import Mixture, Pipeline, Weighted
 from mllm_jax.datasets.llava import LLaVARecords
 from mllm_jax.encoders.vit import ViTConfig
 from mllm_jax.errors import ConfigError, DataError
 from mllm_jax.llms.decoder import DecoderConfig
-from mllm_jax.models.dialogue import DialogueEncoder
 from mllm_jax.models.llava import LlavaConfig
 from mllm_jax.models.multimodal import Connection
 from mllm_jax.projectors.mlp import MLPProjectorConfig
@@ -70,7 +70,7 @@ def folder(tmp_path_factory):
     """A LLaVA of random weights with its tokenizer and processor, as the hub has them."""
     folder = tmp_path_factory.mktemp("named") / "llava"
     module = MODEL.make()
-    abstract = jax.eval_shape(lambda: module.init(jax.random.key(0), module.sample_batch()))["params"]
+    abstract = jax.eval_shape(lambda: module.init(jax.random.key(0), module.config.batch_spec().empty()))["params"]
     rng = np.random.default_rng(0)
     params = jax.tree.map(lambda x: 0.1 * rng.normal(size=x.shape).astype(np.float32), nn.meta.unbox(abstract))
     mllm_jax.save_pretrained(module, params, folder)

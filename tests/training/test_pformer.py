@@ -145,7 +145,7 @@ def test_one_device_and_eight_learn_alike(runs):
 def test_prompter_training_is_the_same_on_any_mesh(runs):
     """Captions are contrasted with the whole batch's, and masked alike, whichever device holds them."""
     _, model, params, tokenizer, _ = load_run(RunFolder(runs / "prompter"))
-    batch = Pipeline(TEXTS, tokenizer, media_tokens=4, seed=0).batch(0)
+    batch = Pipeline(TEXTS, processor(MODEL, tokenizer), seed=0).batch(0)
     assert "images" not in batch and batch["segments"].max() > 1
     params, apply = jax.device_get(params), make_apply(model)
 

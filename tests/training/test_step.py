@@ -88,7 +88,7 @@ class Setup:
         return init_state(self.optimizer, trainable, self.layout, jax.random.key(0))
 
     def batch(self, step: int) -> dict:
-        return place_batch(self.data.batch(step), self.mesh, self.data.shapes(), list(range(8)))
+        return place_batch(self.data.batch(step), self.mesh, self.data.spec, list(range(8)))
 
     def losses(self, steps: int = STEPS) -> np.ndarray:
         state, found = self.state(), []

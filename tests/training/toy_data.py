@@ -5,19 +5,24 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
+from typing import Any
 
 import jax
 import numpy as np
 
-from mllm_jax.data.examples import Conversation, Turn
+from mllm_jax.data.batch import ArraySpec, BatchSpec
+from mllm_jax.data.images import Drawn
+from mllm_jax.data.message import Example, Image, Message, Segment, Text
 from mllm_jax.data.pipeline import Mixture, Pipeline, Weighted, training_texts
+from mllm_jax.data.processing.layouts import PlainLayout
 from mllm_jax.data.tokenizer import Tokenizer
 from mllm_jax.encoders.text import TextTowerConfig
 from mllm_jax.encoders.vit import ViTConfig
 from mllm_jax.llms.decoder import DecoderConfig
 from mllm_jax.models.contrastive import ContrastiveConfig
 from mllm_jax.models.multimodal import MultimodalConfig
+from mllm_jax.models.processor import Processor
 from mllm_jax.projectors.mlp import MLPProjectorConfig
 
 SIZE = 8
@@ -44,16 +49,22 @@ class ToySource:
     def __len__(self) -> int:
         return self.config.size
 
-    def conversation(self, index: int) -> Conversation:
+    def example(self, index: int) -> Example:
         colour, number = COLOURS[index % len(COLOURS)], index // len(COLOURS)
-        turns = [Turn("what colour", colour, "colour"), Turn("which number", f"{number} {colour}", "number", place=1)]
-        context = "" if self.config.pictures else f"number {number} is {colour}"
-        return Conversation(self.config.pictures, tuple(turns[: 1 + index % 3 // 2]), context)
+        context = () if self.config.pictures else (Text(f"number {number} is {colour}"),)
+        pictures = [Image(Drawn(partial(self.picture, index, i))) for i in range(self.config.pictures)]
+        messages = (
+            Message("user", (*pictures, *context, Text("what colour"))),
+            Message("assistant", colour),
+            Message("user", "which number"),
+            Message("assistant", f"{number} {colour}"),
+        )
+        turns = 1 + index % 3 // 2
+        return Example(messages[: 2 * turns], (Segment((1,)), Segment((3,), region=1))[:turns])
 
-    def images(self, index: int) -> list[np.ndarray]:
-        rng = np.random.default_rng(index)
-        shape = (self.config.image_size, self.config.image_size, 3)
-        return [rng.integers(0, 256, shape, dtype=np.uint8) for _ in range(self.config.pictures)]
+    def picture(self, index: int, number: int = 0) -> np.ndarray:
+        rng = np.random.default_rng((index, number))
+        return rng.integers(0, 256, (self.config.image_size, self.config.image_size, 3), dtype=np.uint8)
 
     def fingerprint(self) -> str:
         return repr(self.config)
@@ -82,8 +93,19 @@ MODEL = MultimodalConfig(
 )
 
 
+def processor(config: Any = MODEL, words: Tokenizer | None = None) -> Processor:
+    """Of a model that is composed here, with the toys' tokenizer."""
+    words = words or tokenizer()
+    return Processor(config, words, PlainLayout(config.image_size, config.media_tokens, words.image_token_id))
+
+
+def spec_of(batch: dict[str, np.ndarray]) -> BatchSpec:
+    """A spec of arrays that are there."""
+    return BatchSpec({name: ArraySpec(x.shape, str(x.dtype)) for name, x in batch.items()})
+
+
 def pipeline(mixture: Mixture = PICTURES, *, seed: int = 0, **kwargs) -> Pipeline:
-    return Pipeline(mixture, tokenizer(), media_tokens=MODEL.media_tokens, seed=seed, **kwargs)
+    return Pipeline(mixture, processor(), seed=seed, **kwargs)
 
 
 @contextmanager
