@@ -186,8 +186,14 @@ def _write_text(out, r: int, cursor: _Cursor, e: Any, index: np.ndarray, positio
         width = index.shape[1]
         out["media_index"][r, here] = index[:, :1]  # those beyond its own have no weight
         out["media_index"][r, here, :width], out["media_weights"][r, here, :width] = index, e.row.weights
-    else:
+    elif index.shape[1] == 1:
         out["media_index"][r, here] = index[:, 0]
+    else:
+        raise DataError(
+            f"positions that hold sums of {index.shape[1]} media tokens",
+            "a batch with media_weights",
+            "declare their width in the model's batch_spec (`neighbours` of its config)",
+        )
     if e.target is None and "loss_weights" in out:
         out["loss_weights"][r, here] = e.loss_weights
 

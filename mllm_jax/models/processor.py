@@ -199,7 +199,7 @@ class Processor:
     ) -> dict[str, np.ndarray]:
         """The batch of one example a row, no longer than it must be."""
         longest = max(len(e.tokens) for e in encoded)
-        if longest == 0:
+        if not all(len(e.tokens) for e in encoded):
             raise DataError("a text without anything in it", "at least one token", "give it a text")
         if length is not None and longest > length:
             raise DataError(

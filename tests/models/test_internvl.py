@@ -13,13 +13,11 @@ import pytest
 import torch
 import transformers
 from flax import linen as nn
-from mllm_jax.data.dialogues import pack_dialogues
-from mllm_jax.data.examples import Conversation, Turn
-from mllm_jax.models.dialogue import DialogueEncoder
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from mllm_jax.data.chat import ChatTokenizer
 from mllm_jax.data.image_processors import ImageProcessor
+from mllm_jax.data.message import Example, Image, Message, Text
 from mllm_jax.errors import ConfigError
 from mllm_jax.models.internvl import (
     HUB,
@@ -114,13 +112,14 @@ def test_conversations_to_train_on(config):
     made = tokenizer()
     made.backend.add_special_tokens(dict(eos_token="</s>"))
     made.backend.chat_template, made.stop_ids = TEMPLATE, (made.backend.eos_token_id,)
-    encoder = DialogueEncoder(Processor(config, made, InternVLLayout(config, made, PICTURES)))
-    talk = Conversation(2, (Turn("a", "cat", "name"), Turn("cat", "a", "name")))
-    encoded = encoder.encode(talk, [WIDE, WIDE[:, :9]], max_length=64)
+    processor = Processor(config, made, InternVLLayout(config, made, PICTURES))
+    asked = Message("user", (Image(WIDE), Image(WIDE[:, :9]), Text("a")))
+    rest = (Message("assistant", "cat"), Message("user", (Text("cat"),)), Message("assistant", (Text("a"),)))
+    encoded = processor.encode(Example((asked, *rest)), max_length=64)
     assert encoded.slots == 4 + 1, "three tiles and a thumbnail, and a picture of one tile"
     assert encoded.tokens[encoded.loss_weights > 0].tolist() == [2, 9, 1, 9]
     assert (encoded.row.places >= 0).sum() == 4 * 4 + 4
-    batch = pack_dialogues([[encoded], []], encoder.layout, length=64, slots=6)
+    batch = processor.pack([[encoded], []], length=64, slots=6)
     assert batch["images"].shape == (2, 6, 8, 8, 3) and batch["media_index"].max() == 19
 
 

@@ -13,11 +13,11 @@ import pytest
 import torch
 import transformers
 from flax import linen as nn
-from mllm_jax.data.dialogues import EncodedDialogue, pack_dialogues
 
 from mllm_jax.checkpoints.native import read_native_config, write_native
 from mllm_jax.data.image_processors import image_processor
-from mllm_jax.data.processing.media import NEWLINE, lay_out_row
+from mllm_jax.data.batch import assemble
+from mllm_jax.data.processing.media import NEWLINE, Encoded, lay_out_row
 from mllm_jax.encoders.vit import ViTConfig
 from mllm_jax.errors import ConfigError
 from mllm_jax.llms.decoder import DecoderConfig
@@ -168,9 +168,9 @@ def test_rows_to_train_on_hold_pictures_of_all_kinds():
     examples = []
     for ids, media in (([1, 7, 2], alone), ([7, 3, 7], two)):
         row = lay_out_row(ids, media, (7, 8), "a text")
-        examples.append(EncodedDialogue(row, np.ones(len(row.tokens), np.float32), media))
+        examples.append(Encoded(row, np.ones(len(row.tokens), np.float32), media))
     assert [e.slots for e in examples] == [5, 2]
-    batch = pack_dialogues([examples], layout, 80, 8)
+    batch = assemble([examples], layout.spec(config.batch_spec(1, 80, 8)), layout, 8)
     assert batch["images"].shape == (1, 8, SIDE, SIDE, 3) and batch["media_index"].shape == (1, 80, 4)
     used = int((batch["segments"] > 0).sum())
     held = (batch["media_index"] >= 0).all(axis=-1)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,14 +17,14 @@ from mllm_jax import generate
 from mllm_jax.data import pixels
 from mllm_jax.data.chat import ChatTokenizer
 from mllm_jax.data.image_steps import ImageProcessor
+from mllm_jax.data.processing.layouts import TileLayout
 from mllm_jax.data.processing.media import NEWLINE, Media
 from mllm_jax.encoders.vit import ViTConfig
 from mllm_jax.errors import DataError
-from mllm_jax.generation.options import Options
 from mllm_jax.llms.decoder import DecoderConfig
 from mllm_jax.llms.t5 import T5Config
 from mllm_jax.models.multimodal import Connection, MultimodalConfig
-from mllm_jax.models.processor import Processor, TileLayout
+from mllm_jax.models.processor import Processor
 from mllm_jax.projectors.mlp import MLPProjectorConfig
 
 WORDS = (
@@ -59,6 +61,15 @@ CONFIG = MultimodalConfig(
     connection=Connection(layers=(-2,)),
     newline=True,
 )
+
+
+@dataclass(frozen=True)
+class Sums(MultimodalConfig):
+    """A model at whose positions sums of two media tokens may stand."""
+
+    @property
+    def neighbours(self) -> int:
+        return 2
 
 
 class TwoTiles(TileLayout):
@@ -131,9 +142,12 @@ def test_a_conversation_brings_its_pictures_along_or_finds_them_beside(processor
     assert plain["tokens"][0].tolist() == [5, 7, 8, 9, 13, 6] and "images" not in plain
 
 
-def test_sums_of_media_tokens(processor):
+def test_sums_of_media_tokens(processor, tokenizer):
     """A video's places hold sums of two tokens; a picture beside it, whose hold one, is padded to that."""
-    batch = processor("<video> what <image>", images=[picture(0)], videos=[[picture(1), picture(2)]])
+    shown = dict(images=[picture(0)], videos=[[picture(1), picture(2)]])
+    with pytest.raises(DataError, match="sums of 2 media tokens"):
+        processor("<video> what <image>", **shown)
+    batch = Processor(Sums(**vars(CONFIG)), tokenizer, TwoTiles())("<video> what <image>", **shown)
     assert batch["media_index"].shape == batch["media_weights"].shape == (1, 12, 2)
     assert batch["media_index"][0, :2].tolist() == [[0, 1], [2, 3]]
     assert batch["media_index"][0, 2].tolist() == [-1, -1]
@@ -171,11 +185,11 @@ def test_an_answer_is_the_same_in_any_company(tokenizer, llm):
     model, params = config.make(), random_params(config)
     texts = ["what is <image> ?", "a dog", "<image> <image>", "<image> a cat is what ?"]
     shown = [[picture(0)], [], [picture(1), picture(2)], [picture(3, 20, 5)]]
-    options = Options(max_new_tokens=8, ignore_eos=True)
-    together = generate(model, params, processor(texts, images=shown), processor, options)
+    options = dict(max_new_tokens=8, ignore_eos=True)
+    together = generate(model, params, processor(texts, images=shown), processor, **options)
     assert len(set(together)) > 1
     for text, images, wanted in zip(texts, shown, together, strict=True):
-        assert generate(model, params, processor(text, images=images, slots=4), processor, options) == [wanted]
+        assert generate(model, params, processor(text, images=images, slots=4), processor, **options) == [wanted]
 
 
 def test_answers_to_learn(processor, tokenizer):
@@ -197,11 +211,12 @@ def test_answers_to_learn(processor, tokenizer):
         ([{"role": "user", "content": "what <image> ?"}], dict(images=[picture(0)]), "text has '<image>' in it"),
         ([{"role": "user", "content": [{"type": "audio"}]}], {}, "part of type 'audio'"),
         ("a", dict(audios=[np.zeros(9)]), r"1 sound\(s\)"),
-        ("what <image>", dict(images=[picture(0)], length=8), r"\[10\] tokens, media included"),
+        ("what <image>", dict(images=[picture(0)], length=8), "a text of 10 tokens, media included"),
         ("what <image>", dict(images=[picture(0)], slots=1), "a row with 2 tiles"),
         ("what <image>", dict(images=[np.zeros((4, 4))]), r"a picture given as float64\[4, 4\]"),
         (["a", "a"], dict(answers=["a"]), "2 texts and 1 answers"),
-        ("", {}, r"texts of \[0\] tokens"),
+        ("", {}, "a text without anything in it"),
+        (["a", ""], {}, "a text without anything in it"),
         ([], {}, "no text"),
     ],
 )

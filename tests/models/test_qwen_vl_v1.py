@@ -7,12 +7,11 @@ from dataclasses import replace
 import jax
 import numpy as np
 import pytest
-from mllm_jax.data.examples import Conversation, Turn
-from mllm_jax.models.dialogue import DialogueEncoder
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from mllm_jax.data.chat import ChatTokenizer
+from mllm_jax.data.message import Example, Image, Message, Text
 from mllm_jax.encoders.vit import ViTConfig
 from mllm_jax.errors import ConfigError, DataError
 from mllm_jax.models.processor import Processor
@@ -111,15 +110,17 @@ def test_a_picture_stands_where_it_is_named(processor):
 
 
 def test_conversations_to_train_on(processor):
-    turns = (Turn("what is it", "a cat", ""), Turn("is it a cat", "it is", ""))
-    encoded = DialogueEncoder(processor).encode(Conversation(1, turns), [PICTURE], 64)
+    said = [("user", "what is it"), ("assistant", "a cat"), ("user", "is it a cat"), ("assistant", "it is")]
+    (_, asked), *rest = said
+    messages = (Message("user", (Image(PICTURE), Text(asked))), *(Message(*each) for each in rest))
+    encoded = processor.encode(Example(messages), 64)
     first = "user: I what is it assistant: a cat </s> user: is it a cat assistant: it is </s>"
     wanted = [i for word in first.split() for i in (SHOWN if word == "I" else [ID[word]])]
     assert encoded.tokens.tolist() == wanted
     learnt = [i for i, weight in zip(wanted, encoded.loss_weights, strict=True) if weight]
     assert learnt == [ID[word] for word in ["a", "cat", "</s>", "it", "is", "</s>"]]
     with pytest.raises(DataError, match="has '<img>' in it"):
-        DialogueEncoder(processor).encode(Conversation(0, (Turn("what is <img>", "it", ""),)), [], 64)
+        processor.encode(Example((Message("user", "what is <img>"), Message("assistant", "it"))), 64)
 
 
 def test_wholes_that_do_not_fit_are_refused():

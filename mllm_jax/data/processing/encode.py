@@ -62,7 +62,7 @@ class Encoder:
         if isinstance(message.content, str):
             return self._text(message.content)
         parts = [self._part(part) for part in message.content]
-        return self._flat(parts) if self.layout.flattens else parts
+        return self._flat(parts) if self.layout.flattens or not self._marks else parts
 
     def _part(self, part: Part) -> dict[str, str]:
         if isinstance(part, Text):
@@ -133,7 +133,7 @@ def encode_turns(encoder: Encoder, example: Example, max_length: int, learn: str
     require_answers(example, answers)
     media = encoder.layout.prepare(example.media)
     for kept in range(len(answers), 0, -1):
-        messages = example.messages[: answers[kept - 1] + 1]
+        messages = _in_parts(example.messages[: answers[kept - 1] + 1])
         ids = encoder.ids_of(messages, add_generation_prompt=False)
         row = encoder.lay_out(ids, media, "a conversation")
         if len(row.tokens) <= max_length:
@@ -159,7 +159,7 @@ def encode_answer(encoder: Encoder, example: Example, max_length: int, start_id:
     *asked, answer = example.messages
     media = encoder.layout.prepare(example.media)
     if encoder.tokenizer.has_template and asked and asked[0].role != TEXT_ROLE:
-        ids = encoder.ids_of(asked)
+        ids = encoder.ids_of(_in_parts(asked))
     else:
         ids = encoder.text_ids(Message("user", tuple(part for message in asked for part in message.parts)))
     row = encoder.lay_out(ids, media, "a question")
@@ -245,6 +245,12 @@ def require_answers(example: Example, answers: Sequence[int]) -> None:
             "at least one question, and an answer to each",
             "drop or mend the record",
         )
+
+
+def _in_parts(messages: Sequence[Message]) -> list[Message]:
+    """Questions and answers as lists of parts: many templates of models with media leave out a content that is a text.
+    They take a system message as a text."""
+    return [m if m.role == "system" else replace(m, content=m.parts) for m in messages]
 
 
 def _start(encoder: Encoder, before: Sequence[Message], ids: list[int]) -> int:
