@@ -104,7 +104,7 @@ VIOLATIONS = {
     "layers/mlp.py": "mllm_jax.models.multimodal",
     "encoders/vit.py": "mllm_jax.llms.decoder",
     "models/multimodal.py": "mllm_jax.training.config",
-    "inference/sampling.py": "mllm_jax.training.loop",
+    "generation/sampling.py": "mllm_jax.training.loop",
     "training/step.py": "mllm_jax.evaluation.report",
     "datasets/llava.py": "mllm_jax.models.processor",
     "data/pipeline.py": "mllm_jax.datasets.text_only",
@@ -346,7 +346,8 @@ def test_the_encoder_of_the_contributing_page_works(tmp_path, monkeypatch):
     config = MultimodalConfig(module.PatchMLPConfig(), MLPProjectorConfig(16, merge=2), llm)
     assert config.media_tokens == 4
     model = config.make()
-    batch = model.config.batch_spec(rows=2, length=6).empty()
+    batch = jax.tree.map(jnp.asarray, model.config.batch_spec(rows=2, length=6).empty())
+    batch["segments"] = jnp.ones((2, 6), jnp.int32)
     batch["media_index"] = batch["media_index"].at[:, 1:5].set(jnp.arange(4))
     boxed = jax.eval_shape(lambda key: model.init(key, batch, method="touch"), jax.random.key(0))["params"]
     leaves = jax.tree.leaves(boxed["encoder"], is_leaf=lambda x: hasattr(x, "names"))

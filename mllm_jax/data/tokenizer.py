@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mllm_jax.data.chat import not_encodable, rendered
+from mllm_jax.data.chat import ChatTokenizer, not_encodable, rendered
 from mllm_jax.data.chat_template import (
     ASSISTANT,
     BOS,
@@ -159,3 +159,8 @@ class Tokenizer:
         backend.train_from_iterator(map(spaced, texts), trainer)
         backend.add_tokens([AddedToken(f" {phrase}") for phrase in phrases])
         return cls(backend)
+
+
+def tokenizer_in(folder: Path) -> Tokenizer | ChatTokenizer:
+    """The tokenizer in a folder, whoever made it. Raises DataError: see both classes' `load`."""
+    return Tokenizer.load(folder) if Tokenizer.is_in(folder) else ChatTokenizer.load(folder)

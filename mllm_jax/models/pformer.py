@@ -52,6 +52,7 @@ class PFormerPretrainingConfig:
         return self.prompter.num_queries
 
     image_size = 1  # it reads no images
+    encoder_decoder = False
     family = None
 
     @property

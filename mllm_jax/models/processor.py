@@ -12,7 +12,7 @@ import numpy as np
 from mllm_jax.checkpoints.table import Family
 from mllm_jax.data.batch import BatchSpec, assemble, instruction_spec
 from mllm_jax.data.chat import ChatTokenizer
-from mllm_jax.data.message import MEDIA, Conversation, Example, Message, Part, Text, conversations
+from mllm_jax.data.message import MEDIA, TEXT_ROLE, Conversation, Example, Message, Part, Text, conversations
 from mllm_jax.data.processing.encode import (
     Encoder,
     Words,
@@ -24,7 +24,7 @@ from mllm_jax.data.processing.encode import (
 )
 from mllm_jax.data.processing.layouts import Layout, PlainLayout
 from mllm_jax.data.processing.media import Encoded, Media
-from mllm_jax.data.tokenizer import Tokenizer
+from mllm_jax.data.tokenizer import tokenizer_in
 from mllm_jax.errors import ConfigError, DataError
 from mllm_jax.llms.protocol import LLMConfig
 from mllm_jax.models.protocol import LanguageOnly, ModelConfig
@@ -76,10 +76,15 @@ class Processor:
             )
         if isinstance(config, LLMConfig):
             return cls(LanguageOnly(config), ChatTokenizer.load(folder), Layout(), system)
-        own = Tokenizer.is_in(folder)
-        tokenizer = Tokenizer.load(folder) if own else ChatTokenizer.load(folder)
+        tokenizer = tokenizer_in(folder)
         ids = [tokenizer.words(word) for word in words]
-        layout = PlainLayout(config.image_size, config.media_tokens, image_token(tokenizer), ids, flattens=not own)
+        layout = PlainLayout(
+            config.image_size,
+            config.media_tokens,
+            image_token(tokenizer),
+            ids,
+            flattens=isinstance(tokenizer, ChatTokenizer),
+        )
         return cls(config, tokenizer, layout, system)
 
     @staticmethod
@@ -102,9 +107,9 @@ class Processor:
 
     def encode(self, example: Example, max_length: int, learn: str = "answers") -> Encoded:
         """Lays out an example as the model reads it; see `mllm_jax.data.processing.encode`."""
-        plain = example.messages[0].role == "text"
+        plain = example.messages[0].role == TEXT_ROLE
         reads = self.layout.instruction_length > 0
-        if self.config.encoder_decoder or reads:
+        if (self.config.encoder_decoder or reads) and not plain:
             self._require_one_turn(example)
         if self.config.encoder_decoder:
             llm = self.config.llm

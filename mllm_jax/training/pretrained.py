@@ -76,13 +76,16 @@ def require_words(experiment: Experiment, tokenizer: Tokenizer) -> None:
         if source.stage is None or source.part not in _READS_TOKENS:
             continue
         run = RunFolder(Path(source.folder))
-        theirs = run.tokenizer().backend.get_vocab()
+        made = run.tokenizer()
+        theirs = made.backend.get_vocab()
         if others := sorted(word for word, number in theirs.items() if ours.get(word) != number):
+            trained = isinstance(made, Tokenizer)
+            wanted = f"path={str(run.tokenizer_file)!r}" if trained else f"folder={str(run.processor_folder)!r}"
             raise ConfigError(
                 f"{source.part} of {source.folder} with another tokenizer: {len(others)} of its {len(theirs)} words"
                 f" have other ids here, such as {others[0]!r}",
                 "the tokenizer that the part was trained with",
-                f"set tokenizer=TokenizerConfig(path={str(run.tokenizer_file)!r})",
+                f"set tokenizer=TokenizerConfig({wanted})",
             )
 
 

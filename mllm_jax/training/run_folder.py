@@ -16,7 +16,8 @@ from typing import Any
 
 from mllm_jax import files
 from mllm_jax.checkpoints.description import describe, rebuild
-from mllm_jax.data.tokenizer import Tokenizer
+from mllm_jax.data.chat import ChatTokenizer
+from mllm_jax.data.tokenizer import Tokenizer, tokenizer_in
 from mllm_jax.errors import MllmError, RunFolderError
 from mllm_jax.sharding.hosts import first_alone
 from mllm_jax.training.config import Experiment
@@ -134,9 +135,9 @@ class RunFolder:
         ended = [self.snapshot(index, stage.name).is_dir() for index, stage in enumerate(experiment.stages)]
         return [stage.name for stage in experiment.stages[(*ended, False).index(False) :]]
 
-    def tokenizer(self) -> Tokenizer:
-        """The tokenizer that was trained for the run."""
-        return Tokenizer.load(self.processor_folder)
+    def tokenizer(self) -> Tokenizer | ChatTokenizer:
+        """The run's tokenizer: trained for it, or a language model's own."""
+        return tokenizer_in(self.processor_folder)
 
 
 def words_of(folder: RunFolder) -> dict[str, str]:

@@ -11,9 +11,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from mllm_jax.data.message import Image as Shown
 from mllm_jax.errors import DataError
 from mllm_jax.evaluation.evaluate import evaluate, majority, normalise, shuffles
 from mllm_jax.evaluation.run import _merged
+from mllm_jax.generation.options import Answer
 
 
 @dataclass(frozen=True)
@@ -25,17 +27,20 @@ class Asked:
 
 
 class Seer:
-    """A generator whose answer is the colours of its pictures, so that only the right pictures give the right one."""
+    """An assistant whose answer is the colours of its pictures, so that only the right pictures give the right one."""
 
     def __init__(self, answer=lambda question, seen: seen):
         self.say, self.calls = answer, []
 
-    def encode_images(self, images):
-        return np.stack([np.full((1, 1), image[0, 0, 0], np.float32) for image in images])
+    def prompt(self, messages):
+        return messages[0]
 
-    def answer(self, questions, media):
-        self.calls.append([m.ravel().astype(int).tolist() for m in media])
-        return [self.say(q, " ".join(str(v) for v in seen)) for q, seen in zip(questions, self.calls[-1], strict=True)]
+    def complete(self, prompts, options, batch_size):
+        self.calls.append(
+            [[int(p.source[0, 0, 0]) for p in prompt.parts if isinstance(p, Shown)] for prompt in prompts]
+        )
+        seen = [" ".join(map(str, each)) for each in self.calls[-1]]
+        return [Answer(self.say(prompt.text, each), ()) for prompt, each in zip(prompts, seen, strict=True)]
 
 
 def picture(colour: int) -> np.ndarray:
@@ -104,7 +109,8 @@ def test_scores_and_controls_computed_by_hand():
         }
     }
     # The control asks about the same pictures, each at another question, and pictures of one question stay together.
-    true, control, pairs, other_pairs = seer.calls[:4]
+    true, control = seer.calls[0][:4], seer.calls[0][4:]
+    pairs, other_pairs = seer.calls[1][:2], seer.calls[1][2:]
     assert true == [[1], [2], [3], [4]] and sorted(control) == sorted(true * 8)
     assert all(a != b for a, b in zip(true * 8, control, strict=True))
     assert (pairs, other_pairs) == ([[5, 6], [6, 5]], [[6, 5], [5, 6]] * 8)

@@ -15,8 +15,8 @@ import transformers
 from flax import linen as nn
 
 from mllm_jax.checkpoints.native import read_native_config, write_native
-from mllm_jax.data.image_processors import image_processor
 from mllm_jax.data.batch import assemble
+from mllm_jax.data.image_processors import image_processor
 from mllm_jax.data.processing.media import NEWLINE, Encoded, lay_out_row
 from mllm_jax.encoders.vit import ViTConfig
 from mllm_jax.errors import ConfigError

@@ -8,7 +8,7 @@ from functools import lru_cache
 import jax
 import numpy as np
 import pytest
-from toy_data import MODEL, PICTURES, pipeline
+from toy_data import MODEL, PICTURES, pipeline, spec_of
 
 from mllm_jax.sharding.mesh import MeshConfig, make_mesh, param_shardings
 from mllm_jax.training.config import AdamW

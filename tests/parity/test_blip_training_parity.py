@@ -3,27 +3,24 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 
 import jax
 import numpy as np
 import pytest
 import torch
 from blip_reference import LLAMA, OPT, T5, build, picture
-from mllm_jax.data.dialogues import pack_dialogues
-from mllm_jax.data.examples import Conversation, Turn
-from mllm_jax.models.dialogue import DialogueEncoder
-from mllm_jax.planning.batches import batch_shapes
-from mllm_jax.training.named import export_run
-from PIL import Image
+from PIL import Image as Pillow
 
 import mllm_jax
+from mllm_jax.data.message import TEXT_ROLE, Example, Image, Message, Text
 from mllm_jax.data.pipeline import Mixture, Weighted
 from mllm_jax.datasets.llava import LLaVARecords
 from mllm_jax.errors import DataError
 from mllm_jax.training.config import AdamW, CheckpointConfig, Experiment, Pretrained, Stage, TokenizerConfig
+from mllm_jax.training.features import stage_spec
 from mllm_jax.training.loop import train
 from mllm_jax.training.objectives.next_token import NextToken
+from mllm_jax.training.run_processor import export_run
 from mllm_jax.training.step import make_apply
 from mllm_jax.training.weights import load_run
 
@@ -52,16 +49,25 @@ def case(request, tmp_path_factory, randomise):
     return made
 
 
-def conversation(number: int, plain: bool = False) -> tuple[Conversation, list[np.ndarray]]:
-    pictures = [picture(10 * number + i, 15, 22) for i in range(SHOWN[number])]
-    return Conversation(len(pictures), (Turn(*ASKED[number], "dialogue"),), plain=plain), pictures
+def pictures_of(number: int) -> list[np.ndarray]:
+    return [picture(10 * number + i, 15, 22) for i in range(SHOWN[number])]
+
+
+def example(number: int, *, question: str | None = None, plain: bool = False, turns: int = 1) -> Example:
+    images = map(Image, pictures_of(number))
+    asked, answer = ASKED[number]
+    if plain:
+        return Example((Message(TEXT_ROLE, (*images, Text(answer))),))
+    asked = question or asked
+    first, said = Message("user", (*images, Text(asked))), Message("assistant", answer)
+    return Example((first, said) + (Message("user", asked), said) * (turns - 1))
 
 
 @torch.no_grad()
 def their_loss(case, number: int) -> tuple[float, int]:
     """The sum over an example's learnt tokens, from the whole model or, without pictures, its LLM; and how many."""
     reference, processor = case.reference, case.their_processor
-    (question, answer), (_, pictures) = ASKED[number], conversation(number)
+    (question, answer), pictures = ASKED[number], pictures_of(number)
     own, encodes = processor.tokenizer, case.model.config.encoder_decoder
     said = [*own(answer, add_special_tokens=False)["input_ids"], 2]
     asked = own(question, add_special_tokens=encodes)["input_ids"]
@@ -81,15 +87,14 @@ def their_loss(case, number: int) -> tuple[float, int]:
 
 
 def test_packed_rows_have_their_loss(case, assert_close):
-    dialogues = DialogueEncoder(case.processor)
-    examples = [dialogues.encode(*conversation(number), 48) for number in range(3)]
+    examples = [case.processor.encode(example(number), 48) for number in range(3)]
     packed = [[examples[0], examples[1]], [examples[2]]]
-    batch = pack_dialogues(packed, dialogues.layout, 64, 4, decodes=dialogues.decodes)
+    batch = case.processor.pack(packed, 64, 4)
     stage = Stage("instruct", NextToken(), ("*",), Mixture((), rows=2, length=64, slots=4), 1)
-    planned = batch_shapes(
+    planned = stage_spec(
         Experiment("planned", case.model.config, (stage,), TokenizerConfig(folder=str(case.folder))), stage
     )
-    shapes = {name: (x.shape, x.dtype) for name, x in batch.items()}
+    shapes = {name: (x.shape, str(x.dtype)) for name, x in batch.items()}
     assert shapes == {name: (x.shape, x.dtype) for name, x in planned.items()}
     loss, metrics = jax.jit(lambda p, b: NextToken().loss(make_apply(case.model), p, b, None))(case.params, batch)
     wanted = [their_loss(case, number) for number in range(3)]
@@ -99,43 +104,42 @@ def test_packed_rows_have_their_loss(case, assert_close):
 
 def test_captions_follow_the_queries(case):
     """Of a caption all is learnt; the question is left out, also where the queries would read it."""
-    encoder = DialogueEncoder(case.processor)
-    e = encoder.encode(*conversation(0, plain=True), 40)
+    decodes = case.model.config.encoder_decoder
+    e = case.processor.encode(example(0, plain=True), 40)
     own, caption = case.processor.tokenizer, ASKED[0][1]
-    ids = own.encode("") if encoder.decodes else own.encode(f"{caption}\n")
+    ids = own.encode("") if decodes else own.encode(f"{caption}\n")
     assert e.tokens.tolist() == [case.model.config.image_token_id] * 4 + ids
     said = [*own.backend(caption, add_special_tokens=False)["input_ids"], 2]
-    side, wanted = (e.target, said) if encoder.decodes else (e.tokens, ids)
+    side, wanted = (e.target, said) if decodes else (e.tokens, ids)
     assert side[e.loss_weights > 0].tolist() == wanted
-    if encoder.layout.instruction_length:
+    if case.processor.layout.instruction_length:
         assert e.instruction.tolist() == [1, 2], "[CLS] and [SEP]"
 
 
 def test_what_cannot_be_learnt_is_refused(case):
-    dialogues = DialogueEncoder(case.processor)
-    said, pictures = conversation(0)
-    for length in (len(dialogues.encode(said, pictures, 64).tokens) - 1, 2):
+    encode, reads = case.processor.encode, case.processor.layout.instruction_length > 0
+    for length in (len(encode(example(0), 64).tokens) - 1, 2):
         with pytest.raises(DataError, match=r"with 1 picture\(s\)"):
-            dialogues.encode(said, pictures, length)
+            encode(example(0), length)
     with pytest.raises(DataError, match="'<image>' in it"):
-        dialogues.encode(replace(said, turns=(Turn("what is <image> ?", "red", ""),)), pictures, 64)
-    two = replace(said, turns=said.turns * 2)
-    if dialogues.decodes or dialogues.layout.instruction_length:
+        encode(example(0, question="what is <image> ?"), 64)
+    with pytest.raises(DataError, match="a text without words"):
+        encode(Example((Message(TEXT_ROLE, (Image(pictures_of(0)[0]), Text(" "))),)), 64)
+    if case.model.config.encoder_decoder or reads:
         with pytest.raises(DataError, match="2 turns.*\n.*one question and its answer"):
-            dialogues.encode(two, pictures, 64)
+            encode(example(0, turns=2), 64)
     else:
-        one, both = (dialogues.encode(talk, pictures, 64).loss_weights.sum() for talk in (said, two))
+        one, both = (encode(example(0, turns=turns), 64).loss_weights.sum() for turns in (1, 2))
         assert both == 2 * one > 0
-    if dialogues.layout.instruction_length:
-        long = replace(said, turns=(Turn("a dog " * 70, "red", ""),))
+    if reads:
         with pytest.raises(DataError, match="an instruction of 142 tokens"):
-            dialogues.encode(long, pictures, 400)
+            encode(example(0, question="a dog " * 70), 400)
 
 
 @pytest.mark.parametrize("case", ["InstructBLIP, Flan-T5"], indirect=True)
 def test_stages_train_and_leave_as_a_folder(case, tmp_path):
     for n in range(4):
-        Image.fromarray(np.full((9, 12 + n, 3), 60 * n, np.uint8)).save(tmp_path / f"{n}.png")
+        Pillow.fromarray(np.full((9, 12 + n, 3), 60 * n, np.uint8)).save(tmp_path / f"{n}.png")
     words = ("red", "a dog", "two", "left")
     records = [
         {"id": n, "image": f"{n % 4}.png"} | {"conversations": [

@@ -8,16 +8,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from mllm_jax.data.examples import Conversation, Turn
-from mllm_jax.data.templates import encode_conversation
 from mllm_jax.generation.language import LanguageGenerator
 from smollm2 import REQUIREMENTS, smollm2
 from transformers import AutoModelForCausalLM
 
 import mllm_jax
 from mllm_jax.data.chat import ChatTokenizer
-from mllm_jax.data.tokenizer import Tokenizer
+from mllm_jax.data.message import Example, Message, Text
+from mllm_jax.encoders.vit import ViTConfig
 from mllm_jax.generation.options import Options
+from mllm_jax.models.multimodal import MultimodalConfig
+from mllm_jax.models.processor import Processor
+from mllm_jax.projectors.mlp import MLPProjectorConfig
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("optimized")]
 
@@ -126,10 +128,18 @@ def test_saved_by_us_it_is_the_same_model_to_transformers(folder, theirs, chat, 
 
 @pytest.mark.parametrize("system", [None, "", "Name the emoji."], ids=["its own", "empty", "ours"])
 def test_training_rows_are_what_its_template_gives(folder, chat, system):
-    """Odd spaces and line breaks included; behind the last answer the template writes one line break more."""
-    turns = (Turn("What is this? ", "a red cat", ""), Turn("\nHow many?\n", "two", ""), Turn(" Sure?", "Yes.", ""))
-    row = encode_conversation(Conversation(0, turns), Tokenizer.from_folder(folder, system), 4, 512).tokens.tolist()
+    """Odd spaces and line breaks included; the line break that the template writes after the last answer is not
+    learnt."""
+    said = [("user", "What is this? "), ("assistant", "a red cat"), ("user", "\nHow many?\n"), ("assistant", "two")]
+    said += [("user", " Sure?"), ("assistant", "Yes.")]
+    llm = mllm_jax.pretrained_config(folder)
+    config = MultimodalConfig(ViTConfig(8, 4, 24, num_layers=1, num_heads=2), MLPProjectorConfig(llm.hidden_size), llm)
+    example = Example(tuple(Message(role, (Text(text),)) for role, text in said))
+    encoded = Processor.of(config, folder, system=system).encode(example, 512)
     messages = [] if system is None else [{"role": "system", "content": system}]
-    for turn in turns:
-        messages += [{"role": "user", "content": turn.question}, {"role": "assistant", "content": turn.answer}]
-    assert [*row, *chat.backend("\n")["input_ids"]] == chat.encode_chat(messages, add_generation_prompt=False)
+    messages += [{"role": role, "content": text} for role, text in said]
+    assert encoded.tokens.tolist() == chat.encode_chat(messages, add_generation_prompt=False)
+    assert encoded.tokens[-1:].tolist() == chat.backend("\n")["input_ids"] and encoded.loss_weights[-2:].tolist() == [
+        1,
+        0,
+    ]

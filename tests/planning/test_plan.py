@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
-from mllm_jax.planning.batches import batch_shapes
 from rich.console import Console
 from tiny import LANGUAGE, experiment, hand_counted
 
@@ -26,6 +25,7 @@ from mllm_jax.planning.topologies import topology
 from mllm_jax.sharding.chips import GIB
 from mllm_jax.sharding.mesh import MeshConfig
 from mllm_jax.training.config_file import load_config
+from mllm_jax.training.features import stage_spec
 from mllm_jax.training.flops import count_flops, with_remat
 
 ROOT = Path(__file__).parents[2]
@@ -185,15 +185,15 @@ def test_gpus_are_estimated():
 
 def test_batches_of_the_smoke_config():
     smoke = load_config(ROOT / "configs" / "smoke.py")
-    text, pairs, pictures = (batch_shapes(smoke, smoke.stages[i]) for i in (0, 1, 3))
+    text, pairs, pictures = (stage_spec(smoke, smoke.stages[i]) for i in (0, 1, 3))
     assert "images" not in text and text["tokens"].shape == (8, 128)
     assert pairs["images"].shape == (16, 1, 16, 16, 3)
-    assert pictures["images"].shape == (8, 2, 16, 16, 3) and pictures["images"].dtype == jnp.uint8
+    assert pictures["images"].shape == (8, 2, 16, 16, 3) and pictures["images"].dtype == "uint8"
 
 
 def test_batches_of_packed_patches():
     plan = load_config(ROOT / "configs" / "plans" / "qwen25vl_7b.py")
-    shapes = batch_shapes(plan, plan.stages[0])
+    shapes = stage_spec(plan, plan.stages[0])
     assert shapes["positions"].shape == (256, 8192, 3)  # M-RoPE
     assert shapes["patches"].shape == (256, 16_384, 3 * 2 * 14 * 14)
     assert shapes["patch_coordinates"].shape == (256, 16_384, 2)

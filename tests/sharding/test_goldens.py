@@ -144,8 +144,8 @@ def test_a_compiled_step_keeps_them_and_does_not_compile_twice():
         batch["tokens"] = rng.integers(0, 30, (4, 8)).astype(np.int32)
         batch["segments"] = np.ones((4, 8), np.int32)
         batch["loss_weights"] = np.ones((4, 8), np.float32)
-        shapes = spec_of(batch)
-        state, metrics = step(state, {}, place_batch(batch, mesh, spec, list(range(4))))
+        placed = place_batch(batch, mesh, model.config.batch_spec(rows=4, length=8, slots=1), list(range(4)))
+        state, metrics = step(state, {}, placed)
         for path, leaf in by_path(state).items():
             assert leaf.sharding.is_equivalent_to(wanted[path], leaf.ndim), path
     assert step._cache_size() == 1

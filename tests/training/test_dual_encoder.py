@@ -12,6 +12,7 @@ from PIL import Image
 from toy_data import quick_compilation
 
 from mllm_jax import cli
+from mllm_jax.data.images import as_picture
 from mllm_jax.data.pipeline import Mixture, Pipeline, Weighted
 from mllm_jax.datasets.openmoji import OpenMojiCaptions
 from mllm_jax.encoders.text import TextTowerConfig
@@ -91,16 +92,17 @@ def test_the_loss_falls_and_the_split_is_found_better_than_by_chance(run):
 def test_a_run_embeds_what_training_embeds(run, tmp_path):
     """Other rows, other padding, one text at a time: the vectors are those of the training batch."""
     _, folder = run
-    made, model, params, tokenizer, _ = load_run(folder_of(folder))
+    made, model, params, processor, _ = load_run(folder_of(folder))
     mixture = replace(made.stages[0].data, sources=(Weighted(OpenMojiCaptions(image_size=SIZE, variants=1)),))
-    data = Pipeline(mixture, processor(made.model, tokenizer), seed=0)
+    data = Pipeline(mixture, processor, seed=0)
     source = data.sources[0]
     index = [i for row in data.plan.step(0) for _, i in row][:5]
     image, text, *_ = jax.jit(lambda p, b: model.apply({"params": p}, b, method="embed_pairs"))(params, data.batch(0))
-    embedder = Embedder.trained(model, params, tokenizer, batch_size=2)
-    captions = [source.conversation(i).turns[0].answer for i in index]
-    pictures = [source.images(i)[0] for i in index]
-    assert len({len(tokenizer.encode(caption)) for caption in captions}) > 1, "texts of several lengths"
+    embedder = Embedder.trained(model, params, processor.tokenizer, batch_size=2)
+    examples = [source.example(i) for i in index]
+    captions = [next(m.text for m in example.messages if m.role == "assistant") for example in examples]
+    pictures = [as_picture(example.media[0].source) for example in examples]
+    assert len({len(processor.tokenizer.encode(caption)) for caption in captions}) > 1, "texts of several lengths"
     np.testing.assert_allclose(embedder.texts(captions), text[:5, 0], atol=2e-5)
     np.testing.assert_allclose(embedder.pictures(pictures), image[:5, 0], atol=2e-5)
     places = []

@@ -8,7 +8,7 @@ from functools import lru_cache
 import jax
 import numpy as np
 import pytest
-from toy_data import MODEL, PAIRS, PICTURES, pipeline, quick_compilation
+from toy_data import MODEL, PAIRS, PICTURES, pipeline, quick_compilation, spec_of
 
 from mllm_jax.data.pipeline import Mixture
 from mllm_jax.sharding.mesh import MeshConfig, make_mesh, param_shardings

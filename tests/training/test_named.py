@@ -2,27 +2,29 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
-from dataclasses import replace
+import sys
+from dataclasses import dataclass, replace
 
 import jax
 import numpy as np
 import pytest
 from flax import linen as nn
-from mllm_jax.data.dialogues import pack_dialogues
-from mllm_jax.data.examples import Conversation, Turn
-from mllm_jax.models.dialogue import DialogueEncoder
-from PIL import Image
+from PIL import Image as Pillow
 from tokenizers import Tokenizer, models, pre_tokenizers
-from toy_data import COLOURS, Toy
+from toy_data import COLOURS, Toy, spec_of
 from transformers import PreTrainedTokenizerFast
 
 import mllm_jax
 from mllm_jax.cli import main
+from mllm_jax.data.message import Example, Image, Message, Text
 from mllm_jax.data.pipeline import Mixture, Pipeline, Weighted
 from mllm_jax.datasets.llava import LLaVARecords
 from mllm_jax.encoders.vit import ViTConfig
 from mllm_jax.errors import ConfigError, DataError
+from mllm_jax.evaluation.openmoji import OpenMojiEvaluation
 from mllm_jax.llms.decoder import DecoderConfig
 from mllm_jax.models.llava import LlavaConfig
 from mllm_jax.models.multimodal import Connection
@@ -63,6 +65,7 @@ DATA = Mixture(
     length=64,
     slots=4,
 )
+EVALUATED: list[Experiment] = []  # what a config file of a test gives
 
 
 @pytest.fixture(scope="module")
@@ -86,8 +89,8 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def dialogues(folder):
-    return DialogueEncoder(mllm_jax.Processor.from_pretrained(folder))
+def processor(folder):
+    return mllm_jax.Processor.from_pretrained(folder)
 
 
 def experiment(folder, *, cache_features: bool = False, steps: int = 4) -> Experiment:
@@ -126,29 +129,37 @@ def run(folder, tmp_path_factory):
     return train(experiment(folder), tmp_path_factory.mktemp("plain")).path
 
 
-def test_rows_are_the_templates_own(dialogues):
-    turns = (Turn("what colour ?", "red", ""), Turn("which number ?", "7 red", ""))
-    pictures = [np.zeros((8, 8, 3), np.uint8)] * 2
-    e = dialogues.encode(Conversation(2, turns), pictures, 64)
+def talk(*said: str, images: int = 0) -> Example:
+    """Questions and answers in turn, with images before the first question."""
+    shown = [Image(np.zeros((8, 8, 3), np.uint8))] * images
+    messages = [Message(("user", "assistant")[number % 2], text) for number, text in enumerate(said)]
+    return Example((replace(messages[0], content=(*shown, Text(said[0]))), *messages[1:]))
+
+
+def test_rows_are_the_templates_own(processor):
+    said = talk("what colour ?", "red", "which number ?", "7 red", images=2)
+    e = processor.encode(said, 64)
     text = "<s> user: I I what colour ? assistant: red </s> user: which number ? assistant: 7 red </s>"
     wanted = [i for word in text.split(" ") for i in ([IMAGE] * 4 if word == "I" else [ID[word]])]
     assert e.tokens.tolist() == wanted
     learnt = [word for word, weight in zip(wanted, e.loss_weights, strict=True) if weight]
     assert learnt == [ID[word] for word in ("red", "</s>", "7", "red", "</s>")]
-    short = dialogues.encode(Conversation(2, turns), pictures, len(wanted) - 1)
+    short = processor.encode(said, len(wanted) - 1)
     assert short.dropped_turns == 1 and short.tokens.tolist() == wanted[: len(short.tokens)]
     with pytest.raises(DataError, match="with its first turn"):
-        dialogues.encode(Conversation(2, turns), pictures, len(short.tokens) - 1)
+        processor.encode(said, len(short.tokens) - 1)
     with pytest.raises(DataError, match="has '<image>' in it"):
-        dialogues.encode(Conversation(0, (Turn("what <image> ?", "red", ""),)), [], 64)
+        processor.encode(talk("what <image> ?", "red"), 64)
     with pytest.raises(DataError, match="without text"):
-        dialogues.encode(Conversation(0, (Turn("what ?", " ", ""),)), [], 64)
+        processor.encode(talk("what ?", " "), 64)
 
 
-def test_packed_examples_say_what_each_says_alone(dialogues, folder):
-    data = Pipeline(DATA, None, dialogues=dialogues, seed=0)
+def test_packed_examples_say_what_each_says_alone(processor, folder):
+    data = Pipeline(DATA, processor, seed=0)
     batch = data.batch(3)
-    assert {name: (x.shape, x.dtype) for name, x in batch.items()} == data.shapes()
+    assert {n: (x.shape, x.dtype) for n, x in spec_of(batch).items()} == {
+        n: (x.shape, x.dtype) for n, x in data.spec.items()
+    }
     assert batch["segments"].max() > 1
     model, params = mllm_jax.from_pretrained(folder)
     apply = jax.jit(lambda b: model.apply({"params": params}, b).logits)
@@ -157,10 +168,8 @@ def test_packed_examples_say_what_each_says_alone(dialogues, folder):
     for row, examples in enumerate(plan[:2]):
         place = 0
         for source, index in examples:
-            alone = data.dialogues.encode(
-                data.sources[source].conversation(index), data.sources[source].images(index), DATA.length
-            )
-            single = pack_dialogues([[alone]] * DATA.rows, dialogues.layout, DATA.length, DATA.slots)
+            alone = processor.encode(data.sources[source].example(index), DATA.length)
+            single = processor.pack([[alone]] * DATA.rows, DATA.length, DATA.slots)
             n = len(alone.tokens)
             np.testing.assert_allclose(packed[row, place : place + n], np.asarray(apply(single))[0, :n], atol=2e-5)
             place += n
@@ -170,8 +179,8 @@ def test_stages_train_from_the_checkpoint_and_leave_as_a_folder(folder, run, tmp
     # Stored configs name classes of the package only, and the toys are none.
     monkeypatch.setattr(RunFolder, "experiment", lambda self: experiment(folder))
     _, before = mllm_jax.from_pretrained(folder)
-    _, model, params, tokenizer, _ = load_run(RunFolder(run))
-    assert tokenizer is None
+    _, model, params, own, _ = load_run(RunFolder(run))
+    assert own.tokenizer.template == TEMPLATE
     same = jax.tree.map(lambda a, b: bool((np.asarray(a) == np.asarray(b)).all()), before, params)
     assert all(jax.tree.leaves(same["encoder"])) and not any(jax.tree.leaves(same["projector"]))
     found = losses(run)
@@ -184,15 +193,73 @@ def test_stages_train_from_the_checkpoint_and_leave_as_a_folder(folder, run, tmp
     processor = mllm_jax.Processor.from_pretrained(tmp_path / "out")
     assert processor.tokenizer.backend.chat_template == TEMPLATE
 
-    Image.fromarray(np.full((20, 9, 3), 90, np.uint8)).save(tmp_path / "a.png")
+    Pillow.fromarray(np.full((20, 9, 3), 90, np.uint8)).save(tmp_path / "a.png")
     command = [str(tmp_path / "out"), "what colour ?", "--image", str(tmp_path / "a.png"), "--max-new-tokens", "5"]
     assert main(["generate", *command]) == 0
     parts = [{"type": "image", "image": tmp_path / "a.png"}, {"type": "text", "text": "what colour ?"}]
     batch = processor([{"role": "user", "content": parts}])
-    wanted = mllm_jax.generate(again, read, batch, processor, mllm_jax.Options(max_new_tokens=5))
+    wanted = mllm_jax.generate(again, read, batch, processor, max_new_tokens=5)
     assert capsys.readouterr().out.strip() == wanted[0].strip()
-    assert main(["generate", str(run), *command[1:]]) == 2
-    assert "mllm convert" in capsys.readouterr().err
+    assert main(["generate", str(run), *command[1:]]) == 0
+    assert capsys.readouterr().out.strip() == wanted[0].strip(), "the run's folder answers as what leaves it"
+
+
+@dataclass(frozen=True)
+class Colours:
+    """Questions about images of noise, some of two images and some of none."""
+
+    count: int = 3
+
+    def check(self, model) -> None:
+        assert isinstance(model, LlavaConfig)
+
+    def questions(self) -> dict[str, list]:
+        sources = {"one": Toy().build(), "two": Toy(pictures=2).build(), "none": Toy(pictures=0).build()}
+        return {"seen": [Asked(name, *asked(source, i)) for name, source in sources.items() for i in range(self.count)]}
+
+    score = OpenMojiEvaluation.score
+
+
+@dataclass(frozen=True)
+class Asked:
+    task: str
+    question: str
+    answer: str
+    images: tuple[np.ndarray, ...]
+
+
+def asked(source, index: int) -> tuple:
+    question, answer, *_ = source.example(index).messages
+    return question.text, answer.text, tuple(source.picture(index, i) for i in range(source.config.pictures))
+
+
+def test_training_ends_with_an_evaluation_and_images_in_the_report(folder, tmp_path, capsys, monkeypatch):
+    """`mllm train`, then `mllm evaluate` of one task again, of a named model."""
+    for module, kinds in (("toy_data", (Toy,)), (__name__, (Colours,))):  # stored configs name the package's classes
+        monkeypatch.setitem(sys.modules, f"mllm_jax.{module}", sys.modules[module])
+        for kind in kinds:
+            monkeypatch.setattr(kind, "__module__", f"mllm_jax.{module}")
+    made = experiment(folder)
+    stage = replace(made.stages[0], steps=1, validation=None)
+    EVALUATED.append(replace(made, stages=(stage,), evaluation=Colours()))
+    (tmp_path / "named.py").write_text(f"def config():\n    import {__name__} as t\n    return t.EVALUATED[-1]\n")
+    assert main(["train", str(tmp_path / "named.py"), "--run-dir", str(tmp_path / "run")]) == 0
+    assert f"mllm generate {tmp_path / 'run'}" in " ".join(capsys.readouterr().out.split())
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert {task: scores["n"] for task, scores in results["splits"]["seen"].items()} == {"none": 3, "one": 3, "two": 3}
+    examples = json.loads((tmp_path / "run" / "examples.json").read_text())
+    shown = {task: [e["image_png_base64"] for e in examples if e["task"] == task] for task in ("none", "one", "two")}
+    assert {task: {len(images) for images in each} for task, each in shown.items()} == {
+        "none": {0},
+        "one": {1},
+        "two": {2},
+    }
+    first = Pillow.open(io.BytesIO(base64.b64decode(shown["one"][0][0])))
+    np.testing.assert_array_equal(np.asarray(first), Toy().build().picture(0))
+    report = (tmp_path / "run" / "report.html").read_text()
+    assert all(png in report for each in shown.values() for images in each for png in images)
+    assert main(["evaluate", str(tmp_path / "run"), "--tasks", "two"]) == 0
+    assert json.loads((tmp_path / "run" / "results.json").read_text()) == results, "greedy answers are the same again"
 
 
 def test_kept_features_change_no_loss(folder, run, tmp_path):
@@ -203,7 +270,7 @@ def test_kept_features_change_no_loss(folder, run, tmp_path):
     shown = {
         image.tobytes()
         for step in range(4)
-        for image in Pipeline(DATA, None, dialogues=DialogueEncoder(mllm_jax.Processor.from_pretrained(folder)), seed=0)
+        for image in Pipeline(DATA, mllm_jax.Processor.from_pretrained(folder), seed=0)
         .batch(step)["images"]
         .reshape(-1, 192)
     }
@@ -273,7 +340,7 @@ def test_a_template_without_an_end_token_is_refused_once(folder, tmp_path):
 def records(tmp_path):
     """A file of captions, one of conversations (one without a picture, one with it behind the text), and pictures."""
     for n in range(4):
-        Image.fromarray(np.full((8, 8 + n, 3), 60 * n, np.uint8)).save(tmp_path / f"{n}.png")
+        Pillow.fromarray(np.full((8, 8 + n, 3), 60 * n, np.uint8)).save(tmp_path / f"{n}.png")
     captions, talks = [], []
     for n in range(32):
         colour, number = COLOURS[n % len(COLOURS)], str(n % 20)
@@ -309,15 +376,15 @@ def test_llava_records_train_a_named_model(folder, records, tmp_path):
     assert len(found) == 12 and np.isfinite(found).all() and np.mean(found[4:6]) < found[0]
 
 
-def test_pictures_stand_where_the_records_have_them(records, dialogues):
+def test_pictures_stand_where_the_records_have_them(records, processor):
     source = LLaVARecords("talks.json", ".", data_dir=str(records)).build()
-    encoded = dialogues.encode(source.conversation(1), source.images(1), 64)
+    encoded = processor.encode(source.example(1), 64)
     row = encoded.row.tokens.tolist()
     start = row.index(IMAGE)
     assert row[start - 3 : start] == [ID["which"], ID["colour"], ID["?"]] and row[start : start + 4] == [IMAGE] * 4
     plain = LLaVARecords("captions.json", ".", version="plain", data_dir=str(records)).build()
-    encoded = dialogues.encode(plain.conversation(5), plain.images(5), 64)
-    caption = [ID[word] for word in plain.conversation(5).turns[0].answer.split()]
+    encoded = processor.encode(plain.example(5), 64)
+    caption = [ID[word] for word in plain.example(5).messages[0].text.split()]
     assert encoded.row.tokens.tolist() == [IMAGE] * 4 + caption
     assert encoded.loss_weights.tolist() == [0] * 4 + [1] * 2
 

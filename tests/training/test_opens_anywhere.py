@@ -45,17 +45,19 @@ def asked(run: Path, devices=None) -> dict:
     """What the run says: logits of one batch, and greedy answers."""
     import jax
 
-    from mllm_jax.generation.generate import Generator, Prompt
+    from mllm_jax.data.message import Message, Text
+    from mllm_jax.generation.assistant import Assistant
     from mllm_jax.training.run_folder import RunFolder
     from mllm_jax.training.weights import load_run
 
-    _, model, params, tokenizer, mesh = load_run(RunFolder(run), devices)
+    _, model, params, processor, mesh = load_run(RunFolder(run), devices)
     batch = toy_data.pipeline().batch(0)
     logits = jax.jit(lambda p, b: model.apply({"params": p}, b).logits)(params, batch)
-    picture = tuple(toy_data.Toy().build().images(3))
-    generator = Generator(model, params, tokenizer, mesh, batch_size=8, max_new_tokens=4)
-    answers = generator.generate([Prompt(question, picture) for question in QUESTIONS])
-    return {"logits": np.asarray(logits)[:2].tolist(), "answers": answers, "mesh": dict(mesh.shape)}
+    (image,) = toy_data.Toy().build().example(3).media
+    assistant = Assistant(model, params, processor, mesh=mesh)
+    answers = assistant.generate([[Message("user", (image, Text(q)))] for q in QUESTIONS], max_new_tokens=4)
+    said = [answer.text for answer in answers]
+    return {"logits": np.asarray(logits)[:2].tolist(), "answers": said, "mesh": dict(mesh.shape)}
 
 
 def test_a_run_of_eight_devices_opens_on_one_of_an_older_cpu(tmp_path, devices):

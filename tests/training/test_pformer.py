@@ -70,7 +70,7 @@ def guided(folder, devices: int = 8, **changes) -> Experiment:
         stage,
         Pretrained("llm", str(folder / "language"), "language"),
         Pretrained("prompter", str(folder / "prompter"), "prompt"),
-        tokenizer=str(folder / "language" / "tokenizer.json"),
+        tokenizer=str(folder / "language" / "processor" / "tokenizer.json"),
         devices=devices,
     )
 
@@ -95,7 +95,7 @@ def runs(tmp_path_factory):
     train(experiment(COMPOSED, language), folder / "language")
     prompt = Stage("prompt", PFormerObjective(equal_texts=True), PROMPTING, TEXTS, STEPS, ADAMW)
     source = Pretrained("llm", str(folder / "language"), "language")
-    tokenizer = str(folder / "language" / "tokenizer.json")
+    tokenizer = str(folder / "language" / "processor" / "tokenizer.json")
     model = PFormerPretrainingConfig(PFORMER, LLM, projection_size=16)
     train(experiment(model, prompt, source, tokenizer=tokenizer), folder / "prompter")
     train(guided(folder), folder / "eight")
@@ -144,8 +144,8 @@ def test_one_device_and_eight_learn_alike(runs):
 
 def test_prompter_training_is_the_same_on_any_mesh(runs):
     """Captions are contrasted with the whole batch's, and masked alike, whichever device holds them."""
-    _, model, params, tokenizer, _ = load_run(RunFolder(runs / "prompter"))
-    batch = Pipeline(TEXTS, processor(MODEL, tokenizer), seed=0).batch(0)
+    _, model, params, processor, _ = load_run(RunFolder(runs / "prompter"))
+    batch = Pipeline(TEXTS, processor, seed=0).batch(0)
     assert "images" not in batch and batch["segments"].max() > 1
     params, apply = jax.device_get(params), make_apply(model)
 
@@ -217,5 +217,5 @@ def test_what_does_not_fit_is_refused(tmp_path):
 def test_a_part_is_not_read_with_another_tokenizer(runs, tmp_path):
     with pytest.raises(ConfigError, match="llm of .* with another tokenizer: .* words have other ids") as caught:
         train(replace(guided(runs), tokenizer=TokenizerConfig(300)), tmp_path / "other")
-    assert str(runs / "language" / "tokenizer.json") in str(caught.value)
+    assert str(runs / "language" / "processor" / "tokenizer.json") in str(caught.value)
     assert not list((tmp_path / "other").glob("**/arrays"))

@@ -17,8 +17,9 @@ from tiny_language import CONFIG, random_params, write_folder
 from toy_data import MODEL, PAIRS, PICTURES, quick_compilation
 
 import mllm_jax
+from mllm_jax.data.message import Image, Message, Text
 from mllm_jax.errors import CheckpointError, ConfigError, RunFolderError
-from mllm_jax.generation.generate import Generator
+from mllm_jax.generation.assistant import Assistant
 from mllm_jax.sharding.mesh import MeshConfig
 from mllm_jax.training.config import AdamW, CheckpointConfig, Experiment, Pretrained, Stage, TokenizerConfig
 from mllm_jax.training.config_file import load_config
@@ -156,11 +157,12 @@ def test_checkpoints_name_the_sources_and_what_they_held(run, sources):
 
 
 def test_a_finished_run_answers_with_the_models_own_tokens(run, sources):
-    _, model, params, tokenizer, mesh = load_run(run, jax.devices()[:2])
-    assert tokenizer.vocab_size == 260 and "messages" in tokenizer.chat.template
-    generator = Generator(model, params, tokenizer, mesh, batch_size=2, max_new_tokens=3)
+    _, model, params, processor, mesh = load_run(run, jax.devices()[:2])
+    assert processor.tokenizer.vocab_size == 260 and "messages" in processor.tokenizer.template
     picture = np.zeros((MODEL.encoder.image_size,) * 2 + (3,), np.uint8)
-    assert len(generator.generate([mllm_jax.Prompt("what colour", (picture,))])) == 1
+    asked = Message("user", (Image(picture), Text("what colour")))
+    answer = Assistant(model, params, processor, mesh=mesh).generate([asked], max_new_tokens=3)
+    assert len(answer.tokens) == 3 or answer.reason == "stop"
 
 
 def test_sources_may_move(copy):
@@ -227,20 +229,21 @@ def test_a_self_contained_run_needs_no_sources(copy):
     assert_equal({k: v for k, v in frozen.items() if k.startswith("llm/")}, flat({"llm": random_params(CONFIG)}))
 
 
-@pytest.mark.parametrize("change", ["permuted", "format", "absent"])
+@pytest.mark.parametrize("change", ["permuted", "template", "absent"])
 def test_another_tokenizer_is_refused_by_name(copy, change):
     """Ids would mean other words (ATTACK, F9)."""
     _, run, _ = copy
-    file = run / ("chat_format.json" if change == "format" else "tokenizer.json")
-    stored = json.loads(file.read_text())
+    file = run / "processor" / ("chat_template.jinja" if change == "template" else "tokenizer.json")
+    if change == "template":
+        file.write_text(file.read_text() + " ")
     if change == "permuted":
+        stored = json.loads(file.read_text())
         vocabulary = stored["model"]["vocab"]
         first, second = list(vocabulary)[40:42]
         vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
+        file.write_text(json.dumps(stored))
     if change == "absent":
         file.unlink()
-    else:
-        file.write_text(json.dumps(stored | {"bos": 3} if change == "format" else stored))
     with pytest.raises(RunFolderError, match=file.name) as refusal:
         load_run(RunFolder(run), jax.devices()[:2])
     assert "was not trained with" in refusal.value.given

@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+from tiny_language import byte_tokenizer
 
 from mllm_jax import (
     DecoderConfig,
@@ -23,9 +24,11 @@ from mllm_jax import (
     TokenizerConfig,
     ViTConfig,
 )
+from mllm_jax.data.tokenizer import Tokenizer
 from mllm_jax.errors import ConfigError, RunFolderError
 from mllm_jax.training import run_folder
-from mllm_jax.training.config import AdamW
+from mllm_jax.training.config import AdamW, Pretrained
+from mllm_jax.training.pretrained import require_words
 from mllm_jax.training.run_folder import FILES, FOLDERS, MEASURED, holding, open_run, read_json, write_json
 from mllm_jax.training.run_lock import MARK
 
@@ -63,7 +66,7 @@ def full(tmp_path):
     for name in FOLDERS:
         (folder.path / name / "0-a").mkdir(parents=True)
         (folder.path / name / "0-a" / "x").write_text("x")
-    for name in ("tokenizer.json", "run.json", *MEASURED):
+    for name in ("run.json", *MEASURED):
         (folder.path / name).write_text("{}")
     (folder.path / "notes.txt").write_text("mine")
     return folder
@@ -128,6 +131,7 @@ def test_fresh_removes_what_a_run_writes_and_nothing_else(full):
 def test_a_run_without_a_step_gives_way_to_another_config(tmp_path, reached):
     """After a refusal before the first step, the mended config goes on in the same folder (TRIAL, row 31)."""
     folder = open_run(tmp_path, EXPERIMENT)
+    folder.processor_folder.mkdir()
     folder.tokenizer_file.write_text("of the first config")
     folder.checkpoints(0, "a").mkdir(parents=True)  # made at the start, before any step
     (tmp_path / "notes.txt").write_text("mine")
@@ -326,3 +330,15 @@ def test_json_files_come_back_or_are_refused(tmp_path):
     path.write_bytes(b"\xff\xfe{")
     with pytest.raises(RunFolderError, match=r"run\.json"):
         read_json(path)
+
+
+def test_words_of_a_run_with_a_language_models_own_tokenizer_are_compared(tmp_path):
+    """A part of such a run goes on with the same words, and the refusal names the folder that has them."""
+    trained = open_run(tmp_path / "run", EXPERIMENT)
+    byte_tokenizer().save(trained.processor_folder)
+    source = Pretrained("llm", str(trained.path), stage="a")
+    require_words(dataclasses.replace(EXPERIMENT, pretrained=(source,)), byte_tokenizer())
+    other = Tokenizer.train(["a cat"], 300)
+    with pytest.raises(ConfigError, match="llm of .* with another tokenizer") as refusal:
+        require_words(dataclasses.replace(EXPERIMENT, pretrained=(source,)), other)
+    assert f"folder={str(trained.processor_folder)!r}" in refusal.value.todo

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from mllm_jax.data.chat_template import parted
-from mllm_jax.data.message import TEXT_ROLE, Example, Message, Part, Text
+from mllm_jax.data.message import Example, Message, Part, Text
 from mllm_jax.data.processing.layouts import Layout
 from mllm_jax.data.processing.media import TEXT, Encoded, Media, Row, lay_out_row, one_of
 from mllm_jax.errors import ConfigError, DataError
@@ -155,13 +155,16 @@ def encode_turns(encoder: Encoder, example: Example, max_length: int, learn: str
 
 
 def encode_answer(encoder: Encoder, example: Example, max_length: int, start_id: int, end_id: int) -> Encoded:
-    """Lays out a question for an encoder-decoder's encoder and the answer for its decoder."""
+    """Lays out a question for an encoder-decoder's encoder and the answer for its decoder; of a text its media are the
+    question."""
     *asked, answer = example.messages
+    _require_words(answer)
     media = encoder.layout.prepare(example.media)
-    if encoder.tokenizer.has_template and asked and asked[0].role != TEXT_ROLE:
+    if encoder.tokenizer.has_template and asked:
         ids = encoder.ids_of(_in_parts(asked))
     else:
-        ids = encoder.text_ids(Message("user", tuple(part for message in asked for part in message.parts)))
+        shown = [part for part in answer.parts if not isinstance(part, Text)]
+        ids = encoder.text_ids(Message("user", (*(part for message in asked for part in message.parts), *shown)))
     row = encoder.lay_out(ids, media, "a question")
     target = np.asarray([start_id, *encoder.tokenizer.ids(answer.text), end_id])
     encoded = Encoded(row, (np.arange(len(target)) > 0).astype(np.float32), media, target=target)
@@ -177,8 +180,7 @@ def encode_answer(encoder: Encoder, example: Example, max_length: int, start_id:
 def encode_text(encoder: Encoder, example: Example, max_length: int, learn: str) -> Encoded:
     """Lays out text with media in it and a line break, as LLaVA is pretrained; what follows media carries loss."""
     (message,) = example.messages
-    if not message.text.strip():
-        raise DataError("a text without words", "a caption or another text", "drop or mend the record")
+    _require_words(message)
     media = encoder.layout.prepare(example.media)
     ids = encoder.text_ids(replace(message, content=(*message.parts, Text("\n"))))
     shown = [place for place, token in enumerate(ids) if token in encoder.placeholders]
@@ -245,6 +247,11 @@ def require_answers(example: Example, answers: Sequence[int]) -> None:
             "at least one question, and an answer to each",
             "drop or mend the record",
         )
+
+
+def _require_words(message: Message) -> None:
+    if not message.text.strip():
+        raise DataError("a text without words", "a caption or another text", "drop or mend the record")
 
 
 def _in_parts(messages: Sequence[Message]) -> list[Message]:
