@@ -133,7 +133,7 @@ def conversation(given: Conversation) -> tuple[Message, ...]:
         DataError: none of these.
     """
     if isinstance(given, str):
-        return (Message("user", (Text(given),)),)
+        return (Message("user", given),)
     if isinstance(given, Message):
         return (given,)
     if not isinstance(given, Sequence) or not given:

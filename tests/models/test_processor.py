@@ -89,14 +89,18 @@ class TwoTiles(TileLayout):
         return Media({"images": tile[None]}, np.full(2, self.video_token), places, weights)
 
 
-@pytest.fixture(scope="module")
-def tokenizer():
+def word_tokenizer(template: str = TEMPLATE) -> ChatTokenizer:
     backend = Tokenizer(models.WordLevel(ID, unk_token="?"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     fast = PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
     fast.add_special_tokens({"additional_special_tokens": ["<image>", "<video>"]})
-    fast.chat_template = TEMPLATE
+    fast.chat_template = template
     return ChatTokenizer(fast)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return word_tokenizer()
 
 
 @pytest.fixture(scope="module")
@@ -140,6 +144,15 @@ def test_a_conversation_brings_its_pictures_along_or_finds_them_beside(processor
     assert brought["tokens"][0].tolist() == [5, *[3] * 9, 7, 8, 9, 13, 6]
     plain = processor([{"role": "user", "content": "what is it ?"}])
     assert plain["tokens"][0].tolist() == [5, 7, 8, 9, 13, 6] and "images" not in plain
+
+
+def test_a_template_that_reads_lists_only_gets_texts_as_parts():
+    """As LLaVA's on the hub, which leaves out a content that is a text and says nothing."""
+    lists = TEMPLATE.replace("m['content'] is string", "false").replace(
+        "in m['content'] %}", "in m['content'] if p['type'] is defined %}"
+    )
+    written = Processor(CONFIG, word_tokenizer(lists), TwoTiles())([{"role": "user", "content": "what is it ?"}])
+    assert written["tokens"][0].tolist() == [5, 7, 8, 9, 13, 6]
 
 
 def test_sums_of_media_tokens(processor, tokenizer):

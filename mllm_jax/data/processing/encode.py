@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cached_property
 from typing import Any, Protocol
 
 import numpy as np
@@ -59,10 +60,21 @@ class Encoder:
 
     def _content(self, message: Message) -> Any:
         """What the template gets of a message."""
-        if isinstance(message.content, str):
+        flat = self.layout.flattens or not self._marks
+        if isinstance(message.content, str) and (flat or self._reads_texts):
             return self._text(message.content)
-        parts = [self._part(part) for part in message.content]
-        return self._flat(parts) if self.layout.flattens or not self._marks else parts
+        parts = [self._part(part) for part in message.parts]
+        return self._flat(parts) if flat else parts
+
+    @cached_property
+    def _reads_texts(self) -> bool:
+        """Whether the template writes a content that is a text; many of models with media leave it out, unsaid."""
+        probe = [{"role": "user", "content": "wombat"}, {"role": "assistant", "content": "quokka"}]
+        try:
+            written = self.tokenizer.render_chat(probe, add_generation_prompt=False)
+        except DataError:
+            return False
+        return all(message["content"] in written for message in probe)
 
     def _part(self, part: Part) -> dict[str, str]:
         if isinstance(part, Text):
@@ -133,8 +145,9 @@ def encode_turns(encoder: Encoder, example: Example, max_length: int, learn: str
     require_answers(example, answers)
     media = encoder.layout.prepare(example.media)
     for kept in range(len(answers), 0, -1):
-        messages = _in_parts(example.messages[: answers[kept - 1] + 1])
+        messages = example.messages[: answers[kept - 1] + 1]
         ids = encoder.ids_of(messages, add_generation_prompt=False)
+        _end(encoder, ids, 0, len(ids))  # a template that ends nothing may leave out media too: the first is told
         row = encoder.lay_out(ids, media, "a conversation")
         if len(row.tokens) <= max_length:
             break
@@ -161,7 +174,7 @@ def encode_answer(encoder: Encoder, example: Example, max_length: int, start_id:
     _require_words(answer)
     media = encoder.layout.prepare(example.media)
     if encoder.tokenizer.has_template and asked:
-        ids = encoder.ids_of(_in_parts(asked))
+        ids = encoder.ids_of(asked)
     else:
         shown = [part for part in answer.parts if not isinstance(part, Text)]
         ids = encoder.text_ids(Message("user", (*(part for message in asked for part in message.parts), *shown)))
@@ -252,12 +265,6 @@ def require_answers(example: Example, answers: Sequence[int]) -> None:
 def _require_words(message: Message) -> None:
     if not message.text.strip():
         raise DataError("a text without words", "a caption or another text", "drop or mend the record")
-
-
-def _in_parts(messages: Sequence[Message]) -> list[Message]:
-    """Questions and answers as lists of parts: many templates of models with media leave out a content that is a text.
-    They take a system message as a text."""
-    return [m if m.role == "system" else replace(m, content=m.parts) for m in messages]
 
 
 def _start(encoder: Encoder, before: Sequence[Message], ids: list[int]) -> int:
