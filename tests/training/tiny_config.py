@@ -45,15 +45,13 @@ class ToyEvaluation:
     def questions(self):
         source = toy_data.Toy().build()
         numbers = range(8)
-        return {
-            "toy": [Question("colour", "what colour", toy_data.COLOURS[i], tuple(source.images(i))) for i in numbers]
-        }
+        return {"toy": [Question("colour", "what colour", toy_data.COLOURS[i], (source.picture(i),)) for i in numbers]}
 
-    def score(self, splits, model, params, tokenizer, mesh, batch_size):
+    def score(self, splits, model, params, processor, mesh, batch_size):
         from mllm_jax.evaluation.evaluate import evaluate
-        from mllm_jax.generation.generate import Generator
+        from mllm_jax.generation.assistant import Assistant
 
-        return evaluate(Generator(model, params, tokenizer, mesh, batch_size=8, max_new_tokens=4), splits)
+        return evaluate(Assistant(model, params, processor, mesh=mesh), splits, batch_size=8, max_new_tokens=4)
 
 
 def config() -> Experiment:
