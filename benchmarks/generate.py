@@ -19,9 +19,10 @@ from pathlib import Path
 import numpy as np
 import torch
 import transformers
-from mllm_jax.generation.language import LanguageGenerator
 
-import mllm_jax
+from mllm_jax.data.processing.media import Encoded
+from mllm_jax.data.tokenizer import Tokenizer
+from mllm_jax.generation.assistant import Assistant
 from mllm_jax.generation.options import Options
 
 SMOLLM2 = dict(
@@ -61,6 +62,7 @@ def random_folder(folder: Path, sizes: dict) -> Path:
             if parameter.ndim > 1:  # the embedding small beside the layers, else a tied head repeats the last token
                 parameter.normal_(std=0.1 if "embed" in name else parameter.shape[1] ** -0.5)
     model.save_pretrained(folder)
+    Tokenizer.train([], 300).save(folder)  # prompts are ids, and so are the answers that are compared
     return folder
 
 
@@ -87,12 +89,14 @@ class Ours:
 
     def __init__(self, folder: Path, rows: int, int8: bool = False):
         self.name = "mllm_jax, int8" if int8 else "mllm_jax"
-        module, params = mllm_jax.from_pretrained(folder, dtype="float32")
-        self.generator = LanguageGenerator(module, params, batch_size=rows, int8=int8)
+        self.assistant, self.rows = Assistant.load(folder, dtype="float32", int8=int8), rows
 
     def tokens(self, prompts: np.ndarray, new: int) -> np.ndarray:
         options = Options(max_new_tokens=new, ignore_eos=True)
-        return np.array([answer.ids for answer in self.generator.generate(prompts.tolist(), options)])
+        encoder = self.assistant.processor.encoder
+        rows = [encoder.lay_out(ids, (), "a prompt") for ids in prompts.tolist()]
+        given = [Encoded(row, np.zeros(len(row.tokens), np.float32)) for row in rows]
+        return np.array([answer.tokens for answer in self.assistant.complete(given, options, batch_size=self.rows)])
 
 
 def seconds(side, prompts: np.ndarray, new: int) -> float:
