@@ -61,7 +61,7 @@ if TYPE_CHECKING:  # what editors and type checkers read; `_HOMES` says the same
     from mllm_jax.training.objectives.next_token import NextToken as NextToken
     from mllm_jax.training.objectives.pformer import PFormerObjective as PFormerObjective
     from mllm_jax.training.objectives.pformer import PromptGuided as PromptGuided
-    from mllm_jax.training.run_folder import RunFolder as RunFolder
+    from mllm_jax.training.operations.run_folder import RunFolder as RunFolder
     from mllm_jax.training.weights import load_run as load_run
 
 __version__ = "0.1.0"
@@ -95,7 +95,7 @@ _NAMES = {
     "training.objectives.contrastive": ("Contrastive",),
     "training.objectives.next_token": ("NextToken",),
     "training.objectives.pformer": ("PFormerObjective", "PromptGuided"),
-    "training.run_folder": ("RunFolder",),
+    "training.operations.run_folder": ("RunFolder",),
     "training.weights": ("load_run",),
 }
 _HOMES = {name: f"{__name__}.{module}" for module, names in _NAMES.items() for name in names}

@@ -68,7 +68,7 @@ def run(arguments: list[str]) -> int:
     images = tuple(resize(read_image(path), side) for path in options.image)
 
     from mllm_jax.inference.generate import Generator, Prompt
-    from mllm_jax.training.run_folder import RunFolder
+    from mllm_jax.training.operations.run_folder import RunFolder
     from mllm_jax.training.weights import load_run
 
     experiment, model, params, tokenizer, mesh = load_run(RunFolder(options.run))

@@ -30,13 +30,15 @@ from mllm_jax.sharding.mesh import make_mesh
 from mllm_jax.training.config import Experiment, Pretrained, Stage, require_vocabulary
 from mllm_jax.training.features import FeatureCache
 from mllm_jax.training.flops import count_flops, with_remat
-from mllm_jax.training.metrics import Meter, MetricsWriter, Progress, peak_flops
-from mllm_jax.training.monitors import Monitors, attended
 from mllm_jax.training.named import dialogues_of
+from mllm_jax.training.operations.meter import Meter, peak_flops
+from mllm_jax.training.operations.metrics_writer import MetricsWriter
+from mllm_jax.training.operations.monitors import Monitors, attended
+from mllm_jax.training.operations.progress import Progress
+from mllm_jax.training.operations.run_folder import RunFolder, holding, open_run, write_json
 from mllm_jax.training.optimizer import learning_rate, make_optimizer
 from mllm_jax.training.partition import join, num_bytes, num_parameters, split
 from mllm_jax.training.pretrained import describe_sources, require_words, snapshot_of
-from mllm_jax.training.run_folder import RunFolder, holding, open_run, write_json
 from mllm_jax.training.step import (
     init_state,
     local_rows,

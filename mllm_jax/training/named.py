@@ -13,7 +13,7 @@ from mllm_jax.models.dialogue import DialogueEncoder
 from mllm_jax.models.processor import Processor
 from mllm_jax.models.registry import family_of_config, has_layout, save_pretrained
 from mllm_jax.training.config import Experiment
-from mllm_jax.training.run_folder import RunFolder
+from mllm_jax.training.operations.run_folder import RunFolder
 
 
 def dialogues_of(experiment: Experiment, run: RunFolder) -> DialogueEncoder | None:

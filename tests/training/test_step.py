@@ -20,9 +20,9 @@ from mllm_jax.training import loop
 from mllm_jax.training.config import AdamW, CheckpointConfig, Experiment, Stage, TokenizerConfig
 from mllm_jax.training.objectives.contrastive import Contrastive
 from mllm_jax.training.objectives.next_token import NextToken
+from mllm_jax.training.operations.run_folder import read_json
 from mllm_jax.training.optimizer import learning_rate, make_optimizer
 from mllm_jax.training.partition import num_bytes, split
-from mllm_jax.training.run_folder import read_json
 from mllm_jax.training.step import (
     TrainState,
     init_params,

@@ -19,9 +19,9 @@ import toy_data
 
 from mllm_jax.data.pipeline import Mixture, Weighted
 from mllm_jax.sharding.mesh import MeshConfig
-from mllm_jax.training import run_folder
 from mllm_jax.training.config import AdamW, CheckpointConfig, Experiment, Stage, TokenizerConfig
 from mllm_jax.training.objectives.next_token import NextToken
+from mllm_jax.training.operations import run_folder
 
 STEPS = 8
 MIXTURE = Mixture((Weighted(toy_data.Toy()),), rows=8, length=32, slots=1)
