@@ -29,25 +29,16 @@ from mllm_jax.sharding.hosts import first_alone, from_first, is_first
 from mllm_jax.sharding.mesh import make_mesh
 from mllm_jax.training.config import Experiment, Pretrained, Stage, require_vocabulary
 from mllm_jax.training.features import FeatureCache
-from mllm_jax.training.flops import count_flops, with_remat
 from mllm_jax.training.named import dialogues_of
 from mllm_jax.training.operations.meter import Meter, peak_flops
 from mllm_jax.training.operations.metrics_writer import MetricsWriter
 from mllm_jax.training.operations.monitors import Monitors, attended
 from mllm_jax.training.operations.progress import Progress
 from mllm_jax.training.operations.run_folder import RunFolder, holding, open_run, write_json
-from mllm_jax.training.optimizer import learning_rate, make_optimizer
-from mllm_jax.training.partition import join, num_bytes, num_parameters, split
+from mllm_jax.training.partition import join, num_parameters, split
 from mllm_jax.training.pretrained import describe_sources, require_words, snapshot_of
-from mllm_jax.training.step import (
-    init_state,
-    local_rows,
-    make_apply,
-    make_eval_step,
-    make_train_step,
-    place_batch,
-    state_shardings,
-)
+from mllm_jax.training.stage import build_stage, hold_frozen
+from mllm_jax.training.step import local_rows, place_batch
 from mllm_jax.training.weights import finished_stages, starting_params
 
 
@@ -235,18 +226,18 @@ class StageRunner:
         # ---- what is trained and what is frozen
         trainable, frozen = split(params, stage.trainable)
         frozen_meta, began = self.frozen_meta(frozen), fingerprint(trainable)
-        if stage.frozen_dtype is not None:
-            frozen = jax.tree.map(lambda x: x.astype(stage.frozen_dtype), frozen)
-        optimizer, schedule = make_optimizer(stage.optimizer, stage.steps), learning_rate(stage.optimizer, stage.steps)
-        layout = state_shardings(optimizer, trainable, split(self.shardings, stage.trainable)[0], self.mesh)
+        frozen = hold_frozen(stage, frozen)
+        features = self.feature_cache(join(params, frozen), frozen_meta) if stage.cache_features else None
+        rows, shapes = local_rows(self.mesh, stage.data.rows), data.shapes()
+        if features is not None:
+            shapes = features.shapes(shapes)
+        placed = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), params, self.shardings)
+        batch_shapes = {name: jax.ShapeDtypeStruct(*shape) for name, shape in shapes.items()}
+        program = build_stage(experiment, self.index, self.mesh, batch_shapes, placed)
         key = jax.random.fold_in(jax.random.key(experiment.seed), self.index)
         # The state is donated step by step; `params` stays the caller's, so the state starts from a copy.
-        state = init_state(optimizer, jax.tree.map(lambda x: x.copy(), trainable), layout, key)
-        sizes = {
-            "trainable_bytes": num_bytes(trainable),
-            "frozen_bytes": num_bytes(frozen),
-            "optimizer_bytes": num_bytes(state.opt_state),
-        }
+        state = program.init(jax.tree.map(lambda x: x.copy(), trainable), key)
+        sizes = program.sizes
         shown = ", ".join(f"{name.split('_')[0]} {size / 2**20:.2f} MiB" for name, size in sizes.items())
         say(
             f"stage {stage.name}: {shown}; rows of {stage.data.length} filled to {packing['fill']:.1%}, "
@@ -260,8 +251,7 @@ class StageRunner:
         checkpoints = TrainingCheckpoints(where, keep_last=experiment.checkpoint.keep_last, keep_best=best)
         start = 0
         if from_first(checkpoints.latest()) is not None:
-            abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, layout)
-            start, restored, meta = checkpoints.restore({"state": abstract})
+            start, restored, meta = checkpoints.restore({"state": program.state})
             saved = meta["frozen"]["fingerprint"]
             compare_fingerprints(frozen_meta["fingerprint"], saved, f"the frozen weights beside {where}")
             compare_fingerprints(began, meta["began"], f"the weights with which {where} began")
@@ -273,22 +263,8 @@ class StageRunner:
         writer = MetricsWriter(self.folder.path, resume_from=done_before + start) if is_first() else None
 
         # ---- the compiled steps
-        where = dict(mesh=self.mesh, parts=self.experiment.part_rules)
-        step_fn = make_train_step(
-            self.model,
-            stage.objective,
-            optimizer,
-            schedule,
-            **where,
-            shardings=layout,
-            accumulate=stage.accumulate,
-        )
-        eval_fn = make_eval_step(self.model, stage.objective, **where) if validation else None
-        rows, shapes = local_rows(self.mesh, stage.data.rows), data.shapes()
-        features = self.feature_cache(join(params, frozen), frozen_meta) if stage.cache_features else None
-        if features is not None:
-            shapes = features.shapes(shapes)
-        flops = self.step_flops(trainable, frozen, shapes)
+        step_fn, eval_fn = program.step, program.eval_step
+        flops = program.flops()
         meter = Meter(flops)
 
         def save(step: int, metrics: dict[str, float] | None) -> None:
@@ -422,14 +398,3 @@ class StageRunner:
         if writer:
             writer.write(step, self.stage.name, means, {})
         return means
-
-    def step_flops(self, trainable, frozen, shapes) -> int:
-        """Model FLOPs of one step over all devices: recomputation by remat is not counted."""
-        model = with_remat(self.experiment.model, "none").make()
-        apply = make_apply(model)
-
-        def loss(params, frozen, batch):
-            return self.stage.objective.loss(apply, join(params, frozen), batch, jax.random.key(0))
-
-        batch = {name: jax.ShapeDtypeStruct(*shape) for name, shape in shapes.items()}
-        return count_flops(jax.value_and_grad(loss, has_aux=True), trainable, frozen, batch)

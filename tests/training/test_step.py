@@ -52,6 +52,9 @@ class Poisoned:
 
     marks: tuple[int, ...] = ()
 
+    def check(self, stage, model):
+        NextToken().check(stage, model)
+
     def loss(self, apply, params, batch, key):
         value, metrics = NextToken().loss(apply, params, batch, key)
         poison = jnp.isin(batch["tokens"].sum(), jnp.array(self.marks, jnp.int32))
