@@ -95,8 +95,8 @@ def _default(path: Path) -> Train:
 def _train(options: Train) -> int:
     import jax
 
-    from mllm_jax.training.loop import Interrupted, train
-    from mllm_jax.training.operations.stopping import heed_no_notice
+    from mllm_jax.training.loop import train
+    from mllm_jax.training.operations.stopping import Interrupted, heed_no_notice
 
     experiment = options.experiment
     folder = RunFolder(options.run_dir or Path("runs") / experiment.name)
