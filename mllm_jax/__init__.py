@@ -55,13 +55,13 @@ if TYPE_CHECKING:  # what editors and type checkers read; `_HOMES` says the same
     from mllm_jax.training.config import Pretrained as Pretrained
     from mllm_jax.training.config import Stage as Stage
     from mllm_jax.training.config import TokenizerConfig as TokenizerConfig
-    from mllm_jax.training.loop import Interrupted as Interrupted
     from mllm_jax.training.loop import train as train
     from mllm_jax.training.objectives.contrastive import Contrastive as Contrastive
     from mllm_jax.training.objectives.next_token import NextToken as NextToken
     from mllm_jax.training.objectives.pformer import PFormerObjective as PFormerObjective
     from mllm_jax.training.objectives.pformer import PromptGuided as PromptGuided
-    from mllm_jax.training.run_folder import RunFolder as RunFolder
+    from mllm_jax.training.operations.run_folder import RunFolder as RunFolder
+    from mllm_jax.training.operations.stopping import Interrupted as Interrupted
     from mllm_jax.training.weights import load_run as load_run
 
 __version__ = "0.1.0"
@@ -90,11 +90,12 @@ _NAMES = {
     "projectors.pformer": ("PFormerConfig",),
     "sharding.mesh": ("MeshConfig",),
     "training.config": ("AdamW", "CheckpointConfig", "Experiment", "Pretrained", "Stage", "TokenizerConfig"),
-    "training.loop": ("Interrupted", "train"),
+    "training.loop": ("train",),
     "training.objectives.contrastive": ("Contrastive",),
     "training.objectives.next_token": ("NextToken",),
     "training.objectives.pformer": ("PFormerObjective", "PromptGuided"),
-    "training.run_folder": ("RunFolder",),
+    "training.operations.run_folder": ("RunFolder",),
+    "training.operations.stopping": ("Interrupted",),
     "training.weights": ("load_run",),
 }
 _HOMES = {name: f"{__name__}.{module}" for module, names in _NAMES.items() for name in names}

@@ -21,7 +21,7 @@ def assistant_of(folder: Path, *, dtype: Any = None, **options: Any) -> Assistan
 
     from mllm_jax.checkpoints.hf import float_dtype
     from mllm_jax.errors import ConfigError
-    from mllm_jax.training.run_folder import RunFolder
+    from mllm_jax.training.operations.run_folder import RunFolder
     from mllm_jax.training.weights import load_run
 
     experiment = experiment_of(folder)

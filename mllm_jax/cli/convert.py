@@ -10,7 +10,7 @@ import tyro
 
 from mllm_jax.cli.runs import is_run
 from mllm_jax.errors import ConfigError, TrainingError
-from mllm_jax.training.run_folder import RunFolder
+from mllm_jax.training.operations.run_folder import RunFolder
 
 
 @dataclass(frozen=True)

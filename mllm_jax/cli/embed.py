@@ -68,7 +68,7 @@ def run(arguments: list[str]) -> int:
 
 def _embedder_of(model: Path, *, images: bool, texts: bool, dtype: str | None, **options):
     from mllm_jax.generation.embed import Embedder
-    from mllm_jax.training.run_folder import RunFolder
+    from mllm_jax.training.operations.run_folder import RunFolder
 
     if not RunFolder(model).is_trained():
         return Embedder.load(model, images=images, texts=texts, dtype=dtype, **options)

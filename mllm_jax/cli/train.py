@@ -19,8 +19,8 @@ from mllm_jax.models.clip import DualEncoderConfig
 from mllm_jax.models.multimodal import MultimodalConfig
 from mllm_jax.training.config import Experiment
 from mllm_jax.training.config_file import load_config
-from mllm_jax.training.distributed import Hosts, end_together, join, leave
-from mllm_jax.training.run_folder import RunFolder
+from mllm_jax.training.operations.distributed import Hosts, end_together, join, leave
+from mllm_jax.training.operations.run_folder import RunFolder
 
 USAGE = """usage: mllm train CONFIG.py [OPTIONS]
 
@@ -94,8 +94,8 @@ def _default(path: Path) -> Train:
 def _train(options: Train) -> int:
     import jax
 
-    from mllm_jax.training.loop import Interrupted, train
-    from mllm_jax.training.stopping import heed_no_notice
+    from mllm_jax.training.loop import train
+    from mllm_jax.training.operations.stopping import Interrupted, heed_no_notice
 
     experiment = options.experiment
     folder = RunFolder(options.run_dir or Path("runs") / experiment.name)

@@ -10,7 +10,7 @@ import jax
 
 from mllm_jax.errors import ConfigError
 from mllm_jax.evaluation.report import write_report
-from mllm_jax.training.run_folder import RunFolder, holding, read_json, write_json
+from mllm_jax.training.operations.run_folder import RunFolder, holding, read_json, write_json
 from mllm_jax.training.weights import load_run
 
 

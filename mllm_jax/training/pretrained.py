@@ -15,7 +15,7 @@ from mllm_jax.data.tokenizer import Tokenizer
 from mllm_jax.errors import CheckpointError, ConfigError
 from mllm_jax.models.registry import from_pretrained, pretrained_config
 from mllm_jax.training.config import Experiment, Pretrained
-from mllm_jax.training.run_folder import RunFolder
+from mllm_jax.training.operations.run_folder import RunFolder
 from mllm_jax.training.serialise import differences
 from mllm_jax.training.step import init_params, placed_params, shardings_of
 

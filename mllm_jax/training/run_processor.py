@@ -17,8 +17,8 @@ from mllm_jax.models.processor import Processor
 from mllm_jax.models.registry import save_pretrained
 from mllm_jax.sharding.hosts import first_alone
 from mllm_jax.training.config import Experiment, require_vocabulary
+from mllm_jax.training.operations.run_folder import RunFolder
 from mllm_jax.training.pretrained import require_words
-from mllm_jax.training.run_folder import RunFolder
 
 
 def prepare_processor(experiment: Experiment, run: RunFolder) -> Processor:

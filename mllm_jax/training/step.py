@@ -124,39 +124,12 @@ def make_train_step(
     def loss(params, frozen, batch, key):
         return objective.loss(apply, join(params, frozen), batch, key)
 
-    gradient = jax.value_and_grad(loss, has_aux=True)
-
-    def pieces(params, frozen, batch, key):
-        if accumulate == 1:
-            (value, metrics), grads = gradient(params, frozen, batch, key)
-            return value, metrics, grads
-
-        def cut(
-            x,
-        ):  # [rows, ...] -> [pieces, rows/pieces, ...]; neighbours go to different pieces: each shard keeps its rows
-            x = x.reshape(x.shape[0] // accumulate, accumulate, *x.shape[1:]).swapaxes(0, 1)
-            spec = batch_sharding(mesh, x.ndim - 1, x.shape[1:]).spec
-            return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(None, *spec)))
-
-        def body(total, piece):
-            (value, metrics), grads = gradient(params, frozen, piece, key)
-            weight = metrics["weight"]
-            scaled = jax.tree.map(lambda x: x * weight, (value, metrics, grads))
-            return jax.tree.map(jnp.add, total, scaled), weight
-
-        cut_batch = jax.tree.map(cut, batch)
-        first = jax.tree.map(lambda x: x[0], cut_batch)
-        shapes = jax.eval_shape(gradient, params, frozen, first, key)
-        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), (*shapes[0], shapes[1]))
-        (value, metrics, grads), weights = jax.lax.scan(body, zeros, cut_batch)
-        count = jnp.maximum(weights.sum(), 1e-9)
-        value, metrics, grads = jax.tree.map(lambda x: x / count, (value, metrics, grads))
-        return value, metrics | {"weight": weights.sum()}, grads
+    gradient = _in_pieces(jax.value_and_grad(loss, has_aux=True), accumulate, mesh)
 
     def step(state: TrainState, frozen, batch):
         with use_mesh(mesh, parts=parts):
             key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
-            value, metrics, grads = pieces(state.params, frozen, batch, key)
+            value, metrics, grads = gradient(state.params, frozen, batch, key)
             norm = optax.tree.norm(grads)
             finite = jnp.isfinite(value) & jnp.isfinite(norm)
             updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
@@ -174,6 +147,38 @@ def make_train_step(
 
     replicated = NamedSharding(mesh, PartitionSpec())
     return jax.jit(step, donate_argnums=0, out_shardings=(shardings, replicated))
+
+
+def _in_pieces(gradient: Callable, pieces: int, mesh: Mesh) -> Callable:
+    """The loss, metrics and gradient of a whole batch, computed piece by piece; see `make_train_step`."""
+
+    def whole(params, frozen, batch, key):
+        (value, metrics), grads = gradient(params, frozen, batch, key)
+        return value, metrics, grads
+
+    def cut(x):
+        """[rows, ...] -> [pieces, rows/pieces, ...]; neighbours go to different pieces: each shard keeps its rows."""
+        x = x.reshape(x.shape[0] // pieces, pieces, *x.shape[1:]).swapaxes(0, 1)
+        spec = batch_sharding(mesh, x.ndim - 1, x.shape[1:]).spec
+        return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(None, *spec)))
+
+    def summed(params, frozen, batch, key):
+        def body(total, piece):
+            (value, metrics), grads = gradient(params, frozen, piece, key)
+            weight = metrics["weight"]
+            scaled = jax.tree.map(lambda x: x * weight, (value, metrics, grads))
+            return jax.tree.map(jnp.add, total, scaled), weight
+
+        cut_batch = jax.tree.map(cut, batch)
+        first = jax.tree.map(lambda x: x[0], cut_batch)
+        shapes = jax.eval_shape(gradient, params, frozen, first, key)
+        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), (*shapes[0], shapes[1]))
+        (value, metrics, grads), weights = jax.lax.scan(body, zeros, cut_batch)
+        count = jnp.maximum(weights.sum(), 1e-9)
+        value, metrics, grads = jax.tree.map(lambda x: x / count, (value, metrics, grads))
+        return value, metrics | {"weight": weights.sum()}, grads
+
+    return whole if pieces == 1 else summed
 
 
 def make_eval_step(model: nn.Module, objective, *, mesh: Mesh, parts: Sequence[PartRules] = ()):

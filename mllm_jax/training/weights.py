@@ -30,8 +30,8 @@ from mllm_jax.errors import CheckpointError, RunFolderError, TrainingError
 from mllm_jax.sharding.hosts import from_first
 from mllm_jax.sharding.mesh import make_fitting_mesh
 from mllm_jax.training.config import Experiment, Stage
+from mllm_jax.training.operations.run_folder import RunFolder, words_of
 from mllm_jax.training.pretrained import covers, initial_params, read_source
-from mllm_jax.training.run_folder import RunFolder, words_of
 from mllm_jax.training.run_processor import processor_of
 from mllm_jax.training.step import placed_params, shardings_of
 

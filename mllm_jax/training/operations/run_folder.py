@@ -20,7 +20,7 @@ from mllm_jax.data.tokenizer import Tokenizer
 from mllm_jax.errors import MllmError, RunFolderError
 from mllm_jax.sharding.hosts import first_alone
 from mllm_jax.training.config import Experiment
-from mllm_jax.training.run_lock import MARK, held, unwritable
+from mllm_jax.training.operations.run_lock import MARK, held, unwritable
 from mllm_jax.training.serialise import binding_differences
 
 KIND = f"{Experiment.__module__}:{Experiment.__qualname__}"
