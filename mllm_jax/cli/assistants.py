@@ -20,9 +20,9 @@ def assistant_of(folder: Path, *, dtype: Any = None, **options: Any) -> Assistan
         return Assistant.load(folder, dtype=dtype, **options)
 
     from mllm_jax.checkpoints.hf import float_dtype
+    from mllm_jax.checkpoints.run import RunFolder
     from mllm_jax.errors import ConfigError
-    from mllm_jax.training.operations.run_folder import RunFolder
-    from mllm_jax.training.weights import load_run
+    from mllm_jax.models.run_weights import load_run
 
     experiment = experiment_of(folder)
     if experiment.model.llm is None:

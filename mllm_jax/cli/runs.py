@@ -12,7 +12,7 @@ from mllm_jax.training.config import Experiment
 
 def is_run(folder: Path) -> bool:
     """Whether a folder holds a training run, finished or not."""
-    from mllm_jax.training.operations.run_folder import RunFolder
+    from mllm_jax.checkpoints.run import RunFolder
 
     try:
         RunFolder(folder).described()
@@ -30,7 +30,7 @@ def is_model(folder: Path) -> bool:
 
 def experiment_of(run: Path) -> Experiment:
     """Reads the experiment of a run; warns where stages of it are not finished."""
-    from mllm_jax.training.operations.run_folder import RunFolder
+    from mllm_jax.checkpoints.run import RunFolder
 
     folder = RunFolder(run)
     experiment = folder.experiment()

@@ -9,6 +9,7 @@ from typing import Annotated
 
 import tyro
 
+from mllm_jax.checkpoints.run import RunFolder
 from mllm_jax.cli.caches import keep_compiled_programs, lengths_folder
 from mllm_jax.cli.config_help import all_help, config_help, wants_help
 from mllm_jax.cli.console import refused
@@ -20,7 +21,6 @@ from mllm_jax.models.multimodal import MultimodalConfig
 from mllm_jax.training.config import Experiment
 from mllm_jax.training.config_file import load_config
 from mllm_jax.training.operations.distributed import Hosts, end_together, join, leave
-from mllm_jax.training.operations.run_folder import RunFolder
 
 USAGE = """usage: mllm train CONFIG.py [OPTIONS]
 

@@ -8,20 +8,23 @@ from pathlib import Path
 import jax
 from jax.sharding import Mesh
 
+from mllm_jax.checkpoints.run import RunFolder
 from mllm_jax.checkpoints.training import snapshot_meta
+from mllm_jax.models.part_sources import snapshot_of
+from mllm_jax.models.run_weights import finished_stages
 from mllm_jax.sharding.chips import peak_flops
 from mllm_jax.sharding.hosts import from_first, is_first
 from mllm_jax.sharding.mesh import make_mesh
 from mllm_jax.training.config import Experiment, Pretrained
 from mllm_jax.training.operations.monitors import attended
 from mllm_jax.training.operations.progress import Progress
-from mllm_jax.training.operations.run_folder import RunFolder, holding, open_run, write_json
+from mllm_jax.training.operations.run_folder import holding, open_run, write_json
 from mllm_jax.training.operations.stopping import Interrupted
 from mllm_jax.training.partition import join, num_parameters
-from mllm_jax.training.pretrained import describe_sources, snapshot_of
+from mllm_jax.training.pretrained import describe_sources
 from mllm_jax.training.run_processor import prepare_processor
 from mllm_jax.training.stage_run import StageRunner
-from mllm_jax.training.weights import finished_stages, starting_params
+from mllm_jax.training.weights import starting_params
 
 
 def train(

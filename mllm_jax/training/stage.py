@@ -11,6 +11,7 @@ import optax
 from jax.sharding import Mesh
 
 from mllm_jax.data.batch import BatchSpec
+from mllm_jax.models.params import placed_params, shardings_of
 from mllm_jax.sharding.mesh import batch_sharding
 from mllm_jax.training.config import Experiment, Stage
 from mllm_jax.training.flops import PartFlops, count_flops, flops_by_part, with_remat
@@ -22,8 +23,6 @@ from mllm_jax.training.step import (
     make_apply,
     make_eval_step,
     make_train_step,
-    placed_params,
-    shardings_of,
     state_shardings,
 )
 

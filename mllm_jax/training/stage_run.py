@@ -15,6 +15,7 @@ from flax import linen as nn
 from jax.sharding import Mesh
 
 from mllm_jax.checkpoints.description import describe
+from mllm_jax.checkpoints.run import RunFolder
 from mllm_jax.checkpoints.training import TrainingCheckpoints, compare_fingerprints, fingerprint, save_snapshot
 from mllm_jax.data.pipeline import Mixture, Pipeline
 from mllm_jax.models.processor import Processor
@@ -27,7 +28,6 @@ from mllm_jax.training.operations.meter import Meter
 from mllm_jax.training.operations.metrics_writer import MetricsWriter
 from mllm_jax.training.operations.monitors import Monitors
 from mllm_jax.training.operations.progress import Progress
-from mllm_jax.training.operations.run_folder import RunFolder
 from mllm_jax.training.partition import join, split
 from mllm_jax.training.pretrained import describe_sources
 from mllm_jax.training.stage import StageProgram, build_stage, hold_frozen
