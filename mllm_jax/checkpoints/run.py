@@ -123,6 +123,15 @@ class RunFolder:
         return [stage.name for stage in experiment.stages[(*ended, False).index(False) :]]
 
 
+def is_run(folder: Path) -> bool:
+    """Whether a folder holds a training run, finished or not."""
+    try:
+        RunFolder(folder).described()
+    except RunFolderError:
+        return False
+    return True
+
+
 def words_of(folder: RunFolder) -> dict[str, str]:
     """Gives a checksum of each file that says how text and media become ids: the tokenizer's or the processor's."""
     files = [

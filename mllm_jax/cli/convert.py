@@ -8,8 +8,7 @@ from typing import Literal
 
 import tyro
 
-from mllm_jax.checkpoints.run import RunFolder
-from mllm_jax.cli.runs import is_run
+from mllm_jax.checkpoints.run import RunFolder, is_run
 from mllm_jax.errors import ConfigError, TrainingError
 
 

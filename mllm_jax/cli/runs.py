@@ -6,19 +6,7 @@ import os
 import sys
 from pathlib import Path
 
-from mllm_jax.errors import RunFolderError
 from mllm_jax.training.config import Experiment
-
-
-def is_run(folder: Path) -> bool:
-    """Whether a folder holds a training run, finished or not."""
-    from mllm_jax.checkpoints.run import RunFolder
-
-    try:
-        RunFolder(folder).described()
-    except RunFolderError:
-        return False
-    return True
 
 
 def is_model(folder: Path) -> bool:

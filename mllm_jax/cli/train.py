@@ -9,12 +9,12 @@ from typing import Annotated
 
 import tyro
 
-from mllm_jax.checkpoints.run import RunFolder
+from mllm_jax.checkpoints.run import RunFolder, is_run
 from mllm_jax.cli.caches import keep_compiled_programs, lengths_folder
 from mllm_jax.cli.config_help import all_help, config_help, wants_help
 from mllm_jax.cli.console import refused
 from mllm_jax.cli.evaluate import evaluate
-from mllm_jax.cli.runs import is_run, use_cpu_devices
+from mllm_jax.cli.runs import use_cpu_devices
 from mllm_jax.errors import ConfigError
 from mllm_jax.models.clip import DualEncoderConfig
 from mllm_jax.models.multimodal import MultimodalConfig

@@ -23,7 +23,7 @@ from mllm_jax.sharding.mesh import make_fitting_mesh
 Leaves = dict[str, Any]  # path -> leaf
 
 
-def load_run(folder: RunFolder, devices: Sequence[jax.Device] | None = None):
+def load_run(folder: RunFolder, devices: Sequence[jax.Device] | None = None, *, mesh: Mesh | None = None):
     """Reads a run's model with the parameters that its finished stages left.
 
     Only the last weights are read. The run's mesh is used where it fits the devices; else the weights are spread over
@@ -40,16 +40,10 @@ def load_run(folder: RunFolder, devices: Sequence[jax.Device] | None = None):
     experiment = folder.experiment()
     if not finished_stages(folder, experiment):
         raise TrainingError(f"{folder.path}: no stage is finished", "a run that has ended a stage", "train it further")
-    mesh = make_fitting_mesh(experiment.mesh, devices)
+    mesh = make_fitting_mesh(experiment.mesh, devices) if mesh is None else mesh
     model = experiment.model.make()
     params, _ = params_of(experiment, folder, model, mesh)
-    return experiment, model, params, processor_of(experiment, folder), mesh
-
-
-def processor_of(experiment: Any, folder: RunFolder) -> Processor:
-    """The processor that a run keeps."""
-    config = experiment.tokenizer
-    return Processor.of(experiment.model, folder.processor_folder, system=config.system, words=config.places)
+    return experiment, model, params, Processor.of_run(folder, experiment), mesh
 
 
 def finished_stages(folder: RunFolder, experiment: Any) -> int:

@@ -16,7 +16,7 @@ from mllm_jax.data.tokenizer import TEMPLATE, Tokenizer
 from mllm_jax.errors import ConfigError
 from mllm_jax.models.processor import Processor
 from mllm_jax.models.registry import save_pretrained
-from mllm_jax.models.run_weights import load_run, processor_of
+from mllm_jax.models.run_weights import load_run
 from mllm_jax.sharding.hosts import first_alone
 from mllm_jax.training.config import Experiment, require_vocabulary
 from mllm_jax.training.pretrained import require_words
@@ -29,7 +29,7 @@ def prepare_processor(experiment: Experiment, run: RunFolder) -> Processor:
         ConfigError: a named model without a folder, or a tokenizer that the model's embeddings do not hold.
     """
     first_alone(partial(_write, experiment, run))
-    processor = processor_of(experiment, run)
+    processor = Processor.of_run(run, experiment)
     if processor.family is None:
         require_vocabulary(experiment.model, processor.tokenizer.vocab_size)
         require_words(experiment, processor.tokenizer)
