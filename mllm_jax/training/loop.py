@@ -8,6 +8,8 @@ from pathlib import Path
 import jax
 from jax.sharding import Mesh
 
+from mllm_jax.checkpoints.description import describe
+from mllm_jax.checkpoints.own_modules import remember
 from mllm_jax.checkpoints.run import RunFolder
 from mllm_jax.checkpoints.training import snapshot_meta
 from mllm_jax.models.part_sources import snapshot_of
@@ -63,6 +65,7 @@ def train(
         if source.made_by is not None and not _is_made(source):
             options = dict(devices=devices, cache_dir=cache_dir, hang_seconds=hang_seconds)
             train(source.made_by, Path(source.folder), until=source.stage, **options)
+    remember(describe(experiment))
     mesh = make_mesh(experiment.mesh, devices)
     with holding(run_dir):
         folder = open_run(run_dir, experiment, fresh=fresh)
