@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import types
 import typing
 from typing import Any
 
+from mllm_jax.checkpoints import own_modules
 from mllm_jax.errors import ConfigError
 
 
@@ -18,6 +18,12 @@ def describe(value: Any) -> Any:
         ConfigError: a value that is neither a dataclass nor plain data.
     """
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        if type(value).__module__ in ("<run_path>", "__main__"):
+            raise ConfigError(
+                f"the class {type(value).__qualname__}, which the config file itself defines",
+                "a class that a run can import when it is opened again",
+                "move it into a file beside the config and import it from there",
+            )
         fields = {f.name: describe(getattr(value, f.name)) for f in dataclasses.fields(value) if f.init}
         return {"class": f"{type(value).__module__}:{type(value).__qualname__}", **fields}
     if isinstance(value, (list, tuple)):
@@ -28,10 +34,11 @@ def describe(value: Any) -> Any:
 
 
 def rebuild(description: Any) -> Any:
-    """The reverse of `describe`; only classes of this package are imported.
+    """The inverse of `describe`; classes are of this package, or of a user's own modules, see `own_modules`.
 
     Raises:
-        ConfigError: a class that does not exist (any more), fields it does not know, or values of another type.
+        ConfigError: a class or module that does not exist (any more), fields it does not know, or values of another
+            type.
     """
     if isinstance(description, list):
         return tuple(rebuild(v) for v in description)
@@ -40,10 +47,10 @@ def rebuild(description: Any) -> Any:
     kind = description.get("class", "")
     module, _, name = kind.partition(":")
     fields = {k: rebuild(v) for k, v in description.items() if k != "class"}
-    if module.split(".")[0] != "mllm_jax":
-        raise ConfigError(f"a stored config of class {kind!r}", "a class of mllm_jax", "build the experiment in Python")
+    if not name.isidentifier() or not all(part.isidentifier() for part in module.split(".")):
+        raise ConfigError(f"a stored config of class {kind!r:.200}", "module:Class", "build the experiment in Python")
     try:
-        found = getattr(importlib.import_module(module), name)
+        found = getattr(own_modules.find(module), name)
         if not (isinstance(found, type) and dataclasses.is_dataclass(found)):
             raise TypeError("not a config class")
         _check_types(found, fields)
@@ -81,6 +88,7 @@ def fits(value: Any, hint: Any) -> bool:
         return isinstance(value, (int, float) if hint is float else int) and not isinstance(value, bool)
     if hint is None:
         return value is None
-    if isinstance(hint, type) and not getattr(hint, "_is_protocol", False):
+    vague = getattr(hint, "_is_protocol", False) and not getattr(hint, "_is_runtime_protocol", False)
+    if isinstance(hint, type) and not vague:
         return isinstance(value, hint)
-    return dataclasses.is_dataclass(value)  # a protocol, such as a source's
+    return dataclasses.is_dataclass(value)  # a protocol that isinstance cannot check

@@ -22,6 +22,8 @@ def load_config(path: Path) -> Experiment:
     """
     if not path.is_file():
         raise ConfigError(f"no config at {path}", "a Python file with `def config() -> Experiment`", "check the path")
+    if (beside := str(path.resolve().parent)) not in sys.path:
+        sys.path.insert(0, beside)  # as Python does for a script: a config imports the files beside it
     try:
         make = runpy.run_path(str(path)).get("config")
         if not callable(make):

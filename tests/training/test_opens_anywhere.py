@@ -47,7 +47,7 @@ def asked(run: Path, devices=None) -> dict:
 
     from mllm_jax.data.message import Message, Text
     from mllm_jax.generation.assistant import Assistant
-    from mllm_jax.training.run_folder import RunFolder
+    from mllm_jax.training.operations.run_folder import RunFolder
     from mllm_jax.training.weights import load_run
 
     _, model, params, processor, mesh = load_run(RunFolder(run), devices)

@@ -1,0 +1,167 @@
+"""The folder of a run: its config, tokenizer, checkpoints, metrics and report."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+import time
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from mllm_jax import files
+from mllm_jax.checkpoints.description import describe
+from mllm_jax.checkpoints.differences import binding_differences
+from mllm_jax.checkpoints.run import STAGE, RunFolder, names_in
+from mllm_jax.errors import RunFolderError
+from mllm_jax.sharding.hosts import first_alone
+from mllm_jax.training.config import Experiment
+from mllm_jax.training.operations.run_lock import MARK, held, unwritable
+
+MEASURED = ("results.json", "examples.json", "report.html")
+FOLDERS = ("initial", "stages", "checkpoints", "tensorboard", "processor", "features", "lengths", "hangs", "profile")
+FILES = ("config.json", "run.json", "metrics.jsonl", "goodput.json", *MEASURED)
+WRITTEN = (*FOLDERS, *FILES)
+UNDERWAY = tuple(f".{name}" for name in WRITTEN)  # how the names begin of what is being written or removed
+
+
+def _is_ours(name: str) -> bool:
+    return name.removesuffix(".tmp") in WRITTEN or name.startswith(UNDERWAY)
+
+
+def is_ours(folder: RunFolder) -> bool:
+    """Whether the folder has our mark, or the config.json of an experiment: many programs write a config.json."""
+    if (folder.path / MARK).is_file():
+        return True
+    try:
+        folder.described()
+    except RunFolderError:
+        return False
+    return True
+
+
+def _remove_run(folder: RunFolder) -> None:
+    """Removes what a run wrote but its config, from a folder with our mark and from no other."""
+    if not is_ours(folder):
+        raise RunFolderError(
+            f"{folder.path}: a config.json of no run, beside {names_in(folder.path, 'config.json'.__ne__)[:5]}",
+            "a folder that `mllm train` made",
+            "choose another --run-dir, or clear the folder yourself",
+        )
+    for target in [folder.path / name for name in names_in(folder.path, _is_ours)]:
+        if target == folder.config_file:
+            continue  # the new one replaces it: at no instant is the folder without one
+        if target.name in ("stages", "checkpoints") and not target.is_symlink():
+            for stage in names_in(target, STAGE.fullmatch):
+                _remove(target / stage, folder.path)
+            with contextlib.suppress(OSError):  # what else lies there is somebody's, and stays
+                target.rmdir()
+        else:
+            _remove(target, folder.path)
+
+
+def _remove(target: Path, run: Path) -> None:
+    if target.is_dir() and not target.is_symlink():
+        # First out of the way: half a folder must not be taken for a whole one if this is cut off.
+        if not target.name.startswith("."):
+            name = ".".join(target.relative_to(run).parts)
+            target = target.rename(run / f".{name}.removed.{time.time_ns()}")
+        shutil.rmtree(target)
+    else:
+        target.unlink()
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes a whole file or none.
+
+    Raises:
+        RunFolderError: no permission or no room; what stood there before stays.
+    """
+    try:
+        files.write_atomic(path, json.dumps(value, indent=1) + "\n")
+    except OSError as error:
+        raise unwritable(path, error) from error
+
+
+def open_run(path: Path, experiment: Experiment, *, fresh: bool = False) -> RunFolder:
+    """Makes the folder, or takes up the run that it holds. Of several processes the first writes, and all must see it.
+
+    Stages that have not begun may change; a run of which none has ended or taken a checkpoint gives way to any config.
+
+    Args:
+        fresh: remove an earlier run first. Only what a run writes is removed, from a folder that has our mark.
+
+    Raises:
+        RunFolderError: the folder holds another experiment's run or other files, cannot be written, or is not the same
+            for all processes.
+    """
+    folder = RunFolder(Path(path))
+    first_alone(partial(_take_up, folder, experiment, fresh))
+    if not folder.config_file.is_file():
+        raise RunFolderError(
+            f"{folder.path}, which the first process has made and this one does not see",
+            "one folder for all processes, on a disk or bucket that every host mounts",
+            "choose another --run-dir",
+        )
+    return folder
+
+
+@contextlib.contextmanager
+def holding(path: Path) -> Iterator[None]:
+    """Keeps every other process from writing the run folder until the block ends; of several processes the first does.
+
+    Raises:
+        RunFolderError: another process holds it, or it cannot be written. A folder that is not a run's is left alone.
+    """
+    with contextlib.ExitStack() as lock:
+        first_alone(lambda: lock.enter_context(held(path)) if _may_be_ours(RunFolder(Path(path))) else None)
+        yield
+
+
+def _may_be_ours(folder: RunFolder) -> bool:
+    """Makes the folder if it is absent; whether it is a run's or empty. Any other is refused by `open_run`."""
+    try:
+        folder.path.mkdir(parents=True, exist_ok=True)
+        return is_ours(folder) or not _strangers(folder)
+    except OSError as error:
+        raise unwritable(folder.path, error) from error
+
+
+def _strangers(folder: RunFolder) -> list[str]:
+    return names_in(folder.path, lambda name: not name.startswith(UNDERWAY) and name != MARK)
+
+
+def _take_up(folder: RunFolder, experiment: Experiment, fresh: bool) -> None:
+    described = describe(experiment)
+    try:
+        if folder.config_file.is_file():
+            if fresh:
+                _remove_run(folder)
+            elif changed := binding_differences(folder.described(), described, begun := folder.begun() or None):
+                if begun:
+                    raise _another(folder, changed)
+                _remove_run(folder)  # it ended before there was anything to lose
+        elif strangers := _strangers(folder):
+            raise RunFolderError(
+                f"{folder.path} holds {strangers[:5]} and no run", "an empty or new folder", "choose another --run-dir"
+            )
+        folder.path.mkdir(parents=True, exist_ok=True)
+        (folder.path / MARK).touch()
+        # What may change (the mesh, say) is kept up to date.
+        write_json(folder.config_file, described)
+        if folder.unfinished(experiment):
+            for name in MEASURED:  # of parameters that are about to change
+                (folder.path / name).unlink(missing_ok=True)
+    except OSError as error:
+        raise unwritable(folder.path, error) from error
+
+
+def _another(folder: RunFolder, changed: list[str]) -> RunFolderError:
+    shown = "\n  ".join(changed[:10]) + (f"\n  ... {len(changed) - 10} more" if len(changed) > 10 else "")
+    return RunFolderError(
+        f"{folder.path} holds a run of another config:\n  {shown}",
+        "the config the run was started with",
+        "choose another --run-dir, undo the change, or start over with --fresh",
+    )
