@@ -17,12 +17,12 @@ from jax.sharding import Mesh
 from mllm_jax.data.message import Conversation, Example, Message, conversations
 from mllm_jax.data.processing.media import Encoded
 from mllm_jax.errors import ConfigError, DataError
-from mllm_jax.generation.answers import Answers, Request
+from mllm_jax.generation.decode_step import steps_of
 from mllm_jax.generation.engine import Engine, bucket
 from mllm_jax.generation.options import Answer, Options, longest_text
 from mllm_jax.generation.quantize import TensorError, quantize
 from mllm_jax.generation.sampling import Sampling
-from mllm_jax.generation.steps import steps_of
+from mllm_jax.generation.streaming import Answers, Request
 from mllm_jax.models.processor import Processor
 from mllm_jax.sharding.hosts import fetch
 

@@ -14,8 +14,8 @@ from flax import linen as nn
 from flax import struct
 from jax.sharding import Mesh
 
+from mllm_jax.generation.decode_step import Batch, Steps, steps_of
 from mllm_jax.generation.sampling import Sampling, choose, row_keys
-from mllm_jax.generation.steps import Batch, Steps, steps_of
 from mllm_jax.sharding.logical import use_mesh
 from mllm_jax.sharding.mesh import batch_sharding
 
