@@ -30,7 +30,7 @@ import transformers
 from einops import rearrange
 
 import mllm_jax
-from mllm_jax.training.host import keep_freed_memory
+from mllm_jax.training.operations.host import keep_freed_memory
 
 PASSES = ("forward", "forward+backward")
 TOLERANCES = {"forward": 1e-4, "forward+backward": 1e-3}

@@ -27,8 +27,9 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from mllm_jax.checkpoints.components import Component
 from mllm_jax.checkpoints.hf import float_dtype, write_config
-from mllm_jax.checkpoints.safetensors_files import INDEX, Spec, plan_files, write_file, write_index
+from mllm_jax.checkpoints.safetensors_files import Spec, plan_files, write_file, write_index
 
 ROOT = Path(__file__).parents[1]
 SHAPE = dict(hidden_size=2048, intermediate_size=5632, vocab_size=32000, num_attention_heads=32, num_key_value_heads=4)
@@ -116,7 +117,7 @@ def write_random(folder: Path, sizes: dict, layers: int, dtype: np.dtype) -> Non
     for name, part in files.items():
         write_file(folder / name, part, (rng.random(s.shape, np.float32).astype(dtype) for s in part.values()))
     if len(files) > 1:
-        write_index(folder / INDEX, files)
+        write_index(Component(folder), files)
     write_config(folder, config)
 
 

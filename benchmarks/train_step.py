@@ -32,8 +32,8 @@ jax.config.update("jax_num_cpu_devices", CORES)
 import mllm_jax  # noqa: E402 - the devices are counted at the first import that touches one
 from mllm_jax.sharding.mesh import MeshConfig, make_mesh  # noqa: E402
 from mllm_jax.training.config import AdamW  # noqa: E402
-from mllm_jax.training.host import keep_freed_memory  # noqa: E402
 from mllm_jax.training.objectives.next_token import NextToken  # noqa: E402
+from mllm_jax.training.operations.host import keep_freed_memory  # noqa: E402
 from mllm_jax.training.optimizer import learning_rate, make_optimizer  # noqa: E402
 from mllm_jax.training.step import init_state, make_train_step, place_batch, state_shardings  # noqa: E402
 

@@ -10,6 +10,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # what editors and type checkers read; `_HOMES` says the same to Python
+    from mllm_jax.checkpoints.run import RunFolder as RunFolder
     from mllm_jax.data.chat import ChatTokenizer as ChatTokenizer
     from mllm_jax.data.images import decode_image as decode_image
     from mllm_jax.data.message import Audio as Audio
@@ -46,6 +47,7 @@ if TYPE_CHECKING:  # what editors and type checkers read; `_HOMES` says the same
     from mllm_jax.models.registry import pretrained_config as pretrained_config
     from mllm_jax.models.registry import save_pretrained as save_pretrained
     from mllm_jax.models.registry import supported_models as supported_models
+    from mllm_jax.models.run_weights import load_run as load_run
     from mllm_jax.projectors.mlp import MLPProjectorConfig as MLPProjectorConfig
     from mllm_jax.projectors.pformer import PFormerConfig as PFormerConfig
     from mllm_jax.sharding.mesh import MeshConfig as MeshConfig
@@ -55,14 +57,12 @@ if TYPE_CHECKING:  # what editors and type checkers read; `_HOMES` says the same
     from mllm_jax.training.config import Pretrained as Pretrained
     from mllm_jax.training.config import Stage as Stage
     from mllm_jax.training.config import TokenizerConfig as TokenizerConfig
-    from mllm_jax.training.loop import Interrupted as Interrupted
     from mllm_jax.training.loop import train as train
     from mllm_jax.training.objectives.contrastive import Contrastive as Contrastive
     from mllm_jax.training.objectives.next_token import NextToken as NextToken
     from mllm_jax.training.objectives.pformer import PFormerObjective as PFormerObjective
     from mllm_jax.training.objectives.pformer import PromptGuided as PromptGuided
-    from mllm_jax.training.run_folder import RunFolder as RunFolder
-    from mllm_jax.training.weights import load_run as load_run
+    from mllm_jax.training.operations.stopping import Interrupted as Interrupted
 
 __version__ = "0.1.0"
 
@@ -90,12 +90,13 @@ _NAMES = {
     "projectors.pformer": ("PFormerConfig",),
     "sharding.mesh": ("MeshConfig",),
     "training.config": ("AdamW", "CheckpointConfig", "Experiment", "Pretrained", "Stage", "TokenizerConfig"),
-    "training.loop": ("Interrupted", "train"),
+    "training.loop": ("train",),
     "training.objectives.contrastive": ("Contrastive",),
     "training.objectives.next_token": ("NextToken",),
     "training.objectives.pformer": ("PFormerObjective", "PromptGuided"),
-    "training.run_folder": ("RunFolder",),
-    "training.weights": ("load_run",),
+    "checkpoints.run": ("RunFolder",),
+    "training.operations.stopping": ("Interrupted",),
+    "models.run_weights": ("load_run",),
 }
 _HOMES = {name: f"{__name__}.{module}" for module, names in _NAMES.items() for name in names}
 

@@ -18,7 +18,7 @@ from PIL import Image
 from mllm_jax.cli import main
 from mllm_jax.sharding.platform import may_have_accelerator
 from mllm_jax.training.config_file import load_config
-from mllm_jax.training.run_folder import RunFolder
+from mllm_jax.training.operations.run_folder import RunFolder
 
 ROOT = Path(__file__).parents[1]
 SMOKE = ROOT / "configs" / "smoke.py"

@@ -23,7 +23,7 @@ from mllm_jax.cli.caches import keep_compiled_programs, lengths_folder
 from mllm_jax.cli.commands import COMMANDS
 from mllm_jax.errors import ConfigError
 from mllm_jax.training.config_file import load_config
-from mllm_jax.training.run_folder import open_run
+from mllm_jax.training.operations.run_folder import open_run
 
 ROOT = Path(__file__).parents[1]
 SMOKE = ROOT / "configs" / "smoke.py"

@@ -81,6 +81,7 @@ def fits(value: Any, hint: Any) -> bool:
         return isinstance(value, (int, float) if hint is float else int) and not isinstance(value, bool)
     if hint is None:
         return value is None
-    if isinstance(hint, type) and not getattr(hint, "_is_protocol", False):
+    vague = getattr(hint, "_is_protocol", False) and not getattr(hint, "_is_runtime_protocol", False)
+    if isinstance(hint, type) and not vague:
         return isinstance(value, hint)
-    return dataclasses.is_dataclass(value)  # a protocol, such as a source's
+    return dataclasses.is_dataclass(value)  # a protocol that isinstance cannot check

@@ -15,7 +15,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -345,7 +345,7 @@ def write_weights(
         for name, part in files.items():
             st.write_file(temporary / name, part, (_cast(tensors[n](), spec.dtype) for n, spec in part.items()))
         if len(files) > 1:
-            st.write_index(temporary / st.file_names(target)[1], files)
+            st.write_index(replace(target, folder=temporary), files)
         if config is not None:
             write_config(temporary, config)
         if companions is not None:

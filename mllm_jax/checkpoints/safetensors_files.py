@@ -255,11 +255,12 @@ def write_file(path: Path, specs: Mapping[str, Spec], tensors: Iterable[np.ndarr
         os.fsync(file.fileno())
 
 
-def write_index(path: Path, files: Mapping[str, Mapping[str, Spec]]) -> None:
+def write_index(component: Component, files: Mapping[str, Mapping[str, Spec]]) -> None:
+    """Writes the index of a component whose weights are in several files."""
     total = sum(spec.nbytes for tensors in files.values() for spec in tensors.values())
     weight_map = {tensor: name for name, tensors in files.items() for tensor in tensors}
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-    path.write_text(json.dumps(index, indent=2) + "\n")
+    (component.folder / file_names(component)[1]).write_text(json.dumps(index, indent=2) + "\n")
 
 
 def as_bytes(tensor: np.ndarray) -> memoryview:

@@ -11,7 +11,7 @@ from mllm_jax.errors import ConfigError
 
 def keep_compiled_programs() -> None:
     """Keeps compiled programs for the next start; where that cannot be, says so once."""
-    from mllm_jax.training.compilation import keep_compiled
+    from mllm_jax.training.operations.compilation import keep_compiled
 
     try:
         folder = keep_compiled()

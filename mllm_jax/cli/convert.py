@@ -8,9 +8,8 @@ from typing import Literal
 
 import tyro
 
-from mllm_jax.cli.runs import is_run
+from mllm_jax.checkpoints.run import RunFolder, is_run
 from mllm_jax.errors import ConfigError, TrainingError
-from mllm_jax.training.run_folder import RunFolder
 
 
 @dataclass(frozen=True)

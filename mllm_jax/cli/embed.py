@@ -67,8 +67,8 @@ def run(arguments: list[str]) -> int:
 
 
 def _embedder_of(model: Path, *, images: bool, texts: bool, dtype: str | None, **options):
+    from mllm_jax.checkpoints.run import RunFolder
     from mllm_jax.generation.embed import Embedder
-    from mllm_jax.training.run_folder import RunFolder
 
     if not RunFolder(model).is_trained():
         return Embedder.load(model, images=images, texts=texts, dtype=dtype, **options)
@@ -76,7 +76,7 @@ def _embedder_of(model: Path, *, images: bool, texts: bool, dtype: str | None, *
         raise ConfigError(f"--dtype {dtype} for a run", "a run computes as its config says", "leave out --dtype")
     use_cpu_devices(experiment_of(model))
 
-    from mllm_jax.training.weights import load_run
+    from mllm_jax.models.run_weights import load_run
 
     _, module, params, processor, _ = load_run(RunFolder(model))
     return Embedder.trained(module, params, processor.tokenizer, **options)

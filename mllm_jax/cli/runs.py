@@ -6,19 +6,7 @@ import os
 import sys
 from pathlib import Path
 
-from mllm_jax.errors import RunFolderError
 from mllm_jax.training.config import Experiment
-
-
-def is_run(folder: Path) -> bool:
-    """Whether a folder holds a training run, finished or not."""
-    from mllm_jax.training.run_folder import RunFolder
-
-    try:
-        RunFolder(folder).described()
-    except RunFolderError:
-        return False
-    return True
 
 
 def is_model(folder: Path) -> bool:
@@ -30,7 +18,7 @@ def is_model(folder: Path) -> bool:
 
 def experiment_of(run: Path) -> Experiment:
     """Reads the experiment of a run; warns where stages of it are not finished."""
-    from mllm_jax.training.run_folder import RunFolder
+    from mllm_jax.checkpoints.run import RunFolder
 
     folder = RunFolder(run)
     experiment = folder.experiment()
@@ -44,7 +32,7 @@ def use_cpu_devices(experiment: Experiment) -> None:
     import jax
 
     from mllm_jax.sharding.cpu import prepare_cpu
-    from mllm_jax.training.host import enough_threads, keep_freed_memory
+    from mllm_jax.training.operations.host import enough_threads, keep_freed_memory
 
     prepare_cpu()
     if experiment.cpu_devices:

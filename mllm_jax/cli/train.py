@@ -9,18 +9,18 @@ from typing import Annotated
 
 import tyro
 
+from mllm_jax.checkpoints.run import RunFolder, is_run
 from mllm_jax.cli.caches import keep_compiled_programs, lengths_folder
 from mllm_jax.cli.config_help import all_help, config_help, wants_help
 from mllm_jax.cli.console import refused
 from mllm_jax.cli.evaluate import evaluate
-from mllm_jax.cli.runs import is_run, use_cpu_devices
+from mllm_jax.cli.runs import use_cpu_devices
 from mllm_jax.errors import ConfigError
 from mllm_jax.models.clip import DualEncoderConfig
 from mllm_jax.models.multimodal import MultimodalConfig
 from mllm_jax.training.config import Experiment
 from mllm_jax.training.config_file import load_config
-from mllm_jax.training.distributed import Hosts, end_together, join, leave
-from mllm_jax.training.run_folder import RunFolder
+from mllm_jax.training.operations.distributed import Hosts, end_together, join, leave
 
 USAGE = """usage: mllm train CONFIG.py [OPTIONS]
 
@@ -94,8 +94,8 @@ def _default(path: Path) -> Train:
 def _train(options: Train) -> int:
     import jax
 
-    from mllm_jax.training.loop import Interrupted, train
-    from mllm_jax.training.stopping import heed_no_notice
+    from mllm_jax.training.loop import train
+    from mllm_jax.training.operations.stopping import Interrupted, heed_no_notice
 
     experiment = options.experiment
     folder = RunFolder(options.run_dir or Path("runs") / experiment.name)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from mllm_jax.checkpoints import config_json
 from mllm_jax.checkpoints.architectures import model_type
 from mllm_jax.checkpoints.config_json import (
+    ELSEWHERE,
     ENCODER_ACTIVATIONS,
     check_written,
     read_grid,
@@ -18,9 +19,6 @@ from mllm_jax.checkpoints.options import Options, named_as
 from mllm_jax.checkpoints.table import Table, Weight
 from mllm_jax.encoders.vit import ViTConfig
 from mllm_jax.errors import ConfigError
-
-# Options of a text or of a larger model that config.json files of towers list, without effect on the tower.
-ELSEWHERE = ("bos_token_id", "eos_token_id", "pad_token_id", "projection_dim", "tie_word_embeddings")
 
 
 def read_activation(options: Options, name: str = "hidden_act") -> str:

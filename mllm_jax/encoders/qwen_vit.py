@@ -18,10 +18,10 @@ from flax import linen as nn
 from flax import struct
 
 from mllm_jax.checkpoints.architectures import model_type
-from mllm_jax.checkpoints.config_json import MOST_PATCHES, RATIOS, check_written, write_activation
+from mllm_jax.checkpoints.config_json import ELSEWHERE, MOST_PATCHES, RATIOS, check_written, write_activation
 from mllm_jax.checkpoints.options import Options, named_as
 from mllm_jax.checkpoints.table import Family, Table, Weight
-from mllm_jax.encoders.hub import ELSEWHERE, read_activation
+from mllm_jax.encoders.hub import read_activation
 from mllm_jax.encoders.qwen_patches import PatchLayout, lay_out_patches, window_numbers
 from mllm_jax.encoders.vit import VisionOutput
 from mllm_jax.errors import ConfigError, DataError

@@ -15,10 +15,17 @@ from einops import rearrange, repeat
 from flax import linen as nn
 
 from mllm_jax.checkpoints.architectures import model_type
-from mllm_jax.checkpoints.config_json import RATIOS, check_written, read_grid, stored_fields, write_activation
+from mllm_jax.checkpoints.config_json import (
+    ELSEWHERE,
+    RATIOS,
+    check_written,
+    read_grid,
+    stored_fields,
+    write_activation,
+)
 from mllm_jax.checkpoints.sample import image_sample
 from mllm_jax.checkpoints.table import Family, Table, Weight
-from mllm_jax.encoders.hub import ELSEWHERE, options_of, read_activation
+from mllm_jax.encoders.hub import options_of, read_activation
 from mllm_jax.encoders.vit import VisionOutput
 from mllm_jax.errors import ConfigError
 from mllm_jax.layers.attention import attention

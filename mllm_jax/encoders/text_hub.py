@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from mllm_jax.checkpoints.config_json import check_written, write_activation
+from mllm_jax.checkpoints.config_json import ELSEWHERE, check_written, write_activation
 from mllm_jax.checkpoints.options import Options
 from mllm_jax.checkpoints.table import Table, Weight
-from mllm_jax.encoders.hub import ELSEWHERE, read_activation
+from mllm_jax.encoders.hub import read_activation
 from mllm_jax.encoders.text import TextTowerConfig
 from mllm_jax.errors import ConfigError
 

@@ -21,7 +21,7 @@ from mllm_jax.evaluation.charts import Line, chart, ema
 from mllm_jax.evaluation.style import STYLE
 from mllm_jax.evaluation.tables import percent
 from mllm_jax.files import write_atomic
-from mllm_jax.training.goodput import KINDS
+from mllm_jax.training.operations.goodput import KINDS
 
 CARDS = 24
 LEARNING_RATE = ("learning_rate", "lr")

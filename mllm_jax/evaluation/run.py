@@ -8,10 +8,11 @@ from typing import Any, Protocol
 
 import jax
 
+from mllm_jax.checkpoints.run import RunFolder, read_json
 from mllm_jax.errors import ConfigError
 from mllm_jax.evaluation.report import write_report
-from mllm_jax.training.run_folder import RunFolder, holding, read_json, write_json
-from mllm_jax.training.weights import load_run
+from mllm_jax.models.run_weights import load_run
+from mllm_jax.training.operations.run_folder import holding, write_json
 
 
 class Evaluation(Protocol):

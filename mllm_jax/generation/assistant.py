@@ -14,6 +14,8 @@ import numpy as np
 from flax import linen as nn
 from jax.sharding import Mesh
 
+from mllm_jax.checkpoints.hf import float_dtype
+from mllm_jax.checkpoints.run import RunFolder, is_run
 from mllm_jax.data.message import Conversation, Example, Message, conversations
 from mllm_jax.data.processing.media import Encoded
 from mllm_jax.errors import ConfigError, DataError
@@ -24,6 +26,8 @@ from mllm_jax.generation.quantize import TensorError, quantize
 from mllm_jax.generation.sampling import Sampling
 from mllm_jax.generation.streaming import Answers, Request
 from mllm_jax.models.processor import Processor
+from mllm_jax.models.registry import from_pretrained
+from mllm_jax.models.run_weights import load_run
 from mllm_jax.sharding.hosts import fetch
 
 BATCH = 8
@@ -56,12 +60,7 @@ class Assistant:
         int8: bool = False,
         by_layer: bool | None = None,
     ):
-        if processor.config.llm is None:
-            raise ConfigError(
-                f"a {processor.config.family or type(model).__name__}",
-                "a model that generates text",
-                "name another folder; `mllm embed` compares images and texts",
-            )
+        _require_words(processor.config, type(model).__name__)
         self.model, self.processor, self.mesh = model, processor, mesh
         self.llm = processor.config.llm
         self.max_length = longest_text(self.llm, max_length)
@@ -72,20 +71,32 @@ class Assistant:
         self._by_layer = by_layer
 
     @classmethod
-    def load(cls, folder: str | Path, *, mesh: Mesh | None = None, dtype: Any = None, **options: Any) -> Assistant:
-        """The assistant of the model in a folder.
+    def load(
+        cls, folder_or_run: str | Path, *, mesh: Mesh | None = None, dtype: Any = None, **options: Any
+    ) -> Assistant:
+        """The assistant of the model in a folder, or of the one that a run has trained so far.
 
         Args:
+            mesh: None: of a folder the default device, of a run the run's own where it fits the devices.
             dtype: of the parameters and of the computation; None is what is stored.
             options: max_length, int8 and by_layer.
 
         Raises:
-            ConfigError, CheckpointError: see `mllm_jax.from_pretrained`.
+            ConfigError, CheckpointError: see `mllm_jax.from_pretrained`; RunFolderError, TrainingError: see
+                `mllm_jax.load_run`.
             DataError: no tokenizer.
         """
-        from mllm_jax.models.registry import from_pretrained
-
+        folder = Path(folder_or_run)
+        if is_run(folder):
+            _require_words(RunFolder(folder).experiment().model, folder)
+            experiment, model, params, processor, mesh = load_run(RunFolder(folder), mesh=mesh)
+            if dtype is not None:
+                dtype = float_dtype(dtype)
+                params = jax.tree.map(lambda leaf: leaf.astype(dtype), params)
+                model = experiment.model.with_dtype(str(dtype)).make()
+            return cls(model, params, processor, mesh=mesh, **options)
         processor = Processor.from_pretrained(folder)  # first: what is missing should not have to wait for the weights
+        _require_words(processor.config, folder)
         model, params = from_pretrained(folder, dtype=dtype, mesh=mesh)
         return cls(model, params, processor, mesh=mesh, **options)
 
@@ -255,6 +266,16 @@ class Assistant:
 
     def _place(self, array: np.ndarray) -> jax.Array:
         return self._answers.engine.place(array)
+
+
+def _require_words(config: Any, what: Any) -> None:
+    """Refuses a model that writes no text."""
+    if config.llm is None:
+        raise ConfigError(
+            f"{what}, a {config.family or type(config).__name__.removesuffix('Config')}",
+            "a model that generates text",
+            "name another; `mllm embed` compares images and texts with this one",
+        )
 
 
 def read_options(given: Mapping[str, Any]) -> tuple[Options, Sampling]:

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from mllm_jax.generation.quantize import int8_linear
+from mllm_jax.layers.linear import linear_hook
 from mllm_jax.models.multimodal import Multimodal
 
 Batch = dict[str, jax.Array]
@@ -106,7 +107,7 @@ class LanguageSteps:
         return batch["tokens"], batch["segments"] > 0
 
     def apply(self, params: dict, *args, **kwargs) -> Any:
-        with nn.intercept_methods(int8_linear):
+        with linear_hook(int8_linear):
             return self.module.apply({"params": restack(params)}, *args, **kwargs)
 
     def open(self, state: Any) -> Any:

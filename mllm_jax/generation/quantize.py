@@ -1,7 +1,6 @@
 """Weights as int8 with a scale for each output channel (symmetric, round to nearest), and the matmul that reads them.
 
-Storage only: activations stay as they are. The layers know nothing of it; generation puts `int8_linear` in the place
-of their `Linear`.
+Storage only: activations stay as they are. Generation enters `int8_linear` as the hook of `Linear`.
 """
 
 from __future__ import annotations
@@ -13,11 +12,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import linen as nn
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from mllm_jax.errors import ConfigError
-from mllm_jax.layers.linear import Linear
+from mllm_jax.layers.linear import Linear, contract, linear_hook
 
 KERNEL, SCALE = "kernel", "kernel_scale"
 
@@ -76,39 +74,33 @@ def summary(errors: list[TensorError]) -> str:
     )
 
 
-def int8_linear(next_call: Callable, args: tuple, kwargs: dict, context) -> Any:
-    """For `nn.intercept_methods`: a `Linear` whose kernel is int8 multiplies by it, then scales the result."""
-    module = context.module
-    if not isinstance(module, Linear) or context.method_name != "__call__":
-        return next_call(*args, **kwargs)
-    kernel = module.get_variable("params", KERNEL)
-    if kernel is None or kernel.dtype != jnp.int8:
-        return next_call(*args, **kwargs)
-    x = args[0].astype(module.dtype)
-    # Nothing is larger than infinity: a zero that hangs on x. Without it XLA converts every kernel once, before the
+def int8_linear(
+    linear: Linear, x: jax.Array, kernel: jax.Array, product: Callable[[jax.Array], jax.Array]
+) -> jax.Array:
+    """For `linear_hook`: where the kernel is int8, multiplies by it, then scales the result."""
+    if kernel.dtype != jnp.int8:
+        return product(x)
+    x = x.astype(linear.dtype)
+    # Nothing is larger than infinity: a zero that depends on x. Without it XLA converts every kernel once, before the
     # loop over tokens, and keeps them all as floats; on a CPU it does so through an optimization barrier.
     kernel = kernel + (x.reshape(-1)[0] > jnp.inf).astype(jnp.int8)
-    axes = tuple(range(x.ndim - module.in_ndim, x.ndim)), tuple(range(module.in_ndim))
-    y = jax.lax.dot_general(x, kernel.astype(module.dtype), (axes, ((), ())))
-    y = y * module.get_variable("params", SCALE).astype(module.dtype)
-    return y + module.get_variable("params", "bias").astype(module.dtype) if module.use_bias else y
+    y = contract(x, kernel.astype(linear.dtype), linear.in_ndim)
+    return y * linear.get_variable("params", SCALE).astype(linear.dtype)
 
 
 def _contracted(run: Callable[[dict], Any], params: dict) -> dict[tuple[str, ...], tuple[int, ...]]:
     """The axes over which each `Linear` that is applied sums, a stack's axis of layers counted."""
     found = {}
 
-    def note(next_call, args, kwargs, context):
-        module = context.module
-        if isinstance(module, Linear) and context.method_name == "__call__":
-            kernel = params
-            for name in (*module.path, KERNEL):
-                kernel = kernel[name]
-            first = kernel.ndim - module.in_ndim - len(module.features)
-            found[module.path] = tuple(range(first, first + module.in_ndim))
-        return next_call(*args, **kwargs)
+    def note(linear, x, kernel, product):
+        stored = params
+        for name in (*linear.path, KERNEL):
+            stored = stored[name]
+        first = stored.ndim - linear.in_ndim - len(linear.features)
+        found[linear.path] = tuple(range(first, first + linear.in_ndim))
+        return product(x)
 
-    with nn.intercept_methods(note):
+    with linear_hook(note):
         jax.eval_shape(run, params)
     return found
 

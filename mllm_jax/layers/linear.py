@@ -1,15 +1,72 @@
-"""Linear maps whose parameters carry logical axis names."""
+"""Linear maps whose parameters carry logical axis names, and the one hook that changes what they compute."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import partial
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
 from mllm_jax.sharding.fsdp import with_gathered
+
+
+class LinearHook(Protocol):
+    """Takes the place of x W in every `Linear` that is applied inside `linear_hook`; the bias is added after it.
+
+    A hook may keep leaves beside `kernel`: one that is there is read by `linear.get_variable("params", name)`; one that
+    `init` shall create as well is declared as `Linear` declares its own, with the kernel's logical names where it has
+    the kernel's dimensions:
+
+        rank, inputs = 8, linear.in_ndim
+        a = nn.with_logical_partitioning(nn.initializers.normal(0.02), (*linear.names[:inputs], None))
+        a = linear.param("lora_a", a, (*kernel.shape[:inputs], rank), jnp.float32)
+
+    `linear.path` says which one it is, such as ("layers", "attention", "q"): a hook that leaves it alone returns
+    `product(x)`.
+    """
+
+    def __call__(
+        self, linear: Linear, x: jax.Array, kernel: jax.Array, product: Callable[[jax.Array], jax.Array]
+    ) -> jax.Array:
+        """
+        Args:
+            linear: the module that is applied, bound to its parameters.
+            x: as it was given to the module, in any dtype.
+            kernel: as it is stored.
+            product: x -> x W, as the hooks inside of this one compute it.
+
+        Returns:
+            `linear.dtype`[..., *linear.features]
+        """
+
+
+_hooks: ContextVar[tuple[LinearHook, ...]] = ContextVar("linear_hooks", default=())
+
+
+@contextmanager
+def linear_hook(hook: LinearHook) -> Iterator[None]:
+    """Makes a hook effective for what is traced inside; enter it in the function that is compiled.
+
+    Of several the one that was entered first is called first, and the others compute its `product`. A hook that
+    replaces the product, as int8 does, is therefore entered last, and one that adds to it, as LoRA does, before.
+    """
+    token = _hooks.set((*_hooks.get(), hook))
+    try:
+        yield
+    finally:
+        _hooks.reset(token)
+
+
+def contract(x: jax.Array, kernel: jax.Array, in_ndim: int = 1) -> jax.Array:
+    """Sums over the last `in_ndim` dimensions of x and the first of the kernel."""
+    axes = tuple(range(x.ndim - in_ndim, x.ndim)), tuple(range(in_ndim))
+    return jax.lax.dot_general(x, kernel, (axes, ((), ())))
 
 
 def _kernel_init(in_ndim: int, std: float | None) -> Callable:
@@ -23,7 +80,7 @@ def _kernel_init(in_ndim: int, std: float | None) -> Callable:
 
 
 class Linear(nn.Module):
-    """y = x W + b over the last dimensions of x.
+    """y = x W + b over the last dimensions of x; see `linear_hook` for what may change it.
 
     Attributes:
         features: sizes of the new last dimensions, for instance (num_heads, head_dim).
@@ -47,12 +104,14 @@ class Linear(nn.Module):
         init = self.kernel_init or _kernel_init(self.in_ndim, self.init_std)
         init = nn.with_logical_partitioning(init, self.names)
         kernel = self.param("kernel", init, shape, jnp.float32)
-        axes = tuple(range(x.ndim - self.in_ndim, x.ndim)), tuple(range(self.in_ndim))
+        multiply = partial(contract, in_ndim=self.in_ndim)
 
-        def product(x, kernel):
-            return jax.lax.dot_general(x, kernel, (axes, ((), ())))
+        def product(x):
+            return with_gathered(multiply, x.astype(self.dtype), kernel, self.names, self.dtype)
 
-        y = with_gathered(product, x.astype(self.dtype), kernel, self.names, self.dtype)
+        for hook in reversed(_hooks.get()):
+            product = partial(hook, self, kernel=kernel, product=product)
+        y = product(x)
         if self.use_bias:
             init = nn.with_logical_partitioning(nn.initializers.zeros, self.names[self.in_ndim :])
             y = y + self.param("bias", init, self.features, jnp.float32).astype(self.dtype)

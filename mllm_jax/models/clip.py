@@ -13,12 +13,11 @@ from flax import linen as nn
 from flax import struct
 
 from mllm_jax.checkpoints.architectures import model_type
-from mllm_jax.checkpoints.config_json import check_written
+from mllm_jax.checkpoints.config_json import ELSEWHERE, check_written
 from mllm_jax.checkpoints.options import Options
 from mllm_jax.checkpoints.table import Family, Table, Weight, nested
 from mllm_jax.data.batch import BatchSpec, images_spec, text_spec
 from mllm_jax.encoders import clip_text, clip_vision, siglip_text, siglip_vision
-from mllm_jax.encoders.hub import ELSEWHERE
 from mllm_jax.encoders.text import TextModel, TextOutput, TextTowerConfig
 from mllm_jax.encoders.vit import VisionOutput, ViTConfig
 from mllm_jax.errors import ConfigError

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from mllm_jax.checkpoints.run import RunFolder, is_run
 from mllm_jax.checkpoints.table import Family
 from mllm_jax.data.batch import BatchSpec, assemble, instruction_spec
 from mllm_jax.data.chat import ChatTokenizer
@@ -50,7 +51,7 @@ class Processor:
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> Processor:
-        """The processor of the model in a folder.
+        """The processor of the model in a folder, or of the one that a run trains.
 
         Raises:
             ConfigError: an option of the model's processor that is not supported.
@@ -58,7 +59,17 @@ class Processor:
         """
         from mllm_jax.models.registry import pretrained_config
 
-        return cls.of(pretrained_config(folder), Path(folder))
+        folder = Path(folder)
+        if is_run(folder):
+            return cls.of_run(RunFolder(folder))
+        return cls.of(pretrained_config(folder), folder)
+
+    @classmethod
+    def of_run(cls, run: RunFolder, experiment: Any = None) -> Processor:
+        """The processor that a run keeps; its experiment is read where it is not given."""
+        experiment = run.experiment() if experiment is None else experiment
+        config = experiment.tokenizer
+        return cls.of(experiment.model, run.processor_folder, system=config.system, words=config.places)
 
     @classmethod
     def of(cls, config: Any, folder: Path, *, system: str | None = None, words: Sequence[str] = ()) -> Processor:

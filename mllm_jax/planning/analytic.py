@@ -6,15 +6,16 @@ from collections.abc import Mapping
 
 import jax
 
-from mllm_jax.planning.compile import AbstractStep
+from mllm_jax.planning.arithmetic import device_bytes
 from mllm_jax.planning.hlo import Account, Collective, ring_bytes
 from mllm_jax.planning.topologies import Topology
 from mllm_jax.training.flops import PartFlops
+from mllm_jax.training.stage import StageProgram
 
 COMPUTE_BYTES = 2  # parameters and gradients move in bf16
 
 
-def analytic_account(parts: Mapping[str, PartFlops], remat: str, abstract: AbstractStep, topology: Topology) -> Account:
+def analytic_account(parts: Mapping[str, PartFlops], remat: str, program: StageProgram, topology: Topology) -> Account:
     """FLOPs with what remat computes again, the state's way through HBM, and the collectives of data and fsdp.
 
     Args:
@@ -23,9 +24,9 @@ def analytic_account(parts: Mapping[str, PartFlops], remat: str, abstract: Abstr
     """
     again = sum(part.forward for part in parts.values() if part.backward) if remat == "full" else 0
     flops = (sum(part.total for part in parts.values()) + again) / topology.devices
-    sizes = abstract.mesh.shape
-    state = abstract.device_bytes((abstract.state.params, abstract.state.opt_state))
-    local = (_elements(abstract, abstract.state.params), _elements(abstract, abstract.frozen))
+    sizes = program.mesh.shape
+    state = device_bytes((program.state.params, program.state.opt_state))
+    local = (_elements(program, program.state.params), _elements(program, program.frozen))
     trained, frozen = (count * COMPUTE_BYTES for count in local)
     passes = 3 if remat == "full" else 2  # forward, again, backward
     weights = (trained + frozen) * sizes["fsdp"]
@@ -55,5 +56,5 @@ def _collectives(trained, frozen, passes, sizes, topology: Topology) -> list[Col
     return found
 
 
-def _elements(abstract: AbstractStep, tree) -> int:
-    return sum(abstract.device_bytes(leaf) // leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+def _elements(program: StageProgram, tree) -> int:
+    return sum(device_bytes(leaf) // leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))

@@ -14,20 +14,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import jax
-import numpy as np
-from flax import linen as nn
 from jax.sharding import Mesh
 
 from mllm_jax.errors import PlanError
-from mllm_jax.models.registry import abstract_init
 from mllm_jax.planning.hlo import Account, account
 from mllm_jax.planning.topologies import Topology
-from mllm_jax.sharding.mesh import MeshConfig, batch_sharding, make_mesh, param_shardings
+from mllm_jax.sharding.mesh import MeshConfig, make_mesh
 from mllm_jax.training.config import Experiment
 from mllm_jax.training.features import stage_spec
-from mllm_jax.training.optimizer import learning_rate, make_optimizer
-from mllm_jax.training.partition import split
-from mllm_jax.training.step import TrainState, make_train_step, state_shardings
+from mllm_jax.training.stage import StageProgram, build_stage
 
 
 class OutOfMemory(PlanError):
@@ -46,25 +41,6 @@ class OutOfMemory(PlanError):
 
 def _bytes(found: re.Match | None) -> float | None:
     return float(found[1]) * 2 ** {"": 0, "K": 10, "M": 20, "G": 30, "T": 40}[found[2]] if found else None
-
-
-@dataclass(frozen=True)
-class AbstractStep:
-    """One stage's step and the arrays that it takes, as shapes with shardings."""
-
-    step: object
-    state: TrainState
-    frozen: dict
-    batch: dict[str, jax.ShapeDtypeStruct]
-    mesh: Mesh
-
-    def device_bytes(self, tree) -> int:
-        """What one device holds of a tree."""
-
-        def one(leaf):
-            return int(np.prod(leaf.sharding.shard_shape(leaf.shape), dtype=np.int64)) * leaf.dtype.itemsize
-
-        return sum(map(one, jax.tree.leaves(tree)))
 
 
 @dataclass(frozen=True)
@@ -123,57 +99,19 @@ def topology_mesh(config: MeshConfig, topology: Topology) -> Mesh:
     return make_mesh(config, topology_devices(topology))
 
 
-def abstract_step(experiment: Experiment, index: int, mesh: Mesh) -> AbstractStep:
-    """The step that `training.loop` runs for a stage, with its state, its frozen parameters and its batch as shapes."""
-    stage = experiment.stages[index]
-    model = experiment.model.make()
-    boxed = abstract_init(model, model.config.batch_spec().empty(), method="touch")
-    parts = experiment.part_rules
-    shardings = param_shardings(boxed, mesh, parts)
-    trainable, frozen = split(nn.meta.unbox(boxed), stage.trainable)
-    places, frozen_places = split(shardings, stage.trainable)
-    optimizer, schedule = make_optimizer(stage.optimizer, stage.steps), learning_rate(stage.optimizer, stage.steps)
-    layout = state_shardings(optimizer, trainable, places, mesh)
-    state = TrainState(
-        jax.ShapeDtypeStruct((), "int32"),
-        trainable,
-        jax.eval_shape(optimizer.init, trainable),
-        jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0))),
-    )
-    step = make_train_step(
-        model,
-        stage.objective,
-        optimizer,
-        schedule,
-        mesh=mesh,
-        parts=parts,
-        shardings=layout,
-        accumulate=stage.accumulate,
-    )
-
-    def placed(leaf, sharding, dtype=None):
-        return jax.ShapeDtypeStruct(leaf.shape, dtype or leaf.dtype, sharding=sharding)
-
-    return AbstractStep(
-        step,
-        jax.tree.map(placed, state, layout),
-        jax.tree.map(lambda leaf, sharding: placed(leaf, sharding, stage.frozen_dtype), frozen, frozen_places),
-        {
-            name: placed(shape, batch_sharding(mesh, len(shape.shape), shape.shape))
-            for name, shape in stage_spec(experiment, stage).abstract().items()
-        },
-        mesh,
-    )
+def abstract_step(experiment: Experiment, index: int, mesh: Mesh) -> StageProgram:
+    """The program that `training.loop` runs for a stage, from the config alone."""
+    return build_stage(experiment, index, mesh, stage_spec(experiment, experiment.stages[index]))
 
 
-def compile_step(abstract: AbstractStep, topology: Topology) -> CompiledStep:
+def compile_step(program: StageProgram, topology: Topology) -> CompiledStep:
     """Compiles a step for a TPU slice.
 
     Raises:
         OutOfMemory: it does not fit.
     """
     began = time.monotonic()
-    lowered = abstract.step.lower(abstract.state, abstract.frozen, abstract.batch)
+    lowered = program.step.lower(program.state, program.frozen, program.batch)
     lowered_at = time.monotonic()
     with _quiet():
         try:
@@ -185,7 +123,7 @@ def compile_step(abstract: AbstractStep, topology: Topology) -> CompiledStep:
     seconds = time.monotonic() - lowered_at
     memory = compiled.memory_analysis()
     text = _text(compiled)
-    slices = [getattr(device, "slice_index", 0) for device in abstract.mesh.devices.flat]
+    slices = [getattr(device, "slice_index", 0) for device in program.mesh.devices.flat]
     return CompiledStep(
         account(text, slices),
         memory.peak_memory_in_bytes,

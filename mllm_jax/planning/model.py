@@ -4,13 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 
-import jax
-
-from mllm_jax.planning.compile import AbstractStep
-from mllm_jax.training.config import Experiment
-from mllm_jax.training.flops import PartFlops, flops_by_part, with_remat
-from mllm_jax.training.partition import join
-from mllm_jax.training.step import make_apply
+from mllm_jax.training.flops import PartFlops
+from mllm_jax.training.stage import StageProgram
 
 _ORDER = ("encoder", "projector", "", "llm")  # what data goes through; others stand in the gap
 
@@ -21,18 +16,10 @@ def remat_of(config) -> str:
     return next((part.remat for part in parts if hasattr(part, "remat")), "none")
 
 
-def model_flops(experiment: Experiment, index: int, abstract: AbstractStep) -> dict[str, PartFlops]:
+def model_flops(program: StageProgram) -> dict[str, PartFlops]:
     """FLOPs of a step over all devices, by part: without recomputation, with all of the attention's products.
 
     A frozen part counts for what it does: its forward pass, and a backward pass where something trained stands before.
     """
-    stage = experiment.stages[index]
-    apply = make_apply(with_remat(experiment.model, "none").make())
-
-    def loss(params, frozen, batch):
-        return stage.objective.loss(apply, join(params, frozen), batch, jax.random.key(0))
-
-    params, frozen = abstract.state.params, abstract.frozen
-    parts = sorted({*params, *frozen}, key=lambda part: (_ORDER.index(part) if part in _ORDER else 2, part))
-    plain = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (params, frozen, abstract.batch))
-    return flops_by_part(jax.value_and_grad(loss, has_aux=True), parts, *plain)
+    parts = {*program.state.params, *program.frozen}
+    return program.flops_by_part(sorted(parts, key=lambda part: (_ORDER.index(part) if part in _ORDER else 2, part)))

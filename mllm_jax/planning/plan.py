@@ -12,8 +12,8 @@ import jax
 from mllm_jax.errors import ConfigError
 from mllm_jax.layers.stack import REMAT_POLICIES
 from mllm_jax.planning.analytic import analytic_account
-from mllm_jax.planning.arithmetic import whole_bytes
-from mllm_jax.planning.compile import AbstractStep, OutOfMemory, abstract_step, compile_step, topology_mesh
+from mllm_jax.planning.arithmetic import device_bytes, whole_bytes
+from mllm_jax.planning.compile import OutOfMemory, abstract_step, compile_step, topology_mesh
 from mllm_jax.planning.hlo import FUSED_SCATTER
 from mllm_jax.planning.model import model_flops, remat_of
 from mllm_jax.planning.roofline import Roofline, roofline
@@ -22,6 +22,7 @@ from mllm_jax.sharding.chips import GIB
 from mllm_jax.sharding.mesh import AXES, mesh_sizes
 from mllm_jax.training.config import Experiment
 from mllm_jax.training.flops import PartFlops
+from mllm_jax.training.stage import StageProgram
 
 
 @dataclass(frozen=True)
@@ -158,12 +159,12 @@ def make_plan(experiment: Experiment, topology: Topology, stage: str | None = No
         mesh = topology_mesh(experiment.mesh, topology)
     else:
         mesh = jax.sharding.AbstractMesh(mesh_sizes(experiment.mesh, topology.devices), AXES)
-    abstract = abstract_step(experiment, index, mesh)
-    plan = _described(experiment, index, topology, abstract)
+    program = abstract_step(experiment, index, mesh)
+    plan = _described(experiment, index, topology, program)
     if not topology.is_tpu:
-        return _estimated(plan, topology, abstract)
+        return _estimated(plan, topology, program)
     try:
-        compiled = compile_step(abstract, topology)
+        compiled = compile_step(program, topology)
     except OutOfMemory as error:
         memory = replace(plan.memory, peak=error.needed, available=error.available or plan.memory.available)
         plan = replace(plan, fits=False, memory=memory, notes=(*plan.notes, *_first_lines(error.given)))
@@ -197,19 +198,19 @@ def make_plan(experiment: Experiment, topology: Topology, stage: str | None = No
     return replace(plan, advice=_advice(plan))
 
 
-def _described(experiment: Experiment, index: int, topology: Topology, abstract: AbstractStep) -> Plan:
+def _described(experiment: Experiment, index: int, topology: Topology, program: StageProgram) -> Plan:
     """The plan before anything is compiled."""
-    stage, sizes = experiment.stages[index], dict(abstract.mesh.shape)
-    size = abstract.device_bytes
+    stage, sizes = experiment.stages[index], dict(program.mesh.shape)
+    size = device_bytes
     memory = Memory(
-        size(abstract.state.params),
-        size(abstract.frozen),
-        size(abstract.state.opt_state),
-        size(abstract.batch),
+        size(program.state.params),
+        size(program.frozen),
+        size(program.state.opt_state),
+        size(program.batch),
         None,
         None,
         topology.chip.device_hbm,
-        whole_bytes(abstract),
+        whole_bytes(program),
     )
     notes = []
     if memory.whole > 0.05 * memory.available:
@@ -238,14 +239,14 @@ def _described(experiment: Experiment, index: int, topology: Topology, abstract:
         topology.is_tpu,
         None,
         memory,
-        model_flops(experiment, index, abstract),
+        model_flops(program),
         topology.chips * topology.chip.flops,
         notes=tuple(notes),
     )
 
 
-def _estimated(plan: Plan, topology: Topology, abstract: AbstractStep) -> Plan:
-    counted = analytic_account(plan.model_flops, plan.remat, abstract, topology)
+def _estimated(plan: Plan, topology: Topology, program: StageProgram) -> Plan:
+    counted = analytic_account(plan.model_flops, plan.remat, program, topology)
     notes = (
         *plan.notes,
         "estimated from shapes, nothing compiled: activations are not in the memory, kernels reach their peak, and of "

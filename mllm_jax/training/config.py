@@ -4,25 +4,13 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, fields, is_dataclass
-from fnmatch import fnmatchcase
 from typing import Any
 
 from mllm_jax.data.pipeline import Mixture
 from mllm_jax.errors import ConfigError
-from mllm_jax.models.blip2_stage1 import QFormerPretrainingConfig
-from mllm_jax.models.clip import DualEncoderConfig
-from mllm_jax.models.multimodal import MultimodalConfig
-from mllm_jax.models.pformer import PFormerPretrainingConfig
 from mllm_jax.sharding.logical import PartRules
 from mllm_jax.sharding.mesh import MeshConfig
-from mllm_jax.training.objectives.contrastive import Contrastive
-from mllm_jax.training.objectives.next_token import NextToken
-from mllm_jax.training.objectives.pformer import PFormerObjective, PromptGuided
-from mllm_jax.training.objectives.qformer import QFormerStage1
-
-Model = MultimodalConfig | DualEncoderConfig | QFormerPretrainingConfig | PFormerPretrainingConfig
-# The models that one objective trains and no other, which trains nothing else.
-OWN_OBJECTIVES = {QFormerPretrainingConfig: QFormerStage1, PFormerPretrainingConfig: PFormerObjective}
+from mllm_jax.training.objectives.protocol import Objective
 
 
 @dataclass(frozen=True)
@@ -61,7 +49,7 @@ class Stage:
     """
 
     name: str
-    objective: NextToken | Contrastive | QFormerStage1 | PFormerObjective | PromptGuided
+    objective: Objective
     trainable: tuple[str, ...]
     data: Mixture
     steps: int
@@ -75,12 +63,23 @@ class Stage:
 
     def __post_init__(self):
         _check_name("a stage", self.name)
+        if not isinstance(self.objective, Objective) or isinstance(self.objective, type):
+            raise ConfigError(
+                f"stage {self.name!r}: objective {self.objective!r:.80}",
+                "an objective with `loss` and `check`, such as NextToken()",
+                "change the stage's objective",
+            )
         if self.steps < 1 or self.accumulate < 1 or self.data.rows % self.accumulate:
             raise ConfigError(
                 f"stage {self.name!r}: {self.steps} steps, {self.data.rows} rows in {self.accumulate} piece(s)",
                 "at least one step, and pieces that divide the rows",
                 "change steps, data.rows or accumulate",
             )
+
+    @property
+    def mixtures(self) -> tuple[Mixture, ...]:
+        """The mixtures that the stage reads: its data, and its validation if it has one."""
+        return (self.data,) if self.validation is None else (self.data, self.validation)
 
 
 @dataclass(frozen=True)
@@ -152,8 +151,8 @@ class Experiment:
     """Everything `mllm train` needs.
 
     Attributes:
-        model: a multimodal LLM; a dual encoder, whose stages are all contrastive; what BLIP-2's first stage trains; or
-            what trains a P-Former.
+        model: the config of a model that the stages' objectives can train: of a multimodal LLM; of a dual encoder,
+            whose stages are all contrastive; of what BLIP-2's first stage trains; or of what trains a P-Former.
         pretrained: parts that do not begin at random.
         part_rules: what parts of the model have of their own in the table of logical axes, such as
             `data_parallel("encoder")`.
@@ -163,7 +162,7 @@ class Experiment:
     """
 
     name: str
-    model: Model
+    model: Any
     stages: tuple[Stage, ...]
     tokenizer: TokenizerConfig = TokenizerConfig()
     pretrained: tuple[Pretrained, ...] = ()
@@ -199,12 +198,9 @@ class Experiment:
         if self.evaluation is not None:
             self.evaluation.check(self.model)
         for stage in self.stages:
-            _check_objective(stage, self.model)
-            _check_features(stage, self.model)
-            for mixture in filter(None, (stage.data, stage.validation)):
+            stage.objective.check(stage, self.model)
+            for mixture in stage.mixtures:
                 _check_length(stage, mixture, self.mesh)
-                _check_captions(stage, mixture, self.model)
-                _check_prompts(stage, mixture, self.model)
 
 
 def _check_name(what: str, name: str) -> None:
@@ -217,55 +213,13 @@ def _check_name(what: str, name: str) -> None:
         )
 
 
-def require_vocabulary(model: Model, size: int) -> None:
+def require_vocabulary(model: Any, size: int) -> None:
     """Raises ConfigError if a tokenizer of `size` ids has more than one of the model's embeddings holds."""
     for place, held in model.vocab_sizes.items():
         if size > held:
             raise ConfigError(
                 f"a tokenizer of {size} for {held} tokens in {place}", "a vocabulary that it holds", f"raise {place}"
             )
-
-
-def _check_objective(stage: Stage, model: Model) -> None:
-    for kind, objective in OWN_OBJECTIVES.items():
-        if isinstance(stage.objective, objective) != isinstance(model, kind):
-            raise ConfigError(
-                f"stage {stage.name!r}: {type(stage.objective).__name__} for a {type(model).__name__}",
-                f"{objective.__name__} for a {kind.__name__}, and no other objective for that",
-                "change the stage's objective, or the model",
-            )
-    contrastive = isinstance(stage.objective, Contrastive)
-    if not contrastive and isinstance(model, DualEncoderConfig):
-        raise ConfigError(
-            f"stage {stage.name!r}: {type(stage.objective).__name__} for a dual encoder, which generates no text",
-            "Contrastive",
-            "change the stage's objective, or the model",
-        )
-    if contrastive and model.text_tower is None:
-        raise ConfigError(
-            f"stage {stage.name!r}: contrastive training of a model without a text tower",
-            "model.text_tower and model.contrastive",
-            "add both, or drop the stage",
-        )
-    if contrastive and isinstance(model, DualEncoderConfig) and stage.objective.kind != model.kind:
-        raise ConfigError(
-            f"stage {stage.name!r}: the {stage.objective.kind} loss for a dual encoder of kind {model.kind!r}",
-            "the loss that the model's scale and bias are made for",
-            "make objective.kind and model.kind equal",
-        )
-
-
-def _check_features(stage: Stage, model: Model) -> None:
-    if not stage.cache_features:
-        return
-    objective = isinstance(stage.objective, NextToken | PromptGuided)
-    reads = isinstance(model, MultimodalConfig) and not model.packed and objective
-    if not reads or _trains(stage, "encoder"):
-        raise ConfigError(
-            f"stage {stage.name!r}: cache_features of {type(model).__name__}, trainable {stage.trainable}",
-            "next-token or prompt-guided training of a model with a frozen encoder of whole pictures",
-            "freeze the encoder, or drop cache_features",
-        )
 
 
 def _check_length(stage: Stage, mixture: Mixture, mesh: MeshConfig) -> None:
@@ -275,57 +229,4 @@ def _check_length(stage: Stage, mixture: Mixture, mesh: MeshConfig) -> None:
             f"stage {stage.name!r}: rows of {mixture.length} places over mesh.context {mesh.context}",
             f"a multiple of {mesh.context}; of {2 * mesh.context} for causal attention in balance",
             "change the mixture's length or mesh.context",
-        )
-
-
-def _trains(stage: Stage, part: str) -> bool:
-    return any(p.startswith(part) or fnmatchcase(f"{part}/x", p) for p in stage.trainable)
-
-
-def _check_captions(stage: Stage, mixture: Mixture, model: Model) -> None:
-    tower = getattr(model, "text_tower", None)
-    if mixture.layout != "caption" or tower is None or isinstance(stage.objective, PromptGuided):
-        return
-    if mixture.captions > model.captions:
-        raise ConfigError(
-            f"stage {stage.name!r}: up to {mixture.captions} captions a picture for heads of {model.captions}",
-            "heads for as many captions",
-            "raise the number of captions of the model's contrastive heads",
-        )
-    if tower.num_layers and mixture.length > tower.max_length:
-        raise ConfigError(
-            f"stage {stage.name!r}: captions of {mixture.length} places for a text tower of {tower.max_length}",
-            "rows that the tower's positions hold",
-            "lower the mixture's length, or raise max_length of the model's text tower",
-        )
-
-
-def _check_prompts(stage: Stage, mixture: Mixture, model: Model) -> None:
-    """Captions are what a P-Former reads; where it guides, each has a picture beside it."""
-    if not isinstance(stage.objective, PFormerObjective | PromptGuided):
-        return
-    guides = isinstance(stage.objective, PromptGuided)
-    prompter = getattr(model, "prompter", None)
-    if prompter is None:
-        raise ConfigError(
-            f"stage {stage.name!r}: prompt-guided training of a {type(model).__name__} without a P-Former",
-            "model.prompter, read from the run that trained it",
-            "add model.prompter and Pretrained('prompter', run, stage=...), or change the objective",
-        )
-    if mixture.layout != "caption" or (guides and mixture.slots != 1):
-        raise ConfigError(
-            f"stage {stage.name!r}: layout {mixture.layout!r} with {mixture.slots} media slots",
-            f"layout 'caption'{', and 1 slot: the picture of the caption' if guides else ''}",
-            "change the stage's mixture",
-        )
-    if mixture.length > prompter.max_length:
-        raise ConfigError(
-            f"stage {stage.name!r}: captions of {mixture.length} places for a P-Former of {prompter.max_length}",
-            "rows that its positions hold",
-            "lower the mixture's length, or raise max_length of the model's prompter",
-        )
-    frozen = "prompter" if guides else "llm"
-    if _trains(stage, frozen):
-        raise ConfigError(
-            f"stage {stage.name!r}: trainable {stage.trainable}", f"{frozen}/* frozen", "change the stage's trainable"
         )

@@ -30,6 +30,11 @@ def split(params: dict, patterns: Sequence[str]) -> tuple[dict, dict]:
     return unflatten_dict(trainable, sep="/"), unflatten_dict(frozen, sep="/")
 
 
+def trains(patterns: Sequence[str], part: str) -> bool:
+    """Returns whether a pattern matches parameters of a part of the model, by its name alone."""
+    return any(pattern.startswith(part) or fnmatchcase(f"{part}/x", pattern) for pattern in patterns)
+
+
 def join(*trees: dict) -> dict:
     """The reverse of `split`."""
     flat: dict = {}

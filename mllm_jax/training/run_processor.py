@@ -9,16 +9,17 @@ from typing import Any
 
 from mllm_jax.checkpoints.description import describe
 from mllm_jax.checkpoints.hf import copy_companions
+from mllm_jax.checkpoints.run import RunFolder
 from mllm_jax.data.chat import PROCESSORS_TEMPLATE
 from mllm_jax.data.pipeline import training_texts
 from mllm_jax.data.tokenizer import TEMPLATE, Tokenizer
 from mllm_jax.errors import ConfigError
 from mllm_jax.models.processor import Processor
 from mllm_jax.models.registry import save_pretrained
+from mllm_jax.models.run_weights import load_run
 from mllm_jax.sharding.hosts import first_alone
 from mllm_jax.training.config import Experiment, require_vocabulary
 from mllm_jax.training.pretrained import require_words
-from mllm_jax.training.run_folder import RunFolder
 
 
 def prepare_processor(experiment: Experiment, run: RunFolder) -> Processor:
@@ -28,17 +29,11 @@ def prepare_processor(experiment: Experiment, run: RunFolder) -> Processor:
         ConfigError: a named model without a folder, or a tokenizer that the model's embeddings do not hold.
     """
     first_alone(partial(_write, experiment, run))
-    processor = processor_of(experiment, run)
+    processor = Processor.of_run(run, experiment)
     if processor.family is None:
         require_vocabulary(experiment.model, processor.tokenizer.vocab_size)
         require_words(experiment, processor.tokenizer)
     return processor
-
-
-def processor_of(experiment: Experiment, run: RunFolder) -> Processor:
-    """The processor in a run's folder."""
-    config = experiment.tokenizer
-    return Processor.of(experiment.model, run.processor_folder, system=config.system, words=config.places)
 
 
 def _write(experiment: Experiment, run: RunFolder) -> None:
@@ -81,8 +76,6 @@ def export_run(run: RunFolder, target: Path, *, dtype: Any = None, overwrite: bo
     Raises:
         ConfigError: a run of a model without a family; CheckpointError: a folder that is taken.
     """
-    from mllm_jax.training.weights import load_run
-
     _, model, params, _, _ = load_run(run)
     folder = run.processor_folder
     companions = folder if folder.is_dir() else None

@@ -13,9 +13,8 @@ from flax import struct
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mllm_jax.data.batch import BatchSpec
-from mllm_jax.models.registry import abstract_init
 from mllm_jax.sharding.logical import PartRules, use_mesh
-from mllm_jax.sharding.mesh import batch_sharding, param_shardings
+from mllm_jax.sharding.mesh import batch_sharding
 from mllm_jax.training.partition import join
 
 
@@ -27,53 +26,6 @@ class TrainState:
     params: dict
     opt_state: optax.OptState
     key: jax.Array
-
-
-def placed_params(model: nn.Module, mesh: Mesh, parts: Sequence[PartRules] = ()) -> dict:
-    """All parameters as ShapeDtypeStructs with the shardings under which they will live; nothing is computed.
-
-    Args:
-        parts: what parts of the model have of their own in the table of logical axes.
-    """
-    boxed = abstract_init(model, model.config.batch_spec().empty(), method="touch")
-    shardings = param_shardings(boxed, mesh, parts)
-    return jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), nn.meta.unbox(boxed), shardings
-    )
-
-
-def shardings_of(placed: dict) -> dict:
-    """The shardings of a tree of ShapeDtypeStructs."""
-    return jax.tree.map(lambda x: x.sharding, placed)
-
-
-def init_params(
-    model: nn.Module,
-    mesh: Mesh,
-    seed: int,
-    *,
-    without: Sequence[str] = (),
-    parts: Sequence[PartRules] = (),
-    placed: dict | None = None,
-) -> tuple[dict, dict]:
-    """Draws all parameters where they will live: no host or device ever holds a full copy of a sharded one.
-
-    Args:
-        without: parts that are not made.
-        parts: what parts of the model have of their own in the table of logical axes.
-        placed: what `placed_params` gives for these, where the caller has it.
-
-    Returns:
-        (params, shardings): nested dicts of float32 arrays and of their NamedShardings, the latter of all parts.
-    """
-    shardings = shardings_of(placed_params(model, mesh, parts) if placed is None else placed)
-    wanted = {part: places for part, places in shardings.items() if part not in without}
-
-    def make(key):
-        params = nn.meta.unbox(model.init(key, model.config.batch_spec().empty(), method="touch")["params"])
-        return {part: params[part] for part in wanted}
-
-    return jax.jit(make, out_shardings=wanted)(jax.random.key(seed)) if wanted else {}, shardings
 
 
 def state_shardings(optimizer: optax.GradientTransformation, params, shardings, mesh: Mesh) -> TrainState:
@@ -124,39 +76,12 @@ def make_train_step(
     def loss(params, frozen, batch, key):
         return objective.loss(apply, join(params, frozen), batch, key)
 
-    gradient = jax.value_and_grad(loss, has_aux=True)
-
-    def pieces(params, frozen, batch, key):
-        if accumulate == 1:
-            (value, metrics), grads = gradient(params, frozen, batch, key)
-            return value, metrics, grads
-
-        def cut(
-            x,
-        ):  # [rows, ...] -> [pieces, rows/pieces, ...]; neighbours go to different pieces: each shard keeps its rows
-            x = x.reshape(x.shape[0] // accumulate, accumulate, *x.shape[1:]).swapaxes(0, 1)
-            spec = batch_sharding(mesh, x.ndim - 1, x.shape[1:]).spec
-            return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(None, *spec)))
-
-        def body(total, piece):
-            (value, metrics), grads = gradient(params, frozen, piece, key)
-            weight = metrics["weight"]
-            scaled = jax.tree.map(lambda x: x * weight, (value, metrics, grads))
-            return jax.tree.map(jnp.add, total, scaled), weight
-
-        cut_batch = jax.tree.map(cut, batch)
-        first = jax.tree.map(lambda x: x[0], cut_batch)
-        shapes = jax.eval_shape(gradient, params, frozen, first, key)
-        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), (*shapes[0], shapes[1]))
-        (value, metrics, grads), weights = jax.lax.scan(body, zeros, cut_batch)
-        count = jnp.maximum(weights.sum(), 1e-9)
-        value, metrics, grads = jax.tree.map(lambda x: x / count, (value, metrics, grads))
-        return value, metrics | {"weight": weights.sum()}, grads
+    gradient = _in_pieces(jax.value_and_grad(loss, has_aux=True), accumulate, mesh)
 
     def step(state: TrainState, frozen, batch):
         with use_mesh(mesh, parts=parts):
             key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
-            value, metrics, grads = pieces(state.params, frozen, batch, key)
+            value, metrics, grads = gradient(state.params, frozen, batch, key)
             norm = optax.tree.norm(grads)
             finite = jnp.isfinite(value) & jnp.isfinite(norm)
             updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
@@ -174,6 +99,38 @@ def make_train_step(
 
     replicated = NamedSharding(mesh, PartitionSpec())
     return jax.jit(step, donate_argnums=0, out_shardings=(shardings, replicated))
+
+
+def _in_pieces(gradient: Callable, pieces: int, mesh: Mesh) -> Callable:
+    """The loss, metrics and gradient of a whole batch, computed piece by piece; see `make_train_step`."""
+
+    def whole(params, frozen, batch, key):
+        (value, metrics), grads = gradient(params, frozen, batch, key)
+        return value, metrics, grads
+
+    def cut(x):
+        """[rows, ...] -> [pieces, rows/pieces, ...]; neighbours go to different pieces: each shard keeps its rows."""
+        x = x.reshape(x.shape[0] // pieces, pieces, *x.shape[1:]).swapaxes(0, 1)
+        spec = batch_sharding(mesh, x.ndim - 1, x.shape[1:]).spec
+        return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(None, *spec)))
+
+    def summed(params, frozen, batch, key):
+        def body(total, piece):
+            (value, metrics), grads = gradient(params, frozen, piece, key)
+            weight = metrics["weight"]
+            scaled = jax.tree.map(lambda x: x * weight, (value, metrics, grads))
+            return jax.tree.map(jnp.add, total, scaled), weight
+
+        cut_batch = jax.tree.map(cut, batch)
+        first = jax.tree.map(lambda x: x[0], cut_batch)
+        shapes = jax.eval_shape(gradient, params, frozen, first, key)
+        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), (*shapes[0], shapes[1]))
+        (value, metrics, grads), weights = jax.lax.scan(body, zeros, cut_batch)
+        count = jnp.maximum(weights.sum(), 1e-9)
+        value, metrics, grads = jax.tree.map(lambda x: x / count, (value, metrics, grads))
+        return value, metrics | {"weight": weights.sum()}, grads
+
+    return whole if pieces == 1 else summed
 
 
 def make_eval_step(model: nn.Module, objective, *, mesh: Mesh, parts: Sequence[PartRules] = ()):

@@ -9,61 +9,28 @@ found wherever a run is opened. Nothing is drawn a second time: another compiler
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
-import jax
 from flax import linen as nn
-from flax.traverse_util import flatten_dict, unflatten_dict
+from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh
 
+from mllm_jax.checkpoints.run import RunFolder, words_of
 from mllm_jax.checkpoints.training import (
-    check_fingerprint,
-    compare_fingerprints,
     fingerprint,
     load_snapshot,
     save_snapshot,
-    snapshot_meta,
 )
-from mllm_jax.errors import CheckpointError, RunFolderError, TrainingError
+from mllm_jax.errors import RunFolderError
+from mllm_jax.models.params import placed_params
+from mllm_jax.models.part_sources import covers
+from mllm_jax.models.run_weights import initial_meta, params_of, read_sources
 from mllm_jax.sharding.hosts import from_first
-from mllm_jax.sharding.mesh import make_fitting_mesh
-from mllm_jax.training.config import Experiment, Stage
-from mllm_jax.training.pretrained import covers, initial_params, read_source
-from mllm_jax.training.run_folder import RunFolder, words_of
-from mllm_jax.training.run_processor import processor_of
-from mllm_jax.training.step import placed_params, shardings_of
+from mllm_jax.training.config import Experiment
+from mllm_jax.training.pretrained import initial_params
 
 Leaves = dict[str, Any]  # path -> leaf
-
-
-def load_run(folder: RunFolder, devices: Sequence[jax.Device] | None = None):
-    """Reads a run's model with the parameters that its finished stages left.
-
-    Only the last weights are read. The run's mesh is used where it fits the devices; else the weights are spread over
-    those that are there (`fsdp`), so that a run of a pod opens on a laptop.
-
-    Returns:
-        (experiment, model, params, processor, mesh)
-
-    Raises:
-        RunFolderError: no run in the folder, or a tokenizer that is not the run's.
-        TrainingError: no stage of it is finished.
-        CheckpointError: weights that are absent, damaged or not those that the run was trained with.
-    """
-    experiment = folder.experiment()
-    if not finished_stages(folder, experiment):
-        raise TrainingError(f"{folder.path}: no stage is finished", "a run that has ended a stage", "train it further")
-    mesh = make_fitting_mesh(experiment.mesh, devices)
-    model = experiment.model.make()
-    params, _ = params_of(experiment, folder, model, mesh)
-    return experiment, model, params, processor_of(experiment, folder), mesh
-
-
-def finished_stages(folder: RunFolder, experiment: Experiment) -> int:
-    """Counts the stages, from the first on, that have ended."""
-    return len(experiment.stages) - len(from_first(folder.unfinished(experiment)))
 
 
 def starting_params(
@@ -98,63 +65,7 @@ def starting_params(
     return params, shardings
 
 
-def params_of(experiment: Experiment, folder: RunFolder, model: nn.Module, mesh: Mesh) -> tuple[dict, dict]:
-    """Reads each parameter where it was last written: its last finished stage, `initial`, or its `Pretrained` source.
-
-    Raises:
-        CheckpointError: see `load_run`.
-    """
-    placed = placed_params(model, mesh, experiment.part_rules)
-    wanted: Leaves = flatten_dict(placed, sep="/")
-    begin = _initial_meta(folder)
-    _check_words(folder, begin)
-    known: dict[str, int] = begin["fingerprint"]
-    places: dict[str, Path | None] = dict.fromkeys(begin["stored"], folder.initial)
-    for index, stage in enumerate(experiment.stages[: finished_stages(folder, experiment)]):
-        snapshot = folder.snapshot(index, stage.name)
-        meta = snapshot_meta(snapshot)
-        _check_began(meta, known, stage)
-        known = known | meta["fingerprint"]
-        places |= dict.fromkeys(meta["fingerprint"], snapshot)
-    found: Leaves = {}
-    for place in dict.fromkeys(places.values()):
-        there = {path: leaf for path, leaf in wanted.items() if places.get(path) == place}
-        found |= load_snapshot(place, there, whole=False)[0] if there else {}
-    found |= _read_sources(experiment, placed, wanted.keys() - found.keys(), mesh, known)
-    if absent := sorted(wanted.keys() - found.keys()):
-        raise CheckpointError(
-            f"{folder.path}: no stage and no source has {len(absent)} of the model's leaves, such as {absent[:3]}",
-            "the weights of the whole model",
-            "restore the run folder, or start over with --fresh",
-        )
-    return unflatten_dict({path: found[path] for path in wanted}, sep="/"), shardings_of(placed)
-
-
-def _check_words(folder: RunFolder, begin: dict) -> None:
-    """Refuses a tokenizer, or processor files, that are not those with which the run began.
-
-    Raises:
-        RunFolderError: names the files that differ.
-    """
-    expected = begin["words"]
-    actual = from_first(words_of(folder))
-    if wrong := sorted(name for name in actual.keys() | expected.keys() if actual.get(name) != expected.get(name)):
-        raise RunFolderError(
-            f"{folder.path}: {', '.join(wrong)}, which the run was not trained with",
-            "the tokenizer's files as training wrote them",
-            "restore them: with other ids or another template the weights mean something else",
-        )
-
-
 # ---- inside
-
-
-def _initial_meta(folder: RunFolder) -> dict[str, Any]:
-    if not from_first(folder.initial.is_dir()):
-        raise CheckpointError(
-            f"{folder.path} without {folder.initial.name}/", "the weights that the run began with", "restore the folder"
-        )
-    return snapshot_meta(folder.initial)
 
 
 def _keep(folder: RunFolder, leaves: Leaves, stored: Sequence[str], words: dict[str, str]) -> None:
@@ -165,36 +76,11 @@ def _keep(folder: RunFolder, leaves: Leaves, stored: Sequence[str], words: dict[
 
 def _copy_sources(experiment: Experiment, folder: RunFolder, model: nn.Module, mesh: Mesh) -> None:
     """Adds to `initial` what is only referred to yet."""
-    begin = _initial_meta(folder)
+    begin = initial_meta(folder)
     if len(begin["stored"]) == len(begin["fingerprint"]):
         return
     placed = placed_params(model, mesh, experiment.part_rules)
     leaves = flatten_dict(placed, sep="/")
     leaves |= load_snapshot(folder.initial, {path: leaves[path] for path in begin["stored"]})[0]
-    leaves |= _read_sources(experiment, placed, leaves.keys() - set(begin["stored"]), mesh, begin["fingerprint"])
+    leaves |= read_sources(experiment, placed, leaves.keys() - set(begin["stored"]), mesh, begin["fingerprint"])
     _keep(folder, leaves, list(leaves), begin["words"])
-
-
-def _read_sources(
-    experiment: Experiment, placed: dict, missing: Collection[str], mesh: Mesh, known: dict[str, int]
-) -> Leaves:
-    """Reads leaves that no folder of the run holds from where `Pretrained` found them."""
-    found: Leaves = {}
-    for source in experiment.pretrained:
-        if wanted := [path for path in missing if covers(source, path)]:
-            read = flatten_dict(read_source(source, experiment.model, mesh, placed), sep="/")
-            leaves = {path: read[path] for path in wanted}
-            check_fingerprint(
-                leaves,
-                {path: known[path] for path in wanted if path in known},
-                source.folder,
-                wanted="the weights that the run began with",
-                todo="put them back there; `mllm train --self-contained` copies them while they are the same",
-            )
-            found |= leaves
-    return found
-
-
-def _check_began(meta: dict, known: dict[str, int], stage: Stage) -> None:
-    """Refuses a finished stage that began with other weights than the stages before it left, by fingerprints alone."""
-    compare_fingerprints(known, meta["frozen"]["fingerprint"] | meta["began"], f"the weights before stage {stage.name}")

@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mllm_jax.checkpoints.safetensors_files import INDEX, Spec, plan_files, write_file, write_index
+from mllm_jax.checkpoints.components import Component
+from mllm_jax.checkpoints.safetensors_files import Spec, plan_files, write_file, write_index
 
 ROOT = Path(__file__).parents[2]
 WIDTH, MLP, LAYERS, VOCAB = 1024, 2816, 4, 4096  # 4 layers of about 48 MB in float32
@@ -77,7 +78,7 @@ def write(folder: Path, config: dict) -> int:
     for name, part in files.items():
         write_file(folder / name, part, (rng.random(spec.shape, np.float32) for spec in part.values()))
     if len(files) > 1:
-        write_index(folder / INDEX, files)
+        write_index(Component(folder), files)
     (folder / "config.json").write_text(json.dumps(config))
     return sum(spec.nbytes for spec in specs.values())
 

@@ -20,7 +20,7 @@ from mllm_jax.errors import DataError, RunFolderError
 from mllm_jax.evaluation.charts import Line, chart, ema
 from mllm_jax.evaluation.report import write_report
 from mllm_jax.evaluation.tables import table
-from mllm_jax.training.goodput import KINDS
+from mllm_jax.training.operations.goodput import KINDS
 
 VOID = {"meta", "img", "input", "br"}
 SVG = {"line", "rect", "polyline", "circle"}

@@ -8,22 +8,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import linen as nn
 from flax.traverse_util import flatten_dict, unflatten_dict
 from mllm_jax.generation.language import LanguageGenerator
 from tiny_language import CONFIG, random_params
 
 from mllm_jax.errors import ConfigError
+from mllm_jax.generation.language import LanguageGenerator
 from mllm_jax.generation.options import Options
 from mllm_jax.generation.quantize import int8_linear, quantize, summary
 from mllm_jax.generation.sampling import Sampling
+from mllm_jax.layers.linear import linear_hook
 
 C = dataclasses.replace(CONFIG, qkv_bias=True)
 TOKENS = np.random.default_rng(0).integers(0, 260, (2, 20))
 
 
 def logits(params):
-    with nn.intercept_methods(int8_linear):
+    with linear_hook(int8_linear):
         return C.make().apply({"params": params}, TOKENS)
 
 
@@ -102,9 +103,18 @@ def test_generation_reads_what_is_stored(params, quantized):
     found = [c.ids for c in generator.generate(prompts, options)]
     for prompt, ids in zip(prompts, found, strict=True):
         row = jnp.array([[*prompt, *ids[:-1]]])
-        with nn.intercept_methods(int8_linear):
+        with linear_hook(int8_linear):
             best = C.make().apply({"params": quantized[0]}, row)[0, len(prompt) - 1 :].argmax(-1)
         assert best.tolist() == list(ids)
+
+
+def test_a_hook_around_it_adds_to_the_scaled_product(quantized):
+    def plus(linear, x, kernel, product):
+        return product(x) + (linear.path == ("lm_head",))
+
+    with linear_hook(plus):
+        found = logits(quantized[0])
+    np.testing.assert_allclose(found, logits(quantized[0]) + 1, atol=1e-5)
 
 
 def test_twice_is_refused(quantized):

@@ -138,10 +138,10 @@ class Harness:
         ended_well(self.start(folder), folder.with_suffix(".out"))
 
     def start(self, folder: Path, death: tuple[int, int] | None = None) -> int:
-        from mllm_jax.training import loop
+        from mllm_jax.training import loop, stage
 
         def work():
-            loop.StageRunner.step_flops = lambda *_: 1  # spares each start a second of tracing
+            stage.StageProgram.flops = lambda _: 1  # spares each start a second of tracing
             keep_account(folder, folder.with_suffix(".journal"), death)
             loop.train(experiment(), folder, cache_dir=self.base)
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import warnings
+from dataclasses import dataclass, replace
 
 import jax
 import pytest
+import tyro
 from flax import linen as nn
 from flax.traverse_util import flatten_dict
 from tiny_runs import ROOT
@@ -71,6 +73,50 @@ def test_impossible_experiments_are_refused(change, given):
     with pytest.raises(ConfigError) as refusal:
         replace(EXPERIMENT, **change)
     assert given in refusal.value.given and refusal.value.expected and refusal.value.todo
+
+
+# ---- an objective of one's own
+
+
+@dataclass(frozen=True)
+class Words:
+    """Trains what has at least so many words."""
+
+    least: int = 320
+
+    def loss(self, apply, params, batch, key):
+        return apply(params, batch).logits.mean(), {}
+
+    def check(self, stage, model):
+        if model.llm.vocab_size < self.least:
+            raise ConfigError(f"{stage.name}: {model.llm.vocab_size} words", f"{self.least}", "raise vocab_size")
+
+
+def test_an_objective_of_ones_own_says_what_it_trains():
+    own = replace(TALK, objective=Words())
+    assert replace(EXPERIMENT, stages=(own,)).stages[0].objective == Words()
+    with pytest.raises(ConfigError, match="talk: 320 words"):
+        replace(EXPERIMENT, stages=(replace(own, objective=Words(321)),))
+
+
+def test_the_command_line_reads_any_objectives_fields():
+    default = replace(EXPERIMENT, stages=(STAGE, TALK, replace(TALK, name="own", objective=Words())))
+    given = ["--stages.0.objective.chunk", "8", "--stages.1.objective.z-loss", "0.5", "--stages.2.objective.least", "7"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        read = tyro.cli(Experiment, args=given, default=default, config=(tyro.conf.AvoidSubcommands,))
+    assert [stage.objective for stage in read.stages] == [Contrastive(chunk=8), NextToken(z_loss=0.5), Words(7)]
+    assert read == replace(
+        default,
+        stages=tuple(replace(s, objective=r.objective) for s, r in zip(default.stages, read.stages, strict=True)),
+    )
+
+
+@pytest.mark.parametrize("objective", [None, "NextToken", PAIRS, NextToken], ids=str)
+def test_what_is_no_objective_is_refused(objective):
+    with pytest.raises(ConfigError, match="stage 'talk': objective") as refusal:
+        replace(TALK, objective=objective)
+    assert "`loss` and `check`" in refusal.value.expected
 
 
 def test_rules_of_parts_are_kept_with_the_run():

@@ -135,6 +135,6 @@ def test_only_a_dual_encoder_is_embedded():
 
 
 def folder_of(path):
-    from mllm_jax.training.run_folder import RunFolder
+    from mllm_jax.training.operations.run_folder import RunFolder
 
     return RunFolder(path)

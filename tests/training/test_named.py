@@ -31,7 +31,7 @@ from mllm_jax.training.config import AdamW, CheckpointConfig, Experiment, Pretra
 from mllm_jax.training.features import FeatureCache
 from mllm_jax.training.loop import train
 from mllm_jax.training.objectives.next_token import NextToken
-from mllm_jax.training.run_folder import RunFolder
+from mllm_jax.training.operations.run_folder import RunFolder
 from mllm_jax.training.weights import load_run
 
 WORDS = ("<pad>", "<s>", "</s>", "user:", "assistant:", "?", "what", "colour", "which", "number", "is", *COLOURS)

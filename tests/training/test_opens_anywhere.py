@@ -46,7 +46,7 @@ def asked(run: Path, devices=None) -> dict:
     import jax
 
     from mllm_jax.generation.generate import Generator, Prompt
-    from mllm_jax.training.run_folder import RunFolder
+    from mllm_jax.training.operations.run_folder import RunFolder
     from mllm_jax.training.weights import load_run
 
     _, model, params, tokenizer, mesh = load_run(RunFolder(run), devices)

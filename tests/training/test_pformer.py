@@ -28,8 +28,8 @@ from mllm_jax.training.loop import train
 from mllm_jax.training.objectives.contrastive import Contrastive
 from mllm_jax.training.objectives.next_token import NextToken
 from mllm_jax.training.objectives.pformer import PFormerObjective, PromptGuided
+from mllm_jax.training.operations.run_folder import RunFolder
 from mllm_jax.training.pretrained import initial_params
-from mllm_jax.training.run_folder import RunFolder
 from mllm_jax.training.step import make_apply
 from mllm_jax.training.weights import load_run
 

@@ -25,7 +25,7 @@ from mllm_jax.training.config_file import load_config
 from mllm_jax.training.loop import train
 from mllm_jax.training.objectives.contrastive import Contrastive
 from mllm_jax.training.objectives.next_token import NextToken
-from mllm_jax.training.run_folder import RunFolder, open_run
+from mllm_jax.training.operations.run_folder import RunFolder, open_run
 from mllm_jax.training.weights import load_run
 
 pytestmark = pytest.mark.slow

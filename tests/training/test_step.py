@@ -14,15 +14,17 @@ import pytest
 from tiny_runs import metrics
 from toy_data import MODEL, PAIRS, PICTURES, pipeline, quick_compilation, tokenizer, with_dtype
 
+from mllm_jax.checkpoints.training import fingerprint, snapshot_meta
 from mllm_jax.errors import TrainingError
 from mllm_jax.sharding.mesh import MeshConfig, make_mesh
-from mllm_jax.training import loop
+from mllm_jax.training import loop, stage_run
 from mllm_jax.training.config import AdamW, CheckpointConfig, Experiment, Stage, TokenizerConfig
 from mllm_jax.training.objectives.contrastive import Contrastive
 from mllm_jax.training.objectives.next_token import NextToken
+from mllm_jax.training.operations.run_folder import read_json
+from mllm_jax.training.operations.stopping import Interrupted
 from mllm_jax.training.optimizer import learning_rate, make_optimizer
 from mllm_jax.training.partition import num_bytes, split
-from mllm_jax.training.run_folder import read_json
 from mllm_jax.training.step import (
     TrainState,
     init_params,
@@ -51,6 +53,9 @@ class Poisoned:
     """Next-token whose loss is not a number for the batches with these sums of tokens."""
 
     marks: tuple[int, ...] = ()
+
+    def check(self, stage, model):
+        NextToken().check(stage, model)
 
     def loss(self, apply, params, batch, key):
         value, metrics = NextToken().loss(apply, params, batch, key)
@@ -258,14 +263,14 @@ def test_the_loop_stops_at_nan_and_names_the_batch(tmp_path):
 
 def test_the_loop_skips_nan_if_told_and_a_signal_at_a_stages_end_stops_before_the_next(tmp_path, capsys, monkeypatch):
     config = experiment(tmp_path, Poisoned((mark(2),)), nonfinite="skip")
-    save = loop.save_snapshot
+    save = stage_run.save_snapshot
 
     def save_and_signal(*args):
         save(*args)
         os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(loop, "save_snapshot", save_and_signal)
-    with pytest.raises(loop.Interrupted, match="stopped after stage first"):
+    monkeypatch.setattr(stage_run, "save_snapshot", save_and_signal)
+    with pytest.raises(Interrupted, match="stopped after stage first"):
         train(tmp_path, config)
     printed = " ".join(capsys.readouterr().out.split())
     assert "stage first, step 2: loss nan" in printed and ": skipped; the batch: " in printed
@@ -283,6 +288,6 @@ def test_frozen_dtype_in_a_run_leaves_the_parameters_themselves_alone(tmp_path, 
     folder = train(tmp_path, replace(config, stages=(first, config.stages[1])))
     facts = read_json(folder.path / "run.json")["stages"]
     assert facts[0]["frozen_bytes"] * 2 == num_bytes(plain.frozen)
-    known = loop.snapshot_meta(folder.snapshot(1, "second"))["frozen"]["fingerprint"]
-    encoder = {path: number for path, number in loop.fingerprint(plain.frozen).items() if path.startswith("encoder/")}
+    known = snapshot_meta(folder.snapshot(1, "second"))["frozen"]["fingerprint"]
+    encoder = {path: number for path, number in fingerprint(plain.frozen).items() if path.startswith("encoder/")}
     assert encoder and encoder.items() <= known.items()

@@ -19,9 +19,9 @@ import toy_data
 
 from mllm_jax.data.pipeline import Mixture, Weighted
 from mllm_jax.sharding.mesh import MeshConfig
-from mllm_jax.training import run_folder
 from mllm_jax.training.config import AdamW, CheckpointConfig, Experiment, Stage, TokenizerConfig
 from mllm_jax.training.objectives.next_token import NextToken
+from mllm_jax.training.operations import run_folder
 
 STEPS = 8
 MIXTURE = Mixture((Weighted(toy_data.Toy()),), rows=8, length=32, slots=1)
@@ -110,9 +110,9 @@ def watch_steps(record: str | None, pause: float) -> None:
     import jax
     import numpy as np
 
-    from mllm_jax.training import loop
+    from mllm_jax.training import stage
 
-    make, hold = loop.make_train_step, int(os.environ.get("TINY_HOLD", "-1"))
+    make, hold = stage.make_train_step, int(os.environ.get("TINY_HOLD", "-1"))
 
     def make_watched(*args, **kwargs):
         step_fn = make(*args, **kwargs)
@@ -138,4 +138,4 @@ def watch_steps(record: str | None, pause: float) -> None:
             file.write(json.dumps({"step": step, "rows": rows}) + "\n")
 
     if getattr(make, "__name__", "") != "make_watched":
-        loop.make_train_step = make_watched
+        stage.make_train_step = make_watched

@@ -60,13 +60,13 @@ def watch_steps(
     import jax
     import numpy as np
 
-    from mllm_jax.training import loop
+    from mllm_jax.training import loop, stage
 
-    make, stage, test = loop.make_train_step, {}, os.getppid()
+    make, now, test = stage.make_train_step, {}, os.getppid()
 
     class Watched(loop.StageRunner):
         def run(self, *args, **kwargs):
-            stage["name"] = self.stage.name
+            now["name"] = self.stage.name
             return super().run(*args, **kwargs)
 
     def make_watched(*args, **kwargs):
@@ -77,12 +77,12 @@ def watch_steps(
                 digest = hashlib.sha256()
                 for name in sorted(batch):
                     digest.update(name.encode() + np.ascontiguousarray(jax.device_get(batch[name])).tobytes())
-                line = {"stage": stage["name"], "step": int(state.step), "hash": digest.hexdigest()}
+                line = {"stage": now["name"], "step": int(state.step), "hash": digest.hexdigest()}
                 with record.open("a") as file:
                     file.write(json.dumps(line) + "\n")
             time.sleep(pause)
             # A test that has died kills nobody any more.
-            while hold and hold == (stage["name"], int(state.step)) and os.getppid() == test:
+            while hold and hold == (now["name"], int(state.step)) and os.getppid() == test:
                 if gate and Path(gate).exists():
                     break
                 time.sleep(0.005)
@@ -90,7 +90,7 @@ def watch_steps(
 
         return watched
 
-    loop.StageRunner, loop.make_train_step = Watched, make_watched
+    loop.StageRunner, stage.make_train_step = Watched, make_watched
 
 
 @dataclass

@@ -1,1 +1,1 @@
-"""Objectives: `loss(apply, params, batch, key) -> (scalar, metrics)`, pure functions with a frozen config."""
+"""Objectives: a pure `loss(apply, params, batch, key) -> (scalar, metrics)` and a `check`, with a frozen config."""

@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 
 from mllm_jax.errors import ConfigError
+from mllm_jax.models.multimodal import MultimodalConfig
+from mllm_jax.models.pformer import PFormerPretrainingConfig
+from mllm_jax.training.objectives.checks import check_features, require_model
 from mllm_jax.training.objectives.contrastive import text_codes
 from mllm_jax.training.objectives.next_token import NextToken
+from mllm_jax.training.partition import trains
+
+if TYPE_CHECKING:
+    from mllm_jax.training.config import Stage
 
 
 @dataclass(frozen=True)
@@ -39,6 +47,13 @@ class PFormerObjective:
                 "shares from 0 to less than 1",
                 "change the objective",
             )
+
+    def check(self, stage: Stage, model: Any) -> None:
+        """Raises ConfigError: another model than a P-Former with its LLM, rows without captions, or a trained LLM."""
+        require_model(stage, model, PFormerPretrainingConfig)
+        check_features(stage, model, read=False)
+        _check_captions(stage, model, "layout 'caption'", slots=None)
+        _check_frozen(stage, "llm")
 
     def loss(self, apply, params, batch, key):
         """The sum of the losses' means.
@@ -93,6 +108,19 @@ class PromptGuided:
 
     weight: float = 10.0
 
+    def check(self, stage: Stage, model: Any) -> None:
+        """Raises ConfigError: a model without a P-Former, rows without captions of images, or a trained P-Former."""
+        require_model(stage, model, MultimodalConfig)
+        check_features(stage, model, read=True)
+        if model.prompter is None:
+            raise ConfigError(
+                f"stage {stage.name!r}: prompt-guided training of a {type(model).__name__} without a P-Former",
+                "model.prompter, read from the run that trained it",
+                "add model.prompter and Pretrained('prompter', run, stage=...), or change the objective",
+            )
+        _check_captions(stage, model, "layout 'caption', and 1 slot: the picture of the caption", slots=1)
+        _check_frozen(stage, "prompter")
+
     def loss(self, apply, params, batch, key):
         """The sum of both losses.
 
@@ -104,3 +132,28 @@ class PromptGuided:
         alignment = self.weight * jnp.square(made.media.astype(jnp.float32) - prompts).mean()
         language, metrics = NextToken().loss(apply, params, made.row, key)
         return language + alignment, metrics | {"loss_language": language, "loss_alignment": alignment}
+
+
+def _check_captions(stage: Stage, model: Any, expected: str, slots: int | None) -> None:
+    """A P-Former reads captions; where it guides, each has one image in its row (`slots` 1)."""
+    for mixture in stage.mixtures:
+        if mixture.layout != "caption" or slots not in (None, mixture.slots):
+            raise ConfigError(
+                f"stage {stage.name!r}: layout {mixture.layout!r} with {mixture.slots} media slots",
+                expected,
+                "change the stage's mixture",
+            )
+        if mixture.length > model.prompter.max_length:
+            raise ConfigError(
+                f"stage {stage.name!r}: captions of {mixture.length} places for a P-Former of"
+                f" {model.prompter.max_length}",
+                "rows that its positions hold",
+                "lower the mixture's length, or raise max_length of the model's prompter",
+            )
+
+
+def _check_frozen(stage: Stage, part: str) -> None:
+    if trains(stage.trainable, part):
+        raise ConfigError(
+            f"stage {stage.name!r}: trainable {stage.trainable}", f"{part}/* frozen", "change the stage's trainable"
+        )

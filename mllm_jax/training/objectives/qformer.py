@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 
 from mllm_jax.errors import ConfigError
-from mllm_jax.models.blip2_stage1 import similarity
+from mllm_jax.models.blip2_stage1 import QFormerPretrainingConfig, similarity
+from mllm_jax.training.objectives.checks import check_captions, check_features, require_model
 from mllm_jax.training.objectives.contrastive import text_codes
+
+if TYPE_CHECKING:
+    from mllm_jax.training.config import Stage
 
 # What a pair that must not be drawn scores.
 _NEVER = -10_000.0
@@ -34,6 +39,12 @@ class QFormerStage1:
     label_smoothing: float = 0.1
     gathered_gradient: bool = False
     equal_texts: bool = False
+
+    def check(self, stage: Stage, model: Any) -> None:
+        """Raises ConfigError: another model than that of BLIP-2's first stage."""
+        require_model(stage, model, QFormerPretrainingConfig)
+        check_features(stage, model, read=False)
+        check_captions(stage, model)
 
     def loss(self, apply, params, batch, key):
         """The sum of the losses' means.

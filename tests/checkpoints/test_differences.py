@@ -20,7 +20,7 @@ from mllm_jax.projectors.mlp import MLPProjectorConfig
 from mllm_jax.training.config import Experiment, Stage, TokenizerConfig
 from mllm_jax.training.objectives.contrastive import Contrastive
 from mllm_jax.training.objectives.next_token import NextToken
-from mllm_jax.training.serialise import binding_differences, differences
+from mllm_jax.checkpoints.differences import binding_differences, differences
 
 EXPERIMENT = Experiment(
     name="small",
@@ -82,7 +82,7 @@ def test_what_is_no_plain_data_is_refused(value):
         "mllm_jax.checkpoints.description:describe",  # of the package, but no config class
         "mllm_jax.errors:MllmError",
         "mllm_jax.checkpoints.description:importlib",
-        "mllm_jax.training.serialise:Gone",
+        "mllm_jax.checkpoints.differences:Gone",
         "mllm_jax.training.gone:Gone",
     ],
 )

@@ -10,12 +10,12 @@ import textwrap
 
 import pytest
 
-from mllm_jax.training.host import enough_threads
+from mllm_jax.training.operations.host import enough_threads
 
 PROBE = """
 import resource, sys
 import numpy as np
-from mllm_jax.training.host import keep_freed_memory
+from mllm_jax.training.operations.host import keep_freed_memory
 
 if sys.argv[1] == "keep":
     assert keep_freed_memory()

@@ -6,7 +6,7 @@ import jax
 import pytest
 
 from mllm_jax.errors import ConfigError
-from mllm_jax.training.compilation import keep_compiled, machine
+from mllm_jax.training.operations.compilation import keep_compiled, machine
 
 
 @pytest.fixture

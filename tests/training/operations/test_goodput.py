@@ -7,7 +7,7 @@ import json
 import pytest
 
 from mllm_jax.errors import RunFolderError
-from mllm_jax.training.goodput import KINDS, Goodput
+from mllm_jax.training.operations.goodput import KINDS, Goodput
 
 
 class Time:

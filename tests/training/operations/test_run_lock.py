@@ -15,13 +15,13 @@ from pathlib import Path
 import pytest
 
 from mllm_jax.errors import RunFolderError
-from mllm_jax.training import run_lock
-from mllm_jax.training.run_lock import MARK, held
+from mllm_jax.training.operations import run_lock
+from mllm_jax.training.operations.run_lock import MARK, held
 
 HOLDER = """
 import sys
 from pathlib import Path
-from mllm_jax.training.run_lock import held
+from mllm_jax.training.operations.run_lock import held
 with held(Path(sys.argv[1])):
     print("held", flush=True)
     sys.stdin.read()
@@ -32,7 +32,7 @@ with held(Path(sys.argv[1])):
 def holder(tmp_path):
     """Another process that holds the folder until its input ends."""
     command = [sys.executable, "-c", HOLDER, str(tmp_path)]
-    paths = os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
+    paths = os.pathsep.join([str(Path(__file__).parents[3]), os.environ.get("PYTHONPATH", "")])
     started = subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": paths}
     )

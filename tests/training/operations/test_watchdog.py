@@ -7,9 +7,9 @@ import sys
 import threading
 from pathlib import Path
 
-from mllm_jax.training.watchdog import HANG_EXIT, Watchdog
+from mllm_jax.training.operations.watchdog import HANG_EXIT, Watchdog
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 class Clock:
@@ -26,7 +26,7 @@ class Clock:
 
 def test_a_beating_run_is_let_be(tmp_path, monkeypatch):
     codes, clock = [], Clock()
-    monkeypatch.setattr("mllm_jax.training.watchdog.time", clock)
+    monkeypatch.setattr("mllm_jax.training.operations.watchdog.time", clock)
     with Watchdog(tmp_path / "hangs", 0.4, end=codes.append) as watchdog:
         for step in range(8):
             clock.now += 0.3
@@ -46,7 +46,7 @@ def test_a_hang_ends_the_process_with_all_stacks(tmp_path):
     code = f"""
 import threading, time, types
 from pathlib import Path
-from mllm_jax.training import watchdog
+from mllm_jax.training.operations import watchdog
 
 waits, now = threading.Event(), 0.0
 

@@ -24,10 +24,10 @@ from mllm_jax import (
     ViTConfig,
 )
 from mllm_jax.errors import ConfigError, RunFolderError
-from mllm_jax.training import run_folder
 from mllm_jax.training.config import AdamW
-from mllm_jax.training.run_folder import FILES, FOLDERS, MEASURED, holding, open_run, read_json, write_json
-from mllm_jax.training.run_lock import MARK
+from mllm_jax.training.operations import run_folder
+from mllm_jax.training.operations.run_folder import FILES, FOLDERS, MEASURED, holding, open_run, read_json, write_json
+from mllm_jax.training.operations.run_lock import MARK
 
 EXPERIMENT = Experiment(
     name="small",

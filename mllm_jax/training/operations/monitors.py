@@ -6,13 +6,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+from mllm_jax.checkpoints.run import RunFolder
 from mllm_jax.sharding.hosts import is_first
-from mllm_jax.training.goodput import Goodput
-from mllm_jax.training.metrics import Progress
-from mllm_jax.training.profiling import Profile
-from mllm_jax.training.run_folder import RunFolder
-from mllm_jax.training.stopping import Stopping, signals
-from mllm_jax.training.watchdog import Watchdog
+from mllm_jax.training.operations.goodput import Goodput
+from mllm_jax.training.operations.profiling import Profile
+from mllm_jax.training.operations.progress import Progress
+from mllm_jax.training.operations.stopping import Stopping, signals
+from mllm_jax.training.operations.watchdog import Watchdog
 
 
 @dataclass(frozen=True)

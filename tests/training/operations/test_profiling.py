@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from mllm_jax.training.profiling import Profile
+from mllm_jax.training.operations.profiling import Profile
 
 
 def run(profile: Profile, start: int, stop: int) -> None:

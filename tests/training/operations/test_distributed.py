@@ -10,8 +10,8 @@ import jax
 import pytest
 
 from mllm_jax.errors import CheckpointError, ConfigError
-from mllm_jax.training import distributed
-from mllm_jax.training.distributed import Hosts, join, resolve
+from mllm_jax.training.operations import distributed
+from mllm_jax.training.operations.distributed import Hosts, join, resolve
 
 TOLD = {"JAX_COORDINATOR_ADDRESS": "a:1", "JAX_NUM_PROCESSES": "4", "JAX_PROCESS_ID": "3"}
 SLURM = {
@@ -32,7 +32,7 @@ def test_only_python_writes_to_standard_output():
     """C++'s lines, as gloo's, are written to the descriptor; Python's lines and all errors still come out."""
     code = """
 import os, sys
-from mllm_jax.training.distributed import _keep_standard_output
+from mllm_jax.training.operations.distributed import _keep_standard_output
 print("before")
 _keep_standard_output()
 os.write(1, b"[Gloo] Rank 0 is connected to 1 peer ranks\\n")
@@ -40,7 +40,7 @@ os.write(2, b"a real error\\n")
 print("after \u00e9")
 """
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=Path(__file__).parents[2], capture_output=True, encoding="utf-8", timeout=100
+        [sys.executable, "-c", code], cwd=Path(__file__).parents[3], capture_output=True, encoding="utf-8", timeout=100
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, "before\nafter \u00e9\n", "a real error\n")
 

@@ -14,6 +14,10 @@ import jax
 _calls = itertools.count(1)  # equal on all processes, and over all runs of this one: what jax compares
 
 
+class Interrupted(Exception):
+    """A signal asked the run to stop; a checkpoint was saved."""
+
+
 class Stopping:
     """Whether the run was asked to stop.
 

@@ -1,0 +1,167 @@
+"""A run folder as any part of the library reads it: where its files are, and the experiment that it holds."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mllm_jax import files
+from mllm_jax.checkpoints.description import rebuild
+from mllm_jax.errors import MllmError, RunFolderError
+
+KIND = "mllm_jax.training.config:Experiment"
+STAGE = re.compile(r"\d+-.+")  # what a stage's folders are called
+STEP = re.compile(r"\d{8,}")  # and its checkpoints
+RESTORE = "restore the file, or start over with --fresh"
+GENERATION = "generation_config.json"  # it says how to generate, not what the weights mean
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Names of what lies in a run folder."""
+
+    path: Path
+
+    @property
+    def config_file(self) -> Path:
+        return self.path / "config.json"
+
+    @property
+    def tokenizer_file(self) -> Path:
+        return self.processor_folder / "tokenizer.json"
+
+    @property
+    def processor_folder(self) -> Path:
+        """The tokenizer, its chat template and what else prepares the model's input."""
+        return self.path / "processor"
+
+    @property
+    def initial(self) -> Path:
+        """The weights that the run began with, see `training.weights`."""
+        return self.path / "initial"
+
+    @property
+    def features(self) -> Path:
+        """Encoder features that stages keep."""
+        return self.path / "features"
+
+    @property
+    def lengths(self) -> Path:
+        """Measured lengths, where several processes share them."""
+        return self.path / "lengths"
+
+    @property
+    def goodput(self) -> Path:
+        """The account of where the run's time went."""
+        return self.path / "goodput.json"
+
+    @property
+    def hangs(self) -> Path:
+        """Where every thread stood when a process hung."""
+        return self.path / "hangs"
+
+    @property
+    def profile(self) -> Path:
+        """Traces of `--profile`."""
+        return self.path / "profile"
+
+    def checkpoints(self, index: int, stage: str) -> Path:
+        return self.path / "checkpoints" / f"{index}-{stage}"
+
+    def snapshot(self, index: int, stage: str) -> Path:
+        """The parameters a stage trained, as they stood at its end."""
+        return self.path / "stages" / f"{index}-{stage}"
+
+    def described(self) -> dict:
+        """What config.json says of the experiment.
+
+        Raises:
+            RunFolderError: no run here, or its config.json cannot be read.
+        """
+        if not self.config_file.is_file():
+            raise RunFolderError(f"{self.path}: no config.json", "a folder that `mllm train` made", "check the path")
+        described = read_json(self.config_file)
+        if described.get("class") != KIND:
+            raise _no_experiment(self.config_file)
+        return described
+
+    def experiment(self) -> Any:
+        """The experiment that the folder holds.
+
+        Raises:
+            RunFolderError: no run here, or its config.json cannot be read.
+            ConfigError: a config that this version does not know.
+        """
+        described = self.described()
+        try:
+            return rebuild(described)
+        except MllmError:
+            raise
+        except Exception as error:  # a class that is a number, a list where a config belongs: any kind
+            raise _no_experiment(self.config_file) from error
+
+    def is_trained(self) -> bool:
+        """Whether there is a run here that has ended a stage; a model's folder has a config.json too, but no stages."""
+        return bool(names_in(self.path / "stages", STAGE.fullmatch))
+
+    def begun(self) -> int:
+        """How many stages, from the first on, have ended or taken a checkpoint: 0 where there is nothing to lose."""
+        stages, checkpoints = self.path / "stages", self.path / "checkpoints"
+        names = names_in(stages, STAGE.fullmatch)
+        names += [
+            name for name in names_in(checkpoints, STAGE.fullmatch) if names_in(checkpoints / name, STEP.fullmatch)
+        ]
+        return max([1 + int(name.partition("-")[0]) for name in names], default=0)
+
+    def unfinished(self, experiment: Any) -> list[str]:
+        """The names of the stages from the first on that has not ended."""
+        ended = [self.snapshot(index, stage.name).is_dir() for index, stage in enumerate(experiment.stages)]
+        return [stage.name for stage in experiment.stages[(*ended, False).index(False) :]]
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a folder holds a training run, finished or not."""
+    try:
+        RunFolder(folder).described()
+    except RunFolderError:
+        return False
+    return True
+
+
+def words_of(folder: RunFolder) -> dict[str, str]:
+    """Gives a checksum of each file that says how text and media become ids: the tokenizer's or the processor's."""
+    files = [
+        file for file in folder.processor_folder.rglob("*") if file.is_file() and file.name != "generation_config.json"
+    ]
+    return {str(file.relative_to(folder.path)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+
+
+def names_in(path: Path, wanted: Callable[[str], object]) -> list[str]:
+    return sorted(p.name for p in path.iterdir() if wanted(p.name)) if path.is_dir() else []
+
+
+def read_json(path: Path, kind: type = dict) -> Any:
+    """A JSON file of a run; `kind` is what it must hold.
+
+    Raises:
+        RunFolderError: it cannot be read, or holds something else.
+    """
+    try:
+        value = files.read_json(path, RunFolderError, object)
+    except OSError as error:
+        raise RunFolderError(f"{path}: {error}", "a JSON file that can be read", RESTORE) from error
+    if not isinstance(value, kind):
+        raise RunFolderError(f"{path} holds a {type(value).__name__}", f"a {kind.__name__} as JSON", RESTORE)
+    return value
+
+
+def _no_experiment(path: Path) -> RunFolderError:
+    return RunFolderError(
+        f"{path} describes no experiment",
+        "the config.json of a run",
+        "choose the folder of a run, or restore the file",
+    )

@@ -1,0 +1,60 @@
+"""A model's parameters where they will live: as shapes with shardings, or drawn there."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import jax
+from flax import linen as nn
+from jax.sharding import Mesh
+
+from mllm_jax.models.registry import abstract_init
+from mllm_jax.sharding.logical import PartRules
+from mllm_jax.sharding.mesh import param_shardings
+
+
+def placed_params(model: nn.Module, mesh: Mesh, parts: Sequence[PartRules] = ()) -> dict:
+    """All parameters as ShapeDtypeStructs with the shardings under which they will live; nothing is computed.
+
+    Args:
+        parts: what parts of the model have of their own in the table of logical axes.
+    """
+    boxed = abstract_init(model, model.config.batch_spec().empty(), method="touch")
+    shardings = param_shardings(boxed, mesh, parts)
+    return jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), nn.meta.unbox(boxed), shardings
+    )
+
+
+def shardings_of(placed: dict) -> dict:
+    """The shardings of a tree of ShapeDtypeStructs."""
+    return jax.tree.map(lambda x: x.sharding, placed)
+
+
+def init_params(
+    model: nn.Module,
+    mesh: Mesh,
+    seed: int,
+    *,
+    without: Sequence[str] = (),
+    parts: Sequence[PartRules] = (),
+    placed: dict | None = None,
+) -> tuple[dict, dict]:
+    """Draws all parameters where they will live: no host or device ever holds a full copy of a sharded one.
+
+    Args:
+        without: parts that are not made.
+        parts: what parts of the model have of their own in the table of logical axes.
+        placed: what `placed_params` gives for these, where the caller has it.
+
+    Returns:
+        (params, shardings): nested dicts of float32 arrays and of their NamedShardings, the latter of all parts.
+    """
+    shardings = shardings_of(placed_params(model, mesh, parts) if placed is None else placed)
+    wanted = {part: places for part, places in shardings.items() if part not in without}
+
+    def make(key):
+        params = nn.meta.unbox(model.init(key, model.config.batch_spec().empty(), method="touch")["params"])
+        return {part: params[part] for part in wanted}
+
+    return jax.jit(make, out_shardings=wanted)(jax.random.key(seed)) if wanted else {}, shardings

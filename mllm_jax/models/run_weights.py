@@ -1,0 +1,130 @@
+"""The weights of a run, read: what it began with and what its stages left; see `mllm_jax.training.weights`."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+from flax import linen as nn
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.sharding import Mesh
+
+from mllm_jax.checkpoints.run import RunFolder, words_of
+from mllm_jax.checkpoints.training import check_fingerprint, compare_fingerprints, load_snapshot, snapshot_meta
+from mllm_jax.errors import CheckpointError, RunFolderError, TrainingError
+from mllm_jax.models.params import placed_params, shardings_of
+from mllm_jax.models.part_sources import covers, read_source
+from mllm_jax.models.processor import Processor
+from mllm_jax.sharding.hosts import from_first
+from mllm_jax.sharding.mesh import make_fitting_mesh
+
+Leaves = dict[str, Any]  # path -> leaf
+
+
+def load_run(folder: RunFolder, devices: Sequence[jax.Device] | None = None, *, mesh: Mesh | None = None):
+    """Reads a run's model with the parameters that its finished stages left.
+
+    Only the last weights are read. The run's mesh is used where it fits the devices; else the weights are spread over
+    those that are there (`fsdp`), so that a run of a pod opens on a laptop.
+
+    Returns:
+        (experiment, model, params, processor, mesh)
+
+    Raises:
+        RunFolderError: no run in the folder, or a tokenizer that is not the run's.
+        TrainingError: no stage of it is finished.
+        CheckpointError: weights that are absent, damaged or not those that the run was trained with.
+    """
+    experiment = folder.experiment()
+    if not finished_stages(folder, experiment):
+        raise TrainingError(f"{folder.path}: no stage is finished", "a run that has ended a stage", "train it further")
+    mesh = make_fitting_mesh(experiment.mesh, devices) if mesh is None else mesh
+    model = experiment.model.make()
+    params, _ = params_of(experiment, folder, model, mesh)
+    return experiment, model, params, Processor.of_run(folder, experiment), mesh
+
+
+def finished_stages(folder: RunFolder, experiment: Any) -> int:
+    """Counts the stages, from the first on, that have ended."""
+    return len(experiment.stages) - len(from_first(folder.unfinished(experiment)))
+
+
+def params_of(experiment: Any, folder: RunFolder, model: nn.Module, mesh: Mesh) -> tuple[dict, dict]:
+    """Reads each parameter where it was last written: its last finished stage, `initial`, or its `Pretrained` source.
+
+    Raises:
+        CheckpointError: see `load_run`.
+    """
+    placed = placed_params(model, mesh, experiment.part_rules)
+    wanted: Leaves = flatten_dict(placed, sep="/")
+    begin = initial_meta(folder)
+    _check_words(folder, begin)
+    known: dict[str, int] = begin["fingerprint"]
+    places: dict[str, Path | None] = dict.fromkeys(begin["stored"], folder.initial)
+    for index, stage in enumerate(experiment.stages[: finished_stages(folder, experiment)]):
+        snapshot = folder.snapshot(index, stage.name)
+        meta = snapshot_meta(snapshot)
+        _check_began(meta, known, stage)
+        known = known | meta["fingerprint"]
+        places |= dict.fromkeys(meta["fingerprint"], snapshot)
+    found: Leaves = {}
+    for place in dict.fromkeys(places.values()):
+        there = {path: leaf for path, leaf in wanted.items() if places.get(path) == place}
+        found |= load_snapshot(place, there, whole=False)[0] if there else {}
+    found |= read_sources(experiment, placed, wanted.keys() - found.keys(), mesh, known)
+    if absent := sorted(wanted.keys() - found.keys()):
+        raise CheckpointError(
+            f"{folder.path}: no stage and no source has {len(absent)} of the model's leaves, such as {absent[:3]}",
+            "the weights of the whole model",
+            "restore the run folder, or start over with --fresh",
+        )
+    return unflatten_dict({path: found[path] for path in wanted}, sep="/"), shardings_of(placed)
+
+
+def _check_words(folder: RunFolder, begin: dict) -> None:
+    """Refuses a tokenizer, or processor files, that are not those with which the run began.
+
+    Raises:
+        RunFolderError: names the files that differ.
+    """
+    expected = begin["words"]
+    actual = from_first(words_of(folder))
+    if wrong := sorted(name for name in actual.keys() | expected.keys() if actual.get(name) != expected.get(name)):
+        raise RunFolderError(
+            f"{folder.path}: {', '.join(wrong)}, which the run was not trained with",
+            "the tokenizer's files as training wrote them",
+            "restore them: with other ids or another template the weights mean something else",
+        )
+
+
+def initial_meta(folder: RunFolder) -> dict[str, Any]:
+    if not from_first(folder.initial.is_dir()):
+        raise CheckpointError(
+            f"{folder.path} without {folder.initial.name}/", "the weights that the run began with", "restore the folder"
+        )
+    return snapshot_meta(folder.initial)
+
+
+def read_sources(experiment: Any, placed: dict, missing: Collection[str], mesh: Mesh, known: dict[str, int]) -> Leaves:
+    """Reads leaves that no folder of the run holds from where `Pretrained` found them."""
+    found: Leaves = {}
+    for source in experiment.pretrained:
+        if wanted := [path for path in missing if covers(source, path)]:
+            read = flatten_dict(read_source(source, experiment.model, mesh, placed), sep="/")
+            leaves = {path: read[path] for path in wanted}
+            check_fingerprint(
+                leaves,
+                {path: known[path] for path in wanted if path in known},
+                source.folder,
+                wanted="the weights that the run began with",
+                todo="put them back there; `mllm train --self-contained` copies them while they are the same",
+            )
+            found |= leaves
+    return found
+
+
+def _check_began(meta: dict, known: dict[str, int], stage: Any) -> None:
+    """Refuses a finished stage that began with other weights than the stages before it left, by fingerprints alone."""
+    compare_fingerprints(known, meta["frozen"]["fingerprint"] | meta["began"], f"the weights before stage {stage.name}")

@@ -1,0 +1,129 @@
+"""Training on the screen: a progress bar, or plain lines where the output is no terminal."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+class Progress:
+    """A progress bar a stage; where the output is no terminal, one plain line every `interval` seconds instead.
+
+    Shows loss, tokens/s, MFU (model FLOP/s over the peak of all devices; without a known peak the FLOP/s reached)
+    and the time left, which is measured from a stage's first update on, so that compilation does not count.
+
+    Args:
+        peak: FLOP/s of all devices together (`peak_flops(kind) * jax.device_count()`), or None if unknown.
+        console: where to print; standard output by default.
+        quiet: print nothing, as every process but the first.
+        interval: seconds between plain lines.
+        clock: seconds, monotonic; tests hand in their own.
+    """
+
+    def __init__(
+        self,
+        *,
+        peak: float | None = None,
+        console: Console | None = None,
+        quiet: bool = False,
+        interval: float = 10.0,
+        clock: Callable[[], float] = time.monotonic,
+    ):
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
+        from rich.progress import Progress as Bars
+
+        self._console = console or Console(quiet=quiet)
+        self._peak, self._interval, self._clock = peak, interval, clock
+        self._bars = None
+        if self._console.is_terminal and not self._console.is_dumb_terminal:
+            columns = [TextColumn("[bold]{task.description}"), BarColumn(bar_width=None), MofNCompleteColumn()]
+            columns += [TextColumn(f"{{task.fields[{name}]}}") for name in ("loss", "tokens", "compute", "left")]
+            self._bars = Bars(*columns, console=self._console, expand=True)
+        self._name = ""
+
+    def __enter__(self) -> Progress:
+        if self._bars:
+            self._bars.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bars:
+            self._bars.stop()
+
+    def stage(self, name: str, total: int, start: int = 0) -> None:
+        """Begins a stage of `total` steps, `start` of which an earlier process has done."""
+        self._name, self._total, self._start = name, total, start
+        self._began, self._mark, self._printed = self._clock(), None, -math.inf
+        self._fields = {"loss": "", "tokens": "", "compute": "", "left": ""}
+        if self._bars:
+            self._task = self._bars.add_task(_escaped(name), total=total, completed=start, **self._fields)
+
+    def update(
+        self,
+        step: int,
+        *,
+        loss: float | None = None,
+        tokens_per_second: float | None = None,
+        flops_per_second: float | None = None,
+    ) -> None:
+        """Shows that `step` steps of the stage are done; a figure left out keeps its last value.
+
+        Args:
+            step: steps done in this stage, at most its total.
+            loss: the latest loss.
+            tokens_per_second: over all devices.
+            flops_per_second: model FLOP/s over all devices, encoders included.
+        """
+        now = self._clock()
+        if self._mark is None:
+            self._mark = (step, now)
+        fields = self._fields
+        if loss is not None:
+            fields["loss"] = f"loss {float(loss):.4f}"
+        if tokens_per_second is not None:
+            fields["tokens"] = f"{_metric(tokens_per_second)} tokens/s"
+        if flops_per_second is not None:
+            fields["compute"] = (
+                f"MFU {flops_per_second / self._peak:.1%}" if self._peak else f"{_metric(flops_per_second, ' ')}FLOP/s"
+            )
+        done, at = self._mark
+        if step >= self._total:
+            fields["left"] = f"took {_duration(now - self._began)}"
+        elif step > done:
+            fields["left"] = f"ETA {_duration((self._total - step) * (now - at) / (step - done))}"
+        if self._bars:
+            self._bars.update(self._task, completed=step, **fields)
+        elif step >= self._total or now - self._printed >= self._interval:
+            self._printed = now
+            parts = [self._name, f"{step}/{self._total}", *filter(None, fields.values())]
+            self._console.print("  ".join(parts), markup=False, highlight=False, soft_wrap=True)
+
+    def message(self, text: str) -> None:
+        """Prints a line without tearing the bar."""
+        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def _escaped(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(text)
+
+
+def _metric(value: float, space: str = "") -> str:
+    """`12300` -> `"12.3k"`; `space` goes before the SI prefix, for units that join it, as in `"3.2 GFLOP/s"`."""
+    for size, prefix in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= size:
+            return f"{value / size:.1f}{space}{prefix}"
+    return f"{value:.0f}{space}"
+
+
+def _duration(seconds: float) -> str:
+    minutes, second = divmod(round(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    return f"{hours}:{minute:02d}:{second:02d}" if hours else f"{minute}:{second:02d}"
