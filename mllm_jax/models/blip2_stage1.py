@@ -56,6 +56,7 @@ class QFormerPretrainingConfig:
         return self.projector.num_tokens(self.encoder.grid)
 
     llm = None  # it generates no text
+    encoder_decoder = False
 
     @property
     def image_size(self) -> int:

@@ -85,6 +85,7 @@ class DualEncoderConfig:
         return self.vision.grid**2
 
     llm = None  # it generates no text
+    encoder_decoder = False
 
     @property
     def image_size(self) -> int:

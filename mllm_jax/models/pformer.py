@@ -53,6 +53,7 @@ class PFormerPretrainingConfig:
 
     image_size = 1  # it reads no images
     family = None
+    encoder_decoder = False  # of the captions that it learns from, whatever its LLM is
 
     @property
     def vocab_sizes(self) -> dict[str, int]:
