@@ -13,7 +13,6 @@ from mllm_jax.generation.language import LanguageGenerator
 from tiny_language import CONFIG, random_params
 
 from mllm_jax.errors import ConfigError
-from mllm_jax.generation.language import LanguageGenerator
 from mllm_jax.generation.options import Options
 from mllm_jax.generation.quantize import int8_linear, quantize, summary
 from mllm_jax.generation.sampling import Sampling
