@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -15,7 +16,7 @@ from mllm_jax.generation.sampling import Sampling
 
 @dataclass(frozen=True)
 class Chat:
-    """Talks with a model in the terminal; `/image FILE` shows it an image.
+    """Talks with a model in the terminal; `/image FILE` shows it an image. From a pipe it answers each line.
 
     Attributes:
         model: a folder that `mllm train` made, or a model's: Hugging Face's, or what `mllm convert` wrote.
@@ -43,4 +44,5 @@ def run(arguments: list[str]) -> int:
     assistant = assistant_of(options.model, dtype=options.dtype, int8=options.int8, max_length=options.max_length)
     if options.int8:
         print(summary(assistant.quantization_errors))
-    return chat(Dialogue(assistant, options.options, options.sampling, options.system))
+    dialogue = Dialogue(assistant, options.options, options.sampling, options.system)
+    return chat(dialogue, interactive=sys.stdin.isatty())

@@ -46,9 +46,10 @@ def run(arguments: list[str]) -> int:
     # The images first: a wrong path should not have to wait for the weights.
     images = [Image(read_image(path)) for path in options.image]
     assistant = assistant_of(options.run, by_layer=False)
-    prompt = assistant.prompt((Message("user", (*images, Text(options.question))),))
-    asked = Options(max_new_tokens=options.max_new_tokens)
-    return _show(assistant.complete([prompt], asked, options.sampling)[0], options)
+    asked = (*images, Text(options.question)) if images else options.question
+    prompt = assistant.prompt((Message("user", asked),))
+    how = Options(max_new_tokens=options.max_new_tokens)
+    return _show(assistant.complete([prompt], how, options.sampling)[0], options)
 
 
 def _show(answer: Answer, options: Generate) -> int:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping, Sequence
-from dataclasses import fields
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from dataclasses import fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -16,59 +16,68 @@ from jax.sharding import Mesh
 
 from mllm_jax.checkpoints.hf import float_dtype
 from mllm_jax.checkpoints.run import RunFolder, is_run
-from mllm_jax.data.message import Conversation, Example, Message, conversations
+from mllm_jax.data.message import TEXT_ROLE, Conversation, Example, Message, conversations
 from mllm_jax.data.processing.media import Encoded
 from mllm_jax.errors import ConfigError, DataError
-from mllm_jax.generation.answers import Answers, Request
-from mllm_jax.generation.engine import Engine, bucket
+from mllm_jax.generation.decode_step import steps_of
+from mllm_jax.generation.embed import Embedder, no_vectors
+from mllm_jax.generation.engine import Engine, bucket, on_mesh, placed
 from mllm_jax.generation.options import Answer, Options, longest_text
 from mllm_jax.generation.quantize import TensorError, quantize
 from mllm_jax.generation.sampling import Sampling
-from mllm_jax.generation.steps import steps_of
+from mllm_jax.generation.streaming import Answers, Request
+from mllm_jax.llms.protocol import LLMConfig
+from mllm_jax.models.multimodal import MultimodalConfig
 from mllm_jax.models.processor import Processor
-from mllm_jax.models.registry import from_pretrained
+from mllm_jax.models.protocol import LanguageOnly
+from mllm_jax.models.registry import computing_in, from_pretrained, pretrained_config
 from mllm_jax.models.run_weights import load_run
 from mllm_jax.sharding.hosts import fetch
 
 BATCH = 8
+UNBOUNDED = 1 << 20  # tokens of a text, for a model whose config names no bound
 
 
 class Assistant:
-    """Answers conversations, many at a time or piece by piece.
+    """Answers conversations, many at a time or piece by piece; of a dual encoder or one of its towers, makes vectors.
 
     In float32 a conversation gets the same answer alone and in any company. A sampled answer is drawn by the seed and
-    the conversation's place in the list.
+    the conversation's position in the list.
 
     Args:
         model, params: as `mllm_jax.from_pretrained` gives them.
-        processor: the model's.
+        processor: the model's; None with an embedder.
         mesh: what params are sharded over, if over anything.
         max_length: tokens of a prompt and its answer together, of either for an encoder-decoder; None is the LLM's own
             `max_position_embeddings`.
         int8: store the linear kernels as int8; `quantization_errors` then says what that cost.
         by_layer: see `LanguageSteps`; False compiles faster and decodes more slowly, which suits a single question.
+        embedder: of a model that writes no text; None: made of model and processor.
     """
 
     def __init__(
         self,
         model: nn.Module,
         params: dict,
-        processor: Processor,
+        processor: Processor | None,
         *,
         mesh: Mesh | None = None,
         max_length: int | None = None,
         int8: bool = False,
         by_layer: bool | None = None,
+        embedder: Embedder | None = None,
     ):
-        _require_words(processor.config, type(model).__name__)
         self.model, self.processor, self.mesh = model, processor, mesh
-        self.llm = processor.config.llm
-        self.max_length = longest_text(self.llm, max_length)
         self.quantization_errors: list[TensorError] = []
-        if int8:
-            params, self.quantization_errors = quantize(self._one_step, params)
-        self.params = params
-        self._by_layer = by_layer
+        self.params, self._by_layer, self._embedder, self.max_length = params, by_layer, embedder, None
+        if processor is not None and writes_text(processor.config):
+            self.max_length = longest_text(self.llm, max_length)
+            if int8:
+                self.params, self.quantization_errors = quantize(self._one_step, params)
+        elif int8 or max_length is not None:
+            self._require_text()
+        elif embedder is None:
+            self._embedder = Embedder.trained(model, params, processor.tokenizer)
 
     @classmethod
     def load(
@@ -88,17 +97,29 @@ class Assistant:
         """
         folder = Path(folder_or_run)
         if is_run(folder):
-            _require_words(RunFolder(folder).experiment().model, folder)
             experiment, model, params, processor, mesh = load_run(RunFolder(folder), mesh=mesh)
             if dtype is not None:
                 dtype = float_dtype(dtype)
                 params = jax.tree.map(lambda leaf: leaf.astype(dtype), params)
-                model = experiment.model.with_dtype(str(dtype)).make()
+                model = computing_in(experiment.model, str(dtype)).make()
             return cls(model, params, processor, mesh=mesh, **options)
-        processor = Processor.from_pretrained(folder)  # first: what is missing should not have to wait for the weights
-        _require_words(processor.config, folder)
+        # The small files first: who lacks one should not have to wait for the weights.
+        if not writes_text(pretrained_config(folder)):
+            embedder = Embedder.load(folder, images=None, texts=None, dtype=dtype, mesh=mesh)
+            return cls(embedder.module, embedder.params, None, mesh=mesh, embedder=embedder, **options)
+        processor = Processor.from_pretrained(folder)
         model, params = from_pretrained(folder, dtype=dtype, mesh=mesh)
         return cls(model, params, processor, mesh=mesh, **options)
+
+    @property
+    def llm(self) -> Any:
+        """The language model's config. Raises ConfigError: the model writes no text."""
+        self._require_text()
+        return self.processor.config.llm
+
+    def _require_text(self) -> None:
+        if self.processor is None or not writes_text(self.processor.config):
+            raise no_text(self.model.config)
 
     # ---- answers
 
@@ -109,7 +130,7 @@ class Assistant:
 
         Args:
             conversation: see `mllm_jax.data.message.conversation`; a str is one question or, for a model without a
-                chat template, a text to go on with.
+                chat template, a text to continue.
             batch_size: conversations that are answered together.
             options: max_new_tokens=256, temperature=0.0, top_k, top_p, min_p, repetition_penalty, seed, stop (a text,
                 or several, that end an answer), stop_tokens, num_beams, logprobs, and what else `Options` and
@@ -117,26 +138,31 @@ class Assistant:
 
         Raises:
             DataError: a conversation that cannot be read or is too long; nothing has been computed then.
-            ConfigError: options that contradict one another, or that there are not.
+            ConfigError: options that contradict one another or do not exist, or a model that writes no text.
         """
+        how, sampling = read_options(options)
         given, several = conversations(conversation)
-        answers = self.complete([self.prompt(each) for each in given], *read_options(options), batch_size=batch_size)
+        answers = self.complete([self.prompt(each) for each in given], how, sampling, batch_size=batch_size)
         return answers if several else answers[0]
 
     def stream(self, conversation: Conversation, **options: Any) -> Generator[str, None, Answer]:
         """Yields an answer's text piece by piece, whole characters only, and returns the answer.
 
         The pieces together are `Answer.text`, but for the end of an answer that is cut off within a character.
+        Takes and raises what `generate` does, for one conversation.
         """
         how, sampling = read_options(options)
         if how.num_beams > 1:
             raise ConfigError(f"a stream with num_beams={how.num_beams}", "num_beams=1", "use generate")
-        [messages], _ = conversations(conversation)
-        return self._stream(self.prompt(messages), how, sampling)
+        given, several = conversations(conversation)
+        if several:
+            raise DataError(f"a stream of {len(given)} conversations", "one", "use generate, or a stream for each")
+        prompt = self.prompt(given[0])
+        self._require_tokens([prompt])
+        return self._stream(prompt, self.request([self.room(len(prompt.tokens), how)], [0], how, sampling))
 
-    def _stream(self, prompt: Encoded, how: Options, sampling: Sampling) -> Generator[str, None, Answer]:
-        request = self.request([self.room(len(prompt.tokens), how)], [0], how, sampling)
-        pieces = self._answers.stream(self._batch([prompt], 1), request)
+    def _stream(self, prompt: Encoded, request: Request) -> Generator[str, None, Answer]:
+        pieces = self._answers.stream(self._place(self._batch([prompt], 1)), request)
         while True:
             try:
                 piece = next(pieces)[0]
@@ -147,9 +173,14 @@ class Assistant:
 
     def prompt(self, messages: Sequence[Message]) -> Encoded:
         """A conversation as the model reads it before its answer."""
-        if self.processor.tokenizer.has_template or len(messages) > 1 or messages[0].role != "user":
-            return self.processor.prompt(messages)
-        return self.processor.prompt(messages, plain=True)
+        self._require_text()
+        return self.processor.prompt(messages, plain=self._is_plain(messages))
+
+    def _is_plain(self, messages: Sequence[Message]) -> bool:
+        """Whether a conversation is one text, to be continued as it is."""
+        if len(messages) > 1 or messages[0].role not in ("user", TEXT_ROLE):
+            return False
+        return messages[0].role == TEXT_ROLE or not self.processor.tokenizer.has_template
 
     def complete(
         self,
@@ -161,17 +192,12 @@ class Assistant:
     ) -> list[Answer]:
         """The answers to prompts, in their order."""
         options.check(sampling)
+        self._require_tokens(prompts)
         limits = [self.room(len(prompt.tokens), options) for prompt in prompts]
-        # Prompts with like media and of like lengths go together, so that shapes repeat.
-        order = sorted(range(len(prompts)), key=lambda i: (prompts[i].slots, len(prompts[i].tokens)))
         out: dict[int, Answer] = {}
-        while order:
-            slots = prompts[order[0]].slots
-            chunk = [i for i in order[:batch_size] if prompts[i].slots == slots]
-            order = order[len(chunk) :]
-            rows = min(batch_size, 1 << (len(chunk) - 1).bit_length())
+        for chunk, rows in in_batches(prompts, batch_size):
             request = self.request([limits[i] for i in chunk], chunk, options, sampling)
-            batch = self._batch([prompts[i] for i in chunk], rows)
+            batch = self._place(self._batch([prompts[i] for i in chunk], rows))
             out |= zip(chunk, self._answers.complete(batch, request), strict=True)
         return [out[i] for i in range(len(prompts))]
 
@@ -188,41 +214,68 @@ class Assistant:
             raise DataError(
                 f"a prompt of {length} tokens, media included",
                 f"at most {self.max_length - shared}, as the model takes {self.max_length}",
-                "shorten the prompt or give it fewer pictures, or raise max_length if the model can read more",
+                "shorten the prompt or give it fewer images, or raise max_length if the model can read more",
             )
         return min(options.max_new_tokens, self.max_length - length if shared else self.max_length)
 
-    # ---- probabilities
+    def request(self, limits: list[int], indices: list[int], options: Options, sampling: Sampling) -> Request:
+        """What is asked of a batch: see `Request`."""
+        own = (*self.llm.eos_token_id, *self.processor.tokenizer.stop_ids)
+        stops = options.stop_tokens + (() if options.ignore_eos else own)
+        return Request(limits, indices, tuple(dict.fromkeys(stops)), self.processor.decode, sampling, options)
+
+    # ---- probabilities and vectors
 
     def score(
-        self, conversation: Sequence[Conversation], answers: Sequence[str], *, batch_size: int = BATCH
+        self,
+        conversation: Conversation | Sequence[Conversation],
+        answers: str | Sequence[str],
+        *,
+        batch_size: int = BATCH,
     ) -> list[np.ndarray]:
         """The natural log of the probability of each token of answers that are given.
 
         Returns:
-            Of each conversation float32[n]: the tokens of its answer, and what ends it.
+            Of each conversation float32[n]: the tokens of its answer, and the one that ends it.
 
         Raises:
-            DataError: another number of answers, or an example that cannot be laid out.
+            DataError: another number of answers than of conversations, or one that cannot be laid out or is too long.
+            ConfigError: a model that writes no text.
         """
-        given, _ = conversations(list(conversation))
-        if len(given) != len(answers):
-            raise DataError(f"{len(given)} conversations, {len(answers)} answers", "one for each", "give as many")
-        longest = self.max_length or 1 << 20
-        examples = [Example((*each, Message("assistant", said))) for each, said in zip(given, answers, strict=True)]
-        encoded = [self.processor.encode(example, longest) for example in examples]
-        order = sorted(range(len(encoded)), key=lambda i: (encoded[i].slots, encoded[i].length))
+        self._require_text()
+        given, _ = conversations(conversation)
+        said = [answers] if isinstance(answers, str) else list(answers)
+        if len(given) != len(said):
+            raise DataError(f"{len(given)} conversation(s), {len(said)} answer(s)", "one for each", "give as many")
+        encoded = [self._answered(*pair) for pair in zip(given, said, strict=True)]
+        self._require_tokens(encoded)
         out: dict[int, np.ndarray] = {}
-        while order:
-            slots = encoded[order[0]].slots
-            chunk = [i for i in order[:batch_size] if encoded[i].slots == slots]
-            order = order[len(chunk) :]
-            length = bucket(max(len(encoded[i].tokens) for i in chunk))
-            batch = self.processor.batch([encoded[i] for i in chunk], length=length, learnt=True)
+        for chunk, rows in in_batches(encoded, batch_size):
+            batch = self._batch([encoded[i] for i in chunk], rows, learnt=True)
             learnt = batch.pop("loss_weights") > 0
-            scores = fetch(self._scored(self.params, {n: self._place(x) for n, x in batch.items()}))
+            scores = fetch(self._scored(self.params, self._place(batch)))
             out |= {i: scores[row][learnt[row]] for row, i in enumerate(chunk)}
         return [out[i] for i in range(len(encoded))]
+
+    def _answered(self, messages: Sequence[Message], answer: str) -> Encoded:
+        """A conversation with its answer, as training lays it out; only the answer carries loss."""
+        longest = self.max_length or UNBOUNDED
+        if self._is_plain(messages) and not self.llm.encoder_decoder:
+            encoded = self.processor.answered(self.prompt(messages), answer)
+        else:
+            encoded = self.processor.encode(Example((*messages, Message("assistant", answer))), longest)
+        if encoded.length > longest or encoded.dropped_turns:
+            raise DataError(
+                f"a conversation and its answer of more than {longest} tokens, media included",
+                f"at most {longest}",
+                "shorten them, or raise max_length if the model can read more",
+            )
+        *_, last = np.flatnonzero(encoded.loss_weights)
+        before = np.flatnonzero(encoded.loss_weights[:last] == 0)
+        first = before[-1] + 1 if len(before) else 0
+        return replace(
+            encoded, loss_weights=np.where(np.arange(len(encoded.loss_weights)) < first, 0, encoded.loss_weights)
+        )
 
     @cached_property
     def _scored(self):
@@ -231,11 +284,38 @@ class Assistant:
         steps = steps_of(self.model, by_layer=False)
 
         def scored(params, batch):
-            logits = steps.logits(params, batch)[:, :-1].astype(jnp.float32)
+            with on_mesh(self.mesh):
+                logits = steps.logits(params, batch)[:, :-1].astype(jnp.float32)
             chosen = jnp.take_along_axis(jax.nn.log_softmax(logits), batch[targets][:, 1:, None], axis=-1)[..., 0]
             return jnp.pad(chosen, [(0, 0), (1, 0)])
 
         return jax.jit(scored)
+
+    def embed(self, texts: str | Sequence[str] | None = None, images: Any = None) -> np.ndarray:
+        """Unit vectors of texts or of images, in one space where the model is a dual encoder.
+
+        Args:
+            images: what a message's `Image` takes, one or a list.
+
+        Returns:
+            float32[n, d]
+
+        Raises:
+            DataError: both or neither, none of them, a text that is too long, an image that cannot be read.
+            ConfigError: a model that makes no such vectors.
+        """
+        if self._embedder is None:
+            raise no_vectors(self.model.config, "vectors")
+        if (texts is None) == (images is None):
+            raise DataError(
+                "neither texts nor images" if texts is None else "texts and images at once",
+                "either of them: vectors of both in one array would not say which is which",
+                "call embed for each",
+            )
+        if texts is not None:
+            return self._embedder.texts([texts] if isinstance(texts, str) else list(texts))
+        one = isinstance(images, (str, bytes)) or not isinstance(images, Iterable) or getattr(images, "ndim", 4) == 3
+        return self._embedder.pictures([images] if one else list(images))
 
     # ---- inside
 
@@ -248,34 +328,67 @@ class Assistant:
         batch = dict(tokens=ones, segments=ones, positions=0 * ones, media_index=0 * ones - 1)
         return steps_of(self.model, by_layer=False).prefill(params, batch, 1)
 
-    def request(self, limits: list[int], indices: list[int], options: Options, sampling: Sampling) -> Request:
-        """What is asked of a batch: see `Request`."""
-        own = (*self.llm.eos_token_id, *self.processor.tokenizer.stop_ids)
-        stops = options.stop_tokens + (() if options.ignore_eos else own)
-        stops = tuple(dict.fromkeys(stops))
-        return Request(limits, indices, stops, self.processor.decode, sampling, options)
+    def _require_tokens(self, prompts: Sequence[Encoded]) -> None:
+        """Raises DataError: a prompt without tokens, or with one that the model does not have."""
+        size = self.llm.vocab_size
+        for prompt in prompts:
+            words = prompt.tokens[prompt.row.owners < 0]  # where media stand, their ids are not read
+            if not len(prompt.tokens):
+                raise DataError("an empty prompt", "at least one token", "give it a text")
+            if strange := sorted({int(i) for i in words if not 0 <= i < size}):
+                raise DataError(
+                    f"a prompt with the token {strange[0]}",
+                    f"tokens from 0 to {size - 1}",
+                    "take the tokenizer that belongs to the model",
+                )
 
-    def _batch(self, prompts: Sequence[Encoded], rows: int) -> dict[str, jax.Array]:
-        """The prompts on the devices, padded to a bucket and to so many rows."""
-        longest = max(len(prompt.tokens) for prompt in prompts)
+    def _batch(self, encoded: Sequence[Encoded], rows: int, learnt: bool = False) -> dict[str, np.ndarray]:
+        """Examples padded to buckets of lengths and to `rows` rows."""
+        longest = max(len(e.tokens) for e in encoded)
         length = bucket(longest) if self.max_length is None else min(bucket(longest), max(self.max_length, longest))
-        batch = self.processor.batch(prompts, length=length)
-        padded = {n: np.pad(x, [(0, rows - len(prompts))] + [(0, 0)] * (x.ndim - 1)) for n, x in batch.items()}
-        padded["segments"][len(prompts) :, 0] = 1  # a row without a prompt still has something to read
-        return {name: self._place(array) for name, array in padded.items()}
+        batch = self.processor.batch(encoded, length=length, learnt=learnt)
+        spec, more = self.processor.declared(batch), rows - len(encoded)
+        batch = {name: np.concatenate([array, spec[name].empty(more)]) for name, array in batch.items()}
+        batch["segments"][len(encoded) :, 0] = 1  # a row without a prompt still has something to read
+        if learnt and self.llm.encoder_decoder:
+            width = batch["decoder_tokens"].shape[1]
+            for name in self.processor.config.target_spec(1, 1):
+                batch[name] = np.pad(batch[name], [(0, 0), (0, bucket(width) - width)])
+        return batch
 
-    def _place(self, array: np.ndarray) -> jax.Array:
-        return self._answers.engine.place(array)
+    def _place(self, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
+        return {name: placed(array, self.mesh) for name, array in batch.items()}
 
 
-def _require_words(config: Any, what: Any) -> None:
-    """Refuses a model that writes no text."""
-    if config.llm is None:
-        raise ConfigError(
-            f"{what}, a {config.family or type(config).__name__.removesuffix('Config')}",
-            "a model that generates text",
-            "name another; `mllm embed` compares images and texts with this one",
-        )
+def writes_text(config: Any) -> bool:
+    """Whether a model, by its config, can be asked for text."""
+    return isinstance(config, (LLMConfig, LanguageOnly, MultimodalConfig))
+
+
+def no_text(config: Any) -> ConfigError:
+    """The refusal of a model that was asked for text."""
+    name = config.family or type(config).__name__.removesuffix("Config")
+    return ConfigError(
+        f"a {name}, asked for text",
+        "a model that generates text: a language model, or one with images, such as LLaVA",
+        "name another; `embed` makes vectors with a dual encoder or one of its towers",
+    )
+
+
+def in_batches(encoded: Sequence[Encoded], batch_size: int) -> Iterator[tuple[list[int], int]]:
+    """Puts examples with like media and of like lengths together, so that shapes repeat.
+
+    Returns:
+        Of each batch the numbers of its examples, and of how many rows it is.
+    """
+    if batch_size < 1:
+        raise ConfigError(f"batch_size {batch_size}", "at least 1", "change batch_size")
+    order = sorted(range(len(encoded)), key=lambda i: (encoded[i].slots, encoded[i].length))
+    while order:
+        slots = encoded[order[0]].slots
+        chunk = [i for i in order[:batch_size] if encoded[i].slots == slots]
+        order = order[len(chunk) :]
+        yield chunk, min(batch_size, 1 << (len(chunk) - 1).bit_length())
 
 
 def read_options(given: Mapping[str, Any]) -> tuple[Options, Sampling]:
@@ -287,8 +400,8 @@ def read_options(given: Mapping[str, Any]) -> tuple[Options, Sampling]:
     given = dict(given)
     if (stop := given.pop("stop", None)) is not None:
         given["stop_strings"] = (stop,) if isinstance(stop, str) else tuple(stop)
-    if "stop_tokens" in given:
-        given["stop_tokens"] = tuple(given["stop_tokens"])
+    if (stops := given.get("stop_tokens")) is not None:
+        given["stop_tokens"] = (stops,) if isinstance(stops, int) else tuple(stops)
     names = {kind: {field.name for field in fields(kind)} for kind in (Options, Sampling)}
     if unknown := sorted(given.keys() - names[Options] - names[Sampling]):
         known = sorted(names[Options] | names[Sampling] | {"stop"} - {"stop_strings"})

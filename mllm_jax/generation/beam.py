@@ -15,10 +15,10 @@ import jax.numpy as jnp
 from einops import rearrange, repeat
 from flax import struct
 
+from mllm_jax.generation.decode_step import Batch
 from mllm_jax.generation.engine import Engine, Rows
 from mllm_jax.generation.options import Options
 from mllm_jax.generation.sampling import Sampling, penalise
-from mllm_jax.generation.steps import Batch
 
 NEVER = -1e9  # a score that no beam has, and that can be added to one
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 from rich.console import Console
 
@@ -42,21 +43,19 @@ class Dialogue:
 
     def show(self, path: str) -> None:
         """Puts an image before the next question. Raises DataError: it cannot be read, or the model reads none."""
-        image = Image(read_image(path))
-        self.assistant.processor.encoder.kind_of(image)
-        self._images = (*self._images, image)
+        self.assistant.processor.encoder.kind_of(Image())
+        self._images = (*self._images, Image(read_image(Path(path).expanduser())))
 
     def ask(self, question: str) -> Iterator[str]:
         """The answer's text in pieces; closing the iterator ends the answer, and what was said until then stays said.
 
         Raises:
-            DataError: the question does not fit even alone; it is forgotten.
+            DataError: the question, with the images shown for it, does not fit even alone; they are forgotten.
         """
         turns = (*self.turns, Message("user", (*self._images, Text(question)) if self._images else question))
-        self.dropped = 0
+        self._images, self.dropped = (), 0
         while not self._fits(turns):
             turns, self.dropped = turns[2:], self.dropped + 1
-        self._images = ()
         return self._answer(turns)
 
     def _answer(self, turns: tuple[Message, ...]) -> Iterator[str]:
@@ -88,42 +87,54 @@ def chat(
     *,
     read: Callable[[str], str] = input,
     console: Console | None = None,
+    interactive: bool = True,
 ) -> int:
     """Reads questions and prints answers until /exit or the end of the input; gives the exit status.
 
     Args:
         read: prompt -> a line; raises EOFError at the end, KeyboardInterrupt at Ctrl-C.
+        interactive: whether a person types; else there are no prompts and no hints in the output.
     """
     console = console or Console()
-    console.print(HELP, style="dim")
+
+    def hint(text: str) -> None:
+        if interactive:
+            console.print(text, style="dim")
+
+    hint(HELP)
     while True:
         try:
-            line = read(PROMPT).strip()
+            line = read(PROMPT if interactive else "").strip()
         except EOFError:
-            console.print()
+            hint("")
             return 0
         except KeyboardInterrupt:
+            if not interactive:
+                raise
             console.print(f"\n{HELP}", style="dim")
             continue
         if line == "/exit":
             return 0
         if line == "/reset":
             dialogue.reset()
-            console.print("the conversation begins anew", style="dim")
+            hint("the conversation begins anew")
         elif line.startswith("/image "):
-            _show_image(dialogue, line.removeprefix("/image ").strip(), console)
+            if _show_image(dialogue, line.removeprefix("/image ").strip(), console):
+                hint("shown with your next question")
         elif line.startswith("/"):
             console.print(HELP, style="dim")
         elif line:
             _answer(dialogue, line, console)
 
 
-def _show_image(dialogue: Dialogue, path: str, console: Console) -> None:
+def _show_image(dialogue: Dialogue, path: str, console: Console) -> bool:
+    """Returns whether the image will be shown; prints why not."""
     try:
         dialogue.show(path)
-        console.print("shown with your next question", style="dim")
     except DataError as error:
-        console.print(f"{error}", style="red", markup=False)
+        console.print(f"{error}", style="red", markup=False, emoji=False, highlight=False, soft_wrap=True)
+        return False
+    return True
 
 
 def _answer(dialogue: Dialogue, question: str, console: Console) -> None:

@@ -19,15 +19,15 @@ from flax import linen as nn
 
 from mllm_jax.data.chat import ChatTokenizer
 from mllm_jax.data.image_processors import ImageProcessor, read_image_processor
-from mllm_jax.data.images import read_image, resize
+from mllm_jax.data.images import as_picture, read_image, resize
 from mllm_jax.data.tokenizer import Tokenizer
 from mllm_jax.encoders.text import TextModel, TextTowerConfig
-from mllm_jax.encoders.vit import ViT
+from mllm_jax.encoders.vit import ViT, ViTConfig
 from mllm_jax.errors import ConfigError, DataError
 from mllm_jax.files import write_atomic
 from mllm_jax.layers.pixels import normalise_pixels
-from mllm_jax.models.clip import DualEncoder
-from mllm_jax.models.registry import from_pretrained
+from mllm_jax.models.clip import DualEncoder, DualEncoderConfig
+from mllm_jax.models.registry import from_pretrained, pretrained_config
 from mllm_jax.sharding.hosts import fetch
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm")
@@ -55,20 +55,29 @@ class Embedder:
             raise ConfigError(f"batch size {self.batch_size}", "at least 1", "change the batch size")
 
     @classmethod
-    def load(cls, folder: Path, *, images: bool = True, texts: bool = True, **options) -> Embedder:
-        """The model in a folder, with what it needs for pictures or texts or both.
+    def load(cls, folder: Path, *, images: bool | None = True, texts: bool | None = True, **options: Any) -> Embedder:
+        """The model in a folder, with what it needs for images or texts or both.
 
         Args:
-            options: batch_size, truncate, and dtype, see `from_pretrained`.
+            images, texts: whether they will be asked for; None: what the model has a tower for.
+            options: batch_size, truncate, and dtype and mesh, see `from_pretrained`.
 
         Raises:
             ConfigError: a model without a tower for what is wanted, or no image processor's settings.
             DataError: no tokenizer.
         """
         # The small files first: who lacks one should not have to wait for the weights.
+        if images is None or texts is None:
+            config = pretrained_config(folder)
+            images, texts = (
+                _has_images(config) if images is None else images,
+                _has_texts(config) if texts is None else texts,
+            )
+            if not (images or texts):
+                raise no_vectors(config, "vectors")
         processor = read_image_processor(folder) if images else None
         tokenizer = ChatTokenizer.load(folder) if texts else None
-        module, params = from_pretrained(folder, dtype=options.pop("dtype", None))
+        module, params = from_pretrained(folder, dtype=options.pop("dtype", None), mesh=options.pop("mesh", None))
         embedder = cls(module, params, processor, tokenizer, **options)
         for wanted, name in ((images, "_image_function"), (texts, "_text_function")):
             if wanted:
@@ -96,11 +105,16 @@ class Embedder:
 
         return cls(module, params, prepare, _Captions(tokenizer), **options)
 
-    def pictures(self, pictures: Sequence[np.ndarray]) -> np.ndarray:
-        """uint8[H, W, 3] each -> float32[N, P]."""
-        size, compute = self.batch_size, self._image_function
+    def pictures(self, pictures: Sequence[Any]) -> np.ndarray:
+        """Images, see `as_picture`, to float32[N, P]. Raises DataError: no image, or one that cannot be read."""
+        compute = self._image_function
+        if not len(pictures):
+            raise DataError("no image", "at least one", "give some")
+        size = self._size(len(pictures))
         pieces = [pictures[start : start + size] for start in range(0, len(pictures), size)]
-        return np.concatenate([self._run(compute, np.stack([self.processor(p) for p in piece])) for piece in pieces])
+        return np.concatenate(
+            [self._run(compute, _stacked([self.processor(as_picture(p)) for p in piece]), size) for piece in pieces]
+        )
 
     def images(self, paths: Sequence[Path], bad: Callable[[DataError], None] | None = None) -> tuple[list, np.ndarray]:
         """Picture files to vectors.
@@ -115,7 +129,7 @@ class Embedder:
             DataError: a picture that cannot be read, or none that can.
             ConfigError: pictures that come out of the processor in several sizes.
         """
-        compute = self._image_function
+        compute, size = self._image_function, self._size(len(paths))
 
         def read(path: Path) -> np.ndarray | DataError:
             try:
@@ -131,21 +145,13 @@ class Embedder:
 
         kept, out = [], []
         with ThreadPoolExecutor(4) as pool:
-            for some, pictures in _ahead(pool, read, paths, self.batch_size):
+            for some, pictures in _ahead(pool, read, paths, size):
                 for problem in (p for p in pictures if isinstance(p, DataError)):
                     bad(problem)
                 good = [(path, p) for path, p in zip(some, pictures, strict=True) if not isinstance(p, DataError)]
-                if not good:
-                    continue
-                sizes = sorted({p.shape[:2] for _, p in good})
-                if len(sizes) > 1:
-                    raise ConfigError(
-                        f"pictures of {sizes[0]} and {sizes[1]} pixels after processing",
-                        "a processor with one size, or a crop",
-                        "set size or crop_size in preprocessor_config.json, or use --batch-size 1",
-                    )
-                kept += [path for path, _ in good]
-                out.append(self._run(compute, np.stack([p for _, p in good])))
+                if good:
+                    kept += [path for path, _ in good]
+                    out.append(self._run(compute, _stacked([p for _, p in good]), size))
         if not kept:
             raise DataError(f"{len(paths)} pictures, none of which can be read", "pictures", "check the files")
         return kept, np.concatenate(out)
@@ -160,8 +166,9 @@ class Embedder:
         if not texts:
             raise DataError("no text", "at least one", "give some")
         rows = np.stack([self._row(text) for text in texts])
-        pieces = [rows[start : start + self.batch_size] for start in range(0, len(rows), self.batch_size)]
-        return np.concatenate([self._run(compute, piece) for piece in pieces])
+        size = self._size(len(rows))
+        pieces = [rows[start : start + size] for start in range(0, len(rows), size)]
+        return np.concatenate([self._run(compute, piece, size) for piece in pieces])
 
     def _row(self, text: str) -> np.ndarray:
         """int[2, L]: the ids of a text, of the tower's full length, and 1 where they are its own."""
@@ -187,9 +194,13 @@ class Embedder:
     def _text_config(self) -> TextTowerConfig:
         return self.module.config.text if isinstance(self.module, DualEncoder) else self.module.config
 
-    def _run(self, compute, batch: np.ndarray) -> np.ndarray:
+    def _size(self, count: int) -> int:
+        """The rows of each batch of `count` images or texts: one shape, which a few do not fill up to batch_size."""
+        return min(self.batch_size, 1 << (count - 1).bit_length())
+
+    def _run(self, compute, batch: np.ndarray, size: int) -> np.ndarray:
         """One batch, filled up to the size that is compiled."""
-        filled = np.concatenate([batch, np.repeat(batch[:1], self.batch_size - len(batch), axis=0)])
+        filled = np.concatenate([batch, np.repeat(batch[:1], size - len(batch), axis=0)])
         vectors = fetch(compute(self.params, filled))[: len(batch)]
         if not np.isfinite(vectors).all():
             raise DataError("vectors that are not finite", "numbers", "try --dtype float32, or check the checkpoint")
@@ -202,13 +213,13 @@ class Embedder:
             return jax.jit(lambda p, x: module.apply({"params": p}, x, method="encode_image"))
         if isinstance(module, ViT) and module.config.pooler != "none":
             return jax.jit(lambda p, x: _unit(module.apply({"params": p}, x).pooler_output))
-        raise self._lacks("pooled picture vectors")
+        raise no_vectors(module.config, "pooled picture vectors")
 
     @cached_property
     def _text_function(self):
         module = self.module
         if not isinstance(module, (DualEncoder, TextModel)):
-            raise self._lacks("text vectors")
+            raise no_vectors(module.config, "text vectors")
         tower = self._text_config()
         # What is read at the last place has padding as part of the text (SigLIP); a causal tower sees nothing behind
         # the place that it reads.
@@ -221,12 +232,6 @@ class Embedder:
             return _unit(_text_vector(module.apply({"params": params}, *texts)))
 
         return jax.jit(compute)
-
-    def _lacks(self, what: str) -> ConfigError:
-        name = getattr(self.module.config, "family", None) or type(self.module).__name__
-        return ConfigError(
-            f"a {name}, asked for {what}", "a model that makes them, such as CLIP", "name another folder"
-        )
 
 
 @dataclass(frozen=True)
@@ -366,6 +371,32 @@ def _ahead(pool: ThreadPoolExecutor, work, items: Sequence, size: int) -> Iterat
             for future in futures:
                 future.cancel()
             raise
+
+
+def _stacked(pictures: Sequence[np.ndarray]) -> np.ndarray:
+    """Processed images as one array. Raises ConfigError: they are of several sizes."""
+    sizes = sorted({p.shape[:2] for p in pictures})
+    if len(sizes) > 1:
+        raise ConfigError(
+            f"pictures of {sizes[0]} and {sizes[1]} pixels after processing",
+            "a processor with one size, or a crop",
+            "set size or crop_size in preprocessor_config.json, or use --batch-size 1",
+        )
+    return np.stack(pictures)
+
+
+def _has_images(config: Any) -> bool:
+    return isinstance(config, DualEncoderConfig) or (isinstance(config, ViTConfig) and config.pooler != "none")
+
+
+def _has_texts(config: Any) -> bool:
+    return isinstance(config, (DualEncoderConfig, TextTowerConfig))
+
+
+def no_vectors(config: Any, what: str) -> ConfigError:
+    """The refusal of a model that was asked for vectors that it does not make."""
+    name = config.family or type(config).__name__.removesuffix("Config")
+    return ConfigError(f"a {name}, asked for {what}", "a model that makes them, such as CLIP", "name another folder")
 
 
 def _text_vector(out):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import jax
@@ -14,8 +14,8 @@ from flax import linen as nn
 from flax import struct
 from jax.sharding import Mesh
 
+from mllm_jax.generation.decode_step import Batch, Steps, steps_of
 from mllm_jax.generation.sampling import Sampling, choose, row_keys
-from mllm_jax.generation.steps import Batch, Steps, steps_of
 from mllm_jax.sharding.logical import use_mesh
 from mllm_jax.sharding.mesh import batch_sharding
 
@@ -28,6 +28,16 @@ def bucket(length: int) -> int:
     """The length that a row of `length` is padded to: at most 32 or a quarter longer, four sizes a doubling."""
     width = max(BUCKET, 1 << max((length - 1).bit_length() - 3, 0))
     return max(1, -(-length // width)) * width
+
+
+def placed(array: np.ndarray, mesh: Mesh | None) -> jax.Array:
+    """An array of rows on the devices."""
+    return jnp.asarray(array) if mesh is None else jax.device_put(array, batch_sharding(mesh, array.ndim, array.shape))
+
+
+def on_mesh(mesh: Mesh | None) -> AbstractContextManager:
+    """Makes activations follow the mesh, if there is one."""
+    return nullcontext() if mesh is None else use_mesh(mesh)
 
 
 @struct.dataclass
@@ -86,9 +96,7 @@ class Engine:
 
     def place(self, array: np.ndarray) -> jax.Array:
         """An array of rows on the devices."""
-        if self.mesh is None:
-            return jnp.asarray(array)
-        return jax.device_put(array, batch_sharding(self.mesh, array.ndim, array.shape))
+        return placed(array, self.mesh)
 
     def rows(self, limits: np.ndarray, indices: np.ndarray, stops: tuple[int, ...], sampling: Sampling) -> Rows:
         """
@@ -112,7 +120,7 @@ class Engine:
 
     def context(self):
         """Makes activations follow the mesh, if there is one."""
-        return nullcontext() if self.mesh is None else use_mesh(self.mesh)
+        return on_mesh(self.mesh)
 
     def seen(self, batch: Batch, logits: jax.Array, sampling: Sampling) -> jax.Array | None:
         """bool[B, V]: the tokens that a repetition penalty finds said already; None without one."""

@@ -11,10 +11,10 @@ from flax import linen as nn
 from jax.sharding import Mesh
 
 from mllm_jax.data.batch import SEQ
-from mllm_jax.generation.answers import Answers
 from mllm_jax.generation.assistant import Assistant, read_options
 from mllm_jax.generation.engine import Engine, bucket
 from mllm_jax.generation.options import Answer
+from mllm_jax.generation.streaming import Answers
 from mllm_jax.models.processor import Processor
 
 

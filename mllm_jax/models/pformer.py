@@ -54,6 +54,7 @@ class PFormerPretrainingConfig:
     image_size = 1  # it reads no images
     encoder_decoder = False
     family = None
+    encoder_decoder = False  # of the captions that it learns from, whatever its LLM is
 
     @property
     def vocab_sizes(self) -> dict[str, int]:

@@ -23,7 +23,7 @@ from mllm_jax.data.processing.encode import (
     encode_turns,
     require_answers,
 )
-from mllm_jax.data.processing.layouts import Layout, PlainLayout
+from mllm_jax.data.processing.layouts import Layout, PlainLayout, TextLayout
 from mllm_jax.data.processing.media import Encoded, Media
 from mllm_jax.data.tokenizer import tokenizer_in
 from mllm_jax.errors import ConfigError, DataError
@@ -86,7 +86,7 @@ class Processor:
                 f"{folder}: {config.family}", "a model that reads pictures", "use its tokenizer: ChatTokenizer.load"
             )
         if isinstance(config, LLMConfig):
-            return cls(LanguageOnly(config), ChatTokenizer.load(folder), Layout(), system)
+            return cls(LanguageOnly(config), ChatTokenizer.load(folder), TextLayout(), system)
         tokenizer = tokenizer_in(folder)
         ids = [tokenizer.words(word) for word in words]
         layout = PlainLayout(
@@ -202,7 +202,7 @@ class Processor:
         media = self.layout.prepare_all(shown)
         encoded = [self._asked(*each) for each in zip(texts, ids, media, strict=True)]
         if answers is not None:
-            encoded = [self._answered(e, answer) for e, answer in zip(encoded, answers, strict=True)]
+            encoded = [self.answered(e, answer) for e, answer in zip(encoded, answers, strict=True)]
         return self.batch(encoded, slots, length, learnt=answers is not None)
 
     def batch(
@@ -250,6 +250,7 @@ class Processor:
     def prompt(self, messages: Sequence[Message], *, plain: bool = False) -> Encoded:
         """A conversation that waits for an answer; `plain`: its text alone, without a chat template."""
         media = self.layout.prepare([part for message in messages for part in message.parts if _is_medium(part)])
+        media = [replace(m, arrays=dict(m.arrays)) for m in media]  # read now, so that what cannot be is refused now
         ids = self.encoder.text_ids(messages[0]) if plain else self._ids(messages)
         return self._asked(messages, ids, media)
 
@@ -279,7 +280,8 @@ class Processor:
             encoded = replace(encoded, target=np.asarray([self.config.llm.decoder_start_token_id]))
         return encoded
 
-    def _answered(self, encoded: Encoded, answer: str) -> Encoded:
+    def answered(self, encoded: Encoded, answer: str) -> Encoded:
+        """A prompt with its answer and what ends it, which carry loss."""
         ids = [*self.tokenizer.ids(answer), _end_of(self.config.llm)]
         if encoded.target is not None:
             target = np.concatenate([encoded.target, ids])

@@ -7,7 +7,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from flax import linen as nn
 
-from mllm_jax.data.batch import BatchSpec, target_spec, text_spec
+from mllm_jax.data.batch import ArraySpec, BatchSpec, target_spec, text_spec
 
 
 @runtime_checkable
@@ -67,7 +67,7 @@ class LanguageOnly:
 
     def target_spec(self, rows: int, length: int) -> BatchSpec:
         """The arrays of what an encoder-decoder's decoder writes."""
-        return target_spec(rows, length)
+        return target_spec(rows, length) | dict(loss_weights=ArraySpec((rows, length), "float32"))
 
     def make(self) -> nn.Module:
         return self.llm.make()

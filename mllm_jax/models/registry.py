@@ -171,7 +171,7 @@ def from_pretrained(
         params = read_weights(
             component_of(folder), family.table(config), abstract, mesh=mesh, dtype=dtype, report=report
         )
-    return _computing_in(config, _dtype_of(params)).make(), params
+    return computing_in(config, _dtype_of(params)).make(), params
 
 
 def save_pretrained(
@@ -212,7 +212,7 @@ def save_pretrained(
     )
 
 
-def _computing_in(config: Any, dtype: str) -> Any:
+def computing_in(config: Any, dtype: str) -> Any:
     """The config with that dtype; a composed model has one in each part."""
     return config.with_dtype(dtype) if hasattr(config, "with_dtype") else dataclasses.replace(config, dtype=dtype)
 

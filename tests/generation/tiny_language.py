@@ -1,8 +1,11 @@
-"""A random decoder and a tokenizer of bytes with a chat template, small enough to compile in no time."""
+"""A random decoder and a tokenizer of bytes with a chat template, small enough to compile in no time; and prompts that
+are ids."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +13,14 @@ import numpy as np
 from flax import linen as nn
 
 from mllm_jax.data.chat import ChatTokenizer
+from mllm_jax.data.processing.layouts import TextLayout
+from mllm_jax.data.processing.media import Encoded, lay_out_row
+from mllm_jax.generation.assistant import Assistant
+from mllm_jax.generation.options import Answer, Options
+from mllm_jax.generation.sampling import Sampling
 from mllm_jax.llms.decoder import DecoderConfig
+from mllm_jax.models.processor import Processor
+from mllm_jax.models.protocol import LanguageOnly
 
 SPECIAL = ("<|end|>", "<|user|>", "<|assistant|>", "<|system|>")
 TEMPLATE = (
@@ -54,6 +64,41 @@ def random_params(config=CONFIG, seed: int = 0, scale: float = 0.5) -> dict:
     abstract = nn.meta.unbox(jax.eval_shape(lambda: init(jax.random.key(0), jnp.ones((1, 4), jnp.int32))))["params"]
     rng = np.random.default_rng(seed)
     return jax.tree.map(lambda x: jnp.asarray(scale * rng.normal(size=x.shape).astype(np.float32)), abstract)
+
+
+class Numbers:
+    """A tokenizer that writes ids as numbers, so that no two different answers look alike."""
+
+    has_template = False
+    stop_ids = special_tokens = ()
+    pad_token_id = None
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return " ".join(str(int(i)) for i in ids)
+
+
+def language(module: Any, params: dict, tokenizer: Any = None, **options: Any) -> Assistant:
+    """The assistant of a language model; without a tokenizer it answers ids alone."""
+    processor = Processor(LanguageOnly(module.config), tokenizer or Numbers(), TextLayout())
+    return Assistant(module, params, processor, **options)
+
+
+def encoded(assistant: Assistant, rows: Sequence[Sequence[int]]) -> list[Encoded]:
+    """Prompts that are ids."""
+    start = [assistant.llm.decoder_start_token_id] if assistant.llm.encoder_decoder else None
+    target = None if start is None else np.asarray(start)
+    return [Encoded(lay_out_row(ids, [], [], "ids"), np.zeros(len(ids), np.float32), target=target) for ids in rows]
+
+
+def answers(
+    assistant: Assistant,
+    rows: Sequence[Sequence[int]],
+    options: Options = Options(),
+    sampling: Sampling = Sampling(),
+    batch_size: int = 4,
+) -> list[Answer]:
+    """The answers to ids."""
+    return assistant.complete(encoded(assistant, rows), options, sampling, batch_size=batch_size)
 
 
 def write_folder(folder: Path) -> Path:

@@ -60,11 +60,10 @@ class Encoder:
 
     def _content(self, message: Message) -> Any:
         """What the template gets of a message."""
-        flat = self.layout.flattens or not self._marks
-        if isinstance(message.content, str) and (flat or self._reads_texts):
+        if isinstance(message.content, str) and (self.layout.flattens or self._reads_texts):
             return self._text(message.content)
         parts = [self._part(part) for part in message.parts]
-        return self._flat(parts) if flat else parts
+        return self._flat(parts) if self.layout.flattens else parts
 
     @cached_property
     def _reads_texts(self) -> bool:

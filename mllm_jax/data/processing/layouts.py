@@ -122,6 +122,24 @@ class Layout:
         return np.arange(len(row.tokens), dtype=np.int32)
 
 
+class TextLayout(Layout):
+    """The layout of a language model, which reads text alone."""
+
+    flattens = True
+
+    def prepare_all(self, rows: Sequence[Sequence[Part]]) -> list[list[Media]]:
+        if media := [part for parts in rows for part in parts]:
+            raise DataError(
+                f"{len(media)} {type(media[0]).__name__.lower()}(s) for a language model",
+                "text: it reads words only",
+                "leave them out, or take a model that reads them",
+            )
+        return [[] for _ in rows]
+
+    def collate(self, rows: Sequence[Sequence[Media]], slots: int | None = None) -> Collated:
+        return Collated({}, [[] for _ in rows])
+
+
 class TileLayout(Layout):
     """Images as tiles of one size, each of which takes `tokens_a_tile` media tokens."""
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from tiny_language import CONFIG, random_params
 
-from mllm_jax.generation.stacks import CacheLayout, restack, unrolled, unstack
+from mllm_jax.generation.decode_step import CacheLayout, restack, unrolled, unstack
 from mllm_jax.llms.t5 import T5Config
 
 

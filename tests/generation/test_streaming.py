@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from mllm_jax.generation.text import TextStream
+from mllm_jax.generation.streaming import TextStream
 
 TEXT = "Grüße, 你好 🦊👩‍🚀! Ende"
 
