@@ -12,7 +12,7 @@ import numpy as np
 from mllm_jax.checkpoints.table import Family
 from mllm_jax.data.batch import BatchSpec, assemble, instruction_spec
 from mllm_jax.data.chat import ChatTokenizer
-from mllm_jax.data.message import MEDIA, Conversation, Example, Message, Part, Text, conversations
+from mllm_jax.data.message import MEDIA, TEXT_ROLE, Conversation, Example, Message, Part, Text, conversations
 from mllm_jax.data.processing.encode import (
     Encoder,
     Words,
@@ -98,11 +98,11 @@ class Processor:
 
     def fingerprint(self) -> str:
         """A text that differs where rows would."""
-        return repr([self.config, self.encoder.fingerprint(), vars(self.layout).get("side")])
+        return repr([self.config, self.encoder.fingerprint()])
 
     def encode(self, example: Example, max_length: int, learn: str = "answers") -> Encoded:
         """Lays out an example as the model reads it; see `mllm_jax.data.processing.encode`."""
-        plain = example.messages[0].role == "text"
+        plain = bool(example.messages) and example.messages[0].role == TEXT_ROLE
         reads = self.layout.instruction_length > 0
         if self.config.encoder_decoder or reads:
             self._require_one_turn(example)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import groupby
 from typing import Any, Protocol
 
 import numpy as np
@@ -101,9 +102,12 @@ class Encoder:
 
     def text_ids(self, message: Message) -> list[int]:
         """A message without a chat template around it, a placeholder for each medium."""
-        pieces = [self._text(p.text) if isinstance(p, Text) else self._marks[self.kind_of(p)] for p in message.parts]
-        if self.layout.places_pictures:
-            pieces = [self._text(part.text) for part in message.parts if isinstance(part, Text)]
+        pieces = []
+        for is_text, parts in groupby(message.parts, lambda part: isinstance(part, Text)):
+            if is_text:  # as one: two texts side by side could spell a special token together
+                pieces.append(self._text("".join(part.text for part in parts)))
+            elif not self.layout.places_pictures:
+                pieces += [self._marks[self.kind_of(part)] for part in parts]
         return self.tokenizer.encode("".join(pieces))
 
     def lay_out(self, ids: Sequence[int], media: Sequence[Media], what: str) -> Row:
@@ -112,7 +116,7 @@ class Encoder:
 
     def fingerprint(self) -> str:
         """A text that differs where rows would."""
-        return repr([self.tokenizer.fingerprint(), self.system])
+        return repr([self.tokenizer.fingerprint(), self.system, self.layout.fingerprint()])
 
 
 def encode_turns(encoder: Encoder, example: Example, max_length: int, learn: str) -> Encoded:
@@ -238,10 +242,13 @@ def encode_captions(encoder: Encoder, example: Example, max_length: int, most: i
 
 def require_answers(example: Example, answers: Sequence[int]) -> None:
     """Raises DataError: no answer, one without text, or messages after the last."""
-    said = [example.messages[i].text.strip() for i in answers]
-    if not said or not all(said) or answers[-1] != len(example.messages) - 1:
+    for i in answers:
+        if not example.messages[i].text.strip():
+            question = example.messages[i - 1].text if i else ""
+            raise DataError(f"an empty answer to {question[:60]!r}", "an answer with text", "drop or mend the record")
+    if not answers or answers[-1] != len(example.messages) - 1:
         raise DataError(
-            f"a conversation of {len(said)} turns, or an answer without text",
+            f"a conversation of {len(answers)} answers in {len(example.messages)} messages",
             "at least one question, and an answer to each",
             "drop or mend the record",
         )
