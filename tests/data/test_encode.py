@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from toy_data import MODEL, processor
+from toy_data import MODEL, PIXELS, conversation, media_index, processor
 
 from mllm_jax.data.chat_template import ASSISTANT, SEAM, USER
 from mllm_jax.data.message import TEXT_ROLE, Audio, Example, Image, Message, Segment, Text, Video
@@ -16,18 +16,7 @@ from mllm_jax.errors import ConfigError, DataError
 from mllm_jax.models.processor import Processor
 
 MEDIA = MODEL.media_tokens
-PIXELS = np.zeros((8, 8, 3), np.uint8)
 TURNS = (("what is this?", "a red apple"), ("is it a cat?", "no"), ("which colour?", "red, mostly"))
-
-
-def example(images: int, turns=TURNS, context: str = "") -> Example:
-    """Images and a text before the first question, as the sources give them."""
-    opening = (*(Image(PIXELS) for _ in range(images)), *((Text(context),) if context else ()))
-    messages = []
-    for question, answer in turns:
-        messages += [Message("user", (*opening, Text(question))), Message("assistant", answer)]
-        opening = ()
-    return Example(tuple(messages))
 
 
 def captions(turns, regions=None) -> Example:
@@ -37,9 +26,8 @@ def captions(turns, regions=None) -> Example:
     return Example(messages, tuple(Segment((i + 1,), region) for i, region in enumerate(regions)))
 
 
-def media_index(encoded) -> list[int]:
-    """Of a row that holds this example alone."""
-    return encoded.row.media_index([MEDIA * n for n in range(len(encoded.media))], 0)[:, 0].tolist()
+def example(images: int, turns=TURNS, context: str = "") -> Example:
+    return conversation(images, turns, context)
 
 
 @pytest.fixture(scope="module")

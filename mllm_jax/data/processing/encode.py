@@ -82,11 +82,16 @@ class Encoder:
         return kind
 
     def _flat(self, parts: Sequence[dict[str, str]]) -> str:
-        """One text, media first where they are: their tokens, and each text in a line of its own."""
-        media = "".join(self._marks[part["type"]] for part in parts if part["type"] != "text")
-        first, *others = [part["text"] for part in parts if part["type"] == "text"] or [""]
-        lines = [media + first, *others] if others else [media, first] if media else [first]
-        return "\n".join(lines)
+        """One text in which media are their tokens. Two texts side by side, or the media before the only text, have a
+        line break between them."""
+        pieces: list[str] = []
+        for number, part in enumerate(parts):
+            is_text, before = part["type"] == "text", [each["type"] for each in parts[:number]]
+            alone = number == len(parts) - 1 and "text" not in before
+            if is_text and before and (alone or before[-1] == "text"):
+                pieces.append("\n")
+            pieces.append(part["text"] if is_text else self._marks[part["type"]])
+        return "".join(pieces)
 
     def _text(self, text: str) -> str:
         if self.layout.keeps_text:
