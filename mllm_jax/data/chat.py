@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -116,8 +117,11 @@ class ChatTokenizer:
         return self.backend.get_vocab().get(token)
 
     def fingerprint(self) -> str:
-        """A text that differs where ids or rows would."""
-        return repr([self.template, len(self.backend), type(self.backend).__name__])
+        """A short text that differs where ids or rows would."""
+        fast = getattr(self.backend, "backend_tokenizer", None)
+        words = sorted(self.backend.get_vocab().items()) if fast is None else fast.to_str()
+        told = [self.template, type(self.backend).__name__, self.stop_ids, words]
+        return hashlib.sha256(repr(told).encode()).hexdigest()[:16]
 
     def encode(self, text: str) -> list[int]:
         """Plain text to ids, with the special tokens that the tokenizer puts around a text.

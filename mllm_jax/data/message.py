@@ -159,7 +159,7 @@ def _message(given: Any) -> Message:
     content = given["content"]
     if isinstance(content, str):
         return Message(given["role"], content)
-    if not isinstance(content, Sequence):
+    if not isinstance(content, Sequence) or isinstance(content, bytes):
         raise _no_conversation(given)
     return Message(given["role"], tuple(_parts(content)))
 
@@ -171,7 +171,7 @@ def _parts(content: Sequence[Any]) -> Iterator[Part]:
             yield part
         elif kind == "text" and isinstance(part.get("text"), str):
             yield Text(part["text"])
-        elif kind in MEDIA:
+        elif isinstance(kind, str) and kind in MEDIA:
             source = next((part[name] for name in (kind, "path") if part.get(name) is not None), None)
             more = {
                 name: part[name]

@@ -114,11 +114,11 @@ class Processor:
 
     def fingerprint(self) -> str:
         """A text that differs where rows would."""
-        return repr([self.config, self.encoder.fingerprint(), vars(self.layout).get("side")])
+        return repr([self.config, self.encoder.fingerprint()])
 
     def encode(self, example: Example, max_length: int, learn: str = "answers") -> Encoded:
         """Lays out an example as the model reads it; see `mllm_jax.data.processing.encode`."""
-        plain = example.messages[0].role == TEXT_ROLE
+        plain = bool(example.messages) and example.messages[0].role == TEXT_ROLE
         reads = self.layout.instruction_length > 0
         if (self.config.encoder_decoder or reads) and not plain:
             self._require_one_turn(example)
@@ -291,13 +291,38 @@ class Processor:
 
 
 def image_token(tokenizer: Words) -> int:
-    """An id for images that nothing else in a row has, if there is one."""
+    """An id for images that nothing else in a row has.
+
+    Raises:
+        DataError: no chat template, or one that refuses a question and its answer.
+        ConfigError: the template writes all special tokens.
+    """
     special = {token: tokenizer.id_of(token) for token in tokenizer.special_tokens}
-    named = [special[name] for name in IMAGE_TOKENS if name in special]
+    if named := [special[name] for name in IMAGE_TOKENS if name in special]:
+        return named[0]
     template = tokenizer.template if isinstance(tokenizer.template, str) else ""
-    free = [i for token, i in sorted(special.items(), key=lambda item: item[1]) if token not in template]
-    unused = [i for i in free if i not in (*tokenizer.stop_ids, tokenizer.pad_token_id, tokenizer.bos_token_id)]
-    return next(iter(named + unused), tokenizer.stop_ids[0])
+    written = {i for token, i in special.items() if token in template} | _written(tokenizer)
+    free = sorted(set(special.values()) - written)
+    # Those with a meaning of their own come last; a row without a template's end has them nowhere else.
+    meant = (*tokenizer.stop_ids, tokenizer.pad_token_id, tokenizer.bos_token_id)
+    free.sort(key=lambda i: i in meant)
+    if not free:
+        raise ConfigError(
+            f"a tokenizer with no special token that its chat template leaves unused, of {sorted(special)}",
+            f"one that can stand for images, such as {IMAGE_TOKENS[0]}",
+            "add it to the tokenizer's files, or take another chat model's tokenizer",
+        )
+    return free[0]
+
+
+def _written(tokenizer: Words) -> set[int]:
+    """The ids that a chat template writes around messages of every role that it knows."""
+    talk = [{"role": role, "content": "a"} for role in ("user", "assistant", "user")]
+    written = set(tokenizer.ids(tokenizer.render_chat(talk)))
+    try:
+        return written | set(tokenizer.ids(tokenizer.render_chat([{"role": "system", "content": "a"}, *talk])))
+    except DataError:  # a template without system messages
+        return written
 
 
 def _is_medium(part: Part) -> bool:

@@ -7,15 +7,17 @@ from dataclasses import dataclass, replace
 import jax
 import numpy as np
 import pytest
-from mllm_jax.data.examples import Conversation, Turn
 from tiny_runs import ROOT
-from toy_data import MODEL, PAIRS, PICTURES, SIZE, Toy, ToySource, pipeline, tokenizer
+from toy_data import MODEL, PAIRS, PICTURES, SIZE, Toy, ToySource, pipeline, processor, tokenizer
 
+from mllm_jax.data.message import Example, Message, Text
 from mllm_jax.data.pipeline import Mixture, Pipeline, Weighted, training_texts
+from mllm_jax.data.processing.layouts import PlainLayout
 from mllm_jax.data.tokenizer import Tokenizer
 from mllm_jax.datasets.openmoji import OpenMojiQuestions
 from mllm_jax.datasets.openmoji.records import load
 from mllm_jax.errors import ConfigError, DataError
+from mllm_jax.models.processor import Processor
 from mllm_jax.sharding.mesh import MeshConfig, make_mesh
 from mllm_jax.training.config_file import load_config
 from mllm_jax.training.step import local_rows, place_batch
@@ -108,12 +110,12 @@ def test_media_index_points_at_the_slots_of_the_example():
     seen = 0
     for step in range(4):
         batch, plan = data.batch(step), data.plan.step(step)
-        np.testing.assert_array_equal(batch["media_index"] >= 0, batch["tokens"] == tokenizer().image)
+        np.testing.assert_array_equal(batch["media_index"] >= 0, batch["tokens"] == tokenizer().image_token_id)
         for row, examples in enumerate(plan):
             slot = 0
             for segment, (source, index) in enumerate(examples, start=1):
                 places = batch["segments"][row] == segment
-                pictures = data.sources[source].images(index)
+                pictures = [np.asarray(part.source) for part in data.sources[source].example(index).media]
                 expected = [(slot + m) * tokens + t for m in range(len(pictures)) for t in range(tokens)]
                 found = batch["media_index"][row, places]
                 assert found[found >= 0].tolist() == expected
@@ -125,7 +127,7 @@ def test_media_index_points_at_the_slots_of_the_example():
             learnt = [w for s, i in examples for w in data.encode(s, i).loss_weights]
             np.testing.assert_array_equal(batch["loss_weights"][row, : len(learnt)], learnt)
             padding = batch["segments"][row] == 0
-            assert (batch["tokens"][row, padding] == tokenizer().pad).all()
+            assert (batch["tokens"][row, padding] == tokenizer().pad_token_id).all()
             assert not batch["loss_weights"][row, padding].any()
     assert seen > 50
 
@@ -184,8 +186,7 @@ def quickstart():
     texts = training_texts([source.build() for _, source in sorted(sources.items())])
     words = Tokenizer.train(texts, experiment.tokenizer.vocab_size)
     packed = {s.data: s.name for s in experiment.stages if s.data.layout == "conversation"}
-    media_tokens = experiment.model.media_tokens
-    return {name: Pipeline(data, words, media_tokens=media_tokens, seed=0) for data, name in packed.items()}
+    return {name: Pipeline(data, processor(experiment.model, words), seed=0) for data, name in packed.items()}
 
 
 def test_the_quickstart_fills_its_rows(quickstart, capsys):
@@ -213,15 +214,15 @@ class Broken(Toy):
 
 
 class BrokenSource(ToySource):
-    def conversation(self, index: int) -> Conversation:
+    def example(self, index: int) -> Example:
         if index in self.config.empty_answers:
-            return Conversation(1, (Turn("what colour", "  ", "colour"),))
-        return super().conversation(index)
+            return Example((Message("user", "what colour"), Message("assistant", "  ")))
+        return super().example(index)
 
-    def images(self, index: int) -> list[np.ndarray]:
+    def picture(self, index: int, number: int = 0) -> np.ndarray:
         if index in self.config.bad_pictures:
             raise DataError(f"picture {index}: truncated", "a whole PNG", "replace it")
-        return super().images(index)
+        return super().picture(index, number)
 
 
 def broken(share: float, **kwargs) -> Mixture:
@@ -233,7 +234,7 @@ def test_a_corrupt_png_is_named_by_source_and_index(monkeypatch):
     source = OpenMojiQuestions(image_size=16, variants=1)
     mixture = Mixture((Weighted(source),), rows=8, length=128, slots=2)
     words = Tokenizer.train(training_texts([source.build()], limit=100), 300)
-    data = Pipeline(mixture, words, media_tokens=experiment.model.media_tokens, seed=0)
+    data = Pipeline(mixture, processor(experiment.model, words), seed=0)
     index = data.plan.step(3)[2][0][1]
     built = data.sources[0]
     record = built.record_index(index)
@@ -248,7 +249,7 @@ def test_a_corrupt_png_is_named_by_source_and_index(monkeypatch):
 
 
 def test_a_tokenizer_is_trained_past_records_that_cannot_be_used(monkeypatch):
-    whole = BrokenSource.conversation
+    whole = BrokenSource.example
 
     def some(self, index):
         if index in (5, 60):
@@ -257,11 +258,11 @@ def test_a_tokenizer_is_trained_past_records_that_cannot_be_used(monkeypatch):
 
     source = Broken("broken").build()
     before = list(training_texts([source]))
-    monkeypatch.setattr(BrokenSource, "conversation", some)
+    monkeypatch.setattr(BrokenSource, "example", some)
     after = list(training_texts([source]))
-    assert set(after) < set(before) and len(after) == len(before) - sum(
-        len(whole(source, i).turns) * 2 for i in (5, 60)
-    )
+    parts = [part for i in (5, 60) for message in whole(source, i).messages for part in message.parts]
+    texts = [part.text for part in parts if isinstance(part, Text)]
+    assert len(texts) > 2 and set(after) < set(before) and len(after) == len(before) - len(texts)
 
 
 def test_bad_records_are_counted_and_left_out():
@@ -303,6 +304,18 @@ def test_lengths_are_measured_once(tmp_path, monkeypatch):
     assert_equal(first.batch(4), second.batch(4))
 
 
+def test_lengths_are_measured_anew_for_another_processor(tmp_path):
+    """Another tokenizer, system message or layout of images gives rows of another length."""
+    words, few = tokenizer(), Tokenizer.train(["a text"], 300)
+    named = PlainLayout(SIZE, MODEL.media_tokens, words.image_token_id, [words.words("here")] * MODEL.media_tokens)
+    readers = [processor(), processor(MODEL, few), Processor(MODEL, words, named)]
+    readers += [Processor(MODEL, words, processor().layout, system) for system in ("", "be brief")]
+    for number, reader in enumerate(readers, start=1):
+        for _ in range(2):
+            Pipeline(PICTURES, reader, seed=0, cache_dir=tmp_path)
+            assert len(list(tmp_path.glob("*.npz"))) == number * len(PICTURES.sources)
+
+
 def test_lengths_are_measured_anew_for_other_data_or_settings(tmp_path):
     pipeline(cache_dir=tmp_path)
     for change in ({"length": 80}, {"sources": (Weighted(Toy(size=100)), *PICTURES.sources[1:])}):
@@ -314,12 +327,13 @@ def test_lengths_are_measured_anew_for_other_data_or_settings(tmp_path):
 def test_stale_lengths_are_told(tmp_path, monkeypatch):
     """The data changed and the source's fingerprint did not."""
     pipeline(cache_dir=tmp_path)
-    old = ToySource.conversation
+    old = ToySource.example
 
     def changed(self, index):
         talk = old(self, index)
-        return replace(talk, turns=(replace(talk.turns[0], question="what is the colour of it"), *talk.turns[1:]))
+        question, *others = talk.messages
+        return replace(talk, messages=(replace(question, content=(*question.content, Text("really"))), *others))
 
-    monkeypatch.setattr(ToySource, "conversation", changed)
+    monkeypatch.setattr(ToySource, "example", changed)
     with pytest.raises(DataError, match=r"toy\w*\[\d+\]: \d+ tokens, measured as \d+(?s:.)*delete the stored lengths"):
         pipeline(cache_dir=tmp_path).batch(0)

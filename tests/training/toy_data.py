@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
@@ -26,6 +26,7 @@ from mllm_jax.models.processor import Processor
 from mllm_jax.projectors.mlp import MLPProjectorConfig
 
 SIZE = 8
+PIXELS = np.zeros((SIZE, SIZE, 3), np.uint8)
 COLOURS = ("red", "green", "blue", "grey", "black", "white", "brown", "pink", "violet", "orange")
 
 
@@ -97,6 +98,23 @@ def processor(config: Any = MODEL, words: Tokenizer | None = None) -> Processor:
     """Of a model that is composed here, with the toys' tokenizer."""
     words = words or tokenizer()
     return Processor(config, words, PlainLayout(config.image_size, config.media_tokens, words.image_token_id))
+
+
+def conversation(images: int, turns: Sequence[tuple[str, str]], context: str = "") -> Example:
+    """Images and a text before the first question, as the sources give them."""
+    opening = (*(Image(PIXELS) for _ in range(images)), *((Text(context),) if context else ()))
+    messages = []
+    for question, answer in turns:
+        messages += [Message("user", (*opening, Text(question))), Message("assistant", answer)]
+        opening = ()
+    return Example(tuple(messages))
+
+
+def media_index(encoded: Any, media_tokens: int | None = None) -> list[int]:
+    """Of a row that holds this example alone."""
+    return encoded.row.media_index([(media_tokens or MODEL.media_tokens) * n for n in range(len(encoded.media))], 0)[
+        :, 0
+    ].tolist()
 
 
 def spec_of(batch: dict[str, np.ndarray]) -> BatchSpec:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
+from itertools import groupby
 from typing import Any, Protocol
 
 import numpy as np
@@ -92,11 +93,16 @@ class Encoder:
         return kind
 
     def _flat(self, parts: Sequence[dict[str, str]]) -> str:
-        """One text, media first where they are: their tokens, and each text in a line of its own."""
-        media = "".join(self._marks[part["type"]] for part in parts if part["type"] != "text")
-        first, *others = [part["text"] for part in parts if part["type"] == "text"] or [""]
-        lines = [media + first, *others] if others else [media, first] if media else [first]
-        return "\n".join(lines)
+        """One text in which media are their tokens. Two texts side by side, or the media before the only text, have a
+        line break between them."""
+        pieces: list[str] = []
+        for number, part in enumerate(parts):
+            is_text, before = part["type"] == "text", [each["type"] for each in parts[:number]]
+            alone = number == len(parts) - 1 and "text" not in before
+            if is_text and before and (alone or before[-1] == "text"):
+                pieces.append("\n")
+            pieces.append(part["text"] if is_text else self._marks[part["type"]])
+        return "".join(pieces)
 
     def _text(self, text: str) -> str:
         if self.layout.keeps_text:
@@ -112,9 +118,12 @@ class Encoder:
 
     def text_ids(self, message: Message) -> list[int]:
         """A message without a chat template around it, a placeholder for each medium."""
-        pieces = [self._text(p.text) if isinstance(p, Text) else self._marks[self.kind_of(p)] for p in message.parts]
-        if self.layout.places_pictures:
-            pieces = [self._text(part.text) for part in message.parts if isinstance(part, Text)]
+        pieces = []
+        for is_text, parts in groupby(message.parts, lambda part: isinstance(part, Text)):
+            if is_text:  # as one: two texts side by side could spell a special token together
+                pieces.append(self._text("".join(part.text for part in parts)))
+            elif not self.layout.places_pictures:
+                pieces += [self._marks[self.kind_of(part)] for part in parts]
         return self.tokenizer.encode("".join(pieces))
 
     def lay_out(self, ids: Sequence[int], media: Sequence[Media], what: str) -> Row:
@@ -123,7 +132,7 @@ class Encoder:
 
     def fingerprint(self) -> str:
         """A text that differs where rows would."""
-        return repr([self.tokenizer.fingerprint(), self.system])
+        return repr([self.tokenizer.fingerprint(), self.system, self.layout.fingerprint()])
 
 
 def encode_turns(encoder: Encoder, example: Example, max_length: int, learn: str) -> Encoded:
@@ -252,10 +261,13 @@ def encode_captions(encoder: Encoder, example: Example, max_length: int, most: i
 
 def require_answers(example: Example, answers: Sequence[int]) -> None:
     """Raises DataError: no answer, one without text, or messages after the last."""
-    said = [example.messages[i].text.strip() for i in answers]
-    if not said or not all(said) or answers[-1] != len(example.messages) - 1:
+    for i in answers:
+        if not example.messages[i].text.strip():
+            question = example.messages[i - 1].text if i else ""
+            raise DataError(f"an empty answer to {question[:60]!r}", "an answer with text", "drop or mend the record")
+    if not answers or answers[-1] != len(example.messages) - 1:
         raise DataError(
-            f"a conversation of {len(said)} turns, or an answer without text",
+            f"a conversation of {len(answers)} answers in {len(example.messages)} messages",
             "at least one question, and an answer to each",
             "drop or mend the record",
         )

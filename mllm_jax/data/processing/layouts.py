@@ -46,6 +46,10 @@ class Layout:
         tokens = {"image": self.image_token, "video": self.video_token}
         return {kind: token for kind, token in tokens.items() if token is not None}
 
+    def fingerprint(self) -> str:
+        """A text that differs where rows would, of two layouts for one model."""
+        return repr([self.pictures, self.frames])
+
     def image(self, picture: np.ndarray) -> Media:
         """Prepares uint8[H, W, 3] as decoded."""
         raise NotImplementedError
@@ -201,6 +205,9 @@ class PlainLayout(TileLayout):
             tokens += [*before, image_token]
             places += [TEXT] * len(before) + [number]
         self._tokens, self._places = np.asarray(tokens), np.asarray(places)
+
+    def fingerprint(self) -> str:
+        return repr([self.side, self._tokens.tolist()])
 
     def prepare_all(self, rows: Sequence[Sequence[Part]]) -> list[list[Media]]:
         """An image is decoded when its arrays are read: its size says nothing about the row."""
