@@ -104,7 +104,7 @@ VIOLATIONS = {
     "layers/mlp.py": "mllm_jax.models.multimodal",
     "encoders/vit.py": "mllm_jax.llms.decoder",
     "models/multimodal.py": "mllm_jax.training.config",
-    "inference/sampling.py": "mllm_jax.training.loop",
+    "generation/sampling.py": "mllm_jax.training.loop",
     "training/step.py": "mllm_jax.evaluation.report",
     "datasets/llava.py": "mllm_jax.models.processor",
     "data/pipeline.py": "mllm_jax.datasets.text_only",
