@@ -45,12 +45,17 @@ def tokenizer():
     return IdTokenizer(Tokenizer.train(["what is this? a red apple"] * 3, 280).backend)
 
 
-@pytest.fixture(scope="module")
-def params():
-    module = CONFIG.make()
-    abstract = jax.eval_shape(lambda: module.init(jax.random.key(0), CONFIG.batch_spec().empty()))
+def random_params_of(config: MultimodalConfig) -> dict:
+    """Every parameter random, without compiling `init`."""
+    module = config.make()
+    abstract = jax.eval_shape(lambda: module.init(jax.random.key(0), config.batch_spec().empty()))
     rng = np.random.default_rng(0)
     return jax.tree.map(lambda x: 0.5 * rng.normal(size=x.shape).astype(np.float32), nn.meta.unbox(abstract))["params"]
+
+
+@pytest.fixture(scope="module")
+def params():
+    return random_params_of(CONFIG)
 
 
 @pytest.fixture(scope="module")

@@ -9,8 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
-from mllm_jax.generation.language import LanguageGenerator
-from tiny_language import CONFIG, random_params
+from tiny_language import CONFIG, answers, encoded, language, random_params
 
 from mllm_jax.errors import ConfigError
 from mllm_jax.generation.options import Options
@@ -95,11 +94,11 @@ def test_the_matmul_equals_one_with_the_kernels_written_out(params, quantized):
 def test_generation_reads_what_is_stored(params, quantized):
     options = Options(12, ignore_eos=True)
     prompts = [TOKENS[0].tolist(), TOKENS[1, :3].tolist()]
-    generator = LanguageGenerator(C.make(), params, int8=True)
-    stored = jax.tree.leaves(generator._answers.engine.params)
+    assistant = language(C.make(), params, int8=True)
+    stored = jax.tree.leaves(assistant._answers.engine.params)
     assert sum(leaf.dtype == jnp.int8 for leaf in stored) == 7 * 2 + 1
-    assert [e.relative for e in generator.quantization_errors] == [e.relative for e in quantized[1]]
-    found = [c.ids for c in generator.generate(prompts, options)]
+    assert [e.relative for e in assistant.quantization_errors] == [e.relative for e in quantized[1]]
+    found = [a.tokens for a in answers(assistant, prompts, options)]
     for prompt, ids in zip(prompts, found, strict=True):
         row = jnp.array([[*prompt, *ids[:-1]]])
         with linear_hook(int8_linear):
@@ -126,13 +125,13 @@ def test_the_loop_over_tokens_keeps_no_floats_of_the_kernels():
     config = dataclasses.replace(CONFIG, hidden_size=64, mlp_size=512, vocab_size=64)
     scratch, kept = {}, {}
     for int8 in (False, True):
-        generator = LanguageGenerator(config.make(), random_params(config), int8=int8)
-        engine, ones = generator._answers.engine, np.ones(1, np.int32)
+        assistant = language(config.make(), random_params(config), int8=int8)
+        engine, ones = assistant._answers.engine, np.ones(1, np.int32)
         rows = engine.rows(ones, ones, (), Sampling())
+        batch = assistant._place(assistant._batch(encoded(assistant, [[1]]), 1))
+        how = dict(new=32, sampling=Sampling(), logprobs=False)
         progress = jax.eval_shape(
-            lambda engine=engine, generator=generator, rows=rows: engine._start_impl(
-                engine.params, generator._batch([[1]]), rows, new=32, sampling=Sampling(), logprobs=False
-            )
+            lambda engine=engine, batch=batch, rows=rows, how=how: engine._start_impl(engine.params, batch, rows, **how)
         )
         args = engine.params, progress.state, progress.replace(state=None), rows, np.int32(4)
         compiled = engine._advance.lower(*args, sampling=Sampling()).compile()

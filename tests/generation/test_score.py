@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 from test_assistant_media import CONFIG as MULTIMODAL
-from test_assistant_media import IdTokenizer, asked, picture
+from test_assistant_media import IdTokenizer, asked, picture, random_params_of
 from tiny_language import CONFIG, byte_tokenizer, language, random_params
 from toy_data import processor as processor_of
 
@@ -113,7 +113,7 @@ def test_an_encoder_decoder():
 def test_a_model_with_images(llm):
     config: MultimodalConfig = dataclasses.replace(MULTIMODAL, llm=llm)
     tokenizer = IdTokenizer(Tokenizer.train(["what is this? a red apple"] * 3, 280).backend)
-    params = random_of(config.make(), config.batch_spec().empty())
+    params = random_params_of(config)
     assistant = Assistant(config.make(), params, processor_of(config, tokenizer))
     asks = [asked("what?", picture(0)), asked("is it a red apple, or what?", picture(1), picture(2)), asked("why")]
     said = ["a red apple", "it is", "so"]
