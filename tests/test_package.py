@@ -334,7 +334,7 @@ def test_the_small_set_needs_no_torch():
 
 
 def test_the_encoder_of_the_contributing_page_works(tmp_path, monkeypatch):
-    (code,) = re.findall(r"^```python\n(.*?)^```", (ROOT / "CONTRIBUTING.md").read_text(), re.DOTALL | re.MULTILINE)
+    code, _ = re.findall(r"^```python\n(.*?)^```", (ROOT / "CONTRIBUTING.md").read_text(), re.DOTALL | re.MULTILINE)
     file = tmp_path / "patch_mlp.py"
     file.write_text(code)
     spec = importlib.util.spec_from_file_location("patch_mlp", file)

@@ -1,0 +1,104 @@
+"""What the contributing page writes beside a config trains, and is found again when the run is opened."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+from mllm_jax.checkpoints import own_modules
+from mllm_jax.checkpoints.description import describe, rebuild
+from mllm_jax.checkpoints.run import RunFolder
+from mllm_jax.errors import ConfigError
+from mllm_jax.generation.assistant import Assistant
+from mllm_jax.training.config_file import load_config
+from mllm_jax.training.loop import train
+
+ROOT = Path(__file__).parents[1]
+CONFIG = """
+from grey_squares import BrightnessConfig, Squares
+
+from mllm_jax import DecoderConfig, Experiment, Mixture, MLPProjectorConfig, MultimodalConfig, NextToken, Stage
+from mllm_jax import TokenizerConfig, Weighted
+
+
+def config():
+    llm = DecoderConfig(vocab_size=320, hidden_size=16, num_layers=1, num_heads=2, num_kv_heads=1, mlp_size=32)
+    model = MultimodalConfig(BrightnessConfig(), MLPProjectorConfig(output_size=16), llm)
+    data = Mixture((Weighted(Squares()),), rows=4, length=32, slots=2)
+    stage = Stage("all", NextToken(), ("*",), data, steps=2)
+    return Experiment("own", model, (stage,), tokenizer=TokenizerConfig(vocab_size=320))
+"""
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A config with a module beside it, which nothing else has imported; what is remembered is of this test."""
+    _, code = re.findall(r"^```python\n(.*?)^```", (ROOT / "CONTRIBUTING.md").read_text(), re.DOTALL | re.MULTILINE)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    place = tmp_path / "project"
+    place.mkdir()
+    (place / "grey_squares.py").write_text(code)
+    (place / "config.py").write_text(CONFIG)
+    yield place
+    sys.modules.pop("grey_squares", None)
+
+
+def forget(monkeypatch) -> None:
+    """As a new process begins: nothing imported, no folder on the path."""
+    sys.modules.pop("grey_squares", None)
+    monkeypatch.setattr(sys, "path", [entry for entry in sys.path if "project" not in entry])
+
+
+def test_it_trains_and_is_found_again(folder, tmp_path, monkeypatch):
+    run = train(load_config(folder / "config.py"), tmp_path / "run")
+    forget(monkeypatch)
+    experiment = RunFolder(run.path).experiment()
+    assert type(experiment.model.encoder).__module__ == "grey_squares" and len(experiment.stages[0].data.sources) == 1
+    answer = Assistant.load(run.path, by_layer=False).generate("how bright?", max_new_tokens=2)
+    assert answer.tokens
+
+    forget(monkeypatch)
+    (folder / "grey_squares.py").unlink()
+    with pytest.raises(ConfigError, match="module 'grey_squares', which is not found") as refusal:
+        RunFolder(run.path).experiment()
+    assert "PYTHONPATH" in refusal.value.todo and str(folder) in refusal.value.todo
+
+
+def test_a_run_does_not_say_where_code_is_read_from(folder, tmp_path, monkeypatch):
+    """Without what this user remembers, a stored config imports nothing but what Python itself finds."""
+    described = describe(load_config(folder / "config.py"))
+    assert str(folder) not in str(described)
+    forget(monkeypatch)
+    with pytest.raises(ConfigError, match="grey_squares"):
+        rebuild(described)
+
+
+def test_a_class_of_the_config_file_itself_is_refused(tmp_path):
+    file = tmp_path / "config.py"
+    file.write_text(
+        CONFIG.replace("from grey_squares import BrightnessConfig, Squares", "")
+        .replace(
+            "def config():",
+            "from dataclasses import dataclass\n\n@dataclass(frozen=True)\nclass Squares:\n    size: int = 4\n\ndef config():",
+        )
+        .replace("BrightnessConfig()", "__import__('mllm_jax').ViTConfig(8, 4, 16, 1, 2, 32)")
+    )
+    with pytest.raises(ConfigError, match="Squares, which the config file itself defines"):
+        describe(load_config(file))
+
+
+@pytest.mark.parametrize(
+    "kind", ["os:system", "no_such_module_x:Config", "mllm_jax.errors:ConfigError", "a b:C", ":", "os"]
+)
+def test_what_is_no_config_class_is_refused(kind):
+    with pytest.raises(ConfigError):
+        rebuild({"class": kind})
+
+
+def test_modules_of_a_description():
+    nested = {"class": "a.b:C", "x": [{"class": "d:E"}, 1], "y": {"class": "mllm_jax.f:G"}}
+    assert sorted(own_modules.modules_of(nested)) == ["a", "d", "mllm_jax"]
