@@ -79,14 +79,11 @@ def test_a_run_does_not_say_where_code_is_read_from(folder, tmp_path, monkeypatc
 
 def test_a_class_of_the_config_file_itself_is_refused(tmp_path):
     file = tmp_path / "config.py"
-    file.write_text(
-        CONFIG.replace("from grey_squares import BrightnessConfig, Squares", "")
-        .replace(
-            "def config():",
-            "from dataclasses import dataclass\n\n@dataclass(frozen=True)\nclass Squares:\n    size: int = 4\n\ndef config():",
-        )
-        .replace("BrightnessConfig()", "__import__('mllm_jax').ViTConfig(8, 4, 16, 1, 2, 32)")
+    own = "from dataclasses import dataclass\n\n@dataclass(frozen=True)\nclass Squares:\n    size: int = 4\n\n"
+    text = CONFIG.replace("from grey_squares import BrightnessConfig, Squares", "").replace(
+        "def config", f"{own}def config"
     )
+    file.write_text(text.replace("BrightnessConfig()", "__import__('mllm_jax').ViTConfig(8, 4, 16, 1, 2, 32)"))
     with pytest.raises(ConfigError, match="Squares, which the config file itself defines"):
         describe(load_config(file))
 
