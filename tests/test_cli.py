@@ -15,10 +15,10 @@ import pytest
 from no_torch import hide_torch
 from PIL import Image
 
+from mllm_jax.checkpoints.run import RunFolder
 from mllm_jax.cli import main
 from mllm_jax.sharding.platform import may_have_accelerator
 from mllm_jax.training.config_file import load_config
-from mllm_jax.training.operations.run_folder import RunFolder
 
 ROOT = Path(__file__).parents[1]
 SMOKE = ROOT / "configs" / "smoke.py"

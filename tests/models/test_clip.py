@@ -17,11 +17,12 @@ from mllm_jax.encoders.vit import ViTConfig
 from mllm_jax.errors import ConfigError
 from mllm_jax.layers.pixels import normalise_pixels
 from mllm_jax.models.clip import DualEncoderConfig, read_clip, read_siglip, sample
+from mllm_jax.models.params import init_params
 from mllm_jax.sharding.mesh import MeshConfig, make_mesh
 from mllm_jax.training.config import AdamW
 from mllm_jax.training.objectives.contrastive import KINDS, Contrastive
 from mllm_jax.training.optimizer import learning_rate, make_optimizer
-from mllm_jax.training.step import init_params, init_state, make_train_step, place_batch, state_shardings
+from mllm_jax.training.step import init_state, make_train_step, place_batch, state_shardings
 
 STEPS = 15
 CONFIG = DualEncoderConfig(

@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 from toy_data import MODEL, PICTURES, pipeline, spec_of
 
+from mllm_jax.models.params import init_params
 from mllm_jax.sharding.mesh import MeshConfig, make_mesh, param_shardings
 from mllm_jax.training.config import AdamW
 from mllm_jax.training.objectives.next_token import NextToken
 from mllm_jax.training.optimizer import learning_rate, make_optimizer
-from mllm_jax.training.step import init_params, init_state, make_train_step, place_batch, state_shardings
+from mllm_jax.training.step import init_state, make_train_step, place_batch, state_shardings
 
 pytestmark = pytest.mark.slow
 

@@ -16,13 +16,13 @@ from mllm_jax.data.message import TEXT_ROLE, Example, Image, Message, Text
 from mllm_jax.data.pipeline import Mixture, Weighted
 from mllm_jax.datasets.llava import LLaVARecords
 from mllm_jax.errors import DataError
+from mllm_jax.models.run_weights import load_run
 from mllm_jax.training.config import AdamW, CheckpointConfig, Experiment, Pretrained, Stage, TokenizerConfig
 from mllm_jax.training.features import stage_spec
 from mllm_jax.training.loop import train
 from mllm_jax.training.objectives.next_token import NextToken
 from mllm_jax.training.run_processor import export_run
 from mllm_jax.training.step import make_apply
-from mllm_jax.training.weights import load_run
 
 CASES = {
     "InstructBLIP, Flan-T5": ("InstructBlip", T5),

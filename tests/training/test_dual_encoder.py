@@ -22,11 +22,11 @@ from mllm_jax.evaluation.openmoji import OpenMojiRetrieval
 from mllm_jax.evaluation.run import evaluate_run
 from mllm_jax.generation.embed import Embedder
 from mllm_jax.models.clip import DualEncoderConfig
+from mllm_jax.models.run_weights import load_run
 from mllm_jax.sharding.mesh import MeshConfig
 from mllm_jax.training.config import AdamW, Experiment, Stage, TokenizerConfig
 from mllm_jax.training.loop import train
 from mllm_jax.training.objectives.contrastive import Contrastive
-from mllm_jax.training.weights import load_run
 
 SIZE, STEPS = 16, 48
 VISION = ViTConfig(image_size=SIZE, patch_size=4, hidden_size=32, num_layers=1, num_heads=2, mlp_size=48)
@@ -137,6 +137,6 @@ def test_only_a_dual_encoder_is_embedded():
 
 
 def folder_of(path):
-    from mllm_jax.training.operations.run_folder import RunFolder
+    from mllm_jax.checkpoints.run import RunFolder
 
     return RunFolder(path)

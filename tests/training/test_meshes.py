@@ -11,13 +11,14 @@ import pytest
 from toy_data import MODEL, PAIRS, PICTURES, pipeline, quick_compilation, spec_of
 
 from mllm_jax.data.pipeline import Mixture
+from mllm_jax.models.params import init_params
 from mllm_jax.sharding.mesh import MeshConfig, make_mesh, param_shardings
 from mllm_jax.training.config import AdamW
 from mllm_jax.training.objectives.contrastive import Contrastive
 from mllm_jax.training.objectives.next_token import NextToken
 from mllm_jax.training.optimizer import learning_rate, make_optimizer
 from mllm_jax.training.partition import split
-from mllm_jax.training.step import init_params, init_state, make_train_step, place_batch, state_shardings
+from mllm_jax.training.step import init_state, make_train_step, place_batch, state_shardings
 
 STEPS = 20
 ADAMW = AdamW(learning_rate=2e-3, warmup_steps=4)

@@ -45,10 +45,10 @@ def asked(run: Path, devices=None) -> dict:
     """What the run says: logits of one batch, and greedy answers."""
     import jax
 
+    from mllm_jax.checkpoints.run import RunFolder
     from mllm_jax.data.message import Message, Text
     from mllm_jax.generation.assistant import Assistant
-    from mllm_jax.training.operations.run_folder import RunFolder
-    from mllm_jax.training.weights import load_run
+    from mllm_jax.models.run_weights import load_run
 
     _, model, params, processor, mesh = load_run(RunFolder(run), devices)
     batch = toy_data.pipeline().batch(0)

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 
+from mllm_jax.checkpoints.run import RunFolder
 from mllm_jax.data.pipeline import Mixture, Pipeline, Weighted
 from mllm_jax.datasets.openmoji import OpenMojiCaptions
 from mllm_jax.datasets.text_only import TextOnly
@@ -19,6 +20,7 @@ from mllm_jax.errors import ConfigError
 from mllm_jax.llms.decoder import DecoderConfig
 from mllm_jax.models.multimodal import MultimodalConfig
 from mllm_jax.models.pformer import PFormerPretrainingConfig
+from mllm_jax.models.run_weights import load_run
 from mllm_jax.projectors.pformer import PFormerConfig
 from mllm_jax.projectors.qformer import QFormerConfig
 from mllm_jax.sharding.logical import use_mesh
@@ -28,10 +30,8 @@ from mllm_jax.training.loop import train
 from mllm_jax.training.objectives.contrastive import Contrastive
 from mllm_jax.training.objectives.next_token import NextToken
 from mllm_jax.training.objectives.pformer import PFormerObjective, PromptGuided
-from mllm_jax.training.operations.run_folder import RunFolder
 from mllm_jax.training.pretrained import initial_params
 from mllm_jax.training.step import make_apply
-from mllm_jax.training.weights import load_run
 
 STEPS = 24
 VOCABULARY = 400

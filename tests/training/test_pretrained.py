@@ -17,17 +17,18 @@ from tiny_language import CONFIG, random_params, write_folder
 from toy_data import MODEL, PAIRS, PICTURES, quick_compilation
 
 import mllm_jax
+from mllm_jax.checkpoints.run import RunFolder
 from mllm_jax.data.message import Image, Message, Text
 from mllm_jax.errors import CheckpointError, ConfigError, RunFolderError
 from mllm_jax.generation.assistant import Assistant
+from mllm_jax.models.run_weights import load_run
 from mllm_jax.sharding.mesh import MeshConfig
 from mllm_jax.training.config import AdamW, CheckpointConfig, Experiment, Pretrained, Stage, TokenizerConfig
 from mllm_jax.training.config_file import load_config
 from mllm_jax.training.loop import train
 from mllm_jax.training.objectives.contrastive import Contrastive
 from mllm_jax.training.objectives.next_token import NextToken
-from mllm_jax.training.operations.run_folder import RunFolder, open_run
-from mllm_jax.training.weights import load_run
+from mllm_jax.training.operations.run_folder import open_run
 
 pytestmark = pytest.mark.slow
 

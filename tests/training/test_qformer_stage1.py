@@ -11,12 +11,14 @@ import numpy as np
 import pytest
 from toy_data import MODEL, PAIRS, Toy
 
+from mllm_jax.checkpoints.run import RunFolder
 from mllm_jax.data.pipeline import Mixture, Weighted
 from mllm_jax.datasets.openmoji import OpenMojiCaptions
 from mllm_jax.encoders.vit import ViTConfig
 from mllm_jax.errors import ConfigError
 from mllm_jax.models.blip2_stage1 import QFormerPretrainingConfig
 from mllm_jax.models.multimodal import Connection, MultimodalConfig
+from mllm_jax.models.run_weights import load_run
 from mllm_jax.projectors.qformer import QFormerConfig
 from mllm_jax.sharding.logical import use_mesh
 from mllm_jax.sharding.mesh import MeshConfig, make_mesh
@@ -25,10 +27,8 @@ from mllm_jax.training.loop import train
 from mllm_jax.training.objectives.contrastive import Contrastive
 from mllm_jax.training.objectives.next_token import NextToken
 from mllm_jax.training.objectives.qformer import QFormerStage1
-from mllm_jax.training.operations.run_folder import RunFolder
 from mllm_jax.training.pretrained import initial_params
 from mllm_jax.training.step import make_apply
-from mllm_jax.training.weights import load_run
 
 STEPS = 20
 ENCODER = ViTConfig(16, 8, 16, num_layers=1, num_heads=2, mlp_size=24, class_token=True)

@@ -11,11 +11,11 @@ from tiny_language import write_folder
 from tiny_runs import ROOT
 from toy_data import quick_compilation
 
+from mllm_jax.checkpoints.run import RunFolder
 from mllm_jax.errors import ConfigError
 from mllm_jax.evaluation.run import evaluate_run
 from mllm_jax.training.config_file import load_config
 from mllm_jax.training.loop import train
-from mllm_jax.training.operations.run_folder import RunFolder
 
 CONFIG = ROOT / "configs" / "smollm2_openmoji.py"
 

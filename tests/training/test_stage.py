@@ -11,6 +11,7 @@ import pytest
 from toy_data import MODEL, PICTURES, pipeline
 
 from mllm_jax.errors import ConfigError
+from mllm_jax.models.params import init_params
 from mllm_jax.planning.compile import abstract_step
 from mllm_jax.sharding.mesh import MeshConfig, make_mesh
 from mllm_jax.training.config import CheckpointConfig, Experiment, Stage, TokenizerConfig
@@ -20,7 +21,6 @@ from mllm_jax.training.objectives.next_token import NextToken
 from mllm_jax.training.operations.stopping import Interrupted
 from mllm_jax.training.partition import num_bytes
 from mllm_jax.training.stage import build_stage, hold_frozen
-from mllm_jax.training.step import init_params
 
 STAGE = Stage("talk", NextToken(), ("projector/*", "llm/*"), PICTURES, steps=6, frozen_dtype="bfloat16")
 EXPERIMENT = Experiment("small", MODEL, (STAGE,), TokenizerConfig(vocab_size=320))

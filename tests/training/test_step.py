@@ -14,20 +14,20 @@ import pytest
 from tiny_runs import metrics
 from toy_data import MODEL, PAIRS, PICTURES, pipeline, quick_compilation, tokenizer, with_dtype
 
+from mllm_jax.checkpoints.run import read_json
 from mllm_jax.checkpoints.training import fingerprint, snapshot_meta
 from mllm_jax.errors import TrainingError
+from mllm_jax.models.params import init_params
 from mllm_jax.sharding.mesh import MeshConfig, make_mesh
 from mllm_jax.training import loop, stage_run
 from mllm_jax.training.config import AdamW, CheckpointConfig, Experiment, Stage, TokenizerConfig
 from mllm_jax.training.objectives.contrastive import Contrastive
 from mllm_jax.training.objectives.next_token import NextToken
-from mllm_jax.training.operations.run_folder import read_json
 from mllm_jax.training.operations.stopping import Interrupted
 from mllm_jax.training.optimizer import learning_rate, make_optimizer
 from mllm_jax.training.partition import num_bytes, split
 from mllm_jax.training.step import (
     TrainState,
-    init_params,
     init_state,
     make_eval_step,
     make_train_step,

@@ -24,11 +24,12 @@ from mllm_jax import (
     TokenizerConfig,
     ViTConfig,
 )
+from mllm_jax.checkpoints.run import read_json
 from mllm_jax.data.tokenizer import Tokenizer
 from mllm_jax.errors import ConfigError, RunFolderError
 from mllm_jax.training.config import AdamW, Pretrained
 from mllm_jax.training.operations import run_folder
-from mllm_jax.training.operations.run_folder import FILES, FOLDERS, MEASURED, holding, open_run, read_json, write_json
+from mllm_jax.training.operations.run_folder import FILES, FOLDERS, MEASURED, holding, open_run, write_json
 from mllm_jax.training.operations.run_lock import MARK
 from mllm_jax.training.pretrained import require_words
 
