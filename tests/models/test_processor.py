@@ -18,7 +18,6 @@ from mllm_jax.data.image_steps import ImageProcessor
 from mllm_jax.data.processing.media import NEWLINE, Media
 from mllm_jax.encoders.vit import ViTConfig
 from mllm_jax.errors import DataError
-from mllm_jax.generation.options import Options
 from mllm_jax.llms.decoder import DecoderConfig
 from mllm_jax.llms.t5 import T5Config
 from mllm_jax.models.multimodal import Connection, MultimodalConfig
@@ -171,11 +170,11 @@ def test_an_answer_is_the_same_in_any_company(tokenizer, llm):
     model, params = config.make(), random_params(config)
     texts = ["what is <image> ?", "a dog", "<image> <image>", "<image> a cat is what ?"]
     shown = [[picture(0)], [], [picture(1), picture(2)], [picture(3, 20, 5)]]
-    options = Options(max_new_tokens=8, ignore_eos=True)
-    together = generate(model, params, processor(texts, images=shown), processor, options)
+    options = dict(max_new_tokens=8, ignore_eos=True)
+    together = generate(model, params, processor(texts, images=shown), processor, **options)
     assert len(set(together)) > 1
     for text, images, wanted in zip(texts, shown, together, strict=True):
-        assert generate(model, params, processor(text, images=images, slots=4), processor, options) == [wanted]
+        assert generate(model, params, processor(text, images=images, slots=4), processor, **options) == [wanted]
 
 
 def test_answers_to_learn(processor, tokenizer):

@@ -8,16 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from mllm_jax.data.examples import Conversation, Turn
-from mllm_jax.data.templates import encode_conversation
-from mllm_jax.generation.language import LanguageGenerator
 from smollm2 import REQUIREMENTS, smollm2
 from transformers import AutoModelForCausalLM
 
 import mllm_jax
 from mllm_jax.data.chat import ChatTokenizer
-from mllm_jax.data.tokenizer import Tokenizer
-from mllm_jax.generation.options import Options
+from mllm_jax.data.message import Example, Message
+from mllm_jax.generation.assistant import Assistant
+from mllm_jax.models.processor import Processor
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("optimized")]
 
@@ -50,8 +48,8 @@ def theirs(folder):
 
 
 @pytest.fixture(scope="module")
-def ours(folder) -> LanguageGenerator:
-    return LanguageGenerator.load(folder, batch_size=len(QUESTIONS), max_length=256)
+def ours(folder) -> Assistant:
+    return Assistant.load(folder, max_length=256)
 
 
 @pytest.fixture(scope="module")
@@ -92,22 +90,20 @@ def assert_logits_agree(module, params, theirs, chat, assert_close) -> None:
 def test_greedy_continuations_are_those_of_torch(theirs, ours, chat, monkeypatch):
     """64 tokens, with nothing that ends them: ten prompts of unequal length in one batch here, each alone there."""
     monkeypatch.setattr(theirs.generation_config, "eos_token_id", None)
-    answers = ours.generate(
-        [[{"role": "user", "content": question}] for question in QUESTIONS], Options(NEW, ignore_eos=True)
-    )
+    answers = ours.generate(QUESTIONS, max_new_tokens=NEW, ignore_eos=True, batch_size=len(QUESTIONS))
     for question, answer in zip(QUESTIONS, answers, strict=True):
         ids = torch.tensor([prompt_of(chat, question)])
         out = theirs.generate(
             ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW, do_sample=False, eos_token_id=None
         )
-        assert len(answer.ids) == NEW
-        assert list(answer.ids) == out[0, ids.shape[1] :].tolist(), question
-    assert len({answer.ids for answer in answers}) == len(QUESTIONS)
+        assert len(answer.tokens) == NEW
+        assert list(answer.tokens) == out[0, ids.shape[1] :].tolist(), question
+    assert len({answer.tokens for answer in answers}) == len(QUESTIONS)
 
 
 def test_it_knows_the_capital_of_france(ours):
-    answer = ours.generate([[{"role": "user", "content": "What is the capital of France?"}]], Options(16))[0]
-    assert answer.text.endswith("Paris.") and answer.finish == "stop"
+    answer = ours.generate("What is the capital of France?", max_new_tokens=16)
+    assert answer.text.endswith("Paris.") and answer.reason == "stop"
 
 
 def test_saved_by_us_it_is_the_same_model_to_transformers(folder, theirs, chat, tmp_path, assert_close):
@@ -127,9 +123,10 @@ def test_saved_by_us_it_is_the_same_model_to_transformers(folder, theirs, chat, 
 @pytest.mark.parametrize("system", [None, "", "Name the emoji."], ids=["its own", "empty", "ours"])
 def test_training_rows_are_what_its_template_gives(folder, chat, system):
     """Odd spaces and line breaks included; behind the last answer the template writes one line break more."""
-    turns = (Turn("What is this? ", "a red cat", ""), Turn("\nHow many?\n", "two", ""), Turn(" Sure?", "Yes.", ""))
-    row = encode_conversation(Conversation(0, turns), Tokenizer.from_folder(folder, system), 4, 512).tokens.tolist()
-    messages = [] if system is None else [{"role": "system", "content": system}]
-    for turn in turns:
-        messages += [{"role": "user", "content": turn.question}, {"role": "assistant", "content": turn.answer}]
+    turns = (("What is this? ", "a red cat"), ("\nHow many?\n", "two"), (" Sure?", "Yes."))
+    said = [(role, text) for turn in turns for role, text in zip(("user", "assistant"), turn, strict=True)]
+    processor = Processor.of(mllm_jax.pretrained_config(folder), folder, system=system)
+    row = processor.encode(Example(tuple(Message(*each) for each in said)), 512).tokens.tolist()
+    said = said if system is None else [("system", system), *said]
+    messages = [{"role": role, "content": text} for role, text in said]
     assert [*row, *chat.backend("\n")["input_ids"]] == chat.encode_chat(messages, add_generation_prompt=False)

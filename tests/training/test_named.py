@@ -189,7 +189,7 @@ def test_stages_train_from_the_checkpoint_and_leave_as_a_folder(folder, run, tmp
     assert main(["generate", *command]) == 0
     parts = [{"type": "image", "image": tmp_path / "a.png"}, {"type": "text", "text": "what colour ?"}]
     batch = processor([{"role": "user", "content": parts}])
-    wanted = mllm_jax.generate(again, read, batch, processor, mllm_jax.Options(max_new_tokens=5))
+    wanted = mllm_jax.generate(again, read, batch, processor, max_new_tokens=5)
     assert capsys.readouterr().out.strip() == wanted[0].strip()
     assert main(["generate", str(run), *command[1:]]) == 2
     assert "mllm convert" in capsys.readouterr().err
