@@ -122,11 +122,12 @@ def test_saved_by_us_it_is_the_same_model_to_transformers(folder, theirs, chat, 
 
 @pytest.mark.parametrize("system", [None, "", "Name the emoji."], ids=["its own", "empty", "ours"])
 def test_training_rows_are_what_its_template_gives(folder, chat, system):
-    """Odd spaces and line breaks included; behind the last answer the template writes one line break more."""
+    """Odd spaces and line breaks included; the line break that the template writes after an answer carries no loss."""
     turns = (("What is this? ", "a red cat"), ("\nHow many?\n", "two"), (" Sure?", "Yes."))
     said = [(role, text) for turn in turns for role, text in zip(("user", "assistant"), turn, strict=True)]
     processor = Processor.of(mllm_jax.pretrained_config(folder), folder, system=system)
-    row = processor.encode(Example(tuple(Message(*each) for each in said)), 512).tokens.tolist()
+    row = processor.encode(Example(tuple(Message(*each) for each in said)), 512)
     said = said if system is None else [("system", system), *said]
     messages = [{"role": role, "content": text} for role, text in said]
-    assert [*row, *chat.backend("\n")["input_ids"]] == chat.encode_chat(messages, add_generation_prompt=False)
+    assert row.tokens.tolist() == chat.encode_chat(messages, add_generation_prompt=False)
+    assert row.tokens[-1:].tolist() == chat.backend("\n")["input_ids"] and row.loss_weights[-2:].tolist() == [1, 0]
