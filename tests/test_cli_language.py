@@ -14,6 +14,7 @@ import pytest
 from no_torch import hide_torch
 from PIL import Image
 from tiny_language import write_folder
+from tiny_llava import write_llava
 
 from mllm_jax.cli import main
 from mllm_jax.encoders.vit import ViTConfig
