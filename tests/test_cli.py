@@ -254,6 +254,24 @@ def test_generate_answers(machine, trained, pictures):
     assert said["sampled"].startswith(said["short"][:-1]), "a seed does not repeat its answer"
 
 
+def test_chat_talks_about_images_from_a_pipe(machine, trained, pictures):
+    folder, a = trained[0], pictures / "a.png"
+    lines = f"/image {pictures / 'absent.png'}\n/image {a}\nWhat is this?\n/reset\nWhat is this?\n"
+    chat, about, alone = machine.run(
+        f"""
+how = ("--max-new-tokens", 6, "--temperature", 1, "--top-k", 50, "--seed", 1)
+sys.stdin = io.StringIO({lines!r})
+result = [mllm("chat", {str(folder)!r}, *how)]
+result += [mllm("generate", {str(folder)!r}, *image, "What is this?", *how) for image in (["--image", {str(a)!r}], [])]
+"""
+    )
+    note = "[cut off; --max-new-tokens allows more]\n"
+    assert chat[0] == about[0] == alone[0] == 0 and chat[2] == "", chat
+    refusal, answers = chat[1].split(f"{about[1].strip()}\n", 1)
+    assert "absent.png" in refusal and refusal.count("to do: ") == 1 and "> " not in chat[1]
+    assert answers.replace(note, "").strip() == alone[1].strip() != about[1].strip()
+
+
 # ---- full disks, other settings, damage: what is lost, and how it goes on
 
 

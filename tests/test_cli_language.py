@@ -1,4 +1,4 @@
-"""`mllm generate` and `mllm chat` on a language model's folder."""
+"""`mllm generate` and `mllm chat` on the folder of a language model, and of one with images."""
 
 from __future__ import annotations
 
@@ -11,23 +11,18 @@ import sys
 from pathlib import Path
 
 import pytest
-from mllm_jax.generation.language import LanguageGenerator
 from no_torch import hide_torch
 from PIL import Image
-from tiny_language import byte_tokenizer, write_folder
+from tiny_language import write_folder
+from tiny_llava import write_llava
 
 from mllm_jax.cli import main
 from mllm_jax.encoders.vit import ViTConfig
-from mllm_jax.generation.options import Options
-from mllm_jax.generation.sampling import Sampling
-from mllm_jax.llms.decoder import DecoderConfig
-from mllm_jax.models.llava import LlavaConfig
-from mllm_jax.models.multimodal import Connection
+from mllm_jax.generation.assistant import Assistant
 from mllm_jax.models.registry import family_of_config
-from mllm_jax.projectors.mlp import MLPProjectorConfig
 from mllm_jax.sharding.platform import may_have_accelerator
 
-SAMPLED = Sampling(temperature=0.8, seed=3)
+SAMPLED = dict(temperature=0.8, seed=3)
 
 
 @pytest.fixture(scope="module")
@@ -35,9 +30,8 @@ def folder(tmp_path_factory):
     return write_folder(tmp_path_factory.mktemp("models") / "hub")
 
 
-def wanted(folder, sampling=SAMPLED) -> str:
-    generator = LanguageGenerator.load(folder)
-    return generator.generate([[{"role": "user", "content": "why?"}]], Options(max_new_tokens=8), sampling)[0].text
+def wanted(folder) -> str:
+    return Assistant.load(folder).generate("why?", max_new_tokens=8, **SAMPLED).text
 
 
 def test_generate_asks_by_the_chat_template(folder, capsys):
@@ -64,7 +58,28 @@ def test_chat_answers_and_leaves(folder, monkeypatch, capsys):
     monkeypatch.setattr("sys.stdin", typed)
     assert main(["chat", str(folder), "--max-new-tokens", "8", "--ignore-eos", "--int8"]) == 0
     shown = capsys.readouterr().out
-    assert "int8" in shown and len(shown.splitlines()) > 2 and typed.readline() == "never read\n"
+    assert "int8" in shown and len(shown.splitlines()) > 1 and typed.readline() == "never read\n"
+
+
+def test_chat_ends_with_its_input_and_prints_answers_alone(folder, monkeypatch, capsys):
+    monkeypatch.setattr("sys.stdin", io.StringIO("why?"))
+    assert main(["chat", str(folder), "--max-new-tokens", "8", "--ignore-eos"]) == 0
+    told = Assistant.load(folder).generate("why?", max_new_tokens=8, ignore_eos=True).text
+    assert capsys.readouterr().out.splitlines() == [*told.splitlines(), "[cut off; --max-new-tokens allows more]"]
+
+
+def test_chat_and_generate_see_images(tmp_path, monkeypatch, capsys):
+    model, image = str(write_llava(tmp_path / "llava")), tmp_path / "a.png"
+    Image.effect_noise((12, 9), 90).save(image)
+    how = ["--max-new-tokens", "6"]
+    assert main(["generate", model, "what is it ?", "--image", str(image), *how]) == 0
+    about = capsys.readouterr().out.strip()
+    assert main(["generate", model, "what is it ?", *how]) == 0
+    assert capsys.readouterr().out.strip() != about
+    monkeypatch.setattr("sys.stdin", io.StringIO(f"/image {tmp_path}/absent.png\n/image {image}\nwhat is it ?\n"))
+    assert main(["chat", model, *how]) == 0
+    shown = capsys.readouterr().out
+    assert "absent.png cannot be read" in shown and about in shown.split("to do:")[1]
 
 
 def test_a_folder_that_is_no_model_is_refused(tmp_path, capsys):
@@ -85,8 +100,8 @@ class Unread(io.StringIO):
         raise AssertionError("the prompt came up")
 
 
-@pytest.mark.parametrize("family", ["LlavaForConditionalGeneration", "CLIPVisionModel"])
-def test_chat_with_what_is_no_language_model_is_refused_before_the_prompt(tmp_path, monkeypatch, capsys, family):
+@pytest.mark.parametrize("command", [["chat"], ["generate", "why?"]])
+def test_what_writes_no_text_is_refused_before_the_prompt(tmp_path, monkeypatch, capsys, command):
     """Before the weights too: there are none."""
     encoder = ViTConfig(
         *(12, 4, 24),
@@ -100,16 +115,11 @@ def test_chat_with_what_is_no_language_model_is_refused_before_the_prompt(tmp_pa
         patch_bias=False,
         family="CLIPVisionModel",
     )
-    llm = DecoderConfig(vocab_size=20, hidden_size=32, num_layers=2, num_heads=4, mlp_size=40)
-    llava = LlavaConfig(encoder, MLPProjectorConfig(output_size=32), llm, connection=Connection(layers=(-2,)))
-    config = llava if family.startswith("Llava") else encoder
-    (tmp_path / "config.json").write_text(json.dumps(family_of_config(config).to_hf(config)))
-    byte_tokenizer().save(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(family_of_config(encoder).to_hf(encoder)))
     monkeypatch.setattr("sys.stdin", Unread())
-    assert main(["chat", str(tmp_path)]) == 2
+    assert main([command[0], str(tmp_path), *command[1:]]) == 2
     err = capsys.readouterr().err
-    assert family in err and "a language model" in err and err.count("to do: ") == 1
-    assert main(["generate", str(tmp_path), "why?"]) == 2
+    assert "a CLIPVisionModel, asked for text" in err and "a language model" in err and err.count("to do: ") == 1
 
 
 def test_chat_and_generate_are_silent_without_torch_and_a_tpu(folder, tmp_path):

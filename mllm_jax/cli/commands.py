@@ -75,13 +75,13 @@ def _command(arguments: list[str]) -> int:
 def _begin(command: str, arguments: Sequence[str]) -> None:
     """Prints the first line, before anything that takes seconds to load.
 
-    What `generate` prints is the answer, so its line goes to standard error, and only to a person's terminal.
+    What `generate` and `chat` print are answers, so their line goes to standard error, and only to a person's terminal.
     """
     doing = COMMANDS[command]
     if doing is None or not arguments or arguments[0].startswith("-") or {*HELP, "--help-all"} & set(arguments):
         return
     if any(os.environ.get(name, "0") != "0" for name in PROCESS):
         return
-    file = sys.stderr if command == "generate" else sys.stdout
+    file = sys.stderr if command in ("generate", "chat") else sys.stdout
     if file is sys.stdout or file.isatty():
         print(f"mllm {command} {arguments[0]}: {doing}", file=file, flush=True)

@@ -147,7 +147,7 @@ def test_markup_in_an_answer_is_shown_as_it_is(dialogue, assistant, monkeypatch)
 def seeing():
     tokenizer = IdTokenizer(Tokenizer.train(["what is this? a red apple"] * 3, 280).backend)
     return Assistant(
-        MULTIMODAL.make(), random_params_of(MULTIMODAL), processor_of(MULTIMODAL, tokenizer), max_length=60
+        MULTIMODAL.make(), random_params_of(MULTIMODAL), processor_of(MULTIMODAL, tokenizer), max_length=200
     )
 
 

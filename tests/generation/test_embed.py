@@ -8,6 +8,7 @@ import shutil
 import socket
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -16,6 +17,7 @@ import pytest
 from flax import linen as nn
 from no_torch import hide_torch
 from PIL import Image
+from tiny_language import CONFIG, language, random_params
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from toy_data import quick_compilation
 
@@ -27,6 +29,7 @@ from mllm_jax.encoders.clip_vision import from_hf_config as clip_vision
 from mllm_jax.encoders.siglip_text import from_hf_config as siglip_text
 from mllm_jax.encoders.siglip_vision import from_hf_config as siglip_vision
 from mllm_jax.errors import ConfigError, DataError
+from mllm_jax.generation.assistant import Assistant
 from mllm_jax.generation.embed import Embedder, embed_to_file, find_pictures
 from mllm_jax.models.clip import DualEncoderConfig
 from mllm_jax.models.registry import save_pretrained
@@ -131,6 +134,59 @@ def test_a_tower_alone(folders, pictures):
     vectors = Embedder.load(folder, images=False, batch_size=2).texts(["a cat"])
     pooled = module.apply({"params": params}, np.array([[BOS, 0, 3, EOS]])).pooler_output
     np.testing.assert_allclose(vectors, pooled / np.linalg.norm(pooled), atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["clip", "siglip"])
+def test_an_assistant_embeds_texts_or_images(name, folders, pictures):
+    assistant = Assistant.load(folders[name][0])
+    paths = [pictures / "a.jpg", pictures / "b.png", pictures / "more/c.PNG"]
+    images, texts = wanted(folders, name, paths)
+    found = assistant.embed(texts=TEXTS)
+    assert found.dtype == np.float32 and found.shape == texts.shape
+    np.testing.assert_allclose(found, texts, atol=1e-5)
+    np.testing.assert_allclose(np.linalg.norm(found, axis=1), 1, atol=1e-5)
+    sources = [str(paths[0]), read_image(paths[1]), paths[2].read_bytes()]
+    found = assistant.embed(images=sources)
+    assert found.dtype == np.float32
+    np.testing.assert_allclose(found, images, atol=1e-5)
+    # One alone is a list of one, and a few are not filled up to a whole batch.
+    np.testing.assert_allclose(assistant.embed(TEXTS[0]), texts[:1], atol=1e-5)
+    for one in (paths[1], str(paths[1]), read_image(paths[1]), Image.open(paths[1]), paths[1].read_bytes()):
+        np.testing.assert_allclose(assistant.embed(images=one), images[1:2], atol=1e-5)
+
+
+def test_what_an_assistant_cannot_embed_is_refused_in_words(folders, pictures):
+    assistant = Assistant.load(folders["clip"][0])
+    with pytest.raises(DataError, match="texts and images at once(.|\n)*would not say which is which(.|\n)*for each"):
+        assistant.embed("dog", images=[pictures / "b.png"])
+    with pytest.raises(DataError, match="neither texts nor images"):
+        assistant.embed()
+    with pytest.raises(DataError, match="no text"):
+        assistant.embed([])
+    with pytest.raises(DataError, match="no image"):
+        assistant.embed(images=[])
+    with pytest.raises(DataError, match="absent.png"):
+        assistant.embed(images=[pictures / "absent.png"])
+    with pytest.raises(ConfigError, match="CLIPVisionModel, asked for text vectors"):
+        Assistant.load(folders["vision"][0]).embed("dog")
+    with pytest.raises(ConfigError, match="CLIPTextModel, asked for pooled picture vectors"):
+        Assistant.load(folders["text"][0]).embed(images=[pictures / "b.png"])
+    assert Assistant.load(folders["text"][0]).embed("dog").shape == (1, 16)
+
+
+def test_a_model_makes_vectors_or_writes_text(folders):
+    dual = Assistant.load(folders["clip"][0])
+    for ask in (
+        lambda: dual.generate("a dog"),
+        lambda: dual.stream("a dog"),
+        lambda: dual.score("a dog", "yes"),
+        lambda: Assistant.load(folders["clip"][0], int8=True),
+        lambda: Assistant.load(folders["clip"][0], max_length=8),
+    ):
+        with pytest.raises(ConfigError, match="a CLIPModel, asked for text(.|\n)*`embed` makes vectors"):
+            ask()
+    with pytest.raises(ConfigError, match="a LlamaForCausalLM, asked for vectors(.|\n)*such as CLIP"):
+        language(replace(CONFIG, family="LlamaForCausalLM").make(), random_params()).embed("a dog")
 
 
 def test_a_text_that_is_too_long_is_refused_or_keeps_its_end(folders):

@@ -11,12 +11,11 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from mllm_jax.generation.multimodal import MultimodalGenerator
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
 
 import mllm_jax
-from mllm_jax.generation.options import Options
+from mllm_jax.generation.generate import complete
 from mllm_jax.models.processor import Processor
 
 # Pictures are SIDE wide; answers have NEW tokens; LENGTH holds every text.
@@ -160,10 +159,9 @@ class Case:
         return out[1:] if self.model.config.encoder_decoder else out[inputs["input_ids"].shape[1] :]
 
     def our_tokens(self, rows: list[int], ignore_eos: bool = True, **shape: int) -> list[list[int]]:
-        generator = MultimodalGenerator(self.model, self.params, self.processor)
         batch = self.processor([TEXTS[r] for r in rows], images=[PICTURES[r] for r in rows], **shape)
-        done = generator.complete(batch, Options(max_new_tokens=NEW, ignore_eos=ignore_eos))
-        return [list(completion.ids) for completion in done]
+        how = dict(max_new_tokens=NEW, ignore_eos=ignore_eos)
+        return [list(answer.tokens) for answer in complete(self.model, self.params, batch, self.processor, **how)]
 
     def batch(self) -> dict:
         return self.processor(TEXTS, images=PICTURES)

@@ -8,13 +8,12 @@ import jax
 import numpy as np
 import torch
 from einops import rearrange
-from mllm_jax.generation.multimodal import MultimodalGenerator
 from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from mllm_jax import Processor, from_pretrained, save_pretrained
-from mllm_jax.generation.options import Options
+from mllm_jax.generation.generate import complete
 
 WORDS = ("<pad>", "<s>", "</s>", "user", "what", "is", "it", "?", "a", "cat", "dog", "Frame1:", "Frame2:", "two")
 NEW_TOKENS = 32
@@ -58,8 +57,8 @@ def check_composed(reference, processor, folder: Path, placeholder: str, assert_
     texts, pictures = prompts(placeholder)
     batch = ours(texts, images=pictures)
     logits = np.asarray(jax.jit(module.apply)({"params": params}, batch).logits)
-    generator, options = MultimodalGenerator(module, params, ours), Options(max_new_tokens=NEW_TOKENS, ignore_eos=True)
-    answers = generator.complete(batch, options)
+    how = dict(max_new_tokens=NEW_TOKENS, ignore_eos=True)
+    answers = complete(module, params, batch, ours, **how)
     reference.generation_config.eos_token_id = None
     shown = []
     for row, (text, mine) in enumerate(zip(texts, pictures, strict=True)):
@@ -73,14 +72,14 @@ def check_composed(reference, processor, folder: Path, placeholder: str, assert_
         with torch.no_grad():
             assert_close(logits[row, :length], reference(**inputs).logits[0], 1e-4, f"logits of {text!r}")
             said = reference.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False, pad_token_id=0)
-        assert list(answers[row].ids) == said[0, length:].tolist(), text
+        assert list(answers[row].tokens) == said[0, length:].tolist(), text
         shown.append(inputs)
-    assert len({answer.ids for answer in answers}) == len(texts), "answers that depend on nothing prove nothing"
+    assert len({answer.tokens for answer in answers}) == len(texts), "answers that depend on nothing prove nothing"
 
     # Padded to the batch's shapes, so that the four are answered by one compiled program.
     for text, mine, wanted in zip(texts, pictures, answers, strict=True):
         one = ours(text, images=mine, slots=batch["images"].shape[1], length=batch["tokens"].shape[1])
-        assert generator.complete(one, options)[0].ids == wanted.ids, text
+        assert complete(module, params, one, ours, **how)[0].tokens == wanted.tokens, text
 
     save_pretrained(module, params, folder / "ours")
     opened, report = type(reference).from_pretrained(folder / "ours", output_loading_info=True)

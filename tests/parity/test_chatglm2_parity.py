@@ -16,9 +16,9 @@ import optax
 import pytest
 import torch
 import transformers
-from mllm_jax.generation.language import LanguageGenerator
 from safetensors.numpy import load_file, save_file
 from test_decoder_parity import LENGTHS, examples, logits_of, packed, padded
+from tiny_language import answers, language
 
 from mllm_jax.checkpoints.hf import hub_tensors
 from mllm_jax.generation.options import Options
@@ -143,13 +143,11 @@ def test_more_configs_padded_packed_and_written(pair, assert_close, tmp_path):
         assert_close(ours[2 + row, span], alone[e], 1e-4, f"packed, row {row} text {e}")
 
     prompts = [text[:n] for text, n in zip(texts, (12, 5), strict=True)]
-    answers = LanguageGenerator(module, params).generate(
-        [prompt.tolist() for prompt in prompts], Options(32, ignore_eos=True)
-    )
-    for prompt, answer in zip(prompts, answers, strict=True):
+    found = answers(language(module, params), [prompt.tolist() for prompt in prompts], Options(32, ignore_eos=True))
+    for prompt, answer in zip(prompts, found, strict=True):
         greedy = dict(do_sample=False, max_new_tokens=32, min_new_tokens=32, eos_token_id=None)
         said = reference.generate(torch.tensor(prompt[None]), **greedy)[0, len(prompt) :]
-        assert list(answer.ids) == said.tolist()
+        assert list(answer.tokens) == said.tolist()
 
     save_pretrained(module, params, tmp_path / "glm")
     written, state = load_file(tmp_path / "glm" / "model.safetensors"), reference.state_dict()

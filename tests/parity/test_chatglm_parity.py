@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
-from mllm_jax.generation.language import LanguageGenerator
 from safetensors.numpy import load_file, save_file
+from tiny_language import answers, language
 
 import mllm_jax
 from mllm_jax.checkpoints.layout import named, parameter_view
@@ -242,11 +242,9 @@ def test_more_configs_padded_packed_generated_and_written(other, assert_close, t
     rough = half.apply({"params": jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)}, texts[0][None])[0]
     assert np.linalg.norm(rough - alone[0]) <= 2e-2 * np.linalg.norm(alone[0]), "bfloat16"
 
-    answers = LanguageGenerator(module, params).generate(
-        [text.tolist() for text in texts], Options(32, ignore_eos=True)
-    )
+    found = answers(language(module, params), [text.tolist() for text in texts], Options(32, ignore_eos=True))
     said = [reference.greedy(config, weights, text, 32) for text in texts]
-    assert [list(answer.ids) for answer in answers] == said
+    assert [list(answer.tokens) for answer in found] == said
     assert len({token for tokens in said for token in tokens}) > 3
 
     mllm_jax.save_pretrained(module, params, tmp_path / "ours")

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from mllm_jax.generation.language import LanguageGenerator
+from tiny_language import answers, language
 
 from mllm_jax.checkpoints.hf import hub_tensors
 from mllm_jax.generation.options import Options
@@ -185,15 +185,15 @@ def test_greedy_32_tokens(case, load):
     """Prompts of unequal length in one batch here, each alone there."""
     reference, module, params = load(case)
     prompts = [text[:n] for text, n in zip(examples(2), (8, 3), strict=True)]
-    generator = LanguageGenerator(module, params, max_length=40)
-    answers = generator.generate([prompt.tolist() for prompt in prompts], Options(32, ignore_eos=True))
+    assistant = language(module, params, max_length=40)
+    said = answers(assistant, [prompt.tolist() for prompt in prompts], Options(32, ignore_eos=True))
     reference.generation_config.eos_token_id = None
-    for prompt, answer in zip(prompts, answers, strict=True):
+    for prompt, answer in zip(prompts, said, strict=True):
         logits_of(reference, torch.tensor(prompt[None, :1]))  # forgets the longest text so far
         ids = torch.tensor(prompt[None])
         how = dict(attention_mask=torch.ones_like(ids), max_new_tokens=32, do_sample=False, pad_token_id=0)
-        assert list(answer.ids) == reference.generate(ids, **how)[0, len(prompt) :].tolist()
-    assert len({token for answer in answers for token in answer.ids}) > 2
+        assert list(answer.tokens) == reference.generate(ids, **how)[0, len(prompt) :].tolist()
+    assert len({token for answer in said for token in answer.tokens}) > 2
 
 
 CACHED = ("llama dynamic", "mistral", "qwen2 late windows", "qwen3 mixed", "glm", "opt 350m")

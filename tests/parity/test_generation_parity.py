@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from mllm_jax.generation.language import LanguageGenerator
+from tiny_language import answers, language
 
 import mllm_jax
 from mllm_jax.generation.options import Options
@@ -60,15 +60,15 @@ MADE = {}  # a model is made, and what it needs compiled, once for all tests
 
 @pytest.fixture(params=[llama, t5], ids=["llama", "t5"])
 def pair(request, randomise, tmp_path):
-    """(torch model, our generator), from one folder."""
+    """(torch model, our assistant), from one folder."""
     if request.param not in MADE:
         theirs = request.param(randomise)
         theirs.save_pretrained(tmp_path)
         module, params = mllm_jax.from_pretrained(tmp_path)
-        MADE[request.param] = theirs, LanguageGenerator(module, params, batch_size=4)
-    theirs, generator = MADE[request.param]
+        MADE[request.param] = theirs, language(module, params)
+    theirs, assistant = MADE[request.param]
     theirs.generation_config.eos_token_id = EOS
-    return theirs, generator
+    return theirs, assistant
 
 
 def wanted(theirs, prompt: list[int], **options) -> tuple[list[int], list[float] | None]:
@@ -86,15 +86,15 @@ def wanted(theirs, prompt: list[int], **options) -> tuple[list[int], list[float]
 
 
 def check(pair, options: Options, sampling: Sampling = Sampling(), **theirs) -> list[list[int]]:
-    reference, generator = pair
-    ours = generator.generate(PROMPTS, options, sampling)
+    reference, assistant = pair
+    ours = answers(assistant, PROMPTS, options, sampling)
     for prompt, answer in zip(PROMPTS, ours, strict=True):
         tokens, logprobs = wanted(reference, prompt, max_new_tokens=options.max_new_tokens, **theirs)
-        assert list(answer.ids) == tokens
-        assert answer.finish == ("length" if len(tokens) == options.max_new_tokens else "stop")
+        assert list(answer.tokens) == tokens
+        assert answer.reason == ("length" if len(tokens) == options.max_new_tokens else "stop")
         if options.logprobs:
             np.testing.assert_allclose(answer.logprobs, logprobs[: len(tokens)], rtol=1e-3, atol=1e-4)
-    return [list(answer.ids) for answer in ours]
+    return [list(answer.tokens) for answer in ours]
 
 
 def never_ends(pair):
@@ -114,7 +114,7 @@ def test_greedy_until_an_end_token(pair):
 
 
 def test_repetition_penalty(pair):
-    plain = pair[1].generate(PROMPTS, Options(24, **never_ends(pair)))
+    plain = answers(pair[1], PROMPTS, Options(24, **never_ends(pair)))
     found = check(
         pair,
         Options(24, ignore_eos=True),
@@ -122,7 +122,7 @@ def test_repetition_penalty(pair):
         eos_token_id=None,
         repetition_penalty=1.7,
     )
-    assert found != [list(answer.ids) for answer in plain]
+    assert found != [list(answer.tokens) for answer in plain]
 
 
 @pytest.mark.parametrize(
@@ -132,8 +132,8 @@ def test_repetition_penalty(pair):
 )
 def test_beam_search(pair, options):
     found = check(pair, Options(20, num_beams=4, **options), num_beams=4, **options)
-    greedy = pair[1].generate(PROMPTS, Options(20))
-    assert found != [list(answer.ids) for answer in greedy], "a search that finds what is found without it"
+    greedy = answers(pair[1], PROMPTS, Options(20))
+    assert found != [list(answer.tokens) for answer in greedy], "a search that finds what is found without it"
 
 
 def test_beam_search_without_end_tokens_and_with_a_penalty(pair):

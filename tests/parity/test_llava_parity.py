@@ -11,11 +11,12 @@ from llava_reference import CASES, ID, IMAGE, TEXTS, VIDEO, build, pictures, ref
 from safetensors.numpy import load_file, save_file
 from toy_data import quick_compilation
 
-from mllm_jax import MultimodalGenerator, Options, Processor, from_pretrained, save_pretrained
+from mllm_jax import Processor, from_pretrained, save_pretrained
+from mllm_jax.generation.generate import complete
 from mllm_jax.layers.pixels import normalise_pixels
 from mllm_jax.models.registry import family_of_config
 
-ANSWER = Options(max_new_tokens=32, ignore_eos=True)
+ANSWER = dict(max_new_tokens=32, ignore_eos=True)
 
 
 class Loaded:
@@ -29,7 +30,10 @@ class Loaded:
         self.images = pictures()
         self.batch = self.ours(TEXTS, images=self.images)
         self.apply = jax.jit(self.model.apply)
-        self.generator = MultimodalGenerator(self.model, self.params, self.ours)
+
+    def complete(self, batch) -> list[list[int]]:
+        found = complete(self.model, self.params, batch, self.ours, **ANSWER)
+        return [list(answer.tokens) for answer in found]
 
     @torch.no_grad()
     def logits(self, reference, **given) -> np.ndarray:
@@ -84,12 +88,11 @@ def test_logits(loaded, assert_close):
 def test_answers(loaded):
     """32 tokens each, of a batch whose prompts differ in length, with one of text alone; and of each row by itself."""
     wanted = loaded.answers(reference_inputs(loaded.theirs, TEXTS, loaded.images, "left"))
-    found = [list(c.ids) for c in loaded.generator.complete(loaded.batch, ANSWER)]
+    found = loaded.complete(loaded.batch)
     assert found == wanted and len({tuple(ids) for ids in found}) == len(TEXTS)
     shape = dict(slots=loaded.batch["images"].shape[1], length=loaded.batch["tokens"].shape[1])
     for text, images, together in zip(TEXTS, loaded.images, found, strict=True):
-        alone = loaded.generator.complete(loaded.ours(text, images=images, **shape), ANSWER)
-        assert list(alone[0].ids) == together
+        assert loaded.complete(loaded.ours(text, images=images, **shape)) == [together]
 
 
 def test_the_folder_written_opens_there(loaded, tmp_path):

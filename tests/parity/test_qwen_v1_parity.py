@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from mllm_jax.generation.language import LanguageGenerator
 from qwen_vl_v1_reference import renamed
 from safetensors.numpy import load_file, save_file
+from tiny_language import answers, language
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from mllm_jax import from_pretrained, save_pretrained
@@ -59,8 +59,8 @@ def test_logits_greedy_tokens_and_the_written_folder(loaded, assert_close):
         pad_token_id=0,
     )
     options = Options(max_new_tokens=32, ignore_eos=True)
-    answers = LanguageGenerator(module, params).generate([tokens[0, :8].tolist(), tokens[1, :3].tolist()], options)
-    assert list(answers[0].ids) == said[0, 8:].tolist()
+    found = answers(language(module, params), [tokens[0, :8].tolist(), tokens[1, :3].tolist()], options)
+    assert list(found[0].tokens) == said[0, 8:].tolist()
 
     save_pretrained(module, params, folder / "ours")
     kept, written = load_file(folder / "model.safetensors"), load_file(folder / "ours" / "model.safetensors")
@@ -73,7 +73,7 @@ def test_longer_texts_are_refused_or_nan():
     config = from_hf_config(CONFIG)
     module, tokens = config.make(), jnp.zeros((1, LENGTH + 1), jnp.int32)
     with pytest.raises(ConfigError, match=rf"max_length {LENGTH + 1} [\s\S]* at most {LENGTH}"):
-        LanguageGenerator(module, {}, max_length=LENGTH + 1)
+        language(module, {}, max_length=LENGTH + 1)
     with pytest.raises(ConfigError, match=f"{LENGTH + 1} tokens"):
         jax.eval_shape(module.init, jax.random.key(0), tokens)
     places = jnp.array([[0, 1, LENGTH - 1], [0, 1, LENGTH]])

@@ -11,13 +11,12 @@ import torch
 import transformers
 from composed_checks import NEW_TOKENS, WORDS, prompts, tokenizer
 from einops import rearrange
-from mllm_jax.generation.multimodal import MultimodalGenerator
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from mllm_jax import Processor, from_pretrained, save_pretrained
 from mllm_jax.data.image_processors import read_image_processor
 from mllm_jax.errors import ConfigError
-from mllm_jax.generation.options import Options
+from mllm_jax.generation.generate import complete
 from mllm_jax.models.qwen_vl import PatchLayout
 from mllm_jax.models.registry import pretrained_config
 
@@ -156,8 +155,8 @@ def test_logits_answers_and_folder(case, assert_close):
         texts[2], videos = "<|vision_start|> <|video_pad|> <|vision_end|> is it a dog ?", [frames]
     batch = ours(texts, images=images, videos=videos)
     logits = np.asarray(jax.jit(module.apply)({"params": params}, batch).logits)
-    generator, options = MultimodalGenerator(module, params, ours), Options(max_new_tokens=NEW_TOKENS, ignore_eos=True)
-    answers = generator.complete(batch, options)
+    how = dict(max_new_tokens=NEW_TOKENS, ignore_eos=True)
+    answers = complete(module, params, batch, ours, **how)
     reference.generation_config.eos_token_id = None
     for row, (text, mine) in enumerate(zip(texts, images, strict=True)):
         length = int(batch["segments"][row].sum())
@@ -170,12 +169,12 @@ def test_logits_answers_and_folder(case, assert_close):
         with torch.no_grad():
             assert_close(logits[row, :length], reference(**inputs).logits[0], 1e-4, f"logits of {text!r}")
             said = reference.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False, pad_token_id=0)
-        assert list(answers[row].ids) == said[0, length:].tolist(), text
-    assert len({answer.ids for answer in answers}) == len(texts), "answers that depend on nothing prove nothing"
+        assert list(answers[row].tokens) == said[0, length:].tolist(), text
+    assert len({answer.tokens for answer in answers}) == len(texts), "answers that depend on nothing prove nothing"
     for row, (text, mine) in enumerate(zip(texts, images, strict=True)):
         size = dict(slots=batch["patches"].shape[1], length=batch["tokens"].shape[1])
         one = ours(text, images=mine, videos=[frames] if takes_videos and row == 2 else None, **size)
-        assert generator.complete(one, options)[0].ids == answers[row].ids, text
+        assert complete(module, params, one, ours, **how)[0].tokens == answers[row].tokens, text
 
     save_pretrained(module, params, folder / "ours")
     opened, report = type(reference).from_pretrained(folder / "ours", output_loading_info=True)

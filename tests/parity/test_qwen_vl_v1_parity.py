@@ -10,14 +10,13 @@ import pytest
 import torch
 import transformers
 from composed_checks import NEW_TOKENS, WORDS, prompts, tokenizer
-from mllm_jax.generation.multimodal import MultimodalGenerator
 from PIL import Image
 from qwen_vl_v1_reference import llm_config, media_tokens, random_tower, renamed
 from safetensors.numpy import load_file, save_file
 from vision_checks import GOLDENS
 
 from mllm_jax import Processor, from_pretrained, pretrained_config, save_pretrained
-from mllm_jax.generation.options import Options
+from mllm_jax.generation.generate import complete
 
 START, END, FILLING = (len(WORDS) + i for i in range(3))
 LENGTH = 96  # that the LLM was trained on
@@ -113,9 +112,8 @@ def test_logits_answers_and_folder(case, assert_close, tmp_path):
     written = [texts[0].replace("<img>", "<img> a cat"), texts[1].replace("</img>", ""), *texts[2:]]
     batch = ours(written, images=images)
     logits = np.asarray(jax.jit(module.apply)({"params": params}, batch).logits)
-    generator = MultimodalGenerator(module, params, ours)
-    options = Options(max_new_tokens=NEW_TOKENS, ignore_eos=True)
-    answers = generator.complete(batch, options)
+    how = dict(max_new_tokens=NEW_TOKENS, ignore_eos=True)
+    answers = complete(module, params, batch, ours, **how)
     for row, (text, mine) in enumerate(zip(texts, images, strict=True)):
         ids, embedded = reference_row(case, text, mine)
         assert batch["tokens"][row, : len(ids)].tolist() == ids, text
@@ -125,10 +123,11 @@ def test_logits_answers_and_folder(case, assert_close, tmp_path):
         mask = torch.ones(1, len(ids), dtype=torch.long)
         how = dict(max_new_tokens=NEW_TOKENS, do_sample=False, pad_token_id=0)
         said = llm.generate(inputs_embeds=embedded, attention_mask=mask, **how)[0].tolist()
-        assert list(answers[row].ids) == said and len(said) == NEW_TOKENS, text
+        assert list(answers[row].tokens) == said and len(said) == NEW_TOKENS, text
         size = dict(slots=batch["images"].shape[1], length=batch["tokens"].shape[1])
-        assert generator.complete(ours(text, images=mine, **size), options)[0].ids == answers[row].ids, text
-    assert len({answer.ids for answer in answers}) == len(texts), "answers that depend on nothing prove nothing"
+        alone = complete(module, params, ours(text, images=mine, **size), ours, **how)
+        assert alone[0].tokens == answers[row].tokens, text
+    assert len({answer.tokens for answer in answers}) == len(texts), "answers that depend on nothing prove nothing"
 
     save_pretrained(module, params, tmp_path / "ours", companions=folder)
     stored, found = load_file(folder / "model.safetensors"), load_file(tmp_path / "ours" / "model.safetensors")

@@ -8,18 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from mllm_jax.generation.language import LanguageGenerator
 from smollm2 import REQUIREMENTS, smollm2
 from transformers import AutoModelForCausalLM
 
 import mllm_jax
 from mllm_jax.data.chat import ChatTokenizer
-from mllm_jax.data.message import Example, Message, Text
-from mllm_jax.encoders.vit import ViTConfig
-from mllm_jax.generation.options import Options
-from mllm_jax.models.multimodal import MultimodalConfig
+from mllm_jax.data.message import Example, Message
+from mllm_jax.generation.assistant import Assistant
 from mllm_jax.models.processor import Processor
-from mllm_jax.projectors.mlp import MLPProjectorConfig
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("optimized")]
 
@@ -52,8 +48,8 @@ def theirs(folder):
 
 
 @pytest.fixture(scope="module")
-def ours(folder) -> LanguageGenerator:
-    return LanguageGenerator.load(folder, batch_size=len(QUESTIONS), max_length=256)
+def ours(folder) -> Assistant:
+    return Assistant.load(folder, max_length=256)
 
 
 @pytest.fixture(scope="module")
@@ -94,22 +90,20 @@ def assert_logits_agree(module, params, theirs, chat, assert_close) -> None:
 def test_greedy_continuations_are_those_of_torch(theirs, ours, chat, monkeypatch):
     """64 tokens, with nothing that ends them: ten prompts of unequal length in one batch here, each alone there."""
     monkeypatch.setattr(theirs.generation_config, "eos_token_id", None)
-    answers = ours.generate(
-        [[{"role": "user", "content": question}] for question in QUESTIONS], Options(NEW, ignore_eos=True)
-    )
+    answers = ours.generate(QUESTIONS, max_new_tokens=NEW, ignore_eos=True, batch_size=len(QUESTIONS))
     for question, answer in zip(QUESTIONS, answers, strict=True):
         ids = torch.tensor([prompt_of(chat, question)])
         out = theirs.generate(
             ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW, do_sample=False, eos_token_id=None
         )
-        assert len(answer.ids) == NEW
-        assert list(answer.ids) == out[0, ids.shape[1] :].tolist(), question
-    assert len({answer.ids for answer in answers}) == len(QUESTIONS)
+        assert len(answer.tokens) == NEW
+        assert list(answer.tokens) == out[0, ids.shape[1] :].tolist(), question
+    assert len({answer.tokens for answer in answers}) == len(QUESTIONS)
 
 
 def test_it_knows_the_capital_of_france(ours):
-    answer = ours.generate([[{"role": "user", "content": "What is the capital of France?"}]], Options(16))[0]
-    assert answer.text.endswith("Paris.") and answer.finish == "stop"
+    answer = ours.generate("What is the capital of France?", max_new_tokens=16)
+    assert answer.text.endswith("Paris.") and answer.reason == "stop"
 
 
 def test_saved_by_us_it_is_the_same_model_to_transformers(folder, theirs, chat, tmp_path, assert_close):
@@ -128,18 +122,12 @@ def test_saved_by_us_it_is_the_same_model_to_transformers(folder, theirs, chat, 
 
 @pytest.mark.parametrize("system", [None, "", "Name the emoji."], ids=["its own", "empty", "ours"])
 def test_training_rows_are_what_its_template_gives(folder, chat, system):
-    """Odd spaces and line breaks included; the line break that the template writes after the last answer is not
-    learnt."""
-    said = [("user", "What is this? "), ("assistant", "a red cat"), ("user", "\nHow many?\n"), ("assistant", "two")]
-    said += [("user", " Sure?"), ("assistant", "Yes.")]
-    llm = mllm_jax.pretrained_config(folder)
-    config = MultimodalConfig(ViTConfig(8, 4, 24, num_layers=1, num_heads=2), MLPProjectorConfig(llm.hidden_size), llm)
-    example = Example(tuple(Message(role, (Text(text),)) for role, text in said))
-    encoded = Processor.of(config, folder, system=system).encode(example, 512)
-    messages = [] if system is None else [{"role": "system", "content": system}]
-    messages += [{"role": role, "content": text} for role, text in said]
-    assert encoded.tokens.tolist() == chat.encode_chat(messages, add_generation_prompt=False)
-    assert encoded.tokens[-1:].tolist() == chat.backend("\n")["input_ids"] and encoded.loss_weights[-2:].tolist() == [
-        1,
-        0,
-    ]
+    """Odd spaces and line breaks included; the line break that the template writes after an answer carries no loss."""
+    turns = (("What is this? ", "a red cat"), ("\nHow many?\n", "two"), (" Sure?", "Yes."))
+    said = [(role, text) for turn in turns for role, text in zip(("user", "assistant"), turn, strict=True)]
+    processor = Processor.of(mllm_jax.pretrained_config(folder), folder, system=system)
+    row = processor.encode(Example(tuple(Message(*each) for each in said)), 512)
+    said = said if system is None else [("system", system), *said]
+    messages = [{"role": role, "content": text} for role, text in said]
+    assert row.tokens.tolist() == chat.encode_chat(messages, add_generation_prompt=False)
+    assert row.tokens[-1:].tolist() == chat.backend("\n")["input_ids"] and row.loss_weights[-2:].tolist() == [1, 0]
