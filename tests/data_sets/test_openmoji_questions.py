@@ -26,8 +26,8 @@ from mllm_jax.datasets.openmoji import (
 from mllm_jax.datasets.openmoji.catalog import BASE, Catalog, Dice, catalog, claims_of
 from mllm_jax.datasets.openmoji.questions import with_article
 from mllm_jax.datasets.openmoji.records import Record
-from mllm_jax.datasets.openmoji.turns import Turn
 from mllm_jax.datasets.openmoji.scenes import NUMBERS, PLACES, compose_scene
+from mllm_jax.datasets.openmoji.turns import Turn
 from mllm_jax.errors import ConfigError, DataError
 
 SOURCES = (OpenMojiQuestions, OpenMojiScenes, OpenMojiPairs, OpenMojiCaptions, OpenMojiText)
@@ -60,7 +60,9 @@ def spread(source, count: int) -> list[int]:
 def captioned(source, index: int) -> SimpleNamespace:
     """An example of captions, each with its region for a question."""
     example = source.example(index)
-    said = [(segment.region, example.messages[number].text) for segment in example.segments for number in segment.messages]
+    said = [
+        (segment.region, example.messages[number].text) for segment in example.segments for number in segment.messages
+    ]
     return SimpleNamespace(context="", turns=tuple(Turn(str(region), text, "caption") for region, text in said))
 
 
