@@ -28,7 +28,7 @@ class ChatTokenizer:
         generation: generation_config.json, whose end tokens count besides the tokenizer's.
     """
 
-    only_adds = False
+    answer_id = None
 
     def __init__(self, backend: Any, generation: Mapping[str, Any] | None = None):
         self.backend, self.generation = backend, dict(generation or {})

@@ -51,11 +51,12 @@ class Tokenizer:
                 f"the special tokens {SPECIAL_TOKENS}",
                 "add them to it, or name a chat model's folder: TokenizerConfig(folder=...)",
             )
-        self.backend, self.template, self.only_adds = backend, template, template == OWN_TEMPLATE
+        self.backend, self.template = backend, template
         self.pad_token_id, self.bos_token_id, self.eos_token_id, self.image_token_id, *_ = ids
         self.stop_ids: tuple[int, ...] = (self.eos_token_id,)
         self.special_tokens = SPECIAL_TOKENS
         self.vocab_size = backend.get_vocab_size()
+        self.answer_id = backend.token_to_id(ASSISTANT) if template == OWN_TEMPLATE else None
         self._piece = lru_cache(maxsize=1 << 17)(self._encoded)
 
     def token_of(self, token_id: int) -> str:
@@ -90,7 +91,7 @@ class Tokenizer:
 
     def render_chat(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True) -> str:
         """A conversation as the template writes it; takes and raises what `ChatTokenizer.render_chat` does."""
-        if self.only_adds:
+        if self.answer_id is not None:
             return own_text(messages, add_generation_prompt)
         return rendered(self.template, messages, add_generation_prompt, bos_token=BOS, eos_token=EOS, pad_token=PAD)
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from toy_data import MODEL, PIXELS, conversation, media_index, processor
 
-from mllm_jax.data.chat_template import ASSISTANT, SEAM, USER
+from mllm_jax.data.chat_template import ASSISTANT, OWN_TEMPLATE, SEAM, USER
 from mllm_jax.data.message import TEXT_ROLE, Audio, Example, Image, Message, Segment, Text, Video
 from mllm_jax.data.processing.layouts import PlainLayout
 from mllm_jax.data.tokenizer import SPECIAL_TOKENS, Tokenizer
@@ -129,6 +129,17 @@ def test_layout_of_a_conversation(reader, tokenizer):
     for question, answer in TURNS[:2]:
         wanted += [t.id_of(USER), *t.words(question), t.id_of(ASSISTANT), *t.words(answer), t.eos_token_id]
     assert encoded.tokens.tolist() == wanted
+
+
+def test_a_template_that_is_not_known_to_only_add_gives_the_same_rows(reader, tokenizer):
+    """Its answers' beginnings are looked for, and its rows checked."""
+    looked = processor(MODEL, Tokenizer(tokenizer.backend, OWN_TEMPLATE + "{# as before #}"))
+    assert looked.tokenizer.answer_id is None is not reader.tokenizer.answer_id
+    for talk in (example(2), example(0, context="a fruit <assistant>"), example(1, TURNS[:1])):
+        for learn in ("answers", "all"):
+            mine, theirs = reader.encode(talk, 60, learn), looked.encode(talk, 60, learn)
+            assert mine.tokens.tolist() == theirs.tokens.tolist() and mine.dropped_turns == theirs.dropped_turns
+            assert mine.loss_weights.tolist() == theirs.loss_weights.tolist()
 
 
 def test_shortening_goes_by_whole_turns(reader, tokenizer):

@@ -21,11 +21,12 @@ class Words(Protocol):
     """What makes ids of text: `ChatTokenizer`, or a `Tokenizer` that was trained here.
 
     Attributes:
-        only_adds: whether the chat template is known to write a message whatever follows it.
+        answer_id: what the chat template writes before each answer and nowhere else, of one that is known to write a
+            message whatever follows it; None: not known, so each answer's beginning is looked for.
     """
 
     has_template: bool
-    only_adds: bool
+    answer_id: int | None
     stop_ids: tuple[int, ...]
     pad_token_id: int | None
     special_tokens: Sequence[str]
@@ -182,11 +183,15 @@ def encode_turns(encoder: Encoder, example: Example, max_length: int, learn: str
             "raise the row's length, or give it fewer or smaller pictures",
         )
     weights = np.zeros(len(ids), np.float32)
-    starts = [_start(encoder, shown[:i], ids) for i in answers[:kept]]
+    known = encoder.tokenizer.answer_id
+    if known is None:
+        starts = [_start(encoder, shown[:i], ids) for i in answers[:kept]]
+    else:
+        starts = [place + 1 for place, token in enumerate(ids) if token == known]
     for i, start, following in zip(answers[:kept], starts, [*starts[1:], len(ids)], strict=True):
         end = _end(encoder, ids, start, following)
         weights[(1 if learn == "all" else start) : end] = 1
-        if following < len(ids) and not encoder.tokenizer.only_adds:
+        if following < len(ids) and known is None:
             _require_kept(encoder, shown[: i + 1], ids, end)
     return Encoded(row, _spread(encoder, ids, row, weights), media, dropped_turns=len(answers) - kept)
 
