@@ -83,7 +83,7 @@ def test_bad_pictures_are_refused_before_the_model_is_loaded(run, tmp_path, caps
         content = whole[: len(whole) // 2]
     if content is not None:
         (tmp_path / name).write_bytes(content)
-    monkeypatch.setattr("mllm_jax.training.weights.load_run", None)
+    monkeypatch.setattr("mllm_jax.generation.assistant.load_run", None)
     images = ["--image", str(tmp_path / "a.png"), "--image", str(tmp_path / name)]
     message = check_refusal(main(["generate", str(run), *images, "What?"]), *capsys.readouterr())
     assert name in message and told in message and "a.png" not in message
@@ -168,6 +168,7 @@ REFUSED = {
     "asking a broken run": (["generate", "{broken}", "What?"], "config.json: "),
     "evaluating no run": (["evaluate", "{new}"], "no config.json"),
     "asking no run": (["generate", "{new}", "What?"], "no config.json"),
+    "chatting with no run": (["chat", "{new}"], "no config.json"),
     "asking a file": (["generate", str(SMOKE), "What?"], "no config.json"),
     "an unknown task": (["evaluate", "{run}", "--tasks", "naming", "singing"], "tasks ['singing']"),
     "no task": (["evaluate", "{run}", "--tasks"], "some of ['category', "),
@@ -334,7 +335,7 @@ print(json.dumps(found))
     for name, doing in COMMANDS.items():
         (out, terminal), (piped, err) = found[name]
         first = f"mllm {name} THIS: {doing}\n" if doing else ""
-        if name == "generate":  # its output is the answer
+        if name in ("generate", "chat"):  # their output is answers
             assert (out, terminal, piped, err) == ("[]\n", first, "[]\n", "")
         else:
             assert (out, terminal, piped, err) == (f"{first}[]\n", "", f"{first}[]\n", "")
@@ -375,13 +376,10 @@ def test_addresses_are_words_where_words_are_asked_for():
     check_arguments(["train", "c.py", "--stages.0.data.sources.0.source.folder", "gs://a"])
 
 
-def test_a_composed_run_is_not_converted_and_no_run_is_chatted_with(run, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("mllm_jax.training.weights.load_run", None)
+def test_a_composed_run_is_not_converted(run, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("mllm_jax.models.run_weights.load_run", None)
     message = check_refusal(main(["convert", str(run), str(tmp_path / "out")]), *capsys.readouterr())
     assert "composed here" in message and f"mllm generate {run}" in message and not list(tmp_path.iterdir())
-    monkeypatch.setattr("sys.stdin", None)
-    message = check_refusal(main(["chat", str(run)]), *capsys.readouterr())
-    assert "the folder of a run" in message and f"mllm generate {run}" in message
 
 
 def test_a_reader_that_has_read_enough_is_no_error():
