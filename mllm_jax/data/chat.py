@@ -28,6 +28,8 @@ class ChatTokenizer:
         generation: generation_config.json, whose end tokens count besides the tokenizer's.
     """
 
+    only_adds = False
+
     def __init__(self, backend: Any, generation: Mapping[str, Any] | None = None):
         self.backend, self.generation = backend, dict(generation or {})
         listed = self.generation.get("eos_token_id")

@@ -30,6 +30,8 @@ OWN_TEMPLATE = """\
 {%- if add_generation_prompt -%}<assistant>{%- endif -%}
 """
 
+_WRITTEN = {"image": IMAGE, "text": None}  # for parts of other types, nothing
+
 # A character that no text has (Unicode reserves it for programs). It parts what spells a special token.
 SEAM = "\ufdd0"
 
@@ -39,14 +41,16 @@ def own_text(messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool)
     pieces = [BOS]
     for message in messages:
         role, content = message["role"], message["content"]
-        parts = [{"type": "text", "text": content}] if isinstance(content, str) else list(content)
-        if role == "user" and (not parts or parts[-1]["type"] != "text"):
-            parts.append({"type": "end"})
-        pieces += [ASSISTANT] if role == "assistant" else []
-        for number, part in enumerate(parts, start=1):
-            pieces += [USER] if role == "user" and number == len(parts) else []
-            pieces.append({"image": IMAGE, "text": spaced(part.get("text", ""))}.get(part["type"], ""))
-        pieces += [EOS] if role == "assistant" else []
+        if isinstance(content, str):
+            said = [spaced(content)]
+        else:
+            said = [_WRITTEN[part["type"]] or spaced(part["text"]) for part in content if part["type"] in _WRITTEN]
+            # What comes after the last text belongs before the question, which then is empty.
+            if role == "user" and (not content or content[-1]["type"] != "text"):
+                said.append("")
+        if role == "user":
+            said.insert(-1, USER)
+        pieces += [ASSISTANT, *said, EOS] if role == "assistant" else said
     return "".join(pieces) + (ASSISTANT if add_generation_prompt else "")
 
 

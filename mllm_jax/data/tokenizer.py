@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,8 @@ from mllm_jax.data.chat_template import (
 from mllm_jax.errors import DataError
 from mllm_jax.files import read_json, write_atomic
 
+# What the backend parts a text at before all else, so that its pieces have the same ids alone; SEAMs are left out.
+_PIECES = re.compile(f"({'|'.join(map(re.escape, SPECIAL_TOKENS))})|{SEAM}")
 TOKENIZER, SETTINGS, TEMPLATE = "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"
 
 
@@ -47,11 +51,12 @@ class Tokenizer:
                 f"the special tokens {SPECIAL_TOKENS}",
                 "add them to it, or name a chat model's folder: TokenizerConfig(folder=...)",
             )
-        self.backend, self.template = backend, template
+        self.backend, self.template, self.only_adds = backend, template, template == OWN_TEMPLATE
         self.pad_token_id, self.bos_token_id, self.eos_token_id, self.image_token_id, *_ = ids
         self.stop_ids: tuple[int, ...] = (self.eos_token_id,)
         self.special_tokens = SPECIAL_TOKENS
         self.vocab_size = backend.get_vocab_size()
+        self._piece = lru_cache(maxsize=1 << 17)(self._encoded)
 
     def token_of(self, token_id: int) -> str:
         """The token as text."""
@@ -62,10 +67,14 @@ class Tokenizer:
 
     def ids(self, text: str) -> list[int]:
         """The ids of a text in which special tokens are such; a SEAM parts what is none. Nothing is put around it."""
+        return [i for piece in _PIECES.split(text) if piece for i in self._piece(piece)]
+
+    def _encoded(self, piece: str) -> tuple[int, ...]:
+        """The ids of a text between special tokens, or of one; remembered, as questions and answers repeat."""
         try:
-            return [i for piece in text.split(SEAM) for i in self.backend.encode(piece, add_special_tokens=False).ids]
+            return tuple(self.backend.encode(piece, add_special_tokens=False).ids)
         except Exception as error:  # half a pair of surrogates is a TypeError to tokenizers
-            raise not_encodable(text, error) from error
+            raise not_encodable(piece, error) from error
 
     def encode(self, text: str) -> list[int]:
         """<bos> and a text, in which special tokens are such."""
@@ -81,7 +90,7 @@ class Tokenizer:
 
     def render_chat(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True) -> str:
         """A conversation as the template writes it; takes and raises what `ChatTokenizer.render_chat` does."""
-        if self.template == OWN_TEMPLATE:
+        if self.only_adds:
             return own_text(messages, add_generation_prompt)
         return rendered(self.template, messages, add_generation_prompt, bos_token=BOS, eos_token=EOS, pad_token=PAD)
 

@@ -137,11 +137,9 @@ class Processor:
         return encode_captions(self.encoder, example, max_length, most, self.config.media_tokens)
 
     def _require_one_turn(self, example: Example) -> None:
-        answers = [i for i, message in enumerate(example.messages) if message.role == "assistant"]
-        require_answers(example, answers)
-        if len(answers) > 1:
+        if (turns := require_answers(example.messages)) > 1:
             raise DataError(
-                f"a conversation of {len(answers)} turns",
+                f"a conversation of {turns} turns",
                 "one question and its answer: an encoder-decoder, or a Q-Former that reads the question, takes no more",
                 "make each question a record of its own",
             )

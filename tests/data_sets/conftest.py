@@ -3,9 +3,16 @@
 This folder is not named datasets: tests/ is on sys.path, and transformers asks for a package of that name.
 """
 
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+import numpy as np
 import pytest
 
-from mllm_jax.datasets.openmoji import load
+from mllm_jax.datasets.openmoji import load, pairs, questions, scenes, skills
+from mllm_jax.datasets.openmoji.turns import Turn
 
 
 @pytest.fixture(scope="module")
@@ -14,3 +21,51 @@ def folder(tmp_path_factory):
     path = str(tmp_path_factory.mktemp("data"))
     load("quickstart", path)
     return path
+
+
+@dataclass(frozen=True)
+class Told:
+    """An example as a person reads it: a text in the place of images, and questions with their answers."""
+
+    context: str
+    turns: tuple[Turn, ...]
+
+
+@pytest.fixture(scope="session")
+def read():
+    """(source, index) -> what the example says; each question has the wording of one task."""
+
+    def told(source, index: int) -> Told:
+        messages = source.example(index).messages
+        roles = [message.role for message in messages]
+        assert roles == ["user", "assistant"] * (len(roles) // 2)
+        context, turns = [], []
+        for question, answer in zip(messages[::2], messages[1::2], strict=True):
+            *before, asked = [part.text for part in question.parts if hasattr(part, "text")]
+            assert not before or not turns, "only before the first question"
+            context += before
+            turns.append(Turn(asked, answer.content, _task(asked)))
+        return Told(" ".join(context), tuple(turns))
+
+    return told
+
+
+@pytest.fixture(scope="session")
+def shown():
+    """(source, index) -> the images of the example."""
+    return lambda source, index: [np.asarray(part.source) for part in source.example(index).media]
+
+
+def _task(question: str) -> str:
+    (task,) = [task for task, wordings in _WORDINGS.items() if any(w.fullmatch(question) for w in wordings)]
+    return task
+
+
+def _pattern(wording: str) -> re.Pattern[str]:
+    places = "|".join([*(place for grid in scenes.PLACES.values() for place in grid), *pairs.ORDINALS])
+    fields = {"x": ".+", "choices": "the first.+", "all": "both|all", "place": places}
+    return re.compile(re.sub(r"\\{(\w+)\\}", lambda found: f"(?:{fields[found[1]]})", re.escape(wording)))
+
+
+_ASKED = {**questions.ASKED, **scenes.ASKED, **pairs.ASKED, "text": skills.READING}
+_WORDINGS = {task: [_pattern(wording) for wording in wordings] for task, wordings in _ASKED.items()}

@@ -10,7 +10,9 @@ import tracemalloc
 import numpy as np
 import pytest
 from PIL import Image
+from toy_data import MODEL, processor
 
+from mllm_jax.data.message import TEXT_ROLE, Example, Text
 from mllm_jax.data.pipeline import Mixture, Pipeline, Weighted
 from mllm_jax.data.tokenizer import Tokenizer
 from mllm_jax.datasets.llava import LLaVARecords
@@ -20,6 +22,20 @@ from mllm_jax.errors import ConfigError, DataError
 def said(*values: str, first: str = "human") -> list[dict]:
     roles = ["human", "gpt"] if first == "human" else ["gpt", "human"]
     return [{"from": roles[i % 2], "value": value} for i, value in enumerate(values)]
+
+
+def told(example: Example) -> list:
+    """Of each message its parts, an image as its placeholder; an answer is one text."""
+    roles = [message.role for message in example.messages]
+    assert roles == ["user", "assistant"] * (len(roles) // 2) or roles == [TEXT_ROLE]
+    return [
+        m.content if m.role == "assistant" else [p.text if isinstance(p, Text) else "<image>" for p in m.parts]
+        for m in example.messages
+    ]
+
+
+def images(source, index: int) -> list[np.ndarray]:
+    return [np.asarray(part.source) for part in source.example(index).media]
 
 
 GOOD = [
@@ -49,31 +65,29 @@ def test_records_are_read(folder, monkeypatch, lines):
     text = "\n".join(map(json.dumps, GOOD)) if lines else json.dumps(GOOD, ensure_ascii=False)
     s = source(folder, text)
     assert len(s) == 4
-    first, text_only, two, skipped = map(s.conversation, range(4))
-    assert [(t.question, t.answer, t.images_at) for t in first.turns] == [
-        ('What {is} "it"?', "A cat. }\\", (0,)),
-        ("Sure?", "Yes.", ()),
-    ]
-    assert (text_only.num_images, s.images(1)) == (0, [])
-    assert (two.turns[0].question, two.turns[0].images_at) == ("Is  like\n\n?", (3, 9)) and two.turns[1].answer == "é"
-    assert not two.pictures_first and first.pictures_first
-    assert [(t.question, t.images_at) for t in skipped.turns] == [("What?", (5,))]
-    assert [int(image[0, 0, 0]) for image in s.images(2)] == [10, 200] and s.images(2)[0].shape == (4, 6, 3)
-    assert int(s.images(3)[0][0, 0, 0]) == 200
+    first, text_only, two, skipped = map(told, map(s.example, range(4)))
+    assert first == [["<image>", 'What {is} "it"?'], "A cat. }\\", ["Sure?"], "Yes."]
+    assert text_only == [["Hello"], "Hi"]
+    assert two == [["Is ", "<image>", " like\n", "<image>", "\n?"], "no", ["So?"], "é"]
+    assert skipped == [["What?", "<image>"], "It."]
+    assert [s.example(index).id for index in range(4)] == ["record 'a'", "record 7", "record 'c'", "record 'd'"]
+    assert [int(image[0, 0, 0]) for image in images(s, 2)] == [10, 200] and images(s, 2)[0].shape == (4, 6, 3)
+    assert int(images(s, 3)[0][0, 0, 0]) == 200
     monkeypatch.setenv("MLLM_DATA_DIR", str(folder))
     small = LLaVARecords("r.json", ".", image_size=2).build()
-    assert small.images(0)[0].shape == (2, 2, 3) and small.fingerprint() != s.fingerprint()
-    with pytest.raises(IndexError):
-        s.conversation(4)
+    assert images(small, 0)[0].shape == (2, 2, 3) and small.fingerprint() != s.fingerprint()
+    for index in (4, -1):
+        with pytest.raises(IndexError):
+            s.example(index)
 
 
 def test_captions_leave_the_question_out(folder):
     s = source(folder, GOOD[:1] + [{"id": "x", "image": "b.png", "conversations": said("Say.\n<image>", "A dog.")}],
                version="plain")  # fmt: skip
-    caption = s.conversation(1)
-    assert caption.plain and [(t.question, t.answer) for t in caption.turns] == [("", "A dog.")]
+    (caption,) = s.example(1).messages
+    assert caption.role == TEXT_ROLE and told(s.example(1)) == [["<image>", "A dog."]]
     with pytest.raises(DataError, match="record 'a': 2 turn"):
-        s.conversation(0)
+        s.example(0)
     with pytest.raises(ConfigError, match="version 'v9'"):
         LLaVARecords("r.json", ".", version="v9")
 
@@ -98,9 +112,9 @@ OUTSIDE = ("/etc/passwd", "../b.png", "in/../../b.png", "C:\\b.png", "missing.pn
 @pytest.mark.parametrize("case", BAD)
 def test_bad_records_are_refused_by_their_id(folder, case):
     record, message = BAD[case]
-    with pytest.raises(DataError, match=message) as told:
-        source(folder, [record | dict(id="the bad one")]).conversation(0)
-    assert "record 'the bad one'" in str(told.value)
+    with pytest.raises(DataError, match=message) as refusal:
+        source(folder, [record | dict(id="the bad one")]).example(0)
+    assert "record 'the bad one'" in str(refusal.value)
 
 
 @pytest.mark.parametrize("name", OUTSIDE)
@@ -110,9 +124,9 @@ def test_pictures_stay_in_their_folder(folder, name):
     (folder / "r.json").write_text(json.dumps([record]))
     s = LLaVARecords("r.json", "r", data_dir=str(folder)).build()
     wanted = "cannot be read" if name == "missing.png" else "the picture '"
-    with pytest.raises(DataError, match="record 'p': the picture") as told:
-        s.images(0)
-    assert wanted in str(told.value)
+    with pytest.raises(DataError, match="record 'p': the picture") as refusal:
+        images(s, 0)
+    assert wanted in str(refusal.value)
 
 
 @pytest.mark.parametrize(
@@ -155,9 +169,9 @@ def test_a_wrong_file_is_refused_at_its_first_wrong_byte(folder, case):
     """In one pass: a reader that began again at each byte took minutes for a megabyte."""
     text, where = WRONG[case]
     before = time.thread_time()
-    with pytest.raises(DataError) as told:
+    with pytest.raises(DataError) as refusal:
         source(folder, text)
-    assert where in str(told.value) and "r.json" in str(told.value)
+    assert where in str(refusal.value) and "r.json" in str(refusal.value)
     assert time.thread_time() - before < 1
 
 
@@ -192,13 +206,13 @@ def test_a_broken_record_costs_itself_and_no_other(folder, case):
     (folder / "r.json").write_bytes("\n".join([good, BROKEN[case], good]).encode().replace(b"LATIN", b"\xff"))
     records = LLaVARecords("r.json", ".", data_dir=str(folder))
     s = records.build()
-    assert len(s) == 3 and s.conversation(0).turns == s.conversation(2).turns
-    with pytest.raises(DataError) as told:
-        s.conversation(1)
-    str(told.value).encode()
-    assert len(str(told.value)) < 1_000
+    assert len(s) == 3 and told(s.example(0)) == told(s.example(2)) == [["Hello"], "Hi"]
+    with pytest.raises(DataError) as refusal:
+        s.example(1)
+    str(refusal.value).encode()
+    assert len(str(refusal.value)) < 1_000
     mixture = Mixture((Weighted(records),), rows=1, length=64, slots=1, max_bad_share=0.4)
-    (measured,) = Pipeline(mixture, Tokenizer.train(["Hello Hi"], 300), media_tokens=1, seed=0).measured
+    (measured,) = Pipeline(mixture, processor(MODEL, Tokenizer.train(["Hello Hi"], 300)), seed=0).measured
     assert measured.lengths.astype(bool).tolist() == [True, False, True] and [i for i, _ in measured.bad] == [1]
 
 
@@ -212,8 +226,8 @@ def test_links_inside_the_folder_are_followed_and_must_lead_to_pictures(folder, 
     os.mkfifo(folder / "pipe.png")
     names = ["linked/b.png", "linked/secret", "loop.png", "zero.png", "pipe.png"]
     s = source(folder, [dict(id=name, image=name, conversations=said("<image>", "b")) for name in names])
-    assert int(s.images(0)[0][0, 0, 0]) == 200
+    assert int(images(s, 0)[0][0, 0, 0]) == 200
     for index in range(1, len(names)):
-        with pytest.raises(DataError, match=f"record '{names[index]}'") as told:
-            s.images(index)
-        assert "x:0:0" not in str(told.value)
+        with pytest.raises(DataError, match=f"record '{names[index]}'") as refusal:
+            images(s, index)
+        assert "x:0:0" not in str(refusal.value)

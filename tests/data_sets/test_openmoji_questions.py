@@ -8,11 +8,12 @@ import subprocess
 import sys
 from collections import Counter, defaultdict
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from mllm_jax.data.examples import Source
 
+from mllm_jax.data.source import Source
 from mllm_jax.datasets.openmoji import (
     OpenMojiCaptions,
     OpenMojiPairs,
@@ -25,6 +26,7 @@ from mllm_jax.datasets.openmoji import (
 from mllm_jax.datasets.openmoji.catalog import BASE, Catalog, Dice, catalog, claims_of
 from mllm_jax.datasets.openmoji.questions import with_article
 from mllm_jax.datasets.openmoji.records import Record
+from mllm_jax.datasets.openmoji.turns import Turn
 from mllm_jax.datasets.openmoji.scenes import NUMBERS, PLACES, compose_scene
 from mllm_jax.errors import ConfigError, DataError
 
@@ -55,36 +57,49 @@ def spread(source, count: int) -> list[int]:
     return list(range(0, len(source), max(1, len(source) // count)))
 
 
+def captioned(source, index: int) -> SimpleNamespace:
+    """An example of captions, each with its region for a question."""
+    example = source.example(index)
+    said = [
+        (segment.region, example.messages[number].text) for segment in example.segments for number in segment.messages
+    ]
+    return SimpleNamespace(context="", turns=tuple(Turn(str(region), text, "caption") for region, text in said))
+
+
 @pytest.mark.parametrize("settings", SOURCES)
-def test_a_source_is_a_function_of_seed_and_index(settings, folder):
+def test_a_source_is_a_function_of_seed_and_index(settings, folder, read, shown):
     source = settings(data_dir=folder, augment=True).build()
     again = settings(data_dir=folder, augment=True).build()
     other = settings(data_dir=folder, augment=True, seed=1).build()
     assert isinstance(source, Source) and source.fingerprint() == again.fingerprint() != other.fingerprint()
     chosen = spread(source, 60)
-    backwards = {index: again.conversation(index) for index in reversed(chosen)}
-    assert all(source.conversation(index) == backwards[index] for index in chosen)
+    told = captioned if settings is OpenMojiCaptions else read
+    backwards = {index: told(again, index) for index in reversed(chosen)}
+    assert all(told(source, index) == backwards[index] for index in chosen)
     for index in chosen:
-        conversation, images = source.conversation(index), source.images(index)
-        assert len(images) == conversation.num_images
+        conversation, images = told(source, index), shown(source, index)
+        assert len(images) == {OpenMojiText: 0, OpenMojiPairs: len(images)}.get(settings, 1)
+        assert settings is not OpenMojiPairs or len(images) == len(source.group(index).members) > 1
         assert all(image.shape == (64, 64, 3) and image.dtype == np.uint8 for image in images)
-        assert all(np.array_equal(one, two) for one, two in zip(images, again.images(index), strict=True))
+        assert all(np.array_equal(one, two) for one, two in zip(images, shown(again, index), strict=True))
         assert conversation.turns and all(turn.answer and turn.task for turn in conversation.turns)
         assert len({turn.question for turn in conversation.turns}) == len(conversation.turns)
+        assert bool(conversation.context) == (settings is OpenMojiText)
     with pytest.raises(IndexError):
-        source.conversation(len(source))
+        source.example(len(source))
     with pytest.raises(IndexError):
-        source.conversation(-1)
+        source.example(-1)
 
 
 def test_another_process_asks_the_same(folder):
     code = (
         "import sys; from mllm_jax.datasets.openmoji import OpenMojiScenes;"
-        "s = OpenMojiScenes(data_dir=sys.argv[1]).build(); print(s.fingerprint(), s.conversation(123))"
+        "s = OpenMojiScenes(data_dir=sys.argv[1]).build();"
+        "print(s.fingerprint(), [message.text for message in s.example(123).messages])"
     )
     there = subprocess.run([sys.executable, "-c", code, folder], capture_output=True, text=True, check=True).stdout
     here = OpenMojiScenes(data_dir=folder).build()
-    assert there.strip() == f"{here.fingerprint()} {here.conversation(123)}"
+    assert there.strip() == f"{here.fingerprint()} {[message.text for message in here.example(123).messages]}"
 
 
 def test_the_fingerprint_follows_settings_but_not_the_folder(folder, tmp_path):
@@ -95,12 +110,12 @@ def test_the_fingerprint_follows_settings_but_not_the_folder(folder, tmp_path):
     assert OpenMojiQuestions(data_dir=str(tmp_path)).build().fingerprint() == one
 
 
-def test_answers_about_one_picture_are_true(folder, statements):
+def test_answers_about_one_picture_are_true(folder, statements, read):
     source = OpenMojiQuestions(data_dir=folder).build()
     told = Counter()
     for index in spread(source, 3000):
         row = source.catalog.records[source.record_index(index)]
-        for turn in source.conversation(index).turns:
+        for turn in read(source, index).turns:
             told[turn.task, turn.answer] += 1
             if turn.task == "yes_no":
                 words = asked_for(turn.question)
@@ -155,11 +170,11 @@ def test_a_base_with_many_forms_does_not_drown_the_others(folder):
     ],
     ids=lambda value: type(value).__name__ if hasattr(value, "build") else None,
 )
-def test_tasks_and_turns_restrict_the_questions(settings, kinds, count, folder):
+def test_tasks_and_turns_restrict_the_questions(settings, kinds, count, folder, read):
     source = replace(settings, data_dir=folder).build()
     seen = Counter()
     for index in spread(source, 300):
-        turns = source.conversation(index).turns
+        turns = read(source, index).turns
         assert len(turns) == count and {turn.task for turn in turns} <= kinds
         assert sum(turn.task == "scene_count" for turn in turns) <= 1
         seen.update(turn.task for turn in turns)
@@ -168,34 +183,34 @@ def test_tasks_and_turns_restrict_the_questions(settings, kinds, count, folder):
     assert source.fingerprint() != plain.fingerprint()
 
 
-def test_yes_and_no_are_even_where_nothing_else_is_asked(folder, statements):
+def test_yes_and_no_are_even_where_nothing_else_is_asked(folder, statements, read):
     source = OpenMojiQuestions(tasks=("yes_no",), turns=5, variants=2, data_dir=folder).build()
     told = Counter()
     for index in spread(source, 500):
         row = source.catalog.records[source.record_index(index)]
-        for turn in source.conversation(index).turns:
+        for turn in read(source, index).turns:
             assert turn.answer == ("yes" if is_true(statements[asked_for(turn.question)], row) else "no")
             told[turn.answer] += 1
     assert abs(told["yes"] / told.total() - 0.5) < 0.03
 
 
-def test_every_place_of_a_scene_is_asked_for_once(folder):
+def test_every_place_of_a_scene_is_asked_for_once(folder, read):
     source = OpenMojiScenes(tasks=("scene_position",), turns=4, data_dir=folder).build()
     for index in range(50):
-        turns = source.conversation(index).turns
+        turns = read(source, index).turns
         asked = [next(place for place in PLACES[2] if f"the {place}" in turn.question) for turn in turns]
         assert sorted(asked) == sorted(PLACES[2])
 
 
 @pytest.mark.parametrize("grid", [2, 3])
-def test_answers_about_scenes_are_true(grid, folder, statements):
+def test_answers_about_scenes_are_true(grid, folder, statements, read):
     source = OpenMojiScenes(grid=grid, data_dir=folder).build()
     told, placed = defaultdict(Counter), Counter()
     for index in spread(source, 3000):
         scene = source.scene(index)
         rows = [source.catalog.records[cell] for cell in scene.cells]
         assert len(rows) == grid * grid
-        for turn in source.conversation(index).turns:
+        for turn in read(source, index).turns:
             if turn.task == "scene_position":
                 place = re.search(r"in the (.*)\?|does the (.*) show", turn.question)
                 place = PLACES[grid].index(place[1] or place[2])
@@ -226,32 +241,32 @@ def test_bases_with_few_forms_are_repeated(folder, per_base):
     assert bases.keys() == forms.keys() and min(bases.values()) == per_base, "some base has one form"
 
 
-def test_a_scene_shows_its_pictures_in_their_places(folder):
+def test_a_scene_shows_its_pictures_in_their_places(folder, shown):
     source = OpenMojiScenes(data_dir=folder).build()
     singles = OpenMojiQuestions(data_dir=folder, image_size=32).build()
     for index in range(20):
-        image = source.images(index)[0]
+        image = shown(source, index)[0]
         for place, cell in enumerate(source.scene(index).cells):
             row, column = 32 * (place // 2), 32 * (place % 2)
             assert np.array_equal(image[row : row + 32, column : column + 32], singles.pictures.single(cell, 32))
 
 
-def test_augmentation_moves_pictures_but_keeps_them_whole(folder):
+def test_augmentation_moves_pictures_but_keeps_them_whole(folder, shown):
     plain = OpenMojiQuestions(data_dir=folder).build()
     moved = OpenMojiQuestions(data_dir=folder, augment=True).build()
     indices = spread(plain, 200)
-    ratios = [(255 - moved.images(i)[0]).sum() / (255 - plain.images(i)[0].astype(int)).sum() for i in indices]
+    ratios = [(255 - shown(moved, i)[0]).sum() / (255 - shown(plain, i)[0].astype(int)).sum() for i in indices]
     assert min(ratios) > 0.65 and max(ratios) < 1.05, "area shrinks at most by 0.85 squared, and no ink is cut off"
-    assert sum(not np.array_equal(moved.images(i)[0], plain.images(i)[0]) for i in indices) > 100
-    assert len({moved.images(i)[0].tobytes() for i in range(8)}) > 3, "variants of one picture differ"
+    assert sum(not np.array_equal(shown(moved, i)[0], shown(plain, i)[0]) for i in indices) > 100
+    assert len({shown(moved, i)[0].tobytes() for i in range(8)}) > 3, "variants of one picture differ"
 
 
-def test_answers_about_several_pictures_are_true(folder, statements):
+def test_answers_about_several_pictures_are_true(folder, statements, read):
     source = OpenMojiPairs(data_dir=folder).build()
     told = defaultdict(Counter)
     for index in spread(source, 2000):
         rows = [source.catalog.records[member] for member in source.group(index).members]
-        for turn in source.conversation(index).turns:
+        for turn in read(source, index).turns:
             told[turn.task][turn.answer] += 1
             if turn.task == "pair_same":
                 assert turn.answer == ("yes" if len({row.name for row in rows}) == 1 else "no")
@@ -271,11 +286,11 @@ def test_answers_about_several_pictures_are_true(folder, statements):
     assert abs(told["pair_same"]["yes"] / told["pair_same"].total() - 0.5) < 0.05
 
 
-def test_text_about_a_description_is_answered_by_it(folder):
+def test_text_about_a_description_is_answered_by_it(folder, read):
     source = OpenMojiText(data_dir=folder, scene_share=1.0).build()
     places = ("top left", "top right", "bottom left", "bottom right")
     for index in spread(source, 300):
-        conversation = source.conversation(index)
+        conversation = read(source, index)
         told = re.fullmatch(" ".join(f"{place} (.+)" for place in places), conversation.context)
         described = dict(zip(places, told.groups(), strict=True))
         for turn in conversation.turns:
@@ -284,10 +299,10 @@ def test_text_about_a_description_is_answered_by_it(folder):
                 assert turn.answer == described[place]
 
 
-def test_no_text_names_a_held_out_picture(folder):
+def test_no_text_names_a_held_out_picture(folder, read):
     source = OpenMojiText(data_dir=folder, variants=1).build()
     texts = set()
-    for conversation in map(source.conversation, range(len(source))):
+    for conversation in (read(source, index) for index in range(len(source))):
         texts |= {conversation.context, *(text for turn in conversation.turns for text in (turn.question, turn.answer))}
     assert {row.name for row in load("quickstart", folder)["train"]} & texts
     held = {row.name for split in ("composition", "unseen") for row in load("quickstart", folder)[split]}
@@ -350,12 +365,12 @@ def test_articles():
         assert with_article(words) == spoken
 
 
-def test_a_source_travels_to_another_process(folder):
+def test_a_source_travels_to_another_process(folder, read, shown):
     source = OpenMojiQuestions(data_dir=folder).build()
-    source.images(5)
+    shown(source, 5)
     copy = pickle.loads(pickle.dumps(source))
-    assert copy.conversation(5) == source.conversation(5)
-    assert np.array_equal(copy.images(5)[0], source.images(5)[0])
+    assert read(copy, 5) == read(source, 5)
+    assert np.array_equal(shown(copy, 5)[0], shown(source, 5)[0])
 
 
 @pytest.mark.parametrize(
@@ -443,4 +458,4 @@ def test_the_full_set_can_be_asked_too(split, tmp_path_factory):
     assert {"naming", "yes_no", "scene2_count", "scene3_exists"} <= {one.task for one in questions}
     for settings in SOURCES:
         source = settings(config="full", split=split, data_dir=folder).build()
-        assert all(source.conversation(index).turns for index in spread(source, 300))
+        assert all(source.example(index).messages for index in spread(source, 300))

@@ -23,32 +23,33 @@ def test_all_bases_are_there(source):
     assert {record.base for record in source.catalog.records} == {*PEOPLE, *THINGS}
 
 
-def test_an_example_is_a_function_of_its_index(source):
+def test_an_example_is_a_function_of_its_index(source, read, shown):
     again = OpenMojiSkills(image_size=64, augment=True).build()
     for index in (0, 1, 2, 3, 4001):
-        assert source.conversation(index) == again.conversation(index)
-        np.testing.assert_array_equal(source.images(index)[0], again.images(index)[0])
+        assert read(source, index) == read(again, index)
+        (image,), (same,) = shown(source, index), shown(again, index)
+        np.testing.assert_array_equal(image, same)
 
 
-def test_forms_and_skills_belong_together(source):
+def test_forms_and_skills_belong_together(source, read):
     captions, text = (OpenMojiSkills(image_size=64, augment=True, form=form).build() for form in ("captions", "text"))
     for index in range(len(SKILLS) * 5):
-        asked, said, read = (each.conversation(index) for each in (source, captions, text))
+        asked, told = read(source, index), read(text, index)
         (answers,) = ([turn.answer for turn in asked.turns],)
         assert {turn.task for turn in asked.turns} == {
             {"naming": "naming", "text": "text", "place": "scene_position", "number": "scene_count"}[
                 SKILLS[index % len(SKILLS)]
             ]
         }
-        assert read.turns == asked.turns and text.images(index) == []
-        words = said.turns[0].answer
+        assert told.turns == asked.turns and text.example(index).media == []
+        words = captions.example(index).messages[1].text
         if SKILLS[index % len(SKILLS)] == "number":
             thing = asked.turns[0].question.rsplit(" a ", 1)[-1].rsplit(" an ", 1)[-1].rstrip("?")
             assert NUMBERS.index(answers[0]) == words.count(thing), (words, asked)
         else:
             assert all(answer in words for answer in answers)
         if SKILLS[index % len(SKILLS)] == "place":
-            assert len(answers) == 4 and all(f"{place} " in read.context for place in PLACES[2])
+            assert len(answers) == 4 and all(f"{place} " in told.context for place in PLACES[2])
 
 
 def test_a_number_is_written_in_its_corner(source):
@@ -68,7 +69,7 @@ def test_a_number_is_written_in_its_corner(source):
     assert {(sign.row, sign.column) for sign in drawn} == {(0, 0), (0, 1), (1, 0), (1, 1)}
 
 
-def test_questions_of_the_evaluation_are_fair_and_new(source):
+def test_questions_of_the_evaluation_are_fair_and_new(source, shown):
     found = skill_questions(limit=100)
     assert {split: Counter(q.task for q in questions) for split, questions in found.items()} == {
         "composition": {"naming": 42},
@@ -76,7 +77,7 @@ def test_questions_of_the_evaluation_are_fair_and_new(source):
     }
     counts = Counter(q.answer for q in found["new"] if q.task == "number")
     assert set(counts) == set(NUMBERS) and set(counts.values()) == {20}
-    seen = {source.images(index)[0].tobytes() for index in range(400)}
+    seen = {shown(source, index)[0].tobytes() for index in range(400)}
     asked = {q.images[0].tobytes() for q in found["new"]}
     four = {q.images[0].tobytes() for q in found["new"] if q.answer == "four"}  # equal things can look the same
     assert len(asked) > 150 and not seen & (asked - four)

@@ -186,8 +186,9 @@ def _processor(settings: dict) -> Any:
 
     from mllm_jax.data.chat import ChatTokenizer
     from mllm_jax.data.image_processors import image_processor
+    from mllm_jax.data.processing.layouts import TileLayout
     from mllm_jax.data.processing.media import Media
-    from mllm_jax.models.processor import Processor, TileLayout
+    from mllm_jax.models.processor import Processor
 
     class Tiles(TileLayout):
         image_token, video_token, tokens_a_tile = 1, 2, 1

@@ -91,8 +91,13 @@ def _read(path: Path, content: bytes, version: str) -> None:
     source = LLaVARecords(path.name, ".", version=version, data_dir=str(path.parent), image_size=4).build()
     source.fingerprint()
     for index in range(min(len(source), 50)):
-        for read in (source.conversation, source.images):
+        try:
+            images = source.example(index).media
+        except DataError as refusal:
+            str(refusal).encode()
+            continue
+        for image in images:
             try:
-                read(index)
+                np.asarray(image.source)
             except DataError as refusal:
                 str(refusal).encode()

@@ -18,9 +18,14 @@ from mllm_jax.errors import ConfigError, DataError
 
 
 class Words(Protocol):
-    """What makes ids of text: `ChatTokenizer`, or a `Tokenizer` that was trained here."""
+    """What makes ids of text: `ChatTokenizer`, or a `Tokenizer` that was trained here.
+
+    Attributes:
+        only_adds: whether the chat template is known to write a message whatever follows it.
+    """
 
     has_template: bool
+    only_adds: bool
     stop_ids: tuple[int, ...]
     pad_token_id: int | None
     special_tokens: Sequence[str]
@@ -54,9 +59,20 @@ class Encoder:
             DataError: a message that spells a placeholder, one with media that the model lacks, or one that the chat
                 template refuses.
         """
-        if self.system is not None and messages[0].role != "system":
-            messages = (Message("system", self.system), *messages)
-        shown = [{"role": message.role, "content": self._content(message)} for message in messages]
+        return self.ids_of_shown(self.shown(self.with_system(messages)), add_generation_prompt)
+
+    def with_system(self, messages: Sequence[Message]) -> Sequence[Message]:
+        """The messages after the system message, if there is one and they have none."""
+        if self.system is None or (messages and messages[0].role == "system"):
+            return messages
+        return (Message("system", self.system), *messages)
+
+    def shown(self, messages: Sequence[Message]) -> list[dict[str, Any]]:
+        """What the template gets of messages; raises what `ids_of` does."""
+        return [{"role": message.role, "content": self._content(message)} for message in messages]
+
+    def ids_of_shown(self, shown: Sequence[dict[str, Any]], add_generation_prompt: bool = True) -> list[int]:
+        """The ids of what the template makes of messages."""
         return self.layout.without_names(self.tokenizer.ids(self.tokenizer.render_chat(shown, add_generation_prompt)))
 
     def _content(self, message: Message) -> Any:
@@ -149,12 +165,12 @@ def encode_turns(encoder: Encoder, example: Example, max_length: int, learn: str
             placeholder, or a template that does not write a conversation as a continuation of its beginning.
         ConfigError: a template without an end token.
     """
-    answers = [i for i, message in enumerate(example.messages) if message.role == "assistant"]
-    require_answers(example, answers)
-    media = encoder.layout.prepare(example.media)
+    require_answers(example.messages)
+    messages = encoder.with_system(example.messages)
+    answers = [i for i, message in enumerate(messages) if message.role == "assistant"]
+    media, shown = encoder.layout.prepare(example.media), encoder.shown(messages)
     for kept in range(len(answers), 0, -1):
-        messages = example.messages[: answers[kept - 1] + 1]
-        ids = encoder.ids_of(messages, add_generation_prompt=False)
+        ids = encoder.ids_of_shown(shown[: answers[kept - 1] + 1], add_generation_prompt=False)
         _end(encoder, ids, 0, len(ids))  # a template that ends nothing may leave out media too: the first is told
         row = encoder.lay_out(ids, media, "a conversation")
         if len(row.tokens) <= max_length:
@@ -166,12 +182,12 @@ def encode_turns(encoder: Encoder, example: Example, max_length: int, learn: str
             "raise the row's length, or give it fewer or smaller pictures",
         )
     weights = np.zeros(len(ids), np.float32)
-    starts = [_start(encoder, messages[:i], ids) for i in answers[:kept]]
+    starts = [_start(encoder, shown[:i], ids) for i in answers[:kept]]
     for i, start, following in zip(answers[:kept], starts, [*starts[1:], len(ids)], strict=True):
         end = _end(encoder, ids, start, following)
         weights[(1 if learn == "all" else start) : end] = 1
-        if following < len(ids):
-            _require_kept(encoder, messages[: i + 1], ids, end)
+        if following < len(ids) and not encoder.tokenizer.only_adds:
+            _require_kept(encoder, shown[: i + 1], ids, end)
     return Encoded(row, _spread(encoder, ids, row, weights), media, dropped_turns=len(answers) - kept)
 
 
@@ -259,18 +275,20 @@ def encode_captions(encoder: Encoder, example: Example, max_length: int, most: i
     return Encoded(row, np.ones(len(ids), np.float32), media, segments=np.asarray(segments, np.int32))
 
 
-def require_answers(example: Example, answers: Sequence[int]) -> None:
-    """Raises DataError: no answer, one without text, or messages after the last."""
+def require_answers(messages: Sequence[Message]) -> int:
+    """Returns the number of answers. Raises DataError: none, one without text, or messages after the last."""
+    answers = [i for i, message in enumerate(messages) if message.role == "assistant"]
     for i in answers:
-        if not example.messages[i].text.strip():
-            question = example.messages[i - 1].text if i else ""
+        if not messages[i].text.strip():
+            question = messages[i - 1].text if i else ""
             raise DataError(f"an empty answer to {question[:60]!r}", "an answer with text", "drop or mend the record")
-    if not answers or answers[-1] != len(example.messages) - 1:
+    if not answers or answers[-1] != len(messages) - 1:
         raise DataError(
-            f"a conversation of {len(answers)} answers in {len(example.messages)} messages",
+            f"a conversation of {len(answers)} answers in {len(messages)} messages",
             "at least one question, and an answer to each",
             "drop or mend the record",
         )
+    return len(answers)
 
 
 def _require_words(message: Message) -> None:
@@ -278,17 +296,17 @@ def _require_words(message: Message) -> None:
         raise DataError("a text without words", "a caption or another text", "drop or mend the record")
 
 
-def _start(encoder: Encoder, before: Sequence[Message], ids: list[int]) -> int:
+def _start(encoder: Encoder, before: Sequence[dict[str, Any]], ids: list[int]) -> int:
     """Where an answer begins: what the template writes to ask for it is how the conversation went on."""
-    asked = encoder.ids_of(before)
+    asked = encoder.ids_of_shown(before)
     if ids[: len(asked)] != asked:
         raise _rewritten()
     return len(asked)
 
 
-def _require_kept(encoder: Encoder, messages: Sequence[Message], ids: list[int], end: int) -> None:
+def _require_kept(encoder: Encoder, shown: Sequence[dict[str, Any]], ids: list[int], end: int) -> None:
     """Raises DataError: an answer that is written otherwise once another question follows."""
-    if encoder.ids_of(messages, add_generation_prompt=False)[:end] != ids[:end]:
+    if encoder.ids_of_shown(shown, add_generation_prompt=False)[:end] != ids[:end]:
         raise _rewritten()
 
 
