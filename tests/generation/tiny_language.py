@@ -4,6 +4,7 @@ are ids."""
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +32,8 @@ TEMPLATE = (
 )
 
 
-def byte_tokenizer(template: str | None = TEMPLATE) -> ChatTokenizer:
-    """256 bytes and the special tokens; ids 0 to 259."""
+def byte_tokenizer(template: str | None = TEMPLATE, special: Sequence[str] = SPECIAL) -> ChatTokenizer:
+    """256 bytes and the special tokens; ids 0 to 259, unless there are more of them."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -40,7 +41,7 @@ def byte_tokenizer(template: str | None = TEMPLATE) -> ChatTokenizer:
     backend = Tokenizer(models.BPE(vocab=letters, merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
-    backend.add_special_tokens(list(SPECIAL))
+    backend.add_special_tokens(list(special))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|end|>")
     tokenizer.chat_template = template
     return ChatTokenizer(tokenizer)
@@ -101,10 +102,14 @@ def answers(
     return assistant.complete(encoded(assistant, rows), options, sampling, batch_size=batch_size)
 
 
-def write_folder(folder: Path) -> Path:
+# A language model whose tokenizer has a token for images, as a composed model needs.
+WITH_IMAGES = replace(CONFIG, vocab_size=261)
+
+
+def write_folder(folder: Path, config: DecoderConfig = CONFIG) -> Path:
     """The model and its tokenizer as a Hugging Face folder."""
     import mllm_jax
 
-    mllm_jax.save_pretrained(CONFIG.make(), random_params(), folder)
-    byte_tokenizer().save(folder)
+    mllm_jax.save_pretrained(config.make(), random_params(config), folder)
+    byte_tokenizer(special=SPECIAL if config == CONFIG else (*SPECIAL, "<image>")).save(folder)
     return folder

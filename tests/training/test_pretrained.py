@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 import toy_data
 from flax.traverse_util import flatten_dict
-from tiny_language import CONFIG, random_params, write_folder
+from tiny_language import WITH_IMAGES as CONFIG
+from tiny_language import random_params, write_folder
 from toy_data import MODEL, PAIRS, PICTURES, quick_compilation
 
 import mllm_jax
@@ -55,7 +56,7 @@ def experiment(llm, tower, **changes) -> Experiment:
     made = Experiment(
         name="joined",
         model=replace(MODEL, text_tower=None, contrastive=None, **parts),
-        tokenizer=TokenizerConfig(vocab_size=260, folder=str(llm)),
+        tokenizer=TokenizerConfig(vocab_size=CONFIG.vocab_size, folder=str(llm)),
         pretrained=(Pretrained("llm", str(llm)), Pretrained("encoder", str(tower), "pairs", made_by=TOWER)),
         checkpoint=CheckpointConfig(every_steps=1),
         stages=(
@@ -79,7 +80,7 @@ def setting():
 def sources(tmp_path_factory):
     """(LLM folder, folder of the run that is to make the tower)."""
     folder = tmp_path_factory.mktemp("sources")
-    return write_folder(folder / "llm"), folder / "tower"
+    return write_folder(folder / "llm", CONFIG), folder / "tower"
 
 
 @pytest.fixture(scope="module")
@@ -159,7 +160,7 @@ def test_checkpoints_name_the_sources_and_what_they_held(run, sources):
 
 def test_a_finished_run_answers_with_the_models_own_tokens(run, sources):
     _, model, params, processor, mesh = load_run(run, jax.devices()[:2])
-    assert processor.tokenizer.vocab_size == 260 and "messages" in processor.tokenizer.template
+    assert processor.tokenizer.vocab_size == CONFIG.vocab_size and "messages" in processor.tokenizer.template
     picture = np.zeros((MODEL.encoder.image_size,) * 2 + (3,), np.uint8)
     asked = Message("user", (Image(picture), Text("what colour")))
     answer = Assistant(model, params, processor, mesh=mesh).generate([asked], max_new_tokens=3)
@@ -182,8 +183,8 @@ def test_sources_may_not_change(copy, part):
     moved, run, sources = copy
     if part == "llm":
         shutil.rmtree(run / "stages" / "1-instruct")  # which trained the LLM: from then on its source counts no more
-        mllm_jax.save_pretrained(CONFIG.make(), random_params(seed=1), sources / "llm", overwrite=True)
-        moved = replace(moved, tokenizer=TokenizerConfig(vocab_size=260, folder=moved.tokenizer.folder))
+        mllm_jax.save_pretrained(CONFIG.make(), random_params(CONFIG, seed=1), sources / "llm", overwrite=True)
+        moved = replace(moved, tokenizer=TokenizerConfig(vocab_size=CONFIG.vocab_size, folder=moved.tokenizer.folder))
     else:
         shutil.rmtree(sources / "tower")
         other = replace(moved.pretrained[1], made_by=replace(TOWER, seed=6))

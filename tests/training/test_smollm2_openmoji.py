@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import jax
 import pytest
-from tiny_language import write_folder
+from tiny_language import WITH_IMAGES, write_folder
 from tiny_runs import ROOT
 from toy_data import quick_compilation
 
@@ -22,7 +22,7 @@ CONFIG = ROOT / "configs" / "smollm2_openmoji.py"
 
 @pytest.fixture
 def llm(tmp_path):
-    return write_folder(tmp_path / "llm")
+    return write_folder(tmp_path / "llm", WITH_IMAGES)
 
 
 def make(llm, quickstart, tower, **options):
