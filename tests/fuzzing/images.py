@@ -205,4 +205,10 @@ def _processor(settings: dict) -> Any:
     backend = Tokenizer(models.WordLevel({"a": 0, "<image>": 1, "<video>": 2}, unk_token="a"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer = ChatTokenizer(PreTrainedTokenizerFast(tokenizer_object=backend))
-    return Processor(SimpleNamespace(encoder_decoder=False), tokenizer, Tiles())
+    return Processor(SimpleNamespace(encoder_decoder=False, batch_spec=_batch_spec), tokenizer, Tiles())
+
+
+def _batch_spec(rows: int = 1, length: int = 8, slots: int = 0) -> Any:
+    from mllm_jax.data.batch import images_spec, text_spec
+
+    return text_spec(rows, length) | images_spec(rows, slots, 32)
