@@ -15,13 +15,14 @@ from mllm_jax import generate
 from mllm_jax.data import pixels
 from mllm_jax.data.chat import ChatTokenizer
 from mllm_jax.data.image_steps import ImageProcessor
+from mllm_jax.data.processing.layouts import TileLayout
 from mllm_jax.data.processing.media import NEWLINE, Media
 from mllm_jax.encoders.vit import ViTConfig
 from mllm_jax.errors import DataError
 from mllm_jax.llms.decoder import DecoderConfig
 from mllm_jax.llms.t5 import T5Config
 from mllm_jax.models.multimodal import Connection, MultimodalConfig
-from mllm_jax.models.processor import Processor, TileLayout
+from mllm_jax.models.processor import Processor
 from mllm_jax.projectors.mlp import MLPProjectorConfig
 
 WORDS = (
