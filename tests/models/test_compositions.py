@@ -107,7 +107,8 @@ def read(module, batch):
 
 def shapes(config: MultimodalConfig, length: int = 24):
     module = config.make()
-    batch = module.config.batch_spec(2, length, SLOTS).empty()
+    a_slot = config.encoder.merge_unit if config.packed else 1  # patches: slots of a packing encoder
+    batch = module.config.batch_spec(2, length, SLOTS * a_slot).empty()
     batch["media_index"] = jnp.broadcast_to(jnp.arange(length), (2, length)) - 1
     out = jax.eval_shape(lambda: module.init_with_output(jax.random.key(0), batch, method=read))[0]
     return [(x.shape, x.dtype) for x in out]
