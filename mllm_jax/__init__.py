@@ -36,6 +36,8 @@ if TYPE_CHECKING:  # what editors and type checkers read; `_HOMES` says the same
     from mllm_jax.generation.assistant import Assistant as Assistant
     from mllm_jax.generation.generate import generate as generate
     from mllm_jax.generation.options import Answer as Answer
+    from mllm_jax.generation.options import Options as Options
+    from mllm_jax.generation.sampling import Sampling as Sampling
     from mllm_jax.llms.decoder import DecoderConfig as DecoderConfig
     from mllm_jax.models.contrastive import ContrastiveConfig as ContrastiveConfig
     from mllm_jax.models.multimodal import Connection as Connection
@@ -79,7 +81,8 @@ _NAMES = {
     "errors": ("CheckpointError", "ConfigError", "DataError", "MllmError", "RunFolderError", "TrainingError"),
     "generation.assistant": ("Assistant",),
     "generation.generate": ("generate",),
-    "generation.options": ("Answer",),
+    "generation.options": ("Answer", "Options"),
+    "generation.sampling": ("Sampling",),
     "llms.decoder": ("DecoderConfig",),
     "models.contrastive": ("ContrastiveConfig",),
     "models.multimodal": ("Connection", "Multimodal", "MultimodalConfig"),

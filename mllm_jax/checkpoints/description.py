@@ -50,7 +50,7 @@ def rebuild(description: Any) -> Any:
     if not name.isidentifier() or not all(part.isidentifier() for part in module.split(".")):
         raise ConfigError(f"a stored config of class {kind!r:.200}", "module:Class", "build the experiment in Python")
     try:
-        found = getattr(own_modules.find(module), name)
+        found = getattr(own_modules.find(module, kind), name)
         if not (isinstance(found, type) and dataclasses.is_dataclass(found)):
             raise TypeError("not a config class")
         _check_types(found, fields)

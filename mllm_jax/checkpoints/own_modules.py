@@ -41,8 +41,11 @@ def remember(description: Any) -> None:
         return
 
 
-def find(module: str) -> ModuleType:
+def find(module: str, kind: str) -> ModuleType:
     """Imports a module that a stored config names: as Python finds it, else from where it was when it was used.
+
+    Args:
+        kind: the class that it is to have, for the message.
 
     Raises:
         ConfigError: it is gone.
@@ -56,9 +59,9 @@ def find(module: str) -> ModuleType:
         folder = _known().get(top)
         if folder is not None and Path(folder).is_dir() and folder not in sys.path:
             sys.path.append(folder)
-            return find(module)
+            return find(module, kind)
         raise ConfigError(
-            f"a stored config with classes of the module {module!r}, which is not found",
+            f"a stored config of class {kind!r}, of the module {module!r}, which is not found",
             f"the file {top}.py, or the package, that was beside the config",
             "put its folder on PYTHONPATH" + (f"; it was in {folder}" if folder else ""),
         ) from error
