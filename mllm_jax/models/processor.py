@@ -226,9 +226,10 @@ class Processor:
         spec = self.spec(len(encoded), length, slots)
         if self.config.encoder_decoder:
             spec = spec | self.config.target_spec(len(encoded), max(len(e.target) for e in encoded))
-        if encoded[0].instruction is not None and slots:
-            read = -(-max(len(e.instruction) for e in encoded) // BUCKET) * BUCKET
-            spec = spec | instruction_spec(len(encoded), slots, read)
+        if read := [len(e.instruction) for e in encoded if e.instruction is not None]:
+            spec = spec | instruction_spec(len(encoded), slots, -(-max(read) // BUCKET) * BUCKET)
+        elif self.layout.instruction_length:
+            spec = spec.without("query_tokens", "query_segments")
         if not learnt:
             spec = spec.without("loss_weights")
         return assemble([[e] for e in encoded], spec, self.layout, slots)
