@@ -203,7 +203,8 @@ def _write_target(out, r: int, cursor: _Cursor, e: Any) -> None:
     here = slice(cursor.target, cursor.target + len(e.target))
     out["decoder_tokens"][r, here] = e.target
     out["decoder_segments"][r, here] = cursor.segment + 1
-    out["decoder_positions"][r, here] = np.arange(len(e.target))
+    if "decoder_positions" in out:
+        out["decoder_positions"][r, here] = np.arange(len(e.target))
     if "loss_weights" in out:
         out["loss_weights"][r, here] = e.loss_weights
 

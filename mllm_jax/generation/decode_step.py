@@ -133,7 +133,7 @@ class EncoderDecoderSteps(LanguageSteps):
 
     def logits(self, params: dict, batch: Batch) -> jax.Array:
         read = batch["tokens"], batch["positions"], batch["segments"]
-        target = {name: batch[name] for name in ("decoder_tokens", "decoder_positions", "decoder_segments")}
+        target = {name: batch[name] for name in ("decoder_tokens", "decoder_segments")}
         return self.apply(params, *read, **target)
 
     def said(self, batch: Batch) -> tuple[jax.Array, jax.Array]:

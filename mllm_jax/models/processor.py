@@ -226,6 +226,7 @@ class Processor:
         spec = self.spec(len(encoded), length, slots)
         if self.config.encoder_decoder:
             spec = spec | self.config.target_spec(len(encoded), max(len(e.target) for e in encoded))
+            spec = spec.without("decoder_positions")  # one target a row: they count
         if read := [len(e.instruction) for e in encoded if e.instruction is not None]:
             spec = spec | instruction_spec(len(encoded), slots, -(-max(read) // BUCKET) * BUCKET)
         elif self.layout.instruction_length:
