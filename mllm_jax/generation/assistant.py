@@ -352,7 +352,7 @@ class Assistant:
         batch["segments"][len(encoded) :, 0] = 1  # a row without a prompt still has something to read
         if learnt and self.llm.encoder_decoder:
             width = batch["decoder_tokens"].shape[1]
-            for name in self.processor.config.target_spec(1, 1):
+            for name in self.processor.config.target_spec(1, 1).keys() & batch.keys():
                 batch[name] = np.pad(batch[name], [(0, 0), (0, bucket(width) - width)])
         return batch
 

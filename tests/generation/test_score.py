@@ -152,7 +152,7 @@ def test_what_cannot_be_scored_is_refused(decoder):
         decoder.score(QUESTIONS, SAID[:2])
     with pytest.raises(DataError, match=r"1 conversation\(s\), 2 answer\(s\)"):
         decoder.score("hi", ["a", "b"])
-    with pytest.raises(DataError, match="an answer without text"):
+    with pytest.raises(DataError, match="an empty answer to"):
         decoder.score("hi", " ")
     with pytest.raises(DataError, match="at most 96"):
         decoder.score("hi", "x" * 100)
