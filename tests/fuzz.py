@@ -106,12 +106,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--cases", type=int, default=300)
     parser.add_argument("--kinds", nargs="+", default=kinds(), choices=kinds())
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--limits", type=float, nargs=2, default=(LIMIT, WAIT), metavar=("WORK", "CLOCK"))
     parser.add_argument("--shown", type=int, default=SHOWN, help="how many unhandled cases to print")
     asked = parser.parse_args(arguments)
     unhandled = 0
     print(f"{'kind':<14}{'cases':>8}{'refused':>9}{'accepted':>10}{'unhandled':>11}{'s':>8}")
     for kind in asked.kinds:
-        result = run(kind, asked.cases, asked.seed)
+        result = run(kind, asked.cases, asked.seed, tuple(asked.limits))
         counts = result.counts
         columns = f"{counts['refused']:>9}{counts['accepted']:>10}{counts['unhandled']:>11}{result.seconds:>8.0f}"
         print(f"{kind:<14}{counts.total():>8}{columns}", flush=True)

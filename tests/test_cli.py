@@ -26,7 +26,7 @@ CUT_OFF = "(cut off after 256 tokens; --max-new-tokens allows more)\n"
 TOY = "toy size: at most 8 questions a task, so these accuracies mean little"
 STAGES = ("language", "contrastive", "align", "instruct")
 MADE = {
-    *("config.json", "tokenizer.json", "run.json", "metrics.jsonl", "tensorboard", "stages", "checkpoints"),
+    *("config.json", "processor", "run.json", "metrics.jsonl", "tensorboard", "stages", "checkpoints"),
     *("results.json", "examples.json", "report.html", "goodput.json", "initial", ".mllm_run"),
 }
 # Commands one after the other in one process: [exit code, stdout, stderr] of each.
@@ -284,7 +284,7 @@ from mllm_jax.training.config import TokenizerConfig
 
 def config():
     smoke = runpy.run_path({str(SMOKE)!r})["config"]()
-    tokenizer = TokenizerConfig(512, path={str(trained[0] / "tokenizer.json")!r})
+    tokenizer = TokenizerConfig(512, path={str(trained[0] / "processor" / "tokenizer.json")!r})
     return dataclasses.replace(smoke, stages=smoke.stages[:1], tokenizer=tokenizer, evaluation=None)
 """
     )

@@ -12,53 +12,26 @@ import hashlib
 import json
 import os
 import time
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import toy_data
+from toy_evaluation import ToyEvaluation
 
 from mllm_jax.data.pipeline import Mixture, Weighted
 from mllm_jax.sharding.mesh import MeshConfig
 from mllm_jax.training.config import AdamW, CheckpointConfig, Experiment, Stage, TokenizerConfig
 from mllm_jax.training.objectives.next_token import NextToken
-from mllm_jax.training.operations import run_folder
 
 STEPS = 8
 MIXTURE = Mixture((Weighted(toy_data.Toy()),), rows=8, length=32, slots=1)
-
-
-@dataclass(frozen=True)
-class Question:
-    task: str
-    question: str
-    answer: str
-    images: tuple
-
-
-@dataclass(frozen=True)
-class ToyEvaluation:
-    """Eight questions about the colour of pictures of noise."""
-
-    def check(self, model):
-        assert model.llm
-
-    def questions(self):
-        source = toy_data.Toy().build()
-        numbers = range(8)
-        return {"toy": [Question("colour", "what colour", toy_data.COLOURS[i], (source.picture(i),)) for i in numbers]}
-
-    def score(self, splits, model, params, processor, mesh, batch_size):
-        from mllm_jax.evaluation.evaluate import evaluate
-        from mllm_jax.generation.assistant import Assistant
-
-        return evaluate(Assistant(model, params, processor, mesh=mesh), splits, batch_size=8, max_new_tokens=4)
 
 
 def config() -> Experiment:
     watch_steps(os.environ.get("TINY_RECORD"), float(os.environ.get("TINY_PAUSE", "0")))
     mesh = MeshConfig(**json.loads(os.environ.get("TINY_MESH", "{}")))
     model = replace(toy_data.MODEL, text_tower=None, contrastive=None)
-    made = Experiment(
+    return Experiment(
         name="tiny",
         model=model,
         tokenizer=TokenizerConfig(vocab_size=320),
@@ -68,10 +41,6 @@ def config() -> Experiment:
         evaluation=ToyEvaluation() if os.environ.get("TINY_EVALUATE") else None,
         stages=tuple(stage(f"stage{number}") for number in range(int(os.environ.get("TINY_STAGES", "1")))),
     )
-    if made.evaluation is not None:
-        # A run is evaluated by the config in its folder, which may name classes of mllm_jax only.
-        run_folder.RunFolder.experiment = lambda self: made
-    return made
 
 
 def stage(name: str) -> Stage:
