@@ -121,8 +121,8 @@ def test_logits_answers_and_folder(case, assert_close, tmp_path):
         theirs = llm(inputs_embeds=embedded).logits[0]
         assert_close(logits[row, : len(ids)], theirs, 1e-4, f"logits of {text!r}")
         mask = torch.ones(1, len(ids), dtype=torch.long)
-        how = dict(max_new_tokens=NEW_TOKENS, do_sample=False, pad_token_id=0)
-        said = llm.generate(inputs_embeds=embedded, attention_mask=mask, **how)[0].tolist()
+        theirs_how = dict(max_new_tokens=NEW_TOKENS, do_sample=False, pad_token_id=0)
+        said = llm.generate(inputs_embeds=embedded, attention_mask=mask, **theirs_how)[0].tolist()
         assert list(answers[row].tokens) == said and len(said) == NEW_TOKENS, text
         size = dict(slots=batch["images"].shape[1], length=batch["tokens"].shape[1])
         alone = complete(module, params, ours(text, images=mine, **size), ours, **how)
