@@ -59,7 +59,7 @@ MODELS = {
 def batch_of(config: MultimodalConfig) -> dict[str, np.ndarray]:
     """Two texts in each row, which both ask for media tokens of both slots; the last places are padding."""
     rng = np.random.default_rng(1)
-    batch = {name: np.array(x) for name, x in config.batch_spec(ROWS, LENGTH, 4).empty().items()}
+    batch = config.batch_spec(ROWS, LENGTH, 16 if config.packed else 4).empty()
     for name, x in batch.items():
         if name.endswith("tokens"):
             batch[name] = rng.integers(0, VOCAB, x.shape).astype(np.int32)

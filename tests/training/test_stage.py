@@ -33,7 +33,7 @@ def test_the_planner_compiles_what_the_loop_runs():
     feed = Feed(pipeline(), mesh)
     params, shardings = init_params(MODEL.make(), mesh, seed=0)
     placed = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), params, shardings)
-    run = build_stage(EXPERIMENT, 0, mesh, feed.abstract, placed)
+    run = build_stage(EXPERIMENT, 0, mesh, feed.spec, placed)
     for name in ("state", "frozen", "batch"):
         assert jax.tree.all(jax.tree.map(lambda a, b: a == b, getattr(planned, name), getattr(run, name))), name
     lowered = [program.step.lower(program.state, program.frozen, program.batch).as_text() for program in (planned, run)]
