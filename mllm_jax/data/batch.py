@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -120,11 +119,6 @@ def instruction_spec(rows: int, slots: int, length: int) -> BatchSpec:
     """The arrays of what a projector reads of the text beside each slot."""
     read = ArraySpec((rows, slots, length), axes=(ROW, SLOTS))
     return BatchSpec(dict(query_tokens=read, query_segments=read))
-
-
-def bytes_of(spec: BatchSpec) -> int:
-    """The size of a batch."""
-    return sum(math.prod(each.shape) * np.dtype(each.dtype).itemsize for each in spec.values())
 
 
 def assemble(packed: Sequence[Sequence[Any]], spec: BatchSpec, layout: Any, slots: int) -> dict[str, np.ndarray]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from mllm_jax.errors import DataError
@@ -43,8 +43,8 @@ class Video:
     """
 
     source: Any = None
-    fps: float | None = None
-    times: Sequence[float] | None = None
+    fps: float | None = field(default=None, kw_only=True)
+    times: Sequence[float] | None = field(default=None, kw_only=True)
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,7 +57,7 @@ class Audio:
     """
 
     source: Any = None
-    rate: int | None = None
+    rate: int | None = field(default=None, kw_only=True)
 
 
 Part = Text | Image | Video | Audio

@@ -16,7 +16,8 @@ from jax.sharding import Mesh
 
 from mllm_jax.checkpoints.hf import float_dtype
 from mllm_jax.checkpoints.run import RunFolder, is_run
-from mllm_jax.data.message import TEXT_ROLE, Conversation, Example, Message, conversations
+from mllm_jax.data.message import TEXT_ROLE, Conversation, Example, Message
+from mllm_jax.data.message import conversations as read_conversations
 from mllm_jax.data.processing.media import Encoded
 from mllm_jax.errors import ConfigError, DataError
 from mllm_jax.generation.decode_step import steps_of
@@ -141,7 +142,7 @@ class Assistant:
             ConfigError: options that contradict one another or do not exist, or a model that writes no text.
         """
         how, sampling = read_options(options)
-        given, several = conversations(conversation)
+        given, several = read_conversations(conversation)
         answers = self.complete([self.prompt(each) for each in given], how, sampling, batch_size=batch_size)
         return answers if several else answers[0]
 
@@ -154,7 +155,7 @@ class Assistant:
         how, sampling = read_options(options)
         if how.num_beams > 1:
             raise ConfigError(f"a stream with num_beams={how.num_beams}", "num_beams=1", "use generate")
-        given, several = conversations(conversation)
+        given, several = read_conversations(conversation)
         if several:
             raise DataError(f"a stream of {len(given)} conversations", "one", "use generate, or a stream for each")
         prompt = self.prompt(given[0])
@@ -228,7 +229,7 @@ class Assistant:
 
     def score(
         self,
-        conversation: Conversation | Sequence[Conversation],
+        conversations: Conversation | Sequence[Conversation],
         answers: str | Sequence[str],
         *,
         batch_size: int = BATCH,
@@ -243,7 +244,7 @@ class Assistant:
             ConfigError: a model that writes no text.
         """
         self._require_text()
-        given, _ = conversations(conversation)
+        given, _ = read_conversations(conversations)
         said = [answers] if isinstance(answers, str) else list(answers)
         if len(given) != len(said):
             raise DataError(f"{len(given)} conversation(s), {len(said)} answer(s)", "one for each", "give as many")

@@ -172,7 +172,9 @@ def encode_turns(encoder: Encoder, example: Example, max_length: int, learn: str
     media, shown = encoder.layout.prepare(example.media), encoder.shown(messages)
     for kept in range(len(answers), 0, -1):
         ids = encoder.ids_of_shown(shown[: answers[kept - 1] + 1], add_generation_prompt=False)
-        _end(encoder, ids, 0, len(ids))  # a template that ends nothing may leave out media too: the first is told
+        _end(
+            encoder, ids, 0, len(ids)
+        )  # a template without an end may also leave out media; refuse the missing end first
         row = encoder.lay_out(ids, media, "a conversation")
         if len(row.tokens) <= max_length:
             break

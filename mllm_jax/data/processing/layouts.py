@@ -52,7 +52,7 @@ class Layout:
 
     def image(self, picture: np.ndarray) -> Media:
         """Prepares uint8[H, W, 3] as decoded."""
-        raise NotImplementedError
+        raise DataError("an image", "text: the model reads no images", "leave it out")
 
     def images(self, pictures: Sequence[np.ndarray]) -> list[Media]:
         """Prepares the images of one text; some models prepare a single image differently."""
@@ -106,20 +106,20 @@ class Layout:
         return list(ids)
 
     def collate(self, rows: Sequence[Sequence[Media]], slots: int | None = None) -> Collated:
-        """The media of a batch as arrays with one shape for every row."""
-        raise NotImplementedError
+        """The media of a batch as arrays with one shape for every row; a model that reads none has none."""
+        return Collated({}, [[] for _ in rows])
 
     def spec(self, spec: BatchSpec) -> BatchSpec:
         """A batch's spec with its media as the folder's processor leaves them: bytes, or numbers."""
         return spec
 
     def instruction(self, text: str, bounded: bool) -> np.ndarray:
-        """The ids int[n] that the projector reads of one text, where `instruction_length` is not 0.
+        """The ids int[n] that the projector reads of one text: none where `instruction_length` is 0.
 
         Args:
             bounded: refuse more than `instruction_length` of them.
         """
-        raise NotImplementedError
+        return np.zeros(0, np.int32)
 
     def positions(self, row: Row, media: Sequence[Media]) -> np.ndarray:
         """int[n] of a row's text, or int[n, 3] for M-RoPE; they count the tokens."""
@@ -139,9 +139,6 @@ class TextLayout(Layout):
                 "leave them out, or take a model that reads them",
             )
         return [[] for _ in rows]
-
-    def collate(self, rows: Sequence[Sequence[Media]], slots: int | None = None) -> Collated:
-        return Collated({}, [[] for _ in rows])
 
 
 class TileLayout(Layout):
