@@ -28,7 +28,7 @@ def experiment(name: str, kind: str) -> Experiment:
     return Experiment(
         name=name,
         model=DualEncoderConfig(
-            vision=replace(quickstart["MODEL"].encoder, regions=None),
+            vision=replace(quickstart["MODEL"].image.encoder, regions=None),
             text=TextTowerConfig(
                 vocab_size=2048,
                 hidden_size=256,
@@ -47,7 +47,7 @@ def experiment(name: str, kind: str) -> Experiment:
                 objective=Contrastive(kind=kind),
                 trainable=("*",),
                 # Four forms of a base side by side are each other's hard negatives.
-                data=Mixture((Weighted(captions),), rows=128, length=32, slots=1, layout="caption", group=4),
+                data=Mixture((Weighted(captions),), rows=128, length=32, slots={"image": 1}, layout="caption", group=4),
                 optimizer=AdamW(learning_rate=1.5e-3, warmup_steps=50),
                 steps=STEPS,
             ),

@@ -26,7 +26,7 @@ from mllm_jax import TokenizerConfig, Weighted
 
 def config():
     llm = DecoderConfig(vocab_size=320, hidden_size=16, num_layers=1, num_heads=2, num_kv_heads=1, mlp_size=32)
-    model = MultimodalConfig(BrightnessConfig(), MLPProjectorConfig(output_size=16), llm)
+    model = MultimodalConfig({"image": Branch(BrightnessConfig(), MLPProjectorConfig(output_size=16))}, llm)
     data = Mixture((Weighted(Squares()),), rows=4, length=32, slots=2)
     stage = Stage("all", NextToken(), ("*",), data, steps=2)
     return Experiment("own", model, (stage,), tokenizer=TokenizerConfig(vocab_size=320))
@@ -57,7 +57,10 @@ def test_it_trains_and_is_found_again(folder, tmp_path, monkeypatch):
     run = train(load_config(folder / "config.py"), tmp_path / "run")
     forget(monkeypatch)
     experiment = RunFolder(run.path).experiment()
-    assert type(experiment.model.encoder).__module__ == "grey_squares" and len(experiment.stages[0].data.sources) == 1
+    assert (
+        type(experiment.model.image.encoder).__module__ == "grey_squares"
+        and len(experiment.stages[0].data.sources) == 1
+    )
     answer = Assistant.load(run.path, by_layer=False).generate("how bright?", max_new_tokens=2)
     assert answer.tokens
 

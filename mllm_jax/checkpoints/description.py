@@ -2,35 +2,57 @@
 
 from __future__ import annotations
 
+import collections.abc
 import dataclasses
 import types
 import typing
+from collections.abc import Mapping
 from typing import Any
 
 from mllm_jax.checkpoints import own_modules
 from mllm_jax.errors import ConfigError
 
+CLASS, FUNCTION = "class", "function"
+
 
 def describe(value: Any) -> Any:
-    """A config as JSON: a dataclass becomes an object with its class under "class".
+    """A config as JSON.
+
+    A dataclass becomes an object with its class under "class", a function one with its name under "function"; other
+    objects are mappings.
 
     Raises:
-        ConfigError: a value that is neither a dataclass nor plain data.
+        ConfigError: a value that is neither of these nor plain data, or that cannot be imported when the run is opened.
     """
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        if type(value).__module__ in ("<run_path>", "__main__"):
-            raise ConfigError(
-                f"the class {type(value).__qualname__}, which the config file itself defines",
-                "a class that a run can import when it is opened again",
-                "move it into a file beside the config and import it from there",
-            )
         fields = {f.name: describe(getattr(value, f.name)) for f in dataclasses.fields(value) if f.init}
-        return {"class": f"{type(value).__module__}:{type(value).__qualname__}", **fields}
+        return {CLASS: _importable(type(value), "class"), **fields}
+    if isinstance(value, types.FunctionType):
+        return {FUNCTION: _importable(value, "function")}
+    if isinstance(value, Mapping) and all(isinstance(key, str) for key in value) and not {CLASS, FUNCTION} & {*value}:
+        return {key: describe(one) for key, one in value.items()}
     if isinstance(value, (list, tuple)):
         return [describe(v) for v in value]
     if isinstance(value, (str, int, float, bool)) or value is None:
         return value
     raise ConfigError(f"a config value {value!r}", "dataclasses, tuples, strings, numbers", "replace it by plain data")
+
+
+def _importable(value: Any, kind: str) -> str:
+    """Where a class or function is imported from, as "module:name"."""
+    if value.__module__ in ("<run_path>", "__main__"):
+        raise ConfigError(
+            f"the {kind} {value.__qualname__}, which the config file itself defines",
+            f"a {kind} that a run can import when it is opened again",
+            "move it into a file beside the config and import it from there",
+        )
+    if not value.__qualname__.isidentifier():
+        raise ConfigError(
+            f"the {kind} {value.__qualname__} of {value.__module__}",
+            f"a {kind} at the top level of a module, which a run can import when it is opened again",
+            "give it a name there; what it closes over belongs into the fields of a dataclass",
+        )
+    return f"{value.__module__}:{value.__qualname__}"
 
 
 def rebuild(description: Any) -> Any:
@@ -44,13 +66,19 @@ def rebuild(description: Any) -> Any:
         return tuple(rebuild(v) for v in description)
     if not isinstance(description, dict):
         return description
-    kind = description.get("class", "")
-    module, _, name = kind.partition(":")
-    fields = {k: rebuild(v) for k, v in description.items() if k != "class"}
+    fields = {k: rebuild(v) for k, v in description.items() if k not in (CLASS, FUNCTION)}
+    if not {CLASS, FUNCTION} & {*description}:
+        return fields
+    kind = description.get(CLASS, description.get(FUNCTION))
+    module, _, name = kind.partition(":") if isinstance(kind, str) else ("", "", "")
     if not name.isidentifier() or not all(part.isidentifier() for part in module.split(".")):
         raise ConfigError(f"a stored config of class {kind!r:.200}", "module:Class", "build the experiment in Python")
     try:
         found = getattr(own_modules.find(module, kind), name)
+        if FUNCTION in description:
+            if fields or not isinstance(found, types.FunctionType):
+                raise TypeError("not a function")
+            return found
         if not (isinstance(found, type) and dataclasses.is_dataclass(found)):
             raise TypeError("not a config class")
         _check_types(found, fields)
@@ -84,6 +112,10 @@ def fits(value: Any, hint: Any) -> bool:
             return False
         each = [inner[0]] * len(value) if inner[-1:] == (...,) else inner
         return len(each) == len(value) and all(map(fits, value, each))
+    if origin in (collections.abc.Mapping, dict):
+        return isinstance(value, Mapping) and all(fits(k, inner[0]) and fits(v, inner[1]) for k, v in value.items())
+    if origin is collections.abc.Callable:
+        return callable(value)
     if hint in (int, float):
         return isinstance(value, (int, float) if hint is float else int) and not isinstance(value, bool)
     if hint is None:

@@ -68,9 +68,9 @@ def find(module: str, kind: str) -> ModuleType:
 
 
 def modules_of(description: Any) -> Iterator[str]:
-    """The top-level modules of the classes in a described config."""
+    """The top-level modules of the classes and functions in a described config."""
     if isinstance(description, dict):
-        if isinstance(kind := description.get("class"), str):
+        if isinstance(kind := description.get("class", description.get("function")), str):
             yield kind.partition(":")[0].partition(".")[0]
         for value in description.values():
             yield from modules_of(value)

@@ -384,7 +384,7 @@ def in_batches(encoded: Sequence[Encoded], batch_size: int) -> Iterator[tuple[li
     """
     if batch_size < 1:
         raise ConfigError(f"batch_size {batch_size}", "at least 1", "change batch_size")
-    order = sorted(range(len(encoded)), key=lambda i: (encoded[i].slots, encoded[i].length))
+    order = sorted(range(len(encoded)), key=lambda i: (sorted(encoded[i].slots.items()), encoded[i].length))
     while order:
         slots = encoded[order[0]].slots
         chunk = [i for i in order[:batch_size] if encoded[i].slots == slots]

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 from flax import linen as nn
 
-from mllm_jax.data.batch import ArraySpec, BatchSpec, target_spec, text_spec
+from mllm_jax.data.batch import NO_MEDIA, ArraySpec, BatchSpec, target_spec, text_spec
 
 
 @runtime_checkable
@@ -30,8 +31,17 @@ class ModelConfig(Protocol):
     def media_tokens(self) -> int: ...
     @property
     def encoder_decoder(self) -> bool: ...
-    def batch_spec(self, rows: int = 1, length: int = 8, slots: int = 1) -> BatchSpec:
-        """The arrays of a batch; without arguments those that `init` needs to make every parameter."""
+    @property
+    def parts(self) -> Mapping[str, Any]:
+        """Each part's config by the name of its parameters, such as encoder_image."""
+        ...
+
+    def batch_spec(self, rows: int = 1, length: int = 8, slots: Mapping[str, int] = NO_MEDIA) -> BatchSpec:
+        """The arrays of a batch; without arguments those that `init` needs to make every parameter.
+
+        Args:
+            slots: for media in a row, by modality.
+        """
         ...
 
     def make(self) -> nn.Module: ...
@@ -48,6 +58,7 @@ class LanguageOnly:
     llm: Any
 
     image_size = media_tokens = instruction_length = 0
+    inputs: ClassVar[Mapping[str, Any]] = NO_MEDIA
 
     @property
     def family(self) -> str | None:
@@ -61,7 +72,12 @@ class LanguageOnly:
     def dtype(self) -> str:
         return self.llm.dtype
 
-    def batch_spec(self, rows: int = 1, length: int = 8, slots: int = 0) -> BatchSpec:
+    @property
+    def parts(self) -> dict[str, Any]:
+        """None by a name of their own: the parameters are those of the language model."""
+        return {}
+
+    def batch_spec(self, rows: int = 1, length: int = 8, slots: Mapping[str, int] = NO_MEDIA) -> BatchSpec:
         """The arrays of a batch of text."""
         return text_spec(rows, length)
 

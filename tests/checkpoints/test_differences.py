@@ -15,26 +15,26 @@ from mllm_jax.encoders.text import TextTowerConfig
 from mllm_jax.encoders.vit import ViTConfig
 from mllm_jax.errors import ConfigError
 from mllm_jax.llms.decoder import DecoderConfig
-from mllm_jax.models.contrastive import ContrastiveConfig
+from mllm_jax.models.branch import Branch
+from mllm_jax.models.clip import DualEncoderConfig
 from mllm_jax.models.multimodal import MultimodalConfig
 from mllm_jax.projectors.mlp import MLPProjectorConfig
 from mllm_jax.training.config import Experiment, Stage, TokenizerConfig
 from mllm_jax.training.objectives.contrastive import Contrastive
 from mllm_jax.training.objectives.next_token import NextToken
 
+TOWER = ViTConfig(8, 4, 12, 1, 2, 16, stem_channels=(4, 8))
+DUAL = DualEncoderConfig(TOWER, TextTowerConfig(vocab_size=300), kind="sigmoid")
 EXPERIMENT = Experiment(
     name="small",
     model=MultimodalConfig(
-        encoder=ViTConfig(8, 4, 12, 1, 2, 16, stem_channels=(4, 8)),
-        projector=MLPProjectorConfig(output_size=16),
+        inputs={"image": Branch(TOWER, MLPProjectorConfig(output_size=16))},
         llm=DecoderConfig(vocab_size=300, hidden_size=16, num_heads=4, num_kv_heads=2),
-        text_tower=TextTowerConfig(vocab_size=300),
-        contrastive=ContrastiveConfig(16),
     ),
     tokenizer=TokenizerConfig(vocab_size=300),
     stages=(
-        Stage("language", NextToken(z_loss=1e-4), ("llm/*",), Mixture(sources=(), slots=0), steps=3),
-        Stage("instruct", Contrastive("sigmoid"), ("llm/*", "projector/*"), Mixture(sources=()), steps=5),
+        Stage("language", NextToken(z_loss=1e-4), ("llm/*",), Mixture(sources=(), slots={}), steps=3),
+        Stage("instruct", Contrastive("sigmoid"), ("heads/*",), Mixture(sources=()), steps=5, model=DUAL),
     ),
 )
 
@@ -46,7 +46,7 @@ def through_json(value):
 def test_round_trip_through_json():
     again = rebuild(through_json(EXPERIMENT))
     assert again == EXPERIMENT
-    assert type(again.stages[1].objective) is Contrastive and type(again.model.encoder.stem_channels) is tuple
+    assert type(again.stages[1].objective) is Contrastive and type(again.model.image.encoder.stem_channels) is tuple
     assert differences(through_json(EXPERIMENT), through_json(again)) == []
 
 
@@ -100,7 +100,7 @@ def test_unknown_fields_are_refused():
 
 def test_a_stored_config_is_checked_like_a_new_one():
     description = through_json(EXPERIMENT)
-    description["model"]["projector"]["output_size"] = 15
+    description["model"]["inputs"]["image"]["projector"]["output_size"] = 15
     with pytest.raises(ConfigError, match="projector.output_size 15"):
         rebuild(description)
 
@@ -112,8 +112,8 @@ WRONG = {
     "pretrained": "llm",
     "name": 3,
     "mesh.data": None,
-    "model.encoder.num_layers": "2",
-    "model.encoder.stem_channels": [4, "8"],
+    "model.inputs.image.encoder.num_layers": "2",
+    "model.inputs.image.encoder.stem_channels": [4, "8"],
     "model.llm.tie_word_embeddings": 1,
     "model.llm.hidden_size": [16],
     "stages.0.steps": 3.0,
@@ -154,13 +154,16 @@ def test_names_that_are_no_plain_names_are_refused(name):
 
 
 def test_differences_name_every_leaf():
-    model = dataclasses.replace(EXPERIMENT.model, encoder=dataclasses.replace(EXPERIMENT.model.encoder, num_layers=7))
-    stages = (EXPERIMENT.stages[0], dataclasses.replace(EXPERIMENT.stages[1], objective=NextToken()))
+    model = EXPERIMENT.model.with_branch("image", encoder=dataclasses.replace(TOWER, num_layers=7))
+    talk = dataclasses.replace(EXPERIMENT.stages[1], objective=NextToken(), model=None)
+    stages = (EXPERIMENT.stages[0], talk)
     new = through_json(dataclasses.replace(EXPERIMENT, model=model, stages=stages, seed=1))
     old = through_json(EXPERIMENT)
     module = "mllm_jax.training.objectives"
-    assert sorted(differences(old, new)) == [
-        "model.encoder.num_layers: 1 -> 7",
+    found = differences(old, new)
+    assert sum(line.startswith("stages.1.model: ") for line in found) == 1, "a composition that is gone"
+    assert sorted(line for line in found if not line.startswith("stages.1.model")) == [
+        "model.inputs.image.encoder.num_layers: 1 -> 7",
         "seed: 0 -> 1",
         "stages.1.objective.chunk: 1024 -> (absent)",
         f"stages.1.objective.class: {module}.contrastive:Contrastive -> {module}.next_token:NextToken",

@@ -20,13 +20,15 @@ from mllm_jax.errors import DataError
 from mllm_jax.generation.assistant import Assistant
 from mllm_jax.generation.engine import BUCKET
 from mllm_jax.llms.decoder import DecoderConfig
+from mllm_jax.models.branch import Branch
 from mllm_jax.models.multimodal import MultimodalConfig
 from mllm_jax.projectors.mlp import MLPProjectorConfig
 from mllm_jax.sharding.mesh import MeshConfig, make_mesh
 
 CONFIG = MultimodalConfig(
-    encoder=ViTConfig(8, 4, 12, num_layers=1, num_heads=2, mlp_size=16),
-    projector=MLPProjectorConfig(output_size=16),
+    inputs={
+        "image": Branch(ViTConfig(8, 4, 12, num_layers=1, num_heads=2, mlp_size=16), MLPProjectorConfig(output_size=16))
+    },
     llm=DecoderConfig(vocab_size=280, hidden_size=16, num_layers=2, num_heads=4, num_kv_heads=2, mlp_size=24),
 )
 MEDIA, NEW = CONFIG.media_tokens, 6

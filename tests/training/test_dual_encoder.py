@@ -42,7 +42,7 @@ MODELS = {
 
 def experiment(kind: str) -> Experiment:
     captions = OpenMojiCaptions(image_size=SIZE, variants=1, augment=True)
-    mixture = Mixture((Weighted(captions),), rows=32, length=48, slots=1, layout="caption", group=4)
+    mixture = Mixture((Weighted(captions),), rows=32, length=48, slots={"image": 1}, layout="caption", group=4)
     stage = Stage(
         "contrastive",
         Contrastive(kind=kind),

@@ -27,6 +27,7 @@ from mllm_jax.encoders.vit import ViTConfig
 from mllm_jax.errors import ConfigError, DataError
 from mllm_jax.evaluation.openmoji import OpenMojiEvaluation
 from mllm_jax.llms.decoder import DecoderConfig
+from mllm_jax.models.branch import Branch
 from mllm_jax.models.llava import LlavaConfig
 from mllm_jax.models.multimodal import Connection
 from mllm_jax.models.run_weights import load_run
@@ -46,24 +47,22 @@ TEMPLATE = (
     "{% if m['role'] == 'assistant' %}</s> {% endif %}{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
 )
 MODEL = LlavaConfig(
-    encoder=ViTConfig(
+    inputs={"image": Branch(ViTConfig(
         8, 4, 24, num_layers=2, num_heads=2, mlp_size=32, class_token=True, pre_norm=True, patch_bias=False,
         norm_output=False, norm_pooled=True, pooler="token", activation="quick_gelu", family="CLIPVisionModel",
         norm_eps=1e-5, image_mean=(0.48145466, 0.4578275, 0.40821073), image_std=(0.26862954, 0.26130258, 0.27577711),
-    ),
-    projector=MLPProjectorConfig(32),
+    ), MLPProjectorConfig(32), Connection(layers=(-2,)))},
     llm=DecoderConfig(
         vocab_size=len(ID) + 1, hidden_size=32, num_layers=2, num_heads=4, num_kv_heads=2, mlp_size=48,
         tie_word_embeddings=False, bos_token_id=1, eos_token_id=(2,), max_position_embeddings=256,
     ),
-    connection=Connection(layers=(-2,)),
     image_token_id=IMAGE,
 )  # fmt: skip
 DATA = Mixture(
     (Weighted(Toy(), 0.5), Weighted(Toy("toy_pairs", pictures=2), 0.3), Weighted(Toy("toy_text", pictures=0), 0.2)),
     rows=4,
     length=64,
-    slots=4,
+    slots={"image": 4},
 )
 EVALUATED: list[Experiment] = []  # what a config file of a test gives
 
@@ -105,7 +104,7 @@ def experiment(folder, *, cache_features: bool = False, steps: int = 4) -> Exper
             Stage(
                 "align",
                 NextToken(),
-                ("projector/*",),
+                ("projector_image/*",),
                 DATA,
                 steps,
                 AdamW(learning_rate=1e-2, warmup_steps=1),
@@ -114,7 +113,7 @@ def experiment(folder, *, cache_features: bool = False, steps: int = 4) -> Exper
                 validate_every=2,
                 validation_batches=1,
             ),
-            Stage("instruct", NextToken(), ("projector/*", "llm/*"), DATA, 2, AdamW(learning_rate=1e-3)),
+            Stage("instruct", NextToken(), ("projector_image/*", "llm/*"), DATA, 2, AdamW(learning_rate=1e-3)),
         ),
     )
 
@@ -182,7 +181,7 @@ def test_stages_train_from_the_checkpoint_and_leave_as_a_folder(folder, run, tmp
     _, model, params, own, _ = load_run(RunFolder(run))
     assert own.tokenizer.template == TEMPLATE
     same = jax.tree.map(lambda a, b: bool((np.asarray(a) == np.asarray(b)).all()), before, params)
-    assert all(jax.tree.leaves(same["encoder"])) and not any(jax.tree.leaves(same["projector"]))
+    assert all(jax.tree.leaves(same["encoder_image"])) and not any(jax.tree.leaves(same["projector_image"]))
     found = losses(run)
     assert len(found) == 6 and np.isfinite(found).all() and found[3] < found[0]
     assert main(["convert", str(run), str(tmp_path / "out")]) == 0
