@@ -33,7 +33,7 @@ class Steps(Protocol):
     Batches hold tokens and segments int32[B, S], padding (segment 0) behind each prompt, and what else the model reads.
 
     Attributes:
-        prompt_takes_room: prompt and answer share one row, so that a limit holds for their sum.
+        prompt_takes_room: prompt and answer share one row. If not, the state holds prompts of one padded length.
     """
 
     prompt_takes_room: bool
@@ -41,8 +41,8 @@ class Steps(Protocol):
     def prepare(self, params: dict) -> dict:
         """The parameters in the form in which `prefill` and `step` take them."""
 
-    def prefill(self, params: dict, batch: Batch, new: int) -> tuple[jax.Array, Any]:
-        """Reads the prompts: float32[B, V] logits of what follows them, and a state with room for `new` tokens."""
+    def prefill(self, params: dict, batch: Batch, room: int) -> tuple[jax.Array, Any]:
+        """Reads the prompts: float32[B, V] logits of what follows them, and a state of `room` positions a row."""
 
     def step(self, params: dict, state: Any, tokens: jax.Array) -> tuple[jax.Array, Any]:
         """Takes the next token int32[B] of each row: float32[B, V] logits of the one behind it, and the new state."""
@@ -52,6 +52,9 @@ class Steps(Protocol):
 
     def take(self, state: Any, rows: jax.Array) -> Any:
         """The state with row rows[i] in row i."""
+
+    def put(self, state: Any, other: Any, places: jax.Array) -> Any:
+        """The state with row i of another in row places[i]; places past the end are left out."""
 
     def said(self, batch: Batch) -> tuple[jax.Array, jax.Array]:
         """The tokens that a repetition penalty counts from the start: int32[B, S], and which of them bool[B, S]."""
@@ -87,9 +90,8 @@ class LanguageSteps:
     def prepare(self, params: dict) -> dict:
         return unstack(params) if self.by_layer else params
 
-    def prefill(self, params: dict, batch: Batch, new: int) -> tuple[jax.Array, Any]:
-        rows, length = batch["tokens"].shape
-        ask = only_last(self.module, batch) | {"cache": self.config.make_cache(rows, length + new)}
+    def prefill(self, params: dict, batch: Batch, room: int) -> tuple[jax.Array, Any]:
+        ask = only_last(self.module, batch) | {"cache": self.config.make_cache(len(batch["tokens"]), room)}
         logits, cache = self.apply(params, batch["tokens"], None, batch["segments"], **ask)
         return last_of(logits, batch), self.shut(cache)
 
@@ -101,7 +103,13 @@ class LanguageSteps:
         return self.apply(params, batch["tokens"], batch["positions"], batch["segments"])
 
     def take(self, state: Any, rows: jax.Array) -> Any:
-        return self.shut(self.layout.take(self.open(state), rows))
+        return self.layout.map(lambda leaf, axis: jnp.take(leaf, rows, axis=axis), state)
+
+    def put(self, state: Any, other: Any, places: jax.Array) -> Any:
+        def write(held, axis, new):
+            return held.at[(slice(None),) * axis + (places,)].set(new, mode="drop")
+
+        return self.layout.map(write, state, other)
 
     def said(self, batch: Batch) -> tuple[jax.Array, jax.Array]:
         return batch["tokens"], batch["segments"] > 0
@@ -127,8 +135,8 @@ class EncoderDecoderSteps(LanguageSteps):
 
     prompt_takes_room = False
 
-    def prefill(self, params: dict, batch: Batch, new: int) -> tuple[jax.Array, Any]:
-        cache = self.apply(params, batch["tokens"], None, batch["segments"], size=new + 1, method="start")
+    def prefill(self, params: dict, batch: Batch, room: int) -> tuple[jax.Array, Any]:
+        cache = self.apply(params, batch["tokens"], None, batch["segments"], size=room, method="start")
         return self.step(params, self.shut(cache), self._first(batch)[:, 0])
 
     def logits(self, params: dict, batch: Batch) -> jax.Array:
@@ -154,9 +162,8 @@ class MultimodalSteps(LanguageSteps):
     def prepare(self, params: dict) -> dict:
         return {**params, "llm": super().prepare(params["llm"])}
 
-    def prefill(self, params: dict, batch: Batch, new: int) -> tuple[jax.Array, Any]:
-        rows, length = batch["tokens"].shape
-        ask = only_last(self.llm, batch) | {"cache": self.config.make_cache(rows, length + new)}
+    def prefill(self, params: dict, batch: Batch, room: int) -> tuple[jax.Array, Any]:
+        ask = only_last(self.llm, batch) | {"cache": self.config.make_cache(len(batch["tokens"]), room)}
         out = self.apply(params, batch, **ask)
         return last_of(out.logits, batch), self.shut(out.cache)
 
@@ -173,8 +180,8 @@ class MultimodalEncoderDecoderSteps(MultimodalSteps, EncoderDecoderSteps):
 
     prompt_takes_room = False
 
-    def prefill(self, params: dict, batch: Batch, new: int) -> tuple[jax.Array, Any]:
-        cache = self.apply(params, batch, size=new + 1, method="start")
+    def prefill(self, params: dict, batch: Batch, room: int) -> tuple[jax.Array, Any]:
+        cache = self.apply(params, batch, size=room, method="start")
         return self.step(params, self.shut(cache), self._first(batch)[:, 0])
 
     def logits(self, params: dict, batch: Batch) -> jax.Array:
@@ -234,19 +241,18 @@ class CacheLayout:
     """Where the rows of a cache lie, found out by making one with more rows.
 
     Attributes:
-        axes: for each leaf the axis of the rows; None for a leaf without rows. A leaf whose rows are on axis 1 has
-            layers on axis 0.
+        axes: for each leaf the axis of the rows; where they are on axis 1, layers are on axis 0.
     """
 
     structure: jax.tree_util.PyTreeDef
-    axes: tuple[int | None, ...]
+    axes: tuple[int, ...]
 
     @classmethod
     def of(cls, make_cache: Callable[[int], Any]) -> CacheLayout:
         """`make_cache(batch)` -> a cache; it is only traced."""
         few, more = (jax.tree.flatten(jax.eval_shape(lambda rows=rows: make_cache(rows))) for rows in (2, 3))
         axes = (
-            next((axis for axis, (a, b) in enumerate(zip(x.shape, y.shape, strict=True)) if a != b), None)
+            next(axis for axis, (a, b) in enumerate(zip(x.shape, y.shape, strict=True)) if a != b)
             for x, y in zip(few[0], more[0], strict=True)
         )
         return cls(few[1], tuple(axes))
@@ -260,8 +266,9 @@ class CacheLayout:
         """Undoes `split`."""
         return jax.tree.unflatten(self.structure, [jnp.stack(p) if isinstance(p, tuple) else p for p in parts])
 
-    def take(self, cache: Any, rows: jax.Array) -> Any:
-        """The cache with row rows[i] in row i."""
-        leaves = zip(jax.tree.leaves(cache), self.axes, strict=True)
-        taken = [leaf if axis is None else jnp.take(leaf, rows, axis=axis) for leaf, axis in leaves]
-        return jax.tree.unflatten(self.structure, taken)
+    def map(self, function: Callable[..., jax.Array], cache: Any, *others: Any) -> Any:
+        """function(leaf, axis of its rows, leaves of the others) over caches, or over what `split` makes of them."""
+        leaves, structure = jax.tree.flatten(cache)
+        # Of a split cache each layer's leaf has its rows first.
+        axes = self.axes if structure == self.structure else (0,) * len(leaves)
+        return jax.tree.unflatten(structure, map(function, leaves, axes, *map(jax.tree.leaves, others)))
