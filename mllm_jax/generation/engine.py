@@ -136,7 +136,7 @@ class Engine:
         """Reads waiting prompts into free rows and adds their first tokens; if there is none, adds tokens to all rows.
 
         Args:
-            tokens: the most to add to each answer; None: until an answer has ended.
+            tokens: the most to add to each answer; None: until rows can be filled again, or until all answers end.
 
         Returns:
             What has ended, by ticket.
