@@ -28,9 +28,8 @@ from mllm_jax.generation.program import Program, bucket, on_mesh, placed
 from mllm_jax.generation.quantize import TensorError, quantize
 from mllm_jax.generation.sampling import Sampling
 from mllm_jax.llms.protocol import LLMConfig
-from mllm_jax.models.multimodal import MultimodalConfig
 from mllm_jax.models.processor import Processor
-from mllm_jax.models.protocol import LanguageOnly
+from mllm_jax.models.protocol import WritesText
 from mllm_jax.models.registry import computing_in, from_pretrained, pretrained_config
 from mllm_jax.models.run_weights import load_run
 from mllm_jax.sharding.hosts import fetch
@@ -368,7 +367,7 @@ class Assistant:
 
 def writes_text(config: Any) -> bool:
     """Whether a model, by its config, can be asked for text."""
-    return isinstance(config, (LLMConfig, LanguageOnly, MultimodalConfig))
+    return isinstance(config, (LLMConfig, WritesText))
 
 
 def no_text(config: Any) -> ConfigError:

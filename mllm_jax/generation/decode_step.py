@@ -21,6 +21,7 @@ from flax import linen as nn
 
 from mllm_jax.generation.quantize import int8_linear
 from mllm_jax.layers.linear import linear_hook
+from mllm_jax.llms.protocol import LLMConfig
 from mllm_jax.models.multimodal import Multimodal
 
 Batch = dict[str, jax.Array]
@@ -80,10 +81,8 @@ class LanguageSteps:
     prompt_takes_room = True
 
     def __init__(self, module: nn.Module, by_layer: bool | None = None):
-        wanted = jax.default_backend() == "cpu" if by_layer is None else by_layer
-        flat = unrolled(module.config) if wanted else None
-        self.by_layer = flat is not None
-        self.config = flat or module.config
+        self.by_layer = jax.default_backend() == "cpu" if by_layer is None else by_layer
+        self.config = unrolled(module.config) if self.by_layer else module.config
         self.module = self.config.make()
         self.layout = CacheLayout.of(lambda rows: self.config.make_cache(rows, 8))
 
@@ -206,13 +205,10 @@ def last_of(logits: jax.Array, batch: Batch) -> jax.Array:
     return jnp.take_along_axis(logits, last[:, None, None], axis=1)[:, 0]
 
 
-def unrolled(config: Any) -> Any | None:
-    """The config of the same module with its scan over layers unrolled; None if it has no switch for that."""
-    if not hasattr(config, "scan_unroll"):
-        return None
+def unrolled(config: LLMConfig) -> LLMConfig:
+    """The config of the same module with its scan over layers unrolled."""
     names = [f.name for f in dataclasses.fields(config) if f.name.startswith("num_") and f.name.endswith("layers")]
-    changes = {"scan_unroll": max(getattr(config, name) for name in names)}
-    return dataclasses.replace(config, **changes, **({"remat": "none"} if hasattr(config, "remat") else {}))
+    return dataclasses.replace(config, scan_unroll=max(getattr(config, name) for name in names), remat="none")
 
 
 def unstack(params: dict) -> dict:

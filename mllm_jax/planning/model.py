@@ -12,8 +12,10 @@ _ORDER = ("encoder", "projector", "", "llm")  # what data goes through; others s
 
 def remat_of(config) -> str:
     """The policy of the LLM, or of the first part that has one; "none" where there is none."""
-    parts = [getattr(config, "llm", None), *(getattr(config, f.name) for f in dataclasses.fields(config))]
-    return next((part.remat for part in parts if hasattr(part, "remat")), "none")
+    if config.llm is not None:
+        return config.llm.remat
+    parts = filter(dataclasses.is_dataclass, (getattr(config, f.name) for f in dataclasses.fields(config)))
+    return next((part.remat for part in parts if "remat" in {f.name for f in dataclasses.fields(part)}), "none")
 
 
 def model_flops(program: StageProgram) -> dict[str, PartFlops]:
