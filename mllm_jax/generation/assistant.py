@@ -20,11 +20,11 @@ from mllm_jax.data.message import TEXT_ROLE, Conversation, Example, Message
 from mllm_jax.data.message import conversations as read_conversations
 from mllm_jax.data.processing.media import Encoded
 from mllm_jax.errors import ConfigError, DataError
-from mllm_jax.generation.decode_step import steps_of
+from mllm_jax.generation.decode_step import on_mesh, steps_of
 from mllm_jax.generation.embed import Embedder, no_vectors
 from mllm_jax.generation.engine import Engine, Request
 from mllm_jax.generation.options import Answer, Options, longest_text
-from mllm_jax.generation.program import Program, bucket, on_mesh, placed
+from mllm_jax.generation.program import Program, bucket, placed
 from mllm_jax.generation.quantize import TensorError, quantize
 from mllm_jax.generation.sampling import Sampling
 from mllm_jax.llms.protocol import LLMConfig
@@ -218,17 +218,16 @@ class Assistant:
         return min(options.max_new_tokens, self.max_length - length if shared else self.max_length)
 
     def request(
-        self, prompt: Any, length: int, limit: int, index: int, options: Options, sampling: Sampling
+        self, prompt: Any, length: int, limit: int, index: int, options: Options, sampling: Sampling, media: int = 0
     ) -> Request:
         """What is asked of an engine: see `Request`."""
         own = (*self.llm.eos_token_id, *self.processor.tokenizer.stop_ids)
         stops = tuple(dict.fromkeys(options.stop_tokens + (() if options.ignore_eos else own)))
-        return Request(prompt, length, limit, self.processor.decode, index, stops, options, sampling)
+        return Request(prompt, length, limit, self.processor.decode, index, stops, options, sampling, media)
 
     def _request(self, prompt: Encoded, index: int, options: Options, sampling: Sampling) -> Request:
         length = len(prompt.tokens)
-        request = self.request(prompt, length, self.room(length, options), index, options, sampling)
-        return replace(request, media=prompt.slots)
+        return self.request(prompt, length, self.room(length, options), index, options, sampling, prompt.slots)
 
     # ---- probabilities and vectors
 

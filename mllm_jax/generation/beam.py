@@ -14,8 +14,9 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange, repeat
 from flax import struct
+from jax.sharding import Mesh
 
-from mllm_jax.generation.decode_step import Batch, Steps
+from mllm_jax.generation.decode_step import Batch, Steps, on_mesh
 from mllm_jax.generation.sampling import penalise, seen_tokens
 
 NEVER = -1e9  # a score that no beam has, and that can be added to one
@@ -53,6 +54,7 @@ class Rule:
 
 def beam_search(
     steps: Steps,
+    mesh: Mesh | None,
     params: dict,
     batch: Batch,
     limits: jax.Array,
@@ -69,43 +71,44 @@ def beam_search(
 
     Args:
         limits, stops: see `Asked`.
-        room, new: see `Form`.
+        room, new: see `Program`.
         num_stops: the most end tokens that a prompt has: with more of them, more continuations are looked at.
 
     Returns:
         tokens int32[B, new], lengths int32[B].
     """
-    logits, state = steps.prefill(params, batch, room)
-    prompts = logits.shape[0]
-    each = jnp.repeat(jnp.arange(prompts), beams)
-    penalty = repetition_penalty != 1
-    scores = jnp.full((prompts, beams), NEVER)
-    start = Beams(
-        state=steps.take(state, each),
-        step=jnp.int32(0),
-        running=jnp.zeros((prompts, beams, new), jnp.int32),
-        # All beams begin alike: only the first may be continued.
-        running_scores=scores.at[:, 0].set(0.0),
-        finished=jnp.zeros((prompts, beams, new), jnp.int32),
-        finished_scores=scores,
-        finished_lengths=jnp.zeros((prompts, beams), jnp.int32),
-        is_finished=jnp.zeros((prompts, beams), bool),
-        hopeful=limits > 0,
-        seen=seen_tokens(*steps.said(batch), logits.shape[1])[each] if penalty else None,
-    )
-    rest = dict(steps=steps, limits=limits, stops=stops, num_stops=num_stops, penalty=repetition_penalty, rule=rule)
-    add = partial(_add, **rest)
+    with on_mesh(mesh):
+        logits, state = steps.prefill(params, batch, room)
+        prompts = logits.shape[0]
+        each = jnp.repeat(jnp.arange(prompts), beams)
+        penalty = repetition_penalty != 1
+        scores = jnp.full((prompts, beams), NEVER)
+        start = Beams(
+            state=steps.take(state, each),
+            step=jnp.int32(0),
+            running=jnp.zeros((prompts, beams, new), jnp.int32),
+            # All beams begin alike: only the first may be continued.
+            running_scores=scores.at[:, 0].set(0.0),
+            finished=jnp.zeros((prompts, beams, new), jnp.int32),
+            finished_scores=scores,
+            finished_lengths=jnp.zeros((prompts, beams), jnp.int32),
+            is_finished=jnp.zeros((prompts, beams), bool),
+            hopeful=limits > 0,
+            seen=seen_tokens(*steps.said(batch), logits.shape[1])[each] if penalty else None,
+        )
+        rest = dict(steps=steps, limits=limits, stops=stops, num_stops=num_stops, penalty=repetition_penalty, rule=rule)
+        add = partial(_add, **rest)
 
-    def going(b):
-        return (~_closed(b, rule)).any() & (b.step < limits.max())
+        def going(b):
+            return (~_closed(b, rule)).any() & (b.step < limits.max())
 
-    def body(b):
-        last = jax.lax.dynamic_slice_in_dim(b.running, b.step - 1, 1, axis=2)
-        logits, state = steps.step(params, b.state, rearrange(last, "b k 1 -> (b k)"))
-        return add(b.replace(state=state), logits)
+        def body(b):
+            last = jax.lax.dynamic_slice_in_dim(b.running, b.step - 1, 1, axis=2)
+            logits, state = steps.step(params, b.state, rearrange(last, "b k 1 -> (b k)"))
+            return add(b.replace(state=state), logits)
 
-    end = jax.lax.while_loop(going, body, add(start, repeat(logits, "b v -> (b k) v", k=beams)))
-    return end.finished[:, 0], end.finished_lengths[:, 0]
+        end = jax.lax.while_loop(going, body, add(start, repeat(logits, "b v -> (b k) v", k=beams)))
+        return end.finished[:, 0], end.finished_lengths[:, 0]
 
 
 def _closed(b: Beams, rule: Rule) -> jax.Array:

@@ -12,20 +12,28 @@ from __future__ import annotations
 import dataclasses
 import inspect
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.sharding import Mesh
 
 from mllm_jax.generation.quantize import int8_linear
 from mllm_jax.layers.linear import linear_hook
 from mllm_jax.llms.protocol import LLMConfig
 from mllm_jax.models.multimodal import Multimodal
+from mllm_jax.sharding.logical import use_mesh
 
 Batch = dict[str, jax.Array]
 STACK = "layers"  # the end of a scanned stack's name among the parameters
+
+
+def on_mesh(mesh: Mesh | None) -> AbstractContextManager:
+    """Makes activations follow the mesh, if there is one."""
+    return nullcontext() if mesh is None else use_mesh(mesh)
 
 
 class Steps(Protocol):

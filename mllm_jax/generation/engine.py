@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from itertools import takewhile
+from itertools import count, takewhile
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,7 @@ from mllm_jax.errors import ConfigError, DataError
 from mllm_jax.generation.beam import Rule
 from mllm_jax.generation.decode_step import Batch
 from mllm_jax.generation.options import Answer, Options
-from mllm_jax.generation.program import Asked, Form, Program, Rows, bucket
+from mllm_jax.generation.program import Asked, Program, Rows, bucket
 from mllm_jax.generation.sampling import Sampling
 from mllm_jax.generation.streaming import Decode, TextStream
 from mllm_jax.sharding.hosts import fetch
@@ -50,21 +50,15 @@ class Request:
     media: int = 0
 
     @property
-    def stop_width(self) -> int:
-        return -(-max(len(self.stops), 1) // STOPS) * STOPS
-
-    @property
     def kind(self) -> tuple:
         """What requests that are answered at the same time have in common."""
-        o = self.options
-        return self._drawn, self.stop_width, o.logprobs, o.num_beams, o.length_penalty, o.early_stopping
+        o, stop_width = self.options, -(-max(len(self.stops), 1) // STOPS) * STOPS
+        return self.drawn, stop_width, o.logprobs, o.num_beams, o.length_penalty, o.early_stopping
 
     @property
-    def _drawn(self) -> Sampling:
-        return replace(self.sampling, seed=0)  # the seed is a number of each row: another one compiles nothing
-
-    def form(self, room: int, new: int) -> Form:
-        return Form(room, new, self._drawn, self.options.logprobs)
+    def drawn(self) -> Sampling:
+        """How tokens are drawn but for the seed, which is a number of each row: another one compiles nothing."""
+        return replace(self.sampling, seed=0)
 
 
 @dataclass
@@ -101,9 +95,10 @@ class Engine:
         if slots < 1:
             raise ConfigError(f"batch_size {slots}", "at least 1", "change batch_size")
         self.program, self.collate, self.slots, self.longest = program, collate, slots, longest
+        self._together = max(1, slots // SHARE)  # rows that are filled at a time
         self.pieces: dict[int, str] = {}
         self.decode_steps = 0
-        self._tickets = 0
+        self._tickets = count()
         self._waiting: deque[tuple[int, Request]] = deque()
         self._running: list[_Running | None] = [None] * slots
         self._state: Any = None
@@ -128,9 +123,8 @@ class Engine:
                 "change the prompt or the limit",
             )
         request.options.check(request.sampling)
-        self._tickets += 1
-        self._waiting.append((self._tickets - 1, request))
-        return self._tickets - 1
+        self._waiting.append((ticket := next(self._tickets), request))
+        return ticket
 
     def step(self, tokens: int | None = None) -> list[tuple[int, Answer]]:
         """Reads waiting prompts into free rows and adds their first tokens; if there is none, adds tokens to all rows.
@@ -162,11 +156,6 @@ class Engine:
     # ---- which requests are next
 
     @property
-    def _together(self) -> int:
-        """The rows that are filled at a time."""
-        return max(1, self.slots // SHARE)
-
-    @property
     def _free(self) -> list[int]:
         return [row for row, running in enumerate(self._running) if running is None]
 
@@ -186,8 +175,10 @@ class Engine:
             return []
         media = self._waiting[0][1].media
         fit = takewhile(lambda waiting: waiting[1].media == media and self._fits(waiting[1]), self._waiting)
-        count = min(sum(1 for _ in fit), free if free == self.slots else self._together)
-        return [self._waiting.popleft() for _ in range(count)]
+        taken = list(fit)[: free if free == self.slots else self._together]
+        for _ in taken:
+            self._waiting.popleft()
+        return taken
 
     def _begin(self) -> None:
         """Chooses the lengths of rows: of all requests that are like the first and not much longer."""
@@ -201,45 +192,42 @@ class Engine:
 
     # ---- what runs on the devices
 
-    def _room(self, length: int) -> int:
-        return self._new + (length if self.program.steps.prompt_takes_room else 1)
-
     def _fill(self, taken: list[tuple[int, Request]]) -> None:
-        form = taken[0][1].form(self._room(self._length), self._new)
-        places = self._free[: len(taken)]
+        batch, asked, sizes = self._batch([request for _, request in taken])
+        places, width, program = self._free[: len(taken)], len(asked.limits), self.program
         for place, (ticket, request) in zip(places, taken, strict=True):
             self._running[place] = _Running(ticket, request, TextStream(request.decode, request.options.stop_strings))
-        first = self._rows is None
-        width = self.slots if first and len(taken) > self._together else self._together
-        batch, asked = self._batch([request for _, request in taken], width)
-        if first:
-            self._state, self._rows = self.program.start(batch, asked, form, self.slots)
+        first = taken[0][1]
+        sizes |= dict(sampling=first.drawn, logprobs=first.options.logprobs)
+        if self._rows is None:
+            self._state, self._rows = program.start(program.params, batch, asked, rows=self.slots, **sizes)
         else:
             places = np.array(places + [self.slots] * (width - len(places)), np.int32)
-            self._state, self._rows = self.program.refill(self._state, self._rows, batch, asked, places, form)
+            held = program.params, self._state, self._rows
+            self._state, self._rows = program.refill(*held, batch, asked, places, **sizes)
 
-    def _batch(self, requests: Sequence[Request], width: int) -> tuple[Batch, Asked]:
-        """Prompts and what is asked of them, on the devices, as the first of `width` rows."""
-        length = bucket(max(r.length for r in requests), self.longest)
-        if not self.program.steps.prompt_takes_room:
-            length = self._length
-        batch = self.collate([r.prompt for r in requests], width, length)
-        stops = np.full((width, requests[0].stop_width), NO_TOKEN, np.int32)
+    def _batch(self, requests: Sequence[Request]) -> tuple[Batch, Asked, dict[str, int]]:
+        """Prompts and what is asked of them, on the devices, and the lengths of their rows."""
+        first = self._rows is None
+        width = self.slots if first and len(requests) > self._together else self._together
+        shared = self.program.steps.prompt_takes_room
+        length = bucket(max(r.length for r in requests), self.longest) if shared else self._length
+        stops = np.full((width, requests[0].kind[1]), NO_TOKEN, np.int32)
         numbers = np.zeros((3, width), np.int32)
         for row, r in enumerate(requests):
             stops[row, : len(r.stops)] = r.stops
             numbers[:, row] = np.int64(r.sampling.seed).astype(np.int32), r.index, r.limit
-        return self.program.place(batch), self.program.place(Asked(*numbers, stops))
+        arrays = self.collate([r.prompt for r in requests], width, length), Asked(*numbers, stops)
+        return *self.program.place(arrays), dict(room=self._new + (self._length if shared else 1), new=self._new)
 
     def _advance(self, tokens: int | None) -> None:
         running = [running.request for running in self._running if running is not None]
         most = tokens or max(r.limit for r in running)
         if any(r.options.stop_strings for r in running):
             most = min(most, CHUNK_OF_STOP_STRINGS)
-        wanted = self._wanted_rows()
-        least = self.slots - wanted if wanted else 0
-        form = running[0].form(0, 0)
-        self._state, self._rows, steps = self.program.advance(self._state, self._rows, most, least, form.sampling)
+        wanted, held = self._wanted_rows(), (self.program.params, self._state, self._rows)
+        bounds = np.int32(most), np.int32(self.slots - wanted if wanted else 0)
+        self._state, self._rows, steps = self.program.advance(*held, *bounds, sampling=running[0].drawn)
         self.decode_steps += int(fetch(steps))
 
     def _look(self, streaming: bool) -> list[tuple[int, Answer]]:
@@ -266,17 +254,12 @@ class Engine:
 
     def _search(self, taken: list[tuple[int, Request]]) -> list[tuple[int, Answer]]:
         requests = [request for _, request in taken]
-        options, width = requests[0].options, self.slots if len(taken) > self._together else self._together
-        batch, asked = self._batch(requests, width)
-        sizes = dict(room=self._room(batch["tokens"].shape[1]), new=self._new, beams=options.num_beams)
-        found = self.program.search(
-            batch,
-            asked,
-            Rule(np.float32(options.length_penalty), np.asarray(options.early_stopping)),
-            num_stops=max(len(r.stops) for r in requests),
-            repetition_penalty=requests[0].sampling.repetition_penalty,
-            **sizes,
-        )
+        batch, asked, sizes = self._batch(requests)
+        options, penalty = requests[0].options, requests[0].sampling.repetition_penalty
+        rule = Rule(np.float32(options.length_penalty), np.asarray(options.early_stopping))
+        sizes |= dict(beams=options.num_beams, num_stops=max(len(r.stops) for r in requests))
+        prompts = self.program.params, batch, asked.limits, asked.stops
+        found = self.program.search(*prompts, rule, **sizes, repetition_penalty=penalty)
         tokens, lengths = (fetch(x) for x in found)
         answers = (_answer(r, tokens[row, : lengths[row]]) for row, r in enumerate(requests))
         return [(ticket, answer) for (ticket, _), answer in zip(taken, answers, strict=True)]

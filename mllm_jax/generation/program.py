@@ -4,8 +4,6 @@ tokens to every row."""
 from __future__ import annotations
 
 import copy
-import dataclasses
-from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -16,10 +14,9 @@ from flax import linen as nn
 from flax import struct
 from jax.sharding import Mesh
 
-from mllm_jax.generation.beam import Rule, beam_search
-from mllm_jax.generation.decode_step import Batch, Steps, steps_of
+from mllm_jax.generation.beam import beam_search
+from mllm_jax.generation.decode_step import Steps, on_mesh, steps_of
 from mllm_jax.generation.sampling import Sampling, choose, row_keys, seen_tokens
-from mllm_jax.sharding.logical import use_mesh
 from mllm_jax.sharding.mesh import batch_sharding
 
 BUCKET = 32
@@ -39,11 +36,6 @@ def bucket(length: int, most: int | None = None) -> int:
 def placed(array: np.ndarray, mesh: Mesh | None) -> jax.Array:
     """An array of rows on the devices."""
     return jnp.asarray(array) if mesh is None else jax.device_put(array, batch_sharding(mesh, array.ndim, array.shape))
-
-
-def on_mesh(mesh: Mesh | None) -> AbstractContextManager:
-    """Makes activations follow the mesh, if there is one."""
-    return nullcontext() if mesh is None else use_mesh(mesh)
 
 
 @struct.dataclass
@@ -76,26 +68,10 @@ class Rows:
     logprobs: jax.Array | None
 
 
-@dataclasses.dataclass(frozen=True)
-class Form:
-    """What a compiled function is made for, besides the shapes of its arguments.
-
-    Attributes:
-        room: positions of a row in the model's cache.
-        new: tokens that an answer may have.
-        sampling: whatever its seed.
-    """
-
-    room: int
-    new: int
-    sampling: Sampling
-    logprobs: bool = False
-
-
 class Program:
     """A model's compiled functions; what is compiled is compiled once for each shape: rows, and buckets of lengths.
 
-    The state is the model's own. Each call gives it to the next, which writes it in place.
+    They take the parameters first. The state is the model's own; each call uses it up, and writes it in place.
 
     Args:
         module: see `steps_of`.
@@ -108,11 +84,12 @@ class Program:
     ):
         self.steps: Steps = steps_of(module, by_layer)
         self.params, self.mesh = params if params is None else self.steps.prepare(params), mesh
-        self._start = jax.jit(self._start_impl, static_argnames=("form", "rows"))
-        self._refill = jax.jit(self._refill_impl, static_argnames="form", donate_argnames="state")
-        self._advance = jax.jit(self._advance_impl, static_argnames="sampling", donate_argnames="state")
-        search = partial(self._on_mesh, partial(beam_search, self.steps))
-        self._search = jax.jit(search, static_argnames=("room", "new", "beams", "num_stops", "repetition_penalty"))
+        sizes = ("room", "new", "sampling", "logprobs")
+        self.start = jax.jit(self._start, static_argnames=(*sizes, "rows"))
+        self.refill = jax.jit(self._refill, static_argnames=sizes, donate_argnames="state")
+        self.advance = jax.jit(self._advance, static_argnames="sampling", donate_argnames="state")
+        sizes = ("room", "new", "beams", "num_stops", "repetition_penalty")
+        self.search = jax.jit(partial(beam_search, self.steps, mesh), static_argnames=sizes)
 
     def of(self, params: dict) -> Program:
         """The same program with other parameters; what is compiled serves both."""
@@ -124,59 +101,47 @@ class Program:
         """Arrays of rows on the devices."""
         return jax.tree.map(lambda array: placed(array, self.mesh), tree)
 
-    def start(self, batch: Batch, asked: Asked, form: Form, rows: int) -> tuple[Any, Rows]:
-        """Reads the prompts and adds each answer's first token; of `rows` rows those behind the prompts' are free."""
-        return self._start(self.params, batch, asked, form=form, rows=rows)
+    def _start(self, params, batch, asked, *, rows, room, new, sampling, logprobs=False):
+        """Reads prompts and adds each answer's first token; of `rows` rows, those after the prompts' are free.
 
-    def refill(
-        self, state: Any, rows: Rows, batch: Batch, asked: Asked, places: np.ndarray, form: Form
-    ) -> tuple[Any, Rows]:
-        """The same into row places[i] for prompt i, of which those without a row are dropped; uses the state up."""
-        return self._refill(self.params, state, rows, batch, asked, places, form=form)
-
-    def advance(self, state: Any, rows: Rows, most: int, least: int, sampling: Sampling) -> tuple[Any, Rows, jax.Array]:
-        """Adds up to `most` tokens to each row while more than `least` rows go on; uses the state up.
+        Args:
+            room: positions of a row in the model's cache.
+            new: the most tokens of an answer.
 
         Returns:
-            state, rows, and how many tokens were added to a row that has not ended.
+            The state, and Rows.
         """
-        return self._advance(self.params, state, rows, np.int32(most), np.int32(least), sampling=sampling)
-
-    def search(self, batch: Batch, asked: Asked, rule: Rule, **sizes: Any) -> tuple[jax.Array, jax.Array]:
-        """See `beam_search`."""
-        return self._search(self.params, batch, asked.limits, asked.stops, rule, **sizes)
-
-    def _on_mesh(self, function, *args, **kwargs):
         with on_mesh(self.mesh):
-            return function(*args, **kwargs)
-
-    def _start_impl(self, params, batch, asked, *, form, rows):
-        with on_mesh(self.mesh):
-            logits, state = self.steps.prefill(params, batch, form.room)
-            read = logits.shape[0]
-            penalty = form.sampling.repetition_penalty != 1
+            logits, state = self.steps.prefill(params, batch, room)
+            read, vocab_size = logits.shape
             begun = Rows(
                 asked=asked,
-                tokens=jnp.zeros((read, form.new), jnp.int32),
+                tokens=jnp.zeros((read, new), jnp.int32),
                 counts=jnp.zeros((read,), jnp.int32),
                 ended=asked.limits <= 0,
-                seen=seen_tokens(*self.steps.said(batch), logits.shape[1]) if penalty else None,
-                logprobs=jnp.zeros((read, form.new), jnp.float32) if form.logprobs else None,
+                seen=seen_tokens(*self.steps.said(batch), vocab_size) if sampling.repetition_penalty != 1 else None,
+                logprobs=jnp.zeros((read, new), jnp.float32) if logprobs else None,
             )
-            begun = _add(begun, logits, _keys(begun, form.sampling), form.sampling)
+            begun = _add(begun, logits, _keys(asked, sampling), sampling)
             if rows == read:
                 return state, begun
             index = jnp.minimum(jnp.arange(rows), read - 1)
             begun = jax.tree.map(lambda leaf: leaf[index], begun)
             return self.steps.take(state, index), begun.replace(ended=begun.ended | (jnp.arange(rows) >= read))
 
-    def _refill_impl(self, params, state, rows, batch, asked, places, *, form):
-        read, begun = self._start_impl(params, batch, asked, form=form, rows=len(places))
+    def _refill(self, params, state, rows, batch, asked, places, **sizes):
+        """The same into row places[i] for prompt i; one with a place past the end is dropped."""
+        read, begun = self._start(params, batch, asked, rows=len(places), **sizes)
         rows = jax.tree.map(lambda held, new: held.at[places].set(new, mode="drop"), rows, begun)
         return self.steps.put(state, read, places), rows
 
-    def _advance_impl(self, params, state, rows, most, least, *, sampling):
-        keys = _keys(rows, sampling)
+    def _advance(self, params, state, rows, most, least, *, sampling):
+        """Adds up to `most` tokens to each row, while more than `least` rows go on.
+
+        Returns:
+            The state, Rows, and the number of decode steps.
+        """
+        keys = _keys(rows.asked, sampling)
 
         def going(carry):
             step, _, rows = carry
@@ -193,8 +158,8 @@ class Program:
         return state, rows, steps
 
 
-def _keys(rows: Rows, sampling: Sampling) -> jax.Array | None:
-    return row_keys(rows.asked.seeds, rows.asked.indices) if sampling.temperature > 0 else None
+def _keys(asked: Asked, sampling: Sampling) -> jax.Array | None:
+    return row_keys(asked.seeds, asked.indices) if sampling.temperature > 0 else None
 
 
 def _add(rows: Rows, logits: jax.Array, keys: jax.Array | None, sampling: Sampling) -> Rows:

@@ -299,7 +299,7 @@ def test_one_compilation_a_bucket(params):
     program = other._program
 
     def compiled():
-        return program._start._cache_size(), program._advance._cache_size()
+        return program.start._cache_size(), program.advance._cache_size()
 
     answers(other, [[1] * 3, [2] * 9], Options(5), batch_size=2)
     assert compiled() == (1, 1)
@@ -318,12 +318,12 @@ def test_the_loop_writes_its_cache_in_place(assistant):
     state, rows = started(assistant, PROMPTS[:2])
     kept = jax.tree.leaves(state)
     args = program.params, state, rows, np.int32(4), np.int32(0)
-    compiled = program._advance.lower(*args, sampling=Sampling()).compile()
+    compiled = program.advance.lower(*args, sampling=Sampling()).compile()
     state_bytes = sum(leaf.nbytes for leaf in kept)
     assert compiled.memory_analysis().alias_size_in_bytes >= state_bytes
     stacked = {f"f32[2,{','.join(map(str, leaf.shape))}]" for leaf in kept if leaf.ndim == 4}
     assert stacked and not any(shape in compiled.as_text() for shape in stacked)
-    program.advance(state, rows, 4, 0, Sampling())
+    program.advance(*args, sampling=Sampling())
     assert all(leaf.is_deleted() for leaf in kept if leaf.ndim == 4)
 
 

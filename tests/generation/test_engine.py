@@ -121,9 +121,9 @@ def test_another_seed_shares_rows_and_compiles_nothing(assistant):
     asked = requests(assistant, Sampling(temperature=1.0))
     mixed = [replace(r, sampling=replace(r.sampling, seed=i % 2)) for i, r in enumerate(asked)]
     alone = [engine_of(assistant, 1).answer([request])[0].tokens for request in mixed]
-    compiled = assistant._program._advance._cache_size()
+    compiled = assistant._program.advance._cache_size()
     assert [a.tokens for a in engine_of(assistant, 1).answer(mixed)] == alone
-    assert assistant._program._advance._cache_size() == compiled
+    assert assistant._program.advance._cache_size() == compiled
     assert [a.tokens for a in engine_of(assistant, 2).answer(mixed)] == alone
 
 

@@ -128,7 +128,7 @@ def test_the_loop_over_tokens_keeps_no_floats_of_the_kernels():
         assistant = language(config.make(), random_params(config), int8=int8)
         program = assistant._program
         args = program.params, *started(assistant, [[1]]), np.int32(4), np.int32(0)
-        compiled = program._advance.lower(*args, sampling=Sampling()).compile()
+        compiled = program.advance.lower(*args, sampling=Sampling()).compile()
         scratch[int8] = compiled.memory_analysis().temp_size_in_bytes
         kept[int8] = sum(leaf.nbytes for leaf in jax.tree.leaves(program.params))
     assert kept[True] < 0.4 * kept[False]

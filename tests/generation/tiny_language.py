@@ -18,7 +18,7 @@ from mllm_jax.data.processing.layouts import TextLayout
 from mllm_jax.data.processing.media import Encoded, lay_out_row
 from mllm_jax.generation.assistant import Assistant
 from mllm_jax.generation.options import Answer, Options
-from mllm_jax.generation.program import Asked, Form, Rows, bucket
+from mllm_jax.generation.program import Asked, Rows, bucket
 from mllm_jax.generation.sampling import Sampling
 from mllm_jax.llms.decoder import DecoderConfig
 from mllm_jax.models.processor import Processor
@@ -108,8 +108,9 @@ def started(assistant: Assistant, rows: Sequence[Sequence[int]]) -> tuple[Any, R
     count, length = len(rows), bucket(max(map(len, rows)))
     batch = assistant._place(assistant._batch(encoded(assistant, rows), count, length))
     numbers = np.array([[0] * count, range(count), [32] * count], np.int32)
-    asked = assistant._program.place(Asked(*numbers, np.full((count, 8), -1, np.int32)))
-    return assistant._program.start(batch, asked, Form(length + 32, 32, Sampling()), count)
+    program = assistant._program
+    asked = program.place(Asked(*numbers, np.full((count, 8), -1, np.int32)))
+    return program.start(program.params, batch, asked, rows=count, room=length + 32, new=32, sampling=Sampling())
 
 
 # A language model whose tokenizer has a token for images, as a composed model needs.
