@@ -10,7 +10,6 @@ and neither is ever made.
 from __future__ import annotations
 
 import dataclasses
-import inspect
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -98,9 +97,9 @@ class LanguageSteps:
         return unstack(params) if self.by_layer else params
 
     def prefill(self, params: dict, batch: Batch, room: int) -> tuple[jax.Array, Any]:
-        ask = only_last(self.module, batch) | {"cache": self.config.make_cache(len(batch["tokens"]), room)}
+        ask = dict(cache=self.config.make_cache(len(batch["tokens"]), room), logits_at=last_token(batch))
         logits, cache = self.apply(params, batch["tokens"], None, batch["segments"], **ask)
-        return last_of(logits, batch), self.shut(cache)
+        return logits[:, 0], self.shut(cache)
 
     def step(self, params: dict, state: Any, tokens: jax.Array) -> tuple[jax.Array, Any]:
         logits, cache = self.apply(params, tokens[:, None], cache=self.open(state))
@@ -164,15 +163,15 @@ class MultimodalSteps(LanguageSteps):
 
     def __init__(self, module: Multimodal, by_layer: bool | None = None):
         super().__init__(module.config.llm.make(), by_layer)
-        self.llm, self.module = self.module, dataclasses.replace(module.config, llm=self.config).make()
+        self.module = dataclasses.replace(module.config, llm=self.config).make()
 
     def prepare(self, params: dict) -> dict:
         return {**params, "llm": super().prepare(params["llm"])}
 
     def prefill(self, params: dict, batch: Batch, room: int) -> tuple[jax.Array, Any]:
-        ask = only_last(self.llm, batch) | {"cache": self.config.make_cache(len(batch["tokens"]), room)}
+        ask = dict(cache=self.config.make_cache(len(batch["tokens"]), room), logits_at=last_token(batch))
         out = self.apply(params, batch, **ask)
-        return last_of(out.logits, batch), self.shut(out.cache)
+        return out.logits[:, 0], self.shut(out.cache)
 
     def logits(self, params: dict, batch: Batch) -> jax.Array:
         return self.apply(params, batch).logits
@@ -185,32 +184,14 @@ class MultimodalSteps(LanguageSteps):
 class MultimodalEncoderDecoderSteps(MultimodalSteps, EncoderDecoderSteps):
     """The composed model over an encoder-decoder, which reads text and media in its encoder."""
 
-    prompt_takes_room = False
-
     def prefill(self, params: dict, batch: Batch, room: int) -> tuple[jax.Array, Any]:
         cache = self.apply(params, batch, size=room, method="start")
         return self.step(params, self.shut(cache), self._first(batch)[:, 0])
 
-    def logits(self, params: dict, batch: Batch) -> jax.Array:
-        return MultimodalSteps.logits(self, params, batch)
 
-    def said(self, batch: Batch) -> tuple[jax.Array, jax.Array]:
-        return EncoderDecoderSteps.said(self, batch)
-
-
-def only_last(module: nn.Module, batch: Batch) -> dict:
-    """The argument that asks a module for the logits of the prompts' last tokens only, if it can be asked."""
-    if "logits_at" not in inspect.signature(type(module).__call__).parameters:
-        return {}
-    return {"logits_at": (batch["segments"] > 0).sum(axis=1, keepdims=True) - 1}
-
-
-def last_of(logits: jax.Array, batch: Batch) -> jax.Array:
-    """float32[B, S, V], or [B, 1, V] where only the last were asked for, -> float32[B, V]."""
-    if logits.shape[1] == 1:
-        return logits[:, 0]
-    last = (batch["segments"] > 0).sum(axis=1) - 1
-    return jnp.take_along_axis(logits, last[:, None, None], axis=1)[:, 0]
+def last_token(batch: Batch) -> jax.Array:
+    """int[B, 1]: where each prompt ends."""
+    return (batch["segments"] > 0).sum(axis=1, keepdims=True) - 1
 
 
 def unrolled(config: LLMConfig) -> LLMConfig:

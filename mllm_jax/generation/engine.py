@@ -61,13 +61,6 @@ class Request:
         return replace(self.sampling, seed=0)
 
 
-@dataclass
-class _Running:
-    ticket: int
-    request: Request
-    stream: TextStream
-
-
 class Engine:
     """Answers requests on a fixed number of rows.
 
@@ -100,7 +93,7 @@ class Engine:
         self.decode_steps = 0
         self._tickets = count()
         self._waiting: deque[tuple[int, Request]] = deque()
-        self._running: list[_Running | None] = [None] * slots
+        self._running: list[tuple[int, Request, TextStream] | None] = [None] * slots
         self._state: Any = None
         self._rows: Rows | None = None
         self._kind, self._length, self._new = (), 0, 0  # of what is being answered
@@ -196,7 +189,7 @@ class Engine:
         batch, asked, sizes = self._batch([request for _, request in taken])
         places, width, program = self._free[: len(taken)], len(asked.limits), self.program
         for place, (ticket, request) in zip(places, taken, strict=True):
-            self._running[place] = _Running(ticket, request, TextStream(request.decode, request.options.stop_strings))
+            self._running[place] = ticket, request, TextStream(request.decode, request.options.stop_strings)
         first = taken[0][1]
         sizes |= dict(sampling=first.drawn, logprobs=first.options.logprobs)
         if self._rows is None:
@@ -221,7 +214,7 @@ class Engine:
         return *self.program.place(arrays), dict(room=self._new + (self._length if shared else 1), new=self._new)
 
     def _advance(self, tokens: int | None) -> None:
-        running = [running.request for running in self._running if running is not None]
+        running = [running[1] for running in self._running if running is not None]
         most = tokens or max(r.limit for r in running)
         if any(r.options.stop_strings for r in running):
             most = min(most, CHUNK_OF_STOP_STRINGS)
@@ -234,19 +227,19 @@ class Engine:
         """Reads what the rows hold, and frees those that have ended."""
         rows = self._rows
         tokens, counts, ended = (fetch(x).copy() for x in (rows.tokens, rows.counts, rows.ended))
+        logprobs = None if rows.logprobs is None else fetch(rows.logprobs)
         done, stopped = [], False
         for row, running in enumerate(self._running):
             if running is None:
                 continue
-            ids, request, stream = tokens[row, : counts[row]], running.request, running.stream
+            ids, (ticket, request, stream) = tokens[row, : counts[row]], running
             if streaming or request.options.stop_strings:
                 piece = stream.push(_body(ids, request.stops)[len(stream.ids) :])
-                self.pieces[running.ticket] = piece + stream.finish() if ended[row] else piece
+                self.pieces[ticket] = piece + stream.finish() if ended[row] else piece
                 stopped |= stream.stopped and not ended[row]
                 ended[row] |= stream.stopped
             if ended[row]:
-                logprobs = None if rows.logprobs is None else fetch(rows.logprobs)[row]
-                done.append((running.ticket, _answer(request, ids, stream, logprobs)))
+                done.append((ticket, _answer(request, ids, stream, None if logprobs is None else logprobs[row])))
                 self._running[row] = None
         if stopped:
             self._rows = rows.replace(ended=self.program.place(ended))

@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 from mllm_jax.generation.beam import beam_search
 from mllm_jax.generation.decode_step import Steps, on_mesh, steps_of
 from mllm_jax.generation.sampling import Sampling, choose, row_keys, seen_tokens
+from mllm_jax.sharding.logical import constrain
 from mllm_jax.sharding.mesh import batch_sharding
 
 BUCKET = 32
@@ -127,13 +128,15 @@ class Program:
                 return state, begun
             index = jnp.minimum(jnp.arange(rows), read - 1)
             begun = jax.tree.map(lambda leaf: leaf[index], begun)
-            return self.steps.take(state, index), begun.replace(ended=begun.ended | (jnp.arange(rows) >= read))
+            begun = begun.replace(ended=begun.ended | (jnp.arange(rows) >= read))
+            return self.steps.take(state, index), _split_over_mesh(begun)
 
     def _refill(self, params, state, rows, batch, asked, places, **sizes):
         """The same into row places[i] for prompt i; one with a place past the end is dropped."""
         read, begun = self._start(params, batch, asked, rows=len(places), **sizes)
-        rows = jax.tree.map(lambda held, new: held.at[places].set(new, mode="drop"), rows, begun)
-        return self.steps.put(state, read, places), rows
+        with on_mesh(self.mesh):
+            rows = jax.tree.map(lambda held, new: held.at[places].set(new, mode="drop"), rows, begun)
+            return self.steps.put(state, read, places), _split_over_mesh(rows)
 
     def _advance(self, params, state, rows, most, least, *, sampling):
         """Adds up to `most` tokens to each row, while more than `least` rows go on.
@@ -174,10 +177,16 @@ def _add(rows: Rows, logits: jax.Array, keys: jax.Array | None, sampling: Sampli
         logprobs = logprobs.at[each, place].set(chosen, mode="drop")
     if seen is not None:
         seen = seen.at[each, token].set(True)
-    return rows.replace(
+    added = rows.replace(
         tokens=rows.tokens.at[each, place].set(token, mode="drop"),
         counts=counts,
         ended=rows.ended | (token[:, None] == rows.asked.stops).any(axis=1) | (counts >= rows.asked.limits),
         seen=seen,
         logprobs=logprobs,
     )
+    return _split_over_mesh(added)
+
+
+def _split_over_mesh(rows: Rows) -> Rows:
+    """Rows split as those of a batch are, whichever function made them: another split would compile the next again."""
+    return jax.tree.map(lambda leaf: constrain(leaf, "batch", *(None,) * (leaf.ndim - 1)), rows)

@@ -143,7 +143,7 @@ def test_prompts_are_read_together(assistant, monkeypatch):
 
 
 def test_an_encoder_decoder_is_refilled():
-    config = T5Config(260, 16, 4, 24, num_layers=1, num_decoder_layers=2, num_heads=4, eos_token_id=())
+    config = T5Config(260, 16, 4, 24, num_layers=1, num_decoder_layers=1, num_heads=4, eos_token_id=())
     module, ones = config.make(), jnp.ones((1, 4), jnp.int32)
     shapes = jax.eval_shape(lambda: module.init(jax.random.key(0), ones, None, None, ones))["params"]
     rng = np.random.default_rng(2)
@@ -160,6 +160,8 @@ def test_rows_over_a_mesh_are_refilled(assistant, devices):
     sharded = language(CONFIG.make(), random_params(), mesh=make_mesh(MeshConfig(data=2, tensor=2), devices[:4]))
     wanted = [a.tokens for a in engine_of(assistant, 4).answer(asked)]
     assert [a.tokens for a in engine_of(sharded, 4).answer(asked)] == wanted
+    compiled = [function._cache_size() for function in (sharded._program.refill, sharded._program.advance)]
+    assert compiled == [1, 1], "what was made in another way is split over the mesh in the same way"
 
 
 def test_without_a_request_nothing_is_computed(assistant):
