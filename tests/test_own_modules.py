@@ -20,14 +20,14 @@ ROOT = Path(__file__).parents[1]
 CONFIG = """
 from grey_squares import BrightnessConfig, Squares
 
-from mllm_jax import DecoderConfig, Experiment, Mixture, MLPProjectorConfig, MultimodalConfig, NextToken, Stage
+from mllm_jax import Branch, DecoderConfig, Experiment, Mixture, MLPProjectorConfig, MultimodalConfig, NextToken, Stage
 from mllm_jax import TokenizerConfig, Weighted
 
 
 def config():
     llm = DecoderConfig(vocab_size=320, hidden_size=16, num_layers=1, num_heads=2, num_kv_heads=1, mlp_size=32)
     model = MultimodalConfig({"image": Branch(BrightnessConfig(), MLPProjectorConfig(output_size=16))}, llm)
-    data = Mixture((Weighted(Squares()),), rows=4, length=32, slots=2)
+    data = Mixture((Weighted(Squares()),), rows=4, length=32, slots={"image": 2})
     stage = Stage("all", NextToken(), ("*",), data, steps=2)
     return Experiment("own", model, (stage,), tokenizer=TokenizerConfig(vocab_size=320))
 """

@@ -47,6 +47,15 @@ class ModelConfig(Protocol):
     def make(self) -> nn.Module: ...
 
 
+@runtime_checkable
+class WritesText(Protocol):
+    """The config of a model that can be asked for text."""
+
+    def target_spec(self, rows: int, length: int) -> BatchSpec:
+        """The arrays of what an encoder-decoder's decoder writes."""
+        ...
+
+
 @dataclass(frozen=True)
 class LanguageOnly:
     """A language model as a model without encoders, so that it is asked the same way.

@@ -46,7 +46,7 @@ def test_the_full_size(published, params):
     """Of the config, of the reference class, and of the authors' files: 14.69 GB of two-byte numbers."""
     config = published["model"]()
     assert {name: count(part) for name, part in params.items()} == dict(
-        encoder=400_045_313, projector=20_979_712, llm=6_910_365_696
+        encoder_image=400_045_313, projector_image=20_979_712, llm=6_910_365_696
     )
     assert count(params) == 7_331_390_721 and config.media_tokens == 576
     assert round((count(params) + HEAD) * 2 / 1e9, 2) == round(4.98 + 4.96 + 4.75, 2)
