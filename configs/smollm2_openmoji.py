@@ -61,7 +61,7 @@ def experiment(
         tokenizer=TokenizerConfig(vocab_size=config.vocab_size, folder=llm, system=""),
         cpu_devices=quickstart.cpu_devices,
         checkpoint=CheckpointConfig(every_steps=100, keep_last=1),
-        evaluation=replace(quickstart.evaluation, limit=limit),
+        evaluation=tuple(replace(task, source=replace(task.source, limit=limit)) for task in quickstart.evaluation),
         stages=(
             Stage(
                 name="align",

@@ -33,6 +33,8 @@ if TYPE_CHECKING:  # what editors and type checkers read; `_HOMES` says the same
     from mllm_jax.errors import MllmError as MllmError
     from mllm_jax.errors import RunFolderError as RunFolderError
     from mllm_jax.errors import TrainingError as TrainingError
+    from mllm_jax.evaluation.evaluate import evaluate as evaluate
+    from mllm_jax.evaluation.task import Task as Task
     from mllm_jax.generation.assistant import Assistant as Assistant
     from mllm_jax.generation.generate import generate as generate
     from mllm_jax.generation.options import Answer as Answer
@@ -81,6 +83,8 @@ _NAMES = {
     "encoders.text": ("TextTowerConfig",),
     "encoders.vit": ("ViTConfig",),
     "errors": ("CheckpointError", "ConfigError", "DataError", "MllmError", "RunFolderError", "TrainingError"),
+    "evaluation.evaluate": ("evaluate",),
+    "evaluation.task": ("Task",),
     "generation.assistant": ("Assistant",),
     "generation.generate": ("generate",),
     "generation.options": ("Answer", "Options"),

@@ -171,7 +171,7 @@ REFUSED = {
     "chatting with no run": (["chat", "{new}"], "no config.json"),
     "asking a file": (["generate", str(SMOKE), "What?"], "no config.json"),
     "an unknown task": (["evaluate", "{run}", "--tasks", "naming", "singing"], "tasks ['singing']"),
-    "no task": (["evaluate", "{run}", "--tasks"], "some of ['category', "),
+    "no task": (["evaluate", "{run}", "--tasks"], "some of composition/naming, "),
     "a negative temperature": (["generate", "{run}", "What?", "--temperature", "-1"], "temperature >= 0"),
     "top-p of nothing": (["generate", "{run}", "What?", "--top-p", "0"], "0 < top_p <= 1"),
     "an answer of nothing": (["generate", "{run}", "What?", "--max-new-tokens", "0"], "max_new_tokens 0"),

@@ -14,7 +14,7 @@ from mllm_jax.datasets.openmoji import OpenMojiSkills
 from mllm_jax.datasets.text_only import TextOnly
 from mllm_jax.encoders.text import TextTowerConfig
 from mllm_jax.encoders.vit import ViTConfig
-from mllm_jax.evaluation.openmoji import OpenMojiSkillsEvaluation
+from mllm_jax.evaluation.tasks.openmoji import openmoji_skills
 from mllm_jax.llms.decoder import DecoderConfig
 from mllm_jax.models.blip2_stage1 import QFormerPretrainingConfig
 from mllm_jax.models.branch import Branch
@@ -229,7 +229,7 @@ def experiment(name: str) -> Experiment:
         **common(name),
         model=MultimodalConfig(inputs={"image": Branch(ENCODER, PROJECTORS[name])}, llm=LLM),
         pretrained=pretrained,
-        evaluation=OpenMojiSkillsEvaluation(image_size=SIZE),
+        evaluation=openmoji_skills(image_size=SIZE),
         stages=(
             Stage(
                 name="align",

@@ -53,7 +53,7 @@ def evaluate(run: Path, tasks: tuple[str, ...] | None = None) -> None:
 
 def _few_questions(results: Mapping[str, Any]) -> str | None:
     """What to say where tasks are so small that their accuracies mean little; None where they are not."""
-    counts = [scores.get("n") for tasks in results.get("splits", {}).values() for scores in tasks.values()]
+    counts = [found.get("n") for found in results.values()]
     if not counts or None in counts or max(counts) >= ENOUGH:
         return None
     return f"toy size: at most {max(counts)} questions a task, so these accuracies mean little"

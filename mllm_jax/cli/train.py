@@ -118,7 +118,7 @@ def _train(options: Train) -> int:
     first = jax.process_index() == 0
     if done and first:
         print(f"nothing to train: all stages of {folder.path} are done")
-    if experiment.evaluation is not None:
+    if experiment.evaluation:
         evaluate(folder.path)
     if first:
         print(f"next: {_next(experiment, folder.path)}")

@@ -16,10 +16,10 @@ from typing import Any
 
 from mllm_jax import __version__
 from mllm_jax.errors import DataError, RunFolderError
-from mllm_jax.evaluation import figures
+from mllm_jax.evaluation import figures, scores
 from mllm_jax.evaluation.charts import Line, chart, ema
 from mllm_jax.evaluation.style import STYLE
-from mllm_jax.evaluation.tables import percent
+from mllm_jax.evaluation.tables import grouped, percent
 from mllm_jax.files import write_atomic
 from mllm_jax.training.operations.goodput import KINDS
 
@@ -31,10 +31,10 @@ NO_EVALUATION = '<p class="note">No evaluation was made in this run.</p>'
 def write_report(run_dir: Path) -> Path:
     """Writes `report.html` into a run folder and returns its path.
 
-    Reads `metrics.jsonl`, and where they exist `goodput.json`, `results.json` (accuracies from 0 to 1; an optional
-    `"descriptions": {split: text}`), `examples.json` (pictures as base64 PNG) and `run.json` (free facts; `"headline":
-    [[split, task], ...]` chooses the large figures). What is missing is not shown. The page loads nothing: no script,
-    no font, no address. An older page is replaced at once or not at all.
+    Reads `metrics.jsonl`, and where they exist `goodput.json`, `results.json` ({task: {metric: value}}),
+    `examples.json` (images as base64 PNG) and `run.json` (free facts; `"headline": [task, ...]` chooses the large
+    figures). What is missing is not shown. The page loads nothing: no script, no font, no address. An older page is
+    replaced at once or not at all.
 
     Raises:
         DataError: metrics.jsonl is missing, or a file does not hold what it should.
@@ -43,14 +43,14 @@ def write_report(run_dir: Path) -> Path:
     run_dir = Path(run_dir)
     points = _metrics(run_dir / "metrics.jsonl")
     run = _json(run_dir / "run.json", dict) or {}
-    results = _checked(_json(run_dir / "results.json", dict) or {})
+    results = scores.checked(_json(run_dir / "results.json", dict) or {})
     examples = _json(run_dir / "examples.json", list)
     title = str(run.get("config", run_dir.resolve().name))
     body = [
         f'<header><p class="eyebrow">mllm_jax · run report</p><h1>{escape(title)}</h1>',
         f"{_machine(run)}{_origin(run_dir)}</header>",
         _headline(run, results, points),
-        _section("Accuracy", _accuracies(results) if results.get("splits") else NO_EVALUATION),
+        _section("Results", scores.section(results) if results else NO_EVALUATION),
         _section("Training", _curves(points)),
         _section("Stages", _stages(run.get("stages", []))),
         _section("Where the time went", _time(_json(run_dir / "goodput.json", dict))),
@@ -125,18 +125,6 @@ def _json(path: Path, kind: type) -> Any:
     return content
 
 
-def _checked(results: dict[str, Any]) -> dict[str, Any]:
-    """The results, once every score in them is seen to be one."""
-    for split, tasks in results.get("splits", {}).items():
-        for task, scores in tasks.items():
-            for name in ("accuracy", "accuracy_shuffled_images", "majority"):
-                score = scores.get(name)
-                if score is not None and not (isinstance(score, int | float) and 0 <= score <= 1):
-                    todo = "evaluate again to write the file anew"
-                    raise DataError(f"results.json: {name} of {split}/{task} is {score!r}", "a share, 0 to 1", todo)
-    return results
-
-
 def _replace(path: Path, text: str) -> Path:
     try:
         write_atomic(path, text)
@@ -169,14 +157,12 @@ def _origin(run_dir: Path) -> str:
 
 
 def _headline(run: Mapping, results: Mapping, points: Sequence[Point]) -> str:
-    splits = results.get("splits", {})
-    tiles = []
-    if chosen := [(s, t) for s, t in run.get("headline", []) if t in splits.get(s, {})]:
-        tiles += [_accuracy_tile(f"{task} · {split}", [splits[split][task]]) for split, task in chosen]
-    else:
-        for split, tasks in splits.items():
-            count = f"mean of {len(tasks)} tasks" if len(tasks) > 1 else next(iter(tasks), "no task")
-            tiles.append(_accuracy_tile(f"{split} · {count}", list(tasks.values())))
+    chosen = {name: [results[name]] for name in run.get("headline", []) if name in results}
+    if not chosen:
+        for group, tasks in grouped(results).items():
+            count = f"mean of {len(tasks)} tasks" if len(tasks) > 1 else next(iter(tasks))
+            chosen[f"{group} · {count}" if group else count] = list(tasks.values())
+    tiles = [_tile(*scores.summary(found, label)) for label, found in chosen.items()]
     if losses := [(p.stage, p.values["loss"]) for p in points if "loss" in p.values]:
         last = losses[-1][0]
         value = _smooth([loss for stage, loss in losses if stage == last])[-1]
@@ -191,55 +177,9 @@ def _headline(run: Mapping, results: Mapping, points: Sequence[Point]) -> str:
     return f'<div class="tiles" style="--columns: {columns}">{"".join(tiles)}</div>' if tiles else ""
 
 
-def _accuracy_tile(label: str, scores: Sequence[Mapping]) -> str:
-    def mean(key: str) -> float | None:
-        values = [task.get(key) for task in scores]
-        return None if not values or None in values else sum(values) / len(values)
-
-    controls = f"shuffled {percent(mean('accuracy_shuffled_images'))}, majority {percent(mean('majority'))}"
-    return _tile(percent(mean("accuracy")), label, controls)
-
-
 def _tile(value: str, label: str, below: str) -> str:
     small = f"<small>{escape(below)}</small>"
     return f'<div class="tile"><strong>{escape(value)}</strong><span>{escape(label)}</span>{small}</div>'
-
-
-def _accuracies(results: Mapping[str, Any]) -> str:
-    parts = [
-        '<p class="legend"><i class="key fill"></i> accuracy <i class="key solid"></i> above: with shuffled '
-        'pictures <i class="key dashed"></i> below: majority answer</p>'
-    ]
-    for split, tasks in results.get("splits", {}).items():
-        about = results.get("descriptions", {}).get(split)
-        parts.append(f"<h3>{escape(split)}</h3>" + (f'<p class="note">{escape(about)}</p>' if about else ""))
-        rows = []
-        for task, scores in tasks.items():
-            accuracy, n = scores.get("accuracy"), scores.get("n")
-            shuffled, majority = scores.get("accuracy_shuffled_images"), scores.get("majority")
-            doubt = f" <small>± {100 * _wilson(accuracy, n):.1f}</small>" if accuracy is not None and n else ""
-            rows.append(
-                f"<tr><th>{escape(task)}</th><td>{_bar(accuracy, shuffled, majority)}</td>"
-                f'<td class="n"><b>{percent(accuracy)}</b>{doubt}</td><td class="n">{percent(shuffled)}</td>'
-                f'<td class="n">{percent(majority)}</td><td class="n">{"–" if n is None else f"{n:,}"}</td></tr>'
-            )
-        head = "".join(f"<th>{h}</th>" for h in ("task", "", "accuracy", "shuffled pictures", "majority", "n"))
-        table = f'<table class="scores"><thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table>'
-        parts.append(f'<div class="wide">{table}</div>')
-    return "".join(parts)
-
-
-def _bar(accuracy: float | None, shuffled: float | None, majority: float | None) -> str:
-    """A bar with a tick for each control: one above and solid, one below and dashed, so that neither needs a colour."""
-    parts = ['<rect class="track" y="5" width="200" height="8" rx="2"/>']
-    if accuracy is not None:
-        parts.append(f'<rect class="fill" y="5" width="{200 * accuracy:.1f}" height="8" rx="2"/>')
-    for css, value, y1, y2 in (("solid", shuffled, 0, 9), ("dashed", majority, 9, 18)):
-        if value is not None:
-            x = 200 * value
-            parts.append(f'<line class="{css}" x1="{x:.1f}" x2="{x:.1f}" y1="{y1}" y2="{y2}"/>')
-    label = f"accuracy {percent(accuracy)}, shuffled pictures {percent(shuffled)}, majority {percent(majority)}"
-    return f'<svg class="bar" viewBox="-1 0 202 18" role="img" aria-label="{label}">{"".join(parts)}</svg>'
 
 
 def _curves(points: Sequence[Point]) -> str:
@@ -324,40 +264,43 @@ def _cards(examples: Sequence[Mapping[str, Any]]) -> str:
     shown = _spread(examples)
     if not shown:
         return '<p class="note">No examples were kept.</p>'
-    right = sum(bool(example["correct"]) for _, example in shown)
+    judged = [example["correct"] for _, example in shown if example["correct"] is not None]
     cards = []
     for number, example in shown:
-        pictures = "".join(
-            f'<img alt="picture {place}" src="data:image/png;base64,{_png(text, number)}">'
+        images = "".join(
+            f'<img alt="image {place}" src="data:image/png;base64,{_png(text, number)}">'
             for place, text in enumerate(example.get("image_png_base64", []), start=1)
         )
-        css, verdict = ("right", "✓ right") if example["correct"] else ("wrong", "✗ wrong")
-        about = " · ".join(str(example[key]) for key in ("split", "task") if key in example)
-        cards.append(
-            f'<article class="card {css}"><div class="pictures">{pictures}</div>'
-            f'<p class="question">{escape(str(example["question"]))}</p>'
-            f"<dl><dt>answer</dt><dd>{escape(str(example['answer']))}</dd>"
-            f"<dt>truth</dt><dd>{escape(str(example['truth']))}</dd></dl>"
-            f'<p class="verdict"><b>{verdict}</b> <span>{escape(about)}</span></p></article>'
+        css, verdict = {True: ("right", "✓ right"), False: ("wrong", "✗ wrong"), None: ("", "")}[example["correct"]]
+        told = {"answer": example["answer"], "reference": example["reference"]}
+        answers = "".join(
+            f"<dt>{name}</dt><dd>{escape(str(text))}</dd>" for name, text in told.items() if text is not None
         )
-    note = f"{right} of these {len(shown)} are right"
+        cards.append(
+            f'<article class="card {css}"><div class="pictures">{images}</div>'
+            f'<p class="question">{escape(str(example["question"]))}</p><dl>{answers}</dl>'
+            f'<p class="verdict"><b>{verdict}</b> <span>{escape(str(example["task"]))}</span></p></article>'
+        )
+    notes = [f"{sum(judged)} of these {len(judged)} are right"] if judged else []
     if len(examples) > len(shown):
-        note += f"; they are the first of each split and task in turn, out of {len(examples)} kept"
-    return f'<p class="note">{note}.</p><div class="cards">{"".join(cards)}</div>'
+        notes.append(f"these are the first of each task in turn, out of {len(examples)} kept")
+    note = f'<p class="note">{"; ".join(notes)}.</p>' if notes else ""
+    return f'{note}<div class="cards">{"".join(cards)}</div>'
 
 
 def _spread(examples: Sequence[Mapping[str, Any]]) -> list[tuple[int, Mapping[str, Any]]]:
-    """The first CARDS examples with their places in the file, taken from each split and task in turn."""
+    """The first CARDS examples with their places in the file, taken from each task in turn."""
     seen: Counter = Counter()
     ranked = []
     for number, example in enumerate(examples):
-        missing = {"question", "answer", "truth", "correct"} - set(example)
-        if missing:
+        missing = {"task", "question", "answer", "reference", "correct"} - set(example)
+        if missing or example["correct"] not in (True, False, None):
             todo = "evaluate again to write the file anew"
-            raise DataError(f"examples.json, entry {number} lacks {sorted(missing)}", "an entry with all of them", todo)
-        group = (example.get("split"), example.get("task"))
-        ranked.append((seen[group], number, example))
-        seen[group] += 1
+            raise DataError(
+                f"examples.json, entry {number} lacks {sorted(missing) or 'a verdict'}", "a whole entry", todo
+            )
+        ranked.append((seen[example["task"]], number, example))
+        seen[example["task"]] += 1
     ranked.sort(key=lambda item: item[:2])
     return sorted(((number, example) for _, number, example in ranked[:CARDS]), key=lambda item: item[0])
 
@@ -369,7 +312,7 @@ def _png(text: str, number: int) -> str:
         sound = False
     if not sound:
         todo = "evaluate again to write the file anew"
-        raise DataError(f"examples.json, entry {number}: a picture that is no PNG", "PNG bytes in base64", todo)
+        raise DataError(f"examples.json, entry {number}: an image that is no PNG", "PNG bytes in base64", todo)
     return text
 
 
@@ -396,10 +339,10 @@ def _time(account: Mapping[str, Any] | None) -> str:
 
 def _method() -> str:
     notes = (
-        "<b>Accuracy</b> is the share of a task's questions that its scorer judged right. The small ± is half the "
-        "width of the 95 % Wilson interval, in points: what chance in the choice of n questions leaves open.",
-        "<b>Shuffled pictures</b>: the very same questions, asked once more with the pictures exchanged among them. "
-        "Whatever accuracy is left there comes from the words alone, not from looking.",
+        "<b>Accuracy</b> is the share of a task's answers that its metric judged right. The small ± is half the width "
+        "of the 95 % Wilson interval, in points: what chance in the choice of n questions leaves open.",
+        "<b>Shuffled media</b>: the same questions, asked once more with the images exchanged among them. Whatever "
+        "is left there comes from the words alone, not from looking.",
         "<b>Majority</b> is what always giving a task's most frequent answer would score.",
         "<b>Curves</b>: the faint line is each logged value of metrics.jsonl as it was; the strong one is its "
         "exponential moving average over a fortieth of the stage's logged points, at least five. Steps count over all "
@@ -416,8 +359,3 @@ def _method() -> str:
 def _smooth(values: Sequence[float]) -> list[float]:
     """The moving average over a fortieth of a stage, at least five points."""
     return ema(values, max(5.0, len(values) / 40))
-
-
-def _wilson(share: float, n: int, z: float = 1.96) -> float:
-    """Half the width of Wilson's interval, which unlike the normal one is not zero at 0 % and 100 %."""
-    return z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n)) / (1 + z * z / n)

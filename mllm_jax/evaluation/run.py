@@ -1,31 +1,28 @@
-"""The evaluation of a run folder: results.json, examples.json, report.html and the table in the terminal."""
+"""The evaluation of a run folder: results.json, examples.json, predictions.jsonl and report.html."""
 
 from __future__ import annotations
 
+import base64
+import io
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 
 from mllm_jax.checkpoints.run import RunFolder, read_json
-from mllm_jax.errors import ConfigError
+from mllm_jax.data.images import as_picture
+from mllm_jax.errors import ConfigError, RunFolderError
+from mllm_jax.evaluation.evaluate import PREDICTIONS, lines, measure, write_predictions
 from mllm_jax.evaluation.report import write_report
+from mllm_jax.evaluation.task import BATCH, Evaluation, Prediction
+from mllm_jax.files import parse_json
+from mllm_jax.generation.assistant import Assistant
 from mllm_jax.models.run_weights import load_run
 from mllm_jax.training.operations.run_folder import holding, write_json
 
-
-class Evaluation(Protocol):
-    """What `Experiment.evaluation` may be: a frozen dataclass with these methods."""
-
-    def check(self, model: Any) -> None:
-        """Raises ConfigError if a model of this config cannot be asked so."""
-
-    def questions(self) -> dict[str, list]:
-        """{split: [anything with a `task`]}"""
-
-    def score(self, splits: dict[str, list], model, params, processor, mesh, batch_size: int) -> tuple[dict, list]:
-        """The results of such questions, and examples for the report; see `evaluate`."""
+SHOWN = 4  # examples of a task in the report
+SIDE = 256  # pixels of an image there, at most
 
 
 def evaluate_run(
@@ -33,66 +30,102 @@ def evaluate_run(
     *,
     tasks: Sequence[str] | None = None,
     devices: Sequence[jax.Device] | None = None,
-    batch_size: int = 64,
-) -> dict:
-    """Evaluates a run by its own config and writes what it finds into the folder.
+    batch_size: int = BATCH,
+) -> dict[str, dict[str, float]]:
+    """Evaluates a run by its own config's tasks and writes what it finds into the folder.
 
     Args:
-        tasks: only these; None: all that the config's evaluation has. What the folder holds of others stays.
+        tasks: names of tasks, or what precedes or follows the "/" in them; None: all. What the folder holds of others
+            stays.
 
     Returns:
-        The results of these tasks, as `evaluate` and `evaluate_retrieval` give them.
+        {task: {metric: value}} of these tasks.
 
     Raises:
-        ConfigError: the config has no evaluation, or not all of these tasks.
+        ConfigError: the config has no tasks, or not all of these.
     """
     folder = RunFolder(Path(run_dir))
     # What can be refused is refused before the model is loaded, which takes seconds.
-    evaluation, splits = _asked(folder, tasks)
+    known, chosen = _asked(folder, tasks)
     with holding(folder.path):
-        before = _measured(folder) if tasks is not None else ({"splits": {}}, [])
         _, model, params, processor, mesh = load_run(folder, devices)
-        results, examples = evaluation.score(splits, model, params, processor, mesh, batch_size)
+        assistant = Assistant(model, params, processor, mesh=mesh)
+        measured = {task.name: measure(assistant, task, batch_size=batch_size) for task in chosen}
+        results = {name: found.metrics for name, found in measured.items()}
         if jax.process_index() == 0:
-            results_after, examples_after = _merged(before, (results, examples))
-            write_json(folder.path / "results.json", results_after)
-            write_json(folder.path / "examples.json", examples_after)
-            write_report(folder.path)
+            said = [line for name, found in measured.items() for line in lines(name, found.predictions)]
+            shown = [_example(name, one) for name, found in measured.items() for one in found.predictions[:SHOWN]]
+            path = folder.path
+            write_predictions(path / PREDICTIONS, _merged(known, results, _lines_of(path / PREDICTIONS), said))
+            before = _json(path / "examples.json", list)
+            write_json(path / "examples.json", _merged(known, results, before, shown))
+            everything = _json(path / "results.json", dict) | results
+            write_json(path / "results.json", {name: everything[name] for name in known if name in everything})
+            write_report(path)
     return results
 
 
-def _asked(folder: RunFolder, tasks: Sequence[str] | None) -> tuple[Evaluation, dict[str, list]]:
-    experiment = folder.experiment()
-    if experiment.evaluation is None:
+def _asked(folder: RunFolder, tasks: Sequence[str] | None) -> tuple[list[str], list[Evaluation]]:
+    """The names of all tasks of a run, and those that are asked for."""
+    evaluation: Sequence[Evaluation] = folder.experiment().evaluation
+    if not evaluation:
         raise ConfigError(
-            f"{folder.path}: a config without evaluation", "an `evaluation` in it", "add one and run again"
+            f"{folder.path}: a run whose config has no tasks in `evaluation`",
+            "tasks, or questions of your own",
+            "give --questions FILE, or add tasks to the config and train again into the same folder",
         )
-    splits = experiment.evaluation.questions()
+    known = [task.name for task in evaluation]
     if tasks is None:
-        return experiment.evaluation, splits
-    known = sorted({q.task for questions in splits.values() for q in questions})
-    unknown = sorted(set(tasks) - set(known))
+        return known, list(evaluation)
+    unknown = sorted(wanted for wanted in set(tasks) if not any(_means(wanted, name) for name in known))
     if unknown or not tasks:
-        raise ConfigError(f"tasks {unknown}", f"some of {known}", "change --tasks")
-    chosen = {name: [q for q in questions if q.task in tasks] for name, questions in splits.items()}
-    return experiment.evaluation, chosen
+        raise ConfigError(f"tasks {unknown}", f"some of {', '.join(known)}", "change --tasks")
+    return known, [task for task in evaluation if any(_means(wanted, task.name) for wanted in tasks)]
 
 
-def _measured(folder: RunFolder) -> tuple[dict, list]:
+def _means(wanted: str, name: str) -> bool:
+    return wanted == name or name.startswith(f"{wanted}/") or name.endswith(f"/{wanted}")
+
+
+def _merged(known: Sequence[str], again: dict[str, Any], before: list[dict], now: list[dict]) -> list[dict]:
+    """Entries of both in the tasks' order; of tasks that were measured again only those of `now`."""
+    order = {name: place for place, name in enumerate(known)}
+    kept = [entry for entry in before if entry.get("task") in order and entry["task"] not in again]
+    return sorted([*kept, *now], key=lambda entry: order[entry["task"]])
+
+
+def _json(path: Path, kind: type) -> Any:
     """What an earlier evaluation of the same parameters left; the training that changes them removes it."""
-    results, examples = folder.path / "results.json", folder.path / "examples.json"
-    return (
-        read_json(results) if results.is_file() else {"splits": {}},
-        read_json(examples, list) if examples.is_file() else [],
-    )
+    return read_json(path, kind) if path.is_file() else kind()
 
 
-def _merged(before: tuple[dict, list], now: tuple[dict, list]) -> tuple[dict, list]:
-    """Results and examples of both, where tasks of a split were measured twice those of `now`."""
-    splits = {
-        split: dict(sorted({**before[0]["splits"].get(split, {}), **now[0]["splits"].get(split, {})}.items()))
-        for split in {**before[0]["splits"], **now[0]["splits"]}
+def _lines_of(path: Path) -> list[dict]:
+    if not path.is_file():
+        return []
+    todo = "remove the file, and evaluate again"
+    return [
+        parse_json(line, f"{path}, line {number}", RunFolderError, todo=todo)
+        for number, line in enumerate(path.read_bytes().split(b"\n"), start=1)
+        if line
+    ]
+
+
+def _example(task: str, said: Prediction) -> dict:
+    """A prediction as the report shows it, with its images as base64 PNG."""
+    return {
+        "task": task,
+        "image_png_base64": [_png(image.source) for image in said.images],
+        "question": said.question,
+        "answer": said.answer,
+        "reference": said.reference,
+        "correct": said.correct,
     }
-    again = {(split, task) for split, scores in now[0]["splits"].items() for task in scores}
-    kept = [example for example in before[1] if (example["split"], example["task"]) not in again]
-    return {"splits": splits}, kept + now[1]
+
+
+def _png(source: Any) -> str:
+    from PIL import Image
+
+    image, buffer = Image.fromarray(as_picture(source)), io.BytesIO()
+    image.thumbnail((SIDE, SIDE))  # it never enlarges
+    image.save(buffer, "PNG")
+    return base64.b64encode(buffer.getvalue()).decode()

@@ -1,40 +1,67 @@
-"""The accuracies of a run as a table for the terminal."""
+"""The results of an evaluation as a table for the terminal, and how a metric's value is written."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from rich.table import Table
 
+Results = Mapping[str, Mapping[str, float]]  # {task: {metric: value}}
+SHUFFLED = "_shuffled_media"
+SHARES = ("accuracy", "majority", "recall", SHUFFLED)  # in the names of metrics from 0 to 1
 
-def table(results: Mapping[str, Any]) -> Table:
-    """Every accuracy beside its two controls, a section for each split.
 
-    Args:
-        results: what results.json holds, `{"splits": {split: {task: {"accuracy", "accuracy_shuffled_images",
-            "majority", "n"}}}}`, accuracies from 0 to 1; what a task lacks is shown as a dash.
-    """
+def table(results: Results) -> Table:
+    """Every metric of every task, a section for each group; what a task lacks is shown as a dash."""
     from rich.table import Table
     from rich.text import Text
 
-    shown = Table("split", "task", header_style="bold", pad_edge=False)
-    for heading in ("accuracy", "shuffled pictures", "majority answer", "n"):
-        shown.add_column(heading, justify="right")
-    for split, tasks in results.get("splits", {}).items():
-        for row, (task, scores) in enumerate(tasks.items()):
+    names = metrics_of(results)
+    shown = Table("tasks", "", header_style="bold", pad_edge=False)
+    for name in names:
+        shown.add_column(heading(name), justify="right")
+    for group, tasks in grouped(results).items():
+        for row, (label, found) in enumerate(tasks.items()):
+            cells = [metric(name, found.get(name)) for name in names]
             shown.add_row(
-                Text(split if row == 0 else "", style="bold"),
-                Text(task),
-                Text(percent(scores.get("accuracy")), style="bold"),
-                percent(scores.get("accuracy_shuffled_images")),
-                percent(scores.get("majority")),
-                "–" if scores.get("n") is None else f"{scores['n']:,}",
+                Text(group if row == 0 else "", style="bold"),
+                Text(label),
+                *(Text(cell, style="" if place else "bold") for place, cell in enumerate(cells)),
                 end_section=row == len(tasks) - 1,
             )
     return shown
+
+
+def grouped(results: Results) -> dict[str, dict[str, Mapping[str, float]]]:
+    """{what precedes the "/": {what follows it: {metric: value}}}, in their order; "" for names without one."""
+    groups: dict[str, dict[str, Mapping[str, float]]] = {}
+    for name, found in results.items():
+        group, _, label = name.rpartition("/")
+        groups.setdefault(group, {})[label] = found
+    return groups
+
+
+def metrics_of(results: Results) -> list[str]:
+    """The names of all metrics, in their order."""
+    return list(dict.fromkeys(name for found in results.values() for name in found))
+
+
+def heading(name: str) -> str:
+    return ("shuffled media" if name == f"accuracy{SHUFFLED}" else name).replace("_", " ")
+
+
+def is_share(name: str) -> bool:
+    return any(word in name.lower() for word in SHARES)
+
+
+def metric(name: str, value: float | None) -> str:
+    """A metric's value as text: a percentage where its name says that it is a share."""
+    if is_share(name):
+        return percent(value)
+    return "–" if value is None else f"{value:,}" if isinstance(value, int) else f"{value:,.4g}"
 
 
 def percent(share: float | None) -> str:

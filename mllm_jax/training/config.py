@@ -164,7 +164,8 @@ class Experiment:
             `data_parallel("encoder_image")`.
         cpu_devices: devices that a CPU is presented as; two are faster than one of two cores. Ignored elsewhere.
         nonfinite: "stop" at a loss or gradient that is not finite, or "skip" that step (it is never applied).
-        evaluation: config of the evaluation that closes the run, see `mllm_jax.evaluation.run`; None: none.
+        evaluation: what the trained model is evaluated by at the end of the run, such as `mllm_jax.Task`; see
+            `mllm_jax.evaluation.task`.
     """
 
     name: str
@@ -179,7 +180,7 @@ class Experiment:
     nonfinite: str = "stop"
     log_every: int = 10
     checkpoint: CheckpointConfig = CheckpointConfig()
-    evaluation: Any = None
+    evaluation: tuple[Any, ...] = ()
 
     def __post_init__(self):
         _check_name("an experiment", self.name)
@@ -201,8 +202,7 @@ class Experiment:
             require_vocabulary(self, self.tokenizer.vocab_size)
         if self.cpu_devices is not None and self.cpu_devices < 1:
             raise ConfigError(f"cpu_devices {self.cpu_devices}", "at least 1, or None", "change cpu_devices")
-        if self.evaluation is not None:
-            self.evaluation.check(self.model)
+        _check_evaluation(self)
         for stage in self.stages:
             stage.objective.check(stage, self.model_of(stage))
             for mixture in stage.mixtures:
@@ -238,6 +238,18 @@ class Experiment:
                         "build both from one config, such as model.image.encoder",
                     )
         return found
+
+
+def _check_evaluation(experiment: Experiment) -> None:
+    tasks = experiment.evaluation
+    if not isinstance(tasks, tuple) or not all(hasattr(task, "name") and hasattr(task, "measure") for task in tasks):
+        raise ConfigError(f"evaluation {tasks!r:.100}", "a tuple of tasks, such as (mllm_jax.Task(...),)", "change it")
+    names = [task.name for task in tasks]
+    if len(set(names)) != len(names):
+        twice = sorted({name for name in names if names.count(name) > 1})
+        raise ConfigError(f"two tasks of evaluation named {twice}", "names that differ", "rename one of them")
+    for task in tasks:
+        task.check(experiment.model)
 
 
 def _check_name(what: str, name: str) -> None:

@@ -14,7 +14,7 @@ from toy_data import DUAL, MODEL, PAIRS, PICTURES
 
 from mllm_jax.checkpoints.description import describe, rebuild
 from mllm_jax.errors import ConfigError
-from mllm_jax.evaluation.openmoji import OpenMojiEvaluation, OpenMojiRetrieval
+from mllm_jax.evaluation.tasks.openmoji import openmoji_questions, openmoji_retrieval
 from mllm_jax.models.params import placed_params
 from mllm_jax.sharding.logical import data_parallel
 from mllm_jax.sharding.mesh import MeshConfig, make_mesh
@@ -58,8 +58,11 @@ EXPERIMENT = Experiment("small", MODEL, (STAGE,), TokenizerConfig(vocab_size=320
             "encoder_image of a DualEncoderConfig, which is another part than that of a MultimodalConfig: num_layers",
         ),
         ({"pretrained": (Pretrained("encoder", "x"),)}, "pretrained parts ['encoder']"),
-        ({"model": DUAL, "evaluation": OpenMojiEvaluation()}, "OpenMojiEvaluation of a DualEncoderConfig"),
-        ({"evaluation": OpenMojiRetrieval()}, "OpenMojiRetrieval of a MultimodalConfig"),
+        ({"model": DUAL, "evaluation": openmoji_questions()}, "task 'validation/naming' for a DualEncoderConfig"),
+        ({"evaluation": openmoji_retrieval()}, "OpenMojiRetrieval of a MultimodalConfig"),
+        ({"evaluation": openmoji_questions() * 2}, "two tasks of evaluation named ['composition/gender'"),
+        ({"evaluation": openmoji_questions()[0]}, "evaluation Task(name='validation/naming'"),
+        ({"evaluation": ("naming",)}, "evaluation ('naming',)"),
         ({"mesh": MeshConfig(context=16)}, "rows of 24 places over mesh.context 16"),
         ({"part_rules": (data_parallel("head"),)}, "rules of parts ['head']"),
         ({"part_rules": (data_parallel("llm"), data_parallel("llm"))}, "rules of parts ['llm', 'llm']"),
@@ -196,4 +199,4 @@ def test_the_full_config_is_the_quickstarts_on_all_pictures():
     for experiment, pictures in ((quickstart, "quickstart"), (full, "full")):
         mixtures = [m for stage in experiment.stages for m in (stage.data, stage.validation) if m is not None]
         assert {weighted.source.config for mixture in mixtures for weighted in mixture.sources} == {pictures}
-        assert experiment.evaluation.config == pictures
+        assert {task.source.config for task in experiment.evaluation} == {pictures}

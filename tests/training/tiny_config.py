@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 
 import toy_data
-from toy_evaluation import ToyEvaluation
+from toy_evaluation import colours
 
 from mllm_jax.data.pipeline import Mixture, Weighted
 from mllm_jax.sharding.mesh import MeshConfig
@@ -23,6 +23,7 @@ from mllm_jax.training.config import AdamW, CheckpointConfig, Experiment, Stage,
 from mllm_jax.training.objectives.next_token import NextToken
 
 STEPS = 8
+COLOURS = colours("toy/colour", toy_data.Toy(), max_new_tokens=4)
 MIXTURE = Mixture((Weighted(toy_data.Toy()),), rows=8, length=32, slots={"image": 1})
 
 
@@ -36,7 +37,7 @@ def config() -> Experiment:
         mesh=mesh,
         log_every=1,
         checkpoint=CheckpointConfig(every_steps=3),
-        evaluation=ToyEvaluation() if os.environ.get("TINY_EVALUATE") else None,
+        evaluation=(COLOURS,) if os.environ.get("TINY_EVALUATE") else (),
         stages=tuple(stage(f"stage{number}") for number in range(int(os.environ.get("TINY_STAGES", "1")))),
     )
 

@@ -1,0 +1,136 @@
+"""Metrics: functions of answers and examples. Controls are metrics, too."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+
+from mllm_jax.data.message import Example, Message, Part, Text
+from mllm_jax.errors import DataError
+from mllm_jax.generation.options import Answer
+
+CONTROL_ANSWERS = 300
+
+
+@runtime_checkable
+class AsksAgain(Protocol):
+    """A metric whose answers are not those to the task's own questions: the model is asked others for it."""
+
+    def again(self, asked: Sequence[tuple[Message, ...]]) -> list[tuple[int, tuple[Message, ...]]]:
+        """Conversations to be answered, each with the number of the example that the metric gets with its answer.
+
+        Args:
+            asked: the conversation of each example.
+        """
+        ...
+
+    def __call__(self, answers: Sequence[Answer], examples: Sequence[Any]) -> float: ...
+
+
+def normalise(text: str) -> str:
+    """Makes texts comparable: lower case, single spaces, no full stop at the end."""
+    return " ".join(text.lower().split()).rstrip(" .")
+
+
+def references(example: Any) -> tuple[str, ...]:
+    """The answers that are right, the first of which is shown; none where the example has none.
+
+    They are the last assistant message of an `Example`, else what the example holds as `answers` or `answer`.
+    """
+    if isinstance(example, Example):
+        return tuple(message.text for message in example.messages if message.role == "assistant")[-1:]
+    if isinstance(example, Mapping):
+        given = example.get("answers", example.get("answer", ()))
+    else:
+        given = getattr(example, "answers", getattr(example, "answer", ()))
+    return (given,) if isinstance(given, str) else tuple(given)
+
+
+def accuracy(answers: Sequence[Answer], examples: Sequence[Any]) -> float:
+    """The share of answers that equal one of their references after `normalise`.
+
+    Raises:
+        DataError: an example without an answer.
+    """
+    right = [normalise(answer.text) in _accepted(one) for answer, one in zip(answers, examples, strict=True)]
+    return sum(right) / len(right)
+
+
+def majority(answers: Sequence[Answer], examples: Sequence[Any]) -> float:
+    """The accuracy of always giving the answer that is right most often."""
+    counts = Counter(text for example in examples for text in _accepted(example))
+    return counts.most_common(1)[0][1] / len(examples)
+
+
+def count(answers: Sequence[Answer], examples: Sequence[Any]) -> int:
+    """The number of examples, reported as "n"."""
+    return len(examples)
+
+
+def _accepted(example: Any) -> set[str]:
+    if not (found := references(example)):
+        raise DataError(f"an example without an answer: {example!r:.100}", "`answer` or `answers`", "use other metrics")
+    return set(map(normalise, found))
+
+
+@dataclass(frozen=True)
+class ShuffledMedia:
+    """Another metric when each example is asked with the media of another one: what the words alone are worth.
+
+    Examples without media are left out. Few examples are shuffled several times, so that luck decides little.
+    """
+
+    metric: Callable[[Sequence[Answer], Sequence[Any]], float]
+    seed: int = 0
+
+    def again(self, asked: Sequence[tuple[Message, ...]]) -> list[tuple[int, tuple[Message, ...]]]:
+        """See `AsksAgain`. Raises DataError: fewer than two examples with media."""
+        media = {index: found for index, messages in enumerate(asked) if (found := _media(messages))}
+        if len(media) < 2:
+            raise DataError(
+                f"shuffled media of {len(media)} example(s) with media", "at least two", "raise the number of examples"
+            )
+        numbers = list(media)
+        return [
+            (own, tuple(_exchanged(asked[own], media[numbers[other]])))
+            for order in shuffles(len(numbers), self.seed)
+            for own, other in zip(numbers, order, strict=True)
+        ]
+
+    def __call__(self, answers: Sequence[Answer], examples: Sequence[Any]) -> float:
+        return self.metric(answers, examples)
+
+
+def shuffles(count: int, seed: int = 0) -> list[np.ndarray]:
+    """Permutations that leave nothing in its place (count >= 2): whose media each example gets as a control."""
+    rng = np.random.default_rng(seed)
+    out = []
+    for _ in range(min(8, -(-CONTROL_ANSWERS // count))):
+        order = rng.permutation(count)
+        partner = np.empty(count, int)
+        partner[order] = np.roll(order, 1)
+        out.append(partner)
+    return out
+
+
+def _media(messages: Sequence[Message]) -> list[Part]:
+    return [part for message in messages for part in message.parts if not isinstance(part, Text)]
+
+
+def _exchanged(messages: Sequence[Message], media: Sequence[Part]) -> Iterator[Message]:
+    """The messages with other media: one for one, or all where the first stood if there are not as many."""
+    left = list(media)
+    together = len(_media(messages)) != len(media)
+    for message in messages:
+        parts: list[Part] = []
+        for part in message.parts:
+            if isinstance(part, Text):
+                parts.append(part)
+            elif left:
+                parts += left if together else left[:1]
+                left = [] if together else left[1:]
+        yield message if isinstance(message.content, str) else replace(message, content=tuple(parts))

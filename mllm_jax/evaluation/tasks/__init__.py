@@ -1,0 +1,1 @@
+"""Tasks, a short file for each benchmark."""
