@@ -24,6 +24,7 @@ if TYPE_CHECKING:  # what editors and type checkers read; `_HOMES` says the same
     from mllm_jax.data.pipeline import Weighted as Weighted
     from mllm_jax.data.source import Source as Source
     from mllm_jax.data.tokenizer import Tokenizer as Tokenizer
+    from mllm_jax.datasets.questions import Questions as Questions
     from mllm_jax.datasets.text_only import TextOnly as TextOnly
     from mllm_jax.encoders.text import TextTowerConfig as TextTowerConfig
     from mllm_jax.encoders.vit import ViTConfig as ViTConfig
@@ -79,6 +80,7 @@ _NAMES = {
     "data.pipeline": ("Mixture", "Weighted"),
     "data.source": ("Source",),
     "data.tokenizer": ("Tokenizer",),
+    "datasets.questions": ("Questions",),
     "datasets.text_only": ("TextOnly",),
     "encoders.text": ("TextTowerConfig",),
     "encoders.vit": ("ViTConfig",),

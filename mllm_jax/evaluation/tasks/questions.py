@@ -1,0 +1,40 @@
+"""Questions of one's own as a task: free answers or choices, beside their controls."""
+
+from __future__ import annotations
+
+from mllm_jax.data.message import Message, Text
+from mllm_jax.datasets.questions import Question, Questions, option
+from mllm_jax.evaluation.metrics import ShuffledMedia, accuracy, count, majority
+from mllm_jax.evaluation.task import Metric, Task
+
+CHOOSE = "Answer with the option's letter from the given choices directly."
+
+
+def ask(question: Question) -> tuple[Message, ...]:
+    """The images, the question, and the choices by their letters."""
+    text = question.question
+    if question.choices:
+        offered = [option(index, choice) for index, choice in enumerate(question.choices)]
+        text = "\n".join((text, *offered, CHOOSE))
+    return (Message("user", (*question.images, Text(text))),)
+
+
+def questions_task(source: Questions, name: str = "questions", *, limit: int | None = None) -> Task:
+    """Makes a task of a file of questions, which is read to see which controls it can have.
+
+    Free answers are right if they equal an accepted one after `normalise`; choices are named by letter or text. Of at
+    least two questions the majority answer is a control, of at least two with images also their shuffling.
+
+    Args:
+        limit: the number of questions that will be asked, from the first on.
+
+    Raises:
+        DataError: see `Questions.build`.
+    """
+    found = source.build()[:limit]
+    metrics: dict[str, Metric] = {"accuracy": accuracy}
+    if sum(bool(question.images) for question in found) > 1:
+        metrics["accuracy_shuffled_media"] = ShuffledMedia(accuracy)
+    if len(found) > 1:
+        metrics["majority"] = majority
+    return Task(name, source, ask, metrics | {"n": count})
