@@ -298,9 +298,10 @@ class Processor:
 def image_token(tokenizer: Words) -> int:
     """An id for images that nothing else in a row has.
 
+    Where the template writes all special tokens, one is added. No text has it and no embedding is read for it.
+
     Raises:
         DataError: no chat template, or one that refuses a question and its answer.
-        ConfigError: the template writes all special tokens.
     """
     special = {token: tokenizer.id_of(token) for token in tokenizer.special_tokens}
     if named := [special[name] for name in IMAGE_TOKENS if name in special]:
@@ -311,13 +312,7 @@ def image_token(tokenizer: Words) -> int:
     # Those with a meaning of their own come last; a row without a template's end has them nowhere else.
     meant = (*tokenizer.stop_ids, tokenizer.pad_token_id, tokenizer.bos_token_id)
     free.sort(key=lambda i: i in meant)
-    if not free:
-        raise ConfigError(
-            f"a tokenizer with no special token that its chat template leaves unused, of {sorted(special)}",
-            f"one that can stand for images, such as {IMAGE_TOKENS[0]}",
-            "add it to the tokenizer's files, or take another chat model's tokenizer",
-        )
-    return free[0]
+    return free[0] if free else tokenizer.add_placeholder(IMAGE_TOKENS[0])
 
 
 def _written(tokenizer: Words) -> set[int]:
