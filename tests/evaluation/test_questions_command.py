@@ -59,7 +59,7 @@ def answered(folder: Path, questions: Path, out: Path, *more: str) -> list[dict]
     return lines
 
 
-def check_images(folder: Path, questions: Path, tmp_path: Path, capsys) -> None:
+def check_images(folder: Path, questions: Path, tmp_path: Path, capsys) -> list[dict]:
     lines = answered(folder, questions, tmp_path / "out", "--media", str(questions.parent / "media"))
     shown = " ".join(capsys.readouterr().out.split())
     assert "own" in shown and "shuffled media" in shown and str(tmp_path / "out" / "predictions.jsonl") in shown
@@ -70,8 +70,7 @@ def check_images(folder: Path, questions: Path, tmp_path: Path, capsys) -> None:
                                       {"type": "text", "text": "what is it ?"}]}], max_new_tokens=32
     )  # fmt: skip
     assert lines[0]["answer"] == first.text
-    media = str(questions.parent / "media")
-    assert answered(folder, questions, tmp_path / "two", "--media", media, "--limit", "2") == lines[:2]
+    return lines
 
 
 def test_a_run_from_scratch(questions, tmp_path, capsys):
@@ -92,7 +91,9 @@ def test_a_run_of_a_llava(llava, questions, tmp_path, capsys):
 
 
 def test_a_llava_folder(llava, questions, tmp_path, capsys):
-    check_images(llava, questions, tmp_path, capsys)
+    lines = check_images(llava, questions, tmp_path, capsys)
+    more = ("--media", str(questions.parent / "media"), "--limit", "2")
+    assert answered(llava, questions, tmp_path / "two", *more) == lines[:2]
 
 
 def test_a_language_models_folder(questions, tmp_path, capsys):
