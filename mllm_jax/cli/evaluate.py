@@ -11,7 +11,7 @@ import tyro
 from mllm_jax.checkpoints.run import is_run
 from mllm_jax.cli.caches import keep_compiled_programs
 from mllm_jax.cli.console import console
-from mllm_jax.cli.runs import experiment_of, use_cpu_devices
+from mllm_jax.cli.runs import experiment_of, is_model, use_cpu_devices
 from mllm_jax.errors import ConfigError
 
 ENOUGH = 30  # questions, below which an accuracy is uncertain by more than 18 points
@@ -57,6 +57,10 @@ def run(arguments: list[str]) -> int:
     keep_compiled_programs()
     if options.questions is not None:
         return ask(options)
+    if not is_run(options.run) and is_model(options.run):
+        raise ConfigError(
+            f"{options.run}, a model's folder, without questions", "a run, or --questions FILE", "give --questions FILE"
+        )
     use_cpu_devices(experiment_of(options.run))
     evaluate(options.run, options.tasks)
     return 0

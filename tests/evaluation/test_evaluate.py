@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -9,6 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import toy_data
+from PIL import Image as Pillow
 
 import mllm_jax
 from mllm_jax import Answer, Example, Message, Task, Text, evaluate
@@ -17,8 +20,8 @@ from mllm_jax.data.message import Image
 from mllm_jax.datasets.openmoji import evaluation as asked_of_openmoji
 from mllm_jax.errors import ConfigError, DataError
 from mllm_jax.evaluation.metrics import ShuffledMedia, accuracy, count, majority, normalise, references, shuffles
-from mllm_jax.evaluation.run import _means, _merged
-from mllm_jax.evaluation.task import CHUNK, Evaluation
+from mllm_jax.evaluation.run import _example, _means, _merged
+from mllm_jax.evaluation.task import CHUNK, Evaluation, Prediction
 from mllm_jax.evaluation.tasks.openmoji import openmoji_questions, openmoji_retrieval, openmoji_skills
 
 METRICS = {
@@ -228,6 +231,15 @@ def test_openmoji_questions_are_those_of_their_kind():
         assert {question.task for question in found} == {each.source.kind} and len(found) == 4
     for each in openmoji_skills(image_size=16, limit=4):
         assert [question.task for question in each.examples(3)] == [each.name.partition("/")[2]] * 3
+
+
+def test_a_large_image_is_small_in_the_report(tmp_path):
+    Pillow.new("RGB", (2000, 1000), (9, 8, 7)).save(tmp_path / "a.png")
+    shown = [Image(str(tmp_path / "a.png")), Image(image(5))]
+    made = _example("seen/a", Prediction(0, "q", tuple(shown), "a", None, None))
+    large, small = (Pillow.open(io.BytesIO(base64.b64decode(text))) for text in made["image_png_base64"])
+    assert (large.size, large.getpixel((9, 9)), small.size) == ((256, 128), (9, 8, 7), (4, 4))
+    assert made["reference"] is None and made["correct"] is None
 
 
 def test_a_second_evaluation_replaces_its_own_tasks_only():

@@ -60,16 +60,12 @@ def answered(folder: Path, questions: Path, out: Path, *more: str) -> list[dict]
 
 
 def check_images(folder: Path, questions: Path, tmp_path: Path, capsys) -> list[dict]:
+    """What was answered, after a look at what was printed."""
     lines = answered(folder, questions, tmp_path / "out", "--media", str(questions.parent / "media"))
     shown = " ".join(capsys.readouterr().out.split())
     assert "own" in shown and "shuffled media" in shown and str(tmp_path / "out" / "predictions.jsonl") in shown
     assert [line["id"] for line in lines] == ["a", "b", "c"]
     assert [line["reference"] for line in lines] == ["a cat", "B. a dog", "a cat"]
-    first = mllm_jax.Assistant.load(folder, by_layer=False).generate(
-        [{"role": "user", "content": [{"type": "image", "path": str(questions.parent / "media" / "a.png")},
-                                      {"type": "text", "text": "what is it ?"}]}], max_new_tokens=32
-    )  # fmt: skip
-    assert lines[0]["answer"] == first.text
     return lines
 
 
@@ -92,6 +88,13 @@ def test_a_run_of_a_llava(llava, questions, tmp_path, capsys):
 
 def test_a_llava_folder(llava, questions, tmp_path, capsys):
     lines = check_images(llava, questions, tmp_path, capsys)
+    first = mllm_jax.Assistant.load(llava, by_layer=False).generate(
+        [{"role": "user", "content": [{"type": "image", "path": str(questions.parent / "media" / "a.png")},
+                                      {"type": "text", "text": "what is it ?"}]}], max_new_tokens=32
+    )  # fmt: skip
+    assert lines[0]["answer"] == first.text
+    assert main(["evaluate", str(llava)]) == 2
+    assert "a model's folder, without questions" in capsys.readouterr().err
     more = ("--media", str(questions.parent / "media"), "--limit", "2")
     assert answered(llava, questions, tmp_path / "two", *more) == lines[:2]
 
