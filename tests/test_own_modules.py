@@ -19,15 +19,15 @@ from mllm_jax.training.config_file import load_config
 
 ROOT = Path(__file__).parents[1]
 CONFIG = """
-from grey_squares import BRIGHTNESS, BrightnessConfig, Squares
+from grey_squares import BRIGHTNESS, BrightnessConfig, LinearConfig, Squares
 
-from mllm_jax import Branch, DecoderConfig, Experiment, Mixture, MLPProjectorConfig, MultimodalConfig, NextToken, Stage
+from mllm_jax import Branch, DecoderConfig, Experiment, Mixture, MultimodalConfig, NextToken, Stage
 from mllm_jax import TokenizerConfig, Weighted
 
 
 def config():
     llm = DecoderConfig(vocab_size=320, hidden_size=16, num_layers=1, num_heads=2, num_kv_heads=1, mlp_size=32)
-    model = MultimodalConfig({"image": Branch(BrightnessConfig(), MLPProjectorConfig(output_size=16))}, llm)
+    model = MultimodalConfig({"image": Branch(BrightnessConfig(), LinearConfig())}, llm)
     data = Mixture((Weighted(Squares()),), rows=4, length=32, slots={"image": 2})
     stage = Stage("all", NextToken(), ("*",), data, steps=2)
     return Experiment("own", model, (stage,), TokenizerConfig(vocab_size=320), evaluation=(BRIGHTNESS,))
@@ -68,10 +68,9 @@ def test_it_trains_and_is_found_again(folder, tmp_path, monkeypatch):
     assert json.loads((run.path / "results.json").read_text()) == results, "greedy answers are the same again"
     forget(monkeypatch)
     experiment = run.experiment()
-    assert (
-        type(experiment.model.image.encoder).__module__ == "grey_squares"
-        and len(experiment.stages[0].data.sources) == 1
-    )
+    parts = experiment.model.image.encoder, experiment.model.image.projector
+    assert {type(part).__module__ for part in parts} == {"grey_squares"}
+    assert len(experiment.stages[0].data.sources) == 1
     answer = Assistant.load(run.path, by_layer=False).generate("how bright?", max_new_tokens=2)
     assert answer.tokens
 
@@ -94,7 +93,7 @@ def test_a_run_does_not_say_where_code_is_read_from(folder, tmp_path, monkeypatc
 def test_a_class_of_the_config_file_itself_is_refused(tmp_path):
     file = tmp_path / "config.py"
     own = "from dataclasses import dataclass\n\n@dataclass(frozen=True)\nclass Squares:\n    size: int = 4\n\n"
-    text = CONFIG.replace("from grey_squares import BRIGHTNESS, BrightnessConfig, Squares", "")
+    text = CONFIG.replace("from grey_squares import BRIGHTNESS, BrightnessConfig, LinearConfig, Squares", "")
     text = text.replace("(BRIGHTNESS,)", "()").replace("def config", f"{own}def config")
     file.write_text(text.replace("BrightnessConfig()", "__import__('mllm_jax').ViTConfig(8, 4, 16, 1, 2, 32)"))
     with pytest.raises(ConfigError, match="Squares, which the config file itself defines"):
