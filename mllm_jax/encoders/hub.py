@@ -16,7 +16,17 @@ from mllm_jax.checkpoints.config_json import (
     write_activation,
 )
 from mllm_jax.checkpoints.options import Options, named_as
-from mllm_jax.checkpoints.table import Table, Weight
+from mllm_jax.checkpoints.table import (
+    HEAD_BIAS,
+    LINEAR,
+    OUT_OF_HEADS,
+    Table,
+    Weight,
+    beside,
+    into_heads,
+    linear,
+    norm,
+)
 from mllm_jax.encoders.vit import ViTConfig
 from mllm_jax.errors import ConfigError
 
@@ -102,7 +112,7 @@ class Names:
     """The hub's words for a ViT's tensors; q, k and v, or gate and up, may lie in one tensor and share its name.
 
     Attributes:
-        q_bias, k_bias, v_bias: whole names where biases have their own, instead of the matrix' name with ".bias".
+        q_bias, v_bias: whole names where biases have their own, instead of the matrix' name with ".bias".
         token_axes, position_axes: the axes that the hub has: "e", "1 e" or "1 1 e"; "n e" or "1 n e".
         attention_scale, mlp_scale: whole names of the layer scales.
         head: the linear map behind the pooling.
@@ -121,7 +131,6 @@ class Names:
     k: str = "self_attn.k_proj"
     v: str = "self_attn.v_proj"
     q_bias: str = ""
-    k_bias: str = ""
     v_bias: str = ""
     q_norm: str = ""
     k_norm: str = ""
@@ -143,78 +152,49 @@ class Names:
 
 def vit_table(c: ViTConfig, names: Names) -> Table:
     """The weights of a ViT under a family's names."""
-    weights: list[Weight] = []
     width, head = c.hidden_size, {"h": c.hidden_size // c.num_heads}
-
-    def norm(name: str, path: str, kind: str = "layer"):
-        weights.append(Weight(f"{name}.weight", f"{path}/scale"))
-        if kind == "layer":
-            weights.append(Weight(f"{name}.bias", f"{path}/bias"))
-
-    def linear(name: str, path: str, kernel: str = "o i -> i o", sizes: dict = {}, bias: bool = True):  # noqa: B006
-        weights.append(Weight(f"{name}.weight", f"{path}/kernel", kernel, sizes))
-        if bias:
-            weights.append(Weight(f"{name}.bias", f"{path}/bias"))
-
-    def beside(parts: list[tuple[str, str, int]], kernel: str, bias: str, sizes: dict):
-        """(stored name, path, rows), which lie one after the other in one tensor where they share its name."""
-        start = 0
-        for name, path, rows in parts:
-            together = [each for each, _, _ in parts].count(name) > 1
-            place = (start, start + rows) if together else None
-            start += rows
-            weights.append(Weight(name, path, bias if path.endswith("bias") else kernel, sizes, place))
-
-    def attention(hub: str, path: str, q: str, k: str, v: str, biases: tuple[str, str, str]):
-        parts = [(f"{hub}{name}", f"{path}/{ours}/kernel", width) for ours, name in zip("qkv", (q, k, v), strict=True)]
-        beside(parts, "(n h) e -> e n h", "", head)
-        parts = [
-            (f"{hub}{name}", f"{path}/{ours}/bias", width) for ours, name in zip("qkv", biases, strict=True) if name
-        ]
-        beside(parts, "", "(n h) -> n h", head)
-
+    hub, layernorm = f"{names.layers}.{{layer}}.", c.norm == "layer"
     patch = {"p": c.patch_size, "q": c.patch_size, "c": c.num_channels}
-    projection = "patch_embedding/projection"
-    linear(names.patch, projection, "e c p q -> (p q c) e", patch, c.patch_bias)
+    weights = linear(names.patch, "patch_embedding/projection", "e c p q -> (p q c) e", patch, bias=c.patch_bias)
     if c.class_token:
         weights.append(Weight(names.class_token, "class_token", f"{names.token_axes} -> 1 e"))
     weights.append(Weight(names.position, "position_embedding", f"{names.position_axes} -> n e"))
     if c.pre_norm:
-        norm(names.pre_norm, "pre_norm", c.norm)
-    hub, layer = f"{names.layers}.{{layer}}.", "layers"
-    norm(hub + names.attention_norm, f"{layer}/attention_norm", c.norm)
-    biases = tuple(getattr(names, f"{part}_bias") or f"{getattr(names, part)}.bias" for part in "qkv")
-    keep = (c.qkv_bias, c.qkv_bias and c.k_bias, c.qkv_bias)
-    biases = tuple(name if kept else "" for name, kept in zip(biases, keep, strict=True))
-    matrices = (f"{names.q}.weight", f"{names.k}.weight", f"{names.v}.weight")
-    attention(hub, f"{layer}/attention", *matrices, biases)
+        weights += norm(names.pre_norm, "pre_norm", bias=layernorm)
+    weights += norm(hub + names.attention_norm, "layers/attention_norm", bias=layernorm)
+    own_biases = c.qkv_bias and names.q_bias
+    biased = "" if own_biases or not c.qkv_bias else "qkv" if c.k_bias else "qv"
+    stored = [hub + name for name in (names.q, names.k, names.v)]
+    weights += into_heads(stored, "layers/attention", head["h"], (width,) * 3, biased)
+    if own_biases:
+        for part, name in (("q", names.q_bias), ("v", names.v_bias)):
+            weights.append(Weight(hub + name, f"layers/attention/{part}/bias", HEAD_BIAS, head))
     if c.qk_norm:
-        norm(hub + names.q_norm, f"{layer}/attention/q_norm", "rms")
-        norm(hub + names.k_norm, f"{layer}/attention/k_norm", "rms")
+        weights += norm(hub + names.q_norm, "layers/attention/q_norm", bias=False)
+        weights += norm(hub + names.k_norm, "layers/attention/k_norm", bias=False)
     if c.attention_sub_norm_eps is not None:
-        norm(hub + names.attention_sub_norm, f"{layer}/attention/norm")
-    linear(hub + names.out, f"{layer}/attention/out", "e (n h) -> n h e", head)
-    norm(hub + names.mlp_norm, f"{layer}/mlp_norm", c.norm)
-    wide = ([("gate", names.gate)] if c.gated else []) + [("up", names.up)]
-    for kind in ("weight", "bias"):
-        ours = {"weight": "kernel"}.get(kind, kind)
-        parts = [(f"{hub}{name}.{kind}", f"{layer}/mlp/{part}/{ours}", c.mlp_size) for part, name in wide]
-        beside(parts, "o i -> i o", "", {})
+        weights += norm(hub + names.attention_sub_norm, "layers/attention/norm")
+    weights += linear(hub + names.out, "layers/attention/out", OUT_OF_HEADS, head)
+    weights += norm(hub + names.mlp_norm, "layers/mlp_norm", bias=layernorm)
+    wide = [("gate", names.gate)] * c.gated + [("up", names.up)]
+    weights += beside([(f"{hub}{name}.weight", f"layers/mlp/{part}/kernel", c.mlp_size) for part, name in wide], LINEAR)
+    weights += beside([(f"{hub}{name}.bias", f"layers/mlp/{part}/bias", c.mlp_size) for part, name in wide])
     if c.mlp_sub_norm_eps is not None:
-        norm(hub + names.mlp_sub_norm, f"{layer}/mlp/norm")
-    linear(hub + names.down, f"{layer}/mlp/down")
+        weights += norm(hub + names.mlp_sub_norm, "layers/mlp/norm")
+    weights += linear(hub + names.down, "layers/mlp/down")
     if c.layer_scale is not None:
-        weights.append(Weight(hub + names.attention_scale, f"{layer}/attention_scale"))
-        weights.append(Weight(hub + names.mlp_scale, f"{layer}/mlp_scale"))
+        weights.append(Weight(hub + names.attention_scale, "layers/attention_scale"))
+        weights.append(Weight(hub + names.mlp_scale, "layers/mlp_scale"))
     if c.norm_output or c.norm_pooled:
-        norm(names.final_norm, "final_norm")
+        weights += norm(names.final_norm, "final_norm")
     if c.pooler == "attention":
         weights.append(Weight(f"{names.pooler}.probe", "pooler/probe", "1 1 e -> 1 e"))
-        attention(f"{names.pooler}.attention.", "pooler", *["in_proj_weight"] * 3, ("in_proj_bias",) * 3)
-        linear(f"{names.pooler}.attention.out_proj", "pooler/out", "e (n h) -> n h e", head)
-        norm(f"{names.pooler}.layernorm", "pooler/norm")
-        linear(f"{names.pooler}.mlp.fc1", "pooler/mlp/up")
-        linear(f"{names.pooler}.mlp.fc2", "pooler/mlp/down")
+        stored = (f"{names.pooler}.attention.in_proj",) * 3
+        weights += into_heads(stored, "pooler", head["h"], (width,) * 3, joint="_")
+        weights += linear(f"{names.pooler}.attention.out_proj", "pooler/out", OUT_OF_HEADS, head)
+        weights += norm(f"{names.pooler}.layernorm", "pooler/norm")
+        weights += linear(f"{names.pooler}.mlp.fc1", "pooler/mlp/up")
+        weights += linear(f"{names.pooler}.mlp.fc2", "pooler/mlp/down")
     if c.head_size is not None:
-        linear(names.head, "head")
+        weights += linear(names.head, "head")
     return Table(tuple(weights), names.spellings, names.ignored)

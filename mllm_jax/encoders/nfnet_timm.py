@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from mllm_jax.checkpoints.config_json import check_written
 from mllm_jax.checkpoints.options import Options
-from mllm_jax.checkpoints.table import Family, Table, Weight
+from mllm_jax.checkpoints.table import Family, Table, Weight, linear
 from mllm_jax.encoders.nfnet import VARIANTS, NFNetConfig, NFNetInput, nfnet, round_to
 from mllm_jax.errors import ConfigError
 
@@ -160,10 +160,6 @@ def table(config: NFNetConfig) -> Table:
         weights.append(Weight(f"{name}.gain", f"{path}/gain", "o 1 1 1 -> o"))
         weights.append(Weight(f"{name}.bias", f"{path}/bias"))
 
-    def linear(name: str, path: str, pattern: str = "o i -> i o"):
-        weights.append(Weight(f"{name}.weight", f"{path}/kernel", pattern))
-        weights.append(Weight(f"{name}.bias", f"{path}/bias"))
-
     for i in range(len(config.stem_sizes)):
         conv(f"stem.conv{i + 1}", f"stem_{i}")
     before = config.stem_sizes[-1]
@@ -174,14 +170,14 @@ def table(config: NFNetConfig) -> Table:
                 conv(f"{name}.downsample.conv", f"{path}/shortcut")
             for theirs, ours in (("conv1", "conv_1"), ("conv2", "conv_2"), ("conv2b", "conv_3"), ("conv3", "conv_4")):
                 conv(f"{name}.{theirs}", f"{path}/{ours}")
-            linear(f"{name}.attn_last.fc1", f"{path}/squeeze_excite/down", "o i 1 1 -> i o")
-            linear(f"{name}.attn_last.fc2", f"{path}/squeeze_excite/up", "o i 1 1 -> i o")
+            weights += linear(f"{name}.attn_last.fc1", f"{path}/squeeze_excite/down", "o i 1 1 -> i o")
+            weights += linear(f"{name}.attn_last.fc2", f"{path}/squeeze_excite/up", "o i 1 1 -> i o")
             if config.skip_init:
                 # timm stores a number without axes; with one, every part of the engine can index it.
                 weights.append(Weight(f"{name}.skipinit_gain", f"{path}/skip_gain", " -> 1"))
     conv("final_conv", "final_conv")
     if config.num_classes:
-        linear("head.fc", "head")
+        weights += linear("head.fc", "head")
     return Table(tuple(weights))
 
 

@@ -20,7 +20,7 @@ from flax import struct
 from mllm_jax.checkpoints.architectures import model_type
 from mllm_jax.checkpoints.config_json import ELSEWHERE, MOST_PATCHES, RATIOS, check_written, write_activation
 from mllm_jax.checkpoints.options import Options, named_as
-from mllm_jax.checkpoints.table import Family, Table, Weight
+from mllm_jax.checkpoints.table import OUT_OF_HEADS, Family, Table, Weight, into_heads, linear, norm
 from mllm_jax.encoders.hub import read_activation
 from mllm_jax.encoders.qwen_patches import PatchLayout, lay_out_patches, window_numbers
 from mllm_jax.encoders.vit import VisionOutput
@@ -381,43 +381,26 @@ def table(config: QwenViTConfig) -> Table:
     """The tower's weights under the names of its own folder; in a whole model's folder the LLM's are passed over."""
     c = config
     (up, down), merger = _NAMES[c.family]
-    head = {"h": c.hidden_size // c.num_heads}
-    weights: list[Weight] = []
+    head, bias, hub = {"h": c.hidden_size // c.num_heads}, c.norm == "layer", "blocks.{layer}"
 
-    def norm(name: str, path: str, kind: str = c.norm):
-        weights.append(Weight(f"{name}.weight", f"{path}/scale"))
-        if kind == "layer":
-            weights.append(Weight(f"{name}.bias", f"{path}/bias"))
-
-    def linear(name: str, path: str, pattern: str = "o i -> i o", sizes=None, bias: bool = True):
-        weights.append(Weight(f"{name}.weight", f"{path}/kernel", pattern, sizes or {}))
-        if bias:
-            weights.append(Weight(f"{name}.bias", f"{path}/bias"))
-
-    def merge(name: str, path: str):
-        norm(f"{name}.{merger[0]}", f"{path}/norm")
-        linear(f"{name}.{merger[1]}", f"{path}/linear_1")
-        linear(f"{name}.{merger[2]}", f"{path}/linear_2")
+    def merge(name: str, path: str) -> list[Weight]:
+        maps = linear(f"{name}.{merger[1]}", f"{path}/linear_1") + linear(f"{name}.{merger[2]}", f"{path}/linear_2")
+        return norm(f"{name}.{merger[0]}", f"{path}/norm", bias=bias) + maps
 
     sizes = dict(c=c.channels, t=c.temporal_patch_size, p=c.patch_size, q=c.patch_size)
-    linear("patch_embed.proj", "patch_embedding", "e c t p q -> (c t p q) e", sizes, c.patch_bias)
+    weights = linear("patch_embed.proj", "patch_embedding", "e c t p q -> (c t p q) e", sizes, bias=c.patch_bias)
     if c.num_positions is not None:
         weights.append(Weight("pos_embed.weight", "position_embedding"))
-    hub = "blocks.{layer}"
-    norm(f"{hub}.norm1", "layers/attention_norm")
-    norm(f"{hub}.norm2", "layers/mlp_norm")
-    for i, part in enumerate("qkv"):
-        rows, path = (i * c.hidden_size, (i + 1) * c.hidden_size), f"layers/attention/{part}"
-        weights.append(Weight(f"{hub}.attn.qkv.weight", f"{path}/kernel", "(n h) e -> e n h", head, rows))
-        weights.append(Weight(f"{hub}.attn.qkv.bias", f"{path}/bias", "(n h) -> n h", head, rows))
-    linear(f"{hub}.attn.proj", "layers/attention/out", "e (n h) -> n h e", head)
+    weights += norm(f"{hub}.norm1", "layers/attention_norm", bias=bias)
+    weights += norm(f"{hub}.norm2", "layers/mlp_norm", bias=bias)
+    weights += into_heads((f"{hub}.attn.qkv",) * 3, "layers/attention", head["h"], (c.hidden_size,) * 3)
+    weights += linear(f"{hub}.attn.proj", "layers/attention/out", OUT_OF_HEADS, head)
     if c.gated:
-        linear(f"{hub}.mlp.gate_proj", "layers/mlp/gate")
-    linear(f"{hub}.mlp.{up}", "layers/mlp/up")
-    linear(f"{hub}.mlp.{down}", "layers/mlp/down")
-    merge("merger", "merger")
+        weights += linear(f"{hub}.mlp.gate_proj", "layers/mlp/gate")
+    weights += linear(f"{hub}.mlp.{up}", "layers/mlp/up") + linear(f"{hub}.mlp.{down}", "layers/mlp/down")
+    weights += merge("merger", "merger")
     if c.deepstack_layers:
-        merge("deepstack_merger_list.{layer}", "deepstack_mergers")
+        weights += merge("deepstack_merger_list.{layer}", "deepstack_mergers")
     spellings = (
         (r"^(?:model\.)?visual\.", ""),
         (r"^(?:model\.(?:language_model|embed_tokens|layers|norm)|language_model|lm_head)\..+$", "language_model"),

@@ -11,7 +11,7 @@ from flax import linen as nn
 
 from mllm_jax.checkpoints.config_json import RATIOS, read_grid
 from mllm_jax.checkpoints.options import Options
-from mllm_jax.checkpoints.table import Table, Weight
+from mllm_jax.checkpoints.table import OUT_OF_HEADS, Table, Weight, head_by_head, linear, norm
 from mllm_jax.encoders.vit import VisionOutput
 from mllm_jax.errors import DataError
 from mllm_jax.layers.attention import Attention
@@ -167,30 +167,16 @@ def write_sizes(c: QwenViTV1Config) -> dict:
 
 def table(c: QwenViTV1Config) -> Table:
     """The ViT's weights under the names of visual.py."""
+    block, head = "transformer.resblocks.{layer}", {"h": c.hidden_size // c.num_heads}
     weights = [
         Weight("conv1.weight", "patch_embedding/kernel", "e c p q -> (p q c) e", dict(c=3, p=c.patch_size)),
         Weight("positional_embedding", "position_embedding"),
+        *norm("ln_pre", "pre_norm"),
+        *norm(f"{block}.ln_1", "layers/attention_norm"),
+        *norm(f"{block}.ln_2", "layers/mlp_norm"),
+        *head_by_head(f"{block}.attn.in_proj", "layers/attention", head),
+        *linear(f"{block}.attn.out_proj", "layers/attention/out", OUT_OF_HEADS, head),
+        *linear(f"{block}.mlp.c_fc", "layers/mlp/up"),
+        *linear(f"{block}.mlp.c_proj", "layers/mlp/down"),
     ]
-
-    def norm(name: str, path: str):
-        weights.append(Weight(f"{name}.weight", f"{path}/scale"))
-        weights.append(Weight(f"{name}.bias", f"{path}/bias"))
-
-    def linear(name: str, path: str, pattern: str = "o i -> i o", sizes=None):
-        weights.append(Weight(f"{name}.weight", f"{path}/kernel", pattern, sizes or {}))
-        weights.append(Weight(f"{name}.bias", f"{path}/bias"))
-
-    block, head = "transformer.resblocks.{layer}", {"h": c.hidden_size // c.num_heads}
-    norm("ln_pre", "pre_norm")
-    norm(f"{block}.ln_1", "layers/attention_norm")
-    norm(f"{block}.ln_2", "layers/mlp_norm")
-    fused = f"{block}.attn.in_proj"
-    for part, letter in enumerate("qkv"):
-        # Head after head, each with its query, key and value rows.
-        path, sizes = f"layers/attention/{letter}", head | {"p": 3}
-        weights.append(Weight(f"{fused}.weight", f"{path}/kernel", "(n p h) e -> p e n h", sizes, part=part))
-        weights.append(Weight(f"{fused}.bias", f"{path}/bias", "(n p h) -> p n h", sizes, part=part))
-    linear(f"{block}.attn.out_proj", "layers/attention/out", "e (n h) -> n h e", head)
-    linear(f"{block}.mlp.c_fc", "layers/mlp/up")
-    linear(f"{block}.mlp.c_proj", "layers/mlp/down")
     return Table(tuple(weights))

@@ -24,7 +24,7 @@ from mllm_jax.checkpoints.config_json import (
     write_activation,
 )
 from mllm_jax.checkpoints.sample import image_sample
-from mllm_jax.checkpoints.table import Family, Table, Weight
+from mllm_jax.checkpoints.table import OUT_OF_HEADS, Family, Table, Weight, into_heads, linear, nested, norm
 from mllm_jax.encoders.hub import options_of, read_activation
 from mllm_jax.encoders.vit import VisionOutput
 from mllm_jax.errors import ConfigError
@@ -314,37 +314,23 @@ def _facts(c: SamConfig) -> dict:
 
 def sam_weights(c: SamConfig) -> list[Weight]:
     """The tower's weights under Hugging Face's names."""
-    weights: list[Weight] = []
     head = {"h": c.hidden_size // c.num_heads}
     patch = dict(p=c.patch_size, q=c.patch_size, c=c.num_channels)
-
-    def linear(name: str, path: str, pattern: str = "o i -> i o", sizes=None):
-        weights.append(Weight(f"{name}.weight", f"{path}/kernel", pattern, sizes or {}))
-        weights.append(Weight(f"{name}.bias", f"{path}/bias"))
-
-    linear("patch_embed.projection", "patch_embedding", "e c p q -> (p q c) e", patch)
+    weights = linear("patch_embed.projection", "patch_embedding", "e c p q -> (p q c) e", patch)
     if c.absolute_positions:
         weights.append(Weight("pos_embed", "position_embedding", "1 h w e -> h w e"))
     for i in range(c.num_layers):
         hub, layer = f"layers.{i}", f"layer_{i}"
-        weights += norm_weights(f"{hub}.layer_norm1", f"{layer}/attention_norm")
-        for place, part in enumerate("qkv"):
-            rows, path = (place * c.hidden_size, (place + 1) * c.hidden_size), f"{layer}/attention/{part}"
-            weights.append(Weight(f"{hub}.attn.qkv.weight", f"{path}/kernel", "(n h) e -> e n h", head, rows))
-            if c.qkv_bias:
-                weights.append(Weight(f"{hub}.attn.qkv.bias", f"{path}/bias", "(n h) -> n h", head, rows))
+        weights += norm(f"{hub}.layer_norm1", f"{layer}/attention_norm")
+        biased, rows = "qkv" if c.qkv_bias else "", (c.hidden_size,) * 3
+        weights += into_heads((f"{hub}.attn.qkv",) * 3, f"{layer}/attention", head["h"], rows, biased)
         if c.relative_positions:
             weights.append(Weight(f"{hub}.attn.rel_pos_h", f"{layer}/attention/rows"))
             weights.append(Weight(f"{hub}.attn.rel_pos_w", f"{layer}/attention/columns"))
-        linear(f"{hub}.attn.proj", f"{layer}/attention/out", "e (n h) -> n h e", head)
-        weights += norm_weights(f"{hub}.layer_norm2", f"{layer}/mlp_norm")
-        linear(f"{hub}.mlp.lin1", f"{layer}/mlp/up")
-        linear(f"{hub}.mlp.lin2", f"{layer}/mlp/down")
+        weights += linear(f"{hub}.attn.proj", f"{layer}/attention/out", OUT_OF_HEADS, head)
+        weights += norm(f"{hub}.layer_norm2", f"{layer}/mlp_norm")
+        weights += linear(f"{hub}.mlp.lin1", f"{layer}/mlp/up") + linear(f"{hub}.mlp.lin2", f"{layer}/mlp/down")
     return weights + neck_weights("neck", "neck")
-
-
-def norm_weights(name: str, path: str) -> list[Weight]:
-    return [Weight(f"{name}.weight", f"{path}/scale"), Weight(f"{name}.bias", f"{path}/bias")]
 
 
 def convolution_weight(name: str, path: str) -> Weight:
@@ -354,16 +340,16 @@ def convolution_weight(name: str, path: str) -> Weight:
 def neck_weights(name: str, path: str) -> list[Weight]:
     return [
         Weight(f"{name}.conv1.weight", f"{path}/projection/kernel", "o i 1 1 -> i o"),
-        *norm_weights(f"{name}.layer_norm1", f"{path}/norm_1"),
+        *norm(f"{name}.layer_norm1", f"{path}/norm_1"),
         convolution_weight(f"{name}.conv2", f"{path}/convolution"),
-        *norm_weights(f"{name}.layer_norm2", f"{path}/norm_2"),
+        *norm(f"{name}.layer_norm2", f"{path}/norm_2"),
     ]
 
 
 def table(config: SamConfig) -> Table:
     weights = sam_weights(config)
-    named = [Weight(f"vision_encoder.{w.name}", w.path, w.pattern, w.sizes, w.rows) for w in weights]
-    return Table(tuple(named), ((r"^(?!vision_encoder\.)", "vision_encoder."),))
+    named = nested(Table(tuple(weights)), "vision_encoder.", "")
+    return Table(named, ((r"^(?!vision_encoder\.)", "vision_encoder."),))
 
 
 FAMILIES = (

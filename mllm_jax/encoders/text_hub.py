@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from mllm_jax.checkpoints.config_json import ELSEWHERE, check_written, write_activation
 from mllm_jax.checkpoints.options import Options
-from mllm_jax.checkpoints.table import Table, Weight
+from mllm_jax.checkpoints.table import OUT_OF_HEADS, Table, Weight, into_heads, linear, norm
 from mllm_jax.encoders.hub import read_activation
 from mllm_jax.encoders.text import TextTowerConfig
 from mllm_jax.errors import ConfigError
@@ -80,32 +80,22 @@ def tower_table(c: TextTowerConfig, projection: str = "") -> Table:
     Args:
         projection: the name of the projection's kernel, where the family has one.
     """
+    layer, head = "text_model.encoder.layers.{layer}", c.hidden_size // c.num_heads
     weights = [
         Weight("text_model.embeddings.token_embedding.weight", "token_embedding/embedding"),
         Weight("text_model.embeddings.position_embedding.weight", "position_embedding"),
+        *norm(f"{layer}.layer_norm1", "layers/attention_norm"),
+        *into_heads([f"{layer}.self_attn.{x}_proj" for x in "qkv"], "layers/attention", head, (c.hidden_size,) * 3),
+        *linear(f"{layer}.self_attn.out_proj", "layers/attention/out", OUT_OF_HEADS, {"h": head}),
+        *norm(f"{layer}.layer_norm2", "layers/mlp_norm"),
+        *linear(f"{layer}.mlp.fc1", "layers/mlp/up"),
+        *linear(f"{layer}.mlp.fc2", "layers/mlp/down"),
+        *norm("text_model.final_layer_norm", "final_norm"),
     ]
-
-    def affine(name: str, path: str):
-        weights.extend((Weight(f"{name}.weight", f"{path}/scale"), Weight(f"{name}.bias", f"{path}/bias")))
-
-    def linear(name: str, path: str, kernel: str = "o i -> i o", bias: str = "", **sizes: int):
-        weights.append(Weight(f"{name}.weight", f"{path}/kernel", kernel, sizes))
-        weights.append(Weight(f"{name}.bias", f"{path}/bias", bias, sizes if bias else {}))
-
-    layer, head = "text_model.encoder.layers.{layer}", c.hidden_size // c.num_heads
-    affine(f"{layer}.layer_norm1", "layers/attention_norm")
-    for part in "qkv":
-        name, path = f"{layer}.self_attn.{part}_proj", f"layers/attention/{part}"
-        linear(name, path, "(n h) e -> e n h", "(n h) -> n h", h=head)
-    linear(f"{layer}.self_attn.out_proj", "layers/attention/out", "e (n h) -> n h e", h=head)
-    affine(f"{layer}.layer_norm2", "layers/mlp_norm")
-    linear(f"{layer}.mlp.fc1", "layers/mlp/up")
-    linear(f"{layer}.mlp.fc2", "layers/mlp/down")
-    affine("text_model.final_layer_norm", "final_norm")
     if c.head_size is not None:
-        linear("text_model.head", "head")
+        weights += linear("text_model.head", "head")
     if projection:
-        weights.append(Weight(f"{projection}.weight", "projection/kernel", "o i -> i o"))
+        weights += linear(projection, "projection", bias=False)
     # What transformers 5 writes for a tower alone has no prefix; older folders hold the positions' numbers.
     spellings = ((r"^(embeddings|encoder|final_layer_norm|head)\.", r"text_model.\1."),)
     return Table(tuple(weights), spellings, ("text_model.embeddings.position_ids",))

@@ -19,7 +19,7 @@ from mllm_jax.checkpoints.architectures import model_type
 from mllm_jax.checkpoints.config_json import one_or_several
 from mllm_jax.checkpoints.options import Options
 from mllm_jax.checkpoints.sample import token_sample
-from mllm_jax.checkpoints.table import Family, Table, Weight
+from mllm_jax.checkpoints.table import OUT_OF_HEADS, Family, Table, Weight, head_by_head, linear, norm
 from mllm_jax.errors import ConfigError
 from mllm_jax.layers.attention import attention, write_at
 from mllm_jax.layers.head import head_inputs
@@ -332,28 +332,15 @@ def table(config: ChatGLMConfig) -> Table:
     layer, heads = "transformer.layers.{layer}", {"n": config.num_heads}
     weights = [
         Weight("transformer.word_embeddings.weight", "token_embedding/embedding"),
-        Weight(f"{layer}.attention.dense.weight", "layers/attention/out/kernel", "e (n h) -> n h e", heads),
-        Weight(f"{layer}.attention.dense.bias", "layers/attention/out/bias"),
-        Weight("lm_head.weight", "lm_head/kernel", "v e -> e v"),
+        *norm(f"{layer}.input_layernorm", "layers/attention_norm"),
+        *head_by_head(f"{layer}.attention.query_key_value", "layers/attention", heads),
+        *linear(f"{layer}.attention.dense", "layers/attention/out", OUT_OF_HEADS, heads),
+        *norm(f"{layer}.post_attention_layernorm", "layers/mlp_norm"),
+        *linear(f"{layer}.mlp.dense_h_to_4h", "layers/mlp/up"),
+        *linear(f"{layer}.mlp.dense_4h_to_h", "layers/mlp/down"),
+        *norm("transformer.final_layernorm", "final_norm"),
+        *linear("lm_head", "lm_head", bias=False),
     ]
-    for part, name in enumerate("qkv"):
-        stored, ours, sizes = f"{layer}.attention.query_key_value", f"layers/attention/{name}", heads | {"p": 3}
-        weights += [
-            Weight(f"{stored}.weight", f"{ours}/kernel", "(n p h) e -> p e n h", sizes, part=part),
-            Weight(f"{stored}.bias", f"{ours}/bias", "(n p h) -> p n h", sizes, part=part),
-        ]
-    for stored, ours in (("dense_h_to_4h", "up"), ("dense_4h_to_h", "down")):
-        weights += [
-            Weight(f"{layer}.mlp.{stored}.weight", f"layers/mlp/{ours}/kernel", "o i -> i o"),
-            Weight(f"{layer}.mlp.{stored}.bias", f"layers/mlp/{ours}/bias"),
-        ]
-    norms = {
-        f"{layer}.input_layernorm": "layers/attention_norm",
-        f"{layer}.post_attention_layernorm": "layers/mlp_norm",
-        "transformer.final_layernorm": "final_norm",
-    }
-    for stored, ours in norms.items():
-        weights += [Weight(f"{stored}.weight", f"{ours}/scale"), Weight(f"{stored}.bias", f"{ours}/bias")]
     return Table(tuple(weights), ignored=(f"{layer}.attention.rotary_emb.inv_freq",))
 
 

@@ -14,7 +14,7 @@ from mllm_jax.checkpoints.config_json import (
     write_activation,
 )
 from mllm_jax.checkpoints.options import Options
-from mllm_jax.checkpoints.table import Table, Weight
+from mllm_jax.checkpoints.table import LINEAR, OUT_OF_HEADS, Table, Weight, beside, into_heads, linear, norm
 from mllm_jax.errors import ConfigError
 from mllm_jax.layers.rotary import RopeScaling
 from mllm_jax.llms.decoder import DecoderConfig
@@ -207,55 +207,35 @@ class Names:
 
 def decoder_table(c: DecoderConfig, names: Names = Names()) -> Table:
     """The weights of a decoder under a family's names."""
-    weights: list[Weight] = []
+    layer, head = f"{names.layers}.{{layer}}", {"h": c.size_per_head}
 
-    def norm(name: str, path: str, kind: str = c.norm):
-        if kind == "rms" or c.norm_affine:
-            weights.append(Weight(f"{name}.weight", f"{path}/scale"))
-        if kind == "layer" and c.norm_affine:
-            weights.append(Weight(f"{name}.bias", f"{path}/bias"))
+    def own_norm(name: str, path: str) -> list[Weight]:
+        return norm(name, path, bias=c.norm == "layer") if c.norm_affine else []
 
-    def linear(name: str, path: str, bias: bool = False, rows=None, heads: str = ""):
-        """`heads`: whether the rows ("out of") or columns ("into") of the stored matrix are the dimensions of heads."""
-        kernel = {"": "o i -> i o", "out of": "e (n h) -> n h e", "into": "(n h) e -> e n h"}[heads]
-        sizes = {"h": c.size_per_head} if heads else {}
-        weights.append(Weight(f"{name}.weight", f"{path}/kernel", kernel, sizes, rows))
-        if bias and heads == "into":
-            weights.append(Weight(f"{name}.bias", f"{path}/bias", "(n h) -> n h", sizes, rows))
-        elif bias:
-            weights.append(Weight(f"{name}.bias", f"{path}/bias", rows=rows))
-
-    def beside(parts: list[tuple[str, str, int]], bias: bool, heads: str = ""):
-        """Maps (stored name, path, rows), which lie one after the other in one tensor where they share its name."""
-        together = len({name for name, _, _ in parts}) < len(parts)
-        start = 0
-        for name, path, rows in parts:
-            linear(name, path, bias, (start, start + rows) if together else None, heads)
-            start += rows
-
-    layer, hub = "layers", f"{names.layers}.{{layer}}"
-    weights.append(Weight(f"{names.embedding}.weight", "token_embedding/embedding"))
+    weights = [Weight(f"{names.embedding}.weight", "token_embedding/embedding")]
     if c.positions == "learned":
         weights.append(Weight(f"{names.positions}.weight", "position_embedding/embedding"))
     if c.embedding_size is not None:
-        linear(names.embedding_in, "embedding_in")
-        linear(names.embedding_out, "embedding_out")
-    norm(f"{hub}.{names.attention_norm}", f"{layer}/attention_norm")
-    heads = [("q", names.q, c.num_heads), ("k", names.k, c.num_kv_heads), ("v", names.v, c.num_kv_heads)]
-    parts = [(f"{hub}.{name}", f"{layer}/attention/{part}", n * c.size_per_head) for part, name, n in heads]
-    beside(parts, c.qkv_bias, heads="into")
-    linear(f"{hub}.{names.out}", f"{layer}/attention/out", c.out_bias, heads="out of")
+        weights += linear(names.embedding_in, "embedding_in", bias=False)
+        weights += linear(names.embedding_out, "embedding_out", bias=False)
+    weights += own_norm(f"{layer}.{names.attention_norm}", "layers/attention_norm")
+    stored = [f"{layer}.{name}" for name in (names.q, names.k, names.v)]
+    rows = [heads * c.size_per_head for heads in (c.num_heads, c.num_kv_heads, c.num_kv_heads)]
+    weights += into_heads(stored, "layers/attention", c.size_per_head, rows, "qkv" if c.qkv_bias else "")
+    weights += linear(f"{layer}.{names.out}", "layers/attention/out", OUT_OF_HEADS, head, bias=c.out_bias)
     if c.qk_norm:
-        norm(f"{hub}.{names.q_norm}", f"{layer}/attention/q_norm", "rms")
-        norm(f"{hub}.{names.k_norm}", f"{layer}/attention/k_norm", "rms")
-    norm(f"{hub}.{names.mlp_norm}", f"{layer}/mlp_norm")
-    wide = ([("gate", names.gate)] if c.gated else []) + [("up", names.up)]
-    parts = [(f"{hub}.{name}", f"{layer}/mlp/{part}", c.mlp_size) for part, name in wide]
-    beside(parts, c.mlp_bias)
-    linear(f"{hub}.{names.down}", f"{layer}/mlp/down", c.mlp_bias)
+        weights += norm(f"{layer}.{names.q_norm}", "layers/attention/q_norm", bias=False)
+        weights += norm(f"{layer}.{names.k_norm}", "layers/attention/k_norm", bias=False)
+    weights += own_norm(f"{layer}.{names.mlp_norm}", "layers/mlp_norm")
+    wide = [("gate", names.gate)] * c.gated + [("up", names.up)]
+    parts = [(f"{layer}.{name}", f"layers/mlp/{part}") for part, name in wide]
+    weights += beside([(f"{name}.weight", f"{path}/kernel", c.mlp_size) for name, path in parts], LINEAR)
+    if c.mlp_bias:
+        weights += beside([(f"{name}.bias", f"{path}/bias", c.mlp_size) for name, path in parts])
+    weights += linear(f"{layer}.{names.down}", "layers/mlp/down", bias=c.mlp_bias)
     if c.final_norm:
-        norm(names.final_norm, "final_norm")
+        weights += own_norm(names.final_norm, "final_norm")
     if not c.tie_word_embeddings:
-        linear(names.head, "lm_head")
+        weights += linear(names.head, "lm_head", bias=False)
     ignored = names.ignored + ((f"{names.head}.weight",) if c.tie_word_embeddings else ())
     return Table(tuple(weights), names.spellings, ignored)

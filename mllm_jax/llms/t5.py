@@ -13,7 +13,7 @@ from flax import struct
 from mllm_jax.checkpoints.architectures import model_type
 from mllm_jax.checkpoints.config_json import ACTIVATIONS, one_or_several, write_activation
 from mllm_jax.checkpoints.options import Options
-from mllm_jax.checkpoints.table import Family, Table, Weight
+from mllm_jax.checkpoints.table import OUT_OF_HEADS, Family, Table, Weight, into_heads, linear, norm
 from mllm_jax.errors import DataError
 from mllm_jax.layers.attention import write_at
 from mllm_jax.layers.head import head_inputs
@@ -363,41 +363,33 @@ def settle(config: T5Config, stored: Collection[str]) -> T5Config:
     return replace(config, tie_word_embeddings=True, scale_outputs=False)
 
 
-def _attention(config: T5Config, name: str, path: str) -> list[Weight]:
-    inner, heads = "(n h) e -> e n h", {"n": config.num_heads}
-    lines = [Weight(f"{name}.{part}.weight", f"{path}/{part}/kernel", inner, heads) for part in "qkv"]
-    return [*lines, Weight(f"{name}.o.weight", f"{path}/out/kernel", "e (n h) -> n h e", heads)]
-
-
 def table(config: T5Config) -> Table:
     """The names of T5ForConditionalGeneration."""
     c = config
+    heads, rows = {"h": c.head_dim}, (c.num_heads * c.head_dim,) * 3
     weights = [Weight("shared.weight", "token_embedding/embedding")]
     for side, sublayers in (("encoder", ("SelfAttention",)), ("decoder", ("SelfAttention", "EncDecAttention"))):
         block, path = f"{side}.block.{{layer}}.layer", f"{side}/layers"
-        paths = ("attention", "cross_attention")[: len(sublayers)]
-        for i, (name, place) in enumerate(zip(sublayers, paths, strict=True)):
-            weights += _attention(c, f"{block}.{i}.{name}", f"{path}/{place}")
-            weights.append(Weight(f"{block}.{i}.layer_norm.weight", f"{path}/{place}_norm/scale"))
+        for i, (name, place) in enumerate(zip(sublayers, ("attention", "cross_attention"), strict=False)):
+            stored, ours = f"{block}.{i}.{name}", f"{path}/{place}"
+            weights += into_heads([f"{stored}.{part}" for part in "qkv"], ours, c.head_dim, rows, biased="")
+            weights += linear(f"{stored}.o", f"{ours}/out", OUT_OF_HEADS, heads, bias=False)
+            weights += norm(f"{block}.{i}.layer_norm", f"{ours}_norm", bias=False)
         mlp = f"{block}.{len(sublayers)}"
         wide = {"wi_0": "gate", "wi_1": "up", "wo": "down"} if c.gated else {"wi": "up", "wo": "down"}
         for name, place in wide.items():
-            weights.append(Weight(f"{mlp}.DenseReluDense.{name}.weight", f"{path}/mlp/{place}/kernel", "o i -> i o"))
-        weights += [
-            Weight(f"{mlp}.layer_norm.weight", f"{path}/mlp_norm/scale"),
-            Weight(
-                f"{side}.block.0.layer.0.SelfAttention.relative_attention_bias.weight",
-                f"{side}/relative_bias/embedding",
-            ),
-            Weight(f"{side}.final_layer_norm.weight", f"{side}/final_norm/scale"),
-        ]
+            weights += linear(f"{mlp}.DenseReluDense.{name}", f"{path}/mlp/{place}", bias=False)
+        weights += norm(f"{mlp}.layer_norm", f"{path}/mlp_norm", bias=False)
+        weights += norm(f"{side}.final_layer_norm", f"{side}/final_norm", bias=False)
+        table = f"{side}.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
+        weights.append(Weight(table, f"{side}/relative_bias/embedding"))
     # Copies of `shared`, and a table that was stored by mistake and is never read.
     ignored = ["encoder.embed_tokens.weight", "decoder.embed_tokens.weight"]
     ignored.append("decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight")
     if c.tie_word_embeddings:
         ignored.append("lm_head.weight")
     else:
-        weights.append(Weight("lm_head.weight", "lm_head/kernel", "v e -> e v"))
+        weights += linear("lm_head", "lm_head", bias=False)
     return Table(tuple(weights), ignored=tuple(ignored))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from mllm_jax.checkpoints.architectures import model_type
 from mllm_jax.checkpoints.config_json import check_written, stored_fields
 from mllm_jax.checkpoints.options import Options
-from mllm_jax.checkpoints.table import Family, Table, Weight, nested
+from mllm_jax.checkpoints.table import Family, Table, linear, nested
 from mllm_jax.encoders import eva
 from mllm_jax.models.blip2 import read_encoder
 from mllm_jax.models.blip2_stage1 import QFormerPretrainingConfig
@@ -64,10 +64,7 @@ def table(config: QFormerPretrainingConfig) -> Table:
     weights += qformer_weights(config.projector, embeddings="embeddings")
     heads = {"vision_projection": "image_projection", "text_projection": "text_projection", "itm_head": "matching"}
     for theirs, ours in heads.items():
-        weights += (
-            Weight(f"{theirs}.weight", f"{ours}/kernel", "o i -> i o"),
-            Weight(f"{theirs}.bias", f"{ours}/bias"),
-        )
+        weights += (*linear(theirs, ours),)
     return Table(weights, (), ("embeddings.position_ids",))
 
 

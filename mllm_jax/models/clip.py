@@ -15,7 +15,7 @@ from flax import struct
 from mllm_jax.checkpoints.architectures import model_type
 from mllm_jax.checkpoints.config_json import ELSEWHERE, check_written
 from mllm_jax.checkpoints.options import Options
-from mllm_jax.checkpoints.table import Family, Table, Weight, nested
+from mllm_jax.checkpoints.table import Family, Table, Weight, linear, nested
 from mllm_jax.data.batch import BatchSpec, images_spec, text_spec
 from mllm_jax.encoders import clip_text, clip_vision, siglip_text, siglip_vision
 from mllm_jax.encoders.text import TextModel, TextOutput, TextTowerConfig
@@ -298,8 +298,8 @@ def _faithful(config: DualEncoderConfig, written: dict, read) -> dict:
 
 def clip_table(config: DualEncoderConfig) -> Table:
     joined = (
-        Weight("visual_projection.weight", "heads/image_projection/kernel", "o i -> i o"),
-        Weight("text_projection.weight", "heads/text_projection/kernel", "o i -> i o"),
+        *linear("visual_projection", "heads/image_projection", bias=False),
+        *linear("text_projection", "heads/text_projection", bias=False),
         Weight("logit_scale", "heads/log_scale"),
     )
     return _with_towers(clip_vision.table(config.vision), clip_text.table(config.text), joined)

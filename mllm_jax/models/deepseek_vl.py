@@ -14,7 +14,7 @@ import numpy as np
 from mllm_jax.checkpoints.architectures import architecture, model_type
 from mllm_jax.checkpoints.config_json import check_written, stored_fields
 from mllm_jax.checkpoints.options import Options
-from mllm_jax.checkpoints.table import Family, Table, Weight, nested
+from mllm_jax.checkpoints.table import Family, Table, linear, nested
 from mllm_jax.data.image_processors import ImageProcessor, read_image_processor
 from mllm_jax.data.processing.layouts import TileLayout
 from mllm_jax.data.processing.media import Media
@@ -209,8 +209,7 @@ def table(config: DeepseekVLConfig) -> Table:
         weights = list(nested(tower, "model.vision_model.", "encoder/"))
         maps = dict(linear1="linear_1", linear2="linear_2")
     for hub, ours in maps.items():
-        weights.append(Weight(f"model.aligner.{hub}.weight", f"projector/{ours}/kernel", "o i -> i o"))
-        weights.append(Weight(f"model.aligner.{hub}.bias", f"projector/{ours}/bias"))
+        weights += linear(f"model.aligner.{hub}", f"projector/{ours}")
     weights += [dataclasses.replace(w, name=_in_llm(w.name), path=f"llm/{w.path}") for w in llm.weights]
     ignored = [f"model.vision_model.{name}" for name in tower.ignored] + [_in_llm(name) for name in llm.ignored]
     spellings = (

@@ -14,7 +14,7 @@ import numpy as np
 from mllm_jax.checkpoints.architectures import architecture, model_type
 from mllm_jax.checkpoints.config_json import check_written, read_activation, stored_fields, write_activation
 from mllm_jax.checkpoints.options import Options, named_as
-from mllm_jax.checkpoints.table import Family, Table, Weight, nested
+from mllm_jax.checkpoints.table import Family, Table, linear, nested, norm
 from mllm_jax.data.chat import ChatTokenizer
 from mllm_jax.data.image_processors import ImageProcessor, read_image_processor, read_video_processor
 from mllm_jax.data.processing.layouts import TileLayout
@@ -299,16 +299,11 @@ def table(config: InternVLConfig) -> Table:
     tower, llm = internvit.table(_tower(c)), llm_table(c.llm, "an InternVL")
     vision = "vision_tower." if hub else "vision_model."
     weights = [*nested(tower, vision, "encoder/"), *nested(llm, "language_model.", "llm/")]
-    prefix, norm, first, second = (
+    prefix, between, first, second = (
         ("multi_modal_projector", "layer_norm", "linear_1", "linear_2") if hub else ("mlp1", "0", "1", "3")
     )
-    weights += [
-        Weight(f"{prefix}.{norm}.weight", "projector/norm/scale"),
-        Weight(f"{prefix}.{norm}.bias", "projector/norm/bias"),
-    ]
-    for name, path in ((first, "linear_1"), (second, "linear_2")):
-        weights.append(Weight(f"{prefix}.{name}.weight", f"projector/{path}/kernel", "o i -> i o"))
-        weights.append(Weight(f"{prefix}.{name}.bias", f"projector/{path}/bias"))
+    weights += norm(f"{prefix}.{between}", "projector/norm")
+    weights += linear(f"{prefix}.{first}", "projector/linear_1") + linear(f"{prefix}.{second}", "projector/linear_2")
     spellings = (
         (r"^model\.(vision_tower|multi_modal_projector)\.", r"\1."),
         (r"^model\.language_model\.", "language_model.model."),

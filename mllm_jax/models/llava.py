@@ -15,7 +15,7 @@ import numpy as np
 from mllm_jax.checkpoints.architectures import architecture, find, model_type, of_type
 from mllm_jax.checkpoints.config_json import check_written, read_activation, stored_fields, write_activation
 from mllm_jax.checkpoints.options import Options
-from mllm_jax.checkpoints.table import Family, Table, Weight, nested
+from mllm_jax.checkpoints.table import Family, Table, Weight, linear, nested
 from mllm_jax.data.image_processors import ImageProcessor, read_image_processor, read_video_processor
 from mllm_jax.data.processing.layouts import TileLayout
 from mllm_jax.data.processing.media import Media
@@ -304,10 +304,8 @@ def table(config: LlavaConfig) -> Table:
     llm = llm_table(config.llm, "a LLaVA")
     weights = list(nested(tower, "vision_tower.", "encoder/") + nested(llm, "language_model.", "llm/"))
     for layer in range(1, config.projector.num_layers + 1):
-        hub, ours = f"multi_modal_projector.linear_{layer}", f"projector/linear_{layer}"
-        weights.append(Weight(f"{hub}.weight", f"{ours}/kernel", "o i -> i o"))
-        if config.projector.use_bias:
-            weights.append(Weight(f"{hub}.bias", f"{ours}/bias"))
+        name = f"linear_{layer}"
+        weights += linear(f"multi_modal_projector.{name}", f"projector/{name}", bias=config.projector.use_bias)
     if config.newline:
         weights.append(Weight("image_newline", "newline"))
     spellings = (

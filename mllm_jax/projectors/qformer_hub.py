@@ -6,7 +6,8 @@ from collections.abc import Mapping
 
 from mllm_jax.checkpoints.config_json import ENCODER_ACTIVATIONS, read_activation, write_activation
 from mllm_jax.checkpoints.options import Options
-from mllm_jax.checkpoints.table import Weight
+from mllm_jax.checkpoints.table import OUT_OF_HEADS, Weight, into_heads, linear
+from mllm_jax.checkpoints.table import norm as layer_norm
 from mllm_jax.projectors.qformer import QFormerConfig
 
 # Our field -> the hub's option of the same meaning.
@@ -77,33 +78,23 @@ def qformer_weights(
         path: where its parameters stand.
     """
     weights = [Weight(query, f"{path}/query", "1 q e -> q e")]
-    heads = {"h": c.hidden_size // c.num_heads}
-
-    def dense(name: str, place: str, kernel: str = "o i -> i o", bias: str = "", sizes: Mapping[str, int] = {}):  # noqa: B006
-        weights.append(Weight(f"{name}.weight", f"{place}/kernel", kernel, sizes))
-        weights.append(Weight(f"{name}.bias", f"{place}/bias", bias, sizes if bias else {}))
-
-    def layer_norm(name: str, place: str):
-        weights.append(Weight(f"{name}.weight", f"{place}/scale"))
-        weights.append(Weight(f"{name}.bias", f"{place}/bias"))
-
+    head, rows = c.hidden_size // c.num_heads, (c.hidden_size,) * 3
     if c.reads_text:
         for ours, theirs in (("token", "word"), ("position", "position")):
             weights.append(Weight(f"{embeddings}.{theirs}_embeddings.weight", f"{path}/{ours}_embedding/embedding"))
-    layer_norm(norm, f"{path}/embedding_norm")
+    weights += layer_norm(norm, f"{path}/embedding_norm")
     for i, crosses in enumerate(c.group):
         hub, place = f"{layers}.{{layer*{len(c.group)}+{i}}}", f"{path}/layers/layer_{i}"
         attentions = {"attention": "attention"} | ({"crossattention": "cross_attention"} if crosses else {})
         for theirs, ours in attentions.items():
-            for name in ("query", "key", "value"):
-                part = f"{place}/{ours}/{name[0]}"
-                dense(f"{hub}.{theirs}.{own}.{name}", part, "(n h) e -> e n h", "(n h) -> n h", heads)
-            dense(f"{hub}.{theirs}.output.dense", f"{place}/{ours}/out", "e (n h) -> n h e", sizes=heads)
-            layer_norm(f"{hub}.{theirs}.output.LayerNorm", f"{place}/{ours}/norm")
+            stored = [f"{hub}.{theirs}.{own}.{name}" for name in ("query", "key", "value")]
+            weights += into_heads(stored, f"{place}/{ours}", head, rows)
+            weights += linear(f"{hub}.{theirs}.output.dense", f"{place}/{ours}/out", OUT_OF_HEADS, {"h": head})
+            weights += layer_norm(f"{hub}.{theirs}.output.LayerNorm", f"{place}/{ours}/norm")
         for suffix, ours in (("_query", "query_mlp"), *((("", "text_mlp"),) if c.reads_text else ())):
-            dense(f"{hub}.intermediate{suffix}.dense", f"{place}/{ours}/mlp/up")
-            dense(f"{hub}.output{suffix}.dense", f"{place}/{ours}/mlp/down")
-            layer_norm(f"{hub}.output{suffix}.LayerNorm", f"{place}/{ours}/norm")
+            weights += linear(f"{hub}.intermediate{suffix}.dense", f"{place}/{ours}/mlp/up")
+            weights += linear(f"{hub}.output{suffix}.dense", f"{place}/{ours}/mlp/down")
+            weights += layer_norm(f"{hub}.output{suffix}.LayerNorm", f"{place}/{ours}/norm")
     if c.output_size is not None:
-        dense(projection, f"{path}/language_projection")
+        weights += linear(projection, f"{path}/language_projection")
     return tuple(weights)
