@@ -130,7 +130,7 @@ class Family:
         table: the module's config -> Table.
         sample: the module's config -> the arguments with which `init` creates every parameter; by default a batch of
             the whole model, see `mllm_jax.checkpoints.sample` for those of language models and of encoders.
-        oracle: the reference class that parity is proven against.
+        oracle: the reference class that parity is proven against; by default its first architecture.
         layout: of a model that reads media: (the module's config, the folder) -> how its pictures are prepared and
             where they stand in the text, see `mllm_jax.models.processor.Layout`.
         settle: (the module's config, the names of the stored tensors) -> the config, where config.json alone leaves

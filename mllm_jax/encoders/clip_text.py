@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from mllm_jax.checkpoints.architectures import model_type
 from mllm_jax.checkpoints.options import Options, named_as
 from mllm_jax.checkpoints.sample import token_sample
 from mllm_jax.checkpoints.table import Family, Table
@@ -51,10 +50,8 @@ def from_hf_config(values: dict) -> TextTowerConfig:
 def to_hf_config(config: TextTowerConfig) -> dict:
     """The reverse; refuses switches that the family does not have."""
     c = config
-    written = dict(architectures=[c.family], model_type=model_type(c.family), **write_tower(c))
-    if c.projection_size is not None:
-        written["projection_dim"] = c.projection_size
-    return faithful(c, written, from_hf_config)
+    projection = {} if c.projection_size is None else dict(projection_dim=c.projection_size)
+    return faithful(c, write_tower(c) | projection, from_hf_config)
 
 
 def table(config: TextTowerConfig) -> Table:
@@ -69,7 +66,6 @@ FAMILIES = (
         to_hf=to_hf_config,
         table=table,
         sample=token_sample,
-        oracle=MODEL,
     ),
     Family(
         name="CLIP text with projection",
@@ -78,6 +74,5 @@ FAMILIES = (
         to_hf=to_hf_config,
         table=table,
         sample=token_sample,
-        oracle=WITH_PROJECTION,
     ),
 )

@@ -120,6 +120,5 @@ FAMILIES = (
         to_hf=to_hf_config,
         table=table,
         sample=image_sample,
-        oracle="Dinov2Model",
     ),
 )

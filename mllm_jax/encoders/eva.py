@@ -14,58 +14,34 @@ from mllm_jax.checkpoints.config_json import MOST_PATCHES, RATIOS, read_grid, re
 from mllm_jax.checkpoints.options import Options
 from mllm_jax.checkpoints.sample import image_sample
 from mllm_jax.checkpoints.table import Family, Table
-from mllm_jax.encoders.hub import Names, faithful, options_of, read_vit, vit_table, write_vit
+from mllm_jax.encoders.hub import Names, faithful, vit_family, vit_table
 from mllm_jax.encoders.vit import ViTConfig
 from mllm_jax.errors import ConfigError
 
 # ---- Blip2VisionModel
 
-# What an option is where config.json does not say.
-_BLIP2_DEFAULTS = dict(
-    hidden_size=1408,
-    num_hidden_layers=39,
-    num_attention_heads=16,
-    intermediate_size=6144,
-    hidden_act="gelu",
-    layer_norm_eps=1e-6,
-    image_size=224,
-    patch_size=14,
+FAMILY = vit_family(
+    "Blip2VisionModel",
+    name="EVA-01",
+    defaults=dict(
+        hidden_size=1408, num_hidden_layers=39, num_attention_heads=16, intermediate_size=6144, patch_size=14
+    ),
+    names=Names(
+        patch="embeddings.patch_embedding",
+        layers="encoder.layers",
+        class_token="embeddings.class_embedding",
+        position="embeddings.position_embedding",
+        q="self_attn.qkv",
+        k="self_attn.qkv",
+        v="self_attn.qkv",
+        out="self_attn.projection",
+        spellings=((r"^vision_model\.", ""),),
+    ),
+    fields={"qkv_bias": ("qkv_bias", "flag", True)},
+    class_token=True,
+    norm_pooled=True,  # the reference takes the last norm twice on the class token
+    pooler="token",
 )
-_BLIP2_NAMES = Names(
-    patch="embeddings.patch_embedding",
-    layers="encoder.layers",
-    class_token="embeddings.class_embedding",
-    position="embeddings.position_embedding",
-    q="self_attn.qkv",
-    k="self_attn.qkv",
-    v="self_attn.qkv",
-    out="self_attn.projection",
-    spellings=((r"^vision_model\.", ""),),
-)
-
-
-def from_hf_config(values: dict) -> ViTConfig:
-    """config.json of Blip2VisionModel or `vision_config` of BLIP-2, every option honoured or refused by name."""
-    options = options_of(values, _BLIP2_DEFAULTS, "Blip2VisionModel")
-    # The reference takes the last norm twice on the class token.
-    return read_vit(
-        options,
-        class_token=True,
-        qkv_bias=options.flag("qkv_bias", True),
-        norm_pooled=True,
-        pooler="token",
-        family="Blip2VisionModel",
-    )
-
-
-def to_hf_config(config: ViTConfig) -> dict:
-    """The reverse; refuses switches that the family does not have."""
-    written = write_vit(config) | dict(qkv_bias=config.qkv_bias)
-    return faithful(config, written, from_hf_config)
-
-
-def table(config: ViTConfig) -> Table:
-    return vit_table(config, _BLIP2_NAMES)
 
 
 # ---- timm
@@ -294,15 +270,7 @@ def timm_table(config: ViTConfig) -> Table:
 
 
 FAMILIES = (
-    Family(
-        name="EVA-01",
-        architectures=("Blip2VisionModel",),
-        from_hf=from_hf_config,
-        to_hf=to_hf_config,
-        table=table,
-        sample=image_sample,
-        oracle="Blip2VisionModel",
-    ),
+    FAMILY,
     Family(
         name="EVA-02-CLIP",
         architectures=tuple(_TIMM),

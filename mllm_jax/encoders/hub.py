@@ -4,22 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
-from mllm_jax.checkpoints import config_json
 from mllm_jax.checkpoints.architectures import model_type
 from mllm_jax.checkpoints.config_json import (
     ELSEWHERE,
-    ENCODER_ACTIVATIONS,
+    Fields,
     check_written,
+    read_fields,
     read_grid,
     stored_fields,
-    write_activation,
+    write_fields,
 )
-from mllm_jax.checkpoints.options import Options, named_as
+from mllm_jax.checkpoints.options import ENCODER_ACTIVATIONS, Options, named_as
+from mllm_jax.checkpoints.sample import image_sample
 from mllm_jax.checkpoints.table import (
     HEAD_BIAS,
     LINEAR,
     OUT_OF_HEADS,
+    Family,
     Table,
     Weight,
     beside,
@@ -30,10 +33,18 @@ from mllm_jax.checkpoints.table import (
 from mllm_jax.encoders.vit import ViTConfig
 from mllm_jax.errors import ConfigError
 
-
-def read_activation(options: Options, name: str = "hidden_act") -> str:
-    """Our name of an encoder's activation. Raises ConfigError: an unknown one."""
-    return config_json.read_activation(options, name, ENCODER_ACTIVATIONS)
+_GRID = {"image_size": ("image_size", "size"), "patch_size": ("patch_size", "size")}
+_FIELDS: Fields = {
+    "hidden_size": ("hidden_size", "size"),
+    "num_layers": ("num_hidden_layers", "size"),
+    "num_heads": ("num_attention_heads", "size"),
+    "mlp_size": ("intermediate_size", "size"),
+    "activation": ("hidden_act", "activation", ENCODER_ACTIVATIONS),
+    "norm_eps": ("layer_norm_eps", "number", ..., 0.0),
+    "num_channels": ("num_channels", "size", 3),
+}
+# What an option is where config.json does not say, and the family has nothing else.
+_DEFAULTS = write_fields(ViTConfig(), _GRID | _FIELDS)
 
 
 def options_of(values: Mapping, defaults: Mapping, family: str) -> Options:
@@ -58,38 +69,16 @@ def read_vit(options: Options, **switches) -> ViTConfig:
     Args:
         switches: fields of the config that the family decides.
     """
-    read = dict(
-        **read_grid(options),
-        hidden_size=options.size("hidden_size"),
-        num_layers=options.size("num_hidden_layers"),
-        num_heads=options.size("num_attention_heads"),
-        activation=read_activation(options) if "activation" not in switches else "",
-        norm_eps=options.number("layer_norm_eps", least=0.0),
-        num_channels=options.size("num_channels", 3),
-        drop_remainder=True,
-    )
-    if "mlp_size" not in switches:
-        read["mlp_size"] = options.size("intermediate_size")
+    fields = {name: field for name, field in _FIELDS.items() if name not in switches}
+    config = ViTConfig(**read_grid(options) | dict(drop_remainder=True) | read_fields(options, fields) | switches)
     options.skip(*ELSEWHERE)
     options.done()
-    return ViTConfig(**read | switches)
+    return config
 
 
 def write_vit(c: ViTConfig) -> dict:
-    """The reverse of `read_vit`."""
-    return dict(
-        architectures=[c.family],
-        model_type=model_type(c.family),
-        image_size=c.image_size,
-        patch_size=c.patch_size,
-        hidden_size=c.hidden_size,
-        num_hidden_layers=c.num_layers,
-        num_attention_heads=c.num_heads,
-        intermediate_size=c.mlp_size,
-        hidden_act=write_activation(c.activation),
-        layer_norm_eps=c.norm_eps,
-        num_channels=c.num_channels,
-    )
+    """The inverse of `read_vit`."""
+    return dict(architectures=[c.family], model_type=model_type(c.family), **write_fields(c, _GRID | _FIELDS))
 
 
 def faithful(c: ViTConfig, written: dict, read: Callable[[dict], ViTConfig]) -> dict:
@@ -198,3 +187,41 @@ def vit_table(c: ViTConfig, names: Names) -> Table:
     if c.head_size is not None:
         weights += linear(names.head, "head")
     return Table(tuple(weights), names.spellings, names.ignored)
+
+
+def vit_family(
+    architecture: str,
+    *,
+    name: str,
+    defaults: Mapping[str, Any],
+    names: Names,
+    fields: Fields = {},  # noqa: B006
+    read: Callable[[Options], dict] = lambda options: {},
+    write: Callable[[ViTConfig], dict] = lambda config: {},
+    **fixed: Any,
+) -> Family:
+    """A ViT as a class of transformers has it; every option of its config.json is honoured or refused by name.
+
+    Args:
+        defaults: what an option is where config.json does not say, if it is not what `ViTConfig` has.
+        names: of its tensors.
+        fields: options of this family alone.
+        read, write: what else it reads, as fields of the config, and writes, as options.
+        fixed: the fields that all its models have alike.
+    """
+
+    def from_hf(values: Mapping) -> ViTConfig:
+        options = options_of(values, _DEFAULTS | dict(defaults), architecture)
+        return read_vit(options, family=architecture, **fixed | read_fields(options, fields) | read(options))
+
+    def to_hf(config: ViTConfig) -> dict:
+        return faithful(config, write_vit(config) | write_fields(config, fields) | write(config), from_hf)
+
+    return Family(
+        name=name,
+        architectures=(architecture,),
+        from_hf=from_hf,
+        to_hf=to_hf,
+        table=lambda config: vit_table(config, names),
+        sample=image_sample,
+    )

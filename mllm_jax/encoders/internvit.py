@@ -115,7 +115,6 @@ FAMILIES = (
         to_hf=to_hf_config,
         table=table,
         sample=image_sample,
-        oracle=_HF,
     ),
     Family(
         name="InternViT (OpenGVLab)",

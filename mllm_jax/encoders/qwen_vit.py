@@ -18,10 +18,17 @@ from flax import linen as nn
 from flax import struct
 
 from mllm_jax.checkpoints.architectures import model_type
-from mllm_jax.checkpoints.config_json import ELSEWHERE, MOST_PATCHES, RATIOS, check_written, write_activation
-from mllm_jax.checkpoints.options import Options, named_as
+from mllm_jax.checkpoints.config_json import (
+    ELSEWHERE,
+    MOST_PATCHES,
+    RATIOS,
+    Fields,
+    check_written,
+    read_fields,
+    write_fields,
+)
+from mllm_jax.checkpoints.options import ENCODER_ACTIVATIONS, Options, named_as
 from mllm_jax.checkpoints.table import OUT_OF_HEADS, Family, Table, Weight, into_heads, linear, norm
-from mllm_jax.encoders.hub import read_activation
 from mllm_jax.encoders.qwen_patches import PatchLayout, lay_out_patches, window_numbers
 from mllm_jax.encoders.vit import VisionOutput
 from mllm_jax.errors import ConfigError, DataError
@@ -280,6 +287,34 @@ _DEFAULTS = {
     | dict(patch_size=16, num_position_embeddings=2304, deepstack_visual_indexes=(8, 16, 24)),
 }
 MOST_PATCH = 256  # a side in pixels, or in patches that become one token
+_FIELDS: Fields = {
+    "patch_size": ("patch_size", "size", ..., MOST_PATCH),
+    "temporal_patch_size": ("temporal_patch_size", "size"),
+    "channels": ("in_channels", "size"),
+    "merge_size": ("spatial_merge_size", "size", ..., MOST_PATCH),
+    "num_layers": ("depth", "size"),
+    "num_heads": ("num_heads", "size"),
+    "activation": ("hidden_act", "activation", ENCODER_ACTIVATIONS),
+}
+_WIDTHS: Fields = {
+    "hidden_size": ("hidden_size", "size"),
+    "mlp_size": ("intermediate_size", "size"),
+    "output_size": ("out_hidden_size", "size"),
+}
+_OWN: dict[str, Fields] = {
+    _QWEN2: {"hidden_size": ("embed_dim", "size"), "output_size": ("hidden_size", "size")},
+    _QWEN25: _WIDTHS
+    | {
+        "window_size": ("window_size", "size"),
+        "full_layers": ("fullatt_block_indexes", "counts"),
+        "tokens_per_second": ("tokens_per_second", "size"),
+    },
+    _QWEN3: _WIDTHS
+    | {
+        "num_positions": ("num_position_embeddings", "size", ..., MOST_PATCHES**2),
+        "deepstack_layers": ("deepstack_visual_indexes", "counts"),
+    },
+}
 # The modules' names: projections of the MLP, then norm and two maps of the merger.
 _NAMES = {
     _QWEN2: (("fc1", "fc2"), ("ln_q", "mlp.0", "mlp.2")),
@@ -308,44 +343,25 @@ def from_hf_config(values: dict) -> QwenViTConfig:
     options = Options(_DEFAULTS[family] | {k: v for k, v in part.items() if v is not None}, f"config.json of {family}")
     rope = Options(options.part("rope_parameters", {}), f"rope_parameters of {family}")
     rope.only("rope_type", "axial")
-    patch, channels = options.size("patch_size", most=MOST_PATCH), options.size("in_channels")
-    frames = options.size("temporal_patch_size")
-    # Spellings of the first checkpoints, which the reference class does not read.
-    options.only("in_chans", channels)
-    options.only("spatial_patch_size", patch)
-    read = dict(
-        patch_size=patch,
-        temporal_patch_size=frames,
-        channels=channels,
-        merge_size=options.size("spatial_merge_size", most=MOST_PATCH),
-        num_layers=options.size("depth"),
-        num_heads=options.size("num_heads"),
-        activation=read_activation(options),
-        rope_theta=rope.number("rope_theta", 10_000.0, least=1.0),
-        family=family,
-    )
+    read = read_fields(options, _FIELDS | _OWN[family]) | dict(family=family)
+    read["rope_theta"] = rope.number("rope_theta", 10_000.0, least=1.0)
     rope.done()
+    # Spellings of the first checkpoints, which the reference class does not read.
+    options.only("in_chans", read["channels"])
+    options.only("spatial_patch_size", read["patch_size"])
     if family == _QWEN2:
-        width = options.size("embed_dim")
-        mlp_size = int(width * options.number("mlp_ratio", ..., *RATIOS))
-        read |= dict(hidden_size=width, mlp_size=mlp_size, output_size=options.size("hidden_size"))
-    else:
-        read |= dict(hidden_size=options.size("hidden_size"), mlp_size=options.size("intermediate_size"))
-        read |= dict(output_size=options.size("out_hidden_size"))
+        read["mlp_size"] = int(read["hidden_size"] * options.number("mlp_ratio", ..., *RATIOS))
     if family == _QWEN25:
-        read |= dict(norm="rms", gated=True, window_size=options.size("window_size"))
-        read |= dict(full_layers=options.counts("fullatt_block_indexes"))
-        read |= dict(tokens_per_second=options.size("tokens_per_second"))
+        read |= dict(norm="rms", gated=True)
     if family == _QWEN3:
-        read |= dict(patch_bias=True, num_positions=options.size("num_position_embeddings", most=MOST_PATCHES**2))
-        read |= dict(deepstack_layers=options.counts("deepstack_visual_indexes"))
+        read |= dict(patch_bias=True)
     options.skip(*ELSEWHERE)
     options.done()
     return QwenViTConfig(**read)
 
 
 def to_hf_config(config: QwenViTConfig) -> dict:
-    """The reverse, for a folder of the tower alone.
+    """The inverse, for a folder of the tower alone.
 
     Raises:
         ConfigError: the family has no options for some of the switches; names them.
@@ -353,27 +369,11 @@ def to_hf_config(config: QwenViTConfig) -> dict:
     c = config
     if c.family not in _DEFAULTS:
         raise ConfigError(f"Qwen ViT: family {c.family!r}", f"one of {', '.join(_DEFAULTS)}", "change family")
-    written = dict(
-        architectures=[c.family],
-        model_type=model_type(c.family),
-        depth=c.num_layers,
-        num_heads=c.num_heads,
-        in_channels=c.channels,
-        patch_size=c.patch_size,
-        spatial_merge_size=c.merge_size,
-        temporal_patch_size=c.temporal_patch_size,
-        hidden_act=write_activation(c.activation),
-        rope_parameters=dict(rope_type="axial", rope_theta=c.rope_theta),
-    )
+    named = dict(architectures=[c.family], model_type=model_type(c.family))
+    written = named | write_fields(c, _FIELDS | _OWN[c.family])
+    written["rope_parameters"] = dict(rope_type="axial", rope_theta=c.rope_theta)
     if c.family == _QWEN2:
-        written |= dict(embed_dim=c.hidden_size, hidden_size=c.output_size, mlp_ratio=c.mlp_size // c.hidden_size)
-    else:
-        written |= dict(hidden_size=c.hidden_size, intermediate_size=c.mlp_size, out_hidden_size=c.output_size)
-    if c.family == _QWEN25:
-        written |= dict(window_size=c.window_size, fullatt_block_indexes=list(c.full_layers))
-        written |= dict(tokens_per_second=c.tokens_per_second)
-    if c.family == _QWEN3:
-        written |= dict(num_position_embeddings=c.num_positions, deepstack_visual_indexes=list(c.deepstack_layers))
+        written["mlp_ratio"] = c.mlp_size // c.hidden_size
     return check_written(c, written, from_hf_config, "a Qwen ViT")
 
 
@@ -423,7 +423,6 @@ FAMILIES = tuple(
         to_hf=to_hf_config,
         table=table,
         sample=sample,
-        oracle=hub,
     )
     for name, hub in (("Qwen2-VL ViT", _QWEN2), ("Qwen2.5-VL ViT", _QWEN25), ("Qwen3-VL ViT", _QWEN3))
 )

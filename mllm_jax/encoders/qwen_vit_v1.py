@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from einops import rearrange
 from flax import linen as nn
 
-from mllm_jax.checkpoints.config_json import RATIOS, read_grid
+from mllm_jax.checkpoints.config_json import RATIOS, Fields, read_fields, read_grid, write_fields
 from mllm_jax.checkpoints.options import Options
 from mllm_jax.checkpoints.table import OUT_OF_HEADS, Table, Weight, head_by_head, linear, norm
 from mllm_jax.encoders.vit import VisionOutput
@@ -142,27 +142,22 @@ class QwenViTV1(nn.Module):
 # ---- Hugging Face folders
 
 
+_FIELDS: Fields = {
+    "hidden_size": ("width", "size"),
+    "num_layers": ("layers", "size"),
+    "num_heads": ("heads", "size"),
+    "mlp_ratio": ("mlp_ratio", "number", ..., *RATIOS),
+}
+
+
 def read_sizes(options: Options) -> QwenViTV1Config:
     """The ViT's options of the `visual` part of a Qwen-VL config.json; the resampler's stand beside them."""
-    return QwenViTV1Config(
-        **read_grid(options),
-        hidden_size=options.size("width"),
-        num_layers=options.size("layers"),
-        num_heads=options.size("heads"),
-        mlp_ratio=options.number("mlp_ratio", ..., *RATIOS),
-    )
+    return QwenViTV1Config(**read_grid(options), **read_fields(options, _FIELDS))
 
 
 def write_sizes(c: QwenViTV1Config) -> dict:
-    """The reverse."""
-    return dict(
-        image_size=c.image_size,
-        patch_size=c.patch_size,
-        width=c.hidden_size,
-        layers=c.num_layers,
-        heads=c.num_heads,
-        mlp_ratio=c.mlp_ratio,
-    )
+    """The inverse."""
+    return dict(image_size=c.image_size, patch_size=c.patch_size) | write_fields(c, _FIELDS)
 
 
 def table(c: QwenViTV1Config) -> Table:

@@ -4,12 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from mllm_jax.checkpoints.config_json import ELSEWHERE, check_written, write_activation
-from mllm_jax.checkpoints.options import Options
+from mllm_jax.checkpoints.architectures import model_type
+from mllm_jax.checkpoints.config_json import ELSEWHERE, Fields, check_written, read_fields, write_fields
+from mllm_jax.checkpoints.options import ENCODER_ACTIVATIONS, Options
 from mllm_jax.checkpoints.table import OUT_OF_HEADS, Table, Weight, into_heads, linear, norm
-from mllm_jax.encoders.hub import read_activation
 from mllm_jax.encoders.text import TextTowerConfig
 from mllm_jax.errors import ConfigError
+
+_FIELDS: Fields = {
+    "vocab_size": ("vocab_size", "size"),
+    "max_length": ("max_position_embeddings", "size"),
+    "hidden_size": ("hidden_size", "size"),
+    "num_layers": ("num_hidden_layers", "size"),
+    "num_heads": ("num_attention_heads", "size"),
+    "mlp_size": ("intermediate_size", "size"),
+    "activation": ("hidden_act", "activation", ENCODER_ACTIVATIONS),
+    "norm_eps": ("layer_norm_eps", "number", ..., 0.0),
+    "bos_token_id": ("bos_token_id", "id"),
+    "pad_token_id": ("pad_token_id", "id"),
+}
 
 
 def read_tower(values: dict, defaults: dict, what: str, **switches) -> TextTowerConfig:
@@ -23,20 +36,8 @@ def read_tower(values: dict, defaults: dict, what: str, **switches) -> TextTower
         ConfigError: an option that is not supported, by name.
     """
     options = Options(defaults | {name: value for name, value in values.items() if value is not None}, what)
-    config = TextTowerConfig(
-        vocab_size=options.size("vocab_size"),
-        max_length=options.size("max_position_embeddings"),
-        hidden_size=options.size("hidden_size"),
-        num_layers=options.size("num_hidden_layers"),
-        num_heads=options.size("num_attention_heads"),
-        mlp_size=options.size("intermediate_size"),
-        activation=read_activation(options),
-        norm_eps=options.number("layer_norm_eps", least=0.0),
-        bos_token_id=options.id("bos_token_id"),
-        eos_token_id=_one_id(options.ids("eos_token_id"), what),
-        pad_token_id=options.id("pad_token_id"),
-        **switches,
-    )
+    eos = _one_id(options.ids("eos_token_id"), what)
+    config = TextTowerConfig(**read_fields(options, _FIELDS), eos_token_id=eos, **switches)
     options.skip("projection_size", *ELSEWHERE)
     options.done()
     return config
@@ -49,20 +50,9 @@ def _one_id(ids: tuple[int, ...], what: str) -> int | None:
 
 
 def write_tower(c: TextTowerConfig) -> dict:
-    """The reverse of `read_tower`."""
-    return dict(
-        vocab_size=c.vocab_size,
-        max_position_embeddings=c.max_length,
-        hidden_size=c.hidden_size,
-        num_hidden_layers=c.num_layers,
-        num_attention_heads=c.num_heads,
-        intermediate_size=c.mlp_size,
-        hidden_act=write_activation(c.activation),
-        layer_norm_eps=c.norm_eps,
-        bos_token_id=c.bos_token_id,
-        eos_token_id=c.eos_token_id,
-        pad_token_id=c.pad_token_id,
-    )
+    """The inverse of `read_tower`."""
+    named = dict(architectures=[c.family], model_type=model_type(c.family), eos_token_id=c.eos_token_id)
+    return named | write_fields(c, _FIELDS)
 
 
 def faithful(config: TextTowerConfig, written: dict, read: Callable[[dict], TextTowerConfig]) -> dict:

@@ -16,7 +16,7 @@ from flax import linen as nn
 from flax import struct
 
 from mllm_jax.checkpoints.architectures import model_type
-from mllm_jax.checkpoints.config_json import one_or_several
+from mllm_jax.checkpoints.config_json import Fields, read_fields, write_fields
 from mllm_jax.checkpoints.options import Options
 from mllm_jax.checkpoints.sample import token_sample
 from mllm_jax.checkpoints.table import OUT_OF_HEADS, Family, Table, Weight, head_by_head, linear, norm
@@ -269,8 +269,7 @@ def is_v1(config: Mapping) -> bool:
     return "inner_hidden_size" in config or "position_encoding_2d" in config
 
 
-# Our field -> the option of the same meaning in the checkpoint's own code, and its kind.
-_OPTIONS = {
+_FIELDS: Fields = {
     "vocab_size": ("vocab_size", "size"),
     "hidden_size": ("hidden_size", "size"),
     "num_layers": ("num_layers", "size"),
@@ -278,10 +277,13 @@ _OPTIONS = {
     "mlp_size": ("inner_hidden_size", "size"),
     "max_position_embeddings": ("max_sequence_length", "size"),
     "bos_token_id": ("bos_token_id", "count"),
+    "eos_token_id": ("eos_token_id", "ids", ...),
     "pad_token_id": ("pad_token_id", "count"),
     "mask_token_id": ("mask_token_id", "count"),
     "gmask_token_id": ("gmask_token_id", "count"),
+    "norm_eps": ("layernorm_epsilon", "number", ..., 0.0),
 }
+_FIXED = dict(position_encoding_2d=True, quantization_bit=0, prefix_projection=False, tie_word_embeddings=False)
 
 
 def from_hf_config(values: dict) -> ChatGLMConfig:
@@ -297,34 +299,18 @@ def from_hf_config(values: dict) -> ChatGLMConfig:
             "read it with mllm_jax.llms.glm: ChatGLM2 and ChatGLM3 are models of another kind",
         )
     option = Options(values, "config.json of ChatGLM-6B")
-    option.only("position_encoding_2d", True)
-    option.only("quantization_bit", 0)
+    for name, value in _FIXED.items():
+        option.only(name, value)
     option.only("pre_seq_len", None, 0)
-    option.only("prefix_projection", False)
-    option.only("tie_word_embeddings", False)
-    config = ChatGLMConfig(
-        **{ours: getattr(option, kind)(theirs) for ours, (theirs, kind) in _OPTIONS.items()},
-        norm_eps=option.number("layernorm_epsilon", least=0.0),
-        eos_token_id=option.ids("eos_token_id", ...),
-    )
+    config = ChatGLMConfig(**read_fields(option, _FIELDS))
     option.done()
     return config
 
 
 def to_hf_config(config: ChatGLMConfig) -> dict:
     """config.json as ChatGLM-6B has it, without the pointers to its code."""
-    return {
-        "architectures": [config.family],
-        "model_type": model_type(config.family),
-        **{theirs: getattr(config, ours) for ours, (theirs, _) in _OPTIONS.items()},
-        "layernorm_epsilon": config.norm_eps,
-        "eos_token_id": one_or_several(config.eos_token_id),
-        "position_encoding_2d": True,
-        "quantization_bit": 0,
-        "pre_seq_len": None,
-        "prefix_projection": False,
-        "tie_word_embeddings": False,
-    }
+    named = dict(architectures=[config.family], model_type=model_type(config.family))
+    return named | _FIXED | dict(pre_seq_len=None) | write_fields(config, _FIELDS)
 
 
 def table(config: ChatGLMConfig) -> Table:

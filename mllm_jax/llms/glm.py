@@ -134,7 +134,6 @@ FAMILIES = (
         to_hf=to_hf_config,
         table=table,
         sample=token_sample,
-        oracle="GlmForCausalLM",
     ),
     Family(
         name="ChatGLM2, ChatGLM3",

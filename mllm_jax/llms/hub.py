@@ -6,19 +6,29 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from mllm_jax.checkpoints.architectures import model_type
-from mllm_jax.checkpoints.config_json import (
-    check_written,
-    one_or_several,
-    read_activation,
-    stored_fields,
-    write_activation,
-)
+from mllm_jax.checkpoints.config_json import Fields, check_written, read_fields, stored_fields, write_fields
 from mllm_jax.checkpoints.options import Options
 from mllm_jax.checkpoints.table import LINEAR, OUT_OF_HEADS, Table, Weight, beside, into_heads, linear, norm
 from mllm_jax.errors import ConfigError
 from mllm_jax.layers.rotary import RopeScaling
 from mllm_jax.llms.decoder import DecoderConfig
 
+IDS: Fields = {
+    "bos_token_id": ("bos_token_id", "id"),
+    "eos_token_id": ("eos_token_id", "ids"),
+    "pad_token_id": ("pad_token_id", "id"),
+}
+_FIELDS: Fields = IDS | {
+    "vocab_size": ("vocab_size", "size"),
+    "hidden_size": ("hidden_size", "size"),
+    "num_layers": ("num_hidden_layers", "size"),
+    "num_heads": ("num_attention_heads", "size"),
+    "mlp_size": ("intermediate_size", "size"),
+    "activation": ("hidden_act", "activation"),
+    "norm_eps": ("rms_norm_eps", "number", ..., 0.0),
+    "tie_word_embeddings": ("tie_word_embeddings", "flag"),
+    "max_position_embeddings": ("max_position_embeddings", "size"),
+}
 # The least and the most that an option of rotary scaling may be: beyond it, angles or scores are no numbers.
 _STRETCH = (1.0, 1e6)
 _ROPE_RANGES = dict(factor=_STRETCH) | dict.fromkeys(
@@ -34,20 +44,6 @@ _ROPE_OPTIONS = {
     "llama3": ("factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor"),
     "yarn": ("factor", "original_max_position_embeddings", *_ROPE_OPTIONAL),
 }
-
-
-def read_ids(options: Options) -> dict:
-    """bos_token_id, eos_token_id and pad_token_id as the decoder's config keeps them."""
-    return dict(
-        bos_token_id=options.id("bos_token_id"),
-        eos_token_id=options.ids("eos_token_id"),
-        pad_token_id=options.id("pad_token_id"),
-    )
-
-
-def write_ids(c: DecoderConfig) -> dict:
-    eos = one_or_several(c.eos_token_id) if c.eos_token_id else None
-    return dict(bos_token_id=c.bos_token_id, eos_token_id=eos, pad_token_id=c.pad_token_id)
 
 
 def read_rope(options: Options, what: str, partial: bool = False) -> dict:
@@ -120,43 +116,17 @@ def read_decoder(options: Options, what: str, *, partial_rotary: bool = False, *
     kv_heads = options.size("num_key_value_heads", heads)
     if "num_key_value_heads" in options:
         options.divided("num_attention_heads", "num_key_value_heads")
-    read = dict(
-        vocab_size=options.size("vocab_size"),
-        hidden_size=width,
-        num_layers=options.size("num_hidden_layers"),
-        num_heads=heads,
-        num_kv_heads=kv_heads,
-        head_dim=None if head_dim == width // heads else head_dim,
-        mlp_size=options.size("intermediate_size"),
-        activation=read_activation(options),
-        norm_eps=options.number("rms_norm_eps", least=0.0),
-        tie_word_embeddings=options.flag("tie_word_embeddings"),
-        max_position_embeddings=options.size("max_position_embeddings"),
-    )
-    read |= read_rope(options, what, partial_rotary) | read_ids(options) | switches
+    read = read_fields(options, _FIELDS) | read_rope(options, what, partial_rotary)
+    read |= dict(num_kv_heads=kv_heads, head_dim=None if head_dim == width // heads else head_dim)
     options.done()
-    return DecoderConfig(**read)
+    return DecoderConfig(**read | switches)
 
 
 def write_decoder(c: DecoderConfig) -> dict:
-    """The reverse of `read_decoder`."""
-    return dict(
-        architectures=[c.family],
-        model_type=model_type(c.family),
-        vocab_size=c.vocab_size,
-        hidden_size=c.hidden_size,
-        num_hidden_layers=c.num_layers,
-        num_attention_heads=c.num_heads,
-        num_key_value_heads=c.num_kv_heads,
-        head_dim=c.size_per_head,
-        intermediate_size=c.mlp_size,
-        hidden_act=write_activation(c.activation),
-        rms_norm_eps=c.norm_eps,
-        tie_word_embeddings=c.tie_word_embeddings,
-        max_position_embeddings=c.max_position_embeddings,
-        **write_rope(c),
-        **write_ids(c),
-    )
+    """The inverse of `read_decoder`."""
+    named = dict(architectures=[c.family], model_type=model_type(c.family))
+    heads = dict(num_key_value_heads=c.num_kv_heads, head_dim=c.size_per_head)
+    return named | heads | write_fields(c, _FIELDS) | write_rope(c)
 
 
 def faithful(c: DecoderConfig, written: dict, read: Callable[[dict], DecoderConfig]) -> dict:

@@ -85,7 +85,6 @@ FAMILIES = tuple(
         to_hf=to_hf_config,
         table=table,
         sample=token_sample,
-        oracle=hub,
     )
     for name, hub in (("LLaMA, Vicuna", "LlamaForCausalLM"), ("Mistral", "MistralForCausalLM"))
 )

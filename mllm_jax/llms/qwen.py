@@ -100,7 +100,6 @@ FAMILIES = tuple(
         to_hf=to_hf_config,
         table=table,
         sample=token_sample,
-        oracle=hub,
     )
     for name, hub in (("Qwen2, Qwen2.5", "Qwen2ForCausalLM"), ("Qwen3", "Qwen3ForCausalLM"))
 )

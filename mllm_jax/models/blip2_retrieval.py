@@ -42,7 +42,7 @@ def from_hf_config(values: dict) -> QFormerPretrainingConfig:
 
 def to_hf_config(config: QFormerPretrainingConfig) -> dict:
     """The reverse; refuses switches that the family does not have."""
-    vision = {name: value for name, value in eva.to_hf_config(config.encoder).items() if name != "architectures"}
+    vision = {name: value for name, value in eva.FAMILY.to_hf(config.encoder).items() if name != "architectures"}
     written = dict(
         architectures=[FAMILY],
         model_type=model_type(FAMILY),
@@ -60,7 +60,7 @@ def to_hf_config(config: QFormerPretrainingConfig) -> dict:
 
 
 def table(config: QFormerPretrainingConfig) -> Table:
-    weights = nested(eva.table(config.encoder), "vision_model.", "encoder/")
+    weights = nested(eva.FAMILY.table(config.encoder), "vision_model.", "encoder/")
     weights += qformer_weights(config.projector, embeddings="embeddings")
     heads = {"vision_projection": "image_projection", "text_projection": "text_projection", "itm_head": "matching"}
     for theirs, ours in heads.items():
@@ -75,6 +75,5 @@ FAMILIES = (
         from_hf=from_hf_config,
         to_hf=to_hf_config,
         table=table,
-        oracle=FAMILY,
     ),
 )

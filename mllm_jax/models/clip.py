@@ -231,7 +231,7 @@ def _parts(options: Options, readers: Sequence[Callable[[dict], Any]]) -> list:
 def read_clip(values: dict) -> DualEncoderConfig:
     """config.json of CLIPModel, every option honoured or refused by name."""
     options = Options(values, "config.json of CLIPModel")
-    vision, text = _parts(options, (clip_vision.from_hf_config, clip_text.from_hf_config))
+    vision, text = _parts(options, (clip_vision.FAMILY.from_hf, clip_text.from_hf_config))
     config = DualEncoderConfig(
         vision=replace(vision, image_mean=CLIP_MEAN, image_std=CLIP_STD),
         text=text,
@@ -251,7 +251,7 @@ def write_clip(config: DualEncoderConfig) -> dict:
     written = dict(
         architectures=["CLIPModel"],
         model_type=model_type(config.family),
-        vision_config=_nameless(clip_vision.to_hf_config(config.vision)),
+        vision_config=_nameless(clip_vision.FAMILY.to_hf(config.vision)),
         text_config=_nameless(clip_text.to_hf_config(config.text)),
         projection_dim=config.projection_size,
         logit_scale_init_value=log_scale,
@@ -262,7 +262,7 @@ def write_clip(config: DualEncoderConfig) -> dict:
 def read_siglip(values: dict) -> DualEncoderConfig:
     """config.json of SiglipModel, every option honoured or refused by name."""
     options = Options(values, "config.json of SiglipModel")
-    vision, text = _parts(options, (siglip_vision.from_hf_config, siglip_text.from_hf_config))
+    vision, text = _parts(options, (siglip_vision.FAMILY.from_hf, siglip_text.from_hf_config))
     config = DualEncoderConfig(
         vision=vision,
         text=text,
@@ -280,7 +280,7 @@ def write_siglip(config: DualEncoderConfig) -> dict:
     written = dict(
         architectures=["SiglipModel"],
         model_type=model_type(config.family),
-        vision_config=_nameless(siglip_vision.to_hf_config(config.vision)),
+        vision_config=_nameless(siglip_vision.FAMILY.to_hf(config.vision)),
         text_config=_nameless(siglip_text.to_hf_config(config.text)),
     )
     return _faithful(config, written, read_siglip)
@@ -302,12 +302,12 @@ def clip_table(config: DualEncoderConfig) -> Table:
         *linear("text_projection", "heads/text_projection", bias=False),
         Weight("logit_scale", "heads/log_scale"),
     )
-    return _with_towers(clip_vision.table(config.vision), clip_text.table(config.text), joined)
+    return _with_towers(clip_vision.FAMILY.table(config.vision), clip_text.table(config.text), joined)
 
 
 def siglip_table(config: DualEncoderConfig) -> Table:
     joined = (Weight("logit_scale", "heads/log_scale", "1 ->"), Weight("logit_bias", "heads/bias", "1 ->"))
-    return _with_towers(siglip_vision.table(config.vision), siglip_text.table(config.text), joined)
+    return _with_towers(siglip_vision.FAMILY.table(config.vision), siglip_text.table(config.text), joined)
 
 
 def _with_towers(vision: Table, text: Table, joined: tuple[Weight, ...]) -> Table:
@@ -329,7 +329,6 @@ FAMILIES = (
         to_hf=write_clip,
         table=clip_table,
         sample=sample,
-        oracle="CLIPModel",
     ),
     Family(
         name="SigLIP",
@@ -338,6 +337,5 @@ FAMILIES = (
         to_hf=write_siglip,
         table=siglip_table,
         sample=sample,
-        oracle="SiglipModel",
     ),
 )

@@ -164,7 +164,7 @@ def _part(values: dict, kind: str, what: str) -> dict:
 
 
 def _read_siglip(values: dict, what: str) -> ViTConfig:
-    return siglip_vision.from_hf_config(_part(values, "siglip_vision_model", what))
+    return siglip_vision.FAMILY.from_hf(_part(values, "siglip_vision_model", what))
 
 
 def _read_sam(values: dict, what: str) -> sam.SamConfig:
@@ -181,7 +181,7 @@ def to_hf_config(config: DeepseekVLConfig) -> dict:
         architectures=[c.family],
         model_type=model_type(c.family),
         text_config=write_llm(c.llm, _WHAT),
-        vision_config=siglip_vision.to_hf_config(c.encoder.low if c.hybrid else c.encoder),
+        vision_config=siglip_vision.FAMILY.to_hf(c.encoder.low if c.hybrid else c.encoder),
         tie_word_embeddings=c.llm.tie_word_embeddings,
         image_token_id=c.image_token_id,
     )
@@ -200,7 +200,7 @@ def _facts(c: DeepseekVLConfig) -> dict:
 
 def table(config: DeepseekVLConfig) -> Table:
     c = config
-    tower = siglip_vision.table(c.encoder.low if c.hybrid else c.encoder)
+    tower = siglip_vision.FAMILY.table(c.encoder.low if c.hybrid else c.encoder)
     llm = llm_table(c.llm, _WHAT)
     if c.hybrid:
         weights = list(nested(Table(tuple(siglip_sam_weights(c.encoder))), "model.", "encoder/"))
@@ -230,7 +230,6 @@ FAMILIES = tuple(
         from_hf=from_hf_config,
         to_hf=to_hf_config,
         table=table,
-        oracle=hub,
         layout=layout,
     )
     for name, hub in (("DeepSeek-VL", SINGLE), ("DeepSeek-VL with SAM", HYBRID))

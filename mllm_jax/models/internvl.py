@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from mllm_jax.checkpoints.architectures import architecture, model_type
-from mllm_jax.checkpoints.config_json import check_written, read_activation, stored_fields, write_activation
+from mllm_jax.checkpoints.config_json import check_written, stored_fields, write_activation
 from mllm_jax.checkpoints.options import Options, named_as
 from mllm_jax.checkpoints.table import Family, Table, linear, nested, norm
 from mllm_jax.data.chat import ChatTokenizer
@@ -177,9 +177,7 @@ def _read_hub(options: Options, what: str) -> InternVLConfig:
         projector=PixelShuffleProjectorConfig(
             output_size=llm.hidden_size,
             factor=_factor(options),
-            activation=read_activation(options, "projector_hidden_act")
-            if "projector_hidden_act" in options
-            else "gelu",
+            activation=options.activation("projector_hidden_act", default="gelu"),
         ),
         llm=llm,
         connection=_connection(options, "vision_feature_layer", encoder),
@@ -320,7 +318,6 @@ FAMILIES = (
         from_hf=from_hf_config,
         to_hf=to_hf_config,
         table=table,
-        oracle=HUB,
         layout=layout,
     ),
     Family(

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from mllm_jax.checkpoints.architectures import architecture, find, model_type, of_type
-from mllm_jax.checkpoints.config_json import check_written, read_activation, stored_fields, write_activation
+from mllm_jax.checkpoints.config_json import check_written, stored_fields, write_activation
 from mllm_jax.checkpoints.options import Options
 from mllm_jax.checkpoints.table import Family, Table, Weight, linear, nested
 from mllm_jax.data.image_processors import ImageProcessor, read_image_processor, read_video_processor
@@ -25,7 +25,7 @@ from mllm_jax.errors import ConfigError
 from mllm_jax.layers.requirements import Requirements
 from mllm_jax.models.clip import CLIP_MEAN, CLIP_STD
 from mllm_jax.models.multimodal import Connection, MultimodalConfig
-from mllm_jax.models.parts import home, llm_table, read_llm, write_llm
+from mllm_jax.models.parts import family_of, llm_table, read_llm, write_llm
 from mllm_jax.projectors.mlp import MLPProjectorConfig
 
 LLAVA, NEXT, ONEVISION = (f"Llava{name}ForConditionalGeneration" for name in ("", "Next", "Onevision"))
@@ -199,9 +199,7 @@ def from_hf_config(values: dict) -> LlavaConfig:
         encoder=encoder,
         projector=MLPProjectorConfig(
             output_size=llm.hidden_size,
-            activation=read_activation(options, "projector_hidden_act")
-            if "projector_hidden_act" in options
-            else "gelu",
+            activation=options.activation("projector_hidden_act", default="gelu"),
             use_bias=options.flag("multimodal_projector_bias", True),
         ),
         llm=llm,
@@ -253,7 +251,7 @@ def _read_tower(values: dict, what: str) -> ViTConfig:
     if kind not in _TOWERS:
         raise ConfigError(f"{what}: a vision tower {kind!r}", " or ".join(_TOWERS), "convert another checkpoint")
     # Towers of whole CLIPs say their text tower's vocabulary.
-    tower = home(of_type(kind)).from_hf_config(
+    tower = family_of(of_type(kind)).from_hf(
         {name: value for name, value in values.items() if name not in ("architectures", "vocab_size")}
     )
     return replace(tower, image_mean=CLIP_MEAN, image_std=CLIP_STD) if kind == _TOWERS[0] else tower
@@ -266,7 +264,7 @@ def to_hf_config(config: LlavaConfig) -> dict:
     written = dict(
         architectures=[config.family],
         model_type=model_type(config.family),
-        vision_config=_tower(config.encoder).to_hf_config(config.encoder),
+        vision_config=_tower(config.encoder).to_hf(config.encoder),
         text_config=write_llm(llm, "a LLaVA"),
         tie_word_embeddings=llm.tie_word_embeddings,
         image_token_index=config.image_token_id,
@@ -291,11 +289,11 @@ def _facts(c: LlavaConfig) -> dict:
     return stored_fields(c, "encoder", "llm", "preprocessing") | dict(projector=projector)
 
 
-def _tower(encoder: ViTConfig):
-    """The file that writes a tower."""
+def _tower(encoder: ViTConfig) -> Family:
+    """The family as which a tower is written."""
     found = find(encoder.family)
     if found is not None and found.model_type in _TOWERS:
-        return home(found)
+        return family_of(found)
     raise ConfigError(f"LLaVA with a {encoder.family}", f"one of {', '.join(_TOWERS)}", "choose another encoder")
 
 
@@ -325,7 +323,6 @@ FAMILIES = tuple(
         from_hf=from_hf_config,
         to_hf=to_hf_config,
         table=table,
-        oracle=hub,
         layout=layout,
     )
     for name, hub in (("LLaVA-1.5", LLAVA), ("LLaVA-NeXT", NEXT), ("LLaVA-OneVision", ONEVISION))

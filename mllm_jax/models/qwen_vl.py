@@ -219,7 +219,6 @@ FAMILIES = tuple(
         from_hf=from_hf_config,
         to_hf=to_hf_config,
         table=table,
-        oracle=hub,
         layout=layout,
     )
     for name, hub in (("Qwen2-VL", QWEN2), ("Qwen2.5-VL", QWEN25), ("Qwen3-VL", QWEN3))

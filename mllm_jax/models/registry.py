@@ -13,7 +13,7 @@ from typing import Any
 import jax
 from flax import linen as nn
 
-from mllm_jax.checkpoints.architectures import ARCHITECTURES, Architecture, find, known
+from mllm_jax.checkpoints.architectures import ARCHITECTURES, find, known
 from mllm_jax.checkpoints.components import Component, component_of
 from mllm_jax.checkpoints.hf import Report, float_dtype, read_config, read_weights, write_weights
 from mllm_jax.checkpoints.layer_bound import require_layers
@@ -23,6 +23,7 @@ from mllm_jax.checkpoints.options import named_as
 from mllm_jax.checkpoints.safetensors_files import has_weights, read_folder
 from mllm_jax.checkpoints.table import Family
 from mllm_jax.errors import ConfigError
+from mllm_jax.models.parts import family_of as part_family
 from mllm_jax.sharding.cpu import prepare_cpu
 
 
@@ -47,7 +48,10 @@ def supported_models() -> list[SupportedModel]:
     """Every model that `from_pretrained` reads, a row a family. `mllm models` prints it as a table."""
     modules = dict.fromkeys(found.module for found in ARCHITECTURES)
     families = [family for module in modules for family in importlib.import_module(module).FAMILIES]
-    return [SupportedModel(f.name, f.architectures, bool(f.from_hf), bool(f.to_hf), f.oracle) for f in families]
+    return [
+        SupportedModel(f.name, f.architectures, bool(f.from_hf), bool(f.to_hf), f.oracle or f.architectures[0])
+        for f in families
+    ]
 
 
 def family_of_component(component: Component, hf_config: Mapping[str, Any]) -> Family:
@@ -60,7 +64,7 @@ def family_of_component(component: Component, hf_config: Mapping[str, Any]) -> F
             f"one of {', '.join(dict.fromkeys(entry.name for entry in ARCHITECTURES))}",
             "read the other components by themselves, or convert another checkpoint",
         )
-    return _family(found)
+    return part_family(found)
 
 
 def family_of(hf_config: Mapping[str, Any]) -> Family:
@@ -75,7 +79,7 @@ def family_of(hf_config: Mapping[str, Any]) -> Family:
             "add the entry `architectures` as the model's own repository has it",
         )
     name = next((name for name in architectures if find(name, hf_config)), architectures[0])
-    return _family(known(name, hf_config))
+    return part_family(known(name, hf_config))
 
 
 def family_of_config(config: Any) -> Family:
@@ -86,12 +90,7 @@ def family_of_config(config: Any) -> Family:
             "a config that came from a Hugging Face folder, or names the architecture to be written as",
             "set its field `family`, or save a training checkpoint instead",
         )
-    return _family(known(name))
-
-
-def _family(found: Architecture) -> Family:
-    families = importlib.import_module(found.module).FAMILIES
-    return next(family for family in families if found.name in family.architectures)
+    return part_family(known(name))
 
 
 def abstract_params(config: Any, family: Family) -> PyTree:

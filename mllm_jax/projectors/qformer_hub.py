@@ -4,20 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from mllm_jax.checkpoints.config_json import ENCODER_ACTIVATIONS, read_activation, write_activation
-from mllm_jax.checkpoints.options import Options
+from mllm_jax.checkpoints.config_json import Fields, read_fields, write_fields
+from mllm_jax.checkpoints.options import ENCODER_ACTIVATIONS, Options
 from mllm_jax.checkpoints.table import OUT_OF_HEADS, Weight, into_heads, linear
 from mllm_jax.checkpoints.table import norm as layer_norm
 from mllm_jax.projectors.qformer import QFormerConfig
 
-# Our field -> the hub's option of the same meaning.
-_OPTIONS = {
-    "hidden_size": "hidden_size",
-    "num_layers": "num_hidden_layers",
-    "num_heads": "num_attention_heads",
-    "mlp_size": "intermediate_size",
-    "cross_attention_frequency": "cross_attention_frequency",
-    "max_length": "max_position_embeddings",
+_FIELDS: Fields = {
+    "hidden_size": ("hidden_size", "size", QFormerConfig.hidden_size),
+    "num_layers": ("num_hidden_layers", "size", QFormerConfig.num_layers),
+    "num_heads": ("num_attention_heads", "size", QFormerConfig.num_heads),
+    "mlp_size": ("intermediate_size", "size", QFormerConfig.mlp_size),
+    "cross_attention_frequency": ("cross_attention_frequency", "size", QFormerConfig.cross_attention_frequency),
+    "max_length": ("max_position_embeddings", "size", QFormerConfig.max_length),
+    "norm_eps": ("layer_norm_eps", "number", QFormerConfig.norm_eps, 0.0),
+    "activation": ("hidden_act", "activation", ENCODER_ACTIVATIONS, "gelu"),
 }
 VOCAB_SIZE = 30522
 
@@ -34,9 +35,7 @@ def read_qformer(values: Mapping, what: str, *, text: bool | None, **sizes) -> Q
     reads = True if text is None else options.only("use_qformer_text_input", text, default=False)
     vocab_size = options.size("vocab_size", VOCAB_SIZE)
     config = QFormerConfig(
-        **{ours: options.size(theirs, getattr(QFormerConfig, ours)) for ours, theirs in _OPTIONS.items()},
-        norm_eps=options.number("layer_norm_eps", QFormerConfig.norm_eps, least=0.0),
-        activation=read_activation(options, "hidden_act", ENCODER_ACTIVATIONS) if "hidden_act" in options else "gelu",
+        **read_fields(options, _FIELDS),
         vocab_size=vocab_size if reads else None,
         **sizes,
     )
@@ -51,9 +50,7 @@ def write_qformer(c: QFormerConfig, model_type: str) -> dict:
     """The reverse of `read_qformer`."""
     written = dict(
         model_type=model_type,
-        **{theirs: getattr(c, ours) for ours, theirs in _OPTIONS.items()},
-        layer_norm_eps=c.norm_eps,
-        hidden_act=write_activation(c.activation),
+        **write_fields(c, _FIELDS),
         vocab_size=c.vocab_size or VOCAB_SIZE,
         encoder_hidden_size=c.feature_size,
     )
