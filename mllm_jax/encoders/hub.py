@@ -193,6 +193,7 @@ def vit_family(
     architecture: str,
     *,
     name: str,
+    oracle: str = "",
     defaults: Mapping[str, Any],
     names: Names,
     fields: Fields = {},  # noqa: B006
@@ -206,7 +207,7 @@ def vit_family(
         defaults: what an option is where config.json does not say, if it is not what `ViTConfig` has.
         names: of its tensors.
         fields: options of this family alone.
-        read, write: what else it reads, as fields of the config, and writes, as options.
+        read, write: what else it reads, as fields of the config, and writes, as options; None: not this one.
         fixed: the fields that all its models have alike.
     """
 
@@ -215,7 +216,8 @@ def vit_family(
         return read_vit(options, family=architecture, **fixed | read_fields(options, fields) | read(options))
 
     def to_hf(config: ViTConfig) -> dict:
-        return faithful(config, write_vit(config) | write_fields(config, fields) | write(config), from_hf)
+        written = write_vit(config) | write_fields(config, fields) | write(config)
+        return faithful(config, {name: value for name, value in written.items() if value is not None}, from_hf)
 
     return Family(
         name=name,
@@ -224,4 +226,5 @@ def vit_family(
         to_hf=to_hf,
         table=lambda config: vit_table(config, names),
         sample=image_sample,
+        oracle=oracle,
     )

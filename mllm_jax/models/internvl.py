@@ -29,7 +29,7 @@ from mllm_jax.projectors.pixel_shuffle import PixelShuffleProjectorConfig
 
 HUB, ORIGINAL = "InternVLForConditionalGeneration", "InternVLChatModel"
 MOST_TILES = 1_024  # of an image
-_TOWERS = {HUB: "InternVLVisionModel", ORIGINAL: "InternVisionModel"}
+_TOWERS = {HUB: internvit.HUB, ORIGINAL: internvit.ORIGINAL}
 IMAGE_MEAN, IMAGE_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CONTEXT_TOKEN = "<IMG_CONTEXT>"
 
@@ -239,19 +239,19 @@ def _read_tower(values: dict, family: str, what: str) -> ViTConfig:
     kind = named_as(values)[1]
     if family == HUB and kind not in (None, "internvl_vision"):
         raise ConfigError(f"{what}: a vision tower {kind!r}", "internvl_vision", "convert another checkpoint")
-    tower = internvit.from_hf_config(dict(values) | {"architectures": [_TOWERS[family]]})
+    tower = _TOWERS[family].from_hf(dict(values) | {"architectures": _TOWERS[family].architectures})
     return replace(tower, image_mean=IMAGE_MEAN, image_std=IMAGE_STD)
 
 
 def _tower(c: InternVLConfig) -> ViTConfig:
     """The tower as the family's own folders have it, so that one family's model can be written as the other's."""
-    return replace(c.encoder, family=_TOWERS[c.family], pooler="none" if c.family == HUB else "token")
+    return replace(c.encoder, family=_TOWERS[c.family].architectures[0], pooler="none" if c.family == HUB else "token")
 
 
 def to_hf_config(config: InternVLConfig) -> dict:
     """The reverse; refuses switches that the family does not have."""
     c = config
-    vision, text = internvit.to_hf_config(_tower(c)), write_llm(c.llm, "an InternVL")
+    vision, text = _TOWERS[c.family].to_hf(_tower(c)), write_llm(c.llm, "an InternVL")
     layer, ratio = c.connection.layers, 1 / c.projector.factor
     layer = -1 if layer is None else layer[0] if len(layer) == 1 else list(layer)
     written = dict(architectures=[c.family], model_type=model_type(c.family), downsample_ratio=ratio)
@@ -294,7 +294,7 @@ def _facts(c: InternVLConfig) -> dict:
 def table(config: InternVLConfig) -> Table:
     c = config
     hub = c.family == HUB
-    tower, llm = internvit.table(_tower(c)), llm_table(c.llm, "an InternVL")
+    tower, llm = _TOWERS[c.family].table(_tower(c)), llm_table(c.llm, "an InternVL")
     vision = "vision_tower." if hub else "vision_model."
     weights = [*nested(tower, vision, "encoder/"), *nested(llm, "language_model.", "llm/")]
     prefix, between, first, second = (

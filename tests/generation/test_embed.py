@@ -24,8 +24,8 @@ from toy_data import quick_compilation
 from mllm_jax import cli
 from mllm_jax.data.image_processors import read_image_processor
 from mllm_jax.data.images import read_image
-from mllm_jax.encoders.clip_text import from_hf_config as clip_text
 from mllm_jax.encoders import clip_vision, siglip_vision
+from mllm_jax.encoders.clip_text import from_hf_config as clip_text
 from mllm_jax.encoders.siglip_text import from_hf_config as siglip_text
 from mllm_jax.errors import ConfigError, DataError
 from mllm_jax.generation.assistant import Assistant
