@@ -83,7 +83,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (
     Architecture("DeepseekVLForConditionalGeneration", "mllm_jax.models.deepseek_vl", "deepseek_vl"),
     Architecture("DeepseekVLHybridForConditionalGeneration", "mllm_jax.models.deepseek_vl", "deepseek_vl_hybrid"),
     Architecture("Blip2ForConditionalGeneration", "mllm_jax.models.blip2", "blip-2"),
-    Architecture("Blip2ForImageTextRetrieval", "mllm_jax.models.blip2_retrieval", "blip-2"),
+    Architecture("Blip2ForImageTextRetrieval", "mllm_jax.models.blip2_stage1", "blip-2"),
     Architecture("InstructBlipForConditionalGeneration", "mllm_jax.models.instructblip", "instructblip"),
     Architecture("Qwen2VLForConditionalGeneration", "mllm_jax.models.qwen_vl", "qwen2_vl"),
     Architecture("Qwen2_5_VLForConditionalGeneration", "mllm_jax.models.qwen_vl", "qwen2_5_vl"),

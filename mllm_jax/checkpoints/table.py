@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from mllm_jax.checkpoints.sample import batch_sample
+import jax.numpy as jnp
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,21 @@ class Table:
     weights: tuple[Weight, ...]
     spellings: tuple[tuple[str, str], ...] = ()
     ignored: tuple[str, ...] = ()
+
+
+def batch_sample(config: Any) -> tuple:
+    """A batch, for a whole model that makes one itself."""
+    return (config.batch_spec().empty(),)
+
+
+def token_sample(config: Any) -> tuple:
+    """One token, int32[1, 1], for a language model or a text encoder."""
+    return (jnp.zeros((1, 1), jnp.int32),)
+
+
+def image_sample(config: Any) -> tuple:
+    """One image of the encoder's size, float32[1, side, side, channels]."""
+    return (jnp.zeros((1, config.image_size, config.image_size, config.num_channels)),)
 
 
 # From the stored axes to ours: of a matrix, of one that makes heads and its bias, of one that heads go into.
@@ -129,7 +144,7 @@ class Family:
         to_hf: the module's config -> config.json's dictionary, `architectures` and `model_type` included.
         table: the module's config -> Table.
         sample: the module's config -> the arguments with which `init` creates every parameter; by default a batch of
-            the whole model, see `mllm_jax.checkpoints.sample` for those of language models and of encoders.
+            the whole model, see `mllm_jax.checkpoints.table` for those of language models and of encoders.
         oracle: the reference class that parity is proven against; by default its first architecture.
         layout: of a model that reads media: (the module's config, the folder) -> how its pictures are prepared and
             where they stand in the text, see `mllm_jax.models.processor.Layout`.

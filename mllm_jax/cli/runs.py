@@ -9,13 +9,6 @@ from pathlib import Path
 from mllm_jax.training.config import Experiment
 
 
-def is_model(folder: Path) -> bool:
-    """Whether a folder holds a model to be loaded, not a training run."""
-    from mllm_jax.checkpoints.native import is_native
-
-    return is_native(folder) or any(folder.glob("*.safetensors"))
-
-
 def experiment_of(run: Path) -> Experiment:
     """Reads the experiment of a run; warns where stages of it are not finished."""
     from mllm_jax.checkpoints.run import RunFolder

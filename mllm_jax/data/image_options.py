@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 
-from mllm_jax.data.dynamic_tiles import MAX_TILES
+from mllm_jax.data.tiles import MAX_TILES
 
 _MAX_SIDE = 65_536  # pixels
 _MAX_PIXELS = 1 << 40  # what a bound on pixels may say

@@ -12,8 +12,7 @@ from typing import Any
 
 from mllm_jax.checkpoints.config_json import MOST_PATCHES, RATIOS, read_grid, read_square
 from mllm_jax.checkpoints.options import Options
-from mllm_jax.checkpoints.sample import image_sample
-from mllm_jax.checkpoints.table import Family, Table
+from mllm_jax.checkpoints.table import Family, Table, image_sample
 from mllm_jax.encoders.hub import Names, faithful, vit_family, vit_table
 from mllm_jax.encoders.vit import ViTConfig
 from mllm_jax.errors import ConfigError

@@ -17,7 +17,6 @@ from mllm_jax.checkpoints.config_json import (
     write_fields,
 )
 from mllm_jax.checkpoints.options import ENCODER_ACTIVATIONS, Options, named_as
-from mllm_jax.checkpoints.sample import image_sample
 from mllm_jax.checkpoints.table import (
     HEAD_BIAS,
     LINEAR,
@@ -26,6 +25,7 @@ from mllm_jax.checkpoints.table import (
     Table,
     Weight,
     beside,
+    image_sample,
     into_heads,
     linear,
     norm,

@@ -45,7 +45,7 @@ HUB = vit_family(
         image_size=448,
         patch_size=14,
         norm_type="layer_norm",
-    ),  # fmt: skip
+    ),
     names=Names(
         patch="embeddings.patch_embeddings.projection",
         layers="encoder.layer",
@@ -86,7 +86,7 @@ ORIGINAL = vit_family(
         intermediate_size=12800,
         patch_size=14,
         norm_type="rms_norm",
-    ),  # fmt: skip
+    ),
     names=Names(
         patch="embeddings.patch_embedding",
         layers="encoder.layers",

@@ -26,8 +26,17 @@ from mllm_jax.checkpoints.config_json import (
     write_fields,
 )
 from mllm_jax.checkpoints.options import ENCODER_ACTIVATIONS
-from mllm_jax.checkpoints.sample import image_sample
-from mllm_jax.checkpoints.table import OUT_OF_HEADS, Family, Table, Weight, into_heads, linear, nested, norm
+from mllm_jax.checkpoints.table import (
+    OUT_OF_HEADS,
+    Family,
+    Table,
+    Weight,
+    image_sample,
+    into_heads,
+    linear,
+    nested,
+    norm,
+)
 from mllm_jax.encoders.hub import options_of
 from mllm_jax.encoders.vit import VisionOutput
 from mllm_jax.errors import ConfigError

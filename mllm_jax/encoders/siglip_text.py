@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from mllm_jax.checkpoints.options import Options, named_as
-from mllm_jax.checkpoints.sample import token_sample
-from mllm_jax.checkpoints.table import Family, Table
+from mllm_jax.checkpoints.table import Family, Table, token_sample
 from mllm_jax.encoders.text import TextTowerConfig
 from mllm_jax.encoders.text_hub import faithful, read_tower, tower_table, write_tower
 from mllm_jax.errors import ConfigError

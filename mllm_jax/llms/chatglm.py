@@ -18,8 +18,7 @@ from flax import struct
 from mllm_jax.checkpoints.architectures import model_type
 from mllm_jax.checkpoints.config_json import Fields, read_fields, write_fields
 from mllm_jax.checkpoints.options import Options
-from mllm_jax.checkpoints.sample import token_sample
-from mllm_jax.checkpoints.table import OUT_OF_HEADS, Family, Table, Weight, head_by_head, linear, norm
+from mllm_jax.checkpoints.table import OUT_OF_HEADS, Family, Table, Weight, head_by_head, linear, norm, token_sample
 from mllm_jax.errors import ConfigError
 from mllm_jax.layers.attention import attention, write_at
 from mllm_jax.layers.head import head_inputs

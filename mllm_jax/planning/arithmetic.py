@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +13,7 @@ from mllm_jax.planning.compile import abstract_step
 from mllm_jax.sharding.logical import axes_of
 from mllm_jax.sharding.mesh import AXES, MeshConfig
 from mllm_jax.training.config import Experiment
+from mllm_jax.training.flops import PartFlops
 from mllm_jax.training.stage import StageProgram
 
 # Norms and biases stay whole everywhere, and are no more than this share of a model.
@@ -89,3 +92,21 @@ def _state(program: StageProgram):
 
 def _split(spec) -> bool:
     return any("fsdp" in axes_of(entry) for entry in spec)
+
+
+_ORDER = ("encoder", "projector", "", "llm")  # what data goes through; others stand in the gap
+
+
+def remat_of(config) -> str:
+    """The policy of the LLM, or of the first part that has one; "none" where there is none."""
+    parts = [getattr(config, "llm", None), *(getattr(config, f.name) for f in dataclasses.fields(config))]
+    return next((part.remat for part in parts if hasattr(part, "remat")), "none")
+
+
+def model_flops(program: StageProgram) -> dict[str, PartFlops]:
+    """FLOPs of a step over all devices, by part: without recomputation, with all of the attention's products.
+
+    A frozen part counts for what it does: its forward pass, and a backward pass where something trained stands before.
+    """
+    parts = {*program.state.params, *program.frozen}
+    return program.flops_by_part(sorted(parts, key=lambda part: (_ORDER.index(part) if part in _ORDER else 2, part)))

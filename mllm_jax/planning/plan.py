@@ -12,10 +12,9 @@ import jax
 from mllm_jax.errors import ConfigError
 from mllm_jax.layers.stack import REMAT_POLICIES
 from mllm_jax.planning.analytic import analytic_account
-from mllm_jax.planning.arithmetic import device_bytes, whole_bytes
+from mllm_jax.planning.arithmetic import device_bytes, model_flops, remat_of, whole_bytes
 from mllm_jax.planning.compile import OutOfMemory, abstract_step, compile_step, topology_mesh
 from mllm_jax.planning.hlo import FUSED_SCATTER
-from mllm_jax.planning.model import model_flops, remat_of
 from mllm_jax.planning.roofline import Roofline, roofline
 from mllm_jax.planning.topologies import Topology
 from mllm_jax.sharding.chips import GIB

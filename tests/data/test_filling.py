@@ -7,7 +7,7 @@ import itertools
 import numpy as np
 import pytest
 
-from mllm_jax.data.filling import MAX_KINDS, fill_row
+from mllm_jax.data.packing import MAX_KINDS, fill_row
 
 
 def figures(chosen) -> tuple[int, int]:

@@ -20,7 +20,7 @@ from mllm_jax.checkpoints import architectures
 from mllm_jax.checkpoints.architectures import ARCHITECTURES
 from mllm_jax.checkpoints.hf import read_config
 from mllm_jax.checkpoints.native import write_native
-from mllm_jax.checkpoints.sample import batch_sample, image_sample, token_sample
+from mllm_jax.checkpoints.table import batch_sample, image_sample, token_sample
 from mllm_jax.errors import CheckpointError, ConfigError
 from mllm_jax.models.registry import abstract_params, family_of, family_of_config
 from mllm_jax.sharding.mesh import make_mesh, param_shardings
