@@ -35,6 +35,7 @@ class ViTConfig:
 
     Attributes:
         image_size: of the square pictures that the position embedding is made for; for others it is interpolated.
+        num_positions: None, or the size of a square table of learned positions that is not that of image_size.
         stem_channels: channels of 3x3 stride-2 convolutions before the patch projection (arXiv 2106.14881); each
             halves the picture, so the patch that is projected shrinks by as much. Empty: patches are cut from pixels.
         regions: None, or the side of a square grid of regions: the patches of each, side by side, become one vector of
@@ -69,6 +70,7 @@ class ViTConfig:
     mlp_size: int = 3072
     activation: str = "gelu"
     norm_eps: float = 1e-6
+    num_positions: int | None = None
     stem_channels: tuple[int, ...] = ()
     class_token: bool = False
     regions: int | None = None
@@ -322,7 +324,7 @@ class ViT(nn.Module):
             init = nn.with_logical_partitioning(normal, (None, "embed"))
             token = self.param("class_token", init, (1, c.hidden_size), jnp.float32).astype(x.dtype)
         init = nn.with_logical_partitioning(normal, ("patches", "embed"))
-        rows = c.side**2 + int(c.class_token)
+        rows = (c.num_positions or c.side**2) + int(c.class_token)
         table = self.param("position_embedding", init, (rows, c.hidden_size), jnp.float32)
         first, table = table[: int(c.class_token)], table[int(c.class_token) :]
         if grids is None:
