@@ -11,8 +11,7 @@ import jax.numpy as jnp
 from einops import rearrange
 from flax import linen as nn
 
-from mllm_jax.layers.blockwise import BLOCK, blockwise_attention
-from mllm_jax.layers.context_attention import context_attention, row_split
+from mllm_jax.layers.context_attention import blockwise_attention, context_attention, row_split
 from mllm_jax.layers.cudnn import cudnn_attention, cudnn_supports
 from mllm_jax.layers.linear import Linear
 from mllm_jax.layers.norms import LayerNorm, RMSNorm
@@ -27,7 +26,7 @@ SHORT = 128
 # From so many queries and keys on scores are no longer held whole. On a CPU blocks that stay in its cache pay earlier,
 # where a causal mask hides half of them: at 512 gradients take less than half of the time, at 2,048 a quarter.
 LONG = 2048
-CPU_LONG, CPU_BLOCK = 512, 128
+CPU_LONG, CPU_BLOCK, BLOCK = 512, 128, 512
 
 
 _whole_scores: ContextVar[bool] = ContextVar("whole_scores", default=False)

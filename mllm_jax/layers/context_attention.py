@@ -1,4 +1,4 @@
-"""Attention over rows that a mesh splits along the sequence (context parallelism), as a ring.
+"""Attention block by block, and over rows that a mesh splits along the sequence (context parallelism), as a ring.
 
 Each device keeps its queries while keys and values travel round the ring of the devices that share a row, so that each
 query meets each key; a running softmax needs no scores but those of one block (Ring Attention, arXiv 2310.01889). The
@@ -24,6 +24,7 @@ from mllm_jax.sharding.logical import active_mesh, axes_of, partition_spec
 
 BLOCK = 1024  # queries, and keys, that are compared at a time
 LEAST = jnp.finfo(jnp.float32).min
+_GROUPED = "b s (k g) h -> b s k g h"  # query heads by the key head that they share
 
 
 @dataclass(frozen=True)
@@ -134,7 +135,7 @@ def context_attention(
             own = jax.lax.axis_index(split.heads) // pick
             k, v = (jax.lax.dynamic_slice_in_dim(x, own, 1, axis=2) for x in (k, v))
         segments = more.get("q_segments"), more.get("k_segments")
-        q = rearrange(q, "b s (k g) h -> b s k g h", k=k.shape[2])
+        q = rearrange(q, _GROUPED, k=k.shape[2])
         if deal:
             q, k, v, segments = jax.tree.map(partial(_deal, how), (q, k, v, segments))
         here = jax.lax.axis_index(split.seq)
@@ -153,6 +154,50 @@ def context_attention(
         check_vma=False,
     )
     return on_all(q, k, v, more)
+
+
+def blockwise_attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    *,
+    mask: str = "full",
+    q_segments: jax.Array | None = None,
+    k_segments: jax.Array | None = None,
+    q_index: jax.Array | None = None,
+    window: int | jax.Array | None = None,
+    scale: float | None = None,
+    block: int = BLOCK,
+) -> jax.Array:
+    """`attention` in memory that grows with the length, not its square (arXiv 2112.05682, 2205.14135): a ring of one.
+
+    Blocks that the causal mask, the window or the rows' segments hide are left out where each query sees itself. A
+    query that may see nothing gets a mean of some values.
+
+    Args:
+        q, k, v, ...: as `attention` takes them.
+        block: queries, and keys, that are compared at a time.
+    """
+    (rows, queries), keys = q.shape[:2], k.shape[1]
+    same_rows = q_segments is k_segments and q_index is None and queries == keys
+    whole = [n if n <= block else -(-n // block) * block for n in (queries, keys)]
+    if q_segments is None and whole != [queries, keys]:
+        q_segments, k_segments = jnp.zeros((rows, queries), jnp.int32), jnp.zeros((rows, keys), jnp.int32)
+
+    def filled(x, length, value=0):
+        """[B, S, ...] with S raised to `length`; what fills is a segment that no text has."""
+        return jnp.pad(x, [(0, 0), (0, length - x.shape[1])] + [(0, 0)] * (x.ndim - 2), constant_values=value)
+
+    if q_segments is not None:
+        q_segments, k_segments = filled(q_segments, whole[0], -1), filled(k_segments, whole[1], -1)
+    places = jnp.arange(whole[0])[None] if q_index is None else filled(q_index, whole[0])
+    group = rearrange(filled(q * (q.shape[-1] ** -0.5 if scale is None else scale), whole[0]), _GROUPED, k=k.shape[2])
+    how = _How((), 1, 1, mask == "causal", same_rows, False, *(min(n, block) for n in whole))
+    here = jnp.int32(0)
+    y = _ring(
+        how, group, filled(k, whole[1]), filled(v, whole[1]), None, (places, q_segments, k_segments, window, here)
+    )
+    return rearrange(y, "b s k g h -> b s (k g) h")[:, :queries]
 
 
 def _keys_beside(split: RowSplit, num_heads: int, k, v):
