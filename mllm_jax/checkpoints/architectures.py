@@ -135,6 +135,16 @@ def model_type(name: str) -> str:
     return known(name).model_type
 
 
+def kind_of(name: str) -> dict[str, Any]:
+    """What a config.json says that it is, of an architecture. Raises ConfigError: an unknown one."""
+    return dict(architectures=[name], model_type=model_type(name))
+
+
+def nameless(part: Mapping[str, Any]) -> dict[str, Any]:
+    """A config.json as a part of a larger one, which names no architecture."""
+    return {name: value for name, value in part.items() if name != "architectures"}
+
+
 def llms_inside(media: str) -> tuple[Architecture, ...]:
     """The LLMs that named models may have inside which put media AMONG the tokens, or BEFORE them."""
     return tuple(a for a in ARCHITECTURES if media in a.media)

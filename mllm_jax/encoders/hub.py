@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from mllm_jax.checkpoints.architectures import model_type
+from mllm_jax.checkpoints.architectures import kind_of
 from mllm_jax.checkpoints.config_json import (
     ELSEWHERE,
     Fields,
@@ -78,7 +78,7 @@ def read_vit(options: Options, **switches) -> ViTConfig:
 
 def write_vit(c: ViTConfig) -> dict:
     """The inverse of `read_vit`."""
-    return dict(architectures=[c.family], model_type=model_type(c.family), **write_fields(c, _GRID | _FIELDS))
+    return dict(**kind_of(c.family), **write_fields(c, _GRID | _FIELDS))
 
 
 def faithful(c: ViTConfig, written: dict, read: Callable[[dict], ViTConfig]) -> dict:

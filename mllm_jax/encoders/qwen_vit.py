@@ -17,7 +17,7 @@ from einops import rearrange
 from flax import linen as nn
 from flax import struct
 
-from mllm_jax.checkpoints.architectures import model_type
+from mllm_jax.checkpoints.architectures import kind_of, model_type
 from mllm_jax.checkpoints.config_json import (
     ELSEWHERE,
     MOST_PATCHES,
@@ -39,7 +39,7 @@ from mllm_jax.layers.mlp import ACTIVATIONS, MLP
 from mllm_jax.layers.norms import LayerNorm, RMSNorm
 from mllm_jax.layers.requirements import Requirements
 from mllm_jax.layers.rotary import grid_angles
-from mllm_jax.layers.stack import scan_layers
+from mllm_jax.layers.stack import layers_of
 from mllm_jax.sharding.logical import constrain
 
 NORM_EPS = 1e-6  # of every norm in the three towers; no option sets it
@@ -246,9 +246,7 @@ class QwenViT(nn.Module):
         # Layers that are none of the deepstack's get a place beyond the end, where writing is dropped.
         places = np.array([c.deepstack_layers.index(i) if i in c.deepstack_layers else depth for i in numbers])
         features = jnp.zeros((depth, *x.shape), dtype) if depth else None
-        layers = scan_layers(
-            QwenViTBlock, num_layers=c.num_layers, remat=c.remat, unroll=c.scan_unroll, num_broadcast=3
-        )(c, output_hidden_states, name="layers")
+        layers = layers_of(c, QwenViTBlock, 3)(c, output_hidden_states, name="layers")
         own = (jnp.asarray(np.isin(numbers, c.full_layers)), jnp.asarray(places, jnp.int32))
         (x, features), states = layers((x, features), own, segments, windows, angles)
         deepstack = ()
@@ -369,8 +367,7 @@ def to_hf_config(config: QwenViTConfig) -> dict:
     c = config
     if c.family not in _DEFAULTS:
         raise ConfigError(f"Qwen ViT: family {c.family!r}", f"one of {', '.join(_DEFAULTS)}", "change family")
-    named = dict(architectures=[c.family], model_type=model_type(c.family))
-    written = named | write_fields(c, _FIELDS | _OWN[c.family])
+    written = kind_of(c.family) | write_fields(c, _FIELDS | _OWN[c.family])
     written["rope_parameters"] = dict(rope_type="axial", rope_theta=c.rope_theta)
     if c.family == _QWEN2:
         written["mlp_ratio"] = c.mlp_size // c.hidden_size

@@ -14,7 +14,7 @@ import numpy as np
 from einops import rearrange, repeat
 from flax import linen as nn
 
-from mllm_jax.checkpoints.architectures import model_type
+from mllm_jax.checkpoints.architectures import kind_of
 from mllm_jax.checkpoints.config_json import (
     ELSEWHERE,
     RATIOS,
@@ -284,9 +284,8 @@ def from_hf_config(values: dict) -> SamConfig:
 def to_hf_config(config: SamConfig) -> dict:
     """The inverse. Raises ConfigError: switches that no option says."""
     c = config
-    named = dict(architectures=[_FAMILY], model_type=model_type(c.family))
     sizes = dict(image_size=c.image_size, patch_size=c.patch_size, mlp_dim=c.mlp_size)
-    return check_written(c, named | sizes | write_fields(c, _FIELDS), from_hf_config, "a SAM", _facts)
+    return check_written(c, kind_of(c.family) | sizes | write_fields(c, _FIELDS), from_hf_config, "a SAM", _facts)
 
 
 def _facts(c: SamConfig) -> dict:

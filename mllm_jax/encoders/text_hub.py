@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from mllm_jax.checkpoints.architectures import model_type
+from mllm_jax.checkpoints.architectures import kind_of
 from mllm_jax.checkpoints.config_json import ELSEWHERE, Fields, check_written, read_fields, write_fields
 from mllm_jax.checkpoints.options import ENCODER_ACTIVATIONS, Options
 from mllm_jax.checkpoints.table import OUT_OF_HEADS, Table, Weight, into_heads, linear, norm
@@ -51,8 +51,7 @@ def _one_id(ids: tuple[int, ...], what: str) -> int | None:
 
 def write_tower(c: TextTowerConfig) -> dict:
     """The inverse of `read_tower`."""
-    named = dict(architectures=[c.family], model_type=model_type(c.family), eos_token_id=c.eos_token_id)
-    return named | write_fields(c, _FIELDS)
+    return dict(**kind_of(c.family), eos_token_id=c.eos_token_id, **write_fields(c, _FIELDS))
 
 
 def faithful(config: TextTowerConfig, written: dict, read: Callable[[dict], TextTowerConfig]) -> dict:

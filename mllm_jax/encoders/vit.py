@@ -23,7 +23,7 @@ from mllm_jax.layers.norms import LayerNorm, RMSNorm
 from mllm_jax.layers.pooling import AttentionPooling
 from mllm_jax.layers.requirements import Requirements
 from mllm_jax.layers.rotary import grid_angles
-from mllm_jax.layers.stack import scan_layers
+from mllm_jax.layers.stack import layers_of
 from mllm_jax.sharding.logical import constrain
 
 POOLERS = ("auto", "token", "mean", "attention", "none")
@@ -293,7 +293,7 @@ class ViT(nn.Module):
         angles = None
         if c.rope_grid is not None:
             angles = grid_angles(places / grids * c.rope_grid, c.hidden_size // c.num_heads, c.rope_theta)
-        layers = scan_layers(ViTBlock, num_layers=c.num_layers, remat=c.remat, unroll=c.scan_unroll, num_broadcast=2)
+        layers = layers_of(c, ViTBlock, 2)
         entered = x
         x, states = layers(c, output_hidden_states, name="layers")(x, None, segments, angles)
         if output_hidden_states:

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from einops import rearrange
 from jax.sharding import Mesh, PartitionSpec
 
+from mllm_jax.layers.splash import filled
 from mllm_jax.sharding.logical import active_mesh, axes_of, partition_spec
 
 BLOCK = 1024  # queries, and keys, that are compared at a time
@@ -184,11 +185,7 @@ def blockwise_attention(
     if q_segments is None and whole != [queries, keys]:
         q_segments, k_segments = jnp.zeros((rows, queries), jnp.int32), jnp.zeros((rows, keys), jnp.int32)
 
-    def filled(x, length, value=0):
-        """[B, S, ...] with S raised to `length`; what fills is a segment that no text has."""
-        return jnp.pad(x, [(0, 0), (0, length - x.shape[1])] + [(0, 0)] * (x.ndim - 2), constant_values=value)
-
-    if q_segments is not None:
+    if q_segments is not None:  # padding is a segment that no text has
         q_segments, k_segments = filled(q_segments, whole[0], -1), filled(k_segments, whole[1], -1)
     places = jnp.arange(whole[0])[None] if q_index is None else filled(q_index, whole[0])
     group = rearrange(filled(q * (q.shape[-1] ** -0.5 if scale is None else scale), whole[0]), _GROUPED, k=k.shape[2])

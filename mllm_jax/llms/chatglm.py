@@ -15,7 +15,7 @@ import numpy as np
 from flax import linen as nn
 from flax import struct
 
-from mllm_jax.checkpoints.architectures import model_type
+from mllm_jax.checkpoints.architectures import kind_of
 from mllm_jax.checkpoints.config_json import Fields, read_fields, write_fields
 from mllm_jax.checkpoints.options import Options
 from mllm_jax.checkpoints.table import OUT_OF_HEADS, Family, Table, Weight, head_by_head, linear, norm, token_sample
@@ -27,7 +27,7 @@ from mllm_jax.layers.mlp import MLP
 from mllm_jax.layers.norms import LayerNorm
 from mllm_jax.layers.requirements import Requirements
 from mllm_jax.layers.rotary import apply_rotary
-from mllm_jax.layers.stack import scan_layers
+from mllm_jax.layers.stack import layers_of
 from mllm_jax.llms.cache import KVCache
 from mllm_jax.sharding.logical import constrain
 
@@ -193,9 +193,7 @@ class ChatGLM(nn.Module):
         c = self.config
         dtype = jnp.dtype(c.dtype)
         self.token_embedding = Embedding(c.vocab_size, c.hidden_size, dtype=dtype)
-        self.layers = scan_layers(
-            ChatGLMBlock, num_layers=c.num_layers, remat=c.remat, unroll=c.scan_unroll, num_broadcast=4
-        )(c)
+        self.layers = layers_of(c, ChatGLMBlock, 4)(c)
         self.final_norm = LayerNorm(c.norm_eps, dtype)
         self.lm_head = Linear((c.vocab_size,), ("embed", "vocab"), dtype=dtype)
 
@@ -308,8 +306,7 @@ def from_hf_config(values: dict) -> ChatGLMConfig:
 
 def to_hf_config(config: ChatGLMConfig) -> dict:
     """config.json as ChatGLM-6B has it, without the pointers to its code."""
-    named = dict(architectures=[config.family], model_type=model_type(config.family))
-    return named | _FIXED | dict(pre_seq_len=None) | write_fields(config, _FIELDS)
+    return kind_of(config.family) | _FIXED | dict(pre_seq_len=None) | write_fields(config, _FIELDS)
 
 
 def table(config: ChatGLMConfig) -> Table:

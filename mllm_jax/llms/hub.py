@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from mllm_jax.checkpoints.architectures import model_type
+from mllm_jax.checkpoints.architectures import kind_of
 from mllm_jax.checkpoints.config_json import Fields, check_written, read_fields, stored_fields, write_fields
 from mllm_jax.checkpoints.options import Options
 from mllm_jax.checkpoints.table import LINEAR, OUT_OF_HEADS, Table, Weight, beside, into_heads, linear, norm
@@ -124,9 +124,8 @@ def read_decoder(options: Options, what: str, *, partial_rotary: bool = False, *
 
 def write_decoder(c: DecoderConfig) -> dict:
     """The inverse of `read_decoder`."""
-    named = dict(architectures=[c.family], model_type=model_type(c.family))
     heads = dict(num_key_value_heads=c.num_kv_heads, head_dim=c.size_per_head)
-    return named | heads | write_fields(c, _FIELDS) | write_rope(c)
+    return kind_of(c.family) | heads | write_fields(c, _FIELDS) | write_rope(c)
 
 
 def faithful(c: DecoderConfig, written: dict, read: Callable[[dict], DecoderConfig]) -> dict:

@@ -5,7 +5,7 @@ OPT-350m differs from its siblings: norms behind each sum, and an embedding narr
 
 from __future__ import annotations
 
-from mllm_jax.checkpoints.architectures import architecture, model_type
+from mllm_jax.checkpoints.architectures import architecture, kind_of
 from mllm_jax.checkpoints.config_json import Fields, read_fields, write_fields
 from mllm_jax.checkpoints.options import Options
 from mllm_jax.checkpoints.table import Family, Table, token_sample
@@ -86,8 +86,7 @@ def to_hf_config(config: DecoderConfig) -> dict:
     """The inverse; refuses switches that the family does not have."""
     c = config
     written = dict(
-        architectures=[c.family],
-        model_type=model_type(c.family),
+        **kind_of(c.family),
         _remove_final_layer_norm=c.norm_first and not c.final_norm,
         word_embed_proj_dim=c.embedding_size or c.hidden_size,
         **write_fields(c, _FIELDS),

@@ -7,7 +7,7 @@ whole doublings of the first chunk's length) and `use_logn_attn` (queries scaled
 
 from __future__ import annotations
 
-from mllm_jax.checkpoints.architectures import architecture, model_type
+from mllm_jax.checkpoints.architectures import architecture, kind_of
 from mllm_jax.checkpoints.config_json import Fields, read_fields, write_fields
 from mllm_jax.checkpoints.options import Options
 from mllm_jax.checkpoints.table import Family, Table, token_sample
@@ -86,8 +86,7 @@ def to_hf_config(config: DecoderConfig) -> dict:
     """The inverse; refuses switches that the family does not have."""
     c = config
     written = dict(
-        architectures=[ARCHITECTURE],
-        model_type=model_type(ARCHITECTURE),
+        **kind_of(ARCHITECTURE),
         kv_channels=c.size_per_head,
         intermediate_size=2 * c.mlp_size,
         use_dynamic_ntk=c.longest is not None,

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax import struct
 
-from mllm_jax.checkpoints.architectures import model_type
+from mllm_jax.checkpoints.architectures import kind_of
 from mllm_jax.checkpoints.config_json import Fields, read_fields, write_activation, write_fields
 from mllm_jax.checkpoints.options import ACTIVATIONS, Options
 from mllm_jax.checkpoints.table import OUT_OF_HEADS, Family, Table, Weight, into_heads, linear, norm
@@ -335,8 +335,7 @@ def to_hf_config(config: T5Config) -> dict:
     activation = "gelu_new" if c.activation == "gelu_tanh" else write_activation(c.activation)
     projection = "gelu" if c.gated and activation == "gelu_new" else activation  # "gated-gelu" means gelu_new
     return dict(
-        architectures=[c.family],
-        model_type=model_type(c.family),
+        **kind_of(c.family),
         is_encoder_decoder=True,
         num_decoder_layers=c.num_decoder_layers,
         feed_forward_proj=f"gated-{projection}" if c.gated else projection,

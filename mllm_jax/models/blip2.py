@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mllm_jax.checkpoints.architectures import BEFORE, find, llms_inside, model_type, of_type
+from mllm_jax.checkpoints.architectures import BEFORE, find, kind_of, llms_inside, nameless, of_type
 from mllm_jax.checkpoints.config_json import check_written, stored_fields
 from mllm_jax.checkpoints.options import Options
 from mllm_jax.checkpoints.table import Family, Table, Weight, nested
@@ -65,7 +65,7 @@ def read_parts(values: Mapping, family: str, llms: Sequence[str], text: bool | N
     options = Options(values, f"config.json of {family}")
     options.skip("vision_config", "qformer_config", "text_config")
     # Its model type decides: old files spell its architecture in their own ways.
-    llm_values = _nameless(options.part("text_config", {}))
+    llm_values = nameless(options.part("text_config", {}))
     kind = Options({"model_type": llms[0]} | llm_values, f"text_config of {family}").only("model_type", *llms)
     llm, encoder = (
         family_of(of_type(kind)).from_hf({"model_type": kind} | llm_values),
@@ -95,9 +95,8 @@ def write_parts(config: Blip2Config, prefix: str) -> dict:
     """
     vision = eva.FAMILY.to_hf(config.encoder) | dict(model_type=f"{prefix}_vision_model")
     return dict(
-        architectures=[config.family],
-        model_type=model_type(config.family),
-        vision_config=_nameless(vision),
+        **kind_of(config.family),
+        vision_config=nameless(vision),
         qformer_config=write_qformer(config.projector, f"{prefix}_qformer"),
         text_config=_llm(config).to_hf(config.llm),
         num_query_tokens=config.projector.num_queries,
@@ -124,10 +123,6 @@ def _llm(config: Blip2Config) -> Family:
         kinds = dict.fromkeys(part.model_type for part in llms_inside(BEFORE))
         raise ConfigError(f"{config.family} over {config.llm.family}", f"one of {', '.join(kinds)}", "change the LLM")
     return family_of(part)
-
-
-def _nameless(part: dict) -> dict:
-    return {name: value for name, value in part.items() if name != "architectures"}
 
 
 def from_hf_config(values: dict) -> Blip2Config:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax import struct
 
-from mllm_jax.checkpoints.architectures import model_type
+from mllm_jax.checkpoints.architectures import kind_of, nameless
 from mllm_jax.checkpoints.config_json import check_written, stored_fields
 from mllm_jax.checkpoints.options import Options
 from mllm_jax.checkpoints.table import Family, Table, linear, nested
@@ -245,11 +245,9 @@ def from_hf_config(values: dict) -> QFormerPretrainingConfig:
 
 def to_hf_config(config: QFormerPretrainingConfig) -> dict:
     """The reverse; refuses switches that the family does not have."""
-    vision = {name: value for name, value in eva.FAMILY.to_hf(config.encoder).items() if name != "architectures"}
     written = dict(
-        architectures=[FAMILY],
-        model_type=model_type(FAMILY),
-        vision_config=vision,
+        **kind_of(FAMILY),
+        vision_config=nameless(eva.FAMILY.to_hf(config.encoder)),
         qformer_config=write_qformer(config.projector, "blip_2_qformer"),
         num_query_tokens=config.projector.num_queries,
         image_text_hidden_size=config.projection_size,

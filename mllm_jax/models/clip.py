@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax import struct
 
-from mllm_jax.checkpoints.architectures import model_type
+from mllm_jax.checkpoints.architectures import kind_of, nameless
 from mllm_jax.checkpoints.config_json import ELSEWHERE, check_written
 from mllm_jax.checkpoints.options import Options
 from mllm_jax.checkpoints.table import Family, Table, Weight, linear, nested
@@ -249,10 +249,9 @@ def write_clip(config: DualEncoderConfig) -> dict:
     """The reverse; refuses switches that the family does not have."""
     log_scale = INIT["softmax"][0] if config.init_log_scale is None else config.init_log_scale
     written = dict(
-        architectures=["CLIPModel"],
-        model_type=model_type(config.family),
-        vision_config=_nameless(clip_vision.FAMILY.to_hf(config.vision)),
-        text_config=_nameless(clip_text.to_hf_config(config.text)),
+        **kind_of(config.family),
+        vision_config=nameless(clip_vision.FAMILY.to_hf(config.vision)),
+        text_config=nameless(clip_text.to_hf_config(config.text)),
         projection_dim=config.projection_size,
         logit_scale_init_value=log_scale,
     )
@@ -278,16 +277,11 @@ def read_siglip(values: dict) -> DualEncoderConfig:
 def write_siglip(config: DualEncoderConfig) -> dict:
     """The reverse; refuses switches that the family does not have."""
     written = dict(
-        architectures=["SiglipModel"],
-        model_type=model_type(config.family),
-        vision_config=_nameless(siglip_vision.FAMILY.to_hf(config.vision)),
-        text_config=_nameless(siglip_text.to_hf_config(config.text)),
+        **kind_of(config.family),
+        vision_config=nameless(siglip_vision.FAMILY.to_hf(config.vision)),
+        text_config=nameless(siglip_text.to_hf_config(config.text)),
     )
     return _faithful(config, written, read_siglip)
-
-
-def _nameless(part: dict) -> dict:
-    return {name: value for name, value in part.items() if name != "architectures"}
 
 
 def _faithful(config: DualEncoderConfig, written: dict, read) -> dict:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mllm_jax.checkpoints.architectures import architecture, model_type
+from mllm_jax.checkpoints.architectures import architecture, kind_of, nameless
 from mllm_jax.checkpoints.config_json import check_written, stored_fields
 from mllm_jax.checkpoints.options import Options
 from mllm_jax.checkpoints.table import Family, Table, linear, nested
@@ -160,7 +160,7 @@ def _part(values: dict, kind: str, what: str) -> dict:
     """A tower's options, if it is that kind of tower."""
     if values.get("model_type", kind) != kind:
         raise ConfigError(f"{what}: a tower {values['model_type']!r}", kind, "convert another checkpoint")
-    return {name: value for name, value in values.items() if name != "architectures"}
+    return nameless(values)
 
 
 def _read_siglip(values: dict, what: str) -> ViTConfig:
@@ -178,8 +178,7 @@ def to_hf_config(config: DeepseekVLConfig) -> dict:
     """The reverse; refuses switches that the family does not have."""
     c = config
     written = dict(
-        architectures=[c.family],
-        model_type=model_type(c.family),
+        **kind_of(c.family),
         text_config=write_llm(c.llm, _WHAT),
         vision_config=siglip_vision.FAMILY.to_hf(c.encoder.low if c.hybrid else c.encoder),
         tie_word_embeddings=c.llm.tie_word_embeddings,

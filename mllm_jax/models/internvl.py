@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mllm_jax.checkpoints.architectures import architecture, model_type
+from mllm_jax.checkpoints.architectures import architecture, kind_of
 from mllm_jax.checkpoints.config_json import check_written, stored_fields, write_activation
 from mllm_jax.checkpoints.options import Options, named_as
 from mllm_jax.checkpoints.table import Family, Table, linear, nested, norm
@@ -254,7 +254,7 @@ def to_hf_config(config: InternVLConfig) -> dict:
     vision, text = _TOWERS[c.family].to_hf(_tower(c)), write_llm(c.llm, "an InternVL")
     layer, ratio = c.connection.layers, 1 / c.projector.factor
     layer = -1 if layer is None else layer[0] if len(layer) == 1 else list(layer)
-    written = dict(architectures=[c.family], model_type=model_type(c.family), downsample_ratio=ratio)
+    written = dict(**kind_of(c.family), downsample_ratio=ratio)
     if c.family == HUB:
         written |= dict(
             vision_config=vision,

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mllm_jax.checkpoints.architectures import architecture, find, model_type, of_type
+from mllm_jax.checkpoints.architectures import architecture, find, kind_of, of_type
 from mllm_jax.checkpoints.config_json import check_written, stored_fields, write_activation
 from mllm_jax.checkpoints.options import Options
 from mllm_jax.checkpoints.table import Family, Table, Weight, linear, nested
@@ -262,8 +262,7 @@ def to_hf_config(config: LlavaConfig) -> dict:
     layers, llm = config.connection.layers, config.llm
     full = config.connection.class_token or not config.encoder.class_token
     written = dict(
-        architectures=[config.family],
-        model_type=model_type(config.family),
+        **kind_of(config.family),
         vision_config=_tower(config.encoder).to_hf(config.encoder),
         text_config=write_llm(llm, "a LLaVA"),
         tie_word_embeddings=llm.tie_word_embeddings,
