@@ -11,7 +11,7 @@ from einops import rearrange
 from PIL import Image
 
 from mllm_jax.data.pixels import require_call, require_padded, require_resized
-from mllm_jax.data.tiles import best_resolution, cut, fitted_size, pad_to, pad_to_square, tile_grid
+from mllm_jax.data.tiles import best_resolution, cut, fitted_size, pad_to, tile_grid
 from mllm_jax.errors import ConfigError, DataError
 
 _MAX_ASPECT = 200
@@ -150,8 +150,9 @@ class ImageProcessor:
         return image if self.crop_size is None else _crop_centre(image, *self.crop_size)
 
     def _squared(self, image: np.ndarray) -> np.ndarray:
-        require_padded(image.shape[:2], (max(image.shape[:2]),) * 2)
-        return pad_to_square(image, self.background)
+        square = (max(image.shape[:2]),) * 2
+        require_padded(image.shape[:2], square)
+        return pad_to(image, square, self.background)
 
     def _sides(self, height: int, width: int) -> tuple[int, int]:
         """(H, W) of a tile that comes out of `_tile`."""
@@ -242,6 +243,12 @@ class ImageProcessor:
         if self.mean is not None:
             values = (values - np.array(self.mean, np.float32)) / np.array(self.std, np.float32)
         return values
+
+
+def mismatch(given: str, expected: str) -> ConfigError:
+    """The refusal of a processor that makes other images than its model reads."""
+    todo = "restore preprocessor_config.json and config.json, which do not belong together"
+    return ConfigError(given, expected, todo)
 
 
 def _require_picture(image: np.ndarray) -> None:

@@ -61,22 +61,14 @@ def fitted_size(size: Size, target: Size) -> Size:
     return target[0], min(math.ceil(size[1] * tall), target[1])
 
 
-def pad_to(image: np.ndarray, target: Size) -> np.ndarray:
-    """uint8[h, w, 3] -> uint8[*target, 3]: a black margin on both sides, an odd pixel below or right."""
-    before = [(wanted - given) // 2 for wanted, given in zip(target, image.shape[:2], strict=True)]
-    margins = [(b, wanted - given - b) for b, wanted, given in zip(before, target, image.shape[:2], strict=True)]
-    return np.pad(image, [*margins, (0, 0)])
-
-
-def pad_to_square(image: np.ndarray, colour: tuple[int, int, int]) -> np.ndarray:
-    """uint8[h, w, 3] -> uint8[s, s, 3], s the longer side, the picture in the middle, an odd pixel below or right."""
-    height, width = image.shape[:2]
-    side = max(height, width)
-    square = np.empty((side, side, 3), np.uint8)
-    square[:] = colour
-    top, left = (side - height) // 2, (side - width) // 2
-    square[top : top + height, left : left + width] = image
-    return square
+def pad_to(image: np.ndarray, target: Size, colour: tuple[int, int, int] = (0, 0, 0)) -> np.ndarray:
+    """uint8[h, w, 3] -> uint8[*target, 3]: a margin on both sides, an odd pixel below or right."""
+    padded = np.empty((*target, 3), np.uint8)
+    padded[:] = colour
+    (height, width), (tall, wide) = image.shape[:2], target
+    top, left = (tall - height) // 2, (wide - width) // 2
+    padded[top : top + height, left : left + width] = image
+    return padded
 
 
 def cut(image: np.ndarray, side: int) -> list[np.ndarray]:

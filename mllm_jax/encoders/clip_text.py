@@ -57,21 +57,14 @@ def table(config: TextTowerConfig) -> Table:
     return tower_table(config, "" if config.projection_size is None else "text_projection")
 
 
-FAMILIES = (
+FAMILIES = tuple(
     Family(
-        name="CLIP text",
-        architectures=(MODEL,),
+        name=name,
+        architectures=(hub,),
         from_hf=from_hf_config,
         to_hf=to_hf_config,
         table=table,
         sample=token_sample,
-    ),
-    Family(
-        name="CLIP text with projection",
-        architectures=(WITH_PROJECTION,),
-        from_hf=from_hf_config,
-        to_hf=to_hf_config,
-        table=table,
-        sample=token_sample,
-    ),
+    )
+    for name, hub in (("CLIP text", MODEL), ("CLIP text with projection", WITH_PROJECTION))
 )

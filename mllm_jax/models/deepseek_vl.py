@@ -16,6 +16,7 @@ from mllm_jax.checkpoints.config_json import check_written, stored_fields
 from mllm_jax.checkpoints.options import Options
 from mllm_jax.checkpoints.table import Family, Table, linear, nested
 from mllm_jax.data.image_processors import ImageProcessor, read_image_processor
+from mllm_jax.data.image_steps import mismatch
 from mllm_jax.data.processing.layouts import TileLayout
 from mllm_jax.data.processing.media import Media
 from mllm_jax.encoders import sam, siglip_vision
@@ -92,10 +93,9 @@ class DeepseekVLLayout(TileLayout):
         sides = [config.encoder.image_size] + ([config.encoder.low.image_size] if config.hybrid else [])
         made = [pictures] + ([pictures.low] if pictures.low is not None else [])
         if [{each.output_size(7, 9), each.output_size(9, 7)} for each in made] != [{(side, side)} for side in sides]:
-            raise ConfigError(
+            raise mismatch(
                 f"a {pictures.kind} that makes pictures of {[each.output_size(7, 9) for each in made]}",
                 f"squares of {' and '.join(map(str, sides))} pixels, as the model reads",
-                "restore preprocessor_config.json and config.json, which do not belong together",
             )
         self.config, self.pictures = config, replace(pictures, cuts_off=config.preprocessing == "original")
         self.image_token, self.tokens_a_tile = config.image_token_id, config.media_tokens

@@ -17,6 +17,7 @@ from mllm_jax.checkpoints.options import Options, named_as
 from mllm_jax.checkpoints.table import Family, Table, linear, nested, norm
 from mllm_jax.data.chat import ChatTokenizer
 from mllm_jax.data.image_processors import ImageProcessor, read_image_processor, read_video_processor
+from mllm_jax.data.image_steps import mismatch
 from mllm_jax.data.processing.layouts import TileLayout
 from mllm_jax.data.processing.media import TEXT, Media
 from mllm_jax.encoders import internvit
@@ -92,10 +93,9 @@ class InternVLLayout(TileLayout):
         side = config.encoder.image_size
         for processor in filter(None, (pictures, frames)):
             if processor.size != (side, side):
-                raise ConfigError(
+                raise mismatch(
                     f"a {processor.kind} that makes tiles of {processor.size}",
                     f"{side} x {side} pixels, as the model reads",
-                    "restore preprocessor_config.json and config.json, which do not belong together",
                 )
         if config.tile_range is not None:
             pictures = replace(pictures, tile_range=config.tile_range if config.tile_range[1] > 1 else None)
@@ -311,22 +311,18 @@ def table(config: InternVLConfig) -> Table:
     return Table(tuple(weights), spellings if hub else (), tuple(ignored))
 
 
-FAMILIES = (
+FAMILIES = tuple(
     Family(
-        name="InternVL 2.5, 3",
-        architectures=(HUB,),
+        name=name,
+        architectures=(hub,),
         from_hf=from_hf_config,
         to_hf=to_hf_config,
         table=table,
+        oracle=oracle,
         layout=layout,
-    ),
-    Family(
-        name="InternVL (OpenGVLab)",
-        architectures=(ORIGINAL,),
-        from_hf=from_hf_config,
-        to_hf=to_hf_config,
-        table=table,
-        oracle="OpenGVLab's code, by its parts",
-        layout=layout,
-    ),
+    )
+    for name, hub, oracle in (
+        ("InternVL 2.5, 3", HUB, ""),
+        ("InternVL (OpenGVLab)", ORIGINAL, "OpenGVLab's code, by its parts"),
+    )
 )

@@ -17,6 +17,7 @@ from mllm_jax.checkpoints.config_json import check_written, stored_fields, write
 from mllm_jax.checkpoints.options import Options
 from mllm_jax.checkpoints.table import Family, Table, Weight, linear, nested
 from mllm_jax.data.image_processors import ImageProcessor, read_image_processor, read_video_processor
+from mllm_jax.data.image_steps import mismatch
 from mllm_jax.data.processing.layouts import TileLayout
 from mllm_jax.data.processing.media import Media
 from mllm_jax.data.tiles import Places, anyres_places, best_resolution, tile_places, video_places
@@ -116,12 +117,12 @@ class LlavaLayout(TileLayout):
         for processor in filter(None, (pictures, frames)):
             made = {processor.output_size(*size) for size in ((side, 2 * side), (2 * side, side))}
             if made != {(side, side)}:
-                _refuse(f"a {processor.kind} that makes tiles of {sorted(made)}", f"{side} x {side} pixels")
+                raise mismatch(f"a {processor.kind} that makes tiles of {sorted(made)}", f"{side} x {side} pixels")
         if (pictures.resolutions, pictures.tile_size * bool(config.resolutions)) != (
             config.resolutions,
             side * bool(config.resolutions),
         ):
-            _refuse(
+            raise mismatch(
                 f"a {pictures.kind} that cuts tiles of {pictures.tile_size} out of {pictures.resolutions}",
                 f"tiles of {side} out of {config.resolutions}, as the model",
             )
@@ -157,10 +158,6 @@ class LlavaLayout(TileLayout):
             tiles = processor.normalise(tiles)
         tokens = np.full(len(where.places), self.image_token if token is None else token)
         return Media({"images": tiles}, tokens, where.places, where.weights)
-
-
-def _refuse(given: str, expected: str):
-    raise ConfigError(given, expected, "restore preprocessor_config.json and config.json, which do not belong together")
 
 
 def layout(config: LlavaConfig, folder: Path) -> LlavaLayout:

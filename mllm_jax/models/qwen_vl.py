@@ -13,10 +13,11 @@ from mllm_jax.checkpoints.config_json import check_written, stored_fields
 from mllm_jax.checkpoints.options import Options
 from mllm_jax.checkpoints.table import Family, Table, nested
 from mllm_jax.data.image_processors import ImageProcessor, read_image_processor
+from mllm_jax.data.image_steps import mismatch
 from mllm_jax.data.processing.layouts import Layout
 from mllm_jax.data.processing.media import Collated, Media, Row
 from mllm_jax.encoders import qwen_vit
-from mllm_jax.errors import ConfigError, DataError
+from mllm_jax.errors import DataError
 from mllm_jax.layers.requirements import Requirements
 from mllm_jax.llms import qwen
 from mllm_jax.llms.decoder import DecoderConfig
@@ -66,10 +67,9 @@ class PatchLayout(Layout):
         tower = config.encoder
         cut = pictures.patch_size, pictures.merge_size, pictures.temporal_patch_size
         if cut != (tower.patch_size, tower.merge_size, tower.temporal_patch_size):
-            raise ConfigError(
+            raise mismatch(
                 f"a {pictures.kind} that cuts patches of {cut} (side, merged, frames)",
                 f"{(tower.patch_size, tower.merge_size, tower.temporal_patch_size)}, as the model",
-                "restore preprocessor_config.json and config.json, which do not belong together",
             )
         self.config, self.pictures = config, pictures
         self.image_token = config.image_token_id

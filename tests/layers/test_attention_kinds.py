@@ -126,7 +126,7 @@ def test_on_a_cpu_causal_rows_are_taken_block_by_block_earlier(monkeypatch, qkv,
     with use_mesh(make_mesh(MeshConfig(data=2), jax.devices()[:2])):
         found = {mask: str(jax.make_jaxpr(partial(attention, mask=mask, **kind))(*qkv)) for mask in layer.MASKS}
         y = jax.jit(partial(attention, mask="causal", **kind))(*qkv)
-    assert "while" in found["causal"] and "while" not in found["full"]
+    assert "scan" in found["causal"] and "scan" not in found["full"]
     np.testing.assert_allclose(y, xla_attention(*qkv, mask="causal", **kind), atol=2e-5)
 
 
