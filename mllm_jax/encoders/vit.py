@@ -13,14 +13,13 @@ import numpy as np
 from flax import linen as nn
 from flax import struct
 
-from mllm_jax.encoders.vit_embeddings import PatchEmbedding, RegionPooling
+from mllm_jax.encoders.vit_embeddings import AttentionPooling, PatchEmbedding, RegionPooling
 from mllm_jax.errors import ConfigError
 from mllm_jax.layers.attention import Attention
 from mllm_jax.layers.interpolation import bicubic_grid, bicubic_packed
 from mllm_jax.layers.linear import Linear
 from mllm_jax.layers.mlp import ACTIVATIONS, MLP
 from mllm_jax.layers.norms import LayerNorm, RMSNorm
-from mllm_jax.layers.pooling import AttentionPooling
 from mllm_jax.layers.requirements import Requirements
 from mllm_jax.layers.rotary import grid_angles
 from mllm_jax.layers.stack import layers_of

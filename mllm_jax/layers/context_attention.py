@@ -373,23 +373,25 @@ def _move(how: _How, steps: int, tree):
 
 def _scores(how: _How, q, k, bias, places):
     """float32[B, K, G, s, t] of a block, LEAST where a query may not see a key; where it may, or None: everywhere."""
-    q_place, q_segment, k_place, k_segment, window = places
     scores = jnp.einsum("bskgh,btkh->bkgst", q, k, preferred_element_type=jnp.float32)
     if bias is not None:
-        there = _columns(bias, k_place)[1]
+        there = _columns(bias, places[2])[1]
         heads = dict(k=q.shape[2]) if there.shape[1] > 1 else dict(k=1)
         scores = scores + rearrange(there, "b (k g) s t -> b k g s t", **heads)
+    seen = visible(how.causal, *places)
+    return (scores, None) if seen is None else (jnp.where(seen, scores, LEAST), seen)
+
+
+def visible(causal: bool, q_place, q_segment, k_place, k_segment, window):
+    """bool[B, 1, 1, S, T], which keys a query may see, by places int[B or 1, S], int[B or 1, T]; None: all of them."""
     seen = None
-    if how.causal:
+    if causal:
         distance = q_place[:, :, None] - k_place[:, None, :]
         seen = distance >= 0 if window is None else (distance >= 0) & (distance < window)
     if q_segment is not None:
         same = q_segment[:, :, None] == k_segment[:, None, :]
         seen = same if seen is None else seen & same
-    if seen is None:
-        return scores, None
-    seen = seen[:, None, None]
-    return jnp.where(seen, scores, LEAST), seen
+    return None if seen is None else seen[:, None, None]
 
 
 def _where_seen(how: _How, places, add, sums):

@@ -5,10 +5,12 @@ OPT-350m differs from its siblings: norms behind each sum, and an embedding narr
 
 from __future__ import annotations
 
+from functools import partial
+
 from mllm_jax.checkpoints.architectures import architecture, kind_of
 from mllm_jax.checkpoints.config_json import Fields, read_fields, write_fields
 from mllm_jax.checkpoints.options import Options
-from mllm_jax.checkpoints.table import Family, Table, token_sample
+from mllm_jax.checkpoints.table import Family, token_sample
 from mllm_jax.llms.decoder import DecoderConfig
 from mllm_jax.llms.hub import IDS, Names, decoder_table, faithful
 
@@ -94,8 +96,7 @@ def to_hf_config(config: DecoderConfig) -> dict:
     return faithful(c, written, from_hf_config)
 
 
-def table(config: DecoderConfig) -> Table:
-    return decoder_table(config, _NAMES)
+table = partial(decoder_table, names=_NAMES)
 
 
 FAMILIES = (

@@ -7,10 +7,12 @@ whole doublings of the first chunk's length) and `use_logn_attn` (queries scaled
 
 from __future__ import annotations
 
+from functools import partial
+
 from mllm_jax.checkpoints.architectures import architecture, kind_of
 from mllm_jax.checkpoints.config_json import Fields, read_fields, write_fields
 from mllm_jax.checkpoints.options import Options
-from mllm_jax.checkpoints.table import Family, Table, token_sample
+from mllm_jax.checkpoints.table import Family, token_sample
 from mllm_jax.errors import ConfigError
 from mllm_jax.llms.decoder import DecoderConfig
 from mllm_jax.llms.hub import IDS, Names, decoder_table, faithful
@@ -98,9 +100,7 @@ def to_hf_config(config: DecoderConfig) -> dict:
     return faithful(c, written, from_hf_config)
 
 
-def table(config: DecoderConfig) -> Table:
-    """q, k and v lie in one tensor, one after the other."""
-    return decoder_table(config, _NAMES)
+table = partial(decoder_table, names=_NAMES)
 
 
 FAMILIES = (

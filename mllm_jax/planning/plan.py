@@ -11,8 +11,7 @@ import jax
 
 from mllm_jax.errors import ConfigError
 from mllm_jax.layers.stack import REMAT_POLICIES
-from mllm_jax.planning.analytic import analytic_account
-from mllm_jax.planning.arithmetic import device_bytes, model_flops, remat_of, whole_bytes
+from mllm_jax.planning.arithmetic import analytic_account, device_bytes, model_flops, remat_of, whole_bytes
 from mllm_jax.planning.compile import OutOfMemory, abstract_step, compile_step, topology_mesh
 from mllm_jax.planning.hlo import FUSED_SCATTER, Account
 from mllm_jax.planning.roofline import Roofline, roofline
