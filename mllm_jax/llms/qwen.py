@@ -8,8 +8,7 @@ from __future__ import annotations
 
 from mllm_jax.checkpoints.architectures import architecture
 from mllm_jax.checkpoints.options import Options
-from mllm_jax.checkpoints.sample import token_sample
-from mllm_jax.checkpoints.table import Family
+from mllm_jax.checkpoints.table import Family, token_sample
 from mllm_jax.errors import ConfigError
 from mllm_jax.llms.decoder import DecoderConfig
 from mllm_jax.llms.hub import decoder_table, faithful, read_decoder, write_decoder
@@ -100,7 +99,6 @@ FAMILIES = tuple(
         to_hf=to_hf_config,
         table=table,
         sample=token_sample,
-        oracle=hub,
     )
     for name, hub in (("Qwen2, Qwen2.5", "Qwen2ForCausalLM"), ("Qwen3", "Qwen3ForCausalLM"))
 )

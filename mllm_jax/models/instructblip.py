@@ -69,7 +69,6 @@ FAMILIES = (
         from_hf=from_hf_config,
         to_hf=to_hf_config,
         table=table,
-        oracle=FAMILY,
         layout=InstructLayout,
         settle=settle,
     ),
