@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from mllm_jax.checkpoints.architectures import architecture
 from mllm_jax.checkpoints.options import Options
-from mllm_jax.checkpoints.table import Family, token_sample
+from mllm_jax.checkpoints.table import families, token_sample
 from mllm_jax.errors import ConfigError
 from mllm_jax.llms.decoder import DecoderConfig
 from mllm_jax.llms.hub import decoder_table, faithful, read_decoder, write_decoder
@@ -76,14 +76,10 @@ def to_hf_config(config: DecoderConfig) -> dict:
 
 table = decoder_table
 
-FAMILIES = tuple(
-    Family(
-        name=name,
-        architectures=(hub,),
-        from_hf=from_hf_config,
-        to_hf=to_hf_config,
-        table=table,
-        sample=token_sample,
-    )
-    for name, hub in (("LLaMA, Vicuna", "LlamaForCausalLM"), ("Mistral", "MistralForCausalLM"))
+FAMILIES = families(
+    {"LlamaForCausalLM": "LLaMA, Vicuna", "MistralForCausalLM": "Mistral"},
+    from_hf=from_hf_config,
+    to_hf=to_hf_config,
+    table=table,
+    sample=token_sample,
 )

@@ -12,7 +12,7 @@ from functools import partial
 from mllm_jax.checkpoints.architectures import architecture, kind_of
 from mllm_jax.checkpoints.config_json import Fields, read_fields, write_fields
 from mllm_jax.checkpoints.options import Options
-from mllm_jax.checkpoints.table import Family, token_sample
+from mllm_jax.checkpoints.table import families, token_sample
 from mllm_jax.errors import ConfigError
 from mllm_jax.llms.decoder import DecoderConfig
 from mllm_jax.llms.hub import IDS, Names, decoder_table, faithful
@@ -103,14 +103,11 @@ def to_hf_config(config: DecoderConfig) -> dict:
 table = partial(decoder_table, names=_NAMES)
 
 
-FAMILIES = (
-    Family(
-        name="Qwen (first)",
-        architectures=(ARCHITECTURE,),
-        from_hf=from_hf_config,
-        to_hf=to_hf_config,
-        table=table,
-        sample=token_sample,
-        oracle="Qwen2ForCausalLM with the weights renamed",
-    ),
+FAMILIES = families(
+    {ARCHITECTURE: "Qwen (first)"},
+    from_hf=from_hf_config,
+    to_hf=to_hf_config,
+    table=table,
+    sample=token_sample,
+    oracle="Qwen2ForCausalLM with the weights renamed",
 )
