@@ -64,6 +64,13 @@ _WRITTEN: dict[str, Callable[[Any], Any]] = {
 # that takes besides the name).
 Fields = Mapping[str, tuple[Any, ...]]
 
+# The fields that most transformers have by these names.
+LAYERS: Fields = {
+    "hidden_size": ("hidden_size", "size"),
+    "num_layers": ("num_hidden_layers", "size"),
+    "num_heads": ("num_attention_heads", "size"),
+}
+
 
 def read_fields(options: Options, fields: Fields) -> dict[str, Any]:
     """The fields by name; raises what the methods of `Options` do."""

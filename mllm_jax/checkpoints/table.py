@@ -161,3 +161,8 @@ class Family:
     oracle: str = ""
     layout: Callable[[Any, Path], Any] | None = None
     settle: Callable[[Any, Collection[str]], Any] = lambda config, stored: config
+
+
+def families(names: Mapping[str, str], **filled: Any) -> tuple[Family, ...]:
+    """A family for each architecture, by the name that people say; `filled` are the fields that all have alike."""
+    return tuple(Family(name=name, architectures=(hub,), **filled) for hub, name in names.items())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from mllm_jax.checkpoints.options import Options, named_as
-from mllm_jax.checkpoints.table import Family, Table, token_sample
+from mllm_jax.checkpoints.table import Table, families, token_sample
 from mllm_jax.encoders.text import TextTowerConfig
 from mllm_jax.encoders.text_hub import faithful, read_tower, tower_table, write_tower
 from mllm_jax.errors import ConfigError
@@ -57,14 +57,10 @@ def table(config: TextTowerConfig) -> Table:
     return tower_table(config, "" if config.projection_size is None else "text_projection")
 
 
-FAMILIES = tuple(
-    Family(
-        name=name,
-        architectures=(hub,),
-        from_hf=from_hf_config,
-        to_hf=to_hf_config,
-        table=table,
-        sample=token_sample,
-    )
-    for name, hub in (("CLIP text", MODEL), ("CLIP text with projection", WITH_PROJECTION))
+FAMILIES = families(
+    {MODEL: "CLIP text", WITH_PROJECTION: "CLIP text with projection"},
+    from_hf=from_hf_config,
+    to_hf=to_hf_config,
+    table=table,
+    sample=token_sample,
 )

@@ -9,6 +9,7 @@ from typing import Any
 from mllm_jax.checkpoints.architectures import kind_of
 from mllm_jax.checkpoints.config_json import (
     ELSEWHERE,
+    LAYERS,
     Fields,
     check_written,
     read_fields,
@@ -34,10 +35,7 @@ from mllm_jax.encoders.vit import ViTConfig
 from mllm_jax.errors import ConfigError
 
 _GRID = {"image_size": ("image_size", "size"), "patch_size": ("patch_size", "size")}
-_FIELDS: Fields = {
-    "hidden_size": ("hidden_size", "size"),
-    "num_layers": ("num_hidden_layers", "size"),
-    "num_heads": ("num_attention_heads", "size"),
+_FIELDS: Fields = LAYERS | {
     "mlp_size": ("intermediate_size", "size"),
     "activation": ("hidden_act", "activation", ENCODER_ACTIVATIONS),
     "norm_eps": ("layer_norm_eps", "number", ..., 0.0),

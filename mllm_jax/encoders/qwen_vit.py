@@ -28,7 +28,7 @@ from mllm_jax.checkpoints.config_json import (
     write_fields,
 )
 from mllm_jax.checkpoints.options import ENCODER_ACTIVATIONS, Options, named_as
-from mllm_jax.checkpoints.table import OUT_OF_HEADS, Family, Table, Weight, into_heads, linear, norm
+from mllm_jax.checkpoints.table import OUT_OF_HEADS, Table, Weight, families, into_heads, linear, norm
 from mllm_jax.encoders.qwen_patches import PatchLayout, lay_out_patches, window_numbers
 from mllm_jax.encoders.vit import VisionOutput
 from mllm_jax.errors import ConfigError, DataError
@@ -412,14 +412,10 @@ def sample(config: QwenViTConfig) -> tuple:
     return jnp.zeros((*unit, config.patch_values)), integers, pairs, pairs
 
 
-FAMILIES = tuple(
-    Family(
-        name=name,
-        architectures=(hub,),
-        from_hf=from_hf_config,
-        to_hf=to_hf_config,
-        table=table,
-        sample=sample,
-    )
-    for name, hub in (("Qwen2-VL ViT", _QWEN2), ("Qwen2.5-VL ViT", _QWEN25), ("Qwen3-VL ViT", _QWEN3))
+FAMILIES = families(
+    {_QWEN2: "Qwen2-VL ViT", _QWEN25: "Qwen2.5-VL ViT", _QWEN3: "Qwen3-VL ViT"},
+    from_hf=from_hf_config,
+    to_hf=to_hf_config,
+    table=table,
+    sample=sample,
 )

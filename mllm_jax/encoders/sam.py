@@ -28,9 +28,9 @@ from mllm_jax.checkpoints.config_json import (
 from mllm_jax.checkpoints.options import ENCODER_ACTIVATIONS
 from mllm_jax.checkpoints.table import (
     OUT_OF_HEADS,
-    Family,
     Table,
     Weight,
+    families,
     image_sample,
     into_heads,
     linear,
@@ -332,13 +332,6 @@ def table(config: SamConfig) -> Table:
     return Table(named, ((r"^(?!vision_encoder\.)", "vision_encoder."),))
 
 
-FAMILIES = (
-    Family(
-        name="SAM's picture encoder",
-        architectures=(_FAMILY,),
-        from_hf=from_hf_config,
-        to_hf=to_hf_config,
-        table=table,
-        sample=image_sample,
-    ),
+FAMILIES = families(
+    {_FAMILY: "SAM's picture encoder"}, from_hf=from_hf_config, to_hf=to_hf_config, table=table, sample=image_sample
 )

@@ -5,18 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from mllm_jax.checkpoints.architectures import kind_of
-from mllm_jax.checkpoints.config_json import ELSEWHERE, Fields, check_written, read_fields, write_fields
+from mllm_jax.checkpoints.config_json import ELSEWHERE, LAYERS, Fields, check_written, read_fields, write_fields
 from mllm_jax.checkpoints.options import ENCODER_ACTIVATIONS, Options
 from mllm_jax.checkpoints.table import OUT_OF_HEADS, Table, Weight, into_heads, linear, norm
 from mllm_jax.encoders.text import TextTowerConfig
 from mllm_jax.errors import ConfigError
 
-_FIELDS: Fields = {
+_FIELDS: Fields = LAYERS | {
     "vocab_size": ("vocab_size", "size"),
     "max_length": ("max_position_embeddings", "size"),
-    "hidden_size": ("hidden_size", "size"),
-    "num_layers": ("num_hidden_layers", "size"),
-    "num_heads": ("num_attention_heads", "size"),
     "mlp_size": ("intermediate_size", "size"),
     "activation": ("hidden_act", "activation", ENCODER_ACTIVATIONS),
     "norm_eps": ("layer_norm_eps", "number", ..., 0.0),

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from mllm_jax.checkpoints.architectures import kind_of
-from mllm_jax.checkpoints.config_json import Fields, check_written, read_fields, stored_fields, write_fields
+from mllm_jax.checkpoints.config_json import LAYERS, Fields, check_written, read_fields, stored_fields, write_fields
 from mllm_jax.checkpoints.options import Options
 from mllm_jax.checkpoints.table import LINEAR, OUT_OF_HEADS, Table, Weight, beside, into_heads, linear, norm
 from mllm_jax.errors import ConfigError
@@ -18,17 +18,18 @@ IDS: Fields = {
     "eos_token_id": ("eos_token_id", "ids"),
     "pad_token_id": ("pad_token_id", "id"),
 }
-_FIELDS: Fields = IDS | {
-    "vocab_size": ("vocab_size", "size"),
-    "hidden_size": ("hidden_size", "size"),
-    "num_layers": ("num_hidden_layers", "size"),
-    "num_heads": ("num_attention_heads", "size"),
-    "mlp_size": ("intermediate_size", "size"),
-    "activation": ("hidden_act", "activation"),
-    "norm_eps": ("rms_norm_eps", "number", ..., 0.0),
-    "tie_word_embeddings": ("tie_word_embeddings", "flag"),
-    "max_position_embeddings": ("max_position_embeddings", "size"),
-}
+_FIELDS: Fields = (
+    IDS
+    | LAYERS
+    | {
+        "vocab_size": ("vocab_size", "size"),
+        "mlp_size": ("intermediate_size", "size"),
+        "activation": ("hidden_act", "activation"),
+        "norm_eps": ("rms_norm_eps", "number", ..., 0.0),
+        "tie_word_embeddings": ("tie_word_embeddings", "flag"),
+        "max_position_embeddings": ("max_position_embeddings", "size"),
+    }
+)
 # The least and the most that an option of rotary scaling may be: beyond it, angles or scores are no numbers.
 _STRETCH = (1.0, 1e6)
 _ROPE_RANGES = dict(factor=_STRETCH) | dict.fromkeys(

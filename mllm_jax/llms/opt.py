@@ -8,9 +8,9 @@ from __future__ import annotations
 from functools import partial
 
 from mllm_jax.checkpoints.architectures import architecture, kind_of
-from mllm_jax.checkpoints.config_json import Fields, read_fields, write_fields
+from mllm_jax.checkpoints.config_json import LAYERS, Fields, read_fields, write_fields
 from mllm_jax.checkpoints.options import Options
-from mllm_jax.checkpoints.table import Family, token_sample
+from mllm_jax.checkpoints.table import families, token_sample
 from mllm_jax.llms.decoder import DecoderConfig
 from mllm_jax.llms.hub import IDS, Names, decoder_table, faithful
 
@@ -27,19 +27,20 @@ _DEFAULTS = dict(
     bos_token_id=2,
     eos_token_id=2,
 )
-_FIELDS: Fields = IDS | {
-    "vocab_size": ("vocab_size", "size"),
-    "hidden_size": ("hidden_size", "size"),
-    "num_layers": ("num_hidden_layers", "size"),
-    "num_heads": ("num_attention_heads", "size"),
-    "mlp_size": ("ffn_dim", "size"),
-    "activation": ("activation_function", "activation"),
-    "norm_affine": ("layer_norm_elementwise_affine", "flag", True),
-    "norm_first": ("do_layer_norm_before", "flag", True),
-    "tie_word_embeddings": ("tie_word_embeddings", "flag", True),
-    "qkv_bias": ("enable_bias", "flag", True),
-    "max_position_embeddings": ("max_position_embeddings", "size"),
-}
+_FIELDS: Fields = (
+    IDS
+    | LAYERS
+    | {
+        "vocab_size": ("vocab_size", "size"),
+        "mlp_size": ("ffn_dim", "size"),
+        "activation": ("activation_function", "activation"),
+        "norm_affine": ("layer_norm_elementwise_affine", "flag", True),
+        "norm_first": ("do_layer_norm_before", "flag", True),
+        "tie_word_embeddings": ("tie_word_embeddings", "flag", True),
+        "qkv_bias": ("enable_bias", "flag", True),
+        "max_position_embeddings": ("max_position_embeddings", "size"),
+    }
+)
 _NAMES = Names(
     embedding="model.decoder.embed_tokens",
     positions="model.decoder.embed_positions",
@@ -99,13 +100,6 @@ def to_hf_config(config: DecoderConfig) -> dict:
 table = partial(decoder_table, names=_NAMES)
 
 
-FAMILIES = (
-    Family(
-        name="OPT",
-        architectures=("OPTForCausalLM",),
-        from_hf=from_hf_config,
-        to_hf=to_hf_config,
-        table=table,
-        sample=token_sample,
-    ),
+FAMILIES = families(
+    {"OPTForCausalLM": "OPT"}, from_hf=from_hf_config, to_hf=to_hf_config, table=table, sample=token_sample
 )

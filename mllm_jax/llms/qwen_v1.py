@@ -10,9 +10,9 @@ from __future__ import annotations
 from functools import partial
 
 from mllm_jax.checkpoints.architectures import architecture, kind_of
-from mllm_jax.checkpoints.config_json import Fields, read_fields, write_fields
+from mllm_jax.checkpoints.config_json import LAYERS, Fields, read_fields, write_fields
 from mllm_jax.checkpoints.options import Options
-from mllm_jax.checkpoints.table import Family, token_sample
+from mllm_jax.checkpoints.table import families, token_sample
 from mllm_jax.errors import ConfigError
 from mllm_jax.llms.decoder import DecoderConfig
 from mllm_jax.llms.hub import IDS, Names, decoder_table, faithful
@@ -35,15 +35,16 @@ _NAMES = Names(
     spellings=(),
     ignored=("transformer.rotary_emb.inv_freq",),
 )
-_FIELDS: Fields = IDS | {
-    "vocab_size": ("vocab_size", "size"),
-    "hidden_size": ("hidden_size", "size"),
-    "num_layers": ("num_hidden_layers", "size"),
-    "num_heads": ("num_attention_heads", "size"),
-    "norm_eps": ("layer_norm_epsilon", "number", ..., 0.0),
-    "rope_theta": ("rotary_emb_base", "number", 10_000.0, 1.0),
-    "max_position_embeddings": ("seq_length", "size"),
-}
+_FIELDS: Fields = (
+    IDS
+    | LAYERS
+    | {
+        "vocab_size": ("vocab_size", "size"),
+        "norm_eps": ("layer_norm_epsilon", "number", ..., 0.0),
+        "rope_theta": ("rotary_emb_base", "number", 10_000.0, 1.0),
+        "max_position_embeddings": ("seq_length", "size"),
+    }
+)
 _FIXED = dict(rotary_pct=1.0, no_bias=True, scale_attn_weights=True, tie_word_embeddings=False)
 # Of precision, of faster kernels that give the same, of dropout; and the code that is never executed.
 _IDLE = (
@@ -103,14 +104,11 @@ def to_hf_config(config: DecoderConfig) -> dict:
 table = partial(decoder_table, names=_NAMES)
 
 
-FAMILIES = (
-    Family(
-        name="Qwen (first)",
-        architectures=(ARCHITECTURE,),
-        from_hf=from_hf_config,
-        to_hf=to_hf_config,
-        table=table,
-        sample=token_sample,
-        oracle="Qwen2ForCausalLM with the weights renamed",
-    ),
+FAMILIES = families(
+    {ARCHITECTURE: "Qwen (first)"},
+    from_hf=from_hf_config,
+    to_hf=to_hf_config,
+    table=table,
+    sample=token_sample,
+    oracle="Qwen2ForCausalLM with the weights renamed",
 )

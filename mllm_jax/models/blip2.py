@@ -14,7 +14,7 @@ import numpy as np
 from mllm_jax.checkpoints.architectures import BEFORE, find, kind_of, llms_inside, nameless, of_type
 from mllm_jax.checkpoints.config_json import check_written, stored_fields
 from mllm_jax.checkpoints.options import Options
-from mllm_jax.checkpoints.table import Family, Table, Weight, nested
+from mllm_jax.checkpoints.table import Family, Table, Weight, families, nested
 from mllm_jax.data.image_processors import ImageProcessor, read_image_processor
 from mllm_jax.data.processing.layouts import TileLayout
 from mllm_jax.data.processing.media import Media
@@ -210,14 +210,6 @@ def pixel_reader(encoder: ViTConfig, folder: Path):
     return lambda picture: plain(picture).astype(np.uint8)
 
 
-FAMILIES = (
-    Family(
-        name="BLIP-2",
-        architectures=(FAMILY,),
-        from_hf=from_hf_config,
-        to_hf=to_hf_config,
-        table=table,
-        layout=QueryLayout,
-        settle=settle,
-    ),
+FAMILIES = families(
+    {FAMILY: "BLIP-2"}, from_hf=from_hf_config, to_hf=to_hf_config, table=table, layout=QueryLayout, settle=settle
 )

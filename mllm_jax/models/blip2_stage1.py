@@ -17,7 +17,7 @@ from flax import struct
 from mllm_jax.checkpoints.architectures import kind_of, nameless
 from mllm_jax.checkpoints.config_json import check_written, stored_fields
 from mllm_jax.checkpoints.options import Options
-from mllm_jax.checkpoints.table import Family, Table, linear, nested
+from mllm_jax.checkpoints.table import Table, families, linear, nested
 from mllm_jax.data.batch import ONE_IMAGE, BatchSpec, images_spec, text_spec
 from mllm_jax.encoders import eva
 from mllm_jax.errors import ConfigError
@@ -270,12 +270,4 @@ def table(config: QFormerPretrainingConfig) -> Table:
     return Table(weights, (), ("embeddings.position_ids",))
 
 
-FAMILIES = (
-    Family(
-        name="BLIP-2 retrieval",
-        architectures=(FAMILY,),
-        from_hf=from_hf_config,
-        to_hf=to_hf_config,
-        table=table,
-    ),
-)
+FAMILIES = families({FAMILY: "BLIP-2 retrieval"}, from_hf=from_hf_config, to_hf=to_hf_config, table=table)

@@ -14,7 +14,7 @@ import numpy as np
 from mllm_jax.checkpoints.architectures import architecture, kind_of, nameless
 from mllm_jax.checkpoints.config_json import check_written, stored_fields
 from mllm_jax.checkpoints.options import Options
-from mllm_jax.checkpoints.table import Family, Table, linear, nested
+from mllm_jax.checkpoints.table import Table, families, linear, nested
 from mllm_jax.data.image_processors import ImageProcessor, read_image_processor
 from mllm_jax.data.image_steps import mismatch
 from mllm_jax.data.processing.layouts import TileLayout
@@ -223,14 +223,10 @@ def _in_llm(name: str) -> str:
     return f"model.language_model.{name.removeprefix('model.')}" if name.startswith("model.") else name
 
 
-FAMILIES = tuple(
-    Family(
-        name=name,
-        architectures=(hub,),
-        from_hf=from_hf_config,
-        to_hf=to_hf_config,
-        table=table,
-        layout=layout,
-    )
-    for name, hub in (("DeepSeek-VL", SINGLE), ("DeepSeek-VL with SAM", HYBRID))
+FAMILIES = families(
+    {SINGLE: "DeepSeek-VL", HYBRID: "DeepSeek-VL with SAM"},
+    from_hf=from_hf_config,
+    to_hf=to_hf_config,
+    table=table,
+    layout=layout,
 )

@@ -15,7 +15,7 @@ import numpy as np
 from mllm_jax.checkpoints.architectures import architecture, find, kind_of, of_type
 from mllm_jax.checkpoints.config_json import check_written, stored_fields, write_activation
 from mllm_jax.checkpoints.options import Options
-from mllm_jax.checkpoints.table import Family, Table, Weight, linear, nested
+from mllm_jax.checkpoints.table import Family, Table, Weight, families, linear, nested
 from mllm_jax.data.image_processors import ImageProcessor, read_image_processor, read_video_processor
 from mllm_jax.data.image_steps import mismatch
 from mllm_jax.data.processing.layouts import TileLayout
@@ -312,14 +312,10 @@ def table(config: LlavaConfig) -> Table:
     return Table(tuple(weights), spellings, tuple(ignored))
 
 
-FAMILIES = tuple(
-    Family(
-        name=name,
-        architectures=(hub,),
-        from_hf=from_hf_config,
-        to_hf=to_hf_config,
-        table=table,
-        layout=layout,
-    )
-    for name, hub in (("LLaVA-1.5", LLAVA), ("LLaVA-NeXT", NEXT), ("LLaVA-OneVision", ONEVISION))
+FAMILIES = families(
+    {LLAVA: "LLaVA-1.5", NEXT: "LLaVA-NeXT", ONEVISION: "LLaVA-OneVision"},
+    from_hf=from_hf_config,
+    to_hf=to_hf_config,
+    table=table,
+    layout=layout,
 )

@@ -11,7 +11,7 @@ import numpy as np
 from mllm_jax.checkpoints.architectures import architecture, model_type
 from mllm_jax.checkpoints.config_json import check_written, stored_fields
 from mllm_jax.checkpoints.options import Options
-from mllm_jax.checkpoints.table import Family, Table, nested
+from mllm_jax.checkpoints.table import Table, families, nested
 from mllm_jax.data.image_processors import ImageProcessor, read_image_processor
 from mllm_jax.data.image_steps import mismatch
 from mllm_jax.data.processing.layouts import Layout
@@ -238,14 +238,10 @@ def table(config: QwenVLConfig) -> Table:
     return Table((*nested(tower, visual, "encoder_image/"), *own), spellings, (*llm.ignored,))
 
 
-FAMILIES = tuple(
-    Family(
-        name=name,
-        architectures=(hub,),
-        from_hf=from_hf_config,
-        to_hf=to_hf_config,
-        table=table,
-        layout=layout,
-    )
-    for name, hub in (("Qwen2-VL", QWEN2), ("Qwen2.5-VL", QWEN25), ("Qwen3-VL", QWEN3))
+FAMILIES = families(
+    {QWEN2: "Qwen2-VL", QWEN25: "Qwen2.5-VL", QWEN3: "Qwen3-VL"},
+    from_hf=from_hf_config,
+    to_hf=to_hf_config,
+    table=table,
+    layout=layout,
 )
