@@ -97,14 +97,15 @@ def parts(ours: Any, theirs: Mapping[str, Any]) -> Iterator[tuple[Any, Mapping[s
     text, vision = theirs.get("text_config", theirs.get("llm_config")), theirs.get("vision_config")
     if hasattr(ours, "vision"):
         yield from ((ours.vision, vision), (ours.text, text))
-    elif hasattr(ours, "encoder"):
+    elif hasattr(ours, "inputs") or hasattr(ours, "encoder"):
+        image = ours.image if hasattr(ours, "inputs") else ours
         if hasattr(ours, "llm"):
             yield ours.llm, theirs if text is None else text
-        yield getattr(ours.image.encoder, "low", ours.image.encoder), theirs["visual"] if vision is None else vision
+        yield getattr(image.encoder, "low", image.encoder), theirs["visual"] if vision is None else vision
         if high := theirs.get("high_res_vision_config"):
-            yield ours.image.encoder.high, high
+            yield image.encoder.high, high
         if qformer := theirs.get("qformer_config"):
-            yield ours.image.projector, qformer
+            yield image.projector, qformer
     else:
         yield ours, theirs
 
