@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import json
+import runpy
+import sys
+import types
 
 import numpy as np
 import pytest
+from flax.core import FrozenDict
 
 from mllm_jax.checkpoints.description import describe, rebuild
 from mllm_jax.checkpoints.differences import binding_differences, differences
+from mllm_jax.checkpoints.own_modules import modules_of
 from mllm_jax.data.pipeline import Mixture
 from mllm_jax.encoders.text import TextTowerConfig
 from mllm_jax.encoders.vit import ViTConfig
@@ -180,3 +186,95 @@ def test_what_changes_no_numbers_does_not_bind_a_run_folder():
     assert binding_differences(old, through_json(dataclasses.replace(free, stages=stages))) == []
     bound = dataclasses.replace(free, seed=5, stages=stages)
     assert binding_differences(old, through_json(bound)) == ["seed: 0 -> 5"]
+
+
+# ---- functions and mappings, which a task of evaluation has
+
+MODULE = """
+import subprocess
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from subprocess import getoutput
+
+@dataclass(frozen=True)
+class Asks:
+    ask: Callable[[str], str]
+    scores: Mapping[str, Callable] = field(default_factory=dict)
+    sizes: Mapping[str, int] = field(default_factory=dict)
+
+@dataclass(frozen=True)
+class Twice:
+    of: Callable
+
+    def __call__(self, text):
+        return 2 * self.of(text)
+
+def ask(text):
+    return text.upper()
+
+def inside():
+    return lambda text: text
+"""
+
+
+@pytest.fixture
+def own(tmp_path, monkeypatch):
+    """A module beside a config."""
+    (tmp_path / "own_asks.py").write_text(MODULE)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    yield importlib.import_module("own_asks")
+    sys.modules.pop("own_asks")
+
+
+def test_functions_and_mappings_come_back(own):
+    made = own.Asks(own.ask, FrozenDict({"b": own.ask, "a": own.Twice(own.ask)}), FrozenDict({"x": 1}))
+    described = through_json(made)
+    assert described["ask"] == {"function": "own_asks:ask"} and list(described["scores"]["mapping"]) == ["b", "a"]
+    again = rebuild(described)
+    assert again == made and hash(again) == hash(made) and again.scores["a"]("k") == "KK"
+    assert describe({"a": 1}) == {"mapping": {"a": 1}} and rebuild({"mapping": {}}) == {}
+    assert set(modules_of(described)) == {"own_asks"}
+    changed = json.loads(json.dumps(described).replace("own_asks:ask", "own_asks:inside"))
+    assert len(differences(described, changed)) == 3
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("ask", "own_asks:ask"), ("scores", {"mapping": {"a": 1}}), ("sizes", {"mapping": {"a": "1"}})]
+)
+def test_what_is_no_function_or_mapping_is_refused_by_name(own, name, value):
+    described = through_json(own.Asks(own.ask)) | {name: value}
+    with pytest.raises(ConfigError, match=f"{name}=.*expected"):
+        rebuild(described)
+
+
+def test_a_function_that_a_run_could_not_find_again_is_refused(own, monkeypatch):
+    config = runpy.run_path(own.__file__)  # a config file is run so
+    json_function, nowhere = json.dumps, types.FunctionType(own.ask.__code__, {"__name__": "own_asks"}, "other")
+    for function in (lambda text: text, own.inside(), config["ask"], json_function, nowhere, describe):
+        with pytest.raises(ConfigError, match="^the function .*") as refusal:
+            describe((function,))
+        assert "beside the config" in str(refusal.value)
+    with pytest.raises(ConfigError, match="ask, which the config file itself defines"):
+        describe(config["ask"])
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "shutil:rmtree",  # a run folder that came from elsewhere must not choose what is called
+        "subprocess:getoutput",
+        "numpy:load",
+        "own_asks:getoutput",  # of another module
+        "own_asks:Twice",
+        "own_asks:gone",
+        "mllm_jax.cli.commands:main",
+        "mllm_jax.checkpoints.description:rebuild",
+        "gone_module:ask",
+        "own_asks",
+        "a b:c",
+    ],
+)
+def test_no_other_function_is_taken(own, name):
+    with pytest.raises(ConfigError) as refusal:
+        rebuild({"function": name})
+    assert name in refusal.value.given and refusal.value.todo
