@@ -11,7 +11,7 @@ from pathlib import Path
 from mllm_jax.data.pipeline import Mixture, Weighted
 from mllm_jax.datasets.openmoji import OpenMojiCaptions
 from mllm_jax.encoders.text import TextTowerConfig
-from mllm_jax.evaluation.openmoji import OpenMojiRetrieval
+from mllm_jax.evaluation.tasks.openmoji_retrieval import openmoji_retrieval_tasks
 from mllm_jax.models.clip import DualEncoderConfig
 from mllm_jax.training.config import AdamW, Experiment, Stage, TokenizerConfig
 from mllm_jax.training.objectives.contrastive import Contrastive
@@ -40,7 +40,7 @@ def experiment(name: str, kind: str) -> Experiment:
         ),
         tokenizer=TokenizerConfig(vocab_size=2048),
         cpu_devices=2,  # two devices on two cores are twice as fast as one
-        evaluation=OpenMojiRetrieval(config=PICTURES, image_size=SIZE),
+        evaluation=openmoji_retrieval_tasks(config=PICTURES, image_size=SIZE),
         stages=(
             Stage(
                 name="contrastive",

@@ -11,7 +11,7 @@ from mllm_jax.datasets.openmoji import OpenMojiCaptions, OpenMojiQuestions, Open
 from mllm_jax.datasets.openmoji.scenes import PLACES
 from mllm_jax.encoders.text import TextTowerConfig
 from mllm_jax.encoders.vit import ViTConfig
-from mllm_jax.evaluation.openmoji import OpenMojiEvaluation
+from mllm_jax.evaluation.tasks.openmoji import openmoji_tasks
 from mllm_jax.llms.decoder import DecoderConfig
 from mllm_jax.models.contrastive import ContrastiveConfig
 from mllm_jax.models.multimodal import MultimodalConfig
@@ -104,7 +104,7 @@ def experiment(
         model=MODEL,
         tokenizer=TokenizerConfig(vocab_size=1024, phrases=PLACES[2], places=PLACES[2]),
         cpu_devices=2,  # two devices on two cores are twice as fast as one
-        evaluation=OpenMojiEvaluation(config=pictures, image_size=SIZE),
+        evaluation=openmoji_tasks(config=pictures, image_size=SIZE),
         stages=(
             Stage(
                 name="language",

@@ -7,7 +7,7 @@ from mllm_jax.data.pipeline import Mixture, Weighted
 from mllm_jax.datasets.openmoji import OpenMojiCaptions, OpenMojiQuestions, OpenMojiScenes, OpenMojiText
 from mllm_jax.encoders.text import TextTowerConfig
 from mllm_jax.encoders.vit import ViTConfig
-from mllm_jax.evaluation.openmoji import OpenMojiEvaluation
+from mllm_jax.evaluation.tasks.openmoji import openmoji_tasks
 from mllm_jax.llms.decoder import DecoderConfig
 from mllm_jax.models.contrastive import ContrastiveConfig
 from mllm_jax.models.multimodal import MultimodalConfig
@@ -47,7 +47,7 @@ def config() -> Experiment:
         tokenizer=TokenizerConfig(vocab_size=512),
         log_every=1,
         checkpoint=CheckpointConfig(every_steps=3),
-        evaluation=OpenMojiEvaluation(splits=("composition", "unseen"), image_size=SIZE, limit=8),
+        evaluation=openmoji_tasks(splits=("composition", "unseen"), image_size=SIZE, limit=8),
         stages=(
             Stage(
                 name="language",

@@ -38,7 +38,7 @@ def experiment(
     Args:
         llm: a Hugging Face folder.
         quickstart: the experiment whose stage "contrastive" makes the tower, in the run folder `tower`.
-        limit: questions a task and split in the evaluation, where an answer costs 500 times the quickstart's.
+        limit: questions a task in the evaluation, where an answer costs 500 times the quickstart's.
     """
     config = pretrained_config(llm)
     learnt = {stage.name: stage for stage in quickstart.stages}
@@ -63,7 +63,7 @@ def experiment(
         tokenizer=TokenizerConfig(vocab_size=config.vocab_size, folder=llm, system=""),
         cpu_devices=quickstart.cpu_devices,
         checkpoint=CheckpointConfig(every_steps=100, keep_last=1),
-        evaluation=replace(quickstart.evaluation, limit=limit),
+        evaluation=tuple(replace(task, source=replace(task.source, limit=limit)) for task in quickstart.evaluation),
         stages=(
             Stage(
                 name="align",

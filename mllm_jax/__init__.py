@@ -24,6 +24,7 @@ if TYPE_CHECKING:  # what editors and type checkers read; `_HOMES` says the same
     from mllm_jax.data.pipeline import Weighted as Weighted
     from mllm_jax.data.source import Source as Source
     from mllm_jax.data.tokenizer import Tokenizer as Tokenizer
+    from mllm_jax.datasets.questions import Questions as Questions
     from mllm_jax.datasets.text_only import TextOnly as TextOnly
     from mllm_jax.encoders.text import TextTowerConfig as TextTowerConfig
     from mllm_jax.encoders.vit import ViTConfig as ViTConfig
@@ -33,6 +34,8 @@ if TYPE_CHECKING:  # what editors and type checkers read; `_HOMES` says the same
     from mllm_jax.errors import MllmError as MllmError
     from mllm_jax.errors import RunFolderError as RunFolderError
     from mllm_jax.errors import TrainingError as TrainingError
+    from mllm_jax.evaluation.evaluate import evaluate as evaluate
+    from mllm_jax.evaluation.task import Task as Task
     from mllm_jax.generation.assistant import Assistant as Assistant
     from mllm_jax.generation.generate import generate as generate
     from mllm_jax.generation.options import Answer as Answer
@@ -75,10 +78,13 @@ _NAMES = {
     "data.pipeline": ("Mixture", "Weighted"),
     "data.source": ("Source",),
     "data.tokenizer": ("Tokenizer",),
+    "datasets.questions": ("Questions",),
     "datasets.text_only": ("TextOnly",),
     "encoders.text": ("TextTowerConfig",),
     "encoders.vit": ("ViTConfig",),
     "errors": ("CheckpointError", "ConfigError", "DataError", "MllmError", "RunFolderError", "TrainingError"),
+    "evaluation.evaluate": ("evaluate",),
+    "evaluation.task": ("Task",),
     "generation.assistant": ("Assistant",),
     "generation.generate": ("generate",),
     "generation.options": ("Answer", "Options"),

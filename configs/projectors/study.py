@@ -14,7 +14,7 @@ from mllm_jax.datasets.openmoji import OpenMojiSkills
 from mllm_jax.datasets.text_only import TextOnly
 from mllm_jax.encoders.text import TextTowerConfig
 from mllm_jax.encoders.vit import ViTConfig
-from mllm_jax.evaluation.openmoji import OpenMojiSkillsEvaluation
+from mllm_jax.evaluation.tasks.openmoji import openmoji_skill_tasks
 from mllm_jax.llms.decoder import DecoderConfig
 from mllm_jax.models.blip2_stage1 import QFormerPretrainingConfig
 from mllm_jax.models.contrastive import ContrastiveConfig
@@ -219,7 +219,7 @@ def experiment(name: str) -> Experiment:
         **common(name),
         model=MultimodalConfig(encoder=ENCODER, projector=PROJECTORS[name], llm=LLM),
         pretrained=pretrained,
-        evaluation=OpenMojiSkillsEvaluation(image_size=SIZE),
+        evaluation=openmoji_skill_tasks(image_size=SIZE),
         stages=(
             Stage(
                 name="align",

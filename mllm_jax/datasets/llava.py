@@ -16,19 +16,19 @@ import hashlib
 import mmap
 import os
 import re
-import reprlib
 import stat
 from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path, PureWindowsPath
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from mllm_jax.data.images import Drawn, read_image, resize
 from mllm_jax.data.message import TEXT_ROLE, Example, Image, Message, Part, Text
+from mllm_jax.datasets.records import encodable, inside, names_a_file, short
 from mllm_jax.errors import ConfigError, DataError
 from mllm_jax.files import parse_json
 
@@ -121,11 +121,11 @@ class LLaVASource:
 
     def _image(self, record: dict[str, Any], name: str) -> np.ndarray:
         """uint8[H, W, 3]. Raises DataError: an image that is absent, broken or elsewhere."""
-        inside = os.path.normpath(name)
-        if PureWindowsPath(name).drive or os.path.isabs(name) or inside.split(os.sep)[0] == "..":
-            _refuse(record, f"the picture {_short(name)}", "a file inside the folder of pictures")
+        path = inside(self.folder, name)
+        if path is None:
+            _refuse(record, f"the picture {short(name)}", "a file inside the folder of pictures")
         try:
-            image = read_image(self.folder / inside)
+            image = read_image(path)
         except DataError as error:
             raise DataError(f"{_called(record)}: {error.given}", error.expected, error.todo) from error
         return image if self.settings.image_size is None else resize(image, self.settings.image_size)
@@ -148,9 +148,9 @@ def _turns(record: dict[str, Any]) -> list[tuple[str, tuple[int, ...], str]]:
         _refuse(record, "no list of `conversations`", 'messages such as {"from": "human", "value": "..."}')
     for one in said:
         if one.get("from") not in ("human", "gpt") or not isinstance(one.get("value"), str):
-            _refuse(record, f"a message from {_short(one.get('from'))}", 'text from "human" or "gpt"')
-        if not _encodable(one["value"]):
-            _refuse(record, f"half a character in the text {_short(one['value'])}", "text that UTF-8 can write")
+            _refuse(record, f"a message from {short(one.get('from'))}", 'text from "human" or "gpt"')
+        if not encodable(one["value"]):
+            _refuse(record, f"half a character in the text {short(one['value'])}", "text that UTF-8 can write")
         if one["from"] == "gpt" and not one["value"].strip():
             _refuse(record, "an empty answer", "an answer with text")
         if one["from"] == "gpt" and PLACEHOLDER in one["value"]:
@@ -160,7 +160,7 @@ def _turns(record: dict[str, Any]) -> list[tuple[str, tuple[int, ...], str]]:
     if not said or said[-1]["from"] != "gpt":
         _refuse(record, "a dialogue without an assistant turn at its end", "an answer to each question")
     if [one["from"] for one in said] != ["human", "gpt"] * (len(said) // 2):
-        _refuse(record, f"turns of {_short([one['from'] for one in said])}", "a question and an answer in turn")
+        _refuse(record, f"turns of {short([one['from'] for one in said])}", "a question and an answer in turn")
     asked = [_placed(one["value"]) for one in said[::2]]
     return [(*question, answer["value"].strip()) for question, answer in zip(asked, said[1::2], strict=True)]
 
@@ -196,33 +196,15 @@ def _pictures(record: dict[str, Any]) -> list[str]:
     names = record.get("image")
     names = [] if names is None else [names] if isinstance(names, str) else names
     if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
-        _refuse(record, f"image={_short(names)}", "a name, or a list of names")
+        _refuse(record, f"image={short(names)}", "a name, or a list of names")
     for name in names:
-        if "\0" in name or not _encodable(name):
-            _refuse(record, f"image={_short(name)}", "a name that a file can have")
+        if not names_a_file(name):
+            _refuse(record, f"image={short(name)}", "a name that a file can have")
     return names
 
 
-def _encodable(text: str) -> bool:
-    """Whether UTF-8 can write the text: JSON can spell half of a pair of surrogates."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-def _short(value: Any) -> str:
-    """A value for a message, however long or deep it is."""
-    return _REPR.repr(value)
-
-
-_REPR = reprlib.Repr()
-_REPR.maxstring = _REPR.maxother = 100
-
-
 def _called(record: dict[str, Any]) -> str:
-    return f"record {_short(record.get('id', '(without an id)'))}"
+    return f"record {short(record.get('id', '(without an id)'))}"
 
 
 def _refuse(record: dict[str, Any], given: str, expected: str):

@@ -1,120 +1,140 @@
-"""Accuracy of a model on question sets, each figure beside its controls."""
+"""Evaluation: a model is asked the questions of tasks, and what comes of it is kept in a folder."""
 
 from __future__ import annotations
 
 import base64
 import io
-from collections import Counter
+import json
 from collections.abc import Mapping, Sequence
-from typing import Protocol
+from pathlib import Path
+from typing import Any
 
-import numpy as np
+import jax
 
-from mllm_jax.data.message import Image, Message, Text
-from mllm_jax.errors import DataError
+from mllm_jax.data.images import as_picture
+from mllm_jax.errors import ConfigError, DataError, RunFolderError
+from mllm_jax.evaluation.task import BATCH, EvaluationTask, Measured, Prediction
+from mllm_jax.files import parse_json, write_atomic
 from mllm_jax.generation.assistant import Assistant
-from mllm_jax.generation.options import Options
 
-CONTROL_ANSWERS = 300
+SHOWN = 4  # examples of each task that a report shows
+SIDE = 256  # pixels of an image there, at most
+AGAIN = "remove the file, and evaluate again to write it anew"
 
-
-class Question(Protocol):
-    """One question about pictures with its one right answer; `task` groups questions for a score."""
-
-    task: str
-    question: str
-    answer: str
-    images: tuple[np.ndarray, ...]  # uint8[H, W, 3] each, of the encoder's size
-
-
-def normalise(text: str) -> str:
-    """What is compared: lower case, single spaces, no full stop at the end."""
-    return " ".join(text.lower().split()).rstrip(" .")
-
-
-def shuffles(count: int, seed: int = 0) -> list[np.ndarray]:
-    """Permutations that leave nothing in its place (count >= 2): whose pictures each question gets as a control.
-
-    Few questions are shuffled several times, so that the control is no matter of luck.
-    """
-    rng = np.random.default_rng(seed)
-    out = []
-    for _ in range(min(8, -(-CONTROL_ANSWERS // count))):
-        order = rng.permutation(count)
-        partner = np.empty(count, int)
-        partner[order] = np.roll(order, 1)
-        out.append(partner)
-    return out
-
-
-def majority(answers: Sequence[str]) -> float:
-    """The accuracy of always giving the most frequent answer."""
-    return Counter(map(normalise, answers)).most_common(1)[0][1] / len(answers)
+Results = dict[str, dict[str, float]]  # task -> metric -> value
 
 
 def evaluate(
     assistant: Assistant,
-    splits: Mapping[str, Sequence[Question]],
-    shown_per_task: int = 4,
-    batch_size: int = 64,
-    max_new_tokens: int = 32,
-) -> tuple[dict, list]:
-    """Scores every task of every split by exact match after `normalise`.
+    task: EvaluationTask,
+    *,
+    limit: int | None = None,
+    out: str | Path | None = None,
+    batch_size: int = BATCH,
+) -> dict[str, float]:
+    """Asks a model the questions of a task.
 
-    Each accuracy stands beside two controls: the same questions with the pictures shuffled among them, and the most
-    frequent answer.
+    Args:
+        limit: only the first so many examples.
+        out: a folder for predictions.jsonl, one line an example: index, id, task, question, answer, reference,
+            correct. Lines of other tasks in it stay.
+        batch_size: questions that are answered together.
 
     Returns:
-        results {"splits": {name: {task: {"accuracy", "accuracy_shuffled_images", "majority", "n"}}}}, and examples
-        for the report, the first of each task, with pictures as base64 PNG.
+        {metric: value}. A control that cannot be made, as of a single question, is left out.
 
     Raises:
-        DataError: a task of a single question, which no control can be made for.
+        ConfigError: a model that cannot be asked so. DataError: an example that cannot be read or asked.
+        RunFolderError: the folder cannot be written.
     """
-    results: dict = {"splits": {}}
-    examples: list = []
-    for split, questions in splits.items():
-        scores = results["splits"][split] = {}
-        for task in sorted({q.task for q in questions}):
-            asked = [q for q in questions if q.task == task]
-            if len(asked) < 2:
-                raise DataError(f"{split}/{task}: one question", "at least two", "raise the number of questions")
-            pictures = [q.images for q in asked]
-            orders = shuffles(len(asked))
-            control_pictures = [pictures[i] for order in orders for i in order]
-            prompts = [
-                assistant.prompt((Message("user", (*map(Image, images), Text(q.question))),))
-                for q, images in zip(asked * (1 + len(orders)), pictures + control_pictures, strict=True)
-            ]
-            said = assistant.complete(prompts, Options(max_new_tokens=max_new_tokens), batch_size=batch_size)
-            answers, control = [a.text for a in said[: len(asked)]], [a.text for a in said[len(asked) :]]
-            right = [normalise(a) == normalise(q.answer) for a, q in zip(answers, asked, strict=True)]
-            truths = asked * len(orders)
-            right_control = [normalise(a) == normalise(q.answer) for a, q in zip(control, truths, strict=True)]
-            scores[task] = {
-                "accuracy": float(np.mean(right)),
-                "accuracy_shuffled_images": float(np.mean(right_control)),
-                "majority": majority([q.answer for q in asked]),
-                "n": len(asked),
-            }
-            for i in range(min(shown_per_task, len(asked))):
-                examples.append(
-                    {
-                        "split": split,
-                        "task": task,
-                        "image_png_base64": [picture_png(image) for image in pictures[i]],
-                        "question": asked[i].question,
-                        "answer": answers[i],
-                        "truth": asked[i].answer,
-                        "correct": bool(right[i]),
-                    }
-                )
-    return results, examples
+    measured = measure(assistant, [task], limit=limit, batch_size=batch_size)
+    if out is not None and jax.process_index() == 0:
+        write_predictions(Path(out), measured)
+    return measured[task.name].values
 
 
-def picture_png(image: np.ndarray) -> str:
+def measure(
+    assistant: Assistant, tasks: Sequence[EvaluationTask], *, limit: int | None = None, batch_size: int = BATCH
+) -> dict[str, Measured]:
+    """Asks a model the questions of several tasks: what was measured, by the tasks' names."""
+    if limit is not None and limit < 1:
+        raise ConfigError(f"a limit of {limit} examples", "at least 1, or none", "change the limit")
+    return {task.name: task.evaluate(assistant, limit=limit, batch_size=batch_size) for task in tasks}
+
+
+def values_of(measured: Mapping[str, Measured]) -> Results:
+    return {task: each.values for task, each in measured.items()}
+
+
+# ---- what is kept; of tasks that were not measured now, what a file holds stays
+
+
+def write_results(folder: Path, measured: Mapping[str, Measured]) -> None:
+    """Writes results.json: {task: {metric: value}}."""
+    path = folder / "results.json"
+    write(path, json.dumps((stored(path, dict) or {}) | values_of(measured), indent=1) + "\n")
+
+
+def write_predictions(folder: Path, measured: Mapping[str, Measured]) -> None:
+    """Writes predictions.jsonl."""
+    path = folder / "predictions.jsonl"
+    lines = [
+        parse_json(line, f"{path}, line {number}", DataError, todo=AGAIN)
+        for number, line in enumerate(path.read_bytes().splitlines() if path.is_file() else [], start=1)
+    ]
+    lines = [line for line in lines if line.get("task") not in measured]
+    lines += [_line(task, prediction) for task, each in measured.items() for prediction in each.predictions]
+    write(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+
+
+def write_examples(folder: Path, measured: Mapping[str, Measured]) -> None:
+    """Writes examples.json: the first predictions of each task with their images, for the report."""
+    path = folder / "examples.json"
+    kept = [each for each in stored(path, list) or [] if isinstance(each, dict) and each.get("task") not in measured]
+    shown = [(task, prediction) for task, each in measured.items() for prediction in each.predictions[:SHOWN]]
+    now = [
+        _line(task, prediction) | {"image_png_base64": [image_png(image) for image in prediction.images]}
+        for task, prediction in shown
+    ]
+    write(path, json.dumps(kept + now, indent=1) + "\n")
+
+
+def stored(path: Path, kind: type) -> Any:
+    """The content of a JSON file, None if there is no such file. Raises DataError: it is not of this kind."""
+    return parse_json(path.read_bytes(), str(path), DataError, kind, todo=AGAIN) if path.is_file() else None
+
+
+def _line(task: str, prediction: Prediction) -> dict[str, Any]:
+    return {
+        "index": prediction.index,
+        "id": prediction.id,
+        "task": task,
+        "question": prediction.question,
+        "answer": prediction.answer,
+        "reference": prediction.reference,
+        "correct": prediction.correct,
+    }
+
+
+def write(path: Path, text: str) -> None:
+    """Writes a whole file or none, in a folder that is made if it is absent.
+
+    Raises:
+        RunFolderError: no permission or no room; what was there before stays.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(path, text)
+    except OSError as error:
+        todo = "free space or permit writing, then evaluate again"
+        raise RunFolderError(f"{path}: {error.strerror or error}", "a folder that can be written", todo) from error
+
+
+def image_png(source: Any) -> str:
+    """An image as PNG in base64, made smaller where it is large."""
     from PIL import Image
 
-    buffer = io.BytesIO()
-    Image.fromarray(image).save(buffer, "PNG")
+    image, buffer = Image.fromarray(as_picture(source)), io.BytesIO()
+    image.thumbnail((SIDE, SIDE))
+    image.save(buffer, "PNG")
     return base64.b64encode(buffer.getvalue()).decode()

@@ -15,26 +15,26 @@ from pathlib import Path
 from typing import Any
 
 from mllm_jax import __version__
-from mllm_jax.errors import DataError, RunFolderError
+from mllm_jax.errors import DataError
 from mllm_jax.evaluation import figures
 from mllm_jax.evaluation.charts import Line, chart, ema
+from mllm_jax.evaluation.evaluate import AGAIN, stored, write
 from mllm_jax.evaluation.style import STYLE
-from mllm_jax.evaluation.tables import percent
-from mllm_jax.files import write_atomic
+from mllm_jax.evaluation.tables import Results, groups, is_share, percent, words, written
 from mllm_jax.training.operations.goodput import KINDS
 
 CARDS = 24
 LEARNING_RATE = ("learning_rate", "lr")
+CONTROLS = ("shuffled_media", "majority")
 NO_EVALUATION = '<p class="note">No evaluation was made in this run.</p>'
 
 
 def write_report(run_dir: Path) -> Path:
     """Writes `report.html` into a run folder and returns its path.
 
-    Reads `metrics.jsonl`, and where they exist `goodput.json`, `results.json` (accuracies from 0 to 1; an optional
-    `"descriptions": {split: text}`), `examples.json` (pictures as base64 PNG) and `run.json` (free facts; `"headline":
-    [[split, task], ...]` chooses the large figures). What is missing is not shown. The page loads nothing: no script,
-    no font, no address. An older page is replaced at once or not at all.
+    Reads `metrics.jsonl`, and where they exist `goodput.json`, `results.json` ({task: {metric: value}}),
+    `examples.json` (images as base64 PNG) and `run.json` (free facts). What is missing is not shown. The page loads
+    nothing: no script, no font, no address. An older page is replaced at once or not at all.
 
     Raises:
         DataError: metrics.jsonl is missing, or a file does not hold what it should.
@@ -42,18 +42,18 @@ def write_report(run_dir: Path) -> Path:
     """
     run_dir = Path(run_dir)
     points = _metrics(run_dir / "metrics.jsonl")
-    run = _json(run_dir / "run.json", dict) or {}
-    results = _checked(_json(run_dir / "results.json", dict) or {})
-    examples = _json(run_dir / "examples.json", list)
+    run = stored(run_dir / "run.json", dict) or {}
+    results = _checked(stored(run_dir / "results.json", dict) or {})
+    examples = stored(run_dir / "examples.json", list)
     title = str(run.get("config", run_dir.resolve().name))
     body = [
         f'<header><p class="eyebrow">mllm_jax · run report</p><h1>{escape(title)}</h1>',
         f"{_machine(run)}{_origin(run_dir)}</header>",
         _headline(run, results, points),
-        _section("Accuracy", _accuracies(results) if results.get("splits") else NO_EVALUATION),
+        _section("Results", _scores(results) if results else NO_EVALUATION),
         _section("Training", _curves(points)),
         _section("Stages", _stages(run.get("stages", []))),
-        _section("Where the time went", _time(_json(run_dir / "goodput.json", dict))),
+        _section("Where the time went", _time(stored(run_dir / "goodput.json", dict))),
         _section("The run", _facts(run)),
         _section("Questions and answers", NO_EVALUATION if examples is None else _cards(examples)),
         _section("How the figures were made", _method()),
@@ -67,7 +67,8 @@ def write_report(run_dir: Path) -> Path:
         f"<title>{escape(title)} · run report</title><style>{STYLE}</style></head>\n"
         f"<body><main>{''.join(body)}</main></body></html>\n"
     )
-    return _replace(run_dir / "report.html", page)
+    write(run_dir / "report.html", page)
+    return run_dir / "report.html"
 
 
 # --------------------------------------------------------------------------------------------------
@@ -111,39 +112,13 @@ def _metrics(path: Path) -> list[Point]:
     return points
 
 
-def _json(path: Path, kind: type) -> Any:
-    """The file's content, None if there is no such file."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    except ValueError as error:
-        raise DataError(f"{path}: {error}", "valid JSON", "remove the file, or write it again") from error
-    if not isinstance(content, kind):
-        expected = {dict: "a JSON object", list: "a JSON list"}[kind]
-        raise DataError(f"{path} holds a {type(content).__name__}", expected, "remove the file, or write it again")
-    return content
-
-
-def _checked(results: dict[str, Any]) -> dict[str, Any]:
-    """The results, once every score in them is seen to be one."""
-    for split, tasks in results.get("splits", {}).items():
-        for task, scores in tasks.items():
-            for name in ("accuracy", "accuracy_shuffled_images", "majority"):
-                score = scores.get(name)
-                if score is not None and not (isinstance(score, int | float) and 0 <= score <= 1):
-                    todo = "evaluate again to write the file anew"
-                    raise DataError(f"results.json: {name} of {split}/{task} is {score!r}", "a share, 0 to 1", todo)
+def _checked(results: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """The results, once every value in them is seen to be a number."""
+    for task, values in results.items():
+        for name, value in values.items() if isinstance(values, dict) else [("what", values)]:
+            if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+                raise DataError(f"results.json: {name} of {task} is {value!r:.80}", "a finite number", AGAIN)
     return results
-
-
-def _replace(path: Path, text: str) -> Path:
-    try:
-        write_atomic(path, text)
-    except OSError as error:
-        todo = "free space or permit writing, then ask for the report again"
-        raise RunFolderError(f"{path}: {error.strerror or error}", "a run folder that can be written", todo) from error
-    return path
 
 
 # --------------------------------------------------------------------------------------------------
@@ -168,15 +143,14 @@ def _origin(run_dir: Path) -> str:
     )
 
 
-def _headline(run: Mapping, results: Mapping, points: Sequence[Point]) -> str:
-    splits = results.get("splits", {})
+def _headline(run: Mapping, results: Results, points: Sequence[Point]) -> str:
     tiles = []
-    if chosen := [(s, t) for s, t in run.get("headline", []) if t in splits.get(s, {})]:
-        tiles += [_accuracy_tile(f"{task} · {split}", [splits[split][task]]) for split, task in chosen]
-    else:
-        for split, tasks in splits.items():
-            count = f"mean of {len(tasks)} tasks" if len(tasks) > 1 else next(iter(tasks), "no task")
-            tiles.append(_accuracy_tile(f"{split} · {count}", list(tasks.values())))
+    for group, tasks, (metric, *others) in groups(results):
+        means = {name: _mean([values.get(name) for values in tasks.values()]) for name in (metric, *others)}
+        controls = ", ".join(f"{words(name)} {written(means[name])}" for name in CONTROLS if name in means)
+        about = f"mean of {len(tasks)} tasks" if len(tasks) > 1 else next(iter(tasks))
+        label = " · ".join(filter(None, (words(metric), group, about)))
+        tiles.append(_tile(written(means[metric]), label, controls))
     if losses := [(p.stage, p.values["loss"]) for p in points if "loss" in p.values]:
         last = losses[-1][0]
         value = _smooth([loss for stage, loss in losses if stage == last])[-1]
@@ -191,13 +165,8 @@ def _headline(run: Mapping, results: Mapping, points: Sequence[Point]) -> str:
     return f'<div class="tiles" style="--columns: {columns}">{"".join(tiles)}</div>' if tiles else ""
 
 
-def _accuracy_tile(label: str, scores: Sequence[Mapping]) -> str:
-    def mean(key: str) -> float | None:
-        values = [task.get(key) for task in scores]
-        return None if not values or None in values else sum(values) / len(values)
-
-    controls = f"shuffled {percent(mean('accuracy_shuffled_images'))}, majority {percent(mean('majority'))}"
-    return _tile(percent(mean("accuracy")), label, controls)
+def _mean(values: Sequence[float | None]) -> float | None:
+    return None if None in values else sum(values) / len(values)
 
 
 def _tile(value: str, label: str, below: str) -> str:
@@ -205,40 +174,35 @@ def _tile(value: str, label: str, below: str) -> str:
     return f'<div class="tile"><strong>{escape(value)}</strong><span>{escape(label)}</span>{small}</div>'
 
 
-def _accuracies(results: Mapping[str, Any]) -> str:
+def _scores(results: Results) -> str:
     parts = [
-        '<p class="legend"><i class="key fill"></i> accuracy <i class="key solid"></i> above: with shuffled '
-        'pictures <i class="key dashed"></i> below: majority answer</p>'
+        '<p class="legend"><i class="key fill"></i> the first metric, where it is a share <i class="key solid"></i> '
+        'above: with shuffled media <i class="key dashed"></i> below: majority answer</p>'
     ]
-    for split, tasks in results.get("splits", {}).items():
-        about = results.get("descriptions", {}).get(split)
-        parts.append(f"<h3>{escape(split)}</h3>" + (f'<p class="note">{escape(about)}</p>' if about else ""))
+    for group, tasks, metrics in groups(results):
         rows = []
-        for task, scores in tasks.items():
-            accuracy, n = scores.get("accuracy"), scores.get("n")
-            shuffled, majority = scores.get("accuracy_shuffled_images"), scores.get("majority")
-            doubt = f" <small>± {100 * _wilson(accuracy, n):.1f}</small>" if accuracy is not None and n else ""
-            rows.append(
-                f"<tr><th>{escape(task)}</th><td>{_bar(accuracy, shuffled, majority)}</td>"
-                f'<td class="n"><b>{percent(accuracy)}</b>{doubt}</td><td class="n">{percent(shuffled)}</td>'
-                f'<td class="n">{percent(majority)}</td><td class="n">{"–" if n is None else f"{n:,}"}</td></tr>'
-            )
-        head = "".join(f"<th>{h}</th>" for h in ("task", "", "accuracy", "shuffled pictures", "majority", "n"))
+        for task, values in tasks.items():
+            first, n = values.get(metrics[0]), values.get("n")
+            doubt = f" <small>± {100 * _wilson(first, n):.1f}</small>" if is_share(first) and n else ""
+            bar = _bar(first, *(values.get(name) for name in CONTROLS)) if is_share(first) else ""
+            others = "".join(f'<td class="n">{written(values.get(name))}</td>' for name in metrics[1:])
+            main = f'<td class="n"><b>{written(first)}</b>{doubt}</td>'
+            rows.append(f"<tr><th>{escape(task)}</th><td>{bar}</td>{main}{others}</tr>")
+        head = "".join(f"<th>{escape(words(name))}</th>" for name in ("task", "", *metrics))
         table = f'<table class="scores"><thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table>'
-        parts.append(f'<div class="wide">{table}</div>')
+        parts.append((f"<h3>{escape(group)}</h3>" if group else "") + f'<div class="wide">{table}</div>')
     return "".join(parts)
 
 
-def _bar(accuracy: float | None, shuffled: float | None, majority: float | None) -> str:
+def _bar(share: float, shuffled: float | None, majority: float | None) -> str:
     """A bar with a tick for each control: one above and solid, one below and dashed, so that neither needs a colour."""
     parts = ['<rect class="track" y="5" width="200" height="8" rx="2"/>']
-    if accuracy is not None:
-        parts.append(f'<rect class="fill" y="5" width="{200 * accuracy:.1f}" height="8" rx="2"/>')
+    parts.append(f'<rect class="fill" y="5" width="{200 * share:.1f}" height="8" rx="2"/>')
     for css, value, y1, y2 in (("solid", shuffled, 0, 9), ("dashed", majority, 9, 18)):
-        if value is not None:
+        if is_share(value):
             x = 200 * value
             parts.append(f'<line class="{css}" x1="{x:.1f}" x2="{x:.1f}" y1="{y1}" y2="{y2}"/>')
-    label = f"accuracy {percent(accuracy)}, shuffled pictures {percent(shuffled)}, majority {percent(majority)}"
+    label = f"{percent(share)}, shuffled media {percent(shuffled)}, majority {percent(majority)}"
     return f'<svg class="bar" viewBox="-1 0 202 18" role="img" aria-label="{label}">{"".join(parts)}</svg>'
 
 
@@ -273,7 +237,7 @@ def _curves(points: Sequence[Point]) -> str:
             lines.append(Line(steps, values, css))
             if css == "raw":
                 lines.append(Line(steps, _smooth(values), "smooth"))
-        title = figures.words(name)
+        title = words(name)
         return _picture(title, f"{value:.4g} at last", chart(title, lines, marks=begins))
 
     if rate:
@@ -301,7 +265,7 @@ def _stages(stages: Sequence[Mapping[str, Any]]) -> str:
     if not columns:
         return ""
     titles = {"name": "stage", "seconds": "time", "tokens_per_second": "tokens/s"}
-    head = "".join(f"<th>{escape(titles.get(key, figures.words(key)))}</th>" for key in columns)
+    head = "".join(f"<th>{escape(titles.get(key, words(key)))}</th>" for key in columns)
     rows = []
     for stage in stages:
         cells = [escape(figures.figure(key, stage[key])) if key in stage else "–" for key in columns]
@@ -312,52 +276,55 @@ def _stages(stages: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _facts(run: Mapping[str, Any]) -> str:
-    shown = {key: value for key, value in run.items() if key not in ("config", "machine", "stages", "headline")}
+    shown = {key: value for key, value in run.items() if key not in ("config", "machine", "stages")}
     rows = [
-        f"<dt>{escape(figures.words(key))}</dt><dd>{escape(figures.figure(key, value))}</dd>"
-        for key, value in shown.items()
+        f"<dt>{escape(words(key))}</dt><dd>{escape(figures.figure(key, value))}</dd>" for key, value in shown.items()
     ]
     return f'<dl class="facts">{"".join(rows)}</dl>' if rows else ""
+
+
+VERDICTS = {True: ("right", "✓ right"), False: ("wrong", "✗ wrong"), None: ("", "")}  # by `correct`
 
 
 def _cards(examples: Sequence[Mapping[str, Any]]) -> str:
     shown = _spread(examples)
     if not shown:
         return '<p class="note">No examples were kept.</p>'
-    right = sum(bool(example["correct"]) for _, example in shown)
     cards = []
     for number, example in shown:
-        pictures = "".join(
-            f'<img alt="picture {place}" src="data:image/png;base64,{_png(text, number)}">'
+        images = "".join(
+            f'<img alt="image {place}" src="data:image/png;base64,{_png(text, number)}">'
             for place, text in enumerate(example.get("image_png_base64", []), start=1)
         )
-        css, verdict = ("right", "✓ right") if example["correct"] else ("wrong", "✗ wrong")
-        about = " · ".join(str(example[key]) for key in ("split", "task") if key in example)
-        cards.append(
-            f'<article class="card {css}"><div class="pictures">{pictures}</div>'
-            f'<p class="question">{escape(str(example["question"]))}</p>'
-            f"<dl><dt>answer</dt><dd>{escape(str(example['answer']))}</dd>"
-            f"<dt>truth</dt><dd>{escape(str(example['truth']))}</dd></dl>"
-            f'<p class="verdict"><b>{verdict}</b> <span>{escape(about)}</span></p></article>'
+        css, verdict = VERDICTS[example["correct"] if example["correct"] is None else bool(example["correct"])]
+        reference = (
+            "" if example["reference"] is None else f"<dt>truth</dt><dd>{escape(str(example['reference']))}</dd>"
         )
-    note = f"{right} of these {len(shown)} are right"
+        cards.append(
+            f'<article class="card {css}">{f"""<div class="pictures">{images}</div>""" if images else ""}'
+            f'<p class="question">{escape(str(example["question"]))}</p>'
+            f"<dl><dt>answer</dt><dd>{escape(str(example['answer']))}</dd>{reference}</dl>"
+            f'<p class="verdict"><b>{verdict}</b> <span>{escape(str(example["task"]))}</span></p></article>'
+        )
+    judged = [example["correct"] for _, example in shown if example["correct"] is not None]
+    notes = [f"{sum(map(bool, judged))} of these {len(judged)} are right"] if judged else []
     if len(examples) > len(shown):
-        note += f"; they are the first of each split and task in turn, out of {len(examples)} kept"
-    return f'<p class="note">{note}.</p><div class="cards">{"".join(cards)}</div>'
+        notes.append(f"they are the first of each task in turn, out of {len(examples)} kept")
+    note = f'<p class="note">{"; ".join(notes)}.</p>' if notes else ""
+    return f'{note}<div class="cards">{"".join(cards)}</div>'
 
 
 def _spread(examples: Sequence[Mapping[str, Any]]) -> list[tuple[int, Mapping[str, Any]]]:
-    """The first CARDS examples with their places in the file, taken from each split and task in turn."""
+    """The first CARDS examples with their places in the file, taken from each task in turn."""
     seen: Counter = Counter()
     ranked = []
     for number, example in enumerate(examples):
-        missing = {"question", "answer", "truth", "correct"} - set(example)
-        if missing:
-            todo = "evaluate again to write the file anew"
-            raise DataError(f"examples.json, entry {number} lacks {sorted(missing)}", "an entry with all of them", todo)
-        group = (example.get("split"), example.get("task"))
-        ranked.append((seen[group], number, example))
-        seen[group] += 1
+        if missing := {"task", "question", "answer", "reference", "correct"} - set(example):
+            raise DataError(
+                f"examples.json, entry {number} lacks {sorted(missing)}", "an entry with all of them", AGAIN
+            )
+        ranked.append((seen[example["task"]], number, example))
+        seen[example["task"]] += 1
     ranked.sort(key=lambda item: item[:2])
     return sorted(((number, example) for _, number, example in ranked[:CARDS]), key=lambda item: item[0])
 
@@ -368,8 +335,7 @@ def _png(text: str, number: int) -> str:
     except (binascii.Error, ValueError, TypeError):
         sound = False
     if not sound:
-        todo = "evaluate again to write the file anew"
-        raise DataError(f"examples.json, entry {number}: a picture that is no PNG", "PNG bytes in base64", todo)
+        raise DataError(f"examples.json, entry {number}: an image that is no PNG", "PNG bytes in base64", AGAIN)
     return text
 
 
@@ -396,9 +362,9 @@ def _time(account: Mapping[str, Any] | None) -> str:
 
 def _method() -> str:
     notes = (
-        "<b>Accuracy</b> is the share of a task's questions that its scorer judged right. The small ± is half the "
+        "<b>Accuracy</b> is the share of a task's questions that were answered rightly. The small ± is half the "
         "width of the 95 % Wilson interval, in points: what chance in the choice of n questions leaves open.",
-        "<b>Shuffled pictures</b>: the very same questions, asked once more with the pictures exchanged among them. "
+        "<b>Shuffled media</b>: the very same questions, asked once more with the media exchanged among them. "
         "Whatever accuracy is left there comes from the words alone, not from looking.",
         "<b>Majority</b> is what always giving a task's most frequent answer would score.",
         "<b>Curves</b>: the faint line is each logged value of metrics.jsonl as it was; the strong one is its "

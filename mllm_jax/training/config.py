@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
@@ -158,7 +159,8 @@ class Experiment:
             `data_parallel("encoder")`.
         cpu_devices: devices that a CPU is presented as; two are faster than one of two cores. Ignored elsewhere.
         nonfinite: "stop" at a loss or gradient that is not finite, or "skip" that step (it is never applied).
-        evaluation: config of the evaluation that closes the run, see `mllm_jax.evaluation.run`; None: none.
+        evaluation: tasks that the model is evaluated by at the end of the run, such as `mllm_jax.Task`; see
+            `mllm_jax.evaluation.task.EvaluationTask`.
     """
 
     name: str
@@ -173,7 +175,7 @@ class Experiment:
     nonfinite: str = "stop"
     log_every: int = 10
     checkpoint: CheckpointConfig = CheckpointConfig()
-    evaluation: Any = None
+    evaluation: tuple[Any, ...] = ()
 
     def __post_init__(self):
         _check_name("an experiment", self.name)
@@ -195,12 +197,22 @@ class Experiment:
             require_vocabulary(self.model, self.tokenizer.vocab_size)
         if self.cpu_devices is not None and self.cpu_devices < 1:
             raise ConfigError(f"cpu_devices {self.cpu_devices}", "at least 1, or None", "change cpu_devices")
-        if self.evaluation is not None:
-            self.evaluation.check(self.model)
+        self._check_evaluation()
         for stage in self.stages:
             stage.objective.check(stage, self.model)
             for mixture in stage.mixtures:
                 _check_length(stage, mixture, self.mesh)
+
+    def _check_evaluation(self) -> None:
+        tasks = self.evaluation if isinstance(self.evaluation, tuple) else None
+        if tasks is None or not all(callable(getattr(task, "check", None)) for task in tasks):
+            raise ConfigError(
+                f"evaluation={self.evaluation!r:.100}", "a tuple of tasks, such as mllm_jax.Task", "change it"
+            )
+        if twice := sorted(name for name, n in Counter(task.name for task in tasks).items() if n > 1):
+            raise ConfigError(f"several tasks named {twice}", "names that differ", "rename them")
+        for task in tasks:
+            task.check(self.model)
 
 
 def _check_name(what: str, name: str) -> None:

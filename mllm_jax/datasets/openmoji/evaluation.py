@@ -18,6 +18,10 @@ from mllm_jax.datasets.openmoji.sources import PER_BASE
 from mllm_jax.datasets.openmoji.turns import Turn
 
 _STREAM = 100  # far from the streams of the training sources, so that no scene is a training scene
+KINDS = (
+    *("category", "gender", "naming", "scene2_count", "scene2_exists", "scene2_top_left"),
+    *("scene3_count", "scene3_exists", "scene3_position", "skin_tone", "subcategory", "yes_no"),
+)
 _ONE_A_BASE = ("category", "subcategory")  # else persons, who have 18 forms, would be most of the answers
 
 
@@ -33,6 +37,15 @@ class EvalQuestion:
     answer: str
     images: tuple[np.ndarray, ...]
     record_index: int
+
+    @property
+    def answers(self) -> tuple[str, ...]:
+        return (self.answer,)
+
+
+def kinds_on(split: str) -> tuple[str, ...]:
+    """The tasks of a split's questions; only on `unseen` are there several categories."""
+    return KINDS if split == "unseen" else KINDS[1:]
 
 
 def evaluation_questions(

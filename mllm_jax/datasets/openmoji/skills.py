@@ -25,6 +25,7 @@ from mllm_jax.errors import ConfigError, DataError
 
 SKILLS = ("naming", "place", "number", "text")
 FORMS = ("pictures", "captions", "text")
+EVALUATED = {"composition": ("naming",), "new": ("number", "text", "top_left")}  # tasks of `skill_questions` by split
 READING = ("Which number is written here?", "What number do you read?", "Read the number.")
 PEOPLE = (
     *("teacher", "cook", "artist", "astronaut", "mage", "vampire", "superhero", "scientist", "pilot", "elf"),

@@ -1,0 +1,1 @@
+"""Benchmarks: one short file each, with a function that gives its tasks."""
