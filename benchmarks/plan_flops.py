@@ -45,7 +45,7 @@ def vit_large(rows: int, side: int) -> tuple:
     tower = replace(tower, image_size=side, remat="none")
     text = TextTowerConfig(vocab_size=32_000, hidden_size=128, num_layers=0, dtype="bfloat16")
     base, *_ = llama(rows)
-    data = Mixture((), rows=rows, length=32, slots=1, layout="caption")
+    data = Mixture((), rows=rows, length=32, slots={"image": 1}, layout="caption")
     stage = replace(base.stages[0], objective=Contrastive(), trainable=("*",), data=data, frozen_dtype=None)
     model = DualEncoderConfig(vision=tower, text=text, projection_size=768)
     patches, width, layers, mlp, space = (side // 14) ** 2, 1024, 24, 4096, 768

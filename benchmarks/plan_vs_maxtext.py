@@ -93,7 +93,7 @@ def gemma3_4b(base, remat: str):
     """
     from mllm_jax.encoders.vit import ViTConfig
     from mllm_jax.llms.decoder import DecoderConfig
-    from mllm_jax.models.multimodal import MultimodalConfig
+    from mllm_jax.models.multimodal import Branch, MultimodalConfig
     from mllm_jax.projectors.pool import PoolProjectorConfig
     from mllm_jax.training.config import TokenizerConfig
 
@@ -125,11 +125,13 @@ def gemma3_4b(base, remat: str):
     )
     projector = PoolProjectorConfig(output_size=2560, factor=4, dtype="bfloat16")
     stage = base.stages[0]
-    stage = replace(stage, trainable=("projector/*", "llm/*"), frozen_dtype=None, data=replace(stage.data, slots=1))
+    stage = replace(
+        stage, trainable=("projector_image/*", "llm/*"), frozen_dtype=None, data=replace(stage.data, slots={"image": 1})
+    )
     return replace(
         base,
         name="gemma3_4b",
-        model=MultimodalConfig(encoder, projector, llm),
+        model=MultimodalConfig({"image": Branch(encoder, projector)}, llm),
         tokenizer=TokenizerConfig(vocab_size=llm.vocab_size),
         stages=(stage,),
     )

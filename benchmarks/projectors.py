@@ -49,8 +49,8 @@ def run(projector: str, seed: int, folder: Path) -> dict[str, float]:
         if done.returncode:
             raise SystemExit(f"{' '.join(command)} failed: see {log}")
         print(f"{projector}, seed {seed}: {time.perf_counter() - start:.0f} s", flush=True)
-    splits = json.loads(results.read_text())["splits"]
-    return {task: figures["accuracy"] for tasks in splits.values() for task, figures in tasks.items()}
+    found = json.loads(results.read_text())
+    return {task.rpartition("/")[2]: figures["accuracy"] for task, figures in found.items()}
 
 
 def table(scores: Scores) -> str:

@@ -10,6 +10,7 @@ from mllm_jax.encoders.vit import ViTConfig
 from mllm_jax.llms.t5 import T5Config
 from mllm_jax.models.blip2 import Blip2Config
 from mllm_jax.models.blip2_stage1 import QFormerPretrainingConfig
+from mllm_jax.models.branch import Branch, Connection
 from mllm_jax.models.clip import CLIP_MEAN, CLIP_STD
 from mllm_jax.projectors.qformer import QFormerConfig
 from mllm_jax.training.config import AdamW, Stage
@@ -68,7 +69,9 @@ def llm() -> T5Config:
 
 def model() -> Blip2Config:
     """The composed model, as its folder has it."""
-    return Blip2Config(encoder(), QFormerConfig(2048, dtype="bfloat16", remat="full"), llm(), image_token_id=32_100)
+    projector = QFormerConfig(2048, dtype="bfloat16", remat="full")
+    image = {"image": Branch(encoder(), projector, Connection(class_token=True))}
+    return Blip2Config(image, llm(), image_token_id=32_100)
 
 
 def stage1_model() -> QFormerPretrainingConfig:
@@ -85,7 +88,14 @@ def represent(data: Mixture) -> Stage:
     return Stage(
         name="represent",
         objective=QFormerStage1(),
-        trainable=("projector/*", "image_projection/*", "text_projection/*", "matching/*", "caption*", "temperature"),
+        trainable=(
+            "projector_image/*",
+            "image_projection/*",
+            "text_projection/*",
+            "matching/*",
+            "caption*",
+            "temperature",
+        ),
         data=data,
         optimizer=AdamW(
             learning_rate=1e-4,
@@ -105,7 +115,7 @@ def align(data: Mixture) -> Stage:
     return Stage(
         name="align",
         objective=NextToken(),
-        trainable=("projector/*",),
+        trainable=("projector_image/*",),
         data=data,
         optimizer=AdamW(
             learning_rate=1e-4,

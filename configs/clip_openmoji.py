@@ -11,7 +11,7 @@ from pathlib import Path
 from mllm_jax.data.pipeline import Mixture, Weighted
 from mllm_jax.datasets.openmoji import OpenMojiCaptions
 from mllm_jax.encoders.text import TextTowerConfig
-from mllm_jax.evaluation.tasks.openmoji_retrieval import openmoji_retrieval_tasks
+from mllm_jax.evaluation.tasks.openmoji import openmoji_retrieval
 from mllm_jax.models.clip import DualEncoderConfig
 from mllm_jax.training.config import AdamW, Experiment, Stage, TokenizerConfig
 from mllm_jax.training.objectives.contrastive import Contrastive
@@ -28,7 +28,7 @@ def experiment(name: str, kind: str) -> Experiment:
     return Experiment(
         name=name,
         model=DualEncoderConfig(
-            vision=replace(quickstart["MODEL"].encoder, regions=None),
+            vision=replace(quickstart["MODEL"].image.encoder, regions=None),
             text=TextTowerConfig(
                 vocab_size=2048,
                 hidden_size=256,
@@ -40,14 +40,14 @@ def experiment(name: str, kind: str) -> Experiment:
         ),
         tokenizer=TokenizerConfig(vocab_size=2048),
         cpu_devices=2,  # two devices on two cores are twice as fast as one
-        evaluation=openmoji_retrieval_tasks(config=PICTURES, image_size=SIZE),
+        evaluation=openmoji_retrieval(config=PICTURES, image_size=SIZE),
         stages=(
             Stage(
                 name="contrastive",
                 objective=Contrastive(kind=kind),
                 trainable=("*",),
                 # Four forms of a base side by side are each other's hard negatives.
-                data=Mixture((Weighted(captions),), rows=128, length=32, slots=1, layout="caption", group=4),
+                data=Mixture((Weighted(captions),), rows=128, length=32, slots={"image": 1}, layout="caption", group=4),
                 optimizer=AdamW(learning_rate=1.5e-3, warmup_steps=50),
                 steps=STEPS,
             ),

@@ -9,6 +9,7 @@ from mllm_jax.encoders.sam import SamConfig
 from mllm_jax.encoders.siglip_sam import SiglipSamConfig
 from mllm_jax.encoders.vit import ViTConfig
 from mllm_jax.llms.decoder import DecoderConfig
+from mllm_jax.models.branch import Branch
 from mllm_jax.models.clip import CLIP_MEAN, CLIP_STD
 from mllm_jax.models.deepseek_vl import DeepseekVLConfig
 from mllm_jax.projectors.paired import PairedProjectorConfig
@@ -19,7 +20,7 @@ from mllm_jax.training.objectives.next_token import NextToken
 WARM_UP_ROWS, WARM_UP_LENGTH = 256, 512 + 576  # the 512 of the table cannot count the tokens of a picture
 PRETRAIN_ROWS, INSTRUCT_ROWS, LENGTH = 2304, 256, 4096
 # The paper counts the convolutions behind SAM with the adaptor; of the second neck beside them it does not tell.
-ADAPTOR = ("projector/*", "encoder/downsample_*", "encoder/neck/*", "encoder/alpha")
+ADAPTOR = ("projector_image/*", "encoder_image/downsample_*", "encoder_image/neck/*", "encoder_image/alpha")
 
 
 def encoder(dtype: str = "bfloat16") -> SiglipSamConfig:
@@ -67,7 +68,8 @@ def model(dtype: str = "bfloat16") -> DeepseekVLConfig:
     The authors' folder has 14.69 GB in bfloat16: these, and the head of SigLIP, 12.6 million, that nothing reads.
     """
     towers = encoder(dtype)
-    return DeepseekVLConfig(towers, PairedProjectorConfig(4096, towers.widths, dtype=dtype), llm(dtype))
+    projector = PairedProjectorConfig(4096, towers.widths, dtype=dtype)
+    return DeepseekVLConfig({"image": Branch(towers, projector)}, llm(dtype))
 
 
 def optimizer(learning_rate: float, warmup_steps: int, end_factor: float = 0.0) -> AdamW:
@@ -98,7 +100,7 @@ def pretrain(data: Mixture) -> Stage:
 
 def instruct(data: Mixture) -> Stage:
     """Stage 3: SigLIP as well; SAM stays frozen."""
-    return _stage("instruct", data, (*ADAPTOR, "llm/*", "encoder/low/*"), 10_000, optimizer(2e-5, 256))
+    return _stage("instruct", data, (*ADAPTOR, "llm/*", "encoder_image/low/*"), 10_000, optimizer(2e-5, 256))
 
 
 def _stage(name: str, data: Mixture, trainable: tuple[str, ...], steps: int, adamw: AdamW) -> Stage:

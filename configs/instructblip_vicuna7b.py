@@ -4,15 +4,15 @@ The sizes are those of Salesforce/instructblip-vicuna-7b. Data is the reader's: 
 Experiment on `model()`, whose Q-Former begins as BLIP-2's.
 """
 
-from dataclasses import replace
-
 from mllm_jax.data.pipeline import Mixture
 from mllm_jax.encoders.vit import ViTConfig
 from mllm_jax.llms.decoder import DecoderConfig
+from mllm_jax.models.branch import Branch, Connection
 from mllm_jax.models.clip import CLIP_MEAN, CLIP_STD
 from mllm_jax.models.instructblip import InstructBlipConfig
 from mllm_jax.projectors.qformer import QFormerConfig
 from mllm_jax.training.config import AdamW, Stage
+from mllm_jax.training.flops import with_remat
 from mllm_jax.training.objectives.next_token import NextToken
 
 NO_CLIPPING = 1e9
@@ -56,9 +56,9 @@ def model() -> InstructBlipConfig:
         family="LlamaForCausalLM",
     )
     projector = QFormerConfig(4096, vocab_size=30_523)
-    config = InstructBlipConfig(encoder, projector, llm, image_token_id=32_001).with_dtype("bfloat16")
-    parts = {name: replace(getattr(config, name), remat="full") for name in ("encoder", "projector", "llm")}
-    return replace(config, **parts)
+    image = Branch(encoder, projector, Connection(class_token=True))
+    config = InstructBlipConfig({"image": image}, llm, image_token_id=32_001)
+    return with_remat(config.with_dtype("bfloat16"), "full")
 
 
 def instruct(data: Mixture) -> Stage:
@@ -66,7 +66,7 @@ def instruct(data: Mixture) -> Stage:
     return Stage(
         name="instruct",
         objective=NextToken(),
-        trainable=("projector/*",),
+        trainable=("projector_image/*",),
         data=data,
         optimizer=AdamW(
             learning_rate=1e-5,

@@ -6,6 +6,7 @@ plans its fine-tuning.
 
 from mllm_jax.encoders.vit import ViTConfig
 from mllm_jax.llms.decoder import DecoderConfig
+from mllm_jax.models.branch import Branch
 from mllm_jax.models.internvl import IMAGE_MEAN, IMAGE_STD, InternVLConfig
 from mllm_jax.projectors.pixel_shuffle import PixelShuffleProjectorConfig
 
@@ -61,4 +62,4 @@ def llm(dtype: str = "bfloat16") -> DecoderConfig:
 def model(dtype: str = "bfloat16") -> InternVLConfig:
     """78.4 billion parameters."""
     projector = PixelShuffleProjectorConfig(output_size=8192, dtype=dtype)
-    return InternVLConfig(encoder(dtype), projector, llm(dtype), image_token_id=151_667)
+    return InternVLConfig({"image": Branch(encoder(dtype), projector)}, llm(dtype), image_token_id=151_667)

@@ -8,6 +8,7 @@ from mllm_jax.data.pipeline import Mixture
 from mllm_jax.encoders.vit import ViTConfig
 from mllm_jax.layers.rotary import RopeScaling
 from mllm_jax.llms.decoder import DecoderConfig
+from mllm_jax.models.branch import Branch
 from mllm_jax.models.internvl import IMAGE_MEAN, IMAGE_STD, InternVLConfig
 from mllm_jax.projectors.pixel_shuffle import PixelShuffleProjectorConfig
 from mllm_jax.training.config import AdamW, Stage
@@ -66,7 +67,7 @@ def llm(dtype: str = "bfloat16") -> DecoderConfig:
 def model(dtype: str = "bfloat16") -> InternVLConfig:
     """7,944,373,760 parameters: InternViT 304,012,288, MLP 27,540,480, Qwen2.5 7,612,820,992; the hub has 15.9 GB."""
     projector = PixelShuffleProjectorConfig(output_size=3584, dtype=dtype)
-    return InternVLConfig(encoder(dtype), projector, llm(dtype), image_token_id=151_667)
+    return InternVLConfig({"image": Branch(encoder(dtype), projector)}, llm(dtype), image_token_id=151_667)
 
 
 def optimizer(steps: int) -> AdamW:
@@ -84,7 +85,7 @@ def finetune(data: Mixture, steps: int) -> Stage:
     return Stage(
         name="finetune",
         objective=NextToken(),
-        trainable=("projector/*", "llm/*"),
+        trainable=("projector_image/*", "llm/*"),
         data=data,
         optimizer=optimizer(steps),
         steps=steps,

@@ -16,9 +16,9 @@ from mllm_jax.data.pipeline import Mixture, Weighted
 from mllm_jax.datasets.llava import LLaVARecords
 from mllm_jax.encoders.vit import ViTConfig
 from mllm_jax.llms.decoder import DecoderConfig
+from mllm_jax.models.branch import Branch, Connection
 from mllm_jax.models.clip import CLIP_MEAN, CLIP_STD
 from mllm_jax.models.llava import LlavaConfig
-from mllm_jax.models.multimodal import Connection
 from mllm_jax.projectors.mlp import MLPProjectorConfig
 from mllm_jax.training.config import AdamW, Experiment, Pretrained, Stage, TokenizerConfig
 from mllm_jax.training.objectives.next_token import NextToken
@@ -82,8 +82,11 @@ def model(dtype: str = "bfloat16") -> LlavaConfig:
     The hub counts 7.06 billion in llava-hf/llava-1.5-7b-hf.
     """
     return LlavaConfig(
-        encoder=clip_large(dtype),
-        projector=MLPProjectorConfig(output_size=4096, dtype=dtype),
+        inputs={
+            "image": Branch(
+                clip_large(dtype), MLPProjectorConfig(output_size=4096, dtype=dtype), Connection(layers=(-2,))
+            )
+        },
         llm=DecoderConfig(
             vocab_size=32064,
             hidden_size=4096,
@@ -99,7 +102,6 @@ def model(dtype: str = "bfloat16") -> LlavaConfig:
             dtype=dtype,
             remat="full",
         ),
-        connection=Connection(layers=(-2,)),
     )
 
 
@@ -128,8 +130,8 @@ def experiment(align: Any, instruct: Any, tokenizer: str, pretrained: tuple[Pret
             Stage(
                 name="align",
                 objective=NextToken(),
-                trainable=("projector/*",),
-                data=Mixture((Weighted(align),), rows=256, length=LENGTH, slots=1),
+                trainable=("projector_image/*",),
+                data=Mixture((Weighted(align),), rows=256, length=LENGTH, slots={"image": 1}),
                 optimizer=optimizer(1e-3, ALIGN_STEPS),
                 steps=ALIGN_STEPS,
                 frozen_dtype="bfloat16",
@@ -137,8 +139,8 @@ def experiment(align: Any, instruct: Any, tokenizer: str, pretrained: tuple[Pret
             Stage(
                 name="instruct",
                 objective=NextToken(),
-                trainable=("projector/*", "llm/*"),
-                data=Mixture((Weighted(instruct),), rows=128, length=LENGTH, slots=1),
+                trainable=("projector_image/*", "llm/*"),
+                data=Mixture((Weighted(instruct),), rows=128, length=LENGTH, slots={"image": 1}),
                 optimizer=optimizer(2e-5, INSTRUCT_STEPS),
                 steps=INSTRUCT_STEPS,
                 frozen_dtype="bfloat16",

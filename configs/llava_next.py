@@ -18,8 +18,8 @@ from mllm_jax.data.pipeline import Mixture, Weighted
 from mllm_jax.datasets.llava import LLaVARecords
 from mllm_jax.encoders.vit import ViTConfig
 from mllm_jax.llms.decoder import DecoderConfig
+from mllm_jax.models.branch import Branch, Connection
 from mllm_jax.models.llava import NEXT, NEXT_RESOLUTIONS, ONEVISION, ONEVISION_RESOLUTIONS, LlavaConfig
-from mllm_jax.models.multimodal import Connection
 from mllm_jax.projectors.mlp import MLPProjectorConfig
 from mllm_jax.training.config import AdamW, Experiment, Pretrained, Stage, TokenizerConfig
 from mllm_jax.training.objectives.next_token import NextToken
@@ -30,7 +30,7 @@ _LLAVA15 = runpy.run_path(str(Path(__file__).with_name("llava15_7b.py")))
 # epoch; the tower learns at a fifth of the rate of the rest, 2e-6. 558,000 and 760,000 examples (the blog's table).
 # How many examples a step takes the scripts do not say (16 and 4 a device): 256 and 128 are LLaVA-1.5's.
 ALIGN_STEPS, INSTRUCT_STEPS = -(-558_128 // 256), -(-760_000 // 128)
-TOWER = (("encoder/*", 0.2),)
+TOWER = (("encoder_image/*", 0.2),)
 START = "runs/llava-v1.6-vicuna-7b-hf"
 RECORDS = {
     "align": _LLAVA15["RECORDS"]["align"],
@@ -50,10 +50,10 @@ def config() -> Experiment:
     """LLaVA-NeXT with Vicuna-7B: the projector alone, then everything."""
 
     def stage(name: str, trainable: tuple[str, ...], rows: int, optimizer: AdamW, steps: int) -> Stage:
-        data = Mixture((Weighted(RECORDS[name]),), rows=rows, length=LENGTH, slots=TILES)
+        data = Mixture((Weighted(RECORDS[name]),), rows=rows, length=LENGTH, slots={"image": TILES})
         return Stage(name, NextToken(), trainable, data, steps, optimizer, frozen_dtype="bfloat16")
 
-    every = ("encoder/*", "projector/*", "newline", "llm/*")
+    every = ("encoder_image/*", "projector_image/*", "newline", "llm/*")
     return Experiment(
         name="llava_next",
         model=vicuna_7b(),
@@ -62,7 +62,7 @@ def config() -> Experiment:
             vocab_size=32064, folder=START, system=_LLAVA15["SYSTEM"], template=_LLAVA15["TEMPLATE"]
         ),
         stages=(
-            stage("align", ("projector/*",), 256, optimizer(1e-3, ALIGN_STEPS), ALIGN_STEPS),
+            stage("align", ("projector_image/*",), 256, optimizer(1e-3, ALIGN_STEPS), ALIGN_STEPS),
             stage("instruct", every, 128, optimizer(1e-5, INSTRUCT_STEPS, TOWER), INSTRUCT_STEPS),
         ),
     )
@@ -70,10 +70,14 @@ def config() -> Experiment:
 
 def _next(llm: DecoderConfig, dtype: str) -> LlavaConfig:
     return LlavaConfig(
-        encoder=_LLAVA15["clip_large"](dtype),
-        projector=MLPProjectorConfig(output_size=llm.hidden_size, dtype=dtype),
+        inputs={
+            "image": Branch(
+                _LLAVA15["clip_large"](dtype),
+                MLPProjectorConfig(output_size=llm.hidden_size, dtype=dtype),
+                Connection(layers=(-2,)),
+            )
+        },
         llm=llm,
-        connection=Connection(layers=(-2,)),
         newline=True,
         family=NEXT,
         resolutions=NEXT_RESOLUTIONS,
@@ -110,24 +114,28 @@ def mistral_7b(dtype: str = "bfloat16") -> LlavaConfig:
 def _onevision(llm: DecoderConfig, dtype: str) -> LlavaConfig:
     return LlavaConfig(
         # SigLIP so400m/14-384 without its last layer and its head: 729 vectors of 1152.
-        encoder=ViTConfig(
-            image_size=384,
-            patch_size=14,
-            hidden_size=1152,
-            num_layers=26,
-            num_heads=16,
-            mlp_size=4304,
-            activation="gelu_tanh",
-            norm_eps=1e-6,
-            drop_remainder=True,
-            pooler="none",
-            family="SiglipVisionModel",
-            dtype=dtype,
-            remat="full",
-        ),
-        projector=MLPProjectorConfig(output_size=llm.hidden_size, dtype=dtype),
+        inputs={
+            "image": Branch(
+                ViTConfig(
+                    image_size=384,
+                    patch_size=14,
+                    hidden_size=1152,
+                    num_layers=26,
+                    num_heads=16,
+                    mlp_size=4304,
+                    activation="gelu_tanh",
+                    norm_eps=1e-6,
+                    drop_remainder=True,
+                    pooler="none",
+                    family="SiglipVisionModel",
+                    dtype=dtype,
+                    remat="full",
+                ),
+                MLPProjectorConfig(output_size=llm.hidden_size, dtype=dtype),
+                Connection(layers=(-1,)),
+            )
+        },
         llm=llm,
-        connection=Connection(layers=(-1,)),
         newline=True,
         family=ONEVISION,
         image_token_id=151646,

@@ -11,9 +11,10 @@ from mllm_jax.datasets.openmoji import OpenMojiCaptions, OpenMojiQuestions, Open
 from mllm_jax.datasets.openmoji.scenes import PLACES
 from mllm_jax.encoders.text import TextTowerConfig
 from mllm_jax.encoders.vit import ViTConfig
-from mllm_jax.evaluation.tasks.openmoji import openmoji_tasks
+from mllm_jax.evaluation.tasks.openmoji import openmoji_questions
 from mllm_jax.llms.decoder import DecoderConfig
-from mllm_jax.models.contrastive import ContrastiveConfig
+from mllm_jax.models.branch import Branch
+from mllm_jax.models.clip import DualEncoderConfig
 from mllm_jax.models.multimodal import MultimodalConfig
 from mllm_jax.projectors.mlp import MLPProjectorConfig
 from mllm_jax.training.config import AdamW, Experiment, Stage, TokenizerConfig
@@ -31,21 +32,25 @@ SHARES = {
 }
 
 MODEL = MultimodalConfig(
-    encoder=ViTConfig(
-        image_size=SIZE,
-        patch_size=16,
-        hidden_size=256,
-        num_layers=4,
-        num_heads=4,
-        mlp_size=512,
-        activation="relu",  # twice as fast as gelu or silu on a CPU
-        stem_channels=(32, 64, 128, 256),
-        mimetic_init=True,
-        regions=2,
-        region_size=256,
-        scan_unroll=4,
-    ),
-    projector=MLPProjectorConfig(output_size=256, activation="relu", input_norm=True, place_embedding=True),
+    inputs={
+        "image": Branch(
+            ViTConfig(
+                image_size=SIZE,
+                patch_size=16,
+                hidden_size=256,
+                num_layers=4,
+                num_heads=4,
+                mlp_size=512,
+                activation="relu",  # twice as fast as gelu or silu on a CPU
+                stem_channels=(32, 64, 128, 256),
+                mimetic_init=True,
+                regions=2,
+                region_size=256,
+                scan_unroll=4,
+            ),
+            MLPProjectorConfig(output_size=256, activation="relu", input_norm=True, place_embedding=True),
+        )
+    },
     llm=DecoderConfig(
         vocab_size=1024,
         hidden_size=256,
@@ -58,12 +63,17 @@ MODEL = MultimodalConfig(
         mimetic_init=True,
         scan_unroll=4,
     ),
-    text_tower=TextTowerConfig(
+)
+# What the contrastive stage trains: its image encoder is the model's.
+DUAL = DualEncoderConfig(
+    vision=MODEL.image.encoder,
+    text=TextTowerConfig(
         vocab_size=1024,
         hidden_size=256,
         num_layers=0,  # a bag of words: names never seen are then the sum of words that were
     ),
-    contrastive=ContrastiveConfig(projection_size=256, captions=4),
+    projection_size=256,
+    captions=4,
 )
 
 
@@ -98,29 +108,36 @@ def experiment(
         category_share=shares["contrastive"]["categories"],
     )
     held_out = OpenMojiQuestions(config=pictures, split="validation", image_size=SIZE, variants=4)
-    describing = Mixture(weighted("describe"), rows=16, length=128, slots=6)
+    describing = Mixture(weighted("describe"), rows=16, length=128, slots={"image": 6})
     return Experiment(
         name=name,
         model=MODEL,
         tokenizer=TokenizerConfig(vocab_size=1024, phrases=PLACES[2], places=PLACES[2]),
         cpu_devices=2,  # two devices on two cores are twice as fast as one
-        evaluation=openmoji_tasks(config=pictures, image_size=SIZE),
+        evaluation=openmoji_questions(config=pictures, image_size=SIZE),
         stages=(
             Stage(
                 name="language",
                 objective=NextToken(),
                 trainable=("llm/*",),
-                data=Mixture((Weighted(text),), rows=10, length=224, slots=0, learn="all"),
+                data=Mixture((Weighted(text),), rows=10, length=224, slots={}, learn="all"),
                 optimizer=AdamW(learning_rate=3e-3, warmup_steps=30),
                 steps=steps["language"],
             ),
             Stage(
                 name="contrastive",
                 objective=Contrastive(),
-                trainable=("encoder/*", "text_tower/*", "contrastive/*"),
+                model=DUAL,
+                trainable=("encoder_image/*", "encoder_text/*", "heads/*"),
                 # Four forms of a base side by side are each other's hard negatives.
                 data=Mixture(
-                    (Weighted(captions),), rows=128, length=112, slots=1, layout="caption", captions=4, group=4
+                    (Weighted(captions),),
+                    rows=128,
+                    length=112,
+                    slots={"image": 1},
+                    layout="caption",
+                    captions=4,
+                    group=4,
                 ),
                 optimizer=AdamW(learning_rate=1.5e-3, warmup_steps=50, weight_decay=decay["contrastive"]),
                 steps=steps["contrastive"],
@@ -128,7 +145,7 @@ def experiment(
             Stage(
                 name="align",
                 objective=NextToken(),
-                trainable=("projector/*",),
+                trainable=("projector_image/*",),
                 data=describing,
                 optimizer=AdamW(learning_rate=2e-3, warmup_steps=5),
                 steps=steps["align"],
@@ -136,7 +153,7 @@ def experiment(
             Stage(
                 name="describe",
                 objective=NextToken(),
-                trainable=("projector/*", "llm/*"),
+                trainable=("projector_image/*", "llm/*"),
                 data=describing,
                 optimizer=AdamW(learning_rate=2e-3, warmup_steps=30, end_factor=0.5, weight_decay=decay["describe"]),
                 steps=steps["describe"],
@@ -144,16 +161,16 @@ def experiment(
             Stage(
                 name="instruct",
                 objective=NextToken(),
-                trainable=("projector/*", "llm/*"),
+                trainable=("projector_image/*", "llm/*"),
                 data=Mixture(
                     weighted("instruct"),
                     rows=8,
                     length=256,  # long conversations fill rows of 128 to 89 %
-                    slots=6,
+                    slots={"image": 6},
                 ),
                 optimizer=AdamW(learning_rate=1.5e-3, warmup_steps=30, weight_decay=decay["instruct"]),
                 steps=steps["instruct"],
-                validation=Mixture((Weighted(held_out),), rows=16, length=128, slots=4),
+                validation=Mixture((Weighted(held_out),), rows=16, length=128, slots={"image": 4}),
                 validate_every=200,
             ),
         ),

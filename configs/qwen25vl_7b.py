@@ -6,29 +6,33 @@
 
 from mllm_jax.encoders.qwen_vit import QwenViTConfig
 from mllm_jax.llms.decoder import DecoderConfig
+from mllm_jax.models.branch import Branch
 from mllm_jax.models.qwen_vl import QWEN25, QwenVLConfig
 
 
 def model(dtype: str = "bfloat16") -> QwenVLConfig:
     """8,292,166,656 parameters: the tower with its merger 676,550,144, Qwen2.5 7,615,616,512."""
     return QwenVLConfig(
-        encoder=QwenViTConfig(
-            hidden_size=1280,
-            num_layers=32,
-            num_heads=16,
-            mlp_size=3420,
-            output_size=3584,
-            activation="silu",
-            gated=True,
-            norm="rms",
-            window_size=112,
-            full_layers=(7, 15, 23, 31),
-            tokens_per_second=2,
-            family="Qwen2_5_VisionTransformerPretrainedModel",
-            dtype=dtype,
-            remat="full",
-        ),
-        projector=None,
+        inputs={
+            "image": Branch(
+                QwenViTConfig(
+                    hidden_size=1280,
+                    num_layers=32,
+                    num_heads=16,
+                    mlp_size=3420,
+                    output_size=3584,
+                    activation="silu",
+                    gated=True,
+                    norm="rms",
+                    window_size=112,
+                    full_layers=(7, 15, 23, 31),
+                    tokens_per_second=2,
+                    family="Qwen2_5_VisionTransformerPretrainedModel",
+                    dtype=dtype,
+                    remat="full",
+                )
+            )
+        },
         llm=DecoderConfig(
             vocab_size=152064,
             hidden_size=3584,

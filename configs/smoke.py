@@ -7,9 +7,10 @@ from mllm_jax.data.pipeline import Mixture, Weighted
 from mllm_jax.datasets.openmoji import OpenMojiCaptions, OpenMojiQuestions, OpenMojiScenes, OpenMojiText
 from mllm_jax.encoders.text import TextTowerConfig
 from mllm_jax.encoders.vit import ViTConfig
-from mllm_jax.evaluation.tasks.openmoji import openmoji_tasks
+from mllm_jax.evaluation.tasks.openmoji import openmoji_questions
 from mllm_jax.llms.decoder import DecoderConfig
-from mllm_jax.models.contrastive import ContrastiveConfig
+from mllm_jax.models.branch import Branch
+from mllm_jax.models.clip import DualEncoderConfig
 from mllm_jax.models.multimodal import MultimodalConfig
 from mllm_jax.projectors.mlp import MLPProjectorConfig
 from mllm_jax.training.config import AdamW, CheckpointConfig, Experiment, Stage, TokenizerConfig
@@ -23,49 +24,41 @@ def config() -> Experiment:
     questions = Weighted(OpenMojiQuestions(image_size=SIZE, variants=1), 0.6)
     scenes = Weighted(OpenMojiScenes(image_size=SIZE, size=300), 0.3)
     text = Weighted(OpenMojiText(variants=1), 0.1)
-    pictures = Mixture((questions, scenes, text), rows=8, length=128, slots=2)
+    pictures = Mixture((questions, scenes, text), rows=8, length=128, slots={"image": 2})
     adamw = AdamW(learning_rate=1e-3, warmup_steps=4)
+    encoder = ViTConfig(
+        image_size=SIZE, patch_size=4, hidden_size=32, num_layers=2, num_heads=2, mlp_size=64, stem_channels=(8,)
+    )
+    words = TextTowerConfig(vocab_size=512, max_length=96, hidden_size=32, num_layers=1, num_heads=2, mlp_size=64)
     return Experiment(
         name="smoke",
         model=MultimodalConfig(
-            encoder=ViTConfig(
-                image_size=SIZE,
-                patch_size=4,
-                hidden_size=32,
-                num_layers=2,
-                num_heads=2,
-                mlp_size=64,
-                stem_channels=(8,),
-            ),
-            projector=MLPProjectorConfig(output_size=32, merge=2),
+            inputs={"image": Branch(encoder, MLPProjectorConfig(output_size=32, merge=2))},
             llm=DecoderConfig(vocab_size=512, hidden_size=32, num_layers=2, num_heads=4, num_kv_heads=2, mlp_size=64),
-            text_tower=TextTowerConfig(
-                vocab_size=512, max_length=96, hidden_size=32, num_layers=1, num_heads=2, mlp_size=64
-            ),
-            contrastive=ContrastiveConfig(projection_size=16, pooling="patches"),
         ),
         tokenizer=TokenizerConfig(vocab_size=512),
         log_every=1,
         checkpoint=CheckpointConfig(every_steps=3),
-        evaluation=openmoji_tasks(splits=("composition", "unseen"), image_size=SIZE, limit=8),
+        evaluation=openmoji_questions(splits=("composition", "unseen"), image_size=SIZE, limit=8),
         stages=(
             Stage(
                 name="language",
                 objective=NextToken(),
                 trainable=("llm/*",),
-                data=Mixture((Weighted(OpenMojiText(variants=1)),), rows=8, length=128, slots=0),
+                data=Mixture((Weighted(OpenMojiText(variants=1)),), rows=8, length=128, slots={}),
                 optimizer=adamw,
                 steps=8,
             ),
             Stage(
                 name="contrastive",
                 objective=Contrastive(),
-                trainable=("encoder/*", "text_tower/*", "contrastive/*"),
+                model=DualEncoderConfig(encoder, words, projection_size=16, pooling="patches"),
+                trainable=("encoder_image/*", "encoder_text/*", "heads/*"),
                 data=Mixture(
                     (Weighted(OpenMojiCaptions(image_size=SIZE, variants=1)),),
                     rows=16,
                     length=96,
-                    slots=1,
+                    slots={"image": 1},
                     layout="caption",
                 ),
                 optimizer=adamw,
@@ -74,7 +67,7 @@ def config() -> Experiment:
             Stage(
                 name="align",
                 objective=NextToken(),
-                trainable=("projector/*",),
+                trainable=("projector_image/*",),
                 data=pictures,
                 optimizer=adamw,
                 steps=8,
@@ -82,7 +75,7 @@ def config() -> Experiment:
             Stage(
                 name="instruct",
                 objective=NextToken(),
-                trainable=("projector/*", "llm/*"),
+                trainable=("projector_image/*", "llm/*"),
                 data=pictures,
                 optimizer=adamw,
                 steps=8,
@@ -90,7 +83,7 @@ def config() -> Experiment:
                     (Weighted(OpenMojiQuestions(image_size=SIZE, split="validation", variants=1)),),
                     rows=8,
                     length=128,
-                    slots=2,
+                    slots={"image": 2},
                 ),
                 validate_every=3,
                 validation_batches=2,

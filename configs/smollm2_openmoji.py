@@ -38,26 +38,24 @@ def experiment(
     Args:
         llm: a Hugging Face folder.
         quickstart: the experiment whose stage "contrastive" makes the tower, in the run folder `tower`.
-        limit: questions a task in the evaluation, where an answer costs 500 times the quickstart's.
+        limit: questions a task and split in the evaluation, where an answer costs 500 times the quickstart's.
     """
-    config = pretrained_config(llm)
+    config, image = pretrained_config(llm), quickstart.model.image
     learnt = {stage.name: stage for stage in quickstart.stages}
 
     def small(mixture):
-        return replace(mixture, rows=rows, length=length, slots=slots)
+        return replace(mixture, rows=rows, length=length, slots={"image": slots})
 
     return Experiment(
         name="smollm2_openmoji",
         model=replace(
             quickstart.model,
             llm=config,
-            projector=replace(quickstart.model.projector, output_size=config.hidden_size),
-            text_tower=None,
-            contrastive=None,
+            inputs={"image": replace(image, projector=replace(image.projector, output_size=config.hidden_size))},
         ),
         pretrained=(
             Pretrained("llm", llm),
-            Pretrained("encoder", tower, stage="contrastive", made_by=quickstart),
+            Pretrained("encoder_image", tower, stage="contrastive", made_by=quickstart),
         ),
         # The model's own system message would be 22 tokens of every conversation.
         tokenizer=TokenizerConfig(vocab_size=config.vocab_size, folder=llm, system=""),
@@ -68,7 +66,7 @@ def experiment(
             Stage(
                 name="align",
                 objective=NextToken(),
-                trainable=("projector/*",),
+                trainable=("projector_image/*",),
                 data=small(learnt["align"].data),
                 optimizer=AdamW(learning_rate=3e-4, warmup_steps=40, end_factor=0.3),
                 steps=steps["align"],
@@ -76,7 +74,7 @@ def experiment(
             Stage(
                 name="instruct",
                 objective=NextToken(),
-                trainable=("projector/*", "llm/*"),
+                trainable=("projector_image/*", "llm/*"),
                 data=small(learnt["instruct"].data),
                 optimizer=AdamW(learning_rate=5e-4, warmup_steps=40, weight_decay=0.0),
                 steps=steps["instruct"],

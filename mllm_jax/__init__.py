@@ -42,12 +42,14 @@ if TYPE_CHECKING:  # what editors and type checkers read; `_HOMES` says the same
     from mllm_jax.generation.options import Options as Options
     from mllm_jax.generation.sampling import Sampling as Sampling
     from mllm_jax.llms.decoder import DecoderConfig as DecoderConfig
-    from mllm_jax.models.contrastive import ContrastiveConfig as ContrastiveConfig
-    from mllm_jax.models.multimodal import Connection as Connection
+    from mllm_jax.models.branch import Branch as Branch
+    from mllm_jax.models.branch import Connection as Connection
+    from mllm_jax.models.clip import DualEncoderConfig as DualEncoderConfig
     from mllm_jax.models.multimodal import Multimodal as Multimodal
     from mllm_jax.models.multimodal import MultimodalConfig as MultimodalConfig
     from mllm_jax.models.pformer import PFormerPretrainingConfig as PFormerPretrainingConfig
     from mllm_jax.models.processor import Processor as Processor
+    from mllm_jax.models.prompt_guided import PromptGuidedConfig as PromptGuidedConfig
     from mllm_jax.models.registry import from_pretrained as from_pretrained
     from mllm_jax.models.registry import pretrained_config as pretrained_config
     from mllm_jax.models.registry import save_pretrained as save_pretrained
@@ -90,10 +92,12 @@ _NAMES = {
     "generation.options": ("Answer", "Options"),
     "generation.sampling": ("Sampling",),
     "llms.decoder": ("DecoderConfig",),
-    "models.contrastive": ("ContrastiveConfig",),
-    "models.multimodal": ("Connection", "Multimodal", "MultimodalConfig"),
+    "models.branch": ("Branch", "Connection"),
+    "models.clip": ("DualEncoderConfig",),
+    "models.multimodal": ("Multimodal", "MultimodalConfig"),
     "models.pformer": ("PFormerPretrainingConfig",),
     "models.processor": ("Processor",),
+    "models.prompt_guided": ("PromptGuidedConfig",),
     "models.registry": ("from_pretrained", "pretrained_config", "save_pretrained", "supported_models"),
     "projectors.mlp": ("MLPProjectorConfig",),
     "projectors.pformer": ("PFormerConfig",),

@@ -27,7 +27,7 @@ TOY = "toy size: at most 8 questions a task, so these accuracies mean little"
 STAGES = ("language", "contrastive", "align", "instruct")
 MADE = {
     *("config.json", "processor", "run.json", "metrics.jsonl", "tensorboard", "stages", "checkpoints"),
-    *("results.json", "examples.json", "report.html", "goodput.json", "initial", ".mllm_run"),
+    *("results.json", "examples.json", "predictions.jsonl", "report.html", "goodput.json", "initial", ".mllm_run"),
 }
 # Commands one after the other in one process: [exit code, stdout, stderr] of each.
 PRELUDE = """
@@ -144,24 +144,20 @@ def test_train_leaves_everything_in_the_run_folder(trained):
 def test_results_put_every_accuracy_beside_its_controls(trained):
     folder, done = trained
     results = json.loads((folder / "results.json").read_text())
-    assert list(results) == ["splits"] and set(results["splits"]) == {"composition", "unseen"}
-    for tasks in results["splits"].values():
-        assert {"naming", "yes_no", "skin_tone", "scene2_top_left", "scene2_count"} <= tasks.keys()
-        for task, scores in tasks.items():
-            assert set(scores) == {"accuracy", "accuracy_shuffled_images", "majority", "n"}
-            assert scores["n"] == 8 and all(0 <= value <= 1 for name, value in scores.items() if name != "n")
-            assert re.search(rf"│ {task} ", done.stdout), f"{task} is cut off in the table"
+    assert list(results) == [task.name for task in load_config(SMOKE).evaluation]
+    assert {"composition/naming", "composition/yes_no", "unseen/skin_tone", "unseen/category"} <= results.keys()
+    for task, found in results.items():
+        assert set(found) == {"accuracy", "accuracy_shuffled_media", "majority", "n"}
+        assert found["n"] == 8 and all(0 <= value <= 1 for name, value in found.items() if name != "n")
+        kind = task.rpartition("/")[2]
+        assert re.search(rf"│ {kind} ", done.stdout), f"{kind} is cut off in the table"
 
 
 def test_the_report_shows_24_pictures_with_their_answers(trained):
     folder, _ = trained
     examples = json.loads((folder / "examples.json").read_text())
-    assert {(e["split"], e["task"]) for e in examples} == {
-        (split, task)
-        for split, tasks in json.loads((folder / "results.json").read_text())["splits"].items()
-        for task in tasks
-    }
-    assert all(e["image_png_base64"] and e["question"] and e["truth"] for e in examples)
+    assert {example["task"] for example in examples} == set(json.loads((folder / "results.json").read_text()))
+    assert all(e["image_png_base64"] and e["question"] and e["reference"] for e in examples)
     report = (folder / "report.html").read_text()
     assert report.count("data:image/png;base64,") == 24 and "http://" not in report.replace("http://www.w3.org", "")
 
@@ -215,14 +211,10 @@ result = [told, small]"""
     )
     assert code[0] == 0 and code[2] == "" and code[1].endswith(f"{copy}/report.html\n")
     assert "naming" in code[1] and "scene3_count" in code[1] and "yes_no" not in code[1]
-    assert {tuple(tasks) for tasks in small["splits"].values()} == {("naming", "scene3_count")}
-    for name in ("results.json", "examples.json"):
-        before, after = (json.loads((f / name).read_text()) for f in (folder, copy))
-        if name == "examples.json":
-            before, after = (
-                sorted(e, key=lambda x: (x["split"], x["task"], x["question"], x["truth"])) for e in (before, after)
-            )
-        assert after == before, f"64 rows a batch and 8 differ in {name}"
+    kinds = ("naming", "scene3_count")
+    assert list(small) == [f"{split}/{kind}" for split in ("composition", "unseen") for kind in kinds]
+    for name in ("results.json", "examples.json", "predictions.jsonl"):
+        assert (copy / name).read_text() == (folder / name).read_text(), f"64 rows a batch and 8 differ in {name}"
 
 
 def test_generate_answers(machine, trained, pictures):
@@ -285,7 +277,7 @@ from mllm_jax.training.config import TokenizerConfig
 def config():
     smoke = runpy.run_path({str(SMOKE)!r})["config"]()
     tokenizer = TokenizerConfig(512, path={str(trained[0] / "processor" / "tokenizer.json")!r})
-    return dataclasses.replace(smoke, stages=smoke.stages[:1], tokenizer=tokenizer, evaluation=None)
+    return dataclasses.replace(smoke, stages=smoke.stages[:1], tokenizer=tokenizer, evaluation=())
 """
     )
     told = machine.run(

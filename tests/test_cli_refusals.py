@@ -171,7 +171,7 @@ REFUSED = {
     "chatting with no run": (["chat", "{new}"], "no config.json"),
     "asking a file": (["generate", str(SMOKE), "What?"], "no config.json"),
     "an unknown task": (["evaluate", "{run}", "--tasks", "naming", "singing"], "tasks ['singing']"),
-    "no task": (["evaluate", "{run}", "--tasks"], "some of ['category', "),
+    "no task": (["evaluate", "{run}", "--tasks"], "some of composition/naming, "),
     "a negative temperature": (["generate", "{run}", "What?", "--temperature", "-1"], "temperature >= 0"),
     "top-p of nothing": (["generate", "{run}", "What?", "--top-p", "0"], "0 < top_p <= 1"),
     "an answer of nothing": (["generate", "{run}", "What?", "--max-new-tokens", "0"], "max_new_tokens 0"),
@@ -278,7 +278,7 @@ def test_help_lists_the_options(capsys, arguments, told):
             ("--run-dir DIR", "--fresh", "--stages.0.steps 1000", "4 instruct"),
         ),
         ("train", "plans/qwen25vl_7b.py", ("--no-compile-cache", "0 instruct", "--seed 0")),
-        ("plan", "smoke.py", ("--topology TOPOLOGY", "--stages.0.steps 8", "--model.encoder.image-size")),
+        ("plan", "smoke.py", ("--topology TOPOLOGY", "--stages.0.steps 8", "--model.inputs.image.encoder.image-size")),
     ],
 )
 def test_the_help_of_a_config_fits_a_screen(capsys, command, config, told, option):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from pathlib import Path
@@ -11,25 +12,25 @@ import pytest
 from mllm_jax.checkpoints import own_modules
 from mllm_jax.checkpoints.description import describe, rebuild
 from mllm_jax.checkpoints.run import RunFolder
+from mllm_jax.cli import main
 from mllm_jax.errors import ConfigError
 from mllm_jax.generation.assistant import Assistant
 from mllm_jax.training.config_file import load_config
-from mllm_jax.training.loop import train
 
 ROOT = Path(__file__).parents[1]
 CONFIG = """
-from grey_squares import BrightnessConfig, Squares
+from grey_squares import BRIGHTNESS, BrightnessConfig, LinearConfig, Squares
 
-from mllm_jax import DecoderConfig, Experiment, Mixture, MLPProjectorConfig, MultimodalConfig, NextToken, Stage
+from mllm_jax import Branch, DecoderConfig, Experiment, Mixture, MultimodalConfig, NextToken, Stage
 from mllm_jax import TokenizerConfig, Weighted
 
 
 def config():
     llm = DecoderConfig(vocab_size=320, hidden_size=16, num_layers=1, num_heads=2, num_kv_heads=1, mlp_size=32)
-    model = MultimodalConfig(BrightnessConfig(), MLPProjectorConfig(output_size=16), llm)
-    data = Mixture((Weighted(Squares()),), rows=4, length=32, slots=2)
+    model = MultimodalConfig({"image": Branch(BrightnessConfig(), LinearConfig())}, llm)
+    data = Mixture((Weighted(Squares()),), rows=4, length=32, slots={"image": 2})
     stage = Stage("all", NextToken(), ("*",), data, steps=2)
-    return Experiment("own", model, (stage,), tokenizer=TokenizerConfig(vocab_size=320))
+    return Experiment("own", model, (stage,), TokenizerConfig(vocab_size=320), evaluation=(BRIGHTNESS,))
 """
 
 
@@ -54,10 +55,22 @@ def forget(monkeypatch) -> None:
 
 
 def test_it_trains_and_is_found_again(folder, tmp_path, monkeypatch):
-    run = train(load_config(folder / "config.py"), tmp_path / "run")
+    run = RunFolder(tmp_path / "run")
+    assert main(["train", str(folder / "config.py"), "--run-dir", str(run.path)]) == 0
+    results = json.loads((run.path / "results.json").read_text())
+    (found,) = results.values()
+    assert list(results) == ["squares/brightness"] and found["n"] == 12 and 0 <= found["off_by"] <= 6
+    assert list(found) == ["accuracy", "accuracy_shuffled_media", "majority", "off_by", "n"]
+    report = (run.path / "report.html").read_text()
+    assert "off by" in report and "how bright?" in report and report.count("data:image/png;base64,") == 4
     forget(monkeypatch)
-    experiment = RunFolder(run.path).experiment()
-    assert type(experiment.model.encoder).__module__ == "grey_squares" and len(experiment.stages[0].data.sources) == 1
+    assert main(["evaluate", str(run.path), "--tasks", "brightness"]) == 0
+    assert json.loads((run.path / "results.json").read_text()) == results, "greedy answers are the same again"
+    forget(monkeypatch)
+    experiment = run.experiment()
+    parts = experiment.model.image.encoder, experiment.model.image.projector
+    assert {type(part).__module__ for part in parts} == {"grey_squares"}
+    assert len(experiment.stages[0].data.sources) == 1
     answer = Assistant.load(run.path, by_layer=False).generate("how bright?", max_new_tokens=2)
     assert answer.tokens
 
@@ -80,9 +93,8 @@ def test_a_run_does_not_say_where_code_is_read_from(folder, tmp_path, monkeypatc
 def test_a_class_of_the_config_file_itself_is_refused(tmp_path):
     file = tmp_path / "config.py"
     own = "from dataclasses import dataclass\n\n@dataclass(frozen=True)\nclass Squares:\n    size: int = 4\n\n"
-    text = CONFIG.replace("from grey_squares import BrightnessConfig, Squares", "").replace(
-        "def config", f"{own}def config"
-    )
+    text = CONFIG.replace("from grey_squares import BRIGHTNESS, BrightnessConfig, LinearConfig, Squares", "")
+    text = text.replace("(BRIGHTNESS,)", "()").replace("def config", f"{own}def config")
     file.write_text(text.replace("BrightnessConfig()", "__import__('mllm_jax').ViTConfig(8, 4, 16, 1, 2, 32)"))
     with pytest.raises(ConfigError, match="Squares, which the config file itself defines"):
         describe(load_config(file))

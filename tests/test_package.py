@@ -20,7 +20,7 @@ import pytest
 from flax import linen as nn
 
 import mllm_jax
-from mllm_jax import DecoderConfig, MLPProjectorConfig, MultimodalConfig
+from mllm_jax import DecoderConfig, MLPProjectorConfig
 
 ROOT = Path(__file__).parents[1]
 SOURCES = sorted((ROOT / "mllm_jax").rglob("*.py"))
@@ -343,14 +343,16 @@ def test_the_encoder_of_the_contributing_page_works(tmp_path, monkeypatch):
     spec.loader.exec_module(module)
 
     llm = DecoderConfig(vocab_size=32, hidden_size=16, num_layers=1, num_heads=2, num_kv_heads=1, mlp_size=32)
-    config = MultimodalConfig(module.PatchMLPConfig(), MLPProjectorConfig(16, merge=2), llm)
+    config = mllm_jax.MultimodalConfig(
+        {"image": mllm_jax.Branch(module.PatchMLPConfig(), MLPProjectorConfig(16, merge=2))}, llm
+    )
     assert config.media_tokens == 4
     model = config.make()
     batch = jax.tree.map(jnp.asarray, model.config.batch_spec(rows=2, length=6).empty())
     batch["segments"] = jnp.ones((2, 6), jnp.int32)
     batch["media_index"] = batch["media_index"].at[:, 1:5].set(jnp.arange(4))
     boxed = jax.eval_shape(lambda key: model.init(key, batch, method="touch"), jax.random.key(0))["params"]
-    leaves = jax.tree.leaves(boxed["encoder"], is_leaf=lambda x: hasattr(x, "names"))
+    leaves = jax.tree.leaves(boxed["encoder_image"], is_leaf=lambda x: hasattr(x, "names"))
     assert len(leaves) == 6 and all(len(leaf.names) == leaf.value.ndim for leaf in leaves)
 
     # Any numbers do, and drawing them here spares compiling the initialisers.

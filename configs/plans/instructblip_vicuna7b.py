@@ -15,7 +15,7 @@ from mllm_jax.training.config import Experiment, TokenizerConfig
 
 def config() -> Experiment:
     names = runpy.run_path(str(Path(__file__).parents[1] / "instructblip_vicuna7b.py"))
-    data = Mixture((), rows=names["ROWS"], length=512, slots=1)
+    data = Mixture((), rows=names["ROWS"], length=512, slots={"image": 1})
     return Experiment(
         name=Path(__file__).stem,
         model=names["model"](),

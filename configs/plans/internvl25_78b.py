@@ -19,7 +19,7 @@ def config() -> Experiment:
         name="finetune",
         objective=NextToken(),
         trainable=("*",),
-        data=Mixture((), rows=512, length=16_384, slots=48),
+        data=Mixture((), rows=512, length=16_384, slots={"image": 48}),
         optimizer=AdamW(2e-5, end_factor=0.0, weight_decay=0.05, b2=0.999),
         steps=1000,
     )

@@ -15,7 +15,7 @@ STEPS = 1000
 
 def config() -> Experiment:
     names = runpy.run_path(str(Path(__file__).parents[1] / "internvl3_8b.py"))
-    data = Mixture((), rows=names["ROWS"], length=names["LENGTH"], slots=4 * (names["MAX_TILES"] + 1))
+    data = Mixture((), rows=names["ROWS"], length=names["LENGTH"], slots={"image": 4 * (names["MAX_TILES"] + 1)})
     return Experiment(
         name=Path(__file__).stem,
         model=names["model"](),

@@ -8,6 +8,7 @@ mllm plan configs/plans/llama31_8b.py --topology v6e-256
 from mllm_jax.data.pipeline import Mixture
 from mllm_jax.encoders.vit import ViTConfig
 from mllm_jax.llms.decoder import DecoderConfig
+from mllm_jax.models.branch import Branch
 from mllm_jax.models.multimodal import MultimodalConfig
 from mllm_jax.projectors.mlp import MLPProjectorConfig
 from mllm_jax.sharding.mesh import MeshConfig
@@ -65,7 +66,7 @@ def experiment(
         name="pretrain",
         objective=NextToken(),
         trainable=("llm/*",),
-        data=Mixture((), rows=rows, length=length, slots=0, learn="all"),
+        data=Mixture((), rows=rows, length=length, slots={}, learn="all"),
         optimizer=AdamW(),
         steps=1000,
         accumulate=accumulate,
@@ -73,7 +74,7 @@ def experiment(
     )
     return Experiment(
         name=name,
-        model=MultimodalConfig(encoder, MLPProjectorConfig(output_size=llm.hidden_size), llm),
+        model=MultimodalConfig({"image": Branch(encoder, MLPProjectorConfig(output_size=llm.hidden_size))}, llm),
         tokenizer=TokenizerConfig(vocab_size=llm.vocab_size),
         mesh=mesh or MeshConfig(data=1, fsdp=-1),
         stages=(stage,),

@@ -22,7 +22,7 @@ def config() -> Experiment:
         name="instruct",
         objective=NextToken(),
         trainable=("llm/*",),
-        data=Mixture((), rows=256, length=LENGTH, slots=PATCHES),
+        data=Mixture((), rows=256, length=LENGTH, slots={"image": PATCHES}),
         optimizer=AdamW(1e-5, end_factor=0.0, weight_decay=0.05, b2=0.999),
         steps=1000,
         frozen_dtype="bfloat16",

@@ -14,12 +14,14 @@ from mllm_jax.datasets.openmoji import OpenMojiSkills
 from mllm_jax.datasets.text_only import TextOnly
 from mllm_jax.encoders.text import TextTowerConfig
 from mllm_jax.encoders.vit import ViTConfig
-from mllm_jax.evaluation.tasks.openmoji import openmoji_skill_tasks
+from mllm_jax.evaluation.tasks.openmoji import openmoji_skills
 from mllm_jax.llms.decoder import DecoderConfig
 from mllm_jax.models.blip2_stage1 import QFormerPretrainingConfig
-from mllm_jax.models.contrastive import ContrastiveConfig
+from mllm_jax.models.branch import Branch
+from mllm_jax.models.clip import DualEncoderConfig
 from mllm_jax.models.multimodal import MultimodalConfig
 from mllm_jax.models.pformer import PFormerPretrainingConfig
+from mllm_jax.models.prompt_guided import PromptGuidedConfig
 from mllm_jax.projectors.mlp import MLPProjectorConfig
 from mllm_jax.projectors.pformer import PFormerConfig
 from mllm_jax.projectors.qformer import QFormerConfig
@@ -110,29 +112,28 @@ def common(name: str) -> dict[str, Any]:
 
 def base() -> Experiment:
     """Encoder and LLM before they meet: the LLM reads, the encoder learns against words."""
+    words = TextTowerConfig(vocab_size=VOCAB, hidden_size=WIDTH, num_layers=0)
     return Experiment(
         **common("base"),
         model=MultimodalConfig(
-            encoder=ENCODER,
-            projector=PROJECTORS["linear"],
+            inputs={"image": Branch(ENCODER, PROJECTORS["linear"])},
             llm=LLM,
-            text_tower=TextTowerConfig(vocab_size=VOCAB, hidden_size=WIDTH, num_layers=0),
-            contrastive=ContrastiveConfig(projection_size=WIDTH, pooling="patches"),
         ),
         stages=(
             Stage(
                 name="language",
                 objective=NextToken(),
                 trainable=("llm/*",),
-                data=mixture("text", 192, rows=10, slots=0, learn="all"),
+                data=mixture("text", 192, rows=10, slots={}, learn="all"),
                 optimizer=AdamW(learning_rate=3e-3, warmup_steps=30),
                 steps=STEPS["language"],
             ),
             Stage(
                 name="contrastive",
                 objective=Contrastive(),
-                trainable=("encoder/*", "text_tower/*", "contrastive/*"),
-                data=mixture("captions", 48, rows=128, slots=1, layout="caption"),
+                model=DualEncoderConfig(ENCODER, words, projection_size=WIDTH, pooling="patches"),
+                trainable=("encoder_image/*", "encoder_text/*", "heads/*"),
+                data=mixture("captions", 48, rows=128, slots={"image": 1}, layout="caption"),
                 optimizer=AdamW(learning_rate=1.5e-3, warmup_steps=50),
                 steps=STEPS["contrastive"],
             ),
@@ -149,13 +150,20 @@ def stage1() -> Experiment:
     return Experiment(
         **common("stage1"),
         model=QFormerPretrainingConfig(encoder=ENCODER, projector=QFORMER, projection_size=WIDTH),
-        pretrained=(from_base("encoder", "contrastive"),),
+        pretrained=(from_base("encoder_image", "contrastive"),),
         stages=(
             Stage(
                 name="stage1",
                 objective=QFormerStage1(equal_texts=True),
-                trainable=("projector/*", "image_projection/*", "text_projection/*", "matching/*", "caption*", "temp*"),
-                data=mixture("captions", 48, rows=64, slots=1, layout="caption"),
+                trainable=(
+                    "projector_image/*",
+                    "image_projection/*",
+                    "text_projection/*",
+                    "matching/*",
+                    "caption*",
+                    "temp*",
+                ),
+                data=mixture("captions", 48, rows=64, slots={"image": 1}, layout="caption"),
                 optimizer=AdamW(learning_rate=1e-3, warmup_steps=30),
                 steps=STEPS["stage1"],
             ),
@@ -165,7 +173,7 @@ def stage1() -> Experiment:
 
 def prompt() -> Experiment:
     """The P-Former, on the captions alone: prompts with which the LLM would say them."""
-    captions = mixture("captions", 48, rows=64, slots=0, layout="caption")
+    captions = mixture("captions", 48, rows=64, slots={}, layout="caption")
     texts = tuple(replace(source, source=TextOnly(source.source)) for source in captions.sources)
     return Experiment(
         **common("prompt"),
@@ -186,11 +194,12 @@ def prompt() -> Experiment:
 
 def guided() -> Experiment:
     """The Q-Former drawn to the P-Former's prompts, and taught to make the frozen LLM say the captions."""
+    model = MultimodalConfig(inputs={"image": Branch(ENCODER, QFORMER)}, llm=LLM)
     return Experiment(
         **common("guided"),
-        model=MultimodalConfig(encoder=ENCODER, projector=QFORMER, llm=LLM, prompter=PFORMER),
+        model=model,
         pretrained=(
-            from_base("encoder", "contrastive"),
+            from_base("encoder_image", "contrastive"),
             from_base("llm", "language"),
             Pretrained("prompter", f"{RUNS}/prompt", stage="prompt", made_by=prompt()),
         ),
@@ -198,8 +207,9 @@ def guided() -> Experiment:
             Stage(
                 name="guided",
                 objective=PromptGuided(),
-                trainable=("projector/*",),
-                data=mixture("captions", 48, rows=64, slots=1, layout="caption"),
+                model=PromptGuidedConfig(model, PFORMER),
+                trainable=("projector_image/*",),
+                data=mixture("captions", 48, rows=64, slots={"image": 1}, layout="caption"),
                 optimizer=AdamW(learning_rate=1e-3, warmup_steps=30),
                 steps=STEPS["guided"],
             ),
@@ -209,22 +219,22 @@ def guided() -> Experiment:
 
 def experiment(name: str) -> Experiment:
     """The projector of that name between the frozen encoder and the LLM: aligned, then instructed together."""
-    pretrained = (from_base("encoder", "contrastive"), from_base("llm", "language"))
+    pretrained = (from_base("encoder_image", "contrastive"), from_base("llm", "language"))
     if name == "qformer_stage1":
-        pretrained += (Pretrained("projector", f"{RUNS}/stage1", stage="stage1", made_by=stage1()),)
+        pretrained += (Pretrained("projector_image", f"{RUNS}/stage1", stage="stage1", made_by=stage1()),)
     if name == "pformer":
-        pretrained += (Pretrained("projector", f"{RUNS}/guided", stage="guided", made_by=guided()),)
-    data = mixture("pictures", 128, rows=16, slots=6)
+        pretrained += (Pretrained("projector_image", f"{RUNS}/guided", stage="guided", made_by=guided()),)
+    data = mixture("pictures", 128, rows=16, slots={"image": 6})
     return Experiment(
         **common(name),
-        model=MultimodalConfig(encoder=ENCODER, projector=PROJECTORS[name], llm=LLM),
+        model=MultimodalConfig(inputs={"image": Branch(ENCODER, PROJECTORS[name])}, llm=LLM),
         pretrained=pretrained,
-        evaluation=openmoji_skill_tasks(image_size=SIZE),
+        evaluation=openmoji_skills(image_size=SIZE),
         stages=(
             Stage(
                 name="align",
                 objective=NextToken(),
-                trainable=("projector/*",),
+                trainable=("projector_image/*",),
                 data=data,
                 optimizer=AdamW(learning_rate=2e-3, warmup_steps=10),
                 steps=STEPS["align"],
@@ -232,7 +242,7 @@ def experiment(name: str) -> Experiment:
             Stage(
                 name="instruct",
                 objective=NextToken(),
-                trainable=("projector/*", "llm/*"),
+                trainable=("projector_image/*", "llm/*"),
                 data=data,
                 optimizer=AdamW(learning_rate=1.5e-3, warmup_steps=30),
                 steps=STEPS["instruct"],

@@ -100,7 +100,7 @@ def check_written(
         ConfigError: the family has no options for some of the switches; names them.
     """
     wanted, found = facts(config), facts(read(written))
-    lost = [f"{name}={getattr(config, name)!r}" for name in wanted if wanted[name] != found[name]]
+    lost = [f"{n}={getattr(config, n, wanted[n])!r}" for n in wanted if wanted[n] != found[n]]
     if lost:
         raise ConfigError(
             f"{what} with {', '.join(lost)}, to be written as {config.family}",

@@ -2,128 +2,91 @@
 
 from __future__ import annotations
 
+import collections.abc
 import dataclasses
-import sys
 import types
 import typing
-from collections.abc import Callable, Mapping
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
 from mllm_jax.checkpoints import own_modules
 from mllm_jax.errors import ConfigError
 
-# Parts of this package whose functions a config may name. A run folder that came from elsewhere chooses them too, so
-# none of them may do what its owner would not want.
-FUNCTIONS = ("datasets", "evaluation")
-OWN_FUNCTION = "a function at the top level of a file beside the config, or of mllm_jax.evaluation"
+CLASS, FUNCTION = "class", "function"
 
 
 def describe(value: Any) -> Any:
-    """A config as JSON: a dataclass becomes an object with its class under "class".
+    """A config as JSON.
 
-    A function becomes {"function": "module:name"}, a mapping {"mapping": {...}}.
+    A dataclass becomes an object with its class under "class", a function one with its name under "function"; other
+    objects are mappings.
 
     Raises:
-        ConfigError: what is none of these and no plain data, or a class or function that cannot be imported again.
+        ConfigError: a value that is neither of these nor plain data, or that cannot be imported when the run is opened.
     """
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        if type(value).__module__ in ("<run_path>", "__main__"):
-            raise ConfigError(
-                f"the class {type(value).__qualname__}, which the config file itself defines",
-                "a class that a run can import when it is opened again",
-                "move it into a file beside the config and import it from there",
-            )
         fields = {f.name: describe(getattr(value, f.name)) for f in dataclasses.fields(value) if f.init}
-        return {"class": f"{type(value).__module__}:{type(value).__qualname__}", **fields}
+        return {CLASS: _importable(type(value), "class"), **fields}
     if isinstance(value, types.FunctionType):
-        return {"function": _function_name(value)}
-    if isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
-        return {"mapping": {key: describe(item) for key, item in value.items()}}
+        return {FUNCTION: _importable(value, "function")}
+    if isinstance(value, Mapping) and all(isinstance(key, str) for key in value) and not {CLASS, FUNCTION} & {*value}:
+        return {key: describe(one) for key, one in value.items()}
     if isinstance(value, (list, tuple)):
         return [describe(v) for v in value]
     if isinstance(value, (str, int, float, bool)) or value is None:
         return value
-    raise ConfigError(
-        f"a config value {value!r}",
-        "dataclasses, tuples, mappings of strings, functions of a module, strings, numbers",
-        "replace it by plain data",
-    )
+    raise ConfigError(f"a config value {value!r}", "dataclasses, tuples, strings, numbers", "replace it by plain data")
 
 
-def _function_name(function: types.FunctionType) -> str:
-    """Gives the "module:name" by which `rebuild` finds a function."""
-    module, name = function.__module__, function.__qualname__
-    found = getattr(sys.modules.get(module), name, None)
-    if found is not function or module == "__main__" or not _may_be_named(sys.modules[module]):
-        own = "which the config file itself defines" if module in ("<run_path>", "__main__") else f"of {module}"
+def _importable(value: Any, kind: str) -> str:
+    """Where a class or function is imported from, as "module:name"."""
+    if value.__module__ in ("<run_path>", "__main__"):
         raise ConfigError(
-            f"the function {name}, {own}",
-            OWN_FUNCTION + ", so that a run finds it again: no lambda, no function inside another",
+            f"the {kind} {value.__qualname__}, which the config file itself defines",
+            f"a {kind} that a run can import when it is opened again",
             "move it into a file beside the config and import it from there",
         )
-    return f"{module}:{name}"
-
-
-def _may_be_named(module: types.ModuleType) -> bool:
-    """Returns whether a config may name a module's functions: not Python's own, nor those of what pip installed."""
-    top, *inner = module.__name__.split(".")
-    if top == own_modules.PACKAGE:
-        return inner[:1] in [[part] for part in FUNCTIONS]
-    file = getattr(module, "__file__", None)
-    installed = {"site-packages", "dist-packages"}.intersection(Path(file or "").parts)
-    return file is not None and top not in sys.stdlib_module_names and not installed
+    if not value.__qualname__.isidentifier():
+        raise ConfigError(
+            f"the {kind} {value.__qualname__} of {value.__module__}",
+            f"a {kind} at the top level of a module, which a run can import when it is opened again",
+            "give it a name there; what it closes over belongs into the fields of a dataclass",
+        )
+    return f"{value.__module__}:{value.__qualname__}"
 
 
 def rebuild(description: Any) -> Any:
-    """The inverse of `describe`; what it names is of this package, or of a user's own modules, see `own_modules`.
+    """The inverse of `describe`; classes are of this package, or of a user's own modules, see `own_modules`.
 
     Raises:
-        ConfigError: a class, function or module that does not exist (any more), fields it does not know, or values of
-            another type.
+        ConfigError: a class or module that does not exist (any more), fields it does not know, or values of another
+            type.
     """
     if isinstance(description, list):
         return tuple(rebuild(v) for v in description)
     if not isinstance(description, dict):
         return description
-    if isinstance(items := description.get("mapping"), dict) and len(description) == 1:
-        from flax.core import FrozenDict
-
-        return FrozenDict({key: rebuild(item) for key, item in items.items()})
-    if isinstance(name := description.get("function"), str) and len(description) == 1:
-        return _named(name, "function", _as_function)
-    fields = {k: rebuild(v) for k, v in description.items() if k != "class"}
-    return _named(description.get("class", ""), "class", lambda module, name: _as_config(module, name, fields))
-
-
-def _named(kind: Any, what: str, make: Callable[[types.ModuleType, str], Any]) -> Any:
-    """Makes a value of what a description calls "module:name"."""
+    fields = {k: rebuild(v) for k, v in description.items() if k not in (CLASS, FUNCTION)}
+    if not {CLASS, FUNCTION} & {*description}:
+        return fields
+    kind = description.get(CLASS, description.get(FUNCTION))
     module, _, name = kind.partition(":") if isinstance(kind, str) else ("", "", "")
     if not name.isidentifier() or not all(part.isidentifier() for part in module.split(".")):
-        raise ConfigError(
-            f"a stored config of {what} {kind!r:.200}", f"module:{what.title()}", "build the experiment in Python"
-        )
+        raise ConfigError(f"a stored config of class {kind!r:.200}", "module:Class", "build the experiment in Python")
     try:
-        return make(own_modules.find(module, kind), name)
+        found = getattr(own_modules.find(module, kind), name)
+        if FUNCTION in description:
+            if fields or not isinstance(found, types.FunctionType):
+                raise TypeError("not a function")
+            return found
+        if not (isinstance(found, type) and dataclasses.is_dataclass(found)):
+            raise TypeError("not a config class")
+        _check_types(found, fields)
+        return found(**fields)
     except (ImportError, AttributeError, NameError, TypeError) as error:
         raise ConfigError(
             f"a stored {kind}: {error}", "what this version knows", "use the version that wrote it"
         ) from error
-
-
-def _as_function(module: types.ModuleType, name: str) -> Callable:
-    found = getattr(module, name)
-    if not isinstance(found, types.FunctionType) or not _may_be_named(module) or found.__module__ != module.__name__:
-        raise TypeError(f"not {OWN_FUNCTION}")
-    return found
-
-
-def _as_config(module: types.ModuleType, name: str, fields: dict[str, Any]) -> Any:
-    found = getattr(module, name)
-    if not (isinstance(found, type) and dataclasses.is_dataclass(found)):
-        raise TypeError("not a config class")
-    _check_types(found, fields)
-    return found(**fields)
 
 
 def _check_types(kind: type, fields: dict[str, Any]) -> None:
@@ -132,8 +95,7 @@ def _check_types(kind: type, fields: dict[str, Any]) -> None:
     wrong = [name for name, value in fields.items() if name in hints and not fits(value, hints[name])]
     if wrong:
         declared = {field.name: field.type for field in dataclasses.fields(kind)}
-        given = {name: " ".join(repr(fields[name]).split()) for name in wrong}
-        raise TypeError(", ".join(f"{name}={given[name]:.80}, expected {declared.get(name)}" for name in wrong))
+        raise TypeError(", ".join(f"{name}={fields[name]!r:.80}, expected {declared.get(name)}" for name in wrong))
 
 
 def fits(value: Any, hint: Any) -> bool:
@@ -150,10 +112,9 @@ def fits(value: Any, hint: Any) -> bool:
             return False
         each = [inner[0]] * len(value) if inner[-1:] == (...,) else inner
         return len(each) == len(value) and all(map(fits, value, each))
-    if origin is Mapping and inner:
-        held = isinstance(value, Mapping)
-        return held and all(fits(key, inner[0]) and fits(item, inner[1]) for key, item in value.items())
-    if origin is Callable:
+    if origin in (collections.abc.Mapping, dict):
+        return isinstance(value, Mapping) and all(fits(k, inner[0]) and fits(v, inner[1]) for k, v in value.items())
+    if origin is collections.abc.Callable:
         return callable(value)
     if hint in (int, float):
         return isinstance(value, (int, float) if hint is float else int) and not isinstance(value, bool)

@@ -22,7 +22,7 @@ PACKAGE = __name__.partition(".")[0]
 
 
 def remember(description: Any) -> None:
-    """Keeps the folders of the modules outside this package whose classes and functions a described config has.
+    """Keeps the folders of the modules outside this package whose classes a described config has.
 
     Where the cache cannot be written nothing is kept: the modules are then found as Python finds them.
     """
@@ -45,7 +45,7 @@ def find(module: str, kind: str) -> ModuleType:
     """Imports a module that a stored config names: as Python finds it, else from where it was when it was used.
 
     Args:
-        kind: the class or function that it is to have, for the message.
+        kind: the class that it is to have, for the message.
 
     Raises:
         ConfigError: it is gone.
@@ -61,7 +61,7 @@ def find(module: str, kind: str) -> ModuleType:
             sys.path.append(folder)
             return find(module, kind)
         raise ConfigError(
-            f"a stored config of {kind!r}, of the module {module!r}, which is not found",
+            f"a stored config of class {kind!r}, of the module {module!r}, which is not found",
             f"the file {top}.py, or the package, that was beside the config",
             "put its folder on PYTHONPATH" + (f"; it was in {folder}" if folder else ""),
         ) from error
@@ -70,8 +70,7 @@ def find(module: str, kind: str) -> ModuleType:
 def modules_of(description: Any) -> Iterator[str]:
     """The top-level modules of the classes and functions in a described config."""
     if isinstance(description, dict):
-        kind = description.get("class", description.get("function"))
-        if isinstance(kind, str):
+        if isinstance(kind := description.get("class", description.get("function")), str):
             yield kind.partition(":")[0].partition(".")[0]
         for value in description.values():
             yield from modules_of(value)

@@ -18,8 +18,8 @@ from mllm_jax.sharding.platform import choose_platform
 USAGE = """mllm: multimodal LLMs in JAX
 
   mllm train CONFIG.py [--run-dir DIR] [--fresh] [--stages.0.steps 50 ...]  train, evaluate, write report.html
-  mllm evaluate RUN [--tasks naming yes_no ...] [--limit 100]             a table, results.json, report.html
-  mllm evaluate MODEL --questions FILE.jsonl --media DIR [--out DIR]      the same of your own questions
+  mllm evaluate RUN [--tasks naming yes_no ...]                           a table, results.json, report.html
+  mllm evaluate MODEL --questions FILE [--media DIR] [--out DIR]          a table, predictions.jsonl
   mllm generate RUN --image a.png "What is this?"                         text
   mllm generate MODEL "Why is the sky blue?"                              text of a language model's folder
   mllm chat MODEL [--temperature 0.7 --top-p 0.9 ...]                     in the terminal

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 WIDTH, COLUMN = 110, 34
+ITEMS = 8  # of a tuple; of more only some are named
 
 
 def config_help(command: str, options: Any, config: str) -> str:
@@ -90,7 +91,8 @@ def _example(path: str, value: Any) -> str | None:
 def _shape(value: Any) -> str:
     """What a nested field is, in a few words."""
     if isinstance(value, tuple):
-        return ", ".join(f"{index} {getattr(item, 'name', type(item).__name__)}" for index, item in enumerate(value))
+        named = [f"{index} {getattr(item, 'name', type(item).__name__)}" for index, item in enumerate(value)]
+        return ", ".join(named if len(named) <= ITEMS else [*named[: ITEMS // 2], "...", named[-1]])
     parts = [f.name for f in dataclasses.fields(value) if dataclasses.is_dataclass(getattr(value, f.name))]
     return type(value).__name__ + (f": {', '.join(parts)}" if parts else "")
 

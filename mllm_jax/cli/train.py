@@ -13,7 +13,7 @@ from mllm_jax.checkpoints.run import RunFolder, is_run
 from mllm_jax.cli.caches import keep_compiled_programs, lengths_folder
 from mllm_jax.cli.config_help import all_help, config_help, wants_help
 from mllm_jax.cli.console import refused
-from mllm_jax.cli.evaluate import show
+from mllm_jax.cli.evaluate import evaluate
 from mllm_jax.cli.runs import use_cpu_devices
 from mllm_jax.errors import ConfigError
 from mllm_jax.models.clip import DualEncoderConfig
@@ -94,7 +94,6 @@ def _default(path: Path) -> Train:
 def _train(options: Train) -> int:
     import jax
 
-    from mllm_jax.evaluation.run import evaluate_run
     from mllm_jax.training.loop import train
     from mllm_jax.training.operations.stopping import Interrupted, heed_no_notice
 
@@ -120,7 +119,7 @@ def _train(options: Train) -> int:
     if done and first:
         print(f"nothing to train: all stages of {folder.path} are done")
     if experiment.evaluation:
-        show(folder.path, evaluate_run(folder.path))
+        evaluate(folder.path)
     if first:
         print(f"next: {_next(experiment, folder.path)}")
     return 0

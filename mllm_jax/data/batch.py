@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,8 @@ import numpy as np
 from mllm_jax.errors import DataError
 
 ROW, SEQ, SLOTS = "batch", "seq", "slots"
+NO_MEDIA: Mapping[str, int] = MappingProxyType({})  # slots of a row, by modality
+ONE_IMAGE: Mapping[str, int] = MappingProxyType({"image": 1})
 
 
 @dataclass(frozen=True)
@@ -121,13 +124,16 @@ def instruction_spec(rows: int, slots: int, length: int) -> BatchSpec:
     return BatchSpec(dict(query_tokens=read, query_segments=read))
 
 
-def assemble(packed: Sequence[Sequence[Any]], spec: BatchSpec, layout: Any, slots: int) -> dict[str, np.ndarray]:
+def assemble(
+    packed: Sequence[Sequence[Any]], spec: BatchSpec, layout: Any, slots: Mapping[str, int]
+) -> dict[str, np.ndarray]:
     """Makes the batch of rows that hold several examples each.
 
     Args:
         packed: of each row its examples, `mllm_jax.data.processing.media.Encoded`, which fit together.
         spec: of the batch; rows are counted by `packed`.
         layout: the model's.
+        slots: of a row, by modality.
 
     Returns:
         The arrays of `spec`.
@@ -143,7 +149,7 @@ def assemble(packed: Sequence[Sequence[Any]], spec: BatchSpec, layout: Any, slot
             if e.target is not None:
                 _write_target(out, r, cursor, e)
             if e.instruction is not None:
-                here = slice(cursor.slot, cursor.slot + e.slots)
+                here = slice(cursor.slot, cursor.slot + e.slots.get("image", 0))
                 out["query_tokens"][r, here, : len(e.instruction)] = e.instruction
                 out["query_segments"][r, here, : len(e.instruction)] = 1
             cursor = cursor.after(e)
@@ -158,7 +164,7 @@ class _Cursor:
     target: int = 0
     segment: int = 0
     media: int = 0
-    slot: int = 0
+    slot: int = 0  # of images
 
     def after(self, e: Any) -> _Cursor:
         return replace(
@@ -167,7 +173,7 @@ class _Cursor:
             target=self.target + (0 if e.target is None else len(e.target)),
             segment=self.segment + (1 if e.segments is None else int(e.segments[-1])),
             media=self.media + len(e.media),
-            slot=self.slot + e.slots,
+            slot=self.slot + e.slots.get("image", 0),
         )
 
 

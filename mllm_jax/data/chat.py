@@ -32,6 +32,7 @@ class ChatTokenizer:
 
     def __init__(self, backend: Any, generation: Mapping[str, Any] | None = None):
         self.backend, self.generation = backend, dict(generation or {})
+        self._placeholders = 0
         listed = self.generation.get("eos_token_id")
         listed = listed if isinstance(listed, list) else [listed]
         ids = [i for i in (backend.eos_token_id, *listed) if i is not None]
@@ -101,7 +102,7 @@ class ChatTokenizer:
     @property
     def vocab_size(self) -> int:
         """How many ids there are."""
-        return len(self.backend)
+        return len(self.backend) - self._placeholders
 
     @property
     def bos_token_id(self) -> int | None:
@@ -110,6 +111,11 @@ class ChatTokenizer:
     def words(self, text: str) -> list[int]:
         """The ids of plain text; special tokens that it spells are text."""
         return self.ids(parted(text, self.special_tokens))
+
+    def add_placeholder(self, token: str) -> int:
+        """Adds a special token that stands for media; its id follows the vocabulary, which does not grow."""
+        self._placeholders += self.backend.add_special_tokens({"additional_special_tokens": [token]}, False)
+        return self.id_of(token)
 
     def token_of(self, token_id: int) -> str:
         """The token as text."""

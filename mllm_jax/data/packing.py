@@ -7,23 +7,33 @@ search, so that no step needs the ones before it and every example comes once an
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
 
-from mllm_jax.data.filling import fill_row
+from mllm_jax.data.filling import Kind, fill_row
 from mllm_jax.errors import DataError
 
 
 @dataclass(frozen=True)
 class Stream:
-    """What the plan knows of a source: tokens and pictures of every example (0 tokens: unusable), and its weight."""
+    """What the plan knows of a source.
+
+    Attributes:
+        lengths: int[n], tokens of every example; 0: it cannot be used.
+        slots: int[n] of every example, by modality; one that is absent takes none.
+        weight: its share of the examples.
+    """
 
     lengths: np.ndarray
-    images: np.ndarray
+    slots: Mapping[str, np.ndarray]
     weight: float
+
+    def taken(self, modality: str) -> np.ndarray:
+        """int[n], slots of a modality that each example takes."""
+        return self.slots.get(modality, np.zeros_like(self.lengths))
 
 
 class PackingPlan:
@@ -31,7 +41,7 @@ class PackingPlan:
 
     Args:
         streams: the sources; weights are shares of examples.
-        rows, length, slots: a batch's rows, a row's places and a row's media slots.
+        rows, length, slots: a batch's rows, a row's positions, and a row's media slots by modality.
         packed: False gives each row one example.
         group: so many neighbouring examples of a source stay neighbours in an unpacked batch.
         block_steps: steps that are packed together.
@@ -46,13 +56,13 @@ class PackingPlan:
         *,
         rows: int,
         length: int,
-        slots: int,
+        slots: Mapping[str, int],
         seed: int,
         packed: bool = True,
         group: int = 1,
         block_steps: int = 16,
     ):
-        self.rows, self.length, self.slots = rows, length, slots
+        self.rows, self.length, self.slots = rows, length, dict(slots)
         self.seed, self.packed, self.group, self.block_steps = seed, packed, group, block_steps
         self.usable = [np.flatnonzero(s.lengths > 0) for s in streams]
         self.streams = list(streams)
@@ -61,11 +71,12 @@ class PackingPlan:
                 raise DataError(
                     f"source {i}: weight {stream.weight}, {len(usable)} usable examples", "both above 0", "drop it"
                 )
-            widest, most = stream.lengths.max(), stream.images[usable].max()
-            if widest > length or most > slots:
+            widest = int(stream.lengths.max())
+            most = {modality: int(taken[usable].max()) for modality, taken in stream.slots.items()}
+            if widest > length or any(count > slots.get(modality, 0) for modality, count in most.items()):
                 raise DataError(
-                    f"source {i}: an example of {widest} tokens and {most} picture(s)",
-                    f"at most {length} tokens and {slots} media slots a row",
+                    f"source {i}: an example of {widest} tokens and media slots {most}",
+                    f"at most {length} tokens and slots {self.slots} a row",
                     "raise the row's length or slots",
                 )
         # Examples a block takes cost tokens when packed and one row each when not.
@@ -81,11 +92,13 @@ class PackingPlan:
         self.fill = 1.0 if not packed else self._choose_fill()
 
     def _choose_fill(self) -> float:
-        images = sum(
-            share * s.images[u].mean() / s.lengths[u].mean()
-            for share, s, u in zip(self.share, self.streams, self.usable, strict=True)
-        )
-        bound = min(1.0, self.slots / (self.length * images)) if images else 1.0
+        bound = 1.0
+        for modality, slots in self.slots.items():
+            a_token = sum(
+                share * s.taken(modality)[u].mean() / s.lengths[u].mean()
+                for share, s, u in zip(self.share, self.streams, self.usable, strict=True)
+            )
+            bound = min(bound, slots / (self.length * a_token)) if a_token else bound
         for fill in np.arange(0.995, 0.60, -0.005):
             self.fill = bound * float(fill)
             if all(self._pack_block(block)[1] == 0 for block in range(3)):
@@ -133,17 +146,17 @@ class PackingPlan:
         if not self.packed:
             order = _permute_groups(rng, len(examples), self.group)
             return [[examples[i]] for i in order[:count]], max(0, len(examples) - count)
-        waiting: dict[tuple[int, int], list[tuple[int, int]]] = {}
+        waiting: dict[Kind, list[tuple[int, int]]] = {}
+        taken = [[s.lengths, *(s.taken(modality) for modality in self.slots)] for s in self.streams]
         for i, e in examples:
-            kind = int(self.streams[i].lengths[e]), int(self.streams[i].images[e])
-            waiting.setdefault(kind, []).append((i, e))
-        pictures = sum(kind[1] * len(group) for kind, group in waiting.items())
+            waiting.setdefault(tuple(int(resource[e]) for resource in taken[i]), []).append((i, e))
+        media = np.sum([np.multiply(kind[1:], len(group)) for kind, group in waiting.items()] or 0, axis=0)
         rows: list[list[tuple[int, int]]] = []
         while waiting and len(rows) < count:
             counts = {kind: len(group) for kind, group in waiting.items()}
-            kinds = fill_row(counts, self.length, self.slots, pictures / (count - len(rows)))
+            kinds = fill_row(counts, self.length, list(self.slots.values()), media / (count - len(rows)))
             rows.append([waiting[kind].pop() for kind in kinds])
-            pictures -= sum(kind[1] for kind in kinds)
+            media = media - np.sum([kind[1:] for kind in kinds], axis=0)
             waiting = {kind: group for kind, group in waiting.items() if group}
         rows += [[] for _ in range(count - len(rows))]
         return [rows[i] for i in rng.permutation(count)], sum(map(len, waiting.values()))
@@ -159,12 +172,13 @@ class PackingPlan:
         blocks = [self._pack_block(b) for b in range(-(-steps // self.block_steps))]
         placed = [pair for rows, _ in blocks for row in rows for pair in row]
         tokens = sum(int(self.streams[i].lengths[e]) for i, e in placed)
-        images = sum(int(self.streams[i].images[e]) for i, e in placed)
+        media = sum(int(self.streams[i].taken(modality)[e]) for i, e in placed for modality in self.slots)
+        slots = sum(self.slots.values())
         count = len(blocks) * self.rows * self.block_steps
         left = sum(left for _, left in blocks)
         return {
             "fill": tokens / (count * self.length),
-            "slot_fill": images / (count * self.slots) if self.slots else 0.0,
+            "slot_fill": media / (count * slots) if slots else 0.0,
             "examples_per_step": len(placed) / (len(blocks) * self.block_steps),
             "left_over": left / max(1, len(placed) + left),
         }

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
+from flax.core import FrozenDict
 
 from mllm_jax.data.batch import BatchSpec
 from mllm_jax.data.message import Text
@@ -23,6 +24,7 @@ from mllm_jax.files import write_atomic
 
 LAYOUTS = ("conversation", "caption")
 LEARN = ("answers", "all")
+_SLOTS = "slots_"  # what the names of stored slots begin with
 
 T = TypeVar("T")
 
@@ -40,7 +42,8 @@ class Mixture:
     """What a stage reads, and the one shape of its batches.
 
     Attributes:
-        rows, length, slots: rows of a global batch, places of a row, media slots of a row (0: text only).
+        rows, length: rows of a global batch, positions of a row.
+        slots: for media in a row, by modality, such as {"image": 4}: images or tiles, or patches; {}: text only.
         layout: "conversation" (questions and answers, packed) or "caption" (one picture and its captions a row).
         captions: in the caption layout, the most a picture may have.
         learn: what carries loss in conversations: the answers, or all the text.
@@ -52,7 +55,7 @@ class Mixture:
     sources: tuple[Weighted, ...]
     rows: int = 16
     length: int = 256
-    slots: int = 4
+    slots: Mapping[str, int] = FrozenDict({"image": 4})
     layout: str = "conversation"
     captions: int = 1
     learn: str = "answers"
@@ -64,6 +67,11 @@ class Mixture:
             raise ConfigError(f"layout {self.layout!r}", f"one of {LAYOUTS}", "change the mixture's layout")
         if self.learn not in LEARN:
             raise ConfigError(f"learn {self.learn!r}", f"one of {LEARN}", "change the mixture's learn")
+        if not isinstance(self.slots, Mapping) or any(count < 0 for count in self.slots.values()):
+            raise ConfigError(
+                f"slots {self.slots!r}", 'counts by modality, such as {"image": 4}', "change the mixture's slots"
+            )
+        object.__setattr__(self, "slots", FrozenDict(self.slots))
         if self.group < 1 or self.rows % self.group or (self.group > 1 and self.layout != "caption"):
             raise ConfigError(
                 f"groups of {self.group} in {self.rows} rows, layout {self.layout!r}",
@@ -74,10 +82,10 @@ class Mixture:
 
 @dataclass(frozen=True)
 class Measured:
-    """Length and pictures of every example of a source; unusable ones have length 0 and a reason."""
+    """Length, and media slots by modality, of every example of a source; unusable ones have length 0 and a reason."""
 
     lengths: np.ndarray
-    images: np.ndarray
+    slots: Mapping[str, np.ndarray]
     bad: tuple[tuple[int, str], ...] = ()
     dropped_turns: int = 0
 
@@ -122,7 +130,7 @@ class Pipeline:
         self.sources: list[Source] = [w.source.build() for w in mixture.sources]
         self.measured = [self._measure(number, cache_dir) for number in range(len(self.sources))]
         self.plan = PackingPlan(
-            [Stream(m.lengths, m.images, w.weight) for m, w in zip(self.measured, mixture.sources, strict=True)],
+            [Stream(m.lengths, m.slots, w.weight) for m, w in zip(self.measured, mixture.sources, strict=True)],
             rows=mixture.rows,
             length=mixture.length,
             slots=mixture.slots,
@@ -168,15 +176,17 @@ class Pipeline:
         file = cache_dir / f"{key}.npz" if cache_dir is not None and m.max_bad_share == 0 else None
         if file is not None and file.is_file():
             with np.load(file) as stored:
-                return Measured(stored["lengths"], stored["images"], (), int(stored["dropped_turns"]))
-        lengths, images = np.zeros(len(source), np.int64), np.zeros(len(source), np.int64)
+                slots = {name.removeprefix(_SLOTS): stored[name] for name in stored if name.startswith(_SLOTS)}
+                return Measured(stored["lengths"], slots, (), int(stored["dropped_turns"]))
+        lengths = np.zeros(len(source), np.int64)
+        slots = {modality: np.zeros_like(lengths) for modality in m.slots}
         bad: list[tuple[int, str]] = []
         dropped = 0
         for index in range(len(source)):
             try:
                 encoded = self.encode(number, index)
-                if encoded.slots > m.slots:
-                    given = f"{source.name}[{index}]: pictures for {encoded.slots} slots in a row of {m.slots}"
+                if any(count > m.slots.get(modality, 0) for modality, count in encoded.slots.items()):
+                    given = f"{source.name}[{index}]: media for slots {encoded.slots} in a row of {dict(m.slots)}"
                     raise DataError(given, "at most as many as slots", "raise the mixture's slots")
                 if m.max_bad_share > 0:
                     for medium in encoded.media:
@@ -184,7 +194,9 @@ class Pipeline:
             except DataError as error:
                 bad.append((index, str(error)))
                 continue
-            lengths[index], images[index] = encoded.length, encoded.slots
+            lengths[index] = encoded.length
+            for modality, count in encoded.slots.items():
+                slots[modality][index] = count
             dropped += encoded.dropped_turns
         if len(bad) > m.max_bad_share * len(source):
             first = "\n".join(reason for _, reason in bad[:5])
@@ -195,9 +207,9 @@ class Pipeline:
             )
         if file is not None:
             file.parent.mkdir(parents=True, exist_ok=True)
-            arrays = dict(lengths=lengths, images=images, dropped_turns=dropped)
+            arrays = dict(lengths=lengths, dropped_turns=dropped) | {f"{_SLOTS}{m}": n for m, n in slots.items()}
             write_atomic(file, lambda opened: np.savez(opened, **arrays))
-        return Measured(lengths, images, tuple(bad), dropped)
+        return Measured(lengths, slots, tuple(bad), dropped)
 
     def batch(self, step: int, rows: Sequence[int] | None = None) -> dict[str, np.ndarray]:
         """The batch of a step, or only the given rows of it: the arrays of `spec`.

@@ -28,7 +28,7 @@ import numpy as np
 
 from mllm_jax.data.images import Drawn, read_image, resize
 from mllm_jax.data.message import TEXT_ROLE, Example, Image, Message, Part, Text
-from mllm_jax.datasets.records import encodable, inside, names_a_file, short
+from mllm_jax.datasets.record_checks import encodable, inside, may_name_file, short
 from mllm_jax.errors import ConfigError, DataError
 from mllm_jax.files import parse_json
 
@@ -121,11 +121,11 @@ class LLaVASource:
 
     def _image(self, record: dict[str, Any], name: str) -> np.ndarray:
         """uint8[H, W, 3]. Raises DataError: an image that is absent, broken or elsewhere."""
-        path = inside(self.folder, name)
+        path = inside(name)
         if path is None:
             _refuse(record, f"the picture {short(name)}", "a file inside the folder of pictures")
         try:
-            image = read_image(path)
+            image = read_image(self.folder / path)
         except DataError as error:
             raise DataError(f"{_called(record)}: {error.given}", error.expected, error.todo) from error
         return image if self.settings.image_size is None else resize(image, self.settings.image_size)
@@ -198,7 +198,7 @@ def _pictures(record: dict[str, Any]) -> list[str]:
     if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
         _refuse(record, f"image={short(names)}", "a name, or a list of names")
     for name in names:
-        if not names_a_file(name):
+        if not may_name_file(name):
             _refuse(record, f"image={short(name)}", "a name that a file can have")
     return names
 

@@ -1,193 +1,191 @@
-"""Questions of one's own: a .json list, or a .jsonl file, of records beside a folder of images.
+"""Questions of one's own, in one file: a JSON list of records, or JSON lines.
 
-    {"id": "7", "image": "a.png", "question": "What is this?", "answer": ["a cat", "cat"]}
-    {"images": ["a.png", "b.png"], "question": "Which is older?", "choices": ["the first", "the second"], "answer": "B"}
+    {"question": "What is this?", "image": "a.png", "answer": ["a cat", "cat"]}
+    {"question": "What is this?", "images": ["a.png", "b.png"], "choices": ["a cat", "a dog"], "answer": "B", "id": "7"}
 
-`answer` is a text, or a list of texts of which each is right; with `choices` it is the letter, the number (from 0) or
-the text of the right one. `image` (one name) or `images` (several) may be absent; names are relative to the folder and
-stay inside it. `id` (or `question_id`) may be absent too; what else a record holds is not read.
+With choices the answer is a letter, an index from 0 or the choice's text. What else a record has is not read.
 """
 
 from __future__ import annotations
 
-import functools
-import hashlib
 import os
-import string
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from string import ascii_uppercase
+from typing import Any, NoReturn
 
-from mllm_jax.data.message import Image, Part
-from mllm_jax.datasets.records import encodable, inside, names_a_file, short
-from mllm_jax.errors import ConfigError, DataError
-from mllm_jax.files import parse_json, read_bytes
+from mllm_jax.data.message import Image
+from mllm_jax.datasets.record_checks import encodable, inside, may_name_file, short
+from mllm_jax.errors import DataError
+from mllm_jax.files import JSON_BYTES, parse_json, read_bytes
 
-MAX_BYTES = 1 << 30
-LETTERS = string.ascii_uppercase  # of the choices, in their order
 MEND = "mend the record, or leave it out"
 
 
 @dataclass(frozen=True)
 class Question:
-    """A question with its right answers.
+    """One question and the answers that are right, the first of which is shown.
 
     Attributes:
-        answers: each is right; of choices the letter and then the text of the right one.
-        choices: the texts to choose from; none: the answer is free.
-        media: what is asked about, read when it is needed.
+        images: what it is about, in the question's order.
+        choices: what the answer is chosen from, if it is.
+        id: names it in predictions; "": its number does.
     """
 
     question: str
     answers: tuple[str, ...]
+    images: tuple[Image, ...] = ()
     choices: tuple[str, ...] = ()
-    media: tuple[Part, ...] = ()
     id: str = ""
 
 
 @dataclass(frozen=True)
 class Questions:
-    """The questions of a file.
+    """A file of questions.
 
     Attributes:
-        path: of the file, .json or .jsonl.
-        media_folder: what the names of images are relative to; None: no question has an image.
+        path: the file, .json or .jsonl.
+        media_folder: what the records' names of images are relative to; None: the file's own folder.
     """
 
     path: str
     media_folder: str | None = None
 
     def __post_init__(self):
-        # As text, so that a config that holds it can be written.
-        for name in ("path", "media_folder"):
-            if getattr(self, name) is not None:
-                object.__setattr__(self, name, os.fspath(getattr(self, name)))
-        if Path(self.path).suffix not in (".json", ".jsonl"):
-            raise ConfigError(f"questions in {self.path}", "a .json or a .jsonl file", "name or rename the file")
+        object.__setattr__(self, "path", os.fspath(self.path))
+        if self.media_folder is not None:
+            object.__setattr__(self, "media_folder", os.fspath(self.media_folder))
 
-    @property
-    def name(self) -> str:
-        return Path(self.path).name
+    def build(self) -> tuple[Question, ...]:
+        """Reads the file; images are only looked for.
 
-    def fingerprint(self) -> str:
-        """Changes with the file's bytes; of the images it knows their names."""
-        return self._file[1]
-
-    def __len__(self) -> int:
-        return len(self._file[0])
-
-    def example(self, index: int) -> Question:
-        """A question with its images, which are read later. Raises DataError, which names the record: it is bad."""
-        where, record = self._file[0][index]
-        return _Record(where, record).question(None if self.media_folder is None else Path(self.media_folder))
-
-    @property
-    def _file(self) -> tuple[list[tuple[str, Any]], str]:
-        """(where each record is, and the record), and a digest of the file."""
+        Raises:
+            DataError: a file that cannot be read or has no questions, or the first record that is not one.
+        """
         path = Path(self.path)
-        try:
-            facts = path.stat()
-            return _read(path, facts.st_size, facts.st_mtime_ns)
-        except (OSError, ValueError) as error:  # ValueError: a name with a NUL byte
-            raise DataError(
-                f"the questions {path} cannot be read ({error})", "a file of questions", "correct the path"
-            ) from error
+        folder = path.parent if self.media_folder is None else Path(self.media_folder)
+        return tuple(_Record(place, record, folder).read() for place, record in _records(path))
 
 
-@functools.lru_cache(maxsize=4)
-def _read(path: Path, size: int, changed: int) -> tuple[list[tuple[str, Any]], str]:
-    """Size and time of change make a file that was replaced be read again."""
-    content = read_bytes(path, MAX_BYTES, DataError)
+def option(index: int, choice: str) -> str:
+    """How a choice is offered: its letter and its text."""
+    return f"{ascii_uppercase[index]}. {choice}"
+
+
+def _records(path: Path) -> list[tuple[str, Any]]:
+    """Each record of a file, and where it is, for messages."""
+    todo = "correct the file"
+    if path.suffix not in (".json", ".jsonl"):
+        raise DataError(f"the questions {path}", "a file .json or .jsonl", "rename or convert it")
+    try:
+        content = read_bytes(path, JSON_BYTES, DataError)
+    except OSError as error:
+        raise DataError(
+            f"the questions {path} cannot be read ({error.strerror or error})",
+            "a file that exists and may be read",
+            "correct the path",
+        ) from error
     if path.suffix == ".json":
-        listed = parse_json(content, str(path), DataError, list, todo="mend the file: a JSON list of records")
-        records = [(f"{path}, record {index}", record) for index, record in enumerate(listed)]
+        records = enumerate(parse_json(content, str(path), DataError, list, todo=todo))
+        found = [(f"{path}, index {index}", record) for index, record in records]
     else:
-        lines = [(f"{path}, line {number}", line) for number, line in enumerate(content.split(b"\n"), start=1)]
-        records = [(at, parse_json(line, at, DataError, object, todo=MEND)) for at, line in lines if line.strip()]
-    if not records:
-        raise DataError(f"{path} without a record", "at least one question", "name another file")
-    return records, hashlib.sha256(content).hexdigest()[:16]
+        lines = [(f"{path}, line {n}", line) for n, line in enumerate(content.split(b"\n"), start=1) if line.strip()]
+        found = [(place, parse_json(line, place, DataError, object, todo=todo)) for place, line in lines]
+    if not found:
+        raise DataError(f"the questions {path}: none", "at least one record", "add questions")
+    return found
 
 
 @dataclass(frozen=True)
 class _Record:
-    """A record, and where it is."""
-
-    where: str
+    place: str
     record: Any
+    folder: Path
 
-    def question(self, folder: Path | None) -> Question:
+    def read(self) -> Question:
         if not isinstance(self.record, dict):
-            self.refuse(f"a {type(self.record).__name__}", 'an object such as {"question": "...", "answer": "..."}')
-        asked, choices = self.text("question", self.record.get("question")), self.choices()
-        answers = self.chosen(choices) if choices else self.answers()
-        media = tuple(Image(self.file(name, folder)) for name in self.images())
-        return Question(asked, answers, choices, media, self.id())
+            self._refuse(short(self.record), 'an object such as {"question": "...", "answer": "..."}')
+        question = self._text(self.record.get("question"), "question")
+        images = tuple(Image(self._file(name)) for name in self._names())
+        choices = self._choices()
+        answers = self._chosen(choices) if choices else self._answers()
+        return Question(question, answers, images, choices, self._id())
 
-    def refuse(self, given: str, expected: str, todo: str = MEND):
-        raise DataError(f"{self.where}: {given}", expected, todo)
+    def _refuse(self, given: str, expected: str, todo: str = MEND) -> NoReturn:
+        raise DataError(f"{self.place}: {given}", expected, todo)
 
-    def text(self, name: str, value: Any) -> str:
+    def _text(self, value: Any, name: str) -> str:
         if not isinstance(value, str) or not value.strip() or not encodable(value):
-            self.refuse(f"{name} {short(value)}", "text that is not empty and that UTF-8 can write")
-        return value
+            self._refuse(f"{name} {short(value)}" if name in self.record else f"no {name}", f"{name} as a text")
+        return value.strip()
 
-    def id(self) -> str:
-        found = self.record.get("id", self.record.get("question_id", ""))
-        if isinstance(found, bool) or not isinstance(found, str | int) or not encodable(str(found)):
-            self.refuse(f"id {short(found)}", "a text or a whole number")
-        return str(found)
-
-    def answers(self) -> tuple[str, ...]:
-        given = self.record.get("answer")
-        given = given if isinstance(given, list) else [given]
-        if not given:
-            self.refuse("answer []", "a text, or a list of texts of which each is right")
-        return tuple(self.text("answer", each) for each in given)
-
-    def choices(self) -> tuple[str, ...]:
-        given = self.record.get("choices")
-        if given is None:
-            return ()
-        if not isinstance(given, list) or not 2 <= len(given) <= len(LETTERS):
-            self.refuse(f"choices {short(given)}", f"a list of 2 to {len(LETTERS)} texts")
-        choices = tuple(self.text("choice", each) for each in given)
-        if len(set(choices)) < len(choices):
-            self.refuse(f"choices {short(given)}", "texts that differ")
-        return choices
-
-    def chosen(self, choices: tuple[str, ...]) -> tuple[str, str]:
-        """The letter and the text of the right choice."""
-        given, letters = self.record.get("answer"), LETTERS[: len(choices)]
-        if isinstance(given, str):
-            found = {i for i, choice in enumerate(choices) if given.strip() in (choice.strip(), letters[i])}
-        else:
-            whole = isinstance(given, int) and not isinstance(given, bool)
-            found = {given} if whole and 0 <= given < len(choices) else set()
-        if len(found) != 1:
-            expected = f"one of {letters[0]} to {letters[-1]}, of 0 to {len(choices) - 1}, or of the texts"
-            what = "which is the letter of one choice and the text of another" if found else "which is no choice"
-            self.refuse(f"answer {short(given)}, {what}", expected)
-        (right,) = found
-        return letters[right], choices[right]
-
-    def images(self) -> list[str]:
+    def _names(self) -> list[str]:
         one, several = self.record.get("image"), self.record.get("images")
         if one is not None and several is not None:
-            self.refuse("`image` and `images`", "one of the two")
-        names = [one] if one is not None else [] if several is None else several
-        if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
-            self.refuse(f"image {short(names if one is None else one)}", "`image` a name, or `images` a list of names")
+            self._refuse("image and images", "either of them")
+        names = several if several is not None else [] if one is None else [one]
+        if not isinstance(names, list) or not all(map(may_name_file, names)):
+            self._refuse(f"image(s) {short(names)}", "image: a name, or images: a list of names")
         return names
 
-    def file(self, name: str, folder: Path | None) -> Path:
-        if folder is None:
-            self.refuse(
-                f"the image {short(name)}, without a folder", "the folder of the images", "give it: --media DIR"
-            )
-        path = inside(folder, name) if names_a_file(name) else None
+    def _file(self, name: str) -> str:
+        path = inside(name)
         if path is None:
-            self.refuse(f"the image {short(name)}", f"a file inside {folder}")
-        if not path.is_file():
-            self.refuse(f"no file {path}", "the image that the record names", "put it there, or correct the name")
-        return path
+            self._refuse(f"the image {short(name)}", f"a file inside {self.folder}")
+        file = self.folder / path
+        try:
+            found = file.is_file()
+        except OSError:  # a name that is too long
+            found = False
+        if not found:
+            self._refuse(f"no image {file}", "a file", "correct the name, or the folder of media")
+        return str(file)
+
+    def _choices(self) -> tuple[str, ...]:
+        choices = self.record.get("choices")
+        if choices is None:
+            return ()
+        if not isinstance(choices, list) or not 2 <= len(choices) <= len(ascii_uppercase):
+            self._refuse(f"choices {short(choices)}", f"a list of 2 to {len(ascii_uppercase)} texts")
+        found = tuple(self._text(choice, "choices") for choice in choices)
+        if len(set(map(_plain, found))) < len(found):
+            self._refuse(f"choices {short(choices)}", "texts that differ")
+        return found
+
+    def _chosen(self, choices: tuple[str, ...]) -> tuple[str, ...]:
+        """The forms in which the right choice may be named: by its letter, by its text, or by both."""
+        answer, letters = self.record.get("answer"), ascii_uppercase[: len(choices)]
+        meant: set[int] = set()
+        if isinstance(answer, int) and not isinstance(answer, bool):
+            meant = {answer} & set(range(len(choices)))
+        elif isinstance(answer, str):
+            said = _plain(answer)
+            meant = {i for i in range(len(choices)) if said in (letters[i].lower(), _plain(choices[i]))}
+        if len(meant) != 1:
+            given = f"answer {short(answer)}" if "answer" in self.record else "no answer"
+            told = " or ".join(option(index, choices[index]) for index in sorted(meant))
+            self._refuse(
+                f"{given}, which is {told}" if meant else f"{given} to {len(choices)} choices",
+                f"a letter A to {letters[-1]}, an index 0 to {len(choices) - 1}, or one choice's text",
+                "write the index" if meant else MEND,
+            )
+        (index,) = meant
+        letter, text = letters[index], choices[index]
+        forms = (option(index, text), letter, f"({letter})", f"{letter})", f"({letter}) {text}", f"{letter}) {text}")
+        # A text that is a letter itself would be another choice's name.
+        return (*forms, f"{letter}: {text}", *(() if text.upper() in letters else (text,)))
+
+    def _answers(self) -> tuple[str, ...]:
+        answer = self.record.get("answer")
+        given = answer if isinstance(answer, list) and answer else [answer]
+        return tuple(self._text(one, "answer") for one in given)
+
+    def _id(self) -> str:
+        found = self.record.get("id", "")
+        if isinstance(found, bool) or not isinstance(found, str | int) or not encodable(str(found)):
+            self._refuse(f"id {short(found)}", "a text or a number")
+        return str(found)
+
+
+def _plain(text: str) -> str:
+    return " ".join(text.casefold().split())

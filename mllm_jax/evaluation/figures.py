@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from mllm_jax.evaluation.tables import percent, words
+from mllm_jax.evaluation.tables import percent
 
 
 def figure(key: str, value: Any) -> str:
@@ -34,6 +34,10 @@ def figure(key: str, value: Any) -> str:
 
 def count(number: int, noun: str) -> str:
     return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def words(key: str) -> str:
+    return key.removesuffix("_bytes").replace("_", " ")
 
 
 def short(value: float) -> str:

@@ -1,123 +1,112 @@
-"""Metrics of a task, each a function of (answers, examples); controls are metrics too."""
+"""Metrics: functions of answers and examples. Controls are metrics, too."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
-from mllm_jax.data.message import Example, Message, Text
+from mllm_jax.data.message import Example, Message, Part, Text
+from mllm_jax.errors import DataError
 from mllm_jax.generation.options import Answer
 
 CONTROL_ANSWERS = 300
 
-Metric = Callable[[list[Answer], list[Any]], float]
-
-
-@runtime_checkable
-class Referenced(Protocol):
-    """An example that knows the answers that are right; the first is the one that is shown."""
-
-    @property
-    def answers(self) -> tuple[str, ...]: ...
-
-
-@runtime_checkable
-class ScoresEach(Protocol):
-    """A metric that also judges a single answer: 1 is right."""
-
-    def score(self, answer: Answer, example: Any) -> float: ...
-
 
 @runtime_checkable
 class AsksAgain(Protocol):
-    """A metric of answers to conversations of its own, which `evaluate` asks beside the task's."""
+    """A metric whose answers are not those to the task's own questions: the model is asked others for it."""
 
-    def again(self, conversations: Sequence[tuple[Message, ...]]) -> list[tuple[int, tuple[Message, ...]]]:
-        """Conversations and the number of the example that each belongs to; none: the metric is left out."""
+    def again(self, asked: Sequence[tuple[Message, ...]]) -> list[tuple[int, tuple[Message, ...]]]:
+        """Conversations to be answered, each with the number of the example that the metric gets with its answer.
+
+        Args:
+            asked: the conversation of each example.
+        """
         ...
 
-    def __call__(self, answers: list[Answer], examples: list[Any]) -> float: ...
+    def __call__(self, answers: Sequence[Answer], examples: Sequence[Any]) -> float: ...
 
 
 def normalise(text: str) -> str:
-    """What is compared: lower case, single spaces, no full stop at the end."""
+    """Makes texts comparable: lower case, single spaces, no full stop at the end."""
     return " ".join(text.lower().split()).rstrip(" .")
 
 
 def references(example: Any) -> tuple[str, ...]:
-    """The right answers that an example has: its `answers`, a mapping's "answer", or a conversation's last message."""
-    if isinstance(example, Referenced):
-        return tuple(example.answers)
+    """The answers that are right, the first of which is shown; none where the example has none.
+
+    They are the last assistant message of an `Example`, else what the example holds as `answers` or `answer`.
+    """
     if isinstance(example, Example):
-        last = example.messages[-1]
-        return (last.text,) if last.role == "assistant" else ()
-    found = example.get("answer", ()) if isinstance(example, Mapping) else ()
-    return (found,) if isinstance(found, str) else tuple(found)
+        return tuple(message.text for message in example.messages if message.role == "assistant")[-1:]
+    if isinstance(example, Mapping):
+        given = example.get("answers", example.get("answer", ()))
+    else:
+        given = getattr(example, "answers", getattr(example, "answer", ()))
+    return (given,) if isinstance(given, str) else tuple(given)
 
 
-def exact_match(answer: Answer, example: Any) -> float:
-    """1 where the answer is one of the right ones, after `normalise`."""
-    return float(normalise(answer.text) in map(normalise, references(example)))
+def accuracy(answers: Sequence[Answer], examples: Sequence[Any]) -> float:
+    """The share of answers that equal one of their references after `normalise`.
+
+    Raises:
+        DataError: an example without an answer.
+    """
+    right = [normalise(answer.text) in _accepted(one) for answer, one in zip(answers, examples, strict=True)]
+    return sum(right) / len(right)
 
 
-@dataclass(frozen=True)
-class Mean:
-    """The mean over examples of a score of each answer, which says of each whether it is right."""
-
-    score: Callable[[Answer, Any], float]
-
-    def __call__(self, answers: list[Answer], examples: list[Any]) -> float:
-        return float(np.mean([self.score(*pair) for pair in zip(answers, examples, strict=True)]))
+def majority(answers: Sequence[Answer], examples: Sequence[Any]) -> float:
+    """The accuracy of always giving the answer that is right most often."""
+    counts = Counter(text for example in examples for text in _accepted(example))
+    return counts.most_common(1)[0][1] / len(examples)
 
 
-def majority(answers: list[Answer], examples: list[Any]) -> float:
-    """Control: the accuracy of always giving the most frequent right answer."""
-    counts = Counter(text for example in examples for text in set(map(normalise, references(example))))
-    return max(counts.values(), default=0) / len(examples)
-
-
-def count(answers: list[Answer], examples: list[Any]) -> int:
-    """The number of examples."""
+def count(answers: Sequence[Answer], examples: Sequence[Any]) -> int:
+    """The number of examples, reported as "n"."""
     return len(examples)
 
 
-@dataclass(frozen=True)
-class Shuffled:
-    """Control: a metric of the same questions, each asked about the media of another.
+def _accepted(example: Any) -> set[str]:
+    if not (found := references(example)):
+        raise DataError(f"an example without an answer: {example!r:.100}", "`answer` or `answers`", "use other metrics")
+    return set(map(normalise, found))
 
-    Media are exchanged among examples with as many media of the same kinds; an example without media, or without
-    another such example, is not asked. Where none is, the control is left out of the results.
+
+@dataclass(frozen=True)
+class ShuffledMedia:
+    """Another metric when each example is asked with the media of another one: what the words alone are worth.
+
+    Examples without media are left out. Few examples are shuffled several times, so that luck decides little.
     """
 
-    metric: Metric
+    metric: Callable[[Sequence[Answer], Sequence[Any]], float]
     seed: int = 0
 
-    def again(self, conversations: Sequence[tuple[Message, ...]]) -> list[tuple[int, tuple[Message, ...]]]:
-        media = [Example(messages).media for messages in conversations]
-        groups: dict[tuple[type, ...], list[int]] = {}
-        for number, parts in enumerate(media):
-            groups.setdefault(tuple(map(type, parts)), []).append(number)
+    def again(self, asked: Sequence[tuple[Message, ...]]) -> list[tuple[int, tuple[Message, ...]]]:
+        """See `AsksAgain`. Raises DataError: fewer than two examples with media."""
+        media = {index: found for index, messages in enumerate(asked) if (found := _media(messages))}
+        if len(media) < 2:
+            raise DataError(
+                f"shuffled media of {len(media)} example(s) with media", "at least two", "raise the number of examples"
+            )
+        numbers = list(media)
         return [
-            (number, _with_media(conversations[number], media[group[partner]]))
-            for kinds, group in groups.items()
-            if kinds and len(group) > 1
-            for order in shuffles(len(group), self.seed)
-            for number, partner in zip(group, order, strict=True)
+            (own, tuple(_exchanged(asked[own], media[numbers[other]])))
+            for order in shuffles(len(numbers), self.seed)
+            for own, other in zip(numbers, order, strict=True)
         ]
 
-    def __call__(self, answers: list[Answer], examples: list[Any]) -> float:
+    def __call__(self, answers: Sequence[Answer], examples: Sequence[Any]) -> float:
         return self.metric(answers, examples)
 
 
 def shuffles(count: int, seed: int = 0) -> list[np.ndarray]:
-    """Permutations that leave nothing in its place (count >= 2): whose media each question gets as a control.
-
-    Few questions are shuffled several times, so that the control does not depend on luck.
-    """
+    """Permutations that leave nothing in its place (count >= 2): whose media each example gets as a control."""
     rng = np.random.default_rng(seed)
     out = []
     for _ in range(min(8, -(-CONTROL_ANSWERS // count))):
@@ -128,20 +117,20 @@ def shuffles(count: int, seed: int = 0) -> list[np.ndarray]:
     return out
 
 
-def _with_media(messages: tuple[Message, ...], media: Sequence[Any]) -> tuple[Message, ...]:
-    """The same text with other media in the positions of its own."""
-    others = iter(media)
-    return tuple(
-        replace(message, content=tuple(part if isinstance(part, Text) else next(others) for part in message.parts))
-        for message in messages
-    )
+def _media(messages: Sequence[Message]) -> list[Part]:
+    return [part for message in messages for part in message.parts if not isinstance(part, Text)]
 
 
-accuracy = Mean(exact_match)
-# What a task of questions with right answers measures, unless it has metrics of its own.
-QUESTION_METRICS = {
-    "accuracy": accuracy,
-    "shuffled_media": Shuffled(accuracy),
-    "majority": majority,
-    "n": count,
-}
+def _exchanged(messages: Sequence[Message], media: Sequence[Part]) -> Iterator[Message]:
+    """The messages with other media: one for one, or all where the first stood if there are not as many."""
+    left = list(media)
+    together = len(_media(messages)) != len(media)
+    for message in messages:
+        parts: list[Part] = []
+        for part in message.parts:
+            if isinstance(part, Text):
+                parts.append(part)
+            elif left:
+                parts += left if together else left[:1]
+                left = [] if together else left[1:]
+        yield message if isinstance(message.content, str) else replace(message, content=tuple(parts))

@@ -15,17 +15,16 @@ from pathlib import Path
 from typing import Any
 
 from mllm_jax import __version__
-from mllm_jax.errors import DataError
-from mllm_jax.evaluation import figures
+from mllm_jax.errors import DataError, RunFolderError
+from mllm_jax.evaluation import figures, scores
 from mllm_jax.evaluation.charts import Line, chart, ema
-from mllm_jax.evaluation.evaluate import AGAIN, stored, write
 from mllm_jax.evaluation.style import STYLE
-from mllm_jax.evaluation.tables import Results, groups, is_share, percent, words, written
+from mllm_jax.evaluation.tables import grouped, percent
+from mllm_jax.files import write_atomic
 from mllm_jax.training.operations.goodput import KINDS
 
 CARDS = 24
 LEARNING_RATE = ("learning_rate", "lr")
-CONTROLS = ("shuffled_media", "majority")
 NO_EVALUATION = '<p class="note">No evaluation was made in this run.</p>'
 
 
@@ -33,8 +32,9 @@ def write_report(run_dir: Path) -> Path:
     """Writes `report.html` into a run folder and returns its path.
 
     Reads `metrics.jsonl`, and where they exist `goodput.json`, `results.json` ({task: {metric: value}}),
-    `examples.json` (images as base64 PNG) and `run.json` (free facts). What is missing is not shown. The page loads
-    nothing: no script, no font, no address. An older page is replaced at once or not at all.
+    `examples.json` (images as base64 PNG) and `run.json` (free facts; `"headline": [task, ...]` chooses the large
+    figures). What is missing is not shown. The page loads nothing: no script, no font, no address. An older page is
+    replaced at once or not at all.
 
     Raises:
         DataError: metrics.jsonl is missing, or a file does not hold what it should.
@@ -42,18 +42,18 @@ def write_report(run_dir: Path) -> Path:
     """
     run_dir = Path(run_dir)
     points = _metrics(run_dir / "metrics.jsonl")
-    run = stored(run_dir / "run.json", dict) or {}
-    results = _checked(stored(run_dir / "results.json", dict) or {})
-    examples = stored(run_dir / "examples.json", list)
+    run = _json(run_dir / "run.json", dict) or {}
+    results = scores.checked(_json(run_dir / "results.json", dict) or {})
+    examples = _json(run_dir / "examples.json", list)
     title = str(run.get("config", run_dir.resolve().name))
     body = [
         f'<header><p class="eyebrow">mllm_jax · run report</p><h1>{escape(title)}</h1>',
         f"{_machine(run)}{_origin(run_dir)}</header>",
         _headline(run, results, points),
-        _section("Results", _scores(results) if results else NO_EVALUATION),
+        _section("Results", scores.section(results) if results else NO_EVALUATION),
         _section("Training", _curves(points)),
         _section("Stages", _stages(run.get("stages", []))),
-        _section("Where the time went", _time(stored(run_dir / "goodput.json", dict))),
+        _section("Where the time went", _time(_json(run_dir / "goodput.json", dict))),
         _section("The run", _facts(run)),
         _section("Questions and answers", NO_EVALUATION if examples is None else _cards(examples)),
         _section("How the figures were made", _method()),
@@ -67,8 +67,7 @@ def write_report(run_dir: Path) -> Path:
         f"<title>{escape(title)} · run report</title><style>{STYLE}</style></head>\n"
         f"<body><main>{''.join(body)}</main></body></html>\n"
     )
-    write(run_dir / "report.html", page)
-    return run_dir / "report.html"
+    return _replace(run_dir / "report.html", page)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -112,13 +111,27 @@ def _metrics(path: Path) -> list[Point]:
     return points
 
 
-def _checked(results: dict[str, Any]) -> dict[str, dict[str, float]]:
-    """The results, once every value in them is seen to be a number."""
-    for task, values in results.items():
-        for name, value in values.items() if isinstance(values, dict) else [("what", values)]:
-            if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-                raise DataError(f"results.json: {name} of {task} is {value!r:.80}", "a finite number", AGAIN)
-    return results
+def _json(path: Path, kind: type) -> Any:
+    """The file's content, None if there is no such file."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise DataError(f"{path}: {error}", "valid JSON", "remove the file, or write it again") from error
+    if not isinstance(content, kind):
+        expected = {dict: "a JSON object", list: "a JSON list"}[kind]
+        raise DataError(f"{path} holds a {type(content).__name__}", expected, "remove the file, or write it again")
+    return content
+
+
+def _replace(path: Path, text: str) -> Path:
+    try:
+        write_atomic(path, text)
+    except OSError as error:
+        todo = "free space or permit writing, then ask for the report again"
+        raise RunFolderError(f"{path}: {error.strerror or error}", "a run folder that can be written", todo) from error
+    return path
 
 
 # --------------------------------------------------------------------------------------------------
@@ -143,14 +156,13 @@ def _origin(run_dir: Path) -> str:
     )
 
 
-def _headline(run: Mapping, results: Results, points: Sequence[Point]) -> str:
-    tiles = []
-    for group, tasks, (metric, *others) in groups(results):
-        means = {name: _mean([values.get(name) for values in tasks.values()]) for name in (metric, *others)}
-        controls = ", ".join(f"{words(name)} {written(means[name])}" for name in CONTROLS if name in means)
-        about = f"mean of {len(tasks)} tasks" if len(tasks) > 1 else next(iter(tasks))
-        label = " · ".join(filter(None, (words(metric), group, about)))
-        tiles.append(_tile(written(means[metric]), label, controls))
+def _headline(run: Mapping, results: Mapping, points: Sequence[Point]) -> str:
+    chosen = {name: [results[name]] for name in run.get("headline", []) if name in results}
+    if not chosen:
+        for group, tasks in grouped(results).items():
+            count = f"mean of {len(tasks)} tasks" if len(tasks) > 1 else next(iter(tasks))
+            chosen[f"{group} · {count}" if group else count] = list(tasks.values())
+    tiles = [_tile(*scores.summary(found, label)) for label, found in chosen.items()]
     if losses := [(p.stage, p.values["loss"]) for p in points if "loss" in p.values]:
         last = losses[-1][0]
         value = _smooth([loss for stage, loss in losses if stage == last])[-1]
@@ -165,45 +177,9 @@ def _headline(run: Mapping, results: Results, points: Sequence[Point]) -> str:
     return f'<div class="tiles" style="--columns: {columns}">{"".join(tiles)}</div>' if tiles else ""
 
 
-def _mean(values: Sequence[float | None]) -> float | None:
-    return None if None in values else sum(values) / len(values)
-
-
 def _tile(value: str, label: str, below: str) -> str:
     small = f"<small>{escape(below)}</small>"
     return f'<div class="tile"><strong>{escape(value)}</strong><span>{escape(label)}</span>{small}</div>'
-
-
-def _scores(results: Results) -> str:
-    parts = [
-        '<p class="legend"><i class="key fill"></i> the first metric, where it is a share <i class="key solid"></i> '
-        'above: with shuffled media <i class="key dashed"></i> below: majority answer</p>'
-    ]
-    for group, tasks, metrics in groups(results):
-        rows = []
-        for task, values in tasks.items():
-            first, n = values.get(metrics[0]), values.get("n")
-            doubt = f" <small>± {100 * _wilson(first, n):.1f}</small>" if is_share(first) and n else ""
-            bar = _bar(first, *(values.get(name) for name in CONTROLS)) if is_share(first) else ""
-            others = "".join(f'<td class="n">{written(values.get(name))}</td>' for name in metrics[1:])
-            main = f'<td class="n"><b>{written(first)}</b>{doubt}</td>'
-            rows.append(f"<tr><th>{escape(task)}</th><td>{bar}</td>{main}{others}</tr>")
-        head = "".join(f"<th>{escape(words(name))}</th>" for name in ("task", "", *metrics))
-        table = f'<table class="scores"><thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table>'
-        parts.append((f"<h3>{escape(group)}</h3>" if group else "") + f'<div class="wide">{table}</div>')
-    return "".join(parts)
-
-
-def _bar(share: float, shuffled: float | None, majority: float | None) -> str:
-    """A bar with a tick for each control: one above and solid, one below and dashed, so that neither needs a colour."""
-    parts = ['<rect class="track" y="5" width="200" height="8" rx="2"/>']
-    parts.append(f'<rect class="fill" y="5" width="{200 * share:.1f}" height="8" rx="2"/>')
-    for css, value, y1, y2 in (("solid", shuffled, 0, 9), ("dashed", majority, 9, 18)):
-        if is_share(value):
-            x = 200 * value
-            parts.append(f'<line class="{css}" x1="{x:.1f}" x2="{x:.1f}" y1="{y1}" y2="{y2}"/>')
-    label = f"{percent(share)}, shuffled media {percent(shuffled)}, majority {percent(majority)}"
-    return f'<svg class="bar" viewBox="-1 0 202 18" role="img" aria-label="{label}">{"".join(parts)}</svg>'
 
 
 def _curves(points: Sequence[Point]) -> str:
@@ -237,7 +213,7 @@ def _curves(points: Sequence[Point]) -> str:
             lines.append(Line(steps, values, css))
             if css == "raw":
                 lines.append(Line(steps, _smooth(values), "smooth"))
-        title = words(name)
+        title = figures.words(name)
         return _picture(title, f"{value:.4g} at last", chart(title, lines, marks=begins))
 
     if rate:
@@ -265,7 +241,7 @@ def _stages(stages: Sequence[Mapping[str, Any]]) -> str:
     if not columns:
         return ""
     titles = {"name": "stage", "seconds": "time", "tokens_per_second": "tokens/s"}
-    head = "".join(f"<th>{escape(titles.get(key, words(key)))}</th>" for key in columns)
+    head = "".join(f"<th>{escape(titles.get(key, figures.words(key)))}</th>" for key in columns)
     rows = []
     for stage in stages:
         cells = [escape(figures.figure(key, stage[key])) if key in stage else "–" for key in columns]
@@ -276,40 +252,38 @@ def _stages(stages: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _facts(run: Mapping[str, Any]) -> str:
-    shown = {key: value for key, value in run.items() if key not in ("config", "machine", "stages")}
+    shown = {key: value for key, value in run.items() if key not in ("config", "machine", "stages", "headline")}
     rows = [
-        f"<dt>{escape(words(key))}</dt><dd>{escape(figures.figure(key, value))}</dd>" for key, value in shown.items()
+        f"<dt>{escape(figures.words(key))}</dt><dd>{escape(figures.figure(key, value))}</dd>"
+        for key, value in shown.items()
     ]
     return f'<dl class="facts">{"".join(rows)}</dl>' if rows else ""
-
-
-VERDICTS = {True: ("right", "✓ right"), False: ("wrong", "✗ wrong"), None: ("", "")}  # by `correct`
 
 
 def _cards(examples: Sequence[Mapping[str, Any]]) -> str:
     shown = _spread(examples)
     if not shown:
         return '<p class="note">No examples were kept.</p>'
+    judged = [example["correct"] for _, example in shown if example["correct"] is not None]
     cards = []
     for number, example in shown:
         images = "".join(
             f'<img alt="image {place}" src="data:image/png;base64,{_png(text, number)}">'
             for place, text in enumerate(example.get("image_png_base64", []), start=1)
         )
-        css, verdict = VERDICTS[example["correct"] if example["correct"] is None else bool(example["correct"])]
-        reference = (
-            "" if example["reference"] is None else f"<dt>truth</dt><dd>{escape(str(example['reference']))}</dd>"
+        css, verdict = {True: ("right", "✓ right"), False: ("wrong", "✗ wrong"), None: ("", "")}[example["correct"]]
+        told = {"answer": example["answer"], "reference": example["reference"]}
+        answers = "".join(
+            f"<dt>{name}</dt><dd>{escape(str(text))}</dd>" for name, text in told.items() if text is not None
         )
         cards.append(
-            f'<article class="card {css}">{f"""<div class="pictures">{images}</div>""" if images else ""}'
-            f'<p class="question">{escape(str(example["question"]))}</p>'
-            f"<dl><dt>answer</dt><dd>{escape(str(example['answer']))}</dd>{reference}</dl>"
+            f'<article class="card {css}"><div class="pictures">{images}</div>'
+            f'<p class="question">{escape(str(example["question"]))}</p><dl>{answers}</dl>'
             f'<p class="verdict"><b>{verdict}</b> <span>{escape(str(example["task"]))}</span></p></article>'
         )
-    judged = [example["correct"] for _, example in shown if example["correct"] is not None]
-    notes = [f"{sum(map(bool, judged))} of these {len(judged)} are right"] if judged else []
+    notes = [f"{sum(judged)} of these {len(judged)} are right"] if judged else []
     if len(examples) > len(shown):
-        notes.append(f"they are the first of each task in turn, out of {len(examples)} kept")
+        notes.append(f"these are the first of each task in turn, out of {len(examples)} kept")
     note = f'<p class="note">{"; ".join(notes)}.</p>' if notes else ""
     return f'{note}<div class="cards">{"".join(cards)}</div>'
 
@@ -319,9 +293,11 @@ def _spread(examples: Sequence[Mapping[str, Any]]) -> list[tuple[int, Mapping[st
     seen: Counter = Counter()
     ranked = []
     for number, example in enumerate(examples):
-        if missing := {"task", "question", "answer", "reference", "correct"} - set(example):
+        missing = {"task", "question", "answer", "reference", "correct"} - set(example)
+        if missing or example["correct"] not in (True, False, None):
+            todo = "evaluate again to write the file anew"
             raise DataError(
-                f"examples.json, entry {number} lacks {sorted(missing)}", "an entry with all of them", AGAIN
+                f"examples.json, entry {number} lacks {sorted(missing) or 'a verdict'}", "a whole entry", todo
             )
         ranked.append((seen[example["task"]], number, example))
         seen[example["task"]] += 1
@@ -335,7 +311,8 @@ def _png(text: str, number: int) -> str:
     except (binascii.Error, ValueError, TypeError):
         sound = False
     if not sound:
-        raise DataError(f"examples.json, entry {number}: an image that is no PNG", "PNG bytes in base64", AGAIN)
+        todo = "evaluate again to write the file anew"
+        raise DataError(f"examples.json, entry {number}: an image that is no PNG", "PNG bytes in base64", todo)
     return text
 
 
@@ -362,10 +339,10 @@ def _time(account: Mapping[str, Any] | None) -> str:
 
 def _method() -> str:
     notes = (
-        "<b>Accuracy</b> is the share of a task's questions that were answered rightly. The small ± is half the "
-        "width of the 95 % Wilson interval, in points: what chance in the choice of n questions leaves open.",
-        "<b>Shuffled media</b>: the very same questions, asked once more with the media exchanged among them. "
-        "Whatever accuracy is left there comes from the words alone, not from looking.",
+        "<b>Accuracy</b> is the share of a task's answers that its metric judged right. The small ± is half the width "
+        "of the 95 % Wilson interval, in points: what chance in the choice of n questions leaves open.",
+        "<b>Shuffled media</b>: the same questions, asked once more with the images exchanged among them. Whatever "
+        "is left there comes from the words alone, not from looking.",
         "<b>Majority</b> is what always giving a task's most frequent answer would score.",
         "<b>Curves</b>: the faint line is each logged value of metrics.jsonl as it was; the strong one is its "
         "exponential moving average over a fortieth of the stage's logged points, at least five. Steps count over all "
@@ -382,8 +359,3 @@ def _method() -> str:
 def _smooth(values: Sequence[float]) -> list[float]:
     """The moving average over a fortieth of a stage, at least five points."""
     return ema(values, max(5.0, len(values) / 40))
-
-
-def _wilson(share: float, n: int, z: float = 1.96) -> float:
-    """Half the width of Wilson's interval, which unlike the normal one is not zero at 0 % and 100 %."""
-    return z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n)) / (1 + z * z / n)

@@ -1,77 +1,131 @@
-"""The evaluation of a run folder: results.json, predictions.jsonl, examples.json and report.html."""
+"""The evaluation of a run folder: results.json, examples.json, predictions.jsonl and report.html."""
 
 from __future__ import annotations
 
+import base64
+import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 
-from mllm_jax.checkpoints.run import RunFolder
-from mllm_jax.errors import ConfigError
-from mllm_jax.evaluation.evaluate import Results, measure, values_of, write_examples, write_predictions, write_results
+from mllm_jax.checkpoints.run import RunFolder, read_json
+from mllm_jax.data.images import as_picture
+from mllm_jax.errors import ConfigError, RunFolderError
+from mllm_jax.evaluation.evaluate import PREDICTIONS, lines, measure, write_predictions
 from mllm_jax.evaluation.report import write_report
-from mllm_jax.evaluation.task import BATCH, EvaluationTask
+from mllm_jax.evaluation.task import BATCH, Evaluation, Prediction
+from mllm_jax.files import parse_json
 from mllm_jax.generation.assistant import Assistant
 from mllm_jax.models.run_weights import load_run
-from mllm_jax.training.operations.run_folder import holding
+from mllm_jax.training.operations.run_folder import holding, write_json
+
+SHOWN = 4  # examples of a task in the report
+SIDE = 256  # pixels of an image there, at most
 
 
 def evaluate_run(
     run_dir: Path,
     *,
     tasks: Sequence[str] | None = None,
-    own: Sequence[EvaluationTask] | None = None,
-    limit: int | None = None,
     devices: Sequence[jax.Device] | None = None,
     batch_size: int = BATCH,
-) -> Results:
-    """Evaluates a run and writes what it finds into the folder, where results of other tasks stay.
+) -> dict[str, dict[str, float]]:
+    """Evaluates a run by its own config's tasks and writes what it finds into the folder.
 
     Args:
-        tasks: of the config's tasks only these, each by its name or the end of it after a `/`; None: all.
-        own: these tasks instead of the config's.
-        limit: only the first so many examples of each.
+        tasks: names of tasks, or what precedes or follows the "/" in them; None: all. What the folder holds of others
+            stays.
 
     Returns:
-        The results of these tasks: {task: {metric: value}}.
+        {task: {metric: value}} of these tasks.
 
     Raises:
-        ConfigError: no tasks, not all of those that are named, or a model that cannot be asked so.
+        ConfigError: the config has no tasks, or not all of these.
     """
     folder = RunFolder(Path(run_dir))
     # What can be refused is refused before the model is loaded, which takes seconds.
-    asked = _asked(folder, tasks, own)
+    known, chosen = _asked(folder, tasks)
     with holding(folder.path):
         _, model, params, processor, mesh = load_run(folder, devices)
-        measured = measure(Assistant(model, params, processor, mesh=mesh), asked, limit=limit, batch_size=batch_size)
+        assistant = Assistant(model, params, processor, mesh=mesh)
+        measured = {task.name: measure(assistant, task, batch_size=batch_size) for task in chosen}
+        results = {name: found.metrics for name, found in measured.items()}
         if jax.process_index() == 0:
-            for keep in (write_results, write_predictions, write_examples):
-                keep(folder.path, measured)
-            write_report(folder.path)
-    return values_of(measured)
+            said = [line for name, found in measured.items() for line in lines(name, found.predictions)]
+            shown = [_example(name, one) for name, found in measured.items() for one in found.predictions[:SHOWN]]
+            path = folder.path
+            write_predictions(path / PREDICTIONS, _merged(known, results, _lines_of(path / PREDICTIONS), said))
+            before = _json(path / "examples.json", list)
+            write_json(path / "examples.json", _merged(known, results, before, shown))
+            everything = _json(path / "results.json", dict) | results
+            write_json(path / "results.json", {name: everything[name] for name in known if name in everything})
+            write_report(path)
+    return results
 
 
-def _asked(
-    folder: RunFolder, tasks: Sequence[str] | None, own: Sequence[EvaluationTask] | None
-) -> Sequence[EvaluationTask]:
-    experiment: Any = folder.experiment()
-    if own is not None:
-        for task in own:
-            task.check(experiment.model)
-        return own
-    if not experiment.evaluation:
+def _asked(folder: RunFolder, tasks: Sequence[str] | None) -> tuple[list[str], list[Evaluation]]:
+    """The names of all tasks of a run, and those that are asked for."""
+    evaluation: Sequence[Evaluation] = folder.experiment().evaluation
+    if not evaluation:
         raise ConfigError(
-            f"{folder.path}: a run whose config has no tasks",
-            "tasks in `evaluation` of its config, or questions of your own",
-            "add --questions FILE, or add tasks to the config and start `mllm train` again: it only evaluates then",
+            f"{folder.path}: a run whose config has no tasks in `evaluation`",
+            "tasks, or questions of your own",
+            "give --questions FILE, or add tasks to the config and train again into the same folder",
         )
+    known = [task.name for task in evaluation]
     if tasks is None:
-        return experiment.evaluation
-    ends = {task.name: {task.name, task.name.rpartition("/")[2]} for task in experiment.evaluation}
-    unknown = sorted(set(tasks).difference(*ends.values()))
+        return known, list(evaluation)
+    unknown = sorted(wanted for wanted in set(tasks) if not any(_means(wanted, name) for name in known))
     if unknown or not tasks:
-        known = sorted({name.rpartition("/")[2] for name in ends})
-        raise ConfigError(f"tasks {unknown}", f"some of {known}, or of {sorted(ends)}", "change --tasks")
-    return [task for task in experiment.evaluation if ends[task.name].intersection(tasks)]
+        raise ConfigError(f"tasks {unknown}", f"some of {', '.join(known)}", "change --tasks")
+    return known, [task for task in evaluation if any(_means(wanted, task.name) for wanted in tasks)]
+
+
+def _means(wanted: str, name: str) -> bool:
+    return wanted == name or name.startswith(f"{wanted}/") or name.endswith(f"/{wanted}")
+
+
+def _merged(known: Sequence[str], again: dict[str, Any], before: list[dict], now: list[dict]) -> list[dict]:
+    """Entries of both in the tasks' order; of tasks that were measured again only those of `now`."""
+    order = {name: place for place, name in enumerate(known)}
+    kept = [entry for entry in before if entry.get("task") in order and entry["task"] not in again]
+    return sorted([*kept, *now], key=lambda entry: order[entry["task"]])
+
+
+def _json(path: Path, kind: type) -> Any:
+    """What an earlier evaluation of the same parameters left; the training that changes them removes it."""
+    return read_json(path, kind) if path.is_file() else kind()
+
+
+def _lines_of(path: Path) -> list[dict]:
+    if not path.is_file():
+        return []
+    todo = "remove the file, and evaluate again"
+    return [
+        parse_json(line, f"{path}, line {number}", RunFolderError, todo=todo)
+        for number, line in enumerate(path.read_bytes().split(b"\n"), start=1)
+        if line
+    ]
+
+
+def _example(task: str, said: Prediction) -> dict:
+    """A prediction as the report shows it, with its images as base64 PNG."""
+    return {
+        "task": task,
+        "image_png_base64": [_png(image.source) for image in said.images],
+        "question": said.question,
+        "answer": said.answer,
+        "reference": said.reference,
+        "correct": said.correct,
+    }
+
+
+def _png(source: Any) -> str:
+    from PIL import Image
+
+    image, buffer = Image.fromarray(as_picture(source)), io.BytesIO()
+    image.thumbnail((SIDE, SIDE))  # it never enlarges
+    image.save(buffer, "PNG")
+    return base64.b64encode(buffer.getvalue()).decode()

@@ -1,56 +1,67 @@
-"""Results by task and metric: grouped for tables, and as a table for the terminal."""
+"""The results of an evaluation as a table for the terminal, and how a metric's value is written."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-Results = Mapping[str, Mapping[str, float]]  # task -> metric -> value
-
-
-def groups(results: Results) -> Iterator[tuple[str, dict[str, Mapping[str, float]], list[str]]]:
-    """Tasks whose names begin alike, up to the last `/`: (the beginning, {the rest: {metric: value}}, all metrics)."""
-    found: dict[str, dict[str, Mapping[str, float]]] = {}
-    for name, values in results.items():
-        group, _, task = name.rpartition("/")
-        found.setdefault(group, {})[task] = values
-    for group, tasks in found.items():
-        yield group, tasks, list(dict.fromkeys(metric for values in tasks.values() for metric in values))
+Results = Mapping[str, Mapping[str, float]]  # {task: {metric: value}}
+SHUFFLED = "_shuffled_media"
+SHARES = ("accuracy", "majority", "recall", SHUFFLED)  # in the names of metrics from 0 to 1
 
 
 def table(results: Results) -> Table:
-    """Every metric of every task, a section for each group of tasks; what a task lacks is shown as a dash."""
+    """Every metric of every task, a section for each group; what a task lacks is shown as a dash."""
     from rich.table import Table
     from rich.text import Text
 
-    metrics = list(dict.fromkeys(metric for values in results.values() for metric in values))
-    shown = Table("task", header_style="bold", pad_edge=False)
-    for metric in metrics:
-        shown.add_column(Text(words(metric)), justify="right")
-    for group, tasks, _ in groups(results):
-        for row, (task, values) in enumerate(tasks.items()):
-            cells = [written(values.get(metric)) for metric in metrics]
-            shown.add_row(Text(f"{group}/{task}" if group else task), *cells, end_section=row == len(tasks) - 1)
+    names = metrics_of(results)
+    shown = Table("tasks", "", header_style="bold", pad_edge=False)
+    for name in names:
+        shown.add_column(heading(name), justify="right")
+    for group, tasks in grouped(results).items():
+        for row, (label, found) in enumerate(tasks.items()):
+            cells = [metric(name, found.get(name)) for name in names]
+            shown.add_row(
+                Text(group if row == 0 else "", style="bold"),
+                Text(label),
+                *(Text(cell, style="" if place else "bold") for place, cell in enumerate(cells)),
+                end_section=row == len(tasks) - 1,
+            )
     return shown
 
 
-def words(key: str) -> str:
-    return key.removesuffix("_bytes").replace("_", " ")
+def grouped(results: Results) -> dict[str, dict[str, Mapping[str, float]]]:
+    """{what precedes the "/": {what follows it: {metric: value}}}, in their order; "" for names without one."""
+    groups: dict[str, dict[str, Mapping[str, float]]] = {}
+    for name, found in results.items():
+        group, _, label = name.rpartition("/")
+        groups.setdefault(group, {})[label] = found
+    return groups
 
 
-def written(value: float | None) -> str:
-    """A metric's value: 1187 -> "1,187", a share 0.6312 -> "63.1 %", any other number with four digits."""
-    if is_share(value):
+def metrics_of(results: Results) -> list[str]:
+    """The names of all metrics, in their order."""
+    return list(dict.fromkeys(name for found in results.values() for name in found))
+
+
+def heading(name: str) -> str:
+    return ("shuffled media" if name == f"accuracy{SHUFFLED}" else name).replace("_", " ")
+
+
+def is_share(name: str) -> bool:
+    return any(word in name.lower() for word in SHARES)
+
+
+def metric(name: str, value: float | None) -> str:
+    """A metric's value as text: a percentage where its name says that it is a share."""
+    if is_share(name):
         return percent(value)
     return "–" if value is None else f"{value:,}" if isinstance(value, int) else f"{value:,.4g}"
-
-
-def is_share(value: float | None) -> bool:
-    return isinstance(value, float) and 0 <= value <= 1
 
 
 def percent(share: float | None) -> str:

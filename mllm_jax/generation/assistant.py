@@ -20,22 +20,22 @@ from mllm_jax.data.message import TEXT_ROLE, Conversation, Example, Message
 from mllm_jax.data.message import conversations as read_conversations
 from mllm_jax.data.processing.media import Encoded
 from mllm_jax.errors import ConfigError, DataError
-from mllm_jax.generation.decode_step import steps_of
+from mllm_jax.generation.decode_step import on_mesh, steps_of
 from mllm_jax.generation.embed import Embedder, no_vectors
-from mllm_jax.generation.engine import Engine, bucket, on_mesh, placed
+from mllm_jax.generation.engine import Engine, Request
 from mllm_jax.generation.options import Answer, Options, longest_text
+from mllm_jax.generation.program import Program, bucket, placed
 from mllm_jax.generation.quantize import TensorError, quantize
 from mllm_jax.generation.sampling import Sampling
-from mllm_jax.generation.streaming import Answers, Request
 from mllm_jax.llms.protocol import LLMConfig
-from mllm_jax.models.multimodal import MultimodalConfig
 from mllm_jax.models.processor import Processor
-from mllm_jax.models.protocol import LanguageOnly
+from mllm_jax.models.protocol import WritesText
 from mllm_jax.models.registry import computing_in, from_pretrained, pretrained_config
 from mllm_jax.models.run_weights import load_run
 from mllm_jax.sharding.hosts import fetch
 
 BATCH = 8
+CHUNK = 4  # tokens between two pieces of a stream
 UNBOUNDED = 1 << 20  # tokens of a text, for a model whose config names no bound
 
 
@@ -132,7 +132,7 @@ class Assistant:
         Args:
             conversation: see `mllm_jax.data.message.conversation`; a str is one question or, for a model without a
                 chat template, a text to continue.
-            batch_size: conversations that are answered together.
+            batch_size: conversations that are answered together; where an answer has ended, the next begins.
             options: max_new_tokens=256, temperature=0.0, top_k, top_p, min_p, repetition_penalty, seed, stop (a text,
                 or several, that end an answer), stop_tokens, num_beams, logprobs, and what else `Options` and
                 `Sampling` have.
@@ -160,17 +160,16 @@ class Assistant:
             raise DataError(f"a stream of {len(given)} conversations", "one", "use generate, or a stream for each")
         prompt = self.prompt(given[0])
         self._require_tokens([prompt])
-        return self._stream(prompt, self.request([self.room(len(prompt.tokens), how)], [0], how, sampling))
+        engine = Engine(self._program, self._batch, 1, self.max_length)
+        engine.submit(self._request(prompt, 0, how, sampling))
+        return self._stream(engine)
 
-    def _stream(self, prompt: Encoded, request: Request) -> Generator[str, None, Answer]:
-        pieces = self._answers.stream(self._place(self._batch([prompt], 1)), request)
-        while True:
-            try:
-                piece = next(pieces)[0]
-            except StopIteration as end:
-                return end.value[0]
-            if piece:
-                yield piece
+    def _stream(self, engine: Engine) -> Generator[str, None, Answer]:
+        done: list[tuple[int, Answer]] = []
+        while not done:
+            done = engine.step(CHUNK)
+            yield from filter(None, engine.pieces.values())
+        return done[0][1]
 
     def prompt(self, messages: Sequence[Message]) -> Encoded:
         """A conversation as the model reads it before its answer."""
@@ -194,13 +193,12 @@ class Assistant:
         """The answers to prompts, in their order."""
         options.check(sampling)
         self._require_tokens(prompts)
-        limits = [self.room(len(prompt.tokens), options) for prompt in prompts]
-        out: dict[int, Answer] = {}
-        for chunk, rows in in_batches(prompts, batch_size):
-            request = self.request([limits[i] for i in chunk], chunk, options, sampling)
-            batch = self._place(self._batch([prompts[i] for i in chunk], rows))
-            out |= zip(chunk, self._answers.complete(batch, request), strict=True)
-        return [out[i] for i in range(len(prompts))]
+        requests = [self._request(prompt, i, options, sampling) for i, prompt in enumerate(prompts)]
+        # Prompts with like media and of like lengths come together, so that shapes repeat.
+        requests.sort(key=lambda request: (request.media, request.length))
+        engine = Engine(self._program, self._batch, rows_for(len(requests), batch_size), self.max_length)
+        found = {r.index: a for r, a in zip(requests, engine.answer(requests), strict=True)}
+        return [found[i] for i in range(len(prompts))]
 
     def room(self, length: int, options: Options = Options()) -> int:
         """How many tokens may follow a prompt of `length`: max_new_tokens, or fewer where max_length is nearer.
@@ -219,11 +217,17 @@ class Assistant:
             )
         return min(options.max_new_tokens, self.max_length - length if shared else self.max_length)
 
-    def request(self, limits: list[int], indices: list[int], options: Options, sampling: Sampling) -> Request:
-        """What is asked of a batch: see `Request`."""
+    def request(
+        self, prompt: Any, length: int, limit: int, index: int, options: Options, sampling: Sampling, media: tuple = ()
+    ) -> Request:
+        """What is asked of an engine: see `Request`."""
         own = (*self.llm.eos_token_id, *self.processor.tokenizer.stop_ids)
-        stops = options.stop_tokens + (() if options.ignore_eos else own)
-        return Request(limits, indices, tuple(dict.fromkeys(stops)), self.processor.decode, sampling, options)
+        stops = tuple(dict.fromkeys(options.stop_tokens + (() if options.ignore_eos else own)))
+        return Request(prompt, length, limit, self.processor.decode, index, stops, options, sampling, media)
+
+    def _request(self, prompt: Encoded, index: int, options: Options, sampling: Sampling) -> Request:
+        length = len(prompt.tokens)
+        return self.request(prompt, length, self.room(length, options), index, options, sampling, _slots(prompt))
 
     # ---- probabilities and vectors
 
@@ -252,7 +256,8 @@ class Assistant:
         self._require_tokens(encoded)
         out: dict[int, np.ndarray] = {}
         for chunk, rows in in_batches(encoded, batch_size):
-            batch = self._batch([encoded[i] for i in chunk], rows, learnt=True)
+            length = bucket(max(len(encoded[i].tokens) for i in chunk), self.max_length)
+            batch = self._batch([encoded[i] for i in chunk], rows, length, learnt=True)
             learnt = batch.pop("loss_weights") > 0
             scores = fetch(self._scored(self.params, self._place(batch)))
             out |= {i: scores[row][learnt[row]] for row, i in enumerate(chunk)}
@@ -321,13 +326,13 @@ class Assistant:
     # ---- inside
 
     @cached_property
-    def _answers(self) -> Answers:
-        return Answers(Engine(self.model, self.params, self.mesh, by_layer=self._by_layer))
+    def _program(self) -> Program:
+        return Program(self.model, self.params, self.mesh, by_layer=self._by_layer)
 
     def _one_step(self, params: dict) -> Any:
         ones = jnp.ones((1, 1), jnp.int32)
         batch = dict(tokens=ones, segments=ones, positions=0 * ones, media_index=0 * ones - 1)
-        return steps_of(self.model, by_layer=False).prefill(params, batch, 1)
+        return steps_of(self.model, by_layer=False).prefill(params, batch, 2)
 
     def _require_tokens(self, prompts: Sequence[Encoded]) -> None:
         """Raises DataError: a prompt without tokens, or with one that the model does not have."""
@@ -343,10 +348,8 @@ class Assistant:
                     "take the tokenizer that belongs to the model",
                 )
 
-    def _batch(self, encoded: Sequence[Encoded], rows: int, learnt: bool = False) -> dict[str, np.ndarray]:
-        """Examples padded to buckets of lengths and to `rows` rows."""
-        longest = max(len(e.tokens) for e in encoded)
-        length = bucket(longest) if self.max_length is None else min(bucket(longest), max(self.max_length, longest))
+    def _batch(self, encoded: Sequence[Encoded], rows: int, length: int, learnt: bool = False) -> dict[str, np.ndarray]:
+        """Examples padded to `length` and to `rows` rows."""
         batch = self.processor.batch(encoded, length=length, learnt=learnt)
         spec, more = self.processor.declared(batch), rows - len(encoded)
         batch = {name: np.concatenate([array, spec[name].empty(more)]) for name, array in batch.items()}
@@ -363,7 +366,7 @@ class Assistant:
 
 def writes_text(config: Any) -> bool:
     """Whether a model, by its config, can be asked for text."""
-    return isinstance(config, (LLMConfig, LanguageOnly, MultimodalConfig))
+    return isinstance(config, (LLMConfig, WritesText))
 
 
 def no_text(config: Any) -> ConfigError:
@@ -376,6 +379,11 @@ def no_text(config: Any) -> ConfigError:
     )
 
 
+def _slots(encoded: Encoded) -> tuple:
+    """The slots of an example's media, to be compared and sorted."""
+    return tuple(sorted(encoded.slots.items()))
+
+
 def in_batches(encoded: Sequence[Encoded], batch_size: int) -> Iterator[tuple[list[int], int]]:
     """Puts examples with like media and of like lengths together, so that shapes repeat.
 
@@ -384,12 +392,19 @@ def in_batches(encoded: Sequence[Encoded], batch_size: int) -> Iterator[tuple[li
     """
     if batch_size < 1:
         raise ConfigError(f"batch_size {batch_size}", "at least 1", "change batch_size")
-    order = sorted(range(len(encoded)), key=lambda i: (encoded[i].slots, encoded[i].length))
+    order = sorted(range(len(encoded)), key=lambda i: (_slots(encoded[i]), encoded[i].length))
     while order:
         slots = encoded[order[0]].slots
         chunk = [i for i in order[:batch_size] if encoded[i].slots == slots]
         order = order[len(chunk) :]
-        yield chunk, min(batch_size, 1 << (len(chunk) - 1).bit_length())
+        yield chunk, rows_for(len(chunk), batch_size)
+
+
+def rows_for(count: int, batch_size: int) -> int:
+    """The rows of a batch: few sizes, and no more rows than are needed or wanted."""
+    if batch_size < 1:
+        raise ConfigError(f"batch_size {batch_size}", "at least 1", "change batch_size")
+    return min(batch_size, 1 << max(count - 1, 0).bit_length())
 
 
 def read_options(given: Mapping[str, Any]) -> tuple[Options, Sampling]:

@@ -14,11 +14,10 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange, repeat
 from flax import struct
+from jax.sharding import Mesh
 
-from mllm_jax.generation.decode_step import Batch
-from mllm_jax.generation.engine import Engine, Rows
-from mllm_jax.generation.options import Options
-from mllm_jax.generation.sampling import Sampling, penalise
+from mllm_jax.generation.decode_step import Batch, Steps, on_mesh
+from mllm_jax.generation.sampling import penalise, seen_tokens
 
 NEVER = -1e9  # a score that no beam has, and that can be added to one
 
@@ -53,60 +52,63 @@ class Rule:
     early_stopping: jax.Array
 
 
-class BeamSearch:
-    """The compiled search over an engine's model."""
+def beam_search(
+    steps: Steps,
+    mesh: Mesh | None,
+    params: dict,
+    batch: Batch,
+    limits: jax.Array,
+    stops: jax.Array,
+    rule: Rule,
+    *,
+    room: int,
+    new: int,
+    beams: int,
+    num_stops: int,
+    repetition_penalty: float,
+) -> tuple[jax.Array, jax.Array]:
+    """The best beam of each prompt; to be compiled.
 
-    def __init__(self, engine: Engine):
-        self.engine = engine
-        self._run = jax.jit(self._run_impl, static_argnames=("new", "beams", "num_stops", "repetition_penalty"))
+    Args:
+        limits, stops: see `Asked`.
+        room, new: see `Program`.
+        num_stops: the most end tokens that a prompt has: with more of them, more continuations are looked at.
 
-    def run(self, batch: Batch, rows: Rows, new: int, num_stops: int, sampling: Sampling, options: Options):
-        """
-        Args:
-            new: room for tokens (a bucket).
-            num_stops: how many of the end tokens are real: with more of them, more continuations are looked at.
+    Returns:
+        tokens int32[B, new], lengths int32[B].
+    """
+    with on_mesh(mesh):
+        logits, state = steps.prefill(params, batch, room)
+        prompts = logits.shape[0]
+        each = jnp.repeat(jnp.arange(prompts), beams)
+        penalty = repetition_penalty != 1
+        scores = jnp.full((prompts, beams), NEVER)
+        start = Beams(
+            state=steps.take(state, each),
+            step=jnp.int32(0),
+            running=jnp.zeros((prompts, beams, new), jnp.int32),
+            # All beams begin alike: only the first may be continued.
+            running_scores=scores.at[:, 0].set(0.0),
+            finished=jnp.zeros((prompts, beams, new), jnp.int32),
+            finished_scores=scores,
+            finished_lengths=jnp.zeros((prompts, beams), jnp.int32),
+            is_finished=jnp.zeros((prompts, beams), bool),
+            hopeful=limits > 0,
+            seen=seen_tokens(*steps.said(batch), logits.shape[1])[each] if penalty else None,
+        )
+        rest = dict(steps=steps, limits=limits, stops=stops, num_stops=num_stops, penalty=repetition_penalty, rule=rule)
+        add = partial(_add, **rest)
 
-        Returns:
-            Of the best beam of each prompt: tokens int32[B, new], lengths int32[B].
-        """
-        rule = Rule(jnp.float32(options.length_penalty), jnp.asarray(options.early_stopping))
-        penalty = sampling.repetition_penalty
-        sizes = dict(new=new, beams=options.num_beams, num_stops=num_stops, repetition_penalty=penalty)
-        return self._run(self.engine.params, batch, rows, rule, **sizes)
+        def going(b):
+            return (~_closed(b, rule)).any() & (b.step < limits.max())
 
-    def _run_impl(self, params, batch, rows, rule, *, new, beams, num_stops, repetition_penalty):
-        steps, sampling = self.engine.steps, Sampling(repetition_penalty=repetition_penalty)
-        with self.engine.context():
-            logits, state = steps.prefill(params, batch, new)
-            prompts = logits.shape[0]
-            each = jnp.repeat(jnp.arange(prompts), beams)
-            seen = self.engine.seen(batch, logits, sampling)
-            scores = jnp.full((prompts, beams), NEVER)
-            start = Beams(
-                state=steps.take(state, each),
-                step=jnp.int32(0),
-                running=jnp.zeros((prompts, beams, new), jnp.int32),
-                # All beams begin alike: only the first may be continued.
-                running_scores=scores.at[:, 0].set(0.0),
-                finished=jnp.zeros((prompts, beams, new), jnp.int32),
-                finished_scores=scores,
-                finished_lengths=jnp.zeros((prompts, beams), jnp.int32),
-                is_finished=jnp.zeros((prompts, beams), bool),
-                hopeful=rows.limits > 0,
-                seen=None if seen is None else seen[each],
-            )
-            add = partial(_add, steps=steps, rows=rows, num_stops=num_stops, sampling=sampling, rule=rule)
+        def body(b):
+            last = jax.lax.dynamic_slice_in_dim(b.running, b.step - 1, 1, axis=2)
+            logits, state = steps.step(params, b.state, rearrange(last, "b k 1 -> (b k)"))
+            return add(b.replace(state=state), logits)
 
-            def going(b):
-                return (~_closed(b, rule)).any() & (b.step < rows.limits.max())
-
-            def body(b):
-                last = jax.lax.dynamic_slice_in_dim(b.running, b.step - 1, 1, axis=2)
-                logits, state = steps.step(params, b.state, rearrange(last, "b k 1 -> (b k)"))
-                return add(b.replace(state=state), logits)
-
-            end = jax.lax.while_loop(going, body, add(start, repeat(logits, "b v -> (b k) v", k=beams)))
-            return end.finished[:, 0], end.finished_lengths[:, 0]
+        end = jax.lax.while_loop(going, body, add(start, repeat(logits, "b v -> (b k) v", k=beams)))
+        return end.finished[:, 0], end.finished_lengths[:, 0]
 
 
 def _closed(b: Beams, rule: Rule) -> jax.Array:
@@ -114,12 +116,12 @@ def _closed(b: Beams, rule: Rule) -> jax.Array:
     return (b.is_finished.all(axis=1) & rule.early_stopping) | ~b.hopeful
 
 
-def _add(b: Beams, logits, *, steps, rows: Rows, num_stops: int, sampling: Sampling, rule: Rule) -> Beams:
+def _add(b: Beams, logits, *, steps: Steps, limits, stops, num_stops: int, penalty: float, rule: Rule) -> Beams:
     """One token more for each running beam."""
     prompts, beams = b.running_scores.shape
     logprobs = jax.nn.log_softmax(logits)
     if b.seen is not None:
-        logprobs = penalise(logprobs, b.seen, sampling.repetition_penalty)
+        logprobs = penalise(logprobs, b.seen, penalty)
     vocab = logprobs.shape[-1]
     total = rearrange(logprobs, "(b k) v -> b k v", k=beams) + b.running_scores[:, :, None]
     scores, place = jax.lax.top_k(rearrange(total, "b k v -> b (k v)"), max(2, 1 + num_stops) * beams)
@@ -128,7 +130,7 @@ def _add(b: Beams, logits, *, steps, rows: Rows, num_stops: int, sampling: Sampl
         jnp.take_along_axis(b.running, parent[:, :, None], axis=1), token[:, :, None], b.step, axis=2
     )
     length = b.step + 1
-    ends = (token[:, :, None] == rows.stops).any(axis=-1) | (length >= rows.limits)[:, None]
+    ends = (token[:, :, None] == stops[:, None]).any(axis=-1) | (length >= limits)[:, None]
 
     # What ended joins the finished; the continuations behind the first num_beams are there to go on only.
     joins = ends & (jnp.arange(ends.shape[1]) < beams)

@@ -10,21 +10,29 @@ and neither is ever made.
 from __future__ import annotations
 
 import dataclasses
-import inspect
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.sharding import Mesh
 
 from mllm_jax.generation.quantize import int8_linear
 from mllm_jax.layers.linear import linear_hook
+from mllm_jax.llms.protocol import LLMConfig
 from mllm_jax.models.multimodal import Multimodal
+from mllm_jax.sharding.logical import use_mesh
 
 Batch = dict[str, jax.Array]
 STACK = "layers"  # the end of a scanned stack's name among the parameters
+
+
+def on_mesh(mesh: Mesh | None) -> AbstractContextManager:
+    """Makes activations follow the mesh, if there is one."""
+    return nullcontext() if mesh is None else use_mesh(mesh)
 
 
 class Steps(Protocol):
@@ -33,7 +41,7 @@ class Steps(Protocol):
     Batches hold tokens and segments int32[B, S], padding (segment 0) behind each prompt, and what else the model reads.
 
     Attributes:
-        prompt_takes_room: prompt and answer share one row, so that a limit holds for their sum.
+        prompt_takes_room: prompt and answer share one row. If not, the state holds prompts of one padded length.
     """
 
     prompt_takes_room: bool
@@ -41,8 +49,8 @@ class Steps(Protocol):
     def prepare(self, params: dict) -> dict:
         """The parameters in the form in which `prefill` and `step` take them."""
 
-    def prefill(self, params: dict, batch: Batch, new: int) -> tuple[jax.Array, Any]:
-        """Reads the prompts: float32[B, V] logits of what follows them, and a state with room for `new` tokens."""
+    def prefill(self, params: dict, batch: Batch, room: int) -> tuple[jax.Array, Any]:
+        """Reads the prompts: float32[B, V] logits of what follows them, and a state of `room` positions a row."""
 
     def step(self, params: dict, state: Any, tokens: jax.Array) -> tuple[jax.Array, Any]:
         """Takes the next token int32[B] of each row: float32[B, V] logits of the one behind it, and the new state."""
@@ -52,6 +60,9 @@ class Steps(Protocol):
 
     def take(self, state: Any, rows: jax.Array) -> Any:
         """The state with row rows[i] in row i."""
+
+    def put(self, state: Any, other: Any, places: jax.Array) -> Any:
+        """The state with row i of another in row places[i]; places past the end are left out."""
 
     def said(self, batch: Batch) -> tuple[jax.Array, jax.Array]:
         """The tokens that a repetition penalty counts from the start: int32[B, S], and which of them bool[B, S]."""
@@ -77,21 +88,18 @@ class LanguageSteps:
     prompt_takes_room = True
 
     def __init__(self, module: nn.Module, by_layer: bool | None = None):
-        wanted = jax.default_backend() == "cpu" if by_layer is None else by_layer
-        flat = unrolled(module.config) if wanted else None
-        self.by_layer = flat is not None
-        self.config = flat or module.config
+        self.by_layer = jax.default_backend() == "cpu" if by_layer is None else by_layer
+        self.config = unrolled(module.config) if self.by_layer else module.config
         self.module = self.config.make()
         self.layout = CacheLayout.of(lambda rows: self.config.make_cache(rows, 8))
 
     def prepare(self, params: dict) -> dict:
         return unstack(params) if self.by_layer else params
 
-    def prefill(self, params: dict, batch: Batch, new: int) -> tuple[jax.Array, Any]:
-        rows, length = batch["tokens"].shape
-        ask = only_last(self.module, batch) | {"cache": self.config.make_cache(rows, length + new)}
+    def prefill(self, params: dict, batch: Batch, room: int) -> tuple[jax.Array, Any]:
+        ask = dict(cache=self.config.make_cache(len(batch["tokens"]), room), logits_at=last_token(batch))
         logits, cache = self.apply(params, batch["tokens"], None, batch["segments"], **ask)
-        return last_of(logits, batch), self.shut(cache)
+        return logits[:, 0], self.shut(cache)
 
     def step(self, params: dict, state: Any, tokens: jax.Array) -> tuple[jax.Array, Any]:
         logits, cache = self.apply(params, tokens[:, None], cache=self.open(state))
@@ -101,7 +109,13 @@ class LanguageSteps:
         return self.apply(params, batch["tokens"], batch["positions"], batch["segments"])
 
     def take(self, state: Any, rows: jax.Array) -> Any:
-        return self.shut(self.layout.take(self.open(state), rows))
+        return self.layout.map(lambda leaf, axis: jnp.take(leaf, rows, axis=axis), state)
+
+    def put(self, state: Any, other: Any, places: jax.Array) -> Any:
+        def write(held, axis, new):
+            return held.at[(slice(None),) * axis + (places,)].set(new, mode="drop")
+
+        return self.layout.map(write, state, other)
 
     def said(self, batch: Batch) -> tuple[jax.Array, jax.Array]:
         return batch["tokens"], batch["segments"] > 0
@@ -127,8 +141,8 @@ class EncoderDecoderSteps(LanguageSteps):
 
     prompt_takes_room = False
 
-    def prefill(self, params: dict, batch: Batch, new: int) -> tuple[jax.Array, Any]:
-        cache = self.apply(params, batch["tokens"], None, batch["segments"], size=new + 1, method="start")
+    def prefill(self, params: dict, batch: Batch, room: int) -> tuple[jax.Array, Any]:
+        cache = self.apply(params, batch["tokens"], None, batch["segments"], size=room, method="start")
         return self.step(params, self.shut(cache), self._first(batch)[:, 0])
 
     def logits(self, params: dict, batch: Batch) -> jax.Array:
@@ -149,16 +163,15 @@ class MultimodalSteps(LanguageSteps):
 
     def __init__(self, module: Multimodal, by_layer: bool | None = None):
         super().__init__(module.config.llm.make(), by_layer)
-        self.llm, self.module = self.module, dataclasses.replace(module.config, llm=self.config).make()
+        self.module = dataclasses.replace(module.config, llm=self.config).make()
 
     def prepare(self, params: dict) -> dict:
         return {**params, "llm": super().prepare(params["llm"])}
 
-    def prefill(self, params: dict, batch: Batch, new: int) -> tuple[jax.Array, Any]:
-        rows, length = batch["tokens"].shape
-        ask = only_last(self.llm, batch) | {"cache": self.config.make_cache(rows, length + new)}
+    def prefill(self, params: dict, batch: Batch, room: int) -> tuple[jax.Array, Any]:
+        ask = dict(cache=self.config.make_cache(len(batch["tokens"]), room), logits_at=last_token(batch))
         out = self.apply(params, batch, **ask)
-        return last_of(out.logits, batch), self.shut(out.cache)
+        return out.logits[:, 0], self.shut(out.cache)
 
     def logits(self, params: dict, batch: Batch) -> jax.Array:
         return self.apply(params, batch).logits
@@ -171,41 +184,20 @@ class MultimodalSteps(LanguageSteps):
 class MultimodalEncoderDecoderSteps(MultimodalSteps, EncoderDecoderSteps):
     """The composed model over an encoder-decoder, which reads text and media in its encoder."""
 
-    prompt_takes_room = False
-
-    def prefill(self, params: dict, batch: Batch, new: int) -> tuple[jax.Array, Any]:
-        cache = self.apply(params, batch, size=new + 1, method="start")
+    def prefill(self, params: dict, batch: Batch, room: int) -> tuple[jax.Array, Any]:
+        cache = self.apply(params, batch, size=room, method="start")
         return self.step(params, self.shut(cache), self._first(batch)[:, 0])
 
-    def logits(self, params: dict, batch: Batch) -> jax.Array:
-        return MultimodalSteps.logits(self, params, batch)
 
-    def said(self, batch: Batch) -> tuple[jax.Array, jax.Array]:
-        return EncoderDecoderSteps.said(self, batch)
-
-
-def only_last(module: nn.Module, batch: Batch) -> dict:
-    """The argument that asks a module for the logits of the prompts' last tokens only, if it can be asked."""
-    if "logits_at" not in inspect.signature(type(module).__call__).parameters:
-        return {}
-    return {"logits_at": (batch["segments"] > 0).sum(axis=1, keepdims=True) - 1}
+def last_token(batch: Batch) -> jax.Array:
+    """int[B, 1]: where each prompt ends."""
+    return (batch["segments"] > 0).sum(axis=1, keepdims=True) - 1
 
 
-def last_of(logits: jax.Array, batch: Batch) -> jax.Array:
-    """float32[B, S, V], or [B, 1, V] where only the last were asked for, -> float32[B, V]."""
-    if logits.shape[1] == 1:
-        return logits[:, 0]
-    last = (batch["segments"] > 0).sum(axis=1) - 1
-    return jnp.take_along_axis(logits, last[:, None, None], axis=1)[:, 0]
-
-
-def unrolled(config: Any) -> Any | None:
-    """The config of the same module with its scan over layers unrolled; None if it has no switch for that."""
-    if not hasattr(config, "scan_unroll"):
-        return None
+def unrolled(config: LLMConfig) -> LLMConfig:
+    """The config of the same module with its scan over layers unrolled."""
     names = [f.name for f in dataclasses.fields(config) if f.name.startswith("num_") and f.name.endswith("layers")]
-    changes = {"scan_unroll": max(getattr(config, name) for name in names)}
-    return dataclasses.replace(config, **changes, **({"remat": "none"} if hasattr(config, "remat") else {}))
+    return dataclasses.replace(config, scan_unroll=max(getattr(config, name) for name in names), remat="none")
 
 
 def unstack(params: dict) -> dict:
@@ -234,19 +226,18 @@ class CacheLayout:
     """Where the rows of a cache lie, found out by making one with more rows.
 
     Attributes:
-        axes: for each leaf the axis of the rows; None for a leaf without rows. A leaf whose rows are on axis 1 has
-            layers on axis 0.
+        axes: for each leaf the axis of the rows; where they are on axis 1, layers are on axis 0.
     """
 
     structure: jax.tree_util.PyTreeDef
-    axes: tuple[int | None, ...]
+    axes: tuple[int, ...]
 
     @classmethod
     def of(cls, make_cache: Callable[[int], Any]) -> CacheLayout:
         """`make_cache(batch)` -> a cache; it is only traced."""
         few, more = (jax.tree.flatten(jax.eval_shape(lambda rows=rows: make_cache(rows))) for rows in (2, 3))
         axes = (
-            next((axis for axis, (a, b) in enumerate(zip(x.shape, y.shape, strict=True)) if a != b), None)
+            next(axis for axis, (a, b) in enumerate(zip(x.shape, y.shape, strict=True)) if a != b)
             for x, y in zip(few[0], more[0], strict=True)
         )
         return cls(few[1], tuple(axes))
@@ -260,8 +251,9 @@ class CacheLayout:
         """Undoes `split`."""
         return jax.tree.unflatten(self.structure, [jnp.stack(p) if isinstance(p, tuple) else p for p in parts])
 
-    def take(self, cache: Any, rows: jax.Array) -> Any:
-        """The cache with row rows[i] in row i."""
-        leaves = zip(jax.tree.leaves(cache), self.axes, strict=True)
-        taken = [leaf if axis is None else jnp.take(leaf, rows, axis=axis) for leaf, axis in leaves]
-        return jax.tree.unflatten(self.structure, taken)
+    def map(self, function: Callable[..., jax.Array], cache: Any, *others: Any) -> Any:
+        """function(leaf, axis of its rows, leaves of the others) over caches, or over what `split` makes of them."""
+        leaves, structure = jax.tree.flatten(cache)
+        # Of a split cache each layer's leaf has its rows first.
+        axes = self.axes if structure == self.structure else (0,) * len(leaves)
+        return jax.tree.unflatten(structure, map(function, leaves, axes, *map(jax.tree.leaves, others)))

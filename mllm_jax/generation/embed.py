@@ -107,14 +107,11 @@ class Embedder:
 
     def pictures(self, pictures: Sequence[Any]) -> np.ndarray:
         """Images, see `as_picture`, to float32[N, P]. Raises DataError: no image, or one that cannot be read."""
-        compute = self._image_function
-        if not len(pictures):
-            raise DataError("no image", "at least one", "give some")
-        size = self._size(len(pictures))
-        pieces = [pictures[start : start + size] for start in range(0, len(pictures), size)]
-        return np.concatenate(
-            [self._run(compute, _stacked([self.processor(as_picture(p)) for p in piece]), size) for piece in pieces]
-        )
+
+        def stacked(piece: Sequence[Any]) -> np.ndarray:
+            return _stacked([self.processor(as_picture(p)) for p in piece])
+
+        return self._all("image", self._image_function, pictures, stacked)
 
     def images(self, paths: Sequence[Path], bad: Callable[[DataError], None] | None = None) -> tuple[list, np.ndarray]:
         """Picture files to vectors.
@@ -162,13 +159,16 @@ class Embedder:
         Raises:
             DataError: no text, an empty one, or one that is longer than the tower's positions.
         """
-        compute = self._text_function
-        if not texts:
-            raise DataError("no text", "at least one", "give some")
-        rows = np.stack([self._row(text) for text in texts])
-        size = self._size(len(rows))
-        pieces = [rows[start : start + size] for start in range(0, len(rows), size)]
-        return np.concatenate([self._run(compute, piece, size) for piece in pieces])
+        return self._all("text", self._text_function, [self._row(text) for text in texts], np.stack)
+
+    def _all(
+        self, what: str, compute: Callable, items: Sequence, stack: Callable[[Sequence], np.ndarray]
+    ) -> np.ndarray:
+        if not len(items):
+            raise DataError(f"no {what}", "at least one", "give some")
+        size = self._size(len(items))
+        pieces = (items[start : start + size] for start in range(0, len(items), size))
+        return np.concatenate([self._run(compute, stack(piece), size) for piece in pieces])
 
     def _row(self, text: str) -> np.ndarray:
         """int[2, L]: the ids of a text, of the tower's full length, and 1 where they are its own."""

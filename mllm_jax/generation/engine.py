@@ -1,185 +1,279 @@
-"""The compiled part of generation: one function reads the prompts, one adds tokens until every row has ended."""
+"""Requests in, answers out, as they come: a row whose answer has ended takes the next request that waits."""
 
 from __future__ import annotations
 
-import copy
-import dataclasses
-from contextlib import AbstractContextManager, nullcontext
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from itertools import count, takewhile
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from flax import linen as nn
-from flax import struct
-from jax.sharding import Mesh
 
-from mllm_jax.generation.decode_step import Batch, Steps, steps_of
-from mllm_jax.generation.sampling import Sampling, choose, row_keys
-from mllm_jax.sharding.logical import use_mesh
-from mllm_jax.sharding.mesh import batch_sharding
+from mllm_jax.errors import ConfigError, DataError
+from mllm_jax.generation.beam import Rule
+from mllm_jax.generation.decode_step import Batch
+from mllm_jax.generation.options import Answer, Options
+from mllm_jax.generation.program import Asked, Program, Rows, bucket
+from mllm_jax.generation.sampling import Sampling
+from mllm_jax.generation.streaming import Decode, TextStream
+from mllm_jax.sharding.hosts import fetch
 
-BUCKET = 32
+CHUNK_OF_STOP_STRINGS = 16  # tokens between two looks for stop strings
+SHARE = 4  # free rows wait for one another until they are this part of all, so that prompts are read together
 STOPS = 8  # end tokens are padded to a multiple of this with NO_TOKEN
 NO_TOKEN = -1
 
 
-def bucket(length: int) -> int:
-    """The length that a row of `length` is padded to: at most 32 or a quarter longer, four sizes a doubling."""
-    width = max(BUCKET, 1 << max((length - 1).bit_length() - 3, 0))
-    return max(1, -(-length // width)) * width
+@dataclass(frozen=True)
+class Request:
+    """A prompt and what is asked of its answer.
 
-
-def placed(array: np.ndarray, mesh: Mesh | None) -> jax.Array:
-    """An array of rows on the devices."""
-    return jnp.asarray(array) if mesh is None else jax.device_put(array, batch_sharding(mesh, array.ndim, array.shape))
-
-
-def on_mesh(mesh: Mesh | None) -> AbstractContextManager:
-    """Makes activations follow the mesh, if there is one."""
-    return nullcontext() if mesh is None else use_mesh(mesh)
-
-
-@struct.dataclass
-class Rows:
-    """What does not change while a batch is answered.
-
-    keys: key[B], None when greedy.  limits: int32[B] tokens that a row may add.  stops: int32[n] end tokens.
+    Attributes:
+        prompt: what the engine's `collate` takes.
+        length: of the prompt in tokens.
+        limit: tokens that the answer may have.
+        decode: ids to text, spaces kept.
+        index: the prompt's position in the caller's list; with the seed it decides what is drawn.
+        stops: all ids that end the answer.
+        media: prompts that are read together have equal ones.
     """
 
-    keys: jax.Array | None
-    limits: jax.Array
-    stops: jax.Array
+    prompt: Any
+    length: int
+    limit: int
+    decode: Decode
+    index: int = 0
+    stops: tuple[int, ...] = ()
+    options: Options = Options()
+    sampling: Sampling = Sampling()
+    media: tuple = ()
 
+    @property
+    def kind(self) -> tuple:
+        """What requests that are answered at the same time have in common."""
+        o, stop_width = self.options, -(-max(len(self.stops), 1) // STOPS) * STOPS
+        return self.drawn, stop_width, o.logprobs, o.num_beams, o.length_penalty, o.early_stopping
 
-@struct.dataclass
-class Progress:
-    """A batch that is being answered.
-
-    state: the model's.  step: int32, tokens added to every row that has not ended.  tokens: int32[B, N].
-    counts: int32[B] tokens of each row, its end token counted in.  ended: bool[B].
-    seen: bool[B, V] or None, for the repetition penalty.  logprobs: float32[B, N] or None.
-    """
-
-    state: Any
-    step: jax.Array
-    tokens: jax.Array
-    counts: jax.Array
-    ended: jax.Array
-    seen: jax.Array | None
-    logprobs: jax.Array | None
+    @property
+    def drawn(self) -> Sampling:
+        """How tokens are drawn but for the seed, which is a number of each row: another one compiles nothing."""
+        return replace(self.sampling, seed=0)
 
 
 class Engine:
-    """Prompts in, tokens out. What is compiled is compiled once for each shape: rows, and buckets of lengths.
+    """Answers requests on a fixed number of rows.
+
+    An answer depends on its request alone: in float32 it has the same tokens in any company, whenever it gets a row.
+    Requests are served in their order. One that does not go with those being answered (see `Request.kind`), or is
+    longer, waits until they have ended. Beam search answers as many requests as there are rows at once, in one step.
 
     Args:
-        module: see `steps_of`.
-        params: its parameters, unboxed; sharded if there is a mesh. None: they come with `of`.
-        by_layer: see `LanguageSteps`.
+        collate: (prompts, rows, length) -> the arrays of a batch of so many rows, prompts first, padded to `length`.
+        slots: the number of rows.
+        longest: the most tokens of a prompt; None: no bound.
+
+    Attributes:
+        pieces: what the text of each ticket gained in the last step, if that was given a number of tokens.
+        decode_steps: the number of decode steps that were computed.
     """
 
     def __init__(
-        self, module: nn.Module, params: dict | None, mesh: Mesh | None = None, *, by_layer: bool | None = None
+        self,
+        program: Program,
+        collate: Callable[[Sequence[Any], int, int], dict[str, np.ndarray]],
+        slots: int,
+        longest: int | None = None,
     ):
-        self.steps: Steps = steps_of(module, by_layer)
-        self.params, self.mesh = params if params is None else self.steps.prepare(params), mesh
-        # Each call gives its cache to the next, which writes it in place; what the host looks at is not given away.
-        self._start = jax.jit(self._start_impl, static_argnames=("new", "sampling", "logprobs"))
-        self._advance = jax.jit(self._advance_impl, static_argnames=("sampling",), donate_argnames=("state",))
+        if slots < 1:
+            raise ConfigError(f"batch_size {slots}", "at least 1", "change batch_size")
+        self.program, self.collate, self.slots, self.longest = program, collate, slots, longest
+        self._together = max(1, slots // SHARE)  # rows that are filled at a time
+        self.pieces: dict[int, str] = {}
+        self.decode_steps = 0
+        self._tickets = count()
+        self._waiting: deque[tuple[int, Request]] = deque()
+        self._running: list[tuple[int, Request, TextStream] | None] = [None] * slots
+        self._state: Any = None
+        self._rows: Rows | None = None
+        self._kind, self._length, self._new = (), 0, 0  # of what is being answered
 
-    def of(self, params: dict) -> Engine:
-        """The same engine with other parameters; what is compiled serves both."""
-        other = copy.copy(self)
-        other.params = self.steps.prepare(params)
-        return other
+    def submit(self, request: Request) -> int:
+        """Queues a request.
 
-    def place(self, array: np.ndarray) -> jax.Array:
-        """An array of rows on the devices."""
-        return placed(array, self.mesh)
+        Returns:
+            Its ticket: a number that rises by one.
 
-    def rows(self, limits: np.ndarray, indices: np.ndarray, stops: tuple[int, ...], sampling: Sampling) -> Rows:
+        Raises:
+            DataError: a prompt without tokens or with too many, or no room for an answer.
+            ConfigError: options that contradict one another.
         """
-        Args:
-            limits: int[B]; a row with 0 is not answered.
-            indices: int[B] each prompt's place in the caller's list.
-        """
-        padded = np.full(-(-max(len(stops), 1) // STOPS) * STOPS, NO_TOKEN, np.int32)
-        padded[: len(stops)] = stops
-        keys = row_keys(sampling.seed, jnp.asarray(indices)) if sampling.temperature > 0 else None
-        return Rows(keys, self.place(limits.astype(np.int32)), jnp.asarray(padded))
-
-    def start(self, batch: Batch, rows: Rows, new: int, sampling: Sampling, logprobs: bool = False) -> Progress:
-        """Reads the prompts and adds each answer's first token; there is room for `new` (a bucket)."""
-        return self._start(self.params, batch, rows, new=new, sampling=_without_seed(sampling), logprobs=logprobs)
-
-    def advance(self, progress: Progress, rows: Rows, until: int, sampling: Sampling) -> Progress:
-        """Adds tokens until every row has ended or has `until` of them; the state in `progress` is used up."""
-        rest = progress.replace(state=None)
-        return self._advance(self.params, progress.state, rest, rows, np.int32(until), sampling=_without_seed(sampling))
-
-    def context(self):
-        """Makes activations follow the mesh, if there is one."""
-        return on_mesh(self.mesh)
-
-    def seen(self, batch: Batch, logits: jax.Array, sampling: Sampling) -> jax.Array | None:
-        """bool[B, V]: the tokens that a repetition penalty finds said already; None without one."""
-        if sampling.repetition_penalty == 1:
-            return None
-        tokens, said = self.steps.said(batch)
-        # What was not said goes to a place that does not exist.
-        place = jnp.where(said, tokens, logits.shape[1])
-        return jnp.zeros(logits.shape, bool).at[jnp.arange(len(place))[:, None], place].set(True, mode="drop")
-
-    def _start_impl(self, params, batch, rows, *, new, sampling, logprobs):
-        with self.context():
-            logits, state = self.steps.prefill(params, batch, new)
-            count = logits.shape[0]
-            progress = Progress(
-                state=state,
-                step=jnp.int32(0),
-                tokens=jnp.zeros((count, new), jnp.int32),
-                counts=jnp.zeros((count,), jnp.int32),
-                ended=rows.limits <= 0,
-                seen=self.seen(batch, logits, sampling),
-                logprobs=jnp.zeros((count, new), jnp.float32) if logprobs else None,
+        most = self.longest or request.length
+        if not 1 <= request.length <= most or request.limit < 1:
+            raise DataError(
+                f"a request with {request.length} prompt tokens, for at most {request.limit} new ones",
+                "at least one of each" + (f", and prompts of at most {most} tokens" if self.longest else ""),
+                "change the prompt or the limit",
             )
-            return _add(progress, logits, rows, sampling)
+        request.options.check(request.sampling)
+        self._waiting.append((ticket := next(self._tickets), request))
+        return ticket
 
-    def _advance_impl(self, params, state, progress, rows, until, *, sampling):
-        def going(progress):
-            return (progress.step < until) & ~progress.ended.all()
+    def step(self, tokens: int | None = None) -> list[tuple[int, Answer]]:
+        """Reads waiting prompts into free rows and adds their first tokens; if there is none, adds tokens to all rows.
 
-        def body(progress):
-            last = jax.lax.dynamic_slice_in_dim(progress.tokens, progress.step - 1, 1, axis=1)[:, 0]
-            logits, state = self.steps.step(params, progress.state, last)
-            return _add(progress.replace(state=state), logits, rows, sampling)
+        Args:
+            tokens: the most to add to each answer; None: until rows can be filled again, or until all answers end.
 
-        with self.context():
-            return jax.lax.while_loop(going, body, progress.replace(state=state))
+        Returns:
+            What has ended, by ticket.
+        """
+        self.pieces = {}
+        if taken := self._next():
+            if taken[0][1].options.num_beams > 1:
+                return self._search(taken)
+            self._fill(taken)
+        elif any(self._running):
+            self._advance(tokens)
+        else:
+            return []
+        return self._look(tokens is not None)
+
+    def answer(self, requests: Iterable[Request]) -> list[Answer]:
+        """The answers to requests, in their order."""
+        tickets, found = [self.submit(request) for request in requests], {}
+        while len(found) < len(tickets):
+            found |= self.step()
+        return [found[ticket] for ticket in tickets]
+
+    # ---- which requests are next
+
+    @property
+    def _free(self) -> list[int]:
+        return [row for row, running in enumerate(self._running) if running is None]
+
+    def _fits(self, request: Request) -> bool:
+        return request.kind == self._kind and request.length <= self._length and request.limit <= self._new
+
+    def _wanted_rows(self) -> int:
+        """How many rows must be free before the next are filled; 0: none waits that fits those being answered."""
+        return min(self._together, len(self._waiting)) if self._waiting and self._fits(self._waiting[0][1]) else 0
+
+    def _next(self) -> list[tuple[int, Request]]:
+        """Takes the requests that are to be read now."""
+        free = len(self._free)
+        if free == self.slots and self._waiting:
+            self._begin()
+        if not 0 < self._wanted_rows() <= free:
+            return []
+        media = self._waiting[0][1].media
+        fit = takewhile(lambda waiting: waiting[1].media == media and self._fits(waiting[1]), self._waiting)
+        taken = list(fit)[: free if free == self.slots else self._together]
+        for _ in taken:
+            self._waiting.popleft()
+        return taken
+
+    def _begin(self) -> None:
+        """Chooses the lengths of rows: of all requests that are like the first and not much longer."""
+        first = self._waiting[0][1]
+        alike = [r for _, r in self._waiting if r.kind == first.kind]
+        length, new = (2 * bucket(size) for size in (first.length, first.limit))
+        alike = [r for r in alike if bucket(r.length) <= length and bucket(r.limit) <= new]
+        self._length = bucket(max(r.length for r in alike), self.longest)
+        self._kind, self._new = first.kind, bucket(max(r.limit for r in alike))
+        self._state = self._rows = None  # their memory is free before other rows are made
+
+    # ---- what runs on the devices
+
+    def _fill(self, taken: list[tuple[int, Request]]) -> None:
+        batch, asked, sizes = self._batch([request for _, request in taken])
+        places, width, program = self._free[: len(taken)], len(asked.limits), self.program
+        for place, (ticket, request) in zip(places, taken, strict=True):
+            self._running[place] = ticket, request, TextStream(request.decode, request.options.stop_strings)
+        first = taken[0][1]
+        sizes |= dict(sampling=first.drawn, logprobs=first.options.logprobs)
+        if self._rows is None:
+            self._state, self._rows = program.start(program.params, batch, asked, rows=self.slots, **sizes)
+        else:
+            places = np.array(places + [self.slots] * (width - len(places)), np.int32)
+            held = program.params, self._state, self._rows
+            self._state, self._rows = program.refill(*held, batch, asked, places, **sizes)
+
+    def _batch(self, requests: Sequence[Request]) -> tuple[Batch, Asked, dict[str, int]]:
+        """Prompts and what is asked of them, on the devices, and the lengths of their rows."""
+        first = self._rows is None
+        width = self.slots if first and len(requests) > self._together else self._together
+        shared = self.program.steps.prompt_takes_room
+        length = bucket(max(r.length for r in requests), self.longest) if shared else self._length
+        stops = np.full((width, requests[0].kind[1]), NO_TOKEN, np.int32)
+        numbers = np.zeros((3, width), np.int32)
+        for row, r in enumerate(requests):
+            stops[row, : len(r.stops)] = r.stops
+            numbers[:, row] = np.int64(r.sampling.seed).astype(np.int32), r.index, r.limit
+        arrays = self.collate([r.prompt for r in requests], width, length), Asked(*numbers, stops)
+        return *self.program.place(arrays), dict(room=self._new + (self._length if shared else 1), new=self._new)
+
+    def _advance(self, tokens: int | None) -> None:
+        running = [running[1] for running in self._running if running is not None]
+        most = tokens or max(r.limit for r in running)
+        if any(r.options.stop_strings for r in running):
+            most = min(most, CHUNK_OF_STOP_STRINGS)
+        wanted, held = self._wanted_rows(), (self.program.params, self._state, self._rows)
+        bounds = np.int32(most), np.int32(self.slots - wanted if wanted else 0)
+        self._state, self._rows, steps = self.program.advance(*held, *bounds, sampling=running[0].drawn)
+        self.decode_steps += int(fetch(steps))
+
+    def _look(self, streaming: bool) -> list[tuple[int, Answer]]:
+        """Reads what the rows hold, and frees those that have ended."""
+        rows = self._rows
+        tokens, counts, ended = (fetch(x).copy() for x in (rows.tokens, rows.counts, rows.ended))
+        logprobs = None if rows.logprobs is None else fetch(rows.logprobs)
+        done, stopped = [], False
+        for row, running in enumerate(self._running):
+            if running is None:
+                continue
+            ids, (ticket, request, stream) = tokens[row, : counts[row]], running
+            if streaming or request.options.stop_strings:
+                piece = stream.push(_body(ids, request.stops)[len(stream.ids) :])
+                self.pieces[ticket] = piece + stream.finish() if ended[row] else piece
+                stopped |= stream.stopped and not ended[row]
+                ended[row] |= stream.stopped
+            if ended[row]:
+                done.append((ticket, _answer(request, ids, stream, None if logprobs is None else logprobs[row])))
+                self._running[row] = None
+        if stopped:
+            self._rows = rows.replace(ended=self.program.place(ended))
+        return done
+
+    def _search(self, taken: list[tuple[int, Request]]) -> list[tuple[int, Answer]]:
+        requests = [request for _, request in taken]
+        batch, asked, sizes = self._batch(requests)
+        options, penalty = requests[0].options, requests[0].sampling.repetition_penalty
+        rule = Rule(np.float32(options.length_penalty), np.asarray(options.early_stopping))
+        sizes |= dict(beams=options.num_beams, num_stops=max(len(r.stops) for r in requests))
+        prompts = self.program.params, batch, asked.limits, asked.stops
+        found = self.program.search(*prompts, rule, **sizes, repetition_penalty=penalty)
+        tokens, lengths = (fetch(x) for x in found)
+        answers = (_answer(r, tokens[row, : lengths[row]]) for row, r in enumerate(requests))
+        return [(ticket, answer) for (ticket, _), answer in zip(taken, answers, strict=True)]
 
 
-def _add(progress: Progress, logits: jax.Array, rows: Rows, sampling: Sampling) -> Progress:
-    """The next token of each row; rows that have ended write tokens too, behind their count."""
-    p = progress
-    token = choose(logits, rows.keys, p.step, sampling, p.seen)
-    counts = p.counts + ~p.ended
-    logprobs, seen = p.logprobs, p.seen
-    if logprobs is not None:
-        chosen = jnp.take_along_axis(jax.nn.log_softmax(logits), token[:, None], axis=1)
-        logprobs = jax.lax.dynamic_update_slice_in_dim(logprobs, chosen, p.step, axis=1)
-    if seen is not None:
-        seen = seen.at[jnp.arange(len(token)), token].set(True)
-    return p.replace(
-        step=p.step + 1,
-        tokens=jax.lax.dynamic_update_slice_in_dim(p.tokens, token[:, None], p.step, axis=1),
-        counts=counts,
-        ended=p.ended | (token[:, None] == rows.stops).any(axis=1) | (counts >= rows.limits),
-        seen=seen,
-        logprobs=logprobs,
+def _body(ids: np.ndarray, stops: tuple[int, ...]) -> np.ndarray:
+    """The tokens of an answer without the one that ended it."""
+    return ids[:-1] if len(ids) and ids[-1] in stops else ids
+
+
+def _answer(
+    request: Request,
+    ids: np.ndarray,
+    stream: TextStream | None = None,
+    logprobs: np.ndarray | None = None,
+) -> Answer:
+    body, stopped = _body(ids, request.stops), stream is not None and stream.stopped
+    kept = tuple(stream.ids if stopped else body.tolist())
+    return Answer(
+        text=stream.text if stopped else request.decode(kept),
+        tokens=kept,
+        reason="stop" if stopped or len(body) < len(ids) else "length",
+        logprobs=None if logprobs is None else tuple(logprobs[: len(kept)].tolist()),
     )
-
-
-def _without_seed(sampling: Sampling) -> Sampling:
-    """The seed is in the keys: another seed must not compile again."""
-    return dataclasses.replace(sampling, seed=0)

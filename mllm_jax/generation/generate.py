@@ -12,9 +12,9 @@ from jax.sharding import Mesh
 
 from mllm_jax.data.batch import SEQ
 from mllm_jax.generation.assistant import Assistant, read_options
-from mllm_jax.generation.engine import Engine, bucket
+from mllm_jax.generation.engine import Engine
 from mllm_jax.generation.options import Answer
-from mllm_jax.generation.streaming import Answers
+from mllm_jax.generation.program import Program
 from mllm_jax.models.processor import Processor
 
 
@@ -57,31 +57,26 @@ def complete(
     how, sampling = read_options(options)
     how.check(sampling)
     assistant = Assistant(model, params, processor, mesh=mesh, max_length=max_length)
-    lengths = (np.asarray(batch["segments"]) > 0).sum(axis=1)
-    limits = [assistant.room(int(lengths.max()), how)] * len(lengths)
-    answers = Answers(_engine(model, mesh).of(params))
-    padded = {n: answers.engine.place(x) for n, x in _padded(batch, assistant).items()}
-    return answers.complete(padded, assistant.request(limits, list(range(len(limits))), how, sampling))
-
-
-def _padded(batch: Mapping[str, np.ndarray], assistant: Assistant) -> dict[str, np.ndarray]:
-    """The batch with its texts padded to a bucket, so that lengths compile once for several."""
-    rows, length = np.asarray(batch["tokens"]).shape
-    wanted = bucket(length) if assistant.max_length is None else min(bucket(length), assistant.max_length)
+    count, length = np.asarray(batch["tokens"]).shape
+    limit = assistant.room(int((np.asarray(batch["segments"]) > 0).sum(axis=1).max()), how)
     spec = assistant.processor.declared(batch)
     spec.check(batch)
-    padded = {}
-    for name, array in batch.items():
-        array = np.asarray(array)
-        if SEQ in spec[name].axes and array.shape[1] == length:
-            more = [(0, 0), (0, max(wanted - length, 0))] + [(0, 0)] * (array.ndim - 2)
-            array = np.pad(array, more, constant_values=spec[name].fill)
-        if name != "loss_weights":
-            padded[name] = array
-    return padded
+
+    def padded(_, rows: int, wanted: int) -> dict[str, np.ndarray]:
+        """The batch with its texts padded to a bucket, so that lengths compile once for several."""
+        arrays = {name: np.asarray(array) for name, array in batch.items() if name != "loss_weights"}
+        for name, array in arrays.items():
+            if SEQ in spec[name].axes and array.shape[1] == length:
+                more = [(0, 0), (0, wanted - length)] + [(0, 0)] * (array.ndim - 2)
+                arrays[name] = np.pad(array, more, constant_values=spec[name].fill)
+        return arrays
+
+    longest = assistant.max_length and max(assistant.max_length, length)
+    engine = Engine(_program(model, mesh).of(params), padded, count, longest)
+    return engine.answer(assistant.request(row, length, limit, row, how, sampling) for row in range(count))
 
 
 @lru_cache(maxsize=8)
-def _engine(model: nn.Module, mesh: Mesh | None) -> Engine:
+def _program(model: nn.Module, mesh: Mesh | None) -> Program:
     """What is compiled for a model, without parameters, so that calls one after the other compile once."""
-    return Engine(model, None, mesh)
+    return Program(model, None, mesh)

@@ -46,6 +46,12 @@ def penalise(logits: jax.Array, seen: jax.Array, penalty: float) -> jax.Array:
     return jnp.where(seen, jnp.where(logits < 0, logits * penalty, logits / penalty), logits)
 
 
+def seen_tokens(tokens: jax.Array, said: jax.Array, vocab_size: int) -> jax.Array:
+    """bool[B, V]: the tokens int32[B, S] where `said` bool[B, S]."""
+    place = jnp.where(said, tokens, vocab_size)  # past the end, where writes are dropped
+    return jnp.zeros((len(place), vocab_size), bool).at[jnp.arange(len(place))[:, None], place].set(True, mode="drop")
+
+
 def filtered(logits: jax.Array, sampling: Sampling, seen: jax.Array | None = None) -> jax.Array:
     """The logits that the next token is drawn from: -inf where a filter forbids it.
 
@@ -77,20 +83,21 @@ def filtered(logits: jax.Array, sampling: Sampling, seen: jax.Array | None = Non
     return logits
 
 
-def row_keys(seed: int, indices: jax.Array) -> jax.Array:
-    """A random key for each prompt: int[B] places in the list -> key[B]."""
-    return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), indices)
+def row_keys(seeds: jax.Array | int, indices: jax.Array) -> jax.Array:
+    """A random key for each prompt: int[B] seeds or one of all, int[B] places in the list -> key[B]."""
+    seeds = jnp.broadcast_to(jnp.asarray(seeds), indices.shape)
+    return jax.vmap(lambda seed, index: jax.random.fold_in(jax.random.key(seed), index))(seeds, indices)
 
 
 def choose(
-    logits: jax.Array, keys: jax.Array | None, step: jax.Array | int, sampling: Sampling, seen: jax.Array | None = None
+    logits: jax.Array, keys: jax.Array | None, steps: jax.Array | int, sampling: Sampling, seen: jax.Array | None = None
 ) -> jax.Array:
     """The next token of each row.
 
     Args:
         logits: float32[B, V].
         keys: key[B], one a row (see `row_keys`); not read when greedy.
-        step: which token of the answer this is.
+        steps: int[B], or one of all: which token of its answer this is.
         seen: as in `filtered`.
 
     Returns:
@@ -99,5 +106,5 @@ def choose(
     logits = filtered(logits, sampling, seen)
     if sampling.temperature == 0:
         return logits.argmax(axis=-1).astype(jnp.int32)
-    keys = jax.vmap(jax.random.fold_in, (0, None))(keys, step)
+    keys = jax.vmap(jax.random.fold_in)(keys, jnp.broadcast_to(jnp.asarray(steps), keys.shape))
     return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)

@@ -16,14 +16,19 @@ class LLMConfig(Protocol):
         encoder_decoder: whether a text is read by an encoder and answers are written by a decoder. Such a config has
             `decoder_start_token_id`, and its module `start`.
         eos_token_id: each of them ends an answer.
+        remat: the policy of rematerialisation of its layers.
+        scan_unroll: layers that each step of the scan over them computes.
     """
 
     family: str | None
     encoder_decoder: bool
     vocab_size: int
     hidden_size: int
+    num_layers: int
     eos_token_id: tuple[int, ...]
     dtype: str
+    remat: str
+    scan_unroll: int
 
     def make(self) -> Any:
         """The module."""

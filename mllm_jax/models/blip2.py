@@ -24,7 +24,7 @@ from mllm_jax.encoders.vit import ViTConfig
 from mllm_jax.errors import ConfigError, DataError
 from mllm_jax.llms import t5
 from mllm_jax.models.clip import CLIP_MEAN, CLIP_STD
-from mllm_jax.models.multimodal import Connection, MultimodalConfig
+from mllm_jax.models.multimodal import Branch, Connection, MultimodalConfig
 from mllm_jax.models.parts import home
 from mllm_jax.projectors.qformer_hub import qformer_weights, read_qformer, write_qformer
 
@@ -40,7 +40,6 @@ class Blip2Config(MultimodalConfig):
             processor cannot place.
     """
 
-    connection: Connection = Connection(class_token=True)
     image_token_id: int | None = None
     family: str | None = FAMILY
 
@@ -85,7 +84,8 @@ def read_parts(values: Mapping, family: str, llms: Sequence[str], text: bool | N
     options.skip("use_decoder_only_language_model", "tie_word_embeddings", "image_text_hidden_size")
     options.skip("bos_token_id", "eos_token_id", "pad_token_id")
     options.done()
-    return dict(encoder=encoder, projector=projector, llm=llm, image_token_id=image_token, family=family)
+    inputs = {"image": Branch(encoder, projector, Connection(class_token=True))}
+    return dict(inputs=inputs, llm=llm, image_token_id=image_token, family=family)
 
 
 def write_parts(config: Blip2Config, prefix: str) -> dict:
@@ -94,14 +94,14 @@ def write_parts(config: Blip2Config, prefix: str) -> dict:
     Args:
         prefix: what the model types of the parts begin with.
     """
-    vision = eva.to_hf_config(config.encoder) | dict(model_type=f"{prefix}_vision_model")
+    vision = eva.to_hf_config(config.image.encoder) | dict(model_type=f"{prefix}_vision_model")
     return dict(
         architectures=[config.family],
         model_type=model_type(config.family),
         vision_config=_nameless(vision),
-        qformer_config=write_qformer(config.projector, f"{prefix}_qformer"),
+        qformer_config=write_qformer(config.image.projector, f"{prefix}_qformer"),
         text_config=_llm(config).to_hf_config(config.llm),
-        num_query_tokens=config.projector.num_queries,
+        num_query_tokens=config.image.projector.num_queries,
         image_token_index=config.image_token_id,
         use_decoder_only_language_model=not config.encoder_decoder,
         tie_word_embeddings=config.llm.tie_word_embeddings,
@@ -112,8 +112,8 @@ def faithful(config: Blip2Config, written: dict, read) -> dict:
     """`written`, if it says everything that the config does; the parts have seen to themselves."""
 
     def facts(c):
-        parts = {name: getattr(c, name) for name in ("connection", "newline", "text_tower", "contrastive", "family")}
-        return parts | dict(image_token_id=c.image_token_id, projector=stored_fields(c.projector))
+        parts = dict(connection=c.image.connection, projector=stored_fields(c.image.projector))
+        return stored_fields(c, "inputs", "llm") | parts
 
     return check_written(config, written, read, "a composed model", facts)
 
@@ -148,8 +148,8 @@ def settle(config: Blip2Config, stored: Collection[str]) -> Blip2Config:
 
 def table_of(config: Blip2Config, projector: tuple[Weight, ...]) -> Table:
     """The weights of a composed model around a Q-Former."""
-    vision, llm = eva.table(config.encoder), _llm(config).table(config.llm)
-    weights = nested(vision, "vision_model.", "encoder/") + projector + nested(llm, "language_model.", "llm/")
+    vision, llm = eva.table(config.image.encoder), _llm(config).table(config.llm)
+    weights = nested(vision, "vision_model.", "encoder_image/") + projector + nested(llm, "language_model.", "llm/")
     ignored = tuple(f"language_model.{name}" for name in llm.ignored) + (
         "qformer.embeddings.position_ids", "embeddings.position_ids",
     )  # fmt: skip
@@ -157,7 +157,7 @@ def table_of(config: Blip2Config, projector: tuple[Weight, ...]) -> Table:
 
 
 def table(config: Blip2Config) -> Table:
-    return table_of(config, qformer_weights(config.projector))
+    return table_of(config, qformer_weights(config.image.projector))
 
 
 # ---- pictures
@@ -176,8 +176,8 @@ class QueryLayout(TileLayout):
                 "fetch config.json and the tokenizer's files again",
             )
         self.image_token = config.image_token_id
-        self.tokens_a_tile = config.projector.num_queries
-        self._read = pixel_reader(config.encoder, folder)
+        self.tokens_a_tile = config.image.projector.num_queries
+        self._read = pixel_reader(config.image.encoder, folder)
 
     def image(self, picture: np.ndarray) -> Media:
         tokens = np.full(self.tokens_a_tile, self.image_token)

@@ -60,7 +60,7 @@ def to_hf_config(config: QFormerPretrainingConfig) -> dict:
 
 
 def table(config: QFormerPretrainingConfig) -> Table:
-    weights = nested(eva.table(config.encoder), "vision_model.", "encoder/")
+    weights = nested(eva.table(config.encoder), "vision_model.", "encoder_image/")
     weights += qformer_weights(config.projector, embeddings="embeddings")
     heads = {"vision_projection": "image_projection", "text_projection": "text_projection", "itm_head": "matching"}
     for theirs, ours in heads.items():

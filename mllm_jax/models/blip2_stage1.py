@@ -5,6 +5,7 @@ The same heads, without the one that writes, are what `Blip2ForImageTextRetrieva
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,7 +14,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax import struct
 
-from mllm_jax.data.batch import BatchSpec, images_spec, text_spec
+from mllm_jax.data.batch import ONE_IMAGE, BatchSpec, images_spec, text_spec
 from mllm_jax.errors import ConfigError
 from mllm_jax.layers.linear import Linear
 from mllm_jax.layers.mlp import ACTIVATIONS
@@ -28,7 +29,7 @@ class QFormerPretrainingConfig:
 
     Attributes:
         projector: a Q-Former that reads text. It is the one that the composed model has in this place: what a run
-            trained is read there as its part "projector".
+            trained is read there as its part "projector_image".
         projection_size: width of the space in which pictures and texts are compared.
         captioning: whether there are a temperature and a head that writes text, which only training needs.
         init_temperature: what similarities are divided by at the start; it is learnt.
@@ -64,9 +65,9 @@ class QFormerPretrainingConfig:
         return self.encoder.image_size
 
     @property
-    def text_tower(self) -> QFormerConfig:
-        """What reads texts, by the name that training knows it by."""
-        return self.projector
+    def parts(self) -> dict[str, Any]:
+        """Each part's config by the name of its parameters."""
+        return {"encoder_image": self.encoder, "projector_image": self.projector}
 
     @property
     def captions(self) -> int:
@@ -88,9 +89,9 @@ class QFormerPretrainingConfig:
         parts = {name: replace(getattr(self, name), dtype=dtype) for name in ("encoder", "projector")}
         return replace(self, **parts)
 
-    def batch_spec(self, rows: int = 1, length: int = 8, slots: int = 1) -> BatchSpec:
+    def batch_spec(self, rows: int = 1, length: int = 8, slots: Mapping[str, int] = ONE_IMAGE) -> BatchSpec:
         """The arrays of a batch: captions, and an image in each slot."""
-        return text_spec(rows, length) | images_spec(rows, slots, self.encoder.image_size)
+        return text_spec(rows, length) | images_spec(rows, slots.get("image", 0), self.encoder.image_size)
 
     def make(self) -> QFormerPretraining:
         return QFormerPretraining(self)
@@ -135,7 +136,7 @@ class QFormerPretraining(nn.Module):
     def setup(self):
         c = self.config
         dtype = jnp.dtype(c.dtype)
-        self.encoder, self.projector = c.encoder.make(), c.projector.make()
+        self.encoder_image, self.projector_image = c.encoder.make(), c.projector.make()
         common = dict(use_bias=True, init_std=INIT_STD, dtype=dtype)
         self.image_projection = Linear((c.projection_size,), ("channels", "embed"), **common)
         self.text_projection = Linear((c.projection_size,), ("channels", "embed"), **common)
@@ -162,16 +163,16 @@ class QFormerPretraining(nn.Module):
         """Pictures and texts of a batch, apart from each other."""
         images, real = batch["images"][:, 0], _first_text(batch)
         pixels = normalise_pixels(images, self.config.encoder) if images.dtype == jnp.uint8 else images
-        features = self.encoder(pixels).last_hidden_state
-        queries, cache = self.projector.encode(features)
-        text = self.projector.read(batch["tokens"], real)[:, 0]
+        features = self.encoder_image(pixels).last_hidden_state
+        queries, cache = self.projector_image.encode(features)
+        text = self.projector_image.read(batch["tokens"], real)[:, 0]
         temperature = self.temperature if self.config.captioning else jnp.float32(1)
         image, text = (as_unit_vectors(x) for x in (self.image_projection(queries), self.text_projection(text)))
         return Pairs(features, cache, image, text, temperature)
 
     def match(self, batch):
         """float32[N, 2]: whether `features` dtype[N, P, E] and the text beside them belong together."""
-        hidden, _ = self.projector.encode(batch["features"], batch["tokens"], _first_text(batch))
+        hidden, _ = self.projector_image.encode(batch["features"], batch["tokens"], _first_text(batch))
         queries = hidden[:, : self.config.projector.num_queries]
         return self.matching(queries).astype(jnp.float32).mean(axis=1)
 
@@ -181,16 +182,16 @@ class QFormerPretraining(nn.Module):
         tokens = batch["tokens"]
         if c.decode_token_id is not None:
             tokens = tokens.at[:, 0].set(c.decode_token_id)
-        x = self.projector.read(tokens, _first_text(batch), batch["cache"])
+        x = self.projector_image.read(tokens, _first_text(batch), batch["cache"])
         x = self.caption_norm(ACTIVATIONS[c.projector.activation](self.caption_dense(x)))
-        return self.projector.token_embedding.attend(x).astype(jnp.float32) + self.caption_bias
+        return self.projector_image.token_embedding.attend(x).astype(jnp.float32) + self.caption_bias
 
     # ---- what training asks of a model
 
     def touch(self, batch):
         """Runs every part once: what `init` traces so that all parameters exist."""
         pairs = self.encode_pairs(batch)
-        self.projector(pairs.features)  # the map to an LLM, which this stage carries along
+        self.projector_image(pairs.features)  # the map to an LLM, which this stage carries along
         self.match(batch | {"features": pairs.features})
         if self.config.captioning:
             self.write(batch | {"cache": pairs.cache})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,13 +16,13 @@ from mllm_jax.checkpoints.architectures import model_type
 from mllm_jax.checkpoints.config_json import ELSEWHERE, check_written
 from mllm_jax.checkpoints.options import Options
 from mllm_jax.checkpoints.table import Family, Table, Weight, nested
-from mllm_jax.data.batch import BatchSpec, images_spec, text_spec
+from mllm_jax.data.batch import ONE_IMAGE, BatchSpec, images_spec, text_spec
 from mllm_jax.encoders import clip_text, clip_vision, siglip_text, siglip_vision
 from mllm_jax.encoders.text import TextModel, TextOutput, TextTowerConfig
 from mllm_jax.encoders.vit import VisionOutput, ViTConfig
 from mllm_jax.errors import ConfigError
 from mllm_jax.layers.pixels import normalise_pixels
-from mllm_jax.models.contrastive import POOLINGS, ContrastiveConfig
+from mllm_jax.models.contrastive import POOLINGS, ContrastiveHeads
 
 KINDS = ("softmax", "sigmoid")
 # What OpenAI's and LAION's pictures are normalised with, which no config.json says.
@@ -39,7 +39,7 @@ class DualEncoderConfig:
         projection_size: width of the common space; None: that of the towers' vectors, which are then not projected.
         kind: "softmax" (CLIP), or "sigmoid" (SigLIP), which has a bias; the loss to train it with is named alike.
         pooling, captions: what stands for a picture, and the most texts that one has in a row of a training batch; see
-            `ContrastiveConfig`.
+            `ContrastiveHeads`.
         init_log_scale, init_bias: of the similarity at the start of training; None is that of the kind's paper.
         family: None, or the Hugging Face architecture that it is written as.
         dtype: that of both towers.
@@ -93,18 +93,20 @@ class DualEncoderConfig:
         return self.vision.image_size
 
     @property
-    def text_tower(self) -> TextTowerConfig:
-        """The text tower by the name that training knows it by."""
-        return self.text
+    def parts(self) -> dict[str, Any]:
+        """Each part's config by the name of its parameters."""
+        return {"encoder_image": self.vision, "encoder_text": self.text}
 
     @property
     def vocab_sizes(self) -> dict[str, int]:
         """How many tokens each embedding holds, by its place in an experiment."""
         return {"model.text.vocab_size": self.text.vocab_size}
 
-    def batch_spec(self, rows: int = 1, length: int = 8, slots: int = 1) -> BatchSpec:
+    def batch_spec(self, rows: int = 1, length: int = 8, slots: Mapping[str, int] = ONE_IMAGE) -> BatchSpec:
         """The arrays of a batch: captions, and an image in each slot."""
-        return text_spec(rows, length) | images_spec(rows, slots, self.vision.image_size, self.vision.num_channels)
+        return text_spec(rows, length) | images_spec(
+            rows, slots.get("image", 0), self.vision.image_size, self.vision.num_channels
+        )
 
     def make(self) -> DualEncoder:
         return DualEncoder(self)
@@ -136,17 +138,16 @@ class DualEncoder(nn.Module):
     def setup(self):
         c = self.config
         log_scale, bias = INIT[c.kind]
-        self.vision = replace(c.vision, dtype=c.dtype).make()
-        self.text = TextModel(replace(c.text, dtype=c.dtype))
-        self.heads = ContrastiveConfig(
+        self.encoder_image = replace(c.vision, dtype=c.dtype).make()
+        self.encoder_text = TextModel(replace(c.text, dtype=c.dtype))
+        self.heads = ContrastiveHeads(
             projection_size=c.projection_size,
             pooling=c.pooling,
             captions=c.captions,
-            init_scale=math.exp(log_scale if c.init_log_scale is None else c.init_log_scale),
+            init_log_scale=log_scale if c.init_log_scale is None else c.init_log_scale,
             init_bias=bias if c.init_bias is None else c.init_bias,
             learned_bias=c.kind == "sigmoid",
-            max_scale=None,
-        ).make()
+        )
 
     def __call__(self, pixels, tokens, mask=None, *, output_hidden_states: bool = False) -> DualOutput:
         """Compares every picture with every text.
@@ -159,8 +160,8 @@ class DualEncoder(nn.Module):
         Raises:
             ConfigError: texts longer than the tower's positions, pictures that the tower does not take.
         """
-        vision = self.vision(pixels, output_hidden_states)
-        text = self.text(tokens, mask, output_hidden_states=output_hidden_states)
+        vision = self.encoder_image(pixels, output_hidden_states)
+        text = self.encoder_text(tokens, mask, output_hidden_states=output_hidden_states)
         image_embeds, _, scale, bias = self.heads(vision, None, None)
         _, text_embeds, _, _ = self.heads(None, None, _vector(text)[:, None])
         image_embeds, text_embeds = image_embeds[:, 0], text_embeds[:, 0]
@@ -169,11 +170,11 @@ class DualEncoder(nn.Module):
 
     def encode_image(self, pixels):
         """float[B, H, W, 3], normalised -> float32[B, P], unit vectors."""
-        return self.heads(self.vision(pixels), None, None)[0][:, 0]
+        return self.heads(self.encoder_image(pixels), None, None)[0][:, 0]
 
     def encode_text(self, tokens, mask=None):
         """int[T, L] -> float32[T, P], unit vectors; for the mask see `TextModel`."""
-        return self.heads(None, None, _vector(self.text(tokens, mask))[:, None])[1][:, 0]
+        return self.heads(None, None, _vector(self.encoder_text(tokens, mask))[:, None])[1][:, 0]
 
     # ---- what training asks of a model
 
@@ -188,8 +189,8 @@ class DualEncoder(nn.Module):
             scale is clipped at 100, as in CLIP's training.
         """
         c = self.config
-        vision = self.vision(normalise_pixels(batch["images"][:, 0], c.vision))
-        text = self.text.embed(batch["tokens"], batch["positions"], batch["segments"], c.captions)
+        vision = self.encoder_image(normalise_pixels(batch["images"][:, 0], c.vision))
+        text = self.encoder_text.embed(batch["tokens"], batch["positions"], batch["segments"], c.captions)
         place = None
         if c.captions > 1 and "media_index" in batch:
             first = (batch["segments"][:, None] == jnp.arange(1, c.captions + 1)[None, :, None]).argmax(axis=-1)
@@ -311,7 +312,7 @@ def siglip_table(config: DualEncoderConfig) -> Table:
 
 
 def _with_towers(vision: Table, text: Table, joined: tuple[Weight, ...]) -> Table:
-    weights = nested(vision, "", "vision/") + nested(text, "", "text/") + joined
+    weights = nested(vision, "", "encoder_image/") + nested(text, "", "encoder_text/") + joined
     return Table(weights, (), vision.ignored + text.ignored)
 
 

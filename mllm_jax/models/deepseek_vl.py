@@ -24,7 +24,7 @@ from mllm_jax.encoders.vit import ViTConfig
 from mllm_jax.errors import ConfigError
 from mllm_jax.layers.requirements import Requirements
 from mllm_jax.models.clip import CLIP_MEAN, CLIP_STD
-from mllm_jax.models.multimodal import MultimodalConfig
+from mllm_jax.models.multimodal import Branch, MultimodalConfig
 from mllm_jax.models.parts import llm_table, read_llm, write_llm
 from mllm_jax.projectors.mlp import MLPProjectorConfig
 from mllm_jax.projectors.paired import PairedProjectorConfig
@@ -53,18 +53,18 @@ class DeepseekVLConfig(MultimodalConfig):
         require = Requirements("DeepSeek-VL", self)
         require.one_of("family", (SINGLE, HYBRID))
         require.one_of("preprocessing", ("hub", "original"))
-        parts = type(self.encoder).__name__, type(self.projector).__name__
+        parts = type(self.image.encoder).__name__, type(self.image.projector).__name__
         wanted = (SiglipSamConfig, PairedProjectorConfig) if self.hybrid else (ViTConfig, MLPProjectorConfig)
         require(
-            isinstance(self.encoder, wanted[0]) and isinstance(self.projector, wanted[1]),
+            isinstance(self.image.encoder, wanted[0]) and isinstance(self.image.projector, wanted[1]),
             f"{self.family} with encoder {parts[0]}, projector {parts[1]}",
             " and ".join(each.__name__ for each in wanted),
             "change the parts, or family",
         )
         require(
-            not self.hybrid or self.projector.widths == self.encoder.widths,
-            f"a projector for widths {getattr(self.projector, 'widths', None)}",
-            f"the encoder's {getattr(self.encoder, 'widths', None)}",
+            not self.hybrid or self.image.projector.widths == self.image.encoder.widths,
+            f"a projector for widths {getattr(self.image.projector, 'widths', None)}",
+            f"the encoder's {getattr(self.image.encoder, 'widths', None)}",
             "change projector.widths",
         )
 
@@ -89,7 +89,7 @@ class DeepseekVLLayout(TileLayout):
     """
 
     def __init__(self, config: DeepseekVLConfig, pictures: ImageProcessor):
-        sides = [config.encoder.image_size] + ([config.encoder.low.image_size] if config.hybrid else [])
+        sides = [config.image.encoder.image_size] + ([config.image.encoder.low.image_size] if config.hybrid else [])
         made = [pictures] + ([pictures.low] if pictures.low is not None else [])
         if [{each.output_size(7, 9), each.output_size(9, 7)} for each in made] != [{(side, side)} for side in sides]:
             raise ConfigError(
@@ -102,13 +102,13 @@ class DeepseekVLLayout(TileLayout):
 
     def image(self, picture: np.ndarray) -> Media:
         tile = self.pictures.prepare(picture)
-        tile = self._both(tile) if self.config.hybrid else self.pictures.for_encoder(tile, self.config.encoder)
+        tile = self._both(tile) if self.config.hybrid else self.pictures.for_encoder(tile, self.config.image.encoder)
         tokens = np.full(self.tokens_a_tile, self.image_token)
         return Media({"images": tile[None]}, tokens, np.arange(self.tokens_a_tile))
 
     def _both(self, large: np.ndarray) -> np.ndarray:
         """The hybrid's picture, see `SiglipSam`: bytes, or numbers from 0 to 1."""
-        encoder, processor = self.config.encoder, self.pictures
+        encoder, processor = self.config.image.encoder, self.pictures
         shown = [(large, processor, encoder.high)]
         if self.config.preprocessing == "hub":
             shown.append((processor.low.prepare(large), processor.low, encoder.low))
@@ -153,7 +153,7 @@ def from_hf_config(values: dict) -> DeepseekVLConfig:
     token = options.id("image_token_id", 100015)
     options.skip("bos_token_id", "eos_token_id", "pad_token_id")
     options.done()
-    return DeepseekVLConfig(encoder, projector, llm, family=family, image_token_id=token)
+    return DeepseekVLConfig({"image": Branch(encoder, projector)}, llm, family=family, image_token_id=token)
 
 
 def _part(values: dict, kind: str, what: str) -> dict:
@@ -181,36 +181,37 @@ def to_hf_config(config: DeepseekVLConfig) -> dict:
         architectures=[c.family],
         model_type=model_type(c.family),
         text_config=write_llm(c.llm, _WHAT),
-        vision_config=siglip_vision.to_hf_config(c.encoder.low if c.hybrid else c.encoder),
+        vision_config=siglip_vision.to_hf_config(c.image.encoder.low if c.hybrid else c.image.encoder),
         tie_word_embeddings=c.llm.tie_word_embeddings,
         image_token_id=c.image_token_id,
     )
     if c.hybrid:
-        written |= dict(high_res_vision_config=sam.to_hf_config(c.encoder.high))
+        written |= dict(high_res_vision_config=sam.to_hf_config(c.image.encoder.high))
     return check_written(c, written, from_hf_config, _WHAT, _facts)
 
 
 def _facts(c: DeepseekVLConfig) -> dict:
     """What a config.json has to say of the whole; the parts have seen to themselves."""
-    p = c.projector
+    p = c.image.projector
     projector = stored_fields(p) | (dict(hidden_size=p.hidden_size or p.output_size) if not c.hybrid else {})
-    downsample = c.encoder.downsample if c.hybrid else ()
-    return stored_fields(c, "encoder", "llm", "preprocessing") | dict(projector=projector, encoder=downsample)
+    downsample = c.image.encoder.downsample if c.hybrid else ()
+    parts = dict(connection=c.image.connection, projector=projector, encoder=downsample)
+    return stored_fields(c, "inputs", "llm", "preprocessing") | parts
 
 
 def table(config: DeepseekVLConfig) -> Table:
     c = config
-    tower = siglip_vision.table(c.encoder.low if c.hybrid else c.encoder)
+    tower = siglip_vision.table(c.image.encoder.low if c.hybrid else c.image.encoder)
     llm = llm_table(c.llm, _WHAT)
     if c.hybrid:
-        weights = list(nested(Table(tuple(siglip_sam_weights(c.encoder))), "model.", "encoder/"))
+        weights = list(nested(Table(tuple(siglip_sam_weights(c.image.encoder))), "model.", "encoder_image/"))
         maps = dict(high_res_vision_proj="first", vision_proj="second", proj="out")
     else:
-        weights = list(nested(tower, "model.vision_model.", "encoder/"))
+        weights = list(nested(tower, "model.vision_model.", "encoder_image/"))
         maps = dict(linear1="linear_1", linear2="linear_2")
     for hub, ours in maps.items():
-        weights.append(Weight(f"model.aligner.{hub}.weight", f"projector/{ours}/kernel", "o i -> i o"))
-        weights.append(Weight(f"model.aligner.{hub}.bias", f"projector/{ours}/bias"))
+        weights.append(Weight(f"model.aligner.{hub}.weight", f"projector_image/{ours}/kernel", "o i -> i o"))
+        weights.append(Weight(f"model.aligner.{hub}.bias", f"projector_image/{ours}/bias"))
     weights += [dataclasses.replace(w, name=_in_llm(w.name), path=f"llm/{w.path}") for w in llm.weights]
     ignored = [f"model.vision_model.{name}" for name in tower.ignored] + [_in_llm(name) for name in llm.ignored]
     spellings = (

@@ -40,7 +40,7 @@ def to_hf_config(config: InstructBlipConfig) -> dict:
 
 
 def table(config: InstructBlipConfig) -> Table:
-    return table_of(config, qformer_weights(config.projector, norm="qformer.embeddings.layernorm"))
+    return table_of(config, qformer_weights(config.image.projector, norm="qformer.embeddings.layernorm"))
 
 
 class InstructLayout(QueryLayout):

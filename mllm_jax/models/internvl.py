@@ -23,7 +23,7 @@ from mllm_jax.encoders import internvit
 from mllm_jax.encoders.vit import ViTConfig
 from mllm_jax.errors import ConfigError
 from mllm_jax.layers.requirements import Requirements
-from mllm_jax.models.multimodal import Connection, MultimodalConfig
+from mllm_jax.models.multimodal import Branch, Connection, MultimodalConfig
 from mllm_jax.models.parts import llm_table, read_llm, write_llm
 from mllm_jax.projectors.pixel_shuffle import PixelShuffleProjectorConfig
 
@@ -54,8 +54,8 @@ class InternVLConfig(MultimodalConfig):
         require = Requirements("InternVL", self)
         require.one_of("family", (HUB, ORIGINAL))
         require(
-            self.encoder.class_token and not self.connection.class_token,
-            f"a tower with class_token={self.encoder.class_token}, read: {self.connection.class_token}",
+            self.image.encoder.class_token and not self.image.connection.class_token,
+            f"a tower with class_token={self.image.encoder.class_token}, read: {self.image.connection.class_token}",
             "a tower with a class token, which is left out: the rest is a square to be shuffled",
             "set encoder.class_token and leave out connection.class_token",
         )
@@ -89,7 +89,7 @@ class InternVLLayout(TileLayout):
         pictures: ImageProcessor,
         frames: ImageProcessor | None = None,
     ):
-        side = config.encoder.image_size
+        side = config.image.encoder.image_size
         for processor in filter(None, (pictures, frames)):
             if processor.size != (side, side):
                 raise ConfigError(
@@ -128,7 +128,7 @@ class InternVLLayout(TileLayout):
         tokens = np.array(ids)
         here = tokens == self.image_token
         places = np.where(here, np.cumsum(here) - 1, TEXT)
-        return Media({"images": processor.for_encoder(tiles, self.config.encoder)}, tokens, places)
+        return Media({"images": processor.for_encoder(tiles, self.config.image.encoder)}, tokens, places)
 
     def _id(self, name: str, usual: str) -> int:
         token = getattr(self._backend, name, None) or usual
@@ -143,7 +143,7 @@ _EDGES = {"start": "<img>", "end": "</img>"}
 
 def layout(config: InternVLConfig, folder: Path) -> InternVLLayout:
     """The layout of a model in a folder with its tokenizer and its processors' settings."""
-    tokenizer, side = ChatTokenizer.load(folder), config.encoder.image_size
+    tokenizer, side = ChatTokenizer.load(folder), config.image.encoder.image_size
     if config.family == ORIGINAL:
         # Its preprocessor_config.json is a CLIP's that nothing in its own code reads.
         tiles = ImageProcessor("GotOcr2ImageProcessor", (side, side), mean=IMAGE_MEAN, std=IMAGE_STD)
@@ -172,17 +172,14 @@ def _read_hub(options: Options, what: str) -> InternVLConfig:
     options.only("vision_feature_select_strategy", "default")
     options.skip("image_seq_length", "bos_token_id", "eos_token_id", "pad_token_id")
     encoder = _read_tower(options.part("vision_config"), HUB, what)
+    projector = PixelShuffleProjectorConfig(
+        output_size=llm.hidden_size,
+        factor=_factor(options),
+        activation=read_activation(options, "projector_hidden_act") if "projector_hidden_act" in options else "gelu",
+    )
     read = InternVLConfig(
-        encoder=encoder,
-        projector=PixelShuffleProjectorConfig(
-            output_size=llm.hidden_size,
-            factor=_factor(options),
-            activation=read_activation(options, "projector_hidden_act")
-            if "projector_hidden_act" in options
-            else "gelu",
-        ),
+        inputs={"image": Branch(encoder, projector, _connection(options, "vision_feature_layer", encoder))},
         llm=llm,
-        connection=_connection(options, "vision_feature_layer", encoder),
         image_token_id=options.id("image_token_id", 151667),
     )
     options.done()
@@ -205,13 +202,10 @@ def _read_original(options: Options, what: str) -> InternVLConfig:
     tiles = options.size("min_dynamic_patch", 1), options.size("max_dynamic_patch", 6, most=MOST_TILES)
     options.skip("template", "use_thumbnail", "image_fold", "hidden_size", "system_message")
     options.skip("bos_token_id", "eos_token_id", "pad_token_id")
+    projector = PixelShuffleProjectorConfig(llm.hidden_size, _factor(options), options.only("ps_version", "v1", "v2"))
     read = InternVLConfig(
-        encoder=encoder,
-        projector=PixelShuffleProjectorConfig(
-            llm.hidden_size, _factor(options), options.only("ps_version", "v1", "v2")
-        ),
+        inputs={"image": Branch(encoder, projector, _connection(options, "select_layer", encoder))},
         llm=llm,
-        connection=_connection(options, "select_layer", encoder),
         family=ORIGINAL,
         image_token_id=None,
         tile_range=tiles if cuts else (1, 1),
@@ -247,14 +241,14 @@ def _read_tower(values: dict, family: str, what: str) -> ViTConfig:
 
 def _tower(c: InternVLConfig) -> ViTConfig:
     """The tower as the family's own folders have it, so that one family's model can be written as the other's."""
-    return replace(c.encoder, family=_TOWERS[c.family], pooler="none" if c.family == HUB else "token")
+    return replace(c.image.encoder, family=_TOWERS[c.family], pooler="none" if c.family == HUB else "token")
 
 
 def to_hf_config(config: InternVLConfig) -> dict:
     """The reverse; refuses switches that the family does not have."""
     c = config
     vision, text = internvit.to_hf_config(_tower(c)), write_llm(c.llm, "an InternVL")
-    layer, ratio = c.connection.layers, 1 / c.projector.factor
+    layer, ratio = c.image.connection.layers, 1 / c.image.projector.factor
     layer = -1 if layer is None else layer[0] if len(layer) == 1 else list(layer)
     written = dict(architectures=[c.family], model_type=model_type(c.family), downsample_ratio=ratio)
     if c.family == HUB:
@@ -264,7 +258,7 @@ def to_hf_config(config: InternVLConfig) -> dict:
             tie_word_embeddings=c.llm.tie_word_embeddings,
             image_token_id=c.image_token_id,
             image_seq_length=c.media_tokens,
-            projector_hidden_act=write_activation(c.projector.activation),
+            projector_hidden_act=write_activation(c.image.projector.activation),
             vision_feature_layer=layer,
             vision_feature_select_strategy="default",
         )
@@ -274,9 +268,9 @@ def to_hf_config(config: InternVLConfig) -> dict:
             vision_config=vision,
             llm_config=text,
             tie_word_embeddings=c.llm.tie_word_embeddings,
-            force_image_size=c.encoder.image_size,
+            force_image_size=c.image.encoder.image_size,
             select_layer=layer,
-            ps_version=c.projector.version,
+            ps_version=c.image.projector.version,
             dynamic_image_size=most > 1,
             use_thumbnail=most > 1,
             min_dynamic_patch=least,
@@ -287,8 +281,9 @@ def to_hf_config(config: InternVLConfig) -> dict:
 
 def _facts(c: InternVLConfig) -> dict:
     """What a config.json has to say of the whole; the parts have seen to themselves, other files say the rest."""
-    return stored_fields(c, "encoder", "llm", "projector", "image_token_id", "tile_range") | dict(
-        projector=stored_fields(c.projector),
+    return stored_fields(c, "inputs", "llm", "image_token_id", "tile_range") | dict(
+        connection=c.image.connection,
+        projector=stored_fields(c.image.projector),
         image_token_id=c.image_token_id if c.family == HUB else None,
     )
 
@@ -298,17 +293,17 @@ def table(config: InternVLConfig) -> Table:
     hub = c.family == HUB
     tower, llm = internvit.table(_tower(c)), llm_table(c.llm, "an InternVL")
     vision = "vision_tower." if hub else "vision_model."
-    weights = [*nested(tower, vision, "encoder/"), *nested(llm, "language_model.", "llm/")]
+    weights = [*nested(tower, vision, "encoder_image/"), *nested(llm, "language_model.", "llm/")]
     prefix, norm, first, second = (
         ("multi_modal_projector", "layer_norm", "linear_1", "linear_2") if hub else ("mlp1", "0", "1", "3")
     )
     weights += [
-        Weight(f"{prefix}.{norm}.weight", "projector/norm/scale"),
-        Weight(f"{prefix}.{norm}.bias", "projector/norm/bias"),
+        Weight(f"{prefix}.{norm}.weight", "projector_image/norm/scale"),
+        Weight(f"{prefix}.{norm}.bias", "projector_image/norm/bias"),
     ]
     for name, path in ((first, "linear_1"), (second, "linear_2")):
-        weights.append(Weight(f"{prefix}.{name}.weight", f"projector/{path}/kernel", "o i -> i o"))
-        weights.append(Weight(f"{prefix}.{name}.bias", f"projector/{path}/bias"))
+        weights.append(Weight(f"{prefix}.{name}.weight", f"projector_image/{path}/kernel", "o i -> i o"))
+        weights.append(Weight(f"{prefix}.{name}.bias", f"projector_image/{path}/bias"))
     spellings = (
         (r"^model\.(vision_tower|multi_modal_projector)\.", r"\1."),
         (r"^model\.language_model\.", "language_model.model."),

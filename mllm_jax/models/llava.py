@@ -24,7 +24,7 @@ from mllm_jax.encoders.vit import ViTConfig
 from mllm_jax.errors import ConfigError
 from mllm_jax.layers.requirements import Requirements
 from mllm_jax.models.clip import CLIP_MEAN, CLIP_STD
-from mllm_jax.models.multimodal import Connection, MultimodalConfig
+from mllm_jax.models.multimodal import Branch, Connection, MultimodalConfig
 from mllm_jax.models.parts import home, llm_table, read_llm, write_llm
 from mllm_jax.projectors.mlp import MLPProjectorConfig
 
@@ -68,12 +68,12 @@ class LlavaConfig(MultimodalConfig):
             "change resolutions or newline, or family",
         )
         require(
-            not tiled or self.media_tokens == self.encoder.grid**2,
+            not tiled or self.media_tokens == self.image.encoder.grid**2,
             "tiles whose class token is read: vision_feature_select_strategy 'full'",
             "tiles whose features are a grid: strategy 'default' for a tower with a class token",
             "leave out connection.class_token",
         )
-        side = self.encoder.image_size
+        side = self.image.encoder.image_size
         require(
             not any(length % side for resolution in self.resolutions for length in resolution),
             f"resolutions {self.resolutions} for tiles of {side}",
@@ -91,7 +91,7 @@ def _places(c: LlavaConfig, size: tuple[int, int]) -> Places:
     """Of a picture of that size that is cut into tiles."""
     target = best_resolution(size, c.resolutions)
     rounds = c.preprocessing == "hub"
-    return anyres_places(size, target, c.encoder.image_size, c.encoder.grid, c.max_tiles, rounds)
+    return anyres_places(size, target, c.image.encoder.image_size, c.image.encoder.grid, c.max_tiles, rounds)
 
 
 # ---- pictures
@@ -109,9 +109,9 @@ class LlavaLayout(TileLayout):
     """
 
     def __init__(self, config: LlavaConfig, pictures: ImageProcessor, frames: ImageProcessor | None = None):
-        side = config.encoder.image_size
+        side = config.image.encoder.image_size
         if config.preprocessing == "original" and config.family == LLAVA:
-            mean = pictures.mean or config.encoder.image_mean
+            mean = pictures.mean or config.image.encoder.image_mean
             pictures = replace(pictures, background=tuple(int(x * 255) for x in mean))
         for processor in filter(None, (pictures, frames)):
             made = {processor.output_size(*size) for size in ((side, 2 * side), (2 * side, side))}
@@ -140,18 +140,19 @@ class LlavaLayout(TileLayout):
         """LLaVA-OneVision makes one tile of each of several."""
         if self.config.family != ONEVISION or len(pictures) == 1:
             return super().images(pictures)
-        places = tile_places(self.config.encoder.grid)
+        places = tile_places(self.config.image.encoder.grid)
         return [self._media(self.pictures.prepare(picture)[None], places) for picture in pictures]
 
     def video(self, frames: np.ndarray) -> Media:
         """Each frame a tile, whose features are resized to half the sides."""
         tiles = np.stack([self.frames.prepare(frame) for frame in frames])
-        return self._media(tiles, video_places(len(frames), self.config.encoder.grid), self.frames, self.video_token)
+        places = video_places(len(frames), self.config.image.encoder.grid)
+        return self._media(tiles, places, self.frames, self.video_token)
 
     def _media(
         self, tiles: np.ndarray, where: Places, processor: ImageProcessor | None = None, token: int | None = None
     ) -> Media:
-        processor, encoder = processor or self.pictures, self.config.encoder
+        processor, encoder = processor or self.pictures, self.config.image.encoder
         on_device = (1 / 255, tuple(encoder.image_mean), tuple(encoder.image_std))
         if (processor.rescale_factor, processor.mean, processor.std) != on_device:
             tiles = processor.normalise(tiles)
@@ -195,20 +196,15 @@ def from_hf_config(values: dict) -> LlavaConfig:
             "'full': without a class token 'default' would drop a patch",
             "convert another checkpoint, or mend its config.json",
         )
+    projector = MLPProjectorConfig(
+        output_size=llm.hidden_size,
+        activation=read_activation(options, "projector_hidden_act") if "projector_hidden_act" in options else "gelu",
+        use_bias=options.flag("multimodal_projector_bias", True),
+    )
+    connection = Connection(_existing(layers, encoder, what), class_token=keeps == "full" and encoder.class_token)
     read = dict(
-        encoder=encoder,
-        projector=MLPProjectorConfig(
-            output_size=llm.hidden_size,
-            activation=read_activation(options, "projector_hidden_act")
-            if "projector_hidden_act" in options
-            else "gelu",
-            use_bias=options.flag("multimodal_projector_bias", True),
-        ),
+        inputs={"image": Branch(encoder, projector, connection)},
         llm=llm,
-        connection=Connection(
-            layers=_existing(layers, encoder, what),
-            class_token=keeps == "full" and encoder.class_token,
-        ),
         image_token_id=options.id(
             "image_token_index", options.id("image_token_id", 151646 if family == ONEVISION else 32000)
         ),
@@ -261,17 +257,17 @@ def _read_tower(values: dict, what: str) -> ViTConfig:
 
 def to_hf_config(config: LlavaConfig) -> dict:
     """The reverse; refuses switches that the family does not have."""
-    layers, llm = config.connection.layers, config.llm
-    full = config.connection.class_token or not config.encoder.class_token
+    layers, llm = config.image.connection.layers, config.llm
+    full = config.image.connection.class_token or not config.image.encoder.class_token
     written = dict(
         architectures=[config.family],
         model_type=model_type(config.family),
-        vision_config=_tower(config.encoder).to_hf_config(config.encoder),
+        vision_config=_tower(config.image.encoder).to_hf_config(config.image.encoder),
         text_config=write_llm(llm, "a LLaVA"),
         tie_word_embeddings=llm.tie_word_embeddings,
         image_token_index=config.image_token_id,
-        projector_hidden_act=write_activation(config.projector.activation),
-        multimodal_projector_bias=config.projector.use_bias,
+        projector_hidden_act=write_activation(config.image.projector.activation),
+        multimodal_projector_bias=config.image.projector.use_bias,
         vision_feature_layer=layers[0] if layers and len(layers) == 1 else layers and list(layers),
         vision_feature_select_strategy="full" if full else "default",
     )
@@ -286,9 +282,9 @@ def to_hf_config(config: LlavaConfig) -> dict:
 
 def _facts(c: LlavaConfig) -> dict:
     """What a config.json has to say of the whole; the parts have seen to themselves."""
-    p = c.projector
+    p = c.image.projector
     projector = stored_fields(p, "hidden_size") | dict(hidden_size=p.hidden_size or p.output_size)
-    return stored_fields(c, "encoder", "llm", "preprocessing") | dict(projector=projector)
+    return stored_fields(c, "inputs", "llm", "preprocessing") | dict(connection=c.image.connection, projector=projector)
 
 
 def _tower(encoder: ViTConfig):
@@ -300,13 +296,13 @@ def _tower(encoder: ViTConfig):
 
 
 def table(config: LlavaConfig) -> Table:
-    tower = _tower(config.encoder).table(config.encoder)
+    tower = _tower(config.image.encoder).table(config.image.encoder)
     llm = llm_table(config.llm, "a LLaVA")
-    weights = list(nested(tower, "vision_tower.", "encoder/") + nested(llm, "language_model.", "llm/"))
-    for layer in range(1, config.projector.num_layers + 1):
-        hub, ours = f"multi_modal_projector.linear_{layer}", f"projector/linear_{layer}"
+    weights = list(nested(tower, "vision_tower.", "encoder_image/") + nested(llm, "language_model.", "llm/"))
+    for layer in range(1, config.image.projector.num_layers + 1):
+        hub, ours = f"multi_modal_projector.linear_{layer}", f"projector_image/linear_{layer}"
         weights.append(Weight(f"{hub}.weight", f"{ours}/kernel", "o i -> i o"))
-        if config.projector.use_bias:
+        if config.image.projector.use_bias:
             weights.append(Weight(f"{hub}.bias", f"{ours}/bias"))
     if config.newline:
         weights.append(Weight("image_newline", "newline"))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, is_dataclass, replace
 from typing import Any
 
 import jax
@@ -10,34 +11,17 @@ import jax.numpy as jnp
 from einops import rearrange
 from flax import linen as nn
 from flax import struct
+from flax.core import FrozenDict
 
-from mllm_jax.data.batch import ROW, SLOTS, ArraySpec, BatchSpec, images_spec, instruction_spec, target_spec, text_spec
-from mllm_jax.encoders.text import TextTowerConfig
+from mllm_jax.data.batch import ArraySpec, BatchSpec, target_spec, text_spec
 from mllm_jax.encoders.vit import select_layers
 from mllm_jax.errors import ConfigError
 from mllm_jax.layers.context_gather import take_along_rows
 from mllm_jax.layers.head import HeadInputs
 from mllm_jax.layers.pixels import normalise_pixels
-from mllm_jax.models.caption_row import caption_row
-from mllm_jax.models.contrastive import ContrastiveConfig
-from mllm_jax.projectors.pformer import PFormerConfig
+from mllm_jax.models.branch import ARRAYS, KINDS, Branch, array_name
+from mllm_jax.models.branch import Connection as Connection
 from mllm_jax.sharding.logical import constrain, part_of_model, split_sizes
-
-INSTRUCTION = 128  # the most tokens of one in training: max_txt_len in LAVIS' configs
-
-
-@dataclass(frozen=True)
-class Connection:
-    """Which of the encoder's features the projector reads.
-
-    Attributes:
-        layers: hidden states, side by side when there are several: 0 is what entered the first layer, -1 what left the
-            last. None: the encoder's last hidden state, behind its final norm.
-        class_token: whether vectors that stand for the whole picture are read too.
-    """
-
-    layers: tuple[int, ...] | None = None
-    class_token: bool = False
 
 
 @dataclass(frozen=True)
@@ -45,66 +29,72 @@ class MultimodalConfig:
     """The parts' configs and what joins them. A named model is a subclass that adds what its config.json says.
 
     Attributes:
-        encoder: of one size of pictures, or of packed patches, which come out merged and projected.
-        projector: None for an encoder of packed patches.
+        inputs: a branch for each modality that the LLM reads, such as {"image": Branch(encoder, projector)}. In a row
+            their media tokens follow each other in this order.
         llm: a decoder or an encoder-decoder, which reads media in its encoder.
-        newline: a learned vector that stands in the text where a row of patches ends (LLaVA-NeXT); it is the media
-            token behind all others of a row.
-        text_tower, contrastive: both or neither; they serve the contrastive stage only.
-        prompter: a P-Former, which serves the stage that draws a picture's media tokens to its caption's prompts.
+        newline: a learned vector that stands in the text where a row of patches ends (LLaVA-NeXT). Its token follows
+            the other media tokens of the row.
         family: None, or the Hugging Face architecture that it is written as.
     """
 
-    encoder: Any
-    projector: Any
+    inputs: Mapping[str, Branch]
     llm: Any
-    connection: Connection = Connection()
     newline: bool = False
-    text_tower: TextTowerConfig | None = None
-    contrastive: ContrastiveConfig | None = None
-    prompter: PFormerConfig | None = None
     family: str | None = None
 
     def __post_init__(self):
-        if (self.text_tower is None) != (self.contrastive is None):
+        object.__setattr__(self, "inputs", FrozenDict(self.inputs))
+        if self.family is not None and set(self.inputs) != {"image"}:
             raise ConfigError(
-                "a text tower without contrastive heads, or the reverse", "both or neither", "add or drop"
+                f"{self.family} with inputs {sorted(self.inputs)}", "images", "compose a MultimodalConfig instead"
             )
-        if self.packed != (self.projector is None):
-            raise ConfigError(
-                f"encoder {type(self.encoder).__name__} with projector {type(self.projector).__name__}",
-                "a projector for an encoder of whole pictures, and None for one of packed patches, which projects",
-                "change the projector",
-            )
-        where, width = ("encoder", self.encoder) if self.packed else ("projector", self.projector)
-        if width.output_size != self.llm.hidden_size:
-            raise ConfigError(
-                f"{where}.output_size {width.output_size}",
-                f"the LLM's hidden_size {self.llm.hidden_size}",
-                "make the two equal",
-            )
-        if not self.packed:
-            self.media_tokens  # noqa: B018 - refuses a grid that the projector cannot divide
-        if self.prompter is not None:
-            self._check_prompts()
+        for modality in self.inputs:
+            self.branch(modality).check(self.llm.hidden_size)
 
-    def _check_prompts(self):
-        """Each media token is compared with the prompt in its place."""
-        made = (self.prompter.num_queries, self.prompter.output_size)
-        media = ("any number" if self.packed else self.media_tokens, self.llm.hidden_size)
-        if made != media:
+    def branch(self, modality: str) -> Branch:
+        """The branch of a modality, with the parts of other branches that it shares.
+
+        Raises:
+            ConfigError: the model does not read this modality, or a branch that shares a part which another one shares
+                itself, or that does not exist.
+        """
+        if modality not in self.inputs:
             raise ConfigError(
-                "a prompter of {} prompts of width {}".format(*made),
-                "as many as a picture has media tokens, in the LLM's width: {} of {}".format(*media),
-                "change num_queries or output_size of the prompter or the projector"
-                if not self.packed
-                else "leave the prompter out: pictures of any size have no fixed number of media tokens",
+                f"{modality}s for a model that reads {', '.join(self.inputs) or 'text'}",
+                f"a branch inputs[{modality!r}]",
+                "take a model that reads them",
             )
+        own = self.inputs[modality]
+        return replace(own, **{kind: getattr(self.inputs[self._owner(kind, modality)], kind) for kind in KINDS})
+
+    def _owner(self, kind: str, modality: str) -> str:
+        """The modality under whose name a branch's part is kept."""
+        part = getattr(self.inputs[modality], kind)
+        if not isinstance(part, str):
+            return modality
+        other = self.inputs.get(part)
+        if other is None or isinstance(getattr(other, kind), str):
+            raise ConfigError(
+                f"inputs[{modality!r}].{kind}={part!r}",
+                f"the modality of a branch with a {kind} of its own",
+                f"name one of {', '.join(self.inputs)}",
+            )
+        return part
 
     @property
-    def packed(self) -> bool:
-        """Whether the encoder reads patches of pictures of any size, packed in rows, instead of tiles of one size."""
-        return getattr(self.encoder, "packed", False)
+    def image(self) -> Branch:
+        """The branch of images. Raises ConfigError: the model reads none."""
+        return self.branch("image")
+
+    def with_branch(self, modality: str, **changes: Any) -> MultimodalConfig:
+        """The same model with changes to one branch, such as another projector."""
+        return replace(self, inputs={**self.inputs, modality: replace(self.branch(modality), **changes)})
+
+    @property
+    def parts(self) -> dict[str, Any]:
+        """Each part's config by the name of its parameters, such as encoder_image."""
+        found = {f"{kind}_{m}": getattr(b, kind) for kind in KINDS for m, b in self.inputs.items()}
+        return {name: part for name, part in found.items() if is_dataclass(part)} | {"llm": self.llm}
 
     @property
     def encoder_decoder(self) -> bool:
@@ -113,26 +103,13 @@ class MultimodalConfig:
 
     @property
     def media_tokens(self) -> int:
-        """Tokens that one picture, or tile of one, takes in the LLM's row."""
-        kept = self.connection.class_token and self.encoder.class_token
-        if kept and getattr(self.projector, "needs_grid", False):
-            raise ConfigError(
-                f"connection.class_token with projector {type(self.projector).__name__}, which reads squares",
-                "patches alone",
-                "leave out the class token, or change the projector",
-            )
-        return self.projector.num_tokens(self.encoder.grid) + int(kept and self.projector.pointwise)
+        """Tokens that one image, or tile of one, takes in the LLM's row."""
+        return self.image.tokens
 
     @property
     def vocab_sizes(self) -> dict[str, int]:
         """How many tokens each embedding holds, by its place in an experiment."""
-        parts = {name: getattr(self, name) for name in ("llm", "text_tower", "prompter")}
-        return {f"model.{name}.vocab_size": part.vocab_size for name, part in parts.items() if part is not None}
-
-    @property
-    def captions(self) -> int | None:
-        """The most captions that contrastive training may give a picture; None: there are no heads for any."""
-        return self.contrastive and self.contrastive.captions
+        return {"model.llm.vocab_size": self.llm.vocab_size}
 
     @property
     def dtype(self) -> str:
@@ -141,43 +118,35 @@ class MultimodalConfig:
 
     def with_dtype(self, dtype: str) -> MultimodalConfig:
         """The same model with every part computing in `dtype`."""
-        parts = {name: getattr(self, name) for name in ("encoder", "projector", "llm", "text_tower", "prompter")}
-        return replace(self, **{name: replace(part, dtype=dtype) for name, part in parts.items() if part is not None})
+        inputs = {modality: branch.with_dtype(dtype) for modality, branch in self.inputs.items()}
+        return replace(self, inputs=inputs, llm=replace(self.llm, dtype=dtype))
 
     @property
     def image_size(self) -> int:
         """Side of the images that a batch holds."""
-        return self.encoder.image_size
+        return self.image.encoder.image_size
 
     @property
     def neighbours(self) -> int:
         """The most media tokens whose weighted sum stands at one position."""
         return 1
 
-    def batch_spec(self, rows: int = 1, length: int = 8, slots: int | None = None) -> BatchSpec:
+    def batch_spec(self, rows: int = 1, length: int = 8, slots: Mapping[str, int] | None = None) -> BatchSpec:
         """The arrays of a batch.
 
         Args:
-            slots: of a row: tiles, or patches of an encoder that packs them; None: the fewest that hold an image.
+            slots: of a row, by modality: tiles, or patches of an encoder that packs them; None: the fewest that hold
+                a medium of each.
         """
-        slots = (self.encoder.merge_unit if self.packed else 1) if slots is None else slots
+        branches = {modality: self.branch(modality) for modality in self.inputs}
+        if slots is None:
+            slots = {m: b.encoder.merge_unit if b.packed else 1 for m, b in branches.items()}
         spec = text_spec(rows, length, width=self.neighbours, axes=self.position_axes)
         if self.encoder_decoder:
             spec |= target_spec(rows, length)
-        if not slots:
-            return spec
-        media = (rows, slots)
-        if self.packed:
-            spec |= dict(
-                patches=ArraySpec((*media, self.encoder.patch_values), "float32", axes=(ROW, SLOTS)),
-                patch_segments=ArraySpec(media, axes=(ROW, SLOTS)),
-                patch_coordinates=ArraySpec((*media, 2), axes=(ROW, SLOTS)),
-                patch_grids=ArraySpec((*media, 2), axes=(ROW, SLOTS)),
-            )
-        else:
-            spec |= images_spec(rows, slots, self.encoder.image_size)
-        if self.instruction_length:
-            spec |= instruction_spec(rows, slots, self.instruction_length)
+        for modality, count in slots.items():
+            if count:
+                spec |= self.branch(modality).batch_spec(modality, rows, count)
         return spec
 
     def target_spec(self, rows: int, length: int) -> BatchSpec:
@@ -191,8 +160,8 @@ class MultimodalConfig:
 
     @property
     def instruction_length(self) -> int:
-        """Tokens of an instruction that the projector reads in training; 0: it reads none."""
-        return min(INSTRUCTION, self.projector.max_length) if getattr(self.projector, "reads_text", False) else 0
+        """Tokens of an instruction that the projector of images reads in training; 0: it reads none."""
+        return self.image.instruction_length
 
     def make(self) -> Multimodal:
         return Multimodal(self)
@@ -225,83 +194,74 @@ class MultimodalOutput:
     cache: Any = None
 
 
-@struct.dataclass
-class GuidedMedia:
-    """Pictures and what a P-Former makes of their captions.
-
-    Attributes:
-        media, prompts: dtype[B, T, E], of each row's picture and of its caption.
-        row: media and captions as the LLM reads them; see `caption_row`.
-    """
-
-    media: jax.Array
-    prompts: jax.Array
-    row: dict
-
-
 class Multimodal(nn.Module):
-    """One batch of packed rows to logits; also the two towers for contrastive training."""
+    """One batch of packed rows to logits."""
 
     config: MultimodalConfig
 
     def setup(self):
         c = self.config
-        self.encoder = c.encoder.make()
+        own = {kind: {m: getattr(b, kind) for m, b in c.inputs.items()} for kind in KINDS}
+        made = {kind: {m: p.make() for m, p in parts.items() if is_dataclass(p)} for kind, parts in own.items()}
+        self.encoder, self.projector = (made[kind] for kind in KINDS)
         self.llm = c.llm.make()
-        if c.projector is not None:
-            self.projector = c.projector.make()
         if c.newline:
             init = nn.with_logical_partitioning(nn.initializers.normal(0.02), ("embed",))
             self.newline = self.param("newline", init, (c.llm.hidden_size,), jnp.float32)
-        if c.contrastive is not None:
-            self.text_tower = c.text_tower.make()
-            self.contrastive = c.contrastive.make()
-        if c.prompter is not None:
-            self.prompter = c.prompter.make()
 
     def encode_media(self, batch) -> MediaTokens | None:
         """The media of a batch as the LLM reads them; None where it has none.
 
         Args:
-            batch: `images` uint8[B, M, H, W, 3], or float where they are normalised already, with `query_tokens` and
-                `query_segments` int[B, M, L] for a projector that reads text; or `features` dtype[B, M, P, E] that
-                `encode_images` gave before; or `patches` [B, N, D] with
-                `patch_segments`, `patch_coordinates` and `patch_grids` as `QwenViT` takes them; or `media`
-                dtype[B, N, E], encoded before; or none of these.
+            batch: of images `images` uint8[B, M, H, W, 3], or float where they are normalised already, with
+                `query_tokens` and `query_segments` int[B, M, L] for a projector that reads text; or `features`
+                dtype[B, M, P, E] that `encode_images` gave before; or `patches` [B, N, D] with `patch_segments`,
+                `patch_coordinates` and `patch_grids` as `QwenViT` takes them. Of another modality the same with its
+                name in front, such as `video_images`. Or `media` dtype[B, N, E], encoded before; or none of these.
         """
         if "media" in batch:
             return MediaTokens(batch["media"])
-        if "patches" in batch:
-            where = (batch[f"patch_{name}"] for name in ("segments", "coordinates", "grids"))
-            out = self.encoder(batch["patches"], *where)
+        found = [self._encode(modality, batch) for modality in self.config.inputs]
+        return _side_by_side([media for media in found if media is not None])
+
+    def _encode(self, modality: str, batch) -> MediaTokens | None:
+        """The media of one branch."""
+        here = {name: batch[key] for name in ARRAYS if (key := array_name(modality, name)) in batch}
+        if "patches" in here:
+            where = (here[f"patch_{name}"] for name in ("segments", "coordinates", "grids"))
+            out = self._part("encoder", modality)(here["patches"], *where)
             return MediaTokens(out.pooler_output, out.deepstack_features)
-        if "images" not in batch and "features" not in batch:
+        if "images" not in here and "features" not in here:
             return None
-        given = "features" if "features" in batch else "images"
-        # One picture after the other, so ordered that each device's are those of its own rows and slots.
-        sizes = dict(zip("rs", split_sizes(("batch", "slots"), batch[given].shape[:2]), strict=True))
+        given = "features" if "features" in here else "images"
+        # One image after the other, so ordered that each device's are those of its own rows and slots.
+        sizes = dict(zip("rs", split_sizes(("batch", "slots"), here[given].shape[:2]), strict=True))
         names = (given, "query_tokens", "query_segments")
-        flat = [rearrange(batch[n], "(r b) (s m) ... -> (r s b m) ...", **sizes) for n in names if n in batch]
-        features = flat[0] if given == "features" else self._features(flat[0])
-        media = self.projector(features, *flat[1:])
-        slots = batch[given].shape[1] // sizes["s"]
+        flat = [rearrange(here[n], "(r b) (s m) ... -> (r s b m) ...", **sizes) for n in names if n in here]
+        features = flat[0] if given == "features" else self._features(flat[0], modality)
+        media = self._part("projector", modality)(features, *flat[1:])
+        slots = here[given].shape[1] // sizes["s"]
         return MediaTokens(rearrange(media, "(r s b m) t e -> (r b) (s m t) e", m=slots, **sizes))
 
     def encode_images(self, batch):
         """The features that the projector reads: dtype[B * M, P, E] of `images` [B, M, H, W, 3]."""
         return self._features(rearrange(batch["images"], "b m h w c -> (b m) h w c"))
 
-    def _features(self, images):
+    def _features(self, images, modality: str = "image"):
         """[N, H, W, 3] -> dtype[N, P, E]"""
-        c = self.config
-        pixels = normalise_pixels(images, self.config.encoder) if images.dtype == jnp.uint8 else images
-        with part_of_model("encoder"):
+        branch, encoder = self.config.branch(modality), self._part("encoder", modality)
+        pixels = normalise_pixels(images, branch.encoder) if images.dtype == jnp.uint8 else images
+        with part_of_model(encoder.name):
             pixels = constrain(pixels, "batch", None, None, None)  # before the tower's first layer, which is no block
-        chosen, keep = c.connection.layers, c.connection.class_token
+        chosen, keep = branch.connection.layers, branch.connection.class_token
         if chosen is not None:
-            return select_layers(self.encoder(pixels, output_hidden_states=True), chosen, keep)
-        out = self.encoder(pixels)
+            return select_layers(encoder(pixels, output_hidden_states=True), chosen, keep)
+        out = encoder(pixels)
         return out.last_hidden_state if keep else out.last_hidden_state[:, out.class_tokens :]
+
+    def _part(self, kind: str, modality: str) -> nn.Module:
+        """The module of a branch's part, its own or the one that it shares."""
+        return getattr(self, kind)[self.config._owner(kind, modality)]
 
     def merge(self, tokens, media, media_index, media_weights=None):
         """Media tokens in the places of the text that ask for them: a gather inside each row.
@@ -372,36 +332,19 @@ class Multimodal(nn.Module):
         """One more token of each row, int[B, 1]: (float32[B, 1, V], cache)."""
         return self.llm(tokens, cache=cache)
 
-    def embed_pairs(self, batch):
-        """The captions of each row and what they describe of its first picture, as unit vectors.
-
-        A caption stands in the row as a segment of its own. `media_index` at its first token names the media token
-        that it describes, -1 the whole picture.
-
-        Returns:
-            float32[B, C, P] of pictures or their places, float32[B, C, P] of captions, scale, bias; C is
-            `contrastive.captions`.
-        """
-        vision = self.encoder(normalise_pixels(batch["images"][:, 0], self.config.encoder))
-        count = self.config.contrastive.captions
-        text = self.text_tower(batch["tokens"], batch["positions"], batch["segments"], count)
-        first = (batch["segments"][:, None] == jnp.arange(1, count + 1)[None, :, None]).argmax(axis=-1)
-        place = jnp.take_along_axis(batch["media_index"], first, axis=1)
-        return self.contrastive(vision, place, text)
-
-    def guide(self, batch) -> GuidedMedia:
-        """A picture and its caption, which are tokens and segments int[B, L], in each row; see `PromptGuided`."""
-        media, caption = self.encode_media(batch).tokens, (batch["tokens"], batch["segments"])
-        return GuidedMedia(media, self.prompter(*caption), caption_row(self.config.llm, media, *caption))
-
     def touch(self, batch):
         """Runs every part once: what `init` traces so that all parameters exist."""
-        out = self(batch)
-        if self.config.contrastive is not None:
-            self.embed_pairs(batch)
-        if self.config.prompter is not None:
-            self.prompter(*(batch[name][:, : self.config.prompter.max_length] for name in ("tokens", "segments")))
-        return out
+        return self(batch)
+
+
+def _side_by_side(media: Sequence[MediaTokens]) -> MediaTokens | None:
+    """The media of several branches, one after the other; what one adds after layers is 0 for the others."""
+    if len(media) < 2:
+        return media[0] if media else None
+    layers = range(max(len(m.deepstack) for m in media))
+    added = [[m.deepstack[layer] if m.deepstack else 0 * m.tokens for m in media] for layer in layers]
+    tokens = jnp.concatenate([m.tokens for m in media], axis=1)
+    return MediaTokens(tokens, tuple(jnp.concatenate(each, axis=1) for each in added))
 
 
 def _placed(media, index, weights, newline=None):

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 from flax import linen as nn
 from jax.sharding import Mesh
 
+from mllm_jax.errors import ConfigError
 from mllm_jax.models.registry import abstract_init
 from mllm_jax.sharding.logical import PartRules
 from mllm_jax.sharding.mesh import param_shardings
@@ -24,6 +26,24 @@ def placed_params(model: nn.Module, mesh: Mesh, parts: Sequence[PartRules] = ())
     return jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), nn.meta.unbox(boxed), shardings
     )
+
+
+def placed_together(configs: Sequence[Any], mesh: Mesh, parts: Sequence[PartRules] = ()) -> dict:
+    """The same of several compositions, which share the parts of one name.
+
+    Raises:
+        ConfigError: parameters of one name and of different shapes.
+    """
+    placed: dict = {}
+    for config in configs:
+        for name, part in placed_params(config.make(), mesh, parts).items():
+            if part != placed.setdefault(name, part):
+                raise ConfigError(
+                    f"{name!r} of a {type(config).__name__}, with other shapes than in the compositions before it",
+                    "equal parts under one name",
+                    "build both from one config, or give the stages runs of their own",
+                )
+    return placed
 
 
 def shardings_of(placed: dict) -> dict:

@@ -8,25 +8,24 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from mllm_jax.checkpoints.description import describe
-from mllm_jax.checkpoints.differences import differences
 from mllm_jax.checkpoints.run import RunFolder
 from mllm_jax.checkpoints.training import load_snapshot
 from mllm_jax.errors import CheckpointError, ConfigError
 from mllm_jax.models.params import shardings_of
-from mllm_jax.models.registry import from_pretrained, pretrained_config
-
-# How a part is started and computed; the parameters mean the same whatever these say.
-_FREE = ("dtype", "remat", "scan_unroll", "mimetic_init")
+from mllm_jax.models.part_names import part_differences
+from mllm_jax.models.registry import abstract_init, from_pretrained, pretrained_config
 
 
-def covers(source: Any, path: str) -> bool:
-    """Returns whether a parameter, by its path, begins with what the source holds."""
-    return source.part == "*" or path.partition("/")[0] == source.part
+def held_by(source: Any, experiment: Any) -> set[str]:
+    """The names of the parts, and of parameters beside them, that begin with what the source holds."""
+    if source.part != "*":
+        return {source.part}
+    config = experiment.model
+    return set(abstract_init(config.make(), config.batch_spec().empty(), method="touch"))
 
 
-def read_source(source: Any, model: Any, mesh: Mesh, wanted: dict) -> dict:
-    """Reads what a source holds of a model's config: {part: parameters}, or all parts of "*".
+def read_source(source: Any, experiment: Any, mesh: Mesh, wanted: dict) -> dict:
+    """Reads what a source holds for an experiment: {part: parameters}, or all parts of its model of "*".
 
     Args:
         wanted: nested ShapeDtypeStructs with shardings, of whole parts of the model.
@@ -36,8 +35,9 @@ def read_source(source: Any, model: Any, mesh: Mesh, wanted: dict) -> dict:
         CheckpointError: weights that are absent, damaged or of other shapes.
     """
     if source.part == "*":
-        return _from_model(source, model, mesh, wanted)
-    config, part = getattr(model, source.part), wanted[source.part]
+        held = {name: wanted[name] for name in held_by(source, experiment)}
+        return _from_model(source, experiment.model, mesh, held)
+    config, part = experiment.parts[source.part], wanted[source.part]
     read = _from_model(source, config, mesh, part) if source.stage is None else _from_run(source, config, part)
     return {source.part: read}
 
@@ -61,7 +61,7 @@ def _from_model(source: Any, config: Any, mesh: Mesh, wanted: dict) -> dict:
 
 
 def _from_run(source: Any, config: Any, wanted: dict) -> dict:
-    _require_same(source, config, getattr(RunFolder(Path(source.folder)).experiment().model, source.part))
+    _require_same(source, config, RunFolder(Path(source.folder)).experiment().parts.get(source.part))
     snapshot = snapshot_of(source)
     if not snapshot.is_dir():
         raise CheckpointError(
@@ -70,16 +70,8 @@ def _from_run(source: Any, config: Any, wanted: dict) -> dict:
     return load_snapshot(snapshot, {source.part: wanted}, whole=False)[0][source.part]
 
 
-def _binding(described: Any) -> Any:
-    """A described config without what is free, in its parts too."""
-    if not isinstance(described, dict):
-        return described
-    return {name: _binding(value) for name, value in described.items() if name not in _FREE}
-
-
 def _require_same(source: Any, ours: Any, theirs: Any) -> None:
-    left, right = (_binding(describe(config)) if config is not None else {} for config in (theirs, ours))
-    if changed := differences(left, right):
+    if changed := part_differences(theirs, ours):
         shown = "".join(f"\n  {line}" for line in changed[:10])
         name = "model" if source.part == "*" else f"model.{source.part}"
         raise ConfigError(

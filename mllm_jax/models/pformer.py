@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,7 +11,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax import struct
 
-from mllm_jax.data.batch import BatchSpec, text_spec
+from mllm_jax.data.batch import NO_MEDIA, BatchSpec, text_spec
 from mllm_jax.errors import ConfigError
 from mllm_jax.layers.head import HeadInputs
 from mllm_jax.layers.linear import Linear
@@ -26,8 +27,7 @@ class PFormerPretrainingConfig:
     """A P-Former and the LLM that it prompts, which learns nothing.
 
     Attributes:
-        prompter: it is the one that a composed model has in this place: what a run trained is read there as its part
-            "prompter".
+        prompter: what a run trained is read by `PromptGuidedConfig` as its part "prompter".
         llm: any LLM whose vocabulary is that of the captions.
         projection_size: width of the space in which captions are told apart.
         init_temperature: what similarities are divided by at the start; it is learnt.
@@ -52,9 +52,13 @@ class PFormerPretrainingConfig:
         return self.prompter.num_queries
 
     image_size = 1  # it reads no images
-    encoder_decoder = False
-    family = None
     encoder_decoder = False  # of the captions that it learns from, whatever its LLM is
+    family = None
+
+    @property
+    def parts(self) -> dict[str, Any]:
+        """Each part's config by the name of its parameters."""
+        return {"prompter": self.prompter, "llm": self.llm}
 
     @property
     def vocab_sizes(self) -> dict[str, int]:
@@ -70,7 +74,7 @@ class PFormerPretrainingConfig:
         """The same model with every part computing in `dtype`."""
         return replace(self, prompter=replace(self.prompter, dtype=dtype), llm=replace(self.llm, dtype=dtype))
 
-    def batch_spec(self, rows: int = 1, length: int = 8, slots: int = 0) -> BatchSpec:
+    def batch_spec(self, rows: int = 1, length: int = 8, slots: Mapping[str, int] = NO_MEDIA) -> BatchSpec:
         """The arrays of a batch: captions without images."""
         return text_spec(rows, min(length, self.prompter.max_length))
 

@@ -98,6 +98,10 @@ class Processor:
         )
         return cls(config, tokenizer, layout, system)
 
+    def of_composition(self, config: Any) -> Processor:
+        """The same processor for a composition that a stage trains, which reads the same texts and images."""
+        return Processor(config, self.tokenizer, self.layout, self.encoder.system)
+
     @staticmethod
     def family_of(config: Any) -> Family | None:
         """The family of a named model, which has a layout of its own; None of a model that is composed here."""
@@ -144,11 +148,11 @@ class Processor:
                 "make each question a record of its own",
             )
 
-    def spec(self, rows: int, length: int, slots: int) -> BatchSpec:
-        """The batch that rows of this length, with so many slots for media, are packed into."""
+    def spec(self, rows: int, length: int, slots: Mapping[str, int]) -> BatchSpec:
+        """The batch that rows of this length, with these slots for media by modality, are packed into."""
         return self.layout.spec(self.config.batch_spec(rows, length, slots))
 
-    def pack(self, rows: Sequence[Sequence[Encoded]], length: int, slots: int) -> dict[str, np.ndarray]:
+    def pack(self, rows: Sequence[Sequence[Encoded]], length: int, slots: Mapping[str, int]) -> dict[str, np.ndarray]:
         """The batch of rows of several examples each."""
         return assemble(rows, self.spec(len(rows), length, slots), self.layout, slots)
 
@@ -162,7 +166,7 @@ class Processor:
         audios: Sequence[Any] | None = None,
         *,
         answers: str | Sequence[str] | None = None,
-        slots: int | None = None,
+        slots: Mapping[str, int] | None = None,
         length: int | None = None,
     ) -> dict[str, np.ndarray]:
         """A batch of one text, or of a list of texts.
@@ -173,7 +177,7 @@ class Processor:
             images, videos: in the order of their positions, over all texts; or a list of lists, one for each text. An
                 image is uint8[H, W, 3], one of Pillow, a path or bytes; a video is a list of them, or an array.
             answers: one for each text; the batch is then one to train on.
-            slots: positions for media in each row, see the model's layout; None is what this batch needs.
+            slots: for media in each row, by modality, such as {"image": 2}; None is what this batch needs.
             length: of the rows; None is the longest text.
 
         Returns:
@@ -206,7 +210,7 @@ class Processor:
     def batch(
         self,
         encoded: Sequence[Encoded],
-        slots: int | None = None,
+        slots: Mapping[str, int] | None = None,
         length: int | None = None,
         *,
         learnt: bool = False,
@@ -222,13 +226,14 @@ class Processor:
                 "raise `length`, shorten the text or give it fewer pictures: media are never cut",
             )
         length = length or longest
-        slots = max(e.slots for e in encoded) if slots is None else slots
+        if slots is None:
+            slots = {m: max(e.slots.get(m, 0) for e in encoded) for m in {m: 0 for e in encoded for m in e.slots}}
         spec = self.spec(len(encoded), length, slots)
         if self.config.encoder_decoder:
             spec = spec | self.config.target_spec(len(encoded), max(len(e.target) for e in encoded))
             spec = spec.without("decoder_positions")  # one target a row: they count
         if read := [len(e.instruction) for e in encoded if e.instruction is not None]:
-            spec = spec | instruction_spec(len(encoded), slots, -(-max(read) // BUCKET) * BUCKET)
+            spec = spec | instruction_spec(len(encoded), slots["image"], -(-max(read) // BUCKET) * BUCKET)
         elif self.layout.instruction_length:
             spec = spec.without("query_tokens", "query_segments")
         if not learnt:
@@ -238,13 +243,13 @@ class Processor:
     def declared(self, batch: Mapping[str, np.ndarray]) -> BatchSpec:
         """The spec of a batch of these sizes that `batch` or `__call__` made."""
         rows, length = np.asarray(batch["tokens"]).shape
-        media = set(self.config.batch_spec()) & batch.keys() - set(self.config.batch_spec(slots=0))
-        slots = next((np.asarray(batch[name]).shape[1] for name in media), 0)
+        held = {m: batch.keys() & self.config.branch(m).batch_spec(m, 1, 1).keys() for m in self.config.inputs}
+        slots = {m: np.asarray(batch[min(names)]).shape[1] for m, names in held.items() if names}
         spec = self.spec(rows, length, slots)
         if "decoder_tokens" in batch:
             spec |= self.config.target_spec(rows, np.asarray(batch["decoder_tokens"]).shape[1])
         if "query_tokens" in batch:
-            spec |= instruction_spec(rows, slots, np.asarray(batch["query_tokens"]).shape[2])
+            spec |= instruction_spec(rows, slots["image"], np.asarray(batch["query_tokens"]).shape[2])
         return spec
 
     def prompt(self, messages: Sequence[Message], *, plain: bool = False) -> Encoded:
@@ -293,9 +298,10 @@ class Processor:
 def image_token(tokenizer: Words) -> int:
     """An id for images that nothing else in a row has.
 
+    Where the template writes all special tokens, one is added. No text has it and no embedding is read for it.
+
     Raises:
         DataError: no chat template, or one that refuses a question and its answer.
-        ConfigError: the template writes all special tokens.
     """
     special = {token: tokenizer.id_of(token) for token in tokenizer.special_tokens}
     if named := [special[name] for name in IMAGE_TOKENS if name in special]:
@@ -306,13 +312,7 @@ def image_token(tokenizer: Words) -> int:
     # Those with a meaning of their own come last; a row without a template's end has them nowhere else.
     meant = (*tokenizer.stop_ids, tokenizer.pad_token_id, tokenizer.bos_token_id)
     free.sort(key=lambda i: i in meant)
-    if not free:
-        raise ConfigError(
-            f"a tokenizer with no special token that its chat template leaves unused, of {sorted(special)}",
-            f"one that can stand for images, such as {IMAGE_TOKENS[0]}",
-            "add it to the tokenizer's files, or take another chat model's tokenizer",
-        )
-    return free[0]
+    return free[0] if free else tokenizer.add_placeholder(IMAGE_TOKENS[0])
 
 
 def _written(tokenizer: Words) -> set[int]:

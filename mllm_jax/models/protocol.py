@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 from flax import linen as nn
 
-from mllm_jax.data.batch import ArraySpec, BatchSpec, target_spec, text_spec
+from mllm_jax.data.batch import NO_MEDIA, ArraySpec, BatchSpec, target_spec, text_spec
 
 
 @runtime_checkable
@@ -30,11 +31,29 @@ class ModelConfig(Protocol):
     def media_tokens(self) -> int: ...
     @property
     def encoder_decoder(self) -> bool: ...
-    def batch_spec(self, rows: int = 1, length: int = 8, slots: int = 1) -> BatchSpec:
-        """The arrays of a batch; without arguments those that `init` needs to make every parameter."""
+    @property
+    def parts(self) -> Mapping[str, Any]:
+        """Each part's config by the name of its parameters, such as encoder_image."""
+        ...
+
+    def batch_spec(self, rows: int = 1, length: int = 8, slots: Mapping[str, int] = NO_MEDIA) -> BatchSpec:
+        """The arrays of a batch; without arguments those that `init` needs to make every parameter.
+
+        Args:
+            slots: for media in a row, by modality.
+        """
         ...
 
     def make(self) -> nn.Module: ...
+
+
+@runtime_checkable
+class WritesText(Protocol):
+    """The config of a model that can be asked for text."""
+
+    def target_spec(self, rows: int, length: int) -> BatchSpec:
+        """The arrays of what an encoder-decoder's decoder writes."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -48,6 +67,7 @@ class LanguageOnly:
     llm: Any
 
     image_size = media_tokens = instruction_length = 0
+    inputs: ClassVar[Mapping[str, Any]] = NO_MEDIA
 
     @property
     def family(self) -> str | None:
@@ -61,7 +81,12 @@ class LanguageOnly:
     def dtype(self) -> str:
         return self.llm.dtype
 
-    def batch_spec(self, rows: int = 1, length: int = 8, slots: int = 0) -> BatchSpec:
+    @property
+    def parts(self) -> dict[str, Any]:
+        """None by a name of their own: the parameters are those of the language model."""
+        return {}
+
+    def batch_spec(self, rows: int = 1, length: int = 8, slots: Mapping[str, int] = NO_MEDIA) -> BatchSpec:
         """The arrays of a batch of text."""
         return text_spec(rows, length)
 

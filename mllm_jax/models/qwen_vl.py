@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from mllm_jax.errors import ConfigError, DataError
 from mllm_jax.layers.requirements import Requirements
 from mllm_jax.llms import qwen
 from mllm_jax.llms.decoder import DecoderConfig
-from mllm_jax.models.multimodal import MultimodalConfig
+from mllm_jax.models.multimodal import Branch, MultimodalConfig
 
 QWEN2, QWEN25, QWEN3 = (f"Qwen{number}VLForConditionalGeneration" for number in ("2", "2_5_", "3"))
 _LLMS = {QWEN2: "qwen2", QWEN25: "qwen2", QWEN3: "qwen3"}
@@ -64,7 +64,7 @@ class PatchLayout(Layout):
     """
 
     def __init__(self, config: QwenVLConfig, pictures: ImageProcessor):
-        tower = config.encoder
+        tower = config.image.encoder
         cut = pictures.patch_size, pictures.merge_size, pictures.temporal_patch_size
         if cut != (tower.patch_size, tower.merge_size, tower.temporal_patch_size):
             raise ConfigError(
@@ -85,16 +85,16 @@ class PatchLayout(Layout):
 
     def _media(self, token: int, *frames: np.ndarray) -> Media:
         patches, grid = self.pictures.patches(*frames)
-        count = len(patches) // self.config.encoder.merge_unit
+        count = len(patches) // self.config.image.encoder.merge_unit
         seconds = self.pictures.temporal_patch_size / 2 if token == self.video_token else None
         return Media({"patches": patches}, np.full(count, token), np.arange(count), grid=grid, seconds=seconds)
 
-    def collate(self, rows: Sequence[Sequence[Media]], slots: int | None = None) -> Collated:
-        """`slots` is the patches of a row; None: as many as the fullest row has."""
-        tower = self.config.encoder
+    def collate(self, rows: Sequence[Sequence[Media]], slots: Mapping[str, int] | None = None) -> Collated:
+        """`slots` has the patches of a row; None: as many as the fullest row has."""
+        tower = self.config.image.encoder
         counts = [[len(m.arrays["patches"]) for m in row] for row in rows]
         needed = max((sum(row) for row in counts), default=0)
-        size = needed if slots is None else slots
+        size = needed if slots is None else slots.get("image", 0)
         if needed > size or size % tower.merge_unit:
             raise DataError(
                 f"a row with {needed} patches for {size}",
@@ -111,7 +111,7 @@ class PatchLayout(Layout):
         return Collated({"patches": patches} | {f"patch_{name}": x for name, x in names.items()}, first)
 
     def positions(self, row: Row, media: Sequence[Media]) -> np.ndarray:
-        tower = self.config.encoder
+        tower = self.config.image.encoder
         return mrope_positions(row, media, tower.merge_size, tower.tokens_per_second)
 
 
@@ -138,8 +138,7 @@ def from_hf_config(values: dict) -> QwenVLConfig:
     options.skip("architectures", "model_type", *_IDLE)
     tower = qwen_vit.from_hf_config(dict(model_type=model_type(family), vision_config=whole.part("vision_config", {})))
     config = QwenVLConfig(
-        encoder=tower,
-        projector=None,
+        inputs={"image": Branch(tower)},
         llm=_read_llm(family, text | {"tie_word_embeddings": tied}, what),
         image_token_id=options.id("image_token_id", 151655),
         video_token_id=options.id("video_token_id", 151656),
@@ -174,7 +173,7 @@ def to_hf_config(config: QwenVLConfig) -> dict:
     text = qwen.to_hf_config(replace(llm, mrope_sections=(), mrope_interleaved=False))
     rope = dict(text.pop("rope_scaling") or {"rope_type": "default"})
     rope |= dict(rope_theta=text.pop("rope_theta"), mrope_section=list(llm.mrope_sections))
-    vision = qwen_vit.to_hf_config(config.encoder)
+    vision = qwen_vit.to_hf_config(config.image.encoder)
     for part in (text, vision):
         part.pop("architectures")
     if config.family == QWEN3:
@@ -193,12 +192,12 @@ def to_hf_config(config: QwenVLConfig) -> dict:
 
 def _facts(c: QwenVLConfig) -> dict:
     """What a config.json has to say; of tower and LLM too, whose positions the parts' own files do not know."""
-    parts = dict(encoder=stored_fields(c.encoder), llm=stored_fields(c.llm))
-    return stored_fields(c, "encoder", "llm") | parts
+    parts = dict(encoder=stored_fields(c.image.encoder), llm=stored_fields(c.llm))
+    return stored_fields(c, "inputs", "llm") | parts
 
 
 def table(config: QwenVLConfig) -> Table:
-    tower, llm = qwen_vit.table(config.encoder), qwen.table(config.llm)
+    tower, llm = qwen_vit.table(config.image.encoder), qwen.table(config.llm)
     if config.family == QWEN3:
         visual, text = "model.visual.", "model.language_model."
         spellings = ((r"^visual\.", visual), (r"^model\.(?!visual\.|language_model\.)", text))
@@ -209,7 +208,7 @@ def table(config: QwenVLConfig) -> Table:
         replace(weight, name=weight.name.replace("model.", text, 1)) if weight.name.startswith("model.") else weight
         for weight in nested(llm, "", "llm/")
     ]
-    return Table((*nested(tower, visual, "encoder/"), *own), spellings, (*llm.ignored,))
+    return Table((*nested(tower, visual, "encoder_image/"), *own), spellings, (*llm.ignored,))
 
 
 FAMILIES = tuple(

@@ -25,7 +25,7 @@ from mllm_jax.encoders.qwen_vit_v1 import NORM_EPS, QwenViTV1Config
 from mllm_jax.encoders.vit import VisionOutput
 from mllm_jax.errors import ConfigError
 from mllm_jax.llms import qwen_v1
-from mllm_jax.models.multimodal import MultimodalConfig
+from mllm_jax.models.multimodal import Branch, MultimodalConfig
 from mllm_jax.projectors.resampler import ResamplerConfig
 
 # Qwen-VL's repository has no class for the tower alone, and its folders no architecture of their own: these are ours.
@@ -63,8 +63,8 @@ class QwenVLTower(nn.Module):
     config: QwenVLTowerConfig
 
     def setup(self):
-        self.encoder = self.config.encoder.make()
-        self.projector = self.config.projector.make()
+        self.encoder_image = self.config.encoder.make()
+        self.projector_image = self.config.projector.make()
 
     def __call__(self, pixels, output_hidden_states: bool = False) -> VisionOutput:
         """Encodes normalised pixels float[B, H, W, 3].
@@ -76,8 +76,8 @@ class QwenVLTower(nn.Module):
         Raises:
             DataError: pictures that are not square or no whole number of patches.
         """
-        out = self.encoder(pixels, output_hidden_states)
-        return out.replace(pooler_output=self.projector(out.last_hidden_state))
+        out = self.encoder_image(pixels, output_hidden_states)
+        return out.replace(pooler_output=self.projector_image(out.last_hidden_state))
 
 
 def read_tower(values: Mapping) -> QwenVLTowerConfig:
@@ -152,7 +152,7 @@ def resampler_weights(c: ResamplerConfig, feature_size: int) -> tuple[Weight, ..
 def vision_weights(encoder: QwenViTV1Config, projector: ResamplerConfig, name: str = "") -> tuple[Weight, ...]:
     """Both parts' weights; names begin with `name`."""
     resampler = Table(resampler_weights(projector, encoder.hidden_size))
-    return nested(qwen_vit_v1.table(encoder), name, "encoder/") + nested(resampler, name, "projector/")
+    return nested(qwen_vit_v1.table(encoder), name, "encoder_image/") + nested(resampler, name, "projector_image/")
 
 
 def tower_table(config: QwenVLTowerConfig) -> Table:
@@ -186,7 +186,7 @@ class QwenVLV1Config(MultimodalConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        parts = type(self.encoder).__name__, type(self.projector).__name__, getattr(self.llm, "family", None)
+        parts = type(self.image.encoder).__name__, type(self.image.projector).__name__, self.llm.family
         wanted = QwenViTV1Config.__name__, ResamplerConfig.__name__, qwen_v1.ARCHITECTURE
         if parts != wanted or self.family != WHOLE:
             raise ConfigError(
@@ -204,7 +204,7 @@ class QwenVLV1Layout(TileLayout):
     """
 
     def __init__(self, config: QwenVLV1Config):
-        tower = config.encoder
+        tower = config.image.encoder
         side = (tower.image_size, tower.image_size)
         # Their code resizes with Pillow, bicubic, and has no preprocessor_config.json.
         self.pictures = ImageProcessor(TOWER, side, mean=tower.image_mean, std=tower.image_std)
@@ -214,7 +214,7 @@ class QwenVLV1Layout(TileLayout):
     def image(self, picture: np.ndarray) -> Media:
         count = self.tokens_a_tile
         tokens = np.array([self.image_token, *[self.filling] * count, self.end])
-        tile = self.pictures.for_encoder(self.pictures.prepare(picture), self.config.encoder)
+        tile = self.pictures.for_encoder(self.pictures.prepare(picture), self.config.image.encoder)
         return Media({"images": tile[None]}, tokens, np.array([TEXT, *range(count), TEXT]))
 
     def without_names(self, ids: Sequence[int]) -> list[int]:
@@ -240,8 +240,7 @@ def from_hf_config(values: dict) -> QwenVLV1Config:
         raise ConfigError(f"{_WHAT} without a part 'visual'", "the picture tower's sizes", "restore it from its origin")
     tower = read_tower(values)
     return QwenVLV1Config(
-        encoder=tower.encoder,
-        projector=tower.projector,
+        inputs={"image": Branch(tower.encoder, tower.projector)},
         llm=qwen_v1.from_hf_config({name: value for name, value in values.items() if name != "visual"}),
         image_start_id=Options(values["visual"], f"the visual part of {_WHAT}").id("image_start_id", ...),
     )
@@ -250,7 +249,7 @@ def from_hf_config(values: dict) -> QwenVLV1Config:
 def to_hf_config(config: QwenVLV1Config) -> dict:
     """The reverse; refuses switches that the family does not have."""
     c = config
-    visual = write_tower(QwenVLTowerConfig(c.encoder, c.projector)) | dict(image_start_id=c.image_start_id)
+    visual = write_tower(QwenVLTowerConfig(c.image.encoder, c.image.projector)) | dict(image_start_id=c.image_start_id)
     visual.pop("architectures")
     written = qwen_v1.to_hf_config(c.llm) | dict(visual=visual)
     return check_written(c, written, from_hf_config, "a Qwen-VL", _facts)
@@ -258,12 +257,12 @@ def to_hf_config(config: QwenVLV1Config) -> dict:
 
 def _facts(c: QwenVLV1Config) -> dict:
     """What a config.json has to say of the whole; the parts have seen to themselves."""
-    return stored_fields(c, "encoder", "projector", "llm")
+    return stored_fields(c, "inputs", "llm") | dict(connection=c.image.connection)
 
 
 def table(config: QwenVLV1Config) -> Table:
     llm = qwen_v1.table(config.llm)
-    vision = vision_weights(config.encoder, config.projector, "transformer.visual.")
+    vision = vision_weights(config.image.encoder, config.image.projector, "transformer.visual.")
     return Table((*vision, *nested(llm, "", "llm/")), llm.spellings, llm.ignored)
 
 

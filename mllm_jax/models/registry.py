@@ -214,7 +214,8 @@ def save_pretrained(
 
 def computing_in(config: Any, dtype: str) -> Any:
     """The config with that dtype; a composed model has one in each part."""
-    return config.with_dtype(dtype) if hasattr(config, "with_dtype") else dataclasses.replace(config, dtype=dtype)
+    own = "dtype" in {field.name for field in dataclasses.fields(config)}
+    return dataclasses.replace(config, dtype=dtype) if own else config.with_dtype(dtype)
 
 
 def _dtype_of(params: PyTree) -> str:

@@ -7,15 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from flax import linen as nn
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh
 
 from mllm_jax.checkpoints.run import RunFolder, words_of
 from mllm_jax.checkpoints.training import check_fingerprint, compare_fingerprints, load_snapshot, snapshot_meta
 from mllm_jax.errors import CheckpointError, RunFolderError, TrainingError
-from mllm_jax.models.params import placed_params, shardings_of
-from mllm_jax.models.part_sources import covers, read_source
+from mllm_jax.models.params import placed_together, shardings_of
+from mllm_jax.models.part_sources import held_by, read_source
 from mllm_jax.models.processor import Processor
 from mllm_jax.sharding.hosts import from_first
 from mllm_jax.sharding.mesh import make_fitting_mesh
@@ -41,9 +40,8 @@ def load_run(folder: RunFolder, devices: Sequence[jax.Device] | None = None, *, 
     if not finished_stages(folder, experiment):
         raise TrainingError(f"{folder.path}: no stage is finished", "a run that has ended a stage", "train it further")
     mesh = make_fitting_mesh(experiment.mesh, devices) if mesh is None else mesh
-    model = experiment.model.make()
-    params, _ = params_of(experiment, folder, model, mesh)
-    return experiment, model, params, Processor.of_run(folder, experiment), mesh
+    params, _ = params_of(experiment, folder, (experiment.model,), mesh)
+    return experiment, experiment.model.make(), params, Processor.of_run(folder, experiment), mesh
 
 
 def finished_stages(folder: RunFolder, experiment: Any) -> int:
@@ -51,13 +49,16 @@ def finished_stages(folder: RunFolder, experiment: Any) -> int:
     return len(experiment.stages) - len(from_first(folder.unfinished(experiment)))
 
 
-def params_of(experiment: Any, folder: RunFolder, model: nn.Module, mesh: Mesh) -> tuple[dict, dict]:
+def params_of(experiment: Any, folder: RunFolder, configs: Sequence[Any], mesh: Mesh) -> tuple[dict, dict]:
     """Reads each parameter where it was last written: its last finished stage, `initial`, or its `Pretrained` source.
+
+    Args:
+        configs: of the compositions whose parameters are read.
 
     Raises:
         CheckpointError: see `load_run`.
     """
-    placed = placed_params(model, mesh, experiment.part_rules)
+    placed = placed_together(configs, mesh, experiment.part_rules)
     wanted: Leaves = flatten_dict(placed, sep="/")
     begin = initial_meta(folder)
     _check_words(folder, begin)
@@ -111,8 +112,9 @@ def read_sources(experiment: Any, placed: dict, missing: Collection[str], mesh: 
     """Reads leaves that no folder of the run holds from where `Pretrained` found them."""
     found: Leaves = {}
     for source in experiment.pretrained:
-        if wanted := [path for path in missing if covers(source, path)]:
-            read = flatten_dict(read_source(source, experiment.model, mesh, placed), sep="/")
+        held = held_by(source, experiment)
+        if wanted := [path for path in missing if path.partition("/")[0] in held]:
+            read = flatten_dict(read_source(source, experiment, mesh, placed), sep="/")
             leaves = {path: read[path] for path in wanted}
             check_fingerprint(
                 leaves,
@@ -127,4 +129,6 @@ def read_sources(experiment: Any, placed: dict, missing: Collection[str], mesh: 
 
 def _check_began(meta: dict, known: dict[str, int], stage: Any) -> None:
     """Refuses a finished stage that began with other weights than the stages before it left, by fingerprints alone."""
-    compare_fingerprints(known, meta["frozen"]["fingerprint"] | meta["began"], f"the weights before stage {stage.name}")
+    expected = meta["frozen"]["fingerprint"] | meta["began"]  # of the composition that the stage trained
+    actual = {path: value for path, value in known.items() if path in expected}
+    compare_fingerprints(actual, expected, f"the weights before stage {stage.name}")

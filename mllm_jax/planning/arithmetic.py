@@ -67,8 +67,8 @@ def least_bytes(experiment: Experiment, index: int) -> int:
     """
     program = _on(experiment, index, experiment.mesh)
     state = device_bytes(_state(program))
-    llm, stage, sizes = getattr(experiment.model, "llm", None), experiment.stages[index], program.mesh.shape
-    if not all(hasattr(llm, name) for name in ("num_layers", "hidden_size", "remat")) or llm.remat == "offload":
+    llm, stage, sizes = experiment.model.llm, experiment.stages[index], program.mesh.shape
+    if llm is None or llm.remat == "offload":
         return state
     rows = max(1, stage.data.rows // stage.accumulate // (sizes["data"] * sizes["fsdp"]))
     places = rows * stage.data.length // sizes["context"]

@@ -7,13 +7,13 @@ import dataclasses
 from mllm_jax.training.flops import PartFlops
 from mllm_jax.training.stage import StageProgram
 
-_ORDER = ("encoder", "projector", "", "llm")  # what data goes through; others stand in the gap
+_ORDER = ("encoder", "projector", "", "llm")  # kinds of parts as data goes through; others stand in the gap
 
 
 def remat_of(config) -> str:
     """The policy of the LLM, or of the first part that has one; "none" where there is none."""
-    parts = [getattr(config, "llm", None), *(getattr(config, f.name) for f in dataclasses.fields(config))]
-    return next((part.remat for part in parts if hasattr(part, "remat")), "none")
+    parts = [*filter(None, [config.llm]), *config.parts.values()]
+    return next((part.remat for part in parts if "remat" in {f.name for f in dataclasses.fields(part)}), "none")
 
 
 def model_flops(program: StageProgram) -> dict[str, PartFlops]:
@@ -21,5 +21,6 @@ def model_flops(program: StageProgram) -> dict[str, PartFlops]:
 
     A frozen part counts for what it does: its forward pass, and a backward pass where something trained stands before.
     """
-    parts = {*program.state.params, *program.frozen}
-    return program.flops_by_part(sorted(parts, key=lambda part: (_ORDER.index(part) if part in _ORDER else 2, part)))
+    parts = {part: part.partition("_")[0] for part in {*program.state.params, *program.frozen}}
+    order = {part: (_ORDER.index(kind) if kind in _ORDER else 2, part) for part, kind in parts.items()}
+    return program.flops_by_part(sorted(order, key=order.__getitem__))

@@ -68,7 +68,7 @@ def qformer_weights(
     norm: str = "qformer.layernorm",
     embeddings: str = "qformer.embeddings",
     projection: str = "language_projection",
-    path: str = "projector",
+    path: str = "projector_image",
 ) -> tuple[Weight, ...]:
     """The weights of a Q-Former, its queries and its map to the LLM.
 

@@ -38,12 +38,13 @@ RULES: Table = {
     "channels": (),
 }
 
-# Pictures of one row are spread over `context` like its text; where their number does not divide, an encoder splits
-# each picture's patches instead. A projector reads few tokens a picture and keeps them together.
-_PICTURES = ("data", "fsdp", "context")
+# By kind of part, for every modality but text. Images of one row are spread over `context` like its text; where their
+# number does not divide, an encoder splits each image's patches instead. A projector reads few tokens an image and
+# keeps them together.
+_MEDIA = ("data", "fsdp", "context")
 PARTS: Mapping[str, Table] = {
-    "encoder": {"batch": _PICTURES, "patches": ("context",)},
-    "projector": {"batch": _PICTURES, "seq": (), "patches": ()},
+    "encoder": {"batch": _MEDIA, "patches": ("context",)},
+    "projector": {"batch": _MEDIA, "seq": (), "patches": ()},
 }
 
 # Names of what is computed. A table of parameters that bears one of them, such as position embeddings of patches, is
@@ -56,7 +57,7 @@ class PartRules:
     """What one part of a model has of its own in the table: of its parameters, and of what is computed inside it.
 
     Attributes:
-        part: "encoder", "projector", "llm" or another part, as the model's config and its parameters name it.
+        part: "encoder_image", "projector_image", "llm" or another part, as the model's parameters name it.
         axes: (logical name, mesh axes) each; names that are not here are split as everywhere.
     """
 
@@ -93,19 +94,20 @@ def data_parallel(part: str) -> PartRules:
 class _Active:
     mesh: Mesh
     rules: Table
-    parts: Mapping[str, Table]
+    parts: Sequence[PartRules]
 
 
 _active: ContextVar[_Active | None] = ContextVar("logical_sharding", default=None)
 _part: ContextVar[str | None] = ContextVar("part_of_the_model", default=None)
 
 
-def part_tables(parts: Sequence[PartRules] = ()) -> dict[str, Table]:
-    """What each part has of its own: `PARTS`, and over it what `parts` say."""
-    tables = {part: dict(table) for part, table in PARTS.items()}
+def table_of_part(part: str | None, parts: Sequence[PartRules] = ()) -> Table:
+    """What a part such as encoder_image has of its own: that of its kind in `PARTS`, and over it what `parts` say."""
+    kind, _, modality = (part or "").partition("_")
+    own = dict(PARTS.get(kind, {})) if modality not in ("", "text") else {}
     for rules in parts:
-        tables[rules.part] = tables.get(rules.part, {}) | dict(rules.axes)
-    return tables
+        own |= dict(rules.axes) if rules.part == part else {}
+    return own
 
 
 def active_mesh() -> tuple[Mesh, Table] | None:
@@ -113,8 +115,7 @@ def active_mesh() -> tuple[Mesh, Table] | None:
     active = _active.get()
     if active is None:
         return None
-    own = active.parts.get(_part.get())
-    return active.mesh, active.rules if own is None else {**active.rules, **own}
+    return active.mesh, {**active.rules, **table_of_part(_part.get(), active.parts)}
 
 
 def partition_spec(
@@ -169,7 +170,7 @@ def use_mesh(mesh: Mesh, rules: Table = RULES, parts: Sequence[PartRules] = ()) 
 
     A part is what the applied module holds under a part's name: its methods are traced under its rules.
     """
-    token = _active.set(_Active(mesh, rules, part_tables(parts)))
+    token = _active.set(_Active(mesh, rules, tuple(parts)))
     try:
         with nn.intercept_methods(_enter_part):
             yield

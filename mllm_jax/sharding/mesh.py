@@ -14,7 +14,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 
 from mllm_jax.errors import ConfigError
 from mllm_jax.sharding.cpu import prepare_cpu, warn_of_wrong_sums
-from mllm_jax.sharding.logical import ACTIVATIONS, AXES, RULES, PartRules, part_tables, partition_spec
+from mllm_jax.sharding.logical import ACTIVATIONS, AXES, RULES, PartRules, partition_spec, table_of_part
 
 
 @dataclass(frozen=True)
@@ -124,12 +124,12 @@ def param_shardings(boxed, mesh: Mesh | AbstractMesh, parts: Sequence[PartRules]
         boxed: (abstract) parameters as `module.init` returns them.
         parts: what parts of the model have of their own; the first key of a parameter's path is its part.
     """
-    tables, whole = part_tables(parts), dict.fromkeys(ACTIVATIONS, ())
+    whole = dict.fromkeys(ACTIVATIONS, ())
 
     def one(path, leaf):
         if not isinstance(leaf, nn.LogicallyPartitioned):
             return NamedSharding(mesh, PartitionSpec())
-        own = tables.get(path[0].key, {}) if path else {}
+        own = table_of_part(path[0].key, parts) if path else {}
         spec = partition_spec(leaf.names, leaf.value.shape, mesh, {**RULES, **own, **whole})
         return NamedSharding(mesh, spec)
 

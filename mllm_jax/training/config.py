@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections import Counter
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from mllm_jax.data.pipeline import Mixture
 from mllm_jax.errors import ConfigError
+from mllm_jax.models.part_names import new_names, part_differences
 from mllm_jax.sharding.logical import PartRules
 from mllm_jax.sharding.mesh import MeshConfig
 from mllm_jax.training.objectives.protocol import Objective
@@ -21,7 +21,7 @@ class AdamW:
     Attributes:
         end_factor: the learning rate at the end as a share of the peak.
         weight_decay: applies to kernels and embeddings, never to norms and biases.
-        factors: pairs of a pattern over parameter paths, such as "encoder/*", and what the learning rate of the
+        factors: pairs of a pattern over parameter paths, such as "encoder_image/*", and what the learning rate of the
             parameters that match is multiplied by; the first pattern that matches counts.
     """
 
@@ -43,6 +43,9 @@ class Stage:
     Attributes:
         trainable: patterns over parameter paths such as "llm/*" (`*` also matches `/`); all else is frozen, without
             gradient and without optimizer state.
+        model: the composition that the stage trains, such as a dual encoder for a contrastive stage; None: the
+            experiment's model. A part that bears the name of one of the experiment's model, such as encoder_image, is
+            that part, so that the stages after it go on with what this one trained.
         accumulate: pieces that a batch is cut into, one after the other, their gradients summed.
         validation: read every `validate_every` steps, `validation_batches` of it; None: no validation loss.
         frozen_dtype: what frozen parameters are held in during the stage; None: as they are.
@@ -61,6 +64,7 @@ class Stage:
     validation_batches: int = 4
     frozen_dtype: str | None = None
     cache_features: bool = False
+    model: Any = None
 
     def __post_init__(self):
         _check_name("a stage", self.name)
@@ -119,7 +123,7 @@ class Pretrained:
     Checkpoints name the source and hold the fingerprint of what is frozen: it may move, but not change.
 
     Attributes:
-        part: "llm", "encoder" or another part of the model; "*" is the whole model, of a folder that holds all of it.
+        part: "llm", "encoder_image" or another part of the model; "*" is the whole model, of a folder that holds it.
         folder: a Hugging Face or native model folder; with `stage`, the folder of a run.
         stage: the stage of that run which trained the part.
         made_by: the Experiment that trains the run, up to that stage, if the folder does not hold it yet.
@@ -152,15 +156,16 @@ class Experiment:
     """Everything `mllm train` needs.
 
     Attributes:
-        model: the config of a model that the stages' objectives can train: of a multimodal LLM; of a dual encoder,
-            whose stages are all contrastive; of what BLIP-2's first stage trains; or of what trains a P-Former.
+        model: the config of the model that is evaluated and asked when the run has ended, and that each stage trains
+            which names no composition of its own: a multimodal LLM, a dual encoder, or what BLIP-2's first stage or
+            P-Former training trains.
         pretrained: parts that do not begin at random.
         part_rules: what parts of the model have of their own in the table of logical axes, such as
-            `data_parallel("encoder")`.
+            `data_parallel("encoder_image")`.
         cpu_devices: devices that a CPU is presented as; two are faster than one of two cores. Ignored elsewhere.
         nonfinite: "stop" at a loss or gradient that is not finite, or "skip" that step (it is never applied).
-        evaluation: tasks that the model is evaluated by at the end of the run, such as `mllm_jax.Task`; see
-            `mllm_jax.evaluation.task.EvaluationTask`.
+        evaluation: what the trained model is evaluated by at the end of the run, such as `mllm_jax.Task`; see
+            `mllm_jax.evaluation.task`.
     """
 
     name: str
@@ -182,37 +187,69 @@ class Experiment:
         names = [stage.name for stage in self.stages]
         if not names or len(set(names)) != len(names):
             raise ConfigError(f"stages {names}", "at least one, with names that differ", "rename the stages")
+        known = list(self.parts)
         parts = [source.part for source in self.pretrained]
-        known = [f.name for f in fields(self.model) if is_dataclass(getattr(self.model, f.name))]
         if parts != ["*"] and (len(set(parts)) != len(parts) or not set(parts) <= set(known)):
-            raise ConfigError(
-                f"pretrained parts {parts}", f"some of {known}, each once, or '*' alone", "change experiment.pretrained"
-            )
+            todo = f"change experiment.pretrained{new_names(parts)}"
+            raise ConfigError(f"pretrained parts {parts}", f"some of {known}, each once, or '*' alone", todo)
         ruled = [rules.part for rules in self.part_rules]
         if len(set(ruled)) != len(ruled) or not set(ruled) <= set(known):
-            raise ConfigError(f"rules of parts {ruled}", f"some of {known}, each once", "change experiment.part_rules")
+            todo = f"change experiment.part_rules{new_names(ruled)}"
+            raise ConfigError(f"rules of parts {ruled}", f"some of {known}, each once", todo)
         if self.nonfinite not in ("stop", "skip"):
             raise ConfigError(f"nonfinite {self.nonfinite!r}", '"stop" or "skip"', "change it")
         if self.tokenizer.folder is None and self.tokenizer.path is None:
-            require_vocabulary(self.model, self.tokenizer.vocab_size)
+            require_vocabulary(self, self.tokenizer.vocab_size)
         if self.cpu_devices is not None and self.cpu_devices < 1:
             raise ConfigError(f"cpu_devices {self.cpu_devices}", "at least 1, or None", "change cpu_devices")
-        self._check_evaluation()
+        _check_evaluation(self)
         for stage in self.stages:
-            stage.objective.check(stage, self.model)
+            stage.objective.check(stage, self.model_of(stage))
             for mixture in stage.mixtures:
                 _check_length(stage, mixture, self.mesh)
 
-    def _check_evaluation(self) -> None:
-        tasks = self.evaluation if isinstance(self.evaluation, tuple) else None
-        if tasks is None or not all(callable(getattr(task, "check", None)) for task in tasks):
-            raise ConfigError(
-                f"evaluation={self.evaluation!r:.100}", "a tuple of tasks, such as mllm_jax.Task", "change it"
-            )
-        if twice := sorted(name for name, n in Counter(task.name for task in tasks).items() if n > 1):
-            raise ConfigError(f"several tasks named {twice}", "names that differ", "rename them")
-        for task in tasks:
-            task.check(self.model)
+    def model_of(self, stage: Stage) -> Any:
+        """The config of the composition that a stage trains."""
+        return self.model if stage.model is None else stage.model
+
+    @property
+    def compositions(self) -> tuple[Any, ...]:
+        """The experiment's model and what its stages train besides, each once."""
+        found = [self.model]
+        for stage in self.stages:
+            found += [stage.model] if stage.model is not None and stage.model not in found else []
+        return tuple(found)
+
+    @property
+    def parts(self) -> dict[str, Any]:
+        """Each part's config by name, over all compositions.
+
+        Raises:
+            ConfigError: two compositions with different parts of one name.
+        """
+        found: dict[str, Any] = {}
+        for model in self.compositions:
+            for name, part in model.parts.items():
+                if changed := part_differences(found.setdefault(name, part), part):
+                    raise ConfigError(
+                        f"{name} of a {type(model).__name__}, which is another part than that of a"
+                        f" {type(self.model).__name__}: {'; '.join(changed[:5])}",
+                        "equal configs for parts of one name, which are one part",
+                        "build both from one config, such as model.image.encoder",
+                    )
+        return found
+
+
+def _check_evaluation(experiment: Experiment) -> None:
+    tasks = experiment.evaluation
+    if not isinstance(tasks, tuple) or not all(hasattr(task, "name") and hasattr(task, "measure") for task in tasks):
+        raise ConfigError(f"evaluation {tasks!r:.100}", "a tuple of tasks, such as (mllm_jax.Task(...),)", "change it")
+    names = [task.name for task in tasks]
+    if len(set(names)) != len(names):
+        twice = sorted({name for name in names if names.count(name) > 1})
+        raise ConfigError(f"two tasks of evaluation named {twice}", "names that differ", "rename one of them")
+    for task in tasks:
+        task.check(experiment.model)
 
 
 def _check_name(what: str, name: str) -> None:
@@ -225,9 +262,9 @@ def _check_name(what: str, name: str) -> None:
         )
 
 
-def require_vocabulary(model: Any, size: int) -> None:
-    """Raises ConfigError if a tokenizer of `size` ids has more than one of the model's embeddings holds."""
-    for place, held in model.vocab_sizes.items():
+def require_vocabulary(experiment: Experiment, size: int) -> None:
+    """Raises ConfigError if a tokenizer of `size` ids has more than an embedding holds."""
+    for place, held in [item for model in experiment.compositions for item in model.vocab_sizes.items()]:
         if size > held:
             raise ConfigError(
                 f"a tokenizer of {size} for {held} tokens in {place}", "a vocabulary that it holds", f"raise {place}"

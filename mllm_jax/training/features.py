@@ -24,7 +24,7 @@ CHUNK = 16  # pictures that are encoded together
 
 def stage_spec(experiment: Experiment, stage: Stage) -> BatchSpec:
     """The batches of a stage, from its config alone: no data is read, no tokenizer, no folder; images are bytes."""
-    config, mixture = experiment.model, stage.data
+    config, mixture = experiment.model_of(stage), stage.data
     spec = config.batch_spec(mixture.rows, mixture.length, mixture.slots)
     if not stage.cache_features or "images" not in spec:
         return spec
@@ -112,7 +112,7 @@ class FeatureCache:
                 found.append(np.asarray(encode(params, padded))[: len(chunk)])
             return np.concatenate(found)
 
-        side = model.config.encoder.image_size
+        side = model.config.image_size
         one = jax.ShapeDtypeStruct((CHUNK, side, side, 3), np.uint8)
         made = jax.eval_shape(encode, params, one)
         return cls(folder, encode_all, made.shape[1:], made.dtype)

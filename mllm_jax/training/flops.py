@@ -6,7 +6,7 @@ import dataclasses
 import math
 import re
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import jax
@@ -76,6 +76,8 @@ def with_remat(config, policy: str):
             changes["remat"] = policy
         elif dataclasses.is_dataclass(value):
             changes[field.name] = with_remat(value, policy)
+        elif isinstance(value, Mapping):
+            changes[field.name] = {name: with_remat(part, policy) for name, part in value.items()}
     return dataclasses.replace(config, **changes)
 
 

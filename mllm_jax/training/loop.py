@@ -86,8 +86,7 @@ def _train_stages(
 ) -> None:
     # ---- the processor; all parameters, made or read in place
     processor = prepare_processor(experiment, folder)
-    model = experiment.model.make()
-    params, shardings = starting_params(experiment, folder, model, mesh, self_contained=self_contained)
+    params, _ = starting_params(experiment, folder, mesh, self_contained=self_contained)
     finished = finished_stages(folder, experiment)
     kind = mesh.devices.flat[0].device_kind
     facts = {
@@ -107,7 +106,7 @@ def _train_stages(
             if index < finished:
                 stage_facts = snapshot_meta(folder.snapshot(index, stage.name))["facts"]
             else:
-                where = (experiment, index, folder, processor, mesh, model, shardings, progress, by)
+                where = (experiment, index, folder, processor, mesh, progress, by)
                 trained, stage_facts = StageRunner(*where, done_before, cache_dir).run(params)
                 params = join(params, trained)
                 by.goodput.write(finished=index + 1 == len(experiment.stages) or stage.name == until)

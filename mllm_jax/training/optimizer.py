@@ -10,6 +10,7 @@ import optax
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from mllm_jax.errors import ConfigError
+from mllm_jax.models.part_names import new_names
 from mllm_jax.training.config import AdamW
 
 DECAYED = ("kernel", "embedding")
@@ -42,7 +43,7 @@ def _by_pattern(factors: Sequence[tuple[str, float]]) -> optax.GradientTransform
                 raise ConfigError(
                     f"optimizer.factors: {pattern!r} matches nothing that is trained",
                     f"paths such as {sorted({path.split('/')[0] for path in flat})}",
-                    "change or drop it",
+                    f"change or drop it{new_names([pattern])}",
                 )
         found = {path: next((f for p, f in factors if fnmatchcase(path, p)), 1.0) for path in flat}
         return unflatten_dict({path: update * found[path] for path, update in flat.items()}, sep="/")

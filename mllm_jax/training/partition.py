@@ -9,6 +9,7 @@ import jax
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from mllm_jax.errors import ConfigError
+from mllm_jax.models.part_names import new_names
 
 
 def split(params: dict, patterns: Sequence[str]) -> tuple[dict, dict]:
@@ -22,7 +23,9 @@ def split(params: dict, patterns: Sequence[str]) -> tuple[dict, dict]:
         if not any(fnmatchcase(path, pattern) for path in flat):
             tops = sorted({"/".join(path.split("/")[:2]) for path in flat})
             raise ConfigError(
-                f"trainable pattern {pattern!r} matches no parameter", f"paths such as {tops}", "change it"
+                f"trainable pattern {pattern!r} matches no parameter",
+                f"paths such as {tops}",
+                f"change it{new_names([pattern])}",
             )
     chosen = {path for path in flat if any(fnmatchcase(path, pattern) for pattern in patterns)}
     trainable = {path: leaf for path, leaf in flat.items() if path in chosen}
@@ -36,7 +39,7 @@ def trains(patterns: Sequence[str], part: str) -> bool:
 
 
 def join(*trees: dict) -> dict:
-    """The reverse of `split`."""
+    """The inverse of `split`."""
     flat: dict = {}
     for tree in trees:
         flat |= flatten_dict(tree, sep="/")

@@ -4,20 +4,19 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from flax import linen as nn
 from jax.sharding import Mesh
 
 from mllm_jax.checkpoints.run import RunFolder
 from mllm_jax.data.tokenizer import Tokenizer, tokenizer_in
 from mllm_jax.errors import ConfigError
-from mllm_jax.models.params import init_params, placed_params
+from mllm_jax.models.params import init_params, placed_together, shardings_of
 from mllm_jax.models.part_sources import read_source
 from mllm_jax.training.config import Experiment
 
-_READS_TOKENS = ("llm", "text_tower", "prompter")
+_READS_TOKENS = ("llm", "encoder_text", "prompter")
 
 
-def initial_params(experiment: Experiment, model: nn.Module, mesh: Mesh) -> tuple[dict, dict]:
+def initial_params(experiment: Experiment, mesh: Mesh) -> tuple[dict, dict]:
     """All parameters where they will live, those of `experiment.pretrained` read and the others made from the seed.
 
     Returns:
@@ -27,13 +26,15 @@ def initial_params(experiment: Experiment, model: nn.Module, mesh: Mesh) -> tupl
         ConfigError: a source whose model is not the part's.
         CheckpointError: weights that are absent, damaged or of other shapes.
     """
-    placed = placed_params(model, mesh, experiment.part_rules)
-    parts = [source.part for source in experiment.pretrained]
-    without = list(placed) if parts == ["*"] else parts
-    params, shardings = init_params(model, mesh, experiment.seed, without=without, placed=placed)
+    placed = placed_together(experiment.compositions, mesh, experiment.part_rules)
+    params: dict = {}
     for source in experiment.pretrained:
-        params |= read_source(source, experiment.model, mesh, placed)
-    return params, shardings
+        params |= read_source(source, experiment, mesh, placed)
+    for config in experiment.compositions:
+        params |= init_params(config.make(), mesh, experiment.seed, without=list(params), parts=experiment.part_rules)[
+            0
+        ]
+    return params, shardings_of(placed)
 
 
 def require_words(experiment: Experiment, tokenizer: Tokenizer) -> None:

@@ -31,7 +31,7 @@ def prepare_processor(experiment: Experiment, run: RunFolder) -> Processor:
     first_alone(partial(_write, experiment, run))
     processor = Processor.of_run(run, experiment)
     if processor.family is None:
-        require_vocabulary(experiment.model, processor.tokenizer.vocab_size)
+        require_vocabulary(experiment, processor.tokenizer.vocab_size)
         require_words(experiment, processor.tokenizer)
     return processor
 

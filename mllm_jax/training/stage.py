@@ -102,13 +102,15 @@ def build_stage(
 
     Args:
         spec: of a global batch.
-        placed: all parameters of the model as ShapeDtypeStructs with shardings, where the caller has them.
+        placed: all parameters of the stage's composition as ShapeDtypeStructs with shardings, where the caller has
+            them.
 
     Raises:
         ConfigError: a pattern of `trainable` that matches nothing.
     """
     stage, parts = experiment.stages[index], experiment.part_rules
-    model = experiment.model.make()
+    config = experiment.model_of(stage)
+    model = config.make()
     placed = placed_params(model, mesh, parts) if placed is None else placed
     trainable, frozen = split(placed, stage.trainable)
     optimizer, schedule = make_optimizer(stage.optimizer, stage.steps), learning_rate(stage.optimizer, stage.steps)
@@ -131,7 +133,7 @@ def build_stage(
     )
     return StageProgram(
         stage,
-        experiment.model,
+        config,
         mesh,
         optimizer,
         jax.tree.map(_placed, state, layout),

@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from flax import linen as nn
 from jax.sharding import Mesh
 
 from mllm_jax.checkpoints.description import describe
 from mllm_jax.checkpoints.run import RunFolder
 from mllm_jax.checkpoints.training import TrainingCheckpoints, compare_fingerprints, fingerprint, save_snapshot
 from mllm_jax.data.pipeline import Mixture, Pipeline
+from mllm_jax.models.params import placed_params
 from mllm_jax.models.processor import Processor
 from mllm_jax.sharding.hosts import first_alone, from_first, is_first
 from mllm_jax.training.config import Experiment, Stage
@@ -60,7 +60,6 @@ class StageRunner:
     """One stage of a run; `run` trains it.
 
     Attributes:
-        shardings: of all parameters.
         done_before: steps of the stages before this one.
         cache_dir: where measured lengths are kept.
     """
@@ -70,8 +69,6 @@ class StageRunner:
     folder: RunFolder
     processor: Processor
     mesh: Mesh
-    model: nn.Module
-    shardings: dict
     progress: Progress
     by: Monitors
     done_before: int
@@ -80,6 +77,11 @@ class StageRunner:
     @property
     def stage(self) -> Stage:
         return self.experiment.stages[self.index]
+
+    @property
+    def config(self) -> Any:
+        """The config of the composition that the stage trains."""
+        return self.experiment.model_of(self.stage)
 
     def run(self, params: dict) -> tuple[dict, dict]:
         """Trains the stage from its newest checkpoint or from its start.
@@ -113,12 +115,12 @@ class StageRunner:
         stage = self.stage
         data = self.pipeline(stage.data)
         validation = self.pipeline(stage.validation, salt=1) if stage.validation else None
-        trainable, frozen = split(params, stage.trainable)
+        placed = placed_params(self.config.make(), self.mesh, self.experiment.part_rules)
+        trainable, frozen = split({name: params[name] for name in placed}, stage.trainable)
         origin = {"frozen": self.frozen_meta(frozen), "began": fingerprint(trainable)}
         frozen = hold_frozen(stage, frozen)
-        features = self.feature_cache(join(params, frozen), origin["frozen"]) if stage.cache_features else None
+        features = self.feature_cache(join(trainable, frozen), origin["frozen"]) if stage.cache_features else None
         feed = Feed(data, self.mesh, features)
-        placed = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), params, self.shardings)
         program = build_stage(self.experiment, self.index, self.mesh, feed.spec, placed)
         packing = data.plan.statistics(64)
         dropped = sum(m.dropped_turns for m in data.measured)
@@ -212,7 +214,7 @@ class StageRunner:
     def pipeline(self, mixture: Mixture, salt: int = 0) -> Pipeline:
         """Measures a mixture's examples."""
         common = dict(seed=(self.experiment.seed * 1009 + self.index) * 2 + salt, cache_dir=self.cache_dir)
-        make = partial(Pipeline, mixture, self.processor)
+        make = partial(Pipeline, mixture, self.processor.of_composition(self.config))
         if jax.process_count() > 1:  # the first reads all records to measure them, the others only their rows
             common["cache_dir"] = self.folder.lengths
             first_alone(partial(make, **common))
@@ -227,6 +229,6 @@ class StageRunner:
 
     def feature_cache(self, params: dict, frozen_meta: dict) -> FeatureCache:
         """The encoder's features on disk, beside the run and under the name of what they come from."""
-        key = hashlib.sha256(repr([frozen_meta["fingerprint"], describe(self.experiment.model)]).encode())
+        key = hashlib.sha256(repr([frozen_meta["fingerprint"], describe(self.config)]).encode())
         folder = self.folder.features / key.hexdigest()[:16]
-        return FeatureCache.of(folder, self.model, params, self.mesh, self.experiment.part_rules)
+        return FeatureCache.of(folder, self.config.make(), params, self.mesh, self.experiment.part_rules)

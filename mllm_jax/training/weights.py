@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from flax import linen as nn
 from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh
 
@@ -23,8 +22,8 @@ from mllm_jax.checkpoints.training import (
     save_snapshot,
 )
 from mllm_jax.errors import RunFolderError
-from mllm_jax.models.params import placed_params
-from mllm_jax.models.part_sources import covers
+from mllm_jax.models.params import placed_together
+from mllm_jax.models.part_sources import held_by
 from mllm_jax.models.run_weights import initial_meta, params_of, read_sources
 from mllm_jax.sharding.hosts import from_first
 from mllm_jax.training.config import Experiment
@@ -34,7 +33,7 @@ Leaves = dict[str, Any]  # path -> leaf
 
 
 def starting_params(
-    experiment: Experiment, folder: RunFolder, model: nn.Module, mesh: Mesh, *, self_contained: bool = False
+    experiment: Experiment, folder: RunFolder, mesh: Mesh, *, self_contained: bool = False
 ) -> tuple[dict, dict]:
     """Gives the parameters with which training goes on; a run that begins draws or reads them, and keeps them.
 
@@ -49,17 +48,18 @@ def starting_params(
     """
     if from_first(folder.initial.is_dir()):
         if self_contained:
-            _copy_sources(experiment, folder, model, mesh)
-        return params_of(experiment, folder, model, mesh)
+            _copy_sources(experiment, folder, mesh)
+        return params_of(experiment, folder, experiment.compositions, mesh)
     if from_first(folder.begun()):
         raise RunFolderError(
             f"{folder.path}: stages or checkpoints without {folder.initial.name}/, the weights that the run began with",
             "both of them",
             "restore the folder, or start over with --fresh",
         )
-    params, shardings = initial_params(experiment, model, mesh)
+    params, shardings = initial_params(experiment, mesh)
     leaves = flatten_dict(params, sep="/")
-    read = [path for path in leaves if any(covers(source, path) for source in experiment.pretrained)]
+    held = {name for source in experiment.pretrained for name in held_by(source, experiment)}
+    read = [path for path in leaves if path.partition("/")[0] in held]
     stored = list(leaves) if self_contained else [path for path in leaves if path not in set(read)]
     _keep(folder, leaves, stored, from_first(words_of(folder)))
     return params, shardings
@@ -74,12 +74,12 @@ def _keep(folder: RunFolder, leaves: Leaves, stored: Sequence[str], words: dict[
     save_snapshot(folder.initial, {path: leaves[path] for path in stored}, meta)
 
 
-def _copy_sources(experiment: Experiment, folder: RunFolder, model: nn.Module, mesh: Mesh) -> None:
+def _copy_sources(experiment: Experiment, folder: RunFolder, mesh: Mesh) -> None:
     """Adds to `initial` what is only referred to yet."""
     begin = initial_meta(folder)
     if len(begin["stored"]) == len(begin["fingerprint"]):
         return
-    placed = placed_params(model, mesh, experiment.part_rules)
+    placed = placed_together(experiment.compositions, mesh, experiment.part_rules)
     leaves = flatten_dict(placed, sep="/")
     leaves |= load_snapshot(folder.initial, {path: leaves[path] for path in begin["stored"]})[0]
     leaves |= read_sources(experiment, placed, leaves.keys() - set(begin["stored"]), mesh, begin["fingerprint"])

@@ -3,44 +3,38 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import json
-import runpy
-import sys
-import types
 
 import numpy as np
 import pytest
-from flax.core import FrozenDict
 
 from mllm_jax.checkpoints.description import describe, rebuild
 from mllm_jax.checkpoints.differences import binding_differences, differences
-from mllm_jax.checkpoints.own_modules import modules_of
 from mllm_jax.data.pipeline import Mixture
 from mllm_jax.encoders.text import TextTowerConfig
 from mllm_jax.encoders.vit import ViTConfig
 from mllm_jax.errors import ConfigError
 from mllm_jax.llms.decoder import DecoderConfig
-from mllm_jax.models.contrastive import ContrastiveConfig
+from mllm_jax.models.branch import Branch
+from mllm_jax.models.clip import DualEncoderConfig
 from mllm_jax.models.multimodal import MultimodalConfig
 from mllm_jax.projectors.mlp import MLPProjectorConfig
 from mllm_jax.training.config import Experiment, Stage, TokenizerConfig
 from mllm_jax.training.objectives.contrastive import Contrastive
 from mllm_jax.training.objectives.next_token import NextToken
 
+TOWER = ViTConfig(8, 4, 12, 1, 2, 16, stem_channels=(4, 8))
+DUAL = DualEncoderConfig(TOWER, TextTowerConfig(vocab_size=300), kind="sigmoid")
 EXPERIMENT = Experiment(
     name="small",
     model=MultimodalConfig(
-        encoder=ViTConfig(8, 4, 12, 1, 2, 16, stem_channels=(4, 8)),
-        projector=MLPProjectorConfig(output_size=16),
+        inputs={"image": Branch(TOWER, MLPProjectorConfig(output_size=16))},
         llm=DecoderConfig(vocab_size=300, hidden_size=16, num_heads=4, num_kv_heads=2),
-        text_tower=TextTowerConfig(vocab_size=300),
-        contrastive=ContrastiveConfig(16),
     ),
     tokenizer=TokenizerConfig(vocab_size=300),
     stages=(
-        Stage("language", NextToken(z_loss=1e-4), ("llm/*",), Mixture(sources=(), slots=0), steps=3),
-        Stage("instruct", Contrastive("sigmoid"), ("llm/*", "projector/*"), Mixture(sources=()), steps=5),
+        Stage("language", NextToken(z_loss=1e-4), ("llm/*",), Mixture(sources=(), slots={}), steps=3),
+        Stage("instruct", Contrastive("sigmoid"), ("heads/*",), Mixture(sources=()), steps=5, model=DUAL),
     ),
 )
 
@@ -52,7 +46,7 @@ def through_json(value):
 def test_round_trip_through_json():
     again = rebuild(through_json(EXPERIMENT))
     assert again == EXPERIMENT
-    assert type(again.stages[1].objective) is Contrastive and type(again.model.encoder.stem_channels) is tuple
+    assert type(again.stages[1].objective) is Contrastive and type(again.model.image.encoder.stem_channels) is tuple
     assert differences(through_json(EXPERIMENT), through_json(again)) == []
 
 
@@ -106,7 +100,7 @@ def test_unknown_fields_are_refused():
 
 def test_a_stored_config_is_checked_like_a_new_one():
     description = through_json(EXPERIMENT)
-    description["model"]["projector"]["output_size"] = 15
+    description["model"]["inputs"]["image"]["projector"]["output_size"] = 15
     with pytest.raises(ConfigError, match="projector.output_size 15"):
         rebuild(description)
 
@@ -118,8 +112,8 @@ WRONG = {
     "pretrained": "llm",
     "name": 3,
     "mesh.data": None,
-    "model.encoder.num_layers": "2",
-    "model.encoder.stem_channels": [4, "8"],
+    "model.inputs.image.encoder.num_layers": "2",
+    "model.inputs.image.encoder.stem_channels": [4, "8"],
     "model.llm.tie_word_embeddings": 1,
     "model.llm.hidden_size": [16],
     "stages.0.steps": 3.0,
@@ -160,13 +154,16 @@ def test_names_that_are_no_plain_names_are_refused(name):
 
 
 def test_differences_name_every_leaf():
-    model = dataclasses.replace(EXPERIMENT.model, encoder=dataclasses.replace(EXPERIMENT.model.encoder, num_layers=7))
-    stages = (EXPERIMENT.stages[0], dataclasses.replace(EXPERIMENT.stages[1], objective=NextToken()))
+    model = EXPERIMENT.model.with_branch("image", encoder=dataclasses.replace(TOWER, num_layers=7))
+    talk = dataclasses.replace(EXPERIMENT.stages[1], objective=NextToken(), model=None)
+    stages = (EXPERIMENT.stages[0], talk)
     new = through_json(dataclasses.replace(EXPERIMENT, model=model, stages=stages, seed=1))
     old = through_json(EXPERIMENT)
     module = "mllm_jax.training.objectives"
-    assert sorted(differences(old, new)) == [
-        "model.encoder.num_layers: 1 -> 7",
+    found = differences(old, new)
+    assert sum(line.startswith("stages.1.model: ") for line in found) == 1, "a composition that is gone"
+    assert sorted(line for line in found if not line.startswith("stages.1.model")) == [
+        "model.inputs.image.encoder.num_layers: 1 -> 7",
         "seed: 0 -> 1",
         "stages.1.objective.chunk: 1024 -> (absent)",
         f"stages.1.objective.class: {module}.contrastive:Contrastive -> {module}.next_token:NextToken",
@@ -186,95 +183,3 @@ def test_what_changes_no_numbers_does_not_bind_a_run_folder():
     assert binding_differences(old, through_json(dataclasses.replace(free, stages=stages))) == []
     bound = dataclasses.replace(free, seed=5, stages=stages)
     assert binding_differences(old, through_json(bound)) == ["seed: 0 -> 5"]
-
-
-# ---- functions and mappings, which a task of evaluation has
-
-MODULE = """
-import subprocess
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from subprocess import getoutput
-
-@dataclass(frozen=True)
-class Asks:
-    ask: Callable[[str], str]
-    scores: Mapping[str, Callable] = field(default_factory=dict)
-    sizes: Mapping[str, int] = field(default_factory=dict)
-
-@dataclass(frozen=True)
-class Twice:
-    of: Callable
-
-    def __call__(self, text):
-        return 2 * self.of(text)
-
-def ask(text):
-    return text.upper()
-
-def inside():
-    return lambda text: text
-"""
-
-
-@pytest.fixture
-def own(tmp_path, monkeypatch):
-    """A module beside a config."""
-    (tmp_path / "own_asks.py").write_text(MODULE)
-    monkeypatch.syspath_prepend(str(tmp_path))
-    yield importlib.import_module("own_asks")
-    sys.modules.pop("own_asks")
-
-
-def test_functions_and_mappings_come_back(own):
-    made = own.Asks(own.ask, FrozenDict({"b": own.ask, "a": own.Twice(own.ask)}), FrozenDict({"x": 1}))
-    described = through_json(made)
-    assert described["ask"] == {"function": "own_asks:ask"} and list(described["scores"]["mapping"]) == ["b", "a"]
-    again = rebuild(described)
-    assert again == made and hash(again) == hash(made) and again.scores["a"]("k") == "KK"
-    assert describe({"a": 1}) == {"mapping": {"a": 1}} and rebuild({"mapping": {}}) == {}
-    assert set(modules_of(described)) == {"own_asks"}
-    changed = json.loads(json.dumps(described).replace("own_asks:ask", "own_asks:inside"))
-    assert len(differences(described, changed)) == 3
-
-
-@pytest.mark.parametrize(
-    ("name", "value"), [("ask", "own_asks:ask"), ("scores", {"mapping": {"a": 1}}), ("sizes", {"mapping": {"a": "1"}})]
-)
-def test_what_is_no_function_or_mapping_is_refused_by_name(own, name, value):
-    described = through_json(own.Asks(own.ask)) | {name: value}
-    with pytest.raises(ConfigError, match=f"{name}=.*expected"):
-        rebuild(described)
-
-
-def test_a_function_that_a_run_could_not_find_again_is_refused(own, monkeypatch):
-    config = runpy.run_path(own.__file__)  # a config file is run so
-    json_function, nowhere = json.dumps, types.FunctionType(own.ask.__code__, {"__name__": "own_asks"}, "other")
-    for function in (lambda text: text, own.inside(), config["ask"], json_function, nowhere, describe):
-        with pytest.raises(ConfigError, match="^the function .*") as refusal:
-            describe((function,))
-        assert "beside the config" in str(refusal.value)
-    with pytest.raises(ConfigError, match="ask, which the config file itself defines"):
-        describe(config["ask"])
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        "shutil:rmtree",  # a run folder that came from elsewhere must not choose what is called
-        "subprocess:getoutput",
-        "numpy:load",
-        "own_asks:getoutput",  # of another module
-        "own_asks:Twice",
-        "own_asks:gone",
-        "mllm_jax.cli.commands:main",
-        "mllm_jax.checkpoints.description:rebuild",
-        "gone_module:ask",
-        "own_asks",
-        "a b:c",
-    ],
-)
-def test_no_other_function_is_taken(own, name):
-    with pytest.raises(ConfigError) as refusal:
-        rebuild({"function": name})
-    assert name in refusal.value.given and refusal.value.todo

@@ -220,5 +220,8 @@ def test_the_token_of_an_image_is_one_that_nothing_else_in_a_row_has(tmp_path):
     free = reader_of(tmp_path / "free", CHATML, "<|other|>")
     assert free.layout.image_token == free.tokenizer.id_of("<|other|>")
     byte_tokenizer(CHATML).save(tmp_path / "none")
-    with pytest.raises(ConfigError, match="no special token that its chat template leaves unused"):
-        Processor.of(MODEL, tmp_path / "none")
+    none = Processor.of(MODEL, tmp_path / "none")
+    assert none.layout.image_token == none.tokenizer.vocab_size, "the vocabulary that embeddings hold does not grow"
+    encoded = none.encode(example(2, TURNS), 512)
+    assert (encoded.tokens == none.layout.image_token).sum() == 2 * MODEL.media_tokens
+    assert (encoded.tokens[encoded.loss_weights > 0] < none.tokenizer.vocab_size).all()

@@ -60,7 +60,7 @@ def learnt(encoded, tokenizer) -> list[str]:
 def test_learnt_tokens_decode_to_the_answers(reader, tokenizer, images):
     encoded = reader.encode(example(images), 200)
     assert learnt(encoded, tokenizer) == [answer for _, answer in TURNS]
-    assert len(encoded.media) == encoded.slots == images and encoded.dropped_turns == 0
+    assert len(encoded.media) == encoded.slots.get("image", 0) == images and encoded.dropped_turns == 0
     positions = images * MEDIA
     assert encoded.tokens[0] == tokenizer.bos_token_id
     assert media_index(encoded) == [-1, *range(positions)] + [-1] * (len(encoded.tokens) - 1 - positions)
@@ -302,8 +302,8 @@ def test_captions_of_an_image_and_of_its_regions(reader, tokenizer):
         assert ids[0] == tokenizer.bos_token_id and ids[-1] == tokenizer.eos_token_id
         index = np.asarray(media_index(encoded))[here]
         assert (index == (-1 if region is None else region)).all()
-    assert set(encoded.segments) == {1, 2} and encoded.slots == 1 and encoded.loss_weights.all()
-    batch = reader.pack([[encoded]], 50, 1)
+    assert set(encoded.segments) == {1, 2} and encoded.slots == {"image": 1} and encoded.loss_weights.all()
+    batch = reader.pack([[encoded]], 50, {"image": 1})
     for number in (1, 2):
         positions = batch["positions"][0, batch["segments"][0] == number]
         assert positions.tolist() == list(range((encoded.segments == number).sum()))

@@ -39,7 +39,7 @@ def test_nothing_scores_better(slots):
     rng = np.random.default_rng(slots)
     for _ in range(60):
         counts, length, wanted = random_counts(rng, 5), int(rng.integers(14, 40)), float(rng.uniform(0, slots))
-        chosen = fill_row(counts, length, slots, wanted)
+        chosen = fill_row(counts, length, [slots], [wanted])
         tokens, pictures = figures(chosen)
         assert chosen[0] == max(counts), "the longest is placed while there is room for it"
         assert all(chosen.count(kind) <= counts[kind] for kind in chosen), "no example is taken twice"
@@ -51,25 +51,46 @@ def test_nothing_scores_better(slots):
 def test_what_is_wanted_decides_between_rows_of_one_length():
     counts = {(10, 0): 1, (5, 0): 2, (5, 1): 2}
     for wanted in (0, 1, 2):
-        assert figures(fill_row(counts, 20, 4, wanted)) == (20, wanted)
+        assert figures(fill_row(counts, 20, [4], [wanted])) == (20, wanted)
 
 
 def test_a_picture_too_many_costs_a_hundredth_of_the_row():
     """200 places: two free ones are worth one picture, so 3 tokens more outweigh it and 1 token more does not."""
     for gain, pictures in ((3, 1), (1, 0)):
         counts = {(100, 0): 1, (90, 0): 1, (90 + gain, 1): 1}
-        assert figures(fill_row(counts, 200, 4, wanted=0)) == (190 + gain * pictures, pictures)
+        assert figures(fill_row(counts, 200, [4], wanted=[0])) == (190 + gain * pictures, pictures)
 
 
 def test_slots_bind_where_places_do_not():
     counts = {(8, 2): 5, (1, 0): 4}
-    assert figures(fill_row(counts, 64, 5, wanted=5)) == (20, 4)
+    assert figures(fill_row(counts, 64, [5], wanted=[5])) == (20, 4)
 
 
 def test_one_example_is_a_row():
-    assert fill_row({(7, 1): 1}, 7, 1, 0.0) == [(7, 1)]
-    assert fill_row({(7, 1): 3}, 13, 3, 0.0) == [(7, 1)], "a second one does not fit"
-    assert fill_row({(7, 0): 3}, 64, 0, 0.0) == [(7, 0)] * 3, "no more than there are"
+    assert fill_row({(7, 1): 1}, 7, [1], [0.0]) == [(7, 1)]
+    assert fill_row({(7, 1): 3}, 13, [3], [0.0]) == [(7, 1)], "a second one does not fit"
+    assert fill_row({(7, 0): 3}, 64, [0], [0.0]) == [(7, 0)] * 3, "no more than there are"
+    assert fill_row({(7,): 3}, 64, [], []) == [(7,)] * 3, "text takes no slots"
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_every_modality_has_its_own_slots(seed):
+    """Images and frames: against trying all subsets, and none of either more than there is room for."""
+    rng = np.random.default_rng(seed)
+    for _ in range(40):
+        kinds = [tuple(map(int, (rng.integers(2, 14), *rng.integers(0, 3, 2)))) for _ in range(4)]
+        counts = {kind: int(rng.integers(1, 4)) for kind in kinds}
+        length, slots = int(rng.integers(14, 40)), [3, 5]
+        wanted = rng.uniform(0, slots)
+        best = -np.inf
+        for copies in itertools.product(*(range(kind == max(counts), counts[kind] + 1) for kind in counts)):
+            tokens, *used = np.array(copies) @ np.array(list(counts))
+            if tokens <= length and (np.array(used) <= slots).all():
+                best = max(best, tokens - np.abs(used - wanted).sum() * length / 100)
+        chosen = fill_row(counts, length, slots, wanted)
+        tokens, *used = np.sum(chosen, axis=0)
+        assert tokens <= length and (np.array(used) <= slots).all()
+        assert tokens - np.abs(used - wanted).sum() * length / 100 == pytest.approx(best)
 
 
 def test_many_kinds_still_fill_the_row():
@@ -78,7 +99,7 @@ def test_many_kinds_still_fill_the_row():
     counts = {(size, int(rng.integers(0, 3))): int(rng.integers(1, 3)) for size in range(20, 20 + 3 * MAX_KINDS)}
     assert len(counts) > 2 * MAX_KINDS
     while len(counts) > MAX_KINDS:
-        chosen = fill_row(counts, 512, 12, 5.0)
+        chosen = fill_row(counts, 512, [12], [5.0])
         assert chosen[0] == max(counts)
         tokens, pictures = figures(chosen)
         assert tokens == 512 and pictures <= 12

@@ -13,11 +13,11 @@ from mllm_jax.errors import DataError
 
 def stream(count=150, weight=1.0, seed=0, low=5, high=30, pictures=2) -> Stream:
     rng = np.random.default_rng(seed)
-    return Stream(rng.integers(low, high, count), rng.integers(0, pictures + 1, count), weight)
+    return Stream(rng.integers(low, high, count), {"image": rng.integers(0, pictures + 1, count)}, weight)
 
 
 def plan(*streams, **change) -> PackingPlan:
-    settings = dict(rows=4, length=64, slots=6, seed=3, block_steps=8) | change
+    settings = dict(rows=4, length=64, slots={"image": 6}, seed=3, block_steps=8) | change
     return PackingPlan(streams or (stream(),), **settings)
 
 
@@ -86,21 +86,21 @@ def test_the_seed_decides():
 def test_rows_hold_no_more_than_their_places_and_slots():
     """Many pictures, so that the slots run out before the places do."""
     s = stream(pictures=4)
-    p = plan(s, slots=5)
+    p = plan(s, slots={"image": 5})
     tightest = 0
     for step in range(64):
         rows = p.step(step)
         assert len(rows) == 4
         for row in rows:
             assert sum(s.lengths[e] for _, e in row) <= 64
-            pictures = sum(s.images[e] for _, e in row)
+            pictures = sum(s.slots["image"][e] for _, e in row)
             assert pictures <= 5
             tightest = max(tightest, pictures)
     assert tightest == 5
 
 
 def test_rows_are_well_filled_on_short_examples():
-    p = plan(stream(4000), rows=16, length=256, slots=40, block_steps=16)
+    p = plan(stream(4000), rows=16, length=256, slots={"image": 40}, block_steps=16)
     found = p.statistics(64)
     assert found["fill"] >= 0.97
     assert found["left_over"] == 0
@@ -150,7 +150,7 @@ def test_weights_are_shares_of_examples(packed):
     weights = (0.5, 0.3, 0.2)
     streams = [stream(50, w, seed=i, low=5, high=9) for i, w in enumerate(weights[:2])]
     streams.append(stream(50, weights[2], seed=2, low=25, high=33))
-    counts = Counter(i for i, _ in placed(plan(*streams, packed=packed, slots=16), range(400)))
+    counts = Counter(i for i, _ in placed(plan(*streams, packed=packed, slots={"image": 16}), range(400)))
     total = sum(counts.values())
     for i, weight in enumerate(weights):
         assert counts[i] / total == pytest.approx(weight, abs=0.01)
@@ -187,12 +187,25 @@ def test_statistics_agree_with_the_rows():
     pairs = placed(p, range(16))
     found = p.statistics(16)
     assert found["fill"] == pytest.approx(sum(s.lengths[e] for _, e in pairs) / (16 * 4 * 64))
-    assert found["slot_fill"] == pytest.approx(sum(s.images[e] for _, e in pairs) / (16 * 4 * 6))
+    assert found["slot_fill"] == pytest.approx(sum(s.slots["image"][e] for _, e in pairs) / (16 * 4 * 6))
     assert found["examples_per_step"] == pytest.approx(len(pairs) / 16)
 
 
+def test_rows_have_room_for_every_modality():
+    """Streams of images, of frames and of neither share rows, none of which takes more than its slots of each."""
+    images, frames = stream(pictures=3), stream(pictures=5, seed=1)
+    streams = (images, Stream(frames.lengths, {"video": frames.slots["image"]}, 1.0), stream(pictures=0, seed=2))
+    p = plan(*streams, slots={"image": 3, "video": 5})
+    used = []
+    for step in range(40):
+        for row in p.step(step):
+            used.append([sum(int(streams[i].taken(m)[e]) for i, e in row) for m in ("image", "video")])
+    assert (np.max(used, axis=0) == [3, 5]).all()
+    assert p.statistics(40)["left_over"] == 0
+
+
 def test_text_only_needs_no_slots():
-    p = plan(stream(pictures=0), slots=0)
+    p = plan(stream(pictures=0), slots={})
     assert p.statistics(8)["slot_fill"] == 0 and placed(p, range(8))
 
 
@@ -200,10 +213,10 @@ def test_text_only_needs_no_slots():
     "streams,change,given",
     [
         ([stream(), stream(low=65, high=66)], {}, "source 1: an example of 65 tokens"),
-        ([stream(pictures=7)], {}, "7 picture"),
+        ([stream(pictures=7)], {}, "media slots {'image': 7}"),
         ([stream(weight=0.0)], {}, "weight 0.0"),
         ([stream(weight=-1.0)], {}, "weight -1.0"),
-        ([Stream(np.zeros(4, int), np.zeros(4, int), 1.0)], {}, "0 usable examples"),
+        ([Stream(np.zeros(4, int), {"image": np.zeros(4, int)}, 1.0)], {}, "0 usable examples"),
         ([stream(low=33, high=36, pictures=0)], {}, "less than 60 %"),
     ],
     ids=["too long", "too many pictures", "no weight", "negative weight", "nothing usable", "pack badly"],

@@ -94,13 +94,13 @@ def test_shapes_hold_for_every_batch():
 
 def test_rows_without_a_picture_have_the_same_shape():
     """Text stands among pictures: slots stay empty and no place points to them."""
-    data = pipeline(replace(PICTURES, sources=(Weighted(Toy(), 0.1), TEXT), length=32, slots=2))
+    data = pipeline(replace(PICTURES, sources=(Weighted(Toy(), 0.1), TEXT), length=32, slots={"image": 2}))
     found = [(batch, row) for batch in map(data.batch, range(16)) for row in range(8)]
     textual = [(b, r) for b, r in found if (b["media_index"][r] < 0).all()]
     assert 0 < len(textual) < len(found)
     for batch, row in textual:
         assert not batch["images"][row].any() and batch["segments"][row].any()
-    alone = pipeline(Mixture((TEXT,), rows=8, length=32, slots=0))
+    alone = pipeline(Mixture((TEXT,), rows=8, length=32, slots={}))
     assert set(alone.batch(0)) == set(data.batch(0)) - {"images"}
 
 
@@ -232,7 +232,7 @@ def broken(share: float, **kwargs) -> Mixture:
 def test_a_corrupt_png_is_named_by_source_and_index(monkeypatch):
     experiment = load_config(ROOT / "configs" / "smoke.py")
     source = OpenMojiQuestions(image_size=16, variants=1)
-    mixture = Mixture((Weighted(source),), rows=8, length=128, slots=2)
+    mixture = Mixture((Weighted(source),), rows=8, length=128, slots={"image": 2})
     words = Tokenizer.train(training_texts([source.build()], limit=100), 300)
     data = Pipeline(mixture, processor(experiment.model, words), seed=0)
     index = data.plan.step(3)[2][0][1]
@@ -288,8 +288,8 @@ def test_an_empty_answer_is_refused_at_measuring():
 
 
 def test_more_pictures_than_slots_are_refused_at_measuring():
-    with pytest.raises(DataError, match=r"toy_pairs\[0\]: pictures for 2 slots in a row of 1"):
-        pipeline(replace(PICTURES, slots=1))
+    with pytest.raises(DataError, match=r"toy_pairs\[0\]: media for slots {'image': 2} in a row of {'image': 1}"):
+        pipeline(replace(PICTURES, slots={"image": 1}))
 
 
 # ---- stored lengths

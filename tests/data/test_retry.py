@@ -101,7 +101,7 @@ class BucketSource(toy_data.ToySource):
 
 
 def pictures(failures: int, **kwargs):
-    mixture = Mixture((Weighted(Bucket("bucket", failures=failures)),), rows=8, length=32, slots=1, **kwargs)
+    mixture = Mixture((Weighted(Bucket("bucket", failures=failures)),), rows=8, length=32, slots={"image": 1}, **kwargs)
     return toy_data.pipeline(mixture, patience=QUICK)
 
 

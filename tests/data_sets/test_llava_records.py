@@ -211,7 +211,7 @@ def test_a_broken_record_costs_itself_and_no_other(folder, case):
         s.example(1)
     str(refusal.value).encode()
     assert len(str(refusal.value)) < 1_000
-    mixture = Mixture((Weighted(records),), rows=1, length=64, slots=1, max_bad_share=0.4)
+    mixture = Mixture((Weighted(records),), rows=1, length=64, slots={"image": 1}, max_bad_share=0.4)
     (measured,) = Pipeline(mixture, processor(MODEL, Tokenizer.train(["Hello Hi"], 300)), seed=0).measured
     assert measured.lengths.astype(bool).tolist() == [True, False, True] and [i for i, _ in measured.bad] == [1]
 

@@ -1,54 +1,75 @@
-"""Scores, their controls, and how results of several evaluations come together."""
+"""Tasks, their metrics and controls, and what an evaluation writes down."""
 
 from __future__ import annotations
 
 import base64
 import io
-from collections import Counter
+import json
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from PIL import Image
+import toy_data
+from PIL import Image as Pillow
 
-from mllm_jax.data.message import Image as Shown
-from mllm_jax.errors import DataError
-from mllm_jax.evaluation.evaluate import evaluate, majority, normalise, shuffles
-from mllm_jax.evaluation.run import _merged
-from mllm_jax.generation.options import Answer
+import mllm_jax
+from mllm_jax import Answer, Example, Message, Task, Text, evaluate
+from mllm_jax.checkpoints.description import describe, rebuild
+from mllm_jax.data.message import Image
+from mllm_jax.datasets.openmoji import evaluation as asked_of_openmoji
+from mllm_jax.errors import ConfigError, DataError
+from mllm_jax.evaluation.metrics import ShuffledMedia, accuracy, count, majority, normalise, references, shuffles
+from mllm_jax.evaluation.run import _example, _means, _merged
+from mllm_jax.evaluation.task import CHUNK, Evaluation, Prediction
+from mllm_jax.evaluation.tasks.openmoji import openmoji_questions, openmoji_retrieval, openmoji_skills
+
+METRICS = {
+    "accuracy": accuracy,
+    "accuracy_shuffled_media": ShuffledMedia(accuracy),
+    "majority": majority,
+    "n": count,
+}
 
 
 @dataclass(frozen=True)
 class Asked:
-    task: str
     question: str
     answer: str
     images: tuple[np.ndarray, ...]
+    id: str = ""
 
 
 class Seer:
-    """An assistant whose answer is the colours of its pictures, so that only the right pictures give the right one."""
+    """An assistant whose answer is the colours of its images, so that only the right images give the right one."""
+
+    model = SimpleNamespace(config=toy_data.MODEL)
 
     def __init__(self, answer=lambda question, seen: seen):
         self.say, self.calls = answer, []
 
-    def prompt(self, messages):
-        return messages[0]
-
-    def complete(self, prompts, options, batch_size):
+    def generate(self, conversations, *, batch_size, max_new_tokens):
         self.calls.append(
-            [[int(p.source[0, 0, 0]) for p in prompt.parts if isinstance(p, Shown)] for prompt in prompts]
+            [[int(p.source[0, 0, 0]) for m in c for p in m.parts if isinstance(p, Image)] for c in conversations]
         )
         seen = [" ".join(map(str, each)) for each in self.calls[-1]]
-        return [Answer(self.say(prompt.text, each), ()) for prompt, each in zip(prompts, seen, strict=True)]
+        return [Answer(self.say(c[-1].text, each), ()) for c, each in zip(conversations, seen, strict=True)]
 
 
-def picture(colour: int) -> np.ndarray:
+def image(colour: int) -> np.ndarray:
     return np.full((4, 4, 3), colour, np.uint8)
 
 
-def asked(task: str, *colours: int, question: str = "What colour?", answer: str | None = None) -> Asked:
-    return Asked(task, question, answer or " ".join(map(str, colours)), tuple(map(picture, colours)))
+def asked(*colours: int, question: str = "What colour?", answer: str | None = None, id: str = "") -> Asked:
+    return Asked(question, answer or " ".join(map(str, colours)), tuple(map(image, colours)), id)
+
+
+def ask(example: Asked):
+    return [Message("user", (*map(Image, example.images), Text(example.question)))]
+
+
+def task(*examples: Asked, name: str = "seen/colour", metrics=METRICS) -> Task:
+    return Task(name, examples, ask, metrics)
 
 
 @pytest.mark.parametrize(
@@ -65,92 +86,175 @@ def test_normalise_forgives_nothing_else(text, other):
 
 
 def test_shuffles_are_permutations_that_leave_nothing_in_its_place():
-    for count in (2, 3, 10, 57, 500):
+    for number in (2, 3, 10, 57, 500):
         for seed in range(5):
-            for order in shuffles(count, seed):
-                assert sorted(order) == list(range(count))
-                assert (order != np.arange(count)).all()
+            for order in shuffles(number, seed):
+                assert sorted(order) == list(range(number))
+                assert (order != np.arange(number)).all()
     assert (shuffles(50, 1)[0] != shuffles(50, 2)[0]).any()
     assert np.array_equal(shuffles(50), shuffles(50))
 
 
 def test_few_questions_are_shuffled_several_times():
-    assert [len(shuffles(count)) for count in (2, 60, 100, 300, 1000)] == [8, 5, 3, 1, 1]
+    assert [len(shuffles(number)) for number in (2, 60, 100, 300, 1000)] == [8, 5, 3, 1, 1]
     assert len({tuple(order) for order in shuffles(60)}) == 5
 
 
 def test_majority_counts_answers_as_they_are_compared():
-    assert majority(["Yes", "yes.", "no"]) == 2 / 3
-    assert majority(["a", "b", "c", "d"]) == 1 / 4
+    assert majority([], [{"answer": text} for text in ("Yes", "yes.", "no")]) == 2 / 3
+    assert majority([], [{"answer": text} for text in "abcd"]) == 1 / 4
+    several = [{"answers": ["a cat", "cat"]}, {"answers": ["cat", "kitten"]}, {"answer": "dog"}]
+    assert majority([], several) == 2 / 3
 
 
-def test_scores_and_controls_computed_by_hand():
-    questions = {
-        "seen": [
-            asked("colour", 1, answer="1."),
-            asked("colour", 2),
-            asked("colour", 3, answer="7"),  # what the generator sees is not the answer
-            asked("colour", 4),
-            asked("pair", 5, 6),
-            asked("pair", 6, 5),
-        ],
-        # The answer stands in the question: pictures make no difference, and the control says so.
-        "blind": [asked("colour", c, question=f"Say {c}", answer="9" if c < 3 else "8") for c in (1, 2, 3)],
-    }
-    seer = Seer(lambda question, seen: "9" if question.startswith("Say") else seen)
-    results, examples = evaluate(seer, questions)
-    assert results == {
-        "splits": {
-            "seen": {
-                "colour": {"accuracy": 3 / 4, "accuracy_shuffled_images": 0.0, "majority": 1 / 4, "n": 4},
-                "pair": {"accuracy": 1.0, "accuracy_shuffled_images": 0.0, "majority": 1 / 2, "n": 2},
-            },
-            "blind": {"colour": {"accuracy": 2 / 3, "accuracy_shuffled_images": 2 / 3, "majority": 2 / 3, "n": 3}},
-        }
-    }
-    # The control asks about the same pictures, each at another question, and pictures of one question stay together.
-    true, control = seer.calls[0][:4], seer.calls[0][4:]
-    pairs, other_pairs = seer.calls[1][:2], seer.calls[1][2:]
+def test_references_of_every_kind_of_example():
+    talk = (Message("user", "a?"), Message("assistant", "b"), Message("user", "c?"), Message("assistant", "d"))
+    assert references(Example(talk)) == ("d",) and references(Example(talk[:1])) == ()
+    assert references(asked(1)) == references({"answer": "1"}) == references({"answers": ["1"]}) == ("1",)
+    assert references({}) == references(3) == ()
+    with pytest.raises(DataError, match="an example without an answer"):
+        accuracy([Answer("a", ())], [{"question": "a"}])
+
+
+def test_scores_and_controls_computed_by_hand(tmp_path):
+    seer = Seer()
+    # What the assistant sees is not the answer to the third.
+    found = evaluate(
+        seer, task(asked(1, answer="1."), asked(2, id="two"), asked(3, answer="7"), asked(4)), out=tmp_path
+    )
+    assert found == {"accuracy": 3 / 4, "accuracy_shuffled_media": 0.0, "majority": 1 / 4, "n": 4}
+    # The control asks about the same images, each at another question, and images of one question stay together.
+    (call,) = seer.calls
+    true, control = call[:4], call[4:]
     assert true == [[1], [2], [3], [4]] and sorted(control) == sorted(true * 8)
     assert all(a != b for a, b in zip(true * 8, control, strict=True))
-    assert (pairs, other_pairs) == ([[5, 6], [6, 5]], [[6, 5], [5, 6]] * 8)
-    assert [(e["question"], e["answer"], e["truth"], e["correct"]) for e in examples if e["split"] == "seen"][:3] == [
-        ("What colour?", "1", "1.", True),
-        ("What colour?", "2", "2", True),
-        ("What colour?", "3", "7", False),
+    lines = [json.loads(line) for line in (tmp_path / "predictions.jsonl").read_text().splitlines()]
+    same = {"task": "seen/colour", "question": "What colour?", "correct": True}
+    assert lines[:2] == [
+        {**same, "index": 0, "answer": "1", "reference": "1."},
+        {**same, "id": "two", "answer": "2", "reference": "2"},
     ]
+    assert [line["correct"] for line in lines] == [True, True, False, True]
+
+    pairs = Seer()
+    assert evaluate(pairs, task(asked(5, 6), asked(6, 5)))["accuracy"] == 1
+    assert pairs.calls == [[[5, 6], [6, 5], *([[6, 5], [5, 6]] * 8)]]
+    # The answer stands in the question: images make no difference, and the control says so.
+    blind = [asked(c, question=f"Say {c}", answer="9" if c < 3 else "8") for c in (1, 2, 3)]
+    found = evaluate(Seer(lambda question, seen: "9"), task(*blind))
+    assert found == {"accuracy": 2 / 3, "accuracy_shuffled_media": 2 / 3, "majority": 2 / 3, "n": 3}
 
 
-def test_examples_come_from_every_split_and_task_with_their_pictures():
-    tasks = ("a", "b", "c")
-    questions = {s: [asked(t, c, c + 1) for t in tasks for c in range(9)] for s in ("one", "two")}
-    _, examples = evaluate(Seer(), questions, shown_per_task=4)
-    found = Counter((e["split"], e["task"]) for e in examples)
-    assert found == {(s, t): 4 for s in questions for t in tasks}
-    for number, example in enumerate(examples):
-        shown = [np.asarray(Image.open(io.BytesIO(base64.b64decode(t)))) for t in example["image_png_base64"]]
-        assert [image[0, 0, 0] for image in shown] == [number % 4, number % 4 + 1]
+def test_a_limit_takes_the_first_and_what_cannot_be_said_is_left_out(tmp_path):
+    def length(answers, examples):
+        return float(np.mean([len(answer.text) for answer in answers]))
+
+    free = Task("free", [{"q": "a b"}, {"q": "c"}, {"q": "d"}], lambda x: x["q"], {"length": length})
+    found = evaluate(Seer(lambda question, seen: question), free, limit=2, out=tmp_path / "new")
+    assert found == {"length": 2.0}
+    lines = [json.loads(line) for line in (tmp_path / "new" / "predictions.jsonl").read_text().splitlines()]
+    assert lines == [{"task": "free", "index": i, "question": q, "answer": q} for i, q in enumerate(("a b", "c"))]
+    for limit in (0, -1):
+        with pytest.raises(ConfigError, match=f"limit {limit}"):
+            evaluate(Seer(), free, limit=limit)
 
 
-def test_a_task_of_one_question_is_refused():
-    with pytest.raises(DataError, match="some/colour: one question"):
-        evaluate(Seer(), {"some": [asked("colour", 1)]})
+def test_media_of_another_number_are_exchanged_and_examples_without_are_left_out():
+    seer = Seer()
+    mixed = task(asked(1), asked(2, 3), asked(question="none", answer="x"))
+    assert evaluate(seer, mixed)["n"] == 3
+    assert seer.calls == [[[1], [2, 3], [], *([[2, 3], [1]] * 8)]]
+    turns = [
+        Message("user", (Image(image(1)), Text("a"))),
+        Message("assistant", "b"),
+        Message("user", (Text("c"), Image(image(2)))),
+    ]
+    other = [Message("user", (Image(image(3)), Image(image(4)), Text("d")))]
+    (_, first), (_, second), *_ = ShuffledMedia(accuracy).again([tuple(turns), tuple(other)])
+    shown = [[int(p.source[0, 0, 0]) for p in m.parts if isinstance(p, Image)] for m in first]
+    assert shown == [[3], [], [4]] and [m.text for m in first] == ["a", "b", "c"] and len(second) == 1
+
+
+def test_many_conversations_are_asked_in_pieces_and_answers_keep_their_order():
+    seer = Seer()
+    found = evaluate(seer, task(*(asked(c % 200) for c in range(CHUNK)), metrics={"accuracy": accuracy, "n": count}))
+    assert found == {"accuracy": 1.0, "n": CHUNK} and len(seer.calls) == 1
+    found = evaluate(seer, task(*(asked(c % 200) for c in range(CHUNK))))
+    assert found["accuracy"] == 1.0 and [len(call) for call in seer.calls[1:]] == [CHUNK, CHUNK]
+
+
+@pytest.mark.parametrize("examples", [[asked(1)], [asked(question="a", answer="b")] * 3])
+def test_a_control_without_two_examples_with_media_is_refused(examples):
+    with pytest.raises(DataError, match="shuffled media of"):
+        evaluate(Seer(), task(*examples))
+
+
+def test_what_is_no_task_is_refused():
+    with pytest.raises(DataError, match="task 'seen/colour' with 0 example"):
+        evaluate(Seer(), task())
+    with pytest.raises(ConfigError, match="task 'x'"):
+        Task("x", (), ask, {})
+    for value in (float("nan"), "high", None):
+        with pytest.raises(DataError, match="metric 'odd' of task 'seen/colour'"):
+            evaluate(Seer(), task(asked(1), metrics={"odd": lambda answers, examples, value=value: value}))
+    blind = SimpleNamespace(model=SimpleNamespace(config=toy_data.DUAL))
+    with pytest.raises(ConfigError, match="task 'seen/colour' for a DualEncoderConfig"):
+        evaluate(blind, task(asked(1)))
+
+
+def test_a_source_is_an_object_a_config_or_a_sequence():
+    source = toy_data.Toy(size=3)
+    tasks = [Task("t", given, ask, {"n": count}) for given in (source, source.build(), [*range(3)])]
+    assert [len(each.examples()) for each in tasks] == [3, 3, 3]
+    assert tasks[0].examples(2)[1].messages[1].text == "green" and tasks[2].examples(2) == [0, 1]
+
+
+def test_tasks_are_described_and_found_again_equal():
+    tasks = (*openmoji_questions(), *openmoji_skills(), *openmoji_retrieval())
+    assert all(isinstance(each, Evaluation) for each in tasks)
+    again = rebuild(json.loads(json.dumps(describe(tasks))))
+    assert again == tasks and hash(again) == hash(tasks)
+    assert mllm_jax.Task is Task and mllm_jax.evaluate is evaluate
+
+
+def test_a_config_touches_no_data(monkeypatch):
+    monkeypatch.setattr(asked_of_openmoji, "evaluation_questions", lambda *_: pytest.fail("the data are read"))
+    asked_of_openmoji._questions.cache_clear()
+    tasks = openmoji_questions(splits=("composition", "unseen"), data_dir="nowhere")
+    assert [task.name for task in tasks][:2] == ["composition/naming", "composition/subcategory"]
+    assert "unseen/category" in [task.name for task in tasks]
+
+
+def test_openmoji_questions_are_those_of_their_kind():
+    for each in openmoji_questions(splits=("unseen",), image_size=16, limit=4):
+        found = each.examples()
+        assert {question.task for question in found} == {each.source.kind} and len(found) == 4
+    for each in openmoji_skills(image_size=16, limit=4):
+        assert [question.task for question in each.examples(3)] == [each.name.partition("/")[2]] * 3
+
+
+def test_a_large_image_is_small_in_the_report(tmp_path):
+    Pillow.new("RGB", (2000, 1000), (9, 8, 7)).save(tmp_path / "a.png")
+    shown = [Image(str(tmp_path / "a.png")), Image(image(5))]
+    made = _example("seen/a", Prediction(0, "q", tuple(shown), "a", None, None))
+    large, small = (Pillow.open(io.BytesIO(base64.b64decode(text))) for text in made["image_png_base64"])
+    assert (large.size, large.getpixel((9, 9)), small.size) == ((256, 128), (9, 8, 7), (4, 4))
+    assert made["reference"] is None and made["correct"] is None
 
 
 def test_a_second_evaluation_replaces_its_own_tasks_only():
-    def measured(*pairs, value):
-        splits: dict = {}
-        for split, task in pairs:
-            splits.setdefault(split, {})[task] = {"accuracy": value}
-        return {"splits": splits}, [{"split": s, "task": t, "answer": value} for s, t in pairs]
+    known = ["one/a", "one/b", "one/c", "two/a"]
+    before = [{"task": name, "answer": 1} for name in ("one/a", "one/c", "two/a", "gone")]
+    now = [{"task": name, "answer": 2} for name in ("one/b", "one/a")]
+    merged = _merged(known, {"one/a": {}, "one/b": {}}, before, now)
+    assert [(entry["task"], entry["answer"]) for entry in merged] == [
+        ("one/a", 2),
+        ("one/b", 2),
+        ("one/c", 1),
+        ("two/a", 1),
+    ]
 
-    before = measured(("one", "a"), ("one", "c"), ("two", "a"), value=0.1)
-    now = measured(("one", "a"), ("one", "b"), ("three", "a"), value=0.9)
-    results, examples = _merged(before, now)
-    values = {s: {t: scores["accuracy"] for t, scores in tasks.items()} for s, tasks in results["splits"].items()}
-    assert values == {"one": {"a": 0.9, "b": 0.9, "c": 0.1}, "two": {"a": 0.1}, "three": {"a": 0.9}}
-    assert [list(tasks) for tasks in values.values()] == [["a", "b", "c"], ["a"], ["a"]]
-    assert {(e["split"], e["task"]): e["answer"] for e in examples} == {
-        (s, t): value for s, tasks in values.items() for t, value in tasks.items()
-    }
-    assert len(examples) == 5
+
+def test_a_task_is_meant_by_its_whole_name_or_a_side_of_it():
+    assert all(_means(wanted, "unseen/naming") for wanted in ("unseen/naming", "unseen", "naming"))
+    assert not any(_means(wanted, "unseen/naming") for wanted in ("ming", "uns", "unseen/", "/naming", ""))

@@ -10,7 +10,7 @@ import pytest
 from mllm_jax.datasets.openmoji.catalog import catalog
 from mllm_jax.datasets.openmoji.galleries import galleries
 from mllm_jax.errors import ConfigError
-from mllm_jax.evaluation.galleries import evaluate_retrieval
+from mllm_jax.evaluation.galleries import search
 
 
 def test_a_gallery_is_the_split_filled_up_with_what_is_most_like_it():
@@ -53,11 +53,8 @@ class Angles:
         angle = np.radians(np.asarray(values, np.float32))
         return np.stack([np.cos(angle), np.sin(angle)], axis=1)
 
-    def pictures(self, pictures):
-        return self._vectors([picture[0, 0, 0] for picture in pictures])
-
-    def texts(self, texts):
-        return self._vectors([float(text) for text in texts])
+    def embed(self, texts=None, images=None):
+        return self._vectors([float(text) for text in texts] if images is None else [x[0, 0, 0] for x in images])
 
 
 def hand(task: str) -> Hand:
@@ -68,10 +65,10 @@ def hand(task: str) -> Hand:
 
 @pytest.mark.parametrize("task", ["image_to_text", "text_to_image"])
 def test_recall_counts_strangers_and_keeps_to_its_own(task):
-    results, examples = evaluate_retrieval(Angles(), {"composition": [hand(task)]})
-    score = results["splits"]["composition"][task]
+    measured = search(Angles(), hand(task))
+    score, said = measured.metrics, measured.predictions
     assert (score["accuracy"], score["recall_at_5"], score["n"], score["ways"]) == (0.5, 1.0, 2, 3)
-    assert (score["accuracy_shuffled_images"], score["majority"]) == (0.0, 0.5)
-    assert [e["correct"] for e in examples] == [True, False]
-    assert [e["truth"] for e in examples] == ["0", "90"] and [e["answer"] for e in examples] == ["0", "60"]
-    assert all(len(e["image_png_base64"]) == 1 and "3" in e["question"] for e in examples)
+    assert (score["accuracy_shuffled_media"], score["majority"]) == (0.0, 0.5)
+    assert [one.correct for one in said] == [True, False]
+    assert [one.reference for one in said] == ["0", "90"] and [one.answer for one in said] == ["0", "60"]
+    assert all(len(one.images) == 1 and "3" in one.question for one in said)

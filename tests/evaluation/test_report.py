@@ -25,13 +25,9 @@ from mllm_jax.training.operations.goodput import KINDS
 VOID = {"meta", "img", "input", "br"}
 SVG = {"line", "rect", "polyline", "circle"}
 RESULTS = {
-    "splits": {
-        "composition": {
-            "naming": {"accuracy": 0.6312, "accuracy_shuffled_images": 0.021, "majority": 0.013, "n": 1187},
-            "skin tone": {"accuracy": 0.95, "accuracy_shuffled_images": 0.2, "majority": 0.21, "n": 400},
-        },
-        "unseen": {"category": {"accuracy": 1.0, "accuracy_shuffled_images": None, "majority": 0.19, "n": 80}},
-    }
+    "composition/naming": {"accuracy": 0.6312, "accuracy_shuffled_media": 0.021, "majority": 0.013, "n": 1187},
+    "composition/skin tone": {"accuracy": 0.95, "accuracy_shuffled_media": 0.2, "majority": 0.21, "n": 400},
+    "unseen/category": {"accuracy": 1.0, "accuracy_shuffled_media": None, "majority": 0.19, "n": 80},
 }
 RUN = {
     "config": "quickstart",
@@ -88,12 +84,11 @@ def png(colour: str = "red") -> str:
 
 def example(number: int, **changed) -> dict:
     made = {
-        "split": "composition",
-        "task": "naming",
+        "task": "composition/naming",
         "image_png_base64": [png()],
         "question": f"What is number {number}?",
     }
-    return made | {"answer": "a cat", "truth": "a dog", "correct": number % 3 == 0} | changed
+    return made | {"answer": "a cat", "reference": "a dog", "correct": number % 3 == 0} | changed
 
 
 def write_metrics(folder: Path, steps: int = 100) -> None:
@@ -170,8 +165,8 @@ def test_the_page_needs_nothing_but_itself(tmp_path):
 @pytest.mark.parametrize(("tiles", "columns"), [(1, 1), (4, 4), (5, 5), (6, 3), (7, 4), (11, 4)])
 def test_no_tile_is_left_alone_in_a_row(tmp_path, tiles, columns):
     full_run(tmp_path)
-    splits = {f"split{i}": {"naming": {"accuracy": 0.5}} for i in range(tiles)}
-    (tmp_path / "results.json").write_text(json.dumps({"splits": splits}))
+    results = {f"split{i}/naming": {"accuracy": 0.5} for i in range(tiles)}
+    (tmp_path / "results.json").write_text(json.dumps(results))
     (tmp_path / "metrics.jsonl").write_text("")
     (tmp_path / "run.json").write_text("{}")
     page = Page(write_report(tmp_path).read_text())
@@ -200,8 +195,8 @@ def test_whatever_a_run_holds_is_escaped(tmp_path):
     full_run(tmp_path)
     evil = '<script>alert("x")</script>"\'&<img src=http://a.b>'
     (tmp_path / "run.json").write_text(json.dumps({"config": evil, evil: evil, "stages": [{"name": evil, evil: evil}]}))
-    (tmp_path / "results.json").write_text(json.dumps({"splits": {evil: {evil: {"accuracy": 0.5, "n": 4}}}}))
-    changed = dict.fromkeys(("split", "task", "question", "answer", "truth"), evil)
+    (tmp_path / "results.json").write_text(json.dumps({evil: {"accuracy": 0.5, evil: 4}}))
+    changed = dict.fromkeys(("task", "question", "answer", "reference"), evil)
     (tmp_path / "examples.json").write_text(json.dumps([example(0, **changed)]))
     line = {"step": 1, "stage": evil, "loss": 1.0, evil: 2.0, "timing": {}}
     (tmp_path / "metrics.jsonl").write_text(json.dumps(line) + "\n")
@@ -262,17 +257,17 @@ def test_a_file_of_another_kind_is_refused(tmp_path, name, text):
 @pytest.mark.parametrize("score", ["0.5", 1.5, -0.1, math.nan])
 def test_a_score_that_is_no_share_is_refused(tmp_path, score):
     full_run(tmp_path)
-    (tmp_path / "results.json").write_text(json.dumps({"splits": {"s": {"t": {"accuracy": score}}}}))
+    (tmp_path / "results.json").write_text(json.dumps({"s/t": {"accuracy": score}}))
     with pytest.raises(DataError, match="s/t"):
         write_report(tmp_path)
 
 
-def test_an_example_without_a_truth_is_refused(tmp_path):
+def test_an_example_without_a_reference_is_refused(tmp_path):
     full_run(tmp_path)
     lacking = example(0)
-    del lacking["truth"]
+    del lacking["reference"]
     (tmp_path / "examples.json").write_text(json.dumps([lacking]))
-    with pytest.raises(DataError, match="truth"):
+    with pytest.raises(DataError, match="reference"):
         write_report(tmp_path)
 
 
@@ -295,9 +290,10 @@ def test_a_loss_that_reaches_zero_has_no_logarithm_and_stays_in_sight(tmp_path):
     assert page.count("figure", "log") == page.count("figure", "linear") == 0
 
 
-def test_cards_are_taken_from_every_split_and_task(tmp_path):
+def test_cards_are_taken_from_every_task(tmp_path):
     full_run(tmp_path)
-    many = [example(number, split="train") for number in range(40)] + [example(99, task="count", image_png_base64=[])]
+    many = [example(number, task="train/naming") for number in range(40)]
+    many.append(example(99, task="count", image_png_base64=[]))
     (tmp_path / "examples.json").write_text(json.dumps(many))
     page = Page(write_report(tmp_path).read_text())
     assert page.count("article", "card") == 24
@@ -307,9 +303,9 @@ def test_cards_are_taken_from_every_split_and_task(tmp_path):
 
 def test_the_headline_can_be_chosen(tmp_path):
     full_run(tmp_path)
-    (tmp_path / "run.json").write_text(json.dumps({"headline": [["composition", "skin tone"], ["gone", "naming"]]}))
+    (tmp_path / "run.json").write_text(json.dumps({"headline": ["composition/skin tone", "gone/naming"]}))
     page = Page(write_report(tmp_path).read_text())
-    assert "skin tone · composition" in page.all and "mean of" not in page.all
+    assert "composition/skin tone" in page.all and "mean of" not in page.all
 
 
 def test_the_old_page_stays_when_the_new_one_cannot_be_written(tmp_path, monkeypatch):
@@ -371,9 +367,11 @@ def test_the_moving_average_starts_unbiased_and_skips_gaps():
 
 def test_the_terminal_table_holds_the_controls():
     out = io.StringIO()
-    Console(file=out, width=110).print(table(RESULTS | {"splits": RESULTS["splits"] | {"[bold]": {"[x]": {}}}}))
+    more = {"[bold]/[x]": {}, "whole": {"recall_at_5": 0.25, "bleu": 12.345}}
+    Console(file=out, width=110).print(table(RESULTS | more))
     text = out.getvalue()
     rows = [" ".join(re.findall(r"[^│\s]+", line)) for line in text.splitlines()]
-    assert "composition naming 63.1 % 2.1 % 1.3 % 1,187" in rows
-    assert "unseen category 100.0 % – 19.0 % 80" in rows
-    assert "[bold] [x] – – – –" in rows
+    assert "composition naming 63.1 % 2.1 % 1.3 % 1,187 – –" in rows
+    assert "unseen category 100.0 % – 19.0 % 80 – –" in rows
+    assert "[bold] [x] – – – – – –" in rows and "whole – – – – 25.0 % 12.35" in rows
+    assert "tasks accuracy shuffled media majority n recall at 5 bleu" in re.sub(r"[┃\s]+", " ", text)

@@ -208,7 +208,7 @@ def _processor(settings: dict) -> Any:
     return Processor(SimpleNamespace(encoder_decoder=False, batch_spec=_batch_spec), tokenizer, Tiles())
 
 
-def _batch_spec(rows: int = 1, length: int = 8, slots: int = 0) -> Any:
+def _batch_spec(rows: int = 1, length: int = 8, slots: Any = None) -> Any:
     from mllm_jax.data.batch import images_spec, text_spec
 
-    return text_spec(rows, length) | images_spec(rows, slots, 32)
+    return text_spec(rows, length) | images_spec(rows, (slots or {}).get("image", 0), 32)

@@ -10,13 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
-from tiny_language import CONFIG, answers, byte_tokenizer, encoded, language, random_params, write_folder
+from tiny_language import CONFIG, answers, byte_tokenizer, language, random_params, started, write_folder
 
 from mllm_jax.data.message import Message, Text
 from mllm_jax.errors import ConfigError, DataError
 from mllm_jax.generation.assistant import Assistant, read_options
-from mllm_jax.generation.engine import BUCKET, bucket
 from mllm_jax.generation.options import Options
+from mllm_jax.generation.program import BUCKET, bucket
 from mllm_jax.generation.sampling import Sampling, filtered
 from mllm_jax.llms.t5 import T5Config
 from mllm_jax.sharding.mesh import MeshConfig, make_mesh, param_shardings
@@ -93,7 +93,7 @@ def test_alone_in_another_order_and_in_another_company(assistant, wanted):
 @pytest.mark.parametrize("by_layer", [False, True])
 def test_scanned_and_unrolled_layers_say_the_same(params, wanted, by_layer):
     other = language(CONFIG.make(), params, by_layer=by_layer)
-    assert other._answers.engine.steps.by_layer == by_layer
+    assert other._program.steps.by_layer == by_layer
     assert tokens(answers(other, PROMPTS, FREE)) == wanted
 
 
@@ -103,9 +103,7 @@ def test_sharded_over_a_mesh(params, wanted, devices):
     placed = jax.device_put(params, param_shardings(boxed, mesh))
     other = language(CONFIG.make(), placed, mesh=mesh)
     assert tokens(answers(other, PROMPTS[:4], FREE)) == wanted[:4]
-    batch = other._place(other._batch(encoded(other, PROMPTS[:4]), 4))
-    rows = other._answers.engine.rows(np.full(4, NEW), np.arange(4), (), Sampling())
-    state = other._answers.engine.start(batch, rows, 32, Sampling()).state
+    state, _ = started(other, PROMPTS[:4])
     spread = {leaf.sharding.spec for leaf in jax.tree.leaves(state) if leaf.ndim == 4}
     assert spread and all(spec[0] == "data" and spec[2] == "tensor" for spec in spread), spread
 
@@ -216,7 +214,6 @@ def test_prompts_that_cannot_be_answered_are_refused_before_anything_runs(assist
     def run(*_):
         raise AssertionError("something ran")
 
-    monkeypatch.setattr(assistant._answers, "complete", run)
     monkeypatch.setattr(assistant, "_batch", run)
     with pytest.raises(DataError, match=message):
         answers(assistant, prompts)
@@ -228,8 +225,6 @@ def test_conversations_that_cannot_be_answered_are_refused_before_anything_runs(
 
     bare = language(CONFIG.make(), params, byte_tokenizer(template=None))
     for each in (assistant, bare):
-        monkeypatch.setattr(each._answers, "complete", run)
-        monkeypatch.setattr(each._answers, "stream", run)
         monkeypatch.setattr(each, "_batch", run)
     with pytest.raises(DataError, match="empty prompt"):
         bare.generate(["hi", ""])
@@ -301,10 +296,10 @@ def test_buckets_waste_little_and_are_few():
 def test_one_compilation_a_bucket(params):
     """Lengths, limits, seeds, temperatures of zero, stops and company change nothing; a new bucket does."""
     other = language(CONFIG.make(), params, byte_tokenizer())
-    engine = other._answers.engine
+    program = other._program
 
     def compiled():
-        return engine._start._cache_size(), engine._advance._cache_size()
+        return program.start._cache_size(), program.advance._cache_size()
 
     answers(other, [[1] * 3, [2] * 9], Options(5), batch_size=2)
     assert compiled() == (1, 1)
@@ -319,18 +314,16 @@ def test_one_compilation_a_bucket(params):
 
 def test_the_loop_writes_its_cache_in_place(assistant):
     """No stack of the layers' caches is made in the compiled loop, and the state's buffers are given over."""
-    engine = assistant._answers.engine
-    batch = assistant._place(assistant._batch(encoded(assistant, PROMPTS[:2]), 2))
-    rows = engine.rows(np.full(2, NEW), np.arange(2), (), Sampling())
-    progress = engine.start(batch, rows, 32, Sampling())
-    kept = jax.tree.leaves(progress.state)
-    args = engine.params, progress.state, progress.replace(state=None), rows, np.int32(4)
-    compiled = engine._advance.lower(*args, sampling=Sampling()).compile()
+    program = assistant._program
+    state, rows = started(assistant, PROMPTS[:2])
+    kept = jax.tree.leaves(state)
+    args = program.params, state, rows, np.int32(4), np.int32(0)
+    compiled = program.advance.lower(*args, sampling=Sampling()).compile()
     state_bytes = sum(leaf.nbytes for leaf in kept)
     assert compiled.memory_analysis().alias_size_in_bytes >= state_bytes
     stacked = {f"f32[2,{','.join(map(str, leaf.shape))}]" for leaf in kept if leaf.ndim == 4}
     assert stacked and not any(shape in compiled.as_text() for shape in stacked)
-    engine.advance(progress, rows, 4, Sampling())
+    program.advance(*args, sampling=Sampling())
     assert all(leaf.is_deleted() for leaf in kept if leaf.ndim == 4)
 
 

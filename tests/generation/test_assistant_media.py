@@ -18,15 +18,17 @@ from mllm_jax.data.tokenizer import Tokenizer
 from mllm_jax.encoders.vit import ViTConfig
 from mllm_jax.errors import DataError
 from mllm_jax.generation.assistant import Assistant
-from mllm_jax.generation.engine import BUCKET
+from mllm_jax.generation.program import BUCKET
 from mllm_jax.llms.decoder import DecoderConfig
+from mllm_jax.models.branch import Branch
 from mllm_jax.models.multimodal import MultimodalConfig
 from mllm_jax.projectors.mlp import MLPProjectorConfig
 from mllm_jax.sharding.mesh import MeshConfig, make_mesh
 
 CONFIG = MultimodalConfig(
-    encoder=ViTConfig(8, 4, 12, num_layers=1, num_heads=2, mlp_size=16),
-    projector=MLPProjectorConfig(output_size=16),
+    inputs={
+        "image": Branch(ViTConfig(8, 4, 12, num_layers=1, num_heads=2, mlp_size=16), MLPProjectorConfig(output_size=16))
+    },
     llm=DecoderConfig(vocab_size=280, hidden_size=16, num_layers=2, num_heads=4, num_kv_heads=2, mlp_size=24),
 )
 MEDIA, NEW = CONFIG.media_tokens, 6
@@ -209,7 +211,7 @@ def test_images_that_cannot_be_read_are_refused_before_anything_runs(assistant, 
     def run(*_):
         raise AssertionError("something ran")
 
-    monkeypatch.setattr(assistant._answers, "complete", run)
+    monkeypatch.setattr(assistant, "_batch", run)
     (tmp_path / "broken.png").write_bytes(b"\x89PNG")
     for source, message in (
         (np.zeros((4, 4)), r"float64\[4, 4\]"),

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
-from tiny_language import CONFIG, answers, encoded, language, random_params
+from tiny_language import CONFIG, answers, language, random_params, started
 
 from mllm_jax.errors import ConfigError
 from mllm_jax.generation.options import Options
@@ -95,7 +95,7 @@ def test_generation_reads_what_is_stored(params, quantized):
     options = Options(12, ignore_eos=True)
     prompts = [TOKENS[0].tolist(), TOKENS[1, :3].tolist()]
     assistant = language(C.make(), params, int8=True)
-    stored = jax.tree.leaves(assistant._answers.engine.params)
+    stored = jax.tree.leaves(assistant._program.params)
     assert sum(leaf.dtype == jnp.int8 for leaf in stored) == 7 * 2 + 1
     assert [e.relative for e in assistant.quantization_errors] == [e.relative for e in quantized[1]]
     found = [a.tokens for a in answers(assistant, prompts, options)]
@@ -126,16 +126,10 @@ def test_the_loop_over_tokens_keeps_no_floats_of_the_kernels():
     scratch, kept = {}, {}
     for int8 in (False, True):
         assistant = language(config.make(), random_params(config), int8=int8)
-        engine, ones = assistant._answers.engine, np.ones(1, np.int32)
-        rows = engine.rows(ones, ones, (), Sampling())
-        batch = assistant._place(assistant._batch(encoded(assistant, [[1]]), 1))
-        how = dict(new=32, sampling=Sampling(), logprobs=False)
-        progress = jax.eval_shape(
-            lambda engine=engine, batch=batch, rows=rows, how=how: engine._start_impl(engine.params, batch, rows, **how)
-        )
-        args = engine.params, progress.state, progress.replace(state=None), rows, np.int32(4)
-        compiled = engine._advance.lower(*args, sampling=Sampling()).compile()
+        program = assistant._program
+        args = program.params, *started(assistant, [[1]]), np.int32(4), np.int32(0)
+        compiled = program.advance.lower(*args, sampling=Sampling()).compile()
         scratch[int8] = compiled.memory_analysis().temp_size_in_bytes
-        kept[int8] = sum(leaf.nbytes for leaf in jax.tree.leaves(engine.params))
+        kept[int8] = sum(leaf.nbytes for leaf in jax.tree.leaves(program.params))
     assert kept[True] < 0.4 * kept[False]
     assert scratch[True] < scratch[False] + 0.4 * kept[False], "room for one float kernel or two, not for all"

@@ -18,6 +18,7 @@ from mllm_jax.data.processing.layouts import TextLayout
 from mllm_jax.data.processing.media import Encoded, lay_out_row
 from mllm_jax.generation.assistant import Assistant
 from mllm_jax.generation.options import Answer, Options
+from mllm_jax.generation.program import Asked, Rows, bucket
 from mllm_jax.generation.sampling import Sampling
 from mllm_jax.llms.decoder import DecoderConfig
 from mllm_jax.models.processor import Processor
@@ -100,6 +101,16 @@ def answers(
 ) -> list[Answer]:
     """The answers to ids."""
     return assistant.complete(encoded(assistant, rows), options, sampling, batch_size=batch_size)
+
+
+def started(assistant: Assistant, rows: Sequence[Sequence[int]]) -> tuple[Any, Rows]:
+    """Ids read by the compiled program alone: the model's state and the rows, for 32 tokens more."""
+    count, length = len(rows), bucket(max(map(len, rows)))
+    batch = assistant._place(assistant._batch(encoded(assistant, rows), count, length))
+    numbers = np.array([[0] * count, range(count), [32] * count], np.int32)
+    program = assistant._program
+    asked = program.place(Asked(*numbers, np.full((count, 8), -1, np.int32)))
+    return program.start(program.params, batch, asked, rows=count, room=length + 32, new=32, sampling=Sampling())
 
 
 # A language model whose tokenizer has a token for images, as a composed model needs.

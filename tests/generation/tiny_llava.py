@@ -11,6 +11,7 @@ from flax import linen as nn
 
 from mllm_jax.encoders.vit import ViTConfig
 from mllm_jax.llms.decoder import DecoderConfig
+from mllm_jax.models.branch import Branch
 from mllm_jax.models.llava import LlavaConfig
 from mllm_jax.models.multimodal import Connection
 from mllm_jax.projectors.mlp import MLPProjectorConfig
@@ -23,17 +24,15 @@ TEMPLATE = (
     "{% if m['role'] == 'assistant' %}</s> {% endif %}{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
 )
 MODEL = LlavaConfig(
-    encoder=ViTConfig(
+    inputs={"image": Branch(ViTConfig(
         8, 4, 24, num_layers=2, num_heads=2, mlp_size=32, class_token=True, pre_norm=True, patch_bias=False,
         norm_output=False, norm_pooled=True, pooler="token", activation="quick_gelu", family="CLIPVisionModel",
         norm_eps=1e-5, image_mean=(0.48145466, 0.4578275, 0.40821073), image_std=(0.26862954, 0.26130258, 0.27577711),
-    ),
-    projector=MLPProjectorConfig(32),
+    ), MLPProjectorConfig(32), Connection(layers=(-2,)))},
     llm=DecoderConfig(
         vocab_size=len(WORDS), hidden_size=32, num_layers=2, num_heads=4, num_kv_heads=2, mlp_size=48,
         tie_word_embeddings=False, bos_token_id=1, eos_token_id=(2,), max_position_embeddings=256,
     ),
-    connection=Connection(layers=(-2,)),
     image_token_id=WORDS.index("<image>"),
 )  # fmt: skip
 

@@ -100,11 +100,11 @@ def parts(ours: Any, theirs: Mapping[str, Any]) -> Iterator[tuple[Any, Mapping[s
     elif hasattr(ours, "encoder"):
         if hasattr(ours, "llm"):
             yield ours.llm, theirs if text is None else text
-        yield getattr(ours.encoder, "low", ours.encoder), theirs["visual"] if vision is None else vision
+        yield getattr(ours.image.encoder, "low", ours.image.encoder), theirs["visual"] if vision is None else vision
         if high := theirs.get("high_res_vision_config"):
-            yield ours.encoder.high, high
+            yield ours.image.encoder.high, high
         if qformer := theirs.get("qformer_config"):
-            yield ours.projector, qformer
+            yield ours.image.projector, qformer
     else:
         yield ours, theirs
 

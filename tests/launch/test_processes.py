@@ -173,8 +173,8 @@ def test_several_processes_equal_one(place, one, several, processes):
 
 def test_one_process_writes_the_run_and_the_evaluation_of_all(one, several):
     folder = several[2]
-    for name in ("results.json", "examples.json"):
-        assert json.loads((folder / name).read_text()) == json.loads((one / name).read_text())
+    for name in ("results.json", "examples.json", "predictions.jsonl"):
+        assert (folder / name).read_text() == (one / name).read_text()
     assert "Where the time went" in (folder / "report.html").read_text()
     assert [len(list((run / "tensorboard").iterdir())) for run in (one, folder)] == [1, 1]
     assert json.loads((folder / "goodput.json").read_text())["finished"] is True

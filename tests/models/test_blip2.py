@@ -20,6 +20,7 @@ from mllm_jax.models.blip2_stage1 import QFormerPretrainingConfig
 from mllm_jax.models.registry import abstract_init, abstract_params, family_of_config
 from mllm_jax.projectors.qformer import QFormerConfig
 from mllm_jax.projectors.qformer_hub import read_qformer
+from mllm_jax.training.flops import with_remat
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 # As the folders on the hub have them since they say where a picture stands.
@@ -138,9 +139,7 @@ def config_file(name: str):
 
 def plain(config):
     """Without how it is run, which no folder says."""
-    names = [name for name in ("encoder", "projector", "llm") if hasattr(config, name)]
-    parts = {n: dataclasses.replace(getattr(config, n), dtype="float32", remat="none") for n in names}
-    return dataclasses.replace(config, **parts)
+    return with_remat(config.with_dtype("float32"), "none")
 
 
 def sizes(config) -> dict[str, int]:
@@ -173,7 +172,7 @@ def test_blip2_flan_t5_xl():
     count = sizes(ours)
     assert sum(count.values()) == reference_size(BLIP2_FLAN_T5_XL, "Blip2")
     assert round(sum(count.values()) * 4 / 1e9, 2) == 15.77
-    assert round(count["projector"] / 1e6) == 107
+    assert round(count["projector_image"] / 1e6) == 107
 
 
 def test_instructblip_vicuna_7b():
@@ -183,7 +182,7 @@ def test_instructblip_vicuna_7b():
     count = sizes(ours)
     assert sum(count.values()) == reference_size(INSTRUCTBLIP_VICUNA_7B, "InstructBlip")
     assert round(sum(count.values()) / 1e9, 1) == 7.9
-    assert count["projector"] // 10**6 == 188
+    assert count["projector_image"] // 10**6 == 188
 
 
 def test_blip2_for_retrieval():
@@ -201,7 +200,7 @@ def test_the_first_stages_model():
     paths = flatten_dict(nn.meta.unbox(abstract), sep="/")
     patterns = file.represent(_NoData()).trainable
     left = {path.split("/")[0] for path in paths if not any(fnmatchcase(path, p) for p in patterns)}
-    assert left == {"encoder"}
+    assert left == {"encoder_image"}
     assert file.align(_NoData()).steps == 80_000 and file.represent(_NoData()).optimizer.b2 == 0.98
 
 
@@ -236,14 +235,16 @@ def test_options_that_are_not_supported_are_named(change, message):
 def test_configs_that_no_folder_can_say_are_refused():
     config = blip2.from_hf_config(BLIP2_OPT)
     with pytest.raises(ConfigError, match="use_qformer_text_input=True"):
-        blip2.to_hf_config(dataclasses.replace(config, projector=dataclasses.replace(config.projector, vocab_size=9)))
+        blip2.to_hf_config(
+            config.with_branch("image", projector=dataclasses.replace(config.image.projector, vocab_size=9))
+        )
     with pytest.raises(ConfigError, match="connection"):
-        blip2.to_hf_config(dataclasses.replace(config, connection=blip2.Connection()))
+        blip2.to_hf_config(config.with_branch("image", connection=blip2.Connection()))
     retrieval = blip2_retrieval.from_hf_config(BLIP2_OPT | dict(qformer_config=dict(use_qformer_text_input=True)))
     with pytest.raises(ConfigError, match="captioning=True"):
         blip2_retrieval.to_hf_config(dataclasses.replace(retrieval, captioning=True))
     with pytest.raises(ConfigError, match="reads no text"):
-        QFormerPretrainingConfig(config.encoder, config.projector)
+        QFormerPretrainingConfig(config.image.encoder, config.image.projector)
 
 
 def test_texts_that_a_qformer_cannot_read_are_refused():

@@ -21,6 +21,7 @@ from mllm_jax.errors import ConfigError
 from mllm_jax.llms.chatglm import ChatGLMConfig
 from mllm_jax.llms.decoder import DecoderConfig
 from mllm_jax.llms.t5 import T5Config
+from mllm_jax.models.branch import Branch
 from mllm_jax.models.multimodal import Connection, MultimodalConfig
 from mllm_jax.projectors.mlp import MLPProjectorConfig
 from mllm_jax.projectors.paired import PairedProjectorConfig
@@ -107,8 +108,8 @@ def read(module, batch):
 
 def shapes(config: MultimodalConfig, length: int = 24):
     module = config.make()
-    a_slot = config.encoder.merge_unit if config.packed else 1  # patches: slots of a packing encoder
-    batch = module.config.batch_spec(2, length, SLOTS * a_slot).empty()
+    a_slot = config.image.encoder.merge_unit if config.image.packed else 1  # patches: slots of a packing encoder
+    batch = module.config.batch_spec(2, length, {"image": SLOTS * a_slot}).empty()
     batch["media_index"] = jnp.broadcast_to(jnp.arange(length), (2, length)) - 1
     out = jax.eval_shape(lambda: module.init_with_output(jax.random.key(0), batch, method=read))[0]
     return [(x.shape, x.dtype) for x in out]
@@ -134,7 +135,7 @@ def test_the_square_is_full():
 def test_any_three_compose(encoder, projector, llm):
     (encoder, width), (make, tokens) = ENCODERS[encoder], PROJECTORS[projector]
     assert encoder.grid == 4
-    config = MultimodalConfig(encoder, make(width), LLMS[llm])
+    config = MultimodalConfig({"image": Branch(encoder, make(width))}, LLMS[llm])
     assert config.media_tokens == tokens
     media, logits = shapes(config)
     assert media == ((2, SLOTS * tokens, WIDTH), jnp.float32)
@@ -144,7 +145,7 @@ def test_any_three_compose(encoder, projector, llm):
 @pytest.mark.parametrize("llm", LLMS)
 def test_a_tower_of_packed_patches_composes(llm):
     tower = QwenViTConfig(4, hidden_size=8, num_layers=1, num_heads=2, mlp_size=16, output_size=WIDTH)
-    media, logits = shapes(MultimodalConfig(tower, None, LLMS[llm]))
+    media, logits = shapes(MultimodalConfig({"image": Branch(tower)}, LLMS[llm]))
     assert (media[0], logits[0]) == ((2, SLOTS, WIDTH), (2, 24, VOCAB))
 
 
@@ -152,15 +153,15 @@ def test_a_tower_of_packed_patches_composes(llm):
 def test_the_class_token_goes_where_it_has_a_place(name):
     encoder, width = ENCODERS[name]
     for projector, (make, tokens) in PROJECTORS.items():
-        parts = dict(encoder=encoder, projector=make(width), llm=LLMS["llama"], connection=Connection((-1,), True))
+        branch = Branch(encoder, make(width), Connection((-1,), True))
         if projector in ("merge", "pool", "pixel shuffle v1", "pixel shuffle v2", "resampler"):
             with pytest.raises(ConfigError, match="connection.class_token with projector"):
-                MultimodalConfig(**parts)
+                MultimodalConfig({"image": branch}, LLMS["llama"])
             continue
         wanted = tokens + (tokens == 16)  # one more where each vector becomes one media token
         if projector == "mlp":  # whose places are counted when they are made
-            parts |= dict(projector=dataclasses.replace(parts["projector"], place_embedding=False))
-        config = MultimodalConfig(**parts)
+            branch = dataclasses.replace(branch, projector=dataclasses.replace(branch.projector, place_embedding=False))
+        config = MultimodalConfig({"image": branch}, LLMS["llama"])
         assert config.media_tokens == wanted
         if name == "clip":
             assert shapes(config)[0][0] == (2, SLOTS * wanted, WIDTH)
@@ -179,7 +180,7 @@ def test_the_class_token_goes_where_it_has_a_place(name):
 )
 def test_a_grid_that_does_not_divide_is_refused(encoder, projector):
     with pytest.raises(ConfigError, match=r"3 x 3 patches on a grid of 4 x 4|merge 3 on 4 patches"):
-        MultimodalConfig(ENCODERS[encoder][0], projector, LLMS["llama"])
+        MultimodalConfig({"image": Branch(ENCODERS[encoder][0], projector)}, LLMS["llama"])
 
 
 @pytest.mark.parametrize("llm", LLMS)
@@ -187,4 +188,4 @@ def test_a_grid_that_does_not_divide_is_refused(encoder, projector):
 def test_another_width_than_the_llms_is_refused(projector, llm):
     other = dataclasses.replace(LLMS[llm], hidden_size=2 * WIDTH)
     with pytest.raises(ConfigError, match=f"projector.output_size {WIDTH}"):
-        MultimodalConfig(ENCODERS["vit"][0], PROJECTORS[projector][0](8), other)
+        MultimodalConfig({"image": Branch(ENCODERS["vit"][0], PROJECTORS[projector][0](8))}, other)

@@ -46,12 +46,12 @@ def test_the_full_size(published, params):
     """Of the config, of the reference class, and of the authors' files: 14.69 GB of two-byte numbers."""
     config = published["model"]()
     assert {name: count(part) for name, part in params.items()} == dict(
-        encoder=400_045_313, projector=20_979_712, llm=6_910_365_696
+        encoder_image=400_045_313, projector_image=20_979_712, llm=6_910_365_696
     )
     assert count(params) == 7_331_390_721 and config.media_tokens == 576
     assert round((count(params) + HEAD) * 2 / 1e9, 2) == round(4.98 + 4.96 + 4.75, 2)
     written = to_hf_config(config)
-    assert from_hf_config(written).encoder.widths == config.encoder.widths == (1024, 1024)
+    assert from_hf_config(written).image.encoder.widths == config.image.encoder.widths == (1024, 1024)
     hf = transformers.AutoConfig.for_model(**{k: v for k, v in written.items() if k != "architectures"})
     with torch.device("meta"):
         reference = transformers.DeepseekVLHybridForConditionalGeneration(hf)
@@ -62,12 +62,14 @@ def test_the_full_size(published, params):
 def test_published_stages(published, params, name):
     steps, rate, warm_up, rows = STAGES[name]
     length = published["WARM_UP_LENGTH" if name == "warm_up" else "LENGTH"]
-    stage = published[name](Mixture((Weighted(None),), rows=published[f"{name.upper()}_ROWS"], length=length, slots=1))
+    stage = published[name](
+        Mixture((Weighted(None),), rows=published[f"{name.upper()}_ROWS"], length=length, slots={"image": 1})
+    )
     assert (stage.name, stage.steps, stage.data.rows) == (name, steps, rows)
     assert (stage.optimizer.learning_rate, stage.optimizer.warmup_steps, stage.optimizer.b2) == (rate, warm_up, 0.95)
     paths = ["/".join(key.key for key in path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
     assert all(any(fnmatchcase(path, pattern) for path in paths) for pattern in stage.trainable)
     trained = {path for path in paths if any(fnmatchcase(path, pattern) for pattern in stage.trainable)}
-    assert not any(path.startswith("encoder/high/") for path in trained), "SAM stays frozen"
-    assert any(path.startswith("encoder/low/") for path in trained) == (name == "instruct")
+    assert not any(path.startswith("encoder_image/high/") for path in trained), "SAM stays frozen"
+    assert any(path.startswith("encoder_image/low/") for path in trained) == (name == "instruct")
     assert any(path.startswith("llm/") for path in trained) == (name != "warm_up")

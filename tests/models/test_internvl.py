@@ -48,7 +48,7 @@ def test_the_full_size(published):
     config = published["model"]()
     params = nn.meta.unbox(abstract_params(config, family_of_config(config)))
     count = {name: sum(math.prod(x.shape) for x in jax.tree.leaves(part)) for name, part in params.items()}
-    assert count == dict(encoder=304_012_288, projector=27_540_480, llm=7_612_820_992)
+    assert count == dict(encoder_image=304_012_288, projector_image=27_540_480, llm=7_612_820_992)
     assert sum(count.values()) == 7_944_373_760 and config.media_tokens == 256
     written = to_hf_config(config)
     assert from_hf_config(written).with_dtype("bfloat16").llm == dataclasses.replace(config.llm, remat="none")
@@ -62,18 +62,23 @@ def test_the_published_stage(published):
     from mllm_jax.data.pipeline import Mixture, Weighted
 
     rows, slots = published["ROWS"], published["MAX_TILES"] + 1
-    stage = published["finetune"](Mixture((Weighted(None),), rows=rows, length=16_384, slots=slots), steps=1000)
+    stage = published["finetune"](
+        Mixture((Weighted(None),), rows=rows, length=16_384, slots={"image": slots}), steps=1000
+    )
     assert (stage.data.rows, slots, stage.optimizer.learning_rate, stage.optimizer.warmup_steps) == (128, 13, 2e-5, 30)
-    assert stage.trainable == ("projector/*", "llm/*")
+    assert stage.trainable == ("projector_image/*", "llm/*")
 
 
 @pytest.fixture(scope="module")
 def config(published) -> InternVLConfig:
     full = published["model"]("float32")
-    tower = dataclasses.replace(full.encoder, image_size=8, patch_size=2, hidden_size=12, num_layers=1, num_heads=2)
+    tower = dataclasses.replace(
+        full.image.encoder, image_size=8, patch_size=2, hidden_size=12, num_layers=1, num_heads=2
+    )
     llm = dataclasses.replace(full.llm, hidden_size=16, vocab_size=20, num_layers=1, num_heads=2, num_kv_heads=1)
-    projector = dataclasses.replace(full.projector, output_size=16)
-    return dataclasses.replace(full, encoder=tower, llm=llm, projector=projector, image_token_id=len(WORDS) + 2)
+    projector = dataclasses.replace(full.image.projector, output_size=16)
+    image = dataclasses.replace(full.image, encoder=tower, projector=projector)
+    return dataclasses.replace(full, inputs={"image": image}, llm=llm, image_token_id=len(WORDS) + 2)
 
 
 def tokenizer(special: tuple[str, ...] = SPECIAL) -> ChatTokenizer:
@@ -116,10 +121,10 @@ def test_conversations_to_train_on(config):
     asked = Message("user", (Image(WIDE), Image(WIDE[:, :9]), Text("a")))
     rest = (Message("assistant", "cat"), Message("user", (Text("cat"),)), Message("assistant", (Text("a"),)))
     encoded = processor.encode(Example((asked, *rest)), max_length=64)
-    assert encoded.slots == 4 + 1, "three tiles and a thumbnail, and a picture of one tile"
+    assert encoded.slots == {"image": 4 + 1}, "three tiles and a thumbnail, and a picture of one tile"
     assert encoded.tokens[encoded.loss_weights > 0].tolist() == [2, 9, 1, 9]
     assert (encoded.row.places >= 0).sum() == 4 * 4 + 4
-    batch = processor.pack([[encoded], []], length=64, slots=6)
+    batch = processor.pack([[encoded], []], length=64, slots={"image": 6})
     assert batch["images"].shape == (2, 6, 8, 8, 3) and batch["media_index"].max() == 19
 
 
@@ -148,14 +153,23 @@ def test_configs_that_do_not_fit_are_refused(config):
     for change, message in (
         (dict(family="InternVL"), "family 'InternVL'"),
         (dict(tile_range=(3, 2)), r"tile_range \(3, 2\)"),
-        (dict(connection=Connection(class_token=True)), r"class_token with projector PixelShuffle"),
-        (dict(projector=dataclasses.replace(config.projector, factor=3)), "grid of 4 x 4"),
     ):
         with pytest.raises(ConfigError, match=message):
             dataclasses.replace(config, **change)
+    projector = config.image.projector
     for change, message in (
-        (dict(projector=dataclasses.replace(config.projector, norm_eps=0.1)), "projector="),
+        (dict(connection=Connection(class_token=True)), r"class_token with projector PixelShuffle"),
+        (dict(projector=dataclasses.replace(projector, factor=3)), "grid of 4 x 4"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            config.with_branch("image", **change)
+    for change, message in (
+        (dict(projector=dataclasses.replace(projector, norm_eps=0.1)), "projector="),
         (dict(connection=Connection(layers=(0, 1))), r"vision_feature_layer=\[0, 1\]"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            to_hf_config(config.with_branch("image", **change))
+    for change, message in (
         (dict(image_token_id=None), "image_token_id=None"),
         (dict(llm=dataclasses.replace(config.llm, family="OPTForCausalLM")), "a OPTForCausalLM"),
     ):

@@ -21,6 +21,7 @@ from mllm_jax.data.processing.media import NEWLINE, Encoded, lay_out_row
 from mllm_jax.encoders.vit import ViTConfig
 from mllm_jax.errors import ConfigError
 from mllm_jax.llms.decoder import DecoderConfig
+from mllm_jax.models.branch import Branch
 from mllm_jax.models.llava import LLAVA, NEXT, ONEVISION, LlavaConfig, LlavaLayout, from_hf_config, to_hf_config
 from mllm_jax.models.multimodal import Connection
 from mllm_jax.models.registry import abstract_params, family_of_config
@@ -30,23 +31,27 @@ from mllm_jax.training.partition import split
 CONFIGS = Path(__file__).parents[2] / "configs"
 SIDE, GRID = 12, 3
 TINY = LlavaConfig(
-    encoder=ViTConfig(
-        SIDE,
-        4,
-        24,
-        num_layers=2,
-        num_heads=2,
-        mlp_size=40,
-        class_token=True,
-        norm_output=False,
-        norm_pooled=True,
-        pre_norm=True,
-        patch_bias=False,
-        family="CLIPVisionModel",
-    ),
-    projector=MLPProjectorConfig(output_size=32),
+    inputs={
+        "image": Branch(
+            ViTConfig(
+                SIDE,
+                4,
+                24,
+                num_layers=2,
+                num_heads=2,
+                mlp_size=40,
+                class_token=True,
+                norm_output=False,
+                norm_pooled=True,
+                pre_norm=True,
+                patch_bias=False,
+                family="CLIPVisionModel",
+            ),
+            MLPProjectorConfig(output_size=32),
+            Connection(layers=(-2,)),
+        )
+    },
     llm=DecoderConfig(vocab_size=20, hidden_size=32, num_layers=2, num_heads=4, mlp_size=40),
-    connection=Connection(layers=(-2,)),
 )
 RESOLUTIONS = ((SIDE, 2 * SIDE), (2 * SIDE, 2 * SIDE))
 TILED = replace(TINY, family=NEXT, newline=True, resolutions=RESOLUTIONS)
@@ -89,17 +94,17 @@ def test_published_stages():
     align, instruct = experiment.stages
     assert (align.steps, align.data.rows, align.optimizer.learning_rate) == (2181, 256, 1e-3)
     assert (instruct.steps, instruct.data.rows, instruct.optimizer.learning_rate) == (5198, 128, 2e-5)
-    assert instruct.optimizer.warmup_steps == 156 and align.trainable == ("projector/*",)
+    assert instruct.optimizer.warmup_steps == 156 and align.trainable == ("projector_image/*",)
 
 
 def test_published_stages_of_next():
     """558,128 / 256 and 760,000 / 128 steps; the tower's rate is 2e-6."""
     experiment = runpy.run_path(str(CONFIGS / "llava_next.py"))["config"]()
     align, instruct = experiment.stages
-    assert (align.steps, align.trainable, align.optimizer.factors) == (2181, ("projector/*",), ())
+    assert (align.steps, align.trainable, align.optimizer.factors) == (2181, ("projector_image/*",), ())
     [(pattern, factor)] = instruct.optimizer.factors
     assert (instruct.steps, instruct.optimizer.learning_rate, instruct.optimizer.warmup_steps) == (5938, 1e-5, 179)
-    assert pattern == "encoder/*" and factor * instruct.optimizer.learning_rate == pytest.approx(2e-6)
+    assert pattern == "encoder_image/*" and factor * instruct.optimizer.learning_rate == pytest.approx(2e-6)
     params = abstract_params(experiment.model, family_of_config(experiment.model))
     assert not split(nn.meta.unbox(params), instruct.trainable)[1], "everything is trained"
 
@@ -119,15 +124,16 @@ def pictures_of(config: LlavaConfig, **options) -> LlavaLayout:
 
 
 def test_the_authors_pad_to_squares_and_cut_without_rounding():
-    image, means = picture(10, 30), dict(image_mean=[0.5] * 3, image_std=[0.5] * 3)
+    shown, means = picture(10, 30), dict(image_mean=[0.5] * 3, image_std=[0.5] * 3)
     hub, own = (
-        pictures_of(replace(TINY, preprocessing=how), **means).image(image).arrays["images"][0]
+        pictures_of(replace(TINY, preprocessing=how), **means).image(shown).arrays["images"][0]
         for how in ("hub", "original")
     )
     padded = image_processor(dict(image_processor_type="LlavaImageProcessor", do_pad=True, **WIDE, **means))
-    np.testing.assert_array_equal(own, padded.prepare(image))
+    np.testing.assert_array_equal(own, padded.prepare(shown))
     assert (own[0] == 127).all() and not (hub[0] == 127).any()
-    many = replace(TILED, encoder=replace(TINY.encoder, image_size=96), resolutions=((96, 96), (192, 192)))
+    image = replace(TINY.image, encoder=replace(TINY.image.encoder, image_size=96))
+    many = replace(TILED, inputs={"image": image}, resolutions=((96, 96), (192, 192)))
     wide = dict(crop_size=96, size=96)
     lengths = [
         len(pictures_of(replace(many, preprocessing=how), **wide).image(picture(55, 176)).places)
@@ -156,7 +162,7 @@ def test_places_and_tokens():
     film = layout.video(np.stack([picture(9, 13)] * 3))
     assert len(film.arrays["images"]) == 3 and film.places.shape == (3 * 4 + 1, 4) and set(film.tokens) == {8}
     np.testing.assert_allclose(film.weights.sum(axis=1), 1, atol=1e-6)
-    full = pictures_of(replace(TINY, connection=Connection((-2,), class_token=True)))
+    full = pictures_of(TINY.with_branch("image", connection=Connection((-2,), class_token=True)))
     assert full.image(picture(9, 9)).places.tolist() == list(range(GRID**2 + 1))
 
 
@@ -169,8 +175,8 @@ def test_rows_to_train_on_hold_pictures_of_all_kinds():
     for ids, media in (([1, 7, 2], alone), ([7, 3, 7], two)):
         row = lay_out_row(ids, media, (7, 8), "a text")
         examples.append(Encoded(row, np.ones(len(row.tokens), np.float32), media))
-    assert [e.slots for e in examples] == [5, 2]
-    batch = assemble([examples], layout.spec(config.batch_spec(1, 80, 8)), layout, 8)
+    assert [e.slots["image"] for e in examples] == [5, 2]
+    batch = assemble([examples], layout.spec(config.batch_spec(1, 80, {"image": 8})), layout, {"image": 8})
     assert batch["images"].shape == (1, 8, SIDE, SIDE, 3) and batch["media_index"].shape == (1, 80, 4)
     used = int((batch["segments"] > 0).sum())
     held = (batch["media_index"] >= 0).all(axis=-1)
@@ -189,7 +195,7 @@ def test_rows_to_train_on_hold_pictures_of_all_kinds():
         (TINY, dict(newline=True), "0 resolutions and newline=True"),
         (TINY, dict(resolutions=RESOLUTIONS), "2 resolutions and newline=False"),
         (TILED, dict(resolutions=()), "0 resolutions and newline=True"),
-        (TILED, dict(connection=Connection((-2,), class_token=True)), "class token is read"),
+        (TILED, dict(inputs={"image": replace(TINY.image, connection=Connection((-2,), True))}), "class token is read"),
         (TILED, dict(resolutions=((SIDE, 20),)), "for tiles of 12"),
         (TINY, dict(preprocessing="other"), "preprocessing 'other'"),
         (TINY, dict(family="BlipModel"), "family 'BlipModel'"),
@@ -237,19 +243,19 @@ def test_options_are_refused_by_name(values, message):
 
 
 @pytest.mark.parametrize(
-    "changes,message",
+    "config,message",
     [
-        (dict(connection=Connection()), "connection="),
-        (dict(projector=MLPProjectorConfig(32, num_layers=3)), "projector="),
+        (TINY.with_branch("image", connection=Connection()), "connection="),
+        (TINY.with_branch("image", projector=MLPProjectorConfig(32, num_layers=3)), "projector="),
         (
-            dict(llm=DecoderConfig(vocab_size=20, hidden_size=32, family="OPTForCausalLM")),
+            replace(TINY, llm=DecoderConfig(vocab_size=20, hidden_size=32, family="OPTForCausalLM")),
             "LLaVA with a OPTForCausalLM",
         ),
     ],
 )
-def test_what_the_hub_cannot_say_is_not_written(changes, message):
+def test_what_the_hub_cannot_say_is_not_written(config, message):
     with pytest.raises(ConfigError, match=message):
-        to_hf_config(replace(TINY, **changes))
+        to_hf_config(config)
 
 
 def test_native_folders_keep_all_of_it(tmp_path):

@@ -14,13 +14,18 @@ from mllm_jax.encoders.text import TextTowerConfig
 from mllm_jax.encoders.vit import ViTConfig
 from mllm_jax.errors import ConfigError
 from mllm_jax.llms.decoder import DecoderConfig
-from mllm_jax.models.contrastive import ContrastiveConfig
+from mllm_jax.models.branch import Branch
+from mllm_jax.models.clip import DualEncoderConfig
 from mllm_jax.models.multimodal import MultimodalConfig
 from mllm_jax.projectors.mlp import MLPProjectorConfig
 
 CONFIG = MultimodalConfig(
-    encoder=ViTConfig(8, 4, 12, num_layers=1, num_heads=2, mlp_size=16, class_token=True),
-    projector=MLPProjectorConfig(output_size=16),
+    inputs={
+        "image": Branch(
+            ViTConfig(8, 4, 12, num_layers=1, num_heads=2, mlp_size=16, class_token=True),
+            MLPProjectorConfig(output_size=16),
+        )
+    },
     llm=DecoderConfig(vocab_size=29, hidden_size=16, num_layers=2, num_heads=4, num_kv_heads=2, mlp_size=24),
 )
 MEDIA = CONFIG.media_tokens  # 4 places a picture
@@ -81,13 +86,15 @@ def test_media_are_the_projected_patches_in_the_order_of_the_slots(params, batch
     model = CONFIG.make()
     media = jax.jit(lambda x: model.apply(params, x, method="encode_media").tokens)({"images": batch["images"]})
     assert media.shape == (2, 2 * MEDIA, 16)
-    encoder, projector = CONFIG.encoder.make(), CONFIG.projector.make()
+    encoder, projector = CONFIG.image.encoder.make(), CONFIG.image.projector.make()
 
     @jax.jit
     def one(image):
         pixels = (image.astype(jnp.float32) / 255 - 0.5) / 0.5
-        features = encoder.apply({"params": params["params"]["encoder"]}, pixels[None]).last_hidden_state
-        return projector.apply({"params": params["params"]["projector"]}, features[:, 1:])[0]  # without the class token
+        features = encoder.apply({"params": params["params"]["encoder_image"]}, pixels[None]).last_hidden_state
+        return projector.apply({"params": params["params"]["projector_image"]}, features[:, 1:])[
+            0
+        ]  # without the class token
 
     for row in range(2):
         for slot in range(2):
@@ -161,15 +168,12 @@ def test_text_without_pictures_needs_none(params, forward, batch):
 
 @pytest.mark.parametrize("pooling,width", [("pooler", 12), ("patches", 60)])
 def test_contrastive_towers(pooling, width, batch):
-    config = dataclasses.replace(
-        CONFIG,
-        text_tower=TextTowerConfig(vocab_size=29, max_length=16, hidden_size=8, num_layers=1, num_heads=2, mlp_size=8),
-        contrastive=ContrastiveConfig(projection_size=6, pooling=pooling),
-    )
+    words = TextTowerConfig(vocab_size=29, max_length=16, hidden_size=8, num_layers=1, num_heads=2, mlp_size=8)
+    config = DualEncoderConfig(CONFIG.image.encoder, words, projection_size=6, pooling=pooling)
     params = random_params(config)
-    assert set(params["params"]) == {"encoder", "projector", "llm", "text_tower", "contrastive"}
-    assert params["params"]["contrastive"]["image_projection"]["kernel"].shape == (width, 6)
-    params["params"]["contrastive"]["log_scale"] = np.float32(50.0)
+    assert set(params["params"]) == {"encoder_image", "encoder_text", "heads"}
+    assert params["params"]["heads"]["image_projection"]["kernel"].shape == (width, 6)
+    params["params"]["heads"]["log_scale"] = np.float32(50.0)
     apply = jax.jit(lambda b: config.make().apply(params, b, method="embed_pairs"))
 
     def embed(b):
@@ -190,12 +194,9 @@ def test_contrastive_towers(pooling, width, batch):
 
 
 def test_a_caption_is_compared_with_the_place_it_describes(batch):
-    config = dataclasses.replace(
-        CONFIG,
-        encoder=ViTConfig(8, 2, 12, num_layers=1, num_heads=2, mlp_size=16, regions=2, region_size=10),
-        text_tower=TextTowerConfig(vocab_size=29, max_length=16, hidden_size=8, num_layers=0),
-        contrastive=ContrastiveConfig(projection_size=6, captions=3),
-    )
+    encoder = ViTConfig(8, 2, 12, num_layers=1, num_heads=2, mlp_size=16, regions=2, region_size=10)
+    words = TextTowerConfig(vocab_size=29, max_length=16, hidden_size=8, num_layers=0)
+    config = DualEncoderConfig(encoder, words, projection_size=6, captions=3)
     params = random_params(config)
     batch = batch | {
         "segments": np.array([[1] * 4 + [2] * 4 + [3] * 4 + [0] * 4, [1] * 5 + [0] * 11], np.int32),
@@ -206,8 +207,8 @@ def test_a_caption_is_compared_with_the_place_it_describes(batch):
     image, text, *_ = jax.jit(lambda b: model.apply(params, b, method="embed_pairs"))(batch)
     assert image.shape == text.shape == (2, 3, 6)
     pixels = (batch["images"][:1, 0].astype(np.float32) / 255 - 0.5) / 0.5
-    tokens = config.encoder.make().apply({"params": params["params"]["encoder"]}, pixels).last_hidden_state[0]
-    kernel = params["params"]["contrastive"]["image_projection"]["kernel"]
+    tokens = encoder.make().apply({"params": params["params"]["encoder_image"]}, pixels).last_hidden_state[0]
+    kernel = params["params"]["heads"]["image_projection"]["kernel"]
     for number, feature in enumerate([tokens[2], tokens.mean(axis=0), tokens[0]]):
         wanted = feature @ kernel
         np.testing.assert_allclose(image[0, number], wanted / np.linalg.norm(wanted), atol=1e-5)
@@ -218,10 +219,47 @@ def test_a_caption_is_compared_with_the_place_it_describes(batch):
     [
         (dict(projector=MLPProjectorConfig(output_size=15)), "projector.output_size 15"),
         (dict(projector=MLPProjectorConfig(output_size=16, merge=3)), "projector.merge 3"),
-        (dict(contrastive=ContrastiveConfig()), "both or neither"),
-        (dict(text_tower=TextTowerConfig()), "both or neither"),
+        (dict(projector=None), "a projector for an encoder of whole images"),
+        (dict(projector="video"), r"inputs\['image'\].projector='video'"),
+        (dict(encoder="image"), r"inputs\['image'\].encoder='image'"),
     ],
 )
 def test_parts_that_do_not_fit_are_refused(change, message):
     with pytest.raises(ConfigError, match=message):
-        dataclasses.replace(CONFIG, **change)
+        CONFIG.with_branch("image", **change)
+
+
+def test_a_named_model_reads_images_alone():
+    with pytest.raises(ConfigError, match="X with inputs"):
+        dataclasses.replace(CONFIG, inputs={**CONFIG.inputs, "video": CONFIG.image}, family="X")
+    with pytest.raises(ConfigError, match="audios for a model that reads image"):
+        CONFIG.branch("audio")
+
+
+def test_branches_share_an_encoder_and_stand_one_after_the_other(params, batch):
+    """Frames go through the images' encoder and a projector of their own; the row counts media over both."""
+    frames = Branch("image", MLPProjectorConfig(output_size=16, num_layers=1))
+    config = dataclasses.replace(CONFIG, inputs={**CONFIG.inputs, "video": frames})
+    assert list(config.parts) == ["encoder_image", "projector_image", "projector_video", "llm"]
+    spec = config.batch_spec(2, 16, {"image": 2, "video": 3})
+    assert spec["video_images"].shape == (2, 3, 8, 8, 3) and spec["images"].shape == (2, 2, 8, 8, 3)
+    both = random_params(config)
+    assert set(both["params"]) == set(config.parts)
+    shown = batch | {"video_images": np.random.default_rng(2).integers(0, 256, (2, 3, 8, 8, 3), dtype=np.uint8)}
+    encode = jax.jit(lambda model, p, x: model.apply(p, x, method="encode_media").tokens, static_argnums=0)
+    media = encode(config.make(), both, shown)
+    assert media.shape == (2, (2 + 3) * MEDIA, 16)
+    own = {name: both["params"][name] for name in CONFIG.parts}
+    images = {"images": batch["images"]}
+    np.testing.assert_allclose(media[:, : 2 * MEDIA], encode(CONFIG.make(), {"params": own}, images), atol=1e-6)
+    alone = CONFIG.with_branch("image", projector=frames.projector)
+    own["projector_image"] = both["params"]["projector_video"]
+    videos = {"images": shown["video_images"]}
+    np.testing.assert_allclose(media[:, 2 * MEDIA :], encode(alone.make(), {"params": own}, videos), atol=1e-6)
+    # A position that names a frame's token reads it, and only then do the frames matter.
+    logits = jax.jit(lambda x: config.make().apply(both, x).logits)
+    other = shown | {"video_images": shown["video_images"][:, ::-1]}
+    np.testing.assert_array_equal(logits(shown), logits(other))
+    index = np.where(batch["media_index"] >= 0, batch["media_index"] + 2 * MEDIA, -1)
+    moved = np.abs(logits(shown | {"media_index": index}) - logits(other | {"media_index": index}))
+    assert moved.max() > 1e-3

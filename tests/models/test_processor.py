@@ -23,6 +23,7 @@ from mllm_jax.encoders.vit import ViTConfig
 from mllm_jax.errors import DataError
 from mllm_jax.llms.decoder import DecoderConfig
 from mllm_jax.llms.t5 import T5Config
+from mllm_jax.models.branch import Branch
 from mllm_jax.models.multimodal import Connection, MultimodalConfig
 from mllm_jax.models.processor import Processor
 from mllm_jax.projectors.mlp import MLPProjectorConfig
@@ -55,10 +56,8 @@ LLM = DecoderConfig(
 )
 ENCODER = ViTConfig(8, 4, 12, num_layers=2, num_heads=2, mlp_size=16, class_token=True)
 CONFIG = MultimodalConfig(
-    encoder=ENCODER,
-    projector=MLPProjectorConfig(output_size=16),
+    inputs={"image": Branch(ENCODER, MLPProjectorConfig(output_size=16), Connection(layers=(-2,)))},
     llm=LLM,
-    connection=Connection(layers=(-2,)),
     newline=True,
 )
 
@@ -176,8 +175,8 @@ def test_sums_of_media_tokens(processor, tokenizer):
 
 
 def test_batches_without_pictures_have_the_shapes_of_others(processor):
-    some = processor(["what <image>", "a"], images=[picture(0)], slots=2, length=12)
-    none = processor(["what", "a"], slots=2, length=12)
+    some = processor(["what <image>", "a"], images=[picture(0)], slots={"image": 2}, length=12)
+    none = processor(["what", "a"], slots={"image": 2}, length=12)
     assert {name: (a.shape, a.dtype) for name, a in some.items()} == {n: (a.shape, a.dtype) for n, a in none.items()}
     assert not none["images"].any() and "images" not in processor(["what", "a"])
 
@@ -187,13 +186,15 @@ def test_the_connection_chooses_the_layer(processor):
     batch = processor("<image>", images=[picture(0)])
     features = model.apply({"params": params}, batch, method="encode_images")
     pixels = (jnp.asarray(batch["images"][0], jnp.float32) / 255 - 0.5) / 0.5
-    wanted = ENCODER.make().apply({"params": params["encoder"]}, pixels, output_hidden_states=True).hidden_states[-2]
+    wanted = (
+        ENCODER.make().apply({"params": params["encoder_image"]}, pixels, output_hidden_states=True).hidden_states[-2]
+    )
     np.testing.assert_allclose(features, wanted[:, 1:], atol=1e-5)
 
 
 @pytest.mark.parametrize("llm", [LLM, T5Config(len(WORDS), 16, 8, 24, 1, 1, 2)], ids=["decoder", "encoder-decoder"])
 def test_an_answer_is_the_same_in_any_company(tokenizer, llm):
-    config = MultimodalConfig(ENCODER, MLPProjectorConfig(16), llm, Connection((-2,)), newline=True)
+    config = MultimodalConfig({"image": Branch(ENCODER, MLPProjectorConfig(16), Connection((-2,)))}, llm, newline=True)
     processor = Processor(config, tokenizer, TwoTiles())
     model, params = config.make(), random_params(config)
     texts = ["what is <image> ?", "a dog", "<image> <image>", "<image> a cat is what ?"]
@@ -202,14 +203,18 @@ def test_an_answer_is_the_same_in_any_company(tokenizer, llm):
     together = generate(model, params, processor(texts, images=shown), processor, **options)
     assert len(set(together)) > 1
     for text, images, wanted in zip(texts, shown, together, strict=True):
-        assert generate(model, params, processor(text, images=images, slots=4), processor, **options) == [wanted]
+        assert generate(model, params, processor(text, images=images, slots={"image": 4}), processor, **options) == [
+            wanted
+        ]
 
 
 def test_answers_to_learn(processor, tokenizer):
     batch = processor(["what is <image>", "a"], images=[picture(0)], answers=["a cat", "dog ?"])
     assert batch["tokens"][0, -3:].tolist() == [ID["a"], ID["cat"], 2]
     assert batch["loss_weights"].tolist() == [[0] * 11 + [1] * 3, [0, 1, 1, 1] + [0] * 10]
-    t5 = MultimodalConfig(ENCODER, MLPProjectorConfig(16), T5Config(len(WORDS), 16, 8, 24, 1, 1, 2), newline=True)
+    t5 = MultimodalConfig(
+        {"image": Branch(ENCODER, MLPProjectorConfig(16))}, T5Config(len(WORDS), 16, 8, 24, 1, 1, 2), newline=True
+    )
     batch = Processor(t5, tokenizer, TwoTiles())(["<image>", "a"], images=[picture(0)], answers=["a cat", "dog"])
     assert batch["decoder_tokens"].tolist() == [[0, 10, 11, 1], [0, 12, 1, 0]]
     assert batch["loss_weights"].tolist() == [[0, 1, 1, 1], [0, 1, 1, 0]]
@@ -225,7 +230,7 @@ def test_answers_to_learn(processor, tokenizer):
         ([{"role": "user", "content": [{"type": "audio"}]}], {}, "part of type 'audio'"),
         ("a", dict(audios=[np.zeros(9)]), r"1 sound\(s\)"),
         ("what <image>", dict(images=[picture(0)], length=8), "a text of 10 tokens, media included"),
-        ("what <image>", dict(images=[picture(0)], slots=1), "a row with 2 tiles"),
+        ("what <image>", dict(images=[picture(0)], slots={"image": 1}), "a row with 2 tiles"),
         ("what <image>", dict(images=[np.zeros((4, 4))]), r"a picture given as float64\[4, 4\]"),
         (["a", "a"], dict(answers=["a"]), "2 texts and 1 answers"),
         ("", {}, "a text without anything in it"),

@@ -128,9 +128,9 @@ def test_wholes_that_do_not_fit_are_refused():
     with pytest.raises(ConfigError, match="without a part 'visual'"):
         from_hf_config(LLM)
     with pytest.raises(ConfigError, match="ViTConfig and ResamplerConfig and QWenLMHeadModel"):
-        replace(config, encoder=ViTConfig(8, 4, 8, num_layers=1, num_heads=2, mlp_size=16))
+        config.with_branch("image", encoder=ViTConfig(8, 4, 8, num_layers=1, num_heads=2, mlp_size=16))
     with pytest.raises(ConfigError, match="head_dim=64"):
-        to_hf_config(replace(config, projector=replace(config.projector, head_dim=64)))
+        to_hf_config(config.with_branch("image", projector=replace(config.image.projector, head_dim=64)))
     with pytest.raises(ConfigError, match="rotary_pct=0.5"):
         from_hf_config(SMALL | dict(rotary_pct=0.5))
     with pytest.raises(ConfigError, match="newline=True"):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from functools import lru_cache
 
 import jax
@@ -31,8 +30,7 @@ MESHES = {
 
 
 def model(dtype: str):
-    parts = {name: replace(getattr(MODEL, name), dtype=dtype) for name in ("encoder", "projector", "llm")}
-    return replace(MODEL, **parts, text_tower=None, contrastive=None).make()
+    return MODEL.with_dtype(dtype).make()
 
 
 @lru_cache

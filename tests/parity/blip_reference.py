@@ -231,7 +231,7 @@ class Checks:
     def test_pictures_and_places(self, case, assert_close):
         """The same ids, the queries before the first token; the same pixels once the bytes are normalised."""
         batch = case.batch()
-        config = case.model.config.encoder
+        config = case.model.config.image.encoder
         assert batch["images"].dtype == np.uint8
         pixels = (batch["images"] / 255 - np.array(config.image_mean)) / np.array(config.image_std)
         for row in ROWS:
@@ -239,7 +239,7 @@ class Checks:
             ids = theirs["input_ids"][0].numpy()
             np.testing.assert_array_equal(batch["tokens"][row][: len(ids)], ids)
             assert batch["segments"][row].sum() == len(ids)
-            queries = case.model.config.projector.num_queries * len(PICTURES[row])
+            queries = case.model.config.image.projector.num_queries * len(PICTURES[row])
             assert batch["media_index"][row][: len(ids)].tolist() == [*range(queries), *[-1] * (len(ids) - queries)]
             if PICTURES[row]:
                 wanted = theirs["pixel_values"].permute(0, 2, 3, 1).numpy()
@@ -254,7 +254,7 @@ class Checks:
         together = case.our_tokens(list(ROWS))
         assert together == wanted and len(set(map(tuple, wanted))) == len(wanted)
         # One shape for all, so that little is compiled; the batch had another.
-        assert [case.our_tokens([row], slots=2, length=LENGTH)[0] for row in ROWS] == wanted
+        assert [case.our_tokens([row], slots={"image": 2}, length=LENGTH)[0] for row in ROWS] == wanted
 
     def test_the_configs_own_token_ends_an_answer(self, case):
         """As "\\n" does with OPT, which is no end of a text elsewhere; the tokenizer's own end does so too."""

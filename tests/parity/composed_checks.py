@@ -78,7 +78,7 @@ def check_composed(reference, processor, folder: Path, placeholder: str, assert_
 
     # Padded to the batch's shapes, so that the four are answered by one compiled program.
     for text, mine, wanted in zip(texts, pictures, answers, strict=True):
-        one = ours(text, images=mine, slots=batch["images"].shape[1], length=batch["tokens"].shape[1])
+        one = ours(text, images=mine, slots={"image": batch["images"].shape[1]}, length=batch["tokens"].shape[1])
         assert complete(module, params, one, ours, **how)[0].tokens == wanted.tokens, text
 
     save_pretrained(module, params, folder / "ours")

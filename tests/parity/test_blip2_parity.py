@@ -36,4 +36,4 @@ def test_a_stored_processor_of_another_size_is_refused(case, tmp_path):
     pixels = transformers.BlipImageProcessorPil(size=dict(height=8, width=8))
     pixels.save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match=r"pictures of \(8, 8\) pixels"):
-        pixel_reader(case.model.config.encoder, tmp_path)
+        pixel_reader(case.model.config.image.encoder, tmp_path)

@@ -90,7 +90,7 @@ def test_packed_rows_have_their_loss(case, assert_close):
     examples = [case.processor.encode(example(number), 48) for number in range(3)]
     packed = [[examples[0], examples[1]], [examples[2]]]
     batch = case.processor.pack(packed, 64, 4)
-    stage = Stage("instruct", NextToken(), ("*",), Mixture((), rows=2, length=64, slots=4), 1)
+    stage = Stage("instruct", NextToken(), ("*",), Mixture((), rows=2, length=64, slots={"image": 4}), 1)
     planned = stage_spec(
         Experiment("planned", case.model.config, (stage,), TokenizerConfig(folder=str(case.folder))), stage
     )
@@ -149,7 +149,7 @@ def test_stages_train_and_leave_as_a_folder(case, tmp_path):
     (tmp_path / "r.json").write_text(json.dumps(records))
     read = dict(path="r.json", image_folder=".", data_dir=str(tmp_path))
     plain, chat = (
-        Mixture((Weighted(LLaVARecords(**read, version=version)),), rows=2, length=40, slots=3)
+        Mixture((Weighted(LLaVARecords(**read, version=version)),), rows=2, length=40, slots={"image": 3})
         for version in ("plain", "chat")
     )
     experiment = Experiment(
@@ -160,9 +160,9 @@ def test_stages_train_and_leave_as_a_folder(case, tmp_path):
         log_every=1,
         checkpoint=CheckpointConfig(every_steps=4),
         stages=(
-            Stage("align", NextToken(), ("projector/*",), plain, 4, AdamW(learning_rate=3e-3, warmup_steps=1),
+            Stage("align", NextToken(), ("projector_image/*",), plain, 4, AdamW(learning_rate=3e-3, warmup_steps=1),
                   cache_features=True),
-            Stage("instruct", NextToken(), ("projector/*", "llm/*"), chat, 4, AdamW(learning_rate=3e-3)),
+            Stage("instruct", NextToken(), ("projector_image/*", "llm/*"), chat, 4, AdamW(learning_rate=3e-3)),
         ),
     )  # fmt: skip
     run = train(experiment, tmp_path / "run", devices=jax.devices()[:1])

@@ -103,7 +103,7 @@ def test_against_transformers(case, randomise, assert_close, tmp_path):
     module, _, batch, shown = check_composed(reference, processor, tmp_path, PLACEHOLDER, assert_close)
     config = module.config
     assert deepseek_vl.from_hf_config(deepseek_vl.to_hf_config(config)) == config
-    encoder = config.encoder
+    encoder = config.image.encoder
     shown, row = shown[1], batch["images"][1]
     bytes_stay = case in ("SigLIP with its head, tied", "SigLIP and SAM")
     assert (row.dtype == np.uint8) == bytes_stay
@@ -116,7 +116,7 @@ def test_against_transformers(case, randomise, assert_close, tmp_path):
             found = (pixels - np.float32(tower.image_mean)) / np.float32(tower.image_std)
             np.testing.assert_allclose(found, tiles_of(shown, name), rtol=0, atol=2e-6)
     else:
-        found = np.asarray(normalise_pixels(row, module.config.encoder)) if bytes_stay else row
+        found = np.asarray(normalise_pixels(row, module.config.image.encoder)) if bytes_stay else row
         np.testing.assert_allclose(found, tiles_of(shown), rtol=0, atol=1e-6)
 
 
@@ -148,14 +148,14 @@ def test_what_does_not_fit_is_refused(randomise, tmp_path):
     for change, message in (
         (dict(family=SINGLE), "with encoder SiglipSamConfig"),
         (dict(preprocessing="mine"), "preprocessing 'mine'"),
-        (dict(projector=dataclasses.replace(config.projector, widths=(3, 4))), r"widths \(3, 4\)"),
+        (dict(projector=dataclasses.replace(config.image.projector, widths=(3, 4))), r"widths \(3, 4\)"),
     ):
         with pytest.raises(ConfigError, match=message):
             dataclasses.replace(config, **change)
-    other = dataclasses.replace(config.encoder, downsample=(5, 7))
-    narrow = dataclasses.replace(config.projector, widths=other.widths)
+    other = dataclasses.replace(config.image.encoder, downsample=(5, 7))
+    narrow = dataclasses.replace(config.image.projector, widths=other.widths)
     with pytest.raises(ConfigError, match="encoder="):
-        deepseek_vl.to_hf_config(dataclasses.replace(config, encoder=other, projector=narrow))
+        deepseek_vl.to_hf_config(config.with_branch("image", encoder=other, projector=narrow))
     written = deepseek_vl.to_hf_config(config)
     for part, value, message in (
         ("vision_config", dict(model_type="clip_vision_model"), "a tower 'clip_vision_model'"),

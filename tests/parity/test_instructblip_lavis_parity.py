@@ -14,6 +14,7 @@ from mllm_jax.checkpoints.table import Table, nested
 from mllm_jax.encoders.vit import ViTConfig
 from mllm_jax.llms import llama
 from mllm_jax.llms.decoder import DecoderConfig
+from mllm_jax.models.branch import Branch, Connection
 from mllm_jax.models.instructblip import InstructBlipConfig
 from mllm_jax.projectors.qformer_hub import qformer_weights
 from mllm_jax.training.objectives.next_token import NextToken
@@ -23,16 +24,18 @@ from mllm_jax.training.step import make_apply
 def test_loss_and_gradients(tmp_path, assert_close):
     arrays, sizes = golden("instructblip_qformer")
     s = sizes["llm"]
+    # Not run: the reference was recorded from its features on.
+    tower = ViTConfig(8, 4, sizes["vision_width"], num_layers=1, num_heads=2, mlp_size=8, class_token=True)
     config = InstructBlipConfig(
-        # Not run: the reference was recorded from its features on.
-        encoder=ViTConfig(8, 4, sizes["vision_width"], num_layers=1, num_heads=2, mlp_size=8, class_token=True),
-        projector=golden_config(sizes, output_size=s["hidden"]),
+        {"image": Branch(tower, golden_config(sizes, output_size=s["hidden"]), Connection(class_token=True))},
         llm=DecoderConfig(
             s["vocab"], s["hidden"], s["layers"], s["heads"], s["heads"], mlp_size=s["inter"],
             tie_word_embeddings=False, family="LlamaForCausalLM",
         ),
     )  # fmt: skip
-    table = Table(qformer_weights(config.projector, **LAVIS) + nested(llama.table(config.llm), "llm_model.", "llm/"))
+    table = Table(
+        qformer_weights(config.image.projector, **LAVIS) + nested(llama.table(config.llm), "llm_model.", "llm/")
+    )
     batch = laid_out(arrays, sizes["num_query_token"])
     x = arrays["inputs/image_embeds"]
     x = (x - x.mean(axis=-1, keepdims=True)) / np.sqrt(x.var(axis=-1, keepdims=True) + 1e-5)

@@ -97,7 +97,7 @@ def test_against_transformers(case, randomise, assert_close, tmp_path):
     for row, inputs in enumerate(shown):
         if "pixel_values" in inputs:
             wanted = tiles_of(inputs)
-            found = normalise_pixels(batch["images"][row, : len(wanted)], config.encoder)
+            found = normalise_pixels(batch["images"][row, : len(wanted)], config.image.encoder)
             np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-6)
     assert batch["images"].shape[1] == len(tiles_of(shown[1]))
 

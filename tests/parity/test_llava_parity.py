@@ -71,7 +71,7 @@ def test_pixels_on_the_device_are_theirs(loaded):
         slot = 0
         for media in loaded.ours.layout.images(images):
             count, theirs = len(media.arrays["images"]), next(pixels)
-            mine = normalise_pixels(loaded.batch["images"][row, slot : slot + count], loaded.model.config.encoder)
+            mine = normalise_pixels(loaded.batch["images"][row, slot : slot + count], loaded.model.config.image.encoder)
             np.testing.assert_allclose(mine, theirs[:count], atol=1e-6)
             assert not theirs[count:].any(), "what is left is their padding"
             slot += count
@@ -90,7 +90,7 @@ def test_answers(loaded):
     wanted = loaded.answers(reference_inputs(loaded.theirs, TEXTS, loaded.images, "left"))
     found = loaded.complete(loaded.batch)
     assert found == wanted and len({tuple(ids) for ids in found}) == len(TEXTS)
-    shape = dict(slots=loaded.batch["images"].shape[1], length=loaded.batch["tokens"].shape[1])
+    shape = dict(slots={"image": loaded.batch["images"].shape[1]}, length=loaded.batch["tokens"].shape[1])
     for text, images, together in zip(TEXTS, loaded.images, found, strict=True):
         assert loaded.complete(loaded.ours(text, images=images, **shape)) == [together]
 
@@ -135,7 +135,7 @@ def test_videos(case, randomise, assert_close, tmp_path):
         reference, processor = build(case, tmp_path, randomise)
         model, params = from_pretrained(tmp_path)
         ours = Processor.from_pretrained(tmp_path)
-        side, (picture,) = model.config.encoder.image_size, pictures()[2]
+        side, (picture,) = model.config.image.encoder.image_size, pictures()[2]
         frames = np.random.default_rng(5).integers(0, 256, (3, side, side, 3), np.uint8)
         batch = ours("what is in <video> and <image> ?", images=[picture], videos=[frames])
         logits = np.asarray(jax.jit(model.apply)({"params": params}, batch).logits)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import jax
 import numpy as np
 import pytest
@@ -85,4 +83,4 @@ def test_what_does_not_fit_is_refused():
     )
     assert composed.media_tokens == 4
     with pytest.raises(ConfigError, match="4 x 4 patches on a grid of 6 x 6"):
-        dataclasses.replace(composed, projector=PoolProjectorConfig(16, 4))
+        composed.with_branch("image", projector=PoolProjectorConfig(16, 4))

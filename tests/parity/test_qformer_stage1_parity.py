@@ -58,8 +58,8 @@ def table(config) -> Table:
     return Table(
         (
             *qformer_weights(config.projector, **LAVIS),
-            Weight("ln_vision.weight", "encoder/norm/scale"),
-            Weight("ln_vision.bias", "encoder/norm/bias"),
+            Weight("ln_vision.weight", "encoder_image/norm/scale"),
+            Weight("ln_vision.bias", "encoder_image/norm/bias"),
             *linear("vision_proj", "image_projection"),
             *linear("text_proj", "text_projection"),
             *linear("itm_head", "matching"),

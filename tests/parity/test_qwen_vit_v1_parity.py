@@ -73,14 +73,14 @@ def test_every_stage(params, config, golden, assert_close):
     for layer, name in enumerate(("ln_pre", "block0", "block1", "block2")):
         assert_close(out.hidden_states[layer], golden[f"outputs/{name}"], 1e-5, name)
     assert_close(out.last_hidden_state, golden["outputs/block2"], 1e-5)
-    normed = kept["intermediates"]["projector"]["output_norm"]["__call__"][0]
+    normed = kept["intermediates"]["projector_image"]["output_norm"]["__call__"][0]
     assert_close(normed, golden["outputs/ln_post"], 1e-5, "post norm")
     assert_close(out.pooler_output, golden["outputs/output"], 1e-5, "media tokens")
 
 
 def test_every_stage_of_the_resampler(params, config, golden, assert_close):
     """Its one layer by itself: a scan keeps what happens inside to itself."""
-    own = params["projector"]
+    own = params["projector_image"]
     positions = own["positions"]
     features = golden["outputs/block2"] @ own["kv_projection"]["kernel"]
     queries = np.broadcast_to(own["query"], (2, 9, 64))

@@ -172,7 +172,7 @@ def test_logits_answers_and_folder(case, assert_close):
         assert list(answers[row].tokens) == said[0, length:].tolist(), text
     assert len({answer.tokens for answer in answers}) == len(texts), "answers that depend on nothing prove nothing"
     for row, (text, mine) in enumerate(zip(texts, images, strict=True)):
-        size = dict(slots=batch["patches"].shape[1], length=batch["tokens"].shape[1])
+        size = dict(slots={"image": batch["patches"].shape[1]}, length=batch["tokens"].shape[1])
         one = ours(text, images=mine, videos=[frames] if takes_videos and row == 2 else None, **size)
         assert complete(module, params, one, ours, **how)[0].tokens == answers[row].tokens, text
 

@@ -124,7 +124,7 @@ def test_logits_answers_and_folder(case, assert_close, tmp_path):
         theirs_how = dict(max_new_tokens=NEW_TOKENS, do_sample=False, pad_token_id=0)
         said = llm.generate(inputs_embeds=embedded, attention_mask=mask, **theirs_how)[0].tolist()
         assert list(answers[row].tokens) == said and len(said) == NEW_TOKENS, text
-        size = dict(slots=batch["images"].shape[1], length=batch["tokens"].shape[1])
+        size = dict(slots={"image": batch["images"].shape[1]}, length=batch["tokens"].shape[1])
         alone = complete(module, params, ours(text, images=mine, **size), ours, **how)
         assert alone[0].tokens == answers[row].tokens, text
     assert len({answer.tokens for answer in answers}) == len(texts), "answers that depend on nothing prove nothing"

@@ -207,7 +207,7 @@ def test_the_command_plans_and_writes_the_figures(tmp_path, capsys):
     assert main(["plan", str(ROOT / "configs" / "smoke.py"), "--topology", "8xh100", *options]) == 0
     assert "stage align on 8xh100" in capsys.readouterr().out
     stored = json.loads((tmp_path / "plan.json").read_text())
-    assert stored["mesh"]["fsdp"] == 8 and stored["model_flops"]["encoder"]["backward"] == 0
+    assert stored["mesh"]["fsdp"] == 8 and stored["model_flops"]["encoder_image"]["backward"] == 0
 
 
 # ---- the search

@@ -16,9 +16,11 @@ from mllm_jax.encoders.vit import ViTConfig
 from mllm_jax.errors import ConfigError, DataError
 from mllm_jax.llms.decoder import DecoderConfig
 from mllm_jax.llms.t5 import T5Config
+from mllm_jax.models.branch import Branch
 from mllm_jax.models.caption_row import caption_row
 from mllm_jax.models.multimodal import MultimodalConfig
 from mllm_jax.models.pformer import PFormerPretrainingConfig
+from mllm_jax.models.prompt_guided import PromptGuidedConfig
 from mllm_jax.projectors.mlp import MLPProjectorConfig
 from mllm_jax.projectors.pformer import PFormerConfig
 from mllm_jax.training.objectives.pformer import PFormerObjective, PromptGuided
@@ -111,11 +113,12 @@ def test_every_kind_of_llm_is_prompted(kind):
     assert np.isfinite(loss) and 0.5 < loss / np.log(20) < 3
     assert jax.tree.all(jax.tree.map(lambda g: bool(np.abs(g).max() > 0), grads["prompter"]["language_projection"]))
     encoder = ViTConfig(8, 4, 8, num_layers=1, num_heads=2, mlp_size=8)
-    composed = MultimodalConfig(encoder, MLPProjectorConfig(12), llm, prompter=replace(TINY, num_queries=4)).make()
+    model = MultimodalConfig({"image": Branch(encoder, MLPProjectorConfig(12))}, llm)
+    composed = PromptGuidedConfig(model, replace(TINY, num_queries=4)).make()
     images = dict(images=jnp.zeros((2, 1, 8, 8, 3), jnp.uint8))
     batch = composed.config.batch_spec(2, 5).empty() | BATCH | images
     theirs = nn.meta.unbox(composed.init(jax.random.key(1), batch, method="touch"))["params"]
-    assert set(theirs) == {"encoder", "projector", "llm", "prompter"}
+    assert set(theirs) == {"encoder_image", "projector_image", "llm", "prompter"}
 
     def guided(media):
         apply = make_apply(composed)

@@ -21,6 +21,7 @@ from flax import linen as nn
 
 from mllm_jax.encoders.vit import ViTConfig
 from mllm_jax.llms.decoder import DecoderConfig
+from mllm_jax.models.branch import Branch
 from mllm_jax.models.multimodal import MultimodalConfig
 from mllm_jax.projectors.mlp import MLPProjectorConfig
 from mllm_jax.sharding.logical import data_parallel, use_mesh
@@ -40,8 +41,9 @@ MESHES = {
 KINDS = ("all-gather", "all-reduce", "all-to-all", "collective-permute", "reduce-scatter")
 ROWS, LENGTH, SLOTS = 8, 16, 4
 MODEL = MultimodalConfig(
-    encoder=ViTConfig(8, 4, 16, num_layers=2, num_heads=8, mlp_size=32),
-    projector=MLPProjectorConfig(output_size=16),
+    inputs={
+        "image": Branch(ViTConfig(8, 4, 16, num_layers=2, num_heads=8, mlp_size=32), MLPProjectorConfig(output_size=16))
+    },
     llm=DecoderConfig(vocab_size=64, hidden_size=16, num_layers=2, num_heads=8, num_kv_heads=8, mlp_size=32),
 )
 
@@ -58,7 +60,7 @@ def placed(tree, shardings):
 
 
 def abstract_batch(mesh):
-    batch = MODEL.batch_spec(ROWS, LENGTH, SLOTS).empty()
+    batch = MODEL.batch_spec(ROWS, LENGTH, {"image": SLOTS}).empty()
     batch["loss_weights"] = np.zeros((ROWS, LENGTH), np.float32)
     return placed(batch, {name: batch_sharding(mesh, x.ndim, x.shape) for name, x in batch.items()})
 
@@ -122,7 +124,7 @@ def encoded(mesh, parts):
 
 
 def test_a_data_parallel_encoder_exchanges_nothing_beside_a_tensor_parallel_llm():
-    tensor, tower = (encoded(make_mesh(MESHES["tensor8"]), parts) for parts in ((), (data_parallel("encoder"),)))
+    tensor, tower = (encoded(make_mesh(MESHES["tensor8"]), parts) for parts in ((), (data_parallel("encoder_image"),)))
     np.testing.assert_allclose(tensor[1], tower[1], atol=1e-5)
     inside = partial(re.findall, rf"(?:{'|'.join(KINDS)})(?:-start)?\(.*op_name=\"[^\"]*/encoder/")
     assert inside(tensor[0]) and not inside(tower[0])

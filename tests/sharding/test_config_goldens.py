@@ -80,8 +80,8 @@ def test_little_is_held_by_every_device(case):
 
 def test_a_data_parallel_encoder_has_no_tensor_axis_and_leaves_the_rest_alone(case):
     _, boxed = case
-    before, after = lines(boxed), lines(boxed, (data_parallel("encoder"),))
-    tower = {path for path in before if path.startswith("encoder/")}
+    before, after = lines(boxed), lines(boxed, (data_parallel("encoder_image"),))
+    tower = {path for path in before if path.startswith("encoder_image/")}
     assert any("/tensor" in before[path] for path in tower)
     assert not any("tensor" in after[path] for path in tower)
     assert {p: x for p, x in after.items() if p not in tower} == {p: x for p, x in before.items() if p not in tower}

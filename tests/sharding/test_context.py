@@ -16,6 +16,7 @@ from mllm_jax.encoders.qwen_vit import QwenViTConfig
 from mllm_jax.encoders.vit import ViTConfig
 from mllm_jax.llms.decoder import DecoderConfig
 from mllm_jax.llms.t5 import T5Config
+from mllm_jax.models.branch import Branch
 from mllm_jax.models.multimodal import MultimodalConfig
 from mllm_jax.projectors.mlp import MLPProjectorConfig
 from mllm_jax.projectors.qformer import QFormerConfig
@@ -30,27 +31,35 @@ DECODER = DecoderConfig(VOCAB, 16, 2, 4, 2, mlp_size=24)
 LAYERS = ("sliding_attention", "full_attention")
 MODELS = {
     "newlines, windows in some layers": MultimodalConfig(
-        VIT, MLPProjectorConfig(16), replace(DECODER, sliding_window=5, layer_types=LAYERS), newline=True
+        {"image": Branch(VIT, MLPProjectorConfig(16))},
+        replace(DECODER, sliding_window=5, layer_types=LAYERS),
+        newline=True,
     ),
     "packed patches, deepstack, M-RoPE": MultimodalConfig(
-        QwenViTConfig(
-            hidden_size=8,
-            num_layers=2,
-            num_heads=2,
-            mlp_size=12,
-            output_size=16,
-            patch_size=2,
-            temporal_patch_size=1,
-            num_positions=16,
-            deepstack_layers=(0,),
-            full_layers=(0, 1),
-        ),
-        None,
+        {
+            "image": Branch(
+                QwenViTConfig(
+                    hidden_size=8,
+                    num_layers=2,
+                    num_heads=2,
+                    mlp_size=12,
+                    output_size=16,
+                    patch_size=2,
+                    temporal_patch_size=1,
+                    num_positions=16,
+                    deepstack_layers=(0,),
+                    full_layers=(0, 1),
+                )
+            )
+        },
         replace(DECODER, mrope_sections=(1, 1, 0), qk_norm=True),
     ),
     "encoder-decoder, queries that read text": MultimodalConfig(
-        replace(VIT, class_token=True),
-        QFormerConfig(16, 8, 8, 2, 2, 16, num_queries=4, vocab_size=VOCAB),
+        {
+            "image": Branch(
+                replace(VIT, class_token=True), QFormerConfig(16, 8, 8, 2, 2, 16, num_queries=4, vocab_size=VOCAB)
+            )
+        },
         T5Config(VOCAB, 16, 4, 24, 1, 1, 2),
     ),
 }
@@ -59,7 +68,7 @@ MODELS = {
 def batch_of(config: MultimodalConfig) -> dict[str, np.ndarray]:
     """Two texts in each row, which both ask for media tokens of both slots; the last places are padding."""
     rng = np.random.default_rng(1)
-    batch = config.batch_spec(ROWS, LENGTH, 16 if config.packed else 4).empty()
+    batch = config.batch_spec(ROWS, LENGTH, {"image": 16 if config.image.packed else 4}).empty()
     for name, x in batch.items():
         if name.endswith("tokens"):
             batch[name] = rng.integers(0, VOCAB, x.shape).astype(np.int32)

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import jax
@@ -21,8 +19,10 @@ from flax import linen as nn
 from mllm_jax.encoders.text import TextTowerConfig
 from mllm_jax.encoders.vit import ViTConfig
 from mllm_jax.llms.decoder import DecoderConfig
-from mllm_jax.models.contrastive import ContrastiveConfig
+from mllm_jax.models.branch import Branch
+from mllm_jax.models.clip import DualEncoderConfig
 from mllm_jax.models.multimodal import MultimodalConfig
+from mllm_jax.models.params import placed_together, shardings_of
 from mllm_jax.projectors.mlp import MLPProjectorConfig
 from mllm_jax.sharding.mesh import MeshConfig, make_mesh, param_shardings
 from mllm_jax.training.config import AdamW
@@ -39,8 +39,12 @@ MESHES = {
 }
 # Some sizes are divided by 8, some by 2 only, some by neither: 2 key-value heads, 3 heads, a vocabulary of 30.
 CONFIG = MultimodalConfig(
-    encoder=ViTConfig(16, 8, 24, num_layers=2, num_heads=3, mlp_size=32, stem_channels=(8,), class_token=True),
-    projector=MLPProjectorConfig(output_size=16, hidden_size=20, input_norm=True),
+    inputs={
+        "image": Branch(
+            ViTConfig(16, 8, 24, num_layers=2, num_heads=3, mlp_size=32, stem_channels=(8,), class_token=True),
+            MLPProjectorConfig(output_size=16, hidden_size=20, input_norm=True),
+        )
+    },
     llm=DecoderConfig(
         vocab_size=30,
         hidden_size=16,
@@ -53,9 +57,9 @@ CONFIG = MultimodalConfig(
         qkv_bias=True,
         qk_norm=True,
     ),
-    text_tower=TextTowerConfig(vocab_size=32, max_length=16, hidden_size=12, num_layers=1, num_heads=3, mlp_size=24),
-    contrastive=ContrastiveConfig(projection_size=8),
 )
+WORDS = TextTowerConfig(vocab_size=32, max_length=16, hidden_size=12, num_layers=1, num_heads=3, mlp_size=24)
+DUAL = DualEncoderConfig(CONFIG.image.encoder, WORDS, projection_size=8, kind="sigmoid")
 OPTIMIZER = make_optimizer(AdamW(), 10)
 
 
@@ -66,12 +70,9 @@ def by_path(tree) -> dict:
 
 
 def abstract_state(mesh) -> tuple[TrainState, TrainState]:
-    """(shapes, shardings) of the train state with every parameter trainable; nothing is computed."""
-    model = CONFIG.make()
-    init = partial(model.init, method="touch")
-    boxed = jax.eval_shape(lambda: init(jax.random.key(0), model.config.batch_spec().empty()))["params"]
-    params = nn.meta.unbox(boxed)
-    shardings = state_shardings(OPTIMIZER, params, param_shardings(boxed, mesh), mesh)
+    """(shapes, shardings) of the train state with every parameter of both trainable; nothing is computed."""
+    params = placed_together((CONFIG, DUAL), mesh)
+    shardings = state_shardings(OPTIMIZER, params, shardings_of(params), mesh)
     scalar = jax.ShapeDtypeStruct((), np.int32)
     key = jax.ShapeDtypeStruct((2,), np.uint32)
     return TrainState(scalar, params, jax.eval_shape(OPTIMIZER.init, params), key), shardings
@@ -116,13 +117,10 @@ def test_a_compiled_step_keeps_them_and_does_not_compile_twice():
     """Two steps on different batches: every leaf lies where the shardings say, and one program serves both."""
     mesh = make_mesh(MESHES["data2_fsdp2_tensor2"])
     # A smaller model, and parameters that need no compiled init: the step alone takes seconds to compile.
-    model = replace(
-        CONFIG,
-        encoder=ViTConfig(8, 4, 8, num_layers=1, num_heads=2, mlp_size=16),
-        projector=MLPProjectorConfig(output_size=16),
-        llm=DecoderConfig(vocab_size=30, hidden_size=16, num_layers=1, num_heads=4, num_kv_heads=2, mlp_size=32),
-        text_tower=None,
-        contrastive=None,
+    small = ViTConfig(8, 4, 8, num_layers=1, num_heads=2, mlp_size=16)
+    model = MultimodalConfig(
+        {"image": Branch(small, MLPProjectorConfig(output_size=16))},
+        DecoderConfig(vocab_size=30, hidden_size=16, num_layers=1, num_heads=4, num_kv_heads=2, mlp_size=32),
     ).make()
     boxed = jax.eval_shape(lambda: model.init(jax.random.key(0), model.config.batch_spec().empty(), method="touch"))[
         "params"
@@ -140,11 +138,14 @@ def test_a_compiled_step_keeps_them_and_does_not_compile_twice():
     wanted = by_path(shardings)
     before = np.asarray(params["llm"]["token_embedding"]["embedding"])
     for _ in range(2):
-        batch = {name: np.asarray(x) for name, x in model.config.batch_spec(rows=4, length=8, slots=1).empty().items()}
+        batch = {
+            name: np.asarray(x)
+            for name, x in model.config.batch_spec(rows=4, length=8, slots={"image": 1}).empty().items()
+        }
         batch["tokens"] = rng.integers(0, 30, (4, 8)).astype(np.int32)
         batch["segments"] = np.ones((4, 8), np.int32)
         batch["loss_weights"] = np.ones((4, 8), np.float32)
-        placed = place_batch(batch, mesh, model.config.batch_spec(rows=4, length=8, slots=1), list(range(4)))
+        placed = place_batch(batch, mesh, model.config.batch_spec(rows=4, length=8, slots={"image": 1}), list(range(4)))
         state, metrics = step(state, {}, placed)
         for path, leaf in by_path(state).items():
             assert leaf.sharding.is_equivalent_to(wanted[path], leaf.ndim), path

@@ -140,16 +140,16 @@ def test_constrain_pins_inside_a_mesh_and_does_nothing_outside():
 )
 def test_rules_of_parts_that_mean_nothing_are_refused(axes, named):
     with pytest.raises(ConfigError) as refusal:
-        PartRules("encoder", axes)
+        PartRules("encoder_image", axes)
     assert named in refusal.value.given and "encoder" in refusal.value.given
 
 
 def test_a_part_has_rules_of_its_own_and_the_others_keep_theirs():
     mesh = make_mesh(MeshConfig(data=2, context=2, tensor=2))
     names, shape = ("batch", "heads"), (8, 8)
-    with use_mesh(mesh, parts=(data_parallel("encoder"), PartRules("llm", (("heads", ()),)))):
+    with use_mesh(mesh, parts=(data_parallel("encoder_image"), PartRules("llm", (("heads", ()),)))):
         assert partition_spec(names, shape, *active_mesh()) == P("data", "tensor")
-        with part_of_model("encoder"):
+        with part_of_model("encoder_image"):
             assert partition_spec(names, shape, *active_mesh()) == P(("data", "context", "tensor"), None)
             assert split_sizes(names, shape) == [8, 1]
             with part_of_model(None):
@@ -157,7 +157,7 @@ def test_a_part_has_rules_of_its_own_and_the_others_keep_theirs():
         with part_of_model("llm"):
             assert split_sizes(names, shape) == [2, 1]
     assert split_sizes(names, shape) == [1, 1]
-    with use_mesh(mesh), part_of_model("encoder"):  # pictures of a row are spread over `context` in any case
+    with use_mesh(mesh), part_of_model("encoder_image"):  # pictures of a row are spread over `context` in any case
         assert partition_spec(names, shape, *active_mesh()) == P(("data", "context"), "tensor")
         assert partition_spec(("batch", "patches"), (2, 4), *active_mesh()) == P("data", "context")
 
@@ -179,10 +179,10 @@ class Parts(nn.Module):
     seen = []
 
     def setup(self):
-        self.encoder, self.llm = Tower(), Tower()
+        self.encoder_image, self.llm = Tower(), Tower()
 
     def __call__(self, x):
-        x = self.encoder(x)
+        x = self.encoder_image(x)
         Parts.seen.append(active_mesh()[1]["heads"])
         return self.llm(x)
 
@@ -190,7 +190,7 @@ class Parts(nn.Module):
 def test_what_a_part_traces_is_traced_under_its_rules():
     """Also inside scanned and rematerialised layers, and where a layer of another part bears the same name."""
     Parts.seen.clear()
-    with use_mesh(make_mesh(EVERY), parts=(data_parallel("encoder"),)):
+    with use_mesh(make_mesh(EVERY), parts=(data_parallel("encoder_image"),)):
         jax.eval_shape(lambda: Parts().init_with_output(jax.random.key(0), jnp.ones((8, 4))))
     between = Parts.seen.index(("tensor",))
     assert between > 0 and set(Parts.seen[:between]) == {()} and set(Parts.seen[between:]) == {("tensor",)}
@@ -201,10 +201,11 @@ def test_parameters_follow_the_rules_of_their_part_and_never_those_of_activation
     mesh = make_mesh(MeshConfig(data=1, fsdp=2, context=2, tensor=2))
     box = nn.LogicallyPartitioned
     kernel, table = box(jnp.zeros((4, 4)), ("embed", "heads")), box(jnp.zeros((4, 4)), ("patches", "embed"))
-    params = {part: {"kernel": kernel, "table": table} for part in ("encoder", "llm")}
-    found = param_shardings(params, mesh, (data_parallel("encoder"),))
-    assert found["encoder"]["kernel"].spec == P("fsdp", None) and found["llm"]["kernel"].spec == P("fsdp", "tensor")
-    assert found["encoder"]["table"].spec == P(None, "fsdp"), "positions are looked up whole"
+    params = {part: {"kernel": kernel, "table": table} for part in ("encoder_image", "llm")}
+    found = param_shardings(params, mesh, (data_parallel("encoder_image"),))
+    assert found["encoder_image"]["kernel"].spec == P("fsdp", None)
+    assert found["llm"]["kernel"].spec == P("fsdp", "tensor")
+    assert found["encoder_image"]["table"].spec == P(None, "fsdp"), "positions are looked up whole"
     both = param_shardings(params, mesh, (PartRules("llm", (("embed", ("fsdp", "context")),)),))
     assert both["llm"]["kernel"].spec == P(("fsdp", "context"), "tensor")
 

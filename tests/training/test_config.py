@@ -8,26 +8,24 @@ from dataclasses import dataclass, replace
 import jax
 import pytest
 import tyro
-from flax import linen as nn
 from flax.traverse_util import flatten_dict
 from tiny_runs import ROOT
-from toy_data import MODEL, PAIRS, PICTURES
+from toy_data import DUAL, MODEL, PAIRS, PICTURES
 
 from mllm_jax.checkpoints.description import describe, rebuild
 from mllm_jax.errors import ConfigError
-from mllm_jax.evaluation.openmoji import OpenMojiEvaluation, OpenMojiRetrieval
-from mllm_jax.models.clip import DualEncoderConfig
+from mllm_jax.evaluation.tasks.openmoji import openmoji_questions, openmoji_retrieval
+from mllm_jax.models.params import placed_params
 from mllm_jax.sharding.logical import data_parallel
-from mllm_jax.sharding.mesh import MeshConfig
-from mllm_jax.training.config import Experiment, Stage, TokenizerConfig
+from mllm_jax.sharding.mesh import MeshConfig, make_mesh
+from mllm_jax.training.config import Experiment, Pretrained, Stage, TokenizerConfig
 from mllm_jax.training.config_file import load_config
 from mllm_jax.training.objectives.contrastive import Contrastive
 from mllm_jax.training.objectives.next_token import NextToken
 from mllm_jax.training.partition import split
 
-STAGE = Stage("contrastive", Contrastive(), ("encoder/*",), PAIRS, steps=1)
+STAGE = Stage("contrastive", Contrastive(), ("encoder_image/*",), PAIRS, steps=1, model=DUAL)
 TALK = Stage("talk", NextToken(), ("llm/*",), PICTURES, steps=1)
-DUAL = DualEncoderConfig(MODEL.encoder, MODEL.text_tower, 8, captions=2)
 EXPERIMENT = Experiment("small", MODEL, (STAGE,), TokenizerConfig(vocab_size=320))
 
 
@@ -39,28 +37,32 @@ EXPERIMENT = Experiment("small", MODEL, (STAGE,), TokenizerConfig(vocab_size=320
         ({"nonfinite": "ignore"}, "nonfinite 'ignore'"),
         ({"tokenizer": TokenizerConfig(321)}, "a tokenizer of 321 for 320 tokens in model.llm.vocab_size"),
         (
-            {"model": replace(MODEL, text_tower=replace(MODEL.text_tower, vocab_size=319))},
-            "a tokenizer of 320 for 319 tokens in model.text_tower.vocab_size",
+            {"stages": (replace(STAGE, model=replace(DUAL, text=replace(DUAL.text, vocab_size=319))),)},
+            "a tokenizer of 320 for 319 tokens in model.text.vocab_size",
         ),
         (
             {"stages": (replace(STAGE, data=replace(PAIRS, length=25)),)},
-            "stage 'contrastive': captions of 25 places for a text tower of 24",
+            "stage 'contrastive': captions of 25 positions for a text encoder of 24",
         ),
         (
             {"stages": (replace(STAGE, data=replace(PAIRS, captions=3)),)},
-            "stage 'contrastive': up to 3 captions a picture for heads of 2",
+            "stage 'contrastive': up to 3 captions an image for heads of 2",
         ),
-        ({"stages": (replace(STAGE, validation=replace(PAIRS, length=99)),)}, "captions of 99 places"),
-        ({"model": replace(MODEL, text_tower=None, contrastive=None)}, "a model without a text tower"),
-        ({"model": DUAL, "stages": (TALK,)}, "NextToken for a dual encoder"),
-        ({"model": replace(DUAL, kind="sigmoid")}, "the softmax loss for a dual encoder of kind 'sigmoid'"),
-        ({"model": replace(DUAL, captions=1)}, "up to 2 captions a picture for heads of 1"),
+        ({"stages": (replace(STAGE, validation=replace(PAIRS, length=99)),)}, "captions of 99 positions"),
+        ({"stages": (replace(STAGE, model=None),)}, "Contrastive for a MultimodalConfig"),
+        ({"model": DUAL, "stages": (TALK,)}, "NextToken for a DualEncoderConfig"),
+        ({"stages": (replace(STAGE, model=replace(DUAL, kind="sigmoid")),)}, "for a dual encoder of kind 'sigmoid'"),
+        ({"stages": (replace(STAGE, model=replace(DUAL, captions=1)),)}, "up to 2 captions an image for heads of 1"),
         (
-            {"model": replace(DUAL, text=replace(MODEL.text_tower, vocab_size=319))},
-            "319 tokens in model.text.vocab_size",
+            {"stages": (replace(STAGE, model=replace(DUAL, vision=replace(DUAL.vision, num_layers=2))),)},
+            "encoder_image of a DualEncoderConfig, which is another part than that of a MultimodalConfig: num_layers",
         ),
-        ({"model": DUAL, "evaluation": OpenMojiEvaluation()}, "OpenMojiEvaluation of a DualEncoderConfig"),
-        ({"evaluation": OpenMojiRetrieval()}, "OpenMojiRetrieval of a MultimodalConfig"),
+        ({"pretrained": (Pretrained("encoder", "x"),)}, "pretrained parts ['encoder']"),
+        ({"model": DUAL, "evaluation": openmoji_questions()}, "task 'validation/naming' for a DualEncoderConfig"),
+        ({"evaluation": openmoji_retrieval()}, "OpenMojiRetrieval of a MultimodalConfig"),
+        ({"evaluation": openmoji_questions() * 2}, "two tasks of evaluation named ['composition/gender'"),
+        ({"evaluation": openmoji_questions()[0]}, "evaluation Task(name='validation/naming'"),
+        ({"evaluation": ("naming",)}, "evaluation ('naming',)"),
         ({"mesh": MeshConfig(context=16)}, "rows of 24 places over mesh.context 16"),
         ({"part_rules": (data_parallel("head"),)}, "rules of parts ['head']"),
         ({"part_rules": (data_parallel("llm"), data_parallel("llm"))}, "rules of parts ['llm', 'llm']"),
@@ -120,7 +122,7 @@ def test_what_is_no_objective_is_refused(objective):
 
 
 def test_rules_of_parts_are_kept_with_the_run():
-    ruled = replace(EXPERIMENT, part_rules=(data_parallel("encoder"),), mesh=MeshConfig(context=8, slices=1))
+    ruled = replace(EXPERIMENT, part_rules=(data_parallel("encoder_image"),), mesh=MeshConfig(context=8, slices=1))
     for kept in (ruled.part_rules, ruled.mesh):
         assert rebuild(describe(kept)) == kept
 
@@ -129,21 +131,26 @@ def test_what_the_text_tower_does_not_read_may_be_longer():
     """Rows of conversations go to the LLM, whose positions have no end; a model may have no tower at all."""
     talk = Stage("talk", NextToken(), ("llm/*",), replace(PICTURES, length=500), steps=1)
     assert replace(EXPERIMENT, stages=(STAGE, talk), cpu_devices=1).stages[1].data.length == 500
-    bag = replace(MODEL, text_tower=replace(MODEL.text_tower, num_layers=0))
-    captions = replace(STAGE, data=replace(PAIRS, length=99))
-    assert replace(EXPERIMENT, model=bag, stages=(captions,)), "a bag of words has no positions"
-    bare = replace(MODEL, text_tower=None, contrastive=None)
-    assert replace(EXPERIMENT, model=bare, stages=(talk,)).model.text_tower is None
+    bag = replace(DUAL, text=replace(DUAL.text, num_layers=0))
+    captions = replace(STAGE, data=replace(PAIRS, length=99), model=bag)
+    assert replace(EXPERIMENT, stages=(captions,)), "a bag of words has no positions"
+
+
+@pytest.mark.parametrize("part,change", [("encoder", "pretrained"), ("projector", "part_rules")])
+def test_an_old_name_of_a_part_is_refused_with_the_new_one(part, change):
+    value = Pretrained(part, "x") if change == "pretrained" else data_parallel(part)
+    with pytest.raises(ConfigError, match=f"the name is now '{part}_image'"):
+        replace(EXPERIMENT, **{change: (value,)})
 
 
 # ---- the shipped configs
 
 TRAINED = {
     "language": {"llm"},
-    "contrastive": {"encoder", "text_tower", "contrastive"},
-    "align": {"projector"},
-    "describe": {"projector", "llm"},
-    "instruct": {"projector", "llm"},
+    "contrastive": {"encoder_image", "encoder_text", "heads"},
+    "align": {"projector_image"},
+    "describe": {"projector_image", "llm"},
+    "instruct": {"projector_image", "llm"},
 }
 
 
@@ -153,14 +160,10 @@ def shipped(request):
 
 
 def test_stages_train_the_parts_they_name(shipped):
-    """In their order; whatever a stage does not train is frozen whole."""
-    module = shipped.model.make()
-    abstract = jax.eval_shape(
-        lambda: module.init(jax.random.key(0), module.config.batch_spec().empty(), method="touch")["params"]
-    )
-    params = nn.meta.unbox(abstract)
+    """In their order; whatever else a stage's composition has is frozen whole."""
     assert [stage.name for stage in shipped.stages] == list(TRAINED)
     for stage in shipped.stages:
+        params = placed_params(shipped.model_of(stage).make(), make_mesh(MeshConfig(), jax.devices()[:1]))
         trainable, frozen = split(params, stage.trainable)
         assert set(trainable) == TRAINED[stage.name]
         assert set(frozen) == set(params) - TRAINED[stage.name]
@@ -172,11 +175,11 @@ def test_stages_read_what_fits_them(shipped):
     assert {name: type(stage.objective) for name, stage in stages.items()} == {
         name: Contrastive if name == "contrastive" else NextToken for name in TRAINED
     }
-    assert stages["language"].data.slots == 0, "no pictures yet"
+    assert not stages["language"].data.slots, "no images yet"
     assert stages["contrastive"].data.layout == "caption" and stages["contrastive"].data.group > 1
     assert all(stage.data.slots and stage.data.layout == "conversation" for stage in shipped.stages[2:])
     sizes = {w.source.image_size for stage in shipped.stages if stage.data.slots for w in stage.data.sources}
-    assert sizes == {shipped.model.encoder.image_size}
+    assert sizes == {shipped.model.image_size}
 
 
 def test_training_reads_the_training_split_and_validation_another(shipped):
@@ -196,4 +199,4 @@ def test_the_full_config_is_the_quickstarts_on_all_pictures():
     for experiment, pictures in ((quickstart, "quickstart"), (full, "full")):
         mixtures = [m for stage in experiment.stages for m in (stage.data, stage.validation) if m is not None]
         assert {weighted.source.config for mixture in mixtures for weighted in mixture.sources} == {pictures}
-        assert experiment.evaluation.config == pictures
+        assert {task.source.config for task in experiment.evaluation} == {pictures}

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import jax
 import numpy as np
 import pytest
-from toy_data import MODEL, PAIRS, PICTURES, pipeline, quick_compilation, spec_of
+from toy_data import DUAL, MODEL, PAIRS, PICTURES, pipeline, quick_compilation, spec_of
 
 from mllm_jax.data.pipeline import Mixture
-from mllm_jax.models.params import init_params
-from mllm_jax.sharding.mesh import MeshConfig, make_mesh, param_shardings
+from mllm_jax.models.params import init_params, placed_params, shardings_of
+from mllm_jax.sharding.mesh import MeshConfig, make_mesh
 from mllm_jax.training.config import AdamW
 from mllm_jax.training.objectives.contrastive import Contrastive
 from mllm_jax.training.objectives.next_token import NextToken
@@ -41,20 +42,21 @@ def _quick():
 @dataclass(frozen=True)
 class Case:
     objective: NextToken | Contrastive
+    model: Any
     data: Mixture
     trainable: tuple[str, ...]
 
 
 CASES = {
-    "next_token": Case(NextToken(), PICTURES, ("encoder/*", "projector/*", "llm/*")),
-    "contrastive": Case(Contrastive(), PAIRS, ("encoder/*", "text_tower/*", "contrastive/*")),
+    "next_token": Case(NextToken(), MODEL, PICTURES, ("encoder_image/*", "projector_image/*", "llm/*")),
+    "contrastive": Case(Contrastive(), DUAL, PAIRS, ("encoder_image/*", "encoder_text/*", "heads/*")),
 }
 
 
 @lru_cache
-def first_params():
+def first_params(name: str):
     """The parameters that every run starts from, on the host."""
-    params, _ = init_params(MODEL.make(), make_mesh(ONE, jax.devices()[:1]), seed=0)
+    params, _ = init_params(CASES[name].model.make(), make_mesh(ONE, jax.devices()[:1]), seed=0)
     return jax.device_get(params)
 
 
@@ -64,28 +66,24 @@ def batches(name: str) -> list[dict[str, np.ndarray]]:
     return [data.batch(step) for step in range(STEPS)]
 
 
-def on_mesh(mesh):
+def on_mesh(mesh, name: str = "next_token"):
     """The parameters laid out on a mesh, and their shardings."""
-    model = MODEL.make()
-    boxed = jax.eval_shape(
-        lambda key: model.init(key, model.config.batch_spec().empty(), method="touch")["params"], jax.random.key(0)
-    )
-    shardings = param_shardings(boxed, mesh)
-    return jax.device_put(first_params(), shardings), shardings
+    shardings = shardings_of(placed_params(CASES[name].model.make(), mesh))
+    return jax.device_put(first_params(name), shardings), shardings
 
 
 @lru_cache
 def losses(name: str, mesh_config: MeshConfig, accumulate: int = 1) -> np.ndarray:
     case = CASES[name]
     mesh = make_mesh(mesh_config, jax.devices()[:1] if mesh_config == ONE else None)
-    params, shardings = on_mesh(mesh)
+    params, shardings = on_mesh(mesh, name)
     trainable, frozen = split(params, case.trainable)
     optimizer = make_optimizer(ADAMW, STEPS)
     layout = state_shardings(optimizer, trainable, split(shardings, case.trainable)[0], mesh)
     state = init_state(optimizer, trainable, layout, jax.random.key(0))
     schedule = learning_rate(ADAMW, STEPS)
     step_fn = make_train_step(
-        MODEL.make(), case.objective, optimizer, schedule, mesh=mesh, shardings=layout, accumulate=accumulate
+        case.model.make(), case.objective, optimizer, schedule, mesh=mesh, shardings=layout, accumulate=accumulate
     )
     found = []
     for batch in batches(name):

@@ -5,8 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
-import sys
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import jax
 import numpy as np
@@ -15,6 +14,7 @@ from flax import linen as nn
 from PIL import Image as Pillow
 from tokenizers import Tokenizer, models, pre_tokenizers
 from toy_data import COLOURS, Toy, spec_of
+from toy_evaluation import colours
 from transformers import PreTrainedTokenizerFast
 
 import mllm_jax
@@ -25,8 +25,8 @@ from mllm_jax.data.pipeline import Mixture, Pipeline, Weighted
 from mllm_jax.datasets.llava import LLaVARecords
 from mllm_jax.encoders.vit import ViTConfig
 from mllm_jax.errors import ConfigError, DataError
-from mllm_jax.evaluation.openmoji import OpenMojiEvaluation
 from mllm_jax.llms.decoder import DecoderConfig
+from mllm_jax.models.branch import Branch
 from mllm_jax.models.llava import LlavaConfig
 from mllm_jax.models.multimodal import Connection
 from mllm_jax.models.run_weights import load_run
@@ -46,24 +46,26 @@ TEMPLATE = (
     "{% if m['role'] == 'assistant' %}</s> {% endif %}{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
 )
 MODEL = LlavaConfig(
-    encoder=ViTConfig(
+    inputs={"image": Branch(ViTConfig(
         8, 4, 24, num_layers=2, num_heads=2, mlp_size=32, class_token=True, pre_norm=True, patch_bias=False,
         norm_output=False, norm_pooled=True, pooler="token", activation="quick_gelu", family="CLIPVisionModel",
         norm_eps=1e-5, image_mean=(0.48145466, 0.4578275, 0.40821073), image_std=(0.26862954, 0.26130258, 0.27577711),
-    ),
-    projector=MLPProjectorConfig(32),
+    ), MLPProjectorConfig(32), Connection(layers=(-2,)))},
     llm=DecoderConfig(
         vocab_size=len(ID) + 1, hidden_size=32, num_layers=2, num_heads=4, num_kv_heads=2, mlp_size=48,
         tie_word_embeddings=False, bos_token_id=1, eos_token_id=(2,), max_position_embeddings=256,
     ),
-    connection=Connection(layers=(-2,)),
     image_token_id=IMAGE,
 )  # fmt: skip
 DATA = Mixture(
     (Weighted(Toy(), 0.5), Weighted(Toy("toy_pairs", pictures=2), 0.3), Weighted(Toy("toy_text", pictures=0), 0.2)),
     rows=4,
     length=64,
-    slots=4,
+    slots={"image": 4},
+)
+EVALUATION = tuple(
+    colours(f"seen/{name}", Toy(pictures=number), size=3, max_new_tokens=8)
+    for number, name in enumerate(("none", "one", "two"))
 )
 EVALUATED: list[Experiment] = []  # what a config file of a test gives
 
@@ -105,7 +107,7 @@ def experiment(folder, *, cache_features: bool = False, steps: int = 4) -> Exper
             Stage(
                 "align",
                 NextToken(),
-                ("projector/*",),
+                ("projector_image/*",),
                 DATA,
                 steps,
                 AdamW(learning_rate=1e-2, warmup_steps=1),
@@ -114,7 +116,7 @@ def experiment(folder, *, cache_features: bool = False, steps: int = 4) -> Exper
                 validate_every=2,
                 validation_batches=1,
             ),
-            Stage("instruct", NextToken(), ("projector/*", "llm/*"), DATA, 2, AdamW(learning_rate=1e-3)),
+            Stage("instruct", NextToken(), ("projector_image/*", "llm/*"), DATA, 2, AdamW(learning_rate=1e-3)),
         ),
     )
 
@@ -182,7 +184,7 @@ def test_stages_train_from_the_checkpoint_and_leave_as_a_folder(folder, run, tmp
     _, model, params, own, _ = load_run(RunFolder(run))
     assert own.tokenizer.template == TEMPLATE
     same = jax.tree.map(lambda a, b: bool((np.asarray(a) == np.asarray(b)).all()), before, params)
-    assert all(jax.tree.leaves(same["encoder"])) and not any(jax.tree.leaves(same["projector"]))
+    assert all(jax.tree.leaves(same["encoder_image"])) and not any(jax.tree.leaves(same["projector_image"]))
     found = losses(run)
     assert len(found) == 6 and np.isfinite(found).all() and found[3] < found[0]
     assert main(["convert", str(run), str(tmp_path / "out")]) == 0
@@ -204,57 +206,20 @@ def test_stages_train_from_the_checkpoint_and_leave_as_a_folder(folder, run, tmp
     assert capsys.readouterr().out.strip() == wanted[0].strip(), "the run's folder answers as what leaves it"
 
 
-@dataclass(frozen=True)
-class Colours:
-    """Questions about images of noise, some of two images and some of none."""
-
-    count: int = 3
-
-    def check(self, model) -> None:
-        assert isinstance(model, LlavaConfig)
-
-    def questions(self) -> dict[str, list]:
-        sources = {"one": Toy().build(), "two": Toy(pictures=2).build(), "none": Toy(pictures=0).build()}
-        return {"seen": [Asked(name, *asked(source, i)) for name, source in sources.items() for i in range(self.count)]}
-
-    score = OpenMojiEvaluation.score
-
-
-@dataclass(frozen=True)
-class Asked:
-    task: str
-    question: str
-    answer: str
-    images: tuple[np.ndarray, ...]
-
-
-def asked(source, index: int) -> tuple:
-    question, answer, *_ = source.example(index).messages
-    return question.text, answer.text, tuple(source.picture(index, i) for i in range(source.config.pictures))
-
-
-def test_training_ends_with_an_evaluation_and_images_in_the_report(folder, tmp_path, capsys, monkeypatch):
+def test_training_ends_with_an_evaluation_and_images_in_the_report(folder, tmp_path, capsys):
     """`mllm train`, then `mllm evaluate` of one task again, of a named model."""
-    for module, kinds in (("toy_data", (Toy,)), (__name__, (Colours,))):  # stored configs name the package's classes
-        monkeypatch.setitem(sys.modules, f"mllm_jax.{module}", sys.modules[module])
-        for kind in kinds:
-            monkeypatch.setattr(kind, "__module__", f"mllm_jax.{module}")
     made = experiment(folder)
     stage = replace(made.stages[0], steps=1, validation=None)
-    EVALUATED.append(replace(made, stages=(stage,), evaluation=Colours()))
+    EVALUATED.append(replace(made, stages=(stage,), evaluation=EVALUATION))
     (tmp_path / "named.py").write_text(f"def config():\n    import {__name__} as t\n    return t.EVALUATED[-1]\n")
     assert main(["train", str(tmp_path / "named.py"), "--run-dir", str(tmp_path / "run")]) == 0
     assert f"mllm generate {tmp_path / 'run'}" in " ".join(capsys.readouterr().out.split())
     results = json.loads((tmp_path / "run" / "results.json").read_text())
-    assert {task: scores["n"] for task, scores in results["splits"]["seen"].items()} == {"none": 3, "one": 3, "two": 3}
+    assert {task: found["n"] for task, found in results.items()} == {"seen/none": 3, "seen/one": 3, "seen/two": 3}
     examples = json.loads((tmp_path / "run" / "examples.json").read_text())
-    shown = {task: [e["image_png_base64"] for e in examples if e["task"] == task] for task in ("none", "one", "two")}
-    assert {task: {len(images) for images in each} for task, each in shown.items()} == {
-        "none": {0},
-        "one": {1},
-        "two": {2},
-    }
-    first = Pillow.open(io.BytesIO(base64.b64decode(shown["one"][0][0])))
+    shown = {task: [e["image_png_base64"] for e in examples if e["task"] == task] for task in results}
+    assert [{len(images) for images in each} for each in shown.values()] == [{0}, {1}, {2}]
+    first = Pillow.open(io.BytesIO(base64.b64decode(shown["seen/one"][0][0])))
     np.testing.assert_array_equal(np.asarray(first), Toy().build().picture(0))
     report = (tmp_path / "run" / "report.html").read_text()
     assert all(png in report for each in shown.values() for images in each for png in images)

@@ -9,7 +9,6 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -25,10 +24,10 @@ def experiment():
     from mllm_jax.training.config import AdamW, Experiment, Stage, TokenizerConfig
     from mllm_jax.training.objectives.next_token import NextToken
 
-    stage = Stage("only", NextToken(), ("projector/*", "llm/*"), toy_data.PICTURES, 40, AdamW(1e-2, 1))
+    stage = Stage("only", NextToken(), ("projector_image/*", "llm/*"), toy_data.PICTURES, 40, AdamW(1e-2, 1))
     return Experiment(
         name="anywhere",
-        model=replace(toy_data.MODEL, text_tower=None, contrastive=None),  # the encoder is drawn and never trained
+        model=toy_data.MODEL,  # the encoder is drawn and never trained
         tokenizer=TokenizerConfig(vocab_size=320),
         mesh=MeshConfig(data=1, fsdp=4, tensor=2),
         stages=(stage,),

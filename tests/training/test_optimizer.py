@@ -15,7 +15,7 @@ from mllm_jax.training.optimizer import make_optimizer
 STEPS = 6
 CONFIG = AdamW(learning_rate=1e-2, warmup_steps=2, weight_decay=0.3, clip_norm=0.5)
 PARAMS = {
-    "encoder": {"layer": {"kernel": np.linspace(-1, 1, 6).reshape(2, 3), "bias": np.ones(3)}},
+    "encoder_image": {"layer": {"kernel": np.linspace(-1, 1, 6).reshape(2, 3), "bias": np.ones(3)}},
     "llm": {"kernel": np.linspace(1, 2, 4).reshape(2, 2)},
 }
 
@@ -33,8 +33,10 @@ def moved(config: AdamW):
 def test_a_part_with_a_factor_moves_as_with_that_learning_rate():
     """Decay included; the gradients of all parts are clipped together, as without factors."""
     slow = replace(CONFIG, learning_rate=CONFIG.learning_rate * 0.2)
-    both = moved(replace(CONFIG, factors=(("encoder/*", 0.2), ("*", 1.0))))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), both["encoder"], moved(slow)["encoder"])
+    both = moved(replace(CONFIG, factors=(("encoder_image/*", 0.2), ("*", 1.0))))
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), both["encoder_image"], moved(slow)["encoder_image"]
+    )
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), both["llm"], moved(CONFIG)["llm"])
     assert np.abs(moved(slow)["llm"]["kernel"] - both["llm"]["kernel"]).max() > 1e-3
 

@@ -10,8 +10,11 @@ from mllm_jax.errors import ConfigError
 from mllm_jax.training.partition import join, num_bytes, num_parameters, split
 
 PARAMS = {
-    "encoder": {"layers": {"attention": {"kernel": np.zeros((2, 3), np.float32)}}, "bias": np.zeros(3, np.float16)},
-    "projector": {"linear_1": {"kernel": np.ones((3, 4), np.float32), "bias": np.ones(4, np.float32)}},
+    "encoder_image": {
+        "layers": {"attention": {"kernel": np.zeros((2, 3), np.float32)}},
+        "bias": np.zeros(3, np.float16),
+    },
+    "projector_image": {"linear_1": {"kernel": np.ones((3, 4), np.float32), "bias": np.ones(4, np.float32)}},
     "llm": {"final_norm": {"scale": np.full(5, 2, np.float32)}},
 }
 
@@ -23,9 +26,9 @@ def paths(tree) -> set[str]:
 @pytest.mark.parametrize(
     "patterns,trainable",
     [
-        (("projector/*",), {"projector/linear_1/kernel", "projector/linear_1/bias"}),
-        (("*/bias",), {"projector/linear_1/bias", "encoder/bias"}),
-        (("llm/*", "encoder/layers/*"), {"llm/final_norm/scale", "encoder/layers/attention/kernel"}),
+        (("projector_image/*",), {"projector_image/linear_1/kernel", "projector_image/linear_1/bias"}),
+        (("*/bias",), {"projector_image/linear_1/bias", "encoder_image/bias"}),
+        (("llm/*", "encoder_image/layers/*"), {"llm/final_norm/scale", "encoder_image/layers/attention/kernel"}),
         (("*",), paths(PARAMS)),
         ((), set()),
     ],
@@ -41,9 +44,16 @@ def test_split_and_join_are_the_identity(patterns, trainable):
 @pytest.mark.parametrize("pattern", ["projektor/*", "llm", "LLM/*"])
 def test_a_pattern_without_match_is_refused(pattern):
     with pytest.raises(ConfigError) as refusal:
-        split(PARAMS, ("projector/*", pattern))
+        split(PARAMS, ("projector_image/*", pattern))
     assert repr(pattern) in refusal.value.given
-    assert "projector/linear_1" in refusal.value.expected, "the paths that exist are named"
+    assert "projector_image/linear_1" in refusal.value.expected, "the paths that exist are named"
+
+
+@pytest.mark.parametrize("old,new", [("projector/*", "projector_image/*"), ("text_tower/*", "encoder_text/*")])
+def test_an_old_name_is_refused_with_the_new_one(old, new):
+    with pytest.raises(ConfigError) as refusal:
+        split(PARAMS, (old,))
+    assert repr(old) in refusal.value.given and repr(new) in refusal.value.todo
     assert refusal.value.todo
 
 

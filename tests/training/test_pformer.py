@@ -18,8 +18,10 @@ from mllm_jax.datasets.text_only import TextOnly
 from mllm_jax.encoders.vit import ViTConfig
 from mllm_jax.errors import ConfigError
 from mllm_jax.llms.decoder import DecoderConfig
+from mllm_jax.models.branch import Branch
 from mllm_jax.models.multimodal import MultimodalConfig
 from mllm_jax.models.pformer import PFormerPretrainingConfig
+from mllm_jax.models.prompt_guided import PromptGuidedConfig
 from mllm_jax.models.run_weights import load_run
 from mllm_jax.projectors.pformer import PFormerConfig
 from mllm_jax.projectors.qformer import QFormerConfig
@@ -39,23 +41,23 @@ ENCODER = ViTConfig(16, 8, 16, num_layers=1, num_heads=2, mlp_size=24)
 LLM = DecoderConfig(VOCABULARY, hidden_size=32, num_layers=1, num_heads=4, num_kv_heads=2, mlp_size=32)
 QFORMER = QFormerConfig(32, 16, 32, 1, 4, 32, num_queries=4, cross_attention_frequency=1)
 PFORMER = PFormerConfig(32, VOCABULARY, 32, 1, 4, 32, num_queries=4, max_length=96)
-COMPOSED = MultimodalConfig(ENCODER, QFORMER, LLM)
+COMPOSED = MultimodalConfig({"image": Branch(ENCODER, QFORMER)}, LLM)
 # Of a scene each place has a caption, and all of them are the picture's.
 CAPTIONS = OpenMojiCaptions(image_size=16, variants=1, scene_share=0.2)
-PAIRS = Mixture((Weighted(CAPTIONS),), rows=8, length=96, slots=1, layout="caption", captions=4)
-TEXTS = replace(PAIRS, sources=(Weighted(TextOnly(CAPTIONS)),), slots=0)
+PAIRS = Mixture((Weighted(CAPTIONS),), rows=8, length=96, slots={"image": 1}, layout="caption", captions=4)
+TEXTS = replace(PAIRS, sources=(Weighted(TextOnly(CAPTIONS)),), slots={})
 ADAMW = AdamW(learning_rate=2e-3, warmup_steps=3)
 PROMPTING = ("prompter/*", "text_projection/*", "temperature")
 
 
 def experiment(
-    model, stage: Stage, *pretrained: Pretrained, tokenizer: str | None = None, devices: int = 8
+    model, stage: Stage, *pretrained: Pretrained, tokenizer: str | None = None, devices: int = 8, vocabulary=VOCABULARY
 ) -> Experiment:
     return Experiment(
         name=stage.name,
         model=model,
         stages=(stage,),
-        tokenizer=TokenizerConfig(VOCABULARY, path=tokenizer),
+        tokenizer=TokenizerConfig(vocabulary, path=tokenizer),
         pretrained=pretrained,
         mesh=MeshConfig(data=devices),
         log_every=1,
@@ -64,10 +66,10 @@ def experiment(
 
 def guided(folder, devices: int = 8, **changes) -> Experiment:
     adamw = replace(ADAMW, learning_rate=4e-3)
-    stage = replace(Stage("guided", PromptGuided(), ("projector/*",), PAIRS, STEPS, adamw), **changes)
+    stage = replace(Stage("guided", PromptGuided(), ("projector_image/*",), PAIRS, STEPS, adamw), **changes)
     return experiment(
-        replace(COMPOSED, prompter=PFORMER),
-        stage,
+        COMPOSED,
+        replace(stage, model=PromptGuidedConfig(COMPOSED, PFORMER)),
         Pretrained("llm", str(folder / "language"), "language"),
         Pretrained("prompter", str(folder / "prompter"), "prompt"),
         tokenizer=str(folder / "language" / "processor" / "tokenizer.json"),
@@ -120,15 +122,15 @@ def test_only_the_projector_moves_and_comes_closer(runs):
     assert np.mean(alignment[-3:]) < 0.5 * np.mean(alignment[:2])
     assert np.mean(language[-3:]) < np.mean(language[:2])
     made = guided(runs)
-    before = flat(initial_params(made, made.model.make(), make_mesh(made.mesh))[0])
+    before = flat(initial_params(made, make_mesh(made.mesh))[0])
     after = flat(load_run(RunFolder(runs / "eight"))[2])
     moved = {path.split("/")[0] for path, x in after.items() if (x != before[path]).any()}
-    assert moved == {"projector"}
+    assert moved == {"projector_image"}
 
 
 def test_the_prompter_and_the_llm_are_those_that_were_trained(runs):
     made = guided(runs)
-    params = initial_params(made, made.model.make(), make_mesh(made.mesh))[0]
+    params = initial_params(made, make_mesh(made.mesh))[0]
     for part, folder in (("prompter", "prompter"), ("llm", "language")):
         trained = flat(load_run(RunFolder(runs / folder))[2][part])
         ours = flat(params[part])
@@ -192,19 +194,19 @@ def test_what_does_not_fit_is_refused(tmp_path):
             alone, replace(prompt, objective=Contrastive())
         ),
         "PFormerObjective for a MultimodalConfig": lambda: experiment(COMPOSED, prompt),
-        "MultimodalConfig without a P-Former": lambda: replace(one, model=COMPOSED, pretrained=()),
-        "layout 'conversation' with 0": lambda: experiment(
+        "PromptGuided for a MultimodalConfig": lambda: experiment(COMPOSED, replace(one.stages[0], model=None)),
+        "layout 'conversation' with slots {}": lambda: experiment(
             alone, replace(prompt, data=replace(TEXTS, layout="conversation"))
         ),
-        "layout 'caption' with 2 media slots": lambda: guided(tmp_path, data=replace(PAIRS, slots=2)),
+        "layout 'caption' with slots {'image': 2}": lambda: guided(tmp_path, data=replace(PAIRS, slots={"image": 2})),
         "captions of 97 places for a P-Former of 96": lambda: guided(tmp_path, validation=replace(PAIRS, length=97)),
         r"prompter/\* frozen": lambda: guided(tmp_path, trainable=("p*",)),
         r"llm/\* frozen": lambda: experiment(alone, replace(prompt, trainable=("*",))),
-        "3 prompts of width 32": lambda: replace(COMPOSED, prompter=replace(PFORMER, num_queries=3)),
-        "4 prompts of width 16": lambda: replace(COMPOSED, prompter=replace(PFORMER, output_size=16)),
+        "3 prompts of width 32": lambda: PromptGuidedConfig(COMPOSED, replace(PFORMER, num_queries=3)),
+        "4 prompts of width 16": lambda: PromptGuidedConfig(COMPOSED, replace(PFORMER, output_size=16)),
         "prompter.output_size 16": lambda: replace(alone, prompter=replace(PFORMER, output_size=16)),
-        "401 for 400 tokens in model.prompter.vocab_size": lambda: replace(
-            one, tokenizer=TokenizerConfig(401), model=replace(one.model, llm=replace(LLM, vocab_size=500))
+        "401 for 400 tokens in model.prompter.vocab_size": lambda: experiment(
+            replace(alone, llm=replace(LLM, vocab_size=500)), prompt, vocabulary=401
         ),
         "mask_ratio 1": lambda: PFormerObjective(mask_ratio=1),
         "on one row": lambda: PFormerObjective().loss(None, {}, dict(tokens=jnp.zeros((1, 4), int)), None),

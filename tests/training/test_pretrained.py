@@ -15,7 +15,7 @@ import toy_data
 from flax.traverse_util import flatten_dict
 from tiny_language import WITH_IMAGES as CONFIG
 from tiny_language import random_params, write_folder
-from toy_data import MODEL, PAIRS, PICTURES, quick_compilation
+from toy_data import DUAL, MODEL, PAIRS, PICTURES, quick_compilation
 
 import mllm_jax
 from mllm_jax.checkpoints.run import RunFolder
@@ -43,7 +43,7 @@ TOWER = Experiment(
     mesh=MeshConfig(),
     seed=5,
     stages=(
-        Stage("pairs", Contrastive(), ("encoder/*", "text_tower/*", "contrastive/*"), PAIRS, 2, ADAMW),
+        Stage("pairs", Contrastive(), ("encoder_image/*", "encoder_text/*", "heads/*"), PAIRS, 2, ADAMW, model=DUAL),
         Stage("later", NextToken(), ("llm/*",), PICTURES, 1, ADAMW),
     ),
 )
@@ -52,16 +52,16 @@ TOWER = Experiment(
 def experiment(llm, tower, **changes) -> Experiment:
     """A frozen LLM and tower with a new projector, then the LLM too."""
     config = mllm_jax.pretrained_config(llm)
-    parts = dict(llm=config, projector=replace(MODEL.projector, output_size=config.hidden_size))
+    projector = replace(MODEL.image.projector, output_size=config.hidden_size)
     made = Experiment(
         name="joined",
-        model=replace(MODEL, text_tower=None, contrastive=None, **parts),
+        model=replace(MODEL, inputs={"image": replace(MODEL.image, projector=projector)}, llm=config),
         tokenizer=TokenizerConfig(vocab_size=CONFIG.vocab_size, folder=str(llm)),
-        pretrained=(Pretrained("llm", str(llm)), Pretrained("encoder", str(tower), "pairs", made_by=TOWER)),
+        pretrained=(Pretrained("llm", str(llm)), Pretrained("encoder_image", str(tower), "pairs", made_by=TOWER)),
         checkpoint=CheckpointConfig(every_steps=1),
         stages=(
-            Stage("align", NextToken(), ("projector/*",), ROWS, 2, ADAMW),
-            Stage("instruct", NextToken(), ("projector/*", "llm/*"), ROWS, 2, ADAMW),
+            Stage("align", NextToken(), ("projector_image/*",), ROWS, 2, ADAMW),
+            Stage("instruct", NextToken(), ("projector_image/*", "llm/*"), ROWS, 2, ADAMW),
         ),
     )
     return replace(made, **changes)
@@ -131,7 +131,10 @@ def test_parts_begin_with_what_their_sources_hold(run, sources):
     _, _, params, _, _ = load_run(run, jax.devices()[:2])
     assert_equal(flat(params["llm"]), flat(random_params(CONFIG)))
     tower = snapshot(RunFolder(sources[1]), 0, "pairs")
-    assert_equal(flat({"encoder": params["encoder"]}), {k: v for k, v in tower.items() if k.startswith("encoder/")})
+    assert_equal(
+        flat({"encoder_image": params["encoder_image"]}),
+        {k: v for k, v in tower.items() if k.startswith("encoder_image/")},
+    )
     # The same command trains the stage that is missing, from there.
     train(experiment(*sources), run.path, devices=jax.devices()[:2])
     after = snapshot(run, 1, "instruct")
@@ -149,19 +152,19 @@ def test_the_tower_was_made_by_its_own_experiment_up_to_its_stage(run, sources):
 def test_checkpoints_name_the_sources_and_what_they_held(run, sources):
     llm, tower = (f"pretrained({folder})" for folder in (sources[0], f"{sources[1]}, stage pairs"))
     align, instruct = meta(run, 0, "align"), meta(run, 1, "instruct")
-    assert align["frozen"]["sources"] == {"": "init(seed=0)", "llm/*": llm, "encoder/*": tower}
+    assert align["frozen"]["sources"] == {"": "init(seed=0)", "llm/*": llm, "encoder_image/*": tower}
     named = instruct["frozen"]["sources"]
-    assert named["encoder/*"] == tower and named["projector/*"] == "stages/0-align"
-    for found, parts in ((align, {"llm", "encoder"}), (instruct, {"encoder"})):
+    assert named["encoder_image/*"] == tower and named["projector_image/*"] == "stages/0-align"
+    for found, parts in ((align, {"llm", "encoder_image"}), (instruct, {"encoder_image"})):
         assert {path.split("/")[0] for path in found["frozen"]["fingerprint"]} == parts
-    assert json.loads((run.path / "run.json").read_text())["pretrained"] == {"llm/*": llm, "encoder/*": tower}
+    assert json.loads((run.path / "run.json").read_text())["pretrained"] == {"llm/*": llm, "encoder_image/*": tower}
     assert not any(path.startswith(("llm", "encoder")) for path in snapshot(run, 0, "align")), "frozen, yet written"
 
 
 def test_a_finished_run_answers_with_the_models_own_tokens(run, sources):
     _, model, params, processor, mesh = load_run(run, jax.devices()[:2])
     assert processor.tokenizer.vocab_size == CONFIG.vocab_size and "messages" in processor.tokenizer.template
-    picture = np.zeros((MODEL.encoder.image_size,) * 2 + (3,), np.uint8)
+    picture = np.zeros((MODEL.image.encoder.image_size,) * 2 + (3,), np.uint8)
     asked = Message("user", (Image(picture), Text("what colour")))
     answer = Assistant(model, params, processor, mesh=mesh).generate([asked], max_new_tokens=3)
     assert len(answer.tokens) == 3 or answer.reason == "stop"
@@ -177,7 +180,7 @@ def test_sources_may_move(copy):
         train(replace(moved, tokenizer=replace(moved.tokenizer, system="be brief")), run)
 
 
-@pytest.mark.parametrize("part", ["llm", "encoder"])
+@pytest.mark.parametrize("part", ["llm", "encoder_image"])
 def test_sources_may_not_change(copy, part):
     """Neither a finished stage nor a begun one goes on with other weights, and nothing can be evaluated with them."""
     moved, run, sources = copy
@@ -204,7 +207,9 @@ def test_a_run_opens_by_what_it_holds_and_draws_nothing_again(copy, monkeypatch)
     open_run(run, moved)  # it now refers to the copies
     whole = flat(load_run(RunFolder(run), jax.devices()[:2])[2])
     held = json.loads((run / "initial" / "record.json").read_text())
-    assert {path.split("/")[0] for path in held["meta"]["stored"]} == {"projector"}, "what sources hold is referred to"
+    assert {path.split("/")[0] for path in held["meta"]["stored"]} == {"projector_image"}, (
+        "what sources hold is referred to"
+    )
     assert held["meta"]["fingerprint"].keys() == whole.keys()
 
     def draw(*_, **__):
@@ -288,14 +293,15 @@ def test_read_onto_a_mesh_each_part_lies_as_its_axes_say(run, sources, devices):
 
     config = experiment(*sources, mesh=MeshConfig(data=2, fsdp=2, tensor=2))
     mesh, model = make_mesh(config.mesh, devices), config.model.make()
-    params, shardings = initial_params(config, model, mesh)
+    params, shardings = initial_params(config, mesh)
     assert shardings == param_shardings(abstract_init(model, model.config.batch_spec().empty(), method="touch"), mesh)
     assert jax.tree.map(lambda x: x.sharding, params) == shardings
     assert any(not leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(params["llm"]))
     assert_equal(flat(params["llm"]), flat(random_params(CONFIG)))
     # What is not read begins as it would without sources.
     assert_equal(
-        flat(params["projector"]), flat(initial_params(replace(config, pretrained=()), model, mesh)[0]["projector"])
+        flat(params["projector_image"]),
+        flat(initial_params(replace(config, pretrained=()), mesh)[0]["projector_image"]),
     )
 
 
@@ -314,7 +320,7 @@ def test_another_model_is_refused_by_the_fields_that_differ(run, sources, tmp_pa
     wide = replace(config.model, llm=replace(config.model.llm, rope_theta=5e5, scan_unroll=2, remat="full"))
     given = refused(ConfigError, replace(config, model=wide), tmp_path / "run")
     assert "rope_theta: 10000.0 -> 500000.0" in given and "remat" not in given
-    deep = replace(config.model, encoder=replace(config.model.encoder, num_layers=2))
+    deep = config.model.with_branch("image", encoder=replace(config.model.image.encoder, num_layers=2))
     given = refused(ConfigError, replace(config, model=deep), tmp_path / "other")
     assert "num_layers: 1 -> 2" in given
 
@@ -340,7 +346,7 @@ def test_absent_sources_are_refused(run, sources, tmp_path):
     [
         ((Pretrained("brain", "x"),), "['brain']"),
         ((Pretrained("llm", "x"), Pretrained("llm", "y")), "['llm', 'llm']"),
-        ((Pretrained("text_tower", "x"),), "['text_tower']"),
+        ((Pretrained("encoder_text", "x"),), "['encoder_text']"),
     ],
     ids=str,
 )
@@ -352,7 +358,7 @@ def test_parts_that_the_model_has_not_are_refused(sources, pretrained, given):
 
 def test_contradictions_are_refused():
     with pytest.raises(ConfigError, match="stage 'dreams' made by experiment 'tower'"):
-        Pretrained("encoder", "x", "dreams", made_by=TOWER)
+        Pretrained("encoder_image", "x", "dreams", made_by=TOWER)
     for wrong in ({"path": "a", "folder": "b"}, {"system": "be brief"}):
         with pytest.raises(ConfigError, match="TokenizerConfig"):
             TokenizerConfig(**wrong)

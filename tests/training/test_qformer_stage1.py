@@ -17,6 +17,7 @@ from mllm_jax.datasets.openmoji import OpenMojiCaptions
 from mllm_jax.encoders.vit import ViTConfig
 from mllm_jax.errors import ConfigError
 from mllm_jax.models.blip2_stage1 import QFormerPretrainingConfig
+from mllm_jax.models.branch import Branch
 from mllm_jax.models.multimodal import Connection, MultimodalConfig
 from mllm_jax.models.run_weights import load_run
 from mllm_jax.projectors.qformer import QFormerConfig
@@ -46,11 +47,11 @@ QFORMER = QFormerConfig(
 )
 MODEL_1 = QFormerPretrainingConfig(ENCODER, QFORMER, projection_size=16)
 CAPTIONS = OpenMojiCaptions(image_size=16, variants=1)
-DATA = Mixture((Weighted(CAPTIONS),), rows=8, length=48, slots=1, layout="caption")
+DATA = Mixture((Weighted(CAPTIONS),), rows=8, length=48, slots={"image": 1}, layout="caption")
 
 
 def stage(**changes) -> Stage:
-    trainable = ("projector/*", "*_projection/*", "matching/*", "caption*", "temperature")
+    trainable = ("projector_image/*", "*_projection/*", "matching/*", "caption*", "temperature")
     made = Stage(
         "represent",
         QFormerStage1(equal_texts=True),
@@ -95,15 +96,19 @@ def test_the_losses_fall(run):
 
 
 def test_the_second_stage_begins_with_its_qformer(run):
-    model = MultimodalConfig(ENCODER, QFORMER, replace(MODEL.llm, vocab_size=400), Connection(class_token=True))
-    source = Pretrained("projector", str(run), stage="represent")
-    mixture = Mixture((Weighted(Toy()),), rows=4, length=32, slots=1)
-    align = Stage("align", NextToken(), ("projector/*",), mixture, steps=1)
+    model = MultimodalConfig(
+        {"image": Branch(ENCODER, QFORMER, Connection(class_token=True))}, replace(MODEL.llm, vocab_size=400)
+    )
+    source = Pretrained("projector_image", str(run), stage="represent")
+    mixture = Mixture((Weighted(Toy()),), rows=4, length=32, slots={"image": 1})
+    align = Stage("align", NextToken(), ("projector_image/*",), mixture, steps=1)
     second = experiment(model=model, stages=(align,), pretrained=(source,))
     mesh = make_mesh(second.mesh)
-    params, _ = initial_params(second, model.make(), mesh)
+    params, _ = initial_params(second, mesh)
     _, _, trained, _, _ = load_run(RunFolder(run))
-    assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), params["projector"], trained["projector"]))
+    assert jax.tree.all(
+        jax.tree.map(lambda a, b: bool((a == b).all()), params["projector_image"], trained["projector_image"])
+    )
 
 
 def test_the_loss_is_the_same_on_any_mesh(run):

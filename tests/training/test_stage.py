@@ -22,7 +22,7 @@ from mllm_jax.training.operations.stopping import Interrupted
 from mllm_jax.training.partition import num_bytes
 from mllm_jax.training.stage import build_stage, hold_frozen
 
-STAGE = Stage("talk", NextToken(), ("projector/*", "llm/*"), PICTURES, steps=6, frozen_dtype="bfloat16")
+STAGE = Stage("talk", NextToken(), ("projector_image/*", "llm/*"), PICTURES, steps=6, frozen_dtype="bfloat16")
 EXPERIMENT = Experiment("small", MODEL, (STAGE,), TokenizerConfig(vocab_size=320))
 
 
@@ -38,14 +38,14 @@ def test_the_planner_compiles_what_the_loop_runs():
         assert jax.tree.all(jax.tree.map(lambda a, b: a == b, getattr(planned, name), getattr(run, name))), name
     lowered = [program.step.lower(program.state, program.frozen, program.batch).as_text() for program in (planned, run)]
     assert lowered[0] == lowered[1]
-    frozen = hold_frozen(STAGE, {"encoder": params["encoder"]})
+    frozen = hold_frozen(STAGE, {"encoder_image": params["encoder_image"]})
     for tree in (frozen, run.frozen):
         assert {leaf.dtype.name for leaf in jax.tree.leaves(tree)} == {"bfloat16"}
     whole = sum(num_bytes(params[part]) for part in run.frozen)
     assert run.sizes["frozen_bytes"] * 2 == whole, "float32 parameters are held in half the bytes"
     parts = run.flops_by_part(sorted(params))
     assert sum(part.total for part in parts.values()) == run.flops() > 0
-    assert parts["encoder"].backward == 0 < parts["projector"].backward
+    assert parts["encoder_image"].backward == 0 < parts["projector_image"].backward
 
 
 def test_remat_is_not_counted():

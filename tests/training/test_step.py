@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from tiny_runs import metrics
-from toy_data import MODEL, PAIRS, PICTURES, pipeline, quick_compilation, tokenizer, with_dtype
+from toy_data import DUAL, MODEL, PAIRS, PICTURES, pipeline, quick_compilation, tokenizer
 
 from mllm_jax.checkpoints.run import read_json
 from mllm_jax.checkpoints.training import fingerprint, snapshot_meta
@@ -37,7 +37,7 @@ from mllm_jax.training.step import (
 
 STEPS = 6
 ADAMW = AdamW(learning_rate=2e-3, warmup_steps=2)
-TRAINABLE = ("projector/*", "llm/*")
+TRAINABLE = ("projector_image/*", "llm/*")
 ONE = MeshConfig(data=1)
 NEXT_TOKEN = NextToken()
 
@@ -167,7 +167,7 @@ def test_frozen_parameters_in_bfloat16(plain):
 
 
 def test_bfloat16_compute_keeps_float32_masters(plain):
-    half = Setup(model=with_dtype(MODEL, "bfloat16"))
+    half = Setup(model=MODEL.with_dtype("bfloat16"))
     state, _ = half.step_fn(half.state(), half.frozen, half.batch(0))
     masters = jax.tree.leaves((state.params, [x for x in jax.tree.leaves(state.opt_state) if x.ndim]))
     assert {leaf.dtype for leaf in masters} == {jnp.dtype("float32")}
@@ -236,7 +236,7 @@ def experiment(tmp_path, objective=NEXT_TOKEN, **change) -> Experiment:
     file = tmp_path / "tokenizer.json"
     tokenizer().save(file)
     stage = Stage("first", objective, TRAINABLE, PICTURES, STEPS, ADAMW)
-    pairs = Stage("second", Contrastive(), ("contrastive/*",), PAIRS, 2, ADAMW)
+    pairs = Stage("second", Contrastive(), ("heads/*",), PAIRS, 2, ADAMW, model=DUAL)
     settings = dict(
         name="toy",
         model=MODEL,
@@ -289,5 +289,5 @@ def test_frozen_dtype_in_a_run_leaves_the_parameters_themselves_alone(tmp_path, 
     facts = read_json(folder.path / "run.json")["stages"]
     assert facts[0]["frozen_bytes"] * 2 == num_bytes(plain.frozen)
     known = snapshot_meta(folder.snapshot(1, "second"))["frozen"]["fingerprint"]
-    encoder = {path: number for path, number in fingerprint(plain.frozen).items() if path.startswith("encoder/")}
+    encoder = {path: number for path, number in fingerprint(plain.frozen).items() if path.startswith("encoder_image/")}
     assert encoder and encoder.items() <= known.items()

@@ -12,11 +12,10 @@ import hashlib
 import json
 import os
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import toy_data
-from toy_evaluation import ToyEvaluation
+from toy_evaluation import colours
 
 from mllm_jax.data.pipeline import Mixture, Weighted
 from mllm_jax.sharding.mesh import MeshConfig
@@ -24,21 +23,21 @@ from mllm_jax.training.config import AdamW, CheckpointConfig, Experiment, Stage,
 from mllm_jax.training.objectives.next_token import NextToken
 
 STEPS = 8
-MIXTURE = Mixture((Weighted(toy_data.Toy()),), rows=8, length=32, slots=1)
+COLOURS = colours("toy/colour", toy_data.Toy(), max_new_tokens=4)
+MIXTURE = Mixture((Weighted(toy_data.Toy()),), rows=8, length=32, slots={"image": 1})
 
 
 def config() -> Experiment:
     watch_steps(os.environ.get("TINY_RECORD"), float(os.environ.get("TINY_PAUSE", "0")))
     mesh = MeshConfig(**json.loads(os.environ.get("TINY_MESH", "{}")))
-    model = replace(toy_data.MODEL, text_tower=None, contrastive=None)
     return Experiment(
         name="tiny",
-        model=model,
+        model=toy_data.MODEL,
         tokenizer=TokenizerConfig(vocab_size=320),
         mesh=mesh,
         log_every=1,
         checkpoint=CheckpointConfig(every_steps=3),
-        evaluation=ToyEvaluation() if os.environ.get("TINY_EVALUATE") else None,
+        evaluation=(COLOURS,) if os.environ.get("TINY_EVALUATE") else (),
         stages=tuple(stage(f"stage{number}") for number in range(int(os.environ.get("TINY_STAGES", "1")))),
     )
 
@@ -47,7 +46,7 @@ def stage(name: str) -> Stage:
     return Stage(
         name=name,
         objective=NextToken(),
-        trainable=("projector/*", "llm/*"),
+        trainable=("projector_image/*", "llm/*"),
         data=MIXTURE,
         optimizer=AdamW(learning_rate=1e-2, warmup_steps=2),
         steps=int(os.environ.get("TINY_STEPS", STEPS)),

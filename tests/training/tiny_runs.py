@@ -45,7 +45,7 @@ def experiment(mesh: dict[str, int]):
     smoke = load_config(ROOT / "configs" / "smoke.py")
     assert all(stage.steps == STEPS for stage in smoke.stages) and smoke.log_every == 1
     assert smoke.checkpoint.every_steps == 3
-    return replace(smoke, evaluation=None, mesh=MeshConfig(**mesh))
+    return replace(smoke, evaluation=(), mesh=MeshConfig(**mesh))
 
 
 def watch_steps(

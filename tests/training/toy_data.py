@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any
 
@@ -20,7 +20,8 @@ from mllm_jax.data.tokenizer import Tokenizer
 from mllm_jax.encoders.text import TextTowerConfig
 from mllm_jax.encoders.vit import ViTConfig
 from mllm_jax.llms.decoder import DecoderConfig
-from mllm_jax.models.contrastive import ContrastiveConfig
+from mllm_jax.models.branch import Branch
+from mllm_jax.models.clip import DualEncoderConfig
 from mllm_jax.models.multimodal import MultimodalConfig
 from mllm_jax.models.processor import Processor
 from mllm_jax.projectors.mlp import MLPProjectorConfig
@@ -80,17 +81,25 @@ PICTURES = Mixture(
     (Weighted(Toy(), 0.5), Weighted(Toy("toy_pairs", pictures=2), 0.3), Weighted(Toy("toy_text", pictures=0), 0.2)),
     rows=8,
     length=64,
-    slots=3,
+    slots={"image": 3},
 )
-PAIRS = Mixture((Weighted(Toy()),), rows=8, length=24, slots=1, layout="caption", captions=2)
+PAIRS = Mixture((Weighted(Toy()),), rows=8, length=24, slots={"image": 1}, layout="caption", captions=2)
 
 # 8 divides the LLM's heads, MLP and vocabulary, but not its 2 key-value heads; nothing divides the ViT's 3 heads.
 MODEL = MultimodalConfig(
-    encoder=ViTConfig(SIZE, 4, 24, num_layers=1, num_heads=3, mlp_size=32),
-    projector=MLPProjectorConfig(output_size=32, merge=1),
+    inputs={
+        "image": Branch(
+            ViTConfig(SIZE, 4, 24, num_layers=1, num_heads=3, mlp_size=32), MLPProjectorConfig(output_size=32, merge=1)
+        )
+    },
     llm=DecoderConfig(vocab_size=320, hidden_size=32, num_layers=2, num_heads=8, num_kv_heads=2, mlp_size=64),
-    text_tower=TextTowerConfig(vocab_size=320, max_length=24, hidden_size=16, num_layers=1, num_heads=2, mlp_size=32),
-    contrastive=ContrastiveConfig(projection_size=8, captions=2),
+)
+# A contrastive stage's composition, with the model's own image encoder.
+DUAL = DualEncoderConfig(
+    MODEL.image.encoder,
+    TextTowerConfig(vocab_size=320, max_length=24, hidden_size=16, num_layers=1, num_heads=2, mlp_size=32),
+    projection_size=8,
+    captions=2,
 )
 
 
@@ -137,9 +146,3 @@ def quick_compilation() -> Iterator[None]:
         yield
     finally:
         jax.config.update(name, before)
-
-
-def with_dtype(config: MultimodalConfig, dtype: str) -> MultimodalConfig:
-    """The same model computing in another dtype; its parameters stay float32."""
-    parts = ("encoder", "projector", "llm", "text_tower")
-    return replace(config, **{name: replace(getattr(config, name), dtype=dtype) for name in parts})

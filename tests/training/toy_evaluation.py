@@ -1,34 +1,26 @@
-"""An evaluation of toys: a module of its own, so that a run that names it finds it again."""
+"""Tasks about toys: a module of its own, so that a run that names it finds it again."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import replace
 
-import toy_data
+from mllm_jax import Task
+from mllm_jax.evaluation.metrics import ShuffledMedia, accuracy, count, majority
+
+METRICS = {
+    "accuracy": accuracy,
+    "accuracy_shuffled_media": ShuffledMedia(accuracy),
+    "majority": majority,
+    "n": count,
+}
 
 
-@dataclass(frozen=True)
-class Question:
-    task: str
-    question: str
-    answer: str
-    images: tuple
+def ask(example):
+    """The conversation without its last answer."""
+    return example.messages[:-1]
 
 
-@dataclass(frozen=True)
-class ToyEvaluation:
-    """Eight questions about the colour of pictures of noise."""
-
-    def check(self, model):
-        assert model.llm
-
-    def questions(self):
-        source = toy_data.Toy().build()
-        numbers = range(8)
-        return {"toy": [Question("colour", "what colour", toy_data.COLOURS[i], (source.picture(i),)) for i in numbers]}
-
-    def score(self, splits, model, params, processor, mesh, batch_size):
-        from mllm_jax.evaluation.evaluate import evaluate
-        from mllm_jax.generation.assistant import Assistant
-
-        return evaluate(Assistant(model, params, processor, mesh=mesh), splits, batch_size=8, max_new_tokens=4)
+def colours(name: str, source, *, size: int = 8, **options) -> Task:
+    """Questions about images of noise, of a source of toys; without media there are no controls."""
+    metrics = METRICS if source.pictures else {"accuracy": accuracy, "n": count}
+    return Task(name, replace(source, size=size), ask, metrics, **options)

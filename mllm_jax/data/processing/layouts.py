@@ -105,7 +105,7 @@ class Layout:
         """The ids of a text without the names of its images, where the model's texts have any after placeholders."""
         return list(ids)
 
-    def collate(self, rows: Sequence[Sequence[Media]], slots: int | None = None) -> Collated:
+    def collate(self, rows: Sequence[Sequence[Media]], slots: Mapping[str, int] | None = None) -> Collated:
         """The media of a batch as arrays with one shape for every row; a model that reads none has none."""
         return Collated({}, [[] for _ in rows])
 
@@ -150,11 +150,12 @@ class TileLayout(Layout):
     def _blank(self) -> Mapping[str, np.ndarray]:
         return dict(self.image(np.zeros((32, 32, 3), np.uint8)).arrays)
 
-    def collate(self, rows: Sequence[Sequence[Media]], slots: int | None = None) -> Collated:
-        collated = collate_tiles(rows, self.tokens_a_tile, slots)
-        if slots and not collated.arrays:
+    def collate(self, rows: Sequence[Sequence[Media]], slots: Mapping[str, int] | None = None) -> Collated:
+        count = None if slots is None else slots.get("image", 0)
+        collated = collate_tiles(rows, self.tokens_a_tile, count)
+        if count and not collated.arrays:
             # Batches without any image keep the shapes of those with some, so that one program serves both.
-            made = {n: np.zeros((len(rows), slots, *tile.shape[1:]), tile.dtype) for n, tile in self._blank.items()}
+            made = {n: np.zeros((len(rows), count, *tile.shape[1:]), tile.dtype) for n, tile in self._blank.items()}
             collated = replace(collated, arrays=made)
         return collated
 

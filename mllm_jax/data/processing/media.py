@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -25,6 +26,7 @@ class Media:
         grid: time, height and width in patches, for packed patches.
         seconds: what one step in time of the grid takes, in a video.
         count: slots of a row that it takes, where that is known without reading the arrays.
+        modality: the branch of the model that encodes it.
     """
 
     arrays: Mapping[str, np.ndarray]
@@ -34,6 +36,7 @@ class Media:
     grid: tuple[int, int, int] | None = None
     seconds: float | None = None
     count: int | None = None
+    modality: str = "image"
 
     @property
     def slots(self) -> int:
@@ -197,6 +200,9 @@ class Encoded:
         return max(len(self.row.tokens), 0 if self.target is None else len(self.target))
 
     @property
-    def slots(self) -> int:
-        """Slots that its media take in a row."""
-        return sum(m.slots for m in self.media)
+    def slots(self) -> dict[str, int]:
+        """Slots that its media take in a row, by modality."""
+        counts: Counter[str] = Counter()
+        for medium in self.media:
+            counts[medium.modality] += medium.slots
+        return dict(counts)

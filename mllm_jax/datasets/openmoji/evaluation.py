@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import zlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -18,9 +19,10 @@ from mllm_jax.datasets.openmoji.sources import PER_BASE
 from mllm_jax.datasets.openmoji.turns import Turn
 
 _STREAM = 100  # far from the streams of the training sources, so that no scene is a training scene
-KINDS = (
-    *("category", "gender", "naming", "scene2_count", "scene2_exists", "scene2_top_left"),
-    *("scene3_count", "scene3_exists", "scene3_position", "skin_tone", "subcategory", "yes_no"),
+SINGLE = ("naming", "category", "subcategory", "skin_tone", "gender", "yes_no")
+SCENES = (
+    *("scene2_top_left", "scene2_count", "scene2_exists"),
+    *("scene3_position", "scene3_count", "scene3_exists"),
 )
 _ONE_A_BASE = ("category", "subcategory")  # else persons, who have 18 forms, would be most of the answers
 
@@ -38,14 +40,31 @@ class EvalQuestion:
     images: tuple[np.ndarray, ...]
     record_index: int
 
-    @property
-    def answers(self) -> tuple[str, ...]:
-        return (self.answer,)
+
+@dataclass(frozen=True)
+class OpenMojiAsked:
+    """The questions of one kind on a split; see `evaluation_questions`.
+
+    Attributes:
+        kind: one of `kinds_of(split)`.
+    """
+
+    kind: str
+    config: str = "quickstart"
+    split: str = "composition"
+    image_size: int = 64
+    limit: int = 200
+    seed: int = 0
+    data_dir: str | None = None
+
+    def build(self) -> tuple[EvalQuestion, ...]:
+        settings = (self.config, self.split, self.image_size, self.seed, self.limit, self.data_dir)
+        return tuple(question for question in _questions(*settings) if question.task == self.kind)
 
 
-def kinds_on(split: str) -> tuple[str, ...]:
-    """The tasks of a split's questions; only on `unseen` are there several categories."""
-    return KINDS if split == "unseen" else KINDS[1:]
+def kinds_of(split: str) -> tuple[str, ...]:
+    """The kinds of questions on a split. Where persons make up most of it, their category would be every answer."""
+    return tuple(kind for kind in (*SINGLE, *SCENES) if kind != "category" or split == "unseen")
 
 
 def evaluation_questions(
@@ -61,8 +80,8 @@ def evaluation_questions(
     naming, yes_no (each picture once with "yes", once with "no"), category and subcategory (one form of each base),
     skin_tone and gender; scene2_top_left, scene2_count (zero to four equally often), scene2_exists (half "yes"), and
     scene3_position, scene3_count, scene3_exists. On `unseen` every task takes one form of each base, skin_tone and
-    gender one of each base and answer. Scenes are made of the split's own pictures. A task whose answers would all
-    be the same on this split is left out.
+    gender one of each base and answer. Scenes are made of the split's own pictures. On other splits than `unseen`
+    there is no category; see `kinds_of`.
 
     Raises:
         DataError: no such config or split, or a picture that cannot be decoded.
@@ -81,10 +100,14 @@ def evaluation_questions(
         for scene, turns in _scenes(known, grid, schedule, seed, limit):
             image = pictures.scene(scene, image_size)
             questions += [EvalQuestion(t.task, t.question, t.answer, (image,), scene.target) for t in turns]
-    by_task: dict[str, list[EvalQuestion]] = {}
-    for question in questions:
-        by_task.setdefault(question.task, []).append(question)
-    return [question for group in by_task.values() if len({one.answer for one in group}) > 1 for question in group]
+    order = {kind: place for place, kind in enumerate(kinds_of(split))}
+    return sorted((one for one in questions if one.task in order), key=lambda one: order[one.task])
+
+
+@functools.lru_cache(maxsize=4)
+def _questions(*settings) -> tuple[EvalQuestion, ...]:
+    """The tasks of a split share its images."""
+    return tuple(evaluation_questions(*settings))
 
 
 def _single_turns(known: Catalog, one_form: bool, seed: int, limit: int) -> Iterable[tuple[int, Turn]]:

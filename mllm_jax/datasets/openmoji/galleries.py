@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,24 +20,25 @@ class Gallery:
     """Pictures and their captions, all different; the first `asked` are the split's own, the others only stand by.
 
     Attributes:
+        task: "image_to_text" looks for the caption of each picture, "text_to_image" the reverse.
         pictures: uint8[size, size, 3] each.
     """
 
+    task: str
     pictures: tuple[np.ndarray, ...]
     captions: tuple[str, ...]
     asked: int
 
 
-@functools.lru_cache(maxsize=1)
-def gallery(
+def galleries(
     config: str = "quickstart",
     split: str = "composition",
     image_size: int = 64,
     ways: int = 300,
     seed: int = 0,
     data_dir: str | None = None,
-) -> Gallery:
-    """Up to `ways` pictures of the split, filled up from `train` to `ways` in all.
+) -> list[Gallery]:
+    """One gallery for each of WAYS: up to `ways` pictures of the split, filled up from `train` to `ways` in all.
 
     Other forms of the bases asked for come first, so that what stands by is as like as the data has it.
 
@@ -60,7 +60,7 @@ def gallery(
     drawn = [(own, Pictures(own), index) for index in asked] + [(train, Pictures(train), index) for index in others]
     pictures = tuple(of.single(index, image_size) for _, of, index in drawn)
     captions = tuple(caption(known, index) for known, _, index in drawn)
-    return Gallery(pictures, captions, len(asked))
+    return [Gallery(task, pictures, captions, len(asked)) for task in WAYS]
 
 
 def _mixed(known: Catalog, indices: list[int], seed: int) -> list[int]:

@@ -24,8 +24,8 @@ from mllm_jax.datasets.openmoji.turns import Turn, asked, captioned
 from mllm_jax.errors import ConfigError, DataError
 
 SKILLS = ("naming", "place", "number", "text")
+ASKED = ("composition/naming", "new/number", "new/text", "new/top_left")  # the split and the task of `skill_questions`
 FORMS = ("pictures", "captions", "text")
-EVALUATED = {"composition": ("naming",), "new": ("number", "text", "top_left")}  # tasks of `skill_questions` by split
 READING = ("Which number is written here?", "What number do you read?", "Read the number.")
 PEOPLE = (
     *("teacher", "cook", "artist", "astronaut", "mage", "vampire", "superhero", "scientist", "pilot", "elf"),
@@ -119,6 +119,33 @@ class _Skills(EmojiSource):
 
     def image(self, index: int) -> np.ndarray:
         return _drawn(self.pictures, self._shown(index)[1], self.settings.image_size, self._augment(index))
+
+
+@dataclass(frozen=True)
+class OpenMojiSkillsAsked:
+    """The questions of one skill.
+
+    Attributes:
+        name: one of ASKED.
+    """
+
+    name: str
+    config: str = "study"
+    image_size: int = 64
+    limit: int = 200
+    seed: int = 0
+    data_dir: str | None = None
+
+    def build(self) -> tuple[EvalQuestion, ...]:
+        split, _, task = self.name.partition("/")
+        found = _skill_questions(self.config, self.image_size, self.seed, self.limit, self.data_dir)
+        return tuple(question for question in found[split] if question.task == task)
+
+
+@functools.lru_cache(maxsize=2)
+def _skill_questions(*settings) -> dict[str, list[EvalQuestion]]:
+    """The tasks share their images."""
+    return skill_questions(*settings)
 
 
 def skill_questions(

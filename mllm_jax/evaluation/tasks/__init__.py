@@ -1,1 +1,1 @@
-"""Benchmarks: one short file each, with a function that gives its tasks."""
+"""Tasks, a short file for each benchmark."""

@@ -1,20 +1,36 @@
-"""Fixed questions about emoji, a task for each split and kind: "composition/naming", "unseen/category", ..."""
+"""What a model trained on OpenMoji is asked at the end of its run."""
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
+from typing import Any
 
 from mllm_jax.data.message import Image, Message, Text
-from mllm_jax.datasets.openmoji.evaluation import EvalQuestion, evaluation_questions, kinds_on
-from mllm_jax.datasets.openmoji.skills import EVALUATED, skill_questions
-from mllm_jax.evaluation.metrics import QUESTION_METRICS
-from mllm_jax.evaluation.task import Task
+from mllm_jax.datasets.openmoji.evaluation import EvalQuestion, OpenMojiAsked, kinds_of
+from mllm_jax.datasets.openmoji.galleries import WAYS, galleries
+from mllm_jax.datasets.openmoji.skills import ASKED, OpenMojiSkillsAsked
+from mllm_jax.errors import ConfigError
+from mllm_jax.evaluation.galleries import search
+from mllm_jax.evaluation.metrics import ShuffledMedia, accuracy, count, majority
+from mllm_jax.evaluation.task import BATCH, Measured, Task
+from mllm_jax.generation.assistant import Assistant
+from mllm_jax.models.clip import DualEncoderConfig
 
 SPLITS = ("validation", "composition", "unseen")
+METRICS = {
+    "accuracy": accuracy,
+    "accuracy_shuffled_media": ShuffledMedia(accuracy),
+    "majority": majority,
+    "n": count,
+}
 
 
-def openmoji_tasks(
+def ask(question: EvalQuestion) -> tuple[Message, ...]:
+    """The images, then the question."""
+    return (Message("user", (*map(Image, question.images), Text(question.question))),)
+
+
+def openmoji_questions(
     config: str = "quickstart",
     splits: tuple[str, ...] = SPLITS,
     image_size: int = 64,
@@ -22,70 +38,70 @@ def openmoji_tasks(
     seed: int = 0,
     data_dir: str | None = None,
 ) -> tuple[Task, ...]:
-    """The questions of `mllm_jax.datasets.openmoji.evaluation_questions`; nothing is read before they are asked.
+    """A task for each split and kind of question; see `mllm_jax.datasets.openmoji.evaluation`.
 
     Args:
-        limit: questions a task at most.
+        limit: of questions in a task.
     """
     return tuple(
-        _task(split, OpenMojiAsked(kind, split, config, image_size, limit, seed, data_dir))
+        Task(f"{split}/{kind}", OpenMojiAsked(kind, config, split, image_size, limit, seed, data_dir), ask, METRICS)
         for split in splits
-        for kind in kinds_on(split)
+        for kind in kinds_of(split)
     )
 
 
-def openmoji_skill_tasks(
+def openmoji_skills(
     config: str = "study", image_size: int = 64, limit: int = 200, seed: int = 0, data_dir: str | None = None
 ) -> tuple[Task, ...]:
-    """Naming, places, numbers and small written text, each asked by itself; see `mllm_jax.datasets.openmoji.skills`."""
+    """Naming, positions, numbers and small written text, each a task; see `mllm_jax.datasets.openmoji.skills`."""
     return tuple(
-        _task(split, OpenMojiSkillsAsked(kind, split, config, image_size, limit, seed, data_dir))
-        for split, kinds in EVALUATED.items()
-        for kind in kinds
+        Task(name, OpenMojiSkillsAsked(name, config, image_size, limit, seed, data_dir), ask, METRICS) for name in ASKED
     )
+
+
+def openmoji_retrieval(
+    config: str = "quickstart", splits: tuple[str, ...] = SPLITS, **settings: Any
+) -> tuple[OpenMojiRetrieval, ...]:
+    """The search of captions by images and of images by captions, on each split."""
+    return tuple(OpenMojiRetrieval(split, way, config, **settings) for split in splits for way in WAYS)
 
 
 @dataclass(frozen=True)
-class OpenMojiAsked:
-    """The questions of one kind on a split, made when they are first asked for."""
+class OpenMojiRetrieval:
+    """Captions among captions or images among images; see `mllm_jax.datasets.openmoji.galleries`.
 
-    kind: str
+    Attributes:
+        way: "image_to_text" or "text_to_image".
+        ways: images and captions that each is looked for among.
+    """
+
     split: str
-    config: str
-    image_size: int
-    limit: int
-    seed: int
-    data_dir: str | None
+    way: str
+    config: str = "quickstart"
+    image_size: int = 64
+    ways: int = 300
+    seed: int = 0
+    data_dir: str | None = None
+
+    def __post_init__(self):
+        if self.way not in WAYS:
+            raise ConfigError(f"OpenMojiRetrieval: way {self.way!r}", f"one of {', '.join(WAYS)}", "change the way")
 
     @property
-    def questions(self) -> list[EvalQuestion]:
-        found = _questions(self.config, self.split, self.image_size, self.seed, self.limit, self.data_dir)
-        return [question for question in found if question.task == self.kind]
+    def name(self) -> str:
+        return f"{self.split}/{self.way}"
 
-    def __len__(self) -> int:
-        return len(self.questions)
+    def check(self, model: Any) -> None:
+        """Raises ConfigError: a model that is no dual encoder."""
+        if not isinstance(model, DualEncoderConfig):
+            raise ConfigError(
+                f"OpenMojiRetrieval of a {type(model).__name__}",
+                "a dual encoder, which compares images and texts",
+                "change the evaluation",
+            )
 
-    def example(self, index: int) -> EvalQuestion:
-        return self.questions[index]
-
-
-class OpenMojiSkillsAsked(OpenMojiAsked):
-    """The same of skills."""
-
-    @property
-    def questions(self) -> list[EvalQuestion]:
-        found = _skills(self.config, self.image_size, self.seed, self.limit, self.data_dir)
-        return [question for question in found[self.split] if question.task == self.kind]
-
-
-# All kinds of a split come out of one pass over it.
-_questions = functools.lru_cache(maxsize=len(SPLITS))(evaluation_questions)
-_skills = functools.lru_cache(maxsize=1)(skill_questions)
-
-
-def ask(question: EvalQuestion) -> tuple[Message, ...]:
-    return (Message("user", (*map(Image, question.images), Text(question.question))),)
-
-
-def _task(split: str, source: OpenMojiAsked) -> Task:
-    return Task(f"{split}/{source.kind}", source, ask, QUESTION_METRICS)
+    def measure(self, assistant: Assistant, *, limit: int | None = None, batch_size: int = BATCH) -> Measured:
+        """See `mllm_jax.evaluation.task.Evaluation`."""
+        settings = (self.config, self.split, self.image_size, self.ways, self.seed, self.data_dir)
+        gallery = next(gallery for gallery in galleries(*settings) if gallery.task == self.way)
+        return search(assistant, gallery, limit)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from mllm_jax.errors import ConfigError
-from mllm_jax.models.multimodal import MultimodalConfig
 from mllm_jax.training.partition import trains
 
 if TYPE_CHECKING:
@@ -18,7 +17,7 @@ def require_model(stage: Stage, model: Any, *kinds: type) -> None:
         raise ConfigError(
             f"stage {stage.name!r}: {type(stage.objective).__name__} for a {type(model).__name__}",
             f"a {' or a '.join(kind.__name__ for kind in kinds)}",
-            "change the stage's objective, or the model",
+            "change the stage's objective, or name such a composition in the stage's `model`",
         )
 
 
@@ -33,8 +32,7 @@ def check_features(stage: Stage, model: Any, *, read: bool) -> None:
     """
     if not stage.cache_features:
         return
-    whole = isinstance(model, MultimodalConfig) and not model.packed
-    if not (read and whole) or trains(stage.trainable, "encoder"):
+    if not read or model.image.packed or trains(stage.trainable, "encoder_image"):
         raise ConfigError(
             f"stage {stage.name!r}: cache_features of {type(model).__name__}, trainable {stage.trainable}",
             "next-token or prompt-guided training of a model with a frozen encoder of whole pictures",
@@ -42,21 +40,29 @@ def check_features(stage: Stage, model: Any, *, read: bool) -> None:
         )
 
 
-def check_captions(stage: Stage, model: Any) -> None:
-    """Raises ConfigError: more or longer captions than a model's contrastive heads and text tower, if any, take."""
-    tower = model.text_tower
+def check_captions(stage: Stage, captions: int, reader: Any) -> None:
+    """Checks the captions of a contrastive stage.
+
+    Args:
+        captions: the most of an image that the model's heads take.
+        reader: the config of what reads them.
+
+    Raises:
+        ConfigError: more or longer captions.
+    """
     for mixture in stage.mixtures:
-        if mixture.layout != "caption" or tower is None:
+        if mixture.layout != "caption":
             continue
-        if mixture.captions > model.captions:
+        if mixture.captions > captions:
             raise ConfigError(
-                f"stage {stage.name!r}: up to {mixture.captions} captions a picture for heads of {model.captions}",
+                f"stage {stage.name!r}: up to {mixture.captions} captions an image for heads of {captions}",
                 "heads for as many captions",
-                "raise the number of captions of the model's contrastive heads",
+                "raise the model's `captions`",
             )
-        if tower.num_layers and mixture.length > tower.max_length:
+        if reader.num_layers and mixture.length > reader.max_length:
             raise ConfigError(
-                f"stage {stage.name!r}: captions of {mixture.length} places for a text tower of {tower.max_length}",
-                "rows that the tower's positions hold",
-                "lower the mixture's length, or raise max_length of the model's text tower",
+                f"stage {stage.name!r}: captions of {mixture.length} positions for a text encoder of"
+                f" {reader.max_length}",
+                "rows that the encoder's positions hold",
+                "lower the mixture's length, or raise max_length of the model's text encoder",
             )

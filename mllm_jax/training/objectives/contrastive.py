@@ -9,7 +9,6 @@ import jax.numpy as jnp
 
 from mllm_jax.errors import ConfigError
 from mllm_jax.models.clip import DualEncoderConfig
-from mllm_jax.models.multimodal import MultimodalConfig
 from mllm_jax.sharding.logical import active_mesh, partition_spec
 from mllm_jax.training.objectives.checks import check_captions, check_features, require_model
 from mllm_jax.training.objectives.ring import Plan, pair_loss
@@ -41,22 +40,16 @@ class Contrastive:
             raise ConfigError(f"contrastive chunk {self.chunk}", "at least 1", "change the objective")
 
     def check(self, stage: Stage, model: Any) -> None:
-        """Raises ConfigError: a model without a text tower, or one that is made for the other loss."""
-        require_model(stage, model, MultimodalConfig, DualEncoderConfig)
-        if model.text_tower is None:
-            raise ConfigError(
-                f"stage {stage.name!r}: contrastive training of a model without a text tower",
-                "model.text_tower and model.contrastive",
-                "add both, or drop the stage",
-            )
-        if isinstance(model, DualEncoderConfig) and self.kind != model.kind:
+        """Raises ConfigError: another model than a dual encoder, or one that is made for the other loss."""
+        require_model(stage, model, DualEncoderConfig)
+        if self.kind != model.kind:
             raise ConfigError(
                 f"stage {stage.name!r}: the {self.kind} loss for a dual encoder of kind {model.kind!r}",
                 "the loss that the model's scale and bias are made for",
                 "make objective.kind and model.kind equal",
             )
         check_features(stage, model, read=False)
-        check_captions(stage, model)
+        check_captions(stage, model.captions, model.text)
 
     def loss(self, apply, params, batch, key):
         """The mean over the batch's pairs; `weight` is their number.

@@ -9,11 +9,9 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 
-from mllm_jax.errors import ConfigError
 from mllm_jax.layers.head import head_cross_entropy, logits_bytes
-from mllm_jax.models.clip import DualEncoderConfig
 from mllm_jax.models.multimodal import MultimodalConfig
-from mllm_jax.training.objectives.checks import check_captions, check_features, require_model
+from mllm_jax.training.objectives.checks import check_features, require_model
 
 if TYPE_CHECKING:
     from mllm_jax.training.config import Stage
@@ -37,15 +35,8 @@ class NextToken:
 
     def check(self, stage: Stage, model: Any) -> None:
         """Raises ConfigError: a model that generates no text."""
-        if isinstance(model, DualEncoderConfig):
-            raise ConfigError(
-                f"stage {stage.name!r}: NextToken for a dual encoder, which generates no text",
-                "Contrastive",
-                "change the stage's objective, or the model",
-            )
         require_model(stage, model, MultimodalConfig)
         check_features(stage, model, read=True)
-        check_captions(stage, model)
 
     def loss(self, apply, params, batch, key):
         """The mean over learnt tokens.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -9,8 +10,8 @@ import jax
 import jax.numpy as jnp
 
 from mllm_jax.errors import ConfigError
-from mllm_jax.models.multimodal import MultimodalConfig
 from mllm_jax.models.pformer import PFormerPretrainingConfig
+from mllm_jax.models.prompt_guided import PromptGuidedConfig
 from mllm_jax.training.objectives.checks import check_features, require_model
 from mllm_jax.training.objectives.contrastive import text_codes
 from mllm_jax.training.objectives.next_token import NextToken
@@ -100,7 +101,8 @@ class PFormerObjective:
 class PromptGuided:
     """Next-token prediction of a picture's caption, with its media tokens drawn to the caption's prompts.
 
-    The P-Former that makes the prompts is the model's `prompter`; it reads the whole caption and learns nothing.
+    The P-Former that makes the prompts is the composition's `prompter`, read from the run that trained it by
+    `Pretrained("prompter", run, stage=...)`; it reads the whole caption and learns nothing.
 
     Attributes:
         weight: of the mean squared distance of media tokens to prompts.
@@ -110,15 +112,9 @@ class PromptGuided:
 
     def check(self, stage: Stage, model: Any) -> None:
         """Raises ConfigError: a model without a P-Former, rows without captions of images, or a trained P-Former."""
-        require_model(stage, model, MultimodalConfig)
-        check_features(stage, model, read=True)
-        if model.prompter is None:
-            raise ConfigError(
-                f"stage {stage.name!r}: prompt-guided training of a {type(model).__name__} without a P-Former",
-                "model.prompter, read from the run that trained it",
-                "add model.prompter and Pretrained('prompter', run, stage=...), or change the objective",
-            )
-        _check_captions(stage, model, "layout 'caption', and 1 slot: the picture of the caption", slots=1)
+        require_model(stage, model, PromptGuidedConfig)
+        check_features(stage, model.model, read=True)
+        _check_captions(stage, model, "layout 'caption', and 1 slot: the image of the caption", slots={"image": 1})
         _check_frozen(stage, "prompter")
 
     def loss(self, apply, params, batch, key):
@@ -134,12 +130,12 @@ class PromptGuided:
         return language + alignment, metrics | {"loss_language": language, "loss_alignment": alignment}
 
 
-def _check_captions(stage: Stage, model: Any, expected: str, slots: int | None) -> None:
-    """A P-Former reads captions; where it guides, each has one image in its row (`slots` 1)."""
+def _check_captions(stage: Stage, model: Any, expected: str, slots: Mapping[str, int] | None) -> None:
+    """A P-Former reads captions; where it guides, each has one image in its row."""
     for mixture in stage.mixtures:
         if mixture.layout != "caption" or slots not in (None, mixture.slots):
             raise ConfigError(
-                f"stage {stage.name!r}: layout {mixture.layout!r} with {mixture.slots} media slots",
+                f"stage {stage.name!r}: layout {mixture.layout!r} with slots {dict(mixture.slots)}",
                 expected,
                 "change the stage's mixture",
             )

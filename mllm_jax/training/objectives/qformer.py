@@ -44,7 +44,7 @@ class QFormerStage1:
         """Raises ConfigError: another model than that of BLIP-2's first stage."""
         require_model(stage, model, QFormerPretrainingConfig)
         check_features(stage, model, read=False)
-        check_captions(stage, model)
+        check_captions(stage, 1, model.projector)
 
     def loss(self, apply, params, batch, key):
         """The sum of the losses' means.

@@ -20,7 +20,7 @@ from mllm_jax.sharding.hosts import first_alone
 from mllm_jax.training.config import Experiment
 from mllm_jax.training.operations.run_lock import MARK, held, unwritable
 
-MEASURED = ("results.json", "predictions.jsonl", "examples.json", "report.html")
+MEASURED = ("results.json", "examples.json", "predictions.jsonl", "report.html")
 FOLDERS = ("initial", "stages", "checkpoints", "tensorboard", "processor", "features", "lengths", "hangs", "profile")
 FILES = ("config.json", "run.json", "metrics.jsonl", "goodput.json", *MEASURED)
 WRITTEN = (*FOLDERS, *FILES)

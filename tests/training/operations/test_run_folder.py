@@ -13,6 +13,7 @@ import pytest
 from tiny_language import byte_tokenizer
 
 from mllm_jax import (
+    Branch,
     DecoderConfig,
     Experiment,
     Mixture,
@@ -36,8 +37,7 @@ from mllm_jax.training.pretrained import require_words
 EXPERIMENT = Experiment(
     name="small",
     model=MultimodalConfig(
-        ViTConfig(8, 4, 12, 1, 2, 16),
-        MLPProjectorConfig(16),
+        {"image": Branch(ViTConfig(8, 4, 12, 1, 2, 16), MLPProjectorConfig(16))},
         DecoderConfig(vocab_size=300, hidden_size=16, num_heads=4, num_kv_heads=2),
     ),
     tokenizer=TokenizerConfig(vocab_size=300),

@@ -130,7 +130,7 @@ def test_a_training_or_evaluation_beside_another_is_refused(tmp_path, holder, mo
     for fresh in (False, True):
         with pytest.raises(RunFolderError, match=f"process {holder.pid}"):
             train(EXPERIMENT, tmp_path, fresh=fresh)
-    monkeypatch.setattr(run, "_asked", lambda folder, tasks: (None, {}))
+    monkeypatch.setattr(run, "_asked", lambda folder, tasks: ([], []))
     with pytest.raises(RunFolderError, match=f"process {holder.pid}"):
         run.evaluate_run(tmp_path)
     assert (tmp_path / "stages" / "0-a").is_dir() and (tmp_path / "config.json").read_text() == "{}"

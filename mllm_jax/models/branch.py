@@ -1,0 +1,113 @@
+"""A branch of a multimodal model: how the LLM reads one modality, encoder -> projector."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, is_dataclass, replace
+from typing import Any
+
+from mllm_jax.data.batch import ROW, SLOTS, ArraySpec, BatchSpec, images_spec, instruction_spec
+from mllm_jax.errors import ConfigError
+
+INSTRUCTION = 128  # the most tokens of one in training: max_txt_len in LAVIS' configs
+KINDS = ("encoder", "projector")  # of the parts of a branch
+_PATCHES = ("patches", "patch_segments", "patch_coordinates", "patch_grids")
+ARRAYS = ("images", "features", "query_tokens", "query_segments", *_PATCHES)  # of one branch in a batch
+
+
+@dataclass(frozen=True)
+class Connection:
+    """Which of the encoder's features the projector reads.
+
+    Attributes:
+        layers: hidden states, side by side when there are several: 0 is what entered the first layer, -1 what left the
+            last. None: the encoder's last hidden state, after its final norm.
+        class_token: whether vectors that stand for the whole image are read too.
+    """
+
+    layers: tuple[int, ...] | None = None
+    class_token: bool = False
+
+
+@dataclass(frozen=True)
+class Branch:
+    """How the LLM reads one modality.
+
+    Attributes:
+        encoder: of media of one size, or of packed patches, which it merges and projects itself; or the modality of
+            the branch whose encoder this one shares.
+        projector: None for an encoder of packed patches; or the modality of the branch whose projector it shares.
+    """
+
+    encoder: Any
+    projector: Any = None
+    connection: Connection = Connection()
+
+    @property
+    def packed(self) -> bool:
+        """Whether the encoder reads patches of media of any size, packed in rows, instead of tiles of one size."""
+        return getattr(self.encoder, "packed", False)
+
+    @property
+    def tokens(self) -> int:
+        """Media tokens of one medium, or tile of one."""
+        kept = self.connection.class_token and self.encoder.class_token
+        if kept and getattr(self.projector, "needs_grid", False):
+            raise ConfigError(
+                f"connection.class_token with projector {type(self.projector).__name__}, which reads squares",
+                "patches alone",
+                "leave out the class token, or change the projector",
+            )
+        return self.projector.num_tokens(self.encoder.grid) + int(kept and self.projector.pointwise)
+
+    @property
+    def instruction_length(self) -> int:
+        """Tokens of an instruction that the projector reads in training; 0: it reads none."""
+        return min(INSTRUCTION, self.projector.max_length) if getattr(self.projector, "reads_text", False) else 0
+
+    def check(self, hidden_size: int) -> None:
+        """Raises ConfigError: parts that do not fit each other, or the LLM's width."""
+        if self.packed != (self.projector is None):
+            raise ConfigError(
+                f"encoder {type(self.encoder).__name__} with projector {type(self.projector).__name__}",
+                "a projector for an encoder of whole images, and None for one of packed patches, which projects",
+                "change the projector",
+            )
+        where, width = ("encoder", self.encoder) if self.packed else ("projector", self.projector)
+        if width.output_size != hidden_size:
+            raise ConfigError(
+                f"{where}.output_size {width.output_size}", f"the LLM's hidden_size {hidden_size}", "make the two equal"
+            )
+        if not self.packed:
+            self.tokens  # noqa: B018 - refuses a grid that the projector cannot divide
+
+    def with_dtype(self, dtype: str) -> Branch:
+        """The same branch with its own parts computing in `dtype`."""
+        own = {name: part for name in ("encoder", "projector") if is_dataclass(part := getattr(self, name))}
+        return replace(self, **{name: replace(part, dtype=dtype) for name, part in own.items()})
+
+    def batch_spec(self, modality: str, rows: int, slots: int) -> BatchSpec:
+        """The arrays of a batch that hold its media.
+
+        Args:
+            slots: of a row: tiles, or patches of an encoder that packs them.
+        """
+        media = (rows, slots)
+        if self.packed:
+            spec = BatchSpec(
+                dict(
+                    patches=ArraySpec((*media, self.encoder.patch_values), "float32", axes=(ROW, SLOTS)),
+                    patch_segments=ArraySpec(media, axes=(ROW, SLOTS)),
+                    patch_coordinates=ArraySpec((*media, 2), axes=(ROW, SLOTS)),
+                    patch_grids=ArraySpec((*media, 2), axes=(ROW, SLOTS)),
+                )
+            )
+        else:
+            spec = images_spec(rows, slots, self.encoder.image_size)
+        if self.instruction_length:
+            spec |= instruction_spec(rows, slots, self.instruction_length)
+        return BatchSpec({array_name(modality, name): array for name, array in spec.items()})
+
+
+def array_name(modality: str, name: str) -> str:
+    """The name in a batch of an array of a branch; those of images bear no prefix."""
+    return name if modality == "image" else f"{modality}_{name}"

@@ -1,0 +1,146 @@
+"""A multimodal LLM beside the P-Former that guides its projector (arXiv 2307.07063, section 3.3)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+from flax import linen as nn
+from flax import struct
+
+from mllm_jax.data.batch import BatchSpec
+from mllm_jax.errors import ConfigError
+from mllm_jax.layers.head import HeadInputs
+from mllm_jax.models.caption_row import caption_row
+from mllm_jax.models.multimodal import MultimodalConfig
+from mllm_jax.projectors.pformer import PFormerConfig
+
+
+@dataclass(frozen=True)
+class PromptGuidedConfig:
+    """What a stage trains that draws an image's media tokens to the prompts of its caption.
+
+    The parts of `model` keep their names, so that what the stage trains is what the next one goes on with.
+
+    Attributes:
+        model: the multimodal LLM.
+        prompter: the P-Former that reads captions. What a run of `PFormerPretrainingConfig` trained is read here as the
+            part "prompter".
+    """
+
+    model: MultimodalConfig
+    prompter: PFormerConfig
+
+    family = None
+
+    def __post_init__(self):
+        made = (self.prompter.num_queries, self.prompter.output_size)
+        packed = self.model.image.packed
+        media = ("any number" if packed else self.media_tokens, self.llm.hidden_size)
+        if made != media:
+            raise ConfigError(
+                "a prompter of {} prompts of width {}".format(*made),
+                "as many as an image has media tokens, in the LLM's width: {} of {}".format(*media),
+                "train without a prompter: images of any size have no fixed number of media tokens"
+                if packed
+                else "change num_queries or output_size of the prompter or the projector",
+            )
+
+    @property
+    def llm(self) -> Any:
+        """The language model's config."""
+        return self.model.llm
+
+    @property
+    def parts(self) -> dict[str, Any]:
+        """Each part's config by the name of its parameters."""
+        return self.model.parts | {"prompter": self.prompter}
+
+    @property
+    def encoder_decoder(self) -> bool:
+        """Whether the LLM reads text and media in an encoder of its own and answers from a decoder."""
+        return self.model.encoder_decoder
+
+    @property
+    def media_tokens(self) -> int:
+        """Tokens that one image takes in the LLM's row."""
+        return self.model.media_tokens
+
+    @property
+    def image_size(self) -> int:
+        """Side of the images that a batch holds."""
+        return self.model.image_size
+
+    @property
+    def instruction_length(self) -> int:
+        """Tokens of an instruction that the projector reads in training; 0: it reads none."""
+        return self.model.instruction_length
+
+    @property
+    def vocab_sizes(self) -> dict[str, int]:
+        """How many tokens each embedding holds, by its place in an experiment."""
+        return self.model.vocab_sizes | {"prompter.vocab_size": self.prompter.vocab_size}
+
+    @property
+    def dtype(self) -> str:
+        """What most of the model computes in."""
+        return self.model.dtype
+
+    def with_dtype(self, dtype: str) -> PromptGuidedConfig:
+        """The same composition with every part computing in `dtype`."""
+        return replace(self, model=self.model.with_dtype(dtype), prompter=replace(self.prompter, dtype=dtype))
+
+    def batch_spec(self, rows: int = 1, length: int = 8, slots=None) -> BatchSpec:
+        """The arrays of a batch: those of the model."""
+        return self.model.batch_spec(rows, length, slots)
+
+    def make(self) -> PromptGuidedModel:
+        return PromptGuidedModel(self)
+
+
+@struct.dataclass
+class GuidedMedia:
+    """Images and what a P-Former makes of their captions.
+
+    Attributes:
+        media, prompts: dtype[B, T, E], of each row's image and of its caption.
+        row: media and captions as the LLM reads them; see `caption_row`.
+    """
+
+    media: jax.Array
+    prompts: jax.Array
+    row: dict
+
+
+class PromptGuidedModel(nn.Module):
+    """Images to media tokens, captions to prompts."""
+
+    config: PromptGuidedConfig
+
+    def setup(self):
+        self.model = self.config.model.make()
+        nn.share_scope(self, self.model)  # its parts stand beside the prompter, by their own names
+        self.prompter = self.config.prompter.make()
+
+    def __call__(self, batch):
+        """Next-token logits of a row, see `Multimodal`."""
+        return self.model(batch)
+
+    def head_inputs(self, batch) -> HeadInputs:
+        """What the LLM's output head makes the logits of a row from."""
+        return self.model.head_inputs(batch)
+
+    def encode_images(self, batch):
+        """The features that the projector reads, see `Multimodal.encode_images`."""
+        return self.model.encode_images(batch)
+
+    def guide(self, batch) -> GuidedMedia:
+        """An image and its caption, which are tokens and segments int[B, L], in each row; see `PromptGuided`."""
+        media, caption = self.model.encode_media(batch).tokens, (batch["tokens"], batch["segments"])
+        return GuidedMedia(media, self.prompter(*caption), caption_row(self.config.llm, media, *caption))
+
+    def touch(self, batch):
+        """Runs every part once: what `init` traces so that all parameters exist."""
+        self.prompter(*(batch[name][:, : self.config.prompter.max_length] for name in ("tokens", "segments")))
+        return self.model(batch)
