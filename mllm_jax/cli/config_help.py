@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 WIDTH, COLUMN = 110, 34
-ITEMS = 8  # of a tuple; of more only some are named
+ITEMS = 8  # of a tuple; of more only the first and the last are named
 
 
 def config_help(command: str, options: Any, config: str) -> str:
@@ -92,7 +92,7 @@ def _shape(value: Any) -> str:
     """What a nested field is, in a few words."""
     if isinstance(value, tuple):
         named = [f"{index} {getattr(item, 'name', type(item).__name__)}" for index, item in enumerate(value)]
-        return ", ".join(named if len(named) <= ITEMS else [*named[: ITEMS // 2], "...", named[-1]])
+        return ", ".join(named if len(named) <= ITEMS else [named[0], "...", named[-1]])
     parts = [f.name for f in dataclasses.fields(value) if dataclasses.is_dataclass(getattr(value, f.name))]
     return type(value).__name__ + (f": {', '.join(parts)}" if parts else "")
 

@@ -44,6 +44,8 @@ class Evaluate:
             raise ConfigError(
                 f"{', '.join(given)} without --questions", "--questions FILE", "name a file, or drop these options"
             )
+        if self.limit is not None and self.limit < 1:
+            raise ConfigError(f"limit {self.limit}", "at least 1", "change --limit")
         if self.questions is not None and self.tasks is not None:
             raise ConfigError("--tasks with --questions", "either of them", "drop one of the two")
         if self.out is not None and is_run(self.out):

@@ -34,9 +34,14 @@ def evaluate(
         DataError: the task's source or metrics refuse, or have nothing to measure.
         RunFolderError: predictions that cannot be written.
     """
+    writes = out is not None and jax.process_index() == 0
+    if writes:  # a folder that cannot be made is no reason to lose the answers
+        try:
+            Path(out).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise _unwritable(Path(out), error) from error
     measured = measure(assistant, task, limit=limit)
-    if out is not None and jax.process_index() == 0:
-        Path(out).mkdir(parents=True, exist_ok=True)
+    if writes:
         write_predictions(Path(out) / PREDICTIONS, lines(task.name, measured.predictions))
     return measured.metrics
 
@@ -65,6 +70,10 @@ def write_predictions(path: Path, found: Iterable[dict]) -> None:
     try:
         write_atomic(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in found))
     except OSError as error:
-        raise RunFolderError(
-            f"{path}: {error.strerror or error}", "a folder that can be written", "free space, or name another folder"
-        ) from error
+        raise _unwritable(path, error) from error
+
+
+def _unwritable(path: Path, error: OSError) -> RunFolderError:
+    return RunFolderError(
+        f"{path}: {error.strerror or error}", "a folder that can be written", "free space, or name another folder"
+    )

@@ -7,6 +7,7 @@ from typing import Protocol
 import numpy as np
 
 from mllm_jax.data.message import Image
+from mllm_jax.errors import DataError
 from mllm_jax.evaluation.metrics import shuffles
 from mllm_jax.evaluation.retrieval import rank_of_own
 from mllm_jax.evaluation.task import Measured, Prediction
@@ -28,9 +29,15 @@ def search(assistant: Assistant, gallery: Gallery, limit: int | None = None) -> 
     """Recall at 1 (as "accuracy"), 5 and 10 in a gallery of "ways" images; a tie is a miss.
 
     The controls: the same search with the images shuffled among those asked for, and always the same answer.
+
+    Raises:
+        DataError: a single query, which no control can be made for.
     """
+    asked = np.arange(min(gallery.asked, limit or gallery.asked))
+    if len(asked) < 2:
+        raise DataError(f"{gallery.task} with {len(asked)} query", "at least two", "raise the number of examples")
     images, texts = assistant.embed(images=list(gallery.pictures)), assistant.embed(texts=gallery.captions)
-    asked, everyone = np.arange(min(gallery.asked, limit or gallery.asked)), np.arange(len(images))
+    everyone = np.arange(len(images))
     queries, keys = (images, texts) if gallery.task == "image_to_text" else (texts, images)
     ranks = rank_of_own(queries[asked], keys, asked, everyone)
     # The query is that of one image or caption, what counts as its own that of another.

@@ -72,6 +72,15 @@ class Evaluation(Protocol):
         ...
 
 
+@runtime_checkable
+class Examples(Protocol):
+    """Random access to examples of any kind."""
+
+    def __len__(self) -> int: ...
+
+    def example(self, index: int) -> Any: ...
+
+
 @dataclass(frozen=True)
 class Task:
     """Examples, how a model is asked about each, and how its answers are measured.
@@ -112,17 +121,27 @@ class Task:
             )
 
     def examples(self, limit: int | None = None) -> list[Any]:
-        """The first `limit` examples. Raises DataError: there are none."""
+        """The first `limit` examples.
+
+        Raises:
+            DataError: there are none.
+            ConfigError: a source of another kind.
+        """
         build = getattr(self.source, "build", None)
         source = self.source if build is None else build()
+        listed = isinstance(source, Sequence) and not isinstance(source, (str, bytes))
+        if not listed and not isinstance(source, Examples):
+            raise ConfigError(
+                f"task {self.name!r} with a source that is a {type(source).__name__}",
+                "a sequence, or an object with __len__ and example(index)",
+                "change the task's source",
+            )
         count = len(source) if limit is None else min(limit, len(source))
         if count < 1:
             raise DataError(
                 f"task {self.name!r} with {len(source)} example(s), limit {limit}", "at least one", "change the source"
             )
-        if isinstance(source, Sequence):
-            return list(source[:count])
-        return [source.example(index) for index in range(count)]
+        return list(source[:count]) if listed else [source.example(index) for index in range(count)]
 
     def measure(self, assistant: Assistant, *, limit: int | None = None, batch_size: int = BATCH) -> Measured:
         """Asks about each example, and again where a metric wants it; see `Evaluation`."""

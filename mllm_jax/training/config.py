@@ -242,7 +242,7 @@ class Experiment:
 
 def _check_evaluation(experiment: Experiment) -> None:
     tasks = experiment.evaluation
-    if not isinstance(tasks, tuple) or not all(hasattr(task, "name") and hasattr(task, "measure") for task in tasks):
+    if not isinstance(tasks, tuple) or not all(callable(getattr(task, "measure", None)) for task in tasks):
         raise ConfigError(f"evaluation {tasks!r:.100}", "a tuple of tasks, such as (mllm_jax.Task(...),)", "change it")
     names = [task.name for task in tasks]
     if len(set(names)) != len(names):

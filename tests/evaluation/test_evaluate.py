@@ -18,7 +18,7 @@ from mllm_jax import Answer, Example, Message, Task, Text, evaluate
 from mllm_jax.checkpoints.description import describe, rebuild
 from mllm_jax.data.message import Image
 from mllm_jax.datasets.openmoji import evaluation as asked_of_openmoji
-from mllm_jax.errors import ConfigError, DataError
+from mllm_jax.errors import ConfigError, DataError, RunFolderError
 from mllm_jax.evaluation.metrics import ShuffledMedia, accuracy, count, majority, normalise, references, shuffles
 from mllm_jax.evaluation.run import _example, _means, _merged
 from mllm_jax.evaluation.task import CHUNK, Evaluation, Prediction
@@ -192,6 +192,9 @@ def test_a_control_without_two_examples_with_media_is_refused(examples):
 def test_what_is_no_task_is_refused():
     with pytest.raises(DataError, match="task 'seen/colour' with 0 example"):
         evaluate(Seer(), task())
+    for source in ("own.json", 3, {"a": 1}):
+        with pytest.raises(ConfigError, match="task 't' with a source that is a"):
+            evaluate(Seer(), Task("t", source, ask, METRICS))
     with pytest.raises(ConfigError, match="task 'x'"):
         Task("x", (), ask, {})
     for value in (float("nan"), "high", None):
@@ -200,6 +203,14 @@ def test_what_is_no_task_is_refused():
     blind = SimpleNamespace(model=SimpleNamespace(config=toy_data.DUAL))
     with pytest.raises(ConfigError, match="task 'seen/colour' for a DualEncoderConfig"):
         evaluate(blind, task(asked(1)))
+
+
+def test_a_folder_that_cannot_be_made_is_refused_before_anything_is_asked(tmp_path):
+    (tmp_path / "file").touch()
+    seer = Seer()
+    with pytest.raises(RunFolderError, match="a folder that can be written"):
+        evaluate(seer, task(asked(1), asked(2)), out=tmp_path / "file" / "out")
+    assert seer.calls == []
 
 
 def test_a_source_is_an_object_a_config_or_a_sequence():

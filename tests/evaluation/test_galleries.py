@@ -9,7 +9,7 @@ import pytest
 
 from mllm_jax.datasets.openmoji.catalog import catalog
 from mllm_jax.datasets.openmoji.galleries import galleries
-from mllm_jax.errors import ConfigError
+from mllm_jax.errors import ConfigError, DataError
 from mllm_jax.evaluation.galleries import search
 
 
@@ -70,5 +70,7 @@ def test_recall_counts_strangers_and_keeps_to_its_own(task):
     assert (score["accuracy"], score["recall_at_5"], score["n"], score["ways"]) == (0.5, 1.0, 2, 3)
     assert (score["accuracy_shuffled_media"], score["majority"]) == (0.0, 0.5)
     assert [one.correct for one in said] == [True, False]
+    with pytest.raises(DataError, match=f"{task} with 1 query"):
+        search(Angles(), hand(task), limit=1)
     assert [one.reference for one in said] == ["0", "90"] and [one.answer for one in said] == ["0", "60"]
     assert all(len(one.images) == 1 and "3" in one.question for one in said)

@@ -118,6 +118,7 @@ def test_a_language_models_folder(questions, tmp_path, capsys):
         (["--limit", "2"], "--limit without --questions"),
         (["--media", "m", "--out", "o"], "--media, --out without --questions"),
         (["--questions", "own.json", "--tasks", "a"], "--tasks with --questions"),
+        (["--questions", "own.json", "--limit", "0"], "limit 0"),
         (["--questions", "absent.json"], "absent.json cannot be read"),
     ],
 )
