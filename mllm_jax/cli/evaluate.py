@@ -70,14 +70,12 @@ def run(arguments: list[str]) -> int:
 
 def ask(options: Evaluate) -> int:
     from mllm_jax.cli.assistants import assistant_of
-    from mllm_jax.datasets.questions import Questions
     from mllm_jax.evaluation.evaluate import evaluate as measured
     from mllm_jax.evaluation.tasks.questions import questions_task
     from mllm_jax.training.operations.run_folder import write_json
 
-    media = None if options.media is None else str(options.media)
     # The questions first: what is wrong in them should not have to wait for the weights.
-    task = questions_task(Questions(str(options.questions), media), options.questions.stem, limit=options.limit)
+    task = questions_task(options.questions, options.media, options.questions.stem, limit=options.limit)
     found = {task.name: measured(assistant_of(options.run), task, limit=options.limit, out=options.out)}
     _show(found)
     if options.out is not None:

@@ -74,12 +74,14 @@ def test_choices_are_offered_by_letter_and_named_by_letter_or_text(folder):
 
 def test_controls_are_made_where_there_is_something_to_compare(folder):
     def metrics(records, limit=None):
-        return list(questions_task(write(folder, records), limit=limit).metrics)
+        source = write(folder, records)
+        return list(questions_task(source.path, source.media_folder, limit=limit).metrics)
 
     assert metrics(RECORDS) == ["accuracy", "accuracy_shuffled_media", "majority", "n"]
     assert metrics(RECORDS, limit=1) == metrics(RECORDS[2:]) == ["accuracy", "n"]
     assert metrics(RECORDS[1:]) == ["accuracy", "majority", "n"]
-    task = questions_task(write(folder, RECORDS))
+    task = questions_task(write(folder, RECORDS).path, folder / "media")
+    assert task.source == Questions(folder / "own.json", folder / "media")
     assert rebuild(json.loads(json.dumps(describe(task)))) == task
 
 
