@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from mllm_jax.sharding.cpu import prepare_cpu
-from mllm_jax.sharding.xla_flags import has_flag
+from mllm_jax.sharding.platform import has_flag
 
 NUM_DEVICES = 8
 MISSING_ASSET = "missing asset"

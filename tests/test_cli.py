@@ -137,7 +137,7 @@ def test_train_leaves_everything_in_the_run_folder(trained):
     assert list((folder / "tensorboard").glob("events*"))
     facts = json.loads((folder / "run.json").read_text())
     assert [stage["name"] for stage in facts["stages"]] == list(STAGES)
-    for stage, share in zip(STAGES, ("llm", "encoder", "projector", "llm"), strict=True):
+    for stage, share in zip(STAGES, ("llm", "encoder_image", "projector_image", "llm"), strict=True):
         assert f"stage {stage}: trainable" in done.stdout and share in facts["parameters"]
 
 

@@ -83,7 +83,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (
     Architecture("DeepseekVLForConditionalGeneration", "mllm_jax.models.deepseek_vl", "deepseek_vl"),
     Architecture("DeepseekVLHybridForConditionalGeneration", "mllm_jax.models.deepseek_vl", "deepseek_vl_hybrid"),
     Architecture("Blip2ForConditionalGeneration", "mllm_jax.models.blip2", "blip-2"),
-    Architecture("Blip2ForImageTextRetrieval", "mllm_jax.models.blip2_retrieval", "blip-2"),
+    Architecture("Blip2ForImageTextRetrieval", "mllm_jax.models.blip2_stage1", "blip-2"),
     Architecture("InstructBlipForConditionalGeneration", "mllm_jax.models.instructblip", "instructblip"),
     Architecture("Qwen2VLForConditionalGeneration", "mllm_jax.models.qwen_vl", "qwen2_vl"),
     Architecture("Qwen2_5_VLForConditionalGeneration", "mllm_jax.models.qwen_vl", "qwen2_5_vl"),
@@ -133,6 +133,16 @@ def of_type(model_type: str | None) -> Architecture | None:
 def model_type(name: str) -> str:
     """The `model_type` of an architecture. Raises ConfigError: an unknown one."""
     return known(name).model_type
+
+
+def kind_of(name: str) -> dict[str, Any]:
+    """What a config.json says that it is, of an architecture. Raises ConfigError: an unknown one."""
+    return dict(architectures=[name], model_type=model_type(name))
+
+
+def nameless(part: Mapping[str, Any]) -> dict[str, Any]:
+    """A config.json as a part of a larger one, which names no architecture."""
+    return {name: value for name, value in part.items() if name != "architectures"}
 
 
 def llms_inside(media: str) -> tuple[Architecture, ...]:

@@ -1,4 +1,4 @@
-"""What config.json files of all families share: names of activations, idle options, the check of what is written."""
+"""What config.json files of all families share: fields read and written alike, grids, the check of what is written."""
 
 from __future__ import annotations
 
@@ -6,28 +6,11 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
-from mllm_jax.checkpoints.options import LARGEST, Options
+from mllm_jax.checkpoints.options import ENCODER_ACTIVATIONS, LARGEST, Options
 from mllm_jax.errors import ConfigError
 
 Config = TypeVar("Config")
 
-# The hub's names of activations; the first of those that share a function is written.
-ACTIVATIONS = {
-    "silu": "silu",
-    "swish": "silu",
-    "gelu": "gelu",
-    "gelu_python": "gelu",
-    "gelu_pytorch_tanh": "gelu_tanh",
-    "gelu_new": "gelu_tanh",
-    "gelu_fast": "gelu_tanh",
-    "gelu_accurate": "gelu_tanh",
-    "gelu_python_tanh": "gelu_tanh",
-    "quick_gelu": "quick_gelu",
-    "relu": "relu",
-    "relu2": "relu_squared",
-}
-# Those of encoders, which may have one more.
-ENCODER_ACTIVATIONS = ACTIVATIONS | {"tanh": "tanh"}
 RATIOS = (1 / 64, 1024)  # of an MLP's width to the stream's
 MOST_PIXELS = 16_384  # along a side of an image, far more than any tower was trained on
 MOST_PATCHES = 2_048  # along a side of an image
@@ -35,11 +18,6 @@ MOST_PATCHES = 2_048  # along a side of an image
 ELSEWHERE = ("bos_token_id", "eos_token_id", "pad_token_id", "projection_dim", "tie_word_embeddings")
 # How a module is started and run, which no checkpoint says.
 NOT_STORED = ("mimetic_init", "dtype", "remat", "scan_unroll")
-
-
-def read_activation(options: Options, name: str = "hidden_act", known: Mapping[str, str] = ACTIVATIONS) -> str:
-    """Our name of an activation. Raises ConfigError: one that is not in `known`."""
-    return known[options.only(name, *known)]
 
 
 def write_activation(activation: str) -> str:
@@ -74,6 +52,35 @@ def read_grid(options: Options, image: str = "image_size", patch: str = "patch_s
 def one_or_several(ids: tuple[int, ...]) -> int | list[int]:
     """The value of an option that holds one id or a list of them."""
     return ids[0] if len(ids) == 1 else list(ids)
+
+
+# How an option of a kind is written, where that is not the field's own value.
+_WRITTEN: dict[str, Callable[[Any], Any]] = {
+    "activation": write_activation,
+    "counts": list,
+    "ids": lambda ids: one_or_several(ids) if ids else None,
+}
+# Options that say one field of a config each: the field -> (the option, the method of `Options` that reads it, and what
+# that takes besides the name).
+Fields = Mapping[str, tuple[Any, ...]]
+
+# The fields that most transformers have by these names.
+LAYERS: Fields = {
+    "hidden_size": ("hidden_size", "size"),
+    "num_layers": ("num_hidden_layers", "size"),
+    "num_heads": ("num_attention_heads", "size"),
+}
+
+
+def read_fields(options: Options, fields: Fields) -> dict[str, Any]:
+    """The fields by name; raises what the methods of `Options` do."""
+    return {field: getattr(options, kind)(name, *more) for field, (name, kind, *more) in fields.items()}
+
+
+def write_fields(config: Any, fields: Fields) -> dict[str, Any]:
+    """The options by name: the inverse of `read_fields`."""
+    values = {name: (kind, getattr(config, field)) for field, (name, kind, *_) in fields.items()}
+    return {name: _WRITTEN.get(kind, lambda value: value)(value) for name, (kind, value) in values.items()}
 
 
 def stored_fields(config: Any, *without: str) -> dict[str, Any]:

@@ -16,9 +16,9 @@ import os
 import shutil
 import threading
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -50,9 +50,7 @@ def begin(target: Path, tree: PyTree, meta: dict[str, Any], extra: dict[str, Any
     """
     leaves = storable(flatten(tree)[0])
     text = json.dumps({**extra, "meta": plain_json(meta), "leaves": table_of(leaves)})
-    arrays = {
-        path: leaf for path, leaf in leaves.items() if leaf.size
-    }  # orbax refuses empty arrays; the table has them
+    arrays = {path: leaf for path, leaf in leaves.items() if leaf.size}  # orbax refuses empty ones; the table has them
     temporary = target.with_name(target.name + WRITING)
     needed = int(1.02 * sum(leaf.nbytes for leaf in arrays.values())) + len(text) + (1 << 20)
 
@@ -73,7 +71,7 @@ def begin(target: Path, tree: PyTree, meta: dict[str, Any], extra: dict[str, Any
             raise _write_failure(target, needed, error) from error
 
     together(prepare)
-    writer = _orbax_writer() if arrays else None
+    writer = _orbax().AsyncCheckpointer(_orbax().PyTreeCheckpointHandler()) if arrays else None
     try:
         if writer is not None:
             writer.save(temporary / ARRAYS, args=_orbax().args.PyTreeSave(arrays))
@@ -124,17 +122,17 @@ def _seal(folder: Path) -> None:
         _sync(directory)
 
 
-def _publish(temporary: Path, target: Path) -> None:
-    """Gives the sealed folder its name; what had the name stays whole under `.replaced` until then (see `recover`)."""
+def _publish(temporary: Path, target: Path, marks: Sequence[str] = (MANIFEST,)) -> None:
+    """Gives a finished folder its name; what had the name stays whole under `.replaced` until then (see `recover`)."""
     replaced = target.with_name(target.name + REPLACED)
     if target.exists():
         with suppress(OSError):
-            discard(replaced)
+            discard(replaced, marks)
         os.rename(target, replaced)
     os.rename(temporary, target)
     _sync(target.parent)
     with suppress(OSError):
-        discard(replaced)
+        discard(replaced, marks)
 
 
 def recover(target: Path, marks: Sequence[str] = (MANIFEST,)) -> None:
@@ -170,6 +168,53 @@ def free_bytes(folder: Path) -> int:
 
 def _size(count: int) -> str:
     return f"{count:,} bytes ({count / 2**30:.2f} GiB)"
+
+
+# A folder with one of these holds a model, so that `overwrite` can never take away a home directory.
+MODEL_FILES = ("config.json", "model.json", "model_index.json")
+
+
+@contextmanager
+def new_folder(target: Path, nbytes: int, *, overwrite: bool = False) -> Iterator[Path]:
+    """Gives a temporary folder beside `target`, which takes target's name when the block ends without an exception.
+
+    Args:
+        nbytes: what will be written; refused at once where the disk has not that much left.
+        overwrite: replace a model folder that is there.
+
+    Raises:
+        CheckpointError: the target is taken, cannot be made, or the disk is too full.
+    """
+    target = Path(target).absolute()
+    recover(target, MODEL_FILES)
+    if target.is_symlink() or (target.exists() and not target.is_dir()):
+        raise CheckpointError(f"{target} is a file or a link", "the name of a folder", "choose another name")
+    if target.is_dir() and any(target.iterdir()):
+        if not overwrite:
+            raise CheckpointError(
+                f"{target} is not empty",
+                "a new folder",
+                "choose another name, or replace the model in it: --overwrite, in Python overwrite=True",
+            )
+        if not any((target / name).is_file() for name in MODEL_FILES):
+            raise CheckpointError(
+                f"{target} holds no model, so it is not overwritten", "a model's folder", "choose another name"
+            )
+    make_writable(target.parent)
+    if (free := free_bytes(target.parent)) < 1.02 * nbytes + 2**20:
+        raise CheckpointError(
+            f"{target}: {free:,} bytes free on that disk", f"{nbytes:,} bytes and a little", "free some space"
+        )
+    temporary = target.with_name(target.name + WRITING)
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        temporary.mkdir()
+        yield temporary
+        _publish(temporary, target, MODEL_FILES)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        recover(target, MODEL_FILES)
+        raise
 
 
 # ---- reading
@@ -302,11 +347,6 @@ def _orbax() -> Any:
     import orbax.checkpoint as ocp  # costs a second, and the package must import quickly
 
     return ocp
-
-
-def _orbax_writer() -> Any:
-    ocp = _orbax()
-    return ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler())
 
 
 def _crc(path: Path) -> int:

@@ -27,6 +27,7 @@ from flax import linen as nn
 
 from mllm_jax.checkpoints import safetensors_files as st
 from mllm_jax.checkpoints.components import CONFIG, CONFIG_BYTES, Component, component_of
+from mllm_jax.checkpoints.folder import new_folder
 from mllm_jax.checkpoints.layout import (
     Layout,
     assemble,
@@ -38,7 +39,6 @@ from mllm_jax.checkpoints.layout import (
     resolve,
 )
 from mllm_jax.checkpoints.leaves import PyTree, flatten
-from mllm_jax.checkpoints.new_folder import new_folder
 from mllm_jax.checkpoints.table import Table, Weight
 from mllm_jax.errors import CheckpointError, ConfigError
 from mllm_jax.files import read_json

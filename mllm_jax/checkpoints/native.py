@@ -15,10 +15,9 @@ import jax
 from flax import linen as nn
 
 from mllm_jax.checkpoints.description import describe, rebuild
-from mllm_jax.checkpoints.folder import record
+from mllm_jax.checkpoints.folder import new_folder, record
 from mllm_jax.checkpoints.hf import copy_companions
 from mllm_jax.checkpoints.leaves import PyTree, flatten
-from mllm_jax.checkpoints.new_folder import new_folder
 from mllm_jax.checkpoints.training import load_snapshot, save_snapshot, snapshot_meta
 from mllm_jax.errors import CheckpointError
 from mllm_jax.files import read_json

@@ -50,6 +50,23 @@ IDLE = frozenset((
     "use_model_defaults", "watermarking_config",
 ))
 # fmt: on
+# The hub's names of activations; the first of those that share a function is written.
+ACTIVATIONS = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_python": "gelu",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_new": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+    "gelu_accurate": "gelu_tanh",
+    "gelu_python_tanh": "gelu_tanh",
+    "quick_gelu": "quick_gelu",
+    "relu": "relu",
+    "relu2": "relu_squared",
+}
+# Those of encoders, which may have one more.
+ENCODER_ACTIVATIONS = ACTIVATIONS | {"tanh": "tanh"}
 LARGEST = 2**31 - 1  # what an index of 32 bits reaches
 GREATEST = 1e30  # of a number: it is one in float32 too
 _shown = reprlib.Repr()
@@ -171,6 +188,12 @@ class Options:
             " or ".join(map(repr, allowed)) or "absent",
             "convert another checkpoint; this option is not supported",
         )
+
+    def activation(self, name: str, known: Mapping[str, str] = ACTIVATIONS, default: str | None = None) -> str:
+        """Our name of an activation, which must be in `known`; `default` is ours, too."""
+        if default is not None and name not in self:
+            return default
+        return known[self.only(name, *known)]
 
     def divided(self, width: str, heads: str) -> None:
         """Refuses a width that its heads do not divide; both have been read."""

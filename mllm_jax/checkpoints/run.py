@@ -20,54 +20,26 @@ RESTORE = "restore the file, or start over with --fresh"
 GENERATION = "generation_config.json"  # it says how to generate, not what the weights mean
 
 
+def _inside(*names: str) -> Any:
+    """A file or folder of a run, by its path in there."""
+    return property(lambda folder: folder.path.joinpath(*names))
+
+
 @dataclass(frozen=True)
 class RunFolder:
     """Names of what lies in a run folder."""
 
     path: Path
 
-    @property
-    def config_file(self) -> Path:
-        return self.path / "config.json"
-
-    @property
-    def tokenizer_file(self) -> Path:
-        return self.processor_folder / "tokenizer.json"
-
-    @property
-    def processor_folder(self) -> Path:
-        """The tokenizer, its chat template and what else prepares the model's input."""
-        return self.path / "processor"
-
-    @property
-    def initial(self) -> Path:
-        """The weights that the run began with, see `training.weights`."""
-        return self.path / "initial"
-
-    @property
-    def features(self) -> Path:
-        """Encoder features that stages keep."""
-        return self.path / "features"
-
-    @property
-    def lengths(self) -> Path:
-        """Measured lengths, where several processes share them."""
-        return self.path / "lengths"
-
-    @property
-    def goodput(self) -> Path:
-        """The account of where the run's time went."""
-        return self.path / "goodput.json"
-
-    @property
-    def hangs(self) -> Path:
-        """Where every thread stood when a process hung."""
-        return self.path / "hangs"
-
-    @property
-    def profile(self) -> Path:
-        """Traces of `--profile`."""
-        return self.path / "profile"
+    config_file = _inside("config.json")
+    processor_folder = _inside("processor")  # the tokenizer, its chat template and what else prepares the input
+    tokenizer_file = _inside("processor", "tokenizer.json")
+    initial = _inside("initial")  # the weights that the run began with, see `training.weights`
+    features = _inside("features")  # encoder features that stages keep
+    lengths = _inside("lengths")  # measured lengths, where several processes share them
+    goodput = _inside("goodput.json")  # the account of where the run's time went
+    hangs = _inside("hangs")  # the stack of every thread when a process hung
+    profile = _inside("profile")  # traces of `--profile`
 
     def checkpoints(self, index: int, stage: str) -> Path:
         return self.path / "checkpoints" / f"{index}-{stage}"
@@ -134,9 +106,7 @@ def is_run(folder: Path) -> bool:
 
 def words_of(folder: RunFolder) -> dict[str, str]:
     """Gives a checksum of each file that says how text and media become ids: the tokenizer's or the processor's."""
-    files = [
-        file for file in folder.processor_folder.rglob("*") if file.is_file() and file.name != "generation_config.json"
-    ]
+    files = [file for file in folder.processor_folder.rglob("*") if file.is_file() and file.name != GENERATION]
     return {str(file.relative_to(folder.path)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from mllm_jax.checkpoints.sample import batch_sample
+import jax.numpy as jnp
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,83 @@ class Table:
     ignored: tuple[str, ...] = ()
 
 
+def batch_sample(config: Any) -> tuple:
+    """A batch, for a whole model that makes one itself."""
+    return (config.batch_spec().empty(),)
+
+
+def token_sample(config: Any) -> tuple:
+    """One token, int32[1, 1], for a language model or a text encoder."""
+    return (jnp.zeros((1, 1), jnp.int32),)
+
+
+def image_sample(config: Any) -> tuple:
+    """One image of the encoder's size, float32[1, side, side, channels]."""
+    return (jnp.zeros((1, config.image_size, config.image_size, config.num_channels)),)
+
+
+# From the stored axes to ours: of a matrix, of one that makes heads and its bias, of one that heads go into.
+LINEAR, INTO_HEADS, HEAD_BIAS, OUT_OF_HEADS = "o i -> i o", "(n h) e -> e n h", "(n h) -> n h", "e (n h) -> n h e"
+
+
+def linear(
+    name: str,
+    path: str,
+    pattern: str = LINEAR,
+    sizes: Mapping[str, int] = {},
+    *,
+    bias: bool = True,  # noqa: B006
+) -> list[Weight]:
+    """A linear map, or a convolution: its kernel and, where it has one, its bias."""
+    kernel = Weight(f"{name}.weight", f"{path}/kernel", pattern, sizes)
+    return [kernel, Weight(f"{name}.bias", f"{path}/bias")] if bias else [kernel]
+
+
+def norm(name: str, path: str, *, bias: bool = True) -> list[Weight]:
+    """A norm: its scale and, where it has one, its bias."""
+    scale = Weight(f"{name}.weight", f"{path}/scale")
+    return [scale, Weight(f"{name}.bias", f"{path}/bias")] if bias else [scale]
+
+
+def beside(parts: Sequence[tuple[str, str, int]], pattern: str = "", sizes: Mapping[str, int] = {}) -> list[Weight]:  # noqa: B006
+    """Parameters by (stored name, path, rows); those that share a name lie one after the other in that tensor."""
+    names, lines, start = [name for name, _, _ in parts], [], 0
+    for name, path, rows in parts:
+        lines.append(Weight(name, path, pattern, sizes, (start, start + rows) if names.count(name) > 1 else None))
+        start += rows
+    return lines
+
+
+def into_heads(
+    names: Sequence[str], path: str, head_dim: int, rows: Sequence[int], biased: str = "qkv", joint: str = "."
+) -> list[Weight]:
+    """The linear maps to queries, keys and values; those that share a name lie one after the other in its tensors.
+
+    Args:
+        names: of the three.
+        rows: how many rows each has in the stored tensor.
+        biased: the letters of those that have a bias.
+        joint: what stands between a name and "weight" or "bias".
+    """
+    parts, sizes = list(zip("qkv", names, rows, strict=True)), {"h": head_dim}
+    kernels = [(f"{name}{joint}weight", f"{path}/{part}/kernel", n) for part, name, n in parts]
+    biases = [(f"{name}{joint}bias", f"{path}/{part}/bias", n) for part, name, n in parts if part in biased]
+    return beside(kernels, INTO_HEADS, sizes) + beside(biases, HEAD_BIAS, sizes)
+
+
+def head_by_head(name: str, path: str, sizes: Mapping[str, int]) -> list[Weight]:
+    """Queries, keys and values in one tensor: head after head, each with its rows of the three.
+
+    Args:
+        sizes: how many heads, "n", or how large one is, "h".
+    """
+    lines, sizes = [], {**sizes, "p": 3}
+    for part, letter in enumerate("qkv"):
+        lines.append(Weight(f"{name}.weight", f"{path}/{letter}/kernel", "(n p h) e -> p e n h", sizes, part=part))
+        lines.append(Weight(f"{name}.bias", f"{path}/{letter}/bias", "(n p h) -> p n h", sizes, part=part))
+    return lines
+
+
 def nested(table: Table, name: str, path: str) -> tuple[Weight, ...]:
     """A part's weights as those of a larger model: names begin with `name`, paths with `path`."""
     return tuple(replace(w, name=name + w.name, path=path + w.path) for w in table.weights)
@@ -67,8 +144,8 @@ class Family:
         to_hf: the module's config -> config.json's dictionary, `architectures` and `model_type` included.
         table: the module's config -> Table.
         sample: the module's config -> the arguments with which `init` creates every parameter; by default a batch of
-            the whole model, see `mllm_jax.checkpoints.sample` for those of language models and of encoders.
-        oracle: the reference class that parity is proven against.
+            the whole model, see `mllm_jax.checkpoints.table` for those of language models and of encoders.
+        oracle: the reference class that parity is proven against; by default its first architecture.
         layout: of a model that reads media: (the module's config, the folder) -> how its pictures are prepared and
             where they stand in the text, see `mllm_jax.models.processor.Layout`.
         settle: (the module's config, the names of the stored tensors) -> the config, where config.json alone leaves
@@ -84,3 +161,8 @@ class Family:
     oracle: str = ""
     layout: Callable[[Any, Path], Any] | None = None
     settle: Callable[[Any, Collection[str]], Any] = lambda config, stored: config
+
+
+def families(names: Mapping[str, str], **filled: Any) -> tuple[Family, ...]:
+    """A family for each architecture, by the name that people say; `filled` are the fields that all have alike."""
+    return tuple(Family(name=name, architectures=(hub,), **filled) for hub, name in names.items())

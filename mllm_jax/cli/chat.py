@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from mllm_jax.cli.assistants import assistant_of
+from mllm_jax.cli.runs import assistant_of
 from mllm_jax.generation.options import Options
 from mllm_jax.generation.sampling import Sampling
 

@@ -38,13 +38,25 @@ def config_help(command: str, options: Any, config: str) -> str:
     return "\n".join([*lines, "", f"mllm {command} {config} --help-all lists every field."])
 
 
-def wants_help(arguments: Sequence[str]) -> bool:
-    return not {"-h", "--help"}.isdisjoint(arguments)
+def parsed(command: str, default: Any, arguments: Sequence[str]) -> Any:
+    """What was typed after a command; None where that asks for help, which is then printed.
 
+    Args:
+        default: the command's dataclass with the config that `arguments` begin with.
+    """
+    import tyro
 
-def all_help(arguments: Sequence[str]) -> list[str]:
-    """The arguments with `--help-all` as tyro knows it."""
-    return ["--help" if argument == "--help-all" else argument for argument in arguments]
+    config, *rest = arguments
+    if not {"-h", "--help"}.isdisjoint(rest):
+        print(config_help(command, default, config))
+        return None
+    return tyro.cli(
+        type(default),
+        args=["--help" if argument == "--help-all" else argument for argument in rest],
+        default=default,
+        prog=f"mllm {command} {config}",
+        config=(tyro.conf.AvoidSubcommands,),
+    )
 
 
 def _documented(options: Any) -> dict[str, str]:

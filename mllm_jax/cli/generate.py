@@ -9,8 +9,8 @@ from typing import Annotated
 
 import tyro
 
-from mllm_jax.cli.assistants import assistant_of
 from mllm_jax.cli.caches import keep_compiled_programs
+from mllm_jax.cli.runs import assistant_of
 from mllm_jax.data.images import read_image
 from mllm_jax.data.message import Image, Message, Text
 from mllm_jax.errors import ConfigError

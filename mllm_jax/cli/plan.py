@@ -8,7 +8,7 @@ from typing import Annotated
 
 import tyro
 
-from mllm_jax.cli.config_help import all_help, config_help, wants_help
+from mllm_jax.cli.config_help import parsed
 from mllm_jax.cli.console import console
 from mllm_jax.errors import ConfigError
 from mllm_jax.training.config import Experiment
@@ -62,16 +62,8 @@ def run(arguments: list[str]) -> int:
             "name a config file, before any option",
         )
     default = Plan(load_config(Path(arguments[0])), tyro.MISSING)
-    if wants_help(arguments):
-        print(config_help("plan", default, arguments[0]))
+    if (options := parsed("plan", default, arguments)) is None:
         return 0
-    options = tyro.cli(
-        Plan,
-        args=all_help(arguments[1:]),
-        default=default,
-        prog=f"mllm plan {arguments[0]}",
-        config=(tyro.conf.AvoidSubcommands,),
-    )
 
     import jax
 

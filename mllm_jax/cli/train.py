@@ -11,7 +11,7 @@ import tyro
 
 from mllm_jax.checkpoints.run import RunFolder, is_run
 from mllm_jax.cli.caches import keep_compiled_programs, lengths_folder
-from mllm_jax.cli.config_help import all_help, config_help, wants_help
+from mllm_jax.cli.config_help import parsed
 from mllm_jax.cli.console import refused
 from mllm_jax.cli.evaluate import evaluate
 from mllm_jax.cli.runs import use_cpu_devices
@@ -66,16 +66,8 @@ def run(arguments: list[str]) -> int:
             "name a config file, before any option",
         )
     default = _default(Path(arguments[0]))
-    if wants_help(arguments):
-        print(config_help("train", default, arguments[0]))
+    if (options := parsed("train", default, arguments)) is None:
         return 0
-    options = tyro.cli(
-        Train,
-        args=all_help(arguments[1:]),
-        default=default,
-        prog=f"mllm train {arguments[0]}",
-        config=(tyro.conf.AvoidSubcommands,),
-    )
     use_cpu_devices(options.experiment)
     if options.compile_cache:
         keep_compiled_programs()

@@ -86,18 +86,17 @@ class BatchSpec(Mapping[str, ArraySpec]):
             raise DataError(f"a batch with {'; '.join(wrong)}", f"the arrays {sorted(self.arrays)}", "mend the batch")
 
 
-def text_spec(rows: int, length: int, *, width: int = 1, axes: int = 1, pad: int = 0) -> BatchSpec:
+def text_spec(rows: int, length: int, *, width: int = 1, axes: int = 1) -> BatchSpec:
     """The arrays of text that every batch has.
 
     Args:
         width: media tokens whose weighted sum may stand at one position.
         axes: numbers of a position: 3 for M-RoPE.
-        pad: the id that fills rows.
     """
     row = (rows, length)
     spec = BatchSpec(
         dict(
-            tokens=ArraySpec(row, fill=pad),
+            tokens=ArraySpec(row),
             positions=ArraySpec(row if axes == 1 else (*row, axes)),
             segments=ArraySpec(row),
             media_index=ArraySpec(row if width == 1 else (*row, width), fill=-1),

@@ -19,19 +19,129 @@ Where a family's authors prepare pictures otherwise in their own repository:
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 from PIL import Image
 
-from mllm_jax.data.image_options import check_options
 from mllm_jax.data.image_steps import ImageProcessor
-from mllm_jax.data.processor_types import named_type, with_type
+from mllm_jax.data.tiles import MAX_TILES
 from mllm_jax.errors import ConfigError
 from mllm_jax.files import read_json
+
+# The options that name a type, the first of them before the others; the last one is that of early versions.
+TYPE_OPTIONS = ("image_processor_type", "video_processor_type", "feature_extractor_type")
+# config.json's model_type -> the type, as transformers pairs them.
+OF_MODELS = {
+    "vit": "ViTImageProcessor",
+    "dinov2": "BitImageProcessor",
+    "clip": "CLIPImageProcessor",
+    "siglip": "SiglipImageProcessor",
+    "llava": "LlavaImageProcessor",
+    "llava_next": "LlavaNextImageProcessor",
+    "llava_onevision": "LlavaOnevisionImageProcessor",
+    "blip-2": "BlipImageProcessor",
+    "instructblip": "BlipImageProcessor",
+    "internvl": "GotOcr2ImageProcessor",
+    "qwen2_vl": "Qwen2VLImageProcessor",
+    "qwen2_5_vl": "Qwen2VLImageProcessor",
+    "qwen3_vl": "Qwen2VLImageProcessor",
+    "deepseek_vl": "DeepseekVLImageProcessor",
+    "deepseek_vl_hybrid": "DeepseekVLHybridImageProcessor",
+}
+
+
+def named_type(values: Mapping[str, Any]) -> str | None:
+    """The type that a processor's options name, or None."""
+    return next((values[name] for name in TYPE_OPTIONS if values.get(name)), None)
+
+
+def with_type(values: Mapping[str, Any], folder: Path) -> Mapping[str, Any]:
+    """The options with the type of the folder's model, where they name none and its config.json is there.
+
+    Raises:
+        ConfigError: a config.json that is no JSON object.
+    """
+    if named_type(values) is not None:
+        return values
+    try:
+        model_type = read_json(folder / "config.json", ConfigError).get("model_type")
+    except FileNotFoundError:
+        return values
+    known = OF_MODELS.get(model_type) if isinstance(model_type, str) else None
+    return values if known is None else {**values, TYPE_OPTIONS[0]: known}
+
+
+_MAX_SIDE = 65_536  # pixels
+_MAX_PIXELS = 1 << 40  # what a bound on pixels may say
+_MAX_RESOLUTIONS = 10_000
+_COUNTS = {
+    "patch_size": 4_096, "merge_size": 64, "temporal_patch_size": 64, "min_pixels": _MAX_PIXELS,
+    "max_pixels": _MAX_PIXELS, "min_size": _MAX_SIDE, "min_patches": MAX_TILES, "max_patches": MAX_TILES,
+}  # fmt: skip
+_NUMBERS = ("image_mean", "image_std", "high_res_image_mean", "high_res_image_std")
+
+
+def check_options(values: Mapping[str, Any], refuse: Callable[[str, str], NoReturn]) -> None:
+    """Checks the options that processors share; which of them one reads, and how, is its own affair.
+
+    Args:
+        values: of a preprocessor_config.json; null is an option that is left out.
+        refuse: is called with what is given and what is expected.
+    """
+    for name, value in values.items():
+        if value is None:
+            continue
+        if name in _COUNTS and not _is_count(value, _COUNTS[name]):
+            refuse(f"{name}={value!r:.100}", f"an integer from 1 to {_COUNTS[name]:,}")
+        elif name in ("size", "crop_size", "high_res_size"):
+            _check_size(name, value, refuse)
+        elif name in _NUMBERS:
+            _check_numbers(name, value, refuse)
+        elif name == "rescale_factor" and not _is_number(value):
+            refuse(f"rescale_factor={value!r:.100}", "a number")
+        elif name in ("resample", "high_res_resample") and type(value) is not int:
+            refuse(f"{name}={value!r:.100}", "Pillow's number of a filter, 0 to 5")
+        elif name == "image_grid_pinpoints":
+            _check_resolutions(value, refuse)
+        elif name.startswith(("do_", "crop_to", "default_to")) and not (isinstance(value, bool) or value in (0, 1)):
+            refuse(f"{name}={value!r:.100}", "true or false")
+
+
+def _is_count(value: Any, most: int) -> bool:
+    return type(value) is int and 1 <= value <= most
+
+
+def _is_number(value: Any) -> bool:
+    """A finite number that float32 holds."""
+    return type(value) in (int, float) and abs(value) < 1e30 and math.isfinite(value)
+
+
+def _check_size(name: str, size: Any, refuse: Callable[[str, str], NoReturn]) -> None:
+    # Qwen2-VL gives numbers of pixels by the names of edges.
+    parts = size.values() if isinstance(size, Mapping) else size if isinstance(size, (list, tuple)) else [size]
+    most = _MAX_PIXELS if isinstance(size, Mapping) and {"longest_edge", "max_pixels"} & set(size) else _MAX_SIDE
+    if not all(part is None or _is_count(part, most) for part in parts):
+        refuse(f"{name}={size!r:.100}", f"height and width, or shortest_edge, in pixels, from 1 to {most:,}")
+
+
+def _check_numbers(name: str, value: Any, refuse: Callable[[str, str], NoReturn]) -> None:
+    numbers = value if isinstance(value, (list, tuple)) else [value]
+    if not all(map(_is_number, numbers)) or name.endswith("std") and not all(numbers):
+        refuse(f"{name}={value!r:.100}", f"a number for each channel{', not 0' * name.endswith('std')}")
+
+
+def _check_resolutions(value: Any, refuse: Callable[[str, str], NoReturn]) -> None:
+    pairs = value if isinstance(value, (list, tuple)) and len(value) <= _MAX_RESOLUTIONS else [None]
+    for pair in pairs:
+        two = isinstance(pair, (list, tuple)) and len(pair) == 2
+        if not two or not all(_is_count(side, _MAX_SIDE) for side in pair):
+            refuse(f"image_grid_pinpoints={value!r:.100}", f"pairs of height and width, from 1 to {_MAX_SIDE:,}")
+
 
 _HALF = (0.5, 0.5, 0.5)
 _CLIP_MEAN, _CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)

@@ -10,11 +10,35 @@ import numpy as np
 from einops import rearrange
 from PIL import Image
 
-from mllm_jax.data.dynamic_tiles import tile_grid
 from mllm_jax.data.pixels import require_call, require_padded, require_resized
-from mllm_jax.data.smart_resize import smart_resize
-from mllm_jax.data.tiles import best_resolution, cut, fitted_size, pad_to, pad_to_square
+from mllm_jax.data.tiles import best_resolution, cut, fitted_size, pad_to, tile_grid
 from mllm_jax.errors import ConfigError, DataError
+
+_MAX_ASPECT = 200
+
+
+def smart_resize(height: int, width: int, factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
+    """The sides nearest to a picture's that are multiples of `factor`, with a number of pixels in a range.
+
+    Halves are rounded to even. The range may be left by thin pictures, whose shorter side is at least `factor`.
+
+    Raises:
+        DataError: no pixels, or one side more than 200 times the other.
+    """
+    if min(height, width) < 1 or max(height, width) > _MAX_ASPECT * min(height, width):
+        raise DataError(
+            f"a picture of {height} x {width} pixels",
+            f"sides of which none is more than {_MAX_ASPECT} times the other",
+            "crop it, or leave this record out",
+        )
+    high, wide = round(height / factor) * factor, round(width / factor) * factor
+    if high * wide > max_pixels:
+        shrink = math.sqrt(height * width / max_pixels)
+        high, wide = (max(factor, math.floor(side / shrink / factor) * factor) for side in (height, width))
+    elif high * wide < min_pixels:
+        grow = math.sqrt(min_pixels / (height * width))
+        high, wide = (math.ceil(side * grow / factor) * factor for side in (height, width))
+    return high, wide
 
 
 @dataclass(frozen=True)
@@ -34,7 +58,7 @@ class ImageProcessor:
         resolutions: empty, or those that a picture may be resized to before it is cut into tiles, see
             `mllm_jax.data.tiles`; tile_size is the side of those tiles.
         tile_range: None, or the least and the most tiles of `size` that a picture is cut into, see
-            `mllm_jax.data.dynamic_tiles`; the whole picture comes last, unless it is one tile.
+            `mllm_jax.data.tiles`; the whole picture comes last, unless it is one tile.
         low: None, or what makes a second, smaller picture of what this makes, for encoders that read both.
         resample: Pillow's number of the filter.
         rescale_factor: None leaves 0 to 255.
@@ -126,8 +150,9 @@ class ImageProcessor:
         return image if self.crop_size is None else _crop_centre(image, *self.crop_size)
 
     def _squared(self, image: np.ndarray) -> np.ndarray:
-        require_padded(image.shape[:2], (max(image.shape[:2]),) * 2)
-        return pad_to_square(image, self.background)
+        square = (max(image.shape[:2]),) * 2
+        require_padded(image.shape[:2], square)
+        return pad_to(image, square, self.background)
 
     def _sides(self, height: int, width: int) -> tuple[int, int]:
         """(H, W) of a tile that comes out of `_tile`."""
@@ -218,6 +243,12 @@ class ImageProcessor:
         if self.mean is not None:
             values = (values - np.array(self.mean, np.float32)) / np.array(self.std, np.float32)
         return values
+
+
+def mismatch(given: str, expected: str) -> ConfigError:
+    """The refusal of a processor that makes other images than its model reads."""
+    todo = "restore preprocessor_config.json and config.json, which do not belong together"
+    return ConfigError(given, expected, todo)
 
 
 def _require_picture(image: np.ndarray) -> None:

@@ -16,7 +16,7 @@ from flax.core import FrozenDict
 from mllm_jax.data.batch import BatchSpec
 from mllm_jax.data.message import Text
 from mllm_jax.data.packing import PackingPlan, Stream
-from mllm_jax.data.processing.media import Encoded
+from mllm_jax.data.processing.media import Encoded, Lazy
 from mllm_jax.data.retry import Patience, patiently
 from mllm_jax.data.source import Source
 from mllm_jax.errors import ConfigError, DataError
@@ -90,23 +90,6 @@ class Measured:
     dropped_turns: int = 0
 
 
-@dataclass(frozen=True)
-class _Arrays(Mapping[str, np.ndarray]):
-    """Arrays of a medium that are read as all of an example is: with patience, and named if they are broken."""
-
-    arrays: Mapping[str, np.ndarray]
-    read: Callable[[Callable[[], np.ndarray]], np.ndarray]
-
-    def __getitem__(self, name: str) -> np.ndarray:
-        return self.read(partial(self.arrays.__getitem__, name))
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.arrays)
-
-    def __len__(self) -> int:
-        return len(self.arrays)
-
-
 class Pipeline:
     """The batches of one stage.
 
@@ -145,11 +128,13 @@ class Pipeline:
         return self.processor.spec(self.mixture.rows, self.mixture.length, self.mixture.slots)
 
     def encode(self, source: int, index: int) -> Encoded:
-        """Lays out one example; a DataError names it."""
+        """Lays out one example, whose arrays are read with patience too; a DataError names it."""
         encoded = self._read(partial(self._encode, source, index), source, index)
-        read = partial(self._read, source=source, index=index)
-        media = [replace(medium, arrays=_Arrays(medium.arrays, read)) for medium in encoded.media]
-        return replace(encoded, media=media)
+
+        def patient(arrays: Mapping[str, np.ndarray]) -> Lazy:
+            return Lazy(arrays, lambda name: self._read(partial(arrays.__getitem__, name), source, index))
+
+        return replace(encoded, media=[replace(medium, arrays=patient(medium.arrays)) for medium in encoded.media])
 
     def _encode(self, source: int, index: int) -> Encoded:
         example, m = self.sources[source].example(index), self.mixture

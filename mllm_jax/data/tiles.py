@@ -12,12 +12,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
 from einops import rearrange, repeat
 
 from mllm_jax.data.processing.media import NEWLINE
+from mllm_jax.errors import ConfigError
 
 Size = tuple[int, int]
 
@@ -59,28 +61,55 @@ def fitted_size(size: Size, target: Size) -> Size:
     return target[0], min(math.ceil(size[1] * tall), target[1])
 
 
-def pad_to(image: np.ndarray, target: Size) -> np.ndarray:
-    """uint8[h, w, 3] -> uint8[*target, 3]: a black margin on both sides, an odd pixel below or right."""
-    before = [(wanted - given) // 2 for wanted, given in zip(target, image.shape[:2], strict=True)]
-    margins = [(b, wanted - given - b) for b, wanted, given in zip(before, target, image.shape[:2], strict=True)]
-    return np.pad(image, [*margins, (0, 0)])
-
-
-def pad_to_square(image: np.ndarray, colour: tuple[int, int, int]) -> np.ndarray:
-    """uint8[h, w, 3] -> uint8[s, s, 3], s the longer side, the picture in the middle, an odd pixel below or right."""
-    height, width = image.shape[:2]
-    side = max(height, width)
-    square = np.empty((side, side, 3), np.uint8)
-    square[:] = colour
-    top, left = (side - height) // 2, (side - width) // 2
-    square[top : top + height, left : left + width] = image
-    return square
+def pad_to(image: np.ndarray, target: Size, colour: tuple[int, int, int] = (0, 0, 0)) -> np.ndarray:
+    """uint8[h, w, 3] -> uint8[*target, 3]: a margin on both sides, an odd pixel below or right."""
+    padded = np.empty((*target, 3), np.uint8)
+    padded[:] = colour
+    (height, width), (tall, wide) = image.shape[:2], target
+    top, left = (tall - height) // 2, (wide - width) // 2
+    padded[top : top + height, left : left + width] = image
+    return padded
 
 
 def cut(image: np.ndarray, side: int) -> list[np.ndarray]:
     """The tiles of a picture, row by row; those at its lower and right edge may be smaller."""
     rows, columns = (range(0, length, side) for length in image.shape[:2])
     return [image[top : top + side, left : left + side] for top in rows for left in columns]
+
+
+Size = tuple[int, int]
+
+MAX_TILES = 1_000  # InternVL's own settings have 6 to 40
+
+
+@lru_cache(maxsize=256)
+def tile_grid(size: Size, tile: Size, least: int, most: int) -> Size:
+    """How many rows and columns of tiles a picture becomes.
+
+    The grid whose ratio of columns to rows is nearest to the picture's ratio of width to height, both taken as they
+    are, not their logarithms. Among equals the smaller one, unless the picture has more pixels than half of those that
+    a larger one's tiles have.
+
+    Args:
+        size: the picture's.
+        tile: a tile's.
+        least, most: how many tiles there may be, without the thumbnail.
+
+    Raises:
+        ConfigError: more tiles than any model takes.
+    """
+    if most > MAX_TILES:
+        raise ConfigError(f"up to {most:,} tiles of an image", f"at most {MAX_TILES:,}", "set fewer")
+    height, width = size
+    counts = range(1, most + 1)
+    grids = [(rows, columns) for columns in counts for rows in counts if least <= rows * columns <= most]
+    best, nearest = (1, 1), float("inf")
+    for rows, columns in sorted(grids, key=lambda grid: grid[0] * grid[1]):  # of as many tiles, the fewest columns
+        distance = abs(width / height - columns / rows)
+        fills = 2 * height * width > tile[0] * tile[1] * rows * columns
+        if distance < nearest or (distance == nearest and fills):
+            best, nearest = (rows, columns), distance
+    return best
 
 
 # ---- places

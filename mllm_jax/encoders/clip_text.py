@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from mllm_jax.checkpoints.architectures import model_type
 from mllm_jax.checkpoints.options import Options, named_as
-from mllm_jax.checkpoints.sample import token_sample
-from mllm_jax.checkpoints.table import Family, Table
+from mllm_jax.checkpoints.table import Table, families, token_sample
 from mllm_jax.encoders.text import TextTowerConfig
 from mllm_jax.encoders.text_hub import faithful, read_tower, tower_table, write_tower
 from mllm_jax.errors import ConfigError
@@ -51,33 +49,18 @@ def from_hf_config(values: dict) -> TextTowerConfig:
 def to_hf_config(config: TextTowerConfig) -> dict:
     """The reverse; refuses switches that the family does not have."""
     c = config
-    written = dict(architectures=[c.family], model_type=model_type(c.family), **write_tower(c))
-    if c.projection_size is not None:
-        written["projection_dim"] = c.projection_size
-    return faithful(c, written, from_hf_config)
+    projection = {} if c.projection_size is None else dict(projection_dim=c.projection_size)
+    return faithful(c, write_tower(c) | projection, from_hf_config)
 
 
 def table(config: TextTowerConfig) -> Table:
     return tower_table(config, "" if config.projection_size is None else "text_projection")
 
 
-FAMILIES = (
-    Family(
-        name="CLIP text",
-        architectures=(MODEL,),
-        from_hf=from_hf_config,
-        to_hf=to_hf_config,
-        table=table,
-        sample=token_sample,
-        oracle=MODEL,
-    ),
-    Family(
-        name="CLIP text with projection",
-        architectures=(WITH_PROJECTION,),
-        from_hf=from_hf_config,
-        to_hf=to_hf_config,
-        table=table,
-        sample=token_sample,
-        oracle=WITH_PROJECTION,
-    ),
+FAMILIES = families(
+    {MODEL: "CLIP text", WITH_PROJECTION: "CLIP text with projection"},
+    from_hf=from_hf_config,
+    to_hf=to_hf_config,
+    table=table,
+    sample=token_sample,
 )

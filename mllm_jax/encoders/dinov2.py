@@ -5,25 +5,15 @@ The mask token, which only masked pretraining reads, is neither kept nor written
 
 from __future__ import annotations
 
-from mllm_jax.checkpoints.architectures import model_type
+from dataclasses import replace
+
 from mllm_jax.checkpoints.config_json import RATIOS
-from mllm_jax.checkpoints.sample import image_sample
-from mllm_jax.checkpoints.table import Family, Table
-from mllm_jax.encoders.hub import Names, faithful, options_of, read_vit, vit_table, write_vit
+from mllm_jax.checkpoints.options import Options
+from mllm_jax.checkpoints.table import Table
+from mllm_jax.encoders.hub import Names, vit_family, vit_table
 from mllm_jax.encoders.vit import ViTConfig
 from mllm_jax.errors import ConfigError
 
-# What an option is where config.json does not say.
-_DEFAULTS = dict(
-    hidden_size=768,
-    num_hidden_layers=12,
-    num_attention_heads=12,
-    mlp_ratio=4,
-    hidden_act="gelu",
-    layer_norm_eps=1e-6,
-    image_size=224,
-    patch_size=14,
-)
 _NAMES = Names(
     patch="embeddings.patch_embeddings.projection",
     layers="encoder.layer",
@@ -57,42 +47,22 @@ def _mlp_size(width: int, ratio: float, gated: bool) -> int:
     return (int(size * 2 / 3) + 7) // 8 * 8 if gated else size
 
 
-def from_hf_config(values: dict) -> ViTConfig:
-    """config.json of Dinov2Model, every option honoured or refused by name."""
-    options = options_of(values, _DEFAULTS, "Dinov2Model")
+def _read(options: Options) -> dict:
     # What the backbone for detectors returns, and the mask token.
     options.skip("out_features", "out_indices", "stage_names", "apply_layernorm", "reshape_hidden_states")
     options.skip("_out_features", "_out_indices", "use_mask_token")
     gated = options.flag("use_swiglu_ffn", False)
-    switches = dict(activation="silu") if gated else {}
+    width = _mlp_size(options.size("hidden_size"), options.number("mlp_ratio", 4, *RATIOS), gated)
+    read = dict(mlp_size=width, gated=gated, layer_scale=float(options.number("layerscale_value", 1.0)))
     if gated:
         options.skip("hidden_act")
-    return read_vit(
-        options,
-        class_token=True,
-        mlp_size=_mlp_size(options.size("hidden_size"), options.number("mlp_ratio", ..., *RATIOS), gated),
-        gated=gated,
-        qkv_bias=options.flag("qkv_bias", True),
-        layer_scale=float(options.number("layerscale_value", 1.0)),
-        pooler="token",
-        family="Dinov2Model",
-        **switches,
-    )
+        read["activation"] = "silu"
+    return read
 
 
-def to_hf_config(config: ViTConfig) -> dict:
-    """The reverse; refuses switches that the family does not have."""
-    c = config
-    written = write_vit(c) | dict(
-        model_type=model_type(c.family),
-        mlp_ratio=_mlp_ratio(c),
-        use_swiglu_ffn=c.gated,
-        qkv_bias=c.qkv_bias,
-        layerscale_value=c.layer_scale,
-        use_mask_token=False,
-    )
-    del written["intermediate_size"]
-    return faithful(c, written, from_hf_config)
+def _write(c: ViTConfig) -> dict:
+    written = dict(mlp_ratio=_mlp_ratio(c), use_swiglu_ffn=c.gated, layerscale_value=c.layer_scale)
+    return written | dict(use_mask_token=False, intermediate_size=None)
 
 
 def _mlp_ratio(c: ViTConfig) -> int:
@@ -107,19 +77,23 @@ def _mlp_ratio(c: ViTConfig) -> int:
     )
 
 
-def table(config: ViTConfig) -> Table:
-    names = _NAMES if not config.gated else Names(**vars(_NAMES) | _GATED)
+def _table(config: ViTConfig) -> Table:
+    names = _NAMES if not config.gated else replace(_NAMES, **_GATED)
     return vit_table(config, names)
 
 
-FAMILIES = (
-    Family(
+FAMILY = replace(
+    vit_family(
+        "Dinov2Model",
         name="DINOv2",
-        architectures=("Dinov2Model",),
-        from_hf=from_hf_config,
-        to_hf=to_hf_config,
-        table=table,
-        sample=image_sample,
-        oracle="Dinov2Model",
+        defaults=dict(patch_size=14, intermediate_size=None),  # mlp_ratio says it
+        names=_NAMES,
+        fields={"qkv_bias": ("qkv_bias", "flag", True)},
+        read=_read,
+        write=_write,
+        class_token=True,
+        pooler="token",
     ),
+    table=_table,
 )
+FAMILIES = (FAMILY,)

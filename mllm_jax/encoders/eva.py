@@ -10,62 +10,45 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from mllm_jax.checkpoints.config_json import MOST_PATCHES, RATIOS, read_grid, read_square
+from mllm_jax.checkpoints.config_json import (
+    MOST_PATCHES,
+    RATIOS,
+    Fields,
+    read_fields,
+    read_grid,
+    read_square,
+    write_fields,
+)
 from mllm_jax.checkpoints.options import Options
-from mllm_jax.checkpoints.sample import image_sample
-from mllm_jax.checkpoints.table import Family, Table
-from mllm_jax.encoders.hub import Names, faithful, options_of, read_vit, vit_table, write_vit
+from mllm_jax.checkpoints.table import Family, Table, image_sample
+from mllm_jax.encoders.hub import Names, faithful, vit_family, vit_table
 from mllm_jax.encoders.vit import ViTConfig
 from mllm_jax.errors import ConfigError
 
 # ---- Blip2VisionModel
 
-# What an option is where config.json does not say.
-_BLIP2_DEFAULTS = dict(
-    hidden_size=1408,
-    num_hidden_layers=39,
-    num_attention_heads=16,
-    intermediate_size=6144,
-    hidden_act="gelu",
-    layer_norm_eps=1e-6,
-    image_size=224,
-    patch_size=14,
+FAMILY = vit_family(
+    "Blip2VisionModel",
+    name="EVA-01",
+    defaults=dict(
+        hidden_size=1408, num_hidden_layers=39, num_attention_heads=16, intermediate_size=6144, patch_size=14
+    ),
+    names=Names(
+        patch="embeddings.patch_embedding",
+        layers="encoder.layers",
+        class_token="embeddings.class_embedding",
+        position="embeddings.position_embedding",
+        q="self_attn.qkv",
+        k="self_attn.qkv",
+        v="self_attn.qkv",
+        out="self_attn.projection",
+        spellings=((r"^vision_model\.", ""),),
+    ),
+    fields={"qkv_bias": ("qkv_bias", "flag", True)},
+    class_token=True,
+    norm_pooled=True,  # the reference takes the last norm twice on the class token
+    pooler="token",
 )
-_BLIP2_NAMES = Names(
-    patch="embeddings.patch_embedding",
-    layers="encoder.layers",
-    class_token="embeddings.class_embedding",
-    position="embeddings.position_embedding",
-    q="self_attn.qkv",
-    k="self_attn.qkv",
-    v="self_attn.qkv",
-    out="self_attn.projection",
-    spellings=((r"^vision_model\.", ""),),
-)
-
-
-def from_hf_config(values: dict) -> ViTConfig:
-    """config.json of Blip2VisionModel or `vision_config` of BLIP-2, every option honoured or refused by name."""
-    options = options_of(values, _BLIP2_DEFAULTS, "Blip2VisionModel")
-    # The reference takes the last norm twice on the class token.
-    return read_vit(
-        options,
-        class_token=True,
-        qkv_bias=options.flag("qkv_bias", True),
-        norm_pooled=True,
-        pooler="token",
-        family="Blip2VisionModel",
-    )
-
-
-def to_hf_config(config: ViTConfig) -> dict:
-    """The reverse; refuses switches that the family does not have."""
-    written = write_vit(config) | dict(qkv_bias=config.qkv_bias)
-    return faithful(config, written, from_hf_config)
-
-
-def table(config: ViTConfig) -> Table:
-    return vit_table(config, _BLIP2_NAMES)
 
 
 # ---- timm
@@ -118,6 +101,16 @@ _FIXED = dict(
     rope_rotate_half=False,
     dynamic_img_pad=False,
 )
+_FIELDS: Fields = {
+    "hidden_size": ("embed_dim", "size"),
+    "num_layers": ("depth", "size"),
+    "num_heads": ("num_heads", "size"),
+    "num_channels": ("in_chans", "size"),
+    "gated": ("swiglu_mlp", "flag", False),
+    "class_token": ("class_token", "flag", True),
+    "qkv_bias": ("qkv_bias", "flag", True),
+    "pre_norm": ("use_pre_transformer_norm", "flag", False),
+}
 _TIMM_NAMES = Names(
     patch="patch_embed.proj",
     layers="blocks",
@@ -185,13 +178,12 @@ def from_timm_config(values: dict) -> ViTConfig:
         options.only(name, value)
     # What fuses is no part of the module, so it cannot be kept.
     options.only("qkv_fused", _TIMM[family].get("qkv_fused", True))
-    width, gated = options.size("embed_dim"), options.flag("swiglu_mlp", False)
+    read = read_fields(options, _FIELDS)
     classes = options.count("num_classes")
     post_norm = options.flag("use_post_norm", False)
     pooler = _POOLERS[options.only("global_pool", *_POOLERS)]
     norm_pooled = options.flag("use_fc_norm", pooler == "mean")
     norm_output = options.only("use_post_transformer_norm", not norm_pooled)
-    pre_norm = options.flag("use_pre_transformer_norm", False)
     switches: dict[str, Any] = {}
     if options.flag("use_rot_pos_emb", False):
         switches = dict(
@@ -205,18 +197,11 @@ def from_timm_config(values: dict) -> ViTConfig:
         switches |= dict(image_mean=shown.numbers("mean"), image_std=shown.numbers("std"))
     config = ViTConfig(
         **read_grid(options, "img_size"),
-        hidden_size=width,
-        num_layers=options.size("depth"),
-        num_heads=options.size("num_heads"),
-        mlp_size=int(width * options.number("mlp_ratio", ..., *RATIOS)),
-        activation="silu" if gated else "gelu",
-        gated=gated,
-        num_channels=options.size("in_chans"),
-        class_token=options.flag("class_token", True),
+        **read,
+        mlp_size=int(read["hidden_size"] * options.number("mlp_ratio", ..., *RATIOS)),
+        activation="silu" if read["gated"] else "gelu",
         drop_remainder=True,
-        patch_bias=not pre_norm,
-        pre_norm=pre_norm,
-        qkv_bias=options.flag("qkv_bias", True),
+        patch_bias=not read["pre_norm"],
         k_bias=False,
         norm_first=not post_norm,
         norm_output=norm_output,
@@ -238,21 +223,14 @@ def to_timm_config(config: ViTConfig) -> dict:
     """The reverse; refuses switches that the family does not have."""
     c = config
     arguments = dict(
+        **write_fields(c, _FIELDS),
         img_size=c.image_size,
         patch_size=c.patch_size,
-        embed_dim=c.hidden_size,
-        depth=c.num_layers,
-        num_heads=c.num_heads,
         # Half a dimension more, so that the product's rounding cannot lose one.
         mlp_ratio=(c.mlp_size + 0.5) / c.hidden_size,
-        swiglu_mlp=c.gated,
-        in_chans=c.num_channels,
         num_classes=c.head_size or 0,
-        class_token=c.class_token,
-        use_pre_transformer_norm=c.pre_norm,
         use_fc_norm=c.norm_pooled,
         use_post_transformer_norm=c.norm_output,
-        qkv_bias=c.qkv_bias,
         use_post_norm=not c.norm_first,
         scale_attn_inner=c.attention_sub_norm_eps is not None,
         scale_mlp=c.mlp_sub_norm_eps is not None,
@@ -294,15 +272,7 @@ def timm_table(config: ViTConfig) -> Table:
 
 
 FAMILIES = (
-    Family(
-        name="EVA-01",
-        architectures=("Blip2VisionModel",),
-        from_hf=from_hf_config,
-        to_hf=to_hf_config,
-        table=table,
-        sample=image_sample,
-        oracle="Blip2VisionModel",
-    ),
+    FAMILY,
     Family(
         name="EVA-02-CLIP",
         architectures=tuple(_TIMM),

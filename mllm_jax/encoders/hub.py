@@ -4,26 +4,45 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
-from mllm_jax.checkpoints import config_json
-from mllm_jax.checkpoints.architectures import model_type
+from mllm_jax.checkpoints.architectures import kind_of
 from mllm_jax.checkpoints.config_json import (
     ELSEWHERE,
-    ENCODER_ACTIVATIONS,
+    LAYERS,
+    Fields,
     check_written,
+    read_fields,
     read_grid,
     stored_fields,
-    write_activation,
+    write_fields,
 )
-from mllm_jax.checkpoints.options import Options, named_as
-from mllm_jax.checkpoints.table import Table, Weight
+from mllm_jax.checkpoints.options import ENCODER_ACTIVATIONS, Options, named_as
+from mllm_jax.checkpoints.table import (
+    HEAD_BIAS,
+    LINEAR,
+    OUT_OF_HEADS,
+    Family,
+    Table,
+    Weight,
+    beside,
+    image_sample,
+    into_heads,
+    linear,
+    norm,
+)
 from mllm_jax.encoders.vit import ViTConfig
 from mllm_jax.errors import ConfigError
 
-
-def read_activation(options: Options, name: str = "hidden_act") -> str:
-    """Our name of an encoder's activation. Raises ConfigError: an unknown one."""
-    return config_json.read_activation(options, name, ENCODER_ACTIVATIONS)
+_GRID = {"image_size": ("image_size", "size"), "patch_size": ("patch_size", "size")}
+_FIELDS: Fields = LAYERS | {
+    "mlp_size": ("intermediate_size", "size"),
+    "activation": ("hidden_act", "activation", ENCODER_ACTIVATIONS),
+    "norm_eps": ("layer_norm_eps", "number", ..., 0.0),
+    "num_channels": ("num_channels", "size", 3),
+}
+# What an option is where config.json does not say, and the family has nothing else.
+_DEFAULTS = write_fields(ViTConfig(), _GRID | _FIELDS)
 
 
 def options_of(values: Mapping, defaults: Mapping, family: str) -> Options:
@@ -48,38 +67,16 @@ def read_vit(options: Options, **switches) -> ViTConfig:
     Args:
         switches: fields of the config that the family decides.
     """
-    read = dict(
-        **read_grid(options),
-        hidden_size=options.size("hidden_size"),
-        num_layers=options.size("num_hidden_layers"),
-        num_heads=options.size("num_attention_heads"),
-        activation=read_activation(options) if "activation" not in switches else "",
-        norm_eps=options.number("layer_norm_eps", least=0.0),
-        num_channels=options.size("num_channels", 3),
-        drop_remainder=True,
-    )
-    if "mlp_size" not in switches:
-        read["mlp_size"] = options.size("intermediate_size")
+    fields = {name: field for name, field in _FIELDS.items() if name not in switches}
+    config = ViTConfig(**read_grid(options) | dict(drop_remainder=True) | read_fields(options, fields) | switches)
     options.skip(*ELSEWHERE)
     options.done()
-    return ViTConfig(**read | switches)
+    return config
 
 
 def write_vit(c: ViTConfig) -> dict:
-    """The reverse of `read_vit`."""
-    return dict(
-        architectures=[c.family],
-        model_type=model_type(c.family),
-        image_size=c.image_size,
-        patch_size=c.patch_size,
-        hidden_size=c.hidden_size,
-        num_hidden_layers=c.num_layers,
-        num_attention_heads=c.num_heads,
-        intermediate_size=c.mlp_size,
-        hidden_act=write_activation(c.activation),
-        layer_norm_eps=c.norm_eps,
-        num_channels=c.num_channels,
-    )
+    """The inverse of `read_vit`."""
+    return dict(**kind_of(c.family), **write_fields(c, _GRID | _FIELDS))
 
 
 def faithful(c: ViTConfig, written: dict, read: Callable[[dict], ViTConfig]) -> dict:
@@ -102,7 +99,7 @@ class Names:
     """The hub's words for a ViT's tensors; q, k and v, or gate and up, may lie in one tensor and share its name.
 
     Attributes:
-        q_bias, k_bias, v_bias: whole names where biases have their own, instead of the matrix' name with ".bias".
+        q_bias, v_bias: whole names where biases have their own, instead of the matrix' name with ".bias".
         token_axes, position_axes: the axes that the hub has: "e", "1 e" or "1 1 e"; "n e" or "1 n e".
         attention_scale, mlp_scale: whole names of the layer scales.
         head: the linear map behind the pooling.
@@ -121,7 +118,6 @@ class Names:
     k: str = "self_attn.k_proj"
     v: str = "self_attn.v_proj"
     q_bias: str = ""
-    k_bias: str = ""
     v_bias: str = ""
     q_norm: str = ""
     k_norm: str = ""
@@ -143,78 +139,90 @@ class Names:
 
 def vit_table(c: ViTConfig, names: Names) -> Table:
     """The weights of a ViT under a family's names."""
-    weights: list[Weight] = []
     width, head = c.hidden_size, {"h": c.hidden_size // c.num_heads}
-
-    def norm(name: str, path: str, kind: str = "layer"):
-        weights.append(Weight(f"{name}.weight", f"{path}/scale"))
-        if kind == "layer":
-            weights.append(Weight(f"{name}.bias", f"{path}/bias"))
-
-    def linear(name: str, path: str, kernel: str = "o i -> i o", sizes: dict = {}, bias: bool = True):  # noqa: B006
-        weights.append(Weight(f"{name}.weight", f"{path}/kernel", kernel, sizes))
-        if bias:
-            weights.append(Weight(f"{name}.bias", f"{path}/bias"))
-
-    def beside(parts: list[tuple[str, str, int]], kernel: str, bias: str, sizes: dict):
-        """(stored name, path, rows), which lie one after the other in one tensor where they share its name."""
-        start = 0
-        for name, path, rows in parts:
-            together = [each for each, _, _ in parts].count(name) > 1
-            place = (start, start + rows) if together else None
-            start += rows
-            weights.append(Weight(name, path, bias if path.endswith("bias") else kernel, sizes, place))
-
-    def attention(hub: str, path: str, q: str, k: str, v: str, biases: tuple[str, str, str]):
-        parts = [(f"{hub}{name}", f"{path}/{ours}/kernel", width) for ours, name in zip("qkv", (q, k, v), strict=True)]
-        beside(parts, "(n h) e -> e n h", "", head)
-        parts = [
-            (f"{hub}{name}", f"{path}/{ours}/bias", width) for ours, name in zip("qkv", biases, strict=True) if name
-        ]
-        beside(parts, "", "(n h) -> n h", head)
-
+    hub, layernorm = f"{names.layers}.{{layer}}.", c.norm == "layer"
     patch = {"p": c.patch_size, "q": c.patch_size, "c": c.num_channels}
-    projection = "patch_embedding/projection"
-    linear(names.patch, projection, "e c p q -> (p q c) e", patch, c.patch_bias)
+    weights = linear(names.patch, "patch_embedding/projection", "e c p q -> (p q c) e", patch, bias=c.patch_bias)
     if c.class_token:
         weights.append(Weight(names.class_token, "class_token", f"{names.token_axes} -> 1 e"))
     weights.append(Weight(names.position, "position_embedding", f"{names.position_axes} -> n e"))
     if c.pre_norm:
-        norm(names.pre_norm, "pre_norm", c.norm)
-    hub, layer = f"{names.layers}.{{layer}}.", "layers"
-    norm(hub + names.attention_norm, f"{layer}/attention_norm", c.norm)
-    biases = tuple(getattr(names, f"{part}_bias") or f"{getattr(names, part)}.bias" for part in "qkv")
-    keep = (c.qkv_bias, c.qkv_bias and c.k_bias, c.qkv_bias)
-    biases = tuple(name if kept else "" for name, kept in zip(biases, keep, strict=True))
-    matrices = (f"{names.q}.weight", f"{names.k}.weight", f"{names.v}.weight")
-    attention(hub, f"{layer}/attention", *matrices, biases)
+        weights += norm(names.pre_norm, "pre_norm", bias=layernorm)
+    weights += norm(hub + names.attention_norm, "layers/attention_norm", bias=layernorm)
+    own_biases = c.qkv_bias and names.q_bias
+    biased = "" if own_biases or not c.qkv_bias else "qkv" if c.k_bias else "qv"
+    stored = [hub + name for name in (names.q, names.k, names.v)]
+    weights += into_heads(stored, "layers/attention", head["h"], (width,) * 3, biased)
+    if own_biases:
+        for part, name in (("q", names.q_bias), ("v", names.v_bias)):
+            weights.append(Weight(hub + name, f"layers/attention/{part}/bias", HEAD_BIAS, head))
     if c.qk_norm:
-        norm(hub + names.q_norm, f"{layer}/attention/q_norm", "rms")
-        norm(hub + names.k_norm, f"{layer}/attention/k_norm", "rms")
+        weights += norm(hub + names.q_norm, "layers/attention/q_norm", bias=False)
+        weights += norm(hub + names.k_norm, "layers/attention/k_norm", bias=False)
     if c.attention_sub_norm_eps is not None:
-        norm(hub + names.attention_sub_norm, f"{layer}/attention/norm")
-    linear(hub + names.out, f"{layer}/attention/out", "e (n h) -> n h e", head)
-    norm(hub + names.mlp_norm, f"{layer}/mlp_norm", c.norm)
-    wide = ([("gate", names.gate)] if c.gated else []) + [("up", names.up)]
-    for kind in ("weight", "bias"):
-        ours = {"weight": "kernel"}.get(kind, kind)
-        parts = [(f"{hub}{name}.{kind}", f"{layer}/mlp/{part}/{ours}", c.mlp_size) for part, name in wide]
-        beside(parts, "o i -> i o", "", {})
+        weights += norm(hub + names.attention_sub_norm, "layers/attention/norm")
+    weights += linear(hub + names.out, "layers/attention/out", OUT_OF_HEADS, head)
+    weights += norm(hub + names.mlp_norm, "layers/mlp_norm", bias=layernorm)
+    wide = [("gate", names.gate)] * c.gated + [("up", names.up)]
+    weights += beside([(f"{hub}{name}.weight", f"layers/mlp/{part}/kernel", c.mlp_size) for part, name in wide], LINEAR)
+    weights += beside([(f"{hub}{name}.bias", f"layers/mlp/{part}/bias", c.mlp_size) for part, name in wide])
     if c.mlp_sub_norm_eps is not None:
-        norm(hub + names.mlp_sub_norm, f"{layer}/mlp/norm")
-    linear(hub + names.down, f"{layer}/mlp/down")
+        weights += norm(hub + names.mlp_sub_norm, "layers/mlp/norm")
+    weights += linear(hub + names.down, "layers/mlp/down")
     if c.layer_scale is not None:
-        weights.append(Weight(hub + names.attention_scale, f"{layer}/attention_scale"))
-        weights.append(Weight(hub + names.mlp_scale, f"{layer}/mlp_scale"))
+        weights.append(Weight(hub + names.attention_scale, "layers/attention_scale"))
+        weights.append(Weight(hub + names.mlp_scale, "layers/mlp_scale"))
     if c.norm_output or c.norm_pooled:
-        norm(names.final_norm, "final_norm")
+        weights += norm(names.final_norm, "final_norm")
     if c.pooler == "attention":
         weights.append(Weight(f"{names.pooler}.probe", "pooler/probe", "1 1 e -> 1 e"))
-        attention(f"{names.pooler}.attention.", "pooler", *["in_proj_weight"] * 3, ("in_proj_bias",) * 3)
-        linear(f"{names.pooler}.attention.out_proj", "pooler/out", "e (n h) -> n h e", head)
-        norm(f"{names.pooler}.layernorm", "pooler/norm")
-        linear(f"{names.pooler}.mlp.fc1", "pooler/mlp/up")
-        linear(f"{names.pooler}.mlp.fc2", "pooler/mlp/down")
+        stored = (f"{names.pooler}.attention.in_proj",) * 3
+        weights += into_heads(stored, "pooler", head["h"], (width,) * 3, joint="_")
+        weights += linear(f"{names.pooler}.attention.out_proj", "pooler/out", OUT_OF_HEADS, head)
+        weights += norm(f"{names.pooler}.layernorm", "pooler/norm")
+        weights += linear(f"{names.pooler}.mlp.fc1", "pooler/mlp/up")
+        weights += linear(f"{names.pooler}.mlp.fc2", "pooler/mlp/down")
     if c.head_size is not None:
-        linear(names.head, "head")
+        weights += linear(names.head, "head")
     return Table(tuple(weights), names.spellings, names.ignored)
+
+
+def vit_family(
+    architecture: str,
+    *,
+    name: str,
+    oracle: str = "",
+    defaults: Mapping[str, Any],
+    names: Names,
+    fields: Fields = {},  # noqa: B006
+    read: Callable[[Options], dict] = lambda options: {},
+    write: Callable[[ViTConfig], dict] = lambda config: {},
+    **fixed: Any,
+) -> Family:
+    """A ViT as a class of transformers has it; every option of its config.json is honoured or refused by name.
+
+    Args:
+        defaults: what an option is where config.json does not say, if it is not what `ViTConfig` has.
+        names: of its tensors.
+        fields: options of this family alone.
+        read, write: what else it reads, as fields of the config, and writes, as options; None: not this one.
+        fixed: the fields that all its models have alike.
+    """
+
+    def from_hf(values: Mapping) -> ViTConfig:
+        options = options_of(values, _DEFAULTS | dict(defaults), architecture)
+        return read_vit(options, family=architecture, **fixed | read_fields(options, fields) | read(options))
+
+    def to_hf(config: ViTConfig) -> dict:
+        written = write_vit(config) | write_fields(config, fields) | write(config)
+        return faithful(config, {name: value for name, value in written.items() if value is not None}, from_hf)
+
+    return Family(
+        name=name,
+        architectures=(architecture,),
+        from_hf=from_hf,
+        to_hf=to_hf,
+        table=lambda config: vit_table(config, names),
+        sample=image_sample,
+        oracle=oracle,
+    )

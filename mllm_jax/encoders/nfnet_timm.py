@@ -6,25 +6,24 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from mllm_jax.checkpoints.config_json import check_written
+from mllm_jax.checkpoints.config_json import Fields, check_written, read_fields, write_fields
 from mllm_jax.checkpoints.options import Options
-from mllm_jax.checkpoints.table import Family, Table, Weight
+from mllm_jax.checkpoints.table import Family, Table, Weight, linear
 from mllm_jax.encoders.nfnet import VARIANTS, NFNetConfig, NFNetInput, nfnet, round_to
 from mllm_jax.errors import ConfigError
 
-# timm's name of an option -> ours, where the value is the same, and its kind.
-_SAME = {
-    "alpha": ("alpha", "number"),
-    "bottle_ratio": ("bottleneck", "number"),
-    "ch_div": ("channel_divisor", "size"),
-    "attn_gain": ("se_gain", "number"),
-    "act_layer": ("activation", "text"),
-    "gamma_in_act": ("gamma_in_act", "flag"),
-    "same_padding": ("same_padding", "flag"),
-    "skipinit": ("skip_init", "flag"),
-    "std_conv_eps": ("std_eps", "number"),
-    "in_chans": ("in_channels", "size"),
-    "num_classes": ("num_classes", "count"),
+_FIELDS: Fields = {
+    "alpha": ("alpha", "number", NFNetConfig.alpha),
+    "bottleneck": ("bottle_ratio", "number", NFNetConfig.bottleneck),
+    "channel_divisor": ("ch_div", "size", NFNetConfig.channel_divisor),
+    "se_gain": ("attn_gain", "number", NFNetConfig.se_gain),
+    "activation": ("act_layer", "text", NFNetConfig.activation),
+    "gamma_in_act": ("gamma_in_act", "flag", NFNetConfig.gamma_in_act),
+    "same_padding": ("same_padding", "flag", NFNetConfig.same_padding),
+    "skip_init": ("skipinit", "flag", NFNetConfig.skip_init),
+    "std_eps": ("std_conv_eps", "number", NFNetConfig.std_eps),
+    "in_channels": ("in_chans", "size", NFNetConfig.in_channels),
+    "num_classes": ("num_classes", "count", NFNetConfig.num_classes),
 }
 # The one value that is supported.
 _FIXED = dict(stem_type="deep_quad", attn_layer="se", extra_conv=True, reg=False, width_factor=1.0)
@@ -72,7 +71,6 @@ def from_hf_config(values: dict) -> NFNetConfig:
     divisor = model.size("ch_div")
     widths = tuple(round_to(width, divisor) for width in model.sizes("channels"))
     stem = round_to(model.size("stem_chs"), divisor)
-    same = {ours: getattr(model, kind)(theirs, getattr(defaults, ours)) for theirs, (ours, kind) in _SAME.items()}
     size = _pixels(pretrained, "input_size", (3, *defaults.input.size))
     test_size = _pixels(pretrained, "test_input_size", None)
     pictures = {name: getattr(pretrained, kind)(name, getattr(defaults.input, name)) for name, kind in _INPUT.items()}
@@ -91,7 +89,7 @@ def from_hf_config(values: dict) -> NFNetConfig:
             **pictures,
         ),
         family=architecture,
-        **same,
+        **read_fields(model, _FIELDS),
     )
     se.done()
     model.done()
@@ -125,9 +123,9 @@ def to_hf_config(config: NFNetConfig) -> dict:
         group_size=c.group_sizes[0],
         num_features=c.final_size,
         attn_kwargs=se,
-        **{theirs: getattr(c, ours) for theirs, (ours, _) in _SAME.items() if theirs != "num_classes"},
+        **write_fields(c, _FIELDS),
     )
-    plain = {theirs: getattr(NFNetConfig(), ours) for theirs, (ours, _) in _SAME.items()} | _timm_options(c.family)
+    plain = write_fields(NFNetConfig(), _FIELDS) | dict(num_classes=c.num_classes) | _timm_options(c.family)
     model_args = {name: value for name, value in full.items() if value != plain[name]}
     pictures = {name: value for name in _INPUT if (value := getattr(c.input, name)) is not None}
     pictures["input_size"] = (c.in_channels, *c.input.size)
@@ -160,10 +158,6 @@ def table(config: NFNetConfig) -> Table:
         weights.append(Weight(f"{name}.gain", f"{path}/gain", "o 1 1 1 -> o"))
         weights.append(Weight(f"{name}.bias", f"{path}/bias"))
 
-    def linear(name: str, path: str, pattern: str = "o i -> i o"):
-        weights.append(Weight(f"{name}.weight", f"{path}/kernel", pattern))
-        weights.append(Weight(f"{name}.bias", f"{path}/bias"))
-
     for i in range(len(config.stem_sizes)):
         conv(f"stem.conv{i + 1}", f"stem_{i}")
     before = config.stem_sizes[-1]
@@ -174,14 +168,14 @@ def table(config: NFNetConfig) -> Table:
                 conv(f"{name}.downsample.conv", f"{path}/shortcut")
             for theirs, ours in (("conv1", "conv_1"), ("conv2", "conv_2"), ("conv2b", "conv_3"), ("conv3", "conv_4")):
                 conv(f"{name}.{theirs}", f"{path}/{ours}")
-            linear(f"{name}.attn_last.fc1", f"{path}/squeeze_excite/down", "o i 1 1 -> i o")
-            linear(f"{name}.attn_last.fc2", f"{path}/squeeze_excite/up", "o i 1 1 -> i o")
+            weights += linear(f"{name}.attn_last.fc1", f"{path}/squeeze_excite/down", "o i 1 1 -> i o")
+            weights += linear(f"{name}.attn_last.fc2", f"{path}/squeeze_excite/up", "o i 1 1 -> i o")
             if config.skip_init:
                 # timm stores a number without axes; with one, every part of the engine can index it.
                 weights.append(Weight(f"{name}.skipinit_gain", f"{path}/skip_gain", " -> 1"))
     conv("final_conv", "final_conv")
     if config.num_classes:
-        linear("head.fc", "head")
+        weights += linear("head.fc", "head")
     return Table(tuple(weights))
 
 

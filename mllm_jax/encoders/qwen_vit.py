@@ -17,11 +17,18 @@ from einops import rearrange
 from flax import linen as nn
 from flax import struct
 
-from mllm_jax.checkpoints.architectures import model_type
-from mllm_jax.checkpoints.config_json import ELSEWHERE, MOST_PATCHES, RATIOS, check_written, write_activation
-from mllm_jax.checkpoints.options import Options, named_as
-from mllm_jax.checkpoints.table import Family, Table, Weight
-from mllm_jax.encoders.hub import read_activation
+from mllm_jax.checkpoints.architectures import kind_of, model_type
+from mllm_jax.checkpoints.config_json import (
+    ELSEWHERE,
+    MOST_PATCHES,
+    RATIOS,
+    Fields,
+    check_written,
+    read_fields,
+    write_fields,
+)
+from mllm_jax.checkpoints.options import ENCODER_ACTIVATIONS, Options, named_as
+from mllm_jax.checkpoints.table import OUT_OF_HEADS, Table, Weight, families, into_heads, linear, norm
 from mllm_jax.encoders.qwen_patches import PatchLayout, lay_out_patches, window_numbers
 from mllm_jax.encoders.vit import VisionOutput
 from mllm_jax.errors import ConfigError, DataError
@@ -32,7 +39,7 @@ from mllm_jax.layers.mlp import ACTIVATIONS, MLP
 from mllm_jax.layers.norms import LayerNorm, RMSNorm
 from mllm_jax.layers.requirements import Requirements
 from mllm_jax.layers.rotary import grid_angles
-from mllm_jax.layers.stack import scan_layers
+from mllm_jax.layers.stack import layers_of
 from mllm_jax.sharding.logical import constrain
 
 NORM_EPS = 1e-6  # of every norm in the three towers; no option sets it
@@ -239,9 +246,7 @@ class QwenViT(nn.Module):
         # Layers that are none of the deepstack's get a place beyond the end, where writing is dropped.
         places = np.array([c.deepstack_layers.index(i) if i in c.deepstack_layers else depth for i in numbers])
         features = jnp.zeros((depth, *x.shape), dtype) if depth else None
-        layers = scan_layers(
-            QwenViTBlock, num_layers=c.num_layers, remat=c.remat, unroll=c.scan_unroll, num_broadcast=3
-        )(c, output_hidden_states, name="layers")
+        layers = layers_of(c, QwenViTBlock, 3)(c, output_hidden_states, name="layers")
         own = (jnp.asarray(np.isin(numbers, c.full_layers)), jnp.asarray(places, jnp.int32))
         (x, features), states = layers((x, features), own, segments, windows, angles)
         deepstack = ()
@@ -280,6 +285,34 @@ _DEFAULTS = {
     | dict(patch_size=16, num_position_embeddings=2304, deepstack_visual_indexes=(8, 16, 24)),
 }
 MOST_PATCH = 256  # a side in pixels, or in patches that become one token
+_FIELDS: Fields = {
+    "patch_size": ("patch_size", "size", ..., MOST_PATCH),
+    "temporal_patch_size": ("temporal_patch_size", "size"),
+    "channels": ("in_channels", "size"),
+    "merge_size": ("spatial_merge_size", "size", ..., MOST_PATCH),
+    "num_layers": ("depth", "size"),
+    "num_heads": ("num_heads", "size"),
+    "activation": ("hidden_act", "activation", ENCODER_ACTIVATIONS),
+}
+_WIDTHS: Fields = {
+    "hidden_size": ("hidden_size", "size"),
+    "mlp_size": ("intermediate_size", "size"),
+    "output_size": ("out_hidden_size", "size"),
+}
+_OWN: dict[str, Fields] = {
+    _QWEN2: {"hidden_size": ("embed_dim", "size"), "output_size": ("hidden_size", "size")},
+    _QWEN25: _WIDTHS
+    | {
+        "window_size": ("window_size", "size"),
+        "full_layers": ("fullatt_block_indexes", "counts"),
+        "tokens_per_second": ("tokens_per_second", "size"),
+    },
+    _QWEN3: _WIDTHS
+    | {
+        "num_positions": ("num_position_embeddings", "size", ..., MOST_PATCHES**2),
+        "deepstack_layers": ("deepstack_visual_indexes", "counts"),
+    },
+}
 # The modules' names: projections of the MLP, then norm and two maps of the merger.
 _NAMES = {
     _QWEN2: (("fc1", "fc2"), ("ln_q", "mlp.0", "mlp.2")),
@@ -308,44 +341,25 @@ def from_hf_config(values: dict) -> QwenViTConfig:
     options = Options(_DEFAULTS[family] | {k: v for k, v in part.items() if v is not None}, f"config.json of {family}")
     rope = Options(options.part("rope_parameters", {}), f"rope_parameters of {family}")
     rope.only("rope_type", "axial")
-    patch, channels = options.size("patch_size", most=MOST_PATCH), options.size("in_channels")
-    frames = options.size("temporal_patch_size")
-    # Spellings of the first checkpoints, which the reference class does not read.
-    options.only("in_chans", channels)
-    options.only("spatial_patch_size", patch)
-    read = dict(
-        patch_size=patch,
-        temporal_patch_size=frames,
-        channels=channels,
-        merge_size=options.size("spatial_merge_size", most=MOST_PATCH),
-        num_layers=options.size("depth"),
-        num_heads=options.size("num_heads"),
-        activation=read_activation(options),
-        rope_theta=rope.number("rope_theta", 10_000.0, least=1.0),
-        family=family,
-    )
+    read = read_fields(options, _FIELDS | _OWN[family]) | dict(family=family)
+    read["rope_theta"] = rope.number("rope_theta", 10_000.0, least=1.0)
     rope.done()
+    # Spellings of the first checkpoints, which the reference class does not read.
+    options.only("in_chans", read["channels"])
+    options.only("spatial_patch_size", read["patch_size"])
     if family == _QWEN2:
-        width = options.size("embed_dim")
-        mlp_size = int(width * options.number("mlp_ratio", ..., *RATIOS))
-        read |= dict(hidden_size=width, mlp_size=mlp_size, output_size=options.size("hidden_size"))
-    else:
-        read |= dict(hidden_size=options.size("hidden_size"), mlp_size=options.size("intermediate_size"))
-        read |= dict(output_size=options.size("out_hidden_size"))
+        read["mlp_size"] = int(read["hidden_size"] * options.number("mlp_ratio", ..., *RATIOS))
     if family == _QWEN25:
-        read |= dict(norm="rms", gated=True, window_size=options.size("window_size"))
-        read |= dict(full_layers=options.counts("fullatt_block_indexes"))
-        read |= dict(tokens_per_second=options.size("tokens_per_second"))
+        read |= dict(norm="rms", gated=True)
     if family == _QWEN3:
-        read |= dict(patch_bias=True, num_positions=options.size("num_position_embeddings", most=MOST_PATCHES**2))
-        read |= dict(deepstack_layers=options.counts("deepstack_visual_indexes"))
+        read |= dict(patch_bias=True)
     options.skip(*ELSEWHERE)
     options.done()
     return QwenViTConfig(**read)
 
 
 def to_hf_config(config: QwenViTConfig) -> dict:
-    """The reverse, for a folder of the tower alone.
+    """The inverse, for a folder of the tower alone.
 
     Raises:
         ConfigError: the family has no options for some of the switches; names them.
@@ -353,27 +367,10 @@ def to_hf_config(config: QwenViTConfig) -> dict:
     c = config
     if c.family not in _DEFAULTS:
         raise ConfigError(f"Qwen ViT: family {c.family!r}", f"one of {', '.join(_DEFAULTS)}", "change family")
-    written = dict(
-        architectures=[c.family],
-        model_type=model_type(c.family),
-        depth=c.num_layers,
-        num_heads=c.num_heads,
-        in_channels=c.channels,
-        patch_size=c.patch_size,
-        spatial_merge_size=c.merge_size,
-        temporal_patch_size=c.temporal_patch_size,
-        hidden_act=write_activation(c.activation),
-        rope_parameters=dict(rope_type="axial", rope_theta=c.rope_theta),
-    )
+    written = kind_of(c.family) | write_fields(c, _FIELDS | _OWN[c.family])
+    written["rope_parameters"] = dict(rope_type="axial", rope_theta=c.rope_theta)
     if c.family == _QWEN2:
-        written |= dict(embed_dim=c.hidden_size, hidden_size=c.output_size, mlp_ratio=c.mlp_size // c.hidden_size)
-    else:
-        written |= dict(hidden_size=c.hidden_size, intermediate_size=c.mlp_size, out_hidden_size=c.output_size)
-    if c.family == _QWEN25:
-        written |= dict(window_size=c.window_size, fullatt_block_indexes=list(c.full_layers))
-        written |= dict(tokens_per_second=c.tokens_per_second)
-    if c.family == _QWEN3:
-        written |= dict(num_position_embeddings=c.num_positions, deepstack_visual_indexes=list(c.deepstack_layers))
+        written["mlp_ratio"] = c.mlp_size // c.hidden_size
     return check_written(c, written, from_hf_config, "a Qwen ViT")
 
 
@@ -381,43 +378,26 @@ def table(config: QwenViTConfig) -> Table:
     """The tower's weights under the names of its own folder; in a whole model's folder the LLM's are passed over."""
     c = config
     (up, down), merger = _NAMES[c.family]
-    head = {"h": c.hidden_size // c.num_heads}
-    weights: list[Weight] = []
+    head, bias, hub = {"h": c.hidden_size // c.num_heads}, c.norm == "layer", "blocks.{layer}"
 
-    def norm(name: str, path: str, kind: str = c.norm):
-        weights.append(Weight(f"{name}.weight", f"{path}/scale"))
-        if kind == "layer":
-            weights.append(Weight(f"{name}.bias", f"{path}/bias"))
-
-    def linear(name: str, path: str, pattern: str = "o i -> i o", sizes=None, bias: bool = True):
-        weights.append(Weight(f"{name}.weight", f"{path}/kernel", pattern, sizes or {}))
-        if bias:
-            weights.append(Weight(f"{name}.bias", f"{path}/bias"))
-
-    def merge(name: str, path: str):
-        norm(f"{name}.{merger[0]}", f"{path}/norm")
-        linear(f"{name}.{merger[1]}", f"{path}/linear_1")
-        linear(f"{name}.{merger[2]}", f"{path}/linear_2")
+    def merge(name: str, path: str) -> list[Weight]:
+        maps = linear(f"{name}.{merger[1]}", f"{path}/linear_1") + linear(f"{name}.{merger[2]}", f"{path}/linear_2")
+        return norm(f"{name}.{merger[0]}", f"{path}/norm", bias=bias) + maps
 
     sizes = dict(c=c.channels, t=c.temporal_patch_size, p=c.patch_size, q=c.patch_size)
-    linear("patch_embed.proj", "patch_embedding", "e c t p q -> (c t p q) e", sizes, c.patch_bias)
+    weights = linear("patch_embed.proj", "patch_embedding", "e c t p q -> (c t p q) e", sizes, bias=c.patch_bias)
     if c.num_positions is not None:
         weights.append(Weight("pos_embed.weight", "position_embedding"))
-    hub = "blocks.{layer}"
-    norm(f"{hub}.norm1", "layers/attention_norm")
-    norm(f"{hub}.norm2", "layers/mlp_norm")
-    for i, part in enumerate("qkv"):
-        rows, path = (i * c.hidden_size, (i + 1) * c.hidden_size), f"layers/attention/{part}"
-        weights.append(Weight(f"{hub}.attn.qkv.weight", f"{path}/kernel", "(n h) e -> e n h", head, rows))
-        weights.append(Weight(f"{hub}.attn.qkv.bias", f"{path}/bias", "(n h) -> n h", head, rows))
-    linear(f"{hub}.attn.proj", "layers/attention/out", "e (n h) -> n h e", head)
+    weights += norm(f"{hub}.norm1", "layers/attention_norm", bias=bias)
+    weights += norm(f"{hub}.norm2", "layers/mlp_norm", bias=bias)
+    weights += into_heads((f"{hub}.attn.qkv",) * 3, "layers/attention", head["h"], (c.hidden_size,) * 3)
+    weights += linear(f"{hub}.attn.proj", "layers/attention/out", OUT_OF_HEADS, head)
     if c.gated:
-        linear(f"{hub}.mlp.gate_proj", "layers/mlp/gate")
-    linear(f"{hub}.mlp.{up}", "layers/mlp/up")
-    linear(f"{hub}.mlp.{down}", "layers/mlp/down")
-    merge("merger", "merger")
+        weights += linear(f"{hub}.mlp.gate_proj", "layers/mlp/gate")
+    weights += linear(f"{hub}.mlp.{up}", "layers/mlp/up") + linear(f"{hub}.mlp.{down}", "layers/mlp/down")
+    weights += merge("merger", "merger")
     if c.deepstack_layers:
-        merge("deepstack_merger_list.{layer}", "deepstack_mergers")
+        weights += merge("deepstack_merger_list.{layer}", "deepstack_mergers")
     spellings = (
         (r"^(?:model\.)?visual\.", ""),
         (r"^(?:model\.(?:language_model|embed_tokens|layers|norm)|language_model|lm_head)\..+$", "language_model"),
@@ -432,15 +412,10 @@ def sample(config: QwenViTConfig) -> tuple:
     return jnp.zeros((*unit, config.patch_values)), integers, pairs, pairs
 
 
-FAMILIES = tuple(
-    Family(
-        name=name,
-        architectures=(hub,),
-        from_hf=from_hf_config,
-        to_hf=to_hf_config,
-        table=table,
-        sample=sample,
-        oracle=hub,
-    )
-    for name, hub in (("Qwen2-VL ViT", _QWEN2), ("Qwen2.5-VL ViT", _QWEN25), ("Qwen3-VL ViT", _QWEN3))
+FAMILIES = families(
+    {_QWEN2: "Qwen2-VL ViT", _QWEN25: "Qwen2.5-VL ViT", _QWEN3: "Qwen3-VL ViT"},
+    from_hf=from_hf_config,
+    to_hf=to_hf_config,
+    table=table,
+    sample=sample,
 )

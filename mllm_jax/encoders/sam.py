@@ -14,18 +14,30 @@ import numpy as np
 from einops import rearrange, repeat
 from flax import linen as nn
 
-from mllm_jax.checkpoints.architectures import model_type
+from mllm_jax.checkpoints.architectures import kind_of
 from mllm_jax.checkpoints.config_json import (
     ELSEWHERE,
     RATIOS,
+    Fields,
     check_written,
+    read_fields,
     read_grid,
     stored_fields,
-    write_activation,
+    write_fields,
 )
-from mllm_jax.checkpoints.sample import image_sample
-from mllm_jax.checkpoints.table import Family, Table, Weight
-from mllm_jax.encoders.hub import options_of, read_activation
+from mllm_jax.checkpoints.options import ENCODER_ACTIVATIONS
+from mllm_jax.checkpoints.table import (
+    OUT_OF_HEADS,
+    Table,
+    Weight,
+    families,
+    image_sample,
+    into_heads,
+    linear,
+    nested,
+    norm,
+)
+from mllm_jax.encoders.hub import options_of
 from mllm_jax.encoders.vit import VisionOutput
 from mllm_jax.errors import ConfigError
 from mllm_jax.layers.attention import attention
@@ -242,70 +254,38 @@ class Sam(nn.Module):
 # ---- Hugging Face folders
 
 _FAMILY = "SamVisionModel"
-# What an option is where config.json does not say.
-_DEFAULTS = dict(
-    hidden_size=768,
-    output_channels=256,
-    num_hidden_layers=12,
-    num_attention_heads=12,
-    image_size=1024,
-    patch_size=16,
-    hidden_act="gelu",
-    layer_norm_eps=1e-6,
-    mlp_ratio=4.0,
-    window_size=14,
-    global_attn_indexes=(2, 5, 8, 11),
-)
+_FIELDS: Fields = {
+    "hidden_size": ("hidden_size", "size", 768),
+    "num_layers": ("num_hidden_layers", "size", 12),
+    "num_heads": ("num_attention_heads", "size", 12),
+    "output_channels": ("output_channels", "size", 256),
+    "window": ("window_size", "count", 14),
+    "global_layers": ("global_attn_indexes", "counts", (2, 5, 8, 11)),
+    "activation": ("hidden_act", "activation", ENCODER_ACTIVATIONS, "gelu"),
+    "norm_eps": ("layer_norm_eps", "number", 1e-6, 0.0),
+    "qkv_bias": ("qkv_bias", "flag", True),
+    "absolute_positions": ("use_abs_pos", "flag", True),
+    "relative_positions": ("use_rel_pos", "flag", True),
+    "num_channels": ("num_channels", "size", 3),
+}
 
 
 def from_hf_config(values: dict) -> SamConfig:
     """config.json of SamVisionModel, or the part of a larger one that describes such a tower."""
-    options = options_of(values, _DEFAULTS, _FAMILY)
+    options = options_of(values, dict(image_size=1024, patch_size=16), _FAMILY)
     options.skip("num_pos_feats", "scale", *ELSEWHERE)  # of the prompts' encoder
-    width = options.size("hidden_size")
-    read = SamConfig(
-        **read_grid(options),
-        hidden_size=width,
-        num_layers=options.size("num_hidden_layers"),
-        num_heads=options.size("num_attention_heads"),
-        mlp_size=options.size("mlp_dim", int(width * options.number("mlp_ratio", ..., *RATIOS))),
-        output_channels=options.size("output_channels"),
-        window=options.count("window_size"),
-        global_layers=options.counts("global_attn_indexes"),
-        activation=read_activation(options),
-        norm_eps=options.number("layer_norm_eps", least=0.0),
-        qkv_bias=options.flag("qkv_bias", True),
-        absolute_positions=options.flag("use_abs_pos", True),
-        relative_positions=options.flag("use_rel_pos", True),
-        num_channels=options.size("num_channels", 3),
-    )
+    read = read_grid(options) | read_fields(options, _FIELDS)
+    width = int(read["hidden_size"] * options.number("mlp_ratio", 4.0, *RATIOS))
+    config = SamConfig(**read, mlp_size=options.size("mlp_dim", width))
     options.done()
-    return read
+    return config
 
 
 def to_hf_config(config: SamConfig) -> dict:
-    """The reverse."""
+    """The inverse. Raises ConfigError: switches that no option says."""
     c = config
-    written = dict(
-        architectures=[_FAMILY],
-        model_type=model_type(c.family),
-        image_size=c.image_size,
-        patch_size=c.patch_size,
-        hidden_size=c.hidden_size,
-        num_hidden_layers=c.num_layers,
-        num_attention_heads=c.num_heads,
-        mlp_dim=c.mlp_size,
-        output_channels=c.output_channels,
-        window_size=c.window,
-        global_attn_indexes=list(c.global_layers),
-        hidden_act=write_activation(c.activation),
-        layer_norm_eps=c.norm_eps,
-        qkv_bias=c.qkv_bias,
-        use_abs_pos=c.absolute_positions,
-        use_rel_pos=c.relative_positions,
-        num_channels=c.num_channels,
-    )
-    return check_written(c, written, from_hf_config, "a SAM", _facts)
+    sizes = dict(image_size=c.image_size, patch_size=c.patch_size, mlp_dim=c.mlp_size)
+    return check_written(c, kind_of(c.family) | sizes | write_fields(c, _FIELDS), from_hf_config, "a SAM", _facts)
 
 
 def _facts(c: SamConfig) -> dict:
@@ -314,37 +294,23 @@ def _facts(c: SamConfig) -> dict:
 
 def sam_weights(c: SamConfig) -> list[Weight]:
     """The tower's weights under Hugging Face's names."""
-    weights: list[Weight] = []
     head = {"h": c.hidden_size // c.num_heads}
     patch = dict(p=c.patch_size, q=c.patch_size, c=c.num_channels)
-
-    def linear(name: str, path: str, pattern: str = "o i -> i o", sizes=None):
-        weights.append(Weight(f"{name}.weight", f"{path}/kernel", pattern, sizes or {}))
-        weights.append(Weight(f"{name}.bias", f"{path}/bias"))
-
-    linear("patch_embed.projection", "patch_embedding", "e c p q -> (p q c) e", patch)
+    weights = linear("patch_embed.projection", "patch_embedding", "e c p q -> (p q c) e", patch)
     if c.absolute_positions:
         weights.append(Weight("pos_embed", "position_embedding", "1 h w e -> h w e"))
     for i in range(c.num_layers):
         hub, layer = f"layers.{i}", f"layer_{i}"
-        weights += norm_weights(f"{hub}.layer_norm1", f"{layer}/attention_norm")
-        for place, part in enumerate("qkv"):
-            rows, path = (place * c.hidden_size, (place + 1) * c.hidden_size), f"{layer}/attention/{part}"
-            weights.append(Weight(f"{hub}.attn.qkv.weight", f"{path}/kernel", "(n h) e -> e n h", head, rows))
-            if c.qkv_bias:
-                weights.append(Weight(f"{hub}.attn.qkv.bias", f"{path}/bias", "(n h) -> n h", head, rows))
+        weights += norm(f"{hub}.layer_norm1", f"{layer}/attention_norm")
+        biased, rows = "qkv" if c.qkv_bias else "", (c.hidden_size,) * 3
+        weights += into_heads((f"{hub}.attn.qkv",) * 3, f"{layer}/attention", head["h"], rows, biased)
         if c.relative_positions:
             weights.append(Weight(f"{hub}.attn.rel_pos_h", f"{layer}/attention/rows"))
             weights.append(Weight(f"{hub}.attn.rel_pos_w", f"{layer}/attention/columns"))
-        linear(f"{hub}.attn.proj", f"{layer}/attention/out", "e (n h) -> n h e", head)
-        weights += norm_weights(f"{hub}.layer_norm2", f"{layer}/mlp_norm")
-        linear(f"{hub}.mlp.lin1", f"{layer}/mlp/up")
-        linear(f"{hub}.mlp.lin2", f"{layer}/mlp/down")
+        weights += linear(f"{hub}.attn.proj", f"{layer}/attention/out", OUT_OF_HEADS, head)
+        weights += norm(f"{hub}.layer_norm2", f"{layer}/mlp_norm")
+        weights += linear(f"{hub}.mlp.lin1", f"{layer}/mlp/up") + linear(f"{hub}.mlp.lin2", f"{layer}/mlp/down")
     return weights + neck_weights("neck", "neck")
-
-
-def norm_weights(name: str, path: str) -> list[Weight]:
-    return [Weight(f"{name}.weight", f"{path}/scale"), Weight(f"{name}.bias", f"{path}/bias")]
 
 
 def convolution_weight(name: str, path: str) -> Weight:
@@ -354,26 +320,18 @@ def convolution_weight(name: str, path: str) -> Weight:
 def neck_weights(name: str, path: str) -> list[Weight]:
     return [
         Weight(f"{name}.conv1.weight", f"{path}/projection/kernel", "o i 1 1 -> i o"),
-        *norm_weights(f"{name}.layer_norm1", f"{path}/norm_1"),
+        *norm(f"{name}.layer_norm1", f"{path}/norm_1"),
         convolution_weight(f"{name}.conv2", f"{path}/convolution"),
-        *norm_weights(f"{name}.layer_norm2", f"{path}/norm_2"),
+        *norm(f"{name}.layer_norm2", f"{path}/norm_2"),
     ]
 
 
 def table(config: SamConfig) -> Table:
     weights = sam_weights(config)
-    named = [Weight(f"vision_encoder.{w.name}", w.path, w.pattern, w.sizes, w.rows) for w in weights]
-    return Table(tuple(named), ((r"^(?!vision_encoder\.)", "vision_encoder."),))
+    named = nested(Table(tuple(weights)), "vision_encoder.", "")
+    return Table(named, ((r"^(?!vision_encoder\.)", "vision_encoder."),))
 
 
-FAMILIES = (
-    Family(
-        name="SAM's picture encoder",
-        architectures=(_FAMILY,),
-        from_hf=from_hf_config,
-        to_hf=to_hf_config,
-        table=table,
-        sample=image_sample,
-        oracle=_FAMILY,
-    ),
+FAMILIES = families(
+    {_FAMILY: "SAM's picture encoder"}, from_hf=from_hf_config, to_hf=to_hf_config, table=table, sample=image_sample
 )

@@ -16,7 +16,7 @@ from flax import linen as nn
 from mllm_jax.checkpoints.table import Weight, nested
 from mllm_jax.encoders.sam import Convolution, SamConfig, SamNeck, convolution_weight, neck_weights
 from mllm_jax.encoders.sam import table as sam_table
-from mllm_jax.encoders.siglip_vision import table as siglip_table
+from mllm_jax.encoders.siglip_vision import FAMILY as SIGLIP
 from mllm_jax.encoders.vit import VisionOutput, ViTConfig
 from mllm_jax.errors import ConfigError
 from mllm_jax.layers.requirements import Requirements
@@ -145,7 +145,7 @@ def _resize(x, side: int, antialias: bool):
 def siglip_sam_weights(c: SiglipSamConfig) -> list[Weight]:
     """The encoder's weights as `DeepseekVLHybridModel` names them."""
     return [
-        *nested(siglip_table(c.low), "vision_model.", "low/"),
+        *nested(SIGLIP.table(c.low), "vision_model.", "low/"),
         *nested(sam_table(c.high), "high_res_vision_model.", "high/"),
         *neck_weights("high_res_vision_neck", "neck"),
         *(convolution_weight(f"high_res_vision_proj.conv{i + 1}", f"downsample_{i}") for i in range(len(c.downsample))),

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from mllm_jax.checkpoints.architectures import model_type
 from mllm_jax.checkpoints.options import Options, named_as
-from mllm_jax.checkpoints.sample import token_sample
-from mllm_jax.checkpoints.table import Family, Table
+from mllm_jax.checkpoints.table import Table, families, token_sample
 from mllm_jax.encoders.text import TextTowerConfig
 from mllm_jax.encoders.text_hub import faithful, read_tower, tower_table, write_tower
 from mllm_jax.errors import ConfigError
@@ -38,23 +36,13 @@ def from_hf_config(values: dict) -> TextTowerConfig:
 
 def to_hf_config(config: TextTowerConfig) -> dict:
     """The reverse; refuses switches that the family does not have."""
-    c = config
-    written = dict(architectures=[c.family], model_type=model_type(c.family), projection_size=c.head_size)
-    return faithful(c, written | write_tower(c), from_hf_config)
+    return faithful(config, write_tower(config) | dict(projection_size=config.head_size), from_hf_config)
 
 
 def table(config: TextTowerConfig) -> Table:
     return tower_table(config)
 
 
-FAMILIES = (
-    Family(
-        name="SigLIP text",
-        architectures=(MODEL,),
-        from_hf=from_hf_config,
-        to_hf=to_hf_config,
-        table=table,
-        sample=token_sample,
-        oracle=MODEL,
-    ),
+FAMILIES = families(
+    {MODEL: "SigLIP text"}, from_hf=from_hf_config, to_hf=to_hf_config, table=table, sample=token_sample
 )

@@ -15,7 +15,7 @@ from mllm_jax.layers.linear import Embedding, Linear
 from mllm_jax.layers.mlp import ACTIVATIONS, MLP
 from mllm_jax.layers.norms import LayerNorm
 from mllm_jax.layers.requirements import Requirements
-from mllm_jax.layers.stack import scan_layers
+from mllm_jax.layers.stack import layers_of
 from mllm_jax.sharding.logical import constrain
 
 POOLINGS = ("mean", "last", "eos", "largest")
@@ -158,9 +158,7 @@ class TextTower(nn.Module):
             init = nn.with_logical_partitioning(nn.initializers.normal(0.02), (None, "embed"))
             table = self.param("position_embedding", init, (c.max_length, c.hidden_size), jnp.float32)
             embedded = x = x + jnp.take(table, positions, axis=0).astype(dtype)
-            x, states = scan_layers(
-                TextBlock, num_layers=c.num_layers, remat=c.remat, unroll=c.scan_unroll, num_broadcast=2
-            )(c, keep, name="layers")(x, None, segments, keys)
+            x, states = layers_of(c, TextBlock, 2)(c, keep, name="layers")(x, None, segments, keys)
         x = LayerNorm(c.norm_eps, dtype, name="final_norm")(x)
         pooled, projected = _pool(c, x, tokens, member), None
         if c.head_size is not None:

@@ -4,12 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from mllm_jax.checkpoints.config_json import ELSEWHERE, check_written, write_activation
-from mllm_jax.checkpoints.options import Options
-from mllm_jax.checkpoints.table import Table, Weight
-from mllm_jax.encoders.hub import read_activation
+from mllm_jax.checkpoints.architectures import kind_of
+from mllm_jax.checkpoints.config_json import ELSEWHERE, LAYERS, Fields, check_written, read_fields, write_fields
+from mllm_jax.checkpoints.options import ENCODER_ACTIVATIONS, Options
+from mllm_jax.checkpoints.table import OUT_OF_HEADS, Table, Weight, into_heads, linear, norm
 from mllm_jax.encoders.text import TextTowerConfig
 from mllm_jax.errors import ConfigError
+
+_FIELDS: Fields = LAYERS | {
+    "vocab_size": ("vocab_size", "size"),
+    "max_length": ("max_position_embeddings", "size"),
+    "mlp_size": ("intermediate_size", "size"),
+    "activation": ("hidden_act", "activation", ENCODER_ACTIVATIONS),
+    "norm_eps": ("layer_norm_eps", "number", ..., 0.0),
+    "bos_token_id": ("bos_token_id", "id"),
+    "pad_token_id": ("pad_token_id", "id"),
+}
 
 
 def read_tower(values: dict, defaults: dict, what: str, **switches) -> TextTowerConfig:
@@ -23,20 +33,8 @@ def read_tower(values: dict, defaults: dict, what: str, **switches) -> TextTower
         ConfigError: an option that is not supported, by name.
     """
     options = Options(defaults | {name: value for name, value in values.items() if value is not None}, what)
-    config = TextTowerConfig(
-        vocab_size=options.size("vocab_size"),
-        max_length=options.size("max_position_embeddings"),
-        hidden_size=options.size("hidden_size"),
-        num_layers=options.size("num_hidden_layers"),
-        num_heads=options.size("num_attention_heads"),
-        mlp_size=options.size("intermediate_size"),
-        activation=read_activation(options),
-        norm_eps=options.number("layer_norm_eps", least=0.0),
-        bos_token_id=options.id("bos_token_id"),
-        eos_token_id=_one_id(options.ids("eos_token_id"), what),
-        pad_token_id=options.id("pad_token_id"),
-        **switches,
-    )
+    eos = _one_id(options.ids("eos_token_id"), what)
+    config = TextTowerConfig(**read_fields(options, _FIELDS), eos_token_id=eos, **switches)
     options.skip("projection_size", *ELSEWHERE)
     options.done()
     return config
@@ -49,20 +47,8 @@ def _one_id(ids: tuple[int, ...], what: str) -> int | None:
 
 
 def write_tower(c: TextTowerConfig) -> dict:
-    """The reverse of `read_tower`."""
-    return dict(
-        vocab_size=c.vocab_size,
-        max_position_embeddings=c.max_length,
-        hidden_size=c.hidden_size,
-        num_hidden_layers=c.num_layers,
-        num_attention_heads=c.num_heads,
-        intermediate_size=c.mlp_size,
-        hidden_act=write_activation(c.activation),
-        layer_norm_eps=c.norm_eps,
-        bos_token_id=c.bos_token_id,
-        eos_token_id=c.eos_token_id,
-        pad_token_id=c.pad_token_id,
-    )
+    """The inverse of `read_tower`."""
+    return dict(**kind_of(c.family), eos_token_id=c.eos_token_id, **write_fields(c, _FIELDS))
 
 
 def faithful(config: TextTowerConfig, written: dict, read: Callable[[dict], TextTowerConfig]) -> dict:
@@ -80,32 +66,22 @@ def tower_table(c: TextTowerConfig, projection: str = "") -> Table:
     Args:
         projection: the name of the projection's kernel, where the family has one.
     """
+    layer, head = "text_model.encoder.layers.{layer}", c.hidden_size // c.num_heads
     weights = [
         Weight("text_model.embeddings.token_embedding.weight", "token_embedding/embedding"),
         Weight("text_model.embeddings.position_embedding.weight", "position_embedding"),
+        *norm(f"{layer}.layer_norm1", "layers/attention_norm"),
+        *into_heads([f"{layer}.self_attn.{x}_proj" for x in "qkv"], "layers/attention", head, (c.hidden_size,) * 3),
+        *linear(f"{layer}.self_attn.out_proj", "layers/attention/out", OUT_OF_HEADS, {"h": head}),
+        *norm(f"{layer}.layer_norm2", "layers/mlp_norm"),
+        *linear(f"{layer}.mlp.fc1", "layers/mlp/up"),
+        *linear(f"{layer}.mlp.fc2", "layers/mlp/down"),
+        *norm("text_model.final_layer_norm", "final_norm"),
     ]
-
-    def affine(name: str, path: str):
-        weights.extend((Weight(f"{name}.weight", f"{path}/scale"), Weight(f"{name}.bias", f"{path}/bias")))
-
-    def linear(name: str, path: str, kernel: str = "o i -> i o", bias: str = "", **sizes: int):
-        weights.append(Weight(f"{name}.weight", f"{path}/kernel", kernel, sizes))
-        weights.append(Weight(f"{name}.bias", f"{path}/bias", bias, sizes if bias else {}))
-
-    layer, head = "text_model.encoder.layers.{layer}", c.hidden_size // c.num_heads
-    affine(f"{layer}.layer_norm1", "layers/attention_norm")
-    for part in "qkv":
-        name, path = f"{layer}.self_attn.{part}_proj", f"layers/attention/{part}"
-        linear(name, path, "(n h) e -> e n h", "(n h) -> n h", h=head)
-    linear(f"{layer}.self_attn.out_proj", "layers/attention/out", "e (n h) -> n h e", h=head)
-    affine(f"{layer}.layer_norm2", "layers/mlp_norm")
-    linear(f"{layer}.mlp.fc1", "layers/mlp/up")
-    linear(f"{layer}.mlp.fc2", "layers/mlp/down")
-    affine("text_model.final_layer_norm", "final_norm")
     if c.head_size is not None:
-        linear("text_model.head", "head")
+        weights += linear("text_model.head", "head")
     if projection:
-        weights.append(Weight(f"{projection}.weight", "projection/kernel", "o i -> i o"))
+        weights += linear(projection, "projection", bias=False)
     # What transformers 5 writes for a tower alone has no prefix; older folders hold the positions' numbers.
     spellings = ((r"^(embeddings|encoder|final_layer_norm|head)\.", r"text_model.\1."),)
     return Table(tuple(weights), spellings, ("text_model.embeddings.position_ids",))

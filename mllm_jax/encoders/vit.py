@@ -13,17 +13,16 @@ import numpy as np
 from flax import linen as nn
 from flax import struct
 
-from mllm_jax.encoders.vit_embeddings import PatchEmbedding, RegionPooling
+from mllm_jax.encoders.vit_embeddings import AttentionPooling, PatchEmbedding, RegionPooling
 from mllm_jax.errors import ConfigError
 from mllm_jax.layers.attention import Attention
 from mllm_jax.layers.interpolation import bicubic_grid, bicubic_packed
 from mllm_jax.layers.linear import Linear
 from mllm_jax.layers.mlp import ACTIVATIONS, MLP
 from mllm_jax.layers.norms import LayerNorm, RMSNorm
-from mllm_jax.layers.pooling import AttentionPooling
 from mllm_jax.layers.requirements import Requirements
 from mllm_jax.layers.rotary import grid_angles
-from mllm_jax.layers.stack import scan_layers
+from mllm_jax.layers.stack import layers_of
 from mllm_jax.sharding.logical import constrain
 
 POOLERS = ("auto", "token", "mean", "attention", "none")
@@ -35,6 +34,7 @@ class ViTConfig:
 
     Attributes:
         image_size: of the square pictures that the position embedding is made for; for others it is interpolated.
+        num_positions: None, or the size of a square table of learned positions that is not that of image_size.
         stem_channels: channels of 3x3 stride-2 convolutions before the patch projection (arXiv 2106.14881); each
             halves the picture, so the patch that is projected shrinks by as much. Empty: patches are cut from pixels.
         regions: None, or the side of a square grid of regions: the patches of each, side by side, become one vector of
@@ -69,6 +69,7 @@ class ViTConfig:
     mlp_size: int = 3072
     activation: str = "gelu"
     norm_eps: float = 1e-6
+    num_positions: int | None = None
     stem_channels: tuple[int, ...] = ()
     class_token: bool = False
     regions: int | None = None
@@ -291,7 +292,7 @@ class ViT(nn.Module):
         angles = None
         if c.rope_grid is not None:
             angles = grid_angles(places / grids * c.rope_grid, c.hidden_size // c.num_heads, c.rope_theta)
-        layers = scan_layers(ViTBlock, num_layers=c.num_layers, remat=c.remat, unroll=c.scan_unroll, num_broadcast=2)
+        layers = layers_of(c, ViTBlock, 2)
         entered = x
         x, states = layers(c, output_hidden_states, name="layers")(x, None, segments, angles)
         if output_hidden_states:
@@ -322,7 +323,7 @@ class ViT(nn.Module):
             init = nn.with_logical_partitioning(normal, (None, "embed"))
             token = self.param("class_token", init, (1, c.hidden_size), jnp.float32).astype(x.dtype)
         init = nn.with_logical_partitioning(normal, ("patches", "embed"))
-        rows = c.side**2 + int(c.class_token)
+        rows = (c.num_positions or c.side**2) + int(c.class_token)
         table = self.param("position_embedding", init, (rows, c.hidden_size), jnp.float32)
         first, table = table[: int(c.class_token)], table[int(c.class_token) :]
         if grids is None:

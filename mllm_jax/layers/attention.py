@@ -11,8 +11,7 @@ import jax.numpy as jnp
 from einops import rearrange
 from flax import linen as nn
 
-from mllm_jax.layers.blockwise import BLOCK, blockwise_attention
-from mllm_jax.layers.context_attention import context_attention, row_split
+from mllm_jax.layers.context_attention import blockwise_attention, context_attention, row_split, visible
 from mllm_jax.layers.cudnn import cudnn_attention, cudnn_supports
 from mllm_jax.layers.linear import Linear
 from mllm_jax.layers.norms import LayerNorm, RMSNorm
@@ -27,7 +26,7 @@ SHORT = 128
 # From so many queries and keys on scores are no longer held whole. On a CPU blocks that stay in its cache pay earlier,
 # where a causal mask hides half of them: at 512 gradients take less than half of the time, at 2,048 a quarter.
 LONG = 2048
-CPU_LONG, CPU_BLOCK = 512, 128
+CPU_LONG, CPU_BLOCK, BLOCK = 512, 128, 512
 
 
 _whole_scores: ContextVar[bool] = ContextVar("whole_scores", default=False)
@@ -115,16 +114,10 @@ def xla_attention(
     if bias is not None:
         groups = (k.shape[2], -1) if bias.shape[1] > 1 else (1, 1)
         scores = scores + bias.reshape(bias.shape[0], *groups, queries, keys)
-    allowed = None
-    if mask == "causal":
-        q_index = jnp.arange(queries)[None] if q_index is None else q_index
-        distance = q_index[:, :, None] - jnp.arange(keys)[None, None, :]
-        allowed = distance >= 0 if window is None else (distance >= 0) & (distance < window)
-    if q_segments is not None:
-        same = q_segments[:, :, None] == k_segments[:, None, :]
-        allowed = same if allowed is None else allowed & same
+    q_index = jnp.arange(queries)[None] if q_index is None else q_index
+    allowed = visible(mask == "causal", q_index, q_segments, jnp.arange(keys)[None], k_segments, window)
     if allowed is not None:
-        scores = jnp.where(allowed[:, None, None], scores, jnp.finfo(jnp.float32).min)
+        scores = jnp.where(allowed, scores, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
     return rearrange(jnp.einsum("bkgst,btkh->bskgh", weights, v), "b s k g h -> b s (k g) h")
 

@@ -1,4 +1,4 @@
-"""Attention over rows that a mesh splits along the sequence (context parallelism), as a ring.
+"""Attention block by block, and over rows that a mesh splits along the sequence (context parallelism), as a ring.
 
 Each device keeps its queries while keys and values travel round the ring of the devices that share a row, so that each
 query meets each key; a running softmax needs no scores but those of one block (Ring Attention, arXiv 2310.01889). The
@@ -20,10 +20,12 @@ import jax.numpy as jnp
 from einops import rearrange
 from jax.sharding import Mesh, PartitionSpec
 
+from mllm_jax.layers.splash import filled
 from mllm_jax.sharding.logical import active_mesh, axes_of, partition_spec
 
 BLOCK = 1024  # queries, and keys, that are compared at a time
 LEAST = jnp.finfo(jnp.float32).min
+_GROUPED = "b s (k g) h -> b s k g h"  # query heads by the key head that they share
 
 
 @dataclass(frozen=True)
@@ -134,7 +136,7 @@ def context_attention(
             own = jax.lax.axis_index(split.heads) // pick
             k, v = (jax.lax.dynamic_slice_in_dim(x, own, 1, axis=2) for x in (k, v))
         segments = more.get("q_segments"), more.get("k_segments")
-        q = rearrange(q, "b s (k g) h -> b s k g h", k=k.shape[2])
+        q = rearrange(q, _GROUPED, k=k.shape[2])
         if deal:
             q, k, v, segments = jax.tree.map(partial(_deal, how), (q, k, v, segments))
         here = jax.lax.axis_index(split.seq)
@@ -153,6 +155,46 @@ def context_attention(
         check_vma=False,
     )
     return on_all(q, k, v, more)
+
+
+def blockwise_attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    *,
+    mask: str = "full",
+    q_segments: jax.Array | None = None,
+    k_segments: jax.Array | None = None,
+    q_index: jax.Array | None = None,
+    window: int | jax.Array | None = None,
+    scale: float | None = None,
+    block: int = BLOCK,
+) -> jax.Array:
+    """`attention` in memory that grows with the length, not its square (arXiv 2112.05682, 2205.14135): a ring of one.
+
+    Blocks that the causal mask, the window or the rows' segments hide are left out where each query sees itself. A
+    query that may see nothing gets a mean of some values.
+
+    Args:
+        q, k, v, ...: as `attention` takes them.
+        block: queries, and keys, that are compared at a time.
+    """
+    (rows, queries), keys = q.shape[:2], k.shape[1]
+    same_rows = q_segments is k_segments and q_index is None and queries == keys
+    whole = [n if n <= block else -(-n // block) * block for n in (queries, keys)]
+    if q_segments is None and whole != [queries, keys]:
+        q_segments, k_segments = jnp.zeros((rows, queries), jnp.int32), jnp.zeros((rows, keys), jnp.int32)
+
+    if q_segments is not None:  # padding is a segment that no text has
+        q_segments, k_segments = filled(q_segments, whole[0], -1), filled(k_segments, whole[1], -1)
+    places = jnp.arange(whole[0])[None] if q_index is None else filled(q_index, whole[0])
+    group = rearrange(filled(q * (q.shape[-1] ** -0.5 if scale is None else scale), whole[0]), _GROUPED, k=k.shape[2])
+    how = _How((), 1, 1, mask == "causal", same_rows, False, *(min(n, block) for n in whole))
+    here = jnp.int32(0)
+    y = _ring(
+        how, group, filled(k, whole[1]), filled(v, whole[1]), None, (places, q_segments, k_segments, window, here)
+    )
+    return rearrange(y, "b s k g h -> b s (k g) h")[:, :queries]
 
 
 def _keys_beside(split: RowSplit, num_heads: int, k, v):
@@ -331,23 +373,25 @@ def _move(how: _How, steps: int, tree):
 
 def _scores(how: _How, q, k, bias, places):
     """float32[B, K, G, s, t] of a block, LEAST where a query may not see a key; where it may, or None: everywhere."""
-    q_place, q_segment, k_place, k_segment, window = places
     scores = jnp.einsum("bskgh,btkh->bkgst", q, k, preferred_element_type=jnp.float32)
     if bias is not None:
-        there = _columns(bias, k_place)[1]
+        there = _columns(bias, places[2])[1]
         heads = dict(k=q.shape[2]) if there.shape[1] > 1 else dict(k=1)
         scores = scores + rearrange(there, "b (k g) s t -> b k g s t", **heads)
+    seen = visible(how.causal, *places)
+    return (scores, None) if seen is None else (jnp.where(seen, scores, LEAST), seen)
+
+
+def visible(causal: bool, q_place, q_segment, k_place, k_segment, window):
+    """bool[B, 1, 1, S, T], which keys a query may see, by places int[B or 1, S], int[B or 1, T]; None: all of them."""
     seen = None
-    if how.causal:
+    if causal:
         distance = q_place[:, :, None] - k_place[:, None, :]
         seen = distance >= 0 if window is None else (distance >= 0) & (distance < window)
     if q_segment is not None:
         same = q_segment[:, :, None] == k_segment[:, None, :]
         seen = same if seen is None else seen & same
-    if seen is None:
-        return scores, None
-    seen = seen[:, None, None]
-    return jnp.where(seen, scores, LEAST), seen
+    return None if seen is None else seen[:, None, None]
 
 
 def _where_seen(how: _How, places, add, sums):

@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec
 from mllm_jax.layers.linear import Embedding, Linear
 from mllm_jax.sharding.cpu import check_sum
 from mllm_jax.sharding.fsdp import GatherPlan, gather, gather_plan, row_axes, scatter_sum, with_gathered
-from mllm_jax.sharding.logical import active_mesh, constrain, partition_spec
+from mllm_jax.sharding.logical import active_mesh, constrain, split_sizes
 
 
 @struct.dataclass
@@ -68,12 +68,7 @@ class Scores(NamedTuple):
 def logits_bytes(head: HeadInputs) -> int:
     """Bytes of the float32 logits that one device would hold at a time."""
     shape = (*head.x.shape[:2], head.vocab_size)
-    active = active_mesh()
-    ways = 1
-    if active is not None:
-        for axes in partition_spec(("batch", "seq", "vocab"), shape, *active):
-            ways *= math.prod(active[0].shape[axis] for axis in ((axes,) if isinstance(axes, str) else axes or ()))
-    return 4 * math.prod(shape) // ways
+    return 4 * math.prod(shape) // math.prod(split_sizes(("batch", "seq", "vocab"), shape))
 
 
 def head_cross_entropy(head: HeadInputs, targets: jax.Array, weights: jax.Array, z_loss: float, chunks: int) -> Scores:

@@ -29,6 +29,15 @@ class Requirements:
         given, allowed = getattr(self._config, name), tuple(allowed)
         self(given in allowed, f"{name} {given!r}", f"one of {', '.join(map(str, allowed))}", f"change {name}")
 
+    def kv_heads(self, heads: int, kv_heads: int) -> None:
+        """Raises ConfigError: heads that the key-value heads do not divide."""
+        self(
+            heads > 0 and heads % kv_heads == 0,
+            f"{heads} heads, {kv_heads} key-value heads",
+            "a number of heads that the key-value heads divide",
+            "change num_heads or num_kv_heads",
+        )
+
     def heads(self, multiple: int = 1, why: str = "") -> None:
         """Raises ConfigError: heads that do not divide hidden_size, or whose size is no multiple that `why` needs."""
         width, heads = self._config.hidden_size, self._config.num_heads

@@ -47,9 +47,9 @@ def splash_attention(
     if q_segments is None and padded_k > keys:
         q_segments, k_segments = jnp.ones(q.shape[:2], jnp.int32), jnp.ones(k.shape[:2], jnp.int32)
     if q_segments is not None:  # padding is a segment that no text has
-        q_segments = _pad(q_segments, padded_q, value=-1)
-        k_segments = _pad(k_segments, padded_k, value=-1)
-    q, k, v = _pad(q, padded_q), _pad(k, padded_k), _pad(v, padded_k)
+        q_segments = filled(q_segments, padded_q, value=-1)
+        k_segments = filled(k_segments, padded_k, value=-1)
+    q, k, v = filled(q, padded_q), filled(k, padded_k), filled(v, padded_k)
 
     def local(q, k, v, *segments):
         kernel = _kernel(q.shape[2], padded_q, padded_k, mask, window, interpret)
@@ -82,7 +82,7 @@ def _padded(length: int) -> int:
     return -(-length // unit) * unit
 
 
-def _pad(x: jax.Array, length: int, value: int = 0) -> jax.Array:
+def filled(x: jax.Array, length: int, value: int = 0) -> jax.Array:
     """[B, S, ...] with S raised to length."""
     return jnp.pad(x, [(0, 0), (0, length - x.shape[1])] + [(0, 0)] * (x.ndim - 2), constant_values=value)
 

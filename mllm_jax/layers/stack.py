@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
@@ -52,6 +54,12 @@ def scan_layers(block: type[nn.Module], *, num_layers: int, remat: str = "none",
         unroll=unroll,
         metadata_params={nn.PARTITION_NAME: "layers"},
     )
+
+
+def layers_of(config: Any, block: type[nn.Module], num_broadcast: int):
+    """`scan_layers` of as many blocks as a config has layers, by its `remat` and `scan_unroll`."""
+    how = dict(num_layers=config.num_layers, remat=config.remat, unroll=config.scan_unroll)
+    return scan_layers(block, **how, num_broadcast=num_broadcast)
 
 
 def _named_input(block: type[nn.Module]) -> type[nn.Module]:

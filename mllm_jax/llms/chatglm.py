@@ -15,11 +15,10 @@ import numpy as np
 from flax import linen as nn
 from flax import struct
 
-from mllm_jax.checkpoints.architectures import model_type
-from mllm_jax.checkpoints.config_json import one_or_several
+from mllm_jax.checkpoints.architectures import kind_of
+from mllm_jax.checkpoints.config_json import Fields, read_fields, write_fields
 from mllm_jax.checkpoints.options import Options
-from mllm_jax.checkpoints.sample import token_sample
-from mllm_jax.checkpoints.table import Family, Table, Weight
+from mllm_jax.checkpoints.table import OUT_OF_HEADS, Family, Table, Weight, head_by_head, linear, norm, token_sample
 from mllm_jax.errors import ConfigError
 from mllm_jax.layers.attention import attention, write_at
 from mllm_jax.layers.head import head_inputs
@@ -28,7 +27,7 @@ from mllm_jax.layers.mlp import MLP
 from mllm_jax.layers.norms import LayerNorm
 from mllm_jax.layers.requirements import Requirements
 from mllm_jax.layers.rotary import apply_rotary
-from mllm_jax.layers.stack import scan_layers
+from mllm_jax.layers.stack import layers_of
 from mllm_jax.llms.cache import KVCache
 from mllm_jax.sharding.logical import constrain
 
@@ -194,9 +193,7 @@ class ChatGLM(nn.Module):
         c = self.config
         dtype = jnp.dtype(c.dtype)
         self.token_embedding = Embedding(c.vocab_size, c.hidden_size, dtype=dtype)
-        self.layers = scan_layers(
-            ChatGLMBlock, num_layers=c.num_layers, remat=c.remat, unroll=c.scan_unroll, num_broadcast=4
-        )(c)
+        self.layers = layers_of(c, ChatGLMBlock, 4)(c)
         self.final_norm = LayerNorm(c.norm_eps, dtype)
         self.lm_head = Linear((c.vocab_size,), ("embed", "vocab"), dtype=dtype)
 
@@ -269,8 +266,7 @@ def is_v1(config: Mapping) -> bool:
     return "inner_hidden_size" in config or "position_encoding_2d" in config
 
 
-# Our field -> the option of the same meaning in the checkpoint's own code, and its kind.
-_OPTIONS = {
+_FIELDS: Fields = {
     "vocab_size": ("vocab_size", "size"),
     "hidden_size": ("hidden_size", "size"),
     "num_layers": ("num_layers", "size"),
@@ -278,10 +274,13 @@ _OPTIONS = {
     "mlp_size": ("inner_hidden_size", "size"),
     "max_position_embeddings": ("max_sequence_length", "size"),
     "bos_token_id": ("bos_token_id", "count"),
+    "eos_token_id": ("eos_token_id", "ids", ...),
     "pad_token_id": ("pad_token_id", "count"),
     "mask_token_id": ("mask_token_id", "count"),
     "gmask_token_id": ("gmask_token_id", "count"),
+    "norm_eps": ("layernorm_epsilon", "number", ..., 0.0),
 }
+_FIXED = dict(position_encoding_2d=True, quantization_bit=0, prefix_projection=False, tie_word_embeddings=False)
 
 
 def from_hf_config(values: dict) -> ChatGLMConfig:
@@ -297,34 +296,17 @@ def from_hf_config(values: dict) -> ChatGLMConfig:
             "read it with mllm_jax.llms.glm: ChatGLM2 and ChatGLM3 are models of another kind",
         )
     option = Options(values, "config.json of ChatGLM-6B")
-    option.only("position_encoding_2d", True)
-    option.only("quantization_bit", 0)
+    for name, value in _FIXED.items():
+        option.only(name, value)
     option.only("pre_seq_len", None, 0)
-    option.only("prefix_projection", False)
-    option.only("tie_word_embeddings", False)
-    config = ChatGLMConfig(
-        **{ours: getattr(option, kind)(theirs) for ours, (theirs, kind) in _OPTIONS.items()},
-        norm_eps=option.number("layernorm_epsilon", least=0.0),
-        eos_token_id=option.ids("eos_token_id", ...),
-    )
+    config = ChatGLMConfig(**read_fields(option, _FIELDS))
     option.done()
     return config
 
 
 def to_hf_config(config: ChatGLMConfig) -> dict:
     """config.json as ChatGLM-6B has it, without the pointers to its code."""
-    return {
-        "architectures": [config.family],
-        "model_type": model_type(config.family),
-        **{theirs: getattr(config, ours) for ours, (theirs, _) in _OPTIONS.items()},
-        "layernorm_epsilon": config.norm_eps,
-        "eos_token_id": one_or_several(config.eos_token_id),
-        "position_encoding_2d": True,
-        "quantization_bit": 0,
-        "pre_seq_len": None,
-        "prefix_projection": False,
-        "tie_word_embeddings": False,
-    }
+    return kind_of(config.family) | _FIXED | dict(pre_seq_len=None) | write_fields(config, _FIELDS)
 
 
 def table(config: ChatGLMConfig) -> Table:
@@ -332,28 +314,15 @@ def table(config: ChatGLMConfig) -> Table:
     layer, heads = "transformer.layers.{layer}", {"n": config.num_heads}
     weights = [
         Weight("transformer.word_embeddings.weight", "token_embedding/embedding"),
-        Weight(f"{layer}.attention.dense.weight", "layers/attention/out/kernel", "e (n h) -> n h e", heads),
-        Weight(f"{layer}.attention.dense.bias", "layers/attention/out/bias"),
-        Weight("lm_head.weight", "lm_head/kernel", "v e -> e v"),
+        *norm(f"{layer}.input_layernorm", "layers/attention_norm"),
+        *head_by_head(f"{layer}.attention.query_key_value", "layers/attention", heads),
+        *linear(f"{layer}.attention.dense", "layers/attention/out", OUT_OF_HEADS, heads),
+        *norm(f"{layer}.post_attention_layernorm", "layers/mlp_norm"),
+        *linear(f"{layer}.mlp.dense_h_to_4h", "layers/mlp/up"),
+        *linear(f"{layer}.mlp.dense_4h_to_h", "layers/mlp/down"),
+        *norm("transformer.final_layernorm", "final_norm"),
+        *linear("lm_head", "lm_head", bias=False),
     ]
-    for part, name in enumerate("qkv"):
-        stored, ours, sizes = f"{layer}.attention.query_key_value", f"layers/attention/{name}", heads | {"p": 3}
-        weights += [
-            Weight(f"{stored}.weight", f"{ours}/kernel", "(n p h) e -> p e n h", sizes, part=part),
-            Weight(f"{stored}.bias", f"{ours}/bias", "(n p h) -> p n h", sizes, part=part),
-        ]
-    for stored, ours in (("dense_h_to_4h", "up"), ("dense_4h_to_h", "down")):
-        weights += [
-            Weight(f"{layer}.mlp.{stored}.weight", f"layers/mlp/{ours}/kernel", "o i -> i o"),
-            Weight(f"{layer}.mlp.{stored}.bias", f"layers/mlp/{ours}/bias"),
-        ]
-    norms = {
-        f"{layer}.input_layernorm": "layers/attention_norm",
-        f"{layer}.post_attention_layernorm": "layers/mlp_norm",
-        "transformer.final_layernorm": "final_norm",
-    }
-    for stored, ours in norms.items():
-        weights += [Weight(f"{stored}.weight", f"{ours}/scale"), Weight(f"{stored}.bias", f"{ours}/bias")]
     return Table(tuple(weights), ignored=(f"{layer}.attention.rotary_emb.inv_freq",))
 
 

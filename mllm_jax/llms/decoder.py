@@ -16,7 +16,7 @@ from mllm_jax.layers.mlp import ACTIVATIONS, MLP
 from mllm_jax.layers.norms import LayerNorm, RMSNorm
 from mllm_jax.layers.requirements import Requirements
 from mllm_jax.layers.rotary import RopeScaling, mrope_parts, rotary_angles
-from mllm_jax.layers.stack import scan_layers
+from mllm_jax.layers.stack import layers_of
 from mllm_jax.llms.cache import KVCache
 from mllm_jax.sharding.logical import constrain
 
@@ -98,12 +98,7 @@ class DecoderConfig:
         require.one_of("norm", ("rms", "layer"))
         require.one_of("positions", ("rotary", "learned"))
         require.one_of("activation", ACTIVATIONS)
-        require(
-            self.num_heads % self.num_kv_heads == 0,
-            f"{self.num_heads} heads, {self.num_kv_heads} key-value heads",
-            "a number of heads that the key-value heads divide",
-            "change num_heads or num_kv_heads",
-        )
+        require.kv_heads(self.num_heads, self.num_kv_heads)
         require(self.norm == "layer" or self.norm_affine, "RMSNorm without scale", "norm_affine", "use norm='layer'")
         require(
             self.positions == "learned" or 0 < self.rotary_dim + self.rotary_dim % 2 <= self.size_per_head,
@@ -234,9 +229,7 @@ class Decoder(nn.Module):
         if c.positions == "learned":
             rows = c.max_position_embeddings + c.position_offset
             self.position_embedding = Embedding(rows, c.hidden_size, (None, "embed"), dtype=dtype)
-        self.layers = scan_layers(
-            DecoderBlock, num_layers=c.num_layers, remat=c.remat, unroll=c.scan_unroll, num_broadcast=4
-        )(c)
+        self.layers = layers_of(c, DecoderBlock, 4)(c)
         if c.final_norm:
             self.final_norm = _norm(c)
         if not c.tie_word_embeddings:

@@ -7,10 +7,11 @@ GlmForCausalLM.
 
 from __future__ import annotations
 
+from functools import partial
+
 from mllm_jax.checkpoints.architectures import architecture
 from mllm_jax.checkpoints.options import Options
-from mllm_jax.checkpoints.sample import token_sample
-from mllm_jax.checkpoints.table import Family, Table
+from mllm_jax.checkpoints.table import Family, token_sample
 from mllm_jax.llms.decoder import DecoderConfig
 from mllm_jax.llms.hub import Names, decoder_table, faithful, read_decoder, write_decoder
 
@@ -66,8 +67,7 @@ def to_hf_config(config: DecoderConfig) -> dict:
     return faithful(config, write_decoder(config) | own, from_hf_config)
 
 
-def table(config: DecoderConfig) -> Table:
-    return decoder_table(config, _NAMES)
+table = partial(decoder_table, names=_NAMES)
 
 
 def from_chatglm_config(values: dict) -> DecoderConfig:
@@ -121,9 +121,7 @@ def from_chatglm_config(values: dict) -> DecoderConfig:
     return from_hf_config(translated)
 
 
-def chatglm_table(config: DecoderConfig) -> Table:
-    """The names of ChatGLM2 and ChatGLM3: q, k and v in one tensor, one after the other."""
-    return decoder_table(config, _CHATGLM_NAMES)
+chatglm_table = partial(decoder_table, names=_CHATGLM_NAMES)
 
 
 FAMILIES = (
@@ -134,7 +132,6 @@ FAMILIES = (
         to_hf=to_hf_config,
         table=table,
         sample=token_sample,
-        oracle="GlmForCausalLM",
     ),
     Family(
         name="ChatGLM2, ChatGLM3",

@@ -5,20 +5,31 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from mllm_jax.checkpoints.architectures import model_type
-from mllm_jax.checkpoints.config_json import (
-    check_written,
-    one_or_several,
-    read_activation,
-    stored_fields,
-    write_activation,
-)
+from mllm_jax.checkpoints.architectures import kind_of
+from mllm_jax.checkpoints.config_json import LAYERS, Fields, check_written, read_fields, stored_fields, write_fields
 from mllm_jax.checkpoints.options import Options
-from mllm_jax.checkpoints.table import Table, Weight
+from mllm_jax.checkpoints.table import LINEAR, OUT_OF_HEADS, Table, Weight, beside, into_heads, linear, norm
 from mllm_jax.errors import ConfigError
 from mllm_jax.layers.rotary import RopeScaling
 from mllm_jax.llms.decoder import DecoderConfig
 
+IDS: Fields = {
+    "bos_token_id": ("bos_token_id", "id"),
+    "eos_token_id": ("eos_token_id", "ids"),
+    "pad_token_id": ("pad_token_id", "id"),
+}
+_FIELDS: Fields = (
+    IDS
+    | LAYERS
+    | {
+        "vocab_size": ("vocab_size", "size"),
+        "mlp_size": ("intermediate_size", "size"),
+        "activation": ("hidden_act", "activation"),
+        "norm_eps": ("rms_norm_eps", "number", ..., 0.0),
+        "tie_word_embeddings": ("tie_word_embeddings", "flag"),
+        "max_position_embeddings": ("max_position_embeddings", "size"),
+    }
+)
 # The least and the most that an option of rotary scaling may be: beyond it, angles or scores are no numbers.
 _STRETCH = (1.0, 1e6)
 _ROPE_RANGES = dict(factor=_STRETCH) | dict.fromkeys(
@@ -34,20 +45,6 @@ _ROPE_OPTIONS = {
     "llama3": ("factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor"),
     "yarn": ("factor", "original_max_position_embeddings", *_ROPE_OPTIONAL),
 }
-
-
-def read_ids(options: Options) -> dict:
-    """bos_token_id, eos_token_id and pad_token_id as the decoder's config keeps them."""
-    return dict(
-        bos_token_id=options.id("bos_token_id"),
-        eos_token_id=options.ids("eos_token_id"),
-        pad_token_id=options.id("pad_token_id"),
-    )
-
-
-def write_ids(c: DecoderConfig) -> dict:
-    eos = one_or_several(c.eos_token_id) if c.eos_token_id else None
-    return dict(bos_token_id=c.bos_token_id, eos_token_id=eos, pad_token_id=c.pad_token_id)
 
 
 def read_rope(options: Options, what: str, partial: bool = False) -> dict:
@@ -120,43 +117,16 @@ def read_decoder(options: Options, what: str, *, partial_rotary: bool = False, *
     kv_heads = options.size("num_key_value_heads", heads)
     if "num_key_value_heads" in options:
         options.divided("num_attention_heads", "num_key_value_heads")
-    read = dict(
-        vocab_size=options.size("vocab_size"),
-        hidden_size=width,
-        num_layers=options.size("num_hidden_layers"),
-        num_heads=heads,
-        num_kv_heads=kv_heads,
-        head_dim=None if head_dim == width // heads else head_dim,
-        mlp_size=options.size("intermediate_size"),
-        activation=read_activation(options),
-        norm_eps=options.number("rms_norm_eps", least=0.0),
-        tie_word_embeddings=options.flag("tie_word_embeddings"),
-        max_position_embeddings=options.size("max_position_embeddings"),
-    )
-    read |= read_rope(options, what, partial_rotary) | read_ids(options) | switches
+    read = read_fields(options, _FIELDS) | read_rope(options, what, partial_rotary)
+    read |= dict(num_kv_heads=kv_heads, head_dim=None if head_dim == width // heads else head_dim)
     options.done()
-    return DecoderConfig(**read)
+    return DecoderConfig(**read | switches)
 
 
 def write_decoder(c: DecoderConfig) -> dict:
-    """The reverse of `read_decoder`."""
-    return dict(
-        architectures=[c.family],
-        model_type=model_type(c.family),
-        vocab_size=c.vocab_size,
-        hidden_size=c.hidden_size,
-        num_hidden_layers=c.num_layers,
-        num_attention_heads=c.num_heads,
-        num_key_value_heads=c.num_kv_heads,
-        head_dim=c.size_per_head,
-        intermediate_size=c.mlp_size,
-        hidden_act=write_activation(c.activation),
-        rms_norm_eps=c.norm_eps,
-        tie_word_embeddings=c.tie_word_embeddings,
-        max_position_embeddings=c.max_position_embeddings,
-        **write_rope(c),
-        **write_ids(c),
-    )
+    """The inverse of `read_decoder`."""
+    heads = dict(num_key_value_heads=c.num_kv_heads, head_dim=c.size_per_head)
+    return kind_of(c.family) | heads | write_fields(c, _FIELDS) | write_rope(c)
 
 
 def faithful(c: DecoderConfig, written: dict, read: Callable[[dict], DecoderConfig]) -> dict:
@@ -207,55 +177,35 @@ class Names:
 
 def decoder_table(c: DecoderConfig, names: Names = Names()) -> Table:
     """The weights of a decoder under a family's names."""
-    weights: list[Weight] = []
+    layer, head = f"{names.layers}.{{layer}}", {"h": c.size_per_head}
 
-    def norm(name: str, path: str, kind: str = c.norm):
-        if kind == "rms" or c.norm_affine:
-            weights.append(Weight(f"{name}.weight", f"{path}/scale"))
-        if kind == "layer" and c.norm_affine:
-            weights.append(Weight(f"{name}.bias", f"{path}/bias"))
+    def own_norm(name: str, path: str) -> list[Weight]:
+        return norm(name, path, bias=c.norm == "layer") if c.norm_affine else []
 
-    def linear(name: str, path: str, bias: bool = False, rows=None, heads: str = ""):
-        """`heads`: whether the rows ("out of") or columns ("into") of the stored matrix are the dimensions of heads."""
-        kernel = {"": "o i -> i o", "out of": "e (n h) -> n h e", "into": "(n h) e -> e n h"}[heads]
-        sizes = {"h": c.size_per_head} if heads else {}
-        weights.append(Weight(f"{name}.weight", f"{path}/kernel", kernel, sizes, rows))
-        if bias and heads == "into":
-            weights.append(Weight(f"{name}.bias", f"{path}/bias", "(n h) -> n h", sizes, rows))
-        elif bias:
-            weights.append(Weight(f"{name}.bias", f"{path}/bias", rows=rows))
-
-    def beside(parts: list[tuple[str, str, int]], bias: bool, heads: str = ""):
-        """Maps (stored name, path, rows), which lie one after the other in one tensor where they share its name."""
-        together = len({name for name, _, _ in parts}) < len(parts)
-        start = 0
-        for name, path, rows in parts:
-            linear(name, path, bias, (start, start + rows) if together else None, heads)
-            start += rows
-
-    layer, hub = "layers", f"{names.layers}.{{layer}}"
-    weights.append(Weight(f"{names.embedding}.weight", "token_embedding/embedding"))
+    weights = [Weight(f"{names.embedding}.weight", "token_embedding/embedding")]
     if c.positions == "learned":
         weights.append(Weight(f"{names.positions}.weight", "position_embedding/embedding"))
     if c.embedding_size is not None:
-        linear(names.embedding_in, "embedding_in")
-        linear(names.embedding_out, "embedding_out")
-    norm(f"{hub}.{names.attention_norm}", f"{layer}/attention_norm")
-    heads = [("q", names.q, c.num_heads), ("k", names.k, c.num_kv_heads), ("v", names.v, c.num_kv_heads)]
-    parts = [(f"{hub}.{name}", f"{layer}/attention/{part}", n * c.size_per_head) for part, name, n in heads]
-    beside(parts, c.qkv_bias, heads="into")
-    linear(f"{hub}.{names.out}", f"{layer}/attention/out", c.out_bias, heads="out of")
+        weights += linear(names.embedding_in, "embedding_in", bias=False)
+        weights += linear(names.embedding_out, "embedding_out", bias=False)
+    weights += own_norm(f"{layer}.{names.attention_norm}", "layers/attention_norm")
+    stored = [f"{layer}.{name}" for name in (names.q, names.k, names.v)]
+    rows = [heads * c.size_per_head for heads in (c.num_heads, c.num_kv_heads, c.num_kv_heads)]
+    weights += into_heads(stored, "layers/attention", c.size_per_head, rows, "qkv" if c.qkv_bias else "")
+    weights += linear(f"{layer}.{names.out}", "layers/attention/out", OUT_OF_HEADS, head, bias=c.out_bias)
     if c.qk_norm:
-        norm(f"{hub}.{names.q_norm}", f"{layer}/attention/q_norm", "rms")
-        norm(f"{hub}.{names.k_norm}", f"{layer}/attention/k_norm", "rms")
-    norm(f"{hub}.{names.mlp_norm}", f"{layer}/mlp_norm")
-    wide = ([("gate", names.gate)] if c.gated else []) + [("up", names.up)]
-    parts = [(f"{hub}.{name}", f"{layer}/mlp/{part}", c.mlp_size) for part, name in wide]
-    beside(parts, c.mlp_bias)
-    linear(f"{hub}.{names.down}", f"{layer}/mlp/down", c.mlp_bias)
+        weights += norm(f"{layer}.{names.q_norm}", "layers/attention/q_norm", bias=False)
+        weights += norm(f"{layer}.{names.k_norm}", "layers/attention/k_norm", bias=False)
+    weights += own_norm(f"{layer}.{names.mlp_norm}", "layers/mlp_norm")
+    wide = [("gate", names.gate)] * c.gated + [("up", names.up)]
+    parts = [(f"{layer}.{name}", f"layers/mlp/{part}") for part, name in wide]
+    weights += beside([(f"{name}.weight", f"{path}/kernel", c.mlp_size) for name, path in parts], LINEAR)
+    if c.mlp_bias:
+        weights += beside([(f"{name}.bias", f"{path}/bias", c.mlp_size) for name, path in parts])
+    weights += linear(f"{layer}.{names.down}", "layers/mlp/down", bias=c.mlp_bias)
     if c.final_norm:
-        norm(names.final_norm, "final_norm")
+        weights += own_norm(names.final_norm, "final_norm")
     if not c.tie_word_embeddings:
-        linear(names.head, "lm_head")
+        weights += linear(names.head, "lm_head", bias=False)
     ignored = names.ignored + ((f"{names.head}.weight",) if c.tie_word_embeddings else ())
     return Table(tuple(weights), names.spellings, ignored)

@@ -7,42 +7,27 @@ from __future__ import annotations
 
 from mllm_jax.checkpoints.architectures import architecture
 from mllm_jax.checkpoints.options import Options
-from mllm_jax.checkpoints.sample import token_sample
-from mllm_jax.checkpoints.table import Family
+from mllm_jax.checkpoints.table import families, token_sample
 from mllm_jax.errors import ConfigError
 from mllm_jax.llms.decoder import DecoderConfig
 from mllm_jax.llms.hub import decoder_table, faithful, read_decoder, write_decoder
 
 # What an option is where config.json does not say.
+_BOTH = dict(
+    vocab_size=32000,
+    hidden_size=4096,
+    num_hidden_layers=32,
+    num_attention_heads=32,
+    hidden_act="silu",
+    rms_norm_eps=1e-6,
+    bos_token_id=1,
+    eos_token_id=2,
+    tie_word_embeddings=False,
+)
+_WIDER = dict(intermediate_size=14336, max_position_embeddings=131072)
 _DEFAULTS = {
-    "LlamaForCausalLM": dict(
-        vocab_size=32000,
-        hidden_size=4096,
-        intermediate_size=11008,
-        num_hidden_layers=32,
-        num_attention_heads=32,
-        hidden_act="silu",
-        max_position_embeddings=2048,
-        rms_norm_eps=1e-6,
-        bos_token_id=1,
-        eos_token_id=2,
-        tie_word_embeddings=False,
-    ),
-    "MistralForCausalLM": dict(
-        vocab_size=32000,
-        hidden_size=4096,
-        intermediate_size=14336,
-        num_hidden_layers=32,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        hidden_act="silu",
-        max_position_embeddings=131072,
-        rms_norm_eps=1e-6,
-        bos_token_id=1,
-        eos_token_id=2,
-        sliding_window=4096,
-        tie_word_embeddings=False,
-    ),
+    "LlamaForCausalLM": _BOTH | dict(intermediate_size=11008, max_position_embeddings=2048),
+    "MistralForCausalLM": _BOTH | _WIDER | dict(num_key_value_heads=8, sliding_window=4096),
 }
 
 
@@ -77,15 +62,10 @@ def to_hf_config(config: DecoderConfig) -> dict:
 
 table = decoder_table
 
-FAMILIES = tuple(
-    Family(
-        name=name,
-        architectures=(hub,),
-        from_hf=from_hf_config,
-        to_hf=to_hf_config,
-        table=table,
-        sample=token_sample,
-        oracle=hub,
-    )
-    for name, hub in (("LLaMA, Vicuna", "LlamaForCausalLM"), ("Mistral", "MistralForCausalLM"))
+FAMILIES = families(
+    {"LlamaForCausalLM": "LLaMA, Vicuna", "MistralForCausalLM": "Mistral"},
+    from_hf=from_hf_config,
+    to_hf=to_hf_config,
+    table=table,
+    sample=token_sample,
 )

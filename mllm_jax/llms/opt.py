@@ -5,19 +5,14 @@ OPT-350m differs from its siblings: norms behind each sum, and an embedding narr
 
 from __future__ import annotations
 
-from mllm_jax.checkpoints.architectures import architecture, model_type
-from mllm_jax.checkpoints.config_json import read_activation, write_activation
+from functools import partial
+
+from mllm_jax.checkpoints.architectures import architecture, kind_of
+from mllm_jax.checkpoints.config_json import LAYERS, Fields, read_fields, write_fields
 from mllm_jax.checkpoints.options import Options
-from mllm_jax.checkpoints.sample import token_sample
-from mllm_jax.checkpoints.table import Family, Table
+from mllm_jax.checkpoints.table import families, token_sample
 from mllm_jax.llms.decoder import DecoderConfig
-from mllm_jax.llms.hub import (
-    Names,
-    decoder_table,
-    faithful,
-    read_ids,
-    write_ids,
-)
+from mllm_jax.llms.hub import IDS, Names, decoder_table, faithful
 
 # What an option is where config.json does not say.
 _DEFAULTS = dict(
@@ -31,6 +26,20 @@ _DEFAULTS = dict(
     pad_token_id=1,
     bos_token_id=2,
     eos_token_id=2,
+)
+_FIELDS: Fields = (
+    IDS
+    | LAYERS
+    | {
+        "vocab_size": ("vocab_size", "size"),
+        "mlp_size": ("ffn_dim", "size"),
+        "activation": ("activation_function", "activation"),
+        "norm_affine": ("layer_norm_elementwise_affine", "flag", True),
+        "norm_first": ("do_layer_norm_before", "flag", True),
+        "tie_word_embeddings": ("tie_word_embeddings", "flag", True),
+        "qkv_bias": ("enable_bias", "flag", True),
+        "max_position_embeddings": ("max_position_embeddings", "size"),
+    }
 )
 _NAMES = Names(
     embedding="model.decoder.embed_tokens",
@@ -53,77 +62,44 @@ def from_hf_config(values: dict) -> DecoderConfig:
     """config.json of OPTForCausalLM, every option honoured or refused by name."""
     family = architecture(values, "OPTForCausalLM")
     options = Options(_DEFAULTS | values, f"config.json of {family}")
-    width, heads = options.size("hidden_size"), options.size("num_attention_heads")
+    read = read_fields(options, _FIELDS)
     options.divided("hidden_size", "num_attention_heads")
-    embedding_size, bias = options.size("word_embed_proj_dim", width), options.flag("enable_bias", True)
-    norm_first = options.flag("do_layer_norm_before", True)
+    embedding_size = options.size("word_embed_proj_dim", read["hidden_size"])
     # Early fine-tuned checkpoints lack the last norm.
     removed = options.flag("_remove_final_layer_norm", False)
     config = DecoderConfig(
-        vocab_size=options.size("vocab_size"),
-        hidden_size=width,
-        num_layers=options.size("num_hidden_layers"),
-        num_heads=heads,
-        num_kv_heads=heads,
-        mlp_size=options.size("ffn_dim"),
-        activation=read_activation(options, "activation_function"),
+        **read,
+        num_kv_heads=read["num_heads"],
         gated=False,
         norm="layer",
-        norm_affine=options.flag("layer_norm_elementwise_affine", True),
         norm_eps=1e-5,
-        norm_first=norm_first,
-        final_norm=norm_first and not removed,
+        final_norm=read["norm_first"] and not removed,
         positions="learned",
         position_offset=2,
-        tie_word_embeddings=options.flag("tie_word_embeddings", True),
-        embedding_size=None if embedding_size == width else embedding_size,
-        qkv_bias=bias,
-        out_bias=bias,
-        mlp_bias=bias,
-        max_position_embeddings=options.size("max_position_embeddings"),
+        embedding_size=None if embedding_size == read["hidden_size"] else embedding_size,
+        out_bias=read["qkv_bias"],
+        mlp_bias=read["qkv_bias"],
         family=family,
-        **read_ids(options),
     )
     options.done()
     return config
 
 
 def to_hf_config(config: DecoderConfig) -> dict:
-    """The reverse; refuses switches that the family does not have."""
+    """The inverse; refuses switches that the family does not have."""
     c = config
     written = dict(
-        architectures=[c.family],
-        model_type=model_type(c.family),
-        vocab_size=c.vocab_size,
-        hidden_size=c.hidden_size,
-        num_hidden_layers=c.num_layers,
-        num_attention_heads=c.num_heads,
-        ffn_dim=c.mlp_size,
-        activation_function=write_activation(c.activation),
-        layer_norm_elementwise_affine=c.norm_affine,
-        do_layer_norm_before=c.norm_first,
+        **kind_of(c.family),
         _remove_final_layer_norm=c.norm_first and not c.final_norm,
-        tie_word_embeddings=c.tie_word_embeddings,
         word_embed_proj_dim=c.embedding_size or c.hidden_size,
-        enable_bias=c.qkv_bias,
-        max_position_embeddings=c.max_position_embeddings,
-        **write_ids(c),
+        **write_fields(c, _FIELDS),
     )
     return faithful(c, written, from_hf_config)
 
 
-def table(config: DecoderConfig) -> Table:
-    return decoder_table(config, _NAMES)
+table = partial(decoder_table, names=_NAMES)
 
 
-FAMILIES = (
-    Family(
-        name="OPT",
-        architectures=("OPTForCausalLM",),
-        from_hf=from_hf_config,
-        to_hf=to_hf_config,
-        table=table,
-        sample=token_sample,
-        oracle="OPTForCausalLM",
-    ),
+FAMILIES = families(
+    {"OPTForCausalLM": "OPT"}, from_hf=from_hf_config, to_hf=to_hf_config, table=table, sample=token_sample
 )

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 from mllm_jax.checkpoints.architectures import architecture
 from mllm_jax.checkpoints.options import Options
-from mllm_jax.checkpoints.sample import token_sample
-from mllm_jax.checkpoints.table import Family
+from mllm_jax.checkpoints.table import families, token_sample
 from mllm_jax.errors import ConfigError
 from mllm_jax.llms.decoder import DecoderConfig
 from mllm_jax.llms.hub import decoder_table, faithful, read_decoder, write_decoder
@@ -92,15 +91,10 @@ def _write_windows(c: DecoderConfig) -> dict:
 
 table = decoder_table
 
-FAMILIES = tuple(
-    Family(
-        name=name,
-        architectures=(hub,),
-        from_hf=from_hf_config,
-        to_hf=to_hf_config,
-        table=table,
-        sample=token_sample,
-        oracle=hub,
-    )
-    for name, hub in (("Qwen2, Qwen2.5", "Qwen2ForCausalLM"), ("Qwen3", "Qwen3ForCausalLM"))
+FAMILIES = families(
+    {"Qwen2ForCausalLM": "Qwen2, Qwen2.5", "Qwen3ForCausalLM": "Qwen3"},
+    from_hf=from_hf_config,
+    to_hf=to_hf_config,
+    table=table,
+    sample=token_sample,
 )

@@ -7,13 +7,15 @@ whole doublings of the first chunk's length) and `use_logn_attn` (queries scaled
 
 from __future__ import annotations
 
-from mllm_jax.checkpoints.architectures import architecture, model_type
+from functools import partial
+
+from mllm_jax.checkpoints.architectures import architecture, kind_of
+from mllm_jax.checkpoints.config_json import LAYERS, Fields, read_fields, write_fields
 from mllm_jax.checkpoints.options import Options
-from mllm_jax.checkpoints.sample import token_sample
-from mllm_jax.checkpoints.table import Family, Table
+from mllm_jax.checkpoints.table import families, token_sample
 from mllm_jax.errors import ConfigError
 from mllm_jax.llms.decoder import DecoderConfig
-from mllm_jax.llms.hub import Names, decoder_table, faithful, read_ids, write_ids
+from mllm_jax.llms.hub import IDS, Names, decoder_table, faithful
 
 ARCHITECTURE = "QWenLMHeadModel"
 # The MLP is c_proj(w1(x) * silu(w2(x))).
@@ -33,6 +35,17 @@ _NAMES = Names(
     spellings=(),
     ignored=("transformer.rotary_emb.inv_freq",),
 )
+_FIELDS: Fields = (
+    IDS
+    | LAYERS
+    | {
+        "vocab_size": ("vocab_size", "size"),
+        "norm_eps": ("layer_norm_epsilon", "number", ..., 0.0),
+        "rope_theta": ("rotary_emb_base", "number", 10_000.0, 1.0),
+        "max_position_embeddings": ("seq_length", "size"),
+    }
+)
+_FIXED = dict(rotary_pct=1.0, no_bias=True, scale_attn_weights=True, tie_word_embeddings=False)
 # Of precision, of faster kernels that give the same, of dropout; and the code that is never executed.
 _IDLE = (
     "bf16", "fp16", "fp32", "attn_dropout_prob", "emb_dropout_prob", "onnx_safe",
@@ -50,78 +63,52 @@ def from_hf_config(values: dict) -> DecoderConfig:
             "a language model alone",
             "read the whole with mllm_jax.from_pretrained, or its tower with architectures=['QWenVisionTransformer']",
         )
-    width, heads = options.size("hidden_size"), options.size("num_attention_heads")
+    read = read_fields(options, _FIELDS)
     options.divided("hidden_size", "num_attention_heads")
-    options.only("kv_channels", width // heads)
-    options.only("rotary_pct", 1.0)
-    options.only("no_bias", True)
-    options.only("scale_attn_weights", True)
-    options.only("tie_word_embeddings", False)
+    options.only("kv_channels", read["hidden_size"] // read["num_heads"])
+    for name, value in _FIXED.items():
+        options.only(name, value)
     stretched = options.only("use_dynamic_ntk", True, False)
     options.only("use_logn_attn", stretched)
-    trained = options.size("seq_length")
     # The table of positions that nobody has: rotary positions have no end.
     options.skip("max_position_embeddings", *_IDLE)
-    read = DecoderConfig(
-        vocab_size=options.size("vocab_size"),
-        hidden_size=width,
-        num_layers=options.size("num_hidden_layers"),
-        num_heads=heads,
-        num_kv_heads=heads,
+    config = DecoderConfig(
+        **read,
+        num_kv_heads=read["num_heads"],
         mlp_size=options.size("intermediate_size") // 2,
-        norm_eps=options.number("layer_norm_epsilon", least=0.0),
-        rope_theta=options.number("rotary_emb_base", 10_000.0, least=1.0),
         tie_word_embeddings=False,
         qkv_bias=True,
-        max_position_embeddings=trained,
-        longest=trained if stretched else None,
+        longest=read["max_position_embeddings"] if stretched else None,
         family=ARCHITECTURE,
-        **read_ids(options),
     )
     options.done()
-    return read
+    return config
 
 
 def to_hf_config(config: DecoderConfig) -> dict:
-    """The reverse; refuses switches that the family does not have."""
+    """The inverse; refuses switches that the family does not have."""
     c = config
     written = dict(
-        architectures=[ARCHITECTURE],
-        model_type=model_type(ARCHITECTURE),
-        vocab_size=c.vocab_size,
-        hidden_size=c.hidden_size,
-        num_hidden_layers=c.num_layers,
-        num_attention_heads=c.num_heads,
+        **kind_of(ARCHITECTURE),
         kv_channels=c.size_per_head,
         intermediate_size=2 * c.mlp_size,
-        layer_norm_epsilon=c.norm_eps,
-        rotary_emb_base=c.rope_theta,
-        rotary_pct=1.0,
-        no_bias=True,
-        scale_attn_weights=True,
-        tie_word_embeddings=False,
         use_dynamic_ntk=c.longest is not None,
         use_logn_attn=c.longest is not None,
-        seq_length=c.max_position_embeddings,
         max_position_embeddings=c.max_position_embeddings,
-        **write_ids(c),
+        **_FIXED,
+        **write_fields(c, _FIELDS),
     )
     return faithful(c, written, from_hf_config)
 
 
-def table(config: DecoderConfig) -> Table:
-    """q, k and v lie in one tensor, one after the other."""
-    return decoder_table(config, _NAMES)
+table = partial(decoder_table, names=_NAMES)
 
 
-FAMILIES = (
-    Family(
-        name="Qwen (first)",
-        architectures=(ARCHITECTURE,),
-        from_hf=from_hf_config,
-        to_hf=to_hf_config,
-        table=table,
-        sample=token_sample,
-        oracle="Qwen2ForCausalLM with the weights renamed",
-    ),
+FAMILIES = families(
+    {ARCHITECTURE: "Qwen (first)"},
+    from_hf=from_hf_config,
+    to_hf=to_hf_config,
+    table=table,
+    sample=token_sample,
+    oracle="Qwen2ForCausalLM with the weights renamed",
 )

@@ -10,10 +10,10 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax import struct
 
-from mllm_jax.checkpoints.architectures import model_type
-from mllm_jax.checkpoints.config_json import ACTIVATIONS, one_or_several, write_activation
-from mllm_jax.checkpoints.options import Options
-from mllm_jax.checkpoints.table import Family, Table, Weight
+from mllm_jax.checkpoints.architectures import kind_of
+from mllm_jax.checkpoints.config_json import Fields, read_fields, write_activation, write_fields
+from mllm_jax.checkpoints.options import ACTIVATIONS, Options
+from mllm_jax.checkpoints.table import OUT_OF_HEADS, Family, Table, Weight, into_heads, linear, norm
 from mllm_jax.errors import DataError
 from mllm_jax.layers.attention import write_at
 from mllm_jax.layers.head import head_inputs
@@ -284,15 +284,19 @@ class T5(nn.Module):
 
 
 MOST_DISTANCE = 1 << 20  # whose buckets are counted one by one
-# Our field -> the hub's option of the same meaning.
-_OPTIONS = {
-    "vocab_size": "vocab_size",
-    "hidden_size": "d_model",
-    "head_dim": "d_kv",
-    "mlp_size": "d_ff",
-    "num_layers": "num_layers",
-    "num_heads": "num_heads",
-    "num_buckets": "relative_attention_num_buckets",
+_FIELDS: Fields = {
+    "vocab_size": ("vocab_size", "size", T5Config.vocab_size),
+    "hidden_size": ("d_model", "size", T5Config.hidden_size),
+    "head_dim": ("d_kv", "size", T5Config.head_dim),
+    "mlp_size": ("d_ff", "size", T5Config.mlp_size),
+    "num_layers": ("num_layers", "size", T5Config.num_layers),
+    "num_heads": ("num_heads", "size", T5Config.num_heads),
+    "num_buckets": ("relative_attention_num_buckets", "size", T5Config.num_buckets),
+    "max_distance": ("relative_attention_max_distance", "size", T5Config.max_distance, MOST_DISTANCE),
+    "norm_eps": ("layer_norm_epsilon", "number", T5Config.norm_eps, 0.0),
+    "bos_token_id": ("bos_token_id", "id"),
+    "eos_token_id": ("eos_token_id", "ids", (1,)),
+    "pad_token_id": ("pad_token_id", "id", 0),
 }
 
 
@@ -310,22 +314,16 @@ def from_hf_config(values: dict) -> T5Config:
     for fixed, value in (("tie_encoder_decoder", False), ("is_decoder", False), ("is_encoder_decoder", True)):
         option.only(fixed, value)
     option.skip("n_positions")
-    sizes = {ours: option.size(theirs, getattr(T5Config, ours)) for ours, theirs in _OPTIONS.items()}
-    pad = option.id("pad_token_id", 0)
+    read = read_fields(option, _FIELDS)
     # transformers 5 writes tie_word_embeddings=True into every config and keeps the real answer in the other option.
     tied = option.flag("tie_word_embeddings", True)
     config = T5Config(
-        **sizes,
-        num_decoder_layers=option.size("num_decoder_layers", sizes["num_layers"]),
-        max_distance=option.size("relative_attention_max_distance", T5Config.max_distance, most=MOST_DISTANCE),
-        norm_eps=option.number("layer_norm_epsilon", T5Config.norm_eps, least=0.0),
+        **read,
+        num_decoder_layers=option.size("num_decoder_layers", read["num_layers"]),
         activation=ACTIVATIONS[name],
         gated=option.flag("is_gated_act", gate == "gated"),
         tie_word_embeddings=option.flag("scale_decoder_outputs", tied),
-        bos_token_id=option.id("bos_token_id"),
-        eos_token_id=option.ids("eos_token_id", (1,)),
-        pad_token_id=pad,
-        decoder_start_token_id=option.id("decoder_start_token_id", pad),
+        decoder_start_token_id=option.id("decoder_start_token_id", read["pad_token_id"]),
     )
     option.done()
     return config
@@ -336,24 +334,18 @@ def to_hf_config(config: T5Config) -> dict:
     c = config
     activation = "gelu_new" if c.activation == "gelu_tanh" else write_activation(c.activation)
     projection = "gelu" if c.gated and activation == "gelu_new" else activation  # "gated-gelu" means gelu_new
-    return {
-        "architectures": [c.family],
-        "model_type": model_type(c.family),
-        "is_encoder_decoder": True,
-        **{theirs: getattr(c, ours) for ours, theirs in _OPTIONS.items()},
-        "relative_attention_max_distance": c.max_distance,
-        "layer_norm_epsilon": c.norm_eps,
-        "num_decoder_layers": c.num_decoder_layers,
-        "feed_forward_proj": f"gated-{projection}" if c.gated else projection,
-        "dense_act_fn": activation,
-        "is_gated_act": c.gated,
-        "tie_word_embeddings": c.tie_word_embeddings,
-        "scale_decoder_outputs": c.tie_word_embeddings and c.scale_outputs,
-        "bos_token_id": c.bos_token_id,
-        "eos_token_id": one_or_several(c.eos_token_id),
-        "pad_token_id": c.pad_token_id,
-        "decoder_start_token_id": c.decoder_start_token_id,
-    }
+    return dict(
+        **kind_of(c.family),
+        is_encoder_decoder=True,
+        num_decoder_layers=c.num_decoder_layers,
+        feed_forward_proj=f"gated-{projection}" if c.gated else projection,
+        dense_act_fn=activation,
+        is_gated_act=c.gated,
+        tie_word_embeddings=c.tie_word_embeddings,
+        scale_decoder_outputs=c.tie_word_embeddings and c.scale_outputs,
+        decoder_start_token_id=c.decoder_start_token_id,
+        **write_fields(c, _FIELDS),
+    )
 
 
 def settle(config: T5Config, stored: Collection[str]) -> T5Config:
@@ -363,41 +355,33 @@ def settle(config: T5Config, stored: Collection[str]) -> T5Config:
     return replace(config, tie_word_embeddings=True, scale_outputs=False)
 
 
-def _attention(config: T5Config, name: str, path: str) -> list[Weight]:
-    inner, heads = "(n h) e -> e n h", {"n": config.num_heads}
-    lines = [Weight(f"{name}.{part}.weight", f"{path}/{part}/kernel", inner, heads) for part in "qkv"]
-    return [*lines, Weight(f"{name}.o.weight", f"{path}/out/kernel", "e (n h) -> n h e", heads)]
-
-
 def table(config: T5Config) -> Table:
     """The names of T5ForConditionalGeneration."""
     c = config
+    heads, rows = {"h": c.head_dim}, (c.num_heads * c.head_dim,) * 3
     weights = [Weight("shared.weight", "token_embedding/embedding")]
     for side, sublayers in (("encoder", ("SelfAttention",)), ("decoder", ("SelfAttention", "EncDecAttention"))):
         block, path = f"{side}.block.{{layer}}.layer", f"{side}/layers"
-        paths = ("attention", "cross_attention")[: len(sublayers)]
-        for i, (name, place) in enumerate(zip(sublayers, paths, strict=True)):
-            weights += _attention(c, f"{block}.{i}.{name}", f"{path}/{place}")
-            weights.append(Weight(f"{block}.{i}.layer_norm.weight", f"{path}/{place}_norm/scale"))
+        for i, (name, place) in enumerate(zip(sublayers, ("attention", "cross_attention"), strict=False)):
+            stored, ours = f"{block}.{i}.{name}", f"{path}/{place}"
+            weights += into_heads([f"{stored}.{part}" for part in "qkv"], ours, c.head_dim, rows, biased="")
+            weights += linear(f"{stored}.o", f"{ours}/out", OUT_OF_HEADS, heads, bias=False)
+            weights += norm(f"{block}.{i}.layer_norm", f"{ours}_norm", bias=False)
         mlp = f"{block}.{len(sublayers)}"
         wide = {"wi_0": "gate", "wi_1": "up", "wo": "down"} if c.gated else {"wi": "up", "wo": "down"}
         for name, place in wide.items():
-            weights.append(Weight(f"{mlp}.DenseReluDense.{name}.weight", f"{path}/mlp/{place}/kernel", "o i -> i o"))
-        weights += [
-            Weight(f"{mlp}.layer_norm.weight", f"{path}/mlp_norm/scale"),
-            Weight(
-                f"{side}.block.0.layer.0.SelfAttention.relative_attention_bias.weight",
-                f"{side}/relative_bias/embedding",
-            ),
-            Weight(f"{side}.final_layer_norm.weight", f"{side}/final_norm/scale"),
-        ]
+            weights += linear(f"{mlp}.DenseReluDense.{name}", f"{path}/mlp/{place}", bias=False)
+        weights += norm(f"{mlp}.layer_norm", f"{path}/mlp_norm", bias=False)
+        weights += norm(f"{side}.final_layer_norm", f"{side}/final_norm", bias=False)
+        table = f"{side}.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
+        weights.append(Weight(table, f"{side}/relative_bias/embedding"))
     # Copies of `shared`, and a table that was stored by mistake and is never read.
     ignored = ["encoder.embed_tokens.weight", "decoder.embed_tokens.weight"]
     ignored.append("decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight")
     if c.tie_word_embeddings:
         ignored.append("lm_head.weight")
     else:
-        weights.append(Weight("lm_head.weight", "lm_head/kernel", "v e -> e v"))
+        weights += linear("lm_head", "lm_head", bias=False)
     return Table(tuple(weights), ignored=tuple(ignored))
 
 
@@ -415,7 +399,6 @@ FAMILIES = (
         to_hf=to_hf_config,
         table=table,
         sample=sample,
-        oracle="T5ForConditionalGeneration",
         settle=settle,
     ),
 )

@@ -8,14 +8,13 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 
-from mllm_jax.checkpoints.architectures import BEFORE, find, llms_inside, model_type, of_type
+from mllm_jax.checkpoints.architectures import BEFORE, find, kind_of, llms_inside, nameless, of_type
 from mllm_jax.checkpoints.config_json import check_written, stored_fields
 from mllm_jax.checkpoints.options import Options
-from mllm_jax.checkpoints.table import Family, Table, Weight, nested
+from mllm_jax.checkpoints.table import Family, Table, Weight, families, nested
 from mllm_jax.data.image_processors import ImageProcessor, read_image_processor
 from mllm_jax.data.processing.layouts import TileLayout
 from mllm_jax.data.processing.media import Media
@@ -25,7 +24,7 @@ from mllm_jax.errors import ConfigError, DataError
 from mllm_jax.llms import t5
 from mllm_jax.models.clip import CLIP_MEAN, CLIP_STD
 from mllm_jax.models.multimodal import Branch, Connection, MultimodalConfig
-from mllm_jax.models.parts import home
+from mllm_jax.models.parts import family_of
 from mllm_jax.projectors.qformer_hub import qformer_weights, read_qformer, write_qformer
 
 FAMILY = "Blip2ForConditionalGeneration"
@@ -49,7 +48,7 @@ class Blip2Config(MultimodalConfig):
 
 def read_encoder(values: Mapping | None) -> ViTConfig:
     """`vision_config`, with what the pictures of all these models are normalised with."""
-    return replace(eva.from_hf_config(dict(values or {})), image_mean=CLIP_MEAN, image_std=CLIP_STD)
+    return replace(eva.FAMILY.from_hf(dict(values or {})), image_mean=CLIP_MEAN, image_std=CLIP_STD)
 
 
 def read_parts(values: Mapping, family: str, llms: Sequence[str], text: bool | None) -> dict:
@@ -65,10 +64,10 @@ def read_parts(values: Mapping, family: str, llms: Sequence[str], text: bool | N
     options = Options(values, f"config.json of {family}")
     options.skip("vision_config", "qformer_config", "text_config")
     # Its model type decides: old files spell its architecture in their own ways.
-    llm_values = _nameless(options.part("text_config", {}))
+    llm_values = nameless(options.part("text_config", {}))
     kind = Options({"model_type": llms[0]} | llm_values, f"text_config of {family}").only("model_type", *llms)
     llm, encoder = (
-        home(of_type(kind)).from_hf_config({"model_type": kind} | llm_values),
+        family_of(of_type(kind)).from_hf({"model_type": kind} | llm_values),
         read_encoder(options.part("vision_config", {})),
     )
     projector = read_qformer(
@@ -94,13 +93,12 @@ def write_parts(config: Blip2Config, prefix: str) -> dict:
     Args:
         prefix: what the model types of the parts begin with.
     """
-    vision = eva.to_hf_config(config.image.encoder) | dict(model_type=f"{prefix}_vision_model")
+    vision = eva.FAMILY.to_hf(config.image.encoder) | dict(model_type=f"{prefix}_vision_model")
     return dict(
-        architectures=[config.family],
-        model_type=model_type(config.family),
-        vision_config=_nameless(vision),
+        **kind_of(config.family),
+        vision_config=nameless(vision),
         qformer_config=write_qformer(config.image.projector, f"{prefix}_qformer"),
-        text_config=_llm(config).to_hf_config(config.llm),
+        text_config=_llm(config).to_hf(config.llm),
         num_query_tokens=config.image.projector.num_queries,
         image_token_index=config.image_token_id,
         use_decoder_only_language_model=not config.encoder_decoder,
@@ -118,17 +116,13 @@ def faithful(config: Blip2Config, written: dict, read) -> dict:
     return check_written(config, written, read, "a composed model", facts)
 
 
-def _llm(config: Blip2Config) -> ModuleType:
-    """The module of the language model inside. Raises ConfigError: one that these models are not known with."""
+def _llm(config: Blip2Config) -> Family:
+    """The family of the language model inside. Raises ConfigError: one that these models are not known with."""
     part = find(config.llm.family)
     if part is None or BEFORE not in part.media:
         kinds = dict.fromkeys(part.model_type for part in llms_inside(BEFORE))
         raise ConfigError(f"{config.family} over {config.llm.family}", f"one of {', '.join(kinds)}", "change the LLM")
-    return home(part)
-
-
-def _nameless(part: dict) -> dict:
-    return {name: value for name, value in part.items() if name != "architectures"}
+    return family_of(part)
 
 
 def from_hf_config(values: dict) -> Blip2Config:
@@ -148,7 +142,7 @@ def settle(config: Blip2Config, stored: Collection[str]) -> Blip2Config:
 
 def table_of(config: Blip2Config, projector: tuple[Weight, ...]) -> Table:
     """The weights of a composed model around a Q-Former."""
-    vision, llm = eva.table(config.image.encoder), _llm(config).table(config.llm)
+    vision, llm = eva.FAMILY.table(config.image.encoder), _llm(config).table(config.llm)
     weights = nested(vision, "vision_model.", "encoder_image/") + projector + nested(llm, "language_model.", "llm/")
     ignored = tuple(f"language_model.{name}" for name in llm.ignored) + (
         "qformer.embeddings.position_ids", "embeddings.position_ids",
@@ -216,15 +210,6 @@ def pixel_reader(encoder: ViTConfig, folder: Path):
     return lambda picture: plain(picture).astype(np.uint8)
 
 
-FAMILIES = (
-    Family(
-        name="BLIP-2",
-        architectures=(FAMILY,),
-        from_hf=from_hf_config,
-        to_hf=to_hf_config,
-        table=table,
-        oracle=FAMILY,
-        layout=QueryLayout,
-        settle=settle,
-    ),
+FAMILIES = families(
+    {FAMILY: "BLIP-2"}, from_hf=from_hf_config, to_hf=to_hf_config, table=table, layout=QueryLayout, settle=settle
 )

@@ -12,10 +12,10 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax import struct
 
-from mllm_jax.checkpoints.architectures import model_type
-from mllm_jax.checkpoints.config_json import ELSEWHERE, check_written
+from mllm_jax.checkpoints.architectures import kind_of, nameless
+from mllm_jax.checkpoints.config_json import ELSEWHERE, Fields, check_written, read_fields, write_fields
 from mllm_jax.checkpoints.options import Options
-from mllm_jax.checkpoints.table import Family, Table, Weight, nested
+from mllm_jax.checkpoints.table import Family, Table, Weight, linear, nested
 from mllm_jax.data.batch import ONE_IMAGE, BatchSpec, images_spec, text_spec
 from mllm_jax.encoders import clip_text, clip_vision, siglip_text, siglip_vision
 from mllm_jax.encoders.text import TextModel, TextOutput, TextTowerConfig
@@ -104,9 +104,8 @@ class DualEncoderConfig:
 
     def batch_spec(self, rows: int = 1, length: int = 8, slots: Mapping[str, int] = ONE_IMAGE) -> BatchSpec:
         """The arrays of a batch: captions, and an image in each slot."""
-        return text_spec(rows, length) | images_spec(
-            rows, slots.get("image", 0), self.vision.image_size, self.vision.num_channels
-        )
+        images = images_spec(rows, slots.get("image", 0), self.vision.image_size, self.vision.num_channels)
+        return text_spec(rows, length) | images
 
     def make(self) -> DualEncoder:
         return DualEncoder(self)
@@ -229,116 +228,84 @@ def _parts(options: Options, readers: Sequence[Callable[[dict], Any]]) -> list:
     return found
 
 
-def read_clip(values: dict) -> DualEncoderConfig:
-    """config.json of CLIPModel, every option honoured or refused by name."""
-    options = Options(values, "config.json of CLIPModel")
-    vision, text = _parts(options, (clip_vision.from_hf_config, clip_text.from_hf_config))
-    config = DualEncoderConfig(
-        vision=replace(vision, image_mean=CLIP_MEAN, image_std=CLIP_STD),
-        text=text,
-        projection_size=options.size("projection_dim", 512),
-        kind="softmax",
-        init_log_scale=options.number("logit_scale_init_value", 2.6592),
-        family="CLIPModel",
-    )
-    options.skip(*ELSEWHERE)
-    options.done()
-    return config
-
-
-def write_clip(config: DualEncoderConfig) -> dict:
-    """The reverse; refuses switches that the family does not have."""
-    log_scale = INIT["softmax"][0] if config.init_log_scale is None else config.init_log_scale
-    written = dict(
-        architectures=["CLIPModel"],
-        model_type=model_type(config.family),
-        vision_config=_nameless(clip_vision.to_hf_config(config.vision)),
-        text_config=_nameless(clip_text.to_hf_config(config.text)),
-        projection_dim=config.projection_size,
-        logit_scale_init_value=log_scale,
-    )
-    return _faithful(config, written, read_clip)
-
-
-def read_siglip(values: dict) -> DualEncoderConfig:
-    """config.json of SiglipModel, every option honoured or refused by name."""
-    options = Options(values, "config.json of SiglipModel")
-    vision, text = _parts(options, (siglip_vision.from_hf_config, siglip_text.from_hf_config))
-    config = DualEncoderConfig(
-        vision=vision,
-        text=text,
-        projection_size=None,
-        kind="sigmoid",
-        family="SiglipModel",
-    )
-    options.skip(*ELSEWHERE)
-    options.done()
-    return config
-
-
-def write_siglip(config: DualEncoderConfig) -> dict:
-    """The reverse; refuses switches that the family does not have."""
-    written = dict(
-        architectures=["SiglipModel"],
-        model_type=model_type(config.family),
-        vision_config=_nameless(siglip_vision.to_hf_config(config.vision)),
-        text_config=_nameless(siglip_text.to_hf_config(config.text)),
-    )
-    return _faithful(config, written, read_siglip)
-
-
-def _nameless(part: dict) -> dict:
-    return {name: value for name, value in part.items() if name != "architectures"}
-
-
-def _faithful(config: DualEncoderConfig, written: dict, read) -> dict:
-    """`written`, if it says how this dual encoder joins its towers; the towers have seen to themselves."""
-    names = ("projection_size", "kind", "pooling", "family")
-    return check_written(config, written, read, "a dual encoder", lambda c: {name: getattr(c, name) for name in names})
-
-
-def clip_table(config: DualEncoderConfig) -> Table:
-    joined = (
-        Weight("visual_projection.weight", "heads/image_projection/kernel", "o i -> i o"),
-        Weight("text_projection.weight", "heads/text_projection/kernel", "o i -> i o"),
-        Weight("logit_scale", "heads/log_scale"),
-    )
-    return _with_towers(clip_vision.table(config.vision), clip_text.table(config.text), joined)
-
-
-def siglip_table(config: DualEncoderConfig) -> Table:
-    joined = (Weight("logit_scale", "heads/log_scale", "1 ->"), Weight("logit_bias", "heads/bias", "1 ->"))
-    return _with_towers(siglip_vision.table(config.vision), siglip_text.table(config.text), joined)
-
-
-def _with_towers(vision: Table, text: Table, joined: tuple[Weight, ...]) -> Table:
-    weights = nested(vision, "", "encoder_image/") + nested(text, "", "encoder_text/") + joined
-    return Table(weights, (), vision.ignored + text.ignored)
-
-
 def sample(config: DualEncoderConfig) -> tuple:
     """Arguments with which `init` creates every parameter."""
     side = config.vision.image_size
     return jnp.zeros((1, side, side, config.vision.num_channels)), jnp.zeros((1, 1), jnp.int32)
 
 
-FAMILIES = (
-    Family(
-        name="CLIP",
-        architectures=("CLIPModel",),
-        from_hf=read_clip,
-        to_hf=write_clip,
-        table=clip_table,
-        sample=sample,
-        oracle="CLIPModel",
+def _family(
+    architecture: str,
+    *,
+    name: str,
+    kind: str,
+    towers: tuple[Family, Family],
+    joined: tuple[Weight, ...],
+    fields: Fields = {},  # noqa: B006
+    normalised: Mapping[str, Any] = {},  # noqa: B006
+) -> Family:
+    """A dual encoder as a class of transformers; every option of its config.json is honoured or refused by name.
+
+    Args:
+        towers: of images and of texts.
+        joined: the weights of what joins them.
+        fields: the options of the whole.
+        normalised: what no config.json says of the images.
+    """
+    vision, text = towers
+
+    def from_hf(values: dict) -> DualEncoderConfig:
+        options = Options(values, f"config.json of {architecture}")
+        seen, read = _parts(options, (vision.from_hf, text.from_hf))
+        given = dict(projection_size=None) | read_fields(options, fields)
+        options.skip(*ELSEWHERE)
+        options.done()
+        return DualEncoderConfig(replace(seen, **normalised), read, kind=kind, family=architecture, **given)
+
+    def to_hf(config: DualEncoderConfig) -> dict:
+        log_scale = INIT[kind][0] if config.init_log_scale is None else config.init_log_scale
+        written = dict(
+            **kind_of(config.family),
+            vision_config=nameless(vision.to_hf(config.vision)),
+            text_config=nameless(text.to_hf(config.text)),
+            **write_fields(replace(config, init_log_scale=log_scale), fields),
+        )
+        return check_written(config, written, from_hf, "a dual encoder", _facts)
+
+    def table(config: DualEncoderConfig) -> Table:
+        seen, read = vision.table(config.vision), text.table(config.text)
+        weights = nested(seen, "", "encoder_image/") + nested(read, "", "encoder_text/") + joined
+        return Table(weights, (), seen.ignored + read.ignored)
+
+    return Family(name=name, architectures=(architecture,), from_hf=from_hf, to_hf=to_hf, table=table, sample=sample)
+
+
+def _facts(c: DualEncoderConfig) -> dict:
+    """How a dual encoder joins its towers, which check themselves."""
+    return {name: getattr(c, name) for name in ("projection_size", "kind", "pooling", "family")}
+
+
+CLIP = _family(
+    "CLIPModel",
+    name="CLIP",
+    kind="softmax",
+    towers=(clip_vision.FAMILY, clip_text.FAMILIES[0]),
+    joined=(
+        *linear("visual_projection", "heads/image_projection", bias=False),
+        *linear("text_projection", "heads/text_projection", bias=False),
+        Weight("logit_scale", "heads/log_scale"),
     ),
-    Family(
-        name="SigLIP",
-        architectures=("SiglipModel",),
-        from_hf=read_siglip,
-        to_hf=write_siglip,
-        table=siglip_table,
-        sample=sample,
-        oracle="SiglipModel",
-    ),
+    fields={
+        "projection_size": ("projection_dim", "size", 512),
+        "init_log_scale": ("logit_scale_init_value", "number", 2.6592),
+    },
+    normalised=dict(image_mean=CLIP_MEAN, image_std=CLIP_STD),
 )
+SIGLIP = _family(
+    "SiglipModel",
+    name="SigLIP",
+    kind="sigmoid",
+    towers=(siglip_vision.FAMILY, siglip_text.FAMILIES[0]),
+    joined=(Weight("logit_scale", "heads/log_scale", "1 ->"), Weight("logit_bias", "heads/bias", "1 ->")),
+)
+FAMILIES = (CLIP, SIGLIP)

@@ -11,11 +11,12 @@ from pathlib import Path
 
 import numpy as np
 
-from mllm_jax.checkpoints.architectures import architecture, model_type
+from mllm_jax.checkpoints.architectures import architecture, kind_of, nameless
 from mllm_jax.checkpoints.config_json import check_written, stored_fields
 from mllm_jax.checkpoints.options import Options
-from mllm_jax.checkpoints.table import Family, Table, Weight, nested
+from mllm_jax.checkpoints.table import Table, families, linear, nested
 from mllm_jax.data.image_processors import ImageProcessor, read_image_processor
+from mllm_jax.data.image_steps import mismatch
 from mllm_jax.data.processing.layouts import TileLayout
 from mllm_jax.data.processing.media import Media
 from mllm_jax.encoders import sam, siglip_vision
@@ -92,10 +93,9 @@ class DeepseekVLLayout(TileLayout):
         sides = [config.image.encoder.image_size] + ([config.image.encoder.low.image_size] if config.hybrid else [])
         made = [pictures] + ([pictures.low] if pictures.low is not None else [])
         if [{each.output_size(7, 9), each.output_size(9, 7)} for each in made] != [{(side, side)} for side in sides]:
-            raise ConfigError(
+            raise mismatch(
                 f"a {pictures.kind} that makes pictures of {[each.output_size(7, 9) for each in made]}",
                 f"squares of {' and '.join(map(str, sides))} pixels, as the model reads",
-                "restore preprocessor_config.json and config.json, which do not belong together",
             )
         self.config, self.pictures = config, replace(pictures, cuts_off=config.preprocessing == "original")
         self.image_token, self.tokens_a_tile = config.image_token_id, config.media_tokens
@@ -160,11 +160,11 @@ def _part(values: dict, kind: str, what: str) -> dict:
     """A tower's options, if it is that kind of tower."""
     if values.get("model_type", kind) != kind:
         raise ConfigError(f"{what}: a tower {values['model_type']!r}", kind, "convert another checkpoint")
-    return {name: value for name, value in values.items() if name != "architectures"}
+    return nameless(values)
 
 
 def _read_siglip(values: dict, what: str) -> ViTConfig:
-    return siglip_vision.from_hf_config(_part(values, "siglip_vision_model", what))
+    return siglip_vision.FAMILY.from_hf(_part(values, "siglip_vision_model", what))
 
 
 def _read_sam(values: dict, what: str) -> sam.SamConfig:
@@ -178,10 +178,9 @@ def to_hf_config(config: DeepseekVLConfig) -> dict:
     """The reverse; refuses switches that the family does not have."""
     c = config
     written = dict(
-        architectures=[c.family],
-        model_type=model_type(c.family),
+        **kind_of(c.family),
         text_config=write_llm(c.llm, _WHAT),
-        vision_config=siglip_vision.to_hf_config(c.image.encoder.low if c.hybrid else c.image.encoder),
+        vision_config=siglip_vision.FAMILY.to_hf(c.image.encoder.low if c.hybrid else c.image.encoder),
         tie_word_embeddings=c.llm.tie_word_embeddings,
         image_token_id=c.image_token_id,
     )
@@ -201,7 +200,7 @@ def _facts(c: DeepseekVLConfig) -> dict:
 
 def table(config: DeepseekVLConfig) -> Table:
     c = config
-    tower = siglip_vision.table(c.image.encoder.low if c.hybrid else c.image.encoder)
+    tower = siglip_vision.FAMILY.table(c.image.encoder.low if c.hybrid else c.image.encoder)
     llm = llm_table(c.llm, _WHAT)
     if c.hybrid:
         weights = list(nested(Table(tuple(siglip_sam_weights(c.image.encoder))), "model.", "encoder_image/"))
@@ -210,8 +209,7 @@ def table(config: DeepseekVLConfig) -> Table:
         weights = list(nested(tower, "model.vision_model.", "encoder_image/"))
         maps = dict(linear1="linear_1", linear2="linear_2")
     for hub, ours in maps.items():
-        weights.append(Weight(f"model.aligner.{hub}.weight", f"projector_image/{ours}/kernel", "o i -> i o"))
-        weights.append(Weight(f"model.aligner.{hub}.bias", f"projector_image/{ours}/bias"))
+        weights += linear(f"model.aligner.{hub}", f"projector_image/{ours}")
     weights += [dataclasses.replace(w, name=_in_llm(w.name), path=f"llm/{w.path}") for w in llm.weights]
     ignored = [f"model.vision_model.{name}" for name in tower.ignored] + [_in_llm(name) for name in llm.ignored]
     spellings = (
@@ -225,15 +223,10 @@ def _in_llm(name: str) -> str:
     return f"model.language_model.{name.removeprefix('model.')}" if name.startswith("model.") else name
 
 
-FAMILIES = tuple(
-    Family(
-        name=name,
-        architectures=(hub,),
-        from_hf=from_hf_config,
-        to_hf=to_hf_config,
-        table=table,
-        oracle=hub,
-        layout=layout,
-    )
-    for name, hub in (("DeepSeek-VL", SINGLE), ("DeepSeek-VL with SAM", HYBRID))
+FAMILIES = families(
+    {SINGLE: "DeepSeek-VL", HYBRID: "DeepSeek-VL with SAM"},
+    from_hf=from_hf_config,
+    to_hf=to_hf_config,
+    table=table,
+    layout=layout,
 )

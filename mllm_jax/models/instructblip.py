@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mllm_jax.checkpoints.table import Family, Table
+from mllm_jax.checkpoints.table import Table, families
 from mllm_jax.data.chat import ChatTokenizer
 from mllm_jax.errors import DataError
 from mllm_jax.models.blip2 import Blip2Config, QueryLayout, faithful, read_parts, settle, table_of, write_parts
@@ -62,15 +62,11 @@ class InstructLayout(QueryLayout):
         return np.asarray(ids)
 
 
-FAMILIES = (
-    Family(
-        name="InstructBLIP",
-        architectures=(FAMILY,),
-        from_hf=from_hf_config,
-        to_hf=to_hf_config,
-        table=table,
-        oracle=FAMILY,
-        layout=InstructLayout,
-        settle=settle,
-    ),
+FAMILIES = families(
+    {FAMILY: "InstructBLIP"},
+    from_hf=from_hf_config,
+    to_hf=to_hf_config,
+    table=table,
+    layout=InstructLayout,
+    settle=settle,
 )

@@ -11,12 +11,13 @@ from pathlib import Path
 
 import numpy as np
 
-from mllm_jax.checkpoints.architectures import architecture, model_type
-from mllm_jax.checkpoints.config_json import check_written, read_activation, stored_fields, write_activation
+from mllm_jax.checkpoints.architectures import architecture, kind_of
+from mllm_jax.checkpoints.config_json import check_written, stored_fields, write_activation
 from mllm_jax.checkpoints.options import Options, named_as
-from mllm_jax.checkpoints.table import Family, Table, Weight, nested
+from mllm_jax.checkpoints.table import Family, Table, linear, nested, norm
 from mllm_jax.data.chat import ChatTokenizer
 from mllm_jax.data.image_processors import ImageProcessor, read_image_processor, read_video_processor
+from mllm_jax.data.image_steps import mismatch
 from mllm_jax.data.processing.layouts import TileLayout
 from mllm_jax.data.processing.media import TEXT, Media
 from mllm_jax.encoders import internvit
@@ -29,7 +30,7 @@ from mllm_jax.projectors.pixel_shuffle import PixelShuffleProjectorConfig
 
 HUB, ORIGINAL = "InternVLForConditionalGeneration", "InternVLChatModel"
 MOST_TILES = 1_024  # of an image
-_TOWERS = {HUB: "InternVLVisionModel", ORIGINAL: "InternVisionModel"}
+_TOWERS = {HUB: internvit.HUB, ORIGINAL: internvit.ORIGINAL}
 IMAGE_MEAN, IMAGE_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CONTEXT_TOKEN = "<IMG_CONTEXT>"
 
@@ -92,10 +93,9 @@ class InternVLLayout(TileLayout):
         side = config.image.encoder.image_size
         for processor in filter(None, (pictures, frames)):
             if processor.size != (side, side):
-                raise ConfigError(
+                raise mismatch(
                     f"a {processor.kind} that makes tiles of {processor.size}",
                     f"{side} x {side} pixels, as the model reads",
-                    "restore preprocessor_config.json and config.json, which do not belong together",
                 )
         if config.tile_range is not None:
             pictures = replace(pictures, tile_range=config.tile_range if config.tile_range[1] > 1 else None)
@@ -175,7 +175,7 @@ def _read_hub(options: Options, what: str) -> InternVLConfig:
     projector = PixelShuffleProjectorConfig(
         output_size=llm.hidden_size,
         factor=_factor(options),
-        activation=read_activation(options, "projector_hidden_act") if "projector_hidden_act" in options else "gelu",
+        activation=options.activation("projector_hidden_act", default="gelu"),
     )
     read = InternVLConfig(
         inputs={"image": Branch(encoder, projector, _connection(options, "vision_feature_layer", encoder))},
@@ -235,22 +235,24 @@ def _read_tower(values: dict, family: str, what: str) -> ViTConfig:
     kind = named_as(values)[1]
     if family == HUB and kind not in (None, "internvl_vision"):
         raise ConfigError(f"{what}: a vision tower {kind!r}", "internvl_vision", "convert another checkpoint")
-    tower = internvit.from_hf_config(dict(values) | {"architectures": [_TOWERS[family]]})
+    tower = _TOWERS[family].from_hf(dict(values) | {"architectures": _TOWERS[family].architectures})
     return replace(tower, image_mean=IMAGE_MEAN, image_std=IMAGE_STD)
 
 
 def _tower(c: InternVLConfig) -> ViTConfig:
     """The tower as the family's own folders have it, so that one family's model can be written as the other's."""
-    return replace(c.image.encoder, family=_TOWERS[c.family], pooler="none" if c.family == HUB else "token")
+    return replace(
+        c.image.encoder, family=_TOWERS[c.family].architectures[0], pooler="none" if c.family == HUB else "token"
+    )
 
 
 def to_hf_config(config: InternVLConfig) -> dict:
     """The reverse; refuses switches that the family does not have."""
     c = config
-    vision, text = internvit.to_hf_config(_tower(c)), write_llm(c.llm, "an InternVL")
+    vision, text = _TOWERS[c.family].to_hf(_tower(c)), write_llm(c.llm, "an InternVL")
     layer, ratio = c.image.connection.layers, 1 / c.image.projector.factor
     layer = -1 if layer is None else layer[0] if len(layer) == 1 else list(layer)
-    written = dict(architectures=[c.family], model_type=model_type(c.family), downsample_ratio=ratio)
+    written = dict(**kind_of(c.family), downsample_ratio=ratio)
     if c.family == HUB:
         written |= dict(
             vision_config=vision,
@@ -291,19 +293,16 @@ def _facts(c: InternVLConfig) -> dict:
 def table(config: InternVLConfig) -> Table:
     c = config
     hub = c.family == HUB
-    tower, llm = internvit.table(_tower(c)), llm_table(c.llm, "an InternVL")
+    tower, llm = _TOWERS[c.family].table(_tower(c)), llm_table(c.llm, "an InternVL")
     vision = "vision_tower." if hub else "vision_model."
     weights = [*nested(tower, vision, "encoder_image/"), *nested(llm, "language_model.", "llm/")]
-    prefix, norm, first, second = (
+    prefix, between, first, second = (
         ("multi_modal_projector", "layer_norm", "linear_1", "linear_2") if hub else ("mlp1", "0", "1", "3")
     )
-    weights += [
-        Weight(f"{prefix}.{norm}.weight", "projector_image/norm/scale"),
-        Weight(f"{prefix}.{norm}.bias", "projector_image/norm/bias"),
-    ]
-    for name, path in ((first, "linear_1"), (second, "linear_2")):
-        weights.append(Weight(f"{prefix}.{name}.weight", f"projector_image/{path}/kernel", "o i -> i o"))
-        weights.append(Weight(f"{prefix}.{name}.bias", f"projector_image/{path}/bias"))
+    weights += norm(f"{prefix}.{between}", "projector_image/norm")
+    weights += linear(f"{prefix}.{first}", "projector_image/linear_1") + linear(
+        f"{prefix}.{second}", "projector_image/linear_2"
+    )
     spellings = (
         (r"^model\.(vision_tower|multi_modal_projector)\.", r"\1."),
         (r"^model\.language_model\.", "language_model.model."),
@@ -313,23 +312,18 @@ def table(config: InternVLConfig) -> Table:
     return Table(tuple(weights), spellings if hub else (), tuple(ignored))
 
 
-FAMILIES = (
+FAMILIES = tuple(
     Family(
-        name="InternVL 2.5, 3",
-        architectures=(HUB,),
+        name=name,
+        architectures=(hub,),
         from_hf=from_hf_config,
         to_hf=to_hf_config,
         table=table,
-        oracle=HUB,
+        oracle=oracle,
         layout=layout,
-    ),
-    Family(
-        name="InternVL (OpenGVLab)",
-        architectures=(ORIGINAL,),
-        from_hf=from_hf_config,
-        to_hf=to_hf_config,
-        table=table,
-        oracle="OpenGVLab's code, by its parts",
-        layout=layout,
-    ),
+    )
+    for name, hub, oracle in (
+        ("InternVL 2.5, 3", HUB, ""),
+        ("InternVL (OpenGVLab)", ORIGINAL, "OpenGVLab's code, by its parts"),
+    )
 )

@@ -12,11 +12,12 @@ from pathlib import Path
 
 import numpy as np
 
-from mllm_jax.checkpoints.architectures import architecture, find, model_type, of_type
-from mllm_jax.checkpoints.config_json import check_written, read_activation, stored_fields, write_activation
+from mllm_jax.checkpoints.architectures import architecture, find, kind_of, of_type
+from mllm_jax.checkpoints.config_json import check_written, stored_fields, write_activation
 from mllm_jax.checkpoints.options import Options
-from mllm_jax.checkpoints.table import Family, Table, Weight, nested
+from mllm_jax.checkpoints.table import Family, Table, Weight, families, linear, nested
 from mllm_jax.data.image_processors import ImageProcessor, read_image_processor, read_video_processor
+from mllm_jax.data.image_steps import mismatch
 from mllm_jax.data.processing.layouts import TileLayout
 from mllm_jax.data.processing.media import Media
 from mllm_jax.data.tiles import Places, anyres_places, best_resolution, tile_places, video_places
@@ -25,7 +26,7 @@ from mllm_jax.errors import ConfigError
 from mllm_jax.layers.requirements import Requirements
 from mllm_jax.models.clip import CLIP_MEAN, CLIP_STD
 from mllm_jax.models.multimodal import Branch, Connection, MultimodalConfig
-from mllm_jax.models.parts import home, llm_table, read_llm, write_llm
+from mllm_jax.models.parts import family_of, llm_table, read_llm, write_llm
 from mllm_jax.projectors.mlp import MLPProjectorConfig
 
 LLAVA, NEXT, ONEVISION = (f"Llava{name}ForConditionalGeneration" for name in ("", "Next", "Onevision"))
@@ -116,12 +117,12 @@ class LlavaLayout(TileLayout):
         for processor in filter(None, (pictures, frames)):
             made = {processor.output_size(*size) for size in ((side, 2 * side), (2 * side, side))}
             if made != {(side, side)}:
-                _refuse(f"a {processor.kind} that makes tiles of {sorted(made)}", f"{side} x {side} pixels")
+                raise mismatch(f"a {processor.kind} that makes tiles of {sorted(made)}", f"{side} x {side} pixels")
         if (pictures.resolutions, pictures.tile_size * bool(config.resolutions)) != (
             config.resolutions,
             side * bool(config.resolutions),
         ):
-            _refuse(
+            raise mismatch(
                 f"a {pictures.kind} that cuts tiles of {pictures.tile_size} out of {pictures.resolutions}",
                 f"tiles of {side} out of {config.resolutions}, as the model",
             )
@@ -160,10 +161,6 @@ class LlavaLayout(TileLayout):
         return Media({"images": tiles}, tokens, where.places, where.weights)
 
 
-def _refuse(given: str, expected: str):
-    raise ConfigError(given, expected, "restore preprocessor_config.json and config.json, which do not belong together")
-
-
 def layout(config: LlavaConfig, folder: Path) -> LlavaLayout:
     """The layout of a model in a folder with its processors' settings."""
     frames = None if config.video_token_id is None else read_video_processor(folder)
@@ -198,7 +195,7 @@ def from_hf_config(values: dict) -> LlavaConfig:
         )
     projector = MLPProjectorConfig(
         output_size=llm.hidden_size,
-        activation=read_activation(options, "projector_hidden_act") if "projector_hidden_act" in options else "gelu",
+        activation=options.activation("projector_hidden_act", default="gelu"),
         use_bias=options.flag("multimodal_projector_bias", True),
     )
     connection = Connection(_existing(layers, encoder, what), class_token=keeps == "full" and encoder.class_token)
@@ -249,7 +246,7 @@ def _read_tower(values: dict, what: str) -> ViTConfig:
     if kind not in _TOWERS:
         raise ConfigError(f"{what}: a vision tower {kind!r}", " or ".join(_TOWERS), "convert another checkpoint")
     # Towers of whole CLIPs say their text tower's vocabulary.
-    tower = home(of_type(kind)).from_hf_config(
+    tower = family_of(of_type(kind)).from_hf(
         {name: value for name, value in values.items() if name not in ("architectures", "vocab_size")}
     )
     return replace(tower, image_mean=CLIP_MEAN, image_std=CLIP_STD) if kind == _TOWERS[0] else tower
@@ -260,9 +257,8 @@ def to_hf_config(config: LlavaConfig) -> dict:
     layers, llm = config.image.connection.layers, config.llm
     full = config.image.connection.class_token or not config.image.encoder.class_token
     written = dict(
-        architectures=[config.family],
-        model_type=model_type(config.family),
-        vision_config=_tower(config.image.encoder).to_hf_config(config.image.encoder),
+        **kind_of(config.family),
+        vision_config=_tower(config.image.encoder).to_hf(config.image.encoder),
         text_config=write_llm(llm, "a LLaVA"),
         tie_word_embeddings=llm.tie_word_embeddings,
         image_token_index=config.image_token_id,
@@ -287,11 +283,11 @@ def _facts(c: LlavaConfig) -> dict:
     return stored_fields(c, "inputs", "llm", "preprocessing") | dict(connection=c.image.connection, projector=projector)
 
 
-def _tower(encoder: ViTConfig):
-    """The file that writes a tower."""
+def _tower(encoder: ViTConfig) -> Family:
+    """The family as which a tower is written."""
     found = find(encoder.family)
     if found is not None and found.model_type in _TOWERS:
-        return home(found)
+        return family_of(found)
     raise ConfigError(f"LLaVA with a {encoder.family}", f"one of {', '.join(_TOWERS)}", "choose another encoder")
 
 
@@ -300,10 +296,10 @@ def table(config: LlavaConfig) -> Table:
     llm = llm_table(config.llm, "a LLaVA")
     weights = list(nested(tower, "vision_tower.", "encoder_image/") + nested(llm, "language_model.", "llm/"))
     for layer in range(1, config.image.projector.num_layers + 1):
-        hub, ours = f"multi_modal_projector.linear_{layer}", f"projector_image/linear_{layer}"
-        weights.append(Weight(f"{hub}.weight", f"{ours}/kernel", "o i -> i o"))
-        if config.image.projector.use_bias:
-            weights.append(Weight(f"{hub}.bias", f"{ours}/bias"))
+        name = f"linear_{layer}"
+        weights += linear(
+            f"multi_modal_projector.{name}", f"projector_image/{name}", bias=config.image.projector.use_bias
+        )
     if config.newline:
         weights.append(Weight("image_newline", "newline"))
     spellings = (
@@ -316,15 +312,10 @@ def table(config: LlavaConfig) -> Table:
     return Table(tuple(weights), spellings, tuple(ignored))
 
 
-FAMILIES = tuple(
-    Family(
-        name=name,
-        architectures=(hub,),
-        from_hf=from_hf_config,
-        to_hf=to_hf_config,
-        table=table,
-        oracle=hub,
-        layout=layout,
-    )
-    for name, hub in (("LLaVA-1.5", LLAVA), ("LLaVA-NeXT", NEXT), ("LLaVA-OneVision", ONEVISION))
+FAMILIES = families(
+    {LLAVA: "LLaVA-1.5", NEXT: "LLaVA-NeXT", ONEVISION: "LLaVA-OneVision"},
+    from_hf=from_hf_config,
+    to_hf=to_hf_config,
+    table=table,
+    layout=layout,
 )

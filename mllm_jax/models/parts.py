@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Mapping
-from types import ModuleType
 from typing import Any
 
 from mllm_jax.checkpoints.architectures import AMONG, Architecture, find, llms_inside, of_type
 from mllm_jax.checkpoints.options import named_as
-from mllm_jax.checkpoints.table import Table
+from mllm_jax.checkpoints.table import Family, Table
 from mllm_jax.errors import ConfigError
 from mllm_jax.llms.decoder import DecoderConfig
 
 
-def home(part: Architecture) -> ModuleType:
-    """The module that has `from_hf_config`, `to_hf_config` and `table` of a part."""
-    return importlib.import_module(part.module)
+def family_of(part: Architecture) -> Family:
+    """The family that reads and writes a part."""
+    families = importlib.import_module(part.module).FAMILIES
+    return next(family for family in families if part.name in family.architectures)
 
 
 def read_llm(values: Mapping[str, Any], what: str) -> DecoderConfig:
@@ -37,17 +37,17 @@ def read_llm(values: Mapping[str, Any], what: str) -> DecoderConfig:
             f"one of {_supported()}",
             "take a checkpoint with one of these, perhaps a conversion by others",
         )
-    return home(part).from_hf_config(dict(values))
+    return family_of(part).from_hf(dict(values))
 
 
 def write_llm(config: DecoderConfig, what: str) -> dict:
     """The inverse. Raises ConfigError: a decoder that is not supported in there."""
-    return home(_llm(config, what)).to_hf_config(config)
+    return family_of(_llm(config, what)).to_hf(config)
 
 
 def llm_table(config: DecoderConfig, what: str) -> Table:
     """Its weights, with names as in a folder of its own."""
-    return home(_llm(config, what)).table(config)
+    return family_of(_llm(config, what)).table(config)
 
 
 def _llm(config: DecoderConfig, what: str) -> Architecture:

@@ -11,13 +11,13 @@ import numpy as np
 from mllm_jax.checkpoints.architectures import architecture, model_type
 from mllm_jax.checkpoints.config_json import check_written, stored_fields
 from mllm_jax.checkpoints.options import Options
-from mllm_jax.checkpoints.table import Family, Table, nested
+from mllm_jax.checkpoints.table import Table, families, nested
 from mllm_jax.data.image_processors import ImageProcessor, read_image_processor
-from mllm_jax.data.mrope import mrope_positions
+from mllm_jax.data.image_steps import mismatch
 from mllm_jax.data.processing.layouts import Layout
 from mllm_jax.data.processing.media import Collated, Media, Row
 from mllm_jax.encoders import qwen_vit
-from mllm_jax.errors import ConfigError, DataError
+from mllm_jax.errors import DataError
 from mllm_jax.layers.requirements import Requirements
 from mllm_jax.llms import qwen
 from mllm_jax.llms.decoder import DecoderConfig
@@ -67,10 +67,9 @@ class PatchLayout(Layout):
         tower = config.image.encoder
         cut = pictures.patch_size, pictures.merge_size, pictures.temporal_patch_size
         if cut != (tower.patch_size, tower.merge_size, tower.temporal_patch_size):
-            raise ConfigError(
+            raise mismatch(
                 f"a {pictures.kind} that cuts patches of {cut} (side, merged, frames)",
                 f"{(tower.patch_size, tower.merge_size, tower.temporal_patch_size)}, as the model",
-                "restore preprocessor_config.json and config.json, which do not belong together",
             )
         self.config, self.pictures = config, pictures
         self.image_token = config.image_token_id
@@ -118,6 +117,34 @@ class PatchLayout(Layout):
 def layout(config: QwenVLConfig, folder: Path) -> PatchLayout:
     """The layout of a model in a folder with its processor's settings."""
     return PatchLayout(config, read_image_processor(folder))
+
+
+def mrope_positions(row: Row, media: Sequence[Media], merge_size: int, tokens_per_second: int | None) -> np.ndarray:
+    """int[L, 3]: a text counts all three parts on; a picture's begin where the text before it ended.
+
+    Behind a picture the text goes on by its longer side in media tokens, whatever time a video takes.
+
+    Args:
+        merge_size: side of the square of patches that is one media token.
+        tokens_per_second: how fast a video's time runs by its own `seconds`; None: one a step.
+    """
+    positions = np.zeros((len(row.tokens), 3), np.int32)
+    here = start = 0
+    while here < len(row.tokens):
+        owner = row.owners[here]
+        stop = here + int(np.argmin(np.append(row.owners[here:] == owner, False)))
+        if owner < 0 or not (row.places[here:stop, 0] >= 0).any():
+            positions[here:stop] = (start + np.arange(stop - here))[:, None]
+            start += stop - here
+        else:
+            time, height, width = media[owner].grid
+            grid = np.indices((time, height // merge_size, width // merge_size)).reshape(3, -1).T
+            if tokens_per_second is not None and media[owner].seconds is not None:
+                grid[:, 0] = (grid[:, 0] * (tokens_per_second * media[owner].seconds)).astype(np.int64)
+            positions[here:stop] = start + grid
+            start += max(height, width) // merge_size
+        here = stop
+    return positions
 
 
 # ---- Hugging Face folders
@@ -211,15 +238,10 @@ def table(config: QwenVLConfig) -> Table:
     return Table((*nested(tower, visual, "encoder_image/"), *own), spellings, (*llm.ignored,))
 
 
-FAMILIES = tuple(
-    Family(
-        name=name,
-        architectures=(hub,),
-        from_hf=from_hf_config,
-        to_hf=to_hf_config,
-        table=table,
-        oracle=hub,
-        layout=layout,
-    )
-    for name, hub in (("Qwen2-VL", QWEN2), ("Qwen2.5-VL", QWEN25), ("Qwen3-VL", QWEN3))
+FAMILIES = families(
+    {QWEN2: "Qwen2-VL", QWEN25: "Qwen2.5-VL", QWEN3: "Qwen3-VL"},
+    from_hf=from_hf_config,
+    to_hf=to_hf_config,
+    table=table,
+    layout=layout,
 )

@@ -16,7 +16,7 @@ from flax import linen as nn
 
 from mllm_jax.checkpoints.config_json import check_written, stored_fields
 from mllm_jax.checkpoints.options import Options
-from mllm_jax.checkpoints.table import Family, Table, Weight, nested
+from mllm_jax.checkpoints.table import Family, Table, Weight, beside, linear, nested
 from mllm_jax.data.image_processors import ImageProcessor
 from mllm_jax.data.processing.layouts import TileLayout
 from mllm_jax.data.processing.media import TEXT, Media
@@ -141,11 +141,10 @@ def resampler_weights(c: ResamplerConfig, feature_size: int) -> tuple[Weight, ..
         weights.append(Weight(f"{name}.weight", f"{path}/scale", pattern))
         weights.append(Weight(f"{name}.bias", f"{path}/bias", pattern))
     if feature_size != c.width:
-        weights.append(Weight("attn_pool.kv_proj.weight", "kv_projection/kernel", "o i -> i o"))
-    for part, letter in enumerate("qkv"):
-        rows, path = (part * c.width, (part + 1) * c.width), f"{layer}/{letter}"
-        weights.append(Weight(f"{attention}.in_proj_weight", f"{path}/kernel", "(n h) e -> 1 e n h", heads, rows))
-        weights.append(Weight(f"{attention}.in_proj_bias", f"{path}/bias", "(n h) -> 1 n h", heads, rows))
+        weights += linear("attn_pool.kv_proj", "kv_projection", bias=False)
+    for kind, ours, pattern in (("weight", "kernel", "(n h) e -> 1 e n h"), ("bias", "bias", "(n h) -> 1 n h")):
+        stored = [(f"{attention}.in_proj_{kind}", f"{layer}/{part}/{ours}", c.width) for part in "qkv"]
+        weights += beside(stored, pattern, heads)
     return tuple(weights)
 
 

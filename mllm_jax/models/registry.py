@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import re
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,16 +14,16 @@ from typing import Any
 import jax
 from flax import linen as nn
 
-from mllm_jax.checkpoints.architectures import ARCHITECTURES, Architecture, find, known
+from mllm_jax.checkpoints.architectures import ARCHITECTURES, find, known
 from mllm_jax.checkpoints.components import Component, component_of
 from mllm_jax.checkpoints.hf import Report, float_dtype, read_config, read_weights, write_weights
-from mllm_jax.checkpoints.layer_bound import require_layers
 from mllm_jax.checkpoints.leaves import PyTree
 from mllm_jax.checkpoints.native import is_native, read_native, read_native_config
 from mllm_jax.checkpoints.options import named_as
 from mllm_jax.checkpoints.safetensors_files import has_weights, read_folder
 from mllm_jax.checkpoints.table import Family
-from mllm_jax.errors import ConfigError
+from mllm_jax.errors import CheckpointError, ConfigError
+from mllm_jax.models.parts import family_of as part_family
 from mllm_jax.sharding.cpu import prepare_cpu
 
 
@@ -47,7 +48,10 @@ def supported_models() -> list[SupportedModel]:
     """Every model that `from_pretrained` reads, a row a family. `mllm models` prints it as a table."""
     modules = dict.fromkeys(found.module for found in ARCHITECTURES)
     families = [family for module in modules for family in importlib.import_module(module).FAMILIES]
-    return [SupportedModel(f.name, f.architectures, bool(f.from_hf), bool(f.to_hf), f.oracle) for f in families]
+    return [
+        SupportedModel(f.name, f.architectures, bool(f.from_hf), bool(f.to_hf), f.oracle or f.architectures[0])
+        for f in families
+    ]
 
 
 def family_of_component(component: Component, hf_config: Mapping[str, Any]) -> Family:
@@ -60,7 +64,7 @@ def family_of_component(component: Component, hf_config: Mapping[str, Any]) -> F
             f"one of {', '.join(dict.fromkeys(entry.name for entry in ARCHITECTURES))}",
             "read the other components by themselves, or convert another checkpoint",
         )
-    return _family(found)
+    return part_family(found)
 
 
 def family_of(hf_config: Mapping[str, Any]) -> Family:
@@ -75,7 +79,7 @@ def family_of(hf_config: Mapping[str, Any]) -> Family:
             "add the entry `architectures` as the model's own repository has it",
         )
     name = next((name for name in architectures if find(name, hf_config)), architectures[0])
-    return _family(known(name, hf_config))
+    return part_family(known(name, hf_config))
 
 
 def family_of_config(config: Any) -> Family:
@@ -86,12 +90,7 @@ def family_of_config(config: Any) -> Family:
             "a config that came from a Hugging Face folder, or names the architecture to be written as",
             "set its field `family`, or save a training checkpoint instead",
         )
-    return _family(known(name))
-
-
-def _family(found: Architecture) -> Family:
-    families = importlib.import_module(found.module).FAMILIES
-    return next(family for family in families if found.name in family.architectures)
+    return part_family(known(name))
 
 
 def abstract_params(config: Any, family: Family) -> PyTree:
@@ -224,3 +223,36 @@ def _dtype_of(params: PyTree) -> str:
     for leaf in jax.tree.leaves(params):
         sizes[str(leaf.dtype)] += leaf.size
     return sizes.most_common(1)[0][0]
+
+
+FEW_LAYERS = 100  # as many can be written out, to say which tensors are missing
+
+
+def require_layers(folder: Path, config: Any, stored: Iterable[str]) -> None:
+    """Refuses a config with more layers than the stored tensors can have, before anything is made for each layer.
+
+    Args:
+        stored: the names of the tensors, in which layers are numbered.
+
+    Raises:
+        CheckpointError: names the number of layers and how many the tensors have.
+    """
+    most = 1 + max((int(number) for name in stored for number in re.findall(r"(?<=\.)\d{1,9}(?=\.)", name)), default=-1)
+    wrong = [f"{name}={count:,}" for name, count in layer_counts(config) if count > max(most, FEW_LAYERS)]
+    if wrong:
+        raise CheckpointError(
+            f"{folder}: config.json has {', '.join(wrong)} (num_hidden_layers, num_layers or depth there), "
+            f"and the stored tensors have at most {most:,} layers",
+            "as many layers as are stored",
+            "check that weights and config.json belong together",
+        )
+
+
+def layer_counts(config: Any, path: str = "") -> Iterator[tuple[str, int]]:
+    """The names and values of all fields that say how many layers a part of a model has."""
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            yield from layer_counts(value, f"{path}{field.name}.")
+        elif field.name.endswith("num_layers") or field.name == "num_decoder_layers":
+            yield f"{path}{field.name}", value

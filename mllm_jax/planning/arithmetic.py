@@ -1,6 +1,12 @@
-"""What shapes alone say of a stage's memory, before anything is compiled."""
+"""What shapes alone say of a stage, before anything is compiled: its memory, its FLOPs, and what it does on GPUs.
+
+No GPU compiler runs without a GPU, so all of the last is a lower bound.
+"""
 
 from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
@@ -8,9 +14,12 @@ import numpy as np
 from jax.sharding import AbstractMesh
 
 from mllm_jax.planning.compile import abstract_step
+from mllm_jax.planning.hlo import Account, Collective, ring_bytes
+from mllm_jax.planning.topologies import Topology
 from mllm_jax.sharding.logical import axes_of
 from mllm_jax.sharding.mesh import AXES, MeshConfig
 from mllm_jax.training.config import Experiment
+from mllm_jax.training.flops import PartFlops
 from mllm_jax.training.stage import StageProgram
 
 # Norms and biases stay whole everywhere, and are no more than this share of a model.
@@ -89,3 +98,70 @@ def _state(program: StageProgram):
 
 def _split(spec) -> bool:
     return any("fsdp" in axes_of(entry) for entry in spec)
+
+
+_ORDER = ("encoder", "projector", "", "llm")  # kinds of parts as data goes through; others stand in the gap
+
+
+def remat_of(config) -> str:
+    """The policy of the LLM, or of the first part that has one; "none" where there is none."""
+    parts = [*filter(None, [config.llm]), *config.parts.values()]
+    return next((part.remat for part in parts if "remat" in {f.name for f in dataclasses.fields(part)}), "none")
+
+
+def model_flops(program: StageProgram) -> dict[str, PartFlops]:
+    """FLOPs of a step over all devices, by part: without recomputation, with all of the attention's products.
+
+    A frozen part counts for what it does: its forward pass, and a backward pass where something trained stands before.
+    """
+    parts = {part: part.partition("_")[0] for part in {*program.state.params, *program.frozen}}
+    order = {part: (_ORDER.index(kind) if kind in _ORDER else 2, part) for part, kind in parts.items()}
+    return program.flops_by_part(sorted(order, key=order.__getitem__))
+
+
+COMPUTE_BYTES = 2  # parameters and gradients move in bf16
+
+
+def analytic_account(parts: Mapping[str, PartFlops], remat: str, program: StageProgram, topology: Topology) -> Account:
+    """FLOPs with what remat computes again, the state's way through HBM, and the collectives of data and fsdp.
+
+    Args:
+        parts: model FLOPs over all devices.
+        remat: "full" computes the forward pass of what has a backward pass twice.
+    """
+    again = sum(part.forward for part in parts.values() if part.backward) if remat == "full" else 0
+    flops = (sum(part.total for part in parts.values()) + again) / topology.devices
+    sizes = program.mesh.shape
+    state = device_bytes((program.state.params, program.state.opt_state))
+    local = (_elements(program, program.state.params), _elements(program, program.frozen))
+    trained, frozen = (count * COMPUTE_BYTES for count in local)
+    passes = 3 if remat == "full" else 2  # forward, again, backward
+    weights = (trained + frozen) * sizes["fsdp"]
+    counted = Account(dot_flops=flops, dense_flops=flops, hbm_bytes=2 * state + weights * passes)
+    group = sizes["fsdp"] * sizes["data"]
+    if group > 1:
+        counted.collectives += _collectives(trained, frozen, passes, sizes, topology)
+    return counted
+
+
+def _collectives(trained, frozen, passes, sizes, topology: Topology) -> list[Collective]:
+    found = []
+    for kind, size, axis, times in (
+        ("all-gather", trained + frozen, "fsdp", passes),
+        ("reduce-scatter", trained * sizes["fsdp"], "fsdp", 1),
+        ("all-reduce", trained, "data", 1),
+    ):
+        group = sizes[axis]
+        if group == 1 or not size:
+            continue
+        # Axes are laid out with `data` outermost, so that fsdp fills nodes first.
+        inner = sizes["fsdp"] * sizes["context"] * sizes["tensor"]
+        in_node = topology.chips_a_slice // (sizes["context"] * sizes["tensor"] if axis == "fsdp" else inner)
+        nodes = max(1, group // max(1, in_node))
+        ici, dcn = ring_bytes(kind, size, group, nodes)
+        found.append(Collective(kind, times, group, nodes, size, times * ici, times * dcn))
+    return found
+
+
+def _elements(program: StageProgram, tree) -> int:
+    return sum(device_bytes(leaf) // leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))

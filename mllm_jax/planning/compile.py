@@ -105,11 +105,7 @@ def abstract_step(experiment: Experiment, index: int, mesh: Mesh) -> StageProgra
 
 
 def compile_step(program: StageProgram, topology: Topology) -> CompiledStep:
-    """Compiles a step for a TPU slice.
-
-    Raises:
-        OutOfMemory: it does not fit.
-    """
+    """Compiles a step for a TPU slice. Raises OutOfMemory: it does not fit."""
     began = time.monotonic()
     lowered = program.step.lower(program.state, program.frozen, program.batch)
     lowered_at = time.monotonic()

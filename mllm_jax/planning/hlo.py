@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 import numpy as np
 
@@ -312,13 +312,8 @@ def _hbm(shape: Shape) -> int:
 
 
 def _add(total: Account, part: Account) -> None:
-    total.dot_flops += part.dot_flops
-    total.kernel_flops += part.kernel_flops
-    total.dense_flops += part.dense_flops
-    total.hbm_bytes += part.hbm_bytes
-    total.collectives += part.collectives
-    total.kernels += part.kernels
-    total.unknown += part.unknown
+    for one in fields(Account):
+        setattr(total, one.name, getattr(total, one.name) + getattr(part, one.name))
 
 
 def _collective(opcode: str) -> str | None:

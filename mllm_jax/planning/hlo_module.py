@@ -19,6 +19,9 @@ _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) (?:\(.*\) -> .*)?\{$")
 # A computation that another thread than the main one runs, a SparseCore's, names it where it ends.
 _END = re.compile(r"^\}(, execution_thread=\"[\w.\-]+\")?$")
 _CALLED = re.compile(r"\b(calls|body|condition|to_apply|true_computation|false_computation)=%?([\w.\-]+)")
+# What passes a value on as it is, and what does so with a tuple.
+_PASSED_ON = ("copy", "bitcast", "convert", "copy-start", "copy-done", "reshape", "optimization-barrier")
+_PASSED_ON_WHOLE = ("copy", "optimization-barrier")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 
 
@@ -154,63 +157,44 @@ class Module:
                 for name in {*instruction.called.values(), *instruction.branches()}:
                     self.callers.setdefault(name, []).append((computation, instruction))
 
-    def constant(self, computation: Computation, name: str, depth: int = 64) -> str | None:
-        """The text of the constant that a value is, however it is passed on; None: it is not a constant."""
-        found = self._source(computation, name, depth)
-        return None if found is None else found[1].arguments
+    def constant(self, computation: Computation, name: str, index: int | None = None) -> str | None:
+        """The text of the constant that a value, or an element of a tuple, is, however it is passed on; None: none."""
+        found = self._source(computation, name, index, 64)
+        return None if found is None else found.arguments
 
-    def _source(self, computation: Computation, name: str, depth: int):
+    def _source(self, computation: Computation, name: str, index: int | None, depth: int) -> Instruction | None:
+        """The constant that a value is (`index` None), or that element of a tuple."""
         instruction = computation.instructions.get(name)
         if instruction is None or depth == 0:
             return None
-        if instruction.opcode == "constant":
-            return computation, instruction
-        passed_on = ("copy", "bitcast", "convert", "copy-start", "copy-done", "reshape", "optimization-barrier")
-        if instruction.opcode in passed_on and instruction.operands:
-            return self._source(computation, instruction.operands[0], depth - 1)
-        if instruction.opcode == "get-tuple-element":
-            index = int(instruction.attribute("index"))
-            return self._element(computation, instruction.operands[0], index, depth - 1)
-        if instruction.opcode == "parameter":
-            return self._argument(computation, int(instruction.arguments), None, depth - 1)
-        if instruction.opcode == "fusion":
-            inner = self.computations[instruction.called["calls"]]
-            return self._source(inner, inner.root.name, depth - 1)
-        return None
-
-    def _element(self, computation: Computation, name: str, index: int, depth: int):
-        """The source of one element of a tuple."""
-        instruction = computation.instructions.get(name)
-        if instruction is None or depth == 0:
-            return None
-        if instruction.opcode == "tuple":
-            return self._source(computation, instruction.operands[index], depth - 1)
-        if instruction.opcode == "parameter":
+        opcode, operands = instruction.opcode, instruction.operands
+        if opcode == "constant" and index is None:
+            return instruction
+        if opcode == "get-tuple-element" and index is None:
+            return self._source(computation, operands[0], int(instruction.attribute("index")), depth - 1)
+        if opcode == "tuple" and index is not None:
+            return self._source(computation, operands[index], None, depth - 1)
+        passed_on = _PASSED_ON if index is None else _PASSED_ON_WHOLE
+        loop = opcode == "while" and index is not None and self._unchanged(instruction, index)
+        if loop or (opcode in passed_on and operands):
+            return self._source(computation, operands[0], index, depth - 1)
+        if opcode == "parameter":
             return self._argument(computation, int(instruction.arguments), index, depth - 1)
-        if instruction.opcode in ("copy", "optimization-barrier"):
-            return self._element(computation, instruction.operands[0], index, depth - 1)
-        if instruction.opcode == "while" and self._unchanged(instruction, index):
-            return self._element(computation, instruction.operands[0], index, depth - 1)
-        if instruction.opcode == "fusion":
+        if opcode == "fusion":
             inner = self.computations[instruction.called["calls"]]
-            return self._element(inner, inner.root.name, index, depth - 1)
+            return self._source(inner, inner.root.name, index, depth - 1)
         return None
 
-    def _argument(self, computation: Computation, number: int, index: int | None, depth: int):
+    def _argument(self, computation: Computation, number: int, index: int | None, depth: int) -> Instruction | None:
+        """The same of a parameter, where the computation is called from one place."""
         callers = self.callers.get(computation.name, [])
-        places = {(outer.name, call.name) for outer, call in callers}
-        if len(places) != 1:
+        if len({(outer.name, call.name) for outer, call in callers}) != 1:
             return None
         outer, call = callers[0]
-        if call.opcode == "while":
-            if index is None or not self._unchanged(call, index):
-                return None
-            return self._element(outer, call.operands[0], index, depth)
+        if call.opcode == "while" and index is not None and self._unchanged(call, index):
+            return self._source(outer, call.operands[0], index, depth)
         if call.opcode in ("fusion", "call"):
-            operand = call.operands[number]
-            if index is None:
-                return self._source(outer, operand, depth)
-            return self._element(outer, operand, index, depth)
+            return self._source(outer, call.operands[number], index, depth)
         return None
 
     def _unchanged(self, loop: Instruction, index: int) -> bool:
@@ -234,9 +218,8 @@ class Module:
         """
         if known := re.search(r'known_trip_count[":{\s]+n[":\s]+(\d+)', loop.attributes):
             return int(known[1])
-        condition = self.computations[loop.called["condition"]]
+        scope = condition = self.computations[loop.called["condition"]]
         compare = condition.root
-        scope = condition
         if compare.opcode == "fusion":
             scope = self.computations[compare.called["calls"]]
             compare = scope.root
@@ -251,16 +234,11 @@ class Module:
         index = self._counter_index(condition, scope, counter)
         if bound is None or index is None:
             return None
-        start = self._loop_start(computation, loop, index)
-        step = self._step(loop, index)
+        start, step = self.constant(computation, loop.operands[0], index), self._step(loop, index)
         if start is None or not step:
             return None
-        distance = int(bound) - start + {"LE": step, "GE": step}.get(direction, 0)
+        distance = int(bound) - int(start) + {"LE": step, "GE": step}.get(direction, 0)
         return max(0, -(-distance // step))
-
-    def _loop_start(self, computation: Computation, loop: Instruction, index: int) -> int | None:
-        found = self._element(computation, loop.operands[0], index, 64)
-        return None if found is None else int(found[1].arguments)
 
     def _counter_index(self, condition: Computation, scope: Computation, name: str) -> int | None:
         instruction = scope.instructions[name]

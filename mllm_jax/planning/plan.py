@@ -11,11 +11,9 @@ import jax
 
 from mllm_jax.errors import ConfigError
 from mllm_jax.layers.stack import REMAT_POLICIES
-from mllm_jax.planning.analytic import analytic_account
-from mllm_jax.planning.arithmetic import device_bytes, whole_bytes
+from mllm_jax.planning.arithmetic import analytic_account, device_bytes, model_flops, remat_of, whole_bytes
 from mllm_jax.planning.compile import OutOfMemory, abstract_step, compile_step, topology_mesh
-from mllm_jax.planning.hlo import FUSED_SCATTER
-from mllm_jax.planning.model import model_flops, remat_of
+from mllm_jax.planning.hlo import FUSED_SCATTER, Account
 from mllm_jax.planning.roofline import Roofline, roofline
 from mllm_jax.planning.topologies import Topology
 from mllm_jax.sharding.chips import GIB
@@ -186,11 +184,7 @@ def make_plan(experiment: Experiment, topology: Topology, stage: str | None = No
         memory=memory,
         lower_seconds=compiled.lower_seconds,
         compile_seconds=compiled.compile_seconds,
-        dot_flops=counted.dot_flops * topology.devices,
-        kernel_flops=counted.kernel_flops * topology.devices,
-        dense_flops=counted.dense_flops * topology.devices,
-        collectives=tuple((kind, link, n, sent) for (kind, link), (n, sent) in counted.by_kind().items()),
-        unfused_wire_bytes=counted.wire_bytes_unfused(),
+        **_figures(counted, topology),
         times=roofline(counted, topology, coordinates),
         notes=tuple(notes),
         hlo=compiled.text,
@@ -201,17 +195,8 @@ def make_plan(experiment: Experiment, topology: Topology, stage: str | None = No
 def _described(experiment: Experiment, index: int, topology: Topology, program: StageProgram) -> Plan:
     """The plan before anything is compiled."""
     stage, sizes = experiment.stages[index], dict(program.mesh.shape)
-    size = device_bytes
-    memory = Memory(
-        size(program.state.params),
-        size(program.frozen),
-        size(program.state.opt_state),
-        size(program.batch),
-        None,
-        None,
-        topology.chip.device_hbm,
-        whole_bytes(program),
-    )
+    given = program.state.params, program.frozen, program.state.opt_state, program.batch
+    memory = Memory(*map(device_bytes, given), None, None, topology.chip.device_hbm, whole_bytes(program))
     notes = []
     if memory.whole > 0.05 * memory.available:
         notes.append(
@@ -245,6 +230,13 @@ def _described(experiment: Experiment, index: int, topology: Topology, program: 
     )
 
 
+def _figures(counted: Account, topology: Topology) -> dict:
+    """What was counted on a device, as a plan has it."""
+    flops = {name: getattr(counted, name) * topology.devices for name in ("dot_flops", "kernel_flops", "dense_flops")}
+    sent = tuple((kind, link, n, sent) for (kind, link), (n, sent) in counted.by_kind().items())
+    return flops | dict(collectives=sent, unfused_wire_bytes=counted.wire_bytes_unfused())
+
+
 def _estimated(plan: Plan, topology: Topology, program: StageProgram) -> Plan:
     counted = analytic_account(plan.model_flops, plan.remat, program, topology)
     notes = (
@@ -252,22 +244,17 @@ def _estimated(plan: Plan, topology: Topology, program: StageProgram) -> Plan:
         "estimated from shapes, nothing compiled: activations are not in the memory, kernels reach their peak, and of "
         "collectives only those of fsdp and data are counted",
     )
-    fits = None if plan.memory.state < plan.memory.available else False
     plan = replace(
         plan,
-        fits=fits,
-        dot_flops=counted.dot_flops * topology.devices,
-        kernel_flops=counted.kernel_flops * topology.devices,
-        dense_flops=counted.dense_flops * topology.devices,
-        collectives=tuple((kind, link, n, sent) for (kind, link), (n, sent) in counted.by_kind().items()),
-        unfused_wire_bytes=counted.wire_bytes_unfused(),
+        fits=None if plan.memory.state < plan.memory.available else False,
+        **_figures(counted, topology),
         times=_gpu_roofline(counted, topology),
         notes=notes,
     )
     return replace(plan, advice=_advice(plan))
 
 
-def _gpu_roofline(counted, topology: Topology) -> Roofline:
+def _gpu_roofline(counted: Account, topology: Topology) -> Roofline:
     chip = topology.chip
     return Roofline(
         counted.flops / chip.flops,

@@ -21,14 +21,15 @@ def show(plan: Plan, console: Console) -> None:
 def render(plan: Plan) -> list[RenderableType]:
     """The parts of the screen: verdict, memory, FLOPs, collectives, times, notes, advice."""
     from rich.columns import Columns
+    from rich.markup import escape
 
     parts: list[RenderableType] = [_headline(plan), _verdict(plan)]
     tables = [_memory(plan), _flops(plan)]
     if plan.times is not None:
         tables += [_collectives(plan), _times(plan)]
     parts.append(Columns(tables, padding=(0, 2)))
-    parts += [f"[dim]note:[/] {_plain(note)}" for note in plan.notes]
-    parts += [f"[bold]to do:[/] {_plain(line)}" for line in plan.advice]
+    parts += [f"[dim]note:[/] {escape(note)}" for note in plan.notes]
+    parts += [f"[bold]to do:[/] {escape(line)}" for line in plan.advice]
     return parts
 
 
@@ -149,12 +150,6 @@ def _table(title: str, *columns: str):
     for column in columns:
         table.add_column(column, justify="right")
     return table
-
-
-def _plain(text: str) -> str:
-    from rich.markup import escape
-
-    return escape(text)
 
 
 def _gib(size: float) -> str:

@@ -8,8 +8,7 @@ from dataclasses import replace
 
 from mllm_jax.errors import ConfigError
 from mllm_jax.layers.stack import REMAT_POLICIES
-from mllm_jax.planning.arithmetic import dividing_fsdp, least_bytes
-from mllm_jax.planning.model import remat_of
+from mllm_jax.planning.arithmetic import dividing_fsdp, least_bytes, remat_of
 from mllm_jax.planning.plan import Plan, make_plan, stage_index
 from mllm_jax.planning.topologies import Topology
 from mllm_jax.sharding.chips import GIB

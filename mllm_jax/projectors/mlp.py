@@ -18,6 +18,21 @@ from mllm_jax.layers.norms import LayerNorm
 from mllm_jax.layers.requirements import Requirements
 
 
+def merged_tokens(grid: int, factor: int, what: str) -> int:
+    """Media tokens of a square picture of grid x grid patches, of which each factor x factor become one.
+
+    Raises:
+        ConfigError: such squares do not fill that grid.
+    """
+    if grid % factor:
+        raise ConfigError(
+            f"{what} of {factor} x {factor} patches on a grid of {grid} x {grid}",
+            "a side that the factor divides",
+            "change the encoder's image_size or patch_size, or the factor",
+        )
+    return (grid // factor) ** 2
+
+
 @dataclass(frozen=True)
 class MLPProjectorConfig:
     """Linear, activation, Linear; more or fewer of them.

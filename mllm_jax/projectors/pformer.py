@@ -16,7 +16,7 @@ from mllm_jax.layers.linear import Embedding, Linear
 from mllm_jax.layers.mlp import ACTIVATIONS
 from mllm_jax.layers.norms import LayerNorm
 from mllm_jax.layers.requirements import Requirements
-from mllm_jax.layers.stack import scan_layers
+from mllm_jax.layers.stack import layers_of
 from mllm_jax.projectors.qformer import INIT_STD, FeedForward, QFormerAttention
 from mllm_jax.sharding.logical import constrain
 
@@ -94,9 +94,7 @@ class PFormer(nn.Module):
         # BERT's vector of the first of two texts is the same everywhere: these hold it.
         self.position_embedding = Embedding(c.max_length, c.hidden_size, names=(None, "embed"), dtype=dtype)
         self.embedding_norm = LayerNorm(c.norm_eps, dtype)
-        self.layers = scan_layers(
-            PFormerLayer, num_layers=c.num_layers, remat=c.remat, unroll=c.scan_unroll, num_broadcast=1
-        )(c)
+        self.layers = layers_of(c, PFormerLayer, 1)(c)
         self.prompt_projection = Linear((c.num_queries, c.hidden_size), ("embed", "queries", "channels"), **common)
         self.prompt_dense = Linear((c.hidden_size,), ("embed", "channels"), **common)
         self.language_projection = Linear((c.output_size,), ("channels", "embed"), **common)

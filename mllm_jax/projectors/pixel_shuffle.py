@@ -9,11 +9,11 @@ import jax.numpy as jnp
 from einops import rearrange
 from flax import linen as nn
 
-from mllm_jax.errors import ConfigError
 from mllm_jax.layers.linear import Linear
 from mllm_jax.layers.mlp import ACTIVATIONS
 from mllm_jax.layers.norms import LayerNorm
 from mllm_jax.layers.requirements import Requirements
+from mllm_jax.projectors.mlp import merged_tokens
 
 VERSIONS = ("v1", "v2")
 
@@ -59,18 +59,8 @@ class PixelShuffleProjectorConfig:
         require(self.factor >= 1, f"factor {self.factor}", "1 or more patches a side", "change factor")
 
     def num_tokens(self, grid: int) -> int:
-        """Media tokens of a square picture of grid x grid patches.
-
-        Raises:
-            ConfigError: squares of `factor` patches do not fill that grid.
-        """
-        if grid % self.factor:
-            raise ConfigError(
-                f"pixel shuffle of {self.factor} x {self.factor} patches on a grid of {grid} x {grid}",
-                "a side that the factor divides",
-                "change the encoder's image_size or patch_size, or the factor",
-            )
-        return (grid // self.factor) ** 2
+        """See `merged_tokens`."""
+        return merged_tokens(grid, self.factor, "pixel shuffle")
 
     def make(self) -> PixelShuffleProjector:
         return PixelShuffleProjector(self)

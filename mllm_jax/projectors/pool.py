@@ -13,7 +13,7 @@ from flax import linen as nn
 
 from mllm_jax.errors import ConfigError
 from mllm_jax.layers.requirements import Requirements
-from mllm_jax.projectors.mlp import MLPProjector, MLPProjectorConfig
+from mllm_jax.projectors.mlp import MLPProjector, MLPProjectorConfig, merged_tokens
 
 
 @dataclass(frozen=True)
@@ -55,18 +55,8 @@ class PoolProjectorConfig:
         )
 
     def num_tokens(self, grid: int) -> int:
-        """Media tokens of a square picture of grid x grid patches.
-
-        Raises:
-            ConfigError: squares of `factor` patches do not fill that grid.
-        """
-        if grid % self.factor:
-            raise ConfigError(
-                f"average pooling of {self.factor} x {self.factor} patches on a grid of {grid} x {grid}",
-                "a side that the factor divides",
-                "change the encoder's image_size or patch_size, or the factor",
-            )
-        return (grid // self.factor) ** 2
+        """See `merged_tokens`."""
+        return merged_tokens(grid, self.factor, "average pooling")
 
     def make(self) -> PoolProjector:
         return PoolProjector(self)

@@ -78,10 +78,7 @@ class QFormerConfig:
     def reads_text(self) -> bool:
         return self.vocab_size is not None
 
-    @property
-    def pointwise(self) -> bool:
-        """Whether each vector that comes in goes out by itself; the queries read them all."""
-        return False
+    pointwise = False  # the queries read all vectors that come in
 
     def num_tokens(self, grid: int) -> int:
         """Media tokens of a picture of grid x grid patches: as many as there are queries."""

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from mllm_jax.checkpoints.config_json import ENCODER_ACTIVATIONS, read_activation, write_activation
-from mllm_jax.checkpoints.options import Options
-from mllm_jax.checkpoints.table import Weight
+from mllm_jax.checkpoints.config_json import Fields, read_fields, write_fields
+from mllm_jax.checkpoints.options import ENCODER_ACTIVATIONS, Options
+from mllm_jax.checkpoints.table import OUT_OF_HEADS, Weight, into_heads, linear
+from mllm_jax.checkpoints.table import norm as layer_norm
 from mllm_jax.projectors.qformer import QFormerConfig
 
-# Our field -> the hub's option of the same meaning.
-_OPTIONS = {
-    "hidden_size": "hidden_size",
-    "num_layers": "num_hidden_layers",
-    "num_heads": "num_attention_heads",
-    "mlp_size": "intermediate_size",
-    "cross_attention_frequency": "cross_attention_frequency",
-    "max_length": "max_position_embeddings",
+_FIELDS: Fields = {
+    "hidden_size": ("hidden_size", "size", QFormerConfig.hidden_size),
+    "num_layers": ("num_hidden_layers", "size", QFormerConfig.num_layers),
+    "num_heads": ("num_attention_heads", "size", QFormerConfig.num_heads),
+    "mlp_size": ("intermediate_size", "size", QFormerConfig.mlp_size),
+    "cross_attention_frequency": ("cross_attention_frequency", "size", QFormerConfig.cross_attention_frequency),
+    "max_length": ("max_position_embeddings", "size", QFormerConfig.max_length),
+    "norm_eps": ("layer_norm_eps", "number", QFormerConfig.norm_eps, 0.0),
+    "activation": ("hidden_act", "activation", ENCODER_ACTIVATIONS, "gelu"),
 }
 VOCAB_SIZE = 30522
 
@@ -33,9 +35,7 @@ def read_qformer(values: Mapping, what: str, *, text: bool | None, **sizes) -> Q
     reads = True if text is None else options.only("use_qformer_text_input", text, default=False)
     vocab_size = options.size("vocab_size", VOCAB_SIZE)
     config = QFormerConfig(
-        **{ours: options.size(theirs, getattr(QFormerConfig, ours)) for ours, theirs in _OPTIONS.items()},
-        norm_eps=options.number("layer_norm_eps", QFormerConfig.norm_eps, least=0.0),
-        activation=read_activation(options, "hidden_act", ENCODER_ACTIVATIONS) if "hidden_act" in options else "gelu",
+        **read_fields(options, _FIELDS),
         vocab_size=vocab_size if reads else None,
         **sizes,
     )
@@ -50,9 +50,7 @@ def write_qformer(c: QFormerConfig, model_type: str) -> dict:
     """The reverse of `read_qformer`."""
     written = dict(
         model_type=model_type,
-        **{theirs: getattr(c, ours) for ours, theirs in _OPTIONS.items()},
-        layer_norm_eps=c.norm_eps,
-        hidden_act=write_activation(c.activation),
+        **write_fields(c, _FIELDS),
         vocab_size=c.vocab_size or VOCAB_SIZE,
         encoder_hidden_size=c.feature_size,
     )
@@ -77,33 +75,23 @@ def qformer_weights(
         path: where its parameters stand.
     """
     weights = [Weight(query, f"{path}/query", "1 q e -> q e")]
-    heads = {"h": c.hidden_size // c.num_heads}
-
-    def dense(name: str, place: str, kernel: str = "o i -> i o", bias: str = "", sizes: Mapping[str, int] = {}):  # noqa: B006
-        weights.append(Weight(f"{name}.weight", f"{place}/kernel", kernel, sizes))
-        weights.append(Weight(f"{name}.bias", f"{place}/bias", bias, sizes if bias else {}))
-
-    def layer_norm(name: str, place: str):
-        weights.append(Weight(f"{name}.weight", f"{place}/scale"))
-        weights.append(Weight(f"{name}.bias", f"{place}/bias"))
-
+    head, rows = c.hidden_size // c.num_heads, (c.hidden_size,) * 3
     if c.reads_text:
         for ours, theirs in (("token", "word"), ("position", "position")):
             weights.append(Weight(f"{embeddings}.{theirs}_embeddings.weight", f"{path}/{ours}_embedding/embedding"))
-    layer_norm(norm, f"{path}/embedding_norm")
+    weights += layer_norm(norm, f"{path}/embedding_norm")
     for i, crosses in enumerate(c.group):
         hub, place = f"{layers}.{{layer*{len(c.group)}+{i}}}", f"{path}/layers/layer_{i}"
         attentions = {"attention": "attention"} | ({"crossattention": "cross_attention"} if crosses else {})
         for theirs, ours in attentions.items():
-            for name in ("query", "key", "value"):
-                part = f"{place}/{ours}/{name[0]}"
-                dense(f"{hub}.{theirs}.{own}.{name}", part, "(n h) e -> e n h", "(n h) -> n h", heads)
-            dense(f"{hub}.{theirs}.output.dense", f"{place}/{ours}/out", "e (n h) -> n h e", sizes=heads)
-            layer_norm(f"{hub}.{theirs}.output.LayerNorm", f"{place}/{ours}/norm")
+            stored = [f"{hub}.{theirs}.{own}.{name}" for name in ("query", "key", "value")]
+            weights += into_heads(stored, f"{place}/{ours}", head, rows)
+            weights += linear(f"{hub}.{theirs}.output.dense", f"{place}/{ours}/out", OUT_OF_HEADS, {"h": head})
+            weights += layer_norm(f"{hub}.{theirs}.output.LayerNorm", f"{place}/{ours}/norm")
         for suffix, ours in (("_query", "query_mlp"), *((("", "text_mlp"),) if c.reads_text else ())):
-            dense(f"{hub}.intermediate{suffix}.dense", f"{place}/{ours}/mlp/up")
-            dense(f"{hub}.output{suffix}.dense", f"{place}/{ours}/mlp/down")
-            layer_norm(f"{hub}.output{suffix}.LayerNorm", f"{place}/{ours}/norm")
+            weights += linear(f"{hub}.intermediate{suffix}.dense", f"{place}/{ours}/mlp/up")
+            weights += linear(f"{hub}.output{suffix}.dense", f"{place}/{ours}/mlp/down")
+            weights += layer_norm(f"{hub}.output{suffix}.LayerNorm", f"{place}/{ours}/norm")
     if c.output_size is not None:
-        dense(projection, f"{path}/language_projection")
+        weights += linear(projection, f"{path}/language_projection")
     return tuple(weights)

@@ -21,7 +21,7 @@ from mllm_jax.layers.linear import Linear
 from mllm_jax.layers.mlp import ACTIVATIONS, MLP
 from mllm_jax.layers.norms import LayerNorm, RMSNorm
 from mllm_jax.layers.requirements import Requirements
-from mllm_jax.layers.stack import scan_layers
+from mllm_jax.layers.stack import layers_of
 from mllm_jax.sharding.logical import constrain
 
 POSITIONS = ("sincos", "none")
@@ -93,12 +93,7 @@ class ResamplerConfig:
             "heads that fill it",
             "change head_dim, or set num_heads",
         )
-        require(
-            self.heads > 0 and self.heads % self.kv_heads == 0,
-            f"{self.heads} heads, {self.kv_heads} key-value heads",
-            "a number of heads that the key-value heads divide",
-            "change num_heads or num_kv_heads",
-        )
+        require.kv_heads(self.heads, self.kv_heads)
         require(
             self.output_map or self.width == self.output_size,
             f"hidden_size {self.width} and output_size {self.output_size} without a map between them",
@@ -121,9 +116,7 @@ class ResamplerConfig:
         """num_kv_heads as it is used."""
         return self.num_kv_heads or self.heads
 
-    @property
-    def pointwise(self) -> bool:
-        return False
+    pointwise = False  # the queries read all vectors that come in
 
     @property
     def needs_grid(self) -> bool:
@@ -204,9 +197,7 @@ class Resampler(nn.Module):
         x = features
         if x.shape[-1] != c.width:
             x = Linear((c.width,), ("channels", "embed"), dtype=dtype, name="kv_projection")(x)
-        layers = scan_layers(
-            ResamplerLayer, num_layers=c.num_layers, remat=c.remat, unroll=c.scan_unroll, num_broadcast=3
-        )
+        layers = layers_of(c, ResamplerLayer, 3)
         y = jnp.broadcast_to(queries, (x.shape[0], *shape))
         y, _ = layers(c, name="layers")(y, None, x.astype(dtype), query_places, key_places)
         y = _norm(c, "output_norm")(y)

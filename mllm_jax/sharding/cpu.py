@@ -8,8 +8,7 @@ import warnings
 from functools import cache
 
 from mllm_jax.errors import ConfigError
-from mllm_jax.sharding.platform import choose_platform
-from mllm_jax.sharding.xla_flags import has_flag
+from mllm_jax.sharding.platform import choose_platform, has_flag
 
 # The pass turns sums in bfloat16 into sums in float32. It ends the process at those of a `shard_map` over a part of
 # the mesh's axes, as `fsdp` and `context` have them. Without it the CPU sums in bfloat16 itself.

@@ -20,7 +20,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import AxisType, Mesh, PartitionSpec
 
 from mllm_jax.sharding.cpu import check_sum
-from mllm_jax.sharding.logical import active_mesh, partition_spec
+from mllm_jax.sharding.logical import active_mesh, axes_of, partition_spec
 
 # What a rematerialisation policy calls gathered matrices: they are never kept for the backward pass.
 GATHERED = "gathered"
@@ -92,7 +92,7 @@ def gather_plan(shape: Sequence[int], names: Sequence[str | None], batch: Sequen
         return None
     mesh, rules = active_mesh()
     rows = row_axes(batch)
-    split = [_axes(axes) for axes in partition_spec(names, shape, mesh, rules)]
+    split = [axes_of(axes) for axes in partition_spec(names, shape, mesh, rules)]
     shared = [axis for axes in split for axis in axes if axis in rows]
     if shared != ["fsdp"] or ("fsdp",) not in split:
         return None
@@ -103,11 +103,7 @@ def gather_plan(shape: Sequence[int], names: Sequence[str | None], batch: Sequen
 
 def row_axes(batch: Sequence[int]) -> tuple[str, ...]:
     """The axes of the active mesh that the first dimension of such a shape is split over."""
-    return _axes(partition_spec(("batch",), batch[:1], *active_mesh())[0])
-
-
-def _axes(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
-    return (entry,) if isinstance(entry, str) else entry or ()
+    return axes_of(partition_spec(("batch",), batch[:1], *active_mesh())[0])
 
 
 @lru_cache

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import pkgutil
+import subprocess
 import sys
 from collections.abc import Iterable, MutableMapping
+from functools import cache
 from importlib.metadata import entry_points
 from importlib.util import find_spec
 from pathlib import Path
@@ -60,3 +62,17 @@ def _plugins() -> set[str]:
     return {module.name for module in pkgutil.iter_modules(places or [])} | {
         point.name for point in entry_points(group="jax_plugins")
     }
+
+
+# XLA reads its flags when options for a compilation are first made. No device is started, so this takes 0.3 s.
+_READS_FLAGS = "from jaxlib.xla_client import CompileOptions; CompileOptions()"
+
+
+@cache
+def has_flag(flag: str) -> bool:
+    """Asks a child process whether the installed jaxlib accepts a flag, given as XLA_FLAGS would have it."""
+    command = [sys.executable, "-P", "-c", _READS_FLAGS]  # -P: no module of the working directory
+    child = subprocess.run(
+        command, env={**os.environ, "XLA_FLAGS": flag}, capture_output=True, stdin=subprocess.DEVNULL
+    )
+    return child.returncode == 0

@@ -70,7 +70,11 @@ def test_which_llms_may_be_inside():
 def test_an_llm_may_be_inside_by_its_line_alone(monkeypatch, tmp_path):
     from mllm_jax.models.parts import read_llm
 
-    (tmp_path / "my_llm.py").write_text("def from_hf_config(values):\n    return values['size']\n")
+    (tmp_path / "my_llm.py").write_text(
+        "from mllm_jax.checkpoints.table import Family\n"
+        "FAMILIES = (Family(name='mine', architectures=('MyForCausalLM',), from_hf=lambda values: values['size'], "
+        "to_hf=dict, table=dict),)\n"
+    )
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(ConfigError, match="model_type='mine'"):
         read_llm({"model_type": "mine", "size": 3}, "a toy")

@@ -23,7 +23,7 @@ from mllm_jax.models.registry import abstract_params, family_of_config
 
 WIDTHS = dict(hidden_size=8, num_hidden_layers=2, num_attention_heads=2, intermediate_size=12)
 TEXT = clip_text.from_hf_config(dict(vocab_size=20, max_position_embeddings=6, **WIDTHS))
-VISION = vit_hf.from_hf_config(dict(image_size=8, patch_size=4, **WIDTHS))
+VISION = vit_hf.FAMILY.from_hf(dict(image_size=8, patch_size=4, **WIDTHS))
 INDEX = {
     "_class_name": "SomePipeline",
     "_diffusers_version": "0.35.0",

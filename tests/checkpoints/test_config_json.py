@@ -6,15 +6,8 @@ from dataclasses import dataclass
 
 import pytest
 
-from mllm_jax.checkpoints.config_json import (
-    ACTIVATIONS,
-    ENCODER_ACTIVATIONS,
-    check_written,
-    one_or_several,
-    read_activation,
-    write_activation,
-)
-from mllm_jax.checkpoints.options import Options
+from mllm_jax.checkpoints.config_json import check_written, one_or_several, write_activation
+from mllm_jax.checkpoints.options import ACTIVATIONS, ENCODER_ACTIVATIONS, Options
 from mllm_jax.errors import ConfigError
 from mllm_jax.layers import mlp
 from mllm_jax.llms import llama
@@ -25,13 +18,13 @@ def test_every_activation_is_read_as_it_was_written():
     assert set(ENCODER_ACTIVATIONS.values()) == set(mlp.ACTIVATIONS)
     for name in mlp.ACTIVATIONS:
         options = Options({"hidden_act": write_activation(name)}, "config.json")
-        assert read_activation(options, known=ENCODER_ACTIVATIONS) == name
+        assert options.activation("hidden_act", ENCODER_ACTIVATIONS) == name
 
 
 def test_decoders_have_no_tanh():
     assert ENCODER_ACTIVATIONS.keys() - ACTIVATIONS.keys() == {"tanh"}
     with pytest.raises(ConfigError, match="hidden_act='tanh'"):
-        read_activation(Options({"hidden_act": "tanh"}, "config.json"))
+        Options({"hidden_act": "tanh"}, "config.json").activation("hidden_act")
     with pytest.raises(ConfigError, match="hidden_act='tanh'"):
         llama.to_hf_config(DecoderConfig(vocab_size=8, activation="tanh"))
 

@@ -336,7 +336,7 @@ def test_an_interrupted_writing_leaves_what_was_there(tmp_path, monkeypatch):
 
 
 def test_a_full_disk_is_noticed_before_writing(tmp_path, monkeypatch):
-    monkeypatch.setattr("mllm_jax.checkpoints.new_folder.free_bytes", lambda folder: 1000)
+    monkeypatch.setattr("mllm_jax.checkpoints.folder.free_bytes", lambda folder: 1000)
     with pytest.raises(CheckpointError, match="1,000 bytes free on that disk"):
         write_weights(tmp_path / "model", TABLE, nest(parameters()))
     assert not list(tmp_path.iterdir())

@@ -11,7 +11,7 @@ import pytest
 
 from mllm_jax.checkpoints import folder as folder_module
 from mllm_jax.checkpoints import training
-from mllm_jax.checkpoints.new_folder import new_folder
+from mllm_jax.checkpoints.folder import new_folder
 from mllm_jax.checkpoints.training import TrainingCheckpoints
 from mllm_jax.errors import CheckpointError
 

@@ -7,8 +7,7 @@ from types import SimpleNamespace
 import jax.numpy as jnp
 import pytest
 
-from mllm_jax.checkpoints.sample import batch_sample, image_sample, token_sample
-from mllm_jax.checkpoints.table import Family, Table
+from mllm_jax.checkpoints.table import Family, Table, batch_sample, image_sample, token_sample
 
 FILLED = dict(architectures=("Toy",), from_hf=dict, to_hf=dict, table=lambda config: Table(()))
 

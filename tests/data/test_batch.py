@@ -24,7 +24,7 @@ from mllm_jax.data.processing.media import Encoded, lay_out_row
 from mllm_jax.errors import DataError
 
 IMAGE, PAD = 9, 5
-SPEC = text_spec(2, 12, pad=PAD) | images_spec(2, 3, 4)
+SPEC = text_spec(2, 12) | {"tokens": ArraySpec((2, 12), fill=PAD)} | images_spec(2, 3, 4)
 LAYOUT = PlainLayout(4, 2, IMAGE)
 
 

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from einops import rearrange
 
-from mllm_jax.data.dynamic_tiles import tile_grid
 from mllm_jax.data.image_processors import image_processor, read_image_processor, read_video_processor
+from mllm_jax.data.tiles import tile_grid
 from mllm_jax.errors import ConfigError
 
 SIZES = ((28, 28), (37, 90), (91, 38), (20, 33), (1, 7), (120, 3), (64, 61), (200, 100), (40, 52))

@@ -17,7 +17,7 @@ from einops import rearrange
 from PIL import Image
 
 from mllm_jax.data.image_processors import image_processor, read_image_processor
-from mllm_jax.data.smart_resize import smart_resize
+from mllm_jax.data.image_steps import smart_resize
 from mllm_jax.errors import ConfigError, DataError
 
 SIZES = ((48, 48), (37, 90), (91, 38), (20, 33), (1, 7), (120, 3), (64, 61))

@@ -16,7 +16,7 @@ from mllm_jax.data.tiles import (
     anyres_places,
     best_resolution,
     fitted_size,
-    pad_to_square,
+    pad_to,
     resized,
     tile_places,
     unpadded,
@@ -120,9 +120,9 @@ def test_rounding_keeps_rows_that_cutting_loses():
 
 
 def test_colour_of_a_square():
-    square = pad_to_square(np.full((1, 4, 3), 9, np.uint8), (1, 2, 3))
+    square = pad_to(np.full((1, 4, 3), 9, np.uint8), (4, 4), (1, 2, 3))
     assert square[:, :, 1].tolist() == [[2] * 4, [9] * 4, [2] * 4, [2] * 4]
-    tall = pad_to_square(np.full((3, 2, 3), 9, np.uint8), (1, 2, 3))
+    tall = pad_to(np.full((3, 2, 3), 9, np.uint8), (3, 3), (1, 2, 3))
     assert tall[:, :, 0].tolist() == [[9, 9, 1]] * 3
 
 

@@ -237,7 +237,7 @@ def test_patches_that_do_not_fit_are_refused(shape):
 
 @pytest.mark.parametrize("shape", [(1, 12, 10, 3), (1, 12, 12, 1)])
 def test_pictures_that_do_not_fit_the_first_tower_are_refused(shape):
-    with pytest.raises(DataError, match="H and W multiples of 4"):
+    with pytest.raises(ConfigError, match="3 channels, and a whole number of patches of 4"):
         V1.make().apply({"params": {}}, np.zeros(shape, np.float32))
 
 

@@ -24,10 +24,9 @@ from toy_data import quick_compilation
 from mllm_jax import cli
 from mllm_jax.data.image_processors import read_image_processor
 from mllm_jax.data.images import read_image
+from mllm_jax.encoders import clip_vision, siglip_vision
 from mllm_jax.encoders.clip_text import from_hf_config as clip_text
-from mllm_jax.encoders.clip_vision import from_hf_config as clip_vision
 from mllm_jax.encoders.siglip_text import from_hf_config as siglip_text
-from mllm_jax.encoders.siglip_vision import from_hf_config as siglip_vision
 from mllm_jax.errors import ConfigError, DataError
 from mllm_jax.generation.assistant import Assistant
 from mllm_jax.generation.embed import Embedder, embed_to_file, find_pictures
@@ -43,9 +42,11 @@ VISION = dict(
 TEXT = dict(hidden_size=16, intermediate_size=20, num_hidden_layers=1, num_attention_heads=2, vocab_size=10)
 TEXT |= dict(max_position_embeddings=8, pad_token_id=PAD, bos_token_id=BOS, eos_token_id=EOS)
 CONFIGS = {
-    "clip": DualEncoderConfig(clip_vision(VISION), clip_text(TEXT), 12, family="CLIPModel"),
-    "siglip": DualEncoderConfig(siglip_vision(VISION), siglip_text(TEXT), None, "sigmoid", family="SiglipModel"),
-    "vision": clip_vision(VISION),
+    "clip": DualEncoderConfig(clip_vision.FAMILY.from_hf(VISION), clip_text(TEXT), 12, family="CLIPModel"),
+    "siglip": DualEncoderConfig(
+        siglip_vision.FAMILY.from_hf(VISION), siglip_text(TEXT), None, "sigmoid", family="SiglipModel"
+    ),
+    "vision": clip_vision.FAMILY.from_hf(VISION),
     "text": clip_text(TEXT),
 }
 TEXTS = ("a red cat", "a big blue dog and cat", "dog")  # the second fills all 8 places

@@ -237,7 +237,7 @@ def test_a_setting_that_nobody_knows_is_refused(name, write):
 
 def test_the_type_of_each_model_is_that_of_transformers():
     auto = pytest.importorskip("transformers.models.auto.image_processing_auto")
-    from mllm_jax.data.processor_types import OF_MODELS
+    from mllm_jax.data.image_processors import OF_MODELS
 
     theirs = {name: auto.IMAGE_PROCESSOR_MAPPING_NAMES[name]["pil"] for name in OF_MODELS}
     assert theirs == {name: f"{kind}Pil" for name, kind in OF_MODELS.items()}

@@ -12,7 +12,7 @@ import pytest
 
 from mllm_jax.layers import attention as layer
 from mllm_jax.layers.attention import attention, xla_attention
-from mllm_jax.layers.blockwise import blockwise_attention
+from mllm_jax.layers.context_attention import blockwise_attention
 from mllm_jax.layers.cudnn import cudnn_supports
 from mllm_jax.layers.splash import splash_attention, splash_supports
 from mllm_jax.sharding.logical import use_mesh
@@ -115,7 +115,7 @@ def test_long_rows_are_taken_block_by_block(monkeypatch, qkv, segments):
     kind = dict(mask="causal", q_segments=segments, k_segments=segments)
     plain = str(jax.make_jaxpr(partial(attention, **kind))(*qkv))
     monkeypatch.setattr(layer, "LONG", LENGTH)
-    assert "while" in str(jax.make_jaxpr(partial(attention, **kind))(*qkv)) and "while" not in plain
+    assert "scan" in str(jax.make_jaxpr(partial(attention, **kind))(*qkv)) and "scan" not in plain
     with layer.whole_scores():
         assert str(jax.make_jaxpr(partial(attention, **kind))(*qkv)) == plain
 
@@ -126,7 +126,7 @@ def test_on_a_cpu_causal_rows_are_taken_block_by_block_earlier(monkeypatch, qkv,
     with use_mesh(make_mesh(MeshConfig(data=2), jax.devices()[:2])):
         found = {mask: str(jax.make_jaxpr(partial(attention, mask=mask, **kind))(*qkv)) for mask in layer.MASKS}
         y = jax.jit(partial(attention, mask="causal", **kind))(*qkv)
-    assert "while" in found["causal"] and "while" not in found["full"]
+    assert "scan" in found["causal"] and "scan" not in found["full"]
     np.testing.assert_allclose(y, xla_attention(*qkv, mask="causal", **kind), atol=2e-5)
 
 

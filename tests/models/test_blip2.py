@@ -15,7 +15,7 @@ from flax import linen as nn
 from flax.traverse_util import flatten_dict
 
 from mllm_jax.errors import ConfigError, DataError
-from mllm_jax.models import blip2, blip2_retrieval, instructblip
+from mllm_jax.models import blip2, blip2_stage1, instructblip
 from mllm_jax.models.blip2_stage1 import QFormerPretrainingConfig
 from mllm_jax.models.registry import abstract_init, abstract_params, family_of_config
 from mllm_jax.projectors.qformer import QFormerConfig
@@ -187,7 +187,7 @@ def test_instructblip_vicuna_7b():
 
 def test_blip2_for_retrieval():
     values = BLIP2_OPT | dict(qformer_config=dict(use_qformer_text_input=True, vocab_size=30523))
-    ours = blip2_retrieval.from_hf_config(values)
+    ours = blip2_stage1.from_hf_config(values)
     assert sum(sizes(ours).values()) == reference_size(values, "Blip2", "ImageTextRetrieval")
 
 
@@ -240,9 +240,9 @@ def test_configs_that_no_folder_can_say_are_refused():
         )
     with pytest.raises(ConfigError, match="connection"):
         blip2.to_hf_config(config.with_branch("image", connection=blip2.Connection()))
-    retrieval = blip2_retrieval.from_hf_config(BLIP2_OPT | dict(qformer_config=dict(use_qformer_text_input=True)))
+    retrieval = blip2_stage1.from_hf_config(BLIP2_OPT | dict(qformer_config=dict(use_qformer_text_input=True)))
     with pytest.raises(ConfigError, match="captioning=True"):
-        blip2_retrieval.to_hf_config(dataclasses.replace(retrieval, captioning=True))
+        blip2_stage1.to_hf_config(dataclasses.replace(retrieval, captioning=True))
     with pytest.raises(ConfigError, match="reads no text"):
         QFormerPretrainingConfig(config.image.encoder, config.image.projector)
 

@@ -16,7 +16,7 @@ from mllm_jax.encoders.text import TextTowerConfig
 from mllm_jax.encoders.vit import ViTConfig
 from mllm_jax.errors import ConfigError
 from mllm_jax.layers.pixels import normalise_pixels
-from mllm_jax.models.clip import DualEncoderConfig, read_clip, read_siglip, sample
+from mllm_jax.models.clip import CLIP, SIGLIP, DualEncoderConfig, sample
 from mllm_jax.models.params import init_params
 from mllm_jax.sharding.mesh import MeshConfig, make_mesh
 from mllm_jax.training.config import AdamW
@@ -150,11 +150,11 @@ def text_of(width: int, heads: int) -> dict:
 LARGE = dict(hidden_size=1024, intermediate_size=4096, num_attention_heads=16, num_hidden_layers=24, patch_size=14)
 SO400M = dict(hidden_size=1152, intermediate_size=4304, num_attention_heads=16, num_hidden_layers=27)
 PUBLISHED = {
-    "CLIP B/32": (read_clip, {}, {}, 512, 151_277_313),
-    "CLIP L/14": (read_clip, LARGE, text_of(768, 12), 768, 427_616_513),
-    "CLIP L/14-336": (read_clip, LARGE | dict(image_size=336), text_of(768, 12), 768, 427_944_193),
-    "SigLIP B/16-224": (read_siglip, {}, {}, None, 203_155_970),
-    "SigLIP so400m/14-384": (read_siglip, SO400M | dict(patch_size=14, image_size=384), SO400M, None, 877_960_498),
+    "CLIP B/32": (CLIP.from_hf, {}, {}, 512, 151_277_313),
+    "CLIP L/14": (CLIP.from_hf, LARGE, text_of(768, 12), 768, 427_616_513),
+    "CLIP L/14-336": (CLIP.from_hf, LARGE | dict(image_size=336), text_of(768, 12), 768, 427_944_193),
+    "SigLIP B/16-224": (SIGLIP.from_hf, {}, {}, None, 203_155_970),
+    "SigLIP so400m/14-384": (SIGLIP.from_hf, SO400M | dict(patch_size=14, image_size=384), SO400M, None, 877_960_498),
 }
 
 

@@ -13,9 +13,9 @@ import torch
 import transformers
 from flax import linen as nn
 
-from mllm_jax.data.mrope import mrope_positions
 from mllm_jax.data.processing.media import Media, Row
 from mllm_jax.models import qwen_vl
+from mllm_jax.models.qwen_vl import mrope_positions
 from mllm_jax.models.registry import abstract_params, family_of_config
 
 ROPE = dict(rope_type="default", rope_theta=1e6, mrope_section=[16, 24, 24])

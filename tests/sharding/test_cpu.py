@@ -16,7 +16,7 @@ from mllm_jax.errors import ConfigError
 from mllm_jax.sharding import cpu
 from mllm_jax.sharding.cpu import FLAG, check_sum, prepare_cpu, warn_of_wrong_sums
 from mllm_jax.sharding.mesh import MeshConfig, make_mesh
-from mllm_jax.sharding.xla_flags import has_flag
+from mllm_jax.sharding.platform import has_flag
 
 ROOT = Path(__file__).parents[2]
 # A sum in bfloat16 over a part of the mesh's axes, in a process that the caller's environment describes.

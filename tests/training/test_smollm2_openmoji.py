@@ -51,7 +51,7 @@ def test_it_trains_and_is_evaluated(llm, tmp_path):
     short = replace(smoke, evaluation=evaluation, stages=tuple(replace(stage, steps=2) for stage in smoke.stages))
     # The tiny LLM's tokens are bytes, so rows are long.
     steps = {"align": 2, "instruct": 2}
-    config = make(llm, short, tmp_path / "tower", steps=steps, rows=2, length=768, slots={"image": 3}, limit=2)
+    config = make(llm, short, tmp_path / "tower", steps=steps, rows=2, length=768, slots=3, limit=2)
     with quick_compilation():
         run = train(config, tmp_path / "run", devices=jax.devices()[:2])
         results = evaluate_run(run.path, devices=jax.devices()[:2], batch_size=4)

@@ -179,11 +179,7 @@ def encode_turns(encoder: Encoder, example: Example, max_length: int, learn: str
         if len(row.tokens) <= max_length:
             break
     else:
-        raise DataError(
-            f"an example of {len(row.tokens)} tokens with {len(media)} picture(s)",
-            f"at most {max_length} tokens with its first turn",
-            "raise the row's length, or give it fewer or smaller pictures",
-        )
+        raise _too_long("an example", row, media, f"{max_length} tokens with its first turn")
     weights = np.zeros(len(ids), np.float32)
     known = encoder.tokenizer.answer_id
     if known is None:
@@ -213,11 +209,7 @@ def encode_answer(encoder: Encoder, example: Example, max_length: int, start_id:
     target = np.asarray([start_id, *encoder.tokenizer.ids(answer.text), end_id])
     encoded = Encoded(row, (np.arange(len(target)) > 0).astype(np.float32), media, target=target)
     if encoded.length > max_length:
-        raise DataError(
-            f"a question of {len(row.tokens)} tokens with {len(media)} picture(s), an answer of {len(target)}",
-            f"at most {max_length} tokens each",
-            "raise the row's length, or give it fewer or smaller pictures",
-        )
+        raise _too_long("a question", row, media, f"{max_length} tokens each", f", an answer of {len(target)}")
     return encoded
 
 
@@ -232,11 +224,7 @@ def encode_text(encoder: Encoder, example: Example, max_length: int, learn: str)
     weights[(1 if learn == "all" else max(shown, default=-1) + 1) :] = 1
     row = encoder.lay_out(ids, media, "a conversation")
     if len(row.tokens) > max_length:
-        raise DataError(
-            f"a caption of {len(row.tokens)} tokens with {len(media)} picture(s)",
-            f"at most {max_length} tokens",
-            "raise the row's length, or give it fewer or smaller pictures",
-        )
+        raise _too_long("a caption", row, media, f"{max_length} tokens")
     return Encoded(row, _spread(encoder, ids, row, weights), media)
 
 
@@ -296,6 +284,14 @@ def require_answers(messages: Sequence[Message]) -> int:
             "drop or mend the record",
         )
     return len(answers)
+
+
+def _too_long(what: str, row: Row, media: Sequence[Media], most: str, more: str = "") -> DataError:
+    return DataError(
+        f"{what} of {len(row.tokens)} tokens with {len(media)} picture(s){more}",
+        f"at most {most}",
+        "raise the row's length, or give it fewer or smaller pictures",
+    )
 
 
 def _require_words(message: Message) -> None:

