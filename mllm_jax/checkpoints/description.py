@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import collections.abc
 import dataclasses
+import sys
 import types
 import typing
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from mllm_jax.checkpoints import own_modules
 from mllm_jax.errors import ConfigError
 
 CLASS, FUNCTION = "class", "function"
+# Parts of this package whose functions a config may name. The config of a run that came from elsewhere chooses them,
+# too: none of them may do what the user would not want.
+FUNCTIONS = ("datasets", "evaluation")
 
 
 def describe(value: Any) -> Any:
@@ -52,7 +57,26 @@ def _importable(value: Any, kind: str) -> str:
             f"a {kind} at the top level of a module, which a run can import when it is opened again",
             "give it a name there; what it closes over belongs into the fields of a dataclass",
         )
+    if isinstance(value, types.FunctionType) and not _may_be_named(value, value.__qualname__):
+        raise ConfigError(
+            f"the function {value.__qualname__} of {value.__module__}",
+            "a function of a file beside the config, or of mllm_jax.evaluation",
+            "call it in a function of your own, in a file beside the config",
+        )
     return f"{value.__module__}:{value.__qualname__}"
+
+
+def _may_be_named(function: types.FunctionType, name: str) -> bool:
+    """Whether a config may name a function: none of Python's, nor of what pip installed, and by its own name."""
+    module = sys.modules.get(function.__module__)
+    if getattr(module, name, None) is not function:
+        return False
+    top, *parts = module.__name__.split(".")
+    if top == own_modules.PACKAGE:
+        return bool(parts) and parts[0] in FUNCTIONS
+    file = getattr(module, "__file__", None) or ""
+    installed = {"site-packages", "dist-packages"}.intersection(Path(file).parts)
+    return bool(file) and top not in sys.stdlib_module_names and not installed
 
 
 def rebuild(description: Any) -> Any:
@@ -76,8 +100,9 @@ def rebuild(description: Any) -> Any:
     try:
         found = getattr(own_modules.find(module, kind), name)
         if FUNCTION in description:
-            if fields or not isinstance(found, types.FunctionType):
-                raise TypeError("not a function")
+            named = isinstance(found, types.FunctionType) and found.__module__ == module
+            if fields or not named or not _may_be_named(found, name):
+                raise TypeError("not a function that a config may name")
             return found
         if not (isinstance(found, type) and dataclasses.is_dataclass(found)):
             raise TypeError("not a config class")

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import tyro
 
+from mllm_jax.checkpoints.native import is_native
 from mllm_jax.checkpoints.run import is_run
 from mllm_jax.cli.caches import keep_compiled_programs
 from mllm_jax.cli.console import console
-from mllm_jax.cli.runs import experiment_of, is_model, use_cpu_devices
+from mllm_jax.cli.runs import assistant_of, experiment_of, use_cpu_devices
 from mllm_jax.errors import ConfigError
 
 ENOUGH = 30  # questions, below which an accuracy is uncertain by more than 18 points
@@ -59,7 +60,7 @@ def run(arguments: list[str]) -> int:
     keep_compiled_programs()
     if options.questions is not None:
         return ask(options)
-    if not is_run(options.run) and is_model(options.run):
+    if not is_run(options.run) and (is_native(options.run) or any(options.run.glob("*.safetensors"))):
         raise ConfigError(
             f"{options.run}, a model's folder, without questions", "a run, or --questions FILE", "give --questions FILE"
         )
@@ -69,15 +70,12 @@ def run(arguments: list[str]) -> int:
 
 
 def ask(options: Evaluate) -> int:
-    from mllm_jax.cli.assistants import assistant_of
-    from mllm_jax.datasets.questions import Questions
     from mllm_jax.evaluation.evaluate import evaluate as measured
     from mllm_jax.evaluation.tasks.questions import questions_task
     from mllm_jax.training.operations.run_folder import write_json
 
-    media = None if options.media is None else str(options.media)
     # The questions first: what is wrong in them should not have to wait for the weights.
-    task = questions_task(Questions(str(options.questions), media), options.questions.stem, limit=options.limit)
+    task = questions_task(options.questions, options.media, options.questions.stem, limit=options.limit)
     found = {task.name: measured(assistant_of(options.run), task, limit=options.limit, out=options.out)}
     _show(found)
     if options.out is not None:

@@ -3,11 +3,13 @@
     {"question": "What is this?", "image": "a.png", "answer": ["a cat", "cat"]}
     {"question": "What is this?", "images": ["a.png", "b.png"], "choices": ["a cat", "a dog"], "answer": "B", "id": "7"}
 
-With choices the answer is a letter, an index from 0 or the choice's text. What else a record has is not read.
+With choices the answer is a letter, an index from 0 or the choice's text. The id may also be called `question_id`. What
+else a record has is not read.
 """
 
 from __future__ import annotations
 
+import functools
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,15 +58,31 @@ class Questions:
         if self.media_folder is not None:
             object.__setattr__(self, "media_folder", os.fspath(self.media_folder))
 
+    def __len__(self) -> int:
+        return len(self.build())
+
+    def example(self, index: int) -> Question:
+        return self.build()[index]
+
     def build(self) -> tuple[Question, ...]:
-        """Reads the file; images are only looked for.
+        """Reads the file, once while it stays as it is; images are only looked for.
 
         Raises:
             DataError: a file that cannot be read or has no questions, or the first record that is not one.
         """
         path = Path(self.path)
         folder = path.parent if self.media_folder is None else Path(self.media_folder)
-        return tuple(_Record(place, record, folder).read() for place, record in _records(path))
+        try:
+            facts = path.stat()
+        except (OSError, ValueError) as error:  # ValueError: a NUL byte in the name
+            raise _unreadable(path, error) from error
+        return _questions(path, folder, facts.st_size, facts.st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=4)
+def _questions(path: Path, folder: Path, size: int, changed: int) -> tuple[Question, ...]:
+    """Size and time of change make a file that was replaced be read again."""
+    return tuple(_Record(place, record, folder).read() for place, record in _records(path))
 
 
 def option(index: int, choice: str) -> str:
@@ -80,11 +98,7 @@ def _records(path: Path) -> list[tuple[str, Any]]:
     try:
         content = read_bytes(path, JSON_BYTES, DataError)
     except OSError as error:
-        raise DataError(
-            f"the questions {path} cannot be read ({error.strerror or error})",
-            "a file that exists and may be read",
-            "correct the path",
-        ) from error
+        raise _unreadable(path, error) from error
     if path.suffix == ".json":
         records = enumerate(parse_json(content, str(path), DataError, list, todo=todo))
         found = [(f"{path}, index {index}", record) for index, record in records]
@@ -94,6 +108,13 @@ def _records(path: Path) -> list[tuple[str, Any]]:
     if not found:
         raise DataError(f"the questions {path}: none", "at least one record", "add questions")
     return found
+
+
+def _unreadable(path: Path, error: Exception) -> DataError:
+    reason = getattr(error, "strerror", None) or error
+    return DataError(
+        f"the questions {path} cannot be read ({reason})", "a file that exists and may be read", "correct the path"
+    )
 
 
 @dataclass(frozen=True)
@@ -181,7 +202,7 @@ class _Record:
         return tuple(self._text(one, "answer") for one in given)
 
     def _id(self) -> str:
-        found = self.record.get("id", "")
+        found = self.record.get("id", self.record.get("question_id", ""))
         if isinstance(found, bool) or not isinstance(found, str | int) or not encodable(str(found)):
             self._refuse(f"id {short(found)}", "a text or a number")
         return str(found)

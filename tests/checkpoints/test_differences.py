@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import types
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from mllm_jax.data.pipeline import Mixture
 from mllm_jax.encoders.text import TextTowerConfig
 from mllm_jax.encoders.vit import ViTConfig
 from mllm_jax.errors import ConfigError
+from mllm_jax.evaluation.metrics import normalise
 from mllm_jax.llms.decoder import DecoderConfig
 from mllm_jax.models.branch import Branch
 from mllm_jax.models.clip import DualEncoderConfig
@@ -183,3 +185,30 @@ def test_what_changes_no_numbers_does_not_bind_a_run_folder():
     assert binding_differences(old, through_json(dataclasses.replace(free, stages=stages))) == []
     bound = dataclasses.replace(free, seed=5, stages=stages)
     assert binding_differences(old, through_json(bound)) == ["seed: 0 -> 5"]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "shutil:rmtree",  # a run folder that came from elsewhere chooses what is called with its own strings
+        "subprocess:getoutput",
+        "numpy:load",
+        "mllm_jax.cli.commands:main",
+        "mllm_jax.evaluation.evaluate:write_atomic",  # of another module
+        "mllm_jax.evaluation.task:Task",
+        "mllm_jax.evaluation.metrics:gone",
+    ],
+)
+def test_a_stored_config_names_no_function_but_those_of_tasks(name):
+    with pytest.raises(ConfigError) as refusal:
+        rebuild({"function": name})
+    assert name in refusal.value.given and refusal.value.todo
+
+
+def test_a_function_that_is_not_found_again_is_refused_when_the_run_begins():
+    renamed = types.FunctionType(normalise.__code__, {"__name__": normalise.__module__}, "other")
+    for function in (json.dumps, describe, renamed):
+        with pytest.raises(ConfigError, match="^the function .* of ") as refusal:
+            describe({"prompt": function})
+        assert "beside the config" in refusal.value.expected
+    assert rebuild(describe(normalise)) is normalise

@@ -48,6 +48,16 @@ def test_a_list_and_lines_are_read_alike(folder, name):
     assert len(Questions(str(folder / "media" / name)).build()) == 3, "names are relative to the file's own folder"
 
 
+def test_questions_are_a_source(folder):
+    """By length and index, as any source; a file that was replaced is read again."""
+    source = write(folder, [{"question": "Why?", "answer": "so", "question_id": 8}, RECORDS[2]])
+    assert len(source) == 2 and source.example(0).id == "8" and source.example(1) == source.build()[1]
+    (folder / "own.json").write_text(json.dumps(RECORDS))
+    assert [source.example(index).question for index in range(len(source))] == ["What is it?", "Which?", "Why?"]
+    with pytest.raises(DataError, match="cannot be read"):
+        len(Questions("a\0.json"))
+
+
 def test_choices_are_offered_by_letter_and_named_by_letter_or_text(folder):
     for answer in ("b", "B", 1, "A  dog"):
         (question,) = write(folder, [{**RECORDS[1], "answer": answer}]).build()
@@ -64,12 +74,14 @@ def test_choices_are_offered_by_letter_and_named_by_letter_or_text(folder):
 
 def test_controls_are_made_where_there_is_something_to_compare(folder):
     def metrics(records, limit=None):
-        return list(questions_task(write(folder, records), limit=limit).metrics)
+        source = write(folder, records)
+        return list(questions_task(source.path, source.media_folder, limit=limit).metrics)
 
     assert metrics(RECORDS) == ["accuracy", "accuracy_shuffled_media", "majority", "n"]
     assert metrics(RECORDS, limit=1) == metrics(RECORDS[2:]) == ["accuracy", "n"]
     assert metrics(RECORDS[1:]) == ["accuracy", "majority", "n"]
-    task = questions_task(write(folder, RECORDS))
+    task = questions_task(write(folder, RECORDS).path, folder / "media")
+    assert task.source == Questions(folder / "own.json", folder / "media")
     assert rebuild(json.loads(json.dumps(describe(task)))) == task
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 from mllm_jax.data.message import Message, Text
 from mllm_jax.datasets.questions import Question, Questions, option
 from mllm_jax.evaluation.metrics import ShuffledMedia, accuracy, count, majority
@@ -19,18 +21,26 @@ def ask(question: Question) -> tuple[Message, ...]:
     return (Message("user", (*question.images, Text(text))),)
 
 
-def questions_task(source: Questions, name: str = "questions", *, limit: int | None = None) -> Task:
+def questions_task(
+    path: str | os.PathLike,
+    media_folder: str | os.PathLike | None = None,
+    name: str = "questions",
+    *,
+    limit: int | None = None,
+) -> Task:
     """Makes a task of a file of questions, which is read to see which controls it can have.
 
     Free answers are right if they equal an accepted one after `normalise`; choices are named by letter or text. Of at
     least two questions the majority answer is a control, of at least two with images also their shuffling.
 
     Args:
+        path, media_folder: see `mllm_jax.Questions`.
         limit: the number of questions that will be asked, from the first on.
 
     Raises:
         DataError: see `Questions.build`.
     """
+    source = Questions(path, media_folder)
     found = source.build()[:limit]
     metrics: dict[str, Metric] = {"accuracy": accuracy}
     if sum(bool(question.images) for question in found) > 1:
