@@ -7,6 +7,7 @@ NEW_RUN was begun by the same config under today's code. Its `initial` is replac
 
 from __future__ import annotations
 
+import json
 import shutil
 import sys
 from pathlib import Path
@@ -30,7 +31,9 @@ def take_over(old: Path, new: Path) -> None:
     missing = today["fingerprint"].keys() - {renamed(path) for path in wanted}
     if missing:
         raise SystemExit(f"{old} has none of {sorted(missing)}")
-    leaves = load_snapshot(old / "initial", dict.fromkeys(wanted, jax.ShapeDtypeStruct((), "float32")), whole=False)[0]
+    shapes = json.loads((old / "initial" / "record.json").read_text())["leaves"]
+    abstract = {path: jax.ShapeDtypeStruct(*shapes[path]) for path in wanted}
+    leaves = load_snapshot(old / "initial", abstract, whole=False)[0]
     facts = today | {
         "fingerprint": {renamed(path): meta["fingerprint"][path] for path in wanted},
         "stored": sorted(map(renamed, wanted)),
