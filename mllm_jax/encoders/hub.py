@@ -194,7 +194,7 @@ def vit_family(
     oracle: str = "",
     defaults: Mapping[str, Any],
     names: Names,
-    fields: Fields = {},
+    fields: Fields = {},  # noqa: B006
     read: Callable[[Options], dict] = lambda options: {},
     write: Callable[[ViTConfig], dict] = lambda config: {},
     **fixed: Any,

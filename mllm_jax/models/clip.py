@@ -241,7 +241,7 @@ def _family(
     kind: str,
     towers: tuple[Family, Family],
     joined: tuple[Weight, ...],
-    fields: Fields = {},
+    fields: Fields = {},  # noqa: B006
     normalised: Mapping[str, Any] = {},
 ) -> Family:
     """A dual encoder as a class of transformers; every option of its config.json is honoured or refused by name.
