@@ -71,12 +71,7 @@ LINEAR, INTO_HEADS, HEAD_BIAS, OUT_OF_HEADS = "o i -> i o", "(n h) e -> e n h", 
 
 
 def linear(
-    name: str,
-    path: str,
-    pattern: str = LINEAR,
-    sizes: Mapping[str, int] = {},
-    *,
-    bias: bool = True,  # noqa: B006
+    name: str, path: str, pattern: str = LINEAR, sizes: Mapping[str, int] = {}, *, bias: bool = True
 ) -> list[Weight]:
     """A linear map, or a convolution: its kernel and, where it has one, its bias."""
     kernel = Weight(f"{name}.weight", f"{path}/kernel", pattern, sizes)
@@ -89,7 +84,7 @@ def norm(name: str, path: str, *, bias: bool = True) -> list[Weight]:
     return [scale, Weight(f"{name}.bias", f"{path}/bias")] if bias else [scale]
 
 
-def beside(parts: Sequence[tuple[str, str, int]], pattern: str = "", sizes: Mapping[str, int] = {}) -> list[Weight]:  # noqa: B006
+def beside(parts: Sequence[tuple[str, str, int]], pattern: str = "", sizes: Mapping[str, int] = {}) -> list[Weight]:
     """Parameters by (stored name, path, rows); those that share a name lie one after the other in that tensor."""
     names, lines, start = [name for name, _, _ in parts], [], 0
     for name, path, rows in parts:

@@ -132,7 +132,7 @@ class Pipeline:
         encoded = self._read(partial(self._encode, source, index), source, index)
 
         def patient(arrays: Mapping[str, np.ndarray]) -> Lazy:
-            return Lazy(arrays, lambda name: self._read(partial(arrays.__getitem__, name), source, index))
+            return Lazy(tuple(arrays), lambda name: self._read(partial(arrays.__getitem__, name), source, index))
 
         return replace(encoded, media=[replace(medium, arrays=patient(medium.arrays)) for medium in encoded.media])
 

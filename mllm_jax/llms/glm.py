@@ -11,7 +11,7 @@ from functools import partial
 
 from mllm_jax.checkpoints.architectures import architecture
 from mllm_jax.checkpoints.options import Options
-from mllm_jax.checkpoints.table import Family, token_sample
+from mllm_jax.checkpoints.table import families, token_sample
 from mllm_jax.llms.decoder import DecoderConfig
 from mllm_jax.llms.hub import Names, decoder_table, faithful, read_decoder, write_decoder
 
@@ -125,17 +125,11 @@ chatglm_table = partial(decoder_table, names=_CHATGLM_NAMES)
 
 
 FAMILIES = (
-    Family(
-        name="GLM-4",
-        architectures=("GlmForCausalLM",),
-        from_hf=from_hf_config,
-        to_hf=to_hf_config,
-        table=table,
-        sample=token_sample,
+    *families(
+        {"GlmForCausalLM": "GLM-4"}, from_hf=from_hf_config, to_hf=to_hf_config, table=table, sample=token_sample
     ),
-    Family(
-        name="ChatGLM2, ChatGLM3",
-        architectures=("ChatGLMModel",),
+    *families(
+        {"ChatGLMModel": "ChatGLM2, ChatGLM3"},
         from_hf=from_chatglm_config,
         to_hf=to_hf_config,
         table=chatglm_table,

@@ -242,7 +242,7 @@ def _family(
     towers: tuple[Family, Family],
     joined: tuple[Weight, ...],
     fields: Fields = {},  # noqa: B006
-    normalised: Mapping[str, Any] = {},  # noqa: B006
+    normalised: Mapping[str, Any] = {},
 ) -> Family:
     """A dual encoder as a class of transformers; every option of its config.json is honoured or refused by name.
 

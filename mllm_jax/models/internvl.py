@@ -14,7 +14,7 @@ import numpy as np
 from mllm_jax.checkpoints.architectures import architecture, kind_of
 from mllm_jax.checkpoints.config_json import check_written, stored_fields, write_activation
 from mllm_jax.checkpoints.options import Options, named_as
-from mllm_jax.checkpoints.table import Family, Table, linear, nested, norm
+from mllm_jax.checkpoints.table import Table, families, linear, nested, norm
 from mllm_jax.data.chat import ChatTokenizer
 from mllm_jax.data.image_processors import ImageProcessor, read_image_processor, read_video_processor
 from mllm_jax.data.image_steps import mismatch
@@ -312,18 +312,8 @@ def table(config: InternVLConfig) -> Table:
     return Table(tuple(weights), spellings if hub else (), tuple(ignored))
 
 
-FAMILIES = tuple(
-    Family(
-        name=name,
-        architectures=(hub,),
-        from_hf=from_hf_config,
-        to_hf=to_hf_config,
-        table=table,
-        oracle=oracle,
-        layout=layout,
-    )
-    for name, hub, oracle in (
-        ("InternVL 2.5, 3", HUB, ""),
-        ("InternVL (OpenGVLab)", ORIGINAL, "OpenGVLab's code, by its parts"),
-    )
+_SHARED = dict(from_hf=from_hf_config, to_hf=to_hf_config, table=table, layout=layout)
+FAMILIES = (
+    *families({HUB: "InternVL 2.5, 3"}, **_SHARED),
+    *families({ORIGINAL: "InternVL (OpenGVLab)"}, **_SHARED, oracle="OpenGVLab's code, by its parts"),
 )

@@ -16,7 +16,7 @@ from flax import linen as nn
 
 from mllm_jax.checkpoints.config_json import check_written, stored_fields
 from mllm_jax.checkpoints.options import Options
-from mllm_jax.checkpoints.table import Family, Table, Weight, beside, linear, nested
+from mllm_jax.checkpoints.table import Table, Weight, beside, families, linear, nested
 from mllm_jax.data.image_processors import ImageProcessor
 from mllm_jax.data.processing.layouts import TileLayout
 from mllm_jax.data.processing.media import TEXT, Media
@@ -266,18 +266,16 @@ def table(config: QwenVLV1Config) -> Table:
 
 
 FAMILIES = (
-    Family(
-        name="Qwen-VL (first) ViT and resampler",
-        architectures=(TOWER,),
+    *families(
+        {TOWER: "Qwen-VL (first) ViT and resampler"},
         from_hf=read_tower,
         to_hf=write_tower,
         table=tower_table,
         sample=tower_sample,
         oracle="recorded outputs of Qwen-VL-Chat's visual.py",
     ),
-    Family(
-        name="Qwen-VL (first)",
-        architectures=(WHOLE,),
+    *families(
+        {WHOLE: "Qwen-VL (first)"},
         from_hf=from_hf_config,
         to_hf=to_hf_config,
         table=table,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -48,7 +48,7 @@ class Media:
 class Lazy(Mapping[str, np.ndarray]):
     """Arrays that are made each time that they are read."""
 
-    names: Collection[str]
+    names: tuple[str, ...]
     read: Callable[[str], np.ndarray]
 
     def __getitem__(self, name: str) -> np.ndarray:

@@ -35,17 +35,9 @@ _PLURAL_OR_MASS = frozenset(
     .strip()
     .split(", ")
 )
-_SINGULAR_WITH_S = {
-    "bus",
-    "minibus",
-    "trolleybus",
-    "octopus",
-    "rhinoceros",
-    "hippopotamus",
-    "cactus",
-    "lotus",
-    "abacus",
-}
+_SINGULAR_WITH_S = frozenset(
+    ["bus", "minibus", "trolleybus", "octopus", "rhinoceros", "hippopotamus", "cactus", "lotus", "abacus"]
+)
 _SPOKEN_VOWEL = re.compile(r"(?!uni|one|eu|ewe)[aeiou]|hour")
 
 
