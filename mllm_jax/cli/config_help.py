@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +94,8 @@ def _example(path: str, value: Any) -> str | None:
                 return _spelled(name, child)
             if dataclasses.is_dataclass(child):
                 below += [(f"{name}.{f.name}", getattr(child, f.name)) for f in dataclasses.fields(child)]
+            elif isinstance(child, Mapping):
+                below += [(f"{name}.{key}", item) for key, item in child.items()]
             elif isinstance(child, tuple):
                 below += [(f"{name}.{index}", item) for index, item in enumerate(child)]
         children = below
@@ -105,7 +107,8 @@ def _shape(value: Any) -> str:
     if isinstance(value, tuple):
         named = [f"{index} {getattr(item, 'name', type(item).__name__)}" for index, item in enumerate(value)]
         return ", ".join(named if len(named) <= ITEMS else [named[0], "...", named[-1]])
-    parts = [f.name for f in dataclasses.fields(value) if dataclasses.is_dataclass(getattr(value, f.name))]
+    fields = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
+    parts = [name for name, part in fields.items() if dataclasses.is_dataclass(part) or isinstance(part, Mapping)]
     return type(value).__name__ + (f": {', '.join(parts)}" if parts else "")
 
 
