@@ -251,7 +251,7 @@ def test_chat_talks_about_images_from_a_pipe(machine, trained, pictures):
     lines = f"/image {pictures / 'absent.png'}\n/image {a}\nWhat is this?\n/reset\nWhat is this?\n"
     chat, about, alone = machine.run(
         f"""
-how = ("--max-new-tokens", 6, "--temperature", 1, "--top-k", 50, "--seed", 1)
+how = ("--max-new-tokens", 24, "--temperature", 1, "--top-k", 50, "--seed", 1)
 sys.stdin = io.StringIO({lines!r})
 result = [mllm("chat", {str(folder)!r}, *how)]
 result += [mllm("generate", {str(folder)!r}, *image, "What is this?", *how) for image in (["--image", {str(a)!r}], [])]

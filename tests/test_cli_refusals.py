@@ -278,7 +278,11 @@ def test_help_lists_the_options(capsys, arguments, told):
             ("--run-dir DIR", "--fresh", "--stages.0.steps 1000", "4 instruct"),
         ),
         ("train", "plans/qwen25vl_7b.py", ("--no-compile-cache", "0 instruct", "--seed 0")),
-        ("plan", "smoke.py", ("--topology TOPOLOGY", "--stages.0.steps 8", "--model.llm.vocab-size 512", "inputs, llm")),
+        (
+            "plan",
+            "smoke.py",
+            ("--topology TOPOLOGY", "--stages.0.steps 8", "--model.llm.vocab-size 512", "inputs, llm"),
+        ),
     ],
 )
 def test_the_help_of_a_config_fits_a_screen(capsys, command, config, told, option):

@@ -92,7 +92,7 @@ def test_two_rows_by_hand():
         [encoded([1, IMAGE, 2], [10]), encoded([IMAGE, 3, IMAGE], [20, 30])],
         [encoded([6, 7, 8]), encoded([1, 2, 1, 3, 4], segments=[1, 1, 2, 2, 2]), encoded([IMAGE], [50])],
     ]
-    batch = assemble(rows, SPEC, LAYOUT, 3)
+    batch = assemble(rows, SPEC, LAYOUT, {"image": 3})
     wanted = dict(
         tokens=[[1, 9, 9, 2, 9, 9, 3, 9, 9, 5, 5, 5], [6, 7, 8, 1, 2, 1, 3, 4, 9, 9, 5, 5]],
         positions=[[0, 1, 2, 3, 0, 1, 2, 3, 4, 0, 0, 0], [0, 1, 2, 0, 1, 0, 1, 2, 0, 1, 0, 0]],
@@ -110,14 +110,14 @@ def test_two_rows_by_hand():
 
 
 def test_rows_without_an_image_keep_their_slots():
-    batch = assemble([[encoded([1, 2])], [encoded([3])]], SPEC, LAYOUT, 3)
+    batch = assemble([[encoded([1, 2])], [encoded([3])]], SPEC, LAYOUT, {"image": 3})
     assert batch["images"].shape == (2, 3, 4, 4, 3) and not batch["images"].any()
     assert (batch["media_index"] == -1).all()
 
 
 def test_more_images_than_slots_are_refused():
     with pytest.raises(DataError, match="a row with 4 tiles"):
-        assemble([[encoded([IMAGE] * 4, [1, 2, 3, 4])]], SPEC, LAYOUT, 3)
+        assemble([[encoded([IMAGE] * 4, [1, 2, 3, 4])]], SPEC, LAYOUT, {"image": 3})
 
 
 def test_what_a_decoder_writes_and_a_projector_reads():
@@ -135,7 +135,7 @@ def test_what_a_decoder_writes_and_a_projector_reads():
             )
         ],
     ]
-    batch = assemble(rows, spec, LAYOUT, 3)
+    batch = assemble(rows, spec, LAYOUT, {"image": 3})
     assert batch["tokens"][0, :4].tolist() == [1, IMAGE, IMAGE, 2]
     assert batch["decoder_tokens"].tolist() == [[0, 7, 8, 0, 6, 0], [0, 6, 0, 0, 0, 0]]
     assert batch["decoder_segments"].tolist() == [[1, 1, 1, 2, 2, 0], [1, 1, 0, 0, 0, 0]]
@@ -151,6 +151,6 @@ def test_what_a_decoder_writes_and_a_projector_reads():
 def test_a_weighted_sum_at_a_position():
     """Media whose tokens are one at a position, in a batch that has room for the sums of others."""
     spec = text_spec(1, 6, width=3) | images_spec(1, 1, 4)
-    batch = assemble([[encoded([1, IMAGE], [10])]], spec, LAYOUT, 1)
+    batch = assemble([[encoded([1, IMAGE], [10])]], spec, LAYOUT, {"image": 1})
     assert batch["media_index"][0].tolist() == [[-1] * 3, [0] * 3, [1] * 3, [-1] * 3, [-1] * 3, [-1] * 3]
     assert batch["media_weights"][0].tolist() == [[0.0] * 3, [1, 0, 0], [1, 0, 0], [0] * 3, [0] * 3, [0] * 3]

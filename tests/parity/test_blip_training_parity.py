@@ -89,7 +89,7 @@ def their_loss(case, number: int) -> tuple[float, int]:
 def test_packed_rows_have_their_loss(case, assert_close):
     examples = [case.processor.encode(example(number), 48) for number in range(3)]
     packed = [[examples[0], examples[1]], [examples[2]]]
-    batch = case.processor.pack(packed, 64, 4)
+    batch = case.processor.pack(packed, 64, {"image": 4})
     stage = Stage("instruct", NextToken(), ("*",), Mixture((), rows=2, length=64, slots={"image": 4}), 1)
     planned = stage_spec(
         Experiment("planned", case.model.config, (stage,), TokenizerConfig(folder=str(case.folder))), stage
