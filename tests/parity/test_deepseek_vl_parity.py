@@ -148,10 +148,11 @@ def test_what_does_not_fit_is_refused(randomise, tmp_path):
     for change, message in (
         (dict(family=SINGLE), "with encoder SiglipSamConfig"),
         (dict(preprocessing="mine"), "preprocessing 'mine'"),
-        (dict(projector=dataclasses.replace(config.image.projector, widths=(3, 4))), r"widths \(3, 4\)"),
     ):
         with pytest.raises(ConfigError, match=message):
             dataclasses.replace(config, **change)
+    with pytest.raises(ConfigError, match=r"widths \(3, 4\)"):
+        config.with_branch("image", projector=dataclasses.replace(config.image.projector, widths=(3, 4)))
     other = dataclasses.replace(config.image.encoder, downsample=(5, 7))
     narrow = dataclasses.replace(config.image.projector, widths=other.widths)
     with pytest.raises(ConfigError, match="encoder="):

@@ -14,6 +14,7 @@ from transformers.models.llava_next_video import modeling_llava_next_video as re
 from mllm_jax.encoders.vit import ViTConfig
 from mllm_jax.errors import ConfigError
 from mllm_jax.llms.decoder import DecoderConfig
+from mllm_jax.models.branch import Branch
 from mllm_jax.models.multimodal import MultimodalConfig
 from mllm_jax.projectors.pool import PoolProjectorConfig
 
@@ -77,8 +78,7 @@ def test_what_does_not_fit_is_refused():
         with pytest.raises(ConfigError, match=message):
             jax.eval_shape(PoolProjectorConfig(10).make().init, jax.random.key(0), np.zeros((1, vectors, 4)))
     composed = MultimodalConfig(
-        ViTConfig(24, 4, 12, num_layers=1, num_heads=2, mlp_size=16),
-        PoolProjectorConfig(16, 3),
+        {"image": Branch(ViTConfig(24, 4, 12, num_layers=1, num_heads=2, mlp_size=16), PoolProjectorConfig(16, 3))},
         DecoderConfig(vocab_size=29, hidden_size=16, num_layers=1, num_heads=4, mlp_size=24),
     )
     assert composed.media_tokens == 4

@@ -126,5 +126,5 @@ def encoded(mesh, parts):
 def test_a_data_parallel_encoder_exchanges_nothing_beside_a_tensor_parallel_llm():
     tensor, tower = (encoded(make_mesh(MESHES["tensor8"]), parts) for parts in ((), (data_parallel("encoder_image"),)))
     np.testing.assert_allclose(tensor[1], tower[1], atol=1e-5)
-    inside = partial(re.findall, rf"(?:{'|'.join(KINDS)})(?:-start)?\(.*op_name=\"[^\"]*/encoder/")
+    inside = partial(re.findall, rf"(?:{'|'.join(KINDS)})(?:-start)?\(.*op_name=\"[^\"]*/encoder_image/")
     assert inside(tensor[0]) and not inside(tower[0])
