@@ -150,9 +150,9 @@ def test_what_does_not_fit_is_refused():
         experiment(stages=(stage(objective=Contrastive()),))
     with pytest.raises(ConfigError, match="QFormerStage1 for a MultimodalConfig"):
         experiment(model=MODEL, tokenizer=TokenizerConfig(vocab_size=320))
-    with pytest.raises(ConfigError, match="up to 2 captions a picture for heads of 1"):
+    with pytest.raises(ConfigError, match="up to 2 captions an image for heads of 1"):
         experiment(stages=(stage(data=PAIRS),))
-    with pytest.raises(ConfigError, match="60 places for a text tower of 48"):
+    with pytest.raises(ConfigError, match="60 positions for a text encoder of 48"):
         experiment(stages=(stage(data=replace(DATA, length=60)),))
     with pytest.raises(ConfigError, match="on one row"):
         QFormerStage1().loss(None, {}, dict(tokens=jnp.zeros((1, 4), int)), None)
