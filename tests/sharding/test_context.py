@@ -80,7 +80,7 @@ def batch_of(config: MultimodalConfig) -> dict[str, np.ndarray]:
     batch["media_index"][:, 9:12] = rng.integers(0, 4, (ROWS, 3))
     if config.newline:
         batch["media_index"][:, 4] = 4 * config.media_tokens
-    if config.packed:
+    if config.image.packed:
         # Four pictures a row of 2 x 2 patches each.
         batch["patches"] = rng.normal(size=batch["patches"].shape).astype(np.float32)
         batch["patch_segments"] = np.arange(16, dtype=np.int32)[None].repeat(ROWS, axis=0) // 4 + 1

@@ -38,7 +38,7 @@ def test_the_shipped_config_follows_the_quickstart(llm, tmp_path, monkeypatch):
     shipped, quickstart = load_config(CONFIG), load_config(ROOT / "configs" / "quickstart.py")
     assert shipped.model.image.encoder == quickstart.model.image.encoder
     read = {source.part: source for source in shipped.pretrained}
-    assert set(read) == {"llm", "encoder"} and read["encoder_image"].made_by == quickstart
+    assert set(read) == {"llm", "encoder_image"} and read["encoder_image"].made_by == quickstart
     assert (read["encoder_image"].folder, read["encoder_image"].stage) == ("runs/quickstart", "contrastive")
     assert [stage.trainable for stage in shipped.stages] == [("projector_image/*",), ("projector_image/*", "llm/*")]
     assert all(stage.data.rows * stage.data.length <= 512 for stage in shipped.stages), "too much for two cores"
