@@ -47,7 +47,7 @@ def from_hf_config(values: dict) -> TextTowerConfig:
 
 
 def to_hf_config(config: TextTowerConfig) -> dict:
-    """The reverse; refuses switches that the family does not have."""
+    """The inverse; refuses switches that the family does not have."""
     c = config
     projection = {} if c.projection_size is None else dict(projection_dim=c.projection_size)
     return faithful(c, write_tower(c) | projection, from_hf_config)

@@ -220,7 +220,7 @@ def from_timm_config(values: dict) -> ViTConfig:
 
 
 def to_timm_config(config: ViTConfig) -> dict:
-    """The reverse; refuses switches that the family does not have."""
+    """The inverse; refuses switches that the family does not have."""
     c = config
     arguments = dict(
         **write_fields(c, _FIELDS),

@@ -109,7 +109,7 @@ def _pixels(options: Options, name: str, default: tuple[int, ...] | None) -> tup
 
 
 def to_hf_config(config: NFNetConfig) -> dict:
-    """The reverse: what timm opens as `local-dir:FOLDER`, with `model_args` where the name does not say all.
+    """The inverse: what timm opens as `local-dir:FOLDER`, with `model_args` where the name does not say all.
 
     Raises:
         ConfigError: switches that timm does not have, such as those of the Haiku code.

@@ -10,7 +10,7 @@ import jax
 
 from mllm_jax.errors import ConfigError, RunFolderError
 from mllm_jax.evaluation.task import BATCH, Evaluation, Measured, Prediction
-from mllm_jax.files import write_atomic
+from mllm_jax.files import parse_json, write_atomic
 from mllm_jax.generation.assistant import Assistant
 
 PREDICTIONS = "predictions.jsonl"
@@ -24,7 +24,7 @@ def evaluate(
     Args:
         limit: only the first `limit` examples.
         out: a folder for predictions.jsonl: of each example the task, its index or id, the question, the answer, and
-            where they are known the reference and whether the answer is correct.
+            where they are known the reference and whether the answer is correct. Those of other tasks stay in it.
 
     Returns:
         {metric: value}
@@ -40,9 +40,10 @@ def evaluate(
             Path(out).mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise _unwritable(Path(out), error) from error
+        others = [line for line in read_predictions(Path(out) / PREDICTIONS) if line.get("task") != task.name]
     measured = measure(assistant, task, limit=limit)
     if writes:
-        write_predictions(Path(out) / PREDICTIONS, lines(task.name, measured.predictions))
+        write_predictions(Path(out) / PREDICTIONS, others + lines(task.name, measured.predictions))
     return measured.metrics
 
 
@@ -63,6 +64,18 @@ def lines(task: str, predictions: Iterable[Prediction]) -> list[dict]:
         line |= {} if one.reference is None else {"reference": one.reference}
         found.append(line | ({} if one.correct is None else {"correct": one.correct}))
     return found
+
+
+def read_predictions(path: Path) -> list[dict]:
+    """The lines of a predictions.jsonl, none where there is no file. Raises RunFolderError: another file."""
+    if not path.is_file():
+        return []
+    todo = "remove the file, and evaluate again"
+    return [
+        parse_json(line, f"{path}, line {number}", RunFolderError, todo=todo)
+        for number, line in enumerate(path.read_bytes().split(b"\n"), start=1)
+        if line
+    ]
 
 
 def write_predictions(path: Path, found: Iterable[dict]) -> None:

@@ -12,11 +12,10 @@ import jax
 
 from mllm_jax.checkpoints.run import RunFolder, read_json
 from mllm_jax.data.images import as_picture
-from mllm_jax.errors import ConfigError, RunFolderError
-from mllm_jax.evaluation.evaluate import PREDICTIONS, lines, measure, write_predictions
+from mllm_jax.errors import ConfigError
+from mllm_jax.evaluation.evaluate import PREDICTIONS, lines, measure, read_predictions, write_predictions
 from mllm_jax.evaluation.report import write_report
 from mllm_jax.evaluation.task import BATCH, Evaluation, Prediction
-from mllm_jax.files import parse_json
 from mllm_jax.generation.assistant import Assistant
 from mllm_jax.models.run_weights import load_run
 from mllm_jax.training.operations.run_folder import holding, write_json
@@ -56,7 +55,7 @@ def evaluate_run(
             said = [line for name, found in measured.items() for line in lines(name, found.predictions)]
             shown = [_example(name, one) for name, found in measured.items() for one in found.predictions[:SHOWN]]
             path = folder.path
-            write_predictions(path / PREDICTIONS, _merged(known, results, _lines_of(path / PREDICTIONS), said))
+            write_predictions(path / PREDICTIONS, _merged(known, results, read_predictions(path / PREDICTIONS), said))
             before = _json(path / "examples.json", list)
             write_json(path / "examples.json", _merged(known, results, before, shown))
             everything = _json(path / "results.json", dict) | results
@@ -97,17 +96,6 @@ def _merged(known: Sequence[str], again: dict[str, Any], before: list[dict], now
 def _json(path: Path, kind: type) -> Any:
     """What an earlier evaluation of the same parameters left; the training that changes them removes it."""
     return read_json(path, kind) if path.is_file() else kind()
-
-
-def _lines_of(path: Path) -> list[dict]:
-    if not path.is_file():
-        return []
-    todo = "remove the file, and evaluate again"
-    return [
-        parse_json(line, f"{path}, line {number}", RunFolderError, todo=todo)
-        for number, line in enumerate(path.read_bytes().split(b"\n"), start=1)
-        if line
-    ]
 
 
 def _example(task: str, said: Prediction) -> dict:

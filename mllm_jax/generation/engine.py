@@ -69,7 +69,7 @@ class Engine:
     longer, waits until they have ended. Beam search answers as many requests as there are rows at once, in one step.
 
     Args:
-        collate: (prompts, rows, length) -> the arrays of a batch of so many rows, prompts first, padded to `length`.
+        collate: (prompts, rows, length) -> the arrays of a batch of `rows` rows, prompts first, each `length` long.
         slots: the number of rows.
         longest: the most tokens of a prompt; None: no bound.
 

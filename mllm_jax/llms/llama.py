@@ -45,7 +45,7 @@ def from_hf_config(values: dict) -> DecoderConfig:
 
 
 def to_hf_config(config: DecoderConfig) -> dict:
-    """The reverse; refuses switches that the family does not have."""
+    """The inverse; refuses switches that the family does not have."""
     written = write_decoder(config)
     if config.family == "MistralForCausalLM":
         written |= dict(sliding_window=config.sliding_window)

@@ -49,7 +49,7 @@ def from_hf_config(values: dict) -> DecoderConfig:
 
 
 def to_hf_config(config: DecoderConfig) -> dict:
-    """The reverse; refuses switches that the family does not have."""
+    """The inverse; refuses switches that the family does not have."""
     written = write_decoder(config) | _write_windows(config)
     if config.family != "Qwen2ForCausalLM":
         written |= dict(attention_bias=config.qkv_bias)

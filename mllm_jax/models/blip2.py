@@ -88,7 +88,7 @@ def read_parts(values: Mapping, family: str, llms: Sequence[str], text: bool | N
 
 
 def write_parts(config: Blip2Config, prefix: str) -> dict:
-    """The reverse of `read_parts`.
+    """The inverse of `read_parts`.
 
     Args:
         prefix: what the model types of the parts begin with.
@@ -131,7 +131,7 @@ def from_hf_config(values: dict) -> Blip2Config:
 
 
 def to_hf_config(config: Blip2Config) -> dict:
-    """The reverse; refuses switches that the family does not have."""
+    """The inverse; refuses switches that the family does not have."""
     return faithful(config, write_parts(config, "blip_2"), from_hf_config)
 
 

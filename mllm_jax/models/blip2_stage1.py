@@ -245,7 +245,7 @@ def from_hf_config(values: dict) -> QFormerPretrainingConfig:
 
 
 def to_hf_config(config: QFormerPretrainingConfig) -> dict:
-    """The reverse; refuses switches that the family does not have."""
+    """The inverse; refuses switches that the family does not have."""
     written = dict(
         **kind_of(FAMILY),
         vision_config=nameless(eva.FAMILY.to_hf(config.encoder)),

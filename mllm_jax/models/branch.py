@@ -82,7 +82,7 @@ class Branch:
 
     def with_dtype(self, dtype: str) -> Branch:
         """The same branch with its own parts computing in `dtype`."""
-        own = {name: part for name in ("encoder", "projector") if is_dataclass(part := getattr(self, name))}
+        own = {name: part for name in KINDS if is_dataclass(part := getattr(self, name))}
         return replace(self, **{name: replace(part, dtype=dtype) for name, part in own.items()})
 
     def batch_spec(self, modality: str, rows: int, slots: int) -> BatchSpec:

@@ -175,7 +175,7 @@ def _read_sam(values: dict, what: str) -> sam.SamConfig:
 
 
 def to_hf_config(config: DeepseekVLConfig) -> dict:
-    """The reverse; refuses switches that the family does not have."""
+    """The inverse; refuses switches that the family does not have."""
     c = config
     written = dict(
         **kind_of(c.family),

@@ -35,7 +35,7 @@ def from_hf_config(values: dict) -> InstructBlipConfig:
 
 
 def to_hf_config(config: InstructBlipConfig) -> dict:
-    """The reverse; refuses switches that the family does not have."""
+    """The inverse; refuses switches that the family does not have."""
     return faithful(config, write_parts(config, "instructblip"), from_hf_config)
 
 

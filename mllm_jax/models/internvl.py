@@ -247,7 +247,7 @@ def _tower(c: InternVLConfig) -> ViTConfig:
 
 
 def to_hf_config(config: InternVLConfig) -> dict:
-    """The reverse; refuses switches that the family does not have."""
+    """The inverse; refuses switches that the family does not have."""
     c = config
     vision, text = _TOWERS[c.family].to_hf(_tower(c)), write_llm(c.llm, "an InternVL")
     layer, ratio = c.image.connection.layers, 1 / c.image.projector.factor

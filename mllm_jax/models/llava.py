@@ -253,7 +253,7 @@ def _read_tower(values: dict, what: str) -> ViTConfig:
 
 
 def to_hf_config(config: LlavaConfig) -> dict:
-    """The reverse; refuses switches that the family does not have."""
+    """The inverse; refuses switches that the family does not have."""
     layers, llm = config.image.connection.layers, config.llm
     full = config.image.connection.class_token or not config.image.encoder.class_token
     written = dict(

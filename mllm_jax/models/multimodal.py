@@ -87,8 +87,13 @@ class MultimodalConfig:
         return self.branch("image")
 
     def with_branch(self, modality: str, **changes: Any) -> MultimodalConfig:
-        """The same model with changes to one branch, such as another projector."""
-        return replace(self, inputs={**self.inputs, modality: replace(self.branch(modality), **changes)})
+        """The same model with changes to one branch, such as another projector; what it shares stays shared.
+
+        Raises:
+            ConfigError: the model does not read this modality, or the parts no longer fit.
+        """
+        self.branch(modality)
+        return replace(self, inputs={**self.inputs, modality: replace(self.inputs[modality], **changes)})
 
     @property
     def parts(self) -> dict[str, Any]:

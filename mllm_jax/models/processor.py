@@ -227,7 +227,8 @@ class Processor:
             )
         length = length or longest
         if slots is None:
-            slots = {m: max(e.slots.get(m, 0) for e in encoded) for m in {m: 0 for e in encoded for m in e.slots}}
+            modalities = dict.fromkeys(modality for e in encoded for modality in e.slots)
+            slots = {modality: max(e.slots.get(modality, 0) for e in encoded) for modality in modalities}
         spec = self.spec(len(encoded), length, slots)
         if self.config.encoder_decoder:
             spec = spec | self.config.target_spec(len(encoded), max(len(e.target) for e in encoded))

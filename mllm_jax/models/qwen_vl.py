@@ -195,7 +195,7 @@ def _read_llm(family: str, text: dict, what: str) -> DecoderConfig:
 
 
 def to_hf_config(config: QwenVLConfig) -> dict:
-    """The reverse; refuses switches that the family does not have."""
+    """The inverse; refuses switches that the family does not have."""
     llm, kind = config.llm, model_type(config.family)
     text = qwen.to_hf_config(replace(llm, mrope_sections=(), mrope_interleaved=False))
     rope = dict(text.pop("rope_scaling") or {"rope_type": "default"})

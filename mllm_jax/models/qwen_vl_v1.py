@@ -97,7 +97,7 @@ def read_tower(values: Mapping) -> QwenVLTowerConfig:
 
 
 def write_tower(config: QwenVLTowerConfig) -> dict:
-    """The reverse. Raises ConfigError: sizes that the reference has fixed, or another resampler."""
+    """The inverse. Raises ConfigError: sizes that the reference has fixed, or another resampler."""
     encoder, projector = config.encoder, config.projector
     fixed = ResamplerConfig(projector.output_size, num_queries=projector.num_queries)
     how = ("dtype", "remat", "scan_unroll")
@@ -246,7 +246,7 @@ def from_hf_config(values: dict) -> QwenVLV1Config:
 
 
 def to_hf_config(config: QwenVLV1Config) -> dict:
-    """The reverse; refuses switches that the family does not have."""
+    """The inverse; refuses switches that the family does not have."""
     c = config
     visual = write_tower(QwenVLTowerConfig(c.image.encoder, c.image.projector)) | dict(image_start_id=c.image_start_id)
     visual.pop("architectures")

@@ -47,7 +47,7 @@ def read_qformer(values: Mapping, what: str, *, text: bool | None, **sizes) -> Q
 
 
 def write_qformer(c: QFormerConfig, model_type: str) -> dict:
-    """The reverse of `read_qformer`."""
+    """The inverse of `read_qformer`."""
     written = dict(
         model_type=model_type,
         **write_fields(c, _FIELDS),

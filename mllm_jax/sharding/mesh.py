@@ -35,7 +35,7 @@ class MeshConfig:
 
 
 def mesh_sizes(config: MeshConfig, num_devices: int) -> tuple[int, ...]:
-    """The sizes of AXES on so many devices. Raises ConfigError: the sizes do not multiply to the number of devices."""
+    """The sizes of AXES on these devices. Raises ConfigError: they do not multiply to the number of devices."""
     sizes = [getattr(config, axis) for axis in AXES]
     given = f"mesh {dict(zip(AXES, sizes, strict=True))} on {num_devices} device(s)"
     if sizes.count(-1) > 1 or any(size == 0 or size < -1 for size in sizes):

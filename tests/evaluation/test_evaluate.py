@@ -159,6 +159,22 @@ def test_a_limit_takes_the_first_and_what_cannot_be_said_is_left_out(tmp_path):
             evaluate(Seer(), free, limit=limit)
 
 
+def test_predictions_of_other_tasks_stay_in_the_folder(tmp_path):
+    def said() -> list[tuple[str, str]]:
+        lines = [json.loads(line) for line in (tmp_path / "predictions.jsonl").read_text().splitlines()]
+        return [(line["task"], line["answer"]) for line in lines]
+
+    first, second = (Task(name, ["a"], lambda x: x, {"n": lambda answers, _: len(answers)}) for name in ("1", "2"))
+    for task, answer in ((first, "old"), (second, "b"), (first, "new")):
+        evaluate(Seer(lambda question, seen, answer=answer: answer), task, out=tmp_path)
+    assert said() == [("2", "b"), ("1", "new")]
+    (tmp_path / "predictions.jsonl").write_text("no json\n")
+    unasked = Seer()
+    with pytest.raises(RunFolderError, match="predictions.jsonl, line 1"):
+        evaluate(unasked, first, out=tmp_path)
+    assert not unasked.calls and (tmp_path / "predictions.jsonl").read_text() == "no json\n"
+
+
 def test_media_of_another_number_are_exchanged_and_examples_without_are_left_out():
     seer = Seer()
     mixed = task(asked(1), asked(2, 3), asked(question="none", answer="x"))

@@ -14,7 +14,7 @@ from mllm_jax.encoders.text import TextTowerConfig
 from mllm_jax.encoders.vit import ViTConfig
 from mllm_jax.errors import ConfigError
 from mllm_jax.llms.decoder import DecoderConfig
-from mllm_jax.models.branch import Branch
+from mllm_jax.models.branch import Branch, Connection
 from mllm_jax.models.clip import DualEncoderConfig
 from mllm_jax.models.multimodal import MultimodalConfig
 from mllm_jax.projectors.mlp import MLPProjectorConfig
@@ -241,6 +241,8 @@ def test_branches_share_an_encoder_and_stand_one_after_the_other(params, batch):
     frames = Branch("image", MLPProjectorConfig(output_size=16, num_layers=1))
     config = dataclasses.replace(CONFIG, inputs={**CONFIG.inputs, "video": frames})
     assert list(config.parts) == ["encoder_image", "projector_image", "projector_video", "llm"]
+    wide = config.with_branch("video", connection=Connection(layers=(-1,)))
+    assert wide.inputs["video"].encoder == "image" and list(wide.parts) == list(config.parts), "still shared"
     spec = config.batch_spec(2, 16, {"image": 2, "video": 3})
     assert spec["video_images"].shape == (2, 3, 8, 8, 3) and spec["images"].shape == (2, 2, 8, 8, 3)
     both = random_params(config)
