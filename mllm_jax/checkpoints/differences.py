@@ -1,4 +1,4 @@
-"""What differs between two described configs, and which of it makes a run another one."""
+"""The differences between two described configs, and which of them make another run."""
 
 from __future__ import annotations
 

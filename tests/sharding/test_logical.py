@@ -248,8 +248,8 @@ def test_data_runs_over_slices_and_nothing_else_does():
     [
         (MeshConfig(data=1, fsdp=8), chips(2), "multiple of 2"),
         (MeshConfig(data=1, fsdp=8, slices=2), None, "multiple of 2"),
-        (MeshConfig(slices=2), chips(1), "1 slice(s), as the devices say"),
-        (MeshConfig(slices=1), chips(2), "2 slice(s), as the devices say"),
+        (MeshConfig(slices=2), chips(1), "1 slice(s), as the devices report"),
+        (MeshConfig(slices=1), chips(2), "2 slice(s), as the devices report"),
         (MeshConfig(slices=3), None, "a positive number that divides the devices"),
         (MeshConfig(slices=0), None, "a positive number that divides the devices"),
     ],
