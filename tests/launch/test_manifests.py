@@ -139,7 +139,7 @@ def test_gke_refuses_a_bucket_where_a_mounted_disk_is_needed(words):
 @pytest.mark.parametrize("words", [("--run-dir", "runs/x"), ("--run-dir=/tmp/x",), ("--run-dir",)])
 def test_gke_refuses_a_run_folder_of_one_host(words):
     done = gke("--tpu", "v5e", "--topology", "4x4", "--", "train", "c.py", *words)
-    assert done.returncode == 2 and "a folder of one host alone" in done.stderr
+    assert done.returncode == 2 and "a folder of one host only" in done.stderr
 
 
 def test_gke_knows_every_slice_that_the_planner_knows():
