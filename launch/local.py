@@ -116,11 +116,11 @@ class Group:
     def __enter__(self) -> Group:
         # Under `nohup` SIGHUP stays ignored. A script's shell makes commands started with `&` ignore SIGINT, since a
         # Ctrl-C is not meant for them; a SIGINT that is sent to this process is handled.
-        heeded = [x for x in SIGNALS if x != signal.SIGHUP or signal.getsignal(x) is not signal.SIG_IGN]
+        handled = [x for x in SIGNALS if x != signal.SIGHUP or signal.getsignal(x) is not signal.SIG_IGN]
         for side in (self.woken, self._waker):
             side.setblocking(False)
         self._waker_before = signal.set_wakeup_fd(self._waker.fileno(), warn_on_full_buffer=False)
-        self._before = {number: signal.signal(number, self._forward) for number in heeded}
+        self._before = {number: signal.signal(number, self._forward) for number in handled}
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -158,7 +158,7 @@ class Module:
                     self.callers.setdefault(name, []).append((computation, instruction))
 
     def constant(self, computation: Computation, name: str, index: int | None = None) -> str | None:
-        """Returns the text of the constant behind a value or an element of a tuple; None if it is no constant."""
+        """Returns the text of a value or tuple element that is a constant, possibly passed on; None if it is not."""
         found = self._source(computation, name, index, 64)
         return None if found is None else found.arguments
 

@@ -48,11 +48,11 @@ def first_alone(work: Callable[[], None]) -> None:
             work()
         except MllmError as error:
             refusal = error
-    told = from_first([type(refusal).__name__, *refusal.args] if refusal is not None else None)
+    failure = from_first([type(refusal).__name__, *refusal.args] if refusal is not None else None)
     if refusal is not None:
         raise refusal
-    if told is not None:
-        kind, *parts = told
+    if failure is not None:
+        kind, *parts = failure
         raise getattr(mllm_jax.errors, kind, MllmError)(*parts)
 
 
