@@ -74,8 +74,8 @@ def read_native(folder: Path, abstract: PyTree, *, mesh: jax.sharding.Mesh | Non
     """Reads the parameters in their stored dtypes onto the devices.
 
     Args:
-        abstract: `jax.eval_shape` of `module.init(...)["params"]`, with the logical names still on it.
-        mesh: shards by `param_shardings`; None is the default device.
+        abstract: `jax.eval_shape` of `module.init(...)["params"]`, with its logical names.
+        mesh: the mesh for `param_shardings`; None means the default device.
 
     Raises:
         CheckpointError: absent, incomplete or damaged, or not the parameters of that module.

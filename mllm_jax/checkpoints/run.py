@@ -17,7 +17,7 @@ KIND = "mllm_jax.training.config:Experiment"
 STAGE = re.compile(r"\d+-.+")  # names of a stage's folders
 STEP = re.compile(r"\d{8,}")  # and its checkpoints
 RESTORE = "restore the file, or start over with --fresh"
-GENERATION = "generation_config.json"  # it says how to generate, not what the weights mean
+GENERATION = "generation_config.json"  # it has options of generation, not the meaning of the weights
 
 
 def _inside(*names: str) -> Any:

@@ -262,7 +262,7 @@ class TrainingCheckpoints:
 def save_snapshot(folder: Path, tree: PyTree, meta: dict[str, Any]) -> None:
     """Writes a tree of arrays and its JSON `meta` as one permanent folder; returns when it is complete.
 
-    A folder that is there already is replaced, and stays readable until the new one is whole. Raises CheckpointError.
+    An existing folder is replaced, and stays readable until the new one is complete. Raises CheckpointError.
     """
     folder = Path(folder).absolute()
     make_writable(folder.parent)
@@ -272,11 +272,11 @@ def save_snapshot(folder: Path, tree: PyTree, meta: dict[str, Any]) -> None:
 
 
 def load_snapshot(folder: Path, abstract_tree: PyTree, *, whole: bool = True) -> tuple[PyTree, dict[str, Any]]:
-    """Reads what `save_snapshot` wrote: the tree on the shardings of `abstract_tree`, and the meta.
+    """Reads a snapshot of `save_snapshot`: the tree on the shardings of `abstract_tree`, and the meta.
 
-    Unless `whole`, `abstract_tree` is a dict that may leave out leaves of what was saved.
+    Unless `whole`, `abstract_tree` is a dict that may leave out leaves.
 
-    Raises CheckpointError: absent, unfinished or damaged, or the leaves differ from `abstract_tree` in any way.
+    Raises CheckpointError: absent, incomplete or damaged, or the leaves differ from `abstract_tree`.
     """
     folder = _sound_snapshot(folder, deep=True)
     try:
@@ -286,7 +286,7 @@ def load_snapshot(folder: Path, abstract_tree: PyTree, *, whole: bool = True) ->
 
 
 def snapshot_meta(folder: Path) -> dict[str, Any]:
-    """The meta of a snapshot, without reading its arrays. Raises CheckpointError."""
+    """Returns the meta of a snapshot without reading its arrays. Raises CheckpointError if it is damaged."""
     return record(_sound_snapshot(folder, deep=False))["meta"]
 
 
