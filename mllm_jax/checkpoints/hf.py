@@ -200,11 +200,11 @@ class _Source:
         shape = tuple(len(range(*part.indices(size))) for part, size in zip(index, self.shape, strict=True))
         buffer, merged, mapped = _aligned(shape, self.dtype), 0, 0
         if self.layered:
-            places = [(buffer[i, ...], entry) for i, entry in enumerate(self.entries[index[0]])]
+            targets = [(buffer[i, ...], entry) for i, entry in enumerate(self.entries[index[0]])]
             index = index[1:]
         else:
-            places = [(buffer, self.entries[0])]
-        for out, entry in places:
+            targets = [(buffer, self.entries[0])]
+        for out, entry in targets:
             tensor = entry.map()
             view = parameter_view(self.line, tensor)
             whole = not np.may_share_memory(view, tensor)  # the pattern merges axes, so einops copied

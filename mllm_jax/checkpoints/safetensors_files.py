@@ -278,13 +278,13 @@ def copy_into(out: np.ndarray, view: np.ndarray) -> None:
     if fast == last:
         out[...] = view
         return
-    for place in _places(view.shape, {fast, last}):
+    for index in _indices(view.shape, {fast, last}):
         for start in range(0, view.shape[last], 16):
-            band = (*place[:-1], slice(start, start + 16))
+            band = (*index[:-1], slice(start, start + 16))
             out[band] = view[band]
 
 
-def _places(shape: tuple[int, ...], whole: set[int]) -> Iterator[tuple]:
+def _indices(shape: tuple[int, ...], whole: set[int]) -> Iterator[tuple]:
     """Yields index tuples over all axes but those in `whole`."""
     counted = [1 if axis in whole else n for axis, n in enumerate(shape)]
     for index in np.ndindex(*counted):

@@ -141,8 +141,8 @@ def context_attention(
         if deal:
             q, k, v, segments = jax.tree.map(partial(_deal, how), (q, k, v, segments))
         here = jax.lax.axis_index(split.seq)
-        q_places = more["q_index"] if "q_index" in more else _places(how, here, queries)[None]
-        y = _ring(how, q, k, v, more.get("bias"), (q_places, *segments, more.get("window"), here))
+        q_positions = more["q_index"] if "q_index" in more else _positions(how, here, queries)[None]
+        y = _ring(how, q, k, v, more.get("bias"), (q_positions, *segments, more.get("window"), here))
         y = _deal(how, y, home=True) if deal else y
         return rearrange(y, "b s k g h -> b s (k g) h")
 
@@ -188,12 +188,12 @@ def blockwise_attention(
 
     if q_segments is not None:  # padding is a segment that no text has
         q_segments, k_segments = filled(q_segments, whole[0], -1), filled(k_segments, whole[1], -1)
-    places = jnp.arange(whole[0])[None] if q_index is None else filled(q_index, whole[0])
+    positions = jnp.arange(whole[0])[None] if q_index is None else filled(q_index, whole[0])
     group = rearrange(filled(q * (q.shape[-1] ** -0.5 if scale is None else scale), whole[0]), _GROUPED, k=k.shape[2])
     how = _How((), 1, 1, mask == "causal", same_rows, False, *(min(n, block) for n in whole))
     here = jnp.int32(0)
     y = _ring(
-        how, group, filled(k, whole[1]), filled(v, whole[1]), None, (places, q_segments, k_segments, window, here)
+        how, group, filled(k, whole[1]), filled(v, whole[1]), None, (positions, q_segments, k_segments, window, here)
     )
     return rearrange(y, "b s k g h -> b s (k g) h")[:, :queries]
 
@@ -227,7 +227,7 @@ def _deal(how: _How, x, home: bool = False):
     return jnp.concatenate([send(half, i) for i, half in enumerate(jnp.split(x, 2, axis=1))], axis=1)
 
 
-def _places(how: _How, device, count: int):
+def _positions(how: _How, device, count: int):
     """Returns int[count]: the positions in the row of what device number `device` holds."""
     if not how.deal:
         return device * count + jnp.arange(count)
@@ -240,21 +240,21 @@ def _places(how: _How, device, count: int):
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _ring(how: _How, q, k, v, bias, places):
+def _ring(how: _How, q, k, v, bias, facts):
     """Computes attention of this device's queries to the keys of all devices.
 
     Args:
         q: [B, S, K, G, H], scaled.  k, v: [B, T, K, H].
         bias: None, or float[B, N, S, all keys], where B and N may be 1.
-        places: positions int[B or 1, S] of the queries; segments int[B, S] and int[B, T] of queries and keys, or None
+        facts: positions int[B or 1, S] of the queries; segments int[B, S] and int[B, T] of queries and keys, or None
             twice; window or None; this device's number in the ring.
     """
-    return _forward(how, q, k, v, bias, places)[0]
+    return _forward(how, q, k, v, bias, facts)[0]
 
 
-def _forward(how: _How, q, k, v, bias, places):
-    q_place, q_segment, k_segment, window, here = places
-    fixed = (_cut(q, how.q_block), _cut_bias(bias, how.q_block), *_cut((q_place, q_segment), how.q_block))
+def _forward(how: _How, q, k, v, bias, facts):
+    q_position, q_segment, k_segment, window, here = facts
+    fixed = (_cut(q, how.q_block), _cut_bias(bias, how.q_block), *_cut((q_position, q_segment), how.q_block))
     shape = (fixed[0].shape[0], q.shape[0], *q.shape[2:4], how.q_block)
     sums = jnp.full(shape, LEAST), jnp.zeros(shape), jnp.zeros((*shape, v.shape[-1]))
 
@@ -282,16 +282,16 @@ def _forward(how: _How, q, k, v, bias, places):
     sums, _ = _round(how, here, visit, sums, _cut((k, v, k_segment), how.k_block))
     top, total, y = sums
     y = rearrange(y / total[..., None], "c b k g s h -> b (c s) k g h").astype(q.dtype)
-    return y, (q, k, v, bias, places, y, top, total)
+    return y, (q, k, v, bias, facts, y, top, total)
 
 
 def _backward(how: _How, kept, dy):
-    q, k, v, bias, places, y, top, total = kept
-    q_place, q_segment, k_segment, window, here = places
+    q, k, v, bias, facts, y, top, total = kept
+    q_position, q_segment, k_segment, window, here = facts
     inner = (y.astype(jnp.float32) * dy.astype(jnp.float32)).sum(axis=-1)
     dy, inner = _cut((dy.astype(v.dtype), inner), how.q_block)
     inner = rearrange(inner, "c b s k g -> c b k g s 1")
-    fixed = (_cut(q, how.q_block), _cut_bias(bias, how.q_block), *_cut((q_place, q_segment), how.q_block))
+    fixed = (_cut(q, how.q_block), _cut_bias(bias, how.q_block), *_cut((q_position, q_segment), how.q_block))
     fixed = (fixed, (dy, inner, top, total))
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), fixed[0][:2])
     keys = _cut((k, v, k_segment), how.k_block)
@@ -343,14 +343,14 @@ def _round(how: _How, here, visit, own, keys, sums=None):
 
     Args:
         here: this device's number.
-        visit: (own, (k, v, places int[1, T], segments)) -> own, or, if keys collect sums, (own, (the same, sums)) ->
+        visit: (own, (k, v, positions int[1, T], segments)) -> own, or, if keys collect sums, (own, (the same, sums)) ->
             (own, sums).
     """
 
     def meet(own, keys, sums, turn):
         k, v, segments = keys
-        places = _places(how, (here - turn) % how.size, k.shape[0] * how.k_block)[None]
-        keys = (k, v, _cut(places, how.k_block), segments)
+        positions = _positions(how, (here - turn) % how.size, k.shape[0] * how.k_block)[None]
+        keys = (k, v, _cut(positions, how.k_block), segments)
         return (visit(own, keys), None) if sums is None else visit(own, (keys, sums))
 
     def one(carry, turn):
@@ -372,22 +372,22 @@ def _move(how: _How, steps: int, tree):
     return jax.tree.map(lambda x: jax.lax.ppermute(x, how.axes, to), tree)
 
 
-def _scores(how: _How, q, k, bias, places):
+def _scores(how: _How, q, k, bias, facts):
     """Returns a block's scores float32[B, K, G, s, t], LEAST where hidden, and what is visible (None: everything)."""
     scores = jnp.einsum("bskgh,btkh->bkgst", q, k, preferred_element_type=jnp.float32)
     if bias is not None:
-        there = _columns(bias, places[2])[1]
+        there = _columns(bias, facts[2])[1]
         heads = dict(k=q.shape[2]) if there.shape[1] > 1 else dict(k=1)
         scores = scores + rearrange(there, "b (k g) s t -> b k g s t", **heads)
-    seen = visible(how.causal, *places)
+    seen = visible(how.causal, *facts)
     return (scores, None) if seen is None else (jnp.where(seen, scores, LEAST), seen)
 
 
-def visible(causal: bool, q_place, q_segment, k_place, k_segment, window):
+def visible(causal: bool, q_position, q_segment, k_position, k_segment, window):
     """Returns bool[B, 1, 1, S, T]: the keys that a query sees, given int[B or 1, S] and int[B or 1, T]; None: all."""
     seen = None
     if causal:
-        distance = q_place[:, :, None] - k_place[:, None, :]
+        distance = q_position[:, :, None] - k_position[:, None, :]
         seen = distance >= 0 if window is None else (distance >= 0) & (distance < window)
     if q_segment is not None:
         same = q_segment[:, :, None] == k_segment[:, None, :]
@@ -395,26 +395,26 @@ def visible(causal: bool, q_place, q_segment, k_place, k_segment, window):
     return None if seen is None else seen[:, None, None]
 
 
-def _where_seen(how: _How, places, add, sums):
+def _where_seen(how: _How, facts, add, sums):
     """Returns add(sums), or sums unchanged if no query of the block sees a key of it."""
     if not how.skip:
         return add(sums)
-    q_place, q_segment, k_place, k_segment, window = places
+    q_position, q_segment, k_position, k_segment, window = facts
     meets = jnp.bool_(True)
     if how.causal:
-        meets &= k_place.min() <= q_place.max()
+        meets &= k_position.min() <= q_position.max()
         if window is not None:
-            meets &= q_place.min() - k_place.max() < window
+            meets &= q_position.min() - k_position.max() < window
     if q_segment is not None:
         low = jnp.maximum(q_segment.min(axis=1), k_segment.min(axis=1))
         meets &= (low <= jnp.minimum(q_segment.max(axis=1), k_segment.max(axis=1))).any()
     return jax.lax.cond(meets, add, lambda sums: sums, sums)
 
 
-def _columns(bias, k_place):
+def _columns(bias, k_position):
     """Returns the index of a block's keys in a bias [B, N, s, all keys], and that part of the bias."""
-    at = k_place[0, 0]
-    return at, jax.lax.dynamic_slice_in_dim(bias, at, k_place.shape[1], axis=-1)
+    at = k_position[0, 0]
+    return at, jax.lax.dynamic_slice_in_dim(bias, at, k_position.shape[1], axis=-1)
 
 
 def _like(ds, bias):

@@ -46,9 +46,9 @@ def _ring_take(x, index, axes):
     to = [(i, (i + 1) % size) for i in range(size)]
 
     def take(found, x, turn):
-        place = index - (here - turn) % size * x.shape[1]
-        there = (place >= 0) & (place < x.shape[1])
-        taken = jnp.take_along_axis(x, jnp.clip(place, 0, x.shape[1] - 1)[..., None], axis=1)
+        position = index - (here - turn) % size * x.shape[1]
+        there = (position >= 0) & (position < x.shape[1])
+        taken = jnp.take_along_axis(x, jnp.clip(position, 0, x.shape[1] - 1)[..., None], axis=1)
         return jnp.where(there[..., None], taken, found)
 
     def one(carry, turn):

@@ -118,17 +118,17 @@ def _on_mesh(x, matrix, targets, weights, how, wanted):
     plan = gather_plan(matrix.shape, names, x.shape) or GatherPlan(active[0], row_axes(x.shape), (), 0)
     # The positions of a row stay split as they are; a mesh axis splits one dimension only.
     context = plan.mesh.shape["context"]
-    places = ("context",) if "context" not in plan.rows and context > 1 and x.shape[1] % context == 0 else ()
-    if not plan.rows + places:
+    along = ("context",) if "context" not in plan.rows and context > 1 and x.shape[1] % context == 0 else ()
+    if not plan.rows + along:
         return local(x, matrix, targets, weights, rows=(), gathered=(), dim=0)
-    rows, whole = PartitionSpec(plan.rows, *places), PartitionSpec()
+    rows, whole = PartitionSpec(plan.rows, *along), PartitionSpec()
     shard = plan.shard if plan.gathered else whole
     return jax.shard_map(
-        partial(local, rows=(*plan.rows, *places), gathered=plan.gathered, dim=plan.dim),
+        partial(local, rows=(*plan.rows, *along), gathered=plan.gathered, dim=plan.dim),
         mesh=plan.mesh,
         in_specs=(rows, shard, rows, rows),
         out_specs=(whole, whole, whole, *({"x": rows, "matrix": shard}[name] for name in wanted)),
-        axis_names=frozenset((*plan.rows, *places)),
+        axis_names=frozenset((*plan.rows, *along)),
         check_vma=False,
     )(x, matrix, targets, weights)
 
@@ -137,12 +137,12 @@ def _local(x, matrix, targets, weights, *, tied, z_loss, chunks, wanted, rows, g
     dtype, shape = x.dtype, x.shape
     whole = matrix.astype(dtype)
     whole = gather(whole, gathered, dim) if gathered else whole
-    places = math.prod(targets.shape)
-    chunks = min(chunks, places)
-    size = -(-places // chunks)
+    count = math.prod(targets.shape)
+    chunks = min(chunks, count)
+    size = -(-count // chunks)
     # Positions that carry loss come first: chunks without any, as most of images and questions, are not computed. All
     # devices compute as many chunks as the device that needs most.
-    flat = weights.reshape(places)
+    flat = weights.reshape(count)
     order = jnp.argsort(flat == 0, stable=True)
     needed = -(-(flat != 0).sum() // size)
     if rows:
@@ -151,8 +151,8 @@ def _local(x, matrix, targets, weights, *, tied, z_loss, chunks, wanted, rows, g
         needed = jax.lax.pmax(jnp.where(jnp.isnan(x[0, 0, 0]), chunks, needed), rows)
 
     def cut(each, width=()):
-        each = each.reshape(places, *width)[order]
-        each = jnp.pad(each, [(0, chunks * size - places)] + [(0, 0)] * len(width))
+        each = each.reshape(count, *width)[order]
+        each = jnp.pad(each, [(0, chunks * size - count)] + [(0, 0)] * len(width))
         return each.reshape(chunks, size, *width)
 
     def compute(carry, chunk):

@@ -135,8 +135,8 @@ def rotary_angles(
         parts: int[dim / 2], for positions[..., 3]: the part of a position that turns each pair of dimensions.
     """
     frequencies = rotary_frequencies(dim, theta, scaling, length)
-    places = positions[..., None] if parts is None else positions[..., parts]
-    angles = places.astype(jnp.float32) * frequencies
+    turning = positions[..., None] if parts is None else positions[..., parts]
+    angles = turning.astype(jnp.float32) * frequencies
     return jnp.cos(angles) * scaling.amplitude, jnp.sin(angles) * scaling.amplitude
 
 

@@ -80,11 +80,11 @@ def least_bytes(experiment: Experiment, index: int) -> int:
     if llm is None or llm.remat == "offload":
         return state
     rows = max(1, stage.data.rows // stage.accumulate // (sizes["data"] * sizes["fsdp"]))
-    places = rows * stage.data.length // sizes["context"]
+    positions = rows * stage.data.length // sizes["context"]
     width = llm.hidden_size
     if llm.remat != "full":
         width += (1 + getattr(llm, "gated", False)) * getattr(llm, "mlp_size", 0) // sizes["tensor"]
-    return state + places * llm.num_layers * width * jnp.dtype(llm.dtype).itemsize
+    return state + positions * llm.num_layers * width * jnp.dtype(llm.dtype).itemsize
 
 
 def _on(experiment: Experiment, index: int, mesh: MeshConfig) -> StageProgram:

@@ -287,8 +287,8 @@ class _Walk:
                 total += self.read(inner, user.name)
             elif user.opcode == "fusion":
                 nested = self.module.computations[user.called["calls"]]
-                places = [place for place, operand in enumerate(user.operands) if operand == name]
-                total += sum(self.read(nested, nested.parameters[place].name) for place in places)
+                indices = [index for index, operand in enumerate(user.operands) if operand == name]
+                total += sum(self.read(nested, nested.parameters[index].name) for index in indices)
             elif user.opcode == "dynamic-slice" and user.operands[0] == name:
                 total += user.shape.bytes
             elif user.opcode != "dynamic-update-slice" or user.operands[0] != name:  # an update writes in place
@@ -362,11 +362,11 @@ def convolution_flops(computation: Computation, instruction: Instruction) -> int
     lhs, rhs, out = labels[1], labels[2], labels[3]
     window = dict(re.findall(r"(\w+)=([\w\-]+)", (instruction.attribute("window") or "{}").strip("{}")))
     spatial = sorted(c for c in lhs if c.isdigit())
-    places = 1
+    pairs = 1
     for number, axis in enumerate(spatial):
         pick = lambda name, default, n=number: window[name].split("x")[n] if name in window else default  # noqa: E731
         low, _ = (int(p) for p in pick("pad", "0_0").split("_"))
-        places *= _valid_places(
+        pairs *= _valid_pairs(
             inputs=left.dims[lhs.index(axis)],
             outputs=instruction.shape.dims[out.index(axis)],
             size=int(pick("size", "1")),
@@ -376,10 +376,10 @@ def convolution_flops(computation: Computation, instruction: Instruction) -> int
             window_dilation=int(pick("rhs_dilate", "1")),
         )
     batch = left.dims[lhs.index("b")] // int(instruction.attribute("batch_group_count") or 1)
-    return 2 * places * batch * kernel.dims[rhs.index("i")] * kernel.dims[rhs.index("o")]
+    return 2 * pairs * batch * kernel.dims[rhs.index("i")] * kernel.dims[rhs.index("o")]
 
 
-def _valid_places(inputs, outputs, size, stride, low, input_dilation, window_dilation) -> int:
+def _valid_pairs(inputs, outputs, size, stride, low, input_dilation, window_dilation) -> int:
     """Returns the number of (output, window) position pairs that meet a real input element, along one axis."""
     if size == 1 and low == 0 and input_dilation == 1:
         return outputs

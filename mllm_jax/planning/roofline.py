@@ -72,10 +72,10 @@ def bandwidth(collective: Collective, topology: Topology, coordinates: Sequence[
     chip = topology.chip
     if coordinates is None or not collective.members:
         return chip.link_bandwidth * chip.links
-    places = [coordinates[member] for member in collective.members]
+    points = [coordinates[member] for member in collective.members]
     links = 0.0
     for axis in range(len(topology.shape)):
-        values = sorted({place[axis] for place in places})
+        values = sorted({point[axis] for point in points})
         if len(values) == 1:
             continue
         stride = min(b - a for a, b in zip(values, values[1:], strict=False))

@@ -97,8 +97,8 @@ def gather_plan(shape: Sequence[int], names: Sequence[str | None], batch: Sequen
     if shared != ["fsdp"] or ("fsdp",) not in split:
         return None
     cut, gathered = cut_along_torus(mesh)
-    place = rows.index("fsdp")
-    return GatherPlan(cut, (*rows[:place], *gathered, *rows[place + 1 :]), gathered, split.index(("fsdp",)))
+    index = rows.index("fsdp")
+    return GatherPlan(cut, (*rows[:index], *gathered, *rows[index + 1 :]), gathered, split.index(("fsdp",)))
 
 
 def row_axes(batch: Sequence[int]) -> tuple[str, ...]:
@@ -121,18 +121,18 @@ def torus_sizes(coords: Sequence[Sequence[int] | None]) -> tuple[int, ...]:
 
     Devices without coordinates, or in another order, form one axis.
     """
-    if any(place is None for place in coords):
+    if any(point is None for point in coords):
         return (len(coords),)
-    places = np.asarray(coords)
-    places = places - places[0]
+    points = np.asarray(coords)
+    points = points - points[0]
     # Each coordinate that changes is an axis; the one that first changes last is the slowest.
-    moving = [axis for axis in range(places.shape[1]) if places[:, axis].any()]
-    moving.sort(key=lambda axis: -int(places[:, axis].nonzero()[0][0]))
-    sizes = tuple(len(np.unique(places[:, axis])) for axis in moving)
+    moving = [axis for axis in range(points.shape[1]) if points[:, axis].any()]
+    moving.sort(key=lambda axis: -int(points[:, axis].nonzero()[0][0]))
+    sizes = tuple(len(np.unique(points[:, axis])) for axis in moving)
     if not sizes or math.prod(sizes) != len(coords):
         return (len(coords),)
     for axis, index in zip(moving, np.unravel_index(np.arange(len(coords)), sizes), strict=True):
-        if not np.array_equal(places[:, axis], np.unique(places[:, axis])[index]):
+        if not np.array_equal(points[:, axis], np.unique(points[:, axis])[index]):
             return (len(coords),)
     return sizes
 
@@ -160,8 +160,8 @@ def scatter_sum(whole: jax.Array, axes: tuple[str, ...], dim: int) -> jax.Array:
     parts = whole.reshape(*sizes, whole.shape[0] // math.prod(sizes), *whole.shape[1:])
     # The axis along which the dimension's neighbours lie goes first: it then sends the whole matrix over the shortest
     # distance, and each further axis sends a part of the rest.
-    for place in reversed(range(len(axes))):
-        parts = jax.lax.psum_scatter(parts, axes[place], scatter_dimension=place, tiled=False)
+    for index in reversed(range(len(axes))):
+        parts = jax.lax.psum_scatter(parts, axes[index], scatter_dimension=index, tiled=False)
     return jnp.moveaxis(parts, 0, dim)
 
 

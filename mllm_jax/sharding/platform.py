@@ -58,8 +58,8 @@ def may_have_accelerator(environ: MutableMapping[str, str], devices: Path, plugi
 def _plugins() -> set[str]:
     """Returns the installed plugins of jax, found as jax finds them; libtpu is not one of them."""
     package = find_spec("jax_plugins")
-    places = package.submodule_search_locations if package else None
-    return {module.name for module in pkgutil.iter_modules(places or [])} | {
+    folders = package.submodule_search_locations if package else None
+    return {module.name for module in pkgutil.iter_modules(folders or [])} | {
         point.name for point in entry_points(group="jax_plugins")
     }
 

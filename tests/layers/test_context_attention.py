@@ -114,7 +114,7 @@ def test_dealing_gives_every_device_the_same_work():
     """Counts the pairs of a query and an earlier key on each device, with 4 devices and an odd number."""
     for size in (3, 4):
         how = ring._How(("context",), size, size, True, True, True, 4, 4)
-        places = [np.asarray(ring._places(how, device, 8)) for device in range(size)]
+        places = [np.asarray(ring._positions(how, device, 8)) for device in range(size)]
         assert sorted(np.concatenate(places)) == list(range(8 * size))
         work = [sum((p[:, None] >= other[None]).sum() for other in places) for p in places]
         assert max(work) == min(work)
