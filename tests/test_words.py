@@ -77,7 +77,7 @@ def opening_faults(node: ast.AST, docstring: str) -> Iterator[str]:
     first = re.match(r"\W?\w*", docstring.strip()).group()
     decorators = {name_of(decorator) for decorator in getattr(node, "decorator_list", ())}
     if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and not PROPERTIES & decorators:
-        if not re.fullmatch(r"[A-Z]\w*s", first):
+        if not re.fullmatch(r"(?!Args|Attributes)[A-Z]\w*s", first):
             yield f"{first!r} opens the docstring of a function: begin with a verb, such as Returns, Reads, Checks"
     elif first in OPENINGS:
         yield f"{first!r} opens a docstring: begin with a noun, or a verb in the third person"
@@ -158,6 +158,7 @@ def test_the_words_are_plain():
         ('def f():\n    """The size."""\n', 1),
         ('class A:\n    """What it is."""\n\n    @property\n    def f(self):\n        """The size."""\n', 1),
         ('"""How it works."""\n', 1),
+        ('def f(x):\n    """\n    Args:\n        x: a number.\n    """\n', 1),
         ('def f(tell):\n    """Reads.\n\n    Args:\n        tell: the function.\n    """\n', 0),
         ('raise ValueError(f"{n} pictures", "the `pictures` of `picture`")\n', 1),
         ('parser.add_argument("--picture", help="a picture")\n', 1),

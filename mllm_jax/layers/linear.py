@@ -33,7 +33,8 @@ class LinearHook(Protocol):
     def __call__(
         self, linear: Linear, x: jax.Array, kernel: jax.Array, product: Callable[[jax.Array], jax.Array]
     ) -> jax.Array:
-        """
+        """Returns the replacement of x W.
+
         Args:
             linear: the module that is applied, bound to its parameters.
             x: the module's input, in any dtype.
