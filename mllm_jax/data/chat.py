@@ -15,7 +15,7 @@ from mllm_jax.files import read_json
 Message = Mapping[str, str]  # {"role": "user", "content": "..."}
 
 GENERATION = "generation_config.json"
-PROCESSORS_TEMPLATE = "chat_template.json"  # early folders of models with pictures keep the one that places them here
+PROCESSORS_TEMPLATE = "chat_template.json"  # early folders of models with images keep the one that places them here
 # One of these holds the vocabulary; without any, transformers would make up an empty tokenizer.
 _VOCABULARIES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "tekken.json")
 

@@ -4,17 +4,17 @@ What comes out equals transformers' own `...ImageProcessorPil` classes to the la
 torch and torchvision are installed they import both, for about five seconds, and fail where the two do not match.
 transformers' default processors, which use torchvision, round otherwise than those classes and this file.
 
-Where a family's authors prepare pictures otherwise in their own repository:
+Where a family's authors prepare images otherwise in their own repository:
 
-- CLIP, DINOv2 (torchvision on Pillow pictures): the same resizing, bicubic with antialiasing on bytes. Their centre
+- CLIP, DINOv2 (torchvision on Pillow images): the same resizing, bicubic with antialiasing on bytes. Their centre
   crop rounds half a pixel to even where this one rounds down, so it may lie one pixel further; they divide bytes by 255
   in float32, which changes last bits.
 - EVA-CLIP in BLIP-2 (LAVIS): the same resizing to a square, the same last bits.
 - ViT, SigLIP (big_vision): TensorFlow's bilinear resizing, in most configs without antialiasing, then [-1, 1]. The
-  folders on the hub say bicubic for SigLIP: a picture that is much reduced looks different.
+  folders on the hub say bicubic for SigLIP: an image that is much reduced looks different.
 - LLaVA-1.5: pads to a square with the mean colour before the centre crop, which its folders on the hub leave out: here
   as there `do_pad` adds it. LLaVA-NeXT and LLaVA-OneVision: the same tiles.
-- Qwen2-VL: its helper package resizes once before, to bounds of its own, so a picture may be resampled twice there.
+- Qwen2-VL: its helper package resizes once before, to bounds of its own, so an image may be resampled twice there.
 """
 
 from __future__ import annotations
@@ -192,7 +192,7 @@ _KINDS = {
 }
 _SQUARED = ("DeepseekVLImageProcessor", "DeepseekVLHybridImageProcessor")  # resized, then filled up to a square
 # fmt: off
-_IDLE = (  # options of layout, of training or of other tools; pictures are RGB here, whatever is asked
+_IDLE = (  # options of layout, of training or of other tools; images are RGB here, whatever is asked
     "image_processor_type", "feature_extractor_type", "processor_class", "auto_map", "do_convert_rgb", "data_format",
     "input_data_format", "device", "return_tensors", "disable_grouping", "image_seq_length", "_valid_processor_keys",
     "pad_size", "video_processor_type", "vision_token_id",
@@ -216,13 +216,13 @@ def read_image_processor(folder: str | Path, **options: Any) -> ImageProcessor:
 
 
 def read_video_processor(folder: str | Path) -> ImageProcessor:
-    """What prepares the frames of videos in a Hugging Face folder, each as one tile; raises as for pictures.
+    """What prepares the frames of videos in a Hugging Face folder, each as one tile; raises as for images.
 
     transformers has torchvision resize frames: about one byte in 300 comes out one more or less than by Pillow here.
 
     Args:
         folder: with a processor_config.json that holds `video_processor`, video_preprocessor_config.json or, where
-            pictures and frames share it, preprocessor_config.json; the first of these.
+            images and frames share it, preprocessor_config.json; the first of these.
     """
     names = ("processor_config.json", "video_preprocessor_config.json", "preprocessor_config.json")
     found = _read(folder, tuple(zip(names, ("video_processor", None, None), strict=True)))
@@ -271,7 +271,7 @@ def image_processor(values: Mapping[str, Any], what: str = "preprocessor_config.
         return otherwise if value is None else value
 
     def refuse(given: str, expected: str):
-        raise ConfigError(f"{what}: {given}", expected, "use another processor, or prepare the pictures yourself")
+        raise ConfigError(f"{what}: {given}", expected, "use another processor, or prepare the images yourself")
 
     check_options(values, refuse)
     fields: dict[str, Any] = dict(kind=kind, resample=option("resample", int(default.resample)))
@@ -305,7 +305,7 @@ def image_processor(values: Mapping[str, Any], what: str = "preprocessor_config.
             fields["background"] = _colour(colour, "image_mean", refuse)
     if default.resolutions:
         if not resize:
-            refuse("do_resize=False", f"true: {kind} resizes a picture to tiles")
+            refuse("do_resize=False", f"true: {kind} resizes an image to tiles")
         resolutions = option("image_grid_pinpoints", default.resolutions)
         fields["resolutions"] = tuple((int(height), int(width)) for height, width in resolutions)
         whole = _read_size(size, square, refuse) if crop is None else _read_size(crop, True, refuse, "crop_size")
@@ -331,7 +331,7 @@ def image_processor(values: Mapping[str, Any], what: str = "preprocessor_config.
     if option("do_normalize", True):
         fields |= dict(mean=_three(mean, "image_mean", refuse), std=_three(std, "image_std", refuse))
     if kind == "DeepseekVLHybridImageProcessor":
-        # The larger picture is made first, and the smaller one of it.
+        # The larger image is made first, and the smaller one of it.
         mean, std = option("high_res_image_mean", default.mean), option("high_res_image_std", default.std)
         larger = _read_size(option("high_res_size", 1024), True, refuse, "high_res_size")
         larger = _side(larger.get("size"), "high_res_size", refuse), option("min_size", 14)
@@ -356,7 +356,7 @@ def _kind(values: Mapping[str, Any], what: str) -> str:
         raise ConfigError(
             f"{what}: image_processor_type={given!r}",
             f"one of {', '.join(_KINDS)}",
-            "use another processor, or prepare the pictures yourself",
+            "use another processor, or prepare the images yourself",
         )
     return kind
 
@@ -379,7 +379,7 @@ def _read_size(size: Any, square: bool, refuse, name: str = "size") -> dict[str,
 
 def _side(size: tuple[int, int] | None, name: str, refuse) -> int:
     if size is None or size[0] != size[1]:
-        refuse(f"{name} of {size}", "height and width alike: pictures are filled up to a square")
+        refuse(f"{name} of {size}", "height and width alike: images are filled up to a square")
     return size[0]
 
 

@@ -18,16 +18,16 @@ _MAX_ASPECT = 200
 
 
 def smart_resize(height: int, width: int, factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
-    """The sides nearest to a picture's that are multiples of `factor`, with a number of pixels in a range.
+    """The sides nearest to an image's that are multiples of `factor`, with a number of pixels in a range.
 
-    Halves are rounded to even. The range may be left by thin pictures, whose shorter side is at least `factor`.
+    Halves are rounded to even. The range may be left by thin images, whose shorter side is at least `factor`.
 
     Raises:
         DataError: no pixels, or one side more than 200 times the other.
     """
     if min(height, width) < 1 or max(height, width) > _MAX_ASPECT * min(height, width):
         raise DataError(
-            f"a picture of {height} x {width} pixels",
+            f"an image of {height} x {width} pixels",
             f"sides of which none is more than {_MAX_ASPECT} times the other",
             "crop it, or leave this record out",
         )
@@ -43,7 +43,7 @@ def smart_resize(height: int, width: int, factor: int, min_pixels: int, max_pixe
 
 @dataclass(frozen=True)
 class ImageProcessor:
-    """The steps from a decoded picture to what a vision encoder reads: resize, crop, rescale, normalise.
+    """The steps from a decoded image to what a vision encoder reads: resize, crop, rescale, normalise.
 
     Attributes:
         kind: transformers' name, without "Fast" or "Pil".
@@ -52,14 +52,14 @@ class ImageProcessor:
         longest_edge: or the longer side, the aspect ratio kept, and the least that the shorter side becomes; what is
             over whole pixels is rounded or, with `cuts_off`, left out.
         pixel_range: or (least, most) pixels, sides multiples of patch_size * merge_size, the aspect ratio nearly kept.
-        crop_size: (height, width) of the crop in the middle; a smaller picture gets a black margin.
-        background: None, or the colour with which a picture becomes a square before all else, with `longest_edge`
+        crop_size: (height, width) of the crop in the middle; a smaller image gets a black margin.
+        background: None, or the colour with which an image becomes a square before all else, with `longest_edge`
             behind its resizing; where there are `resolutions`, one that is not cut into tiles.
-        resolutions: empty, or those that a picture may be resized to before it is cut into tiles, see
+        resolutions: empty, or those that an image may be resized to before it is cut into tiles, see
             `mllm_jax.data.tiles`; tile_size is the side of those tiles.
-        tile_range: None, or the least and the most tiles of `size` that a picture is cut into, see
-            `mllm_jax.data.tiles`; the whole picture comes last, unless it is one tile.
-        low: None, or what makes a second, smaller picture of what this makes, for encoders that read both.
+        tile_range: None, or the least and the most tiles of `size` that an image is cut into, see
+            `mllm_jax.data.tiles`; the whole image comes last, unless it is one tile.
+        low: None, or what makes a second, smaller image of what this makes, for encoders that read both.
         resample: Pillow's number of the filter.
         rescale_factor: None leaves 0 to 255.
         mean, std: None normalises nothing.
@@ -87,7 +87,7 @@ class ImageProcessor:
     temporal_patch_size: int = 1
 
     def __call__(self, image: np.ndarray) -> np.ndarray:
-        """Processes one picture.
+        """Processes one image.
 
         Args:
             image: uint8 [h, w, 3], as `decode_image` gives it.
@@ -102,8 +102,8 @@ class ImageProcessor:
         return self.normalise(self.prepare(image))
 
     def prepare(self, image: np.ndarray) -> np.ndarray:
-        """One picture as one tile of bytes, uint8[H, W, 3], which `normalise` makes numbers; raises as calling does."""
-        _require_picture(image)
+        """One image as one tile of bytes, uint8[H, W, 3], which `normalise` makes numbers; raises as calling does."""
+        _require_image(image)
         if self.background is None:
             return self._tile(image)
         if self.longest_edge is not None:
@@ -111,8 +111,8 @@ class ImageProcessor:
         return self._tile(self._squared(image))
 
     def tiles(self, image: np.ndarray) -> np.ndarray:
-        """One picture as all its tiles: uint8[N, H, W, 3], the whole one first, or last with `tile_range`."""
-        _require_picture(image)
+        """One image as all its tiles: uint8[N, H, W, 3], the whole one first, or last with `tile_range`."""
+        _require_image(image)
         if self.tile_range is not None:
             rows, columns = tile_grid(image.shape[:2], self.size, *self.tile_range)
             require_resized(image.shape[:2], (self.size[0] * rows, self.size[1] * columns))
@@ -159,11 +159,11 @@ class ImageProcessor:
         return self.crop_size or self._resized(height, width)
 
     def _to_size(self, image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-        picture = Image.fromarray(np.ascontiguousarray(image))
-        return np.asarray(picture.resize(size[::-1], Image.Resampling(self.resample)))
+        source = Image.fromarray(np.ascontiguousarray(image))
+        return np.asarray(source.resize(size[::-1], Image.Resampling(self.resample)))
 
     def patches(self, *frames: np.ndarray) -> tuple[np.ndarray, tuple[int, int, int]]:
-        """Processes one picture, or the frames of a video, into patches, those that are merged side by side.
+        """Processes one image, or the frames of a video, into patches, those that are merged side by side.
 
         Args:
             frames: uint8 [h, w, 3] each, of one size; one is a still.
@@ -179,7 +179,7 @@ class ImageProcessor:
         if not self.patch_size:
             raise ConfigError(f"patches from a {self.kind}", "one with a patch_size", "call it for pixels")
         for frame in frames:
-            _require_picture(frame)
+            _require_image(frame)
         require_call(sum(math.prod(self.output_size(*frame.shape[:2])) for frame in frames), f"{len(frames)} frames")
         pixels = np.stack([self(frame) for frame in frames])
         pixels = np.concatenate([pixels, *[pixels[-1:]] * (-len(pixels) % self.temporal_patch_size)])
@@ -187,7 +187,7 @@ class ImageProcessor:
         side = self.patch_size * self.merge_size
         if height % side or width % side:
             raise DataError(
-                f"a picture of {height} x {width} pixels", f"sides that are multiples of {side}", "let it be resized"
+                f"an image of {height} x {width} pixels", f"sides that are multiples of {side}", "let it be resized"
             )
         cut = rearrange(
             pixels,
@@ -201,7 +201,7 @@ class ImageProcessor:
         return cut, (len(pixels) // self.temporal_patch_size, height // self.patch_size, width // self.patch_size)
 
     def output_size(self, height: int, width: int) -> tuple[int, int]:
-        """(H, W) of what comes out for a picture of that size. Raises DataError as calling does."""
+        """(H, W) of what comes out for an image of that size. Raises DataError as calling does."""
         if self.background is not None and self.longest_edge is None:
             height = width = max(height, width)
         sides = self._sides(height, width)
@@ -251,13 +251,13 @@ def mismatch(given: str, expected: str) -> ConfigError:
     return ConfigError(given, expected, todo)
 
 
-def _require_picture(image: np.ndarray) -> None:
+def _require_image(image: np.ndarray) -> None:
     if not isinstance(image, np.ndarray):
         given = f"a {type(image).__name__}"
     elif image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
         given = f"{image.dtype} {list(image.shape)}"
     elif not image.size:
-        given = f"a picture of {image.shape[0]} x {image.shape[1]} pixels"
+        given = f"an image of {image.shape[0]} x {image.shape[1]} pixels"
     else:
         return
     raise DataError(

@@ -1,4 +1,4 @@
-"""Decoding and resizing of pictures that strangers made: bounded, complete, and always uint8 RGB."""
+"""Decoding and resizing of images that strangers made: bounded, complete, and always uint8 RGB."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 
 
 def decode_image(data: bytes, *, what: str) -> np.ndarray:
-    """Decodes an encoded picture as a person would see it.
+    """Decodes an encoded image as a person would see it.
 
     Grey, palette and CMYK become RGB, transparency lies on white, 16-bit samples keep their high byte, and the EXIF
     orientation is applied.
 
     Args:
         data: the encoded bytes (PNG, JPEG, WebP, GIF, BMP, TIFF or PPM; of an animation the first frame).
-        what: how to name the picture in a message, such as "record 12 of openmoji/train".
+        what: how to name the image in a message, such as "record 12 of openmoji/train".
 
     Returns:
         uint8 [height, width, 3].
 
     Raises:
-        DataError: the bytes are no picture, are truncated, or the header declares more than 50 megapixels.
+        DataError: the bytes are no image, are truncated, or the header declares more than 50 megapixels.
     """
     try:
         with warnings.catch_warnings():
@@ -54,7 +54,7 @@ def decode_image(data: bytes, *, what: str) -> np.ndarray:
 
 
 def read_image(path: str | os.PathLike) -> np.ndarray:
-    """Reads and decodes a picture file; returns and raises what `decode_image` does.
+    """Reads and decodes an image file; returns and raises what `decode_image` does.
 
     Raises:
         DataError: also where the file is missing or cannot be read, is a pipe or a device, or larger than MAX_BYTES.
@@ -63,7 +63,7 @@ def read_image(path: str | os.PathLike) -> np.ndarray:
         data = read_bytes(path, MAX_BYTES, DataError)
     except OSError as error:
         raise DataError(
-            f"the picture {os.fspath(path)} cannot be read ({type(error).__name__}: {error.strerror or error})",
+            f"the image {os.fspath(path)} cannot be read ({type(error).__name__}: {error.strerror or error})",
             "a file that exists and may be read",
             "correct the path or its permissions",
         ) from error
@@ -71,7 +71,7 @@ def read_image(path: str | os.PathLike) -> np.ndarray:
 
 
 def as_picture(image: np.ndarray | Image.Image | bytes | str | os.PathLike) -> np.ndarray:
-    """A picture in any form that people have it in, as uint8[H, W, 3].
+    """An image in any form that people have it in, as uint8[H, W, 3].
 
     Raises:
         DataError: a file that cannot be read, an image that Pillow cannot finish reading or whose samples are floating
@@ -85,15 +85,15 @@ def as_picture(image: np.ndarray | Image.Image | bytes | str | os.PathLike) -> n
     if isinstance(image, (str, os.PathLike)):
         return read_image(image)
     if isinstance(image, bytes):
-        return decode_image(image, what="a picture")
+        return decode_image(image, what="an image")
     if hasattr(image, "__array__"):
         image = np.asarray(image)  # also of what is drawn only now
     if isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.ndim == 3 and image.shape[-1] == 3:
         return image
     given = f"{image.dtype}{list(image.shape)}" if isinstance(image, np.ndarray) else f"a {type(image).__name__}"
     raise DataError(
-        f"a picture given as {given}",
-        "uint8[height, width, 3], a picture of Pillow, a path, or the bytes of a file",
+        f"an image given as {given}",
+        "uint8[height, width, 3], an image of Pillow, a path, or the bytes of a file",
         "convert it; a file from the network is to be fetched first",
     )
 
@@ -109,7 +109,7 @@ class Drawn:
 
 
 def resize(image: np.ndarray, size: int | tuple[int, int]) -> np.ndarray:
-    """Resizes a picture, filtering so that thin lines survive.
+    """Resizes an image, filtering so that thin lines survive.
 
     Args:
         image: uint8 [height, width, 3].
@@ -144,9 +144,9 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 def _too_large(what: str, size: str) -> DataError:
     return DataError(
-        f"{what}: the picture's header declares {size}",
+        f"{what}: the image's header declares {size}",
         f"at most {MAX_PIXELS:,} pixels, checked before anything is decoded",
-        "scale the picture down, or leave this record out",
+        "scale the image down, or leave this record out",
     )
 
 
@@ -156,6 +156,6 @@ def _broken(what: str, error: Exception) -> DataError:
         reason = "no header of these formats, or one without pixels"
     return DataError(
         f"{what}: cannot be decoded ({reason})",
-        f"a complete {', '.join(FORMATS)} picture",
+        f"a complete {', '.join(FORMATS)} image",
         "restore the file from its origin, or leave this record out",
     )

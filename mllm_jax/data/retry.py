@@ -77,7 +77,7 @@ def passing_cause(error: BaseException | None) -> OSError | None:
     """The OSError that an error is or comes from, if it may pass with time."""
     while error is not None:
         if isinstance(error, OSError):
-            # A plain one without a number is not the system's: Pillow says so of a picture that is damaged.
+            # A plain one without a number is not the system's: Pillow says so of an image that is damaged.
             damaged = type(error) is OSError and error.errno is None
             return None if isinstance(error, _LASTING) or damaged else error
         error = error.__cause__

@@ -1,7 +1,7 @@
-"""Pictures of any size as tiles of one size, and where their media tokens stand in the text (LLaVA-NeXT's "anyres").
+"""Images of any size as tiles of one size, and where their media tokens stand in the text (LLaVA-NeXT's "anyres").
 
-The tiles of a picture are: the whole picture, squeezed into one; then the picture, its aspect ratio kept and margins
-added, cut into those of the resolution that fits it best. In the text the whole picture comes first; then, row by row
+The tiles of an image are: the whole image, squeezed into one; then the image, its aspect ratio kept and margins
+added, cut into those of the resolution that fits it best. In the text the whole image comes first; then, row by row
 and each row with a newline vector behind it, the features of the tiles together, those of the margins left out.
 Sources: the blog posts on LLaVA-NeXT (January 2024) and LLaVA-OneVision (arXiv 2408.03326).
 
@@ -27,10 +27,10 @@ _REDUCES_ABOVE = 1.1  # LLaVA-OneVision leaves features alone that are hardly to
 
 
 class Places(NamedTuple):
-    """What stands for a picture in the text.
+    """What stands for an image in the text.
 
     Attributes:
-        places: int[L], or int[L, 4] with weights: media tokens counted over the picture's tiles, or NEWLINE.
+        places: int[L], or int[L, 4] with weights: media tokens counted over the image's tiles, or NEWLINE.
         weights: float32[L, 4] of the media tokens whose sum stands at a place, or None.
     """
 
@@ -42,7 +42,7 @@ class Places(NamedTuple):
 
 
 def best_resolution(size: Size, resolutions: Iterable[Size]) -> Size:
-    """The resolution that keeps most of a picture's pixels; among equals the one with the smallest margins."""
+    """The resolution that keeps most of an image's pixels; among equals the one with the smallest margins."""
     height, width = size
 
     def merit(resolution: Size) -> tuple[int, int]:
@@ -54,7 +54,7 @@ def best_resolution(size: Size, resolutions: Iterable[Size]) -> Size:
 
 
 def fitted_size(size: Size, target: Size) -> Size:
-    """The largest size that a picture has inside the target with its aspect ratio kept, rounded up."""
+    """The largest size that an image has inside the target with its aspect ratio kept, rounded up."""
     tall, wide = (inside / outside for inside, outside in zip(target, size, strict=True))
     if wide < tall:
         return min(math.ceil(size[0] * wide), target[0]), target[1]
@@ -72,7 +72,7 @@ def pad_to(image: np.ndarray, target: Size, colour: tuple[int, int, int] = (0, 0
 
 
 def cut(image: np.ndarray, side: int) -> list[np.ndarray]:
-    """The tiles of a picture, row by row; those at its lower and right edge may be smaller."""
+    """The tiles of an image, row by row; those at its lower and right edge may be smaller."""
     rows, columns = (range(0, length, side) for length in image.shape[:2])
     return [image[top : top + side, left : left + side] for top in rows for left in columns]
 
@@ -84,14 +84,14 @@ MAX_TILES = 1_000  # InternVL's own settings have 6 to 40
 
 @lru_cache(maxsize=256)
 def tile_grid(size: Size, tile: Size, least: int, most: int) -> Size:
-    """How many rows and columns of tiles a picture becomes.
+    """How many rows and columns of tiles an image becomes.
 
-    The grid whose ratio of columns to rows is nearest to the picture's ratio of width to height, both taken as they
-    are, not their logarithms. Among equals the smaller one, unless the picture has more pixels than half of those that
+    The grid whose ratio of columns to rows is nearest to the image's ratio of width to height, both taken as they
+    are, not their logarithms. Among equals the smaller one, unless the image has more pixels than half of those that
     a larger one's tiles have.
 
     Args:
-        size: the picture's.
+        size: the image's.
         tile: a tile's.
         least, most: how many tiles there may be, without the thumbnail.
 
@@ -116,13 +116,13 @@ def tile_grid(size: Size, tile: Size, least: int, most: int) -> Size:
 
 
 def unpadded(size: Size, grid: Size, rounds: bool = True) -> tuple[slice, slice]:
-    """The rows and columns of a grid of features over a padded picture that show the picture.
+    """The rows and columns of a grid of features over a padded image that show the image.
 
     Args:
-        size: the picture's own.
-        grid: features of the picture with its margins.
+        size: the image's own.
+        grid: features of the image with its margins.
         rounds: to 7 decimal places before the rest is cut off, as transformers does; the original repository cuts at
-            once and so may leave out a row of the picture.
+            once and so may leave out a row of the image.
     """
     (height, width), (rows, columns) = size, grid
 
@@ -138,10 +138,10 @@ def unpadded(size: Size, grid: Size, rounds: bool = True) -> tuple[slice, slice]
 def anyres_places(
     size: Size, resolution: Size, tile: int, grid: int, max_tiles: int | None = None, rounds: bool = True
 ) -> Places:
-    """The places of a picture that is cut into tiles.
+    """The places of an image that is cut into tiles.
 
     Args:
-        size: the picture's own, in pixels.
+        size: the image's own, in pixels.
         resolution: its `best_resolution`, whole tiles.
         tile: a tile's side in pixels; grid: in media tokens, which are counted row by row, tile by tile.
         max_tiles: features of more tiles than these are resized to about as many (LLaVA-OneVision's "anyres_max_9").
@@ -159,7 +159,7 @@ def anyres_places(
 
 
 def tile_places(grid: int) -> Places:
-    """The places of a picture of one tile, with a newline behind it, as LLaVA-OneVision has several in a text."""
+    """The places of an image of one tile, with a newline behind it, as LLaVA-OneVision has several in a text."""
     return Places(np.append(np.arange(grid**2), NEWLINE))
 
 

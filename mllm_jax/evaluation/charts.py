@@ -37,7 +37,7 @@ def chart(label: str, lines: Sequence[Line], *, log: bool = False, marks: Sequen
     """An SVG of curves over steps.
 
     Args:
-        label: what the picture shows, read out by screen readers.
+        label: what the image shows, read out by screen readers.
         lines: the curves, drawn in this order.
         log: a logarithmic value axis; only for values above zero.
         marks: (step, name) of vertical rules, as where a stage begins.

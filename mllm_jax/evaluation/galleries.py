@@ -20,7 +20,7 @@ class Gallery(Protocol):
     """Images and captions that belong together, all different; the first `asked` are looked for among all."""
 
     task: str  # "image_to_text" or "text_to_image"
-    pictures: tuple[np.ndarray, ...]  # uint8[H, W, 3] each
+    images: tuple[np.ndarray, ...]  # uint8[H, W, 3] each
     captions: tuple[str, ...]
     asked: int
 
@@ -36,7 +36,7 @@ def search(assistant: Assistant, gallery: Gallery, limit: int | None = None) -> 
     asked = np.arange(min(gallery.asked, limit or gallery.asked))
     if len(asked) < 2:
         raise DataError(f"{gallery.task} with {len(asked)} query", "at least two", "raise the number of examples")
-    images, texts = assistant.embed(images=list(gallery.pictures)), assistant.embed(texts=gallery.captions)
+    images, texts = assistant.embed(images=list(gallery.images)), assistant.embed(texts=gallery.captions)
     everyone = np.arange(len(images))
     queries, keys = (images, texts) if gallery.task == "image_to_text" else (texts, images)
     ranks = rank_of_own(queries[asked], keys, asked, everyone)
@@ -61,5 +61,5 @@ def _prediction(gallery: Gallery, query: int, found: int, correct: bool) -> Pred
         shown, question = query, QUESTIONS[gallery.task].format(len(captions))
     else:  # the image that was found, beside the caption that it was looked for by
         shown, question = found, QUESTIONS[gallery.task].format(len(captions), f'"{captions[query]}"')
-    image = Image(gallery.pictures[shown])
+    image = Image(gallery.images[shown])
     return Prediction(query, question, (image,), captions[found], captions[query], correct)

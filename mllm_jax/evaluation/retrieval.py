@@ -1,4 +1,4 @@
-"""Retrieval between pictures and texts by their unit vectors: recall at k, both ways."""
+"""Retrieval between images and texts by their unit vectors: recall at k, both ways."""
 
 from __future__ import annotations
 
@@ -23,29 +23,29 @@ def retrieval(
     """Recall at k: the share of queries with one of their own among the k most similar.
 
     A tie counts against the model: what is as similar as the own comes before it. So a text that stands in several
-    pictures' place word for word is a miss for all of them; give each distinct text once.
+    images' place word for word is a miss for all of them; give each distinct text once.
 
     Args:
         images, texts: float[N, P], float[M, P], unit vectors.
-        text_image: int[M], the picture that each text describes; several texts may share one. None: text i is of
-            picture i.
+        text_image: int[M], the image that each text describes; several texts may share one. None: text i is of
+            image i.
         chunk: queries and keys that are compared at a time.
 
     Returns:
         "image_to_text_r1", ... and "text_to_image_r1", ..., each from 0 to 1.
 
     Raises:
-        DataError: vectors that are not finite or of length 1, or pictures and texts that do not belong together.
+        DataError: vectors that are not finite or of length 1, or images and texts that do not belong together.
     """
-    images, texts = unit_vectors(images, "pictures"), unit_vectors(texts, "texts")
+    images, texts = unit_vectors(images, "images"), unit_vectors(texts, "texts")
     owner = np.arange(len(texts)) if text_image is None else np.asarray(text_image)
     count = len(images)
     fits = owner.shape == (len(texts),) and owner.dtype.kind in "iu" and images.shape[1] == texts.shape[1]
     if not (fits and owner.min() >= 0 and set(owner.tolist()) == set(range(count))):
         raise DataError(
-            f"{images.shape} pictures, {texts.shape} texts that describe pictures {_short(owner)}",
-            "vectors of one width, and for each text the number of its picture, each picture described",
-            "give text_image, and leave out pictures without a text",
+            f"{images.shape} images, {texts.shape} texts that describe images {_short(owner)}",
+            "vectors of one width, and for each text the number of its image, each image described",
+            "give text_image, and leave out images without a text",
         )
     numbers = np.arange(count)
     found = {

@@ -64,7 +64,7 @@ def test_what_is_saved_loads_again_here_and_in_transformers(folder, tmp_path):
 
 
 def test_the_processors_template_goes_before_the_tokenizers(folder, tmp_path):
-    """Early folders on the hub have a second template, in chat_template.json, that knows places for pictures."""
+    """Early folders on the hub have a second template, in chat_template.json, that knows places for images."""
     (folder / "chat_template.json").write_text(json.dumps({"chat_template": "{{ messages[0]['content'] }}!"}))
     tokenizer = ChatTokenizer.load(folder)
     assert tokenizer.render_chat(TURNS[:1]) == "be brief!"

@@ -99,7 +99,7 @@ def test_words_may_name_each_region_of_an_image(reader, tokenizer):
     assert prompt.tokens.tolist() == ids[: len(prompt.tokens)]
     assert named.fingerprint() != reader.fingerprint(), "rows have other lengths"
     assert not encoded.loss_weights[: where[-1] + 1].any()
-    with pytest.raises(ConfigError, match="words for 4 places of a picture, which takes 9"):
+    with pytest.raises(ConfigError, match="words for 4 places of an image, which takes 9"):
         PlainLayout(8, 9, tokenizer.image_token_id, [[1]] * 4)
 
 
@@ -160,9 +160,9 @@ def test_an_example_that_does_not_fit_is_refused_with_its_three_parts(reader):
     need = len(reader.encode(example(2, TURNS[:1]), 200).tokens)
     with pytest.raises(DataError) as refusal:
         reader.encode(example(2), need - 1)
-    assert refusal.value.given == f"an example of {need} tokens with 2 picture(s)"
+    assert refusal.value.given == f"an example of {need} tokens with 2 image(s)"
     assert refusal.value.expected == f"at most {need - 1} tokens with its first turn"
-    assert "length" in refusal.value.todo and "pictures" in refusal.value.todo
+    assert "length" in refusal.value.todo and "images" in refusal.value.todo
     text = str(refusal.value)
     assert all(part in text for part in (refusal.value.given, refusal.value.expected, refusal.value.todo))
 
@@ -283,7 +283,7 @@ def test_a_text_carries_loss_after_its_image(reader, tokenizer):
 def test_texts_that_no_row_can_hold_are_refused(reader):
     caption = Example((Message(TEXT_ROLE, (Image(PIXELS), Text("a red apple"))),))
     need = reader.encode(caption, 200).length
-    with pytest.raises(DataError, match=f"a caption of {need} tokens with 1 picture"):
+    with pytest.raises(DataError, match=f"a caption of {need} tokens with 1 image"):
         reader.encode(caption, need - 1)
     with pytest.raises(DataError, match="a text without words"):
         reader.encode(Example((Message(TEXT_ROLE, (Image(PIXELS), Text(" \n"))),)), 200)

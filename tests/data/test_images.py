@@ -1,4 +1,4 @@
-"""Pictures of every mode come out as a person sees them, and hostile ones are refused with a reason."""
+"""Images of every mode come out as a person sees them, and hostile ones are refused with a reason."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_sixteen_bits_in_every_layout(kind):
     assert grey[0, :, 0].tolist() == [255, 0x12], "one value is clear, not all with its high byte"
 
 
-def test_grey_pictures_keep_their_levels():
+def test_grey_images_keep_their_levels():
     ramp = np.arange(256, dtype=np.uint8)[None].repeat(2, axis=0)
     for kind in ("PNG", "BMP", "TIFF", "PPM"):
         assert (decode_image(encode(Image.fromarray(ramp), kind), what="test") == ramp[..., None]).all()
@@ -152,7 +152,7 @@ def test_every_exif_orientation_stands_upright(kind):
         assert np.abs(found[4::8, 4::8] - upright[4::8, 4::8]).max() < 40, orientation
 
 
-def test_a_picture_of_100_megapixels_is_refused_from_its_header():
+def test_an_image_of_100_megapixels_is_refused_from_its_header():
     header = chunk(b"IHDR", struct.pack(">IIBBBBB", 10_000, 10_000, 8, 2, 0, 0, 0))
     data = b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", b"") + chunk(b"IEND", b"")
     with pytest.raises(DataError, match=r"(?s)record 7.*10000 x 10000.*50,000,000"):
@@ -168,7 +168,7 @@ def test_the_bound_itself_is_allowed():
 
 
 @pytest.mark.parametrize("kind", FORMATS)
-def test_truncated_pictures_are_refused(kind):
+def test_truncated_images_are_refused(kind):
     noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
     data = encode(Image.fromarray(noise), kind)
     assert decode_image(data, what="test").shape == (64, 64, 3)
@@ -178,7 +178,7 @@ def test_truncated_pictures_are_refused(kind):
 
 
 @pytest.mark.parametrize("size", [(0, 1), (1, 0), (0, 0)])
-def test_pictures_without_pixels_are_refused(size):
+def test_images_without_pixels_are_refused(size):
     jpeg = bytearray(encode(Image.new("RGB", (3, 2)), "JPEG"))
     start = jpeg.index(b"\xff\xc0")
     jpeg[start + 5 : start + 9] = struct.pack(">HH", *size)
@@ -190,13 +190,13 @@ def test_pictures_without_pixels_are_refused(size):
             decode_image(data, what="record 5")
 
 
-@pytest.mark.parametrize("data", [b"", b"not a picture", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"])
-def test_what_is_no_picture_is_refused(data):
+@pytest.mark.parametrize("data", [b"", b"not an image", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"])
+def test_what_is_no_image_is_refused(data):
     with pytest.raises(DataError, match="cannot be decoded"):
         decode_image(data, what="test")
 
 
-def test_floating_point_pictures_are_refused():
+def test_floating_point_images_are_refused():
     with pytest.raises(DataError, match="floating point"):
         decode_image(encode(Image.new("F", (3, 2), 0.5), "TIFF"), what="test")
 
@@ -219,7 +219,7 @@ def test_resize_keeps_flat_colour_and_returns_a_fresh_array():
 def test_files_are_read_and_named_when_they_cannot_be(tmp_path):
     good, bad = tmp_path / "good.png", tmp_path / "bad.png"
     good.write_bytes(encode(Image.new("RGB", (3, 2), (1, 2, 3))))
-    bad.write_bytes(b"no picture")
+    bad.write_bytes(b"no image")
     assert read_image(good).tolist() == [[[1, 2, 3]] * 3] * 2
     with pytest.raises(DataError, match="bad.png: cannot be decoded"):
         read_image(bad)

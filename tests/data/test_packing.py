@@ -11,9 +11,9 @@ from mllm_jax.data.packing import PackingPlan, Stream
 from mllm_jax.errors import DataError
 
 
-def stream(count=150, weight=1.0, seed=0, low=5, high=30, pictures=2) -> Stream:
+def stream(count=150, weight=1.0, seed=0, low=5, high=30, images=2) -> Stream:
     rng = np.random.default_rng(seed)
-    return Stream(rng.integers(low, high, count), {"image": rng.integers(0, pictures + 1, count)}, weight)
+    return Stream(rng.integers(low, high, count), {"image": rng.integers(0, images + 1, count)}, weight)
 
 
 def plan(*streams, **change) -> PackingPlan:
@@ -84,8 +84,8 @@ def test_the_seed_decides():
 
 
 def test_rows_hold_no_more_than_their_places_and_slots():
-    """Many pictures, so that the slots run out before the places do."""
-    s = stream(pictures=4)
+    """Many images, so that the slots run out before the places do."""
+    s = stream(images=4)
     p = plan(s, slots={"image": 5})
     tightest = 0
     for step in range(64):
@@ -93,9 +93,9 @@ def test_rows_hold_no_more_than_their_places_and_slots():
         assert len(rows) == 4
         for row in rows:
             assert sum(s.lengths[e] for _, e in row) <= 64
-            pictures = sum(s.slots["image"][e] for _, e in row)
-            assert pictures <= 5
-            tightest = max(tightest, pictures)
+            images = sum(s.slots["image"][e] for _, e in row)
+            assert images <= 5
+            tightest = max(tightest, images)
     assert tightest == 5
 
 
@@ -193,8 +193,8 @@ def test_statistics_agree_with_the_rows():
 
 def test_rows_have_room_for_every_modality():
     """Streams of images, of frames and of neither share rows, none of which takes more than its slots of each."""
-    images, frames = stream(pictures=3), stream(pictures=5, seed=1)
-    streams = (images, Stream(frames.lengths, {"video": frames.slots["image"]}, 1.0), stream(pictures=0, seed=2))
+    shown, frames = stream(images=3), stream(images=5, seed=1)
+    streams = (shown, Stream(frames.lengths, {"video": frames.slots["image"]}, 1.0), stream(images=0, seed=2))
     p = plan(*streams, slots={"image": 3, "video": 5})
     used = []
     for step in range(40):
@@ -205,7 +205,7 @@ def test_rows_have_room_for_every_modality():
 
 
 def test_text_only_needs_no_slots():
-    p = plan(stream(pictures=0), slots={})
+    p = plan(stream(images=0), slots={})
     assert p.statistics(8)["slot_fill"] == 0 and placed(p, range(8))
 
 
@@ -213,13 +213,13 @@ def test_text_only_needs_no_slots():
     "streams,change,given",
     [
         ([stream(), stream(low=65, high=66)], {}, "source 1: an example of 65 tokens"),
-        ([stream(pictures=7)], {}, "media slots {'image': 7}"),
+        ([stream(images=7)], {}, "media slots {'image': 7}"),
         ([stream(weight=0.0)], {}, "weight 0.0"),
         ([stream(weight=-1.0)], {}, "weight -1.0"),
         ([Stream(np.zeros(4, int), {"image": np.zeros(4, int)}, 1.0)], {}, "0 usable examples"),
-        ([stream(low=33, high=36, pictures=0)], {}, "less than 60 %"),
+        ([stream(low=33, high=36, images=0)], {}, "less than 60 %"),
     ],
-    ids=["too long", "too many pictures", "no weight", "negative weight", "nothing usable", "pack badly"],
+    ids=["too long", "too many images", "no weight", "negative weight", "nothing usable", "pack badly"],
 )
 def test_refusals(streams, change, given):
     with pytest.raises(DataError) as refusal:

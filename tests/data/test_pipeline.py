@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 from tiny_runs import ROOT
-from toy_data import MODEL, PAIRS, PICTURES, SIZE, Toy, ToySource, pipeline, processor, tokenizer
+from toy_data import PICTURES, MODEL, PAIRS, SIZE, Toy, ToySource, pipeline, processor, tokenizer
 
 from mllm_jax.data.message import Example, Message, Text
 from mllm_jax.data.pipeline import Mixture, Pipeline, Weighted, training_texts
@@ -92,8 +92,8 @@ def test_shapes_hold_for_every_batch():
     assert (data.spec["images"].shape, data.spec["images"].dtype) == ((8, 3, SIZE, SIZE, 3), "uint8")
 
 
-def test_rows_without_a_picture_have_the_same_shape():
-    """Text stands among pictures: slots stay empty and no place points to them."""
+def test_rows_without_an_image_have_the_same_shape():
+    """Text stands among images: slots stay empty and no place points to them."""
     data = pipeline(replace(PICTURES, sources=(Weighted(Toy(), 0.1), TEXT), length=32, slots={"image": 2}))
     found = [(batch, row) for batch in map(data.batch, range(16)) for row in range(8)]
     textual = [(b, r) for b, r in found if (b["media_index"][r] < 0).all()]
@@ -115,14 +115,14 @@ def test_media_index_points_at_the_slots_of_the_example():
             slot = 0
             for segment, (source, index) in enumerate(examples, start=1):
                 places = batch["segments"][row] == segment
-                pictures = [np.asarray(part.source) for part in data.sources[source].example(index).media]
-                expected = [(slot + m) * tokens + t for m in range(len(pictures)) for t in range(tokens)]
+                images = [np.asarray(part.source) for part in data.sources[source].example(index).media]
+                expected = [(slot + m) * tokens + t for m in range(len(images)) for t in range(tokens)]
                 found = batch["media_index"][row, places]
                 assert found[found >= 0].tolist() == expected
                 np.testing.assert_array_equal(batch["positions"][row, places], np.arange(places.sum()))
-                for m, picture in enumerate(pictures):
-                    np.testing.assert_array_equal(batch["images"][row, slot + m], picture)
-                slot, seen = slot + len(pictures), seen + len(pictures)
+                for m, image in enumerate(images):
+                    np.testing.assert_array_equal(batch["images"][row, slot + m], image)
+                slot, seen = slot + len(images), seen + len(images)
             assert not batch["images"][row, slot:].any()
             learnt = [w for s, i in examples for w in data.encode(s, i).loss_weights]
             np.testing.assert_array_equal(batch["loss_weights"][row, : len(learnt)], learnt)
@@ -204,9 +204,9 @@ def test_the_quickstart_fills_its_rows(quickstart, capsys):
 
 @dataclass(frozen=True)
 class Broken(Toy):
-    """Some pictures cannot be read, some answers are empty."""
+    """Some images cannot be read, some answers are empty."""
 
-    bad_pictures: tuple[int, ...] = ()
+    bad_images: tuple[int, ...] = ()
     empty_answers: tuple[int, ...] = ()
 
     def build(self) -> ToySource:
@@ -220,8 +220,8 @@ class BrokenSource(ToySource):
         return super().example(index)
 
     def picture(self, index: int, number: int = 0) -> np.ndarray:
-        if index in self.config.bad_pictures:
-            raise DataError(f"picture {index}: truncated", "a whole PNG", "replace it")
+        if index in self.config.bad_images:
+            raise DataError(f"image {index}: truncated", "a whole PNG", "replace it")
         return super().picture(index, number)
 
 
@@ -266,7 +266,7 @@ def test_a_tokenizer_is_trained_past_records_that_cannot_be_used(monkeypatch):
 
 
 def test_bad_records_are_counted_and_left_out():
-    bad = {"bad_pictures": (5, 60), "empty_answers": (7,)}
+    bad = {"bad_images": (5, 60), "empty_answers": (7,)}
     data = pipeline(broken(0.02, **bad))
     assert [index for index, _ in data.measured[0].bad] == [5, 7, 60]
     assert all(f"broken[{index}]" in reason for index, reason in data.measured[0].bad)
@@ -276,9 +276,9 @@ def test_bad_records_are_counted_and_left_out():
         pipeline(broken(0.01, **bad))
 
 
-def test_an_unreadable_picture_stops_a_run_that_allows_none():
-    data = pipeline(broken(0.0, bad_pictures=tuple(range(200))))
-    with pytest.raises(DataError, match=r"broken\[\d+\]: picture \d+: truncated"):
+def test_an_unreadable_image_stops_a_run_that_allows_none():
+    data = pipeline(broken(0.0, bad_images=tuple(range(200))))
+    with pytest.raises(DataError, match=r"broken\[\d+\]: image \d+: truncated"):
         data.batch(0)
 
 
@@ -287,7 +287,7 @@ def test_an_empty_answer_is_refused_at_measuring():
         pipeline(broken(0.0, empty_answers=(11,)))
 
 
-def test_more_pictures_than_slots_are_refused_at_measuring():
+def test_more_images_than_slots_are_refused_at_measuring():
     with pytest.raises(DataError, match=r"toy_pairs\[0\]: media for slots {'image': 2} in a row of {'image': 1}"):
         pipeline(replace(PICTURES, slots={"image": 1}))
 

@@ -29,7 +29,7 @@ class Flaky:
 
 
 def caused(cause: Exception) -> DataError:
-    error = DataError("the picture a.png cannot be read", "a file", "see")
+    error = DataError("the image a.png cannot be read", "a file", "see")
     error.__cause__ = cause
     return error
 
@@ -80,7 +80,7 @@ def test_patience_that_cannot_be_is_refused():
 
 @dataclass(frozen=True)
 class Bucket(toy_data.Toy):
-    """A toy source whose pictures come from a bucket that fails `failures` times, at pictures 0, 7, 14, ..."""
+    """A toy source whose images come from a bucket that fails `failures` times, at images 0, 7, 14, ..."""
 
     failures: int = 0
 
@@ -100,7 +100,7 @@ class BucketSource(toy_data.ToySource):
         return super().picture(index, number)
 
 
-def pictures(failures: int, **kwargs):
+def make_images(failures: int, **kwargs):
     mixture = Mixture((Weighted(Bucket("bucket", failures=failures)),), rows=8, length=32, slots={"image": 1}, **kwargs)
     return toy_data.pipeline(mixture, patience=QUICK)
 
@@ -111,12 +111,12 @@ def batches(pipeline):
 
 def test_batches_are_the_same_after_failures():
     with pytest.warns(UserWarning, match=r"bucket\[\d+\]"):
-        assert batches(pictures(2)) == batches(pictures(0))
+        assert batches(make_images(2)) == batches(make_images(0))
 
 
 @pytest.mark.filterwarnings("ignore:bucket")
 def test_a_source_that_is_away_stops_the_run_and_counts_as_no_bad_record():
     with pytest.raises(ReadError, match=r"bucket\[\d+\]: 3 attempts.*Connection timed out"):
-        batches(pictures(1000))
+        batches(make_images(1000))
     with pytest.raises(ReadError, match=r"bucket\[\d+\]"):
-        pictures(1000, max_bad_share=0.5)
+        make_images(1000, max_bad_share=0.5)

@@ -1,4 +1,4 @@
-"""LLaVA's records: what is read of them, where pictures stand, and every record that is refused."""
+"""LLaVA's records: what is read of them, where images stand, and every record that is refused."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ def test_bad_records_are_refused_by_their_id(folder, case):
 
 
 @pytest.mark.parametrize("name", OUTSIDE)
-def test_pictures_stay_in_their_folder(folder, name):
+def test_images_stay_in_their_folder(folder, name):
     (folder / "r").mkdir()
     record = dict(id="p", image=name, conversations=said("<image>", "b"))
     (folder / "r.json").write_text(json.dumps([record]))
@@ -216,7 +216,7 @@ def test_a_broken_record_costs_itself_and_no_other(folder, case):
     assert measured.lengths.astype(bool).tolist() == [True, False, True] and [i for i, _ in measured.bad] == [1]
 
 
-def test_links_inside_the_folder_are_followed_and_must_lead_to_pictures(folder, tmp_path_factory):
+def test_links_inside_the_folder_are_followed_and_must_lead_to_images(folder, tmp_path_factory):
     elsewhere = tmp_path_factory.mktemp("elsewhere")
     (folder / "b.png").rename(elsewhere / "b.png")
     (elsewhere / "secret").write_text("root:x:0:0")

@@ -1,4 +1,4 @@
-"""Captions of emoji: what they say, and of which picture or place in it."""
+"""Captions of emoji: what they say, and of which image or place in it."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_captions_and_descriptions_say_the_same(folder):
         assert set(match.groups() if match else [context]) <= names
 
 
-def test_captions_list_every_picture_once_a_variant_with_its_base_beside_it(folder):
+def test_captions_list_every_image_once_a_variant_with_its_base_beside_it(folder):
     source = OpenMojiCaptions(variants=3, data_dir=folder).build()
     records = source.catalog.records
     assert len(source) == 3 * len(records)
@@ -63,23 +63,23 @@ def test_captions_list_every_picture_once_a_variant_with_its_base_beside_it(fold
     assert len(set(teachers)) == 3, "the forms of a base too"
 
 
-def test_a_caption_names_the_picture_beside_it(folder):
+def test_a_caption_names_the_image_beside_it(folder):
     source = OpenMojiCaptions(variants=2, image_size=32, data_dir=folder).build()
     number = {row.name: index for index, row in enumerate(source.catalog.records)}
     for index in spread(source, 60):
         shown = number[said(source, index)[0][0]]
-        assert np.array_equal(image(source, index), source.pictures.single(shown, 32))
+        assert np.array_equal(image(source, index), source.emoji_images.single(shown, 32))
 
 
 def test_a_caption_of_a_place_names_the_cell_that_is_there(folder):
     source = OpenMojiCaptions(variants=2, image_size=32, scene_share=1.0, data_dir=folder).build()
     number = {row.name: index for index, row in enumerate(source.catalog.records)}
     for index in spread(source, 60):
-        picture = image(source, index)
+        scene = image(source, index)
         for text, region in said(source, index):
             row, column = divmod(region, 2)
-            cell = picture[16 * row : 16 * row + 16, 16 * column : 16 * column + 16]
-            assert np.array_equal(cell, source.pictures.single(number[text], 16))
+            cell = scene[16 * row : 16 * row + 16, 16 * column : 16 * column + 16]
+            assert np.array_equal(cell, source.emoji_images.single(number[text], 16))
 
 
 def test_captions_end_in_their_category_as_often_as_asked(folder):

@@ -110,7 +110,7 @@ def test_the_fingerprint_follows_settings_but_not_the_folder(folder, tmp_path):
     assert OpenMojiQuestions(data_dir=str(tmp_path)).build().fingerprint() == one
 
 
-def test_answers_about_one_picture_are_true(folder, statements, read):
+def test_answers_about_one_image_are_true(folder, statements, read):
     source = OpenMojiQuestions(data_dir=folder).build()
     told = Counter()
     for index in spread(source, 3000):
@@ -241,17 +241,17 @@ def test_bases_with_few_forms_are_repeated(folder, per_base):
     assert bases.keys() == forms.keys() and min(bases.values()) == per_base, "some base has one form"
 
 
-def test_a_scene_shows_its_pictures_in_their_places(folder, shown):
+def test_a_scene_shows_its_images_in_their_places(folder, shown):
     source = OpenMojiScenes(data_dir=folder).build()
     singles = OpenMojiQuestions(data_dir=folder, image_size=32).build()
     for index in range(20):
         image = shown(source, index)[0]
         for place, cell in enumerate(source.scene(index).cells):
             row, column = 32 * (place // 2), 32 * (place % 2)
-            assert np.array_equal(image[row : row + 32, column : column + 32], singles.pictures.single(cell, 32))
+            assert np.array_equal(image[row : row + 32, column : column + 32], singles.emoji_images.single(cell, 32))
 
 
-def test_augmentation_moves_pictures_but_keeps_them_whole(folder, shown):
+def test_augmentation_moves_images_but_keeps_them_whole(folder, shown):
     plain = OpenMojiQuestions(data_dir=folder).build()
     moved = OpenMojiQuestions(data_dir=folder, augment=True).build()
     indices = spread(plain, 200)
@@ -261,7 +261,7 @@ def test_augmentation_moves_pictures_but_keeps_them_whole(folder, shown):
     assert len({shown(moved, i)[0].tobytes() for i in range(8)}) > 3, "variants of one picture differ"
 
 
-def test_answers_about_several_pictures_are_true(folder, statements, read):
+def test_answers_about_several_images_are_true(folder, statements, read):
     source = OpenMojiPairs(data_dir=folder).build()
     told = defaultdict(Counter)
     for index in spread(source, 2000):
@@ -299,7 +299,7 @@ def test_text_about_a_description_is_answered_by_it(folder, read):
                 assert turn.answer == described[place]
 
 
-def test_no_text_names_a_held_out_picture(folder, read):
+def test_no_text_names_a_held_out_image(folder, read):
     source = OpenMojiText(data_dir=folder, variants=1).build()
     texts = set()
     for conversation in (read(source, index) for index in range(len(source))):

@@ -1,4 +1,4 @@
-"""The study's examples: each skill asks what its picture shows, the same each time; its questions are new and fair."""
+"""The study's examples: each skill asks what its image shows, the same each time; its questions are new and fair."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 from mllm_jax.datasets.openmoji import OpenMojiSkills
 from mllm_jax.datasets.openmoji.catalog import Dice
 from mllm_jax.datasets.openmoji.scenes import NUMBERS, PLACES
-from mllm_jax.datasets.openmoji.skills import PEOPLE, SKILLS, THINGS, Sign, draw_sign, sign_picture, skill_questions
+from mllm_jax.datasets.openmoji.skills import PEOPLE, SKILLS, THINGS, Sign, draw_sign, sign_image, skill_questions
 from mllm_jax.errors import ConfigError
 
 
@@ -54,12 +54,12 @@ def test_forms_and_skills_belong_together(source, read):
 
 def test_a_number_is_written_in_its_corner(source):
     thing = source.things[0]
-    blank = sign_picture(source.pictures, Sign(thing, 11, 0, 0), 64)
-    other = sign_picture(source.pictures, Sign(thing, 88, 0, 0), 64)
+    blank = sign_image(source.emoji_images, Sign(thing, 11, 0, 0), 64)
+    other = sign_image(source.emoji_images, Sign(thing, 88, 0, 0), 64)
     assert blank.shape == (64, 64, 3) and blank.dtype == np.uint8
     rows, columns = np.nonzero((blank != other).any(axis=-1))
     assert 0 < rows.max() < 24 and columns.max() < 32  # nothing else differs
-    low = sign_picture(source.pictures, Sign(thing, 11, 1, 1), 64)
+    low = sign_image(source.emoji_images, Sign(thing, 11, 1, 1), 64)
     assert (low[44:, 44:] < 100).any() and (low[:20, 44:] == 255).all()
     drawn = [draw_sign(source.things, Dice(0, i)) for i in range(2000)]
     assert {sign.number for sign in drawn} == set(range(10, 100))

@@ -74,7 +74,7 @@ def patches_for(layout, config, seed=0):
 
 
 def test_a_layout_by_hand():
-    """A picture of 2 x 4 patches and a video of two frames of 2 x 2 in a row of 20: squares of 2 x 2 in their order."""
+    """An image of 2 x 4 patches and a video of two frames of 2 x 2 in a row of 20: squares of 2 x 2 in their order."""
     layout = lay_out_patches([[(1, 2, 4), (2, 2, 2)], []], 20, merge_size=2, window_side=2)
     assert layout.source[0].tolist() == [*range(16), -1, -1, -1, -1] and (layout.source[1] == -1).all()
     assert layout.segments[0].tolist() == [1] * 8 + [2] * 4 + [3] * 4 + [0] * 4
@@ -120,7 +120,7 @@ def test_refused_layouts(rows, size, message):
         lay_out_patches(rows, size)
 
 
-def test_patches_of_other_pictures_are_refused():
+def test_patches_of_other_images_are_refused():
     layout = lay_out_patches([[(1, 2, 2)]], 8)
     with pytest.raises(DataError, match="5 patches\n  expected: 4"):
         layout.gather(np.zeros((5, 3), np.float32))
@@ -130,7 +130,7 @@ def test_patches_of_other_pictures_are_refused():
 
 
 @pytest.mark.parametrize("config", [WINDOWED, DEEP], ids=["windows", "deepstack"])
-def test_packed_pictures_equal_each_alone(config):
+def test_packed_images_equal_each_alone(config):
     """Whatever stands beside them in the row, padding included."""
     params, apply = random_params(config), jax.jit(config.make().apply)
     together = config.lay_out([[(1, 4, 6), (2, 2, 6)]], 60)
@@ -236,12 +236,12 @@ def test_patches_that_do_not_fit_are_refused(shape):
 
 
 @pytest.mark.parametrize("shape", [(1, 12, 10, 3), (1, 12, 12, 1)])
-def test_pictures_that_do_not_fit_the_first_tower_are_refused(shape):
+def test_images_that_do_not_fit_the_first_tower_are_refused(shape):
     with pytest.raises(ConfigError, match="3 channels, and a whole number of patches of 4"):
         V1.make().apply({"params": {}}, np.zeros(shape, np.float32))
 
 
-def test_the_first_tower_takes_pictures_of_any_size():
+def test_the_first_tower_takes_images_of_any_size():
     """Positions are stretched; each patch stays one vector."""
     params = random_params(V1)
     pixels = np.random.default_rng(0).normal(size=(2, 8, 20, 3)).astype(np.float32)

@@ -1,4 +1,4 @@
-"""The text tower: padding changes nothing, positions do, and segments of a row do not see each other."""
+"""The text encoder: padding changes nothing, positions do, and segments of a row do not see each other."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The ViT's sizes and switches, packed pictures, hidden layers, and its refusals."""
+"""The ViT's sizes and switches, packed images, hidden layers, and its refusals."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def test_mimetic_init_reaches_every_layer_and_changes_no_shape():
     assert (np.abs(alignment(plain)) < 1).all() and (alignment(mimetic) > 1.5).all()
 
 
-# ---- whole and packed pictures
+# ---- whole and packed images
 
 TOWERS = {
     "class token": dict(class_token=True, norm_pooled=True, norm_output=False, pre_norm=True),
@@ -122,10 +122,10 @@ TOWERS = {
 }
 
 
-def pack(pictures, patch: int, class_token: bool):
-    """One row of pictures of any size, with two places of padding: pixels and their places, and the spans."""
+def pack(images, patch: int, class_token: bool):
+    """One row of images of any size, with two places of padding: pixels and their places, and the spans."""
     parts, spans, start = [], [], 0
-    for number, pixels in enumerate(pictures, start=1):
+    for number, pixels in enumerate(images, start=1):
         grid = np.array(pixels.shape[:2]) // patch
         patches = rearrange(pixels, "(h p) (w q) c -> (h w) (p q c)", p=patch, q=patch)
         places = np.indices(grid).reshape(2, -1).T
@@ -141,39 +141,39 @@ def pack(pictures, patch: int, class_token: bool):
 
 
 @pytest.mark.parametrize("tower", TOWERS)
-def test_packed_pictures_come_out_as_they_do_alone(tower):
+def test_packed_images_come_out_as_they_do_alone(tower):
     c = ViTConfig(**SMALL | TOWERS[tower])
     module, rng = c.make(), np.random.default_rng(0)
-    pictures = [rng.normal(size=(h, w, 3)).astype(np.float32) for h, w in ((12, 12), (8, 20))]
-    params = random_params(module, pictures[0][None])
+    images = [rng.normal(size=(h, w, 3)).astype(np.float32) for h, w in ((12, 12), (8, 20))]
+    params = random_params(module, images[0][None])
     apply = jax.jit(module.apply)
-    pixels, places, spans = pack(pictures, 4, c.class_token)
+    pixels, places, spans = pack(images, 4, c.class_token)
     together = apply(params, pixels, **places)
     assert together.pooler_output is None and np.isfinite(together.last_hidden_state).all()
     assert together.class_tokens == (None if c.class_token else 0)
-    for picture, span in zip(pictures, spans, strict=True):
-        alone = apply(params, picture[None]).last_hidden_state[0]
+    for image, span in zip(images, spans, strict=True):
+        alone = apply(params, image[None]).last_hidden_state[0]
         np.testing.assert_allclose(together.last_hidden_state[0, span], alone, atol=2e-5 * np.abs(alone).max())
-    # Another second picture, and other padding, change nothing of the first.
+    # Another second image, and other padding, change nothing of the first.
     other = np.array(pixels)
     other[0, spans[1].start :] = 7.0
     first = apply(params, other, **places).last_hidden_state[0, spans[0]]
     np.testing.assert_array_equal(first, together.last_hidden_state[0, spans[0]])
 
 
-def test_gradients_of_packed_pictures_are_finite_and_ignore_padding():
+def test_gradients_of_packed_images_are_finite_and_ignore_padding():
     c = ViTConfig(**SMALL | TOWERS["rotary"])
     module = c.make()
-    picture = np.random.default_rng(0).normal(size=(8, 12, 3)).astype(np.float32)
+    image = np.random.default_rng(0).normal(size=(8, 12, 3)).astype(np.float32)
     params = random_params(module, np.zeros((1, 12, 12, 3), np.float32))
-    pixels, places, (span,) = pack([picture], 4, True)
+    pixels, places, (span,) = pack([image], 4, True)
 
     def loss(params, pixels, **places):
         x = module.apply(params, pixels, **places).last_hidden_state
         return jnp.square(x[:, :7]).sum()
 
     packed = jax.jit(jax.grad(loss))(params, pixels, **places)
-    alone = jax.jit(jax.grad(loss))(params, picture[None])
+    alone = jax.jit(jax.grad(loss))(params, image[None])
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-3 * (1 + np.abs(b).max())), packed, alone)
 
 

@@ -207,7 +207,7 @@ def test_whatever_a_run_holds_is_escaped(tmp_path):
 
 
 @pytest.mark.parametrize("text", ["", "AAAA", "no base64!", '"><script>', None])
-def test_a_picture_that_is_none_is_refused(tmp_path, text):
+def test_an_image_that_is_none_is_refused(tmp_path, text):
     full_run(tmp_path)
     (tmp_path / "examples.json").write_text(json.dumps([example(0), example(1, image_png_base64=[text])]))
     with pytest.raises(DataError, match="entry 1"):

@@ -23,7 +23,7 @@ def by_hand(images, texts, owner, k: int) -> tuple[float, float]:
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 1024])
-def test_several_texts_a_picture(chunk):
+def test_several_texts_an_image(chunk):
     images, texts = units(0, 20), units(1, 50)
     owner = np.concatenate([np.arange(20), np.random.default_rng(2).integers(0, 20, 30)])
     found = retrieval(images, texts, owner, ks=(1, 3, 10), chunk=chunk)
@@ -39,7 +39,7 @@ def test_perfect_and_useless():
     constant = np.tile(images[:1], (12, 1))
     found = retrieval(images, constant, ks=(1, 5, 10))
     assert [found[f"image_to_text_r{k}"] for k in (1, 5, 10)] == [0, 0, 0], "who gives one answer gets nothing"
-    # Of 12 equal queries with one order of the pictures, the k-th finds its own in place k.
+    # Of 12 equal queries with one order of the images, the k-th finds its own in place k.
     assert [found[f"text_to_image_r{k}"] for k in (1, 5, 10)] == pytest.approx([1 / 12, 5 / 12, 10 / 12])
 
 
@@ -51,7 +51,7 @@ def test_equal_vectors_tie_wherever_they_stand():
     assert ranks.tolist() == [36]
 
 
-def test_one_picture():
+def test_one_image():
     assert retrieval(units(0, 1), units(0, 1), ks=(1,)) == {"image_to_text_r1": 1.0, "text_to_image_r1": 1.0}
 
 
@@ -59,12 +59,12 @@ GOOD = units(0, 4)
 REFUSED = {
     "not finite": ((np.where(np.arange(4)[:, None] == 2, np.nan, GOOD), GOOD), "number 2"),
     "no unit vectors": ((GOOD, 2 * GOOD), "length 2"),
-    "no vectors": ((GOOD[:0], GOOD), r"pictures: float32\[0, 5\]"),
+    "no vectors": ((GOOD[:0], GOOD), r"images: float32\[0, 5\]"),
     "other widths": ((GOOD, units(0, 4, 6)), "one width"),
-    "a picture without a text": ((GOOD, GOOD, [0, 1, 2, 2]), "each picture described"),
-    "an unknown picture": ((GOOD, GOOD, [0, 1, 2, 4]), "each picture described"),
-    "too few owners": ((GOOD, GOOD, [0, 1, 2]), "each picture described"),
-    "more texts than pictures": ((GOOD, units(1, 5)), "each picture described"),
+    "an image without a text": ((GOOD, GOOD, [0, 1, 2, 2]), "each image described"),
+    "an unknown image": ((GOOD, GOOD, [0, 1, 2, 4]), "each image described"),
+    "too few owners": ((GOOD, GOOD, [0, 1, 2]), "each image described"),
+    "more texts than images": ((GOOD, units(1, 5)), "each image described"),
 }
 
 

@@ -7,7 +7,7 @@ from functools import lru_cache
 import jax
 import numpy as np
 import pytest
-from toy_data import MODEL, PICTURES, pipeline, spec_of
+from toy_data import PICTURES, MODEL, pipeline, spec_of
 
 from mllm_jax.models.params import init_params
 from mllm_jax.sharding.mesh import MeshConfig, make_mesh, param_shardings

@@ -18,7 +18,7 @@ import mllm_jax
 from mllm_jax.generation.generate import complete
 from mllm_jax.models.processor import Processor
 
-# Pictures are SIDE wide; answers have NEW tokens; LENGTH holds every text.
+# Images are SIDE wide; answers have NEW tokens; LENGTH holds every text.
 SIDE, NEW, LENGTH = 12, 32, 32
 VISION = dict(
     hidden_size=20, intermediate_size=36, num_hidden_layers=3, num_attention_heads=2, image_size=SIDE, patch_size=4
@@ -85,12 +85,12 @@ TEXTS = [
 ]
 
 
-def picture(seed: int, height: int, width: int) -> np.ndarray:
+def make_image(seed: int, height: int, width: int) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
 
 
-# One picture, wide; one, tall; two; none.
-PICTURES = [[picture(0, 17, 31)], [picture(1, 40, 13)], [picture(2, 12, 12), picture(3, 9, 30)], []]
+# One image, wide; one, tall; two; none.
+IMAGES = [[make_image(0, 17, 31)], [make_image(1, 40, 13)], [make_image(2, 12, 12), make_image(3, 9, 30)], []]
 
 
 def tokenizer(words: list[str], begin: str, end: str, unknown: str) -> transformers.PreTrainedTokenizerFast:
@@ -125,11 +125,11 @@ class Case:
     processor: Processor
 
     def theirs(self, row: int) -> dict:
-        """What transformers' processor makes of a text and its pictures, placed as its own for one are."""
-        images = PICTURES[row]
+        """What transformers' processor makes of a text and its images, placed as its own for one are."""
+        images = IMAGES[row]
         inputs = dict(self.their_processor(images=images[:1] or None, text=TEXTS[row], return_tensors="pt"))
         if len(images) > 1:
-            # Its processor places one picture; the model takes as many as there are places.
+            # Its processor places one image; the model takes as many as there are places.
             queries = self.their_processor.num_query_tokens
             more = torch.full((1, queries * (len(images) - 1)), self.reference.config.image_token_id)
             inputs["input_ids"] = torch.cat([more, inputs["input_ids"]], dim=1)
@@ -143,7 +143,7 @@ class Case:
     def their_logits(self, row: int, target: torch.Tensor | None = None, model=None) -> np.ndarray:
         model, inputs = model or self.reference, self.theirs(row)
         more = {} if target is None else {"decoder_input_ids": target}
-        if not PICTURES[row]:
+        if not IMAGES[row]:
             model = model.language_model
             inputs = {name: inputs[name] for name in ("input_ids", "attention_mask")}
         with torch.no_grad():
@@ -151,7 +151,7 @@ class Case:
 
     def their_tokens(self, row: int, **options) -> list[int]:
         model, inputs = self.reference, self.theirs(row)
-        if not PICTURES[row]:
+        if not IMAGES[row]:
             model = model.language_model
             inputs = {name: inputs[name] for name in ("input_ids", "attention_mask")}
         out = model.generate(**inputs, max_new_tokens=NEW, do_sample=False, **options)[0].tolist()
@@ -159,12 +159,12 @@ class Case:
         return out[1:] if self.model.config.encoder_decoder else out[inputs["input_ids"].shape[1] :]
 
     def our_tokens(self, rows: list[int], ignore_eos: bool = True, **shape: int) -> list[list[int]]:
-        batch = self.processor([TEXTS[r] for r in rows], images=[PICTURES[r] for r in rows], **shape)
+        batch = self.processor([TEXTS[r] for r in rows], images=[IMAGES[r] for r in rows], **shape)
         how = dict(max_new_tokens=NEW, ignore_eos=ignore_eos)
         return [list(answer.tokens) for answer in complete(self.model, self.params, batch, self.processor, **how)]
 
     def batch(self) -> dict:
-        return self.processor(TEXTS, images=PICTURES)
+        return self.processor(TEXTS, images=IMAGES)
 
 
 def build(kind: str, text: dict, qformer: dict, queries: int, eos: int, seed: int, randomise, folder: Path) -> Case:
@@ -228,7 +228,7 @@ class Checks:
             real = batch["segments"][row] > 0 if target is None else np.ones(6, bool)
             assert_close(logits[row][real], theirs, 1e-4, f"row {row}")
 
-    def test_pictures_and_places(self, case, assert_close):
+    def test_images_and_places(self, case, assert_close):
         """The same ids, the queries before the first token; the same pixels once the bytes are normalised."""
         batch = case.batch()
         config = case.model.config.image.encoder
@@ -239,9 +239,9 @@ class Checks:
             ids = theirs["input_ids"][0].numpy()
             np.testing.assert_array_equal(batch["tokens"][row][: len(ids)], ids)
             assert batch["segments"][row].sum() == len(ids)
-            queries = case.model.config.image.projector.num_queries * len(PICTURES[row])
+            queries = case.model.config.image.projector.num_queries * len(IMAGES[row])
             assert batch["media_index"][row][: len(ids)].tolist() == [*range(queries), *[-1] * (len(ids) - queries)]
-            if PICTURES[row]:
+            if IMAGES[row]:
                 wanted = theirs["pixel_values"].permute(0, 2, 3, 1).numpy()
                 np.testing.assert_allclose(pixels[row, : len(wanted)], wanted, atol=1e-6)
 

@@ -148,22 +148,22 @@ def build(case: str, folder: Path, randomise):
     patches = dict(patch_size=vision["patch_size"], num_additional_image_tokens=int(clip))
     means = {} if clip else dict(image_mean=[0.5] * 3, image_std=[0.5] * 3)
     if name == "Llava":
-        pictures = LlavaImageProcessorPil(size=side, crop_size=side, **means)
-        processor = transformers.LlavaProcessor(pictures, **common, **patches)
+        images = LlavaImageProcessorPil(size=side, crop_size=side, **means)
+        processor = transformers.LlavaProcessor(images, **common, **patches)
     elif name == "LlavaNext":
-        pictures = LlavaNextImageProcessorPil(
+        images = LlavaNextImageProcessorPil(
             size=side, crop_size=side, image_grid_pinpoints=config.image_grid_pinpoints, **means
         )
-        processor = transformers.LlavaNextProcessor(pictures, **common, **patches)
+        processor = transformers.LlavaNextProcessor(images, **common, **patches)
     else:
-        pictures = LlavaOnevisionImageProcessorPil(
+        images = LlavaOnevisionImageProcessorPil(
             size=dict(height=side, width=side), image_grid_pinpoints=config.image_grid_pinpoints, **means
         )
         aspect = config.vision_aspect_ratio
         grid += strategy == "default"  # of which it takes one away for the class token
-        processor = _OneVisionProcessor(pictures, num_image_tokens=grid, vision_aspect_ratio=aspect, **common)
+        processor = _OneVisionProcessor(images, num_image_tokens=grid, vision_aspect_ratio=aspect, **common)
     processor.tokenizer.save_pretrained(folder)
-    pictures.save_pretrained(folder)
+    images.save_pretrained(folder)
     return reference, processor
 
 
@@ -176,16 +176,16 @@ TEXTS = (
 SIZES = (((9, 30), (26, 24)), (), ((14, 14),), ((40, 11), (1, 33), (25, 70)))
 
 
-def pictures() -> list[list[np.ndarray]]:
-    """The pictures of each text: none square but one, none of the encoder's size."""
+def make_images() -> list[list[np.ndarray]]:
+    """The images of each text: none square but one, none of the encoder's size."""
     rng = np.random.default_rng(3)
     return [[rng.integers(0, 256, (*size, 3), np.uint8) for size in sizes] for sizes in SIZES]
 
 
 def reference_inputs(processor, texts, images, side: str) -> dict[str, torch.Tensor]:
-    """What the reference's own processor makes of texts and pictures."""
+    """What the reference's own processor makes of texts and images."""
     processor.tokenizer.padding_side = side
     if not isinstance(processor, _OneVisionProcessor):
-        images = [picture for row in images for picture in row]
+        images = [image for row in images for image in row]
     given = dict(padding=True, return_tensors="pt", input_data_format="channels_last")
     return dict(processor(images=images or None, text=list(texts), **given))

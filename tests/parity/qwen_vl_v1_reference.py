@@ -62,8 +62,8 @@ def media_tokens(
 def stretched(table: torch.Tensor, patches: int) -> torch.Tensor:
     """Learned or fixed places [R * R, E] for a square grid of so many patches."""
     side, wanted = round(len(table) ** 0.5), round(patches**0.5)
-    picture = rearrange(table, "(r c) e -> 1 e r c", r=side)
-    return rearrange(F.interpolate(picture, size=(wanted, wanted), mode="bicubic"), "1 e h w -> (h w) e")
+    image = rearrange(table, "(r c) e -> 1 e r c", r=side)
+    return rearrange(F.interpolate(image, size=(wanted, wanted), mode="bicubic"), "1 e h w -> (h w) e")
 
 
 def random_tower(config: Mapping, seed: int) -> dict[str, torch.Tensor]:

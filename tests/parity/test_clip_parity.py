@@ -86,7 +86,7 @@ def texts(rows: int) -> np.ndarray:
     return tokens
 
 
-def pictures(rows: int, height: int = 20, width: int = 20) -> np.ndarray:
+def make_images(rows: int, height: int = 20, width: int = 20) -> np.ndarray:
     return np.random.default_rng(1).integers(0, 256, (rows, height, width, 3), np.uint8)
 
 
@@ -110,11 +110,11 @@ def towers_of(reference, pixels, tokens, mask) -> dict:
 
 @pytest.mark.parametrize("case", CASES)
 def test_all_outputs_and_the_folder_written(case, load, assert_close, tmp_path):
-    """Five texts against three pictures, of the native size and of one that is neither native nor square."""
+    """Five texts against three images, of the native size and of one that is neither native nor square."""
     reference, module, params = load(case)
     tokens = texts(5)
     for size, mask in (((20, 20), (tokens != 1).astype(int)), ((30, 40), None)):
-        pixels = normalised(pictures(3, *size))
+        pixels = normalised(make_images(3, *size))
         ours = jax.jit(module.apply)({"params": params}, pixels, tokens, mask)
         with torch.no_grad():
             theirs = reference(
@@ -155,7 +155,7 @@ def test_loss_and_every_gradient(case, load, assert_close):
     config = module.config
     vision = {**vars(config.vision), "image_mean": MEAN, "image_std": STD}
     module = type(config)(**{**vars(config), "vision": type(config.vision)(**vision)}).make()
-    tokens, images = texts(6), pictures(6)
+    tokens, images = texts(6), make_images(6)
     whole = np.ones_like(tokens)
     # SigLIP reads the last place, padding or not; CLIP's end of text lies before all padding.
     segments = whole if "siglip" in case else (tokens != 1).astype(int)

@@ -6,7 +6,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from vision_checks import check_transformers, family_of, picture, read, to_torch
+from vision_checks import check_transformers, family_of, make_image, read, to_torch
 
 from mllm_jax.encoders import clip_vision
 from mllm_jax.errors import ConfigError
@@ -45,8 +45,8 @@ def test_names_of_the_hub_are_read(randomise, assert_close, tmp_path):
     save_file(tensors | {"vision_model.embeddings.position_ids": torch.arange(26)[None].float()}, file)
     module, params = read(FAMILY, tmp_path)
     with torch.no_grad():
-        theirs = reference(to_torch(picture(20, 20)))
-    ours = module.apply({"params": params}, picture(20, 20))
+        theirs = reference(to_torch(make_image(20, 20)))
+    ours = module.apply({"params": params}, make_image(20, 20))
     assert_close(ours.pooler_output, theirs.pooler_output, 1e-4)
 
 

@@ -13,7 +13,7 @@ import transformers
 from einops import rearrange
 from safetensors.numpy import load_file, save_file
 from timm_reference import timm_or_skip
-from vision_checks import GOLDENS, check_transformers, family_of, pack, picture, read, to_torch, write
+from vision_checks import GOLDENS, check_transformers, family_of, make_image, pack, read, to_torch, write
 
 from mllm_jax.checkpoints.hf import read_weights
 from mllm_jax.encoders import eva
@@ -77,13 +77,13 @@ def test_timm_outputs_and_folders(case, randomise, assert_close, tmp_path):
     module, params = read(TIMM, tmp_path / "theirs")
     assert TIMM.from_hf(TIMM.to_hf(module.config)) == module.config
     side = arguments["img_size"]
-    # The same weights in a model that takes pictures of any size.
+    # The same weights in a model that takes images of any size.
     dynamic = timm.create_model(name, **arguments, dynamic_img_size=True).eval()
     dynamic.load_state_dict(reference.state_dict())
     apply = jax.jit(module.apply, static_argnums=2)
     sizes, wanted = [(side, side), (21, 42), (14, 7)], []
     for i, (height, width) in enumerate(sizes):
-        pixels = picture(height, width)
+        pixels = make_image(height, width)
         with torch.no_grad():
             model = reference if i == 0 else dynamic
             last, states = model.forward_intermediates(to_torch(pixels), return_prefix_tokens=True, output_fmt="NLC")
@@ -96,7 +96,7 @@ def test_timm_outputs_and_folders(case, randomise, assert_close, tmp_path):
             assert_close(ours.hidden_states[layer], state, 1e-4, f"{height} x {width}: layer {layer}")
         assert_close(ours.last_hidden_state, last, 1e-4, f"{height} x {width}: last")
         assert_close(ours.pooler_output, pooled, 1e-4, f"{height} x {width}: pooled")
-    pixels, segments, coordinates, grids, spans = pack([picture(*size) for size in sizes], 7, True)
+    pixels, segments, coordinates, grids, spans = pack([make_image(*size) for size in sizes], 7, True)
     places = dict(segments=segments, coordinates=coordinates, grids=grids)
     packed = jax.jit(module.apply)({"params": params}, pixels, **places)
     for (last, _), span in zip(wanted, spans, strict=True):
@@ -108,7 +108,7 @@ def test_timm_outputs_and_folders(case, randomise, assert_close, tmp_path):
     assert written.keys() == stored.keys() and all((written[key] == stored[key]).all() for key in stored)
     opened = timm.create_model(f"local-dir:{tmp_path / 'ours'}", pretrained=True).eval()
     with torch.no_grad():
-        theirs, ours = opened(to_torch(picture(side, side))), reference(to_torch(picture(side, side)))
+        theirs, ours = opened(to_torch(make_image(side, side))), reference(to_torch(make_image(side, side)))
     assert torch.equal(theirs, ours)
     assert tuple(opened.pretrained_cfg["mean"]) == reference.pretrained_cfg["mean"]
 

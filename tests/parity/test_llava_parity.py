@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from llava_reference import CASES, ID, IMAGE, TEXTS, VIDEO, build, pictures, reference_inputs
+from llava_reference import CASES, ID, IMAGE, TEXTS, VIDEO, build, make_images, reference_inputs
 from safetensors.numpy import load_file, save_file
 from toy_data import quick_compilation
 
@@ -27,7 +27,7 @@ class Loaded:
         self.reference, self.theirs = build(case, folder, randomise)
         self.model, self.params = from_pretrained(folder)
         self.ours = Processor.from_pretrained(folder)
-        self.images = pictures()
+        self.images = make_images()
         self.batch = self.ours(TEXTS, images=self.images)
         self.apply = jax.jit(self.model.apply)
 
@@ -130,20 +130,20 @@ def test_all_spellings_of_names(loaded, tmp_path):
 
 @pytest.mark.parametrize("case", [case for case in CASES if case.startswith("onevision")][1:])
 def test_videos(case, randomise, assert_close, tmp_path):
-    """A film and a picture in one text; frames of the tower's size, as transformers resizes them by torchvision."""
+    """A film and an image in one text; frames of the tower's size, as transformers resizes them by torchvision."""
     with quick_compilation():
         reference, processor = build(case, tmp_path, randomise)
         model, params = from_pretrained(tmp_path)
         ours = Processor.from_pretrained(tmp_path)
-        side, (picture,) = model.config.image.encoder.image_size, pictures()[2]
+        side, (image,) = model.config.image.encoder.image_size, make_images()[2]
         frames = np.random.default_rng(5).integers(0, 256, (3, side, side, 3), np.uint8)
-        batch = ours("what is in <video> and <image> ?", images=[picture], videos=[frames])
+        batch = ours("what is in <video> and <image> ?", images=[image], videos=[frames])
         logits = np.asarray(jax.jit(model.apply)({"params": params}, batch).logits)
     film = torch.tensor(np.moveaxis(np.stack([ours.layout.frames(frame) for frame in frames]), -1, 1))[None]
     tokens = processor.replace_video_token({"pixel_values_videos": film}, 0).count("<video>")
     # Without torchvision there is no video processor, and without one the text may not speak of videos.
     text = "what is in" + " dog" * tokens + " and <image> ?"
-    inputs = reference_inputs(processor, [text], [[picture]], "right") | dict(pixel_values_videos=film)
+    inputs = reference_inputs(processor, [text], [[image]], "right") | dict(pixel_values_videos=film)
     inputs["input_ids"][inputs["input_ids"] == ID["dog"]] = VIDEO
     np.testing.assert_array_equal(batch["tokens"], inputs["input_ids"])
     with torch.no_grad():

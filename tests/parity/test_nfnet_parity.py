@@ -155,7 +155,7 @@ def test_full_size_parameters(variant):
 
 @pytest.mark.parametrize("architecture", FAMILIES[0].architectures)
 def test_presets_are_timms(architecture):
-    """What the name alone stands for, pictures included."""
+    """What the name alone stands for, images included."""
     default = timm.get_pretrained_cfg(architecture)
     read = from_hf_config(dict(architecture=architecture, num_classes=1000, pretrained_cfg=default.to_dict()))
     with torch.device("meta"):

@@ -53,7 +53,7 @@ class Reference(torch.nn.Module):
 
 
 def inputs():
-    """Features of three pictures, texts of unequal lengths and their masks."""
+    """Features of three images, texts of unequal lengths and their masks."""
     rng = np.random.default_rng(3)
     features = rng.normal(size=(3, 7, CONFIG.feature_size)).astype(np.float32)
     tokens = rng.integers(0, CONFIG.vocab_size, (3, 6)).astype(np.int32)

@@ -121,7 +121,7 @@ def test_losses_and_gradients(recorded, gathered, stored, assert_close):
         assert_close(mine[name.removeprefix(f"grads/{stored}/")](), arrays[name], 1e-4, name)
 
 
-def test_two_pictures_of_one_thing_are_no_negatives(recorded, assert_close):
+def test_two_images_of_one_thing_are_no_negatives(recorded, assert_close):
     arrays, config, params, batch = recorded
     objective, apply = drawn(arrays, "_image_id"), make_apply(config.make())
     batch = batch | dict(image_ids=jnp.asarray(arrays["inputs/image_id"], jnp.int32))
@@ -143,7 +143,7 @@ def test_what_the_heads_say(recorded, assert_close):
 
     pairs, scores, logits = heads(params)
     assert_close(pairs.features, arrays["outputs/image_embeds_after_ln_vision"], 1e-5, "features")
-    assert_close(pairs.image, arrays["outputs/image_feats"], 1e-5, "pictures")
+    assert_close(pairs.image, arrays["outputs/image_feats"], 1e-5, "images")
     assert_close(pairs.text, arrays["outputs/text_feat"], 1e-5, "texts")
     assert_close(scores.similarity / pairs.temperature, arrays["outputs/sim_i2t"], 1e-5, "similarity")
     # The reference gives the logit of a match.

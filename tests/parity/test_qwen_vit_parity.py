@@ -59,7 +59,7 @@ CASES = {
         temporal_patch_size=1, rope_parameters=dict(rope_type="axial", rope_theta=50.0))),
 }
 # fmt: on
-# Time, height and width of pictures and videos in media tokens: two pictures, a video beside a picture, nothing, and a
+# Time, height and width of images and videos in media tokens: two images, a video beside an image, nothing, and a
 # row that is full. None is square but the smallest.
 ROWS = ([(1, 2, 5), (1, 1, 1)], [(2, 3, 2), (1, 1, 3)], [], [(1, 5, 3)])
 TOKENS = 15
@@ -192,16 +192,16 @@ def test_what_we_write_the_reference_opens(name, cases, randomise, tmp_path):
 
 
 def test_the_layout_is_the_processors():
-    """Each patch that the processor makes is the piece of picture that its coordinates say."""
+    """Each patch that the processor makes is the piece of image that its coordinates say."""
     rng, shapes = np.random.default_rng(0), ((56, 84), (112, 28))
-    pictures = [rng.integers(0, 256, (*shape, 3), dtype=np.uint8) for shape in shapes]
+    images = [rng.integers(0, 256, (*shape, 3), dtype=np.uint8) for shape in shapes]
     options = dict(do_resize=False, do_rescale=False, do_normalize=False, patch_size=14, merge_size=2)
-    made = Qwen2VLImageProcessorPil(**options)(pictures, return_tensors="np")
+    made = Qwen2VLImageProcessorPil(**options)(images, return_tensors="np")
     layout = lay_out_patches([made["image_grid_thw"].tolist()], 48)
     patches = layout.gather(made["pixel_values"]).reshape(1, 48, 3, 2, 14, 14)
     for i in range(40):
         row, column = 14 * layout.coordinates[0, i]
-        piece = pictures[layout.segments[0, i] - 1][row : row + 14, column : column + 14]
+        piece = images[layout.segments[0, i] - 1][row : row + 14, column : column + 14]
         for frame in range(2):
             np.testing.assert_array_equal(patches[0, i, :, frame], piece.transpose(2, 0, 1))
     assert not patches[0, 40:].any()

@@ -116,6 +116,6 @@ def test_fixed_positions(golden, assert_close):
 @pytest.mark.parametrize("grid", [(4, 4), (2, 7), (5, 5), (9, 3)])
 def test_positions_are_stretched_as_torch_does(grid, assert_close):
     positions = np.random.default_rng(0).normal(size=(25, 6)).astype(np.float32)
-    picture = torch.tensor(rearrange(positions, "(r c) e -> 1 e r c", r=5))
-    theirs = torch.nn.functional.interpolate(picture, size=grid, mode="bicubic", align_corners=False)
+    image = torch.tensor(rearrange(positions, "(r c) e -> 1 e r c", r=5))
+    theirs = torch.nn.functional.interpolate(image, size=grid, mode="bicubic", align_corners=False)
     assert_close(bicubic_grid(positions, *grid), rearrange(theirs.numpy(), "1 e h w -> (h w) e"), 1e-5)

@@ -87,7 +87,7 @@ def case(request, tmp_path_factory, randomise, to_numpy):
 
 
 def reference_row(case, text: str, images: list[np.ndarray]) -> tuple[list[int], torch.Tensor]:
-    """The ids of a text and what the LLM reads in their places: `WORDS` by hand, pictures resized by Pillow."""
+    """The ids of a text and what the LLM reads in their places: `WORDS` by hand, images resized by Pillow."""
     visual, weights, llm, _ = case
     side, count = visual["image_size"], visual["n_queries"]
     ids = []
@@ -108,7 +108,7 @@ def test_logits_answers_and_folder(case, assert_close, tmp_path):
     texts, images = prompts("<img> </img>")
     module, params = from_pretrained(folder)
     ours = Processor.from_pretrained(folder)
-    # A picture may be named, as the authors' code wants it, or only begun.
+    # An image may be named, as the authors' code wants it, or only begun.
     written = [texts[0].replace("<img>", "<img> a cat"), texts[1].replace("</img>", ""), *texts[2:]]
     batch = ours(written, images=images)
     logits = np.asarray(jax.jit(module.apply)({"params": params}, batch).logits)

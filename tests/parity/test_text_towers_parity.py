@@ -1,4 +1,4 @@
-"""CLIP's and SigLIP's text towers against transformers, through real folders both ways."""
+"""CLIP's and SigLIP's text encoders against transformers, through real folders both ways."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The places of pictures in the text are those that transformers' LLaVA models give their features."""
+"""The places of images in the text are those that transformers' LLaVA models give their features."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def table_of(tiles: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 @pytest.mark.parametrize("most", [None, 9, 2, 1], ids=lambda most: f"at most {most}")
-def test_pictures(model, most):
+def test_images(model, most):
     lengths = set()
     for size in SIZES:
         target = best_resolution(size, tuple(map(tuple, RESOLUTIONS)))
@@ -53,7 +53,7 @@ def test_pictures(model, most):
     assert len(lengths) > 4 and (most in (None, 9)) == all(whole for _, whole in lengths)
 
 
-def test_one_of_several_pictures(model):
+def test_one_of_several_images(model):
     features, newline = table_of(1)
     wanted, _ = LlavaOnevisionModel.pack_image_features(
         model, [torch.tensor(features)], torch.tensor([[9, 30]]), torch.tensor(newline)

@@ -1,4 +1,4 @@
-"""The P-Former by itself, its sizes, the rows that LLMs of both kinds read, and sources without their pictures."""
+"""The P-Former by itself, its sizes, the rows that LLMs of both kinds read, and sources without their images."""
 
 from __future__ import annotations
 
@@ -144,7 +144,7 @@ def test_the_nearest_embedded_token_is_found():
     np.testing.assert_array_equal(module.apply({"params": params}, x, method="nearest"), wanted)
 
 
-def test_pictures_are_left_out():
+def test_images_are_left_out():
     config = OpenMojiCaptions(image_size=16, variants=1)
     whole, text = config.build(), TextOnly(config).build()
     assert len(text) == len(whole) and text.fingerprint() != whole.fingerprint() and text.name != whole.name

@@ -35,7 +35,7 @@ def check_features(stage: Stage, model: Any, *, read: bool) -> None:
     if not read or model.image.packed or trains(stage.trainable, "encoder_image"):
         raise ConfigError(
             f"stage {stage.name!r}: cache_features of {type(model).__name__}, trainable {stage.trainable}",
-            "next-token or prompt-guided training of a model with a frozen encoder of whole pictures",
+            "next-token or prompt-guided training of a model with a frozen encoder of whole images",
             "freeze the encoder, or drop cache_features",
         )
 

@@ -1,4 +1,4 @@
-"""Contrastive training of a picture and a text tower: softmax (CLIP) and sigmoid (SigLIP)."""
+"""Contrastive training of an image and a text encoder: softmax (CLIP) and sigmoid (SigLIP)."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ KINDS = ("softmax", "sigmoid")
 
 @dataclass(frozen=True)
 class Contrastive:
-    """Each picture against all texts of the batch and the reverse, over all devices.
+    """Each image against all texts of the batch and the reverse, over all devices.
 
     Pairs of different rows with equal texts are not negatives of each other and are left out.
 
@@ -54,7 +54,7 @@ class Contrastive:
     def loss(self, apply, params, batch, key):
         """The mean over the batch's pairs; `weight` is their number.
 
-        `recall_at_1` is the share of pictures that are closer to their own text than to any other; a tie is a miss.
+        `recall_at_1` is the share of images that are closer to their own text than to any other; a tie is a miss.
         """
         image, text, scale, bias = apply(params, batch, method="embed_pairs")
         code = text_codes(batch["tokens"], batch["segments"], text.shape[1])

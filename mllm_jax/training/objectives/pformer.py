@@ -99,7 +99,7 @@ class PFormerObjective:
 
 @dataclass(frozen=True)
 class PromptGuided:
-    """Next-token prediction of a picture's caption, with its media tokens drawn to the caption's prompts.
+    """Next-token prediction of an image's caption, with its media tokens drawn to the caption's prompts.
 
     The P-Former that makes the prompts is the composition's `prompter`, read from the run that trained it by
     `Pretrained("prompter", run, stage=...)`; it reads the whole caption and learns nothing.

@@ -22,18 +22,18 @@ _NEVER = -10_000.0
 
 @dataclass(frozen=True)
 class QFormerStage1:
-    """The sum of three losses on pairs of pictures and texts, one pair a row, over the whole batch.
+    """The sum of three losses on pairs of images and texts, one pair a row, over the whole batch.
 
-    Contrast (ITC): each picture against all texts and the reverse, by the query that is nearest. Matching (ITM): each
-    pair, and each text with a picture and each picture with a text that it does not belong to, drawn by how similar
-    they are. Captioning (ITG): each text from its picture's queries.
+    Contrast (ITC): each image against all texts and the reverse, by the query that is nearest. Matching (ITM): each
+    pair, and each text with an image and each image with a text that it does not belong to, drawn by how similar
+    they are. Captioning (ITG): each text from its image's queries.
 
     Attributes:
         label_smoothing: of contrast and captioning.
-        gathered_gradient: whether the vectors that a picture or text is compared with get a gradient too. False is how
+        gathered_gradient: whether the vectors that an image or text is compared with get a gradient too. False is how
             the published models were trained: they were gathered from all devices without one.
         equal_texts: pairs of rows with equal texts belong together, and are no negatives of each other. A batch may
-            say the same by `image_ids` int[B], equal for rows that show one picture.
+            say the same by `image_ids` int[B], equal for rows that show one image.
     """
 
     label_smoothing: float = 0.1
@@ -50,7 +50,7 @@ class QFormerStage1:
         """The sum of the losses' means.
 
         Returns:
-            (float32, metrics): each loss, `recall_at_1` of pictures' own texts, `matching_accuracy`, and `weight`, the
+            (float32, metrics): each loss, `recall_at_1` of images' own texts, `matching_accuracy`, and `weight`, the
             number of pairs.
 
         Raises:
@@ -70,13 +70,13 @@ class QFormerStage1:
         return itc + itm + itg, metrics | {"temperature": pairs.temperature, "weight": jnp.float32(len(same))}
 
     def negatives(self, key, to_image, to_text):
-        """Draws a wrong picture for each text and a wrong text for each picture, likely ones more often.
+        """Draws a wrong image for each text and a wrong text for each image, likely ones more often.
 
         Args:
-            to_image, to_text: float32[B, B], logits of each text's pictures and of each picture's texts.
+            to_image, to_text: float32[B, B], logits of each text's images and of each image's texts.
 
         Returns:
-            int[B], int[B], rows of pictures and of texts.
+            int[B], int[B], rows of images and of texts.
         """
         keys = jax.random.split(key)
         return jax.random.categorical(keys[0], to_image), jax.random.categorical(keys[1], to_text)
@@ -94,14 +94,14 @@ class QFormerStage1:
         return same, (1 - self.label_smoothing) * share + self.label_smoothing / rows
 
     def _similarities(self, pairs):
-        """float32[B, B] of each picture with all texts, and of each text with all pictures."""
+        """float32[B, B] of each image with all texts, and of each text with all images."""
         held = jax.lax.stop_gradient if not self.gathered_gradient else lambda x: x
         to_text = similarity(pairs.image, held(pairs.text))
         to_image = similarity(held(pairs.image), pairs.text).T
         return to_text / pairs.temperature, to_image / pairs.temperature
 
     def _matching(self, apply, params, batch, pairs, picks):
-        """Pairs first, then texts with wrong pictures, then pictures with wrong texts."""
+        """Pairs first, then texts with wrong images, then images with wrong texts."""
         rows = batch["tokens"].shape[0]
         image, text = picks
         mixed = {name: jnp.concatenate([batch[name]] * 2 + [batch[name][text]]) for name in ("tokens", "segments")}

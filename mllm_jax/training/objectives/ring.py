@@ -1,6 +1,6 @@
 """Contrastive sums over all pairs of a sharded batch: exact, with memory that grows with one device's part of it.
 
-Every device keeps its pictures while the texts travel round a ring of all devices, so that each meets each; of their
+Every device keeps its images while the texts travel round a ring of all devices, so that each meets each; of their
 logits a chunk exists at a time. The backward pass goes round once more and computes them again.
 """
 
@@ -45,7 +45,7 @@ class Texts(NamedTuple):
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def pair_loss(plan: Plan, image, text, code, scale, bias):
-    """The loss of each picture against all texts and the reverse, summed over the pairs that are there.
+    """The loss of each image against all texts and the reverse, summed over the pairs that are there.
 
     Args:
         image, text: float32[B, C, P]: at the same place is what belongs together.
@@ -53,7 +53,7 @@ def pair_loss(plan: Plan, image, text, code, scale, bias):
         scale, bias: of the similarity, float32 scalars.
 
     Returns:
-        (float32 sum, float32 number of pictures that are closer to their own text than to any other).
+        (float32 sum, float32 number of images that are closer to their own text than to any other).
     """
     return _forward(plan, image, text, code, scale, bias)[0]
 
@@ -138,7 +138,7 @@ def _there(code):
 
 
 def _logits(image, code, texts: Texts, own, scale, bias):
-    """float32[n, m] of the pictures and a chunk of texts, NEVER where a pair is left out; bool[n, m]: it is not."""
+    """float32[n, m] of the images and a chunk of texts, NEVER where a pair is left out; bool[n, m]: it is not."""
     differ = (code[:, None] != texts.code[None]).any(axis=-1)
     allowed = own | (differ & _there(code)[:, None] & _there(texts.code)[None])
     return jnp.where(allowed, scale * (image @ texts.vector.T) + bias, NEVER), allowed
