@@ -184,9 +184,9 @@ class _Record:
             meant = {i for i in range(len(choices)) if said in (letters[i].lower(), _plain(choices[i]))}
         if len(meant) != 1:
             given = f"answer {short(answer)}" if "answer" in self.record else "no answer"
-            told = " or ".join(option(index, choices[index]) for index in sorted(meant))
+            named = " or ".join(option(index, choices[index]) for index in sorted(meant))
             self._refuse(
-                f"{given}, which is {told}" if meant else f"{given} to {len(choices)} choices",
+                f"{given}, which is {named}" if meant else f"{given} to {len(choices)} choices",
                 f"a letter A to {letters[-1]}, an index 0 to {len(choices) - 1}, or one choice's text",
                 "write the index" if meant else MEND,
             )

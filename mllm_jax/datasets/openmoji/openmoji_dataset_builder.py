@@ -45,7 +45,7 @@ class Builder(tfds.core.GeneratorBasedBuilder):
         return self.dataset_info_from_configs(
             features=tfds.features.FeaturesDict(features),
             homepage="https://openmoji.org",
-            license="Pictures: CC-BY-SA-4.0, OpenMoji.",
+            license="Images: CC-BY-SA-4.0, OpenMoji.",
             disable_shuffling=True,  # the order of the code points is as good, and faster
         )
 
