@@ -26,7 +26,7 @@ USAGE = """mllm: multimodal LLMs in JAX
   mllm convert SRC DST [--to native|huggingface] [--dtype bfloat16]       Hugging Face <-> native, with a proof
   mllm embed MODEL --images DIR --text "a cat" --out vectors.npz          unit vectors of images and texts
   mllm plan CONFIG.py --topology v5e-256 [--stage instruct] [--search 8]  compiled for that slice: does it fit, how fast
-  mllm models                                                             the models that `convert` and from_pretrained read
+  mllm models                                                             models that `convert` and from_pretrained read
 
 `mllm COMMAND --help` lists a command's options, `mllm --version` prints the version."""
 

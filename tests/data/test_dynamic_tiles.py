@@ -53,7 +53,7 @@ def test_tiles_to_the_last_bit(options, tmp_path):
         np.testing.assert_array_equal(ours.normalise(tiles), wanted, err_msg=str(size))
         lengths.add(len(tiles))
     assert len(lengths) > 2 or options.get("max_patches") == 1
-    # As transformers' processor of the whole model does: it always cuts, and frames of videos never.
+    # As in transformers' processor of the whole model: it always cuts images, and never frames of videos.
     kind(crop_to_patches=False, size=dict(height=28, width=28), **options).save_pretrained(tmp_path)
     assert read_image_processor(tmp_path, crop_to_patches=True) == ours
     assert len(read_image_processor(tmp_path).tiles(make_image(28, 80))) == 1

@@ -1,4 +1,4 @@
-"""Image processors equal transformers' own to the last bit, through folders, and refuse what they cannot do."""
+"""Image processors equal transformers' own to the last bit, through folders, and refuse unsupported options."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ QWEN = {
 
 
 def make(name: str, options: dict):
-    """transformers' processor, by "module.Prefix"."""
+    """Builds transformers' processor from "module.Prefix"."""
     module, prefix = name.split(".")
     pil = import_module(f"transformers.models.{module}.image_processing_pil_{module}")
     return getattr(pil, f"{prefix}ImageProcessorPil")(**options)
@@ -105,7 +105,7 @@ def test_smart_resize_is_theirs():
 
 
 def test_a_view_is_an_image():
-    """Turned and mirrored arrays, whose bytes do not lie in order."""
+    """Checks transposed and mirrored arrays, whose bytes are not in order."""
     ours = image_processor(dict(image_processor_type="ViTImageProcessor", size=20))
     image = make_image(30, 40)
     for view in (image[::-1], image[:, ::-1], image.transpose(1, 0, 2)):
@@ -244,7 +244,7 @@ BOUNDED = {
 
 
 def peak_of(function) -> int:
-    """The most bytes that NumPy and Python hold while the function runs; Pillow's are not seen."""
+    """Returns the peak memory of NumPy and Python in bytes while the function runs, without Pillow's."""
     tracemalloc.start()
     try:
         function()
@@ -276,7 +276,7 @@ def test_a_thin_image_is_refused_before_anything_is_made_of_it(name, size, monke
 
 @pytest.mark.parametrize("name", BOUNDED)
 def test_other_processors_make_little_of_a_thin_image(name):
-    """Their sizes are the same for every image."""
+    """Checks processors whose output size is the same for every image."""
     processor = image_processor(BOUNDED[name])
     for size in ((65_000, 1), (1, 65_000)):
         tiles = processor.tiles(np.zeros((*size, 3), np.uint8))
@@ -284,7 +284,7 @@ def test_other_processors_make_little_of_a_thin_image(name):
 
 
 def test_a_large_photo_is_processed():
-    """12,000 x 9,000 pixels; to a square they are 144 million."""
+    """Checks 12,000 x 9,000 pixels; padded to a square they are 144 million."""
     photo = np.broadcast_to(np.uint8(7), (9_000, 12_000, 3))
     padded = image_processor(GROWING["LLaVA, padded"] | dict(resample=0)).prepare(photo)
     assert padded.shape == (224, 224, 3) and padded[112, 112].tolist() == [7, 7, 7]
@@ -332,10 +332,10 @@ def test_options_of_a_wrong_type_or_size_are_refused(kind):
     for name, wrong in (NAMED.get(kind) or WRONG).items():
         for value in wrong:
             values = {"image_processor_type": f"{kind}ImageProcessor", name: value}
-            with pytest.raises(ConfigError) as told:
+            with pytest.raises(ConfigError) as refusal:
                 image_processor(values)
-            assert len(str(told.value)) < 1_000, (name, value)
-            str(told.value).encode()
+            assert len(str(refusal.value)) < 1_000, (name, value)
+            str(refusal.value).encode()
 
 
 @pytest.mark.parametrize("text", ["[" * 100_000, "[]", "7", '"x"', "\ufeff{", "{" * 100_000])

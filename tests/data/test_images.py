@@ -1,4 +1,4 @@
-"""Images of every mode come out as a person sees them, and hostile ones are refused with a reason."""
+"""Images of every mode are decoded as a person sees them; hostile ones are refused with a reason."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def chunk(kind: bytes, body: bytes) -> bytes:
 
 
 def png(width: int, height: int, bits: int, colour: int, row: bytes, *extra: bytes) -> bytes:
-    """A PNG whose rows are alike, of kinds that Pillow reads and does not write."""
+    """Returns a PNG with equal rows, of kinds that Pillow reads but does not write."""
     header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, bits, colour, 0, 0, 0))
     body = chunk(b"IDAT", zlib.compress((b"\0" + row) * height))
     return b"\x89PNG\r\n\x1a\n" + header + b"".join(extra) + body + chunk(b"IEND", b"")
@@ -61,7 +61,7 @@ def test_sixteen_bits_keep_their_high_byte():
 
 @pytest.mark.parametrize("kind", ["PNG", "TIFF"])
 def test_sixteen_bits_in_every_layout(kind):
-    """A 16-bit sample's high byte is what an 8-bit file would hold; clear pixels are white here, too."""
+    """Checks that a 16-bit sample keeps its high byte, and that transparent pixels become white."""
     assert pixel(encode(Image.fromarray(np.full((2, 3), 0xFE01, np.uint16)), kind)) == [254] * 3
     samples = struct.pack(">3H", 0x12FF, 0x80FF, 0xFE00)
     assert pixel(png(1, 1, 16, 2, samples)) == [0x12, 0x80, 0xFE]
@@ -71,7 +71,7 @@ def test_sixteen_bits_in_every_layout(kind):
     assert pixel(png(1, 1, 16, 4, samples[:2] + b"\0\0")) == [255] * 3
     clear = chunk(b"tRNS", samples[:2])
     grey = decode_image(png(2, 1, 16, 0, samples[:2] + b"\x12\x00", clear), what="test")
-    assert grey[0, :, 0].tolist() == [255, 0x12], "one value is clear, not all with its high byte"
+    assert grey[0, :, 0].tolist() == [255, 0x12], "one value is transparent, not all with its high byte"
 
 
 def test_grey_images_keep_their_levels():
@@ -106,7 +106,7 @@ def test_a_clear_first_frame_lies_on_white():
 
 @pytest.mark.parametrize("kind", ["JPEG", "TIFF"])
 def test_cmyk_ink_darkens(kind):
-    """Also in JPEG files, which many programs write with inverted samples."""
+    """Checks also JPEG files, which many programs write with inverted samples."""
     for ink, colour in (((0, 0, 0, 0), 255), ((0, 0, 0, 255), 0), ((255, 255, 255, 0), 0)):
         found = np.array(pixel(encode(Image.new("CMYK", (8, 8), ink), kind)), int)
         assert np.abs(found - colour).max() < 12, ink
@@ -121,7 +121,7 @@ def test_exif_orientation_is_applied():
     image = Image.new("RGB", (4, 2), "white")
     image.putpixel((0, 0), (0, 0, 0))
     exif = Image.Exif()
-    exif[0x0112] = 6  # to be turned a quarter clockwise for display
+    exif[0x0112] = 6  # turn a quarter clockwise for display
     turned = decode_image(encode(image, exif=exif.tobytes()), what="test")
     assert turned.shape == (4, 2, 3)
     assert turned[0, 1].tolist() == [0, 0, 0] and turned[0, 0].tolist() == [255, 255, 255]
@@ -131,7 +131,7 @@ def test_exif_orientation_is_applied():
 def test_every_exif_orientation_stands_upright(kind):
     upright = np.zeros((16, 24, 3), np.uint8)
     upright[:8, :8], upright[8:, :8], upright[:8, 16:] = (250, 0, 0), (0, 250, 0), (0, 0, 250)
-    turned = {  # how the camera stored it
+    turned = {  # as the camera stores it
         1: upright,
         2: upright[:, ::-1],
         3: upright[::-1, ::-1],
@@ -148,7 +148,7 @@ def test_every_exif_orientation_stands_upright(kind):
         data = encode(Image.fromarray(np.ascontiguousarray(stored)), kind, exif=exif, **options)
         found = decode_image(data, what="test").astype(int)
         assert found.shape == upright.shape, orientation
-        # JPEG mixes colours near edges: the middles of the corners tell.
+        # JPEG mixes colours near edges, so compare the middles of the corners.
         assert np.abs(found[4::8, 4::8] - upright[4::8, 4::8]).max() < 40, orientation
 
 
@@ -230,7 +230,7 @@ def test_files_are_read_and_named_when_they_cannot_be(tmp_path):
 
 
 def test_only_regular_files_of_bounded_size_are_read(tmp_path):
-    """A pipe would be waited for, a device or a sparse file would be read into memory."""
+    """Checks pipes, which would block, and devices and sparse files, which would fill the memory."""
     os.mkfifo(tmp_path / "pipe.png")
     with open(tmp_path / "sparse.png", "wb") as file:
         file.truncate(100 << 30)
@@ -245,9 +245,9 @@ def test_only_regular_files_of_bounded_size_are_read(tmp_path):
     }
     for path, message in refused.items():
         for read in (read_image, as_picture):
-            with pytest.raises(DataError, match=message) as told:
+            with pytest.raises(DataError, match=message) as refusal:
                 read(path)
-            str(told.value).encode()
+            str(refusal.value).encode()
 
 
 def test_pillows_images_are_finished_or_refused():

@@ -1,4 +1,4 @@
-"""Batches are a function of (seed, step): no history, no order, no number of hosts; and bad records are named."""
+"""Batches depend only on (seed, step): not on history, order or the number of hosts; bad records are reported."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 from tiny_runs import ROOT
-from toy_data import PICTURES, MODEL, PAIRS, SIZE, Toy, ToySource, pipeline, processor, tokenizer
+from toy_data import MODEL, PAIRS, PICTURES, SIZE, Toy, ToySource, pipeline, processor, tokenizer
 
 from mllm_jax.data.message import Example, Message, Text
 from mllm_jax.data.pipeline import Mixture, Pipeline, Weighted, training_texts
@@ -66,7 +66,7 @@ def test_iterating_gives_the_batches_in_order():
 
 @pytest.mark.parametrize("hosts", [2, 4, 8])
 def test_any_number_of_hosts_sees_the_same_global_batch(hosts, devices):
-    """Each host has a pipeline of its own and the rows of its own devices; put together they are one host's batch."""
+    """Gives each host its own pipeline and the rows of its devices; together they are a single host's batch."""
     mesh = make_mesh(MeshConfig(data=4, fsdp=2))
     whole, spec = pipeline().batch(9), pipeline().spec
     places = jax.device_put(
@@ -93,7 +93,7 @@ def test_shapes_hold_for_every_batch():
 
 
 def test_rows_without_an_image_have_the_same_shape():
-    """Text stands among images: slots stay empty and no place points to them."""
+    """Checks text among images: slots stay empty and no position refers to them."""
     data = pipeline(replace(PICTURES, sources=(Weighted(Toy(), 0.1), TEXT), length=32, slots={"image": 2}))
     found = [(batch, row) for batch in map(data.batch, range(16)) for row in range(8)]
     textual = [(b, r) for b, r in found if (b["media_index"][r] < 0).all()]
@@ -124,8 +124,8 @@ def test_media_index_points_at_the_slots_of_the_example():
                     np.testing.assert_array_equal(batch["images"][row, slot + m], image)
                 slot, seen = slot + len(images), seen + len(images)
             assert not batch["images"][row, slot:].any()
-            learnt = [w for s, i in examples for w in data.encode(s, i).loss_weights]
-            np.testing.assert_array_equal(batch["loss_weights"][row, : len(learnt)], learnt)
+            loss_weights = [w for s, i in examples for w in data.encode(s, i).loss_weights]
+            np.testing.assert_array_equal(batch["loss_weights"][row, : len(loss_weights)], loss_weights)
             padding = batch["segments"][row] == 0
             assert (batch["tokens"][row, padding] == tokenizer().pad_token_id).all()
             assert not batch["loss_weights"][row, padding].any()
@@ -180,7 +180,7 @@ def test_the_description_of_a_step_names_its_examples():
 
 @pytest.fixture(scope="module")
 def quickstart():
-    """The experiment, and a pipeline for each of its packed mixtures."""
+    """Returns the experiment, and a pipeline for each of its packed mixtures."""
     experiment = load_config(ROOT / "configs" / "quickstart.py")
     sources = {repr(w.source): w.source for stage in experiment.stages for w in stage.data.sources}
     texts = training_texts([source.build() for _, source in sorted(sources.items())])
@@ -204,7 +204,7 @@ def test_the_quickstart_fills_its_rows(quickstart, capsys):
 
 @dataclass(frozen=True)
 class Broken(Toy):
-    """Some images cannot be read, some answers are empty."""
+    """A source with unreadable images and empty answers."""
 
     bad_images: tuple[int, ...] = ()
     empty_answers: tuple[int, ...] = ()
@@ -305,7 +305,7 @@ def test_lengths_are_measured_once(tmp_path, monkeypatch):
 
 
 def test_lengths_are_measured_anew_for_another_processor(tmp_path):
-    """Another tokenizer, system message or layout of images gives rows of another length."""
+    """Checks another tokenizer, system message or layout of images, which give rows of another length."""
     words, few = tokenizer(), Tokenizer.train(["a text"], 300)
     named = PlainLayout(SIZE, MODEL.media_tokens, words.image_token_id, [words.words("here")] * MODEL.media_tokens)
     readers = [processor(), processor(MODEL, few), Processor(MODEL, words, named)]
@@ -324,8 +324,8 @@ def test_lengths_are_measured_anew_for_other_data_or_settings(tmp_path):
         assert set(tmp_path.iterdir()) - before
 
 
-def test_stale_lengths_are_told(tmp_path, monkeypatch):
-    """The data changed and the source's fingerprint did not."""
+def test_stale_lengths_are_reported(tmp_path, monkeypatch):
+    """Checks data that changed while the source's fingerprint did not."""
     pipeline(cache_dir=tmp_path)
     old = ToySource.example
 

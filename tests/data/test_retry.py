@@ -1,4 +1,4 @@
-"""Reads that fail for a while succeed in the end; those that go on failing stop the run by the source's name."""
+"""Reads that fail for a while succeed in the end; those that keep failing stop the run with the source's name."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ QUICK = Patience(attempts=3, first_pause=0.0)
 
 
 class Flaky:
-    """Fails so many times before it answers."""
+    """A read that fails a number of times before it succeeds."""
 
     def __init__(self, failures: int, error: Exception):
         self.failures, self.error, self.calls = failures, error, 0
@@ -54,7 +54,7 @@ def test_pauses_double(monkeypatch):
 def test_one_that_goes_on_stops_by_name():
     with pytest.raises(ReadError, match=r"toy\[3\]: 3 attempts.*Input/output") as stop:
         patiently(Flaky(3, OSError(5, "Input/output error")), "toy[3]", QUICK)
-    assert not isinstance(stop.value, DataError), "a bad record may be passed over; this may not"
+    assert not isinstance(stop.value, DataError), "a bad record may be skipped; this may not"
 
 
 @pytest.mark.parametrize(

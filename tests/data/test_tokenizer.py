@@ -41,7 +41,7 @@ def test_special_tokens_are_distinct_and_left_out_of_text(tokenizer):
     assert len(set(special)) == 6 and special[:4] == named and tokenizer.stop_ids == (tokenizer.eos_token_id,)
     assert [tokenizer.token_of(i) for i in special] == list(SPECIAL_TOKENS)
     assert tokenizer.decode([*special, *tokenizer.words("a cat"), *special]) == "a cat"
-    assert tokenizer.ids("".join(SPECIAL_TOKENS)) == special, "in what a template writes they are such"
+    assert tokenizer.ids("".join(SPECIAL_TOKENS)) == special, "in the output of a template they are special tokens"
     assert tokenizer.id_of("<other>") is None
 
 
@@ -57,7 +57,7 @@ def test_a_phrase_is_one_token_and_its_text_comes_back():
 
 @pytest.mark.parametrize("special", SPECIAL_TOKENS)
 def test_text_cannot_forge_a_special_token(tokenizer, special):
-    """A record or a user who writes `<eos>` gets its letters, not the id that ends an answer."""
+    """Checks that `<eos>` in a record or a user's text becomes its letters, not the id that ends an answer."""
     for text in (f"a {special} cat", special, f"{special}{special}", f"<{special}", f"{special[:3]}{special}"):
         ids = tokenizer.words(text)
         assert tokenizer.id_of(special) not in ids
@@ -110,7 +110,7 @@ TALKS = {
 
 @pytest.fixture(scope="module")
 def theirs(tokenizer, tmp_path_factory):
-    """What transformers makes of the files."""
+    """Returns transformers' tokenizer of the files."""
     from transformers import AutoTokenizer
 
     folder = tmp_path_factory.mktemp("saved")

@@ -1,4 +1,4 @@
-"""The data set: what is in it, that no image or base leaks from one split to another, and how it is prepared."""
+"""The emoji data set: its content, no leak of images or bases between splits, and its preparation."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_every_base_of_a_subset_exists_once(config):
 
 @pytest.mark.parametrize("config", ["quickstart", "study"])
 def test_genders_can_be_told_apart_in_a_cell_of_a_scene(config, tmp_path):
-    """At 32 pixels and equal tone, by root mean square: at least 0.09 in `quickstart`; `study` has bases with less."""
+    """Checks root mean squares at 32 pixels and equal tone: at least 0.09 in `quickstart`; `study` has smaller ones."""
     forms = defaultdict(dict)
     for rows in load(config, tmp_path).values():
         images = EmojiImages(Catalog(rows, config))
@@ -170,7 +170,7 @@ def test_interrupted_preparation_leaves_nothing(monkeypatch, tmp_path):
         patch.setattr(drawing, "_png", interrupt)
         with pytest.raises(KeyboardInterrupt):
             load("quickstart", tmp_path)
-    remains = tmp_path / "openmoji" / "quickstart" / f"incomplete.ABC123_{VERSION}"  # of a process that was killed
+    remains = tmp_path / "openmoji" / "quickstart" / f"incomplete.ABC123_{VERSION}"  # of a killed process
     remains.mkdir()
     assert not (tmp_path / "openmoji" / "quickstart" / VERSION).exists()
     assert len(load("quickstart", tmp_path)["train"]) > 700

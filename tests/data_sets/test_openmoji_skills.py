@@ -1,4 +1,4 @@
-"""The study's examples: each skill asks what its image shows, the same each time; its questions are new and fair."""
+"""The study's examples: each skill asks about its image, reproducibly; the evaluation's questions are new and fair."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ def test_an_example_is_a_function_of_its_index(source, read, shown):
 def test_forms_and_skills_belong_together(source, read):
     captions, text = (OpenMojiSkills(image_size=64, augment=True, form=form).build() for form in ("captions", "text"))
     for index in range(len(SKILLS) * 5):
-        asked, told = read(source, index), read(text, index)
+        asked, described = read(source, index), read(text, index)
         (answers,) = ([turn.answer for turn in asked.turns],)
         assert {turn.task for turn in asked.turns} == {
             {"naming": "naming", "text": "text", "place": "scene_position", "number": "scene_count"}[
                 SKILLS[index % len(SKILLS)]
             ]
         }
-        assert told.turns == asked.turns and text.example(index).media == []
+        assert described.turns == asked.turns and text.example(index).media == []
         words = captions.example(index).messages[1].text
         if SKILLS[index % len(SKILLS)] == "number":
             thing = asked.turns[0].question.rsplit(" a ", 1)[-1].rsplit(" an ", 1)[-1].rstrip("?")
@@ -49,7 +49,7 @@ def test_forms_and_skills_belong_together(source, read):
         else:
             assert all(answer in words for answer in answers)
         if SKILLS[index % len(SKILLS)] == "place":
-            assert len(answers) == 4 and all(f"{place} " in told.context for place in PLACES[2])
+            assert len(answers) == 4 and all(f"{place} " in described.context for place in PLACES[2])
 
 
 def test_a_number_is_written_in_its_corner(source):

@@ -1,4 +1,4 @@
-"""The ViT's sizes and switches, packed images, hidden layers, and its refusals."""
+"""The ViT: its sizes, options, packed images, hidden layers and refusals."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SMALL = dict(image_size=12, patch_size=4, hidden_size=12, num_layers=1, num_head
 
 
 def random_params(module, *args):
-    """Every parameter random, without compiling `init`."""
+    """Returns random parameters, without compiling `init`."""
     abstract = nn.meta.unbox(jax.eval_shape(lambda: module.init(jax.random.key(0), *args)))
     rng = np.random.default_rng(0)
     return jax.tree.map(lambda x: 0.4 * rng.normal(size=x.shape).astype(np.float32), abstract)
@@ -36,7 +36,7 @@ def test_shapes_and_pooling(class_token):
 
 
 def test_each_region_has_a_linear_map_of_its_own():
-    """Six patches a side, three regions: nine vectors, each from its own 2 x 2 patches by its own kernel."""
+    """Checks six patches a side and three regions: nine vectors, each from its own 2 x 2 patches by its own kernel."""
     sizes = SMALL | dict(image_size=24)
     module = ViTConfig(**sizes, regions=3, region_size=5).make()
     pixels = np.random.default_rng(0).normal(size=(2, 24, 24, 3)).astype(np.float32)
@@ -56,8 +56,8 @@ def test_each_region_has_a_linear_map_of_its_own():
     np.testing.assert_allclose(out.pooler_output, wanted.mean(axis=1), atol=2e-4)
 
 
-def test_region_maps_keep_the_scale_of_what_they_read():
-    """The fan-in of a map is one region's patches, not those of all regions."""
+def test_region_maps_keep_the_scale_of_their_input():
+    """Checks that the fan-in of a map is one region's patches, not those of all regions."""
     module = ViTConfig(**SMALL | dict(image_size=24), regions=3, region_size=50).make()
     params = nn.meta.unbox(jax.jit(module.init)(jax.random.key(0), jnp.zeros((1, 24, 24, 3))))
     kernel = np.asarray(params["params"]["region_pooling"]["kernel"])
@@ -118,12 +118,12 @@ TOWERS = {
     "attention pooling": dict(pooler="attention", activation="gelu_tanh"),
     "rotary": dict(class_token=True, rope_grid=4, attention_sub_norm_eps=1e-6, mlp_sub_norm_eps=1e-6, gated=True),
     "rms": dict(class_token=True, norm="rms", qk_norm=True, layer_scale=0.1, pooler="none", qkv_bias=False),
-    "behind": dict(norm_first=False, position_antialias=True, pooler="mean", head_size=5, k_bias=False),
+    "after": dict(norm_first=False, position_antialias=True, pooler="mean", head_size=5, k_bias=False),
 }
 
 
 def pack(images, patch: int, class_token: bool):
-    """One row of images of any size, with two places of padding: pixels and their places, and the spans."""
+    """Packs images of any size into one row, with two positions of padding: pixels, coordinates and the spans."""
     parts, spans, start = [], [], 0
     for number, pixels in enumerate(images, start=1):
         grid = np.array(pixels.shape[:2]) // patch
@@ -154,7 +154,7 @@ def test_packed_images_come_out_as_they_do_alone(tower):
     for image, span in zip(images, spans, strict=True):
         alone = apply(params, image[None]).last_hidden_state[0]
         np.testing.assert_allclose(together.last_hidden_state[0, span], alone, atol=2e-5 * np.abs(alone).max())
-    # Another second image, and other padding, change nothing of the first.
+    # Another second image and other padding change nothing in the first.
     other = np.array(pixels)
     other[0, spans[1].start :] = 7.0
     first = apply(params, other, **places).last_hidden_state[0, spans[0]]

@@ -1,4 +1,4 @@
-"""Galleries hold what they say, and recall in them is counted with its controls."""
+"""Galleries have the promised content, and their recall and its controls are right."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Hand:
 
 
 class Angles:
-    """Embeds an image by its grey value and a caption by the number it spells, as an angle in degrees."""
+    """Embeds an image by its grey value and a caption by the number that it spells, as an angle in degrees."""
 
     @staticmethod
     def _vectors(values):
@@ -58,7 +58,7 @@ class Angles:
 
 
 def hand(task: str) -> Hand:
-    # Own: 0-0 right, 50-90: the caption 60 of a stranger is nearer; its image 61 is nearer to 90 as well.
+    # Own: 0-0 is right; 50-90: the caption 60 of another pair is nearer; its image 61 is nearer to 90 as well.
     images = tuple(np.full((4, 4, 3), value, np.uint8) for value in (0, 50, 61))
     return Hand(task, images, ("0", "90", "60"), 2)
 

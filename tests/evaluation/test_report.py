@@ -1,4 +1,4 @@
-"""The report is one sound page with the run's numbers, safe against what a run may hold."""
+"""The report is one valid page with the run's numbers, safe against malicious content."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ RUN = {
 
 
 class Page(HTMLParser):
-    """Checks that every tag is closed where it should be and gathers addresses, texts and classes."""
+    """Checks that every tag is closed in order, and collects addresses, texts and classes."""
 
     def __init__(self, text: str):
         super().__init__()
@@ -56,7 +56,7 @@ class Page(HTMLParser):
         self.tags.append((tag, dict(attributes)))
         self.addresses += [value for name, value in attributes if name in ("src", "href", "action", "data", "srcset")]
         self.ids += [value for name, value in attributes if name == "id"]
-        assert len(attributes) == len(dict(attributes)), f"an attribute twice in {tag}"
+        assert len(attributes) == len(dict(attributes)), f"a repeated attribute in {tag}"
         assert not [name for name, _ in attributes if name.startswith("on")]
         if tag not in VOID:
             self.open.append(tag)

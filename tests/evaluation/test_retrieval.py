@@ -1,4 +1,4 @@
-"""Recall at k against a count by hand, its ties, chunks and refusals."""
+"""Recall at k against a count by hand; ties, chunks and refusals."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def units(seed: int, rows: int, size: int = 5) -> np.ndarray:
 
 
 def by_hand(images, texts, owner, k: int) -> tuple[float, float]:
-    """Sorts, as the definition has it; without ties."""
+    """Computes recall by sorting, as in the definition; without ties."""
     similarity = images.astype(float) @ texts.astype(float).T
     image_hits = [(owner[np.argsort(-row)[:k]] == i).any() for i, row in enumerate(similarity)]
     text_hits = [owner[j] in np.argsort(-column)[:k] for j, column in enumerate(similarity.T)]
@@ -30,7 +30,7 @@ def test_several_texts_an_image(chunk):
     for k in (1, 3, 10):
         wanted = by_hand(images, texts, owner, k)
         assert (found[f"image_to_text_r{k}"], found[f"text_to_image_r{k}"]) == pytest.approx(wanted)
-        assert 0 < wanted[0] < 1 and 0 < wanted[1] < 1, "the example can tell"
+        assert 0 < wanted[0] < 1 and 0 < wanted[1] < 1, "the example can show a difference"
 
 
 def test_perfect_and_useless():
@@ -38,13 +38,13 @@ def test_perfect_and_useless():
     assert set(retrieval(images, images).values()) == {1.0}
     constant = np.tile(images[:1], (12, 1))
     found = retrieval(images, constant, ks=(1, 5, 10))
-    assert [found[f"image_to_text_r{k}"] for k in (1, 5, 10)] == [0, 0, 0], "who gives one answer gets nothing"
-    # Of 12 equal queries with one order of the images, the k-th finds its own in place k.
+    assert [found[f"image_to_text_r{k}"] for k in (1, 5, 10)] == [0, 0, 0], "a constant answer scores zero"
+    # Of 12 equal queries with one order of the images, the k-th finds its own at rank k.
     assert [found[f"text_to_image_r{k}"] for k in (1, 5, 10)] == pytest.approx([1 / 12, 5 / 12, 10 / 12])
 
 
-def test_equal_vectors_tie_wherever_they_stand():
-    """Also where matrix multiplication sums a column at its edge in another order."""
+def test_equal_vectors_tie_at_any_index():
+    """Checks also columns at the edge, which matrix multiplication sums in another order."""
     query = units(3, 1, 515)
     keys = np.tile(units(4, 1, 515), (37, 1))
     ranks = rank_of_own(query, keys, np.array([0]), np.arange(37))

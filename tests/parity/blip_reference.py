@@ -1,4 +1,4 @@
-"""Tiny random BLIP-2 and InstructBLIP folders with tokenizers and processors, and what transformers makes of them."""
+"""Tiny random BLIP-2 and InstructBLIP folders with tokenizers and processors, and the outputs of transformers."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ import mllm_jax
 from mllm_jax.generation.generate import complete
 from mllm_jax.models.processor import Processor
 
-# Images are SIDE wide; answers have NEW tokens; LENGTH holds every text.
+# Images are SIDE wide; answers have NEW tokens; LENGTH fits every text.
 SIDE, NEW, LENGTH = 12, 32, 32
 VISION = dict(
     hidden_size=20, intermediate_size=36, num_hidden_layers=3, num_attention_heads=2, image_size=SIDE, patch_size=4
@@ -94,7 +94,7 @@ IMAGES = [[make_image(0, 17, 31)], [make_image(1, 40, 13)], [make_image(2, 12, 1
 
 
 def tokenizer(words: list[str], begin: str, end: str, unknown: str) -> transformers.PreTrainedTokenizerFast:
-    """Words to ids, with what stands around a text."""
+    """Returns a tokenizer of words, with tokens around a text."""
     backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token=unknown))
     backend.normalizer = normalizers.Lowercase() if begin == "[CLS]" else None
     backend.pre_tokenizer = pre_tokenizers.Split(" ", "removed")
@@ -115,7 +115,7 @@ def tokenizer(words: list[str], begin: str, end: str, unknown: str) -> transform
 
 @dataclass
 class Case:
-    """A reference with its folder, and both sides' processors and models."""
+    """A reference with its folder, and the processors and models of both sides."""
 
     reference: Any
     their_processor: Any
@@ -125,11 +125,11 @@ class Case:
     processor: Processor
 
     def theirs(self, row: int) -> dict:
-        """What transformers' processor makes of a text and its images, placed as its own for one are."""
+        """Returns transformers' inputs for a text and its images, at the positions of a single image."""
         images = IMAGES[row]
         inputs = dict(self.their_processor(images=images[:1] or None, text=TEXTS[row], return_tensors="pt"))
         if len(images) > 1:
-            # Its processor places one image; the model takes as many as there are places.
+            # Its processor places one image; the model takes as many as there are positions.
             queries = self.their_processor.num_query_tokens
             more = torch.full((1, queries * (len(images) - 1)), self.reference.config.image_token_id)
             inputs["input_ids"] = torch.cat([more, inputs["input_ids"]], dim=1)
@@ -155,7 +155,7 @@ class Case:
             model = model.language_model
             inputs = {name: inputs[name] for name in ("input_ids", "attention_mask")}
         out = model.generate(**inputs, max_new_tokens=NEW, do_sample=False, **options)[0].tolist()
-        # A decoder repeats its prompt, an encoder-decoder the token that it starts with.
+        # A decoder repeats its prompt, an encoder-decoder its start token.
         return out[1:] if self.model.config.encoder_decoder else out[inputs["input_ids"].shape[1] :]
 
     def our_tokens(self, rows: list[int], ignore_eos: bool = True, **shape: int) -> list[list[int]]:
@@ -168,7 +168,7 @@ class Case:
 
 
 def build(kind: str, text: dict, qformer: dict, queries: int, eos: int, seed: int, randomise, folder: Path) -> Case:
-    """A case.
+    """Builds a case.
 
     Args:
         kind: "Blip2" or "InstructBlip".
@@ -187,7 +187,7 @@ def build(kind: str, text: dict, qformer: dict, queries: int, eos: int, seed: in
         image_token_index=image,
     )
     reference = getattr(transformers, f"{kind}ForConditionalGeneration")(config)
-    if text["model_type"] == "t5":  # transformers 5 ties whatever the config says, checkpoints do not
+    if text["model_type"] == "t5":  # transformers 5 always ties, checkpoints do not
         reference.language_model.lm_head.weight = torch.nn.Parameter(torch.zeros(text["vocab_size"], text["d_model"]))
     reference = randomise(reference, seed)
     pixels = BlipImageProcessorPil(size=dict(height=SIDE, width=SIDE))
@@ -206,12 +206,12 @@ ROWS = range(len(TEXTS))
 
 
 class Checks:
-    """What holds for every case, a fixture `case` of the class or module."""
+    """Tests of every case, a fixture `case` of the class or module."""
 
     @pytest.fixture(scope="class")
     @classmethod
     def applied(cls, case):
-        """(what the model says of the batch, the batch, the targets of an encoder-decoder)."""
+        """Returns (the model's outputs, the batch, the targets of an encoder-decoder)."""
         batch, target = dict(case.batch()), None
         if case.model.config.encoder_decoder:
             target = np.random.default_rng(5).integers(3, 20, (len(TEXTS), 6))
@@ -229,7 +229,7 @@ class Checks:
             assert_close(logits[row][real], theirs, 1e-4, f"row {row}")
 
     def test_images_and_places(self, case, assert_close):
-        """The same ids, the queries before the first token; the same pixels once the bytes are normalised."""
+        """Checks equal ids, the queries before the first token, and equal pixels once the bytes are normalised."""
         batch = case.batch()
         config = case.model.config.image.encoder
         assert batch["images"].dtype == np.uint8
@@ -249,15 +249,15 @@ class Checks:
         self.check_logits(case, applied, assert_close)
 
     def test_answers(self, case):
-        """Token for token, in a batch and alone."""
+        """Checks answers token for token, in a batch and alone."""
         wanted = [case.their_tokens(row, eos_token_id=None) for row in ROWS]
         together = case.our_tokens(list(ROWS))
         assert together == wanted and len(set(map(tuple, wanted))) == len(wanted)
-        # One shape for all, so that little is compiled; the batch had another.
+        # One shape for all, to compile less; the batch had another.
         assert [case.our_tokens([row], slots={"image": 2}, length=LENGTH)[0] for row in ROWS] == wanted
 
     def test_the_configs_own_token_ends_an_answer(self, case):
-        """As "\\n" does with OPT, which is no end of a text elsewhere; the tokenizer's own end does so too."""
+        """Checks end tokens such as "\\n" of OPT, which ends no text elsewhere, and the tokenizer's own."""
         (end,) = case.model.config.llm.eos_token_id
         ends = [end, case.processor.tokenizer.backend.eos_token_id]
         wanted = [case.their_tokens(row, eos_token_id=ends) for row in ROWS]
@@ -273,6 +273,6 @@ class Checks:
         self.check_logits(case, applied, assert_close, again.eval())
         config = mllm_jax.pretrained_config(tmp_path / "ours")
         assert config == mllm_jax.pretrained_config(case.folder)
-        # What was written is what was there, tensor for tensor.
+        # The written tensors equal the original ones.
         stored, written = case.reference.state_dict(), again.state_dict()
         assert stored.keys() == written.keys() and all(torch.equal(stored[name], written[name]) for name in stored)

@@ -1,4 +1,4 @@
-"""One way to compare a composed model with its reference class: folders, texts with images, logits, answers."""
+"""Compares a composed model with its reference class: folders, texts with images, logits, answers."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ NEW_TOKENS = 32
 
 
 def tokenizer(**special: str) -> PreTrainedTokenizerFast:
-    """Words to ids, and special tokens by the names under which transformers' processors look for them."""
+    """Returns a tokenizer of words, with special tokens under the names that transformers' processors use."""
     backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<pad>"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     ends = dict(pad_token="<pad>", eos_token="</s>")
@@ -32,7 +32,7 @@ def make_image(height: int, width: int) -> np.ndarray:
 
 
 def prompts(placeholder: str) -> tuple[list[str], list[list[np.ndarray]]]:
-    """Four texts of unequal length: one image, several of all shapes, none, one in the middle."""
+    """Returns four texts of unequal length: one image, several of all shapes, none, one in the middle."""
     texts = [
         f"user {placeholder} what is it ?",
         f"{placeholder} a {placeholder} dog {placeholder} ?",
@@ -48,11 +48,11 @@ def prompts(placeholder: str) -> tuple[list[str], list[list[np.ndarray]]]:
 
 
 def check_composed(reference, processor, folder: Path, placeholder: str, assert_close):
-    """Logits, answers of the batch and of each row by itself, and the written folder.
+    """Checks logits, answers of the batch and of each row alone, and the written folder.
 
     Args:
         reference: a model of transformers with random weights, saved in `folder` beside its processor's files.
-        processor: transformers' own, with the image-making that needs no torchvision.
+        processor: transformers' own, with the image processor that needs no torchvision.
 
     Returns:
         The module and its parameters.
@@ -79,9 +79,9 @@ def check_composed(reference, processor, folder: Path, placeholder: str, assert_
             said = reference.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False, pad_token_id=0)
         assert list(answers[row].tokens) == said[0, length:].tolist(), text
         shown.append(inputs)
-    assert len({answer.tokens for answer in answers}) == len(texts), "answers that depend on nothing prove nothing"
+    assert len({answer.tokens for answer in answers}) == len(texts), "equal answers prove nothing"
 
-    # Padded to the batch's shapes, so that the four are answered by one compiled program.
+    # Padded to the batch's shapes, so that one compiled program answers all four.
     for text, mine, wanted in zip(texts, images, answers, strict=True):
         one = ours(text, images=mine, slots={"image": batch["images"].shape[1]}, length=batch["tokens"].shape[1])
         assert complete(module, params, one, ours, **how)[0].tokens == wanted.tokens, text
@@ -98,5 +98,5 @@ def check_composed(reference, processor, folder: Path, placeholder: str, assert_
 
 
 def tiles_of(shown: dict, name: str = "pixel_values") -> np.ndarray:
-    """transformers' numbers of a row's images: [tiles, H, W, 3]."""
+    """Returns transformers' pixels of a row's images: [tiles, H, W, 3]."""
     return rearrange(shown[name].numpy(), "n c h w -> n h w c")

@@ -29,7 +29,7 @@ def case(request, tmp_path_factory, randomise):
 
 
 class TestBlip2(Checks):
-    """The checks that it shares with InstructBLIP."""
+    """Runs the tests shared with InstructBLIP."""
 
 
 def test_a_stored_processor_of_another_size_is_refused(case, tmp_path):

@@ -1,4 +1,4 @@
-"""BLIP-2 and InstructBLIP learn from conversations: packed rows give transformers' loss, and stages train."""
+"""BLIP-2 and InstructBLIP train on conversations: packed rows give transformers' loss, and stages train."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ CASES = {
     "BLIP-2, Flan-T5": ("Blip2", T5 | dict(dense_act_fn="gelu")),
     "BLIP-2, OPT": ("Blip2", OPT),
 }
-# As plain as BLIP-2's prompts are: the question, the answer and what ends it.
+# As plain as BLIP-2's prompts: the question, the answer and the end token.
 TEMPLATE = (
     "{% for m in messages %}{% for p in m['content'] if p['type'] == 'text' %}{{ p['text'] + ' ' }}{% endfor %}"
     "{{ '</s> ' if m['role'] == 'assistant' else '' }}{% endfor %}"
@@ -65,7 +65,7 @@ def example(number: int, *, question: str | None = None, plain: bool = False, tu
 
 @torch.no_grad()
 def their_loss(case, number: int) -> tuple[float, int]:
-    """The sum over an example's learnt tokens, from the whole model or, without images, its LLM; and how many."""
+    """Returns an example's summed loss, from the model or (no images) its LLM, and its number of tokens with loss."""
     reference, processor = case.reference, case.their_processor
     (question, answer), images = ASKED[number], images_of(number)
     own, encodes = processor.tokenizer, case.model.config.encoder_decoder
@@ -103,7 +103,7 @@ def test_packed_rows_have_their_loss(case, assert_close):
 
 
 def test_captions_follow_the_queries(case):
-    """Of a caption all is learnt; the question is left out, also where the queries would read it."""
+    """Checks that a whole caption carries loss, and that the question is left out, also for the queries."""
     decodes = case.model.config.encoder_decoder
     e = case.processor.encode(example(0, plain=True), 40)
     own, caption = case.processor.tokenizer, ASKED[0][1]
@@ -175,4 +175,4 @@ def test_stages_train_and_leave_as_a_folder(case, tmp_path):
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(np.asarray(a), np.asarray(b)), params, trained)
     type(case.reference).from_pretrained(tmp_path / "out")
     batch = mllm_jax.Processor.from_pretrained(tmp_path / "out")("a dog", images=[make_image(0, 9, 9)])
-    assert batch["query_tokens"].shape == (1, 1, 16), "the Q-Former's own tokenizer came along"
+    assert batch["query_tokens"].shape == (1, 1, 16), "the Q-Former's own tokenizer is saved too"

@@ -74,7 +74,7 @@ CASES = {
 
 
 def build(case: str, folder, randomise):
-    """The reference and its processor, saved."""
+    """Builds the reference and its processor, and saves them."""
     family, options, pixels = CASES[case]
     kind = "DeepseekVLHybrid" if family == HYBRID else "DeepseekVL"
     config = getattr(transformers, f"{kind}Config")(**options, text_config=TEXT, image_token_id=IMAGE)

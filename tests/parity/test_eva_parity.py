@@ -44,7 +44,7 @@ def test_blip2_outputs_and_folders(case, randomise, assert_close, tmp_path):
     reference = randomise(transformers.Blip2VisionModel(config))
     sizes = [(20, 20), (16, 30), (8, 12)]
     _, params = check_transformers(reference, BLIP2, tmp_path, assert_close, sizes, interpolate_pos_encoding=True)
-    # The softmax hides the keys' bias, so its place in the fused tensor is looked up.
+    # The softmax cancels the keys' bias, so check its position in the fused tensor.
     if case != "no biases":
         stored = reference.state_dict()["encoder.layers.1.self_attn.qkv.bias"].numpy()
         mine = [np.asarray(params["layers"]["attention"][part]["bias"][1]).ravel() for part in "qkv"]
@@ -132,7 +132,7 @@ def test_the_original_code(name, assert_close, tmp_path):
     renamed |= dict(mlp_ratio="mlp_ratio", embed_dim="num_classes")
     arguments = arguments | {timm_name: options[ours] for ours, timm_name in renamed.items() if ours in options}
     config = TIMM.from_hf(dict(architecture=architecture, num_classes=0, model_args=arguments))
-    if name == "eva01_lavis":  # gives all tokens as the last layer leaves them
+    if name == "eva01_lavis":  # returns all tokens as the last layer leaves them
         config = dataclasses.replace(config, norm_output=False, pooler="none")
     if name == "eva02_subln_gelu_mlp":  # its plain MLP's norm is PyTorch's own
         config = dataclasses.replace(config, mlp_sub_norm_eps=1e-5)
@@ -176,7 +176,7 @@ def test_arguments_that_cannot_be_honoured_are_refused_by_name(arguments, named)
 
 
 def test_a_bare_architecture_is_the_published_model():
-    """The hub's older folders have no model_args."""
+    """Checks the hub's older folders, which have no model_args."""
     c = TIMM.from_hf(
         dict(
             architecture="eva02_large_patch14_clip_336",

@@ -25,11 +25,11 @@ def case(request, tmp_path_factory, randomise):
 
 
 class TestInstructBlip(Checks):
-    """The checks that it shares with BLIP-2."""
+    """Runs the tests shared with BLIP-2."""
 
 
 def test_the_instruction_for_the_queries(case):
-    """Every image's queries get the ids that the Q-Former's own tokenizer makes of the text."""
+    """Checks that every image's queries get the ids of the text from the Q-Former's own tokenizer."""
     batch = case.batch()
     assert batch["query_tokens"].shape[:2] == batch["images"].shape[:2]
     for row in range(len(TEXTS)):

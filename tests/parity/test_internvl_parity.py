@@ -69,7 +69,7 @@ CASES = {
 
 
 def build(case: str, folder, randomise):
-    """The reference and its processor, saved."""
+    """Builds the reference and its processor, and saves them."""
     given = CASES[case]
     parts = dict(vision_config=VISION | given["vision_config"], text_config=TEXT | given["text_config"])
     tokens = 16 * int(1 / given.get("downsample_ratio", 0.5)) ** -2
@@ -79,7 +79,7 @@ def build(case: str, folder, randomise):
     images = GotOcr2ImageProcessorPil(
         size=dict(height=16, width=16), max_patches=4, image_mean=list(IMAGE_MEAN), image_std=list(IMAGE_STD)
     )
-    # It asks for a processor of videos, which cannot be made without torchvision.
+    # It needs a video processor, which cannot be made without torchvision.
     transformers.InternVLProcessor.check_argument_for_proper_class = lambda *_: None
     made = tokenizer(**SPECIAL)
     processor = transformers.InternVLProcessor(images, made, None, image_seq_length=int(tokens))
@@ -118,7 +118,7 @@ def test_videos_and_conversations(randomise, tmp_path):
 
 
 def original(name: str, version: str, folder, randomise) -> torch.nn.Module:
-    """A folder as OpenGVLab writes it, of the golden's tower and projector and a Qwen2 with random weights."""
+    """Writes a folder in OpenGVLab's format: the golden's encoder and projector, and a Qwen2 with random weights."""
     golden = np.load(GOLDENS / f"{name}.npz")
     facts = json.loads((GOLDENS / f"{name}.json").read_text("utf-8"))["config"]
     tensors = {file.removeprefix("weights/"): golden[file] for file in golden.files if file.startswith("weights/")}

@@ -96,7 +96,7 @@ WRAPPED = "<|vision_start|> <|image_pad|> <|vision_end|>"
 
 @pytest.fixture(scope="module", params=CASES)
 def case(request, tmp_path_factory, randomise):
-    """(reference, folder, whether videos are taken)."""
+    """Returns (reference, folder, whether it takes videos)."""
     name, text, vision, rest = CASES[request.param]
     folder = tmp_path_factory.mktemp("qwen_vl")
     ids = dict(image_token_id=IMAGE, video_token_id=VIDEO, vision_start_token_id=START, vision_end_token_id=END)
@@ -122,7 +122,7 @@ def case(request, tmp_path_factory, randomise):
 
 
 def reference_inputs(reference, tokens, image_processor, images, frames=None) -> dict:
-    """What transformers' models take of a row whose tokens have their places for media already."""
+    """Returns the inputs of transformers' models for a row whose tokens already have positions for media."""
     kinds = np.where(tokens == IMAGE, 1, np.where(tokens == VIDEO, 2, 0))
     inputs = dict(
         input_ids=torch.tensor(tokens[None].astype(np.int64)),
@@ -170,7 +170,7 @@ def test_logits_answers_and_folder(case, assert_close):
             assert_close(logits[row, :length], reference(**inputs).logits[0], 1e-4, f"logits of {text!r}")
             said = reference.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False, pad_token_id=0)
         assert list(answers[row].tokens) == said[0, length:].tolist(), text
-    assert len({answer.tokens for answer in answers}) == len(texts), "answers that depend on nothing prove nothing"
+    assert len({answer.tokens for answer in answers}) == len(texts), "equal answers prove nothing"
     for row, (text, mine) in enumerate(zip(texts, images, strict=True)):
         size = dict(slots={"image": batch["patches"].shape[1]}, length=batch["tokens"].shape[1])
         one = ours(text, images=mine, videos=[frames] if takes_videos and row == 2 else None, **size)

@@ -49,7 +49,7 @@ def test_outputs_and_folders(case, randomise, assert_close, tmp_path):
         with torch.no_grad():
             theirs = model(to_torch(pixels), output_hidden_states=True)
         last = rearrange(theirs.last_hidden_state, "b e h w -> b (h w) e")
-        assert_close(ours.last_hidden_state, last, 1e-4, f"{what}: behind the neck")
+        assert_close(ours.last_hidden_state, last, 1e-4, f"{what}: after the neck")
         for i, (mine, their) in enumerate(zip(ours.hidden_states, theirs.hidden_states, strict=True)):
             assert_close(mine, rearrange(their, "b h w e -> b (h w) e"), 1e-4, f"{what}: hidden state {i}")
 
@@ -81,7 +81,7 @@ def test_rematerialised_layers_give_the_same_gradients(assert_close):
         for m in (config.make(), dataclasses.replace(config, remat="full").make())
     )
     for a, b in zip(jax.tree.leaves(stored), jax.tree.leaves(again), strict=True):
-        if np.abs(a).max() > 1e-3:  # those of key biases are zero but for rounding
+        if np.abs(a).max() > 1e-3:  # gradients of key biases are zero up to rounding
             assert_close(b, a, 1e-4)
 
 

@@ -1,4 +1,4 @@
-"""The places of images in the text are those that transformers' LLaVA models give their features."""
+"""The positions of images in the text are those of their features in transformers' LLaVA models."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def model():
 
 
 def summed(features: np.ndarray, newline: np.ndarray, places) -> np.ndarray:
-    """What stands at each place, of features [tiles, N, E]."""
+    """Returns the vector at each position, of features [tiles, N, E]."""
     found = np.where(places.places[..., None] == NEWLINE, newline, features.reshape(-1, WIDTH)[places.places])
     return found if places.weights is None else (found * places.weights[..., None]).sum(axis=1)
 

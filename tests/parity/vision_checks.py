@@ -1,4 +1,4 @@
-"""One way to compare a vision tower with its reference class: through real folders, whole and packed images."""
+"""Compares a vision encoder with its reference class: through real folders, whole and packed images."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def family_of(home, architecture: str) -> Family:
 
 
 def read(family: Family, folder: Path):
-    """(module, parameters) of a folder."""
+    """Returns (module, parameters) of a folder."""
     config = family.from_hf(read_config(folder))
     return config.make(), read_weights(folder, family.table(config), abstract_params(config, family))
 
@@ -31,7 +31,7 @@ def write(family: Family, module, params, folder: Path) -> None:
 
 
 def make_image(height: int, width: int, rows: int = 1, channels: int = 3) -> np.ndarray:
-    """Normalised pixels [rows, H, W, C]."""
+    """Returns normalised pixels [rows, H, W, C]."""
     rng = np.random.default_rng(height * 100 + width)
     return rng.normal(size=(rows, height, width, channels)).astype(np.float32)
 
@@ -41,7 +41,7 @@ def to_torch(pixels: np.ndarray) -> torch.Tensor:
 
 
 def pack(images: list[np.ndarray], patch: int, class_token: bool, padding: int = 3):
-    """Single images in one row: pixels, segments, coordinates, grids, and the span of each."""
+    """Packs single images into one row: pixels, segments, coordinates, grids, and the span of each."""
     parts, spans, start = [], [], 0
     for number, pixels in enumerate(images, start=1):
         grid = np.array(pixels.shape[1:3]) // patch
@@ -49,7 +49,7 @@ def pack(images: list[np.ndarray], patch: int, class_token: bool, padding: int =
         patches = rearrange(whole, "1 (h p) (w q) c -> (h w) (p q c)", p=patch, q=patch)
         places = np.indices(grid).reshape(2, -1).T
         if class_token:
-            # Nobody reads the pixels in a class token's place.
+            # The pixels at a class token's position are unused.
             patches = np.concatenate([np.full((1, patches.shape[1]), 5.0), patches])
             places = np.concatenate([[[-1, -1]], places])
         parts.append((patches, np.full(len(patches), number), places, np.broadcast_to(grid, places.shape)))
@@ -62,7 +62,7 @@ def pack(images: list[np.ndarray], patch: int, class_token: bool, padding: int =
 
 
 def compare(ours, theirs, assert_close, what: str, tolerance: float = 1e-4) -> None:
-    """Every hidden state, the last and the pooled output; `theirs` is the reference's."""
+    """Compares every hidden state, the last and the pooled output; `theirs` is the reference's."""
     assert len(ours.hidden_states) == len(theirs.hidden_states)
     for i, (mine, their) in enumerate(zip(ours.hidden_states, theirs.hidden_states, strict=True)):
         assert_close(mine, their, tolerance, f"{what}: hidden state {i}")
@@ -73,7 +73,7 @@ def compare(ours, theirs, assert_close, what: str, tolerance: float = 1e-4) -> N
 
 
 def check_transformers(reference, family, folder: Path, assert_close, sizes, ignored: tuple[str, ...] = (), **call):
-    """Whole images of two sizes, images of all sizes packed in a row, and the folder that is written.
+    """Checks whole images of two sizes, images of all sizes packed in a row, and the written folder.
 
     Args:
         reference: a module with randomised weights.
