@@ -101,7 +101,7 @@ def test_answers_carry_loss_to_their_stop_token_and_nothing_else(pair):
     assert "sure <|end|>?" in ours.decode(row.tokens[~has_loss])
 
 
-def test_images_stand_before_the_first_question_and_then_a_line_break(pair):
+def test_images_precede_the_first_question_and_a_line_break(pair):
     theirs, ours = pair
     image, bare = ours.layout.image_token, ours.encode(example(0, TURNS), 512).tokens.tolist()
     assert image not in bare

@@ -57,7 +57,7 @@ def loss_texts(encoded, tokenizer) -> list[str]:
 
 
 @pytest.mark.parametrize("images", [0, 1, 2])
-def test_learnt_tokens_decode_to_the_answers(reader, tokenizer, images):
+def test_tokens_with_loss_decode_to_the_answers(reader, tokenizer, images):
     encoded = reader.encode(example(images), 200)
     assert loss_texts(encoded, tokenizer) == [answer for _, answer in TURNS]
     assert len(encoded.media) == encoded.slots.get("image", 0) == images and encoded.dropped_turns == 0
@@ -68,7 +68,7 @@ def test_learnt_tokens_decode_to_the_answers(reader, tokenizer, images):
     assert encoded.tokens.dtype.kind == "i" and encoded.loss_weights.dtype == np.float32
 
 
-def test_an_image_stands_where_the_message_has_it(reader, tokenizer):
+def test_an_image_has_the_position_that_the_message_gives_it(reader, tokenizer):
     t = tokenizer
     inside = Message("user", (Text("is"), Image(PIXELS), Text("like"), Image(PIXELS)))
     later = Message("user", (Image(PIXELS), Text("this?")))
@@ -99,7 +99,7 @@ def test_words_may_name_each_region_of_an_image(reader, tokenizer):
     assert prompt.tokens.tolist() == ids[: len(prompt.tokens)]
     assert named.fingerprint() != reader.fingerprint(), "rows have other lengths"
     assert not encoded.loss_weights[: where[-1] + 1].any()
-    with pytest.raises(ConfigError, match="words for 4 places of an image, which takes 9"):
+    with pytest.raises(ConfigError, match="words for 4 .*which takes 9"):
         PlainLayout(8, 9, tokenizer.image_token_id, [[1]] * 4)
 
 
@@ -115,7 +115,7 @@ def test_learning_all_leaves_out_the_start_and_the_images_only(reader, images):
     assert everything.loss_weights.dtype == np.float32
 
 
-def test_what_is_shortened_is_learnt_whole(reader):
+def test_all_answers_of_a_shortened_row_carry_loss(reader):
     whole = reader.encode(example(1, TURNS[:2]), 200, learn="all")
     short = reader.encode(example(1), len(whole.tokens), learn="all")
     assert short.dropped_turns == 1 and short.tokens.tolist() == whole.tokens.tolist()
@@ -160,9 +160,9 @@ def test_an_example_that_does_not_fit_is_refused_with_its_three_parts(reader):
     need = len(reader.encode(example(2, TURNS[:1]), 200).tokens)
     with pytest.raises(DataError) as refusal:
         reader.encode(example(2), need - 1)
-    assert refusal.value.given == f"an example of {need} tokens with 2 image(s)"
+    assert refusal.value.given.startswith(f"an example of {need} tokens with 2 ")
     assert refusal.value.expected == f"at most {need - 1} tokens with its first turn"
-    assert "length" in refusal.value.todo and "images" in refusal.value.todo
+    assert "length" in refusal.value.todo and "smaller" in refusal.value.todo
     text = str(refusal.value)
     assert all(part in text for part in (refusal.value.given, refusal.value.expected, refusal.value.todo))
 
@@ -283,7 +283,7 @@ def test_a_text_carries_loss_after_its_image(reader, tokenizer):
 def test_texts_that_no_row_can_hold_are_refused(reader):
     caption = Example((Message(TEXT_ROLE, (Image(PIXELS), Text("a red apple"))),))
     need = reader.encode(caption, 200).length
-    with pytest.raises(DataError, match=f"a caption of {need} tokens with 1 image"):
+    with pytest.raises(DataError, match=f"a caption of {need} tokens with 1 "):
         reader.encode(caption, need - 1)
     with pytest.raises(DataError, match="a text without words"):
         reader.encode(Example((Message(TEXT_ROLE, (Image(PIXELS), Text(" \n"))),)), 200)

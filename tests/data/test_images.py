@@ -128,7 +128,7 @@ def test_exif_orientation_is_applied():
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
-def test_every_exif_orientation_stands_upright(kind):
+def test_every_exif_orientation_is_turned_upright(kind):
     upright = np.zeros((16, 24, 3), np.uint8)
     upright[:8, :8], upright[8:, :8], upright[:8, 16:] = (250, 0, 0), (0, 250, 0), (0, 0, 250)
     turned = {  # as the camera stores it
@@ -254,5 +254,5 @@ def test_pillows_images_are_finished_or_refused():
     whole = encode(Image.new("RGB", (64, 64), (1, 2, 3)))
     assert as_picture(Image.open(io.BytesIO(whole))).shape == (64, 64, 3)
     for image in (Image.new("F", (3, 2), 0.5), Image.open(io.BytesIO(whole[:70]))):
-        with pytest.raises(DataError, match="an image of Pillow: cannot be decoded"):
+        with pytest.raises(DataError, match="a Pillow image: cannot be decoded"):
             as_picture(image)

@@ -132,7 +132,7 @@ def test_media_index_points_at_the_slots_of_the_example():
     assert seen > 50
 
 
-def test_what_is_learnt_is_the_mixtures_choice():
+def test_the_mixture_chooses_the_tokens_that_carry_loss():
     answers, everything = pipeline().batch(3), pipeline(replace(PICTURES, learn="all")).batch(3)
     for name in answers.keys() - {"loss_weights"}:
         np.testing.assert_array_equal(answers[name], everything[name])

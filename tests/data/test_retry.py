@@ -35,7 +35,7 @@ def caused(cause: Exception) -> DataError:
 
 
 @pytest.mark.parametrize("error", [OSError(5, "Input/output error"), TimeoutError("slow"), caused(OSError(5, "x"))])
-def test_a_failure_that_passes_is_tried_again_and_told(error):
+def test_a_temporary_failure_is_retried_and_reported(error):
     read = Flaky(2, error)
     with pytest.warns(UserWarning, match=r"toy\[3\].*attempt 2 in"):
         assert patiently(read, "toy[3]", QUICK) == "bytes"
@@ -67,7 +67,7 @@ def test_what_waiting_does_not_change_is_not_tried_again(error):
     assert read.calls == 1
 
 
-def test_a_slow_read_is_told():
+def test_a_slow_read_is_reported():
     with pytest.warns(UserWarning, match=r"toy\[3\]: reading it took"):
         assert patiently(Flaky(0, OSError()), "toy[3]", replace(QUICK, slow_seconds=-1.0)) == "bytes"
 

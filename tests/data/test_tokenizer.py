@@ -25,12 +25,12 @@ def test_any_text_round_trips(tokenizer, text):
     assert tokenizer.caption_ids(text) == [*tokenizer.encode(text), tokenizer.eos_token_id]
 
 
-def test_merges_are_learnt_and_the_size_is_kept(tokenizer):
+def test_merges_are_trained_and_the_size_is_kept(tokenizer):
     assert tokenizer.vocab_size == 290
     assert len(tokenizer.words("cats")) < len("cats")
 
 
-def test_a_word_has_the_same_ids_wherever_it_stands(tokenizer):
+def test_a_word_has_the_same_ids_at_every_position(tokenizer):
     word = tokenizer.words("apple")
     assert tokenizer.words("a red apple")[-len(word) :] == word == tokenizer.words(" apple")
 
@@ -67,7 +67,7 @@ def test_text_cannot_forge_a_special_token(tokenizer, special):
         assert SEAM not in tokenizer.decode(ids)
 
 
-def test_training_is_deterministic_and_the_fingerprint_tells(tokenizer):
+def test_training_is_deterministic_and_the_fingerprint_changes(tokenizer):
     assert Tokenizer.train(TEXTS, 290).fingerprint() == tokenizer.fingerprint()
     assert Tokenizer.train(TEXTS, 280).fingerprint() != tokenizer.fingerprint()
     assert Tokenizer(tokenizer.backend, OWN_TEMPLATE + "!").fingerprint() != tokenizer.fingerprint()

@@ -66,7 +66,7 @@ def test_every_base_of_a_subset_exists_once(config):
 
 
 @pytest.mark.parametrize("config", ["quickstart", "study"])
-def test_genders_can_be_told_apart_in_a_cell_of_a_scene(config, tmp_path):
+def test_genders_differ_in_a_cell_of_a_scene(config, tmp_path):
     """Checks root mean squares at 32 pixels and equal tone: at least 0.09 in `quickstart`; `study` has smaller ones."""
     forms = defaultdict(dict)
     for rows in load(config, tmp_path).values():
@@ -122,7 +122,7 @@ def test_no_two_images_look_the_same(splits):
     assert all(image.min() < 200 and image[0, 0].min() == 255 for image in images), "drawn, and on white"
 
 
-def test_find_repeats_keeps_the_first_and_tells_small_differences():
+def test_find_repeats_keeps_the_first_and_sees_small_differences():
     first = np.full((64, 64, 3), 200, np.uint8)
     smoothed, ponytail = first.copy(), first.copy()
     smoothed[0, :20] -= 10

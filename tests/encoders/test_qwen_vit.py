@@ -236,12 +236,12 @@ def test_patches_that_do_not_fit_are_refused(shape):
 
 
 @pytest.mark.parametrize("shape", [(1, 12, 10, 3), (1, 12, 12, 1)])
-def test_images_that_do_not_fit_the_first_tower_are_refused(shape):
+def test_images_that_do_not_fit_the_first_encoder_are_refused(shape):
     with pytest.raises(ConfigError, match="3 channels, and a whole number of patches of 4"):
         V1.make().apply({"params": {}}, np.zeros(shape, np.float32))
 
 
-def test_the_first_tower_takes_images_of_any_size():
+def test_the_first_encoder_takes_images_of_any_size():
     """Checks that positions are interpolated, and each patch stays one vector."""
     params = random_params(V1)
     pixels = np.random.default_rng(0).normal(size=(2, 8, 20, 3)).astype(np.float32)
@@ -284,7 +284,7 @@ def test_impossible_configs_are_refused(change, message):
     ],
     ids=lambda x: "",
 )
-def test_impossible_first_towers_are_refused(change, message):
+def test_impossible_first_encoders_are_refused(change, message):
     with pytest.raises(ConfigError, match=message):
         replace(V1, **change)
 

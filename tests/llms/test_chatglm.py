@@ -129,7 +129,7 @@ def test_config_both_ways():
     assert written["eos_token_id"] == EOS
 
 
-def test_versions_are_told_apart():
+def test_versions_are_distinguished():
     assert is_v1(to_hf_config(CONFIG)) and is_v1({"position_encoding_2d": True})
     second = {"architectures": ["ChatGLMModel"], "ffn_hidden_size": 13696, "multi_query_attention": True}
     assert not is_v1(second)

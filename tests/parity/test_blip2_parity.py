@@ -35,5 +35,5 @@ class TestBlip2(Checks):
 def test_a_stored_processor_of_another_size_is_refused(case, tmp_path):
     pixels = transformers.BlipImageProcessorPil(size=dict(height=8, width=8))
     pixels.save_pretrained(tmp_path)
-    with pytest.raises(ConfigError, match=r"images of \(8, 8\) pixels"):
+    with pytest.raises(ConfigError, match=r"of \(8, 8\) pixels"):
         pixel_reader(case.model.config.image.encoder, tmp_path)

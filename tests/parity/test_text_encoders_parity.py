@@ -166,7 +166,7 @@ def test_a_text_that_is_too_long_is_refused(load):
         module.apply({"params": params}, np.ones((1, 13), int))
 
 
-def test_a_tower_of_our_own_is_not_written_as_clip(load):
+def test_an_encoder_of_our_own_is_not_written_as_clip(load):
     _, module, _ = load("clip")
     family = family_of_config(module.config)
     with pytest.raises(ConfigError, match="pooling='mean'"):

@@ -68,7 +68,7 @@ def test_positions_tell_places_apart():
 
 
 def test_patches_without_a_grid_are_refused():
-    with pytest.raises(DataError, match="10 vectors of an image"):
+    with pytest.raises(DataError, match="10 vectors of a"):
         C.make().init(jax.random.key(0), np.zeros((1, 10, 5), np.float32))
     assert nn.meta.unbox(abstract_init(PERCEIVER.make(), np.zeros((1, 10, 5), np.float32)))
 
