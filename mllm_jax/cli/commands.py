@@ -42,7 +42,7 @@ COMMANDS = {
     "plan": "reading the config",
     "models": None,
 }
-PROCESS = ("JAX_PROCESS_ID", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK")  # the index of one of several processes
+PROCESS = ("JAX_PROCESS_ID", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK")  # the index of a process in a run of several
 
 
 def main(arguments: list[str] | None = None) -> int:

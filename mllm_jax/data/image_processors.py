@@ -12,8 +12,8 @@ Some families' authors prepare images differently in their own repositories:
 - EVA-CLIP in BLIP-2 (LAVIS): the same resizing to a square, the same last bits.
 - ViT, SigLIP (big_vision): TensorFlow's bilinear resizing, in most configs without antialiasing, then [-1, 1]. The
   folders on the hub use bicubic for SigLIP: a much reduced image looks different.
-- LLaVA-1.5: pads to a square with the mean colour before the centre crop. Its folders on the hub leave that out; as
-  there, `do_pad` adds it. LLaVA-NeXT and LLaVA-OneVision: the same tiles.
+- LLaVA-1.5: pads to a square with the mean colour before the centre crop. Its folders on the hub leave that out;
+  `do_pad` adds it, here as in transformers. LLaVA-NeXT and LLaVA-OneVision: the same tiles.
 - Qwen2-VL: its helper package resizes once before, to its own bounds, so it may resample an image twice.
 """
 
