@@ -1,0 +1,235 @@
+"""Conversations of an iterator: the answers of a list, in order, in bounded memory, with a handful of programs."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from test_assistant_media import CONFIG as WITH_IMAGES
+from test_assistant_media import PROMPTS, IdTokenizer, asked, picture, random_params_of
+from tiny_language import CONFIG, byte_tokenizer, language, random_params
+from toy_data import processor as processor_of
+
+from mllm_jax.data.message import Message
+from mllm_jax.data.tokenizer import Tokenizer
+from mllm_jax.errors import ConfigError, DataError
+from mllm_jax.generation import bulk
+from mllm_jax.generation.assistant import Assistant
+from mllm_jax.generation.bulk import outcomes
+from mllm_jax.generation.options import Answer, Options
+
+HOW = dict(max_new_tokens=5, ignore_eos=True)
+
+
+@pytest.fixture(scope="module")
+def assistant():
+    config = replace(CONFIG, max_position_embeddings=512)
+    return language(config.make(), random_params(config), byte_tokenizer())
+
+
+@pytest.fixture(scope="module")
+def seeing():
+    tokenizer = IdTokenizer(Tokenizer.train(["what is this? a red apple"] * 3, 280).backend)
+    return Assistant(WITH_IMAGES.make(), random_params_of(WITH_IMAGES), processor_of(WITH_IMAGES, tokenizer))
+
+
+def words(count: int, longest: int = 110) -> list[str]:
+    """Texts of unequal lengths, all of which the tokenizer of bytes keeps."""
+    rng = np.random.default_rng(count)
+    return ["".join(rng.choice(list("abcdefgh"), int(n))) for n in rng.integers(1, longest, count)]
+
+
+class Read:
+    """An iterator that counts what was taken from it."""
+
+    def __init__(self, conversations):
+        self.taken, self._rest = 0, iter(conversations)
+
+    def __iter__(self) -> Iterator:
+        return self
+
+    def __next__(self):
+        found = next(self._rest)
+        self.taken += 1
+        return found
+
+
+def test_an_iterator_gives_the_answers_of_a_list_and_of_each_alone(seeing):
+    prompts = [*PROMPTS, *PROMPTS[::-1]]
+    listed = seeing.generate(prompts, batch_size=2, **HOW)
+    found = seeing.generate(iter(prompts), batch_size=2, **HOW)
+    assert isinstance(listed, list) and isinstance(found, Iterator)
+    found = [answer.tokens for answer in found]
+    assert found == [answer.tokens for answer in listed] and len(set(found)) > 6
+    for i in (1, 3, 7):  # an image and a longer text, an image, a text alone
+        assert seeing.generate(prompts[i], **HOW).tokens == found[i]
+
+
+def test_sampled_answers_are_drawn_by_the_position(assistant):
+    texts, how = words(40, 20), HOW | dict(temperature=1.0, seed=4)
+    listed = assistant.generate(texts, batch_size=2, **how)
+    assert list(assistant.generate(iter(texts), batch_size=2, **how)) == listed
+    numbered = outcomes(assistant, [(7, texts[7])], Options(5, ignore_eos=True), _sampling(how), batch_size=2)
+    assert list(numbered) == [(7, listed[7])]
+
+
+def _sampling(how):
+    from mllm_jax.generation.sampling import Sampling
+
+    return Sampling(temperature=how["temperature"], seed=how["seed"])
+
+
+def test_many_are_read_a_little_ahead_in_order_with_a_handful_of_programs(assistant):
+    texts = words(1000)
+    source, rows = Read(texts), 16
+    found, ahead = [], 0
+    for answer in assistant.generate(source, batch_size=rows, max_new_tokens=2, ignore_eos=True):
+        found.append(answer)
+        ahead = max(ahead, source.taken - len(found))
+    assert len(found) == len(texts) and 0 < ahead <= (2 * bulk.AHEAD + 1) * rows
+    sample = range(0, len(texts), 331)
+    program = assistant._program
+    compiled = sum(f._cache_size() for f in (program.start, program.refill, program.advance))
+    assert compiled <= 40, compiled
+    for i in sample:
+        assert found[i] == assistant.generate(texts[i], max_new_tokens=2, ignore_eos=True)
+
+
+def test_images_are_dropped_once_they_are_read(seeing):
+    alive: set[int] = set()
+    most = 0
+
+    def conversations() -> Iterator[tuple[Message, ...]]:
+        nonlocal most
+        for number in range(300):
+            image = picture(number % 7, 20, 20)
+            alive.add(number)
+            weakref.finalize(image, alive.discard, number)
+            most = max(most, len(alive))
+            yield asked("red" if number % 3 else "what is this?", image)
+            del image
+
+    prepared = _count_prepared(seeing)
+    found = list(seeing.generate(conversations(), batch_size=2, **HOW))
+    assert len(found) == 300 and found[0].tokens == found[21].tokens != found[1].tokens
+    assert most <= (bulk.AHEAD + 1) * 2 + 1, "images of conversations that were answered are held"
+    assert max(prepared) <= (bulk.AHEAD + 1) * 2 + 1, "prepared media are held after they were read"
+
+
+def _count_prepared(assistant) -> list[int]:
+    """How many prepared images are alive, each time that one is made."""
+    layout, alive, seen = assistant.processor.layout, weakref.WeakSet(), []
+    fitted = type(layout)._fitted
+
+    def counted(image):
+        made = fitted(layout, image)
+        alive.add(_Owner.of(made))
+        seen.append(len(alive))
+        return made.view(_Owner)
+
+    layout._fitted = counted
+    return seen
+
+
+class _Owner(np.ndarray):
+    """An array that hashes by identity, so that a WeakSet takes it."""
+
+    __hash__ = object.__hash__
+
+    def __eq__(self, other):
+        return self is other
+
+    @classmethod
+    def of(cls, array):
+        return array.view(cls)
+
+
+def test_a_window_ends_where_its_media_are_large(seeing, monkeypatch):
+    monkeypatch.setattr(bulk, "MEDIA_BYTES", 3 * 8 * 8 * 3 - 1)  # of three images
+    source = Read(asked("red", picture(n)) for n in range(40))
+    next(seeing.generate(source, batch_size=4, **HOW))
+    assert source.taken <= 3 + 4 + 3
+
+
+def test_a_bad_conversation_fails_alone_and_in_its_place(assistant):
+    given = [
+        "a",
+        "",
+        [Message("user", "b"), Message("user", "c")],
+        3,
+        DataError("line 5", "json", "mend it"),
+        "d" * 600,
+    ]
+    given += ["e"]
+    found = list(outcomes(assistant, enumerate(given), Options(4, ignore_eos=True), batch_size=2))
+    assert [number for number, _ in found] == list(range(7))
+    assert [isinstance(outcome, Answer) for _, outcome in found] == [True, *[False] * 5, True]
+    reasons = ("an empty prompt|without anything", "alternate", "int 3", "line 5", "a prompt of 6")
+    for (_, outcome), reason in zip(found[1:6], reasons, strict=True):
+        with pytest.raises(DataError, match=reason):
+            raise outcome
+    stream = assistant.generate(iter(given), batch_size=2, **HOW)
+    assert next(stream).tokens == assistant.generate("a", **HOW).tokens
+    with pytest.raises(DataError):
+        next(stream)
+
+
+def test_answers_wait_for_an_early_long_one_and_reading_stops(assistant, monkeypatch):
+    monkeypatch.setattr(bulk, "HELD", 4)
+    source = Read(["abc"] * 500)
+    engine = assistant.engine(2)
+    never = engine.submit  # the first request goes on for ever: it is never submitted
+
+    def submit(request):
+        return -1 if request.index == 0 else never(request)
+
+    engine.submit = submit
+    monkeypatch.setattr(assistant, "engine", lambda rows: engine, raising=False)
+    answers = bulk._Bulk(assistant, enumerate(source), Options(1), _sampling(dict(temperature=0, seed=0)), 2)
+    steps, step = 0, engine.step
+
+    def counted():
+        nonlocal steps
+        steps += 1
+        if steps > 200:
+            raise TimeoutError
+        return step()
+
+    engine.step = counted
+    with pytest.raises(TimeoutError):
+        next(answers.run())
+    assert source.taken <= 2 * (4 + bulk.AHEAD)
+
+
+def test_rows_that_are_too_long_are_replaced(assistant):
+    """After a window with a long conversation, short ones get short rows again."""
+    long, short = "a" * 300, ["abc"] * 100
+    rows = []
+    engine, real = assistant.engine(2), assistant._program
+    begin = engine._begin
+
+    def begun():
+        begin()
+        rows.append(engine._length)
+
+    engine._begin = begun
+    assistant.__dict__["engine"] = lambda _: engine
+    try:
+        assert len(list(assistant.generate(iter([long, *short]), batch_size=2, **HOW))) == 101
+    finally:
+        del assistant.__dict__["engine"]
+    assert assistant._program is real and max(rows) >= 304 and rows[-1] == 32
+
+
+def test_what_cannot_be_asked_at_all_is_refused_at_once(assistant):
+    never = (fail for fail in [1 / 1])
+    with pytest.raises(ConfigError, match="batch_size 0"):
+        assistant.generate(never, batch_size=0)
+    with pytest.raises(ConfigError, match="beam search, or sampling"):
+        assistant.generate(never, num_beams=2, temperature=1.0)
+    with pytest.raises(ConfigError, match="tempera"):
+        assistant.generate(never, tempera=1.0)
+    assert next(never) == 1, "the iterator was read"
