@@ -190,7 +190,7 @@ REFUSED = {
     "an empty batch": ("Q --prompts {images} --out {new} --batch-size 0", "batch_size 0"),
     "a folder without a question": ("--prompts {images} --out {new}", "without a question"),
     "a folder with media": ("Q --prompts {images} --media {images} --out {new}", "--media for a folder"),
-    "a folder without images": ("Q --prompts {empty} --out {new}", "without pictures"),
+    "a folder without images": ("Q --prompts {empty} --out {new}", "{empty} without"),
     "a file with a question": ("Q --prompts {file} --out {new}", "beside the file"),
     "images and prompts": ("--image {images}/a.png --prompts {file} --out {new}", "--image with --prompts"),
     "no file": ("--prompts {empty}/none.jsonl --out {new}", "none.jsonl cannot be read"),

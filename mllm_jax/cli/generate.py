@@ -226,7 +226,7 @@ def _line(prompt: Prompt, answer: Answer) -> dict[str, Any]:
 
 
 def _what_is_asked(options: Generate, place: Path, prompts: Prompts) -> dict[str, Any]:
-    """What answers depend on; how many are answered together is no part of it."""
+    """Lists what answers depend on; how many are answered together is no part of it."""
     media = place.parent if options.media is None else options.media
     return dict(
         model=str(options.run.resolve()),
@@ -241,7 +241,7 @@ def _what_is_asked(options: Generate, place: Path, prompts: Prompts) -> dict[str
 
 
 def _weights(folder: Path) -> str:
-    """A checksum that differs once a model's files have changed, or a run was trained further."""
+    """Makes a checksum that differs once a model's files have changed, or a run was trained further."""
     if is_run(folder):
         files = [*folder.glob("stages/*"), *folder.glob("checkpoints/*/*")]
     else:

@@ -26,7 +26,7 @@ class Timing:
         self._since, self._compiling = time.monotonic(), 0.0
 
     def summary(self, tokens: int) -> str:
-        """What it took to write `tokens` tokens since the model was loaded."""
+        """Says what it took to write `tokens` tokens since the model was loaded."""
         answering = time.monotonic() - self._since - self._compiling
         return (
             f"loading {self._since - self._began:.1f} s, compiling {self._compiling:.1f} s, "

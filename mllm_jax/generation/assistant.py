@@ -234,7 +234,7 @@ class Assistant:
         return Request(prompt, length, limit, self.processor.decode, index, stops, options, sampling, media)
 
     def asked(self, prompt: Encoded, index: int, options: Options, sampling: Sampling) -> Request:
-        """The request for the answer to a prompt.
+        """Makes the request for the answer to a prompt.
 
         Raises:
             DataError: a prompt without tokens, with one that the model does not have, or that leaves no room.
@@ -244,7 +244,7 @@ class Assistant:
         return self.request(prompt, length, self.room(length, options), index, options, sampling, media)
 
     def engine(self, rows: int) -> Engine:
-        """An engine that answers `rows` requests of this assistant's at a time."""
+        """Makes an engine that answers `rows` requests at a time."""
         return Engine(self._program, self._batch, rows, self.max_length)
 
     # ---- probabilities and vectors
@@ -367,10 +367,7 @@ class Assistant:
                 )
 
     def _slots(self, encoded: Encoded) -> dict[str, int]:
-        """The slots that an example's row has for media, padded so that numbers of media share compiled programs."""
-        branches = {m: self.processor.config.branch(m) for m in encoded.slots}
-        units = {m: branch.encoder.merge_unit if branch.packed else 1 for m, branch in branches.items()}
-        return {m: units[m] * bucket(-(-count // units[m]), least=1) for m, count in sorted(encoded.slots.items())}
+        return padded_slots(encoded.slots, self.processor.config)
 
     def _batch(self, encoded: Sequence[Encoded], rows: int, length: int, learnt: bool = False) -> dict[str, np.ndarray]:
         """Examples with equal slots, padded to `length` and to `rows` rows."""
@@ -401,6 +398,17 @@ def no_text(config: Any) -> ConfigError:
         "a model that generates text: a language model, or one with images, such as LLaVA",
         "name another; `embed` makes vectors with a dual encoder or one of its towers",
     )
+
+
+def padded_slots(slots: Mapping[str, int], config: Any) -> dict[str, int]:
+    """Pads a row's slots for media, so that numbers of media share compiled programs: 1, 2, 3, 4, 6, 8, 12, ...
+
+    Args:
+        config: of the model; an encoder that packs patches takes multiples of its own.
+    """
+    branches = {modality: config.branch(modality) for modality in sorted(slots)}
+    units = {modality: b.encoder.merge_unit if b.packed else 1 for modality, b in branches.items()}
+    return {modality: unit * bucket(-(-slots[modality] // unit), least=1) for modality, unit in units.items()}
 
 
 def in_batches(sizes: Sequence[tuple[dict[str, int], int]], batch_size: int) -> Iterator[tuple[list[int], int]]:

@@ -111,7 +111,7 @@ class _Bulk:
         return self.assistant.asked(prompt, number, self.options, self.sampling)
 
     def _loose(self) -> bool:
-        """Whether the rows that are being answered are far too long for the window."""
+        """Returns whether the rows that are being answered are far too long for the window."""
         return self.engine.length >= LOOSE * bucket(max(request.length for _, request in self.window))
 
     def _submit(self) -> None:

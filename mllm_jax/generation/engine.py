@@ -293,7 +293,7 @@ class Engine:
 
 
 def or_raise(outcome: Answer | Exception) -> Answer:
-    """An answer as `Engine.step` gave it; raises what came in its place."""
+    """Returns an answer as `Engine.step` gave it; raises what came in its place."""
     if isinstance(outcome, Exception):
         raise outcome
     return outcome

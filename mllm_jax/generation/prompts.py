@@ -110,7 +110,7 @@ class PromptFile:
             yield Prompt(index, place, name, messages)
 
     def _lines(self) -> Iterator[tuple[int, bytes]]:
-        """The lines that hold something, and their numbers; of one that is too long its beginning."""
+        """Yields the lines that hold something, with their numbers; of one that is too long its beginning."""
         try:
             with open_regular(self.path, DataError) as file:
                 number, first = 1, True
@@ -135,7 +135,7 @@ class PromptFile:
         return name, tuple(self._found(message) for message in messages)
 
     def _found(self, message: Message) -> Message:
-        """A message with its media's paths where the files are."""
+        """Returns a message with the paths of its media completed."""
         if not encodable(message.role) or not encodable(message.text):
             _refuse(f"a text {short(message.text)!a}, half of a pair of surrogates in it", "text that UTF-8 can write")
         if isinstance(message.content, str):

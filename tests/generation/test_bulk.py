@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterator
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,8 +18,9 @@ from mllm_jax.data.message import Message
 from mllm_jax.data.tokenizer import Tokenizer
 from mllm_jax.errors import ConfigError, DataError
 from mllm_jax.generation import bulk
-from mllm_jax.generation.assistant import Assistant
+from mllm_jax.generation.assistant import Assistant, padded_slots
 from mllm_jax.generation.bulk import outcomes
+from mllm_jax.generation.generate import complete
 from mllm_jax.generation.options import Answer, Options
 
 HOW = dict(max_new_tokens=5, ignore_eos=True)
@@ -185,6 +187,25 @@ def test_answers_wait_for_an_early_long_one_and_reading_stops(assistant, monkeyp
     with pytest.raises(TimeoutError):
         next(answers.run())
     assert source.taken <= 2 * (4 + bulk.AHEAD)
+
+
+def test_numbers_of_media_share_programs():
+    tiles, patches = (SimpleNamespace(packed=p, encoder=SimpleNamespace(merge_unit=4)) for p in (False, True))
+    config = SimpleNamespace(branch=dict(image=tiles, video=patches).__getitem__)
+    for count, wanted in ((1, 1), (2, 2), (3, 3), (5, 6), (7, 8), (13, 16)):
+        assert padded_slots({"image": count}, config) == {"image": wanted}
+        assert padded_slots({"video": 4 * count, "image": 1}, config) == {"image": 1, "video": 4 * wanted}
+    assert padded_slots({}, config) == {}
+
+
+def test_padded_slots_do_not_change_an_answer(seeing):
+    """Five images in a row for six, against a batch of their own number."""
+    prompt = asked("red", *(picture(n) for n in range(5)))
+    batch = seeing.processor([prompt])
+    [wanted] = complete(seeing.model, seeing.params, batch, seeing.processor, **HOW)
+    assert batch["images"].shape[1] == 5
+    assert seeing._batch([seeing.prompt(prompt)], 1, 64)["images"].shape[1] == 6
+    assert seeing.generate(prompt, **HOW).tokens == wanted.tokens
 
 
 def test_rows_that_are_too_long_are_replaced(assistant):
