@@ -167,6 +167,7 @@ REFUSED = {
     "evaluating a broken run": (["evaluate", "{broken}"], "config.json: "),
     "asking a broken run": (["generate", "{broken}", "What?"], "config.json: "),
     "evaluating no run": (["evaluate", "{new}"], "no config.json"),
+    "asking nothing": (["generate", "{run}"], "what to ask"),
     "asking no run": (["generate", "{new}", "What?"], "no config.json"),
     "chatting with no run": (["chat", "{new}"], "no config.json"),
     "asking a file": (["generate", str(SMOKE), "What?"], "no config.json"),
@@ -199,7 +200,6 @@ def test_what_cannot_be_done_is_refused_in_one_message(run, tmp_path, capsys, mo
         (["train", str(SMOKE), "--stages.0.steps", "many"], "invalid literal"),
         (["evaluate", "run", "--task", "naming"], "--tasks"),
         (["evaluate"], "a folder that `mllm train` made"),
-        (["generate", "run"], "what to ask"),
         (["generate", "run", "What?", "--picture", "a.png"], "--picture"),
     ],
 )

@@ -1,61 +1,251 @@
-"""`mllm generate`: answers a question."""
+"""`mllm generate`: answers a question, or many of them."""
 
 from __future__ import annotations
 
+import hashlib
+import os
 import sys
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
+from mllm_jax.checkpoints.run import is_run
 from mllm_jax.cli.caches import keep_compiled_programs
+from mllm_jax.cli.progress import Count
 from mllm_jax.cli.runs import assistant_of
+from mllm_jax.cli.timing import Timing
 from mllm_jax.data.images import read_image
 from mllm_jax.data.message import Image, Message, Text
-from mllm_jax.errors import ConfigError
+from mllm_jax.errors import ConfigError, MllmError
 from mllm_jax.generation.options import Answer, Options
 from mllm_jax.generation.sampling import Sampling
+
+if TYPE_CHECKING:
+    from mllm_jax.generation.answers_file import AnswersFile
+    from mllm_jax.generation.prompts import Prompt, Prompts
+
+BATCH = 8
+FLAGS = ("--stats", "--no-stats")  # options without a value
 
 
 @dataclass(frozen=True)
 class Generate:
-    """Answers a question, about images if any are given.
+    """Answers a question, about images if any are given; or, with --prompts, many of them, into a file.
 
     Attributes:
         run: a folder that `mllm train` made, or a model's: Hugging Face's, or what `mllm convert` wrote.
         question: what to ask.
-        image: image files, in the order in which the question speaks of them.
+        image: image files, in the order in which the question speaks of them; several may follow one --image.
+        prompts: a .jsonl file of conversations, one a line: a text, a list of messages, {"messages": [...]} or
+            {"prompt": "...", "image": "a.png" or ["a.png", "b.png"]}, with an "id" or without; or a folder of images,
+            for each of which the question is asked.
+        out: the .jsonl file that the answers to --prompts are written to; where it exists, the same command goes on.
+        media: the folder of the media that a file of prompts names; without it the file's own.
+        batch_size: how many of the prompts are answered together.
         max_new_tokens: the number of tokens after which an answer is cut off.
+        stats: also print what loading, compiling and answering took.
     """
 
     run: tyro.conf.Positional[Path]
-    question: tyro.conf.Positional[str]
+    question: tyro.conf.Positional[str] = ""
     image: tyro.conf.UseAppendAction[tuple[Path, ...]] = ()
+    prompts: Path | None = None
+    out: Path | None = None
+    media: Path | None = None
+    batch_size: int = BATCH
     max_new_tokens: int = Options.max_new_tokens
+    stats: bool = False
     sampling: Annotated[Sampling, tyro.conf.arg(name="")] = Sampling()
 
     def __post_init__(self):
-        if self.max_new_tokens < 1:
-            raise ConfigError(f"max_new_tokens {self.max_new_tokens}", "at least 1", "change --max-new-tokens")
+        for name in ("max_new_tokens", "batch_size"):
+            if getattr(self, name) < 1:
+                option = f"--{name.replace('_', '-')}"
+                raise ConfigError(f"{name} {getattr(self, name)}", "at least 1", f"change {option}")
+        if self.prompts is None:
+            self._check_question()
+        else:
+            self._check_prompts(self.prompts)
+
+    def _check_question(self) -> None:
+        given = [f"--{name}" for name in ("out", "media") if getattr(self, name) is not None]
+        given += ["--batch-size"] if self.batch_size != BATCH else []
+        if given:
+            raise ConfigError(f"{', '.join(given)} without --prompts", "--prompts FILE or DIR", "name them, or drop it")
+        for path in self.image:
+            if path.is_dir():
+                typed = f'mllm generate {self.run} "{self.question or "question"}" --prompts {path} --out answers.jsonl'
+                raise ConfigError(
+                    f"--image {path}, a folder", "image files", f"to ask about each of its images: {typed}"
+                )
+        if not self.question:
+            raise ConfigError(f"mllm generate {self.run} without a question", "what to ask", "add it, in quotes")
+        if self.image and os.path.isfile(self.question):
+            raise ConfigError(f"the file {self.question} as the question", "what to ask", "add it, in quotes")
+
+    def _check_prompts(self, prompts: Path) -> None:
+        if self.out is None:
+            raise ConfigError(f"--prompts {prompts} without --out", "a file for the answers", "add --out answers.jsonl")
+        if self.image:
+            raise ConfigError("--image with --prompts", "images in the prompts", "drop one of the two")
+        if prompts.is_dir():
+            if not self.question:
+                raise ConfigError(f"the images in {prompts} without a question", "what to ask", "add it, in quotes")
+            if self.media is not None:
+                raise ConfigError("--media for a folder of images", "--media with a file of prompts", "drop --media")
+        elif self.question:
+            raise ConfigError(
+                f"the question {self.question!r:.60} beside the file {prompts}",
+                "either a folder of images with a question, or a file that holds what is asked",
+                "drop one of the two",
+            )
 
 
 def run(arguments: list[str]) -> int:
-    options = tyro.cli(Generate, args=arguments, prog="mllm generate")
+    options = tyro.cli(Generate, args=one_image_each(arguments), prog="mllm generate")
     keep_compiled_programs()
+    return _ask_one(options) if options.prompts is None else _ask_all(options, options.prompts, options.out)
+
+
+def one_image_each(arguments: Sequence[str]) -> list[str]:
+    """Puts an --image before each image; where no question precedes the images, the last word after them is it."""
+    if "--" in arguments:
+        return list(arguments)
+    words: list[str] = []  # model and question
+    others: list[str] = []
+    images: list[list[str]] = []
+    into, wanted = words, 0
+    for word in arguments:
+        if wanted:
+            others.append(word)
+            wanted = 0
+        elif word == "--image" or word.startswith("--image="):
+            into = [word.partition("=")[2]] if "=" in word else []
+            images.append(into)
+        elif word.startswith("-") and word != "-":
+            others.append(word)
+            wanted, into = word.startswith("--") and "=" not in word and word not in (*FLAGS, "--help"), words
+        else:
+            into.append(word)
+    missing = max(2 - len(words), 0)
+    for group in reversed(images):
+        if missing and len(group) > missing:
+            words += group[-missing:]
+            del group[-missing:]
+            break
+    named = [part for group in images for image in group or [""] for part in ("--image", image)]
+    return [*words, *others, *(part for part in named if part)]
+
+
+def _ask_one(options: Generate) -> int:
     # The images first: a wrong path should not have to wait for the weights.
     images = [Image(read_image(path)) for path in options.image]
+    timing = Timing() if options.stats else None
     assistant = assistant_of(options.run, by_layer=False)
+    if timing is not None:
+        timing.loaded()
     asked = (*images, Text(options.question)) if images else options.question
     prompt = assistant.prompt((Message("user", asked),))
     how = Options(max_new_tokens=options.max_new_tokens)
-    return _show(assistant.complete([prompt], how, options.sampling)[0], options)
-
-
-def _show(answer: Answer, options: Generate) -> int:
+    answer = assistant.complete([prompt], how, options.sampling)[0]
     print(answer.text, flush=True)
     if answer.reason == "length":
         count = len(answer.tokens)
         todo = "--max-new-tokens allows more" if count == options.max_new_tokens else "the model takes no longer text"
         print(f"(cut off after {count} tokens; {todo})", file=sys.stderr)
+    if timing is not None:
+        print(timing.summary(len(answer.tokens)), file=sys.stderr)
     return 0
+
+
+def _ask_all(options: Generate, place: Path, out: Path) -> int:
+    from mllm_jax.generation.answers_file import AnswersFile
+    from mllm_jax.generation.prompts import PromptFile, PromptFolder
+
+    # The prompts first, and what was answered before: what is wrong there should not have to wait for the weights.
+    prompts: Prompts = PromptFolder(place, options.question) if place.is_dir() else PromptFile(place, options.media)
+    with AnswersFile(out, _what_is_asked(options, place, prompts), len(prompts)) as answers:
+        if before := len(answers.done):
+            print(f"{out}: {before} of {len(prompts)} are answered already", file=sys.stderr)
+        if before == len(prompts):
+            return 0
+        try:
+            failed = _answer_all(options, prompts, answers)
+        except KeyboardInterrupt:
+            done = f"{len(answers.done)} of {len(prompts)} are answered in {out}"
+            print(f"interrupted: {done}; the same command goes on from there", file=sys.stderr)
+            return 130
+    print(f"{out}: {len(answers.done)} answers" + (f", {failed} prompts without one" if failed else ""))
+    return 1 if failed else 0
+
+
+def _answer_all(options: Generate, prompts: Prompts, answers: AnswersFile) -> int:
+    """Answers what has no answer; returns how many prompts cannot be answered."""
+    from mllm_jax.generation.bulk import outcomes
+
+    timing = Timing() if options.stats else None
+    assistant = assistant_of(options.run)
+    if timing is not None:
+        timing.loaded()
+    how = Options(max_new_tokens=options.max_new_tokens)
+    before, asked, failed, cut, tokens = answers.done, {}, 0, 0, 0
+
+    def unanswered() -> Iterator[tuple[int, Any]]:
+        for prompt in prompts:
+            if prompt.index not in before:
+                asked[prompt.index] = prompt
+                yield prompt.index, prompt.messages
+
+    with Count("answers", len(prompts), len(before)) as progress:
+        found = outcomes(assistant, unanswered(), how, options.sampling, batch_size=options.batch_size)
+        for done, (index, outcome) in enumerate(found, start=len(before) + 1):
+            prompt = asked.pop(index)
+            if isinstance(outcome, MllmError):
+                failed += 1
+                reason = outcome.given.removeprefix(f"{prompt.place}: ")
+                progress.message(f"{prompt.place}: {reason}; expected: {outcome.expected}; to do: {outcome.todo}")
+            else:
+                answers.append(_line(prompt, outcome))
+                cut, tokens = cut + (outcome.reason == "length"), tokens + len(outcome.tokens)
+            progress.update(done)
+        if cut:
+            most = f"{options.max_new_tokens} tokens or the model's own bound"
+            progress.message(f'({cut} cut off at {most}, "reason": "length"; --max-new-tokens allows more)')
+        if timing is not None:
+            progress.message(timing.summary(tokens))
+    return failed
+
+
+def _line(prompt: Prompt, answer: Answer) -> dict[str, Any]:
+    name = prompt.index if prompt.id is None else prompt.id
+    line = dict(id=name, index=prompt.index, text=answer.text, reason=answer.reason, tokens=len(answer.tokens))
+    return line if prompt.image is None else line | dict(image=prompt.image)
+
+
+def _what_is_asked(options: Generate, place: Path, prompts: Prompts) -> dict[str, Any]:
+    """Lists what answers depend on; how many are answered together is no part of it."""
+    media = place.parent if options.media is None else options.media
+    return dict(
+        model=str(options.run.resolve()),
+        weights=_weights(options.run),
+        prompts=str(place.resolve()),
+        prompts_content=prompts.digest,
+        media=str((place if place.is_dir() else media).resolve()),
+        question=options.question,
+        max_new_tokens=options.max_new_tokens,
+        **asdict(options.sampling),
+    )
+
+
+def _weights(folder: Path) -> str:
+    """Makes a checksum that differs once a model's files have changed, or a run was trained further."""
+    if is_run(folder):
+        files = [*folder.glob("stages/*"), *folder.glob("checkpoints/*/*")]
+    else:
+        files = [file for file in folder.glob("*") if file.suffix in (".json", ".safetensors")]
+        files = [file for file in files if not file.name.endswith(".asked.json")]
+    facts = [(str(file.relative_to(folder)), file.stat().st_size, file.stat().st_mtime_ns) for file in sorted(files)]
+    return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]

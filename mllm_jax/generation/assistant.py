@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -20,10 +20,11 @@ from mllm_jax.data.message import TEXT_ROLE, Conversation, Example, Message
 from mllm_jax.data.message import conversations as read_conversations
 from mllm_jax.data.processing.media import Encoded
 from mllm_jax.errors import ConfigError, DataError
+from mllm_jax.generation.bulk import outcomes
 from mllm_jax.generation.decode_step import on_mesh, steps_of
 from mllm_jax.generation.embed import Embedder, no_vectors
-from mllm_jax.generation.engine import Engine, Request
-from mllm_jax.generation.options import Answer, Options, longest_text
+from mllm_jax.generation.engine import Engine, Request, or_raise
+from mllm_jax.generation.options import Answer, Options, longest_text, read_options
 from mllm_jax.generation.program import Program, bucket, placed
 from mllm_jax.generation.quantize import TensorError, quantize
 from mllm_jax.generation.sampling import Sampling
@@ -125,23 +126,34 @@ class Assistant:
     # ---- answers
 
     def generate(
-        self, conversation: Conversation | Sequence[Conversation], *, batch_size: int = BATCH, **options: Any
-    ) -> Answer | list[Answer]:
-        """Answers a conversation, or each of a list of them.
+        self,
+        conversation: Conversation | Sequence[Conversation] | Iterator[Conversation],
+        *,
+        batch_size: int = BATCH,
+        **options: Any,
+    ) -> Answer | list[Answer] | Iterator[Answer]:
+        """Answers a conversation, each of a list of them, or each that an iterator gives.
+
+        An iterator is read ahead a little (see `mllm_jax.generation.bulk`), and its answers come as an iterator, in its
+        order: its conversations may be more than memory holds.
 
         Args:
             conversation: see `mllm_jax.data.message.conversation`; a str is one question or, for a model without a
-                chat template, a text to continue.
+                chat template, a text to continue. A generator, or what else has `__next__`, is an iterator of them.
             batch_size: conversations that are answered together; where an answer has ended, the next begins.
             options: max_new_tokens=256, temperature=0.0, top_k, top_p, min_p, repetition_penalty, seed, stop (a text,
                 or several, that end an answer), stop_tokens, num_beams, logprobs, and what else `Options` and
                 `Sampling` have.
 
         Raises:
-            DataError: a conversation that cannot be read or is too long; nothing has been computed then.
+            DataError: a conversation that cannot be read or is too long; nothing has been computed then. Of an
+                iterator it is raised when its answer is asked for; `bulk.outcomes` goes on after it.
             ConfigError: options that contradict one another or do not exist, or a model that writes no text.
         """
         how, sampling = read_options(options)
+        if isinstance(conversation, Iterator):
+            found = outcomes(self, enumerate(conversation), how, sampling, batch_size=batch_size)
+            return (or_raise(outcome) for _, outcome in found)
         given, several = read_conversations(conversation)
         answers = self.complete([self.prompt(each) for each in given], how, sampling, batch_size=batch_size)
         return answers if several else answers[0]
@@ -158,18 +170,16 @@ class Assistant:
         given, several = read_conversations(conversation)
         if several:
             raise DataError(f"a stream of {len(given)} conversations", "one", "use generate, or a stream for each")
-        prompt = self.prompt(given[0])
-        self._require_tokens([prompt])
-        engine = Engine(self._program, self._batch, 1, self.max_length)
-        engine.submit(self._request(prompt, 0, how, sampling))
+        engine = self.engine(1)
+        engine.submit(self.asked(self.prompt(given[0]), 0, how, sampling))
         return self._stream(engine)
 
     def _stream(self, engine: Engine) -> Generator[str, None, Answer]:
-        done: list[tuple[int, Answer]] = []
+        done: list[tuple[int, Answer | Exception]] = []
         while not done:
             done = engine.step(CHUNK)
             yield from filter(None, engine.pieces.values())
-        return done[0][1]
+        return or_raise(done[0][1])
 
     def prompt(self, messages: Sequence[Message]) -> Encoded:
         """A conversation as the model reads it before its answer."""
@@ -192,11 +202,9 @@ class Assistant:
     ) -> list[Answer]:
         """The answers to prompts, in their order."""
         options.check(sampling)
-        self._require_tokens(prompts)
-        requests = [self._request(prompt, i, options, sampling) for i, prompt in enumerate(prompts)]
-        # Prompts with like media and of like lengths come together, so that shapes repeat.
-        requests.sort(key=lambda request: (request.media, request.length))
-        engine = Engine(self._program, self._batch, rows_for(len(requests), batch_size), self.max_length)
+        requests = [self.asked(prompt, i, options, sampling) for i, prompt in enumerate(prompts)]
+        requests.sort(key=lambda request: request.likeness)
+        engine = self.engine(rows_for(len(requests), batch_size))
         found = {r.index: a for r, a in zip(requests, engine.answer(requests), strict=True)}
         return [found[i] for i in range(len(prompts))]
 
@@ -225,9 +233,19 @@ class Assistant:
         stops = tuple(dict.fromkeys(options.stop_tokens + (() if options.ignore_eos else own)))
         return Request(prompt, length, limit, self.processor.decode, index, stops, options, sampling, media)
 
-    def _request(self, prompt: Encoded, index: int, options: Options, sampling: Sampling) -> Request:
-        length = len(prompt.tokens)
-        return self.request(prompt, length, self.room(length, options), index, options, sampling, _slots(prompt))
+    def asked(self, prompt: Encoded, index: int, options: Options, sampling: Sampling) -> Request:
+        """Makes the request for the answer to a prompt.
+
+        Raises:
+            DataError: a prompt without tokens, with one that the model does not have, or that leaves no room.
+        """
+        self._require_tokens([prompt])
+        length, media = len(prompt.tokens), tuple(sorted(self._slots(prompt).items()))
+        return self.request(prompt, length, self.room(length, options), index, options, sampling, media)
+
+    def engine(self, rows: int) -> Engine:
+        """Makes an engine that answers `rows` requests at a time."""
+        return Engine(self._program, self._batch, rows, self.max_length)
 
     # ---- probabilities and vectors
 
@@ -255,7 +273,7 @@ class Assistant:
         encoded = [self._answered(*pair) for pair in zip(given, said, strict=True)]
         self._require_tokens(encoded)
         out: dict[int, np.ndarray] = {}
-        for chunk, rows in in_batches(encoded, batch_size):
+        for chunk, rows in in_batches([(self._slots(e), e.length) for e in encoded], batch_size):
             length = bucket(max(len(encoded[i].tokens) for i in chunk), self.max_length)
             batch = self._batch([encoded[i] for i in chunk], rows, length, learnt=True)
             learnt = batch.pop("loss_weights") > 0
@@ -348,9 +366,12 @@ class Assistant:
                     "take the tokenizer that belongs to the model",
                 )
 
+    def _slots(self, encoded: Encoded) -> dict[str, int]:
+        return padded_slots(encoded.slots, self.processor.config)
+
     def _batch(self, encoded: Sequence[Encoded], rows: int, length: int, learnt: bool = False) -> dict[str, np.ndarray]:
-        """Examples padded to `length` and to `rows` rows."""
-        batch = self.processor.batch(encoded, length=length, learnt=learnt)
+        """Examples with equal slots, padded to `length` and to `rows` rows."""
+        batch = self.processor.batch(encoded, self._slots(encoded[0]), length, learnt=learnt)
         spec, more = self.processor.declared(batch), rows - len(encoded)
         batch = {name: np.concatenate([array, spec[name].empty(more)]) for name, array in batch.items()}
         batch["segments"][len(encoded) :, 0] = 1  # a row without a prompt still has something to read
@@ -379,23 +400,32 @@ def no_text(config: Any) -> ConfigError:
     )
 
 
-def _slots(encoded: Encoded) -> tuple:
-    """The slots of an example's media, to be compared and sorted."""
-    return tuple(sorted(encoded.slots.items()))
+def padded_slots(slots: Mapping[str, int], config: Any) -> dict[str, int]:
+    """Pads a row's slots for media, so that numbers of media share compiled programs: 1, 2, 3, 4, 6, 8, 12, ...
+
+    Args:
+        config: of the model; an encoder that packs patches takes multiples of its own.
+    """
+    branches = {modality: config.branch(modality) for modality in sorted(slots)}
+    units = {modality: b.encoder.merge_unit if b.packed else 1 for modality, b in branches.items()}
+    return {modality: unit * bucket(-(-slots[modality] // unit), least=1) for modality, unit in units.items()}
 
 
-def in_batches(encoded: Sequence[Encoded], batch_size: int) -> Iterator[tuple[list[int], int]]:
-    """Puts examples with like media and of like lengths together, so that shapes repeat.
+def in_batches(sizes: Sequence[tuple[dict[str, int], int]], batch_size: int) -> Iterator[tuple[list[int], int]]:
+    """Puts examples with equal media and of similar lengths together, so that shapes repeat.
+
+    Args:
+        sizes: the slots and the length of each.
 
     Returns:
         Of each batch the numbers of its examples, and of how many rows it is.
     """
     if batch_size < 1:
         raise ConfigError(f"batch_size {batch_size}", "at least 1", "change batch_size")
-    order = sorted(range(len(encoded)), key=lambda i: (_slots(encoded[i]), encoded[i].length))
+    order = sorted(range(len(sizes)), key=lambda i: (sorted(sizes[i][0].items()), sizes[i][1]))
     while order:
-        slots = encoded[order[0]].slots
-        chunk = [i for i in order[:batch_size] if encoded[i].slots == slots]
+        slots = sizes[order[0]][0]
+        chunk = [i for i in order[:batch_size] if sizes[i][0] == slots]
         order = order[len(chunk) :]
         yield chunk, rows_for(len(chunk), batch_size)
 
@@ -405,22 +435,3 @@ def rows_for(count: int, batch_size: int) -> int:
     if batch_size < 1:
         raise ConfigError(f"batch_size {batch_size}", "at least 1", "change batch_size")
     return min(batch_size, 1 << max(count - 1, 0).bit_length())
-
-
-def read_options(given: Mapping[str, Any]) -> tuple[Options, Sampling]:
-    """Sorts options by name; `stop` is one text or several.
-
-    Raises:
-        ConfigError: a name that neither has, or a value that is refused.
-    """
-    given = dict(given)
-    if (stop := given.pop("stop", None)) is not None:
-        given["stop_strings"] = (stop,) if isinstance(stop, str) else tuple(stop)
-    if (stops := given.get("stop_tokens")) is not None:
-        given["stop_tokens"] = (stops,) if isinstance(stops, int) else tuple(stops)
-    names = {kind: {field.name for field in fields(kind)} for kind in (Options, Sampling)}
-    if unknown := sorted(given.keys() - names[Options] - names[Sampling]):
-        known = sorted(names[Options] | names[Sampling] | {"stop"} - {"stop_strings"})
-        raise ConfigError(f"generation with {', '.join(unknown)}", f"some of {', '.join(known)}", "correct the name")
-    options, sampling = (kind(**{n: given[n] for n in given if n in names[kind]}) for kind in (Options, Sampling))
-    return options, sampling

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from itertools import count, takewhile
+from itertools import count, islice, takewhile
 from typing import Any
 
 import numpy as np
@@ -56,6 +56,11 @@ class Request:
         return self.drawn, stop_width, o.logprobs, o.num_beams, o.length_penalty, o.early_stopping
 
     @property
+    def likeness(self) -> tuple:
+        """What requests are sorted by, so that those of one padded length and with equal media come together."""
+        return bucket(self.length), self.media
+
+    @property
     def drawn(self) -> Sampling:
         """How tokens are drawn but for the seed, which is a number of each row: another one compiles nothing."""
         return replace(self.sampling, seed=0)
@@ -67,6 +72,9 @@ class Engine:
     An answer depends on its request alone: in float32 it has the same tokens in any company, whenever it gets a row.
     Requests are served in their order. One that does not go with those being answered (see `Request.kind`), or is
     longer, waits until they have ended. Beam search answers as many requests as there are rows at once, in one step.
+
+    A prompt that `collate` refuses fails alone: `step` gives what was raised in place of its answer, and the requests
+    that were taken with it are read without it. What the device raises ends the engine.
 
     Args:
         collate: (prompts, rows, length) -> the arrays of a batch of `rows` rows, prompts first, each `length` long.
@@ -93,6 +101,7 @@ class Engine:
         self.decode_steps = 0
         self._tickets = count()
         self._waiting: deque[tuple[int, Request]] = deque()
+        self._alone: set[int] = set()  # tickets of waiting requests that could not be read with others
         self._running: list[tuple[int, Request, TextStream] | None] = [None] * slots
         self._state: Any = None
         self._rows: Rows | None = None
@@ -119,20 +128,24 @@ class Engine:
         self._waiting.append((ticket := next(self._tickets), request))
         return ticket
 
-    def step(self, tokens: int | None = None) -> list[tuple[int, Answer]]:
+    def step(self, tokens: int | None = None) -> list[tuple[int, Answer | Exception]]:
         """Reads waiting prompts into free rows and adds their first tokens; if there is none, adds tokens to all rows.
 
         Args:
             tokens: the most to add to each answer; None: until rows can be filled again, or until all answers end.
 
         Returns:
-            What has ended, by ticket.
+            What has ended, by ticket: the answer, or what `collate` raised for this prompt.
         """
         self.pieces = {}
         if taken := self._next():
+            try:
+                read = self._batch([request for _, request in taken])
+            except Exception as error:
+                return self._refused(taken, error)
             if taken[0][1].options.num_beams > 1:
-                return self._search(taken)
-            self._fill(taken)
+                return self._search(taken, *read)
+            self._fill(taken, *read)
         elif any(self._running):
             self._advance(tokens)
         else:
@@ -140,11 +153,21 @@ class Engine:
         return self._look(tokens is not None)
 
     def answer(self, requests: Iterable[Request]) -> list[Answer]:
-        """The answers to requests, in their order."""
+        """The answers to requests, in their order; raises what the first prompt that cannot be read raised."""
         tickets, found = [self.submit(request) for request in requests], {}
         while len(found) < len(tickets):
             found |= self.step()
-        return [found[ticket] for ticket in tickets]
+        return [or_raise(found[ticket]) for ticket in tickets]
+
+    @property
+    def waiting(self) -> int:
+        """How many requests wait for a row."""
+        return len(self._waiting)
+
+    @property
+    def length(self) -> int:
+        """The longest prompt that the rows being answered hold; 0: no row is."""
+        return self._length if any(self._running) else 0
 
     # ---- which requests are next
 
@@ -168,10 +191,20 @@ class Engine:
             return []
         media = self._waiting[0][1].media
         fit = takewhile(lambda waiting: waiting[1].media == media and self._fits(waiting[1]), self._waiting)
-        taken = list(fit)[: free if free == self.slots else self._together]
-        for _ in taken:
+        alone = self._waiting[0][0] in self._alone
+        taken = list(islice(fit, 1 if alone else free if free == self.slots else self._together))
+        for ticket, _ in taken:
             self._waiting.popleft()
+            self._alone.discard(ticket)
         return taken
+
+    def _refused(self, taken: list[tuple[int, Request]], error: Exception) -> list[tuple[int, Exception]]:
+        """Lets prompts that cannot be read together wait to be read one by one, so that only bad ones fail."""
+        if len(taken) == 1:
+            return [(taken[0][0], error)]
+        self._alone |= {ticket for ticket, _ in taken}
+        self._waiting.extendleft(reversed(taken))
+        return []
 
     def _begin(self) -> None:
         """Chooses the lengths of rows: of all requests that are like the first and not much longer."""
@@ -185,11 +218,11 @@ class Engine:
 
     # ---- what runs on the devices
 
-    def _fill(self, taken: list[tuple[int, Request]]) -> None:
-        batch, asked, sizes = self._batch([request for _, request in taken])
+    def _fill(self, taken: list[tuple[int, Request]], batch: Batch, asked: Asked, sizes: dict[str, int]) -> None:
         places, width, program = self._free[: len(taken)], len(asked.limits), self.program
         for place, (ticket, request) in zip(places, taken, strict=True):
-            self._running[place] = ticket, request, TextStream(request.decode, request.options.stop_strings)
+            stream = TextStream(request.decode, request.options.stop_strings)
+            self._running[place] = ticket, replace(request, prompt=None), stream  # its media are not kept
         first = taken[0][1]
         sizes |= dict(sampling=first.drawn, logprobs=first.options.logprobs)
         if self._rows is None:
@@ -245,9 +278,10 @@ class Engine:
             self._rows = rows.replace(ended=self.program.place(ended))
         return done
 
-    def _search(self, taken: list[tuple[int, Request]]) -> list[tuple[int, Answer]]:
+    def _search(
+        self, taken: list[tuple[int, Request]], batch: Batch, asked: Asked, sizes: dict[str, int]
+    ) -> list[tuple[int, Answer]]:
         requests = [request for _, request in taken]
-        batch, asked, sizes = self._batch(requests)
         options, penalty = requests[0].options, requests[0].sampling.repetition_penalty
         rule = Rule(np.float32(options.length_penalty), np.asarray(options.early_stopping))
         sizes |= dict(beams=options.num_beams, num_stops=max(len(r.stops) for r in requests))
@@ -256,6 +290,13 @@ class Engine:
         tokens, lengths = (fetch(x) for x in found)
         answers = (_answer(r, tokens[row, : lengths[row]]) for row, r in enumerate(requests))
         return [(ticket, answer) for (ticket, _), answer in zip(taken, answers, strict=True)]
+
+
+def or_raise(outcome: Answer | Exception) -> Answer:
+    """Returns an answer as `Engine.step` gave it; raises what came in its place."""
+    if isinstance(outcome, Exception):
+        raise outcome
+    return outcome
 
 
 def _body(ids: np.ndarray, stops: tuple[int, ...]) -> np.ndarray:

@@ -11,9 +11,9 @@ from flax import linen as nn
 from jax.sharding import Mesh
 
 from mllm_jax.data.batch import SEQ
-from mllm_jax.generation.assistant import Assistant, read_options
+from mllm_jax.generation.assistant import Assistant
 from mllm_jax.generation.engine import Engine
-from mllm_jax.generation.options import Answer
+from mllm_jax.generation.options import Answer, read_options
 from mllm_jax.generation.program import Program
 from mllm_jax.models.processor import Processor
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
 from typing import Any
 
 from mllm_jax.errors import ConfigError
@@ -87,3 +88,22 @@ def longest_text(config, asked: int | None = None) -> int | None:
             f"max_length {asked} for a {config.family}", f"at most {bound}: it reads no longer text", "lower max_length"
         )
     return asked or getattr(config, "max_position_embeddings", None)
+
+
+def read_options(given: Mapping[str, Any]) -> tuple[Options, Sampling]:
+    """Sorts options by name; `stop` is one text or several.
+
+    Raises:
+        ConfigError: a name that neither has, or a value that is refused.
+    """
+    given = dict(given)
+    if (stop := given.pop("stop", None)) is not None:
+        given["stop_strings"] = (stop,) if isinstance(stop, str) else tuple(stop)
+    if (stops := given.get("stop_tokens")) is not None:
+        given["stop_tokens"] = (stops,) if isinstance(stops, int) else tuple(stops)
+    names = {kind: {field.name for field in fields(kind)} for kind in (Options, Sampling)}
+    if unknown := sorted(given.keys() - names[Options] - names[Sampling]):
+        known = sorted(names[Options] | names[Sampling] | {"stop"} - {"stop_strings"})
+        raise ConfigError(f"generation with {', '.join(unknown)}", f"some of {', '.join(known)}", "correct the name")
+    options, sampling = (kind(**{n: given[n] for n in given if n in names[kind]}) for kind in (Options, Sampling))
+    return options, sampling

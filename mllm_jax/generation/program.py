@@ -23,14 +23,16 @@ from mllm_jax.sharding.mesh import batch_sharding
 BUCKET = 32
 
 
-def bucket(length: int, most: int | None = None) -> int:
-    """The length that a row of `length` is padded to: at most 32 or a quarter longer, four sizes a doubling.
+def bucket(length: int, most: int | None = None, *, least: int = BUCKET) -> int:
+    """Returns the length that a row of `length` is padded to: 32, 48, 64, 96, 128, 192, ..., two sizes a doubling.
 
     Args:
         most: what no row is padded beyond.
+        least: the smallest size, a power of two.
     """
-    width = max(BUCKET, 1 << max((length - 1).bit_length() - 3, 0))
-    padded = max(1, -(-length // width)) * width
+    power = max(least, 1 << max(length - 1, 0).bit_length())
+    between = power * 3 // 4
+    padded = between if least <= between and length <= between else power
     return padded if most is None else min(padded, most)
 
 

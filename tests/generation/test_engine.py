@@ -182,3 +182,73 @@ def test_what_cannot_be_answered_is_refused_when_it_is_submitted(assistant):
     with pytest.raises(ConfigError, match="batch_size 0"):
         engine_of(assistant, 0)
     assert engine.step() == []
+
+
+class Torn(Exception):
+    pass
+
+
+def refusing(assistant, bad: set[int]):
+    """A collate that refuses prompts with these numbers, and the widths that it was called with."""
+    asked = requests(assistant)
+    numbers = {id(request.prompt): i for i, request in enumerate(asked)}
+    widths = []
+
+    def collate(prompts, rows, length):
+        widths.append(len(prompts))
+        if found := bad & {numbers[id(prompt)] for prompt in prompts}:
+            raise Torn(f"prompt {min(found)}")
+        return assistant._batch(prompts, rows, length)
+
+    return asked, collate, widths
+
+
+@pytest.mark.parametrize("bad", [{0}, {2}, {1, 5, 6}, {6}])
+def test_a_prompt_that_cannot_be_read_fails_alone(assistant, bad):
+    """Whether it was to begin the rows or to be read into one while others go on."""
+    asked, collate, _ = refusing(assistant, bad)
+    wanted = engine_of(assistant, 3).answer(requests(assistant))
+    engine = Engine(assistant._program, collate, 3, assistant.max_length)
+    tickets, found = [engine.submit(request) for request in asked], {}
+    while len(found) < len(tickets):
+        found |= engine.step()
+    for i, ticket in enumerate(tickets):
+        if i in bad:
+            assert isinstance(found[ticket], Torn) and str(found[ticket]) == f"prompt {i}"
+        else:
+            assert found[ticket].tokens == wanted[i].tokens
+    assert engine.step() == [] and engine.waiting == 0
+    with pytest.raises(Torn, match=f"prompt {min(bad)}"):
+        Engine(assistant._program, collate, 3).answer(asked)
+
+
+def test_prompts_that_cannot_be_read_together_are_read_one_by_one(assistant):
+    asked, collate, widths = refusing(assistant, set())
+
+    def alone(prompts, rows, length):
+        if len(prompts) > 1:
+            raise Torn
+        return collate(prompts, rows, length)
+
+    wanted = engine_of(assistant, 4).answer(asked)
+    assert [a.tokens for a in Engine(assistant._program, alone, 4).answer(asked)] == [a.tokens for a in wanted]
+    assert widths == [1] * len(asked)
+
+
+def test_a_search_by_beams_fails_alone_too(assistant):
+    asked, collate, _ = refusing(assistant, {1})
+    asked = [replace(request, options=replace(FREE, num_beams=2)) for request in asked[:3]]
+    engine = Engine(assistant._program, collate, 2, assistant.max_length)
+    tickets, found = [engine.submit(request) for request in asked], {}
+    while len(found) < len(tickets):
+        found |= engine.step()
+    assert [isinstance(found[ticket], Torn) for ticket in tickets] == [False, True, False]
+
+
+def test_a_prompt_is_dropped_once_it_has_a_row(assistant):
+    engine, asked = engine_of(assistant, 2), requests(assistant)
+    for request in asked:
+        engine.submit(request)
+    engine.step(1)
+    assert [request.prompt for _, request, _ in engine._running] == [None, None]
+    assert engine.waiting == len(asked) - 2 and engine.length == BUCKET
