@@ -88,5 +88,7 @@ def _differing(old: Any, new: Any, path: str = "") -> list[Difference]:
             for found in _differing(old.get(key, "(absent)"), new.get(key, "(absent)"), f"{path}.{key}".lstrip("."))
         ]
     if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
-        return [found for i, pair in enumerate(zip(old, new, strict=True)) for found in _differing(*pair, f"{path}.{i}")]
+        return [
+            found for i, pair in enumerate(zip(old, new, strict=True)) for found in _differing(*pair, f"{path}.{i}")
+        ]
     return [] if old == new else [Difference(path, old, new)]

@@ -50,9 +50,9 @@ class RunFolder:
         return self.path / "stages" / f"{index}-{stage}"
 
     def facts(self, index: int, stage: str) -> dict[str, Any]:
-        """What a stage that has ended says of itself; {} where it does not (what is damaged is refused by who reads it).
+        """What a stage that has ended says of itself; {} where it does not: what is damaged is refused by who reads it.
 
-        "steps" are those that were taken; "early_stopping" has {"stopped", "patience", "best_step", "loss"}.
+        "steps" are those that were taken; see `training.stage_run` for the others.
         """
         try:
             return dict(read_json(self.snapshot(index, stage) / "record.json")["meta"]["facts"])
@@ -166,11 +166,18 @@ def read_json(path: Path, kind: type = dict) -> Any:
 
 
 def read_json_lines(path: Path) -> list[dict]:
-    """The lines of a file of JSON objects of a run, none where there is no file. Raises RunFolderError: another file."""
+    """The lines of a file of JSON objects of a run, none where there is no file.
+
+    Raises:
+        RunFolderError: it holds something else.
+    """
     if not path.is_file():
         return []
-    lines = enumerate(path.read_bytes().split(b"\n"), start=1)
-    return [files.parse_json(line, f"{path}, line {number}", RunFolderError, todo=RESTORE) for number, line in lines if line]
+    return [
+        files.parse_json(line, f"{path}, line {number}", RunFolderError, todo=RESTORE)
+        for number, line in enumerate(path.read_bytes().split(b"\n"), start=1)
+        if line
+    ]
 
 
 def _no_experiment(path: Path) -> RunFolderError:

@@ -9,9 +9,9 @@ from pathlib import Path
 import jax
 
 from mllm_jax.errors import ConfigError, RunFolderError
-from mllm_jax.evaluation.task import BATCH, Evaluation, Measured, Prediction
 from mllm_jax.files import parse_json, write_atomic
 from mllm_jax.generation.assistant import Assistant
+from mllm_jax.training.evaluation import BATCH, Evaluation, Measured, Prediction
 
 PREDICTIONS = "predictions.jsonl"
 

@@ -1,4 +1,4 @@
-"""What a model is evaluated by: the protocol, and the task of questions that an assistant answers."""
+"""The task of questions that an assistant answers: what most models are evaluated by."""
 
 from __future__ import annotations
 
@@ -15,61 +15,11 @@ from mllm_jax.errors import ConfigError, DataError
 from mllm_jax.evaluation.metrics import AsksAgain, references
 from mllm_jax.generation.assistant import Assistant, writes_text
 from mllm_jax.generation.options import Answer
+from mllm_jax.training.evaluation import BATCH, Measured, Prediction
 
-BATCH = 64
 CHUNK = 512  # conversations whose media are in memory at a time
 
 Metric = Callable[[Sequence[Answer], Sequence[Any]], float]
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """What a model said about one example.
-
-    Attributes:
-        id: the example's own, or its number.
-        images: what it was asked about.
-        reference: the right answer; None: the example has none.
-        correct: whether the answer is right; None: it cannot be said of one example.
-    """
-
-    id: str | int
-    question: str
-    images: tuple[Image, ...]
-    answer: str
-    reference: str | None
-    correct: bool | None
-
-
-@dataclass(frozen=True)
-class Measured:
-    """What came of an evaluation: each metric's value, and the predictions that are reported."""
-
-    metrics: dict[str, float]
-    predictions: list[Prediction]
-
-
-@runtime_checkable
-class Evaluation(Protocol):
-    """What `Experiment.evaluation` is a tuple of: frozen dataclasses with these methods, such as `Task`.
-
-    Attributes:
-        name: names its results; what precedes a "/" groups it with others.
-    """
-
-    @property
-    def name(self) -> str: ...
-
-    def check(self, model: Any) -> None:
-        """Raises ConfigError if a model of this config cannot be asked so."""
-
-    def measure(self, assistant: Assistant, *, limit: int | None = None, batch_size: int = BATCH) -> Measured:
-        """Evaluates a model.
-
-        Args:
-            limit: only the first `limit` examples.
-        """
-        ...
 
 
 @runtime_checkable

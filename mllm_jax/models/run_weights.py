@@ -49,9 +49,7 @@ def finished_stages(folder: RunFolder, experiment: Any) -> int:
     return len(experiment.stages) - len(from_first(folder.unfinished(experiment)))
 
 
-def params_of(
-    experiment: Any, folder: RunFolder, configs: Sequence[Any], mesh: Mesh, stages: int
-) -> tuple[dict, dict]:
+def params_of(experiment: Any, folder: RunFolder, configs: Sequence[Any], mesh: Mesh, stages: int) -> tuple[dict, dict]:
     """Reads each parameter where it was last written: the last of these stages, `initial`, or its `Pretrained` source.
 
     Args:

@@ -190,7 +190,7 @@ class Experiment:
         cpu_devices: devices that a CPU is presented as; two are faster than one of two cores. Ignored elsewhere.
         nonfinite: "stop" at a loss or gradient that is not finite, or "skip" that step (it is never applied).
         evaluation: what the trained model is evaluated by at the end of the run, such as `mllm_jax.Task`; see
-            `mllm_jax.evaluation.task`.
+            `mllm_jax.training.evaluation`.
     """
 
     name: str

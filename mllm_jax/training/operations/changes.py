@@ -68,7 +68,9 @@ def described_changes(changes: Sequence[dict[str, Any]], experiment: Experiment)
     if "steps" in fields:
         lines.append(_about_steps(stage.steps, step, stage.optimizer.schedule))
     if "data.rows" in fields:
-        lines.append("  with other rows the data goes on where it was; a few examples may come twice or not at all there")
+        lines.append(
+            "  with other rows the data goes on where it was; a few examples may come twice or not at all there"
+        )
     return lines
 
 
@@ -84,4 +86,3 @@ def _about_steps(steps: int, done: int, schedule: str) -> str:
 def _short(value: Any) -> str:
     text = str(value)
     return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
-
