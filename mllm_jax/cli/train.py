@@ -91,6 +91,7 @@ def _default(path: Path) -> Train:
 def _train(options: Train) -> int:
     import jax
 
+    from mllm_jax.evaluation.report import write_report
     from mllm_jax.training.loop import train
     from mllm_jax.training.operations.stopping import Interrupted, heed_no_notice
 
@@ -118,6 +119,8 @@ def _train(options: Train) -> int:
         print(f"nothing to train: all stages of {folder.path} are done")
     if experiment.evaluation:
         evaluate(folder.path)
+    elif first:
+        print(write_report(folder.path))
     if first:
         print(f"next: {_next(experiment, folder.path)}")
     return 0
