@@ -37,8 +37,8 @@ def write_report(run_dir: Path) -> Path:
 
     Reads `metrics.jsonl`, and where they exist `goodput.json`, `results.json` ({task: {metric: value}}),
     `examples.json` (images as base64 PNG), `changes.jsonl` and `run.json` (free facts; `"headline": [task, ...]`
-    chooses the large figures). What is missing is not shown. The page loads nothing: no script, no font, no address. An older page is
-    replaced at once or not at all.
+    chooses the large figures). What is missing is not shown. The page loads nothing: no script, no font, no address. An
+    older page is replaced at once or not at all.
 
     Raises:
         DataError: metrics.jsonl is missing, or a file does not hold what it should.

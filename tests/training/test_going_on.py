@@ -12,6 +12,7 @@ from pathlib import Path
 import jax
 import pytest
 import toy_data
+from jax.experimental.compilation_cache import compilation_cache
 from tiny_runs import arrays, metrics
 from toy_evaluation import colours
 
@@ -103,12 +104,14 @@ def compiled(tmp_path_factory):
         "jax_persistent_cache_min_compile_time_secs": 0,
         "jax_persistent_cache_min_entry_size_bytes": -1,
     }
-    before = {name: jax.config.read(name) for name in options}
+    before = {name: getattr(jax.config, name) for name in options}
     for name, value in options.items():
         jax.config.update(name, value)
+    compilation_cache.reset_cache()
     yield
     for name, value in before.items():
         jax.config.update(name, value)
+    compilation_cache.reset_cache()
 
 
 @pytest.fixture(scope="module")
