@@ -17,7 +17,7 @@ FREE_IN_A_STAGE = (
 )
 # And of the last stage that has begun: what only its steps still to come depend on.
 OPEN_IN_A_STAGE = ("steps", "optimizer", "accumulate", "patience", "frozen_dtype", "data.rows")
-# How a model is computed, wherever it stands in the model's config.
+# How a model is computed, at any depth of the model's config.
 COMPUTE = ("compute", "dtype", "remat", "scan_unroll")
 # What says nothing about the numbers of a run, or is not of its training.
 UNRECORDED = ("name", "cpu_devices", "log_every", "checkpoint", "evaluation", "pretrained", "tokenizer")
@@ -51,7 +51,7 @@ def binding_differences(old: dict, new: dict, begun: int | None = None) -> list[
 
 
 def recorded_differences(old: dict, new: dict, begun: int) -> list[Difference]:
-    """What changed of a run that goes on: what its steps still to come depend on, and how they are judged."""
+    """Finds what changed of a run that goes on: what its steps still to come depend on, and how they are judged."""
     found = _of_begun(old, new, begun)
     return [one for one in found if one.field.partition(".")[0] not in UNRECORDED]
 

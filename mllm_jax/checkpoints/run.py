@@ -50,7 +50,7 @@ class RunFolder:
         return self.path / "stages" / f"{index}-{stage}"
 
     def facts(self, index: int, stage: str) -> dict[str, Any]:
-        """What a stage that has ended says of itself; {} where it does not: what is damaged is refused by who reads it.
+        """Reads what a stage that has ended says of itself; {} where it does not: who loads it refuses what is damaged.
 
         "steps" are those that were taken; see `training.stage_run` for the others.
         """
@@ -60,15 +60,15 @@ class RunFolder:
             return {}
 
     def steps_done(self, index: int, stage: str) -> int:
-        """How many steps of a stage are done and kept."""
+        """Counts the steps of a stage that are done and kept."""
         return max([*self.checkpoint_steps(index, stage), self.facts(index, stage).get("steps", 0)])
 
     def checkpoint_steps(self, index: int, stage: str) -> list[int]:
-        """The steps of which a stage has checkpoints, whole or not."""
+        """Lists the steps of which a stage has checkpoints, whole or not."""
         return sorted(int(name) for name in names_in(self.checkpoints(index, stage), STEP.fullmatch))
 
     def is_ended(self, index: int, stage: str) -> bool:
-        """Whether the parameters of a stage are kept."""
+        """Returns whether the parameters of a stage are kept."""
         return self.snapshot(index, stage).is_dir()
 
     def described(self) -> dict:
@@ -118,7 +118,7 @@ class RunFolder:
         return (*ended, False).index(False)
 
     def unfinished(self, experiment: Any) -> list[str]:
-        """The names of the stages from the first on that has not ended, or that is to take more steps than it took."""
+        """Lists the stages from the first on that has not ended, or that is to take more steps than it took."""
         stages = experiment.stages
         done = [index for index in range(self.ended(experiment)) if self._is_done(index, stages[index])]
         return [stage.name for stage in stages[next((i for i in range(len(stages)) if i not in done), len(stages)) :]]
@@ -166,7 +166,7 @@ def read_json(path: Path, kind: type = dict) -> Any:
 
 
 def read_json_lines(path: Path) -> list[dict]:
-    """The lines of a file of JSON objects of a run, none where there is no file.
+    """Reads a file of a run with a JSON object a line; none where there is no file.
 
     Raises:
         RunFolderError: it holds something else.

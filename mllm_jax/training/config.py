@@ -57,8 +57,8 @@ class Stage:
         validation: read every `validate_every` steps, `validation_batches` of it; None: no validation loss.
         patience: ends the stage after this many validations without a smaller validation loss, and keeps the parameters
             of the best one as what the stage trained; each improvement takes a checkpoint. None: no early stopping.
-        evaluate_every: after every so many steps, tasks of the experiment's evaluation measure the parameters as they
-            are; None: only when the run has ended.
+        evaluate_every: after each time this many steps, tasks of the experiment's evaluation measure the parameters as
+            they are; None: only when the run has ended. One task must take less time than `mllm train --hang-seconds`.
         evaluate: names of these tasks; empty: all of them.
         evaluate_limit: how many examples of each; None: all of them.
         frozen_dtype: what frozen parameters are held in during the stage; None: as they are.

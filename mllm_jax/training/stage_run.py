@@ -139,11 +139,11 @@ class StageRunner:
         meter = Meter(ready.program.flops(), self.mesh.devices.size, self.peak)
         context = Context(self.experiment, self.stage, self.done_before, writer, self.progress, self.by, meter)
         report = Report(context, lambda step: ready.feed.data.describe(step + ahead))
-        hooks: list[Hook] = [report, Trace(self.by.profile), Stop(self.by.stopping)]
+        hooks: list[Hook] = [report, Stop(self.by.stopping)]
         if ready.validation is not None:
             hooks.append(Validate(context, ready.validation, ready.program.eval_step, ready.frozen))
         patience = None if self.stage.patience is None else Patience(context, checkpoints, start.best)
-        hooks += [] if patience is None else [patience]
+        hooks += [Trace(self.by.profile)] if patience is None else [patience, Trace(self.by.profile)]
         if tasks := self.experiment.tasks_of(self.stage):
             assistant = Assistant(self.config.make(), None, self.words, mesh=self.mesh)
             hooks.append(Evaluate(context, tasks, assistant, ready.frozen))
@@ -224,7 +224,7 @@ class StageRunner:
         return start
 
     def best(self, known: dict[str, Any]) -> Best:
-        """What early stopping goes on from: what a checkpoint says, unless another validation judged it."""
+        """Gives what early stopping goes on from: what a checkpoint says, unless another validation judged it."""
         validation = describe(self.stage.validation)
         return Best(**known) if known.get("validation") == validation and known else Best(validation=validation)
 

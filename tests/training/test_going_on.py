@@ -146,7 +146,7 @@ def test_more_steps_end_as_if_planned_so_even_when_killed_between(folder, tmp_pa
     more, whole = changed(steps=LONG), tmp_path / "whole"
     run(more, whole)
     killed(more, folder, 11)
-    assert RunFolder(folder).unfinished(more) == ["talk"]
+    assert RunFolder(folder).unfinished(more) == ["talk"] and RunFolder(folder).ended(more) == 1
     assert snapshot_meta(RunFolder(folder).snapshot(0, "talk"))["facts"]["steps"] == SHORT, "to be asked meanwhile"
     printed = run(more, folder)
     assert "stage talk: resumed at step 10" in printed and "another config" not in printed
@@ -195,7 +195,7 @@ def test_a_kill_between_the_record_and_the_config_records_once(folder, monkeypat
 def test_other_rows_go_on_in_the_data_where_it_was(folder, monkeypatch):
     asked, iterate = [], Feed.iterate
     monkeypatch.setattr(Feed, "iterate", lambda feed, *steps: asked.append(steps) or iterate(feed, *steps))
-    data, cosine = replace(MIXTURE, rows=2), replace(CONSTANT, schedule="cosine")
+    data, cosine = replace(MIXTURE, rows=2), replace(CONSTANT, schedule="cosine", factors=(("llm/*", 0.5),))
     printed = run(changed(steps=LONG, data=data, accumulate=2, optimizer=cosine), folder)
     assert asked == [(16, 20)], "eight batches of 4 rows are 16 of 2"
     assert "stages.0.data.rows: 4 -> 2" in printed and "where it was" in printed

@@ -16,7 +16,7 @@ SHOWN = 200  # characters of a value on the screen
 
 
 def changes_of(folder: RunFolder, old: dict, new: dict, experiment: Experiment, begun: int) -> list[dict[str, Any]]:
-    """What changes of a run that goes on, as changes.jsonl has it: stage, step, field, from, to.
+    """Finds what changes of a run that goes on, as changes.jsonl has it: stage, step, field, from, to.
 
     Args:
         begun: how many stages have begun; `step` counts in the last of them.
@@ -49,7 +49,7 @@ def _check_steps(folder: RunFolder, index: int, name: str, steps: Difference, do
 
 
 def record_changes(folder: RunFolder, changes: Sequence[dict[str, Any]]) -> None:
-    """Appends changes to changes.jsonl, the whole file or none; what its end says already is not said twice."""
+    """Appends changes to changes.jsonl, atomically; those that it ends with already are not repeated."""
     before = read_json_lines(folder.changes)
     if changes and before[-len(changes) :] != list(changes):
         lines = [json.dumps(line, ensure_ascii=False) + "\n" for line in [*before, *changes]]
@@ -57,7 +57,7 @@ def record_changes(folder: RunFolder, changes: Sequence[dict[str, Any]]) -> None
 
 
 def described_changes(changes: Sequence[dict[str, Any]], experiment: Experiment) -> list[str]:
-    """The lines that a start prints about what changed."""
+    """Writes the lines that a start prints about what changed."""
     if not changes:
         return []
     name, step = changes[0]["stage"], changes[0]["step"]

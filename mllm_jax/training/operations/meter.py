@@ -31,14 +31,14 @@ class Meter:
         self._taken: deque[tuple[float, int]] = deque(maxlen=window)
 
     def tick(self, tokens: int) -> None:
-        """A step has ended, of a batch of `tokens` over all devices."""
+        """Counts a step that has ended, of a batch of `tokens` over all devices."""
         now = self._clock()
         if self._mark is not None:
             self._taken.append((now - self._mark, tokens))
         self._mark = now
 
     def pause(self) -> None:
-        """The time until the next step has ended is not its own: a validation or an evaluation came between."""
+        """Leaves out the time until the next step has ended: a validation or an evaluation comes between."""
         self._mark = None
 
     @property
@@ -47,7 +47,7 @@ class Meter:
         return self.timing().get("tokens_per_second")
 
     def timing(self) -> dict[str, float]:
-        """The figures of a metrics line; {} before they are known."""
+        """Returns the figures of a metrics line; {} before they are known."""
         seconds = sum(each for each, _ in self._taken)
         if seconds <= 0:
             return {}

@@ -165,7 +165,7 @@ def _take_up(folder: RunFolder, experiment: Experiment, fresh: bool, say: Callab
 
 
 def _go_on(folder: RunFolder, experiment: Experiment, described: dict) -> list[dict[str, Any]]:
-    """What changes of the run that the folder holds; one of another config is removed if there is nothing to lose.
+    """Finds what changes of the run that the folder holds; removes one of another config if there is nothing to lose.
 
     Raises:
         RunFolderError: another experiment's run.
@@ -181,7 +181,7 @@ def _go_on(folder: RunFolder, experiment: Experiment, described: dict) -> list[d
 
 
 def _described_today(folder: RunFolder) -> dict:
-    """The config that the folder holds, with the fields that have come since as they are by default."""
+    """Describes the config that the folder holds, with fields that are newer than it as they are by default."""
     described = folder.described()
     try:
         return describe(folder.experiment())
