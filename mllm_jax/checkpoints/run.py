@@ -165,7 +165,7 @@ def read_json(path: Path, kind: type = dict) -> Any:
     return value
 
 
-def read_json_lines(path: Path) -> list[dict]:
+def read_json_lines(path: Path, todo: str = RESTORE) -> list[dict]:
     """Reads a file of a run with a JSON object a line; none where there is no file.
 
     Raises:
@@ -174,7 +174,7 @@ def read_json_lines(path: Path) -> list[dict]:
     if not path.is_file():
         return []
     return [
-        files.parse_json(line, f"{path}, line {number}", RunFolderError, todo=RESTORE)
+        files.parse_json(line, f"{path}, line {number}", RunFolderError, todo=todo)
         for number, line in enumerate(path.read_bytes().split(b"\n"), start=1)
         if line
     ]

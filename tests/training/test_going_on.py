@@ -255,6 +255,19 @@ def test_a_stage_that_others_built_on_is_closed(folder):
     assert open_run(folder, more).unfinished(more) == ["talk", "later"]
 
 
+def test_a_run_of_an_older_version_lacks_fields_and_goes_on(folder):
+    config = json.loads((folder / "config.json").read_text())
+    for name in ("patience", "evaluate_every", "evaluate", "evaluate_limit"):
+        del config["stages"][0][name]
+    del config["stages"][0]["optimizer"]["schedule"]
+    config["stages"].append(config["stages"][0] | {"name": "later"})
+    (folder / "config.json").write_text(json.dumps(config))
+    cosine = replace(STAGE, optimizer=replace(CONSTANT, schedule="cosine"))  # what it was before there was a choice
+    two = replace(EXPERIMENT, stages=(cosine, replace(cosine, name="later")))
+    (RunFolder(folder).checkpoints(1, "later") / "00000003").mkdir(parents=True)
+    assert open_run(folder, two).experiment() == two and not (folder / "changes.jsonl").exists()
+
+
 def test_without_the_optimizers_state_no_more_steps(folder):
     shutil.rmtree(RunFolder(folder).checkpoints(0, "talk"))
     assert "stages.0.steps: 8 -> 12, without a checkpoint" in refusal(changed(steps=LONG), folder)
