@@ -364,6 +364,6 @@ result += [mllm("generate", unfinished, "What is this?"), mllm("generate", {str(
     for code, _, err in told[:2]:
         assert code == 2 and "3-instruct" in err and "is corrupt" in err and err.count("to do: ") == 1
     code, out, err = told[2]
-    warning = f"warning: {unfinished} is trained in part: no stage align, instruct yet\n"
+    warning = f"warning: {unfinished} is trained in part: stage align, instruct has not ended\n"
     assert code == 0 and err.removesuffix(CUT_OFF) == warning and out
     assert told[3][0] == 2 and "no stage is finished" in told[3][2] and told[3][2].count("to do: ") == 1

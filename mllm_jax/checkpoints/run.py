@@ -38,6 +38,7 @@ class RunFolder:
     features = _inside("features")  # encoder features that stages keep
     lengths = _inside("lengths")  # measured lengths, where several processes share them
     goodput = _inside("goodput.json")  # the account of the run's time
+    changes = _inside("changes.jsonl")  # what of the config changed between two starts
     hangs = _inside("hangs")  # the stack of every thread when a process hung
     profile = _inside("profile")  # traces of `--profile`
 
@@ -45,8 +46,30 @@ class RunFolder:
         return self.path / "checkpoints" / f"{index}-{stage}"
 
     def snapshot(self, index: int, stage: str) -> Path:
-        """Returns the folder of the parameters that a stage trained, at its end."""
+        """Returns the folder of the parameters that a stage trained: those of its end, or of its best step."""
         return self.path / "stages" / f"{index}-{stage}"
+
+    def facts(self, index: int, stage: str) -> dict[str, Any]:
+        """Reads what a stage that has ended recorded; {} if it cannot be read: loading it refuses what is damaged.
+
+        "steps" are those that were taken; see `training.stage_run` for the others.
+        """
+        try:
+            return dict(read_json(self.snapshot(index, stage) / "record.json")["meta"]["facts"])
+        except (RunFolderError, KeyError, TypeError, ValueError):
+            return {}
+
+    def steps_done(self, index: int, stage: str) -> int:
+        """Counts the steps of a stage that are done and kept."""
+        return max([*self.checkpoint_steps(index, stage), self.facts(index, stage).get("steps", 0)])
+
+    def checkpoint_steps(self, index: int, stage: str) -> list[int]:
+        """Lists the steps of which a stage has checkpoints, whole or not."""
+        return sorted(int(name) for name in names_in(self.checkpoints(index, stage), STEP.fullmatch))
+
+    def is_ended(self, index: int, stage: str) -> bool:
+        """Returns whether the parameters of a stage are kept."""
+        return self.snapshot(index, stage).is_dir()
 
     def described(self) -> dict:
         """Returns the experiment as described in config.json.
@@ -89,10 +112,23 @@ class RunFolder:
         ]
         return max([1 + int(name.partition("-")[0]) for name in names], default=0)
 
+    def ended(self, experiment: Any) -> int:
+        """Counts the stages, from the first on, whose parameters are kept: all that is needed to use the model."""
+        ended = [self.is_ended(index, stage.name) for index, stage in enumerate(experiment.stages)]
+        return (*ended, False).index(False)
+
     def unfinished(self, experiment: Any) -> list[str]:
-        """Returns the names of the stages from the first unfinished one on."""
-        ended = [self.snapshot(index, stage.name).is_dir() for index, stage in enumerate(experiment.stages)]
-        return [stage.name for stage in experiment.stages[(*ended, False).index(False) :]]
+        """Lists the stages from the first on that has not ended, or that is to take more steps than it took."""
+        stages = experiment.stages
+        done = [index for index in range(self.ended(experiment)) if self._is_done(index, stages[index])]
+        return [stage.name for stage in stages[next((i for i in range(len(stages)) if i not in done), len(stages)) :]]
+
+    def _is_done(self, index: int, stage: Any) -> bool:
+        facts = self.facts(index, stage.name)
+        if facts.get("steps", stage.steps) >= stage.steps:
+            return True
+        early = facts.get("early_stopping") or {}
+        return bool(early.get("stopped")) and stage.patience is not None and stage.patience <= early["patience"]
 
 
 def is_run(folder: Path) -> bool:
@@ -127,6 +163,21 @@ def read_json(path: Path, kind: type = dict) -> Any:
     if not isinstance(value, kind):
         raise RunFolderError(f"{path} holds a {type(value).__name__}", f"a {kind.__name__} as JSON", RESTORE)
     return value
+
+
+def read_json_lines(path: Path, todo: str = RESTORE) -> list[dict]:
+    """Reads a file of a run with a JSON object a line; none where there is no file.
+
+    Raises:
+        RunFolderError: it holds something else.
+    """
+    if not path.is_file():
+        return []
+    return [
+        files.parse_json(line, f"{path}, line {number}", RunFolderError, todo=todo)
+        for number, line in enumerate(path.read_bytes().split(b"\n"), start=1)
+        if line
+    ]
 
 
 def _no_experiment(path: Path) -> RunFolderError:

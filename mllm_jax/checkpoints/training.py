@@ -52,6 +52,8 @@ class TrainingCheckpoints:
         best_mode: whether a smaller or a larger metric is better.
         enable_async: False makes `save` return only when the checkpoint is complete.
 
+    `pinned` is a step that is kept as well, such as the best one of a stage with early stopping; None: there is none.
+
     `notes` collects texts on what was worked around (a damaged checkpoint that was skipped, one that could not be
     deleted); the training loop prints them. Call `close` (or leave the `with` block) before the interpreter ends.
 
@@ -77,6 +79,7 @@ class TrainingCheckpoints:
         self.keep_last, self.enable_async = keep_last, enable_async
         self.keep_best, self.best_mode = keep_best, best_mode
         self.notes: list[str] = []
+        self.pinned: int | None = None
         self._damaged: dict[int, str] = {}
         self._background: Background | None = None
         make_writable(self.folder)
@@ -242,7 +245,7 @@ class TrainingCheckpoints:
 
     def _prune(self, newest: int) -> None:
         steps = self.steps()
-        keep = {newest, *steps[-self.keep_last :]}
+        keep = {newest, *steps[-self.keep_last :], *filter(None, [self.pinned])}
         if self.keep_best is not None and (best := self.best()) is not None:
             keep.add(best)
         old = [self._path(s) for s in self._candidates() if s not in keep and s < max(keep)]

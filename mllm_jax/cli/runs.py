@@ -21,7 +21,7 @@ def experiment_of(run: Path) -> Experiment:
     folder = RunFolder(run)
     experiment = folder.experiment()
     if unfinished := folder.unfinished(experiment):
-        print(f"warning: {run} is trained in part: no stage {', '.join(unfinished)} yet", file=sys.stderr)
+        print(f"warning: {run} is trained in part: stage {', '.join(unfinished)} has not ended", file=sys.stderr)
     return experiment
 
 

@@ -21,6 +21,7 @@ from mllm_jax.models.multimodal import MultimodalConfig
 from mllm_jax.training.config import Experiment
 from mllm_jax.training.config_file import load_config
 from mllm_jax.training.operations.distributed import Hosts, end_together, join, leave
+from mllm_jax.training.operations.wandb import Wandb, require_wandb
 
 USAGE = """usage: mllm train CONFIG.py [OPTIONS]
 
@@ -42,6 +43,7 @@ class Train:
         hang_seconds: where no step ends for this long, prints the stack of every thread and exits; 0: never.
         profile: write a trace of a few steps into the run folder.
         self_contained: copy what `Pretrained` parts read into the run folder.
+        wandb: the project of Weights & Biases that the metrics go to as well; pip install 'mllm-jax[wandb]'.
         compile_cache: whether compiled programs are kept in the user's cache folder for the next start.
     """
 
@@ -52,6 +54,7 @@ class Train:
     hang_seconds: float = 1800.0
     profile: bool = False
     self_contained: bool = False
+    wandb: str | None = None
     compile_cache: bool = True
 
 
@@ -65,6 +68,8 @@ def run(arguments: list[str]) -> int:
             "mllm train configs/quickstart.py",
             "name a config file, before any option",
         )
+    if any(argument.partition("=")[0] == "--wandb" for argument in arguments):
+        require_wandb()  # before anything is read or loaded
     default = _default(Path(arguments[0]))
     if (options := parsed("train", default, arguments)) is None:
         return 0
@@ -86,6 +91,7 @@ def _default(path: Path) -> Train:
 def _train(options: Train) -> int:
     import jax
 
+    from mllm_jax.evaluation.report import write_report
     from mllm_jax.training.loop import train
     from mllm_jax.training.operations.stopping import Interrupted, heed_no_notice
 
@@ -101,6 +107,7 @@ def _train(options: Train) -> int:
             hang_seconds=options.hang_seconds,
             profile=options.profile,
             self_contained=options.self_contained,
+            sinks=() if options.wandb is None else (Wandb(options.wandb),),
         )
     except Interrupted as stop:  # on all processes after the same step
         print(stop, file=sys.stderr)
@@ -112,6 +119,8 @@ def _train(options: Train) -> int:
         print(f"nothing to train: all stages of {folder.path} are done")
     if experiment.evaluation:
         evaluate(folder.path)
+    elif first:
+        print(write_report(folder.path))
     if first:
         print(f"next: {_next(experiment, folder.path)}")
     return 0

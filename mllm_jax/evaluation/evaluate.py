@@ -8,10 +8,11 @@ from pathlib import Path
 
 import jax
 
+from mllm_jax.checkpoints.run import read_json_lines
 from mllm_jax.errors import ConfigError, RunFolderError
-from mllm_jax.evaluation.task import BATCH, Evaluation, Measured, Prediction
-from mllm_jax.files import parse_json, write_atomic
+from mllm_jax.files import write_atomic
 from mllm_jax.generation.assistant import Assistant
+from mllm_jax.training.evaluation import BATCH, Evaluation, Measured, Prediction
 
 PREDICTIONS = "predictions.jsonl"
 
@@ -67,15 +68,8 @@ def lines(task: str, predictions: Iterable[Prediction]) -> list[dict]:
 
 
 def read_predictions(path: Path) -> list[dict]:
-    """Reads a predictions.jsonl; returns [] if there is none. Raises RunFolderError: another kind of file."""
-    if not path.is_file():
-        return []
-    todo = "remove the file, and evaluate again"
-    return [
-        parse_json(line, f"{path}, line {number}", RunFolderError, todo=todo)
-        for number, line in enumerate(path.read_bytes().split(b"\n"), start=1)
-        if line
-    ]
+    """Reads a predictions.jsonl; returns [] if there is none. Raises RunFolderError: another file."""
+    return read_json_lines(path, "remove the file, and evaluate again")
 
 
 def write_predictions(path: Path, found: Iterable[dict]) -> None:

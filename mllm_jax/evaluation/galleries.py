@@ -10,8 +10,8 @@ from mllm_jax.data.message import Image
 from mllm_jax.errors import DataError
 from mllm_jax.evaluation.metrics import shuffles
 from mllm_jax.evaluation.retrieval import rank_of_own
-from mllm_jax.evaluation.task import Measured, Prediction
 from mllm_jax.generation.assistant import Assistant
+from mllm_jax.training.evaluation import Measured, Prediction
 
 QUESTIONS = {"image_to_text": "Which of {} captions?", "text_to_image": "Which of {} images? {}"}
 

@@ -15,16 +15,20 @@ from pathlib import Path
 from typing import Any
 
 from mllm_jax import __version__
+from mllm_jax.checkpoints.run import RunFolder, read_json_lines
 from mllm_jax.errors import DataError, RunFolderError
 from mllm_jax.evaluation import figures, scores
 from mllm_jax.evaluation.charts import Line, chart, ema
 from mllm_jax.evaluation.style import STYLE
 from mllm_jax.evaluation.tables import grouped, percent
 from mllm_jax.files import write_atomic
+from mllm_jax.training.evaluation import EVALUATION
 from mllm_jax.training.operations.goodput import KINDS
 
 CARDS = 24
+CHARACTERS = 200  # of a value that changed
 LEARNING_RATE = ("learning_rate", "lr")
+VALIDATION = "validation_loss"
 NO_EVALUATION = '<p class="note">No evaluation was made in this run.</p>'
 
 
@@ -32,9 +36,9 @@ def write_report(run_dir: Path) -> Path:
     """Writes `report.html` into a run folder and returns its path.
 
     Reads `metrics.jsonl`, and where they exist `goodput.json`, `results.json` ({task: {metric: value}}),
-    `examples.json` (images as base64 PNG) and `run.json` (free facts; `"headline": [task, ...]` chooses the large
-    figures). What is missing is not shown. The page loads nothing: no script, no font, no address. An older page is
-    replaced at once or not at all.
+    `examples.json` (images as base64 PNG), `changes.jsonl` and `run.json` (free facts; `"headline": [task, ...]`
+    chooses the large figures). What is missing is not shown. The page loads nothing: no script, no font, no address. An
+    older page is replaced at once or not at all.
 
     Raises:
         DataError: metrics.jsonl is missing, or a file does not hold what it should.
@@ -53,6 +57,7 @@ def write_report(run_dir: Path) -> Path:
         _section("Results", scores.section(results) if results else NO_EVALUATION),
         _section("Training", _curves(points)),
         _section("Stages", _stages(run.get("stages", []))),
+        _section("Changes on the way", _changes(read_json_lines(RunFolder(run_dir).changes))),
         _section("Where the time went", _time(_json(run_dir / "goodput.json", dict))),
         _section("The run", _facts(run)),
         _section("Questions and answers", NO_EVALUATION if examples is None else _cards(examples)),
@@ -216,12 +221,14 @@ def _curves(points: Sequence[Point]) -> str:
         title = figures.words(name)
         return _picture(title, f"{value:.4g} at last", chart(title, lines, marks=begins))
 
+    judged = [name for name in names if name == VALIDATION or name.startswith(EVALUATION)]
+    drawings += [over_run(name, "smooth") for name in judged]
     if rate:
         drawings.append(over_run(rate, "smooth"))
     switch = '<input type="checkbox" id="log"><label for="log">logarithmic loss axis</label>'
     page = f'{switch}<div class="charts">{"".join(drawings)}</div>'
     # Sums that only grow are in the table of where the time went.
-    if others := [name for name in names if name != rate and not name.endswith("_seconds")]:
+    if others := [name for name in names if name not in (rate, *judged) and not name.endswith("_seconds")]:
         drawn = "".join(over_run(name) for name in others)
         summary = figures.count(len(others), "more curve")
         page += f'<details><summary>{summary}</summary><div class="charts">{drawn}</div></details>'
@@ -249,6 +256,20 @@ def _stages(stages: Sequence[Mapping[str, Any]]) -> str:
         rows.append(f"<tr><th>{first}</th>" + "".join(f'<td class="n">{cell}</td>' for cell in rest) + "</tr>")
     table = f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
     return f'<div class="wide">{table}</div>'
+
+
+def _changes(changes: Sequence[Mapping[str, Any]]) -> str:
+    """What of the config changed between two starts of the run, in the order in which it did."""
+    if not changes:
+        return ""
+    columns = {"stage": "stage", "step": "after step", "field": "field", "from": "from", "to": "to"}
+    head = "".join(f"<th>{title}</th>" for title in columns.values())
+    rows = "".join(
+        "<tr>" + "".join(f"<td>{escape(str(one.get(key, '–'))[:CHARACTERS])}</td>" for key in columns) + "</tr>"
+        for one in changes
+    )
+    note = '<p class="note">What config.json says now holds from these steps on.</p>'
+    return f'{note}<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
 
 
 def _facts(run: Mapping[str, Any]) -> str:
@@ -350,8 +371,8 @@ def _method() -> str:
         "<b>Where the time went</b>: each second between the run's first start and the end of its training counts "
         "once. A wait for a batch is input only if the devices had nothing left to compute; validation, starting and "
         "restoring are other.",
-        "<b>Sources</b>: metrics.jsonl, goodput.json, run.json, results.json and examples.json of the run folder; this "
-        "page rounds, they do not.",
+        "<b>Sources</b>: metrics.jsonl, goodput.json, run.json, changes.jsonl, results.json and examples.json of the "
+        "run folder; this page rounds, they do not.",
     )
     return f'<ul class="method">{"".join(f"<li>{note}</li>" for note in notes)}</ul>'
 

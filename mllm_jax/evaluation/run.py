@@ -15,9 +15,9 @@ from mllm_jax.data.images import as_picture
 from mllm_jax.errors import ConfigError
 from mllm_jax.evaluation.evaluate import PREDICTIONS, lines, measure, read_predictions, write_predictions
 from mllm_jax.evaluation.report import write_report
-from mllm_jax.evaluation.task import BATCH, Evaluation, Prediction
 from mllm_jax.generation.assistant import Assistant
 from mllm_jax.models.run_weights import load_run
+from mllm_jax.training.evaluation import BATCH, Evaluation, Prediction
 from mllm_jax.training.operations.run_folder import holding, write_json
 
 SHOWN = 4  # examples of a task in the report

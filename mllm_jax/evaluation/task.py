@@ -1,4 +1,4 @@
-"""The protocol of evaluations, and the task of questions that an assistant answers."""
+"""The task of questions that an assistant answers."""
 
 from __future__ import annotations
 
@@ -15,61 +15,11 @@ from mllm_jax.errors import ConfigError, DataError
 from mllm_jax.evaluation.metrics import AsksAgain, references
 from mllm_jax.generation.assistant import Assistant, writes_text
 from mllm_jax.generation.options import Answer
+from mllm_jax.training.evaluation import BATCH, Measured, Prediction
 
-BATCH = 64
 CHUNK = 512  # conversations whose media are in memory at a time
 
 Metric = Callable[[Sequence[Answer], Sequence[Any]], float]
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """A model's answer to one example.
-
-    Attributes:
-        id: the example's own id, or its index.
-        images: the images of the question.
-        reference: the right answer; None: the example has none.
-        correct: whether the answer is right; None: undefined for a single example.
-    """
-
-    id: str | int
-    question: str
-    images: tuple[Image, ...]
-    answer: str
-    reference: str | None
-    correct: bool | None
-
-
-@dataclass(frozen=True)
-class Measured:
-    """The result of an evaluation: the value of each metric, and the predictions to report."""
-
-    metrics: dict[str, float]
-    predictions: list[Prediction]
-
-
-@runtime_checkable
-class Evaluation(Protocol):
-    """Interface of the items of `Experiment.evaluation`: frozen dataclasses with these methods, such as `Task`.
-
-    Attributes:
-        name: of its results; the part before a "/" groups them.
-    """
-
-    @property
-    def name(self) -> str: ...
-
-    def check(self, model: Any) -> None:
-        """Raises ConfigError if a model with this config cannot do the evaluation."""
-
-    def measure(self, assistant: Assistant, *, limit: int | None = None, batch_size: int = BATCH) -> Measured:
-        """Evaluates a model.
-
-        Args:
-            limit: evaluates only the first `limit` examples.
-        """
-        ...
 
 
 @runtime_checkable

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -47,7 +48,7 @@ class Assistant:
     the conversation's position in the list.
 
     Args:
-        model, params: as `mllm_jax.from_pretrained` gives them.
+        model, params: as `mllm_jax.from_pretrained` gives them; None for params: they come with `with_params`.
         processor: the model's; None with an embedder.
         mesh: what params are sharded over, if over anything.
         max_length: tokens of a prompt and its answer together, of either for an encoder-decoder; None is the LLM's own
@@ -60,7 +61,7 @@ class Assistant:
     def __init__(
         self,
         model: nn.Module,
-        params: dict,
+        params: dict | None,
         processor: Processor | None,
         *,
         mesh: Mesh | None = None,
@@ -112,6 +113,16 @@ class Assistant:
         processor = Processor.from_pretrained(folder)
         model, params = from_pretrained(folder, dtype=dtype, mesh=mesh)
         return cls(model, params, processor, mesh=mesh, **options)
+
+    def with_params(self, params: dict) -> Assistant:
+        """Gives the same assistant with other parameters; what is compiled serves both."""
+        other = copy.copy(self)
+        other.params = params
+        if self._embedder is not None:
+            other._embedder = self._embedder.with_params(params)
+        if self.processor is not None and writes_text(self.processor.config):
+            other._scored, other._program = self._scored, self._program.of(params)
+        return other
 
     @property
     def llm(self) -> Any:

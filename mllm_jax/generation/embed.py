@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import stat
 import warnings
@@ -104,6 +105,14 @@ class Embedder:
             return np.asarray(normalise_pixels(resize(image, vision.image_size), vision))
 
         return cls(module, params, prepare, _Captions(tokenizer), **options)
+
+    def with_params(self, params: Any) -> Embedder:
+        """Gives the same with other parameters; what is compiled for a dual encoder serves both."""
+        if isinstance(self.module, DualEncoder):
+            _ = self._image_function, self._text_function  # made here, they are in the copy too
+        other = copy.copy(self)
+        object.__setattr__(other, "params", params)
+        return other
 
     def pictures(self, pictures: Sequence[Any]) -> np.ndarray:
         """Images, see `as_picture`, to float32[N, P]. Raises DataError: no image, or one that cannot be read."""

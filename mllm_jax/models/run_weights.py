@@ -37,23 +37,24 @@ def load_run(folder: RunFolder, devices: Sequence[jax.Device] | None = None, *, 
         CheckpointError: weights that are absent, damaged or not those that the run was trained with.
     """
     experiment = folder.experiment()
-    if not finished_stages(folder, experiment):
+    if not (ended := from_first(folder.ended(experiment))):
         raise TrainingError(f"{folder.path}: no stage is finished", "a run that has ended a stage", "train it further")
     mesh = make_fitting_mesh(experiment.mesh, devices) if mesh is None else mesh
-    params, _ = params_of(experiment, folder, (experiment.model,), mesh)
+    params, _ = params_of(experiment, folder, (experiment.model,), mesh, ended)
     return experiment, experiment.model.make(), params, Processor.of_run(folder, experiment), mesh
 
 
 def finished_stages(folder: RunFolder, experiment: Any) -> int:
-    """Counts the stages, from the first on, that have ended."""
+    """Counts the stages, from the first on, that have nothing left to train."""
     return len(experiment.stages) - len(from_first(folder.unfinished(experiment)))
 
 
-def params_of(experiment: Any, folder: RunFolder, configs: Sequence[Any], mesh: Mesh) -> tuple[dict, dict]:
-    """Reads each parameter where it was last written: its last finished stage, `initial`, or its `Pretrained` source.
+def params_of(experiment: Any, folder: RunFolder, configs: Sequence[Any], mesh: Mesh, stages: int) -> tuple[dict, dict]:
+    """Reads each parameter where it was last written: the last of these stages, `initial`, or its `Pretrained` source.
 
     Args:
         configs: of the compositions whose parameters are read.
+        stages: of how many stages, from the first on.
 
     Raises:
         CheckpointError: see `load_run`.
@@ -64,7 +65,7 @@ def params_of(experiment: Any, folder: RunFolder, configs: Sequence[Any], mesh: 
     _check_words(folder, begin)
     known: dict[str, int] = begin["fingerprint"]
     places: dict[str, Path | None] = dict.fromkeys(begin["stored"], folder.initial)
-    for index, stage in enumerate(experiment.stages[: finished_stages(folder, experiment)]):
+    for index, stage in enumerate(experiment.stages[:stages]):
         snapshot = folder.snapshot(index, stage.name)
         meta = snapshot_meta(snapshot)
         _check_began(meta, known, stage)

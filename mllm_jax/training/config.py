@@ -16,10 +16,12 @@ from mllm_jax.training.objectives.protocol import Objective
 
 @dataclass(frozen=True)
 class AdamW:
-    """AdamW with linear warm-up, cosine decay, clipping by global norm and a decay mask.
+    """AdamW with linear warm-up, a schedule, clipping by global norm and a decay mask.
 
     Attributes:
-        end_factor: the learning rate at the end as a share of the peak.
+        schedule: after the warm-up, "cosine" falls to `end_factor` of the peak at the stage's last step, so that every
+            learning rate depends on the number of steps; "constant" stays at the peak and depends on no end.
+        end_factor: the learning rate at the end as a share of the peak, with the cosine.
         weight_decay: applies to kernels and embeddings, never to norms and biases.
         factors: pairs of a pattern over parameter paths, such as "encoder_image/*", and what the learning rate of the
             parameters that match is multiplied by; the first pattern that matches counts.
@@ -34,6 +36,11 @@ class AdamW:
     eps: float = 1e-8
     clip_norm: float = 1.0
     factors: tuple[tuple[str, float], ...] = ()
+    schedule: str = "cosine"
+
+    def __post_init__(self):
+        if self.schedule not in ("cosine", "constant"):
+            raise ConfigError(f"optimizer.schedule {self.schedule!r}", '"cosine" or "constant"', "change it")
 
 
 @dataclass(frozen=True)
@@ -48,6 +55,12 @@ class Stage:
             that part, so that the stages after it go on with what this one trained.
         accumulate: pieces that a batch is cut into, one after the other, their gradients summed.
         validation: read every `validate_every` steps, `validation_batches` of it; None: no validation loss.
+        patience: ends the stage after this many validations without a smaller validation loss, and keeps the parameters
+            of the best one as what the stage trained; each improvement takes a checkpoint. None: no early stopping.
+        evaluate_every: after each time this many steps, tasks of the experiment's evaluation measure the parameters as
+            they are; None: only when the run has ended. One task must take less time than `mllm train --hang-seconds`.
+        evaluate: names of these tasks; empty: all of them.
+        evaluate_limit: how many examples of each; None: all of them.
         frozen_dtype: what frozen parameters are held in during the stage; None: as they are.
         cache_features: the frozen encoder sees each picture once; what it makes of it is kept in the run folder.
     """
@@ -65,6 +78,10 @@ class Stage:
     frozen_dtype: str | None = None
     cache_features: bool = False
     model: Any = None
+    patience: int | None = None
+    evaluate_every: int | None = None
+    evaluate: tuple[str, ...] = ()
+    evaluate_limit: int | None = None
 
     def __post_init__(self):
         _check_name("a stage", self.name)
@@ -80,6 +97,14 @@ class Stage:
                 "at least one step, and pieces that divide the rows",
                 "change steps, data.rows or accumulate",
             )
+        counts = ("validate_every", "patience", "evaluate_every", "evaluate_limit")
+        if low := [f"{name} {value}" for name in counts if (value := getattr(self, name)) is not None and value < 1]:
+            raise ConfigError(f"stage {self.name!r}: {', '.join(low)}", "at least 1", "change it")
+        needs = {"patience": ("validation", self.validation), "evaluate": ("evaluate_every", self.evaluate_every)}
+        needs["evaluate_limit"] = needs["evaluate"]
+        for name, (needed, value) in needs.items():
+            if getattr(self, name) and value is None:
+                raise ConfigError(f"stage {self.name!r}: {name} without {needed}", f"both, or no {name}", "change it")
 
     @property
     def mixtures(self) -> tuple[Mixture, ...]:
@@ -165,7 +190,7 @@ class Experiment:
         cpu_devices: devices that a CPU is presented as; two are faster than one of two cores. Ignored elsewhere.
         nonfinite: "stop" at a loss or gradient that is not finite, or "skip" that step (it is never applied).
         evaluation: what the trained model is evaluated by at the end of the run, such as `mllm_jax.Task`; see
-            `mllm_jax.evaluation.task`.
+            `mllm_jax.training.evaluation`.
     """
 
     name: str
@@ -212,6 +237,20 @@ class Experiment:
         """The config of the composition that a stage trains."""
         return self.model if stage.model is None else stage.model
 
+    def tasks_of(self, stage: Stage) -> tuple[Any, ...]:
+        """The tasks that a stage evaluates by while it trains.
+
+        Raises:
+            ConfigError: names that no task has.
+        """
+        if stage.evaluate_every is None:
+            return ()
+        known = {task.name: task for task in self.evaluation}
+        if not known or not set(stage.evaluate) <= set(known):
+            given = f"stage {stage.name!r} that evaluates by {list(stage.evaluate) or 'all tasks'}"
+            raise ConfigError(given, f"tasks of experiment.evaluation: {list(known)}", "add or rename tasks")
+        return tuple(known[name] for name in stage.evaluate or known)
+
     @property
     def compositions(self) -> tuple[Any, ...]:
         """The experiment's model and what its stages train besides, each once."""
@@ -250,6 +289,9 @@ def _check_evaluation(experiment: Experiment) -> None:
         raise ConfigError(f"two tasks of evaluation named {twice}", "names that differ", "rename one of them")
     for task in tasks:
         task.check(experiment.model)
+    for stage in experiment.stages:
+        for task in experiment.tasks_of(stage):
+            task.check(experiment.model_of(stage))
 
 
 def _check_name(what: str, name: str) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import jax
@@ -12,7 +13,9 @@ import numpy as np
 from mllm_jax.checkpoints.description import describe
 from mllm_jax.checkpoints.training import TrainingCheckpoints
 from mllm_jax.errors import TrainingError
+from mllm_jax.generation.assistant import Assistant
 from mllm_jax.training.config import Experiment, Stage
+from mllm_jax.training.evaluation import EVALUATION, Evaluation
 from mllm_jax.training.feed import Feed
 from mllm_jax.training.operations.meter import Meter
 from mllm_jax.training.operations.metrics_writer import MetricsWriter
@@ -20,6 +23,7 @@ from mllm_jax.training.operations.monitors import Monitors
 from mllm_jax.training.operations.profiling import Profile
 from mllm_jax.training.operations.progress import Progress
 from mllm_jax.training.operations.stopping import Interrupted, Stopping
+from mllm_jax.training.partition import join
 from mllm_jax.training.step import TrainState
 
 
@@ -35,6 +39,8 @@ class StepDone:
         tokens: of the batch, over all processes.
         scores: mean metrics of a validation after the step; None: there was none.
         stop: whether the run stops here.
+        best: where the best validation so far was, of a stage with early stopping.
+        improved: whether it was after this step.
     """
 
     ended: int
@@ -44,6 +50,29 @@ class StepDone:
     tokens: int
     scores: dict[str, float] | None = None
     stop: bool = False
+    best: Best | None = None
+    improved: bool = False
+
+
+@dataclass(frozen=True)
+class Best:
+    """The best validation of a stage with early stopping, kept with each checkpoint.
+
+    Attributes:
+        step: steps of the stage that were done; None: no loss was finite yet.
+        since: validations after it.
+        validation: what it was computed on, described; of another, losses cannot be compared.
+    """
+
+    step: int | None = None
+    loss: float | None = None
+    since: int = 0
+    validation: Any = None
+
+    def after(self, step: int, loss: float) -> Best:
+        """The best after one more validation."""
+        better = math.isfinite(loss) and (self.loss is None or loss < self.loss)
+        return replace(self, step=step, loss=loss, since=0) if better else replace(self, since=self.since + 1)
 
 
 class Hook:
@@ -63,6 +92,7 @@ class Context:
     Attributes:
         done_before: steps of the stages before this one.
         writer: None on processes other than the first.
+        meter: of the stage's speed.
     """
 
     experiment: Experiment
@@ -71,6 +101,11 @@ class Context:
     writer: MetricsWriter | None
     progress: Progress
     by: Monitors
+    meter: Meter
+
+    def say(self, ended: int, text: str) -> None:
+        """Prints a line about the state after a step."""
+        self.progress.message(f"stage {self.stage.name}, step {ended}: {text}")
 
 
 class Report(Hook):
@@ -80,42 +115,37 @@ class Report(Hook):
         TrainingError: a loss or gradient that is not finite, with `nonfinite="stop"`.
     """
 
-    def __init__(self, context: Context, meter: Meter, describe_batch: Callable[[int], str]):
-        self.context, self.meter, self._describe = context, meter, describe_batch
-        self._pending: tuple[int, dict, int] | None = None
+    def __init__(self, context: Context, describe_batch: Callable[[int], str]):
+        self.context, self._describe = context, describe_batch
+        self._pending: StepDone | None = None
 
     def after(self, done: StepDone) -> None:
         self.flush()
-        self._pending = (done.ended - 1, done.metrics, done.tokens)
+        self._pending = done
 
     def computing(self) -> bool:
         """Returns whether the devices still compute the latest step."""
-        return self._pending is not None and not self._pending[1]["loss"].is_ready()
+        return self._pending is not None and not self._pending.metrics["loss"].is_ready()
 
     def flush(self) -> None:
         """Reports the latest step, if that is not done yet; waits for it."""
         if self._pending is not None:
-            self._report(*self._pending)
+            self._report(self._pending)
             self._pending = None
 
-    def _report(self, step: int, metrics: dict, tokens: int) -> None:
-        context, stage, ended = self.context, self.context.stage, step + 1
+    def _report(self, done: StepDone) -> None:
+        context, stage, ended = self.context, self.context.stage, done.ended
         account, writer = context.by.goodput, context.writer
-        values = {name: float(value) for name, value in jax.device_get(metrics).items()}
-        self.meter.tick(tokens)
+        values = {name: float(value) for name, value in jax.device_get(done.metrics).items()}
+        context.meter.tick(done.tokens)
         account.reached(context.done_before + ended)
         context.by.watchdog.beat(f"step {ended} of stage {stage.name}")
         if values["nonfinite"]:
-            self._refuse_or_say(step, values)
-        if writer and (values["nonfinite"] or ended % context.experiment.log_every == 0 or ended == stage.steps):
-            timing = self.meter.timing() | account.timing()
-            writer.write(context.done_before + ended, stage.name, values, timing)
-        context.progress.update(
-            ended,
-            loss=values["loss"],
-            tokens_per_second=self.meter.tokens_rate,
-            flops_per_second=self.meter.flops_rate,
-        )
+            self._refuse_or_say(ended - 1, values)
+        timing = context.meter.timing()
+        if writer and (values["nonfinite"] or ended % context.experiment.log_every == 0 or done.last):
+            writer.write(context.done_before + ended, stage.name, values, timing | account.timing())
+        context.progress.update(ended, loss=values["loss"], timing=timing, last=done.last)
 
     def _refuse_or_say(self, step: int, values: dict[str, float]) -> None:
         name = self.context.stage.name
@@ -163,6 +193,9 @@ class Validate(Hook):
         if done.last or done.ended % self.context.stage.validate_every == 0:
             with self.context.by.goodput.spending("other"):
                 done.scores = self._validate(done.state.params, self.context.done_before + done.ended)
+            self.context.meter.pause()
+            loss = done.scores["validation_loss"]
+            self.context.say(done.ended, f"validation loss {loss:.4f}")
 
     def _validate(self, params: dict, step: int) -> dict[str, float]:
         """Mean metrics by weight, named and written as `validation_...`."""
@@ -180,19 +213,88 @@ class Validate(Hook):
         return means
 
 
+class Patience(Hook):
+    """Ends a stage whose validation loss has not become smaller for `Stage.patience` validations.
+
+    Args:
+        best: what the checkpoint that the stage goes on from knows.
+    """
+
+    def __init__(self, context: Context, checkpoints: TrainingCheckpoints, best: Best):
+        self.context, self.checkpoints, self.best = context, checkpoints, best
+        checkpoints.pinned = best.step
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether the stage has ended by it."""
+        return self.best.since >= self.context.stage.patience
+
+    def after(self, done: StepDone) -> None:
+        if done.scores is not None:
+            self.best = self.best.after(done.ended, done.scores["validation_loss"])
+            done.improved, self.checkpoints.pinned = self.best.since == 0, self.best.step
+            if self.exhausted and not done.last:
+                done.last = True
+                self.context.say(done.ended, f"no smaller validation loss for {self.best.since} validations: it ends")
+        done.best = self.best
+
+
+class Evaluate(Hook):
+    """Measures the parameters as they are by tasks of the experiment's evaluation, every few steps.
+
+    Every process takes part, as in the evaluation at the end of a run. Nothing of the training's state changes.
+
+    Args:
+        tasks: see `mllm_jax.training.evaluation.Evaluation`.
+        assistant: of the stage's composition, without parameters.
+    """
+
+    def __init__(self, context: Context, tasks: Sequence[Evaluation], assistant: Assistant, frozen: dict):
+        self.context, self.tasks, self.assistant, self.frozen = context, tasks, assistant, frozen
+
+    def after(self, done: StepDone) -> None:
+        context, stage = self.context, self.context.stage
+        if done.ended % stage.evaluate_every:
+            return
+        with context.by.goodput.spending("other"):
+            asked, found = self.assistant.with_params(join(done.state.params, self.frozen)), {}
+            for task in self.tasks:
+                measured = task.measure(asked, limit=stage.evaluate_limit)
+                context.by.watchdog.beat(f"task {task.name} after step {done.ended} of stage {stage.name}")
+                found[task.name] = measured.metrics
+        context.meter.pause()
+        for name, metrics in found.items():
+            context.say(done.ended, f"{name}: " + ", ".join(f"{key} {value:.4g}" for key, value in metrics.items()))
+        if context.writer:
+            values = {f"{EVALUATION}{name}/{key}": x for name, metrics in found.items() for key, x in metrics.items()}
+            context.writer.write(context.done_before + done.ended, stage.name, values, {})
+
+
 class Save(Hook):
-    """Saves a checkpoint every few steps and where the run stops; the stage's end is kept as a snapshot instead.
+    """Saves a checkpoint every few steps, where the run stops, and after the best validation of early stopping.
 
     Args:
         origin: what the stage began with, kept with each checkpoint.
+        ahead: how many batches the data is ahead of the steps, where the rows have changed.
+        end: whether the stage's end is saved too, so that more steps can go on from it; its parameters are kept anyway.
     """
 
-    def __init__(self, context: Context, checkpoints: TrainingCheckpoints, origin: dict[str, Any], report: Report):
+    def __init__(
+        self,
+        context: Context,
+        checkpoints: TrainingCheckpoints,
+        origin: dict[str, Any],
+        report: Report,
+        *,
+        ahead: int = 0,
+        end: bool = False,
+    ):
         self.context, self.checkpoints, self.origin, self.report = context, checkpoints, origin, report
+        self.ahead, self.end = ahead, end
 
     def after(self, done: StepDone) -> None:
-        due = done.stop or done.ended % self.context.experiment.checkpoint.every_steps == 0
-        if due and not done.last:
+        due = done.stop or done.improved or done.ended % self.context.experiment.checkpoint.every_steps == 0
+        if self.end if done.last else due:
             self.report.flush()
             self._save(done)
 
@@ -201,7 +303,8 @@ class Save(Hook):
         meta = {
             "stage": context.stage.name,
             "step": done.ended,
-            "data_step": done.ended,
+            "data_step": done.ended + self.ahead,
+            "best": None if done.best is None else asdict(done.best),
             "key": np.asarray(jax.device_get(done.state.key)).ravel().tolist(),
             "config": describe(context.experiment),
             **self.origin,

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import jax
@@ -14,10 +15,10 @@ from mllm_jax.checkpoints.run import RunFolder
 from mllm_jax.checkpoints.training import snapshot_meta
 from mllm_jax.models.part_sources import snapshot_of
 from mllm_jax.models.run_weights import finished_stages
-from mllm_jax.sharding.chips import peak_flops
-from mllm_jax.sharding.hosts import from_first, is_first
+from mllm_jax.sharding.hosts import first_alone, from_first, is_first
 from mllm_jax.sharding.mesh import make_mesh
 from mllm_jax.training.config import Experiment, Pretrained
+from mllm_jax.training.operations.metrics_writer import Sink
 from mllm_jax.training.operations.monitors import attended
 from mllm_jax.training.operations.progress import Progress
 from mllm_jax.training.operations.run_folder import holding, open_run, write_json
@@ -40,6 +41,7 @@ def train(
     hang_seconds: float = 0.0,
     profile: bool = False,
     self_contained: bool = False,
+    sinks: Sequence[Sink] = (),
 ) -> RunFolder:
     """Trains every stage that the run folder does not hold yet, and returns the folder.
 
@@ -51,6 +53,9 @@ def train(
         hang_seconds: this process ends, its stacks told, when nothing is finished for so long (`mllm train`: 1800).
         profile: write a trace of a few steps.
         self_contained: copy what `Pretrained` parts read into the run folder, instead of referring to their folders.
+        sinks: where the metrics go besides the run folder, such as `training.operations.wandb.Wandb`.
+
+    A run that the folder holds goes on with the present config: see `open_run` for what may have changed.
 
     Every process calls this with the same arguments; `run_dir` is one folder that all of them see. One run at a time
     trains in it.
@@ -67,10 +72,25 @@ def train(
             train(source.made_by, Path(source.folder), until=source.stage, **options)
     remember(describe(experiment))
     mesh = make_mesh(experiment.mesh, devices)
+    notes: list[str] = []
     with holding(run_dir):
-        folder = open_run(run_dir, experiment, fresh=fresh)
-        _train_stages(experiment, folder, mesh, cache_dir, until, **how)
+        folder = open_run(run_dir, experiment, fresh=fresh, say=notes.append)
+        with _receiving(sinks, experiment, folder):
+            _train_stages(experiment, folder, mesh, cache_dir, until, sinks, notes, **how)
     return folder
+
+
+@contextlib.contextmanager
+def _receiving(sinks: Sequence[Sink], experiment: Experiment, folder: RunFolder) -> Iterator[None]:
+    """Begins and closes the sinks, on the first process alone."""
+    finished = False
+    try:
+        first_alone(lambda: [sink.begin(experiment, folder.path) for sink in sinks])
+        yield
+        finished = True
+    finally:
+        for sink in sinks if is_first() else ():
+            sink.close(finished)
 
 
 def _train_stages(
@@ -79,6 +99,8 @@ def _train_stages(
     mesh: Mesh,
     cache_dir: Path | None,
     until: str | None,
+    sinks: Sequence[Sink],
+    notes: Sequence[str],
     *,
     hang_seconds: float,
     profile: bool,
@@ -98,20 +120,21 @@ def _train_stages(
     }
 
     # ---- the stages
-    peak = peak_flops(kind, experiment.model.dtype)
     done_before = 0
-    peak = peak * mesh.devices.size if peak else None
-    with Progress(peak=peak, quiet=not is_first()) as progress, attended(folder, progress, hang_seconds, profile) as by:
+    with Progress(quiet=not is_first()) as progress, attended(folder, progress, hang_seconds, profile) as by:
+        for note in notes:
+            progress.message(note)
         for index, stage in enumerate(experiment.stages):
             if index < finished:
                 stage_facts = snapshot_meta(folder.snapshot(index, stage.name))["facts"]
             else:
                 where = (experiment, index, folder, processor, mesh, progress, by)
-                trained, stage_facts = StageRunner(*where, done_before, cache_dir).run(params)
+                last = index + 1 == len(experiment.stages) or stage.name == until
+                trained, stage_facts = StageRunner(*where, done_before, cache_dir, sinks, last).run(params)
                 params = join(params, trained)
-                by.goodput.write(finished=index + 1 == len(experiment.stages) or stage.name == until)
+                by.goodput.write(finished=last)
             facts["stages"].append(stage_facts)
-            done_before += stage.steps
+            done_before += stage_facts["steps"]
             if is_first():
                 write_json(folder.path / "run.json", facts)
             if by.stopping.asked:

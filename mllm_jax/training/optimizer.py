@@ -17,7 +17,13 @@ DECAYED = ("kernel", "embedding")
 
 
 def learning_rate(config: AdamW, steps: int) -> optax.Schedule:
-    """Linear warm-up from 0 to the peak, cosine to `end_factor` of it at the last step."""
+    """Gives the schedule: linear warm-up from 0 to the peak, then what `AdamW.schedule` says.
+
+    A warm-up before a cosine takes at most half of the steps; before a constant it does not depend on them.
+    """
+    if config.schedule == "constant":
+        rise = optax.linear_schedule(0.0, config.learning_rate, config.warmup_steps)
+        return optax.join_schedules([rise, optax.constant_schedule(config.learning_rate)], [config.warmup_steps])
     warmup = min(config.warmup_steps, max(1, steps // 2))
     return optax.warmup_cosine_decay_schedule(
         0.0, config.learning_rate, warmup, max(steps, warmup + 1), config.end_factor * config.learning_rate

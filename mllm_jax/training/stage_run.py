@@ -17,15 +17,30 @@ from mllm_jax.checkpoints.description import describe
 from mllm_jax.checkpoints.run import RunFolder
 from mllm_jax.checkpoints.training import TrainingCheckpoints, compare_fingerprints, fingerprint, save_snapshot
 from mllm_jax.data.pipeline import Mixture, Pipeline
+from mllm_jax.generation.assistant import Assistant
 from mllm_jax.models.params import placed_params
 from mllm_jax.models.processor import Processor
+from mllm_jax.sharding.chips import peak_flops
 from mllm_jax.sharding.hosts import first_alone, from_first, is_first
 from mllm_jax.training.config import Experiment, Stage
 from mllm_jax.training.features import FeatureCache
 from mllm_jax.training.feed import Feed
-from mllm_jax.training.hooks import Context, Hook, Interrupt, Report, Save, StepDone, Stop, Trace, Validate
+from mllm_jax.training.hooks import (
+    Best,
+    Context,
+    Evaluate,
+    Hook,
+    Interrupt,
+    Patience,
+    Report,
+    Save,
+    StepDone,
+    Stop,
+    Trace,
+    Validate,
+)
 from mllm_jax.training.operations.meter import Meter
-from mllm_jax.training.operations.metrics_writer import MetricsWriter
+from mllm_jax.training.operations.metrics_writer import MetricsWriter, Sink
 from mllm_jax.training.operations.monitors import Monitors
 from mllm_jax.training.operations.progress import Progress
 from mllm_jax.training.partition import join, split
@@ -55,6 +70,22 @@ class Prepared:
     packing: dict[str, float]
 
 
+@dataclass(frozen=True)
+class Start:
+    """Where a start of a stage begins.
+
+    Attributes:
+        step: steps of the stage that are done.
+        data: batches of the data that are done: as many, unless the number of rows has changed.
+        best: of early stopping.
+    """
+
+    step: int
+    data: int
+    state: TrainState
+    best: Best
+
+
 @dataclass
 class StageRunner:
     """One stage of a run; `run` trains it.
@@ -62,6 +93,8 @@ class StageRunner:
     Attributes:
         done_before: steps of the stages before this one.
         cache_dir: where measured lengths are kept.
+        sinks: where metrics go besides the run folder.
+        last: whether the run ends with this stage.
     """
 
     experiment: Experiment
@@ -73,6 +106,8 @@ class StageRunner:
     by: Monitors
     done_before: int
     cache_dir: Path | None
+    sinks: Sequence[Sink] = ()
+    last: bool = True
 
     @property
     def stage(self) -> Stage:
@@ -97,18 +132,41 @@ class StageRunner:
         where = self.folder.checkpoints(self.index, self.stage.name)
         best = None if ready.validation is None else "validation_loss"
         checkpoints = TrainingCheckpoints(where, keep_last=self.experiment.checkpoint.keep_last, keep_best=best)
-        start, state = self.restore(ready, checkpoints)
-        reached = self.done_before + start
+        start = self.restore(ready, checkpoints)
+        reached, ahead = self.done_before + start.step, start.data - start.step
         self.by.goodput.resumed(reached)
-        writer = MetricsWriter(self.folder.path, resume_from=reached) if is_first() else None
-        context = Context(self.experiment, self.stage, self.done_before, writer, self.progress, self.by)
-        report = Report(context, Meter(ready.program.flops()), ready.feed.data.describe)
-        hooks: list[Hook] = [report, Trace(self.by.profile), Stop(self.by.stopping)]
+        writer = MetricsWriter(self.folder.path, resume_from=reached, sinks=self.sinks) if is_first() else None
+        meter = Meter(ready.program.flops(), self.mesh.devices.size, self.peak)
+        context = Context(self.experiment, self.stage, self.done_before, writer, self.progress, self.by, meter)
+        report = Report(context, lambda step: ready.feed.data.describe(step + ahead))
+        hooks: list[Hook] = [report, Stop(self.by.stopping)]
         if ready.validation is not None:
             hooks.append(Validate(context, ready.validation, ready.program.eval_step, ready.frozen))
-        hooks += [Save(context, checkpoints, ready.origin, report), Interrupt(context, checkpoints)]
-        state = self.loop(ready, start, state, report, hooks)
-        return self.finish(ready, state, checkpoints, context, report.meter, started)
+        patience = None if self.stage.patience is None else Patience(context, checkpoints, start.best)
+        hooks += [Trace(self.by.profile)] if patience is None else [patience, Trace(self.by.profile)]
+        if tasks := self.experiment.tasks_of(self.stage):
+            assistant = Assistant(self.config.make(), None, self.words, mesh=self.mesh)
+            hooks.append(Evaluate(context, tasks, assistant, ready.frozen))
+        save = Save(context, checkpoints, ready.origin, report, ahead=ahead, end=self.last)
+        hooks += [save, Interrupt(context, checkpoints)]
+        ended, state = self.loop(ready, start, report, hooks, over=patience is not None and patience.exhausted)
+        with self.by.goodput.spending("checkpoint"):
+            checkpoints.close()
+        if patience is not None and patience.best.step not in (None, ended):
+            del start, state  # room for the best one
+            _, restored, _ = checkpoints.restore({"state": ready.program.state}, patience.best.step)
+            state = restored["state"]
+        return self.finish(ready, state.params, ended, context, patience, started)
+
+    @property
+    def words(self) -> Processor:
+        """What lays the stage's examples out."""
+        return self.processor.of_composition(self.config)
+
+    @property
+    def peak(self) -> float | None:
+        """FLOP/s of a device, where one figure is known."""
+        return peak_flops(self.mesh.devices.flat[0].device_kind, self.experiment.model.dtype)
 
     def prepare(self, params: dict) -> Prepared:
         """Measures the data, and builds the stage's program."""
@@ -135,8 +193,8 @@ class StageRunner:
         held_out = None if validation is None else Feed(validation, self.mesh, features)
         return Prepared(feed, held_out, features, program, trainable, frozen, origin, packing)
 
-    def restore(self, ready: Prepared, checkpoints: TrainingCheckpoints) -> tuple[int, TrainState]:
-        """Gives the steps that are done and the state after them: of the newest sound checkpoint, or of the start.
+    def restore(self, ready: Prepared, checkpoints: TrainingCheckpoints) -> Start:
+        """Gives the steps that are done and the state after them: of the newest sound checkpoint, or of the beginning.
 
         Raises:
             CheckpointError: a checkpoint of a stage that began with other weights, or no sound one.
@@ -145,76 +203,104 @@ class StageRunner:
         if from_first(checkpoints.latest()) is None:
             key = jax.random.fold_in(jax.random.key(self.experiment.seed), self.index)
             # The state is donated step by step; the parameters stay the caller's, so the state starts from a copy.
-            start, state = 0, ready.program.init(jax.tree.map(lambda x: x.copy(), ready.trainable), key)
+            start = Start(
+                0, 0, ready.program.init(jax.tree.map(lambda x: x.copy(), ready.trainable), key), self.best({})
+            )
         else:
             where = self.folder.checkpoints(self.index, name)
-            start, restored, meta = checkpoints.restore({"state": ready.program.state})
+            step, restored, meta = checkpoints.restore({"state": ready.program.state})
             saved = meta["frozen"]["fingerprint"]
             compare_fingerprints(origin["frozen"]["fingerprint"], saved, f"the frozen weights beside {where}")
             compare_fingerprints(origin["began"], meta["began"], f"the weights with which {where} began")
-            state = restored["state"]
-            say(f"stage {name}: resumed at step {start}")
+            best = self.best(meta.get("best") or {})
+            if best.step is not None and best.step not in from_first(checkpoints.steps()):
+                say(f"stage {name}: the checkpoint of its best step {best.step} is gone; the best is looked for anew")
+                best = self.best({})
+            before = meta["config"]["stages"][self.index]["data"]["rows"]
+            start = Start(step, -(-meta["data_step"] * before // self.stage.data.rows), restored["state"], best)
+            say(f"stage {name}: resumed at step {step}")
         for note in checkpoints.notes:
             say(note)
-        return start, state
+        return start
 
-    def loop(self, ready: Prepared, start: int, state: TrainState, report: Report, hooks: Sequence[Hook]) -> TrainState:
+    def best(self, known: dict[str, Any]) -> Best:
+        """Gives what early stopping goes on from: what a checkpoint says, unless another validation judged it."""
+        validation = describe(self.stage.validation)
+        return Best(**known) if known.get("validation") == validation and known else Best(validation=validation)
+
+    def loop(
+        self, ready: Prepared, start: Start, report: Report, hooks: Sequence[Hook], *, over: bool
+    ) -> tuple[int, TrainState]:
         """Takes the stage's steps; step k is dispatched before the metrics of k - 1 are read.
+
+        Args:
+            over: no step is left, as early stopping had ended the stage already.
+
+        Returns:
+            (the steps of the stage that are done, the state after them)
 
         Raises:
             Interrupted: the run was asked to stop; a checkpoint was saved.
         """
-        account, steps, step_fn = self.by.goodput, self.stage.steps, ready.program.step
-        self.progress.stage(self.stage.name, steps, start)
+        account, step_fn, ended, state = self.by.goodput, ready.program.step, start.step, start.state
+        steps = ended if over else self.stage.steps
+        self.progress.stage(self.stage.name, self.stage.steps, ended)
         with self.by.watchdog, account.spending("productive"):
-            batches = account.waited(ready.feed.iterate(start, steps), report.computing)
-            for step, (tokens, batch) in zip(range(start, steps), batches, strict=True):
+            read = ready.feed.iterate(start.data, start.data + steps - ended)
+            batches = account.waited(read, report.computing)
+            for step, (tokens, batch) in zip(range(ended, steps), batches, strict=True):
                 for hook in hooks:
                     hook.before(step)
-                with account.spending("compile" if step == start else "productive"):
+                with account.spending("compile" if step == start.step else "productive"):
                     state, metrics = step_fn(state, ready.frozen, batch)
-                done = StepDone(step + 1, step + 1 == steps, state, metrics, tokens)
+                ended = step + 1
+                done = StepDone(ended, ended == steps, state, metrics, tokens)
                 for hook in hooks:
                     hook.after(done)
+                if done.last:
+                    break
             report.flush()
-        return state
+        return ended, state
 
     def finish(
         self,
         ready: Prepared,
-        state: TrainState,
-        checkpoints: TrainingCheckpoints,
+        trained: dict,
+        ended: int,
         context: Context,
-        meter: Meter,
+        patience: Patience | None,
         started: float,
     ) -> tuple[dict, dict]:
         """Keeps what the stage trained, for good; returns it and the facts for the report."""
-        account = self.by.goodput
-        with account.spending("checkpoint"):
-            checkpoints.close()
+        account, early = self.by.goodput, {}
         if ready.features is not None:
             ready.features.close()
+        if patience is not None and (best := patience.best).step is not None:
+            context.say(ended, f"the parameters of step {best.step} are kept, with validation loss {best.loss:.4f}")
+            told = {"best_step": best.step, "validation_loss": best.loss, "stopped": ended < self.stage.steps}
+            early = {"early_stopping": told | {"patience": self.stage.patience}}
         facts = {
             "name": self.stage.name,
-            "steps": self.stage.steps,
+            "steps": ended,
             "seconds": time.monotonic() - started,
             **ready.program.sizes,
-            "tokens_per_second": meter.tokens_rate,
+            "tokens_per_second": context.meter.tokens_rate,
             "packing": ready.packing["fill"],
-            "flops_per_step": meter.flops,
+            "flops_per_step": context.meter.flops,
+            **early,
         }
         with account.spending("checkpoint"):
-            kept = {"facts": facts, **ready.origin, "fingerprint": fingerprint(state.params)}
-            save_snapshot(self.folder.snapshot(self.index, self.stage.name), state.params, kept)
-        account.reached(self.done_before + self.stage.steps, saved=True)
+            kept = {"facts": facts, **ready.origin, "fingerprint": fingerprint(trained)}
+            save_snapshot(self.folder.snapshot(self.index, self.stage.name), trained, kept)
+        account.reached(self.done_before + ended, saved=True)
         if context.writer:
             context.writer.close()
-        return state.params, facts
+        return trained, facts
 
     def pipeline(self, mixture: Mixture, salt: int = 0) -> Pipeline:
         """Measures a mixture's examples."""
         common = dict(seed=(self.experiment.seed * 1009 + self.index) * 2 + salt, cache_dir=self.cache_dir)
-        make = partial(Pipeline, mixture, self.processor.of_composition(self.config))
+        make = partial(Pipeline, mixture, self.words)
         if jax.process_count() > 1:  # the first reads all records to measure them, the others only their rows
             common["cache_dir"] = self.folder.lengths
             first_alone(partial(make, **common))

@@ -24,7 +24,7 @@ from mllm_jax.checkpoints.training import (
 from mllm_jax.errors import RunFolderError
 from mllm_jax.models.params import placed_together
 from mllm_jax.models.part_sources import held_by
-from mllm_jax.models.run_weights import initial_meta, params_of, read_sources
+from mllm_jax.models.run_weights import finished_stages, initial_meta, params_of, read_sources
 from mllm_jax.sharding.hosts import from_first
 from mllm_jax.training.config import Experiment
 from mllm_jax.training.pretrained import initial_params
@@ -49,7 +49,7 @@ def starting_params(
     if from_first(folder.initial.is_dir()):
         if self_contained:
             _copy_sources(experiment, folder, mesh)
-        return params_of(experiment, folder, experiment.compositions, mesh)
+        return params_of(experiment, folder, experiment.compositions, mesh, finished_stages(folder, experiment))
     if from_first(folder.begun()):
         raise RunFolderError(
             f"{folder.path}: stages or checkpoints without {folder.initial.name}/, the weights that the run began with",

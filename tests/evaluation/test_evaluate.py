@@ -21,8 +21,9 @@ from mllm_jax.datasets.openmoji import evaluation as asked_of_openmoji
 from mllm_jax.errors import ConfigError, DataError, RunFolderError
 from mllm_jax.evaluation.metrics import ShuffledMedia, accuracy, count, majority, normalise, references, shuffles
 from mllm_jax.evaluation.run import _example, _means, _merged
-from mllm_jax.evaluation.task import CHUNK, Evaluation, Prediction
+from mllm_jax.evaluation.task import CHUNK
 from mllm_jax.evaluation.tasks.openmoji import openmoji_questions, openmoji_retrieval, openmoji_skills
+from mllm_jax.training.evaluation import Evaluation, Prediction
 
 METRICS = {
     "accuracy": accuracy,

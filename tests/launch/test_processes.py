@@ -133,7 +133,7 @@ def place(tmp_path_factory) -> Place:
 
 @pytest.fixture(scope="module")
 def one(place) -> Path:
-    started = place.start("one", 1, 4, FOUR, evaluate="1", extra=("--profile",))
+    started = place.start("one", 1, 4, FOUR, evaluate="4", extra=("--profile",))
     assert "profile of steps 2 to 4: open" in started.end(0)
     return started.folder
 
@@ -144,7 +144,7 @@ def several(place, one) -> dict[int, Path]:
     found = {}
     for processes in (2, 4):
         started = place.start(
-            str(processes), processes, 4 // processes, FOUR, **({"evaluate": "1"} if processes == 2 else {})
+            str(processes), processes, 4 // processes, FOUR, **({"evaluate": "4"} if processes == 2 else {})
         )
         started.end(0)
         found[processes] = started.folder
@@ -155,8 +155,13 @@ def snapshot(folder: Path) -> dict:
     return arrays(folder / "stages" / "0-stage0")
 
 
+def evaluations(folder: Path) -> list[dict]:
+    """Returns the lines of metrics.jsonl that tasks gave while the run trained."""
+    return [line for line in metrics(folder) if any(name.startswith("evaluation/") for name in line)]
+
+
 def assert_close(folder: Path, expected: Path, tolerance: float) -> None:
-    lines, wanted = metrics(folder), metrics(expected)
+    lines, wanted = ([line for line in metrics(run) if line not in evaluations(run)] for run in (folder, expected))
     assert [sorted(line) for line in lines] == [sorted(line) for line in wanted]
     for line, other in zip(lines, wanted, strict=True):
         for name in {"loss", "validation_loss"} & line.keys():
@@ -175,6 +180,7 @@ def test_one_process_writes_the_run_and_the_evaluation_of_all(one, several):
     folder = several[2]
     for name in ("results.json", "examples.json", "predictions.jsonl"):
         assert (folder / name).read_text() == (one / name).read_text()
+    assert [line["step"] for line in evaluations(folder)] == [4, 8] and evaluations(folder) == evaluations(one)
     assert "Where the time went" in (folder / "report.html").read_text()
     assert [len(list((run / "tensorboard").iterdir())) for run in (one, folder)] == [1, 1]
     assert json.loads((folder / "goodput.json").read_text())["finished"] is True

@@ -189,8 +189,8 @@ def rewound(pair: Pair, target: Path, stage: int) -> Path:
 
 
 def test_a_truncated_checkpoint_is_passed_over_and_said(pair, tmp_path):
-    folder = rewound(pair, tmp_path / "run", stage=3)
-    newest = folder / "checkpoints" / "3-instruct" / "00000006"
+    folder = rewound(pair, tmp_path / "run", stage=2)
+    newest = folder / "checkpoints" / "2-align" / "00000006"
     largest = max((p for p in newest.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
     largest.write_bytes(largest.read_bytes()[: largest.stat().st_size // 2])
     printed = " ".join(start(pair.setting, folder).end(expected=0).split())

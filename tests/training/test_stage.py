@@ -16,7 +16,7 @@ from mllm_jax.planning.compile import abstract_step
 from mllm_jax.sharding.mesh import MeshConfig, make_mesh
 from mllm_jax.training.config import CheckpointConfig, Experiment, Stage, TokenizerConfig
 from mllm_jax.training.feed import Feed
-from mllm_jax.training.hooks import Context, Hook, Interrupt, Save, StepDone, Stop, Validate
+from mllm_jax.training.hooks import Best, Context, Hook, Interrupt, Patience, Save, StepDone, Stop, Validate
 from mllm_jax.training.objectives.next_token import NextToken
 from mllm_jax.training.operations.stopping import Interrupted
 from mllm_jax.training.partition import num_bytes
@@ -80,8 +80,9 @@ def seen():
 
 def context(seen, **stage) -> Context:
     by = SimpleNamespace(goodput=Recorder(seen, "account"), watchdog=Recorder(seen, "watchdog"))
+    shown = Recorder(seen, "progress")
     experiment = replace(EXPERIMENT, stages=(replace(STAGE, **stage),), checkpoint=CheckpointConfig(every_steps=2))
-    return Context(experiment, experiment.stages[0], 10, Recorder(seen, "writer"), Recorder(seen, "progress"), by)
+    return Context(experiment, experiment.stages[0], 10, Recorder(seen, "writer"), shown, by, Recorder(seen, "meter"))
 
 
 def done(ended: int, **given) -> StepDone:
@@ -103,6 +104,31 @@ def test_checkpoints_come_every_few_steps_but_not_at_the_stages_end(seen):
     first = names.index("checkpoints.save")
     assert names.index("report.flush") < first < names.index("writer.flush"), "what is saved was reported before"
     assert ("account.reached", 12) in seen
+
+
+def test_the_last_stages_end_is_saved_so_that_more_steps_can_follow(seen):
+    save = Save(context(seen), Recorder(seen, "checkpoints"), {}, Recorder(seen, "report"), end=True)
+    take([save], [done(ended) for ended in range(1, 7)])
+    assert [call[1] for call in seen if call[0] == "checkpoints.save"] == [2, 4, 6]
+
+
+def test_early_stopping_counts_validations_without_a_smaller_loss(seen):
+    stage, nan = dict(patience=2, validation=PICTURES), float("nan")
+    patience = Patience(context(seen, **stage), checkpoints := SimpleNamespace(pinned=None), Best())
+    steps = [done(n, scores=None if x is None else {"validation_loss": x}) for n, x in enumerate([nan, 2.0, None, 1.0])]
+    take([patience], steps)
+    assert [(step.best.step, step.best.since, step.improved, step.last) for step in steps] == [
+        (None, 1, False, False),
+        (1, 0, True, False),
+        (1, 0, False, False),
+        (3, 0, True, False),
+    ]
+    assert checkpoints.pinned == 3
+    again = Patience(context(seen, **stage), checkpoints, replace(steps[-1].best, since=1))  # as a checkpoint knows it
+    assert not again.exhausted
+    take([again], [last := done(5, scores={"validation_loss": 1.0})])
+    assert last.last and again.exhausted and again.best.step == 3
+    assert any("no smaller validation loss for 2 validations" in str(call) for call in seen)
 
 
 def test_a_stop_saves_and_then_ends_the_run(seen):

@@ -1,7 +1,8 @@
 """A run that is over in seconds, for tests that start it in several processes; the environment changes it a little.
 
 TINY_MESH: sizes of the mesh axes as JSON. TINY_PAUSE: seconds before each step. TINY_RECORD: a file for a hash of each
-batch. TINY_EVALUATE: asks questions at the end. TINY_STEPS: steps of a stage. TINY_STAGES: how many there are.
+batch. TINY_EVALUATE: asks questions at the end, and after each time this many steps. TINY_STEPS: steps of a stage.
+TINY_STAGES: how many there are.
 TINY_HOLD: after how many steps each process waits, so that a test finds it there: until the file TINY_GATE exists, or,
 without one, until all processes have heard of a notice to stop. Each makes a file TINY_GATE.<its number>.
 """
@@ -53,6 +54,7 @@ def stage(name: str) -> Stage:
         validation=MIXTURE,
         validate_every=4,
         validation_batches=1,
+        evaluate_every=int(os.environ["TINY_EVALUATE"]) if os.environ.get("TINY_EVALUATE") else None,
     )
 
 

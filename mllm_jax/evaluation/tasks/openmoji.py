@@ -12,9 +12,10 @@ from mllm_jax.datasets.openmoji.skills import ASKED, OpenMojiSkillsAsked
 from mllm_jax.errors import ConfigError
 from mllm_jax.evaluation.galleries import search
 from mllm_jax.evaluation.metrics import ShuffledMedia, accuracy, count, majority
-from mllm_jax.evaluation.task import BATCH, Measured, Task
+from mllm_jax.evaluation.task import Task
 from mllm_jax.generation.assistant import Assistant
 from mllm_jax.models.clip import DualEncoderConfig
+from mllm_jax.training.evaluation import BATCH, Measured
 
 SPLITS = ("validation", "composition", "unseen")
 METRICS = {
@@ -101,7 +102,7 @@ class OpenMojiRetrieval:
             )
 
     def measure(self, assistant: Assistant, *, limit: int | None = None, batch_size: int = BATCH) -> Measured:
-        """Implements `mllm_jax.evaluation.task.Evaluation`."""
+        """Implements `mllm_jax.training.evaluation.Evaluation`."""
         settings = (self.config, self.split, self.image_size, self.ways, self.seed, self.data_dir)
         gallery = next(gallery for gallery in galleries(*settings) if gallery.task == self.way)
         return search(assistant, gallery, limit)

@@ -19,7 +19,7 @@ KINDS = {
     "checkpoint": "saving, as far as training waits for it",
     "lost": "steps done again after a restart",
     "down": "between the last sign of one start and the next start",
-    "other": "starting, measuring data, restoring, validation",
+    "other": "starting, measuring data, restoring, validation and evaluation",
 }
 WRITE_SECONDS = 1.0  # between two writes of the file
 

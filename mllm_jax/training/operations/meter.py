@@ -1,27 +1,62 @@
-"""Speed: tokens and FLOPs a second of the last steps."""
+"""Speed: seconds, tokens and FLOPs of the last steps."""
 
 from __future__ import annotations
 
 import time
+from collections import deque
+from collections.abc import Callable
 
 
 class Meter:
-    """Speed over the last steps; the first step, which compiles, is left out."""
+    """Speed over the last steps; the first step, which compiles, is left out, and so is what `pause` is called for.
 
-    def __init__(self, flops: int, window: int = 50):
-        self.flops, self.window = flops, window
-        self.marks: list[tuple[float, int]] = []
-        self.tokens_rate: float | None = None
-        self.flops_rate: float | None = None
+    Args:
+        flops: model FLOPs of a step, over all devices.
+        devices: over which the rates are divided.
+        peak: FLOP/s of one device, or None if unknown.
+        window: of how many steps.
+        clock: seconds, monotonic; tests hand in their own.
+    """
+
+    def __init__(
+        self,
+        flops: int,
+        devices: int = 1,
+        peak: float | None = None,
+        window: int = 50,
+        clock: Callable[[], float] = time.monotonic,
+    ):
+        self.flops, self.devices, self.peak, self._clock = flops, devices, peak, clock
+        self._mark: float | None = None
+        self._taken: deque[tuple[float, int]] = deque(maxlen=window)
 
     def tick(self, tokens: int) -> None:
-        self.marks = [*self.marks[-self.window :], (time.monotonic(), tokens)]
-        if len(self.marks) > 1:
-            seconds = self.marks[-1][0] - self.marks[0][0]
-            self.tokens_rate = sum(tokens for _, tokens in self.marks[1:]) / seconds
-            self.flops_rate = self.flops * (len(self.marks) - 1) / seconds
+        """Counts a step that has ended, of a batch of `tokens` over all devices."""
+        now = self._clock()
+        if self._mark is not None:
+            self._taken.append((now - self._mark, tokens))
+        self._mark = now
+
+    def pause(self) -> None:
+        """Leaves out the time until the next step has ended: a validation or an evaluation comes between."""
+        self._mark = None
+
+    @property
+    def tokens_rate(self) -> float | None:
+        """Tokens a second over all devices; None before it is known."""
+        return self.timing().get("tokens_per_second")
 
     def timing(self) -> dict[str, float]:
-        if self.tokens_rate is None:
+        """Returns the figures of a metrics line; {} before they are known."""
+        seconds = sum(each for each, _ in self._taken)
+        if seconds <= 0:
             return {}
-        return {"tokens_per_second": self.tokens_rate, "flops_per_second": self.flops_rate}
+        tokens, flops = sum(n for _, n in self._taken) / seconds, self.flops * len(self._taken) / seconds
+        found = {
+            "seconds_per_step": seconds / len(self._taken),
+            "tokens_per_second": tokens,
+            "flops_per_second": flops,
+            "tokens_per_second_per_device": tokens / self.devices,
+            "flops_per_second_per_device": flops / self.devices,
+        }
+        return found | ({"mfu": flops / self.devices / self.peak} if self.peak else {})

@@ -6,14 +6,28 @@ import json
 import math
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any, Protocol
 
 from mllm_jax.errors import RunFolderError, TrainingError
 from mllm_jax.files import write_atomic
 
 RESERVED = frozenset({"step", "stage", "timing"})
 TENSORBOARD_FLUSH_SECONDS = 15.0
+
+
+class Sink(Protocol):
+    """Where else the metrics of a run go: what `train` takes as `sinks`. Only the first process calls it."""
+
+    def begin(self, experiment: Any, folder: Path) -> None:
+        """Called once before the first step of a start, with the experiment and the run's folder."""
+
+    def write(self, step: int, stage: str, values: Mapping[str, float], timing: Mapping[str, float]) -> None:
+        """Called with each line, see `MetricsWriter.write`; a run that resumes gives some lines again."""
+
+    def close(self, finished: bool) -> None:
+        """Called once at the end of a start, whether or not the run is finished then."""
 
 
 class MetricsWriter:
@@ -25,6 +39,7 @@ class MetricsWriter:
 
     Args:
         folder: the run folder; made if absent. Events go to `folder/tensorboard`.
+        sinks: what is given each line too, such as `Wandb`.
         resume_from: the step of the checkpoint the run goes on from. Lines up to it stay, later ones are dropped
             (the resumed run writes them again) and TensorBoard is told to forget them.
 
@@ -32,11 +47,11 @@ class MetricsWriter:
         RunFolderError: the folder cannot be written, or a line other than the last is not a metrics line.
     """
 
-    def __init__(self, folder: Path, *, resume_from: int = 0):
+    def __init__(self, folder: Path, *, resume_from: int = 0, sinks: Sequence[Sink] = ()):
         from tensorboardX.event_file_writer import EventsWriter
         from tensorboardX.proto import event_pb2, summary_pb2
 
-        self.path = Path(folder) / "metrics.jsonl"
+        self.path, self._sinks = Path(folder) / "metrics.jsonl", sinks
         self._event, self._summary = event_pb2.Event, summary_pb2.Summary
         try:
             events = Path(folder) / "tensorboard"
@@ -88,6 +103,8 @@ class MetricsWriter:
                 self._flushed = time.monotonic()
         except OSError as error:
             raise _unwritable(self.path, error) from error
+        for sink in self._sinks:
+            sink.write(int(step), stage, numbers, times)
 
     def flush(self) -> None:
         """Puts everything on the disk itself; call it with each checkpoint, so that a power cut spares both."""

@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+FIELDS = ("loss", "seconds", "tokens", "flops", "mfu", "left")
+WIDE = 120  # columns of a terminal, below which the bar leaves FLOP/s out
+
 
 class Progress:
     """A progress bar a stage; where the output is no terminal, one plain line every `interval` seconds instead.
 
-    Shows loss, tokens/s, MFU (model FLOP/s over the peak of all devices; without a known peak the FLOP/s reached)
-    and the time left, which is measured from a stage's first update on, so that compilation does not count.
+    Shows loss, seconds a step, tokens/s and model FLOP/s of one device, MFU (the share of its peak, where that is
+    known) and the time left, which is measured from a stage's first update on, so that compilation does not count.
 
     Args:
-        peak: FLOP/s of all devices together (`peak_flops(kind) * jax.device_count()`), or None if unknown.
         console: where to print; standard output by default.
         quiet: print nothing, as every process but the first.
         interval: seconds between plain lines.
@@ -28,7 +30,6 @@ class Progress:
     def __init__(
         self,
         *,
-        peak: float | None = None,
         console: Console | None = None,
         quiet: bool = False,
         interval: float = 10.0,
@@ -39,11 +40,12 @@ class Progress:
         from rich.progress import Progress as Bars
 
         self._console = console or Console(quiet=quiet)
-        self._peak, self._interval, self._clock = peak, interval, clock
+        self._interval, self._clock = interval, clock
         self._bars = None
         if self._console.is_terminal and not self._console.is_dumb_terminal:
+            wide = self._console.width >= WIDE
             columns = [TextColumn("[bold]{task.description}"), BarColumn(bar_width=None), MofNCompleteColumn()]
-            columns += [TextColumn(f"{{task.fields[{name}]}}") for name in ("loss", "tokens", "compute", "left")]
+            columns += [TextColumn(f"{{task.fields[{name}]}}") for name in FIELDS if name != "flops" or wide]
             self._bars = Bars(*columns, console=self._console, expand=True)
         self._name = ""
 
@@ -60,7 +62,7 @@ class Progress:
         """Begins a stage of `total` steps, `start` of which an earlier process has done."""
         self._name, self._total, self._start = name, total, start
         self._began, self._mark, self._printed = self._clock(), None, -math.inf
-        self._fields = {"loss": "", "tokens": "", "compute": "", "left": ""}
+        self._fields = dict.fromkeys(FIELDS, "")
         if self._bars:
             self._task = self._bars.add_task(_escaped(name), total=total, completed=start, **self._fields)
 
@@ -69,37 +71,39 @@ class Progress:
         step: int,
         *,
         loss: float | None = None,
-        tokens_per_second: float | None = None,
-        flops_per_second: float | None = None,
+        timing: Mapping[str, float] | None = None,
+        last: bool = False,
     ) -> None:
         """Shows that `step` steps of the stage are done; a figure left out keeps its last value.
 
         Args:
             step: steps done in this stage, at most its total.
             loss: the latest loss.
-            tokens_per_second: over all devices.
-            flops_per_second: model FLOP/s over all devices, encoders included.
+            timing: see `Meter.timing`.
+            last: the stage ends here, before its total.
         """
-        now = self._clock()
+        now, timing = self._clock(), timing or {}
         if self._mark is None:
             self._mark = (step, now)
         fields = self._fields
         if loss is not None:
             fields["loss"] = f"loss {float(loss):.4f}"
-        if tokens_per_second is not None:
-            fields["tokens"] = f"{_metric(tokens_per_second)} tokens/s"
-        if flops_per_second is not None:
-            fields["compute"] = (
-                f"MFU {flops_per_second / self._peak:.1%}" if self._peak else f"{_metric(flops_per_second, ' ')}FLOP/s"
-            )
+        if (seconds := timing.get("seconds_per_step")) is not None:
+            fields["seconds"] = f"{seconds:.3g} s/step"
+        if (tokens := timing.get("tokens_per_second_per_device")) is not None:
+            fields["tokens"] = f"{_metric(tokens)} tokens/s/device"
+        if (flops := timing.get("flops_per_second_per_device")) is not None:
+            fields["flops"] = f"{_metric(flops, ' ')}FLOP/s/device"
+        if (mfu := timing.get("mfu")) is not None:
+            fields["mfu"] = f"MFU {mfu:.1%}"
         done, at = self._mark
-        if step >= self._total:
+        if last or step >= self._total:
             fields["left"] = f"took {_duration(now - self._began)}"
         elif step > done:
             fields["left"] = f"ETA {_duration((self._total - step) * (now - at) / (step - done))}"
         if self._bars:
             self._bars.update(self._task, completed=step, **fields)
-        elif step >= self._total or now - self._printed >= self._interval:
+        elif last or step >= self._total or now - self._printed >= self._interval:
             self._printed = now
             parts = [self._name, f"{step}/{self._total}", *filter(None, fields.values())]
             self._console.print("  ".join(parts), markup=False, highlight=False, soft_wrap=True)

@@ -6,7 +6,7 @@ import contextlib
 import json
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,14 +15,15 @@ from mllm_jax import files
 from mllm_jax.checkpoints.description import describe
 from mllm_jax.checkpoints.differences import binding_differences
 from mllm_jax.checkpoints.run import STAGE, RunFolder, names_in
-from mllm_jax.errors import RunFolderError
+from mllm_jax.errors import MllmError, RunFolderError
 from mllm_jax.sharding.hosts import first_alone
 from mllm_jax.training.config import Experiment
+from mllm_jax.training.operations.changes import changes_of, described_changes, record_changes
 from mllm_jax.training.operations.run_lock import MARK, held, unwritable
 
 MEASURED = ("results.json", "examples.json", "predictions.jsonl", "report.html")
 FOLDERS = ("initial", "stages", "checkpoints", "tensorboard", "processor", "features", "lengths", "hangs", "profile")
-FILES = ("config.json", "run.json", "metrics.jsonl", "goodput.json", *MEASURED)
+FILES = ("config.json", "run.json", "metrics.jsonl", "goodput.json", "changes.jsonl", "wandb.json", *MEASURED)
 WRITTEN = (*FOLDERS, *FILES)
 UNDERWAY = tuple(f".{name}" for name in WRITTEN)  # how the names begin of what is being written or removed
 
@@ -85,20 +86,24 @@ def write_json(path: Path, value: Any) -> None:
         raise unwritable(path, error) from error
 
 
-def open_run(path: Path, experiment: Experiment, *, fresh: bool = False) -> RunFolder:
+def open_run(
+    path: Path, experiment: Experiment, *, fresh: bool = False, say: Callable[[str], None] = lambda line: None
+) -> RunFolder:
     """Makes the folder, or takes up the run that it holds. Of several processes the first writes, and all must see it.
 
-    Stages that have not begun may change; a run of which none has ended or taken a checkpoint gives way to any config.
+    Stages that have not begun may change; of the last one that has, what only its steps still to come depend on, which
+    is recorded. A run of which none has ended or taken a checkpoint gives way to any config.
 
     Args:
         fresh: remove an earlier run first. Only what a run writes is removed, from a folder that has our mark.
+        say: called on the first process with each line about what changed.
 
     Raises:
         RunFolderError: the folder holds another experiment's run or other files, cannot be written, or is not the same
             for all processes.
     """
     folder = RunFolder(Path(path))
-    first_alone(partial(_take_up, folder, experiment, fresh))
+    first_alone(partial(_take_up, folder, experiment, fresh, say))
     if not folder.config_file.is_file():
         raise RunFolderError(
             f"{folder.path}, which the first process has made and this one does not see",
@@ -133,22 +138,21 @@ def _strangers(folder: RunFolder) -> list[str]:
     return names_in(folder.path, lambda name: not name.startswith(UNDERWAY) and name != MARK)
 
 
-def _take_up(folder: RunFolder, experiment: Experiment, fresh: bool) -> None:
-    described = describe(experiment)
+def _take_up(folder: RunFolder, experiment: Experiment, fresh: bool, say: Callable[[str], None]) -> None:
+    described, changes = describe(experiment), []
     try:
         if folder.config_file.is_file():
             if fresh:
                 _remove_run(folder)
-            elif changed := binding_differences(folder.described(), described, begun := folder.begun() or None):
-                if begun:
-                    raise _another(folder, changed)
-                _remove_run(folder)  # it ended before there was anything to lose
+            else:
+                changes = _go_on(folder, experiment, described)
         elif strangers := _strangers(folder):
             raise RunFolderError(
                 f"{folder.path} holds {strangers[:5]} and no run", "an empty or new folder", "choose another --run-dir"
             )
         folder.path.mkdir(parents=True, exist_ok=True)
         (folder.path / MARK).touch()
+        record_changes(folder, changes)  # first: cut off between the two, the next start finds them again
         # What may change (the mesh, say) is kept up to date.
         write_json(folder.config_file, described)
         if folder.unfinished(experiment):
@@ -156,6 +160,33 @@ def _take_up(folder: RunFolder, experiment: Experiment, fresh: bool) -> None:
                 (folder.path / name).unlink(missing_ok=True)
     except OSError as error:
         raise unwritable(folder.path, error) from error
+    for line in described_changes(changes, experiment):
+        say(line)
+
+
+def _go_on(folder: RunFolder, experiment: Experiment, described: dict) -> list[dict[str, Any]]:
+    """Finds what changes of the run that the folder holds; removes one of another config if there is nothing to lose.
+
+    Raises:
+        RunFolderError: another experiment's run.
+    """
+    before, begun = _described_today(folder), folder.begun() or None
+    if changed := binding_differences(before, described, begun):
+        if begun:
+            raise _another(folder, changed)
+        _remove_run(folder)
+    elif begun:
+        return changes_of(folder, before, described, experiment, begun)
+    return []
+
+
+def _described_today(folder: RunFolder) -> dict:
+    """Describes the config that the folder holds, with fields that are newer than it as they are by default."""
+    described = folder.described()
+    try:
+        return describe(folder.experiment())
+    except MllmError:  # of an older version, or with a module that is gone: the differences name it
+        return described
 
 
 def _another(folder: RunFolder, changed: list[str]) -> RunFolderError:

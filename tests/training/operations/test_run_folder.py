@@ -106,7 +106,7 @@ def test_many_differences_are_counted(tmp_path):
         dataclasses.replace(s, steps=9, trainable=("*",), accumulate=2, name=s.name * 2) for s in OTHER.stages
     )
     message = refused(tmp_path, dataclasses.replace(OTHER, stages=stages))
-    assert "... 3 more" in message and message.count(" -> ") == 10
+    assert "... 1 more" in message and message.count(" -> ") == 10, "steps and pieces of the last stage may change"
 
 
 def test_measurements_stay_until_the_parameters_change(full):
@@ -160,7 +160,7 @@ def test_a_stage_that_has_not_begun_may_change(tmp_path):
     assert open_run(tmp_path, dataclasses.replace(changed, stages=(first, second))).unfinished(changed) == ["b", "c"]
     for stages in (
         (dataclasses.replace(first, steps=9), second),
-        (first, dataclasses.replace(second, steps=9)),
+        (first, dataclasses.replace(second, trainable=("*",))),
         (first,),
     ):
         assert "another config" in refused(tmp_path, dataclasses.replace(changed, stages=stages))
