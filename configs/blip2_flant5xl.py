@@ -7,6 +7,7 @@ texts, without an LLM; `align` trains it, begun there, to be read by the frozen 
 
 from mllm_jax.data.pipeline import Mixture
 from mllm_jax.encoders.vit import ViTConfig
+from mllm_jax.layers.compute import Compute
 from mllm_jax.llms.t5 import T5Config
 from mllm_jax.models.blip2 import Blip2Config
 from mllm_jax.models.blip2_stage1 import QFormerPretrainingConfig
@@ -43,8 +44,7 @@ def encoder() -> ViTConfig:
         image_mean=CLIP_MEAN,
         image_std=CLIP_STD,
         family="Blip2VisionModel",
-        dtype="bfloat16",
-        remat="full",
+        compute=Compute(dtype="bfloat16", remat="full"),
     )
 
 
@@ -62,14 +62,13 @@ def llm() -> T5Config:
         gated=True,
         tie_word_embeddings=False,
         bos_token_id=1,
-        dtype="bfloat16",
-        remat="full",
+        compute=Compute(dtype="bfloat16", remat="full"),
     )
 
 
 def model() -> Blip2Config:
     """The composed model, as its folder has it."""
-    projector = QFormerConfig(2048, dtype="bfloat16", remat="full")
+    projector = QFormerConfig(2048, compute=Compute(dtype="bfloat16", remat="full"))
     image = {"image": Branch(encoder(), projector, Connection(class_token=True))}
     return Blip2Config(image, llm(), image_token_id=32_100)
 
@@ -78,7 +77,7 @@ def stage1_model() -> QFormerPretrainingConfig:
     """Before there is an LLM: the Q-Former reads text too."""
     return QFormerPretrainingConfig(
         encoder(),
-        QFormerConfig(2048, vocab_size=VOCAB_SIZE, dtype="bfloat16", remat="full"),
+        QFormerConfig(2048, vocab_size=VOCAB_SIZE, compute=Compute(dtype="bfloat16", remat="full")),
         decode_token_id=DECODE,
     )
 

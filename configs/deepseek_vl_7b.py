@@ -8,6 +8,7 @@ from mllm_jax.data.pipeline import Mixture
 from mllm_jax.encoders.sam import SamConfig
 from mllm_jax.encoders.siglip_sam import SiglipSamConfig
 from mllm_jax.encoders.vit import ViTConfig
+from mllm_jax.layers.compute import Compute
 from mllm_jax.llms.decoder import DecoderConfig
 from mllm_jax.models.branch import Branch
 from mllm_jax.models.clip import CLIP_MEAN, CLIP_STD
@@ -37,10 +38,10 @@ def encoder(dtype: str = "bfloat16") -> SiglipSamConfig:
         drop_remainder=True,
         pooler="none",
         family="SiglipVisionModel",
-        remat="full",
+        compute=Compute(remat="full"),
     )
-    high = SamConfig(image_mean=CLIP_MEAN, image_std=CLIP_STD, remat="full")
-    return SiglipSamConfig(low, high, dtype=dtype)
+    high = SamConfig(image_mean=CLIP_MEAN, image_std=CLIP_STD, compute=Compute(remat="full"))
+    return SiglipSamConfig(low, high, compute=Compute(dtype=dtype))
 
 
 def llm(dtype: str = "bfloat16") -> DecoderConfig:
@@ -57,8 +58,7 @@ def llm(dtype: str = "bfloat16") -> DecoderConfig:
         max_position_embeddings=16_384,
         bos_token_id=100_000,
         eos_token_id=(100_001,),
-        dtype=dtype,
-        remat="full",
+        compute=Compute(dtype=dtype, remat="full"),
     )
 
 
@@ -68,7 +68,7 @@ def model(dtype: str = "bfloat16") -> DeepseekVLConfig:
     The authors' folder has 14.69 GB in bfloat16: these, and the head of SigLIP, 12.6 million, that nothing reads.
     """
     towers = encoder(dtype)
-    projector = PairedProjectorConfig(4096, towers.widths, dtype=dtype)
+    projector = PairedProjectorConfig(4096, towers.widths, compute=Compute(dtype=dtype))
     return DeepseekVLConfig({"image": Branch(towers, projector)}, llm(dtype))
 
 

@@ -6,13 +6,13 @@ Experiment on `model()`, whose Q-Former begins as BLIP-2's.
 
 from mllm_jax.data.pipeline import Mixture
 from mllm_jax.encoders.vit import ViTConfig
+from mllm_jax.layers.compute import with_compute
 from mllm_jax.llms.decoder import DecoderConfig
 from mllm_jax.models.branch import Branch, Connection
 from mllm_jax.models.clip import CLIP_MEAN, CLIP_STD
 from mllm_jax.models.instructblip import InstructBlipConfig
 from mllm_jax.projectors.qformer import QFormerConfig
 from mllm_jax.training.config import AdamW, Stage
-from mllm_jax.training.flops import with_remat
 from mllm_jax.training.objectives.next_token import NextToken
 
 NO_CLIPPING = 1e9
@@ -58,7 +58,7 @@ def model() -> InstructBlipConfig:
     projector = QFormerConfig(4096, vocab_size=30_523)
     image = Branch(encoder, projector, Connection(class_token=True))
     config = InstructBlipConfig({"image": image}, llm, image_token_id=32_001)
-    return with_remat(config.with_dtype("bfloat16"), "full")
+    return with_compute(config, dtype="bfloat16", remat="full")
 
 
 def instruct(data: Mixture) -> Stage:

@@ -5,6 +5,7 @@ plans its fine-tuning.
 """
 
 from mllm_jax.encoders.vit import ViTConfig
+from mllm_jax.layers.compute import Compute
 from mllm_jax.llms.decoder import DecoderConfig
 from mllm_jax.models.branch import Branch
 from mllm_jax.models.internvl import IMAGE_MEAN, IMAGE_STD, InternVLConfig
@@ -32,8 +33,7 @@ def encoder(dtype: str = "bfloat16") -> ViTConfig:
         image_mean=IMAGE_MEAN,
         image_std=IMAGE_STD,
         family="InternVLVisionModel",
-        dtype=dtype,
-        remat="full",
+        compute=Compute(dtype=dtype, remat="full"),
     )
 
 
@@ -54,12 +54,11 @@ def llm(dtype: str = "bfloat16") -> DecoderConfig:
         bos_token_id=151_643,
         eos_token_id=(151_645,),
         family="Qwen2ForCausalLM",
-        dtype=dtype,
-        remat="full",
+        compute=Compute(dtype=dtype, remat="full"),
     )
 
 
 def model(dtype: str = "bfloat16") -> InternVLConfig:
     """78.4 billion parameters."""
-    projector = PixelShuffleProjectorConfig(output_size=8192, dtype=dtype)
+    projector = PixelShuffleProjectorConfig(output_size=8192, compute=Compute(dtype=dtype))
     return InternVLConfig({"image": Branch(encoder(dtype), projector)}, llm(dtype), image_token_id=151_667)

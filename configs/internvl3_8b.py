@@ -6,6 +6,7 @@ data that you give. The pre-training before it has no published script, and ther
 
 from mllm_jax.data.pipeline import Mixture
 from mllm_jax.encoders.vit import ViTConfig
+from mllm_jax.layers.compute import Compute
 from mllm_jax.layers.rotary import RopeScaling
 from mllm_jax.llms.decoder import DecoderConfig
 from mllm_jax.models.branch import Branch
@@ -36,8 +37,7 @@ def encoder(dtype: str = "bfloat16") -> ViTConfig:
         image_mean=IMAGE_MEAN,
         image_std=IMAGE_STD,
         family="InternVLVisionModel",
-        dtype=dtype,
-        remat="full",
+        compute=Compute(dtype=dtype, remat="full"),
     )
 
 
@@ -59,14 +59,13 @@ def llm(dtype: str = "bfloat16") -> DecoderConfig:
         bos_token_id=151_643,
         eos_token_id=(151_645,),
         family="Qwen2ForCausalLM",
-        dtype=dtype,
-        remat="full",
+        compute=Compute(dtype=dtype, remat="full"),
     )
 
 
 def model(dtype: str = "bfloat16") -> InternVLConfig:
     """7,944,373,760 parameters: InternViT 304,012,288, MLP 27,540,480, Qwen2.5 7,612,820,992; the hub has 15.9 GB."""
-    projector = PixelShuffleProjectorConfig(output_size=3584, dtype=dtype)
+    projector = PixelShuffleProjectorConfig(output_size=3584, compute=Compute(dtype=dtype))
     return InternVLConfig({"image": Branch(encoder(dtype), projector)}, llm(dtype), image_token_id=151_667)
 
 

@@ -15,6 +15,7 @@ from typing import Any
 from mllm_jax.data.pipeline import Mixture, Weighted
 from mllm_jax.datasets.llava import LLaVARecords
 from mllm_jax.encoders.vit import ViTConfig
+from mllm_jax.layers.compute import Compute
 from mllm_jax.llms.decoder import DecoderConfig
 from mllm_jax.models.branch import Branch, Connection
 from mllm_jax.models.clip import CLIP_MEAN, CLIP_STD
@@ -71,8 +72,7 @@ def clip_large(dtype: str = "bfloat16") -> ViTConfig:
         norm_pooled=True,
         pooler="token",
         family="CLIPVisionModel",
-        dtype=dtype,
-        remat="full",
+        compute=Compute(dtype=dtype, remat="full"),
     )
 
 
@@ -84,7 +84,9 @@ def model(dtype: str = "bfloat16") -> LlavaConfig:
     return LlavaConfig(
         inputs={
             "image": Branch(
-                clip_large(dtype), MLPProjectorConfig(output_size=4096, dtype=dtype), Connection(layers=(-2,))
+                clip_large(dtype),
+                MLPProjectorConfig(output_size=4096, compute=Compute(dtype=dtype)),
+                Connection(layers=(-2,)),
             )
         },
         llm=DecoderConfig(
@@ -99,8 +101,7 @@ def model(dtype: str = "bfloat16") -> LlavaConfig:
             max_position_embeddings=4096,
             bos_token_id=1,
             eos_token_id=(2,),
-            dtype=dtype,
-            remat="full",
+            compute=Compute(dtype=dtype, remat="full"),
         ),
     )
 

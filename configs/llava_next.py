@@ -17,6 +17,7 @@ from pathlib import Path
 from mllm_jax.data.pipeline import Mixture, Weighted
 from mllm_jax.datasets.llava import LLaVARecords
 from mllm_jax.encoders.vit import ViTConfig
+from mllm_jax.layers.compute import Compute
 from mllm_jax.llms.decoder import DecoderConfig
 from mllm_jax.models.branch import Branch, Connection
 from mllm_jax.models.llava import NEXT, NEXT_RESOLUTIONS, ONEVISION, ONEVISION_RESOLUTIONS, LlavaConfig
@@ -73,7 +74,7 @@ def _next(llm: DecoderConfig, dtype: str) -> LlavaConfig:
         inputs={
             "image": Branch(
                 _LLAVA15["clip_large"](dtype),
-                MLPProjectorConfig(output_size=llm.hidden_size, dtype=dtype),
+                MLPProjectorConfig(output_size=llm.hidden_size, compute=Compute(dtype=dtype)),
                 Connection(layers=(-2,)),
             )
         },
@@ -105,8 +106,7 @@ def mistral_7b(dtype: str = "bfloat16") -> LlavaConfig:
         bos_token_id=1,
         eos_token_id=(2,),
         family="MistralForCausalLM",
-        dtype=dtype,
-        remat="full",
+        compute=Compute(dtype=dtype, remat="full"),
     )
     return _next(llm, dtype)
 
@@ -128,10 +128,9 @@ def _onevision(llm: DecoderConfig, dtype: str) -> LlavaConfig:
                     drop_remainder=True,
                     pooler="none",
                     family="SiglipVisionModel",
-                    dtype=dtype,
-                    remat="full",
+                    compute=Compute(dtype=dtype, remat="full"),
                 ),
-                MLPProjectorConfig(output_size=llm.hidden_size, dtype=dtype),
+                MLPProjectorConfig(output_size=llm.hidden_size, compute=Compute(dtype=dtype)),
                 Connection(layers=(-1,)),
             )
         },
@@ -155,8 +154,7 @@ def _qwen2(dtype: str, **sizes) -> DecoderConfig:
         bos_token_id=151643,
         eos_token_id=(151645,),
         family="Qwen2ForCausalLM",
-        dtype=dtype,
-        remat="full",
+        compute=Compute(dtype=dtype, remat="full"),
     )
 
 

@@ -12,6 +12,7 @@ from mllm_jax.datasets.openmoji.scenes import PLACES
 from mllm_jax.encoders.text import TextTowerConfig
 from mllm_jax.encoders.vit import ViTConfig
 from mllm_jax.evaluation.tasks.openmoji import openmoji_questions
+from mllm_jax.layers.compute import Compute
 from mllm_jax.llms.decoder import DecoderConfig
 from mllm_jax.models.branch import Branch
 from mllm_jax.models.clip import DualEncoderConfig
@@ -46,7 +47,7 @@ MODEL = MultimodalConfig(
                 mimetic_init=True,
                 regions=2,
                 region_size=256,
-                scan_unroll=4,
+                compute=Compute(scan_unroll=4),
             ),
             MLPProjectorConfig(output_size=256, activation="relu", input_norm=True, place_embedding=True),
         )
@@ -61,7 +62,7 @@ MODEL = MultimodalConfig(
         activation="relu",
         qk_norm=True,
         mimetic_init=True,
-        scan_unroll=4,
+        compute=Compute(scan_unroll=4),
     ),
 )
 # What the contrastive stage trains: its image encoder is the model's.

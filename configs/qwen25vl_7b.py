@@ -5,6 +5,7 @@
 """
 
 from mllm_jax.encoders.qwen_vit import QwenViTConfig
+from mllm_jax.layers.compute import Compute
 from mllm_jax.llms.decoder import DecoderConfig
 from mllm_jax.models.branch import Branch
 from mllm_jax.models.qwen_vl import QWEN25, QwenVLConfig
@@ -28,8 +29,7 @@ def model(dtype: str = "bfloat16") -> QwenVLConfig:
                     full_layers=(7, 15, 23, 31),
                     tokens_per_second=2,
                     family="Qwen2_5_VisionTransformerPretrainedModel",
-                    dtype=dtype,
-                    remat="full",
+                    compute=Compute(dtype=dtype, remat="full"),
                 )
             )
         },
@@ -48,8 +48,7 @@ def model(dtype: str = "bfloat16") -> QwenVLConfig:
             bos_token_id=151643,
             eos_token_id=(151645,),
             family="Qwen2ForCausalLM",
-            dtype=dtype,
-            remat="full",
+            compute=Compute(dtype=dtype, remat="full"),
         ),
         family=QWEN25,
     )

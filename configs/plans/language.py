@@ -7,6 +7,7 @@ mllm plan configs/plans/llama31_8b.py --topology v6e-256
 
 from mllm_jax.data.pipeline import Mixture
 from mllm_jax.encoders.vit import ViTConfig
+from mllm_jax.layers.compute import Compute
 from mllm_jax.llms.decoder import DecoderConfig
 from mllm_jax.models.branch import Branch
 from mllm_jax.models.multimodal import MultimodalConfig
@@ -40,8 +41,7 @@ def decoder(name: str, remat: str = "full", layers: int | None = None) -> Decode
         head_dim=128,
         mlp_size=mlp_size,
         tie_word_embeddings=False,
-        dtype="bfloat16",
-        remat=remat,
+        compute=Compute(dtype="bfloat16", remat=remat),
     )
 
 

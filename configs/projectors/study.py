@@ -15,6 +15,7 @@ from mllm_jax.datasets.text_only import TextOnly
 from mllm_jax.encoders.text import TextTowerConfig
 from mllm_jax.encoders.vit import ViTConfig
 from mllm_jax.evaluation.tasks.openmoji import openmoji_skills
+from mllm_jax.layers.compute import Compute
 from mllm_jax.llms.decoder import DecoderConfig
 from mllm_jax.models.blip2_stage1 import QFormerPretrainingConfig
 from mllm_jax.models.branch import Branch
@@ -49,7 +50,7 @@ ENCODER = ViTConfig(
     activation="relu",
     stem_channels=(32, 64, 96, 128),
     mimetic_init=True,
-    scan_unroll=4,
+    compute=Compute(scan_unroll=4),
 )
 LLM = DecoderConfig(
     vocab_size=VOCAB,
@@ -61,7 +62,7 @@ LLM = DecoderConfig(
     activation="relu",
     qk_norm=True,
     mimetic_init=True,
-    scan_unroll=4,
+    compute=Compute(scan_unroll=4),
 )
 QFORMER = QFormerConfig(
     output_size=WIDTH,
@@ -73,7 +74,7 @@ QFORMER = QFormerConfig(
     num_queries=TOKENS,
     vocab_size=VOCAB,
     max_length=64,
-    scan_unroll=2,
+    compute=Compute(scan_unroll=2),
 )
 PROJECTORS: dict[str, Any] = {
     "linear": MLPProjectorConfig(output_size=WIDTH, num_layers=1),
@@ -94,7 +95,7 @@ PFORMER = PFormerConfig(
     mlp_size=2 * WIDTH,
     num_queries=TOKENS,
     max_length=64,
-    scan_unroll=2,
+    compute=Compute(scan_unroll=2),
 )
 
 

@@ -17,7 +17,7 @@ MOST_PATCHES = 2_048  # along a side of an image
 # Options of a text or of a larger model that config.json files of towers list, without effect on the tower.
 ELSEWHERE = ("bos_token_id", "eos_token_id", "pad_token_id", "projection_dim", "tie_word_embeddings")
 # How a module is started and run, which no checkpoint says.
-NOT_STORED = ("mimetic_init", "dtype", "remat", "scan_unroll")
+NOT_STORED = ("mimetic_init", "compute")
 
 
 def write_activation(activation: str) -> str:

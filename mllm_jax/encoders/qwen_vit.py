@@ -33,6 +33,7 @@ from mllm_jax.encoders.qwen_patches import PatchLayout, lay_out_patches, window_
 from mllm_jax.encoders.vit import VisionOutput
 from mllm_jax.errors import ConfigError, DataError
 from mllm_jax.layers.attention import Attention
+from mllm_jax.layers.compute import WithCompute
 from mllm_jax.layers.interpolation import bilinear_packed
 from mllm_jax.layers.linear import Linear
 from mllm_jax.layers.mlp import ACTIVATIONS, MLP
@@ -46,7 +47,7 @@ NORM_EPS = 1e-6  # of every norm in the three towers; no option sets it
 
 
 @dataclass(frozen=True)
-class QwenViTConfig:
+class QwenViTConfig(WithCompute):
     """Sizes and switches of a tower.
 
     Attributes:
@@ -84,9 +85,6 @@ class QwenViTConfig:
     rope_theta: float = 10_000.0
     tokens_per_second: int | None = None
     family: str = "Qwen2VisionTransformerPretrainedModel"
-    dtype: str = "float32"
-    remat: str = "none"
-    scan_unroll: int = 1
 
     def __post_init__(self):
         require = Requirements("Qwen ViT", self)

@@ -11,6 +11,7 @@ from flax import struct
 
 from mllm_jax.errors import ConfigError
 from mllm_jax.layers.attention import MASKS, Attention
+from mllm_jax.layers.compute import WithCompute
 from mllm_jax.layers.linear import Embedding, Linear
 from mllm_jax.layers.mlp import ACTIVATIONS, MLP
 from mllm_jax.layers.norms import LayerNorm
@@ -22,7 +23,7 @@ POOLINGS = ("mean", "last", "eos", "largest")
 
 
 @dataclass(frozen=True)
-class TextTowerConfig:
+class TextTowerConfig(WithCompute):
     """Sizes and switches of a text encoder.
 
     Attributes:
@@ -53,9 +54,6 @@ class TextTowerConfig:
     eos_token_id: int | None = None
     pad_token_id: int | None = None
     family: str | None = None
-    dtype: str = "float32"
-    remat: str = "none"
-    scan_unroll: int = 1
 
     def __post_init__(self):
         require = Requirements("text tower", self)

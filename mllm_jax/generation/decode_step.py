@@ -21,6 +21,7 @@ from flax import linen as nn
 from jax.sharding import Mesh
 
 from mllm_jax.generation.quantize import int8_linear
+from mllm_jax.layers.compute import with_compute
 from mllm_jax.layers.linear import linear_hook
 from mllm_jax.llms.protocol import LLMConfig
 from mllm_jax.models.multimodal import Multimodal
@@ -197,7 +198,7 @@ def last_token(batch: Batch) -> jax.Array:
 def unrolled(config: LLMConfig) -> LLMConfig:
     """The config of the same module with its scan over layers unrolled."""
     names = [f.name for f in dataclasses.fields(config) if f.name.startswith("num_") and f.name.endswith("layers")]
-    return dataclasses.replace(config, scan_unroll=max(getattr(config, name) for name in names), remat="none")
+    return with_compute(config, scan_unroll=max(getattr(config, name) for name in names), remat="none")
 
 
 def unstack(params: dict) -> dict:

@@ -6,7 +6,7 @@ The same heads, without the one that writes, are what `Blip2ForImageTextRetrieva
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -21,6 +21,7 @@ from mllm_jax.checkpoints.table import Table, families, linear, nested
 from mllm_jax.data.batch import ONE_IMAGE, BatchSpec, images_spec, text_spec
 from mllm_jax.encoders import eva
 from mllm_jax.errors import ConfigError
+from mllm_jax.layers.compute import with_compute
 from mllm_jax.layers.linear import Linear
 from mllm_jax.layers.mlp import ACTIVATIONS
 from mllm_jax.layers.norms import LayerNorm, as_unit_vectors
@@ -93,8 +94,7 @@ class QFormerPretrainingConfig:
 
     def with_dtype(self, dtype: str) -> QFormerPretrainingConfig:
         """The same model with every part computing in `dtype`."""
-        parts = {name: replace(getattr(self, name), dtype=dtype) for name in ("encoder", "projector")}
-        return replace(self, **parts)
+        return with_compute(self, dtype=dtype)
 
     def batch_spec(self, rows: int = 1, length: int = 8, slots: Mapping[str, int] = ONE_IMAGE) -> BatchSpec:
         """The arrays of a batch: captions, and an image in each slot."""

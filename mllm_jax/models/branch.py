@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, is_dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from mllm_jax.data.batch import ROW, SLOTS, ArraySpec, BatchSpec, images_spec, instruction_spec
@@ -79,11 +79,6 @@ class Branch:
             )
         if not self.packed:
             self.tokens  # noqa: B018 - refuses a grid that the projector cannot divide
-
-    def with_dtype(self, dtype: str) -> Branch:
-        """The same branch with its own parts computing in `dtype`."""
-        own = {name: part for name in KINDS if is_dataclass(part := getattr(self, name))}
-        return replace(self, **{name: replace(part, dtype=dtype) for name, part in own.items()})
 
     def batch_spec(self, modality: str, rows: int, slots: int) -> BatchSpec:
         """The arrays of a batch that hold its media.

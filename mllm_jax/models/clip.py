@@ -21,6 +21,7 @@ from mllm_jax.encoders import clip_text, clip_vision, siglip_text, siglip_vision
 from mllm_jax.encoders.text import TextModel, TextOutput, TextTowerConfig
 from mllm_jax.encoders.vit import VisionOutput, ViTConfig
 from mllm_jax.errors import ConfigError
+from mllm_jax.layers.compute import WithCompute, within
 from mllm_jax.layers.pixels import normalise_pixels
 from mllm_jax.models.contrastive import POOLINGS, ContrastiveHeads
 
@@ -32,7 +33,7 @@ INIT = {"softmax": (math.log(1 / 0.07), 0.0), "sigmoid": (math.log(10.0), -10.0)
 
 
 @dataclass(frozen=True)
-class DualEncoderConfig:
+class DualEncoderConfig(WithCompute):
     """Two towers and what joins them.
 
     Attributes:
@@ -42,7 +43,6 @@ class DualEncoderConfig:
             `ContrastiveHeads`.
         init_log_scale, init_bias: of the similarity at the start of training; None is that of the kind's paper.
         family: None, or the Hugging Face architecture that it is written as.
-        dtype: that of both towers.
     """
 
     vision: ViTConfig
@@ -54,7 +54,6 @@ class DualEncoderConfig:
     init_log_scale: float | None = None
     init_bias: float | None = None
     family: str | None = None
-    dtype: str = "float32"
 
     def __post_init__(self):
         for name, allowed in (("kind", KINDS), ("pooling", POOLINGS)):
@@ -137,8 +136,8 @@ class DualEncoder(nn.Module):
     def setup(self):
         c = self.config
         log_scale, bias = INIT[c.kind]
-        self.encoder_image = replace(c.vision, dtype=c.dtype).make()
-        self.encoder_text = TextModel(replace(c.text, dtype=c.dtype))
+        self.encoder_image = within(c.vision, c.compute).make()
+        self.encoder_text = TextModel(within(c.text, c.compute))
         self.heads = ContrastiveHeads(
             projection_size=c.projection_size,
             pooling=c.pooling,

@@ -16,6 +16,7 @@ from flax.core import FrozenDict
 from mllm_jax.data.batch import ArraySpec, BatchSpec, target_spec, text_spec
 from mllm_jax.encoders.vit import select_layers
 from mllm_jax.errors import ConfigError
+from mllm_jax.layers.compute import with_compute
 from mllm_jax.layers.context_gather import take_along_rows
 from mllm_jax.layers.head import HeadInputs
 from mllm_jax.layers.pixels import normalise_pixels
@@ -123,8 +124,7 @@ class MultimodalConfig:
 
     def with_dtype(self, dtype: str) -> MultimodalConfig:
         """The same model with every part computing in `dtype`."""
-        inputs = {modality: branch.with_dtype(dtype) for modality, branch in self.inputs.items()}
-        return replace(self, inputs=inputs, llm=replace(self.llm, dtype=dtype))
+        return with_compute(self, dtype=dtype)
 
     @property
     def image_size(self) -> int:

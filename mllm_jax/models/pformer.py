@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -13,6 +13,7 @@ from flax import struct
 
 from mllm_jax.data.batch import NO_MEDIA, BatchSpec, text_spec
 from mllm_jax.errors import ConfigError
+from mllm_jax.layers.compute import with_compute
 from mllm_jax.layers.head import HeadInputs
 from mllm_jax.layers.linear import Linear
 from mllm_jax.layers.norms import as_unit_vectors
@@ -72,7 +73,7 @@ class PFormerPretrainingConfig:
 
     def with_dtype(self, dtype: str) -> PFormerPretrainingConfig:
         """The same model with every part computing in `dtype`."""
-        return replace(self, prompter=replace(self.prompter, dtype=dtype), llm=replace(self.llm, dtype=dtype))
+        return with_compute(self, dtype=dtype)
 
     def batch_spec(self, rows: int = 1, length: int = 8, slots: Mapping[str, int] = NO_MEDIA) -> BatchSpec:
         """The arrays of a batch: captions without images."""

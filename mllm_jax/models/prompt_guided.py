@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -11,6 +11,7 @@ from flax import struct
 
 from mllm_jax.data.batch import BatchSpec
 from mllm_jax.errors import ConfigError
+from mllm_jax.layers.compute import with_compute
 from mllm_jax.layers.head import HeadInputs
 from mllm_jax.models.caption_row import caption_row
 from mllm_jax.models.multimodal import MultimodalConfig
@@ -89,7 +90,7 @@ class PromptGuidedConfig:
 
     def with_dtype(self, dtype: str) -> PromptGuidedConfig:
         """The same composition with every part computing in `dtype`."""
-        return replace(self, model=self.model.with_dtype(dtype), prompter=replace(self.prompter, dtype=dtype))
+        return with_compute(self, dtype=dtype)
 
     def batch_spec(self, rows: int = 1, length: int = 8, slots=None) -> BatchSpec:
         """The arrays of a batch: those of the model."""

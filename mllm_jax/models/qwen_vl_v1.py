@@ -24,6 +24,7 @@ from mllm_jax.encoders import qwen_vit_v1
 from mllm_jax.encoders.qwen_vit_v1 import NORM_EPS, QwenViTV1Config
 from mllm_jax.encoders.vit import VisionOutput
 from mllm_jax.errors import ConfigError
+from mllm_jax.layers.compute import with_compute
 from mllm_jax.llms import qwen_v1
 from mllm_jax.models.multimodal import Branch, MultimodalConfig
 from mllm_jax.projectors.resampler import ResamplerConfig
@@ -50,8 +51,7 @@ class QwenVLTowerConfig:
 
     def with_dtype(self, dtype: str) -> QwenVLTowerConfig:
         """The same tower with both parts computing in `dtype`."""
-        parts = replace(self.encoder, dtype=dtype), replace(self.projector, dtype=dtype)
-        return replace(self, encoder=parts[0], projector=parts[1])
+        return with_compute(self, dtype=dtype)
 
     def make(self) -> QwenVLTower:
         return QwenVLTower(self)
@@ -100,8 +100,7 @@ def write_tower(config: QwenVLTowerConfig) -> dict:
     """The inverse. Raises ConfigError: sizes that the reference has fixed, or another resampler."""
     encoder, projector = config.encoder, config.projector
     fixed = ResamplerConfig(projector.output_size, num_queries=projector.num_queries)
-    how = ("dtype", "remat", "scan_unroll")
-    fixed = replace(fixed, **{name: getattr(projector, name) for name in how})
+    fixed = replace(fixed, compute=projector.compute)
     default = QwenViTV1Config()
     given = (encoder.num_positions, encoder.image_mean, encoder.image_std, config.family)
     expected = (default.num_positions, default.image_mean, default.image_std, TOWER)

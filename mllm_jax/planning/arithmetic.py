@@ -5,7 +5,6 @@ No GPU compiler runs without a GPU, so all of the last is a lower bound.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 
 import jax
@@ -13,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AbstractMesh
 
+from mllm_jax.layers.compute import WithCompute
 from mllm_jax.planning.compile import abstract_step
 from mllm_jax.planning.hlo import Account, Collective, ring_bytes
 from mllm_jax.planning.topologies import Topology
@@ -106,7 +106,7 @@ _ORDER = ("encoder", "projector", "", "llm")  # kinds of parts as data goes thro
 def remat_of(config) -> str:
     """The policy of the LLM, or of the first part that has one; "none" where there is none."""
     parts = [*filter(None, [config.llm]), *config.parts.values()]
-    return next((part.remat for part in parts if "remat" in {f.name for f in dataclasses.fields(part)}), "none")
+    return next((part.remat for part in parts if isinstance(part, WithCompute)), "none")
 
 
 def model_flops(program: StageProgram) -> dict[str, PartFlops]:

@@ -12,6 +12,7 @@ from einops import rearrange
 from flax import linen as nn
 
 from mllm_jax.errors import ConfigError
+from mllm_jax.layers.compute import WithCompute
 from mllm_jax.layers.linear import Linear
 from mllm_jax.layers.mlp import ACTIVATIONS
 from mllm_jax.layers.norms import LayerNorm
@@ -34,7 +35,7 @@ def merged_tokens(grid: int, factor: int, what: str) -> int:
 
 
 @dataclass(frozen=True)
-class MLPProjectorConfig:
+class MLPProjectorConfig(WithCompute):
     """Linear, activation, Linear; more or fewer of them.
 
     Attributes:
@@ -53,7 +54,6 @@ class MLPProjectorConfig:
     activation: str = "gelu"
     input_norm: bool = False
     place_embedding: bool = False
-    dtype: str = "float32"
     num_layers: int = 2
     use_bias: bool = True
 

@@ -7,13 +7,14 @@ from dataclasses import dataclass
 import jax.numpy as jnp
 from flax import linen as nn
 
+from mllm_jax.layers.compute import WithCompute
 from mllm_jax.layers.linear import Linear
 from mllm_jax.layers.mlp import ACTIVATIONS
 from mllm_jax.layers.requirements import Requirements
 
 
 @dataclass(frozen=True)
-class PairedProjectorConfig:
+class PairedProjectorConfig(WithCompute):
     """Each encoder's numbers by a linear map of their own to half the width, side by side, activation, Linear.
 
     Attributes:
@@ -24,7 +25,6 @@ class PairedProjectorConfig:
     output_size: int
     widths: tuple[int, int]
     activation: str = "gelu"
-    dtype: str = "float32"
 
     pointwise = True  # each vector that comes in becomes one media token
 

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from mllm_jax.errors import DataError
+from mllm_jax.layers.compute import WithCompute
 from mllm_jax.layers.linear import Embedding, Linear
 from mllm_jax.layers.mlp import ACTIVATIONS
 from mllm_jax.layers.norms import LayerNorm
@@ -22,7 +23,7 @@ from mllm_jax.sharding.logical import constrain
 
 
 @dataclass(frozen=True)
-class PFormerConfig:
+class PFormerConfig(WithCompute):
     """Sizes of a P-Former; the defaults are BERT-base with 32 prompts.
 
     Attributes:
@@ -44,9 +45,6 @@ class PFormerConfig:
     norm_eps: float = 1e-12
     max_length: int = 512
     mask_token_id: int | None = None
-    dtype: str = "float32"
-    remat: str = "none"
-    scan_unroll: int = 1
 
     def __post_init__(self):
         require = Requirements("P-Former", self)

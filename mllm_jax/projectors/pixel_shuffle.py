@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from einops import rearrange
 from flax import linen as nn
 
+from mllm_jax.layers.compute import WithCompute
 from mllm_jax.layers.linear import Linear
 from mllm_jax.layers.mlp import ACTIVATIONS
 from mllm_jax.layers.norms import LayerNorm
@@ -33,7 +34,7 @@ def pixel_shuffle(x, factor: int, version: str = "v2"):
 
 
 @dataclass(frozen=True)
-class PixelShuffleProjectorConfig:
+class PixelShuffleProjectorConfig(WithCompute):
     """Sizes and the version of the shuffle.
 
     Attributes:
@@ -47,7 +48,6 @@ class PixelShuffleProjectorConfig:
     version: str = "v2"
     activation: str = "gelu"
     norm_eps: float = 1e-5
-    dtype: str = "float32"
 
     pointwise = False  # several vectors become one media token
     needs_grid = True  # and a class token has no place among them

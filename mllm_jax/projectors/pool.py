@@ -12,12 +12,13 @@ from einops import reduce
 from flax import linen as nn
 
 from mllm_jax.errors import ConfigError
+from mllm_jax.layers.compute import WithCompute
 from mllm_jax.layers.requirements import Requirements
 from mllm_jax.projectors.mlp import MLPProjector, MLPProjectorConfig, merged_tokens
 
 
 @dataclass(frozen=True)
-class PoolProjectorConfig:
+class PoolProjectorConfig(WithCompute):
     """The side of the pooled squares and the MLP behind them.
 
     Attributes:
@@ -32,7 +33,6 @@ class PoolProjectorConfig:
     num_layers: int = 2
     activation: str = "gelu"
     use_bias: bool = True
-    dtype: str = "float32"
 
     pointwise = False  # several vectors become one media token
     needs_grid = True  # and a class token has no place among them
@@ -49,7 +49,7 @@ class PoolProjectorConfig:
             self.output_size,
             self.hidden_size,
             activation=self.activation,
-            dtype=self.dtype,
+            compute=self.compute,
             num_layers=self.num_layers,
             use_bias=self.use_bias,
         )

@@ -16,6 +16,7 @@ from flax import struct
 
 from mllm_jax.errors import ConfigError, DataError
 from mllm_jax.layers.attention import attention
+from mllm_jax.layers.compute import WithCompute
 from mllm_jax.layers.linear import Embedding, Linear
 from mllm_jax.layers.mlp import ACTIVATIONS, MLP
 from mllm_jax.layers.norms import LayerNorm
@@ -28,7 +29,7 @@ INIT_STD = 0.02
 
 
 @dataclass(frozen=True)
-class QFormerConfig:
+class QFormerConfig(WithCompute):
     """Sizes and switches of a Q-Former; the defaults are BERT-base with 32 queries.
 
     Attributes:
@@ -52,9 +53,6 @@ class QFormerConfig:
     norm_eps: float = 1e-12
     vocab_size: int | None = None
     max_length: int = 512
-    dtype: str = "float32"
-    remat: str = "none"
-    scan_unroll: int = 1
 
     def __post_init__(self):
         require = Requirements("Q-Former", self)

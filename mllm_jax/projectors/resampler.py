@@ -16,6 +16,7 @@ from flax import linen as nn
 
 from mllm_jax.errors import DataError
 from mllm_jax.layers.attention import attention
+from mllm_jax.layers.compute import WithCompute
 from mllm_jax.layers.interpolation import bicubic_grid
 from mllm_jax.layers.linear import Linear
 from mllm_jax.layers.mlp import ACTIVATIONS, MLP
@@ -28,7 +29,7 @@ POSITIONS = ("sincos", "none")
 
 
 @dataclass(frozen=True)
-class ResamplerConfig:
+class ResamplerConfig(WithCompute):
     """Sizes and switches of a resampler.
 
     Attributes:
@@ -66,9 +67,6 @@ class ResamplerConfig:
     norm: str = "layer"
     norm_eps: float = 1e-6
     output_map: bool = True
-    dtype: str = "float32"
-    remat: str = "none"
-    scan_unroll: int = 1
 
     def __post_init__(self):
         require = Requirements("resampler", self)
