@@ -53,7 +53,7 @@ class QwenViTConfig(WithCompute):
     Attributes:
         temporal_patch_size: frames that make one patch; a still picture is repeated.
         merge_size: side of the square of patches that becomes one media token.
-        output_size: width of a media token, which is the LLM's.
+        output_size: width of a media token; None: the LLM's.
         gated, activation: True and "silu" are SwiGLU.
         norm: "layer" or "rms".
         patch_bias: of the patch projection.
@@ -73,7 +73,7 @@ class QwenViTConfig(WithCompute):
     num_layers: int = 32
     num_heads: int = 16
     mlp_size: int = 5120
-    output_size: int = 3584
+    output_size: int | None = None
     activation: str = "quick_gelu"
     gated: bool = False
     norm: str = "layer"
@@ -125,6 +125,7 @@ class QwenViTConfig(WithCompute):
     packed = True  # it reads patches of images of any size
 
     def make(self) -> QwenViT:
+        Requirements("Qwen ViT", self).given("output_size")
         return QwenViT(self)
 
     def lay_out(self, rows: Sequence[Sequence[tuple[int, int, int]]], num_patches: int) -> PatchLayout:

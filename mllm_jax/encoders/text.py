@@ -27,6 +27,7 @@ class TextTowerConfig(WithCompute):
     """Sizes and switches of a text encoder.
 
     Attributes:
+        vocab_size: None: that of the experiment's tokenizer.
         max_length: how many positions there are.
         num_layers: 0 is a bag of words: what the parts of a name add up to then holds for names never seen.
         mask: "full", or "causal": a token sees those before it (CLIP, arXiv 2103.00020, section 2.4).
@@ -38,7 +39,7 @@ class TextTowerConfig(WithCompute):
         family: None, or the Hugging Face architecture that it is written as: the module is then a `TextModel`.
     """
 
-    vocab_size: int = 1024
+    vocab_size: int | None = None
     max_length: int = 64
     hidden_size: int = 192
     num_layers: int = 2
@@ -75,6 +76,7 @@ class TextTowerConfig(WithCompute):
         return self.projection_size or self.head_size or self.hidden_size
 
     def make(self) -> TextTower | TextModel:
+        Requirements("text tower", self).given("vocab_size")
         return (TextTower if self.family is None else TextModel)(self)
 
 

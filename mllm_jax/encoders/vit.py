@@ -147,6 +147,11 @@ class ViTConfig(WithCompute):
         """Vectors along one side of what comes out: regions if there are any, else patches."""
         return self.regions or self.side
 
+    @property
+    def feature_size(self) -> int:
+        """Width of the vectors that come out."""
+        return self.hidden_size if self.regions is None else self.region_size
+
     def make(self) -> ViT:
         return ViT(self)
 
