@@ -73,7 +73,6 @@ def test_a_composed_module_computes_so():
     assert media.dtype == text.dtype == jnp.bfloat16
 
 
-
 def test_parts_of_one_name_are_one_part_however_they_are_computed():
     model = composed(compute=BF16)
     assert not part_differences(model.parts["encoder_image"], VIT)
