@@ -1,4 +1,4 @@
-"""How a part of a model is computed: its dtype, what its backward pass keeps, and how its layers are unrolled."""
+"""The way a part of a model is computed: its dtype, what its backward pass keeps, and how its layers are unrolled."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Config = TypeVar("Config")
 
 @dataclass(frozen=True)
 class Compute:
-    """How to compute; parameters mean the same whatever this says.
+    """The way to compute; parameters mean the same whatever this says.
 
     None is what the composition that holds the part says, else float32, "none" and 1.
 
