@@ -222,13 +222,12 @@ def test_the_search_skips_what_cannot_do_better(monkeypatch, plan):
 
     def pretend(candidate, where, stage):
         pieces, mesh = candidate.stages[0].accumulate, candidate.mesh
-        fits = pieces >= 2 or candidate.model.parts["llm"].remat == "full"
-        asked.append((mesh.tensor, pieces, candidate.model.parts["llm"].remat))
+        remat = candidate.model.parts["llm"].remat
+        fits = pieces >= 2 or remat == "full"
+        asked.append((mesh.tensor, pieces, remat))
         sizes = dict(data=mesh.data, fsdp=mesh.fsdp, context=1, tensor=mesh.tensor)
         slower = replace(plan.times, compute=1.0 + pieces + mesh.tensor)
-        return replace(
-            plan, fits=fits, mesh=sizes, accumulate=pieces, remat=candidate.model.parts["llm"].remat, times=slower
-        )
+        return replace(plan, fits=fits, mesh=sizes, accumulate=pieces, remat=remat, times=slower)
 
     monkeypatch.setattr(searching, "make_plan", pretend)
     best, tried = searching.search(experiment(rows=32), topology("v5e-16"), limit=8)
