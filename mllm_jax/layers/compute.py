@@ -93,7 +93,8 @@ def with_compute(config: Config, **changes: Any) -> Config:
         changes: fields of `Compute` with their values.
     """
     if isinstance(config, Mapping):
-        return {name: with_compute(value, **changes) for name, value in config.items()}
+        found = {name: with_compute(value, **changes) for name, value in config.items()}
+        return config if found == dict(config) else found
     if not dataclasses.is_dataclass(config) or isinstance(config, Compute):
         return config
     new: dict[str, Any] = {}
