@@ -195,7 +195,7 @@ def test_batches_of_the_smoke_config():
 
 
 def test_batches_of_packed_patches():
-    plan = load_config(ROOT / "configs" / "plans" / "qwen25vl_7b.py")
+    plan = load_config(ROOT / "configs" / "qwen25vl_7b.py")
     shapes = stage_spec(plan, plan.stages[0])
     assert shapes["positions"].shape == (256, 8192, 3)  # M-RoPE
     assert shapes["patches"].shape == (256, 16_384, 3 * 2 * 14 * 14)
