@@ -70,7 +70,7 @@ BAD_PICTURES = {
     "empty.png": (b"", "cannot be decoded"),
     "cut.png": ("cut", "cannot be decoded"),
     "huge.png": (png_of(10_000, 10_000), "10000 x 10000 pixels"),
-    "vast.png": (png_of(2**31 - 1, 2**31 - 1), "picture's header declares"),
+    "vast.png": (png_of(2**31 - 1, 2**31 - 1), "header declares"),
 }
 
 

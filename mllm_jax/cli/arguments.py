@@ -1,4 +1,4 @@
-"""What no command can use, refused before anything is loaded."""
+"""Refuses arguments that no command can use, before anything is loaded."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from collections.abc import Iterator, Sequence
 
 from mllm_jax.errors import ConfigError
 
-TEXTS = ("text", "system", "stop-strings")  # options whose values are words of the user
+TEXTS = ("text", "system", "stop-strings")  # options whose values are the user's text
 SEVERAL = ("text", "stop-strings", "images", "tasks")  # options that take several values
 
 
 def check_arguments(arguments: Sequence[str]) -> None:
-    """Refuses text that is none, and buckets where a disk is needed.
+    """Refuses text that is not UTF-8, and bucket addresses where a disk is needed.
 
     Args:
-        arguments: the command's name and what follows it.
+        arguments: the command's name and its arguments.
 
     Raises:
         ConfigError: a NUL byte, bytes that are not UTF-8, or an address such as gs://bucket/run for a file or folder.
@@ -23,7 +23,7 @@ def check_arguments(arguments: Sequence[str]) -> None:
     for argument in arguments:
         try:
             argument.encode()
-        except UnicodeEncodeError:  # Python has put bytes that it could not decode behind surrogates
+        except UnicodeEncodeError:  # Python decodes bytes that are not UTF-8 as surrogates
             raise ConfigError(
                 f"the argument {argument!a}, which is not UTF-8", "text in UTF-8", "type it again, or rename the file"
             ) from None
@@ -35,12 +35,12 @@ def check_arguments(arguments: Sequence[str]) -> None:
             raise ConfigError(
                 f"mllm {command}: {place}",
                 "a file or folder on a disk that is mounted here",
-                "mount the bucket as a folder and name that; launch/README.md, One file system, says which will do",
+                "mount the bucket as a folder and name that; see launch/README.md, One file system",
             )
 
 
 def _places(command: str, words: Sequence[str]) -> Iterator[str]:
-    """The words that may name files and folders: all but questions, texts and fields of a config."""
+    """Yields the words that may name files and folders: all except questions, texts and fields of a config."""
     option, asked = None, False
     for word in words:
         if word.startswith("--"):
@@ -54,7 +54,7 @@ def _places(command: str, words: Sequence[str]) -> Iterator[str]:
             option = option if option in SEVERAL else None
         elif not asked:
             yield word
-            asked = command == "generate"  # what follows its folder is the question
+            asked = command == "generate"  # the question follows the folder
 
 
 def _may_be_place(option: str) -> bool:

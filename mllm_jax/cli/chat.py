@@ -16,13 +16,13 @@ from mllm_jax.generation.sampling import Sampling
 
 @dataclass(frozen=True)
 class Chat:
-    """Talks with a model in the terminal; `/image FILE` shows it an image. From a pipe it answers each line.
+    """Talks with a model in the terminal; `/image FILE` shows it an image. From a pipe, it answers each line.
 
     Attributes:
-        model: a folder that `mllm train` made, or a model's: Hugging Face's, or what `mllm convert` wrote.
+        model: a folder that `mllm train` made, or a model's folder from Hugging Face or `mllm convert`.
         system: the system message.
-        dtype: of the computation and of the parameters; as in the folder, if not given.
-        max_length: tokens that the conversation may take; the model's own limit if not given.
+        dtype: of the computation and the parameters; default: as in the folder.
+        max_length: maximum number of tokens of the conversation; default: the model's limit.
         int8: store the linear kernels as int8.
     """
 

@@ -1,4 +1,4 @@
-"""The command `mllm`: finds what was asked for among the commands, one file each, and runs it."""
+"""The command `mllm`: finds the requested command, one file each, and runs it."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ USAGE = """mllm: multimodal LLMs in JAX
   mllm convert SRC DST [--to native|huggingface] [--dtype bfloat16]       Hugging Face <-> native, with a proof
   mllm embed MODEL --images DIR --text "a cat" --out vectors.npz          unit vectors of images and texts
   mllm plan CONFIG.py --topology v5e-256 [--stage instruct] [--search 8]  compiled for that slice: does it fit, how fast
-  mllm models                                                             what `convert` and from_pretrained read
+  mllm models                                                             models that `convert` and from_pretrained read
 
 `mllm COMMAND --help` lists a command's options, `mllm --version` prints the version."""
 
 HELP = ("-h", "--help")
-# Each is a module of this folder with `run(arguments)`; and what it says before it loads what it needs.
+# Each is a module of this folder with `run(arguments)`; the text is printed while it loads.
 COMMANDS = {
     "train": "reading the config, preparing the data, compiling: the first loss follows",
     "evaluate": "loading the model and its questions",
@@ -42,11 +42,11 @@ COMMANDS = {
     "plan": "reading the config",
     "models": None,
 }
-PROCESS = ("JAX_PROCESS_ID", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK")  # the number of one of several processes
+PROCESS = ("JAX_PROCESS_ID", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK")  # the index of a process in a run of several
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs a command; a refusal of the library is printed as one message, without a traceback, and exits with 2."""
+    """Runs a command; a refusal of the library is printed as one message, without a traceback, with exit code 2."""
     arguments = sys.argv[1:] if arguments is None else arguments
     plain, warnings.formatwarning = warnings.formatwarning, lambda message, *_, **__: f"warning: {message}\n"
     try:
@@ -67,16 +67,16 @@ def _command(arguments: list[str]) -> int:
     if name not in COMMANDS:
         raise ConfigError(f"mllm {name}", f"one of {sorted(COMMANDS)}", "see `mllm --help`")
     _begin(name, rest)
-    # transformers would say that there is no PyTorch, which nothing here needs.
+    # transformers would print that PyTorch is missing, which is not needed here.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     choose_platform()
     return importlib.import_module(f"mllm_jax.cli.{name}").run(rest)
 
 
 def _begin(command: str, arguments: Sequence[str]) -> None:
-    """Prints the first line, before anything that takes seconds to load.
+    """Prints the first line, before imports that take seconds.
 
-    What `generate` and `chat` print are answers, so their line goes to standard error, and only to a person's terminal.
+    The output of `generate` and `chat` is the answer, so their line goes to standard error, and only to a terminal.
     """
     doing = COMMANDS[command]
     if doing is None or not arguments or arguments[0].startswith("-") or {*HELP, "--help-all"} & set(arguments):

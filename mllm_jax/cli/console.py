@@ -1,4 +1,4 @@
-"""What every command prints to, and how one ends that cannot go on."""
+"""The console of all commands, and the messages and exit codes of failures."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ def console() -> Console:
     from rich.console import Console
 
     console = Console()
-    if not console.is_terminal:  # a file or a pipe: nothing forces a table into 80 columns
+    if not console.is_terminal:  # a file or a pipe: do not fit tables into 80 columns
         console.width = max(console.width, 120)
     return console
 
 
 def refused(command: Callable[[], int]) -> int:
-    """Runs a command and returns its exit code; a refusal is printed to standard error, without a traceback."""
+    """Runs a command and returns its exit code; prints a refusal to standard error without a traceback."""
     try:
         code = command()
         sys.stdout.flush()
@@ -32,14 +32,14 @@ def refused(command: Callable[[], int]) -> int:
     except MllmError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 2
-    except BrokenPipeError:  # who read the output has read enough, as `| head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nor may Python's last flush complain
+    except BrokenPipeError:  # the reader has closed the pipe, as `| head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that Python's last flush does not fail
         return 128 + signal.SIGPIPE
-    except OSError as error:  # no bug of ours: a disk, a file or a permission
+    except OSError as error:  # no bug of this library: a disk, a file or a permission
         refusal = MllmError(
             f"{type(error).__name__}: {error}",
             "files and folders that can be read and written, with room on the disk",
-            "mend that, then start the same command again",
+            "correct that, then start the same command again",
         )
         print(refusal, file=sys.stderr)
         return 2

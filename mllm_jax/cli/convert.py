@@ -1,4 +1,4 @@
-"""`mllm convert`: a model folder as one of another kind."""
+"""`mllm convert`: converts a model folder into another format."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from mllm_jax.errors import ConfigError, TrainingError
 
 @dataclass(frozen=True)
 class Convert:
-    """Writes a model folder as one of the other kind, or in another dtype, and proves that nothing was lost.
+    """Writes a model folder in the other format, or in another dtype, and proves that nothing was lost.
 
-    Tokenizer, chat template and generation settings go along.
+    It also copies the tokenizer, the chat template and the generation settings.
 
     Attributes:
         source: a Hugging Face folder (config.json, safetensors), a native one, or a run that trained a named model.
         target: the folder to write.
-        to: what to write; the kind that the source is not, if not given.
-        dtype: what to store; as in the source, if not given.
-        overwrite: replace a model that is there.
+        to: the format to write; default: the one that the source does not have.
+        dtype: of the stored parameters; default: as in the source.
+        overwrite: replace an existing model.
     """
 
     source: tyro.conf.Positional[Path]
@@ -38,7 +38,7 @@ def run(arguments: list[str]) -> int:
 
     import jax
 
-    jax.config.update("jax_platforms", "cpu")  # nothing is computed, and the host has the most room
+    jax.config.update("jax_platforms", "cpu")  # nothing is computed, and the host has the most memory
 
     if is_run(options.source):
         run = RunFolder(options.source)
@@ -57,13 +57,13 @@ def run(arguments: list[str]) -> int:
 
 
 def _check_run(run: RunFolder) -> None:
-    """Refuses, before any weights are read, a run of which no folder can be written."""
+    """Refuses a run that cannot be written as a folder, before any weights are read."""
     experiment = run.experiment()
     if getattr(experiment.model, "family", None) is None:
         raise ConfigError(
             f"{run.path}, a run of a {type(experiment.model).__name__} that was composed here",
-            "a run that trains a named model, such as LLaVA: other programs know no others",
+            "a run that trains a named model, such as LLaVA: other programs support no others",
             f"use the run itself: mllm generate {run.path}, mllm embed {run.path}, or mllm_jax.load_run in Python",
         )
     if not run.is_trained():
-        raise TrainingError(f"{run.path}: no stage is finished", "a run that has ended a stage", "train it further")
+        raise TrainingError(f"{run.path}: no stage is finished", "a run with a finished stage", "train it further")

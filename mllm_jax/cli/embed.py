@@ -17,21 +17,21 @@ from mllm_jax.errors import ConfigError
 
 @dataclass(frozen=True)
 class Embed:
-    """Writes unit vectors of images and texts to a file, for use in search.
+    """Writes unit vectors of images and texts to a file, for search.
 
     The file holds `image_names`, `image_embeds`, `texts` and `text_embeds`; `numpy.load` opens it.
 
     Attributes:
-        model: a Hugging Face folder of CLIP or SigLIP, or of one of their towers, or a native one; or a run of a dual
+        model: a Hugging Face folder of CLIP or SigLIP, or of one of their encoders, or a native one; or a run of a dual
             encoder.
         images: image files, and folders that hold images at any depth.
         text: texts.
         out: the file to write, ending in .npz.
-        batch_size: images or texts at a time.
-        dtype: what to compute in; as in the folder, if not given.
+        batch_size: number of images or texts at a time.
+        dtype: of the computation; default: as in the folder.
         truncate: shorten texts that are too long instead of refusing them.
-        skip_bad: leave out images that cannot be read, each with a warning.
-        overwrite: replace a file that is there.
+        skip_bad: leave out images that cannot be read, with a warning for each.
+        overwrite: replace an existing file.
     """
 
     model: tyro.conf.Positional[Path]

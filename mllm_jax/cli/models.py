@@ -1,4 +1,4 @@
-"""`mllm models`: the table of what is read and written."""
+"""`mllm models`: a table of the models that can be read and written."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from mllm_jax.cli.console import console
 
 @dataclass(frozen=True)
 class Models:
-    """Lists the models whose Hugging Face folders are read and written."""
+    """Lists the models whose Hugging Face folders can be read and written."""
 
 
 def run(arguments: list[str]) -> int:

@@ -1,4 +1,4 @@
-"""`mllm plan`: compiles a stage's step for a TPU slice and says what it costs there."""
+"""`mllm plan`: compiles a stage's step for a TPU slice and reports its cost."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ estimate on GPUs), --stage NAME, --json FILE, --search N, and every field of the
 
 @dataclass(frozen=True)
 class Plan:
-    """Compiles a stage's step for a TPU slice, here and now, and says what it costs there.
+    """Compiles a stage's step for a TPU slice on this machine and reports its cost.
 
     Attributes:
-        topology: v5e-256, v5p-128, 2xv6e-256 and the like; 8xh100 for an estimate without compiling.
-        stage: which stage; the last if not given.
-        json: a file to write every figure to.
-        search: how many meshes, remat policies and numbers of pieces to try; the best are printed.
+        topology: such as v5e-256, v5p-128 or 2xv6e-256; 8xh100 for an estimate without compiling.
+        stage: name of the stage; default: the last.
+        json: a file for all figures.
+        search: number of meshes, remat policies and numbers of pieces to try; the best are printed.
     """
 
     experiment: Annotated[Experiment, tyro.conf.arg(name="")]
@@ -50,7 +50,7 @@ def run(arguments: list[str]) -> int:
     """Runs the command.
 
     Returns:
-        the exit status: 0 if the step fits or may fit, 1 if it does not.
+        the exit code: 0 if the step fits or may fit, 1 if it does not.
     """
     if not arguments or arguments[0] in ("-h", "--help", "--help-all"):
         print(USAGE)

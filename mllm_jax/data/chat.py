@@ -1,4 +1,4 @@
-"""A checkpoint's own tokenizer and chat template, as they lie beside its weights."""
+"""A checkpoint's own tokenizer and chat template, read from the folder of its weights."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from mllm_jax.files import read_json
 Message = Mapping[str, str]  # {"role": "user", "content": "..."}
 
 GENERATION = "generation_config.json"
-PROCESSORS_TEMPLATE = "chat_template.json"  # early folders of models with pictures keep the one that places them here
-# One of these holds the vocabulary; without any, transformers would make up an empty tokenizer.
+PROCESSORS_TEMPLATE = "chat_template.json"  # in early folders, the template that places images
+# One of these holds the vocabulary; without any, transformers would create an empty tokenizer.
 _VOCABULARIES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "tekken.json")
 
 
 class ChatTokenizer:
-    """Conversations to ids by the template of the checkpoint's author, and ids to text.
+    """Encodes conversations with the chat template of the checkpoint's author, and decodes ids.
 
     Args:
         backend: a tokenizer of transformers.
-        generation: generation_config.json, whose end tokens count besides the tokenizer's.
+        generation: generation_config.json, whose end tokens are added to the tokenizer's.
     """
 
     answer_id = None
@@ -44,7 +44,7 @@ class ChatTokenizer:
 
     @classmethod
     def load(cls, folder: str | Path) -> ChatTokenizer:
-        """The tokenizer in a model's folder. No code of the folder is run.
+        """Reads the tokenizer in a model's folder, without running any code in it.
 
         Raises:
             DataError: there is none, or it cannot be read.
@@ -61,7 +61,7 @@ class ChatTokenizer:
         generation = _json(folder / GENERATION) or {}
         try:
             backend = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
-        except Exception as error:  # transformers and tokenizers raise many kinds, some of them plain Exception
+        except Exception as error:  # transformers and tokenizers raise many types, among them plain Exception
             raise _unreadable(folder, f"{type(error).__name__}: {str(error)[:1_000]}") from error
         if (template := _json(folder / PROCESSORS_TEMPLATE)) is not None:
             if "chat_template" not in template:
@@ -81,27 +81,27 @@ class ChatTokenizer:
 
     @property
     def has_template(self) -> bool:
-        """Whether conversations can be laid out."""
+        """Returns whether there is a chat template."""
         return bool(self.backend.chat_template)
 
     @property
     def pad_token_id(self) -> int | None:
-        """What texts are padded with, if the tokenizer says so."""
+        """Returns the padding id, or None if the tokenizer defines none."""
         return self.backend.pad_token_id
 
     @property
     def template(self) -> Any:
-        """The chat template, or several by name; None without one."""
+        """Returns the chat template, or several by name, or None."""
         return self.backend.chat_template
 
     @property
     def special_tokens(self) -> tuple[str, ...]:
-        """The texts that become special tokens wherever a text has them."""
+        """Returns the texts that are encoded as special tokens wherever they occur."""
         return tuple(t.content for t in self.backend.added_tokens_decoder.values() if t.special)
 
     @property
     def vocab_size(self) -> int:
-        """How many ids there are."""
+        """Returns the number of ids."""
         return len(self.backend) - self._placeholders
 
     @property
@@ -109,55 +109,55 @@ class ChatTokenizer:
         return self.backend.bos_token_id
 
     def words(self, text: str) -> list[int]:
-        """The ids of plain text; special tokens that it spells are text."""
+        """Returns the ids of plain text; special tokens that it spells are text."""
         return self.ids(parted(text, self.special_tokens))
 
     def add_placeholder(self, token: str) -> int:
-        """Adds a special token that stands for media; its id follows the vocabulary, which does not grow."""
+        """Adds a special token for media; its id follows the vocabulary, which does not grow."""
         self._placeholders += self.backend.add_special_tokens({"additional_special_tokens": [token]}, False)
         return self.id_of(token)
 
     def token_of(self, token_id: int) -> str:
-        """The token as text."""
+        """Returns the token as text."""
         return self.backend.convert_ids_to_tokens(int(token_id))
 
     def id_of(self, token: str) -> int | None:
         return self.backend.get_vocab().get(token)
 
     def fingerprint(self) -> str:
-        """A short text that differs where ids or rows would."""
+        """Returns a short hash that differs if ids or rows would."""
         fast = getattr(self.backend, "backend_tokenizer", None)
         words = sorted(self.backend.get_vocab().items()) if fast is None else fast.to_str()
-        told = [self.template, type(self.backend).__name__, self.stop_ids, words]
-        return hashlib.sha256(repr(told).encode()).hexdigest()[:16]
+        parts = [self.template, type(self.backend).__name__, self.stop_ids, words]
+        return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
     def encode(self, text: str) -> list[int]:
-        """Plain text to ids, with the special tokens that the tokenizer puts around a text.
+        """Encodes plain text, with the special tokens that the tokenizer adds to a text.
 
         Raises:
-            DataError: a text that is none to the tokenizer, such as half a pair of surrogates.
+            DataError: a text that the tokenizer refuses, such as half a surrogate pair.
         """
         return self._ids(text)
 
     def ids(self, text: str) -> list[int]:
-        """The ids of a text in which special tokens are such; a SEAM parts what is none. Nothing is put around it."""
+        """Encodes a text with special tokens, without adding any; a SEAM splits those that are plain text."""
         return [i for piece in text.split(SEAM) for i in self._ids(piece, add_special_tokens=False)]
 
     def _ids(self, text: str, **how: bool) -> list[int]:
         try:
             return list(self.backend(text, **how)["input_ids"])
-        except Exception as error:  # tokenizers raises a TypeError for half a character, and plain Exceptions
+        except Exception as error:  # tokenizers raises TypeError for half a character, and plain Exceptions
             raise not_encodable(text, error) from error
 
     def encode_chat(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> list[int]:
-        """A conversation to ids, laid out by the template.
+        """Encodes a conversation with the chat template.
 
-        Special tokens that a message spells become special tokens: templates work on text. Give no text of strangers
-        to a model that acts on it.
+        Special tokens that a message spells become special tokens, because templates work on text. Do not give
+        untrusted text to a model that takes actions.
 
         Args:
-            messages: of role "user", "assistant" and, where the template knows it, "system".
-            add_generation_prompt: end with the beginning of the assistant's answer.
+            messages: of role "user", "assistant" and, if the template accepts it, "system".
+            add_generation_prompt: whether to end with the beginning of the assistant's answer.
 
         Raises:
             DataError: no template, or messages that it refuses, such as two questions in a row.
@@ -165,53 +165,53 @@ class ChatTokenizer:
         return self.ids(self.render_chat(messages, add_generation_prompt))
 
     def render_chat(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> str:
-        """A conversation as the template writes it; takes and raises what `encode_chat` does.
+        """Renders a conversation with the chat template; takes and raises the same as `encode_chat`.
 
-        A template is a program of the checkpoint's authors: it has a budget of time and text, see
-        `mllm_jax.data.template_sandbox`, and whatever it fails with is a refusal.
+        A template is a program of the checkpoint's authors: its time and text are bounded, see
+        `mllm_jax.data.template_sandbox`, and any failure of it is a refusal.
         """
         if not self.has_template:
             raise DataError(
                 "a conversation for a tokenizer without a chat template",
                 "chat_template in tokenizer_config.json, or chat_template.jinja",
-                "take an instruction-tuned checkpoint, or give plain text as the prompt",
+                "use an instruction-tuned checkpoint, or give plain text as the prompt",
             )
         find = self.backend.get_chat_template
         return rendered(find, messages, add_generation_prompt, **self.backend.special_tokens_map)
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Ids to text, special tokens left out and spaces as they are."""
+        """Decodes ids, without special tokens and with spaces unchanged."""
         return self.backend.decode([int(i) for i in ids], skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
 def rendered(
     template: str | Callable[[], str], messages: Sequence[Message], add_generation_prompt: bool, **tokens: Any
 ) -> str:
-    """What a chat template, or the one that a function finds, makes of messages. Raises DataError if it fails."""
+    """Renders messages with a chat template, or the one that a function returns. Raises DataError if it fails."""
     from mllm_jax.data.template_sandbox import render
 
     variables = dict(tools=None, documents=None, add_generation_prompt=add_generation_prompt)
     try:
         return render(template if isinstance(template, str) else template(), messages, **variables | tokens)
-    except Exception as error:  # a template can raise anything: 1/0, a macro that calls itself, no memory
+    except Exception as error:  # a template can raise anything: 1/0, infinite recursion, no memory
         raise DataError(
             f"roles {[message.get('role') for message in messages]!r:.200}: {type(error).__name__}: {error!s:.500}",
             "a conversation that the chat template accepts, and a template that ends",
-            "change the order or the roles of the messages, or take another chat model's tokenizer",
+            "change the order or the roles of the messages, or use another chat model's tokenizer",
         ) from error
 
 
 def not_encodable(text: str, error: Exception) -> DataError:
-    """The refusal of a text of which a tokenizer makes no ids."""
+    """Returns the refusal of a text that a tokenizer cannot encode."""
     return DataError(
         f"the text {text!a:.100}: {type(error).__name__}: {error!s:.200}",
         "text that UTF-8 can write, and a tokenizer that can read it",
-        "mend the text, or restore the tokenizer's files",
+        "correct the text, or restore the tokenizer's files",
     )
 
 
 def _json(path: Path) -> dict[str, Any] | None:
-    """The object in a file of a folder, None where there is no such file."""
+    """Reads the object in a JSON file of a folder; None if the file does not exist."""
     try:
         return read_json(path, DataError)
     except FileNotFoundError:
@@ -221,7 +221,7 @@ def _json(path: Path) -> dict[str, Any] | None:
 
 
 def _is_template(value: Any) -> bool:
-    """Whether it is a chat template, none, or several by name."""
+    """Returns whether a value is a chat template, None, or several by name."""
     texts = value.values() if isinstance(value, dict) else [value]
     return value is None or all(isinstance(text, str) for text in texts)
 

@@ -1,4 +1,4 @@
-"""The chat template of tokenizers that are trained here, and text in it that must stay text."""
+"""The chat template of tokenizers that are trained here, and text in it that must stay plain text."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ PAD, BOS, EOS, IMAGE, USER, ASSISTANT = "<pad>", "<bos>", "<eos>", "<image>", "<
 SPECIAL_TOKENS = (PAD, BOS, EOS, IMAGE, USER, ASSISTANT)
 
 # <bos> (media and texts of a question but its last) <user> question <assistant> answer <eos> ...
-# A word has the same ids wherever it stands, so each text begins with a space. `own_text` writes the same.
+# A word has the same ids at every position, so each text begins with a space. `own_text` writes the same.
 OWN_TEMPLATE = """\
 {%- macro spaced(text) -%}{{ text if text.startswith(' ') else ' ' + text }}{%- endmacro -%}
 {{- bos_token -}}
@@ -30,14 +30,14 @@ OWN_TEMPLATE = """\
 {%- if add_generation_prompt -%}<assistant>{%- endif -%}
 """
 
-_WRITTEN = {"image": IMAGE, "text": None}  # for parts of other types, nothing
+_WRITTEN = {"image": IMAGE, "text": None}  # nothing for parts of other types
 
-# A character that no text has (Unicode reserves it for programs). It parts what spells a special token.
+# A character that occurs in no text (Unicode reserves it for programs). It splits text that spells a special token.
 SEAM = "\ufdd0"
 
 
 def own_text(messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool) -> str:
-    """What OWN_TEMPLATE makes of messages, without the cost of a template: sources have millions of them."""
+    """Renders messages as OWN_TEMPLATE does, without the cost of a template: sources have millions of them."""
     pieces = [BOS]
     for message in messages:
         role, content = message["role"], message["content"]
@@ -45,7 +45,7 @@ def own_text(messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool)
             said = [spaced(content)]
         else:
             said = [_WRITTEN[part["type"]] or spaced(part["text"]) for part in content if part["type"] in _WRITTEN]
-            # What comes after the last text belongs before the question, which then is empty.
+            # Parts after the last text belong before the question, which is then empty.
             if role == "user" and (not content or content[-1]["type"] != "text"):
                 said.append("")
         if role == "user":
@@ -55,18 +55,18 @@ def own_text(messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool)
 
 
 def spaced(text: str) -> str:
-    """With a space before the first word, so that a word or phrase has the same ids wherever it stands."""
+    """Adds a space before the first word, so that a word or phrase has the same ids at every position."""
     return text if text.startswith(" ") else f" {text}"
 
 
 def parted(text: str, special: Sequence[str]) -> str:
-    """The text with a SEAM in each special token that it spells: no record or question ends an answer or forges media.
+    """Inserts a SEAM into each special token that a text spells, so that no text can end an answer or forge media.
 
     Raises:
-        DataError: a text that has a SEAM already.
+        DataError: a text that already has a SEAM.
     """
     if SEAM in text:
-        raise DataError(f"a text with the character U+{ord(SEAM):X} in it", "text", "take the character out")
+        raise DataError(f"a text with the character U+{ord(SEAM):X} in it", "text", "remove the character")
     for token in special:
         if token in text:
             text = text.replace(token, f"{token[:1]}{SEAM}{token[1:]}")

@@ -1,20 +1,20 @@
-"""Image processors of Hugging Face folders, with Pillow and NumPy alone.
+"""Image processors of Hugging Face folders, with only Pillow and NumPy.
 
-What comes out equals transformers' own `...ImageProcessorPil` classes to the last bit. Those are not called: wherever
-torch and torchvision are installed they import both, for about five seconds, and fail where the two do not match.
-transformers' default processors, which use torchvision, round otherwise than those classes and this file.
+The results equal those of transformers' `...ImageProcessorPil` classes to the last bit. This file does not call them:
+where torch and torchvision are installed, they import both, which takes about five seconds and fails if the versions do
+not match. transformers' default processors use torchvision and round differently from those classes and this file.
 
-Where a family's authors prepare pictures otherwise in their own repository:
+Some families' authors prepare images differently in their own repositories:
 
-- CLIP, DINOv2 (torchvision on Pillow pictures): the same resizing, bicubic with antialiasing on bytes. Their centre
-  crop rounds half a pixel to even where this one rounds down, so it may lie one pixel further; they divide bytes by 255
+- CLIP, DINOv2 (torchvision on Pillow images): the same resizing, bicubic with antialiasing on bytes. Their centre
+  crop rounds half a pixel to even where this one rounds down, so it may be one pixel further; they divide bytes by 255
   in float32, which changes last bits.
 - EVA-CLIP in BLIP-2 (LAVIS): the same resizing to a square, the same last bits.
 - ViT, SigLIP (big_vision): TensorFlow's bilinear resizing, in most configs without antialiasing, then [-1, 1]. The
-  folders on the hub say bicubic for SigLIP: a picture that is much reduced looks different.
-- LLaVA-1.5: pads to a square with the mean colour before the centre crop, which its folders on the hub leave out: here
-  as there `do_pad` adds it. LLaVA-NeXT and LLaVA-OneVision: the same tiles.
-- Qwen2-VL: its helper package resizes once before, to bounds of its own, so a picture may be resampled twice there.
+  folders on the hub use bicubic for SigLIP: a much reduced image looks different.
+- LLaVA-1.5: pads to a square with the mean colour before the centre crop. Its folders on the hub leave that out;
+  `do_pad` adds it, here as in transformers. LLaVA-NeXT and LLaVA-OneVision: the same tiles.
+- Qwen2-VL: its helper package resizes once before, to its own bounds, so it may resample an image twice.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ from mllm_jax.data.tiles import MAX_TILES
 from mllm_jax.errors import ConfigError
 from mllm_jax.files import read_json
 
-# The options that name a type, the first of them before the others; the last one is that of early versions.
+# The options that name a type, in order of precedence; the last one is that of early versions.
 TYPE_OPTIONS = ("image_processor_type", "video_processor_type", "feature_extractor_type")
-# config.json's model_type -> the type, as transformers pairs them.
+# config.json's model_type -> the type, with the same pairs as transformers.
 OF_MODELS = {
     "vit": "ViTImageProcessor",
     "dinov2": "BitImageProcessor",
@@ -56,15 +56,15 @@ OF_MODELS = {
 
 
 def named_type(values: Mapping[str, Any]) -> str | None:
-    """The type that a processor's options name, or None."""
+    """Returns the type that a processor's options name, or None."""
     return next((values[name] for name in TYPE_OPTIONS if values.get(name)), None)
 
 
 def with_type(values: Mapping[str, Any], folder: Path) -> Mapping[str, Any]:
-    """The options with the type of the folder's model, where they name none and its config.json is there.
+    """Returns the options; if they name no type, adds that of the folder's model if config.json exists.
 
     Raises:
-        ConfigError: a config.json that is no JSON object.
+        ConfigError: config.json is no JSON object.
     """
     if named_type(values) is not None:
         return values
@@ -77,7 +77,7 @@ def with_type(values: Mapping[str, Any], folder: Path) -> Mapping[str, Any]:
 
 
 _MAX_SIDE = 65_536  # pixels
-_MAX_PIXELS = 1 << 40  # what a bound on pixels may say
+_MAX_PIXELS = 1 << 40  # largest bound on pixels in an option
 _MAX_RESOLUTIONS = 10_000
 _COUNTS = {
     "patch_size": 4_096, "merge_size": 64, "temporal_patch_size": 64, "min_pixels": _MAX_PIXELS,
@@ -87,11 +87,11 @@ _NUMBERS = ("image_mean", "image_std", "high_res_image_mean", "high_res_image_st
 
 
 def check_options(values: Mapping[str, Any], refuse: Callable[[str, str], NoReturn]) -> None:
-    """Checks the options that processors share; which of them one reads, and how, is its own affair.
+    """Checks the options that processors share, whether or not a processor reads them.
 
     Args:
-        values: of a preprocessor_config.json; null is an option that is left out.
-        refuse: is called with what is given and what is expected.
+        values: of a preprocessor_config.json; null means that an option is missing.
+        refuse: called with the given value and the expected one.
     """
     for name, value in values.items():
         if value is None:
@@ -117,12 +117,12 @@ def _is_count(value: Any, most: int) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    """A finite number that float32 holds."""
+    """Returns whether a value is a number that is finite in float32."""
     return type(value) in (int, float) and abs(value) < 1e30 and math.isfinite(value)
 
 
 def _check_size(name: str, size: Any, refuse: Callable[[str, str], NoReturn]) -> None:
-    # Qwen2-VL gives numbers of pixels by the names of edges.
+    # Qwen2-VL gives numbers of pixels under the names of edges.
     parts = size.values() if isinstance(size, Mapping) else size if isinstance(size, (list, tuple)) else [size]
     most = _MAX_PIXELS if isinstance(size, Mapping) and {"longest_edge", "max_pixels"} & set(size) else _MAX_SIDE
     if not all(part is None or _is_count(part, most) for part in parts):
@@ -148,14 +148,14 @@ _CLIP_MEAN, _CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.2613
 
 
 class _Kind(NamedTuple):
-    """What a type of processor does where its file says nothing."""
+    """The defaults of a type of processor."""
 
     size: Mapping[str, int]
     mean: tuple[float, ...]
     std: tuple[float, ...]
     resample: Image.Resampling = Image.Resampling.BICUBIC
     crop: int | None = None
-    square: bool = True  # what a plain number as `size` means
+    square: bool = True  # meaning of a plain number as `size`
     resolutions: tuple[tuple[int, int], ...] = ()
 
 
@@ -190,9 +190,9 @@ _KINDS = {
         dict(shortest_edge=56 * 56, longest_edge=28 * 28 * 1280), _CLIP_MEAN, _CLIP_STD, square=False
     ),
 }
-_SQUARED = ("DeepseekVLImageProcessor", "DeepseekVLHybridImageProcessor")  # resized, then filled up to a square
+_SQUARED = ("DeepseekVLImageProcessor", "DeepseekVLHybridImageProcessor")  # resized, then padded to a square
 # fmt: off
-_IDLE = (  # options of layout, of training or of other tools; pictures are RGB here, whatever is asked
+_IDLE = (  # options of layout, of training or of other tools; images are always RGB here
     "image_processor_type", "feature_extractor_type", "processor_class", "auto_map", "do_convert_rgb", "data_format",
     "input_data_format", "device", "return_tensors", "disable_grouping", "image_seq_length", "_valid_processor_keys",
     "pad_size", "video_processor_type", "vision_token_id",
@@ -201,28 +201,28 @@ _IDLE = (  # options of layout, of training or of other tools; pictures are RGB 
 
 
 def read_image_processor(folder: str | Path, **options: Any) -> ImageProcessor:
-    """The processor of a Hugging Face folder.
+    """Reads the processor of a Hugging Face folder.
 
     Args:
-        folder: with preprocessor_config.json, or a processor_config.json that holds `image_processor`, which is
-            preferred, as in transformers. Where it names no type, `model_type` in config.json decides.
-        options: go before the file's, as those do that transformers' processors of whole models have.
+        folder: with preprocessor_config.json, or a processor_config.json with `image_processor`, which has precedence
+            as in transformers. If the file names no type, `model_type` in config.json decides.
+        options: override the file's, as do those of transformers' processors of whole models.
 
     Raises:
-        ConfigError: neither file, no JSON, a type that is not supported, or an option that would change the pixels and
-            is not.
+        ConfigError: neither file exists, it is no JSON, its type is not supported, or an option would change the pixels
+            and is not supported.
     """
     return _read(folder, (("processor_config.json", "image_processor"), ("preprocessor_config.json", None)), options)
 
 
 def read_video_processor(folder: str | Path) -> ImageProcessor:
-    """What prepares the frames of videos in a Hugging Face folder, each as one tile; raises as for pictures.
+    """Reads the processor of video frames of a Hugging Face folder; each frame is one tile. Raises as for images.
 
-    transformers has torchvision resize frames: about one byte in 300 comes out one more or less than by Pillow here.
+    transformers resizes frames with torchvision: about one byte in 300 differs by one from Pillow's result here.
 
     Args:
-        folder: with a processor_config.json that holds `video_processor`, video_preprocessor_config.json or, where
-            pictures and frames share it, preprocessor_config.json; the first of these.
+        folder: with a processor_config.json with `video_processor`, video_preprocessor_config.json or, if images and
+            frames share it, preprocessor_config.json; the first of these.
     """
     names = ("processor_config.json", "video_preprocessor_config.json", "preprocessor_config.json")
     found = _read(folder, tuple(zip(names, ("video_processor", None, None), strict=True)))
@@ -230,7 +230,7 @@ def read_video_processor(folder: str | Path) -> ImageProcessor:
 
 
 def _read(folder: str | Path, places: Sequence[tuple[str, str | None]], more: Mapping = {}) -> ImageProcessor:  # noqa: B006
-    """The processor in the first of these files, or parts of files; `more` goes before what stands there."""
+    """Reads the processor from the first of these files, or parts of files; `more` overrides its options."""
     for name, part in places:
         path = Path(folder) / name
         try:
@@ -250,11 +250,11 @@ def _read(folder: str | Path, places: Sequence[tuple[str, str | None]], more: Ma
 
 
 def image_processor(values: Mapping[str, Any], what: str = "preprocessor_config.json") -> ImageProcessor:
-    """The processor that a preprocessor_config.json describes.
+    """Builds the processor that a preprocessor_config.json describes.
 
     Args:
         values: its dictionary.
-        what: how to name it in a message.
+        what: name of the file for messages.
 
     Raises:
         ConfigError: see `read_image_processor`.
@@ -271,7 +271,7 @@ def image_processor(values: Mapping[str, Any], what: str = "preprocessor_config.
         return otherwise if value is None else value
 
     def refuse(given: str, expected: str):
-        raise ConfigError(f"{what}: {given}", expected, "use another processor, or prepare the pictures yourself")
+        raise ConfigError(f"{what}: {given}", expected, "use another processor, or prepare the images yourself")
 
     check_options(values, refuse)
     fields: dict[str, Any] = dict(kind=kind, resample=option("resample", int(default.resample)))
@@ -296,7 +296,7 @@ def image_processor(values: Mapping[str, Any], what: str = "preprocessor_config.
         fields["longest_edge"] = _side(fields.pop("size", None), "size", refuse), option("min_size", 14)
     if option("do_center_crop", default.crop is not None):
         if kind in ("Qwen2VLImageProcessor", "GotOcr2ImageProcessor", *_SQUARED):
-            refuse("do_center_crop=True", f"no crop, which {kind} does not make")
+            refuse("do_center_crop=True", f"no crop: {kind} does not crop")
         sides = _read_size(crop, True, refuse, "crop_size") if crop is not None else {}
         fields["crop_size"] = sides.get("size") or refuse(f"crop_size={crop!r}", "its height and width")
     if kind in ("LlavaImageProcessor", "LlavaOnevisionImageProcessor"):
@@ -305,7 +305,7 @@ def image_processor(values: Mapping[str, Any], what: str = "preprocessor_config.
             fields["background"] = _colour(colour, "image_mean", refuse)
     if default.resolutions:
         if not resize:
-            refuse("do_resize=False", f"true: {kind} resizes a picture to tiles")
+            refuse("do_resize=False", f"true: {kind} resizes images to tiles")
         resolutions = option("image_grid_pinpoints", default.resolutions)
         fields["resolutions"] = tuple((int(height), int(width)) for height, width in resolutions)
         whole = _read_size(size, square, refuse) if crop is None else _read_size(crop, True, refuse, "crop_size")
@@ -318,7 +318,7 @@ def image_processor(values: Mapping[str, Any], what: str = "preprocessor_config.
             refuse("crop_to_patches=True without height and width to resize to", "these, for each tile")
         fields["tile_range"] = (least, most) if cuts and most > 1 else None
     if kind.endswith("VideoProcessor"):
-        # do_sample_frames: whoever decodes the video chooses the frames
+        # do_sample_frames: the caller that decodes the video chooses the frames
         read |= {"return_metadata", "video_metadata", "initial_shift", "num_frames", "fps"}
     if kind in _SQUARED:
         colour = _colour(option("image_mean", default.mean), "image_mean", refuse)
@@ -331,12 +331,12 @@ def image_processor(values: Mapping[str, Any], what: str = "preprocessor_config.
     if option("do_normalize", True):
         fields |= dict(mean=_three(mean, "image_mean", refuse), std=_three(std, "image_std", refuse))
     if kind == "DeepseekVLHybridImageProcessor":
-        # The larger picture is made first, and the smaller one of it.
+        # The larger image is made first, and the smaller one from it.
         mean, std = option("high_res_image_mean", default.mean), option("high_res_image_std", default.std)
         larger = _read_size(option("high_res_size", 1024), True, refuse, "high_res_size")
         larger = _side(larger.get("size"), "high_res_size", refuse), option("min_size", 14)
         low = ImageProcessor(**fields)
-        fields |= dict(low=low, resample=option("high_res_resample", 3) or low.resample)  # 0 is none there
+        fields |= dict(low=low, resample=option("high_res_resample", 3) or low.resample)  # 0 means none there
         fields |= dict(longest_edge=larger if resize else None)
         fields |= dict(background=pads and _colour(mean, "high_res_image_mean", refuse) or None)
         if low.mean is not None:
@@ -349,20 +349,20 @@ def image_processor(values: Mapping[str, Any], what: str = "preprocessor_config.
 
 
 def _kind(values: Mapping[str, Any], what: str) -> str:
-    """The type's plain name: older files call processors feature extractors."""
+    """Returns the type's plain name: older files call processors feature extractors."""
     given = str(named_type(values))
     kind = given.replace("FeatureExtractor", "ImageProcessor").removesuffix("Fast").removesuffix("Pil")
     if kind not in _KINDS:
         raise ConfigError(
             f"{what}: image_processor_type={given!r}",
             f"one of {', '.join(_KINDS)}",
-            "use another processor, or prepare the pictures yourself",
+            "use another processor, or prepare the images yourself",
         )
     return kind
 
 
 def _read_size(size: Any, square: bool, refuse, name: str = "size") -> dict[str, Any]:
-    """A size in any spelling, as fields of the processor."""
+    """Reads a size in any of its forms as fields of the processor."""
     if isinstance(size, int):
         size = _square(size) if square else dict(shortest_edge=size)
     elif isinstance(size, (list, tuple)) and len(size) == 2:
@@ -379,12 +379,12 @@ def _read_size(size: Any, square: bool, refuse, name: str = "size") -> dict[str,
 
 def _side(size: tuple[int, int] | None, name: str, refuse) -> int:
     if size is None or size[0] != size[1]:
-        refuse(f"{name} of {size}", "height and width alike: pictures are filled up to a square")
+        refuse(f"{name} of {size}", "equal height and width: images are padded to a square")
     return size[0]
 
 
 def _colour(mean: Any, name: str, refuse) -> tuple[int, ...]:
-    """The bytes of a mean colour, cut off."""
+    """Returns the bytes of a mean colour, rounded down."""
     return tuple(int(x * 255) for x in _three(mean, name, refuse))
 
 

@@ -1,4 +1,4 @@
-"""What an image processor does to one image: resize, crop, pad, cut into tiles or patches, normalise."""
+"""The steps of an image processor on one image: resize, crop, pad, cut into tiles or patches, normalise."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ _MAX_ASPECT = 200
 
 
 def smart_resize(height: int, width: int, factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
-    """The sides nearest to a picture's that are multiples of `factor`, with a number of pixels in a range.
+    """Returns the sides nearest to an image's that are multiples of `factor`, with a number of pixels in a range.
 
-    Halves are rounded to even. The range may be left by thin pictures, whose shorter side is at least `factor`.
+    Halves are rounded to even. Thin images, whose shorter side becomes at least `factor`, may leave the range.
 
     Raises:
         DataError: no pixels, or one side more than 200 times the other.
     """
     if min(height, width) < 1 or max(height, width) > _MAX_ASPECT * min(height, width):
         raise DataError(
-            f"a picture of {height} x {width} pixels",
-            f"sides of which none is more than {_MAX_ASPECT} times the other",
+            f"an image of {height} x {width} pixels",
+            f"sides whose ratio is at most {_MAX_ASPECT}",
             "crop it, or leave this record out",
         )
     high, wide = round(height / factor) * factor, round(width / factor) * factor
@@ -43,27 +43,27 @@ def smart_resize(height: int, width: int, factor: int, min_pixels: int, max_pixe
 
 @dataclass(frozen=True)
 class ImageProcessor:
-    """The steps from a decoded picture to what a vision encoder reads: resize, crop, rescale, normalise.
+    """The steps from a decoded image to the input of a vision encoder: resize, crop, rescale, normalise.
 
     Attributes:
         kind: transformers' name, without "Fast" or "Pil".
-        size: (height, width) to resize to, whatever the aspect ratio.
+        size: (height, width) to resize to, for any aspect ratio.
         shortest_edge: or the shorter side, the aspect ratio kept.
-        longest_edge: or the longer side, the aspect ratio kept, and the least that the shorter side becomes; what is
-            over whole pixels is rounded or, with `cuts_off`, left out.
+        longest_edge: or the longer side, the aspect ratio kept, and the least length of the shorter side; fractions of
+            pixels are rounded or, with `cuts_off`, cut off.
         pixel_range: or (least, most) pixels, sides multiples of patch_size * merge_size, the aspect ratio nearly kept.
-        crop_size: (height, width) of the crop in the middle; a smaller picture gets a black margin.
-        background: None, or the colour with which a picture becomes a square before all else, with `longest_edge`
-            behind its resizing; where there are `resolutions`, one that is not cut into tiles.
-        resolutions: empty, or those that a picture may be resized to before it is cut into tiles, see
+        crop_size: (height, width) of the centre crop; a smaller image gets a black margin.
+        background: None, or the colour with which an image is padded to a square before all other steps, with
+            `longest_edge` after resizing; with `resolutions`, an image that is not cut into tiles.
+        resolutions: empty, or the sizes to which an image may be resized before it is cut into tiles, see
             `mllm_jax.data.tiles`; tile_size is the side of those tiles.
-        tile_range: None, or the least and the most tiles of `size` that a picture is cut into, see
-            `mllm_jax.data.tiles`; the whole picture comes last, unless it is one tile.
-        low: None, or what makes a second, smaller picture of what this makes, for encoders that read both.
+        tile_range: None, or the least and the largest number of tiles of `size` that an image is cut into, see
+            `mllm_jax.data.tiles`; the whole image comes last, unless it is one tile.
+        low: None, or the processor that makes a second, smaller image from the result, for encoders that read both.
         resample: Pillow's number of the filter.
         rescale_factor: None leaves 0 to 255.
         mean, std: None normalises nothing.
-        patch_size, merge_size, temporal_patch_size: for `patches`; 0 where the encoder cuts patches itself.
+        patch_size, merge_size, temporal_patch_size: for `patches`; 0 if the encoder itself cuts patches.
     """
 
     kind: str
@@ -87,10 +87,10 @@ class ImageProcessor:
     temporal_patch_size: int = 1
 
     def __call__(self, image: np.ndarray) -> np.ndarray:
-        """Processes one picture.
+        """Processes one image.
 
         Args:
-            image: uint8 [h, w, 3], as `decode_image` gives it.
+            image: uint8 [h, w, 3], as returned by `decode_image`.
 
         Returns:
             float32 [H, W, 3].
@@ -102,8 +102,8 @@ class ImageProcessor:
         return self.normalise(self.prepare(image))
 
     def prepare(self, image: np.ndarray) -> np.ndarray:
-        """One picture as one tile of bytes, uint8[H, W, 3], which `normalise` makes numbers; raises as calling does."""
-        _require_picture(image)
+        """Processes one image into one tile of bytes, uint8[H, W, 3], for `normalise`; raises as `__call__` does."""
+        _require_image(image)
         if self.background is None:
             return self._tile(image)
         if self.longest_edge is not None:
@@ -111,8 +111,8 @@ class ImageProcessor:
         return self._tile(self._squared(image))
 
     def tiles(self, image: np.ndarray) -> np.ndarray:
-        """One picture as all its tiles: uint8[N, H, W, 3], the whole one first, or last with `tile_range`."""
-        _require_picture(image)
+        """Processes one image into all its tiles, uint8[N, H, W, 3]: the whole image first, last with `tile_range`."""
+        _require_image(image)
         if self.tile_range is not None:
             rows, columns = tile_grid(image.shape[:2], self.size, *self.tile_range)
             require_resized(image.shape[:2], (self.size[0] * rows, self.size[1] * columns))
@@ -131,11 +131,11 @@ class ImageProcessor:
         return np.stack([self._tile(tile) for tile in (small, *cut(large, self.tile_size))])
 
     def normalise(self, pixels: np.ndarray) -> np.ndarray:
-        """uint8[..., 3] -> float32[..., 3]"""
+        """Converts uint8[..., 3] to float32[..., 3]."""
         return self._values()[pixels, np.arange(3)]
 
     def for_encoder(self, pixels: np.ndarray, encoder: Any) -> np.ndarray:
-        """The bytes themselves where the encoder's config has it normalise them like this, else the numbers."""
+        """Returns the bytes themselves if the encoder normalises them in the same way, else the numbers."""
         on_device = (1 / 255, tuple(encoder.image_mean), tuple(encoder.image_std))
         return pixels if (self.rescale_factor, self.mean, self.std) == on_device else self.normalise(pixels)
 
@@ -155,31 +155,31 @@ class ImageProcessor:
         return pad_to(image, square, self.background)
 
     def _sides(self, height: int, width: int) -> tuple[int, int]:
-        """(H, W) of a tile that comes out of `_tile`."""
+        """Returns (H, W) of a tile from `_tile`."""
         return self.crop_size or self._resized(height, width)
 
     def _to_size(self, image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-        picture = Image.fromarray(np.ascontiguousarray(image))
-        return np.asarray(picture.resize(size[::-1], Image.Resampling(self.resample)))
+        source = Image.fromarray(np.ascontiguousarray(image))
+        return np.asarray(source.resize(size[::-1], Image.Resampling(self.resample)))
 
     def patches(self, *frames: np.ndarray) -> tuple[np.ndarray, tuple[int, int, int]]:
-        """Processes one picture, or the frames of a video, into patches, those that are merged side by side.
+        """Processes one image, or the frames of a video, into patches; patches that are merged are adjacent.
 
         Args:
-            frames: uint8 [h, w, 3] each, of one size; one is a still.
+            frames: uint8 [h, w, 3] each, of one size; one is a still image.
 
         Returns:
             float32 [N, 3 * temporal_patch_size * patch_size^2], channels first inside a patch, the last frame repeated
-            until time is whole patches; and (time, rows, columns) of patches, whose product is N.
+            to fill whole patches in time; and (time, rows, columns) of patches, whose product is N.
 
         Raises:
-            DataError: as calling does; or sides that whole merged patches do not fill.
+            DataError: as `__call__`; or sides that are no multiples of merged patches.
             ConfigError: a processor without patches.
         """
         if not self.patch_size:
             raise ConfigError(f"patches from a {self.kind}", "one with a patch_size", "call it for pixels")
         for frame in frames:
-            _require_picture(frame)
+            _require_image(frame)
         require_call(sum(math.prod(self.output_size(*frame.shape[:2])) for frame in frames), f"{len(frames)} frames")
         pixels = np.stack([self(frame) for frame in frames])
         pixels = np.concatenate([pixels, *[pixels[-1:]] * (-len(pixels) % self.temporal_patch_size)])
@@ -187,7 +187,9 @@ class ImageProcessor:
         side = self.patch_size * self.merge_size
         if height % side or width % side:
             raise DataError(
-                f"a picture of {height} x {width} pixels", f"sides that are multiples of {side}", "let it be resized"
+                f"an image of {height} x {width} pixels",
+                f"sides that are multiples of {side}",
+                "resize it",
             )
         cut = rearrange(
             pixels,
@@ -201,14 +203,14 @@ class ImageProcessor:
         return cut, (len(pixels) // self.temporal_patch_size, height // self.patch_size, width // self.patch_size)
 
     def output_size(self, height: int, width: int) -> tuple[int, int]:
-        """(H, W) of what comes out for a picture of that size. Raises DataError as calling does."""
+        """Returns (H, W) of the result for an image of the given size. Raises DataError as `__call__` does."""
         if self.background is not None and self.longest_edge is None:
             height = width = max(height, width)
         sides = self._sides(height, width)
         return sides if self.background is None or self.longest_edge is None else (max(sides),) * 2
 
     def pixels(self, height: int, width: int) -> int:
-        """How many pixels all tiles of an image of that size have; raises as `tiles` does."""
+        """Returns the number of pixels of all tiles of an image of the given size; raises as `tiles` does."""
         if self.tile_range is not None:
             count = math.prod(tile_grid((height, width), self.size, *self.tile_range))
             return (count + (count > 1)) * math.prod(self.size)
@@ -235,7 +237,7 @@ class ImageProcessor:
         return height, width
 
     def _values(self) -> np.ndarray:
-        """float32 [256, 3]: what each byte of each channel becomes; the steps' own precision and order."""
+        """Returns float32 [256, 3], the value of each byte in each channel, with the steps' own precision and order."""
         values = np.arange(256, dtype=np.float32)
         if self.rescale_factor is not None:
             values = (values.astype(np.float64) * self.rescale_factor).astype(np.float32)
@@ -246,18 +248,18 @@ class ImageProcessor:
 
 
 def mismatch(given: str, expected: str) -> ConfigError:
-    """The refusal of a processor that makes other images than its model reads."""
+    """Returns the refusal of a processor that makes other images than its model reads."""
     todo = "restore preprocessor_config.json and config.json, which do not belong together"
     return ConfigError(given, expected, todo)
 
 
-def _require_picture(image: np.ndarray) -> None:
+def _require_image(image: np.ndarray) -> None:
     if not isinstance(image, np.ndarray):
         given = f"a {type(image).__name__}"
     elif image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
         given = f"{image.dtype} {list(image.shape)}"
     elif not image.size:
-        given = f"a picture of {image.shape[0]} x {image.shape[1]} pixels"
+        given = f"an image of {image.shape[0]} x {image.shape[1]} pixels"
     else:
         return
     raise DataError(
@@ -268,7 +270,7 @@ def _require_picture(image: np.ndarray) -> None:
 
 
 def _crop_centre(image: np.ndarray, height: int, width: int) -> np.ndarray:
-    """The middle; of an odd number of pixels, one more is cut below and right, or added, black, above and left."""
+    """Crops the centre; for an odd margin, cuts one more pixel below and right, or adds one (black) above and left."""
     missing = [max(0, wanted - given) for wanted, given in zip((height, width), image.shape[:2], strict=True)]
     image = np.pad(image, [*((-(-n // 2), n // 2) for n in missing), (0, 0)])
     top, left = (image.shape[0] - height) // 2, (image.shape[1] - width) // 2

@@ -1,4 +1,4 @@
-"""Decoding and resizing of pictures that strangers made: bounded, complete, and always uint8 RGB."""
+"""Decodes and resizes images from untrusted sources: bounded, complete, and always uint8 RGB."""
 
 from __future__ import annotations
 
@@ -14,35 +14,35 @@ from mllm_jax.errors import DataError
 from mllm_jax.files import read_bytes
 
 MAX_PIXELS = 50_000_000
-MAX_BYTES = 512 << 20  # of a file: MAX_PIXELS without compression have 150 MB, with 16 bits a sample twice as much
-# Formats that Pillow decodes in-process; others (EPS, for one) would start foreign programs on untrusted bytes.
+MAX_BYTES = 512 << 20  # of a file: MAX_PIXELS without compression take 150 MB, with 16 bits a sample twice as much
+# Formats that Pillow decodes in-process; others (such as EPS) would start other programs on untrusted bytes.
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 
 
 def decode_image(data: bytes, *, what: str) -> np.ndarray:
-    """Decodes an encoded picture as a person would see it.
+    """Decodes an encoded image as a person would see it.
 
-    Grey, palette and CMYK become RGB, transparency lies on white, 16-bit samples keep their high byte, and the EXIF
-    orientation is applied.
+    Grey, palette and CMYK become RGB, transparency is blended with white, 16-bit samples keep their high byte, and the
+    EXIF orientation is applied.
 
     Args:
         data: the encoded bytes (PNG, JPEG, WebP, GIF, BMP, TIFF or PPM; of an animation the first frame).
-        what: how to name the picture in a message, such as "record 12 of openmoji/train".
+        what: name of the image for messages, such as "record 12 of openmoji/train".
 
     Returns:
         uint8 [height, width, 3].
 
     Raises:
-        DataError: the bytes are no picture, are truncated, or the header declares more than 50 megapixels.
+        DataError: the bytes are no image, are truncated, or the header declares more than 50 megapixels.
     """
     try:
         with warnings.catch_warnings():
-            # Pillow warns from 89 megapixels on; the bound below is stricter and is an error.
+            # Pillow warns from 89 megapixels on; the bound below is lower and is an error.
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             image = Image.open(io.BytesIO(data), formats=FORMATS)
     except Image.DecompressionBombError as error:
-        raise _too_large(what, "far more than that") from error
-    except Exception as error:  # Pillow's plugins raise many kinds on hostile bytes
+        raise _too_large(what, "far more pixels") from error
+    except Exception as error:  # Pillow's plugins raise many types on hostile bytes
         raise _broken(what, error) from error
     if image.width * image.height > MAX_PIXELS:
         raise _too_large(what, f"{image.width} x {image.height} pixels")
@@ -54,16 +54,16 @@ def decode_image(data: bytes, *, what: str) -> np.ndarray:
 
 
 def read_image(path: str | os.PathLike) -> np.ndarray:
-    """Reads and decodes a picture file; returns and raises what `decode_image` does.
+    """Reads and decodes an image file; returns and raises what `decode_image` does.
 
     Raises:
-        DataError: also where the file is missing or cannot be read, is a pipe or a device, or larger than MAX_BYTES.
+        DataError: also if the file is missing, cannot be read, is a pipe or a device, or is larger than MAX_BYTES.
     """
     try:
         data = read_bytes(path, MAX_BYTES, DataError)
     except OSError as error:
         raise DataError(
-            f"the picture {os.fspath(path)} cannot be read ({type(error).__name__}: {error.strerror or error})",
+            f"the image {os.fspath(path)} cannot be read ({type(error).__name__}: {error.strerror or error})",
             "a file that exists and may be read",
             "correct the path or its permissions",
         ) from error
@@ -71,35 +71,35 @@ def read_image(path: str | os.PathLike) -> np.ndarray:
 
 
 def as_picture(image: np.ndarray | Image.Image | bytes | str | os.PathLike) -> np.ndarray:
-    """A picture in any form that people have it in, as uint8[H, W, 3].
+    """Converts an image in any common form to uint8[H, W, 3].
 
     Raises:
         DataError: a file that cannot be read, an image that Pillow cannot finish reading or whose samples are floating
-            point, an array of another shape or dtype, or something else altogether.
+            point, an array of another shape or dtype, or another type of object.
     """
     if isinstance(image, Image.Image):
         try:
             return np.asarray(_to_rgb(image))
-        except Exception as error:  # Pillow reads a file when its pixels are asked for
-            raise _broken("an image of Pillow", error) from error
+        except Exception as error:  # Pillow reads the file when its pixels are needed
+            raise _broken("a Pillow image", error) from error
     if isinstance(image, (str, os.PathLike)):
         return read_image(image)
     if isinstance(image, bytes):
-        return decode_image(image, what="a picture")
+        return decode_image(image, what="an image")
     if hasattr(image, "__array__"):
-        image = np.asarray(image)  # also of what is drawn only now
+        image = np.asarray(image)  # also draws a `Drawn`
     if isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.ndim == 3 and image.shape[-1] == 3:
         return image
     given = f"{image.dtype}{list(image.shape)}" if isinstance(image, np.ndarray) else f"a {type(image).__name__}"
     raise DataError(
-        f"a picture given as {given}",
-        "uint8[height, width, 3], a picture of Pillow, a path, or the bytes of a file",
-        "convert it; a file from the network is to be fetched first",
+        f"an image given as {given}",
+        "uint8[height, width, 3], a Pillow image, a path, or the bytes of a file",
+        "convert it; download a file from the network first",
     )
 
 
 class Drawn:
-    """An image that is made each time that it is read, not before: what a source gives that draws its images."""
+    """An image that is drawn each time it is read, for sources that draw their images."""
 
     def __init__(self, draw: Callable[[], np.ndarray]):
         self.draw = draw
@@ -109,7 +109,7 @@ class Drawn:
 
 
 def resize(image: np.ndarray, size: int | tuple[int, int]) -> np.ndarray:
-    """Resizes a picture, filtering so that thin lines survive.
+    """Resizes an image, filtering so that thin lines survive.
 
     Args:
         image: uint8 [height, width, 3].
@@ -130,7 +130,7 @@ def resize(image: np.ndarray, size: int | tuple[int, int]) -> np.ndarray:
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "F":
         raise ValueError("samples are floating point, whose range is unknown")
-    if image.mode.startswith("I"):  # 16-bit grey, kept by Pillow as 16- or 32-bit integers
+    if image.mode.startswith("I"):  # 16-bit grey, which Pillow keeps as 16- or 32-bit integers
         samples, clear = np.asarray(image).astype(np.int64), image.info.get("transparency")
         high = np.clip(samples, 0, 65535) >> 8
         if isinstance(clear, int):
@@ -144,9 +144,9 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 def _too_large(what: str, size: str) -> DataError:
     return DataError(
-        f"{what}: the picture's header declares {size}",
+        f"{what}: the image's header declares {size}",
         f"at most {MAX_PIXELS:,} pixels, checked before anything is decoded",
-        "scale the picture down, or leave this record out",
+        "scale the image down, or leave this record out",
     )
 
 
@@ -156,6 +156,6 @@ def _broken(what: str, error: Exception) -> DataError:
         reason = "no header of these formats, or one without pixels"
     return DataError(
         f"{what}: cannot be decoded ({reason})",
-        f"a complete {', '.join(FORMATS)} picture",
+        f"a complete {', '.join(FORMATS)} image",
         "restore the file from its origin, or leave this record out",
     )

@@ -1,14 +1,14 @@
-"""Bounds on how many pixels are made of images, checked before anything is allocated.
+"""Bounds on the number of pixels of images, checked before memory is allocated.
 
-A file of some bytes can declare an image of 1 x 65,000 pixels; with its shorter side resized to 224, it would take
-13 GB. So what counts is every size that an image has on its way to the encoder, not only the one it is decoded to.
+A file of a few bytes can declare an image of 1 x 65,000 pixels; resized to a shorter side of 224, it would take 13 GB.
+So the bounds apply to every size of an image on its way to the encoder, not only to its decoded size.
 """
 
 from __future__ import annotations
 
 from mllm_jax.errors import DataError
 
-# An image that is resized to be larger than it was: 224 x 107,000 pixels, or 119 tiles of 448.
+# An image that resizing enlarges: 224 x 107,000 pixels, or 119 tiles of 448.
 MAX_GROWN_PIXELS = 24_000_000
 # An image with margins: a photo of 12,000 x 9,000 pixels that is padded to a square has 144 million.
 MAX_PADDED_PIXELS = 150_000_000
@@ -19,12 +19,12 @@ Size = tuple[int, int]
 
 
 def require_resized(given: Size, size: Size) -> None:
-    """Raises DataError: an image of (height, width) `given` that would grow too large when it is resized."""
+    """Raises DataError if resizing would make an image of (height, width) `given` too large."""
     _require(given, size, max(MAX_GROWN_PIXELS, given[0] * given[1]), "resizing")
 
 
 def require_padded(given: Size, size: Size) -> None:
-    """Raises DataError: an image of (height, width) `given` that margins would make too large."""
+    """Raises DataError if margins would make an image of (height, width) `given` too large."""
     _require(given, size, MAX_PADDED_PIXELS, "padding")
 
 
@@ -38,7 +38,7 @@ def _require(given: Size, size: Size, most: int, step: str) -> None:
 
 
 def require_call(pixels: int, what: str) -> None:
-    """Raises DataError: more than MAX_CALL_PIXELS pixels of `what`, all media of one call together."""
+    """Raises DataError if `what`, all media of one call together, has more than MAX_CALL_PIXELS pixels."""
     if pixels > MAX_CALL_PIXELS:
         raise DataError(
             f"{what} of {pixels:,} pixels together", f"at most {MAX_CALL_PIXELS:,} in one call", "give fewer at a time"

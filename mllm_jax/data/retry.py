@@ -1,4 +1,4 @@
-"""Reads that fail for a moment: tried again with growing pauses, and a clear stop where they go on failing."""
+"""Retries reads that fail temporarily, with growing pauses, and stops clearly if they keep failing."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from typing import TypeVar
 from mllm_jax.errors import ConfigError, ReadError
 
 T = TypeVar("T")
-# What waiting does not change.
+# Errors that waiting does not change.
 _LASTING = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
 
 
 @dataclass(frozen=True)
 class Patience:
-    """How long a failing read is tried: pauses of `first_pause` seconds, each `factor` times the one before it.
+    """Retry policy of failing reads: pauses of `first_pause` seconds, each `factor` times the previous one.
 
     Attributes:
-        attempts: reads in all.
-        slow_seconds: a read that takes longer is told, by its source and index.
+        attempts: total number of reads.
+        slow_seconds: a read that takes longer is reported with its source and index.
     """
 
     attempts: int = 6
@@ -35,16 +35,16 @@ class Patience:
 
 
 def patiently(read: Callable[[], T], what: str, patience: Patience = Patience()) -> T:
-    """What `read` returns, at the latest after `patience.attempts` failures of disk or network.
+    """Returns the result of `read`, after at most `patience.attempts` attempts if disk or network fail.
 
-    Such a failure is an OSError, or an error that one has caused, unless it says that the file is absent or forbidden.
-    Every new attempt is told as a warning.
+    Such a failure is an OSError, or an error caused by one, unless it reports that the file is absent or forbidden.
+    Every new attempt is reported as a warning.
 
     Args:
-        what: the source and index that are read, for the messages.
+        what: the source and index, for messages.
 
     Raises:
-        ReadError: it failed to the last; any other error of `read` as it is.
+        ReadError: the last attempt failed; other errors of `read` are raised unchanged.
     """
     pause = patience.first_pause
     for attempt in range(1, patience.attempts + 1):
@@ -55,15 +55,15 @@ def patiently(read: Callable[[], T], what: str, patience: Patience = Patience())
             cause = passing_cause(error)
             if cause is None:
                 raise
-            told = f"{type(cause).__name__}: {cause}"
+            reason = f"{type(cause).__name__}: {cause}"
             if attempt == patience.attempts:
                 raise ReadError(
-                    f"{what}: {attempt} attempts to read it failed, the last with {told}",
+                    f"{what}: {attempt} attempts to read it failed, the last with {reason}",
                     "a disk, bucket or network that answers",
-                    "see to where the source lies, then start the same command again: "
-                    "it goes on from the last checkpoint",
+                    "check the source's disk or network, then start the same command again: "
+                    "it continues from the last checkpoint",
                 ) from error
-            warnings.warn(f"{what}: {told}; attempt {attempt + 1} in {pause:g} s", stacklevel=2)
+            warnings.warn(f"{what}: {reason}; attempt {attempt + 1} in {pause:g} s", stacklevel=2)
             time.sleep(pause)
             pause *= patience.factor
         else:
@@ -74,10 +74,10 @@ def patiently(read: Callable[[], T], what: str, patience: Patience = Patience())
 
 
 def passing_cause(error: BaseException | None) -> OSError | None:
-    """The OSError that an error is or comes from, if it may pass with time."""
+    """Returns the OSError that an error is or comes from, if it may be temporary; else None."""
     while error is not None:
         if isinstance(error, OSError):
-            # A plain one without a number is not the system's: Pillow says so of a picture that is damaged.
+            # An OSError without a number is not the system's: Pillow raises it for a damaged image.
             damaged = type(error) is OSError and error.errno is None
             return None if isinstance(error, _LASTING) or damaged else error
         error = error.__cause__

@@ -1,6 +1,6 @@
-"""What a chat template may use up: characters and list items that it makes, and the thread's time.
+"""Limits of a chat template: the characters and list items that it makes, and the thread's time.
 
-Every step counts one, every value that is made its length; what would make a large value is counted before it is made.
+Every step counts one, every new value its length. Operations that would make a large value are counted before they run.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from typing import Any
 
 from jinja2 import TemplateRuntimeError
 
-# Characters and list items that a template may make, itself and for each character of the conversation: templates that
-# are in use make each message about five times (trimmed, split, joined, written).
+# Characters and list items that a template may make: a constant, and for each character of the conversation. Templates
+# in use make each message about five times (trimmed, split, joined, written).
 MAX_MADE, MADE_A_CHARACTER = 4_000_000, 32
-# Characters of the text that comes out, which has still to be made ids.
+# Characters of the rendered text, which is then encoded.
 MAX_TEXT, TEXT_A_CHARACTER = 500_000, 8
-# Of the thread's own time, which a busy machine lengthens to a few times. A template in use takes milliseconds.
+# Of the thread's own time; a busy machine takes a few times longer. A template in use takes milliseconds.
 MAX_SECONDS, SECONDS_A_CHARACTER = 2.0, 1e-6
 _MAX_BITS = 4096  # of an integer
 _MAX_WIDTH = 999  # of a formatted field
@@ -26,11 +26,11 @@ _PERCENT = re.compile(r"%(?:\([^)]*\))?[#0\- +]*(\*|\d*)(?:\.(\*|\d*))?")
 
 
 class BudgetError(TemplateRuntimeError):
-    """A template that would take more than its budget."""
+    """A template exceeds its budget."""
 
 
 class Budget:
-    """What is left of one rendering's budget, and the sizes of the lists and mappings that were met."""
+    """The rest of one rendering's budget, and the sizes of the lists and mappings seen."""
 
     def __init__(self, given: Any):
         self._sizes: dict[int, tuple[Any, int]] = {}
@@ -51,7 +51,7 @@ class Budget:
             raise BudgetError(f"the template takes more than {self._seconds:g} seconds")
 
     def size(self, value: Any) -> int:
-        """The characters and items of a value at every depth, however often it holds the same one."""
+        """Returns the characters and items of a value at every depth; repeated values count each time."""
         if isinstance(value, (str, bytes)):
             return 1 + len(value)
         if not isinstance(value, (list, tuple, dict)):
@@ -63,11 +63,11 @@ class Budget:
                 total += self.size(part)
                 if total > self.most:
                     raise BudgetError(f"the template makes a value of more than {self.most:,} characters and items")
-            known = self._sizes[id(value)] = (value, total)  # the value, so that no other gets its id
+            known = self._sizes[id(value)] = (value, total)  # keeps the value, so that no other value gets its id
         return known[1]
 
     def made(self, value: Any) -> Any:
-        """Counts a value that was made, and returns it."""
+        """Counts a new value, and returns it."""
         if isinstance(value, (str, bytes)):
             self.spend(len(value))
         elif isinstance(value, (list, tuple, dict)):
@@ -78,7 +78,7 @@ class Budget:
         return value
 
     def written(self, text: str) -> str:
-        """The text that comes out, if it is not too long."""
+        """Returns the rendered text if it is not too long."""
         if len(text) > self._text:
             raise BudgetError(f"the template writes {len(text):,} characters, more than {self._text:,}")
         return text
@@ -98,7 +98,7 @@ def _flat(view: Iterable) -> Iterator[Any]:
         yield from part if isinstance(part, tuple) else (part,)
 
 
-# ---- what may become large
+# ---- operations that may make large values
 
 
 def before_operator(budget: Budget, operator: str, left: Any, right: Any) -> None:
@@ -126,7 +126,7 @@ def require_width(width: str) -> None:
 
 
 def before_method(budget: Budget, owner: Any, name: str, args: tuple, kwargs: Mapping[str, Any]) -> None:
-    """Counts what a method of text, bytes or a number makes; all that are not named make about what they are given."""
+    """Counts the result of a method of text, bytes or a number; other methods make about as much as they get."""
     given = (*args, *kwargs.values())
     if name in ("ljust", "rjust", "center", "zfill", "to_bytes", "expandtabs"):
         widths = [value for value in given if isinstance(value, int)]
@@ -146,7 +146,7 @@ def _before_replace(budget: Budget, text: Any, old: Any, new: Any) -> None:
 
 
 def _require_few(characters: Iterable[Any]) -> None:
-    """Stripping looks at each of these at each place."""
+    """Limits the characters to strip: each is compared at each position."""
     for given in characters:
         if isinstance(given, (str, bytes)) and len(given) > 1_000:
             raise BudgetError(f"the template strips {len(given):,} different characters")
@@ -164,7 +164,7 @@ def before_filter(budget: Budget, name: str, value: Any, args: tuple, kwargs: Ma
         if name == "tojson":
             require_width(str(longest))
     elif name == "round" and largest > 100:
-        raise BudgetError(f"the template rounds to {largest:,} places")
+        raise BudgetError(f"the template rounds to {largest:,} digits")
     elif name == "trim":
         _require_few(given)
     elif name == "replace" and len(args) > 1:
@@ -176,7 +176,7 @@ def before_filter(budget: Budget, name: str, value: Any, args: tuple, kwargs: Ma
 
 
 def before_join(budget: Budget, values: Any, between: str | bytes) -> list:
-    """The values as a list, counted with what stands between them."""
+    """Returns the values as a list, counted with the separators."""
     listed = []
     for value in values:
         budget.text(value)

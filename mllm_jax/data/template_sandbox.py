@@ -1,9 +1,9 @@
-"""Renders chat templates, which are programs that strangers wrote, within a budget of time, text and memory.
+"""Renders chat templates, which are untrusted programs, within a budget of time, text and memory.
 
-Jinja's sandbox keeps a template from what it must not see; it does not keep it from running for ever. Here every loop
-step, call, filter and operator takes from a budget, and what would make a large value is refused before it is made: no
-thread, signal or process is needed. What templates find here is what transformers gives them: the same options, filters
-and names, except for filters of web pages and dummy text.
+Jinja's sandbox restricts the objects that a template can reach, but not its time. Here every loop step, call, filter
+and operator takes from a budget, and operations that would make a large value are refused before they run. No thread,
+signal or process is needed. Templates get the same options, filters and names as in transformers, except for filters
+of web pages and dummy text.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ from mllm_jax.data.template_budget import (
 MAX_TEMPLATE = (
     100_000  # characters, which take up to 2 s to compile; the longest templates of well-known models have 30,000
 )
-_UNKNOWN = ("lipsum", "pprint", "striptags", "urlize", "wordwrap", "xmlattr")  # slow, and of no use in a chat
-# Filters that look at no more of a value than its first level; all others may write it out.
+_UNKNOWN = ("lipsum", "pprint", "striptags", "urlize", "wordwrap", "xmlattr")  # slow, and useless in a chat
+# Filters that read only the first level of a value; all others may write it out.
 _SHALLOW = {
     "attr", "batch", "count", "d", "default", "dictsort", "first", "groupby", "items", "join", "last", "length", "list",
     "map", "max", "min", "random", "reject", "rejectattr", "reverse", "select", "selectattr", "slice", "sort", "sum",
@@ -47,10 +47,10 @@ _SHALLOW = {
 
 
 def render(template: str, messages: Sequence[Mapping[str, Any]], **variables: Any) -> str:
-    """The text that a chat template makes of messages.
+    """Renders messages with a chat template.
 
     Raises:
-        Exception: whatever the template leads to; BudgetError among others, and RecursionError.
+        Exception: any that the template raises; among others BudgetError and RecursionError.
     """
     if len(template) > MAX_TEMPLATE:
         raise BudgetError(f"a template of {len(template):,} characters, more than {MAX_TEMPLATE:,}")
@@ -71,7 +71,7 @@ def _compiled(template: str) -> jinja2.Template:
 
 
 def _plain(value: Any) -> Any:
-    """Data of JSON's types alone, as transformers gives it to templates; others are named in their place."""
+    """Returns a value with only JSON's types, as transformers gives it to templates; others become their names."""
     if value is None or isinstance(value, (bool, int, float)):
         return value
     if isinstance(value, Mapping):
@@ -84,7 +84,7 @@ def _plain(value: Any) -> Any:
 
 
 def _aliased(message: dict[str, Any]) -> dict[str, Any]:
-    """Without keys that hold nothing, and with the names of reasoning that templates ask for, as in transformers."""
+    """Returns a message without empty keys, and with the names of reasoning that templates use, as in transformers."""
     message = {key: value for key, value in message.items() if value is not None}
     reasoning = next((message[key] for key in ("reasoning_content", "thinking", "reasoning") if key in message), None)
     return message if reasoning is None else {"thinking": reasoning, **message, "reasoning_content": reasoning}
@@ -97,11 +97,11 @@ _BUDGET: ContextVar[Budget] = ContextVar("budget")
 
 
 class _Code(CodeGenerator):
-    """Python that counts: steps of loops, and text of the template each time that it is written."""
+    """Generates Python code that counts the steps of loops and each output of the template's text."""
 
     def visit_For(self, node: nodes.For, frame: Any) -> None:
         node.body = [nodes.Output([]).set_lineno(node.lineno), *node.body]
-        if node.test is not None:  # what it leaves out is a step as well
+        if node.test is not None:  # an item that the test leaves out is a step too
             step = nodes.Call(nodes.EnvironmentAttribute("step"), [], [], None, None)
             node.test = nodes.And(step, node.test).set_lineno(node.lineno)
         super().visit_For(node, frame)
@@ -179,7 +179,7 @@ class _Environment(ImmutableSandboxedEnvironment):
         self.globals |= dict(raise_exception=_refuse, strftime_now=_now, dict=_Dict(), namespace=_Namespace)
 
     def step(self) -> bool:
-        """One step of a loop over what it leaves out; `call` counts it."""
+        """Counts a step of a loop over an item that it leaves out; `call` does the counting."""
         return True
 
     def spend(self, amount: int) -> None:
@@ -187,11 +187,11 @@ class _Environment(ImmutableSandboxedEnvironment):
         _BUDGET.get().spend(amount)
 
     def made(self, value: Any) -> Any:
-        """Counts a list, tuple or mapping that the template spells."""
+        """Counts a list, tuple or mapping literal of the template."""
         return _BUDGET.get().made(value)
 
     def joined(self, context: Any, parts: tuple) -> str:
-        """The operator `~`."""
+        """Implements the operator `~`."""
         budget = _BUDGET.get()
         for part in parts:
             budget.text(part)
@@ -237,7 +237,7 @@ class _Environment(ImmutableSandboxedEnvironment):
 
 
 def _counted(name: str, function: Any) -> Any:
-    """A filter that takes from the budget. It asks for the context, so that none is applied while compiling."""
+    """Returns a filter that takes from the budget. It asks for the context, so that it never runs at compile time."""
     wanted = getattr(getattr(function, "jinja_pass_arg", None), "name", None)
 
     @pass_context
@@ -259,7 +259,7 @@ def _counted(name: str, function: Any) -> Any:
 
 @pass_context
 def _finalize(context: Any, value: Any) -> Any:
-    """Counts what the template writes out."""
+    """Counts the output of the template."""
     budget = _BUDGET.get()
     budget.text(value)
     budget.spend(len(value) if isinstance(value, str) else 0)
@@ -267,7 +267,7 @@ def _finalize(context: Any, value: Any) -> Any:
 
 
 class _Generation(Extension):
-    """{% generation %}...{% endgeneration %}, which marks what the assistant says: here it is written as it is."""
+    """{% generation %}...{% endgeneration %}, which marks the assistant's text: written unchanged here."""
 
     tags = {"generation"}
 
@@ -281,7 +281,7 @@ class _Generation(Extension):
 
 
 class _Dict:
-    """`dict` in a template, without what the class itself leads to."""
+    """`dict` in a template, without access to the class itself."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> dict:
         return dict(*args, **kwargs)
@@ -291,7 +291,7 @@ class _Dict:
 
 
 class _Namespace(Namespace):
-    """`namespace` in a template: no names that begin with an underscore, and written out in one word."""
+    """`namespace` in a template: no names that begin with an underscore, and written out as one word."""
 
     def __init__(*args: Any, **kwargs: Any):
         self, values = args[0], dict(*args[1:], **kwargs)

@@ -1,8 +1,8 @@
-"""Pictures of any size as tiles of one size, and where their media tokens stand in the text (LLaVA-NeXT's "anyres").
+"""Images of any size as tiles of one size, and the positions of their media tokens (LLaVA-NeXT's "anyres").
 
-The tiles of a picture are: the whole picture, squeezed into one; then the picture, its aspect ratio kept and margins
-added, cut into those of the resolution that fits it best. In the text the whole picture comes first; then, row by row
-and each row with a newline vector behind it, the features of the tiles together, those of the margins left out.
+The tiles of an image are: the whole image, squeezed into one; then the image, with its aspect ratio kept and margins
+added, cut into the tiles of the resolution that fits it best. In the text the whole image comes first. The features of
+the other tiles follow row by row, without those of the margins, with a newline vector after each row.
 Sources: the blog posts on LLaVA-NeXT (January 2024) and LLaVA-OneVision (arXiv 2408.03326).
 
 All sizes are (height, width).
@@ -23,15 +23,15 @@ from mllm_jax.errors import ConfigError
 
 Size = tuple[int, int]
 
-_REDUCES_ABOVE = 1.1  # LLaVA-OneVision leaves features alone that are hardly too many
+_REDUCES_ABOVE = 1.1  # LLaVA-OneVision keeps features whose number is only slightly too large
 
 
 class Places(NamedTuple):
-    """What stands for a picture in the text.
+    """The vectors of an image in the text.
 
     Attributes:
-        places: int[L], or int[L, 4] with weights: media tokens counted over the picture's tiles, or NEWLINE.
-        weights: float32[L, 4] of the media tokens whose sum stands at a place, or None.
+        places: int[L], or int[L, 4] with weights: media tokens counted over the image's tiles, or NEWLINE.
+        weights: float32[L, 4] of the media tokens whose sum is at a position, or None.
     """
 
     places: np.ndarray
@@ -42,7 +42,7 @@ class Places(NamedTuple):
 
 
 def best_resolution(size: Size, resolutions: Iterable[Size]) -> Size:
-    """The resolution that keeps most of a picture's pixels; among equals the one with the smallest margins."""
+    """Returns the resolution that keeps most of an image's pixels; among equals the one with the smallest margins."""
     height, width = size
 
     def merit(resolution: Size) -> tuple[int, int]:
@@ -54,7 +54,7 @@ def best_resolution(size: Size, resolutions: Iterable[Size]) -> Size:
 
 
 def fitted_size(size: Size, target: Size) -> Size:
-    """The largest size that a picture has inside the target with its aspect ratio kept, rounded up."""
+    """Returns the largest size of an image inside the target with its aspect ratio kept, rounded up."""
     tall, wide = (inside / outside for inside, outside in zip(target, size, strict=True))
     if wide < tall:
         return min(math.ceil(size[0] * wide), target[0]), target[1]
@@ -62,7 +62,7 @@ def fitted_size(size: Size, target: Size) -> Size:
 
 
 def pad_to(image: np.ndarray, target: Size, colour: tuple[int, int, int] = (0, 0, 0)) -> np.ndarray:
-    """uint8[h, w, 3] -> uint8[*target, 3]: a margin on both sides, an odd pixel below or right."""
+    """Pads uint8[h, w, 3] to uint8[*target, 3]: a margin on both sides, an odd pixel below or right."""
     padded = np.empty((*target, 3), np.uint8)
     padded[:] = colour
     (height, width), (tall, wide) = image.shape[:2], target
@@ -72,7 +72,7 @@ def pad_to(image: np.ndarray, target: Size, colour: tuple[int, int, int] = (0, 0
 
 
 def cut(image: np.ndarray, side: int) -> list[np.ndarray]:
-    """The tiles of a picture, row by row; those at its lower and right edge may be smaller."""
+    """Cuts an image into tiles, row by row; those at its lower and right edge may be smaller."""
     rows, columns = (range(0, length, side) for length in image.shape[:2])
     return [image[top : top + side, left : left + side] for top in rows for left in columns]
 
@@ -84,16 +84,16 @@ MAX_TILES = 1_000  # InternVL's own settings have 6 to 40
 
 @lru_cache(maxsize=256)
 def tile_grid(size: Size, tile: Size, least: int, most: int) -> Size:
-    """How many rows and columns of tiles a picture becomes.
+    """Returns the numbers of rows and columns of tiles that an image becomes.
 
-    The grid whose ratio of columns to rows is nearest to the picture's ratio of width to height, both taken as they
-    are, not their logarithms. Among equals the smaller one, unless the picture has more pixels than half of those that
-    a larger one's tiles have.
+    The grid whose ratio of columns to rows is nearest to the image's ratio of width to height; the ratios themselves
+    are compared, not their logarithms. Among equals the smaller one, unless the image has more than half as many pixels
+    as the tiles of a larger one.
 
     Args:
-        size: the picture's.
-        tile: a tile's.
-        least, most: how many tiles there may be, without the thumbnail.
+        size: of the image.
+        tile: size of a tile.
+        least, most: bounds on the number of tiles, without the thumbnail.
 
     Raises:
         ConfigError: more tiles than any model takes.
@@ -104,7 +104,9 @@ def tile_grid(size: Size, tile: Size, least: int, most: int) -> Size:
     counts = range(1, most + 1)
     grids = [(rows, columns) for columns in counts for rows in counts if least <= rows * columns <= most]
     best, nearest = (1, 1), float("inf")
-    for rows, columns in sorted(grids, key=lambda grid: grid[0] * grid[1]):  # of as many tiles, the fewest columns
+    for rows, columns in sorted(
+        grids, key=lambda grid: grid[0] * grid[1]
+    ):  # among equal numbers of tiles, fewest columns
         distance = abs(width / height - columns / rows)
         fills = 2 * height * width > tile[0] * tile[1] * rows * columns
         if distance < nearest or (distance == nearest and fills):
@@ -112,17 +114,17 @@ def tile_grid(size: Size, tile: Size, least: int, most: int) -> Size:
     return best
 
 
-# ---- places
+# ---- positions
 
 
 def unpadded(size: Size, grid: Size, rounds: bool = True) -> tuple[slice, slice]:
-    """The rows and columns of a grid of features over a padded picture that show the picture.
+    """Returns the rows and columns of a grid of features over a padded image that show the image.
 
     Args:
-        size: the picture's own.
-        grid: features of the picture with its margins.
+        size: the image's own.
+        grid: features of the image with its margins.
         rounds: to 7 decimal places before the rest is cut off, as transformers does; the original repository cuts at
-            once and so may leave out a row of the picture.
+            once, which may lose a row of the image.
     """
     (height, width), (rows, columns) = size, grid
 
@@ -138,13 +140,13 @@ def unpadded(size: Size, grid: Size, rounds: bool = True) -> tuple[slice, slice]
 def anyres_places(
     size: Size, resolution: Size, tile: int, grid: int, max_tiles: int | None = None, rounds: bool = True
 ) -> Places:
-    """The places of a picture that is cut into tiles.
+    """Returns the positions of an image that is cut into tiles.
 
     Args:
-        size: the picture's own, in pixels.
+        size: of the image, in pixels.
         resolution: its `best_resolution`, whole tiles.
-        tile: a tile's side in pixels; grid: in media tokens, which are counted row by row, tile by tile.
-        max_tiles: features of more tiles than these are resized to about as many (LLaVA-OneVision's "anyres_max_9").
+        tile: side of a tile in pixels; grid: in media tokens, which are counted row by row, tile by tile.
+        max_tiles: features of more tiles are resized to about this number (LLaVA-OneVision's "anyres_max_9").
         rounds: see `unpadded`.
     """
     down, across = (length // tile for length in resolution)
@@ -159,12 +161,12 @@ def anyres_places(
 
 
 def tile_places(grid: int) -> Places:
-    """The places of a picture of one tile, with a newline behind it, as LLaVA-OneVision has several in a text."""
+    """Returns the positions of a one-tile image and a newline, as in LLaVA-OneVision's texts of several images."""
     return Places(np.append(np.arange(grid**2), NEWLINE))
 
 
 def video_places(frames: int, grid: int) -> Places:
-    """The places of a video: each frame is a tile, resized to half its sides, rounded up; one newline at the end."""
+    """Returns the positions of a video: each frame is a tile of half its sides, rounded up; a newline at the end."""
     tokens = rearrange(np.arange(frames * grid**2), "(f r c) -> f r c", r=grid, c=grid)
     half = [resized(frame, (-(-grid // 2), -(-grid // 2))) for frame in tokens]
     flat = [Places(rearrange(p, "r c k -> (r c) k"), rearrange(w, "r c k -> (r c) k")) for p, w in half]
@@ -172,10 +174,10 @@ def video_places(frames: int, grid: int) -> Places:
 
 
 def resized(tokens: np.ndarray, size: Size) -> Places:
-    """A grid of features resized by linear interpolation of pixels' centres, without antialiasing.
+    """Resizes a grid of features by linear interpolation of pixel centres, without antialiasing.
 
     Args:
-        tokens: int[r, c], which features.
+        tokens: int[r, c], indices of the features.
 
     Returns:
         int[*size, 4] and float32[*size, 4].
@@ -188,7 +190,7 @@ def resized(tokens: np.ndarray, size: Size) -> Places:
 
 
 def _neighbours(given: int, wanted: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Between which two of `given` each of `wanted` lies, and how far on the way to the second."""
+    """Returns the two of `given` between which each of `wanted` is, and its fraction of the way to the second."""
     scale = np.float32(given / wanted)  # in float32 throughout, as torch computes it
     at = np.maximum((np.arange(wanted, dtype=np.float32) + np.float32(0.5)) * scale - np.float32(0.5), 0)
     low = np.minimum(at.astype(np.int64), given - 1)
@@ -196,7 +198,7 @@ def _neighbours(given: int, wanted: int) -> tuple[np.ndarray, np.ndarray, np.nda
 
 
 def _lines(grid: Places) -> Places:
-    """A grid [r, c] or [r, c, 4] row by row, each with a newline behind it."""
+    """Returns a grid [r, c] or [r, c, 4] row by row, with a newline after each row."""
 
     def flat(x: np.ndarray, end: float) -> np.ndarray:
         x = np.concatenate([x, np.full((len(x), 1, *x.shape[2:]), end, x.dtype)], axis=1)
@@ -207,13 +209,13 @@ def _lines(grid: Places) -> Places:
 
 
 def _only_first(places: Places) -> Places:
-    """Newlines, of which there is one at a place, with the first weight."""
+    """Gives newlines, of which there is one at a position, all the weight on the first entry."""
     weights = np.where(places.places == NEWLINE, np.eye(1, 4, dtype=np.float32), places.weights)
     return Places(places.places, weights)
 
 
 def _joined(*parts: Places) -> Places:
-    """One behind the other; with weights where any has them."""
+    """Concatenates positions; with weights if any part has them."""
     if all(part.weights is None for part in parts):
         return Places(np.concatenate([part.places for part in parts]))
     alone = np.eye(1, 4, dtype=np.float32)

@@ -1,4 +1,4 @@
-"""A tokenizer that is trained here, with the interface of `ChatTokenizer`: a run needs no transformers for it."""
+"""A tokenizer that is trained here, with the interface of `ChatTokenizer`; a run needs no transformers for it."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ from mllm_jax.data.chat_template import (
 from mllm_jax.errors import DataError
 from mllm_jax.files import read_json, write_atomic
 
-# What the backend parts a text at before all else, so that its pieces have the same ids alone; SEAMs are left out.
+# Where the backend splits a text first, so that the pieces have the same ids alone; SEAMs are left out.
 _PIECES = re.compile(f"({'|'.join(map(re.escape, SPECIAL_TOKENS))})|{SEAM}")
 TOKENIZER, SETTINGS, TEMPLATE = "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"
 
 
 class Tokenizer:
-    """Text to ids and back; a thin cover over `tokenizers.Tokenizer`.
+    """Encodes and decodes text; a thin wrapper of `tokenizers.Tokenizer`.
 
     Args:
         template: the chat template.
@@ -60,51 +60,51 @@ class Tokenizer:
         self._piece = lru_cache(maxsize=1 << 17)(self._encoded)
 
     def token_of(self, token_id: int) -> str:
-        """The token as text."""
+        """Returns the token as text."""
         return self.backend.id_to_token(int(token_id))
 
     def id_of(self, token: str) -> int | None:
         return self.backend.token_to_id(token)
 
     def ids(self, text: str) -> list[int]:
-        """The ids of a text in which special tokens are such; a SEAM parts what is none. Nothing is put around it."""
+        """Encodes a text with special tokens, without adding any; a SEAM splits those that are plain text."""
         return [i for piece in _PIECES.split(text) if piece for i in self._piece(piece)]
 
     def _encoded(self, piece: str) -> tuple[int, ...]:
-        """The ids of a text between special tokens, or of one; remembered, as questions and answers repeat."""
+        """Encodes a text between special tokens, or one such token; cached, because questions and answers repeat."""
         try:
             return tuple(self.backend.encode(piece, add_special_tokens=False).ids)
-        except Exception as error:  # half a pair of surrogates is a TypeError to tokenizers
+        except Exception as error:  # half a surrogate pair is a TypeError to tokenizers
             raise not_encodable(piece, error) from error
 
     def encode(self, text: str) -> list[int]:
-        """<bos> and a text, in which special tokens are such."""
+        """Encodes <bos> and a text, which may contain special tokens."""
         return [self.bos_token_id, *self.ids(spaced(text))]
 
     def words(self, text: str) -> list[int]:
-        """The ids of plain text, which may stand anywhere in a conversation; special tokens that it spells are text."""
+        """Encodes plain text at any position of a conversation; special tokens that it spells are text."""
         return self.ids(parted(spaced(text), SPECIAL_TOKENS))
 
     def caption_ids(self, text: str) -> list[int]:
-        """<bos> caption <eos>"""
+        """Encodes <bos> caption <eos>."""
         return [self.bos_token_id, *self.words(text), self.eos_token_id]
 
     def render_chat(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True) -> str:
-        """A conversation as the template writes it; takes and raises what `ChatTokenizer.render_chat` does."""
+        """Renders a conversation with the template; takes and raises the same as `ChatTokenizer.render_chat`."""
         if self.answer_id is not None:
             return own_text(messages, add_generation_prompt)
         return rendered(self.template, messages, add_generation_prompt, bos_token=BOS, eos_token=EOS, pad_token=PAD)
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Ids to text, special tokens left out."""
+        """Decodes ids, without special tokens."""
         return self.backend.decode([int(i) for i in ids], skip_special_tokens=True).strip()
 
     def fingerprint(self) -> str:
-        """A short text that differs where ids or rows would."""
+        """Returns a short hash that differs if ids or rows would."""
         return hashlib.sha256((self.backend.to_str() + self.template).encode()).hexdigest()[:16]
 
     def save(self, folder: Path) -> None:
-        """Writes tokenizer.json, tokenizer_config.json and chat_template.jinja; transformers reads them too."""
+        """Writes tokenizer.json, tokenizer_config.json and chat_template.jinja; transformers can read them."""
         folder.mkdir(parents=True, exist_ok=True)
         names = dict(bos_token=BOS, eos_token=EOS, pad_token=PAD, additional_special_tokens=[IMAGE, USER, ASSISTANT])
         settings = dict(tokenizer_class="PreTrainedTokenizerFast", clean_up_tokenization_spaces=False, **names)
@@ -114,7 +114,7 @@ class Tokenizer:
 
     @staticmethod
     def is_in(folder: Path) -> bool:
-        """Whether a folder holds a tokenizer that was trained here."""
+        """Returns whether a folder holds a tokenizer that was trained here."""
         try:
             settings = read_json(folder / SETTINGS, DataError)
         except (OSError, DataError):
@@ -148,16 +148,16 @@ class Tokenizer:
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int, phrases: Sequence[str] = ()) -> Tokenizer:
-        """Byte-level BPE (arXiv 1508.07909) with at most `vocab_size` entries, special tokens and phrases included.
+        """Trains byte-level BPE (arXiv 1508.07909) of at most `vocab_size` entries, with special tokens and phrases.
 
         Args:
-            phrases: of several words, each of which becomes one token wherever a text has it.
+            phrases: sequences of words, each of which becomes one token wherever it occurs.
         """
         from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
         from tokenizers import Tokenizer as Backend
 
         backend = Backend(models.BPE())
-        # Texts come with the space that they begin with; what follows a special token or a phrase gets none.
+        # Texts come with their leading space; text after a special token or a phrase gets none.
         backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         backend.decoder = decoders.ByteLevel()
         trainer = trainers.BpeTrainer(
@@ -172,5 +172,5 @@ class Tokenizer:
 
 
 def tokenizer_in(folder: Path) -> Tokenizer | ChatTokenizer:
-    """The tokenizer in a folder, whoever made it. Raises DataError: see both classes' `load`."""
+    """Reads the tokenizer in a folder, of either class. Raises DataError: see both classes' `load`."""
     return Tokenizer.load(folder) if Tokenizer.is_in(folder) else ChatTokenizer.load(folder)

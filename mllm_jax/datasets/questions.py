@@ -1,10 +1,10 @@
-"""Questions of one's own, in one file: a JSON list of records, or JSON lines.
+"""Questions from the user's own file: a JSON list of records, or JSON lines.
 
     {"question": "What is this?", "image": "a.png", "answer": ["a cat", "cat"]}
     {"question": "What is this?", "images": ["a.png", "b.png"], "choices": ["a cat", "a dog"], "answer": "B", "id": "7"}
 
-With choices the answer is a letter, an index from 0 or the choice's text. The id may also be called `question_id`. What
-else a record has is not read.
+With choices, the answer is a letter, an index from 0 or the choice's text. The id may also be called `question_id`.
+Other fields are ignored.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from mllm_jax.datasets.record_checks import encodable, inside, may_name_file, sh
 from mllm_jax.errors import DataError
 from mllm_jax.files import JSON_BYTES, parse_json, read_bytes
 
-MEND = "mend the record, or leave it out"
+MEND = "correct the record, or leave it out"
 
 
 @dataclass(frozen=True)
 class Question:
-    """One question and the answers that are right, the first of which is shown.
+    """One question and its right answers; the report shows the first.
 
     Attributes:
-        images: what it is about, in the question's order.
-        choices: what the answer is chosen from, if it is.
-        id: names it in predictions; "": its number does.
+        images: in the question's order.
+        choices: the texts to choose from, if any.
+        id: names the question in predictions; "": its number does.
     """
 
     question: str
@@ -47,7 +47,7 @@ class Questions:
 
     Attributes:
         path: the file, .json or .jsonl.
-        media_folder: what the records' names of images are relative to; None: the file's own folder.
+        media_folder: folder of the records' image names; None: the file's own folder.
     """
 
     path: str
@@ -65,10 +65,10 @@ class Questions:
         return self.build()[index]
 
     def build(self) -> tuple[Question, ...]:
-        """Reads the file, once while it stays as it is; images are only looked for.
+        """Reads the file, again only if it changes; checks only that images exist.
 
         Raises:
-            DataError: a file that cannot be read or has no questions, or the first record that is not one.
+            DataError: the file cannot be read or has no questions, or a record is not a question.
         """
         path = Path(self.path)
         folder = path.parent if self.media_folder is None else Path(self.media_folder)
@@ -81,17 +81,17 @@ class Questions:
 
 @functools.lru_cache(maxsize=4)
 def _questions(path: Path, folder: Path, size: int, changed: int) -> tuple[Question, ...]:
-    """Size and time of change make a file that was replaced be read again."""
+    """Reads the questions; `size` and `changed` make the cache read a changed file again."""
     return tuple(_Record(place, record, folder).read() for place, record in _records(path))
 
 
 def option(index: int, choice: str) -> str:
-    """How a choice is offered: its letter and its text."""
+    """Returns a choice as it is offered: its letter and its text."""
     return f"{ascii_uppercase[index]}. {choice}"
 
 
 def _records(path: Path) -> list[tuple[str, Any]]:
-    """Each record of a file, and where it is, for messages."""
+    """Returns each record of a file with its location, for messages."""
     todo = "correct the file"
     if path.suffix not in (".json", ".jsonl"):
         raise DataError(f"the questions {path}", "a file .json or .jsonl", "rename or convert it")
@@ -174,7 +174,7 @@ class _Record:
         return found
 
     def _chosen(self, choices: tuple[str, ...]) -> tuple[str, ...]:
-        """The forms in which the right choice may be named: by its letter, by its text, or by both."""
+        """Returns the texts that name the right choice: its letter, its text, or both."""
         answer, letters = self.record.get("answer"), ascii_uppercase[: len(choices)]
         meant: set[int] = set()
         if isinstance(answer, int) and not isinstance(answer, bool):
@@ -184,16 +184,16 @@ class _Record:
             meant = {i for i in range(len(choices)) if said in (letters[i].lower(), _plain(choices[i]))}
         if len(meant) != 1:
             given = f"answer {short(answer)}" if "answer" in self.record else "no answer"
-            told = " or ".join(option(index, choices[index]) for index in sorted(meant))
+            named = " or ".join(option(index, choices[index]) for index in sorted(meant))
             self._refuse(
-                f"{given}, which is {told}" if meant else f"{given} to {len(choices)} choices",
+                f"{given}, which is {named}" if meant else f"{given} to {len(choices)} choices",
                 f"a letter A to {letters[-1]}, an index 0 to {len(choices) - 1}, or one choice's text",
                 "write the index" if meant else MEND,
             )
         (index,) = meant
         letter, text = letters[index], choices[index]
         forms = (option(index, text), letter, f"({letter})", f"{letter})", f"({letter}) {text}", f"{letter}) {text}")
-        # A text that is a letter itself would be another choice's name.
+        # A text that is itself a letter would be another choice's name.
         return (*forms, f"{letter}: {text}", *(() if text.upper() in letters else (text,)))
 
     def _answers(self) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""What files of records have in common: values in messages, and names of files inside one folder."""
+"""Checks for files of records: values in messages, and names of files inside one folder."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 
 def short(value: Any) -> str:
-    """A value for a message, however long or deep it is."""
+    """Returns a value as text for a message, whatever its length or depth."""
     return _REPR.repr(value)
 
 
@@ -18,7 +18,7 @@ _REPR.maxstring = _REPR.maxother = 100
 
 
 def encodable(text: str) -> bool:
-    """Whether UTF-8 can write the text: JSON can spell half of a pair of surrogates."""
+    """Returns whether UTF-8 can encode the text: JSON can spell half of a surrogate pair."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -27,12 +27,12 @@ def encodable(text: str) -> bool:
 
 
 def may_name_file(name: Any) -> bool:
-    """Whether a value is a name that a file can have."""
+    """Returns whether a value can be the name of a file."""
     return isinstance(name, str) and bool(name) and "\0" not in name and encodable(name)
 
 
 def inside(name: str) -> str | None:
-    """The relative path that a name means; None: it leads out of its folder.
+    """Returns the relative path that a name means, or None if it leads out of its folder.
 
     Symbolic links in that folder are followed, also out of it: a record cannot make one, and data sets are often linked
     into a folder.

@@ -1,4 +1,4 @@
-"""Any source without its pictures, for stages that learn from its text alone."""
+"""Any source without its images, for stages that train on its text alone."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from mllm_jax.data.source import Source
 
 @dataclass(frozen=True)
 class TextOnly:
-    """A source's config (anything with `build() -> Source`), of which the pictures are left out.
+    """A source's config (anything with `build() -> Source`) without its images.
 
-    Meant for the caption layout: questions about a picture that is not there have no answer.
+    Meant for the caption layout: questions about a missing image have no answer.
     """
 
     source: Any

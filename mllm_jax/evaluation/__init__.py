@@ -1,1 +1,1 @@
-"""Tasks, scorers and the report."""
+"""Tasks, metrics and the report."""

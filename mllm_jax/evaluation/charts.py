@@ -9,12 +9,12 @@ from html import escape
 
 WIDTH, HEIGHT = 460, 240
 LEFT, RIGHT, TOP, BOTTOM = 52, 16, 12, 26
-COLUMNS = 300  # buckets of points over the whole width: finer than that, two fall on one pixel
+COLUMNS = 300  # buckets of points over the whole width: with more, two share a pixel
 
 
 @dataclass(frozen=True)
 class Line:
-    """One curve: steps, values (NaN and infinity leave a gap) and the class that the style sheet colours."""
+    """A curve: steps, values (NaN and infinity leave a gap) and the class that the style sheet colours."""
 
     steps: Sequence[float]
     values: Sequence[float]
@@ -22,7 +22,7 @@ class Line:
 
 
 def ema(values: Sequence[float], span: float) -> list[float]:
-    """Exponential moving average over about `span` points, corrected for its start; non-finite values are skipped."""
+    """Computes an exponential moving average over about `span` finite points, corrected for its start."""
     decay = 1 - 2 / (span + 1)
     total = weight = 0.0
     smooth = []
@@ -34,13 +34,13 @@ def ema(values: Sequence[float], span: float) -> list[float]:
 
 
 def chart(label: str, lines: Sequence[Line], *, log: bool = False, marks: Sequence[tuple[float, str]] = ()) -> str:
-    """An SVG of curves over steps.
+    """Returns an SVG of curves over steps.
 
     Args:
-        label: what the picture shows, read out by screen readers.
+        label: description of the chart, for screen readers.
         lines: the curves, drawn in this order.
-        log: a logarithmic value axis; only for values above zero.
-        marks: (step, name) of vertical rules, as where a stage begins.
+        log: whether the value axis is logarithmic; only for values above zero.
+        marks: (step, name) of vertical rules, such as the beginnings of stages.
     """
     steps = [x for line in lines for x in line.steps] + [x for x, _ in marks]
     values = [y for line in lines for y in line.values if math.isfinite(y)]
@@ -84,7 +84,7 @@ def chart(label: str, lines: Sequence[Line], *, log: bool = False, marks: Sequen
 
 
 def _rows(labels: Sequence[tuple[float, str]]) -> list[int]:
-    """The row above the curves in which each label stands, so that none covers another; labels by rising place."""
+    """Returns each label's row above the curves, so that labels do not overlap; their x coordinates ascend."""
     ends: list[float] = []
     rows = []
     for x, name in labels:
@@ -96,14 +96,14 @@ def _rows(labels: Sequence[tuple[float, str]]) -> list[int]:
 
 def _range(values: Sequence[float]) -> tuple[float, float]:
     low, high = (min(values), max(values)) if values else (0.0, 1.0)
-    if low == high:  # a flat curve still needs an axis with some height
+    if low == high:  # a flat curve needs an axis with some height
         pad = abs(low) * 0.1 or 0.5
         return low - pad, high + pad
     return low, high
 
 
 def _pieces(points: Sequence[tuple[float, float]]) -> list[list[tuple[float, float]]]:
-    """Cuts a curve at its non-finite values."""
+    """Splits a curve at its non-finite values."""
     pieces: list[list[tuple[float, float]]] = [[]]
     for point in points:
         if math.isfinite(point[1]):
@@ -114,7 +114,7 @@ def _pieces(points: Sequence[tuple[float, float]]) -> list[list[tuple[float, flo
 
 
 def _thinned(points: list[tuple[float, float]], width: float) -> list[tuple[float, float]]:
-    """The lowest and the highest point of each of COLUMNS buckets over `width` steps, so that no spike is lost."""
+    """Returns the lowest and the highest point of each of COLUMNS buckets over `width` steps, so that spikes stay."""
     columns = max(8, round(COLUMNS * (points[-1][0] - points[0][0]) / width))
     if len(points) <= 2 * columns:
         return points
@@ -127,7 +127,7 @@ def _thinned(points: list[tuple[float, float]], width: float) -> list[tuple[floa
 
 
 def _ticks(low: float, high: float, most: int) -> list[float]:
-    """At most `most` round numbers within [low, high]."""
+    """Returns at most `most` round numbers within [low, high]."""
     rough = (high - low) / most
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(power * factor for factor in (1, 2, 2.5, 5, 10, 20) if power * factor >= rough)
@@ -135,7 +135,7 @@ def _ticks(low: float, high: float, most: int) -> list[float]:
 
 
 def _log_ticks(low: float, high: float) -> list[float]:
-    """Round numbers between two powers of ten, given by their exponents; fewer a decade as the range grows."""
+    """Returns round numbers between two powers of ten, given by their exponents; fewer a decade for a larger range."""
     if high - low < 0.7:
         return _ticks(10**low, 10**high, 5)
     factors = (1, 2, 5) if high - low < 2.5 else (1,)

@@ -1,4 +1,4 @@
-"""Evaluates a model by a task, and writes down what it said."""
+"""Evaluates a model on a task and writes its predictions."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ PREDICTIONS = "predictions.jsonl"
 def evaluate(
     assistant: Assistant, task: Evaluation, *, limit: int | None = None, out: str | Path | None = None
 ) -> dict[str, float]:
-    """Evaluates a model by a task.
+    """Evaluates a model on a task.
 
     Args:
-        limit: only the first `limit` examples.
-        out: a folder for predictions.jsonl: of each example the task, its index or id, the question, the answer, and
-            where they are known the reference and whether the answer is correct. Those of other tasks stay in it.
+        limit: evaluates only the first `limit` examples.
+        out: folder for predictions.jsonl: for each example the task, its index or id, the question, the answer and, if
+            known, the reference and whether the answer is correct. Predictions of other tasks are kept.
 
     Returns:
         {metric: value}
 
     Raises:
-        ConfigError: a model that cannot be asked so, or a limit below 1.
-        DataError: the task's source or metrics refuse, or have nothing to measure.
-        RunFolderError: predictions that cannot be written.
+        ConfigError: the task does not suit the model, or the limit is below 1.
+        DataError: the task's source or metrics refuse, or there is nothing to measure.
+        RunFolderError: the predictions cannot be written.
     """
     writes = out is not None and jax.process_index() == 0
-    if writes:  # a folder that cannot be made is no reason to lose the answers
+    if writes:  # before the evaluation, so that a folder that cannot be made does not lose the answers
         try:
             Path(out).mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -48,7 +48,7 @@ def evaluate(
 
 
 def measure(assistant: Assistant, task: Evaluation, *, limit: int | None = None, batch_size: int = BATCH) -> Measured:
-    """Evaluates a model by a task that is checked before; see `evaluate`."""
+    """Evaluates a model on a task that is already checked; see `evaluate`."""
     if limit is not None and limit < 1:
         raise ConfigError(f"limit {limit}", "at least 1", "change the limit")
     task.check(assistant.model.config)
@@ -56,7 +56,7 @@ def measure(assistant: Assistant, task: Evaluation, *, limit: int | None = None,
 
 
 def lines(task: str, predictions: Iterable[Prediction]) -> list[dict]:
-    """Predictions as predictions.jsonl holds them."""
+    """Returns predictions as the records of predictions.jsonl."""
     found = []
     for one in predictions:
         line = {"task": task, "index" if isinstance(one.id, int) else "id": one.id}
@@ -67,7 +67,7 @@ def lines(task: str, predictions: Iterable[Prediction]) -> list[dict]:
 
 
 def read_predictions(path: Path) -> list[dict]:
-    """The lines of a predictions.jsonl, none where there is no file. Raises RunFolderError: another file."""
+    """Reads a predictions.jsonl; returns [] if there is none. Raises RunFolderError: another kind of file."""
     if not path.is_file():
         return []
     todo = "remove the file, and evaluate again"
@@ -79,7 +79,7 @@ def read_predictions(path: Path) -> list[dict]:
 
 
 def write_predictions(path: Path, found: Iterable[dict]) -> None:
-    """Writes a whole file of JSON lines or none. Raises RunFolderError: it cannot be written."""
+    """Writes a file of JSON lines, whole or not at all. Raises RunFolderError: it cannot be written."""
     try:
         write_atomic(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in found))
     except OSError as error:

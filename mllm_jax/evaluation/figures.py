@@ -1,4 +1,4 @@
-"""Figures of the report as text, each in the unit that its name says."""
+"""Numbers of the report as text, in the units that their names give."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from mllm_jax.evaluation.tables import percent
 
 
 def figure(key: str, value: Any) -> str:
-    """A fact as text, its unit told by the end of its name: `_bytes`, `seconds`, `_per_second`; packing is a share."""
+    """Returns a value as text; the end of its name gives its unit, such as `_bytes`, `seconds` or `_per_second`."""
     if isinstance(value, Mapping):
         return " · ".join(f"{words(name)} {figure(name, part)}" for name, part in value.items())
     if isinstance(value, list | tuple):

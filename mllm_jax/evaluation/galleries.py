@@ -1,4 +1,4 @@
-"""Recall of a dual encoder in a gallery of images and captions, each figure beside its control."""
+"""Recall of a dual encoder in a gallery of images and captions, with a control for each figure."""
 
 from __future__ import annotations
 
@@ -17,30 +17,30 @@ QUESTIONS = {"image_to_text": "Which of {} captions?", "text_to_image": "Which o
 
 
 class Gallery(Protocol):
-    """Images and captions that belong together, all different; the first `asked` are looked for among all."""
+    """Paired images and captions, all different; the first `asked` are the queries, all are keys."""
 
     task: str  # "image_to_text" or "text_to_image"
-    pictures: tuple[np.ndarray, ...]  # uint8[H, W, 3] each
+    images: tuple[np.ndarray, ...]  # uint8[H, W, 3] each
     captions: tuple[str, ...]
     asked: int
 
 
 def search(assistant: Assistant, gallery: Gallery, limit: int | None = None) -> Measured:
-    """Recall at 1 (as "accuracy"), 5 and 10 in a gallery of "ways" images; a tie is a miss.
+    """Measures recall at 1 (as "accuracy"), 5 and 10 in a gallery of "ways" images; a tie is a miss.
 
-    The controls: the same search with the images shuffled among those asked for, and always the same answer.
+    The controls are the same search with shuffled images of the queries, and one fixed answer.
 
     Raises:
-        DataError: a single query, which no control can be made for.
+        DataError: a single query, for which there is no control.
     """
     asked = np.arange(min(gallery.asked, limit or gallery.asked))
     if len(asked) < 2:
         raise DataError(f"{gallery.task} with {len(asked)} query", "at least two", "raise the number of examples")
-    images, texts = assistant.embed(images=list(gallery.pictures)), assistant.embed(texts=gallery.captions)
+    images, texts = assistant.embed(images=list(gallery.images)), assistant.embed(texts=gallery.captions)
     everyone = np.arange(len(images))
     queries, keys = (images, texts) if gallery.task == "image_to_text" else (texts, images)
     ranks = rank_of_own(queries[asked], keys, asked, everyone)
-    # The query is that of one image or caption, what counts as its own that of another.
+    # The query comes from one image or caption; its right answer is that of another.
     shuffled = [rank_of_own(queries[asked], keys, partner, everyone) for partner in shuffles(len(asked))]
     metrics = {
         "accuracy": float((ranks < 1).mean()),
@@ -59,7 +59,7 @@ def _prediction(gallery: Gallery, query: int, found: int, correct: bool) -> Pred
     captions = gallery.captions
     if gallery.task == "image_to_text":
         shown, question = query, QUESTIONS[gallery.task].format(len(captions))
-    else:  # the image that was found, beside the caption that it was looked for by
+    else:  # the retrieved image, with the caption that was the query
         shown, question = found, QUESTIONS[gallery.task].format(len(captions), f'"{captions[query]}"')
-    image = Image(gallery.pictures[shown])
+    image = Image(gallery.images[shown])
     return Prediction(query, question, (image,), captions[found], captions[query], correct)

@@ -1,4 +1,4 @@
-"""Metrics: functions of answers and examples. Controls are metrics, too."""
+"""Metrics: functions of answers and examples. Controls are metrics too."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ CONTROL_ANSWERS = 300
 
 @runtime_checkable
 class AsksAgain(Protocol):
-    """A metric whose answers are not those to the task's own questions: the model is asked others for it."""
+    """A metric that needs answers to other questions than the task's own."""
 
     def again(self, asked: Sequence[tuple[Message, ...]]) -> list[tuple[int, tuple[Message, ...]]]:
-        """Conversations to be answered, each with the number of the example that the metric gets with its answer.
+        """Returns conversations to answer, each with the index of the example that its answer belongs to.
 
         Args:
             asked: the conversation of each example.
@@ -32,14 +32,14 @@ class AsksAgain(Protocol):
 
 
 def normalise(text: str) -> str:
-    """Makes texts comparable: lower case, single spaces, no full stop at the end."""
+    """Normalises a text for comparison: lower case, single spaces, no final full stop."""
     return " ".join(text.lower().split()).rstrip(" .")
 
 
 def references(example: Any) -> tuple[str, ...]:
-    """The answers that are right, the first of which is shown; none where the example has none.
+    """Returns the right answers of an example, of which the report shows the first; empty if it has none.
 
-    They are the last assistant message of an `Example`, else what the example holds as `answers` or `answer`.
+    They are the last assistant message of an `Example`, else the field `answers` or `answer`.
     """
     if isinstance(example, Example):
         return tuple(message.text for message in example.messages if message.role == "assistant")[-1:]
@@ -51,7 +51,7 @@ def references(example: Any) -> tuple[str, ...]:
 
 
 def accuracy(answers: Sequence[Answer], examples: Sequence[Any]) -> float:
-    """The share of answers that equal one of their references after `normalise`.
+    """Returns the share of answers that equal one of their references after `normalise`.
 
     Raises:
         DataError: an example without an answer.
@@ -61,13 +61,13 @@ def accuracy(answers: Sequence[Answer], examples: Sequence[Any]) -> float:
 
 
 def majority(answers: Sequence[Answer], examples: Sequence[Any]) -> float:
-    """The accuracy of always giving the answer that is right most often."""
+    """Returns the accuracy of always giving the most frequent right answer."""
     counts = Counter(text for example in examples for text in _accepted(example))
     return counts.most_common(1)[0][1] / len(examples)
 
 
 def count(answers: Sequence[Answer], examples: Sequence[Any]) -> int:
-    """The number of examples, reported as "n"."""
+    """Returns the number of examples, reported as "n"."""
     return len(examples)
 
 
@@ -79,16 +79,16 @@ def _accepted(example: Any) -> set[str]:
 
 @dataclass(frozen=True)
 class ShuffledMedia:
-    """Another metric when each example is asked with the media of another one: what the words alone are worth.
+    """Another metric with the media of another example in each question: the accuracy that the words alone give.
 
-    Examples without media are left out. Few examples are shuffled several times, so that luck decides little.
+    Examples without media are left out. With few examples, the metric averages several shuffles.
     """
 
     metric: Callable[[Sequence[Answer], Sequence[Any]], float]
     seed: int = 0
 
     def again(self, asked: Sequence[tuple[Message, ...]]) -> list[tuple[int, tuple[Message, ...]]]:
-        """See `AsksAgain`. Raises DataError: fewer than two examples with media."""
+        """Implements `AsksAgain`. Raises DataError: fewer than two examples with media."""
         media = {index: found for index, messages in enumerate(asked) if (found := _media(messages))}
         if len(media) < 2:
             raise DataError(
@@ -106,7 +106,7 @@ class ShuffledMedia:
 
 
 def shuffles(count: int, seed: int = 0) -> list[np.ndarray]:
-    """Permutations that leave nothing in its place (count >= 2): whose media each example gets as a control."""
+    """Returns permutations without fixed points (count >= 2): the source of each example's media in the control."""
     rng = np.random.default_rng(seed)
     out = []
     for _ in range(min(8, -(-CONTROL_ANSWERS // count))):
@@ -122,7 +122,7 @@ def _media(messages: Sequence[Message]) -> list[Part]:
 
 
 def _exchanged(messages: Sequence[Message], media: Sequence[Part]) -> Iterator[Message]:
-    """The messages with other media: one for one, or all where the first stood if there are not as many."""
+    """Yields the messages with other media: one for one, or all at the first position if the numbers differ."""
     left = list(media)
     together = len(_media(messages)) != len(media)
     for message in messages:

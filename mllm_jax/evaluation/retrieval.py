@@ -1,4 +1,4 @@
-"""Retrieval between pictures and texts by their unit vectors: recall at k, both ways."""
+"""Retrieval between images and texts by their unit vectors: recall at k in both directions."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy as np
 
 from mllm_jax.errors import DataError
 
-# Two similarities are equal if no more apart than rounding, in float64, may bring them.
+# Two similarities are equal if they differ by no more than float64 rounding.
 _TIE = 1e-12
 
 
@@ -20,32 +20,32 @@ def retrieval(
     *,
     chunk: int = 1024,
 ) -> dict[str, float]:
-    """Recall at k: the share of queries with one of their own among the k most similar.
+    """Computes recall at k: the share of queries with one of their own keys among the k most similar.
 
-    A tie counts against the model: what is as similar as the own comes before it. So a text that stands in several
-    pictures' place word for word is a miss for all of them; give each distinct text once.
+    A tie counts against the model: keys as similar as the own come before it. So a text that occurs word for word for
+    several images is a miss for all of them; give each distinct text once.
 
     Args:
         images, texts: float[N, P], float[M, P], unit vectors.
-        text_image: int[M], the picture that each text describes; several texts may share one. None: text i is of
-            picture i.
+        text_image: int[M], the image that each text describes; several texts may share one. None: text i describes
+            image i.
         chunk: queries and keys that are compared at a time.
 
     Returns:
         "image_to_text_r1", ... and "text_to_image_r1", ..., each from 0 to 1.
 
     Raises:
-        DataError: vectors that are not finite or of length 1, or pictures and texts that do not belong together.
+        DataError: vectors that are not finite or of length 1, or images and texts that do not match.
     """
-    images, texts = unit_vectors(images, "pictures"), unit_vectors(texts, "texts")
+    images, texts = unit_vectors(images, "images"), unit_vectors(texts, "texts")
     owner = np.arange(len(texts)) if text_image is None else np.asarray(text_image)
     count = len(images)
     fits = owner.shape == (len(texts),) and owner.dtype.kind in "iu" and images.shape[1] == texts.shape[1]
     if not (fits and owner.min() >= 0 and set(owner.tolist()) == set(range(count))):
         raise DataError(
-            f"{images.shape} pictures, {texts.shape} texts that describe pictures {_short(owner)}",
-            "vectors of one width, and for each text the number of its picture, each picture described",
-            "give text_image, and leave out pictures without a text",
+            f"{images.shape} images, {texts.shape} texts that describe images {_short(owner)}",
+            "vectors of one width, and for each text the number of its image, each image described",
+            "give text_image, and leave out images without a text",
         )
     numbers = np.arange(count)
     found = {
@@ -56,21 +56,21 @@ def retrieval(
 
 
 def rank_of_own(queries, keys, query_group, key_group, chunk: int = 1024) -> np.ndarray:
-    """How many keys of other groups are at least as similar to each query as the best of its own group.
+    """Returns, for each query, the number of other groups' keys that are at least as similar as its own group's best.
 
     Args:
         queries, keys: float[Q, P], float[K, P].
         query_group, key_group: int[Q], int[K]; each query's group has a key.
 
     Returns:
-        int[Q]; 0 is the first place.
+        int[Q]; 0 is the first rank.
     """
     ranks = np.zeros(len(queries), np.int64)
     for start in range(0, len(queries), chunk):
         rows = slice(start, start + chunk)
         query, group = queries[rows].astype(np.float64), query_group[rows, None]
         best = np.full(len(query), -np.inf)
-        # Twice over the keys: the best of the own must be known before others are counted.
+        # Two passes over the keys: the best own key must be known before others are counted.
         for count in (False, True):
             for first in range(0, len(keys), chunk):
                 columns = slice(first, first + chunk)
@@ -84,18 +84,18 @@ def rank_of_own(queries, keys, query_group, key_group, chunk: int = 1024) -> np.
 
 
 def unit_vectors(vectors, what: str) -> np.ndarray:
-    """The array itself. Raises DataError if it is not float[N, P] with N > 0 finite rows of length 1."""
+    """Returns the array itself. Raises DataError if it is not float[N, P] with N > 0 finite rows of length 1."""
     vectors = np.asarray(vectors)
     if vectors.ndim != 2 or not len(vectors) or vectors.dtype.kind not in "fV":
         raise DataError(f"{what}: {vectors.dtype}{list(vectors.shape)}", "float[N, P], N at least 1", "give vectors")
     lengths = np.linalg.norm(vectors.astype(np.float64), axis=1)
-    wrong = np.flatnonzero(~(np.abs(lengths - 1) < 1e-2))  # NaN is wrong too
+    wrong = np.flatnonzero(~(np.abs(lengths - 1) < 1e-2))  # also finds NaN
     if len(wrong):
         raise DataError(
             f"{what}: {len(wrong)} of {len(vectors)} vectors, the first of them number {wrong[0]}, of length "
             f"{lengths[wrong[0]]:.4g}",
             "unit vectors",
-            "divide each by its length; one that is not finite comes from a broken model",
+            "divide each by its length; vectors that are not finite come from a broken model",
         )
     return vectors
 

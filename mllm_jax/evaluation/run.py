@@ -1,4 +1,4 @@
-"""The evaluation of a run folder: results.json, examples.json, predictions.jsonl and report.html."""
+"""Evaluates a run folder: results.json, examples.json, predictions.jsonl and report.html."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from mllm_jax.models.run_weights import load_run
 from mllm_jax.training.operations.run_folder import holding, write_json
 
 SHOWN = 4  # examples of a task in the report
-SIDE = 256  # pixels of an image there, at most
+SIDE = 256  # largest side of their images in pixels
 
 
 def evaluate_run(
@@ -31,11 +31,11 @@ def evaluate_run(
     devices: Sequence[jax.Device] | None = None,
     batch_size: int = BATCH,
 ) -> dict[str, dict[str, float]]:
-    """Evaluates a run by its own config's tasks and writes what it finds into the folder.
+    """Evaluates a run on the tasks of its config and writes the results into its folder.
 
     Args:
-        tasks: names of tasks, or what precedes or follows the "/" in them; None: all. What the folder holds of others
-            stays.
+        tasks: names of tasks, or the part of a name before or after the "/"; None: all. Results of other tasks in the
+            folder are kept.
 
     Returns:
         {task: {metric: value}} of these tasks.
@@ -44,7 +44,7 @@ def evaluate_run(
         ConfigError: the config has no tasks, or not all of these.
     """
     folder = RunFolder(Path(run_dir))
-    # What can be refused is refused before the model is loaded, which takes seconds.
+    # Refuse all that can be refused before the model is loaded, which takes seconds.
     known, chosen = _asked(folder, tasks)
     with holding(folder.path):
         _, model, params, processor, mesh = load_run(folder, devices)
@@ -65,7 +65,7 @@ def evaluate_run(
 
 
 def _asked(folder: RunFolder, tasks: Sequence[str] | None) -> tuple[list[str], list[Evaluation]]:
-    """The names of all tasks of a run, and those that are asked for."""
+    """Returns the names of all tasks of a run, and the selected tasks."""
     evaluation: Sequence[Evaluation] = folder.experiment().evaluation
     if not evaluation:
         raise ConfigError(
@@ -87,19 +87,19 @@ def _means(wanted: str, name: str) -> bool:
 
 
 def _merged(known: Sequence[str], again: dict[str, Any], before: list[dict], now: list[dict]) -> list[dict]:
-    """Entries of both in the tasks' order; of tasks that were measured again only those of `now`."""
+    """Returns the entries of both lists in the tasks' order; of tasks that were measured again, only those of `now`."""
     order = {name: place for place, name in enumerate(known)}
     kept = [entry for entry in before if entry.get("task") in order and entry["task"] not in again]
     return sorted([*kept, *now], key=lambda entry: order[entry["task"]])
 
 
 def _json(path: Path, kind: type) -> Any:
-    """What an earlier evaluation of the same parameters left; the training that changes them removes it."""
+    """Reads a result of an earlier evaluation of the same parameters; training that changes them removes it."""
     return read_json(path, kind) if path.is_file() else kind()
 
 
 def _example(task: str, said: Prediction) -> dict:
-    """A prediction as the report shows it, with its images as base64 PNG."""
+    """Returns a prediction as the report shows it, with its images as base64 PNG."""
     return {
         "task": task,
         "image_png_base64": [_png(image.source) for image in said.images],
@@ -114,6 +114,6 @@ def _png(source: Any) -> str:
     from PIL import Image
 
     image, buffer = Image.fromarray(as_picture(source)), io.BytesIO()
-    image.thumbnail((SIDE, SIDE))  # it never enlarges
+    image.thumbnail((SIDE, SIDE))  # never enlarges
     image.save(buffer, "PNG")
     return base64.b64encode(buffer.getvalue()).decode()

@@ -1,4 +1,4 @@
-"""The results in the report: a table for each group of tasks, a bar for each accuracy with ticks for its controls."""
+"""The results in the report: a table for each group of tasks, a bar for each accuracy, with ticks for its controls."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ CONTROLS = {f"accuracy{SHUFFLED}": "solid", "majority": "dashed"}
 
 
 def checked(results: dict[str, Any]) -> Results:
-    """The results, once every value is seen to be a number, and of a share one from 0 to 1.
+    """Returns the results after checking that every value is a number, and every share from 0 to 1.
 
     Raises:
-        DataError: another value, or another form.
+        DataError: another value, or another structure.
     """
-    todo = "evaluate again to write the file anew"
+    todo = "evaluate again to rewrite the file"
     for task, found in results.items():
         if not isinstance(found, dict):
             raise DataError(f"results.json: {task} is {found!r:.80}", "{task: {metric: value}}", todo)
@@ -32,7 +32,7 @@ def checked(results: dict[str, Any]) -> Results:
 
 
 def summary(tasks: Sequence[Mapping[str, float]], label: str) -> tuple[str, str, str]:
-    """A large figure: the mean of the first metric, what it is of, and the means of its controls."""
+    """Returns a headline figure: the mean of the first metric, its description, and the means of its controls."""
 
     def mean(name: str) -> float | None:
         values = [found.get(name) for found in tasks]
@@ -73,7 +73,7 @@ def _cell(name: str, found: Mapping[str, float]) -> str:
 
 
 def _bar(found: Mapping[str, float]) -> str:
-    """A bar with a tick for each control: one above and solid, one below and dashed, so that neither needs a colour."""
+    """Draws a bar with a tick for each control, one above and solid, one below and dashed, readable without colour."""
     accuracy = found.get("accuracy")
     if accuracy is None:
         return ""
@@ -91,5 +91,5 @@ def _bar(found: Mapping[str, float]) -> str:
 
 
 def _wilson(share: float, n: int, z: float = 1.96) -> float:
-    """Half the width of Wilson's interval, which unlike the normal one is not zero at 0 % and 100 %."""
+    """Returns half the width of Wilson's interval, which unlike the normal one is not zero at 0 % and 100 %."""
     return z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n)) / (1 + z * z / n)

@@ -1,4 +1,4 @@
-"""The style sheet of report.html: light and dark, no font or picture from elsewhere."""
+"""The style sheet of report.html: light and dark, without external fonts or images."""
 
 from __future__ import annotations
 

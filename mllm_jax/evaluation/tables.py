@@ -1,4 +1,4 @@
-"""The results of an evaluation as a table for the terminal, and how a metric's value is written."""
+"""The results of an evaluation as a table for the terminal, and the format of a metric's value."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SHARES = ("accuracy", "majority", "recall", SHUFFLED)  # in the names of metrics
 
 
 def table(results: Results) -> Table:
-    """Every metric of every task, a section for each group; what a task lacks is shown as a dash."""
+    """Builds a table of every metric of every task, a section for each group; a missing value is a dash."""
     from rich.table import Table
     from rich.text import Text
 
@@ -36,7 +36,7 @@ def table(results: Results) -> Table:
 
 
 def grouped(results: Results) -> dict[str, dict[str, Mapping[str, float]]]:
-    """{what precedes the "/": {what follows it: {metric: value}}}, in their order; "" for names without one."""
+    """Returns {the part before "/": {the part after it: {metric: value}}} in order; "" for names without "/"."""
     groups: dict[str, dict[str, Mapping[str, float]]] = {}
     for name, found in results.items():
         group, _, label = name.rpartition("/")
@@ -45,7 +45,7 @@ def grouped(results: Results) -> dict[str, dict[str, Mapping[str, float]]]:
 
 
 def metrics_of(results: Results) -> list[str]:
-    """The names of all metrics, in their order."""
+    """Returns the names of all metrics in order."""
     return list(dict.fromkeys(name for found in results.values() for name in found))
 
 
@@ -58,12 +58,12 @@ def is_share(name: str) -> bool:
 
 
 def metric(name: str, value: float | None) -> str:
-    """A metric's value as text: a percentage where its name says that it is a share."""
+    """Returns a metric's value as text; a percentage if its name says that it is a share."""
     if is_share(name):
         return percent(value)
     return "–" if value is None else f"{value:,}" if isinstance(value, int) else f"{value:,.4g}"
 
 
 def percent(share: float | None) -> str:
-    """`0.6312` -> `"63.1 %"`; a dash for what was not measured."""
+    """Formats a share: `0.6312` -> `"63.1 %"`; None is a dash."""
     return "–" if share is None or not math.isfinite(share) else f"{share:.1%}".replace("%", " %")

@@ -1,4 +1,4 @@
-"""What a model is evaluated by: the protocol, and the task of questions that an assistant answers."""
+"""The protocol of evaluations, and the task of questions that an assistant answers."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ Metric = Callable[[Sequence[Answer], Sequence[Any]], float]
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a model said about one example.
+    """A model's answer to one example.
 
     Attributes:
-        id: the example's own, or its number.
-        images: what it was asked about.
+        id: the example's own id, or its index.
+        images: the images of the question.
         reference: the right answer; None: the example has none.
-        correct: whether the answer is right; None: it cannot be said of one example.
+        correct: whether the answer is right; None: undefined for a single example.
     """
 
     id: str | int
@@ -43,7 +43,7 @@ class Prediction:
 
 @dataclass(frozen=True)
 class Measured:
-    """What came of an evaluation: each metric's value, and the predictions that are reported."""
+    """The result of an evaluation: the value of each metric, and the predictions to report."""
 
     metrics: dict[str, float]
     predictions: list[Prediction]
@@ -51,23 +51,23 @@ class Measured:
 
 @runtime_checkable
 class Evaluation(Protocol):
-    """What `Experiment.evaluation` is a tuple of: frozen dataclasses with these methods, such as `Task`.
+    """Interface of the items of `Experiment.evaluation`: frozen dataclasses with these methods, such as `Task`.
 
     Attributes:
-        name: names its results; what precedes a "/" groups it with others.
+        name: of its results; the part before a "/" groups them.
     """
 
     @property
     def name(self) -> str: ...
 
     def check(self, model: Any) -> None:
-        """Raises ConfigError if a model of this config cannot be asked so."""
+        """Raises ConfigError if a model with this config cannot do the evaluation."""
 
     def measure(self, assistant: Assistant, *, limit: int | None = None, batch_size: int = BATCH) -> Measured:
         """Evaluates a model.
 
         Args:
-            limit: only the first `limit` examples.
+            limit: evaluates only the first `limit` examples.
         """
         ...
 
@@ -83,17 +83,17 @@ class Examples(Protocol):
 
 @dataclass(frozen=True)
 class Task:
-    """Examples, how a model is asked about each, and how its answers are measured.
+    """Examples, a prompt for each, and metrics of the answers.
 
     Attributes:
-        name: names its results; what precedes a "/" groups it with others, as in "validation/naming".
+        name: of its results; the part before a "/" groups them, as in "validation/naming".
         source: a sequence of examples, an object with `__len__` and `example(index)`, or a config whose `build()` gives
             either. An example is anything that `prompt` and `metrics` understand.
         prompt: example -> conversation.
         metrics: {name: (answers, examples) -> float}, with answers and examples in the same order; see
-            `mllm_jax.evaluation.metrics`. One named "accuracy" is also called with a single answer: where it gives 1 or
+            `mllm_jax.evaluation.metrics`. The metric "accuracy" is also called with a single answer: if it gives 1 or
             0, the answer is reported as right or wrong.
-        max_new_tokens: the number of tokens after which an answer is cut off.
+        max_new_tokens: maximum number of tokens of an answer.
     """
 
     name: str
@@ -114,14 +114,14 @@ class Task:
             object.__setattr__(self, "source", tuple(self.source))
 
     def check(self, model: Any) -> None:
-        """Raises ConfigError: a model that writes no text."""
+        """Raises ConfigError: a model that generates no text."""
         if not writes_text(model):
             raise ConfigError(
                 f"task {self.name!r} for a {type(model).__name__}", "a model that answers questions", "drop the task"
             )
 
     def examples(self, limit: int | None = None) -> list[Any]:
-        """The first `limit` examples.
+        """Returns the first `limit` examples.
 
         Raises:
             DataError: there are none.
@@ -144,7 +144,7 @@ class Task:
         return list(source[:count]) if listed else [source.example(index) for index in range(count)]
 
     def measure(self, assistant: Assistant, *, limit: int | None = None, batch_size: int = BATCH) -> Measured:
-        """Asks about each example, and again where a metric wants it; see `Evaluation`."""
+        """Asks about each example, and again where a metric needs it; see `Evaluation`."""
         examples = self.examples(limit)
         asked = [conversation(self.prompt(example)) for example in examples]
         controls = {name: each.again(asked) for name, each in self.metrics.items() if isinstance(each, AsksAgain)}

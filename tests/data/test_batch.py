@@ -1,4 +1,4 @@
-"""The declared batch: its arrays with nothing in them, what it refuses, and rows that are put together by hand."""
+"""The declared batch: its empty arrays, its refusals, and rows assembled by hand."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ def test_more_images_than_slots_are_refused():
 
 
 def test_what_a_decoder_writes_and_a_projector_reads():
-    """Beside the text: a target in the segment of its text, an instruction in the slots of its image."""
+    """Checks fields beside the text: a target in the segment of its text, an instruction in the slots of its image."""
     spec = SPEC | target_spec(2, 6) | instruction_spec(2, 3, 4)
     targets = [np.asarray([0, 7, 8]), np.asarray([0, 6])]
     rows = [
@@ -149,7 +149,7 @@ def test_what_a_decoder_writes_and_a_projector_reads():
 
 
 def test_a_weighted_sum_at_a_position():
-    """Media whose tokens are one at a position, in a batch that has room for the sums of others."""
+    """Checks media with one token a position, in a batch with room for the weighted sums of others."""
     spec = text_spec(1, 6, width=3) | images_spec(1, 1, 4)
     batch = assemble([[encoded([1, IMAGE], [10])]], spec, LAYOUT, {"image": 1})
     assert batch["media_index"][0].tolist() == [[-1] * 3, [0] * 3, [1] * 3, [-1] * 3, [-1] * 3, [-1] * 3]

@@ -64,7 +64,7 @@ def test_what_is_saved_loads_again_here_and_in_transformers(folder, tmp_path):
 
 
 def test_the_processors_template_goes_before_the_tokenizers(folder, tmp_path):
-    """Early folders on the hub have a second template, in chat_template.json, that knows places for pictures."""
+    """Checks early folders on the hub, with a second template in chat_template.json that places images."""
     (folder / "chat_template.json").write_text(json.dumps({"chat_template": "{{ messages[0]['content'] }}!"}))
     tokenizer = ChatTokenizer.load(folder)
     assert tokenizer.render_chat(TURNS[:1]) == "be brief!"
@@ -107,7 +107,7 @@ def test_code_in_a_folder_is_not_run(folder):
     config["tokenizer_class"] = "Evil"
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
     (folder / "evil.py").write_text(f"open({str(folder / 'ran')!r}, 'w')\nclass Evil: pass\n")
-    with contextlib.suppress(DataError):  # refused, or read without the code: either will do
+    with contextlib.suppress(DataError):  # refused, or read without running the code: both are right
         ChatTokenizer.load(folder)
     assert not (folder / "ran").exists()
 
@@ -129,13 +129,13 @@ BAD_JSON = {
 @pytest.mark.parametrize("name", BAD_JSON)
 def test_json_of_wrong_types_or_nested_too_deeply_is_refused(folder, name):
     whole = (folder / name).read_text() if (folder / name).is_file() else None
-    if name == "tokenizer_config.json":  # the template in a file of its own would go before
+    if name == "tokenizer_config.json":  # the template in its own file would have precedence
         (folder / "chat_template.jinja").rename(folder / "aside")
     for text in BAD_JSON[name]:
         (folder / name).write_text(text)
-        with pytest.raises(DataError) as told:
+        with pytest.raises(DataError) as refusal:
             ChatTokenizer.load(folder)
-        assert told.value.todo and len(str(told.value)) < 3_000
+        assert refusal.value.todo and len(str(refusal.value)) < 3_000
     if whole is not None:
         (folder / name).write_text(whole)
         if (folder / "aside").exists():
@@ -150,7 +150,7 @@ def test_half_a_character_is_refused(folder):
     for text in ("\ud800", "a\udc00b", "\udcff"):
         turn = [{"role": "user", "content": text}]
         for encode in (lambda: tokenizer.encode(text), lambda: tokenizer.encode_chat(turn), lambda: own.encode(text)):  # noqa: B023
-            with pytest.raises(DataError, match=r"\\ud") as told:
+            with pytest.raises(DataError, match=r"\\ud") as refusal:
                 encode()
-            str(told.value).encode()
+            str(refusal.value).encode()
     assert tokenizer.encode("a\0b") and own.encode("a\0b"), "NUL is a character"

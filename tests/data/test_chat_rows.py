@@ -1,4 +1,4 @@
-"""Rows of a composed model with a chat model's tokenizer: what its own template gives, and refusals by name."""
+"""Rows of a composed model with a chat model's tokenizer: the output of its own template, and refusals by name."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from mllm_jax.models.processor import Processor
 
 MEDIA = MODEL.media_tokens
 TURNS = (("what is this?", "a cat"), ("how many?", "2"), ("sure <|end|>?", "yes"))
-# The shapes that templates have: ChatML with a system message of its own, LLaMA-2's, Vicuna's, LLaMA-3's.
+# Typical templates: ChatML with its own system message, LLaMA-2's, Vicuna's, LLaMA-3's.
 CHATML = (
     "{% for m in messages %}{% if loop.first and m.role != 'system' %}<|system|>be kind<|end|>\n{% endif %}"
     "<|{{ m.role }}|>\n{{ m.content }}<|end|>\n{% endfor %}{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
@@ -35,7 +35,7 @@ TEMPLATES = {"chatml": CHATML, "inst": INST, "plain": PLAIN, "trimmed": TRIMMED}
 
 
 def tokenizer_of(template: str | None, *special: str) -> ChatTokenizer:
-    """Bytes, the template's special tokens, and more of them."""
+    """Returns a byte tokenizer with the template's special tokens and others."""
     made = byte_tokenizer(template)
     made.backend.add_special_tokens({"additional_special_tokens": list(special)})
     return made
@@ -48,7 +48,7 @@ def reader_of(folder, template, *special: str, system: str | None = None) -> Pro
 
 @pytest.fixture(params=TEMPLATES, ids=str)
 def pair(request, tmp_path):
-    """(the model's tokenizer as transformers has it, our processor made of its folder)."""
+    """Returns (the model's tokenizer in transformers, our processor of its folder)."""
     ours = reader_of(tmp_path, TEMPLATES[request.param])
     return ChatTokenizer.load(tmp_path), ours
 
@@ -65,7 +65,7 @@ def test_rows_are_what_the_template_gives(pair):
     for count in (1, 2):
         row = ours.encode(example(0, TURNS[:count]), 512)
         assert row.tokens.tolist() == theirs.encode_chat(messages(TURNS[:count]), add_generation_prompt=False)
-        # After the last answer's stop token a template may write a line break, which carries no loss.
+        # After the last answer's stop token, a template may write a line break, which carries no loss.
         last = max(i for i, weight in enumerate(row.loss_weights) if weight)
         assert row.tokens[last] in theirs.stop_ids and theirs.decode(row.tokens[last + 1 :]).strip() == ""
 
@@ -86,22 +86,22 @@ def test_a_prompt_is_what_the_template_gives_and_what_was_trained(pair):
 def test_answers_carry_loss_to_their_stop_token_and_nothing_else(pair):
     theirs, ours = pair
     row = ours.encode(example(1, TURNS), 512)
-    runs, learnt = [], row.loss_weights > 0
+    runs, has_loss = [], row.loss_weights > 0
     for place, token in enumerate(row.tokens):
-        if learnt[place]:
-            if not learnt[place - 1]:
+        if has_loss[place]:
+            if not has_loss[place - 1]:
                 runs.append([])
             runs[-1].append(int(token))
     assert [ours.decode(run).strip() for run in runs] == [answer for _, answer in TURNS]
     (end,) = theirs.stop_ids
     assert all(run.index(end) == len(run) - 1 for run in runs)
-    # A question that spells the stop token has its letters.
+    # A stop token that a question spells is encoded as letters.
     honest = ours.encode(example(1, (*TURNS[:2], ("sure?", "yes"))), 512)
     assert (row.tokens == end).sum() == (honest.tokens == end).sum()
-    assert "sure <|end|>?" in ours.decode(row.tokens[~learnt])
+    assert "sure <|end|>?" in ours.decode(row.tokens[~has_loss])
 
 
-def test_images_stand_before_the_first_question_and_then_a_line_break(pair):
+def test_images_precede_the_first_question_and_a_line_break(pair):
     theirs, ours = pair
     image, bare = ours.layout.image_token, ours.encode(example(0, TURNS), 512).tokens.tolist()
     assert image not in bare
@@ -165,7 +165,7 @@ def test_what_is_saved_gives_the_same_rows(pair, tmp_path):
 
 
 def test_a_fingerprint_knows_the_vocabulary(tmp_path):
-    """Two tokenizers of one size and template may give rows of other lengths."""
+    """Checks that tokenizers of one size and template differ: they may give rows of different lengths."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -214,7 +214,7 @@ def test_a_system_message_that_the_template_refuses(tmp_path):
 
 
 def test_the_token_of_an_image_is_one_that_nothing_else_in_a_row_has(tmp_path):
-    """<image> where there is one; else what the template never writes, though it may put a role into its tokens."""
+    """Checks that it is <image> if there is one, else a token that the template never writes, even for odd roles."""
     named = reader_of(tmp_path / "named", CHATML, "<|other|>", "<image>")
     assert named.layout.image_token == named.tokenizer.id_of("<image>")
     free = reader_of(tmp_path / "free", CHATML, "<|other|>")

@@ -15,7 +15,7 @@ from mllm_jax.errors import ConfigError
 SIZES = ((28, 28), (37, 90), (91, 38), (20, 33), (1, 7), (120, 3), (64, 61), (200, 100), (40, 52))
 
 
-def picture(height: int, width: int) -> np.ndarray:
+def make_image(height: int, width: int) -> np.ndarray:
     return np.random.default_rng(height * 1000 + width).integers(0, 256, (height, width, 3), np.uint8)
 
 
@@ -47,17 +47,17 @@ def test_tiles_to_the_last_bit(options, tmp_path):
     ours = read_image_processor(tmp_path)
     lengths = set()
     for size in SIZES:
-        wanted = theirs(reference, picture(*size))
-        tiles = ours.tiles(picture(*size))
+        wanted = theirs(reference, make_image(*size))
+        tiles = ours.tiles(make_image(*size))
         assert tiles.dtype == np.uint8
         np.testing.assert_array_equal(ours.normalise(tiles), wanted, err_msg=str(size))
         lengths.add(len(tiles))
     assert len(lengths) > 2 or options.get("max_patches") == 1
-    # As transformers' processor of the whole model does: it always cuts, and frames of videos never.
+    # As in transformers' processor of the whole model: it always cuts images, and never frames of videos.
     kind(crop_to_patches=False, size=dict(height=28, width=28), **options).save_pretrained(tmp_path)
     assert read_image_processor(tmp_path, crop_to_patches=True) == ours
-    assert len(read_image_processor(tmp_path).tiles(picture(28, 80))) == 1
-    assert len(read_video_processor(tmp_path).tiles(picture(28, 80))) == 1
+    assert len(read_image_processor(tmp_path).tiles(make_image(28, 80))) == 1
+    assert len(read_video_processor(tmp_path).tiles(make_image(28, 80))) == 1
 
 
 # ---- DeepSeek-VL
@@ -77,8 +77,8 @@ def test_squares_to_the_last_bit(case, tmp_path):
     reference.save_pretrained(tmp_path)
     ours = read_image_processor(tmp_path)
     for size in SIZES:
-        wanted = theirs(reference, picture(*size))[0]
-        np.testing.assert_array_equal(ours(picture(*size)), wanted, err_msg=str(size))
+        wanted = theirs(reference, make_image(*size))[0]
+        np.testing.assert_array_equal(ours(make_image(*size)), wanted, err_msg=str(size))
         assert ours.output_size(*size) == wanted.shape[:2]
 
 
@@ -99,7 +99,7 @@ def test_both_squares_to_the_last_bit(case, tmp_path):
     reference.save_pretrained(tmp_path)
     ours = read_image_processor(tmp_path)
     for size in SIZES:
-        image = picture(*size)
+        image = make_image(*size)
         large = ours.prepare(image)
         np.testing.assert_array_equal(ours.normalise(large), theirs(reference, image, "high_res_pixel_values")[0])
         np.testing.assert_array_equal(ours.low(large), theirs(reference, image)[0], err_msg=str(size))

@@ -1,4 +1,4 @@
-"""Examples to rows: what is learnt decodes to the answers; shortening goes by whole turns; images are never cut."""
+"""Examples to rows: tokens with loss decode to the answers; whole turns are dropped; images are never cut."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ TURNS = (("what is this?", "a red apple"), ("is it a cat?", "no"), ("which colou
 
 
 def captions(turns, regions=None) -> Example:
-    """An image with captions."""
+    """Returns an example of an image with captions."""
     messages = (Message("user", (Image(PIXELS),)), *(Message("assistant", text) for text in turns))
     regions = regions or [None] * len(turns)
     return Example(messages, tuple(Segment((i + 1,), region) for i, region in enumerate(regions)))
@@ -40,15 +40,15 @@ def reader(tokenizer):
     return processor(MODEL, tokenizer)
 
 
-def learnt(encoded, tokenizer) -> list[str]:
-    """The texts of the runs of learnt tokens, each of which must end with <eos>."""
+def loss_texts(encoded, tokenizer) -> list[str]:
+    """Returns the texts of the runs of tokens that carry loss, each of which must end with <eos>."""
     answers, run = [], []
     for token, weight in zip(encoded.tokens, encoded.loss_weights, strict=True):
         assert weight in (0.0, 1.0)
         if weight:
             run.append(token)
         elif run:
-            raise AssertionError("a learnt run that does not end with <eos>")
+            raise AssertionError("a run with loss that does not end with <eos>")
         if run and token == tokenizer.eos_token_id:
             answers.append(tokenizer.decode(run))
             run = []
@@ -57,9 +57,9 @@ def learnt(encoded, tokenizer) -> list[str]:
 
 
 @pytest.mark.parametrize("images", [0, 1, 2])
-def test_learnt_tokens_decode_to_the_answers(reader, tokenizer, images):
+def test_tokens_with_loss_decode_to_the_answers(reader, tokenizer, images):
     encoded = reader.encode(example(images), 200)
-    assert learnt(encoded, tokenizer) == [answer for _, answer in TURNS]
+    assert loss_texts(encoded, tokenizer) == [answer for _, answer in TURNS]
     assert len(encoded.media) == encoded.slots.get("image", 0) == images and encoded.dropped_turns == 0
     positions = images * MEDIA
     assert encoded.tokens[0] == tokenizer.bos_token_id
@@ -68,7 +68,7 @@ def test_learnt_tokens_decode_to_the_answers(reader, tokenizer, images):
     assert encoded.tokens.dtype.kind == "i" and encoded.loss_weights.dtype == np.float32
 
 
-def test_an_image_stands_where_the_message_has_it(reader, tokenizer):
+def test_an_image_has_the_position_that_the_message_gives_it(reader, tokenizer):
     t = tokenizer
     inside = Message("user", (Text("is"), Image(PIXELS), Text("like"), Image(PIXELS)))
     later = Message("user", (Image(PIXELS), Text("this?")))
@@ -79,7 +79,7 @@ def test_an_image_stands_where_the_message_has_it(reader, tokenizer):
     wanted += [assistant, *t.words("no"), t.eos_token_id, *image, user, *t.words("this?")]
     assert encoded.tokens.tolist() == [*wanted, assistant, *t.words("a cat"), t.eos_token_id]
     assert [i for i in media_index(encoded) if i >= 0] == list(range(3 * MEDIA))
-    assert learnt(encoded, t) == ["no", "a cat"]
+    assert loss_texts(encoded, t) == ["no", "a cat"]
 
 
 def test_words_may_name_each_region_of_an_image(reader, tokenizer):
@@ -88,7 +88,7 @@ def test_words_may_name_each_region_of_an_image(reader, tokenizer):
     ids = [tokenizer.words(word) for word in words]
     named = Processor(MODEL, tokenizer, PlainLayout(8, MEDIA, tokenizer.image_token_id, ids))
     encoded, plain = named.encode(example(2), 200), reader.encode(example(2), 200)
-    assert learnt(encoded, tokenizer) == learnt(plain, tokenizer)
+    assert loss_texts(encoded, tokenizer) == loss_texts(plain, tokenizer)
     index = media_index(encoded)
     assert [i for i in index if i >= 0] == list(range(2 * MEDIA))
     ids, where = encoded.tokens.tolist(), [i for i, number in enumerate(index) if number >= 0]
@@ -99,7 +99,7 @@ def test_words_may_name_each_region_of_an_image(reader, tokenizer):
     assert prompt.tokens.tolist() == ids[: len(prompt.tokens)]
     assert named.fingerprint() != reader.fingerprint(), "rows have other lengths"
     assert not encoded.loss_weights[: where[-1] + 1].any()
-    with pytest.raises(ConfigError, match="words for 4 places of a picture, which takes 9"):
+    with pytest.raises(ConfigError, match="words for 4 .*which takes 9"):
         PlainLayout(8, 9, tokenizer.image_token_id, [[1]] * 4)
 
 
@@ -115,7 +115,7 @@ def test_learning_all_leaves_out_the_start_and_the_images_only(reader, images):
     assert everything.loss_weights.dtype == np.float32
 
 
-def test_what_is_shortened_is_learnt_whole(reader):
+def test_all_answers_of_a_shortened_row_carry_loss(reader):
     whole = reader.encode(example(1, TURNS[:2]), 200, learn="all")
     short = reader.encode(example(1), len(whole.tokens), learn="all")
     assert short.dropped_turns == 1 and short.tokens.tolist() == whole.tokens.tolist()
@@ -132,7 +132,7 @@ def test_layout_of_a_conversation(reader, tokenizer):
 
 
 def test_a_template_that_is_not_known_to_only_add_gives_the_same_rows(reader, tokenizer):
-    """Its answers' beginnings are looked for, and its rows checked."""
+    """Checks a template whose answers are searched for and whose rows are checked."""
     looked = processor(MODEL, Tokenizer(tokenizer.backend, OWN_TEMPLATE + "{# as before #}"))
     assert looked.tokenizer.answer_id is None is not reader.tokenizer.answer_id
     for talk in (example(2), example(0, context="a fruit <assistant>"), example(1, TURNS[:1])):
@@ -143,7 +143,7 @@ def test_a_template_that_is_not_known_to_only_add_gives_the_same_rows(reader, to
 
 
 def test_shortening_goes_by_whole_turns(reader, tokenizer):
-    """At every length the row is that of the first turns that fit, whole."""
+    """Checks that at every length the row has the first turns that fit, whole."""
     wholes = [reader.encode(example(2, TURNS[:n]), 200) for n in (1, 2, 3)]
     lengths = [len(w.tokens) for w in wholes]
     for length in range(lengths[0], lengths[2] + 3):
@@ -152,7 +152,7 @@ def test_shortening_goes_by_whole_turns(reader, tokenizer):
         assert len(encoded.tokens) == encoded.length <= length
         assert encoded.tokens.tolist() == wholes[kept - 1].tokens.tolist()
         assert encoded.dropped_turns == 3 - kept
-        assert learnt(encoded, tokenizer) == [answer for _, answer in TURNS[:kept]]
+        assert loss_texts(encoded, tokenizer) == [answer for _, answer in TURNS[:kept]]
         assert (encoded.row.owners >= 0).sum() == 2 * MEDIA, "images are never cut"
 
 
@@ -160,9 +160,9 @@ def test_an_example_that_does_not_fit_is_refused_with_its_three_parts(reader):
     need = len(reader.encode(example(2, TURNS[:1]), 200).tokens)
     with pytest.raises(DataError) as refusal:
         reader.encode(example(2), need - 1)
-    assert refusal.value.given == f"an example of {need} tokens with 2 picture(s)"
+    assert refusal.value.given.startswith(f"an example of {need} tokens with 2 ")
     assert refusal.value.expected == f"at most {need - 1} tokens with its first turn"
-    assert "length" in refusal.value.todo and "pictures" in refusal.value.todo
+    assert "length" in refusal.value.todo and "smaller" in refusal.value.todo
     text = str(refusal.value)
     assert all(part in text for part in (refusal.value.given, refusal.value.expected, refusal.value.todo))
 
@@ -202,7 +202,7 @@ def test_prompt_is_the_conversation_up_to_the_answer(reader):
 
 @pytest.mark.parametrize("special", SPECIAL_TOKENS)
 def test_no_message_can_forge_a_special_token(reader, tokenizer, special):
-    """Wherever it stands: in a question, an answer, a system message, a text, a caption, a prompt."""
+    """Checks questions, answers, system messages, texts, captions and prompts that spell a special token."""
     text = f"a {special} b"
     honest = (Message("user", (Image(PIXELS), Text("a b"))), Message("assistant", "a b"))
     forged = (Message("user", (Image(PIXELS), Text(text))), Message("assistant", text))
@@ -212,7 +212,7 @@ def test_no_message_can_forge_a_special_token(reader, tokenizer, special):
         return (encoded.tokens == token).sum()
 
     assert count(reader.encode(Example(forged), 200)) == count(reader.encode(Example(honest), 200))
-    assert learnt(reader.encode(Example(forged), 200), tokenizer) == [text]
+    assert loss_texts(reader.encode(Example(forged), 200), tokenizer) == [text]
     assert count(reader.prompt(forged[:1])) == count(reader.prompt(honest[:1]))
     systems = [(Message("system", said), *honest) for said in (text, "a b")]
     assert len({count(reader.encode(Example(each), 200)) for each in systems}) == 1
@@ -283,7 +283,7 @@ def test_a_text_carries_loss_after_its_image(reader, tokenizer):
 def test_texts_that_no_row_can_hold_are_refused(reader):
     caption = Example((Message(TEXT_ROLE, (Image(PIXELS), Text("a red apple"))),))
     need = reader.encode(caption, 200).length
-    with pytest.raises(DataError, match=f"a caption of {need} tokens with 1 picture"):
+    with pytest.raises(DataError, match=f"a caption of {need} tokens with 1 "):
         reader.encode(caption, need - 1)
     with pytest.raises(DataError, match="a text without words"):
         reader.encode(Example((Message(TEXT_ROLE, (Image(PIXELS), Text(" \n"))),)), 200)

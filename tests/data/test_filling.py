@@ -11,22 +11,22 @@ from mllm_jax.data.filling import MAX_KINDS, fill_row
 
 
 def figures(chosen) -> tuple[int, int]:
-    """(tokens, pictures) of the chosen examples together."""
-    return sum(size for size, _ in chosen), sum(pictures for _, pictures in chosen)
+    """Returns (tokens, images) of the chosen examples together."""
+    return sum(size for size, _ in chosen), sum(images for _, images in chosen)
 
 
-def score(tokens: int, pictures: int, length: int, wanted: float) -> float:
-    return tokens - abs(pictures - wanted) * length / 100
+def score(tokens: int, images: int, length: int, wanted: float) -> float:
+    return tokens - abs(images - wanted) * length / 100
 
 
 def best_of_all(counts, length, slots, wanted) -> float:
-    """The definition: every number of copies of every kind, with one of the longest kind at least."""
+    """Returns the best value by definition: tries every number of copies of every kind, at least one of the longest."""
     kinds, first, best = list(counts), max(counts), -np.inf
     for copies in itertools.product(*(range(kind == first, counts[kind] + 1) for kind in kinds)):
         tokens = sum(n * size for n, (size, _) in zip(copies, kinds, strict=True))
-        pictures = sum(n * count for n, (_, count) in zip(copies, kinds, strict=True))
-        if tokens <= length and pictures <= slots:
-            best = max(best, score(tokens, pictures, length, wanted))
+        images = sum(n * count for n, (_, count) in zip(copies, kinds, strict=True))
+        if tokens <= length and images <= slots:
+            best = max(best, score(tokens, images, length, wanted))
     return best
 
 
@@ -40,11 +40,11 @@ def test_nothing_scores_better(slots):
     for _ in range(60):
         counts, length, wanted = random_counts(rng, 5), int(rng.integers(14, 40)), float(rng.uniform(0, slots))
         chosen = fill_row(counts, length, [slots], [wanted])
-        tokens, pictures = figures(chosen)
+        tokens, images = figures(chosen)
         assert chosen[0] == max(counts), "the longest is placed while there is room for it"
         assert all(chosen.count(kind) <= counts[kind] for kind in chosen), "no example is taken twice"
-        assert tokens <= length and pictures <= slots
-        found = score(tokens, pictures, length, wanted)
+        assert tokens <= length and images <= slots
+        found = score(tokens, images, length, wanted)
         assert found == pytest.approx(best_of_all(counts, length, slots, wanted)), (counts, length, wanted)
 
 
@@ -54,11 +54,11 @@ def test_what_is_wanted_decides_between_rows_of_one_length():
         assert figures(fill_row(counts, 20, [4], [wanted])) == (20, wanted)
 
 
-def test_a_picture_too_many_costs_a_hundredth_of_the_row():
-    """200 places: two free ones are worth one picture, so 3 tokens more outweigh it and 1 token more does not."""
-    for gain, pictures in ((3, 1), (1, 0)):
+def test_an_image_too_many_costs_a_hundredth_of_the_row():
+    """Checks 200 positions: two free ones are worth one image, so 3 more tokens outweigh it and 1 more does not."""
+    for gain, images in ((3, 1), (1, 0)):
         counts = {(100, 0): 1, (90, 0): 1, (90 + gain, 1): 1}
-        assert figures(fill_row(counts, 200, [4], wanted=[0])) == (190 + gain * pictures, pictures)
+        assert figures(fill_row(counts, 200, [4], wanted=[0])) == (190 + gain * images, images)
 
 
 def test_slots_bind_where_places_do_not():
@@ -75,7 +75,7 @@ def test_one_example_is_a_row():
 
 @pytest.mark.parametrize("seed", range(3))
 def test_every_modality_has_its_own_slots(seed):
-    """Images and frames: against trying all subsets, and none of either more than there is room for."""
+    """Compares images and frames with all subsets; neither exceeds its slots."""
     rng = np.random.default_rng(seed)
     for _ in range(40):
         kinds = [tuple(map(int, (rng.integers(2, 14), *rng.integers(0, 3, 2)))) for _ in range(4)]
@@ -94,15 +94,15 @@ def test_every_modality_has_its_own_slots(seed):
 
 
 def test_many_kinds_still_fill_the_row():
-    """More kinds than are tried: the row stays full to the last place, and what is chosen exists."""
+    """Checks more kinds than are tried: the row is full to the last position, and every chosen example exists."""
     rng = np.random.default_rng(0)
     counts = {(size, int(rng.integers(0, 3))): int(rng.integers(1, 3)) for size in range(20, 20 + 3 * MAX_KINDS)}
     assert len(counts) > 2 * MAX_KINDS
     while len(counts) > MAX_KINDS:
         chosen = fill_row(counts, 512, [12], [5.0])
         assert chosen[0] == max(counts)
-        tokens, pictures = figures(chosen)
-        assert tokens == 512 and pictures <= 12
+        tokens, images = figures(chosen)
+        assert tokens == 512 and images <= 12
         for kind in chosen:
             counts[kind] -= 1
             assert counts[kind] >= 0

@@ -1,4 +1,4 @@
-"""Image processors equal transformers' own to the last bit, through folders, and refuse what they cannot do."""
+"""Image processors equal transformers' own to the last bit, through folders, and refuse unsupported options."""
 
 from __future__ import annotations
 
@@ -51,13 +51,13 @@ QWEN = {
 
 
 def make(name: str, options: dict):
-    """transformers' processor, by "module.Prefix"."""
+    """Builds transformers' processor from "module.Prefix"."""
     module, prefix = name.split(".")
     pil = import_module(f"transformers.models.{module}.image_processing_pil_{module}")
     return getattr(pil, f"{prefix}ImageProcessorPil")(**options)
 
 
-def picture(height: int, width: int, seed: int = 0) -> np.ndarray:
+def make_image(height: int, width: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
 
 
@@ -73,7 +73,7 @@ def test_pixels_to_the_last_bit(case, tmp_path):
     ours = read_image_processor(tmp_path)
     assert ours == image_processor(options | {"image_processor_type": ours.kind}), "a file with these options alone"
     for size in SIZES:
-        image = picture(*size)
+        image = make_image(*size)
         wanted = rearrange(theirs(reference, image)["pixel_values"][0], "c h w -> h w c")
         found = ours(image)
         assert found.dtype == np.float32 and ours.output_size(*size) == found.shape[:2]
@@ -87,7 +87,7 @@ def test_patches_to_the_last_bit(case, tmp_path):
     ours = read_image_processor(tmp_path)
     assert ours == image_processor(QWEN[case] | {"image_processor_type": "Qwen2VLImageProcessorFast"})
     for size in (*SIZES, (14, 42), (200, 300)):
-        image = picture(*size)
+        image = make_image(*size)
         wanted = theirs(reference, image)
         patches, grid = ours.patches(image)
         np.testing.assert_array_equal(patches, wanted["pixel_values"], err_msg=str(size))
@@ -104,10 +104,10 @@ def test_smart_resize_is_theirs():
         assert smart_resize(*given) == reference(*given), given
 
 
-def test_a_view_is_a_picture():
-    """Turned and mirrored arrays, whose bytes do not lie in order."""
+def test_a_view_is_an_image():
+    """Checks transposed and mirrored arrays, whose bytes are not in order."""
     ours = image_processor(dict(image_processor_type="ViTImageProcessor", size=20))
-    image = picture(30, 40)
+    image = make_image(30, 40)
     for view in (image[::-1], image[:, ::-1], image.transpose(1, 0, 2)):
         np.testing.assert_array_equal(ours(view), ours(view.copy()))
 
@@ -119,7 +119,7 @@ def test_old_files_say_feature_extractor_and_plain_numbers(tmp_path):
     options = dict(crop_size=336, size=336, resample=3, do_resize=True, do_center_crop=True, do_normalize=True)
     old = options | dict(feature_extractor_type="CLIPFeatureExtractor", image_mean=None)
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(old), "utf-8")
-    image = picture(350, 401)
+    image = make_image(350, 401)
     wanted = theirs(make("clip.CLIP", options), image)["pixel_values"][0]
     np.testing.assert_array_equal(read_image_processor(tmp_path)(image), rearrange(wanted, "c h w -> h w c"))
 
@@ -173,7 +173,7 @@ def test_options_are_refused_by_name(values, message):
         image_processor(values)
 
 
-# ---- pictures
+# ---- images
 
 
 @pytest.mark.parametrize(
@@ -191,7 +191,7 @@ def test_options_are_refused_by_name(values, message):
         (b"bytes", "a bytes"),
     ],
 )
-def test_what_is_no_rgb_picture_is_refused(image, message):
+def test_what_is_no_rgb_image_is_refused(image, message):
     for values in (CLIP, QWEN2):
         with pytest.raises(DataError, match=f"(?s){message}.*decode_image"):
             image_processor(values)(image)
@@ -199,12 +199,12 @@ def test_what_is_no_rgb_picture_is_refused(image, message):
 
 def test_patches_are_refused_where_there_are_none():
     with pytest.raises(ConfigError, match="patches from a CLIPImageProcessor"):
-        image_processor(CLIP).patches(picture(30, 30))
+        image_processor(CLIP).patches(make_image(30, 30))
     with pytest.raises(DataError, match="(?s)30 x 28 pixels.*multiples of 28"):
-        image_processor(QWEN2 | dict(do_resize=False)).patches(picture(30, 28))
+        image_processor(QWEN2 | dict(do_resize=False)).patches(make_image(30, 28))
     with pytest.raises(DataError, match="2 x 401 pixels"):
-        image_processor(QWEN2)(picture(2, 401))
-    assert image_processor(QWEN2)(picture(2, 400)).shape[0] == 28
+        image_processor(QWEN2)(make_image(2, 401))
+    assert image_processor(QWEN2)(make_image(2, 400)).shape[0] == 28
 
 
 def test_neither_transformers_nor_torch_is_imported():
@@ -244,7 +244,7 @@ BOUNDED = {
 
 
 def peak_of(function) -> int:
-    """The most bytes that NumPy and Python hold while the function runs; Pillow's are not seen."""
+    """Returns the peak memory of NumPy and Python in bytes while the function runs, without Pillow's."""
     tracemalloc.start()
     try:
         function()
@@ -276,7 +276,7 @@ def test_a_thin_image_is_refused_before_anything_is_made_of_it(name, size, monke
 
 @pytest.mark.parametrize("name", BOUNDED)
 def test_other_processors_make_little_of_a_thin_image(name):
-    """Their sizes are the same for every image."""
+    """Checks processors whose output size is the same for every image."""
     processor = image_processor(BOUNDED[name])
     for size in ((65_000, 1), (1, 65_000)):
         tiles = processor.tiles(np.zeros((*size, 3), np.uint8))
@@ -284,7 +284,7 @@ def test_other_processors_make_little_of_a_thin_image(name):
 
 
 def test_a_large_photo_is_processed():
-    """12,000 x 9,000 pixels; to a square they are 144 million."""
+    """Checks 12,000 x 9,000 pixels; padded to a square they are 144 million."""
     photo = np.broadcast_to(np.uint8(7), (9_000, 12_000, 3))
     padded = image_processor(GROWING["LLaVA, padded"] | dict(resample=0)).prepare(photo)
     assert padded.shape == (224, 224, 3) and padded[112, 112].tolist() == [7, 7, 7]
@@ -298,9 +298,9 @@ def test_frames_and_tiles_are_bounded_together():
         qwen.patches(*[frame] * 100)
     values = dict(image_processor_type="LlavaNextImageProcessor", crop_size=1, size=dict(shortest_edge=1_000))
     with pytest.raises(DataError, match="tiles of an image"):
-        image_processor(values | dict(do_center_crop=False, crop_size=8)).tiles(picture(50, 50))
+        image_processor(values | dict(do_center_crop=False, crop_size=8)).tiles(make_image(50, 50))
     with pytest.raises(ConfigError, match="up to 1,000,000 tiles"):
-        replace(image_processor(BOUNDED["InternVL, tiles"]), tile_range=(1, 1_000_000)).tiles(picture(50, 50))
+        replace(image_processor(BOUNDED["InternVL, tiles"]), tile_range=(1, 1_000_000)).tiles(make_image(50, 50))
 
 
 # ---- options of a wrong type or size
@@ -332,10 +332,10 @@ def test_options_of_a_wrong_type_or_size_are_refused(kind):
     for name, wrong in (NAMED.get(kind) or WRONG).items():
         for value in wrong:
             values = {"image_processor_type": f"{kind}ImageProcessor", name: value}
-            with pytest.raises(ConfigError) as told:
+            with pytest.raises(ConfigError) as refusal:
                 image_processor(values)
-            assert len(str(told.value)) < 1_000, (name, value)
-            str(told.value).encode()
+            assert len(str(refusal.value)) < 1_000, (name, value)
+            str(refusal.value).encode()
 
 
 @pytest.mark.parametrize("text", ["[" * 100_000, "[]", "7", '"x"', "\ufeff{", "{" * 100_000])

@@ -1,4 +1,4 @@
-"""Pictures of every mode come out as a person sees them, and hostile ones are refused with a reason."""
+"""Images of every mode are decoded as a person sees them; hostile ones are refused with a reason."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def chunk(kind: bytes, body: bytes) -> bytes:
 
 
 def png(width: int, height: int, bits: int, colour: int, row: bytes, *extra: bytes) -> bytes:
-    """A PNG whose rows are alike, of kinds that Pillow reads and does not write."""
+    """Returns a PNG with equal rows, of kinds that Pillow reads but does not write."""
     header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, bits, colour, 0, 0, 0))
     body = chunk(b"IDAT", zlib.compress((b"\0" + row) * height))
     return b"\x89PNG\r\n\x1a\n" + header + b"".join(extra) + body + chunk(b"IEND", b"")
@@ -61,7 +61,7 @@ def test_sixteen_bits_keep_their_high_byte():
 
 @pytest.mark.parametrize("kind", ["PNG", "TIFF"])
 def test_sixteen_bits_in_every_layout(kind):
-    """A 16-bit sample's high byte is what an 8-bit file would hold; clear pixels are white here, too."""
+    """Checks that a 16-bit sample keeps its high byte, and that transparent pixels become white."""
     assert pixel(encode(Image.fromarray(np.full((2, 3), 0xFE01, np.uint16)), kind)) == [254] * 3
     samples = struct.pack(">3H", 0x12FF, 0x80FF, 0xFE00)
     assert pixel(png(1, 1, 16, 2, samples)) == [0x12, 0x80, 0xFE]
@@ -71,10 +71,10 @@ def test_sixteen_bits_in_every_layout(kind):
     assert pixel(png(1, 1, 16, 4, samples[:2] + b"\0\0")) == [255] * 3
     clear = chunk(b"tRNS", samples[:2])
     grey = decode_image(png(2, 1, 16, 0, samples[:2] + b"\x12\x00", clear), what="test")
-    assert grey[0, :, 0].tolist() == [255, 0x12], "one value is clear, not all with its high byte"
+    assert grey[0, :, 0].tolist() == [255, 0x12], "one value is transparent, not all with its high byte"
 
 
-def test_grey_pictures_keep_their_levels():
+def test_grey_images_keep_their_levels():
     ramp = np.arange(256, dtype=np.uint8)[None].repeat(2, axis=0)
     for kind in ("PNG", "BMP", "TIFF", "PPM"):
         assert (decode_image(encode(Image.fromarray(ramp), kind), what="test") == ramp[..., None]).all()
@@ -106,7 +106,7 @@ def test_a_clear_first_frame_lies_on_white():
 
 @pytest.mark.parametrize("kind", ["JPEG", "TIFF"])
 def test_cmyk_ink_darkens(kind):
-    """Also in JPEG files, which many programs write with inverted samples."""
+    """Checks also JPEG files, which many programs write with inverted samples."""
     for ink, colour in (((0, 0, 0, 0), 255), ((0, 0, 0, 255), 0), ((255, 255, 255, 0), 0)):
         found = np.array(pixel(encode(Image.new("CMYK", (8, 8), ink), kind)), int)
         assert np.abs(found - colour).max() < 12, ink
@@ -121,17 +121,17 @@ def test_exif_orientation_is_applied():
     image = Image.new("RGB", (4, 2), "white")
     image.putpixel((0, 0), (0, 0, 0))
     exif = Image.Exif()
-    exif[0x0112] = 6  # to be turned a quarter clockwise for display
+    exif[0x0112] = 6  # turn a quarter clockwise for display
     turned = decode_image(encode(image, exif=exif.tobytes()), what="test")
     assert turned.shape == (4, 2, 3)
     assert turned[0, 1].tolist() == [0, 0, 0] and turned[0, 0].tolist() == [255, 255, 255]
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
-def test_every_exif_orientation_stands_upright(kind):
+def test_every_exif_orientation_is_turned_upright(kind):
     upright = np.zeros((16, 24, 3), np.uint8)
     upright[:8, :8], upright[8:, :8], upright[:8, 16:] = (250, 0, 0), (0, 250, 0), (0, 0, 250)
-    turned = {  # how the camera stored it
+    turned = {  # as the camera stores it
         1: upright,
         2: upright[:, ::-1],
         3: upright[::-1, ::-1],
@@ -148,11 +148,11 @@ def test_every_exif_orientation_stands_upright(kind):
         data = encode(Image.fromarray(np.ascontiguousarray(stored)), kind, exif=exif, **options)
         found = decode_image(data, what="test").astype(int)
         assert found.shape == upright.shape, orientation
-        # JPEG mixes colours near edges: the middles of the corners tell.
+        # JPEG mixes colours near edges, so compare the middles of the corners.
         assert np.abs(found[4::8, 4::8] - upright[4::8, 4::8]).max() < 40, orientation
 
 
-def test_a_picture_of_100_megapixels_is_refused_from_its_header():
+def test_an_image_of_100_megapixels_is_refused_from_its_header():
     header = chunk(b"IHDR", struct.pack(">IIBBBBB", 10_000, 10_000, 8, 2, 0, 0, 0))
     data = b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", b"") + chunk(b"IEND", b"")
     with pytest.raises(DataError, match=r"(?s)record 7.*10000 x 10000.*50,000,000"):
@@ -168,7 +168,7 @@ def test_the_bound_itself_is_allowed():
 
 
 @pytest.mark.parametrize("kind", FORMATS)
-def test_truncated_pictures_are_refused(kind):
+def test_truncated_images_are_refused(kind):
     noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
     data = encode(Image.fromarray(noise), kind)
     assert decode_image(data, what="test").shape == (64, 64, 3)
@@ -178,7 +178,7 @@ def test_truncated_pictures_are_refused(kind):
 
 
 @pytest.mark.parametrize("size", [(0, 1), (1, 0), (0, 0)])
-def test_pictures_without_pixels_are_refused(size):
+def test_images_without_pixels_are_refused(size):
     jpeg = bytearray(encode(Image.new("RGB", (3, 2)), "JPEG"))
     start = jpeg.index(b"\xff\xc0")
     jpeg[start + 5 : start + 9] = struct.pack(">HH", *size)
@@ -190,13 +190,13 @@ def test_pictures_without_pixels_are_refused(size):
             decode_image(data, what="record 5")
 
 
-@pytest.mark.parametrize("data", [b"", b"not a picture", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"])
-def test_what_is_no_picture_is_refused(data):
+@pytest.mark.parametrize("data", [b"", b"not an image", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"])
+def test_what_is_no_image_is_refused(data):
     with pytest.raises(DataError, match="cannot be decoded"):
         decode_image(data, what="test")
 
 
-def test_floating_point_pictures_are_refused():
+def test_floating_point_images_are_refused():
     with pytest.raises(DataError, match="floating point"):
         decode_image(encode(Image.new("F", (3, 2), 0.5), "TIFF"), what="test")
 
@@ -219,7 +219,7 @@ def test_resize_keeps_flat_colour_and_returns_a_fresh_array():
 def test_files_are_read_and_named_when_they_cannot_be(tmp_path):
     good, bad = tmp_path / "good.png", tmp_path / "bad.png"
     good.write_bytes(encode(Image.new("RGB", (3, 2), (1, 2, 3))))
-    bad.write_bytes(b"no picture")
+    bad.write_bytes(b"no image")
     assert read_image(good).tolist() == [[[1, 2, 3]] * 3] * 2
     with pytest.raises(DataError, match="bad.png: cannot be decoded"):
         read_image(bad)
@@ -230,7 +230,7 @@ def test_files_are_read_and_named_when_they_cannot_be(tmp_path):
 
 
 def test_only_regular_files_of_bounded_size_are_read(tmp_path):
-    """A pipe would be waited for, a device or a sparse file would be read into memory."""
+    """Checks pipes, which would block, and devices and sparse files, which would fill the memory."""
     os.mkfifo(tmp_path / "pipe.png")
     with open(tmp_path / "sparse.png", "wb") as file:
         file.truncate(100 << 30)
@@ -245,14 +245,14 @@ def test_only_regular_files_of_bounded_size_are_read(tmp_path):
     }
     for path, message in refused.items():
         for read in (read_image, as_picture):
-            with pytest.raises(DataError, match=message) as told:
+            with pytest.raises(DataError, match=message) as refusal:
                 read(path)
-            str(told.value).encode()
+            str(refusal.value).encode()
 
 
 def test_pillows_images_are_finished_or_refused():
     whole = encode(Image.new("RGB", (64, 64), (1, 2, 3)))
     assert as_picture(Image.open(io.BytesIO(whole))).shape == (64, 64, 3)
     for image in (Image.new("F", (3, 2), 0.5), Image.open(io.BytesIO(whole[:70]))):
-        with pytest.raises(DataError, match="an image of Pillow: cannot be decoded"):
+        with pytest.raises(DataError, match="a Pillow image: cannot be decoded"):
             as_picture(image)

@@ -1,4 +1,4 @@
-"""Every form of a conversation, and what is none."""
+"""Valid and invalid forms of a conversation."""
 
 from __future__ import annotations
 

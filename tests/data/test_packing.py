@@ -1,4 +1,4 @@
-"""The packing plan: every example once an epoch, a function of (seed, step), slots and weights respected."""
+"""The packing plan: every example once an epoch, a function of (seed, step), within slots, by weights."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from mllm_jax.data.packing import PackingPlan, Stream
 from mllm_jax.errors import DataError
 
 
-def stream(count=150, weight=1.0, seed=0, low=5, high=30, pictures=2) -> Stream:
+def stream(count=150, weight=1.0, seed=0, low=5, high=30, images=2) -> Stream:
     rng = np.random.default_rng(seed)
-    return Stream(rng.integers(low, high, count), {"image": rng.integers(0, pictures + 1, count)}, weight)
+    return Stream(rng.integers(low, high, count), {"image": rng.integers(0, images + 1, count)}, weight)
 
 
 def plan(*streams, **change) -> PackingPlan:
@@ -26,7 +26,7 @@ def placed(p: PackingPlan, steps) -> list[tuple[int, int]]:
 
 
 def epochs(p: PackingPlan, source: int) -> int:
-    """Steps, in whole blocks, that hold at least three epochs of a source."""
+    """Returns the steps, in whole blocks, that hold at least three epochs of a source."""
     tokens_a_step = p.rows * (p.length if p.packed else 1) * p.fill * p.share[source]
     blocks = int(3 * p.totals[source] / (tokens_a_step * p.block_steps)) + 2
     return blocks * p.block_steps
@@ -41,12 +41,12 @@ def test_every_example_comes_once_an_epoch(packed):
         assert p.statistics(steps)["left_over"] == 0
         counts = Counter(e for i, e in placed(p, range(steps)) if i == source)
         assert set(counts) == set(range(len(s.lengths)))
-        # A running epoch may have reached some examples and not others: the counts differ by one at most.
+        # An unfinished epoch may have used some examples and not others: the counts differ by at most one.
         assert min(counts.values()) >= 3 and max(counts.values()) - min(counts.values()) <= 1
 
 
 def test_blocks_take_disjoint_pieces():
-    """Within an epoch no two blocks hold the same example, and what they hold adds up to the epoch."""
+    """Checks that within an epoch no two blocks share an example, and all together make the epoch."""
     p = plan()
     blocks = [placed(p, range(b * 8, b * 8 + 8)) for b in range(20)]
     taken, whole = [], 0
@@ -84,8 +84,8 @@ def test_the_seed_decides():
 
 
 def test_rows_hold_no_more_than_their_places_and_slots():
-    """Many pictures, so that the slots run out before the places do."""
-    s = stream(pictures=4)
+    """Checks many images, so that the slots fill before the positions."""
+    s = stream(images=4)
     p = plan(s, slots={"image": 5})
     tightest = 0
     for step in range(64):
@@ -93,9 +93,9 @@ def test_rows_hold_no_more_than_their_places_and_slots():
         assert len(rows) == 4
         for row in rows:
             assert sum(s.lengths[e] for _, e in row) <= 64
-            pictures = sum(s.slots["image"][e] for _, e in row)
-            assert pictures <= 5
-            tightest = max(tightest, pictures)
+            images = sum(s.slots["image"][e] for _, e in row)
+            assert images <= 5
+            tightest = max(tightest, images)
     assert tightest == 5
 
 
@@ -118,7 +118,7 @@ def grouped(count: int, **change) -> PackingPlan:
 
 
 def test_neighbours_stay_together_in_every_step():
-    """Each run of four comes whole, in four rows that follow one another, in epochs and blocks alike."""
+    """Checks that each run of four is whole, in four successive rows, across epochs and blocks."""
     p = grouped(152, block_steps=19)  # a block is an epoch: 38 runs
     orders = []
     for step in range(57):
@@ -138,7 +138,7 @@ def test_without_groups_neighbours_part():
 
 @pytest.mark.parametrize("count", [152, 150, 3])
 def test_groups_leave_every_example_once_an_epoch(count):
-    """Also where the last run of an epoch is short."""
+    """Checks also an epoch whose last run is short."""
     counts = Counter(e for _, e in placed(grouped(count), range(64)))
     assert set(counts) == set(range(count)) and counts.total() == 64 * 8
     assert max(counts.values()) - min(counts.values()) <= 1
@@ -146,7 +146,7 @@ def test_groups_leave_every_example_once_an_epoch(count):
 
 @pytest.mark.parametrize("packed", [True, False])
 def test_weights_are_shares_of_examples(packed):
-    """The third source's examples are four times as long; that changes tokens, not the count of examples."""
+    """Checks that a third source with four times as long examples changes tokens, not the count of examples."""
     weights = (0.5, 0.3, 0.2)
     streams = [stream(50, w, seed=i, low=5, high=9) for i, w in enumerate(weights[:2])]
     streams.append(stream(50, weights[2], seed=2, low=25, high=33))
@@ -169,7 +169,7 @@ def test_unusable_examples_never_appear():
 
 
 def test_what_does_not_fit_is_counted():
-    """Asked to fill more places than there are, the plan leaves examples over and says which share."""
+    """Checks that a plan for more positions than there are leaves examples over and reports their share."""
     p = plan()
     p.fill = 1.25
     p._block.cache_clear()
@@ -192,9 +192,9 @@ def test_statistics_agree_with_the_rows():
 
 
 def test_rows_have_room_for_every_modality():
-    """Streams of images, of frames and of neither share rows, none of which takes more than its slots of each."""
-    images, frames = stream(pictures=3), stream(pictures=5, seed=1)
-    streams = (images, Stream(frames.lengths, {"video": frames.slots["image"]}, 1.0), stream(pictures=0, seed=2))
+    """Checks that streams of images, of frames and of neither share rows, none with more than its slots of each."""
+    shown, frames = stream(images=3), stream(images=5, seed=1)
+    streams = (shown, Stream(frames.lengths, {"video": frames.slots["image"]}, 1.0), stream(images=0, seed=2))
     p = plan(*streams, slots={"image": 3, "video": 5})
     used = []
     for step in range(40):
@@ -205,7 +205,7 @@ def test_rows_have_room_for_every_modality():
 
 
 def test_text_only_needs_no_slots():
-    p = plan(stream(pictures=0), slots={})
+    p = plan(stream(images=0), slots={})
     assert p.statistics(8)["slot_fill"] == 0 and placed(p, range(8))
 
 
@@ -213,13 +213,13 @@ def test_text_only_needs_no_slots():
     "streams,change,given",
     [
         ([stream(), stream(low=65, high=66)], {}, "source 1: an example of 65 tokens"),
-        ([stream(pictures=7)], {}, "media slots {'image': 7}"),
+        ([stream(images=7)], {}, "media slots {'image': 7}"),
         ([stream(weight=0.0)], {}, "weight 0.0"),
         ([stream(weight=-1.0)], {}, "weight -1.0"),
         ([Stream(np.zeros(4, int), {"image": np.zeros(4, int)}, 1.0)], {}, "0 usable examples"),
-        ([stream(low=33, high=36, pictures=0)], {}, "less than 60 %"),
+        ([stream(low=33, high=36, images=0)], {}, "less than 60 %"),
     ],
-    ids=["too long", "too many pictures", "no weight", "negative weight", "nothing usable", "pack badly"],
+    ids=["too long", "too many images", "no weight", "negative weight", "nothing usable", "pack badly"],
 )
 def test_refusals(streams, change, given):
     with pytest.raises(DataError) as refusal:

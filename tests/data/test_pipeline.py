@@ -1,4 +1,4 @@
-"""Batches are a function of (seed, step): no history, no order, no number of hosts; and bad records are named."""
+"""Batches depend only on (seed, step): not on history, order or the number of hosts; bad records are reported."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_iterating_gives_the_batches_in_order():
 
 @pytest.mark.parametrize("hosts", [2, 4, 8])
 def test_any_number_of_hosts_sees_the_same_global_batch(hosts, devices):
-    """Each host has a pipeline of its own and the rows of its own devices; put together they are one host's batch."""
+    """Gives each host its own pipeline and the rows of its devices; together they are a single host's batch."""
     mesh = make_mesh(MeshConfig(data=4, fsdp=2))
     whole, spec = pipeline().batch(9), pipeline().spec
     places = jax.device_put(
@@ -92,8 +92,8 @@ def test_shapes_hold_for_every_batch():
     assert (data.spec["images"].shape, data.spec["images"].dtype) == ((8, 3, SIZE, SIZE, 3), "uint8")
 
 
-def test_rows_without_a_picture_have_the_same_shape():
-    """Text stands among pictures: slots stay empty and no place points to them."""
+def test_rows_without_an_image_have_the_same_shape():
+    """Checks text among images: slots stay empty and no position refers to them."""
     data = pipeline(replace(PICTURES, sources=(Weighted(Toy(), 0.1), TEXT), length=32, slots={"image": 2}))
     found = [(batch, row) for batch in map(data.batch, range(16)) for row in range(8)]
     textual = [(b, r) for b, r in found if (b["media_index"][r] < 0).all()]
@@ -115,24 +115,24 @@ def test_media_index_points_at_the_slots_of_the_example():
             slot = 0
             for segment, (source, index) in enumerate(examples, start=1):
                 places = batch["segments"][row] == segment
-                pictures = [np.asarray(part.source) for part in data.sources[source].example(index).media]
-                expected = [(slot + m) * tokens + t for m in range(len(pictures)) for t in range(tokens)]
+                images = [np.asarray(part.source) for part in data.sources[source].example(index).media]
+                expected = [(slot + m) * tokens + t for m in range(len(images)) for t in range(tokens)]
                 found = batch["media_index"][row, places]
                 assert found[found >= 0].tolist() == expected
                 np.testing.assert_array_equal(batch["positions"][row, places], np.arange(places.sum()))
-                for m, picture in enumerate(pictures):
-                    np.testing.assert_array_equal(batch["images"][row, slot + m], picture)
-                slot, seen = slot + len(pictures), seen + len(pictures)
+                for m, image in enumerate(images):
+                    np.testing.assert_array_equal(batch["images"][row, slot + m], image)
+                slot, seen = slot + len(images), seen + len(images)
             assert not batch["images"][row, slot:].any()
-            learnt = [w for s, i in examples for w in data.encode(s, i).loss_weights]
-            np.testing.assert_array_equal(batch["loss_weights"][row, : len(learnt)], learnt)
+            loss_weights = [w for s, i in examples for w in data.encode(s, i).loss_weights]
+            np.testing.assert_array_equal(batch["loss_weights"][row, : len(loss_weights)], loss_weights)
             padding = batch["segments"][row] == 0
             assert (batch["tokens"][row, padding] == tokenizer().pad_token_id).all()
             assert not batch["loss_weights"][row, padding].any()
     assert seen > 50
 
 
-def test_what_is_learnt_is_the_mixtures_choice():
+def test_the_mixture_chooses_the_tokens_that_carry_loss():
     answers, everything = pipeline().batch(3), pipeline(replace(PICTURES, learn="all")).batch(3)
     for name in answers.keys() - {"loss_weights"}:
         np.testing.assert_array_equal(answers[name], everything[name])
@@ -180,7 +180,7 @@ def test_the_description_of_a_step_names_its_examples():
 
 @pytest.fixture(scope="module")
 def quickstart():
-    """The experiment, and a pipeline for each of its packed mixtures."""
+    """Returns the experiment, and a pipeline for each of its packed mixtures."""
     experiment = load_config(ROOT / "configs" / "quickstart.py")
     sources = {repr(w.source): w.source for stage in experiment.stages for w in stage.data.sources}
     texts = training_texts([source.build() for _, source in sorted(sources.items())])
@@ -204,9 +204,9 @@ def test_the_quickstart_fills_its_rows(quickstart, capsys):
 
 @dataclass(frozen=True)
 class Broken(Toy):
-    """Some pictures cannot be read, some answers are empty."""
+    """A source with unreadable images and empty answers."""
 
-    bad_pictures: tuple[int, ...] = ()
+    bad_images: tuple[int, ...] = ()
     empty_answers: tuple[int, ...] = ()
 
     def build(self) -> ToySource:
@@ -220,8 +220,8 @@ class BrokenSource(ToySource):
         return super().example(index)
 
     def picture(self, index: int, number: int = 0) -> np.ndarray:
-        if index in self.config.bad_pictures:
-            raise DataError(f"picture {index}: truncated", "a whole PNG", "replace it")
+        if index in self.config.bad_images:
+            raise DataError(f"image {index}: truncated", "a whole PNG", "replace it")
         return super().picture(index, number)
 
 
@@ -266,7 +266,7 @@ def test_a_tokenizer_is_trained_past_records_that_cannot_be_used(monkeypatch):
 
 
 def test_bad_records_are_counted_and_left_out():
-    bad = {"bad_pictures": (5, 60), "empty_answers": (7,)}
+    bad = {"bad_images": (5, 60), "empty_answers": (7,)}
     data = pipeline(broken(0.02, **bad))
     assert [index for index, _ in data.measured[0].bad] == [5, 7, 60]
     assert all(f"broken[{index}]" in reason for index, reason in data.measured[0].bad)
@@ -276,9 +276,9 @@ def test_bad_records_are_counted_and_left_out():
         pipeline(broken(0.01, **bad))
 
 
-def test_an_unreadable_picture_stops_a_run_that_allows_none():
-    data = pipeline(broken(0.0, bad_pictures=tuple(range(200))))
-    with pytest.raises(DataError, match=r"broken\[\d+\]: picture \d+: truncated"):
+def test_an_unreadable_image_stops_a_run_that_allows_none():
+    data = pipeline(broken(0.0, bad_images=tuple(range(200))))
+    with pytest.raises(DataError, match=r"broken\[\d+\]: image \d+: truncated"):
         data.batch(0)
 
 
@@ -287,7 +287,7 @@ def test_an_empty_answer_is_refused_at_measuring():
         pipeline(broken(0.0, empty_answers=(11,)))
 
 
-def test_more_pictures_than_slots_are_refused_at_measuring():
+def test_more_images_than_slots_are_refused_at_measuring():
     with pytest.raises(DataError, match=r"toy_pairs\[0\]: media for slots {'image': 2} in a row of {'image': 1}"):
         pipeline(replace(PICTURES, slots={"image": 1}))
 
@@ -305,7 +305,7 @@ def test_lengths_are_measured_once(tmp_path, monkeypatch):
 
 
 def test_lengths_are_measured_anew_for_another_processor(tmp_path):
-    """Another tokenizer, system message or layout of images gives rows of another length."""
+    """Checks another tokenizer, system message or layout of images, which give rows of another length."""
     words, few = tokenizer(), Tokenizer.train(["a text"], 300)
     named = PlainLayout(SIZE, MODEL.media_tokens, words.image_token_id, [words.words("here")] * MODEL.media_tokens)
     readers = [processor(), processor(MODEL, few), Processor(MODEL, words, named)]
@@ -324,8 +324,8 @@ def test_lengths_are_measured_anew_for_other_data_or_settings(tmp_path):
         assert set(tmp_path.iterdir()) - before
 
 
-def test_stale_lengths_are_told(tmp_path, monkeypatch):
-    """The data changed and the source's fingerprint did not."""
+def test_stale_lengths_are_reported(tmp_path, monkeypatch):
+    """Checks data that changed while the source's fingerprint did not."""
     pipeline(cache_dir=tmp_path)
     old = ToySource.example
 

@@ -1,4 +1,4 @@
-"""Reads that fail for a while succeed in the end; those that go on failing stop the run by the source's name."""
+"""Reads that fail for a while succeed in the end; those that keep failing stop the run with the source's name."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ QUICK = Patience(attempts=3, first_pause=0.0)
 
 
 class Flaky:
-    """Fails so many times before it answers."""
+    """A read that fails a number of times before it succeeds."""
 
     def __init__(self, failures: int, error: Exception):
         self.failures, self.error, self.calls = failures, error, 0
@@ -29,13 +29,13 @@ class Flaky:
 
 
 def caused(cause: Exception) -> DataError:
-    error = DataError("the picture a.png cannot be read", "a file", "see")
+    error = DataError("the image a.png cannot be read", "a file", "see")
     error.__cause__ = cause
     return error
 
 
 @pytest.mark.parametrize("error", [OSError(5, "Input/output error"), TimeoutError("slow"), caused(OSError(5, "x"))])
-def test_a_failure_that_passes_is_tried_again_and_told(error):
+def test_a_temporary_failure_is_retried_and_reported(error):
     read = Flaky(2, error)
     with pytest.warns(UserWarning, match=r"toy\[3\].*attempt 2 in"):
         assert patiently(read, "toy[3]", QUICK) == "bytes"
@@ -54,7 +54,7 @@ def test_pauses_double(monkeypatch):
 def test_one_that_goes_on_stops_by_name():
     with pytest.raises(ReadError, match=r"toy\[3\]: 3 attempts.*Input/output") as stop:
         patiently(Flaky(3, OSError(5, "Input/output error")), "toy[3]", QUICK)
-    assert not isinstance(stop.value, DataError), "a bad record may be passed over; this may not"
+    assert not isinstance(stop.value, DataError), "a bad record may be skipped; this may not"
 
 
 @pytest.mark.parametrize(
@@ -67,7 +67,7 @@ def test_what_waiting_does_not_change_is_not_tried_again(error):
     assert read.calls == 1
 
 
-def test_a_slow_read_is_told():
+def test_a_slow_read_is_reported():
     with pytest.warns(UserWarning, match=r"toy\[3\]: reading it took"):
         assert patiently(Flaky(0, OSError()), "toy[3]", replace(QUICK, slow_seconds=-1.0)) == "bytes"
 
@@ -80,7 +80,7 @@ def test_patience_that_cannot_be_is_refused():
 
 @dataclass(frozen=True)
 class Bucket(toy_data.Toy):
-    """A toy source whose pictures come from a bucket that fails `failures` times, at pictures 0, 7, 14, ..."""
+    """A toy source whose images come from a bucket that fails `failures` times, at images 0, 7, 14, ..."""
 
     failures: int = 0
 
@@ -100,7 +100,7 @@ class BucketSource(toy_data.ToySource):
         return super().picture(index, number)
 
 
-def pictures(failures: int, **kwargs):
+def make_images(failures: int, **kwargs):
     mixture = Mixture((Weighted(Bucket("bucket", failures=failures)),), rows=8, length=32, slots={"image": 1}, **kwargs)
     return toy_data.pipeline(mixture, patience=QUICK)
 
@@ -111,12 +111,12 @@ def batches(pipeline):
 
 def test_batches_are_the_same_after_failures():
     with pytest.warns(UserWarning, match=r"bucket\[\d+\]"):
-        assert batches(pictures(2)) == batches(pictures(0))
+        assert batches(make_images(2)) == batches(make_images(0))
 
 
 @pytest.mark.filterwarnings("ignore:bucket")
 def test_a_source_that_is_away_stops_the_run_and_counts_as_no_bad_record():
     with pytest.raises(ReadError, match=r"bucket\[\d+\]: 3 attempts.*Connection timed out"):
-        batches(pictures(1000))
+        batches(make_images(1000))
     with pytest.raises(ReadError, match=r"bucket\[\d+\]"):
-        pictures(1000, max_bad_share=0.5)
+        make_images(1000, max_bad_share=0.5)

@@ -1,4 +1,4 @@
-"""Chat templates are rendered as transformers renders them, and none takes more time or memory than its budget."""
+"""Chat templates are rendered as in transformers, and none takes more time or memory than its budget."""
 
 from __future__ import annotations
 
@@ -58,8 +58,8 @@ HONEST = {
 }
 
 
-def told(template: str, messages=TURNS) -> str:
-    """What is said of a template that is refused."""
+def refusal_of(template: str, messages=TURNS) -> str:
+    """Returns the message of a refused template."""
     tokenizer = byte_tokenizer(template=template)
     with pytest.raises(DataError) as refusal:
         tokenizer.render_chat(messages)
@@ -164,21 +164,21 @@ HOSTILE = {
 
 @pytest.mark.parametrize("name", HOSTILE)
 def test_a_hostile_template_is_refused_within_its_budget(name):
-    byte_tokenizer()  # what it imports is not what is measured
+    byte_tokenizer()  # so that its imports are not measured
     tracemalloc.start()
     before = time.thread_time()
     try:
-        text = told(HOSTILE[name])
+        text = refusal_of(HOSTILE[name])
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
     assert "a template that ends" in text and len(text) < 1_500
-    assert time.thread_time() - before < 4 * MAX_SECONDS + 1, "watching memory makes it slower"
+    assert time.thread_time() - before < 4 * MAX_SECONDS + 1, "tracing memory makes it slower"
     assert peak < 40 * MAX_MADE
 
 
 def test_a_template_sees_data_alone():
-    """Objects have methods that a sandbox does not know."""
+    """Checks objects whose methods a sandbox does not know."""
     template = "{% for key, value in messages[0].items() %}{{ key }}={{ value }} {% endfor %}"
     tokenizer = byte_tokenizer(template=template)
     given = {"role": "user", "a": (1, "x"), "b": np.float32(0.5), "c": np.zeros(3), "d": {"e": [None, True]}, "f": None}
@@ -189,14 +189,14 @@ def test_a_template_sees_data_alone():
 
 def test_the_sandbox_holds():
     for name in ("class", "class by attr", "class by format", "globals", "code", "environment", "underscore"):
-        assert "SecurityError" in told(HOSTILE[name]) or "unsafe" in told(HOSTILE[name]), name
+        assert "SecurityError" in refusal_of(HOSTILE[name]) or "unsafe" in refusal_of(HOSTILE[name]), name
     tokenizer = byte_tokenizer(template="{{ messages.append(1) }}{{ messages }}")
     with pytest.raises(DataError, match="SecurityError"):
         tokenizer.render_chat(TURNS)
 
 
 def test_a_long_conversation_is_within_the_budget():
-    """Templates in use are linear in the conversation; the budget grows with it."""
+    """Checks that a template linear in the conversation stays within the budget, which grows with it."""
     template = (
         "{% set ns = namespace(last='') %}{% for m in messages %}{% set content = m.content | trim %}"
         "{% set ns.last = content.split('</think>')[-1] %}{{ '<' + m.role + '>' + ns.last ~ '\n' }}{% endfor %}"

@@ -1,4 +1,4 @@
-"""Tiles of pictures equal transformers' processors' to the last byte; resolutions, margins and places, by hand."""
+"""Tiles of images equal those of transformers' processors to the last byte; resolutions and positions by hand."""
 
 from __future__ import annotations
 
@@ -42,13 +42,13 @@ CASES = {
         dict(size=dict(height=16, width=16), crop_size=16, do_center_crop=False, image_grid_pinpoints=SMALL),
     ),
     "next, black beside white": ("llava_next.LlavaNext", dict(size=16, crop_size=16, image_grid_pinpoints=[[16, 64]])),
-    "next, as it stands": ("llava_next.LlavaNext", {}),
+    "next, unchanged": ("llava_next.LlavaNext", {}),
     "onevision": ("llava_onevision.LlavaOnevision", dict(size=dict(height=16, width=16), image_grid_pinpoints=SMALL)),
-    "onevision, as it stands": ("llava_onevision.LlavaOnevision", dict(image_mean=[0.5] * 3, resample=2)),
+    "onevision, unchanged": ("llava_onevision.LlavaOnevision", dict(image_mean=[0.5] * 3, resample=2)),
 }
 
 
-def picture(height: int, width: int, seed: int = 0) -> np.ndarray:
+def make_image(height: int, width: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
 
 
@@ -61,9 +61,9 @@ def test_tiles_to_the_last_byte(case, tmp_path):
     reference.save_pretrained(tmp_path)
     ours = read_image_processor(tmp_path)
     assert ours == image_processor(options | {"image_processor_type": ours.kind}), "a file with these options alone"
-    sizes = SIZES if "as it stands" not in case else ((300, 500), (11, 700))
+    sizes = SIZES if "unchanged" not in case else ((300, 500), (11, 700))
     for size in sizes:
-        image = picture(*size)
+        image = make_image(*size)
         wanted = reference(image, return_tensors="np", input_data_format="channels_last")["pixel_values"][0]
         tiles = ours.tiles(image)
         assert tiles.dtype == np.uint8
@@ -71,11 +71,11 @@ def test_tiles_to_the_last_byte(case, tmp_path):
         np.testing.assert_array_equal(found, wanted if wanted.ndim == 4 else wanted[None], err_msg=str(size))
 
 
-def test_one_of_several_pictures_is_a_padded_square():
-    """LLaVA-OneVision cuts a picture that is alone in its text; others are one tile each."""
+def test_one_of_several_images_is_a_padded_square():
+    """Checks that LLaVA-OneVision cuts a single image of a text; several are one tile each."""
     pil = import_module("transformers.models.llava_onevision.image_processing_pil_llava_onevision")
     options = dict(size=dict(height=16, width=16), image_grid_pinpoints=SMALL)
-    images = [picture(*size) for size in SIZES]
+    images = [make_image(*size) for size in SIZES]
     wanted = pil.LlavaOnevisionImageProcessorPil(**options)(
         [images], return_tensors="np", input_data_format="channels_last"
     )
@@ -86,7 +86,7 @@ def test_one_of_several_pictures_is_a_padded_square():
 
 
 def test_frames_of_a_video(tmp_path):
-    """Where they are said: a part of processor_config.json, a file of their own, or the pictures' file."""
+    """Checks all files of settings: a part of processor_config.json, their own file, or the images' file."""
     shared = dict(image_processor_type="LlavaOnevisionImageProcessor", size=dict(height=10, width=10))
     own = dict(video_processor_type="LlavaOnevisionVideoProcessor", size=dict(height=20, width=20))
     inner = dict(video_processor=own | dict(size=dict(height=30, width=30), do_sample_frames=False))
@@ -94,7 +94,7 @@ def test_frames_of_a_video(tmp_path):
     for name, values in (("preprocessor", shared), ("video_preprocessor", own), ("processor", inner)):
         (tmp_path / f"{name}_config.json").write_text(json.dumps(values), "utf-8")
         found = read_video_processor(tmp_path)
-        assert found.tiles(picture(9, 14)).shape[0] == 1 and found.background is None
+        assert found.tiles(make_image(9, 14)).shape[0] == 1 and found.background is None
         sides.append(found.output_size(9, 14))
     assert sides == [(10, 10), (20, 20), (30, 30)]
     with pytest.raises(ConfigError, match="do_sample_frames=True"):
@@ -114,7 +114,7 @@ def test_resolutions_and_sizes_are_theirs():
 
 
 def test_rounding_keeps_rows_that_cutting_loses():
-    """55 * (48 / 176) is just below 15 in floating point."""
+    """Checks 55 * (48 / 176), which is just below 15 in floating point."""
     assert unpadded((55, 176), (48, 48)) == (slice(16, 32), slice(0, 48))
     assert unpadded((55, 176), (48, 48), rounds=False) == (slice(17, 31), slice(0, 48))
 
@@ -128,16 +128,16 @@ def test_colour_of_a_square():
 
 def test_places_by_hand():
     n = NEWLINE
-    # Two tiles of 2 x 2 beside one another; the picture is half as high as both: one row of margin above and below
-    # would leave nothing of two rows, so a picture of a quarter keeps both.
+    # Two tiles of 2 x 2 side by side; the image is half as high as both. One row of margin above and below would leave
+    # nothing of two rows, so an image of a quarter keeps both.
     assert anyres_places((8, 16), (8, 16), 8, 2).places.tolist() == [0, 1, 2, 3, 4, 5, 8, 9, n, 6, 7, 10, 11, n]
-    # Four tiles, of which a wide picture fills the two rows in the middle.
+    # Four tiles; a wide image fills the two rows in the middle.
     wide = anyres_places((4, 8), (16, 16), 8, 2)
     assert wide.places.tolist() == [0, 1, 2, 3, 6, 7, 10, 11, n, 12, 13, 16, 17, n] and wide.weights is None
     tall = anyres_places((8, 4), (16, 16), 8, 2)
     assert tall.places.tolist() == [0, 1, 2, 3, 5, 8, n, 7, 10, n, 13, 16, n, 15, 18, n]
     assert tile_places(2).places.tolist() == [0, 1, 2, 3, n]
-    # Nothing is left of a picture that is thinner than a row, but of a narrow one the ends of rows.
+    # Nothing remains of an image that is thinner than a row, but a narrow one keeps the ends of rows.
     assert anyres_places((1, 900), (8, 16), 8, 2).places.tolist() == [0, 1, 2, 3]
     assert anyres_places((900, 1), (16, 8), 8, 2).places.tolist() == [0, 1, 2, 3, n, n, n, n]
 

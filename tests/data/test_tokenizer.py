@@ -25,12 +25,12 @@ def test_any_text_round_trips(tokenizer, text):
     assert tokenizer.caption_ids(text) == [*tokenizer.encode(text), tokenizer.eos_token_id]
 
 
-def test_merges_are_learnt_and_the_size_is_kept(tokenizer):
+def test_merges_are_trained_and_the_size_is_kept(tokenizer):
     assert tokenizer.vocab_size == 290
     assert len(tokenizer.words("cats")) < len("cats")
 
 
-def test_a_word_has_the_same_ids_wherever_it_stands(tokenizer):
+def test_a_word_has_the_same_ids_at_every_position(tokenizer):
     word = tokenizer.words("apple")
     assert tokenizer.words("a red apple")[-len(word) :] == word == tokenizer.words(" apple")
 
@@ -41,7 +41,7 @@ def test_special_tokens_are_distinct_and_left_out_of_text(tokenizer):
     assert len(set(special)) == 6 and special[:4] == named and tokenizer.stop_ids == (tokenizer.eos_token_id,)
     assert [tokenizer.token_of(i) for i in special] == list(SPECIAL_TOKENS)
     assert tokenizer.decode([*special, *tokenizer.words("a cat"), *special]) == "a cat"
-    assert tokenizer.ids("".join(SPECIAL_TOKENS)) == special, "in what a template writes they are such"
+    assert tokenizer.ids("".join(SPECIAL_TOKENS)) == special, "in the output of a template they are special tokens"
     assert tokenizer.id_of("<other>") is None
 
 
@@ -57,7 +57,7 @@ def test_a_phrase_is_one_token_and_its_text_comes_back():
 
 @pytest.mark.parametrize("special", SPECIAL_TOKENS)
 def test_text_cannot_forge_a_special_token(tokenizer, special):
-    """A record or a user who writes `<eos>` gets its letters, not the id that ends an answer."""
+    """Checks that `<eos>` in a record or a user's text becomes its letters, not the id that ends an answer."""
     for text in (f"a {special} cat", special, f"{special}{special}", f"<{special}", f"{special[:3]}{special}"):
         ids = tokenizer.words(text)
         assert tokenizer.id_of(special) not in ids
@@ -67,7 +67,7 @@ def test_text_cannot_forge_a_special_token(tokenizer, special):
         assert SEAM not in tokenizer.decode(ids)
 
 
-def test_training_is_deterministic_and_the_fingerprint_tells(tokenizer):
+def test_training_is_deterministic_and_the_fingerprint_changes(tokenizer):
     assert Tokenizer.train(TEXTS, 290).fingerprint() == tokenizer.fingerprint()
     assert Tokenizer.train(TEXTS, 280).fingerprint() != tokenizer.fingerprint()
     assert Tokenizer(tokenizer.backend, OWN_TEMPLATE + "!").fingerprint() != tokenizer.fingerprint()
@@ -110,7 +110,7 @@ TALKS = {
 
 @pytest.fixture(scope="module")
 def theirs(tokenizer, tmp_path_factory):
-    """What transformers makes of the files."""
+    """Returns transformers' tokenizer of the files."""
     from transformers import AutoTokenizer
 
     folder = tmp_path_factory.mktemp("saved")

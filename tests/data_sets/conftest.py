@@ -1,6 +1,6 @@
-"""What tests of the emoji data share.
+"""Fixtures for tests of the emoji data.
 
-This folder is not named datasets: tests/ is on sys.path, and transformers asks for a package of that name.
+This folder is not named datasets: tests/ is on sys.path, and transformers looks for a package of that name.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from mllm_jax.datasets.openmoji.turns import Turn
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A folder in which the quickstart's data lies."""
+    """Returns a folder with the quickstart's data."""
     path = str(tmp_path_factory.mktemp("data"))
     load("quickstart", path)
     return path
 
 
 @dataclass(frozen=True)
-class Told:
-    """An example as a person reads it: a text in the place of images, and questions with their answers."""
+class Readable:
+    """An example in readable form: the text in place of images, and questions with their answers."""
 
     context: str
     turns: tuple[Turn, ...]
@@ -33,9 +33,9 @@ class Told:
 
 @pytest.fixture(scope="session")
 def read():
-    """(source, index) -> what the example says; each question has the wording of one task."""
+    """Returns (source, index) -> readable example; each question has the wording of one task."""
 
-    def told(source, index: int) -> Told:
+    def readable(source, index: int) -> Readable:
         messages = source.example(index).messages
         roles = [message.role for message in messages]
         assert roles == ["user", "assistant"] * (len(roles) // 2)
@@ -45,14 +45,14 @@ def read():
             assert not before or not turns, "only before the first question"
             context += before
             turns.append(Turn(asked, answer.content, _task(asked)))
-        return Told(" ".join(context), tuple(turns))
+        return Readable(" ".join(context), tuple(turns))
 
-    return told
+    return readable
 
 
 @pytest.fixture(scope="session")
 def shown():
-    """(source, index) -> the images of the example."""
+    """Returns (source, index) -> images of the example."""
     return lambda source, index: [np.asarray(part.source) for part in source.example(index).media]
 
 

@@ -1,4 +1,4 @@
-"""LLaVA's records: what is read of them, where pictures stand, and every record that is refused."""
+"""LLaVA's records: their content, the positions of images, and refusals."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ def said(*values: str, first: str = "human") -> list[dict]:
     return [{"from": roles[i % 2], "value": value} for i, value in enumerate(values)]
 
 
-def told(example: Example) -> list:
-    """Of each message its parts, an image as its placeholder; an answer is one text."""
+def parts_of(example: Example) -> list:
+    """Returns the parts of each message, with images as placeholders; an answer is one text."""
     roles = [message.role for message in example.messages]
     assert roles == ["user", "assistant"] * (len(roles) // 2) or roles == [TEXT_ROLE]
     return [
@@ -65,7 +65,7 @@ def test_records_are_read(folder, monkeypatch, lines):
     text = "\n".join(map(json.dumps, GOOD)) if lines else json.dumps(GOOD, ensure_ascii=False)
     s = source(folder, text)
     assert len(s) == 4
-    first, text_only, two, skipped = map(told, map(s.example, range(4)))
+    first, text_only, two, skipped = map(parts_of, map(s.example, range(4)))
     assert first == [["<image>", 'What {is} "it"?'], "A cat. }\\", ["Sure?"], "Yes."]
     assert text_only == [["Hello"], "Hi"]
     assert two == [["Is ", "<image>", " like\n", "<image>", "\n?"], "no", ["So?"], "é"]
@@ -85,7 +85,7 @@ def test_captions_leave_the_question_out(folder):
     s = source(folder, GOOD[:1] + [{"id": "x", "image": "b.png", "conversations": said("Say.\n<image>", "A dog.")}],
                version="plain")  # fmt: skip
     (caption,) = s.example(1).messages
-    assert caption.role == TEXT_ROLE and told(s.example(1)) == [["<image>", "A dog."]]
+    assert caption.role == TEXT_ROLE and parts_of(s.example(1)) == [["<image>", "A dog."]]
     with pytest.raises(DataError, match="record 'a': 2 turn"):
         s.example(0)
     with pytest.raises(ConfigError, match="version 'v9'"):
@@ -101,7 +101,7 @@ BAD = {
     "no list": (dict(conversations="a"), "no list of `conversations`"),
     "two questions": (dict(conversations=[*said("a"), *said("b", "c")]), "turns of"),
     "empty answer": (dict(conversations=said("a", " \n")), "an empty answer"),
-    "picture in an answer": (dict(conversations=said("a", "<image>"), image="b.png"), "<image> in an answer"),
+    "image in an answer": (dict(conversations=said("a", "<image>"), image="b.png"), "<image> in an answer"),
     "too many": (dict(conversations=said("<image><image>", "b"), image="b.png"), r"2 time\(s\) for 1"),
     "too few": (dict(conversations=said("a", "b"), image="b.png"), r"0 time\(s\) for 1"),
     "no name": (dict(conversations=said("<image>", "b"), image=3), "image=3"),
@@ -118,13 +118,13 @@ def test_bad_records_are_refused_by_their_id(folder, case):
 
 
 @pytest.mark.parametrize("name", OUTSIDE)
-def test_pictures_stay_in_their_folder(folder, name):
+def test_images_stay_in_their_folder(folder, name):
     (folder / "r").mkdir()
     record = dict(id="p", image=name, conversations=said("<image>", "b"))
     (folder / "r.json").write_text(json.dumps([record]))
     s = LLaVARecords("r.json", "r", data_dir=str(folder)).build()
-    wanted = "cannot be read" if name == "missing.png" else "the picture '"
-    with pytest.raises(DataError, match="record 'p': the picture") as refusal:
+    wanted = "cannot be read" if name == "missing.png" else "a file inside the folder"
+    with pytest.raises(DataError, match=r"record 'p': the \w+ ") as refusal:
         images(s, 0)
     assert wanted in str(refusal.value)
 
@@ -166,7 +166,7 @@ WRONG = {
 
 @pytest.mark.parametrize("case", WRONG)
 def test_a_wrong_file_is_refused_at_its_first_wrong_byte(folder, case):
-    """In one pass: a reader that began again at each byte took minutes for a megabyte."""
+    """Checks that one pass suffices: a reader that restarted at each byte took minutes for a megabyte."""
     text, where = WRONG[case]
     before = time.thread_time()
     with pytest.raises(DataError) as refusal:
@@ -206,7 +206,7 @@ def test_a_broken_record_costs_itself_and_no_other(folder, case):
     (folder / "r.json").write_bytes("\n".join([good, BROKEN[case], good]).encode().replace(b"LATIN", b"\xff"))
     records = LLaVARecords("r.json", ".", data_dir=str(folder))
     s = records.build()
-    assert len(s) == 3 and told(s.example(0)) == told(s.example(2)) == [["Hello"], "Hi"]
+    assert len(s) == 3 and parts_of(s.example(0)) == parts_of(s.example(2)) == [["Hello"], "Hi"]
     with pytest.raises(DataError) as refusal:
         s.example(1)
     str(refusal.value).encode()
@@ -216,7 +216,7 @@ def test_a_broken_record_costs_itself_and_no_other(folder, case):
     assert measured.lengths.astype(bool).tolist() == [True, False, True] and [i for i, _ in measured.bad] == [1]
 
 
-def test_links_inside_the_folder_are_followed_and_must_lead_to_pictures(folder, tmp_path_factory):
+def test_links_inside_the_folder_are_followed_and_must_lead_to_images(folder, tmp_path_factory):
     elsewhere = tmp_path_factory.mktemp("elsewhere")
     (folder / "b.png").rename(elsewhere / "b.png")
     (elsewhere / "secret").write_text("root:x:0:0")

@@ -1,4 +1,4 @@
-"""Captions of emoji: what they say, and of which picture or place in it."""
+"""Captions of emoji: their content, and the image or cell that they describe."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def spread(source, count: int) -> list[int]:
 
 
 def said(source, index: int) -> list[tuple[str, int | None]]:
-    """(caption, region) of an example, which has one image."""
+    """Returns (caption, region) of an example, which has one image."""
     example = source.example(index)
     assert len(example.media) == 1
     return [(example.messages[number].text, s.region) for s in example.segments for number in s.messages]
@@ -27,13 +27,13 @@ def image(source, index: int) -> np.ndarray:
 
 def test_captions_and_descriptions_say_the_same(folder):
     captions = OpenMojiCaptions(data_dir=folder, scene_share=0.3).build()
-    told = [said(captions, index) for index in spread(captions, 500)]
-    scenes = [captions for captions in told if len(captions) > 1]
-    assert 0.2 < len(scenes) / len(told) < 0.4
+    described = [said(captions, index) for index in spread(captions, 500)]
+    scenes = [captions for captions in described if len(captions) > 1]
+    assert 0.2 < len(scenes) / len(described) < 0.4
     names = {row.name for row in captions.catalog.records}
     assert all([region for _, region in captions] == [0, 1, 2, 3] for captions in scenes), "a caption for each cell"
-    assert all(captions[0][1] is None for captions in told if len(captions) == 1)
-    assert {text for captions in told for text, _ in captions} <= names
+    assert all(captions[0][1] is None for captions in described if len(captions) == 1)
+    assert {text for captions in described for text, _ in captions} <= names
     pattern = r"top left (.+) top right (.+) bottom left (.+) bottom right (.+)"
     described = OpenMojiText(data_dir=folder).build()
     for index in spread(described, 500):
@@ -44,7 +44,7 @@ def test_captions_and_descriptions_say_the_same(folder):
         assert set(match.groups() if match else [context]) <= names
 
 
-def test_captions_list_every_picture_once_a_variant_with_its_base_beside_it(folder):
+def test_captions_list_every_image_once_a_variant_with_its_base_beside_it(folder):
     source = OpenMojiCaptions(variants=3, data_dir=folder).build()
     records = source.catalog.records
     assert len(source) == 3 * len(records)
@@ -53,33 +53,33 @@ def test_captions_list_every_picture_once_a_variant_with_its_base_beside_it(fold
     variants = [texts[start : start + len(records)] for start in range(0, len(texts), len(records))]
     assert len(base_of) == len(records)
     for variant in variants:
-        assert sorted(variant) == sorted(base_of), "every picture once"
+        assert sorted(variant) == sorted(base_of), "every image once"
         bases = [base_of[text] for text in variant]
         runs = [base for place, base in enumerate(bases) if place == 0 or base != bases[place - 1]]
-        assert len(runs) == len(set(bases)), "the forms of a base follow one another"
+        assert len(runs) == len(set(bases)), "the forms of a base are next to each other"
         assert runs != sorted(runs)
-    assert len({tuple(variant) for variant in variants}) == 3, "each variant in an order of its own"
+    assert len({tuple(variant) for variant in variants}) == 3, "each variant in its own order"
     teachers = [tuple(text for text in variant if base_of[text] == "teacher") for variant in variants]
     assert len(set(teachers)) == 3, "the forms of a base too"
 
 
-def test_a_caption_names_the_picture_beside_it(folder):
+def test_a_caption_names_the_image_beside_it(folder):
     source = OpenMojiCaptions(variants=2, image_size=32, data_dir=folder).build()
     number = {row.name: index for index, row in enumerate(source.catalog.records)}
     for index in spread(source, 60):
         shown = number[said(source, index)[0][0]]
-        assert np.array_equal(image(source, index), source.pictures.single(shown, 32))
+        assert np.array_equal(image(source, index), source.emoji_images.single(shown, 32))
 
 
 def test_a_caption_of_a_place_names_the_cell_that_is_there(folder):
     source = OpenMojiCaptions(variants=2, image_size=32, scene_share=1.0, data_dir=folder).build()
     number = {row.name: index for index, row in enumerate(source.catalog.records)}
     for index in spread(source, 60):
-        picture = image(source, index)
+        scene = image(source, index)
         for text, region in said(source, index):
             row, column = divmod(region, 2)
-            cell = picture[16 * row : 16 * row + 16, 16 * column : 16 * column + 16]
-            assert np.array_equal(cell, source.pictures.single(number[text], 16))
+            cell = scene[16 * row : 16 * row + 16, 16 * column : 16 * column + 16]
+            assert np.array_equal(cell, source.emoji_images.single(number[text], 16))
 
 
 def test_captions_end_in_their_category_as_often_as_asked(folder):

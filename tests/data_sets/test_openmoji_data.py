@@ -1,4 +1,4 @@
-"""The data set: what is in it, that no picture or base leaks from one split to another, and how it is prepared."""
+"""The emoji data set: its content, no leak of images or bases between splits, and its preparation."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from mllm_jax.data.images import decode_image, resize
 from mllm_jax.datasets.openmoji import drawing, load, records, summary
 from mllm_jax.datasets.openmoji.catalog import Catalog
 from mllm_jax.datasets.openmoji.drawing import draw_distinct, find_repeats
+from mllm_jax.datasets.openmoji.images import EmojiImages
 from mllm_jax.datasets.openmoji.openmoji_dataset_builder import Builder
-from mllm_jax.datasets.openmoji.pictures import Pictures
 from mllm_jax.datasets.openmoji.splits import SPLITS, assign_splits
 from mllm_jax.datasets.openmoji.subset import bases
 from mllm_jax.datasets.openmoji.vocabulary import GENDERS, TONES, read_forms
@@ -66,13 +66,13 @@ def test_every_base_of_a_subset_exists_once(config):
 
 
 @pytest.mark.parametrize("config", ["quickstart", "study"])
-def test_genders_can_be_told_apart_in_a_cell_of_a_scene(config, tmp_path):
-    """At 32 pixels and equal tone, by root mean square: at least 0.09 in `quickstart`; `study` has bases with less."""
+def test_genders_differ_in_a_cell_of_a_scene(config, tmp_path):
+    """Checks root mean squares at 32 pixels and equal tone: at least 0.09 in `quickstart`; `study` has smaller ones."""
     forms = defaultdict(dict)
     for rows in load(config, tmp_path).values():
-        pictures = Pictures(Catalog(rows, config))
+        images = EmojiImages(Catalog(rows, config))
         for index, row in enumerate(rows):
-            forms[row.base, row.skin_tone][row.gender] = pictures.single(index, 32) / 255
+            forms[row.base, row.skin_tone][row.gender] = images.single(index, 32) / 255
     least = defaultdict(lambda: 1.0)
     for (base, tone), genders in forms.items():
         for one, other in combinations(genders.values(), 2):
@@ -113,16 +113,16 @@ def test_categories_of_unseen_bases_are_level(splits):
     assert set(categories) == {row.category for row in splits["train"]}
 
 
-def test_no_two_pictures_look_the_same(splits):
+def test_no_two_images_look_the_same(splits):
     rows = [row for split in splits.values() for row in split]
-    pictures = [decode_image(row.image, what=row.name) for row in rows]
-    assert {picture.shape for picture in pictures} == {(128, 128, 3)}
-    assert len({hashlib.sha256(picture.tobytes()).digest() for picture in pictures}) == len(rows)
-    assert not find_repeats(np.stack([resize(picture, 64) for picture in pictures]))
-    assert all(picture.min() < 200 and picture[0, 0].min() == 255 for picture in pictures), "drawn, and on white"
+    images = [decode_image(row.image, what=row.name) for row in rows]
+    assert {image.shape for image in images} == {(128, 128, 3)}
+    assert len({hashlib.sha256(image.tobytes()).digest() for image in images}) == len(rows)
+    assert not find_repeats(np.stack([resize(image, 64) for image in images]))
+    assert all(image.min() < 200 and image[0, 0].min() == 255 for image in images), "drawn, and on white"
 
 
-def test_find_repeats_keeps_the_first_and_tells_small_differences():
+def test_find_repeats_keeps_the_first_and_sees_small_differences():
     first = np.full((64, 64, 3), 200, np.uint8)
     smoothed, ponytail = first.copy(), first.copy()
     smoothed[0, :20] -= 10
@@ -136,7 +136,7 @@ def test_the_order_of_forms_does_not_matter():
     assert straight == dict(zip(forms[::-1], assign_splits(forms[::-1]), strict=True))
 
 
-def test_equal_pictures_keep_the_shortest_name():
+def test_equal_images_keep_the_shortest_name():
     flags = [form for form in read_forms() if form.name in ("flag of france", "flag of st. martin")]
     assert len(flags) == 2
     assert [form.name for form, _ in draw_distinct(flags)] == ["flag of france"]
@@ -170,7 +170,7 @@ def test_interrupted_preparation_leaves_nothing(monkeypatch, tmp_path):
         patch.setattr(drawing, "_png", interrupt)
         with pytest.raises(KeyboardInterrupt):
             load("quickstart", tmp_path)
-    remains = tmp_path / "openmoji" / "quickstart" / f"incomplete.ABC123_{VERSION}"  # of a process that was killed
+    remains = tmp_path / "openmoji" / "quickstart" / f"incomplete.ABC123_{VERSION}"  # of a killed process
     remains.mkdir()
     assert not (tmp_path / "openmoji" / "quickstart" / VERSION).exists()
     assert len(load("quickstart", tmp_path)["train"]) > 700
@@ -222,10 +222,10 @@ def test_unknown_config():
         load("tiny")
 
 
-def test_a_corrupt_picture_names_its_record(splits):
+def test_a_corrupt_image_names_its_record(splits):
     rows = list(splits["validation"])
     rows[4] = replace(rows[4], image=rows[4].image[:300])
-    pictures = Pictures(Catalog(rows, "openmoji/test"))
-    assert pictures.single(3, 64).shape == (64, 64, 3)
+    images = EmojiImages(Catalog(rows, "openmoji/test"))
+    assert images.single(3, 64).shape == (64, 64, 3)
     with pytest.raises(DataError, match=r"record 4 \(.*\) of openmoji/test"):
-        pictures.single(4, 64)
+        images.single(4, 64)

@@ -1,4 +1,4 @@
-"""Questions about emoji: their answers are true, fairly spread, and the same on every machine."""
+"""Questions about emoji: their answers are true, balanced, and the same on every machine."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ SOURCES = (OpenMojiQuestions, OpenMojiScenes, OpenMojiPairs, OpenMojiCaptions, O
 
 @pytest.fixture(scope="module")
 def statements(folder):
-    """Words as they stand in a question -> (base, gender, tone) that they say, for every record of every split."""
+    """Returns the words of a question -> their (base, gender, tone), for every record of every split."""
     said = {}
     for rows in load("quickstart", folder).values():
         for row in rows:
@@ -58,7 +58,7 @@ def spread(source, count: int) -> list[int]:
 
 
 def captioned(source, index: int) -> SimpleNamespace:
-    """An example of captions, each with its region for a question."""
+    """Returns an example of captions, each with its region for a question."""
     example = source.example(index)
     said = [
         (segment.region, example.messages[number].text) for segment in example.segments for number in segment.messages
@@ -73,11 +73,11 @@ def test_a_source_is_a_function_of_seed_and_index(settings, folder, read, shown)
     other = settings(data_dir=folder, augment=True, seed=1).build()
     assert isinstance(source, Source) and source.fingerprint() == again.fingerprint() != other.fingerprint()
     chosen = spread(source, 60)
-    told = captioned if settings is OpenMojiCaptions else read
-    backwards = {index: told(again, index) for index in reversed(chosen)}
-    assert all(told(source, index) == backwards[index] for index in chosen)
+    readable = captioned if settings is OpenMojiCaptions else read
+    backwards = {index: readable(again, index) for index in reversed(chosen)}
+    assert all(readable(source, index) == backwards[index] for index in chosen)
     for index in chosen:
-        conversation, images = told(source, index), shown(source, index)
+        conversation, images = readable(source, index), shown(source, index)
         assert len(images) == {OpenMojiText: 0, OpenMojiPairs: len(images)}.get(settings, 1)
         assert settings is not OpenMojiPairs or len(images) == len(source.group(index).members) > 1
         assert all(image.shape == (64, 64, 3) and image.dtype == np.uint8 for image in images)
@@ -110,13 +110,13 @@ def test_the_fingerprint_follows_settings_but_not_the_folder(folder, tmp_path):
     assert OpenMojiQuestions(data_dir=str(tmp_path)).build().fingerprint() == one
 
 
-def test_answers_about_one_picture_are_true(folder, statements, read):
+def test_answers_about_one_image_are_true(folder, statements, read):
     source = OpenMojiQuestions(data_dir=folder).build()
-    told = Counter()
+    counts = Counter()
     for index in spread(source, 3000):
         row = source.catalog.records[source.record_index(index)]
         for turn in read(source, index).turns:
-            told[turn.task, turn.answer] += 1
+            counts[turn.task, turn.answer] += 1
             if turn.task == "yes_no":
                 words = asked_for(turn.question)
                 assert turn.answer == ("yes" if is_true(statements[words], row) else "no"), (turn, row.name)
@@ -127,13 +127,13 @@ def test_answers_about_one_picture_are_true(folder, statements, read):
                 assert turn.answer.removesuffix(" yellow") == row.skin_tone
             else:
                 assert turn.answer == (row.name if turn.task == "naming" else getattr(row, turn.task))
-    yes, no = told["yes_no", "yes"], told["yes_no", "no"]
+    yes, no = counts["yes_no", "yes"], counts["yes_no", "no"]
     assert abs(yes / (yes + no) - 0.5) < 0.03
-    assert {task for task, _ in told} == {"naming", "category", "subcategory", "skin_tone", "gender", "yes_no"}
+    assert {task for task, _ in counts} == {"naming", "category", "subcategory", "skin_tone", "gender", "yes_no"}
 
 
 def test_wrong_claims_are_plausible(folder, statements):
-    """Of a person, some wrong claims differ in tone or gender only and most share the category, but not all."""
+    """Checks a person: some wrong claims differ only in tone or gender; most, but not all, share the category."""
     known = catalog("quickstart", "train", folder)
     category = {row.base: row.category for row in known.records}
     person = next(index for index, row in enumerate(known.records) if row.name == "woman teacher with medium skin tone")
@@ -141,7 +141,7 @@ def test_wrong_claims_are_plausible(folder, statements):
         known.wrong_claim(Dice(0, number), person, (person,), known.level(Dice(1, number), 0.2))
         for number in range(2000)
     ]
-    # Two in ten are drawn from the same base, but for the claims of a base alone and for what turns out to be true.
+    # Two in ten are drawn from the same base, except for claims of a base alone and for claims that happen to be true.
     assert 0.08 < sum(claim.base == "teacher" for claim in claims) / len(claims) < 0.2
     assert 0.7 < sum(category[claim.base] == "people and body" for claim in claims) / len(claims) < 0.95
     cat = next(index for index, row in enumerate(known.records) if row.name == "cat")
@@ -185,13 +185,13 @@ def test_tasks_and_turns_restrict_the_questions(settings, kinds, count, folder, 
 
 def test_yes_and_no_are_even_where_nothing_else_is_asked(folder, statements, read):
     source = OpenMojiQuestions(tasks=("yes_no",), turns=5, variants=2, data_dir=folder).build()
-    told = Counter()
+    counts = Counter()
     for index in spread(source, 500):
         row = source.catalog.records[source.record_index(index)]
         for turn in read(source, index).turns:
             assert turn.answer == ("yes" if is_true(statements[asked_for(turn.question)], row) else "no")
-            told[turn.answer] += 1
-    assert abs(told["yes"] / told.total() - 0.5) < 0.03
+            counts[turn.answer] += 1
+    assert abs(counts["yes"] / counts.total() - 0.5) < 0.03
 
 
 def test_every_place_of_a_scene_is_asked_for_once(folder, read):
@@ -205,7 +205,7 @@ def test_every_place_of_a_scene_is_asked_for_once(folder, read):
 @pytest.mark.parametrize("grid", [2, 3])
 def test_answers_about_scenes_are_true(grid, folder, statements, read):
     source = OpenMojiScenes(grid=grid, data_dir=folder).build()
-    told, placed = defaultdict(Counter), Counter()
+    counts, placed = defaultdict(Counter), Counter()
     for index in spread(source, 3000):
         scene = source.scene(index)
         rows = [source.catalog.records[cell] for cell in scene.cells]
@@ -217,16 +217,16 @@ def test_answers_about_scenes_are_true(grid, folder, statements, read):
                 placed[place] += 1
                 assert turn.answer == rows[place].name
                 continue
-            told[turn.task][turn.answer] += 1
+            counts[turn.task][turn.answer] += 1
             statement = statements[asked_for(turn.question)]
             true = sum(is_true(statement, row) for row in rows)
             if turn.task == "scene_count":
                 assert turn.answer == NUMBERS[true]
             else:
                 assert turn.answer == ("yes" if true else "no")
-    assert abs(told["scene_exists"]["yes"] / told["scene_exists"].total() - 0.5) < 0.03
-    assert set(told["scene_count"]) == set(NUMBERS)
-    assert max(told["scene_count"].values()) < 0.24 * told["scene_count"].total()
+    assert abs(counts["scene_exists"]["yes"] / counts["scene_exists"].total() - 0.5) < 0.03
+    assert set(counts["scene_count"]) == set(NUMBERS)
+    assert max(counts["scene_count"].values()) < 0.24 * counts["scene_count"].total()
     assert len(placed) == grid * grid and min(placed.values()) > 0.7 * placed.total() / grid**2
 
 
@@ -241,33 +241,33 @@ def test_bases_with_few_forms_are_repeated(folder, per_base):
     assert bases.keys() == forms.keys() and min(bases.values()) == per_base, "some base has one form"
 
 
-def test_a_scene_shows_its_pictures_in_their_places(folder, shown):
+def test_a_scene_shows_its_images_in_their_places(folder, shown):
     source = OpenMojiScenes(data_dir=folder).build()
     singles = OpenMojiQuestions(data_dir=folder, image_size=32).build()
     for index in range(20):
         image = shown(source, index)[0]
         for place, cell in enumerate(source.scene(index).cells):
             row, column = 32 * (place // 2), 32 * (place % 2)
-            assert np.array_equal(image[row : row + 32, column : column + 32], singles.pictures.single(cell, 32))
+            assert np.array_equal(image[row : row + 32, column : column + 32], singles.emoji_images.single(cell, 32))
 
 
-def test_augmentation_moves_pictures_but_keeps_them_whole(folder, shown):
+def test_augmentation_moves_images_but_keeps_them_whole(folder, shown):
     plain = OpenMojiQuestions(data_dir=folder).build()
     moved = OpenMojiQuestions(data_dir=folder, augment=True).build()
     indices = spread(plain, 200)
     ratios = [(255 - shown(moved, i)[0]).sum() / (255 - shown(plain, i)[0].astype(int)).sum() for i in indices]
     assert min(ratios) > 0.65 and max(ratios) < 1.05, "area shrinks at most by 0.85 squared, and no ink is cut off"
     assert sum(not np.array_equal(shown(moved, i)[0], shown(plain, i)[0]) for i in indices) > 100
-    assert len({shown(moved, i)[0].tobytes() for i in range(8)}) > 3, "variants of one picture differ"
+    assert len({shown(moved, i)[0].tobytes() for i in range(8)}) > 3, "variants of one image differ"
 
 
-def test_answers_about_several_pictures_are_true(folder, statements, read):
+def test_answers_about_several_images_are_true(folder, statements, read):
     source = OpenMojiPairs(data_dir=folder).build()
-    told = defaultdict(Counter)
+    counts = defaultdict(Counter)
     for index in spread(source, 2000):
         rows = [source.catalog.records[member] for member in source.group(index).members]
         for turn in read(source, index).turns:
-            told[turn.task][turn.answer] += 1
+            counts[turn.task][turn.answer] += 1
             if turn.task == "pair_same":
                 assert turn.answer == ("yes" if len({row.name for row in rows}) == 1 else "no")
             elif turn.task == "pair_category":
@@ -283,7 +283,7 @@ def test_answers_about_several_pictures_are_true(folder, statements, read):
                     if is_true(statement, row)
                 ]
                 assert right == [turn.answer]
-    assert abs(told["pair_same"]["yes"] / told["pair_same"].total() - 0.5) < 0.05
+    assert abs(counts["pair_same"]["yes"] / counts["pair_same"].total() - 0.5) < 0.05
 
 
 def test_text_about_a_description_is_answered_by_it(folder, read):
@@ -291,22 +291,22 @@ def test_text_about_a_description_is_answered_by_it(folder, read):
     places = ("top left", "top right", "bottom left", "bottom right")
     for index in spread(source, 300):
         conversation = read(source, index)
-        told = re.fullmatch(" ".join(f"{place} (.+)" for place in places), conversation.context)
-        described = dict(zip(places, told.groups(), strict=True))
+        match = re.fullmatch(" ".join(f"{place} (.+)" for place in places), conversation.context)
+        described = dict(zip(places, match.groups(), strict=True))
         for turn in conversation.turns:
             if turn.task == "scene_position":
                 place = next(place for place in described if f"the {place}" in turn.question)
                 assert turn.answer == described[place]
 
 
-def test_no_text_names_a_held_out_picture(folder, read):
+def test_no_text_names_a_held_out_image(folder, read):
     source = OpenMojiText(data_dir=folder, variants=1).build()
     texts = set()
     for conversation in (read(source, index) for index in range(len(source))):
         texts |= {conversation.context, *(text for turn in conversation.turns for text in (turn.question, turn.answer))}
     assert {row.name for row in load("quickstart", folder)["train"]} & texts
     held = {row.name for split in ("composition", "unseen") for row in load("quickstart", folder)[split]}
-    assert not held & texts, "no name of a held-out picture is read in training"
+    assert not held & texts, "no name of a held-out image occurs in training"
 
 
 @pytest.mark.parametrize("split", ["validation", "composition", "unseen"])

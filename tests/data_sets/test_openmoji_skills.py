@@ -1,4 +1,4 @@
-"""The study's examples: each skill asks what its picture shows, the same each time; its questions are new and fair."""
+"""The study's examples: each skill asks about its image, reproducibly; the evaluation's questions are new and fair."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 from mllm_jax.datasets.openmoji import OpenMojiSkills
 from mllm_jax.datasets.openmoji.catalog import Dice
 from mllm_jax.datasets.openmoji.scenes import NUMBERS, PLACES
-from mllm_jax.datasets.openmoji.skills import PEOPLE, SKILLS, THINGS, Sign, draw_sign, sign_picture, skill_questions
+from mllm_jax.datasets.openmoji.skills import PEOPLE, SKILLS, THINGS, Sign, draw_sign, sign_image, skill_questions
 from mllm_jax.errors import ConfigError
 
 
@@ -34,14 +34,14 @@ def test_an_example_is_a_function_of_its_index(source, read, shown):
 def test_forms_and_skills_belong_together(source, read):
     captions, text = (OpenMojiSkills(image_size=64, augment=True, form=form).build() for form in ("captions", "text"))
     for index in range(len(SKILLS) * 5):
-        asked, told = read(source, index), read(text, index)
+        asked, described = read(source, index), read(text, index)
         (answers,) = ([turn.answer for turn in asked.turns],)
         assert {turn.task for turn in asked.turns} == {
             {"naming": "naming", "text": "text", "place": "scene_position", "number": "scene_count"}[
                 SKILLS[index % len(SKILLS)]
             ]
         }
-        assert told.turns == asked.turns and text.example(index).media == []
+        assert described.turns == asked.turns and text.example(index).media == []
         words = captions.example(index).messages[1].text
         if SKILLS[index % len(SKILLS)] == "number":
             thing = asked.turns[0].question.rsplit(" a ", 1)[-1].rsplit(" an ", 1)[-1].rstrip("?")
@@ -49,17 +49,17 @@ def test_forms_and_skills_belong_together(source, read):
         else:
             assert all(answer in words for answer in answers)
         if SKILLS[index % len(SKILLS)] == "place":
-            assert len(answers) == 4 and all(f"{place} " in told.context for place in PLACES[2])
+            assert len(answers) == 4 and all(f"{place} " in described.context for place in PLACES[2])
 
 
 def test_a_number_is_written_in_its_corner(source):
     thing = source.things[0]
-    blank = sign_picture(source.pictures, Sign(thing, 11, 0, 0), 64)
-    other = sign_picture(source.pictures, Sign(thing, 88, 0, 0), 64)
+    blank = sign_image(source.emoji_images, Sign(thing, 11, 0, 0), 64)
+    other = sign_image(source.emoji_images, Sign(thing, 88, 0, 0), 64)
     assert blank.shape == (64, 64, 3) and blank.dtype == np.uint8
     rows, columns = np.nonzero((blank != other).any(axis=-1))
     assert 0 < rows.max() < 24 and columns.max() < 32  # nothing else differs
-    low = sign_picture(source.pictures, Sign(thing, 11, 1, 1), 64)
+    low = sign_image(source.emoji_images, Sign(thing, 11, 1, 1), 64)
     assert (low[44:, 44:] < 100).any() and (low[:20, 44:] == 255).all()
     drawn = [draw_sign(source.things, Dice(0, i)) for i in range(2000)]
     assert {sign.number for sign in drawn} == set(range(10, 100))

@@ -1,4 +1,4 @@
-"""NFNet by itself: its config's rules, what it refuses, its gradients at the start, and sharding and remat."""
+"""NFNet alone: the rules and refusals of its config, gradients at initialisation, sharding and remat."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_shapes_of_everything_that_comes_out(variables):
 
 
 def test_blocks_begin_as_their_shortcuts(variables):
-    """The learned gain of each branch is 0 at the start, so what is inside them cannot be seen."""
+    """Checks that the learned gain of each branch is 0 at initialisation, so that branches have no effect."""
     module, run = TINY.make(), jax.jit(TINY.make().apply)
     loud = jax.tree_util.tree_map_with_path(
         lambda path, x: x + 1.0 if "conv_3" in jax.tree_util.keystr(path) else x, variables
@@ -51,7 +51,7 @@ def test_blocks_begin_as_their_shortcuts(variables):
 
 
 def test_variance_stays_as_expected():
-    """What the design promises of white noise: variance 1 behind the shortcut of a stage, alpha^2 more a block."""
+    """Checks the design's variance for white noise: 1 after the shortcut of a stage, alpha^2 more a block."""
     config = replace(TINY, depths=(4,), widths=(64,), group_sizes=(32,), stem_sizes=(8, 16, 32, 48), alpha=0.5)
     module = config.make()
     pixels = jax.random.normal(jax.random.key(1), (4, 64, 64, 3))
@@ -65,7 +65,7 @@ def test_variance_stays_as_expected():
 
 
 def test_weights_keep_their_scale_whatever_is_stored(variables):
-    """Standardising takes the kernels' mean and size out."""
+    """Checks that standardising removes the kernels' mean and size."""
     moved = jax.tree_util.tree_map_with_path(
         lambda path, x: 3.0 * x + 0.7 if "kernel" in jax.tree_util.keystr(path) and x.ndim == 4 else x, variables
     )

@@ -1,4 +1,4 @@
-"""Qwen's vision towers by themselves: layouts, windows, packing, refusals and sizes."""
+"""Qwen's vision encoders alone: layouts, windows, packing, refusals and sizes."""
 
 from __future__ import annotations
 
@@ -60,22 +60,22 @@ def abstract_of(config):
 
 
 def random_params(config):
-    """Every parameter random, without compiling `init`."""
+    """Returns random parameters, without compiling `init`."""
     rng = np.random.default_rng(0)
     abstract = nn.meta.unbox(abstract_of(config))
     return jax.tree.map(lambda x: 0.4 * rng.normal(size=x.shape).astype(np.float32), abstract)
 
 
 def patches_for(layout, config, seed=0):
-    """Numbers in every place, padding too."""
+    """Returns random numbers at every position, padding included."""
     return np.random.default_rng(seed).normal(size=(*layout.source.shape, config.patch_values)).astype(np.float32)
 
 
-# ---- where patches lie
+# ---- positions of patches
 
 
 def test_a_layout_by_hand():
-    """A picture of 2 x 4 patches and a video of two frames of 2 x 2 in a row of 20: squares of 2 x 2 in their order."""
+    """Checks an image of 2 x 4 patches and a video of two frames of 2 x 2 in a row of 20, in squares of 2 x 2."""
     layout = lay_out_patches([[(1, 2, 4), (2, 2, 2)], []], 20, merge_size=2, window_side=2)
     assert layout.source[0].tolist() == [*range(16), -1, -1, -1, -1] and (layout.source[1] == -1).all()
     assert layout.segments[0].tolist() == [1] * 8 + [2] * 4 + [3] * 4 + [0] * 4
@@ -97,7 +97,7 @@ def test_patches_of_later_rows_follow_those_of_earlier_ones():
 
 
 def test_windows_tile_each_frame_from_its_corner():
-    """5 x 7 patches by windows of 3: two rows of three, the last ones smaller; the same tiles in another frame."""
+    """Checks 5 x 7 patches with windows of 3: two rows of three, the last ones smaller; the same in another frame."""
     layout = lay_out_patches([[(2, 5, 7)]], 70, merge_size=1, window_side=3)
     row, column = np.divmod(np.arange(35), 7)
     tiles = np.concatenate([(row // 3) * 3 + column // 3, 100 + (row // 3) * 3 + column // 3])
@@ -121,18 +121,18 @@ def test_refused_layouts(rows, size, message):
         lay_out_patches(rows, size)
 
 
-def test_patches_of_other_pictures_are_refused():
+def test_patches_of_other_images_are_refused():
     layout = lay_out_patches([[(1, 2, 2)]], 8)
     with pytest.raises(DataError, match="5 patches\n  expected: 4"):
         layout.gather(np.zeros((5, 3), np.float32))
 
 
-# ---- what the towers compute
+# ---- outputs of the encoders
 
 
 @pytest.mark.parametrize("config", [WINDOWED, DEEP], ids=["windows", "deepstack"])
-def test_packed_pictures_equal_each_alone(config):
-    """Whatever stands beside them in the row, padding included."""
+def test_packed_images_equal_each_alone(config):
+    """Checks that neighbours in the row and padding change nothing."""
     params, apply = random_params(config), jax.jit(config.make().apply)
     together = config.lay_out([[(1, 4, 6), (2, 2, 6)]], 60)
     patches = patches_for(together, config)
@@ -157,7 +157,7 @@ def test_packed_pictures_equal_each_alone(config):
 
 
 def test_who_sees_whom():
-    """In a layer with windows a patch is seen in its window alone; in a full layer by its frame, never beyond."""
+    """Checks that windowed layers attend within a window, full layers within a frame."""
     layout = WINDOWED.lay_out([[(2, 4, 8)]], 64)
     windows, segments = layout.windows[0], layout.segments[0]
     assert len(set(windows)) == 4 and len(set(segments)) == 2
@@ -237,13 +237,13 @@ def test_patches_that_do_not_fit_are_refused(shape):
 
 
 @pytest.mark.parametrize("shape", [(1, 12, 10, 3), (1, 12, 12, 1)])
-def test_pictures_that_do_not_fit_the_first_tower_are_refused(shape):
+def test_images_that_do_not_fit_the_first_encoder_are_refused(shape):
     with pytest.raises(ConfigError, match="3 channels, and a whole number of patches of 4"):
         V1.make().apply({"params": {}}, np.zeros(shape, np.float32))
 
 
-def test_the_first_tower_takes_pictures_of_any_size():
-    """Positions are stretched; each patch stays one vector."""
+def test_the_first_encoder_takes_images_of_any_size():
+    """Checks that positions are interpolated, and each patch stays one vector."""
     params = random_params(V1)
     pixels = np.random.default_rng(0).normal(size=(2, 8, 20, 3)).astype(np.float32)
 
@@ -285,12 +285,12 @@ def test_impossible_configs_are_refused(change, message):
     ],
     ids=lambda x: "",
 )
-def test_impossible_first_towers_are_refused(change, message):
+def test_impossible_first_encoders_are_refused(change, message):
     with pytest.raises(ConfigError, match=message):
         replace(V1, **change)
 
 
-# The hub's vision_config of Qwen2.5-VL-3B and Qwen2-VL-7B, where the first spellings of two options stand.
+# The hub's vision_config of Qwen2.5-VL-3B and Qwen2-VL-7B, with the first spellings of two options.
 HUB = {
     "qwen2_5_vl": dict(
         depth=32,
@@ -368,7 +368,7 @@ def test_what_the_family_has_no_option_for_is_not_written(change):
         to_hf_config(replace(plain, family="Nobody"))
 
 
-# Transformers' classes are counted in tests/parity.
+# tests/parity counts transformers' classes.
 @pytest.mark.parametrize(
     "config,count",
     [

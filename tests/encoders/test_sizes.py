@@ -1,4 +1,4 @@
-"""Full-size configs have the published number of parameters, to the last one; nothing is allocated."""
+"""Full-size configs have exactly the published number of parameters; nothing is allocated."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from mllm_jax.models.registry import abstract_params
 
 EVA02_L = "eva02_large_patch14_clip_336"
 INTERN_6B = dict(num_hidden_layers=45, hidden_size=3200, num_attention_heads=25, intermediate_size=12800)
-# Model -> (home, architecture, its options, parameters of the reference class, parameters that are not kept).
+# Model -> (home, architecture, its options, parameters of the reference class, parameters that are dropped).
 SIZES = {
     "ViT-B/16": ("vit_hf", "ViTModel", {}, 86_389_248, 0),
     "CLIP L/14-336": (
@@ -43,7 +43,7 @@ SIZES = {
         428_225_600,
         0,
     ),
-    # The mask token is not kept.
+    # The mask token is dropped.
     "DINOv2-S/14": (
         "dinov2",
         "Dinov2Model",

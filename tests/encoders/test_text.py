@@ -1,4 +1,4 @@
-"""The text tower: padding changes nothing, positions do, and segments of a row do not see each other."""
+"""The text encoder: padding changes nothing, positions do, and segments of a row are independent."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ CONFIG = TextTowerConfig(vocab_size=31, max_length=8, hidden_size=12, num_layers
 
 
 def random_params(module, *args):
-    """Every parameter random, without compiling `init`."""
+    """Returns random parameters, without compiling `init`."""
     abstract = nn.meta.unbox(jax.eval_shape(lambda: module.init(jax.random.key(0), *args)))
     rng = np.random.default_rng(0)
     return jax.tree.map(lambda x: 0.4 * rng.normal(size=x.shape).astype(np.float32), abstract)
@@ -91,12 +91,12 @@ def test_without_layers_it_is_a_bag_of_words():
 @pytest.mark.parametrize("mask", ["full", "causal"])
 @pytest.mark.parametrize("pooling", ["last", "eos", "largest"])
 def test_poolings_of_packed_texts(mask, pooling):
-    """Each text's vector is that of the place it is pooled at, alone in its row as well."""
+    """Checks that each text's vector is that of its pooled position, packed or alone."""
     config = dataclasses.replace(CONFIG, mask=mask, pooling=pooling, eos_token_id=9, projection_size=5)
     module = config.make()
     ints = jnp.ones((1, 8), jnp.int32)
     params = random_params(module, ints, ints, ints)
-    texts = [[5, 6, 9, 9, 7], [30, 2]]  # two ends; none, so the first place counts
+    texts = [[5, 6, 9, 9, 7], [30, 2]]  # two ends; none, so the first position is used
     tokens, positions = np.array([[*texts[0], *texts[1], 0]]), np.array([[*range(5), 0, 1, 0]])
     packed = module.apply(params, tokens, positions, np.array([[1] * 5 + [2, 2, 0]]), 2)
     assert packed.shape == (1, 2, 5)

@@ -1,4 +1,4 @@
-"""The ViT's sizes and switches, packed pictures, hidden layers, and its refusals."""
+"""The ViT: its sizes, options, packed images, hidden layers and refusals."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SMALL = dict(image_size=12, patch_size=4, hidden_size=12, num_layers=1, num_head
 
 
 def random_params(module, *args):
-    """Every parameter random, without compiling `init`."""
+    """Returns random parameters, without compiling `init`."""
     abstract = nn.meta.unbox(jax.eval_shape(lambda: module.init(jax.random.key(0), *args)))
     rng = np.random.default_rng(0)
     return jax.tree.map(lambda x: 0.4 * rng.normal(size=x.shape).astype(np.float32), abstract)
@@ -37,7 +37,7 @@ def test_shapes_and_pooling(class_token):
 
 
 def test_each_region_has_a_linear_map_of_its_own():
-    """Six patches a side, three regions: nine vectors, each from its own 2 x 2 patches by its own kernel."""
+    """Checks six patches a side and three regions: nine vectors, each from its own 2 x 2 patches by its own kernel."""
     sizes = SMALL | dict(image_size=24)
     module = ViTConfig(**sizes, regions=3, region_size=5).make()
     pixels = np.random.default_rng(0).normal(size=(2, 24, 24, 3)).astype(np.float32)
@@ -57,8 +57,8 @@ def test_each_region_has_a_linear_map_of_its_own():
     np.testing.assert_allclose(out.pooler_output, wanted.mean(axis=1), atol=2e-4)
 
 
-def test_region_maps_keep_the_scale_of_what_they_read():
-    """The fan-in of a map is one region's patches, not those of all regions."""
+def test_region_maps_keep_the_scale_of_their_input():
+    """Checks that the fan-in of a map is one region's patches, not those of all regions."""
     module = ViTConfig(**SMALL | dict(image_size=24), regions=3, region_size=50).make()
     params = nn.meta.unbox(jax.jit(module.init)(jax.random.key(0), jnp.zeros((1, 24, 24, 3))))
     kernel = np.asarray(params["params"]["region_pooling"]["kernel"])
@@ -112,21 +112,21 @@ def test_mimetic_init_reaches_every_layer_and_changes_no_shape():
     assert (np.abs(alignment(plain)) < 1).all() and (alignment(mimetic) > 1.5).all()
 
 
-# ---- whole and packed pictures
+# ---- whole and packed images
 
 TOWERS = {
     "class token": dict(class_token=True, norm_pooled=True, norm_output=False, pre_norm=True),
     "attention pooling": dict(pooler="attention", activation="gelu_tanh"),
     "rotary": dict(class_token=True, rope_grid=4, attention_sub_norm_eps=1e-6, mlp_sub_norm_eps=1e-6, gated=True),
     "rms": dict(class_token=True, norm="rms", qk_norm=True, layer_scale=0.1, pooler="none", qkv_bias=False),
-    "behind": dict(norm_first=False, position_antialias=True, pooler="mean", head_size=5, k_bias=False),
+    "after": dict(norm_first=False, position_antialias=True, pooler="mean", head_size=5, k_bias=False),
 }
 
 
-def pack(pictures, patch: int, class_token: bool):
-    """One row of pictures of any size, with two places of padding: pixels and their places, and the spans."""
+def pack(images, patch: int, class_token: bool):
+    """Packs images of any size into one row, with two positions of padding: pixels, coordinates and the spans."""
     parts, spans, start = [], [], 0
-    for number, pixels in enumerate(pictures, start=1):
+    for number, pixels in enumerate(images, start=1):
         grid = np.array(pixels.shape[:2]) // patch
         patches = rearrange(pixels, "(h p) (w q) c -> (h w) (p q c)", p=patch, q=patch)
         places = np.indices(grid).reshape(2, -1).T
@@ -142,39 +142,39 @@ def pack(pictures, patch: int, class_token: bool):
 
 
 @pytest.mark.parametrize("tower", TOWERS)
-def test_packed_pictures_come_out_as_they_do_alone(tower):
+def test_packed_images_come_out_as_they_do_alone(tower):
     c = ViTConfig(**SMALL | TOWERS[tower])
     module, rng = c.make(), np.random.default_rng(0)
-    pictures = [rng.normal(size=(h, w, 3)).astype(np.float32) for h, w in ((12, 12), (8, 20))]
-    params = random_params(module, pictures[0][None])
+    images = [rng.normal(size=(h, w, 3)).astype(np.float32) for h, w in ((12, 12), (8, 20))]
+    params = random_params(module, images[0][None])
     apply = jax.jit(module.apply)
-    pixels, places, spans = pack(pictures, 4, c.class_token)
+    pixels, places, spans = pack(images, 4, c.class_token)
     together = apply(params, pixels, **places)
     assert together.pooler_output is None and np.isfinite(together.last_hidden_state).all()
     assert together.class_tokens == (None if c.class_token else 0)
-    for picture, span in zip(pictures, spans, strict=True):
-        alone = apply(params, picture[None]).last_hidden_state[0]
+    for image, span in zip(images, spans, strict=True):
+        alone = apply(params, image[None]).last_hidden_state[0]
         np.testing.assert_allclose(together.last_hidden_state[0, span], alone, atol=2e-5 * np.abs(alone).max())
-    # Another second picture, and other padding, change nothing of the first.
+    # Another second image and other padding change nothing in the first.
     other = np.array(pixels)
     other[0, spans[1].start :] = 7.0
     first = apply(params, other, **places).last_hidden_state[0, spans[0]]
     np.testing.assert_array_equal(first, together.last_hidden_state[0, spans[0]])
 
 
-def test_gradients_of_packed_pictures_are_finite_and_ignore_padding():
+def test_gradients_of_packed_images_are_finite_and_ignore_padding():
     c = ViTConfig(**SMALL | TOWERS["rotary"])
     module = c.make()
-    picture = np.random.default_rng(0).normal(size=(8, 12, 3)).astype(np.float32)
+    image = np.random.default_rng(0).normal(size=(8, 12, 3)).astype(np.float32)
     params = random_params(module, np.zeros((1, 12, 12, 3), np.float32))
-    pixels, places, (span,) = pack([picture], 4, True)
+    pixels, places, (span,) = pack([image], 4, True)
 
     def loss(params, pixels, **places):
         x = module.apply(params, pixels, **places).last_hidden_state
         return jnp.square(x[:, :7]).sum()
 
     packed = jax.jit(jax.grad(loss))(params, pixels, **places)
-    alone = jax.jit(jax.grad(loss))(params, picture[None])
+    alone = jax.jit(jax.grad(loss))(params, image[None])
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-3 * (1 + np.abs(b).max())), packed, alone)
 
 

@@ -1,4 +1,4 @@
-"""Tasks, their metrics and controls, and what an evaluation writes down."""
+"""Tasks, their metrics and controls, and the files of an evaluation."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Asked:
 
 
 class Seer:
-    """An assistant whose answer is the colours of its images, so that only the right images give the right one."""
+    """An assistant whose answer is the colours of its images, so that only the right images give the right answer."""
 
     model = SimpleNamespace(config=toy_data.MODEL)
 
@@ -118,12 +118,12 @@ def test_references_of_every_kind_of_example():
 
 def test_scores_and_controls_computed_by_hand(tmp_path):
     seer = Seer()
-    # What the assistant sees is not the answer to the third.
+    # The assistant's answer to the third is wrong.
     found = evaluate(
         seer, task(asked(1, answer="1."), asked(2, id="two"), asked(3, answer="7"), asked(4)), out=tmp_path
     )
     assert found == {"accuracy": 3 / 4, "accuracy_shuffled_media": 0.0, "majority": 1 / 4, "n": 4}
-    # The control asks about the same images, each at another question, and images of one question stay together.
+    # The control asks about the same images, each with another question; images of one question stay together.
     (call,) = seer.calls
     true, control = call[:4], call[4:]
     assert true == [[1], [2], [3], [4]] and sorted(control) == sorted(true * 8)
@@ -139,7 +139,7 @@ def test_scores_and_controls_computed_by_hand(tmp_path):
     pairs = Seer()
     assert evaluate(pairs, task(asked(5, 6), asked(6, 5)))["accuracy"] == 1
     assert pairs.calls == [[[5, 6], [6, 5], *([[6, 5], [5, 6]] * 8)]]
-    # The answer stands in the question: images make no difference, and the control says so.
+    # The answer is in the question: images make no difference, and the control shows it.
     blind = [asked(c, question=f"Say {c}", answer="9" if c < 3 else "8") for c in (1, 2, 3)]
     found = evaluate(Seer(lambda question, seen: "9"), task(*blind))
     assert found == {"accuracy": 2 / 3, "accuracy_shuffled_media": 2 / 3, "majority": 2 / 3, "n": 3}

@@ -1,4 +1,4 @@
-"""Galleries hold what they say, and recall in them is counted with its controls."""
+"""Galleries have the promised content, and their recall and its controls are right."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from mllm_jax.evaluation.galleries import search
 def test_a_gallery_is_the_split_filled_up_with_what_is_most_like_it():
     there, back = galleries("quickstart", "composition", 16, ways=300)
     assert (there.task, back.task) == ("image_to_text", "text_to_image")
-    assert there.captions == back.captions and all(map(np.array_equal, there.pictures, back.pictures))
-    assert len(there.captions) == len(set(there.captions)) == len(there.pictures) == 300
+    assert there.captions == back.captions and all(map(np.array_equal, there.images, back.images))
+    assert len(there.captions) == len(set(there.captions)) == len(there.images) == 300
     own, train = catalog("quickstart", "composition"), catalog("quickstart", "train")
     names = {record.name for record in own.records}
     assert there.asked == len(names) and set(there.captions[: there.asked]) == names
@@ -40,13 +40,13 @@ def test_a_split_larger_than_the_gallery_is_cut_and_too_many_ways_are_refused():
 @dataclass(frozen=True)
 class Hand:
     task: str
-    pictures: tuple
+    images: tuple
     captions: tuple
     asked: int
 
 
 class Angles:
-    """Embeds a picture by its grey value and a caption by the number it spells, as an angle in degrees."""
+    """Embeds an image by its grey value and a caption by the number that it spells, as an angle in degrees."""
 
     @staticmethod
     def _vectors(values):
@@ -58,9 +58,9 @@ class Angles:
 
 
 def hand(task: str) -> Hand:
-    # Own: 0-0 right, 50-90: the caption 60 of a stranger is nearer; its picture 61 is nearer to 90 as well.
-    pictures = tuple(np.full((4, 4, 3), value, np.uint8) for value in (0, 50, 61))
-    return Hand(task, pictures, ("0", "90", "60"), 2)
+    # Own: 0-0 is right; 50-90: the caption 60 of another pair is nearer; its image 61 is nearer to 90 as well.
+    images = tuple(np.full((4, 4, 3), value, np.uint8) for value in (0, 50, 61))
+    return Hand(task, images, ("0", "90", "60"), 2)
 
 
 @pytest.mark.parametrize("task", ["image_to_text", "text_to_image"])

@@ -1,4 +1,4 @@
-"""Questions of one's own: what records say, what is refused of them, and the task that they make."""
+"""The user's own questions: records, refusals, and the resulting task."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_a_list_and_lines_are_read_alike(folder, name):
 
 
 def test_questions_are_a_source(folder):
-    """By length and index, as any source; a file that was replaced is read again."""
+    """Checks access by length and index, and that a replaced file is read again."""
     source = write(folder, [{"question": "Why?", "answer": "so", "question_id": 8}, RECORDS[2]])
     assert len(source) == 2 and source.example(0).id == "8" and source.example(1) == source.build()[1]
     (folder / "own.json").write_text(json.dumps(RECORDS))

@@ -1,4 +1,4 @@
-"""`mllm evaluate --questions` on every kind of model's folder."""
+"""`mllm evaluate --questions` on every kind of model folder."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def quickly():
 
 @pytest.fixture(scope="module")
 def questions(tmp_path_factory):
-    """A file of three questions about images, one of which has choices, beside the folder of images."""
+    """Returns a file of three questions about images, one with choices, beside the folder of images."""
     folder = tmp_path_factory.mktemp("asked")
     (folder / "media").mkdir()
     rng = np.random.default_rng(0)
@@ -60,7 +60,7 @@ def answered(folder: Path, questions: Path, out: Path, *more: str) -> list[dict]
 
 
 def check_images(folder: Path, questions: Path, tmp_path: Path, capsys) -> list[dict]:
-    """What was answered, after a look at what was printed."""
+    """Returns the answers after checking the printed output."""
     lines = answered(folder, questions, tmp_path / "out", "--media", str(questions.parent / "media"))
     shown = " ".join(capsys.readouterr().out.split())
     assert "own" in shown and "shuffled media" in shown and str(tmp_path / "out" / "predictions.jsonl") in shown
@@ -73,7 +73,7 @@ def test_a_run_from_scratch(questions, tmp_path, capsys):
     run = trained(tmp_path / "run", toy_data.MODEL, tokenizer=TokenizerConfig(vocab_size=320))
     check_images(run, questions, tmp_path, capsys)
     assert not (run / "results.json").exists() and not (run / "predictions.jsonl").exists()
-    # It has no tasks of its own; and its folder is no place for the answers to other questions.
+    # It has no tasks of its own, and its folder is not for the answers to other questions.
     assert main(["evaluate", str(run)]) == 2
     assert "give --questions FILE" in " ".join(capsys.readouterr().err.split())
     assert main(["evaluate", str(run), "--questions", str(questions), "--out", str(run)]) == 2

@@ -1,4 +1,4 @@
-"""The report is one sound page with the run's numbers, safe against what a run may hold."""
+"""The report is one valid page with the run's numbers, safe against malicious content."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ RUN = {
 
 
 class Page(HTMLParser):
-    """Checks that every tag is closed where it should be and gathers addresses, texts and classes."""
+    """Checks that every tag is closed in order, and collects addresses, texts and classes."""
 
     def __init__(self, text: str):
         super().__init__()
@@ -56,7 +56,7 @@ class Page(HTMLParser):
         self.tags.append((tag, dict(attributes)))
         self.addresses += [value for name, value in attributes if name in ("src", "href", "action", "data", "srcset")]
         self.ids += [value for name, value in attributes if name == "id"]
-        assert len(attributes) == len(dict(attributes)), f"an attribute twice in {tag}"
+        assert len(attributes) == len(dict(attributes)), f"a repeated attribute in {tag}"
         assert not [name for name, _ in attributes if name.startswith("on")]
         if tag not in VOID:
             self.open.append(tag)
@@ -207,7 +207,7 @@ def test_whatever_a_run_holds_is_escaped(tmp_path):
 
 
 @pytest.mark.parametrize("text", ["", "AAAA", "no base64!", '"><script>', None])
-def test_a_picture_that_is_none_is_refused(tmp_path, text):
+def test_an_image_that_is_none_is_refused(tmp_path, text):
     full_run(tmp_path)
     (tmp_path / "examples.json").write_text(json.dumps([example(0), example(1, image_png_base64=[text])]))
     with pytest.raises(DataError, match="entry 1"):

@@ -25,13 +25,13 @@ CONFIG = ChatGLMConfig(
     mask_token_id=MASK,
     gmask_token_id=GMASK,
 )
-# A context of 5 and one of 3, each with its mark before bos; the second row holds a MASK further in front.
+# A context of 5 and one of 3, each with its mark before bos; the second row has an earlier MASK.
 TOKENS = np.array([[11, 12, 13, 14, GMASK, BOS, 15, 16, 17, 18], [19, MASK, 20, BOS, 21, 22, 23, 24, 25, 26]])
 
 
 @pytest.fixture(scope="module")
 def model():
-    """(parameters, full pass, pass with a cache), compiled once."""
+    """Returns (parameters, full pass, pass with a cache), compiled once."""
     module = CONFIG.make()
     abstract = nn.meta.unbox(jax.eval_shape(lambda: module.init(jax.random.key(0), TOKENS)))
     rng = np.random.default_rng(0)
@@ -64,7 +64,7 @@ def test_the_context_sees_itself_and_the_answer_what_came_before(model):
     before = np.asarray(full(TOKENS))
     for changed, unmoved in ((4, 0), (7, 7), (9, 9)):
         other = TOKENS.copy()
-        other[0, changed] = 30 if changed != 4 else MASK  # a mark for a mark: positions stay
+        other[0, changed] = 30 if changed != 4 else MASK  # one mark for another: positions stay
         after = np.asarray(full(other))
         np.testing.assert_array_equal(before[0, :unmoved], after[0, :unmoved])
         assert (np.abs(before[0, unmoved:] - after[0, unmoved:]).max(axis=-1) > 1e-4).all()
@@ -72,7 +72,7 @@ def test_the_context_sees_itself_and_the_answer_what_came_before(model):
 
 
 def test_token_by_token_equals_the_full_pass(model):
-    """Prompts of unequal length, each with its context and bos; then one token at a time."""
+    """Checks prompts of unequal length, each with its context and bos; then one token at a time."""
     _, full, step = model
     wanted = np.asarray(full(TOKENS))
     lengths = np.array([7, 4])
@@ -95,7 +95,7 @@ def test_packed_texts_do_not_see_each_other(model):
     together, alone = np.asarray(full(row, None, segments))[0], np.asarray(full(TOKENS))
     np.testing.assert_allclose(together[:6], full(TOKENS[1:, :6])[0], atol=2e-5)
     np.testing.assert_allclose(together[6:], full(TOKENS[:1, :8])[0], atol=2e-5)
-    np.testing.assert_allclose(together[:6], alone[1, :6], atol=2e-5)  # what follows in the answer is not seen
+    np.testing.assert_allclose(together[:6], alone[1, :6], atol=2e-5)  # later tokens of the answer have no effect
 
 
 def test_positions_may_be_given(model):
@@ -130,7 +130,7 @@ def test_config_both_ways():
     assert written["eos_token_id"] == EOS
 
 
-def test_versions_are_told_apart():
+def test_versions_are_distinguished():
     assert is_v1(to_hf_config(CONFIG)) and is_v1({"position_encoding_2d": True})
     second = {"architectures": ["ChatGLMModel"], "ffn_hidden_size": 13696, "multi_query_attention": True}
     assert not is_v1(second)

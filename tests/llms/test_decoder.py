@@ -1,4 +1,4 @@
-"""The decoder's cache: read in pieces, it says what one full pass says."""
+"""The decoder's cache: reading in chunks gives the same as one full pass."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ RULE_NAMES = ("layers", "embed", "heads", "kv_heads", "head_dim", "mlp", "vocab"
 
 
 def random_params(module, *args):
-    """Every parameter random, without compiling `init`."""
+    """Returns random parameters, without compiling `init`."""
     abstract = nn.meta.unbox(jax.eval_shape(lambda: module.init(jax.random.key(0), *args)))
     rng = np.random.default_rng(0)
     return jax.tree.map(lambda x: 0.4 * rng.normal(size=x.shape).astype(np.float32), abstract)
@@ -31,7 +31,7 @@ def random_params(module, *args):
 
 @pytest.fixture(scope="module")
 def decoder():
-    """(parameters, full pass, pass with a cache), compiled once."""
+    """Returns (parameters, full pass, pass with a cache), compiled once."""
     module = CONFIG.make()
     params = random_params(module, jnp.ones((1, 4), jnp.int32))
     full = jax.jit(lambda *args, **kwargs: module.apply(params, *args, **kwargs))
@@ -46,7 +46,7 @@ def prompts():
 
 
 def test_token_by_token_equals_the_full_pass(decoder, prompts):
-    """Rows of unequal length: each goes on from its own end, in the places that follow."""
+    """Checks rows of unequal length: each continues after its own end, at the next positions."""
     _, full, step = decoder
     tokens, _ = prompts
     wanted = full(tokens)
@@ -64,7 +64,7 @@ def test_token_by_token_equals_the_full_pass(decoder, prompts):
 
 
 def test_a_prompt_in_two_chunks_equals_one(decoder, prompts):
-    """The first chunk ends in padding in one row; the second goes on behind what is real."""
+    """Checks a first chunk that ends in padding in one row; the second continues after the real tokens."""
     _, full, step = decoder
     tokens, _ = prompts
     wanted = full(tokens)
@@ -83,13 +83,13 @@ def test_padding_takes_no_place_in_the_cache(prompts):
     cache, index = CONFIG.make_cache(2, 9).reserve(segments)
     for row, n in enumerate(LENGTHS):
         assert index[row, :n].tolist() == list(range(n))
-        assert (np.asarray(index[row, n:]) >= 9).all(), "padding must be written nowhere"
+        assert (np.asarray(index[row, n:]) >= 9).all(), "padding must not be written"
     assert cache.length.tolist() == LENGTHS.tolist()
     assert cache.segments.sum(axis=1).tolist() == LENGTHS.tolist()
 
 
 def test_packed_examples_do_not_see_each_other(decoder):
-    """A change in one packed example leaves the other's logits equal to the last bit."""
+    """Checks that a change in one packed example leaves the other's logits equal to the last bit."""
     _, full, _ = decoder
     tokens = np.random.default_rng(1).integers(0, 37, (1, 12))
     segments = np.array([[1] * 5 + [2] * 5 + [0] * 2])
@@ -126,7 +126,7 @@ def test_chosen_logits_are_those_of_their_places(decoder):
 
 
 def test_learned_positions_end_with_their_table():
-    """A token beyond it makes NaN, which stops a run; padding may be counted on."""
+    """Checks that a token beyond the table gives NaN, which stops a run; padding may have such positions."""
     c = DecoderConfig(
         vocab_size=37, hidden_size=16, num_layers=1, mlp_size=24, positions="learned", max_position_embeddings=6
     )
@@ -139,8 +139,8 @@ def test_learned_positions_end_with_their_table():
         c.make().apply(params, tokens)
 
 
-def test_dynamic_frequencies_depend_on_the_own_text_only():
-    """A long neighbour, in the row or in the batch, changes nothing; the own length does."""
+def test_dynamic_frequencies_depend_only_on_the_own_text():
+    """Checks that a long neighbour, in the row or in the batch, changes nothing; the own length does."""
     c = DecoderConfig(
         vocab_size=37,
         hidden_size=16,
@@ -172,7 +172,7 @@ def test_logits_are_float32_in_bfloat16():
 
 
 def test_every_parameter_has_logical_names():
-    """With all switches that add parameters."""
+    """Checks a model with all options that add parameters."""
     switches = dict(qkv_bias=True, out_bias=True, mlp_bias=True, qk_norm=True, tie_word_embeddings=False)
     switches |= dict(norm="layer", positions="learned", embedding_size=8)
     c = DecoderConfig(vocab_size=37, hidden_size=16, num_layers=2, mlp_size=24, **switches)
@@ -218,7 +218,7 @@ def test_impossible_sizes_are_refused(change, message):
         DecoderConfig(**dict(vocab_size=37, hidden_size=16, num_heads=4, num_kv_heads=2) | change)
 
 
-# ---- three-part positions and what media add to the first layers
+# ---- three-part positions, and vectors that media add to the first layers
 
 MROPE = DecoderConfig(
     vocab_size=37, hidden_size=16, num_layers=3, num_heads=2, num_kv_heads=1, mlp_size=24, mrope_sections=(2, 1, 1)
@@ -242,8 +242,8 @@ def test_three_equal_parts_are_a_plain_position(mrope):
     assert np.abs(full(tokens, other) - plain).max() > 1e-3
 
 
-def test_text_goes_on_behind_the_largest_part(mrope):
-    """Media may take more or fewer positions than tokens; the cache knows where text resumes, row by row."""
+def test_text_continues_after_the_largest_part(mrope):
+    """Checks media with more or fewer positions than tokens; the cache stores where text resumes in each row."""
     _, full = mrope
     tokens = np.random.default_rng(2).integers(0, 37, (2, 9))
     read, resumed = np.array([6, 4]), np.array([4, 9])
@@ -262,8 +262,8 @@ def test_text_goes_on_behind_the_largest_part(mrope):
         np.testing.assert_allclose(logits[:, 0], wanted[jnp.arange(2), place], atol=2e-5)
 
 
-def test_deepstack_adds_behind_the_first_layers(mrope):
-    """Layer by layer: a decoder of one layer, fed with the sum, is the next layer of the whole one."""
+def test_deepstack_adds_after_the_first_layers(mrope):
+    """Checks layer by layer: a decoder of one layer, given the sum, is the next layer of the whole decoder."""
     params, full = mrope
     rng = np.random.default_rng(3)
     x, *more = (rng.normal(size=(2, 5, 16)).astype(np.float32) for _ in range(3))

@@ -1,4 +1,4 @@
-"""config.json of each decoder: read in either spelling, written again, and every option honoured or refused by name."""
+"""config.json of each decoder: read in both spellings, written again; options are applied or refused by name."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_defaults_are_those_of_the_reference(family):
 
     written = getattr(transformers, family.replace("ForCausalLM", "Config"))(num_hidden_layers=4).to_dict()
     assert read(family) == read(family, **{k: v for k, v in written.items() if k != "architectures"})
-    # Parts of a config.json that describe a language model may say model_type only.
+    # Parts of a config.json that describe a language model may have only model_type.
     assert read(family) == read(family, architectures=None, model_type=written["model_type"])
 
 
@@ -57,7 +57,7 @@ def test_writing_is_the_reverse_of_reading(family):
     home, config = HOMES[family], read(family, bos_token_id=None, eos_token_id=[4, 5], pad_token_id=6)
     assert config.eos_token_id == (4, 5) and config.family == family
     assert home.from_hf_config(home.to_hf_config(config)) == config
-    # How it is run is not stored; heads may be given in full.
+    # Compute settings are not stored; heads may be given in full.
     run = replace(config, compute=Compute(dtype="bfloat16", remat="full", scan_unroll=2), head_dim=config.size_per_head)
     assert home.from_hf_config(home.to_hf_config(run)) == config
 
@@ -71,7 +71,7 @@ def test_rotary_options_in_both_spellings(family):
         assert read(family, rope_theta=5e5, rope_scaling={kind: "yarn"} | yarn) == new
     assert read(family, rope_theta=5e5).rope_scaling == RopeScaling()
     assert read(family, rope_scaling=None, rope_parameters=None).rope_theta == 10_000.0
-    # What is absent comes from the longest text.
+    # Missing values come from the longest text.
     for kind, factors in (("llama3", dict(low_freq_factor=1.0, high_freq_factor=4.0)), ("dynamic", {})):
         scaled = read(family, max_position_embeddings=77, rope_scaling=dict(type=kind, factor=2.0, **factors))
         assert scaled.rope_scaling.original_max_position_embeddings == 77

@@ -1,4 +1,4 @@
-"""T5: the cache says what one full pass says, packing, embeddings, the options of its config.json."""
+"""T5: the cache equals one full pass, packing, embeddings, the options of its config.json."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ LENGTHS = np.array([7, 4])  # of the sources
 
 @pytest.fixture(scope="module")
 def model():
-    """(parameters, full pass, start, pass with a cache), compiled once."""
+    """Returns (parameters, full pass, start, pass with a cache), compiled once."""
     module = CONFIG.make()
     abstract = nn.meta.unbox(jax.eval_shape(lambda: module.init(jax.random.key(0), *sample(CONFIG))))
     rng = np.random.default_rng(0)
@@ -45,7 +45,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def texts():
-    """(source tokens, source segments, target tokens): rows of unequal length, padding behind."""
+    """Returns (source tokens, source segments, target tokens): rows of unequal length, padded on the right."""
     rng = np.random.default_rng(0)
     return rng.integers(0, 37, (2, 7)), (np.arange(7) < LENGTHS[:, None]).astype(np.int32), rng.integers(0, 37, (2, 12))
 
@@ -62,7 +62,7 @@ def test_token_by_token_equals_the_full_pass(model, texts):
 
 
 def test_prefixes_of_unequal_length_then_tokens(model, texts):
-    """Padding takes no place in the cache, so each row goes on from its own end."""
+    """Checks that padding takes no position in the cache, so that each row continues after its own end."""
     _, full, start, step = model
     source, segments, target = texts
     wanted = full(source, None, segments, target)
@@ -86,7 +86,7 @@ def test_the_cache_of_a_start_has_the_shapes_of_an_empty_one(model, texts):
 
 
 def test_packed_examples_do_not_see_each_other(model):
-    """A change in one example's source or target leaves the other's logits equal to the last bit."""
+    """Checks that a change in one example's source or target leaves the other's logits equal to the last bit."""
     _, full, *_ = model
     rng = np.random.default_rng(1)
     source, target = rng.integers(0, 36, (2, 1, 12))
@@ -103,7 +103,7 @@ def test_packed_examples_do_not_see_each_other(model):
 
 
 def test_only_differences_of_positions_count(model, texts):
-    """Where a text lies in its row changes nothing; the order of its tokens does."""
+    """Checks that a shift of a text in its row changes nothing, and the order of its tokens does."""
     _, full, *_ = model
     source, _, target = texts
     wanted = full(source, decoder_tokens=target)

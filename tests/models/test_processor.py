@@ -231,7 +231,7 @@ def test_answers_to_learn(processor, tokenizer):
         ("a", dict(audios=[np.zeros(9)]), r"1 sound\(s\)"),
         ("what <image>", dict(images=[picture(0)], length=8), "a text of 10 tokens, media included"),
         ("what <image>", dict(images=[picture(0)], slots={"image": 1}), "a row with 2 tiles"),
-        ("what <image>", dict(images=[np.zeros((4, 4))]), r"a picture given as float64\[4, 4\]"),
+        ("what <image>", dict(images=[np.zeros((4, 4))]), r"given as float64\[4, 4\]"),
         (["a", "a"], dict(answers=["a"]), "2 texts and 1 answers"),
         ("", {}, "a text without anything in it"),
         (["a", ""], {}, "a text without anything in it"),

@@ -1,4 +1,4 @@
-"""A sum that jaxlib 0.10.2 computes wrongly on CPUs; needs jax and NumPy alone, and runs as a script."""
+"""A sum that jaxlib 0.10.2 computes wrongly on CPUs; needs only jax and NumPy, and runs as a script."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ WIDTH = 3
 
 
 def wrong_rows(rows: int) -> int:
-    """How many of so many float32 results differ from NumPy's in float64 by more than rounding."""
+    """Returns how many of `rows` float32 results differ from NumPy's in float64 by more than rounding."""
     rng = np.random.default_rng(0)
     matrix, x = (rng.standard_normal(shape).astype(np.float32) for shape in ((WIDTH, WIDTH), (rows, WIDTH)))
     found = np.asarray(jax.jit(jax.vmap(lambda row: ((matrix @ row) ** 2).sum()))(x))

@@ -1,4 +1,4 @@
-"""Training in bfloat16 on eight CPU devices, along every axis and several at once, beside float32 on one."""
+"""Training in bfloat16 on eight CPU devices, along every axis and several at once, against float32 on one."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def model(dtype: str):
 
 @lru_cache
 def first_params():
-    """Float32 parameters on the host, which every run starts from."""
+    """Returns float32 parameters on the host, the start of every run."""
     return jax.device_get(init_params(model("float32"), make_mesh(MeshConfig(data=1), jax.devices()[:1]), seed=0)[0])
 
 
@@ -71,9 +71,9 @@ def exact() -> np.ndarray:
 
 @pytest.mark.parametrize("mesh", MESHES)
 def test_bfloat16_learns_as_float32_does(mesh, exact):
-    """What rounding does to the losses is small beside what learning does."""
-    learnt = exact[0] - exact[-1]
-    assert learnt > 1
+    """Checks that rounding changes the losses much less than training does."""
+    decrease = exact[0] - exact[-1]
+    assert decrease > 1
     found = losses("bfloat16", MESHES[mesh])
-    np.testing.assert_allclose(found, exact, rtol=0, atol=0.01 * learnt)
+    np.testing.assert_allclose(found, exact, rtol=0, atol=0.01 * decrease)
     assert (found != exact).any(), "computed in float32"

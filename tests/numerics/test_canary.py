@@ -1,4 +1,4 @@
-"""The compiler sums rightly on CPUs, and the test would notice if it did not."""
+"""The compiler computes the sum correctly on CPUs, and the test fails if it does not."""
 
 from __future__ import annotations
 
@@ -22,11 +22,9 @@ def test_no_row_is_summed_wrongly(rows):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(
-    sys.version_info[:2] != (3, 11), reason="one Python is enough: the oldest, which would resolve to it"
-)
+@pytest.mark.skipif(sys.version_info[:2] != (3, 11), reason="one Python is enough: the oldest, which would install it")
 def test_the_canary_fails_under_the_jaxlib_that_is_excluded(tmp_path, require_asset):
-    """In an environment of its own with jaxlib 0.10.2, which pyproject.toml excludes."""
+    """Runs an environment with jaxlib 0.10.2, which pyproject.toml excludes."""
     subprocess.run([sys.executable, "-m", "venv", tmp_path / "venv"], check=True, timeout=60)
     python = tmp_path / "venv" / ("Scripts" if os.name == "nt" else "bin") / "python"
     packages = ["jax==0.10.2", "jaxlib==0.10.2", "numpy>=2"]

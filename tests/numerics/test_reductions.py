@@ -1,4 +1,4 @@
-"""The library's sums over rows and columns beside NumPy in float64, for many short rows, where compilers erred."""
+"""The library's sums over rows and columns against NumPy in float64, for many short rows, where compilers erred."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def normal(*shape: int, seed: int = 0) -> np.ndarray:
 
 
 def close(found, wanted, rtol: float = 2e-5):
-    """Every element differs by at most `rtol` of itself and of the root mean square of all."""
+    """Checks that every element differs by at most `rtol` of itself and of the root mean square of all."""
     wanted = np.asarray(wanted, np.float64)
     assert np.shape(found) == wanted.shape
     scale = np.sqrt(np.mean(np.square(wanted)))
@@ -54,7 +54,7 @@ def test_norms_and_their_gradients(norm, shape):
     inverse = 1 / np.sqrt(np.square(centre(x)).mean(axis=1, keepdims=True) + norm().eps)
     unit, slope = centre(x) * inverse, cotangent * scale
     close(found, unit * scale + bias.get("bias", 0))
-    # Of a row that is nearly constant the inverse is large, and so is what rounding does to the gradient.
+    # The inverse is large for a row that is nearly constant, and so is the effect of rounding on the gradient.
     error = np.abs(of_x - inverse * (centre(slope) - unit * (slope * unit).mean(axis=1, keepdims=True)))
     assert (error <= 1e-5 * inverse * (1 + inverse) * (1 + np.abs(slope).sum(axis=1, keepdims=True))).all()
     close(of_params["scale"], (cotangent * unit).sum(axis=0), 1e-4)
@@ -93,7 +93,7 @@ def test_clipping_and_adamw(shape):
 
 
 def exact_cross_entropy(logits, targets):
-    """(-log softmax(logits)[targets], its gradient by the logits) in float64."""
+    """Returns (-log softmax(logits)[targets], its gradient with respect to the logits) in float64."""
     logits = logits.astype(np.float64)
     raised = np.exp(logits - logits.max(axis=1, keepdims=True))
     probability = raised / raised.sum(axis=1, keepdims=True)

@@ -1,4 +1,4 @@
-"""Tiny random BLIP-2 and InstructBLIP folders with tokenizers and processors, and what transformers makes of them."""
+"""Tiny random BLIP-2 and InstructBLIP folders with tokenizers and processors, and the outputs of transformers."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ import mllm_jax
 from mllm_jax.generation.generate import complete
 from mllm_jax.models.processor import Processor
 
-# Pictures are SIDE wide; answers have NEW tokens; LENGTH holds every text.
+# Images are SIDE wide; answers have NEW tokens; LENGTH fits every text.
 SIDE, NEW, LENGTH = 12, 32, 32
 VISION = dict(
     hidden_size=20, intermediate_size=36, num_hidden_layers=3, num_attention_heads=2, image_size=SIDE, patch_size=4
@@ -85,16 +85,16 @@ TEXTS = [
 ]
 
 
-def picture(seed: int, height: int, width: int) -> np.ndarray:
+def make_image(seed: int, height: int, width: int) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
 
 
-# One picture, wide; one, tall; two; none.
-PICTURES = [[picture(0, 17, 31)], [picture(1, 40, 13)], [picture(2, 12, 12), picture(3, 9, 30)], []]
+# One image, wide; one, tall; two; none.
+IMAGES = [[make_image(0, 17, 31)], [make_image(1, 40, 13)], [make_image(2, 12, 12), make_image(3, 9, 30)], []]
 
 
 def tokenizer(words: list[str], begin: str, end: str, unknown: str) -> transformers.PreTrainedTokenizerFast:
-    """Words to ids, with what stands around a text."""
+    """Returns a tokenizer of words, with tokens around a text."""
     backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token=unknown))
     backend.normalizer = normalizers.Lowercase() if begin == "[CLS]" else None
     backend.pre_tokenizer = pre_tokenizers.Split(" ", "removed")
@@ -115,7 +115,7 @@ def tokenizer(words: list[str], begin: str, end: str, unknown: str) -> transform
 
 @dataclass
 class Case:
-    """A reference with its folder, and both sides' processors and models."""
+    """A reference with its folder, and the processors and models of both sides."""
 
     reference: Any
     their_processor: Any
@@ -125,11 +125,11 @@ class Case:
     processor: Processor
 
     def theirs(self, row: int) -> dict:
-        """What transformers' processor makes of a text and its pictures, placed as its own for one are."""
-        images = PICTURES[row]
+        """Returns transformers' inputs for a text and its images, at the positions of a single image."""
+        images = IMAGES[row]
         inputs = dict(self.their_processor(images=images[:1] or None, text=TEXTS[row], return_tensors="pt"))
         if len(images) > 1:
-            # Its processor places one picture; the model takes as many as there are places.
+            # Its processor places one image; the model takes as many as there are positions.
             queries = self.their_processor.num_query_tokens
             more = torch.full((1, queries * (len(images) - 1)), self.reference.config.image_token_id)
             inputs["input_ids"] = torch.cat([more, inputs["input_ids"]], dim=1)
@@ -143,7 +143,7 @@ class Case:
     def their_logits(self, row: int, target: torch.Tensor | None = None, model=None) -> np.ndarray:
         model, inputs = model or self.reference, self.theirs(row)
         more = {} if target is None else {"decoder_input_ids": target}
-        if not PICTURES[row]:
+        if not IMAGES[row]:
             model = model.language_model
             inputs = {name: inputs[name] for name in ("input_ids", "attention_mask")}
         with torch.no_grad():
@@ -151,24 +151,24 @@ class Case:
 
     def their_tokens(self, row: int, **options) -> list[int]:
         model, inputs = self.reference, self.theirs(row)
-        if not PICTURES[row]:
+        if not IMAGES[row]:
             model = model.language_model
             inputs = {name: inputs[name] for name in ("input_ids", "attention_mask")}
         out = model.generate(**inputs, max_new_tokens=NEW, do_sample=False, **options)[0].tolist()
-        # A decoder repeats its prompt, an encoder-decoder the token that it starts with.
+        # A decoder repeats its prompt, an encoder-decoder its start token.
         return out[1:] if self.model.config.encoder_decoder else out[inputs["input_ids"].shape[1] :]
 
     def our_tokens(self, rows: list[int], ignore_eos: bool = True, **shape: int) -> list[list[int]]:
-        batch = self.processor([TEXTS[r] for r in rows], images=[PICTURES[r] for r in rows], **shape)
+        batch = self.processor([TEXTS[r] for r in rows], images=[IMAGES[r] for r in rows], **shape)
         how = dict(max_new_tokens=NEW, ignore_eos=ignore_eos)
         return [list(answer.tokens) for answer in complete(self.model, self.params, batch, self.processor, **how)]
 
     def batch(self) -> dict:
-        return self.processor(TEXTS, images=PICTURES)
+        return self.processor(TEXTS, images=IMAGES)
 
 
 def build(kind: str, text: dict, qformer: dict, queries: int, eos: int, seed: int, randomise, folder: Path) -> Case:
-    """A case.
+    """Builds a case.
 
     Args:
         kind: "Blip2" or "InstructBlip".
@@ -187,7 +187,7 @@ def build(kind: str, text: dict, qformer: dict, queries: int, eos: int, seed: in
         image_token_index=image,
     )
     reference = getattr(transformers, f"{kind}ForConditionalGeneration")(config)
-    if text["model_type"] == "t5":  # transformers 5 ties whatever the config says, checkpoints do not
+    if text["model_type"] == "t5":  # transformers 5 always ties, checkpoints do not
         reference.language_model.lm_head.weight = torch.nn.Parameter(torch.zeros(text["vocab_size"], text["d_model"]))
     reference = randomise(reference, seed)
     pixels = BlipImageProcessorPil(size=dict(height=SIDE, width=SIDE))
@@ -206,12 +206,12 @@ ROWS = range(len(TEXTS))
 
 
 class Checks:
-    """What holds for every case, a fixture `case` of the class or module."""
+    """Tests of every case, a fixture `case` of the class or module."""
 
     @pytest.fixture(scope="class")
     @classmethod
     def applied(cls, case):
-        """(what the model says of the batch, the batch, the targets of an encoder-decoder)."""
+        """Returns (the model's outputs, the batch, the targets of an encoder-decoder)."""
         batch, target = dict(case.batch()), None
         if case.model.config.encoder_decoder:
             target = np.random.default_rng(5).integers(3, 20, (len(TEXTS), 6))
@@ -228,8 +228,8 @@ class Checks:
             real = batch["segments"][row] > 0 if target is None else np.ones(6, bool)
             assert_close(logits[row][real], theirs, 1e-4, f"row {row}")
 
-    def test_pictures_and_places(self, case, assert_close):
-        """The same ids, the queries before the first token; the same pixels once the bytes are normalised."""
+    def test_images_and_places(self, case, assert_close):
+        """Checks equal ids, the queries before the first token, and equal pixels once the bytes are normalised."""
         batch = case.batch()
         config = case.model.config.image.encoder
         assert batch["images"].dtype == np.uint8
@@ -239,9 +239,9 @@ class Checks:
             ids = theirs["input_ids"][0].numpy()
             np.testing.assert_array_equal(batch["tokens"][row][: len(ids)], ids)
             assert batch["segments"][row].sum() == len(ids)
-            queries = case.model.config.image.projector.num_queries * len(PICTURES[row])
+            queries = case.model.config.image.projector.num_queries * len(IMAGES[row])
             assert batch["media_index"][row][: len(ids)].tolist() == [*range(queries), *[-1] * (len(ids) - queries)]
-            if PICTURES[row]:
+            if IMAGES[row]:
                 wanted = theirs["pixel_values"].permute(0, 2, 3, 1).numpy()
                 np.testing.assert_allclose(pixels[row, : len(wanted)], wanted, atol=1e-6)
 
@@ -249,15 +249,15 @@ class Checks:
         self.check_logits(case, applied, assert_close)
 
     def test_answers(self, case):
-        """Token for token, in a batch and alone."""
+        """Checks answers token for token, in a batch and alone."""
         wanted = [case.their_tokens(row, eos_token_id=None) for row in ROWS]
         together = case.our_tokens(list(ROWS))
         assert together == wanted and len(set(map(tuple, wanted))) == len(wanted)
-        # One shape for all, so that little is compiled; the batch had another.
+        # One shape for all, to compile less; the batch had another.
         assert [case.our_tokens([row], slots={"image": 2}, length=LENGTH)[0] for row in ROWS] == wanted
 
     def test_the_configs_own_token_ends_an_answer(self, case):
-        """As "\\n" does with OPT, which is no end of a text elsewhere; the tokenizer's own end does so too."""
+        """Checks end tokens such as "\\n" of OPT, which ends no text elsewhere, and the tokenizer's own."""
         (end,) = case.model.config.llm.eos_token_id
         ends = [end, case.processor.tokenizer.backend.eos_token_id]
         wanted = [case.their_tokens(row, eos_token_id=ends) for row in ROWS]
@@ -273,6 +273,6 @@ class Checks:
         self.check_logits(case, applied, assert_close, again.eval())
         config = mllm_jax.pretrained_config(tmp_path / "ours")
         assert config == mllm_jax.pretrained_config(case.folder)
-        # What was written is what was there, tensor for tensor.
+        # The written tensors equal the original ones.
         stored, written = case.reference.state_dict(), again.state_dict()
         assert stored.keys() == written.keys() and all(torch.equal(stored[name], written[name]) for name in stored)

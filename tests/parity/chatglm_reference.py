@@ -1,6 +1,6 @@
-"""ChatGLM-6B's first version in NumPy and double precision, a text at a time: what the golden is too small to vary.
+"""ChatGLM-6B's first version in NumPy and double precision, a text at a time, for configs that the golden lacks.
 
-After the paper (GLM-130B, arXiv 2210.02414, section 2) and what the golden's file says of the released code.
+It follows the paper (GLM-130B, arXiv 2210.02414, section 2) and the golden's description of the released code.
 """
 
 from __future__ import annotations
@@ -9,11 +9,11 @@ from collections.abc import Mapping
 
 import numpy as np
 
-SCALE = (2 * 28) ** 0.5  # of what attention and MLP read, where other models add the stream itself
+SCALE = (2 * 28) ** 0.5  # of the input of attention and MLP in the residual sum; other models add the stream
 
 
 def positions(config: Mapping, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Place in the context, and place in the answer: int[S] each."""
+    """Returns int[S] each: the position in the context, and the position in the answer."""
     places, listed = np.arange(len(tokens)), tokens.tolist()
     bos = listed.index(config["bos_token_id"])
     marks = [listed.index(config[name]) for name in ("gmask_token_id", "mask_token_id") if config[name] in listed]
@@ -22,7 +22,7 @@ def positions(config: Mapping, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarr
 
 
 def logits(config: Mapping, weights: Mapping[str, np.ndarray], tokens: np.ndarray) -> np.ndarray:
-    """float64[S, V] of int[S]."""
+    """Computes float64[S, V] of int[S]."""
 
     def weight(name: str) -> np.ndarray:
         return weights[f"transformer.{name}"].astype(np.float64)
@@ -58,7 +58,7 @@ def logits(config: Mapping, weights: Mapping[str, np.ndarray], tokens: np.ndarra
 
 
 def greedy(config: Mapping, weights: Mapping[str, np.ndarray], prompt: np.ndarray, count: int) -> list[int]:
-    """The `count` likeliest tokens behind a prompt, one after the other, each from the whole text anew."""
+    """Returns the `count` most likely tokens after a prompt, each from a full pass over the text."""
     text = list(prompt)
     for _ in range(count):
         text.append(int(logits(config, weights, np.array(text))[-1].argmax()))
@@ -66,7 +66,7 @@ def greedy(config: Mapping, weights: Mapping[str, np.ndarray], prompt: np.ndarra
 
 
 def random_weights(config: Mapping, seed: int) -> dict[str, np.ndarray]:
-    """Every tensor of a folder, far from what a new model begins with; no special token is ever likely."""
+    """Returns every tensor of a folder, far from a new model's; special tokens are never likely."""
     rng, width, wide = np.random.default_rng(seed), config["hidden_size"], config["inner_hidden_size"]
 
     def matrix(rows, columns):
@@ -87,7 +87,7 @@ def random_weights(config: Mapping, seed: int) -> dict[str, np.ndarray]:
         maps = {"attention.query_key_value": (3 * width, width), "attention.dense": (width, width)}
         maps |= {"mlp.dense_h_to_4h": (wide, width), "mlp.dense_4h_to_h": (width, wide)}
         for name, sizes in maps.items():
-            # What is read is added to a stream that was scaled up: louder, so that answers do not repeat themselves.
+            # These outputs are added to a scaled stream: larger weights, so that answers do not repeat themselves.
             gain = 4 if name in ("attention.dense", "mlp.dense_4h_to_h") else 1
             found[f"transformer.{layer}.{name}.weight"] = gain * matrix(*sizes)
             found[f"transformer.{layer}.{name}.bias"] = vector(sizes[0])
@@ -101,7 +101,7 @@ def _halves(x: np.ndarray):
 
 
 def _turned(x: np.ndarray, places: np.ndarray) -> np.ndarray:
-    """[S, N, H/2]: the first half of these dimensions against the second, by frequencies in half precision."""
+    """Rotates [S, N, H/2]: the first half of these dimensions against the second, by half-precision frequencies."""
     size = x.shape[-1]
     frequencies = (1 / 10_000 ** (np.arange(0, size, 2) / size)).astype(np.float16).astype(np.float64)
     angles = places[:, None, None] * frequencies

@@ -1,4 +1,4 @@
-"""One way to compare a composed model with its reference class: folders, texts with pictures, logits, answers."""
+"""Compares a composed model with its reference class: folders, texts with images, logits, answers."""
 
 from __future__ import annotations
 
@@ -20,48 +20,53 @@ NEW_TOKENS = 32
 
 
 def tokenizer(**special: str) -> PreTrainedTokenizerFast:
-    """Words to ids, and special tokens by the names under which transformers' processors look for them."""
+    """Returns a tokenizer of words, with special tokens under the names that transformers' processors use."""
     backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<pad>"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     ends = dict(pad_token="<pad>", eos_token="</s>")
     return PreTrainedTokenizerFast(tokenizer_object=backend, **ends, extra_special_tokens=special)
 
 
-def picture(height: int, width: int) -> np.ndarray:
+def make_image(height: int, width: int) -> np.ndarray:
     return np.random.default_rng(height * 100 + width).integers(0, 256, (height, width, 3), np.uint8)
 
 
 def prompts(placeholder: str) -> tuple[list[str], list[list[np.ndarray]]]:
-    """Four texts of unequal length: one picture, several of all shapes, none, one in the middle."""
+    """Returns four texts of unequal length: one image, several of all shapes, none, one in the middle."""
     texts = [
         f"user {placeholder} what is it ?",
         f"{placeholder} a {placeholder} dog {placeholder} ?",
         "what is a cat ?",
         f"a cat is it {placeholder} two",
     ]
-    return texts, [[picture(16, 16)], [picture(20, 61), picture(50, 17), picture(33, 30)], [], [picture(9, 40)]]
+    return texts, [
+        [make_image(16, 16)],
+        [make_image(20, 61), make_image(50, 17), make_image(33, 30)],
+        [],
+        [make_image(9, 40)],
+    ]
 
 
 def check_composed(reference, processor, folder: Path, placeholder: str, assert_close):
-    """Logits, answers of the batch and of each row by itself, and the written folder.
+    """Checks logits, answers of the batch and of each row alone, and the written folder.
 
     Args:
         reference: a model of transformers with random weights, saved in `folder` beside its processor's files.
-        processor: transformers' own, with the picture-making that needs no torchvision.
+        processor: transformers' own, with the image processor that needs no torchvision.
 
     Returns:
         The module and its parameters.
     """
     module, params = from_pretrained(folder)
     ours = Processor.from_pretrained(folder)
-    texts, pictures = prompts(placeholder)
-    batch = ours(texts, images=pictures)
+    texts, images = prompts(placeholder)
+    batch = ours(texts, images=images)
     logits = np.asarray(jax.jit(module.apply)({"params": params}, batch).logits)
     how = dict(max_new_tokens=NEW_TOKENS, ignore_eos=True)
     answers = complete(module, params, batch, ours, **how)
     reference.generation_config.eos_token_id = None
     shown = []
-    for row, (text, mine) in enumerate(zip(texts, pictures, strict=True)):
+    for row, (text, mine) in enumerate(zip(texts, images, strict=True)):
         inputs = processor(
             text=text, images=[Image.fromarray(each) for each in mine] or None, return_tensors="pt", padding=False
         )
@@ -74,10 +79,10 @@ def check_composed(reference, processor, folder: Path, placeholder: str, assert_
             said = reference.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False, pad_token_id=0)
         assert list(answers[row].tokens) == said[0, length:].tolist(), text
         shown.append(inputs)
-    assert len({answer.tokens for answer in answers}) == len(texts), "answers that depend on nothing prove nothing"
+    assert len({answer.tokens for answer in answers}) == len(texts), "equal answers prove nothing"
 
-    # Padded to the batch's shapes, so that the four are answered by one compiled program.
-    for text, mine, wanted in zip(texts, pictures, answers, strict=True):
+    # Padded to the batch's shapes, so that one compiled program answers all four.
+    for text, mine, wanted in zip(texts, images, answers, strict=True):
         one = ours(text, images=mine, slots={"image": batch["images"].shape[1]}, length=batch["tokens"].shape[1])
         assert complete(module, params, one, ours, **how)[0].tokens == wanted.tokens, text
 
@@ -93,5 +98,5 @@ def check_composed(reference, processor, folder: Path, placeholder: str, assert_
 
 
 def tiles_of(shown: dict, name: str = "pixel_values") -> np.ndarray:
-    """transformers' numbers of a row's pictures: [tiles, H, W, 3]."""
+    """Returns transformers' pixels of a row's images: [tiles, H, W, 3]."""
     return rearrange(shown[name].numpy(), "n c h w -> n h w c")

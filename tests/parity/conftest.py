@@ -1,4 +1,4 @@
-"""What the parity tests share: random torch weights that no default can imitate, and the measure of agreement."""
+"""Fixtures for parity tests: random torch weights far from all defaults, and comparisons."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def randomise():
             for name, parameter in module.named_parameters():
                 noise = torch.randn(parameter.shape, generator=generator)
                 if parameter.ndim == 1:
-                    # A norm's scale stays away from 0; a bias has no reason to.
+                    # A norm's scale stays away from 0; a bias need not.
                     parameter.copy_(0.3 * noise + (1.0 if "norm" in name and name.endswith("weight") else 0.0))
                 elif "embed_tokens" in name or "position" in name or "cls" in name:
                     parameter.copy_(0.7 * noise)
@@ -33,7 +33,7 @@ def randomise():
 
 @pytest.fixture(scope="session")
 def to_numpy():
-    """Torch tensors of a dict as float32 arrays."""
+    """Converts the torch tensors of a dict to float32 arrays."""
 
     def convert(tensors: dict) -> dict[str, np.ndarray]:
         return {name: tensor.detach().numpy().copy() for name, tensor in tensors.items()}
@@ -43,7 +43,7 @@ def to_numpy():
 
 @pytest.fixture(scope="session")
 def assert_close():
-    """Largest difference, relative to the largest value, of two arrays."""
+    """Checks the largest difference of two arrays, relative to the largest value."""
 
     def check(ours, theirs, tolerance: float, what: str = "") -> None:
         ours, theirs = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
@@ -58,7 +58,7 @@ def assert_close():
 
 @pytest.fixture(scope="session")
 def assert_same_tree():
-    """Mapped weights have exactly the leaves and shapes that the module asks for."""
+    """Checks that mapped weights have exactly the leaves and shapes of the module."""
 
     def check(params, abstract) -> None:
         shapes = jax.tree.map(lambda x: tuple(x.shape), params)

@@ -16,7 +16,7 @@ from transformers.models.llava_onevision.image_processing_pil_llava_onevision im
 MARKS = ("<pad>", "<s>", "</s>", "user:", "assistant:", "?")
 WORDS = (*MARKS, "what", "is", "in", "this", "and", "that", "picture", "left", "right", "red", "cat", "dog")
 ID = {word: i for i, word in enumerate(WORDS)}
-IMAGE, VIDEO = len(WORDS), len(WORDS) + 1  # ids, behind the words
+IMAGE, VIDEO = len(WORDS), len(WORDS) + 1  # ids, after the words
 TEMPLATE = """{% for m in messages %}{{ m['role'] + ': ' }}{% if m['content'] is string %}{{ m['content'] + ' ' }}\
 {% else %}{% for p in m['content'] %}{{ ('<' + p['type'] + '>' if p['type'] != 'text' else p['text']) + ' ' }}\
 {% endfor %}{% endif %}{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"""
@@ -50,7 +50,7 @@ LLAMA, MISTRAL = TEXT | dict(model_type="llama"), TEXT | dict(model_type="mistra
 QWEN2 = TEXT | dict(model_type="qwen2")
 WIDE, SQUARE, TALL = [SIDE, 2 * SIDE], [2 * SIDE, 2 * SIDE], [3 * SIDE, SIDE]
 GRIDS = [WIDE, WIDE[::-1], SQUARE, TALL, TALL[::-1]]
-# The class, its vision_config and text_config, and what else config.json says.
+# The class, its vision_config and text_config, and the rest of config.json.
 CASES = {
     "llava": ("Llava", CLIP, LLAMA, {}),
     "llava, all tokens of two layers": (
@@ -124,14 +124,14 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 class _OneVisionProcessor(transformers.LlavaOnevisionProcessor):
-    """The class asks for a video processor, and that for torchvision; without videos neither is used."""
+    """A processor without a video processor, which would need torchvision; it is unused without videos."""
 
     def check_argument_for_proper_class(self, argument_name, argument):
         return None
 
 
 def build(case: str, folder: Path, randomise):
-    """The reference model and processor; both are saved to the folder."""
+    """Builds the reference model and processor, and saves both in the folder."""
     name, vision, text, options = CASES[case]
     options = dict(image_token_index=IMAGE) | options
     if name == "LlavaOnevision":
@@ -141,29 +141,29 @@ def build(case: str, folder: Path, randomise):
     randomise(reference)
     reference.tie_weights()
     reference.save_pretrained(folder)
-    reference.generation_config.eos_token_id = None  # 32 tokens whatever they are
+    reference.generation_config.eos_token_id = None  # always 32 tokens
     side, strategy = vision["image_size"], config.vision_feature_select_strategy
     grid, clip = (side // vision["patch_size"]) ** 2, vision["model_type"] == "clip_vision_model"
     common = dict(tokenizer=tokenizer(), vision_feature_select_strategy=strategy, chat_template=TEMPLATE)
     patches = dict(patch_size=vision["patch_size"], num_additional_image_tokens=int(clip))
     means = {} if clip else dict(image_mean=[0.5] * 3, image_std=[0.5] * 3)
     if name == "Llava":
-        pictures = LlavaImageProcessorPil(size=side, crop_size=side, **means)
-        processor = transformers.LlavaProcessor(pictures, **common, **patches)
+        images = LlavaImageProcessorPil(size=side, crop_size=side, **means)
+        processor = transformers.LlavaProcessor(images, **common, **patches)
     elif name == "LlavaNext":
-        pictures = LlavaNextImageProcessorPil(
+        images = LlavaNextImageProcessorPil(
             size=side, crop_size=side, image_grid_pinpoints=config.image_grid_pinpoints, **means
         )
-        processor = transformers.LlavaNextProcessor(pictures, **common, **patches)
+        processor = transformers.LlavaNextProcessor(images, **common, **patches)
     else:
-        pictures = LlavaOnevisionImageProcessorPil(
+        images = LlavaOnevisionImageProcessorPil(
             size=dict(height=side, width=side), image_grid_pinpoints=config.image_grid_pinpoints, **means
         )
         aspect = config.vision_aspect_ratio
-        grid += strategy == "default"  # of which it takes one away for the class token
-        processor = _OneVisionProcessor(pictures, num_image_tokens=grid, vision_aspect_ratio=aspect, **common)
+        grid += strategy == "default"  # of which it removes one for the class token
+        processor = _OneVisionProcessor(images, num_image_tokens=grid, vision_aspect_ratio=aspect, **common)
     processor.tokenizer.save_pretrained(folder)
-    pictures.save_pretrained(folder)
+    images.save_pretrained(folder)
     return reference, processor
 
 
@@ -176,16 +176,16 @@ TEXTS = (
 SIZES = (((9, 30), (26, 24)), (), ((14, 14),), ((40, 11), (1, 33), (25, 70)))
 
 
-def pictures() -> list[list[np.ndarray]]:
-    """The pictures of each text: none square but one, none of the encoder's size."""
+def make_images() -> list[list[np.ndarray]]:
+    """Returns the images of each text: all but one not square, none of the encoder's size."""
     rng = np.random.default_rng(3)
     return [[rng.integers(0, 256, (*size, 3), np.uint8) for size in sizes] for sizes in SIZES]
 
 
 def reference_inputs(processor, texts, images, side: str) -> dict[str, torch.Tensor]:
-    """What the reference's own processor makes of texts and pictures."""
+    """Returns the inputs that the reference's own processor makes of texts and images."""
     processor.tokenizer.padding_side = side
     if not isinstance(processor, _OneVisionProcessor):
-        images = [picture for row in images for picture in row]
+        images = [image for row in images for image in row]
     given = dict(padding=True, return_tensors="pt", input_data_format="channels_last")
     return dict(processor(images=images or None, text=list(texts), **given))

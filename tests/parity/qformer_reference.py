@@ -1,4 +1,4 @@
-"""A Q-Former's weights from torch or from a golden to our parameters, through the table and the engine that reads."""
+"""Reads a Q-Former's weights from torch or from a golden, through the table and the reading engine."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ LAVIS = dict(
 
 
 def golden(name: str):
-    """(arrays, sizes) of a recorded reference."""
+    """Returns (arrays, sizes) of a recorded reference."""
     return np.load(GOLDENS / f"{name}.npz"), json.loads((GOLDENS / f"{name}.json").read_text("utf-8"))["config"]
 
 
@@ -46,7 +46,7 @@ def golden_config(sizes: dict, **more) -> QFormerConfig:
 
 
 def loaded(config: QFormerConfig, tensors: dict, folder: Path, **names) -> dict:
-    """The Q-Former's parameters; tensors under other names are left out."""
+    """Returns the Q-Former's parameters; tensors under other names are left out."""
     table = Table(qformer_weights(config, path="qformer", **names))
     features, tokens = np.zeros((1, 2, config.feature_size), np.float32), np.zeros((1, 2), np.int32)
     arguments = (features, tokens) if config.reads_text else (features,)

@@ -1,7 +1,7 @@
-"""The first Qwen-VL for more configs than its golden's: its tower in torch, and its LLM as transformers' Qwen2.
+"""The first Qwen-VL for configs that its golden lacks: its vision encoder in torch, and its LLM as transformers' Qwen2.
 
-After the paper (arXiv 2308.12966, section 2.1) and what the golden's file says of the released code, whose stored
-outputs the tower first gives.
+It follows the paper (arXiv 2308.12966, section 2.1) and the golden's description of the released code, whose stored
+outputs the encoder reproduces first.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ import transformers
 from einops import rearrange
 from torch.nn import functional as F
 
-EPS, HEAD, POSITIONS = 1e-6, 128, 256  # what no option sets
+EPS, HEAD, POSITIONS = 1e-6, 128, 256  # fixed by the code, not by options
 
 
 def media_tokens(
     w: Mapping[str, torch.Tensor], config: Mapping, pixels: torch.Tensor, head: int = HEAD
 ) -> torch.Tensor:
-    """float[B, queries, E] of normalised float[B, 3, S, S].
+    """Computes float[B, queries, E] of normalised float[B, 3, S, S].
 
     Args:
-        w: the tower's tensors, named as in visual.py.
+        w: the encoder's tensors, named as in visual.py.
         config: the part `visual` of config.json.
         head: dimensions of the resampler's heads.
     """
@@ -60,14 +60,14 @@ def media_tokens(
 
 
 def stretched(table: torch.Tensor, patches: int) -> torch.Tensor:
-    """Learned or fixed places [R * R, E] for a square grid of so many patches."""
+    """Interpolates learned or fixed positions [R * R, E] to a square grid of `patches` patches."""
     side, wanted = round(len(table) ** 0.5), round(patches**0.5)
-    picture = rearrange(table, "(r c) e -> 1 e r c", r=side)
-    return rearrange(F.interpolate(picture, size=(wanted, wanted), mode="bicubic"), "1 e h w -> (h w) e")
+    image = rearrange(table, "(r c) e -> 1 e r c", r=side)
+    return rearrange(F.interpolate(image, size=(wanted, wanted), mode="bicubic"), "1 e h w -> (h w) e")
 
 
 def random_tower(config: Mapping, seed: int) -> dict[str, torch.Tensor]:
-    """Every tensor of the tower, far from what a new model begins with."""
+    """Returns every tensor of the encoder, far from a new model's."""
     generator = torch.Generator().manual_seed(seed)
     width, out = config["width"], config["output_dim"]
     wide = int(width * config["mlp_ratio"])
@@ -102,7 +102,7 @@ def random_tower(config: Mapping, seed: int) -> dict[str, torch.Tensor]:
 
 
 def llm_config(model: transformers.Qwen2ForCausalLM, length: int, stretched: bool) -> dict:
-    """What the first Qwen's config.json says of a Qwen2 with as many key heads as heads."""
+    """Returns the first Qwen's config.json for a Qwen2 with as many key heads as heads."""
     c = model.config
     return dict(
         architectures=["QWenLMHeadModel"],
@@ -127,7 +127,7 @@ def llm_config(model: transformers.Qwen2ForCausalLM, length: int, stretched: boo
 
 
 def renamed(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Qwen2's tensors under the first Qwen's names."""
+    """Returns Qwen2's tensors under the first Qwen's names."""
     stored = {
         "transformer.wte.weight": tensors["model.embed_tokens.weight"],
         "lm_head.weight": tensors["lm_head.weight"],

@@ -1,4 +1,4 @@
-"""BLIP-2 with OPT and Flan-T5 against Blip2ForConditionalGeneration: pictures, logits, answers, folders both ways."""
+"""BLIP-2 with OPT and Flan-T5 against Blip2ForConditionalGeneration: images, logits, answers, folders both ways."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ def case(request, tmp_path_factory, randomise):
 
 
 class TestBlip2(Checks):
-    """The checks that it shares with InstructBLIP."""
+    """Runs the tests shared with InstructBLIP."""
 
 
 def test_a_stored_processor_of_another_size_is_refused(case, tmp_path):
     pixels = transformers.BlipImageProcessorPil(size=dict(height=8, width=8))
     pixels.save_pretrained(tmp_path)
-    with pytest.raises(ConfigError, match=r"pictures of \(8, 8\) pixels"):
+    with pytest.raises(ConfigError, match=r"of \(8, 8\) pixels"):
         pixel_reader(case.model.config.image.encoder, tmp_path)

@@ -1,4 +1,4 @@
-"""BLIP-2 and InstructBLIP learn from conversations: packed rows give transformers' loss, and stages train."""
+"""BLIP-2 and InstructBLIP train on conversations: packed rows give transformers' loss, and stages train."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 import torch
-from blip_reference import LLAMA, OPT, T5, build, picture
+from blip_reference import LLAMA, OPT, T5, build, make_image
 from PIL import Image as Pillow
 
 import mllm_jax
@@ -30,7 +30,7 @@ CASES = {
     "BLIP-2, Flan-T5": ("Blip2", T5 | dict(dense_act_fn="gelu")),
     "BLIP-2, OPT": ("Blip2", OPT),
 }
-# As plain as BLIP-2's prompts are: the question, the answer and what ends it.
+# As plain as BLIP-2's prompts: the question, the answer and the end token.
 TEMPLATE = (
     "{% for m in messages %}{% for p in m['content'] if p['type'] == 'text' %}{{ p['text'] + ' ' }}{% endfor %}"
     "{{ '</s> ' if m['role'] == 'assistant' else '' }}{% endfor %}"
@@ -49,12 +49,12 @@ def case(request, tmp_path_factory, randomise):
     return made
 
 
-def pictures_of(number: int) -> list[np.ndarray]:
-    return [picture(10 * number + i, 15, 22) for i in range(SHOWN[number])]
+def images_of(number: int) -> list[np.ndarray]:
+    return [make_image(10 * number + i, 15, 22) for i in range(SHOWN[number])]
 
 
 def example(number: int, *, question: str | None = None, plain: bool = False, turns: int = 1) -> Example:
-    images = map(Image, pictures_of(number))
+    images = map(Image, images_of(number))
     asked, answer = ASKED[number]
     if plain:
         return Example((Message(TEXT_ROLE, (*images, Text(answer))),))
@@ -65,23 +65,23 @@ def example(number: int, *, question: str | None = None, plain: bool = False, tu
 
 @torch.no_grad()
 def their_loss(case, number: int) -> tuple[float, int]:
-    """The sum over an example's learnt tokens, from the whole model or, without pictures, its LLM; and how many."""
+    """Returns an example's summed loss, from the model or (no images) its LLM, and its number of tokens with loss."""
     reference, processor = case.reference, case.their_processor
-    (question, answer), pictures = ASKED[number], pictures_of(number)
+    (question, answer), images = ASKED[number], images_of(number)
     own, encodes = processor.tokenizer, case.model.config.encoder_decoder
     said = [*own(answer, add_special_tokens=False)["input_ids"], 2]
     asked = own(question, add_special_tokens=encodes)["input_ids"]
-    ids = [reference.config.image_token_id] * (4 * len(pictures)) + asked + ([] if encodes else said)
+    ids = [reference.config.image_token_id] * (4 * len(images)) + asked + ([] if encodes else said)
     given = dict(input_ids=torch.tensor([ids]), attention_mask=torch.ones(1, len(ids), dtype=torch.long))
-    if pictures:
-        given["pixel_values"] = processor.image_processor(pictures, return_tensors="pt")["pixel_values"]
+    if images:
+        given["pixel_values"] = processor.image_processor(images, return_tensors="pt")["pixel_values"]
         if "InstructBlip" in type(reference).__name__:
             instruction = processor.qformer_tokenizer(question, return_tensors="pt")
-            given["qformer_input_ids"] = instruction["input_ids"].repeat(len(pictures), 1)
-            given["qformer_attention_mask"] = instruction["attention_mask"].repeat(len(pictures), 1)
+            given["qformer_input_ids"] = instruction["input_ids"].repeat(len(images), 1)
+            given["qformer_attention_mask"] = instruction["attention_mask"].repeat(len(images), 1)
     if encodes:
         given["decoder_input_ids"] = torch.tensor([[0, *said[:-1]]])
-    logits = (reference if pictures else reference.language_model)(**given).logits[0]
+    logits = (reference if images else reference.language_model)(**given).logits[0]
     logits = logits if encodes else logits[-len(said) - 1 : -1]
     return float(torch.nn.functional.cross_entropy(logits, torch.tensor(said), reduction="sum")), len(said)
 
@@ -103,7 +103,7 @@ def test_packed_rows_have_their_loss(case, assert_close):
 
 
 def test_captions_follow_the_queries(case):
-    """Of a caption all is learnt; the question is left out, also where the queries would read it."""
+    """Checks that a whole caption carries loss, and that the question is left out, also for the queries."""
     decodes = case.model.config.encoder_decoder
     e = case.processor.encode(example(0, plain=True), 40)
     own, caption = case.processor.tokenizer, ASKED[0][1]
@@ -116,15 +116,15 @@ def test_captions_follow_the_queries(case):
         assert e.instruction.tolist() == [1, 2], "[CLS] and [SEP]"
 
 
-def test_what_cannot_be_learnt_is_refused(case):
+def test_invalid_training_examples_are_refused(case):
     encode, reads = case.processor.encode, case.processor.layout.instruction_length > 0
     for length in (len(encode(example(0), 64).tokens) - 1, 2):
-        with pytest.raises(DataError, match=r"with 1 picture\(s\)"):
+        with pytest.raises(DataError, match="tokens with 1 "):
             encode(example(0), length)
     with pytest.raises(DataError, match="'<image>' in it"):
         encode(example(0, question="what is <image> ?"), 64)
     with pytest.raises(DataError, match="a text without words"):
-        encode(Example((Message(TEXT_ROLE, (Image(pictures_of(0)[0]), Text(" "))),)), 64)
+        encode(Example((Message(TEXT_ROLE, (Image(images_of(0)[0]), Text(" "))),)), 64)
     if case.model.config.encoder_decoder or reads:
         with pytest.raises(DataError, match="2 turns.*\n.*one question and its answer"):
             encode(example(0, turns=2), 64)
@@ -174,5 +174,5 @@ def test_stages_train_and_leave_as_a_folder(case, tmp_path):
     trained = load_run(run)[2]
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(np.asarray(a), np.asarray(b)), params, trained)
     type(case.reference).from_pretrained(tmp_path / "out")
-    batch = mllm_jax.Processor.from_pretrained(tmp_path / "out")("a dog", images=[picture(0, 9, 9)])
-    assert batch["query_tokens"].shape == (1, 1, 16), "the Q-Former's own tokenizer came along"
+    batch = mllm_jax.Processor.from_pretrained(tmp_path / "out")("a dog", images=[make_image(0, 9, 9)])
+    assert batch["query_tokens"].shape == (1, 1, 16), "the Q-Former's own tokenizer is saved too"

@@ -1,7 +1,7 @@
-"""ChatGLM2 against stored outputs of its checkpoints' own code, and what is read, written as GlmForCausalLM.
+"""ChatGLM2 against stored outputs of its checkpoints' own code, and against GlmForCausalLM.
 
-That class, with the weights renamed here, is the reference for more configs than the stored one: it first gives the
-stored outputs itself. What we write are its folders, for no class of transformers opens ChatGLM's own.
+That class, with renamed weights, is the reference for configs that the stored outputs lack; it reproduces them first.
+We write its folders, because no class of transformers opens ChatGLM's own.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ WHOLE = {
 
 
 def glm_of(config: dict) -> transformers.GlmForCausalLM:
-    """The reference with the sizes of a ChatGLM config."""
+    """Returns the reference with the sizes of a ChatGLM config."""
     heads, grouped = config["num_attention_heads"], config["multi_query_attention"]
     theirs = transformers.GlmConfig(
         vocab_size=config["padded_vocab_size"],
@@ -86,7 +86,7 @@ def glm_of(config: dict) -> transformers.GlmForCausalLM:
 
 
 def names_of(reference: transformers.GlmForCausalLM) -> dict[str, tuple[str, ...]]:
-    """{ChatGLM's name: Glm's names, whose tensors stand in it one after the other}"""
+    """Returns {ChatGLM's name: Glm's names, whose tensors it concatenates}."""
     names = {theirs: (ours,) for theirs, ours in WHOLE.items()}
     for i in range(reference.config.num_hidden_layers):
         theirs, ours = f"transformer.encoder.layers.{i}", f"model.layers.{i}"
@@ -112,12 +112,12 @@ def test_the_reference_gives_the_stored_outputs(golden, assert_close):
 
 @pytest.fixture(scope="module", params=CASES)
 def pair(request, tmp_path_factory, randomise):
-    """(reference, a folder with its weights as the hub has ChatGLM's)."""
+    """Returns (reference, a folder with its weights in the hub's format of ChatGLM)."""
     config = CASES[request.param]
     reference = randomise(glm_of(config))
     for name, parameter in reference.named_parameters():
         if parameter.ndim == 2 and "embed" not in name:
-            parameter.data.mul_(0.5)  # quiet, for the sake of bfloat16; see `test_decoder_parity.test_bfloat16`
+            parameter.data.mul_(0.5)  # small, because of bfloat16; see `test_decoder_parity.test_bfloat16`
     folder, state = tmp_path_factory.mktemp("chatglm2"), reference.state_dict()
     tensors = {name: torch.cat([state[p] for p in parts]).numpy() for name, parts in names_of(reference).items()}
     tensors["transformer.rotary_pos_emb.inv_freq"] = np.ones(2, np.float32)
@@ -154,7 +154,7 @@ def test_more_configs_padded_packed_and_written(pair, assert_close, tmp_path):
     assert written.keys() == state.keys()
     assert all((written[name] == tensor.numpy()).all() for name, tensor in state.items())
     opened = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "glm", attn_implementation="eager").eval()
-    assert_close(logits_of(opened, torch.tensor(texts[0][None]))[0], alone[0], 1e-5, "the folder that we wrote")
+    assert_close(logits_of(opened, torch.tensor(texts[0][None]))[0], alone[0], 1e-5, "the folder written here")
 
 
 def test_more_configs_in_bfloat16(pair, assert_close):
@@ -173,7 +173,7 @@ def golden():
 
 @pytest.fixture(scope="module")
 def loaded(golden, tmp_path_factory):
-    """(module, parameters) from a folder as the hub has it: fused tensors, and frequencies that are no weights."""
+    """Returns (module, parameters) from a folder in the hub's format: fused tensors, and frequencies as buffers."""
     folder = tmp_path_factory.mktemp("chatglm2")
     names = [name for name in golden.files if name.startswith("weights/")]
     save_file({name.removeprefix("weights/"): golden[name] for name in names}, folder / "model.safetensors")
@@ -184,7 +184,7 @@ def loaded(golden, tmp_path_factory):
 
 
 def inputs(golden):
-    """Rows with padding on the left: tokens, positions, segments."""
+    """Returns rows padded on the left: tokens, positions, segments."""
     return tuple(golden[f"inputs/{name}"].astype(np.int32) for name in ("input_ids", "position_ids", "attention_mask"))
 
 
@@ -228,4 +228,4 @@ def test_written_as_glm(golden, loaded, tmp_path, assert_close):
     assert isinstance(opened, transformers.GlmForCausalLM)
     with torch.no_grad():
         theirs = opened(torch.tensor(golden["inputs/input_ids_nopad"])).logits
-    assert_close(theirs, golden["outputs/nopad/logits"], 1e-4, "transformers with what we wrote")
+    assert_close(theirs, golden["outputs/nopad/logits"], 1e-4, "transformers with the written folder")

@@ -1,4 +1,4 @@
-"""ChatGLM-6B (the first) against numbers recorded from its own code: tests/goldens/chatglm6b_v1.json says how."""
+"""ChatGLM-6B (the first) against numbers recorded from its own code, see tests/goldens/chatglm6b_v1.json."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def folder(weights, hf_config, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def model(folder):
-    """(module, {"params": parameters}), read by the library."""
+    """Returns (module, {"params": parameters}), read by the library."""
     module, params = mllm_jax.from_pretrained(folder)
     return module, {"params": params}
 
@@ -85,7 +85,7 @@ def test_frequencies_are_rounded_to_half_precision(model, weights):
     frequencies = weights["transformer.layers.0.attention.rotary_emb.inv_freq"]
     np.testing.assert_allclose(np.arctan2(sin, cos)[0, 0, 0], frequencies, rtol=1e-6)
     exact = 1 / 10_000 ** (np.arange(0, 6, 2) / 6)
-    assert np.abs(frequencies / exact - 1).max() > 1e-4, "the golden cannot tell"
+    assert np.abs(frequencies / exact - 1).max() > 1e-4, "the golden cannot show a difference"
 
 
 def test_logits(model, tokens, golden, assert_close):
@@ -94,7 +94,7 @@ def test_logits(model, tokens, golden, assert_close):
 
 
 def test_every_layer(model, tokens, golden, assert_close):
-    """The recorded stream before each layer, and behind the last norm."""
+    """Compares the stream before each layer, and after the last norm, with the recorded one."""
     module, variables = model
     c, params = module.config, variables["params"]
     positions = jnp.asarray(golden["outputs/position_ids"])
@@ -106,7 +106,7 @@ def test_every_layer(model, tokens, golden, assert_close):
         layer = {"params": jax.tree.map(lambda leaf, i=i: leaf[i], params["layers"])}
         x, _ = ChatGLMBlock(c).apply(layer, x, None, None, angles, bias, None)
     x = LayerNorm(c.norm_eps).apply({"params": params["final_norm"]}, x)
-    assert_close(x, golden["outputs/hidden3"], 1e-5, "behind the last norm")
+    assert_close(x, golden["outputs/hidden3"], 1e-5, "after the last norm")
 
 
 def test_speech_in_the_place_of_the_first_tokens(model, tokens, golden, assert_close):
@@ -139,7 +139,7 @@ def test_loss_and_gradients(model, tokens, golden, assert_close):
 
 
 def test_prefill_and_steps(model, tokens, golden, assert_close):
-    """The first row's prompt and one token at a time, positions worked out from what the cache remembers."""
+    """Reads the first row's prompt, then one token at a time, with positions from the cache."""
     module, variables = model
     logits, cache = module.apply(variables, tokens[:1, :8], cache=module.config.make_cache(1, 12))
     assert_close(logits, golden["outputs/incr/prefill_logits"], 1e-5, "prefill")
@@ -154,7 +154,7 @@ def test_prefill_and_steps(model, tokens, golden, assert_close):
 
 
 def test_packed_rows_equal_each_text_alone(model, golden, tokens, assert_close):
-    """Two texts and padding in a row: gMASK and bos count inside their own text."""
+    """Checks two texts and padding in a row: gMASK and bos count inside their own text."""
     module, variables = model
     lengths = (9, 13)
     row = np.concatenate([[7, 4], tokens[1, :9], tokens[2, :13], [4]])[None]
@@ -178,9 +178,9 @@ def test_written_as_it_was_read(model, folder, weights, hf_config, tmp_path):
     module, variables = model
     mllm_jax.save_pretrained(module, variables["params"], tmp_path / "ours")
     written = load_file(tmp_path / "ours" / "model.safetensors")
-    learnt = {name: array for name, array in weights.items() if not name.endswith("inv_freq")}
-    assert written.keys() == learnt.keys()
-    for name, array in learnt.items():
+    trained = {name: array for name, array in weights.items() if not name.endswith("inv_freq")}
+    assert written.keys() == trained.keys()
+    for name, array in trained.items():
         np.testing.assert_array_equal(written[name], array, err_msg=name)
     config = json.loads((tmp_path / "ours" / "config.json").read_text("utf-8"))
     assert from_hf_config(config) == from_hf_config(hf_config)
@@ -189,7 +189,7 @@ def test_written_as_it_was_read(model, folder, weights, hf_config, tmp_path):
     }
 
 
-# ---- more configs than the golden's, against NumPy, which first gives the golden's logits
+# ---- configs that the golden lacks, against NumPy, which reproduces the golden's logits first
 
 SIZES = dict(hidden_size=24, num_layers=2, num_attention_heads=3, inner_hidden_size=40, vocab_size=61)
 SIZES |= dict(layernorm_epsilon=1e-3, bos_token_id=57, gmask_token_id=58, mask_token_id=59, pad_token_id=3)
@@ -201,13 +201,13 @@ CASES = {
 }
 
 
-def text_of(config: dict, case: str, before: int, behind: int, seed: int) -> np.ndarray:
-    """A context with its mark, bos, and an answer so far; a token behind the mark tells its place from the end."""
+def text_of(config: dict, case: str, before: int, after: int, seed: int) -> np.ndarray:
+    """Returns a context with its mark, bos, and part of an answer; the context has one token after the mark."""
     words = [i for i in range(10, 57)]
     rng = np.random.default_rng(seed)
     mark = {"MASK": [config["mask_token_id"]], "no mark": []}.get(case, [config["gmask_token_id"]])
     context = [*rng.choice(words, before), *mark, *rng.choice(words, 1)]
-    return np.array([*context, config["bos_token_id"], *rng.choice(words, behind)])
+    return np.array([*context, config["bos_token_id"], *rng.choice(words, after)])
 
 
 def test_numpy_gives_the_stored_logits(golden, weights, hf_config, tokens, assert_close):
@@ -217,7 +217,7 @@ def test_numpy_gives_the_stored_logits(golden, weights, hf_config, tokens, asser
 
 @pytest.fixture(scope="module", params=CASES)
 def other(request, hf_config, tmp_path_factory):
-    """(case, config, weights, folder)"""
+    """Returns (case, config, weights, folder)."""
     config = hf_config | CASES[request.param] | dict(eos_token_id=4)
     made, path = reference.random_weights(config, seed=3), tmp_path_factory.mktemp("other")
     save_file(made, path / "model.safetensors")

@@ -86,7 +86,7 @@ def texts(rows: int) -> np.ndarray:
     return tokens
 
 
-def pictures(rows: int, height: int = 20, width: int = 20) -> np.ndarray:
+def make_images(rows: int, height: int = 20, width: int = 20) -> np.ndarray:
     return np.random.default_rng(1).integers(0, 256, (rows, height, width, 3), np.uint8)
 
 
@@ -100,7 +100,7 @@ def to_torch(pixels: np.ndarray) -> torch.Tensor:
 
 @torch.no_grad()
 def towers_of(reference, pixels, tokens, mask) -> dict:
-    """The towers' own outputs: CLIPModel puts the projected vectors in the place of the pooled ones."""
+    """Returns the encoders' own outputs: CLIPModel replaces the pooled vectors by the projected ones."""
     mask = None if mask is None else torch.tensor(mask)
     return {
         "vision": reference.vision_model(to_torch(pixels), interpolate_pos_encoding=pixels.shape[1:3] != (20, 20)),
@@ -110,11 +110,11 @@ def towers_of(reference, pixels, tokens, mask) -> dict:
 
 @pytest.mark.parametrize("case", CASES)
 def test_all_outputs_and_the_folder_written(case, load, assert_close, tmp_path):
-    """Five texts against three pictures, of the native size and of one that is neither native nor square."""
+    """Checks five texts against three images, of the native size and of one that is neither native nor square."""
     reference, module, params = load(case)
     tokens = texts(5)
     for size, mask in (((20, 20), (tokens != 1).astype(int)), ((30, 40), None)):
-        pixels = normalised(pictures(3, *size))
+        pixels = normalised(make_images(3, *size))
         ours = jax.jit(module.apply)({"params": params}, pixels, tokens, mask)
         with torch.no_grad():
             theirs = reference(
@@ -150,14 +150,14 @@ def test_all_outputs_and_the_folder_written(case, load, assert_close, tmp_path):
 
 @pytest.mark.parametrize("case", CASES)
 def test_loss_and_every_gradient(case, load, assert_close):
-    """The stage's own objective and batch, against the loss that the reference class computes itself."""
+    """Compares the stage's own objective and batch with the loss that the reference class computes itself."""
     reference, module, params = load(case)
     config = module.config
     vision = {**vars(config.vision), "image_mean": MEAN, "image_std": STD}
     module = type(config)(**{**vars(config), "vision": type(config.vision)(**vision)}).make()
-    tokens, images = texts(6), pictures(6)
+    tokens, images = texts(6), make_images(6)
     whole = np.ones_like(tokens)
-    # SigLIP reads the last place, padding or not; CLIP's end of text lies before all padding.
+    # SigLIP reads the last position, padding or not; CLIP's end of text precedes all padding.
     segments = whole if "siglip" in case else (tokens != 1).astype(int)
     batch = dict(
         tokens=tokens, positions=whole * np.arange(10), segments=segments, media_index=-whole, images=images[:, None]
@@ -201,7 +201,7 @@ OPENAI_PART = dict(
 
 
 def test_an_old_config_with_all_its_idle_options_and_doubled_parts():
-    """As OpenAI's and LAION's first folders have them: `text_config_dict` goes before `text_config`."""
+    """Checks OpenAI's and LAION's first folders: `text_config_dict` has precedence over `text_config`."""
     old = OPENAI_PART | dict(hidden_size=64, intermediate_size=96, num_attention_heads=8, num_hidden_layers=12)
     values = dict(
         architectures=["CLIPModel"],
@@ -229,7 +229,7 @@ def test_an_old_config_with_all_its_idle_options_and_doubled_parts():
 
 
 def test_a_published_siglip_config():
-    """so400m/14-384 names few options; the others are the class's defaults."""
+    """Checks so400m/14-384, which has few options; the others are the class's defaults."""
     part = dict(hidden_size=1152, intermediate_size=4304, num_attention_heads=16, num_hidden_layers=27)
     values = dict(
         architectures=["SiglipModel"],

@@ -1,4 +1,4 @@
-"""CLIP's vision tower against CLIPVisionModel."""
+"""CLIP's vision encoder against CLIPVisionModel."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from vision_checks import check_transformers, family_of, picture, read, to_torch
+from vision_checks import check_transformers, family_of, make_image, read, to_torch
 
 from mllm_jax.encoders import clip_vision
 from mllm_jax.errors import ConfigError
@@ -37,7 +37,7 @@ def test_outputs_and_folders(case, randomise, assert_close, tmp_path):
 
 
 def test_names_of_the_hub_are_read(randomise, assert_close, tmp_path):
-    """Folders of transformers 4 have `vision_model.` before every name, and the positions' indices among them."""
+    """Checks folders of transformers 4: `vision_model.` before every name, and stored indices of the positions."""
     reference = make(randomise, "openai")
     reference.save_pretrained(tmp_path)
     file = tmp_path / "model.safetensors"
@@ -45,13 +45,13 @@ def test_names_of_the_hub_are_read(randomise, assert_close, tmp_path):
     save_file(tensors | {"vision_model.embeddings.position_ids": torch.arange(26)[None].float()}, file)
     module, params = read(FAMILY, tmp_path)
     with torch.no_grad():
-        theirs = reference(to_torch(picture(20, 20)))
-    ours = module.apply({"params": params}, picture(20, 20))
+        theirs = reference(to_torch(make_image(20, 20)))
+    ours = module.apply({"params": params}, make_image(20, 20))
     assert_close(ours.pooler_output, theirs.pooler_output, 1e-4)
 
 
-def test_the_old_options_of_vision_towers_are_known_and_new_ones_refused():
-    """The `vision_config` of openai/clip-vit-large-patch14-336 repeats every default of its time."""
+def test_the_old_options_of_vision_encoders_are_known_and_new_ones_refused():
+    """Checks the `vision_config` of openai/clip-vit-large-patch14-336, which repeats every default of its time."""
     old = dict(
         add_cross_attention=False, attention_dropout=0.0, bad_words_ids=None, bos_token_id=None,
         chunk_size_feed_forward=0, diversity_penalty=0.0, do_sample=False, dropout=0.0, early_stopping=False,

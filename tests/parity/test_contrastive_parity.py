@@ -14,7 +14,7 @@ SCALE, BIAS = 6.0, -1.5
 
 
 def given_vectors(params, batch, method):
-    """Vectors of [pairs, size] as rows of as many captions as the batch has segments."""
+    """Returns vectors of [pairs, size] in rows with as many captions as the batch has segments."""
     assert method == "embed_pairs"
     rows = batch["tokens"].shape[0]
     image, text = (params[name].reshape(rows, -1, params[name].shape[-1]) for name in ("image", "text"))
@@ -85,15 +85,15 @@ def test_sigmoid(tokens, params, assert_close):
 
 
 @pytest.mark.parametrize("kind", ["softmax", "sigmoid"])
-def test_captions_packed_into_rows_count_as_pairs_of_their_own(kind, assert_close):
-    """Four captions, one of them twice, in rows of up to two: the same loss as four rows of one."""
+def test_captions_packed_into_rows_count_as_separate_pairs(kind, assert_close):
+    """Checks four captions, one of them twice, in rows of up to two: the same loss as four rows of one."""
     words = [[3, 4], [4, 3], [5, 6], [3, 4]]
     vectors = {"image": unit_vectors(0, 6), "text": unit_vectors(1, 6), "scale": SCALE, "bias": BIAS}
     packed = {
         "tokens": jnp.array([[3, 4, 4, 3, 0], [5, 6, 0, 0, 0], [3, 4, 0, 0, 0]], jnp.int32),
         "segments": jnp.array([[1, 1, 2, 2, 0], [1, 1, 0, 0, 0], [1, 1, 0, 0, 0]], jnp.int32),
     }
-    there = np.array([0, 1, 2, 4])  # the second places of the last two rows are empty
+    there = np.array([0, 1, 2, 4])  # the second caption of the last two rows is empty
     alone = vectors | {name: vectors[name][there] for name in ("image", "text")}
     wanted, wanted_metrics = Contrastive(kind).loss(given_vectors, alone, batch_of(np.array(words, np.int32)), None)
     loss, metrics = Contrastive(kind).loss(given_vectors, vectors, packed, None)
@@ -102,4 +102,4 @@ def test_captions_packed_into_rows_count_as_pairs_of_their_own(kind, assert_clos
     assert float(metrics["recall_at_1"]) == float(wanted_metrics["recall_at_1"])
     gradient = jax.grad(lambda v: Contrastive(kind).loss(given_vectors, v, packed, None)[0])(vectors)
     moved = np.abs(np.asarray(gradient["image"])).max(axis=1) > 0
-    assert moved.tolist() == [place in there for place in range(6)], "an empty place teaches nothing"
+    assert moved.tolist() == [place in there for place in range(6)], "an empty caption has no gradient"

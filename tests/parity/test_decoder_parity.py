@@ -1,4 +1,4 @@
-"""The decoder against every architecture that it is read from and written as, through real folders both ways."""
+"""The decoder against every architecture that it can read and write, through real folders both ways."""
 
 from __future__ import annotations
 
@@ -92,16 +92,16 @@ LENGTHS = (21, 9)
 
 @pytest.fixture(scope="module")
 def load(randomise, tmp_path_factory):
-    """`load(case) -> (torch model, our module, our parameters)`, the latter read from the folder that torch wrote.
+    """Returns `load(case) -> (torch model, our module, our parameters)`, the latter read from the folder of torch.
 
-    `gain` makes all matrices but the embedding smaller.
+    `gain` scales all matrices except the embedding.
     """
 
     @functools.cache
     def make(case: str, dtype=None, gain: float = 1.0):
         name, options = CASES[case]
         folder = tmp_path_factory.mktemp("theirs")
-        # A copy: transformers writes its own defaults into what it is given.
+        # A copy: transformers writes its own defaults into its argument.
         config = getattr(transformers, f"{name}Config")(**deepcopy(options), attn_implementation="eager")
         reference = randomise(getattr(transformers, f"{name}ForCausalLM")(config))
         for name, parameter in reference.named_parameters():
@@ -119,7 +119,7 @@ def examples(seed: int = 0) -> list[np.ndarray]:
 
 
 def padded(texts) -> tuple[np.ndarray, np.ndarray]:
-    """Rows of unequal length, with padding on the right: tokens, mask."""
+    """Returns rows of unequal length, padded on the right: tokens, mask."""
     tokens, mask = np.full((len(texts), 32), 3), np.zeros((len(texts), 32), int)
     for row, text in enumerate(texts):
         tokens[row, : len(text)], mask[row, : len(text)] = text, 1
@@ -127,7 +127,7 @@ def padded(texts) -> tuple[np.ndarray, np.ndarray]:
 
 
 def packed(texts, orders) -> tuple[np.ndarray, np.ndarray, np.ndarray, dict]:
-    """A row for each order of the texts: tokens, positions, segments, and where each (row, text) stands."""
+    """Returns a row for each order of the texts: tokens, positions, segments, and the slice of each (row, text)."""
     tokens, positions = np.full((len(orders), 32), 7), np.zeros((len(orders), 32), int)
     segments, spans = np.zeros_like(positions), {}
     for row, order in enumerate(orders):
@@ -162,7 +162,7 @@ def test_logits_with_padding_and_packed_and_of_the_folder_written(case, load, as
         assert_close(ours[row, :n], alone[row], 1e-4, f"right padding, row {row}")
     for (row, e), span in spans.items():
         assert_close(ours[2 + row, span], alone[e], 1e-4, f"packed, row {row} text {e}")
-    if "dynamic" not in str(CASES[case]):  # where the padding's positions count, theirs differ from a text alone
+    if "dynamic" not in str(CASES[case]):  # where the positions of padding count, theirs differ from a text alone
         theirs = logits_of(reference, torch.tensor(tokens), attention_mask=torch.tensor(mask))
         for row, n in enumerate(LENGTHS):
             assert_close(ours[row, :n], theirs[row, :n], 1e-4, f"padding on both sides, row {row}")
@@ -172,7 +172,7 @@ def test_logits_with_padding_and_packed_and_of_the_folder_written(case, load, as
     assert type(opened) is type(reference)
     for ids in ("bos_token_id", "eos_token_id", "pad_token_id"):
         assert getattr(opened.config, ids) == getattr(reference.config, ids), ids
-    assert_close(logits_of(opened, torch.tensor(texts[0][None]))[0], alone[0], 1e-5, "the folder that we wrote")
+    assert_close(logits_of(opened, torch.tensor(texts[0][None]))[0], alone[0], 1e-5, "the folder written here")
     theirs = reference.state_dict()
     assert opened.state_dict().keys() == theirs.keys()
     assert all(torch.equal(tensor, theirs[name]) for name, tensor in opened.state_dict().items())
@@ -182,7 +182,7 @@ def test_logits_with_padding_and_packed_and_of_the_folder_written(case, load, as
 
 @pytest.mark.parametrize("case", CASES)
 def test_greedy_32_tokens(case, load):
-    """Prompts of unequal length in one batch here, each alone there."""
+    """Checks prompts of unequal length in one batch here, each alone in torch."""
     reference, module, params = load(case)
     prompts = [text[:n] for text, n in zip(examples(2), (8, 3), strict=True)]
     assistant = language(module, params, max_length=40)
@@ -201,7 +201,7 @@ CACHED = ("llama dynamic", "mistral", "qwen2 late windows", "qwen3 mixed", "glm"
 
 @pytest.mark.parametrize("case", CACHED)
 def test_token_by_token_equals_theirs_with_a_cache(case, load, assert_close):
-    """Each text alone in torch; ours in one batch of unequal prompts."""
+    """Checks each text alone in torch, and all in one batch of unequal prompts here."""
     reference, module, params = load(case)
     texts, prompts, steps = examples(), (16, 4), 5
     step = jax.jit(
@@ -228,7 +228,7 @@ def test_token_by_token_equals_theirs_with_a_cache(case, load, assert_close):
 
 @pytest.mark.parametrize("case", CASES)
 def test_bfloat16(case, load, assert_close):
-    """Quiet weights: with the loud ones of the other tests, torch's own bfloat16 is up to 8 % off."""
+    """Checks small weights: with the large ones of the other tests, torch's own bfloat16 is up to 8 % off."""
     reference, module, params = load(case, "bfloat16", gain=0.5)
     assert module.config.dtype == "bfloat16" and {x.dtype for x in jax.tree.leaves(params)} == {jnp.dtype("bfloat16")}
     text = examples()[0][None]
@@ -241,14 +241,14 @@ def test_bfloat16(case, load, assert_close):
 
 @pytest.mark.parametrize("case", ("llama tied", "llama biases", "qwen3", "qwen3 biases"))
 def test_next_token_loss_and_every_gradient(case, load, assert_close):
-    """Packed rows here, each text alone in torch."""
+    """Checks packed rows here, each text alone in torch."""
     reference, module, params = load(case)
     texts = examples(1)
-    learnt = [np.arange(n) >= n // 2 for n in LENGTHS]
+    has_loss = [np.arange(n) >= n // 2 for n in LENGTHS]
     tokens, positions, segments, spans = packed(texts, [(0, 1)])
     batch = dict(tokens=tokens, positions=positions, segments=segments, loss_weights=np.zeros((1, 32), np.float32))
     total, count = torch.zeros(()), 0
-    for e, (text, weights) in enumerate(zip(texts, learnt, strict=True)):
+    for e, (text, weights) in enumerate(zip(texts, has_loss, strict=True)):
         batch["loss_weights"][0, spans[0, e]] = weights
         logits, kept = reference(torch.tensor(text[None])).logits[0, :-1], torch.tensor(weights[1:])
         total = total + torch.nn.functional.cross_entropy(logits[kept], torch.tensor(text[1:])[kept], reduction="sum")

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from composed_checks import WORDS, check_composed, picture, tiles_of, tokenizer
+from composed_checks import WORDS, check_composed, make_image, tiles_of, tokenizer
 
 from mllm_jax.errors import ConfigError
 from mllm_jax.layers.pixels import normalise_pixels
@@ -74,7 +74,7 @@ CASES = {
 
 
 def build(case: str, folder, randomise):
-    """The reference and its processor, saved."""
+    """Builds the reference and its processor, and saves them."""
     family, options, pixels = CASES[case]
     kind = "DeepseekVLHybrid" if family == HYBRID else "DeepseekVL"
     config = getattr(transformers, f"{kind}Config")(**options, text_config=TEXT, image_token_id=IMAGE)
@@ -88,9 +88,9 @@ def build(case: str, folder, randomise):
     pil = import_module(f"transformers.models.{module}.image_processing_pil_{module}")
     sides = dict(size=dict(height=16, width=16), min_size=4)
     sides |= dict(high_res_size=dict(height=24, width=24)) if family == HYBRID else {}
-    pictures = getattr(pil, f"{kind}ImageProcessorPil")(**sides | pixels)
+    images = getattr(pil, f"{kind}ImageProcessorPil")(**sides | pixels)
     processor = getattr(transformers, f"{kind}Processor")(
-        pictures, tokenizer(image_token=PLACEHOLDER), num_image_tokens=16
+        images, tokenizer(image_token=PLACEHOLDER), num_image_tokens=16
     )
     reference.save_pretrained(folder)
     processor.save_pretrained(folder)
@@ -126,7 +126,7 @@ def test_the_authors_preprocessing(randomise, tmp_path):
         transformers.AutoConfig.from_pretrained(tmp_path).to_dict() | dict(architectures=[HYBRID])
     )
     theirs = layout(dataclasses.replace(config, preprocessing="original"), tmp_path)
-    image = picture(38, 61)  # 61 pixels become 24, and 38 become 14.95
+    image = make_image(38, 61)  # 61 pixels become 24, and 38 become 14.95
     large = theirs.image(image).arrays["images"]
     assert large.shape == (1, 24, 24, 3) and large.dtype == np.uint8
     hub = layout(config, tmp_path).image(image).arrays["images"]
@@ -141,8 +141,8 @@ def test_what_does_not_fit_is_refused(randomise, tmp_path):
     config = deepseek_vl.from_hf_config(
         transformers.AutoConfig.from_pretrained(tmp_path).to_dict() | dict(architectures=[HYBRID])
     )
-    pictures = layout(config, tmp_path).pictures
-    for wrong in (dataclasses.replace(pictures, low=None), dataclasses.replace(pictures, longest_edge=(20, 4))):
+    images = layout(config, tmp_path).pictures
+    for wrong in (dataclasses.replace(images, low=None), dataclasses.replace(images, longest_edge=(20, 4))):
         with pytest.raises(ConfigError, match="squares of 24 and 16 pixels"):
             DeepseekVLLayout(config, wrong)
     for change, message in (

@@ -1,4 +1,4 @@
-"""A real encoder, DINOv2-S/14, against PyTorch and against the file it came in; what it sees; and the way back."""
+"""A real encoder, DINOv2-S/14, against PyTorch and against its original file; its features; and writing it back."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from vision_checks import to_torch
 import mllm_jax
 from mllm_jax.data.image_processors import read_image_processor
 from mllm_jax.datasets.openmoji.catalog import catalog
-from mllm_jax.datasets.openmoji.pictures import Pictures
+from mllm_jax.datasets.openmoji.images import EmojiImages
 from mllm_jax.generation.embed import Embedder
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("optimized")]
@@ -26,7 +26,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("optimized")]
 
 @pytest.fixture(scope="module")
 def folder(require_asset) -> Path:
-    """Fetched where CI=true; elsewhere nothing is downloaded unasked."""
+    """Returns the folder, downloaded only if CI=true."""
     found = dinov2(fetch=os.environ.get("CI") == "true")
     require_asset(found, f"the package of {REQUIREMENTS.name}: python tests/assets/dinov2.py")
     return found
@@ -43,15 +43,15 @@ def ours(folder):
 
 
 def real_pixels(folder: Path, height: int, width: int) -> np.ndarray:
-    """float32[2, height, width, 3]: two emoji, normalised as the folder says."""
+    """Returns float32[2, height, width, 3]: two emoji, normalised by the folder's settings."""
     known = catalog("study", "train")
-    drawn, processor = Pictures(known), read_image_processor(folder)
+    drawn, processor = EmojiImages(known), read_image_processor(folder)
     mean, std = (np.asarray(value, np.float32) for value in (processor.mean, processor.std))
-    pictures = [Image.fromarray(drawn.single(index, 256)).resize((width, height)) for index in (3, 700)]
-    return (np.stack([np.asarray(picture, np.float32) for picture in pictures]) / 255 - mean) / std
+    images = [Image.fromarray(drawn.single(index, 256)).resize((width, height)) for index in (3, 700)]
+    return (np.stack([np.asarray(image, np.float32) for image in images]) / 255 - mean) / std
 
 
-# Its own 518 pixels, the 224 that people use, and a picture that is not square.
+# Its own 518 pixels, the common 224, and an image that is not square.
 @pytest.mark.parametrize("size", [(518, 518), (224, 224), (140, 322)], ids=str)
 def test_all_hidden_states_agree_with_torch(folder, ours, theirs, size, assert_close):
     module, params = ours
@@ -84,17 +84,17 @@ def test_the_folder_has_the_bits_of_the_file_and_comes_back_with_them(folder, ou
         np.testing.assert_array_equal(value, tensors[name], err_msg=name)
 
 
-def test_it_sees_more_than_pixels_tell(folder, ours):
-    """How often the nearest of 132 emoji, another base each, is of the same group of 22.
+def test_features_are_better_than_pixels(folder, ours):
+    """Measures how often the nearest of 132 emoji of other bases is of the same group of 22.
 
-    The margin over pixels is small: the weights were tuned to tell figure from ground, on photographs.
+    The margin over pixels is small: the weights were tuned to separate figure from ground, on photographs.
     """
     known = catalog("study", "train")
-    drawn, groups = Pictures(known), {}
+    drawn, groups = EmojiImages(known), {}
     for _, indices in sorted(known.by_base.items()):
         groups.setdefault(known.records[indices[0]].subcategory, []).append(indices[0])
     chosen = [(group, i) for group, indices in sorted(groups.items()) if len(indices) >= 6 for i in indices[:6]]
-    labels, pictures = np.array([group for group, _ in chosen]), [drawn.single(i, 224) for _, i in chosen]
+    labels, images = np.array([group for group, _ in chosen]), [drawn.single(i, 224) for _, i in chosen]
     module, params = ours
     rng = np.random.default_rng(0)
     shuffled = jax.tree.map(lambda x: rng.permutation(np.asarray(x).ravel()).reshape(x.shape), params)
@@ -107,6 +107,6 @@ def test_it_sees_more_than_pixels_tell(folder, ours):
         return float((labels[similarity.argmax(axis=1)] == labels).mean())
 
     processor = read_image_processor(folder)
-    real, random = (share(Embedder(module, p, processor, batch_size=16).pictures(pictures)) for p in (params, shuffled))
-    pixels = share(np.stack([picture.ravel() for picture in pictures]).astype(np.float32))
+    real, random = (share(Embedder(module, p, processor, batch_size=16).pictures(images)) for p in (params, shuffled))
+    pixels = share(np.stack([image.ravel() for image in images]).astype(np.float32))
     assert len(chosen) == 132 and real > pixels > random and real > 1.5 * random, (real, pixels, random)

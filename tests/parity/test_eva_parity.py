@@ -13,7 +13,7 @@ import transformers
 from einops import rearrange
 from safetensors.numpy import load_file, save_file
 from timm_reference import timm_or_skip
-from vision_checks import GOLDENS, check_transformers, family_of, pack, picture, read, to_torch, write
+from vision_checks import GOLDENS, check_transformers, family_of, make_image, pack, read, to_torch, write
 
 from mllm_jax.checkpoints.hf import read_weights
 from mllm_jax.encoders import eva
@@ -44,7 +44,7 @@ def test_blip2_outputs_and_folders(case, randomise, assert_close, tmp_path):
     reference = randomise(transformers.Blip2VisionModel(config))
     sizes = [(20, 20), (16, 30), (8, 12)]
     _, params = check_transformers(reference, BLIP2, tmp_path, assert_close, sizes, interpolate_pos_encoding=True)
-    # The softmax hides the keys' bias, so its place in the fused tensor is looked up.
+    # The softmax cancels the keys' bias, so check its position in the fused tensor.
     if case != "no biases":
         stored = reference.state_dict()["encoder.layers.1.self_attn.qkv.bias"].numpy()
         mine = [np.asarray(params["layers"]["attention"][part]["bias"][1]).ravel() for part in "qkv"]
@@ -77,13 +77,13 @@ def test_timm_outputs_and_folders(case, randomise, assert_close, tmp_path):
     module, params = read(TIMM, tmp_path / "theirs")
     assert TIMM.from_hf(TIMM.to_hf(module.config)) == module.config
     side = arguments["img_size"]
-    # The same weights in a model that takes pictures of any size.
+    # The same weights in a model that takes images of any size.
     dynamic = timm.create_model(name, **arguments, dynamic_img_size=True).eval()
     dynamic.load_state_dict(reference.state_dict())
     apply = jax.jit(module.apply, static_argnums=2)
     sizes, wanted = [(side, side), (21, 42), (14, 7)], []
     for i, (height, width) in enumerate(sizes):
-        pixels = picture(height, width)
+        pixels = make_image(height, width)
         with torch.no_grad():
             model = reference if i == 0 else dynamic
             last, states = model.forward_intermediates(to_torch(pixels), return_prefix_tokens=True, output_fmt="NLC")
@@ -96,7 +96,7 @@ def test_timm_outputs_and_folders(case, randomise, assert_close, tmp_path):
             assert_close(ours.hidden_states[layer], state, 1e-4, f"{height} x {width}: layer {layer}")
         assert_close(ours.last_hidden_state, last, 1e-4, f"{height} x {width}: last")
         assert_close(ours.pooler_output, pooled, 1e-4, f"{height} x {width}: pooled")
-    pixels, segments, coordinates, grids, spans = pack([picture(*size) for size in sizes], 7, True)
+    pixels, segments, coordinates, grids, spans = pack([make_image(*size) for size in sizes], 7, True)
     places = dict(segments=segments, coordinates=coordinates, grids=grids)
     packed = jax.jit(module.apply)({"params": params}, pixels, **places)
     for (last, _), span in zip(wanted, spans, strict=True):
@@ -108,7 +108,7 @@ def test_timm_outputs_and_folders(case, randomise, assert_close, tmp_path):
     assert written.keys() == stored.keys() and all((written[key] == stored[key]).all() for key in stored)
     opened = timm.create_model(f"local-dir:{tmp_path / 'ours'}", pretrained=True).eval()
     with torch.no_grad():
-        theirs, ours = opened(to_torch(picture(side, side))), reference(to_torch(picture(side, side)))
+        theirs, ours = opened(to_torch(make_image(side, side))), reference(to_torch(make_image(side, side)))
     assert torch.equal(theirs, ours)
     assert tuple(opened.pretrained_cfg["mean"]) == reference.pretrained_cfg["mean"]
 
@@ -132,7 +132,7 @@ def test_the_original_code(name, assert_close, tmp_path):
     renamed |= dict(mlp_ratio="mlp_ratio", embed_dim="num_classes")
     arguments = arguments | {timm_name: options[ours] for ours, timm_name in renamed.items() if ours in options}
     config = TIMM.from_hf(dict(architecture=architecture, num_classes=0, model_args=arguments))
-    if name == "eva01_lavis":  # gives all tokens as the last layer leaves them
+    if name == "eva01_lavis":  # returns all tokens as the last layer leaves them
         config = dataclasses.replace(config, norm_output=False, pooler="none")
     if name == "eva02_subln_gelu_mlp":  # its plain MLP's norm is PyTorch's own
         config = dataclasses.replace(config, mlp_sub_norm_eps=1e-5)
@@ -176,7 +176,7 @@ def test_arguments_that_cannot_be_honoured_are_refused_by_name(arguments, named)
 
 
 def test_a_bare_architecture_is_the_published_model():
-    """The hub's older folders have no model_args."""
+    """Checks the hub's older folders, which have no model_args."""
     c = TIMM.from_hf(
         dict(
             architecture="eva02_large_patch14_clip_336",

@@ -1,4 +1,4 @@
-"""Generated tokens against transformers' `generate`, with prompts of unequal length in one batch here, alone there."""
+"""Generated tokens against transformers' `generate`: prompts of unequal length in one batch here, each alone there."""
 
 from __future__ import annotations
 
@@ -50,17 +50,17 @@ def t5(randomise):
         pad_token_id=0,
     )
     model = transformers.T5ForConditionalGeneration(config)
-    # transformers 5 ties the head whatever the config says; Flan-T5's checkpoints do not.
+    # transformers 5 always ties the head; Flan-T5's checkpoints do not.
     model.lm_head.weight = torch.nn.Parameter(torch.zeros(VOCABULARY, config.d_model))
     return randomise(model)
 
 
-MADE = {}  # a model is made, and what it needs compiled, once for all tests
+MADE = {}  # each model is made and compiled once for all tests
 
 
 @pytest.fixture(params=[llama, t5], ids=["llama", "t5"])
 def pair(request, randomise, tmp_path):
-    """(torch model, our assistant), from one folder."""
+    """Returns (torch model, our assistant), from one folder."""
     if request.param not in MADE:
         theirs = request.param(randomise)
         theirs.save_pretrained(tmp_path)
@@ -72,7 +72,7 @@ def pair(request, randomise, tmp_path):
 
 
 def wanted(theirs, prompt: list[int], **options) -> tuple[list[int], list[float] | None]:
-    """The tokens that transformers adds, without the end token, and each one's log probability."""
+    """Returns the tokens that transformers adds, without the end token, and the log probability of each."""
     ids = torch.tensor([prompt])
     options |= dict(return_dict_in_generate=True, output_logits=True, do_sample=False)
     out = theirs.generate(ids, attention_mask=torch.ones_like(ids), **options)
@@ -98,7 +98,7 @@ def check(pair, options: Options, sampling: Sampling = Sampling(), **theirs) -> 
 
 
 def never_ends(pair):
-    """Options without end tokens for both."""
+    """Returns options without end tokens for both."""
     pair[0].generation_config.eos_token_id = None
     return dict(ignore_eos=True)
 
@@ -133,7 +133,7 @@ def test_repetition_penalty(pair):
 def test_beam_search(pair, options):
     found = check(pair, Options(20, num_beams=4, **options), num_beams=4, **options)
     greedy = answers(pair[1], PROMPTS, Options(20))
-    assert found != [list(answer.tokens) for answer in greedy], "a search that finds what is found without it"
+    assert found != [list(answer.tokens) for answer in greedy], "the search finds the same as greedy decoding"
 
 
 def test_beam_search_without_end_tokens_and_with_a_penalty(pair):

@@ -1,4 +1,4 @@
-"""InstructBLIP's training loss and gradients against LAVIS' own: tests/goldens/instructblip_qformer.json says how."""
+"""InstructBLIP's training loss and gradients against LAVIS' own, see tests/goldens/instructblip_qformer.json."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_loss_and_gradients(tmp_path, assert_close):
 
 
 def laid_out(arrays, queries: int) -> dict:
-    """Queries, the instruction, the answer without its first token; what is padding goes to the end."""
+    """Returns queries, the instruction, the answer without its first token; padding is moved to the end."""
     rows, length = arrays["outputs/llm_labels"].shape
     batch = {name: np.zeros((rows, length), np.int32) for name in ("tokens", "segments", "positions")}
     batch["media_index"] = np.full((rows, length), -1, np.int32)
@@ -87,7 +87,7 @@ def laid_out(arrays, queries: int) -> dict:
     batch["loss_weights"] = (arrays["outputs/llm_labels"] != -100).astype(np.float32)
     for ours, theirs in (("tokens", "input_ids"), ("segments", "attention_mask")):
         batch[f"query_{ours}"] = arrays[f"inputs/qformer_{theirs}"][:, None].astype(np.int32)
-    # What is learnt is what the reference learns.
-    learnt = batch["loss_weights"] > 0
-    assert (batch["tokens"][learnt] == arrays["outputs/llm_labels"][learnt]).all()
+    # The same tokens carry loss as in the reference.
+    has_loss = batch["loss_weights"] > 0
+    assert (batch["tokens"][has_loss] == arrays["outputs/llm_labels"][has_loss]).all()
     return {name: jnp.asarray(array) for name, array in batch.items()}

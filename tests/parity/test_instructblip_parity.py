@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from blip_reference import LLAMA, PICTURES, T5, TEXTS, Checks, build
+from blip_reference import IMAGES, LLAMA, T5, TEXTS, Checks, build
 
 CASES = {
     "vicuna": dict(text=LLAMA, qformer={}, queries=5, eos=7, seed=0),
@@ -25,24 +25,24 @@ def case(request, tmp_path_factory, randomise):
 
 
 class TestInstructBlip(Checks):
-    """The checks that it shares with BLIP-2."""
+    """Runs the tests shared with BLIP-2."""
 
 
 def test_the_instruction_for_the_queries(case):
-    """Every picture's queries get the ids that the Q-Former's own tokenizer makes of the text."""
+    """Checks that every image's queries get the ids of the text from the Q-Former's own tokenizer."""
     batch = case.batch()
     assert batch["query_tokens"].shape[:2] == batch["images"].shape[:2]
     for row in range(len(TEXTS)):
         theirs = case.theirs(row)["qformer_input_ids"].numpy()
-        for slot in range(len(PICTURES[row])):
+        for slot in range(len(IMAGES[row])):
             real = batch["query_segments"][row, slot] > 0
             np.testing.assert_array_equal(batch["query_tokens"][row, slot][real], theirs[slot])
     assert "query_tokens" not in case.processor(TEXTS[:2])
 
 
-def test_a_place_for_a_picture_is_no_part_of_the_instruction(case):
-    with_place = case.processor("<image> " + TEXTS[1], images=PICTURES[0])
-    without = case.processor(TEXTS[1], images=PICTURES[0])
+def test_a_place_for_an_image_is_no_part_of_the_instruction(case):
+    with_place = case.processor("<image> " + TEXTS[1], images=IMAGES[0])
+    without = case.processor(TEXTS[1], images=IMAGES[0])
     np.testing.assert_array_equal(with_place["query_segments"], without["query_segments"])
     np.testing.assert_array_equal(with_place["query_tokens"], without["query_tokens"])
 
@@ -51,6 +51,6 @@ def test_the_instruction_is_what_a_message_says(case, monkeypatch):
     template = "{% for p in messages[0]['content'] %}{{ p['text'] if p['type'] == 'text' else '' }}{% endfor %}"
     monkeypatch.setattr(case.processor.tokenizer.backend, "chat_template", template)
     said = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": TEXTS[1]}]}]
-    batch, wanted = case.processor(said, images=PICTURES[0]), case.processor(TEXTS[1], images=PICTURES[0])
+    batch, wanted = case.processor(said, images=IMAGES[0]), case.processor(TEXTS[1], images=IMAGES[0])
     for name in ("query_tokens", "query_segments", "images"):
         np.testing.assert_array_equal(batch[name], wanted[name])

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from composed_checks import WORDS, check_composed, picture, tiles_of, tokenizer
+from composed_checks import WORDS, check_composed, make_image, tiles_of, tokenizer
 from einops import rearrange
 from safetensors.numpy import save_file
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
@@ -69,21 +69,21 @@ CASES = {
 
 
 def build(case: str, folder, randomise):
-    """The reference and its processor, saved."""
+    """Builds the reference and its processor, and saves them."""
     given = CASES[case]
     parts = dict(vision_config=VISION | given["vision_config"], text_config=TEXT | given["text_config"])
     tokens = 16 * int(1 / given.get("downsample_ratio", 0.5)) ** -2
     config = transformers.InternVLConfig(**given | parts, image_token_id=CONTEXT, image_seq_length=int(tokens))
     reference = randomise(transformers.InternVLForConditionalGeneration(config))
     reference.tie_weights()
-    pictures = GotOcr2ImageProcessorPil(
+    images = GotOcr2ImageProcessorPil(
         size=dict(height=16, width=16), max_patches=4, image_mean=list(IMAGE_MEAN), image_std=list(IMAGE_STD)
     )
-    # It asks for a processor of videos, which cannot be made without torchvision.
+    # It needs a video processor, which cannot be made without torchvision.
     transformers.InternVLProcessor.check_argument_for_proper_class = lambda *_: None
     made = tokenizer(**SPECIAL)
-    processor = transformers.InternVLProcessor(pictures, made, None, image_seq_length=int(tokens))
-    for part in (reference, pictures, made):
+    processor = transformers.InternVLProcessor(images, made, None, image_seq_length=int(tokens))
+    for part in (reference, images, made):
         part.save_pretrained(folder)
     return reference, processor
 
@@ -105,8 +105,8 @@ def test_against_transformers(case, randomise, assert_close, tmp_path):
 def test_videos_and_conversations(randomise, tmp_path):
     _, processor = build("300M and Qwen2", tmp_path, randomise)
     ours = Processor.from_pretrained(tmp_path)
-    frames = [picture(20, 30), picture(20, 30)[::-1]]
-    batch = ours("what <video> <IMG_CONTEXT>", images=[picture(16, 16)], videos=[frames])
+    frames = [make_image(20, 30), make_image(20, 30)[::-1]]
+    batch = ours("what <video> <IMG_CONTEXT>", images=[make_image(16, 16)], videos=[frames])
     expanded = processor.replace_video_token(dict(pixel_values_videos=[np.zeros((2, 3, 16, 16))]), 0)
     said = f"what {expanded} {processor.replace_image_token(dict(num_patches=[1]), 0)}"
     assert batch["tokens"][0].tolist() == processor.tokenizer(said)["input_ids"]
@@ -118,7 +118,7 @@ def test_videos_and_conversations(randomise, tmp_path):
 
 
 def original(name: str, version: str, folder, randomise) -> torch.nn.Module:
-    """A folder as OpenGVLab writes it, of the golden's tower and projector and a Qwen2 with random weights."""
+    """Writes a folder in OpenGVLab's format: the golden's encoder and projector, and a Qwen2 with random weights."""
     golden = np.load(GOLDENS / f"{name}.npz")
     facts = json.loads((GOLDENS / f"{name}.json").read_text("utf-8"))["config"]
     tensors = {file.removeprefix("weights/"): golden[file] for file in golden.files if file.startswith("weights/")}
@@ -160,9 +160,11 @@ def test_the_original_folders(name, version, randomise, assert_close, tmp_path):
     assert internvl.from_hf_config(internvl.to_hf_config(config)) == config
 
     processor = Processor.from_pretrained(tmp_path / "theirs")
-    batch = processor("what <IMG_CONTEXT> is <IMG_CONTEXT> ?", images=[picture(28, 28)] * 2)
+    batch = processor("what <IMG_CONTEXT> is <IMG_CONTEXT> ?", images=[make_image(28, 28)] * 2)
     assert (batch["media_index"] >= 0).sum() == 8 and batch["images"].shape == (1, 2, 28, 28, 3)
-    assert processor("<IMG_CONTEXT>", images=[picture(10, 30)])["images"].shape[1] == 4, "three tiles and a thumbnail"
+    assert processor("<IMG_CONTEXT>", images=[make_image(10, 30)])["images"].shape[1] == 4, (
+        "three tiles and a thumbnail"
+    )
     batch["images"] = rearrange(golden["inputs/pixel_values"], "m c h w -> 1 m h w c")
     media, logits = jax.jit(lambda p, b: (module.apply(p, b, method="encode_media").tokens, module.apply(p, b).logits))(
         {"params": params}, batch

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from llava_reference import CASES, ID, IMAGE, TEXTS, VIDEO, build, pictures, reference_inputs
+from llava_reference import CASES, ID, IMAGE, TEXTS, VIDEO, build, make_images, reference_inputs
 from safetensors.numpy import load_file, save_file
 from toy_data import quick_compilation
 
@@ -20,14 +20,14 @@ ANSWER = dict(max_new_tokens=32, ignore_eos=True)
 
 
 class Loaded:
-    """A reference and what was read from its folder."""
+    """A reference and the model read from its folder."""
 
     def __init__(self, case: str, folder, randomise):
         self.case, self.folder = case, folder
         self.reference, self.theirs = build(case, folder, randomise)
         self.model, self.params = from_pretrained(folder)
         self.ours = Processor.from_pretrained(folder)
-        self.images = pictures()
+        self.images = make_images()
         self.batch = self.ours(TEXTS, images=self.images)
         self.apply = jax.jit(self.model.apply)
 
@@ -73,7 +73,7 @@ def test_pixels_on_the_device_are_theirs(loaded):
             count, theirs = len(media.arrays["images"]), next(pixels)
             mine = normalise_pixels(loaded.batch["images"][row, slot : slot + count], loaded.model.config.image.encoder)
             np.testing.assert_allclose(mine, theirs[:count], atol=1e-6)
-            assert not theirs[count:].any(), "what is left is their padding"
+            assert not theirs[count:].any(), "the rest is their padding"
             slot += count
 
 
@@ -86,7 +86,7 @@ def test_logits(loaded, assert_close):
 
 
 def test_answers(loaded):
-    """32 tokens each, of a batch whose prompts differ in length, with one of text alone; and of each row by itself."""
+    """Checks 32 tokens of each row: in a batch of unequal prompts, one with text alone; and of each row by itself."""
     wanted = loaded.answers(reference_inputs(loaded.theirs, TEXTS, loaded.images, "left"))
     found = loaded.complete(loaded.batch)
     assert found == wanted and len({tuple(ids) for ids in found}) == len(TEXTS)
@@ -100,8 +100,8 @@ def test_the_folder_written_opens_there(loaded, tmp_path):
     names = set(load_file(tmp_path / "model.safetensors"))
     parts = ("vision_tower.vision_model.", "multi_modal_projector.linear_", "language_model.", "image_newline")
     assert all(name.startswith(parts) for name in names) and "language_model.model.norm.weight" in names
-    again, told = type(loaded.reference).from_pretrained(tmp_path, output_loading_info=True)
-    assert not any(told[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    again, report = type(loaded.reference).from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     np.testing.assert_array_equal(loaded.logits(again.eval()), loaded.logits(loaded.reference))
     model, params = from_pretrained(tmp_path)
     assert model.config == loaded.model.config
@@ -110,7 +110,7 @@ def test_the_folder_written_opens_there(loaded, tmp_path):
 
 
 def test_all_spellings_of_names(loaded, tmp_path):
-    """As the reference names its parameters in memory and as early folders on the hub name them."""
+    """Checks the reference's names of parameters in memory, and those of early folders on the hub."""
     (tmp_path / "config.json").write_bytes((loaded.folder / "config.json").read_bytes())
     in_memory = {name: value.numpy() for name, value in loaded.reference.state_dict().items()}
     assert any(name.startswith("model.language_model.layers.") for name in in_memory)
@@ -130,20 +130,20 @@ def test_all_spellings_of_names(loaded, tmp_path):
 
 @pytest.mark.parametrize("case", [case for case in CASES if case.startswith("onevision")][1:])
 def test_videos(case, randomise, assert_close, tmp_path):
-    """A film and a picture in one text; frames of the tower's size, as transformers resizes them by torchvision."""
+    """Checks a video and an image in one text; frames have the encoder's size, so torchvision need not resize them."""
     with quick_compilation():
         reference, processor = build(case, tmp_path, randomise)
         model, params = from_pretrained(tmp_path)
         ours = Processor.from_pretrained(tmp_path)
-        side, (picture,) = model.config.image.encoder.image_size, pictures()[2]
+        side, (image,) = model.config.image.encoder.image_size, make_images()[2]
         frames = np.random.default_rng(5).integers(0, 256, (3, side, side, 3), np.uint8)
-        batch = ours("what is in <video> and <image> ?", images=[picture], videos=[frames])
+        batch = ours("what is in <video> and <image> ?", images=[image], videos=[frames])
         logits = np.asarray(jax.jit(model.apply)({"params": params}, batch).logits)
     film = torch.tensor(np.moveaxis(np.stack([ours.layout.frames(frame) for frame in frames]), -1, 1))[None]
     tokens = processor.replace_video_token({"pixel_values_videos": film}, 0).count("<video>")
-    # Without torchvision there is no video processor, and without one the text may not speak of videos.
+    # Without torchvision there is no video processor, so the text has no videos.
     text = "what is in" + " dog" * tokens + " and <image> ?"
-    inputs = reference_inputs(processor, [text], [[picture]], "right") | dict(pixel_values_videos=film)
+    inputs = reference_inputs(processor, [text], [[image]], "right") | dict(pixel_values_videos=film)
     inputs["input_ids"][inputs["input_ids"] == ID["dog"]] = VIDEO
     np.testing.assert_array_equal(batch["tokens"], inputs["input_ids"])
     with torch.no_grad():

@@ -1,6 +1,6 @@
 """NFNet against timm's NormFreeNet through real folders both ways, and against numbers from its authors' Haiku code.
 
-tests/goldens/nfnet_haiku.json says how the latter were recorded.
+tests/goldens/nfnet_haiku.json describes the recording of the latter.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ CASES = {
 
 
 def randomise(module: torch.nn.Module) -> torch.nn.Module:
-    """Every parameter away from its start; kernels with a mean and a deviation that standardising must take out."""
+    """Moves every parameter away from its initial value; standardising must remove the kernels' mean and deviation."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, parameter in module.named_parameters():
@@ -62,7 +62,7 @@ def randomise(module: torch.nn.Module) -> torch.nn.Module:
 
 
 def theirs_of(model: torch.nn.Module, pixels: np.ndarray) -> dict[str, np.ndarray]:
-    """The maps that hooks see, the features and the logits, channels last."""
+    """Returns the maps that hooks record, the features and the logits, channels last."""
     seen, hooks = [], []
     for module in (model.stem, *model.stages):
         hooks.append(module.register_forward_hook(lambda _, __, out: seen.append(out)))
@@ -76,12 +76,12 @@ def theirs_of(model: torch.nn.Module, pixels: np.ndarray) -> dict[str, np.ndarra
 
 
 def logits_of(module, pixels):
-    """Reads the head that a checkpoint brings along; the library reads only the features."""
+    """Applies the head of a checkpoint; the library itself reads only the features."""
     return module.head(module(pixels).pooler_output)
 
 
 def both(module):
-    """What comes out with every map, and the logits, None without a head; compiled as one."""
+    """Returns every map, and the logits (None without a head), compiled as one function."""
     classes = bool(module.config.num_classes)
     return jax.jit(
         lambda variables, pixels: (
@@ -114,7 +114,7 @@ def test_features_logits_and_folders_both_ways(case, assert_close, tmp_path):
     wanted, found = reference.state_dict(), opened.state_dict()
     assert wanted.keys() == found.keys()
     assert all(torch.equal(wanted[name], found[name]) for name in wanted)
-    assert_close(theirs_of(opened, pixels)["last"], theirs["last"], 1e-6, "the folder that we wrote")
+    assert_close(theirs_of(opened, pixels)["last"], theirs["last"], 1e-6, "the folder written here")
     before, after = (json.loads((tmp_path / by / "config.json").read_text("utf-8")) for by in ("theirs", "ours"))
     for key in ("mean", "std", "input_size", "test_input_size", "interpolation", "crop_pct", "crop_mode"):
         assert after["pretrained_cfg"].get(key) == before["pretrained_cfg"].get(key), key
@@ -122,7 +122,7 @@ def test_features_logits_and_folders_both_ways(case, assert_close, tmp_path):
 
 
 def test_gradients(assert_close, tmp_path):
-    """Through the standardisation, too."""
+    """Checks gradients also through the standardisation."""
     reference = randomise(timm.create_model("dm_nfnet_f0", **TINY))
     save_for_hf(reference, tmp_path, safe_serialization=True)
     module, params = from_pretrained(tmp_path)
@@ -139,7 +139,7 @@ def test_gradients(assert_close, tmp_path):
 
 @pytest.mark.parametrize("variant", ("F0", "F6"))
 def test_full_size_parameters(variant):
-    """Names and shapes as timm builds them; the numbers as published, in millions, are 71.5 and 438.4."""
+    """Checks names and shapes against timm's; the published numbers, in millions, are 71.5 and 438.4."""
     config = nfnet(variant)
     with torch.device("meta"):
         reference = timm.create_model(config.family)
@@ -155,7 +155,7 @@ def test_full_size_parameters(variant):
 
 @pytest.mark.parametrize("architecture", FAMILIES[0].architectures)
 def test_presets_are_timms(architecture):
-    """What the name alone stands for, pictures included."""
+    """Checks all settings that a name implies, image preprocessing included."""
     default = timm.get_pretrained_cfg(architecture)
     read = from_hf_config(dict(architecture=architecture, num_classes=1000, pretrained_cfg=default.to_dict()))
     with torch.device("meta"):
@@ -180,7 +180,7 @@ def golden():
 
 
 def haiku_name(path: str, block_of: dict[str, str]) -> str:
-    """Where the Haiku code keeps the parameter at a path of ours."""
+    """Returns the Haiku code's name of the parameter at a path of ours."""
     parts = path.split("/")
     leaf = {"kernel": "w", "gain": "gain", "bias": "bias"}.get(parts[-1])
     if parts[0].startswith("stem_"):

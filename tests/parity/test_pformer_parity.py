@@ -28,7 +28,7 @@ LOSSES = {"loss_c": "loss_contrast", "loss_vq": "loss_nearness", "loss_lm": "los
 
 @dataclasses.dataclass(frozen=True)
 class Drawn(PFormerObjective):
-    """With the tokens masked that the reference drew."""
+    """Uses the masked tokens that the reference drew."""
 
     drawn: tuple = ()
 
@@ -90,7 +90,7 @@ def table(config: PFormerPretrainingConfig) -> Table:
 
 
 def with_first_type(tensors: dict, prefix: str = "") -> dict:
-    """BERT's vector of the first of two texts, which all tokens get, in the positions."""
+    """Adds BERT's vector of the first of two texts, which all tokens get, to the positions."""
     types = tensors.pop(f"{prefix}embeddings.token_type_embeddings.weight")
     name = f"{prefix}embeddings.position_embeddings.weight"
     return tensors | {name: tensors[name] + types[0]}
@@ -103,7 +103,7 @@ def loaded(folder, table: Table, tensors: dict, abstract) -> dict:
 
 @pytest.fixture(scope="module")
 def recorded(tmp_path_factory):
-    """(arrays, config, parameters, batch)"""
+    """Returns (arrays, config, parameters, batch)."""
     arrays, sizes = golden("pformer")
     theirs = sizes["opt"]
     llm = opt.from_hf_config(
@@ -135,7 +135,7 @@ def recorded(tmp_path_factory):
     batch = {ours: jnp.asarray(arrays[f"inputs/{name}"], jnp.int32) for ours, name in names.items()}
     abstract = jax.eval_shape(lambda: config.make().init(jax.random.key(0), batch, method="touch"))["params"]
     tensors = {n.removeprefix("weights/"): arrays[n] for n in arrays.files if n.startswith("weights/")}
-    # A number of each place, the output table, which is tied, and a copy of it.
+    # An index of each position, the tied output table, and a copy of it.
     embedded = tensors["opt_model.model.decoder.embed_tokens.weight"]
     del tensors["Pformer.embeddings.position_ids"]
     np.testing.assert_array_equal(tensors.pop("opt_vocab_embeddings"), embedded)
@@ -188,19 +188,19 @@ def test_what_it_makes_of_captions(recorded, assert_close):
     embedded = arrays["weights/opt_model.model.decoder.embed_tokens.weight"]
     chosen = embedded[arrays["outputs/vq_indices"]].reshape(made.nearest.shape)
     np.testing.assert_array_equal(made.nearest, chosen)
-    # Behind the padding of a row the reference has places of its own making.
+    # In the padding of a row, the reference has positions of its own.
     real = arrays["outputs/opt_attention_mask"].astype(bool)
     assert_close(logits[real], arrays["outputs/opt_logits"][real], 1e-5, "logits")
-    learnt = arrays["outputs/opt_labels"] != -100
-    np.testing.assert_array_equal(made.row["loss_weights"], learnt)
-    np.testing.assert_array_equal(made.row["tokens"][learnt], arrays["outputs/opt_labels"][learnt])
+    has_loss = arrays["outputs/opt_labels"] != -100
+    np.testing.assert_array_equal(made.row["loss_weights"], has_loss)
+    np.testing.assert_array_equal(made.row["tokens"][has_loss], arrays["outputs/opt_labels"][has_loss])
     np.testing.assert_array_equal(made.row["segments"], real)
     whole = run(params, jnp.zeros_like(masked))[0].prompts
     assert_close(whole, arrays["outputs/unmasked/inputs_opt_ref"], 1e-5, "prompts of whole captions")
 
 
 def test_alignment_with_media(recorded, assert_close):
-    """The recorded distance of a projector's output to the prompts, and the gradient of that: none on the prompts."""
+    """Checks the recorded distance of a projector's output to the prompts; its gradient does not reach the prompts."""
     arrays, _, _, batch = recorded
     probe, prompts = (jnp.asarray(arrays[n]) for n in ("inputs/align_probe", "outputs/unmasked/inputs_opt_ref"))
 
@@ -221,14 +221,14 @@ def test_alignment_with_media(recorded, assert_close):
 
 
 def test_prompts_of_any_number(randomise, to_numpy, tmp_path, assert_close):
-    """Five prompts of captions of seven places, over transformers' BERT: the recorded code had as many as places."""
+    """Checks five prompts of captions of seven positions with transformers' BERT; the recorded code has seven."""
     sizes = dict(hidden_size=24, num_hidden_layers=2, num_attention_heads=3, intermediate_size=40)
     theirs = BertConfig(vocab_size=30, max_position_embeddings=12, **sizes)
     bert = randomise(BertModel(theirs, add_pooling_layer=False))
     heads = randomise(
         torch.nn.ModuleList([torch.nn.Linear(24, 5 * 24), torch.nn.Linear(24, 24), torch.nn.Linear(24, 20)]), 1
     )
-    config = PFormerConfig(20, 29, 24, 2, 3, 40, 5, max_length=12)  # its mask stands behind the vocabulary, at 29
+    config = PFormerConfig(20, 29, 24, 2, 3, 40, 5, max_length=12)  # its mask follows the vocabulary, at 29
     rng = np.random.default_rng(0)
     tokens, segments = rng.integers(0, 29, (3, 7)), np.arange(7)[None] < np.array([[7], [4], [1]])
     masked = np.zeros((3, 7), bool)

@@ -36,7 +36,7 @@ def test_transformers(factor, activation, randomise, to_numpy, assert_close, ass
     features = np.random.default_rng(0).normal(size=(2, 64, 12)).astype(np.float32)
     assert_same_tree(params, nn.meta.unbox(jax.eval_shape(c.make().init, jax.random.key(0), features)["params"]))
 
-    # The method reads nothing of its instance, so none is built.
+    # The method uses nothing of its instance, so none is built.
     grid = rearrange(torch.tensor(features), "b (h w) e -> b h w e", h=8)
     with torch.no_grad():
         theirs = reference(InternVLModel.pixel_shuffle(None, grid, scale_factor=1 / factor).flatten(1, 2)).numpy()

@@ -1,4 +1,4 @@
-"""Average pooling and its MLP against transformers' LLaVA-NeXT-Video and torch's own pooling; what is refused."""
+"""Average pooling and its MLP against transformers' LLaVA-NeXT-Video and torch's own pooling; refusals."""
 
 from __future__ import annotations
 

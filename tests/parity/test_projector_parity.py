@@ -31,7 +31,7 @@ def test_projector(merge, norm, randomise, assert_close, assert_same_tree):
 
     x = torch.tensor(features)
     if merge > 1:
-        # The method reads nothing of its instance, so none is built.
+        # The method uses nothing of its instance, so none is built.
         grid = rearrange(x, "b (h w) e -> b h w e", h=side)
         x = InternVLModel.pixel_shuffle(None, grid, scale_factor=1 / merge).flatten(1, 2)
     with torch.no_grad():

@@ -24,7 +24,7 @@ SIZES = dict(
     encoder_hidden_size=20,
     vocab_size=37,
     max_position_embeddings=16,
-    # One that shows: with the default of 1e-12 any would do.
+    # Large enough to show: with the default of 1e-12 any value would pass.
     layer_norm_eps=0.05,
 )
 CONFIG = QFormerConfig(
@@ -42,7 +42,7 @@ CONFIG = QFormerConfig(
 
 
 class Reference(torch.nn.Module):
-    """A Q-Former with what transformers keeps beside it."""
+    """A Q-Former with the modules that transformers keeps beside it."""
 
     def __init__(self, qformer, embeddings=None):
         super().__init__()
@@ -53,7 +53,7 @@ class Reference(torch.nn.Module):
 
 
 def inputs():
-    """Features of three pictures, texts of unequal lengths and their masks."""
+    """Returns features of three images, texts of unequal lengths and their masks."""
     rng = np.random.default_rng(3)
     features = rng.normal(size=(3, 7, CONFIG.feature_size)).astype(np.float32)
     tokens = rng.integers(0, CONFIG.vocab_size, (3, 6)).astype(np.int32)
@@ -183,7 +183,7 @@ def test_instruction_aware_features(assert_close, tmp_path):
     tensors = {name.removeprefix("weights/"): arrays[name] for name in arrays.files if name.startswith("weights/")}
     tensors = {n: t for n, t in tensors.items() if not n.endswith("position_ids") and not n.startswith("llm_model")}
     params = loaded(config, tensors, tmp_path, **LAVIS)
-    # The vision tower's last norm, which LAVIS has outside of it.
+    # The vision encoder's last norm, which LAVIS has outside of it.
     x = arrays["inputs/image_embeds"]
     x = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-5)
     features = x * tensors["ln_vision.weight"] + tensors["ln_vision.bias"]

@@ -24,7 +24,7 @@ from mllm_jax.training.step import make_apply
 
 @dataclasses.dataclass(frozen=True)
 class LastNorm:
-    """An encoder that is its last norm and nothing else: the reference was recorded from what comes before that."""
+    """An encoder with only its last norm: the reference was recorded from the input of that norm."""
 
     grid: int = 2
     dtype: str = "float32"
@@ -41,7 +41,7 @@ class LastNormModule(nn.Module):
 
 @dataclasses.dataclass(frozen=True)
 class Drawn(QFormerStage1):
-    """With the negatives that the reference drew."""
+    """Uses the negatives that the reference drew."""
 
     picks: tuple = ()
 
@@ -74,7 +74,7 @@ def table(config) -> Table:
 
 @pytest.fixture(scope="module")
 def recorded(tmp_path_factory):
-    """(arrays, config, parameters, batch)"""
+    """Returns (arrays, config, parameters, batch)."""
     arrays, sizes = golden("blip2_qformer_stage1")
     config = QFormerPretrainingConfig(
         LastNorm(), golden_config(sizes), sizes["embed_dim"], decode_token_id=sizes["bos_token_id"]
@@ -88,7 +88,7 @@ def recorded(tmp_path_factory):
     names = {line.name.split(".{")[0] for line in table(config).weights}
     tensors = {n.removeprefix("weights/"): arrays[n] for n in arrays.files if n.startswith("weights/")}
     kept = {n: t for n, t in tensors.items() if n.startswith(tuple(names))}
-    # The tied output table and the two names of its bias are stored besides.
+    # The tied output table and the two names of its bias are stored too.
     left = sorted(n for n in tensors if n not in kept)
     assert left == ["Qformer.bert.embeddings.position_ids", "Qformer.cls.predictions.decoder.bias",
                     "Qformer.cls.predictions.decoder.weight"]  # fmt: skip
@@ -121,7 +121,7 @@ def test_losses_and_gradients(recorded, gathered, stored, assert_close):
         assert_close(mine[name.removeprefix(f"grads/{stored}/")](), arrays[name], 1e-4, name)
 
 
-def test_two_pictures_of_one_thing_are_no_negatives(recorded, assert_close):
+def test_two_images_of_one_thing_are_no_negatives(recorded, assert_close):
     arrays, config, params, batch = recorded
     objective, apply = drawn(arrays, "_image_id"), make_apply(config.make())
     batch = batch | dict(image_ids=jnp.asarray(arrays["inputs/image_id"], jnp.int32))
@@ -143,7 +143,7 @@ def test_what_the_heads_say(recorded, assert_close):
 
     pairs, scores, logits = heads(params)
     assert_close(pairs.features, arrays["outputs/image_embeds_after_ln_vision"], 1e-5, "features")
-    assert_close(pairs.image, arrays["outputs/image_feats"], 1e-5, "pictures")
+    assert_close(pairs.image, arrays["outputs/image_feats"], 1e-5, "images")
     assert_close(pairs.text, arrays["outputs/text_feat"], 1e-5, "texts")
     assert_close(scores.similarity / pairs.temperature, arrays["outputs/sim_i2t"], 1e-5, "similarity")
     # The reference gives the logit of a match.
@@ -152,7 +152,7 @@ def test_what_the_heads_say(recorded, assert_close):
 
 
 def test_negatives_are_drawn_as_the_reference_draws_them(recorded):
-    """The shares of 20,000 draws against the reference's probabilities, which are 0 for a pair's own."""
+    """Compares the shares of 20,000 draws with the reference's probabilities, which are 0 for a pair itself."""
     arrays, _, _, _ = recorded
     own = jnp.eye(4, dtype=bool)
     to_image, to_text = (jnp.where(own, -1e4, arrays[f"outputs/sim_{way}"]) for way in ("t2i", "i2t"))

@@ -1,4 +1,4 @@
-"""The first Qwen against Qwen2's class, which computes the same up to the trained length, its weights renamed."""
+"""The first Qwen against Qwen2's class with renamed weights, which is equal up to the trained length."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def test_options_that_are_not_supported_are_refused_by_name(wrong):
 
 
 def test_the_published_size():
-    """Qwen-7B, which Qwen-VL has too: 7.7 billion in table 1 of arXiv 2308.12966."""
+    """Checks Qwen-7B, which Qwen-VL uses too: 7.7 billion in table 1 of arXiv 2308.12966."""
     full = dict(vocab_size=151936, hidden_size=4096, num_hidden_layers=32, num_attention_heads=32, kv_channels=128)
     config = from_hf_config(CONFIG | full | dict(intermediate_size=22016, seq_length=8192))
     leaves = jax.tree.leaves(abstract_params(config, family_of_config(config)))

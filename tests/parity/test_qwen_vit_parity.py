@@ -1,4 +1,4 @@
-"""Qwen's vision towers against transformers: every hidden state, media token, deepstack feature, gradient and name."""
+"""Qwen's vision encoders against transformers: hidden states, media tokens, deepstack features, gradients, names."""
 
 from __future__ import annotations
 
@@ -59,14 +59,14 @@ CASES = {
         temporal_patch_size=1, rope_parameters=dict(rope_type="axial", rope_theta=50.0))),
 }
 # fmt: on
-# Time, height and width of pictures and videos in media tokens: two pictures, a video beside a picture, nothing, and a
-# row that is full. None is square but the smallest.
+# Time, height and width of images and videos in media tokens: two images, a video beside an image, nothing, and a
+# full row. Only the smallest is square.
 ROWS = ([(1, 2, 5), (1, 1, 1)], [(2, 3, 2), (1, 1, 3)], [], [(1, 5, 3)])
 TOKENS = 15
 
 
 class Case:
-    """A random reference tower, ours that reads its folder, and both their outputs for ROWS."""
+    """A random reference encoder, ours from its folder, and the outputs of both for ROWS."""
 
     def __init__(self, reference, folder):
         self.reference, self.folder = reference, folder
@@ -81,19 +81,19 @@ class Case:
         self.inputs = (self.layout.gather(self.flat), *self.layout[1:])
         self.order = np.arange(len(self.flat))
         if c.window_size is not None:
-            # The reference sorts media tokens by window before its first layer and merged tokens back at its end.
+            # The reference sorts media tokens by window before its first layer, and merged tokens back after its last.
             index, _ = get_vision_window_index(self.grids, c.merge_size, c.window_size, c.patch_size)
             units = self.order.reshape(-1, c.merge_unit)
             self.order = np.argsort(units[index.numpy()].reshape(-1))
 
     def taken(self, ours, merged: bool = False) -> np.ndarray:
-        """Our [B, N or M, E] without padding, in the reference's order of patches or media tokens."""
+        """Returns our [B, N or M, E] without padding, in the reference's order of patches or media tokens."""
         return np.asarray(ours)[self.layout.source[:, :: self.config.merge_unit if merged else 1] >= 0]
 
 
 @pytest.fixture(scope="module")
 def cases(tmp_path_factory):
-    """By name, made once."""
+    """Returns the cases by name, each made once."""
     made: dict[str, Case] = {}
 
     def get(name: str, randomise) -> Case:
@@ -126,7 +126,7 @@ def test_every_output(name, cases, randomise, assert_close):
 
 @pytest.mark.parametrize("name", ["2", "2.5", "3"])
 def test_the_epsilon_of_every_norm(name, randomise, assert_close, tmp_path):
-    """On a stream so faint that epsilon is a part of every norm's divisor."""
+    """Checks a stream so small that epsilon is a part of every norm's divisor."""
     (config, model), options = CASES[name]
     reference = randomise(model(config(**options, attn_implementation="eager")))
     with torch.no_grad():
@@ -148,7 +148,7 @@ def test_the_epsilon_of_every_norm(name, randomise, assert_close, tmp_path):
 
 @pytest.mark.parametrize("name", ["2", "2.5", "3"])
 def test_gradients(name, cases, randomise, assert_close):
-    """Of a random weighting of everything that the LLM reads."""
+    """Checks gradients of a random weighting of all inputs of the LLM."""
     case = cases(name, randomise)
     rng, merged = np.random.default_rng(1), case.layout.source[:, :: case.config.merge_unit]
     depth = 1 + len(case.config.deepstack_layers)
@@ -192,16 +192,16 @@ def test_what_we_write_the_reference_opens(name, cases, randomise, tmp_path):
 
 
 def test_the_layout_is_the_processors():
-    """Each patch that the processor makes is the piece of picture that its coordinates say."""
+    """Checks that each patch of the processor is the piece of the image at its coordinates."""
     rng, shapes = np.random.default_rng(0), ((56, 84), (112, 28))
-    pictures = [rng.integers(0, 256, (*shape, 3), dtype=np.uint8) for shape in shapes]
+    images = [rng.integers(0, 256, (*shape, 3), dtype=np.uint8) for shape in shapes]
     options = dict(do_resize=False, do_rescale=False, do_normalize=False, patch_size=14, merge_size=2)
-    made = Qwen2VLImageProcessorPil(**options)(pictures, return_tensors="np")
+    made = Qwen2VLImageProcessorPil(**options)(images, return_tensors="np")
     layout = lay_out_patches([made["image_grid_thw"].tolist()], 48)
     patches = layout.gather(made["pixel_values"]).reshape(1, 48, 3, 2, 14, 14)
     for i in range(40):
         row, column = 14 * layout.coordinates[0, i]
-        piece = pictures[layout.segments[0, i] - 1][row : row + 14, column : column + 14]
+        piece = images[layout.segments[0, i] - 1][row : row + 14, column : column + 14]
         for frame in range(2):
             np.testing.assert_array_equal(patches[0, i, :, frame], piece.transpose(2, 0, 1))
     assert not patches[0, 40:].any()
@@ -216,8 +216,8 @@ WHOLE = {
 
 @pytest.mark.parametrize("spelling", ["as saved", "visual.", "model.visual."])
 @pytest.mark.parametrize("name", WHOLE)
-def test_a_tower_out_of_a_whole_model(name, spelling, randomise, tmp_path):
-    """Whichever way its names are spelt, as the hub's files, a fresh save and the model in memory each have it."""
+def test_an_encoder_from_a_whole_model(name, spelling, randomise, tmp_path):
+    """Checks both spellings of its names: those of the hub's files, and those of a new save and the model in memory."""
     rope = dict(rope_type="default", rope_theta=1e4, mrope_section=[2, 2, 2])
     text = dict(hidden_size=20, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1)
     text |= dict(vocab_size=9, head_dim=10, rope_parameters=rope, bos_token_id=1, eos_token_id=2)
@@ -245,7 +245,7 @@ def test_a_tower_out_of_a_whole_model(name, spelling, randomise, tmp_path):
         np.testing.assert_array_equal(array, theirs[hub].numpy(), err_msg=hub)
 
 
-# Of transformers' default towers, on torch's meta device; 2 and 2.5 with the hub's widths are those of the 7B models.
+# Of transformers' default encoders, on torch's meta device; 2 and 2.5 with the hub's widths are those of the 7B models.
 @pytest.mark.parametrize(
     "kind,options,count",
     [

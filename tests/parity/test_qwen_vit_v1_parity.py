@@ -1,4 +1,4 @@
-"""The first Qwen-VL's tower against numbers from its own code: tests/goldens/qwenvl_v1_visual.json says how."""
+"""The first Qwen-VL's vision encoder against numbers from its own code, see tests/goldens/qwenvl_v1_visual.json."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def weights(golden):
 
 @pytest.fixture(scope="module")
 def config():
-    """Sizes that the reference has fixed were made small for the recording: positions, and heads of the resampler."""
+    """Returns the config of the recording, with sizes made small that the reference has fixed: positions and heads."""
     values = json.loads(GOLDEN.with_suffix(".json").read_text("utf-8"))["config"]
     positions, head_dim = values.pop("pos_grid") ** 2, values.pop("resampler_head_dim")
     read = read_tower({"visual": values | {"output_dim": 128}})
@@ -79,7 +79,7 @@ def test_every_stage(params, config, golden, assert_close):
 
 
 def test_every_stage_of_the_resampler(params, config, golden, assert_close):
-    """Its one layer by itself: a scan keeps what happens inside to itself."""
+    """Checks its one layer alone: a scan hides its intermediate values."""
     own = params["projector_image"]
     positions = own["positions"]
     features = golden["outputs/block2"] @ own["kv_projection"]["kernel"]
@@ -116,6 +116,6 @@ def test_fixed_positions(golden, assert_close):
 @pytest.mark.parametrize("grid", [(4, 4), (2, 7), (5, 5), (9, 3)])
 def test_positions_are_stretched_as_torch_does(grid, assert_close):
     positions = np.random.default_rng(0).normal(size=(25, 6)).astype(np.float32)
-    picture = torch.tensor(rearrange(positions, "(r c) e -> 1 e r c", r=5))
-    theirs = torch.nn.functional.interpolate(picture, size=grid, mode="bicubic", align_corners=False)
+    image = torch.tensor(rearrange(positions, "(r c) e -> 1 e r c", r=5))
+    theirs = torch.nn.functional.interpolate(image, size=grid, mode="bicubic", align_corners=False)
     assert_close(bicubic_grid(positions, *grid), rearrange(theirs.numpy(), "1 e h w -> (h w) e"), 1e-5)

@@ -59,7 +59,7 @@ CASES = {
         TOWER | WINDOWS | dict(depth=3, window_size=24, fullatt_block_indexes=[0, 2], tokens_per_second=3),
         dict(tie_word_embeddings=True),
     ),
-    "2.5, no layer of the whole picture": (
+    "2.5, no layer of the whole image": (
         "Qwen2_5_VL",
         dict(rope_parameters=OLD_ROPE | dict(mrope_section=[2, 0, 2]), num_key_value_heads=1, rms_norm_eps=1e-2),
         TOWER | WINDOWS | dict(num_heads=3, fullatt_block_indexes=[], window_size=8, hidden_act="gelu"),
@@ -96,7 +96,7 @@ WRAPPED = "<|vision_start|> <|image_pad|> <|vision_end|>"
 
 @pytest.fixture(scope="module", params=CASES)
 def case(request, tmp_path_factory, randomise):
-    """(reference, folder, whether videos are taken)."""
+    """Returns (reference, folder, whether it takes videos)."""
     name, text, vision, rest = CASES[request.param]
     folder = tmp_path_factory.mktemp("qwen_vl")
     ids = dict(image_token_id=IMAGE, video_token_id=VIDEO, vision_start_token_id=START, vision_end_token_id=END)
@@ -114,15 +114,15 @@ def case(request, tmp_path_factory, randomise):
     words = tokenizer(**names)
     assert words.convert_tokens_to_ids(list(names.values())) == [IMAGE, VIDEO, START, END]
     words.save_pretrained(folder)
-    pictures = Qwen2VLImageProcessorPil(
+    image_processor = Qwen2VLImageProcessorPil(
         patch_size=4, temporal_patch_size=2, merge_size=2, size=dict(shortest_edge=128, longest_edge=1024)
     )
-    pictures.save_pretrained(folder)
-    return reference, folder, pictures, name != "Qwen3VL"
+    image_processor.save_pretrained(folder)
+    return reference, folder, image_processor, name != "Qwen3VL"
 
 
-def reference_inputs(reference, tokens, pictures, images, frames=None) -> dict:
-    """What transformers' models take of a row whose tokens have their places for media already."""
+def reference_inputs(reference, tokens, image_processor, images, frames=None) -> dict:
+    """Returns the inputs of transformers' models for a row whose tokens already have positions for media."""
     kinds = np.where(tokens == IMAGE, 1, np.where(tokens == VIDEO, 2, 0))
     inputs = dict(
         input_ids=torch.tensor(tokens[None].astype(np.int64)),
@@ -130,10 +130,10 @@ def reference_inputs(reference, tokens, pictures, images, frames=None) -> dict:
     )
     inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
     if images:
-        done = pictures(images=list(images), return_tensors="pt", input_data_format="channels_last")
+        done = image_processor(images=list(images), return_tensors="pt", input_data_format="channels_last")
         inputs |= dict(pixel_values=done["pixel_values"], image_grid_thw=done["image_grid_thw"])
     if frames is not None:
-        mean, std = (np.array(x, np.float32) for x in (pictures.image_mean, pictures.image_std))
+        mean, std = (np.array(x, np.float32) for x in (image_processor.image_mean, image_processor.image_std))
         pixels = (frames.astype(np.float32) / 255 - mean) / std
         cut = "(f t) (h p a) (w q b) c -> (f h w p q) (c t a b)"
         patches = rearrange(pixels, cut, t=2, p=2, q=2, a=4, b=4)
@@ -145,7 +145,7 @@ def reference_inputs(reference, tokens, pictures, images, frames=None) -> dict:
 
 
 def test_logits_answers_and_folder(case, assert_close):
-    reference, folder, pictures, takes_videos = case
+    reference, folder, image_processor, takes_videos = case
     module, params = from_pretrained(folder)
     ours = Processor.from_pretrained(folder)
     texts, images = prompts(WRAPPED)
@@ -161,7 +161,7 @@ def test_logits_answers_and_folder(case, assert_close):
     for row, (text, mine) in enumerate(zip(texts, images, strict=True)):
         length = int(batch["segments"][row].sum())
         shown = frames if takes_videos and row == 2 else None
-        inputs = reference_inputs(reference, batch["tokens"][row, :length], pictures, mine, shown)
+        inputs = reference_inputs(reference, batch["tokens"][row, :length], image_processor, mine, shown)
         if mine or shown is not None:
             given = {n: x for n, x in inputs.items() if n.endswith(("_thw", "_ts")) or n == "mm_token_type_ids"}
             places, _ = reference.model.get_rope_index(inputs["input_ids"], **given)
@@ -170,7 +170,7 @@ def test_logits_answers_and_folder(case, assert_close):
             assert_close(logits[row, :length], reference(**inputs).logits[0], 1e-4, f"logits of {text!r}")
             said = reference.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False, pad_token_id=0)
         assert list(answers[row].tokens) == said[0, length:].tolist(), text
-    assert len({answer.tokens for answer in answers}) == len(texts), "answers that depend on nothing prove nothing"
+    assert len({answer.tokens for answer in answers}) == len(texts), "equal answers prove nothing"
     for row, (text, mine) in enumerate(zip(texts, images, strict=True)):
         size = dict(slots={"image": batch["patches"].shape[1]}, length=batch["tokens"].shape[1])
         one = ours(text, images=mine, videos=[frames] if takes_videos and row == 2 else None, **size)
@@ -183,7 +183,7 @@ def test_logits_answers_and_folder(case, assert_close):
     assert opened.state_dict().keys() == kept.keys()
     assert all(torch.equal(tensor, kept[name]) for name, tensor in opened.state_dict().items())
     length = int(batch["segments"][1].sum())
-    inputs = reference_inputs(reference, batch["tokens"][1, :length], pictures, images[1])
+    inputs = reference_inputs(reference, batch["tokens"][1, :length], image_processor, images[1])
     with torch.no_grad():
         assert_close(opened(**inputs).logits, reference(**inputs).logits, 1e-5, "written")
 

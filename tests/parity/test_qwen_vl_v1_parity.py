@@ -1,4 +1,4 @@
-"""The first Qwen-VL as a whole: its tower in torch, which first gives the golden's outputs, before a Qwen2, renamed."""
+"""The whole first Qwen-VL: its encoder in torch, which reproduces the golden first, and a renamed Qwen2."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from mllm_jax import Processor, from_pretrained, pretrained_config, save_pretrai
 from mllm_jax.generation.generate import complete
 
 START, END, FILLING = (len(WORDS) + i for i in range(3))
-LENGTH = 96  # that the LLM was trained on
+LENGTH = 96  # length that the LLM was trained on
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-# The tower's part of config.json; heads and layers of the LLM; whether its code stretches longer texts.
+# The encoder's part of config.json; heads and layers of the LLM; whether its code scales longer texts.
 CASES = {
     "two patches a side": (
         dict(image_size=28, patch_size=14, width=24, layers=2, heads=2, mlp_ratio=2.6, n_queries=4, output_dim=128),
@@ -52,7 +52,7 @@ def test_the_reference_gives_the_stored_outputs(assert_close):
 
 @pytest.fixture(scope="module", params=CASES)
 def case(request, tmp_path_factory, randomise, to_numpy):
-    """(the tower's part of config.json, its tensors, the LLM of transformers, folder)."""
+    """Returns (the encoder's part of config.json, its tensors, the LLM of transformers, folder)."""
     visual, (heads, layers), stretched = CASES[request.param]
     folder = tmp_path_factory.mktemp("qwen_vl")
     llm = randomise(
@@ -87,7 +87,7 @@ def case(request, tmp_path_factory, randomise, to_numpy):
 
 
 def reference_row(case, text: str, images: list[np.ndarray]) -> tuple[list[int], torch.Tensor]:
-    """The ids of a text and what the LLM reads in their places: `WORDS` by hand, pictures resized by Pillow."""
+    """Returns the ids of a text and the LLM's inputs at them: `WORDS` by hand, images resized by Pillow."""
     visual, weights, llm, _ = case
     side, count = visual["image_size"], visual["n_queries"]
     ids = []
@@ -108,7 +108,7 @@ def test_logits_answers_and_folder(case, assert_close, tmp_path):
     texts, images = prompts("<img> </img>")
     module, params = from_pretrained(folder)
     ours = Processor.from_pretrained(folder)
-    # A picture may be named, as the authors' code wants it, or only begun.
+    # An image may be named, as the authors' code requires, or only begun.
     written = [texts[0].replace("<img>", "<img> a cat"), texts[1].replace("</img>", ""), *texts[2:]]
     batch = ours(written, images=images)
     logits = np.asarray(jax.jit(module.apply)({"params": params}, batch).logits)
@@ -127,7 +127,7 @@ def test_logits_answers_and_folder(case, assert_close, tmp_path):
         size = dict(slots={"image": batch["images"].shape[1]}, length=batch["tokens"].shape[1])
         alone = complete(module, params, ours(text, images=mine, **size), ours, **how)
         assert alone[0].tokens == answers[row].tokens, text
-    assert len({answer.tokens for answer in answers}) == len(texts), "answers that depend on nothing prove nothing"
+    assert len({answer.tokens for answer in answers}) == len(texts), "equal answers prove nothing"
 
     save_pretrained(module, params, tmp_path / "ours", companions=folder)
     stored, found = load_file(folder / "model.safetensors"), load_file(tmp_path / "ours" / "model.safetensors")

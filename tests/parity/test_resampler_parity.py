@@ -34,7 +34,7 @@ COMMON = dict(
 
 
 def loaded(config: ResamplerConfig, reference: torch.nn.Module, names: dict[str, str], norms: dict[str, str], folder):
-    """The reference's weights through a table and the engine that reads folders.
+    """Reads the reference's weights through a table and the engine that reads folders.
 
     Args:
         names, norms: our linear maps and norms -> the reference's.

@@ -1,4 +1,4 @@
-"""Rotary frequencies and the factor of the attention, against transformers' own, far from the defaults."""
+"""Rotary frequencies and the attention factor against transformers' own, far from the defaults."""
 
 from __future__ import annotations
 

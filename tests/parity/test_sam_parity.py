@@ -1,4 +1,4 @@
-"""SAM's picture encoder against SamVisionModel."""
+"""SAM's image encoder against SamVisionModel."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 import transformers
 from einops import rearrange
 from flax import linen as nn
-from vision_checks import family_of, picture, read, to_torch, write
+from vision_checks import family_of, make_image, read, to_torch, write
 
 from mllm_jax.encoders import sam
 from mllm_jax.errors import ConfigError
@@ -43,14 +43,14 @@ def test_outputs_and_folders(case, randomise, assert_close, tmp_path):
     module, params = read(FAMILY, tmp_path / "theirs")
     assert FAMILY.from_hf(FAMILY.to_hf(module.config)) == module.config
 
-    pixels = picture(32, 32, rows=2)
+    pixels = make_image(32, 32, rows=2)
     ours = jax.jit(module.apply, static_argnums=2)({"params": params}, pixels, True)
 
     def compare(model, what):
         with torch.no_grad():
             theirs = model(to_torch(pixels), output_hidden_states=True)
         last = rearrange(theirs.last_hidden_state, "b e h w -> b (h w) e")
-        assert_close(ours.last_hidden_state, last, 1e-4, f"{what}: behind the neck")
+        assert_close(ours.last_hidden_state, last, 1e-4, f"{what}: after the neck")
         for i, (mine, their) in enumerate(zip(ours.hidden_states, theirs.hidden_states, strict=True)):
             assert_close(mine, rearrange(their, "b h w e -> b (h w) e"), 1e-4, f"{what}: hidden state {i}")
 
@@ -75,18 +75,18 @@ def test_options_that_cannot_be_honoured_are_refused_by_name(option):
 
 def test_rematerialised_layers_give_the_same_gradients(assert_close):
     config = FAMILY.from_hf(SIZES | dict(window_size=3, global_attn_indexes=[1]))
-    pixels = picture(32, 32)
+    pixels = make_image(32, 32)
     params = nn.meta.unbox(config.make().init(jax.random.key(0), pixels)["params"])
     stored, again = (
         jax.jit(jax.grad(lambda p, m=m: (m.apply({"params": p}, pixels).last_hidden_state ** 2).sum()))(params)
         for m in (config.make(), dataclasses.replace(config, compute=Compute(remat="full")).make())
     )
     for a, b in zip(jax.tree.leaves(stored), jax.tree.leaves(again), strict=True):
-        if np.abs(a).max() > 1e-3:  # those of key biases are zero but for rounding
+        if np.abs(a).max() > 1e-3:  # gradients of key biases are zero up to rounding
             assert_close(b, a, 1e-4)
 
 
-def test_pictures_of_another_size_are_refused():
+def test_images_of_another_size_are_refused():
     module = FAMILY.from_hf(SIZES | dict(window_size=3, global_attn_indexes=[1])).make()
     with pytest.raises(ConfigError, match=r"(?s)pixels of shape \[1, 32, 28, 3\].*\[B, 32, 32, 3\]"):
-        module.init(jax.random.key(0), picture(32, 28))
+        module.init(jax.random.key(0), make_image(32, 28))

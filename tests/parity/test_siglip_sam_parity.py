@@ -36,7 +36,7 @@ TIMM = Names(
     final_norm="norm",
 )
 HIGH, LOW = "tower.vision_tower_high.vision_tower", "tower.vision_tower_low.vision_tower"
-# The authors' names of what transformers spells otherwise.
+# The authors' names of modules that transformers names differently.
 SPELLINGS = (
     (r"(high.*)patch_embed\.proj\.", r"\1patch_embed.projection."),
     (r"(high.*)blocks\.(\d+)\.norm([12])\.", r"\1layers.\2.layer_norm\3."),
@@ -102,7 +102,7 @@ def aligner_table() -> Table:
 
 
 def load(golden, part: str, table: Table, module, sample, folder):
-    """The parameters of a module from the golden's tensors of one part."""
+    """Reads the parameters of a module from the golden's tensors of one part."""
     prefix = f"weights/{part}."
     tensors = {f.removeprefix("weights/"): golden[f] for f in golden.files if f.startswith(prefix)}
     folder.mkdir()
@@ -119,17 +119,17 @@ def test_the_original_code(golden, config, tmp_path, assert_close):
     features = np.asarray(run({"params": params}, pixels).last_hidden_state)
     high, low = np.split(features, [config.widths[0]], axis=-1)
     assert_close(high, golden["outputs/high"], 1e-4, "SAM's half")
-    assert_close(low, golden["outputs/low"], 1e-4, "SigLIP's half, on a picture that was made smaller here")
+    assert_close(low, golden["outputs/low"], 1e-4, "SigLIP's half, on an image that is reduced here")
 
     aligner = PairedProjectorConfig(golden["outputs/projector_out"].shape[-1], config.widths).make()
     weights = load(golden, "aligner", aligner_table(), aligner, features, tmp_path / "aligner")
     assert_close(aligner.apply({"params": weights}, features), golden["outputs/projector_out"], 1e-4, "projected")
 
-    # Given beside the large one, the small picture comes out the same.
+    # Given beside the large image, the small one gives the same.
     small = rearrange(golden["outputs/low_input_resized_normalised"] * 0.5 + 0.5, "b c h w -> b h w c")
     below = np.pad(small, [(0, 0), (0, 0), (0, pixels.shape[2] - small.shape[2]), (0, 0)], constant_values=7.0)
     given = run({"params": params}, np.concatenate([pixels, below], axis=1)).last_hidden_state
-    assert_close(given, features, 1e-4, "both pictures given")
+    assert_close(given, features, 1e-4, "both images given")
 
 
 def test_sams_trunk(golden, config, tmp_path, assert_close):

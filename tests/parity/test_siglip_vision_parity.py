@@ -1,4 +1,4 @@
-"""SigLIP's vision tower against SiglipVisionModel."""
+"""SigLIP's vision encoder against SiglipVisionModel."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ SIZES = dict(
     hidden_size=36, num_hidden_layers=2, num_attention_heads=4, intermediate_size=50, image_size=20, patch_size=4
 )
 CASES = {
-    "so400m": dict(image_size=23),  # as 384 pixels are 27 patches of 14 and 6 pixels over
+    "so400m": dict(image_size=23),  # like 384 pixels, which are 27 patches of 14 and 6 pixels more
     "exact gelu": dict(hidden_act="gelu", layer_norm_eps=0.1, num_attention_heads=3),
     "no head": dict(vision_use_head=False, num_channels=4),
 }

@@ -1,4 +1,4 @@
-"""A real chat model, SmolLM2-135M-Instruct, against PyTorch: logits, greedy answers, and the way back."""
+"""A real chat model, SmolLM2-135M-Instruct, against PyTorch: logits, greedy answers, and writing it back."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ QUESTIONS = (
 
 @pytest.fixture(scope="module")
 def folder(require_asset) -> Path:
-    """Fetched where CI=true; elsewhere nothing is downloaded unasked."""
+    """Returns the folder, downloaded only if CI=true."""
     found = smollm2(fetch=os.environ.get("CI") == "true")
     require_asset(found, f"the package of {REQUIREMENTS.name}: python tests/assets/smollm2.py")
     return found
@@ -67,7 +67,7 @@ def test_logits_agree_with_torch(folder, theirs, chat, assert_close):
 
 
 def assert_logits_agree(module, params, theirs, chat, assert_close) -> None:
-    """Two conversations of unequal length in padded rows, and both packed into one row."""
+    """Checks two conversations of unequal length in padded rows, and both packed into one row."""
     prompts = [prompt_of(chat, QUESTIONS[0]), prompt_of(chat, QUESTIONS[6])]
     with torch.no_grad():
         wanted = [theirs(torch.tensor([ids])).logits[0].numpy() for ids in prompts]
@@ -88,7 +88,7 @@ def assert_logits_agree(module, params, theirs, chat, assert_close) -> None:
 
 
 def test_greedy_continuations_are_those_of_torch(theirs, ours, chat, monkeypatch):
-    """64 tokens, with nothing that ends them: ten prompts of unequal length in one batch here, each alone there."""
+    """Checks 64 tokens without end: ten prompts of unequal length in one batch here, each alone in torch."""
     monkeypatch.setattr(theirs.generation_config, "eos_token_id", None)
     answers = ours.generate(QUESTIONS, max_new_tokens=NEW, ignore_eos=True, batch_size=len(QUESTIONS))
     for question, answer in zip(QUESTIONS, answers, strict=True):
@@ -121,8 +121,8 @@ def test_saved_by_us_it_is_the_same_model_to_transformers(folder, theirs, chat, 
 
 
 @pytest.mark.parametrize("system", [None, "", "Name the emoji."], ids=["its own", "empty", "ours"])
-def test_training_rows_are_what_its_template_gives(folder, chat, system):
-    """Odd spaces and line breaks included; the line break that the template writes after an answer carries no loss."""
+def test_training_rows_equal_its_template(folder, chat, system):
+    """Checks odd spaces and line breaks; the line break that the template writes after an answer carries no loss."""
     turns = (("What is this? ", "a red cat"), ("\nHow many?\n", "two"), (" Sure?", "Yes."))
     said = [(role, text) for turn in turns for role, text in zip(("user", "assistant"), turn, strict=True)]
     processor = Processor.of(mllm_jax.pretrained_config(folder), folder, system=system)

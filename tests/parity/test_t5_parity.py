@@ -46,7 +46,7 @@ SOURCES, TARGETS = (9, 5), (6, 11)  # lengths of two examples; the second target
 
 
 def our_params(weights: dict[str, np.ndarray], c: T5Config) -> dict:
-    """The reference's names (of weights, or of gradients) to our tree, as the family's table says."""
+    """Maps the reference's names (of weights or gradients) to our tree by the family's table."""
     tree = {}
     for line in table(c).weights:
         names = [line.name]
@@ -65,12 +65,12 @@ def case(request):
 
 @pytest.fixture
 def pair(case, randomise, to_numpy, assert_same_tree):
-    """(torch model, our config, our parameters)."""
+    """Returns (torch model, our config, our parameters)."""
     config = transformers.T5Config(**case, attn_implementation="eager")
     reference = transformers.T5ForConditionalGeneration(config)
-    if not case.get("tie_word_embeddings", True):  # transformers 5 ties whatever the config says, checkpoints do not
+    if not case.get("tie_word_embeddings", True):  # transformers 5 always ties, checkpoints do not
         reference.lm_head.weight = torch.nn.Parameter(torch.zeros(config.vocab_size, config.d_model))
-    reference = randomise(reference, seed=8)  # with these numbers greedy texts do not stick to one token
+    reference = randomise(reference, seed=8)  # with these numbers, greedy texts do not repeat one token
     c = from_hf_config(config.to_dict())
     params = our_params(to_numpy(reference.state_dict()), c)
     abstract = jax.eval_shape(c.make().init, jax.random.key(0), *sample(c))["params"]
@@ -86,12 +86,12 @@ def examples():
 
 @pytest.fixture
 def packed(examples):
-    """Two rows: the first holds both examples and padding, the second has the targets the other way round."""
+    """Returns two rows: the first has both examples and padding, the second the targets in the opposite order."""
     rows = {}
     for name, part in (("", 0), ("decoder_", 1)):
         tokens, positions, segments = np.full((2, 20), 7), np.zeros((2, 20), int), np.zeros((2, 20), int)
         for row, order in enumerate([(0, 1), (1, 0) if part else (0, 1)]):
-            place = 1 + row  # padding in front, too
+            place = 1 + row  # padding on the left too
             for e in order:
                 span = slice(place, place + len(examples[e][part]))
                 tokens[row, span], segments[row, span] = examples[e][part], e + 1
@@ -102,7 +102,7 @@ def packed(examples):
 
 
 def padded(rows: list[np.ndarray], length: int, left: bool) -> tuple[np.ndarray, np.ndarray]:
-    """Rows of one length, and where they are real."""
+    """Returns rows of one length, and a mask of real tokens."""
     tokens, mask = np.full((len(rows), length), 4), np.zeros((len(rows), length), np.int32)
     for i, row in enumerate(rows):
         span = slice(length - len(row), length) if left else slice(0, len(row))
@@ -136,7 +136,7 @@ def test_packed_rows_equal_each_example_alone(pair, examples, packed, assert_clo
 
 
 def test_every_gradient(pair, examples, packed, to_numpy, assert_close):
-    """Mean next-token loss: packed here, each example alone in torch."""
+    """Checks the mean next-token loss: packed here, each example alone in torch."""
     reference, c, params = pair
     total, count = torch.zeros(()), 0
     for s, t in examples:
@@ -148,12 +148,12 @@ def test_every_gradient(pair, examples, packed, to_numpy, assert_close):
 
     first = {name: array[:1] for name, array in packed.items()}
     segments = first["decoder_segments"]
-    learnt = (segments[:, 1:] == segments[:, :-1]) & (segments[:, 1:] > 0)
+    has_loss = (segments[:, 1:] == segments[:, :-1]) & (segments[:, 1:] > 0)
 
     def loss(p):
         logs = jax.nn.log_softmax(c.make().apply({"params": p}, **first)[:, :-1])
         each = jnp.take_along_axis(logs, first["decoder_tokens"][:, 1:, None], axis=-1)[..., 0]
-        return -(each * learnt).sum() / learnt.sum()
+        return -(each * has_loss).sum() / has_loss.sum()
 
     value, grads = jax.jit(jax.value_and_grad(loss))(params)
     assert_close(value, total.item() / count, 1e-5, "loss")
@@ -164,7 +164,7 @@ def test_every_gradient(pair, examples, packed, to_numpy, assert_close):
 
 
 def test_bfloat16(pair, examples, to_numpy):
-    """Against the same bf16 weights computed in float32."""
+    """Compares with the same bfloat16 weights in a float32 computation."""
     reference, c, _ = pair
     s, t = (x[None] for x in examples[1])
     with torch.no_grad():
@@ -175,16 +175,16 @@ def test_bfloat16(pair, examples, to_numpy):
     params = jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), our_params(to_numpy(reference.state_dict()), c))
     ours = jax.jit(replace(c, compute=Compute(dtype="bfloat16")).make().apply)({"params": params}, s, decoder_tokens=t)
     assert ours.dtype == jnp.float32
-    # By root mean square: the reference computed in bf16 has single logits as far off as ours are.
+    # By root mean square: the reference in bfloat16 has single logits as far off as ours.
     assert np.linalg.norm(ours - theirs) <= 2e-2 * np.linalg.norm(theirs)
 
 
 def test_greedy_tokens_equal_generate(pair, examples):
-    """Rows of unequal length together, 32 tokens, from a cache."""
+    """Checks rows of unequal length together, 32 tokens, from a cache."""
     reference, c, params = pair
     tokens, mask = padded([s for s, _ in examples], 12, left=False)
-    reference.generation_config.eos_token_id = None  # go on to the end
-    # Its cache (5.23) has the encoder's number of layers and fails where the decoder has more.
+    reference.generation_config.eos_token_id = None  # continue to the end
+    # Its cache (5.23) has the encoder's number of layers and fails if the decoder has more.
     search = dict(max_new_tokens=32, do_sample=False, use_cache=False)
     theirs = reference.generate(torch.tensor(tokens), attention_mask=torch.tensor(mask), **search).numpy()
     assert theirs.shape == (2, 33) and len(np.unique(theirs)) > 8
@@ -208,7 +208,7 @@ def test_greedy_tokens_equal_generate(pair, examples):
 
 
 def test_folders_both_ways(pair, examples, tmp_path, assert_close):
-    """Written by transformers and read here; written here and opened there: the same logits."""
+    """Checks folders written by transformers and read here, and written here and opened there: the same logits."""
     reference, c, params = pair
     reference.save_pretrained(tmp_path / "theirs")
     module, read = mllm_jax.from_pretrained(tmp_path / "theirs")
@@ -224,7 +224,7 @@ def test_folders_both_ways(pair, examples, tmp_path, assert_close):
 
 
 def test_a_fresh_model_that_asked_for_an_untied_head(examples, randomise, tmp_path, assert_close):
-    """transformers 5 ties it all the same, stores no head and does not scale what the embedding's transpose reads."""
+    """Checks that transformers 5 ties the head, stores none and does not scale the transposed embedding's input."""
     fresh = transformers.T5Config(**SIZES | CASES["flan"], attn_implementation="eager")
     reference = randomise(transformers.T5ForConditionalGeneration(fresh), seed=8)
     reference.save_pretrained(tmp_path / "theirs")

@@ -1,4 +1,4 @@
-"""The places of pictures in the text are those that transformers' LLaVA models give their features."""
+"""The positions of images in the text are those of their features in transformers' LLaVA models."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def model():
 
 
 def summed(features: np.ndarray, newline: np.ndarray, places) -> np.ndarray:
-    """What stands at each place, of features [tiles, N, E]."""
+    """Returns the vector at each position, of features [tiles, N, E]."""
     found = np.where(places.places[..., None] == NEWLINE, newline, features.reshape(-1, WIDTH)[places.places])
     return found if places.weights is None else (found * places.weights[..., None]).sum(axis=1)
 
@@ -35,7 +35,7 @@ def table_of(tiles: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 @pytest.mark.parametrize("most", [None, 9, 2, 1], ids=lambda most: f"at most {most}")
-def test_pictures(model, most):
+def test_images(model, most):
     lengths = set()
     for size in SIZES:
         target = best_resolution(size, tuple(map(tuple, RESOLUTIONS)))
@@ -53,7 +53,7 @@ def test_pictures(model, most):
     assert len(lengths) > 4 and (most in (None, 9)) == all(whole for _, whole in lengths)
 
 
-def test_one_of_several_pictures(model):
+def test_one_of_several_images(model):
     features, newline = table_of(1)
     wanted, _ = LlavaOnevisionModel.pack_image_features(
         model, [torch.tensor(features)], torch.tensor([[9, 30]]), torch.tensor(newline)

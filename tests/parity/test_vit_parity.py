@@ -8,7 +8,7 @@ import pytest
 import torch
 import transformers
 from einops import rearrange
-from vision_checks import check_transformers, family_of, picture, read, to_torch
+from vision_checks import check_transformers, family_of, make_image, read, to_torch
 
 from mllm_jax.encoders import vit_hf
 from mllm_jax.encoders.vit import PatchEmbedding, ViTConfig
@@ -42,8 +42,8 @@ def test_without_a_pooler_the_config_says_so(randomise, assert_close, tmp_path):
     module, params = read(FAMILY, tmp_path)
     assert module.config.head_size is None
     with torch.no_grad():
-        theirs = reference(to_torch(picture(20, 20))).last_hidden_state
-    ours = module.apply({"params": params}, picture(20, 20))
+        theirs = reference(to_torch(make_image(20, 20))).last_hidden_state
+    ours = module.apply({"params": params}, make_image(20, 20))
     assert_close(ours.last_hidden_state, theirs, 1e-4)
     assert_close(ours.pooler_output, theirs[:, 0], 1e-4, "the class token")
 

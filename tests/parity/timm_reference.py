@@ -1,7 +1,7 @@
-"""timm, the reference for EVA-02-CLIP and NFNet, without a line in the extras: with it comes torchvision.
+"""timm, the reference for EVA-02-CLIP and NFNet. It is in no extra, because it depends on torchvision.
 
-torchvision's wheels hold operators for one build of torch; beside another, transformers fails to import wherever it
-finds it. So both packages stay in a folder of their own, which only the tests that compare with timm put on the path.
+torchvision's wheels hold operators for one build of torch; with another build, transformers fails to import if it finds
+torchvision. So both packages are in a separate folder, which only the tests that compare with timm put on the path.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ MISSING = f"missing asset: pip install --no-deps {' '.join(PACKAGES)}"
 
 
 def _folder() -> Path:
-    """Where the packages lie; fetched on CI, or where MLLM_FETCH_TIMM is set."""
+    """Returns the folder of the packages; downloads them on CI, or if MLLM_FETCH_TIMM is set."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mllm_jax"
     folder = cache / "-".join(PACKAGES).replace("==", "-")
     if not folder.is_dir() and (os.environ.get("CI") == "true" or os.environ.get("MLLM_FETCH_TIMM")):
@@ -32,12 +32,12 @@ def _folder() -> Path:
 
 
 def _declare_operators() -> None:
-    """torchvision declares what its operators give on the meta device, which fails where they do not exist."""
+    """Declares operators for torchvision, which registers their meta outputs and fails if they do not exist."""
     try:
         library = torch.library.Library("torchvision", "DEF")
         for name in ("nms", "qnms"):
             library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        _KEPT.append(library)  # collected, it would take its schemas along
+        _KEPT.append(library)  # garbage collection would remove its schemas
     except RuntimeError:  # a torchvision with its operators is loaded
         pass
 
@@ -46,8 +46,8 @@ _KEPT: list = []
 
 
 def timm_or_skip():
-    """The package; skips the test file where it is absent (which fails on CI)."""
-    importlib.import_module("transformers").utils.is_torchvision_available()  # asked once: not there
+    """Returns the package; skips the test file if it is missing (which fails on CI)."""
+    importlib.import_module("transformers").utils.is_torchvision_available()  # cached: not there
     folder = _folder()
     if folder.is_dir() and str(folder) not in sys.path:
         sys.path.append(str(folder))

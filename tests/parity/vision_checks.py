@@ -1,4 +1,4 @@
-"""One way to compare a vision tower with its reference class: through real folders, whole and packed pictures."""
+"""Compares a vision encoder with its reference class: through real folders, whole and packed images."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def family_of(home, architecture: str) -> Family:
 
 
 def read(family: Family, folder: Path):
-    """(module, parameters) of a folder."""
+    """Returns (module, parameters) of a folder."""
     config = family.from_hf(read_config(folder))
     return config.make(), read_weights(folder, family.table(config), abstract_params(config, family))
 
@@ -30,8 +30,8 @@ def write(family: Family, module, params, folder: Path) -> None:
     write_weights(folder, family.table(module.config), params, config=family.to_hf(module.config))
 
 
-def picture(height: int, width: int, rows: int = 1, channels: int = 3) -> np.ndarray:
-    """Normalised pixels [rows, H, W, C]."""
+def make_image(height: int, width: int, rows: int = 1, channels: int = 3) -> np.ndarray:
+    """Returns normalised pixels [rows, H, W, C]."""
     rng = np.random.default_rng(height * 100 + width)
     return rng.normal(size=(rows, height, width, channels)).astype(np.float32)
 
@@ -40,16 +40,16 @@ def to_torch(pixels: np.ndarray) -> torch.Tensor:
     return torch.tensor(rearrange(pixels, "b h w c -> b c h w"))
 
 
-def pack(pictures: list[np.ndarray], patch: int, class_token: bool, padding: int = 3):
-    """Single pictures in one row: pixels, segments, coordinates, grids, and the span of each."""
+def pack(images: list[np.ndarray], patch: int, class_token: bool, padding: int = 3):
+    """Packs single images into one row: pixels, segments, coordinates, grids, and the span of each."""
     parts, spans, start = [], [], 0
-    for number, pixels in enumerate(pictures, start=1):
+    for number, pixels in enumerate(images, start=1):
         grid = np.array(pixels.shape[1:3]) // patch
         whole = pixels[:, : grid[0] * patch, : grid[1] * patch]
         patches = rearrange(whole, "1 (h p) (w q) c -> (h w) (p q c)", p=patch, q=patch)
         places = np.indices(grid).reshape(2, -1).T
         if class_token:
-            # Nobody reads the pixels in a class token's place.
+            # The pixels at a class token's position are unused.
             patches = np.concatenate([np.full((1, patches.shape[1]), 5.0), patches])
             places = np.concatenate([[[-1, -1]], places])
         parts.append((patches, np.full(len(patches), number), places, np.broadcast_to(grid, places.shape)))
@@ -62,7 +62,7 @@ def pack(pictures: list[np.ndarray], patch: int, class_token: bool, padding: int
 
 
 def compare(ours, theirs, assert_close, what: str, tolerance: float = 1e-4) -> None:
-    """Every hidden state, the last and the pooled output; `theirs` is the reference's."""
+    """Compares every hidden state, the last and the pooled output; `theirs` is the reference's."""
     assert len(ours.hidden_states) == len(theirs.hidden_states)
     for i, (mine, their) in enumerate(zip(ours.hidden_states, theirs.hidden_states, strict=True)):
         assert_close(mine, their, tolerance, f"{what}: hidden state {i}")
@@ -73,11 +73,11 @@ def compare(ours, theirs, assert_close, what: str, tolerance: float = 1e-4) -> N
 
 
 def check_transformers(reference, family, folder: Path, assert_close, sizes, ignored: tuple[str, ...] = (), **call):
-    """Whole pictures of two sizes, pictures of all sizes packed in a row, and the folder that is written.
+    """Checks whole images of two sizes, images of all sizes packed in a row, and the written folder.
 
     Args:
         reference: a module with randomised weights.
-        sizes: (height, width) of pictures, the native one first; those from the third on are only packed.
+        sizes: (height, width) of images, the native one first; those from the third on are only packed.
         ignored: tensors of the reference that are not kept.
         call: further arguments of the reference's forward.
     """
@@ -91,13 +91,13 @@ def check_transformers(reference, family, folder: Path, assert_close, sizes, ign
         with torch.no_grad():
             return model(to_torch(pixels), output_hidden_states=True, **call)
 
-    wanted, ours = [theirs(reference, picture(*size, 1, c.num_channels)) for size in sizes], []
+    wanted, ours = [theirs(reference, make_image(*size, 1, c.num_channels)) for size in sizes], []
     for size, want in zip(sizes[:2], wanted, strict=False):
-        ours.append(apply({"params": params}, picture(*size, 1, c.num_channels), True))
+        ours.append(apply({"params": params}, make_image(*size, 1, c.num_channels), True))
         compare(ours[-1], want, assert_close, f"{size}")
         assert ours[-1].class_tokens == c.class_token
 
-    pixels, *places, spans = pack([picture(*size, 1, c.num_channels) for size in sizes], c.patch_size, c.class_token)
+    pixels, *places, spans = pack([make_image(*size, 1, c.num_channels) for size in sizes], c.patch_size, c.class_token)
     packed = jax.jit(lambda p, x, s, at, of: module.apply(p, x, True, segments=s, coordinates=at, grids=of))(
         {"params": params}, pixels, *places
     )
@@ -113,5 +113,5 @@ def check_transformers(reference, family, folder: Path, assert_close, sizes, ign
     kept = {name: tensor for name, tensor in reference.state_dict().items() if name not in ignored}
     assert opened.state_dict().keys() == kept.keys()
     assert all(torch.equal(tensor, kept[name]) for name, tensor in opened.state_dict().items())
-    compare(ours[0], theirs(opened, picture(*sizes[0], 1, c.num_channels)), assert_close, "written")
+    compare(ours[0], theirs(opened, make_image(*sizes[0], 1, c.num_channels)), assert_close, "written")
     return module, params

@@ -1,4 +1,4 @@
-"""The MLP projector: which patches one media token is made of."""
+"""The MLP projector: the patches of each media token."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from mllm_jax.projectors.mlp import MLPProjectorConfig
 
 
 def test_a_media_token_is_made_of_its_own_square_of_patches():
-    """A change of one patch of a 6 x 6 grid moves the one token whose 2 x 2 square holds it."""
+    """Checks that a change of one patch of a 6 x 6 grid moves the one token whose 2 x 2 square contains it."""
     c = MLPProjectorConfig(output_size=5, merge=2, input_norm=True)
     module = c.make()
     features = np.random.default_rng(0).normal(size=(1, 36, 4)).astype(np.float32)
@@ -24,7 +24,7 @@ def test_a_media_token_is_made_of_its_own_square_of_patches():
     assert before.shape == (1, 9, 5) == (1, c.num_tokens(6), 5)
     for row, column in [(0, 0), (1, 2), (4, 3), (5, 5)]:
         other = features.copy()
-        other[0, row * 6 + column, 0] += 1.0  # one channel only: the norm would undo a shift of all
+        other[0, row * 6 + column, 0] += 1.0  # one channel only: the norm would cancel a shift of all
         after = apply(params, other)
         moved = np.flatnonzero(np.abs(after - before).max(axis=-1)[0] > 1e-6)
         assert moved.tolist() == [(row // 2) * 3 + column // 2]

@@ -1,4 +1,4 @@
-"""The P-Former by itself, its sizes, the rows that LLMs of both kinds read, and sources without their pictures."""
+"""The P-Former alone: its sizes, the rows of LLMs of both kinds, and sources without their images."""
 
 from __future__ import annotations
 
@@ -42,12 +42,12 @@ def count(tree) -> int:
 
 
 def test_full_size_is_that_of_bert_base_and_three_maps():
-    """BERT-base has 109,482,240 parameters, 590,592 in its pooler and 768 for the second of two texts."""
+    """Checks the size: BERT-base has 109,482,240 parameters, 590,592 in its pooler, 768 for the second of two texts."""
     config = PFormerConfig(2560, 30_522)
     made = jax.eval_shape(config.make().init, jax.random.key(0), jnp.zeros((1, 4), jnp.int32))["params"]
     bert = 109_482_240 - 590_592 - 2 * 768
     maps = 769 * 32 * 768 + 769 * 768 + 769 * 2560
-    # Besides, the vector of a masked token: BERT's own is in its vocabulary.
+    # Plus the vector of a masked token: BERT's own is in its vocabulary.
     assert count(made) == bert + maps + 768
     own = PFormerConfig(2560, 30_522, mask_token_id=103)
     made = jax.eval_shape(own.make().init, jax.random.key(0), jnp.zeros((1, 4), jnp.int32))["params"]
@@ -98,7 +98,7 @@ def test_an_encoder_decoder_reads_media_and_writes_the_caption():
 
 @pytest.mark.parametrize("kind", LLMS)
 def test_every_kind_of_llm_is_prompted(kind):
-    """The P-Former learns from what the LLM says, and so do the media of a model that it guides."""
+    """Checks that the P-Former gets a gradient from the LLM, and so do the media of a model that it guides."""
     llm = LLMS[kind]
     config = PFormerPretrainingConfig(TINY, llm, projection_size=4)
     module, objective = config.make(), PFormerObjective()
@@ -144,7 +144,7 @@ def test_the_nearest_embedded_token_is_found():
     np.testing.assert_array_equal(module.apply({"params": params}, x, method="nearest"), wanted)
 
 
-def test_pictures_are_left_out():
+def test_images_are_left_out():
     config = OpenMojiCaptions(image_size=16, variants=1)
     whole, text = config.build(), TextOnly(config).build()
     assert len(text) == len(whole) and text.fingerprint() != whole.fingerprint() and text.name != whole.name

@@ -1,4 +1,4 @@
-"""The pixel shuffle itself, its counts, and what it refuses."""
+"""The pixel shuffle: its order, its counts and its refusals."""
 
 from __future__ import annotations
 

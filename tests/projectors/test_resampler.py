@@ -1,4 +1,4 @@
-"""The resampler: what its switches do and what is refused."""
+"""The resampler: its options and refusals."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_gradients_reach_everything_but_fixed_positions(config):
         for path, leaf in jax.tree_util.tree_leaves_with_path(grads)
     }
     still = {path for path, size in sizes.items() if size < 1e-5}
-    # A bias of all keys alike cancels in the softmax.
+    # A bias equal for all keys cancels in the softmax.
     assert still == {"['layers']['k']['bias']"} | ({"['positions']"} if config is C else set())
     remat = gradient(replace(config, compute=Compute(remat="full")))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), grads, remat)
@@ -60,7 +60,7 @@ def test_every_parameter_has_logical_names_and_bfloat16_computes_in_it():
 
 
 def test_positions_tell_places_apart():
-    """The order of the patches counts with positions, and does not without."""
+    """Checks that the order of the patches matters with positions, and does not without."""
     order = np.array([8, 3, 1, 0, 7, 2, 4, 6, 5])
     for config, same in ((C, False), (PERCEIVER, True)):
         params = random_params(config)
@@ -69,7 +69,7 @@ def test_positions_tell_places_apart():
 
 
 def test_patches_without_a_grid_are_refused():
-    with pytest.raises(DataError, match="10 vectors of a picture"):
+    with pytest.raises(DataError, match="10 vectors of a"):
         C.make().init(jax.random.key(0), np.zeros((1, 10, 5), np.float32))
     assert nn.meta.unbox(abstract_init(PERCEIVER.make(), np.zeros((1, 10, 5), np.float32)))
 

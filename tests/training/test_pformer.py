@@ -199,7 +199,7 @@ def test_what_does_not_fit_is_refused(tmp_path):
             alone, replace(prompt, data=replace(TEXTS, layout="conversation"))
         ),
         "layout 'caption' with slots {'image': 2}": lambda: guided(tmp_path, data=replace(PAIRS, slots={"image": 2})),
-        "captions of 97 places for a P-Former of 96": lambda: guided(tmp_path, validation=replace(PAIRS, length=97)),
+        "captions of 97 positions for a P-Former of 96": lambda: guided(tmp_path, validation=replace(PAIRS, length=97)),
         r"prompter/\* frozen": lambda: guided(tmp_path, trainable=("p*",)),
         r"llm/\* frozen": lambda: experiment(alone, replace(prompt, trainable=("*",))),
         "3 prompts of width 32": lambda: PromptGuidedConfig(COMPOSED, replace(PFORMER, num_queries=3)),

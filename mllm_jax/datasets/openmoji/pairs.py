@@ -1,4 +1,4 @@
-"""Several pictures in one conversation: which of them shows something, and whether they show the same."""
+"""Several images in one conversation: which of them shows something, and whether they show the same."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ ASKED = {
 
 @dataclass(frozen=True)
 class Group:
-    """The record indices of two or three pictures, in order."""
+    """The record indices of two or three images, in order."""
 
     members: tuple[int, ...]
 
 
 def compose_group(catalog: Catalog, dice: Dice, schedule: list[int]) -> Group:
-    """Two or three pictures: all the same in half of the groups, else different, half of these of one category."""
+    """Draws two or three images: half of the groups show one thing; half of the others come from one category."""
     count = 2 + dice.below(2)
     first = dice.pick(schedule)
     if dice.chance(0.5):
@@ -41,11 +41,11 @@ def compose_group(catalog: Catalog, dice: Dice, schedule: list[int]) -> Group:
         if len(members) == count:
             dice.shuffle(members)
             return Group(tuple(members))
-    return Group((first,) * count)  # a split too small for different ones
+    return Group((first,) * count)  # the split is too small for different images
 
 
 def group_turns(catalog: Catalog, dice: Dice, group: Group) -> list[Turn]:
-    """Two to four turns in random order; "which" is asked only where one picture alone is right."""
+    """Returns two to four turns in random order; "which" is asked only if exactly one image is right."""
     count = len(group.members)
     records = [catalog.records[index] for index in group.members]
     same = len(set(group.members)) == 1
@@ -69,5 +69,5 @@ def _ask(dice: Dice, task: str, answer: str, count: int, **words: str) -> Turn:
 
 
 def _clearly_different(catalog: Catalog, one: int, other: int) -> bool:
-    """Neither may be called by the other's name."""
+    """Returns whether neither record could go by the other's name."""
     return catalog.refutes(catalog.claims[one][FULL], other) and catalog.refutes(catalog.claims[other][FULL], one)

@@ -1,4 +1,4 @@
-"""Questions about one picture: how they are put, and which answers are true."""
+"""Questions about one image: their wordings and their true answers."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from mllm_jax.datasets.openmoji.catalog import FULL, Catalog, Dice
 from mllm_jax.datasets.openmoji.records import Record
 from mllm_jax.datasets.openmoji.turns import Turn
 
-# `{x}` is a claim with its article; no verb follows it, for it may be singular or plural.
+# `{x}` is a claim with its article. No verb follows it, because it may be singular or plural.
 ASKED = {
     "naming": (
         "What does this picture show?",
@@ -42,7 +42,7 @@ _SPOKEN_VOWEL = re.compile(r"(?!uni|one|eu|ewe)[aeiou]|hour")
 
 
 def with_article(words: str) -> str:
-    """The words as they stand in a sentence: "a cat", "an owl", "grapes"."""
+    """Returns the words as a noun phrase: "a cat", "an owl", "grapes"."""
     head = words.partition(" with ")[0].partition(" of ")[0].split(" ")[-1]
     plural = head.endswith("s") and not head.endswith("ss") and head not in _SINGULAR_WITH_S
     if plural or words.partition(" with ")[0] in _PLURAL_OR_MASS:
@@ -51,7 +51,7 @@ def with_article(words: str) -> str:
 
 
 def true_answers(record: Record) -> dict[str, str]:
-    """Task -> the answer of a record, for the tasks it has an answer to (`yes_no` apart)."""
+    """Returns task -> answer for the tasks that apply to a record (without `yes_no`)."""
     answers = {"naming": record.name, "category": record.category, "subcategory": record.subcategory}
     if record.skin_tone:
         answers["skin_tone"] = "default yellow" if record.skin_tone == "default" else record.skin_tone
@@ -61,7 +61,7 @@ def true_answers(record: Record) -> dict[str, str]:
 
 
 def yes_no(catalog: Catalog, dice: Dice, index: int, truth: bool, question: str) -> Turn | None:
-    """Asks whether picture `index` shows something; None where the split holds nothing false to ask for."""
+    """Asks whether image `index` shows something; returns None if the split has no false claim."""
     level = catalog.level(dice)
     claim = catalog.claims[index][level] if truth else catalog.wrong_claim(dice, index, (index,), level)
     if claim is None:
@@ -69,15 +69,15 @@ def yes_no(catalog: Catalog, dice: Dice, index: int, truth: bool, question: str)
     return Turn(question.format(x=with_article(claim.text)), "yes" if truth else "no", "yes_no")
 
 
-def picture_turns(
+def image_turns(
     catalog: Catalog, dice: Dice, index: int, count: int, naming_last: float = 0.5, only: tuple[str, ...] = ()
 ) -> list[Turn]:
-    """About `count` turns of different tasks on picture `index` (yes/no may come more than once).
+    """Returns about `count` turns of different tasks on image `index`; yes_no may occur more than once.
 
     Args:
-        naming_last: in this share of the conversations the name is asked at the end, so that the other answers
-            cannot be read off it.
-        only: nothing but these tasks, without a name that is always asked.
+        naming_last: share of the conversations that ask for the name last, so that it does not give away the other
+            answers.
+        only: the only tasks to ask; naming is then not added. Empty: all.
     """
     answers = true_answers(catalog.records[index])
     if only:
@@ -94,7 +94,7 @@ def picture_turns(
         tasks.insert(len(tasks) if dice.chance(naming_last) else dice.below(len(tasks) + 1), "naming")
     turns = []
     wordings = list(ASKED["yes_no"])
-    dice.shuffle(wordings)  # in turn: dropping a question put twice would drop more "yes" than "no"
+    dice.shuffle(wordings)  # in turn: dropping a repeated question would drop more "yes" than "no"
     for task in tasks:
         if task == "yes_no":
             wordings.append(wordings.pop(0))
@@ -107,5 +107,5 @@ def picture_turns(
 
 
 def caption(catalog: Catalog, index: int) -> str:
-    """What picture `index` shows, in words."""
+    """Returns image `index` in words."""
     return catalog.claims[index][FULL].text

@@ -1,4 +1,4 @@
-"""Preparing the data set once, and reading its splits into memory."""
+"""Prepares the data set once, and reads its splits into memory."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ CONFIGS = ("quickstart", "study", "full")
 
 @dataclass(frozen=True)
 class Record:
-    """One picture (encoded, 128 x 128) and its words; the words are those of `vocabulary.Form`."""
+    """One image (encoded, 128 x 128) and its words, which are those of `vocabulary.Form`."""
 
     image: bytes
     name: str
@@ -33,14 +33,14 @@ class Record:
 
 
 def load(config: str = "quickstart", data_dir: str | os.PathLike | None = None) -> Mapping[str, Sequence[Record]]:
-    """The splits of the data set, drawn and stored first where that was not done before (a few seconds, once).
+    """Returns the splits of the data set; draws and stores them first if needed (a few seconds, once).
 
     Args:
         config: "quickstart", "study" or "full".
-        data_dir: where prepared data lies; default: the environment variable MLLM_DATA_DIR, else TFDS's own default.
+        data_dir: folder of prepared data; default: the environment variable MLLM_DATA_DIR, else TFDS's own default.
 
     Returns:
-        Split name -> records. The pictures stay encoded.
+        Split name -> records. The images stay encoded.
 
     Raises:
         DataError: an unknown config, a missing package, a folder that cannot be written, damaged files.
@@ -62,9 +62,9 @@ def _load(config: str, data_dir: str | None) -> Mapping[str, tuple[Record, ...]]
         folder = Path(builder.data_dir)
         if not folder.exists():
             with _lock(folder.parent):
-                if not folder.exists():  # nobody else has finished it meanwhile
+                if not folder.exists():  # no other process has finished it meanwhile
                     _remove_remains(folder)
-                    tfds.display_progress_bar(False)  # it takes two seconds
+                    tfds.display_progress_bar(False)  # preparing takes two seconds
                     try:
                         builder.download_and_prepare(file_format="array_record")
                     finally:
@@ -82,7 +82,7 @@ def _load(config: str, data_dir: str | None) -> Mapping[str, tuple[Record, ...]]
         raise DataError(
             f"{folder} holds the splits {sorted(builder.info.splits)}",
             f"the splits {', '.join(SPLITS)}",
-            "remove that folder: it is drawn again in seconds",
+            "remove that folder; it is drawn again in seconds",
         )
     for split in SPLITS:
         try:
@@ -95,13 +95,13 @@ def _load(config: str, data_dir: str | None) -> Mapping[str, tuple[Record, ...]]
             raise DataError(
                 f"split {split!r} of openmoji/{config} cannot be read ({type(error).__name__}: {error})",
                 f"the files that were written to {folder}",
-                "remove that folder: it is drawn again in seconds",
+                "remove that folder; it is drawn again in seconds",
             ) from error
     return splits
 
 
 def summary(splits: Mapping[str, Sequence[Record]]) -> str:
-    """A table of pictures (and bases) for each split and category."""
+    """Returns a table of the number of images (and bases) in each split and category."""
     categories = sorted({record.category for records in splits.values() for record in records})
     lines = [f"{'':22}" + "".join(f"{split:>16}" for split in splits)]
     for category in [*categories, "all"]:
@@ -116,7 +116,7 @@ def summary(splits: Mapping[str, Sequence[Record]]) -> str:
 
 
 def digest(records: Sequence[Record]) -> str:
-    """A text that changes with any word or pixel of the records."""
+    """Returns a hash that changes with any word or pixel of the records."""
     total = hashlib.sha256()
     for record in records:
         for field in fields(Record):
@@ -127,19 +127,19 @@ def digest(records: Sequence[Record]) -> str:
 
 
 def _remove_remains(folder: Path) -> None:
-    """Removes what interrupted preparations left: TFDS writes to `<parent>/incomplete.<random>_<name>/`."""
+    """Removes the folders of interrupted preparations: TFDS writes to `<parent>/incomplete.<random>_<name>/`."""
     for remains in folder.parent.glob(f"*incomplete*{folder.name}*"):
         shutil.rmtree(remains, ignore_errors=True)
 
 
 @contextlib.contextmanager
 def _lock(folder: Path) -> Iterator[None]:
-    """One preparing process at a time; the operating system drops the lock of a process that dies."""
+    """Lets one process prepare at a time; the operating system releases the lock of a process that dies."""
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / ".lock", "w") as file:
         try:
             import fcntl
-        except ImportError:  # not a POSIX system: TFDS's own rename still lets no half-made data appear
+        except ImportError:  # not a POSIX system: TFDS's own rename still prevents incomplete data
             yield
             return
         fcntl.flock(file, fcntl.LOCK_EX)

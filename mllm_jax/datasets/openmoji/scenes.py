@@ -1,4 +1,4 @@
-"""Scenes: grids of emoji in one picture, composed so that places, numbers and presence can be asked for fairly."""
+"""Scenes: grids of emoji in one image, composed for balanced questions about positions, numbers and presence."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ ASKED = {
 
 @dataclass(frozen=True)
 class Scene:
-    """A grid x grid picture: record indices in reading order, and the record whose base was placed `count` times."""
+    """A grid x grid image: record indices in reading order, and the record whose base occurs `count` times."""
 
     grid: int
     cells: tuple[int, ...]
@@ -36,16 +36,16 @@ class Scene:
 
 
 def compose_scene(catalog: Catalog, dice: Dice, grid: int, schedule: list[int], count: int | None = None) -> Scene:
-    """Draws a scene: a base that is shown 0 to 4 times, each number equally often, among others that are not it.
+    """Draws a scene: one base occurs 0 to 4 times, each number equally often, among others that it is not true of.
 
-    Half of the others come from the base's own category, so that counting needs more than telling animals from food.
+    Half of the others come from the base's own category, so that counting takes more than telling animals from food.
 
     Args:
-        schedule: record indices to draw from, more often where a record stands more often.
-        count: how often the base is to be shown; drawn if None.
+        schedule: record indices to draw from; repeated records are drawn more often.
+        count: how often the base occurs; drawn if None.
     """
     count = dice.below(len(NUMBERS)) if count is None else count
-    for _ in range(20):  # in a small split a base such as "person" may be true of everything: then take another
+    for _ in range(20):  # in a small split, a base such as "person" may be true of everything: then take another
         target = dice.pick(schedule)
         base = catalog.claims[target][BASE]
         same, category = catalog.by_base[base.text], catalog.by_category[catalog.records[target].category]
@@ -56,15 +56,15 @@ def compose_scene(catalog: Catalog, dice: Dice, grid: int, schedule: list[int], 
             dice.shuffle(cells)
             return Scene(grid, tuple(cell for cell in cells if cell is not None), target, count)
     raise DataError(
-        f"{catalog.where} has too few pictures for scenes", "two bases that differ clearly", "choose a larger split"
+        f"{catalog.where} has too few images for scenes", "two bases that differ clearly", "choose a larger split"
     )
 
 
 def scene_turns(catalog: Catalog, dice: Dice, scene: Scene, count: int, only: tuple[str, ...] = ()) -> list[Turn]:
-    """`count` turns on a scene: places mostly, the number once, presence once or twice, in random order.
+    """Returns `count` turns on a scene: mostly positions, one number, presence once or twice, in random order.
 
     Args:
-        only: nothing but these tasks, the number still at most once; all where none of them is about scenes.
+        only: the only tasks to ask, the number still at most once; all tasks if none of them is about scenes.
     """
     tasks = ["scene_count", "scene_exists"] + ["scene_position"] * (count - 2)
     if count > 3 and dice.chance(0.5):
@@ -93,7 +93,7 @@ def scene_turns(catalog: Catalog, dice: Dice, scene: Scene, count: int, only: tu
 
 
 def position(catalog: Catalog, scene: Scene, cell: int, question: str) -> Turn:
-    """Asks what stands at a place."""
+    """Asks what a cell shows."""
     place = PLACES[scene.grid][cell]
     return Turn(question.format(place=place), catalog.claims[scene.cells[cell]][FULL].text, "scene_position")
 
@@ -105,7 +105,7 @@ def count_of(catalog: Catalog, scene: Scene, question: str) -> Turn:
 
 
 def exists(catalog: Catalog, dice: Dice, scene: Scene, truth: bool, question: str) -> Turn | None:
-    """Asks whether something is anywhere in the scene; None where the split holds nothing false to ask for."""
+    """Asks whether something is anywhere in the scene; returns None if the split has no false claim."""
     near = dice.pick(scene.cells)
     level = catalog.level(dice, base_share=0.5)
     claim = catalog.claims[near][level] if truth else catalog.wrong_claim(dice, near, scene.cells, level)
@@ -115,13 +115,13 @@ def exists(catalog: Catalog, dice: Dice, scene: Scene, truth: bool, question: st
 
 
 def scene_caption(catalog: Catalog, scene: Scene) -> str:
-    """The scene in words: "top left red apple top right ..."."""
+    """Returns the scene in words: "top left red apple top right ..."."""
     pairs = zip(PLACES[scene.grid], scene.cells, strict=True)
     return " ".join(f"{place} {catalog.claims[index][FULL].text}" for place, index in pairs)
 
 
 def _other(catalog: Catalog, dice: Dice, claim: Claim, pool: list[int]) -> int | None:
-    """A picture of which the claim is false, from the pool if it can be; None where there is none."""
+    """Returns a record of which the claim is false, from the pool if possible; None if there is none."""
     for _ in range(20):
         index = dice.pick(pool)
         if catalog.refutes(claim, index):

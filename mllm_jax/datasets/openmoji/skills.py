@@ -1,6 +1,6 @@
-"""One skill at a time, for comparing parts of a model: naming, places, numbers and small written text.
+"""One skill at a time, for comparing parts of a model: naming, positions, numbers and small written text.
 
-Few bases and short answers, so that what limits the answer is what the projector lets through.
+There are few bases and the answers are short, so that the projector limits the accuracy.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from mllm_jax.data.images import resize
 from mllm_jax.data.message import Example
 from mllm_jax.datasets.openmoji.catalog import Catalog, Dice, catalog
 from mllm_jax.datasets.openmoji.evaluation import EvalQuestion
-from mllm_jax.datasets.openmoji.pictures import Pictures
-from mllm_jax.datasets.openmoji.questions import ASKED as ASKED_OF_PICTURES
+from mllm_jax.datasets.openmoji.images import EmojiImages
+from mllm_jax.datasets.openmoji.questions import ASKED as ASKED_OF_IMAGES
 from mllm_jax.datasets.openmoji.questions import caption
 from mllm_jax.datasets.openmoji.scenes import ASKED as ASKED_OF_SCENES
 from mllm_jax.datasets.openmoji.scenes import PLACES, Scene, compose_scene, count_of, position, scene_caption
@@ -24,8 +24,8 @@ from mllm_jax.datasets.openmoji.turns import Turn, asked, captioned
 from mllm_jax.errors import ConfigError, DataError
 
 SKILLS = ("naming", "place", "number", "text")
-ASKED = ("composition/naming", "new/number", "new/text", "new/top_left")  # the split and the task of `skill_questions`
-FORMS = ("pictures", "captions", "text")
+ASKED = ("composition/naming", "new/number", "new/text", "new/top_left")  # split and task of `skill_questions`
+FORMS = ("images", "captions", "text")
 READING = ("Which number is written here?", "What number do you read?", "Read the number.")
 PEOPLE = (
     *("teacher", "cook", "artist", "astronaut", "mage", "vampire", "superhero", "scientist", "pilot", "elf"),
@@ -38,8 +38,8 @@ THINGS = (
     *("sun", "star", "umbrella", "pile of poo", "robot", "ghost", "red heart"),
 )
 _STREAM, _EVALUATION = 7, 107
-_LETTER = 0.25  # height of the digits as a share of the picture's
-_PICTURE = 0.62  # and the side of the emoji beside them
+_LETTER = 0.25  # height of the digits as a share of the image's height
+_IMAGE = 0.62  # side of the emoji as a share of the image's
 
 
 @dataclass(frozen=True)
@@ -54,18 +54,18 @@ class Sign:
 
 @dataclass(frozen=True)
 class OpenMojiSkills(SourceSettings):
-    """Examples of some skills, one a picture, taking turns.
+    """Examples of some skills in turn, one an image.
 
     Attributes:
-        skills: "naming" of a single picture, "place" and "number" of 2 x 2 scenes of things, "text" of an emoji with a
+        skills: "naming" of a single image, "place" and "number" of 2 x 2 scenes of things, "text" of an emoji with a
             small number written in a corner.
-        form: "pictures" asks of pictures; "captions" is a picture and its words, for contrastive training; "text" says
-            in words what is asked of, for the LLM.
+        form: "images" gives questions about images; "captions" gives an image and its words, for contrastive training;
+            "text" describes the image in words, for the LLM.
     """
 
     config: str = "study"
     skills: tuple[str, ...] = SKILLS
-    form: str = "pictures"
+    form: str = "images"
     size: int = 40_000
 
     def check(self) -> None:
@@ -89,7 +89,7 @@ class _Skills(EmojiSource):
         self.settings = settings
         self.name = f"openmoji_skills_{settings.form}"
         self.catalog = _restricted(settings.config, settings.split, settings.data_dir)
-        self.pictures = Pictures(self.catalog)
+        self.emoji_images = EmojiImages(self.catalog)
         self.singles = self.catalog.schedule(settings.per_base)
         self.things = _things(self.catalog)
 
@@ -97,7 +97,7 @@ class _Skills(EmojiSource):
         return self.settings.size
 
     def _shown(self, index: int) -> tuple[str, int | Scene | Sign, Dice]:
-        """The skill, what is shown, and the dice that go on from there."""
+        """Returns the skill, what the image shows, and the dice for the rest of the example."""
         dice = self._dice(index)
         skill = self.settings.skills[index % len(self.settings.skills)]
         if skill == "naming":
@@ -112,13 +112,13 @@ class _Skills(EmojiSource):
         if form == "captions":
             return captioned([_words(self.catalog, shown)], lambda: self.image(index))
         turns = _turns(self.catalog, dice, skill, shown)
-        if form == "pictures":
+        if form == "images":
             return asked(turns, [lambda: self.image(index)])
         context = scene_caption(self.catalog, shown) if isinstance(shown, Scene) else _words(self.catalog, shown)
         return asked(turns, context=context)
 
     def image(self, index: int) -> np.ndarray:
-        return _drawn(self.pictures, self._shown(index)[1], self.settings.image_size, self._augment(index))
+        return _drawn(self.emoji_images, self._shown(index)[1], self.settings.image_size, self._augment(index))
 
 
 @dataclass(frozen=True)
@@ -144,36 +144,36 @@ class OpenMojiSkillsAsked:
 
 @functools.lru_cache(maxsize=2)
 def _skill_questions(*settings) -> dict[str, list[EvalQuestion]]:
-    """The tasks share their images."""
+    """Builds the questions of all skills, which share their images."""
     return skill_questions(*settings)
 
 
 def skill_questions(
     config: str = "study", image_size: int = 64, seed: int = 0, limit: int = 200, data_dir: str | None = None
 ) -> dict[str, list[EvalQuestion]]:
-    """{"composition": naming of tones and genders never seen, "new": scenes and signs of known things}.
+    """Returns {"composition": naming of unseen tones and genders, "new": scenes and signs of known things}.
 
-    Pairs of thing and number on signs are never in training; a scene of four equal things may be.
+    Pairs of thing and number on signs do not occur in training; a scene of four equal things may.
 
     Raises:
-        DataError: no such config, or a picture that cannot be decoded.
+        DataError: no such config, or an image that cannot be decoded.
     """
     held = _restricted(config, "composition", data_dir)
-    pictures = Pictures(held)
+    images = EmojiImages(held)
     order = list(held.all)
     Dice(seed, _EVALUATION).shuffle(order)
     naming = [
         EvalQuestion(
             "naming",
-            ASKED_OF_PICTURES["naming"][0],
+            ASKED_OF_IMAGES["naming"][0],
             held.records[record].name,
-            (pictures.single(record, image_size),),
+            (images.single(record, image_size),),
             record,
         )
         for record in order[:limit]
     ]
     known = _restricted(config, "train", data_dir)
-    pictures, things, asked = Pictures(known), _things(known), []
+    images, things, asked = EmojiImages(known), _things(known), []
     for number in range(limit):
         dice = Dice(seed, _EVALUATION, number)
         scene = compose_scene(known, dice, 2, things, count=number % 5)
@@ -186,27 +186,27 @@ def skill_questions(
         for task, (turn, shown) in turns.items():
             record = shown.target if isinstance(shown, Scene) else shown.record
             asked.append(
-                EvalQuestion(task, turn.question, turn.answer, (_drawn(pictures, shown, image_size, None),), record)
+                EvalQuestion(task, turn.question, turn.answer, (_drawn(images, shown, image_size, None),), record)
             )
     return {"composition": naming, "new": sorted(asked, key=lambda question: question.task)}
 
 
 def draw_sign(things: list[int], dice: Dice, held_out: bool = False) -> Sign:
-    """A thing and a number, at random. A fifth of these pairs is held out, of every thing and of every number some."""
+    """Draws a thing and a number. A fifth of these pairs is held out: some of every thing and of every number."""
     while True:
         sign = Sign(dice.pick(things), 10 + dice.below(90), dice.below(2), dice.below(2))
         if ((7 * sign.number + sign.record) % 5 == 0) == held_out:
             return sign
 
 
-def sign_picture(pictures: Pictures, sign: Sign, size: int, dice: Dice | None = None) -> np.ndarray:
-    """uint8 [size, size, 3]: the emoji in the corner that is opposite to the number's."""
+def sign_image(images: EmojiImages, sign: Sign, size: int, dice: Dice | None = None) -> np.ndarray:
+    """Returns uint8 [size, size, 3]: the emoji in the corner opposite to the number."""
     from PIL import Image, ImageDraw
 
-    side = round(size * _PICTURE)
+    side = round(size * _IMAGE)
     canvas = np.full((size, size, 3), 255, np.uint8)
     top, left = (0 if corner else size - side for corner in (sign.row, sign.column))
-    canvas[top : top + side, left : left + side] = resize(pictures.single(sign.record, size, dice), side)
+    canvas[top : top + side, left : left + side] = resize(images.single(sign.record, size, dice), side)
     image = Image.fromarray(canvas)
     margin = round(0.03 * size)
     where = tuple(size - margin if corner else margin for corner in (sign.column, sign.row))
@@ -225,7 +225,7 @@ def _digits(height: int):
 
 
 def _restricted(config: str, split: str, data_dir: str | None) -> Catalog:
-    """The split's pictures of PEOPLE and THINGS."""
+    """Returns the split's records of PEOPLE and THINGS."""
     whole = catalog(config, split, data_dir)
     records = [record for record in whole.records if record.base in {*PEOPLE, *THINGS}]
     if not records:
@@ -248,7 +248,7 @@ def _turns(known: Catalog, dice: Dice, skill: str, shown: int | Scene | Sign) ->
     if isinstance(shown, Sign):
         return (Turn(dice.pick(READING), str(shown.number), skill),)
     if isinstance(shown, int):
-        return (Turn(dice.pick(ASKED_OF_PICTURES["naming"]), known.records[shown].name, skill),)
+        return (Turn(dice.pick(ASKED_OF_IMAGES["naming"]), known.records[shown].name, skill),)
     if skill == "number":
         return (count_of(known, shown, dice.pick(ASKED_OF_SCENES["scene_count"])),)
     places = list(range(len(PLACES[2])))
@@ -256,7 +256,7 @@ def _turns(known: Catalog, dice: Dice, skill: str, shown: int | Scene | Sign) ->
     return tuple(position(known, shown, place, dice.pick(ASKED_OF_SCENES["scene_position"])) for place in places)
 
 
-def _drawn(pictures: Pictures, shown: int | Scene | Sign, size: int, dice: Dice | None) -> np.ndarray:
+def _drawn(images: EmojiImages, shown: int | Scene | Sign, size: int, dice: Dice | None) -> np.ndarray:
     if isinstance(shown, Sign):
-        return sign_picture(pictures, shown, size, dice)
-    return pictures.scene(shown, size, dice) if isinstance(shown, Scene) else pictures.single(shown, size, dice)
+        return sign_image(images, shown, size, dice)
+    return images.scene(shown, size, dice) if isinstance(shown, Scene) else images.single(shown, size, dice)

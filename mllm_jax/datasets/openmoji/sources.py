@@ -1,12 +1,12 @@
 """Sources of conversations about emoji: each example is a function of the source's settings and its index.
 
-Every source is configured by a frozen dataclass; `build()` reads the data and returns a `Source`.
-The settings they share:
+A frozen dataclass configures each source; `build()` reads the data and returns a `Source`.
+They share these settings:
 
     config: "quickstart", "study" or "full"; split: "train", "validation", "composition" or "unseen";
-    image_size: in pixels; seed: another seed is another set of questions; augment: shift and shrink each picture a
-    little; per_base: a base with fewer forms is repeated up to so many, so that persons in 18 forms do not drown
-    everything else (1: each picture equally often); data_dir: see `records.load`.
+    image_size: in pixels; seed: selects the questions; augment: shifts and shrinks each image slightly;
+    per_base: a base with fewer forms is repeated up to this number, so that persons with their 18 forms do not
+    dominate (1: each image equally often); data_dir: see `records.load`.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ import numpy as np
 
 from mllm_jax.data.message import Example
 from mllm_jax.datasets.openmoji.catalog import Catalog, Dice, catalog
+from mllm_jax.datasets.openmoji.images import EmojiImages
 from mllm_jax.datasets.openmoji.pairs import Group, compose_group, group_turns
-from mllm_jax.datasets.openmoji.pictures import Pictures
-from mllm_jax.datasets.openmoji.questions import ASKED as ASKED_OF_PICTURES
-from mllm_jax.datasets.openmoji.questions import caption, picture_turns
+from mllm_jax.datasets.openmoji.questions import ASKED as ASKED_OF_IMAGES
+from mllm_jax.datasets.openmoji.questions import caption, image_turns
 from mllm_jax.datasets.openmoji.scenes import ASKED as ASKED_OF_SCENES
 from mllm_jax.datasets.openmoji.scenes import PLACES, Scene, compose_scene, scene_caption, scene_turns
 from mllm_jax.datasets.openmoji.turns import asked, captioned
 from mllm_jax.errors import ConfigError
 
-QUESTIONS_VERSION = 16  # raise it whenever the questions, the answers or the drawing of pictures change
-_AUGMENT, _ENDING = 1, 2  # the last part of a random stream's seed: 0 draws the text, 1 the picture, 2 a caption's end
-PER_BASE = 3  # the default of `per_base`, and what the evaluation draws its scenes from
+QUESTIONS_VERSION = 16  # increase it whenever the questions, the answers or the drawing of images change
+_AUGMENT, _ENDING = 1, 2  # last part of a random stream's seed: 0 draws the text, 1 the image, 2 a caption's end
+PER_BASE = 3  # default of `per_base`; the evaluation draws its scenes with it
 
 _RANGES = {
     "image_size": (8, 4096),
@@ -66,17 +66,17 @@ class SourceSettings:
                 raise ConfigError(
                     f"{type(self).__name__}: {name}={value}", f"{least} to {most}", "correct the setting in the config"
                 )
-        unknown = set(getattr(self, "tasks", ())) - set(ASKED_OF_PICTURES) - set(ASKED_OF_SCENES)
+        unknown = set(getattr(self, "tasks", ())) - set(ASKED_OF_IMAGES) - set(ASKED_OF_SCENES)
         if unknown:
-            known = ", ".join([*ASKED_OF_PICTURES, *ASKED_OF_SCENES])
+            known = ", ".join([*ASKED_OF_IMAGES, *ASKED_OF_SCENES])
             raise ConfigError(f"{type(self).__name__}: tasks {sorted(unknown)}", f"some of {known}", "correct them")
 
 
 @dataclass(frozen=True)
 class OpenMojiQuestions(SourceSettings):
-    """One picture and three to five questions of different tasks; index = scheduled picture * variants + variant.
+    """One image and three to five questions of different tasks; index = scheduled image * variants + variant.
 
-    `tasks` restricts them to some ("naming", "yes_no", ...) and `turns` sets their number.
+    `tasks` selects some of them ("naming", "yes_no", ...), and `turns` sets their number.
     """
 
     variants: int = 8
@@ -90,9 +90,9 @@ class OpenMojiQuestions(SourceSettings):
 
 @dataclass(frozen=True)
 class OpenMojiScenes(SourceSettings):
-    """A picture with a grid of emoji and three to five questions about places, numbers and presence.
+    """An image with a grid of emoji and three to five questions about positions, numbers and presence.
 
-    `tasks` restricts them to some ("scene_position", "scene_count", "scene_exists") and `turns` sets their number.
+    `tasks` selects some of them ("scene_position", "scene_count", "scene_exists"), and `turns` sets their number.
     """
 
     grid: int = 2
@@ -106,7 +106,7 @@ class OpenMojiScenes(SourceSettings):
 
 @dataclass(frozen=True)
 class OpenMojiPairs(SourceSettings):
-    """Two or three pictures in one conversation, and questions that compare them."""
+    """Two or three images in one conversation, and questions that compare them."""
 
     size: int = 10_000
 
@@ -116,13 +116,13 @@ class OpenMojiPairs(SourceSettings):
 
 @dataclass(frozen=True)
 class OpenMojiCaptions(SourceSettings):
-    """One picture and its caption, for contrastive training; a `scene_share` of the pictures are 2 x 2 scenes.
+    """One image and its caption, for contrastive training; a `scene_share` of the images are 2 x 2 scenes.
 
-    A scene has a caption for each of its cells: the encoder is to have as many regions. With a `category_share` a
-    caption ends in the picture's category, which a base that was never seen can share.
+    A scene has a caption for each of its cells, so the encoder must have as many regions. With a `category_share`, a
+    caption ends in the image's category, which an unseen base may share.
 
-    Each variant lists every picture once, the forms of a base one after the other in random order: a mixture that keeps
-    neighbours together has hard negatives.
+    Each variant lists every image once, with the forms of a base next to each other in random order. A mixture that
+    keeps neighbours together then has hard negatives.
     """
 
     variants: int = 8
@@ -135,7 +135,7 @@ class OpenMojiCaptions(SourceSettings):
 
 @dataclass(frozen=True)
 class OpenMojiText(SourceSettings):
-    """The questions of the other sources about a description in words instead of a picture; no pictures at all."""
+    """The questions of the other sources about a description in words; there are no images."""
 
     variants: int = 8
     scene_share: float = 0.3
@@ -148,7 +148,7 @@ class OpenMojiText(SourceSettings):
 
 
 class EmojiSource:
-    """What the sources share: the catalog, a schedule that levels the bases, random streams and the fingerprint."""
+    """The base of all sources: catalog, a schedule that balances the bases, random streams and the fingerprint."""
 
     name: str
     stream: int
@@ -158,13 +158,13 @@ class EmojiSource:
         self.settings = settings
         self.catalog: Catalog = catalog(settings.config, settings.split, settings.data_dir)
         self.schedule = self.catalog.schedule(settings.per_base)
-        self.pictures = Pictures(self.catalog)
+        self.emoji_images = EmojiImages(self.catalog)
 
     def __len__(self) -> int:
         return len(self.schedule) * self.settings.variants
 
     def fingerprint(self) -> str:
-        """Changes with the records, the settings (but for the folder they lie in) and the version of the questions."""
+        """Returns a hash of the records, the settings (without the data folder) and the version of the questions."""
         settings = {key: value for key, value in asdict(self.settings).items() if key != "data_dir"}
         parts = (self.name, QUESTIONS_VERSION, sorted(settings.items()), self.catalog.digest)
         return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
@@ -183,18 +183,18 @@ class _Questions(EmojiSource):
     stream = 1
 
     def record_index(self, index: int) -> int:
-        """Which record example `index` shows."""
+        """Returns the index of the record that example `index` shows."""
         return self.schedule[index // self.settings.variants]
 
     def example(self, index: int) -> Example:
         dice = self._dice(index)
         s = self.settings
         count = s.turns or 3 + dice.below(3)
-        turns = picture_turns(self.catalog, dice, self.record_index(index), count, s.naming_last, s.tasks)
+        turns = image_turns(self.catalog, dice, self.record_index(index), count, s.naming_last, s.tasks)
         return asked(turns, [lambda: self.image(index)])
 
     def image(self, index: int) -> np.ndarray:
-        return self.pictures.single(self.record_index(index), self.settings.image_size, self._augment(index))
+        return self.emoji_images.single(self.record_index(index), self.settings.image_size, self._augment(index))
 
 
 class _Scenes(EmojiSource):
@@ -207,7 +207,7 @@ class _Scenes(EmojiSource):
         return self.settings.size
 
     def scene(self, index: int, dice: Dice | None = None) -> Scene:
-        """The plan of example `index`."""
+        """Composes the scene of example `index`."""
         return compose_scene(self.catalog, dice or self._dice(index), self.settings.grid, self.schedule)
 
     def example(self, index: int) -> Example:
@@ -217,7 +217,7 @@ class _Scenes(EmojiSource):
         return asked(scene_turns(self.catalog, dice, scene, count, self.settings.tasks), [lambda: self.image(index)])
 
     def image(self, index: int) -> np.ndarray:
-        return self.pictures.scene(self.scene(index), self.settings.image_size, self._augment(index))
+        return self.emoji_images.scene(self.scene(index), self.settings.image_size, self._augment(index))
 
 
 class _Pairs(EmojiSource):
@@ -228,7 +228,7 @@ class _Pairs(EmojiSource):
         return self.settings.size
 
     def group(self, index: int, dice: Dice | None = None) -> Group:
-        """The plan of example `index`."""
+        """Composes the group of example `index`."""
         return compose_group(self.catalog, dice or self._dice(index), self.schedule)
 
     def example(self, index: int) -> Example:
@@ -238,9 +238,9 @@ class _Pairs(EmojiSource):
         return asked(group_turns(self.catalog, dice, group), draw)
 
     def images(self, index: int) -> list[np.ndarray]:
-        """All images of an example, which share one stream of chance."""
+        """Returns all images of an example, which share one random stream."""
         dice = self._augment(index)
-        return [self.pictures.single(one, self.settings.image_size, dice) for one in self.group(index).members]
+        return [self.emoji_images.single(one, self.settings.image_size, dice) for one in self.group(index).members]
 
     def _image(self, index: int, number: int) -> np.ndarray:
         return self.images(index)[number]
@@ -258,7 +258,7 @@ class _Captions(EmojiSource):
         return len(self.catalog.records) * self.settings.variants
 
     def _ordered(self, variant: int) -> list[int]:
-        """All records, base by base, bases and their forms in an order of this variant's own."""
+        """Returns all records, base by base; bases and their forms are in a random order of this variant."""
         rng = np.random.default_rng((self.settings.seed, self.stream, variant))
         bases = list(self.catalog.by_base.values())
         return [
@@ -281,7 +281,7 @@ class _Captions(EmojiSource):
 
     def image(self, index: int) -> np.ndarray:
         shown, size, dice = self._shown(index), self.settings.image_size, self._augment(index)
-        draw = self.pictures.scene if isinstance(shown, Scene) else self.pictures.single
+        draw = self.emoji_images.scene if isinstance(shown, Scene) else self.emoji_images.single
         return draw(shown, size, dice)  # type: ignore[arg-type]
 
     def _caption(self, record: int, dice: Dice) -> str:
@@ -304,6 +304,6 @@ class _Text(EmojiSource):
             context = scene_caption(self.catalog, scene)
         else:
             record = self.schedule[index // self.settings.variants]
-            turns = picture_turns(self.catalog, dice, record, count, s.naming_last, s.tasks)
+            turns = image_turns(self.catalog, dice, record, count, s.naming_last, s.tasks)
             context = caption(self.catalog, record)
         return asked(turns, context=context)

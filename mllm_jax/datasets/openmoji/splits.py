@@ -1,4 +1,4 @@
-"""Which form of which base belongs to which split, decided by hashes so that every machine agrees."""
+"""Assigns each form to a split by hashes, so that every machine agrees."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ SPLITS = ("train", "validation", "composition", "unseen")
 UNSEEN_SHARE = 0.12  # of the bases of each category
 LARGEST_CATEGORY = 0.18  # of the bases in `unseen`
 COMPOSITION_SHARE = 0.15  # of the forms of a base with genders
-VALIDATION_SHARE = 0.05  # of the rest of the bases with several forms: about 3 % of all that remains
+VALIDATION_SHARE = 0.05  # of the remaining bases with several forms: about 3 % of the remaining forms
 _MANY_FORMS = 6
 
 
 def assign_splits(forms: Sequence[Form]) -> list[str]:
-    """The split of each form.
+    """Returns the split of each form.
 
     `unseen` holds all forms of its bases. `composition` holds (gender, tone) combinations of bases whose every gender
-    and every tone is in other forms of `train`; a base with one gender gives none. `validation` takes a few forms
-    of bases that keep others in `train`: a base with a single picture would otherwise be one more unseen base.
+    and every tone is in other forms of `train`; a base with one gender gives none. `validation` takes a few forms of
+    bases that keep others in `train`, because a base with a single image would be one more unseen base.
 
     Args:
-        forms: distinct forms of one configuration, in any order; the order does not matter.
+        forms: distinct forms of one configuration, in any order.
 
     Returns:
         One of SPLITS for each form.
@@ -68,7 +68,7 @@ def _unseen_bases(by_base: dict[str, list[Form]]) -> set[str]:
 
 
 def _composition(members: list[Form]) -> set[str]:
-    """Codes of the forms to hold out: never the last one left of a gender or of a tone."""
+    """Returns the codes of the forms to hold out: never the last one of a gender or of a tone."""
     genders = Counter(form.gender for form in members)
     tones = Counter(form.skin_tone for form in members)
     held: set[str] = set()
@@ -85,7 +85,7 @@ def _composition(members: list[Form]) -> set[str]:
 
 
 def _return_lonely_parts(forms: Sequence[Form], split_of: dict[str, str]) -> None:
-    """Gives a validation form back to train where a held-out combination needs its gender or its tone there."""
+    """Returns a validation form to train where a held-out combination needs its gender or its tone there."""
     in_train: set[tuple[str, str]] = set()
     for form in forms:
         if split_of[form.codepoints] == "train":
@@ -99,5 +99,5 @@ def _return_lonely_parts(forms: Sequence[Form], split_of: dict[str, str]) -> Non
 
 
 def _order(salt: str, key: str) -> int:
-    """A number in [0, 2**64) that is the same in every process, unlike Python's own hash."""
+    """Returns an integer in [0, 2**64) that is the same in every process, unlike Python's own hash."""
     return int.from_bytes(hashlib.sha256(f"openmoji:{salt}:{key}".encode()).digest()[:8], "big")

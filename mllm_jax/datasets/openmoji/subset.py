@@ -1,9 +1,8 @@
-"""The bases of the configurations `quickstart` and `study`: pictures clear at 64 pixels, six categories of like size.
+"""The bases of the configurations `quickstart` and `study`: images clear at 64 pixels, six categories of similar size.
 
-Left out of both: activities, a category by what things are for and not by what they look like; words that hold others
-("bird" next to "duck"); and pictures that only their text tells apart. `study` has more persons: those of whose genders
-two are alike where a picture is a cell of a scene. At 32 pixels and equal tone they differ by less than 0.09 (root mean
-square, black to white being 1).
+Both leave out activities, a category by use and not by appearance; names that contain others ("bird" next to "duck");
+and images that differ only in their text. `study` adds persons with two genders that look alike in a cell of a scene:
+at 32 pixels and equal tone they differ by less than 0.09 (root mean square; black to white is 1).
 """
 
 from __future__ import annotations
@@ -80,7 +79,7 @@ blue heart, green heart, heart with arrow, heart with ribbon
 
 
 def bases(config: str) -> tuple[str, ...]:
-    """The bases of "quickstart" or "study", grouped by category and in a fixed order."""
+    """Returns the bases of "quickstart" or "study", grouped by category and in a fixed order."""
     groups = (_PEOPLE, _HANDS, _ANIMALS, _FOOD, _OBJECTS, _TRAVEL, _SMILEYS)
     text = ",".join(groups if config == "quickstart" else (_ALIKE, *groups))
     return tuple(" ".join(name.split()) for name in text.split(","))

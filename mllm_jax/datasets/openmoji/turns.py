@@ -1,4 +1,4 @@
-"""Questions and answers about emoji as examples."""
+"""Builds examples from questions and answers about emoji."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from mllm_jax.data.message import Example, Image, Message, Segment, Text
 
 @dataclass(frozen=True)
 class Turn:
-    """One question and its answer; `task` names the skill it trains or measures."""
+    """One question and its answer; `task` is the skill that it trains or measures."""
 
     question: str
     answer: str
@@ -21,7 +21,7 @@ class Turn:
 
 
 def asked(turns: Sequence[Turn], draw: Sequence[Callable[[], np.ndarray]] = (), context: str = "") -> Example:
-    """The conversation about images, or about the text `context` that takes the place of one."""
+    """Builds a conversation about images, or about the text `context` instead."""
     opening = (*(Image(Drawn(each)) for each in draw), *((Text(context),) if context else ()))
     messages = []
     for turn in turns:
@@ -31,7 +31,7 @@ def asked(turns: Sequence[Turn], draw: Sequence[Callable[[], np.ndarray]] = (), 
 
 
 def captioned(captions: Sequence[str], draw: Callable[[], np.ndarray], regions: bool = False) -> Example:
-    """An image and its captions; with `regions` each describes the region of its number."""
+    """Builds an example of an image and its captions; with `regions`, caption i describes region i."""
     said = tuple(Message("assistant", caption) for caption in captions)
     segments = tuple(Segment((number + 1,), number if regions else None) for number in range(len(said)))
     return Example((Message("user", (Image(Drawn(draw)),)), *said), segments)

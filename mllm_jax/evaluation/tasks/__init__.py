@@ -1,1 +1,1 @@
-"""Tasks, a short file for each benchmark."""
+"""Tasks, one short file a benchmark."""

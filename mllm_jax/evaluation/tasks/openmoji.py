@@ -1,4 +1,4 @@
-"""What a model trained on OpenMoji is asked at the end of its run."""
+"""The tasks that evaluate a model trained on OpenMoji."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ METRICS = {
 
 
 def ask(question: EvalQuestion) -> tuple[Message, ...]:
-    """The images, then the question."""
+    """Returns the images, then the question, as one message."""
     return (Message("user", (*map(Image, question.images), Text(question.question))),)
 
 
@@ -38,10 +38,10 @@ def openmoji_questions(
     seed: int = 0,
     data_dir: str | None = None,
 ) -> tuple[Task, ...]:
-    """A task for each split and kind of question; see `mllm_jax.datasets.openmoji.evaluation`.
+    """Returns a task for each split and kind of question; see `mllm_jax.datasets.openmoji.evaluation`.
 
     Args:
-        limit: of questions in a task.
+        limit: maximum number of questions a task.
     """
     return tuple(
         Task(f"{split}/{kind}", OpenMojiAsked(kind, config, split, image_size, limit, seed, data_dir), ask, METRICS)
@@ -53,7 +53,7 @@ def openmoji_questions(
 def openmoji_skills(
     config: str = "study", image_size: int = 64, limit: int = 200, seed: int = 0, data_dir: str | None = None
 ) -> tuple[Task, ...]:
-    """Naming, positions, numbers and small written text, each a task; see `mllm_jax.datasets.openmoji.skills`."""
+    """Returns a task each for naming, positions, numbers and small text; see `mllm_jax.datasets.openmoji.skills`."""
     return tuple(
         Task(name, OpenMojiSkillsAsked(name, config, image_size, limit, seed, data_dir), ask, METRICS) for name in ASKED
     )
@@ -62,17 +62,17 @@ def openmoji_skills(
 def openmoji_retrieval(
     config: str = "quickstart", splits: tuple[str, ...] = SPLITS, **settings: Any
 ) -> tuple[OpenMojiRetrieval, ...]:
-    """The search of captions by images and of images by captions, on each split."""
+    """Returns the searches of captions by images and of images by captions on each split."""
     return tuple(OpenMojiRetrieval(split, way, config, **settings) for split in splits for way in WAYS)
 
 
 @dataclass(frozen=True)
 class OpenMojiRetrieval:
-    """Captions among captions or images among images; see `mllm_jax.datasets.openmoji.galleries`.
+    """Retrieval of captions by images or of images by captions; see `mllm_jax.datasets.openmoji.galleries`.
 
     Attributes:
         way: "image_to_text" or "text_to_image".
-        ways: images and captions that each is looked for among.
+        ways: number of images and captions in the gallery.
     """
 
     split: str
@@ -101,7 +101,7 @@ class OpenMojiRetrieval:
             )
 
     def measure(self, assistant: Assistant, *, limit: int | None = None, batch_size: int = BATCH) -> Measured:
-        """See `mllm_jax.evaluation.task.Evaluation`."""
+        """Implements `mllm_jax.evaluation.task.Evaluation`."""
         settings = (self.config, self.split, self.image_size, self.ways, self.seed, self.data_dir)
         gallery = next(gallery for gallery in galleries(*settings) if gallery.task == self.way)
         return search(assistant, gallery, limit)

@@ -1,4 +1,4 @@
-"""Questions of one's own as a task: free answers or choices, beside their controls."""
+"""The user's own questions as a task: free answers or choices, with their controls."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ CHOOSE = "Answer with the option's letter from the given choices directly."
 
 
 def ask(question: Question) -> tuple[Message, ...]:
-    """The images, the question, and the choices by their letters."""
+    """Returns the images, the question, and the choices by their letters, as one message."""
     text = question.question
     if question.choices:
         offered = [option(index, choice) for index, choice in enumerate(question.choices)]
@@ -28,14 +28,14 @@ def questions_task(
     *,
     limit: int | None = None,
 ) -> Task:
-    """Makes a task of a file of questions, which is read to see which controls it can have.
+    """Builds a task from a file of questions; reads the file to find out which controls it can have.
 
-    Free answers are right if they equal an accepted one after `normalise`; choices are named by letter or text. Of at
-    least two questions the majority answer is a control, of at least two with images also their shuffling.
+    Free answers are right if they equal an accepted one after `normalise`; choices are named by letter or text. Two
+    questions or more have the majority answer as a control; two or more with images also have shuffled images.
 
     Args:
         path, media_folder: see `mllm_jax.Questions`.
-        limit: the number of questions that will be asked, from the first on.
+        limit: number of questions to ask, from the first on.
 
     Raises:
         DataError: see `Questions.build`.

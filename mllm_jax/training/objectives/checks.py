@@ -1,4 +1,4 @@
-"""What several objectives check of a stage and its model."""
+"""Checks of a stage and its model that several objectives share."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def require_model(stage: Stage, model: Any, *kinds: type) -> None:
-    """Raises ConfigError: a model's config that is of none of these classes."""
+    """Raises ConfigError if a model's config is of none of these classes."""
     if not isinstance(model, kinds):
         raise ConfigError(
             f"stage {stage.name!r}: {type(stage.objective).__name__} for a {type(model).__name__}",
@@ -28,14 +28,14 @@ def check_features(stage: Stage, model: Any, *, read: bool) -> None:
         read: whether the objective's loss takes `features` instead of `images`.
 
     Raises:
-        ConfigError: they are not read, or the encoder that makes them is trained or reads packed patches.
+        ConfigError: they are not read, or their encoder is trained or reads packed patches.
     """
     if not stage.cache_features:
         return
     if not read or model.image.packed or trains(stage.trainable, "encoder_image"):
         raise ConfigError(
             f"stage {stage.name!r}: cache_features of {type(model).__name__}, trainable {stage.trainable}",
-            "next-token or prompt-guided training of a model with a frozen encoder of whole pictures",
+            "next-token or prompt-guided training of a model with a frozen encoder of whole images",
             "freeze the encoder, or drop cache_features",
         )
 
@@ -44,8 +44,8 @@ def check_captions(stage: Stage, captions: int, reader: Any) -> None:
     """Checks the captions of a contrastive stage.
 
     Args:
-        captions: the most of an image that the model's heads take.
-        reader: the config of what reads them.
+        captions: maximum number of captions an image for the model's heads.
+        reader: config of the text encoder.
 
     Raises:
         ConfigError: more or longer captions.
@@ -63,6 +63,6 @@ def check_captions(stage: Stage, captions: int, reader: Any) -> None:
             raise ConfigError(
                 f"stage {stage.name!r}: captions of {mixture.length} positions for a text encoder of"
                 f" {reader.max_length}",
-                "rows that the encoder's positions hold",
+                "rows that fit the encoder's positions",
                 "lower the mixture's length, or raise max_length of the model's text encoder",
             )

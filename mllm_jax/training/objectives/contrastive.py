@@ -1,4 +1,4 @@
-"""Contrastive training of a picture and a text tower: softmax (CLIP) and sigmoid (SigLIP)."""
+"""Contrastive training of an image encoder and a text encoder: softmax (CLIP) and sigmoid (SigLIP)."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ KINDS = ("softmax", "sigmoid")
 
 @dataclass(frozen=True)
 class Contrastive:
-    """Each picture against all texts of the batch and the reverse, over all devices.
+    """Contrasts each image with all texts of the batch and each text with all images, over all devices.
 
     Pairs of different rows with equal texts are not negatives of each other and are left out.
 
     Attributes:
-        kind: "softmax" (InfoNCE both ways, arXiv 2103.00020) or "sigmoid" (arXiv 2303.15343).
-        chunk: texts whose logits a device holds at a time: rows / devices x chunk numbers, whatever the batch.
+        kind: "softmax" (InfoNCE in both directions, arXiv 2103.00020) or "sigmoid" (arXiv 2303.15343).
+        chunk: number of texts whose logits a device holds at a time: rows / devices x chunk numbers for any batch.
     """
 
     kind: str = "softmax"
@@ -40,7 +40,7 @@ class Contrastive:
             raise ConfigError(f"contrastive chunk {self.chunk}", "at least 1", "change the objective")
 
     def check(self, stage: Stage, model: Any) -> None:
-        """Raises ConfigError: another model than a dual encoder, or one that is made for the other loss."""
+        """Raises ConfigError: the model is no dual encoder, or one made for the other loss."""
         require_model(stage, model, DualEncoderConfig)
         if self.kind != model.kind:
             raise ConfigError(
@@ -52,9 +52,9 @@ class Contrastive:
         check_captions(stage, model.captions, model.text)
 
     def loss(self, apply, params, batch, key):
-        """The mean over the batch's pairs; `weight` is their number.
+        """Computes the mean over the batch's pairs; `weight` is their number.
 
-        `recall_at_1` is the share of pictures that are closer to their own text than to any other; a tie is a miss.
+        `recall_at_1` is the share of images that are closer to their own text than to any other; a tie is a miss.
         """
         image, text, scale, bias = apply(params, batch, method="embed_pairs")
         code = text_codes(batch["tokens"], batch["segments"], text.shape[1])
@@ -72,9 +72,9 @@ class Contrastive:
 
 
 def text_codes(tokens, segments, count: int):
-    """Two numbers for each text of each row that are equal for equal texts: uint32[B, count, 2], 0 where there is none.
+    """Returns two numbers for each text of each row, equal for equal texts: uint32[B, count, 2]; 0 without a text.
 
-    Together they have 63 bits, so that in a batch of 100,000 texts the chance that two share them is below 1e-9.
+    Together they have 63 bits: in a batch of 100,000 texts, two share them with a probability below 1e-9.
     """
     member = segments[:, None] == jnp.arange(1, count + 1)[None, :, None]
     place = jnp.cumsum(member, axis=-1)

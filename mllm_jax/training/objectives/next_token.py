@@ -16,18 +16,18 @@ from mllm_jax.training.objectives.checks import check_features, require_model
 if TYPE_CHECKING:
     from mllm_jax.training.config import Stage
 
-# Where FLOPs of the head are counted: see `mllm_jax.training.flops`.
+# Named scope under which the FLOPs of the head are counted: see `mllm_jax.training.flops`.
 HEAD = "llm/head"
 
 
 @dataclass(frozen=True)
 class NextToken:
-    """Cross-entropy of each learnt token given what stands before it in its own segment.
+    """Cross-entropy of each token that carries loss, given the tokens before it in its own segment.
 
     Attributes:
         z_loss: weight of log(Z)^2, which keeps the logits' normaliser near 1 (PaLM, arXiv 2204.02311, section 5).
-        logits_mib: the most MiB of float32 logits that a device holds at a time. Where all of them are more, loss and
-            gradient of the head are taken in pieces of that size.
+        logits_mib: maximum of float32 logits on a device at a time, in MiB. If all logits take more, loss and gradient
+            of the head are computed in chunks of that size.
     """
 
     z_loss: float = 0.0
@@ -39,20 +39,20 @@ class NextToken:
         check_features(stage, model, read=True)
 
     def loss(self, apply, params, batch, key):
-        """The mean over learnt tokens.
+        """Computes the mean over the tokens that carry loss.
 
         Returns:
-            (float32, metrics): `weight` is the number of learnt tokens, what means over several batches go by.
+            (float32, metrics): `weight` is the number of these tokens, the weight of means over several batches.
         """
         head = apply(params, batch, method="head_inputs")
-        # An encoder-decoder learns its target; what its encoder reads is given.
+        # The target of an encoder-decoder carries loss; its encoder's text is given.
         side = "decoder_" if "decoder_tokens" in batch else ""
         segments = batch[f"{side}segments"]
         weights = _next(batch["loss_weights"]) * (_next(segments) == segments)
         targets = _next(batch[f"{side}tokens"])
         chunks = math.ceil(logits_bytes(head) / (self.logits_mib * 2**20))
-        # All sums go over the devices together. Apart, that of the weights waits for nothing, so that one device of a
-        # CPU may begin with it while the others begin with a gather, and all wait for ever (jaxlib 0.10.2).
+        # All sums go over the devices in one collective. A separate sum of the weights waits for nothing: one device of
+        # a CPU may start it while the others start a gather, and all wait for ever (jaxlib 0.10.2).
         with jax.named_scope(HEAD):
             if chunks > 1:
                 loss, right, total = head_cross_entropy(head, targets, weights, self.z_loss, chunks)
@@ -67,7 +67,7 @@ class NextToken:
 
 @jax.custom_vjp
 def cross_entropy(logits, targets):
-    """-log softmax(logits)[targets], with a gradient that passes over the logits once.
+    """Computes -log softmax(logits)[targets], with a gradient that passes over the logits once.
 
     Args:
         logits: float32[..., V].  targets: int[...].
@@ -97,5 +97,5 @@ cross_entropy.defvjp(_forward, _backward)
 
 
 def _next(x):
-    """What stands one place further on in each row [B, S]; zero behind the last."""
+    """Returns the next position's value in each row [B, S]; zero after the last."""
     return jnp.pad(x[:, 1:], ((0, 0), (0, 1)))

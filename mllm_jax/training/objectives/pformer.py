@@ -1,4 +1,4 @@
-"""P-Former training and the training that it guides (arXiv 2307.07063, section 3)."""
+"""Objectives of the P-Former and of the training that it guides (arXiv 2307.07063, section 3)."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class PFormerObjective:
-    """The sum of three losses on captions, one a row, of which the P-Former reads a part.
+    """The sum of three losses on captions, one a row, of which the P-Former reads a masked version.
 
-    Contrast: each caption against all of the batch, so that they keep apart. Nearness: the mean squared distance of
-    prompts to the LLM's embedded token that is nearest. Language: the LLM says the whole caption after its prompts.
+    Contrast: each caption against all of the batch, so that they stay apart. Nearness: the mean squared distance of
+    prompts to the nearest embedded token of the LLM. Language: the LLM predicts the whole caption after its prompts.
 
     Attributes:
-        mask_ratio: share of tokens that are masked anew in each step, but for the first, which becomes the prompts.
+        mask_ratio: share of tokens that each step masks anew, except the first, which becomes the prompts.
         label_smoothing: of the contrast.
-        gathered_gradient: whether the captions that one is compared with get a gradient too. False is how the published
-            model was trained: they were gathered from all devices without one.
-        equal_texts: whether rows with equal captions count as one, and do not have to keep apart.
+        gathered_gradient: whether the captions on the other side of the contrast get a gradient too. False is how the
+            published model was trained: they were gathered from all devices without one.
+        equal_texts: whether rows with equal captions count as one, and need not stay apart.
     """
 
     mask_ratio: float = 0.25
@@ -50,21 +50,21 @@ class PFormerObjective:
             )
 
     def check(self, stage: Stage, model: Any) -> None:
-        """Raises ConfigError: another model than a P-Former with its LLM, rows without captions, or a trained LLM."""
+        """Raises ConfigError: the model is no P-Former with its LLM, rows are no captions, or the LLM is trained."""
         require_model(stage, model, PFormerPretrainingConfig)
         check_features(stage, model, read=False)
         _check_captions(stage, model, "layout 'caption'", slots=None)
         _check_frozen(stage, "llm")
 
     def loss(self, apply, params, batch, key):
-        """The sum of the losses' means.
+        """Computes the sum of the losses' means.
 
         Returns:
-            (float32, metrics): each loss, the share of tokens that the LLM says right, and `weight`, the number of
-            captions.
+            (float32, metrics): each loss, the share of tokens that the LLM predicts correctly, and `weight`, the
+            number of captions.
 
         Raises:
-            ConfigError: a batch of one caption, which has none to keep apart from.
+            ConfigError: a batch of one caption, which has no negatives.
         """
         rows = batch["tokens"].shape[0]
         if rows < 2:
@@ -82,12 +82,12 @@ class PFormerObjective:
         }
 
     def mask(self, batch, key):
-        """bool[B, L], the tokens that are hidden: never padding, and never the first of a row."""
+        """Draws bool[B, L], the masked tokens: never padding, and never the first of a row."""
         drawn = jax.random.bernoulli(key, self.mask_ratio, batch["tokens"].shape)
         return drawn.at[:, 0].set(False) & (batch["segments"] > 0)
 
     def _targets(self, batch):
-        """float32[B, B], the smoothed share of each caption in what each is to be like."""
+        """Returns float32[B, B], the smoothed share of each caption in the target of each row."""
         rows = batch["tokens"].shape[0]
         same = jnp.eye(rows, dtype=bool)
         if self.equal_texts:
@@ -99,10 +99,10 @@ class PFormerObjective:
 
 @dataclass(frozen=True)
 class PromptGuided:
-    """Next-token prediction of a picture's caption, with its media tokens drawn to the caption's prompts.
+    """Next-token prediction of an image's caption, with its media tokens pulled towards the caption's prompts.
 
-    The P-Former that makes the prompts is the composition's `prompter`, read from the run that trained it by
-    `Pretrained("prompter", run, stage=...)`; it reads the whole caption and learns nothing.
+    The composition's `prompter` is the P-Former that makes the prompts, read from the run that trained it by
+    `Pretrained("prompter", run, stage=...)`; it reads the whole caption and is frozen.
 
     Attributes:
         weight: of the mean squared distance of media tokens to prompts.
@@ -111,14 +111,14 @@ class PromptGuided:
     weight: float = 10.0
 
     def check(self, stage: Stage, model: Any) -> None:
-        """Raises ConfigError: a model without a P-Former, rows without captions of images, or a trained P-Former."""
+        """Raises ConfigError: the model has no P-Former, rows are no captions of images, or the P-Former is trained."""
         require_model(stage, model, PromptGuidedConfig)
         check_features(stage, model.model, read=True)
         _check_captions(stage, model, "layout 'caption', and 1 slot: the image of the caption", slots={"image": 1})
         _check_frozen(stage, "prompter")
 
     def loss(self, apply, params, batch, key):
-        """The sum of both losses.
+        """Computes the sum of both losses.
 
         Returns:
             (float32, metrics): each loss, the latter with its weight, and those of `NextToken`.
@@ -131,7 +131,7 @@ class PromptGuided:
 
 
 def _check_captions(stage: Stage, model: Any, expected: str, slots: Mapping[str, int] | None) -> None:
-    """A P-Former reads captions; where it guides, each has one image in its row."""
+    """Checks that rows are captions for the P-Former; where it guides, each with one image."""
     for mixture in stage.mixtures:
         if mixture.layout != "caption" or slots not in (None, mixture.slots):
             raise ConfigError(
@@ -141,9 +141,9 @@ def _check_captions(stage: Stage, model: Any, expected: str, slots: Mapping[str,
             )
         if mixture.length > model.prompter.max_length:
             raise ConfigError(
-                f"stage {stage.name!r}: captions of {mixture.length} places for a P-Former of"
+                f"stage {stage.name!r}: captions of {mixture.length} positions for a P-Former of"
                 f" {model.prompter.max_length}",
-                "rows that its positions hold",
+                "rows that fit its positions",
                 "lower the mixture's length, or raise max_length of the model's prompter",
             )
 

@@ -1,4 +1,4 @@
-"""What an objective is: a loss, and the models and stages that it can train."""
+"""The protocol of objectives: a loss, and a check of the models and stages that it can train."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ if TYPE_CHECKING:
 
 @runtime_checkable
 class Objective(Protocol):
-    """What `Stage.objective` may be: a frozen dataclass with these methods.
+    """Interface of `Stage.objective`: a frozen dataclass with these methods.
 
-    The names of the arguments count as well: the command line compares them when it reads the fields of an objective.
+    The names of the arguments matter too: the command line compares them when it reads the fields of an objective.
     """
 
     def loss(self, apply, params, batch, key):
@@ -20,19 +20,19 @@ class Objective(Protocol):
 
         Args:
             apply: apply(params, batch, method=None), the model.
-            key: of this step.
+            key: random key of this step.
 
         Returns:
-            (float32, metrics): scalars by name. Means over several batches go by the metric `weight`.
+            (float32, metrics): scalars by name. The metric `weight` weights means over several batches.
         """
 
     def check(self, stage: Stage, model: Any) -> None:
         """Refuses a stage with this objective that cannot train a model of this config.
 
         Args:
-            stage: what its mixtures, trainable patterns and `cache_features` say is checked too; see
+            stage: its mixtures, trainable patterns and `cache_features` are checked too; see
                 `mllm_jax.training.objectives.checks`.
 
         Raises:
-            ConfigError: says what the objective needs.
+            ConfigError: reports what the objective needs.
         """

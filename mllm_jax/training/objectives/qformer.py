@@ -16,24 +16,24 @@ from mllm_jax.training.objectives.contrastive import text_codes
 if TYPE_CHECKING:
     from mllm_jax.training.config import Stage
 
-# What a pair that must not be drawn scores.
+# Score of a pair that must not be drawn.
 _NEVER = -10_000.0
 
 
 @dataclass(frozen=True)
 class QFormerStage1:
-    """The sum of three losses on pairs of pictures and texts, one pair a row, over the whole batch.
+    """The sum of three losses on pairs of images and texts, one pair a row, over the whole batch.
 
-    Contrast (ITC): each picture against all texts and the reverse, by the query that is nearest. Matching (ITM): each
-    pair, and each text with a picture and each picture with a text that it does not belong to, drawn by how similar
-    they are. Captioning (ITG): each text from its picture's queries.
+    Contrast (ITC): each image against all texts and each text against all images, by the nearest query. Matching (ITM):
+    each pair, and each text with a wrong image and each image with a wrong text, drawn by similarity. Captioning (ITG):
+    each text from its image's queries.
 
     Attributes:
         label_smoothing: of contrast and captioning.
-        gathered_gradient: whether the vectors that a picture or text is compared with get a gradient too. False is how
-            the published models were trained: they were gathered from all devices without one.
-        equal_texts: pairs of rows with equal texts belong together, and are no negatives of each other. A batch may
-            say the same by `image_ids` int[B], equal for rows that show one picture.
+        gathered_gradient: whether the vectors on the other side of the contrast get a gradient too. False is how the
+            published models were trained: they were gathered from all devices without one.
+        equal_texts: whether pairs of rows with equal texts are positives. A batch may also mark them by `image_ids`
+            int[B], equal for rows that show one image.
     """
 
     label_smoothing: float = 0.1
@@ -47,14 +47,14 @@ class QFormerStage1:
         check_captions(stage, 1, model.projector)
 
     def loss(self, apply, params, batch, key):
-        """The sum of the losses' means.
+        """Computes the sum of the losses' means.
 
         Returns:
-            (float32, metrics): each loss, `recall_at_1` of pictures' own texts, `matching_accuracy`, and `weight`, the
+            (float32, metrics): each loss, `recall_at_1` of images' own texts, `matching_accuracy`, and `weight`, the
             number of pairs.
 
         Raises:
-            ConfigError: a batch of one pair, which leaves no negative.
+            ConfigError: a batch of one pair, which has no negatives.
         """
         if batch["tokens"].shape[0] < 2:
             raise ConfigError("BLIP-2's first stage on one row", "at least two: negatives are others'", "raise rows")
@@ -70,19 +70,19 @@ class QFormerStage1:
         return itc + itm + itg, metrics | {"temperature": pairs.temperature, "weight": jnp.float32(len(same))}
 
     def negatives(self, key, to_image, to_text):
-        """Draws a wrong picture for each text and a wrong text for each picture, likely ones more often.
+        """Draws a wrong image for each text and a wrong text for each image, similar ones more often.
 
         Args:
-            to_image, to_text: float32[B, B], logits of each text's pictures and of each picture's texts.
+            to_image, to_text: float32[B, B], logits of each text's images and of each image's texts.
 
         Returns:
-            int[B], int[B], rows of pictures and of texts.
+            int[B], int[B], rows of images and of texts.
         """
         keys = jax.random.split(key)
         return jax.random.categorical(keys[0], to_image), jax.random.categorical(keys[1], to_text)
 
     def _same(self, batch):
-        """bool[B, B], which rows belong together, and float32[B, B], the smoothed share of each."""
+        """Returns bool[B, B], which rows belong together, and float32[B, B], the smoothed share of each."""
         rows = batch["tokens"].shape[0]
         same = jnp.eye(rows, dtype=bool)
         if "image_ids" in batch:
@@ -94,14 +94,14 @@ class QFormerStage1:
         return same, (1 - self.label_smoothing) * share + self.label_smoothing / rows
 
     def _similarities(self, pairs):
-        """float32[B, B] of each picture with all texts, and of each text with all pictures."""
+        """Returns float32[B, B] of each image with all texts, and of each text with all images."""
         held = jax.lax.stop_gradient if not self.gathered_gradient else lambda x: x
         to_text = similarity(pairs.image, held(pairs.text))
         to_image = similarity(held(pairs.image), pairs.text).T
         return to_text / pairs.temperature, to_image / pairs.temperature
 
     def _matching(self, apply, params, batch, pairs, picks):
-        """Pairs first, then texts with wrong pictures, then pictures with wrong texts."""
+        """Computes the matching loss of pairs, then texts with wrong images, then images with wrong texts."""
         rows = batch["tokens"].shape[0]
         image, text = picks
         mixed = {name: jnp.concatenate([batch[name]] * 2 + [batch[name][text]]) for name in ("tokens", "segments")}
@@ -116,12 +116,12 @@ class QFormerStage1:
         logits = apply(params, text | {"cache": pairs.cache}, method="write")[:, :-1]
         log_p = jax.nn.log_softmax(logits)
         own = jnp.take_along_axis(log_p, batch["tokens"][:, 1:, None], axis=-1)[..., 0]
-        # Smoothed without a one-hot vector as wide as the vocabulary.
+        # Smoothed without a one-hot vector over the vocabulary.
         loss = -(1 - self.label_smoothing) * own - self.label_smoothing * log_p.mean(axis=-1)
-        learnt = batch["segments"][:, 1:] == 1
-        return (loss * learnt).sum() / jnp.maximum(learnt.sum(), 1)
+        carries_loss = batch["segments"][:, 1:] == 1
+        return (loss * carries_loss).sum() / jnp.maximum(carries_loss.sum(), 1)
 
 
 def _cross_entropy(logits, targets):
-    """[N, C] twice, the targets as shares -> [N]"""
+    """Computes the cross-entropy [N] of logits [N, C] with target shares [N, C]."""
     return -(jax.nn.log_softmax(logits) * targets).sum(axis=-1)

@@ -1,7 +1,7 @@
-"""Contrastive sums over all pairs of a sharded batch: exact, with memory that grows with one device's part of it.
+"""Contrastive sums over all pairs of a sharded batch: exact, with memory in proportion to one device's share of it.
 
-Every device keeps its pictures while the texts travel round a ring of all devices, so that each meets each; of their
-logits a chunk exists at a time. The backward pass goes round once more and computes them again.
+Every device keeps its images. The texts travel round a ring of all devices, so that each text meets each image; a
+chunk of their logits exists at a time. The backward pass goes round once more and recomputes them.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ import jax.numpy as jnp
 from einops import rearrange
 from jax.sharding import Mesh, PartitionSpec
 
-NEVER = -1e9  # the logit of a pair that is left out
+NEVER = -1e9  # logit of a pair that is left out
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How the sums are taken.
+    """Settings of the sums.
 
     Attributes:
         kind: "softmax" or "sigmoid".
-        chunk: texts whose logits exist at a time.
-        mesh, axes: the mesh axes over which the rows are split; no axes: they are not.
+        chunk: number of texts whose logits exist at a time.
+        mesh, axes: the mesh axes that split the rows; no axes: the rows are not split.
     """
 
     kind: str
@@ -36,7 +36,7 @@ class Plan:
 
 
 class Texts(NamedTuple):
-    """What travels: vectors, codes (see `pair_loss`) and what each text collects on its way."""
+    """The part that travels: vectors, codes (see `pair_loss`) and the values that each text collects on its way."""
 
     vector: jax.Array
     code: jax.Array
@@ -45,15 +45,15 @@ class Texts(NamedTuple):
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def pair_loss(plan: Plan, image, text, code, scale, bias):
-    """The loss of each picture against all texts and the reverse, summed over the pairs that are there.
+    """Computes the loss of each image against all texts and of each text against all images, summed over real pairs.
 
     Args:
-        image, text: float32[B, C, P]: at the same place is what belongs together.
-        code: uint32[B, C, 2], equal for equal texts, which are no negatives of each other; 0, 0: no pair here.
+        image, text: float32[B, C, P]: pairs are at the same index.
+        code: uint32[B, C, 2], equal for equal texts, which are no negatives of each other; 0, 0: no pair.
         scale, bias: of the similarity, float32 scalars.
 
     Returns:
-        (float32 sum, float32 number of pictures that are closer to their own text than to any other).
+        (float32 sum, float32 number of images that are closer to their own text than to any other).
     """
     return _forward(plan, image, text, code, scale, bias)[0]
 
@@ -138,37 +138,37 @@ def _there(code):
 
 
 def _logits(image, code, texts: Texts, own, scale, bias):
-    """float32[n, m] of the pictures and a chunk of texts, NEVER where a pair is left out; bool[n, m]: it is not."""
+    """Returns float32[n, m] of the images and a chunk of texts, NEVER for pairs left out; bool[n, m]: the others."""
     differ = (code[:, None] != texts.code[None]).any(axis=-1)
     allowed = own | (differ & _there(code)[:, None] & _there(texts.code)[None])
     return jnp.where(allowed, scale * (image @ texts.vector.T) + bias, NEVER), allowed
 
 
 def _add(largest, total, logits, axis: int):
-    """exp(logits) joins the sums over an axis; they are kept as (largest logit, sum relative to it)."""
+    """Adds exp(logits) to the sums over an axis, which are kept as (largest logit, sum relative to it)."""
     now = jnp.maximum(largest, logits.max(axis=axis))
     fresh = jnp.exp(logits - jnp.expand_dims(now, axis)).sum(axis=axis)
     return now, total * jnp.exp(largest - now) + fresh
 
 
 def _spread(plan: Plan, local, num_split: int, out_specs):
-    """`local` on every device's rows: its first arguments are split, the others are scalars."""
+    """Runs `local` on every device's rows: its first arguments are split, the others are scalars."""
     if not plan.axes:
         return local
 
     def on_all(*args):
         specs = (PartitionSpec(plan.axes),) * num_split + (PartitionSpec(),) * (len(args) - num_split)
-        # Which values are equal on all devices is said by hand: the sums above are taken over the axes.
+        # jax need not check which outputs are equal on all devices: the sums above go over the axes.
         return jax.shard_map(local, mesh=plan.mesh, in_specs=specs, out_specs=out_specs, check_vma=False)(*args)
 
     return on_all
 
 
 def _round(plan: Plan, meet, rows, texts: Texts):
-    """Takes the texts past every device, chunk after chunk, and home again.
+    """Moves the texts past every device, chunk by chunk, and back home.
 
     Args:
-        meet: (rows, texts, own bool[n, m]) -> (rows, texts) with what both have collected.
+        meet: (rows, texts, own bool[n, m]) -> (rows, texts) with the values that both have collected.
     """
     n = len(texts.vector)
     count = -(-n // plan.chunk)
@@ -183,7 +183,7 @@ def _round(plan: Plan, meet, rows, texts: Texts):
             return meet(rows, texts, at_home & (row == start + column))
 
         starts = jnp.arange(count) * width
-        if count == 1:  # a loop would keep the compiler from fusing
+        if count == 1:  # a loop would prevent fusion by the compiler
             rows, texts = one(rows, jax.tree.map(lambda x: x[0], (starts, chunks)))
             return rows, jax.tree.map(lambda x: x[None], texts)
         return jax.lax.scan(one, rows, (starts, chunks))

@@ -1,4 +1,4 @@
-"""Pictures of a split at the sizes that are asked for, decoded once and kept within a bound of memory."""
+"""Images of a split at the sizes that sources ask for, decoded once, in a cache of bounded size."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from mllm_jax.datasets.openmoji.catalog import Catalog, Dice
 from mllm_jax.datasets.openmoji.scenes import Scene
 
 _CACHE_BYTES = 256 * 2**20
-_SCALES = (1.0, 0.95, 0.9, 0.85)  # few, so that each resized picture is used again
+_SCALES = (1.0, 0.95, 0.9, 0.85)  # few, so that resized images are reused
 
 
-class Pictures:
-    """The pictures of a catalog; what it returns is shared or fresh, and must not be written to."""
+class EmojiImages:
+    """The images of a catalog. Returned arrays may be shared: do not write to them."""
 
     def __init__(self, catalog: Catalog):
         self._catalog = catalog
@@ -21,10 +21,10 @@ class Pictures:
         self._bytes = 0
 
     def single(self, index: int, size: int, dice: Dice | None = None) -> np.ndarray:
-        """Picture `index`: uint8 [size, size, 3]; with `dice`, a little smaller and shifted on its white ground.
+        """Returns image `index` as uint8 [size, size, 3]; with `dice`, slightly smaller and shifted on white.
 
         Raises:
-            DataError: the stored picture cannot be decoded; names the split, the index and the reason.
+            DataError: the stored image cannot be decoded; reports the split, the index and the reason.
         """
         if dice is None:
             return self._resized(index, size)
@@ -33,7 +33,7 @@ class Pictures:
         return canvas
 
     def scene(self, scene: Scene, size: int, dice: Dice | None = None) -> np.ndarray:
-        """A grid of pictures: uint8 [size, size, 3]; with `dice`, each shifted and scaled a little in its cell."""
+        """Returns a grid of images as uint8 [size, size, 3]; with `dice`, each is shifted and scaled in its cell."""
         canvas = np.full((size, size, 3), 255, np.uint8)
         cell = size // scene.grid
         margin = (size - cell * scene.grid) // 2
@@ -51,16 +51,16 @@ class Pictures:
         canvas[top : top + size, left : left + size] = self._resized(index, size)
 
     def _resized(self, index: int, size: int) -> np.ndarray:
-        picture = self._cache.get((index, size))
-        if picture is None:
+        image = self._cache.get((index, size))
+        if image is None:
             record = self._catalog.records[index]
             what = f"record {index} ({record.name}) of {self._catalog.where}"
-            picture = resize(decode_image(record.image, what=what), size)
-            picture.setflags(write=False)
-            if self._bytes + picture.nbytes <= _CACHE_BYTES:
-                self._cache[index, size] = picture
-                self._bytes += picture.nbytes
-        return picture
+            image = resize(decode_image(record.image, what=what), size)
+            image.setflags(write=False)
+            if self._bytes + image.nbytes <= _CACHE_BYTES:
+                self._cache[index, size] = image
+                self._bytes += image.nbytes
+        return image
 
     def __getstate__(self) -> dict:
-        return {"_catalog": self._catalog, "_cache": {}, "_bytes": 0}  # a worker process fills its own cache
+        return {"_catalog": self._catalog, "_cache": {}, "_bytes": 0}  # each worker process fills its own cache

@@ -1,4 +1,4 @@
-"""CLIP's and SigLIP's text towers against transformers, through real folders both ways."""
+"""CLIP's and SigLIP's text encoders against transformers, through real folders both ways."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ CASES = {
 
 
 def texts(end: int) -> tuple[np.ndarray, np.ndarray]:
-    """Ids and mask: a full row, rows padded with an id of no meaning or with the end, and a row with two ends."""
+    """Returns ids and mask: a full row, rows padded with an unused id or with the end, and a row with two ends."""
     rng = np.random.default_rng(0)
     tokens, lengths = rng.integers(3, 57, (4, 12)), (12, 7, 4, 9)
     mask = np.arange(12)[None] < np.array(lengths)[:, None]
@@ -132,7 +132,7 @@ def test_the_hubs_spelling_and_an_old_folder(case, load, tmp_path):
 
 @pytest.mark.parametrize("case", ["clip", "clip old end of text", "siglip projected"])
 def test_texts_packed_into_a_row(case, load, assert_close):
-    """What the contrastive stage asks of a tower: each text of a row as if it stood there alone."""
+    """Checks the encoder in the contrastive stage: each text of a row gives the same as alone."""
     _, module, params = load(case)
     rng = np.random.default_rng(1)
     alone = [np.append(rng.integers(3, 57, n), 59) for n in (3, 5)]
@@ -166,7 +166,7 @@ def test_a_text_that_is_too_long_is_refused(load):
         module.apply({"params": params}, np.ones((1, 13), int))
 
 
-def test_a_tower_of_our_own_is_not_written_as_clip(load):
+def test_an_encoder_of_our_own_is_not_written_as_clip(load):
     _, module, _ = load("clip")
     family = family_of_config(module.config)
     with pytest.raises(ConfigError, match="pooling='mean'"):
