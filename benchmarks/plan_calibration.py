@@ -46,7 +46,7 @@ class Run:
     options: tuple[str, ...] = ()
 
 
-LLM = "--model.llm.remat"
+LLM = "--model.llm.compute.remat"
 OFFLOAD = (LLM, "offload" if "offload" in REMAT_POLICIES else "full")
 RUNS = {
     "maxtext_16b@v5e-256": Run(6, None, 120, "full remat, as here"),

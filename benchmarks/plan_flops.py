@@ -38,12 +38,13 @@ def vit_large(rows: int, side: int) -> tuple:
     """Returns the same of CLIP's image encoder, trained with the softmax loss against a bag of words."""
     from mllm_jax.data.pipeline import Mixture
     from mllm_jax.encoders.text import TextTowerConfig
+    from mllm_jax.layers.compute import Compute, with_compute
     from mllm_jax.models.clip import DualEncoderConfig
     from mllm_jax.training.objectives.contrastive import Contrastive
 
     tower = runpy.run_path(str(ROOT / "configs" / "llava15_7b.py"))["clip_large"]()
-    tower = replace(tower, image_size=side, remat="none")
-    text = TextTowerConfig(vocab_size=32_000, hidden_size=128, num_layers=0, dtype="bfloat16")
+    tower = with_compute(replace(tower, image_size=side), dtype="bfloat16", remat="none")
+    text = TextTowerConfig(vocab_size=32_000, hidden_size=128, num_layers=0, compute=Compute(dtype="bfloat16"))
     base, *_ = llama(rows)
     data = Mixture((), rows=rows, length=32, slots={"image": 1}, layout="caption")
     stage = replace(base.stages[0], objective=Contrastive(), trainable=("*",), data=data, frozen_dtype=None)

@@ -92,6 +92,7 @@ def gemma3_4b(base, remat: str):
     same size but is another model. As by MaxText's default, the image encoder is frozen.
     """
     from mllm_jax.encoders.vit import ViTConfig
+    from mllm_jax.layers.compute import Compute
     from mllm_jax.llms.decoder import DecoderConfig
     from mllm_jax.models.multimodal import Branch, MultimodalConfig
     from mllm_jax.projectors.pool import PoolProjectorConfig
@@ -106,8 +107,7 @@ def gemma3_4b(base, remat: str):
         mlp_size=4304,
         activation="gelu_tanh",
         pooler="none",
-        dtype="bfloat16",
-        remat="full",
+        compute=Compute(dtype="bfloat16", remat="full"),
     )
     llm = DecoderConfig(
         vocab_size=262_144,
@@ -120,10 +120,9 @@ def gemma3_4b(base, remat: str):
         activation="gelu_tanh",
         qk_norm=True,
         tie_word_embeddings=True,
-        dtype="bfloat16",
-        remat=remat,
+        compute=Compute(dtype="bfloat16", remat=remat),
     )
-    projector = PoolProjectorConfig(output_size=2560, factor=4, dtype="bfloat16")
+    projector = PoolProjectorConfig(output_size=2560, factor=4, compute=Compute(dtype="bfloat16"))
     stage = base.stages[0]
     stage = replace(
         stage, trainable=("projector_image/*", "llm/*"), frozen_dtype=None, data=replace(stage.data, slots={"image": 1})

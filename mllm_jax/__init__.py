@@ -41,6 +41,7 @@ if TYPE_CHECKING:  # what editors and type checkers read; `_HOMES` says the same
     from mllm_jax.generation.options import Answer as Answer
     from mllm_jax.generation.options import Options as Options
     from mllm_jax.generation.sampling import Sampling as Sampling
+    from mllm_jax.layers.compute import Compute as Compute
     from mllm_jax.llms.decoder import DecoderConfig as DecoderConfig
     from mllm_jax.models.branch import Branch as Branch
     from mllm_jax.models.branch import Connection as Connection
@@ -91,6 +92,7 @@ _NAMES = {
     "generation.generate": ("generate",),
     "generation.options": ("Answer", "Options"),
     "generation.sampling": ("Sampling",),
+    "layers.compute": ("Compute",),
     "llms.decoder": ("DecoderConfig",),
     "models.branch": ("Branch", "Connection"),
     "models.clip": ("DualEncoderConfig",),

@@ -7,12 +7,13 @@ mllm plan configs/plans/llama31_8b.py --topology v6e-256
 
 from mllm_jax.data.pipeline import Mixture
 from mllm_jax.encoders.vit import ViTConfig
+from mllm_jax.layers.compute import Compute
 from mllm_jax.llms.decoder import DecoderConfig
 from mllm_jax.models.branch import Branch
 from mllm_jax.models.multimodal import MultimodalConfig
 from mllm_jax.projectors.mlp import MLPProjectorConfig
 from mllm_jax.sharding.mesh import MeshConfig
-from mllm_jax.training.config import AdamW, Experiment, Stage, TokenizerConfig
+from mllm_jax.training.config import AdamW, Experiment, Stage
 from mllm_jax.training.objectives.next_token import NextToken
 
 # vocabulary, width, layers, heads, key-value heads, width of the MLP; heads are 128 wide, embedding and head apart.
@@ -40,8 +41,7 @@ def decoder(name: str, remat: str = "full", layers: int | None = None) -> Decode
         head_dim=128,
         mlp_size=mlp_size,
         tie_word_embeddings=False,
-        dtype="bfloat16",
-        remat=remat,
+        compute=Compute(dtype="bfloat16", remat=remat),
     )
 
 
@@ -74,8 +74,7 @@ def experiment(
     )
     return Experiment(
         name=name,
-        model=MultimodalConfig({"image": Branch(encoder, MLPProjectorConfig(output_size=llm.hidden_size))}, llm),
-        tokenizer=TokenizerConfig(vocab_size=llm.vocab_size),
+        model=MultimodalConfig({"image": Branch(encoder, MLPProjectorConfig())}, llm),
         mesh=mesh or MeshConfig(data=1, fsdp=-1),
         stages=(stage,),
     )

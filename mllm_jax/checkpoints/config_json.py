@@ -17,7 +17,7 @@ MOST_PATCHES = 2_048  # along a side of an image
 # Options of a text model or a larger model that encoders' config.json files list, without effect on the encoder.
 ELSEWHERE = ("bos_token_id", "eos_token_id", "pad_token_id", "projection_dim", "tie_word_embeddings")
 # Fields for initialising and running a module, which no checkpoint stores.
-NOT_STORED = ("mimetic_init", "dtype", "remat", "scan_unroll")
+NOT_STORED = ("mimetic_init", "compute")
 
 
 def write_activation(activation: str) -> str:

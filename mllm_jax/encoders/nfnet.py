@@ -16,6 +16,7 @@ from flax import linen as nn
 
 from mllm_jax.encoders.vit import VisionOutput
 from mllm_jax.errors import ConfigError
+from mllm_jax.layers.compute import WithCompute
 from mllm_jax.layers.linear import Linear
 from mllm_jax.layers.mlp import ACTIVATIONS
 from mllm_jax.layers.requirements import Requirements
@@ -56,7 +57,7 @@ class NFNetInput:
 
 
 @dataclass(frozen=True)
-class NFNetConfig:
+class NFNetConfig(WithCompute):
     """Sizes and switches of an NFNet; the defaults are F0 as its authors trained it, in timm's arithmetic.
 
     Attributes:
@@ -97,8 +98,6 @@ class NFNetConfig:
     std_floor: bool = False
     input: NFNetInput = NFNetInput()
     family: str = "dm_nfnet_f0"
-    dtype: str = "float32"
-    remat: str = "none"
 
     class_token = False  # there is none
 

@@ -33,6 +33,7 @@ from mllm_jax.encoders.qwen_patches import PatchLayout, lay_out_patches, window_
 from mllm_jax.encoders.vit import VisionOutput
 from mllm_jax.errors import ConfigError, DataError
 from mllm_jax.layers.attention import Attention
+from mllm_jax.layers.compute import WithCompute
 from mllm_jax.layers.interpolation import bilinear_packed
 from mllm_jax.layers.linear import Linear
 from mllm_jax.layers.mlp import ACTIVATIONS, MLP
@@ -46,13 +47,13 @@ NORM_EPS = 1e-6  # of every norm in the three towers; no option sets it
 
 
 @dataclass(frozen=True)
-class QwenViTConfig:
+class QwenViTConfig(WithCompute):
     """Sizes and switches of a tower.
 
     Attributes:
         temporal_patch_size: frames that make one patch; a still picture is repeated.
         merge_size: side of the square of patches that becomes one media token.
-        output_size: width of a media token, which is the LLM's.
+        output_size: width of a media token; None: the LLM's.
         gated, activation: True and "silu" are SwiGLU.
         norm: "layer" or "rms".
         patch_bias: of the patch projection.
@@ -72,7 +73,7 @@ class QwenViTConfig:
     num_layers: int = 32
     num_heads: int = 16
     mlp_size: int = 5120
-    output_size: int = 3584
+    output_size: int | None = None
     activation: str = "quick_gelu"
     gated: bool = False
     norm: str = "layer"
@@ -84,9 +85,6 @@ class QwenViTConfig:
     rope_theta: float = 10_000.0
     tokens_per_second: int | None = None
     family: str = "Qwen2VisionTransformerPretrainedModel"
-    dtype: str = "float32"
-    remat: str = "none"
-    scan_unroll: int = 1
 
     def __post_init__(self):
         require = Requirements("Qwen ViT", self)
@@ -127,6 +125,7 @@ class QwenViTConfig:
     packed = True  # it reads patches of images of any size
 
     def make(self) -> QwenViT:
+        Requirements("Qwen ViT", self).given("output_size")
         return QwenViT(self)
 
     def lay_out(self, rows: Sequence[Sequence[tuple[int, int, int]]], num_patches: int) -> PatchLayout:

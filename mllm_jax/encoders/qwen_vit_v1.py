@@ -9,13 +9,14 @@ from mllm_jax.checkpoints.config_json import RATIOS, Fields, read_fields, read_g
 from mllm_jax.checkpoints.options import Options
 from mllm_jax.checkpoints.table import OUT_OF_HEADS, Table, Weight, head_by_head, linear, norm
 from mllm_jax.encoders.vit import ViT, ViTConfig
+from mllm_jax.layers.compute import WithCompute
 from mllm_jax.layers.requirements import Requirements
 
 NORM_EPS = 1e-6  # of every norm, the resampler's too; no option sets it
 
 
 @dataclass(frozen=True)
-class QwenViTV1Config:
+class QwenViTV1Config(WithCompute):
     """Sizes of the ViT.
 
     Attributes:
@@ -34,9 +35,6 @@ class QwenViTV1Config:
     num_positions: int = 256
     image_mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
     image_std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
-    dtype: str = "float32"
-    remat: str = "none"
-    scan_unroll: int = 1
 
     def __post_init__(self):
         require = Requirements("Qwen-VL's ViT", self)

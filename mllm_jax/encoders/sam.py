@@ -41,6 +41,7 @@ from mllm_jax.encoders.hub import options_of
 from mllm_jax.encoders.vit import VisionOutput
 from mllm_jax.errors import ConfigError
 from mllm_jax.layers.attention import attention
+from mllm_jax.layers.compute import WithCompute
 from mllm_jax.layers.linear import Linear
 from mllm_jax.layers.mlp import ACTIVATIONS, MLP
 from mllm_jax.layers.norms import LayerNorm
@@ -52,7 +53,7 @@ NECK_EPS = 1e-6  # of the neck's LayerNorms, whatever that of the layers is
 
 
 @dataclass(frozen=True)
-class SamConfig:
+class SamConfig(WithCompute):
     """Sizes; the defaults are SAM-B's.
 
     Attributes:
@@ -80,8 +81,6 @@ class SamConfig:
     num_channels: int = 3
     image_mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     image_std: tuple[float, float, float] = (0.229, 0.224, 0.225)
-    dtype: str = "float32"
-    remat: str = "none"
     family: str = "SamVisionModel"
 
     class_token = False  # there is none
@@ -102,7 +101,6 @@ class SamConfig:
         )
         require.heads()
         require.one_of("activation", ACTIVATIONS)
-        require.one_of("remat", REMAT_POLICIES)
 
     @property
     def grid(self) -> int:

@@ -5,7 +5,6 @@ SAM's features are resized and halved twice, so that both give one vector for ea
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 
 import jax
@@ -19,23 +18,22 @@ from mllm_jax.encoders.sam import table as sam_table
 from mllm_jax.encoders.siglip_vision import FAMILY as SIGLIP
 from mllm_jax.encoders.vit import VisionOutput, ViTConfig
 from mllm_jax.errors import ConfigError
+from mllm_jax.layers.compute import WithCompute, within
 from mllm_jax.layers.requirements import Requirements
 
 
 @dataclass(frozen=True)
-class SiglipSamConfig:
+class SiglipSamConfig(WithCompute):
     """The two towers.
 
     Attributes:
         low, high: SigLIP's and SAM's configs.
         downsample: channels of the stride-2 convolutions that make SAM's grid that of SigLIP.
-        dtype: of everything in here, whatever the towers' configs say.
     """
 
     low: ViTConfig
     high: SamConfig
     downsample: tuple[int, ...] = (512, 1024)
-    dtype: str = "float32"
 
     # Each tower normalises its own picture, so both are read as numbers from 0 to 1.
     image_mean = (0.0, 0.0, 0.0)
@@ -80,8 +78,8 @@ class SiglipSam(nn.Module):
     def setup(self):
         c = self.config
         dtype = jnp.dtype(c.dtype)
-        self.low = dataclasses.replace(c.low, dtype=c.dtype).make()
-        self.high = dataclasses.replace(c.high, dtype=c.dtype).make()
+        self.low = within(c.low, c.compute).make()
+        self.high = within(c.high, c.compute).make()
         self.neck = SamNeck(c.high.output_channels, dtype)
         self.downsample = [Convolution(features, stride=2, dtype=dtype) for features in c.downsample]
         self.alpha = self.param("alpha", nn.with_logical_partitioning(nn.initializers.zeros, (None,)), (1,))

@@ -11,6 +11,7 @@ from flax import struct
 
 from mllm_jax.errors import ConfigError
 from mllm_jax.layers.attention import MASKS, Attention
+from mllm_jax.layers.compute import WithCompute
 from mllm_jax.layers.linear import Embedding, Linear
 from mllm_jax.layers.mlp import ACTIVATIONS, MLP
 from mllm_jax.layers.norms import LayerNorm
@@ -22,10 +23,11 @@ POOLINGS = ("mean", "last", "eos", "largest")
 
 
 @dataclass(frozen=True)
-class TextTowerConfig:
+class TextTowerConfig(WithCompute):
     """Sizes and switches of a text encoder.
 
     Attributes:
+        vocab_size: None: that of the experiment's tokenizer.
         max_length: how many positions there are.
         num_layers: 0 is a bag of words: what the parts of a name add up to then holds for names never seen.
         mask: "full", or "causal": a token sees those before it (CLIP, arXiv 2103.00020, section 2.4).
@@ -37,7 +39,7 @@ class TextTowerConfig:
         family: None, or the Hugging Face architecture that it is written as: the module is then a `TextModel`.
     """
 
-    vocab_size: int = 1024
+    vocab_size: int | None = None
     max_length: int = 64
     hidden_size: int = 192
     num_layers: int = 2
@@ -53,9 +55,6 @@ class TextTowerConfig:
     eos_token_id: int | None = None
     pad_token_id: int | None = None
     family: str | None = None
-    dtype: str = "float32"
-    remat: str = "none"
-    scan_unroll: int = 1
 
     def __post_init__(self):
         require = Requirements("text tower", self)
@@ -77,6 +76,7 @@ class TextTowerConfig:
         return self.projection_size or self.head_size or self.hidden_size
 
     def make(self) -> TextTower | TextModel:
+        Requirements("text tower", self).given("vocab_size")
         return (TextTower if self.family is None else TextModel)(self)
 
 

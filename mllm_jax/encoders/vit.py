@@ -16,6 +16,7 @@ from flax import struct
 from mllm_jax.encoders.vit_embeddings import AttentionPooling, PatchEmbedding, RegionPooling
 from mllm_jax.errors import ConfigError
 from mllm_jax.layers.attention import Attention
+from mllm_jax.layers.compute import WithCompute
 from mllm_jax.layers.interpolation import bicubic_grid, bicubic_packed
 from mllm_jax.layers.linear import Linear
 from mllm_jax.layers.mlp import ACTIVATIONS, MLP
@@ -29,7 +30,7 @@ POOLERS = ("auto", "token", "mean", "attention", "none")
 
 
 @dataclass(frozen=True)
-class ViTConfig:
+class ViTConfig(WithCompute):
     """Sizes and switches of a ViT.
 
     Attributes:
@@ -77,9 +78,6 @@ class ViTConfig:
     mimetic_init: bool = False
     image_mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
     image_std: tuple[float, float, float] = (0.5, 0.5, 0.5)
-    dtype: str = "float32"
-    remat: str = "none"
-    scan_unroll: int = 1
     num_channels: int = 3
     drop_remainder: bool = False
     patch_bias: bool = True
@@ -148,6 +146,11 @@ class ViTConfig:
     def grid(self) -> int:
         """Vectors along one side of what comes out: regions if there are any, else patches."""
         return self.regions or self.side
+
+    @property
+    def feature_size(self) -> int:
+        """Width of the vectors that come out."""
+        return self.hidden_size if self.regions is None else self.region_size
 
     def make(self) -> ViT:
         return ViT(self)

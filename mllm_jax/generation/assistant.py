@@ -29,10 +29,11 @@ from mllm_jax.generation.options import Answer, Options, longest_text, read_opti
 from mllm_jax.generation.program import Program, bucket, placed
 from mllm_jax.generation.quantize import TensorError, quantize
 from mllm_jax.generation.sampling import Sampling
+from mllm_jax.layers.compute import with_compute
 from mllm_jax.llms.protocol import LLMConfig
 from mllm_jax.models.processor import Processor
 from mllm_jax.models.protocol import WritesText
-from mllm_jax.models.registry import computing_in, from_pretrained, pretrained_config
+from mllm_jax.models.registry import from_pretrained, pretrained_config
 from mllm_jax.models.run_weights import load_run
 from mllm_jax.sharding.hosts import fetch
 
@@ -104,7 +105,7 @@ class Assistant:
             if dtype is not None:
                 dtype = float_dtype(dtype)
                 params = jax.tree.map(lambda leaf: leaf.astype(dtype), params)
-                model = computing_in(experiment.model, str(dtype)).make()
+                model = with_compute(experiment.model_of(), dtype=str(dtype)).make()
             return cls(model, params, processor, mesh=mesh, **options)
         # The small files first: who lacks one should not have to wait for the weights.
         if not writes_text(pretrained_config(folder)):

@@ -21,6 +21,7 @@ from flax import linen as nn
 from jax.sharding import Mesh
 
 from mllm_jax.generation.quantize import int8_linear
+from mllm_jax.layers.compute import with_compute
 from mllm_jax.layers.linear import linear_hook
 from mllm_jax.llms.protocol import LLMConfig
 from mllm_jax.models.multimodal import Multimodal
@@ -162,7 +163,7 @@ class MultimodalSteps(LanguageSteps):
     """The composed model; batches also hold positions, media_index and, where there are pictures, what shows them."""
 
     def __init__(self, module: Multimodal, by_layer: bool | None = None):
-        super().__init__(module.config.llm.make(), by_layer)
+        super().__init__(module.config.parts["llm"].make(), by_layer)
         self.module = dataclasses.replace(module.config, llm=self.config).make()
 
     def prepare(self, params: dict) -> dict:
@@ -197,7 +198,7 @@ def last_token(batch: Batch) -> jax.Array:
 def unrolled(config: LLMConfig) -> LLMConfig:
     """The config of the same module with its scan over layers unrolled."""
     names = [f.name for f in dataclasses.fields(config) if f.name.startswith("num_") and f.name.endswith("layers")]
-    return dataclasses.replace(config, scan_unroll=max(getattr(config, name) for name in names), remat="none")
+    return with_compute(config, scan_unroll=max(getattr(config, name) for name in names), remat="none")
 
 
 def unstack(params: dict) -> dict:

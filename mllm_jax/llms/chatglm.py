@@ -21,6 +21,7 @@ from mllm_jax.checkpoints.options import Options
 from mllm_jax.checkpoints.table import OUT_OF_HEADS, Family, Table, Weight, head_by_head, linear, norm, token_sample
 from mllm_jax.errors import ConfigError
 from mllm_jax.layers.attention import attention, write_at
+from mllm_jax.layers.compute import WithCompute
 from mllm_jax.layers.head import head_inputs
 from mllm_jax.layers.linear import Embedding, Linear
 from mllm_jax.layers.mlp import MLP
@@ -37,7 +38,7 @@ FAR = np.iinfo(np.int32).max  # the place of a mark that a text does not have
 
 
 @dataclass(frozen=True)
-class ChatGLMConfig:
+class ChatGLMConfig(WithCompute):
     """Sizes, and the tokens that structure a text.
 
     Attributes:
@@ -59,9 +60,6 @@ class ChatGLMConfig:
     mask_token_id: int = 130000
     gmask_token_id: int = 130001
     family: str = "ChatGLMModel"
-    dtype: str = "float32"
-    remat: str = "none"
-    scan_unroll: int = 1
 
     def __post_init__(self):
         Requirements("ChatGLM", self).heads(4, "RoPE turns pairs in each half")

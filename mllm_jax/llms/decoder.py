@@ -10,6 +10,7 @@ from flax import linen as nn
 
 from mllm_jax.errors import ConfigError
 from mllm_jax.layers.attention import Attention
+from mllm_jax.layers.compute import WithCompute
 from mllm_jax.layers.head import head_inputs
 from mllm_jax.layers.linear import Embedding, Linear
 from mllm_jax.layers.mlp import ACTIVATIONS, MLP
@@ -24,7 +25,7 @@ LAYER_TYPES = ("full_attention", "sliding_attention")
 
 
 @dataclass(frozen=True)
-class DecoderConfig:
+class DecoderConfig(WithCompute):
     """Sizes and switches of a decoder.
 
     Attributes:
@@ -89,9 +90,6 @@ class DecoderConfig:
     pad_token_id: int | None = None
     family: str = "LlamaForCausalLM"
     mimetic_init: bool = False
-    dtype: str = "float32"
-    remat: str = "none"
-    scan_unroll: int = 1
 
     def __post_init__(self):
         require = Requirements("decoder", self)

@@ -6,18 +6,19 @@ from typing import Any, Protocol, runtime_checkable
 
 import jax
 
+from mllm_jax.layers.compute import Compute
+
 
 @runtime_checkable
 class LLMConfig(Protocol):
-    """The config of a language model.
+    """The config of a language model, a dataclass with `mllm_jax.layers.compute.WithCompute` as its base.
 
     Attributes:
         family: the Hugging Face architecture that it is written as; None of one that is composed here.
         encoder_decoder: whether a text is read by an encoder and answers are written by a decoder. Such a config has
             `decoder_start_token_id`, and its module `start`.
         eos_token_id: each of them ends an answer.
-        remat: the policy of rematerialisation of its layers.
-        scan_unroll: layers that each step of the scan over them computes.
+        compute: how it is computed; `dtype`, `remat` and `scan_unroll` are what that comes to.
     """
 
     family: str | None
@@ -26,9 +27,14 @@ class LLMConfig(Protocol):
     hidden_size: int
     num_layers: int
     eos_token_id: tuple[int, ...]
-    dtype: str
-    remat: str
-    scan_unroll: int
+    compute: Compute
+
+    @property
+    def dtype(self) -> str: ...
+    @property
+    def remat(self) -> str: ...
+    @property
+    def scan_unroll(self) -> int: ...
 
     def make(self) -> Any:
         """The module."""

@@ -16,6 +16,7 @@ from mllm_jax.checkpoints.options import ACTIVATIONS, Options
 from mllm_jax.checkpoints.table import OUT_OF_HEADS, Family, Table, Weight, into_heads, linear, norm
 from mllm_jax.errors import DataError
 from mllm_jax.layers.attention import write_at
+from mllm_jax.layers.compute import WithCompute
 from mllm_jax.layers.head import head_inputs
 from mllm_jax.layers.linear import Embedding, Linear
 from mllm_jax.layers.norms import RMSNorm
@@ -28,7 +29,7 @@ from mllm_jax.sharding.logical import constrain
 
 
 @dataclass(frozen=True)
-class T5Config:
+class T5Config(WithCompute):
     """Sizes and switches of an encoder-decoder.
 
     Attributes:
@@ -63,9 +64,6 @@ class T5Config:
     pad_token_id: int | None = 0
     decoder_start_token_id: int = 0
     family: str = "T5ForConditionalGeneration"
-    dtype: str = "float32"
-    remat: str = "none"
-    scan_unroll: int = 1
 
     def __post_init__(self):
         Requirements("T5", self).one_of("activation", sorted(set(ACTIVATIONS.values())))

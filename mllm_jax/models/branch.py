@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, is_dataclass, replace
 from typing import Any
 
@@ -47,6 +48,13 @@ class Branch:
         """Whether the encoder reads patches of media of any size, packed in rows, instead of tiles of one size."""
         return getattr(self.encoder, "packed", False)
 
+    def joined(self, hidden_size: int) -> Branch:
+        """Returns the branch with the widths that its parts leave open: the LLM's, and the encoder's."""
+        if self.packed:
+            return replace(self, encoder=filled(self.encoder, output_size=hidden_size))
+        features = read_from(self.encoder) if self.connection.layers is None else {}
+        return replace(self, projector=filled(self.projector, output_size=hidden_size, **features))
+
     @property
     def tokens(self) -> int:
         """Media tokens of one medium, or tile of one."""
@@ -80,11 +88,6 @@ class Branch:
         if not self.packed:
             self.tokens  # noqa: B018 - refuses a grid that the projector cannot divide
 
-    def with_dtype(self, dtype: str) -> Branch:
-        """The same branch with its own parts computing in `dtype`."""
-        own = {name: part for name in KINDS if is_dataclass(part := getattr(self, name))}
-        return replace(self, **{name: replace(part, dtype=dtype) for name, part in own.items()})
-
     def batch_spec(self, modality: str, rows: int, slots: int) -> BatchSpec:
         """The arrays of a batch that hold its media.
 
@@ -106,6 +109,19 @@ class Branch:
         if self.instruction_length:
             spec |= instruction_spec(rows, slots, self.instruction_length)
         return BatchSpec({array_name(modality, name): array for name, array in spec.items()})
+
+
+def read_from(encoder: Any) -> dict[str, Any]:
+    """The fields of a projector that its encoder decides: `feature_size` and `widths`, of encoders that have them."""
+    found = {name: getattr(encoder, name, None) for name in ("feature_size", "widths")}
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def filled(part: Any, **values: Any) -> Any:
+    """The part's config with these values in the fields of these names that are None."""
+    fields = {field.name for field in dataclasses.fields(part)} if is_dataclass(part) else set()
+    given = {name: value for name, value in values.items() if name in fields and getattr(part, name) is None}
+    return replace(part, **given) if given else part
 
 
 def array_name(modality: str, name: str) -> str:

@@ -21,7 +21,10 @@ from mllm_jax.encoders import clip_text, clip_vision, siglip_text, siglip_vision
 from mllm_jax.encoders.text import TextModel, TextOutput, TextTowerConfig
 from mllm_jax.encoders.vit import VisionOutput, ViTConfig
 from mllm_jax.errors import ConfigError
+from mllm_jax.layers.compute import WithCompute, within
 from mllm_jax.layers.pixels import normalise_pixels
+from mllm_jax.layers.requirements import Requirements
+from mllm_jax.models.branch import filled
 from mllm_jax.models.contrastive import POOLINGS, ContrastiveHeads
 
 KINDS = ("softmax", "sigmoid")
@@ -32,21 +35,21 @@ INIT = {"softmax": (math.log(1 / 0.07), 0.0), "sigmoid": (math.log(10.0), -10.0)
 
 
 @dataclass(frozen=True)
-class DualEncoderConfig:
+class DualEncoderConfig(WithCompute):
     """Two towers and what joins them.
 
     Attributes:
+        vision: None: the encoder of images of the experiment's model, which the stage then trains.
         projection_size: width of the common space; None: that of the towers' vectors, which are then not projected.
         kind: "softmax" (CLIP), or "sigmoid" (SigLIP), which has a bias; the loss to train it with is named alike.
         pooling, captions: what stands for a picture, and the most texts that one has in a row of a training batch; see
             `ContrastiveHeads`.
         init_log_scale, init_bias: of the similarity at the start of training; None is that of the kind's paper.
         family: None, or the Hugging Face architecture that it is written as.
-        dtype: that of both towers.
     """
 
-    vision: ViTConfig
-    text: TextTowerConfig
+    vision: ViTConfig | None = None
+    text: TextTowerConfig = TextTowerConfig()
     projection_size: int | None = 512
     kind: str = "softmax"
     pooling: str = "pooler"
@@ -54,7 +57,6 @@ class DualEncoderConfig:
     init_log_scale: float | None = None
     init_bias: float | None = None
     family: str | None = None
-    dtype: str = "float32"
 
     def __post_init__(self):
         for name, allowed in (("kind", KINDS), ("pooling", POOLINGS)):
@@ -62,6 +64,8 @@ class DualEncoderConfig:
                 raise ConfigError(
                     f"dual encoder: {name} {getattr(self, name)!r}", f"one of {', '.join(allowed)}", f"change {name}"
                 )
+        if self.vision is None:
+            return
         if self.pooling == "pooler" and self.vision.pooler == "none":
             raise ConfigError("dual encoder: a vision tower that pools nothing", "a pooled vector", "set its pooler")
         if self.projection_size is None and self.image_vector_size != self.text.output_size:
@@ -95,7 +99,8 @@ class DualEncoderConfig:
     @property
     def parts(self) -> dict[str, Any]:
         """Each part's config by the name of its parameters."""
-        return {"encoder_image": self.vision, "encoder_text": self.text}
+        parts = {"encoder_image": self.vision, "encoder_text": self.text}
+        return {name: within(part, self.compute) for name, part in parts.items() if part is not None}
 
     @property
     def vocab_sizes(self) -> dict[str, int]:
@@ -107,7 +112,14 @@ class DualEncoderConfig:
         images = images_spec(rows, slots.get("image", 0), self.vision.image_size, self.vision.num_channels)
         return text_spec(rows, length) | images
 
+    def beside(self, model: Any, vocab_size: int) -> DualEncoderConfig:
+        """Returns the config with what it leaves open taken from the experiment; see `TakesFromExperiment`."""
+        vision = model.parts.get("encoder_image") if self.vision is None else self.vision
+        return replace(self, vision=vision, text=filled(self.text, vocab_size=vocab_size))
+
     def make(self) -> DualEncoder:
+        Requirements("dual encoder", self).given("vision")
+        Requirements("dual encoder's text encoder", self.text).given("vocab_size")
         return DualEncoder(self)
 
 
@@ -137,8 +149,7 @@ class DualEncoder(nn.Module):
     def setup(self):
         c = self.config
         log_scale, bias = INIT[c.kind]
-        self.encoder_image = replace(c.vision, dtype=c.dtype).make()
-        self.encoder_text = TextModel(replace(c.text, dtype=c.dtype))
+        self.encoder_image, self.encoder_text = c.parts["encoder_image"].make(), TextModel(c.parts["encoder_text"])
         self.heads = ContrastiveHeads(
             projection_size=c.projection_size,
             pooling=c.pooling,

@@ -9,7 +9,7 @@ from mllm_jax.checkpoints.description import describe
 from mllm_jax.checkpoints.differences import differences
 
 # How a part is started and computed; its parameters mean the same whatever these say.
-_FREE = ("dtype", "remat", "scan_unroll", "mimetic_init")
+_FREE = ("compute", "mimetic_init")
 # What parts were called before they bore their modality.
 NEW_NAMES = {
     "encoder": "encoder_image",

@@ -13,6 +13,7 @@ from mllm_jax.checkpoints.training import load_snapshot
 from mllm_jax.errors import CheckpointError, ConfigError
 from mllm_jax.models.params import shardings_of
 from mllm_jax.models.part_names import part_differences
+from mllm_jax.models.protocol import TakesFromExperiment
 from mllm_jax.models.registry import abstract_init, from_pretrained, pretrained_config
 
 
@@ -20,7 +21,7 @@ def held_by(source: Any, experiment: Any) -> set[str]:
     """The names of the parts, and of parameters beside them, that begin with what the source holds."""
     if source.part != "*":
         return {source.part}
-    config = experiment.model
+    config = experiment.model_of()
     return set(abstract_init(config.make(), config.batch_spec().empty(), method="touch"))
 
 
@@ -36,7 +37,7 @@ def read_source(source: Any, experiment: Any, mesh: Mesh, wanted: dict) -> dict:
     """
     if source.part == "*":
         held = {name: wanted[name] for name in held_by(source, experiment)}
-        return _from_model(source, experiment.model, mesh, held)
+        return _from_model(source, experiment.model_of(), mesh, held)
     config, part = experiment.parts[source.part], wanted[source.part]
     read = _from_model(source, config, mesh, part) if source.stage is None else _from_run(source, config, part)
     return {source.part: read}
@@ -71,6 +72,8 @@ def _from_run(source: Any, config: Any, wanted: dict) -> dict:
 
 
 def _require_same(source: Any, ours: Any, theirs: Any) -> None:
+    if isinstance(theirs, TakesFromExperiment):  # a folder's own model, of which nothing is open either
+        theirs = theirs.beside(theirs, 0)
     if changed := part_differences(theirs, ours):
         shown = "".join(f"\n  {line}" for line in changed[:10])
         name = "model" if source.part == "*" else f"model.{source.part}"

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -24,6 +25,7 @@ from mllm_jax.encoders import qwen_vit_v1
 from mllm_jax.encoders.qwen_vit_v1 import NORM_EPS, QwenViTV1Config
 from mllm_jax.encoders.vit import VisionOutput
 from mllm_jax.errors import ConfigError
+from mllm_jax.layers.compute import WithCompute, within
 from mllm_jax.llms import qwen_v1
 from mllm_jax.models.multimodal import Branch, MultimodalConfig
 from mllm_jax.projectors.resampler import ResamplerConfig
@@ -37,7 +39,7 @@ _WHAT = "Qwen-VL's config.json"
 
 
 @dataclass(frozen=True)
-class QwenVLTowerConfig:
+class QwenVLTowerConfig(WithCompute):
     """The ViT and the resampler behind it, without a language model: `VisionTransformer` of visual.py."""
 
     encoder: QwenViTV1Config = QwenViTV1Config()
@@ -45,13 +47,10 @@ class QwenVLTowerConfig:
     family: str = TOWER
 
     @property
-    def dtype(self) -> str:
-        return self.encoder.dtype
-
-    def with_dtype(self, dtype: str) -> QwenVLTowerConfig:
-        """The same tower with both parts computing in `dtype`."""
-        parts = replace(self.encoder, dtype=dtype), replace(self.projector, dtype=dtype)
-        return replace(self, encoder=parts[0], projector=parts[1])
+    def parts(self) -> dict[str, Any]:
+        """Each part's config by the name of its parameters."""
+        parts = {"encoder_image": self.encoder, "projector_image": self.projector}
+        return {name: within(part, self.compute) for name, part in parts.items()}
 
     def make(self) -> QwenVLTower:
         return QwenVLTower(self)
@@ -63,8 +62,8 @@ class QwenVLTower(nn.Module):
     config: QwenVLTowerConfig
 
     def setup(self):
-        self.encoder_image = self.config.encoder.make()
-        self.projector_image = self.config.projector.make()
+        made = {name: part.make() for name, part in self.config.parts.items()}
+        self.encoder_image, self.projector_image = made["encoder_image"], made["projector_image"]
 
     def __call__(self, pixels, output_hidden_states: bool = False) -> VisionOutput:
         """Encodes normalised pixels float[B, H, W, 3].
@@ -100,8 +99,7 @@ def write_tower(config: QwenVLTowerConfig) -> dict:
     """The inverse. Raises ConfigError: sizes that the reference has fixed, or another resampler."""
     encoder, projector = config.encoder, config.projector
     fixed = ResamplerConfig(projector.output_size, num_queries=projector.num_queries)
-    how = ("dtype", "remat", "scan_unroll")
-    fixed = replace(fixed, **{name: getattr(projector, name) for name in how})
+    fixed = replace(fixed, compute=projector.compute)
     default = QwenViTV1Config()
     given = (encoder.num_positions, encoder.image_mean, encoder.image_std, config.family)
     expected = (default.num_positions, default.image_mean, default.image_std, TOWER)

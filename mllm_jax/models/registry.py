@@ -23,6 +23,7 @@ from mllm_jax.checkpoints.options import named_as
 from mllm_jax.checkpoints.safetensors_files import has_weights, read_folder
 from mllm_jax.checkpoints.table import Family
 from mllm_jax.errors import CheckpointError, ConfigError
+from mllm_jax.layers.compute import with_compute
 from mllm_jax.models.parts import family_of as part_family
 from mllm_jax.sharding.cpu import prepare_cpu
 
@@ -170,7 +171,9 @@ def from_pretrained(
         params = read_weights(
             component_of(folder), family.table(config), abstract, mesh=mesh, dtype=dtype, report=report
         )
-    return computing_in(config, _dtype_of(params)).make(), params
+    computed = _dtype_of(params)
+    # float32 is what nobody has to say: the config then stays as the family reads it.
+    return with_compute(config, dtype=None if computed == "float32" else computed).make(), params
 
 
 def save_pretrained(
@@ -209,12 +212,6 @@ def save_pretrained(
         dtype=dtype,
         overwrite=overwrite,
     )
-
-
-def computing_in(config: Any, dtype: str) -> Any:
-    """The config with that dtype; a composed model has one in each part."""
-    own = "dtype" in {field.name for field in dataclasses.fields(config)}
-    return dataclasses.replace(config, dtype=dtype) if own else config.with_dtype(dtype)
 
 
 def _dtype_of(params: PyTree) -> str:

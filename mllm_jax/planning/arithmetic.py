@@ -5,7 +5,6 @@ No GPU compiler runs without a GPU, so the cost on GPUs is a lower bound.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 
 import jax
@@ -13,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AbstractMesh
 
+from mllm_jax.layers.compute import WithCompute
 from mllm_jax.planning.compile import abstract_step
 from mllm_jax.planning.hlo import Account, Collective, ring_bytes
 from mllm_jax.planning.topologies import Topology
@@ -76,7 +76,8 @@ def least_bytes(experiment: Experiment, index: int) -> int:
     """
     program = _on(experiment, index, experiment.mesh)
     state = device_bytes(_state(program))
-    llm, stage, sizes = experiment.model.llm, experiment.stages[index], program.mesh.shape
+    llm = experiment.model_of().parts.get("llm")
+    stage, sizes = experiment.stages[index], program.mesh.shape
     if llm is None or llm.remat == "offload":
         return state
     rows = max(1, stage.data.rows // stage.accumulate // (sizes["data"] * sizes["fsdp"]))
@@ -105,8 +106,9 @@ _ORDER = ("encoder", "projector", "", "llm")  # kinds of parts in the order of t
 
 def remat_of(config) -> str:
     """Returns the policy of the LLM, or of the first part that has one; "none" if there is none."""
-    parts = [*filter(None, [config.llm]), *config.parts.values()]
-    return next((part.remat for part in parts if "remat" in {f.name for f in dataclasses.fields(part)}), "none")
+    parts = config.parts
+    first = [parts["llm"]] if "llm" in parts else []
+    return next((part.remat for part in (*first, *parts.values()) if isinstance(part, WithCompute)), "none")
 
 
 def model_flops(program: StageProgram) -> dict[str, PartFlops]:

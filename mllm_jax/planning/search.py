@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 from mllm_jax.errors import ConfigError
+from mllm_jax.layers.compute import with_compute
 from mllm_jax.layers.stack import REMAT_POLICIES
 from mllm_jax.planning.arithmetic import dividing_fsdp, least_bytes, remat_of
 from mllm_jax.planning.plan import Plan, make_plan, stage_index
@@ -14,7 +15,6 @@ from mllm_jax.planning.topologies import Topology
 from mllm_jax.sharding.chips import GIB
 from mllm_jax.sharding.mesh import AXES, MeshConfig
 from mllm_jax.training.config import Experiment, Stage
-from mllm_jax.training.flops import with_remat
 
 TENSORS = (1, 2, 4, 8)
 CONTEXTS = (1, 2, 4, 8)
@@ -47,7 +47,7 @@ def candidates(experiment: Experiment, topology: Topology, index: int) -> Iterat
                 if _divides(stage, pieces, mesh.data * mesh.fsdp):
                     stages = list(experiment.stages)
                     stages[index] = replace(stage, accumulate=pieces)
-                    model = with_remat(experiment.model, policy)
+                    model = with_compute(experiment.model, remat=policy)
                     yield replace(experiment, mesh=mesh, model=model, stages=tuple(stages))
 
 

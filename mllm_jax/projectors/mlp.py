@@ -12,6 +12,7 @@ from einops import rearrange
 from flax import linen as nn
 
 from mllm_jax.errors import ConfigError
+from mllm_jax.layers.compute import WithCompute
 from mllm_jax.layers.linear import Linear
 from mllm_jax.layers.mlp import ACTIVATIONS
 from mllm_jax.layers.norms import LayerNorm
@@ -34,11 +35,11 @@ def merged_tokens(grid: int, factor: int, what: str) -> int:
 
 
 @dataclass(frozen=True)
-class MLPProjectorConfig:
+class MLPProjectorConfig(WithCompute):
     """Linear, activation, Linear; more or fewer of them.
 
     Attributes:
-        output_size: the LLM's hidden size.
+        output_size: None: the LLM's hidden size.
         hidden_size: of all maps but the last; None is output_size.
         num_layers: linear maps, with an activation between two of them; 1 is a linear projector.
         merge: side of the square of patches that becomes one media token (pixel shuffle, arXiv 2404.16821); 1 is none.
@@ -47,13 +48,12 @@ class MLPProjectorConfig:
             not tell it where the encoder gives all places one meaning, and the LLM's positions count from the question.
     """
 
-    output_size: int
+    output_size: int | None = None
     hidden_size: int | None = None
     merge: int = 1
     activation: str = "gelu"
     input_norm: bool = False
     place_embedding: bool = False
-    dtype: str = "float32"
     num_layers: int = 2
     use_bias: bool = True
 
@@ -83,6 +83,7 @@ class MLPProjectorConfig:
         return (grid // self.merge) ** 2
 
     def make(self) -> MLPProjector:
+        Requirements("MLP projector", self).given("output_size")
         return MLPProjector(self)
 
 

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from einops import rearrange
 from flax import linen as nn
 
+from mllm_jax.layers.compute import WithCompute
 from mllm_jax.layers.linear import Linear
 from mllm_jax.layers.mlp import ACTIVATIONS
 from mllm_jax.layers.norms import LayerNorm
@@ -33,21 +34,20 @@ def pixel_shuffle(x, factor: int, version: str = "v2"):
 
 
 @dataclass(frozen=True)
-class PixelShuffleProjectorConfig:
+class PixelShuffleProjectorConfig(WithCompute):
     """Sizes and the version of the shuffle.
 
     Attributes:
-        output_size: the LLM's hidden size, and the width between the two linear maps.
+        output_size: None: the LLM's hidden size, and the width between the two linear maps.
         factor: side of the square of patches that becomes one media token; 1 / `downsample_ratio`.
         version: "v1" or "v2", see `pixel_shuffle`.
     """
 
-    output_size: int
+    output_size: int | None = None
     factor: int = 2
     version: str = "v2"
     activation: str = "gelu"
     norm_eps: float = 1e-5
-    dtype: str = "float32"
 
     pointwise = False  # several vectors become one media token
     needs_grid = True  # and a class token has no place among them
@@ -63,6 +63,7 @@ class PixelShuffleProjectorConfig:
         return merged_tokens(grid, self.factor, "pixel shuffle")
 
     def make(self) -> PixelShuffleProjector:
+        Requirements("pixel shuffle", self).given("output_size")
         return PixelShuffleProjector(self)
 
 

@@ -12,27 +12,27 @@ from einops import reduce
 from flax import linen as nn
 
 from mllm_jax.errors import ConfigError
+from mllm_jax.layers.compute import WithCompute
 from mllm_jax.layers.requirements import Requirements
 from mllm_jax.projectors.mlp import MLPProjector, MLPProjectorConfig, merged_tokens
 
 
 @dataclass(frozen=True)
-class PoolProjectorConfig:
+class PoolProjectorConfig(WithCompute):
     """The side of the pooled squares and the MLP behind them.
 
     Attributes:
-        output_size: the LLM's hidden size.
+        output_size: None: the LLM's hidden size.
         factor: side of the square of patches whose mean becomes one media token.
         hidden_size, num_layers, activation, use_bias: of the MLP, see `MLPProjectorConfig`.
     """
 
-    output_size: int
+    output_size: int | None = None
     factor: int = 2
     hidden_size: int | None = None
     num_layers: int = 2
     activation: str = "gelu"
     use_bias: bool = True
-    dtype: str = "float32"
 
     pointwise = False  # several vectors become one media token
     needs_grid = True  # and a class token has no place among them
@@ -49,7 +49,7 @@ class PoolProjectorConfig:
             self.output_size,
             self.hidden_size,
             activation=self.activation,
-            dtype=self.dtype,
+            compute=self.compute,
             num_layers=self.num_layers,
             use_bias=self.use_bias,
         )
@@ -59,6 +59,7 @@ class PoolProjectorConfig:
         return merged_tokens(grid, self.factor, "average pooling")
 
     def make(self) -> PoolProjector:
+        Requirements("average pooling", self).given("output_size")
         return PoolProjector(self)
 
 

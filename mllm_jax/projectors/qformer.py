@@ -16,6 +16,7 @@ from flax import struct
 
 from mllm_jax.errors import ConfigError, DataError
 from mllm_jax.layers.attention import attention
+from mllm_jax.layers.compute import WithCompute
 from mllm_jax.layers.linear import Embedding, Linear
 from mllm_jax.layers.mlp import ACTIVATIONS, MLP
 from mllm_jax.layers.norms import LayerNorm
@@ -28,12 +29,13 @@ INIT_STD = 0.02
 
 
 @dataclass(frozen=True)
-class QFormerConfig:
+class QFormerConfig(WithCompute):
     """Sizes and switches of a Q-Former; the defaults are BERT-base with 32 queries.
 
     Attributes:
-        output_size: the LLM's hidden size, or None: no map to it, the queries' last hidden states as they are.
-        feature_size: width of the features that come in.
+        output_size: None: the LLM's hidden size; without an LLM no map to it, the queries' last hidden states as they
+            are.
+        feature_size: width of the features that come in; None: whatever that is.
         num_queries: media tokens of a picture, whatever its size.
         cross_attention_frequency: layers 0, n, 2n, ... have cross-attention.
         vocab_size: None: it reads no text, and has no parameters for any.
@@ -41,7 +43,7 @@ class QFormerConfig:
     """
 
     output_size: int | None = None
-    feature_size: int = 1408
+    feature_size: int | None = None
     hidden_size: int = 768
     num_layers: int = 12
     num_heads: int = 12
@@ -52,9 +54,6 @@ class QFormerConfig:
     norm_eps: float = 1e-12
     vocab_size: int | None = None
     max_length: int = 512
-    dtype: str = "float32"
-    remat: str = "none"
-    scan_unroll: int = 1
 
     def __post_init__(self):
         require = Requirements("Q-Former", self)
@@ -232,7 +231,7 @@ class QFormer(nn.Module):
             ConfigError, DataError: see `read`; features of another width.
         """
         c = self.config
-        if features.shape[-1] != c.feature_size:
+        if c.feature_size not in (None, features.shape[-1]):
             raise DataError(
                 f"features of width {features.shape[-1]}", f"{c.feature_size}", "change the Q-Former's feature_size"
             )

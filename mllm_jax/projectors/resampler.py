@@ -16,6 +16,7 @@ from flax import linen as nn
 
 from mllm_jax.errors import DataError
 from mllm_jax.layers.attention import attention
+from mllm_jax.layers.compute import WithCompute
 from mllm_jax.layers.interpolation import bicubic_grid
 from mllm_jax.layers.linear import Linear
 from mllm_jax.layers.mlp import ACTIVATIONS, MLP
@@ -28,11 +29,11 @@ POSITIONS = ("sincos", "none")
 
 
 @dataclass(frozen=True)
-class ResamplerConfig:
+class ResamplerConfig(WithCompute):
     """Sizes and switches of a resampler.
 
     Attributes:
-        output_size: the LLM's hidden size.
+        output_size: None: the LLM's hidden size.
         hidden_size: None is output_size; features of another width are mapped to it first, without a bias.
         num_queries: media tokens of a picture; a square number with "sincos" positions.
         num_kv_heads: None is num_heads, which is hidden_size / head_dim unless it is given.
@@ -48,7 +49,7 @@ class ResamplerConfig:
             output_size.
     """
 
-    output_size: int
+    output_size: int | None = None
     hidden_size: int | None = None
     num_queries: int = 256
     num_layers: int = 1
@@ -66,9 +67,6 @@ class ResamplerConfig:
     norm: str = "layer"
     norm_eps: float = 1e-6
     output_map: bool = True
-    dtype: str = "float32"
-    remat: str = "none"
-    scan_unroll: int = 1
 
     def __post_init__(self):
         require = Requirements("resampler", self)
@@ -82,11 +80,14 @@ class ResamplerConfig:
             "change num_queries or num_layers",
         )
         require(
-            self.positions == "none" or (self.num_queries == math.isqrt(self.num_queries) ** 2 and self.width % 4 == 0),
+            self.positions == "none"
+            or (self.num_queries == math.isqrt(self.num_queries) ** 2 and (self.width is None or self.width % 4 == 0)),
             f"sincos positions of {self.num_queries} queries of width {self.width}",
             "a square number, for they form a grid, and a width that is a multiple of 4",
             "change num_queries, hidden_size or positions",
         )
+        if self.width is None:  # the LLM's, whose heads are checked where it is known
+            return
         require(
             self.num_heads is not None or self.width % self.head_dim == 0,
             f"width {self.width} in heads of {self.head_dim}",
@@ -102,8 +103,8 @@ class ResamplerConfig:
         )
 
     @property
-    def width(self) -> int:
-        """hidden_size as it is used."""
+    def width(self) -> int | None:
+        """hidden_size as it is used; None: not known before the LLM's is."""
         return self.hidden_size or self.output_size
 
     @property
@@ -128,6 +129,7 @@ class ResamplerConfig:
         return self.num_queries
 
     def make(self) -> Resampler:
+        Requirements("resampler", self).given("output_size")
         return Resampler(self)
 
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import re
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import jax
@@ -65,20 +64,6 @@ def _traced(function, args):
     """The program with attention as the definition has it: loops over blocks stop at what a mask hides."""
     with whole_scores():
         return jax.make_jaxpr(function)(*args).jaxpr
-
-
-def with_remat(config, policy: str):
-    """A model's config with one rematerialisation policy in every part that has any."""
-    changes = {}
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        if field.name == "remat":
-            changes["remat"] = policy
-        elif dataclasses.is_dataclass(value):
-            changes[field.name] = with_remat(value, policy)
-        elif isinstance(value, Mapping):
-            changes[field.name] = {name: with_remat(part, policy) for name, part in value.items()}
-    return dataclasses.replace(config, **changes)
 
 
 def _count(jaxpr, stack: str) -> Counter[str]:

@@ -11,10 +11,11 @@ import optax
 from jax.sharding import Mesh
 
 from mllm_jax.data.batch import BatchSpec
+from mllm_jax.layers.compute import with_compute
 from mllm_jax.models.params import placed_params, shardings_of
 from mllm_jax.sharding.mesh import batch_sharding
 from mllm_jax.training.config import Experiment, Stage
-from mllm_jax.training.flops import PartFlops, count_flops, flops_by_part, with_remat
+from mllm_jax.training.flops import PartFlops, count_flops, flops_by_part
 from mllm_jax.training.optimizer import learning_rate, make_optimizer
 from mllm_jax.training.partition import join, num_bytes, split
 from mllm_jax.training.step import (
@@ -75,7 +76,7 @@ class StageProgram:
 
     def _gradient(self):
         """The loss's gradient without remat, and its arguments."""
-        apply = make_apply(with_remat(self.model, "none").make())
+        apply = make_apply(with_compute(self.model, remat="none").make())
 
         def loss(params, frozen, batch):
             return self.stage.objective.loss(apply, join(params, frozen), batch, jax.random.key(0))

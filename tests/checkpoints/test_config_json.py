@@ -10,6 +10,7 @@ from mllm_jax.checkpoints.config_json import check_written, one_or_several, writ
 from mllm_jax.checkpoints.options import ACTIVATIONS, ENCODER_ACTIVATIONS, Options
 from mllm_jax.errors import ConfigError
 from mllm_jax.layers import mlp
+from mllm_jax.layers.compute import Compute
 from mllm_jax.llms import llama
 from mllm_jax.llms.decoder import DecoderConfig
 
@@ -39,12 +40,12 @@ def test_ids_are_written_as_they_were_read():
 class Config:
     size: int = 1
     depth: int = 2
-    dtype: str = "float32"
+    compute: Compute = Compute()
     family: str = "ToyModel"
 
 
 def test_what_a_file_does_not_say_is_named():
-    written, config = {"size": 3}, Config(size=3, dtype="bfloat16")
+    written, config = {"size": 3}, Config(size=3, compute=Compute("bfloat16"))
     assert check_written(config, written, lambda values: Config(**values), "a toy") is written
     with pytest.raises(ConfigError, match="a toy with depth=5, to be written as ToyModel"):
         check_written(Config(size=3, depth=5), written, lambda values: Config(**values), "a toy")

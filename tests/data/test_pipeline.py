@@ -184,7 +184,7 @@ def quickstart():
     experiment = load_config(ROOT / "configs" / "quickstart.py")
     sources = {repr(w.source): w.source for stage in experiment.stages for w in stage.data.sources}
     texts = training_texts([source.build() for _, source in sorted(sources.items())])
-    words = Tokenizer.train(texts, experiment.tokenizer.vocab_size)
+    words = Tokenizer.train(texts, experiment.vocab_size)
     packed = {s.data: s.name for s in experiment.stages if s.data.layout == "conversation"}
     return {name: Pipeline(data, processor(experiment.model, words), seed=0) for data, name in packed.items()}
 

@@ -13,6 +13,7 @@ from flax import linen as nn
 from mllm_jax.encoders.nfnet import NFNetConfig, _convolve, nfnet
 from mllm_jax.encoders.nfnet_timm import FAMILIES, from_hf_config, table, to_hf_config
 from mllm_jax.errors import ConfigError
+from mllm_jax.layers.compute import Compute
 from mllm_jax.models.registry import abstract_params
 from mllm_jax.sharding.mesh import MeshConfig, make_mesh, param_shardings
 
@@ -81,14 +82,14 @@ def test_remat_changes_no_gradient(variables):
     def grads(config):
         return jax.jit(jax.grad(lambda v: jnp.square(config.make().apply(v, PIXELS).pooler_output).sum()))(variables)
 
-    plain, again = grads(TINY), grads(replace(TINY, remat="full"))
+    plain, again = grads(TINY), grads(replace(TINY, compute=Compute(remat="full")))
     for a, b in zip(jax.tree.leaves(plain), jax.tree.leaves(again), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-4 * max(1.0, float(np.abs(a).max())))
 
 
 def test_bfloat16(variables):
     exact = np.asarray(jax.jit(TINY.make().apply)(variables, PIXELS).pooler_output)
-    half = jax.jit(replace(TINY, dtype="bfloat16").make().apply)(variables, PIXELS)
+    half = jax.jit(replace(TINY, compute=Compute(dtype="bfloat16")).make().apply)(variables, PIXELS)
     assert half.last_hidden_state.dtype == jnp.bfloat16
     assert np.linalg.norm(np.asarray(half.pooler_output, np.float32) - exact) <= 3e-2 * np.linalg.norm(exact)
 

@@ -15,6 +15,7 @@ from mllm_jax.encoders.qwen_patches import lay_out_patches, window_numbers
 from mllm_jax.encoders.qwen_vit import QwenViTConfig, from_hf_config, to_hf_config
 from mllm_jax.encoders.qwen_vit_v1 import QwenViTV1Config
 from mllm_jax.errors import ConfigError, DataError
+from mllm_jax.layers.compute import Compute
 from mllm_jax.layers.interpolation import bilinear_packed
 from mllm_jax.models.registry import abstract_init, abstract_params
 from mllm_jax.sharding.logical import RULES
@@ -207,7 +208,7 @@ def test_remat_changes_no_gradient(config):
 
         return jax.jit(jax.grad(loss))(params)
 
-    plain, remat = gradient(config), gradient(replace(config, remat="full"))
+    plain, remat = gradient(config), gradient(replace(config, compute=Compute(remat="full")))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), plain, remat)
 
 
@@ -222,7 +223,7 @@ def test_every_parameter_has_logical_names_and_bfloat16_computes_in_it(config):
     for box in jax.tree.leaves(stacked, is_leaf=lambda x: isinstance(x, nn.meta.AxisMetadata)):
         assert box.names[0] == "layers"
     arguments = (np.zeros((1, 12, 12, 3), np.float32),) if config is V1 else family(config).sample(config)
-    half = replace(config, dtype="bfloat16").make()
+    half = replace(config, compute=Compute(dtype="bfloat16")).make()
     out = jax.eval_shape(half.apply, {"params": nn.meta.unbox(abstract)}, *arguments)
     assert {leaf.dtype for leaf in jax.tree.leaves(out)} == {jnp.dtype("bfloat16")}
 

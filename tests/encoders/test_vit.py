@@ -11,6 +11,7 @@ from flax import linen as nn
 
 from mllm_jax.encoders.vit import VisionOutput, ViTConfig, select_layers
 from mllm_jax.errors import ConfigError
+from mllm_jax.layers.compute import Compute
 from mllm_jax.sharding.logical import RULES
 
 SMALL = dict(image_size=12, patch_size=4, hidden_size=12, num_layers=1, num_heads=3, mlp_size=16)
@@ -80,7 +81,7 @@ def test_impossible_regions_are_refused(change):
 
 
 def test_bfloat16_computes_in_bfloat16_with_float32_parameters():
-    module = ViTConfig(**SMALL, dtype="bfloat16").make()
+    module = ViTConfig(**SMALL, compute=Compute(dtype="bfloat16")).make()
     abstract = jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, 12, 12, 3)))
     assert {leaf.dtype for leaf in jax.tree.leaves(abstract)} == {jnp.dtype("float32")}
     out = jax.eval_shape(module.apply, nn.meta.unbox(abstract), jnp.zeros((1, 12, 12, 3)))

@@ -9,6 +9,7 @@ import pytest
 from flax import linen as nn
 
 from mllm_jax.errors import ConfigError
+from mllm_jax.layers.compute import Compute
 from mllm_jax.llms.chatglm import FAR, ChatGLMConfig, find_marks, from_hf_config, is_v1, to_hf_config, two_positions
 
 BOS, EOS, PAD, MASK, GMASK = range(5)
@@ -115,7 +116,7 @@ def test_embeddings_and_chosen_logits(model):
 
 
 def test_bfloat16_computes_and_caches_in_it():
-    half = ChatGLMConfig(**{**vars(CONFIG), "dtype": "bfloat16"})
+    half = ChatGLMConfig(**{**vars(CONFIG), "compute": Compute("bfloat16")})
     abstract = nn.meta.unbox(jax.eval_shape(half.make().init, jax.random.key(0), TOKENS))
     assert {leaf.dtype for leaf in jax.tree.leaves(abstract)} == {jnp.dtype("float32")}
     assert jax.eval_shape(half.make().apply, abstract, TOKENS).dtype == jnp.float32

@@ -11,6 +11,7 @@ import pytest
 from flax import linen as nn
 
 from mllm_jax.errors import ConfigError
+from mllm_jax.layers.compute import Compute
 from mllm_jax.layers.rotary import RopeScaling
 from mllm_jax.llms.decoder import DecoderConfig
 
@@ -162,7 +163,7 @@ def test_dynamic_frequencies_depend_only_on_the_own_text():
 
 
 def test_logits_are_float32_in_bfloat16():
-    c = DecoderConfig(vocab_size=37, hidden_size=16, num_layers=1, mlp_size=24, dtype="bfloat16")
+    c = DecoderConfig(vocab_size=37, hidden_size=16, num_layers=1, mlp_size=24, compute=Compute(dtype="bfloat16"))
     tokens = jnp.zeros((1, 4), jnp.int32)
     abstract = nn.meta.unbox(jax.eval_shape(c.make().init, jax.random.key(0), tokens))
     assert {leaf.dtype for leaf in jax.tree.leaves(abstract)} == {jnp.dtype("float32")}

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 
 from mllm_jax.errors import ConfigError
+from mllm_jax.layers.compute import Compute
 from mllm_jax.layers.rotary import RopeScaling
 from mllm_jax.llms import glm, llama, opt, qwen
 from mllm_jax.llms.decoder import DecoderConfig
@@ -57,7 +58,7 @@ def test_writing_is_the_reverse_of_reading(family):
     assert config.eos_token_id == (4, 5) and config.family == family
     assert home.from_hf_config(home.to_hf_config(config)) == config
     # Compute settings are not stored; heads may be given in full.
-    run = replace(config, dtype="bfloat16", remat="full", scan_unroll=2, head_dim=config.size_per_head)
+    run = replace(config, compute=Compute(dtype="bfloat16", remat="full", scan_unroll=2), head_dim=config.size_per_head)
     assert home.from_hf_config(home.to_hf_config(run)) == config
 
 

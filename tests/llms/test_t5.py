@@ -11,6 +11,7 @@ import pytest
 from flax import linen as nn
 
 from mllm_jax.errors import ConfigError, DataError
+from mllm_jax.layers.compute import Compute
 from mllm_jax.llms.t5 import T5Config, from_hf_config, sample, table, to_hf_config
 
 CONFIG = T5Config(
@@ -128,14 +129,14 @@ def test_embeddings_stand_in_for_source_tokens(model, texts):
 def test_remat_and_unrolling_change_nothing(model, texts):
     params, full, *_ = model
     source, segments, target = texts
-    other = replace(CONFIG, remat="full", scan_unroll=3).make()
+    other = replace(CONFIG, compute=Compute(remat="full", scan_unroll=3)).make()
     np.testing.assert_allclose(
         jax.jit(other.apply)(params, source, None, segments, target), full(source, None, segments, target), atol=2e-5
     )
 
 
 def test_bfloat16_computes_and_caches_in_it():
-    half = replace(CONFIG, dtype="bfloat16")
+    half = replace(CONFIG, compute=Compute(dtype="bfloat16"))
     abstract = nn.meta.unbox(jax.eval_shape(half.make().init, jax.random.key(0), *sample(half)))
     assert {leaf.dtype for leaf in jax.tree.leaves(abstract)} == {jnp.dtype("float32")}
     assert jax.eval_shape(half.make().apply, abstract, *sample(half)).dtype == jnp.float32

@@ -15,12 +15,12 @@ from flax import linen as nn
 from flax.traverse_util import flatten_dict
 
 from mllm_jax.errors import ConfigError, DataError
+from mllm_jax.layers.compute import with_compute
 from mllm_jax.models import blip2, blip2_stage1, instructblip
 from mllm_jax.models.blip2_stage1 import QFormerPretrainingConfig
 from mllm_jax.models.registry import abstract_init, abstract_params, family_of_config
 from mllm_jax.projectors.qformer import QFormerConfig
 from mllm_jax.projectors.qformer_hub import read_qformer
-from mllm_jax.training.flops import with_remat
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 # As the folders on the hub have them since they say where a picture stands.
@@ -138,8 +138,8 @@ def config_file(name: str):
 
 
 def plain(config):
-    """Without how it is run, which no folder says."""
-    return with_remat(config.with_dtype("float32"), "none")
+    """With every width that it takes from a neighbour, and without how it is run, which no folder says."""
+    return with_compute(config.with_branch("image", projector=config.image.projector), dtype=None, remat=None)
 
 
 def sizes(config) -> dict[str, int]:
@@ -261,4 +261,4 @@ def test_texts_that_a_qformer_cannot_read_are_refused():
 
 def test_options_of_a_qformer_default_to_the_published_ones():
     read = read_qformer({}, "config.json", text=None, output_size=4096, feature_size=1408, num_queries=32)
-    assert read == QFormerConfig(4096, vocab_size=30522)
+    assert read == QFormerConfig(4096, 1408, vocab_size=30522)

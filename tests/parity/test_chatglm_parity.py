@@ -18,6 +18,7 @@ from tiny_language import answers, language
 import mllm_jax
 from mllm_jax.checkpoints.layout import named, parameter_view
 from mllm_jax.generation.options import Options
+from mllm_jax.layers.compute import Compute
 from mllm_jax.layers.norms import LayerNorm
 from mllm_jax.llms.chatglm import (
     FAR,
@@ -167,7 +168,7 @@ def test_packed_rows_equal_each_text_alone(model, golden, tokens, assert_close):
 
 def test_bfloat16(model, tokens, golden):
     module, variables = model
-    half = replace(module.config, dtype="bfloat16").make()
+    half = replace(module.config, compute=Compute(dtype="bfloat16")).make()
     ours = np.asarray(half.apply(jax.tree.map(lambda x: x.astype(jnp.bfloat16), variables), tokens))
     theirs = golden["outputs/logits"]
     assert np.linalg.norm(ours - theirs) <= 2e-2 * np.linalg.norm(theirs)
@@ -238,7 +239,7 @@ def test_more_configs_padded_packed_generated_and_written(other, assert_close, t
     assert_close(ours[0, ends[0] : ends[1]], alone[1], 1e-4, "packed, second")
     assert_close(ours[1, : len(texts[1])], alone[1], 1e-4, "padded")
 
-    half = replace(module.config, dtype="bfloat16").make()
+    half = replace(module.config, compute=Compute(dtype="bfloat16")).make()
     rough = half.apply({"params": jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)}, texts[0][None])[0]
     assert np.linalg.norm(rough - alone[0]) <= 2e-2 * np.linalg.norm(alone[0]), "bfloat16"
 

@@ -15,6 +15,7 @@ from vision_checks import family_of, make_image, read, to_torch, write
 
 from mllm_jax.encoders import sam
 from mllm_jax.errors import ConfigError
+from mllm_jax.layers.compute import Compute
 
 FAMILY = family_of(sam, "SamVisionModel")
 SIZES = dict(
@@ -78,7 +79,7 @@ def test_rematerialised_layers_give_the_same_gradients(assert_close):
     params = nn.meta.unbox(config.make().init(jax.random.key(0), pixels)["params"])
     stored, again = (
         jax.jit(jax.grad(lambda p, m=m: (m.apply({"params": p}, pixels).last_hidden_state ** 2).sum()))(params)
-        for m in (config.make(), dataclasses.replace(config, remat="full").make())
+        for m in (config.make(), dataclasses.replace(config, compute=Compute(remat="full")).make())
     )
     for a, b in zip(jax.tree.leaves(stored), jax.tree.leaves(again), strict=True):
         if np.abs(a).max() > 1e-3:  # gradients of key biases are zero up to rounding

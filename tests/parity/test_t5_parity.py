@@ -17,6 +17,7 @@ from transformers.models.t5.modeling_t5 import T5Attention
 
 import mllm_jax
 from mllm_jax.checkpoints.layout import parameter_view
+from mllm_jax.layers.compute import Compute
 from mllm_jax.layers.relative_bias import bucket_of_distance
 from mllm_jax.llms.t5 import T5Config, from_hf_config, sample, table, to_hf_config
 
@@ -172,7 +173,7 @@ def test_bfloat16(pair, examples, to_numpy):
             parameter.mul_(c.head_dim**-0.5 if name.endswith(".q.weight") else 1).copy_(parameter.bfloat16())
         theirs = reference(torch.tensor(s), decoder_input_ids=torch.tensor(t)).logits.numpy()
     params = jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), our_params(to_numpy(reference.state_dict()), c))
-    ours = jax.jit(replace(c, dtype="bfloat16").make().apply)({"params": params}, s, decoder_tokens=t)
+    ours = jax.jit(replace(c, compute=Compute(dtype="bfloat16")).make().apply)({"params": params}, s, decoder_tokens=t)
     assert ours.dtype == jnp.float32
     # By root mean square: the reference in bfloat16 has single logits as far off as ours.
     assert np.linalg.norm(ours - theirs) <= 2e-2 * np.linalg.norm(theirs)

@@ -7,12 +7,12 @@ import pytest
 from jax.sharding import AbstractMesh
 from tiny import experiment
 
+from mllm_jax.layers.compute import with_compute
 from mllm_jax.planning.arithmetic import dividing_fsdp, least_bytes, whole_bytes
 from mllm_jax.planning.compile import abstract_step
 from mllm_jax.planning.search import candidates
 from mllm_jax.planning.topologies import topology
 from mllm_jax.sharding.mesh import AXES, MeshConfig
-from mllm_jax.training.flops import with_remat
 
 
 def test_sizes_that_fsdp_does_not_divide_are_named_and_avoided():
@@ -34,9 +34,12 @@ def test_long_rows_are_split_by_the_search_as_well():
 def test_what_a_device_needs_at_least():
     """Checks sixteen rows of 128 on 16 devices: parameters, AdamW's two copies, and the inputs of two layers."""
     full = experiment(mesh=MeshConfig(1, 16), remat="full")
-    state = least_bytes(replace(full, model=with_remat(full.model, "offload")), 0)
+    state = least_bytes(replace(full, model=with_compute(full.model, remat="offload")), 0)
     abstract = abstract_step(full, 0, AbstractMesh((1, 16, 1, 1), AXES))
     parameters = sum(leaf.size for leaf in jax.tree.leaves(abstract.state.params))
     assert state == pytest.approx(3 * 4 * parameters / 16, rel=0.02)
     assert least_bytes(full, 0) - state == 128 * 2 * 256 * 2
-    assert least_bytes(replace(full, model=with_remat(full.model, "dots")), 0) - state == 128 * 2 * (256 + 2 * 704) * 2
+    assert (
+        least_bytes(replace(full, model=with_compute(full.model, remat="dots")), 0) - state
+        == 128 * 2 * (256 + 2 * 704) * 2
+    )

@@ -15,6 +15,7 @@ from tiny import LANGUAGE, experiment, hand_counted
 from mllm_jax.cli import main
 from mllm_jax.encoders.vit import ViTConfig
 from mllm_jax.errors import ConfigError, PlanError
+from mllm_jax.layers.compute import with_compute
 from mllm_jax.planning import compile as compiling
 from mllm_jax.planning import search as searching
 from mllm_jax.planning.compile import OutOfMemory, topology_mesh
@@ -26,7 +27,7 @@ from mllm_jax.sharding.chips import GIB
 from mllm_jax.sharding.mesh import MeshConfig
 from mllm_jax.training.config_file import load_config
 from mllm_jax.training.features import stage_spec
-from mllm_jax.training.flops import count_flops, with_remat
+from mllm_jax.training.flops import count_flops
 
 ROOT = Path(__file__).parents[2]
 
@@ -174,7 +175,9 @@ def test_rows_that_the_mesh_does_not_divide_are_named():
 def test_gpus_are_estimated():
     plan = make_plan(replace(experiment(rows=64), mesh=MeshConfig(1, -1)), topology("16xh100"))
     assert plan.compiled is False and plan.fits is None and plan.dense_flops == plan.flops
-    again = make_plan(replace(experiment(rows=64), model=with_remat(experiment().model, "full")), topology("16xh100"))
+    again = make_plan(
+        replace(experiment(rows=64), model=with_compute(experiment().model, remat="full")), topology("16xh100")
+    )
     assert again.recompute == pytest.approx(4 / 3, rel=0.01)
     assert {link for _, link, _, _ in plan.collectives} == {"ICI", "DCN"}  # two nodes of eight
     assert "may fit" in text_of(render(plan)) and "NVLink" in text_of(render(plan))
@@ -192,7 +195,7 @@ def test_batches_of_the_smoke_config():
 
 
 def test_batches_of_packed_patches():
-    plan = load_config(ROOT / "configs" / "plans" / "qwen25vl_7b.py")
+    plan = load_config(ROOT / "configs" / "qwen25vl_7b.py")
     shapes = stage_spec(plan, plan.stages[0])
     assert shapes["positions"].shape == (256, 8192, 3)  # M-RoPE
     assert shapes["patches"].shape == (256, 16_384, 3 * 2 * 14 * 14)
@@ -219,11 +222,12 @@ def test_the_search_skips_what_cannot_do_better(monkeypatch, plan):
 
     def pretend(candidate, where, stage):
         pieces, mesh = candidate.stages[0].accumulate, candidate.mesh
-        fits = pieces >= 2 or candidate.model.llm.remat == "full"
-        asked.append((mesh.tensor, pieces, candidate.model.llm.remat))
+        remat = candidate.model.parts["llm"].remat
+        fits = pieces >= 2 or remat == "full"
+        asked.append((mesh.tensor, pieces, remat))
         sizes = dict(data=mesh.data, fsdp=mesh.fsdp, context=1, tensor=mesh.tensor)
         slower = replace(plan.times, compute=1.0 + pieces + mesh.tensor)
-        return replace(plan, fits=fits, mesh=sizes, accumulate=pieces, remat=candidate.model.llm.remat, times=slower)
+        return replace(plan, fits=fits, mesh=sizes, accumulate=pieces, remat=remat, times=slower)
 
     monkeypatch.setattr(searching, "make_plan", pretend)
     best, tried = searching.search(experiment(rows=32), topology("v5e-16"), limit=8)

@@ -11,6 +11,7 @@ import pytest
 from flax import linen as nn
 
 from mllm_jax.errors import ConfigError, DataError
+from mllm_jax.layers.compute import Compute
 from mllm_jax.models.registry import abstract_init
 from mllm_jax.projectors.resampler import ResamplerConfig
 from mllm_jax.sharding.logical import RULES
@@ -44,7 +45,7 @@ def test_gradients_reach_everything_but_fixed_positions(config):
     still = {path for path, size in sizes.items() if size < 1e-5}
     # A bias equal for all keys cancels in the softmax.
     assert still == {"['layers']['k']['bias']"} | ({"['positions']"} if config is C else set())
-    remat = gradient(replace(config, remat="full"))
+    remat = gradient(replace(config, compute=Compute(remat="full")))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), grads, remat)
 
 
@@ -53,7 +54,7 @@ def test_every_parameter_has_logical_names_and_bfloat16_computes_in_it():
         abstract = abstract_init(config.make(), FEATURES)
         for box in jax.tree.leaves(abstract, is_leaf=lambda x: isinstance(x, nn.meta.AxisMetadata)):
             assert len(box.names) == box.value.ndim and set(box.names) - {None} <= set(RULES)
-        half = replace(config, dtype="bfloat16").make()
+        half = replace(config, compute=Compute(dtype="bfloat16")).make()
         out = jax.eval_shape(half.apply, {"params": nn.meta.unbox(abstract)}, FEATURES)
         assert out.dtype == jnp.bfloat16 and out.shape == (2, config.num_tokens(3), 12)
 

@@ -22,6 +22,7 @@ from mllm_jax.checkpoints.run import RunFolder
 from mllm_jax.data.message import Image, Message, Text
 from mllm_jax.errors import CheckpointError, ConfigError, RunFolderError
 from mllm_jax.generation.assistant import Assistant
+from mllm_jax.layers.compute import Compute
 from mllm_jax.models.run_weights import load_run
 from mllm_jax.sharding.mesh import MeshConfig
 from mllm_jax.training.config import AdamW, CheckpointConfig, Experiment, Pretrained, Stage, TokenizerConfig
@@ -317,7 +318,8 @@ def refused(error, config: Experiment, folder) -> str:
 
 def test_another_model_is_refused_by_the_fields_that_differ(run, sources, tmp_path):
     config = experiment(*sources)
-    wide = replace(config.model, llm=replace(config.model.llm, rope_theta=5e5, scan_unroll=2, remat="full"))
+    llm = replace(config.model.llm, rope_theta=5e5, compute=Compute(scan_unroll=2, remat="full"))
+    wide = replace(config.model, llm=llm)
     given = refused(ConfigError, replace(config, model=wide), tmp_path / "run")
     assert "rope_theta: 10000.0 -> 500000.0" in given and "remat" not in given
     deep = config.model.with_branch("image", encoder=replace(config.model.image.encoder, num_layers=2))

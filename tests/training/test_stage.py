@@ -11,6 +11,7 @@ import pytest
 from toy_data import MODEL, PICTURES, pipeline
 
 from mllm_jax.errors import ConfigError
+from mllm_jax.layers.compute import Compute
 from mllm_jax.models.params import init_params
 from mllm_jax.planning.compile import abstract_step
 from mllm_jax.sharding.mesh import MeshConfig, make_mesh
@@ -50,7 +51,7 @@ def test_the_planner_compiles_what_the_loop_runs():
 
 def test_remat_is_not_counted():
     mesh = make_mesh(MeshConfig(data=1), jax.devices()[:1])
-    again = replace(EXPERIMENT, model=replace(MODEL, llm=replace(MODEL.llm, remat="full")))
+    again = replace(EXPERIMENT, model=replace(MODEL, llm=replace(MODEL.llm, compute=Compute(remat="full"))))
     assert abstract_step(again, 0, mesh).flops() == abstract_step(EXPERIMENT, 0, mesh).flops()
 
 
