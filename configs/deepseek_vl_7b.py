@@ -7,9 +7,9 @@
 from mllm_jax.data.pipeline import Mixture
 from mllm_jax.encoders.sam import SamConfig
 from mllm_jax.encoders.siglip_sam import SiglipSamConfig
-from mllm_jax.encoders.vit import ViTConfig
+from mllm_jax.encoders.vit import ViTConfig, ViTDialect
 from mllm_jax.layers.compute import Compute
-from mllm_jax.llms.decoder import DecoderConfig
+from mllm_jax.llms.decoder import DecoderConfig, DecoderDialect
 from mllm_jax.models.branch import Branch
 from mllm_jax.models.clip import CLIP_MEAN, CLIP_STD
 from mllm_jax.models.deepseek_vl import DeepseekVLConfig
@@ -34,10 +34,7 @@ def encoder(dtype: str = "bfloat16") -> SiglipSamConfig:
         num_heads=16,
         mlp_size=4096,
         activation="gelu",
-        norm_eps=1e-6,
-        drop_remainder=True,
-        pooler="none",
-        family="SiglipVisionModel",
+        dialect=ViTDialect(norm_eps=1e-6, drop_remainder=True, pooler="none", family="SiglipVisionModel"),
         compute=Compute(remat="full"),
     )
     high = SamConfig(image_mean=CLIP_MEAN, image_std=CLIP_STD, compute=Compute(remat="full"))
@@ -53,7 +50,7 @@ def llm(dtype: str = "bfloat16") -> DecoderConfig:
         num_heads=32,
         num_kv_heads=32,
         mlp_size=11_008,
-        norm_eps=1e-6,
+        dialect=DecoderDialect(norm_eps=1e-6),
         tie_word_embeddings=False,
         max_position_embeddings=16_384,
         bos_token_id=100_000,

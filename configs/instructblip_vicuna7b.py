@@ -5,9 +5,9 @@ Experiment on `model()`, whose Q-Former begins as BLIP-2's.
 """
 
 from mllm_jax.data.pipeline import Mixture
-from mllm_jax.encoders.vit import ViTConfig
+from mllm_jax.encoders.vit import ViTConfig, ViTDialect
 from mllm_jax.layers.compute import with_compute
-from mllm_jax.llms.decoder import DecoderConfig
+from mllm_jax.llms.decoder import DecoderConfig, DecoderDialect
 from mllm_jax.models.branch import Branch, Connection
 from mllm_jax.models.clip import CLIP_MEAN, CLIP_STD
 from mllm_jax.models.instructblip import InstructBlipConfig
@@ -30,15 +30,17 @@ def model() -> InstructBlipConfig:
         num_heads=16,
         mlp_size=6144,
         activation="gelu",
-        norm_eps=1e-6,
         class_token=True,
-        drop_remainder=True,
-        qkv_bias=True,
-        norm_pooled=True,
-        pooler="token",
         image_mean=CLIP_MEAN,
         image_std=CLIP_STD,
-        family="Blip2VisionModel",
+        dialect=ViTDialect(
+            norm_eps=1e-6,
+            drop_remainder=True,
+            qkv_bias=True,
+            norm_pooled=True,
+            pooler="token",
+            family="Blip2VisionModel",
+        ),
     )
     llm = DecoderConfig(
         vocab_size=32_064,  # 32,000, [PAD] and <image>, and what fills up to a multiple of 64
@@ -47,13 +49,12 @@ def model() -> InstructBlipConfig:
         num_heads=32,
         num_kv_heads=32,
         mlp_size=11_008,
-        norm_eps=1e-6,
         tie_word_embeddings=False,
         max_position_embeddings=2048,
         bos_token_id=0,
         eos_token_id=(1,),  # as its config.json says; generation_config.json and the tokenizer say what ends a text
         pad_token_id=32_000,
-        family="LlamaForCausalLM",
+        dialect=DecoderDialect(norm_eps=1e-6, family="LlamaForCausalLM"),
     )
     projector = QFormerConfig(4096, vocab_size=30_523)
     image = Branch(encoder, projector, Connection(class_token=True))

@@ -4,9 +4,9 @@
 32,768 tokens) but neither batch sizes nor learning rates, so there is no `experiment` here.
 """
 
-from mllm_jax.encoders.qwen_vit import QwenViTConfig
+from mllm_jax.encoders.qwen_vit import QwenViTConfig, QwenViTDialect
 from mllm_jax.layers.compute import Compute
-from mllm_jax.llms.decoder import DecoderConfig
+from mllm_jax.llms.decoder import DecoderConfig, DecoderDialect
 from mllm_jax.models.branch import Branch
 from mllm_jax.models.qwen_vl import QWEN25, QwenVLConfig
 
@@ -23,12 +23,11 @@ def model(dtype: str = "bfloat16") -> QwenVLConfig:
                     mlp_size=3420,
                     output_size=3584,
                     activation="silu",
-                    gated=True,
-                    norm="rms",
                     window_size=112,
                     full_layers=(7, 15, 23, 31),
-                    tokens_per_second=2,
-                    family="Qwen2_5_VisionTransformerPretrainedModel",
+                    dialect=QwenViTDialect(
+                        gated=True, norm="rms", tokens_per_second=2, family="Qwen2_5_VisionTransformerPretrainedModel"
+                    ),
                     compute=Compute(dtype=dtype, remat="full"),
                 )
             )
@@ -40,14 +39,13 @@ def model(dtype: str = "bfloat16") -> QwenVLConfig:
             num_heads=28,
             num_kv_heads=4,
             mlp_size=18944,
-            qkv_bias=True,
-            rope_theta=1_000_000.0,
-            mrope_sections=(16, 24, 24),
             tie_word_embeddings=False,
             max_position_embeddings=128_000,
             bos_token_id=151643,
             eos_token_id=(151645,),
-            family="Qwen2ForCausalLM",
+            dialect=DecoderDialect(
+                qkv_bias=True, rope_theta=1_000_000.0, mrope_sections=(16, 24, 24), family="Qwen2ForCausalLM"
+            ),
             compute=Compute(dtype=dtype, remat="full"),
         ),
         family=QWEN25,

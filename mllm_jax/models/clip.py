@@ -61,7 +61,7 @@ class DualEncoderConfig(WithCompute):
                 raise ConfigError(
                     f"dual encoder: {name} {getattr(self, name)!r}", f"one of {', '.join(allowed)}", f"change {name}"
                 )
-        if self.pooling == "pooler" and self.vision.pooler == "none":
+        if self.pooling == "pooler" and self.vision.dialect.pooler == "none":
             raise ConfigError("dual encoder: a vision tower that pools nothing", "a pooled vector", "set its pooler")
         if self.projection_size is None and self.image_vector_size != self.text.output_size:
             raise ConfigError(
@@ -76,7 +76,7 @@ class DualEncoderConfig(WithCompute):
         v = self.vision
         if self.pooling == "patches":
             return (v.grid**2 + int(v.class_token)) * (v.hidden_size if v.regions is None else v.region_size)
-        return v.head_size or (v.hidden_size if v.regions is None else v.region_size)
+        return v.dialect.head_size or (v.hidden_size if v.regions is None else v.region_size)
 
     @property
     def media_tokens(self) -> int:
