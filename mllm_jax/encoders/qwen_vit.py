@@ -78,7 +78,7 @@ class QwenViTConfig(WithCompute):
     Attributes:
         temporal_patch_size: frames that make one patch; a still image is repeated.
         merge_size: side of the square of patches that becomes one media token.
-        output_size: width of a media token, which is the LLM's.
+        output_size: width of a media token; None: the LLM's.
         window_size: None, or the side in pixels of the windows that attention stays in, except in `full_layers`.
         full_layers: numbers of the layers that attend to the whole frame, where there are windows.
     """
@@ -91,7 +91,7 @@ class QwenViTConfig(WithCompute):
     num_layers: int = 32
     num_heads: int = 16
     mlp_size: int = 5120
-    output_size: int = 3584
+    output_size: int | None = None
     activation: str = "quick_gelu"
     window_size: int | None = None
     full_layers: tuple[int, ...] = ()
@@ -141,6 +141,7 @@ class QwenViTConfig(WithCompute):
     packed = True  # it reads patches of images of any size
 
     def make(self) -> QwenViT:
+        Requirements("Qwen ViT", self).given("output_size")
         return QwenViT(self)
 
     def lay_out(self, rows: Sequence[Sequence[tuple[int, int, int]]], num_patches: int) -> PatchLayout:

@@ -48,12 +48,13 @@ class TextTowerConfig(WithCompute):
     """Sizes of a text encoder; what only reproduces a family is in its dialect.
 
     Attributes:
+        vocab_size: None: that of the experiment's tokenizer.
         max_length: how many positions there are.
         num_layers: 0 is a bag of words: what the parts of a name add up to then holds for names never seen.
         bos_token_id, eos_token_id, pad_token_id: of the tokenizer.
     """
 
-    vocab_size: int = 1024
+    vocab_size: int | None = None
     max_length: int = 64
     hidden_size: int = 192
     num_layers: int = 2
@@ -90,6 +91,7 @@ class TextTowerConfig(WithCompute):
         return self.dialect.family
 
     def make(self) -> TextTower | TextModel:
+        Requirements("text tower", self).given("vocab_size")
         return (TextTower if self.family is None else TextModel)(self)
 
 

@@ -165,6 +165,11 @@ class ViTConfig(WithCompute):
         """The architecture that it is written as."""
         return self.dialect.family
 
+    @property
+    def feature_size(self) -> int:
+        """Width of the vectors that come out."""
+        return self.hidden_size if self.regions is None else self.region_size
+
     def make(self) -> ViT:
         return ViT(self)
 

@@ -103,7 +103,7 @@ class Assistant:
             if dtype is not None:
                 dtype = float_dtype(dtype)
                 params = jax.tree.map(lambda leaf: leaf.astype(dtype), params)
-                model = with_compute(experiment.model, dtype=str(dtype)).make()
+                model = with_compute(experiment.model_of(), dtype=str(dtype)).make()
             return cls(model, params, processor, mesh=mesh, **options)
         # The small files first: who lacks one should not have to wait for the weights.
         if not writes_text(pretrained_config(folder)):

@@ -163,7 +163,7 @@ class MultimodalSteps(LanguageSteps):
     """The composed model; batches also hold positions, media_index and, where there are pictures, what shows them."""
 
     def __init__(self, module: Multimodal, by_layer: bool | None = None):
-        super().__init__(module.config.llm.make(), by_layer)
+        super().__init__(module.config.parts["llm"].make(), by_layer)
         self.module = dataclasses.replace(module.config, llm=self.config).make()
 
     def prepare(self, params: dict) -> dict:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 from mllm_jax.errors import ConfigError
 from mllm_jax.layers.requirements import Requirements
@@ -48,7 +48,9 @@ class Compute:
 
 @dataclass(frozen=True, kw_only=True)
 class WithCompute:
-    """A config that says how it is computed; that of every part has this as its base.
+    """A config that says how it is computed: the base of that of every part and of every composition.
+
+    What a composition says holds for the parts that leave it open; see `within`.
 
     Attributes:
         compute: dtype, remat and unrolling.
@@ -70,6 +72,10 @@ class WithCompute:
     def scan_unroll(self) -> int:
         """Layers that each turn of the loop over them computes."""
         return self.compute.scan_unroll or 1
+
+    def with_dtype(self, dtype: str) -> Self:
+        """Returns the same config with every part computing in `dtype`."""
+        return with_compute(self, dtype=dtype)
 
 
 def within(part: Config, outer: Compute) -> Config:

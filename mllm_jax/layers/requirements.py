@@ -30,6 +30,16 @@ class Requirements:
         given, allowed = attrgetter(name)(self._config), tuple(allowed)
         self(given in allowed, f"{name} {given!r}", f"one of {', '.join(map(str, allowed))}", f"change {name}")
 
+    def given(self, *names: str) -> None:
+        """Raises ConfigError: a field is None that only a composition fills, from the part's neighbours."""
+        for name in names:
+            self(
+                getattr(self._config, name) is not None,
+                f"{name} None, of a part by itself",
+                "a size: only a model that holds the part takes it from its neighbours",
+                f"set {name}",
+            )
+
     def kv_heads(self, heads: int, kv_heads: int) -> None:
         """Raises ConfigError: heads that the key-value heads do not divide."""
         self(

@@ -21,18 +21,19 @@ from mllm_jax.checkpoints.table import Table, families, linear, nested
 from mllm_jax.data.batch import ONE_IMAGE, BatchSpec, images_spec, text_spec
 from mllm_jax.encoders import eva
 from mllm_jax.errors import ConfigError
-from mllm_jax.layers.compute import with_compute
+from mllm_jax.layers.compute import WithCompute, within
 from mllm_jax.layers.linear import Linear
 from mllm_jax.layers.mlp import ACTIVATIONS
 from mllm_jax.layers.norms import LayerNorm, as_unit_vectors
 from mllm_jax.layers.pixels import normalise_pixels
 from mllm_jax.models.blip2 import read_encoder
+from mllm_jax.models.branch import filled, read_from
 from mllm_jax.projectors.qformer import INIT_STD, QFormerCache, QFormerConfig
 from mllm_jax.projectors.qformer_hub import qformer_weights, read_qformer, write_qformer
 
 
 @dataclass(frozen=True)
-class QFormerPretrainingConfig:
+class QFormerPretrainingConfig(WithCompute):
     """What learns from pairs of pictures and texts before there is an LLM.
 
     Attributes:
@@ -75,7 +76,8 @@ class QFormerPretrainingConfig:
     @property
     def parts(self) -> dict[str, Any]:
         """Each part's config by the name of its parameters."""
-        return {"encoder_image": self.encoder, "projector_image": self.projector}
+        parts = {"encoder_image": self.encoder, "projector_image": filled(self.projector, **read_from(self.encoder))}
+        return {name: within(part, self.compute) for name, part in parts.items()}
 
     @property
     def captions(self) -> int:
@@ -90,11 +92,7 @@ class QFormerPretrainingConfig:
     @property
     def dtype(self) -> str:
         """What most of the model computes in."""
-        return self.projector.dtype
-
-    def with_dtype(self, dtype: str) -> QFormerPretrainingConfig:
-        """The same model with every part computing in `dtype`."""
-        return with_compute(self, dtype=dtype)
+        return self.parts["projector_image"].dtype
 
     def batch_spec(self, rows: int = 1, length: int = 8, slots: Mapping[str, int] = ONE_IMAGE) -> BatchSpec:
         """The arrays of a batch: captions, and an image in each slot."""
@@ -143,7 +141,8 @@ class QFormerPretraining(nn.Module):
     def setup(self):
         c = self.config
         dtype = jnp.dtype(c.dtype)
-        self.encoder_image, self.projector_image = c.encoder.make(), c.projector.make()
+        made = {name: part.make() for name, part in c.parts.items()}
+        self.encoder_image, self.projector_image = made["encoder_image"], made["projector_image"]
         common = dict(use_bias=True, init_std=INIT_STD, dtype=dtype)
         self.image_projection = Linear((c.projection_size,), ("channels", "embed"), **common)
         self.text_projection = Linear((c.projection_size,), ("channels", "embed"), **common)
@@ -249,14 +248,16 @@ def to_hf_config(config: QFormerPretrainingConfig) -> dict:
     written = dict(
         **kind_of(FAMILY),
         vision_config=nameless(eva.FAMILY.to_hf(config.encoder)),
-        qformer_config=write_qformer(config.projector, "blip_2_qformer"),
+        qformer_config=write_qformer(config.parts["projector_image"], "blip_2_qformer"),
         num_query_tokens=config.projector.num_queries,
         image_text_hidden_size=config.projection_size,
         image_token_index=config.image_token_id,
     )
 
     def facts(c):
-        return stored_fields(c, "encoder", "init_temperature") | dict(projector=stored_fields(c.projector))
+        return stored_fields(c, "encoder", "init_temperature") | dict(
+            projector=stored_fields(c.parts["projector_image"])
+        )
 
     return check_written(config, written, from_hf_config, "a model that compares pictures and texts", facts)
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import dataclasses
+from dataclasses import dataclass, is_dataclass, replace
 from typing import Any
 
 from mllm_jax.data.batch import ROW, SLOTS, ArraySpec, BatchSpec, images_spec, instruction_spec
@@ -46,6 +47,13 @@ class Branch:
     def packed(self) -> bool:
         """Whether the encoder reads patches of media of any size, packed in rows, instead of tiles of one size."""
         return getattr(self.encoder, "packed", False)
+
+    def joined(self, hidden_size: int) -> Branch:
+        """Returns the branch with the widths that its parts leave open: the LLM's, and the encoder's."""
+        if self.packed:
+            return replace(self, encoder=filled(self.encoder, output_size=hidden_size))
+        features = read_from(self.encoder) if self.connection.layers is None else {}
+        return replace(self, projector=filled(self.projector, output_size=hidden_size, **features))
 
     @property
     def tokens(self) -> int:
@@ -101,6 +109,19 @@ class Branch:
         if self.instruction_length:
             spec |= instruction_spec(rows, slots, self.instruction_length)
         return BatchSpec({array_name(modality, name): array for name, array in spec.items()})
+
+
+def read_from(encoder: Any) -> dict[str, Any]:
+    """The fields of a projector that its encoder decides: `feature_size` and `widths`, of encoders that have them."""
+    found = {name: getattr(encoder, name, None) for name in ("feature_size", "widths")}
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def filled(part: Any, **values: Any) -> Any:
+    """The part's config with these values in the fields of these names that are None."""
+    fields = {field.name for field in dataclasses.fields(part)} if is_dataclass(part) else set()
+    given = {name: value for name, value in values.items() if name in fields and getattr(part, name) is None}
+    return replace(part, **given) if given else part
 
 
 def array_name(modality: str, name: str) -> str:

@@ -23,6 +23,8 @@ from mllm_jax.encoders.vit import VisionOutput, ViTConfig
 from mllm_jax.errors import ConfigError
 from mllm_jax.layers.compute import WithCompute, within
 from mllm_jax.layers.pixels import normalise_pixels
+from mllm_jax.layers.requirements import Requirements
+from mllm_jax.models.branch import filled
 from mllm_jax.models.contrastive import POOLINGS, ContrastiveHeads
 
 KINDS = ("softmax", "sigmoid")
@@ -37,6 +39,7 @@ class DualEncoderConfig(WithCompute):
     """Two towers and what joins them.
 
     Attributes:
+        vision: None: the encoder of images of the experiment's model, which the stage then trains.
         projection_size: width of the common space; None: that of the towers' vectors, which are then not projected.
         kind: "softmax" (CLIP), or "sigmoid" (SigLIP), which has a bias; the loss to train it with is named alike.
         pooling, captions: what stands for a picture, and the most texts that one has in a row of a training batch; see
@@ -45,8 +48,8 @@ class DualEncoderConfig(WithCompute):
         family: None, or the Hugging Face architecture that it is written as.
     """
 
-    vision: ViTConfig
-    text: TextTowerConfig
+    vision: ViTConfig | None = None
+    text: TextTowerConfig = TextTowerConfig()
     projection_size: int | None = 512
     kind: str = "softmax"
     pooling: str = "pooler"
@@ -61,8 +64,12 @@ class DualEncoderConfig(WithCompute):
                 raise ConfigError(
                     f"dual encoder: {name} {getattr(self, name)!r}", f"one of {', '.join(allowed)}", f"change {name}"
                 )
+        if self.vision is None:
+            return
         if self.pooling == "pooler" and self.vision.dialect.pooler == "none":
-            raise ConfigError("dual encoder: a vision tower that pools nothing", "a pooled vector", "set its pooler")
+            raise ConfigError(
+                "dual encoder: a vision encoder that pools nothing", "a pooled vector", "set vision.dialect.pooler"
+            )
         if self.projection_size is None and self.image_vector_size != self.text.output_size:
             raise ConfigError(
                 f"dual encoder: pictures of {self.image_vector_size} and texts of {self.text.output_size} dimensions",
@@ -94,7 +101,8 @@ class DualEncoderConfig(WithCompute):
     @property
     def parts(self) -> dict[str, Any]:
         """Each part's config by the name of its parameters."""
-        return {"encoder_image": self.vision, "encoder_text": self.text}
+        parts = {"encoder_image": self.vision, "encoder_text": self.text}
+        return {name: within(part, self.compute) for name, part in parts.items() if part is not None}
 
     @property
     def vocab_sizes(self) -> dict[str, int]:
@@ -106,7 +114,14 @@ class DualEncoderConfig(WithCompute):
         images = images_spec(rows, slots.get("image", 0), self.vision.image_size, self.vision.num_channels)
         return text_spec(rows, length) | images
 
+    def beside(self, model: Any, vocab_size: int) -> DualEncoderConfig:
+        """Returns the config with what it leaves open taken from the experiment; see `TakesFromExperiment`."""
+        vision = model.parts.get("encoder_image") if self.vision is None else self.vision
+        return replace(self, vision=vision, text=filled(self.text, vocab_size=vocab_size))
+
     def make(self) -> DualEncoder:
+        Requirements("dual encoder", self).given("vision")
+        Requirements("dual encoder's text encoder", self.text).given("vocab_size")
         return DualEncoder(self)
 
 
@@ -136,8 +151,7 @@ class DualEncoder(nn.Module):
     def setup(self):
         c = self.config
         log_scale, bias = INIT[c.kind]
-        self.encoder_image = within(c.vision, c.compute).make()
-        self.encoder_text = TextModel(within(c.text, c.compute))
+        self.encoder_image, self.encoder_text = c.parts["encoder_image"].make(), TextModel(c.parts["encoder_text"])
         self.heads = ContrastiveHeads(
             projection_size=c.projection_size,
             pooling=c.pooling,

@@ -17,7 +17,7 @@ from mllm_jax.checkpoints.fields import field_value
 from mllm_jax.data.batch import ArraySpec, BatchSpec, target_spec, text_spec
 from mllm_jax.encoders.vit import select_layers
 from mllm_jax.errors import ConfigError
-from mllm_jax.layers.compute import with_compute
+from mllm_jax.layers.compute import WithCompute, within
 from mllm_jax.layers.context_gather import take_along_rows
 from mllm_jax.layers.head import HeadInputs
 from mllm_jax.layers.pixels import normalise_pixels
@@ -27,7 +27,7 @@ from mllm_jax.sharding.logical import constrain, part_of_model, split_sizes
 
 
 @dataclass(frozen=True)
-class MultimodalConfig:
+class MultimodalConfig(WithCompute):
     """The parts' configs and what joins them. A named model is a subclass that adds what its config.json says.
 
     Attributes:
@@ -54,7 +54,7 @@ class MultimodalConfig:
             self.branch(modality).check(self.llm.hidden_size)
 
     def branch(self, modality: str) -> Branch:
-        """The branch of a modality, with the parts of other branches that it shares.
+        """The branch of a modality, with the parts of other branches that it shares and the widths of its neighbours.
 
         Raises:
             ConfigError: the model does not read this modality, or a branch that shares a part which another one shares
@@ -67,7 +67,8 @@ class MultimodalConfig:
                 "take a model that reads them",
             )
         own = self.inputs[modality]
-        return replace(own, **{kind: getattr(self.inputs[self._owner(kind, modality)], kind) for kind in KINDS})
+        parts = {kind: getattr(self.inputs[self._owner(kind, modality)], kind) for kind in KINDS}
+        return replace(own, **parts).joined(self.llm.hidden_size)
 
     def _owner(self, kind: str, modality: str) -> str:
         """The modality under whose name a branch's part is kept."""
@@ -99,9 +100,10 @@ class MultimodalConfig:
 
     @property
     def parts(self) -> dict[str, Any]:
-        """Each part's config by the name of its parameters, such as encoder_image."""
-        found = {f"{kind}_{m}": getattr(b, kind) for kind in KINDS for m, b in self.inputs.items()}
-        return {name: part for name, part in found.items() if is_dataclass(part)} | {"llm": self.llm}
+        """Each part's config by the name of its parameters, such as encoder_image, with nothing left open."""
+        own = [(kind, m) for kind in KINDS for m, b in self.inputs.items() if is_dataclass(getattr(b, kind))]
+        found = {f"{kind}_{m}": getattr(self.branch(m), kind) for kind, m in own} | {"llm": self.llm}
+        return {name: within(part, self.compute) for name, part in found.items()}
 
     @property
     def encoder_decoder(self) -> bool:
@@ -121,11 +123,7 @@ class MultimodalConfig:
     @property
     def dtype(self) -> str:
         """What most of the model computes in."""
-        return self.llm.dtype
-
-    def with_dtype(self, dtype: str) -> MultimodalConfig:
-        """The same model with every part computing in `dtype`."""
-        return with_compute(self, dtype=dtype)
+        return self.parts["llm"].dtype
 
     @property
     def image_size(self) -> int:
@@ -207,10 +205,11 @@ class Multimodal(nn.Module):
 
     def setup(self):
         c = self.config
-        own = {kind: {m: getattr(b, kind) for m, b in c.inputs.items()} for kind in KINDS}
-        made = {kind: {m: p.make() for m, p in parts.items() if is_dataclass(p)} for kind, parts in own.items()}
-        self.encoder, self.projector = (made[kind] for kind in KINDS)
-        self.llm = c.llm.make()
+        made = {name: part.make() for name, part in c.parts.items()}
+        self.encoder, self.projector = (
+            {m: made[name] for m in c.inputs if (name := f"{kind}_{m}") in made} for kind in KINDS
+        )
+        self.llm = made["llm"]
         if c.newline:
             init = nn.with_logical_partitioning(nn.initializers.normal(0.02), ("embed",))
             self.newline = self.param("newline", init, (c.llm.hidden_size,), jnp.float32)

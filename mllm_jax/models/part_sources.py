@@ -20,7 +20,7 @@ def held_by(source: Any, experiment: Any) -> set[str]:
     """The names of the parts, and of parameters beside them, that begin with what the source holds."""
     if source.part != "*":
         return {source.part}
-    config = experiment.model
+    config = experiment.model_of()
     return set(abstract_init(config.make(), config.batch_spec().empty(), method="touch"))
 
 
@@ -36,7 +36,7 @@ def read_source(source: Any, experiment: Any, mesh: Mesh, wanted: dict) -> dict:
     """
     if source.part == "*":
         held = {name: wanted[name] for name in held_by(source, experiment)}
-        return _from_model(source, experiment.model, mesh, held)
+        return _from_model(source, experiment.model_of(), mesh, held)
     config, part = experiment.parts[source.part], wanted[source.part]
     read = _from_model(source, config, mesh, part) if source.stage is None else _from_run(source, config, part)
     return {source.part: read}

@@ -13,7 +13,7 @@ from flax import struct
 
 from mllm_jax.data.batch import NO_MEDIA, BatchSpec, text_spec
 from mllm_jax.errors import ConfigError
-from mllm_jax.layers.compute import with_compute
+from mllm_jax.layers.compute import WithCompute, within
 from mllm_jax.layers.head import HeadInputs
 from mllm_jax.layers.linear import Linear
 from mllm_jax.layers.norms import as_unit_vectors
@@ -24,7 +24,7 @@ from mllm_jax.projectors.qformer import INIT_STD
 
 
 @dataclass(frozen=True)
-class PFormerPretrainingConfig:
+class PFormerPretrainingConfig(WithCompute):
     """A P-Former and the LLM that it prompts, which learns nothing.
 
     Attributes:
@@ -40,9 +40,9 @@ class PFormerPretrainingConfig:
     init_temperature: float = 0.07
 
     def __post_init__(self):
-        if self.prompter.output_size != self.llm.hidden_size:
+        if (width := self.parts["prompter"].output_size) != self.llm.hidden_size:
             raise ConfigError(
-                f"prompter.output_size {self.prompter.output_size}",
+                f"prompter.output_size {width}",
                 f"the LLM's hidden_size {self.llm.hidden_size}",
                 "make the two equal",
             )
@@ -59,21 +59,18 @@ class PFormerPretrainingConfig:
     @property
     def parts(self) -> dict[str, Any]:
         """Each part's config by the name of its parameters."""
-        return {"prompter": self.prompter, "llm": self.llm}
+        parts = {"prompter": self.prompter.beside(self.llm), "llm": self.llm}
+        return {name: within(part, self.compute) for name, part in parts.items()}
 
     @property
     def vocab_sizes(self) -> dict[str, int]:
         """How many tokens each embedding holds, by its place in an experiment."""
-        return {"model.prompter.vocab_size": self.prompter.vocab_size, "model.llm.vocab_size": self.llm.vocab_size}
+        return {f"model.{name}.vocab_size": part.vocab_size for name, part in self.parts.items()}
 
     @property
     def dtype(self) -> str:
         """What most of the model computes in."""
-        return self.prompter.dtype
-
-    def with_dtype(self, dtype: str) -> PFormerPretrainingConfig:
-        """The same model with every part computing in `dtype`."""
-        return with_compute(self, dtype=dtype)
+        return self.parts["prompter"].dtype
 
     def batch_spec(self, rows: int = 1, length: int = 8, slots: Mapping[str, int] = NO_MEDIA) -> BatchSpec:
         """The arrays of a batch: captions without images."""
@@ -109,7 +106,8 @@ class PFormerPretraining(nn.Module):
 
     def setup(self):
         c = self.config
-        self.prompter, self.llm = c.prompter.make(), c.llm.make()
+        made = {name: part.make() for name, part in c.parts.items()}
+        self.prompter, self.llm = made["prompter"], made["llm"]
         self.text_projection = Linear(
             (c.projection_size,), ("channels", "embed"), use_bias=True, init_std=INIT_STD, dtype=jnp.dtype(c.dtype)
         )

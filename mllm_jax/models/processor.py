@@ -69,7 +69,7 @@ class Processor:
         """The processor that a run keeps; its experiment is read where it is not given."""
         experiment = run.experiment() if experiment is None else experiment
         config = experiment.tokenizer
-        return cls.of(experiment.model, run.processor_folder, system=config.system, words=config.places)
+        return cls.of(experiment.model_of(), run.processor_folder, system=config.system, words=config.places)
 
     @classmethod
     def of(cls, config: Any, folder: Path, *, system: str | None = None, words: Sequence[str] = ()) -> Processor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -11,32 +11,36 @@ from flax import struct
 
 from mllm_jax.data.batch import BatchSpec
 from mllm_jax.errors import ConfigError
-from mllm_jax.layers.compute import with_compute
+from mllm_jax.layers.compute import WithCompute, within
 from mllm_jax.layers.head import HeadInputs
+from mllm_jax.layers.requirements import Requirements
 from mllm_jax.models.caption_row import caption_row
 from mllm_jax.models.multimodal import MultimodalConfig
 from mllm_jax.projectors.pformer import PFormerConfig
 
 
 @dataclass(frozen=True)
-class PromptGuidedConfig:
+class PromptGuidedConfig(WithCompute):
     """What a stage trains that draws an image's media tokens to the prompts of its caption.
 
     The parts of `model` keep their names, so that what the stage trains is what the next one goes on with.
 
     Attributes:
-        model: the multimodal LLM.
+        model: the multimodal LLM; None: the experiment's model.
         prompter: the P-Former that reads captions. What a run of `PFormerPretrainingConfig` trained is read here as the
             part "prompter".
     """
 
-    model: MultimodalConfig
-    prompter: PFormerConfig
+    model: MultimodalConfig | None = None
+    prompter: PFormerConfig = PFormerConfig()
 
     family = None
 
     def __post_init__(self):
-        made = (self.prompter.num_queries, self.prompter.output_size)
+        if self.model is None:
+            return
+        prompter = self.parts["prompter"]
+        made = (prompter.num_queries, prompter.output_size)
         packed = self.model.image.packed
         media = ("any number" if packed else self.media_tokens, self.llm.hidden_size)
         if made != media:
@@ -56,7 +60,8 @@ class PromptGuidedConfig:
     @property
     def parts(self) -> dict[str, Any]:
         """Each part's config by the name of its parameters."""
-        return self.model.parts | {"prompter": self.prompter}
+        prompter = self.prompter.beside(self.llm)
+        return within(self.model, self.compute).parts | {"prompter": within(prompter, self.compute)}
 
     @property
     def encoder_decoder(self) -> bool:
@@ -81,22 +86,25 @@ class PromptGuidedConfig:
     @property
     def vocab_sizes(self) -> dict[str, int]:
         """How many tokens each embedding holds, by its place in an experiment."""
-        return self.model.vocab_sizes | {"prompter.vocab_size": self.prompter.vocab_size}
+        if self.model is None:
+            return {}
+        return self.model.vocab_sizes | {"prompter.vocab_size": self.parts["prompter"].vocab_size}
 
     @property
     def dtype(self) -> str:
         """What most of the model computes in."""
-        return self.model.dtype
-
-    def with_dtype(self, dtype: str) -> PromptGuidedConfig:
-        """The same composition with every part computing in `dtype`."""
-        return with_compute(self, dtype=dtype)
+        return self.parts["llm"].dtype
 
     def batch_spec(self, rows: int = 1, length: int = 8, slots=None) -> BatchSpec:
         """The arrays of a batch: those of the model."""
         return self.model.batch_spec(rows, length, slots)
 
+    def beside(self, model: Any, vocab_size: int) -> PromptGuidedConfig:
+        """Returns the config with what it leaves open taken from the experiment; see `TakesFromExperiment`."""
+        return self if self.model is not None else replace(self, model=model)
+
     def make(self) -> PromptGuidedModel:
+        Requirements("prompt-guided model", self).given("model")
         return PromptGuidedModel(self)
 
 
@@ -120,9 +128,9 @@ class PromptGuidedModel(nn.Module):
     config: PromptGuidedConfig
 
     def setup(self):
-        self.model = self.config.model.make()
+        self.model = within(self.config.model, self.config.compute).make()
         nn.share_scope(self, self.model)  # its parts stand beside the prompter, by their own names
-        self.prompter = self.config.prompter.make()
+        self.prompter = self.config.parts["prompter"].make()
 
     def __call__(self, batch):
         """Next-token logits of a row, see `Multimodal`."""

@@ -48,6 +48,20 @@ class ModelConfig(Protocol):
 
 
 @runtime_checkable
+class TakesFromExperiment(Protocol):
+    """The config of a composition that may leave open what the experiment decides."""
+
+    def beside(self, model: Any, vocab_size: int) -> Any:
+        """Returns the config with nothing left open.
+
+        Args:
+            model: the experiment's own, whose parts it takes where it has none.
+            vocab_size: of the experiment's tokenizer.
+        """
+        ...
+
+
+@runtime_checkable
 class WritesText(Protocol):
     """The config of a model that can be asked for text."""
 

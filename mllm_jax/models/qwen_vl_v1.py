@@ -24,7 +24,7 @@ from mllm_jax.encoders import qwen_vit_v1
 from mllm_jax.encoders.qwen_vit_v1 import NORM_EPS, QwenViTV1Config
 from mllm_jax.encoders.vit import VisionOutput
 from mllm_jax.errors import ConfigError
-from mllm_jax.layers.compute import with_compute
+from mllm_jax.layers.compute import WithCompute, within
 from mllm_jax.llms import qwen_v1
 from mllm_jax.models.multimodal import Branch, MultimodalConfig
 from mllm_jax.projectors.resampler import ResamplerConfig, ResamplerDialect
@@ -38,7 +38,7 @@ _WHAT = "Qwen-VL's config.json"
 
 
 @dataclass(frozen=True)
-class QwenVLTowerConfig:
+class QwenVLTowerConfig(WithCompute):
     """The ViT and the resampler behind it, without a language model: `VisionTransformer` of visual.py."""
 
     encoder: QwenViTV1Config = QwenViTV1Config()
@@ -47,11 +47,7 @@ class QwenVLTowerConfig:
 
     @property
     def dtype(self) -> str:
-        return self.encoder.dtype
-
-    def with_dtype(self, dtype: str) -> QwenVLTowerConfig:
-        """The same tower with both parts computing in `dtype`."""
-        return with_compute(self, dtype=dtype)
+        return within(self.encoder, self.compute).dtype
 
     def make(self) -> QwenVLTower:
         return QwenVLTower(self)
@@ -63,8 +59,9 @@ class QwenVLTower(nn.Module):
     config: QwenVLTowerConfig
 
     def setup(self):
-        self.encoder_image = self.config.encoder.make()
-        self.projector_image = self.config.projector.make()
+        c = self.config
+        self.encoder_image = within(c.encoder, c.compute).make()
+        self.projector_image = within(c.projector, c.compute).make()
 
     def __call__(self, pixels, output_hidden_states: bool = False) -> VisionOutput:
         """Encodes normalised pixels float[B, H, W, 3].

@@ -40,8 +40,9 @@ def load_run(folder: RunFolder, devices: Sequence[jax.Device] | None = None, *, 
     if not finished_stages(folder, experiment):
         raise TrainingError(f"{folder.path}: no stage is finished", "a run that has ended a stage", "train it further")
     mesh = make_fitting_mesh(experiment.mesh, devices) if mesh is None else mesh
-    params, _ = params_of(experiment, folder, (experiment.model,), mesh)
-    return experiment, experiment.model.make(), params, Processor.of_run(folder, experiment), mesh
+    config = experiment.model_of()
+    params, _ = params_of(experiment, folder, (config,), mesh)
+    return experiment, config.make(), params, Processor.of_run(folder, experiment), mesh
 
 
 def finished_stages(folder: RunFolder, experiment: Any) -> int:

@@ -77,7 +77,8 @@ def least_bytes(experiment: Experiment, index: int) -> int:
     """
     program = _on(experiment, index, experiment.mesh)
     state = device_bytes(_state(program))
-    llm, stage, sizes = experiment.model.llm, experiment.stages[index], program.mesh.shape
+    llm = experiment.model_of().parts.get("llm")
+    stage, sizes = experiment.stages[index], program.mesh.shape
     if llm is None or llm.remat == "offload":
         return state
     rows = max(1, stage.data.rows // stage.accumulate // (sizes["data"] * sizes["fsdp"]))
@@ -106,8 +107,9 @@ _ORDER = ("encoder", "projector", "", "llm")  # kinds of parts as data goes thro
 
 def remat_of(config) -> str:
     """The policy of the LLM, or of the first part that has one; "none" where there is none."""
-    parts = [*filter(None, [config.llm]), *config.parts.values()]
-    return next((part.remat for part in parts if isinstance(part, WithCompute)), "none")
+    parts = config.parts
+    first = [parts["llm"]] if "llm" in parts else []
+    return next((part.remat for part in (*first, *parts.values()) if isinstance(part, WithCompute)), "none")
 
 
 def model_flops(program: StageProgram) -> dict[str, PartFlops]:

@@ -220,7 +220,7 @@ def _described(experiment: Experiment, index: int, topology: Topology, program: 
         stage.data.rows,
         stage.data.length,
         stage.accumulate,
-        remat_of(experiment.model),
+        remat_of(experiment.model_of()),
         topology.is_tpu,
         None,
         memory,

@@ -39,7 +39,7 @@ class MLPProjectorConfig(WithCompute):
     """Linear, activation, Linear; more or fewer of them.
 
     Attributes:
-        output_size: the LLM's hidden size.
+        output_size: None: the LLM's hidden size.
         hidden_size: of all maps but the last; None is output_size.
         num_layers: linear maps, with an activation between two of them; 1 is a linear projector.
         merge: side of the square of patches that becomes one media token (pixel shuffle, arXiv 2404.16821); 1 is none.
@@ -48,7 +48,7 @@ class MLPProjectorConfig(WithCompute):
             not tell it where the encoder gives all places one meaning, and the LLM's positions count from the question.
     """
 
-    output_size: int
+    output_size: int | None = None
     hidden_size: int | None = None
     merge: int = 1
     activation: str = "gelu"
@@ -83,6 +83,7 @@ class MLPProjectorConfig(WithCompute):
         return (grid // self.merge) ** 2
 
     def make(self) -> MLPProjector:
+        Requirements("MLP projector", self).given("output_size")
         return MLPProjector(self)
 
 

@@ -18,12 +18,13 @@ class PairedProjectorConfig(WithCompute):
     """Each encoder's numbers by a linear map of their own to half the width, side by side, activation, Linear.
 
     Attributes:
-        output_size: the LLM's hidden size, an even number.
-        widths: how many numbers of each vector are the first encoder's, and how many the second's.
+        output_size: None: the LLM's hidden size, an even number.
+        widths: how many numbers of each vector are the first encoder's, and how many the second's; None: as the
+            encoder has them.
     """
 
-    output_size: int
-    widths: tuple[int, int]
+    output_size: int | None = None
+    widths: tuple[int, int] | None = None
     activation: str = "gelu"
 
     pointwise = True  # each vector that comes in becomes one media token
@@ -31,7 +32,7 @@ class PairedProjectorConfig(WithCompute):
     def __post_init__(self):
         require = Requirements("paired projector", self)
         require(
-            self.output_size % 2 == 0,
+            self.output_size is None or self.output_size % 2 == 0,
             f"output_size {self.output_size}",
             "an even number: each encoder has half of it",
             "change output_size",
@@ -43,6 +44,7 @@ class PairedProjectorConfig(WithCompute):
         return grid**2
 
     def make(self) -> PairedProjector:
+        Requirements("paired projector", self).given("output_size", "widths")
         return PairedProjector(self)
 
 

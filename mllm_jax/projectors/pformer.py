@@ -6,7 +6,8 @@ from text alone, and its prompts are then what a picture's media tokens are draw
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import jax.numpy as jnp
 from flax import linen as nn
@@ -27,15 +28,15 @@ class PFormerConfig(WithCompute):
     """Sizes of a P-Former; the defaults are BERT-base with 32 prompts.
 
     Attributes:
-        output_size: the LLM's hidden size.
-        vocab_size: ids that captions are made of, as many as the tokenizer has.
+        output_size: None: the LLM's hidden size.
+        vocab_size: ids that captions are made of, as many as the tokenizer has; None: as many as the LLM has.
         num_queries: prompts of a caption, whatever its length.
         max_length: how many positions a caption may have.
         mask_token_id: the id that stands for a masked token; None: one of its own behind the vocabulary.
     """
 
-    output_size: int
-    vocab_size: int = 30522
+    output_size: int | None = None
+    vocab_size: int | None = None
     hidden_size: int = 768
     num_layers: int = 12
     num_heads: int = 12
@@ -52,7 +53,7 @@ class PFormerConfig(WithCompute):
         require.heads()
         require(self.num_queries > 0, f"{self.num_queries} prompts", "at least one", "change num_queries")
         require(
-            self.mask_token_id is None or 0 <= self.mask_token_id < self.vocab_size,
+            None in (self.mask_token_id, self.vocab_size) or 0 <= self.mask_token_id < self.vocab_size,
             f"mask_token_id {self.mask_token_id} in a vocabulary of {self.vocab_size}",
             "one of its ids, or None for one of its own",
             "change mask_token_id",
@@ -63,7 +64,13 @@ class PFormerConfig(WithCompute):
         """What stands in the place of a masked token."""
         return self.vocab_size if self.mask_token_id is None else self.mask_token_id
 
+    def beside(self, llm: Any) -> PFormerConfig:
+        """Returns the config with what it leaves open taken from the LLM that it prompts."""
+        known = {"output_size": llm.hidden_size, "vocab_size": llm.vocab_size}
+        return replace(self, **{name: value for name, value in known.items() if getattr(self, name) is None})
+
     def make(self) -> PFormer:
+        Requirements("P-Former", self).given("output_size", "vocab_size")
         return PFormer(self)
 
 

@@ -38,12 +38,12 @@ class PixelShuffleProjectorConfig(WithCompute):
     """Sizes and the version of the shuffle.
 
     Attributes:
-        output_size: the LLM's hidden size, and the width between the two linear maps.
+        output_size: None: the LLM's hidden size, and the width between the two linear maps.
         factor: side of the square of patches that becomes one media token; 1 / `downsample_ratio`.
         version: "v1" or "v2", see `pixel_shuffle`.
     """
 
-    output_size: int
+    output_size: int | None = None
     factor: int = 2
     version: str = "v2"
     activation: str = "gelu"
@@ -63,6 +63,7 @@ class PixelShuffleProjectorConfig(WithCompute):
         return merged_tokens(grid, self.factor, "pixel shuffle")
 
     def make(self) -> PixelShuffleProjector:
+        Requirements("pixel shuffle", self).given("output_size")
         return PixelShuffleProjector(self)
 
 

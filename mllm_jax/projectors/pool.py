@@ -22,12 +22,12 @@ class PoolProjectorConfig(WithCompute):
     """The side of the pooled squares and the MLP behind them.
 
     Attributes:
-        output_size: the LLM's hidden size.
+        output_size: None: the LLM's hidden size.
         factor: side of the square of patches whose mean becomes one media token.
         hidden_size, num_layers, activation, use_bias: of the MLP, see `MLPProjectorConfig`.
     """
 
-    output_size: int
+    output_size: int | None = None
     factor: int = 2
     hidden_size: int | None = None
     num_layers: int = 2
@@ -59,6 +59,7 @@ class PoolProjectorConfig(WithCompute):
         return merged_tokens(grid, self.factor, "average pooling")
 
     def make(self) -> PoolProjector:
+        Requirements("average pooling", self).given("output_size")
         return PoolProjector(self)
 
 

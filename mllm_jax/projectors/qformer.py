@@ -33,8 +33,9 @@ class QFormerConfig(WithCompute):
     """Sizes and switches of a Q-Former; the defaults are BERT-base with 32 queries.
 
     Attributes:
-        output_size: the LLM's hidden size, or None: no map to it, the queries' last hidden states as they are.
-        feature_size: width of the features that come in.
+        output_size: None: the LLM's hidden size; without an LLM no map to it, the queries' last hidden states as they
+            are.
+        feature_size: width of the features that come in; None: whatever that is.
         num_queries: media tokens of a picture, whatever its size.
         cross_attention_frequency: layers 0, n, 2n, ... have cross-attention.
         vocab_size: None: it reads no text, and has no parameters for any.
@@ -42,7 +43,7 @@ class QFormerConfig(WithCompute):
     """
 
     output_size: int | None = None
-    feature_size: int = 1408
+    feature_size: int | None = None
     hidden_size: int = 768
     num_layers: int = 12
     num_heads: int = 12
@@ -230,7 +231,7 @@ class QFormer(nn.Module):
             ConfigError, DataError: see `read`; features of another width.
         """
         c = self.config
-        if features.shape[-1] != c.feature_size:
+        if c.feature_size not in (None, features.shape[-1]):
             raise DataError(
                 f"features of width {features.shape[-1]}", f"{c.feature_size}", "change the Q-Former's feature_size"
             )

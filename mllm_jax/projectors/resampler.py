@@ -58,7 +58,7 @@ class ResamplerConfig(WithCompute):
     """Sizes of a resampler; what only reproduces a family is in its dialect.
 
     Attributes:
-        output_size: the LLM's hidden size.
+        output_size: None: the LLM's hidden size.
         hidden_size: None is output_size; features of another width are mapped to it first, without a bias.
         num_queries: media tokens of an image; a square number with "sincos" positions.
         num_kv_heads: None is num_heads, which is hidden_size / head_dim unless it is given.
@@ -67,7 +67,7 @@ class ResamplerConfig(WithCompute):
         residual: what attention finds is added to the queries, instead of taking their place.
     """
 
-    output_size: int
+    output_size: int | None = None
     hidden_size: int | None = None
     num_queries: int = 256
     num_layers: int = 1
@@ -92,11 +92,13 @@ class ResamplerConfig(WithCompute):
         )
         require(
             self.dialect.positions == "none"
-            or (self.num_queries == math.isqrt(self.num_queries) ** 2 and self.width % 4 == 0),
+            or (self.num_queries == math.isqrt(self.num_queries) ** 2 and (self.width is None or self.width % 4 == 0)),
             f"sincos positions of {self.num_queries} queries of width {self.width}",
             "a square number, for they form a grid, and a width that is a multiple of 4",
             "change num_queries, hidden_size or dialect.positions",
         )
+        if self.width is None:  # the LLM's, whose heads are checked where it is known
+            return
         require(
             self.num_heads is not None or self.width % self.head_dim == 0,
             f"width {self.width} in heads of {self.head_dim}",
@@ -112,8 +114,8 @@ class ResamplerConfig(WithCompute):
         )
 
     @property
-    def width(self) -> int:
-        """hidden_size as it is used."""
+    def width(self) -> int | None:
+        """hidden_size as it is used; None: not known before the LLM's is."""
         return self.hidden_size or self.output_size
 
     @property
@@ -138,6 +140,7 @@ class ResamplerConfig(WithCompute):
         return self.num_queries
 
     def make(self) -> Resampler:
+        Requirements("resampler", self).given("output_size")
         return Resampler(self)
 
 

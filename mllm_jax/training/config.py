@@ -8,10 +8,14 @@ from typing import Any
 
 from mllm_jax.data.pipeline import Mixture
 from mllm_jax.errors import ConfigError
+from mllm_jax.layers.compute import WithCompute, within
 from mllm_jax.models.part_names import new_names, part_differences
+from mllm_jax.models.protocol import TakesFromExperiment
 from mllm_jax.sharding.logical import PartRules
 from mllm_jax.sharding.mesh import MeshConfig
 from mllm_jax.training.objectives.protocol import Objective
+
+VOCAB_SIZE = 1024  # of a tokenizer where nothing in an experiment says how many tokens it has
 
 
 @dataclass(frozen=True)
@@ -92,6 +96,7 @@ class TokenizerConfig:
     """A byte-level BPE trained on the stages' text, unless a file or a folder is named.
 
     Attributes:
+        vocab_size: of one that is trained; None: what the model holds.
         path: a tokenizer.json that an earlier run wrote.
         folder: a chat model's folder: its tokenizer, and rows laid out by its chat template.
         system: with `folder`, the system message; None leaves it to the template.
@@ -101,7 +106,7 @@ class TokenizerConfig:
             "top left", "top right", ... for a picture of 2 x 2; empty: nothing stands there.
     """
 
-    vocab_size: int = 1024
+    vocab_size: int | None = None
     path: str | None = None
     folder: str | None = None
     system: str | None = None
@@ -199,7 +204,7 @@ class Experiment:
         if self.nonfinite not in ("stop", "skip"):
             raise ConfigError(f"nonfinite {self.nonfinite!r}", '"stop" or "skip"', "change it")
         if self.tokenizer.folder is None and self.tokenizer.path is None:
-            require_vocabulary(self, self.tokenizer.vocab_size)
+            require_vocabulary(self, self.vocab_size)
         if self.cpu_devices is not None and self.cpu_devices < 1:
             raise ConfigError(f"cpu_devices {self.cpu_devices}", "at least 1, or None", "change cpu_devices")
         _check_evaluation(self)
@@ -208,16 +213,31 @@ class Experiment:
             for mixture in stage.mixtures:
                 _check_length(stage, mixture, self.mesh)
 
-    def model_of(self, stage: Stage) -> Any:
-        """The config of the composition that a stage trains."""
-        return self.model if stage.model is None else stage.model
+    def model_of(self, stage: Stage | None = None) -> Any:
+        """The config of the composition that a stage trains, or else of the experiment's model, with nothing left open.
+
+        What a composition leaves open is as the experiment's model and tokenizer have it.
+        """
+        own = self.model if stage is None or stage.model is None else stage.model
+        if own is not self.model and isinstance(self.model, WithCompute):
+            own = within(own, self.model.compute)
+        return own.beside(self.model, self.vocab_size) if isinstance(own, TakesFromExperiment) else own
+
+    @property
+    def vocab_size(self) -> int:
+        """Tokens of the vocabulary: the tokenizer's own number, else the least that a part of a model has."""
+        if self.tokenizer.vocab_size is not None:
+            return self.tokenizer.vocab_size
+        models = [self.model, *(stage.model for stage in self.stages if stage.model is not None)]
+        sizes = [size for model in models for size in model.vocab_sizes.values() if size is not None]
+        return min(sizes, default=VOCAB_SIZE)
 
     @property
     def compositions(self) -> tuple[Any, ...]:
         """The experiment's model and what its stages train besides, each once."""
-        found = [self.model]
+        found = [self.model_of()]
         for stage in self.stages:
-            found += [stage.model] if stage.model is not None and stage.model not in found else []
+            found += [model] if (model := self.model_of(stage)) not in found else []
         return tuple(found)
 
     @property
@@ -249,7 +269,7 @@ def _check_evaluation(experiment: Experiment) -> None:
         twice = sorted({name for name in names if names.count(name) > 1})
         raise ConfigError(f"two tasks of evaluation named {twice}", "names that differ", "rename one of them")
     for task in tasks:
-        task.check(experiment.model)
+        task.check(experiment.model_of())
 
 
 def _check_name(what: str, name: str) -> None:

@@ -98,7 +98,7 @@ def _train_stages(
     }
 
     # ---- the stages
-    peak = peak_flops(kind, experiment.model.dtype)
+    peak = peak_flops(kind, experiment.model_of().dtype)
     done_before = 0
     peak = peak * mesh.devices.size if peak else None
     with Progress(peak=peak, quiet=not is_first()) as progress, attended(folder, progress, hang_seconds, profile) as by:

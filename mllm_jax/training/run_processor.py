@@ -67,7 +67,7 @@ def _tokenizer(experiment: Experiment) -> Tokenizer:
         return Tokenizer.load(Path(config.path))
     sources = {repr(describe(w.source)): w.source for stage in experiment.stages for w in stage.data.sources}
     built = [source.build() for _, source in sorted(sources.items())]
-    return Tokenizer.train(training_texts(built), config.vocab_size, config.phrases)
+    return Tokenizer.train(training_texts(built), experiment.vocab_size, config.phrases)
 
 
 def export_run(run: RunFolder, target: Path, *, dtype: Any = None, overwrite: bool = False) -> None:

@@ -261,4 +261,4 @@ def test_texts_that_a_qformer_cannot_read_are_refused():
 
 def test_options_of_a_qformer_default_to_the_published_ones():
     read = read_qformer({}, "config.json", text=None, output_size=4096, feature_size=1408, num_queries=32)
-    assert read == QFormerConfig(4096, vocab_size=30522)
+    assert read == QFormerConfig(4096, 1408, vocab_size=30522)

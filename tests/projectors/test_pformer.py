@@ -43,13 +43,13 @@ def count(tree) -> int:
 
 def test_full_size_is_that_of_bert_base_and_three_maps():
     """BERT-base has 109,482,240 parameters, 590,592 in its pooler and 768 for the second of two texts."""
-    config = PFormerConfig(2560)
+    config = PFormerConfig(2560, 30_522)
     made = jax.eval_shape(config.make().init, jax.random.key(0), jnp.zeros((1, 4), jnp.int32))["params"]
     bert = 109_482_240 - 590_592 - 2 * 768
     maps = 769 * 32 * 768 + 769 * 768 + 769 * 2560
     # Besides, the vector of a masked token: BERT's own is in its vocabulary.
     assert count(made) == bert + maps + 768
-    own = PFormerConfig(2560, mask_token_id=103)
+    own = PFormerConfig(2560, 30_522, mask_token_id=103)
     made = jax.eval_shape(own.make().init, jax.random.key(0), jnp.zeros((1, 4), jnp.int32))["params"]
     assert count(made) == bert + maps
 
