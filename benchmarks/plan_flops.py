@@ -43,7 +43,7 @@ def vit_large(rows: int, side: int) -> tuple:
     from mllm_jax.training.objectives.contrastive import Contrastive
 
     tower = runpy.run_path(str(ROOT / "configs" / "llava15_7b.py"))["clip_large"]()
-    tower = with_compute(replace(tower, image_size=side), remat="none")
+    tower = with_compute(replace(tower, image_size=side), dtype="bfloat16", remat="none")
     text = TextTowerConfig(vocab_size=32_000, hidden_size=128, num_layers=0, compute=Compute(dtype="bfloat16"))
     base, *_ = llama(rows)
     data = Mixture((), rows=rows, length=32, slots={"image": 1}, layout="caption")

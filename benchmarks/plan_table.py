@@ -27,10 +27,10 @@ SLICES = ("v5e-256", "v5p-128", "v6e-256", "v7x-128")
 MODELS = {
     "llava15_7b:align": "configs/llava15_7b.py",
     "llava15_7b:instruct": "configs/llava15_7b.py",
-    "internvl3_8b:finetune": "configs/plans/internvl3_8b.py",
-    "qwen25vl_7b:instruct": "configs/plans/qwen25vl_7b.py",
-    "instructblip_vicuna7b:instruct": "configs/plans/instructblip_vicuna7b.py",
-    "internvl25_78b:finetune": "configs/plans/internvl25_78b.py",
+    "internvl3_8b:finetune": "configs/internvl3_8b.py",
+    "qwen25vl_7b:instruct": "configs/qwen25vl_7b.py",
+    "instructblip_vicuna7b:instruct": "configs/instructblip_vicuna7b.py",
+    "internvl25_78b:finetune": "configs/internvl25_78b.py",
 }
 
 

@@ -1,8 +1,11 @@
 """BLIP-2 with EVA-CLIP-g and Flan-T5-XL at its real sizes, and how its authors trained it (arXiv 2301.12597).
 
+mllm plan configs/blip2_flant5xl.py --topology v5p-32
+
 The sizes are those of Salesforce/blip2-flan-t5-xl. Two stages: `represent` trains the Q-Former on pairs of pictures and
 texts, without an LLM; `align` trains it, begun there, to be read by the frozen LLM. Data is the reader's:
-`represent(mixture)` and `align(mixture)` are stages for an Experiment on `stage1_model()` and `model()`.
+`represent(mixture)` and `align(mixture)` are stages for an Experiment on `stage1_model()` and `model()`; `config()` has
+the second with no data yet. The paper has no length of a row; 64 is ours.
 """
 
 from mllm_jax.data.pipeline import Mixture
@@ -14,7 +17,8 @@ from mllm_jax.models.blip2_stage1 import QFormerPretrainingConfig
 from mllm_jax.models.branch import Branch, Connection
 from mllm_jax.models.clip import CLIP_MEAN, CLIP_STD
 from mllm_jax.projectors.qformer import QFormerConfig
-from mllm_jax.training.config import AdamW, Stage
+from mllm_jax.sharding.mesh import MeshConfig
+from mllm_jax.training.config import AdamW, Experiment, Stage
 from mllm_jax.training.objectives.next_token import NextToken
 from mllm_jax.training.objectives.qformer import QFormerStage1
 
@@ -23,6 +27,7 @@ VOCAB_SIZE, DECODE = 30_523, 30_522
 NO_CLIPPING = 1e9
 # Section 3.4: rows of a batch with ViT-g, in the first stage and in the second with Flan-T5.
 REPRESENT_ROWS, ALIGN_ROWS = 1680, 1520
+COMPUTE = Compute(dtype="bfloat16", remat="full")
 
 
 def encoder() -> ViTConfig:
@@ -46,7 +51,6 @@ def encoder() -> ViTConfig:
             pooler="token",
             family="Blip2VisionModel",
         ),
-        compute=Compute(dtype="bfloat16", remat="full"),
     )
 
 
@@ -64,23 +68,22 @@ def llm() -> T5Config:
         dialect=T5Dialect(gated=True),
         tie_word_embeddings=False,
         bos_token_id=1,
-        compute=Compute(dtype="bfloat16", remat="full"),
     )
 
 
 def model() -> Blip2Config:
     """The composed model, as its folder has it."""
-    projector = QFormerConfig(2048, compute=Compute(dtype="bfloat16", remat="full"))
-    image = {"image": Branch(encoder(), projector, Connection(class_token=True))}
-    return Blip2Config(image, llm(), image_token_id=32_100)
+    image = {"image": Branch(encoder(), QFormerConfig(), Connection(class_token=True))}
+    return Blip2Config(image, llm(), image_token_id=32_100, compute=COMPUTE)
 
 
 def stage1_model() -> QFormerPretrainingConfig:
     """Before there is an LLM: the Q-Former reads text too."""
     return QFormerPretrainingConfig(
         encoder(),
-        QFormerConfig(2048, vocab_size=VOCAB_SIZE, compute=Compute(dtype="bfloat16", remat="full")),
+        QFormerConfig(llm().hidden_size, vocab_size=VOCAB_SIZE),
         decode_token_id=DECODE,
+        compute=COMPUTE,
     )
 
 
@@ -130,3 +133,8 @@ def align(data: Mixture) -> Stage:
         steps=80_000,
         frozen_dtype="bfloat16",
     )
+
+
+def config() -> Experiment:
+    data = Mixture((), rows=ALIGN_ROWS, length=64, slots={"image": 1})
+    return Experiment("blip2_flant5xl", model(), (align(data),), mesh=MeshConfig(data=1, fsdp=-1))

@@ -19,24 +19,23 @@ from mllm_jax.training.objectives.contrastive import Contrastive
 SIZE = 64
 PICTURES = "full"
 STEPS = 1000
+WIDTH = 256  # of a word, and of the space in which images and texts are compared
 
 
 def experiment(name: str, kind: str) -> Experiment:
     """Both towers trained with the loss of this kind, "softmax" or "sigmoid"."""
-    quickstart = runpy.run_path(str(Path(__file__).with_name("quickstart.py")))
+    quickstart = runpy.run_path(str(Path(__file__).with_name("quickstart.py")))["MODEL"]
     captions = OpenMojiCaptions(config=PICTURES, image_size=SIZE, augment=True, variants=32)
     return Experiment(
         name=name,
         model=DualEncoderConfig(
-            vision=replace(quickstart["MODEL"].image.encoder, regions=None),
-            text=TextTowerConfig(
-                vocab_size=2048,
-                hidden_size=256,
-                num_layers=0,  # a bag of words: names never seen are then the sum of words that were
-            ),
-            projection_size=256,
+            vision=replace(quickstart.image.encoder, regions=None),
+            # A bag of words, where a name never seen is the sum of words that were.
+            text=TextTowerConfig(hidden_size=WIDTH, num_layers=0),
+            projection_size=WIDTH,
             kind=kind,
             pooling="patches",  # where a part of an emoji lies tells as much as what it is
+            compute=quickstart.compute,
         ),
         tokenizer=TokenizerConfig(vocab_size=2048),
         cpu_devices=2,  # two devices on two cores are twice as fast as one

@@ -1,7 +1,10 @@
 """DeepSeek-VL-7B (arXiv 2403.05525) at its real size, with the published hyperparameters of its three stages.
 
+mllm plan configs/deepseek_vl_7b.py --topology v5p-128
+
 `model()` is what deepseek-community/deepseek-vl-7b-chat holds. `warm_up(mixture)`, `pretrain(mixture)` and
 `instruct(mixture)` are stages for an Experiment on it, on data that you give (table 4; what is trained: section 3.2).
+`config()` has the three of them with no data yet.
 """
 
 from mllm_jax.data.pipeline import Mixture
@@ -14,7 +17,8 @@ from mllm_jax.models.branch import Branch
 from mllm_jax.models.clip import CLIP_MEAN, CLIP_STD
 from mllm_jax.models.deepseek_vl import DeepseekVLConfig
 from mllm_jax.projectors.paired import PairedProjectorConfig
-from mllm_jax.training.config import AdamW, Stage
+from mllm_jax.sharding.mesh import MeshConfig
+from mllm_jax.training.config import AdamW, Experiment, Stage
 from mllm_jax.training.objectives.next_token import NextToken
 
 # Rows and their length, by stage; a picture is one slot. Only `pretrain` packed several examples into a row.
@@ -24,7 +28,7 @@ PRETRAIN_ROWS, INSTRUCT_ROWS, LENGTH = 2304, 256, 4096
 ADAPTOR = ("projector_image/*", "encoder_image/downsample_*", "encoder_image/neck/*", "encoder_image/alpha")
 
 
-def encoder(dtype: str = "bfloat16") -> SiglipSamConfig:
+def encoder() -> SiglipSamConfig:
     """SigLIP-L/16 on 384 pixels beside SAM-B on 1,024: 576 vectors of 1024 + 1024."""
     low = ViTConfig(
         image_size=384,
@@ -35,13 +39,11 @@ def encoder(dtype: str = "bfloat16") -> SiglipSamConfig:
         mlp_size=4096,
         activation="gelu",
         dialect=ViTDialect(norm_eps=1e-6, drop_remainder=True, pooler="none", family="SiglipVisionModel"),
-        compute=Compute(remat="full"),
     )
-    high = SamConfig(image_mean=CLIP_MEAN, image_std=CLIP_STD, compute=Compute(remat="full"))
-    return SiglipSamConfig(low, high, compute=Compute(dtype=dtype))
+    return SiglipSamConfig(low, SamConfig(image_mean=CLIP_MEAN, image_std=CLIP_STD))
 
 
-def llm(dtype: str = "bfloat16") -> DecoderConfig:
+def llm() -> DecoderConfig:
     """DeepSeek-LLM-7B."""
     return DecoderConfig(
         vocab_size=102_400,
@@ -55,7 +57,6 @@ def llm(dtype: str = "bfloat16") -> DecoderConfig:
         max_position_embeddings=16_384,
         bos_token_id=100_000,
         eos_token_id=(100_001,),
-        compute=Compute(dtype=dtype, remat="full"),
     )
 
 
@@ -64,9 +65,8 @@ def model(dtype: str = "bfloat16") -> DeepseekVLConfig:
 
     The authors' folder has 14.69 GB in bfloat16: these, and the head of SigLIP, 12.6 million, that nothing reads.
     """
-    towers = encoder(dtype)
-    projector = PairedProjectorConfig(4096, towers.widths, compute=Compute(dtype=dtype))
-    return DeepseekVLConfig({"image": Branch(towers, projector)}, llm(dtype))
+    image = Branch(encoder(), PairedProjectorConfig())
+    return DeepseekVLConfig({"image": image}, llm(), compute=Compute(dtype=dtype, remat="full"))
 
 
 def optimizer(learning_rate: float, warmup_steps: int, end_factor: float = 0.0) -> AdamW:
@@ -92,7 +92,9 @@ def pretrain(data: Mixture) -> Stage:
 
     The authors' learning rate falls in steps; here it is a cosine to a tenth, where those of DeepSeek-LLM end.
     """
-    return _stage("pretrain", data, (*ADAPTOR, "llm/*"), 42_000, optimizer(4.2e-5, 2000, 0.1))
+    # In pieces of 256 rows: SAM's attention over whole images is large.
+    pieces = PRETRAIN_ROWS // 256
+    return _stage("pretrain", data, (*ADAPTOR, "llm/*"), 42_000, optimizer(4.2e-5, 2000, 0.1), pieces)
 
 
 def instruct(data: Mixture) -> Stage:
@@ -100,5 +102,19 @@ def instruct(data: Mixture) -> Stage:
     return _stage("instruct", data, (*ADAPTOR, "llm/*", "encoder_image/low/*"), 10_000, optimizer(2e-5, 256))
 
 
-def _stage(name: str, data: Mixture, trainable: tuple[str, ...], steps: int, adamw: AdamW) -> Stage:
-    return Stage(name, NextToken(), trainable, data, steps, adamw, frozen_dtype="bfloat16")
+def config() -> Experiment:
+    def data(rows: int, length: int, images: int = 1) -> Mixture:
+        return Mixture((), rows=rows, length=length, slots={"image": images})
+
+    stages = (
+        warm_up(data(WARM_UP_ROWS, WARM_UP_LENGTH)),
+        pretrain(data(PRETRAIN_ROWS, LENGTH, images=4)),
+        instruct(data(INSTRUCT_ROWS, LENGTH)),
+    )
+    return Experiment("deepseek_vl_7b", model(), stages, mesh=MeshConfig(data=1, fsdp=-1))
+
+
+def _stage(
+    name: str, data: Mixture, trainable: tuple[str, ...], steps: int, adamw: AdamW, accumulate: int = 1
+) -> Stage:
+    return Stage(name, NextToken(), trainable, data, steps, adamw, accumulate, frozen_dtype="bfloat16")

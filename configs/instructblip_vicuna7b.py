@@ -1,18 +1,22 @@
 """InstructBLIP with EVA-CLIP-g and Vicuna-7B at its real sizes, and how its authors trained it (arXiv 2305.06500).
 
+mllm plan configs/instructblip_vicuna7b.py --topology v5p-128
+
 The sizes are those of Salesforce/instructblip-vicuna-7b. Data is the reader's: `instruct(mixture)` is a stage for an
-Experiment on `model()`, whose Q-Former begins as BLIP-2's.
+Experiment on `model()`, whose Q-Former begins as BLIP-2's; `config()` has it with no data yet. The paper has no length
+of a row; 512 is ours.
 """
 
 from mllm_jax.data.pipeline import Mixture
 from mllm_jax.encoders.vit import ViTConfig, ViTDialect
-from mllm_jax.layers.compute import with_compute
+from mllm_jax.layers.compute import Compute
 from mllm_jax.llms.decoder import DecoderConfig, DecoderDialect
 from mllm_jax.models.branch import Branch, Connection
 from mllm_jax.models.clip import CLIP_MEAN, CLIP_STD
 from mllm_jax.models.instructblip import InstructBlipConfig
 from mllm_jax.projectors.qformer import QFormerConfig
-from mllm_jax.training.config import AdamW, Stage
+from mllm_jax.sharding.mesh import MeshConfig
+from mllm_jax.training.config import AdamW, Experiment, Stage
 from mllm_jax.training.objectives.next_token import NextToken
 
 NO_CLIPPING = 1e9
@@ -56,10 +60,9 @@ def model() -> InstructBlipConfig:
         pad_token_id=32_000,
         dialect=DecoderDialect(norm_eps=1e-6, family="LlamaForCausalLM"),
     )
-    projector = QFormerConfig(4096, vocab_size=30_523)
-    image = Branch(encoder, projector, Connection(class_token=True))
-    config = InstructBlipConfig({"image": image}, llm, image_token_id=32_001)
-    return with_compute(config, dtype="bfloat16", remat="full")
+    image = Branch(encoder, QFormerConfig(vocab_size=30_523), Connection(class_token=True))
+    compute = Compute(dtype="bfloat16", remat="full")
+    return InstructBlipConfig({"image": image}, llm, image_token_id=32_001, compute=compute)
 
 
 def instruct(data: Mixture) -> Stage:
@@ -81,3 +84,8 @@ def instruct(data: Mixture) -> Stage:
         steps=60_000,
         frozen_dtype="bfloat16",
     )
+
+
+def config() -> Experiment:
+    data = Mixture((), rows=ROWS, length=512, slots={"image": 1})
+    return Experiment("instructblip_vicuna7b", model(), (instruct(data),), mesh=MeshConfig(data=1, fsdp=-1))

@@ -1,7 +1,10 @@
 """InternVL3-8B (arXiv 2504.10479) at its real size, and how its authors' script trains it further.
 
+mllm plan configs/internvl3_8b.py --topology v5p-128
+
 `model()` is what OpenGVLab/InternVL3-8B-hf holds. `finetune(mixture, steps)` is a stage for an Experiment on it, on
-data that you give. The pre-training before it has no published script, and there is no stage for MPO here yet.
+data that you give; `config()` has it with rows of up to four images and no data yet. The pre-training before it has no
+published script, and there is no stage for MPO here yet.
 """
 
 from mllm_jax.data.pipeline import Mixture
@@ -12,14 +15,15 @@ from mllm_jax.llms.decoder import DecoderConfig, DecoderDialect
 from mllm_jax.models.branch import Branch
 from mllm_jax.models.internvl import IMAGE_MEAN, IMAGE_STD, InternVLConfig
 from mllm_jax.projectors.pixel_shuffle import PixelShuffleProjectorConfig
-from mllm_jax.training.config import AdamW, Stage
+from mllm_jax.sharding.mesh import MeshConfig
+from mllm_jax.training.config import AdamW, Experiment, Stage
 from mllm_jax.training.objectives.next_token import NextToken
 
 # internvl_chat/shell/internvl3.0/2nd_finetune/internvl3_8b_dynamic_res_2nd_finetune_full.sh of OpenGVLab/InternVL:
 ROWS, LENGTH, MAX_TILES = 128, 16_384, 12
 
 
-def encoder(dtype: str = "bfloat16") -> ViTConfig:
+def encoder() -> ViTConfig:
     """InternViT-300M-448px-V2.5: 1,024 patches of 1024 numbers for each tile."""
     return ViTConfig(
         image_size=448,
@@ -39,11 +43,10 @@ def encoder(dtype: str = "bfloat16") -> ViTConfig:
             pooler="none",
             family="InternVLVisionModel",
         ),
-        compute=Compute(dtype=dtype, remat="full"),
     )
 
 
-def llm(dtype: str = "bfloat16") -> DecoderConfig:
+def llm() -> DecoderConfig:
     """Qwen2.5-7B; its vocabulary ends with the last token in use, 151,674 of the 152,064 rows that Qwen's own has."""
     return DecoderConfig(
         vocab_size=151_674,
@@ -63,14 +66,14 @@ def llm(dtype: str = "bfloat16") -> DecoderConfig:
             rope_scaling=RopeScaling("dynamic", factor=2.0, original_max_position_embeddings=32_768),
             family="Qwen2ForCausalLM",
         ),
-        compute=Compute(dtype=dtype, remat="full"),
     )
 
 
 def model(dtype: str = "bfloat16") -> InternVLConfig:
     """7,944,373,760 parameters: InternViT 304,012,288, MLP 27,540,480, Qwen2.5 7,612,820,992; the hub has 15.9 GB."""
-    projector = PixelShuffleProjectorConfig(output_size=3584, compute=Compute(dtype=dtype))
-    return InternVLConfig({"image": Branch(encoder(dtype), projector)}, llm(dtype), image_token_id=151_667)
+    image = Branch(encoder(), PixelShuffleProjectorConfig())
+    compute = Compute(dtype=dtype, remat="full")
+    return InternVLConfig({"image": image}, llm(), image_token_id=151_667, compute=compute)
 
 
 def optimizer(steps: int) -> AdamW:
@@ -94,3 +97,8 @@ def finetune(data: Mixture, steps: int) -> Stage:
         steps=steps,
         frozen_dtype="bfloat16",
     )
+
+
+def config() -> Experiment:
+    data = Mixture((), rows=ROWS, length=LENGTH, slots={"image": 4 * (MAX_TILES + 1)})
+    return Experiment("internvl3_8b", model(), (finetune(data, steps=1000),), mesh=MeshConfig(data=1, fsdp=-1))

@@ -1,6 +1,7 @@
 """LLaVA-1.5-7B (arXiv 2310.03744) at its real size, with the published hyperparameters of its two stages.
 
 mllm train configs/llava15_7b.py
+mllm plan configs/llava15_7b.py --topology v5p-128
 
 `model()` is what llava-hf/llava-1.5-7b-hf holds; that folder lies in START. The records and pictures lie in the folder
 that the environment variable MLLM_DATA_DIR names, else in the working folder, by the names in RECORDS, which are those
@@ -21,6 +22,7 @@ from mllm_jax.models.branch import Branch, Connection
 from mllm_jax.models.clip import CLIP_MEAN, CLIP_STD
 from mllm_jax.models.llava import LlavaConfig
 from mllm_jax.projectors.mlp import MLPProjectorConfig
+from mllm_jax.sharding.mesh import MeshConfig
 from mllm_jax.training.config import AdamW, Experiment, Pretrained, Stage, TokenizerConfig
 from mllm_jax.training.objectives.next_token import NextToken
 
@@ -51,7 +53,7 @@ TEMPLATE = (
 LENGTH = 2048  # model_max_length in scripts/v1_5/*.sh of haotian-liu/LLaVA
 
 
-def clip_large(dtype: str = "bfloat16") -> ViTConfig:
+def clip_large() -> ViTConfig:
     """The picture tower of openai/clip-vit-large-patch14-336: 577 vectors of 1024."""
     return ViTConfig(
         image_size=336,
@@ -74,7 +76,6 @@ def clip_large(dtype: str = "bfloat16") -> ViTConfig:
             pooler="token",
             family="CLIPVisionModel",
         ),
-        compute=Compute(dtype=dtype, remat="full"),
     )
 
 
@@ -85,11 +86,7 @@ def model(dtype: str = "bfloat16") -> LlavaConfig:
     """
     return LlavaConfig(
         inputs={
-            "image": Branch(
-                clip_large(dtype),
-                MLPProjectorConfig(output_size=4096, compute=Compute(dtype=dtype)),
-                Connection(layers=(-2,)),
-            )
+            "image": Branch(clip_large(), MLPProjectorConfig(), Connection(layers=(-2,))),
         },
         llm=DecoderConfig(
             vocab_size=32064,
@@ -103,8 +100,8 @@ def model(dtype: str = "bfloat16") -> LlavaConfig:
             max_position_embeddings=4096,
             bos_token_id=1,
             eos_token_id=(2,),
-            compute=Compute(dtype=dtype, remat="full"),
         ),
+        compute=Compute(dtype=dtype, remat="full"),
     )
 
 
@@ -128,7 +125,8 @@ def experiment(align: Any, instruct: Any, tokenizer: str, pretrained: tuple[Pret
         name="llava15_7b",
         model=model(),
         pretrained=pretrained,
-        tokenizer=TokenizerConfig(vocab_size=32064, folder=tokenizer, system=SYSTEM, template=TEMPLATE),
+        tokenizer=TokenizerConfig(folder=tokenizer, system=SYSTEM, template=TEMPLATE),
+        mesh=MeshConfig(data=1, fsdp=-1),
         stages=(
             Stage(
                 name="align",

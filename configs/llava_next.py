@@ -1,6 +1,7 @@
 """LLaVA-NeXT at its real sizes, with the published hyperparameters of its two stages.
 
 mllm train configs/llava_next.py
+mllm plan configs/llava_next.py --topology v5p-128
 
 `vicuna_7b()` and `mistral_7b()` are what llava-hf/llava-v1.6-vicuna-7b-hf and llava-v1.6-mistral-7b-hf hold (blog post
 of 30 January 2024); `onevision_7b()` and `onevision_500m()` are llava-onevision-qwen2-7b-ov-hf and -0.5b-ov-hf
@@ -22,6 +23,7 @@ from mllm_jax.llms.decoder import DecoderConfig, DecoderDialect
 from mllm_jax.models.branch import Branch, Connection
 from mllm_jax.models.llava import NEXT, NEXT_RESOLUTIONS, ONEVISION, ONEVISION_RESOLUTIONS, LlavaConfig
 from mllm_jax.projectors.mlp import MLPProjectorConfig
+from mllm_jax.sharding.mesh import MeshConfig
 from mllm_jax.training.config import AdamW, Experiment, Pretrained, Stage, TokenizerConfig
 from mllm_jax.training.objectives.next_token import NextToken
 
@@ -59,9 +61,8 @@ def config() -> Experiment:
         name="llava_next",
         model=vicuna_7b(),
         pretrained=(Pretrained("*", START),),
-        tokenizer=TokenizerConfig(
-            vocab_size=32064, folder=START, system=_LLAVA15["SYSTEM"], template=_LLAVA15["TEMPLATE"]
-        ),
+        tokenizer=TokenizerConfig(folder=START, system=_LLAVA15["SYSTEM"], template=_LLAVA15["TEMPLATE"]),
+        mesh=MeshConfig(data=1, fsdp=-1),
         stages=(
             stage("align", ("projector_image/*",), 256, optimizer(1e-3, ALIGN_STEPS), ALIGN_STEPS),
             stage("instruct", every, 128, optimizer(1e-5, INSTRUCT_STEPS, TOWER), INSTRUCT_STEPS),
@@ -72,16 +73,13 @@ def config() -> Experiment:
 def _next(llm: DecoderConfig, dtype: str) -> LlavaConfig:
     return LlavaConfig(
         inputs={
-            "image": Branch(
-                _LLAVA15["clip_large"](dtype),
-                MLPProjectorConfig(output_size=llm.hidden_size, compute=Compute(dtype=dtype)),
-                Connection(layers=(-2,)),
-            )
+            "image": Branch(_LLAVA15["clip_large"](), MLPProjectorConfig(), Connection(layers=(-2,))),
         },
         llm=llm,
         newline=True,
         family=NEXT,
         resolutions=NEXT_RESOLUTIONS,
+        compute=Compute(dtype=dtype, remat="full"),
     )
 
 
@@ -104,7 +102,6 @@ def mistral_7b(dtype: str = "bfloat16") -> LlavaConfig:
         bos_token_id=1,
         eos_token_id=(2,),
         dialect=DecoderDialect(norm_eps=1e-5, rope_theta=1e6, family="MistralForCausalLM"),
-        compute=Compute(dtype=dtype, remat="full"),
     )
     return _next(llm, dtype)
 
@@ -123,9 +120,8 @@ def _onevision(llm: DecoderConfig, dtype: str) -> LlavaConfig:
                     mlp_size=4304,
                     activation="gelu_tanh",
                     dialect=ViTDialect(norm_eps=1e-6, drop_remainder=True, pooler="none", family="SiglipVisionModel"),
-                    compute=Compute(dtype=dtype, remat="full"),
                 ),
-                MLPProjectorConfig(output_size=llm.hidden_size, compute=Compute(dtype=dtype)),
+                MLPProjectorConfig(),
                 Connection(layers=(-1,)),
             )
         },
@@ -136,27 +132,27 @@ def _onevision(llm: DecoderConfig, dtype: str) -> LlavaConfig:
         video_token_id=151647,
         resolutions=ONEVISION_RESOLUTIONS,
         max_tiles=9,
+        compute=Compute(dtype=dtype, remat="full"),
     )
 
 
-def _qwen2(dtype: str, **sizes) -> DecoderConfig:
+def _qwen2(**sizes) -> DecoderConfig:
     return DecoderConfig(
         **sizes,
         max_position_embeddings=32768,
         bos_token_id=151643,
         eos_token_id=(151645,),
         dialect=DecoderDialect(norm_eps=1e-6, rope_theta=1e6, qkv_bias=True, family="Qwen2ForCausalLM"),
-        compute=Compute(dtype=dtype, remat="full"),
     )
 
 
 def onevision_7b(dtype: str = "bfloat16") -> LlavaConfig:
     """8,030,348,832 parameters, with Qwen2-7B. The hub counts 8.03 billion."""
     sizes = dict(hidden_size=3584, num_layers=28, num_heads=28, num_kv_heads=4, mlp_size=18944)
-    return _onevision(_qwen2(dtype, vocab_size=152064, tie_word_embeddings=False, **sizes), dtype)
+    return _onevision(_qwen2(vocab_size=152064, tie_word_embeddings=False, **sizes), dtype)
 
 
 def onevision_500m(dtype: str = "bfloat16") -> LlavaConfig:
     """893,618,208 parameters, with Qwen2-0.5B. The hub counts 0.89 billion."""
     sizes = dict(hidden_size=896, num_layers=24, num_heads=14, num_kv_heads=2, mlp_size=4864)
-    return _onevision(_qwen2(dtype, vocab_size=151936, tie_word_embeddings=True, **sizes), dtype)
+    return _onevision(_qwen2(vocab_size=151936, tie_word_embeddings=True, **sizes), dtype)

@@ -22,7 +22,8 @@ from mllm_jax.training.config import AdamW, Experiment, Stage, TokenizerConfig
 from mllm_jax.training.objectives.contrastive import Contrastive
 from mllm_jax.training.objectives.next_token import NextToken
 
-SIZE = 64
+SIZE = 64  # pixels of an image's side
+WIDTH, LAYERS, HEADS, MLP = 256, 4, 4, 512  # of the image encoder and of the LLM
 STEPS = {"language": 1000, "contrastive": 900, "align": 20, "describe": 280, "instruct": 1100}
 DECAY = {"contrastive": 0.5, "describe": 0.3, "instruct": 0.1}
 SHARES = {
@@ -38,42 +39,37 @@ MODEL = MultimodalConfig(
             ViTConfig(
                 image_size=SIZE,
                 patch_size=16,
-                hidden_size=256,
-                num_layers=4,
-                num_heads=4,
-                mlp_size=512,
+                hidden_size=WIDTH,
+                num_layers=LAYERS,
+                num_heads=HEADS,
+                mlp_size=MLP,
                 activation="relu",  # twice as fast as gelu or silu on a CPU
                 stem_channels=(32, 64, 128, 256),
                 mimetic_init=True,
                 regions=2,
-                region_size=256,
-                compute=Compute(scan_unroll=4),
+                region_size=WIDTH,
             ),
-            MLPProjectorConfig(output_size=256, activation="relu", input_norm=True, place_embedding=True),
+            MLPProjectorConfig(activation="relu", input_norm=True, place_embedding=True),
         )
     },
     llm=DecoderConfig(
-        vocab_size=1024,
-        hidden_size=256,
-        num_layers=4,
-        num_heads=4,
-        num_kv_heads=2,
-        mlp_size=512,
+        vocab_size=1024,  # also of the tokenizer, and of the text encoder
+        hidden_size=WIDTH,
+        num_layers=LAYERS,
+        num_heads=HEADS,
+        num_kv_heads=HEADS // 2,
+        mlp_size=MLP,
         activation="relu",
         qk_norm=True,
         mimetic_init=True,
-        compute=Compute(scan_unroll=4),
     ),
+    compute=Compute(scan_unroll=LAYERS),
 )
-# What the contrastive stage trains: its image encoder is the model's.
+# What the contrastive stage trains: the model's image encoder, and a bag of words, where a name never seen is the sum
+# of words that were.
 DUAL = DualEncoderConfig(
-    vision=MODEL.image.encoder,
-    text=TextTowerConfig(
-        vocab_size=1024,
-        hidden_size=256,
-        num_layers=0,  # a bag of words: names never seen are then the sum of words that were
-    ),
-    projection_size=256,
+    text=TextTowerConfig(hidden_size=WIDTH, num_layers=0),
+    projection_size=WIDTH,
     captions=4,
 )
 
@@ -113,7 +109,7 @@ def experiment(
     return Experiment(
         name=name,
         model=MODEL,
-        tokenizer=TokenizerConfig(vocab_size=1024, phrases=PLACES[2], places=PLACES[2]),
+        tokenizer=TokenizerConfig(phrases=PLACES[2], places=PLACES[2]),
         cpu_devices=2,  # two devices on two cores are twice as fast as one
         evaluation=openmoji_questions(config=pictures, image_size=SIZE),
         stages=(

@@ -13,7 +13,7 @@ from mllm_jax.models.branch import Branch
 from mllm_jax.models.clip import DualEncoderConfig
 from mllm_jax.models.multimodal import MultimodalConfig
 from mllm_jax.projectors.mlp import MLPProjectorConfig
-from mllm_jax.training.config import AdamW, CheckpointConfig, Experiment, Stage, TokenizerConfig
+from mllm_jax.training.config import AdamW, CheckpointConfig, Experiment, Stage
 from mllm_jax.training.objectives.contrastive import Contrastive
 from mllm_jax.training.objectives.next_token import NextToken
 
@@ -29,14 +29,13 @@ def config() -> Experiment:
     encoder = ViTConfig(
         image_size=SIZE, patch_size=4, hidden_size=32, num_layers=2, num_heads=2, mlp_size=64, stem_channels=(8,)
     )
-    words = TextTowerConfig(vocab_size=512, max_length=96, hidden_size=32, num_layers=1, num_heads=2, mlp_size=64)
+    words = TextTowerConfig(max_length=96, hidden_size=32, num_layers=1, num_heads=2, mlp_size=64)
     return Experiment(
         name="smoke",
         model=MultimodalConfig(
-            inputs={"image": Branch(encoder, MLPProjectorConfig(output_size=32, merge=2))},
+            inputs={"image": Branch(encoder, MLPProjectorConfig(merge=2))},
             llm=DecoderConfig(vocab_size=512, hidden_size=32, num_layers=2, num_heads=4, num_kv_heads=2, mlp_size=64),
         ),
-        tokenizer=TokenizerConfig(vocab_size=512),
         log_every=1,
         checkpoint=CheckpointConfig(every_steps=3),
         evaluation=openmoji_questions(splits=("composition", "unseen"), image_size=SIZE, limit=8),
@@ -52,7 +51,7 @@ def config() -> Experiment:
             Stage(
                 name="contrastive",
                 objective=Contrastive(),
-                model=DualEncoderConfig(encoder, words, projection_size=16, pooling="patches"),
+                model=DualEncoderConfig(text=words, projection_size=16, pooling="patches"),
                 trainable=("encoder_image/*", "encoder_text/*", "heads/*"),
                 data=Mixture(
                     (Weighted(OpenMojiCaptions(image_size=SIZE, variants=1)),),

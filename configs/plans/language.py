@@ -13,7 +13,7 @@ from mllm_jax.models.branch import Branch
 from mllm_jax.models.multimodal import MultimodalConfig
 from mllm_jax.projectors.mlp import MLPProjectorConfig
 from mllm_jax.sharding.mesh import MeshConfig
-from mllm_jax.training.config import AdamW, Experiment, Stage, TokenizerConfig
+from mllm_jax.training.config import AdamW, Experiment, Stage
 from mllm_jax.training.objectives.next_token import NextToken
 
 # vocabulary, width, layers, heads, key-value heads, width of the MLP; heads are 128 wide, embedding and head apart.
@@ -74,8 +74,7 @@ def experiment(
     )
     return Experiment(
         name=name,
-        model=MultimodalConfig({"image": Branch(encoder, MLPProjectorConfig(output_size=llm.hidden_size))}, llm),
-        tokenizer=TokenizerConfig(vocab_size=llm.vocab_size),
+        model=MultimodalConfig({"image": Branch(encoder, MLPProjectorConfig())}, llm),
         mesh=mesh or MeshConfig(data=1, fsdp=-1),
         stages=(stage,),
     )

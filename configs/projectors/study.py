@@ -39,6 +39,7 @@ WIDTH = 192
 TOKENS = 16  # media tokens of a picture, whatever the projector
 STEPS = {"language": 400, "contrastive": 400, "stage1": 200, "prompt": 200, "guided": 200, "align": 60, "instruct": 350}
 RUNS = "runs/projectors"
+COMPUTE = Compute(scan_unroll=4)
 
 ENCODER = ViTConfig(
     image_size=SIZE,
@@ -50,7 +51,6 @@ ENCODER = ViTConfig(
     activation="relu",
     stem_channels=(32, 64, 96, 128),
     mimetic_init=True,
-    compute=Compute(scan_unroll=4),
 )
 LLM = DecoderConfig(
     vocab_size=VOCAB,
@@ -62,11 +62,8 @@ LLM = DecoderConfig(
     activation="relu",
     qk_norm=True,
     mimetic_init=True,
-    compute=Compute(scan_unroll=4),
 )
 QFORMER = QFormerConfig(
-    output_size=WIDTH,
-    feature_size=WIDTH,
     hidden_size=WIDTH,
     num_layers=4,
     num_heads=4,
@@ -77,18 +74,14 @@ QFORMER = QFormerConfig(
     compute=Compute(scan_unroll=2),
 )
 PROJECTORS: dict[str, Any] = {
-    "linear": MLPProjectorConfig(output_size=WIDTH, num_layers=1),
-    "mlp": MLPProjectorConfig(output_size=WIDTH, hidden_size=2 * WIDTH),
-    "resampler": ResamplerConfig(
-        output_size=WIDTH, num_queries=TOKENS, num_layers=2, head_dim=48, residual=True, mlp_size=2 * WIDTH
-    ),
+    "linear": MLPProjectorConfig(num_layers=1),
+    "mlp": MLPProjectorConfig(hidden_size=2 * WIDTH),
+    "resampler": ResamplerConfig(num_queries=TOKENS, num_layers=2, head_dim=48, residual=True, mlp_size=2 * WIDTH),
     "qformer": QFORMER,
     "qformer_stage1": QFORMER,
     "pformer": QFORMER,
 }
 PFORMER = PFormerConfig(
-    output_size=WIDTH,
-    vocab_size=VOCAB,
     hidden_size=WIDTH,
     num_layers=4,
     num_heads=4,
@@ -97,6 +90,11 @@ PFORMER = PFormerConfig(
     max_length=64,
     compute=Compute(scan_unroll=2),
 )
+
+
+def composed(projector: Any) -> MultimodalConfig:
+    """The model with a projector of its own."""
+    return MultimodalConfig(inputs={"image": Branch(ENCODER, projector)}, llm=LLM, compute=COMPUTE)
 
 
 def mixture(form: str, length: int, **settings) -> Mixture:
@@ -108,18 +106,15 @@ def mixture(form: str, length: int, **settings) -> Mixture:
 def common(name: str) -> dict[str, Any]:
     """The same for all runs: with another tokenizer it would be another LLM."""
     path = None if name == "base" else f"{RUNS}/base/tokenizer.json"
-    return dict(name=f"projectors_{name}", tokenizer=TokenizerConfig(vocab_size=VOCAB, path=path), cpu_devices=2)
+    return dict(name=f"projectors_{name}", tokenizer=TokenizerConfig(path=path), cpu_devices=2)
 
 
 def base() -> Experiment:
     """Encoder and LLM before they meet: the LLM reads, the encoder learns against words."""
-    words = TextTowerConfig(vocab_size=VOCAB, hidden_size=WIDTH, num_layers=0)
+    words = TextTowerConfig(hidden_size=WIDTH, num_layers=0)
     return Experiment(
         **common("base"),
-        model=MultimodalConfig(
-            inputs={"image": Branch(ENCODER, PROJECTORS["linear"])},
-            llm=LLM,
-        ),
+        model=composed(PROJECTORS["linear"]),
         stages=(
             Stage(
                 name="language",
@@ -132,7 +127,7 @@ def base() -> Experiment:
             Stage(
                 name="contrastive",
                 objective=Contrastive(),
-                model=DualEncoderConfig(ENCODER, words, projection_size=WIDTH, pooling="patches"),
+                model=DualEncoderConfig(text=words, projection_size=WIDTH, pooling="patches"),
                 trainable=("encoder_image/*", "encoder_text/*", "heads/*"),
                 data=mixture("captions", 48, rows=128, slots={"image": 1}, layout="caption"),
                 optimizer=AdamW(learning_rate=1.5e-3, warmup_steps=50),
@@ -150,7 +145,9 @@ def stage1() -> Experiment:
     """BLIP-2's first stage of the Q-Former, on the pairs that the encoder was trained with."""
     return Experiment(
         **common("stage1"),
-        model=QFormerPretrainingConfig(encoder=ENCODER, projector=QFORMER, projection_size=WIDTH),
+        model=QFormerPretrainingConfig(
+            ENCODER, replace(QFORMER, output_size=LLM.hidden_size), projection_size=WIDTH, compute=COMPUTE
+        ),
         pretrained=(from_base("encoder_image", "contrastive"),),
         stages=(
             Stage(
@@ -178,7 +175,7 @@ def prompt() -> Experiment:
     texts = tuple(replace(source, source=TextOnly(source.source)) for source in captions.sources)
     return Experiment(
         **common("prompt"),
-        model=PFormerPretrainingConfig(PFORMER, LLM, projection_size=WIDTH),
+        model=PFormerPretrainingConfig(PFORMER, LLM, projection_size=WIDTH, compute=COMPUTE),
         pretrained=(from_base("llm", "language"),),
         stages=(
             Stage(
@@ -195,10 +192,9 @@ def prompt() -> Experiment:
 
 def guided() -> Experiment:
     """The Q-Former drawn to the P-Former's prompts, and taught to make the frozen LLM say the captions."""
-    model = MultimodalConfig(inputs={"image": Branch(ENCODER, QFORMER)}, llm=LLM)
     return Experiment(
         **common("guided"),
-        model=model,
+        model=composed(QFORMER),
         pretrained=(
             from_base("encoder_image", "contrastive"),
             from_base("llm", "language"),
@@ -208,7 +204,7 @@ def guided() -> Experiment:
             Stage(
                 name="guided",
                 objective=PromptGuided(),
-                model=PromptGuidedConfig(model, PFORMER),
+                model=PromptGuidedConfig(prompter=PFORMER),
                 trainable=("projector_image/*",),
                 data=mixture("captions", 48, rows=64, slots={"image": 1}, layout="caption"),
                 optimizer=AdamW(learning_rate=1e-3, warmup_steps=30),
@@ -228,7 +224,7 @@ def experiment(name: str) -> Experiment:
     data = mixture("pictures", 128, rows=16, slots={"image": 6})
     return Experiment(
         **common(name),
-        model=MultimodalConfig(inputs={"image": Branch(ENCODER, PROJECTORS[name])}, llm=LLM),
+        model=composed(PROJECTORS[name]),
         pretrained=pretrained,
         evaluation=openmoji_skills(image_size=SIZE),
         stages=(
