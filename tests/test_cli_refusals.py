@@ -150,8 +150,8 @@ REFUSED = {
     "no CPU device": (["train", str(SMOKE), "--cpu-devices", "0", "--run-dir", "{new}"], "cpu_devices 0"),
     "no steps": (["train", str(SMOKE), "--stages.1.steps", "0", "--run-dir", "{new}"], "stage 'contrastive': 0 steps"),
     "sizes that contradict": (
-        ["train", str(SMOKE), "--model.llm.hidden-size", "48", "--run-dir", "{new}"],
-        "projector.output_size 32",
+        ["train", str(SMOKE), "--model.inputs.image.projector.output-size", "48", "--run-dir", "{new}"],
+        "projector.output_size 48",
     ),
     "planning nothing": (["plan", "--topology", "v5e-4"], "without a config"),
     "an unknown slice": (["plan", str(SMOKE), "--topology", "v5e-250"], "topology 'v5e-250'"),
@@ -272,24 +272,28 @@ def test_help_lists_the_options(capsys, arguments, told):
 @pytest.mark.parametrize(
     ("command", "config", "told"),
     [
-        (
-            "train",
-            "quickstart.py",
-            ("--run-dir DIR", "--fresh", "--stages.0.steps 1000", "4 instruct"),
-        ),
-        ("train", "plans/qwen25vl_7b.py", ("--no-compile-cache", "0 instruct", "--seed 0")),
-        (
-            "plan",
-            "smoke.py",
-            ("--topology TOPOLOGY", "--stages.0.steps 8", "--model.llm.vocab-size 512", "inputs, llm"),
-        ),
+        ("train", "quickstart.py", ("--run-dir DIR", "--fresh", "--stages.N.steps", "4 instruct  ", "--cpu-devices 2")),
+        ("train", "qwen25vl_7b.py", ("--no-compile-cache", "0 instruct", "--model.compute.dtype bfloat16", "--seed 0")),
+        ("plan", "smoke.py", ("--topology TOPOLOGY", "--stages.N.data.rows", "--model.llm.hidden-size 32")),
     ],
 )
 def test_the_help_of_a_config_fits_a_screen(capsys, command, config, told, option):
     assert main([command, str(ROOT / "configs" / config), option]) == 0
     out, err = capsys.readouterr()
     assert err == "" and all(text in out for text in told) and "--help-all" in out
-    assert len(out.splitlines()) <= 25 and max(map(len, out.splitlines())) <= 120
+    assert len(out.splitlines()) <= 40 and max(map(len, out.splitlines())) <= 100
+
+
+def test_the_help_of_a_word_lists_the_fields_with_it(capsys):
+    assert main(["train", str(SMOKE), "--help-all", "learning_rate"]) == 0
+    rates = capsys.readouterr().out.splitlines()
+    assert [line.split() for line in rates] == [[f"--stages.{i}.optimizer.learning-rate", "0.001"] for i in range(4)]
+    assert main(["train", str(SMOKE), "--help-all", "compute.remat"]) == 0
+    out = capsys.readouterr().out
+    assert "--model.compute.remat REMAT" in out and "--model.llm.compute.remat" in out
+    assert out.count("what the backward pass computes again") == 1, "said once"
+    told = "--help-all singing: no field has that in its name"
+    assert told in check_refusal(main(["train", str(SMOKE), "--help-all", "singing"]), *capsys.readouterr())
 
 
 @pytest.mark.parametrize("option", ["--version", "-V"])

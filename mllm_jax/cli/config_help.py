@@ -1,41 +1,46 @@
-"""The help of a command that reads a config, on one screen; `--help-all` lists every field."""
+"""The help of a command that reads a config: what is changed most on one screen, every field by `--help-all`."""
 
 from __future__ import annotations
 
 import dataclasses
 import re
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-WIDTH, COLUMN = 110, 34
-ITEMS = 8  # of a tuple; of more only the first and the last are named
+from mllm_jax.errors import ConfigError
+from mllm_jax.layers.compute import WithCompute
+
+WIDTH, COLUMN = 100, 34
+STAGES = 8  # of an experiment; of more only the first are shown
+COLUMNS = ("steps", "optimizer.learning_rate", "data.rows")  # of the table of stages
+AXES = ("data", "fsdp", "context", "tensor")
 
 
 def config_help(command: str, options: Any, config: str) -> str:
-    """The help: what belongs to the command, the fields at the top of the config, and how to change what is nested.
+    """The help on one screen: the command's options, what is changed most in the config, and examples.
 
     Args:
         command: `train` or `plan`.
         options: the command's dataclass with its defaults; its field `experiment` is the config.
         config: the config's path, as it was typed.
     """
-    about = _documented(options)
-    lines = [f"usage: mllm {command} {config} [OPTIONS]", ""]
+    about, experiment = _documented(options), options.experiment
+    typed = f"mllm {command} {config}"
+    lines = [f"usage: {typed} [OPTIONS]", ""]
     for field in dataclasses.fields(options):
         if field.name != "experiment":
             lines += _row(_spelled(field.name, getattr(options, field.name)), about.get(field.name, ""))
-    experiment = options.experiment
-    lines += ["", "Fields of the config, with what it has; a nested one by its path:", ""]
-    fields = [f for f in dataclasses.fields(experiment) if (f.type, getattr(experiment, f.name)) != ("Any", None)]
-    plain = [f for f in fields if _is_plain(getattr(experiment, f.name))]
-    lines += _wrapped(", ".join(_spelled(f.name, getattr(experiment, f.name)) for f in plain))
-    for field in fields:
-        value = getattr(experiment, field.name)
-        if (example := None if field in plain else _example(field.name, value)) is not None:
-            lines += _row(example, _shape(value))
-    return "\n".join([*lines, "", f"mllm {command} {config} --help-all lists every field."])
+    lines += ["", "What is changed most in the config, with what it has:", "", *_stages(experiment.stages), ""]
+    for spelled, text in _common(experiment):
+        lines += _row(spelled, text)
+    typed_for = f"{typed} --topology v5p-128" if command == "plan" else typed
+    lines += ["", "Examples:", ""]
+    for change in ("--stages.0.data.rows 8", "--mesh.data 1 --mesh.fsdp -1"):
+        lines += [f"  {typed_for} {change}"]
+    lines += ["", f"{typed} --help-all lists every field,", "and --help-all WORD those with WORD in their names."]
+    return "\n".join(lines)
 
 
 def parsed(command: str, default: Any, arguments: Sequence[str]) -> Any:
@@ -43,12 +48,19 @@ def parsed(command: str, default: Any, arguments: Sequence[str]) -> Any:
 
     Args:
         default: the command's dataclass with the config that `arguments` begin with.
+
+    Raises:
+        ConfigError: help for a word that is in no field's name.
     """
     import tyro
 
     config, *rest = arguments
     if not {"-h", "--help"}.isdisjoint(rest):
         print(config_help(command, default, config))
+        return None
+    word = rest[rest.index("--help-all") + 1 :][:1] if "--help-all" in rest else []
+    if word and not word[0].startswith("-"):
+        print(fields_with(word[0], default))
         return None
     return tyro.cli(
         type(default),
@@ -59,24 +71,102 @@ def parsed(command: str, default: Any, arguments: Sequence[str]) -> Any:
     )
 
 
-def _documented(options: Any) -> dict[str, str]:
-    """What the docstring says of each attribute."""
-    found = re.findall(r"^ {8}(\w+): (.+(?:\n {12}.+)*)", type(options).__doc__, re.M)
-    return {name: " ".join(text.split()).rstrip(".") for name, text in found}
+def fields_with(word: str, options: Any) -> str:
+    """Every field whose path has a word in it, as it is typed, with what its class says of it.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    wanted, lines, told = _dashed(word).lower(), [], set()
+    for path, value, owner in _leaves("", options):
+        path = path.removeprefix("experiment.")
+        if wanted not in _dashed(path).lower():
+            continue
+        name = path.rpartition(".")[2]
+        lines += _row(_spelled(path, value), "" if (owner, name) in told else _documented(owner).get(name, ""))
+        told.add((owner, name))
+    if not lines:
+        raise ConfigError(f"--help-all {word}: no field has that in its name", "part of a name", "try --help-all alone")
+    return "\n".join(lines)
+
+
+def _stages(stages: Sequence[Any]) -> list[str]:
+    """The table of stages: a number that is changed often in each column, under the option that changes it."""
+    head = ["stage N", *(f"--{_dashed(f'stages.N.{column}')}" for column in COLUMNS)]
+    rows = [head]
+    for index, stage in enumerate(stages[:STAGES]):
+        rows.append([f"{index} {stage.name}", *(str(_at(stage, column)) for column in COLUMNS)])
+    widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
+    cells = [[row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))] for row in rows]
+    more = [f"  ... {len(stages) - 1} {stages[-1].name}"] if len(stages) > STAGES else []
+    return ["  " + "  ".join(row).rstrip() for row in cells] + more
+
+
+def _common(experiment: Any) -> Iterator[tuple[str, str]]:
+    """Options outside of the stages, and what each is for."""
+    about = _documented(experiment)
+    if isinstance(experiment.model, WithCompute):
+        compute = experiment.model.compute
+        yield f"--model.compute.dtype {compute.dtype or 'float32'}", "of the whole model, such as bfloat16"
+        yield f"--model.compute.remat {compute.remat or 'none'}", "what the backward pass computes again: full, dots"
+    if (size := getattr(getattr(experiment.model, "llm", None), "hidden_size", None)) is not None:
+        yield f"--model.llm.hidden-size {size}", "the width of the LLM, and of what projectors make"
+    yield " ".join(f"--mesh.{axis} {getattr(experiment.mesh, axis)}" for axis in AXES), "-1: the devices that are left"
+    for name in ("cpu_devices", "seed"):
+        yield _spelled(name, getattr(experiment, name)), about.get(name, "")
+
+
+def _at(value: Any, path: str) -> Any:
+    for name in path.split("."):
+        value = getattr(value, name)
+    return value
+
+
+def _children(value: Any) -> list[tuple[str, Any]]:
+    """What is nested in a value, by the names that a path has for it."""
+    if dataclasses.is_dataclass(value):
+        return [(field.name, getattr(value, field.name)) for field in dataclasses.fields(value)]
+    if isinstance(value, Mapping):
+        return [*value.items()]
+    nested = isinstance(value, tuple) and any(dataclasses.is_dataclass(item) for item in value)
+    return [(str(index), item) for index, item in enumerate(value)] if nested else []
+
+
+def _leaves(path: str, value: Any, owner: Any = None) -> Iterator[tuple[str, Any, Any]]:
+    """The path, the value and the class of every field that holds no others."""
+    if children := _children(value):
+        inner = type(value) if dataclasses.is_dataclass(value) else owner
+        for name, child in children:
+            yield from _leaves(f"{path}.{name}".lstrip("."), child, inner)
+    else:
+        yield path, value, owner
+
+
+def _documented(config: Any) -> dict[str, str]:
+    """What the docstring of a dataclass says of each attribute."""
+    kind = config if isinstance(config, type) else type(config)
+    found = re.findall(r"^ {8}(\w[\w, ]*): (.+(?:\n {12}.+)*)", kind.__doc__ or "", re.M)
+    return {name: " ".join(text.split()).rstrip(".") for names, text in found for name in names.split(", ")}
 
 
 def _is_plain(value: Any) -> bool:
     return value is None or isinstance(value, str | int | float | Path)
 
 
+def _dashed(path: str) -> str:
+    return path.replace("_", "-")
+
+
 def _spelled(path: str, value: Any) -> str:
     """An option with a value, as it is typed."""
-    name = path.replace("_", "-")
+    name = _dashed(path)
     if isinstance(value, bool):
         return f"--{'no-' if value else ''}{name}"
     if dataclasses.is_dataclass(value):
         first = dataclasses.fields(value)[0]
         return _spelled(f"{path}.{first.name}", getattr(value, first.name))
+    if isinstance(value, tuple) and value and all(map(_is_plain, value)):
+        return f"--{name} {' '.join(map(str, value))}"
     return f"--{name} {_word(path) if value is None or not _is_plain(value) else value}"
 
 
@@ -84,39 +174,11 @@ def _word(path: str) -> str:
     return path.rpartition(".")[2].rpartition("_")[2].upper()
 
 
-def _example(path: str, value: Any) -> str | None:
-    """The option of a number somewhere in a field of the config, the nearest first; None: there is none."""
-    children = [(path, value)]
-    while children:
-        below = []
-        for name, child in children:
-            if isinstance(child, int | float) and not isinstance(child, bool):
-                return _spelled(name, child)
-            if dataclasses.is_dataclass(child):
-                below += [(f"{name}.{f.name}", getattr(child, f.name)) for f in dataclasses.fields(child)]
-            elif isinstance(child, Mapping):
-                below += [(f"{name}.{key}", item) for key, item in child.items()]
-            elif isinstance(child, tuple):
-                below += [(f"{name}.{index}", item) for index, item in enumerate(child)]
-        children = below
-    return None
-
-
-def _shape(value: Any) -> str:
-    """What a nested field is, in a few words."""
-    if isinstance(value, tuple):
-        named = [f"{index} {getattr(item, 'name', type(item).__name__)}" for index, item in enumerate(value)]
-        return ", ".join(named if len(named) <= ITEMS else [named[0], "...", named[-1]])
-    fields = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
-    parts = [name for name, part in fields.items() if dataclasses.is_dataclass(part) or isinstance(part, Mapping)]
-    return type(value).__name__ + (f": {', '.join(parts)}" if parts else "")
-
-
 def _row(left: str, right: str) -> list[str]:
     if len(left) >= COLUMN - 3:
         return [f"  {left}", *_wrapped(right, COLUMN)]
     first, *rest = _wrapped(right, COLUMN) or [""]
-    return [f"  {left}".ljust(COLUMN) + first.strip(), *rest]
+    return [(f"  {left}".ljust(COLUMN) + first.strip()).rstrip(), *rest]
 
 
 def _wrapped(text: str, indent: int = 2) -> list[str]:

@@ -6,7 +6,7 @@ The same heads, without the one that writes, are what `Blip2ForImageTextRetrieva
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -97,6 +97,10 @@ class QFormerPretrainingConfig(WithCompute):
     def batch_spec(self, rows: int = 1, length: int = 8, slots: Mapping[str, int] = ONE_IMAGE) -> BatchSpec:
         """The arrays of a batch: captions, and an image in each slot."""
         return text_spec(rows, length) | images_spec(rows, slots.get("image", 0), self.encoder.image_size)
+
+    def beside(self, model: Any, vocab_size: int) -> QFormerPretrainingConfig:
+        """Returns the config with the width that its Q-Former leaves open; it asks nothing of the experiment."""
+        return replace(self, projector=filled(self.projector, **read_from(self.encoder)))
 
     def make(self) -> QFormerPretraining:
         return QFormerPretraining(self)

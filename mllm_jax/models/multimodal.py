@@ -167,6 +167,15 @@ class MultimodalConfig(WithCompute):
         """Tokens of an instruction that the projector of images reads in training; 0: it reads none."""
         return self.image.instruction_length
 
+    def beside(self, model: Any, vocab_size: int) -> MultimodalConfig:
+        """Returns the config with the widths that its parts leave open; it asks nothing of the experiment."""
+
+        def own(modality: str, branch: Branch) -> Branch:
+            kinds = [kind for kind in KINDS if is_dataclass(getattr(branch, kind))]
+            return replace(branch, **{kind: getattr(self.branch(modality), kind) for kind in kinds})
+
+        return replace(self, inputs={modality: own(modality, branch) for modality, branch in self.inputs.items()})
+
     def make(self) -> Multimodal:
         return Multimodal(self)
 

@@ -13,6 +13,7 @@ from mllm_jax.checkpoints.training import load_snapshot
 from mllm_jax.errors import CheckpointError, ConfigError
 from mllm_jax.models.params import shardings_of
 from mllm_jax.models.part_names import part_differences
+from mllm_jax.models.protocol import TakesFromExperiment
 from mllm_jax.models.registry import abstract_init, from_pretrained, pretrained_config
 
 
@@ -71,6 +72,8 @@ def _from_run(source: Any, config: Any, wanted: dict) -> dict:
 
 
 def _require_same(source: Any, ours: Any, theirs: Any) -> None:
+    if isinstance(theirs, TakesFromExperiment):  # a folder's own model, of which nothing is open either
+        theirs = theirs.beside(theirs, 0)
     if changed := part_differences(theirs, ours):
         shown = "".join(f"\n  {line}" for line in changed[:10])
         name = "model" if source.part == "*" else f"model.{source.part}"

@@ -138,8 +138,8 @@ def config_file(name: str):
 
 
 def plain(config):
-    """Without how it is run, which no folder says."""
-    return with_compute(config, dtype="float32", remat="none")
+    """With every width that it takes from a neighbour, and without how it is run, which no folder says."""
+    return with_compute(config.with_branch("image", projector=config.image.projector), dtype=None, remat=None)
 
 
 def sizes(config) -> dict[str, int]:
