@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from mllm_jax.errors import ConfigError
+from mllm_jax.layers.compute import Compute
 from mllm_jax.models.registry import pretrained_config
 from mllm_jax.training.config import AdamW, CheckpointConfig, Experiment, Pretrained, Stage, TokenizerConfig
 from mllm_jax.training.objectives.next_token import NextToken
@@ -40,7 +41,7 @@ def experiment(
         quickstart: the experiment whose stage "contrastive" makes the tower, in the run folder `tower`.
         limit: questions a task and split in the evaluation, where an answer costs 500 times the quickstart's.
     """
-    config, image = pretrained_config(llm), quickstart.model.image
+    config = pretrained_config(llm)
     learnt = {stage.name: stage for stage in quickstart.stages}
 
     def small(mixture):
@@ -48,17 +49,13 @@ def experiment(
 
     return Experiment(
         name="smollm2_openmoji",
-        model=replace(
-            quickstart.model,
-            llm=config,
-            inputs={"image": replace(image, projector=replace(image.projector, output_size=config.hidden_size))},
-        ),
+        model=replace(quickstart.model, llm=replace(config, compute=Compute(scan_unroll=1))),
         pretrained=(
             Pretrained("llm", llm),
             Pretrained("encoder_image", tower, stage="contrastive", made_by=quickstart),
         ),
         # The model's own system message would be 22 tokens of every conversation.
-        tokenizer=TokenizerConfig(vocab_size=config.vocab_size, folder=llm, system=""),
+        tokenizer=TokenizerConfig(folder=llm, system=""),
         cpu_devices=quickstart.cpu_devices,
         checkpoint=CheckpointConfig(every_steps=100, keep_last=1),
         evaluation=tuple(replace(task, source=replace(task.source, limit=limit)) for task in quickstart.evaluation),

@@ -1,4 +1,4 @@
-"""How a part of a model is computed: its dtype, what its backward pass keeps, and how its layers are unrolled."""
+"""The way a part of a model is computed: its dtype, what its backward pass keeps, and how its layers are unrolled."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Config = TypeVar("Config")
 
 @dataclass(frozen=True)
 class Compute:
-    """How to compute; parameters mean the same whatever this says.
+    """The way to compute; parameters mean the same whatever this says.
 
     None is what the composition that holds the part says, else float32, "none" and 1.
 
@@ -93,7 +93,8 @@ def with_compute(config: Config, **changes: Any) -> Config:
         changes: fields of `Compute` with their values.
     """
     if isinstance(config, Mapping):
-        return {name: with_compute(value, **changes) for name, value in config.items()}
+        found = {name: with_compute(value, **changes) for name, value in config.items()}
+        return config if found == dict(config) else found
     if not dataclasses.is_dataclass(config) or isinstance(config, Compute):
         return config
     new: dict[str, Any] = {}

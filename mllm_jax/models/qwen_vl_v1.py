@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -46,8 +47,10 @@ class QwenVLTowerConfig(WithCompute):
     family: str = TOWER
 
     @property
-    def dtype(self) -> str:
-        return within(self.encoder, self.compute).dtype
+    def parts(self) -> dict[str, Any]:
+        """Each part's config by the name of its parameters."""
+        parts = {"encoder_image": self.encoder, "projector_image": self.projector}
+        return {name: within(part, self.compute) for name, part in parts.items()}
 
     def make(self) -> QwenVLTower:
         return QwenVLTower(self)
@@ -59,9 +62,8 @@ class QwenVLTower(nn.Module):
     config: QwenVLTowerConfig
 
     def setup(self):
-        c = self.config
-        self.encoder_image = within(c.encoder, c.compute).make()
-        self.projector_image = within(c.projector, c.compute).make()
+        made = {name: part.make() for name, part in self.config.parts.items()}
+        self.encoder_image, self.projector_image = made["encoder_image"], made["projector_image"]
 
     def __call__(self, pixels, output_hidden_states: bool = False) -> VisionOutput:
         """Encodes normalised pixels float[B, H, W, 3].

@@ -1,4 +1,4 @@
-"""How parts are computed: values that are filled, refused, and changed at once."""
+"""The way parts are computed: values that are filled, refused, and changed at once."""
 
 from __future__ import annotations
 

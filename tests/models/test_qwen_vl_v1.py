@@ -45,7 +45,8 @@ def test_the_towers_config():
         write_tower(replace(config, projector=replace(config.projector, head_dim=16)))
     with pytest.raises(ConfigError, match="ls_init_value"):
         read_tower(dict(visual=VISUAL | dict(ls_init_value=0.1)))
-    assert config.with_dtype("bfloat16").projector.dtype == config.with_dtype("bfloat16").dtype == "bfloat16"
+    half = config.with_dtype("bfloat16")
+    assert half.dtype == half.parts["encoder_image"].dtype == half.parts["projector_image"].dtype == "bfloat16"
 
 
 def test_the_towers_size():
