@@ -1,6 +1,6 @@
 """Fields of a part's config by name, at its top level or in its dialect.
 
-Options of checkpoints say fields of both kinds, and no name stands in both places.
+Options of checkpoints say fields of both kinds, and no name is in both places.
 """
 
 from __future__ import annotations

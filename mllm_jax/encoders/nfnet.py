@@ -58,7 +58,7 @@ class NFNetInput:
 
 @dataclass(frozen=True)
 class NFNetDialect:
-    """How an NFNet computes; the defaults are its authors' choices, in timm's arithmetic.
+    """Details of an NFNet's arithmetic; the defaults are its authors' choices, in timm's arithmetic.
 
     Attributes:
         bottleneck: channels inside a block relative to its output, rounded to multiples of channel_divisor.
@@ -88,7 +88,7 @@ class NFNetDialect:
 
 @dataclass(frozen=True)
 class NFNetConfig(WithCompute):
-    """Sizes of an NFNet, by default F0's; how it computes is in its dialect.
+    """Sizes of an NFNet, by default F0's; details of the arithmetic are in its dialect.
 
     Attributes:
         depths, widths, group_sizes: blocks, channels, and channels a group of the 3x3 convolutions, of each stage.

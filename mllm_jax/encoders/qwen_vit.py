@@ -49,7 +49,7 @@ NORM_EPS = 1e-6  # of every norm in the three towers; no option sets it
 
 @dataclass(frozen=True)
 class QwenViTDialect:
-    """What tells the three vision encoders apart; the defaults are Qwen2-VL's.
+    """Differences between the three vision encoders; the defaults are Qwen2-VL's.
 
     Attributes:
         gated: True and activation "silu" are SwiGLU.

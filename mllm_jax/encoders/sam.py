@@ -55,7 +55,7 @@ NECK_EPS = 1e-6  # of the neck's LayerNorms, whatever that of the layers is
 
 @dataclass(frozen=True)
 class SamDialect:
-    """What the published SAMs have alike.
+    """Details that all published SAMs share.
 
     Attributes:
         norm_eps: of the layers' LayerNorms.

@@ -24,7 +24,7 @@ POOLINGS = ("mean", "last", "eos", "largest")
 
 @dataclass(frozen=True)
 class TextTowerDialect:
-    """What makes a text encoder one of a family; the defaults are those of a small one from scratch.
+    """Details that make a text encoder one of a family; the defaults are those of a small one from scratch.
 
     Attributes:
         mask: "full", or "causal": a token sees those before it (CLIP, arXiv 2103.00020, section 2.4).

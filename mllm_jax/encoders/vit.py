@@ -31,7 +31,7 @@ POOLERS = ("auto", "token", "mean", "attention", "none")
 
 @dataclass(frozen=True)
 class ViTDialect:
-    """What makes a ViT one of a family; the defaults are those of a ViT from scratch.
+    """Details that make a ViT one of a family; the defaults are those of a ViT from scratch.
 
     Attributes:
         norm: "layer" or "rms"; that of the layers. `pre_norm`: one more before the first layer (CLIP).

@@ -26,7 +26,7 @@ LAYER_TYPES = ("full_attention", "sliding_attention")
 
 @dataclass(frozen=True)
 class DecoderDialect:
-    """What makes a decoder one of a family; the defaults are LLaMA's.
+    """Details that make a decoder one of a family; the defaults are LLaMA's.
 
     Attributes:
         gated: True and activation "silu" are SwiGLU.

@@ -31,7 +31,7 @@ from mllm_jax.sharding.logical import constrain
 
 @dataclass(frozen=True)
 class T5Dialect:
-    """What tells the versions of T5 apart; the defaults are T5 1.0's.
+    """Differences between the versions of T5; the defaults are T5 1.0's.
 
     Attributes:
         gated: with activation, False and "relu" are T5 1.0; True and "gelu_tanh" T5 1.1 and Flan-T5; BLIP-2 runs

@@ -30,7 +30,7 @@ POSITIONS = ("sincos", "none")
 
 @dataclass(frozen=True)
 class ResamplerDialect:
-    """What makes a resampler one of a family; the defaults are Qwen-VL's.
+    """Details that make a resampler one of a family; the defaults are Qwen-VL's.
 
     Attributes:
         positions: "sincos" adds fixed 2-D positions to queries and keys, not to values; "none" adds nothing.
