@@ -91,7 +91,7 @@ def gemma3_4b(base, remat: str):
     The decoder is ours with Gemma's sizes, without its norms after each block and with one kind of layer: it has the
     same size but is another model. As by MaxText's default, the image encoder is frozen.
     """
-    from mllm_jax.encoders.vit import ViTConfig
+    from mllm_jax.encoders.vit import ViTConfig, ViTDialect
     from mllm_jax.layers.compute import Compute
     from mllm_jax.llms.decoder import DecoderConfig
     from mllm_jax.models.multimodal import Branch, MultimodalConfig
@@ -106,7 +106,7 @@ def gemma3_4b(base, remat: str):
         num_heads=16,
         mlp_size=4304,
         activation="gelu_tanh",
-        pooler="none",
+        dialect=ViTDialect(pooler="none"),
         compute=Compute(dtype="bfloat16", remat="full"),
     )
     llm = DecoderConfig(

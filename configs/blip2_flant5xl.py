@@ -9,9 +9,9 @@ the second with no data yet. The paper has no length of a row; 64 is ours.
 """
 
 from mllm_jax.data.pipeline import Mixture
-from mllm_jax.encoders.vit import ViTConfig
+from mllm_jax.encoders.vit import ViTConfig, ViTDialect
 from mllm_jax.layers.compute import Compute
-from mllm_jax.llms.t5 import T5Config
+from mllm_jax.llms.t5 import T5Config, T5Dialect
 from mllm_jax.models.blip2 import Blip2Config
 from mllm_jax.models.blip2_stage1 import QFormerPretrainingConfig
 from mllm_jax.models.branch import Branch, Connection
@@ -40,15 +40,17 @@ def encoder() -> ViTConfig:
         num_heads=16,
         mlp_size=6144,
         activation="gelu",
-        norm_eps=1e-6,
         class_token=True,
-        drop_remainder=True,
-        qkv_bias=True,
-        norm_pooled=True,
-        pooler="token",
         image_mean=CLIP_MEAN,
         image_std=CLIP_STD,
-        family="Blip2VisionModel",
+        dialect=ViTDialect(
+            norm_eps=1e-6,
+            drop_remainder=True,
+            qkv_bias=True,
+            norm_pooled=True,
+            pooler="token",
+            family="Blip2VisionModel",
+        ),
     )
 
 
@@ -63,7 +65,7 @@ def llm() -> T5Config:
         num_decoder_layers=24,
         num_heads=32,
         activation="gelu",
-        gated=True,
+        dialect=T5Dialect(gated=True),
         tie_word_embeddings=False,
         bos_token_id=1,
     )

@@ -10,9 +10,9 @@ mllm plan configs/deepseek_vl_7b.py --topology v5p-128
 from mllm_jax.data.pipeline import Mixture
 from mllm_jax.encoders.sam import SamConfig
 from mllm_jax.encoders.siglip_sam import SiglipSamConfig
-from mllm_jax.encoders.vit import ViTConfig
+from mllm_jax.encoders.vit import ViTConfig, ViTDialect
 from mllm_jax.layers.compute import Compute
-from mllm_jax.llms.decoder import DecoderConfig
+from mllm_jax.llms.decoder import DecoderConfig, DecoderDialect
 from mllm_jax.models.branch import Branch
 from mllm_jax.models.clip import CLIP_MEAN, CLIP_STD
 from mllm_jax.models.deepseek_vl import DeepseekVLConfig
@@ -38,10 +38,7 @@ def encoder() -> SiglipSamConfig:
         num_heads=16,
         mlp_size=4096,
         activation="gelu",
-        norm_eps=1e-6,
-        drop_remainder=True,
-        pooler="none",
-        family="SiglipVisionModel",
+        dialect=ViTDialect(norm_eps=1e-6, drop_remainder=True, pooler="none", family="SiglipVisionModel"),
     )
     return SiglipSamConfig(low, SamConfig(image_mean=CLIP_MEAN, image_std=CLIP_STD))
 
@@ -55,7 +52,7 @@ def llm() -> DecoderConfig:
         num_heads=32,
         num_kv_heads=32,
         mlp_size=11_008,
-        norm_eps=1e-6,
+        dialect=DecoderDialect(norm_eps=1e-6),
         tie_word_embeddings=False,
         max_position_embeddings=16_384,
         bos_token_id=100_000,

@@ -8,9 +8,9 @@ of a row; 512 is ours.
 """
 
 from mllm_jax.data.pipeline import Mixture
-from mllm_jax.encoders.vit import ViTConfig
+from mllm_jax.encoders.vit import ViTConfig, ViTDialect
 from mllm_jax.layers.compute import Compute
-from mllm_jax.llms.decoder import DecoderConfig
+from mllm_jax.llms.decoder import DecoderConfig, DecoderDialect
 from mllm_jax.models.branch import Branch, Connection
 from mllm_jax.models.clip import CLIP_MEAN, CLIP_STD
 from mllm_jax.models.instructblip import InstructBlipConfig
@@ -34,15 +34,17 @@ def model() -> InstructBlipConfig:
         num_heads=16,
         mlp_size=6144,
         activation="gelu",
-        norm_eps=1e-6,
         class_token=True,
-        drop_remainder=True,
-        qkv_bias=True,
-        norm_pooled=True,
-        pooler="token",
         image_mean=CLIP_MEAN,
         image_std=CLIP_STD,
-        family="Blip2VisionModel",
+        dialect=ViTDialect(
+            norm_eps=1e-6,
+            drop_remainder=True,
+            qkv_bias=True,
+            norm_pooled=True,
+            pooler="token",
+            family="Blip2VisionModel",
+        ),
     )
     llm = DecoderConfig(
         vocab_size=32_064,  # 32,000, [PAD] and <image>, and what fills up to a multiple of 64
@@ -51,13 +53,12 @@ def model() -> InstructBlipConfig:
         num_heads=32,
         num_kv_heads=32,
         mlp_size=11_008,
-        norm_eps=1e-6,
         tie_word_embeddings=False,
         max_position_embeddings=2048,
         bos_token_id=0,
         eos_token_id=(1,),  # as its config.json says; generation_config.json and the tokenizer say what ends a text
         pad_token_id=32_000,
-        family="LlamaForCausalLM",
+        dialect=DecoderDialect(norm_eps=1e-6, family="LlamaForCausalLM"),
     )
     image = Branch(encoder, QFormerConfig(vocab_size=30_523), Connection(class_token=True))
     compute = Compute(dtype="bfloat16", remat="full")

@@ -8,9 +8,9 @@ reader's; the 1,000 steps are ours.
 """
 
 from mllm_jax.data.pipeline import Mixture
-from mllm_jax.encoders.vit import ViTConfig
+from mllm_jax.encoders.vit import ViTConfig, ViTDialect
 from mllm_jax.layers.compute import Compute
-from mllm_jax.llms.decoder import DecoderConfig
+from mllm_jax.llms.decoder import DecoderConfig, DecoderDialect
 from mllm_jax.models.branch import Branch
 from mllm_jax.models.internvl import IMAGE_MEAN, IMAGE_STD, InternVLConfig
 from mllm_jax.projectors.pixel_shuffle import PixelShuffleProjectorConfig
@@ -28,18 +28,20 @@ def encoder() -> ViTConfig:
         num_layers=45,
         num_heads=25,
         mlp_size=12_800,
-        norm="rms",
-        norm_eps=1e-6,
-        qkv_bias=False,
-        qk_norm=True,
         class_token=True,
-        drop_remainder=True,
-        norm_output=False,
-        layer_scale=0.1,
-        pooler="none",
         image_mean=IMAGE_MEAN,
         image_std=IMAGE_STD,
-        family="InternVLVisionModel",
+        dialect=ViTDialect(
+            norm="rms",
+            norm_eps=1e-6,
+            qkv_bias=False,
+            qk_norm=True,
+            drop_remainder=True,
+            norm_output=False,
+            layer_scale=0.1,
+            pooler="none",
+            family="InternVLVisionModel",
+        ),
     )
 
 
@@ -52,14 +54,11 @@ def llm() -> DecoderConfig:
         num_heads=64,
         num_kv_heads=8,
         mlp_size=29_568,
-        norm_eps=1e-6,
-        qkv_bias=True,
-        rope_theta=1_000_000.0,
         tie_word_embeddings=False,
         max_position_embeddings=32_768,
         bos_token_id=151_643,
         eos_token_id=(151_645,),
-        family="Qwen2ForCausalLM",
+        dialect=DecoderDialect(norm_eps=1e-6, qkv_bias=True, rope_theta=1_000_000.0, family="Qwen2ForCausalLM"),
     )
 
 

@@ -8,10 +8,10 @@ published script, and there is no stage for MPO here yet.
 """
 
 from mllm_jax.data.pipeline import Mixture
-from mllm_jax.encoders.vit import ViTConfig
+from mllm_jax.encoders.vit import ViTConfig, ViTDialect
 from mllm_jax.layers.compute import Compute
 from mllm_jax.layers.rotary import RopeScaling
-from mllm_jax.llms.decoder import DecoderConfig
+from mllm_jax.llms.decoder import DecoderConfig, DecoderDialect
 from mllm_jax.models.branch import Branch
 from mllm_jax.models.internvl import IMAGE_MEAN, IMAGE_STD, InternVLConfig
 from mllm_jax.projectors.pixel_shuffle import PixelShuffleProjectorConfig
@@ -32,15 +32,17 @@ def encoder() -> ViTConfig:
         num_layers=24,
         num_heads=16,
         mlp_size=4096,
-        norm_eps=1e-6,
         class_token=True,
-        drop_remainder=True,
-        norm_output=False,
-        layer_scale=0.1,
-        pooler="none",
         image_mean=IMAGE_MEAN,
         image_std=IMAGE_STD,
-        family="InternVLVisionModel",
+        dialect=ViTDialect(
+            norm_eps=1e-6,
+            drop_remainder=True,
+            norm_output=False,
+            layer_scale=0.1,
+            pooler="none",
+            family="InternVLVisionModel",
+        ),
     )
 
 
@@ -53,15 +55,17 @@ def llm() -> DecoderConfig:
         num_heads=28,
         num_kv_heads=4,
         mlp_size=18_944,
-        norm_eps=1e-6,
-        qkv_bias=True,
-        rope_theta=1_000_000.0,
-        rope_scaling=RopeScaling("dynamic", factor=2.0, original_max_position_embeddings=32_768),
         tie_word_embeddings=False,
         max_position_embeddings=32_768,
         bos_token_id=151_643,
         eos_token_id=(151_645,),
-        family="Qwen2ForCausalLM",
+        dialect=DecoderDialect(
+            norm_eps=1e-6,
+            qkv_bias=True,
+            rope_theta=1_000_000.0,
+            rope_scaling=RopeScaling("dynamic", factor=2.0, original_max_position_embeddings=32_768),
+            family="Qwen2ForCausalLM",
+        ),
     )
 
 

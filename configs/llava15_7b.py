@@ -15,9 +15,9 @@ from typing import Any
 
 from mllm_jax.data.pipeline import Mixture, Weighted
 from mllm_jax.datasets.llava import LLaVARecords
-from mllm_jax.encoders.vit import ViTConfig
+from mllm_jax.encoders.vit import ViTConfig, ViTDialect
 from mllm_jax.layers.compute import Compute
-from mllm_jax.llms.decoder import DecoderConfig
+from mllm_jax.llms.decoder import DecoderConfig, DecoderDialect
 from mllm_jax.models.branch import Branch, Connection
 from mllm_jax.models.clip import CLIP_MEAN, CLIP_STD
 from mllm_jax.models.llava import LlavaConfig
@@ -63,17 +63,19 @@ def clip_large() -> ViTConfig:
         num_heads=16,
         mlp_size=4096,
         activation="quick_gelu",
-        norm_eps=1e-5,
         class_token=True,
         image_mean=CLIP_MEAN,
         image_std=CLIP_STD,
-        drop_remainder=True,
-        patch_bias=False,
-        pre_norm=True,
-        norm_output=False,
-        norm_pooled=True,
-        pooler="token",
-        family="CLIPVisionModel",
+        dialect=ViTDialect(
+            norm_eps=1e-5,
+            drop_remainder=True,
+            patch_bias=False,
+            pre_norm=True,
+            norm_output=False,
+            norm_pooled=True,
+            pooler="token",
+            family="CLIPVisionModel",
+        ),
     )
 
 
@@ -93,7 +95,7 @@ def model(dtype: str = "bfloat16") -> LlavaConfig:
             num_heads=32,
             num_kv_heads=32,
             mlp_size=11008,
-            norm_eps=1e-5,
+            dialect=DecoderDialect(norm_eps=1e-5),
             tie_word_embeddings=False,
             max_position_embeddings=4096,
             bos_token_id=1,

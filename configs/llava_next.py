@@ -17,9 +17,9 @@ from pathlib import Path
 
 from mllm_jax.data.pipeline import Mixture, Weighted
 from mllm_jax.datasets.llava import LLaVARecords
-from mllm_jax.encoders.vit import ViTConfig
+from mllm_jax.encoders.vit import ViTConfig, ViTDialect
 from mllm_jax.layers.compute import Compute
-from mllm_jax.llms.decoder import DecoderConfig
+from mllm_jax.llms.decoder import DecoderConfig, DecoderDialect
 from mllm_jax.models.branch import Branch, Connection
 from mllm_jax.models.llava import NEXT, NEXT_RESOLUTIONS, ONEVISION, ONEVISION_RESOLUTIONS, LlavaConfig
 from mllm_jax.projectors.mlp import MLPProjectorConfig
@@ -97,13 +97,11 @@ def mistral_7b(dtype: str = "bfloat16") -> LlavaConfig:
         num_heads=32,
         num_kv_heads=8,
         mlp_size=14336,
-        norm_eps=1e-5,
-        rope_theta=1e6,
         tie_word_embeddings=False,
         max_position_embeddings=32768,
         bos_token_id=1,
         eos_token_id=(2,),
-        family="MistralForCausalLM",
+        dialect=DecoderDialect(norm_eps=1e-5, rope_theta=1e6, family="MistralForCausalLM"),
     )
     return _next(llm, dtype)
 
@@ -121,10 +119,7 @@ def _onevision(llm: DecoderConfig, dtype: str) -> LlavaConfig:
                     num_heads=16,
                     mlp_size=4304,
                     activation="gelu_tanh",
-                    norm_eps=1e-6,
-                    drop_remainder=True,
-                    pooler="none",
-                    family="SiglipVisionModel",
+                    dialect=ViTDialect(norm_eps=1e-6, drop_remainder=True, pooler="none", family="SiglipVisionModel"),
                 ),
                 MLPProjectorConfig(),
                 Connection(layers=(-1,)),
@@ -144,13 +139,10 @@ def _onevision(llm: DecoderConfig, dtype: str) -> LlavaConfig:
 def _qwen2(**sizes) -> DecoderConfig:
     return DecoderConfig(
         **sizes,
-        norm_eps=1e-6,
-        rope_theta=1e6,
-        qkv_bias=True,
         max_position_embeddings=32768,
         bos_token_id=151643,
         eos_token_id=(151645,),
-        family="Qwen2ForCausalLM",
+        dialect=DecoderDialect(norm_eps=1e-6, rope_theta=1e6, qkv_bias=True, family="Qwen2ForCausalLM"),
     )
 
 

@@ -8,9 +8,9 @@ mllm plan configs/qwen25vl_7b.py --topology v5p-128
 """
 
 from mllm_jax.data.pipeline import Mixture
-from mllm_jax.encoders.qwen_vit import QwenViTConfig
+from mllm_jax.encoders.qwen_vit import QwenViTConfig, QwenViTDialect
 from mllm_jax.layers.compute import Compute
-from mllm_jax.llms.decoder import DecoderConfig
+from mllm_jax.llms.decoder import DecoderConfig, DecoderDialect
 from mllm_jax.models.branch import Branch
 from mllm_jax.models.qwen_vl import QWEN25, QwenVLConfig
 from mllm_jax.sharding.mesh import MeshConfig
@@ -32,12 +32,11 @@ def model(dtype: str = "bfloat16") -> QwenVLConfig:
                     num_heads=16,
                     mlp_size=3420,
                     activation="silu",
-                    gated=True,
-                    norm="rms",
                     window_size=112,
                     full_layers=(7, 15, 23, 31),
-                    tokens_per_second=2,
-                    family="Qwen2_5_VisionTransformerPretrainedModel",
+                    dialect=QwenViTDialect(
+                        gated=True, norm="rms", tokens_per_second=2, family="Qwen2_5_VisionTransformerPretrainedModel"
+                    ),
                 )
             )
         },
@@ -48,14 +47,13 @@ def model(dtype: str = "bfloat16") -> QwenVLConfig:
             num_heads=28,
             num_kv_heads=4,
             mlp_size=18944,
-            qkv_bias=True,
-            rope_theta=1_000_000.0,
-            mrope_sections=(16, 24, 24),
             tie_word_embeddings=False,
             max_position_embeddings=128_000,
             bos_token_id=151643,
             eos_token_id=(151645,),
-            family="Qwen2ForCausalLM",
+            dialect=DecoderDialect(
+                qkv_bias=True, rope_theta=1_000_000.0, mrope_sections=(16, 24, 24), family="Qwen2ForCausalLM"
+            ),
         ),
         family=QWEN25,
         compute=Compute(dtype=dtype, remat="full"),

@@ -27,7 +27,9 @@ if TYPE_CHECKING:  # what editors and type checkers read; `_HOMES` says the same
     from mllm_jax.datasets.questions import Questions as Questions
     from mllm_jax.datasets.text_only import TextOnly as TextOnly
     from mllm_jax.encoders.text import TextTowerConfig as TextTowerConfig
+    from mllm_jax.encoders.text import TextTowerDialect as TextTowerDialect
     from mllm_jax.encoders.vit import ViTConfig as ViTConfig
+    from mllm_jax.encoders.vit import ViTDialect as ViTDialect
     from mllm_jax.errors import CheckpointError as CheckpointError
     from mllm_jax.errors import ConfigError as ConfigError
     from mllm_jax.errors import DataError as DataError
@@ -43,6 +45,7 @@ if TYPE_CHECKING:  # what editors and type checkers read; `_HOMES` says the same
     from mllm_jax.generation.sampling import Sampling as Sampling
     from mllm_jax.layers.compute import Compute as Compute
     from mllm_jax.llms.decoder import DecoderConfig as DecoderConfig
+    from mllm_jax.llms.decoder import DecoderDialect as DecoderDialect
     from mllm_jax.models.branch import Branch as Branch
     from mllm_jax.models.branch import Connection as Connection
     from mllm_jax.models.clip import DualEncoderConfig as DualEncoderConfig
@@ -83,8 +86,8 @@ _NAMES = {
     "data.tokenizer": ("Tokenizer",),
     "datasets.questions": ("Questions",),
     "datasets.text_only": ("TextOnly",),
-    "encoders.text": ("TextTowerConfig",),
-    "encoders.vit": ("ViTConfig",),
+    "encoders.text": ("TextTowerConfig", "TextTowerDialect"),
+    "encoders.vit": ("ViTConfig", "ViTDialect"),
     "errors": ("CheckpointError", "ConfigError", "DataError", "MllmError", "RunFolderError", "TrainingError"),
     "evaluation.evaluate": ("evaluate",),
     "evaluation.task": ("Task",),
@@ -93,7 +96,7 @@ _NAMES = {
     "generation.options": ("Answer", "Options"),
     "generation.sampling": ("Sampling",),
     "layers.compute": ("Compute",),
-    "llms.decoder": ("DecoderConfig",),
+    "llms.decoder": ("DecoderConfig", "DecoderDialect"),
     "models.branch": ("Branch", "Connection"),
     "models.clip": ("DualEncoderConfig",),
     "models.multimodal": ("Multimodal", "MultimodalConfig"),

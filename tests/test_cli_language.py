@@ -17,7 +17,7 @@ from tiny_language import write_folder
 from tiny_llava import write_llava
 
 from mllm_jax.cli import main
-from mllm_jax.encoders.vit import ViTConfig
+from mllm_jax.encoders.vit import ViTConfig, ViTDialect
 from mllm_jax.generation.assistant import Assistant
 from mllm_jax.models.registry import family_of_config
 from mllm_jax.sharding.platform import may_have_accelerator
@@ -109,11 +109,9 @@ def test_what_writes_no_text_is_refused_before_the_prompt(tmp_path, monkeypatch,
         num_heads=2,
         mlp_size=40,
         class_token=True,
-        norm_output=False,
-        norm_pooled=True,
-        pre_norm=True,
-        patch_bias=False,
-        family="CLIPVisionModel",
+        dialect=ViTDialect(
+            norm_output=False, norm_pooled=True, pre_norm=True, patch_bias=False, family="CLIPVisionModel"
+        ),
     )
     (tmp_path / "config.json").write_text(json.dumps(family_of_config(encoder).to_hf(encoder)))
     monkeypatch.setattr("sys.stdin", Unread())

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Mapping
+from operator import attrgetter
 from typing import Any, TypeVar
 
+from mllm_jax.checkpoints.fields import field_path, field_value, field_values
 from mllm_jax.checkpoints.options import ENCODER_ACTIVATIONS, LARGEST, Options
 from mllm_jax.errors import ConfigError
 
@@ -60,8 +61,8 @@ _WRITTEN: dict[str, Callable[[Any], Any]] = {
     "counts": list,
     "ids": lambda ids: one_or_several(ids) if ids else None,
 }
-# Options for one field of a config each: the field -> (the option, the method of `Options` that reads it, and the
-# method's arguments after the name).
+# Options for one field of a config or of its dialect each: the field -> (the option, the method of `Options` that reads
+# it, and the method's arguments after the name).
 Fields = Mapping[str, tuple[Any, ...]]
 
 # The fields that most transformers have under these names.
@@ -79,14 +80,14 @@ def read_fields(options: Options, fields: Fields) -> dict[str, Any]:
 
 def write_fields(config: Any, fields: Fields) -> dict[str, Any]:
     """Returns the options by name: the inverse of `read_fields`."""
-    values = {name: (kind, getattr(config, field)) for field, (name, kind, *_) in fields.items()}
+    paths = {name: (kind, attrgetter(field_path(config, field))) for field, (name, kind, *_) in fields.items()}
+    values = {name: (kind, read(config)) for name, (kind, read) in paths.items()}
     return {name: _WRITTEN.get(kind, lambda value: value)(value) for name, (kind, value) in values.items()}
 
 
 def stored_fields(config: Any, *without: str) -> dict[str, Any]:
     """Returns the fields that a checkpoint has to store: all but those for running the module and those named."""
-    names = [field.name for field in dataclasses.fields(config) if field.name not in (*NOT_STORED, *without)]
-    return {name: getattr(config, name) for name in names}
+    return {name: value for name, value in field_values(config).items() if name not in (*NOT_STORED, *without)}
 
 
 def check_written(
@@ -107,7 +108,7 @@ def check_written(
         ConfigError: switches for which the family has no options; names them.
     """
     wanted, found = facts(config), facts(read(written))
-    lost = [f"{n}={getattr(config, n, wanted[n])!r}" for n in wanted if wanted[n] != found[n]]
+    lost = [f"{field_path(config, n)}={field_value(config, n, wanted[n])!r}" for n in wanted if wanted[n] != found[n]]
     if lost:
         raise ConfigError(
             f"{what} with {', '.join(lost)}, to be written as {config.family}",

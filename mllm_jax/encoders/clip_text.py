@@ -49,12 +49,12 @@ def from_hf_config(values: dict) -> TextTowerConfig:
 def to_hf_config(config: TextTowerConfig) -> dict:
     """The inverse; refuses switches that the family does not have."""
     c = config
-    projection = {} if c.projection_size is None else dict(projection_dim=c.projection_size)
+    projection = {} if c.dialect.projection_size is None else dict(projection_dim=c.dialect.projection_size)
     return faithful(c, write_tower(c) | projection, from_hf_config)
 
 
 def table(config: TextTowerConfig) -> Table:
-    return tower_table(config, "" if config.projection_size is None else "text_projection")
+    return tower_table(config, "" if config.dialect.projection_size is None else "text_projection")
 
 
 FAMILIES = families(

@@ -61,24 +61,24 @@ def _read(options: Options) -> dict:
 
 
 def _write(c: ViTConfig) -> dict:
-    written = dict(mlp_ratio=_mlp_ratio(c), use_swiglu_ffn=c.gated, layerscale_value=c.layer_scale)
+    written = dict(mlp_ratio=_mlp_ratio(c), use_swiglu_ffn=c.dialect.gated, layerscale_value=c.dialect.layer_scale)
     return written | dict(use_mask_token=False, intermediate_size=None)
 
 
 def _mlp_ratio(c: ViTConfig) -> int:
     """The whole number that gives the MLP's width."""
     for ratio in range(1, 65):
-        if _mlp_size(c.hidden_size, ratio, c.gated) == c.mlp_size:
+        if _mlp_size(c.hidden_size, ratio, c.dialect.gated) == c.mlp_size:
             return ratio
     raise ConfigError(
         f"an MLP of {c.mlp_size} on {c.hidden_size} dimensions, to be written as Dinov2Model",
-        "a width that follows from a whole mlp_ratio" + (", two thirds of it in steps of 8" if c.gated else ""),
+        "a width that follows from a whole mlp_ratio" + (", two thirds of it in steps of 8" if c.dialect.gated else ""),
         "choose another mlp_size or family",
     )
 
 
 def _table(config: ViTConfig) -> Table:
-    names = _NAMES if not config.gated else replace(_NAMES, **_GATED)
+    names = _NAMES if not config.dialect.gated else replace(_NAMES, **_GATED)
     return vit_table(config, names)
 
 

@@ -19,6 +19,7 @@ from mllm_jax.checkpoints.config_json import (
     read_square,
     write_fields,
 )
+from mllm_jax.checkpoints.fields import make_config
 from mllm_jax.checkpoints.options import Options
 from mllm_jax.checkpoints.table import Family, Table, image_sample
 from mllm_jax.encoders.hub import Names, faithful, vit_family, vit_table
@@ -195,7 +196,8 @@ def from_timm_config(values: dict) -> ViTConfig:
     shown = Options(cfg, f"pretrained_cfg of {family}")
     if "mean" in shown and "std" in shown:
         switches |= dict(image_mean=shown.numbers("mean"), image_std=shown.numbers("std"))
-    config = ViTConfig(
+    config = make_config(
+        ViTConfig,
         **read_grid(options, "img_size"),
         **read,
         mlp_size=int(read["hidden_size"] * options.number("mlp_ratio", ..., *RATIOS)),
@@ -221,33 +223,33 @@ def from_timm_config(values: dict) -> ViTConfig:
 
 def to_timm_config(config: ViTConfig) -> dict:
     """The inverse; refuses switches that the family does not have."""
-    c = config
+    c, dialect = config, config.dialect
     arguments = dict(
         **write_fields(c, _FIELDS),
         img_size=c.image_size,
         patch_size=c.patch_size,
         # Half a dimension more, so that the product's rounding cannot lose one.
         mlp_ratio=(c.mlp_size + 0.5) / c.hidden_size,
-        num_classes=c.head_size or 0,
-        use_fc_norm=c.norm_pooled,
-        use_post_transformer_norm=c.norm_output,
-        use_post_norm=not c.norm_first,
-        scale_attn_inner=c.attention_sub_norm_eps is not None,
-        scale_mlp=c.mlp_sub_norm_eps is not None,
-        init_values=c.layer_scale,
-        use_rot_pos_emb=c.rope_grid is not None,
-        ref_feat_shape=None if c.rope_grid is None else [c.rope_grid] * 2,
-        rope_temperature=c.rope_theta,
-        global_pool=next((theirs for theirs, ours in _POOLERS.items() if ours == c.pooler), "token"),
+        num_classes=dialect.head_size or 0,
+        use_fc_norm=dialect.norm_pooled,
+        use_post_transformer_norm=dialect.norm_output,
+        use_post_norm=not dialect.norm_first,
+        scale_attn_inner=dialect.attention_sub_norm_eps is not None,
+        scale_mlp=dialect.mlp_sub_norm_eps is not None,
+        init_values=dialect.layer_scale,
+        use_rot_pos_emb=dialect.rope_grid is not None,
+        ref_feat_shape=None if dialect.rope_grid is None else [dialect.rope_grid] * 2,
+        rope_temperature=dialect.rope_theta,
+        global_pool=next((theirs for theirs, ours in _POOLERS.items() if ours == dialect.pooler), "token"),
     )
     written = dict(
         architecture=c.family,
-        num_classes=c.head_size or 0,
+        num_classes=dialect.head_size or 0,
         num_features=c.hidden_size,
         global_pool=arguments["global_pool"],
         model_args={name: value for name, value in arguments.items() if value is not None},
         pretrained_cfg=dict(
-            num_classes=c.head_size or 0,
+            num_classes=dialect.head_size or 0,
             input_size=[c.num_channels, c.image_size, c.image_size],
             fixed_input_size=True,
             interpolation="bicubic",
@@ -264,9 +266,9 @@ def timm_table(config: ViTConfig) -> Table:
     c, changes = config, {}
     if not _TIMM[c.family].get("qkv_fused", True):
         changes |= _UNFUSED
-    if c.gated:
-        changes |= _GATED if c.mlp_sub_norm_eps is not None else _GATED_FUSED
-    if c.norm_pooled:
+    if c.dialect.gated:
+        changes |= _GATED if c.dialect.mlp_sub_norm_eps is not None else _GATED_FUSED
+    if c.dialect.norm_pooled:
         changes["final_norm"] = "fc_norm"
     return vit_table(c, dataclasses.replace(_TIMM_NAMES, **changes))
 

@@ -17,6 +17,7 @@ from mllm_jax.checkpoints.config_json import (
     stored_fields,
     write_fields,
 )
+from mllm_jax.checkpoints.fields import make_config
 from mllm_jax.checkpoints.options import ENCODER_ACTIVATIONS, Options, named_as
 from mllm_jax.checkpoints.table import (
     HEAD_BIAS,
@@ -65,10 +66,11 @@ def read_vit(options: Options, **switches) -> ViTConfig:
     """The options that the families spell alike; refuses those that nobody has read.
 
     Args:
-        switches: fields of the config that the family decides.
+        switches: fields of the config or of its dialect that the family decides.
     """
     fields = {name: field for name, field in _FIELDS.items() if name not in switches}
-    config = ViTConfig(**read_grid(options) | dict(drop_remainder=True) | read_fields(options, fields) | switches)
+    read = read_grid(options) | dict(drop_remainder=True) | read_fields(options, fields)
+    config = make_config(ViTConfig, **read | switches)
     options.skip(*ELSEWHERE)
     options.done()
     return config
@@ -90,7 +92,7 @@ def faithful(c: ViTConfig, written: dict, read: Callable[[dict], ViTConfig]) -> 
 
 def _facts(c: ViTConfig) -> dict:
     """What pictures are normalised with no config.json says, and which of them are refused changes no numbers."""
-    pooler = {"auto": "token" if c.class_token else "mean"}.get(c.pooler, c.pooler)
+    pooler = {"auto": "token" if c.class_token else "mean"}.get(c.dialect.pooler, c.dialect.pooler)
     return stored_fields(c, "image_mean", "image_std", "drop_remainder", "region_size") | dict(pooler=pooler)
 
 
@@ -139,42 +141,43 @@ class Names:
 
 def vit_table(c: ViTConfig, names: Names) -> Table:
     """The weights of a ViT under a family's names."""
+    dialect = c.dialect
     width, head = c.hidden_size, {"h": c.hidden_size // c.num_heads}
-    hub, layernorm = f"{names.layers}.{{layer}}.", c.norm == "layer"
+    hub, layernorm = f"{names.layers}.{{layer}}.", dialect.norm == "layer"
     patch = {"p": c.patch_size, "q": c.patch_size, "c": c.num_channels}
-    weights = linear(names.patch, "patch_embedding/projection", "e c p q -> (p q c) e", patch, bias=c.patch_bias)
+    weights = linear(names.patch, "patch_embedding/projection", "e c p q -> (p q c) e", patch, bias=dialect.patch_bias)
     if c.class_token:
         weights.append(Weight(names.class_token, "class_token", f"{names.token_axes} -> 1 e"))
     weights.append(Weight(names.position, "position_embedding", f"{names.position_axes} -> n e"))
-    if c.pre_norm:
+    if dialect.pre_norm:
         weights += norm(names.pre_norm, "pre_norm", bias=layernorm)
     weights += norm(hub + names.attention_norm, "layers/attention_norm", bias=layernorm)
-    own_biases = c.qkv_bias and names.q_bias
-    biased = "" if own_biases or not c.qkv_bias else "qkv" if c.k_bias else "qv"
+    own_biases = dialect.qkv_bias and names.q_bias
+    biased = "" if own_biases or not dialect.qkv_bias else "qkv" if dialect.k_bias else "qv"
     stored = [hub + name for name in (names.q, names.k, names.v)]
     weights += into_heads(stored, "layers/attention", head["h"], (width,) * 3, biased)
     if own_biases:
         for part, name in (("q", names.q_bias), ("v", names.v_bias)):
             weights.append(Weight(hub + name, f"layers/attention/{part}/bias", HEAD_BIAS, head))
-    if c.qk_norm:
+    if dialect.qk_norm:
         weights += norm(hub + names.q_norm, "layers/attention/q_norm", bias=False)
         weights += norm(hub + names.k_norm, "layers/attention/k_norm", bias=False)
-    if c.attention_sub_norm_eps is not None:
+    if dialect.attention_sub_norm_eps is not None:
         weights += norm(hub + names.attention_sub_norm, "layers/attention/norm")
     weights += linear(hub + names.out, "layers/attention/out", OUT_OF_HEADS, head)
     weights += norm(hub + names.mlp_norm, "layers/mlp_norm", bias=layernorm)
-    wide = [("gate", names.gate)] * c.gated + [("up", names.up)]
+    wide = [("gate", names.gate)] * dialect.gated + [("up", names.up)]
     weights += beside([(f"{hub}{name}.weight", f"layers/mlp/{part}/kernel", c.mlp_size) for part, name in wide], LINEAR)
     weights += beside([(f"{hub}{name}.bias", f"layers/mlp/{part}/bias", c.mlp_size) for part, name in wide])
-    if c.mlp_sub_norm_eps is not None:
+    if dialect.mlp_sub_norm_eps is not None:
         weights += norm(hub + names.mlp_sub_norm, "layers/mlp/norm")
     weights += linear(hub + names.down, "layers/mlp/down")
-    if c.layer_scale is not None:
+    if dialect.layer_scale is not None:
         weights.append(Weight(hub + names.attention_scale, "layers/attention_scale"))
         weights.append(Weight(hub + names.mlp_scale, "layers/mlp_scale"))
-    if c.norm_output or c.norm_pooled:
+    if dialect.norm_output or dialect.norm_pooled:
         weights += norm(names.final_norm, "final_norm")
-    if c.pooler == "attention":
+    if dialect.pooler == "attention":
         weights.append(Weight(f"{names.pooler}.probe", "pooler/probe", "1 1 e -> 1 e"))
         stored = (f"{names.pooler}.attention.in_proj",) * 3
         weights += into_heads(stored, "pooler", head["h"], (width,) * 3, joint="_")
@@ -182,7 +185,7 @@ def vit_table(c: ViTConfig, names: Names) -> Table:
         weights += norm(f"{names.pooler}.layernorm", "pooler/norm")
         weights += linear(f"{names.pooler}.mlp.fc1", "pooler/mlp/up")
         weights += linear(f"{names.pooler}.mlp.fc2", "pooler/mlp/down")
-    if c.head_size is not None:
+    if dialect.head_size is not None:
         weights += linear(names.head, "head")
     return Table(tuple(weights), names.spellings, names.ignored)
 
@@ -205,8 +208,8 @@ def vit_family(
         defaults: what an option is where config.json does not say, if it is not what `ViTConfig` has.
         names: of its tensors.
         fields: options of this family alone.
-        read, write: what else it reads, as fields of the config, and writes, as options; None: not this one.
-        fixed: the fields that all its models have alike.
+        read, write: what else it reads, as fields by name, and writes, as options; None: not this one.
+        fixed: the fields, of the config or of its dialect, that all its models have alike.
     """
 
     def from_hf(values: Mapping) -> ViTConfig:

@@ -71,7 +71,9 @@ HUB = vit_family(
         "layer_scale": ("layer_scale_init_value", "number", 0.1),
     },
     read=_read_hub,
-    write=lambda config: dict(norm_type=_NORM_TYPES[config.norm], use_mean_pooling=not config.norm_output),
+    write=lambda config: dict(
+        norm_type=_NORM_TYPES[config.dialect.norm], use_mean_pooling=not config.dialect.norm_output
+    ),
     class_token=True,
     pooler="none",
 )
@@ -110,7 +112,7 @@ ORIGINAL = vit_family(
         "layer_scale": ("initializer_factor", "number", 0.1),
     },
     read=_read_original,
-    write=lambda config: dict(norm_type=_NORM_TYPES[config.norm]),
+    write=lambda config: dict(norm_type=_NORM_TYPES[config.dialect.norm]),
     class_token=True,
     norm_output=False,
     pooler="token",

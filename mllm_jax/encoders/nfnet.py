@@ -57,18 +57,13 @@ class NFNetInput:
 
 
 @dataclass(frozen=True)
-class NFNetConfig(WithCompute):
-    """Sizes and switches of an NFNet; the defaults are F0 as its authors trained it, in timm's arithmetic.
+class NFNetDialect:
+    """Details of an NFNet's arithmetic; the defaults are its authors' choices, in timm's arithmetic.
 
     Attributes:
-        depths, widths, group_sizes: blocks, channels, and channels a group of the 3x3 convolutions, of each stage.
-        stem_sizes: channels of the four 3x3 convolutions in front; the first and the last have stride 2.
         bottleneck: channels inside a block relative to its output, rounded to multiples of channel_divisor.
-        se_ratio, se_divisor, se_gain: of squeeze-and-excitation: its inner width, rounded, and a factor behind it.
-        final_size: channels of the 1x1 convolution behind the stages: the features' width.
-        num_classes: 0 is without a head.
+        se_ratio, se_divisor, se_gain: of squeeze-and-excitation: its inner width, rounded, and a factor after it.
         alpha: the share of a block's branch in the stream.
-        activation: "gelu" (exact) in timm, "gelu_tanh" in the authors' own Haiku code, "silu" or "relu".
         gamma_in_act: activations are scaled by GAMMA; False scales every convolution's weights instead.
         same_padding: as TensorFlow pads, at the end first; False pads both sides alike.
         skip_init: a learned gain on each branch, which starts at 0.
@@ -77,27 +72,42 @@ class NFNetConfig(WithCompute):
         family: the timm architecture that it is written as.
     """
 
-    depths: tuple[int, ...] = (1, 2, 6, 3)
-    widths: tuple[int, ...] = (256, 512, 1536, 1536)
-    group_sizes: tuple[int, ...] = (128, 128, 128, 128)
-    stem_sizes: tuple[int, ...] = (16, 32, 64, 128)
-    in_channels: int = 3
     bottleneck: float = 0.5
     channel_divisor: int = 8
     se_ratio: float = 0.5
     se_divisor: int = 8
     se_gain: float = 2.0
-    final_size: int = 3072
-    num_classes: int = 1000
     alpha: float = 0.2
-    activation: str = "gelu"
     gamma_in_act: bool = True
     same_padding: bool = True
     skip_init: bool = True
     std_eps: float = 1e-5
     std_floor: bool = False
-    input: NFNetInput = NFNetInput()
     family: str = "dm_nfnet_f0"
+
+
+@dataclass(frozen=True)
+class NFNetConfig(WithCompute):
+    """Sizes of an NFNet, by default F0's; details of the arithmetic are in its dialect.
+
+    Attributes:
+        depths, widths, group_sizes: blocks, channels, and channels a group of the 3x3 convolutions, of each stage.
+        stem_sizes: channels of the four 3x3 convolutions in front; the first and the last have stride 2.
+        final_size: channels of the 1x1 convolution after the stages: the features' width.
+        num_classes: 0 is without a head.
+        activation: "gelu" (exact) in timm, "gelu_tanh" in the authors' own Haiku code, "silu" or "relu".
+    """
+
+    depths: tuple[int, ...] = (1, 2, 6, 3)
+    widths: tuple[int, ...] = (256, 512, 1536, 1536)
+    group_sizes: tuple[int, ...] = (128, 128, 128, 128)
+    stem_sizes: tuple[int, ...] = (16, 32, 64, 128)
+    in_channels: int = 3
+    final_size: int = 3072
+    num_classes: int = 1000
+    activation: str = "gelu"
+    input: NFNetInput = NFNetInput()
+    dialect: NFNetDialect = NFNetDialect()
 
     class_token = False  # there is none
 
@@ -123,14 +133,14 @@ class NFNetConfig(WithCompute):
                 width >= group and width % group == 0,
                 f"groups of {group} in {width} channels",
                 "groups that divide the channels inside a block",
-                "change group_sizes, widths or bottleneck",
+                "change group_sizes, widths or dialect.bottleneck",
             )
 
     def inner_size(self, stage: int) -> int:
         """Channels inside a block; groups come before rounding, so that they stay whole."""
-        width = round_to(self.widths[stage] * self.bottleneck, self.channel_divisor)
+        width = round_to(self.widths[stage] * self.dialect.bottleneck, self.dialect.channel_divisor)
         group = self.group_sizes[stage]
-        return width if group % self.channel_divisor else width // group * group
+        return width if group % self.dialect.channel_divisor else width // group * group
 
     @property
     def image_size(self) -> int:
@@ -153,9 +163,14 @@ class NFNetConfig(WithCompute):
     def image_std(self) -> tuple[float, ...]:
         return self.input.std
 
+    @property
+    def family(self) -> str:
+        """The architecture that it is written as."""
+        return self.dialect.family
+
     def se_size(self, stage: int) -> int:
         """Channels inside squeeze-and-excitation."""
-        return round_to(self.widths[stage] * self.se_ratio, self.se_divisor, limit=0.0)
+        return round_to(self.widths[stage] * self.dialect.se_ratio, self.dialect.se_divisor, limit=0.0)
 
     def betas(self, stage: int) -> tuple[float, ...]:
         """1 / the standard deviation that each block's input is expected to have.
@@ -165,7 +180,7 @@ class NFNetConfig(WithCompute):
         """
         before = self.depths[stage - 1] if stage else 0
         gathered = (before, *range(1, self.depths[stage]))
-        return tuple((1 + n * self.alpha**2) ** -0.5 for n in gathered)
+        return tuple((1 + n * self.dialect.alpha**2) ** -0.5 for n in gathered)
 
     def make(self) -> NFNet:
         return NFNet(self)
@@ -178,7 +193,7 @@ def nfnet(variant: str) -> NFNetConfig:
     train, test, crop = VARIANTS[variant]
     pictures = NFNetInput((train, train), (test, test), crop_pct=crop, crop_mode="squash")
     depths = tuple((int(variant[1:]) + 1) * depth for depth in (1, 2, 6, 3))
-    return NFNetConfig(depths=depths, input=pictures, family=f"dm_nfnet_{variant.lower()}")
+    return NFNetConfig(depths=depths, input=pictures, dialect=NFNetDialect(family=f"dm_nfnet_{variant.lower()}"))
 
 
 def round_to(size: float, divisor: int, limit: float = 0.9) -> int:
@@ -202,7 +217,7 @@ class ScaledConv(nn.Module):
     @nn.compact
     def __call__(self, x):
         """dtype[B, H, W, C] -> dtype[B, ceil(H / stride), ceil(W / stride), features]"""
-        c = self.config
+        c, dialect = self.config, self.config.dialect
         shape = (self.size, self.size, x.shape[-1] // self.groups, self.features)
         fan_in = self.size**2 * shape[2]
 
@@ -214,15 +229,15 @@ class ScaledConv(nn.Module):
         gain = param("gain", nn.initializers.ones, (self.features,), ("embed",)).astype(jnp.float32)
         bias = param("bias", nn.initializers.zeros, (self.features,), ("embed",))
         variance = kernel.var(axis=(0, 1, 2))
-        if c.std_floor:
-            scale = jax.lax.rsqrt(jnp.maximum(variance * fan_in, c.std_eps))
+        if dialect.std_floor:
+            scale = jax.lax.rsqrt(jnp.maximum(variance * fan_in, dialect.std_eps))
         else:
-            scale = jax.lax.rsqrt(variance + c.std_eps) * fan_in**-0.5
-        if not c.gamma_in_act:
+            scale = jax.lax.rsqrt(variance + dialect.std_eps) * fan_in**-0.5
+        if not dialect.gamma_in_act:
             scale = scale * GAMMA[c.activation]
         kernel = (kernel - kernel.mean(axis=(0, 1, 2))) * (scale * gain)
         side = (self.size - 1) // 2
-        padding = "SAME" if c.same_padding else ((side, side), (side, side))
+        padding = "SAME" if dialect.same_padding else ((side, side), (side, side))
         return _convolve(x, kernel.astype(x.dtype), self.stride, padding, self.groups) + bias.astype(x.dtype)
 
 
@@ -282,16 +297,16 @@ class NFBlock(nn.Module):
         h = ScaledConv(c, inner, 3, stride, groups, name="conv_2")(_activate(c, h))
         h = ScaledConv(c, inner, 3, 1, groups, name="conv_3")(_activate(c, h))
         h = ScaledConv(c, width, name="conv_4")(_activate(c, h))
-        h = SqueezeExcite(c.se_size(self.stage), name="squeeze_excite")(h) * c.se_gain
-        if c.skip_init:
+        h = SqueezeExcite(c.se_size(self.stage), name="squeeze_excite")(h) * c.dialect.se_gain
+        if c.dialect.skip_init:
             init = nn.with_logical_partitioning(nn.initializers.zeros, (None,))
             h = h * self.param("skip_gain", init, (1,), jnp.float32).astype(h.dtype)
-        return constrain(h * c.alpha + shortcut, "batch", None, None, None)
+        return constrain(h * c.dialect.alpha + shortcut, "batch", None, None, None)
 
 
 def _activate(c: NFNetConfig, x):
     x = ACTIVATIONS[c.activation](x)
-    return x * GAMMA[c.activation] if c.gamma_in_act else x
+    return x * GAMMA[c.activation] if c.dialect.gamma_in_act else x
 
 
 class NFNet(nn.Module):

@@ -7,21 +7,22 @@ from typing import Any
 import jax.numpy as jnp
 
 from mllm_jax.checkpoints.config_json import Fields, check_written, read_fields, write_fields
+from mllm_jax.checkpoints.fields import make_config
 from mllm_jax.checkpoints.options import Options
 from mllm_jax.checkpoints.table import Family, Table, Weight, linear
-from mllm_jax.encoders.nfnet import VARIANTS, NFNetConfig, NFNetInput, nfnet, round_to
+from mllm_jax.encoders.nfnet import VARIANTS, NFNetConfig, NFNetDialect, NFNetInput, nfnet, round_to
 from mllm_jax.errors import ConfigError
 
 _FIELDS: Fields = {
-    "alpha": ("alpha", "number", NFNetConfig.alpha),
-    "bottleneck": ("bottle_ratio", "number", NFNetConfig.bottleneck),
-    "channel_divisor": ("ch_div", "size", NFNetConfig.channel_divisor),
-    "se_gain": ("attn_gain", "number", NFNetConfig.se_gain),
+    "alpha": ("alpha", "number", NFNetDialect.alpha),
+    "bottleneck": ("bottle_ratio", "number", NFNetDialect.bottleneck),
+    "channel_divisor": ("ch_div", "size", NFNetDialect.channel_divisor),
+    "se_gain": ("attn_gain", "number", NFNetDialect.se_gain),
     "activation": ("act_layer", "text", NFNetConfig.activation),
-    "gamma_in_act": ("gamma_in_act", "flag", NFNetConfig.gamma_in_act),
-    "same_padding": ("same_padding", "flag", NFNetConfig.same_padding),
-    "skip_init": ("skipinit", "flag", NFNetConfig.skip_init),
-    "std_eps": ("std_conv_eps", "number", NFNetConfig.std_eps),
+    "gamma_in_act": ("gamma_in_act", "flag", NFNetDialect.gamma_in_act),
+    "same_padding": ("same_padding", "flag", NFNetDialect.same_padding),
+    "skip_init": ("skipinit", "flag", NFNetDialect.skip_init),
+    "std_eps": ("std_conv_eps", "number", NFNetDialect.std_eps),
     "in_channels": ("in_chans", "size", NFNetConfig.in_channels),
     "num_classes": ("num_classes", "count", NFNetConfig.num_classes),
 }
@@ -75,7 +76,8 @@ def from_hf_config(values: dict) -> NFNetConfig:
     test_size = _pixels(pretrained, "test_input_size", None)
     pictures = {name: getattr(pretrained, kind)(name, getattr(defaults.input, name)) for name, kind in _INPUT.items()}
     groups, final = model.size("group_size"), model.count("num_features")
-    config = NFNetConfig(
+    config = make_config(
+        NFNetConfig,
         depths=model.sizes("depths", most=MOST_BLOCKS),
         widths=widths,
         group_sizes=(groups,) * len(widths),
@@ -114,8 +116,8 @@ def to_hf_config(config: NFNetConfig) -> dict:
     Raises:
         ConfigError: switches that timm does not have, such as those of the Haiku code.
     """
-    c = config
-    se = dict(rd_ratio=c.se_ratio) | ({} if c.se_divisor == 8 else dict(rd_divisor=c.se_divisor))
+    c, dialect = config, config.dialect
+    se = dict(rd_ratio=dialect.se_ratio) | ({} if dialect.se_divisor == 8 else dict(rd_divisor=dialect.se_divisor))
     full = dict(
         depths=c.depths,
         channels=c.widths,
@@ -170,7 +172,7 @@ def table(config: NFNetConfig) -> Table:
                 conv(f"{name}.{theirs}", f"{path}/{ours}")
             weights += linear(f"{name}.attn_last.fc1", f"{path}/squeeze_excite/down", "o i 1 1 -> i o")
             weights += linear(f"{name}.attn_last.fc2", f"{path}/squeeze_excite/up", "o i 1 1 -> i o")
-            if config.skip_init:
+            if config.dialect.skip_init:
                 # timm stores a number without axes; with one, every part of the engine can index it.
                 weights.append(Weight(f"{name}.skipinit_gain", f"{path}/skip_gain", " -> 1"))
     conv("final_conv", "final_conv")

@@ -27,6 +27,7 @@ from mllm_jax.checkpoints.config_json import (
     read_fields,
     write_fields,
 )
+from mllm_jax.checkpoints.fields import make_config
 from mllm_jax.checkpoints.options import ENCODER_ACTIVATIONS, Options, named_as
 from mllm_jax.checkpoints.table import OUT_OF_HEADS, Table, Weight, families, into_heads, linear, norm
 from mllm_jax.encoders.qwen_patches import PatchLayout, lay_out_patches, window_numbers
@@ -47,22 +48,39 @@ NORM_EPS = 1e-6  # of every norm in the three towers; no option sets it
 
 
 @dataclass(frozen=True)
-class QwenViTConfig(WithCompute):
-    """Sizes and switches of a tower.
+class QwenViTDialect:
+    """Differences between the three vision encoders; the defaults are Qwen2-VL's.
 
     Attributes:
-        temporal_patch_size: frames that make one patch; a still picture is repeated.
-        merge_size: side of the square of patches that becomes one media token.
-        output_size: width of a media token; None: the LLM's.
-        gated, activation: True and "silu" are SwiGLU.
+        gated: True and activation "silu" are SwiGLU.
         norm: "layer" or "rms".
         patch_bias: of the patch projection.
+        num_positions: None, or the size of a square table of learned positions, which is stretched over each image.
+        deepstack_layers: layers after which features are taken for the LLM's first layers, in rising order.
+        tokens_per_second: how the LLM counts time in videos; the encoder does not read it.
+        family: the Hugging Face architecture that it is written as.
+    """
+
+    gated: bool = False
+    norm: str = "layer"
+    patch_bias: bool = False
+    num_positions: int | None = None
+    deepstack_layers: tuple[int, ...] = ()
+    rope_theta: float = 10_000.0
+    tokens_per_second: int | None = None
+    family: str = "Qwen2VisionTransformerPretrainedModel"
+
+
+@dataclass(frozen=True)
+class QwenViTConfig(WithCompute):
+    """Sizes of a vision encoder; what only reproduces a family is in its dialect.
+
+    Attributes:
+        temporal_patch_size: frames that make one patch; a still image is repeated.
+        merge_size: side of the square of patches that becomes one media token.
+        output_size: width of a media token; None: the LLM's.
         window_size: None, or the side in pixels of the windows that attention stays in, except in `full_layers`.
         full_layers: numbers of the layers that attend to the whole frame, where there are windows.
-        num_positions: None, or the size of a square table of learned positions, which is stretched over each picture.
-        deepstack_layers: layers behind which features are taken for the LLM's first layers, in rising order.
-        tokens_per_second: how the LLM counts time in videos; the tower does not read it.
-        family: the Hugging Face architecture that it is written as.
     """
 
     patch_size: int = 14
@@ -75,21 +93,14 @@ class QwenViTConfig(WithCompute):
     mlp_size: int = 5120
     output_size: int | None = None
     activation: str = "quick_gelu"
-    gated: bool = False
-    norm: str = "layer"
-    patch_bias: bool = False
     window_size: int | None = None
     full_layers: tuple[int, ...] = ()
-    num_positions: int | None = None
-    deepstack_layers: tuple[int, ...] = ()
-    rope_theta: float = 10_000.0
-    tokens_per_second: int | None = None
-    family: str = "Qwen2VisionTransformerPretrainedModel"
+    dialect: QwenViTDialect = QwenViTDialect()
 
     def __post_init__(self):
         require = Requirements("Qwen ViT", self)
         require.heads(4, "RoPE turns pairs by row and pairs by column")
-        require.one_of("norm", ("layer", "rms"))
+        require.one_of("dialect.norm", ("layer", "rms"))
         require.one_of("activation", ACTIVATIONS)
         require(
             self.window_size is None or self.window_side,
@@ -97,12 +108,12 @@ class QwenViTConfig(WithCompute):
             f"at least one media token, {self.patch_size * self.merge_size} pixels",
             "change window_size",
         )
-        layers = self.deepstack_layers
+        layers = self.dialect.deepstack_layers
         require(
             list(layers) == sorted(set(layers)) and all(0 <= layer < self.num_layers for layer in layers),
-            f"deepstack layers {layers} of {self.num_layers}",
+            f"dialect.deepstack_layers {layers} of {self.num_layers}",
             "different layers of the tower in rising order",
-            "change deepstack_layers",
+            "change dialect.deepstack_layers",
         )
 
     @property
@@ -121,6 +132,11 @@ class QwenViTConfig(WithCompute):
         if self.window_size is None:
             return None
         return self.window_size // self.merge_size // self.patch_size * self.merge_size
+
+    @property
+    def family(self) -> str:
+        """The architecture that it is written as."""
+        return self.dialect.family
 
     packed = True  # it reads patches of images of any size
 
@@ -153,7 +169,7 @@ class QwenVisionOutput(VisionOutput):
 
 
 def _norm(c: QwenViTConfig, name: str) -> nn.Module:
-    return (RMSNorm if c.norm == "rms" else LayerNorm)(NORM_EPS, jnp.dtype(c.dtype), name=name)
+    return (RMSNorm if c.dialect.norm == "rms" else LayerNorm)(NORM_EPS, jnp.dtype(c.dtype), name=name)
 
 
 class QwenViTBlock(nn.Module):
@@ -172,7 +188,7 @@ class QwenViTBlock(nn.Module):
             segments = jnp.where(full, segments, windows)
         attention = Attention(c.num_heads, dtype=dtype, name="attention")
         x = x + attention(_norm(c, "attention_norm")(x), segments=segments, angles=angles)[0]
-        x = x + MLP(c.mlp_size, c.activation, c.gated, dtype=dtype, name="mlp")(_norm(c, "mlp_norm")(x))
+        x = x + MLP(c.mlp_size, c.activation, c.dialect.gated, dtype=dtype, name="mlp")(_norm(c, "mlp_norm")(x))
         x = constrain(x, "batch", "patches", None)
         if features is not None:
             features = features.at[place].set(x, mode="drop")
@@ -219,7 +235,7 @@ class QwenViT(nn.Module):
         Raises:
             DataError: patches of another size, or a number of them that merging does not divide.
         """
-        c = self.config
+        c, dialect = self.config, self.config.dialect
         dtype = jnp.dtype(c.dtype)
         if patches.shape[-1] != c.patch_values or patches.shape[1] % c.merge_unit:
             raise DataError(
@@ -227,12 +243,12 @@ class QwenViT(nn.Module):
                 f"[B, N, {c.patch_values}] with N a multiple of {c.merge_unit}",
                 "make them with this model's processor and `lay_out_patches`",
             )
-        x = Linear((c.hidden_size,), ("channels", "embed"), use_bias=c.patch_bias, dtype=dtype, name="patch_embedding")(
-            patches
-        )
-        if c.num_positions is not None:
+        x = Linear(
+            (c.hidden_size,), ("channels", "embed"), use_bias=dialect.patch_bias, dtype=dtype, name="patch_embedding"
+        )(patches)
+        if dialect.num_positions is not None:
             init = nn.with_logical_partitioning(nn.initializers.normal(0.02), ("patches", "embed"))
-            table = self.param("position_embedding", init, (c.num_positions, c.hidden_size), jnp.float32)
+            table = self.param("position_embedding", init, (dialect.num_positions, c.hidden_size), jnp.float32)
             table = constrain(table, None, None)  # looked up whole: it is small, and patches are split by row
             x = x + bilinear_packed(table, coordinates, grids).astype(dtype)
         x = embedded = constrain(x, "batch", "patches", None)
@@ -240,10 +256,12 @@ class QwenViT(nn.Module):
             windows = None
         elif windows is None:
             windows = window_numbers(segments, coordinates, grids, c.window_side)
-        angles = grid_angles(coordinates, c.hidden_size // c.num_heads, c.rope_theta)
-        numbers, depth = np.arange(c.num_layers), len(c.deepstack_layers)
+        angles = grid_angles(coordinates, c.hidden_size // c.num_heads, dialect.rope_theta)
+        numbers, depth = np.arange(c.num_layers), len(dialect.deepstack_layers)
         # Layers that are none of the deepstack's get a place beyond the end, where writing is dropped.
-        places = np.array([c.deepstack_layers.index(i) if i in c.deepstack_layers else depth for i in numbers])
+        places = np.array(
+            [dialect.deepstack_layers.index(i) if i in dialect.deepstack_layers else depth for i in numbers]
+        )
         features = jnp.zeros((depth, *x.shape), dtype) if depth else None
         layers = layers_of(c, QwenViTBlock, 3)(c, output_hidden_states, name="layers")
         own = (jnp.asarray(np.isin(numbers, c.full_layers)), jnp.asarray(places, jnp.int32))
@@ -354,7 +372,7 @@ def from_hf_config(values: dict) -> QwenViTConfig:
         read |= dict(patch_bias=True)
     options.skip(*ELSEWHERE)
     options.done()
-    return QwenViTConfig(**read)
+    return make_config(QwenViTConfig, **read)
 
 
 def to_hf_config(config: QwenViTConfig) -> dict:
@@ -367,7 +385,7 @@ def to_hf_config(config: QwenViTConfig) -> dict:
     if c.family not in _DEFAULTS:
         raise ConfigError(f"Qwen ViT: family {c.family!r}", f"one of {', '.join(_DEFAULTS)}", "change family")
     written = kind_of(c.family) | write_fields(c, _FIELDS | _OWN[c.family])
-    written["rope_parameters"] = dict(rope_type="axial", rope_theta=c.rope_theta)
+    written["rope_parameters"] = dict(rope_type="axial", rope_theta=c.dialect.rope_theta)
     if c.family == _QWEN2:
         written["mlp_ratio"] = c.mlp_size // c.hidden_size
     return check_written(c, written, from_hf_config, "a Qwen ViT")
@@ -375,27 +393,27 @@ def to_hf_config(config: QwenViTConfig) -> dict:
 
 def table(config: QwenViTConfig) -> Table:
     """The tower's weights under the names of its own folder; in a whole model's folder the LLM's are passed over."""
-    c = config
+    c, dialect = config, config.dialect
     (up, down), merger = _NAMES[c.family]
-    head, bias, hub = {"h": c.hidden_size // c.num_heads}, c.norm == "layer", "blocks.{layer}"
+    head, bias, hub = {"h": c.hidden_size // c.num_heads}, dialect.norm == "layer", "blocks.{layer}"
 
     def merge(name: str, path: str) -> list[Weight]:
         maps = linear(f"{name}.{merger[1]}", f"{path}/linear_1") + linear(f"{name}.{merger[2]}", f"{path}/linear_2")
         return norm(f"{name}.{merger[0]}", f"{path}/norm", bias=bias) + maps
 
     sizes = dict(c=c.channels, t=c.temporal_patch_size, p=c.patch_size, q=c.patch_size)
-    weights = linear("patch_embed.proj", "patch_embedding", "e c t p q -> (c t p q) e", sizes, bias=c.patch_bias)
-    if c.num_positions is not None:
+    weights = linear("patch_embed.proj", "patch_embedding", "e c t p q -> (c t p q) e", sizes, bias=dialect.patch_bias)
+    if dialect.num_positions is not None:
         weights.append(Weight("pos_embed.weight", "position_embedding"))
     weights += norm(f"{hub}.norm1", "layers/attention_norm", bias=bias)
     weights += norm(f"{hub}.norm2", "layers/mlp_norm", bias=bias)
     weights += into_heads((f"{hub}.attn.qkv",) * 3, "layers/attention", head["h"], (c.hidden_size,) * 3)
     weights += linear(f"{hub}.attn.proj", "layers/attention/out", OUT_OF_HEADS, head)
-    if c.gated:
+    if dialect.gated:
         weights += linear(f"{hub}.mlp.gate_proj", "layers/mlp/gate")
     weights += linear(f"{hub}.mlp.{up}", "layers/mlp/up") + linear(f"{hub}.mlp.{down}", "layers/mlp/down")
     weights += merge("merger", "merger")
-    if c.deepstack_layers:
+    if dialect.deepstack_layers:
         weights += merge("deepstack_merger_list.{layer}", "deepstack_mergers")
     spellings = (
         (r"^(?:model\.)?visual\.", ""),

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, fields
 
 from mllm_jax.checkpoints.config_json import RATIOS, Fields, read_fields, read_grid, write_fields
+from mllm_jax.checkpoints.fields import make_config
 from mllm_jax.checkpoints.options import Options
 from mllm_jax.checkpoints.table import OUT_OF_HEADS, Table, Weight, head_by_head, linear, norm
 from mllm_jax.encoders.vit import ViT, ViTConfig
@@ -67,7 +68,8 @@ class QwenViTV1Config(WithCompute):
         """The ViT without its last norm: what the resampler reads (`VisionTransformer` in Qwen-VL-Chat's visual.py)."""
         shared = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "mlp_ratio"}
         return ViT(
-            ViTConfig(
+            make_config(
+                ViTConfig,
                 **shared,
                 mlp_size=self.mlp_size,
                 norm_eps=NORM_EPS,

@@ -25,6 +25,7 @@ from mllm_jax.checkpoints.config_json import (
     stored_fields,
     write_fields,
 )
+from mllm_jax.checkpoints.fields import make_config
 from mllm_jax.checkpoints.options import ENCODER_ACTIVATIONS
 from mllm_jax.checkpoints.table import (
     OUT_OF_HEADS,
@@ -53,15 +54,32 @@ NECK_EPS = 1e-6  # of the neck's LayerNorms, whatever that of the layers is
 
 
 @dataclass(frozen=True)
+class SamDialect:
+    """Details that all published SAMs share.
+
+    Attributes:
+        norm_eps: of the layers' LayerNorms.
+        absolute_positions, relative_positions: whether there are such tables.
+        family: the Hugging Face architecture that it is written as.
+    """
+
+    norm_eps: float = 1e-6
+    qkv_bias: bool = True
+    absolute_positions: bool = True
+    relative_positions: bool = True
+    family: str = "SamVisionModel"
+
+
+@dataclass(frozen=True)
 class SamConfig(WithCompute):
     """Sizes; the defaults are SAM-B's.
 
     Attributes:
-        image_size: side of the square pictures; others are refused, for the position tables fit one grid only.
-        output_channels: width behind the neck.
+        image_size: side of the square images; others are refused, for the position tables fit one grid only.
+        output_channels: width after the neck.
         window: side of the windows in patches; at the right and lower edge they are filled up with zeros.
-        global_layers: the layers that attend over the whole picture instead.
-        absolute_positions, relative_positions: whether there are such tables.
+        global_layers: the layers that attend over the whole image instead.
+        image_mean, image_std: what pixels in [0, 1] are normalised with.
     """
 
     image_size: int = 1024
@@ -74,14 +92,10 @@ class SamConfig(WithCompute):
     window: int = 14
     global_layers: tuple[int, ...] = (2, 5, 8, 11)
     activation: str = "gelu"
-    norm_eps: float = 1e-6
-    qkv_bias: bool = True
-    absolute_positions: bool = True
-    relative_positions: bool = True
     num_channels: int = 3
     image_mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     image_std: tuple[float, float, float] = (0.229, 0.224, 0.225)
-    family: str = "SamVisionModel"
+    dialect: SamDialect = SamDialect()
 
     class_token = False  # there is none
 
@@ -107,6 +121,11 @@ class SamConfig(WithCompute):
         """Vectors along one side of what comes out."""
         return self.image_size // self.patch_size
 
+    @property
+    def family(self) -> str:
+        """The architecture that it is written as."""
+        return self.dialect.family
+
     def make(self) -> Sam:
         return Sam(self)
 
@@ -121,11 +140,11 @@ class SamAttention(nn.Module):
         """dtype[B, H, W, E] -> dtype[B, H, W, E]; the tables fit this H and W."""
         c = self.config
         head, dtype = c.hidden_size // c.num_heads, jnp.dtype(c.dtype)
-        into = dict(features=(c.num_heads, head), names=("embed", "heads", "head_dim"), use_bias=c.qkv_bias)
+        into = dict(features=(c.num_heads, head), names=("embed", "heads", "head_dim"), use_bias=c.dialect.qkv_bias)
         q, k, v = (Linear(**into, dtype=dtype, name=name)(x) for name in "qkv")
         height, width = x.shape[1:3]
         scaled = q * head**-0.5
-        if c.relative_positions:
+        if c.dialect.relative_positions:
             # A query's number for each row stands beside it, and the rows of keys as one-hot vectors beside these: the
             # product adds the right one to the score, in any implementation of attention.
             by_row = jnp.einsum("b r c n h, r k h -> b r c n k", q, self._distances("rows", height, head, dtype))
@@ -158,10 +177,10 @@ class SamBlock(nn.Module):
         """dtype[B, H, W, E] -> dtype[B, H, W, E]"""
         c = self.config
         dtype = jnp.dtype(c.dtype)
-        h = LayerNorm(c.norm_eps, dtype, name="attention_norm")(x)
+        h = LayerNorm(c.dialect.norm_eps, dtype, name="attention_norm")(x)
         attend = SamAttention(c, name="attention")
         x = x + (self._in_windows(attend, h) if self.windowed else attend(h))
-        h = LayerNorm(c.norm_eps, dtype, name="mlp_norm")(x)
+        h = LayerNorm(c.dialect.norm_eps, dtype, name="mlp_norm")(x)
         x = x + MLP(c.mlp_size, c.activation, dtype=dtype, name="mlp")(h)
         return constrain(x, "batch", "patches", None, None)
 
@@ -235,7 +254,7 @@ class Sam(nn.Module):
             )
         x = rearrange(pixels, "b (h p) (w q) c -> b h w (p q c)", p=c.patch_size, q=c.patch_size)
         x = Linear((c.hidden_size,), ("channels", "embed"), use_bias=True, dtype=dtype, name="patch_embedding")(x)
-        if c.absolute_positions:
+        if c.dialect.absolute_positions:
             init = nn.with_logical_partitioning(nn.initializers.normal(0.02), ("patches", None, "embed"))
             x = x + self.param("position_embedding", init, (c.grid, c.grid, c.hidden_size), jnp.float32).astype(dtype)
         policy = REMAT_POLICIES[c.remat]
@@ -274,7 +293,7 @@ def from_hf_config(values: dict) -> SamConfig:
     options.skip("num_pos_feats", "scale", *ELSEWHERE)  # of the prompts' encoder
     read = read_grid(options) | read_fields(options, _FIELDS)
     width = int(read["hidden_size"] * options.number("mlp_ratio", 4.0, *RATIOS))
-    config = SamConfig(**read, mlp_size=options.size("mlp_dim", width))
+    config = make_config(SamConfig, **read, mlp_size=options.size("mlp_dim", width))
     options.done()
     return config
 
@@ -295,14 +314,14 @@ def sam_weights(c: SamConfig) -> list[Weight]:
     head = {"h": c.hidden_size // c.num_heads}
     patch = dict(p=c.patch_size, q=c.patch_size, c=c.num_channels)
     weights = linear("patch_embed.projection", "patch_embedding", "e c p q -> (p q c) e", patch)
-    if c.absolute_positions:
+    if c.dialect.absolute_positions:
         weights.append(Weight("pos_embed", "position_embedding", "1 h w e -> h w e"))
     for i in range(c.num_layers):
         hub, layer = f"layers.{i}", f"layer_{i}"
         weights += norm(f"{hub}.layer_norm1", f"{layer}/attention_norm")
-        biased, rows = "qkv" if c.qkv_bias else "", (c.hidden_size,) * 3
+        biased, rows = "qkv" if c.dialect.qkv_bias else "", (c.hidden_size,) * 3
         weights += into_heads((f"{hub}.attn.qkv",) * 3, f"{layer}/attention", head["h"], rows, biased)
-        if c.relative_positions:
+        if c.dialect.relative_positions:
             weights.append(Weight(f"{hub}.attn.rel_pos_h", f"{layer}/attention/rows"))
             weights.append(Weight(f"{hub}.attn.rel_pos_w", f"{layer}/attention/columns"))
         weights += linear(f"{hub}.attn.proj", f"{layer}/attention/out", OUT_OF_HEADS, head)

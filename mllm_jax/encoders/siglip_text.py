@@ -36,7 +36,7 @@ def from_hf_config(values: dict) -> TextTowerConfig:
 
 def to_hf_config(config: TextTowerConfig) -> dict:
     """The inverse; refuses switches that the family does not have."""
-    return faithful(config, write_tower(config) | dict(projection_size=config.head_size), from_hf_config)
+    return faithful(config, write_tower(config) | dict(projection_size=config.dialect.head_size), from_hf_config)
 
 
 def table(config: TextTowerConfig) -> Table:

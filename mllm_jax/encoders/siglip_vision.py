@@ -19,6 +19,6 @@ FAMILY = vit_family(
         ignored=("vision_model.embeddings.position_ids",),
     ),
     read=lambda options: dict(pooler="attention" if options.flag("vision_use_head", True) else "none"),
-    write=lambda config: dict(vision_use_head=config.pooler == "attention"),
+    write=lambda config: dict(vision_use_head=config.dialect.pooler == "attention"),
 )
 FAMILIES = (FAMILY,)

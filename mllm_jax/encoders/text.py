@@ -23,20 +23,35 @@ POOLINGS = ("mean", "last", "eos", "largest")
 
 
 @dataclass(frozen=True)
+class TextTowerDialect:
+    """Details that make a text encoder one of a family; the defaults are those of a small one from scratch.
+
+    Attributes:
+        mask: "full", or "causal": a token sees those before it (CLIP, arXiv 2103.00020, section 2.4).
+        pooling: what represents a text: "mean" of its tokens; "last" of them; "eos", the first that is `eos_token_id`;
+            "largest", the first with the largest id, which in CLIP's vocabulary is the end of text.
+        head_size: None, or the width of a linear map with bias of the pooled vector (SigLIP).
+        projection_size: None, or the width of one without bias after it (CLIPTextModelWithProjection).
+        family: None, or the Hugging Face architecture that it is written as: the module is then a `TextModel`.
+    """
+
+    norm_eps: float = 1e-6
+    mask: str = "full"
+    pooling: str = "mean"
+    head_size: int | None = None
+    projection_size: int | None = None
+    family: str | None = None
+
+
+@dataclass(frozen=True)
 class TextTowerConfig(WithCompute):
-    """Sizes and switches of a text encoder.
+    """Sizes of a text encoder; what only reproduces a family is in its dialect.
 
     Attributes:
         vocab_size: None: that of the experiment's tokenizer.
         max_length: how many positions there are.
         num_layers: 0 is a bag of words: what the parts of a name add up to then holds for names never seen.
-        mask: "full", or "causal": a token sees those before it (CLIP, arXiv 2103.00020, section 2.4).
-        pooling: what stands for a text: "mean" of its tokens; "last" of them; "eos", the first that is `eos_token_id`;
-            "largest", the first with the largest id, which in CLIP's vocabulary is the end of text.
-        head_size: None, or the width of a linear map with bias of the pooled vector (SigLIP).
-        projection_size: None, or the width of one without bias behind it (CLIPTextModelWithProjection).
         bos_token_id, eos_token_id, pad_token_id: of the tokenizer.
-        family: None, or the Hugging Face architecture that it is written as: the module is then a `TextModel`.
     """
 
     vocab_size: int | None = None
@@ -46,24 +61,19 @@ class TextTowerConfig(WithCompute):
     num_heads: int = 3
     mlp_size: int = 768
     activation: str = "gelu"
-    norm_eps: float = 1e-6
-    mask: str = "full"
-    pooling: str = "mean"
-    head_size: int | None = None
-    projection_size: int | None = None
     bos_token_id: int | None = None
     eos_token_id: int | None = None
     pad_token_id: int | None = None
-    family: str | None = None
+    dialect: TextTowerDialect = TextTowerDialect()
 
     def __post_init__(self):
         require = Requirements("text tower", self)
-        require.one_of("mask", MASKS)
-        require.one_of("pooling", POOLINGS)
+        require.one_of("dialect.mask", MASKS)
+        require.one_of("dialect.pooling", POOLINGS)
         require.one_of("activation", ACTIVATIONS)
         require(
-            self.pooling != "eos" or self.eos_token_id is not None,
-            "pooling 'eos' without eos_token_id",
+            self.dialect.pooling != "eos" or self.eos_token_id is not None,
+            "dialect.pooling 'eos' without eos_token_id",
             "the id",
             "set eos_token_id",
         )
@@ -73,7 +83,12 @@ class TextTowerConfig(WithCompute):
     @property
     def output_size(self) -> int:
         """Width of a text's vector."""
-        return self.projection_size or self.head_size or self.hidden_size
+        return self.dialect.projection_size or self.dialect.head_size or self.hidden_size
+
+    @property
+    def family(self) -> str | None:
+        """The architecture that it is written as; None: none, the module is then a `TextTower`."""
+        return self.dialect.family
 
     def make(self) -> TextTower | TextModel:
         Requirements("text tower", self).given("vocab_size")
@@ -107,15 +122,15 @@ class TextBlock(nn.Module):
     def __call__(self, x, _, segments, keys):
         c = self.config
         dtype = jnp.dtype(c.dtype)
-        h = LayerNorm(c.norm_eps, dtype, name="attention_norm")(x)
+        h = LayerNorm(c.dialect.norm_eps, dtype, name="attention_norm")(x)
         cache = None
         if keys is not None:
             # A cache that x fills whole: what tells the segments of keys from those of queries.
             empty = jnp.zeros((*x.shape[:2], c.num_heads, c.hidden_size // c.num_heads), dtype)
             cache = empty, empty, keys, jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2])
-        attention = Attention(c.num_heads, mask=c.mask, dtype=dtype, name="attention")
+        attention = Attention(c.num_heads, mask=c.dialect.mask, dtype=dtype, name="attention")
         x = x + attention(h, segments=segments, cache=cache)[0]
-        h = LayerNorm(c.norm_eps, dtype, name="mlp_norm")(x)
+        h = LayerNorm(c.dialect.norm_eps, dtype, name="mlp_norm")(x)
         x = x + MLP(c.mlp_size, c.activation, dtype=dtype, name="mlp")(h)
         x = constrain(x, "batch", "seq", None)
         return x, x if self.keep else None
@@ -150,7 +165,7 @@ class TextTower(nn.Module):
             member: bool[B, C, L], the tokens of each text; what is pooled has an axis C.
             keep: whether hidden states are wanted.
         """
-        c = self.config
+        c, dialect = self.config, self.config.dialect
         dtype = jnp.dtype(c.dtype)
         x = Embedding(c.vocab_size, c.hidden_size, dtype=dtype, name="token_embedding")(tokens)
         states = None
@@ -159,12 +174,12 @@ class TextTower(nn.Module):
             table = self.param("position_embedding", init, (c.max_length, c.hidden_size), jnp.float32)
             embedded = x = x + jnp.take(table, positions, axis=0).astype(dtype)
             x, states = layers_of(c, TextBlock, 2)(c, keep, name="layers")(x, None, segments, keys)
-        x = LayerNorm(c.norm_eps, dtype, name="final_norm")(x)
+        x = LayerNorm(dialect.norm_eps, dtype, name="final_norm")(x)
         pooled, projected = _pool(c, x, tokens, member), None
-        if c.head_size is not None:
-            pooled = Linear((c.head_size,), ("embed", None), use_bias=True, dtype=dtype, name="head")(pooled)
-        if c.projection_size is not None:
-            projected = Linear((c.projection_size,), ("embed", None), dtype=dtype, name="projection")(pooled)
+        if dialect.head_size is not None:
+            pooled = Linear((dialect.head_size,), ("embed", None), use_bias=True, dtype=dtype, name="head")(pooled)
+        if dialect.projection_size is not None:
+            projected = Linear((dialect.projection_size,), ("embed", None), dtype=dtype, name="projection")(pooled)
         return TextOutput(x, pooled, projected, (embedded, *states) if keep and c.num_layers else None)
 
 
@@ -189,7 +204,7 @@ class TextModel(TextTower):
             )
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
         member = jnp.ones((tokens.shape[0], 1, tokens.shape[1]), bool)
-        if self.config.pooling == "mean" and mask is not None:
+        if self.config.dialect.pooling == "mean" and mask is not None:
             member = (mask != 0)[:, None]
         segments = None if mask is None else jnp.ones_like(tokens)
         keys = None if mask is None else (mask != 0).astype(tokens.dtype)
@@ -200,12 +215,12 @@ class TextModel(TextTower):
 
 def _pool(c: TextTowerConfig, x, tokens, member):
     """dtype[B, L, E], int[B, L], bool[B, C, L] -> dtype[B, C, E]"""
-    if c.pooling == "mean":
+    if c.dialect.pooling == "mean":
         share = member.astype(x.dtype)
         return jnp.einsum("bcl,ble->bce", share, x) / jnp.maximum(share.sum(axis=-1), 1)[..., None]
-    if c.pooling == "last":
+    if c.dialect.pooling == "last":
         place = jnp.where(member, jnp.arange(tokens.shape[1]), 0).max(axis=-1)
-    elif c.pooling == "eos":
+    elif c.dialect.pooling == "eos":
         place = (member * (1 + (tokens == c.eos_token_id)[:, None])).argmax(axis=-1)
     else:
         place = jnp.where(member, tokens[:, None], -1).argmax(axis=-1)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from mllm_jax.checkpoints.architectures import kind_of
 from mllm_jax.checkpoints.config_json import ELSEWHERE, LAYERS, Fields, check_written, read_fields, write_fields
+from mllm_jax.checkpoints.fields import make_config
 from mllm_jax.checkpoints.options import ENCODER_ACTIVATIONS, Options
 from mllm_jax.checkpoints.table import OUT_OF_HEADS, Table, Weight, into_heads, linear, norm
 from mllm_jax.encoders.text import TextTowerConfig
@@ -27,14 +28,14 @@ def read_tower(values: dict, defaults: dict, what: str, **switches) -> TextTower
 
     Args:
         defaults: what an option is where the file does not say.
-        switches: fields of the config that the family decides.
+        switches: fields of the config or of its dialect that the family decides.
 
     Raises:
         ConfigError: an option that is not supported, by name.
     """
     options = Options(defaults | {name: value for name, value in values.items() if value is not None}, what)
     eos = _one_id(options.ids("eos_token_id"), what)
-    config = TextTowerConfig(**read_fields(options, _FIELDS), eos_token_id=eos, **switches)
+    config = make_config(TextTowerConfig, **read_fields(options, _FIELDS), eos_token_id=eos, **switches)
     options.skip("projection_size", *ELSEWHERE)
     options.done()
     return config
@@ -78,7 +79,7 @@ def tower_table(c: TextTowerConfig, projection: str = "") -> Table:
         *linear(f"{layer}.mlp.fc2", "layers/mlp/down"),
         *norm("text_model.final_layer_norm", "final_norm"),
     ]
-    if c.head_size is not None:
+    if c.dialect.head_size is not None:
         weights += linear("text_model.head", "head")
     if projection:
         weights += linear(projection, "projection", bias=False)

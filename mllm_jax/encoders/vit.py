@@ -30,36 +30,71 @@ POOLERS = ("auto", "token", "mean", "attention", "none")
 
 
 @dataclass(frozen=True)
-class ViTConfig(WithCompute):
-    """Sizes and switches of a ViT.
+class ViTDialect:
+    """Details that make a ViT one of a family; the defaults are those of a ViT from scratch.
 
     Attributes:
-        image_size: of the square pictures that the position embedding is made for; for others it is interpolated.
-        num_positions: None, or the size of a square table of learned positions that is not that of image_size.
-        stem_channels: channels of 3x3 stride-2 convolutions before the patch projection (arXiv 2106.14881); each
-            halves the picture, so the patch that is projected shrinks by as much. Empty: patches are cut from pixels.
-        regions: None, or the side of a square grid of regions: the patches of each, side by side, become one vector of
-            `region_size` by the region's own linear map. Contrastive training then teaches the places as well, and the
-            LLM reads few tokens that lie in one space.
-        mimetic_init: for training from scratch on little data; see `Attention`.
-        image_mean, image_std: what pixels in [0, 1] are normalised with.
-        drop_remainder: pixels right and below that fill no patch are left out instead of refused.
+        norm: "layer" or "rms"; that of the layers. `pre_norm`: one more before the first layer (CLIP).
+        norm_first: norms before attention and MLP; False puts them after each, before the sum (EVA-02-CLIP E/14).
+        norm_output, norm_pooled: where the final LayerNorm is taken: on all vectors; on the pooled one.
+        norm_eps: epsilon of all these norms.
         patch_bias, qkv_bias, k_bias: of the patch projection; of queries, keys and values; of the keys among them.
         gated: SwiGLU with activation "silu".
-        norm: "layer" or "rms"; that of the layers. `pre_norm`: one more before the first layer (CLIP).
-        norm_first: norms before attention and MLP; False puts them behind each, before the sum (EVA-02-CLIP E/14).
-        norm_output, norm_pooled: where the final LayerNorm is taken: on all vectors; on the pooled one.
         qk_norm: RMSNorm over all heads of queries and keys; qk_norm_eps is its epsilon.
         attention_sub_norm_eps, mlp_sub_norm_eps: None, or the epsilons of LayerNorms before the last maps of attention
             and MLP (sub-LN).
         layer_scale: None, or the start of a learned factor on what each attention and MLP adds, one a dimension.
+        num_positions: None, or the size of a square table of learned positions that is not that of image_size.
+        position_antialias: with antialiasing where fewer patches are asked for than there are position embeddings.
         rope_grid: None, or the side of the grid on which rotary positions of patches are counted, whatever the number
             of patches (EVA-02).
-        position_antialias: with antialiasing where fewer patches are asked for than there are position embeddings.
+        drop_remainder: pixels right and below that fill no patch are left out instead of refused.
         pooler: "token" (the class token), "mean" (over the patches), "attention" (a learned query), "none"; "auto" is
             the class token if there is one, else the mean.
-        head_size, head_activation: None, or the width of a linear map behind the pooling, and what follows it.
+        head_size, head_activation: None, or the width of a linear map after the pooling, and what follows it.
         family: the architecture that it is written as.
+    """
+
+    norm: str = "layer"
+    norm_first: bool = True
+    pre_norm: bool = False
+    norm_output: bool = True
+    norm_pooled: bool = False
+    norm_eps: float = 1e-6
+    patch_bias: bool = True
+    qkv_bias: bool = True
+    k_bias: bool = True
+    gated: bool = False
+    qk_norm: bool = False
+    qk_norm_eps: float = 1e-6
+    attention_sub_norm_eps: float | None = None
+    mlp_sub_norm_eps: float | None = None
+    layer_scale: float | None = None
+    num_positions: int | None = None
+    position_antialias: bool = False
+    rope_grid: int | None = None
+    rope_theta: float = 10_000.0
+    drop_remainder: bool = False
+    pooler: str = "auto"
+    head_size: int | None = None
+    head_activation: str | None = None
+    family: str = "ViTModel"
+
+
+@dataclass(frozen=True)
+class ViTConfig(WithCompute):
+    """Sizes of a ViT; what only reproduces a family is in its dialect.
+
+    Attributes:
+        image_size: of the square images that the position embedding is made for; for others it is interpolated.
+        class_token: whether a learned vector before the patches represents the whole image.
+        stem_channels: channels of 3x3 stride-2 convolutions before the patch projection (arXiv 2106.14881); each
+            halves the image, so the patch that is projected shrinks by as much. Empty: patches are cut from pixels.
+        regions: None, or the side of a square grid of regions: the patches of each, side by side, become one vector of
+            `region_size` by the region's own linear map. Contrastive training then teaches positions as well, and the
+            LLM reads few tokens that lie in one space.
+        mimetic_init: for training from scratch on little data; see `Attention`.
+        image_mean, image_std: what pixels in [0, 1] are normalised with.
     """
 
     image_size: int = 224
@@ -69,45 +104,23 @@ class ViTConfig(WithCompute):
     num_heads: int = 12
     mlp_size: int = 3072
     activation: str = "gelu"
-    norm_eps: float = 1e-6
-    num_positions: int | None = None
-    stem_channels: tuple[int, ...] = ()
     class_token: bool = False
+    stem_channels: tuple[int, ...] = ()
     regions: int | None = None
     region_size: int = 256
     mimetic_init: bool = False
+    num_channels: int = 3
     image_mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
     image_std: tuple[float, float, float] = (0.5, 0.5, 0.5)
-    num_channels: int = 3
-    drop_remainder: bool = False
-    patch_bias: bool = True
-    qkv_bias: bool = True
-    k_bias: bool = True
-    gated: bool = False
-    norm: str = "layer"
-    norm_first: bool = True
-    pre_norm: bool = False
-    norm_output: bool = True
-    norm_pooled: bool = False
-    qk_norm: bool = False
-    qk_norm_eps: float = 1e-6
-    attention_sub_norm_eps: float | None = None
-    mlp_sub_norm_eps: float | None = None
-    layer_scale: float | None = None
-    rope_grid: int | None = None
-    rope_theta: float = 10_000.0
-    position_antialias: bool = False
-    pooler: str = "auto"
-    head_size: int | None = None
-    head_activation: str | None = None
-    family: str = "ViTModel"
+    dialect: ViTDialect = ViTDialect()
 
     def __post_init__(self):
+        dialect = self.dialect
         require = Requirements("ViT", self)
-        whole = self.drop_remainder or not self.image_size % self.patch_size
+        whole = dialect.drop_remainder or not self.image_size % self.patch_size
         require(
             whole and self.image_size >= self.patch_size and not self.patch_size % 2 ** len(self.stem_channels),
-            f"picture {self.image_size}, patch {self.patch_size}, {len(self.stem_channels)} stem layers",
+            f"image {self.image_size}, patch {self.patch_size}, {len(self.stem_channels)} stem layers",
             "an image that is a whole number of patches, a patch divisible by 2^stem layers",
             "change image_size, patch_size or stem_channels",
         )
@@ -118,23 +131,23 @@ class ViTConfig(WithCompute):
             "change regions, image_size or patch_size",
         )
         require.one_of("activation", ACTIVATIONS)
-        require.one_of("head_activation", (None, *ACTIVATIONS))
-        require.one_of("norm", ("layer", "rms"))
-        require.one_of("pooler", POOLERS)
+        require.one_of("dialect.head_activation", (None, *ACTIVATIONS))
+        require.one_of("dialect.norm", ("layer", "rms"))
+        require.one_of("dialect.pooler", POOLERS)
         require.heads()
-        if self.rope_grid is not None:
+        if dialect.rope_grid is not None:
             require.heads(4, "rows and columns turn pairs in half of a head each")
         require(
-            self.class_token or self.pooler != "token",
-            "pooler 'token' without a class token",
+            self.class_token or dialect.pooler != "token",
+            "dialect.pooler 'token' without a class token",
             "a class token",
-            "set class_token, or choose another pooler",
+            "set class_token, or change dialect.pooler",
         )
         require(
-            self.pooler != "none" or not (self.head_size or self.norm_pooled),
-            "a head or a norm for the pooled vector, and pooler 'none'",
+            dialect.pooler != "none" or not (dialect.head_size or dialect.norm_pooled),
+            "a head or a norm for the pooled vector, and dialect.pooler 'none'",
             "a pooled vector for them",
-            "change pooler, or leave out head_size and norm_pooled",
+            "change dialect.pooler, or leave out dialect.head_size and dialect.norm_pooled",
         )
 
     @property
@@ -146,6 +159,11 @@ class ViTConfig(WithCompute):
     def grid(self) -> int:
         """Vectors along one side of what comes out: regions if there are any, else patches."""
         return self.regions or self.side
+
+    @property
+    def family(self) -> str:
+        """The architecture that it is written as."""
+        return self.dialect.family
 
     @property
     def feature_size(self) -> int:
@@ -202,7 +220,7 @@ def select_layers(output: VisionOutput, layers: int | Sequence[int], keep_class_
 
 
 def _norm(c: ViTConfig, name: str) -> nn.Module:
-    return (RMSNorm if c.norm == "rms" else LayerNorm)(c.norm_eps, jnp.dtype(c.dtype), name=name)
+    return (RMSNorm if c.dialect.norm == "rms" else LayerNorm)(c.dialect.norm_eps, jnp.dtype(c.dtype), name=name)
 
 
 class ViTBlock(nn.Module):
@@ -213,27 +231,27 @@ class ViTBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x, _, segments, angles):
-        c = self.config
+        c, dialect = self.config, self.config.dialect
         dtype = jnp.dtype(c.dtype)
         attention = Attention(
             c.num_heads,
-            qkv_bias=c.qkv_bias,
-            k_bias=c.k_bias,
-            qk_norm=c.qk_norm,
+            qkv_bias=dialect.qkv_bias,
+            k_bias=dialect.k_bias,
+            qk_norm=dialect.qk_norm,
             qk_norm_width=True,
-            out_norm_eps=c.attention_sub_norm_eps,
+            out_norm_eps=dialect.attention_sub_norm_eps,
             rotary_interleaved=True,
-            norm_eps=c.qk_norm_eps,
+            norm_eps=dialect.qk_norm_eps,
             mimetic_init=c.mimetic_init,
             dtype=dtype,
             name="attention",
         )
-        mlp = MLP(c.mlp_size, c.activation, c.gated, norm_eps=c.mlp_sub_norm_eps, dtype=dtype, name="mlp")
+        mlp = MLP(c.mlp_size, c.activation, dialect.gated, norm_eps=dialect.mlp_sub_norm_eps, dtype=dtype, name="mlp")
         for part, branch in (("attention", lambda h: attention(h, segments=segments, angles=angles)[0]), ("mlp", mlp)):
             norm = _norm(c, f"{part}_norm")
-            h = branch(norm(x)) if c.norm_first else norm(branch(x))
-            if c.layer_scale is not None:
-                init = nn.with_logical_partitioning(nn.initializers.constant(c.layer_scale), ("embed",))
+            h = branch(norm(x)) if dialect.norm_first else norm(branch(x))
+            if dialect.layer_scale is not None:
+                init = nn.with_logical_partitioning(nn.initializers.constant(dialect.layer_scale), ("embed",))
                 h = h * self.param(f"{part}_scale", init, (c.hidden_size,), jnp.float32).astype(dtype)
             x = x + h
         x = constrain(x, "batch", "patches", None)
@@ -265,7 +283,7 @@ class ViT(nn.Module):
         Raises:
             ConfigError: pixels that do not fit, packed patches without their places, regions of another picture size.
         """
-        c = self.config
+        c, dialect = self.config, self.config.dialect
         dtype = jnp.dtype(c.dtype)
         given = dict(segments=segments, coordinates=coordinates, grids=grids)
         given = [name for name, value in given.items() if value is not None]
@@ -290,31 +308,32 @@ class ViT(nn.Module):
         places = jnp.maximum(jnp.asarray(coordinates), 0)
         grids = jnp.maximum(jnp.asarray(grids), 1)  # that of padding may be 0, which must not become NaN
         x = self._embed(pixels.astype(dtype), coordinates, places, grids if packed else None)
-        if c.pre_norm:
+        if dialect.pre_norm:
             x = _norm(c, "pre_norm")(x)
         angles = None
-        if c.rope_grid is not None:
-            angles = grid_angles(places / grids * c.rope_grid, c.hidden_size // c.num_heads, c.rope_theta)
+        if dialect.rope_grid is not None:
+            angles = grid_angles(places / grids * dialect.rope_grid, c.hidden_size // c.num_heads, dialect.rope_theta)
         layers = layers_of(c, ViTBlock, 2)
         entered = x
         x, states = layers(c, output_hidden_states, name="layers")(x, None, segments, angles)
         if output_hidden_states:
             states = (entered, *states)
-        if c.norm_output or c.norm_pooled:
-            final_norm = LayerNorm(c.norm_eps, dtype, name="final_norm")
-        if c.norm_output:
+        if dialect.norm_output or dialect.norm_pooled:
+            final_norm = LayerNorm(dialect.norm_eps, dtype, name="final_norm")
+        if dialect.norm_output:
             x = final_norm(x)
         if c.regions is not None:
             x = RegionPooling(c, name="region_pooling")(x)
         if packed:
             return VisionOutput(x, None, states, class_tokens=None if c.class_token else 0)
         pooled = self._pool(x)
-        if c.norm_pooled:
+        if dialect.norm_pooled:
             pooled = final_norm(pooled)
-        if c.head_size is not None:
-            pooled = Linear((c.head_size,), ("embed", "channels"), use_bias=True, dtype=dtype, name="head")(pooled)
-        if c.head_activation is not None:
-            pooled = ACTIVATIONS[c.head_activation](pooled)
+        if dialect.head_size is not None:
+            head = Linear((dialect.head_size,), ("embed", "channels"), use_bias=True, dtype=dtype, name="head")
+            pooled = head(pooled)
+        if dialect.head_activation is not None:
+            pooled = ACTIVATIONS[dialect.head_activation](pooled)
         return VisionOutput(x, pooled, states, class_tokens=int(c.class_token))
 
     def _embed(self, pixels, coordinates, places, grids):
@@ -326,30 +345,30 @@ class ViT(nn.Module):
             init = nn.with_logical_partitioning(normal, (None, "embed"))
             token = self.param("class_token", init, (1, c.hidden_size), jnp.float32).astype(x.dtype)
         init = nn.with_logical_partitioning(normal, ("patches", "embed"))
-        rows = (c.num_positions or c.side**2) + int(c.class_token)
+        rows = (c.dialect.num_positions or c.side**2) + int(c.class_token)
         table = self.param("position_embedding", init, (rows, c.hidden_size), jnp.float32)
         first, table = table[: int(c.class_token)], table[int(c.class_token) :]
         if grids is None:
             height, width = (size // c.patch_size for size in pixels.shape[1:3])
-            positions = bicubic_grid(table, height, width, c.position_antialias)
+            positions = bicubic_grid(table, height, width, c.dialect.position_antialias)
             if c.class_token:
                 x = jnp.concatenate([jnp.broadcast_to(token, (x.shape[0], 1, c.hidden_size)), x], axis=1)
                 positions = jnp.concatenate([first, positions])
         else:
-            positions = bicubic_packed(table, places, grids, c.position_antialias)
+            positions = bicubic_packed(table, places, grids, c.dialect.position_antialias)
             if c.class_token:
                 here = coordinates[..., :1] < 0
                 x, positions = jnp.where(here, token, x), jnp.where(here, first, positions)
         return x + positions.astype(x.dtype)
 
     def _pool(self, x):
-        c = self.config
-        if c.pooler == "none":
+        c, dialect = self.config, self.config.dialect
+        if dialect.pooler == "none":
             return None
-        if c.pooler == "attention":
+        if dialect.pooler == "attention":
             return AttentionPooling(
-                c.num_heads, c.mlp_size, c.activation, c.norm_eps, jnp.dtype(c.dtype), name="pooler"
+                c.num_heads, c.mlp_size, c.activation, dialect.norm_eps, jnp.dtype(c.dtype), name="pooler"
             )(x[:, int(c.class_token) :])
-        if c.class_token and c.pooler != "mean":
+        if c.class_token and dialect.pooler != "mean":
             return x[:, 0]
         return x[:, int(c.class_token) :].mean(axis=1)

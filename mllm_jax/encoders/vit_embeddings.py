@@ -34,17 +34,17 @@ class PatchEmbedding(nn.Module):
         c = self.config
         x = self._patches(pixels) if pixels.ndim == 4 else self._given(pixels)
         names = ("channels", "embed")
-        return Linear((c.hidden_size,), names, use_bias=c.patch_bias, dtype=x.dtype, name="projection")(x)
+        return Linear((c.hidden_size,), names, use_bias=c.dialect.patch_bias, dtype=x.dtype, name="projection")(x)
 
     def _patches(self, x):
         c = self.config
         height, width, channels = x.shape[1:]
         whole = (height // c.patch_size * c.patch_size, width // c.patch_size * c.patch_size)
-        if channels != c.num_channels or not all(whole) or (whole != (height, width) and not c.drop_remainder):
+        if channels != c.num_channels or not all(whole) or (whole != (height, width) and not c.dialect.drop_remainder):
             raise ConfigError(
                 f"ViT: pixels {height} x {width} with {channels} channels",
                 f"{c.num_channels} channels, and a whole number of patches of {c.patch_size} each way",
-                "resize or convert the picture, or set drop_remainder to leave out what is over",
+                "resize or convert the image, or set dialect.drop_remainder to leave out what is over",
             )
         x = x[:, : whole[0], : whole[1]]
         for i, channels in enumerate(c.stem_channels):

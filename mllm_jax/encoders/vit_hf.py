@@ -23,10 +23,11 @@ def _read_pooler(options: Options) -> dict:
 
 
 def _write_pooler(config: ViTConfig) -> dict:
-    if config.head_size is None:
+    dialect = config.dialect
+    if dialect.head_size is None:
         return dict(add_pooling_layer=False)
-    activation = write_activation(config.head_activation) if config.head_activation else "linear"
-    return dict(pooler_output_size=config.head_size, pooler_act=activation)
+    activation = write_activation(dialect.head_activation) if dialect.head_activation else "linear"
+    return dict(pooler_output_size=dialect.head_size, pooler_act=activation)
 
 
 FAMILY = vit_family(

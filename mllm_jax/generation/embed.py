@@ -191,7 +191,7 @@ class Embedder:
             )
         if len(ids) > tower.max_length:
             ids = [*ids[: tower.max_length - 1], ids[-1]]  # the last ends the text, and may stand for it
-        if tower.pooling == "last":
+        if tower.dialect.pooling == "last":
             pad = next((i for i in (self.tokenizer.pad_token_id, tower.pad_token_id) if i is not None), None)
             if pad is None:
                 raise ConfigError("a tokenizer without padding", "what the texts are padded with", "set pad_token_id")
@@ -220,7 +220,7 @@ class Embedder:
         module = self.module
         if isinstance(module, DualEncoder):
             return jax.jit(lambda p, x: module.apply({"params": p}, x, method="encode_image"))
-        if isinstance(module, ViT) and module.config.pooler != "none":
+        if isinstance(module, ViT) and module.config.dialect.pooler != "none":
             return jax.jit(lambda p, x: _unit(module.apply({"params": p}, x).pooler_output))
         raise no_vectors(module.config, "pooled picture vectors")
 
@@ -229,10 +229,10 @@ class Embedder:
         module = self.module
         if not isinstance(module, (DualEncoder, TextModel)):
             raise no_vectors(module.config, "text vectors")
-        tower = self._text_config()
+        dialect = self._text_config().dialect
         # What is read at the last place has padding as part of the text (SigLIP); a causal tower sees nothing behind
         # the place that it reads.
-        masked = tower.pooling == "mean" or (tower.mask == "full" and tower.pooling != "last")
+        masked = dialect.pooling == "mean" or (dialect.mask == "full" and dialect.pooling != "last")
 
         def compute(params, rows):
             texts = rows[:, 0], rows[:, 1] if masked else None
@@ -395,7 +395,7 @@ def _stacked(pictures: Sequence[np.ndarray]) -> np.ndarray:
 
 
 def _has_images(config: Any) -> bool:
-    return isinstance(config, DualEncoderConfig) or (isinstance(config, ViTConfig) and config.pooler != "none")
+    return isinstance(config, DualEncoderConfig) or (isinstance(config, ViTConfig) and config.dialect.pooler != "none")
 
 
 def _has_texts(config: Any) -> bool:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
+from mllm_jax.checkpoints.fields import field_value
 from mllm_jax.errors import ConfigError
 from mllm_jax.generation.sampling import Sampling
 
@@ -82,7 +83,7 @@ def longest_text(config, asked: int | None = None) -> int | None:
     Raises:
         ConfigError: more than the LLM can read at all.
     """
-    bound = getattr(config, "longest", None)
+    bound = field_value(config, "longest")
     if asked is not None and bound is not None and asked > bound:
         raise ConfigError(
             f"max_length {asked} for a {config.family}", f"at most {bound}: it reads no longer text", "lower max_length"

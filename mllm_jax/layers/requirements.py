@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from operator import attrgetter
 from typing import Any
 
 from mllm_jax.errors import ConfigError
@@ -25,8 +26,8 @@ class Requirements:
             raise ConfigError(f"{self._what}: {given}", expected, todo)
 
     def one_of(self, name: str, allowed: Iterable[Any]) -> None:
-        """Raises ConfigError if the field `name` has none of the allowed values."""
-        given, allowed = getattr(self._config, name), tuple(allowed)
+        """Raises ConfigError if the field `name`, which may be a path such as "dialect.norm", has no allowed value."""
+        given, allowed = attrgetter(name)(self._config), tuple(allowed)
         self(given in allowed, f"{name} {given!r}", f"one of {', '.join(map(str, allowed))}", f"change {name}")
 
     def given(self, *names: str) -> None:

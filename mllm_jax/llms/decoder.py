@@ -25,14 +25,13 @@ LAYER_TYPES = ("full_attention", "sliding_attention")
 
 
 @dataclass(frozen=True)
-class DecoderConfig(WithCompute):
-    """Sizes and switches of a decoder.
+class DecoderDialect:
+    """Details that make a decoder one of a family; the defaults are LLaMA's.
 
     Attributes:
-        head_dim: None is hidden_size / num_heads.
-        gated, activation: True and "silu" are SwiGLU.
-        norm: "rms" or "layer"; norm_affine False is a LayerNorm without scale and bias.
-        norm_first: norms before attention and MLP; False puts them behind each sum (OPT-350m).
+        gated: True and activation "silu" are SwiGLU.
+        norm: "rms" or "layer"; norm_affine False is a LayerNorm without scale and bias; norm_eps is of all norms.
+        norm_first: norms before attention and MLP; False puts them after each sum (OPT-350m).
         final_norm: a norm before the output head.
         positions: "rotary", or "learned": a table of max_position_embeddings + position_offset vectors, added to the
             embedded tokens; the first position is row `position_offset`.
@@ -41,26 +40,14 @@ class DecoderConfig(WithCompute):
         mrope_sections: of three-part positions (M-RoPE, arXiv 2409.12191): how many pairs of a head's dimensions turn
             by time, height and width, one after the other; empty: positions are single numbers.
         mrope_interleaved: pairs take turns, time, height, width, time, ..., as long as the sections last (Qwen3-VL).
-        tie_word_embeddings: the output head is the embedding's transpose.
         embedding_size: width of embedding and head where it is not hidden_size; linear maps lead in and out.
-        qkv_bias, out_bias, mlp_bias, qk_norm: of the layers' linear maps; a norm of each head's queries and keys.
+        qkv_bias, out_bias, mlp_bias: of the layers' linear maps.
         sliding_window: None, or how many keys a query sees, itself included.
         layer_types: "full_attention" or "sliding_attention" of each layer; empty: the window, if any, is every layer's.
-        max_position_embeddings: the length it was trained on; a bound for learned positions only.
         longest: None, or how many tokens a text may have: beyond it the family's own code does what is not done here.
-        bos_token_id, eos_token_id, pad_token_id: kept for generation; each of several eos ids ends a text.
         family: the Hugging Face architecture that it is written as.
-        mimetic_init: for training from scratch on little data; see `Attention`.
     """
 
-    vocab_size: int
-    hidden_size: int = 256
-    num_layers: int = 4
-    num_heads: int = 4
-    num_kv_heads: int = 2
-    head_dim: int | None = None
-    mlp_size: int = 688
-    activation: str = "silu"
     gated: bool = True
     norm: str = "rms"
     norm_affine: bool = True
@@ -75,60 +62,90 @@ class DecoderConfig(WithCompute):
     rotary_interleaved: bool = False
     mrope_sections: tuple[int, ...] = ()
     mrope_interleaved: bool = False
-    tie_word_embeddings: bool = True
     embedding_size: int | None = None
     qkv_bias: bool = False
     out_bias: bool = False
     mlp_bias: bool = False
-    qk_norm: bool = False
     sliding_window: int | None = None
     layer_types: tuple[str, ...] = ()
-    max_position_embeddings: int = 2048
     longest: int | None = None
+    family: str = "LlamaForCausalLM"
+
+
+@dataclass(frozen=True)
+class DecoderConfig(WithCompute):
+    """Sizes of a decoder; what only reproduces a family is in its dialect.
+
+    Attributes:
+        head_dim: None is hidden_size / num_heads.
+        qk_norm: a norm of each head's queries and keys.
+        mimetic_init: for training from scratch on little data; see `Attention`.
+        tie_word_embeddings: the output head is the embedding's transpose.
+        max_position_embeddings: the length it was trained on; a bound for learned positions only.
+        bos_token_id, eos_token_id, pad_token_id: kept for generation; each of several eos ids ends a text.
+    """
+
+    vocab_size: int
+    hidden_size: int = 256
+    num_layers: int = 4
+    num_heads: int = 4
+    num_kv_heads: int = 2
+    head_dim: int | None = None
+    mlp_size: int = 688
+    activation: str = "silu"
+    qk_norm: bool = False
+    mimetic_init: bool = False
+    tie_word_embeddings: bool = True
+    max_position_embeddings: int = 2048
     bos_token_id: int | None = None
     eos_token_id: tuple[int, ...] = ()
     pad_token_id: int | None = None
-    family: str = "LlamaForCausalLM"
-    mimetic_init: bool = False
+    dialect: DecoderDialect = DecoderDialect()
 
     def __post_init__(self):
+        dialect = self.dialect
         require = Requirements("decoder", self)
-        require.one_of("norm", ("rms", "layer"))
-        require.one_of("positions", ("rotary", "learned"))
+        require.one_of("dialect.norm", ("rms", "layer"))
+        require.one_of("dialect.positions", ("rotary", "learned"))
         require.one_of("activation", ACTIVATIONS)
         require.kv_heads(self.num_heads, self.num_kv_heads)
-        require(self.norm == "layer" or self.norm_affine, "RMSNorm without scale", "norm_affine", "use norm='layer'")
         require(
-            self.positions == "learned" or 0 < self.rotary_dim + self.rotary_dim % 2 <= self.size_per_head,
+            dialect.norm == "layer" or dialect.norm_affine,
+            "RMSNorm without scale",
+            "dialect.norm_affine",
+            "use dialect.norm='layer'",
+        )
+        require(
+            dialect.positions == "learned" or 0 < self.rotary_dim + self.rotary_dim % 2 <= self.size_per_head,
             f"an odd head_dim, {self.size_per_head}, of which RoPE is to turn {self.rotary_dim}",
             "an even one: RoPE turns pairs",
-            "change head_dim or partial_rotary_factor",
+            "change head_dim or dialect.partial_rotary_factor",
         )
         require(
-            not self.mrope_sections
-            or (len(self.mrope_sections) == 3 and 2 * sum(self.mrope_sections) == self.rotary_dim),
-            f"mrope_sections {self.mrope_sections} of {self.rotary_dim // 2} pairs of dimensions that turn",
+            not dialect.mrope_sections
+            or (len(dialect.mrope_sections) == 3 and 2 * sum(dialect.mrope_sections) == self.rotary_dim),
+            f"dialect.mrope_sections {dialect.mrope_sections} of {self.rotary_dim // 2} pairs of dimensions that turn",
             "three numbers whose sum that is",
-            "change mrope_sections",
+            "change dialect.mrope_sections",
         )
         require(
-            not self.mrope_sections or (self.positions == "rotary" and self.rope_scaling.kind != "dynamic"),
-            f"mrope_sections with {self.positions} positions and {self.rope_scaling.kind} scaling",
-            "rotary positions whose scaling does not hang on the text's length",
-            "leave out mrope_sections, or change the scaling",
+            not dialect.mrope_sections or (dialect.positions == "rotary" and dialect.rope_scaling.kind != "dynamic"),
+            f"dialect.mrope_sections with {dialect.positions} positions and {dialect.rope_scaling.kind} scaling",
+            "rotary positions whose scaling does not depend on the text's length",
+            "leave out dialect.mrope_sections, or change the scaling",
         )
         require(
-            not self.layer_types
-            or (len(self.layer_types) == self.num_layers and set(self.layer_types) <= set(LAYER_TYPES)),
-            f"layer_types {self.layer_types} for {self.num_layers} layers",
+            not dialect.layer_types
+            or (len(dialect.layer_types) == self.num_layers and set(dialect.layer_types) <= set(LAYER_TYPES)),
+            f"dialect.layer_types {dialect.layer_types} for {self.num_layers} layers",
             f"as many of {', '.join(LAYER_TYPES)} as there are layers",
-            "change layer_types",
+            "change dialect.layer_types",
         )
         require(
-            self.sliding_window is not None or "sliding_attention" not in self.layer_types,
-            "layers with sliding attention and no sliding_window",
+            dialect.sliding_window is not None or "sliding_attention" not in dialect.layer_types,
+            "layers with sliding attention and no dialect.sliding_window",
             "the window's size",
-            "set sliding_window",
+            "set dialect.sliding_window",
         )
 
     @property
@@ -139,13 +156,18 @@ class DecoderConfig(WithCompute):
     @property
     def rotary_dim(self) -> int:
         """How many dimensions of a head rotary positions turn; an odd number counts as one more."""
-        return int(self.size_per_head * self.partial_rotary_factor)
+        return int(self.size_per_head * self.dialect.partial_rotary_factor)
 
     @property
     def windows(self) -> tuple[int | None, ...]:
         """The sliding window of each layer; None sees everything."""
-        kinds = self.layer_types or ("sliding_attention",) * self.num_layers
-        return tuple(self.sliding_window if kind == "sliding_attention" else None for kind in kinds)
+        kinds = self.dialect.layer_types or ("sliding_attention",) * self.num_layers
+        return tuple(self.dialect.sliding_window if kind == "sliding_attention" else None for kind in kinds)
+
+    @property
+    def family(self) -> str:
+        """The architecture that it is written as."""
+        return self.dialect.family
 
     encoder_decoder = False  # see `mllm_jax.llms.protocol`
 
@@ -158,9 +180,10 @@ class DecoderConfig(WithCompute):
 
 
 def _norm(c: DecoderConfig, **names) -> nn.Module:
-    if c.norm == "rms":
-        return RMSNorm(c.norm_eps, jnp.dtype(c.dtype), **names)
-    return LayerNorm(c.norm_eps, jnp.dtype(c.dtype), c.norm_affine, **names)
+    dialect = c.dialect
+    if dialect.norm == "rms":
+        return RMSNorm(dialect.norm_eps, jnp.dtype(c.dtype), **names)
+    return LayerNorm(dialect.norm_eps, jnp.dtype(c.dtype), dialect.norm_affine, **names)
 
 
 class DecoderBlock(nn.Module):
@@ -171,7 +194,7 @@ class DecoderBlock(nn.Module):
     @nn.compact
     def __call__(self, x, own, segments, angles, cache_place, deepstack=None):
         """`own` is what differs by layer: (cache or None, window or None, which is then every layer's, its number)."""
-        c = self.config
+        c, dialect = self.config, self.config.dialect
         dtype = jnp.dtype(c.dtype)
         out_std = 0.02 / (2 * c.num_layers) ** 0.5
         layer_cache, window, number = own
@@ -181,26 +204,34 @@ class DecoderBlock(nn.Module):
             c.num_kv_heads,
             c.head_dim,
             mask="causal",
-            qkv_bias=c.qkv_bias,
-            out_bias=c.out_bias,
+            qkv_bias=dialect.qkv_bias,
+            out_bias=dialect.out_bias,
             qk_norm=c.qk_norm,
-            rotary_interleaved=c.rotary_interleaved,
-            norm_eps=c.norm_eps,
+            rotary_interleaved=dialect.rotary_interleaved,
+            norm_eps=dialect.norm_eps,
             out_init_std=out_std,
             mimetic_init=c.mimetic_init,
             dtype=dtype,
             name="attention",
         )
-        mlp = MLP(c.mlp_size, c.activation, c.gated, use_bias=c.mlp_bias, out_init_std=out_std, dtype=dtype, name="mlp")
+        mlp = MLP(
+            c.mlp_size,
+            c.activation,
+            dialect.gated,
+            use_bias=dialect.mlp_bias,
+            out_init_std=out_std,
+            dtype=dtype,
+            name="mlp",
+        )
         h, written = attention(
-            attention_norm(x) if c.norm_first else x,
+            attention_norm(x) if dialect.norm_first else x,
             segments=segments,
             angles=angles,
             window=c.windows[0] if window is None else window,
             cache=None if layer_cache is None else (*layer_cache, *cache_place),
         )
         x = x + h
-        if c.norm_first:
+        if dialect.norm_first:
             x = x + mlp(mlp_norm(x))
         else:
             x = attention_norm(x)
@@ -217,18 +248,18 @@ class Decoder(nn.Module):
     config: DecoderConfig
 
     def setup(self):
-        c = self.config
+        c, dialect = self.config, self.config.dialect
         dtype = jnp.dtype(c.dtype)
-        width = c.embedding_size or c.hidden_size
+        width = dialect.embedding_size or c.hidden_size
         self.token_embedding = Embedding(c.vocab_size, width, dtype=dtype)
-        if c.embedding_size is not None:
+        if dialect.embedding_size is not None:
             self.embedding_in = Linear((c.hidden_size,), (None, "embed"), dtype=dtype)
             self.embedding_out = Linear((width,), ("embed", None), dtype=dtype)
-        if c.positions == "learned":
-            rows = c.max_position_embeddings + c.position_offset
+        if dialect.positions == "learned":
+            rows = c.max_position_embeddings + dialect.position_offset
             self.position_embedding = Embedding(rows, c.hidden_size, (None, "embed"), dtype=dtype)
         self.layers = layers_of(c, DecoderBlock, 4)(c)
-        if c.final_norm:
+        if dialect.final_norm:
             self.final_norm = _norm(c)
         if not c.tie_word_embeddings:
             self.lm_head = Linear((c.vocab_size,), ("embed", "vocab"), dtype=dtype)
@@ -236,7 +267,7 @@ class Decoder(nn.Module):
     def embed(self, tokens):
         """int[B, S] -> dtype[B, S, E], without positions."""
         x = self.token_embedding(tokens)
-        return x if self.config.embedding_size is None else self.embedding_in(x)
+        return x if self.config.dialect.embedding_size is None else self.embedding_in(x)
 
     def __call__(
         self,
@@ -270,33 +301,33 @@ class Decoder(nn.Module):
         Raises:
             ConfigError: more tokens than learned positions or `longest`, where `positions` does not say otherwise.
         """
-        c = self.config
+        c, dialect = self.config, self.config.dialect
         x = self.embed(tokens) if embeddings is None else embeddings
         if cache is not None and segments is None:
             segments = jnp.ones(x.shape[:2], jnp.int32)
         if positions is None:
             start = jnp.zeros((x.shape[0], 1), jnp.int32) if cache is None else (cache.length + cache.offset)[:, None]
             positions = start + jnp.arange(x.shape[1])[None]
-            bound = c.max_position_embeddings if c.positions == "learned" else c.longest
+            bound = c.max_position_embeddings if dialect.positions == "learned" else dialect.longest
             if bound is not None and x.shape[1] > bound:
                 raise ConfigError(
                     f"decoder: {x.shape[1]} tokens",
                     f"at most {bound} positions",
                     "shorten the text",
                 )
-        if c.longest is not None:
-            beyond = positions >= c.longest
+        if dialect.longest is not None:
+            beyond = positions >= dialect.longest
             beyond = beyond if segments is None else beyond & (segments > 0)
             x = jnp.where(beyond[..., None], jnp.nan, x)
         angles = None
-        if c.positions == "learned":
+        if dialect.positions == "learned":
             # Padding may be counted on beyond the table.
             counted = positions if segments is None else jnp.where(segments > 0, positions, 0)
-            x = x + self.position_embedding(counted + c.position_offset)
+            x = x + self.position_embedding(counted + dialect.position_offset)
         else:
-            length = _text_length(positions, segments) if c.rope_scaling.kind == "dynamic" else None
-            parts = mrope_parts(c.mrope_sections, c.mrope_interleaved) if positions.ndim == 3 else None
-            angles = rotary_angles(positions, c.rotary_dim, c.rope_theta, c.rope_scaling, length, parts)
+            length = _text_length(positions, segments) if dialect.rope_scaling.kind == "dynamic" else None
+            parts = mrope_parts(dialect.mrope_sections, dialect.mrope_interleaved) if positions.ndim == 3 else None
+            angles = rotary_angles(positions, c.rotary_dim, dialect.rope_theta, dialect.rope_scaling, length, parts)
         x = constrain(x, "batch", "seq", None)
         layer_caches, place = None, None
         if cache is not None:
@@ -309,9 +340,9 @@ class Decoder(nn.Module):
         x, written = self.layers(x, (layer_caches, windows, numbers), segments, angles, place, stacked)
         if logits_at is not None:
             x = jnp.take_along_axis(x, logits_at[..., None], axis=1)
-        if c.final_norm:
+        if dialect.final_norm:
             x = self.final_norm(x)
-        if c.embedding_size is not None:
+        if dialect.embedding_size is not None:
             x = self.embedding_out(x)
         if not project:
             return head_inputs(x, self.token_embedding, None if c.tie_word_embeddings else self.lm_head)

@@ -63,7 +63,7 @@ def from_hf_config(values: dict) -> DecoderConfig:
 
 def to_hf_config(config: DecoderConfig) -> dict:
     """The inverse; refuses switches that the family does not have."""
-    own = dict(attention_bias=config.qkv_bias, partial_rotary_factor=config.partial_rotary_factor)
+    own = dict(attention_bias=config.dialect.qkv_bias, partial_rotary_factor=config.dialect.partial_rotary_factor)
     return faithful(config, write_decoder(config) | own, from_hf_config)
 
 

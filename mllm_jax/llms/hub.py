@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from mllm_jax.checkpoints.architectures import kind_of
 from mllm_jax.checkpoints.config_json import LAYERS, Fields, check_written, read_fields, stored_fields, write_fields
+from mllm_jax.checkpoints.fields import make_config
 from mllm_jax.checkpoints.options import Options
 from mllm_jax.checkpoints.table import LINEAR, OUT_OF_HEADS, Table, Weight, beside, into_heads, linear, norm
 from mllm_jax.errors import ConfigError
@@ -97,10 +98,10 @@ def read_rope(options: Options, what: str, partial: bool = False) -> dict:
 
 def write_rope(c: DecoderConfig) -> dict:
     """The older spelling, which every transformers reads."""
-    s = c.rope_scaling
+    s = c.dialect.rope_scaling
     values = {name: getattr(s, name) for name in _ROPE_OPTIONS[s.kind]}
     scaling = {"rope_type": s.kind} | {name: value for name, value in values.items() if value is not None}
-    return dict(rope_theta=c.rope_theta, rope_scaling=None if s.kind == "default" else scaling)
+    return dict(rope_theta=c.dialect.rope_theta, rope_scaling=None if s.kind == "default" else scaling)
 
 
 def read_decoder(options: Options, what: str, *, partial_rotary: bool = False, **switches) -> DecoderConfig:
@@ -108,7 +109,7 @@ def read_decoder(options: Options, what: str, *, partial_rotary: bool = False, *
 
     Args:
         what: how to name the file in a message.
-        switches: fields of the config that the family decides.
+        switches: fields of the config or of its dialect that the family decides.
     """
     width, heads = options.size("hidden_size"), options.size("num_attention_heads")
     head_dim = options.size("head_dim", None)
@@ -120,7 +121,7 @@ def read_decoder(options: Options, what: str, *, partial_rotary: bool = False, *
     read = read_fields(options, _FIELDS) | read_rope(options, what, partial_rotary)
     read |= dict(num_kv_heads=kv_heads, head_dim=None if head_dim == width // heads else head_dim)
     options.done()
-    return DecoderConfig(**read | switches)
+    return make_config(DecoderConfig, **read | switches)
 
 
 def write_decoder(c: DecoderConfig) -> dict:
@@ -145,7 +146,7 @@ def _facts(c: DecoderConfig) -> dict:
         head_dim=c.size_per_head,
         layer_types=c.windows,
         sliding_window=max((w for w in c.windows if w is not None), default=None),
-        embedding_size=c.embedding_size or c.hidden_size,
+        embedding_size=c.dialect.embedding_size or c.hidden_size,
     )
 
 
@@ -177,33 +178,34 @@ class Names:
 
 def decoder_table(c: DecoderConfig, names: Names = Names()) -> Table:
     """The weights of a decoder under a family's names."""
+    dialect = c.dialect
     layer, head = f"{names.layers}.{{layer}}", {"h": c.size_per_head}
 
     def own_norm(name: str, path: str) -> list[Weight]:
-        return norm(name, path, bias=c.norm == "layer") if c.norm_affine else []
+        return norm(name, path, bias=dialect.norm == "layer") if dialect.norm_affine else []
 
     weights = [Weight(f"{names.embedding}.weight", "token_embedding/embedding")]
-    if c.positions == "learned":
+    if dialect.positions == "learned":
         weights.append(Weight(f"{names.positions}.weight", "position_embedding/embedding"))
-    if c.embedding_size is not None:
+    if dialect.embedding_size is not None:
         weights += linear(names.embedding_in, "embedding_in", bias=False)
         weights += linear(names.embedding_out, "embedding_out", bias=False)
     weights += own_norm(f"{layer}.{names.attention_norm}", "layers/attention_norm")
     stored = [f"{layer}.{name}" for name in (names.q, names.k, names.v)]
     rows = [heads * c.size_per_head for heads in (c.num_heads, c.num_kv_heads, c.num_kv_heads)]
-    weights += into_heads(stored, "layers/attention", c.size_per_head, rows, "qkv" if c.qkv_bias else "")
-    weights += linear(f"{layer}.{names.out}", "layers/attention/out", OUT_OF_HEADS, head, bias=c.out_bias)
+    weights += into_heads(stored, "layers/attention", c.size_per_head, rows, "qkv" if dialect.qkv_bias else "")
+    weights += linear(f"{layer}.{names.out}", "layers/attention/out", OUT_OF_HEADS, head, bias=dialect.out_bias)
     if c.qk_norm:
         weights += norm(f"{layer}.{names.q_norm}", "layers/attention/q_norm", bias=False)
         weights += norm(f"{layer}.{names.k_norm}", "layers/attention/k_norm", bias=False)
     weights += own_norm(f"{layer}.{names.mlp_norm}", "layers/mlp_norm")
-    wide = [("gate", names.gate)] * c.gated + [("up", names.up)]
+    wide = [("gate", names.gate)] * dialect.gated + [("up", names.up)]
     parts = [(f"{layer}.{name}", f"layers/mlp/{part}") for part, name in wide]
     weights += beside([(f"{name}.weight", f"{path}/kernel", c.mlp_size) for name, path in parts], LINEAR)
-    if c.mlp_bias:
+    if dialect.mlp_bias:
         weights += beside([(f"{name}.bias", f"{path}/bias", c.mlp_size) for name, path in parts])
-    weights += linear(f"{layer}.{names.down}", "layers/mlp/down", bias=c.mlp_bias)
-    if c.final_norm:
+    weights += linear(f"{layer}.{names.down}", "layers/mlp/down", bias=dialect.mlp_bias)
+    if dialect.final_norm:
         weights += own_norm(names.final_norm, "final_norm")
     if not c.tie_word_embeddings:
         weights += linear(names.head, "lm_head", bias=False)

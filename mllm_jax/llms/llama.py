@@ -48,7 +48,7 @@ def to_hf_config(config: DecoderConfig) -> dict:
     """The inverse; refuses switches that the family does not have."""
     written = write_decoder(config)
     if config.family == "MistralForCausalLM":
-        written |= dict(sliding_window=config.sliding_window)
+        written |= dict(sliding_window=config.dialect.sliding_window)
     else:
         if config.hidden_size % config.num_heads:
             raise ConfigError(
@@ -56,7 +56,7 @@ def to_hf_config(config: DecoderConfig) -> dict:
                 "heads that divide the hidden size: transformers refuses others",
                 "change num_heads, or choose another family",
             )
-        written |= dict(attention_bias=config.qkv_bias, mlp_bias=config.mlp_bias)
+        written |= dict(attention_bias=config.dialect.qkv_bias, mlp_bias=config.dialect.mlp_bias)
     return faithful(config, written, from_hf_config)
 
 

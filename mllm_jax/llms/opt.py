@@ -9,6 +9,7 @@ from functools import partial
 
 from mllm_jax.checkpoints.architectures import architecture, kind_of
 from mllm_jax.checkpoints.config_json import LAYERS, Fields, read_fields, write_fields
+from mllm_jax.checkpoints.fields import make_config
 from mllm_jax.checkpoints.options import Options
 from mllm_jax.checkpoints.table import families, token_sample
 from mllm_jax.llms.decoder import DecoderConfig
@@ -67,7 +68,8 @@ def from_hf_config(values: dict) -> DecoderConfig:
     embedding_size = options.size("word_embed_proj_dim", read["hidden_size"])
     # Early fine-tuned checkpoints lack the last norm.
     removed = options.flag("_remove_final_layer_norm", False)
-    config = DecoderConfig(
+    config = make_config(
+        DecoderConfig,
         **read,
         num_kv_heads=read["num_heads"],
         gated=False,
@@ -90,8 +92,8 @@ def to_hf_config(config: DecoderConfig) -> dict:
     c = config
     written = dict(
         **kind_of(c.family),
-        _remove_final_layer_norm=c.norm_first and not c.final_norm,
-        word_embed_proj_dim=c.embedding_size or c.hidden_size,
+        _remove_final_layer_norm=c.dialect.norm_first and not c.dialect.final_norm,
+        word_embed_proj_dim=c.dialect.embedding_size or c.hidden_size,
         **write_fields(c, _FIELDS),
     )
     return faithful(c, written, from_hf_config)

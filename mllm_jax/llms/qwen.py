@@ -52,7 +52,7 @@ def to_hf_config(config: DecoderConfig) -> dict:
     """The inverse; refuses switches that the family does not have."""
     written = write_decoder(config) | _write_windows(config)
     if config.family != "Qwen2ForCausalLM":
-        written |= dict(attention_bias=config.qkv_bias)
+        written |= dict(attention_bias=config.dialect.qkv_bias)
     return faithful(config, written, from_hf_config)
 
 
@@ -83,7 +83,7 @@ def _write_windows(c: DecoderConfig) -> dict:
     kinds = ["full_attention" if window is None else "sliding_attention" for window in c.windows]
     return dict(
         use_sliding_window="sliding_attention" in kinds,
-        sliding_window=c.sliding_window,
+        sliding_window=c.dialect.sliding_window,
         max_window_layers=(*kinds, "sliding_attention").index("sliding_attention"),
         layer_types=kinds,
     )

@@ -11,6 +11,7 @@ from functools import partial
 
 from mllm_jax.checkpoints.architectures import architecture, kind_of
 from mllm_jax.checkpoints.config_json import LAYERS, Fields, read_fields, write_fields
+from mllm_jax.checkpoints.fields import make_config
 from mllm_jax.checkpoints.options import Options
 from mllm_jax.checkpoints.table import families, token_sample
 from mllm_jax.errors import ConfigError
@@ -72,7 +73,8 @@ def from_hf_config(values: dict) -> DecoderConfig:
     options.only("use_logn_attn", stretched)
     # The table of positions that nobody has: rotary positions have no end.
     options.skip("max_position_embeddings", *_IDLE)
-    config = DecoderConfig(
+    config = make_config(
+        DecoderConfig,
         **read,
         num_kv_heads=read["num_heads"],
         mlp_size=options.size("intermediate_size") // 2,
@@ -92,8 +94,8 @@ def to_hf_config(config: DecoderConfig) -> dict:
         **kind_of(ARCHITECTURE),
         kv_channels=c.size_per_head,
         intermediate_size=2 * c.mlp_size,
-        use_dynamic_ntk=c.longest is not None,
-        use_logn_attn=c.longest is not None,
+        use_dynamic_ntk=c.dialect.longest is not None,
+        use_logn_attn=c.dialect.longest is not None,
         max_position_embeddings=c.max_position_embeddings,
         **_FIXED,
         **write_fields(c, _FIELDS),

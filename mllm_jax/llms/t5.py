@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +12,7 @@ from flax import struct
 
 from mllm_jax.checkpoints.architectures import kind_of
 from mllm_jax.checkpoints.config_json import Fields, read_fields, write_activation, write_fields
+from mllm_jax.checkpoints.fields import change_fields, make_config
 from mllm_jax.checkpoints.options import ACTIVATIONS, Options
 from mllm_jax.checkpoints.table import OUT_OF_HEADS, Family, Table, Weight, into_heads, linear, norm
 from mllm_jax.errors import DataError
@@ -29,18 +30,34 @@ from mllm_jax.sharding.logical import constrain
 
 
 @dataclass(frozen=True)
-class T5Config(WithCompute):
-    """Sizes and switches of an encoder-decoder.
+class T5Dialect:
+    """Differences between the versions of T5; the defaults are T5 1.0's.
 
     Attributes:
-        head_dim: free of hidden_size / num_heads.
-        num_layers, num_decoder_layers: of the encoder and of the decoder.
+        gated: with activation, False and "relu" are T5 1.0; True and "gelu_tanh" T5 1.1 and Flan-T5; BLIP-2 runs
+            Flan-T5 with the exact "gelu".
         num_buckets, max_distance: of the relative position bias.
-        gated, activation: False and "relu" are T5 1.0; True and "gelu_tanh" T5 1.1 and Flan-T5; BLIP-2 runs Flan-T5
-            with the exact "gelu".
-        tie_word_embeddings: the head is the embedding's transpose; otherwise it has weights of its own.
         scale_outputs: a tied head reads outputs scaled by hidden_size**-0.5 (T5 1.0). False is what transformers 5
             saves of a fresh model that asked for an untied head. An untied head never reads scaled ones.
+        family: the Hugging Face architecture that it is written as.
+    """
+
+    gated: bool = False
+    num_buckets: int = 32
+    max_distance: int = 128
+    norm_eps: float = 1e-6
+    scale_outputs: bool = True
+    family: str = "T5ForConditionalGeneration"
+
+
+@dataclass(frozen=True)
+class T5Config(WithCompute):
+    """Sizes of an encoder-decoder; what only reproduces a version of T5 is in its dialect.
+
+    Attributes:
+        head_dim: need not be hidden_size / num_heads.
+        num_layers, num_decoder_layers: of the encoder and of the decoder.
+        tie_word_embeddings: the head is the embedding's transpose; otherwise it has weights of its own.
         decoder_start_token_id: what generation gives the decoder first.
         eos_token_id: each of them ends a text.
     """
@@ -52,23 +69,23 @@ class T5Config(WithCompute):
     num_layers: int = 6
     num_decoder_layers: int = 6
     num_heads: int = 8
-    num_buckets: int = 32
-    max_distance: int = 128
     activation: str = "relu"
-    gated: bool = False
-    norm_eps: float = 1e-6
     tie_word_embeddings: bool = True
-    scale_outputs: bool = True
     bos_token_id: int | None = None
     eos_token_id: tuple[int, ...] = (1,)
     pad_token_id: int | None = 0
     decoder_start_token_id: int = 0
-    family: str = "T5ForConditionalGeneration"
+    dialect: T5Dialect = T5Dialect()
 
     def __post_init__(self):
         Requirements("T5", self).one_of("activation", sorted(set(ACTIVATIONS.values())))
-        for buckets in (self.num_buckets // 2, self.num_buckets):  # of the encoder and of the decoder
-            bucket_of_distance(buckets, self.max_distance)
+        for buckets in (self.dialect.num_buckets // 2, self.dialect.num_buckets):  # of the encoder and of the decoder
+            bucket_of_distance(buckets, self.dialect.max_distance)
+
+    @property
+    def family(self) -> str:
+        """The architecture that it is written as."""
+        return self.dialect.family
 
     encoder_decoder = True  # see `mllm_jax.llms.protocol`
 
@@ -115,11 +132,16 @@ class _Stack(nn.Module):
         c = self.config
         # The first layer holds the bias's table and the others share it: it is computed once, outside the scan.
         bias = RelativeBias(
-            c.num_heads, c.num_buckets, c.max_distance, bidirectional, c.hidden_size**-0.5, name="relative_bias"
+            c.num_heads,
+            c.dialect.num_buckets,
+            c.dialect.max_distance,
+            bidirectional,
+            c.hidden_size**-0.5,
+            name="relative_bias",
         )
         stack = dict(num_layers=num_layers, remat=c.remat, unroll=c.scan_unroll, num_broadcast=num_broadcast)
         layers = scan_layers(block, **stack)(c, name="layers")
-        return bias, layers, RMSNorm(c.norm_eps, jnp.dtype(c.dtype), name="final_norm")
+        return bias, layers, RMSNorm(c.dialect.norm_eps, jnp.dtype(c.dtype), name="final_norm")
 
 
 class Encoder(_Stack):
@@ -236,7 +258,7 @@ class T5(nn.Module):
             source_segments = jnp.ones(source.shape[:2], jnp.int32)
         x, cache = self.decoder(self.embed(tokens), positions, segments, source, source_segments, cache)
         tied = self.config.tie_word_embeddings
-        x = x * self.config.hidden_size**-0.5 if tied and self.config.scale_outputs else x
+        x = x * self.config.hidden_size**-0.5 if tied and self.config.dialect.scale_outputs else x
         if not project:
             return head_inputs(x, self.token_embedding, None if tied else self.lm_head)
         logits = self.token_embedding.attend(x) if tied else self.lm_head(x)
@@ -289,9 +311,9 @@ _FIELDS: Fields = {
     "mlp_size": ("d_ff", "size", T5Config.mlp_size),
     "num_layers": ("num_layers", "size", T5Config.num_layers),
     "num_heads": ("num_heads", "size", T5Config.num_heads),
-    "num_buckets": ("relative_attention_num_buckets", "size", T5Config.num_buckets),
-    "max_distance": ("relative_attention_max_distance", "size", T5Config.max_distance, MOST_DISTANCE),
-    "norm_eps": ("layer_norm_epsilon", "number", T5Config.norm_eps, 0.0),
+    "num_buckets": ("relative_attention_num_buckets", "size", T5Dialect.num_buckets),
+    "max_distance": ("relative_attention_max_distance", "size", T5Dialect.max_distance, MOST_DISTANCE),
+    "norm_eps": ("layer_norm_epsilon", "number", T5Dialect.norm_eps, 0.0),
     "bos_token_id": ("bos_token_id", "id"),
     "eos_token_id": ("eos_token_id", "ids", (1,)),
     "pad_token_id": ("pad_token_id", "id", 0),
@@ -315,7 +337,8 @@ def from_hf_config(values: dict) -> T5Config:
     read = read_fields(option, _FIELDS)
     # transformers 5 writes tie_word_embeddings=True into every config and keeps the real answer in the other option.
     tied = option.flag("tie_word_embeddings", True)
-    config = T5Config(
+    config = make_config(
+        T5Config,
         **read,
         num_decoder_layers=option.size("num_decoder_layers", read["num_layers"]),
         activation=ACTIVATIONS[name],
@@ -329,18 +352,18 @@ def from_hf_config(values: dict) -> T5Config:
 
 def to_hf_config(config: T5Config) -> dict:
     """config.json for `T5ForConditionalGeneration`."""
-    c = config
+    c, dialect = config, config.dialect
     activation = "gelu_new" if c.activation == "gelu_tanh" else write_activation(c.activation)
-    projection = "gelu" if c.gated and activation == "gelu_new" else activation  # "gated-gelu" means gelu_new
+    projection = "gelu" if dialect.gated and activation == "gelu_new" else activation  # "gated-gelu" means gelu_new
     return dict(
         **kind_of(c.family),
         is_encoder_decoder=True,
         num_decoder_layers=c.num_decoder_layers,
-        feed_forward_proj=f"gated-{projection}" if c.gated else projection,
+        feed_forward_proj=f"gated-{projection}" if dialect.gated else projection,
         dense_act_fn=activation,
-        is_gated_act=c.gated,
+        is_gated_act=dialect.gated,
         tie_word_embeddings=c.tie_word_embeddings,
-        scale_decoder_outputs=c.tie_word_embeddings and c.scale_outputs,
+        scale_decoder_outputs=c.tie_word_embeddings and dialect.scale_outputs,
         decoder_start_token_id=c.decoder_start_token_id,
         **write_fields(c, _FIELDS),
     )
@@ -350,7 +373,7 @@ def settle(config: T5Config, stored: Collection[str]) -> T5Config:
     """What config.json leaves open: outputs that are not scaled go with a head of its own only where one is stored."""
     if config.tie_word_embeddings or any(name.endswith("lm_head.weight") for name in stored):
         return config
-    return replace(config, tie_word_embeddings=True, scale_outputs=False)
+    return change_fields(config, tie_word_embeddings=True, scale_outputs=False)
 
 
 def table(config: T5Config) -> Table:
@@ -366,7 +389,7 @@ def table(config: T5Config) -> Table:
             weights += linear(f"{stored}.o", f"{ours}/out", OUT_OF_HEADS, heads, bias=False)
             weights += norm(f"{block}.{i}.layer_norm", f"{ours}_norm", bias=False)
         mlp = f"{block}.{len(sublayers)}"
-        wide = {"wi_0": "gate", "wi_1": "up", "wo": "down"} if c.gated else {"wi": "up", "wo": "down"}
+        wide = {"wi_0": "gate", "wi_1": "up", "wo": "down"} if c.dialect.gated else {"wi": "up", "wo": "down"}
         for name, place in wide.items():
             weights += linear(f"{mlp}.DenseReluDense.{name}", f"{path}/mlp/{place}", bias=False)
         weights += norm(f"{mlp}.layer_norm", f"{path}/mlp_norm", bias=False)

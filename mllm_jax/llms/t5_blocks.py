@@ -52,11 +52,11 @@ class EncoderBlock(nn.Module):
     def __call__(self, x, _, segments, bias):
         c = self.config
         dtype = jnp.dtype(c.dtype)
-        h = RMSNorm(c.norm_eps, dtype, name="attention_norm")(x)
+        h = RMSNorm(c.dialect.norm_eps, dtype, name="attention_norm")(x)
         own = T5Attention(c, name="attention")
         x = x + own(h, own.keys_values(h), q_segments=segments, k_segments=segments, bias=bias)
-        h = RMSNorm(c.norm_eps, dtype, name="mlp_norm")(x)
-        x = x + MLP(c.mlp_size, c.activation, c.gated, use_bias=False, dtype=dtype, name="mlp")(h)
+        h = RMSNorm(c.dialect.norm_eps, dtype, name="mlp_norm")(x)
+        x = x + MLP(c.mlp_size, c.activation, c.dialect.gated, use_bias=False, dtype=dtype, name="mlp")(h)
         return constrain(x, "batch", "seq", None), None
 
 
@@ -82,16 +82,16 @@ class DecoderBlock(nn.Module):
         own, cross = T5Attention(c, name="attention"), T5Attention(c, name="cross_attention")
         if x is None:
             return None, cross.keys_values(source)
-        h = RMSNorm(c.norm_eps, dtype, name="attention_norm")(x)
+        h = RMSNorm(c.dialect.norm_eps, dtype, name="attention_norm")(x)
         k, v = own.keys_values(h)
         k_segments, index, written = segments, None, None
         if layer_cache is not None:
             k_segments, index = place
             k, v = written = write_at(layer_cache[0], k, index), write_at(layer_cache[1], v, index)
         x = x + own(h, (k, v), mask="causal", q_segments=segments, k_segments=k_segments, q_index=index, bias=bias)
-        h = RMSNorm(c.norm_eps, dtype, name="cross_attention_norm")(x)
+        h = RMSNorm(c.dialect.norm_eps, dtype, name="cross_attention_norm")(x)
         seen = cross.keys_values(source) if layer_cache is None else layer_cache[2:]
         x = x + cross(h, seen, q_segments=segments, k_segments=source_segments)
-        h = RMSNorm(c.norm_eps, dtype, name="mlp_norm")(x)
-        x = x + MLP(c.mlp_size, c.activation, c.gated, use_bias=False, dtype=dtype, name="mlp")(h)
+        h = RMSNorm(c.dialect.norm_eps, dtype, name="mlp_norm")(x)
+        x = x + MLP(c.mlp_size, c.activation, c.dialect.gated, use_bias=False, dtype=dtype, name="mlp")(h)
         return constrain(x, "batch", "seq", None), written

@@ -66,8 +66,10 @@ class DualEncoderConfig(WithCompute):
                 )
         if self.vision is None:
             return
-        if self.pooling == "pooler" and self.vision.pooler == "none":
-            raise ConfigError("dual encoder: a vision tower that pools nothing", "a pooled vector", "set its pooler")
+        if self.pooling == "pooler" and self.vision.dialect.pooler == "none":
+            raise ConfigError(
+                "dual encoder: a vision encoder that pools nothing", "a pooled vector", "set vision.dialect.pooler"
+            )
         if self.projection_size is None and self.image_vector_size != self.text.output_size:
             raise ConfigError(
                 f"dual encoder: pictures of {self.image_vector_size} and texts of {self.text.output_size} dimensions",
@@ -81,7 +83,7 @@ class DualEncoderConfig(WithCompute):
         v = self.vision
         if self.pooling == "patches":
             return (v.grid**2 + int(v.class_token)) * (v.hidden_size if v.regions is None else v.region_size)
-        return v.head_size or (v.hidden_size if v.regions is None else v.region_size)
+        return v.dialect.head_size or (v.hidden_size if v.regions is None else v.region_size)
 
     @property
     def media_tokens(self) -> int:

@@ -13,6 +13,7 @@ import numpy as np
 
 from mllm_jax.checkpoints.architectures import architecture, kind_of
 from mllm_jax.checkpoints.config_json import check_written, stored_fields, write_activation
+from mllm_jax.checkpoints.fields import change_fields
 from mllm_jax.checkpoints.options import Options, named_as
 from mllm_jax.checkpoints.table import Table, families, linear, nested, norm
 from mllm_jax.data.chat import ChatTokenizer
@@ -241,7 +242,7 @@ def _read_tower(values: dict, family: str, what: str) -> ViTConfig:
 
 def _tower(c: InternVLConfig) -> ViTConfig:
     """The tower as the family's own folders have it, so that one family's model can be written as the other's."""
-    return replace(
+    return change_fields(
         c.image.encoder, family=_TOWERS[c.family].architectures[0], pooler="none" if c.family == HUB else "token"
     )
 

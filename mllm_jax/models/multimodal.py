@@ -13,6 +13,7 @@ from flax import linen as nn
 from flax import struct
 from flax.core import FrozenDict
 
+from mllm_jax.checkpoints.fields import field_value
 from mllm_jax.data.batch import ArraySpec, BatchSpec, target_spec, text_spec
 from mllm_jax.encoders.vit import select_layers
 from mllm_jax.errors import ConfigError
@@ -159,7 +160,7 @@ class MultimodalConfig(WithCompute):
     @property
     def position_axes(self) -> int:
         """Numbers of a position: 3 for M-RoPE."""
-        return 3 if getattr(self.llm, "mrope_sections", ()) else 1
+        return 3 if field_value(self.llm, "mrope_sections") else 1
 
     @property
     def instruction_length(self) -> int:

@@ -10,6 +10,7 @@ import numpy as np
 
 from mllm_jax.checkpoints.architectures import architecture, model_type
 from mllm_jax.checkpoints.config_json import check_written, stored_fields
+from mllm_jax.checkpoints.fields import change_fields
 from mllm_jax.checkpoints.options import Options
 from mllm_jax.checkpoints.table import Table, families, nested
 from mllm_jax.data.image_processors import ImageProcessor, read_image_processor
@@ -111,7 +112,7 @@ class PatchLayout(Layout):
 
     def positions(self, row: Row, media: Sequence[Media]) -> np.ndarray:
         tower = self.config.image.encoder
-        return mrope_positions(row, media, tower.merge_size, tower.tokens_per_second)
+        return mrope_positions(row, media, tower.merge_size, tower.dialect.tokens_per_second)
 
 
 def layout(config: QwenVLConfig, folder: Path) -> PatchLayout:
@@ -191,15 +192,15 @@ def _read_llm(family: str, text: dict, what: str) -> DecoderConfig:
     left = _DEFAULTS[family] | left | dict(model_type=_LLMS[family], rope_parameters=rope)
     left.pop("rope_theta", None)
     read = qwen.from_hf_config({name: value for name, value in left.items() if name != "use_mrope"})
-    return replace(read, mrope_sections=sections, mrope_interleaved=family == QWEN3)
+    return change_fields(read, mrope_sections=sections, mrope_interleaved=family == QWEN3)
 
 
 def to_hf_config(config: QwenVLConfig) -> dict:
     """The inverse; refuses switches that the family does not have."""
     llm, kind = config.llm, model_type(config.family)
-    text = qwen.to_hf_config(replace(llm, mrope_sections=(), mrope_interleaved=False))
+    text = qwen.to_hf_config(change_fields(llm, mrope_sections=(), mrope_interleaved=False))
     rope = dict(text.pop("rope_scaling") or {"rope_type": "default"})
-    rope |= dict(rope_theta=text.pop("rope_theta"), mrope_section=list(llm.mrope_sections))
+    rope |= dict(rope_theta=text.pop("rope_theta"), mrope_section=list(llm.dialect.mrope_sections))
     vision = qwen_vit.to_hf_config(config.image.encoder)
     for part in (text, vision):
         part.pop("architectures")

@@ -28,7 +28,7 @@ from mllm_jax.errors import ConfigError
 from mllm_jax.layers.compute import WithCompute, within
 from mllm_jax.llms import qwen_v1
 from mllm_jax.models.multimodal import Branch, MultimodalConfig
-from mllm_jax.projectors.resampler import ResamplerConfig
+from mllm_jax.projectors.resampler import ResamplerConfig, ResamplerDialect
 
 # Qwen-VL's repository has no class for the tower alone, and its folders no architecture of their own: these are ours.
 TOWER, WHOLE = "QWenVisionTransformer", "QWenVL"
@@ -88,7 +88,9 @@ def read_tower(values: Mapping) -> QwenVLTowerConfig:
     options = Options(Options(values, _WHAT).part("visual", {}) or values, f"the visual part of {_WHAT}")
     encoder = qwen_vit_v1.read_sizes(options)
     projector = ResamplerConfig(
-        output_size=options.size("output_dim"), num_queries=options.size("n_queries", 256), norm_eps=NORM_EPS
+        output_size=options.size("output_dim"),
+        num_queries=options.size("n_queries", 256),
+        dialect=ResamplerDialect(norm_eps=NORM_EPS),
     )
     options.skip("image_start_id")  # where the LLM's text has a picture
     options.done()

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AbstractMesh
 
+from mllm_jax.checkpoints.fields import field_value
 from mllm_jax.layers.compute import WithCompute
 from mllm_jax.planning.compile import abstract_step
 from mllm_jax.planning.hlo import Account, Collective, ring_bytes
@@ -84,7 +85,7 @@ def least_bytes(experiment: Experiment, index: int) -> int:
     positions = rows * stage.data.length // sizes["context"]
     width = llm.hidden_size
     if llm.remat != "full":
-        width += (1 + getattr(llm, "gated", False)) * getattr(llm, "mlp_size", 0) // sizes["tensor"]
+        width += (1 + field_value(llm, "gated", False)) * getattr(llm, "mlp_size", 0) // sizes["tensor"]
     return state + positions * llm.num_layers * width * jnp.dtype(llm.dtype).itemsize
 
 

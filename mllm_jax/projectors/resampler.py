@@ -29,24 +29,42 @@ POSITIONS = ("sincos", "none")
 
 
 @dataclass(frozen=True)
-class ResamplerConfig(WithCompute):
-    """Sizes and switches of a resampler.
+class ResamplerDialect:
+    """Details that make a resampler one of a family; the defaults are Qwen-VL's.
 
     Attributes:
-        output_size: None: the LLM's hidden size.
-        hidden_size: None is output_size; features of another width are mapped to it first, without a bias.
-        num_queries: media tokens of a picture; a square number with "sincos" positions.
-        num_kv_heads: None is num_heads, which is hidden_size / head_dim unless it is given.
         positions: "sincos" adds fixed 2-D positions to queries and keys, not to values; "none" adds nothing.
-        attends_itself: the queries stand behind the features among the keys and values (Flamingo).
-        residual: what attention finds is added to the queries, instead of taking their place.
-        mlp_size: None, or the width of a pre-norm MLP behind each attention; it is always added.
-        gated, activation: of that MLP; True and "silu" are SwiGLU.
+        attends_itself: the queries follow the features among the keys and values (Flamingo).
+        gated: of the MLP; True and activation "silu" are SwiGLU.
         bias: of the attention's maps; the MLP has none.
         qk_norm: a LayerNorm of each head's queries and keys.
         norm: "layer" or "rms".
         output_map: a norm and a linear map without bias lead out; without it a norm does, and hidden_size is
             output_size.
+    """
+
+    positions: str = "sincos"
+    attends_itself: bool = False
+    gated: bool = False
+    bias: bool = True
+    qk_norm: bool = False
+    norm: str = "layer"
+    norm_eps: float = 1e-6
+    output_map: bool = True
+
+
+@dataclass(frozen=True)
+class ResamplerConfig(WithCompute):
+    """Sizes of a resampler; what only reproduces a family is in its dialect.
+
+    Attributes:
+        output_size: None: the LLM's hidden size.
+        hidden_size: None is output_size; features of another width are mapped to it first, without a bias.
+        num_queries: media tokens of an image; a square number with "sincos" positions.
+        num_kv_heads: None is num_heads, which is hidden_size / head_dim unless it is given.
+        mlp_size: None, or the width of a pre-norm MLP after each attention; it is always added.
+        activation: of that MLP.
+        residual: what attention finds is added to the queries, instead of taking their place.
     """
 
     output_size: int | None = None
@@ -56,22 +74,15 @@ class ResamplerConfig(WithCompute):
     num_heads: int | None = None
     num_kv_heads: int | None = None
     head_dim: int = 128
-    positions: str = "sincos"
-    attends_itself: bool = False
-    residual: bool = False
     mlp_size: int | None = None
-    gated: bool = False
     activation: str = "relu"
-    bias: bool = True
-    qk_norm: bool = False
-    norm: str = "layer"
-    norm_eps: float = 1e-6
-    output_map: bool = True
+    residual: bool = False
+    dialect: ResamplerDialect = ResamplerDialect()
 
     def __post_init__(self):
         require = Requirements("resampler", self)
-        require.one_of("positions", POSITIONS)
-        require.one_of("norm", ("layer", "rms"))
+        require.one_of("dialect.positions", POSITIONS)
+        require.one_of("dialect.norm", ("layer", "rms"))
         require.one_of("activation", ACTIVATIONS)
         require(
             self.num_queries > 0 and self.num_layers > 0,
@@ -80,11 +91,11 @@ class ResamplerConfig(WithCompute):
             "change num_queries or num_layers",
         )
         require(
-            self.positions == "none"
+            self.dialect.positions == "none"
             or (self.num_queries == math.isqrt(self.num_queries) ** 2 and (self.width is None or self.width % 4 == 0)),
             f"sincos positions of {self.num_queries} queries of width {self.width}",
             "a square number, for they form a grid, and a width that is a multiple of 4",
-            "change num_queries, hidden_size or positions",
+            "change num_queries, hidden_size or dialect.positions",
         )
         if self.width is None:  # the LLM's, whose heads are checked where it is known
             return
@@ -96,9 +107,9 @@ class ResamplerConfig(WithCompute):
         )
         require.kv_heads(self.heads, self.kv_heads)
         require(
-            self.output_map or self.width == self.output_size,
+            self.dialect.output_map or self.width == self.output_size,
             f"hidden_size {self.width} and output_size {self.output_size} without a map between them",
-            "output_map, or equal sizes",
+            "dialect.output_map, or equal sizes",
             "change one of them",
         )
 
@@ -122,7 +133,7 @@ class ResamplerConfig(WithCompute):
     @property
     def needs_grid(self) -> bool:
         """Whether what comes in must be a square of patches and nothing besides."""
-        return self.positions == "sincos"
+        return self.dialect.positions == "sincos"
 
     def num_tokens(self, grid: int) -> int:
         """Media tokens of a picture of grid x grid patches: as many as there are queries."""
@@ -142,7 +153,7 @@ def sincos_positions(side: int, width: int) -> np.ndarray:
 
 
 def _norm(c: ResamplerConfig, name: str) -> nn.Module:
-    return (RMSNorm if c.norm == "rms" else LayerNorm)(c.norm_eps, jnp.dtype(c.dtype), name=name)
+    return (RMSNorm if c.dialect.norm == "rms" else LayerNorm)(c.dialect.norm_eps, jnp.dtype(c.dtype), name=name)
 
 
 class ResamplerLayer(nn.Module):
@@ -153,25 +164,25 @@ class ResamplerLayer(nn.Module):
     @nn.compact
     def __call__(self, queries, _, features, query_places, key_places):
         """queries [B, Q, E], features [B, P, E]; positions of both [Q, E], [P, E] or None -> [B, Q, E]"""
-        c = self.config
+        c, dialect = self.config, self.config.dialect
         dtype = jnp.dtype(c.dtype)
         x, found = _norm(c, "query_norm")(queries), _norm(c, "kv_norm")(features)
         q = x if query_places is None else x + query_places.astype(dtype)
         keys = found if key_places is None else found + key_places.astype(dtype)
-        if c.attends_itself:
+        if dialect.attends_itself:
             keys, found = jnp.concatenate([keys, q], axis=1), jnp.concatenate([found, x], axis=1)
         kv_names = ("embed", "kv_heads", "head_dim")
-        common = dict(use_bias=c.bias, dtype=dtype)
+        common = dict(use_bias=dialect.bias, dtype=dtype)
         q = Linear((c.heads, c.head_dim), ("embed", "heads", "head_dim"), **common, name="q")(q)
         k = Linear((c.kv_heads, c.head_dim), kv_names, **common, name="k")(keys)
         v = Linear((c.kv_heads, c.head_dim), kv_names, **common, name="v")(found)
-        if c.qk_norm:
-            q = LayerNorm(c.norm_eps, dtype, axis="head_dim", name="q_norm")(q)
-            k = LayerNorm(c.norm_eps, dtype, axis="head_dim", name="k_norm")(k)
+        if dialect.qk_norm:
+            q = LayerNorm(dialect.norm_eps, dtype, axis="head_dim", name="q_norm")(q)
+            k = LayerNorm(dialect.norm_eps, dtype, axis="head_dim", name="k_norm")(k)
         y = Linear((c.width,), ("heads", "head_dim", "embed"), in_ndim=2, **common, name="out")(attention(q, k, v))
         queries = queries + y if c.residual else y
         if c.mlp_size is not None:
-            mlp = MLP(c.mlp_size, c.activation, c.gated, use_bias=False, dtype=dtype, name="mlp")
+            mlp = MLP(c.mlp_size, c.activation, dialect.gated, use_bias=False, dtype=dtype, name="mlp")
             queries = queries + mlp(_norm(c, "mlp_norm")(queries))
         return constrain(queries, "batch", "queries", None), None
 
@@ -194,7 +205,7 @@ class Resampler(nn.Module):
         init = nn.with_logical_partitioning(nn.initializers.normal(0.02), names)
         queries = self.param("query", init, shape, jnp.float32).astype(dtype)
         query_places = key_places = None
-        if c.positions == "sincos":
+        if c.dialect.positions == "sincos":
             query_places, key_places = self._places(features.shape[1], shape, names)
         x = features
         if x.shape[-1] != c.width:
@@ -203,7 +214,9 @@ class Resampler(nn.Module):
         y = jnp.broadcast_to(queries, (x.shape[0], *shape))
         y, _ = layers(c, name="layers")(y, None, x.astype(dtype), query_places, key_places)
         y = _norm(c, "output_norm")(y)
-        return Linear((c.output_size,), ("channels", "embed"), dtype=dtype, name="projection")(y) if c.output_map else y
+        if not c.dialect.output_map:
+            return y
+        return Linear((c.output_size,), ("channels", "embed"), dtype=dtype, name="projection")(y)
 
     def _places(self, patches: int, shape, names) -> tuple[jax.Array, jax.Array]:
         """The positions of queries and of patches, which are the queries' stretched to their grid."""

@@ -166,7 +166,7 @@ class StageRunner:
     @property
     def peak(self) -> float | None:
         """FLOP/s of a device, where one figure is known."""
-        return peak_flops(self.mesh.devices.flat[0].device_kind, self.experiment.model.dtype)
+        return peak_flops(self.mesh.devices.flat[0].device_kind, self.config.dtype)
 
     def prepare(self, params: dict) -> Prepared:
         """Measures the data, and builds the stage's program."""

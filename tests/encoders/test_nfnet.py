@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from mllm_jax.encoders.nfnet import NFNetConfig, _convolve, nfnet
+from mllm_jax.checkpoints.fields import change_fields
+from mllm_jax.encoders.nfnet import NFNetConfig, NFNetDialect, _convolve, nfnet
 from mllm_jax.encoders.nfnet_timm import FAMILIES, from_hf_config, table, to_hf_config
 from mllm_jax.errors import ConfigError
 from mllm_jax.layers.compute import Compute
@@ -18,8 +19,8 @@ from mllm_jax.models.registry import abstract_params
 from mllm_jax.sharding.mesh import MeshConfig, make_mesh, param_shardings
 
 TINY = NFNetConfig(
-    depths=(1, 2), widths=(16, 24), group_sizes=(8, 4), stem_sizes=(2, 4, 8, 16), channel_divisor=4, final_size=20,
-    num_classes=5,
+    depths=(1, 2), widths=(16, 24), group_sizes=(8, 4), stem_sizes=(2, 4, 8, 16), final_size=20, num_classes=5,
+    dialect=NFNetDialect(channel_divisor=4),
 )  # fmt: skip
 PIXELS = np.random.default_rng(0).normal(size=(2, 40, 24, 3)).astype(np.float32)
 
@@ -52,7 +53,7 @@ def test_blocks_begin_as_their_shortcuts(variables):
 
 def test_variance_stays_as_expected():
     """Checks the design's variance for white noise: 1 after the shortcut of a stage, alpha^2 more a block."""
-    config = replace(TINY, depths=(4,), widths=(64,), group_sizes=(32,), stem_sizes=(8, 16, 32, 48), alpha=0.5)
+    config = change_fields(TINY, depths=(4,), widths=(64,), group_sizes=(32,), stem_sizes=(8, 16, 32, 48), alpha=0.5)
     module = config.make()
     pixels = jax.random.normal(jax.random.key(1), (4, 64, 64, 3))
     params = nn.meta.unbox(jax.jit(module.init)(jax.random.key(0), pixels))
@@ -69,7 +70,7 @@ def test_weights_keep_their_scale_whatever_is_stored(variables):
     moved = jax.tree_util.tree_map_with_path(
         lambda path, x: 3.0 * x + 0.7 if "kernel" in jax.tree_util.keystr(path) and x.ndim == 4 else x, variables
     )
-    config = replace(TINY, std_eps=1e-12, skip_init=False)
+    config = change_fields(TINY, std_eps=1e-12, skip_init=False)
     without = jax.tree.map(lambda x: x, variables)
     for tree in (without["params"], moved["params"]):
         for name in tree:
@@ -151,7 +152,7 @@ def test_what_timm_cannot_hold_is_not_written():
         dict(group_sizes=(128, 128, 64, 128)),
     ):
         with pytest.raises(ConfigError, match=f"{next(iter(change))}=.*dm_nfnet_f0"):
-            to_hf_config(replace(nfnet("F0"), **change))
+            to_hf_config(change_fields(nfnet("F0"), **change))
 
 
 def test_a_head_is_optional():

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
+from mllm_jax.checkpoints.fields import change_fields, make_config
 from mllm_jax.encoders import qwen_vit
 from mllm_jax.encoders.qwen_patches import lay_out_patches, window_numbers
-from mllm_jax.encoders.qwen_vit import QwenViTConfig, from_hf_config, to_hf_config
+from mllm_jax.encoders.qwen_vit import QwenViTConfig, QwenViTDialect, from_hf_config, to_hf_config
 from mllm_jax.encoders.qwen_vit_v1 import QwenViTV1Config
 from mllm_jax.errors import ConfigError, DataError
 from mllm_jax.layers.compute import Compute
@@ -23,21 +24,17 @@ from mllm_jax.sharding.logical import RULES
 SIZES = dict(patch_size=2, hidden_size=16, num_layers=3, num_heads=2, mlp_size=24, output_size=12)
 WINDOWED = QwenViTConfig(
     **SIZES,
-    norm="rms",
-    gated=True,
     activation="silu",
     window_size=8,
     full_layers=(1,),
-    tokens_per_second=4,
-    family="Qwen2_5_VisionTransformerPretrainedModel",
+    dialect=QwenViTDialect(
+        norm="rms", gated=True, tokens_per_second=4, family="Qwen2_5_VisionTransformerPretrainedModel"
+    ),
 )
 DEEP = QwenViTConfig(
     **SIZES,
     activation="gelu_tanh",
-    patch_bias=True,
-    num_positions=25,
-    deepstack_layers=(0, 2),
-    family="Qwen3VLVisionModel",
+    dialect=QwenViTDialect(patch_bias=True, num_positions=25, deepstack_layers=(0, 2), family="Qwen3VLVisionModel"),
 )
 V1 = QwenViTV1Config(
     image_size=12,
@@ -273,7 +270,7 @@ def test_the_first_encoder_takes_images_of_any_size():
 )
 def test_impossible_configs_are_refused(change, message):
     with pytest.raises(ConfigError, match=message):
-        QwenViTConfig(**SIZES | change)
+        make_config(QwenViTConfig, **SIZES | change)
 
 
 @pytest.mark.parametrize(
@@ -326,7 +323,7 @@ HUB = {
 def test_the_vision_part_of_a_whole_models_config():
     new = from_hf_config(dict(model_type="qwen2_5_vl", vision_config=HUB["qwen2_5_vl"], vocab_size=7, rope_scaling={}))
     assert new.family == "Qwen2_5_VisionTransformerPretrainedModel" and new.window_side == 8
-    assert (new.full_layers, new.output_size, new.tokens_per_second) == ((7, 15, 23, 31), 2048, 2)
+    assert (new.full_layers, new.output_size, new.dialect.tokens_per_second) == ((7, 15, 23, 31), 2048, 2)
     old = from_hf_config(dict(model_type="qwen2_vl", vision_config=HUB["qwen2_vl"]))
     assert (old.hidden_size, old.mlp_size, old.output_size, old.activation) == (1280, 5120, 3584, "quick_gelu")
     for config in (new, old, WINDOWED, DEEP):
@@ -363,9 +360,9 @@ def test_what_the_family_has_no_option_for_is_not_written(change):
     plain = QwenViTConfig(**SIZES | dict(mlp_size=32))
     assert from_hf_config(to_hf_config(plain)) == plain
     with pytest.raises(ConfigError, match=next(iter(change))):
-        to_hf_config(replace(plain, **change))
+        to_hf_config(change_fields(plain, **change))
     with pytest.raises(ConfigError, match="family 'Nobody'"):
-        to_hf_config(replace(plain, family="Nobody"))
+        to_hf_config(change_fields(plain, family="Nobody"))
 
 
 # tests/parity counts transformers' classes.

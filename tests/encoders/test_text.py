@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
+from mllm_jax.checkpoints.fields import change_fields
 from mllm_jax.encoders.text import TextTowerConfig
 from mllm_jax.errors import ConfigError
 
@@ -92,7 +93,7 @@ def test_without_layers_it_is_a_bag_of_words():
 @pytest.mark.parametrize("pooling", ["last", "eos", "largest"])
 def test_poolings_of_packed_texts(mask, pooling):
     """Checks that each text's vector is that of its pooled position, packed or alone."""
-    config = dataclasses.replace(CONFIG, mask=mask, pooling=pooling, eos_token_id=9, projection_size=5)
+    config = change_fields(CONFIG, mask=mask, pooling=pooling, eos_token_id=9, projection_size=5)
     module = config.make()
     ints = jnp.ones((1, 8), jnp.int32)
     params = random_params(module, ints, ints, ints)
@@ -100,7 +101,7 @@ def test_poolings_of_packed_texts(mask, pooling):
     tokens, positions = np.array([[*texts[0], *texts[1], 0]]), np.array([[*range(5), 0, 1, 0]])
     packed = module.apply(params, tokens, positions, np.array([[1] * 5 + [2, 2, 0]]), 2)
     assert packed.shape == (1, 2, 5)
-    hidden = module.clone(config=dataclasses.replace(config, projection_size=None))
+    hidden = module.clone(config=change_fields(config, projection_size=None))
     kernel = params["params"]["projection"]["kernel"]
     trunk = {"params": {k: v for k, v in params["params"].items() if k != "projection"}}
     for number, text in enumerate(texts):
@@ -120,5 +121,5 @@ def test_switches_that_are_refused():
         (dict(num_heads=5), "5 heads"),
     ):
         with pytest.raises(ConfigError, match=shown):
-            dataclasses.replace(CONFIG, **change)
+            change_fields(CONFIG, **change)
     assert dataclasses.replace(CONFIG, num_heads=5, num_layers=0), "a bag of words has no heads"

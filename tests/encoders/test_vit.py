@@ -9,6 +9,7 @@ import pytest
 from einops import rearrange
 from flax import linen as nn
 
+from mllm_jax.checkpoints.fields import make_config
 from mllm_jax.encoders.vit import VisionOutput, ViTConfig, select_layers
 from mllm_jax.errors import ConfigError
 from mllm_jax.layers.compute import Compute
@@ -77,7 +78,7 @@ def test_the_grid_is_what_comes_out(regions, side):
 @pytest.mark.parametrize("change", [dict(regions=2), dict(regions=4), dict(regions=3, class_token=True)])
 def test_impossible_regions_are_refused(change):
     with pytest.raises(ConfigError, match="regions that divide the patches, and no class token"):
-        ViTConfig(**SMALL | change)
+        make_config(ViTConfig, **SMALL | change)
 
 
 def test_bfloat16_computes_in_bfloat16_with_float32_parameters():
@@ -93,7 +94,7 @@ def test_bfloat16_computes_in_bfloat16_with_float32_parameters():
 )
 def test_impossible_sizes_are_refused(change):
     with pytest.raises(ConfigError, match="whole number of patches"):
-        ViTConfig(**SMALL | change)
+        make_config(ViTConfig, **SMALL | change)
 
 
 def test_mimetic_init_reaches_every_layer_and_changes_no_shape():
@@ -143,7 +144,7 @@ def pack(images, patch: int, class_token: bool):
 
 @pytest.mark.parametrize("tower", TOWERS)
 def test_packed_images_come_out_as_they_do_alone(tower):
-    c = ViTConfig(**SMALL | TOWERS[tower])
+    c = make_config(ViTConfig, **SMALL | TOWERS[tower])
     module, rng = c.make(), np.random.default_rng(0)
     images = [rng.normal(size=(h, w, 3)).astype(np.float32) for h, w in ((12, 12), (8, 20))]
     params = random_params(module, images[0][None])
@@ -163,7 +164,7 @@ def test_packed_images_come_out_as_they_do_alone(tower):
 
 
 def test_gradients_of_packed_images_are_finite_and_ignore_padding():
-    c = ViTConfig(**SMALL | TOWERS["rotary"])
+    c = make_config(ViTConfig, **SMALL | TOWERS["rotary"])
     module = c.make()
     image = np.random.default_rng(0).normal(size=(8, 12, 3)).astype(np.float32)
     params = random_params(module, np.zeros((1, 12, 12, 3), np.float32))
@@ -180,7 +181,9 @@ def test_gradients_of_packed_images_are_finite_and_ignore_padding():
 
 def test_every_parameter_names_its_axes():
     for switches in TOWERS.values():
-        boxed = jax.eval_shape(ViTConfig(**SMALL | switches).make().init, jax.random.key(0), jnp.zeros((1, 12, 12, 3)))
+        boxed = jax.eval_shape(
+            make_config(ViTConfig, **SMALL | switches).make().init, jax.random.key(0), jnp.zeros((1, 12, 12, 3))
+        )
         for box in jax.tree.leaves(boxed, is_leaf=lambda x: isinstance(x, nn.LogicallyPartitioned)):
             assert isinstance(box, nn.LogicallyPartitioned) and len(box.names) == box.value.ndim
             assert set(box.names) - {None} <= set(RULES)
@@ -246,14 +249,14 @@ PLACES = dict(segments=jnp.ones((1, 2), int), coordinates=jnp.zeros((1, 2, 2), i
     ],
 )
 def test_pixels_that_do_not_fit_are_refused(switches, shape, places, message):
-    module = ViTConfig(**SMALL | switches).make()
+    module = make_config(ViTConfig, **SMALL | switches).make()
     params = jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, 12, 12, 3)))
     with pytest.raises(ConfigError, match=message):
         jax.eval_shape(lambda p, x: module.apply(p, x, **places), nn.meta.unbox(params), jnp.zeros(shape))
 
 
 def test_what_fills_no_patch_is_left_out_where_asked():
-    c = ViTConfig(**SMALL | dict(image_size=14, drop_remainder=True))
+    c = make_config(ViTConfig, **SMALL | dict(image_size=14, drop_remainder=True))
     module, pixels = c.make(), np.random.default_rng(0).normal(size=(1, 15, 13, 3)).astype(np.float32)
     params = random_params(module, pixels)
     assert c.side == 3
@@ -276,4 +279,4 @@ def test_what_fills_no_patch_is_left_out_where_asked():
 )
 def test_impossible_switches_are_refused(change, message):
     with pytest.raises(ConfigError, match=message):
-        ViTConfig(**SMALL | change)
+        make_config(ViTConfig, **SMALL | change)

@@ -8,7 +8,6 @@ import shutil
 import socket
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -22,6 +21,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from toy_data import quick_compilation
 
 from mllm_jax import cli
+from mllm_jax.checkpoints.fields import change_fields
 from mllm_jax.data.image_processors import read_image_processor
 from mllm_jax.data.images import read_image
 from mllm_jax.encoders import clip_vision, siglip_vision
@@ -187,7 +187,7 @@ def test_a_model_makes_vectors_or_writes_text(folders):
         with pytest.raises(ConfigError, match="a CLIPModel, asked for text(.|\n)*`embed` makes vectors"):
             ask()
     with pytest.raises(ConfigError, match="a LlamaForCausalLM, asked for vectors(.|\n)*such as CLIP"):
-        language(replace(CONFIG, family="LlamaForCausalLM").make(), random_params()).embed("a dog")
+        language(change_fields(CONFIG, family="LlamaForCausalLM").make(), random_params()).embed("a dog")
 
 
 def test_a_text_that_is_too_long_is_refused_or_keeps_its_end(folders):

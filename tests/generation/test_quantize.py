@@ -11,13 +11,14 @@ import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 from tiny_language import CONFIG, answers, language, random_params, started
 
+from mllm_jax.checkpoints.fields import change_fields
 from mllm_jax.errors import ConfigError
 from mllm_jax.generation.options import Options
 from mllm_jax.generation.quantize import int8_linear, quantize, summary
 from mllm_jax.generation.sampling import Sampling
 from mllm_jax.layers.linear import linear_hook
 
-C = dataclasses.replace(CONFIG, qkv_bias=True)
+C = change_fields(CONFIG, qkv_bias=True)
 TOKENS = np.random.default_rng(0).integers(0, 260, (2, 20))
 
 

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from flax import linen as nn
 
-from mllm_jax.encoders.vit import ViTConfig
+from mllm_jax.encoders.vit import ViTConfig, ViTDialect
 from mllm_jax.llms.decoder import DecoderConfig
 from mllm_jax.models.branch import Branch
 from mllm_jax.models.llava import LlavaConfig
@@ -25,9 +25,12 @@ TEMPLATE = (
 )
 MODEL = LlavaConfig(
     inputs={"image": Branch(ViTConfig(
-        8, 4, 24, num_layers=2, num_heads=2, mlp_size=32, class_token=True, pre_norm=True, patch_bias=False,
-        norm_output=False, norm_pooled=True, pooler="token", activation="quick_gelu", family="CLIPVisionModel",
-        norm_eps=1e-5, image_mean=(0.48145466, 0.4578275, 0.40821073), image_std=(0.26862954, 0.26130258, 0.27577711),
+        8, 4, 24, num_layers=2, num_heads=2, mlp_size=32, class_token=True, activation="quick_gelu",
+        image_mean=(0.48145466, 0.4578275, 0.40821073), image_std=(0.26862954, 0.26130258, 0.27577711),
+        dialect=ViTDialect(
+            pre_norm=True, patch_bias=False, norm_output=False, norm_pooled=True, norm_eps=1e-5, pooler="token",
+            family="CLIPVisionModel",
+        ),
     ), MLPProjectorConfig(32), Connection(layers=(-2,)))},
     llm=DecoderConfig(
         vocab_size=len(WORDS), hidden_size=32, num_layers=2, num_heads=4, num_kv_heads=2, mlp_size=48,

@@ -12,6 +12,7 @@ import jax
 import numpy as np
 import pytest
 
+from mllm_jax.checkpoints.fields import field_value, field_values
 from mllm_jax.data.chat import ChatTokenizer
 from mllm_jax.data.image_processors import read_image_processor
 from mllm_jax.errors import ConfigError, DataError
@@ -133,8 +134,8 @@ def test_config_json_opens_with_the_sizes_that_it_states(name, write):
     compared = 0
     for part, options in parts(ours, theirs):
         for field, value in stated(options, theirs.get("architectures", [""])[0]).items():
-            if hasattr(part, field):
-                found = getattr(part, field)
+            if hasattr(part, field) or field in field_values(part):
+                found = field_value(part, field)
                 if found is None and field == "head_dim":
                     found = part.hidden_size // part.num_heads
                 if found is None and "qformer" in options.get("model_type", "") and field == "vocab_size":

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
 
+from mllm_jax.checkpoints.fields import change_fields, make_config
 from mllm_jax.errors import ConfigError
 from mllm_jax.layers.compute import Compute
 from mllm_jax.layers.rotary import RopeScaling
-from mllm_jax.llms.decoder import DecoderConfig
+from mllm_jax.llms.decoder import DecoderConfig, DecoderDialect
 
 CONFIG = DecoderConfig(
     vocab_size=37, hidden_size=20, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=6, mlp_size=24, qk_norm=True
@@ -128,7 +127,12 @@ def test_chosen_logits_are_those_of_their_places(decoder):
 def test_learned_positions_end_with_their_table():
     """Checks that a token beyond the table gives NaN, which stops a run; padding may have such positions."""
     c = DecoderConfig(
-        vocab_size=37, hidden_size=16, num_layers=1, mlp_size=24, positions="learned", max_position_embeddings=6
+        vocab_size=37,
+        hidden_size=16,
+        num_layers=1,
+        mlp_size=24,
+        dialect=DecoderDialect(positions="learned"),
+        max_position_embeddings=6,
     )
     tokens = jnp.ones((1, 8), jnp.int32)
     params = random_params(c.make(), tokens[:, :6])
@@ -146,8 +150,7 @@ def test_dynamic_frequencies_depend_only_on_the_own_text():
         hidden_size=16,
         num_layers=1,
         mlp_size=24,
-        rope_theta=20.0,
-        rope_scaling=RopeScaling("dynamic", 9.0, 4),
+        dialect=DecoderDialect(rope_theta=20.0, rope_scaling=RopeScaling("dynamic", 9.0, 4)),
     )
     tokens = np.random.default_rng(0).integers(0, 37, (1, 12))
     params = random_params(c.make(), tokens)
@@ -175,7 +178,7 @@ def test_every_parameter_has_logical_names():
     """Checks a model with all options that add parameters."""
     switches = dict(qkv_bias=True, out_bias=True, mlp_bias=True, qk_norm=True, tie_word_embeddings=False)
     switches |= dict(norm="layer", positions="learned", embedding_size=8)
-    c = DecoderConfig(vocab_size=37, hidden_size=16, num_layers=2, mlp_size=24, **switches)
+    c = make_config(DecoderConfig, vocab_size=37, hidden_size=16, num_layers=2, mlp_size=24, **switches)
     boxed = jax.eval_shape(c.make().init, jax.random.key(0), jnp.zeros((1, 4), jnp.int32))["params"]
     leaves = jax.tree.leaves_with_path(boxed, is_leaf=lambda x: isinstance(x, nn.LogicallyPartitioned))
     assert len(leaves) == 27
@@ -210,18 +213,24 @@ def test_each_layer_starts_mimetic_with_numbers_of_its_own():
         (dict(norm_affine=False), "RMSNorm without scale"),
         (dict(layer_types=("full_attention",)), "layer_types.*for 4 layers"),
         (dict(layer_types=("linear_attention",) * 4), "full_attention, sliding_attention"),
-        (dict(layer_types=("sliding_attention",) * 4), "no sliding_window"),
+        (dict(layer_types=("sliding_attention",) * 4), "no dialect.sliding_window"),
     ],
 )
 def test_impossible_sizes_are_refused(change, message):
     with pytest.raises(ConfigError, match=f"(?s){message}"):
-        DecoderConfig(**dict(vocab_size=37, hidden_size=16, num_heads=4, num_kv_heads=2) | change)
+        make_config(DecoderConfig, **dict(vocab_size=37, hidden_size=16, num_heads=4, num_kv_heads=2) | change)
 
 
 # ---- three-part positions, and vectors that media add to the first layers
 
 MROPE = DecoderConfig(
-    vocab_size=37, hidden_size=16, num_layers=3, num_heads=2, num_kv_heads=1, mlp_size=24, mrope_sections=(2, 1, 1)
+    vocab_size=37,
+    hidden_size=16,
+    num_layers=3,
+    num_heads=2,
+    num_kv_heads=1,
+    mlp_size=24,
+    dialect=DecoderDialect(mrope_sections=(2, 1, 1)),
 )
 
 
@@ -271,7 +280,7 @@ def test_deepstack_adds_after_the_first_layers(mrope):
     found = full(tokens, embeddings=x, deepstack=tuple(more))
     assert np.abs(found - full(tokens, embeddings=x)).max() > 1e-3
 
-    one = dataclasses.replace(MROPE, num_layers=1, final_norm=False, tie_word_embeddings=False, vocab_size=16).make()
+    one = change_fields(MROPE, num_layers=1, final_norm=False, tie_word_embeddings=False, vocab_size=16).make()
     identity = {"kernel": np.eye(16, dtype=np.float32)}
 
     def layer(i, h):
@@ -283,7 +292,7 @@ def test_deepstack_adds_after_the_first_layers(mrope):
     for i in range(3):
         h = layer(i, h) + (more[i] if i < 2 else 0)
     scale = params["params"]["final_norm"]["scale"]
-    normed = h / np.sqrt(np.square(h).mean(axis=-1, keepdims=True) + MROPE.norm_eps) * scale
+    normed = h / np.sqrt(np.square(h).mean(axis=-1, keepdims=True) + MROPE.dialect.norm_eps) * scale
     wanted = normed @ params["params"]["token_embedding"]["embedding"].T
     np.testing.assert_allclose(found, wanted, atol=2e-4 * np.abs(wanted).max())
 
@@ -298,4 +307,4 @@ def test_deepstack_adds_after_the_first_layers(mrope):
 )
 def test_sections_that_do_not_fit_are_refused(change, message):
     with pytest.raises(ConfigError, match=message):
-        dataclasses.replace(MROPE, **change)
+        change_fields(MROPE, **change)

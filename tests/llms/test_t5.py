@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
+from mllm_jax.checkpoints.fields import change_fields
 from mllm_jax.errors import ConfigError, DataError
 from mllm_jax.layers.compute import Compute
-from mllm_jax.llms.t5 import T5Config, from_hf_config, sample, table, to_hf_config
+from mllm_jax.llms.t5 import T5Config, T5Dialect, from_hf_config, sample, table, to_hf_config
 
 CONFIG = T5Config(
     vocab_size=37,
@@ -22,10 +23,8 @@ CONFIG = T5Config(
     num_layers=2,
     num_decoder_layers=3,
     num_heads=2,
-    num_buckets=8,
-    max_distance=10,
     activation="gelu_tanh",
-    gated=True,
+    dialect=T5Dialect(num_buckets=8, max_distance=10, gated=True),
 )
 LENGTHS = np.array([7, 4])  # of the sources
 
@@ -185,12 +184,12 @@ FLAN = dict(
 
 def test_a_config_of_the_hub():
     c = from_hf_config(FLAN)
-    assert (c.activation, c.gated, c.tie_word_embeddings) == ("gelu_tanh", True, False)
+    assert (c.activation, c.dialect.gated, c.tie_word_embeddings) == ("gelu_tanh", True, False)
     assert (c.num_layers, c.num_heads, c.head_dim, c.mlp_size) == (8, 6, 64, 1024)
     assert from_hf_config(FLAN | {"dense_act_fn": "gelu"}).activation == "gelu", "BLIP-2 overrides it so"
     first = {k: v for k, v in FLAN.items() if k not in ("feed_forward_proj", "tie_word_embeddings")}
     c = from_hf_config(first | {"num_decoder_layers": None})
-    assert (c.activation, c.gated, c.tie_word_embeddings, c.num_decoder_layers) == ("relu", False, True, 8)
+    assert (c.activation, c.dialect.gated, c.tie_word_embeddings, c.num_decoder_layers) == ("relu", False, True, 8)
     # transformers 5 writes this for an untied head.
     assert not from_hf_config(FLAN | {"tie_word_embeddings": True, "scale_decoder_outputs": False}).tie_word_embeddings
 
@@ -198,7 +197,7 @@ def test_a_config_of_the_hub():
 @pytest.mark.parametrize("activation", ["relu", "gelu", "gelu_tanh", "silu", "quick_gelu"])
 @pytest.mark.parametrize("gated", [False, True])
 def test_config_both_ways(activation, gated):
-    c = replace(CONFIG, activation=activation, gated=gated, tie_word_embeddings=gated, eos_token_id=(1, 3))
+    c = change_fields(CONFIG, activation=activation, gated=gated, tie_word_embeddings=gated, eos_token_id=(1, 3))
     assert from_hf_config(to_hf_config(c)) == c
 
 

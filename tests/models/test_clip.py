@@ -11,8 +11,9 @@ import pytest
 from flax import linen as nn
 from toy_data import PAIRS, SIZE, Toy, processor, quick_compilation
 
+from mllm_jax.checkpoints.fields import change_fields
 from mllm_jax.data.pipeline import Pipeline, Weighted
-from mllm_jax.encoders.text import TextTowerConfig
+from mllm_jax.encoders.text import TextTowerConfig, TextTowerDialect
 from mllm_jax.encoders.vit import ViTConfig
 from mllm_jax.errors import ConfigError
 from mllm_jax.layers.pixels import normalise_pixels
@@ -27,7 +28,7 @@ from mllm_jax.training.step import init_state, make_train_step, place_batch, sta
 STEPS = 15
 CONFIG = DualEncoderConfig(
     vision=ViTConfig(SIZE, 4, 24, num_layers=1, num_heads=3, mlp_size=32),
-    text=TextTowerConfig(320, 24, 24, 1, 2, 32, mask="causal", pooling="last"),
+    text=TextTowerConfig(320, 24, 24, 1, 2, 32, dialect=TextTowerDialect(mask="causal", pooling="last")),
     projection_size=16,
     captions=2,
 )
@@ -135,7 +136,7 @@ def test_a_new_one_begins_as_its_paper_says():
         (dict(kind="triplet"), "triplet"),
         (dict(pooling="max"), "max"),
         (dict(projection_size=None, text=replace(CONFIG.text, hidden_size=20)), "24 and texts of 20"),
-        (dict(vision=replace(CONFIG.vision, pooler="none")), "pools nothing"),
+        (dict(vision=change_fields(CONFIG.vision, pooler="none")), "pools nothing"),
     ],
 )
 def test_what_does_not_fit_is_refused(change, shown):

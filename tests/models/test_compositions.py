@@ -11,15 +11,16 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from mllm_jax.checkpoints.fields import change_fields
 from mllm_jax.encoders.nfnet import NFNetConfig, NFNetInput
 from mllm_jax.encoders.qwen_vit import QwenViTConfig
 from mllm_jax.encoders.qwen_vit_v1 import QwenViTV1Config
 from mllm_jax.encoders.sam import SamConfig
 from mllm_jax.encoders.siglip_sam import SiglipSamConfig
-from mllm_jax.encoders.vit import ViTConfig
+from mllm_jax.encoders.vit import ViTConfig, ViTDialect
 from mllm_jax.errors import ConfigError
 from mllm_jax.llms.chatglm import ChatGLMConfig
-from mllm_jax.llms.decoder import DecoderConfig
+from mllm_jax.llms.decoder import DecoderConfig, DecoderDialect
 from mllm_jax.llms.t5 import T5Config
 from mllm_jax.models.branch import Branch
 from mllm_jax.models.multimodal import Connection, MultimodalConfig
@@ -28,7 +29,7 @@ from mllm_jax.projectors.paired import PairedProjectorConfig
 from mllm_jax.projectors.pixel_shuffle import PixelShuffleProjectorConfig
 from mllm_jax.projectors.pool import PoolProjectorConfig
 from mllm_jax.projectors.qformer import QFormerConfig
-from mllm_jax.projectors.resampler import ResamplerConfig
+from mllm_jax.projectors.resampler import ResamplerConfig, ResamplerDialect
 
 WIDTH, VOCAB, SLOTS = 16, 23, 2  # of the LLMs; pictures a row
 _VIT = dict(num_layers=1, num_heads=2, mlp_size=16)
@@ -38,13 +39,27 @@ _SIGLIP = ViTConfig(16, 4, 8, **_VIT)
 ENCODERS = {
     "vit": (_SIGLIP, 8),
     "clip": (
-        ViTConfig(16, 4, 8, class_token=True, pre_norm=True, norm_output=False, activation="quick_gelu", **_VIT),
+        ViTConfig(
+            16,
+            4,
+            8,
+            class_token=True,
+            dialect=ViTDialect(pre_norm=True, norm_output=False),
+            activation="quick_gelu",
+            **_VIT,
+        ),
         8,
     ),
     "regions": (ViTConfig(32, 4, 8, regions=4, region_size=12, **_VIT), 12),
     "stem": (ViTConfig(16, 4, 8, stem_channels=(4,), **_VIT), 8),
-    "eva": (ViTConfig(16, 4, 8, class_token=True, rope_grid=4, gated=True, activation="silu", **_VIT), 8),
-    "internvit": (ViTConfig(16, 4, 8, class_token=True, layer_scale=0.1, norm="rms", qk_norm=True, **_VIT), 8),
+    "eva": (
+        ViTConfig(16, 4, 8, class_token=True, dialect=ViTDialect(rope_grid=4, gated=True), activation="silu", **_VIT),
+        8,
+    ),
+    "internvit": (
+        ViTConfig(16, 4, 8, class_token=True, dialect=ViTDialect(layer_scale=0.1, norm="rms", qk_norm=True), **_VIT),
+        8,
+    ),
     "sam": (dataclasses.replace(_SAM, image_size=16), 6),
     "siglip and sam": (SiglipSamConfig(_SIGLIP, _SAM, (5, 10)), 18),
     "nfnet": (
@@ -64,7 +79,7 @@ PROJECTORS = {
     "resampler": (lambda width: ResamplerConfig(WIDTH, num_queries=9, head_dim=4), 9),
     "perceiver": (
         lambda width: ResamplerConfig(
-            WIDTH, 8, 5, 2, head_dim=4, positions="none", attends_itself=True, residual=True, mlp_size=8
+            WIDTH, 8, 5, 2, head_dim=4, mlp_size=8, residual=True, dialect=ResamplerDialect("none", attends_itself=True)
         ),
         5,
     ),
@@ -75,10 +90,10 @@ PROJECTORS = {
 _DECODER = DecoderConfig(VOCAB, WIDTH, 1, 4, 2, mlp_size=24)
 LLMS = {
     "llama": _DECODER,
-    "mistral": dataclasses.replace(_DECODER, sliding_window=6),
-    "qwen2": dataclasses.replace(_DECODER, qkv_bias=True, tie_word_embeddings=False),
+    "mistral": change_fields(_DECODER, sliding_window=6),
+    "qwen2": change_fields(_DECODER, qkv_bias=True, tie_word_embeddings=False),
     "qwen3": dataclasses.replace(_DECODER, qk_norm=True, head_dim=8),
-    "glm": dataclasses.replace(_DECODER, partial_rotary_factor=0.5, rotary_interleaved=True, qkv_bias=True),
+    "glm": change_fields(_DECODER, partial_rotary_factor=0.5, rotary_interleaved=True, qkv_bias=True),
     "opt": DecoderConfig(
         VOCAB,
         WIDTH,
@@ -88,11 +103,7 @@ LLMS = {
         None,
         24,
         "relu",
-        False,
-        "layer",
-        positions="learned",
-        position_offset=2,
-        embedding_size=6,
+        dialect=DecoderDialect(gated=False, norm="layer", positions="learned", position_offset=2, embedding_size=6),
     ),
     "chatglm": ChatGLMConfig(VOCAB, WIDTH, 1, 2, 24),
     "t5": T5Config(VOCAB, WIDTH, 4, 24, 1, 1, 2),

@@ -194,8 +194,8 @@ def test_no_other_kind_of_file_is_waited_for_or_read(name, kind, tmp_path):
 def test_glm4s_first_folders_multiply_the_base():
     """As glm-4-9b-chat's config.json says it; with ChatGLM2's vocabulary nobody knows what the option means."""
     values = CONFIGS["ChatGLM2"] | dict(rope_ratio=500, num_hidden_layers=2)
-    assert read(values | dict(padded_vocab_size=151_552)).rope_theta == 5_000_000
-    assert read(CONFIGS["ChatGLM2"]).rope_theta == 10_000
+    assert read(values | dict(padded_vocab_size=151_552)).dialect.rope_theta == 5_000_000
+    assert read(CONFIGS["ChatGLM2"]).dialect.rope_theta == 10_000
     with pytest.raises(ConfigError, match="rope_ratio=500"):
         read(values)
 

@@ -18,9 +18,9 @@ from mllm_jax.checkpoints.native import read_native_config, write_native
 from mllm_jax.data.batch import assemble
 from mllm_jax.data.image_processors import image_processor
 from mllm_jax.data.processing.media import NEWLINE, Encoded, lay_out_row
-from mllm_jax.encoders.vit import ViTConfig
+from mllm_jax.encoders.vit import ViTConfig, ViTDialect
 from mllm_jax.errors import ConfigError
-from mllm_jax.llms.decoder import DecoderConfig
+from mllm_jax.llms.decoder import DecoderConfig, DecoderDialect
 from mllm_jax.models.branch import Branch
 from mllm_jax.models.llava import LLAVA, NEXT, ONEVISION, LlavaConfig, LlavaLayout, from_hf_config, to_hf_config
 from mllm_jax.models.multimodal import Connection
@@ -41,11 +41,9 @@ TINY = LlavaConfig(
                 num_heads=2,
                 mlp_size=40,
                 class_token=True,
-                norm_output=False,
-                norm_pooled=True,
-                pre_norm=True,
-                patch_bias=False,
-                family="CLIPVisionModel",
+                dialect=ViTDialect(
+                    norm_output=False, norm_pooled=True, pre_norm=True, patch_bias=False, family="CLIPVisionModel"
+                ),
             ),
             MLPProjectorConfig(output_size=32),
             Connection(layers=(-2,)),
@@ -248,7 +246,9 @@ def test_options_are_refused_by_name(values, message):
         (TINY.with_branch("image", connection=Connection()), "connection="),
         (TINY.with_branch("image", projector=MLPProjectorConfig(32, num_layers=3)), "projector="),
         (
-            replace(TINY, llm=DecoderConfig(vocab_size=20, hidden_size=32, family="OPTForCausalLM")),
+            replace(
+                TINY, llm=DecoderConfig(vocab_size=20, hidden_size=32, dialect=DecoderDialect(family="OPTForCausalLM"))
+            ),
             "LLaVA with a OPTForCausalLM",
         ),
     ],

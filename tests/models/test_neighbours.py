@@ -10,6 +10,7 @@ import pytest
 
 from mllm_jax import Branch, Compute, ConfigError, DecoderConfig, MLPProjectorConfig, MultimodalConfig, ViTConfig
 from mllm_jax.checkpoints.description import describe, rebuild
+from mllm_jax.checkpoints.fields import change_fields
 from mllm_jax.encoders.qwen_vit import QwenViTConfig
 from mllm_jax.encoders.sam import SamConfig
 from mllm_jax.encoders.siglip_sam import SiglipSamConfig
@@ -82,7 +83,7 @@ def test_parts_of_one_name_are_one_part_however_they_are_computed():
 
 
 SAM = SiglipSamConfig(
-    replace(VIT, pooler="none"),
+    change_fields(VIT, pooler="none"),
     SamConfig(image_size=16, patch_size=4, hidden_size=8, num_layers=1, num_heads=2, mlp_size=8, global_layers=(0,)),
     (4, 6),
 )

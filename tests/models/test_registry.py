@@ -18,6 +18,7 @@ import mllm_jax
 from mllm_jax import DecoderConfig, MeshConfig, from_pretrained, save_pretrained, supported_models
 from mllm_jax.checkpoints import architectures
 from mllm_jax.checkpoints.architectures import ARCHITECTURES
+from mllm_jax.checkpoints.fields import change_fields
 from mllm_jax.checkpoints.hf import read_config
 from mllm_jax.checkpoints.native import write_native
 from mllm_jax.checkpoints.table import batch_sample, image_sample, token_sample
@@ -111,7 +112,7 @@ def test_unknown_architectures_are_refused(config, message):
         family_of(config)
 
 
-@pytest.mark.parametrize("config", [object(), dataclasses.replace(CONFIG, family="GPT5"), None])
+@pytest.mark.parametrize("config", [object(), change_fields(CONFIG, family="GPT5"), None])
 def test_a_config_of_no_family_is_not_written(config):
     with pytest.raises(ConfigError, match="without a family|GPT5"):
         family_of_config(config)

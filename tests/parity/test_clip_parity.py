@@ -223,7 +223,7 @@ def test_an_old_config_with_all_its_idle_options_and_doubled_parts():
     ours = config.text
     assert (ours.hidden_size, ours.num_layers, ours.mlp_size) == (128, text.num_hidden_layers, text.intermediate_size)
     assert (text.hidden_size, text.hidden_act, ours.activation) == (128, "gelu", "gelu")
-    assert (ours.eos_token_id, ours.pooling) == (text.eos_token_id, "eos")
+    assert (ours.eos_token_id, ours.dialect.pooling) == (text.eos_token_id, "eos")
     assert (config.vision.hidden_size, config.vision.mlp_size) == (vision.hidden_size, vision.intermediate_size)
     assert config.vision.activation == vision.hidden_act
 
@@ -241,7 +241,7 @@ def test_a_published_siglip_config():
         vision_config=part | dict(model_type="siglip_vision_model", image_size=384, patch_size=14),
     )
     config = family_of(values).from_hf(values)
-    assert (config.text.vocab_size, config.text.max_length, config.text.head_size) == (32000, 64, 1152)
+    assert (config.text.vocab_size, config.text.max_length, config.text.dialect.head_size) == (32000, 64, 1152)
     assert (config.text.activation, config.vision.activation, config.vision.side) == ("gelu_tanh", "gelu_tanh", 27)
     sizes = jax.tree.leaves(
         jax.tree.map(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 
 import jax
@@ -15,6 +14,7 @@ from safetensors.numpy import load_file, save_file
 from timm_reference import timm_or_skip
 from vision_checks import GOLDENS, check_transformers, family_of, make_image, pack, read, to_torch, write
 
+from mllm_jax.checkpoints.fields import change_fields
 from mllm_jax.checkpoints.hf import read_weights
 from mllm_jax.encoders import eva
 from mllm_jax.errors import CheckpointError, ConfigError
@@ -133,9 +133,9 @@ def test_the_original_code(name, assert_close, tmp_path):
     arguments = arguments | {timm_name: options[ours] for ours, timm_name in renamed.items() if ours in options}
     config = TIMM.from_hf(dict(architecture=architecture, num_classes=0, model_args=arguments))
     if name == "eva01_lavis":  # returns all tokens as the last layer leaves them
-        config = dataclasses.replace(config, norm_output=False, pooler="none")
+        config = change_fields(config, norm_output=False, pooler="none")
     if name == "eva02_subln_gelu_mlp":  # its plain MLP's norm is PyTorch's own
-        config = dataclasses.replace(config, mlp_sub_norm_eps=1e-5)
+        config = change_fields(config, mlp_sub_norm_eps=1e-5)
     save_file(
         {f.removeprefix("weights/"): golden[f] for f in golden.files if f.startswith("weights/")},
         tmp_path / "model.safetensors",
@@ -184,7 +184,7 @@ def test_a_bare_architecture_is_the_published_model():
             pretrained_cfg=dict(std=[1, 1, 1], mean=[0, 0, 0]),
         )
     )
-    assert (c.side, c.hidden_size, c.mlp_size, c.rope_grid, c.head_size, c.image_mean) == (
+    assert (c.side, c.hidden_size, c.mlp_size, c.dialect.rope_grid, c.dialect.head_size, c.image_mean) == (
         24,
         1024,
         2730,

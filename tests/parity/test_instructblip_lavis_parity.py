@@ -13,7 +13,7 @@ from mllm_jax.checkpoints.hf import hub_tensors, read_weights
 from mllm_jax.checkpoints.table import Table, nested
 from mllm_jax.encoders.vit import ViTConfig
 from mllm_jax.llms import llama
-from mllm_jax.llms.decoder import DecoderConfig
+from mllm_jax.llms.decoder import DecoderConfig, DecoderDialect
 from mllm_jax.models.branch import Branch, Connection
 from mllm_jax.models.instructblip import InstructBlipConfig
 from mllm_jax.projectors.qformer_hub import qformer_weights
@@ -30,7 +30,7 @@ def test_loss_and_gradients(tmp_path, assert_close):
         {"image": Branch(tower, golden_config(sizes, output_size=s["hidden"]), Connection(class_token=True))},
         llm=DecoderConfig(
             s["vocab"], s["hidden"], s["layers"], s["heads"], s["heads"], mlp_size=s["inter"],
-            tie_word_embeddings=False, family="LlamaForCausalLM",
+            tie_word_embeddings=False, dialect=DecoderDialect(family="LlamaForCausalLM"),
         ),
     )  # fmt: skip
     table = Table(

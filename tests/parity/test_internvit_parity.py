@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 
 import jax
@@ -14,6 +13,7 @@ from einops import rearrange
 from safetensors.numpy import save_file
 from vision_checks import GOLDENS, check_transformers, family_of, read, write
 
+from mllm_jax.checkpoints.fields import change_fields
 from mllm_jax.encoders import internvit
 from mllm_jax.errors import ConfigError
 
@@ -68,7 +68,7 @@ def test_the_original_code(name, assert_close, tmp_path):
     # The same encoder as transformers' class, which pools nothing.
     write(
         FAMILY,
-        dataclasses.replace(module.config, family="InternVLVisionModel", pooler="none").make(),
+        change_fields(module.config, family="InternVLVisionModel", pooler="none").make(),
         params,
         tmp_path / "hf",
     )

@@ -21,7 +21,7 @@ from timm_reference import timm_or_skip
 from mllm_jax.checkpoints.hf import hub_tensors
 from mllm_jax.checkpoints.layout import lay_out
 from mllm_jax.checkpoints.leaves import flatten
-from mllm_jax.encoders.nfnet import NFNetConfig, nfnet
+from mllm_jax.encoders.nfnet import NFNetConfig, NFNetDialect, nfnet
 from mllm_jax.encoders.nfnet_timm import FAMILIES, from_hf_config, table, to_hf_config
 from mllm_jax.models.registry import abstract_params, from_pretrained, save_pretrained
 
@@ -205,15 +205,17 @@ def test_authors_code(golden, assert_close):
         widths=tuple(recorded["width"]),
         group_sizes=tuple(recorded["group_width"]),
         stem_sizes=(16, 32, 64, recorded["width"][0] // 2),
-        channel_divisor=1,
-        se_ratio=recorded["se_ratio"],
-        se_divisor=1,
-        alpha=recorded["alpha"],
         final_size=recorded["final_conv_mult"] * recorded["width"][-1],
         num_classes=recorded["num_classes"],
         activation="gelu_tanh",
-        std_eps=1e-4,
-        std_floor=True,
+        dialect=NFNetDialect(
+            channel_divisor=1,
+            se_ratio=recorded["se_ratio"],
+            se_divisor=1,
+            alpha=recorded["alpha"],
+            std_eps=1e-4,
+            std_floor=True,
+        ),
     )
     blocks = [f"stages_{stage}_{i}" for stage, depth in enumerate(config.depths) for i in range(depth)]
     block_of = {ours: f"nf_block_{i}" if i else "nf_block" for i, ours in enumerate(blocks)}

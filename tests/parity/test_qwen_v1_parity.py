@@ -80,7 +80,7 @@ def test_longer_texts_are_refused_or_nan():
     logits = module.init_with_output(jax.random.key(0), tokens[:, :3].repeat(2, axis=0), places)[0]
     assert jnp.isfinite(logits[0]).all() and jnp.isnan(logits[1, 2]).all()
     plain = from_hf_config(CONFIG | dict(use_dynamic_ntk=False, use_logn_attn=False))
-    assert plain.longest is None and from_hf_config(to_hf_config(plain)) == plain
+    assert plain.dialect.longest is None and from_hf_config(to_hf_config(plain)) == plain
     jax.eval_shape(plain.make().init, jax.random.key(0), tokens)
 
 

@@ -151,7 +151,7 @@ def test_gradients(name, cases, randomise, assert_close):
     """Checks gradients of a random weighting of all inputs of the LLM."""
     case = cases(name, randomise)
     rng, merged = np.random.default_rng(1), case.layout.source[:, :: case.config.merge_unit]
-    depth = 1 + len(case.config.deepstack_layers)
+    depth = 1 + len(case.config.dialect.deepstack_layers)
     weights = rng.normal(size=(depth, *merged.shape, case.config.output_size)).astype(np.float32)
     theirs = case.reference(torch.tensor(case.flat), case.grids)
     read = [theirs.pooler_output, *getattr(theirs, "deepstack_features", [])]

@@ -13,6 +13,7 @@ from transformers.models.idefics.perceiver import IdeficsPerceiverResampler
 from transformers.models.idefics2.configuration_idefics2 import Idefics2PerceiverConfig
 from transformers.models.idefics2.modeling_idefics2 import Idefics2PerceiverResampler
 
+from mllm_jax.checkpoints.fields import make_config
 from mllm_jax.checkpoints.hf import read_weights
 from mllm_jax.checkpoints.table import Table, Weight
 from mllm_jax.models.registry import abstract_init
@@ -48,7 +49,7 @@ def loaded(config: ResamplerConfig, reference: torch.nn.Module, names: dict[str,
         )
     for ours, theirs in norms.items():
         weights.append(Weight(f"{theirs}.weight", f"{ours}/scale"))
-        if config.norm == "layer":
+        if config.dialect.norm == "layer":
             weights.append(Weight(f"{theirs}.bias", f"{ours}/bias"))
     save_file({n: t.detach().numpy().copy() for n, t in reference.state_dict().items()}, folder / "model.safetensors")
     return read_weights(
@@ -63,7 +64,9 @@ def test_idefics(qk_norm, randomise, assert_close, tmp_path):
         vision_config=SimpleNamespace(embed_dim=WIDTH),
     )
     reference = randomise(IdeficsPerceiverResampler(sizes, WIDTH, LAYERS, HEADS, HEAD_DIM, QUERIES))
-    config = ResamplerConfig(**COMMON, mlp_size=4 * WIDTH, activation="relu", qk_norm=qk_norm, norm_eps=1e-5)
+    config = make_config(
+        ResamplerConfig, **COMMON, mlp_size=4 * WIDTH, activation="relu", qk_norm=qk_norm, norm_eps=1e-5
+    )
     attention, mlp = "blocks.{layer}.0", "blocks.{layer}.1"
     names = {letter: f"{attention}.{letter}_proj" for letter in "qkv"} | {"out": f"{attention}.output_proj"}
     norms = {
@@ -96,8 +99,14 @@ def test_idefics2(randomise, assert_close, tmp_path):
     hub._attn_implementation = "eager"
     reference = randomise(Idefics2PerceiverResampler(hub))
     sizes = COMMON | dict(num_heads=4, num_kv_heads=2)
-    config = ResamplerConfig(
-        **sizes, mlp_size=4 * WIDTH, activation="silu", gated=True, norm="rms", norm_eps=hub.rms_norm_eps
+    config = make_config(
+        ResamplerConfig,
+        **sizes,
+        mlp_size=4 * WIDTH,
+        activation="silu",
+        gated=True,
+        norm="rms",
+        norm_eps=hub.rms_norm_eps,
     )
     layer = "layers.{layer}"
     names = {ours: f"{layer}.self_attn.{ours[0]}_proj" for ours in ("q", "k", "v", "out")}

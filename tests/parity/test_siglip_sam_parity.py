@@ -17,7 +17,7 @@ from mllm_jax.checkpoints.table import Table, Weight, nested
 from mllm_jax.encoders.hub import Names, vit_table
 from mllm_jax.encoders.sam import SamConfig, convolution_weight, neck_weights, sam_weights
 from mllm_jax.encoders.siglip_sam import SiglipSamConfig
-from mllm_jax.encoders.vit import ViTConfig
+from mllm_jax.encoders.vit import ViTConfig, ViTDialect
 from mllm_jax.errors import ConfigError
 from mllm_jax.models.registry import abstract_init
 from mllm_jax.projectors.paired import PairedProjectorConfig
@@ -79,7 +79,7 @@ def config() -> SiglipSamConfig:
         mlp_size=int(siglip["mlp_ratio"] * siglip["width"]),
         image_mean=HALF,
         image_std=HALF,
-        pooler="none",
+        dialect=ViTDialect(pooler="none"),
     )
     return SiglipSamConfig(low, high, downsample=tuple(sam["downs"]))
 

@@ -230,7 +230,7 @@ def test_a_fresh_model_that_asked_for_an_untied_head(examples, randomise, tmp_pa
     reference.save_pretrained(tmp_path / "theirs")
     module, params = mllm_jax.from_pretrained(tmp_path / "theirs")
     assert module.config == mllm_jax.pretrained_config(tmp_path / "theirs")
-    assert (module.config.tie_word_embeddings, module.config.scale_outputs) == (True, False)
+    assert (module.config.tie_word_embeddings, module.config.dialect.scale_outputs) == (True, False)
     s, t = (x[None] for x in examples[0])
     ours = jax.jit(lambda p: module.apply({"params": p}, s, decoder_tokens=t))(params)
     mllm_jax.save_pretrained(module, params, tmp_path / "ours")

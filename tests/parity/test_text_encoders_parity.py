@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 
 import jax
@@ -13,6 +12,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 from toy_data import quick_compilation
 
+from mllm_jax.checkpoints.fields import change_fields
 from mllm_jax.errors import ConfigError
 from mllm_jax.models.registry import family_of_config, from_pretrained, save_pretrained
 
@@ -170,4 +170,4 @@ def test_an_encoder_of_our_own_is_not_written_as_clip(load):
     _, module, _ = load("clip")
     family = family_of_config(module.config)
     with pytest.raises(ConfigError, match="pooling='mean'"):
-        family.to_hf(dataclasses.replace(module.config, pooling="mean"))
+        family.to_hf(change_fields(module.config, pooling="mean"))

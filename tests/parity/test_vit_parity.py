@@ -11,7 +11,7 @@ from einops import rearrange
 from vision_checks import check_transformers, family_of, make_image, read, to_torch
 
 from mllm_jax.encoders import vit_hf
-from mllm_jax.encoders.vit import PatchEmbedding, ViTConfig
+from mllm_jax.encoders.vit import PatchEmbedding, ViTConfig, ViTDialect
 from mllm_jax.errors import ConfigError
 
 FAMILY = family_of(vit_hf, "ViTModel")
@@ -40,7 +40,7 @@ def test_without_a_pooler_the_config_says_so(randomise, assert_close, tmp_path):
     reference = randomise(transformers.ViTModel(config, add_pooling_layer=False))
     reference.save_pretrained(tmp_path)
     module, params = read(FAMILY, tmp_path)
-    assert module.config.head_size is None
+    assert module.config.dialect.head_size is None
     with torch.no_grad():
         theirs = reference(to_torch(make_image(20, 20))).last_hidden_state
     ours = module.apply({"params": params}, make_image(20, 20))
@@ -65,7 +65,7 @@ def test_options_that_cannot_be_honoured_are_refused_by_name(values, named):
 
 def test_a_vit_that_the_family_has_no_options_for_is_not_written():
     with pytest.raises(ConfigError, match="class_token=False.*layer_scale=0.1"):
-        FAMILY.to_hf(ViTConfig(layer_scale=0.1))
+        FAMILY.to_hf(ViTConfig(dialect=ViTDialect(layer_scale=0.1)))
 
 
 def test_convolutional_stem(assert_close):

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
+from mllm_jax.checkpoints.fields import change_fields
 from mllm_jax.errors import ConfigError, DataError
 from mllm_jax.layers.compute import Compute
 from mllm_jax.models.registry import abstract_init
@@ -17,7 +18,9 @@ from mllm_jax.projectors.resampler import ResamplerConfig
 from mllm_jax.sharding.logical import RULES
 
 C = ResamplerConfig(output_size=12, hidden_size=8, num_queries=4, head_dim=4)
-PERCEIVER = replace(C, num_queries=3, num_layers=2, positions="none", attends_itself=True, residual=True, mlp_size=10)
+PERCEIVER = change_fields(
+    C, num_queries=3, num_layers=2, positions="none", attends_itself=True, residual=True, mlp_size=10
+)
 FEATURES = np.random.default_rng(0).normal(size=(2, 9, 5)).astype(np.float32)
 
 
@@ -50,7 +53,7 @@ def test_gradients_reach_everything_but_fixed_positions(config):
 
 
 def test_every_parameter_has_logical_names_and_bfloat16_computes_in_it():
-    for config in (C, replace(PERCEIVER, norm="rms", qk_norm=True, num_heads=2, num_kv_heads=1)):
+    for config in (C, change_fields(PERCEIVER, norm="rms", qk_norm=True, num_heads=2, num_kv_heads=1)):
         abstract = abstract_init(config.make(), FEATURES)
         for box in jax.tree.leaves(abstract, is_leaf=lambda x: isinstance(x, nn.meta.AxisMetadata)):
             assert len(box.names) == box.value.ndim and set(box.names) - {None} <= set(RULES)
@@ -91,4 +94,4 @@ def test_patches_without_a_grid_are_refused():
 )
 def test_impossible_configs_are_refused(change, message):
     with pytest.raises(ConfigError, match=message):
-        replace(C, **change)
+        change_fields(C, **change)

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from mllm_jax.encoders.qwen_vit import QwenViTConfig
+from mllm_jax.checkpoints.fields import change_fields
+from mllm_jax.encoders.qwen_vit import QwenViTConfig, QwenViTDialect
 from mllm_jax.encoders.vit import ViTConfig
 from mllm_jax.llms.decoder import DecoderConfig
 from mllm_jax.llms.t5 import T5Config
@@ -32,7 +33,7 @@ LAYERS = ("sliding_attention", "full_attention")
 MODELS = {
     "newlines, windows in some layers": MultimodalConfig(
         {"image": Branch(VIT, MLPProjectorConfig(16))},
-        replace(DECODER, sliding_window=5, layer_types=LAYERS),
+        change_fields(DECODER, sliding_window=5, layer_types=LAYERS),
         newline=True,
     ),
     "packed patches, deepstack, M-RoPE": MultimodalConfig(
@@ -46,13 +47,12 @@ MODELS = {
                     output_size=16,
                     patch_size=2,
                     temporal_patch_size=1,
-                    num_positions=16,
-                    deepstack_layers=(0,),
+                    dialect=QwenViTDialect(num_positions=16, deepstack_layers=(0,)),
                     full_layers=(0, 1),
                 )
             )
         },
-        replace(DECODER, mrope_sections=(1, 1, 0), qk_norm=True),
+        change_fields(DECODER, mrope_sections=(1, 1, 0), qk_norm=True),
     ),
     "encoder-decoder, queries that read text": MultimodalConfig(
         {

@@ -18,7 +18,7 @@ from flax import linen as nn
 
 from mllm_jax.encoders.text import TextTowerConfig
 from mllm_jax.encoders.vit import ViTConfig
-from mllm_jax.llms.decoder import DecoderConfig
+from mllm_jax.llms.decoder import DecoderConfig, DecoderDialect
 from mllm_jax.models.branch import Branch
 from mllm_jax.models.clip import DualEncoderConfig
 from mllm_jax.models.multimodal import MultimodalConfig
@@ -54,7 +54,7 @@ CONFIG = MultimodalConfig(
         head_dim=4,
         mlp_size=40,
         tie_word_embeddings=False,
-        qkv_bias=True,
+        dialect=DecoderDialect(qkv_bias=True),
         qk_norm=True,
     ),
 )

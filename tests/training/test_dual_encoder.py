@@ -12,6 +12,7 @@ from PIL import Image
 from toy_data import quick_compilation
 
 from mllm_jax import cli
+from mllm_jax.checkpoints.fields import change_fields
 from mllm_jax.data.images import as_picture
 from mllm_jax.data.pipeline import Mixture, Pipeline, Weighted
 from mllm_jax.datasets.openmoji import OpenMojiCaptions
@@ -34,9 +35,9 @@ TEXT = TextTowerConfig(vocab_size=400, max_length=48, hidden_size=32, num_layers
 # Softmax on a tower that is causal and reads its last token, sigmoid on one that takes a mean both ways.
 MODELS = {
     "softmax": DualEncoderConfig(
-        VISION, replace(TEXT, mask="causal", pooling="eos", eos_token_id=2), 24, pooling="patches"
+        VISION, change_fields(TEXT, mask="causal", pooling="eos", eos_token_id=2), 24, pooling="patches"
     ),
-    "sigmoid": DualEncoderConfig(VISION, replace(TEXT, head_size=32), None, "sigmoid"),
+    "sigmoid": DualEncoderConfig(VISION, change_fields(TEXT, head_size=32), None, "sigmoid"),
 }
 
 

@@ -18,12 +18,13 @@ from toy_evaluation import colours
 from transformers import PreTrainedTokenizerFast
 
 import mllm_jax
+from mllm_jax.checkpoints.fields import change_fields
 from mllm_jax.checkpoints.run import RunFolder
 from mllm_jax.cli import main
 from mllm_jax.data.message import Example, Image, Message, Text
 from mllm_jax.data.pipeline import Mixture, Pipeline, Weighted
 from mllm_jax.datasets.llava import LLaVARecords
-from mllm_jax.encoders.vit import ViTConfig
+from mllm_jax.encoders.vit import ViTConfig, ViTDialect
 from mllm_jax.errors import ConfigError, DataError
 from mllm_jax.llms.decoder import DecoderConfig
 from mllm_jax.models.branch import Branch
@@ -47,9 +48,12 @@ TEMPLATE = (
 )
 MODEL = LlavaConfig(
     inputs={"image": Branch(ViTConfig(
-        8, 4, 24, num_layers=2, num_heads=2, mlp_size=32, class_token=True, pre_norm=True, patch_bias=False,
-        norm_output=False, norm_pooled=True, pooler="token", activation="quick_gelu", family="CLIPVisionModel",
-        norm_eps=1e-5, image_mean=(0.48145466, 0.4578275, 0.40821073), image_std=(0.26862954, 0.26130258, 0.27577711),
+        8, 4, 24, num_layers=2, num_heads=2, mlp_size=32, class_token=True, activation="quick_gelu",
+        image_mean=(0.48145466, 0.4578275, 0.40821073), image_std=(0.26862954, 0.26130258, 0.27577711),
+        dialect=ViTDialect(
+            pre_norm=True, patch_bias=False, norm_output=False, norm_pooled=True, norm_eps=1e-5, pooler="token",
+            family="CLIPVisionModel",
+        ),
     ), MLPProjectorConfig(32), Connection(layers=(-2,)))},
     llm=DecoderConfig(
         vocab_size=len(ID) + 1, hidden_size=32, num_layers=2, num_heads=4, num_kv_heads=2, mlp_size=48,
@@ -279,7 +283,7 @@ def test_the_cache_encodes_once_and_survives_a_kill(tmp_path):
         ),
         (lambda e: replace(e, pretrained=(Pretrained("*", "x"), Pretrained("llm", "x"))), "or '\\*' alone"),
         (
-            lambda e: replace(e, model=replace(e.model, llm=replace(e.model.llm, rope_theta=7.0))),
+            lambda e: replace(e, model=replace(e.model, llm=change_fields(e.model.llm, rope_theta=7.0))),
             "as model, which is another model",
         ),
     ],

@@ -18,6 +18,7 @@ from tiny_language import random_params, write_folder
 from toy_data import DUAL, MODEL, PAIRS, PICTURES, quick_compilation
 
 import mllm_jax
+from mllm_jax.checkpoints.fields import change_fields
 from mllm_jax.checkpoints.run import RunFolder
 from mllm_jax.data.message import Image, Message, Text
 from mllm_jax.errors import CheckpointError, ConfigError, RunFolderError
@@ -318,7 +319,7 @@ def refused(error, config: Experiment, folder) -> str:
 
 def test_another_model_is_refused_by_the_fields_that_differ(run, sources, tmp_path):
     config = experiment(*sources)
-    llm = replace(config.model.llm, rope_theta=5e5, compute=Compute(scan_unroll=2, remat="full"))
+    llm = change_fields(config.model.llm, rope_theta=5e5, compute=Compute(scan_unroll=2, remat="full"))
     wide = replace(config.model, llm=llm)
     given = refused(ConfigError, replace(config, model=wide), tmp_path / "run")
     assert "rope_theta: 10000.0 -> 500000.0" in given and "remat" not in given
