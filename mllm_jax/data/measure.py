@@ -6,6 +6,7 @@ own under a name that differs wherever they would: by source, tokenizer, layout,
 
 from __future__ import annotations
 
+import itertools
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,7 +23,7 @@ from mllm_jax.errors import ConfigError, DataError
 from mllm_jax.sharding.hosts import ALONE, Hosts, first_alone, together
 
 SMALL = 8 * BLOCK  # examples that one process measures before it could have started others
-WORTH = 15.0  # seconds that the rest takes one process, from which on others are started
+SHOWN, WORTH = 5.0, 20.0  # CPU seconds that one process needs, from which on a bar is shown and others are started
 _ENOUGH = 1000  # bad examples more than allowed are enough to refuse a source
 
 
@@ -85,7 +86,7 @@ def measure(
 
     def share() -> None:
         tasks = kept.missing()[how.hosts.index :: how.hosts.count]
-        for block in _shown(encoder, modalities, tasks, how):
+        for block in _measured(encoder, modalities, tasks, how):
             kept.add(block)
             if len(kept.bad) > allowed + _ENOUGH:
                 raise _unusable(encoder, sorted(kept.bad.items()), "at least ", max_bad_share)
@@ -130,42 +131,41 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _shown(encoder: SourceEncoder, modalities: Sequence[str], tasks: list[Task], how: HowToMeasure) -> Iterator[Block]:
-    """The blocks of tasks, with a bar where they are many."""
-    done, total = 0, sum(len(indices) for _, indices in tasks)
-    progress = how.progress if total > SMALL else None
-    if progress is not None:
-        progress.stage(f"measure {encoder.name}", total)
-    for block in _measured(encoder, modalities, tasks, how):
-        done += len(block.indices)
-        if progress is not None:
-            progress.update(done)
-        yield block
-
-
 def _measured(
-    encoder: SourceEncoder, modalities: Sequence[str], tasks: list[Task], how: HowToMeasure
+    encoder: SourceEncoder, modalities: Sequence[str], tasks: Sequence[Task], how: HowToMeasure
 ) -> Iterator[Block]:
-    """The blocks of tasks, by other processes where that saves time or was asked for."""
-    count, left = cores() if how.workers is None else how.workers, list(tasks)
-    if how.workers is None and count > 1 and left:
-        started, first = time.monotonic(), left.pop(0)
-        yield measure_block(encoder, modalities, first)
-        rest = sum(len(indices) for _, indices in left)
-        each = (time.monotonic() - started) / len(first[1])
-        count = count if rest > SMALL and each * rest > WORTH else 1
-    if count > 1 and left:
-        waiting = dict(left)
+    """The blocks of tasks; the first shows whether a bar and other processes are worth it, where none are asked for."""
+    waiting, done = dict(tasks), 0
+    total, needed = sum(map(len, waiting.values())), 0.0
+
+    def here() -> Iterator[Block]:
+        yield from (measure_block(encoder, modalities, task) for task in list(waiting.items()))
+
+    def counted(blocks: Iterator[Block]) -> Iterator[Block]:
+        nonlocal done
+        for block in blocks:
+            del waiting[block.number]
+            done += len(block.indices)
+            if progress is not None:
+                progress.update(done)
+            yield block
+
+    progress, workers = None, how.workers
+    if workers is None and waiting:
+        started = time.thread_time()
+        yield from counted(itertools.islice(here(), 1))
+        needed = (time.thread_time() - started) / done * (total - done)
+        workers = cores() if total > SMALL and needed > WORTH else 1
+    if how.progress is not None and total > SMALL and (needed > SHOWN or how.workers is not None):
+        progress = how.progress
+        progress.stage(f"measure {encoder.name}", total, done)
+    if waiting and workers > 1:
         try:
-            for block in Workers(encoder, modalities, count).measure(left):
-                del waiting[block.number]
-                yield block
+            yield from counted(Workers(encoder, modalities, workers).measure(list(waiting.items())))
         except NoWorkers as error:
             if how.progress is not None:
                 how.progress.message(f"{encoder.name} is measured in one process: {error}")
-        left = list(waiting.items())
-    for task in left:
-        yield measure_block(encoder, modalities, task)
+    yield from counted(here())
 
 
 def _checked(encoder: SourceEncoder, kept: MeasuredFiles, slots: Mapping[str, int], max_bad_share: float) -> Measured:
