@@ -66,7 +66,8 @@ def read_image(path: str | os.PathLike) -> np.ndarray:
 def image_size(image: np.ndarray | Image.Image | Size | bytes | str | os.PathLike) -> Size:
     """Reads how large `as_picture` would make an image, in any form that it takes, from its header alone.
 
-    An image without a header (see `Drawn`) is drawn; so is a PNG that says after its pixels how it is turned.
+    An image without a header (see `Drawn`) is drawn; a PNG that says after its pixels how it is turned is decoded, as is
+    a TIFF that lies on its side.
 
     Raises:
         DataError: see `as_picture`; an image whose pixels are damaged is not noticed.
@@ -94,6 +95,8 @@ def _header_size(file: BinaryIO, size: int, what: str) -> Size:
             image.load()
         # Pillow's PNGs would be decoded for what may follow their pixels.
         turned = Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
+        if turned and image.format == "TIFF":  # Pillow's versions disagree on what its size is before it is decoded
+            image, turned = ImageOps.exif_transpose(image), False
         return Size(image.width, image.height) if turned else Size(image.height, image.width)
     except Exception as error:
         raise _broken(what, error) from error
