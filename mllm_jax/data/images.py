@@ -66,7 +66,7 @@ def read_image(path: str | os.PathLike) -> np.ndarray:
 def image_size(image: np.ndarray | Image.Image | Size | bytes | str | os.PathLike) -> Size:
     """Reads how large `as_picture` would make an image, in any form that it takes, from its header alone.
 
-    An image without a header (see `Drawn`) is drawn; a PNG that says after its pixels how it is turned is decoded, as is
+    What is drawn (see `Drawn`) is drawn here too. A PNG that says after its pixels how it is turned is decoded, as is
     a TIFF that lies on its side.
 
     Raises:
