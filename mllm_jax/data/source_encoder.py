@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
-from mllm_jax.data.images import image_size
+from mllm_jax.data.images import Drawn, image_size
 from mllm_jax.data.message import Example, Image, Message, Part, Video
 from mllm_jax.data.processing.media import Encoded, Lazy
 from mllm_jax.data.retry import Patience, patiently
@@ -91,7 +91,8 @@ class SourceEncoder:
             for medium in encoded.media:
                 dict(medium.arrays)  # some are decoded only when they are read
         else:
-            encoded = self._read(lambda: self._lay_out(without_pixels(self.source.example(index))), index)
+            draws = self.processor.layout.needs_sizes
+            encoded = self._read(lambda: self._lay_out(without_pixels(self.source.example(index), draws)), index)
         return Taken(encoded.length, encoded.slots, encoded.dropped_turns)
 
     def key(self) -> str:
@@ -114,18 +115,28 @@ class SourceEncoder:
             raise DataError(f"{name}: {error.given}", error.expected, error.todo) from error
 
 
-def without_pixels(example: Example) -> Example:
-    """The example with the sizes of its images and frames in their place. Raises DataError: see `image_size`."""
-    return replace(example, messages=tuple(map(_sized_message, example.messages)))
+def without_pixels(example: Example, draws: bool = True) -> Example:
+    """The example with the sizes of its images and frames in their place.
+
+    Args:
+        draws: also of images that have to be drawn for it; else these stay as they are.
+
+    Raises:
+        DataError: see `image_size`.
+    """
+    return replace(example, messages=tuple(_sized_message(message, draws) for message in example.messages))
 
 
-def _sized_message(message: Message) -> Message:
-    return message if isinstance(message.content, str) else replace(message, content=tuple(map(_sized, message.parts)))
+def _sized_message(message: Message, draws: bool) -> Message:
+    if isinstance(message.content, str):
+        return message
+    return replace(message, content=tuple(_sized(part, draws) for part in message.parts))
 
 
-def _sized(part: Part) -> Part:
+def _sized(part: Part, draws: bool) -> Part:
     if isinstance(part, Image):
-        return replace(part, source=image_size(part.source))
+        drawn = isinstance(part.source, Drawn) and part.source.size is None
+        return part if drawn and not draws else replace(part, source=image_size(part.source))
     if isinstance(part, Video) and not isinstance(part.source, (str, bytes)):
         return replace(part, source=tuple(map(image_size, part.source)))
     return part

@@ -283,6 +283,12 @@ def test_an_unreadable_picture_stops_a_run_that_allows_none():
         data.batch(0)
 
 
+def test_measuring_draws_no_image(monkeypatch):
+    """Of a model whose images all take the same; they would be most of the time that a quickstart's start takes."""
+    monkeypatch.setattr(ToySource, "picture", lambda *_: pytest.fail("drawn"))
+    assert pipeline().measured[0].slots["image"].tolist() == [1] * 200
+
+
 def test_an_empty_answer_is_refused_at_measuring():
     with pytest.raises(DataError, match=r"broken\[11\]: an empty answer to 'what colour'"):
         pipeline(broken(0.0, empty_answers=(11,)))

@@ -27,6 +27,7 @@ class Layout:
         places_pictures: whether prompts name no position for an image, so that `arrange` puts it where it belongs.
         instruction_length: the most tokens that the projector reads of an instruction in training; 0: it reads none.
         keeps_text: whether a special token that a message spells stays text.
+        needs_sizes: whether what an image takes of a row depends on its size.
         flattens: whether the chat template takes content as one text only, in which media are tokens.
         pictures, frames: what prepares images, and frames of videos where that is another; None: no `ImageProcessor`.
     """
@@ -36,6 +37,7 @@ class Layout:
     places_pictures: bool = False
     instruction_length: int = 0
     keeps_text: bool = False
+    needs_sizes: bool = True
     flattens: bool = False
     pictures: ImageProcessor | None = None
     frames: ImageProcessor | None = None
@@ -208,6 +210,7 @@ class PlainLayout(TileLayout):
     """
 
     keeps_text = True
+    needs_sizes = False
 
     def __init__(
         self,
