@@ -15,6 +15,7 @@ from mllm_jax.data.tiles import best_resolution, cut, fitted_size, pad_to, tile_
 from mllm_jax.errors import ConfigError, DataError
 
 _MAX_ASPECT = 200
+_RESIZE = "let it be resized"
 
 
 def smart_resize(height: int, width: int, factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
@@ -104,6 +105,7 @@ class ImageProcessor:
     def prepare(self, image: np.ndarray) -> np.ndarray:
         """Processes one image into one tile of bytes, uint8[H, W, 3], for `normalise`; raises as `__call__` does."""
         _require_image(image)
+        self.require(image.shape[:2])
         if self.background is None:
             return self._tile(image)
         if self.longest_edge is not None:
@@ -113,22 +115,47 @@ class ImageProcessor:
     def tiles(self, image: np.ndarray) -> np.ndarray:
         """Processes one image into all its tiles, uint8[N, H, W, 3]: the whole image first, last with `tile_range`."""
         _require_image(image)
+        count = self.count(*image.shape[:2])
         if self.tile_range is not None:
             rows, columns = tile_grid(image.shape[:2], self.size, *self.tile_range)
-            require_resized(image.shape[:2], (self.size[0] * rows, self.size[1] * columns))
             large = self._to_size(image, (self.size[0] * rows, self.size[1] * columns))
             tiles = rearrange(large, "(r h) (c w) k -> (r c) h w k", r=rows, c=columns)
-            return tiles if len(tiles) == 1 else np.concatenate([tiles, self._to_size(image, self.size)[None]])
+            return tiles if count == 1 else np.concatenate([tiles, self._to_size(image, self.size)[None]])
         if not self.resolutions:
             return self.prepare(image)[None]
         target = best_resolution(image.shape[:2], self.resolutions)
-        whole = self.size or (self.shortest_edge, self.shortest_edge)
-        require_resized(image.shape[:2], target)
-        require_resized(image.shape[:2], whole)
-        require_call(self.pixels(*image.shape[:2]), "the tiles of an image")
         large = pad_to(self._to_size(image, fitted_size(image.shape[:2], target)), target)
-        small = self._to_size(image, whole)
+        small = self._to_size(image, self.size or (self.shortest_edge, self.shortest_edge))
         return np.stack([self._tile(tile) for tile in (small, *cut(large, self.tile_size))])
+
+    def count(self, height: int, width: int) -> int:
+        """Counts the tiles of an image of the given size; raises as `tiles` does."""
+        size = height, width
+        if self.tile_range is not None:
+            rows, columns = tile_grid(size, self.size, *self.tile_range)
+            require_resized(size, (self.size[0] * rows, self.size[1] * columns))
+            return rows * columns + (rows * columns > 1)
+        if not self.resolutions:
+            self.require(size)
+            return 1
+        target = best_resolution(size, self.resolutions)
+        require_resized(size, target)
+        require_resized(size, self.size or (self.shortest_edge, self.shortest_edge))
+        require_call(self.pixels(*size), "the tiles of an image")
+        self._require_tile((self.tile_size, self.tile_size))
+        return 1 + math.prod(-(-side // self.tile_size) for side in target)
+
+    def grid(self, frames: int, height: int, width: int) -> tuple[int, int, int]:
+        """Returns (time, rows, columns) of the patches of frames of the given size; raises as `patches` does."""
+        if not self.patch_size:
+            raise ConfigError(f"patches from a {self.kind}", "one with a patch_size", "call it for pixels")
+        high, wide = self.output_size(height, width)
+        require_call(frames * high * wide, f"{frames} frames")
+        self.require((height, width))
+        side = self.patch_size * self.merge_size
+        if high % side or wide % side:
+            raise DataError(f"an image of {high} x {wide} pixels", f"sides that are multiples of {side}", _RESIZE)
+        return -(-frames // self.temporal_patch_size), high // self.patch_size, wide // self.patch_size
 
     def normalise(self, pixels: np.ndarray) -> np.ndarray:
         """Converts uint8[..., 3] to float32[..., 3]."""
@@ -139,20 +166,31 @@ class ImageProcessor:
         on_device = (1 / 255, tuple(encoder.image_mean), tuple(encoder.image_std))
         return pixels if (self.rescale_factor, self.mean, self.std) == on_device else self.normalise(pixels)
 
-    def _tile(self, image: np.ndarray) -> np.ndarray:
-        given = image.shape[:2]
+    def require(self, given: tuple[int, int]) -> None:
+        """Refuses an image of that size that `prepare` would make too large."""
+        if self.background is not None and self.longest_edge is None:
+            square = (max(given),) * 2
+            require_padded(given, square)
+            given = square
+        self._require_tile(given)
+        if self.background is not None and self.longest_edge is not None:
+            made = self._sides(*given)
+            require_padded(made, (max(made),) * 2)
+
+    def _require_tile(self, given: tuple[int, int]) -> None:
         size = self._resized(*given)
         require_resized(given, size)
         if self.crop_size is not None:
             require_padded(given, (max(size[0], self.crop_size[0]), max(size[1], self.crop_size[1])))
+
+    def _tile(self, image: np.ndarray) -> np.ndarray:
+        size = self._resized(*image.shape[:2])
         if (self.size, self.shortest_edge, self.longest_edge, self.pixel_range) != (None,) * 4:
             image = self._to_size(image, size)
         return image if self.crop_size is None else _crop_centre(image, *self.crop_size)
 
     def _squared(self, image: np.ndarray) -> np.ndarray:
-        square = (max(image.shape[:2]),) * 2
-        require_padded(image.shape[:2], square)
-        return pad_to(image, square, self.background)
+        return pad_to(image, (max(image.shape[:2]),) * 2, self.background)
 
     def _sides(self, height: int, width: int) -> tuple[int, int]:
         """Returns (H, W) of a tile from `_tile`."""
@@ -176,21 +214,11 @@ class ImageProcessor:
             DataError: as `__call__`; or sides that are no multiples of merged patches.
             ConfigError: a processor without patches.
         """
-        if not self.patch_size:
-            raise ConfigError(f"patches from a {self.kind}", "one with a patch_size", "call it for pixels")
         for frame in frames:
             _require_image(frame)
-        require_call(sum(math.prod(self.output_size(*frame.shape[:2])) for frame in frames), f"{len(frames)} frames")
+        grid = self.grid(len(frames), *frames[0].shape[:2])
         pixels = np.stack([self(frame) for frame in frames])
         pixels = np.concatenate([pixels, *[pixels[-1:]] * (-len(pixels) % self.temporal_patch_size)])
-        height, width = pixels.shape[1:3]
-        side = self.patch_size * self.merge_size
-        if height % side or width % side:
-            raise DataError(
-                f"an image of {height} x {width} pixels",
-                f"sides that are multiples of {side}",
-                "resize it",
-            )
         cut = rearrange(
             pixels,
             "(f t) (h p a) (w q b) c -> (f h w p q) (c t a b)",
@@ -200,7 +228,7 @@ class ImageProcessor:
             b=self.patch_size,
             t=self.temporal_patch_size,
         )
-        return cut, (len(pixels) // self.temporal_patch_size, height // self.patch_size, width // self.patch_size)
+        return cut, grid
 
     def output_size(self, height: int, width: int) -> tuple[int, int]:
         """Returns (H, W) of the result for an image of the given size. Raises DataError as `__call__` does."""

@@ -1,22 +1,31 @@
-"""Decodes and resizes images from untrusted sources: bounded, complete, and always uint8 RGB."""
+"""Decodes, resizes and measures images from untrusted sources: bounded, complete, and always uint8 RGB."""
 
 from __future__ import annotations
 
 import io
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from mllm_jax.errors import DataError
-from mllm_jax.files import read_bytes
+from mllm_jax.files import open_regular, read_bytes
 
 MAX_PIXELS = 50_000_000
 MAX_BYTES = 512 << 20  # of a file: MAX_PIXELS without compression take 150 MB, with 16 bits a sample twice as much
 # Formats that Pillow decodes in-process; others (such as EPS) would start other programs on untrusted bytes.
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
+
+
+class Size(NamedTuple):
+    """Size of an image in pixels, from which the number of its positions follows."""
+
+    height: int
+    width: int
 
 
 def decode_image(data: bytes, *, what: str) -> np.ndarray:
@@ -35,17 +44,7 @@ def decode_image(data: bytes, *, what: str) -> np.ndarray:
     Raises:
         DataError: the bytes are no image, are truncated, or the header declares more than 50 megapixels.
     """
-    try:
-        with warnings.catch_warnings():
-            # Pillow warns from 89 megapixels on; the bound below is lower and is an error.
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            image = Image.open(io.BytesIO(data), formats=FORMATS)
-    except Image.DecompressionBombError as error:
-        raise _too_large(what, "far more pixels") from error
-    except Exception as error:  # Pillow's plugins raise many types on hostile bytes
-        raise _broken(what, error) from error
-    if image.width * image.height > MAX_PIXELS:
-        raise _too_large(what, f"{image.width} x {image.height} pixels")
+    image = _opened(io.BytesIO(data), what)
     try:
         image.load()
         return np.array(_to_rgb(ImageOps.exif_transpose(image)))
@@ -59,15 +58,92 @@ def read_image(path: str | os.PathLike) -> np.ndarray:
     Raises:
         DataError: also if the file is missing, cannot be read, is a pipe or a device, or is larger than MAX_BYTES.
     """
-    try:
+    with _readable(path):
         data = read_bytes(path, MAX_BYTES, DataError)
+    return decode_image(data, what=os.fspath(path))
+
+
+def image_size(image: np.ndarray | Image.Image | Size | bytes | str | os.PathLike) -> Size:
+    """Reads how large `as_picture` would make an image, in any form that it takes, from its header alone.
+
+    What is drawn (see `Drawn`) is drawn here too. A PNG that says after its pixels how it is turned is decoded, as is
+    a TIFF that lies on its side.
+
+    Raises:
+        DataError: see `as_picture`; an image whose pixels are damaged is not noticed.
+    """
+    if isinstance(image, Size):
+        return image
+    if isinstance(image, Drawn) and image.size is not None:
+        return image.size()
+    if isinstance(image, Image.Image):
+        return Size(image.height, image.width)
+    if isinstance(image, bytes):
+        return _header_size(io.BytesIO(image), len(image), "an image")
+    if isinstance(image, (str, os.PathLike)):
+        with _readable(image), open_regular(image, DataError) as file:
+            return _header_size(file, os.fstat(file.fileno()).st_size, os.fspath(image))
+    return Size(*as_picture(image).shape[:2])
+
+
+def _header_size(file: BinaryIO, size: int, what: str) -> Size:
+    if size > MAX_BYTES:
+        raise DataError(f"{what} of {size:,} bytes", f"at most {MAX_BYTES:,} bytes", "name another file")
+    image = _opened(file, what)
+    try:
+        if image.format == "PNG" and _speaks_later(file):
+            image.load()
+        # Pillow's PNGs would be decoded for what may follow their pixels.
+        turned = Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
+        if turned and image.format == "TIFF":  # Pillow's versions disagree on what its size is before it is decoded
+            image, turned = ImageOps.exif_transpose(image), False
+        return Size(image.width, image.height) if turned else Size(image.height, image.width)
+    except Exception as error:
+        raise _broken(what, error) from error
+
+
+def _speaks_later(file: BinaryIO) -> bool:
+    """Returns whether a PNG has EXIF or text after its pixels; the file's position is unchanged."""
+    before = file.tell()
+    try:
+        file.seek(8)
+        pixels = False
+        while len(head := file.read(8)) == 8 and head[4:] != b"IEND":
+            if pixels and head[4:] in (b"eXIf", b"tEXt", b"zTXt", b"iTXt"):
+                return True
+            pixels |= head[4:] == b"IDAT"
+            file.seek(int.from_bytes(head[:4], "big") + 4, io.SEEK_CUR)
+        return False
+    finally:
+        file.seek(before)
+
+
+def _opened(file: BinaryIO, what: str) -> Image.Image:
+    """Reads an image's header, and refuses what must not be decoded."""
+    try:
+        with warnings.catch_warnings():
+            # Pillow warns from 89 megapixels on; the bound below is stricter and is an error.
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            image = Image.open(file, formats=FORMATS)
+    except Image.DecompressionBombError as error:
+        raise _too_large(what, "far more pixels") from error
+    except Exception as error:  # Pillow's plugins raise many kinds on hostile bytes
+        raise _broken(what, error) from error
+    if image.width * image.height > MAX_PIXELS:
+        raise _too_large(what, f"{image.width} x {image.height} pixels")
+    return image
+
+
+@contextmanager
+def _readable(path: str | os.PathLike) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         raise DataError(
             f"the image {os.fspath(path)} cannot be read ({type(error).__name__}: {error.strerror or error})",
             "a file that exists and may be read",
             "correct the path or its permissions",
         ) from error
-    return decode_image(data, what=os.fspath(path))
 
 
 def as_picture(image: np.ndarray | Image.Image | bytes | str | os.PathLike) -> np.ndarray:
@@ -99,10 +175,15 @@ def as_picture(image: np.ndarray | Image.Image | bytes | str | os.PathLike) -> n
 
 
 class Drawn:
-    """An image that is drawn each time it is read, for sources that draw their images."""
+    """An image that is drawn each time it is read, for sources that draw their images.
 
-    def __init__(self, draw: Callable[[], np.ndarray]):
-        self.draw = draw
+    Args:
+        draw: makes it.
+        size: gives its size without drawing it, where that is possible.
+    """
+
+    def __init__(self, draw: Callable[[], np.ndarray], size: Callable[[], Size] | None = None):
+        self.draw, self.size = draw, size
 
     def __array__(self, dtype=None, copy=None) -> np.ndarray:
         return self.draw()

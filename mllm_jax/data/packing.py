@@ -8,12 +8,13 @@ search, so that no step needs the ones before it and every example comes once an
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
 
 from mllm_jax.data.filling import Kind, fill_row
+from mllm_jax.data.orders import LARGE, order_of, shuffled_groups
 from mllm_jax.errors import DataError
 
 
@@ -64,15 +65,18 @@ class PackingPlan:
     ):
         self.rows, self.length, self.slots = rows, length, dict(slots)
         self.seed, self.packed, self.group, self.block_steps = seed, packed, group, block_steps
-        self.usable = [np.flatnonzero(s.lengths > 0) for s in streams]
-        self.streams = list(streams)
+        self.streams = [replace(s, lengths=np.asarray(s.lengths)) for s in streams]
+        # Of a large source no array of its size is made, see `mllm_jax.data.orders`.
+        large = [len(s.lengths) > LARGE for s in streams]
+        self.usable = [None if big else np.flatnonzero(s.lengths > 0) for s, big in zip(streams, large, strict=True)]
         for i, (stream, usable) in enumerate(zip(self.streams, self.usable, strict=True)):
-            if stream.weight <= 0 or len(usable) == 0:
+            count = int(np.count_nonzero(stream.lengths)) if usable is None else len(usable)
+            if stream.weight <= 0 or count == 0:
                 raise DataError(
-                    f"source {i}: weight {stream.weight}, {len(usable)} usable examples", "both above 0", "drop it"
+                    f"source {i}: weight {stream.weight}, {count} usable examples", "both above 0", "drop it"
                 )
             widest = int(stream.lengths.max())
-            most = {modality: int(taken[usable].max()) for modality, taken in stream.slots.items()}
+            most = {modality: int(_some(taken, usable).max()) for modality, taken in stream.slots.items()}
             if widest > length or any(count > slots.get(modality, 0) for modality, count in most.items()):
                 raise DataError(
                     f"source {i}: an example of {widest} tokens and media slots {most}",
@@ -80,14 +84,14 @@ class PackingPlan:
                     "raise the row's length or slots",
                 )
         # Examples a block takes cost tokens when packed and one row each when not.
-        self.costs = [
-            s.lengths[u] if packed else np.ones(len(u), np.int64) for s, u in zip(streams, self.usable, strict=True)
+        self.orders = [
+            order_of(s.lengths, u, (seed, i), group, packed)
+            for i, (s, u) in enumerate(zip(self.streams, self.usable, strict=True))
         ]
-        self.totals = [int(c.sum()) for c in self.costs]
+        self.totals = [order.total for order in self.orders]
         weights = np.array([s.weight for s in streams], np.float64)
-        share = weights * np.array([c.mean() for c in self.costs])
+        share = weights * np.array([order.mean for order in self.orders])
         self.share = share / share.sum()
-        self._permuted = lru_cache(maxsize=2 * len(streams) + 2)(self._permute)
         self._block = lru_cache(maxsize=4)(self._pack_block)
         self.fill = 1.0 if not packed else self._choose_fill()
 
@@ -95,7 +99,7 @@ class PackingPlan:
         bound = 1.0
         for modality, slots in self.slots.items():
             a_token = sum(
-                share * s.taken(modality)[u].mean() / s.lengths[u].mean()
+                share * _some(s.taken(modality), u).mean() / _some(s.lengths, u).mean()
                 for share, s, u in zip(self.share, self.streams, self.usable, strict=True)
             )
             bound = min(bound, slots / (self.length * a_token)) if a_token else bound
@@ -109,22 +113,6 @@ class PackingPlan:
         raise DataError(
             "examples that pack into less than 60 % of the rows", "shorter examples", "raise the row's length"
         )
-
-    def _permute(self, source: int, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """The order of a source in an epoch, and the running sum of costs before each example."""
-        rng = np.random.default_rng((self.seed, source, epoch))
-        order = _permute_groups(rng, len(self.usable[source]), self.group)
-        return order, np.concatenate([[0], np.cumsum(self.costs[source][order])])
-
-    def _take(self, source: int, start: int, stop: int) -> list[int]:
-        """The examples of a stream whose running cost lies in [start, stop)."""
-        taken: list[np.ndarray] = []
-        for epoch in range(start // self.totals[source], (stop - 1) // self.totals[source] + 1 if stop > start else 0):
-            order, running = self._permuted(source, epoch)
-            base = epoch * self.totals[source]
-            first, last = np.searchsorted(running[:-1] + base, [start, stop])
-            taken.append(self.usable[source][order[first:last]])
-        return np.concatenate(taken).tolist() if taken else []
 
     def _bounds(self, block: int) -> list[tuple[int, int]]:
         """The piece of each stream that a block takes; unpacked, the pieces add up to its rows exactly."""
@@ -140,11 +128,11 @@ class PackingPlan:
 
     def _pack_block(self, block: int) -> tuple[list[list[tuple[int, int]]], int]:
         """Fills row after row; returns the rows in a shuffled order, and how many examples were left over."""
-        examples = [(i, e) for i, (a, b) in enumerate(self._bounds(block)) for e in self._take(i, a, b)]
+        examples = [(i, e) for i, (a, b) in enumerate(self._bounds(block)) for e in self.orders[i].take(a, b)]
         count = self.rows * self.block_steps
         rng = np.random.default_rng((self.seed, 1 << 20, block))
         if not self.packed:
-            order = _permute_groups(rng, len(examples), self.group)
+            order = shuffled_groups(rng, len(examples), self.group)
             return [[examples[i]] for i in order[:count]], max(0, len(examples) - count)
         waiting: dict[Kind, list[tuple[int, int]]] = {}
         taken = [[s.lengths, *(s.taken(modality) for modality in self.slots)] for s in self.streams]
@@ -184,8 +172,6 @@ class PackingPlan:
         }
 
 
-def _permute_groups(rng: np.random.Generator, count: int, group: int) -> np.ndarray:
-    """0..count-1 in a random order in which each run of `group` stays together."""
-    starts = rng.permutation(-(-count // group)) * group
-    order = (starts[:, None] + np.arange(group)).ravel()
-    return order[order < count]
+def _some(values: np.ndarray, usable: np.ndarray | None) -> np.ndarray:
+    """The values of usable examples; of a large source all, of which the others are 0."""
+    return values if usable is None else values[usable]

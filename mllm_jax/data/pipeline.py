@@ -2,31 +2,27 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 from flax.core import FrozenDict
 
 from mllm_jax.data.batch import BatchSpec
+from mllm_jax.data.measure import HowToMeasure, Measured, Shows, measure
 from mllm_jax.data.message import Text
 from mllm_jax.data.packing import PackingPlan, Stream
-from mllm_jax.data.processing.media import Encoded, Lazy
-from mllm_jax.data.retry import Patience, patiently
+from mllm_jax.data.processing.media import Encoded
+from mllm_jax.data.retry import Patience
 from mllm_jax.data.source import Source
+from mllm_jax.data.source_encoder import SourceEncoder
 from mllm_jax.errors import ConfigError, DataError
-from mllm_jax.files import write_atomic
+from mllm_jax.sharding.hosts import ALONE, Hosts
 
 LAYOUTS = ("conversation", "caption")
 LEARN = ("answers", "all")
-_SLOTS = "slots_"  # what the names of stored slots begin with
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -80,16 +76,6 @@ class Mixture:
             )
 
 
-@dataclass(frozen=True)
-class Measured:
-    """Length, and media slots by modality, of every example of a source; unusable ones have length 0 and a reason."""
-
-    lengths: np.ndarray
-    slots: Mapping[str, np.ndarray]
-    bad: tuple[tuple[int, str], ...] = ()
-    dropped_turns: int = 0
-
-
 class Pipeline:
     """The batches of one stage.
 
@@ -98,6 +84,11 @@ class Pipeline:
             of the model's layout: tiles, or patches.
         cache_dir: where measured lengths are kept, beside the data; None keeps nothing.
         patience: how long a source that fails to read is tried.
+        workers, hosts, progress: see `HowToMeasure`; of several hosts each makes the same pipeline, at the same point.
+
+    Attributes:
+        encoders: what lays out the examples of each source.
+        measured: what the examples of each source take of a row.
     """
 
     def __init__(
@@ -108,10 +99,17 @@ class Pipeline:
         seed: int,
         cache_dir: Path | None = None,
         patience: Patience = Patience(),
+        workers: int | None = None,
+        hosts: Hosts = ALONE,
+        progress: Shows | None = None,
     ):
-        self.patience, self.mixture, self.processor = patience, mixture, processor
-        self.sources: list[Source] = [w.source.build() for w in mixture.sources]
-        self.measured = [self._measure(number, cache_dir) for number in range(len(self.sources))]
+        self.mixture, self.processor = mixture, processor
+        self.encoders = encoders(mixture, processor, patience)
+        self.sources: list[Source] = [encoder.source for encoder in self.encoders]
+        how = HowToMeasure(cache_dir, workers, hosts, progress)
+        self.measured: list[Measured] = [
+            measure(encoder, mixture.slots, max_bad_share=mixture.max_bad_share, how=how) for encoder in self.encoders
+        ]
         self.plan = PackingPlan(
             [Stream(m.lengths, m.slots, w.weight) for m, w in zip(self.measured, mixture.sources, strict=True)],
             rows=mixture.rows,
@@ -128,73 +126,8 @@ class Pipeline:
         return self.processor.spec(self.mixture.rows, self.mixture.length, self.mixture.slots)
 
     def encode(self, source: int, index: int) -> Encoded:
-        """Lays out one example, whose arrays are read with patience too; a DataError names it."""
-        encoded = self._read(partial(self._encode, source, index), source, index)
-
-        def patient(arrays: Mapping[str, np.ndarray]) -> Lazy:
-            return Lazy(tuple(arrays), lambda name: self._read(partial(arrays.__getitem__, name), source, index))
-
-        return replace(encoded, media=[replace(medium, arrays=patient(medium.arrays)) for medium in encoded.media])
-
-    def _encode(self, source: int, index: int) -> Encoded:
-        example, m = self.sources[source].example(index), self.mixture
-        if m.layout == "caption":
-            return self.processor.encode_captions(example, m.length, m.captions)
-        return self.processor.encode(example, m.length, m.learn)
-
-    def _read(self, read: Callable[[], T], source: int, index: int) -> T:
-        """Reads something of an example; a DataError names it.
-
-        Raises:
-            ReadError: the source cannot be read for the moment, which is no fault of the example.
-        """
-        name = f"{self.sources[source].name}[{index}]"
-        try:
-            return patiently(read, name, self.patience)
-        except DataError as error:
-            raise DataError(f"{name}: {error.given}", error.expected, error.todo) from error
-
-    def _measure(self, number: int, cache_dir: Path | None) -> Measured:
-        source, m = self.sources[number], self.mixture
-        settings = [self.processor.fingerprint(), m.length, m.layout, m.captions]
-        key = hashlib.sha256(json.dumps([source.fingerprint(), *settings]).encode()).hexdigest()[:24]
-        file = cache_dir / f"{key}.npz" if cache_dir is not None and m.max_bad_share == 0 else None
-        if file is not None and file.is_file():
-            with np.load(file) as stored:
-                slots = {name.removeprefix(_SLOTS): stored[name] for name in stored if name.startswith(_SLOTS)}
-                return Measured(stored["lengths"], slots, (), int(stored["dropped_turns"]))
-        lengths = np.zeros(len(source), np.int64)
-        slots = {modality: np.zeros_like(lengths) for modality in m.slots}
-        bad: list[tuple[int, str]] = []
-        dropped = 0
-        for index in range(len(source)):
-            try:
-                encoded = self.encode(number, index)
-                if any(count > m.slots.get(modality, 0) for modality, count in encoded.slots.items()):
-                    given = f"{source.name}[{index}]: media for slots {encoded.slots} in a row of {dict(m.slots)}"
-                    raise DataError(given, "at most as many as slots", "raise the mixture's slots")
-                if m.max_bad_share > 0:
-                    for medium in encoded.media:
-                        dict(medium.arrays)  # some are decoded only when they are read
-            except DataError as error:
-                bad.append((index, str(error)))
-                continue
-            lengths[index] = encoded.length
-            for modality, count in encoded.slots.items():
-                slots[modality][index] = count
-            dropped += encoded.dropped_turns
-        if len(bad) > m.max_bad_share * len(source):
-            first = "\n".join(reason for _, reason in bad[:5])
-            raise DataError(
-                f"{source.name}: {len(bad)} of {len(source)} examples cannot be used, the first:\n{first}",
-                f"at most {m.max_bad_share:.2%}",
-                "mend the records, or raise the mixture's max_bad_share",
-            )
-        if file is not None:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            arrays = dict(lengths=lengths, dropped_turns=dropped) | {f"{_SLOTS}{m}": n for m, n in slots.items()}
-            write_atomic(file, lambda opened: np.savez(opened, **arrays))
-        return Measured(lengths, slots, tuple(bad), dropped)
+        """Lays out one example, see `SourceEncoder.encode`."""
+        return self.encoders[source].encode(index)
 
     def batch(self, step: int, rows: Sequence[int] | None = None) -> dict[str, np.ndarray]:
         """The batch of a step, or only the given rows of it: the arrays of `spec`.
@@ -233,6 +166,13 @@ class Pipeline:
         return "; ".join(
             f"row {r}: " + ", ".join(f"{self.sources[s].name}[{i}]" for s, i in row) for r, row in enumerate(rows)
         )
+
+
+def encoders(mixture: Mixture, processor: Any, patience: Patience = Patience()) -> list[SourceEncoder]:
+    """What lays out the examples of each source of a mixture."""
+    m = mixture
+    how = dict(length=m.length, layout=m.layout, captions=m.captions, learn=m.learn, decodes=m.max_bad_share > 0)
+    return [SourceEncoder(w.source, w.source.build(), processor, patience=patience, **how) for w in m.sources]
 
 
 def training_texts(sources: Sequence[Source], limit: int = 4000) -> Iterator[str]:

@@ -9,7 +9,11 @@ from mllm_jax.data.message import Example
 
 @runtime_checkable
 class Source(Protocol):
-    """Random access to examples: a pure function of the source's settings and an index."""
+    """Random access to examples: a pure function of the source's settings and an index.
+
+    A source that has the attribute `sendable = True` is pickled for processes that measure it; for any other, its
+    config is, and each process builds it.
+    """
 
     name: str
 

@@ -59,6 +59,14 @@ class Tokenizer:
         self.answer_id = backend.token_to_id(ASSISTANT) if template == OWN_TEMPLATE else None
         self._piece = lru_cache(maxsize=1 << 17)(self._encoded)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy in another process gets: all but the pieces that were remembered."""
+        return {name: value for name, value in vars(self).items() if name != "_piece"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._piece = lru_cache(maxsize=1 << 17)(self._encoded)
+
     def token_of(self, token_id: int) -> str:
         """Returns the token as text."""
         return self.backend.id_to_token(int(token_id))

@@ -18,20 +18,21 @@ import os
 import re
 import stat
 from array import array
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
-from mllm_jax.data.images import Drawn, read_image, resize
+from mllm_jax.data.images import Drawn, Size, image_size, read_image, resize
 from mllm_jax.data.message import TEXT_ROLE, Example, Image, Message, Part, Text
 from mllm_jax.datasets.record_checks import encodable, inside, may_name_file, short
 from mllm_jax.errors import ConfigError, DataError
 from mllm_jax.files import parse_json
 
+T = TypeVar("T")
 PLACEHOLDER = "<image>"
 VERSIONS = ("chat", "plain")
 _READING = 1  # raise it whenever the same file gives other conversations
@@ -74,6 +75,8 @@ class LLaVARecords:
 class LLaVASource:
     """The records of one file. Held of each are two offsets; text and pictures are read when they are asked for."""
 
+    sendable = True  # with the offsets: another process need not look for them
+
     def __init__(self, settings: LLaVARecords):
         root = Path(settings.data_dir or os.environ.get("MLLM_DATA_DIR") or ".")
         self.settings, self.folder = settings, root / settings.image_folder
@@ -106,7 +109,9 @@ class LLaVASource:
         shown = sum(len(places) for _, places, _ in turns)
         if shown != len(names):
             _refuse(record, f"{PLACEHOLDER} {shown} time(s) for {len(names)} picture(s)", "one for each picture")
-        images = iter([Image(Drawn(partial(self._image, record, name))) for name in names])
+        images = iter(
+            [Image(Drawn(partial(self._image, record, name), partial(self._size, record, name))) for name in names]
+        )
         if self.settings.version == "plain":
             if len(turns) != 1 or not names:
                 _refuse(
@@ -121,21 +126,29 @@ class LLaVASource:
 
     def _image(self, record: dict[str, Any], name: str) -> np.ndarray:
         """uint8[H, W, 3]. Raises DataError: an image that is absent, broken or elsewhere."""
+        image = self._read(read_image, record, name)
+        return image if self.settings.image_size is None else resize(image, self.settings.image_size)
+
+    def _size(self, record: dict[str, Any], name: str) -> Size:
+        """The size that the image will have, from its file's header. Raises DataError: as for its pixels."""
+        size, side = self._read(image_size, record, name), self.settings.image_size
+        return size if side is None else Size(side, side)
+
+    def _read(self, read: Callable[[Path], T], record: dict[str, Any], name: str) -> T:
         path = inside(name)
         if path is None:
             _refuse(record, f"the picture {short(name)}", "a file inside the folder of pictures")
         try:
-            image = read_image(self.folder / path)
+            return read(self.folder / path)
         except DataError as error:
             raise DataError(f"{_called(record)}: {error.given}", error.expected, error.todo) from error
-        return image if self.settings.image_size is None else resize(image, self.settings.image_size)
 
     def _record(self, index: int) -> dict[str, Any]:
         if not 0 <= index < len(self):
             raise IndexError(f"index {index} of source {self.name}, which has {len(self)} records")
         start, stop = self._file.spans[2 * index : 2 * index + 2]
         name = f"bytes {start:,} to {stop:,}"
-        return parse_json(self._file.content[start:stop], name, DataError, todo="download the file again, or mend it")
+        return parse_json(self._file.read(start, stop), name, DataError, todo="download the file again, or mend it")
 
 
 # ---- what a record says
@@ -214,29 +227,64 @@ def _refuse(record: dict[str, Any], given: str, expected: str):
 # ---- the file
 
 
-@dataclass(frozen=True)
-class _File:
-    """A mapped file, where its records begin and end (two int64 for each), and a digest of its bytes."""
+_HELD = 32 << 20  # bytes of a mapped file that are read before the process lets go of them
 
-    content: mmap.mmap
-    spans: array
-    digest: str
+
+class _File:
+    """A mapped file, where its records begin and end (two int64 for each), and a digest of its bytes.
+
+    What was read of it stays in the system's cache of files; the process lets go of it now and then, so that its memory
+    does not grow to the size of the file.
+    """
+
+    def __init__(self, path: Path, size: int, changed: int, spans: array | None = None, digest: str = ""):
+        self._sent = path.absolute(), size, changed
+        with open(path, "rb") as file:
+            self.content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        self._read = 0
+        self.spans = _spans(self.content, path, self._let_go) if spans is None else spans
+        self.digest = self._digest() if spans is None else digest
+
+    def __reduce__(self):
+        return _reopened, (*self._sent, self.spans, self.digest)
+
+    def read(self, start: int, stop: int) -> bytes:
+        found = self.content[start:stop]
+        self._let_go(stop - start)
+        return found
+
+    def _let_go(self, more: int) -> None:
+        self._read += more
+        if self._read > _HELD and hasattr(mmap, "MADV_DONTNEED"):
+            self._read = 0
+            self.content.madvise(mmap.MADV_DONTNEED)
+
+    def _digest(self) -> str:
+        digest = hashlib.blake2b(digest_size=16)
+        for start in range(0, len(self.content), _HELD):
+            digest.update(self.read(start, start + _HELD))
+        return digest.hexdigest()
 
 
 @functools.lru_cache(maxsize=4)
 def _open(path: Path, size: int, changed: int) -> _File:
     """Size and time of change make a file that was replaced be read again."""
-    with open(path, "rb") as file:
-        content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    spans = _spans(content, path)
-    digest = hashlib.blake2b(digest_size=16)
-    with memoryview(content) as view:
-        digest.update(view)
-    return _File(content, spans, digest.hexdigest())
+    return _File(path, size, changed)
 
 
-def _spans(content: mmap.mmap, path: Path) -> array:
+def _reopened(path: Path, size: int, changed: int, spans: array, digest: str) -> _File:
+    """The same file in another process. Raises DataError: it is another by now."""
+    facts = path.stat()
+    if (facts.st_size, facts.st_mtime_ns) != (size, changed):
+        raise DataError(f"{path}, which changed while it was measured", "a file that stays", "start again")
+    return _File(path, size, changed, spans, digest)
+
+
+def _spans(content: mmap.mmap, path: Path, passed: Callable[[int], None]) -> array:
     """Offsets of the outermost braces, found in one pass.
+
+    Args:
+        passed: is called with how many bytes were read, after each record.
 
     Raises:
         DataError: a file that is no list or lines of objects, with the first byte that does not fit.
@@ -254,6 +302,7 @@ def _spans(content: mmap.mmap, path: Path) -> array:
             depth += 1 if found[1] == b"{" else -1
             at = found.end()
         spans.append(at)
+        passed(at - spans[-2])
         at = _BETWEEN.match(content, at).end()
     # Back to where the last record ends: no comma may follow it.
     last = _END.match(content, spans[-1] if spans else at)

@@ -16,6 +16,7 @@ from mllm_jax.checkpoints.config_json import check_written, stored_fields
 from mllm_jax.checkpoints.options import Options
 from mllm_jax.checkpoints.table import Family, Table, Weight, families, nested
 from mllm_jax.data.image_processors import ImageProcessor, read_image_processor
+from mllm_jax.data.images import Size
 from mllm_jax.data.processing.layouts import TileLayout
 from mllm_jax.data.processing.media import Media
 from mllm_jax.encoders import eva
@@ -173,9 +174,12 @@ class QueryLayout(TileLayout):
         self.tokens_a_tile = config.image.projector.num_queries
         self._read = pixel_reader(config.image.encoder, folder)
 
+    def sized(self, size: Size) -> Media:
+        self._read.processor.require(size)
+        return Media({}, np.full(self.tokens_a_tile, self.image_token), np.arange(self.tokens_a_tile), count=1)
+
     def image(self, picture: np.ndarray) -> Media:
-        tokens = np.full(self.tokens_a_tile, self.image_token)
-        return Media({"images": self._read(picture)[None]}, tokens, np.arange(self.tokens_a_tile))
+        return replace(self.sized(Size(*picture.shape[:2])), arrays={"images": self._read(picture)[None]})
 
     def video(self, frames: np.ndarray) -> Media:
         raise DataError(
@@ -186,11 +190,24 @@ class QueryLayout(TileLayout):
         return ids if self.image_token in ids else [self.image_token] * media + ids
 
 
-def pixel_reader(encoder: ViTConfig, folder: Path):
-    """The folder's image processor as a function uint8[h, w, 3] -> [H, W, 3].
+@dataclass(frozen=True)
+class PixelReader:
+    """A folder's image processor as a function uint8[h, w, 3] -> [H, W, 3].
 
-    It leaves bytes, which the model normalises, where that is the processor's way of normalising too; else float32,
-    normalised.
+    Attributes:
+        keeps_bytes: leaves bytes, which the model normalises; else float32, normalised.
+    """
+
+    processor: ImageProcessor
+    keeps_bytes: bool
+
+    def __call__(self, picture: np.ndarray) -> np.ndarray:
+        pixels = self.processor(picture)
+        return pixels.astype(np.uint8) if self.keeps_bytes else pixels
+
+
+def pixel_reader(encoder: ViTConfig, folder: Path) -> PixelReader:
+    """The reader of a folder, which leaves bytes where the model normalises them as the processor does.
 
     Raises:
         ConfigError: pictures of another size than the encoder's.
@@ -205,9 +222,8 @@ def pixel_reader(encoder: ViTConfig, folder: Path):
         )
     normalised = (processor.mean, processor.std, processor.rescale_factor)
     if normalised != (tuple(encoder.image_mean), tuple(encoder.image_std), 1 / 255):
-        return processor
-    plain = replace(processor, mean=None, std=None, rescale_factor=None)
-    return lambda picture: plain(picture).astype(np.uint8)
+        return PixelReader(processor, keeps_bytes=False)
+    return PixelReader(replace(processor, mean=None, std=None, rescale_factor=None), keeps_bytes=True)
 
 
 FAMILIES = families(

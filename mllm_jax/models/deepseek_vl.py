@@ -17,6 +17,7 @@ from mllm_jax.checkpoints.options import Options
 from mllm_jax.checkpoints.table import Table, families, linear, nested
 from mllm_jax.data.image_processors import ImageProcessor, read_image_processor
 from mllm_jax.data.image_steps import mismatch
+from mllm_jax.data.images import Size
 from mllm_jax.data.processing.layouts import TileLayout
 from mllm_jax.data.processing.media import Media
 from mllm_jax.encoders import sam, siglip_vision
@@ -100,11 +101,14 @@ class DeepseekVLLayout(TileLayout):
         self.config, self.pictures = config, replace(pictures, cuts_off=config.preprocessing == "original")
         self.image_token, self.tokens_a_tile = config.image_token_id, config.media_tokens
 
+    def sized(self, size: Size) -> Media:
+        self.pictures.require(size)
+        return Media({}, np.full(self.tokens_a_tile, self.image_token), np.arange(self.tokens_a_tile), count=1)
+
     def image(self, picture: np.ndarray) -> Media:
         tile = self.pictures.prepare(picture)
         tile = self._both(tile) if self.config.hybrid else self.pictures.for_encoder(tile, self.config.image.encoder)
-        tokens = np.full(self.tokens_a_tile, self.image_token)
-        return Media({"images": tile[None]}, tokens, np.arange(self.tokens_a_tile))
+        return replace(self.sized(Size(*picture.shape[:2])), arrays={"images": tile[None]})
 
     def _both(self, large: np.ndarray) -> np.ndarray:
         """The hybrid's picture, see `SiglipSam`: bytes, or numbers from 0 to 1."""

@@ -19,6 +19,7 @@ from mllm_jax.checkpoints.table import Table, families, linear, nested, norm
 from mllm_jax.data.chat import ChatTokenizer
 from mllm_jax.data.image_processors import ImageProcessor, read_image_processor, read_video_processor
 from mllm_jax.data.image_steps import mismatch
+from mllm_jax.data.images import Size
 from mllm_jax.data.processing.layouts import TileLayout
 from mllm_jax.data.processing.media import TEXT, Media
 from mllm_jax.encoders import internvit
@@ -109,27 +110,37 @@ class InternVLLayout(TileLayout):
         self.video_token = None if named is None or frames is None else self._id("video_token", named)
         self.tokens_a_tile = config.media_tokens
 
+    def sized(self, size: Size) -> Media:
+        count = self.pictures.count(*size)
+        return self._placed(count, self._shown(count))
+
     def image(self, picture: np.ndarray) -> Media:
         tiles = self.pictures.tiles(picture)
-        return self._media(tiles, self.pictures, self._shown(len(tiles)))
+        return self._filled(tiles, self._placed(len(tiles), self._shown(len(tiles))), self.pictures)
 
-    def video(self, frames: np.ndarray) -> Media:
+    def sized_video(self, frames: int, size: Size) -> Media:
         """Each frame is one tile, with its number before it on a line of its own."""
-        tiles = np.stack([self.frames.prepare(frame) for frame in frames])
+        self.frames.require(size)
         ids: list[int] = []
-        for number in range(1, len(frames) + 1):
+        for number in range(1, frames + 1):
             said = f"Frame{number}: " if number == 1 else f"\nFrame{number}: "
             ids += [*self._backend(said, add_special_tokens=False)["input_ids"], *self._shown(1)]
-        return self._media(tiles, self.frames, ids)
+        return self._placed(frames, ids)
+
+    def video(self, frames: np.ndarray) -> Media:
+        tiles = np.stack([self.frames.prepare(frame) for frame in frames])
+        return self._filled(tiles, self.sized_video(len(frames), Size(*frames.shape[1:3])), self.frames)
 
     def _shown(self, tiles: int) -> list[int]:
         return [self.begin, *[self.image_token] * (tiles * self.tokens_a_tile), self.end]
 
-    def _media(self, tiles: np.ndarray, processor: ImageProcessor, ids: list[int]) -> Media:
+    def _placed(self, tiles: int, ids: list[int]) -> Media:
         tokens = np.array(ids)
         here = tokens == self.image_token
-        places = np.where(here, np.cumsum(here) - 1, TEXT)
-        return Media({"images": processor.for_encoder(tiles, self.config.image.encoder)}, tokens, places)
+        return Media({}, tokens, np.where(here, np.cumsum(here) - 1, TEXT), count=tiles)
+
+    def _filled(self, tiles: np.ndarray, media: Media, processor: ImageProcessor) -> Media:
+        return replace(media, arrays={"images": processor.for_encoder(tiles, self.config.image.encoder)})
 
     def _id(self, name: str, usual: str) -> int:
         token = getattr(self._backend, name, None) or usual

@@ -18,6 +18,7 @@ from mllm_jax.checkpoints.options import Options
 from mllm_jax.checkpoints.table import Family, Table, Weight, families, linear, nested
 from mllm_jax.data.image_processors import ImageProcessor, read_image_processor, read_video_processor
 from mllm_jax.data.image_steps import mismatch
+from mllm_jax.data.images import Size
 from mllm_jax.data.processing.layouts import TileLayout
 from mllm_jax.data.processing.media import Media
 from mllm_jax.data.tiles import Places, anyres_places, best_resolution, tile_places, video_places
@@ -130,35 +131,48 @@ class LlavaLayout(TileLayout):
         self.image_token, self.video_token = config.image_token_id, config.video_token_id
         self.tokens_a_tile = config.media_tokens
 
+    def sized(self, size: Size) -> Media:
+        count = self.pictures.count(*size)
+        tiled = self.config.resolutions
+        return self._placed(_places(self.config, size) if tiled else Places(np.arange(self.tokens_a_tile)), count)
+
     def image(self, picture: np.ndarray) -> Media:
         """A picture that is alone in its text."""
-        tiles = self.pictures.tiles(picture)
-        if self.config.resolutions:
-            return self._media(tiles, _places(self.config, picture.shape[:2]))
-        return self._media(tiles, Places(np.arange(self.tokens_a_tile)))
+        return self._filled(self.pictures.tiles(picture), self.sized(Size(*picture.shape[:2])))
+
+    def all_sized(self, sizes: Sequence[Size]) -> list[Media]:
+        if not self._one_each(len(sizes)):
+            return super().all_sized(sizes)
+        for size in sizes:
+            self.pictures.require(size)
+        return [self._placed(tile_places(self.config.image.encoder.grid), 1) for _ in sizes]
 
     def images(self, pictures: Sequence[np.ndarray]) -> list[Media]:
-        """LLaVA-OneVision makes one tile of each of several."""
-        if self.config.family != ONEVISION or len(pictures) == 1:
+        if not self._one_each(len(pictures)):
             return super().images(pictures)
-        places = tile_places(self.config.image.encoder.grid)
-        return [self._media(self.pictures.prepare(picture)[None], places) for picture in pictures]
+        media = self._placed(tile_places(self.config.image.encoder.grid), 1)
+        return [self._filled(self.pictures.prepare(picture)[None], media) for picture in pictures]
+
+    def _one_each(self, images: int) -> bool:
+        """LLaVA-OneVision makes one tile of each of several."""
+        return self.config.family == ONEVISION and images != 1
+
+    def sized_video(self, frames: int, size: Size) -> Media:
+        self.frames.require(size)
+        return self._placed(video_places(frames, self.config.image.encoder.grid), frames, self.video_token)
 
     def video(self, frames: np.ndarray) -> Media:
         """Each frame a tile, whose features are resized to half the sides."""
         tiles = np.stack([self.frames.prepare(frame) for frame in frames])
-        places = video_places(len(frames), self.config.image.encoder.grid)
-        return self._media(tiles, places, self.frames, self.video_token)
+        return self._filled(tiles, self.sized_video(len(frames), Size(*frames.shape[1:3])), self.frames)
 
-    def _media(
-        self, tiles: np.ndarray, where: Places, processor: ImageProcessor | None = None, token: int | None = None
-    ) -> Media:
-        processor, encoder = processor or self.pictures, self.config.image.encoder
-        on_device = (1 / 255, tuple(encoder.image_mean), tuple(encoder.image_std))
-        if (processor.rescale_factor, processor.mean, processor.std) != on_device:
-            tiles = processor.normalise(tiles)
+    def _placed(self, where: Places, count: int, token: int | None = None) -> Media:
         tokens = np.full(len(where.places), self.image_token if token is None else token)
-        return Media({"images": tiles}, tokens, where.places, where.weights)
+        return Media({}, tokens, where.places, where.weights, count=count)
+
+    def _filled(self, tiles: np.ndarray, media: Media, processor: ImageProcessor | None = None) -> Media:
+        processor, encoder = processor or self.pictures, self.config.image.encoder
+        return replace(media, arrays={"images": processor.for_encoder(tiles, encoder)})
 
 
 def layout(config: LlavaConfig, folder: Path) -> LlavaLayout:

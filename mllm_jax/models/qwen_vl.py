@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,6 +16,7 @@ from mllm_jax.checkpoints.options import Options
 from mllm_jax.checkpoints.table import Table, families, nested
 from mllm_jax.data.image_processors import ImageProcessor, read_image_processor
 from mllm_jax.data.image_steps import mismatch
+from mllm_jax.data.images import Size
 from mllm_jax.data.processing.layouts import Layout
 from mllm_jax.data.processing.media import Collated, Media, Row
 from mllm_jax.encoders import qwen_vit
@@ -77,17 +79,27 @@ class PatchLayout(Layout):
         # Qwen3-VL writes each frame's time as text, which only its own processor knows how to spell.
         self.video_token = None if config.family == QWEN3 else config.video_token_id
 
+    def sized(self, size: Size) -> Media:
+        return self._placed(self.pictures.grid(1, *size), self.image_token)
+
     def image(self, picture: np.ndarray) -> Media:
-        return self._media(self.image_token, picture)
+        return self._filled(self.image_token, picture)
+
+    def sized_video(self, frames: int, size: Size) -> Media:
+        return self._placed(self.pictures.grid(frames, *size), self.video_token)
 
     def video(self, frames: np.ndarray) -> Media:
-        return self._media(self.video_token, *frames)
+        return self._filled(self.video_token, *frames)
 
-    def _media(self, token: int, *frames: np.ndarray) -> Media:
-        patches, grid = self.pictures.patches(*frames)
-        count = len(patches) // self.config.image.encoder.merge_unit
+    def _placed(self, grid: tuple[int, int, int], token: int) -> Media:
+        patches = math.prod(grid)
+        count = patches // self.config.image.encoder.merge_unit
         seconds = self.pictures.temporal_patch_size / 2 if token == self.video_token else None
-        return Media({"patches": patches}, np.full(count, token), np.arange(count), grid=grid, seconds=seconds)
+        return Media({}, np.full(count, token), np.arange(count), grid=grid, seconds=seconds, count=patches)
+
+    def _filled(self, token: int, *frames: np.ndarray) -> Media:
+        patches, grid = self.pictures.patches(*frames)
+        return replace(self._placed(grid, token), arrays={"patches": patches})
 
     def collate(self, rows: Sequence[Sequence[Media]], slots: Mapping[str, int] | None = None) -> Collated:
         """`slots` has the patches of a row; None: as many as the fullest row has."""

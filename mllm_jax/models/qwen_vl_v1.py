@@ -19,6 +19,7 @@ from mllm_jax.checkpoints.config_json import check_written, stored_fields
 from mllm_jax.checkpoints.options import Options
 from mllm_jax.checkpoints.table import Table, Weight, beside, families, linear, nested
 from mllm_jax.data.image_processors import ImageProcessor
+from mllm_jax.data.images import Size
 from mllm_jax.data.processing.layouts import TileLayout
 from mllm_jax.data.processing.media import TEXT, Media
 from mllm_jax.encoders import qwen_vit_v1
@@ -210,11 +211,15 @@ class QwenVLV1Layout(TileLayout):
         self.config, self.image_token, self.tokens_a_tile = config, config.image_start_id, config.media_tokens
         self.end, self.filling = config.image_start_id + 1, config.image_start_id + 2
 
-    def image(self, picture: np.ndarray) -> Media:
+    def sized(self, size: Size) -> Media:
+        self.pictures.require(size)
         count = self.tokens_a_tile
         tokens = np.array([self.image_token, *[self.filling] * count, self.end])
+        return Media({}, tokens, np.array([TEXT, *range(count), TEXT]), count=1)
+
+    def image(self, picture: np.ndarray) -> Media:
         tile = self.pictures.for_encoder(self.pictures.prepare(picture), self.config.image.encoder)
-        return Media({"images": tile[None]}, tokens, np.array([TEXT, *range(count), TEXT]))
+        return replace(self.sized(Size(*picture.shape[:2])), arrays={"images": tile[None]})
 
     def without_names(self, ids: Sequence[int]) -> list[int]:
         kept, name_ends = [], -1

@@ -48,7 +48,7 @@ def train(
     Args:
         fresh: start over, removing what an earlier run left there.
         devices: the devices to use; None: all.
-        cache_dir: where measured lengths are kept.
+        cache_dir: where measured lengths are kept; None: in the run folder.
         until: the stage to end with; None: the last.
         hang_seconds: this process ends, its stacks told, when nothing is finished for so long (`mllm train`: 1800).
         profile: write a trace of a few steps.

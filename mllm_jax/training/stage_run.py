@@ -6,7 +6,6 @@ import hashlib
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from mllm_jax.generation.assistant import Assistant
 from mllm_jax.models.params import placed_params
 from mllm_jax.models.processor import Processor
 from mllm_jax.sharding.chips import peak_flops
-from mllm_jax.sharding.hosts import first_alone, from_first, is_first
+from mllm_jax.sharding.hosts import Hosts, from_first, is_first
 from mllm_jax.training.config import Experiment, Stage
 from mllm_jax.training.features import FeatureCache
 from mllm_jax.training.feed import Feed
@@ -92,9 +91,9 @@ class StageRunner:
 
     Attributes:
         done_before: steps of the stages before this one.
-        cache_dir: where measured lengths are kept.
         sinks: where metrics go besides the run folder.
         last: whether the run ends with this stage.
+        cache_dir: where measured lengths are kept; None: in the run folder, as where several processes share them.
     """
 
     experiment: Experiment
@@ -299,12 +298,15 @@ class StageRunner:
 
     def pipeline(self, mixture: Mixture, salt: int = 0) -> Pipeline:
         """Measures a mixture's examples."""
-        common = dict(seed=(self.experiment.seed * 1009 + self.index) * 2 + salt, cache_dir=self.cache_dir)
-        make = partial(Pipeline, mixture, self.words)
-        if jax.process_count() > 1:  # the first reads all records to measure them, the others only their rows
-            common["cache_dir"] = self.folder.lengths
-            first_alone(partial(make, **common))
-        return make(**common)
+        shared = jax.process_count() > 1 or self.cache_dir is None
+        return Pipeline(
+            mixture,
+            self.words,
+            seed=(self.experiment.seed * 1009 + self.index) * 2 + salt,
+            cache_dir=self.folder.lengths if shared else self.cache_dir,
+            hosts=Hosts.of_run(),
+            progress=self.progress,
+        )
 
     def frozen_meta(self, frozen: dict) -> dict:
         """Where the frozen parameters come from and what they are: enough to find and to check them."""

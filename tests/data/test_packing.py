@@ -174,7 +174,7 @@ def test_what_does_not_fit_is_counted():
     p.fill = 1.25
     p._block.cache_clear()
     found = p.statistics(8)
-    offered = len(p._take(0, *p._bounds(0)[0]))
+    offered = len(p.orders[0].take(*p._bounds(0)[0]))
     kept = len(placed(p, range(8)))
     assert kept < offered
     assert found["left_over"] == pytest.approx((offered - kept) / offered)

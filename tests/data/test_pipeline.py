@@ -13,6 +13,7 @@ from toy_data import MODEL, PAIRS, PICTURES, SIZE, Toy, ToySource, pipeline, pro
 from mllm_jax.data.message import Example, Message, Text
 from mllm_jax.data.pipeline import Mixture, Pipeline, Weighted, training_texts
 from mllm_jax.data.processing.layouts import PlainLayout
+from mllm_jax.data.source_encoder import SourceEncoder
 from mllm_jax.data.tokenizer import Tokenizer
 from mllm_jax.datasets.openmoji import OpenMojiQuestions
 from mllm_jax.datasets.openmoji.records import load
@@ -282,6 +283,12 @@ def test_an_unreadable_image_stops_a_run_that_allows_none():
         data.batch(0)
 
 
+def test_measuring_draws_no_image(monkeypatch):
+    """Of a model whose images all take the same; they would be most of the time that a quickstart's start takes."""
+    monkeypatch.setattr(ToySource, "picture", lambda *_: pytest.fail("drawn"))
+    assert pipeline().measured[0].slots["image"].tolist() == [1] * 200
+
+
 def test_an_empty_answer_is_refused_at_measuring():
     with pytest.raises(DataError, match=r"broken\[11\]: an empty answer to 'what colour'"):
         pipeline(broken(0.0, empty_answers=(11,)))
@@ -297,8 +304,8 @@ def test_more_images_than_slots_are_refused_at_measuring():
 
 def test_lengths_are_measured_once(tmp_path, monkeypatch):
     first = pipeline(cache_dir=tmp_path)
-    assert len(list(tmp_path.glob("*.npz"))) == len(PICTURES.sources)
-    monkeypatch.setattr(Pipeline, "encode", lambda *_: pytest.fail("measured again"))
+    assert len(list(tmp_path.glob("*/table.npy"))) == len(PICTURES.sources)
+    monkeypatch.setattr(SourceEncoder, "measure", lambda *_: pytest.fail("measured again"))
     second = pipeline(cache_dir=tmp_path)
     monkeypatch.undo()
     assert_equal(first.batch(4), second.batch(4))
@@ -313,7 +320,7 @@ def test_lengths_are_measured_anew_for_another_processor(tmp_path):
     for number, reader in enumerate(readers, start=1):
         for _ in range(2):
             Pipeline(PICTURES, reader, seed=0, cache_dir=tmp_path)
-            assert len(list(tmp_path.glob("*.npz"))) == number * len(PICTURES.sources)
+            assert len(list(tmp_path.glob("*/table.npy"))) == number * len(PICTURES.sources)
 
 
 def test_lengths_are_measured_anew_for_other_data_or_settings(tmp_path):

@@ -11,7 +11,7 @@ import numpy as np
 
 from mllm_jax.data.batch import BatchSpec
 from mllm_jax.data.image_steps import ImageProcessor
-from mllm_jax.data.images import as_picture, resize
+from mllm_jax.data.images import Size, as_picture, resize
 from mllm_jax.data.message import Image, Part, Video
 from mllm_jax.data.pixels import require_call
 from mllm_jax.data.processing.media import TEXT, Collated, Lazy, Media, Row, collate_tiles
@@ -27,6 +27,7 @@ class Layout:
         places_pictures: whether prompts name no position for an image, so that `arrange` puts it where it belongs.
         instruction_length: the most tokens that the projector reads of an instruction in training; 0: it reads none.
         keeps_text: whether a special token that a message spells stays text.
+        needs_sizes: whether what an image takes of a row depends on its size.
         flattens: whether the chat template takes content as one text only, in which media are tokens.
         pictures, frames: what prepares images, and frames of videos where that is another; None: no `ImageProcessor`.
     """
@@ -36,6 +37,7 @@ class Layout:
     places_pictures: bool = False
     instruction_length: int = 0
     keeps_text: bool = False
+    needs_sizes: bool = True
     flattens: bool = False
     pictures: ImageProcessor | None = None
     frames: ImageProcessor | None = None
@@ -62,33 +64,60 @@ class Layout:
         """Prepares uint8[F, H, W, 3], the frames that the model is to see."""
         raise DataError(f"a video of {len(frames)} frames", "images: the model reads no video", "leave it out")
 
+    def sized(self, size: Size) -> Media:
+        """What `image` makes of an image of that size, without its arrays: what it takes of a row.
+
+        A layout that does not say it prepares a black image.
+        """
+        return _without_arrays(self.image(np.zeros((*size, 3), np.uint8)))
+
+    def all_sized(self, sizes: Sequence[Size]) -> list[Media]:
+        """What `images` makes of images of these sizes, without their arrays."""
+        return [self.sized(size) for size in sizes]
+
+    def sized_video(self, frames: int, size: Size) -> Media:
+        """What `video` makes of frames of that size, without its arrays; a layout that does not say it prepares one."""
+        return _without_arrays(self.video(np.zeros((frames, *size, 3), np.uint8)))
+
     def prepare(self, parts: Sequence[Part]) -> list[Media]:
         """The media of one text, in their order; raises what `prepare_all` does."""
         return self.prepare_all([parts])[0]
 
     def prepare_all(self, rows: Sequence[Sequence[Part]]) -> list[list[Media]]:
-        """The media of several texts.
+        """The media of several texts. Where all sources of a text are a `Size`, nothing is decoded, and no arrays made.
 
         Raises:
             DataError: see `as_picture`; too many pixels in a text or in all, or frames of different sizes.
         """
         prepared, pixels = [], 0
         for parts in rows:
+            if (sizes := _sizes(parts)) is not None:
+                prepared.append(self._from_sizes(parts, sizes))
+                continue
             decoded = _decoded(parts)
-            pixels += sum(self._pixels(part, frames) for part, frames in decoded)
+            pixels += sum(self._pixels(part, [frame.shape[:2] for frame in frames]) for part, frames in decoded)
             require_call(pixels, "prepared images and frames")
             images = iter(self.images([frames[0] for part, frames in decoded if isinstance(part, Image)]))
             prepared.append([next(images) if isinstance(p, Image) else self._video(frames) for p, frames in decoded])
         return prepared
 
+    def _from_sizes(self, parts: Sequence[Part], sizes: Sequence[Sequence[Size]]) -> list[Media]:
+        """The media of one text, of whose images and frames only the sizes are known."""
+        require_call(sum(math.prod(size) for each in sizes for size in each), "images and frames of one text")
+        require_call(sum(map(self._pixels, parts, sizes)), "prepared images and frames")
+        known = list(zip(parts, sizes, strict=True))
+        images = iter(self.all_sized([each[0] for part, each in known if isinstance(part, Image)]))
+        return [
+            next(images) if isinstance(part, Image) else self.sized_video(len(each), _only(each))
+            for part, each in known
+        ]
+
     def _video(self, frames: list[np.ndarray]) -> Media:
-        if not frames or len({frame.shape for frame in frames}) > 1:
-            raise DataError(f"a video of {len(frames)} frames", "frames of one size", "resize them")
+        _only([frame.shape for frame in frames])
         return self.video(np.stack(frames))
 
-    def _pixels(self, part: Part, frames: Sequence[np.ndarray]) -> int:
+    def _pixels(self, part: Part, sizes: Sequence[Size]) -> int:
         """How many pixels will be made of an image or of the frames of a video."""
-        sizes = [frame.shape[:2] for frame in frames]
         if isinstance(part, Image):
             return sum(self.pictures.pixels(*size) for size in sizes) if self.pictures else 0
         reader = self.frames or self.pictures
@@ -181,6 +210,7 @@ class PlainLayout(TileLayout):
     """
 
     keeps_text = True
+    needs_sizes = False
 
     def __init__(
         self,
@@ -222,6 +252,24 @@ class PlainLayout(TileLayout):
 
     def _fitted(self, picture: np.ndarray) -> np.ndarray:
         return picture if picture.shape[:2] == (self.side, self.side) else resize(picture, self.side)
+
+
+def _sizes(parts: Sequence[Part]) -> list[Sequence[Size]] | None:
+    """Of each medium the sizes of its frames, an image being one; None where more than sizes is given, or nothing."""
+    sources = [[part.source] if isinstance(part, Image) else part.source for part in parts]
+    given = [isinstance(each, (list, tuple)) and all(isinstance(frame, Size) for frame in each) for each in sources]
+    return sources if given and all(given) else None
+
+
+def _only(sizes: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
+    """The one size of a video's frames."""
+    if len(set(sizes)) != 1:
+        raise DataError(f"a video of {len(sizes)} frames", "frames of one size", "resize them")
+    return sizes[0]
+
+
+def _without_arrays(media: Media) -> Media:
+    return replace(media, arrays={}, count=media.slots)
 
 
 def _decoded(parts: Sequence[Part]) -> list[tuple[Part, list[np.ndarray]]]:

@@ -1,0 +1,204 @@
+"""Measuring a source: what each example takes of a row, positions and slots; once, resumable, on all cores and hosts.
+
+Lengths come from texts and from the sizes of images in the headers of their files. They are kept in a folder of their
+own under a name that differs wherever they would: by source, tokenizer, layout, image processor and template.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from mllm_jax.data.measured_files import BLOCK, Block, MeasuredFiles
+from mllm_jax.data.measuring_workers import NoWorkers, Task, Workers, measure_block, too_many_slots
+from mllm_jax.data.source_encoder import SourceEncoder
+from mllm_jax.errors import ConfigError, DataError
+from mllm_jax.sharding.hosts import ALONE, Hosts, first_alone, together
+
+SMALL = 8 * BLOCK  # examples that one process measures before it could have started others
+SHOWN, WORTH = 5.0, 20.0  # CPU seconds that one process needs, from which on a bar is shown and others are started
+_ENOUGH = 1000  # bad examples more than allowed are enough to refuse a source
+
+
+class Shows(Protocol):
+    """What shows progress, such as `mllm_jax.training.operations.progress.Progress`."""
+
+    def stage(self, name: str, total: int, start: int = 0) -> None: ...
+    def update(self, step: int) -> None: ...
+    def message(self, text: str) -> None: ...
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Length, and media slots by modality, of every example of a source; unusable ones have length 0 and a reason."""
+
+    lengths: np.ndarray
+    slots: Mapping[str, np.ndarray]
+    bad: tuple[tuple[int, str], ...] = ()
+    dropped_turns: int = 0
+
+
+@dataclass(frozen=True)
+class HowToMeasure:
+    """How sources are measured; nothing that is measured depends on it.
+
+    Attributes:
+        folder: where lengths are kept; None keeps nothing.
+        workers: processes; None: one a core where that saves time, else none but this.
+        hosts: of which each measures its share; they share `folder`.
+        progress: shows what takes a while; None shows nothing.
+    """
+
+    folder: Path | None = None
+    workers: int | None = None
+    hosts: Hosts = ALONE
+    progress: Shows | None = None
+
+
+def measure(
+    encoder: SourceEncoder,
+    slots: Mapping[str, int],
+    *,
+    max_bad_share: float = 0.0,
+    how: HowToMeasure = HowToMeasure(),
+) -> Measured:
+    """Measures every example of a source that was not measured before.
+
+    Args:
+        slots: that a row has, by modality.
+        max_bad_share: of the examples that cannot be used.
+
+    Raises:
+        DataError: more examples than that cannot be used, the first named by source, index and reason.
+        ReadError: the source cannot be read for the moment.
+    """
+    modalities, count = sorted(slots), len(encoder.source)
+    folder = None if how.folder is None else how.folder / f"{encoder.key()}-{'-'.join(modalities)}"
+    kept = MeasuredFiles(folder, count, modalities)
+    allowed = max_bad_share * count
+
+    def share() -> None:
+        tasks = kept.missing()[how.hosts.index :: how.hosts.count]
+        for block in _measured(encoder, modalities, tasks, how):
+            kept.add(block)
+            if len(kept.bad) > allowed + _ENOUGH:
+                raise _unusable(encoder, sorted(kept.bad.items()), "at least ", max_bad_share)
+
+    if how.hosts.count > 1:
+        together(share)
+        kept.read()
+        if not kept.complete:
+            raise _not_shared(encoder, folder)
+        first_alone(kept.merge)
+        kept.read()
+    else:
+        share()
+        kept.merge()
+    return _checked(encoder, kept, slots, max_bad_share)
+
+
+def sample_sizes(encoder: SourceEncoder, sample: int = 2000) -> Measured:
+    """Measures evenly spaced examples of a source, whatever a row could hold: what its rows are chosen by.
+
+    Args:
+        encoder: with a `length` that no example reaches, so that none is shortened.
+    """
+    indices = np.unique(np.linspace(0, len(encoder.source) - 1, min(sample, len(encoder.source))).astype(np.int64))
+    taken, bad = {}, []
+    for index in indices.tolist():
+        try:
+            taken[index] = encoder.measure(index)
+        except DataError as error:
+            bad.append((index, str(error)))
+    modalities = sorted({modality for each in taken.values() for modality in each.slots})
+    return Measured(
+        np.array([each.length for each in taken.values()], np.int32),
+        {m: np.array([each.slots.get(m, 0) for each in taken.values()], np.int32) for m in modalities},
+        tuple(bad),
+        sum(each.dropped_turns for each in taken.values()),
+    )
+
+
+def cores() -> int:
+    """How many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _measured(
+    encoder: SourceEncoder, modalities: Sequence[str], tasks: Sequence[Task], how: HowToMeasure
+) -> Iterator[Block]:
+    """The blocks of tasks; the first shows whether a bar and other processes are worth it, where none are asked for."""
+    waiting, done = dict(tasks), 0
+    total, needed = sum(map(len, waiting.values())), 0.0
+
+    def here() -> Iterator[Block]:
+        yield from (measure_block(encoder, modalities, task) for task in list(waiting.items()))
+
+    def counted(blocks: Iterator[Block]) -> Iterator[Block]:
+        nonlocal done
+        for block in blocks:
+            del waiting[block.number]
+            done += len(block.indices)
+            if progress is not None:
+                progress.update(done)
+            yield block
+
+    progress, workers = None, how.workers
+    if workers is None and waiting:
+        started = time.thread_time()
+        yield from counted(itertools.islice(here(), 1))
+        needed = (time.thread_time() - started) / done * (total - done)
+        workers = cores() if total > SMALL and needed > WORTH else 1
+    if how.progress is not None and total > SMALL and (needed > SHOWN or how.workers is not None):
+        progress = how.progress
+        progress.stage(f"measure {encoder.name}", total, done)
+    if waiting and workers > 1:
+        try:
+            yield from counted(Workers(encoder, modalities, workers).measure(list(waiting.items())))
+        except NoWorkers as error:
+            if how.progress is not None:
+                how.progress.message(f"{encoder.name} is measured in one process: {error}")
+    yield from counted(here())
+
+
+def _checked(encoder: SourceEncoder, kept: MeasuredFiles, slots: Mapping[str, int], max_bad_share: float) -> Measured:
+    """What was measured, without examples that take more slots than a row has."""
+    lengths, taken = kept.table[0], dict(zip(kept.modalities, kept.table[1:], strict=True))
+    over = np.zeros(len(lengths), bool)
+    for modality, column in taken.items():
+        over |= column > slots[modality]
+    wide = np.flatnonzero(over)
+    most = int(max_bad_share * len(lengths)) + _ENOUGH
+    bad = list(kept.bad.items())
+    for index in wide[:most].tolist():
+        needed = {modality: int(column[index]) for modality, column in taken.items() if column[index]}
+        bad.append((index, str(too_many_slots(f"{encoder.name}[{index}]", needed, dict(slots)))))
+    if len(bad) > max_bad_share * len(lengths):
+        raise _unusable(encoder, sorted(bad), "at least " if len(wide) > most else "", max_bad_share)
+    if len(wide):
+        lengths = np.where(over, 0, lengths)
+    return Measured(lengths, taken, tuple(sorted(bad)), kept.dropped_turns)
+
+
+def _not_shared(encoder: SourceEncoder, folder: Path | None) -> ConfigError:
+    return ConfigError(
+        f"{encoder.name}: lengths in {folder}, where what the other processes measured is not",
+        "one folder that all processes of the run see",
+        "give a run folder on a disk that they share",
+    )
+
+
+def _unusable(encoder: SourceEncoder, bad: Sequence[tuple[int, Any]], about: str, max_bad_share: float) -> DataError:
+    first = "\n".join(reason for _, reason in bad[:5])
+    return DataError(
+        f"{encoder.name}: {about}{len(bad)} of {len(encoder.source)} examples cannot be used, the first:\n{first}",
+        f"at most {max_bad_share:.2%}",
+        "mend the records, or raise the mixture's max_bad_share",
+    )
