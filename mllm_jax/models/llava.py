@@ -56,6 +56,8 @@ class LlavaConfig(MultimodalConfig):
     max_tiles: int | None = None
     preprocessing: str = "hub"
 
+    placeholder_fields = ("image_token_id", "video_token_id")  # all that its layout needs of a tokenizer
+
     def __post_init__(self):
         super().__post_init__()
         require = Requirements("LLaVA", self)
@@ -79,7 +81,7 @@ class LlavaConfig(MultimodalConfig):
             not any(length % side for resolution in self.resolutions for length in resolution),
             f"resolutions {self.resolutions} for tiles of {side}",
             "whole tiles",
-            "change resolutions or encoder.image_size",
+            "change both, as mllm_jax.with_image_size(config, size) does",
         )
 
     @property
