@@ -14,7 +14,6 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh
 
 from mllm_jax.checkpoints.leaves import flatten
-
 from mllm_jax.checkpoints.run import RunFolder
 from mllm_jax.checkpoints.training import load_snapshot
 from mllm_jax.errors import CheckpointError, ConfigError

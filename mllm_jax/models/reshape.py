@@ -157,7 +157,7 @@ def reshaped(
         shown = "".join(f"\n    {line}" for line in fixed[:5])
         raise ConfigError(
             f"another image size for parameters that were made for one size only:{shown}",
-            "the image size of the stored model: tables of relative positions, and maps of whole regions, do not resize",
+            "the image size of the stored model: relative positions and maps of whole regions do not resize",
             "leave the image size as it is stored, or train this part anew instead of reading it",
         )
     return jax.tree_util.tree_unflatten(structure, list(leaves.values()))
@@ -173,7 +173,9 @@ def _resized(config: Any, size: int) -> Any:
         encoder = None if branch is None or isinstance(branch.encoder, str) else _resized(branch.encoder, size)
         if encoder is None:
             return None
-        changes: dict[str, Any] = {"inputs": {**fields["inputs"], "image": dataclasses.replace(branch, encoder=encoder)}}
+        changes: dict[str, Any] = {
+            "inputs": {**fields["inputs"], "image": dataclasses.replace(branch, encoder=encoder)}
+        }
         if fields.get("resolutions"):  # whole tiles, as many as before
             side = branch.encoder.image_size
             changes["resolutions"] = tuple(tuple(n // side * size for n in pair) for pair in fields["resolutions"])

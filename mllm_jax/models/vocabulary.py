@@ -1,4 +1,4 @@
-"""Another tokenizer under a named model: which ids its media get, and which row of the old vocabulary each token takes."""
+"""Another tokenizer under a named model: the ids of its media, and the row of the old vocabulary that each token takes."""
 
 from __future__ import annotations
 
@@ -138,7 +138,7 @@ def rows_of(ours: ChatTokenizer, theirs: ChatTokenizer, held: int) -> np.ndarray
 
 
 def _spelled(tokenizer: ChatTokenizer) -> dict[tuple[bool, bytes], int]:
-    """The tokens' ids by whether they are special, and the bytes that they write, whichever way a tokenizer keeps those."""
+    """The tokens' ids by whether they are special, and the bytes that they write, however a tokenizer spells them."""
     backend = getattr(tokenizer.backend, "backend_tokenizer", None)
     bytewise = backend is not None and '"ByteLevel"' in json.dumps(json.loads(backend.to_str()).get("decoder"))
     special, added = set(tokenizer.special_tokens), set(tokenizer.backend.get_added_vocab())

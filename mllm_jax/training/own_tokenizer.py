@@ -43,4 +43,3 @@ def vocabulary_of(experiment: Experiment, source: Pretrained) -> Vocabulary | No
     ours, theirs = own_tokenizer_of(experiment, source), ChatTokenizer.load(source.folder)
     held = pretrained_config(source.folder).llm.vocab_size
     return Vocabulary(rows_of(ours, theirs, held), vocabulary_axes(experiment.model), held)
-

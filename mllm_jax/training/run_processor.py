@@ -18,6 +18,7 @@ from mllm_jax.models.companions import copy_for
 from mllm_jax.models.processor import Processor
 from mllm_jax.models.registry import save_pretrained
 from mllm_jax.models.run_weights import load_run
+from mllm_jax.models.vocabulary import check_placeholder, placeholder_fields
 from mllm_jax.sharding.hosts import first_alone
 from mllm_jax.training.config import Experiment, require_vocabulary
 from mllm_jax.training.own_tokenizer import own_tokenizer_of, words_source
@@ -32,6 +33,10 @@ def prepare_processor(experiment: Experiment, run: RunFolder) -> Processor:
     """
     first_alone(partial(_write, experiment, run))
     processor = Processor.of_run(run, experiment)
+    for name in placeholder_fields(experiment.model):
+        token = getattr(experiment.model, name)
+        kind = name.removesuffix("_token_id")
+        check_placeholder(processor.tokenizer, kind, token, str(experiment.tokenizer.folder))
     if processor.family is None:
         require_vocabulary(experiment, processor.tokenizer.vocab_size)
         require_words(experiment, processor.tokenizer)
