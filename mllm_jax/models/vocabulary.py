@@ -1,4 +1,4 @@
-"""Another tokenizer under a named model: the ids of its media, and the row of the old vocabulary that each token takes."""
+"""Another tokenizer under a named model: its media's ids, and the row of the old vocabulary that each token takes."""
 
 from __future__ import annotations
 

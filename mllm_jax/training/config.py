@@ -162,7 +162,8 @@ class Experiment:
         pretrained: parts that do not begin at random.
         part_rules: what parts of the model have of their own in the table of logical axes, such as
             `data_parallel("encoder_image")`.
-        cpu_devices: devices that a CPU is presented as; two are faster than one of two cores. Ignored elsewhere.
+        cpu_devices: devices that a CPU is presented as. None: as many as it has cores, at most 8, that divide the rows
+            of every stage and fit the mesh. Ignored elsewhere.
         nonfinite: "stop" at a loss or gradient that is not finite, or "skip" that step (it is never applied).
         evaluation: what the trained model is evaluated by at the end of the run, such as `mllm_jax.Task`; see
             `mllm_jax.evaluation.task`.
