@@ -19,6 +19,7 @@ from mllm_jax.data.packing import PackingPlan, Stream
 from mllm_jax.data.processing.media import Encoded, Lazy
 from mllm_jax.data.retry import Patience, patiently
 from mllm_jax.data.source import Source
+from mllm_jax.data.units import in_words
 from mllm_jax.errors import ConfigError, DataError
 from mllm_jax.files import write_atomic
 
@@ -120,6 +121,7 @@ class Pipeline:
             seed=seed,
             packed=mixture.layout == "conversation",
             group=mixture.group,
+            unit=processor.layout.unit,
         )
 
     @property
@@ -171,8 +173,9 @@ class Pipeline:
             try:
                 encoded = self.encode(number, index)
                 if any(count > m.slots.get(modality, 0) for modality, count in encoded.slots.items()):
-                    given = f"{source.name}[{index}]: media for slots {encoded.slots} in a row of {dict(m.slots)}"
-                    raise DataError(given, "at most as many as slots", "raise the mixture's slots")
+                    unit = self.processor.layout.unit
+                    given = f"{source.name}[{index}]: {in_words(encoded.slots, unit)}"
+                    raise DataError(given, f"at most {in_words(m.slots, unit)} a row", "raise the mixture's slots")
                 if m.max_bad_share > 0:
                     for medium in encoded.media:
                         dict(medium.arrays)  # some are decoded only when they are read

@@ -130,7 +130,7 @@ class LlavaLayout(TileLayout):
             )
         self.config, self.pictures, self.frames = config, pictures, frames
         self.image_token, self.video_token = config.image_token_id, config.video_token_id
-        self.tokens_a_tile = config.media_tokens
+        self.tokens_a_tile, self.unit = config.media_tokens, "tile" if config.resolutions else "image"
 
     def image(self, picture: np.ndarray) -> Media:
         """A picture that is alone in its text."""
