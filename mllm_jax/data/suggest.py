@@ -86,7 +86,7 @@ def candidates(sizes: Sizes, *, packed: bool = True, unit: int = 1) -> list[Cand
 
 
 def best(found: Sequence[Candidate]) -> Candidate:
-    """The candidate that is proposed: of those that refuse the fewest and shorten almost none, the shortest of the fullest.
+    """The candidate that is proposed: of those that refuse fewest examples and shorten almost none, one of the fullest.
 
     A per cent of fill is given up for shorter rows, in which attention costs less.
     """

@@ -35,6 +35,18 @@ class AdamW:
     clip_norm: float = 1.0
     factors: tuple[tuple[str, float], ...] = ()
 
+    def transform(self, learning_rate: Any, mask: Any) -> Any:
+        """What turns clipped gradients into updates, of optax; another optimizer is a subclass that overrides this.
+
+        Args:
+            learning_rate: the schedule.
+            mask: of the parameters that decay.
+        """
+        import optax
+
+        moments = dict(b1=self.b1, b2=self.b2, eps=self.eps)
+        return optax.adamw(learning_rate, **moments, weight_decay=self.weight_decay, mask=mask)
+
 
 @dataclass(frozen=True)
 class Stage:

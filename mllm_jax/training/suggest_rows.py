@@ -16,7 +16,6 @@ from mllm_jax.data.message import Example
 from mllm_jax.data.pipeline import Mixture
 from mllm_jax.data.suggest import Candidate, Sizes, best, candidates, judge, rows_for
 from mllm_jax.errors import DataError
-from mllm_jax.sharding.mesh import mesh_sizes
 from mllm_jax.training.config import Experiment, Stage
 from mllm_jax.training.own_tokenizer import with_own_tokenizer
 from mllm_jax.training.run_processor import prepare_processor
@@ -84,7 +83,7 @@ def _of_stage(experiment: Experiment, stage: Stage, processor: Any, sample: int)
 
 
 def measured(mixture: Mixture, processor: Any, sample: int) -> tuple[Sizes, list[str]]:
-    """What evenly spaced examples of a mixture's sources take of a row, whatever rows it has; and why some cannot be used.
+    """What evenly spaced examples of a mixture take of a row, whatever rows it has; and why some cannot be used.
 
     Raises:
         DataError: none of them can.
