@@ -68,7 +68,7 @@ def judge(sizes: Sizes, length: int, slots: Mapping[str, int] | None = None, *, 
     taken = {modality: column[usable] for modality, column in sizes.slots.items()}
     if slots is None:
         slots = _fewest(kept, taken, length, packed)
-    return Candidate(length, slots, _fill(kept, taken, length, slots, packed), *shares)
+    return Candidate(length, slots, _packed(kept, taken, length, slots, packed)[0], *shares)
 
 
 def candidates(sizes: Sizes, *, packed: bool = True, unit: int = 1) -> list[Candidate]:
@@ -118,21 +118,22 @@ def _fewest(lengths: np.ndarray, taken: Mapping[str, np.ndarray], length: int, p
     a_token = {modality: taken[modality].sum() / lengths.sum() for modality in slots}
     slots = {modality: max(count, int(np.ceil(a_token[modality] * length))) for modality, count in slots.items()}
     unbounded = {modality: int(column.sum()) for modality, column in taken.items() if modality in slots}
-    wanted = _ENOUGH * _fill(lengths, taken, length, unbounded, packed)
-    while _fill(lengths, taken, length, slots, packed) < wanted:
+    wanted = _ENOUGH * _packed(lengths, taken, length, unbounded, packed)[0]
+    while (found := _packed(lengths, taken, length, slots, packed))[0] < wanted:
         slots = {m: min(count + max(1, count // 8), unbounded[m]) for m, count in slots.items()}
-    return slots
+    return found[1]
 
 
-def _fill(
+def _packed(
     lengths: np.ndarray, taken: Mapping[str, np.ndarray], length: int, slots: Mapping[str, int], packed: bool
-) -> float:
-    """The share of positions that hold something where each example comes once: the longest first, best fit.
+) -> tuple[float, dict[str, int]]:
+    """The share of positions that hold something where each example comes once, and the most slots that a row takes.
 
-    The plan of a run, which chooses among many more examples, fills rows a little better.
+    The longest comes first, each in the row where it fits best. A run's plan, which chooses among many more examples,
+    fills rows a little better.
     """
     if not packed:
-        return float(lengths.mean() / length)
+        return float(lengths.mean() / length), dict(slots)
     needed = np.stack([lengths, *(taken[name] for name in slots)], axis=1)
     free = np.tile([length, *slots.values()], (len(lengths), 1))  # of as many rows as could be needed
     used = 0
@@ -141,4 +142,5 @@ def _fill(
         row = fitting[np.argmin(free[fitting, 0])]
         free[row] -= example
         used = max(used, row + 1)
-    return float(lengths.sum() / (used * length))
+    most = np.array(list(slots.values()), np.int64) - free[:used, 1:].min(axis=0)
+    return float(lengths.sum() / (used * length)), dict(zip(slots, most.tolist(), strict=True))
