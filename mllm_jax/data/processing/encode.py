@@ -289,11 +289,12 @@ def require_answers(messages: Sequence[Message]) -> int:
 
 
 def _too_long(what: str, row: Row, media: Sequence[Media], most: str, more: str = "") -> DataError:
-    kinds = in_words(Counter(medium.modality for medium in media), "image")
+    kinds = Counter(medium.modality for medium in media)
+    fewer = ", or give it fewer or smaller " + " and ".join(f"{kind}s" for kind in kinds) if kinds else ""
     return DataError(
-        f"{what} of {len(row.tokens):,} tokens with {kinds}{more}",
+        f"{what} of {len(row.tokens):,} tokens with {in_words(kinds, 'image')}{more}",
         f"at most {most}",
-        "raise the row's length, or give it fewer or smaller media",
+        f"raise the row's length{fewer}",
     )
 
 
