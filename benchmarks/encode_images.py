@@ -1,12 +1,11 @@
-"""Images a second against transformers and timm, forward alone and with the gradient of every parameter, in one run.
+"""Images per second against transformers and timm, of the forward pass and with all gradients, in one run.
 
     python benchmarks/encode_images.py [--models vit clip nfnet] [--batch 8] [--repeats 5] [--no-compile] [--tiny]
 
-ViT-B/16 and CLIP's ViT-L/14 at 224 pixels against transformers, NFNet-F0 at 192 against timm (fetched as
-tests/parity/timm_reference.py says; skipped where it is absent), float32, on every core. Both sides have the same
-random weights, by way of a folder: outputs must agree to 1e-4 and gradients to 1e-3 before anything is measured, a
-benchmark of wrong answers is none. Runs alternate, medians are printed. torch.compile needs a C++ compiler; where it
-fails, the table says so.
+ViT-B/16 and CLIP's ViT-L/14 at 224 pixels against transformers, NFNet-F0 at 192 against timm (see
+tests/parity/timm_reference.py; skipped if absent), float32, on every core. Both sides read the same random weights from
+a folder. Outputs must agree to 1e-4 and gradients to 1e-3 before anything is measured. Runs alternate; medians are
+printed. torch.compile needs a C++ compiler; the table reports its failure.
 """
 
 from __future__ import annotations
@@ -41,7 +40,7 @@ TINY_NFNET = dict(depths=(1, 1, 1, 1), channels=(16, 24, 40, 32), stem_chs=32, g
 
 @dataclass(frozen=True)
 class Case:
-    """A model of the reference, how it is written and called, and the side of its pictures."""
+    """A reference model, its functions for writing and calling it, and the side of its images."""
 
     model: torch.nn.Module
     save: Callable[[torch.nn.Module, Path], None]
@@ -91,7 +90,7 @@ def nfnet(tiny: bool) -> Case | None:
     try:
         timm = timm_or_skip()
     except pytest.skip.Exception as reason:
-        print(f"nfnet left out: {reason}")
+        print(f"nfnet skipped: {reason}")
         return None
 
     def call(model, pixels):
@@ -107,7 +106,7 @@ CASES = {"vit": vit, "clip": clip, "nfnet": nfnet}
 
 
 def randomise(model: torch.nn.Module) -> None:
-    """Weights that keep the size of what passes through; no gain or bias is 0, so nothing drops out of the sums."""
+    """Sets weights that keep the size of activations; no gain or bias is 0, so that all of them count."""
     torch.manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -117,11 +116,11 @@ def randomise(model: torch.nn.Module) -> None:
                 parameter.add_(0.1 * torch.randn(parameter.shape)) if parameter.ndim else parameter.fill_(0.2)
 
 
-# ---- the sides: `run(pass)` computes and waits, and gives (features, pooled), or loss and gradients
+# ---- the sides: `run(pass)` computes, waits, and returns (features, pooled), or loss and gradients
 
 
 class Torch:
-    """The reference, eager or compiled; NFNet also with channels last, which its convolutions may prefer."""
+    """The reference, eager or compiled; NFNet also with channels last, which may be faster."""
 
     def __init__(self, case: Case, pixels: np.ndarray, weights: tuple, compiled=False, channels_last=False):
         self.name = case.library + ", channels last" * channels_last + ", torch.compile" * compiled
@@ -167,11 +166,11 @@ class Ours:
         return jax.block_until_ready(self.passes[which](self.params, self.pixels))
 
 
-# ---- are they the same
+# ---- are they equal
 
 
 def agree(what: str, which: str, ours, theirs) -> None:
-    """Stops the program where two arrays, or trees of them, differ by more than the tolerance of the pass."""
+    """Stops the program if two arrays, or trees of them, differ by more than the tolerance of the pass."""
     ours, theirs = (np.concatenate([np.ravel(x) for x in jax.tree.leaves(tree)]) for tree in (ours, theirs))
     error = np.abs(ours - theirs).max() / np.abs(theirs).max()
     if not error <= TOLERANCES[which]:
@@ -181,7 +180,7 @@ def agree(what: str, which: str, ours, theirs) -> None:
 
 @contextmanager
 def gradients_as_weights(model: torch.nn.Module) -> Iterator[None]:
-    """The model holds its gradients in the place of its weights, so that they can be written and read like those."""
+    """Replaces the model's weights by its gradients, so that these can be written and read like weights."""
     kept = {name: parameter.data for name, parameter in model.named_parameters()}
     for parameter in model.parameters():
         parameter.data = parameter.grad
@@ -200,7 +199,7 @@ def check(case: Case, ours: Ours, theirs: Torch, passes: list[str]) -> None:
             wanted = mllm_jax.from_pretrained(folder, dtype="float32")[1]
         found = ours.run("forward+backward")[1]
         for (path, mine), their in zip(jax.tree.leaves_with_path(found), jax.tree.leaves(wanted), strict=True):
-            # The bias of the keys cancels in the softmax: its gradient is rounding.
+            # The bias of the keys cancels in the softmax: its gradient is a rounding error.
             if jax.tree_util.keystr(path).endswith("['k']['bias']"):
                 continue
             error = np.abs(mine - their).max() / np.abs(their).max()
@@ -213,13 +212,15 @@ def check(case: Case, ours: Ours, theirs: Torch, passes: list[str]) -> None:
 
 
 def measure(sides: list, which: str, repeats: int) -> dict[str, float | str]:
-    """Median seconds of each side in alternating runs, or why it failed; the first run of each, which may compile, is
-    not measured."""
+    """Returns the median seconds of each side in alternating runs, or why it failed.
+
+    The first run of each side, which may compile, is not measured.
+    """
     found: dict[str, float | str] = {}
     for side in sides:
         try:
             side.run(which)
-        except Exception as error:  # torch.compile raises whatever its back ends do
+        except Exception as error:  # torch.compile raises any error of its back ends
             if "torch.compile" not in side.name:
                 raise
             found[side.name] = f"{type(error).__name__}: {str(error).splitlines()[0][:80]}"
@@ -235,7 +236,7 @@ def measure(sides: list, which: str, repeats: int) -> dict[str, float | str]:
 
 
 def sides_of(case: Case, options: argparse.Namespace) -> list:
-    """Ours first, then theirs; checked."""
+    """Returns the checked sides, mllm_jax first."""
     randomise(case.model)
     rng = np.random.default_rng(0)
     pixels = rng.normal(size=(options.batch, case.pixels, case.pixels, 3)).astype(np.float32)
@@ -253,7 +254,7 @@ def sides_of(case: Case, options: argparse.Namespace) -> list:
 
 
 def lines_of(model: str, which: str, found: dict[str, float | str], batch: int) -> list[str]:
-    """Rows of the table; the ratio is how many times as fast as this library mllm_jax is."""
+    """Returns rows of the table; the ratio is the speed of mllm_jax over that of the library."""
     base = found[Ours.name]
     lines = []
     for name, seconds in found.items():
@@ -265,17 +266,17 @@ def lines_of(model: str, which: str, found: dict[str, float | str], batch: int) 
 def main() -> None:
     options = arguments()
     transformers.logging.disable_progress_bar()
-    keep_freed_memory()  # as training does; it serves both sides, which share one allocator
+    keep_freed_memory()  # as in training; it affects both sides, which share one allocator
     threads = os.cpu_count()
     torch.set_num_threads(threads)
     lines = []
     for model in options.models:
         case = CASES[model](options.tiny)
         if case is None:
-            lines.append(f"| {model} | | left out: no timm | | |")
+            lines.append(f"| {model} | | skipped: no timm | | |")
             continue
         count = sum(parameter.numel() for parameter in case.model.parameters())
-        print(f"{model}: {count:,} parameters, {options.batch} pictures of {case.pixels} x {case.pixels}")
+        print(f"{model}: {count:,} parameters, {options.batch} images of {case.pixels} x {case.pixels}")
         sides = sides_of(case, options)
         for which in options.passes:
             lines += lines_of(model, which, measure(sides, which, options.repeats), options.batch)

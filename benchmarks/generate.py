@@ -1,10 +1,10 @@
-"""Tokens a second against transformers' `generate`, prefill and decode apart, in one run.
+"""Tokens per second against transformers' `generate`, prefill and decode separately, in one run.
 
     python benchmarks/generate.py [--folder FOLDER] [--batch 1 8] [--prompt 512] [--new 64] [--repeats 5] [--compile]
 
 Without a folder: SmolLM2-135M's shape with random weights, float32, written to a temporary folder that both libraries
-load. Prefill is the time until the first token, decode what each further token takes. Runs alternate, medians are
-printed, and the tokens of both sides are compared: a benchmark of wrong answers is none.
+load. Prefill is the time until the first token, decode the time of each further token. Runs alternate, medians are
+printed, and the tokens of both sides are compared.
 """
 
 from __future__ import annotations
@@ -59,15 +59,15 @@ def random_folder(folder: Path, sizes: dict) -> Path:
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if parameter.ndim > 1:  # the embedding small beside the layers, else a tied head repeats the last token
+            if parameter.ndim > 1:  # a small embedding, else a tied head repeats the last token
                 parameter.normal_(std=0.1 if "embed" in name else parameter.shape[1] ** -0.5)
     model.save_pretrained(folder)
-    Tokenizer.train([], 300).save(folder)  # prompts are ids, and so are the answers that are compared
+    Tokenizer.train([], 300).save(folder)  # prompts and the compared answers are ids
     return folder
 
 
 class Torch:
-    """transformers' generate; the first run of each shape is not measured, as it may compile."""
+    """A side with transformers' generate; the first run of each shape, which may compile, is not measured."""
 
     def __init__(self, folder: Path, compiled: bool):
         self.name = "transformers, torch.compile" if compiled else "transformers"
@@ -85,7 +85,7 @@ class Torch:
 
 
 class Ours:
-    """mllm_jax from the same folder."""
+    """A side with mllm_jax, from the same folder."""
 
     def __init__(self, folder: Path, rows: int, int8: bool = False):
         self.name = "mllm_jax, int8" if int8 else "mllm_jax"
@@ -106,7 +106,7 @@ def seconds(side, prompts: np.ndarray, new: int) -> float:
 
 
 def measure(sides: list, prompts: np.ndarray, new: int, repeats: int) -> dict[str, tuple[float, float]]:
-    """Of each side: prefill seconds, decode seconds a step; medians of alternating runs."""
+    """Returns prefill seconds and decode seconds a step of each side; medians of alternating runs."""
     answers = {side.name: (side.tokens(prompts, 1), side.tokens(prompts, new))[1] for side in sides}
     first = answers[sides[0].name]
     print(f"  {len(np.unique(first))} different tokens")

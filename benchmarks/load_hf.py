@@ -1,14 +1,13 @@
-"""Loading a random LLaMA folder: host memory and time, beside transformers' own load, in one table.
+"""Host memory and time of loading a random LLaMA folder, compared with transformers, in one table.
 
     python benchmarks/load_hf.py [--gigabytes 1] [--devices 8] [--repeats 3] [--dtype bfloat16] [--folder TMP]
 
-Each reading runs in a process of its own after its libraries were imported and a tiny model of the same kind was
-loaded. transformers only maps the files: its rows are given once with each page touched, as a first step of computation
-would, and once with every parameter copied into memory of its own, as ours are. The kernel measures: "peak" is the
-high-water mark of resident memory above what was resident before, "beside the weights" is the peak without the bytes of
-the loaded parameters. The files are read once beforehand, so all sides find them in the page cache. Readings alternate;
-the median of each figure is printed. CPU seconds are those of all threads: on a busy machine they say more than the
-clock.
+Each reading runs in its own process, after its libraries were imported and a tiny model of the same kind was loaded.
+transformers only maps the files, so it has two rows: one with each page touched, as a first step of computation does,
+and one with every parameter copied to its own memory, as here. The kernel measures memory: "peak" is the high-water
+mark of resident memory above the initial one, "beside the weights" is the peak without the loaded parameters. The files
+are read once beforehand, so that all sides find them in the page cache. Readings alternate; the median of each figure
+is printed. CPU seconds are those of all threads; on a busy machine they are more reliable than the clock.
 """
 
 from __future__ import annotations
@@ -86,7 +85,7 @@ measure(
 
 
 def tensors(config: dict, dtype: np.dtype) -> dict[str, Spec]:
-    """The tensors of a LLaMA by name."""
+    """Returns the tensors of a LLaMA by name."""
     width, mlp, vocab = config["hidden_size"], config["intermediate_size"], config["vocab_size"]
     kv = width // config["num_attention_heads"] * config["num_key_value_heads"]
     shapes = {"model.embed_tokens": (vocab, width), "lm_head": (vocab, width), "model.norm": (width,)}
@@ -122,7 +121,7 @@ def write_random(folder: Path, sizes: dict, layers: int, dtype: np.dtype) -> Non
 
 
 def layers_for(nbytes: float, dtype: np.dtype) -> int:
-    """How many layers make the folder about that large."""
+    """Returns the number of layers with which the folder has about this size."""
     one, two = (sum(spec.nbytes for spec in tensors(SHAPE | {"num_hidden_layers": n}, dtype).values()) for n in (1, 2))
     return max(1, math.ceil((nbytes - one) / (two - one)) + 1)
 
@@ -146,7 +145,7 @@ def main() -> None:
     parser.add_argument("--devices", type=int, default=8)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--folder", type=Path, help="where the temporary folders are made")
+    parser.add_argument("--folder", type=Path, help="parent of the temporary folders")
     options = parser.parse_args()
     dtype = float_dtype(options.dtype)
     sides = {

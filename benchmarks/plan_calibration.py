@@ -1,15 +1,16 @@
-"""The planner's step time against published measured ones, with one fitted factor a generation of chips.
+"""The planner's step time against published measurements, with one fitted factor per generation of chips.
 
     python benchmarks/plan_calibration.py [--runs llama31_8b@v6e-256 ...] [--again]
     python benchmarks/plan_calibration.py --print
 
 Each published run is compiled ahead of time (`mllm plan` on configs/plans/), which gives a bound: the slowest of
 computing, HBM and network at their peak rates. A generation's factor is the geometric mean of bound / measured over its
-runs; the predicted time is bound / factor. The factors stand in mllm_jax/sharding/chips.py as `efficiency`, which
-is left out here. Results are kept in benchmarks/plan_calibration.json.
+runs; the predicted time is bound / factor. The factors are in mllm_jax/sharding/chips.py as `efficiency`, which is not
+used here. Results are kept in benchmarks/plan_calibration.json.
 
 The measured runs are MaxText's: configs/v5e/README.md and configs/v5p/README.md of AI-Hypercomputer/maxtext for the 16B
-and 32B, its benchmark recipes' tokens/s/chip for the others. TFLOP/s there count attention whole, before July 2025.
+and 32B, its benchmark recipes' tokens/s/chip for the others. Their TFLOP/s count all attention blocks (before July
+2025).
 """
 
 from __future__ import annotations
@@ -31,11 +32,11 @@ class Run:
     """A published run.
 
     Attributes:
-        rows: of a chip.
-        seconds: of a step as published, or None with
-        tflops: model TFLOP/s a chip, attention whole, which our count of the model's FLOPs turns into seconds.
-        setup: how it was run, where that is not what is compiled here.
-        options: what `mllm plan` is given besides rows.
+        rows: rows per chip.
+        seconds: published seconds of a step, or None with `tflops`.
+        tflops: model TFLOP/s a chip with all attention blocks; our count of the model's FLOPs converts them to seconds.
+        setup: how it was run, if that differs from what is compiled here.
+        options: other options of `mllm plan`.
     """
 
     rows: int
@@ -77,12 +78,12 @@ def make(names, again: bool) -> None:
 
 
 def measured(run: Run, plan: dict) -> float:
-    """Seconds of a published step."""
+    """Returns the seconds of a published step."""
     return run.seconds if run.seconds is not None else plan["flops"] / plan["chips"] / (run.tflops * 1e12)
 
 
 def factors(rows: dict) -> dict[str, float]:
-    """Generation -> geometric mean of bound / measured."""
+    """Returns generation -> geometric mean of bound / measured."""
     logs: dict[str, list[float]] = {}
     for name, plan in rows.items():
         if plan.get("times"):
@@ -96,7 +97,7 @@ def _generation(name: str) -> str:
 
 
 def table(rows: dict) -> str:
-    """The rows in Markdown."""
+    """Returns the rows in Markdown."""
     lines = [
         "| run | how it was run | measured s | compute, HBM, network s | bound s | factor | predicted s | off by |",
         "|---|---|---|---|---|---|---|---|",
@@ -126,8 +127,8 @@ def table(rows: dict) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", nargs="+", default=list(RUNS), choices=RUNS)
-    parser.add_argument("--again", action="store_true", help="compile what is there anew")
-    parser.add_argument("--print", action="store_true", help="print the table of what is there")
+    parser.add_argument("--again", action="store_true", help="compile existing rows again")
+    parser.add_argument("--print", action="store_true", help="print the table of existing rows")
     options = parser.parse_args()
     if not options.print:
         make(options.runs, options.again)

@@ -1,11 +1,11 @@
-"""What the plan counts against what the layers' sizes say: LLaMA-7B and ViT-L/14, forward and backward, at full size.
+"""The plan's FLOPs against hand counts from layer sizes: LLaMA-7B and ViT-L/14, forward and backward, full size.
 
     python benchmarks/plan_flops.py [llama2_7b] [vit_large_224] [vit_large_336]
 
-Each training step is compiled ahead of time for a TPU slice, without remat, in a process of its own; no TPU is needed.
-By hand: of a weight two FLOPs for each vector that it meets, of attention two for each pair of positions and each
-number of q k^T and of p v, hidden pairs too; backward twice that, of the patches once, as no pixel has a gradient.
-Attention kernels stand apart: counted by formula, they compute scores again and skip blocks that are hidden.
+Each training step is compiled ahead of time for a TPU slice, without remat, in its own process; no TPU is needed. The
+hand count has two FLOPs per weight and input vector, and for attention two per pair of positions and number of q k^T
+and of p v, including hidden pairs. The backward pass counts twice that, but once for the patches, as pixels have no
+gradient. Attention kernels are counted separately, by formula: they recompute scores and skip hidden blocks.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ SLICE = "v5p-16"
 
 
 def llama(rows: int, length: int = 2048) -> tuple:
-    """(experiment, FLOPs of products with weights, of attention); the embedding is looked up, which costs none."""
+    """Returns (experiment, FLOPs of products with weights, of attention); looking up embeddings costs none."""
     from configs.plans import language
 
     vocab, width, layers, heads, kv_heads, mlp = language.SIZES["llama2_7b"]
@@ -35,7 +35,7 @@ def llama(rows: int, length: int = 2048) -> tuple:
 
 
 def vit_large(rows: int, side: int) -> tuple:
-    """CLIP's picture tower, trained with the softmax loss against a bag of words, which has next to no products."""
+    """Returns the same of CLIP's image encoder, trained with the softmax loss against a bag of words."""
     from mllm_jax.data.pipeline import Mixture
     from mllm_jax.encoders.text import TextTowerConfig
     from mllm_jax.models.clip import DualEncoderConfig
@@ -58,13 +58,13 @@ def vit_large(rows: int, side: int) -> tuple:
 
 CASES = {
     "llama2_7b": ("LLaMA-7B, 16 x 2,048 tokens", lambda: llama(16)),
-    "vit_large_224": ("ViT-L/14, 64 pictures of 224", lambda: vit_large(64, 224)),
-    "vit_large_336": ("ViT-L/14, 64 pictures of 336", lambda: vit_large(64, 336)),
+    "vit_large_224": ("ViT-L/14, 64 images of 224", lambda: vit_large(64, 224)),
+    "vit_large_336": ("ViT-L/14, 64 images of 336", lambda: vit_large(64, 336)),
 }
 
 
 def one(name: str) -> dict:
-    """The figures of a case, compiled in this process."""
+    """Returns the figures of a case, compiled in this process."""
     from mllm_jax.planning.plan import make_plan
     from mllm_jax.planning.topologies import topology
 
@@ -77,7 +77,7 @@ def one(name: str) -> dict:
 
 
 def row(name: str, found: dict) -> str:
-    """Of the table, in TFLOP. Where the compiler makes attention of plain products, these stand among the products."""
+    """Returns a row of the table, in TFLOP. If attention is compiled to plain products, it counts as products."""
     kernels, attention = found["dense_flops"] - found["dot_flops"], found["attention"]
 
     def over(counted: float, hand: float) -> str:

@@ -1,13 +1,12 @@
-"""What the named models take on TPU slices, each compiled with `mllm plan`: memory, collectives, roofline.
+"""The cost of the named models on TPU slices, each compiled with `mllm plan`: memory, collectives, roofline.
 
     python benchmarks/plan_table.py [--models llava15_7b:align ...] [--slices v5e-256 ...] [--rescue 4] [--again]
     python benchmarks/plan_table.py --print
 
-Rows are made one at a time, each in a process of its own, and kept in benchmarks/plan_table.json; those that are there
-are left out unless --again. `--print` prints the table in Markdown. A slice's devices go to fsdp as far as the rows
-and the parameters' sizes divide, the rest to data and tensor. Where a step does not fit, `mllm plan --search` tries up
-to --rescue others, and the fastest that fits stands beside it. No TPU is needed; a row takes one to five minutes of two
-cores.
+Rows are made one at a time, each in its own process, and kept in benchmarks/plan_table.json; existing rows are skipped
+without --again. `--print` prints the table in Markdown. fsdp gets as many devices of a slice as divide the rows and the
+parameters' sizes, data and tensor get the rest. If a step does not fit, `mllm plan --search` tries up to --rescue
+others and adds the fastest that fits. No TPU is needed; a row takes one to five minutes of two cores.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ MODELS = {
 
 
 def run_plan(config: str, topology: str, *options: str) -> dict:
-    """`mllm plan` in a process of its own: its figures, with "seconds" for the whole command, or {"error": ...}."""
+    """Runs `mllm plan` in its own process; returns its figures and the command's "seconds", or {"error": ...}."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "plan.json"
         command = [sys.executable, "-m", "mllm_jax.cli", "plan", config, "--topology", topology, "--json", str(file)]
@@ -48,7 +47,7 @@ def run_plan(config: str, topology: str, *options: str) -> dict:
 
 
 def mesh_options(experiment, stage: int, devices: int) -> list[str]:
-    """fsdp over as many devices as divide the rows and the parameters' sizes, tensor over what the rows leave."""
+    """Returns fsdp over as many devices as divide the rows and the parameters' sizes, and tensor over the rest."""
     from mllm_jax.planning.arithmetic import dividing_fsdp
     from mllm_jax.sharding.mesh import MeshConfig
 
@@ -100,7 +99,7 @@ def mesh_of(plan: dict) -> str:
 
 
 def table(rows: dict) -> str:
-    """The rows in Markdown."""
+    """Returns the rows in Markdown."""
     lines = [
         "| model:stage, slice | mesh | rows x length | state, peak of usable GiB | model PFLOP, compiled | "
         "sent GB a step: all-gather, all-reduce, scattered | bound | MFU overlapped, serial | compile s |",
@@ -140,9 +139,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=MODELS)
     parser.add_argument("--slices", nargs="+", default=list(SLICES))
-    parser.add_argument("--rescue", type=int, default=4, help="plans to try where one does not fit")
-    parser.add_argument("--again", action="store_true", help="make rows that are there anew")
-    parser.add_argument("--print", action="store_true", help="print the table of what is there")
+    parser.add_argument("--rescue", type=int, default=4, help="plans to try if one does not fit")
+    parser.add_argument("--again", action="store_true", help="make existing rows again")
+    parser.add_argument("--print", action="store_true", help="print the table of existing rows")
     options = parser.parse_args()
     if not options.print:
         make(options.models, options.slices, options.rescue, options.again)

@@ -1,12 +1,12 @@
-"""Our training step beside MaxText's, both compiled ahead of time for TPU slices: memory, FLOPs and bytes on the wire.
+"""Our training step compared with MaxText's, both compiled ahead of time for TPU slices: memory, FLOPs, bytes sent.
 
-    python benchmarks/plan_vs_maxtext.py [llama2_7b:v5e-256:full ...] [--again]   makes what is missing
-    python benchmarks/plan_vs_maxtext.py --live                                  MaxText's too, where installed
-    python benchmarks/plan_vs_maxtext.py --print                                 the table in Markdown
+    python benchmarks/plan_vs_maxtext.py [llama2_7b:v5e-256:full ...] [--again]   makes missing rows python
+    benchmarks/plan_vs_maxtext.py --live                                  MaxText's too, if installed python
+    benchmarks/plan_vs_maxtext.py --print                                 the table in Markdown
 
 Both have FSDP over all chips, bf16 compute, float32 masters, AdamW and scanned layers. Rows are made one at a time,
-each in a process of its own, and kept in benchmarks/plan_vs_maxtext.json. No TPU is needed; a row takes one to five
-minutes of two cores.
+each in its own process, and kept in benchmarks/plan_vs_maxtext.json. No TPU is needed; a row takes one to five minutes
+of two cores.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Row:
-    """What MaxText's step takes, per chip and step.
+    """The cost of MaxText's step, per chip and step.
 
     Attributes:
-        model: of `configs/plans/language.py`, or "gemma3_4b", with pictures.
-        maxtext: MaxText's own name of the model.
-        rows: of a chip.
-        dots: FLOPs of matrix products, attention kernels apart, in TFLOP.
-        temporaries, peak: GiB, as `memory_analysis` gives them.
+        model: a model of `configs/plans/language.py`, or "gemma3_4b", with images.
+        maxtext: MaxText's name of the model.
+        rows: rows per chip.
+        dots: TFLOP of matrix products, without attention kernels.
+        temporaries, peak: GiB, as reported by `memory_analysis`.
         gather, reduce, scatter: GB of all-gathers, all-reduces and reduce-scatters by the cost of a ring.
     """
 
@@ -60,7 +60,7 @@ class Row:
 
 
 # MaxText 0.2.5, its `train_compile` on a machine without a TPU, jax 0.10.2; counted in the compiled HLO with trip
-# counts. An asynchronous collective counts once, an all-reduce with a slice behind it as the all-reduce that it is.
+# counts. An asynchronous collective counts once, an all-reduce followed by a slice as an all-reduce.
 PROVENANCE = "MaxText 0.2.5 ahead-of-time"
 PUBLISHED = (
     Row("llama2_7b", "llama2-7b", "v5e-256", 2048, 4, "full", 407.2, 5.40, 4.13, 26.1, 26.3),
@@ -69,13 +69,13 @@ PUBLISHED = (
     Row("llama2_7b", "llama2-7b", "v5p-128", 4096, 4, "minimal", 649.5, 49.64, 46.77, 25.8, 26.0),
     Row("gemma3_4b", "gemma3-4b", "v5e-128", 2048, 1, "full", 64.7, 5.33, 7.76, 15.7, 9.1, 8.0),
 )
-# MaxText's "minimal" keeps what the layers' matrix products give; ours is called "dots". "full" keeps what enters a
-# layer, "offload" the same in the host's memory, which MaxText has as well and the published rows do not use.
+# MaxText's "minimal" keeps the results of the layers' matrix products; ours is called "dots". "full" keeps the input of
+# each layer, "offload" the same in the host's memory. MaxText has "offload" too, but the published rows do not use it.
 OURS = {"full": ("full", "offload"), "minimal": ("dots",)}
 
 
 def experiment(row: Row, remat: str):
-    """The experiment that is compiled."""
+    """Returns the experiment that is compiled."""
     from configs.plans import language
     from mllm_jax.planning.topologies import topology
 
@@ -86,10 +86,10 @@ def experiment(row: Row, remat: str):
 
 
 def gemma3_4b(base, remat: str):
-    """A model of the size of Gemma 3 4B (arXiv 2503.19786): SigLIP so400m, one picture a row as 256 tokens.
+    """Returns a model of the size of Gemma 3 4B (arXiv 2503.19786): SigLIP so400m, one image a row as 256 tokens.
 
-    The decoder is ours with Gemma's sizes, without its norms behind each block and with one kind of layer: it is as
-    large, it is not that model. As in MaxText by default the tower of pictures is frozen.
+    The decoder is ours with Gemma's sizes, without its norms after each block and with one kind of layer: it has the
+    same size but is another model. As by MaxText's default, the image encoder is frozen.
     """
     from mllm_jax.encoders.vit import ViTConfig
     from mllm_jax.llms.decoder import DecoderConfig
@@ -138,7 +138,7 @@ def gemma3_4b(base, remat: str):
 
 
 def ours(row: Row, remat: str) -> dict:
-    """Our step compiled in this process, in the units of `Row`."""
+    """Compiles our step in this process; returns the figures in the units of `Row`."""
     from mllm_jax.planning.compile import abstract_step, compile_step, topology_mesh
     from mllm_jax.planning.topologies import topology
 
@@ -149,7 +149,7 @@ def ours(row: Row, remat: str) -> dict:
     def wire(*kinds):
         return counted.wire_bytes(*kinds) / 1e9 if kinds else counted.wire_bytes() / 1e9
 
-    # As the published rows are counted: a fused all-reduce and slice costs what its all-reduce does.
+    # Counted as in the published rows: a fused all-reduce and slice costs as much as the all-reduce.
     fused = wire("all-reduce-scatter")
     return dict(
         dots=counted.dot_flops / 1e12,
@@ -165,7 +165,7 @@ def ours(row: Row, remat: str) -> dict:
 
 
 def maxtext(row: Row) -> dict:
-    """MaxText's step compiled in this process by its own entry point, counted as ours is.
+    """Compiles MaxText's step in this process by its own entry point; counted as ours.
 
     Raises:
         SystemExit: MaxText is not installed.
@@ -181,7 +181,7 @@ def maxtext(row: Row) -> dict:
     from mllm_jax.planning.topologies import topology
 
     held = {}
-    # The entry point compiles and gives nothing back: what it compiles is taken on the way.
+    # The entry point compiles and returns nothing, so a patch keeps the compiled step.
     compiled_by = train_compile.jit_and_compile
 
     def keep(*args, **kwargs):
@@ -244,7 +244,7 @@ def make(names, again: bool, live: bool) -> None:
 
 
 def table() -> str:
-    """Ours over MaxText's, of what is there."""
+    """Returns the table of existing rows, ours over MaxText's."""
     lines = [
         "| step | remat, ours | temporaries GiB | peak GiB | on the wire GB | dot TFLOP | compiled in |",
         "|---|---|---|---|---|---|---|",
@@ -271,10 +271,10 @@ def table() -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("rows", nargs="*", metavar="ROW", help="MODEL:SLICE:REMAT, or that with :OURS behind it")
-    parser.add_argument("--again", action="store_true", help="rows that are there too")
-    parser.add_argument("--live", action="store_true", help="MaxText's rows compiled here, where it is installed")
-    parser.add_argument("--print", action="store_true", help="print the table of what is there")
+    parser.add_argument("rows", nargs="*", metavar="ROW", help="MODEL:SLICE:REMAT, or MODEL:SLICE:REMAT:OURS")
+    parser.add_argument("--again", action="store_true", help="make existing rows again")
+    parser.add_argument("--live", action="store_true", help="compile MaxText's rows here, if it is installed")
+    parser.add_argument("--print", action="store_true", help="print the table of existing rows")
     parser.add_argument("--one", nargs=2, metavar=("ROW", "WHICH"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:

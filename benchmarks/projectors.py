@@ -2,10 +2,10 @@
 
     python benchmarks/projectors.py [--seeds 3] [--projectors linear mlp ...] [--runs runs/projectors] [--plot F.svg]
 
-Each run is `mllm train` in a process of its own; what is finished already is not run again. Encoder and LLM are trained
-once, then frozen (the encoder) or begun from (the LLM) by all. Seeds change the projector's start and the order of the
-examples, not the questions. The table has the mean over seeds and, behind +-, half the spread between the best and the
-worst. Beside it stands what the literature claims of these projectors, and whether it holds here.
+Each run is `mllm train` in its own process; finished runs are not repeated. Encoder and LLM are trained once; all runs
+freeze this encoder and start from this LLM. Seeds change the projector's initial values and the order of the examples,
+not the questions. The table has the mean over seeds and, after +-, half the spread between the best and the worst. A
+second table lists claims of the literature about these projectors and whether they hold here.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pathlib import Path
 
 CONFIGS = Path(__file__).parents[1] / "configs" / "projectors"
 PROJECTORS = ("linear", "mlp", "resampler", "qformer", "qformer_stage1", "pformer")
-# The order of the columns: task -> what it is called.
+# The order of the columns: task -> name.
 TASKS = {"naming": "naming", "top_left": "top left", "number": "counting", "text": "small text"}
 COLOURS = ("#4878a8", "#e8894a", "#5fa55a", "#b4525a")
 
@@ -37,7 +37,7 @@ def arguments() -> argparse.Namespace:
 
 
 def run(projector: str, seed: int, folder: Path) -> dict[str, float]:
-    """{task: accuracy} of a run, which is trained if it is not there; it resumes where it was stopped."""
+    """Returns {task: accuracy} of a run; trains it if it is missing, and resumes it if it was stopped."""
     results = folder / "results.json"
     if not results.exists():
         start = time.perf_counter()
@@ -62,15 +62,15 @@ def table(scores: Scores) -> str:
 
 
 def claims(scores: Scores) -> list[str]:
-    """What the literature says of these projectors, each with the two figures and whether it holds.
+    """Returns claims of the literature about these projectors, each with the two figures and whether it holds.
 
-    A difference counts where no seed of the one is as bad as the best seed of the other; else seeds decide it.
+    A claim holds if the worst seed of the one is better than the best seed of the other; overlaps are undecided.
     """
     stated = [
         ("MLP >= linear (LLaVA-1.5, arXiv 2310.03744)", "mlp", "linear", tuple(TASKS)),
-        ("a Q-Former is behind an MLP on position (arXiv 2312.06742)", "mlp", "qformer", ("top_left",)),
-        ("a Q-Former is behind an MLP on small text (arXiv 2312.06742)", "mlp", "qformer", ("text",)),
-        ("a resampler is behind an MLP on position (arXiv 2312.06742)", "mlp", "resampler", ("top_left",)),
+        ("a Q-Former is worse than an MLP on position (arXiv 2312.06742)", "mlp", "qformer", ("top_left",)),
+        ("a Q-Former is worse than an MLP on small text (arXiv 2312.06742)", "mlp", "qformer", ("text",)),
+        ("a resampler is worse than an MLP on position (arXiv 2312.06742)", "mlp", "resampler", ("top_left",)),
         ("stage 1 closes the gap (BLIP-2, arXiv 2301.12597)", "qformer_stage1", "qformer", tuple(TASKS)),
         ("a P-Former's prompts help (arXiv 2307.07063)", "pformer", "qformer", tuple(TASKS)),
     ]
@@ -87,7 +87,7 @@ def claims(scores: Scores) -> list[str]:
 
 
 def plot(scores: Scores) -> str:
-    """An SVG: a group of bars for each projector, a bar for each task, a dot for each seed."""
+    """Returns an SVG: a group of bars for each projector, a bar for each task, a dot for each seed."""
     group, bar, height, left, top = 128, 24, 220, 40, 34
     width = left + group * len(scores) + 8
     parts = [

@@ -2,12 +2,12 @@
 
     python benchmarks/train_step.py [--repeats 5] [--no-compile] [--tiny]
 
-CLIP's ViT of 12 x 384 on pictures of 224, a two-layer MLP, LLaMA of 8 x 512, rows of 512 tokens of which 196 are the
-picture's, batch 8, float32, on every core: forward, backward, clipping and AdamW on every parameter. Both sides begin
-with the same weights, by way of a folder, and see the same batch; the losses of the first steps must agree to 1e-3
-before anything is measured. Ours is the step that `mllm train` runs, on a device a core, as its configs for CPUs set;
-theirs is eager and compiled, with torch's fused AdamW. Each side has a process of its own, one after the other, for a
-step that keeps its memory takes up to 17 GB. Medians are printed.
+CLIP's ViT of 12 x 384 on images of 224, a two-layer MLP, LLaMA of 8 x 512, rows of 512 tokens of which 196 are the
+image's, batch 8, float32, on every core: forward, backward, clipping and AdamW on every parameter. Both sides read the
+same weights from a folder and use the same batch; the losses of the first steps must agree to 1e-3 before anything is
+measured. Ours is the step that `mllm train` runs, with one device per core, as in its configs for CPUs; theirs is eager
+and compiled, with torch's fused AdamW. The sides run one after the other in their own processes, as a step that keeps
+its memory takes up to 17 GB. Medians are printed.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from mllm_jax.training.step import init_state, make_train_step, place_batch, sta
 IMAGE_TOKEN = 3
 CHECKED = 3  # steps whose losses are compared
 TOLERANCE = 1e-3
-# No warm-up, so that the first steps already tell wrong gradients; a schedule so long that the rate stays what it is.
+# No warm-up, so that the first steps already reveal wrong gradients; a schedule so long that the rate is constant.
 ADAMW = AdamW(learning_rate=1e-3, warmup_steps=1, end_factor=1.0, weight_decay=0.0)
 STEPS = 1_000_000
 
@@ -70,7 +70,7 @@ def reference_config(tiny: bool) -> transformers.LlavaConfig:
 
 
 def make_batch(config: transformers.LlavaConfig, rows: int = 8, length: int = 512) -> dict[str, np.ndarray]:
-    """Random pictures and texts: a token, the picture, and text that is learnt."""
+    """Returns random images and texts: a token, the image, and text that carries loss."""
     rng = np.random.default_rng(0)
     places = (config.vision_config.image_size // config.vision_config.patch_size) ** 2
     tokens = rng.integers(IMAGE_TOKEN + 1, config.text_config.vocab_size, (rows, length), dtype=np.int32)
@@ -137,13 +137,13 @@ class Ours:
         return float(metrics["loss"])
 
 
-# ---- a process for each side
+# ---- one process for each side
 
 
 def serve(kind: type, folder: Path, batch: dict, options: dict, pipe: Connection) -> None:
-    """Takes a step whenever it is asked and sends (loss, seconds); or sends why it failed, and ends."""
+    """Runs a step on each request and sends (loss, seconds), or sends why it failed and exits."""
     transformers.logging.disable_progress_bar()
-    keep_freed_memory()  # as training does
+    keep_freed_memory()  # as in training
     torch.set_num_threads(CORES)
     try:
         side = kind(folder, batch, **options)
@@ -151,7 +151,7 @@ def serve(kind: type, folder: Path, batch: dict, options: dict, pipe: Connection
             start = time.perf_counter()
             loss = side.step()
             pipe.send((loss, time.perf_counter() - start))
-    except Exception as error:  # torch.compile raises whatever its back ends do
+    except Exception as error:  # torch.compile raises any error of its back ends
         pipe.send(f"{type(error).__name__}: {str(error).splitlines()[0][:100]}")
 
 
@@ -160,10 +160,10 @@ class Failed(Exception):
 
 
 def measure(kind: type, folder: Path, batch: dict, repeats: int, **options: bool) -> tuple[list[float], float]:
-    """The losses of the first steps, which let the side compile, and the median seconds of the following ones.
+    """Returns the losses of the first steps, in which a side compiles, and the median seconds of the next steps.
 
     Raises:
-        Failed: the side's own error, or its process's end.
+        Failed: an error of the side, or the end of its process.
     """
     context = multiprocessing.get_context("spawn")
     pipe, theirs = context.Pipe()
@@ -178,7 +178,7 @@ def measure(kind: type, folder: Path, batch: dict, repeats: int, **options: bool
         pipe.send(False)
     except (EOFError, BrokenPipeError) as error:
         process.join()
-        raise Failed(f"its process ended with {process.exitcode}; -9 is what a lack of memory does") from error
+        raise Failed(f"its process ended with {process.exitcode}; -9 means a lack of memory") from error
     process.join()
     print(f"losses {', '.join(f'{loss:.5f}' for loss, _ in steps)}; {spent:.0f} s with compiling", flush=True)
     return [loss for loss, _ in steps], statistics.median(times)
@@ -193,11 +193,11 @@ def _step(pipe: Connection) -> tuple[float, float]:
 
 
 def check(ours: list[float], theirs: list[float], name: str) -> None:
-    """Stops the program where the losses of the first steps differ."""
+    """Stops the program if the losses of the first steps differ."""
     if theirs[-1] > theirs[0] - 1e-3:
         raise SystemExit(f"the loss of {name} does not fall: {theirs}: nothing is measured")
     if not np.abs(np.array(ours) / theirs - 1).max() <= TOLERANCE:
-        raise SystemExit(f"{Ours.name}: losses {ours}, of {name} {theirs}: nothing is measured")
+        raise SystemExit(f"{Ours.name}: losses {ours}, {name}: {theirs}: nothing is measured")
 
 
 def main() -> None:
@@ -220,10 +220,10 @@ def main() -> None:
             print(f"{name}: ", end="", flush=True)
             try:
                 losses[name], medians[name] = measure(kind, folder, batch, options.repeats, **how)
-            except Failed as reason:  # torch.compile may not run everywhere
+            except Failed as reason:  # torch.compile does not run everywhere
                 if not how.get("compiled"):
                     raise SystemExit(f"{reason}") from reason
-                print(f"left out: {reason}")
+                print(f"skipped: {reason}")
                 continue
             if name != Ours.name:
                 check(losses[Ours.name], losses[name], name)

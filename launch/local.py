@@ -1,17 +1,17 @@
 #!/usr/bin/env python3
-"""Several processes on this machine as if each were a host: what runs on a pod, tried on a laptop's CPU.
+"""Starts several processes on this machine as if each were a host, to try a pod's run on a laptop's CPU.
 
     python launch/local.py --processes 2 --devices 4 -- mllm train configs/smoke.py --run-dir runs/two
 
-Each line of output begins with the number of its process. When one of them fails, the others are given a little time
-to notice by themselves and are then ended; with `--restarts` all begin again and go on from the last checkpoint.
+Each line of output begins with the number of its process. If one process fails, the others have a short time to notice
+and are then ended; with `--restarts` all start again from the last checkpoint.
 
-SIGTERM, SIGINT and SIGHUP are passed on to all processes and what they started. A stop that was asked for is no
-failure: nothing starts again, and the exit code is that of the signal (143, 130, 129). A second SIGTERM or SIGINT ends
-everything within seconds. SIGHUP stays ignored where it is (`nohup`).
+SIGTERM, SIGINT and SIGHUP are passed on to all processes and their children. A requested stop is no failure: nothing
+starts again, and the exit code is that of the signal (143, 130, 129). A second SIGTERM or SIGINT ends everything within
+seconds. SIGHUP stays ignored if it was (`nohup`).
 
-On Linux the processes also end when this one is killed; what they started themselves does not. Elsewhere they live on,
-and of processes that fail within 50 ms of each other the first in number counts as the first in time.
+On Linux the processes also end when this one is killed; their children do not. On other systems they keep running, and
+if processes fail within 50 ms of each other, the one with the lowest number counts as the first.
 """
 
 # ruff: noqa: E402
@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import signal
 
-if __name__ == "__main__":  # a KeyboardInterrupt during an import may be lost; this ends at once, with nothing started
+if __name__ == "__main__":  # an import may lose a KeyboardInterrupt; this exits at once, with nothing started
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import argparse
@@ -36,25 +36,25 @@ from collections.abc import Callable
 from contextlib import suppress
 
 DEVICE_COUNT = "--xla_force_host_platform_device_count"
-STOPPED = 130  # the run was asked to stop and has saved: no failure
+STOPPED = 130  # the run stopped on request and has saved: no failure
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 LAST_SECONDS = 5.0  # from a second signal to the end of everything
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 LONGEST_LINE = 1 << 20
-POLL_SECONDS = 0.05  # where a system does not announce the end of a process
+POLL_SECONDS = 0.05  # on systems that do not report the end of a process
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Returns the exit code of the process that failed first, 128 and the number of the signal that stopped it, or 0.
+    """Returns the exit code of the process that failed first (128 plus the signal that stopped it), or 0.
 
-    A stop that the processes agreed on among themselves is 130; a command that cannot be started is 126 or 127.
+    The code is 130 if the processes agreed to stop, and 126 or 127 if the command cannot be started.
     """
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--processes", "-n", type=int, default=2, help="how many (default: 2)")
+    parser.add_argument("--processes", "-n", type=int, default=2, help="number of processes (default: 2)")
     parser.add_argument("--devices", type=int, default=1, help="CPU devices of each process (default: 1)")
-    parser.add_argument("--restarts", type=int, default=0, help="starts after a failure (default: 0)")
+    parser.add_argument("--restarts", type=int, default=0, help="restarts after a failure (default: 0)")
     parser.add_argument("--grace", type=float, default=30.0, help="seconds between a failure and the end of the rest")
-    parser.add_argument("--port", type=int, default=0, help="of the coordinator (default: a free one)")
+    parser.add_argument("--port", type=int, default=0, help="port of the coordinator (default: a free one)")
     parser.add_argument("--dry-run", action="store_true", help="print the commands and start nothing")
     parser.add_argument("command", nargs=argparse.REMAINDER, help="-- and the command, such as: mllm train CONFIG")
     options = parser.parse_args(arguments)
@@ -83,7 +83,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def settings(process: int, count: int, devices: int, port: int) -> dict[str, str]:
-    """What the environment of one process has more than this one's."""
+    """Returns the environment variables of one process that differ from this one's."""
     others = [flag for flag in os.environ.get("XLA_FLAGS", "").split() if not flag.startswith(DEVICE_COUNT)]
     return {
         "JAX_PLATFORMS": "cpu",
@@ -91,36 +91,36 @@ def settings(process: int, count: int, devices: int, port: int) -> dict[str, str
         "JAX_NUM_PROCESSES": str(count),
         "JAX_PROCESS_ID": str(process),
         "XLA_FLAGS": " ".join([f"{DEVICE_COUNT}={devices}", *others]),
-        # XLA's pool has a thread a core; a device that waits in a collective holds one.
+        # XLA's pool has one thread per core; a device that waits in a collective occupies one.
         "NPROC": str(max(os.cpu_count() or 1, 4 * devices)),
-        # Errors of C++ only: it also warns of each SIGTERM. It reads this when jax is imported, never later.
+        # Only errors of C++, which otherwise warns about each SIGTERM. It reads this when jax is imported, never later.
         "TF_CPP_MIN_LOG_LEVEL": os.environ.get("TF_CPP_MIN_LOG_LEVEL", "2"),
     }
 
 
 class Group:
-    """The processes of a start, and the signals that they are sent; this program has no threads.
+    """The processes of a start, and the signals sent to them; this program has no threads.
 
-    Each process leads a session: a Ctrl-C in the terminal reaches it through this program alone, and what it starts can
-    be ended with it. None is reaped before the end, so its number cannot come to mean another process.
+    Each process leads a session: a Ctrl-C in the terminal reaches it only through this program, and its children can be
+    ended with it. None is reaped before the end, so its number cannot become that of another process.
     """
 
     def __init__(self) -> None:
         self.processes: list[subprocess.Popen] = []
-        self.signalled: int | None = None  # the first signal that asked for a stop
-        # A handler of Python's runs between two steps of Python: a signal just before a wait must end that wait.
+        self.signalled: int | None = None  # the first signal that requested a stop
+        # Python runs a handler between two of its steps: a signal just before a wait must end that wait.
         self.woken, self._waker = socket.socketpair()
         self._parent = os.getpid()
         self._prctl = ctypes.CDLL(None).prctl if sys.platform == "linux" else None
 
     def __enter__(self) -> Group:
-        # `nohup` has SIGHUP ignored, which stays so. A shell lets what a script starts with `&` ignore SIGINT, since a
-        # Ctrl-C is not meant for it; a SIGINT that comes here all the same is meant.
-        heeded = [x for x in SIGNALS if x != signal.SIGHUP or signal.getsignal(x) is not signal.SIG_IGN]
+        # Under `nohup` SIGHUP stays ignored. A script's shell makes commands started with `&` ignore SIGINT, since a
+        # Ctrl-C is not meant for them; a SIGINT that is sent to this process is handled.
+        handled = [x for x in SIGNALS if x != signal.SIGHUP or signal.getsignal(x) is not signal.SIG_IGN]
         for side in (self.woken, self._waker):
             side.setblocking(False)
         self._waker_before = signal.set_wakeup_fd(self._waker.fileno(), warn_on_full_buffer=False)
-        self._before = {number: signal.signal(number, self._forward) for number in heeded}
+        self._before = {number: signal.signal(number, self._forward) for number in handled}
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -131,7 +131,7 @@ class Group:
         self._waker.close()
 
     def start(self, command: list[str], environments: list[dict[str, str]], watch: Callable) -> None:
-        """Starts a process for each environment and has it watched; after a request to stop it starts none.
+        """Starts and watches a process for each environment; starts none after a request to stop.
 
         A signal waits until all have started.
 
@@ -156,12 +156,12 @@ class Group:
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
     def _become_child(self, mask: set[int]) -> None:
-        """Gives a new process the handlers and the mask that this program was started with, and ties it to this one."""
+        """Restores this program's original handlers and mask in a new process, and makes it end with this one."""
         for number in self._before:
             signal.signal(number, signal.SIG_DFL)
         if self._prctl is not None:
             self._prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-            if os.getppid() != self._parent:  # it died before that call
+            if os.getppid() != self._parent:  # the parent died before that call
                 os._exit(1)
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
@@ -169,20 +169,20 @@ class Group:
         first = self.signalled is None
         self.signalled = number if first else self.signalled
         self.send(number)
-        # A terminal that closes may send more than one SIGHUP: none of them is a second request.
+        # A terminal that closes may send several SIGHUPs: they are one request.
         if not first and number != signal.SIGHUP:
             signal.signal(signal.SIGALRM, self._end)
             signal.setitimer(signal.ITIMER_REAL, LAST_SECONDS, 1.0)
 
     def _end(self, number: int, frame: object) -> None:
-        """Ends everything here and now, even where a line of output waits for its reader."""
+        """Ends everything at once, even if a line of output waits for its reader."""
         self.kill()
         os._exit(128 + self.signalled)
 
     def send(self, number: int) -> None:
-        """Sends a signal to all processes and what they started."""
+        """Sends a signal to all processes and their children."""
         for process in self.processes:
-            with suppress(OSError):  # of another user, or gone
+            with suppress(OSError):  # it belongs to another user, or has ended
                 os.killpg(process.pid, number)
 
     def kill(self) -> None:
@@ -190,23 +190,23 @@ class Group:
 
     def reap(self) -> None:
         while self.processes:
-            process = self.processes.pop()  # first of all: from its end on its number may be another's
+            process = self.processes.pop()  # first: after its end its number may be reused
             process.wait()
             process.stdout.close()
 
 
 class Watch:
-    """Output and ends of the processes of a start, as they come."""
+    """A watch over the output and the ends of the processes of a start."""
 
     def __init__(self, woken: socket.socket) -> None:
-        self.codes: dict[int, int] = {}  # process -> its exit code, in the order in time of their ends
+        self.codes: dict[int, int] = {}  # process -> exit code, in the order in which they ended
         self._selector = selectors.DefaultSelector()
         self._woken = woken
         self._selector.register(woken, selectors.EVENT_READ)
         self._processes: list[subprocess.Popen] = []
-        self._parts: list[bytes] = []  # of each process, the beginning of a line whose end has not come
+        self._parts: list[bytes] = []  # the incomplete line of each process
         self._descriptors: list[int] = []
-        self._heard = True  # somebody reads what this program prints
+        self._heard = True  # whether this program's output is read
 
     def __enter__(self) -> Watch:
         return self
@@ -220,7 +220,7 @@ class Watch:
 
     @property
     def reading(self) -> bool:
-        """Whether anybody may still write."""
+        """Returns whether any process may still write."""
         return len(self._selector.get_map()) > 1
 
     def add(self, process: subprocess.Popen) -> None:
@@ -230,13 +230,13 @@ class Watch:
         self._selector.register(process.stdout, selectors.EVENT_READ, number)
         try:
             self._descriptors.append(os.pidfd_open(process.pid))
-        except (AttributeError, OSError):  # not Linux, or an old one
+        except (AttributeError, OSError):  # not Linux, or an old version
             return
-        # Linux queues these descriptors as their processes end: the order of the events is the order in time.
+        # Linux queues these descriptors as their processes end: the events are in the order of time.
         self._selector.register(self._descriptors[-1], selectors.EVENT_READ, number)
 
     def step(self, seconds: float | None) -> bool:
-        """Waits for output or an end, and takes in what there is; False if nothing came in that time."""
+        """Waits for output or the end of a process and handles it; returns False if nothing came in that time."""
         polled = len(self._descriptors) < len(self._processes)
         ready = self._selector.select(min(POLL_SECONDS, seconds or POLL_SECONDS) if polled else seconds)
         for key, _ in ready:
@@ -258,7 +258,7 @@ class Watch:
             self.codes[number] = code
 
     def _print(self, number: int, text: bytes) -> None:
-        """Prints the lines that are complete, each after the number of its process."""
+        """Prints the complete lines, each after the number of its process."""
         *lines, part = (self._parts[number] + text).split(b"\n")
         if len(part) > LONGEST_LINE:
             lines, part = [*lines, part], b""
@@ -269,11 +269,11 @@ class Watch:
                 rest = rest[os.write(sys.stdout.fileno(), rest) :]
             except OSError as error:
                 self._heard = False
-                say(f"the output cannot be written ({error.strerror}); the processes go on without it")
+                say(f"the output cannot be written ({error.strerror}); the processes continue without it")
 
 
 def run(group: Group, command: list[str], options: argparse.Namespace) -> int:
-    """One start of all processes; returns its exit code once they and what they started have ended.
+    """Starts all processes once; returns the exit code after they and their children have ended.
 
     Raises:
         OSError: the command cannot be started.
@@ -293,7 +293,7 @@ def run(group: Group, command: list[str], options: argparse.Namespace) -> int:
                 if until is not None and time.monotonic() >= until and not killed:
                     group.kill()
                     killed = True
-            # What the processes started may still hold their output: after a stop it has time to save, too.
+            # Children may still hold the output: after a stop they have time to save, too.
             until = time.monotonic() + (options.grace if group.signalled is not None else 0)
             while watch.reading and (left := until - time.monotonic()) > 0:
                 watch.step(left)
@@ -310,7 +310,7 @@ def run(group: Group, command: list[str], options: argparse.Namespace) -> int:
 
 
 def exit_code(process: subprocess.Popen) -> int | None:
-    """None while it runs; 128 and the number of the signal that ended it. Does not reap it where that can be helped."""
+    """Returns the exit code (128 plus the signal that ended it), None while it runs; avoids reaping if it can."""
     if hasattr(os, "waitid"):
         end = os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
         code = None if end is None else end.si_status if end.si_code == os.CLD_EXITED else -end.si_status
@@ -325,7 +325,7 @@ def say(text: str) -> None:
 
 
 def free_port() -> int:
-    """A port below those that systems give to outgoing connections, so that none takes it before the coordinator."""
+    """Returns a port below those of outgoing connections, so that none takes it before the coordinator."""
     for port in random.SystemRandom().sample(range(20_000, 32_000), 1_000):
         with socket.socket() as found, suppress(OSError):
             found.bind(("127.0.0.1", port))

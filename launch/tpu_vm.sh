@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Trains on TPU VMs without a cluster: makes the slices, installs this folder on every host and starts all of them.
+# Trains on TPU VMs without a cluster: creates the slices, installs this folder on every host and starts all hosts.
 #
 #   launch/tpu_vm.sh create NAME --tpu v5litepod-256 --zone us-west4-a [--slices 2] [--spot]
 #   launch/tpu_vm.sh install NAME --zone us-west4-a --nfs 10.0.0.2:/share
@@ -7,7 +7,7 @@
 #   launch/tpu_vm.sh delete NAME --zone us-west4-a
 #
 # --dry-run before the name prints the commands instead of running them. NFS is the file system that all hosts share; it
-# is mounted at /shared, where run folders, data and compiled programs lie. Each slice is a TPU VM of its own: NAME-0 ...
+# is mounted at /shared, for run folders, data and compiled programs. Each slice is one TPU VM: NAME-0 ...
 set -euo pipefail
 
 refuse() {
@@ -49,7 +49,7 @@ run() {
     fi
 }
 
-# The system image belongs to the generation of the chips.
+# The system image depends on the generation of the chips.
 image() {
     case $tpu in
         v4-*) echo tpu-ubuntu2204-base ;;
@@ -60,7 +60,7 @@ image() {
     esac
 }
 
-# On every host of every slice, all at once: none of them goes on before the others are there.
+# On every host of every slice at once: no host continues before the others have started.
 everywhere() {
     local slice pids=() code=0
     for ((slice = 0; slice < slices; slice++)); do

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 
 class MllmError(Exception):
-    """A refusal with its three parts.
+    """An error of the library, with its three parts.
 
     Args:
-        given: what the caller handed over, named precisely enough to find it.
-        expected: what would have been right.
-        todo: the next thing to do about it.
+        given: what the caller gave, named precisely enough to find it.
+        expected: what would be valid.
+        todo: what the user should do next.
     """
 
     def __init__(self, given: str, expected: str, todo: str):
@@ -25,11 +25,11 @@ class ConfigError(MllmError):
 
 
 class DataError(MllmError):
-    """A record, picture or source that cannot be used."""
+    """A record, image or source that cannot be used."""
 
 
 class ReadError(MllmError):
-    """A source that could not be read for the moment, however often it was tried: no fault of a record."""
+    """A source that could not be read after several attempts; the record is not at fault."""
 
 
 class CheckpointError(MllmError):

@@ -1,4 +1,4 @@
-"""Files: reading what may be anything (regular, of bounded size, JSON with an error of ours), and writing whole."""
+"""Safe reading (regular files of bounded size, JSON with the library's errors) and atomic writing of files."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ _KINDS = {dict: "object", list: "list"}
 
 
 def open_regular(path: Path | str, error: type[MllmError]) -> BinaryIO:
-    """Opens a regular file for reading; a FIFO is not waited for.
+    """Opens a regular file for reading; does not wait for a FIFO.
 
     Raises:
         FileNotFoundError, PermissionError and other OSErrors: as `open` raises them.
-        error: no regular file, or a name that no file can have.
+        error: not a regular file, or a name that no file can have.
     """
     try:
         # O_NONBLOCK: opening a FIFO without a writer would wait for one.
@@ -35,11 +35,11 @@ def open_regular(path: Path | str, error: type[MllmError]) -> BinaryIO:
     os.close(number)
     if stat.S_ISDIR(mode):
         raise IsADirectoryError(f"{path} is a folder")
-    raise error(f"{path}, no regular file", "a file, not a pipe, a socket or a device", "name another file")
+    raise error(f"{path}, not a regular file", "a file, not a pipe, a socket or a device", "name another file")
 
 
 def read_bytes(path: Path | str, limit: int, error: type[MllmError]) -> bytes:
-    """Reads a regular file of at most `limit` bytes: never a device or a sparse file of any size.
+    """Reads a regular file of at most `limit` bytes; never reads a device or a huge sparse file.
 
     Raises:
         OSError, error: as `open_regular`; also `error`: too large.
@@ -63,16 +63,16 @@ def parse_json(
     """Parses JSON whose top level is a `kind` (dict, list or object for any).
 
     Args:
-        name: what the message calls it.
+        name: the name in the message.
         pairs: as `object_pairs_hook` of `json.loads`.
 
     Raises:
-        error: no UTF-8, no JSON, nested too deeply, or another kind at the top level.
+        error: invalid UTF-8, invalid JSON, too deep a nesting, or another kind at the top level.
     """
     try:
         value = json.loads(content, object_pairs_hook=pairs)
     except RecursionError as problem:
-        raise error(f"{name}, nested too deeply", "JSON of some levels", todo) from problem
+        raise error(f"{name}, nested too deeply", "JSON with few levels", todo) from problem
     except ValueError as problem:  # UnicodeDecodeError is one
         raise error(f"{name}: {problem}", "JSON in UTF-8", todo) from problem
     if not isinstance(value, kind):
@@ -91,16 +91,16 @@ def read_json(path: Path | str, error: type[MllmError], kind: type = dict, *, li
 
 
 def write_atomic(path: Path | str, content: str | bytes | Callable[[BinaryIO], object]) -> None:
-    """Writes a file whole, on the disk before it has its name, or not at all: what was there before stays.
+    """Writes a file atomically: it is complete on the disk before it gets its name, else the old file stays.
 
-    The temporary file lies in the same folder. Its name begins with a dot and the file's own name, and no other
-    process or host chooses the same.
+    The temporary file is in the same folder. Its name begins with a dot and the file's name and is unique over
+    processes and hosts.
 
     Args:
         content: text (stored as UTF-8), bytes, or a function that writes to the open file.
 
     Raises:
-        OSError: as opening, writing and renaming raise it, and whatever `content` raises.
+        OSError: opening, writing or renaming failed; also everything that `content` raises.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name[:48]}.{uuid.uuid4().hex}")  # cut: a name has at most 255 bytes

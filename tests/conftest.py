@@ -7,6 +7,7 @@ import random
 import sys
 
 import pytest
+from costs import Costs
 
 from mllm_jax.sharding.cpu import prepare_cpu
 from mllm_jax.sharding.platform import has_flag
@@ -31,6 +32,10 @@ if "PYTEST_XDIST_WORKER" not in os.environ:  # a worker has the flags of the pro
     _flags = [f"--xla_force_host_platform_device_count={NUM_DEVICES}", "--xla_cpu_use_fusion_emitters=false"]
     os.environ["XLA_FLAGS"] = " ".join(flag for flag in _flags if has_flag(flag))
     prepare_cpu()
+
+
+def pytest_configure(config):
+    config.pluginmanager.register(Costs())
 
 
 @pytest.fixture(autouse=True)

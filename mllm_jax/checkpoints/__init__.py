@@ -1,1 +1,1 @@
-"""Checkpoints: training state and Hugging Face folders. Knows no model: models hand it trees and tables."""
+"""Checkpoints: training state and Hugging Face folders. It depends on no model: models pass trees and tables."""

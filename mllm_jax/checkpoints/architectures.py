@@ -1,7 +1,7 @@
-"""The one registry of architectures: what a config.json calls a model, and the module that reads and writes it.
+"""The one registry of architectures: a model's name in config.json, and the module that reads and writes it.
 
-A new family is a file with its `FAMILIES` and a line here for each of its architectures. Nothing is imported: a module
-is a name, which `mllm_jax.models.registry` and `mllm_jax.models.parts` look up.
+A new family is a file with its `FAMILIES` and a line here for each of its architectures. Nothing is imported: modules
+are names, which `mllm_jax.models.registry` and `mllm_jax.models.parts` look up.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 from mllm_jax.checkpoints.options import named_as
 from mllm_jax.errors import ConfigError
 
-# Where the media of a named model may be in the text that its LLM reads.
+# The possible positions of a named model's media in the text of its LLM.
 AMONG, BEFORE = "among", "before"
 
 
@@ -23,13 +23,13 @@ class Architecture:
     """One architecture.
 
     Attributes:
-        name: as the families of its module have it, and config.json under `architectures`.
-        module: where `FAMILIES` has it.
-        model_type: what says the same in a part of a config.json that names no architecture.
-        media: of an LLM that may be a part of a named model: whether that puts media AMONG the tokens, BEFORE them, or
-            some models the one and some the other.
-        called: another architecture's name, where config.json has that instead,
-        option: together with this option, which the other architecture lacks.
+        name: its name in the families of its module, and in config.json under `architectures`.
+        module: name of the module with its `FAMILIES`.
+        model_type: its name in a part of a config.json without `architectures`.
+        media: for an LLM that may be a part of a named model: whether such models put media AMONG the tokens, BEFORE
+            them, or some AMONG and some BEFORE.
+        called: another architecture's name, if config.json has that instead.
+        option: the option that then distinguishes it, which the other architecture lacks.
     """
 
     name: str
@@ -53,7 +53,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (
     Architecture("T5WithLMHeadModel", "mllm_jax.llms.t5", "t5", media=(BEFORE,)),
     Architecture("ChatGLMModel", "mllm_jax.llms.chatglm", "chatglm"),
     Architecture("ChatGLMForConditionalGeneration", "mllm_jax.llms.chatglm", "chatglm"),
-    # ChatGLM 2 and 3 call themselves what the first one does.
+    # ChatGLM 2 and 3 have the same name as the first.
     Architecture("ChatGLMModel", "mllm_jax.llms.glm", called="ChatGLMModel", option="padded_vocab_size"),
     # encoders, and whole models
     Architecture("ViTModel", "mllm_jax.encoders.vit_hf", "vit"),
@@ -76,7 +76,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (
     Architecture("Qwen2_5_VisionTransformerPretrainedModel", "mllm_jax.encoders.qwen_vit", "qwen2_5_vl_vision"),
     Architecture("Qwen3VLVisionModel", "mllm_jax.encoders.qwen_vit", "qwen3_vl_vision"),
     Architecture("QWenVisionTransformer", "mllm_jax.models.qwen_vl_v1"),
-    # Its folders name the class of its language model.
+    # Its folders give the class of its language model.
     Architecture("QWenVL", "mllm_jax.models.qwen_vl_v1", called="QWenLMHeadModel", option="visual"),
     Architecture("InternVLForConditionalGeneration", "mllm_jax.models.internvl", "internvl"),
     Architecture("InternVLChatModel", "mllm_jax.models.internvl", "internvl_chat"),
@@ -103,17 +103,17 @@ ARCHITECTURES: tuple[Architecture, ...] = (
 
 
 def find(name: str, values: Mapping[str, Any] = {}) -> Architecture | None:  # noqa: B006
-    """The architecture of that name, or the one that config.json calls so and has an option of; None: nobody reads it.
+    """Returns the architecture of a name, or the one with that `called` and `option`; None if it is not supported.
 
     Args:
-        values: config.json's dictionary.
+        values: the dictionary in config.json.
     """
     marked = [a for a in ARCHITECTURES if a.option and name == a.called and values.get(a.option)]
     return next(iter(marked + [a for a in ARCHITECTURES if a.name == name]), None)
 
 
 def known(name: str, values: Mapping[str, Any] = {}) -> Architecture:  # noqa: B006
-    """The same. Raises ConfigError: nobody reads it; names what is nearest."""
+    """Does the same. Raises ConfigError, with the nearest name, if it is not supported."""
     if (found := find(name, values)) is not None:
         return found
     names = list(dict.fromkeys(a.name for a in ARCHITECTURES))
@@ -126,37 +126,37 @@ def known(name: str, values: Mapping[str, Any] = {}) -> Architecture:  # noqa: B
 
 
 def of_type(model_type: str | None) -> Architecture | None:
-    """The first architecture with that `model_type`; None: there is none."""
+    """Returns the first architecture with that `model_type`, or None."""
     return next((a for a in ARCHITECTURES if model_type and a.model_type == model_type), None)
 
 
 def model_type(name: str) -> str:
-    """The `model_type` of an architecture. Raises ConfigError: an unknown one."""
+    """Returns the `model_type` of an architecture. Raises ConfigError if it is unknown."""
     return known(name).model_type
 
 
 def kind_of(name: str) -> dict[str, Any]:
-    """What a config.json says that it is, of an architecture. Raises ConfigError: an unknown one."""
+    """Returns `architectures` and `model_type` for a config.json. Raises ConfigError if it is unknown."""
     return dict(architectures=[name], model_type=model_type(name))
 
 
 def nameless(part: Mapping[str, Any]) -> dict[str, Any]:
-    """A config.json as a part of a larger one, which names no architecture."""
+    """Returns a config.json as a part of a larger one, without its architecture."""
     return {name: value for name, value in part.items() if name != "architectures"}
 
 
 def llms_inside(media: str) -> tuple[Architecture, ...]:
-    """The LLMs that named models may have inside which put media AMONG the tokens, or BEFORE them."""
+    """Returns the LLMs of named models that put media AMONG the tokens, or BEFORE them."""
     return tuple(a for a in ARCHITECTURES if media in a.media)
 
 
 def architecture(values: Mapping[str, Any], *names: str) -> str:
-    """Which of `names` a config.json, or the part of one that describes a model, is of.
+    """Returns which of `names` is the architecture of a config.json, or of a part of one.
 
-    It says so by `architectures`, else by `model_type`.
+    Reads `architectures`, else `model_type`.
 
     Raises:
-        ConfigError: it is of another one.
+        ConfigError: it is another architecture.
     """
     named, kind = named_as(values)
     by_type = {model_type(name): name for name in names}

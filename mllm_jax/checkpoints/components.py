@@ -1,4 +1,4 @@
-"""A model folder as a list of components: one with its config.json, or several that a model_index.json names.
+"""A model folder as a list of components: one with a config.json, or several in a model_index.json.
 
     model/config.json, model.safetensors                         one component, the folder itself
 
@@ -7,8 +7,8 @@
     pipeline/unet/config.json, diffusion_pytorch_model.safetensors
     pipeline/scheduler/scheduler_config.json                     without weights, and without a config.json
 
-A function that reads or writes one model takes a `Component`, or the path of a folder that is one. Classes are names
-only: code beside a model is never executed.
+A function that reads or writes one model takes a `Component`, or the path of a folder that is one. Classes are only
+names: code beside a model is never executed.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from mllm_jax.files import read_json
 
 CONFIG, MODEL_INDEX = "config.json", "model_index.json"
 CONFIG_BYTES = 16 << 20
-# What files of weights are called: by transformers, by diffusers. Both add ".safetensors", or an index of several.
+# Stems of weight files: of transformers, of diffusers. Both add ".safetensors", or an index of several files.
 STEM, DIFFUSERS_STEM = "model", "diffusion_pytorch_model"
 
 
@@ -32,10 +32,10 @@ class Component:
     """One model: a config.json and its weights.
 
     Attributes:
-        folder: where they are.
-        stem: what the files of weights are called.
-        name: of one among several, as model_index.json has it; the only one of a folder has none.
-        class_name: which architecture model_index.json says that it is; without one, its config.json says it.
+        folder: the folder of both.
+        stem: stem of the names of weight files.
+        name: its name in model_index.json; empty if it is the only component of a folder.
+        class_name: its architecture in model_index.json; without one, config.json has it.
     """
 
     folder: Path
@@ -45,12 +45,12 @@ class Component:
 
     @property
     def has_config(self) -> bool:
-        """Whether it is a model; schedulers, tokenizers and image processors have other files."""
+        """Returns whether it is a model; schedulers, tokenizers and image processors have other files."""
         return os.path.isfile(self.folder / CONFIG)
 
 
 def component_of(where: str | Path | Component) -> Component:
-    """The component that a folder is. Raises CheckpointError: it has several."""
+    """Returns the component of a folder. Raises CheckpointError if it has several."""
     if isinstance(where, Component):
         return where
     folder = Path(where)
@@ -65,13 +65,13 @@ def component_of(where: str | Path | Component) -> Component:
 
 
 def components_of(folder: str | Path) -> tuple[Component, ...]:
-    """All components of a folder: the one that it is by its config.json, else those of its model_index.json in order.
+    """Returns all components of a folder: the folder itself if it has a config.json, else those of model_index.json.
 
-    A component that the index has as [null, null] is left out.
+    A component with [null, null] in the index is left out.
 
     Raises:
-        CheckpointError: an index that is no object, an entry that names no class, a name that leaves the folder, or
-            subfolders that are missing; lists all.
+        CheckpointError: an index that is not an object, an entry without a class, a name outside the folder, or missing
+            subfolders; lists all.
     """
     folder = Path(folder)
     if os.path.exists(folder / CONFIG) or not os.path.exists(folder / MODEL_INDEX):
@@ -81,7 +81,7 @@ def components_of(folder: str | Path) -> tuple[Component, ...]:
         index = read_json(path, CheckpointError, limit=CONFIG_BYTES)
     except OSError as error:
         raise CheckpointError(f"{path}: {error}", "JSON", "fetch the file again") from error
-    # Entries that are no lists are options of the whole, such as "_class_name".
+    # Entries that are not lists are options of the pipeline, such as "_class_name".
     listed = {name: entry for name, entry in index.items() if isinstance(entry, list)}
     if wrong := [line for name, entry in listed.items() if (line := _fault(name, entry))]:
         raise CheckpointError(
@@ -101,21 +101,21 @@ def components_of(folder: str | Path) -> tuple[Component, ...]:
             "fetch the missing subfolders",
         )
     if not found:
-        raise CheckpointError(f"{path} that names no component", "one or more", "fetch the file again")
+        raise CheckpointError(f"{path} without a component", "one or more", "fetch the file again")
     return tuple(found)
 
 
 def _fault(name: str, entry: list[Any]) -> str | None:
-    """What is wrong with an entry of model_index.json, or None."""
+    """Returns the error of an entry of model_index.json, or None."""
     if not name.isprintable() or name in ("", ".", "..") or any(mark in name for mark in "/\\:"):
-        return f"{name!a}, which names no subfolder"
+        return f"{name!a}, which is not the name of a subfolder"
     if entry != [None, None] and not (len(entry) == 2 and all(isinstance(word, str) and word for word in entry)):
         return f"{name}={entry!r:.100}"
     return None
 
 
 def _stem(folder: Path) -> str:
-    """The stem of the weights in a folder; that of transformers where there are none, or both."""
+    """Returns the stem of the weights in a folder; that of transformers if there are none, or both."""
 
     def has(stem: str) -> bool:
         return any(os.path.exists(folder / f"{stem}.safetensors{rest}") for rest in ("", ".index.json"))

@@ -1,4 +1,4 @@
-"""What config.json files of all families share: fields read and written alike, grids, the check of what is written."""
+"""Shared reading and writing of config.json files: common fields, grids, and the check of a written config."""
 
 from __future__ import annotations
 
@@ -11,34 +11,34 @@ from mllm_jax.errors import ConfigError
 
 Config = TypeVar("Config")
 
-RATIOS = (1 / 64, 1024)  # of an MLP's width to the stream's
-MOST_PIXELS = 16_384  # along a side of an image, far more than any tower was trained on
+RATIOS = (1 / 64, 1024)  # limits of an MLP's width over the hidden size
+MOST_PIXELS = 16_384  # along a side of an image, far more than any encoder was trained on
 MOST_PATCHES = 2_048  # along a side of an image
-# Options of a text or of a larger model that config.json files of towers list, without effect on the tower.
+# Options of a text model or a larger model that encoders' config.json files list, without effect on the encoder.
 ELSEWHERE = ("bos_token_id", "eos_token_id", "pad_token_id", "projection_dim", "tie_word_embeddings")
-# How a module is started and run, which no checkpoint says.
+# Fields for initialising and running a module, which no checkpoint stores.
 NOT_STORED = ("mimetic_init", "dtype", "remat", "scan_unroll")
 
 
 def write_activation(activation: str) -> str:
-    """The hub's name of an activation of ours."""
+    """Returns the hub's name of an activation."""
     return next(theirs for theirs, ours in ENCODER_ACTIVATIONS.items() if ours == activation)
 
 
 def read_square(options: Options, name: str, most: int = LARGEST) -> int:
-    """The side that an option says by one size or by two equal ones. Raises ConfigError: no square."""
+    """Returns the side that an option gives as one size or two equal ones. Raises ConfigError if it is no square."""
     sides = options.sizes(name, most=most)
     if len(sides) not in (1, 2) or len(set(sides)) != 1:
         raise ConfigError(
             f"{name}={list(sides)}",
-            "a square: positions are those of a square grid",
+            "a square: the position table is a square grid",
             "convert another checkpoint",
         )
     return sides[0]
 
 
 def read_grid(options: Options, image: str = "image_size", patch: str = "patch_size") -> dict[str, int]:
-    """image_size and patch_size of a vision tower. Raises ConfigError: no squares, or no patch in an image."""
+    """Returns image_size and patch_size of an image encoder. Raises ConfigError for no squares or no patches."""
     sizes = dict(image_size=read_square(options, image, MOST_PIXELS), patch_size=read_square(options, patch))
     if not 0 < sizes["image_size"] // sizes["patch_size"] <= MOST_PATCHES:
         raise ConfigError(
@@ -50,21 +50,21 @@ def read_grid(options: Options, image: str = "image_size", patch: str = "patch_s
 
 
 def one_or_several(ids: tuple[int, ...]) -> int | list[int]:
-    """The value of an option that holds one id or a list of them."""
+    """Returns the value of an option that holds one id or a list of them."""
     return ids[0] if len(ids) == 1 else list(ids)
 
 
-# How an option of a kind is written, where that is not the field's own value.
+# How an option of a kind is written, if it differs from the field's value.
 _WRITTEN: dict[str, Callable[[Any], Any]] = {
     "activation": write_activation,
     "counts": list,
     "ids": lambda ids: one_or_several(ids) if ids else None,
 }
-# Options that say one field of a config each: the field -> (the option, the method of `Options` that reads it, and what
-# that takes besides the name).
+# Options for one field of a config each: the field -> (the option, the method of `Options` that reads it, and the
+# method's arguments after the name).
 Fields = Mapping[str, tuple[Any, ...]]
 
-# The fields that most transformers have by these names.
+# The fields that most transformers have under these names.
 LAYERS: Fields = {
     "hidden_size": ("hidden_size", "size"),
     "num_layers": ("num_hidden_layers", "size"),
@@ -73,18 +73,18 @@ LAYERS: Fields = {
 
 
 def read_fields(options: Options, fields: Fields) -> dict[str, Any]:
-    """The fields by name; raises what the methods of `Options` do."""
+    """Reads the fields by name; raises what the methods of `Options` raise."""
     return {field: getattr(options, kind)(name, *more) for field, (name, kind, *more) in fields.items()}
 
 
 def write_fields(config: Any, fields: Fields) -> dict[str, Any]:
-    """The options by name: the inverse of `read_fields`."""
+    """Returns the options by name: the inverse of `read_fields`."""
     values = {name: (kind, getattr(config, field)) for field, (name, kind, *_) in fields.items()}
     return {name: _WRITTEN.get(kind, lambda value: value)(value) for name, (kind, value) in values.items()}
 
 
 def stored_fields(config: Any, *without: str) -> dict[str, Any]:
-    """The fields that a checkpoint has to say: all but those of running the module and those named."""
+    """Returns the fields that a checkpoint has to store: all but those for running the module and those named."""
     names = [field.name for field in dataclasses.fields(config) if field.name not in (*NOT_STORED, *without)]
     return {name: getattr(config, name) for name in names}
 
@@ -96,15 +96,15 @@ def check_written(
     what: str,
     facts: Callable[[Config], Mapping[str, Any]] = stored_fields,
 ) -> dict:
-    """`written`, if reading it gives the same config again.
+    """Returns `written` if reading it gives the same config again.
 
     Args:
         read: the family's `from_hf`.
-        what: the kind of model, such as "a decoder".
-        facts: config -> {field: what it comes to}, which must be the same before and after.
+        what: kind of model, such as "a decoder".
+        facts: config -> {field: effective value}, which must be equal before and after.
 
     Raises:
-        ConfigError: the family has no options for some of the switches; names them.
+        ConfigError: switches for which the family has no options; names them.
     """
     wanted, found = facts(config), facts(read(written))
     lost = [f"{n}={getattr(config, n, wanted[n])!r}" for n in wanted if wanted[n] != found[n]]

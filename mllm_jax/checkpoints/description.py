@@ -15,19 +15,20 @@ from mllm_jax.checkpoints import own_modules
 from mllm_jax.errors import ConfigError
 
 CLASS, FUNCTION = "class", "function"
-# Parts of this package whose functions a config may name. The config of a run that came from elsewhere chooses them,
-# too: none of them may do what the user would not want.
+# Parts of this package whose functions a config may name. The config of a run from elsewhere can choose them too, so
+# none of them may do harm.
 FUNCTIONS = ("datasets", "evaluation")
 
 
 def describe(value: Any) -> Any:
-    """A config as JSON.
+    """Returns a config as JSON.
 
-    A dataclass becomes an object with its class under "class", a function one with its name under "function"; other
-    objects are mappings.
+    A dataclass becomes an object with its class under "class", and a function an object with its name under "function".
+    Other objects are mappings.
 
     Raises:
-        ConfigError: a value that is neither of these nor plain data, or that cannot be imported when the run is opened.
+        ConfigError: another value that is not plain data, or a class or function that cannot be imported when the run
+            is opened.
     """
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields = {f.name: describe(getattr(value, f.name)) for f in dataclasses.fields(value) if f.init}
@@ -44,7 +45,7 @@ def describe(value: Any) -> Any:
 
 
 def _importable(value: Any, kind: str) -> str:
-    """Where a class or function is imported from, as "module:name"."""
+    """Returns where a class or function is imported from, as "module:name"."""
     if value.__module__ in ("<run_path>", "__main__"):
         raise ConfigError(
             f"the {kind} {value.__qualname__}, which the config file itself defines",
@@ -55,19 +56,19 @@ def _importable(value: Any, kind: str) -> str:
         raise ConfigError(
             f"the {kind} {value.__qualname__} of {value.__module__}",
             f"a {kind} at the top level of a module, which a run can import when it is opened again",
-            "give it a name there; what it closes over belongs into the fields of a dataclass",
+            "give it a name there; put what it closes over into the fields of a dataclass",
         )
     if isinstance(value, types.FunctionType) and not _may_be_named(value, value.__qualname__):
         raise ConfigError(
             f"the function {value.__qualname__} of {value.__module__}",
             "a function of a file beside the config, or of mllm_jax.evaluation",
-            "call it in a function of your own, in a file beside the config",
+            "call it in your own function, in a file beside the config",
         )
     return f"{value.__module__}:{value.__qualname__}"
 
 
 def _may_be_named(function: types.FunctionType, name: str) -> bool:
-    """Whether a config may name a function: none of Python's, nor of what pip installed, and by its own name."""
+    """Returns whether a config may name a function: by its own name, and not of Python or an installed package."""
     module = sys.modules.get(function.__module__)
     if getattr(module, name, None) is not function:
         return False
@@ -80,11 +81,10 @@ def _may_be_named(function: types.FunctionType, name: str) -> bool:
 
 
 def rebuild(description: Any) -> Any:
-    """The inverse of `describe`; classes are of this package, or of a user's own modules, see `own_modules`.
+    """Inverts `describe`; classes are from this package or from a user's own modules, see `own_modules`.
 
     Raises:
-        ConfigError: a class or module that does not exist (any more), fields it does not know, or values of another
-            type.
+        ConfigError: a class or module that does not exist (any more), unknown fields, or values of another type.
     """
     if isinstance(description, list):
         return tuple(rebuild(v) for v in description)
@@ -110,12 +110,12 @@ def rebuild(description: Any) -> Any:
         return found(**fields)
     except (ImportError, AttributeError, NameError, TypeError) as error:
         raise ConfigError(
-            f"a stored {kind}: {error}", "what this version knows", "use the version that wrote it"
+            f"a stored {kind}: {error}", "classes and fields of this version", "use the version that wrote it"
         ) from error
 
 
 def _check_types(kind: type, fields: dict[str, Any]) -> None:
-    """Raises TypeError: names the fields whose value is not of the annotated type."""
+    """Raises TypeError, with their names, for fields whose value is not of the annotated type."""
     hints = typing.get_type_hints(kind)
     wrong = [name for name, value in fields.items() if name in hints and not fits(value, hints[name])]
     if wrong:
@@ -124,7 +124,7 @@ def _check_types(kind: type, fields: dict[str, Any]) -> None:
 
 
 def fits(value: Any, hint: Any) -> bool:
-    """Returns whether a value that came from JSON is of an annotated type; an int is a float, a bool is no number."""
+    """Returns whether a value from JSON is of an annotated type; an int is a float, a bool is not a number."""
     if hint is Any:
         return True
     origin, inner = typing.get_origin(hint), typing.get_args(hint)

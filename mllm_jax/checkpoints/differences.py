@@ -1,20 +1,20 @@
-"""What differs between two described configs, and which of it makes a run another one."""
+"""The differences between two described configs, and which of them make another run."""
 
 from __future__ import annotations
 
 from typing import Any
 
-# What may differ between a run and its continuation: none of it changes the numbers beyond rounding. Pretrained parts
-# may move because fingerprints tell if they change.
+# Fields that may differ between a run and its continuation: they change the numbers by rounding only. The folders of
+# pretrained parts may change because fingerprints detect other weights.
 FREE_TO_CHANGE = (
     *("name", "mesh", "part_rules", "cpu_devices", "log_every", "nonfinite", "checkpoint", "evaluation", "pretrained"),
 )
-# The same of a stage: what is only looked at. A validation's numbers decide which checkpoint is kept as the best.
+# The same for a stage: fields that only measure. A validation's numbers decide which checkpoint is kept as the best.
 FREE_IN_A_STAGE = ("validation", "validate_every", "validation_batches")
 
 
 def differences(old: Any, new: Any, path: str = "") -> list[str]:
-    """Lines "path: old -> new" for every leaf in which two described configs differ."""
+    """Returns lines "path: old -> new" for every leaf in which two described configs differ."""
     if isinstance(old, dict) and isinstance(new, dict):
         return [
             line
@@ -27,10 +27,10 @@ def differences(old: Any, new: Any, path: str = "") -> list[str]:
 
 
 def binding_differences(old: dict, new: dict, begun: int | None = None) -> list[str]:
-    """The differences that make a run folder another experiment's.
+    """Returns the differences that make a run folder that of another experiment.
 
     Args:
-        begun: how many stages have begun; those after them may change. None: all have.
+        begun: number of stages that have begun; later ones may change. None means all.
     """
     return differences(_binding(old, begun), _binding(new, begun))
 
@@ -40,6 +40,6 @@ def _binding(described: dict, begun: int | None) -> dict:
     if isinstance(stages := kept.get("stages"), list) and all(isinstance(stage, dict) for stage in stages):
         kept["stages"] = [{k: v for k, v in stage.items() if k not in FREE_IN_A_STAGE} for stage in stages[:begun]]
     if isinstance(tokenizer := kept.get("tokenizer"), dict):
-        # The run holds a copy of what it read there.
+        # The run has a copy of the files that it read there.
         kept["tokenizer"] = {key: value for key, value in tokenizer.items() if key != "folder"}
     return kept

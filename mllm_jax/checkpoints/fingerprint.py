@@ -1,4 +1,4 @@
-"""Fingerprints: which weights these are, as one number a leaf, the same on every mesh."""
+"""Fingerprints of weights: one number per leaf, the same on every mesh."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from mllm_jax.errors import CheckpointError
 
 
 def fingerprint(params: PyTree) -> dict[str, int]:
-    """A 32-bit checksum of each leaf's bits, dtype and shape: path -> uint32; independent of sharding and platform.
+    """Computes a 32-bit checksum of each leaf's bits, dtype and shape: path -> uint32, for any sharding and platform.
 
-    Computed where the leaf lies, as a wrap-around sum over elements of a hash of (bits, position), so nothing is
-    gathered. It finds accidents (other weights, a swapped or shifted leaf), not an adversary.
+    It is computed on the leaf's devices, as a wrap-around sum over elements of a hash of (bits, position), so nothing
+    is gathered. It detects accidents (other weights, a swapped or shifted leaf), not attacks.
     """
     leaves = storable(flatten(params)[0])
     sums = {path: _checksum(leaf, np.uint32(_salt(leaf))) for path, leaf in leaves.items()}
@@ -24,7 +24,7 @@ def fingerprint(params: PyTree) -> dict[str, int]:
 
 
 def check_fingerprint(params: PyTree, expected: dict[str, int], source: str, **refusal: str) -> None:
-    """Refuses weights whose fingerprint is not `expected`; see `compare_fingerprints`."""
+    """Raises CheckpointError for weights with another fingerprint than `expected`; see `compare_fingerprints`."""
     compare_fingerprints(fingerprint(params), expected, source, **refusal)
 
 
@@ -33,17 +33,17 @@ def compare_fingerprints(
     expected: dict[str, int],
     source: str,
     *,
-    wanted: str = "the very weights that the checkpoint was trained with",
+    wanted: str = "the same weights that the checkpoint was trained with",
     todo: str = "put them back, or start over with --fresh",
 ) -> None:
     """Compares fingerprints, leaf by leaf.
 
     Args:
-        source: what `actual` is of, such as "the frozen weights beside stage align".
-        wanted, todo: the refusal's other two parts.
+        source: name of the weights of `actual`, such as "the frozen weights beside stage align".
+        wanted, todo: the other two parts of the error.
 
     Raises:
-        CheckpointError: names the leaves that differ (ten at most) and their number.
+        CheckpointError: leaves differ; names at most ten and gives their number.
     """
     wrong = []
     for path in sorted(actual.keys() | expected.keys()):
@@ -63,7 +63,7 @@ def _salt(leaf: object) -> int:
 
 
 def _mix(x: jax.Array) -> jax.Array:
-    """A bijection of uint32 that spreads every bit (the finaliser of MurmurHash3, Appleby, public domain)."""
+    """Applies a bijection of uint32 that mixes every bit (the finaliser of MurmurHash3, Appleby, public domain)."""
     x = (x ^ (x >> 16)) * np.uint32(0x85EBCA6B)
     x = (x ^ (x >> 13)) * np.uint32(0xC2B2AE35)
     return x ^ (x >> 16)

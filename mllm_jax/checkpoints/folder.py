@@ -1,12 +1,12 @@
-"""One checkpoint folder: written whole or not at all, checked before it is believed, read onto any sharding.
+"""One checkpoint folder: written atomically, checked before it is used, read onto any sharding.
 
     00000120/
       arrays/         every leaf, written by orbax; each process writes its own shards
       record.json     the caller's meta, and a table: path -> shape and dtype
-      manifest.json   size and CRC-32 of every other file; written last: without it the folder counts for nothing
+      manifest.json   size and CRC-32 of every other file; written last: without it the folder is no checkpoint
 
-It is built beside its final name (`00000120.writing`), synced to disk and renamed, so a killed process leaves either
-the whole checkpoint or none. With several processes the folder must be shared by all; process 0 seals and renames it.
+It is built under a temporary name (`00000120.writing`), synced to disk and renamed, so that a killed process leaves
+either the whole checkpoint or none. Several processes must share the folder; process 0 seals and renames it.
 """
 
 from __future__ import annotations
@@ -34,19 +34,19 @@ BLOCK = 1 << 22  # bytes read at a time while hashing
 
 
 class ReadFailure(Exception):
-    """The request matched the checkpoint and reading failed all the same: the checkpoint is at fault."""
+    """A failure to read although the request matched the checkpoint: the checkpoint is at fault."""
 
 
 # ---- writing
 
 
 def begin(target: Path, tree: PyTree, meta: dict[str, Any], extra: dict[str, Any]) -> Callable[[], None]:
-    """Copies `tree` off the devices into `target.writing` and returns the function that completes it, for any thread.
+    """Copies `tree` from the devices to `target.writing` and returns the function that completes it, for any thread.
 
     On return every leaf may be donated: orbax holds a host copy, or (on CPU) a reference that XLA does not overwrite.
 
     Raises:
-        CheckpointError: what cannot be stored, no permission, too little room; `target` is untouched in each case.
+        CheckpointError: leaves that cannot be stored, no permission, too little space; `target` stays untouched.
     """
     leaves = storable(flatten(tree)[0])
     text = json.dumps({**extra, "meta": plain_json(meta), "leaves": table_of(leaves)})
@@ -123,7 +123,7 @@ def _seal(folder: Path) -> None:
 
 
 def _publish(temporary: Path, target: Path, marks: Sequence[str] = (MANIFEST,)) -> None:
-    """Gives a finished folder its name; what had the name stays whole under `.replaced` until then (see `recover`)."""
+    """Renames a finished folder to its name; an old folder stays whole as `.replaced` until then (see `recover`)."""
     replaced = target.with_name(target.name + REPLACED)
     if target.exists():
         with suppress(OSError):
@@ -136,7 +136,7 @@ def _publish(temporary: Path, target: Path, marks: Sequence[str] = (MANIFEST,)) 
 
 
 def recover(target: Path, marks: Sequence[str] = (MANIFEST,)) -> None:
-    """Undoes a replacement that was killed between its two renames; `marks` as `discard` had them."""
+    """Undoes a replacement that was killed between its two renames; `marks` are those given to `discard`."""
     replaced = target.with_name(target.name + REPLACED)
     whole = any((replaced / mark).exists() for mark in marks)
     if jax.process_index() == 0 and whole and not target.exists():
@@ -144,14 +144,14 @@ def recover(target: Path, marks: Sequence[str] = (MANIFEST,)) -> None:
 
 
 def discard(folder: Path, marks: Sequence[str] = (MANIFEST,)) -> None:
-    """Deletes a folder, the files without which it counts for nothing first: a part is never taken for the whole."""
+    """Deletes a folder, its `marks` first, so that a partial folder is never taken for a complete one."""
     for mark in marks:
         (folder / mark).unlink(missing_ok=True)
     shutil.rmtree(folder)
 
 
 def make_writable(folder: Path) -> None:
-    """Makes the folder if absent. Raises CheckpointError if that fails or nothing may be written into it."""
+    """Makes the folder if absent. Raises CheckpointError if that fails or the folder is not writable."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if not os.access(folder, os.W_OK | os.X_OK):
@@ -170,20 +170,20 @@ def _size(count: int) -> str:
     return f"{count:,} bytes ({count / 2**30:.2f} GiB)"
 
 
-# A folder with one of these holds a model, so that `overwrite` can never take away a home directory.
+# `overwrite` replaces only a folder with one of these, and never a home directory.
 MODEL_FILES = ("config.json", "model.json", "model_index.json")
 
 
 @contextmanager
 def new_folder(target: Path, nbytes: int, *, overwrite: bool = False) -> Iterator[Path]:
-    """Gives a temporary folder beside `target`, which takes target's name when the block ends without an exception.
+    """Yields a temporary folder beside `target`, which gets target's name if the block ends without an exception.
 
     Args:
-        nbytes: what will be written; refused at once where the disk has not that much left.
-        overwrite: replace a model folder that is there.
+        nbytes: size of what will be written; refused at once if the disk has less space.
+        overwrite: whether to replace an existing model folder.
 
     Raises:
-        CheckpointError: the target is taken, cannot be made, or the disk is too full.
+        CheckpointError: the target exists or cannot be made, or the disk is too full.
     """
     target = Path(target).absolute()
     recover(target, MODEL_FILES)
@@ -203,7 +203,7 @@ def new_folder(target: Path, nbytes: int, *, overwrite: bool = False) -> Iterato
     make_writable(target.parent)
     if (free := free_bytes(target.parent)) < 1.02 * nbytes + 2**20:
         raise CheckpointError(
-            f"{target}: {free:,} bytes free on that disk", f"{nbytes:,} bytes and a little", "free some space"
+            f"{target}: {free:,} bytes free on that disk", f"slightly more than {nbytes:,} bytes", "free some space"
         )
     temporary = target.with_name(target.name + WRITING)
     shutil.rmtree(temporary, ignore_errors=True)
@@ -221,7 +221,7 @@ def new_folder(target: Path, nbytes: int, *, overwrite: bool = False) -> Iterato
 
 
 def damage(folder: Path, deep: bool) -> str | None:
-    """Why the folder is not a complete checkpoint, or None. `deep` reads every byte; else only sizes are compared."""
+    """Returns why a folder is not a complete checkpoint, or None. `deep` reads every byte, else sizes are checked."""
     try:
         manifest = json.loads((folder / MANIFEST).read_bytes())
         files = manifest["files"]
@@ -247,21 +247,21 @@ def damage(folder: Path, deep: bool) -> str | None:
 
 
 def record(folder: Path) -> dict[str, Any]:
-    """What stands beside the arrays: meta, the table of leaves, and the writer's extras."""
+    """Returns the record beside the arrays: meta, the table of leaves, and the writer's extras."""
     return json.loads((folder / RECORD).read_bytes())
 
 
 def read(folder: Path, abstract: PyTree, only: Literal["", "entries", "leaves"]) -> tuple[PyTree, dict[str, Any]]:
-    """The tree, placed as `abstract` says, and the meta of a folder without damage.
+    """Reads the tree, placed by the shardings of `abstract`, and the meta of an undamaged folder.
 
-    Each device's slice is read on its own, so no host holds a whole leaf that it does not need.
+    Each device's slice is read separately, so no host holds a whole leaf that it does not need.
 
     Args:
-        only: what `abstract`, a dict, may leave out of what was saved: nothing, whole entries, or any leaves.
+        only: what `abstract`, a dict, may leave out: nothing, whole entries, or any leaves.
 
     Raises:
         CheckpointError: leaves, shapes or dtypes differ.
-        ReadFailure: they do not, and reading failed.
+        ReadFailure: they match, and reading failed.
     """
     stored = record(folder)
     leaves, structure = flatten(abstract)
@@ -303,7 +303,7 @@ def _read_arrays(folder: Path, leaves: Leaves) -> Leaves:
 
 
 class Background:
-    """A function running in a thread of its own, whose exception waits for `result`. Not a daemon: it is let finish."""
+    """A function in its own thread, whose exception `result` raises. The thread is no daemon, so it finishes."""
 
     def __init__(self, work: Callable[[], None]):
         self._error: BaseException | None = None
@@ -324,7 +324,7 @@ class Background:
 
 
 def agree(fine: bool) -> bool:
-    """Whether all processes are fine; each must call it at the same point."""
+    """Returns whether `fine` is true on all processes; every process must call this at the same point."""
     if jax.process_count() == 1:
         return fine
     from jax.experimental import multihost_utils
@@ -344,7 +344,7 @@ def together(work: Callable[[], None]) -> None:
 
 
 def _orbax() -> Any:
-    import orbax.checkpoint as ocp  # costs a second, and the package must import quickly
+    import orbax.checkpoint as ocp  # it takes a second, and the package must import quickly
 
     return ocp
 

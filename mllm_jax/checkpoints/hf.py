@@ -1,7 +1,7 @@
-"""The one engine that reads and writes Hugging Face folders, driven by the table that stands beside each module.
+"""The one engine that reads and writes Hugging Face folders, by the table that each module defines.
 
-Tensors are mapped, not loaded: of each, only the bytes that a device's shard needs are copied, into a buffer of that
-shard's layout and dtype, which is handed to the device before the next one is begun. Pickles and remote code are never
+Tensors are mapped, not loaded: only the bytes of a device's shard are copied, into a buffer of that shard's layout and
+dtype. Each buffer is transferred to the device before the next one is filled. Pickles and remote code are never
 executed.
 """
 
@@ -44,7 +44,7 @@ from mllm_jax.errors import CheckpointError, ConfigError
 from mllm_jax.files import read_json
 from mllm_jax.sharding.mesh import param_shardings
 
-# What may stand beside the weights and goes along when they are converted; never code.
+# Files beside the weights that are copied when they are converted; never code.
 # fmt: off
 COMPANIONS = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
@@ -54,17 +54,17 @@ COMPANIONS = (
     "qformer_tokenizer",
 )
 # fmt: on
-BAND = 4 << 20  # bytes of a file that are mapped at a time, where the tensor's layout lets it be cut
+BAND = 4 << 20  # bytes of a file that are mapped at a time, if the tensor's layout can be cut
 logger = logging.getLogger("mllm_jax.checkpoints")
 
 
 @dataclass(frozen=True)
 class Report:
-    """What a reading took.
+    """The cost of reading a model.
 
     Attributes:
-        peak_host_bytes: the most host memory held at once for what was not yet a finished array: one shard's buffer.
-        mapped_bytes: the largest piece of a file mapped at once, which the kernel may drop at any time.
+        peak_host_bytes: largest host memory held at once before an array was finished: one shard's buffer.
+        mapped_bytes: largest piece of a file mapped at once, which the kernel may drop at any time.
     """
 
     tensors: int
@@ -75,13 +75,13 @@ class Report:
 
     def __str__(self) -> str:
         return (
-            f"{self.tensors} tensors, {self.bytes:,} bytes in {self.seconds:.2f} s; at a time at most "
-            f"{self.peak_host_bytes:,} bytes in buffers and {self.mapped_bytes:,} of the files mapped"
+            f"{self.tensors} tensors, {self.bytes:,} bytes in {self.seconds:.2f} s; at most "
+            f"{self.peak_host_bytes:,} bytes in buffers and {self.mapped_bytes:,} bytes of files mapped at a time"
         )
 
 
 def float_dtype(name: Any) -> np.dtype:
-    """float32, float16 or bfloat16 as numpy knows it. Raises ConfigError for any other."""
+    """Returns float32, float16 or bfloat16 as a numpy dtype. Raises ConfigError for any other."""
     try:
         dtype = np.dtype(jnp.dtype(name))
     except TypeError:
@@ -95,7 +95,7 @@ def float_dtype(name: Any) -> np.dtype:
 
 
 def read_config(where: Path | Component) -> dict[str, Any]:
-    """The dictionary in config.json. Raises CheckpointError: absent, or no JSON object."""
+    """Returns the dictionary in config.json. Raises CheckpointError if it is absent or not a JSON object."""
     path = component_of(where).folder / CONFIG
     try:
         return read_json(path, CheckpointError, limit=CONFIG_BYTES)
@@ -121,13 +121,13 @@ def copy_companions(source: Path, target: Path) -> list[str]:
 
 
 def open_weights(where: Path | Component, table: Table, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, st.Entry]:
-    """The hub's name -> where that tensor lies, for exactly the tensors of the table; only headers are read.
+    """Returns hub name -> location of the tensor, for exactly the tensors of the table; reads only headers.
 
     Args:
         shapes: parameter path -> shape.
 
     Raises:
-        CheckpointError: damaged files; or all unknown, missing, doubled, mis-shaped and unreadable tensors at once.
+        CheckpointError: damaged files; or unknown, missing, duplicate, mis-shaped and unreadable tensors, all at once.
     """
     component = component_of(where)
     layouts = lay_out(table, shapes)
@@ -140,7 +140,7 @@ def open_weights(where: Path | Component, table: Table, shapes: Mapping[str, tup
     ]
     if wrong:
         raise CheckpointError(
-            f"{component.folder}: {len(wrong)} of its tensors do not fit the model"
+            f"{component.folder}: {len(wrong)} of its tensors do not match the model"
             + "".join(f"\n    {line}" for line in gather_layers(sorted(wrong))),
             "the names, shapes and dtypes that follow from config.json",
             "check that weights and config.json belong together; a quantised checkpoint must be taken unquantised",
@@ -157,16 +157,16 @@ def read_weights(
     dtype: Any = None,
     report: Callable[[Report], None] | None = None,
 ) -> PyTree:
-    """The parameters in a Hugging Face folder, or of one component, placed on the devices.
+    """Reads the parameters of a Hugging Face folder, or of one component, onto the devices.
 
     Args:
-        abstract: `jax.eval_shape` of `module.init(...)["params"]`, with the logical names still on it.
-        mesh: shards by `param_shardings`; None is the default device.
-        dtype: of the parameters; None keeps what is stored.
-        report: is called with the Report; by default it is logged.
+        abstract: `jax.eval_shape` of `module.init(...)["params"]`, with its logical names.
+        mesh: the mesh for `param_shardings`; None means the default device.
+        dtype: dtype of the parameters; None keeps the stored dtypes.
+        report: function that is called with the Report; by default it is logged.
 
     Raises:
-        CheckpointError: see `open_weights`; also a model that does not fit the devices. Nothing is allocated then.
+        CheckpointError: see `open_weights`; also a model that does not fit the devices, before anything is allocated.
     """
     begun = time.perf_counter()
     leaves, structure = flatten(nn.meta.unbox(abstract))
@@ -186,7 +186,7 @@ def read_weights(
 
 
 class _Source:
-    """One parameter in the stored tensors."""
+    """One parameter and its stored tensors."""
 
     def __init__(self, line: Weight, shape: tuple[int, ...], entries: Mapping[str, st.Entry], dtype: Any):
         self.line, self.shape, self.layered = line, shape, is_layered(line.name)
@@ -196,25 +196,25 @@ class _Source:
         self.dtype = np.dtype(jnp.result_type(*stored)) if dtype is None else float_dtype(dtype)
 
     def shard(self, index: tuple[slice, ...]) -> tuple[np.ndarray, _Held]:
-        """One device's part in a buffer of its own, and how much of the host's memory it took at most."""
+        """Returns one device's part in its own buffer, and the largest host memory that it took."""
         shape = tuple(len(range(*part.indices(size))) for part, size in zip(index, self.shape, strict=True))
         buffer, merged, mapped = _aligned(shape, self.dtype), 0, 0
         if self.layered:
-            places = [(buffer[i, ...], entry) for i, entry in enumerate(self.entries[index[0]])]
+            targets = [(buffer[i, ...], entry) for i, entry in enumerate(self.entries[index[0]])]
             index = index[1:]
         else:
-            places = [(buffer, self.entries[0])]
-        for out, entry in places:
+            targets = [(buffer, self.entries[0])]
+        for out, entry in targets:
             tensor = entry.map()
             view = parameter_view(self.line, tensor)
-            whole = not np.may_share_memory(view, tensor)  # the pattern merges axes: einops had to copy
+            whole = not np.may_share_memory(view, tensor)  # the pattern merges axes, so einops copied
             merged = max(merged, view.nbytes if whole else 0)
             bands = [()] if whole else _bands(view[index], entry.nbytes)
             mapped = max(mapped, entry.nbytes // len(bands))
             del tensor, view
             for band in bands:
-                # Mapped anew for each band, which gives the pages of the one before back.
-                # The dots keep a parameter without axes, such as a logit scale, a view.
+                # Mapped anew for each band, which frees the pages of the last band.
+                # The dots keep a scalar parameter, such as a logit scale, a view.
                 st.copy_into(out[*band, ...], parameter_view(self.line, entry.map())[index][*band, ...])
         return buffer, _Held(buffer.nbytes + merged, mapped)
 
@@ -230,7 +230,7 @@ class _Held(NamedTuple):
 
 
 def _bands(view: np.ndarray, nbytes: int) -> list[tuple]:
-    """Index tuples that cut the view along the file's slowest axis, for about BAND bytes of the file each."""
+    """Yields index tuples that cut the view along the file's slowest axis, about BAND bytes of the file each."""
     if nbytes <= BAND or not view.ndim:
         return [()]
     axis = max(range(view.ndim), key=lambda axis: view.strides[axis])
@@ -239,7 +239,7 @@ def _bands(view: np.ndarray, nbytes: int) -> list[tuple]:
 
 
 def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """Memory that XLA's CPU client takes over as it is, where it would copy what begins elsewhere."""
+    """Allocates memory so aligned that XLA's CPU client uses it without a copy."""
     size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
     raw = np.empty(size + 64, np.uint8)
     start = -raw.ctypes.data % 64
@@ -253,7 +253,7 @@ def _load(source: _Source, sharding: jax.sharding.Sharding | None) -> tuple[jax.
     shards, peak = [], _Held(0, 0)
     for device, index in sharding.addressable_devices_indices_map(source.shape).items():
         buffer, held = source.shard(index)
-        # Waiting frees the buffer before the next is made: the host never holds two shards.
+        # Waiting frees the buffer before the next is allocated: the host never holds two shards.
         shards.append(jax.device_put(buffer, device).block_until_ready())
         del buffer
         peak |= held
@@ -282,7 +282,7 @@ def _require_room(folder: Path, sources: Mapping[str, _Source], shardings: Mappi
     if short:
         raise CheckpointError(
             f"{folder} is larger than the memory" + "".join(f"\n    {line}" for line in short),
-            "room for every parameter",
+            "memory for every parameter",
             "pass a mesh of more devices, dtype='bfloat16', or free memory",
         )
 
@@ -293,7 +293,7 @@ def _default_device() -> jax.Device:
 
 
 def _free_device_bytes(device: jax.Device) -> int | None:
-    """None where the platform does not say."""
+    """Returns the free bytes of a device, or None if the platform does not report them."""
     stats = device.memory_stats() or {}
     return stats["bytes_limit"] - stats["bytes_in_use"] if {"bytes_limit", "bytes_in_use"} <= stats.keys() else None
 
@@ -322,20 +322,20 @@ def write_weights(
     dtype: Any = None,
     overwrite: bool = False,
 ) -> None:
-    """Writes parameters as a Hugging Face folder in the hub's spelling; it appears whole or not at all.
+    """Writes parameters as a Hugging Face folder under the hub's names, atomically.
 
-    Tensor by tensor: the host holds one stored tensor at a time beside what the devices hold.
+    The host holds one stored tensor at a time in addition to what the devices hold.
 
     Args:
-        where: the folder; a component also says the stem of the files.
-        config: config.json's dictionary.
-        companions: a folder whose tokenizer, chat template and generation settings come along.
-        max_shard_bytes: a larger model is split over several files with an index.
-        dtype: what to store; None is that of each parameter.
-        overwrite: replace a model that is there.
+        where: the folder; a component also gives the stem of the files.
+        config: the dictionary of config.json.
+        companions: a folder whose tokenizer, chat template and generation settings are copied.
+        max_shard_bytes: largest file; a larger model is split over several files with an index.
+        dtype: dtype to store; None means that of each parameter.
+        overwrite: whether to replace an existing model.
 
     Raises:
-        CheckpointError: the table and the parameters do not fit, the folder is taken, the disk is full.
+        CheckpointError: the table and the parameters do not match, the folder exists, or the disk is full.
     """
     leaves = _writable(flatten(nn.meta.unbox(params))[0])
     specs, tensors = _specs(table, leaves, dtype), hub_tensors(table, leaves)
@@ -353,7 +353,7 @@ def write_weights(
 
 
 def hub_tensors(table: Table, params: PyTree) -> dict[str, Callable[[], np.ndarray]]:
-    """The hub's name -> a function that makes that tensor on the host. Raises CheckpointError as `lay_out` does."""
+    """Returns hub name -> a function that makes that tensor on the host. Raises CheckpointError as `lay_out` does."""
     leaves, _ = flatten(nn.meta.unbox(params))
     return {
         name: partial(assemble, layout, partial(_fetch, leaves, layer))
@@ -391,9 +391,9 @@ def _writable(leaves: dict[str, Any]) -> dict[str, Any]:
 
 
 def _fetch(leaves: Mapping[str, Any], layer: int | None, path: str) -> np.ndarray:
-    """A parameter, or one layer of it, on the host.
+    """Copies a parameter, or one layer of it, to the host.
 
-    Of a device array a copy is fetched: JAX would keep the host's side of the array itself as long as the array lives.
+    For a device array this makes a copy first: JAX keeps the host's copy of an array as long as the array exists.
     """
     leaf = leaves[path]
     if not isinstance(leaf, jax.Array):
@@ -402,7 +402,7 @@ def _fetch(leaves: Mapping[str, Any], layer: int | None, path: str) -> np.ndarra
 
 
 def _cast(tensor: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    """On the host, so that the same numbers come out whatever the device does with subnormal ones."""
+    """Casts on the host, so that the result does not depend on how a device treats subnormal numbers."""
     return tensor.astype(dtype, copy=False)
 
 
@@ -411,7 +411,7 @@ def _cast(tensor: np.ndarray, dtype: np.dtype) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Checksum:
-    """What a set of tensors holds; equal for equal names, dtypes, shapes and bits."""
+    """A checksum of a set of tensors; equal for equal names, dtypes, shapes and bits."""
 
     tensors: int
     bytes: int
@@ -419,11 +419,11 @@ class Checksum:
 
 
 def checksum(tensors: Mapping[str, Callable[[], np.ndarray]], dtype: Any = None) -> Checksum:
-    """Counts and hashes tensors, one on the host at a time, in the order of their names.
+    """Counts and hashes tensors in the order of their names, one on the host at a time.
 
     Args:
-        tensors: such as `hub_tensors` gives, or {name: entry.map} of `open_weights`.
-        dtype: cast each to it first.
+        tensors: from `hub_tensors`, or {name: entry.map} from `open_weights`.
+        dtype: dtype to which each tensor is cast first.
     """
     digest, size = hashlib.sha256(), 0
     for name in sorted(tensors):

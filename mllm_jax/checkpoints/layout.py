@@ -1,7 +1,7 @@
-"""A table worked out for one model: which stored tensors there are, their shapes, and what lies where in them.
+"""The table of one model's stored tensors: their names, shapes, and the parameters inside them.
 
-No file is touched here. The same layout is followed both ways: `parameter_view` takes a parameter out of a stored
-tensor, `assemble` puts a stored tensor together from its parameters.
+No file is read here. One layout serves both directions: `parameter_view` takes a parameter out of a stored tensor, and
+`assemble` makes a stored tensor from its parameters.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Layout:
-    """A stored tensor, or as many alike as there are layers.
+    """A stored tensor, or one for each layer.
 
     Attributes:
-        name: the hub's name, with "{layer}" where there is one a layer.
-        shape: of one of them.
-        slots: the lines of the table that lie in it: one after the other along the first axis, and within a slot
-            interleaved where it has several.
-        layers: how many of them there are; None is one, without a number.
+        name: the hub's name, with "{layer}" if there is one per layer.
+        shape: shape of one of them.
+        slots: lines of the table in it, one slot after the other along the first axis; several lines of a slot are
+            interleaved.
+        layers: number of such tensors; None means one, without a number.
     """
 
     name: str
@@ -48,20 +48,20 @@ _LAYER = re.compile(r"\{layer(?:\*(\d+)\+(\d+))?\}")
 
 
 def is_layered(name: str) -> bool:
-    """Whether a line's name stands for one tensor a layer."""
+    """Returns whether a line's name means one tensor per layer."""
     return _LAYER.search(name) is not None
 
 
 def named(name: str, layer: int) -> str:
-    """The hub's name of the given repetition: "{layer}" is its number, "{layer*2+1}" twice that and one more."""
+    """Returns the hub's name of a layer: "{layer}" becomes its number n, "{layer*2+1}" becomes 2n+1."""
     return _LAYER.sub(lambda found: str(layer if found[1] is None else layer * int(found[1]) + int(found[2])), name)
 
 
 def lay_out(table: Table, shapes: Mapping[str, Shape]) -> list[Layout]:
-    """The stored tensors of a model whose parameters have these shapes (path -> shape, layers' axis included).
+    """Returns the stored tensors of a model whose parameters have these shapes (path -> shape, with the layer axis).
 
     Raises:
-        CheckpointError: the table and the parameters do not fit; lists every line and parameter at fault.
+        CheckpointError: the table and the parameters do not match; lists every wrong line and parameter.
     """
     paths = [line.path for line in table.weights]
     wrong = [f"{path}: in the table, not in the model" for path in paths if path not in shapes]
@@ -84,8 +84,8 @@ def lay_out(table: Table, shapes: Mapping[str, Shape]) -> list[Layout]:
     if wrong:
         raise CheckpointError(
             f"{len(wrong)} faults between the table of weights and the parameters{listed(sorted(wrong))}",
-            "one line a parameter, with patterns that fit the shapes",
-            "pass the parameters of this very model; if they are, its table needs mending",
+            "one line per parameter, with patterns that match the shapes",
+            "pass the parameters of this model; if they are, correct its table",
         )
     return layouts
 
@@ -104,13 +104,13 @@ def _layout(name: str, lines: list[Weight], shapes: Mapping[str, Shape]) -> Layo
     for rows, slot in sorted(by_rows.items(), key=lambda item: item[0] or (0, 0)):
         slot.sort(key=lambda line: -1 if line.part is None else line.part)
         if [line.part for line in slot] not in ([None], list(range(len(slot)))):
-            raise ValueError("lines that share a place and are not the parts 0, 1, ... of it")
+            raise ValueError("lines of one slot that are not its parts 0, 1, ...")
         shape = _stored_shape(slot, [shapes[line.path][int(layered) :] for line in slot])
         if rows is not None:
             if rows[0] != (total[0] if total else 0) or not shape or shape[0] != rows[1] - rows[0]:
-                raise ValueError(f"rows {rows} that do not follow on, or do not hold {list(shape)}")
+                raise ValueError(f"rows {rows} that are not consecutive, or do not hold {list(shape)}")
             if total and shape[1:] != total[1:]:
-                raise ValueError(f"rows {rows} of another width than those before")
+                raise ValueError(f"rows {rows} of another width than the previous rows")
             shape = (rows[1], *shape[1:])
         total = shape
         slots.append(tuple(slot))
@@ -118,7 +118,7 @@ def _layout(name: str, lines: list[Weight], shapes: Mapping[str, Shape]) -> Layo
 
 
 def _stored_shape(slot: list[Weight], shapes: list[Shape]) -> Shape:
-    """The shape that `_join` gives to parameters of these shapes."""
+    """Returns the shape that `_join` gives to parameters of these shapes."""
     if len(set(shapes)) > 1 or len({(line.pattern, tuple(sorted(line.sizes.items()))) for line in slot}) > 1:
         raise ValueError(f"interleaved parts with different shapes or patterns: {shapes}")
     try:
@@ -141,7 +141,7 @@ def _join(slot, numpy, arrays):
 
 
 def parameter_view(line: Weight, tensor: np.ndarray) -> np.ndarray:
-    """The parameter (or a layer of it) inside a stored tensor; a view wherever the pattern merges no axes."""
+    """Returns the parameter (or a layer of it) inside a stored tensor; a view unless the pattern merges axes."""
     if line.rows is not None:
         tensor = tensor[slice(*line.rows)]
     if line.pattern:
@@ -150,7 +150,7 @@ def parameter_view(line: Weight, tensor: np.ndarray) -> np.ndarray:
 
 
 def assemble(layout: Layout, get: Callable[[str], np.ndarray]) -> np.ndarray:
-    """A stored tensor from its parameters; `get(path)` gives the parameter, of one layer where there are layers."""
+    """Makes a stored tensor from its parameters; `get(path)` returns the parameter, or one layer of it."""
     slots = [_join(slot, np, [get(line.path) for line in slot]) for slot in layout.slots]
     return slots[0] if len(slots) == 1 else np.concatenate(slots)
 
@@ -159,9 +159,9 @@ def assemble(layout: Layout, get: Callable[[str], np.ndarray]) -> np.ndarray:
 
 
 def resolve(table: Table, layouts: list[Layout], stored: Mapping[str, Shape]) -> tuple[dict[str, str], list[str]]:
-    """The hub's name -> the name under which each tensor is stored, and a line for everything that does not fit.
+    """Returns hub name -> stored name of each tensor, and a line for everything that does not match.
 
-    Names that the table knows are left alone; all others go through its spellings, one after the other.
+    Names in the table are kept; all others are replaced by its spellings, one after the other.
     """
     wanted = {name: layout.shape for layout in layouts for name in layout.names()}
     ignored = re.compile("|".join(re.escape(name).replace(r"\{layer\}", r"\d+") for name in table.ignored) or r"(?!)")
@@ -175,7 +175,7 @@ def resolve(table: Table, layouts: list[Layout], stored: Mapping[str, Shape]) ->
         as_read = raw if name == raw else f"{raw} (read as {name})"
         if name in wanted:
             if name in found:
-                wrong.append(f"{as_read}: a second time, beside {found[name]}")
+                wrong.append(f"{as_read}: a duplicate of {found[name]}")
             elif tuple(shape) != wanted[name]:
                 wrong.append(f"{as_read}: shape {list(shape)}, expected {list(wanted[name])}")
             found.setdefault(name, raw)
@@ -186,7 +186,7 @@ def resolve(table: Table, layouts: list[Layout], stored: Mapping[str, Shape]) ->
 
 
 def gather_layers(lines: list[str]) -> list[str]:
-    """Lines that differ in one layer's number only, as one: "layers.{0-31}.x: missing"."""
+    """Joins lines that differ only in one layer's number: "layers.{0-31}.x: missing"."""
     groups: dict[str, list[int]] = {}
     for line in lines:
         number = re.search(r"(?<=\.)\d+(?=\.)", line)

@@ -1,4 +1,4 @@
-"""Trees as flat tables: path -> leaf. What a checkpoint stores, compares and names in its messages."""
+"""Trees as flat tables, path -> leaf, which a checkpoint stores and compares."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from mllm_jax.errors import CheckpointError
 
 PyTree = Any
 Leaves = dict[str, Any]
-SHOWN = 10  # how many differing leaves a message names
+SHOWN = 10  # number of differing leaves in a message
 
 
 def flatten(tree: PyTree) -> tuple[Leaves, Any]:
-    """path -> leaf in tree order, and the structure. Containers without leaves live in the structure only."""
+    """Returns path -> leaf in tree order, and the structure. Containers without leaves are only in the structure."""
     pairs, structure = jax.tree_util.tree_flatten_with_path(tree)
     leaves = {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in pairs}
     if len(leaves) != len(pairs):
-        raise CheckpointError("a tree in which two leaves have the same path", "one path a leaf", "rename the keys")
+        raise CheckpointError("a tree in which two leaves have the same path", "one path per leaf", "rename the keys")
     return leaves, structure
 
 
@@ -34,7 +34,7 @@ def table_of(leaves: Leaves) -> dict[str, list]:
 
 
 def storable(leaves: Leaves) -> Leaves:
-    """Arrays that nobody else can change: host arrays are copied here, device arrays by the transfer to the host."""
+    """Returns arrays that cannot change: host arrays are copied here, device arrays by the transfer to the host."""
     out, wrong = {}, []
     for path, leaf in leaves.items():
         if isinstance(leaf, jax.Array) and not jnp.issubdtype(leaf.dtype, jax.dtypes.extended):
@@ -76,7 +76,7 @@ def listed(lines: list[str]) -> str:
 
 
 def plain_json(meta: dict[str, Any]) -> dict[str, Any]:
-    """A private copy of `meta`; refuses what JSON would give back changed."""
+    """Returns a copy of `meta`; refuses values that JSON would change."""
 
     def copy(value: Any, where: str) -> Any:
         if isinstance(value, dict) and all(isinstance(k, str) for k in value):

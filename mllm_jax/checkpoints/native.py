@@ -2,7 +2,7 @@
 
 model.json    the module's config
 params/       the parameters, a snapshot (see folder.py)
-tokenizer.json, chat_template.jinja, ...   as they stood beside the Hugging Face weights
+tokenizer.json, chat_template.jinja, ...   copied from the Hugging Face folder
 """
 
 from __future__ import annotations
@@ -34,15 +34,15 @@ def is_native(folder: Path) -> bool:
 def write_native(
     folder: Path, config: Any, params: PyTree, *, companions: Path | None = None, overwrite: bool = False
 ) -> None:
-    """Writes the folder; it appears whole or not at all.
+    """Writes the folder atomically.
 
     Args:
-        config: the module's config, a dataclass.
-        companions: a folder whose tokenizer, chat template and generation settings come along.
-        overwrite: replace a model that is there.
+        config: config of the module, a dataclass.
+        companions: a folder whose tokenizer, chat template and generation settings are copied.
+        overwrite: whether to replace an existing model.
 
     Raises:
-        CheckpointError: the folder is taken, the disk is full.
+        CheckpointError: the folder exists, or the disk is full.
         ConfigError: a config that is not plain data.
     """
     text = json.dumps({"format": FORMAT, "config": describe(config)}, indent=2) + "\n"
@@ -55,7 +55,7 @@ def write_native(
 
 
 def read_native_config(folder: Path) -> Any:
-    """The module's config. Raises CheckpointError or ConfigError: absent, damaged, of another version."""
+    """Returns the module's config. Raises CheckpointError or ConfigError: absent, damaged, or of another version."""
     path = Path(folder) / MODEL
     try:
         stored = read_json(path, CheckpointError)
@@ -71,17 +71,17 @@ def read_native_config(folder: Path) -> Any:
 
 
 def read_native(folder: Path, abstract: PyTree, *, mesh: jax.sharding.Mesh | None = None) -> PyTree:
-    """The parameters in their stored dtypes, placed on the devices.
+    """Reads the parameters in their stored dtypes onto the devices.
 
     Args:
-        abstract: `jax.eval_shape` of `module.init(...)["params"]`, with the logical names still on it.
-        mesh: shards by `param_shardings`; None is the default device.
+        abstract: `jax.eval_shape` of `module.init(...)["params"]`, with its logical names.
+        mesh: the mesh for `param_shardings`; None means the default device.
 
     Raises:
-        CheckpointError: absent, unfinished or damaged, or not the parameters of that module.
+        CheckpointError: absent, incomplete or damaged, or not the parameters of that module.
     """
     source = Path(folder).absolute() / PARAMS
-    snapshot_meta(source)  # refuses what is not whole before its record is believed
+    snapshot_meta(source)  # refuses an incomplete folder before its record is used
     dtypes = {path: dtype for path, (_, dtype) in record(source)["leaves"].items()}
     leaves, structure = flatten(nn.meta.unbox(abstract))
     shardings = {} if mesh is None else flatten(param_shardings(abstract, mesh))[0]

@@ -1,7 +1,7 @@
-"""Reading a config.json so that every option in it is honoured or refused by name, and has the type that it must have.
+"""Reading of a config.json: every option in it is used or refused by name, and its type is checked.
 
-A family asks for each option by a method that states its type. What nobody asked for is refused, unless it is one of
-the idle options below.
+A family reads each option with a method for its type. Options that it does not read are refused, except the idle
+options below.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ from typing import Any
 
 from mllm_jax.errors import ConfigError
 
-# Options without any effect on what a model computes when it is applied, in every family and in every nested config:
-# of training, of the tokenizer, of generation (`PretrainedConfig` wrote all defaults of generation into each nested
-# config until 2024), of faster kernels that give the same, and pointers to code, which is never executed. A family
-# for which one of them does have an effect asks for it all the same.
+# Options without effect on a model's forward pass, in every family and every nested config: of training, of the
+# tokenizer, of generation (`PretrainedConfig` wrote all defaults of generation into each nested config until 2024), of
+# faster kernels with the same results, and pointers to code, which is never executed. A family for which one of them
+# has an effect reads it.
 # fmt: off
 IDLE = frozenset((
-    # what the file is, and how a call answers
+    # metadata of the file, and the form of a call's result
     "_name_or_path", "_model_name_or_path", "_commit_hash", "architectures", "model_type", "torch_dtype", "dtype",
     "transformers_version", "transformers.js_config", "auto_map", "custom_pipelines", "use_cache", "output_attentions",
     "_output_attentions", "output_hidden_states", "output_past", "return_dict", "torchscript", "attn_implementation",
@@ -65,45 +65,45 @@ ACTIVATIONS = {
     "relu": "relu",
     "relu2": "relu_squared",
 }
-# Those of encoders, which may have one more.
+# The activations of encoders, which may have one more.
 ENCODER_ACTIVATIONS = ACTIVATIONS | {"tanh": "tanh"}
-LARGEST = 2**31 - 1  # what an index of 32 bits reaches
-GREATEST = 1e30  # of a number: it is one in float32 too
+LARGEST = 2**31 - 1  # the largest 32-bit index
+GREATEST = 1e30  # limit of a number, finite in float32 too
 _shown = reprlib.Repr()
 _shown.maxstring = _shown.maxother = 100
 _shown.maxlist = _shown.maxdict = _shown.maxtuple = 8
 
 
 def is_whole(value: Any) -> bool:
-    """Whether a JSON value is a whole number; a flag is none, and neither is 2.0."""
+    """Returns whether a JSON value is an integer; true and 2.0 are not."""
     return isinstance(value, int) and not isinstance(value, bool)
 
 
 def is_number(value: Any) -> bool:
-    """Whether a JSON value is a number that a computation in float32 survives."""
+    """Returns whether a JSON value is a number within the range of float32 computations."""
     return (is_whole(value) or isinstance(value, float)) and -GREATEST <= value <= GREATEST
 
 
 def named_as(values: Mapping[str, Any]) -> tuple[tuple[str, ...], str | None]:
-    """What a config.json, or a part of one, says that it is: `architectures` and `model_type`.
+    """Returns `architectures` and `model_type` of a config.json, or of a part of one.
 
     Raises:
-        ConfigError: they are no strings.
+        ConfigError: they are not strings.
     """
     options = Options(values, "config.json")
     return options.texts("architectures", ()), options.text("model_type", None)
 
 
 class Options:
-    """A config.json (or a part of it) that remembers what was asked of it.
+    """A config.json (or a part of it) that records which options were read.
 
-    Each method but `skip` and `done` takes the option's name and what it is where the option is absent or null; without
-    that, it must be there. The default is given back as it is. Each raises ConfigError, with the option, its value and
-    what is expected.
+    Each method but `skip` and `done` takes the option's name and a default for an option that is absent or null.
+    Without a default, the option is required. The default is returned unchecked. Each method raises ConfigError, with
+    the option, its value and what is expected.
 
     Args:
         values: the dictionary.
-        what: how to name it in a message, such as "config.json of LlamaForCausalLM".
+        what: its name in messages, such as "config.json of LlamaForCausalLM".
     """
 
     def __init__(self, values: Mapping[str, Any], what: str):
@@ -113,25 +113,25 @@ class Options:
         return self._values.get(name) is not None
 
     def size(self, name: str, default: Any = ..., most: int = LARGEST) -> Any:
-        """A whole number from 1 to `most`."""
+        """Returns an integer from 1 to `most`."""
         return self._typed(name, default, lambda v: is_whole(v) and 1 <= v <= most, f"a whole number, 1 to {most:,}")
 
     def count(self, name: str, default: Any = ...) -> Any:
-        """A whole number that may be 0."""
+        """Returns an integer that may be 0."""
         return self._typed(
             name, default, lambda v: is_whole(v) and 0 <= v <= LARGEST, f"a whole number, 0 to {LARGEST:,}"
         )
 
     def sizes(self, name: str, default: Any = ..., most: int = LARGEST) -> Any:
-        """One or several whole numbers from 1 to `most`, as a tuple."""
+        """Returns one or several integers from 1 to `most`, as a tuple."""
         return self._several(name, default, lambda v: is_whole(v) and 1 <= v <= most, f"whole numbers, 1 to {most:,}")
 
     def counts(self, name: str, default: Any = ...) -> Any:
-        """One or several whole numbers that may be 0, as a tuple."""
+        """Returns one or several integers that may be 0, as a tuple."""
         return self._several(name, default, lambda v: is_whole(v) and 0 <= v <= LARGEST, "whole numbers, 0 or more")
 
     def resolutions(self, name: str, default: Any = ...) -> Any:
-        """A list of pairs of sizes, height and width, as a tuple."""
+        """Returns a list of pairs of sizes, height and width, as a tuple."""
 
         def fits(pair: Any) -> bool:
             return isinstance(pair, (list, tuple)) and len(pair) == 2 and all(is_whole(v) and v > 0 for v in pair)
@@ -139,45 +139,45 @@ class Options:
         return self._several(name, default, fits, "pairs of whole numbers above 0", alone=False)
 
     def integers(self, name: str, default: Any = ...) -> Any:
-        """One or several whole numbers, as a tuple, such as numbers of layers counted from the end."""
+        """Returns one or several integers, as a tuple, such as layer indices counted from the end."""
         return self._several(name, default, lambda v: is_whole(v) and abs(v) <= LARGEST, "whole numbers")
 
     def number(self, name: str, default: Any = ..., least: float = -GREATEST, most: float = GREATEST) -> Any:
-        """A number; 1 counts as 1.0."""
+        """Returns a number; 1 counts as 1.0."""
         where = f", {least:g} to {most:g}"
         return self._typed(name, default, lambda v: is_number(v) and least <= v <= most, f"a number{where}")
 
     def numbers(self, name: str, default: Any = ...) -> Any:
-        """One or several numbers, as a tuple."""
+        """Returns one or several numbers, as a tuple."""
         return self._several(name, default, is_number, "numbers")
 
     def flag(self, name: str, default: Any = ...) -> Any:
-        """true or false."""
+        """Returns true or false."""
         return self._typed(name, default, lambda v: isinstance(v, bool), "true or false")
 
     def text(self, name: str, default: Any = ...) -> Any:
         return self._typed(name, default, lambda v: isinstance(v, str), "a string")
 
     def texts(self, name: str, default: Any = ...) -> Any:
-        """A list of strings, as a tuple."""
+        """Returns a list of strings, as a tuple."""
         return self._several(name, default, lambda v: isinstance(v, str), "strings", alone=False)
 
     def part(self, name: str, default: Any = ...) -> Any:
-        """A nested config, as a dictionary of its own."""
+        """Returns a nested config, as a dictionary."""
         value = self._typed(name, default, lambda v: isinstance(v, Mapping), "an object")
         return dict(value) if isinstance(value, Mapping) else value
 
     def id(self, name: str, default: Any = None) -> Any:
-        """The id of a token. -1, as files of early LLaMAs have it, is the same as null."""
+        """Returns the id of a token. -1, as in files of early LLaMAs, is the same as null."""
         value = self._typed(name, default, lambda v: is_whole(v) and -1 <= v <= LARGEST, "an id, a whole number")
         return default if value == -1 else value
 
     def ids(self, name: str, default: Any = ()) -> Any:
-        """One or several ids of tokens, as a tuple."""
+        """Returns one or several ids of tokens, as a tuple."""
         return self._several(name, default, lambda v: is_whole(v) and 0 <= v <= LARGEST, "one or several ids")
 
     def only(self, name: str, *allowed: Any, default: Any = ...) -> Any:
-        """The option's value, which must be one of those that are implemented."""
+        """Returns the option's value, which must be one of the allowed values."""
         value = self._value(name, allowed[0] if default is ... else default)
         for each in allowed:
             if value is each or (value == each and isinstance(value, bool) == isinstance(each, bool)):
@@ -190,13 +190,13 @@ class Options:
         )
 
     def activation(self, name: str, known: Mapping[str, str] = ACTIVATIONS, default: str | None = None) -> str:
-        """Our name of an activation, which must be in `known`; `default` is ours, too."""
+        """Returns the library's name of an activation in `known`; `default` is such a name too."""
         if default is not None and name not in self:
             return default
         return known[self.only(name, *known)]
 
     def divided(self, width: str, heads: str) -> None:
-        """Refuses a width that its heads do not divide; both have been read."""
+        """Raises ConfigError unless the heads divide the width; both have been read."""
         if self._values[width] % self._values[heads]:
             raise self._refusal(heads, self._values[heads], f"a divisor of {width}={self._values[width]!r}")
 
@@ -205,10 +205,10 @@ class Options:
         self._read.update(names)
 
     def done(self) -> None:
-        """Refuses options that nobody has read: what is not known to be harmless may change the result.
+        """Refuses options that were not read: an option that is not known to be harmless may change the result.
 
         Raises:
-            ConfigError: lists them.
+            ConfigError: there are such options; lists them.
         """
         self.only("pruned_heads", {})
         unread = {name: value for name, value in self._values.items() if name not in self._read and value is not None}
@@ -217,7 +217,7 @@ class Options:
             raise ConfigError(
                 f"{self._what} with {listed}",
                 "options that are supported",
-                "remove those that have no effect on the model, else convert another checkpoint",
+                "remove those without effect on the model, else convert another checkpoint",
             )
 
     def _value(self, name: str, default: Any) -> Any:

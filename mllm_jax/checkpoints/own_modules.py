@@ -1,7 +1,7 @@
-"""Modules of a user's own that a config names: remembered when it is used, so that its runs find them again.
+"""A user's own modules that a config names: their folders are remembered, so that its runs find them again.
 
-Where a module was is kept for the user, beside other caches, and never in a run: a run folder that came from elsewhere
-names modules, but does not say where code is read from.
+The folders are kept in the user's cache and never in a run: a run folder from elsewhere names modules, but never
+decides where code is read from.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ PACKAGE = __name__.partition(".")[0]
 
 
 def remember(description: Any) -> None:
-    """Keeps the folders of the modules outside this package whose classes a described config has.
+    """Stores the folders of modules outside this package whose classes are in a described config.
 
-    Where the cache cannot be written nothing is kept: the modules are then found as Python finds them.
+    If the cache cannot be written, nothing is stored, and Python's own search finds the modules.
     """
     names = {name for name in modules_of(description) if name != PACKAGE}
     files = {name: getattr(sys.modules.get(name), "__file__", None) for name in names}
@@ -42,13 +42,13 @@ def remember(description: Any) -> None:
 
 
 def find(module: str, kind: str) -> ModuleType:
-    """Imports a module that a stored config names: as Python finds it, else from where it was when it was used.
+    """Imports a module that a stored config names: by Python's search, else from its remembered folder.
 
     Args:
-        kind: the class that it is to have, for the message.
+        kind: the class that it should contain, for the message.
 
     Raises:
-        ConfigError: it is gone.
+        ConfigError: the module is not found.
     """
     try:
         return importlib.import_module(module)
@@ -68,7 +68,7 @@ def find(module: str, kind: str) -> ModuleType:
 
 
 def modules_of(description: Any) -> Iterator[str]:
-    """The top-level modules of the classes and functions in a described config."""
+    """Yields the top-level modules of the classes and functions in a described config."""
     if isinstance(description, dict):
         if isinstance(kind := description.get("class", description.get("function")), str):
             yield kind.partition(":")[0].partition(".")[0]
@@ -80,7 +80,7 @@ def modules_of(description: Any) -> Iterator[str]:
 
 
 def _folder(file: Path) -> str:
-    """What has to be on the path for a module, or for the package of an __init__.py."""
+    """Returns the folder that must be on the path for a module, or for the package of an __init__.py."""
     file = file.resolve()
     return str(file.parent.parent if file.name == "__init__.py" else file.parent)
 

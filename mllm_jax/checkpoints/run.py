@@ -1,4 +1,4 @@
-"""A run folder as any part of the library reads it: where its files are, and the experiment that it holds."""
+"""A run folder: the paths of its files, and the experiment that it holds."""
 
 from __future__ import annotations
 
@@ -14,30 +14,30 @@ from mllm_jax.checkpoints.description import rebuild
 from mllm_jax.errors import MllmError, RunFolderError
 
 KIND = "mllm_jax.training.config:Experiment"
-STAGE = re.compile(r"\d+-.+")  # what a stage's folders are called
+STAGE = re.compile(r"\d+-.+")  # names of a stage's folders
 STEP = re.compile(r"\d{8,}")  # and its checkpoints
 RESTORE = "restore the file, or start over with --fresh"
-GENERATION = "generation_config.json"  # it says how to generate, not what the weights mean
+GENERATION = "generation_config.json"  # it has options of generation, not the meaning of the weights
 
 
 def _inside(*names: str) -> Any:
-    """A file or folder of a run, by its path in there."""
+    """Returns a property with the path of a file or folder inside a run."""
     return property(lambda folder: folder.path.joinpath(*names))
 
 
 @dataclass(frozen=True)
 class RunFolder:
-    """Names of what lies in a run folder."""
+    """The paths of the files in a run folder."""
 
     path: Path
 
     config_file = _inside("config.json")
-    processor_folder = _inside("processor")  # the tokenizer, its chat template and what else prepares the input
+    processor_folder = _inside("processor")  # the tokenizer, its chat template and other files that prepare the input
     tokenizer_file = _inside("processor", "tokenizer.json")
     initial = _inside("initial")  # the weights that the run began with, see `training.weights`
     features = _inside("features")  # encoder features that stages keep
     lengths = _inside("lengths")  # measured lengths, where several processes share them
-    goodput = _inside("goodput.json")  # the account of where the run's time went
+    goodput = _inside("goodput.json")  # the account of the run's time
     hangs = _inside("hangs")  # the stack of every thread when a process hung
     profile = _inside("profile")  # traces of `--profile`
 
@@ -45,11 +45,11 @@ class RunFolder:
         return self.path / "checkpoints" / f"{index}-{stage}"
 
     def snapshot(self, index: int, stage: str) -> Path:
-        """The parameters a stage trained, as they stood at its end."""
+        """Returns the folder of the parameters that a stage trained, at its end."""
         return self.path / "stages" / f"{index}-{stage}"
 
     def described(self) -> dict:
-        """What config.json says of the experiment.
+        """Returns the experiment as described in config.json.
 
         Raises:
             RunFolderError: no run here, or its config.json cannot be read.
@@ -62,7 +62,7 @@ class RunFolder:
         return described
 
     def experiment(self) -> Any:
-        """The experiment that the folder holds.
+        """Returns the experiment that the folder holds.
 
         Raises:
             RunFolderError: no run here, or its config.json cannot be read.
@@ -77,11 +77,11 @@ class RunFolder:
             raise _no_experiment(self.config_file) from error
 
     def is_trained(self) -> bool:
-        """Whether there is a run here that has ended a stage; a model's folder has a config.json too, but no stages."""
+        """Returns whether the folder is a run that has ended a stage; a model's folder has no stages."""
         return bool(names_in(self.path / "stages", STAGE.fullmatch))
 
     def begun(self) -> int:
-        """How many stages, from the first on, have ended or taken a checkpoint: 0 where there is nothing to lose."""
+        """Returns the number of first stages that have ended or saved a checkpoint; 0 if there is nothing to lose."""
         stages, checkpoints = self.path / "stages", self.path / "checkpoints"
         names = names_in(stages, STAGE.fullmatch)
         names += [
@@ -90,13 +90,13 @@ class RunFolder:
         return max([1 + int(name.partition("-")[0]) for name in names], default=0)
 
     def unfinished(self, experiment: Any) -> list[str]:
-        """The names of the stages from the first on that has not ended."""
+        """Returns the names of the stages from the first unfinished one on."""
         ended = [self.snapshot(index, stage.name).is_dir() for index, stage in enumerate(experiment.stages)]
         return [stage.name for stage in experiment.stages[(*ended, False).index(False) :]]
 
 
 def is_run(folder: Path) -> bool:
-    """Whether a folder holds a training run, finished or not."""
+    """Returns whether a folder holds a training run, finished or not."""
     try:
         RunFolder(folder).described()
     except RunFolderError:
@@ -105,7 +105,7 @@ def is_run(folder: Path) -> bool:
 
 
 def words_of(folder: RunFolder) -> dict[str, str]:
-    """Gives a checksum of each file that says how text and media become ids: the tokenizer's or the processor's."""
+    """Returns a checksum of each file of the tokenizer or processor, which turn text and media into ids."""
     files = [file for file in folder.processor_folder.rglob("*") if file.is_file() and file.name != GENERATION]
     return {str(file.relative_to(folder.path)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
 
@@ -115,7 +115,7 @@ def names_in(path: Path, wanted: Callable[[str], object]) -> list[str]:
 
 
 def read_json(path: Path, kind: type = dict) -> Any:
-    """A JSON file of a run; `kind` is what it must hold.
+    """Reads a JSON file of a run that holds a `kind`.
 
     Raises:
         RunFolderError: it cannot be read, or holds something else.

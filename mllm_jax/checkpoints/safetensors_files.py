@@ -1,7 +1,7 @@
-"""safetensors files: headers checked before they are believed, tensors mapped one at a time, files written as a stream.
+"""safetensors files: headers are checked before use, tensors mapped one at a time, files written as a stream.
 
 A file is the header's length (8 bytes, little-endian), the header (JSON: name -> dtype, shape, offsets), and the bytes
-of the tensors, one after the other without a gap. A folder has one file, or several and an index of who is where.
+of the tensors, one after the other without a gap. A folder has one file, or several and an index.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from mllm_jax.files import open_regular, parse_json, read_json
 
 DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(jnp.bfloat16)}
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-# Every dtype the format knows, so that a file which holds others beside the weights can be checked as a whole.
+# Every dtype of the format, so that a file with other tensors beside the weights can be checked as a whole.
 # fmt: off
 BITS = {
     "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8,
@@ -39,7 +39,7 @@ AGAIN = "fetch the file again"
 
 @dataclass(frozen=True)
 class Entry:
-    """Where a tensor lies: bytes start..stop of a file."""
+    """The location of a tensor: bytes start..stop of a file."""
 
     path: Path
     dtype: str
@@ -52,7 +52,7 @@ class Entry:
         return self.stop - self.start
 
     def map(self) -> np.ndarray:
-        """The tensor as a read-only view of the file, which is unmapped when the last view of it is gone."""
+        """Returns the tensor as a read-only view of the file, which is unmapped when its last view is deleted."""
         dtype = DTYPES[self.dtype]
         if not self.nbytes:
             return np.empty(self.shape, dtype)
@@ -67,18 +67,18 @@ class Entry:
 
 
 def file_names(component: Component) -> tuple[str, str]:
-    """What the one file of a component's weights is called, and the index of several."""
+    """Returns the name of a component's single weight file, and of the index of several files."""
     return f"{component.stem}.safetensors", f"{component.stem}.safetensors.index.json"
 
 
 def has_weights(where: Path | Component) -> bool:
-    """Whether safetensors lie in the folder, alone or with an index."""
+    """Returns whether the folder has safetensors, one file or several with an index."""
     component = component_of(where)
     return any((component.folder / name).exists() for name in file_names(component))
 
 
 def read_folder(where: Path | Component) -> dict[str, Entry]:
-    """Where each tensor of a Hugging Face folder, or of one component, lies; only headers are read.
+    """Returns the location of each tensor of a Hugging Face folder, or of one component; reads only headers.
 
     Raises:
         CheckpointError: no safetensors (pickles are refused by name), an index that names absent files or tensors, a
@@ -105,7 +105,7 @@ def read_folder(where: Path | Component) -> dict[str, Entry]:
         if tensor not in headers[name]
     ]
     wrong += [
-        f"{tensor}: in {name}, but the index has it {'in ' + weight_map[tensor] if tensor in weight_map else 'nowhere'}"
+        f"{tensor}: in {name}, but in the index in {weight_map.get(tensor, 'no file')}"
         for name, header in headers.items()
         for tensor in header
         if weight_map.get(tensor) != name
@@ -127,13 +127,13 @@ def _weight_map(path: Path) -> dict[str, str]:
     files = list(weight_map.values()) if isinstance(weight_map, dict) else []
     if not files or not all(map(_is_weights_name, files)):
         raise CheckpointError(
-            f"{path} with a weight_map of other than safetensors files beside it", "tensor -> file name", AGAIN
+            f"{path} with a weight_map of files that are not safetensors in its folder", "tensor -> file name", AGAIN
         )
     return weight_map
 
 
 def _is_weights_name(name: Any) -> bool:
-    """Whether it names a file beside the index, and not one elsewhere."""
+    """Returns whether a name is that of a file in the folder of the index."""
     plain = isinstance(name, str) and name.isprintable() and name == Path(name).name
     return plain and name.endswith(".safetensors")
 
@@ -151,7 +151,7 @@ def _no_weights(folder: Path, single: str, index: str) -> CheckpointError:
 
 
 def read_header(path: Path) -> dict[str, Entry]:
-    """name -> Entry of one file, every offset checked against the file's size.
+    """Returns name -> Entry of one file, with every offset checked against the file's size.
 
     Raises:
         CheckpointError: truncated, not safetensors, unknown dtypes, offsets that overlap, leave gaps or contradict.
@@ -165,12 +165,12 @@ def read_header(path: Path) -> dict[str, Entry]:
             size = os.fstat(file.fileno()).st_size
             length = int.from_bytes(file.read(8), "little")
             if size < 8 or length > min(LONGEST_HEADER, size - 8):
-                raise refuse(f"{size:,} bytes, of which {length:,} would be header", "a whole safetensors file")
+                raise refuse(f"{size:,} bytes with a header of {length:,} bytes", "a whole safetensors file")
             text = file.read(length)
     except OSError as error:
         raise refuse(str(error), "a safetensors file") from error
     try:
-        header = parse_json(text, f"{path}, its header", CheckpointError, pairs=_unique, todo=AGAIN)
+        header = parse_json(text, f"the header of {path}", CheckpointError, pairs=_unique, todo=AGAIN)
         header.pop("__metadata__", None)
         entries = {name: _entry(path, name, value, 8 + length) for name, value in header.items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -183,7 +183,7 @@ def read_header(path: Path) -> dict[str, Entry]:
         end = entry.stop
     if size != end:
         how = "truncated" if size < end else "longer than its header says"
-        raise refuse(f"{size:,} bytes: {how}", f"{end:,} bytes, by its header")
+        raise refuse(f"{size:,} bytes: {how}", f"{end:,} bytes, according to its header")
     return entries
 
 
@@ -199,7 +199,7 @@ def _entry(path: Path, name: str, value: dict[str, Any], data: int) -> Entry:
     if dtype not in BITS:
         raise ValueError(f"{name} has the unknown dtype {dtype!r}")
     if not all(type(n) is int and n >= 0 for n in (*shape, start, stop)):
-        raise ValueError(f"{name} has sizes or offsets that are no counts")
+        raise ValueError(f"{name} has sizes or offsets that are not whole numbers of 0 or more")
     if (stop - start) * 8 != BITS[dtype] * math.prod(shape):
         raise ValueError(f"{name}: {stop - start} bytes for {dtype}{list(shape)}")
     return Entry(path, dtype, shape, data + start, data + stop)
@@ -221,10 +221,10 @@ class Spec:
 
 
 def plan_files(specs: Mapping[str, Spec], max_bytes: int, stem: str = STEM) -> dict[str, dict[str, Spec]]:
-    """File name -> its tensors, none above `max_bytes` unless one tensor alone is."""
+    """Returns file name -> its tensors; a file exceeds `max_bytes` only if a single tensor does."""
     files: list[dict[str, Spec]] = [{}]
     room = max_bytes
-    # Wide dtypes first: each tensor then begins at a multiple of its item size.
+    # Wide dtypes first, so that each tensor begins at a multiple of its item size.
     for name, spec in sorted(specs.items(), key=lambda item: -item[1].dtype.itemsize):
         if spec.nbytes > room and files[-1]:
             files.append({})
@@ -237,7 +237,7 @@ def plan_files(specs: Mapping[str, Spec], max_bytes: int, stem: str = STEM) -> d
 
 
 def write_file(path: Path, specs: Mapping[str, Spec], tensors: Iterable[np.ndarray]) -> None:
-    """Writes the tensors as they come, in the order of `specs`, and syncs the file to disk."""
+    """Writes the tensors one by one, in the order of `specs`, and syncs the file to disk."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, spec in specs.items():
@@ -264,12 +264,12 @@ def write_index(component: Component, files: Mapping[str, Mapping[str, Spec]]) -
 
 
 def as_bytes(tensor: np.ndarray) -> memoryview:
-    """The tensor's bytes in C order; no copy where they lie so already."""
+    """Returns the tensor's bytes in C order, without a copy if they are in that order already."""
     return memoryview(np.ascontiguousarray(tensor).reshape(-1).view(np.uint8))
 
 
 def copy_into(out: np.ndarray, view: np.ndarray) -> None:
-    """out[...] = view, in bands that suit the cache where the two run along different axes (7 times as fast)."""
+    """Copies view into out, in bands that fit the cache if the two have different axis orders (7 times as fast)."""
     if view.ndim < 2 or not view.size:
         out[...] = view
         return
@@ -278,14 +278,14 @@ def copy_into(out: np.ndarray, view: np.ndarray) -> None:
     if fast == last:
         out[...] = view
         return
-    for place in _places(view.shape, {fast, last}):
+    for index in _indices(view.shape, {fast, last}):
         for start in range(0, view.shape[last], 16):
-            band = (*place[:-1], slice(start, start + 16))
+            band = (*index[:-1], slice(start, start + 16))
             out[band] = view[band]
 
 
-def _places(shape: tuple[int, ...], whole: set[int]) -> Iterator[tuple]:
-    """Index tuples that walk over all axes but those in `whole`."""
+def _indices(shape: tuple[int, ...], whole: set[int]) -> Iterator[tuple]:
+    """Yields index tuples over all axes but those in `whole`."""
     counted = [1 if axis in whole else n for axis, n in enumerate(shape)]
     for index in np.ndindex(*counted):
         yield tuple(slice(None) if axis in whole else i for axis, i in enumerate(index))

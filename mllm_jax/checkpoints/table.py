@@ -1,4 +1,4 @@
-"""What a model family tells the checkpoint engine: which stored tensor is which parameter, read both ways."""
+"""The table of a model family for the checkpoint engine: which stored tensor is which parameter, both ways."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ import jax.numpy as jnp
 
 @dataclass(frozen=True)
 class Weight:
-    """One parameter and the stored tensor, or part of one, that it is.
+    """One parameter and its stored tensor, or its part of one.
 
     Attributes:
         name: the hub's name. "{layer}" in it counts 0, 1, ...: these tensors are stacked along a new first axis.
-            Where layers repeat in groups of two, "{layer*2+0}" counts 0, 2, ... and "{layer*2+1}" counts 1, 3, ...
-        path: the parameter's place in the tree, such as "layers/attention/q/kernel".
-        pattern: an einops pattern from the stored axes to ours, without the layers' axis: "(n h) e -> e n h"; the same
-            pattern turned round writes. Empty: as it is.
-        sizes: the axes that einops cannot infer.
-        rows: (start, stop) of the stored tensor's first axis, where several parameters lie one after the other in one
-            tensor; the lines that share a name must cover it.
-        part: the index on the first axis that `pattern` gives, where several parameters are interleaved in one tensor:
+            If layers repeat in groups of two, "{layer*2+0}" counts 0, 2, ... and "{layer*2+1}" counts 1, 3, ...
+        path: path of the parameter in the tree, such as "layers/attention/q/kernel".
+        pattern: einops pattern from the stored axes to the parameter's, without the layer axis: "(n h) e -> e n h". Its
+            inverse is used for writing. Empty: unchanged.
+        sizes: sizes of axes that einops cannot infer.
+        rows: (start, stop) on the stored tensor's first axis, if one tensor holds several parameters one after the
+            other; the lines of one name must cover it.
+        part: index on the first axis of the result of `pattern`, if several parameters are interleaved in one tensor:
             "(n p h) e -> p e n h" and parts 0, 1, 2.
     """
 
@@ -40,10 +40,10 @@ class Table:
     """All parameters of a model.
 
     Attributes:
-        spellings: (regular expression, replacement) pairs that turn other spellings of names into the hub's, tried in
-            order on every stored name.
-        ignored: names, with "{layer}" or not, that may be stored and hold nothing to learn, such as RoPE's frequencies
-            or a head that is tied to the embedding.
+        spellings: (regular expression, replacement) pairs that turn other spellings of names into the hub's, applied in
+            order to every stored name.
+        ignored: names, with "{layer}" or not, that may be stored but are no parameters, such as RoPE's frequencies or a
+            head that is tied to the embedding.
     """
 
     weights: tuple[Weight, ...]
@@ -52,40 +52,40 @@ class Table:
 
 
 def batch_sample(config: Any) -> tuple:
-    """A batch, for a whole model that makes one itself."""
+    """Returns a batch, for a whole model that makes one itself."""
     return (config.batch_spec().empty(),)
 
 
 def token_sample(config: Any) -> tuple:
-    """One token, int32[1, 1], for a language model or a text encoder."""
+    """Returns one token, int32[1, 1], for a language model or a text encoder."""
     return (jnp.zeros((1, 1), jnp.int32),)
 
 
 def image_sample(config: Any) -> tuple:
-    """One image of the encoder's size, float32[1, side, side, channels]."""
+    """Returns one image of the encoder's size, float32[1, side, side, channels]."""
     return (jnp.zeros((1, config.image_size, config.image_size, config.num_channels)),)
 
 
-# From the stored axes to ours: of a matrix, of one that makes heads and its bias, of one that heads go into.
+# From the stored axes to the parameter's: a matrix, a matrix to heads and its bias, a matrix from heads.
 LINEAR, INTO_HEADS, HEAD_BIAS, OUT_OF_HEADS = "o i -> i o", "(n h) e -> e n h", "(n h) -> n h", "e (n h) -> n h e"
 
 
 def linear(
     name: str, path: str, pattern: str = LINEAR, sizes: Mapping[str, int] = {}, *, bias: bool = True
 ) -> list[Weight]:
-    """A linear map, or a convolution: its kernel and, where it has one, its bias."""
+    """Returns the weights of a linear map or a convolution: its kernel and, if it has one, its bias."""
     kernel = Weight(f"{name}.weight", f"{path}/kernel", pattern, sizes)
     return [kernel, Weight(f"{name}.bias", f"{path}/bias")] if bias else [kernel]
 
 
 def norm(name: str, path: str, *, bias: bool = True) -> list[Weight]:
-    """A norm: its scale and, where it has one, its bias."""
+    """Returns the weights of a norm: its scale and, if it has one, its bias."""
     scale = Weight(f"{name}.weight", f"{path}/scale")
     return [scale, Weight(f"{name}.bias", f"{path}/bias")] if bias else [scale]
 
 
 def beside(parts: Sequence[tuple[str, str, int]], pattern: str = "", sizes: Mapping[str, int] = {}) -> list[Weight]:
-    """Parameters by (stored name, path, rows); those that share a name lie one after the other in that tensor."""
+    """Returns parameters by (stored name, path, rows); those of one name are one after the other in that tensor."""
     names, lines, start = [name for name, _, _ in parts], [], 0
     for name, path, rows in parts:
         lines.append(Weight(name, path, pattern, sizes, (start, start + rows) if names.count(name) > 1 else None))
@@ -96,13 +96,13 @@ def beside(parts: Sequence[tuple[str, str, int]], pattern: str = "", sizes: Mapp
 def into_heads(
     names: Sequence[str], path: str, head_dim: int, rows: Sequence[int], biased: str = "qkv", joint: str = "."
 ) -> list[Weight]:
-    """The linear maps to queries, keys and values; those that share a name lie one after the other in its tensors.
+    """Returns the linear maps to queries, keys and values; those of one name are one after the other in its tensors.
 
     Args:
-        names: of the three.
-        rows: how many rows each has in the stored tensor.
-        biased: the letters of those that have a bias.
-        joint: what stands between a name and "weight" or "bias".
+        names: names of the three.
+        rows: number of rows of each in the stored tensor.
+        biased: letters of those with a bias.
+        joint: text between a name and "weight" or "bias".
     """
     parts, sizes = list(zip("qkv", names, rows, strict=True)), {"h": head_dim}
     kernels = [(f"{name}{joint}weight", f"{path}/{part}/kernel", n) for part, name, n in parts]
@@ -111,10 +111,10 @@ def into_heads(
 
 
 def head_by_head(name: str, path: str, sizes: Mapping[str, int]) -> list[Weight]:
-    """Queries, keys and values in one tensor: head after head, each with its rows of the three.
+    """Returns queries, keys and values in one tensor: head after head, each with its rows of the three.
 
     Args:
-        sizes: how many heads, "n", or how large one is, "h".
+        sizes: number of heads, "n", or size of a head, "h".
     """
     lines, sizes = [], {**sizes, "p": 3}
     for part, letter in enumerate("qkv"):
@@ -124,27 +124,26 @@ def head_by_head(name: str, path: str, sizes: Mapping[str, int]) -> list[Weight]
 
 
 def nested(table: Table, name: str, path: str) -> tuple[Weight, ...]:
-    """A part's weights as those of a larger model: names begin with `name`, paths with `path`."""
+    """Returns a part's weights as those of a larger model: names begin with `name`, paths with `path`."""
     return tuple(replace(w, name=name + w.name, path=path + w.path) for w in table.weights)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
-    """What stands beside a module so that its Hugging Face folders can be read and written.
+    """The description of a module with which its Hugging Face folders are read and written.
 
     Attributes:
-        name: as people say it, "LLaMA, Vicuna".
-        architectures: the `architectures` of config.json that it reads.
-        from_hf: config.json's dictionary -> the module's config; refuses by name what it cannot honour.
-        to_hf: the module's config -> config.json's dictionary, `architectures` and `model_type` included.
+        name: its usual name, "LLaMA, Vicuna".
+        architectures: values of `architectures` in config.json that it reads.
+        from_hf: the dictionary of config.json -> the module's config; refuses unsupported options by name.
+        to_hf: the module's config -> the dictionary of config.json, with `architectures` and `model_type`.
         table: the module's config -> Table.
         sample: the module's config -> the arguments with which `init` creates every parameter; by default a batch of
             the whole model, see `mllm_jax.checkpoints.table` for those of language models and of encoders.
-        oracle: the reference class that parity is proven against; by default its first architecture.
-        layout: of a model that reads media: (the module's config, the folder) -> how its pictures are prepared and
-            where they stand in the text, see `mllm_jax.models.processor.Layout`.
-        settle: (the module's config, the names of the stored tensors) -> the config, where config.json alone leaves
-            something open.
+        oracle: reference class of the parity test; by default its first architecture.
+        layout: for a model that reads media: (the module's config, the folder) -> the preparation of its images and
+            their positions in the text, see `mllm_jax.models.processor.Layout`.
+        settle: (the module's config, the names of the stored tensors) -> the config, if config.json alone is ambiguous.
     """
 
     name: str
@@ -159,5 +158,5 @@ class Family:
 
 
 def families(names: Mapping[str, str], **filled: Any) -> tuple[Family, ...]:
-    """A family for each architecture, by the name that people say; `filled` are the fields that all have alike."""
+    """Returns a family for each architecture, by its usual name; `filled` are fields with one value for all."""
     return tuple(Family(name=name, architectures=(hub,), **filled) for hub, name in names.items())

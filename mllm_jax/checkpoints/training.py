@@ -46,13 +46,13 @@ class TrainingCheckpoints:
     """The checkpoints of one run folder: saved in the background, pruned, and restored from the newest sound one.
 
     Args:
-        folder: where the step folders lie; made if absent. One run writes to it at a time; any number may read.
-        keep_last: how many of the newest steps stay.
-        keep_best: name of the metric whose best step stays as well; None keeps by age alone.
-        best_mode: whether the smaller or the larger metric is the better.
+        folder: the folder of the step folders; made if absent. One run writes to it at a time; any number may read.
+        keep_last: number of newest steps that are kept.
+        keep_best: name of the metric whose best step is kept as well; None keeps by age only.
+        best_mode: whether a smaller or a larger metric is better.
         enable_async: False makes `save` return only when the checkpoint is complete.
 
-    `notes` collects, in words, what was worked around (a damaged checkpoint passed over, one that could not be
+    `notes` collects texts on what was worked around (a damaged checkpoint that was skipped, one that could not be
     deleted); the training loop prints them. Call `close` (or leave the `with` block) before the interpreter ends.
 
     Raises:
@@ -96,16 +96,16 @@ class TrainingCheckpoints:
     ) -> None:
         """Starts writing `state` and `meta` as checkpoint `step`; the arrays may be donated as soon as it returns.
 
-        First waits for the save before it, and raises what went wrong there; this one is then not begun.
+        First waits for the previous save and raises its error, if any, without starting this save.
 
         Args:
             step: not negative; a checkpoint of the same step is replaced.
             state: named trees of arrays, such as `{"params": …, "opt_state": …}`; empty containers cost nothing.
             meta: JSON (string keys, lists for tuples), given back equal by `restore`.
-            metrics: what `keep_best` is judged by; None means this step stands for nothing.
+            metrics: values for `keep_best`; None means that this step is not a candidate for the best.
 
         Raises:
-            CheckpointError: not enough room on the disk, no permission, a leaf or meta that cannot be stored.
+            CheckpointError: not enough disk space, no permission, or a leaf or meta that cannot be stored.
         """
         self.wait()
         if step < 0:
@@ -132,28 +132,28 @@ class TrainingCheckpoints:
             together(work)
 
     def wait(self) -> None:
-        """Returns when the save that was begun is complete on every process; raises CheckpointError if it failed."""
+        """Waits until the last save is complete on every process; raises CheckpointError if it failed."""
         background, self._background = self._background, None
         if background is not None:
             together(background.result)
 
     def close(self) -> None:
-        """Waits for what is being written; raises CheckpointError if it failed."""
+        """Waits for the save in progress; raises CheckpointError if it failed."""
         self.wait()
 
     # ---- reading
 
     def steps(self) -> list[int]:
-        """The complete steps, ascending: finished, every file of its size. Content is checked by `restore` alone."""
+        """Returns the complete steps, ascending: every file has its size. Only `restore` checks the content."""
         return [s for s in self._candidates() if s not in self._damaged and damage(self._path(s), deep=False) is None]
 
     def latest(self) -> int | None:
-        """The newest complete step, or None."""
+        """Returns the newest complete step, or None."""
         steps = self.steps()
         return steps[-1] if steps else None
 
     def best(self) -> int | None:
-        """The complete step with the best finite `keep_best` metric (the newest among equals), or None."""
+        """Returns the complete step with the best finite `keep_best` metric (the newest among equals), or None."""
         sign = 1 if self.best_mode == "max" else -1
         scored = []
         for step in self.steps():
@@ -174,13 +174,13 @@ class TrainingCheckpoints:
         Args:
             abstract_state: trees of `jax.ShapeDtypeStruct` (or arrays) with `.sharding`; a leaf without one comes back
                 uncommitted on the default device. A whole entry of the state may be left out, a part of one may not.
-            step: this one and no other; None takes the newest that is sound, and notes and warns of each passed over.
+            step: the only step to read; None takes the newest sound one, and warns about each step that is skipped.
 
         Returns:
             The step, the state, and the meta it was saved with.
 
         Raises:
-            CheckpointError: no sound checkpoint, the step asked for is absent or damaged, or the trees do not match
+            CheckpointError: no sound checkpoint, the requested step is absent or damaged, or the trees do not match
                 (all differing leaves are counted, the first ten named).
         """
         self.wait()
@@ -199,7 +199,7 @@ class TrainingCheckpoints:
                 )
             return step, *found
         candidates, unfinished = from_first([self._candidates(), self._unfinished()])
-        refused = [(s, "its save was cut off before the end") for s in unfinished]
+        refused = [(s, "its save was interrupted") for s in unfinished]
         for candidate in reversed(candidates):
             reason, found = self._try(candidate, abstract)
             if found is not None:
@@ -211,7 +211,7 @@ class TrainingCheckpoints:
         raise CheckpointError(
             f"no usable checkpoint in {self.folder}" + "".join(f"\n    step {s}: {why}" for s, why in sorted(refused)),
             "at least one complete checkpoint",
-            "point to another run folder, or start the run afresh",
+            "choose another run folder, or start the run again",
         )
 
     # ---- inside
@@ -227,7 +227,7 @@ class TrainingCheckpoints:
         return sorted(int(m[1]) for m in found if m)
 
     def _try(self, step: int, abstract: dict[str, PyTree]) -> tuple[str, tuple[dict, dict] | None]:
-        """(why not, None) or ("", state and meta). Process 0 reads every byte; all must agree that it can be used."""
+        """Returns (why not, None) or ("", state and meta). Process 0 reads every byte; all must agree to use it."""
         path, found = self._path(step), None
         reason = damage(path, deep=True) if jax.process_index() == 0 else None
         if agree(reason is None):
@@ -247,7 +247,7 @@ class TrainingCheckpoints:
             keep.add(best)
         old = [self._path(s) for s in self._candidates() if s not in keep and s < max(keep)]
         old += [self.folder / f"{s:08d}{WRITING}" for s in self._unfinished()]
-        old += self.folder.glob(f"*{REPLACED}")  # what counted of them was given its name back at the start
+        old += self.folder.glob(f"*{REPLACED}")  # complete ones among them got their name back at the start
         for path in old:
             try:
                 discard(path)
@@ -262,7 +262,7 @@ class TrainingCheckpoints:
 def save_snapshot(folder: Path, tree: PyTree, meta: dict[str, Any]) -> None:
     """Writes a tree of arrays and its JSON `meta` as one permanent folder; returns when it is complete.
 
-    A folder that is there already is replaced, and stays readable until the new one is whole. Raises CheckpointError.
+    An existing folder is replaced, and stays readable until the new one is complete. Raises CheckpointError.
     """
     folder = Path(folder).absolute()
     make_writable(folder.parent)
@@ -272,11 +272,11 @@ def save_snapshot(folder: Path, tree: PyTree, meta: dict[str, Any]) -> None:
 
 
 def load_snapshot(folder: Path, abstract_tree: PyTree, *, whole: bool = True) -> tuple[PyTree, dict[str, Any]]:
-    """Reads what `save_snapshot` wrote: the tree on the shardings of `abstract_tree`, and the meta.
+    """Reads a snapshot of `save_snapshot`: the tree on the shardings of `abstract_tree`, and the meta.
 
-    Unless `whole`, `abstract_tree` is a dict that may leave out leaves of what was saved.
+    Unless `whole`, `abstract_tree` is a dict that may leave out leaves.
 
-    Raises CheckpointError: absent, unfinished or damaged, or the leaves differ from `abstract_tree` in any way.
+    Raises CheckpointError: absent, incomplete or damaged, or the leaves differ from `abstract_tree`.
     """
     folder = _sound_snapshot(folder, deep=True)
     try:
@@ -286,7 +286,7 @@ def load_snapshot(folder: Path, abstract_tree: PyTree, *, whole: bool = True) ->
 
 
 def snapshot_meta(folder: Path) -> dict[str, Any]:
-    """The meta of a snapshot, without reading its arrays. Raises CheckpointError."""
+    """Returns the meta of a snapshot without reading its arrays. Raises CheckpointError if it is damaged."""
     return record(_sound_snapshot(folder, deep=False))["meta"]
 
 

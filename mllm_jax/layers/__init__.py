@@ -1,1 +1,1 @@
-"""Building blocks that know no model."""
+"""Building blocks that do not depend on any model."""

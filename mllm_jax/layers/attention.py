@@ -1,4 +1,4 @@
-"""Attention: one function for every model, and the module that projects into and out of it."""
+"""Attention: one function for every model, and the module with its projections."""
 
 from __future__ import annotations
 
@@ -21,10 +21,11 @@ from mllm_jax.sharding.logical import active_mesh, constrain
 
 MASKS = ("full", "causal")
 GPUS = ("gpu", "cuda")
-# With fewer queries or keys a kernel would be padding for the most part.
+# With fewer queries or keys a kernel would compute mostly padding.
 SHORT = 128
-# From so many queries and keys on scores are no longer held whole. On a CPU blocks that stay in its cache pay earlier,
-# where a causal mask hides half of them: at 512 gradients take less than half of the time, at 2,048 a quarter.
+# From this number of queries and keys on, the scores are computed in blocks. On a CPU with a causal mask, blocks that
+# fit in the cache are faster from a smaller number on: gradients take less than half the time at 512 and a quarter at
+# 2,048.
 LONG = 2048
 CPU_LONG, CPU_BLOCK, BLOCK = 512, 128, 512
 
@@ -34,7 +35,7 @@ _whole_scores: ContextVar[bool] = ContextVar("whole_scores", default=False)
 
 @contextmanager
 def whole_scores() -> Iterator[None]:
-    """Inside, all that is traced computes attention as the definition says it: to count its FLOPs, or to compare."""
+    """Makes everything traced inside compute attention by its definition, to count its FLOPs or to compare."""
     token = _whole_scores.set(True)
     try:
         yield
@@ -55,24 +56,24 @@ def attention(
     bias: jax.Array | None = None,
     scale: float | None = None,
 ) -> jax.Array:
-    """Scaled dot-product attention with grouped keys, segments, a named mask and a sliding window.
+    """Computes scaled dot-product attention with grouped keys, segments, a named mask and a sliding window.
 
-    The softmax is taken in float32. A query that may see nothing (padding) gets a mean of values, never NaN.
+    The softmax is computed in float32. A query that sees no key (padding) gets a mean of values, never NaN.
 
-    What computes it follows from the mesh that the program is compiled for (see `use_mesh`). Where that splits rows
-    over `context`, keys and values travel round a ring of devices: see `context_attention`. Elsewhere its platform
-    decides: splash on TPU, cuDNN on GPU, for what they support; else blocks with a running softmax for long rows (LONG,
-    on a CPU and with a causal mask CPU_LONG); and for the rest, as without a mesh, XLA alone.
+    The implementation depends on the mesh that the program is compiled for (see `use_mesh`). If the mesh splits rows
+    over `context`, keys and values are passed around a ring of devices: see `context_attention`. Otherwise the platform
+    decides: splash on TPU and cuDNN on GPU, if they support the arguments; else blocks with a running softmax for long
+    rows (LONG; CPU_LONG on a CPU with a causal mask); else, and without a mesh, plain XLA.
 
     Args:
         q: [B, S, N, H].  k, v: [B, T, K, H] with K dividing N (grouped-query attention, arXiv 2305.13245).
         mask: "full" or "causal" (a query sees keys whose index is not larger than its own).
         q_segments, k_segments: int[B, S], int[B, T]; a query sees keys of its own segment only. None: one segment.
-        q_index: int[B, S] places of the queries among the keys; None means 0..S-1. Needed with a cache.
-        window: a query sees the last `window` keys only, its own place included (arXiv 2004.05150); needs the causal
-            mask. An int, or an int scalar that differs by layer.
-        bias: float[B, N, S, T], the first two may be 1: added to the scaled scores.
-        scale: factor of the scores; None is 1/sqrt(H).
+        q_index: int[B, S] positions of the queries among the keys; None means 0..S-1. Needed with a cache.
+        window: a query sees only the last `window` keys, including its own (arXiv 2004.05150); needs the causal mask.
+            An int, or an int scalar that differs by layer.
+        bias: float[B, N, S, T], where B and N may be 1; added to the scaled scores.
+        scale: factor of the scores; None means 1/sqrt(H).
 
     Returns:
         [B, S, N, H] in q's dtype.
@@ -104,9 +105,9 @@ def attention(
 def xla_attention(
     q, k, v, *, mask="full", q_segments=None, k_segments=None, q_index=None, window=None, bias=None, scale=None
 ):
-    """The reference of `attention`, as the definition says it: all scores exist at once.
+    """Computes `attention` by its definition, as the reference: all scores exist at once.
 
-    A query that may see nothing gets the mean of all values.
+    A query that sees no key gets the mean of all values.
     """
     queries, keys = q.shape[1], k.shape[1]
     q = rearrange(q, "b s (k g) h -> b s k g h", k=k.shape[2]) * (q.shape[-1] ** -0.5 if scale is None else scale)
@@ -123,24 +124,24 @@ def xla_attention(
 
 
 def write_at(held: jax.Array, new: jax.Array, index: jax.Array) -> jax.Array:
-    """Writes new [B, S, ...] into held [B, T, ...] at index int[B, S]; what has an index past the end is dropped."""
+    """Writes new [B, S, ...] into held [B, T, ...] at index int[B, S]; drops entries with an index past the end."""
     rows = jnp.arange(index.shape[0])[:, None]
     return held.at[rows, index].set(new.astype(held.dtype), mode="drop")
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention, with grouped keys, rotary positions and a cache where asked.
+    """Multi-head self-attention with optional grouped keys, rotary positions and cache.
 
     Attributes:
-        num_kv_heads: None is num_heads.
-        head_dim: None is hidden size / num_heads.
-        k_bias: whether keys have a bias where queries and values do; it cancels in the softmax, and EVA has none.
+        num_kv_heads: None means num_heads.
+        head_dim: None means hidden size / num_heads.
+        k_bias: whether keys have a bias if queries and values do; it cancels in the softmax, and EVA has none.
         qk_norm: RMSNorm on each head's queries and keys (Qwen3).
-        qk_norm_width: that norm is over all heads together instead of each (InternViT-6B).
-        out_norm_eps: None, or the epsilon of a LayerNorm over all heads before the last map (sub-LN, arXiv 2210.06423).
-        rotary_interleaved: rotary positions turn neighbouring dimensions together, see `apply_rotary`.
-        mimetic_init: starts with queries that match keys of like vectors and outputs that copy what is attended to, as
-            trained models have it (arXiv 2305.09828): little data then suffices to learn to look up and to compare.
+        qk_norm_width: whether that norm is over all heads together instead of each head (InternViT-6B).
+        out_norm_eps: epsilon of a LayerNorm over all heads before the last map (sub-LN, arXiv 2210.06423), or None.
+        rotary_interleaved: whether rotary positions rotate neighbouring dimensions together; see `apply_rotary`.
+        mimetic_init: whether queries start close to the keys of similar vectors and outputs start as copies of their
+            inputs, as in trained models (arXiv 2305.09828). Looking up and comparing are then learned from little data.
     """
 
     num_heads: int
@@ -161,18 +162,18 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(self, x, *, segments=None, angles=None, window=None, cache=None):
-        """Attends within x, and into the cache if there is one.
+        """Computes self-attention over x, and over the cache if there is one.
 
         Args:
             x: [B, S, E].
             segments: int[B, S] or None.
-            angles: rotary angles of x's positions, or None.
+            angles: rotary angles of the positions of x, or None.
             window: see `attention`.
-            cache: None, or (keys [B, T, K, H], values [B, T, K, H], k_segments int[B, T], index int[B, S]): x's keys
-                and values are written at `index`, and all T places are attended to.
+            cache: None, or (keys [B, T, K, H], values [B, T, K, H], k_segments int[B, T], index int[B, S]): the keys
+                and values of x are written at `index`, and queries attend to all T entries.
 
         Returns:
-            ([B, S, E], (keys, values)): the latter as they stand in the cache after writing (None without one).
+            ([B, S, E], (keys, values)): the second is the cache after writing, None without a cache.
         """
         head_dim = self.head_dim or x.shape[-1] // self.num_heads
         kv_heads = self.num_kv_heads or self.num_heads
@@ -219,12 +220,12 @@ class Attention(nn.Module):
 
 
 def _over_heads(norm: nn.Module, x: jax.Array) -> jax.Array:
-    """A norm over the whole width of x [B, S, N, H]."""
+    """Applies a norm over all heads of x [B, S, N, H] together."""
     return rearrange(norm(rearrange(x, "b s n h -> b s (n h)")), "b s (n h) -> b s n h", n=x.shape[2])
 
 
 def _mimetic(key, width: int, num_heads: int, kv_heads: int, head_dim: int) -> dict:
-    """Initializers of q, k, v and o with W_q W_k^T and W_v W_o close to multiples of the identity."""
+    """Returns initializers of q, k, v and o with W_q W_k^T and W_v W_o close to multiples of the identity."""
     keys = jax.random.split(key, 3)
     group = num_heads // kv_heads
     k, v = (jax.random.normal(each, (width, kv_heads, head_dim)) / width**0.5 for each in keys[:2])

@@ -1,12 +1,13 @@
-"""Attention block by block, and over rows that a mesh splits along the sequence (context parallelism), as a ring.
+"""Blockwise attention, and ring attention over rows that a mesh splits along the sequence (context parallelism).
 
-Each device keeps its queries while keys and values travel round the ring of the devices that share a row, so that each
-query meets each key; a running softmax needs no scores but those of one block (Ring Attention, arXiv 2310.01889). The
-backward pass goes round once more and computes the scores again. Nothing of the size of a whole row, and nothing of its
-square, stands on any device.
+Each device keeps its queries. Keys and values are passed around the ring of the devices that share a row, so that each
+query meets each key. A running softmax needs the scores of one block only (Ring Attention, arXiv 2310.01889). The
+backward pass goes around once more and recomputes the scores. No device holds an array of the size of a whole row, or
+of its square.
 
-Under a causal mask a late piece of a row sees far more than an early one. Queries, keys and values are therefore dealt
-anew before the ring: device i of n gets pieces i and 2n-1-i of 2n, which makes all devices' work equal at every turn.
+Under a causal mask a late piece of a row sees far more keys than an early one. Queries, keys and values are therefore
+redistributed before the ring: device i of n gets pieces i and 2n-1-i of 2n, so that all devices do equal work at every
+turn.
 """
 
 from __future__ import annotations
@@ -23,14 +24,14 @@ from jax.sharding import Mesh, PartitionSpec
 from mllm_jax.layers.splash import filled
 from mllm_jax.sharding.logical import active_mesh, axes_of, partition_spec
 
-BLOCK = 1024  # queries, and keys, that are compared at a time
+BLOCK = 1024  # queries, and keys, compared at a time
 LEAST = jnp.finfo(jnp.float32).min
-_GROUPED = "b s (k g) h -> b s k g h"  # query heads by the key head that they share
+_GROUPED = "b s (k g) h -> b s k g h"  # query heads grouped by their key head
 
 
 @dataclass(frozen=True)
 class RowSplit:
-    """Which mesh axes split rows of the batch, places along a row, query heads and key heads."""
+    """The mesh axes that split rows of the batch, positions along a row, query heads and key heads."""
 
     mesh: Mesh
     batch: tuple[str, ...]
@@ -40,7 +41,7 @@ class RowSplit:
 
     @property
     def size(self) -> int:
-        """Devices that share a row."""
+        """Returns the number of devices that share a row."""
         return _size(self.mesh, self.seq)
 
 
@@ -49,9 +50,9 @@ class _How:
     """Static facts of one ring.
 
     Attributes:
-        turns: visits of each device's keys; fewer than devices where a window ends sooner.
-        skip: blocks of which no query sees anything are left out; right where each query sees itself.
-        deal: halves of rows' pieces are swapped, see `_deal`.
+        turns: number of devices whose keys each device visits; fewer than all if a window ends sooner.
+        skip: whether blocks in which no query sees a key are left out; correct only if each query sees itself.
+        deal: whether halves of the rows' pieces are swapped; see `_deal`.
         q_block, k_block: queries and keys of a block.
     """
 
@@ -66,11 +67,11 @@ class _How:
 
 
 def row_split(q_shape: tuple[int, ...], k_shape: tuple[int, ...]) -> RowSplit | None:
-    """How the surrounding `use_mesh` splits rows for attention from q [B, S, N, H] to k [B, T, K, H].
+    """Returns how the surrounding `use_mesh` splits rows for attention from q [B, S, N, H] to k [B, T, K, H].
 
     Returns:
-        None where it splits no rows, or where queries or keys are of a number that does not divide: attention is then
-        left to the partitioner, which gathers what is split.
+        None if it splits no rows, or if the number of queries or keys is not divisible: the partitioner then gathers
+        what is split.
     """
     active = active_mesh()
     if active is None:
@@ -98,16 +99,16 @@ def context_attention(
     scale: float | None = None,
     block: int = BLOCK,
 ) -> jax.Array:
-    """`mllm_jax.layers.attention.attention` on rows that are split as `split` says; values and gradients are the same.
+    """Computes `mllm_jax.layers.attention.attention` on rows split by `split`, with the same values and gradients.
 
-    Positions travel along, so that masks, windows and segments mean what they mean on whole rows. A block of scores is
-    left out where the causal mask, the window or the rows' segments hide all of it. A `bias` is split by its queries
-    and heads and whole along its keys: it alone still grows with S x T / devices on each of them (T5's relative
-    positions, the mask of ChatGLM-6B).
+    Positions are passed around with the keys, so that masks, windows and segments have the same meaning as on whole
+    rows. A block of scores is left out if the causal mask, the window or the segments hide all of it. A `bias` is split
+    by its queries and heads but whole along its keys: only its size still grows with S x T / devices on each device
+    (T5's relative positions, the mask of ChatGLM-6B).
 
     Args:
         q, k, v, ...: whole, as `attention` takes them.
-        block: queries, and keys, that are compared at a time.
+        block: queries, and keys, compared at a time.
     """
     q = q * (q.shape[-1] ** -0.5 if scale is None else scale)
     k, v, kv_heads, pick = _keys_beside(split, q.shape[2], k, v)
@@ -140,12 +141,12 @@ def context_attention(
         if deal:
             q, k, v, segments = jax.tree.map(partial(_deal, how), (q, k, v, segments))
         here = jax.lax.axis_index(split.seq)
-        q_places = more["q_index"] if "q_index" in more else _places(how, here, queries)[None]
-        y = _ring(how, q, k, v, more.get("bias"), (q_places, *segments, more.get("window"), here))
+        q_positions = more["q_index"] if "q_index" in more else _positions(how, here, queries)[None]
+        y = _ring(how, q, k, v, more.get("bias"), (q_positions, *segments, more.get("window"), here))
         y = _deal(how, y, home=True) if deal else y
         return rearrange(y, "b s k g h -> b s (k g) h")
 
-    # Which values are equal on several devices is said by the specs; what is computed is each device's own.
+    # The specs say which values are equal on several devices; each device computes its own result.
     on_all = jax.shard_map(
         local,
         mesh=split.mesh,
@@ -170,14 +171,14 @@ def blockwise_attention(
     scale: float | None = None,
     block: int = BLOCK,
 ) -> jax.Array:
-    """`attention` in memory that grows with the length, not its square (arXiv 2112.05682, 2205.14135): a ring of one.
+    """Computes `attention` in memory linear in the length (arXiv 2112.05682, 2205.14135), as a ring of one device.
 
-    Blocks that the causal mask, the window or the rows' segments hide are left out where each query sees itself. A
-    query that may see nothing gets a mean of some values.
+    Blocks that the causal mask, the window or the segments hide are left out if each query sees itself. A query that
+    sees no key gets a mean of some values.
 
     Args:
         q, k, v, ...: as `attention` takes them.
-        block: queries, and keys, that are compared at a time.
+        block: queries, and keys, compared at a time.
     """
     (rows, queries), keys = q.shape[:2], k.shape[1]
     same_rows = q_segments is k_segments and q_index is None and queries == keys
@@ -187,21 +188,21 @@ def blockwise_attention(
 
     if q_segments is not None:  # padding is a segment that no text has
         q_segments, k_segments = filled(q_segments, whole[0], -1), filled(k_segments, whole[1], -1)
-    places = jnp.arange(whole[0])[None] if q_index is None else filled(q_index, whole[0])
+    positions = jnp.arange(whole[0])[None] if q_index is None else filled(q_index, whole[0])
     group = rearrange(filled(q * (q.shape[-1] ** -0.5 if scale is None else scale), whole[0]), _GROUPED, k=k.shape[2])
     how = _How((), 1, 1, mask == "causal", same_rows, False, *(min(n, block) for n in whole))
     here = jnp.int32(0)
     y = _ring(
-        how, group, filled(k, whole[1]), filled(v, whole[1]), None, (places, q_segments, k_segments, window, here)
+        how, group, filled(k, whole[1]), filled(v, whole[1]), None, (positions, q_segments, k_segments, window, here)
     )
     return rearrange(y, "b s k g h -> b s (k g) h")[:, :queries]
 
 
 def _keys_beside(split: RowSplit, num_heads: int, k, v):
-    """Keys and values such that each device finds those of its query heads.
+    """Returns keys and values such that each device has those of its query heads.
 
     Returns:
-        (k, v, the axes that split their heads, None or how many neighbours on `heads` share one of the whole heads).
+        (k, v, the axes that split their heads, None or the number of neighbours on `heads` that share a whole head).
     """
     if split.kv_heads == split.heads:
         return k, v, split.heads, None
@@ -212,10 +213,10 @@ def _keys_beside(split: RowSplit, num_heads: int, k, v):
 
 
 def _deal(how: _How, x, home: bool = False):
-    """Swaps halves of [B, S, ...] between devices, so that each has an early and a late one; `home` swaps them back.
+    """Swaps halves of [B, S, ...] between devices, so that each has an early and a late half; `home` swaps them back.
 
-    Of the 2n halves of n devices the first half of device i, number 2i, and its second, 2i+1, go to the device j for
-    which that is j or 2n-1-j. Which of a device's two is the earlier does not matter: places travel along.
+    Device i of n holds halves 2i and 2i+1. Half h goes to the device j with h = j or h = 2n-1-j. The order of a
+    device's two halves does not matter, since positions are passed along.
     """
     n = how.size
 
@@ -226,8 +227,8 @@ def _deal(how: _How, x, home: bool = False):
     return jnp.concatenate([send(half, i) for i, half in enumerate(jnp.split(x, 2, axis=1))], axis=1)
 
 
-def _places(how: _How, device, count: int):
-    """int[count]: where what device number `device` holds of a row stands in it."""
+def _positions(how: _How, device, count: int):
+    """Returns int[count]: the positions in the row of what device number `device` holds."""
     if not how.deal:
         return device * count + jnp.arange(count)
     half, last = jnp.arange(count // 2), 2 * how.size - 1
@@ -239,21 +240,21 @@ def _places(how: _How, device, count: int):
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _ring(how: _How, q, k, v, bias, places):
-    """Attention of this device's queries to everybody's keys.
+def _ring(how: _How, q, k, v, bias, facts):
+    """Computes attention of this device's queries to the keys of all devices.
 
     Args:
         q: [B, S, K, G, H], scaled.  k, v: [B, T, K, H].
-        bias: None, or float[B, N, S, all keys], the first two may be 1.
-        places: the queries' places int[B or 1, S]; segments int[B, S] and int[B, T] of queries and keys, or None twice;
-            window or None; this device's number in the ring.
+        bias: None, or float[B, N, S, all keys], where B and N may be 1.
+        facts: positions int[B or 1, S] of the queries; segments int[B, S] and int[B, T] of queries and keys, or None
+            twice; window or None; this device's number in the ring.
     """
-    return _forward(how, q, k, v, bias, places)[0]
+    return _forward(how, q, k, v, bias, facts)[0]
 
 
-def _forward(how: _How, q, k, v, bias, places):
-    q_place, q_segment, k_segment, window, here = places
-    fixed = (_cut(q, how.q_block), _cut_bias(bias, how.q_block), *_cut((q_place, q_segment), how.q_block))
+def _forward(how: _How, q, k, v, bias, facts):
+    q_position, q_segment, k_segment, window, here = facts
+    fixed = (_cut(q, how.q_block), _cut_bias(bias, how.q_block), *_cut((q_position, q_segment), how.q_block))
     shape = (fixed[0].shape[0], q.shape[0], *q.shape[2:4], how.q_block)
     sums = jnp.full(shape, LEAST), jnp.zeros(shape), jnp.zeros((*shape, v.shape[-1]))
 
@@ -281,16 +282,16 @@ def _forward(how: _How, q, k, v, bias, places):
     sums, _ = _round(how, here, visit, sums, _cut((k, v, k_segment), how.k_block))
     top, total, y = sums
     y = rearrange(y / total[..., None], "c b k g s h -> b (c s) k g h").astype(q.dtype)
-    return y, (q, k, v, bias, places, y, top, total)
+    return y, (q, k, v, bias, facts, y, top, total)
 
 
 def _backward(how: _How, kept, dy):
-    q, k, v, bias, places, y, top, total = kept
-    q_place, q_segment, k_segment, window, here = places
+    q, k, v, bias, facts, y, top, total = kept
+    q_position, q_segment, k_segment, window, here = facts
     inner = (y.astype(jnp.float32) * dy.astype(jnp.float32)).sum(axis=-1)
     dy, inner = _cut((dy.astype(v.dtype), inner), how.q_block)
     inner = rearrange(inner, "c b s k g -> c b k g s 1")
-    fixed = (_cut(q, how.q_block), _cut_bias(bias, how.q_block), *_cut((q_place, q_segment), how.q_block))
+    fixed = (_cut(q, how.q_block), _cut_bias(bias, how.q_block), *_cut((q_position, q_segment), how.q_block))
     fixed = (fixed, (dy, inner, top, total))
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), fixed[0][:2])
     keys = _cut((k, v, k_segment), how.k_block)
@@ -338,23 +339,23 @@ _ring.defvjp(_forward, _backward)
 
 
 def _round(how: _How, here, visit, own, keys, sums=None):
-    """Takes keys past every device, and what they have collected home again.
+    """Passes keys to every device in turn, and returns what they have collected to their own device.
 
     Args:
         here: this device's number.
-        visit: (own, (k, v, places int[1, T], segments)) -> own, or, where keys collect sums, (own, (the same, sums))
-            -> (own, sums).
+        visit: (own, (k, v, positions int[1, T], segments)) -> own, or, if keys collect sums, (own, (the same, sums)) ->
+            (own, sums).
     """
 
     def meet(own, keys, sums, turn):
         k, v, segments = keys
-        places = _places(how, (here - turn) % how.size, k.shape[0] * how.k_block)[None]
-        keys = (k, v, _cut(places, how.k_block), segments)
+        positions = _positions(how, (here - turn) % how.size, k.shape[0] * how.k_block)[None]
+        keys = (k, v, _cut(positions, how.k_block), segments)
         return (visit(own, keys), None) if sums is None else visit(own, (keys, sums))
 
     def one(carry, turn):
         own, keys, sums = carry
-        coming = _move(how, 1, keys)  # under way while this device computes
+        coming = _move(how, 1, keys)  # transferred while this device computes
         own, sums = meet(own, keys, sums, turn)
         return (own, coming, _move(how, 1, sums)), None
 
@@ -364,29 +365,29 @@ def _round(how: _How, here, visit, own, keys, sums=None):
 
 
 def _move(how: _How, steps: int, tree):
-    """Every device's arrays to the one that stands `steps` further on."""
+    """Sends every device's arrays to the device `steps` further along the ring."""
     if steps % how.size == 0:
         return tree
     to = [(i, (i + steps) % how.size) for i in range(how.size)]
     return jax.tree.map(lambda x: jax.lax.ppermute(x, how.axes, to), tree)
 
 
-def _scores(how: _How, q, k, bias, places):
-    """float32[B, K, G, s, t] of a block, LEAST where a query may not see a key; where it may, or None: everywhere."""
+def _scores(how: _How, q, k, bias, facts):
+    """Returns a block's scores float32[B, K, G, s, t], LEAST where hidden, and what is visible (None: everything)."""
     scores = jnp.einsum("bskgh,btkh->bkgst", q, k, preferred_element_type=jnp.float32)
     if bias is not None:
-        there = _columns(bias, places[2])[1]
+        there = _columns(bias, facts[2])[1]
         heads = dict(k=q.shape[2]) if there.shape[1] > 1 else dict(k=1)
         scores = scores + rearrange(there, "b (k g) s t -> b k g s t", **heads)
-    seen = visible(how.causal, *places)
+    seen = visible(how.causal, *facts)
     return (scores, None) if seen is None else (jnp.where(seen, scores, LEAST), seen)
 
 
-def visible(causal: bool, q_place, q_segment, k_place, k_segment, window):
-    """bool[B, 1, 1, S, T], which keys a query may see, by places int[B or 1, S], int[B or 1, T]; None: all of them."""
+def visible(causal: bool, q_position, q_segment, k_position, k_segment, window):
+    """Returns bool[B, 1, 1, S, T]: the keys that a query sees, given int[B or 1, S] and int[B or 1, T]; None: all."""
     seen = None
     if causal:
-        distance = q_place[:, :, None] - k_place[:, None, :]
+        distance = q_position[:, :, None] - k_position[:, None, :]
         seen = distance >= 0 if window is None else (distance >= 0) & (distance < window)
     if q_segment is not None:
         same = q_segment[:, :, None] == k_segment[:, None, :]
@@ -394,46 +395,46 @@ def visible(causal: bool, q_place, q_segment, k_place, k_segment, window):
     return None if seen is None else seen[:, None, None]
 
 
-def _where_seen(how: _How, places, add, sums):
-    """add(sums), or sums as they are if no query of the block sees a key of it."""
+def _where_seen(how: _How, facts, add, sums):
+    """Returns add(sums), or sums unchanged if no query of the block sees a key of it."""
     if not how.skip:
         return add(sums)
-    q_place, q_segment, k_place, k_segment, window = places
+    q_position, q_segment, k_position, k_segment, window = facts
     meets = jnp.bool_(True)
     if how.causal:
-        meets &= k_place.min() <= q_place.max()
+        meets &= k_position.min() <= q_position.max()
         if window is not None:
-            meets &= q_place.min() - k_place.max() < window
+            meets &= q_position.min() - k_position.max() < window
     if q_segment is not None:
         low = jnp.maximum(q_segment.min(axis=1), k_segment.min(axis=1))
         meets &= (low <= jnp.minimum(q_segment.max(axis=1), k_segment.max(axis=1))).any()
     return jax.lax.cond(meets, add, lambda sums: sums, sums)
 
 
-def _columns(bias, k_place):
-    """Where the keys of a block stand in a bias [B, N, s, all keys], and that part of it."""
-    at = k_place[0, 0]
-    return at, jax.lax.dynamic_slice_in_dim(bias, at, k_place.shape[1], axis=-1)
+def _columns(bias, k_position):
+    """Returns the index of a block's keys in a bias [B, N, s, all keys], and that part of the bias."""
+    at = k_position[0, 0]
+    return at, jax.lax.dynamic_slice_in_dim(bias, at, k_position.shape[1], axis=-1)
 
 
 def _like(ds, bias):
-    """The scores' gradient [B, K, G, s, t] summed to the shape of a bias [B, N, s, t]."""
+    """Sums the gradient of the scores [B, K, G, s, t] to the shape of a bias [B, N, s, t]."""
     ds = rearrange(ds, "b k g s t -> b (k g) s t")
     return ds.sum(axis=[axis for axis in (0, 1) if bias.shape[axis] == 1], keepdims=True)
 
 
 def _cut(tree, block: int):
-    """[B, S, ...] -> [blocks, B, block, ...]"""
+    """Reshapes [B, S, ...] to [blocks, B, block, ...]."""
     return jax.tree.map(lambda x: rearrange(x, "b (c s) ... -> c b s ...", s=block), tree)
 
 
 def _cut_bias(bias, block: int):
-    """[B, N, S, T] -> [blocks, B, N, block, T]"""
+    """Reshapes [B, N, S, T] to [blocks, B, N, block, T]."""
     return None if bias is None else rearrange(bias, "b n (c s) t -> c b n s t", s=block)
 
 
 def _block(length: int, most: int) -> int:
-    """The largest block of at most `most` that divides a length; the length itself where only tiny ones do."""
+    """Returns the largest block of at most `most` that divides a length; the length itself if only tiny ones do."""
     fewest = -(-length // most)
     return next((length // n for n in range(fewest, 4 * fewest + 1) if length % n == 0), length)
 

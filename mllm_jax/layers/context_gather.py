@@ -1,4 +1,4 @@
-"""Looking up places of rows that a mesh splits along the sequence: how media reach a text that is split."""
+"""Gathers from rows that a mesh splits along the sequence, so that split media reach split text."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from mllm_jax.sharding.logical import active_mesh, axes_of, partition_spec
 
 
 def take_along_rows(x: jax.Array, index: jax.Array) -> jax.Array:
-    """x[b, index[b, s]] for each row b and place s.
+    """Returns x[b, index[b, s]] for each row b and position s.
 
-    Where the surrounding `use_mesh` splits both x and index along the row, x travels round the ring of the devices that
-    share a row and each takes what it wants, so that none ever holds a whole row. Where their numbers do not divide,
-    the partitioner gathers x.
+    If the surrounding `use_mesh` splits both x and index along the row, x is passed around the ring of the devices that
+    share a row, and each device takes what it needs; none ever holds a whole row. If the lengths are not divisible, the
+    partitioner gathers x.
 
     Args:
         x: [B, N, E].
@@ -41,14 +41,14 @@ def take_along_rows(x: jax.Array, index: jax.Array) -> jax.Array:
 
 
 def _ring_take(x, index, axes):
-    """This device's places of what all devices of a row hold in turn, in the order of the axes."""
+    """Returns what this device's positions take from all devices of a row, visited in the order of the axes."""
     size, here = jax.lax.axis_size(axes), jax.lax.axis_index(axes)
     to = [(i, (i + 1) % size) for i in range(size)]
 
     def take(found, x, turn):
-        place = index - (here - turn) % size * x.shape[1]
-        there = (place >= 0) & (place < x.shape[1])
-        taken = jnp.take_along_axis(x, jnp.clip(place, 0, x.shape[1] - 1)[..., None], axis=1)
+        position = index - (here - turn) % size * x.shape[1]
+        there = (position >= 0) & (position < x.shape[1])
+        taken = jnp.take_along_axis(x, jnp.clip(position, 0, x.shape[1] - 1)[..., None], axis=1)
         return jnp.where(there[..., None], taken, found)
 
     def one(carry, turn):

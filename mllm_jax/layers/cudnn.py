@@ -5,13 +5,13 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-# What cuDNN has kernels for on every generation that computes in bfloat16.
+# Head sizes with cuDNN kernels on every GPU generation that computes in bfloat16.
 DTYPES = ("bfloat16", "float16")
 MOST_HEAD_DIM = 128
 
 
 def cudnn_supports(q: jax.Array, mask: str, window) -> bool:
-    """Whether the kernel can do it: 16-bit numbers, heads of a multiple of 8 up to 128, a static window."""
+    """Returns whether the kernel applies: 16-bit numbers, heads of a multiple of 8 up to 128, a static window."""
     static = window is None or isinstance(window, int)
     head_dim = q.shape[-1]
     return static and str(q.dtype) in DTYPES and head_dim % 8 == 0 and head_dim <= MOST_HEAD_DIM
@@ -28,12 +28,12 @@ def cudnn_attention(
     window: int | None = None,
     scale: float | None = None,
 ) -> jax.Array:
-    """`attention` for what `cudnn_supports`. Segments reach the kernel as a mask [B, 1, S, T] of single bytes.
+    """Computes `attention` for what `cudnn_supports`. Segments become a mask [B, 1, S, T] of one byte an entry.
 
-    A query that may see nothing sees its own place, so that nothing is divided by zero.
+    A query that sees no key is made to see its own position, so that nothing is divided by zero.
 
     Args:
-        q: [B, S, N, H].  k, v: [B, T, K, H].  The others: see `mllm_jax.layers.attention.attention`.
+        q: [B, S, N, H].  k, v: [B, T, K, H].  For the others see `mllm_jax.layers.attention.attention`.
     """
     allowed = None
     if q_segments is not None:

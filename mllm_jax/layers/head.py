@@ -1,4 +1,4 @@
-"""The output head: what is left of a language model when its last vectors are known, and its loss in pieces."""
+"""The output head: from a language model's last hidden states to logits, and its loss in chunks."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from mllm_jax.sharding.logical import active_mesh, constrain, split_sizes
 
 @struct.dataclass
 class HeadInputs:
-    """The last vectors of a language model and the matrix that makes logits of them.
+    """The last hidden states of a language model, and the matrix that maps them to logits.
 
     Attributes:
-        x: dtype[B, S, E], behind the last norm and all scaling.
-        matrix: float32[E, V], or [V, E] where it is the table of embedded tokens.
-        tied: which of the two.
+        x: dtype[B, S, E], after the last norm and all scaling.
+        matrix: float32[E, V], or [V, E] if it is the token embedding table.
+        tied: whether the matrix is the embedding table.
     """
 
     x: jax.Array
@@ -33,7 +33,7 @@ class HeadInputs:
 
     @property
     def names(self) -> tuple[str, str]:
-        """The logical names of the matrix's dimensions."""
+        """Returns the logical names of the matrix's dimensions."""
         return ("vocab", "embed") if self.tied else ("embed", "vocab")
 
     @property
@@ -41,14 +41,14 @@ class HeadInputs:
         return self.matrix.shape[0 if self.tied else 1]
 
     def logits(self) -> jax.Array:
-        """float32[B, S, V]"""
+        """Returns float32[B, S, V]."""
         product = partial(_product, tied=self.tied)
         logits = with_gathered(product, self.x, self.matrix, self.names, self.x.dtype)
         return constrain(logits.astype(jnp.float32), "batch", "seq", "vocab")
 
 
 def head_inputs(x: jax.Array, embedding: Embedding, linear: Linear | None) -> HeadInputs:
-    """What a head reads: of a linear map without a bias, or, where it is None, of the table of embedded tokens."""
+    """Returns the inputs of a head that is a linear map without bias, or, if it is None, the embedding table."""
     matrix = embedding.embedding if linear is None else linear.get_variable("params", "kernel")
     return HeadInputs(x, matrix, tied=linear is None)
 
@@ -58,7 +58,7 @@ def _product(x, matrix, *, tied: bool, **how):
 
 
 class Scores(NamedTuple):
-    """Sums over all places: of weight * loss, of weight where no logit is above the target's, and of weight."""
+    """Sums over all positions: of weight * loss, of weight where no logit is above the target's, and of weight."""
 
     loss: jax.Array
     right: jax.Array
@@ -66,21 +66,21 @@ class Scores(NamedTuple):
 
 
 def logits_bytes(head: HeadInputs) -> int:
-    """Bytes of the float32 logits that one device would hold at a time."""
+    """Returns the bytes of the float32 logits that one device would hold at a time."""
     shape = (*head.x.shape[:2], head.vocab_size)
     return 4 * math.prod(shape) // math.prod(split_sizes(("batch", "seq", "vocab"), shape))
 
 
 def head_cross_entropy(head: HeadInputs, targets: jax.Array, weights: jax.Array, z_loss: float, chunks: int) -> Scores:
-    """The cross-entropy of a head, chunk by chunk: logits of all places never exist together.
+    """Computes the cross-entropy of a head in chunks: the logits of all positions never exist together.
 
-    The gradient is taken in the same pass, so nothing is computed twice. It flows into `loss` alone. Chunks are made of
-    places with a weight as far as there are any, and those without are left out.
+    The gradient is computed in the same pass, so nothing is computed twice. Only `loss` has a gradient. Positions with
+    a weight come first in the chunks; chunks without any are left out.
 
     Args:
         targets: int[B, S].  weights: float32[B, S].
         z_loss: weight of log(Z)^2.
-        chunks: pieces that each device's places are cut into.
+        chunks: number of pieces that each device's positions are cut into.
     """
     return Scores(*_scores(head.x, head.matrix, targets, weights, (head.tied, head.names, z_loss, chunks)))
 
@@ -109,26 +109,26 @@ _scores.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
 def _on_mesh(x, matrix, targets, weights, how, wanted):
-    """(loss, right, weight, and the gradients in `wanted`): every device does its own rows."""
+    """Returns (loss, right, weight, and the gradients in `wanted`); every device computes its own rows."""
     tied, names, z_loss, chunks = how
     local = partial(_local, tied=tied, z_loss=z_loss, chunks=chunks, wanted=wanted)
     active = active_mesh()
     if active is None:
         return local(x, matrix, targets, weights, rows=(), gathered=(), dim=0)
     plan = gather_plan(matrix.shape, names, x.shape) or GatherPlan(active[0], row_axes(x.shape), (), 0)
-    # A row's places go on being split where they are; a dimension is split over each axis once.
+    # The positions of a row stay split as they are; a mesh axis splits one dimension only.
     context = plan.mesh.shape["context"]
-    places = ("context",) if "context" not in plan.rows and context > 1 and x.shape[1] % context == 0 else ()
-    if not plan.rows + places:
+    along = ("context",) if "context" not in plan.rows and context > 1 and x.shape[1] % context == 0 else ()
+    if not plan.rows + along:
         return local(x, matrix, targets, weights, rows=(), gathered=(), dim=0)
-    rows, whole = PartitionSpec(plan.rows, *places), PartitionSpec()
+    rows, whole = PartitionSpec(plan.rows, *along), PartitionSpec()
     shard = plan.shard if plan.gathered else whole
     return jax.shard_map(
-        partial(local, rows=(*plan.rows, *places), gathered=plan.gathered, dim=plan.dim),
+        partial(local, rows=(*plan.rows, *along), gathered=plan.gathered, dim=plan.dim),
         mesh=plan.mesh,
         in_specs=(rows, shard, rows, rows),
         out_specs=(whole, whole, whole, *({"x": rows, "matrix": shard}[name] for name in wanted)),
-        axis_names=frozenset((*plan.rows, *places)),
+        axis_names=frozenset((*plan.rows, *along)),
         check_vma=False,
     )(x, matrix, targets, weights)
 
@@ -137,22 +137,22 @@ def _local(x, matrix, targets, weights, *, tied, z_loss, chunks, wanted, rows, g
     dtype, shape = x.dtype, x.shape
     whole = matrix.astype(dtype)
     whole = gather(whole, gathered, dim) if gathered else whole
-    places = math.prod(targets.shape)
-    chunks = min(chunks, places)
-    size = -(-places // chunks)
-    # Places that are learnt come first: chunks of others are not computed. Most places of a picture and of a question
-    # are such. All devices do as many chunks as the one that needs most.
-    flat = weights.reshape(places)
+    count = math.prod(targets.shape)
+    chunks = min(chunks, count)
+    size = -(-count // chunks)
+    # Positions that carry loss come first: chunks without any, as most of images and questions, are not computed. All
+    # devices compute as many chunks as the device that needs most.
+    flat = weights.reshape(count)
     order = jnp.argsort(flat == 0, stable=True)
     needed = -(-(flat != 0).sum() // size)
     if rows:
-        # A maximum that waits for x, so that no device can meet it ahead of the collectives that lead to x: a CPU's
-        # devices run those that do not depend on one another in any order, and then wait for each other for ever.
+        # This maximum depends on x, so that no device can start it before the collectives that compute x: CPU devices
+        # run independent collectives in any order, and would then wait for each other forever.
         needed = jax.lax.pmax(jnp.where(jnp.isnan(x[0, 0, 0]), chunks, needed), rows)
 
     def cut(each, width=()):
-        each = each.reshape(places, *width)[order]
-        each = jnp.pad(each, [(0, chunks * size - places)] + [(0, 0)] * len(width))
+        each = each.reshape(count, *width)[order]
+        each = jnp.pad(each, [(0, chunks * size - count)] + [(0, 0)] * len(width))
         return each.reshape(chunks, size, *width)
 
     def compute(carry, chunk):
@@ -196,7 +196,7 @@ def _local(x, matrix, targets, weights, *, tied, z_loss, chunks, wanted, rows, g
     if "x" in wanted:
         out.append(dx.reshape(-1, shape[-1])[jnp.argsort(order)].reshape(shape))
     if "matrix" in wanted:
-        # Over the wire in the dtype that the model computes in, like every other gradient.
+        # Communicated in the dtype that the model computes in, like every other gradient.
         others = tuple(axis for axis in rows if axis not in gathered)
         if rows:
             check_sum(dtype, active_mesh()[0])

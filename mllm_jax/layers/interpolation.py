@@ -1,4 +1,4 @@
-"""Interpolation of a square table of vectors: what resizes position embeddings to other grids, bicubic and bilinear."""
+"""Bicubic and bilinear interpolation of a square table of vectors, to resize position embeddings to other grids."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from einops import rearrange
 
 
 def bicubic_grid(table: jax.Array, height: int, width: int, antialias: bool = False) -> jax.Array:
-    """A table [side^2, E] resized to one grid: [height * width, E]; see `cubic_weights`."""
+    """Resizes a table [side^2, E] to one grid: [height * width, E]; see `cubic_weights`."""
     side = math.isqrt(table.shape[0])
     if (height, width) == (side, side):
         return table
     rows, columns = (cubic_weights(jnp.arange(n), jnp.array(n), side, antialias) for n in (height, width))
     table = rearrange(table.astype(jnp.float32), "(r c) e -> r c e", r=side)
-    # In full precision also where matrices are multiplied in less: it is done once a batch and costs little.
+    # In full precision even if matrices are multiplied in less: this runs once a batch and costs little.
     resized = jnp.einsum("hr,wc,rce->hwe", rows, columns, table, precision=jax.lax.Precision.HIGHEST)
     return rearrange(resized, "h w e -> (h w) e")
 
 
 def bicubic_packed(table: jax.Array, coordinates: jax.Array, grids: jax.Array, antialias: bool = False) -> jax.Array:
-    """The same for patches whose pictures differ in size: int[B, N, 2] each -> [B, N, E]."""
+    """Does the same for patches of images that differ in size: int[B, N, 2] each -> [B, N, E]."""
     side = math.isqrt(table.shape[0])
     rows, columns = (cubic_weights(coordinates[..., i], grids[..., i], side, antialias) for i in (0, 1))
     weights = rearrange(rows[..., :, None] * columns[..., None, :], "b n r c -> b n (r c)")
@@ -30,9 +30,9 @@ def bicubic_packed(table: jax.Array, coordinates: jax.Array, grids: jax.Array, a
 
 
 def bilinear_packed(table: jax.Array, coordinates: jax.Array, grids: jax.Array) -> jax.Array:
-    """A table [side^2, E] stretched over each patch's picture, its corners on the corners ("align_corners" is True).
+    """Stretches a table [side^2, E] over each patch's image, corner on corner ("align_corners" is True).
 
-    Places are kept as whole numbers and remainders, so that no rounding moves a patch to another cell of the table.
+    Coordinates are kept as integers and remainders, so that no rounding moves a patch to another cell of the table.
 
     Args:
         coordinates, grids: int[B, N, 2].
@@ -54,15 +54,16 @@ def bilinear_packed(table: jax.Array, coordinates: jax.Array, grids: jax.Array) 
 
 
 def cubic_weights(index: jax.Array, count: jax.Array, size: int, antialias: bool = False) -> jax.Array:
-    """How much each of `size` samples counts at place `index` of `count` places over the same length.
+    """Returns the weight of each of `size` samples at point `index` of `count` points over the same length.
 
-    Places and samples stand in the middle of equal cells ("align_corners" is False). The product of a row's and a
-    column's weights is bicubic interpolation (Keys, 1981).
+    Points and samples are the centres of equal cells ("align_corners" is False). The product of a row's and a column's
+    weights is bicubic interpolation (Keys, 1981).
 
     Args:
-        index, count: int[...], alike or broadcast; `count` may differ by place.
-        antialias: when there are fewer places than samples, a wider kernel that leaves none out. The kernels differ in
-            the edges and in the parameter too (-0.5 with, -0.75 without), as in PyTorch's `interpolate`.
+        index, count: int[...], of shapes that broadcast; `count` may differ by point.
+        antialias: whether to use a wider kernel that leaves no sample out if there are fewer points than samples. The
+            kernels also differ at the edges and in the parameter (-0.5 with, -0.75 without), as in PyTorch's
+            `interpolate`.
 
     Returns:
         float32[..., size], which sums to 1.
@@ -76,13 +77,13 @@ def cubic_weights(index: jax.Array, count: jax.Array, size: int, antialias: bool
     first = jnp.floor(centre) - 1.0
     taps = first[..., None] + jnp.arange(4)
     weights = _cubic(taps - centre[..., None], -0.75)
-    # Samples beyond the edge are the edge's.
+    # Samples beyond the edge take the edge's value.
     hits = jnp.clip(taps, 0, size - 1)[..., None] == samples
     return jnp.einsum("...t,...ts->...s", weights, hits.astype(jnp.float32))
 
 
 def _cubic(x: jax.Array, a: float) -> jax.Array:
-    """Keys' kernel: 1 at 0, 0 from distance 2 on."""
+    """Computes Keys' kernel: 1 at 0, 0 from distance 2 on."""
     x = jnp.abs(x)
     near = ((a + 2) * x - (a + 3)) * x * x + 1
     far = ((a * x - 5 * a) * x + 8 * a) * x - 4 * a

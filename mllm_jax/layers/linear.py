@@ -17,29 +17,29 @@ from mllm_jax.sharding.fsdp import with_gathered
 
 
 class LinearHook(Protocol):
-    """Takes the place of x W in every `Linear` that is applied inside `linear_hook`; the bias is added after it.
+    """A replacement of x W in every `Linear` that is applied inside `linear_hook`; the bias is added after it.
 
-    A hook may keep leaves beside `kernel`: one that is there is read by `linear.get_variable("params", name)`; one that
-    `init` shall create as well is declared as `Linear` declares its own, with the kernel's logical names where it has
-    the kernel's dimensions:
+    A hook may keep leaves beside `kernel`. It reads an existing leaf by `linear.get_variable("params", name)`. It
+    declares a leaf that `init` creates as `Linear` does, with the kernel's logical names for the kernel's dimensions:
 
         rank, inputs = 8, linear.in_ndim
         a = nn.with_logical_partitioning(nn.initializers.normal(0.02), (*linear.names[:inputs], None))
         a = linear.param("lora_a", a, (*kernel.shape[:inputs], rank), jnp.float32)
 
-    `linear.path` says which one it is, such as ("layers", "attention", "q"): a hook that leaves it alone returns
+    `linear.path` identifies the module, such as ("layers", "attention", "q"). A hook that changes nothing there returns
     `product(x)`.
     """
 
     def __call__(
         self, linear: Linear, x: jax.Array, kernel: jax.Array, product: Callable[[jax.Array], jax.Array]
     ) -> jax.Array:
-        """
+        """Returns the replacement of x W.
+
         Args:
             linear: the module that is applied, bound to its parameters.
-            x: as it was given to the module, in any dtype.
+            x: the module's input, in any dtype.
             kernel: as it is stored.
-            product: x -> x W, as the hooks inside of this one compute it.
+            product: x -> x W, as computed by the hooks inside this one.
 
         Returns:
             `linear.dtype`[..., *linear.features]
@@ -51,10 +51,10 @@ _hooks: ContextVar[tuple[LinearHook, ...]] = ContextVar("linear_hooks", default=
 
 @contextmanager
 def linear_hook(hook: LinearHook) -> Iterator[None]:
-    """Makes a hook effective for what is traced inside; enter it in the function that is compiled.
+    """Applies a hook to everything that is traced inside; enter it in the function that is compiled.
 
-    Of several the one that was entered first is called first, and the others compute its `product`. A hook that
-    replaces the product, as int8 does, is therefore entered last, and one that adds to it, as LoRA does, before.
+    The hook entered first is called first, and the others compute its `product`. A hook that replaces the product
+    (int8) is therefore entered last, after a hook that adds to it (LoRA).
     """
     token = _hooks.set((*_hooks.get(), hook))
     try:
@@ -70,7 +70,7 @@ def contract(x: jax.Array, kernel: jax.Array, in_ndim: int = 1) -> jax.Array:
 
 
 def _kernel_init(in_ndim: int, std: float | None) -> Callable:
-    """Normal with the given deviation, or LeCun's over the first `in_ndim` dimensions."""
+    """Returns a normal initializer with the given deviation, or LeCun's over the first `in_ndim` dimensions."""
 
     def init(key, shape, dtype):
         scale = std if std is not None else 1.0 / math.sqrt(math.prod(shape[:in_ndim]))
@@ -80,14 +80,14 @@ def _kernel_init(in_ndim: int, std: float | None) -> Callable:
 
 
 class Linear(nn.Module):
-    """y = x W + b over the last dimensions of x; see `linear_hook` for what may change it.
+    """A linear map y = x W + b over the last dimensions of x; a `linear_hook` may change it.
 
     Attributes:
         features: sizes of the new last dimensions, for instance (num_heads, head_dim).
         names: logical names of the kernel's dimensions, inputs first.
-        in_ndim: how many last dimensions of x are contracted.
-        init_std: deviation of the kernel at the start; None is 1/sqrt(fan in).
-        kernel_init: the kernel's initializer, instead of a normal distribution.
+        in_ndim: number of last dimensions of x that are contracted.
+        init_std: standard deviation of the kernel's initial values; None means 1/sqrt(fan in).
+        kernel_init: initializer of the kernel, instead of a normal distribution.
     """
 
     features: tuple[int, ...]
@@ -132,11 +132,11 @@ class Embedding(nn.Module):
         self.embedding = self.param("embedding", init, (self.num_embeddings, self.features), jnp.float32)
 
     def __call__(self, ids):
-        """int[...] -> dtype[..., features]"""
+        """Looks up int[...] as dtype[..., features]."""
         return with_gathered(
             lambda ids, table: jnp.take(table, ids, axis=0), ids, self.embedding, self.names, self.dtype
         )
 
     def attend(self, x):
-        """dtype[..., features] -> dtype[..., num_embeddings]"""
+        """Maps dtype[..., features] to logits dtype[..., num_embeddings]."""
         return with_gathered(lambda x, t: x @ t.T, x.astype(self.dtype), self.embedding, self.names, self.dtype)

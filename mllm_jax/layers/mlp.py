@@ -22,12 +22,12 @@ ACTIVATIONS = {
 
 
 class MLP(nn.Module):
-    """Two linear maps with an activation between; `gated` multiplies it by a third (arXiv 2002.05202).
+    """Two linear maps with an activation between; `gated` multiplies it by a third map (arXiv 2002.05202).
 
     SwiGLU is `gated=True, activation="silu"`.
 
     Attributes:
-        norm_eps: None, or the epsilon of a LayerNorm before the last map (sub-LN, arXiv 2210.06423).
+        norm_eps: epsilon of a LayerNorm before the last map (sub-LN, arXiv 2210.06423), or None.
     """
 
     hidden_size: int
@@ -40,7 +40,7 @@ class MLP(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        """dtype[B, S, E] -> dtype[B, S, E]"""
+        """Maps dtype[B, S, E] to dtype[B, S, E]."""
         wide = dict(features=(self.hidden_size,), names=("embed", "mlp"), use_bias=self.use_bias, dtype=self.dtype)
         h = ACTIVATIONS[self.activation](Linear(**wide, name="gate" if self.gated else "up")(x))
         if self.gated:

@@ -8,7 +8,7 @@ from flax import linen as nn
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * scale over the last dimension (arXiv 1910.07467).
+    """The norm x / rms(x) * scale over the last dimension (arXiv 1910.07467).
 
     Attributes:
         axis: logical name of that dimension.
@@ -28,10 +28,10 @@ class RMSNorm(nn.Module):
 
 
 class LayerNorm(nn.Module):
-    """(x - mean) / std * scale + bias over the last dimension (arXiv 1607.06450).
+    """The norm (x - mean) / std * scale + bias over the last dimension (arXiv 1607.06450).
 
     Attributes:
-        affine: without it there is neither scale nor bias.
+        affine: whether there are a scale and a bias.
         axis: logical name of that dimension.
     """
 

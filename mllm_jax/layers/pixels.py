@@ -1,4 +1,4 @@
-"""Pixels as encoders read them."""
+"""Normalisation of pixels for encoders."""
 
 from __future__ import annotations
 

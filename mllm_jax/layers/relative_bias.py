@@ -1,4 +1,4 @@
-"""T5's relative position bias: a learned number a head for each bucket of distances (arXiv 1910.10683, section 2.1)."""
+"""T5's relative position bias: one learned number per head and bucket of distances (arXiv 1910.10683, section 2.1)."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from mllm_jax.errors import ConfigError
 
 
 def bucket_of_distance(num_buckets: int, max_distance: int) -> np.ndarray:
-    """int32[max_distance + 1]: the bucket of each distance; what lies further shares the last one's.
+    """Returns int32[max_distance + 1]: the bucket of each distance; larger distances share the last bucket.
 
-    The first half of the buckets hold one distance each, the others widen logarithmically up to `max_distance`. Counted
-    here in NumPy, once, so that the borders are the same on every platform: a last bit of a logarithm moves them.
+    The first half of the buckets hold one distance each; the others widen logarithmically up to `max_distance`. NumPy
+    computes them once, so that their borders are the same on every platform: the last bit of a logarithm moves them.
 
     Raises:
         ConfigError: numbers that leave no bucket for the logarithmic half.
@@ -29,7 +29,7 @@ def bucket_of_distance(num_buckets: int, max_distance: int) -> np.ndarray:
             "change the number of buckets or the distance",
         )
     distance = np.arange(max_distance + 1)
-    # float32 in each step, as in the reference: some borders fall on whole numbers.
+    # float32 in each step, as in the reference: some borders are whole numbers.
     ratio = np.log(np.maximum(distance, 1).astype(np.float32) / np.float32(exact)) / np.float32(
         math.log(max_distance / exact)
     )
@@ -38,10 +38,10 @@ def bucket_of_distance(num_buckets: int, max_distance: int) -> np.ndarray:
 
 
 class RelativeBias(nn.Module):
-    """What a layer's attention scores gain by the distance of key and query; T5 computes it once for all its layers.
+    """A bias of attention scores by the distance of key and query; T5 computes it once for all its layers.
 
     Attributes:
-        bidirectional: half of the buckets are for keys behind the query; otherwise these count as distance 0.
+        bidirectional: whether half of the buckets are for keys after the query; otherwise those count as distance 0.
     """
 
     num_heads: int
@@ -52,7 +52,7 @@ class RelativeBias(nn.Module):
 
     @nn.compact
     def __call__(self, q_positions: jax.Array, k_positions: jax.Array) -> jax.Array:
-        """int[B, S], int[B, T] -> float32[B, N, S, T]; only differences of positions count.
+        """Maps int[B, S], int[B, T] to float32[B, N, S, T]; only differences of positions matter.
 
         Raises:
             ConfigError: see `bucket_of_distance`.

@@ -1,4 +1,4 @@
-"""What a model's config asks of its own sizes and switches, refused in one form."""
+"""Checks of a model config's sizes and switches, with errors in one form."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ class Requirements:
     """The checks of a config's `__post_init__`.
 
     Args:
-        what: how to name the model in a message.
+        what: name of the model in messages.
         config: the dataclass whose fields are checked.
     """
 
@@ -25,12 +25,12 @@ class Requirements:
             raise ConfigError(f"{self._what}: {given}", expected, todo)
 
     def one_of(self, name: str, allowed: Iterable[Any]) -> None:
-        """Raises ConfigError: the field `name` is none of those allowed."""
+        """Raises ConfigError if the field `name` has none of the allowed values."""
         given, allowed = getattr(self._config, name), tuple(allowed)
         self(given in allowed, f"{name} {given!r}", f"one of {', '.join(map(str, allowed))}", f"change {name}")
 
     def kv_heads(self, heads: int, kv_heads: int) -> None:
-        """Raises ConfigError: heads that the key-value heads do not divide."""
+        """Raises ConfigError unless the key-value heads divide the heads."""
         self(
             heads > 0 and heads % kv_heads == 0,
             f"{heads} heads, {kv_heads} key-value heads",
@@ -39,7 +39,7 @@ class Requirements:
         )
 
     def heads(self, multiple: int = 1, why: str = "") -> None:
-        """Raises ConfigError: heads that do not divide hidden_size, or whose size is no multiple that `why` needs."""
+        """Raises ConfigError unless the heads divide hidden_size into sizes that are a multiple of `multiple`."""
         width, heads = self._config.hidden_size, self._config.num_heads
         self(
             width % (multiple * heads) == 0,

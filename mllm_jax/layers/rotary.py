@@ -1,6 +1,6 @@
 """Rotary position embedding (RoFormer, arXiv 2104.09864) and the ways to stretch it to longer texts.
 
-Every function is pure and can be traced; what depends on the configuration alone is computed in Python.
+Every function is pure and can be traced. Values that depend only on the configuration are computed in Python.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ KINDS = ("default", "linear", "dynamic", "llama3", "yarn")
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """How a decoder's rotary frequencies are stretched beyond the length that it was trained on.
+    """The stretching of a decoder's rotary frequencies beyond the length that it was trained on.
 
     Attributes:
-        kind: "default" leaves them; "linear" divides the positions (arXiv 2306.15595); "dynamic" raises theta with the
-            length of the text (NTK-aware); "llama3" divides the low frequencies only (arXiv 2407.21783); "yarn" does so
-            with a ramp and scales the attention (arXiv 2309.00071).
-        factor: how many times longer.
-        original_max_position_embeddings: the trained length; all kinds but "default" and "linear" need it.
+        kind: "default" changes nothing; "linear" divides the positions (arXiv 2306.15595); "dynamic" raises theta with
+            the length of the text (NTK-aware); "llama3" divides only the low frequencies (arXiv 2407.21783); "yarn"
+            does so with a ramp and scales the attention (arXiv 2309.00071).
+        factor: ratio of the new length to the trained length.
+        original_max_position_embeddings: the trained length; needed by all kinds but "default" and "linear".
         low_freq_factor, high_freq_factor: "llama3": wavelengths of length/low and more are divided, those of
-            length/high and less are not, between them lies a smooth passage.
+            length/high and less are not, with a smooth transition between them.
         beta_fast, beta_slow: "yarn": rotations over the trained length that bound the ramp.
-        truncate: "yarn": the ramp starts and ends at whole dimensions.
+        truncate: "yarn": whether the ramp starts and ends at whole dimensions.
         attention_factor: "yarn": factor of cosines and sines; None computes it from `factor`, and from mscale and
             mscale_all_dim where both are given.
     """
@@ -60,7 +60,7 @@ class RopeScaling:
 
     @property
     def amplitude(self) -> float:
-        """What cosines and sines are multiplied with; its square scales the attention scores."""
+        """Returns the factor of cosines and sines; its square scales the attention scores."""
         if self.kind != "yarn":
             return 1.0
         if self.attention_factor is not None:
@@ -76,14 +76,14 @@ class RopeScaling:
 def rotary_frequencies(
     dim: int, theta: float, scaling: RopeScaling = RopeScaling(), length: jax.Array | None = None
 ) -> jax.Array:
-    """Radians that each pair of dimensions turns from one position to the next.
+    """Returns the radians that each pair of dimensions turns from one position to the next.
 
     Args:
-        dim: rotated dimensions of a head; an odd number counts as one more.
-        length: int[...], tokens of the text, which "dynamic" depends on; other kinds do not read it.
+        dim: rotated dimensions of a head; an odd number is rounded up.
+        length: int[...], number of tokens of the text; only "dynamic" reads it.
 
     Returns:
-        float32[..., ceil(dim / 2)] with the dimensions of `length` in front for "dynamic", else none.
+        float32[..., ceil(dim / 2)], with the leading dimensions of `length` for "dynamic", else without.
     """
     exponents = jnp.arange(0, dim, 2, dtype=jnp.float32) / dim
     if scaling.kind == "dynamic":
@@ -94,7 +94,7 @@ def rotary_frequencies(
     if scaling.kind == "linear":
         return frequencies / scaling.factor
     if scaling.kind == "llama3":
-        # Rotations over the trained length: many keep their pace, few are slowed down.
+        # Rotations over the trained length: pairs with many keep their speed, pairs with few are slowed down.
         rotations = scaling.original_max_position_embeddings * frequencies / (2 * math.pi)
         low, high = scaling.low_freq_factor, scaling.high_freq_factor
         kept = jnp.clip((rotations - low) / (high - low), 0.0, 1.0)
@@ -107,7 +107,7 @@ def rotary_frequencies(
 
 
 def _yarn_ramp(dim: int, theta: float, scaling: RopeScaling) -> tuple[float, float]:
-    """The pairs of dimensions between which yarn's ramp rises from 0 to 1."""
+    """Returns the pairs of dimensions between which yarn's ramp rises from 0 to 1."""
 
     def pair_that_turns(rotations: float) -> float:
         trained = scaling.original_max_position_embeddings
@@ -128,24 +128,24 @@ def rotary_angles(
     length: jax.Array | None = None,
     parts: np.ndarray | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Cosines and sines, float32[..., ceil(dim / 2)], of int positions[...].
+    """Returns cosines and sines, float32[..., ceil(dim / 2)], of int positions[...].
 
     Args:
         dim, theta, scaling, length: see `rotary_frequencies`; `length` has the shape of `positions`.
-        parts: int[dim / 2], where positions[..., 3] have parts: which of them turns each pair of dimensions.
+        parts: int[dim / 2], for positions[..., 3]: the part of a position that turns each pair of dimensions.
     """
     frequencies = rotary_frequencies(dim, theta, scaling, length)
-    places = positions[..., None] if parts is None else positions[..., parts]
-    angles = places.astype(jnp.float32) * frequencies
+    turning = positions[..., None] if parts is None else positions[..., parts]
+    angles = turning.astype(jnp.float32) * frequencies
     return jnp.cos(angles) * scaling.amplitude, jnp.sin(angles) * scaling.amplitude
 
 
 def mrope_parts(sections: Sequence[int], interleaved: bool = False) -> np.ndarray:
-    """int[pairs]: whether time (0), height (1) or width (2) turns each pair of dimensions (M-RoPE, arXiv 2409.12191).
+    """Returns int[pairs]: whether time (0), height (1) or width (2) turns each pair (M-RoPE, arXiv 2409.12191).
 
     Args:
-        sections: pairs that each of the three turns, one after the other.
-        interleaved: time, height, width, time, ... instead; where height and width have had theirs, time goes on.
+        sections: number of pairs that each of the three turns, in this order.
+        interleaved: whether the order is time, height, width, time, ...; time gets the pairs that are left.
     """
     if not interleaved:
         return np.repeat(np.arange(3), sections)
@@ -156,7 +156,7 @@ def mrope_parts(sections: Sequence[int], interleaved: bool = False) -> np.ndarra
 
 
 def grid_angles(places: jax.Array, dim: int, theta: float) -> tuple[jax.Array, jax.Array]:
-    """Cosines and sines, float32[..., dim / 2], of places[..., 2] on a grid: those of the row, then of the column.
+    """Returns cosines and sines, float32[..., dim / 2], of places[..., 2] on a grid: of the row, then of the column.
 
     Each turns half of the head's `dim` dimensions, a multiple of four (EVA-02, arXiv 2303.11331, section 2).
     """
@@ -167,11 +167,11 @@ def grid_angles(places: jax.Array, dim: int, theta: float) -> tuple[jax.Array, j
 
 
 def apply_rotary(x: jax.Array, angles: tuple[jax.Array, jax.Array], interleaved: bool = False) -> jax.Array:
-    """Rotates x[B, S, N, H] by the angles [B, S, R/2] of its positions; dimensions from R on stay as they are.
+    """Rotates x[B, S, N, H] by the angles [B, S, R/2] of its positions; dimensions from R on are unchanged.
 
     Args:
-        interleaved: dimensions 2i and 2i+1 turn together (RoFormer, GLM), instead of i and i + R/2 (LLaMA's weights on
-            the hub).
+        interleaved: whether dimensions 2i and 2i+1 turn together (RoFormer, GLM), instead of i and i + R/2 (LLaMA's
+            weights on the hub).
     """
     cos, sin = (a[:, :, None, :].astype(x.dtype) for a in angles)
     turned, kept = x[..., : 2 * cos.shape[-1]], x[..., 2 * cos.shape[-1] :]

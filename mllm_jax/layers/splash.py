@@ -14,7 +14,7 @@ BLOCK = 512
 
 
 def splash_supports(q: jax.Array, k: jax.Array, mask: str, window) -> bool:
-    """Whether the kernel can do it: a window that is known while compiling, and self-attention where order counts."""
+    """Returns whether the kernel applies: a static window, and self-attention if the mask depends on order."""
     static = window is None or isinstance(window, int)
     return static and (mask == "full" or q.shape[1] == k.shape[1])
 
@@ -33,13 +33,13 @@ def splash_attention(
     rules=RULES,
     interpret: bool = False,
 ) -> jax.Array:
-    """`attention` for what `splash_supports`; a query that may see nothing gets the mean of some values.
+    """Computes `attention` for what `splash_supports`; a query that sees no key gets the mean of some values.
 
-    Rows and heads are split over the mesh by the rules; a row's places stay together.
+    Rows and heads are split over the mesh by the rules; the positions of a row stay together.
 
     Args:
-        q: [B, S, N, H].  k, v: [B, T, K, H].  The others: see `mllm_jax.layers.attention.attention`.
-        interpret: runs the kernel step by step anywhere, for tests.
+        q: [B, S, N, H].  k, v: [B, T, K, H].  For the others see `mllm_jax.layers.attention.attention`.
+        interpret: whether to interpret the kernel on any platform, for tests.
     """
     queries, keys = q.shape[1], k.shape[1]
     q = q * (q.shape[-1] ** -0.5 if scale is None else scale)
@@ -67,7 +67,7 @@ def splash_attention(
         names = ("batch", None, "heads", None)
         spec = partition_spec(names, q.shape, mesh, rules)
         kv_spec = partition_spec(("batch", None, "kv_heads", None), k.shape, mesh, rules)
-        if kv_spec != spec:  # the axes divide the heads and not the keys' heads: each head gets keys of its own
+        if kv_spec != spec:  # the axes divide the heads but not the key heads: each head gets its own keys
             k, v = (jnp.repeat(x, q.shape[2] // x.shape[2], axis=2) for x in (k, v))
         rows = PartitionSpec(spec[0], None)
         local = jax.shard_map(
@@ -77,19 +77,19 @@ def splash_attention(
 
 
 def _padded(length: int) -> int:
-    """Whole lanes, and whole blocks where there is more than one."""
+    """Rounds a length up to whole lanes, and to whole blocks if there is more than one."""
     unit = LANES if length <= BLOCK + LANES else BLOCK
     return -(-length // unit) * unit
 
 
 def filled(x: jax.Array, length: int, value: int = 0) -> jax.Array:
-    """[B, S, ...] with S raised to length."""
+    """Pads [B, S, ...] to S = length."""
     return jnp.pad(x, [(0, 0), (0, length - x.shape[1])] + [(0, 0)] * (x.ndim - 2), constant_values=value)
 
 
 def _kernel(heads: int, queries: int, keys: int, mask: str, window: int | None, interpret: bool):
-    """The kernel [N, S, H], [K, T, H], [K, T, H] -> [N, S, H] of one row."""
-    # Pallas takes a second to import and is needed where a program is compiled for a TPU only.
+    """Returns the kernel [N, S, H], [K, T, H], [K, T, H] -> [N, S, H] of one row."""
+    # Pallas takes a second to import, and only programs for a TPU need it.
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 

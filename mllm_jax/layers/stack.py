@@ -11,8 +11,8 @@ from jax.ad_checkpoint import checkpoint_name
 from mllm_jax.sharding.fsdp import GATHERED, fully_sharded
 
 LAYER_INPUT = "layer_input"
-# What the backward pass finds stored; the rest is computed again. "none" stores everything but gathered matrices,
-# "full" what enters each layer, "offload" the same in the host's memory.
+# The values stored for the backward pass; the rest is recomputed. "none" stores everything but gathered matrices,
+# "full" the input of each layer, "offload" the same in the host's memory.
 REMAT_POLICIES = {
     "none": jax.checkpoint_policies.save_anything_except_these_names(GATHERED),
     "full": jax.checkpoint_policies.nothing_saveable,
@@ -27,7 +27,7 @@ REMAT_POLICIES = {
 
 
 def scan_layers(block: type[nn.Module], *, num_layers: int, remat: str = "none", unroll: int = 1, num_broadcast: int):
-    """The block class, repeated: parameters gain a leading `layers` axis.
+    """Returns the block class, repeated: parameters gain a leading `layers` axis.
 
     The block is called `block(x, layer_input, *broadcast) -> (x, layer_output)`; `layer_input` and `layer_output` are
     stacked over layers (pass None where there is none).
@@ -35,7 +35,7 @@ def scan_layers(block: type[nn.Module], *, num_layers: int, remat: str = "none",
     Args:
         remat: a key of REMAT_POLICIES.
         unroll: layers per turn of the loop; more is faster on a CPU and slower to compile.
-        num_broadcast: how many further arguments every layer receives alike.
+        num_broadcast: number of further arguments, the same for every layer.
 
     Raises:
         KeyError: an unknown policy.
@@ -57,13 +57,13 @@ def scan_layers(block: type[nn.Module], *, num_layers: int, remat: str = "none",
 
 
 def layers_of(config: Any, block: type[nn.Module], num_broadcast: int):
-    """`scan_layers` of as many blocks as a config has layers, by its `remat` and `scan_unroll`."""
+    """Applies `scan_layers` to a block with a config's number of layers, `remat` and `scan_unroll`."""
     how = dict(num_layers=config.num_layers, remat=config.remat, unroll=config.scan_unroll)
     return scan_layers(block, **how, num_broadcast=num_broadcast)
 
 
 def _named_input(block: type[nn.Module]) -> type[nn.Module]:
-    """The block, with a name that policies know for what enters it."""
+    """Returns the block with its input named, so that policies can refer to it."""
 
     class Block(block):
         def __call__(self, x, *others):

@@ -1,1 +1,1 @@
-"""Ahead-of-time compilation for TPU slices, and the report of what a step costs there."""
+"""Ahead-of-time compilation for TPU slices, and a report of a step's cost there."""

@@ -1,6 +1,6 @@
-"""What shapes alone say of a stage, before anything is compiled: its memory, its FLOPs, and what it does on GPUs.
+"""Estimates from shapes, before anything is compiled: a stage's memory and FLOPs, and its cost on GPUs.
 
-No GPU compiler runs without a GPU, so all of the last is a lower bound.
+No GPU compiler runs without a GPU, so the cost on GPUs is a lower bound.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from mllm_jax.training.config import Experiment
 from mllm_jax.training.flops import PartFlops
 from mllm_jax.training.stage import StageProgram
 
-# Norms and biases stay whole everywhere, and are no more than this share of a model.
+# Norms and biases are never split; they are at most this share of a model.
 SMALL = 0.02
 
 
 def device_bytes(tree) -> int:
-    """What one device holds of a tree of ShapeDtypeStructs with shardings."""
+    """Returns the bytes that one device holds of a tree of ShapeDtypeStructs with shardings."""
 
     def one(leaf):
         return int(np.prod(leaf.sharding.shard_shape(leaf.shape), dtype=np.int64)) * leaf.dtype.itemsize
@@ -36,7 +36,7 @@ def device_bytes(tree) -> int:
 
 
 def whole_bytes(program: StageProgram) -> int:
-    """Bytes of parameters and optimizer that `fsdp` leaves whole on every device; 0 without that axis.
+    """Returns the bytes of parameters and optimizer that `fsdp` leaves whole on every device; 0 without that axis.
 
     A size that the axis does not divide is not split: InternViT-6B's 3,200 by 256 devices, for instance.
     """
@@ -47,14 +47,14 @@ def whole_bytes(program: StageProgram) -> int:
 
 
 def dividing_fsdp(experiment: Experiment, index: int, mesh: MeshConfig) -> int:
-    """The largest half, quarter, ... of the mesh's fsdp that splits nearly all of a stage's parameters.
+    """Returns the largest half, quarter, ... of the mesh's fsdp that splits nearly all of a stage's parameters.
 
-    It is the whole of fsdp too where none does better.
+    Returns the whole fsdp if none does better.
     """
     fsdp = mesh.fsdp
     while fsdp > 1:
         program = _on(experiment, index, MeshConfig(mesh.data, fsdp, mesh.context, mesh.tensor))
-        # Split, the same bytes are 1/fsdp on each device.
+        # If split, each device would hold 1/fsdp of these bytes.
         whole = whole_bytes(program)
         state = device_bytes(_state(program))
         if whole <= SMALL * (whole + (state - whole) * fsdp):
@@ -66,13 +66,13 @@ def dividing_fsdp(experiment: Experiment, index: int, mesh: MeshConfig) -> int:
 
 
 def least_bytes(experiment: Experiment, index: int) -> int:
-    """What a device needs at least: parameters and optimizer, and what the LLM's layers keep of one piece.
+    """Returns the bytes that a device needs at least: parameters, optimizer, and what the LLM's layers keep of a piece.
 
-    Every policy of rematerialisation but `offload` keeps what enters a layer, "dots" and "none" the MLP's first
-    products as well.
+    Every rematerialisation policy but `offload` keeps the input of each layer; "dots" and "none" also keep the MLP's
+    first products.
 
     Args:
-        experiment: with every size of its mesh given.
+        experiment: an experiment with every size of its mesh given.
     """
     program = _on(experiment, index, experiment.mesh)
     state = device_bytes(_state(program))
@@ -80,11 +80,11 @@ def least_bytes(experiment: Experiment, index: int) -> int:
     if llm is None or llm.remat == "offload":
         return state
     rows = max(1, stage.data.rows // stage.accumulate // (sizes["data"] * sizes["fsdp"]))
-    places = rows * stage.data.length // sizes["context"]
+    positions = rows * stage.data.length // sizes["context"]
     width = llm.hidden_size
     if llm.remat != "full":
         width += (1 + getattr(llm, "gated", False)) * getattr(llm, "mlp_size", 0) // sizes["tensor"]
-    return state + places * llm.num_layers * width * jnp.dtype(llm.dtype).itemsize
+    return state + positions * llm.num_layers * width * jnp.dtype(llm.dtype).itemsize
 
 
 def _on(experiment: Experiment, index: int, mesh: MeshConfig) -> StageProgram:
@@ -100,34 +100,34 @@ def _split(spec) -> bool:
     return any("fsdp" in axes_of(entry) for entry in spec)
 
 
-_ORDER = ("encoder", "projector", "", "llm")  # kinds of parts as data goes through; others stand in the gap
+_ORDER = ("encoder", "projector", "", "llm")  # kinds of parts in the order of the data; "" is any other kind
 
 
 def remat_of(config) -> str:
-    """The policy of the LLM, or of the first part that has one; "none" where there is none."""
+    """Returns the policy of the LLM, or of the first part that has one; "none" if there is none."""
     parts = [*filter(None, [config.llm]), *config.parts.values()]
     return next((part.remat for part in parts if "remat" in {f.name for f in dataclasses.fields(part)}), "none")
 
 
 def model_flops(program: StageProgram) -> dict[str, PartFlops]:
-    """FLOPs of a step over all devices, by part: without recomputation, with all of the attention's products.
+    """Returns the FLOPs of a step over all devices, by part: without recomputation, with all attention products.
 
-    A frozen part counts for what it does: its forward pass, and a backward pass where something trained stands before.
+    A frozen part counts for what it computes: its forward pass, and a backward pass if a trained part comes before it.
     """
     parts = {part: part.partition("_")[0] for part in {*program.state.params, *program.frozen}}
     order = {part: (_ORDER.index(kind) if kind in _ORDER else 2, part) for part, kind in parts.items()}
     return program.flops_by_part(sorted(order, key=order.__getitem__))
 
 
-COMPUTE_BYTES = 2  # parameters and gradients move in bf16
+COMPUTE_BYTES = 2  # parameters and gradients are communicated in bf16
 
 
 def analytic_account(parts: Mapping[str, PartFlops], remat: str, program: StageProgram, topology: Topology) -> Account:
-    """FLOPs with what remat computes again, the state's way through HBM, and the collectives of data and fsdp.
+    """Returns the FLOPs with remat's recomputation, the state's HBM traffic, and the collectives of data and fsdp.
 
     Args:
         parts: model FLOPs over all devices.
-        remat: "full" computes the forward pass of what has a backward pass twice.
+        remat: "full" computes each forward pass that has a backward pass twice.
     """
     again = sum(part.forward for part in parts.values() if part.backward) if remat == "full" else 0
     flops = (sum(part.total for part in parts.values()) + again) / topology.devices
@@ -154,7 +154,7 @@ def _collectives(trained, frozen, passes, sizes, topology: Topology) -> list[Col
         group = sizes[axis]
         if group == 1 or not size:
             continue
-        # Axes are laid out with `data` outermost, so that fsdp fills nodes first.
+        # `data` is the outermost axis, so that fsdp fills nodes first.
         inner = sizes["fsdp"] * sizes["context"] * sizes["tensor"]
         in_node = topology.chips_a_slice // (sizes["context"] * sizes["tensor"] if axis == "fsdp" else inner)
         nodes = max(1, group // max(1, in_node))

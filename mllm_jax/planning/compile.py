@@ -29,11 +29,11 @@ class OutOfMemory(PlanError):
     """A step that does not fit into the chips' HBM.
 
     Attributes:
-        needed, available: bytes a device, as the compiler gives them; None where it does not say.
+        needed, available: bytes a device, as the compiler reports them; None if it does not.
     """
 
     def __init__(self, message: str, what: str):
-        super().__init__(message.strip(), f"{what} within the HBM of a chip", "see what the plan proposes")
+        super().__init__(message.strip(), f"{what} within the HBM of a chip", "follow the advice of the plan")
         needed = re.search(r"(?:Used |\()([\d.]+)([KMGT]?)(?:i?B)?\)? (?:of|exceeds)", message)
         available = re.search(r"(?:of|available HBM \()\s*([\d.]+)([KMGT]?)(?:\)| hbm)", message)
         self.needed, self.available = (_bytes(found) for found in (needed, available))
@@ -45,12 +45,12 @@ def _bytes(found: re.Match | None) -> float | None:
 
 @dataclass(frozen=True)
 class CompiledStep:
-    """What the compiler made of a step; bytes are those of one device.
+    """A compiled step; bytes are those of one device.
 
     Attributes:
-        peak: the most that is held at any instant: arguments, results and temporaries.
-        temporaries: the most that temporaries take.
-        lower_seconds, compile_seconds: tracing, and compiling.
+        peak: largest memory use at any time: arguments, results and temporaries.
+        temporaries: largest memory use of temporaries.
+        lower_seconds, compile_seconds: time of tracing and of compiling.
     """
 
     account: Account
@@ -63,7 +63,7 @@ class CompiledStep:
 
 
 def topology_devices(topology: Topology) -> list:
-    """The devices of a slice as the TPU compiler knows them.
+    """Returns the devices of a slice as the TPU compiler represents them.
 
     Raises:
         PlanError: no libtpu, or one that does not know the slice.
@@ -91,21 +91,21 @@ def topology_devices(topology: Topology) -> list:
 
 
 def topology_mesh(config: MeshConfig, topology: Topology) -> Mesh:
-    """The mesh that training makes on such a slice; `data` is what goes over several slices.
+    """Returns the mesh that training makes on such a slice; `data` is the axis that spans several slices.
 
     Raises:
-        ConfigError: sizes that do not multiply to the devices, or a data axis that the slices do not divide.
+        ConfigError: sizes whose product is not the number of devices, or a data axis that the slices do not divide.
     """
     return make_mesh(config, topology_devices(topology))
 
 
 def abstract_step(experiment: Experiment, index: int, mesh: Mesh) -> StageProgram:
-    """The program that `training.loop` runs for a stage, from the config alone."""
+    """Returns the program that `training.loop` runs for a stage, from the config alone."""
     return build_stage(experiment, index, mesh, stage_spec(experiment, experiment.stages[index]))
 
 
 def compile_step(program: StageProgram, topology: Topology) -> CompiledStep:
-    """Compiles a step for a TPU slice. Raises OutOfMemory: it does not fit."""
+    """Compiles a step for a TPU slice. Raises OutOfMemory if it does not fit."""
     began = time.monotonic()
     lowered = program.step.lower(program.state, program.frozen, program.batch)
     lowered_at = time.monotonic()
@@ -132,7 +132,7 @@ def compile_step(program: StageProgram, topology: Topology) -> CompiledStep:
 
 
 def _text(compiled) -> str:
-    """The compiled module; where Pallas kernels are called, with the tables of their masks, which are left out else."""
+    """Returns the compiled module's text, with the tables of the masks of Pallas kernels, if there are any."""
     text = compiled.as_text()
     if "tpu_custom_call" not in text or "{...}" not in text:
         return text
@@ -144,7 +144,7 @@ def _text(compiled) -> str:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Hides what libtpu's C++ writes to stderr about not standing in a TPU machine; errors come as exceptions."""
+    """Hides what libtpu's C++ writes to stderr about the missing TPU machine; errors come as exceptions."""
     sys.stderr.flush()
     try:
         kept = os.dup(2)

@@ -1,6 +1,6 @@
-"""What a compiled step costs: FLOPs, bytes through HBM and bytes on the wire, counted in its HLO with trip counts.
+"""The cost of a compiled step: FLOPs, HBM traffic and communication, counted in its HLO with trip counts.
 
-`compiled.cost_analysis()` counts the body of a loop once and no Pallas kernel, hence this.
+`compiled.cost_analysis()` counts the body of a loop once and does not count Pallas kernels.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ COLLECTIVES = (
     "collective-permute",
     "collective-broadcast",
 )
-# How a TPU runs a reduce-scatter: an all-reduce and the slice that a chip keeps, as one fusion.
+# A TPU runs a reduce-scatter as one fusion: an all-reduce and the slice that a chip keeps.
 FUSED_SCATTER = "all-reduce-scatter"
 _GROUPS = re.compile(
     r"replica_groups=(\{\{.*?\}\}|\{\}|\[[\d,]+\]<=\[[\d,]+\](?:T\([\d,]+\))?|mesh\[[^\]]*\][^{]*\{[^}]*\})"
 )
-# Instructions that move nothing by themselves.
+# Instructions without traffic of their own.
 _FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "iota"}
 _FREE |= {"partition-id", "replica-id", "after-all", "add-dependency", "optimization-barrier", "async-update"}
 _FREE |= {f"{kind}-done" for kind in (*COLLECTIVES, "copy", "slice", "async", "call", "send", "recv")}
-_FREE |= {"async-start", "call-start"}  # what they run is counted where it stands
+_FREE |= {"async-start", "call-start"}  # their computations are counted where they are defined
 
 
 @dataclass(frozen=True)
@@ -41,11 +41,11 @@ class Collective:
     """One collective of the program.
 
     Attributes:
-        times: how often a step runs it.
-        group: chips that take part together; `slices` of them in different slices (1: all over ICI).
-        bytes: of its operands on one chip, once.
-        members: partitions of one of its groups.
-        ici_bytes, dcn_bytes: what one chip sends in a step, all times together, by the cost of a ring: over ICI, and
+        times: number of runs in a step.
+        group: number of chips in a group, which spans `slices` slices (1: all over ICI).
+        bytes: size of its operands on one chip, for one run.
+        members: partitions in one of its groups.
+        ici_bytes, dcn_bytes: bytes that one chip sends in a step over all runs, by the cost of a ring: over ICI, and
             over the network between slices.
     """
 
@@ -66,15 +66,15 @@ class Collective:
 
 @dataclass
 class Account:
-    """What one chip does in a step.
+    """The cost of a step on one chip.
 
     Attributes:
-        dot_flops: of matrix products and convolutions.
-        kernel_flops: of Pallas kernels, by formula, without the blocks that their masks skip.
-        dense_flops: of both, with those blocks.
-        hbm_bytes: read from and written to HBM, as the scheduled program has it.
+        dot_flops: FLOPs of matrix products and convolutions.
+        kernel_flops: FLOPs of Pallas kernels, by formula, without the blocks that their masks skip.
+        dense_flops: FLOPs of both, with those blocks.
+        hbm_bytes: bytes read from and written to HBM by the scheduled program.
         kernels: (name, times, FLOPs of one run) of each Pallas kernel.
-        unknown: what could not be counted, for a person to see: loops without a constant trip count (counted once) and
+        unknown: descriptions of what could not be counted: loops without a constant trip count (counted once) and
             kernels without a formula (counted as 0).
     """
 
@@ -99,18 +99,18 @@ class Account:
         return sum(c.dcn_bytes for c in self.collectives)
 
     def wire_bytes(self, *kinds: str) -> float:
-        """Bytes that a chip sends in a step, in these kinds of collectives or in all."""
+        """Returns the bytes that a chip sends in a step, in these kinds of collectives or in all."""
         return sum(c.wire_bytes for c in self.collectives if not kinds or c.kind in kinds)
 
     def wire_bytes_unfused(self) -> float:
-        """The same with each fused all-reduce-scatter at the cost of the all-reduce that stands in its text.
+        """Returns the same with each fused all-reduce-scatter at the cost of the all-reduce in its text.
 
-        An upper bound; figures of other tools that read the text plainly are of this kind.
+        It is an upper bound. Other tools, which read the text literally, report such figures.
         """
         return self.wire_bytes() + self.wire_bytes(FUSED_SCATTER)
 
     def by_kind(self) -> dict[tuple[str, str], tuple[int, float]]:
-        """(kind, "ICI" or "DCN") -> (runs a step, bytes a chip sends a step), largest first."""
+        """Returns (kind, "ICI" or "DCN") -> (runs a step, bytes a chip sends a step), largest first."""
         table: dict[tuple[str, str], tuple[int, float]] = {}
         for c in self.collectives:
             for link, sent in (("ICI", c.ici_bytes), ("DCN", c.dcn_bytes)):
@@ -124,10 +124,10 @@ def account(text: str, slice_of: Sequence[int] | None = None) -> Account:
     """Counts a compiled module, as `compiled.as_text()` prints it.
 
     Args:
-        slice_of: the slice of each partition, in the order of the mesh's devices; None: one slice.
+        slice_of: slice of each partition, in the order of the mesh's devices; None: one slice.
 
     Raises:
-        PlanError: text that cannot be read.
+        PlanError: text that cannot be parsed.
     """
     module = Module(text)
     slices = np.zeros(module.devices, int) if slice_of is None else np.asarray(slice_of)
@@ -140,7 +140,7 @@ class _Walk:
 
     def computation(self, computation: Computation, times: int) -> Account:
         total = Account()
-        counted: set[tuple] = set()  # asynchronous collectives, whose parts stand in several fusions
+        counted: set[tuple] = set()  # asynchronous collectives, whose parts are in several fusions
         for instruction in computation:
             total.hbm_bytes += times * self.traffic(computation, instruction)
             self.instruction(computation, instruction, times, total, counted)
@@ -186,7 +186,7 @@ class _Walk:
         total.dense_flops += flops
 
     def fusion(self, inner: Computation, times: int, total: Account, counted: set) -> None:
-        """What stands in a fusion: no traffic of its own, and of an asynchronous collective only its start."""
+        """Counts the body of a fusion: no traffic of its own, and only the start of an asynchronous collective."""
         starts = any('custom_call_target="AsyncCollectiveStart"' in i.attributes for i in inner)
         scatter = inner.root.opcode == "dynamic-slice" or inner.name.startswith(FUSED_SCATTER)
         for instruction in inner:
@@ -195,8 +195,8 @@ class _Walk:
                 self.instruction(inner, instruction, times, total, counted)
                 continue
             if starts or "chain_id=" in instruction.attributes or "async_collective_fusion" in instruction.attributes:
-                # One collective in three fusions: its start, what it overlaps with, its end. Channel and chain are one,
-                # but permutes may share a channel, so their pairs count as well.
+                # One collective is in three fusions: its start, what it overlaps with, and its end. They share channel
+                # and chain, but permutes may share a channel too, so their pairs are part of the key.
                 part = [instruction.attribute(name) for name in ("channel_id", "chain_id", "source_target_pairs")]
                 key = (kind, *part, instruction.shapes)
                 if key in counted and not starts:
@@ -209,7 +209,7 @@ class _Walk:
             total.collectives.append(self.collective(inner, instruction, kind, times))
 
     def is_first(self, inner: Computation, instruction: Instruction) -> bool:
-        """Whether no other fusion starts this asynchronous collective, so that here is where to count it."""
+        """Returns whether no other fusion starts this asynchronous collective, so that it is counted here."""
         channel = instruction.attribute("channel_id")
         for other in self.module.computations.values():
             if other is inner or not any("AsyncCollectiveStart" in i.attributes for i in other):
@@ -238,7 +238,7 @@ class _Walk:
         return Collective(kind, times, group, slices, size, times * ici, times * dcn, instruction.name, members)
 
     def transfer(self, computation, instruction: Instruction, times: int, total: Account) -> None:
-        """What goes between slices: the compiler leaves it to the hosts, as a send and a recv of which one counts."""
+        """Counts transfers between slices: the compiler emits them as a send and a recv on the hosts; one counts."""
         kind = re.search(r'_xla_megascale_transfer_type="(\w+)"', instruction.attributes)
         if kind is None:
             return
@@ -250,7 +250,7 @@ class _Walk:
         total.collectives.append(Collective(name, times, slices, slices, size, 0, times * sent, instruction.name))
 
     def traffic(self, computation: Computation, instruction: Instruction) -> float:
-        """Bytes between HBM and the chip's own memory that one run of an instruction causes."""
+        """Returns the bytes that one run of an instruction moves between HBM and the chip's own memory."""
         opcode = instruction.opcode
         if opcode in _FREE:
             return 0
@@ -280,23 +280,23 @@ class _Walk:
         )
 
     def read(self, inner: Computation, name: str) -> int:
-        """Bytes that a fusion reads of one of its values: where it only takes slices of it, those."""
+        """Returns the bytes that a fusion reads of one of its values: only the slices if it takes slices."""
         total, whole = 0, inner.instructions[name].shape.bytes
         for user in inner.users[name]:
             if user.opcode == "bitcast":
                 total += self.read(inner, user.name)
             elif user.opcode == "fusion":
                 nested = self.module.computations[user.called["calls"]]
-                places = [place for place, operand in enumerate(user.operands) if operand == name]
-                total += sum(self.read(nested, nested.parameters[place].name) for place in places)
+                indices = [index for index, operand in enumerate(user.operands) if operand == name]
+                total += sum(self.read(nested, nested.parameters[index].name) for index in indices)
             elif user.opcode == "dynamic-slice" and user.operands[0] == name:
                 total += user.shape.bytes
-            elif user.opcode != "dynamic-update-slice" or user.operands[0] != name:  # that one writes in place
+            elif user.opcode != "dynamic-update-slice" or user.operands[0] != name:  # an update writes in place
                 return whole
         return min(total, whole)
 
     def written(self, inner: Computation, output: Instruction) -> int:
-        """Bytes that a fusion writes of one of its results: where it updates a slice in place, those."""
+        """Returns the bytes that a fusion writes of one of its results: only the slice if it updates one in place."""
         while output.opcode in ("bitcast", "copy", "convert") and output.operands:
             output = inner.instructions[output.operands[0]]
         if output.opcode == "fusion":
@@ -322,14 +322,14 @@ def _collective(opcode: str) -> str | None:
 
 
 def ring_bytes(kind: str, size: int, group: int, slices: int = 1) -> tuple[float, float]:
-    """What one chip sends in a collective: (over ICI, over DCN).
+    """Returns the bytes that one chip sends in a collective: (over ICI, over DCN).
 
     On a ring of n chips an all-gather of a shard of b bytes sends (n-1) b, a reduce-scatter of b bytes (n-1)/n b, an
-    all-reduce twice that. A group that spans k slices of m chips each goes in two steps: inside the slices over ICI,
-    and over DCN between the chips of one place, which then hold 1/m of it.
+    all-reduce twice that. A group that spans k slices of m chips each runs in two steps: inside the slices over ICI,
+    then over DCN between corresponding chips, which hold 1/m of it each.
 
     Args:
-        size: bytes of one chip's operands.
+        size: size of one chip's operands in bytes.
     """
     if group <= 1:
         return 0.0, 0.0
@@ -345,28 +345,28 @@ def ring_bytes(kind: str, size: int, group: int, slices: int = 1) -> tuple[float
 
 
 def dot_flops(computation: Computation, instruction: Instruction) -> int:
-    """Multiply-adds, as two operations, of an HLO dot."""
+    """Returns the FLOPs of an HLO dot; a multiply-add is two."""
     left = computation.instructions[instruction.operands[0]].shape
     contracted = re.findall(r"\d+", instruction.attribute("lhs_contracting_dims") or "")
     return 2 * instruction.shape.size * math.prod(left.dims[int(axis)] for axis in contracted)
 
 
 def convolution_flops(computation: Computation, instruction: Instruction) -> int:
-    """Multiply-adds, as two operations, of an HLO convolution, without those with padding or the holes of dilation.
+    """Returns the FLOPs of an HLO convolution, without products with padding or the holes of dilation.
 
-    A TPU's matrix products are convolutions; their batch dimensions are spatial ones, dilated so that each window meets
-    one element. Counting whole windows there would count a product for each pair of batch entries.
+    A TPU's matrix products are convolutions. Their batch dimensions are spatial dimensions, dilated so that each window
+    meets one element. Counting whole windows would count a product for each pair of batch entries.
     """
     left, kernel = (computation.instructions[name].shape for name in instruction.operands[:2])
     labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", instruction.attributes)
     lhs, rhs, out = labels[1], labels[2], labels[3]
     window = dict(re.findall(r"(\w+)=([\w\-]+)", (instruction.attribute("window") or "{}").strip("{}")))
     spatial = sorted(c for c in lhs if c.isdigit())
-    places = 1
+    pairs = 1
     for number, axis in enumerate(spatial):
         pick = lambda name, default, n=number: window[name].split("x")[n] if name in window else default  # noqa: E731
         low, _ = (int(p) for p in pick("pad", "0_0").split("_"))
-        places *= _valid_places(
+        pairs *= _valid_pairs(
             inputs=left.dims[lhs.index(axis)],
             outputs=instruction.shape.dims[out.index(axis)],
             size=int(pick("size", "1")),
@@ -376,11 +376,11 @@ def convolution_flops(computation: Computation, instruction: Instruction) -> int
             window_dilation=int(pick("rhs_dilate", "1")),
         )
     batch = left.dims[lhs.index("b")] // int(instruction.attribute("batch_group_count") or 1)
-    return 2 * places * batch * kernel.dims[rhs.index("i")] * kernel.dims[rhs.index("o")]
+    return 2 * pairs * batch * kernel.dims[rhs.index("i")] * kernel.dims[rhs.index("o")]
 
 
-def _valid_places(inputs, outputs, size, stride, low, input_dilation, window_dilation) -> int:
-    """Pairs of an output place and a window place that meet a real input element, along one axis."""
+def _valid_pairs(inputs, outputs, size, stride, low, input_dilation, window_dilation) -> int:
+    """Returns the number of (output, window) position pairs that meet a real input element, along one axis."""
     if size == 1 and low == 0 and input_dilation == 1:
         return outputs
     starts = np.arange(outputs) * stride - low

@@ -1,4 +1,4 @@
-"""The text of a compiled HLO module as data: computations, instructions, shapes, and the trip counts of its loops."""
+"""A parser of compiled HLO modules: computations, instructions, shapes, and trip counts of loops."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ _BITS = {"pred": 8, "token": 0, "opaque": 0, "bf16": 16}
 _SHAPE = re.compile(r"([a-z]+[0-9]*[a-z0-9]*)\[([0-9,<=\s]*)\](?:\{([^{}]*)\})?")
 _INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = ")
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) (?:\(.*\) -> .*)?\{$")
-# A computation that another thread than the main one runs, a SparseCore's, names it where it ends.
+# A computation that runs on another thread, such as a SparseCore's, ends with the thread's name.
 _END = re.compile(r"^\}(, execution_thread=\"[\w.\-]+\")?$")
 _CALLED = re.compile(r"\b(calls|body|condition|to_apply|true_computation|false_computation)=%?([\w.\-]+)")
-# What passes a value on as it is, and what does so with a tuple.
+# Instructions that pass a value on unchanged, and those that do so with a tuple.
 _PASSED_ON = ("copy", "bitcast", "convert", "copy-start", "copy-done", "reshape", "optimization-barrier")
 _PASSED_ON_WHOLE = ("copy", "optimization-barrier")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
@@ -27,7 +27,7 @@ _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 
 @dataclass(frozen=True)
 class Shape:
-    """One array: its element type, its dimensions, and whether it lies in HBM (memory space 0 of a TPU)."""
+    """The shape of one array: its element type, its dimensions, and whether it is in HBM (a TPU's memory space 0)."""
 
     dtype: str
     dims: tuple[int, ...]
@@ -56,10 +56,10 @@ class Instruction:
     """One line of a computation.
 
     Attributes:
-        shapes: of its result; several for a tuple.
-        arguments: the text between its parentheses: a constant's value, or
-        operands: the names in it.
-        attributes: what stands behind the parentheses.
+        shapes: shapes of its result; several for a tuple.
+        arguments: text between its parentheses: a constant's value, or the operands.
+        operands: names in `arguments`.
+        attributes: text after the parentheses.
     """
 
     name: str
@@ -76,12 +76,12 @@ class Instruction:
         return self.shapes[0]
 
     def attribute(self, name: str) -> str | None:
-        """The value of `name=value` where the value is a word, a number or {...}."""
+        """Returns the value of `name=value` if it is a word, a number or {...}."""
         found = re.search(rf"\b{name}=(\{{(?:[^{{}}]|\{{[^{{}}]*\}})*\}}|[^,\s]+)", self.attributes)
         return found[1] if found else None
 
     def branches(self) -> list[str]:
-        """The computations of a conditional."""
+        """Returns the names of the computations of a conditional."""
         listed = _BRANCHES.search(self.attributes)
         if listed:
             return re.findall(r"%?([\w.\-]+)", listed[1])
@@ -117,7 +117,7 @@ class Module:
     """A parsed module.
 
     Attributes:
-        devices: partitions times replicas, which a collective without replica groups spans.
+        devices: number of partitions times replicas; a collective without replica groups spans all.
     """
 
     def __init__(self, text: str):
@@ -150,7 +150,7 @@ class Module:
                 pending.append(line)
         if self.entry is None:
             raise PlanError("text without an ENTRY computation", "a compiled HLO module", "pass compiled.as_text()")
-        # Where a computation is called from, to follow its parameters outwards.
+        # The caller of each computation, to follow its parameters outwards.
         self.callers: dict[str, list[tuple[Computation, Instruction]]] = {}
         for computation in self.computations.values():
             for instruction in computation:
@@ -158,12 +158,12 @@ class Module:
                     self.callers.setdefault(name, []).append((computation, instruction))
 
     def constant(self, computation: Computation, name: str, index: int | None = None) -> str | None:
-        """The text of the constant that a value, or an element of a tuple, is, however it is passed on; None: none."""
+        """Returns the text of a value or tuple element that is a constant, possibly passed on; None if it is not."""
         found = self._source(computation, name, index, 64)
         return None if found is None else found.arguments
 
     def _source(self, computation: Computation, name: str, index: int | None, depth: int) -> Instruction | None:
-        """The constant that a value is (`index` None), or that element of a tuple."""
+        """Returns the constant of a value (`index` None) or of an element of a tuple."""
         instruction = computation.instructions.get(name)
         if instruction is None or depth == 0:
             return None
@@ -186,7 +186,7 @@ class Module:
         return None
 
     def _argument(self, computation: Computation, number: int, index: int | None, depth: int) -> Instruction | None:
-        """The same of a parameter, where the computation is called from one place."""
+        """Does the same for a parameter of a computation with one caller."""
         callers = self.callers.get(computation.name, [])
         if len({(outer.name, call.name) for outer, call in callers}) != 1:
             return None
@@ -198,7 +198,7 @@ class Module:
         return None
 
     def _unchanged(self, loop: Instruction, index: int) -> bool:
-        """Whether a loop passes an element of its tuple on as it is."""
+        """Returns whether a loop passes an element of its tuple on unchanged."""
         body = self.computations[loop.called["body"]]
         root = body.root
         if root.opcode != "tuple":
@@ -211,10 +211,10 @@ class Module:
         return body.instructions[value.operands[0]].opcode == "parameter"
 
     def trip_count(self, computation: Computation, loop: Instruction) -> int | None:
-        """How often a `while` runs; None: not a constant.
+        """Returns the number of iterations of a `while`; None if it is not constant.
 
-        known_trip_count, or, as TPU modules carry none (jax 0.10), the start, step and bound of its counter: its
-        condition compares an element of its tuple with a constant.
+        It is known_trip_count. TPU modules have none (jax 0.10): there it follows from the start, step and bound of the
+        counter, the element of the loop's tuple that its condition compares with a constant.
         """
         if known := re.search(r'known_trip_count[":{\s]+n[":\s]+(\d+)', loop.attributes):
             return int(known[1])
@@ -250,7 +250,7 @@ class Module:
         return int(instruction.attribute("index")) if instruction.opcode == "get-tuple-element" else None
 
     def _step(self, loop: Instruction, index: int) -> int | None:
-        """What the body adds to the counter."""
+        """Returns what the body adds to the counter."""
         body = self.computations[loop.called["body"]]
         if body.root.opcode != "tuple":
             return None
@@ -297,7 +297,7 @@ def _parse_instruction(text: str) -> Instruction:
 
 
 def _balanced(text: str, start: int) -> int:
-    """The place behind the parenthesis that closes the one at `start`."""
+    """Returns the index after the parenthesis that closes the one at `start`."""
     depth = 0
     for found in re.compile(r"[()]").finditer(text, start):
         depth += 1 if found[0] == "(" else -1
@@ -310,7 +310,7 @@ _AXIS = re.compile(r"'([^']+)'=(\d+)")
 
 
 def replica_groups(text: str | None, devices: int) -> np.ndarray | list[list[int]]:
-    """The groups of a collective, each a list of partitions, from any of the three forms in which XLA prints them.
+    """Parses the groups of a collective, each a list of partitions, from any of the three forms that XLA prints.
 
     Args:
         text: `{{0,1},{2,3}}`, `[2,4]<=[4,2]T(1,0)`, `mesh['a'=2,'b'=4] {'b'}`, or `{}`/None for one group of all.
@@ -333,11 +333,11 @@ def replica_groups(text: str | None, devices: int) -> np.ndarray | list[list[int
             else:
                 ids = np.array(_ints(mesh[2]))
         return _mesh_groups(ids, axes, mesh[3])
-    raise PlanError(f"replica_groups={text}", "a form of XLA's that is known here", "report this, with the jax version")
+    raise PlanError(f"replica_groups={text}", "one of XLA's three forms", "report this, with the jax version")
 
 
 def _mesh_groups(ids: np.ndarray, axes: dict[str, int], wanted: str) -> np.ndarray:
-    """Groups over some axes of a mesh; an axis may be cut: 'a':(2)4 is the part of 'a' of size 4 behind one of 2."""
+    """Returns groups over axes of a mesh; 'a':(2)4 is the part of axis 'a' of size 4 after a part of size 2."""
     sizes: list[int] = []
     chosen: list[int] = []
     cuts = {n: (int(p), int(s)) for n, p, s in re.findall(r"'([^']+)':\((\d+)\)(\d+)", wanted)}

@@ -1,4 +1,4 @@
-"""A plan: one stage of an experiment on one set of chips, compiled or, for GPUs, estimated, as figures."""
+"""The plan of one stage of an experiment on one set of chips: figures, compiled for TPUs and estimated for GPUs."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ class Memory:
     """Bytes of one device.
 
     Attributes:
-        parameters, frozen, optimizer, batch: what the step is given.
-        whole: of the first three, what fsdp does not split.
-        temporaries: activations, gradients and all else that it makes; None where nothing was compiled.
-        peak: the most that is held at any instant, which decides; of a step that does not fit what it asks for, None
-            where the compiler does not say.
-        available: what a program may use.
+        parameters, frozen, optimizer, batch: the inputs of the step.
+        whole: the part of the first three that fsdp does not split.
+        temporaries: activations, gradients and all other intermediates; None if nothing was compiled.
+        peak: largest memory use at any time, which decides whether the step fits. For a step that does not fit it is
+            what the compiler reports, or None.
+        available: bytes that a program may use.
     """
 
     parameters: int
@@ -47,25 +47,24 @@ class Memory:
 
     @property
     def state(self) -> int:
-        """What lies there between steps."""
+        """Returns the bytes that are held between steps."""
         return self.parameters + self.frozen + self.optimizer
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What `mllm plan` prints; times in seconds, FLOPs of a step over all devices unless said otherwise.
+    """The figures that `mllm plan` prints; times in seconds, FLOPs of a step over all devices unless noted.
 
     Attributes:
-        fits: None where that cannot be known without compiling.
-        compiled: whether the compiler was asked; else all is estimated from shapes.
-        model_flops: by part; what the model needs, without recomputation and with all of the attention's products.
-        dot_flops, kernel_flops: what the program computes in products, and in attention kernels without the blocks that
-            they skip.
-        dense_flops: both, with those blocks: what compares with `model_flops`.
+        fits: whether the step fits; None if that cannot be known without compiling.
+        compiled: whether the step was compiled; else all is estimated from shapes.
+        model_flops: FLOPs that the model needs, by part, without recomputation and with all attention products.
+        dot_flops, kernel_flops: FLOPs of the program's products, and of its attention kernels without skipped blocks.
+        dense_flops: both, with those blocks; comparable with `model_flops`.
         collectives: (kind, link, runs, bytes that a device sends) a step.
-        unfused_wire_bytes: sent in all, with each fused all-reduce-scatter at the cost of an all-reduce.
-        notes: what a person should know before believing the figures.
-        advice: what to change.
+        unfused_wire_bytes: total bytes sent, with each fused all-reduce-scatter at the cost of an all-reduce.
+        notes: limits of the figures.
+        advice: proposed changes.
     """
 
     config: str
@@ -97,7 +96,7 @@ class Plan:
 
     @property
     def flops(self) -> int:
-        """FLOPs that the model needs in a step."""
+        """Returns the FLOPs that the model needs in a step."""
         return sum(part.total for part in self.model_flops.values())
 
     @property
@@ -106,7 +105,7 @@ class Plan:
 
     @property
     def recompute(self) -> float | None:
-        """Compiled FLOPs over model FLOPs; above 1 is what is computed again."""
+        """Returns compiled FLOPs over model FLOPs; the excess over 1 is recomputation."""
         return self.dense_flops / self.flops if self.dense_flops is not None else None
 
     @property
@@ -114,11 +113,11 @@ class Plan:
         return self.rows * self.length
 
     def mfu(self, seconds: float) -> float:
-        """Share of the chips' peak that a step of so many seconds needs for the model's FLOPs."""
+        """Returns the share of the chips' peak that the model's FLOPs are in a step of n seconds."""
         return self.flops / (seconds * self.peak_flops)
 
     def to_json(self) -> dict:
-        """Every figure, with those that follow from others."""
+        """Returns every figure, including derived ones."""
         values = {name: value for name, value in asdict(self).items() if name != "hlo"}
         values |= {
             "flops": self.flops,
@@ -139,7 +138,7 @@ class Plan:
 
 
 def stage_index(experiment: Experiment, name: str | None) -> int:
-    """The stage of that name, the last if None. Raises ConfigError: there is none."""
+    """Returns the index of a stage, the last if None. Raises ConfigError if there is none of that name."""
     names = [stage.name for stage in experiment.stages]
     if name is not None and name not in names:
         raise ConfigError(f"stage {name!r} of {experiment.name}", f"one of {', '.join(names)}", "name one of those")
@@ -147,10 +146,11 @@ def stage_index(experiment: Experiment, name: str | None) -> int:
 
 
 def make_plan(experiment: Experiment, topology: Topology, stage: str | None = None) -> Plan:
-    """Plans a stage, the last if None. For a TPU it is compiled; a step that does not fit is a plan too.
+    """Plans a stage, the last if None. For a TPU it is compiled; a step that does not fit also gives a plan.
 
     Raises:
-        PlanError: no TPU compiler; ConfigError: a mesh that the chips do not fill.
+        PlanError: no TPU compiler.
+        ConfigError: a mesh that does not use all chips.
     """
     index = stage_index(experiment, stage)
     if topology.is_tpu:
@@ -175,8 +175,8 @@ def make_plan(experiment: Experiment, topology: Topology, stage: str | None = No
         notes.append("not counted: " + "; ".join(unknown[:4]) + (" ..." if len(unknown) > 4 else ""))
     if counted.wire_bytes(FUSED_SCATTER):
         notes.append(
-            "all-reduce-scatter: an all-reduce of which a chip keeps its slice; counted as the reduce-scatter that the "
-            f"chips run. As an all-reduce all would be {counted.wire_bytes_unfused() / 1e9:.2f} GB."
+            "all-reduce-scatter: an all-reduce of which a chip keeps its slice; counted as the reduce-scatter that "
+            f"the chips run. As all-reduces all would be {counted.wire_bytes_unfused() / 1e9:.2f} GB."
         )
     plan = replace(
         plan,
@@ -193,14 +193,14 @@ def make_plan(experiment: Experiment, topology: Topology, stage: str | None = No
 
 
 def _described(experiment: Experiment, index: int, topology: Topology, program: StageProgram) -> Plan:
-    """The plan before anything is compiled."""
+    """Returns the plan before anything is compiled."""
     stage, sizes = experiment.stages[index], dict(program.mesh.shape)
     given = program.state.params, program.frozen, program.state.opt_state, program.batch
     memory = Memory(*map(device_bytes, given), None, None, topology.chip.device_hbm, whole_bytes(program))
     notes = []
     if memory.whole > 0.05 * memory.available:
         notes.append(
-            f"{memory.whole / GIB:.1f} GiB of parameters and optimizer are whole on every device: fsdp "
+            f"{memory.whole / GIB:.1f} GiB of parameters and optimizer are not split over devices: fsdp "
             f"{sizes['fsdp']} does not divide their sizes"
         )
     over = sizes["data"] * sizes["fsdp"]
@@ -231,7 +231,7 @@ def _described(experiment: Experiment, index: int, topology: Topology, program: 
 
 
 def _figures(counted: Account, topology: Topology) -> dict:
-    """What was counted on a device, as a plan has it."""
+    """Returns the counts of a device in the form of a plan's fields."""
     flops = {name: getattr(counted, name) * topology.devices for name in ("dot_flops", "kernel_flops", "dense_flops")}
     sent = tuple((kind, link, n, sent) for (kind, link), (n, sent) in counted.by_kind().items())
     return flops | dict(collectives=sent, unfused_wire_bytes=counted.wire_bytes_unfused())
@@ -241,8 +241,8 @@ def _estimated(plan: Plan, topology: Topology, program: StageProgram) -> Plan:
     counted = analytic_account(plan.model_flops, plan.remat, program, topology)
     notes = (
         *plan.notes,
-        "estimated from shapes, nothing compiled: activations are not in the memory, kernels reach their peak, and of "
-        "collectives only those of fsdp and data are counted",
+        "estimated from shapes, nothing compiled: the memory excludes activations, kernels reach their peak, and of "
+        "the collectives only those of fsdp and data are counted",
     )
     plan = replace(
         plan,
@@ -271,7 +271,7 @@ def _first_lines(message: str, count: int = 2) -> list[str]:
 
 
 def _advice(plan: Plan) -> tuple[str, ...]:
-    """What to change: first what is wasted, then, where a step does not fit, what makes it smaller."""
+    """Returns proposed changes: first against waste, then, if the step does not fit, to make it smaller."""
     advice, mesh = [], plan.mesh
     over = mesh["data"] * mesh["fsdp"]
     piece = plan.rows // plan.accumulate
@@ -287,7 +287,7 @@ def _advice(plan: Plan) -> tuple[str, ...]:
     memory = plan.memory
     if memory.whole > 0.05 * memory.available and mesh["fsdp"] % 2 == 0:
         advice.append(
-            f"mesh.fsdp {mesh['fsdp'] // 2} and mesh.data {mesh['data'] * 2}, or still less fsdp, splits what is whole "
+            f"mesh.fsdp {mesh['fsdp'] // 2} and mesh.data {mesh['data'] * 2}, or less fsdp, splits what is whole "
             "now; --search finds the largest that does"
         )
         return tuple(advice)
@@ -306,12 +306,12 @@ def _advice(plan: Plan) -> tuple[str, ...]:
     if plan.remat not in ("full", "offload"):
         advice.append(f"remat 'full' instead of {plan.remat!r}: activations of one layer at a time")
     elif plan.remat == "full" and "offload" in REMAT_POLICIES:
-        advice.append("remat 'offload': what enters each layer goes to the host's memory")
+        advice.append("remat 'offload': the input of each layer goes to the host's memory")
     if piece // over > 1:
-        advice.append(f"accumulate {plan.accumulate * 2}: half as many rows of a device at a time")
+        advice.append(f"accumulate {plan.accumulate * 2}: half as many rows a device at a time")
     else:
         advice.append(
-            f"a device has one row of {plan.length} places at a time: split rows or layers, with mesh.context 2 or "
+            f"a device has one row of {plan.length} positions at a time: split rows or layers, with mesh.context 2 or "
             f"mesh.tensor 2 and mesh.fsdp {max(1, mesh['fsdp'] // 2)}, or shorten the rows"
         )
     advice.append("--search tries such changes")

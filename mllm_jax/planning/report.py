@@ -1,4 +1,4 @@
-"""A plan on one screen."""
+"""Printing of a plan on one screen."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def show(plan: Plan, console: Console) -> None:
 
 
 def render(plan: Plan) -> list[RenderableType]:
-    """The parts of the screen: verdict, memory, FLOPs, collectives, times, notes, advice."""
+    """Returns the parts of the screen: verdict, memory, FLOPs, collectives, times, notes, advice."""
     from rich.columns import Columns
     from rich.markup import escape
 
@@ -34,7 +34,7 @@ def render(plan: Plan) -> list[RenderableType]:
 
 
 def show_search(plans: Sequence[Plan], tried: Sequence[Plan], console: Console) -> None:
-    """Prints the best plans of a search, and what did not fit."""
+    """Prints the best plans of a search, and those that did not fit."""
     from rich.table import Table
 
     table = Table("mesh", "rows", "pieces", "remat", "HBM GiB", "bound", "step s", "tokens/s/chip", "MFU", title="Best")
@@ -58,7 +58,7 @@ def _row(plan: Plan) -> tuple[str, ...]:
 
 
 def mesh_name(plan: Plan) -> str:
-    """The axes of the mesh that are longer than 1, such as "fsdp 64 x tensor 4"."""
+    """Returns the axes of the mesh that are longer than 1, such as "fsdp 64 x tensor 4"."""
     return " x ".join(f"{axis} {size}" for axis, size in plan.mesh.items() if size > 1) or "one device"
 
 
@@ -77,7 +77,7 @@ def _verdict(plan: Plan) -> str:
     if plan.fits is None:
         return (
             f"[yellow]may fit[/]: parameters and optimizer take {_gib(memory.state)} of {_gib(memory.available)} GiB a "
-            "device, what activations take is not known without compiling"
+            "device; the memory of activations is not known without compiling"
         )
     if not plan.fits:
         needed = memory.peak if memory.peak is not None else memory.state if memory.state > memory.available else None

@@ -1,4 +1,4 @@
-"""How long a step takes at best: computing, moving through HBM, and sending, each by what the chips can do."""
+"""The shortest time of a step: computing, HBM traffic and communication, each at the chips' rates."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ class Roofline:
     """Seconds a step on one device.
 
     Attributes:
-        compute, hbm, ici, dcn: each alone, at the full rate.
-        efficiency: share of the bound that published runs on such chips reach.
+        compute, hbm, ici, dcn: time of each alone, at the full rate.
+        efficiency: share of the bound that published runs reach on such chips.
     """
 
     compute: float
@@ -26,31 +26,31 @@ class Roofline:
 
     @property
     def overlapped(self) -> float:
-        """If everything overlaps perfectly: the slowest of them."""
+        """Returns the time if everything overlaps perfectly: the slowest of them."""
         return max(self.compute, self.hbm, self.ici, self.dcn)
 
     @property
     def serial(self) -> float:
-        """If nothing overlaps."""
+        """Returns the time if nothing overlaps."""
         return self.compute + self.hbm + self.ici + self.dcn
 
     @property
     def expected(self) -> float:
-        """The bound at the efficiency that published runs have."""
+        """Returns the bound divided by the efficiency of published runs."""
         return self.overlapped / self.efficiency
 
     @property
     def bound(self) -> str:
-        """What the step waits for, if everything overlaps."""
+        """Returns the name of the slowest, which bounds the step if everything overlaps."""
         return max(("compute", "hbm", "ici", "dcn"), key=lambda name: getattr(self, name))
 
 
 def roofline(counted: Account, topology: Topology, coordinates: Sequence[Sequence[int]] | None = None) -> Roofline:
-    """The times of a counted step.
+    """Returns the times of a counted step.
 
     Args:
-        coordinates: of each partition's chip in its slice, in the order of the mesh's devices; None: each collective
-            has all links of a chip to itself.
+        coordinates: coordinates of each partition's chip in its slice, in the order of the mesh's devices; None: each
+            collective uses all links of a chip.
     """
     chip = topology.chip
     share = 1 / chip.devices
@@ -64,22 +64,22 @@ def roofline(counted: Account, topology: Topology, coordinates: Sequence[Sequenc
 
 
 def bandwidth(collective: Collective, topology: Topology, coordinates: Sequence[Sequence[int]] | None) -> float:
-    """Bytes/s that one chip can send in a collective, over all links that its group has.
+    """Returns the bytes/s that one chip can send in a collective, over all links of its group.
 
-    A group that spans an axis of the torus sends both ways where the axis wraps; a line without ends joined does so
-    at half the rate. Members that are not neighbours share the links between them with the groups in the gaps.
+    A group that spans an axis of the torus sends both ways if the axis wraps; a line does so at half the rate. Members
+    that are not neighbours share the links between them with the groups in the gaps.
     """
     chip = topology.chip
     if coordinates is None or not collective.members:
         return chip.link_bandwidth * chip.links
-    places = [coordinates[member] for member in collective.members]
+    points = [coordinates[member] for member in collective.members]
     links = 0.0
     for axis in range(len(topology.shape)):
-        values = sorted({place[axis] for place in places})
+        values = sorted({point[axis] for point in points})
         if len(values) == 1:
             continue
         stride = min(b - a for a, b in zip(values, values[1:], strict=False))
         round_trip = topology.wraps(axis) and len(values) * stride == topology.shape[axis]
         links += (2 if round_trip else 1) / stride
-    # The devices of one chip talk on the chip, at no less than all of its links together.
+    # The devices of one chip communicate on the chip, at the rate of all its links together or faster.
     return chip.link_bandwidth * (links or chip.links)

@@ -1,4 +1,4 @@
-"""A bounded search: which mesh, remat policy and number of pieces let a stage fit, and run fastest."""
+"""A bounded search for the mesh, remat policy and number of pieces with which a stage fits and runs fastest."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from mllm_jax.training.flops import with_remat
 
 TENSORS = (1, 2, 4, 8)
 CONTEXTS = (1, 2, 4, 8)
-PLACES = 1024  # a device has at least so many places of a row
+PLACES = 1024  # smallest number of positions of a row on a device
 PIECES = (1, 2, 4, 8)
 POLICIES = tuple(name for name in ("none", "dots", "full", "offload") if name in REMAT_POLICIES)  # each saves more
 
 
 def candidates(experiment: Experiment, topology: Topology, index: int) -> Iterator[Experiment]:
-    """Experiments to try, those first that save the least memory and so waste the least time.
+    """Yields experiments to try, first those that save the least memory and so waste the least time.
 
-    fsdp inside a slice as far as it divides the parameters' sizes, data over the rest and over slices; tensor where
-    heads, and context where a row's places, leave no device idle; more pieces and more remat.
+    fsdp is inside a slice, as far as it divides the parameters' sizes; data takes the rest and spans slices. tensor is
+    tried if it divides the heads, and context if a row has enough positions. Then follow more pieces and more remat.
     """
     stage = experiment.stages[index]
     inside = topology.devices // topology.slices
@@ -52,7 +52,7 @@ def candidates(experiment: Experiment, topology: Topology, index: int) -> Iterat
 
 
 def _divides(stage: Stage, pieces: int, devices: int) -> bool:
-    """Whether so many devices share the rows of each piece evenly."""
+    """Returns whether n devices share the rows of each piece evenly."""
     return stage.data.rows % pieces == 0 and stage.data.rows // pieces % devices == 0
 
 
@@ -66,17 +66,17 @@ def search(
 ) -> tuple[list[Plan], list[Plan]]:
     """Plans at most `limit` candidates.
 
-    A candidate that saves less memory than one that did not fit, and is alike else, is left out; so is one whose
-    parameters, optimizer and layer inputs alone are more than the HBM.
+    A candidate is left out if it saves less memory than an otherwise equal one that did not fit, or if its parameters,
+    optimizer and layer inputs exceed the HBM.
 
     Args:
-        tell: is called with each plan as it is made.
+        tell: function that is called with each new plan.
 
     Returns:
-        (plans that fit, the fastest expected step first; all that were made).
+        (plans that fit, fastest expected step first; all plans).
 
     Raises:
-        ConfigError: no mesh suits the rows, or none can hold the parameters.
+        ConfigError: no mesh divides the rows, or none can hold the parameters.
     """
     index = stage_index(experiment, stage)
     tried: list[Plan] = []
@@ -110,7 +110,7 @@ def search(
 
 
 def _hopeless(candidate: Experiment, index: int, tried: list[Plan]) -> bool:
-    """Whether something like it did not fit although it saved as much, or fitted although it saved less."""
+    """Returns whether a similar candidate did not fit with as much saving, or fitted with less."""
     stage, mesh = candidate.stages[index], candidate.mesh
     remat = remat_of(candidate.model)
     for plan in tried:

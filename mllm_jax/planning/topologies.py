@@ -13,7 +13,7 @@ from mllm_jax.sharding.chips import GPUS, TPUS, Chip
 
 # Names count chips for v5e and v6e, and TensorCores, two a chip, for v4, v5p and v7x: v5p-128 has 64 chips
 # (cloud.google.com/tpu/docs/{v4,v5p}#configurations, and xpk's and MaxText's tables of names). v5e and v6e are a torus
-# of two dimensions whose axes wrap where they have 16 chips; the others have three, which wrap in multiples of 4.
+# of two dimensions, whose axes wrap if they have 16 chips; the others have three, which wrap in multiples of 4.
 _FLAT = {1: "1x1", 4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16", 256: "16x16"}
 _CUBIC = {
     4: "2x2x1", 8: "2x2x2", 16: "2x2x4", 32: "2x4x4", 64: "4x4x4", 128: "4x4x8", 192: "4x4x12", 256: "4x8x8",
@@ -22,7 +22,7 @@ _CUBIC = {
 }  # fmt: skip
 _SHAPES = {"v4": _CUBIC, "v5e": _FLAT, "v5p": _CUBIC, "v6e": _FLAT, "v7x": _CUBIC}
 _COUNTS_CORES = ("v4", "v5p", "v7x")
-# What libtpu calls a generation, and the configuration of its chips: v4's two cores work as one there.
+# libtpu's name of a generation, and the configuration of its chips: v4's two cores work as one there.
 _LIBTPU = {"v4": ("v4", "megacore"), "v5e": ("v5e", None), "v5p": ("v5p", None), "v6e": ("v6e", None)}
 _LIBTPU["v7x"] = ("tpu7x", None)
 _ALIASES = {"v5litepod": "v5e", "v5lite": "v5e", "v5": "v5p", "v6": "v6e", "trillium": "v6e"}
@@ -31,12 +31,12 @@ _ALIASES |= {"tpu7x": "v7x", "tpu7": "v7x", "v7": "v7x", "7x": "v7x", "ironwood"
 
 @dataclass(frozen=True)
 class Topology:
-    """Slices of one kind, joined by the data centre's network, or GPUs.
+    """One or several slices of a kind, joined by the data centre's network, or GPUs.
 
     Attributes:
-        name: as it was asked for, in one spelling: "v5e-256", "2xv5p-128", "64xh100".
+        name: normalised name: "v5e-256", "2xv5p-128", "64xh100".
         shape: chips along each axis of a slice; empty for GPUs.
-        slices: how many; nodes, for GPUs.
+        slices: number of slices; of nodes for GPUs.
     """
 
     name: str
@@ -59,22 +59,22 @@ class Topology:
 
     @property
     def devices(self) -> int:
-        """What JAX counts."""
+        """Returns the number of JAX devices."""
         return self.chips * self.chip.devices
 
     @cached_property
     def host_bounds(self) -> tuple[int, int, int]:
-        """Chips of one host along each axis."""
+        """Returns the chips of one host along each axis."""
         return (1, 1, 1) if self.chips_a_slice == 1 else (2, 2, 1)
 
     @property
     def libtpu_name(self) -> str:
-        """The slice as `jax.experimental.topologies` takes it, such as "v5e:16x16"."""
+        """Returns the slice as `jax.experimental.topologies` takes it, such as "v5e:16x16"."""
         return f"{_LIBTPU[self.generation][0]}:{'x'.join(map(str, self.shape))}"
 
     @property
     def libtpu_options(self) -> dict:
-        """What else it takes."""
+        """Returns the other options that it takes."""
         options: dict = {"chips_per_host_bounds": self.host_bounds}
         if config := _LIBTPU[self.generation][1]:
             options["chip_config_name"] = config
@@ -83,15 +83,15 @@ class Topology:
         return options
 
     def wraps(self, axis: int) -> bool:
-        """Whether the last chip along an axis is a neighbour of the first."""
+        """Returns whether the last chip along an axis is a neighbour of the first."""
         size = self.shape[axis]
         return size == 16 if len(self.shape) == 2 else size % 4 == 0
 
 
 def topology(name: str) -> Topology:
-    """The slices that a name means: "v5e-256", "v5p-128", "v6e-256", "v7x-128" or "tpu7x-128", "2xv5e-256"; "8xh100".
+    """Parses a name: "v5e-256", "v5p-128", "v6e-256", "v7x-128" or "tpu7x-128", "2xv5e-256"; "8xh100".
 
-    A shape may stand for the number: "v5p-4x4x8". GPUs are counted in front, 8 to a node.
+    A shape may replace the number: "v5p-4x4x8". The number of GPUs comes first, 8 to a node.
 
     Raises:
         PlanError: an unknown kind or size.

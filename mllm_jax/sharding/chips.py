@@ -1,4 +1,4 @@
-"""What chips can do: the one table, each figure with its public source."""
+"""The one table of chips: each figure with its public source."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Chip:
-    """What one chip can do. Bandwidths are bytes/s.
+    """The figures of one chip. Bandwidths are bytes/s.
 
     Attributes:
         flops: FLOP/s in bf16, dense.
-        hbm: bytes, as the vendor states them.
-        usable_hbm: bytes that a program may use, as libtpu 0.0.42 says when it refuses one; None: all.
-        link_bandwidth: of one link of a chip to a neighbour, in one direction.
-        links: links of a chip; two along each axis of the torus. 0: a switch joins the chips of a node.
+        hbm: bytes of HBM, as the vendor states them.
+        usable_hbm: bytes that a program may use, from the errors of libtpu 0.0.42; None: all.
+        link_bandwidth: bandwidth of one link of a chip to a neighbour, in one direction.
+        links: number of links of a chip; two along each axis of the torus. 0: a switch joins the chips of a node.
         dcn_bandwidth: a chip's share of its host's network, in one direction.
-        efficiency: share of the roofline that published runs reach, one factor a generation, fitted by
+        efficiency: share of the roofline that published runs reach, one factor per generation, fitted by
             benchmarks/plan_calibration.py; 1: no published run was fitted.
-        devices: as how many devices JAX sees a chip; each has that share of everything.
-        node: GPUs that a switch joins; beyond it there is only the network.
+        devices: number of JAX devices of a chip; each has an equal share of everything.
+        node: number of GPUs that a switch joins; other GPUs are reached over the network.
     """
 
     name: str
@@ -39,7 +39,7 @@ class Chip:
 
     @property
     def device_hbm(self) -> float:
-        """Bytes that a program may use on one device."""
+        """Returns the bytes that a program may use on one device."""
         return (self.usable_hbm or self.hbm) / self.devices
 
     @property
@@ -47,18 +47,18 @@ class Chip:
         return self.links // 2
 
 
-# TPUs. FLOP/s, HBM and its bandwidth: the tables of cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e,tpu7x}, where the same
-# tables give the interconnect of a chip as a whole: v4 2400 Gbit/s, v5e 1600 Gbit/s, v5p 4800 Gbit/s, v6e 3200 Gbit/s
-# in one direction, tpu7x 1200 GB/s in both, which over 6, 4, 6, 4 and 6 links is 50, 50, 100, 100 and 100 GB/s a link.
-# The scaling book (jax-ml.github.io/scaling-book/tpus) measures 45 for v4, and has 25 GB/s of network for a host.
-# Hosts of v4, v5p and tpu7x have 4 chips, those of v5e and v6e in large slices 4 (ct5lp-hightpu-4t, ct6e-standard-4t).
+# TPUs. FLOP/s, HBM and its bandwidth: the tables of cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e,tpu7x}. The same tables
+# give the interconnect of a whole chip: v4 2400 Gbit/s, v5e 1600 Gbit/s, v5p 4800 Gbit/s, v6e 3200 Gbit/s in one
+# direction, tpu7x 1200 GB/s in both. Over 6, 4, 6, 4 and 6 links that is 50, 50, 100, 100 and 100 GB/s a link. The
+# scaling book (jax-ml.github.io/scaling-book/tpus) measures 45 for v4, and has 25 GB/s of network for a host. Hosts of
+# v4, v5p and tpu7x have 4 chips, those of v5e and v6e in large slices 4 (ct5lp-hightpu-4t, ct6e-standard-4t).
 _HOST_NETWORK = 25e9
 TPUS = {
     "v4": Chip("TPU v4", 275e12, 32 * GIB, 1.2e12, 45e9, 6, _HOST_NETWORK / 4, 30.75 * GIB),
     "v5e": Chip("TPU v5e", 197e12, 16 * GIB, 0.81e12, 50e9, 4, _HOST_NETWORK / 4, 15.75 * GIB, 0.796),
     "v5p": Chip("TPU v5p", 459e12, 95 * GIB, 2.765e12, 100e9, 6, _HOST_NETWORK / 4, 95.74 * GIB, 0.777),
     "v6e": Chip("TPU v6e", 918e12, 32 * GIB, 1.64e12, 100e9, 4, _HOST_NETWORK / 4, 31.25 * GIB, 0.568),
-    # A chip is two dies with half of everything each, and JAX sees two devices (docs, "programming model").
+    # A chip is two dies, each with half of everything, and has two JAX devices (docs, "programming model").
     "v7x": Chip("TPU7x", 2307e12, 192 * GIB, 7.38e12, 100e9, 6, _HOST_NETWORK / 4, 2 * 94.75 * GIB, devices=2),
 }
 
@@ -84,8 +84,8 @@ _TPU_KINDS = {
     "TPU7x": "v7x",
 }
 # FLOP/s in bf16 without sparsity by the words of a device's name, from NVIDIA's data sheets (their headline figures
-# count 2:4 sparsity: halved). The first row whose words are all in the name counts; a form factor therefore comes
-# before the plain name.
+# include 2:4 sparsity, so they are halved). The first row whose words are all in the name applies; a form factor
+# therefore comes before the plain name.
 _NVIDIA_FLOPS = (
     (("A100",), GPUS["a100"].flops),
     (("A30",), 165e12),
@@ -108,12 +108,12 @@ _NVIDIA_FLOPS = (
 def peak_flops(device_kind: str, dtype: str = "bfloat16") -> float | None:
     """Returns the published dense peak of one JAX device, in FLOP/s; None where no single figure holds.
 
-    That is: CPUs, unknown devices, slices of a GPU (MIG), and dtypes other than bfloat16 and float16 (the rate of a
-    float32 product depends on the matmul precision that XLA is allowed).
+    That is the case for CPUs, unknown devices, slices of a GPU (MIG), and dtypes other than bfloat16 and float16 (the
+    rate of a float32 product depends on the matmul precision that XLA may use).
 
     Args:
         device_kind: `jax.devices()[0].device_kind`.
-        dtype: the dtype that the matrix products are computed in.
+        dtype: dtype of the matrix products.
     """
     if str(dtype) not in ("bfloat16", "float16"):
         return None

@@ -1,4 +1,4 @@
-"""What XLA needs on CPU devices to compile a pod's programs, and a warning of a jaxlib that computes wrongly there."""
+"""The XLA flag with which CPU devices compile a pod's programs, and a warning about a jaxlib that computes wrongly."""
 
 from __future__ import annotations
 
@@ -10,20 +10,19 @@ from functools import cache
 from mllm_jax.errors import ConfigError
 from mllm_jax.sharding.platform import choose_platform, has_flag
 
-# The pass turns sums in bfloat16 into sums in float32. It ends the process at those of a `shard_map` over a part of
-# the mesh's axes, as `fsdp` and `context` have them. Without it the CPU sums in bfloat16 itself.
+# The pass turns sums in bfloat16 into sums in float32. It aborts the process at sums of a `shard_map` over some of the
+# mesh's axes, as `fsdp` and `context` use. Without it the CPU sums in bfloat16.
 PASS = "all-reduce-promotion"
 FLAG = f"--xla_disable_hlo_passes={PASS}"
 WRONG_JAXLIB = "0.10.2"  # jax#39103
 
 
 def prepare_cpu() -> None:
-    """Lets XLA compile sums in bfloat16 across CPU devices; call it before a device is touched.
+    """Sets the flag with which XLA compiles sums in bfloat16 across CPU devices; call it before any device is used.
 
-    The flag goes into XLA_FLAGS and counts for the whole process, so it is set only where jax's platform is the CPU.
-    The planner, which compiles for TPUs on a CPU, does not call this.
-    Passes that the user disables stay disabled, and what already names this one is left alone. Warns once of a jaxlib
-    that computes wrongly.
+    The flag goes into XLA_FLAGS and affects the whole process, so it is set only if jax's platform is the CPU. The
+    planner, which compiles for TPUs on a CPU, does not call this. Passes that the user disables stay disabled; flags
+    that already name this pass stay unchanged. Warns once about a jaxlib that computes wrongly.
     """
     if not on_cpu():
         return
@@ -55,11 +54,11 @@ def warn_of_wrong_sums() -> None:
 
 
 def check_sum(dtype, mesh) -> None:
-    """Refuses a sum across CPU devices at which XLA would end the process; call it while a step is traced.
+    """Raises an error for a sum across CPU devices that would make XLA abort the process; call it during tracing.
 
     Args:
-        dtype: of what is summed.
-        mesh: the devices; an abstract mesh has none, and is not compiled for.
+        dtype: dtype of the summands.
+        mesh: the devices; an abstract mesh has none and is not checked.
 
     Raises:
         ConfigError: a sum in bfloat16 in a process whose XLA started without the flag of `prepare_cpu`.
@@ -78,7 +77,7 @@ def check_sum(dtype, mesh) -> None:
 
 @cache
 def _pass_is_disabled() -> bool:
-    """Whether XLA, which reads its flags once, was started with the flag."""
+    """Returns whether XLA, which reads its flags once, was started with the flag."""
     from jaxlib.xla_client import CompileOptions
 
     return PASS.encode() in CompileOptions().SerializeAsString()

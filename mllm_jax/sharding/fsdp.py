@@ -1,9 +1,9 @@
-"""Fully sharded parameters, explicitly: a matrix is gathered for one use, and its gradient comes back as shards.
+"""Explicit fully sharded parameters: a matrix is gathered for one use, and its gradient returns as shards.
 
-Left alone, the partitioner gathers in the dtype that the parameters are stored in where it sees fit, and sums a
-gradient with an all-reduce, of which each device then keeps its part: twice the bytes. Here a matrix is cast before
-it crosses the wire, and its gradient is reduced by scattering along one axis of the chips' torus after the other,
-which the TPU compiler leaves what it is (a scatter along several axes at once it turns into an all-reduce).
+By itself, the partitioner may gather in the dtype that the parameters are stored in, and it sums a gradient with an
+all-reduce, of which each device keeps its part: twice the bytes. Here a matrix is cast before it is communicated. Its
+gradient is reduce-scattered along one axis of the chips' torus after the other, which the TPU compiler keeps (it turns
+a scatter along several axes at once into an all-reduce).
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from jax.sharding import AxisType, Mesh, PartitionSpec
 from mllm_jax.sharding.cpu import check_sum
 from mllm_jax.sharding.logical import active_mesh, axes_of, partition_spec
 
-# What a rematerialisation policy calls gathered matrices: they are never kept for the backward pass.
+# The name of gathered matrices in rematerialisation policies: they are never kept for the backward pass.
 GATHERED = "gathered"
 
 
 class GatherPlan(NamedTuple):
-    """How a matrix is gathered.
+    """The axes along which a matrix is gathered.
 
     Attributes:
         mesh: the active mesh with `fsdp` cut into axes of the chips' torus.
-        rows: the axes that the batch is split over, of which `gathered` are those that the matrix is split over too.
+        rows: the axes that the batch is split over; `gathered` are those that the matrix is split over too.
         dim: the dimension of the matrix that is split.
     """
 
@@ -46,12 +46,12 @@ class GatherPlan(NamedTuple):
 
 
 def with_gathered(function: Callable, x: jax.Array, matrix: jax.Array, names: Sequence[str | None], dtype) -> jax.Array:
-    """function(x, matrix in dtype), where the matrix is whole for this one use.
+    """Returns function(x, matrix in dtype), with the matrix gathered for this one use.
 
-    Where `gather_plan` finds nothing to gather, it is left to the partitioner.
+    If `gather_plan` returns None, the partitioner decides.
 
     Args:
-        function: works on rows alone: the first dimension of x is that of what it returns.
+        function: works on rows independently: x and its result have the same first dimension.
         x: [B, ...], rows of the batch.
         names: the logical names of the matrix's dimensions.
     """
@@ -74,19 +74,19 @@ def with_gathered(function: Callable, x: jax.Array, matrix: jax.Array, names: Se
 
 
 def fully_sharded() -> bool:
-    """Whether the surrounding `use_mesh` splits parameters over `fsdp`."""
+    """Returns whether the surrounding `use_mesh` splits parameters over `fsdp`."""
     active = active_mesh()
     return active is not None and active[0].shape["fsdp"] > 1
 
 
 def gather_plan(shape: Sequence[int], names: Sequence[str | None], batch: Sequence[int]) -> GatherPlan | None:
-    """How a matrix that is split over `fsdp` is gathered for rows that are split over it as well.
+    """Returns how to gather a matrix that is split over `fsdp` for rows that are split over it as well.
 
     Args:
-        batch: the shape of what it is applied to, rows first.
+        batch: shape of the matrix's input, rows first.
 
     Returns:
-        None without a mesh, and where matrix or rows are not split over `fsdp` or share another axis.
+        None without a mesh, or if the matrix or the rows are not split over `fsdp`, or if they share another axis.
     """
     if not fully_sharded() or not batch:
         return None
@@ -97,18 +97,18 @@ def gather_plan(shape: Sequence[int], names: Sequence[str | None], batch: Sequen
     if shared != ["fsdp"] or ("fsdp",) not in split:
         return None
     cut, gathered = cut_along_torus(mesh)
-    place = rows.index("fsdp")
-    return GatherPlan(cut, (*rows[:place], *gathered, *rows[place + 1 :]), gathered, split.index(("fsdp",)))
+    index = rows.index("fsdp")
+    return GatherPlan(cut, (*rows[:index], *gathered, *rows[index + 1 :]), gathered, split.index(("fsdp",)))
 
 
 def row_axes(batch: Sequence[int]) -> tuple[str, ...]:
-    """The axes of the active mesh that the first dimension of such a shape is split over."""
+    """Returns the axes of the active mesh that the first dimension of a batch of this shape is split over."""
     return axes_of(partition_spec(("batch",), batch[:1], *active_mesh())[0])
 
 
 @lru_cache
 def cut_along_torus(mesh: Mesh) -> tuple[Mesh, tuple[str, ...]]:
-    """The same devices in the same order, with `fsdp` cut into axes that each run along one of the chips' torus."""
+    """Returns the same devices in the same order, with `fsdp` cut into one axis per axis of the chips' torus."""
     sizes = torus_sizes([getattr(device, "coords", None) for device in np.moveaxis(mesh.devices, 1, 0)[:, 0, 0, 0]])
     axes = tuple(f"fsdp_{i}" for i in range(len(sizes)))
     names = ("data", *axes, "context", "tensor")
@@ -117,32 +117,33 @@ def cut_along_torus(mesh: Mesh) -> tuple[Mesh, tuple[str, ...]]:
 
 
 def torus_sizes(coords: Sequence[Sequence[int] | None]) -> tuple[int, ...]:
-    """Sizes of the grid that devices at these coordinates form in row-major order, slowest axis first.
+    """Returns the sizes of the grid that devices at these coordinates form in row-major order, slowest axis first.
 
-    Devices without coordinates, or in another order, are one axis.
+    Devices without coordinates, or in another order, form one axis.
     """
-    if any(place is None for place in coords):
+    if any(point is None for point in coords):
         return (len(coords),)
-    places = np.asarray(coords)
-    places = places - places[0]
-    # An axis is where a coordinate first changes; the coordinate that changes last is the slowest.
-    moving = [axis for axis in range(places.shape[1]) if places[:, axis].any()]
-    moving.sort(key=lambda axis: -int(places[:, axis].nonzero()[0][0]))
-    sizes = tuple(len(np.unique(places[:, axis])) for axis in moving)
+    points = np.asarray(coords)
+    points = points - points[0]
+    # Each coordinate that changes is an axis; the one that first changes last is the slowest.
+    moving = [axis for axis in range(points.shape[1]) if points[:, axis].any()]
+    moving.sort(key=lambda axis: -int(points[:, axis].nonzero()[0][0]))
+    sizes = tuple(len(np.unique(points[:, axis])) for axis in moving)
     if not sizes or math.prod(sizes) != len(coords):
         return (len(coords),)
     for axis, index in zip(moving, np.unravel_index(np.arange(len(coords)), sizes), strict=True):
-        if not np.array_equal(places[:, axis], np.unique(places[:, axis])[index]):
+        if not np.array_equal(points[:, axis], np.unique(points[:, axis])[index]):
             return (len(coords),)
     return sizes
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(1, 2))
 def gather(shard: jax.Array, axes: tuple[str, ...], dim: int) -> jax.Array:
-    """The whole of a matrix that is split over mesh axes along one dimension; for use inside `shard_map`.
+    """Gathers a matrix that is split over mesh axes along one dimension; for use inside `shard_map`.
 
-    On a torus of three axes it is gathered along one after the other: all at once, the TPU compiler makes an
-    all-reduce of zeros and the shard of it. Along two it does not, and both axes then carry at the same time.
+    On a torus of three axes the matrix is gathered along one axis after the other: for a gather along all at once, the
+    TPU compiler makes an all-reduce of zeros and the shard. Two axes are gathered at once and communicate at the same
+    time.
     """
     whole = shard
     for step in [axes] if len(axes) < 3 else reversed(axes):
@@ -151,16 +152,16 @@ def gather(shard: jax.Array, axes: tuple[str, ...], dim: int) -> jax.Array:
 
 
 def scatter_sum(whole: jax.Array, axes: tuple[str, ...], dim: int) -> jax.Array:
-    """The transpose of `gather`: the sum over all devices, of which each keeps its part."""
+    """Computes the transpose of `gather`: sums over all devices, and each keeps its part."""
     if (active := active_mesh()) is not None:
         check_sum(whole.dtype, active[0])
     sizes = [jax.lax.axis_size(axis) for axis in axes]
     whole = jnp.moveaxis(whole, dim, 0)
     parts = whole.reshape(*sizes, whole.shape[0] // math.prod(sizes), *whole.shape[1:])
-    # The axis that the dimension's neighbours lie along goes first: it then carries the whole matrix over the
-    # shortest way, and each further axis carries a part of what is left.
-    for place in reversed(range(len(axes))):
-        parts = jax.lax.psum_scatter(parts, axes[place], scatter_dimension=place, tiled=False)
+    # The axis along which the dimension's neighbours lie goes first: it then sends the whole matrix over the shortest
+    # distance, and each further axis sends a part of the rest.
+    for index in reversed(range(len(axes))):
+        parts = jax.lax.psum_scatter(parts, axes[index], scatter_dimension=index, tiled=False)
     return jnp.moveaxis(parts, 0, dim)
 
 

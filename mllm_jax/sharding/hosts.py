@@ -1,4 +1,4 @@
-"""Several processes as one run: what the first of them says to all, and arrays that lie on more than one host."""
+"""Several processes as one run: values from the first process, and arrays on more than one host."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ BLOCK = 1024  # bytes
 
 
 def is_first() -> bool:
-    """Whether this is the process that writes what a run has once: its files, metrics and lines on the screen."""
+    """Returns whether this process writes the run's files, metrics and console output."""
     return jax.process_index() == 0
 
 
 def from_first(value: Any) -> Any:
-    """What the first process gives, on every process; all must call it at the same point.
+    """Returns the first process's value on every process; all must call it at the same point.
 
     Args:
-        value: JSON; only the first process's counts.
+        value: a JSON value; only that of the first process is used.
     """
     if jax.process_count() == 1:
         return value
@@ -32,13 +32,13 @@ def from_first(value: Any) -> Any:
 
     text = np.frombuffer(json.dumps(value).encode(), np.uint8) if is_first() else np.zeros(0, np.uint8)
     size = int(broadcast_one_to_all(np.int32(len(text))))
-    padded = np.full(-(-size // BLOCK) * BLOCK, ord(" "), np.uint8)  # few sizes: each is compiled for
+    padded = np.full(-(-size // BLOCK) * BLOCK, ord(" "), np.uint8)  # few sizes: each needs a compilation
     padded[: len(text)] = text
     return json.loads(bytes(np.asarray(broadcast_one_to_all(padded))))
 
 
 def first_alone(work: Callable[[], None]) -> None:
-    """Runs `work` on the first process while the others wait for its end; its refusal is raised on all of them."""
+    """Runs `work` on the first process while the others wait; its MllmError is raised on all of them."""
     if jax.process_count() == 1:
         work()
         return
@@ -48,16 +48,16 @@ def first_alone(work: Callable[[], None]) -> None:
             work()
         except MllmError as error:
             refusal = error
-    told = from_first([type(refusal).__name__, *refusal.args] if refusal is not None else None)
+    failure = from_first([type(refusal).__name__, *refusal.args] if refusal is not None else None)
     if refusal is not None:
         raise refusal
-    if told is not None:
-        kind, *parts = told
+    if failure is not None:
+        kind, *parts = failure
         raise getattr(mllm_jax.errors, kind, MllmError)(*parts)
 
 
 def fetch(array: jax.Array | np.ndarray) -> np.ndarray:
-    """The whole array on this host; one that lies on several hosts is gathered, for which all must call this."""
+    """Returns the whole array on this host; all hosts must call this for an array that is on several hosts."""
     if isinstance(array, jax.Array) and not (array.is_fully_addressable or array.is_fully_replicated):
         from jax.experimental.multihost_utils import process_allgather
 

@@ -1,7 +1,7 @@
-"""Logical axes: one table says which mesh axes each named dimension is split over.
+"""Logical axes: one table maps each named dimension to the mesh axes that it is split over.
 
-Parameters and activations carry names (`batch`, `embed`, `heads`, ...); nothing but `RULES` knows the mesh, and `PARTS`
-what parts of a model have of their own. Changing the parallelism edits the tables, never a model.
+Parameters and activations carry names (`batch`, `embed`, `heads`, ...). Only `RULES`, and `PARTS` for kinds of parts,
+refer to the mesh. Changing the parallelism edits the tables, never a model.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ RULES: Table = {
     "channels": (),
 }
 
-# By kind of part, for every modality but text. Images of one row are spread over `context` like its text; where their
-# number does not divide, an encoder splits each image's patches instead. A projector reads few tokens an image and
+# By kind of part, for every modality but text. Images of one row are split over `context` like its text; if their
+# number is not divisible, an encoder splits each image's patches instead. A projector reads few tokens an image and
 # keeps them together.
 _MEDIA = ("data", "fsdp", "context")
 PARTS: Mapping[str, Table] = {
@@ -47,18 +47,18 @@ PARTS: Mapping[str, Table] = {
     "projector": {"batch": _MEDIA, "seq": (), "patches": ()},
 }
 
-# Names of what is computed. A table of parameters that bears one of them, such as position embeddings of patches, is
-# looked up whole and never split along it.
+# Names of activations. A table of parameters with one of these names, such as position embeddings of patches, is looked
+# up whole and never split along it.
 ACTIVATIONS = ("batch", "seq", "slots", "patches")
 
 
 @dataclass(frozen=True)
 class PartRules:
-    """What one part of a model has of its own in the table: of its parameters, and of what is computed inside it.
+    """Rules of one part of a model, for its parameters and its activations.
 
     Attributes:
         part: "encoder_image", "projector_image", "llm" or another part, as the model's parameters name it.
-        axes: (logical name, mesh axes) each; names that are not here are split as everywhere.
+        axes: pairs (logical name, mesh axes); other names follow the general table.
     """
 
     part: str
@@ -81,10 +81,10 @@ class PartRules:
 
 
 def data_parallel(part: str) -> PartRules:
-    """A part whose matrices are split over no `tensor`: rows or pictures are split over that axis as well.
+    """Returns rules that split no matrix of a part over `tensor`, but rows or images over that axis as well.
 
-    For an encoder beside a tensor-parallel LLM: a tower of some hundred million parameters is too narrow to be cut by
-    `tensor`, and pictures need no exchange between devices.
+    For an encoder beside a tensor-parallel LLM: an encoder of some hundred million parameters is too narrow to be split
+    over `tensor`, and images need no communication between devices.
     """
     whole = (("heads", ()), ("kv_heads", ()), ("mlp", ()), ("vocab", ()))
     return PartRules(part, (("batch", ("data", "fsdp", "context", "tensor")), *whole))
@@ -102,7 +102,7 @@ _part: ContextVar[str | None] = ContextVar("part_of_the_model", default=None)
 
 
 def table_of_part(part: str | None, parts: Sequence[PartRules] = ()) -> Table:
-    """What a part such as encoder_image has of its own: that of its kind in `PARTS`, and over it what `parts` say."""
+    """Returns the rules of a part such as encoder_image: those of its kind in `PARTS`, overridden by `parts`."""
     kind, _, modality = (part or "").partition("_")
     own = dict(PARTS.get(kind, {})) if modality not in ("", "text") else {}
     for rules in parts:
@@ -111,7 +111,7 @@ def table_of_part(part: str | None, parts: Sequence[PartRules] = ()) -> Table:
 
 
 def active_mesh() -> tuple[Mesh, Table] | None:
-    """The mesh of the surrounding `use_mesh`, if there is one, and the rules of the part that is being traced."""
+    """Returns the mesh of the surrounding `use_mesh`, if any, and the rules of the part that is being traced."""
     active = _active.get()
     if active is None:
         return None
@@ -124,17 +124,17 @@ def partition_spec(
     mesh: Mesh | AbstractMesh,
     rules: Table = RULES,
 ) -> PartitionSpec:
-    """The mesh axes of one array.
+    """Returns the mesh axes of one array.
 
-    A mesh axis serves one dimension of an array, the first that asks for it; a dimension that the axes do not divide
-    stays whole, so that odd widths are replicated instead of refused.
+    A mesh axis splits one dimension of an array, the first that names it. A dimension that the axes do not divide stays
+    whole, so that odd widths are replicated instead of refused.
 
     Args:
         names: a logical name (or None) for each dimension.
         shape: the array's shape, as long as `names`.
 
     Raises:
-        KeyError: a name that the table does not hold.
+        KeyError: a name that is not in the table.
     """
     used: set[str] = set()
     spec: list[tuple[str, ...] | str | None] = []
@@ -150,7 +150,7 @@ def partition_spec(
 
 
 def split_sizes(names: Sequence[str | None], shape: Sequence[int]) -> list[int]:
-    """Into how many pieces the surrounding `use_mesh` splits each dimension of an activation; 1 outside of it."""
+    """Returns the number of pieces that the surrounding `use_mesh` splits each dimension into; 1 outside of it."""
     active = active_mesh()
     if active is None:
         return [1] * len(shape)
@@ -160,15 +160,15 @@ def split_sizes(names: Sequence[str | None], shape: Sequence[int]) -> list[int]:
 
 
 def axes_of(entry: tuple[str, ...] | str | None) -> tuple[str, ...]:
-    """An entry of a PartitionSpec as a tuple."""
+    """Returns an entry of a PartitionSpec as a tuple."""
     return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
 
 
 @contextmanager
 def use_mesh(mesh: Mesh, rules: Table = RULES, parts: Sequence[PartRules] = ()) -> Iterator[None]:
-    """Makes `constrain` effective for what is traced inside, by the rules of the part of the model that it stands in.
+    """Makes `constrain` effective for what is traced inside, by the rules of the surrounding part of the model.
 
-    A part is what the applied module holds under a part's name: its methods are traced under its rules.
+    A part is a submodule with a part's name: its methods are traced under its rules.
     """
     token = _active.set(_Active(mesh, rules, tuple(parts)))
     try:
@@ -180,7 +180,7 @@ def use_mesh(mesh: Mesh, rules: Table = RULES, parts: Sequence[PartRules] = ()) 
 
 @contextmanager
 def part_of_model(name: str | None) -> Iterator[None]:
-    """What is traced inside belongs to this part: for what a model does for a part outside of the part's module."""
+    """Assigns what is traced inside to this part, for computations of a part outside of its module."""
     token = _part.set(name)
     try:
         yield
@@ -197,7 +197,7 @@ def _enter_part(method, args, kwargs, context):
 
 
 def constrain(x: jax.Array, *names: str | None) -> jax.Array:
-    """Pins an activation to the mesh by its logical names; outside `use_mesh` it changes nothing."""
+    """Constrains an activation's sharding by its logical names; outside `use_mesh` it changes nothing."""
     active = active_mesh()
     if active is None:
         return x

@@ -1,4 +1,4 @@
-"""The device mesh, and the shardings that follow from it and the logical names."""
+"""The device mesh, and shardings from the mesh and logical names."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from mllm_jax.sharding.logical import ACTIVATIONS, AXES, RULES, PartRules, parti
 
 @dataclass(frozen=True)
 class MeshConfig:
-    """Sizes of the mesh axes; one of them may be -1 and takes the devices that are left.
+    """Sizes of the mesh axes; one of them may be -1 and takes the remaining devices.
 
     Attributes:
-        slices: groups of devices with a fast network inside (TPU slices), joined by a slow one. The outer part of
-            `data` runs over them, every other axis stays inside one: only gradients cross the slow network, once a
-            step. None: as many as the devices say, 1 where they say nothing.
+        slices: number of groups of devices with a fast network inside (TPU slices), joined by a slow one. The outer
+            part of `data` is split over slices, every other axis stays inside one: only gradients cross the slow
+            network, once a step. None: the number that the devices report, 1 if they report none.
     """
 
     data: int = -1
@@ -35,7 +35,7 @@ class MeshConfig:
 
 
 def mesh_sizes(config: MeshConfig, num_devices: int) -> tuple[int, ...]:
-    """The sizes of AXES on these devices. Raises ConfigError: they do not multiply to the number of devices."""
+    """Returns the sizes of AXES on these devices. Raises ConfigError unless their product is the number of devices."""
     sizes = [getattr(config, axis) for axis in AXES]
     given = f"mesh {dict(zip(AXES, sizes, strict=True))} on {num_devices} device(s)"
     if sizes.count(-1) > 1 or any(size == 0 or size < -1 for size in sizes):
@@ -55,14 +55,14 @@ def mesh_sizes(config: MeshConfig, num_devices: int) -> tuple[int, ...]:
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """Arranges the devices as data x fsdp x context x tensor.
 
-    TPU devices, those of a topology that is only compiled for among them, are arranged so that neighbours on the mesh
-    are neighbours in the torus. Others stand in their order, in which devices of one slice follow each other.
+    TPU devices, including those of a topology that is only compiled for, are arranged so that neighbours on the mesh
+    are neighbours in the torus. Other devices keep their order, in which devices of one slice follow each other.
 
     Raises:
-        ConfigError: the sizes do not multiply to the number of devices; slices that do not divide `data`, or that are
-            not the devices' own.
+        ConfigError: the product of the sizes is not the number of devices; slices that do not divide `data`, or that
+            differ from the devices' slices.
     """
-    if devices is None:  # devices that exist started XLA already, and those of a plan are no CPUs
+    if devices is None:  # existing devices have started XLA already, and those of a plan are not CPUs
         prepare_cpu()
     devices = list(jax.devices() if devices is None else devices)
     if devices[0].platform == "cpu":
@@ -79,9 +79,9 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
 
 
 def make_fitting_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """The mesh of `make_mesh` where the config fits the devices; else one that spreads the weights over them (`fsdp`).
+    """Returns the mesh of `make_mesh` if the config fits the devices; else one that splits the weights (`fsdp`).
 
-    For what reads a run and does not train it: a run of 256 chips opens on one device.
+    For commands that read a run without training it: a run of 256 chips opens on one device.
     """
     try:
         return make_mesh(config, devices)
@@ -90,15 +90,16 @@ def make_fitting_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None =
 
 
 def _slices(config: MeshConfig, devices: Sequence[jax.Device]) -> int:
-    """How many slices the devices make."""
+    """Returns the number of slices that the devices form."""
     numbers = [getattr(device, "slice_index", None) for device in devices]
-    told = None not in numbers or devices[0].platform == "tpu"  # a TPU that says nothing is of the only slice
-    found = len(set(numbers)) if told else 1
+    # A TPU without a slice index belongs to the only slice.
+    reported = None not in numbers or devices[0].platform == "tpu"
+    found = len(set(numbers)) if reported else 1
     slices = found if config.slices is None else config.slices
-    if slices < 1 or len(devices) % slices or (told and slices != found):
+    if slices < 1 or len(devices) % slices or (reported and slices != found):
         raise ConfigError(
-            f"mesh of {slices} slices on {len(devices)} device(s)" + (f" of {found} slice(s)" if told else ""),
-            f"{found} slice(s), as the devices say" if told else "a positive number that divides the devices",
+            f"mesh of {slices} slices on {len(devices)} device(s)" + (f" of {found} slice(s)" if reported else ""),
+            f"{found} slice(s), as the devices report" if reported else "a positive number that divides the devices",
             "change experiment.mesh.slices, or leave it out",
         )
     return slices
@@ -114,11 +115,11 @@ def _arranged(sizes: Sequence[int], slices: int, devices: list[jax.Device]) -> n
 
 
 def param_shardings(boxed, mesh: Mesh | AbstractMesh, parts: Sequence[PartRules] = ()):
-    """NamedShardings for parameters that linen boxed with their logical names.
+    """Returns NamedShardings for parameters that linen boxed with their logical names.
 
     Args:
         boxed: (abstract) parameters as `module.init` returns them.
-        parts: what parts of the model have of their own; the first key of a parameter's path is its part.
+        parts: rules of parts of the model; the first key of a parameter's path is its part.
     """
     whole = dict.fromkeys(ACTIVATIONS, ())
 
@@ -133,7 +134,7 @@ def param_shardings(boxed, mesh: Mesh | AbstractMesh, parts: Sequence[PartRules]
 
 
 def batch_sharding(mesh: Mesh, ndim: int, shape: Sequence[int] | None = None) -> NamedSharding:
-    """Rows over `data` and `fsdp`; along a row, its places, media slots or patches, over `context`."""
+    """Splits rows over `data` and `fsdp`, and a row's positions, media slots or patches over `context`."""
     shape = shape if shape is not None else (mesh.shape["data"] * mesh.shape["fsdp"],) + (1,) * (ndim - 1)
     names = ("batch", "seq")[:ndim] + (None,) * (ndim - 2)
     return NamedSharding(mesh, partition_spec(names, shape, mesh))

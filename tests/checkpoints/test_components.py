@@ -1,4 +1,4 @@
-"""A folder of one model and a folder of several: both read by the one engine, and indices that are refused in words."""
+"""A folder of one model and a folder of several: both read by one engine, and indices that are refused."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ PARAMS = {"text_encoder": random_params(TEXT, 0), "vision": random_params(VISION
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """A folder as diffusers lays it out: put together by hand, but for what each model's own folder has."""
+    """Returns a folder in diffusers' form, made by hand from the folders of its models."""
     root = tmp_path_factory.mktemp("models") / "pipeline"
     save_pretrained(TEXT.make(), PARAMS["text_encoder"], root / "text_encoder")
     save_pretrained(VISION.make(), PARAMS["vision"], root / "vision")
@@ -126,7 +126,7 @@ def test_the_class_of_the_index_decides_where_the_config_names_none(pipeline):
     del values["architectures"], values["model_type"]
     path.write_text(json.dumps(values | {"_class_name": "ViTModel"}))
     vision = components_of(pipeline)[0]
-    refused(from_pretrained, vision, kind=ConfigError)  # nobody reads "_class_name" in this family
+    refused(from_pretrained, vision, kind=ConfigError)  # this family does not read "_class_name"
     path.write_text(json.dumps(values))
     assert identical(from_pretrained(vision)[1], PARAMS["vision"])
     assert "architectures=None" in refused(from_pretrained, vision.folder, kind=ConfigError)
@@ -165,7 +165,9 @@ def test_several_are_not_read_as_one(whole):
         assert "a folder of several models" in given and "vision, text_encoder" in given and "scheduler" not in given
 
 
-@pytest.mark.parametrize("text,shown", [("[]", "with a list"), ("{", "JSON"), ('{"_class_name": "X"}', "no component")])
+@pytest.mark.parametrize(
+    "text,shown", [("[]", "with a list"), ("{", "JSON"), ('{"_class_name": "X"}', "without a component")]
+)
 def test_an_index_that_is_none_is_refused(pipeline, text, shown):
     (pipeline / MODEL_INDEX).write_text(text)
     given = refused(components_of, pipeline)
@@ -175,7 +177,7 @@ def test_an_index_that_is_none_is_refused(pipeline, text, shown):
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no FIFO here")
 def test_an_index_that_is_a_pipe_is_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / MODEL_INDEX)
-    assert "no regular file" in refused(components_of, tmp_path)
+    assert "not a regular file" in refused(components_of, tmp_path)
 
 
 @pytest.mark.parametrize("entry", [[], ["diffusers"], ["diffusers", None], ["a", "b", "c"], [1, 2], ["diffusers", ""]])
@@ -189,7 +191,7 @@ def test_an_entry_without_a_class_is_refused(pipeline, entry):
 def test_a_name_that_leaves_the_folder_is_refused(pipeline, name):
     save_pretrained(VISION.make(), PARAMS["vision"], pipeline.parent / "other")
     index(pipeline, **{name: ["diffusers", "ViTModel"]})
-    assert f"{name!a}, which names no subfolder" in refused(components_of, pipeline)
+    assert f"{name!a}, which is not the name of a subfolder" in refused(components_of, pipeline)
 
 
 def test_components_that_are_missing_are_all_listed(pipeline):

@@ -1,4 +1,4 @@
-"""What all families' config.json files share: words for activations, ids, and the check of what is written."""
+"""Shared parts of all families' config.json files: names of activations, ids, and the check of a written config."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Configs as JSON: round trips, differences, and what is refused on the way back."""
+"""Configs as JSON: round trips, differences, and descriptions that are refused."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_round_trip_through_json():
     assert differences(through_json(EXPERIMENT), through_json(again)) == []
 
 
-def test_the_class_stands_beside_the_fields_and_collides_with_none():
+def test_the_class_is_beside_the_fields_and_collides_with_none():
     named = {"class": "mllm_jax.training.objectives.next_token:NextToken"}
     assert describe(NextToken(0.5, 64.0)) == named | {"z_loss": 0.5, "logits_mib": 64.0}
     # A field may be called `kind`, never `class`.
@@ -64,7 +64,7 @@ def test_the_class_stands_beside_the_fields_and_collides_with_none():
     }
 
 
-# Named by their classes: an address in a test's name would be another one in each worker.
+# Named by their classes: an address in a test's name would differ in each worker.
 @pytest.mark.parametrize(
     "value", [np.zeros(2), {1, 2}, object(), NextToken, len], ids=lambda value: type(value).__name__
 )
@@ -81,7 +81,7 @@ def test_what_is_no_plain_data_is_refused(value):
         "tests.foo:Bar",
         "mllm_jax_evil:Config",
         "",
-        "mllm_jax.checkpoints.description:describe",  # of the package, but no config class
+        "mllm_jax.checkpoints.description:describe",  # in the package, but not a config class
         "mllm_jax.errors:MllmError",
         "mllm_jax.checkpoints.description:importlib",
         "mllm_jax.checkpoints.differences:Gone",
@@ -128,7 +128,7 @@ WRONG = {
 
 @pytest.mark.parametrize("path", WRONG)
 def test_a_leaf_of_another_type_is_refused_by_name(path):
-    """`seed: "x"` was accepted and broke what came after (ATTACK, config.json: other classes, wrong leaves)."""
+    """Checks wrong leaves of config.json: `seed: "x"` was once accepted and failed later."""
     description = at = through_json(EXPERIMENT)
     *parents, name = path.split(".")
     for parent in parents:
@@ -148,7 +148,7 @@ def test_a_whole_number_is_a_float():
 
 @pytest.mark.parametrize("name", ["../../x", "a/b", "", ".", "..", ".hidden", "a\\b", "a\0b", "C:x", "x" * 101])
 def test_names_that_are_no_plain_names_are_refused(name):
-    """They become parts of paths in the run folder."""
+    """Checks names that would become parts of paths in the run folder."""
     with pytest.raises(ConfigError, match="a stage named"):
         dataclasses.replace(EXPERIMENT.stages[0], name=name)
     with pytest.raises(ConfigError, match="an experiment named"):
@@ -190,7 +190,7 @@ def test_what_changes_no_numbers_does_not_bind_a_run_folder():
 @pytest.mark.parametrize(
     "name",
     [
-        "shutil:rmtree",  # a run folder that came from elsewhere chooses what is called with its own strings
+        "shutil:rmtree",  # a run folder from elsewhere chooses what is called with its own strings
         "subprocess:getoutput",
         "numpy:load",
         "mllm_jax.cli.commands:main",

@@ -30,7 +30,7 @@ def test_fingerprint_sees_every_small_change():
     x = np.array(jax.random.normal(jax.random.key(0), (300, 256)).astype(jnp.bfloat16).astype(jnp.float32))
     flipped, swapped = x.copy(), x.copy()
     flipped.view(np.uint32)[17, 3] ^= 1
-    swapped.reshape(-1)[[0, 65536]] = swapped.reshape(-1)[[65536, 0]]  # low bits all zero, a distance of 2**16
+    swapped.reshape(-1)[[0, 65536]] = swapped.reshape(-1)[[65536, 0]]  # low bits all zero, a difference of 2**16
     negative_zero = np.zeros((2, 2), np.float32), np.full((2, 2), -0.0, np.float32)
     variants = [
         x,

@@ -1,4 +1,4 @@
-"""Layers that repeat in groups: the hub numbers them through, here each place in the group has its own parameters."""
+"""Layers that repeat in groups: the hub numbers all layers; here each index in the group has its own parameters."""
 
 from __future__ import annotations
 

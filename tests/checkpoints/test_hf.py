@@ -1,4 +1,4 @@
-"""The engine against weights made by hand: read, write, shards, spellings, and every folder that it must refuse."""
+"""The engine against weights made by hand: reading, writing, shards, spellings, and folders that it must refuse."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def same(tree, expected: dict) -> None:
 
 @pytest.fixture
 def refused(monkeypatch):
-    """The message of a refused reading, in which nothing was allocated for a parameter."""
+    """Returns the message of a refused reading; checks that nothing was allocated for a parameter."""
 
     def never(*_, **__):
         raise AssertionError("something was allocated before the refusal")
@@ -158,13 +158,13 @@ def test_each_device_gets_its_slice(tmp_path, devices, mesh):
         assert len(leaf.addressable_shards) == 8
         for shard in leaf.addressable_shards:
             assert np.array_equal(np.asarray(shard.data), expected[path][shard.index]), path
-        if path != "patch/kernel":  # merged axes: einops copies that one
+        if path != "patch/kernel":  # merged axes: einops copies this one
             largest = max(largest, leaf.addressable_shards[0].data.nbytes)
     assert largest <= reports[0].peak_host_bytes <= largest + expected["patch/kernel"].nbytes
 
 
 def test_the_files_are_unmapped_when_the_parameters_are_there(tmp_path):
-    """Or the memory of a process would grow with the file, and its disk space never come back."""
+    """Checks that a process does not keep the file's memory and disk space."""
     if not Path("/proc/self/maps").exists():
         pytest.skip("no /proc on this system")
     params = read_weights(save(tmp_path, by_hand(parameters())), TABLE, abstract())
@@ -195,7 +195,7 @@ def test_names_that_the_table_knows_are_not_respelled(tmp_path):
     same(read_weights(save(tmp_path, by_hand(parameters())), table, abstract()), parameters())
 
 
-def test_everything_that_does_not_fit_stands_in_one_message(tmp_path, refused):
+def test_everything_that_does_not_fit_is_in_one_message(tmp_path, refused):
     stored = by_hand(parameters())
     for layer in range(LAYERS):
         del stored[f"model.layers.{layer}.norm.weight"]
@@ -214,9 +214,9 @@ def test_everything_that_does_not_fit_stands_in_one_message(tmp_path, refused):
         "model.patch.bias: dtype I8, expected one of F32, F16, BF16",
         "model.embed.weight_scale: unknown",
         "transformer.layers.3.norm.gamma (read as model.layers.3.norm.weight): unknown",
-        "transformer.patch.weight (read as model.patch.weight): a second time, beside model.patch.weight",
+        "transformer.patch.weight (read as model.patch.weight): a duplicate of model.patch.weight",
     } < lines
-    assert "9 of its tensors do not fit" in message
+    assert "9 of its tensors do not match" in message
 
 
 @pytest.mark.parametrize("dtype", ["I8", "U8", "I64", "F64", "F8_E4M3", "F8_E5M2", "BOOL"])
@@ -298,7 +298,7 @@ def test_a_config_that_cannot_be_read(tmp_path, text, message):
 # ---- a folder appears whole or not at all
 
 
-def test_a_taken_name_is_refused_and_a_model_replaced_only_where_told(tmp_path):
+def test_a_taken_name_is_refused_and_a_model_replaced_only_on_request(tmp_path):
     target = tmp_path / "model"
     write_weights(target, TABLE, nest(parameters()), config={"a": 1})
     with pytest.raises(CheckpointError, match="is not empty"):
@@ -372,7 +372,7 @@ def test_the_checksum_sees_every_bit_name_and_shape(tmp_path):
     assert checksum(dict(reversed(base.items()))) == checksum(base)
 
 
-# ---- tables that do not fit their module
+# ---- tables that do not match their module
 
 
 def replaced(path: str, **changes) -> tuple[Weight, ...]:
@@ -385,12 +385,12 @@ FAULTS = {
     "twice": ((*TABLE.weights, Weight("x", "head/kernel")), "head/kernel: in the table 2 times"),
     "rank": (replaced("embed/embedding", pattern="a b c -> a b c"), "does not fit 'a b c -> a b c'"),
     "size": (replaced("layers/q/kernel", sizes={"h": 5}), "does not fit"),
-    "gap": (replaced("layers/k/kernel", rows=(17, 25)), r"rows \(17, 25\) that do not follow on"),
+    "gap": (replaced("layers/k/kernel", rows=(17, 25)), r"rows \(17, 25\) that are not consecutive"),
     "short": (replaced("layers/v/kernel", rows=(24, 31)), r"do not hold \[8, 8\]"),
-    "late": (replaced("layers/q/kernel", name="model.layers.{layer}.q"), "rows .* that do not follow on"),
+    "late": (replaced("layers/q/kernel", name="model.layers.{layer}.q"), "rows .* that are not consecutive"),
     "no rows": (replaced("layers/q/kernel", rows=None), "lines with rows and lines without"),
-    "part": (replaced("layers/c/kernel", part=3), "not the parts 0, 1"),
-    "no part": (replaced("layers/c/kernel", part=None), "not the parts 0, 1"),
+    "part": (replaced("layers/c/kernel", part=3), "not its parts 0, 1"),
+    "no part": (replaced("layers/c/kernel", part=None), "not its parts 0, 1"),
     "patterns": (replaced("layers/c/kernel", sizes={"n": 4}), "different shapes or patterns"),
     "layers": (replaced("patch/bias", name="model.layers.{layer}.qkv.weight"), "different numbers of layers"),
     "same name": (replaced("patch/bias", name="model.layers.0.norm.weight"), "model.layers.0.norm.weight: 2 lines"),

@@ -1,4 +1,4 @@
-"""How much memory a reading takes, measured by the kernel in a process of its own."""
+"""The memory of a reading, measured by the kernel in a separate process."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ CONFIG = {
     "rms_norm_eps": 1e-6,
     "tie_word_embeddings": False,
 }
-# Everything is loaded once before, small, so that what is measured is the weights and not the imports.
+# A small model is loaded first, so that the weights are measured and not the imports.
 READER = """
 import json, sys
 from pathlib import Path
@@ -105,7 +105,7 @@ def measure(small: Path, large: Path, devices: int) -> dict:
 
 @pytest.mark.slow
 def test_a_reading_takes_little_more_than_what_it_loads(folders):
-    """Above the loaded arrays: the largest group of tensors and 15 % of the file; on a mesh, a shard's part of that."""
+    """Checks the extra memory: the largest group of tensors and 15 % of the file; on a mesh, a shard's part of it."""
     if not Path("/proc/self/status").exists():
         pytest.skip("no /proc on this system")
     size, group = folders[2], 4 * LAYERS * WIDTH * MLP
@@ -115,6 +115,6 @@ def test_a_reading_takes_little_more_than_what_it_loads(folders):
         assert not found["heavy"], "reading needs none of these"
         assert found["loaded"] == size and found["peak"] >= size
         assert found["peak"] - size <= (group + 0.15 * size) / devices
-        assert found["after"] - size <= 0.05 * size, "something stays behind"
+        assert found["after"] - size <= 0.05 * size, "some memory is not freed"
         assert found["reported"] == group / devices and found["mapped"] < 5e6
     assert one["total"] == eight["total"] != 0

@@ -1,4 +1,4 @@
-"""A run that dies at any file operation of naming a checkpoint and of deleting old ones keeps what it has to keep."""
+"""A run that dies at any file operation of naming a checkpoint and deleting old ones keeps its checkpoints."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ KEEP = 2
 
 
 class Death(BaseException):
-    """What nothing catches, as nothing catches SIGKILL; no file operation comes through after it."""
+    """An exception that nothing catches, like SIGKILL; no file operation succeeds after it."""
 
 
 class Dying:
-    """Lets `count` file operations through; `done` says how many came."""
+    """A patch that allows `count` file operations; `done` is the number performed."""
 
     def __init__(self, count: int):
         self.count, self.done = count, 0
@@ -50,7 +50,7 @@ class Dying:
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """Sealed checkpoints 2, 4, 6 and 8, to be copied."""
+    """Returns sealed checkpoints 2, 4, 6 and 8, to be copied."""
     folder = tmp_path_factory.mktemp("made")
     with TrainingCheckpoints(folder, keep_last=9) as checkpoints:
         for step in (2, 4, 6, 8):
@@ -59,13 +59,13 @@ def made(tmp_path_factory):
 
 
 def save(folder: Path, made: Path, step: int, monkeypatch, dies_at: int) -> bool:
-    """A start that saves this step, the arrays copied in place of being written; True if it died on the way."""
+    """Starts and saves this step, with copied arrays instead of written ones; returns True if it died."""
 
     def begin(target, *_):
         temporary = target.with_name(target.name + folder_module.WRITING)
         shutil.rmtree(temporary, ignore_errors=True)
         shutil.copytree(made / target.name, temporary)
-        dying.done = 0  # what comes before is the concern of others
+        dying.done = 0  # earlier operations are tested elsewhere
         dying.count = dies_at
         return lambda: folder_module._publish(temporary, target)
 
@@ -76,7 +76,7 @@ def save(folder: Path, made: Path, step: int, monkeypatch, dies_at: int) -> bool
 
 
 def loadable(folder: Path) -> list[int]:
-    """The steps that a next start could take, every byte of them checked."""
+    """Returns the steps that a next start could use, with every byte checked."""
     steps = TrainingCheckpoints(folder, keep_last=KEEP).steps()
     assert all(folder_module.damage(folder / f"{step:08d}", deep=True) is None for step in steps)
     return steps
@@ -84,7 +84,7 @@ def loadable(folder: Path) -> list[int]:
 
 @pytest.mark.parametrize("have, first, second", [((2, 4), 6, 8), ((2, 4), 6, 6), ((4, 6), 6, 6), ((4, 6), 6, 8)])
 def test_dying_once_and_again_loses_no_checkpoint(tmp_path, made, monkeypatch, have, first, second):
-    """New steps, which push the oldest out, and steps that are saved again over what is there."""
+    """Checks new steps, which delete the oldest, and steps that replace existing ones."""
     deaths, named = 0, False
     for once in range(1000):
         folder = tmp_path / f"{once}"
@@ -93,7 +93,7 @@ def test_dying_once_and_again_loses_no_checkpoint(tmp_path, made, monkeypatch, h
         died = save(folder, made, first, monkeypatch, once)
         after = loadable(folder)
         assert set(after) >= set(have[1:]) and (named <= (first in after)), f"death {once}: {after}"
-        named = first in after  # and from then on for good
+        named = first in after  # and permanently from then on
         must = sorted({*have, *after})[-KEEP:]
         assert after[-KEEP:] == must
         if not died:
@@ -107,7 +107,7 @@ def test_dying_once_and_again_loses_no_checkpoint(tmp_path, made, monkeypatch, h
             assert found[-KEEP:] == sorted({*must, *found})[-KEEP:], f"deaths {once}, {again}: {found}"
             shutil.rmtree(other)
             if not died:
-                assert found == sorted({*must, second})[-KEEP:]  # all remains are swept away
+                assert found == sorted({*must, second})[-KEEP:]  # all remains are deleted
                 break
             deaths += 1
         shutil.rmtree(folder)

@@ -53,14 +53,14 @@ def test_it_comes_back_on_a_mesh_and_keeps_its_dtype(tmp_path, devices):
     assert params["layers"]["q"]["kernel"].addressable_shards[0].data.shape == (3, 2, 2, 4)
 
 
-def test_a_taken_name_is_refused_and_a_model_replaced_only_where_told(folder):
+def test_a_taken_name_is_refused_and_a_model_replaced_only_on_request(folder):
     params = jax.tree.map(jax.numpy.asarray, nest(parameters(np.float16)))
     with pytest.raises(CheckpointError, match="is not empty"):
         write_native(folder, CONFIG, params)
     same(read_native(folder, abstract()))
     write_native(folder, CONFIG, params, overwrite=True)
     same(read_native(folder, abstract()), np.float16)
-    assert not list(folder.parent.glob("model.*")), "something is left behind"
+    assert not list(folder.parent.glob("model.*")), "something remains"
 
 
 def test_a_config_that_is_no_plain_data_writes_nothing(tmp_path):

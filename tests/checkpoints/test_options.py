@@ -1,4 +1,4 @@
-"""Every option that is read has a type and a range; what is refused is named with its value and what is expected."""
+"""Every option that is read has a type and a range; errors give the option, its value and what is expected."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a family is filled with: every field by its name, and a sample that is written once for each kind of module."""
+"""The fields of a family, each by its name, and one sample for each kind of module."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Checkpoints survive kills, damage, full disks and other meshes, and come back bit for bit."""
+"""Checkpoints survive kills, damage, full disks and other meshes, and are restored bit for bit."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def mesh(count: int, *shape: int) -> Mesh:
 
 
 def test_round_trip_is_bit_exact_for_every_dtype_and_optax_state(tmp_path):
-    bits = np.random.default_rng(0).integers(0, 2**32, (5, 3), np.uint32)  # random bits hold NaNs and denormals too
+    bits = np.random.default_rng(0).integers(0, 2**32, (5, 3), np.uint32)  # random bits include NaNs and denormals
     params = {
         "f32": jax.lax.bitcast_convert_type(jnp.array(bits), jnp.float32),
         "bf16": jax.lax.bitcast_convert_type(jnp.array(bits >> 16, jnp.uint16), jnp.bfloat16),
@@ -102,7 +102,7 @@ def test_whole_entries_may_be_left_out_and_leaves_need_no_sharding(tmp_path):
 def test_donating_right_after_save_does_not_change_what_is_written(tmp_path):
     overwrite = jax.jit(lambda x: x * 0 + 7, donate_argnums=0)
     x = jax.random.normal(jax.random.key(0), (2048, 2048))
-    overwrite(x + 0).block_until_ready()  # compiled now, so that it runs while the write is under way
+    overwrite(x + 0).block_until_ready()  # compiled now, so that it runs during the write
     expected, host = np.array(x), np.arange(6.0, dtype=np.float32)
     with TrainingCheckpoints(tmp_path) as checkpoints:
         checkpoints.save(1, {"x": x, "host": host}, {})
@@ -218,7 +218,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(tmp_path, dama
     assert len(checkpoints.notes) == 1 and "step 2" in checkpoints.notes[0] and words in checkpoints.notes[0]
     with pytest.raises(CheckpointError, match=words):
         checkpoints.restore(abstract(state_at(0)), step=2)
-    checkpoints.save(2, state_at(2), {"step": 2})  # the run goes on and comes to that step again
+    checkpoints.save(2, state_at(2), {"step": 2})  # the run continues and reaches that step again
     assert checkpoints.restore(abstract(state_at(0)))[0] == 2 and checkpoints.steps() == [1, 2]
 
 
@@ -247,7 +247,7 @@ def test_when_none_is_left_each_is_named_with_its_reason(tmp_path):
         checkpoints.restore(abstract(state_at(0)))
     text = str(caught.value)
     assert "step 1: " in text and "bytes instead of" in text and "step 2: " in text and "corrupt" in text
-    assert "step 3: its save was cut off" in text
+    assert "step 3: its save was interrupted" in text
     with pytest.raises(CheckpointError, match="step 7"):
         checkpoints.restore(abstract(state_at(0)), step=7)
 
@@ -304,18 +304,18 @@ def test_a_disk_that_fills_up_while_writing_spares_the_checkpoint_before(tmp_pat
     monkeypatch.undo()
     assert [p.name for p in tmp_path.iterdir()] == ["00000001"]
     assert checkpoints.restore(abstract(state_at(0)))[0] == 1
-    checkpoints.save(3, state_at(3), {})  # the error was told once; saving works again
+    checkpoints.save(3, state_at(3), {})  # the error was raised once; saving works again
     checkpoints.wait()
     assert checkpoints.steps() == [1, 3]
 
 
-def test_the_next_save_tells_what_went_wrong_in_the_background(tmp_path, monkeypatch):
+def test_the_next_save_raises_what_went_wrong_in_the_background(tmp_path, monkeypatch):
     checkpoints = saved(tmp_path, [1])
     monkeypatch.setattr(folder_module, "_seal", _no_space)
     checkpoints.save(2, state_at(2), {})
     with pytest.raises(CheckpointError, match="00000002 failed"):
         checkpoints.save(3, state_at(3), {})
-    assert [p.name for p in tmp_path.iterdir()] == ["00000001"]  # and the one that told of it was not begun
+    assert [p.name for p in tmp_path.iterdir()] == ["00000001"]  # and the save that raised it was not started
 
 
 def _no_space(folder: Path):
@@ -323,7 +323,7 @@ def _no_space(folder: Path):
 
 
 def test_a_disk_that_is_really_full(tmp_path, monkeypatch):
-    """orbax's own writer runs out of room on a 6 MiB disk, its free space overstated."""
+    """Checks that orbax's own writer runs out of space on a 6 MiB disk with an overstated free space."""
     disk = tmp_path / "disk"
     disk.mkdir()
     mounted = shutil.which("mount") and subprocess.run(
@@ -406,11 +406,11 @@ def saver(folder: Path, step: int, point: str) -> subprocess.Popen:
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
 
 
-LAST = 0.52  # of the delays; whatever the others met, this kill comes while a checkpoint is written
+LAST = 0.52  # of the delays; this kill always comes while a checkpoint is written
 
 
 def writes(process: subprocess.Popen, folder: Path) -> bool:
-    """Stops it where it is; whether it has begun a checkpoint and not ended it."""
+    """Stops a process; returns whether it has started a checkpoint and not finished it."""
     process.send_signal(signal.SIGSTOP)
     os.waitpid(process.pid, os.WUNTRACED)
     return bool(list(folder.glob("*.writing")))
@@ -422,7 +422,7 @@ def test_sigkill_at_any_moment_leaves_a_loadable_checkpoint(tmp_path):
     for delay in (0.41, 0.237, 0.633, LAST):
         process = saver(tmp_path, last + 1, "endless")
         assert process.stdout.readline() == "ready\n"
-        while not (tmp_path / f"{last + 1:08d}").exists():  # past start-up, whatever the machine's speed
+        while not (tmp_path / f"{last + 1:08d}").exists():  # after start-up, for any speed of the machine
             assert process.poll() is None
             time.sleep(0.005)
         time.sleep(delay)
@@ -450,13 +450,13 @@ def test_sigkill_at_the_worst_moments_keeps_the_old_one(tmp_path, point):
     process.stdout.close()
     assert (tmp_path / f"{step:08d}.writing").exists() and (tmp_path / "00000005").exists() == (step == 6)
     checkpoints = TrainingCheckpoints(tmp_path)
-    with pytest.warns(UserWarning, match="cut off") if step == 6 else _nothing():
+    with pytest.warns(UserWarning, match="interrupted") if step == 6 else _nothing():
         found_step, found, meta = checkpoints.restore(abstract(state_at(0, 256)))
     assert (found_step, meta) == (5, {"old": True})
     assert_bits(found, state_at(5, 256))
     checkpoints.save(7, state_at(7, 256), {})
     checkpoints.wait()
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["00000005", "00000007"]  # the remains are swept away
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["00000005", "00000007"]  # the remains are deleted
 
 
 class _nothing:
@@ -478,8 +478,8 @@ def test_snapshots_are_whole_permanent_and_checked(tmp_path):
     assert meta == META
     assert_bits(found, tree)
     with pytest.raises(CheckpointError, match="do not match"):
-        load_snapshot(folder, abstract(tree[:1]))  # a part is not the whole
-    save_snapshot(folder, [state_at(2)], {})  # a stage that is run again
+        load_snapshot(folder, abstract(tree[:1]))  # a part is not enough
+    save_snapshot(folder, [state_at(2)], {})  # a repeated stage
     assert_bits(load_snapshot(folder, abstract([state_at(2)]))[0], [state_at(2)])
     assert [p.name for p in folder.parent.iterdir()] == ["align"]
     flip(folder)

@@ -1,4 +1,4 @@
-"""A toy model's table and the same weights made by hand both ways: an oracle that shares no code with the engine."""
+"""A toy model's table and its weights made by hand in both forms: an oracle that shares no code with the engine."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from mllm_jax.checkpoints.table import Table, Weight
 
 LAYERS = 3
 QKV = "(n h) e -> e n h"
-MIXED = "(n p h) e -> p e n h"  # q, k and v of a head lie together
+MIXED = "(n p h) e -> p e n h"  # q, k and v of a head are together
 TABLE = Table(
     weights=(
         Weight("model.embed.weight", "embed/embedding"),
@@ -73,7 +73,7 @@ def nest(leaves: dict) -> dict:
 
 
 def abstract() -> dict:
-    """What `jax.eval_shape` of an init gives: shapes under logical names."""
+    """Returns the result of `jax.eval_shape` of an init: shapes with logical names."""
     return nest(
         {
             path: nn.LogicallyPartitioned(jax.ShapeDtypeStruct(shape, np.float32), names=NAMES[path])
@@ -88,7 +88,7 @@ def parameters(dtype=np.float32) -> dict:
 
 
 def by_hand(p: dict) -> dict:
-    """The stored tensors, spelled out index by index."""
+    """Returns the stored tensors, assembled index by index."""
     stored = {
         "model.embed.weight": p["embed/embedding"],
         "head.weight": p["head/kernel"].T,
@@ -113,6 +113,6 @@ def by_hand(p: dict) -> dict:
 
 
 def write_raw(path: Path, header: dict | bytes, data: bytes = b"", length: int | None = None) -> None:
-    """A safetensors file as the header says it, right or wrong."""
+    """Writes a safetensors file with this header, right or wrong."""
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
     path.write_bytes(struct.pack("<Q", len(text) if length is None else length) + text + data)

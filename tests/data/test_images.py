@@ -235,8 +235,8 @@ def test_only_regular_files_of_bounded_size_are_read(tmp_path):
     with open(tmp_path / "sparse.png", "wb") as file:
         file.truncate(100 << 30)
     refused = {
-        tmp_path / "pipe.png": "no regular file",
-        "/dev/zero": "no regular file",
+        tmp_path / "pipe.png": "not a regular file",
+        "/dev/zero": "not a regular file",
         tmp_path / "sparse.png": "107,374,182,400 bytes",
         str(tmp_path / "a\0.png"): "null",
         str(tmp_path / "\ud800.png"): "surrogates",

@@ -1,5 +1,5 @@
-"""The kinds of bad input: a module each, whose `cases(rng, n)` gives n pairs of a description and a callable.
+"""The kinds of bad input: one module each, whose `cases(rng, n)` yields n pairs of a description and a callable.
 
-The callable reads one bad input. It returns where the input is accepted and raises an MllmError where it is refused;
-whatever else it raises is a fault of the library.
+The callable reads one bad input. It returns if the input is accepted and raises an MllmError if it is refused. Any
+other exception is a fault of the library.
 """

@@ -1,4 +1,4 @@
-"""A tiny config.json of every family, by the architecture under which the registry knows it."""
+"""A tiny config.json of every family, by its architecture in the registry."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Faults for bytes, text and JSON, which several kinds of bad input share."""
+"""Faults for bytes, text and JSON, shared by several kinds of bad input."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ NUMBERS = (0, -1, 1, 2, 3, 7, 224, 65_537, 10**9, 2**63, 10**400, 0.5, -0.0, 1e3
 
 
 def deep(levels: int = 400) -> list:
-    """Lists in lists."""
+    """Returns nested lists."""
     value: list = []
     for _ in range(levels):
         value = [value]
@@ -20,12 +20,12 @@ def deep(levels: int = 400) -> list:
 
 
 def leaf(rng: random.Random) -> Any:
-    """A value that was not expected."""
+    """Returns an unexpected value."""
     return rng.choice([None, True, False, [], {}, [[]], [{}], {"a": 1}, [1, 2, 3], deep(), *NUMBERS, *TEXTS])
 
 
 def values(rng: random.Random, value: Any) -> Any:
-    """JSON with one to three faults."""
+    """Returns JSON with one to three faults."""
     value = copy.deepcopy(value)
     for _ in range(rng.choice((1, 1, 2, 3))):
         places = list(_places(value))
@@ -44,7 +44,7 @@ def values(rng: random.Random, value: Any) -> Any:
 
 
 def data(rng: random.Random, content: bytes) -> bytes:
-    """Bytes with one to six faults."""
+    """Returns bytes with one to six faults."""
     content = bytearray(content)
     for _ in range(rng.choice((1, 1, 2, 4, 6))):
         if not content:
@@ -68,7 +68,7 @@ def data(rng: random.Random, content: bytes) -> bytes:
 
 
 def _places(value: Any, levels: int = 6) -> Iterator[tuple[Any, Any]]:
-    """Every (container, key) down to some depth."""
+    """Yields every (container, key) down to some depth."""
     for key in _keys(value):
         yield value, key
         if levels:

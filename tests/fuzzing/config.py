@@ -13,9 +13,9 @@ import numpy as np
 
 from fuzzing._configs import CONFIGS
 
-# Families whose folders are read too: a decoder, learned positions, an encoder-decoder, both towers.
+# Families whose folders are read too: a decoder, learned positions, an encoder-decoder, both encoders.
 WITH_WEIGHTS = ("LlamaForCausalLM", "OPTForCausalLM", "T5ForConditionalGeneration", "CLIPTextModel", "ViTModel")
-ONE_IN = 40  # cases is read with its weights
+ONE_IN = 40  # cases are read with weights
 NESTED = json.loads("[" * 60 + "]" * 60)
 # fmt: off
 VALUES = (
@@ -29,10 +29,10 @@ TEXTS = (b"", b"[" * 100_000, b'{"a":' * 100_000, b"\xff\xfe", b"[]", b"null", b
 
 
 def mutated(rng: np.random.Generator, config: dict) -> tuple[str, dict]:
-    """A copy with one to three faults, and what they are."""
+    """Returns a copy with one to three faults, and their description."""
     config, done = copy.deepcopy(config), []
     for _ in range(int(rng.choice([1, 1, 1, 2, 3]))):
-        if not (places := list(_places(config))):  # all was deleted
+        if not (places := list(_places(config))):  # everything was deleted
             break
         where, key = places[rng.integers(len(places))]
         value = copy.deepcopy(VALUES[rng.integers(len(VALUES))])
@@ -53,7 +53,7 @@ def mutated(rng: np.random.Generator, config: dict) -> tuple[str, dict]:
 
 
 def _places(value: Any) -> Iterator[tuple[Any, Any]]:
-    """Every (container, key) in a JSON value."""
+    """Yields every (container, key) in a JSON value."""
     for key in list(value) if isinstance(value, dict) else range(len(value)):
         yield value, key
         if isinstance(value[key], (dict, list)) and value[key] is not NESTED:
@@ -89,7 +89,7 @@ def _read(folder: Path) -> object:
 
 
 def _with_weights(parent: Path, name: str) -> Path:
-    """A folder of a tiny model with random weights."""
+    """Returns a folder of a tiny model with random weights."""
     import jax
     from flax import linen as nn
 
@@ -104,11 +104,11 @@ def _with_weights(parent: Path, name: str) -> Path:
     return parent / name
 
 
-_finite: set = set()  # configs whose outputs were seen to be numbers
+_finite: set = set()  # configs whose outputs were finite
 
 
 def _read_and_run(folder: Path) -> object:
-    """Reads a folder; what is accepted must give numbers."""
+    """Reads a folder; an accepted model must give finite outputs."""
     import jax
 
     from mllm_jax.models.registry import family_of_config, from_pretrained

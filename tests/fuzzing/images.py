@@ -53,7 +53,7 @@ LONG = (999, 2_000, 65_000)
 def cases(rng: Any, n: int) -> Iterator[tuple[str, Callable[[], object]]]:
     rng = random.Random(rng.random())
     files = [_file(rng) for _ in range(40)]
-    _processor(KINDS["CLIP"])  # what it imports is no part of a case
+    _processor(KINDS["CLIP"])  # its imports are not part of a case
     with tempfile.TemporaryDirectory() as temporary:
         for number in range(n):
             what, case = rng.choice((_decoded, _decoded, _sized, _sized, _of_pillow, _read, _configured, _together))(
@@ -63,14 +63,14 @@ def cases(rng: Any, n: int) -> Iterator[tuple[str, Callable[[], object]]]:
 
 
 def _file(rng: random.Random) -> tuple[str, bytes]:
-    """A whole file of some format and mode, and its name."""
+    """Returns a valid file of some format and mode, and its name."""
     while True:
         form, mode, size = rng.choice(FORMATS), rng.choice(MODES), (rng.choice(SIDES), rng.choice(SIDES))
         stream = io.BytesIO()
         options = {"compression": rng.choice(("tiff_lzw", "tiff_deflate", "packbits"))} if form == "TIFF" else {}
         try:
             _image(rng, mode, size).save(stream, form, **options)
-        except (OSError, ValueError, KeyError):  # a format that has no such mode
+        except (OSError, ValueError, KeyError):  # a format without this mode
             continue
         return f"{form} {mode} {size}", stream.getvalue()
 
@@ -84,14 +84,14 @@ def _image(rng: random.Random, mode: str, size: tuple[int, int]) -> Image.Image:
 
 
 def _decoded(rng: random.Random, files: list, folder: Path) -> tuple[str, Callable]:
-    """A mutated file, decoded and processed."""
+    """Decodes and processes a mutated file."""
     name, content = rng.choice(files)
     content, kind = faults.data(rng, content), rng.choice(list(KINDS))
     return f"{name} for {kind}", lambda: _process(kind, _decode(content))
 
 
 def _sized(rng: random.Random, files: list, folder: Path) -> tuple[str, Callable]:
-    """An array of an odd size, processed."""
+    """Processes an array of an odd size."""
     long, kind = rng.choice(SIDES + LONG), rng.choice(list(KINDS))
     short = rng.choice(SIDES[:2] if long in LONG else SIDES[:4])
     size = rng.choice(((short, long), (long, short)))
@@ -99,7 +99,7 @@ def _sized(rng: random.Random, files: list, folder: Path) -> tuple[str, Callable
 
 
 def _of_pillow(rng: random.Random, files: list, folder: Path) -> tuple[str, Callable]:
-    """An image of Pillow, in any mode, or a damaged file that Pillow has opened and not read."""
+    """Processes a Pillow image in any mode, or a damaged file that Pillow has opened but not read."""
     from mllm_jax.data.images import as_picture
 
     if rng.random() < 0.5:
@@ -109,13 +109,13 @@ def _of_pillow(rng: random.Random, files: list, folder: Path) -> tuple[str, Call
     content = faults.data(rng, content)
     try:
         opened = Image.open(io.BytesIO(content))
-    except Exception:  # Pillow's own refusal, before there is an image to give
+    except Exception:  # Pillow's own error, before there is an image
         return f"{name}, as bytes", lambda: as_picture(content)
     return f"{name}, opened", lambda: as_picture(opened)
 
 
 def _read(rng: random.Random, files: list, folder: Path) -> tuple[str, Callable]:
-    """A file by its name, which may be none."""
+    """Reads a file by its name, which may be invalid."""
     from mllm_jax.data.images import read_image
 
     name, content = rng.choice(files)
@@ -128,7 +128,7 @@ def _read(rng: random.Random, files: list, folder: Path) -> tuple[str, Callable]
 
 
 def _configured(rng: random.Random, files: list, folder: Path) -> tuple[str, Callable]:
-    """A mutated preprocessor_config.json, and an image for it."""
+    """Processes an image with a mutated preprocessor_config.json."""
     from mllm_jax.data.image_processors import image_processor
 
     settings = faults.values(rng, KINDS[rng.choice(list(KINDS))])
@@ -141,7 +141,7 @@ def _configured(rng: random.Random, files: list, folder: Path) -> tuple[str, Cal
 
 
 def _together(rng: random.Random, files: list, folder: Path) -> tuple[str, Callable]:
-    """Images and videos of several kinds in one call of `Processor`."""
+    """Processes images and videos of several kinds in one call of `Processor`."""
     things = [rng.choice(files)[1] for _ in range(rng.randrange(3))]
     things = [faults.data(rng, thing) if rng.random() < 0.3 else thing for thing in things]
     things += rng.choice(([], [np.zeros((rng.choice(LONG), 1, 3), np.uint8)], [7], [None], [np.zeros((2, 2))]))
@@ -180,7 +180,7 @@ def _process_with(processor: Any, image: np.ndarray) -> None:
 
 
 def _processor(settings: dict) -> Any:
-    """A processor of a model with tiles and frames, without the model."""
+    """Returns a processor of a model with tiles and frames, without the model."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 

@@ -1,4 +1,4 @@
-"""LLaVA's records: mutated JSON and JSON-lines files, read as a whole, every record with its images."""
+"""LLaVA's records: mutated JSON and JSON-lines files, read completely, every record with its images."""
 
 from __future__ import annotations
 

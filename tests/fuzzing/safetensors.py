@@ -1,4 +1,4 @@
-"""Damaged safetensors files and indexes beside a sound config: read, and where accepted equal to what was stored."""
+"""Damaged safetensors files and indexes with a sound config: refused, or read with the stored values."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def cases(rng: np.random.Generator, n: int) -> Iterator[tuple[str, Callable[[], 
 
 
 def _damaged(rng: np.random.Generator, folder: Path, how: str) -> str:
-    """Writes a folder with one fault, and says which."""
+    """Writes a folder with one fault; returns its description."""
     header, data = _sound()
     what, single = "", folder / "model.safetensors"
     if how == "header":
@@ -64,7 +64,7 @@ def _damaged(rng: np.random.Generator, folder: Path, how: str) -> str:
 
 
 def _index(rng: np.random.Generator, folder: Path, how: str, header: dict, data: bytes) -> str:
-    """The tensors in two files and an index, which has a fault, or one of whose files is of another kind."""
+    """Writes the tensors to two files and an index, with a fault in the index or a file of another kind."""
     names = list(header)
     files = {"a.safetensors": names[:2], "b.safetensors": names[2:]}
     for file, inside in files.items():
@@ -124,7 +124,7 @@ def _read(folder: Path) -> object:
         Weight("model.layers.{layer}.norm.weight", "layers/norm"),
     ))  # fmt: skip
     entries = open_weights(folder, table, {"embed": (6, 4), "layers/up": (2, 4, 8), "layers/norm": (2, 4)})
-    # Which bytes belong to which tensor cannot be known where the header itself is another; that all can be read can.
+    # With another header the tensors' bytes are unknown, but all tensors must be readable.
     for name, entry in entries.items():
         if entry.map().shape != SHAPES[name]:
             raise AssertionError(f"{name}: {entry}")

@@ -25,8 +25,8 @@ TURNS = [
     {"role": "assistant", "content": "<think>hm</think>a cat"},
     {"role": "user", "content": "grüße 🦊"},
 ]
-ONE_IN = 12  # cases reads files of a tokenizer
-# Expressions; E stands for another.
+ONE_IN = 12  # cases read files of a tokenizer
+# Expressions; E is another expression.
 EXPRESSIONS = (
     "messages", "messages[0].content", "ns.x", "x", "m", "loop", "nowhere", "'a'", "'<>%{}'", "1", "0", "-1", "2.5",
     "99999", "10**9", "[]", "{}", "[E, E]", "(E, E)", "{'a': E}", "namespace(x=E)", "dict(a=E)", "range(E)",
@@ -45,7 +45,7 @@ EXPRESSIONS = (
     "(1).to_bytes(E, 'big')", "strftime_now(E)", "raise_exception(E)", "lipsum(n=E)", "joiner(E)()", "E is string",
     "E is iterable", "E is defined", "E is divisibleby E",
 )  # fmt: skip
-# Statements; S stands for statements.
+# Statements; S is a list of statements.
 STATEMENTS = (
     "text ", "{{ E }}", "{{ E }}", "{% set x = E %}", "{% set ns.x = E %}", "{% set x %}S{% endset %}",
     "{% if E %}S{% else %}S{% endif %}", "{% for m in E %}S{% endfor %}", "{% for m in messages %}S{% endfor %}",
@@ -69,7 +69,7 @@ def cases(rng: Any, n: int) -> Iterator[tuple[str, Callable[[], object]]]:
         tokenizer.save(whole)
         (whole / "generation_config.json").write_text('{"eos_token_id": [256, 7], "top_k": 3}')
         (whole / "chat_template.json").write_text(json.dumps({"chat_template": TEMPLATE}))
-        ChatTokenizer.load(whole)  # what it imports is no part of a case
+        ChatTokenizer.load(whole)  # its imports are not part of a case
         for number in range(n):
             if number % ONE_IN == 0:
                 folder = Path(temporary) / f"{number % (2 * ONE_IN)}"
@@ -111,7 +111,7 @@ def _statements(rng: random.Random, levels: int) -> str:
 
 
 def _between(text: str) -> Iterator[str]:
-    """The text cut before and after each place for an expression."""
+    """Yields the pieces of a text, and each " E" between them."""
     for number, piece in enumerate(text.split(" E")):
         yield from ([" E"] if number else [])
         yield piece
@@ -132,7 +132,7 @@ def _render(tokenizer: Any, template: str) -> None:
 
 
 def _damage(rng: random.Random, folder: Path) -> str:
-    """Damages one file of a tokenizer, and says how."""
+    """Damages one file of a tokenizer; returns a description."""
     path = rng.choice(sorted(path for path in folder.iterdir() if path.suffix == ".json"))
     if path.name == "tokenizer_config.json":
         (folder / "chat_template.json").unlink()

@@ -1,11 +1,11 @@
-"""Sends signals to launch/local.py in the first moments of its life, and counts the processes that outlive it.
+"""Sends signals to launch/local.py just after its start, and counts the processes that outlive it.
 
     python tests/launch/signals.py --signals 200
 
-SIGTERM, SIGINT, SIGHUP and SIGKILL in turn, at random instants, to launchers of two and of eight processes. The
-processes of each have a mark of their own on their command line, by which /proc finds them, also before they become
-what they were started for. Exit code 1 if one is left, a launcher does not end, or its exit code is not the signal's. A
-SIGINT that Python itself loses while it starts, and says so, is counted apart: no line of the launcher has run by then.
+It sends SIGTERM, SIGINT, SIGHUP and SIGKILL in turn, at random times, to launchers of two and of eight processes. The
+processes of each have their own mark on their command line, by which /proc finds them, even before they run their
+command. The exit code is 1 if a process is left, a launcher does not end, or its exit code is not the signal's. A
+SIGINT that Python reports to have lost during its own start is counted apart: no line of the launcher has run by then.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from typing import TextIO
 LOCAL = Path(__file__).parents[2] / "launch" / "local.py"
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGKILL)
 FIRST_SECONDS = 0.4
-PATIENCE = 60.0  # to be sure that something does not end
+PATIENCE = 60.0  # seconds, after which a process counts as not ending
 
 
 def marked(mark: str) -> list[int]:
-    """The processes with this word on their command line."""
+    """Returns the processes with this word on their command line."""
     found = []
     for folder in Path("/proc").iterdir():
         try:
@@ -42,7 +42,7 @@ def marked(mark: str) -> list[int]:
 
 
 def ends(process: int) -> bool:
-    """Whether it ends, which a launcher's death may have brought about only just now."""
+    """Returns whether a process ends; a launcher's death may have caused it only now."""
     try:
         descriptor = os.pidfd_open(process)
     except ProcessLookupError:
@@ -53,14 +53,14 @@ def ends(process: int) -> bool:
         os.close(descriptor)
 
 
-def heed_all() -> None:
-    """Gives a new process the handlers that a terminal's has, also where the tests run under `nohup` or in a script."""
+def reset_handlers() -> None:
+    """Gives a new process the default handlers, even if the tests run under `nohup` or in a script."""
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_DFL)
 
 
 def lost(launcher: subprocess.Popen, errors: TextIO) -> bool:
-    """Whether Python says that it met a SIGINT, and goes on."""
+    """Returns whether Python reports a SIGINT that it ignored."""
     try:
         launcher.wait(PATIENCE / 20)
     except subprocess.TimeoutExpired:
@@ -69,12 +69,12 @@ def lost(launcher: subprocess.Popen, errors: TextIO) -> bool:
 
 
 def trial(number: signal.Signals, processes: int, instant: float, mark: str) -> Counter:
-    """One launcher, one signal: what went wrong."""
+    """Sends one signal to one launcher; returns what went wrong."""
     command = [sys.executable, str(LOCAL), "-n", str(processes), "--restarts", "2", "--", "sleep", mark]
     errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 (closed with the launcher's end)
     null = subprocess.DEVNULL
     streams = dict(stdin=null, stdout=null, stderr=errors)
-    launcher = subprocess.Popen(command, start_new_session=True, preexec_fn=heed_all, **streams)
+    launcher = subprocess.Popen(command, start_new_session=True, preexec_fn=reset_handlers, **streams)
     time.sleep(instant)
     launcher.send_signal(number)
     wrong: Counter = Counter()
@@ -84,7 +84,7 @@ def trial(number: signal.Signals, processes: int, instant: float, mark: str) -> 
             number = signal.SIGTERM
             launcher.send_signal(number)
         code = launcher.wait(PATIENCE)
-        # By its own handler once it is set, by the system's before that; or SIGINT meets Python while it starts.
+        # By its own handler once it is set, by the system's before that; or SIGINT arrives while Python starts.
         if code not in (128 + number, -number) and (number, code) != (signal.SIGINT, 1):
             print(f"{number.name} after {instant:.3f} s: exit code {code}", flush=True)
             wrong["wrong codes"] += 1
@@ -105,7 +105,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--signals", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
-    # What a shell starts with `&` has SIGINT ignored, and what that starts as well.
+    # A command that a shell starts with `&`, and its children, ignore SIGINT.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     rng = random.Random(options.seed)
     began, wrong = time.monotonic(), Counter()

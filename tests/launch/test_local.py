@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from signals import heed_all
+from signals import reset_handlers
 
 LOCAL = Path(__file__).parents[2] / "launch" / "local.py"
 READY = "import os, signal, sys; print('ready', os.getpid(), flush=True); "
@@ -24,17 +24,17 @@ def local(*arguments: str, code: str = "", seconds: float = 50) -> subprocess.Co
 def launched(*arguments: str, code: str, **how) -> subprocess.Popen[str]:
     command = [sys.executable, str(LOCAL), "-n", "2", *arguments, "--", sys.executable, "-c", code]
     pipes = dict.fromkeys(("stdout", "stderr"), subprocess.PIPE)
-    return subprocess.Popen(command, text=True, preexec_fn=heed_all, **pipes, **how)
+    return subprocess.Popen(command, text=True, preexec_fn=reset_handlers, **pipes, **how)
 
 
 def ready(launcher: subprocess.Popen[str]) -> list[int]:
-    """Waits until both processes say that they are there; returns their numbers in the system."""
+    """Waits until both processes report that they have started; returns their process ids."""
     lines = sorted(launcher.stdout.readline().split() for _ in range(2))
     assert [line[:2] for line in lines] == [["[0]", "ready"], ["[1]", "ready"]]
     return [int(line[2]) for line in lines]
 
 
-def test_each_process_is_told_its_number_and_its_lines_bear_it(monkeypatch):
+def test_each_process_gets_its_number_and_its_lines_have_it(monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=8 --xla_dump_to=kept")
     code = "import os; e = os.environ; print(e['JAX_PROCESS_ID'], e['JAX_NUM_PROCESSES'], e['XLA_FLAGS'])"
     done = local("--processes", "3", "--devices", "2", code=code)
@@ -73,20 +73,20 @@ def test_a_stop_that_was_asked_for_is_no_failure():
 
 
 def test_signals_are_passed_on():
-    # Waits for the signal instead of handling it: a handler may come in the middle of the line before.
+    # Waits for the signal instead of handling it: a handler may run in the middle of the previous line.
     code = f"""
 import signal, sys
 signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
 {READY}
 signal.sigwait([signal.SIGTERM])
-print("told", flush=True)
+print("got it", flush=True)
 sys.exit(130)
 """
     with launched(code=code) as launcher:
         ready(launcher)
         launcher.send_signal(signal.SIGTERM)
         printed, errors = launcher.communicate(timeout=50)
-    assert sorted(printed.splitlines()) == ["[0] told", "[1] told"] and not errors
+    assert sorted(printed.splitlines()) == ["[0] got it", "[1] got it"] and not errors
     assert launcher.returncode == 128 + signal.SIGTERM
 
 
@@ -100,7 +100,7 @@ def test_nothing_starts_again_after_a_stop(number):
     assert launcher.returncode == 128 + number
 
 
-def test_the_second_signal_ends_what_heeds_none():
+def test_the_second_signal_ends_processes_that_ignore_it():
     code = """
 import os, signal
 heard, said = os.pipe()
@@ -108,14 +108,14 @@ signal.set_wakeup_fd(said, warn_on_full_buffer=False) if os.set_blocking(said, F
 signal.signal(signal.SIGTERM, lambda *_: None)
 print("ready", os.getpid(), flush=True)
 os.read(heard, 1)
-print("told", flush=True)
+print("got it", flush=True)
 while True:
     signal.pause()
 """
     with launched("--grace", "1000", code=code) as launcher:
         ready(launcher)
         launcher.send_signal(signal.SIGTERM)
-        assert sorted(launcher.stdout.readline() for _ in range(2)) == ["[0] told\n", "[1] told\n"]
+        assert sorted(launcher.stdout.readline() for _ in range(2)) == ["[0] got it\n", "[1] got it\n"]
         launcher.send_signal(signal.SIGTERM)
         assert launcher.wait(50) == 128 + signal.SIGTERM
 
@@ -126,7 +126,7 @@ def test_a_signal_that_nohup_has_ignored_stays_ignored():
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as launcher:
         for process in ready(launcher):
             os.kill(process, signal.SIGHUP)
-        launcher.send_signal(signal.SIGHUP)  # which comes first, as the lower number of the two
+        launcher.send_signal(signal.SIGHUP)  # it comes first, as the lower number of the two
         launcher.send_signal(signal.SIGTERM)
         assert launcher.wait(50) == 128 + signal.SIGTERM
 
@@ -134,7 +134,7 @@ def test_a_signal_that_nohup_has_ignored_stays_ignored():
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_processes_start_with_the_handlers_and_the_mask_of_any_other():
     command = [sys.executable, str(LOCAL), "-n", "1", "--", "grep", "-E", "SigBlk|SigIgn|SigCgt", "/proc/self/status"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=50, preexec_fn=heed_all)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=50, preexec_fn=reset_handlers)
     masks = [int(line.split()[-1], 16) for line in done.stdout.splitlines()]
     bits = sum(1 << number - 1 for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGPIPE))
     assert len(masks) == 3 and not any(mask & bits for mask in masks)
@@ -144,7 +144,7 @@ def test_processes_start_with_the_handlers_and_the_mask_of_any_other():
 def test_the_code_is_that_of_the_first_failure_in_time():
     with launched("--grace", "0.1", code=f"{READY} signal.pause()") as launcher:
         first, second = ready(launcher)
-        os.kill(launcher.pid, signal.SIGSTOP)  # so that it finds both ends at once
+        os.kill(launcher.pid, signal.SIGSTOP)  # so that it sees both ends at once
         for process, number in ((second, signal.SIGKILL), (first, signal.SIGTERM)):
             descriptor = os.pidfd_open(process)
             os.kill(process, number)

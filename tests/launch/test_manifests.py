@@ -1,4 +1,4 @@
-"""What launch/ holds for clusters, as far as it can be tried without one: schema, syntax, dry runs, refusals."""
+"""Checks of launch/ for clusters without a cluster: schema, syntax, dry runs, refusals."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_the_jobset_has_what_its_schema_asks_for_and_nothing_else(two_slices):
     job = group["template"]["spec"]
     pod = job["template"]["spec"]
     assert set(group) <= REPLICATED and set(job) <= JOB and set(pod) <= POD
-    # A pod failure policy asks for pods that are not started again in place, an index for indexed completion.
+    # A pod failure policy needs pods that are not restarted in place, an index needs indexed completion.
     assert (pod["restartPolicy"], job["completionMode"], job["backoffLimit"]) == ("Never", "Indexed", 0)
     (container,) = pod["containers"]
     (policy,) = job["podFailurePolicy"]["rules"]
@@ -139,7 +139,7 @@ def test_gke_refuses_a_bucket_where_a_mounted_disk_is_needed(words):
 @pytest.mark.parametrize("words", [("--run-dir", "runs/x"), ("--run-dir=/tmp/x",), ("--run-dir",)])
 def test_gke_refuses_a_run_folder_of_one_host(words):
     done = gke("--tpu", "v5e", "--topology", "4x4", "--", "train", "c.py", *words)
-    assert done.returncode == 2 and "a folder of one host alone" in done.stderr
+    assert done.returncode == 2 and "a folder of one host only" in done.stderr
 
 
 def test_gke_knows_every_slice_that_the_planner_knows():
@@ -186,15 +186,15 @@ FAKE = {
     [("0", 1, 0), ("2", 1, 2), ("3 250 0", 3, 0), ("3 3 3", 3, 3), ("3 130", 3, 0)],
 )
 def test_slurm_starts_again_after_failures_only(tmp_path, codes, calls, code):
-    """The loop around srun, with programs in its place that end as they are told."""
+    """Checks the loop around srun with fake programs in its place."""
     for name, body in FAKE.items():
         (tmp_path / name).write_text(f"#!/usr/bin/env bash\n{body}\n")
         (tmp_path / name).chmod(0o755)
-    told = tmp_path / "calls"
+    log = tmp_path / "calls"
     path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
-    settings = {"PATH": path, "CALLS": str(told), "CODES": codes, "RESTARTS": "2", "SLURM_JOB_ID": "17"}
+    settings = {"PATH": path, "CALLS": str(log), "CODES": codes, "RESTARTS": "2", "SLURM_JOB_ID": "17"}
     done = call("bash", "launch/slurm.sbatch", "configs/smoke.py", **settings)
-    lines = told.read_text().splitlines()
+    lines = log.read_text().splitlines()
     assert (done.returncode, len(lines)) == (code, calls), done.stderr
     assert ("scontrol requeue 17" in lines) == ("130" in codes)
 

@@ -34,11 +34,11 @@ class Started:
     output: Path
 
     def processes(self) -> list[int]:
-        """Their numbers in the system, in order."""
+        """Returns their process ids, in order."""
         return [int(pid) for pid in Path(f"/proc/{self.launcher.pid}/task").glob("*/children") for pid in _words(pid)]
 
     def wait_for(self, step: int, checkpoint: int | None = None, seconds: float = 600) -> None:
-        """Returns once a step is done and a checkpoint complete."""
+        """Returns after a step is done and a checkpoint is complete."""
         sealed = self.folder / "checkpoints" / "0-stage0" / f"{checkpoint or 0:08d}" / "manifest.json"
         until = time.monotonic() + seconds
         while not any(line["step"] >= step and "loss" in line for line in metrics(self.folder)) or (
@@ -49,7 +49,7 @@ class Started:
             time.sleep(0.01)
 
     def wait_until_held(self, gate: Path, seconds: float = 600) -> None:
-        """Returns once each process of the run waits at the gate."""
+        """Returns after each process of the run waits at the gate."""
         until = time.monotonic() + seconds
         while len(list(gate.parent.glob(f"{gate.name}.*"))) < len(self.processes()) or not self.processes():
             assert self.launcher.poll() is None, f"ended too early:\n{self.output.read_text()}"
@@ -57,7 +57,7 @@ class Started:
             time.sleep(0.01)
 
     def kill(self, number: int) -> None:
-        """Kills one of the processes; returns once it is dead."""
+        """Kills one of the processes; returns after it is dead."""
         process = self.processes()[number]
         descriptor = os.pidfd_open(process)
         os.kill(process, signal.SIGKILL)
@@ -80,13 +80,13 @@ def _words(children: Path) -> list[str]:
 
 
 class Place:
-    """Where the runs of this file lie; what one of them compiled serves those of the same shape."""
+    """The folder of this file's runs, with a cache of compiled programs for runs of the same shape."""
 
     def __init__(self, base: Path):
         self.base = base
 
     def start(self, name: str, processes: int, devices: int, mesh: dict, *, pause=0.0, restarts=0, extra=(), **tiny):
-        # jax, imported here, has set how much of C++'s log is printed; a launcher's shell has not.
+        # jax, imported here, has set the level of C++'s log; a launcher's shell has not.
         inherited = {name: value for name, value in os.environ.items() if name != "TF_CPP_MIN_LOG_LEVEL"}
         environment = inherited | {
             "PYTHONPATH": f"{ROOT}{os.pathsep}{CONFIG.parent}",
@@ -116,7 +116,7 @@ class Place:
         return Started(launcher, self.base / name, output)
 
     def batches(self, name: str) -> dict[int, dict[str, str]]:
-        """step -> row -> hash, of all processes together; a step that was done twice had the same rows."""
+        """Returns step -> row -> hash of all processes; checks that a repeated step had the same rows."""
         found: dict[int, dict[str, str]] = {}
         for file in self.base.glob(f"{name}.batches.*"):
             for line in map(json.loads, file.read_text().splitlines()):
@@ -140,7 +140,7 @@ def one(place) -> Path:
 
 @pytest.fixture(scope="module")
 def several(place, one) -> dict[int, Path]:
-    """The run in two and in four processes, undisturbed."""
+    """Returns the run in two and in four processes without interruptions."""
     found = {}
     for processes in (2, 4):
         started = place.start(
@@ -199,8 +199,8 @@ def test_one_is_killed_and_all_go_on_to_the_same_bits(place, several, processes)
 
 
 def test_eight_devices_preempted_then_four_with_a_host_that_dies_then_two(place, one):
-    # A notice to one of two processes: both save the same step. jax looks for notices once a second, and then they
-    # agree on a step to come: so that there is one, both wait before the fifth step until both have heard of it.
+    # A notice to one of two processes: both save the same step. jax checks for notices once a second, and then they
+    # agree on a future step: so that there is one, both wait before the fifth step until both have the notice.
     started = place.start("elastic", 2, 4, {"data": 2, "fsdp": 4}, hold="4")
     started.wait_for(2)
     os.kill(started.processes()[1], signal.SIGTERM)
@@ -208,8 +208,8 @@ def test_eight_devices_preempted_then_four_with_a_host_that_dies_then_two(place,
     stopped = set(re.findall(r"stopped at step (\d) of stage", printed))
     assert len(stopped) == 1 and len(re.findall("stopped at step", printed)) == 2, printed
     (at,) = stopped
-    # Four processes; one dies, and the launcher leaves the others to themselves: they say so and end. They may notice
-    # while it dies and end before it has: they wait until it is dead, so that it is the first.
+    # Four processes; one dies, and the launcher does not end the others: they report it and exit. They may notice its
+    # death and exit before it has ended, so they wait until it is dead.
     gate = place.base / "elastic.gate"
     more = {"hold": str(int(at) + 1), "gate": str(gate)}
     started = place.start("elastic", 4, 1, FOUR, extra=("--hosts.heartbeat-seconds", "10"), **more)
@@ -219,7 +219,7 @@ def test_eight_devices_preempted_then_four_with_a_host_that_dies_then_two(place,
     printed = started.end(128 + signal.SIGKILL)
     assert f"resumed at step {at}" in printed
     assert "another task died" in printed or "lost another one" in printed
-    # Two devices of one process end it.
+    # One process with two devices ends it.
     started = place.start("elastic", 1, 2, {"data": 2})
     started.end(0)
     assert_close(started.folder, one, 1e-4)

@@ -1,4 +1,4 @@
-"""Attention against a loop over queries in numpy: grouped keys, causal order, windows, segments, places in a cache."""
+"""Attention against a loop over queries in numpy: grouped keys, causal order, windows, segments, a cache."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from mllm_jax.layers.attention import Attention, attention
 
 
 def by_loops(q, k, v, *, mask, q_segments=None, k_segments=None, q_index=None, window=None):
-    """The definition, one query and one head at a time, in float64."""
+    """Computes attention by its definition, one query and one head at a time, in float64."""
     rows, queries, heads, size = q.shape
     group = heads // k.shape[2]
     out = np.zeros(q.shape)
@@ -82,7 +82,7 @@ def test_a_query_that_sees_nothing_is_finite_and_so_is_its_gradient():
 
 
 def test_softmax_is_float32_when_inputs_are_bfloat16():
-    """With 4096 equal scores bf16 weights would not add up; in float32 the mean of the values comes out."""
+    """Checks 4096 equal scores: bf16 weights would not sum to 1; float32 gives the mean of the values."""
     q = jnp.zeros((1, 1, 1, 2), jnp.bfloat16)
     k = jnp.zeros((1, 4096, 1, 2), jnp.bfloat16)
     v = jnp.ones((1, 4096, 1, 2), jnp.bfloat16)
@@ -92,7 +92,7 @@ def test_softmax_is_float32_when_inputs_are_bfloat16():
 
 
 def kernels(width=96, heads=4, kv_heads=2, head_dim=32, seed=0, **change) -> dict:
-    """The four kernels of an attention layer at its start, keys and values repeated for the heads that share them."""
+    """Returns the four initial kernels of an attention layer, with keys and values repeated for shared heads."""
     module = Attention(heads, kv_heads, head_dim, **change)
     params = nn.meta.unbox(jax.jit(module.init)(jax.random.key(seed), jnp.zeros((1, 3, width))))["params"]
     found = {name: np.asarray(params[name]["kernel"], np.float64) for name in ("q", "k", "v", "out")}
@@ -101,7 +101,7 @@ def kernels(width=96, heads=4, kv_heads=2, head_dim=32, seed=0, **change) -> dic
 
 
 def products(found: dict) -> dict[str, list[np.ndarray]]:
-    """W_q W_k^T and W_v W_o of each head."""
+    """Returns W_q W_k^T and W_v W_o of each head."""
     heads = range(found["q"].shape[1])
     return {
         "qk": [found["q"][:, n] @ found["k"][:, n].T for n in heads],
@@ -110,7 +110,7 @@ def products(found: dict) -> dict[str, list[np.ndarray]]:
 
 
 def test_mimetic_products_are_near_multiples_of_the_identity():
-    """The mean of the diagonal is the multiple; what lies beside it is the noise of 32 random directions."""
+    """Checks that the mean of the diagonal is the multiple; the rest is the noise of 32 random directions."""
     for name, multiple in (("qk", 0.8), ("vo", 0.3)):
         for product in products(kernels(mimetic_init=True))[name]:
             beside = product[~np.eye(96, dtype=bool)]
@@ -151,7 +151,7 @@ def test_unknown_mask_is_refused():
 
 
 def test_norm_of_queries_and_keys_over_all_heads_and_norm_of_what_the_heads_give():
-    """Each norm is over the whole width: halving one head's numbers changes the others'."""
+    """Checks that each norm is over the whole width: halving one head's numbers changes the other heads."""
     x = jnp.asarray(np.random.default_rng(0).normal(size=(1, 5, 8)), jnp.float32)
     plain = Attention(2, qkv_bias=False)
     module = Attention(2, qkv_bias=False, qk_norm=True, qk_norm_width=True, out_norm_eps=0.2, norm_eps=0.1)

@@ -1,4 +1,4 @@
-"""Every implementation of attention against the plain one: values, gradients, and which is chosen where."""
+"""Every implementation of attention against the plain one: values, gradients, and the choice by platform."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ def qkv():
 
 @pytest.fixture(scope="module")
 def segments():
-    """Texts of different lengths, and padding, which is a segment like any other."""
+    """Returns segments of texts of different lengths, and of padding, which is a segment too."""
     rows = [np.repeat([1, 2, 3, 0], [70, 75, 40, 15]), np.repeat([1, 2], [129, 71])]
     return jnp.asarray(np.stack(rows), jnp.int32)
 
 
 def gradients(function, qkv):
-    """Value and gradients of a sum with different weights everywhere."""
+    """Returns the value and gradients of a sum with different weights everywhere."""
     weights = jnp.cos(jnp.arange(qkv[0].size, dtype=jnp.float32)).reshape(qkv[0].shape)
     with jax.default_matmul_precision("highest"):
         return jax.jit(jax.value_and_grad(lambda *a: (function(*a) * weights).sum(), (0, 1, 2)))(*qkv)
@@ -95,7 +95,7 @@ def test_a_query_that_sees_nothing_is_finite_and_so_is_its_gradient(function, qk
 
 @pytest.mark.parametrize("config", [MeshConfig(data=2, fsdp=2, tensor=2), MeshConfig(data=1, fsdp=2, tensor=4)])
 def test_splash_on_a_mesh(config, qkv, segments):
-    """Where `tensor` divides the heads and not those of the keys, each head gets keys of its own."""
+    """Checks that each head gets its own keys if `tensor` divides the heads but not the key heads."""
     mesh = make_mesh(config)
     kind = dict(mask="causal", q_segments=segments, k_segments=segments)
     found = jax.jit(partial(splash_attention, mesh=mesh, interpret=True, **kind))(*qkv)
@@ -131,7 +131,7 @@ def test_on_a_cpu_causal_rows_are_taken_block_by_block_earlier(monkeypatch, qkv,
 
 
 def test_the_platform_that_is_compiled_for_decides(qkv, require_asset):
-    """Traced here for a TPU slice: splash under a mesh of TPUs, and none under one of CPUs or for a cache."""
+    """Checks programs for a TPU slice: splash with a mesh of TPUs, none with one of CPUs or with a cache."""
     require_asset(importlib.util.find_spec("libtpu"), "libtpu, of the extra `test`")
     from mllm_jax.planning.compile import topology_mesh
     from mllm_jax.planning.topologies import topology

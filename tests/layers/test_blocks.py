@@ -159,7 +159,7 @@ def test_mlp(gated):
 
 
 class Block(nn.Module):
-    """A layer with a parameter, an input of its own and a broadcast argument."""
+    """A layer with a parameter, its own input and a broadcast argument."""
 
     @nn.compact
     def __call__(self, x, own, shared):
@@ -204,7 +204,7 @@ def test_unknown_remat_policy_is_refused():
         scan_layers(Block, num_layers=1, remat="sometimes", num_broadcast=1)
 
 
-def test_norms_name_the_axis_that_they_are_told():
+def test_norms_name_the_given_axis():
     for norm in (RMSNorm(axis="heads"), LayerNorm(axis="heads")):
         boxed = norm.init(jax.random.key(0), jnp.zeros((1, 4)))["params"]
         assert {box.names for box in boxed.values()} == {("heads",)}
@@ -232,7 +232,7 @@ def test_grid_angles_turn_half_of_a_head_by_the_row_and_half_by_the_column():
     angles = np.array([3.0, 3.0 * 0.01, 0.5, 0.5 * 0.01])
     np.testing.assert_allclose(cos[0], np.cos(angles), rtol=1e-6)
     np.testing.assert_allclose(sin[0], np.sin(angles), rtol=1e-6)
-    np.testing.assert_array_equal(cos[1], np.ones(4))  # a class token's place is not turned
+    np.testing.assert_array_equal(cos[1], np.ones(4))  # the class token's position is not rotated
 
 
 @pytest.mark.parametrize("interleaved", [False, True])

@@ -26,7 +26,7 @@ def mesh_of(config):
 
 
 def segments(rows: int = ROWS) -> np.ndarray:
-    """Texts of uneven lengths, one behind the other, and padding."""
+    """Returns segments of texts of uneven lengths, one after the other, and padding."""
     ends = [[5, 6, 19, 29], [13, 20, 21, 32]]
     numbers = [np.searchsorted(row, np.arange(LENGTH), side="right") + 1 for row in ends]
     return np.stack([np.where(n > len(e), 0, n) for n, e in zip(numbers, ends, strict=True)])[:rows].astype(np.int32)
@@ -39,7 +39,7 @@ def arrays(heads: int, kv_heads: int, keys: int = LENGTH):
 
 
 def values_and_gradients(given, mesh, *, bias=None, **how):
-    """(the output, gradients by q, k, v and bias) of a loss that weighs every number of the output."""
+    """Returns (output, gradients by q, k, v and bias) of a loss that weighs every number of the output."""
     *qkv, weights = given
 
     def loss(q, k, v, bias):
@@ -56,7 +56,7 @@ def values_and_gradients(given, mesh, *, bias=None, **how):
 
 
 CASES = {
-    # mesh, query heads, key heads, what `attention` is told; `packed`: with segments
+    # mesh, query heads, key heads, arguments of `attention`; `packed`: with segments
     "causal": (FOUR, 2, 2, dict(mask="causal")),
     "causal, packed, grouped": (FOUR, 4, 2, dict(mask="causal", packed=True)),
     "full, packed": (FOUR, 2, 1, dict(mask="full", packed=True)),
@@ -99,7 +99,7 @@ def test_a_split_row_gives_what_a_whole_one_gives(name, monkeypatch):
 
 
 def test_a_query_that_sees_nothing_gets_the_mean_of_all_values():
-    """Texts of different rows in cross-attention may have no source: never NaN, whichever device they stand on."""
+    """Checks texts in cross-attention that have no source: never NaN, whichever device they are on."""
     *qkv, _ = arrays(2, 2)
     how = dict(q_segments=segments(), k_segments=segments() % 3)
     with use_mesh(mesh_of(FOUR)):
@@ -111,10 +111,10 @@ def test_a_query_that_sees_nothing_gets_the_mean_of_all_values():
 
 
 def test_dealing_gives_every_device_the_same_work():
-    """The pairs of a query and an earlier key that each device computes, at 4 devices and at an odd number."""
+    """Counts the pairs of a query and an earlier key on each device, with 4 devices and an odd number."""
     for size in (3, 4):
         how = ring._How(("context",), size, size, True, True, True, 4, 4)
-        places = [np.asarray(ring._places(how, device, 8)) for device in range(size)]
+        places = [np.asarray(ring._positions(how, device, 8)) for device in range(size)]
         assert sorted(np.concatenate(places)) == list(range(8 * size))
         work = [sum((p[:, None] >= other[None]).sum() for other in places) for p in places]
         assert max(work) == min(work)
@@ -131,8 +131,10 @@ def test_rows_that_are_not_split_or_do_not_divide_are_left_to_the_partitioner(co
 
 
 def test_memory_grows_with_the_piece_and_not_with_its_square():
-    """Scores of one device's queries against the whole row would take 32 MiB; the forward and backward pass take less
-    than a quarter of that, nothing of which is a gathered row."""
+    """Checks that the passes take less than a quarter of one device's scores against the whole row (32 MiB).
+
+    None of it is a gathered row.
+    """
     length, heads = 4096, 2
     shape = jax.ShapeDtypeStruct((1, length, heads, HEAD), jnp.float32)
 
@@ -148,7 +150,7 @@ def test_memory_grows_with_the_piece_and_not_with_its_square():
 
 
 def test_lookups_travel_round_the_ring():
-    """Each device's media pass the others; what is learnt goes back to the device that holds the media token."""
+    """Checks that each device's media reach the others; gradients return to the device of the media token."""
     rng = np.random.default_rng(0)
     media, weights = (rng.normal(size=(2, n, 3)).astype(np.float32) for n in (12, 16))
     index = rng.integers(0, 12, (2, 16)).astype(np.int32)
@@ -165,7 +167,7 @@ def test_lookups_travel_round_the_ring():
     assert "all-gather(" not in step.as_text()
     for ours, whole in zip(step(media), jax.grad(loss, has_aux=True)(media), strict=True):
         np.testing.assert_allclose(ours, whole, atol=1e-6)
-    with use_mesh(mesh_of(FOUR)):  # 11 do not divide
+    with use_mesh(mesh_of(FOUR)):  # 11 is not divisible
         np.testing.assert_array_equal(
             take_along_rows(media[:, :11], index % 11), np.take_along_axis(media[:, :11], index[..., None] % 11, axis=1)
         )

@@ -43,7 +43,7 @@ MESHES = {
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("mesh", MESHES)
 def test_chunks_equal_the_whole(mesh, tied, case):
-    """56 places in 3 chunks of 19, on eight devices 7 in 3 of 3: the last is never full."""
+    """Checks 56 positions in 3 chunks of 19, and on eight devices 7 in 3 of 3: the last is never full."""
     x, matrix, targets, weights = case
     matrix = matrix.T if tied else matrix
 
@@ -63,8 +63,8 @@ def test_chunks_equal_the_whole(mesh, tied, case):
     assert float(jax.jit(chunked)(x, matrix)[0]) == pytest.approx(float(loss), rel=1e-6), "without a gradient"
 
 
-def test_places_that_are_not_learnt_cost_nothing(case):
-    """14 of 56 places are learnt, which is one chunk of four: what stands at the others is not looked at."""
+def test_positions_without_loss_cost_nothing(case):
+    """Checks that the other positions are not read if 14 of 56 carry loss, which is one chunk of four."""
     x, matrix, targets, _ = case
     weights = jnp.where(jnp.arange(ROWS * LENGTH).reshape(ROWS, LENGTH) % 4 == 1, 2.0, 0.0)
     spoilt = jnp.where(weights[..., None] > 0, x, jnp.nan)

@@ -1,4 +1,4 @@
-"""The one hook of `Linear`: what it is called with, how several compose, and leaves of its own beside the kernel."""
+"""The hook of `Linear`: its arguments, the composition of several hooks, and its own leaves beside the kernel."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def params():
 
 
 def low_rank(linear, x, kernel, product):
-    """x W + x A B, with A and B beside the kernel: what LoRA adds."""
+    """Returns x W + x A B, with A and B beside the kernel, as LoRA does."""
     inputs, init = linear.in_ndim, nn.initializers.normal(0.1)
     a_init = nn.with_logical_partitioning(init, (*linear.names[:inputs], None))
     b_init = nn.with_logical_partitioning(nn.initializers.zeros, (None, *linear.names[inputs:]))

@@ -1,4 +1,4 @@
-"""The checks of configs: what is refused, and in which words."""
+"""The checks of configs: what is refused, and the messages."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is known of a stage's memory without a compiler, and what the search makes of it."""
+"""Estimates of a stage's memory without a compiler, and their use in the search."""
 
 from dataclasses import replace
 
@@ -16,7 +16,7 @@ from mllm_jax.training.flops import with_remat
 
 
 def test_sizes_that_fsdp_does_not_divide_are_named_and_avoided():
-    """Width 192 on 128 devices: all stays whole; 64 divide it, and the search gives data the other two."""
+    """Checks width 192 on 128 devices: all stays whole; 64 divides it, and the search gives data the other two."""
     odd = experiment(rows=128, length=128, mesh=MeshConfig(1, 128), hidden_size=192, mlp_size=704, num_layers=2)
     abstract = abstract_step(odd, 0, AbstractMesh((1, 128, 1, 1), AXES))
     parameters = sum(leaf.size for leaf in jax.tree.leaves(abstract.state.params))
@@ -32,7 +32,7 @@ def test_long_rows_are_split_by_the_search_as_well():
 
 
 def test_what_a_device_needs_at_least():
-    """Sixteen rows of 128 on 16 devices: parameters in thirds with AdamW's, and the inputs of two layers."""
+    """Checks sixteen rows of 128 on 16 devices: parameters, AdamW's two copies, and the inputs of two layers."""
     full = experiment(mesh=MeshConfig(1, 16), remat="full")
     state = least_bytes(replace(full, model=with_remat(full.model, "offload")), 0)
     abstract = abstract_step(full, 0, AbstractMesh((1, 16, 1, 1), AXES))

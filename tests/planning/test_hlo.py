@@ -1,4 +1,4 @@
-"""The traps of reading a TPU program, each on a few lines of one, and the arithmetic on both ends."""
+"""The parsing of TPU programs, each difficulty in a few lines of one, and the arithmetic of the counts."""
 
 import pytest
 
@@ -70,7 +70,7 @@ def test_batched_products_are_not_counted_for_pairs_of_batch_entries():
 
 
 def test_convolutions_of_patches_and_their_gradients():
-    """A picture cut into 16 x 16 patches: 2 x 256 places x 14 x 14 x 3 x 64, forward and for the pixels."""
+    """Checks an image of 16 x 16 patches: 2 x 256 positions x 14 x 14 x 3 x 64, forward and for the pixels."""
     places = 2 * 8 * 256 * 14 * 14 * 3 * 64
     forward = entry(
         "%x = bf16[8,224,224,3]{3,2,1,0} parameter(0)",
@@ -326,7 +326,7 @@ def test_slices_are_seen_through_nested_fusions_and_updates_in_place():
         "ROOT %w = bf16[12,64,64]{2,1,0} fusion(%stack, %other, %n), kind=kLoop, calls=%outer",
         before=fused,
     )
-    assert account(text).hbm_bytes == 2 * 64 * 64 * 2  # a slice read, a slice written
+    assert account(text).hbm_bytes == 2 * 64 * 64 * 2  # one slice read, one slice written
 
 
 def test_text_that_is_no_module_is_refused():

@@ -1,4 +1,4 @@
-"""One small step compiled for 16 chips, against what is worked out by hand; and what is refused or does not fit."""
+"""One small step compiled for 16 chips, compared with hand counts; and steps that are refused or do not fit."""
 
 import importlib.util
 import json
@@ -49,15 +49,15 @@ def text_of(parts) -> str:
 def test_compiled_flops_are_those_worked_out_by_hand(plan):
     weights, attention = hand_counted(16 * 128, 128, 512, 256, 2, 2, 2, 704)
     assert plan.flops == pytest.approx(weights + attention, rel=0.01)
-    # A kernel computes scores again in its backward pass, so only products outside of one can be told to 2 %.
+    # A kernel recomputes scores in its backward pass, so only products outside of kernels are known to 2 %.
     assert plan.dot_flops == pytest.approx(weights + (0 if plan.kernel_flops else attention), rel=0.02)
     assert plan.model_flops["llm"].backward == 2 * plan.model_flops["llm"].forward
 
 
 def test_fsdp_sends_what_theory_says():
-    """(n-1)/n of every layer's weights gathered in bf16 for each of two passes, and its gradient reduced once.
+    """Checks (n-1)/n of every layer's weights gathered in bf16 for each of two passes, and its gradient reduced once.
 
-    The head is gathered once, as its passes stand side by side; the table of embeddings stays where it is.
+    The head is gathered once, as its passes are adjacent; the embedding table is not gathered.
     """
     plan = make_plan(experiment(remat="full"), topology("v5e-16"))
     assert plan.recompute > 1.2
@@ -104,7 +104,7 @@ def test_a_gradient_goes_over_dcn_between_slices():
     gradient = jax.grad(lambda w, x: jnp.square((x @ w).astype(jnp.float32)).sum())
     compiled = jax.jit(gradient, out_shardings=weight.sharding).lower(weight, x).compile()
     counted = account(compiled.as_text(), [device.slice_index for device in mesh.devices.flat])
-    # A chip's quarter of the gradient, halved for each of two ways through a ring of two.
+    # A chip's quarter of the gradient, halved for each of the two steps in a ring of two.
     assert counted.by_kind()["all-reduce", "DCN"] == (1, 512 * 512 * 2 / 4)
     assert counted.ici_bytes > 0
 
@@ -133,7 +133,7 @@ def test_model_flops_of_vit_large_are_those_worked_out_by_hand():
     assert count_flops(model.apply, params, images) == pytest.approx(forward, rel=0.02)
 
 
-# ---- what does not fit, or is not there
+# ---- steps that do not fit, and missing compilers
 
 
 def test_what_does_not_fit_is_a_plan_with_advice():
@@ -185,10 +185,10 @@ def test_gpus_are_estimated():
 
 def test_batches_of_the_smoke_config():
     smoke = load_config(ROOT / "configs" / "smoke.py")
-    text, pairs, pictures = (stage_spec(smoke, smoke.stages[i]) for i in (0, 1, 3))
+    text, pairs, images = (stage_spec(smoke, smoke.stages[i]) for i in (0, 1, 3))
     assert "images" not in text and text["tokens"].shape == (8, 128)
     assert pairs["images"].shape == (16, 1, 16, 16, 3)
-    assert pictures["images"].shape == (8, 2, 16, 16, 3) and pictures["images"].dtype == "uint8"
+    assert images["images"].shape == (8, 2, 16, 16, 3) and images["images"].dtype == "uint8"
 
 
 def test_batches_of_packed_patches():
@@ -214,7 +214,7 @@ def test_the_command_plans_and_writes_the_figures(tmp_path, capsys):
 
 
 def test_the_search_skips_what_cannot_do_better(monkeypatch, plan):
-    """A pretence of chips on which one piece at full remat, and two at any, fit."""
+    """Checks a fake plan in which one piece fits with full remat, and two pieces fit with any."""
     asked = []
 
     def pretend(candidate, where, stage):

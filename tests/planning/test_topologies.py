@@ -1,4 +1,4 @@
-"""Names of slices, and what they mean."""
+"""Names of slices and their meaning."""
 
 import pytest
 
@@ -15,7 +15,7 @@ from mllm_jax.sharding.chips import GPUS, TPUS
         ("v6e-256", "v6e:16x16", 256, 256),
         ("v5p-128", "v5p:4x4x4", 64, 64),  # the number counts TensorCores
         ("v4-8", "v4:2x2x1", 4, 4),
-        ("v7x-128", "tpu7x:4x4x4", 64, 128),  # JAX sees two devices a chip
+        ("v7x-128", "tpu7x:4x4x4", 64, 128),  # a chip has two JAX devices
         ("tpu7x-128", "tpu7x:4x4x4", 64, 128),
         ("v5p-4x4x8", "v5p:4x4x8", 128, 128),
         ("2xv5e-256", "v5e:16x16", 512, 512),
@@ -61,4 +61,4 @@ def test_every_chip_has_all_its_figures():
     for chip in (*TPUS.values(), *GPUS.values()):
         numbers = (chip.flops, chip.hbm, chip.hbm_bandwidth, chip.link_bandwidth, chip.dcn_bandwidth)
         assert all(number > 0 for number in numbers)
-        assert chip.flops / chip.hbm_bandwidth > 100  # FLOPs a byte, or a digit is wrong
+        assert chip.flops / chip.hbm_bandwidth > 100  # FLOPs per byte; else a digit is wrong

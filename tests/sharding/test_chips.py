@@ -1,4 +1,4 @@
-"""The published peaks by the name that JAX gives a device."""
+"""The published peaks by JAX's name of a device."""
 
 from __future__ import annotations
 

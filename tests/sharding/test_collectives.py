@@ -1,6 +1,6 @@
-"""How often the compiled train step of a small multimodal model exchanges what, by jax, mesh and kind, as JSON.
+"""Counts of the collectives in the compiled train step of a small multimodal model, by jax, mesh and kind, as JSON.
 
-A collective that appears or goes is a change of what training costs on a pod. When it is meant, or for another jax:
+A new or a missing collective changes the cost of training on a pod. If it is intended, or for another jax:
 `UPDATE_GOLDENS=1 pytest -n 0 tests/sharding/test_collectives.py`, then read the diff of goldens/collectives.json. Run
 it under every jax that is stored there.
 """
@@ -66,7 +66,7 @@ def abstract_batch(mesh):
 
 
 def compiled_step(mesh) -> str:
-    """The HLO of the step with every parameter trainable; nothing is computed."""
+    """Returns the HLO of the step with every parameter trainable; nothing is computed."""
     boxed, optimizer = boxed_params(), make_optimizer(AdamW(), 10)
     params = nn.meta.unbox(boxed)
     layout = state_shardings(optimizer, params, param_shardings(boxed, mesh), mesh)
@@ -79,7 +79,7 @@ def compiled_step(mesh) -> str:
 
 
 def count(text: str) -> dict[str, int]:
-    """Instructions by kind; one in a loop's body counts once."""
+    """Counts instructions by kind; one in a loop's body counts once."""
     found = Counter(re.findall(rf"\s({'|'.join(KINDS)})(?:-start)?\(", text))
     return {kind: found[kind] for kind in KINDS}
 
@@ -95,19 +95,19 @@ def test_collectives_of_a_step(name):
     assert goldens, f"{name} is missing: run once with UPDATE_GOLDENS=1"
     if jax.__version__ in goldens:
         assert found == goldens[jax.__version__]
-    for golden in goldens.values():  # another compiler merges otherwise, but sends no kind that the step has no use for
+    for golden in goldens.values():  # another compiler merges differently, but uses no other kinds
         assert {kind for kind in KINDS if found[kind]} == {kind for kind in KINDS if golden[kind]}
 
 
 def test_on_split_rows_nothing_is_gathered():
-    """Neither keys nor pictures nor media: a step on data x context has rings, and sums of gradients."""
+    """Checks that neither keys nor images nor media are gathered: data x context has rings and sums of gradients."""
     for steps in json.loads(GOLDEN.read_text()).values():
         golden = steps["data2_context4"]
         assert golden["all-gather"] == golden["all-to-all"] == 0 < golden["collective-permute"]
 
 
 def encoded(mesh, parts):
-    """(HLO of the forward pass of encoder and projector, its media tokens)."""
+    """Returns (HLO of the forward pass of encoder and projector, its media tokens)."""
     boxed, model = boxed_params(), MODEL.make()
     rng = np.random.default_rng(0)
     params = jax.tree.map(lambda x: 0.3 * rng.normal(size=x.shape).astype(np.float32), nn.meta.unbox(boxed))

@@ -1,7 +1,7 @@
 """Golden shardings of the shipped models at their real sizes on a mesh of 256 devices; nothing is allocated.
 
-A line is a parameter: each dimension's size, and what it is split over. When a change is meant:
-`UPDATE_GOLDENS=1 pytest tests/sharding/test_config_goldens.py`, then read the diff of goldens/configs/.
+A line is a parameter: each dimension's size and mesh axes. If a change is intended: `UPDATE_GOLDENS=1 pytest
+tests/sharding/test_config_goldens.py`, then read the diff of goldens/configs/.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ MESH = AbstractMesh((1, 64, 1, 4), AXES)
 
 
 def boxed_params(name: str):
-    """The model's parameters with their logical names; shapes only."""
+    """Returns the shapes of the model's parameters with their logical names."""
     path = ROOT / "configs" / f"{name}.py"
     spec = importlib.util.spec_from_file_location(f"golden_{name}", path)
     module = importlib.util.module_from_spec(spec)
@@ -37,7 +37,7 @@ def boxed_params(name: str):
 
 
 def lines(boxed, parts=()) -> dict[str, str]:
-    """{path: "4096/fsdp x 11008/tensor"}"""
+    """Returns {path: "4096/fsdp x 11008/tensor"}."""
     shapes, places = (
         jax.tree.leaves_with_path(nn.meta.unbox(boxed)),
         jax.tree.leaves(param_shardings(boxed, MESH, parts)),
@@ -71,7 +71,7 @@ def test_shardings_are_the_golden_ones(case):
 
 
 def test_little_is_held_by_every_device(case):
-    """What 256 devices each hold a whole copy of is norms, biases and tables: below 1 % of all parameters."""
+    """Checks that only norms, biases and tables are whole on each of 256 devices: below 1 % of all parameters."""
     _, boxed = case
     leaves, places = jax.tree.leaves(nn.meta.unbox(boxed)), jax.tree.leaves(param_shardings(boxed, MESH))
     whole = sum(leaf.size for leaf, place in zip(leaves, places, strict=True) if not any(place.spec))

@@ -1,6 +1,6 @@
 """Whole models on rows that are split over `context`: loss and gradients are those of one device.
 
-Each part's kinds that read rows in a way of their own stand in one of the models.
+One of the models has each kind of part that reads rows in its own way.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ MODELS = {
 
 
 def batch_of(config: MultimodalConfig) -> dict[str, np.ndarray]:
-    """Two texts in each row, which both ask for media tokens of both slots; the last places are padding."""
+    """Returns rows of two texts, which both use media tokens of both slots; the last positions are padding."""
     rng = np.random.default_rng(1)
     batch = config.batch_spec(ROWS, LENGTH, {"image": 16 if config.image.packed else 4}).empty()
     for name, x in batch.items():
@@ -81,7 +81,7 @@ def batch_of(config: MultimodalConfig) -> dict[str, np.ndarray]:
     if config.newline:
         batch["media_index"][:, 4] = 4 * config.media_tokens
     if config.image.packed:
-        # Four pictures a row of 2 x 2 patches each.
+        # Four images a row, of 2 x 2 patches each.
         batch["patches"] = rng.normal(size=batch["patches"].shape).astype(np.float32)
         batch["patch_segments"] = np.arange(16, dtype=np.int32)[None].repeat(ROWS, axis=0) // 4 + 1
         batch["patch_grids"] = np.full((ROWS, 16, 2), 2, np.int32)
@@ -94,7 +94,7 @@ def batch_of(config: MultimodalConfig) -> dict[str, np.ndarray]:
 
 
 def loss_and_gradients(config: MultimodalConfig, mesh=None, parts=(), report=None):
-    """As one program, from random parameters laid out as training does."""
+    """Computes both as one program, from random parameters placed as in training."""
     model, batch = config.make(), batch_of(config)
     boxed = jax.eval_shape(lambda: model.init(jax.random.key(0), model.config.batch_spec().empty(), method="touch"))[
         "params"

@@ -1,4 +1,4 @@
-"""What the library sets for CPU devices before XLA starts, and what it says where that came too late."""
+"""The flag that the library sets for CPU devices before XLA starts, and the error if that is too late."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from mllm_jax.sharding.mesh import MeshConfig, make_mesh
 from mllm_jax.sharding.platform import has_flag
 
 ROOT = Path(__file__).parents[2]
-# A sum in bfloat16 over a part of the mesh's axes, in a process that the caller's environment describes.
+# A sum in bfloat16 over some of the mesh's axes, in a process with the caller's environment.
 SUM = """
 import jax, jax.numpy as jnp, sys
 if "late" in sys.argv:
@@ -47,7 +47,7 @@ def run(code: str, *arguments: str, flags: str = "--xla_force_host_platform_devi
 
 @pytest.fixture
 def flags(monkeypatch):
-    """prepare_cpu with such XLA_FLAGS: what they are afterwards."""
+    """Returns a function that sets XLA_FLAGS, calls prepare_cpu and returns the new XLA_FLAGS."""
 
     def prepared(before: str | None) -> str | None:
         monkeypatch.setenv("XLA_FLAGS", before or "")
@@ -126,7 +126,7 @@ def test_a_jaxlib_that_computes_wrongly_is_warned_of_once(version, wrong, monkey
 
 
 def test_devices_that_are_given_set_no_flag(monkeypatch):
-    """The planner gives those of a TPU topology, and compiles for them in a process whose platform is the CPU."""
+    """Checks devices of a TPU topology, for which the planner compiles in a process whose platform is the CPU."""
     monkeypatch.setenv("XLA_FLAGS", "")
     make_mesh(MeshConfig(), jax.devices())
     assert os.environ["XLA_FLAGS"] == ""

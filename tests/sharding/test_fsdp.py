@@ -1,4 +1,4 @@
-"""Matrices gathered for one use: the same values and gradients, in the dtype of the wire, along the chips' torus."""
+"""Matrices gathered for one use: equal values and gradients, the communicated dtype, and axes of the torus."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from mllm_jax.sharding.mesh import MeshConfig, make_mesh
     [((0, 1, 2), (2, 3, 4)), ((2, 0, 1), (4, 2, 3)), ((1, 2, 0), (3, 4, 2))],
 )
 def test_the_torus_is_found_in_the_order_of_its_axes(order, sizes):
-    """Coordinates of a grid 2 x 3 x 4, listed with another axis slowest."""
+    """Checks the coordinates of a grid 2 x 3 x 4, listed with different slowest axes."""
     ranges = [range((2, 3, 4)[axis]) for axis in order]
     coords = [tuple(place[order.index(axis)] for axis in range(3)) for place in product(*ranges)]
     assert torus_sizes(coords) == sizes
@@ -93,7 +93,7 @@ def test_values_and_gradients_are_those_of_one_device(config, ids, params):
 
 
 def test_the_wire_carries_what_is_computed_in(ids, params):
-    """In bf16 every gather of a matrix and every scatter of a gradient is of bf16."""
+    """Checks that with bf16 every gather of a matrix and every scatter of a gradient is in bf16."""
     mesh = make_mesh(MeshConfig(1, 8))
     text = str(jax.make_jaxpr(jax.grad(lambda p: loss(p, ids, mesh, "bfloat16")))(params))
     lines = [line for line in text.splitlines() if " all_gather[" in line or " reduce_scatter[" in line]
@@ -119,7 +119,7 @@ class Block(nn.Module):
 
 @pytest.mark.parametrize("remat", sorted(set(REMAT_POLICIES) - {"offload"}))
 def test_no_policy_keeps_a_gathered_matrix(remat):
-    """What a stack of three layers hands to its backward pass has no matrix of three layers but the sharded one."""
+    """Checks that a stack of three layers stores no matrix for its backward pass but the sharded one."""
     model = scan_layers(Block, num_layers=3, remat=remat, num_broadcast=0)()
     x = jnp.ones((8, 16))
     params = nn.meta.unbox(model.init(jax.random.key(0), x, None))

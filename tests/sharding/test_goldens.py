@@ -1,7 +1,7 @@
-"""Golden shardings of the whole train state, a JSON a mesh.
+"""Golden shardings of the whole train state, one JSON per mesh.
 
-A change of the table, of a model's logical names or of the optimizer shows up here as a diff to be read. When it is
-meant: `UPDATE_GOLDENS=1 pytest tests/sharding/test_goldens.py`, then read the diff of goldens/.
+A change of the table, of a model's logical names or of the optimizer appears here as a diff. If it is intended:
+`UPDATE_GOLDENS=1 pytest tests/sharding/test_goldens.py`, then read the diff of goldens/.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ MESHES = {
     "tensor8": MeshConfig(data=1, tensor=8),
     "data2_fsdp2_tensor2": MeshConfig(data=2, fsdp=2, tensor=2),
 }
-# Some sizes are divided by 8, some by 2 only, some by neither: 2 key-value heads, 3 heads, a vocabulary of 30.
+# Some sizes are divisible by 8, some only by 2, some by neither: 2 key-value heads, 3 heads, a vocabulary of 30.
 CONFIG = MultimodalConfig(
     inputs={
         "image": Branch(
@@ -70,7 +70,7 @@ def by_path(tree) -> dict:
 
 
 def abstract_state(mesh) -> tuple[TrainState, TrainState]:
-    """(shapes, shardings) of the train state with every parameter of both trainable; nothing is computed."""
+    """Returns (shapes, shardings) of the train state with every parameter trainable; nothing is computed."""
     params = placed_together((CONFIG, DUAL), mesh)
     shardings = state_shardings(OPTIMIZER, params, shardings_of(params), mesh)
     scalar = jax.ShapeDtypeStruct((), np.int32)
@@ -114,9 +114,9 @@ def is_adam(node) -> bool:
 
 
 def test_a_compiled_step_keeps_them_and_does_not_compile_twice():
-    """Two steps on different batches: every leaf lies where the shardings say, and one program serves both."""
+    """Checks two steps on different batches: every leaf has its sharding, and one program serves both."""
     mesh = make_mesh(MESHES["data2_fsdp2_tensor2"])
-    # A smaller model, and parameters that need no compiled init: the step alone takes seconds to compile.
+    # A smaller model, and parameters without a compiled init: the step alone takes seconds to compile.
     small = ViTConfig(8, 4, 8, num_layers=1, num_heads=2, mlp_size=16)
     model = MultimodalConfig(
         {"image": Branch(small, MLPProjectorConfig(output_size=16))},

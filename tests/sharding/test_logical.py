@@ -1,4 +1,4 @@
-"""The table of logical axes and the mesh: which dimension is split over what, and which meshes are refused."""
+"""The table of logical axes and the mesh: the mesh axes of each dimension, and the meshes that are refused."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ EVERY = MeshConfig(data=2, fsdp=2, tensor=2)
         (("layers", "embed", "heads", "head_dim"), (2, 4, 6, 8), P(None, "fsdp", "tensor", None)),
         (("layers", "embed", "kv_heads", "head_dim"), (2, 4, 1, 8), P(None, "fsdp", None, None)),
         (("vocab", "embed"), (10, 4), P("tensor", "fsdp")),
-        (("embed", "embed"), (4, 4), P("fsdp", None)),  # an axis serves one dimension, the first
+        (("embed", "embed"), (4, 4), P("fsdp", None)),  # an axis splits one dimension, the first
         (("embed", "embed"), (3, 4), P(None, "fsdp")),  # … that it divides
         (("channels", "patches"), (4, 4), P(None, None)),
         ((None, None), (8, 8), P(None, None)),
@@ -89,7 +89,7 @@ def test_make_mesh_fills_in_the_rest():
     [
         MeshConfig(data=3),
         MeshConfig(data=16),
-        MeshConfig(data=4),  # some devices would stay idle
+        MeshConfig(data=4),  # some devices would be idle
         MeshConfig(data=-1, fsdp=3),
         MeshConfig(data=-1, fsdp=-1),
         MeshConfig(data=0),
@@ -105,7 +105,7 @@ def test_impossible_meshes_are_refused(config):
 
 def test_batches_are_split_over_rows_and_along_them():
     mesh = make_mesh(MeshConfig(data=2, context=4))
-    assert batch_sharding(mesh, 3, (8, 8, 4)).spec == P("data", "context", None)  # places, slots or patches
+    assert batch_sharding(mesh, 3, (8, 8, 4)).spec == P("data", "context", None)  # positions, slots or patches
     assert batch_sharding(mesh, 2, (8, 6)).spec == P("data", None)
     assert batch_sharding(mesh, 1, (8,)).spec == P("data")
     mesh = make_mesh(EVERY)
@@ -122,7 +122,7 @@ def test_constrain_pins_inside_a_mesh_and_does_nothing_outside():
         y = jax.jit(lambda x: constrain(x * 1, "batch", "mlp"))(x)
     assert y.sharding.is_equivalent_to(jax.NamedSharding(mesh, P(("data", "fsdp"), "tensor")), 2)
     np.testing.assert_array_equal(x, y)
-    assert constrain(x, "batch", "mlp") is x, "the mesh is left behind with the context"
+    assert constrain(x, "batch", "mlp") is x, "the mesh ends with the context"
 
 
 # ---- rules of parts
@@ -157,7 +157,7 @@ def test_a_part_has_rules_of_its_own_and_the_others_keep_theirs():
         with part_of_model("llm"):
             assert split_sizes(names, shape) == [2, 1]
     assert split_sizes(names, shape) == [1, 1]
-    with use_mesh(mesh), part_of_model("encoder_image"):  # pictures of a row are spread over `context` in any case
+    with use_mesh(mesh), part_of_model("encoder_image"):  # images of a row are split over `context` in any case
         assert partition_spec(names, shape, *active_mesh()) == P(("data", "context"), "tensor")
         assert partition_spec(("batch", "patches"), (2, 4), *active_mesh()) == P("data", "context")
 
@@ -188,7 +188,7 @@ class Parts(nn.Module):
 
 
 def test_what_a_part_traces_is_traced_under_its_rules():
-    """Also inside scanned and rematerialised layers, and where a layer of another part bears the same name."""
+    """Checks scanned and rematerialised layers too, and a layer of another part with the same name."""
     Parts.seen.clear()
     with use_mesh(make_mesh(EVERY), parts=(data_parallel("encoder_image"),)):
         jax.eval_shape(lambda: Parts().init_with_output(jax.random.key(0), jnp.ones((8, 4))))
@@ -215,7 +215,7 @@ def test_parameters_follow_the_rules_of_their_part_and_never_those_of_activation
 
 @dataclass(frozen=True)
 class Chip:
-    """A TPU device as far as a mesh looks at it: a place in a grid of 2 x 2 in one of several slices."""
+    """A TPU device with the attributes that a mesh reads: coordinates in a grid of 2 x 2 of one of several slices."""
 
     id: int
     slice_index: int
@@ -244,17 +244,17 @@ def test_data_runs_over_slices_and_nothing_else_does():
 
 
 @pytest.mark.parametrize(
-    "config, devices, told",
+    "config, devices, expected",
     [
         (MeshConfig(data=1, fsdp=8), chips(2), "multiple of 2"),
         (MeshConfig(data=1, fsdp=8, slices=2), None, "multiple of 2"),
-        (MeshConfig(slices=2), chips(1), "1 slice(s), as the devices say"),
-        (MeshConfig(slices=1), chips(2), "2 slice(s), as the devices say"),
+        (MeshConfig(slices=2), chips(1), "1 slice(s), as the devices report"),
+        (MeshConfig(slices=1), chips(2), "2 slice(s), as the devices report"),
         (MeshConfig(slices=3), None, "a positive number that divides the devices"),
         (MeshConfig(slices=0), None, "a positive number that divides the devices"),
     ],
 )
-def test_slices_that_do_not_fit_are_refused(config, devices, told):
+def test_slices_that_do_not_fit_are_refused(config, devices, expected):
     with pytest.raises(ConfigError) as refusal:
         make_mesh(config, devices)
-    assert told in refusal.value.expected and "experiment.mesh" in refusal.value.todo
+    assert expected in refusal.value.expected and "experiment.mesh" in refusal.value.todo

@@ -1,4 +1,4 @@
-"""The platform is chosen only where nothing speaks for an accelerator, and then in silence."""
+"""The CPU is chosen only if there is no sign of an accelerator, and then without warnings."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[2]
 @pytest.mark.parametrize("device", ["accel0", "vfio/0", "vfio/devices/vfio0", "nvidia0", "nvidiactl", "dxg", "kfd"])
 def test_a_device_file_speaks_for_an_accelerator(tmp_path, device):
     (tmp_path / "vfio").mkdir()
-    for name in ("null", "vfio/vfio", "nvram", "dri"):  # what machines without one have too
+    for name in ("null", "vfio/vfio", "nvram", "dri"):  # files that machines without one have too
         (tmp_path / name).touch()
     assert not may_have_accelerator({}, tmp_path, ())
     (tmp_path / device).parent.mkdir(exist_ok=True)
@@ -27,7 +27,7 @@ def test_a_device_file_speaks_for_an_accelerator(tmp_path, device):
 
 
 def test_variables_and_plugins_speak_for_one(tmp_path):
-    # jax itself sets the first where it sees no TPU.
+    # jax itself sets the first if it finds no TPU.
     assert not may_have_accelerator({"TPU_SKIP_MDS_QUERY": "1", "TPU_LIBRARY_PATH": "x", "HOME": "/"}, tmp_path, ())
     for name in ("TPU_WORKER_ID", "TPU_ACCELERATOR_TYPE", "TPU_NAME", "MEGASCALE_NUM_SLICES", "JAX_FORCE_TPU_INIT"):
         assert may_have_accelerator({name: "0"}, tmp_path, ())

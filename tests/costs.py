@@ -1,0 +1,56 @@
+"""What each test file costs: CPU seconds of the process that runs it and of the processes that it starts."""
+
+from __future__ import annotations
+
+import resource
+from collections import Counter
+
+import pytest
+
+BUDGET = 90.0  # CPU seconds of a file
+SHOWN = 5
+NAME = "cpu_seconds"
+
+
+def _spent() -> float:
+    """Returns the CPU seconds of this process and of its children that have ended."""
+    found = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return sum(usage.ru_utime + usage.ru_stime for usage in found)
+
+
+class Costs:
+    """Measures every test where it runs, and prints the sums by file where the session began.
+
+    Fixtures count for the first test that asks for them. CPU time depends less than wall time on what else the machine
+    does. A file over its budget is printed, never failed: no test may depend on a clock.
+    """
+
+    def __init__(self) -> None:
+        self.files: Counter[str] = Counter()
+
+    @pytest.hookimpl(wrapper=True, tryfirst=True)
+    def pytest_runtest_protocol(self, item: pytest.Item):
+        self.before = _spent()
+        return (yield)
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtest_makereport(self, item: pytest.Item, call: pytest.CallInfo) -> None:
+        """Hands the seconds of a test's setup, call and teardown over with the report of each (pytest-xdist too)."""
+        now = _spent()
+        item.user_properties[:] = [pair for pair in item.user_properties if pair[0] != NAME]
+        item.user_properties.append((NAME, now - self.before))
+        self.before = now
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        self.files[report.nodeid.split("::")[0]] += dict(report.user_properties).get(NAME, 0.0)
+
+    def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+        if hasattr(config, "workerinput") or not self.files:
+            return
+        total = sum(self.files.values())
+        over = sum(cost > BUDGET for cost in self.files.values())
+        show = terminalreporter.write_line
+        terminalreporter.section("costs")
+        show(f"{total:.0f} CPU seconds in {len(self.files)} files, {over} of them over the budget of {BUDGET:.0f}")
+        for name, cost in self.files.most_common(None if config.option.verbose else SHOWN):
+            show(f"{cost:8.1f}  {name}")
