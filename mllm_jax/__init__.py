@@ -24,8 +24,23 @@ if TYPE_CHECKING:  # what editors and type checkers read; `_HOMES` says the same
     from mllm_jax.data.pipeline import Weighted as Weighted
     from mllm_jax.data.source import Source as Source
     from mllm_jax.data.tokenizer import Tokenizer as Tokenizer
+    from mllm_jax.datasets.llava import LLaVARecords as LLaVARecords
+    from mllm_jax.datasets.openmoji.skills import OpenMojiSkills as OpenMojiSkills
+    from mllm_jax.datasets.openmoji.sources import OpenMojiCaptions as OpenMojiCaptions
+    from mllm_jax.datasets.openmoji.sources import OpenMojiPairs as OpenMojiPairs
+    from mllm_jax.datasets.openmoji.sources import OpenMojiQuestions as OpenMojiQuestions
+    from mllm_jax.datasets.openmoji.sources import OpenMojiScenes as OpenMojiScenes
+    from mllm_jax.datasets.openmoji.sources import OpenMojiText as OpenMojiText
     from mllm_jax.datasets.questions import Questions as Questions
     from mllm_jax.datasets.text_only import TextOnly as TextOnly
+    from mllm_jax.encoders.nfnet import NFNetConfig as NFNetConfig
+    from mllm_jax.encoders.nfnet import NFNetDialect as NFNetDialect
+    from mllm_jax.encoders.qwen_vit import QwenViTConfig as QwenViTConfig
+    from mllm_jax.encoders.qwen_vit import QwenViTDialect as QwenViTDialect
+    from mllm_jax.encoders.qwen_vit_v1 import QwenViTV1Config as QwenViTV1Config
+    from mllm_jax.encoders.sam import SamConfig as SamConfig
+    from mllm_jax.encoders.sam import SamDialect as SamDialect
+    from mllm_jax.encoders.siglip_sam import SiglipSamConfig as SiglipSamConfig
     from mllm_jax.encoders.text import TextTowerConfig as TextTowerConfig
     from mllm_jax.encoders.text import TextTowerDialect as TextTowerDialect
     from mllm_jax.encoders.vit import ViTConfig as ViTConfig
@@ -37,30 +52,56 @@ if TYPE_CHECKING:  # what editors and type checkers read; `_HOMES` says the same
     from mllm_jax.errors import RunFolderError as RunFolderError
     from mllm_jax.errors import TrainingError as TrainingError
     from mllm_jax.evaluation.evaluate import evaluate as evaluate
+    from mllm_jax.evaluation.metrics import ShuffledMedia as ShuffledMedia
     from mllm_jax.evaluation.task import Task as Task
+    from mllm_jax.evaluation.tasks.openmoji import openmoji_questions as openmoji_questions
+    from mllm_jax.evaluation.tasks.openmoji import openmoji_retrieval as openmoji_retrieval
+    from mllm_jax.evaluation.tasks.openmoji import openmoji_skills as openmoji_skills
+    from mllm_jax.evaluation.tasks.questions import questions_task as questions_task
     from mllm_jax.generation.assistant import Assistant as Assistant
     from mllm_jax.generation.generate import generate as generate
     from mllm_jax.generation.options import Answer as Answer
     from mllm_jax.generation.options import Options as Options
     from mllm_jax.generation.sampling import Sampling as Sampling
     from mllm_jax.layers.compute import Compute as Compute
+    from mllm_jax.layers.rotary import RopeScaling as RopeScaling
+    from mllm_jax.llms.chatglm import ChatGLMConfig as ChatGLMConfig
     from mllm_jax.llms.decoder import DecoderConfig as DecoderConfig
     from mllm_jax.llms.decoder import DecoderDialect as DecoderDialect
+    from mllm_jax.llms.t5 import T5Config as T5Config
+    from mllm_jax.llms.t5 import T5Dialect as T5Dialect
+    from mllm_jax.models.blip2 import Blip2Config as Blip2Config
+    from mllm_jax.models.blip2_stage1 import QFormerPretrainingConfig as QFormerPretrainingConfig
     from mllm_jax.models.branch import Branch as Branch
     from mllm_jax.models.branch import Connection as Connection
     from mllm_jax.models.clip import DualEncoderConfig as DualEncoderConfig
+    from mllm_jax.models.deepseek_vl import DeepseekVLConfig as DeepseekVLConfig
+    from mllm_jax.models.instructblip import InstructBlipConfig as InstructBlipConfig
+    from mllm_jax.models.internvl import InternVLConfig as InternVLConfig
+    from mllm_jax.models.llava import LlavaConfig as LlavaConfig
     from mllm_jax.models.multimodal import Multimodal as Multimodal
     from mllm_jax.models.multimodal import MultimodalConfig as MultimodalConfig
     from mllm_jax.models.pformer import PFormerPretrainingConfig as PFormerPretrainingConfig
     from mllm_jax.models.processor import Processor as Processor
     from mllm_jax.models.prompt_guided import PromptGuidedConfig as PromptGuidedConfig
+    from mllm_jax.models.qwen_vl import QwenVLConfig as QwenVLConfig
+    from mllm_jax.models.qwen_vl_v1 import QwenVLV1Config as QwenVLV1Config
     from mllm_jax.models.registry import from_pretrained as from_pretrained
     from mllm_jax.models.registry import pretrained_config as pretrained_config
     from mllm_jax.models.registry import save_pretrained as save_pretrained
     from mllm_jax.models.registry import supported_models as supported_models
+    from mllm_jax.models.reshape import with_image_size as with_image_size
     from mllm_jax.models.run_weights import load_run as load_run
     from mllm_jax.projectors.mlp import MLPProjectorConfig as MLPProjectorConfig
+    from mllm_jax.projectors.paired import PairedProjectorConfig as PairedProjectorConfig
     from mllm_jax.projectors.pformer import PFormerConfig as PFormerConfig
+    from mllm_jax.projectors.pixel_shuffle import PixelShuffleProjectorConfig as PixelShuffleProjectorConfig
+    from mllm_jax.projectors.pool import PoolProjectorConfig as PoolProjectorConfig
+    from mllm_jax.projectors.qformer import QFormerConfig as QFormerConfig
+    from mllm_jax.projectors.resampler import ResamplerConfig as ResamplerConfig
+    from mllm_jax.projectors.resampler import ResamplerDialect as ResamplerDialect
+    from mllm_jax.sharding.logical import PartRules as PartRules
+    from mllm_jax.sharding.logical import data_parallel as data_parallel
     from mllm_jax.sharding.mesh import MeshConfig as MeshConfig
     from mllm_jax.training.config import AdamW as AdamW
     from mllm_jax.training.config import CheckpointConfig as CheckpointConfig
@@ -73,48 +114,87 @@ if TYPE_CHECKING:  # what editors and type checkers read; `_HOMES` says the same
     from mllm_jax.training.objectives.next_token import NextToken as NextToken
     from mllm_jax.training.objectives.pformer import PFormerObjective as PFormerObjective
     from mllm_jax.training.objectives.pformer import PromptGuided as PromptGuided
+    from mllm_jax.training.objectives.protocol import Objective as Objective
+    from mllm_jax.training.objectives.qformer import QFormerStage1 as QFormerStage1
     from mllm_jax.training.operations.stopping import Interrupted as Interrupted
 
 __version__ = "0.1.0"
 
 _NAMES = {
+    "checkpoints.run": ("RunFolder",),
     "data.chat": ("ChatTokenizer",),
-    "data.message": ("Audio", "Example", "Image", "Message", "Segment", "Text", "Video"),
     "data.images": ("decode_image",),
+    "data.message": ("Audio", "Example", "Image", "Message", "Segment", "Text", "Video"),
     "data.pipeline": ("Mixture", "Weighted"),
     "data.source": ("Source",),
     "data.tokenizer": ("Tokenizer",),
+    "datasets.llava": ("LLaVARecords",),
+    "datasets.openmoji.skills": ("OpenMojiSkills",),
+    "datasets.openmoji.sources": (
+        "OpenMojiCaptions",
+        "OpenMojiPairs",
+        "OpenMojiQuestions",
+        "OpenMojiScenes",
+        "OpenMojiText",
+    ),
     "datasets.questions": ("Questions",),
     "datasets.text_only": ("TextOnly",),
+    "encoders.nfnet": ("NFNetConfig", "NFNetDialect"),
+    "encoders.qwen_vit": ("QwenViTConfig", "QwenViTDialect"),
+    "encoders.qwen_vit_v1": ("QwenViTV1Config",),
+    "encoders.sam": ("SamConfig", "SamDialect"),
+    "encoders.siglip_sam": ("SiglipSamConfig",),
     "encoders.text": ("TextTowerConfig", "TextTowerDialect"),
     "encoders.vit": ("ViTConfig", "ViTDialect"),
     "errors": ("CheckpointError", "ConfigError", "DataError", "MllmError", "RunFolderError", "TrainingError"),
     "evaluation.evaluate": ("evaluate",),
+    "evaluation.metrics": ("ShuffledMedia",),
     "evaluation.task": ("Task",),
+    "evaluation.tasks.openmoji": ("openmoji_questions", "openmoji_retrieval", "openmoji_skills"),
+    "evaluation.tasks.questions": ("questions_task",),
     "generation.assistant": ("Assistant",),
     "generation.generate": ("generate",),
     "generation.options": ("Answer", "Options"),
     "generation.sampling": ("Sampling",),
     "layers.compute": ("Compute",),
+    "layers.rotary": ("RopeScaling",),
+    "llms.chatglm": ("ChatGLMConfig",),
     "llms.decoder": ("DecoderConfig", "DecoderDialect"),
+    "llms.t5": ("T5Config", "T5Dialect"),
+    "models.blip2": ("Blip2Config",),
+    "models.blip2_stage1": ("QFormerPretrainingConfig",),
     "models.branch": ("Branch", "Connection"),
     "models.clip": ("DualEncoderConfig",),
+    "models.deepseek_vl": ("DeepseekVLConfig",),
+    "models.instructblip": ("InstructBlipConfig",),
+    "models.internvl": ("InternVLConfig",),
+    "models.llava": ("LlavaConfig",),
     "models.multimodal": ("Multimodal", "MultimodalConfig"),
     "models.pformer": ("PFormerPretrainingConfig",),
     "models.processor": ("Processor",),
     "models.prompt_guided": ("PromptGuidedConfig",),
+    "models.qwen_vl": ("QwenVLConfig",),
+    "models.qwen_vl_v1": ("QwenVLV1Config",),
     "models.registry": ("from_pretrained", "pretrained_config", "save_pretrained", "supported_models"),
+    "models.reshape": ("with_image_size",),
+    "models.run_weights": ("load_run",),
     "projectors.mlp": ("MLPProjectorConfig",),
+    "projectors.paired": ("PairedProjectorConfig",),
     "projectors.pformer": ("PFormerConfig",),
+    "projectors.pixel_shuffle": ("PixelShuffleProjectorConfig",),
+    "projectors.pool": ("PoolProjectorConfig",),
+    "projectors.qformer": ("QFormerConfig",),
+    "projectors.resampler": ("ResamplerConfig", "ResamplerDialect"),
+    "sharding.logical": ("PartRules", "data_parallel"),
     "sharding.mesh": ("MeshConfig",),
     "training.config": ("AdamW", "CheckpointConfig", "Experiment", "Pretrained", "Stage", "TokenizerConfig"),
     "training.loop": ("train",),
     "training.objectives.contrastive": ("Contrastive",),
     "training.objectives.next_token": ("NextToken",),
     "training.objectives.pformer": ("PFormerObjective", "PromptGuided"),
-    "checkpoints.run": ("RunFolder",),
+    "training.objectives.protocol": ("Objective",),
+    "training.objectives.qformer": ("QFormerStage1",),
     "training.operations.stopping": ("Interrupted",),
-    "models.run_weights": ("load_run",),
 }
 _HOMES = {name: f"{__name__}.{module}" for module, names in _NAMES.items() for name in names}
 

@@ -33,24 +33,34 @@ def config():
     return Experiment("own", model, (stage,), TokenizerConfig(vocab_size=320), evaluation=(BRIGHTNESS,))
 """
 
+# The same with a language model, an objective and an optimizer of one's own.
+OWN = CONFIG.replace(
+    "DecoderConfig(vocab_size=320, hidden_size=16, num_layers=1, num_heads=2, num_kv_heads=1, mlp_size=32)",
+    "OneLayerConfig(vocab_size=320)",
+).replace('NextToken(), ("*",), data, steps=2)', 'Focal(), ("*",), data, steps=2, optimizer=Lion(1e-3))')
+
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     """A config with a module beside it, which nothing else has imported; what is remembered is of this test."""
-    _, code = re.findall(r"^```python\n(.*?)^```", (ROOT / "CONTRIBUTING.md").read_text(), re.DOTALL | re.MULTILINE)
+    _, code, language = re.findall(
+        r"^```python\n(.*?)^```", (ROOT / "CONTRIBUTING.md").read_text(), re.DOTALL | re.MULTILINE
+    )
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(sys, "path", list(sys.path))
     place = tmp_path / "project"
     place.mkdir()
     (place / "grey_squares.py").write_text(code)
-    (place / "config.py").write_text(CONFIG)
+    (place / "own_language.py").write_text(language)
+    (place / "config.py").write_text(f"from own_language import Focal, Lion, OneLayerConfig\n{OWN}")
     yield place
-    sys.modules.pop("grey_squares", None)
+    forget(monkeypatch)
 
 
 def forget(monkeypatch) -> None:
     """As a new process begins: nothing imported, no folder on the path."""
-    sys.modules.pop("grey_squares", None)
+    for name in ("grey_squares", "own_language"):
+        sys.modules.pop(name, None)
     monkeypatch.setattr(sys, "path", [entry for entry in sys.path if "project" not in entry])
 
 
@@ -70,6 +80,10 @@ def test_it_trains_and_is_found_again(folder, tmp_path, monkeypatch):
     experiment = run.experiment()
     parts = experiment.model.image.encoder, experiment.model.image.projector
     assert {type(part).__module__ for part in parts} == {"grey_squares"}
+    stage = experiment.stages[0]
+    own = experiment.model.llm, stage.objective, stage.optimizer
+    assert [type(part).__name__ for part in own] == ["OneLayerConfig", "Focal", "Lion"]
+    assert {type(part).__module__ for part in own} == {"own_language"}
     assert len(experiment.stages[0].data.sources) == 1
     answer = Assistant.load(run.path, by_layer=False).generate("how bright?", max_new_tokens=2)
     assert answer.tokens

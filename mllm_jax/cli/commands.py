@@ -27,7 +27,8 @@ USAGE = """mllm: multimodal LLMs in JAX
   mllm convert SRC DST [--to native|huggingface] [--dtype bfloat16]       Hugging Face <-> native, with a proof
   mllm embed MODEL --images DIR --text "a cat" --out vectors.npz          unit vectors of images and texts
   mllm plan CONFIG.py --topology v5e-256 [--stage instruct] [--search 8]  compiled for that slice: does it fit, how fast
-  mllm models                                                             models that `convert` and from_pretrained read
+  mllm data suggest CONFIG.py [--sample 1000]                             rows that suit the data: length, slots, fill
+  mllm models                                                             what `convert` and from_pretrained read
 
 `mllm COMMAND --help` lists a command's options, `mllm --version` prints the version."""
 
@@ -41,6 +42,7 @@ COMMANDS = {
     "convert": "reading the model",
     "embed": "loading the model",
     "plan": "reading the config",
+    "data": "reading the config and a sample of its data",
     "models": None,
 }
 PROCESS = ("JAX_PROCESS_ID", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK")  # the index of a process in a run of several

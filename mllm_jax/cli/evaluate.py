@@ -9,7 +9,7 @@ from pathlib import Path
 import tyro
 
 from mllm_jax.checkpoints.native import is_native
-from mllm_jax.checkpoints.run import RunFolder, is_run
+from mllm_jax.checkpoints.run import is_run
 from mllm_jax.cli.caches import keep_compiled_programs
 from mllm_jax.cli.console import console
 from mllm_jax.cli.runs import assistant_of, experiment_of, use_cpu_devices
@@ -76,8 +76,6 @@ def ask(options: Evaluate) -> int:
 
     # The questions first: what is wrong in them should not have to wait for the weights.
     task = questions_task(options.questions, options.media, options.questions.stem, limit=options.limit)
-    if is_run(options.run):
-        use_cpu_devices(RunFolder(options.run).experiment())
     found = {task.name: measured(assistant_of(options.run), task, limit=options.limit, out=options.out)}
     _show(found)
     if options.out is not None:

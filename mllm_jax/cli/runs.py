@@ -7,8 +7,9 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mllm_jax.errors import CheckpointError
+from mllm_jax.errors import CheckpointError, ConfigError
 from mllm_jax.training.config import Experiment
+from mllm_jax.training.operations.distributed import Hosts
 
 if TYPE_CHECKING:
     from mllm_jax.generation.assistant import Assistant
@@ -25,19 +26,59 @@ def experiment_of(run: Path) -> Experiment:
     return experiment
 
 
-def use_cpu_devices(experiment: Experiment) -> None:
-    """Presents the CPU as several devices, before anything has touched a device; XLA_FLAGS have the last word."""
-    import jax
+MOST_DEVICES = 8  # as which a CPU is presented unless more are asked for
 
-    from mllm_jax.sharding.cpu import prepare_cpu
-    from mllm_jax.training.operations.host import enough_threads, keep_freed_memory
+
+def use_cpu_devices(experiment: Experiment, hosts: Hosts = Hosts(), *, say: bool = False) -> None:
+    """Presents the CPU as several devices, before anything has touched a device; XLA_FLAGS have the last word.
+
+    Args:
+        hosts: the processes that train together.
+        say: print how many there are and why.
+    """
+    from mllm_jax.sharding.cpu import on_cpu, prepare_cpu
+    from mllm_jax.training.operations.distributed import resolve
+    from mllm_jax.training.operations.host import cores, enough_threads, keep_freed_memory
 
     prepare_cpu()
-    if experiment.cpu_devices:
+    told = "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
+    devices = experiment.cpu_devices
+    # Of several processes each would have to choose for all, so there the number is a matter of whoever starts them.
+    if devices is None and not told and on_cpu() and resolve(hosts) is None:
+        devices = fitting_cpu_devices(experiment, cores())
+        if say:
+            print(f"{devices} CPU device(s) on {cores()} core(s); --cpu-devices N takes another number", flush=True)
+    if devices:
         keep_freed_memory()
-        enough_threads(experiment.cpu_devices)
-    if experiment.cpu_devices and "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
-        jax.config.update("jax_num_cpu_devices", experiment.cpu_devices)
+        enough_threads(devices)
+    if devices and not told:
+        _set_cpu_devices(devices, required=experiment.cpu_devices is not None)
+
+
+def fitting_cpu_devices(experiment: Experiment, cores: int) -> int:
+    """The largest number of devices, at most one a core, whose mesh divides the rows of every stage; at least 1."""
+    from mllm_jax.sharding.mesh import mesh_sizes
+
+    rows = [stage.data.rows // stage.accumulate for stage in experiment.stages]
+    rows += [stage.validation.rows for stage in experiment.stages if stage.validation is not None]
+    for devices in range(min(cores, MOST_DEVICES), 1, -1):
+        try:
+            data, fsdp, *_ = mesh_sizes(experiment.mesh, devices)
+        except ConfigError:  # the mesh is of other sizes
+            continue
+        if not any(count % (data * fsdp) for count in rows):
+            return devices
+    return 1
+
+
+def _set_cpu_devices(devices: int, *, required: bool) -> None:
+    import jax
+
+    try:
+        jax.config.update("jax_num_cpu_devices", devices)
+    except RuntimeError:  # devices are in use already, as in a program that calls a command
+        if required:
+            raise
 
 
 def assistant_of(folder: Path, *, dtype: Any = None, **options: Any) -> Assistant:
@@ -54,7 +95,12 @@ def assistant_of(folder: Path, *, dtype: Any = None, **options: Any) -> Assistan
 
     if not is_native(folder) and not any((folder / name).is_file() for name in ("config.json", "model_index.json")):
         raise CheckpointError(f"{folder}: no config.json", "a folder of a model, or of a run", "check the path")
-    config = experiment_of(folder).model if is_run(folder) else pretrained_config(folder)
+    if is_run(folder):
+        experiment = experiment_of(folder)
+        use_cpu_devices(experiment)
+        config = experiment.model
+    else:
+        config = pretrained_config(folder)
     if not writes_text(config):  # before the weights are read
         raise no_text(config)
     return Assistant.load(folder, dtype=dtype, **options)

@@ -73,7 +73,7 @@ def run(arguments: list[str]) -> int:
     default = _default(Path(arguments[0]))
     if (options := parsed("train", default, arguments)) is None:
         return 0
-    use_cpu_devices(options.experiment)
+    use_cpu_devices(options.experiment, options.hosts, say=True)
     if options.compile_cache:
         keep_compiled_programs()
     if not join(options.hosts):

@@ -229,6 +229,16 @@ def read_video_processor(folder: str | Path) -> ImageProcessor:
     return replace(found, background=None, resolutions=(), tile_range=None)
 
 
+def default_sizes(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The sizes that a processor of the type that its settings name has where they say nothing; none of an unknown."""
+    name = str(named_type(values)).replace("FeatureExtractor", "ImageProcessor").removesuffix("Fast")
+    kind = _KINDS.get(name.removesuffix("Pil"))
+    if kind is None:
+        return {}
+    sizes = dict(size=dict(kind.size), crop_size=kind.crop, image_grid_pinpoints=[list(r) for r in kind.resolutions])
+    return {name: value for name, value in sizes.items() if value}
+
+
 def _read(folder: str | Path, places: Sequence[tuple[str, str | None]], more: Mapping = {}) -> ImageProcessor:  # noqa: B006
     """Reads the processor from the first of these files, or parts of files; `more` overrides its options."""
     for name, part in places:

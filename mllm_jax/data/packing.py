@@ -15,6 +15,7 @@ import numpy as np
 
 from mllm_jax.data.filling import Kind, fill_row
 from mllm_jax.data.orders import LARGE, order_of, shuffled_groups
+from mllm_jax.data.units import in_words
 from mllm_jax.errors import DataError
 
 
@@ -46,6 +47,7 @@ class PackingPlan:
         packed: False gives each row one example.
         group: so many neighbouring examples of a source stay neighbours in an unpacked batch.
         block_steps: steps that are packed together.
+        unit: what a slot holds, see `mllm_jax.data.units`.
 
     Attributes:
         fill: the share of places that a block aims at; the largest tried at which nothing is left over.
@@ -62,6 +64,7 @@ class PackingPlan:
         packed: bool = True,
         group: int = 1,
         block_steps: int = 16,
+        unit: str = "slot",
     ):
         self.rows, self.length, self.slots = rows, length, dict(slots)
         self.seed, self.packed, self.group, self.block_steps = seed, packed, group, block_steps
@@ -79,8 +82,8 @@ class PackingPlan:
             most = {modality: int(_some(taken, usable).max()) for modality, taken in stream.slots.items()}
             if widest > length or any(count > slots.get(modality, 0) for modality, count in most.items()):
                 raise DataError(
-                    f"source {i}: an example of {widest} tokens and media slots {most}",
-                    f"at most {length} tokens and slots {self.slots} a row",
+                    f"source {i}: an example of {widest:,} tokens and one of {in_words(most, unit)}",
+                    f"at most {length:,} tokens and {in_words(self.slots, unit)} a row",
                     "raise the row's length or slots",
                 )
         # Examples a block takes cost tokens when packed and one row each when not.

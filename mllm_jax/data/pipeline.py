@@ -118,6 +118,7 @@ class Pipeline:
             seed=seed,
             packed=mixture.layout == "conversation",
             group=mixture.group,
+            unit=processor.layout.unit,
         )
 
     @property

@@ -116,13 +116,14 @@ class ViTConfig(WithCompute):
 
     def __post_init__(self):
         dialect = self.dialect
+        low = max(self.image_size // self.patch_size, 1) * self.patch_size
         require = Requirements("ViT", self)
         whole = dialect.drop_remainder or not self.image_size % self.patch_size
         require(
             whole and self.image_size >= self.patch_size and not self.patch_size % 2 ** len(self.stem_channels),
             f"image {self.image_size}, patch {self.patch_size}, {len(self.stem_channels)} stem layers",
             "an image that is a whole number of patches, a patch divisible by 2^stem layers",
-            "change image_size, patch_size or stem_channels",
+            f"set image_size to {low} or {low + self.patch_size}, or change patch_size or stem_channels",
         )
         require(
             self.regions is None or (self.regions > 0 and not self.class_token and not self.side % self.regions),
@@ -169,6 +170,14 @@ class ViTConfig(WithCompute):
     def feature_size(self) -> int:
         """Width of the vectors that come out."""
         return self.hidden_size if self.regions is None else self.region_size
+
+    resampled = ("position_embedding",)  # the parameters that `resample` makes for this image_size
+
+    def resample(self, table: jax.Array) -> jax.Array:
+        """Resamples the position table [N, E] of the same encoder for another image_size to this image_size."""
+        first, grid = table[: int(self.class_token)], table[int(self.class_token) :]
+        grid = bicubic_grid(grid, self.side, self.side, self.dialect.position_antialias)
+        return jnp.concatenate([first, grid.astype(table.dtype)])
 
     def make(self) -> ViT:
         return ViT(self)

@@ -85,6 +85,8 @@ class InternVLLayout(TileLayout):
         ConfigError: a processor that makes other tiles than the model reads, or a tokenizer without the tokens.
     """
 
+    unit = "tile"
+
     def __init__(
         self,
         config: InternVLConfig,

@@ -57,6 +57,8 @@ class LlavaConfig(MultimodalConfig):
     max_tiles: int | None = None
     preprocessing: str = "hub"
 
+    placeholder_fields = ("image_token_id", "video_token_id")  # all that its layout needs of a tokenizer
+
     def __post_init__(self):
         super().__post_init__()
         require = Requirements("LLaVA", self)
@@ -80,7 +82,7 @@ class LlavaConfig(MultimodalConfig):
             not any(length % side for resolution in self.resolutions for length in resolution),
             f"resolutions {self.resolutions} for tiles of {side}",
             "whole tiles",
-            "change resolutions or encoder.image_size",
+            "change both, as mllm_jax.with_image_size(config, size) does",
         )
 
     @property
@@ -129,7 +131,7 @@ class LlavaLayout(TileLayout):
             )
         self.config, self.pictures, self.frames = config, pictures, frames
         self.image_token, self.video_token = config.image_token_id, config.video_token_id
-        self.tokens_a_tile = config.media_tokens
+        self.tokens_a_tile, self.unit = config.media_tokens, "tile" if config.resolutions else "image"
 
     def sized(self, size: Size) -> Media:
         count = self.pictures.count(*size)

@@ -2,19 +2,35 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import jax
+from flax import linen as nn
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh
 
+from mllm_jax.checkpoints.leaves import flatten
 from mllm_jax.checkpoints.run import RunFolder
 from mllm_jax.checkpoints.training import load_snapshot
 from mllm_jax.errors import CheckpointError, ConfigError
 from mllm_jax.models.params import shardings_of
 from mllm_jax.models.part_names import part_differences
 from mllm_jax.models.protocol import TakesFromExperiment
-from mllm_jax.models.registry import abstract_init, from_pretrained, pretrained_config
+from mllm_jax.models.registry import (
+    abstract_init,
+    abstract_params,
+    family_of_config,
+    from_pretrained,
+    pretrained_config,
+    read_pretrained,
+)
+from mllm_jax.models.reshape import Vocabulary, changed_leaves, fitted, reshaped
+
+logger = logging.getLogger("mllm_jax.models")
 
 
 def held_by(source: Any, experiment: Any) -> set[str]:
@@ -25,22 +41,70 @@ def held_by(source: Any, experiment: Any) -> set[str]:
     return set(abstract_init(config.make(), config.batch_spec().empty(), method="touch"))
 
 
-def read_source(source: Any, experiment: Any, mesh: Mesh, wanted: dict) -> dict:
+def read_source(
+    source: Any,
+    experiment: Any,
+    mesh: Mesh,
+    wanted: dict,
+    *,
+    reshape: bool = True,
+    vocabulary: Vocabulary | None = None,
+    report: Callable[[str], None] = logger.info,
+) -> dict:
     """Reads what a source holds for an experiment: {part: parameters}, or all parts of its model of "*".
 
     Args:
         wanted: nested ShapeDtypeStructs with shardings, of whole parts of the model.
+        reshape: whether parameters of another image size or vocabulary are made to fit; else they are left out.
+        vocabulary, report: see `mllm_jax.models.reshape.reshaped`.
 
     Raises:
         ConfigError: a source whose model is not the part's.
         CheckpointError: weights that are absent, damaged or of other shapes.
     """
+    how = dict(words=brings_words(experiment, source), reshape=reshape, vocabulary=vocabulary, report=report)
     if source.part == "*":
         held = {name: wanted[name] for name in held_by(source, experiment)}
-        return _from_model(source, experiment.model_of(), mesh, held)
+        return _from_model(source, experiment.model_of(), mesh, held, **how)
     config, part = experiment.parts[source.part], wanted[source.part]
-    read = _from_model(source, config, mesh, part) if source.stage is None else _from_run(source, config, part)
-    return {source.part: read}
+    if source.stage is not None:
+        return {source.part: _from_run(source, config, part)}
+    return {source.part: _from_model(source, config, mesh, part, **how)}
+
+
+def brings_words(experiment: Any, source: Any) -> bool:
+    """Whether a whole named model is read and another tokenizer than its own is named for it."""
+    folder = experiment.tokenizer.folder
+    whole = source.part == "*" and experiment.model.family is not None
+    return whole and folder is not None and Path(folder).resolve() != Path(source.folder).resolve()
+
+
+def reshaped_paths(source: Any, experiment: Any) -> set[str]:
+    """Returns the parameters that are not as the source stores them, because of another image size or vocabulary."""
+    if source.part != "*" and source.stage is not None:
+        return set()
+    config = experiment.model_of() if source.part == "*" else experiment.parts[source.part]
+    stored, family = read_pretrained(source.folder)
+    words = set(vocabulary_axes(config)) if brings_words(experiment, source) else set()
+    if not part_differences(stored, config):
+        return words
+    old, new = (
+        {path: x.shape for path, x in flatten(nn.meta.unbox(abstract_params(c, family)))[0].items()}
+        for c in (stored, config)
+    )
+    prefix = "" if source.part == "*" else f"{source.part}/"
+    return words | {prefix + path for path in changed_leaves(old, new)}
+
+
+def vocabulary_axes(config: Any) -> dict[str, int]:
+    """The parameters that have a row for each token of a model's vocabulary, and along which axis."""
+    larger = replace(config, llm=replace(config.llm, vocab_size=config.llm.vocab_size + 1))
+    shapes, more = (
+        {path: x.shape for path, x in flatten(nn.meta.unbox(abstract_params(c, family_of_config(c))))[0].items()}
+        for c in (config, larger)
+    )
+    pairs = {path: list(zip(shapes[path], more[path], strict=True)) for path in shapes}
+    return {path: [a == b for a, b in each].index(False) for path, each in pairs.items() if shapes[path] != more[path]}
 
 
 def snapshot_of(source: Any) -> Path:
@@ -54,11 +118,26 @@ def snapshot_of(source: Any) -> Path:
     return run.snapshot(names.index(source.stage), source.stage)
 
 
-def _from_model(source: Any, config: Any, mesh: Mesh, wanted: dict) -> dict:
-    _require_same(source, config, pretrained_config(source.folder))
+def _from_model(
+    source: Any,
+    config: Any,
+    mesh: Mesh,
+    wanted: dict,
+    *,
+    words: bool,
+    reshape: bool,
+    vocabulary: Vocabulary | None,
+    report: Callable[[str], None],
+) -> dict:
+    _require_same(source, config, fitted(pretrained_config(source.folder), config, vocabulary=words))
     # float32 as all that is trained; a stage may hold what it freezes in less.
     _, params = from_pretrained(source.folder, dtype="float32", mesh=mesh)
-    return jax.device_put(params, shardings_of(wanted))
+    if reshape:
+        params = reshaped(params, wanted, config, vocabulary=vocabulary, report=report)
+        return jax.device_put(params, shardings_of(wanted))
+    leaves, targets = flatten_dict(params), flatten_dict(wanted)
+    same = {path: leaf for path, leaf in leaves.items() if path in targets and leaf.shape == targets[path].shape}
+    return unflatten_dict({path: jax.device_put(leaf, targets[path].sharding) for path, leaf in same.items()})
 
 
 def _from_run(source: Any, config: Any, wanted: dict) -> dict:

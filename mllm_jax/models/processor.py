@@ -28,7 +28,9 @@ from mllm_jax.data.processing.media import Encoded, Media
 from mllm_jax.data.tokenizer import tokenizer_in
 from mllm_jax.errors import ConfigError, DataError
 from mllm_jax.llms.protocol import LLMConfig
+from mllm_jax.models.companions import fitting
 from mllm_jax.models.protocol import LanguageOnly, ModelConfig
+from mllm_jax.models.reshape import with_image_size
 
 # Placeholders that vision-language models have for images, then whatever special token the template leaves unused.
 IMAGE_TOKENS = ("<image>", "<|image|>", "<|image_pad|>")
@@ -50,19 +52,31 @@ class Processor:
         self.encoder = Encoder(tokenizer, layout, system)
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path) -> Processor:
+    def from_pretrained(cls, folder: str | Path, *, image_size: int | None = None) -> Processor:
         """The processor of the model in a folder, or of the one that a run trains.
 
+        Args:
+            image_size: as given to `mllm_jax.from_pretrained`; None: the model's own.
+
         Raises:
-            ConfigError: an option of the model's processor that is not supported.
+            ConfigError: an option of the model's processor that is not supported, or a size that it cannot have.
             DataError: no tokenizer.
         """
         from mllm_jax.models.registry import pretrained_config
 
         folder = Path(folder)
         if is_run(folder):
+            if image_size is not None:
+                raise ConfigError(
+                    f"image_size={image_size} for the run {folder}",
+                    "the size that it was trained with",
+                    "leave it out, or set the size in the model of an experiment that begins with the run's export",
+                )
             return cls.of_run(RunFolder(folder))
-        return cls.of(pretrained_config(folder), folder)
+        config = pretrained_config(folder)
+        config = config if image_size is None else with_image_size(config, image_size)
+        with fitting(config, folder) as beside:
+            return cls.of(config, beside)
 
     @classmethod
     def of_run(cls, run: RunFolder, experiment: Any = None) -> Processor:

@@ -19,6 +19,7 @@ from mllm_jax.data.image_steps import mismatch
 from mllm_jax.data.images import Size
 from mllm_jax.data.processing.layouts import Layout
 from mllm_jax.data.processing.media import Collated, Media, Row
+from mllm_jax.data.units import in_words
 from mllm_jax.encoders import qwen_vit
 from mllm_jax.errors import DataError
 from mllm_jax.layers.requirements import Requirements
@@ -66,6 +67,8 @@ class PatchLayout(Layout):
     Frames are resized as pictures are, and are taken as two a second; the reference samples them out of a file.
     """
 
+    unit = "patch"
+
     def __init__(self, config: QwenVLConfig, pictures: ImageProcessor):
         tower = config.image.encoder
         cut = pictures.patch_size, pictures.merge_size, pictures.temporal_patch_size
@@ -109,9 +112,9 @@ class PatchLayout(Layout):
         size = needed if slots is None else slots.get("image", 0)
         if needed > size or size % tower.merge_unit:
             raise DataError(
-                f"a row with {needed} patches for {size}",
-                f"at most as many as the row holds, a multiple of {tower.merge_unit}",
-                "raise `slots`, resize the pictures, or give it fewer",
+                f"a row with {in_words({'image': needed}, self.unit)} and slots for {size:,}",
+                f"as many slots or more, a multiple of {tower.merge_unit}",
+                "change `slots`, which count patches here; resize the images, or give it fewer",
             )
         first = [list(np.cumsum([0, *row])[:-1] // tower.merge_unit) for row in counts]
         if size == 0:

@@ -24,8 +24,11 @@ from mllm_jax.checkpoints.safetensors_files import has_weights, read_folder
 from mllm_jax.checkpoints.table import Family
 from mllm_jax.errors import CheckpointError, ConfigError
 from mllm_jax.layers.compute import with_compute
+from mllm_jax.models.companions import fitting
 from mllm_jax.models.parts import family_of as part_family
+from mllm_jax.models.reshape import reshaped, with_image_size
 from mllm_jax.sharding.cpu import prepare_cpu
+from mllm_jax.sharding.mesh import param_shardings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,6 +143,7 @@ def from_pretrained(
     *,
     dtype: Any = None,
     mesh: jax.sharding.Mesh | None = None,
+    image_size: int | None = None,
     report: Callable[[Report], None] | None = None,
 ) -> tuple[nn.Module, PyTree]:
     """The module and the parameters in a folder: a Hugging Face one of any supported model, or a native one.
@@ -149,19 +153,23 @@ def from_pretrained(
             model_index.json, one of its components: see `mllm_jax.checkpoints.components.components_of`.
         dtype: of the parameters and of the computation; None is what is stored, for the computation what most is.
         mesh: shards the parameters over it; None puts them on the default device.
+        image_size: of the images that the model is to read, where that is not the folder's: its position tables are
+            resampled, as transformers does it with `interpolate_pos_encoding`.
         report: is called with what reading Hugging Face files took; by default that is logged.
 
     Returns:
         (module, params) for `module.apply({"params": params}, ...)`.
 
     Raises:
-        ConfigError: an unsupported architecture, or an option of it that is not supported.
+        ConfigError: an unsupported architecture, or an option of it that is not supported; an image size that the
+            model cannot have.
         CheckpointError: files absent or damaged, tensors that do not fit, or a model larger than the devices.
     """
     prepare_cpu()
     if dtype is not None:
         dtype = float_dtype(dtype)
     config, family = read_pretrained(folder)
+    resized = config if image_size is None else with_image_size(config, image_size)
     abstract = abstract_params(config, family)
     if not isinstance(folder, Component) and is_native(Path(folder)):
         params = read_native(Path(folder), abstract, mesh=mesh)
@@ -171,9 +179,21 @@ def from_pretrained(
         params = read_weights(
             component_of(folder), family.table(config), abstract, mesh=mesh, dtype=dtype, report=report
         )
+    if resized != config:
+        config, abstract = resized, abstract_params(resized, family)
+        params = reshaped(params, placed(abstract, mesh), config)
     computed = _dtype_of(params)
-    # float32 is what nobody has to say: the config then stays as the family reads it.
+    # float32 need not be stated: the config then stays as the family reads it.
     return with_compute(config, dtype=None if computed == "float32" else computed).make(), params
+
+
+def placed(abstract: PyTree, mesh: jax.sharding.Mesh | None) -> PyTree:
+    """ShapeDtypeStructs of parameters that `abstract_params` gives, with their shardings where there is a mesh."""
+    plain = nn.meta.unbox(abstract)
+    if mesh is None:
+        return plain
+    places = param_shardings(abstract, mesh)
+    return jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), plain, places)
 
 
 def save_pretrained(
@@ -202,16 +222,17 @@ def save_pretrained(
     config = module.config
     family = family_of_config(config)
     stored = _dtype_of(params) if dtype is None else str(float_dtype(dtype))
-    write_weights(
-        Path(folder),
-        family.table(config),
-        params,
-        config=family.to_hf(config) | {"torch_dtype": stored},
-        companions=None if companions is None else Path(companions),
-        max_shard_bytes=max_shard_bytes,
-        dtype=dtype,
-        overwrite=overwrite,
-    )
+    with fitting(config, None if companions is None else Path(companions)) as beside:
+        write_weights(
+            Path(folder),
+            family.table(config),
+            params,
+            config=family.to_hf(config) | {"torch_dtype": stored},
+            companions=beside,
+            max_shard_bytes=max_shard_bytes,
+            dtype=dtype,
+            overwrite=overwrite,
+        )
 
 
 def _dtype_of(params: PyTree) -> str:

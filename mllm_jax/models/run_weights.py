@@ -116,7 +116,7 @@ def read_sources(experiment: Any, placed: dict, missing: Collection[str], mesh: 
     for source in experiment.pretrained:
         held = held_by(source, experiment)
         if wanted := [path for path in missing if path.partition("/")[0] in held]:
-            read = flatten_dict(read_source(source, experiment, mesh, placed), sep="/")
+            read = flatten_dict(read_source(source, experiment, mesh, placed, reshape=False), sep="/")
             leaves = {path: read[path] for path in wanted}
             check_fingerprint(
                 leaves,

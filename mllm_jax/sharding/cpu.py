@@ -24,15 +24,20 @@ def prepare_cpu() -> None:
     planner, which compiles for TPUs on a CPU, does not call this. Passes that the user disables stay disabled; flags
     that already name this pass stay unchanged. Warns once about a jaxlib that computes wrongly.
     """
-    choose_platform()
-    platforms = sys.modules["jax"].config.jax_platforms if "jax" in sys.modules else os.environ.get("JAX_PLATFORMS")
-    if platforms != "cpu":
+    if not on_cpu():
         return
     warn_of_wrong_sums()
     flags = os.environ.get("XLA_FLAGS", "")
     in_a_file = flags and not flags.startswith("--")  # XLA then reads a file of this name
     if PASS not in flags and not in_a_file and has_flag(FLAG):
         os.environ["XLA_FLAGS"] = f"{flags} {FLAG}".strip()
+
+
+def on_cpu() -> bool:
+    """Returns whether jax's platform is the CPU; no device is touched."""
+    choose_platform()
+    platforms = sys.modules["jax"].config.jax_platforms if "jax" in sys.modules else os.environ.get("JAX_PLATFORMS")
+    return platforms == "cpu"
 
 
 @cache
@@ -60,8 +65,8 @@ def check_sum(dtype, mesh) -> None:
     """
     import jax
 
-    on_cpu = not isinstance(mesh, jax.sharding.AbstractMesh) and mesh.devices.flat[0].platform == "cpu"
-    if jax.numpy.dtype(dtype) == jax.numpy.bfloat16 and on_cpu and not _pass_is_disabled():
+    cpu = not isinstance(mesh, jax.sharding.AbstractMesh) and mesh.devices.flat[0].platform == "cpu"
+    if jax.numpy.dtype(dtype) == jax.numpy.bfloat16 and cpu and not _pass_is_disabled():
         raise ConfigError(
             "bfloat16 with `fsdp` or `context` on CPU devices, where XLA cannot compile the sums of the gradients",
             f"a process whose XLA started with {FLAG}",

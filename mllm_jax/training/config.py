@@ -46,6 +46,18 @@ class AdamW:
         if self.schedule not in ("cosine", "constant"):
             raise ConfigError(f"optimizer.schedule {self.schedule!r}", '"cosine" or "constant"', "change it")
 
+    def transform(self, learning_rate: Any, mask: Any) -> Any:
+        """What turns clipped gradients into updates, of optax; another optimizer is a subclass that overrides this.
+
+        Args:
+            learning_rate: the schedule.
+            mask: of the parameters that decay.
+        """
+        import optax
+
+        moments = dict(b1=self.b1, b2=self.b2, eps=self.eps)
+        return optax.adamw(learning_rate, **moments, weight_decay=self.weight_decay, mask=mask)
+
 
 @dataclass(frozen=True)
 class Stage:
@@ -192,7 +204,8 @@ class Experiment:
         pretrained: parts that do not begin at random.
         part_rules: what parts of the model have of their own in the table of logical axes, such as
             `data_parallel("encoder_image")`.
-        cpu_devices: devices that a CPU is presented as; two are faster than one of two cores. Ignored elsewhere.
+        cpu_devices: devices that a CPU is presented as. None: as many as it has cores, at most 8, that divide the rows
+            of every stage and fit the mesh. Ignored elsewhere.
         nonfinite: "stop" at a loss or gradient that is not finite, or "skip" that step (it is never applied).
         evaluation: what the trained model is evaluated by at the end of the run, such as `mllm_jax.Task`; see
             `mllm_jax.training.evaluation`.

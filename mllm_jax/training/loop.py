@@ -23,6 +23,7 @@ from mllm_jax.training.operations.monitors import attended
 from mllm_jax.training.operations.progress import Progress
 from mllm_jax.training.operations.run_folder import holding, open_run, write_json
 from mllm_jax.training.operations.stopping import Interrupted
+from mllm_jax.training.own_tokenizer import with_own_tokenizer
 from mllm_jax.training.partition import join, num_parameters
 from mllm_jax.training.pretrained import describe_sources
 from mllm_jax.training.run_processor import prepare_processor
@@ -70,6 +71,7 @@ def train(
         if source.made_by is not None and not _is_made(source):
             options = dict(devices=devices, cache_dir=cache_dir, hang_seconds=hang_seconds)
             train(source.made_by, Path(source.folder), until=source.stage, **options)
+    experiment = with_own_tokenizer(experiment)
     remember(describe(experiment))
     mesh = make_mesh(experiment.mesh, devices)
     notes: list[str] = []

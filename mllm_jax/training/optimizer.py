@@ -58,20 +58,13 @@ def _by_pattern(factors: Sequence[tuple[str, float]]) -> optax.GradientTransform
 
 
 def make_optimizer(config: AdamW, steps: int) -> optax.GradientTransformation:
-    """Clip by global norm, then AdamW, then the factors of single parts.
+    """Clip by global norm, then AdamW or what a subclass has in its place, then the factors of single parts.
 
     Raises:
         ConfigError: at the first update, a factor's pattern that matches nothing.
     """
     transformations = [
         optax.clip_by_global_norm(config.clip_norm),
-        optax.adamw(
-            learning_rate(config, steps),
-            b1=config.b1,
-            b2=config.b2,
-            eps=config.eps,
-            weight_decay=config.weight_decay,
-            mask=_decay_mask,
-        ),
+        config.transform(learning_rate(config, steps), _decay_mask),
     ]
     return optax.chain(*transformations, *([_by_pattern(config.factors)] if config.factors else []))

@@ -11,7 +11,9 @@ from mllm_jax.data.tokenizer import Tokenizer, tokenizer_in
 from mllm_jax.errors import ConfigError
 from mllm_jax.models.params import init_params, placed_together, shardings_of
 from mllm_jax.models.part_sources import read_source
+from mllm_jax.sharding.hosts import is_first
 from mllm_jax.training.config import Experiment
+from mllm_jax.training.own_tokenizer import vocabulary_of
 
 _READS_TOKENS = ("llm", "encoder_text", "prompter")
 
@@ -29,12 +31,19 @@ def initial_params(experiment: Experiment, mesh: Mesh) -> tuple[dict, dict]:
     placed = placed_together(experiment.compositions, mesh, experiment.part_rules)
     params: dict = {}
     for source in experiment.pretrained:
-        params |= read_source(source, experiment, mesh, placed)
+        vocabulary = vocabulary_of(experiment, source)
+        params |= read_source(source, experiment, mesh, placed, vocabulary=vocabulary, report=_say)
     for config in experiment.compositions:
         params |= init_params(config.make(), mesh, experiment.seed, without=list(params), parts=experiment.part_rules)[
             0
         ]
     return params, shardings_of(placed)
+
+
+def _say(line: str) -> None:
+    """Prints how what is read differs from what is stored, once for all processes."""
+    if is_first():
+        print(line, flush=True)
 
 
 def require_words(experiment: Experiment, tokenizer: Tokenizer) -> None:

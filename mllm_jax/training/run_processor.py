@@ -8,17 +8,20 @@ from pathlib import Path
 from typing import Any
 
 from mllm_jax.checkpoints.description import describe
-from mllm_jax.checkpoints.hf import copy_companions
 from mllm_jax.checkpoints.run import RunFolder
 from mllm_jax.data.chat import PROCESSORS_TEMPLATE
+from mllm_jax.data.image_settings import SETTINGS, has_settings
 from mllm_jax.data.pipeline import training_texts
 from mllm_jax.data.tokenizer import TEMPLATE, Tokenizer
 from mllm_jax.errors import ConfigError
+from mllm_jax.models.companions import copy_for
 from mllm_jax.models.processor import Processor
 from mllm_jax.models.registry import save_pretrained
 from mllm_jax.models.run_weights import load_run
+from mllm_jax.models.vocabulary import check_placeholder, placeholder_fields
 from mllm_jax.sharding.hosts import first_alone
 from mllm_jax.training.config import Experiment, require_vocabulary
+from mllm_jax.training.own_tokenizer import own_tokenizer_of, words_source
 from mllm_jax.training.pretrained import require_words
 
 
@@ -30,6 +33,10 @@ def prepare_processor(experiment: Experiment, run: RunFolder) -> Processor:
     """
     first_alone(partial(_write, experiment, run))
     processor = Processor.of_run(run, experiment)
+    for name in placeholder_fields(experiment.model):
+        token = getattr(experiment.model, name)
+        kind = name.removesuffix("_token_id")
+        check_placeholder(processor.tokenizer, kind, token, str(experiment.tokenizer.folder))
     if processor.family is None:
         require_vocabulary(experiment, processor.tokenizer.vocab_size)
         require_words(experiment, processor.tokenizer)
@@ -42,22 +49,43 @@ def _write(experiment: Experiment, run: RunFolder) -> None:
     temporary = run.processor_folder.with_suffix(".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    config = experiment.tokenizer
-    if config.folder is not None:
-        copy_companions(Path(config.folder), temporary)
-    elif Processor.family_of(experiment.model) is not None:
+    config, model = experiment.tokenizer, experiment.model
+    named = Processor.family_of(model) is not None
+    if config.folder is None and named:
         raise ConfigError(
-            f"a {experiment.model.family} without TokenizerConfig(folder=...)",
+            f"a {model.family} without TokenizerConfig(folder=...)",
             "the folder that has its tokenizer, chat template and preprocessor_config.json",
             "name the checkpoint's folder there",
         )
-    else:
+    if config.folder is None:
         _tokenizer(experiment).save(temporary)
+    elif (source := words_source(experiment)) is not None:
+        copy_for(model, Path(source.folder), temporary)
+        for path in temporary.iterdir():
+            if path.name not in SETTINGS:
+                path.unlink() if path.is_file() else shutil.rmtree(path)
+        own_tokenizer_of(experiment, source).save(temporary)
+    else:
+        copy_for(model, Path(config.folder), temporary)
+        if named and not has_settings(temporary):
+            _require_no_settings(model, temporary, config.folder)
     if config.template is not None:
         # What is trained leaves with the template that it was trained with.
         (temporary / PROCESSORS_TEMPLATE).unlink(missing_ok=True)
         (temporary / TEMPLATE).write_text(config.template, "utf-8")
     temporary.rename(run.processor_folder)
+
+
+def _require_no_settings(model: Any, folder: Path, named: str) -> None:
+    """Refuses a folder without the settings of an image processor, where the model's layout reads them."""
+    try:
+        Processor.of(model, folder)
+    except ConfigError as error:
+        raise ConfigError(
+            f"the tokenizer of {named} for a {model.family}, and no settings of an image processor there",
+            "a folder with both, or a whole model to begin with, whose settings are then taken",
+            "set tokenizer.folder to the model's folder, or begin with Pretrained('*', FOLDER) of such a model",
+        ) from error
 
 
 def _tokenizer(experiment: Experiment) -> Tokenizer:

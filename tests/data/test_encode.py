@@ -160,9 +160,9 @@ def test_an_example_that_does_not_fit_is_refused_with_its_three_parts(reader):
     need = len(reader.encode(example(2, TURNS[:1]), 200).tokens)
     with pytest.raises(DataError) as refusal:
         reader.encode(example(2), need - 1)
-    assert refusal.value.given.startswith(f"an example of {need} tokens with 2 ")
+    assert refusal.value.given == f"an example of {need} tokens with 2 images"
     assert refusal.value.expected == f"at most {need - 1} tokens with its first turn"
-    assert "length" in refusal.value.todo and "smaller" in refusal.value.todo
+    assert "length" in refusal.value.todo and "images" in refusal.value.todo
     text = str(refusal.value)
     assert all(part in text for part in (refusal.value.given, refusal.value.expected, refusal.value.todo))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -14,6 +15,7 @@ from mllm_jax.data.chat_template import parted
 from mllm_jax.data.message import Example, Message, Part, Text
 from mllm_jax.data.processing.layouts import Layout
 from mllm_jax.data.processing.media import TEXT, Encoded, Media, Row, lay_out_row, one_of
+from mllm_jax.data.units import in_words
 from mllm_jax.errors import ConfigError, DataError
 
 
@@ -287,10 +289,12 @@ def require_answers(messages: Sequence[Message]) -> int:
 
 
 def _too_long(what: str, row: Row, media: Sequence[Media], most: str, more: str = "") -> DataError:
+    kinds = Counter(medium.modality for medium in media)
+    fewer = ", or give it fewer or smaller " + " and ".join(f"{kind}s" for kind in kinds) if kinds else ""
     return DataError(
-        f"{what} of {len(row.tokens)} tokens with {len(media)} picture(s){more}",
+        f"{what} of {len(row.tokens):,} tokens with {in_words(kinds, 'image')}{more}",
         f"at most {most}",
-        "raise the row's length, or give it fewer or smaller pictures",
+        f"raise the row's length{fewer}",
     )
 
 

@@ -29,6 +29,7 @@ class Layout:
         keeps_text: whether a special token that a message spells stays text.
         needs_sizes: whether what an image takes of a row depends on its size.
         flattens: whether the chat template takes content as one text only, in which media are tokens.
+        unit: what a slot of a row holds: "image" (a whole medium), "tile" or "patch".
         pictures, frames: what prepares images, and frames of videos where that is another; None: no `ImageProcessor`.
     """
 
@@ -39,6 +40,7 @@ class Layout:
     keeps_text: bool = False
     needs_sizes: bool = True
     flattens: bool = False
+    unit: str = "image"
     pictures: ImageProcessor | None = None
     frames: ImageProcessor | None = None
 
@@ -181,7 +183,7 @@ class TileLayout(Layout):
 
     def collate(self, rows: Sequence[Sequence[Media]], slots: Mapping[str, int] | None = None) -> Collated:
         count = None if slots is None else slots.get("image", 0)
-        collated = collate_tiles(rows, self.tokens_a_tile, count)
+        collated = collate_tiles(rows, self.tokens_a_tile, count, self.unit)
         if count and not collated.arrays:
             # Batches without any image keep the shapes of those with some, so that one program serves both.
             made = {n: np.zeros((len(rows), count, *tile.shape[1:]), tile.dtype) for n, tile in self._blank.items()}

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from mllm_jax.data.units import in_words
 from mllm_jax.errors import DataError
 
 TEXT, NEWLINE = -1, -2  # what a place may be besides the number of a media token
@@ -106,12 +107,15 @@ class Row:
         return Row(*(np.concatenate(pair) for pair in zip(mine, more, strict=True)))
 
 
-def collate_tiles(rows: Sequence[Sequence[Media]], tokens_a_tile: int, slots: int | None = None) -> Collated:
+def collate_tiles(
+    rows: Sequence[Sequence[Media]], tokens_a_tile: int, slots: int | None = None, unit: str = "tile"
+) -> Collated:
     """Tiles of one size, side by side in each row: `images` uint8[B, M, H, W, 3].
 
     Args:
         tokens_a_tile: media tokens of one tile.
         slots: M; None is as many as the fullest row has.
+        unit: what to call a tile in a message.
 
     Raises:
         DataError: a row with more tiles than slots.
@@ -121,7 +125,9 @@ def collate_tiles(rows: Sequence[Sequence[Media]], tokens_a_tile: int, slots: in
     slots = needed if slots is None else slots
     if needed > slots:
         raise DataError(
-            f"a row with {needed} tiles of pictures", f"at most {slots}", "raise `slots`, or give it fewer pictures"
+            f"a row with {in_words({'image': needed}, unit)}",
+            f"at most {slots:,}",
+            "raise `slots`, or give it fewer or smaller images",
         )
     first = [list(np.cumsum([0, *row])[:-1] * tokens_a_tile) for row in counts]
     arrays = {}

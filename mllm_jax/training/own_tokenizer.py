@@ -1,0 +1,45 @@
+"""An experiment that begins with a whole named model and has another tokenizer than that model's."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from mllm_jax.data.chat import ChatTokenizer
+from mllm_jax.models.part_sources import brings_words, vocabulary_axes
+from mllm_jax.models.registry import pretrained_config
+from mllm_jax.models.reshape import Vocabulary
+from mllm_jax.models.vocabulary import own_tokenizer, rows_of, with_ids_of, with_vocabulary
+from mllm_jax.training.config import Experiment, Pretrained
+
+
+def words_source(experiment: Experiment) -> Pretrained | None:
+    """The whole model that is read and gets another tokenizer; None: there is none."""
+    return next((source for source in experiment.pretrained if brings_words(experiment, source)), None)
+
+
+def with_own_tokenizer(experiment: Experiment) -> Experiment:
+    """The experiment whose model has the vocabulary of the tokenizer that it names; most are returned as they are.
+
+    Raises:
+        ConfigError: a model that can have no other tokenizer, or special tokens that clash.
+    """
+    if (source := words_source(experiment)) is None:
+        return experiment
+    ours, theirs = own_tokenizer_of(experiment, source), ChatTokenizer.load(source.folder)
+    wanted = with_vocabulary(pretrained_config(source.folder), ours, theirs)
+    return replace(experiment, model=with_ids_of(experiment.model, wanted))
+
+
+def own_tokenizer_of(experiment: Experiment, source: Pretrained) -> ChatTokenizer:
+    """The tokenizer of the experiment with what the model's media need; see `own_tokenizer`."""
+    config = experiment.tokenizer
+    return own_tokenizer(pretrained_config(source.folder), config.folder, source.folder, config.template)
+
+
+def vocabulary_of(experiment: Experiment, source: Pretrained) -> Vocabulary | None:
+    """Which stored rows the tokens of an experiment take; None: the vocabulary is the stored one."""
+    if not brings_words(experiment, source):
+        return None
+    ours, theirs = own_tokenizer_of(experiment, source), ChatTokenizer.load(source.folder)
+    held = pretrained_config(source.folder).llm.vocab_size
+    return Vocabulary(rows_of(ours, theirs, held), vocabulary_axes(experiment.model), held)
