@@ -179,7 +179,7 @@ def _checked(encoder: SourceEncoder, kept: MeasuredFiles, slots: Mapping[str, in
     bad = list(kept.bad.items())
     for index in wide[:most].tolist():
         needed = {modality: int(column[index]) for modality, column in taken.items() if column[index]}
-        bad.append((index, str(too_many_slots(f"{encoder.name}[{index}]", needed, dict(slots)))))
+        bad.append((index, str(too_many_slots(encoder, index, needed, slots))))
     if len(bad) > max_bad_share * len(lengths):
         raise _unusable(encoder, sorted(bad), "at least " if len(wide) > most else "", max_bad_share)
     if len(wide):

@@ -15,7 +15,7 @@ import subprocess
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, BinaryIO
 
@@ -23,6 +23,7 @@ import numpy as np
 
 from mllm_jax.data.measured_files import Block
 from mllm_jax.data.source_encoder import SourceEncoder
+from mllm_jax.data.units import in_words
 from mllm_jax.errors import DataError, ReadError
 
 ATTEMPTS = 3  # at one block, before a record is named
@@ -57,7 +58,7 @@ def measure_block(
         try:
             taken = encoder.measure(index)
             if unknown := {m: count for m, count in taken.slots.items() if count and m not in modalities}:
-                raise too_many_slots(f"{encoder.name}[{index}]", unknown, dict.fromkeys(modalities, "any"))
+                raise too_many_slots(encoder, index, unknown, {})
         except DataError as error:
             bad.append((index, str(error)))
             continue
@@ -66,10 +67,13 @@ def measure_block(
     return Block(number, indices, table, tuple(bad), dropped)
 
 
-def too_many_slots(name: str, needed: dict, slots: dict) -> DataError:
-    """The refusal of an example whose media take more slots than a row has."""
-    given = f"{name}: media for slots {needed} in a row of {slots}"
-    return DataError(given, "at most as many as slots", "raise the mixture's slots")
+def too_many_slots(
+    encoder: SourceEncoder, index: int, needed: Mapping[str, int], slots: Mapping[str, int]
+) -> DataError:
+    """Returns the refusal of an example whose media take more slots than a row has."""
+    unit = encoder.processor.layout.unit
+    given = f"{encoder.name}[{index}]: {in_words(needed, unit)}"
+    return DataError(given, f"at most {in_words(slots, unit)} a row", "raise the mixture's slots")
 
 
 # ---- in the process that starts them

@@ -213,7 +213,7 @@ def test_text_only_needs_no_slots():
     "streams,change,given",
     [
         ([stream(), stream(low=65, high=66)], {}, "source 1: an example of 65 tokens"),
-        ([stream(pictures=7)], {}, "one of 7 image slots"),
+        ([stream(images=7)], {}, "one of 7 image slots"),
         ([stream(weight=0.0)], {}, "weight 0.0"),
         ([stream(weight=-1.0)], {}, "weight -1.0"),
         ([Stream(np.zeros(4, int), {"image": np.zeros(4, int)}, 1.0)], {}, "0 usable examples"),

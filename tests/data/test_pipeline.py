@@ -294,7 +294,7 @@ def test_an_empty_answer_is_refused_at_measuring():
         pipeline(broken(0.0, empty_answers=(11,)))
 
 
-def test_more_pictures_than_slots_are_refused_at_measuring():
+def test_more_images_than_slots_are_refused_at_measuring():
     with pytest.raises(DataError, match=r"toy_pairs\[0\]: 2 images\n.*at most 1 image a row"):
         pipeline(replace(PICTURES, slots={"image": 1}))
 

@@ -18,7 +18,7 @@ from mllm_jax.data.processing.layouts import Layout, PlainLayout
 from mllm_jax.data.processing.media import Media
 from mllm_jax.data.source_encoder import without_pixels
 from mllm_jax.encoders.qwen_vit import QwenViTConfig
-from mllm_jax.encoders.vit import ViTConfig
+from mllm_jax.encoders.vit import ViTConfig, ViTDialect
 from mllm_jax.errors import DataError
 from mllm_jax.llms.decoder import DecoderConfig
 from mllm_jax.models.branch import Branch
@@ -28,7 +28,9 @@ from mllm_jax.models.qwen_vl import PatchLayout, QwenVLConfig
 from mllm_jax.projectors.mlp import MLPProjectorConfig
 
 SIDE = 12
-TOWER = ViTConfig(SIDE, 4, 24, num_layers=1, num_heads=2, mlp_size=32, class_token=True, norm_output=False)
+TOWER = ViTConfig(
+    SIDE, 4, 24, num_layers=1, num_heads=2, mlp_size=32, class_token=True, dialect=ViTDialect(norm_output=False)
+)
 LLAVA = LlavaConfig(
     inputs={"image": Branch(TOWER, MLPProjectorConfig(output_size=32), Connection(layers=(-1,)))},
     llm=DecoderConfig(vocab_size=20, hidden_size=32, num_layers=1, num_heads=4, mlp_size=40),
