@@ -334,7 +334,9 @@ def test_the_small_set_needs_no_torch():
 
 
 def test_the_encoder_of_the_contributing_page_works(tmp_path, monkeypatch):
-    code, _ = re.findall(r"^```python\n(.*?)^```", (ROOT / "CONTRIBUTING.md").read_text(), re.DOTALL | re.MULTILINE)
+    page = (ROOT / "CONTRIBUTING.md").read_text()
+    blocks = re.findall(r"^```python\n(.*?)^```", page, re.DOTALL | re.MULTILINE)
+    code = next(block for block in blocks if "class PatchMLPConfig" in block)
     file = tmp_path / "patch_mlp.py"
     file.write_text(code)
     spec = importlib.util.spec_from_file_location("patch_mlp", file)
@@ -390,10 +392,13 @@ def test_expected():
 
 @pytest.mark.parametrize(("ci", "passed", "failed", "errors", "skipped"), [("", 1, 0, 0, 4), ("true", 1, 1, 2, 1)])
 def test_absent_assets_skip_here_and_fail_in_ci(tmp_path, ci, passed, failed, errors, skipped):
-    shutil.copy(ROOT / "tests" / "conftest.py", tmp_path)
+    for file in ("conftest.py", "costs.py"):
+        shutil.copy(ROOT / "tests" / file, tmp_path)
     (tmp_path / "test_one.py").write_text(ASSET_TESTS)
     (tmp_path / "test_two.py").write_text("import pytest\npytest.importorskip('a_package_of_the_moon')\n")
-    (tmp_path / "pytest.ini").write_text("[pytest]\naddopts = --continue-on-collection-errors -p no:cacheprovider\n")
+    (tmp_path / "pytest.ini").write_text(
+        "[pytest]\npythonpath = .\naddopts = --continue-on-collection-errors -p no:cacheprovider\n"
+    )
     done = call(sys.executable, "-m", "pytest", "-ra", "--color=no", cwd=tmp_path, CI=ci)
     last = done.stdout.splitlines()[-1]
     counts = {word.rstrip("s"): int(number) for number, word in re.findall(r"(\d+) ([a-z]+)", last)}

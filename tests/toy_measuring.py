@@ -79,7 +79,7 @@ class Letters:
     """A letter is a token; five of them have an image, of 10 tokens and 2 slots."""
 
     held: Any = None  # whatever a test puts here is sent along
-    layout = SimpleNamespace(needs_sizes=True)
+    layout = SimpleNamespace(needs_sizes=True, unit="slot")
 
     def fingerprint(self) -> str:
         return "letters"

@@ -116,7 +116,7 @@ def test_rows_without_an_image_keep_their_slots():
 
 
 def test_more_images_than_slots_are_refused():
-    with pytest.raises(DataError, match="a row with 4 tiles"):
+    with pytest.raises(DataError, match="a row with 4 images"):
         assemble([[encoded([IMAGE] * 4, [1, 2, 3, 4])]], SPEC, LAYOUT, {"image": 3})
 
 

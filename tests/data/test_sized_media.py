@@ -112,6 +112,7 @@ def qwen() -> PatchLayout:
     layout = PatchLayout.__new__(PatchLayout)
     layout.config = QwenVLConfig.__new__(QwenVLConfig)
     object.__setattr__(layout.config, "inputs", {"image": Branch(QwenViTConfig())})
+    object.__setattr__(layout.config, "llm", LLAVA.llm)
     layout.pictures, layout.image_token, layout.video_token = PATCHES, 1, 2
     return layout
 
