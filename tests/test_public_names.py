@@ -13,7 +13,7 @@ import mllm_jax
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted(path for path in (ROOT / "configs").rglob("*.py"))
-PAGES = ("README.md", "CONTRIBUTING.md", "launch/README.md")
+PAGES = ("README.md", "CONTRIBUTING.md", "launch/README.md", "docs/models.md", "docs/planning.md")
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: str(path.relative_to(ROOT)))
@@ -34,7 +34,7 @@ def test_classes_that_configs_use(path):
 @pytest.mark.parametrize("page", PAGES)
 def test_names_on_a_page(page):
     text = (ROOT / page).read_text()
-    for name in set(re.findall(r"\bmllm_jax\.([A-Za-z]\w*)", text)):
+    for name in set(re.findall(r"\b(?:mllm_jax|mj)\.([A-Za-z]\w*)", text)):
         module = (ROOT / "mllm_jax" / name).is_dir() or (ROOT / "mllm_jax" / f"{name}.py").is_file()
         assert module or getattr(mllm_jax, name), name
     for names in re.findall(r"^\s*from mllm_jax import ([\w, ]+)$", text, re.M):
