@@ -305,7 +305,7 @@ def test_the_version(capsys, option):
 def test_a_run_folder_stands_for_its_config(run, capsys):
     assert main(["train", str(run), "--help"]) == 0
     out = capsys.readouterr().out
-    assert f"--run-dir {run}" in out and "--name smoke" in out
+    assert f"--run-dir {run}" in out and "instruct" in out
 
 
 # ---- before anything is loaded

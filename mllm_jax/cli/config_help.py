@@ -36,7 +36,7 @@ def config_help(command: str, options: Any, config: str) -> str:
     for spelled, text in _common(experiment):
         lines += _row(spelled, text)
     typed_for = f"{typed} --topology v5p-128" if command == "plan" else typed
-    lines += ["", "Examples:", ""]
+    lines += ["", "Examples:"]
     for change in ("--stages.0.data.rows 8", "--mesh.data 1 --mesh.fsdp -1"):
         lines += [f"  {typed_for} {change}"]
     lines += ["", f"{typed} --help-all lists every field,", "and --help-all WORD those with WORD in their names."]

@@ -256,7 +256,8 @@ class Assistant:
         return self.request(prompt, length, self.room(length, options), index, options, sampling, media)
 
     def engine(self, rows: int) -> Engine:
-        """Makes an engine that answers `rows` requests at a time."""
+        """Makes an engine that answers `rows` requests at a time. Raises ConfigError: the model writes no text."""
+        self._require_text()
         return Engine(self._program, self._batch, rows, self.max_length)
 
     # ---- probabilities and vectors

@@ -374,9 +374,15 @@ def test_sources_are_options_of_the_command_line(sources, tmp_path, monkeypatch)
     """Every leaf of a config can be changed there, those of `pretrained` too."""
     import mllm_jax.training.loop as loop
     from mllm_jax.cli import main
+    from mllm_jax.training.operations.stopping import Interrupted
 
     seen = {}
-    monkeypatch.setattr(loop, "train", lambda config, folder, **_: seen.update(config=config) or RunFolder(folder))
+
+    def train(config, folder, **_):
+        seen["config"] = config
+        raise Interrupted("stopped before the first step")
+
+    monkeypatch.setattr(loop, "train", train)
     file = tmp_path / "joined.py"
     file.write_text(
         f"import sys\nsys.path.insert(0, {str(__file__).rpartition('/')[0]!r})\nimport test_pretrained as t\n"
@@ -391,6 +397,6 @@ def test_sources_are_options_of_the_command_line(sources, tmp_path, monkeypatch)
         "--tokenizer.system",
         "brief",
     ]
-    assert main(["train", str(file), *arguments]) == 0
+    assert main(["train", str(file), *arguments]) == 130
     assert seen["config"].pretrained[1].folder == "elsewhere" and seen["config"].pretrained[1].stage == "pairs"
     assert seen["config"].tokenizer.system == "brief" and seen["config"].pretrained[1].made_by == TOWER
