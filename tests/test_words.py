@@ -30,6 +30,7 @@ CLEAN = (
     "tests/launch",
     "tests/fuzzing",
     "tests/assets",
+    "mllm_jax/training",
     "tests/test_words.py",
 )
 

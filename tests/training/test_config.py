@@ -55,7 +55,7 @@ EXPERIMENT = Experiment("small", MODEL, (STAGE,), TokenizerConfig(vocab_size=320
         ({"stages": (replace(STAGE, model=replace(DUAL, captions=1)),)}, "up to 2 captions an image for heads of 1"),
         (
             {"stages": (replace(STAGE, model=replace(DUAL, vision=replace(DUAL.vision, num_layers=2))),)},
-            "encoder_image of a DualEncoderConfig, which is another part than that of a MultimodalConfig: num_layers",
+            "encoder_image of a DualEncoderConfig, which differs from that of a MultimodalConfig: num_layers",
         ),
         ({"pretrained": (Pretrained("encoder", "x"),)}, "pretrained parts ['encoder']"),
         ({"model": DUAL, "evaluation": openmoji_questions()}, "task 'validation/naming' for a DualEncoderConfig"),
@@ -63,7 +63,7 @@ EXPERIMENT = Experiment("small", MODEL, (STAGE,), TokenizerConfig(vocab_size=320
         ({"evaluation": openmoji_questions() * 2}, "two tasks of evaluation named ['composition/gender'"),
         ({"evaluation": openmoji_questions()[0]}, "evaluation Task(name='validation/naming'"),
         ({"evaluation": ("naming",)}, "evaluation ('naming',)"),
-        ({"mesh": MeshConfig(context=16)}, "rows of 24 places over mesh.context 16"),
+        ({"mesh": MeshConfig(context=16)}, "rows of 24 positions over mesh.context 16"),
         ({"part_rules": (data_parallel("head"),)}, "rules of parts ['head']"),
         ({"part_rules": (data_parallel("llm"), data_parallel("llm"))}, "rules of parts ['llm', 'llm']"),
         ({"cpu_devices": 0}, "cpu_devices 0"),

@@ -1,4 +1,4 @@
-"""What of a run's config changed between two starts: decided before anything is written, then kept in changes.jsonl."""
+"""Changes of a run's config between two starts: checked before anything is written, then kept in changes.jsonl."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ SHOWN = 200  # characters of a value on the screen
 
 
 def changes_of(folder: RunFolder, old: dict, new: dict, experiment: Experiment, begun: int) -> list[dict[str, Any]]:
-    """Finds what changes of a run that goes on, as changes.jsonl has it: stage, step, field, from, to.
+    """Finds the changes of a run that continues, as changes.jsonl has them: stage, step, field, from, to.
 
     Args:
-        begun: how many stages have begun; `step` counts in the last of them.
+        begun: number of stages that have begun; `step` counts in the last of them.
 
     Raises:
-        RunFolderError: fewer steps than are done, or more for a stage whose optimizer state is gone.
+        RunFolderError: fewer steps than are done, or more for a stage without its optimizer state.
     """
     index, stage = begun - 1, experiment.stages[begun - 1]
     done = folder.steps_done(index, stage.name)
@@ -49,7 +49,7 @@ def _check_steps(folder: RunFolder, index: int, name: str, steps: Difference, do
 
 
 def record_changes(folder: RunFolder, changes: Sequence[dict[str, Any]]) -> None:
-    """Appends changes to changes.jsonl, atomically; those that it ends with already are not repeated."""
+    """Appends changes to changes.jsonl, atomically, unless it ends with them already."""
     before = read_json_lines(folder.changes)
     if changes and before[-len(changes) :] != list(changes):
         lines = [json.dumps(line, ensure_ascii=False) + "\n" for line in [*before, *changes]]
@@ -57,7 +57,7 @@ def record_changes(folder: RunFolder, changes: Sequence[dict[str, Any]]) -> None
 
 
 def described_changes(changes: Sequence[dict[str, Any]], experiment: Experiment) -> list[str]:
-    """Writes the lines that a start prints about what changed."""
+    """Returns the lines that a start prints about the changes."""
     if not changes:
         return []
     name, step = changes[0]["stage"], changes[0]["step"]
