@@ -31,6 +31,7 @@ CLEAN = (
     "tests/fuzzing",
     "tests/assets",
     "mllm_jax/training",
+    "mllm_jax/cli",
     "tests/test_words.py",
 )
 
