@@ -32,7 +32,7 @@ def config_help(command: str, options: Any, config: str) -> str:
     for field in dataclasses.fields(options):
         if field.name != "experiment":
             lines += _row(_spelled(field.name, getattr(options, field.name)), about.get(field.name, ""))
-    lines += ["", "What is changed most in the config, with what it has:", "", *_stages(experiment.stages), ""]
+    lines += ["", "Common options of the config, with their values:", "", *_stages(experiment.stages), ""]
     for spelled, text in _common(experiment):
         lines += _row(spelled, text)
     typed_for = f"{typed} --topology v5p-128" if command == "plan" else typed
@@ -77,14 +77,14 @@ def fields_with(word: str, options: Any) -> str:
     Raises:
         ConfigError: there is no such field.
     """
-    wanted, lines, told = _dashed(word).lower(), [], set()
+    wanted, lines, described = _dashed(word).lower(), [], set()
     for path, value, owner in _leaves("", options):
         path = path.removeprefix("experiment.")
         if wanted not in _dashed(path).lower():
             continue
         name = path.rpartition(".")[2]
-        lines += _row(_spelled(path, value), "" if (owner, name) in told else _documented(owner).get(name, ""))
-        told.add((owner, name))
+        lines += _row(_spelled(path, value), "" if (owner, name) in described else _documented(owner).get(name, ""))
+        described.add((owner, name))
     if not lines:
         raise ConfigError(f"--help-all {word}: no field's name contains it", "part of a name", "try --help-all alone")
     return "\n".join(lines)

@@ -161,13 +161,13 @@ def _ask_one(options: Generate) -> int:
     return 0
 
 
-def _ask_all(options: Generate, place: Path, out: Path) -> int:
+def _ask_all(options: Generate, source: Path, out: Path) -> int:
     from mllm_jax.generation.answers_file import AnswersFile
     from mllm_jax.generation.prompts import PromptFile, PromptFolder
 
     # Checks the prompts and the earlier answers before loading the weights.
-    prompts: Prompts = PromptFolder(place, options.question) if place.is_dir() else PromptFile(place, options.media)
-    with AnswersFile(out, _what_is_asked(options, place, prompts), len(prompts)) as answers:
+    prompts: Prompts = PromptFolder(source, options.question) if source.is_dir() else PromptFile(source, options.media)
+    with AnswersFile(out, _dependencies(options, source, prompts), len(prompts)) as answers:
         if before := len(answers.done):
             print(f"{out}: {before} of {len(prompts)} are answered already", file=sys.stderr)
         if before == len(prompts):
@@ -176,7 +176,7 @@ def _ask_all(options: Generate, place: Path, out: Path) -> int:
             failed = _answer_all(options, prompts, answers)
         except KeyboardInterrupt:
             done = f"{len(answers.done)} of {len(prompts)} are answered in {out}"
-            print(f"interrupted: {done}; the same command goes on from there", file=sys.stderr)
+            print(f"interrupted: {done}; the same command continues from there", file=sys.stderr)
             return 130
     print(f"{out}: {len(answers.done)} answers" + (f", {failed} prompts without one" if failed else ""))
     return 1 if failed else 0
@@ -225,15 +225,15 @@ def _line(prompt: Prompt, answer: Answer) -> dict[str, Any]:
     return line if prompt.image is None else line | dict(image=prompt.image)
 
 
-def _what_is_asked(options: Generate, place: Path, prompts: Prompts) -> dict[str, Any]:
+def _dependencies(options: Generate, source: Path, prompts: Prompts) -> dict[str, Any]:
     """Lists everything that answers depend on, which excludes the number that are answered together."""
-    media = place.parent if options.media is None else options.media
+    media = source.parent if options.media is None else options.media
     return dict(
         model=str(options.run.resolve()),
         weights=_weights(options.run),
-        prompts=str(place.resolve()),
+        prompts=str(source.resolve()),
         prompts_content=prompts.digest,
-        media=str((place if place.is_dir() else media).resolve()),
+        media=str((source if source.is_dir() else media).resolve()),
         question=options.question,
         max_new_tokens=options.max_new_tokens,
         **asdict(options.sampling),

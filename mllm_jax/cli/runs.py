@@ -41,17 +41,17 @@ def use_cpu_devices(experiment: Experiment, hosts: Hosts = Hosts(), *, say: bool
     from mllm_jax.training.operations.host import cores, enough_threads, keep_freed_memory
 
     prepare_cpu()
-    told = "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
+    given = "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
     devices = experiment.cpu_devices
     # Several processes would have to agree on a number, so whoever starts them chooses it.
-    if devices is None and not told and on_cpu() and resolve(hosts) is None:
+    if devices is None and not given and on_cpu() and resolve(hosts) is None:
         devices = fitting_cpu_devices(experiment, cores())
         if say:
             print(f"{devices} CPU device(s) on {cores()} core(s); --cpu-devices N takes another number", flush=True)
     if devices:
         keep_freed_memory()
         enough_threads(devices)
-    if devices and not told:
+    if devices and not given:
         _set_cpu_devices(devices, required=experiment.cpu_devices is not None)
 
 

@@ -29,7 +29,7 @@ The options are --run-dir DIR, --fresh and every field of the config. Name a con
 
   mllm train configs/quickstart.py --help
 
-A run's folder may stand for its config: mllm train runs/quickstart goes on with that run."""
+A run's folder may replace its config: mllm train runs/quickstart continues that run."""
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,7 @@ def _train(options: Train) -> int:
 
 
 def _next(experiment: Experiment, run: Path) -> str:
-    """Returns a command that uses the trained model."""
+    """Suggests a use of the trained model: a command, or a config that begins with it."""
     if isinstance(experiment.model, DualEncoderConfig):
         return f'mllm embed {run} --images FOLDER --text "a cat" --out vectors.npz'
     if isinstance(experiment.model, MultimodalConfig):

@@ -339,10 +339,10 @@ def _check_name(what: str, name: str) -> None:
 
 def require_vocabulary(experiment: Experiment, size: int) -> None:
     """Raises ConfigError if a tokenizer of `size` ids has more of them than an embedding has rows."""
-    for place, held in [item for model in experiment.compositions for item in model.vocab_sizes.items()]:
+    for field, held in [item for model in experiment.compositions for item in model.vocab_sizes.items()]:
         if size > held:
             raise ConfigError(
-                f"a tokenizer of {size} for {held} tokens in {place}", "a vocabulary that it holds", f"raise {place}"
+                f"a tokenizer of {size} for {held} tokens in {field}", "a vocabulary that it holds", f"raise {field}"
             )
 
 

@@ -34,7 +34,7 @@ def load_config(path: Path) -> Experiment:
     except Exception as error:
         raise _config_error(path, error) from error
     if not isinstance(experiment, Experiment):
-        raise ConfigError(f"{path}: config() returns {type(experiment).__name__}", "an Experiment", "mend the file")
+        raise ConfigError(f"{path}: config() returns {type(experiment).__name__}", "an Experiment", "correct the file")
     return experiment
 
 
@@ -50,12 +50,12 @@ def _config_error(path: Path, error: Exception) -> ConfigError:
         todo = f"did you mean {near[0]!r}?" if near else "remove it"
         return ConfigError(f"{where}: {name} has no field {key!r}", f"some of {', '.join(fields)}", todo)
     given = f"{where}: {type(error).__name__}: {error}"
-    return ConfigError(given, "a config() that builds an Experiment", "mend the file")
+    return ConfigError(given, "a config() that builds an Experiment", "correct the file")
 
 
 def _fields(name: str, frames: list) -> list[str]:
     """Returns the fields of the dataclass of this name in a config or in this package; none without such a class."""
-    places = [frame.f_globals for frame, _ in frames]
-    places += [vars(module) for key, module in list(sys.modules.items()) if key.startswith("mllm_jax.")]
-    kind = next((place[name] for place in places if name in place), None)
+    scopes = [frame.f_globals for frame, _ in frames]
+    scopes += [vars(module) for key, module in list(sys.modules.items()) if key.startswith("mllm_jax.")]
+    kind = next((scope[name] for scope in scopes if name in scope), None)
     return [field.name for field in dataclasses.fields(kind) if field.init] if dataclasses.is_dataclass(kind) else []

@@ -83,7 +83,7 @@ class FeatureCache:
         self._features.truncate(whole * self._size)
         self._keys.seek(0)
         stored = self._keys.read()
-        self._places = {stored[i * KEY_BYTES : (i + 1) * KEY_BYTES]: i for i in range(whole)}
+        self._indices = {stored[i * KEY_BYTES : (i + 1) * KEY_BYTES]: i for i in range(whole)}
 
     @classmethod
     def of(
@@ -123,7 +123,7 @@ class FeatureCache:
 
     def __len__(self) -> int:
         """Returns the number of images in the cache."""
-        return len(self._places)
+        return len(self._indices)
 
     def __call__(self, batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Returns a batch with `features` [B, M, P, E] instead of `images` uint8[B, M, H, W, 3]."""
@@ -132,10 +132,10 @@ class FeatureCache:
         images = batch["images"]
         flat = images.reshape(-1, *images.shape[2:])
         keys = [hashlib.blake2b(image.tobytes(), digest_size=KEY_BYTES).digest() for image in flat]
-        new = {key: i for i, key in enumerate(keys) if key not in self._places}
+        new = {key: i for i, key in enumerate(keys) if key not in self._indices}
         if new:
             self._add(new, np.asarray(self.encode(flat[list(new.values())])))
-        features = np.stack([self._read(self._places[key]) for key in keys])
+        features = np.stack([self._read(self._indices[key]) for key in keys])
         kept = {name: array for name, array in batch.items() if name != "images"}
         return kept | {"features": features.reshape(*images.shape[:2], *self.shape)}
 
@@ -144,13 +144,13 @@ class FeatureCache:
         self._features.close()
 
     def _add(self, new: dict[bytes, int], features: np.ndarray) -> None:
-        first = len(self._places)
+        first = len(self._indices)
         self._features.write(np.ascontiguousarray(features, self.dtype).tobytes())
         self._features.flush()
         self._keys.write(b"".join(new))
         self._keys.flush()
-        self._places |= {key: first + i for i, key in enumerate(new)}
+        self._indices |= {key: first + i for i, key in enumerate(new)}
 
-    def _read(self, place: int) -> np.ndarray:
-        raw = os.pread(self._features.fileno(), self._size, place * self._size)
+    def _read(self, index: int) -> np.ndarray:
+        raw = os.pread(self._features.fileno(), self._size, index * self._size)
         return np.frombuffer(raw, self.dtype).reshape(self.shape)

@@ -336,4 +336,4 @@ class Interrupt(Hook):
         if self.context.writer:
             self.context.writer.close()
         account.write()
-        raise Interrupted(f"stopped at step {done.ended} of stage {stage.name}; the same command goes on from there")
+        raise Interrupted(f"stopped at step {done.ended} of stage {stage.name}; the same command continues from there")

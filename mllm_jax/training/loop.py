@@ -140,7 +140,7 @@ def _train_stages(
             if is_first():
                 write_json(folder.path / "run.json", facts)
             if by.stopping.asked:
-                raise Interrupted(f"stopped after stage {stage.name}; the same command goes on from there")
+                raise Interrupted(f"stopped after stage {stage.name}; the same command continues from there")
             if stage.name == until:
                 break
 

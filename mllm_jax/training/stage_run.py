@@ -213,7 +213,7 @@ class StageRunner:
             compare_fingerprints(origin["began"], meta["began"], f"the weights with which {where} began")
             best = self.best(meta.get("best") or {})
             if best.step is not None and best.step not in from_first(checkpoints.steps()):
-                say(f"stage {name}: the checkpoint of its best step {best.step} is gone; the best is looked for anew")
+                say(f"stage {name}: the checkpoint of its best step {best.step} is gone; its search starts anew")
                 best = self.best({})
             before = meta["config"]["stages"][self.index]["data"]["rows"]
             start = Start(step, -(-meta["data_step"] * before // self.stage.data.rows), restored["state"], best)
@@ -276,8 +276,8 @@ class StageRunner:
             ready.features.close()
         if patience is not None and (best := patience.best).step is not None:
             context.say(ended, f"the parameters of step {best.step} are kept, with validation loss {best.loss:.4f}")
-            told = {"best_step": best.step, "validation_loss": best.loss, "stopped": ended < self.stage.steps}
-            early = {"early_stopping": told | {"patience": self.stage.patience}}
+            stopping = {"best_step": best.step, "validation_loss": best.loss, "stopped": ended < self.stage.steps}
+            early = {"early_stopping": stopping | {"patience": self.stage.patience}}
         facts = {
             "name": self.stage.name,
             "steps": ended,

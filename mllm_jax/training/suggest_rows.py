@@ -100,7 +100,7 @@ def measured(mixture: Mixture, processor: Any, sample: int) -> tuple[Sizes, list
             except DataError as error:
                 bad.append(f"{source.name}[{index}]: {error.given}")
     if not found:
-        raise DataError(f"{len(bad)} examples, the first: {bad[0]}", "some that can be used", "mend the records")
+        raise DataError(f"{len(bad)} examples, the first: {bad[0]}", "some that can be used", "correct the records")
     modalities = sorted({modality for *_, slots in found for modality in slots})
     lengths, least = (np.array([each[i] for each in found]) for i in (0, 1))
     slots = {modality: np.array([each[2].get(modality, 0) for each in found]) for modality in modalities}

@@ -43,7 +43,7 @@ def _check_steps(folder: RunFolder, index: int, name: str, steps: Difference, do
     if folder.is_ended(index, name) and steps.new > done and not folder.checkpoint_steps(index, name):
         raise RunFolderError(
             f"{folder.path}: {steps}, without a checkpoint in {where}",
-            "the optimizer's state at the end of the stage, from which more steps go on",
+            "the optimizer's state at the end of the stage, from which more steps continue",
             "restore that folder, or begin another run with Pretrained(..., stage=...)",
         )
 
@@ -62,14 +62,14 @@ def described_changes(changes: Sequence[dict[str, Any]], experiment: Experiment)
         return []
     name, step = changes[0]["stage"], changes[0]["step"]
     stage = next(stage for stage in experiment.stages if stage.name == name)
-    lines = [f"stage {name} goes on from step {step} with another config, kept in changes.jsonl:"]
+    lines = [f"stage {name} continues from step {step} with another config, kept in changes.jsonl:"]
     lines += [f"  {one['field']}: {_short(one['from'])} -> {_short(one['to'])}" for one in changes]
     fields = {one["field"].split(".", 2)[-1] for one in changes if one["field"].startswith("stages.")}
     if "steps" in fields:
         lines.append(_about_steps(stage.steps, step, stage.optimizer.schedule))
     if "data.rows" in fields:
         lines.append(
-            "  with other rows the data goes on where it was; a few examples may come twice or not at all there"
+            "  with other rows the data continues at its position; a few examples may come twice or not at all"
         )
     return lines
 
@@ -77,7 +77,7 @@ def described_changes(changes: Sequence[dict[str, Any]], experiment: Experiment)
 def _about_steps(steps: int, done: int, schedule: str) -> str:
     if schedule == "cosine":
         return (
-            f"  the learning rate depends on the number of steps (schedule cosine): what is trained now differs from a"
+            f"  the learning rate depends on the number of steps (schedule cosine): the result differs from a"
             f" run planned with {steps} steps from the beginning; after step {done} it follows the cosine of {steps}"
         )
     return f"  the learning rate does not depend on the number of steps (schedule {schedule})"

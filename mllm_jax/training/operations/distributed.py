@@ -33,10 +33,10 @@ class Hosts:
     heartbeat_seconds: int = 100
 
     def __post_init__(self):
-        told = (self.coordinator, self.num_processes, self.process_id)
+        given = (self.coordinator, self.num_processes, self.process_id)
         if self.num_processes == 1 and self.coordinator is None:
             return
-        if any(x is not None for x in told) and None in told:
+        if any(x is not None for x in given) and None in given:
             raise ConfigError(
                 f"coordinator {self.coordinator}, num_processes {self.num_processes}, process_id {self.process_id}",
                 "all three, or none if SLURM, Open MPI or a TPU slice starts the processes",
@@ -105,13 +105,13 @@ def join(hosts: Hosts, environ: Mapping[str, str] = os.environ) -> bool:
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     common = dict(heartbeat_timeout_seconds=hosts.heartbeat_seconds, initialization_timeout=CONNECT_SECONDS)
     if isinstance(found, Hosts):
-        told = dict(
+        address = dict(
             coordinator_address=found.coordinator, num_processes=found.num_processes, process_id=found.process_id
         )
         where = f"process {found.process_id} of {found.num_processes} at {found.coordinator}"
-        common |= told | {"cluster_detection_method": "deactivate"}
+        common |= address | {"cluster_detection_method": "deactivate"}
     else:
-        where = f"processes as {found} tells them"
+        where = f"processes as {found} reports them"
         common |= {"cluster_detection_method": found}
     try:
         jax.distributed.initialize(**common)
@@ -163,7 +163,7 @@ def end_together(work: Callable[[], int], refused: Callable[[Callable[[], int]],
         refused: calls its argument and turns refusals into messages and exit codes.
     """
 
-    def told() -> int:
+    def attempt() -> int:
         try:
             return work()
         except Exception as error:
@@ -174,7 +174,7 @@ def end_together(work: Callable[[], int], refused: Callable[[Callable[[], int]],
 
     code = 1
     try:
-        code = refused(told)
+        code = refused(attempt)
         if code == 0:
             leave()
     except BaseException:
@@ -202,5 +202,5 @@ def lost_host(error: BaseException | None) -> TrainingError | None:
     return TrainingError(
         f"process {jax.process_index()} of {jax.process_count()} lost another one: {text.splitlines()[0]:.300}",
         "all processes of the run alive; the output of the other one has the reason for its end",
-        "start all of them again with the same command: the run goes on from its last checkpoint",
+        "start all of them again with the same command: the run continues from its last checkpoint",
     )

@@ -54,17 +54,17 @@ class Watchdog:
         while not self._over.wait(min(5.0, self.seconds / 10)):
             silent = time.monotonic() - self._at
             if silent > self.seconds:
-                self._tell(silent)
+                self._report(silent)
                 self._end(HANG_EXIT)
                 return
 
-    def _tell(self, silent: float) -> None:
+    def _report(self, silent: float) -> None:
         text = (
             f"process {jax.process_index()} of {jax.process_count()}: no step finished for {silent:.0f} s, the last "
-            f"that was heard: {self._doing}\n"
+            f"sign of life: {self._doing}\n"
             f"  expected: a step, a checkpoint or a validation batch every {self.seconds:.0f} s\n"
-            "  to do:    see the stacks for what it waits for; the same command goes on from the last checkpoint; "
-            "--hang-seconds sets the patience, 0 watches nothing\n"
+            "  to do:    see the stacks for what it waits for; the same command continues from the last checkpoint; "
+            "--hang-seconds sets this limit, 0: no watchdog\n"
         )
         print(text, file=sys.stderr, flush=True)
         try:
