@@ -32,6 +32,7 @@ CLEAN = (
     "tests/assets",
     "mllm_jax/training",
     "mllm_jax/cli",
+    "tests/training",
     "tests/test_words.py",
 )
 
