@@ -33,6 +33,10 @@ CLEAN = (
     "mllm_jax/training",
     "mllm_jax/cli",
     "tests/training",
+    "tests/projectors",
+    "tests/encoders",
+    "tests/llms",
+    "tests/numerics",
     "tests/test_words.py",
 )
 
