@@ -138,7 +138,7 @@ def test_a_folder_of_images_interrupted_and_gone_on_with(model, assistant, image
     assert main([*command, "2", "--out", str(out)]) == 130
     shown = capsys.readouterr()
     assert shown.out == ""
-    assert f"interrupted: 2 of 6 are answered in {out}; the same command goes on from there\n" in shown.err
+    assert f"interrupted: 2 of 6 are answered in {out}; the same command continues from there\n" in shown.err
     assert out.read_bytes() == b"".join(whole.read_bytes().splitlines(keepends=True)[:2])
 
     monkeypatch.setattr(Engine, "step", real)

@@ -291,8 +291,8 @@ def test_the_help_of_a_word_lists_the_fields_with_it(capsys):
     assert main(["train", str(SMOKE), "--help-all", "compute.remat"]) == 0
     out = capsys.readouterr().out
     assert "--model.compute.remat REMAT" in out and "--model.llm.compute.remat" in out
-    assert out.count("what the backward pass computes again") == 1, "said once"
-    told = "--help-all singing: no field has that in its name"
+    assert out.count("recomputed in the backward pass") == 1, "said once"
+    told = "--help-all singing: no field's name contains it"
     assert told in check_refusal(main(["train", str(SMOKE), "--help-all", "singing"]), *capsys.readouterr())
 
 

@@ -34,6 +34,13 @@ CLEAN = (
     "tests/launch",
     "tests/fuzzing",
     "tests/assets",
+    "mllm_jax/training",
+    "mllm_jax/cli",
+    "tests/training",
+    "tests/projectors",
+    "tests/encoders",
+    "tests/llms",
+    "tests/numerics",
     "tests/test_words.py",
 )
 

@@ -1,4 +1,4 @@
-"""`python -m mllm_jax.cli` is `mllm`."""
+"""Runs `mllm` as `python -m mllm_jax.cli`."""
 
 import sys
 

@@ -30,26 +30,26 @@ def check_arguments(arguments: Sequence[str]) -> None:
         if "\0" in argument:
             raise ConfigError(f"the argument {argument!a} with a NUL byte", "text without one", "remove the NUL byte")
     command, *words = arguments
-    for place in _places(command, words):
-        if re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", place):
+    for path in _paths(command, words):
+        if re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", path):
             raise ConfigError(
-                f"mllm {command}: {place}",
+                f"mllm {command}: {path}",
                 "a file or folder on a disk that is mounted here",
                 "mount the bucket as a folder and name that; see launch/README.md, One file system",
             )
 
 
-def _places(command: str, words: Sequence[str]) -> Iterator[str]:
+def _paths(command: str, words: Sequence[str]) -> Iterator[str]:
     """Yields the words that may name files and folders: all except questions, texts and fields of a config."""
     option, asked = None, False
     for word in words:
         if word.startswith("--"):
             option, _, value = word[2:].replace("_", "-").partition("=")
-            if value and _may_be_place(option):
+            if value and _may_be_path(option):
                 yield value
             option = None if value else option
         elif option is not None:
-            if _may_be_place(option):
+            if _may_be_path(option):
                 yield word
             option = option if option in SEVERAL else None
         elif not asked:
@@ -57,5 +57,5 @@ def _places(command: str, words: Sequence[str]) -> Iterator[str]:
             asked = command == "generate"  # the question follows the folder
 
 
-def _may_be_place(option: str) -> bool:
+def _may_be_path(option: str) -> bool:
     return option not in TEXTS and "." not in option

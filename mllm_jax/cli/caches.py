@@ -1,4 +1,4 @@
-"""What is kept between commands, where the home folder can be written; nothing depends on it."""
+"""Caches between commands, if the home folder can be written; nothing depends on them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from mllm_jax.errors import ConfigError
 
 
 def keep_compiled_programs() -> None:
-    """Keeps compiled programs for the next start; where that cannot be, says so once."""
+    """Keeps compiled programs for the next start; warns once if that is impossible."""
     from mllm_jax.training.operations.compilation import keep_compiled
 
     try:
@@ -28,7 +28,7 @@ def keep_compiled_programs() -> None:
 
 
 def lengths_folder() -> Path | None:
-    """Where measured lengths are kept, beside the data; None where that cannot be written."""
+    """Returns the folder for measured lengths; None if it cannot be written."""
     try:
         data = os.environ.get("MLLM_DATA_DIR") or Path.home() / "tensorflow_datasets"
         folder = Path(data) / "mllm_jax_lengths"

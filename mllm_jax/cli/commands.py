@@ -22,7 +22,7 @@ USAGE = """mllm: multimodal LLMs in JAX
   mllm evaluate MODEL --questions FILE [--media DIR] [--out DIR]          a table, predictions.jsonl
   mllm generate RUN --image a.png "What is this?"                         text
   mllm generate MODEL "Why is the sky blue?"                              text of a language model's folder
-  mllm generate MODEL --prompts FILE|DIR --out answers.jsonl              many answers; the same command goes on
+  mllm generate MODEL --prompts FILE|DIR --out answers.jsonl              many answers; the same command continues
   mllm chat MODEL [--temperature 0.7 --top-p 0.9 ...]                     in the terminal
   mllm convert SRC DST [--to native|huggingface] [--dtype bfloat16]       Hugging Face <-> native, with a proof
   mllm embed MODEL --images DIR --text "a cat" --out vectors.npz          unit vectors of images and texts

@@ -1,4 +1,4 @@
-"""The help of a command that reads a config: what is changed most on one screen, every field by `--help-all`."""
+"""The help of a command that reads a config: common options on one screen, every field by `--help-all`."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from mllm_jax.errors import ConfigError
 from mllm_jax.layers.compute import WithCompute
 
 WIDTH, COLUMN = 100, 34
-STAGES = 8  # of an experiment; of more only the first are shown
+STAGES = 8  # number of stages of an experiment that are shown
 COLUMNS = ("steps", "optimizer.learning_rate", "data.rows")  # of the table of stages
 AXES = ("data", "fsdp", "context", "tensor")
 
 
 def config_help(command: str, options: Any, config: str) -> str:
-    """The help on one screen: the command's options, what is changed most in the config, and examples.
+    """Formats the help on one screen: the command's options, the common options of the config, and examples.
 
     Args:
         command: `train` or `plan`.
         options: the command's dataclass with its defaults; its field `experiment` is the config.
-        config: the config's path, as it was typed.
+        config: the config's path, as typed.
     """
     about, experiment = _documented(options), options.experiment
     typed = f"mllm {command} {config}"
@@ -32,7 +32,7 @@ def config_help(command: str, options: Any, config: str) -> str:
     for field in dataclasses.fields(options):
         if field.name != "experiment":
             lines += _row(_spelled(field.name, getattr(options, field.name)), about.get(field.name, ""))
-    lines += ["", "What is changed most in the config, with what it has:", "", *_stages(experiment.stages), ""]
+    lines += ["", "Common options of the config, with their values:", "", *_stages(experiment.stages), ""]
     for spelled, text in _common(experiment):
         lines += _row(spelled, text)
     typed_for = f"{typed} --topology v5p-128" if command == "plan" else typed
@@ -44,13 +44,13 @@ def config_help(command: str, options: Any, config: str) -> str:
 
 
 def parsed(command: str, default: Any, arguments: Sequence[str]) -> Any:
-    """What was typed after a command; None where that asks for help, which is then printed.
+    """Parses a command's arguments; prints help and returns None if they ask for it.
 
     Args:
         default: the command's dataclass with the config that `arguments` begin with.
 
     Raises:
-        ConfigError: help for a word that is in no field's name.
+        ConfigError: help for a word that no field's name contains.
     """
     import tyro
 
@@ -72,26 +72,26 @@ def parsed(command: str, default: Any, arguments: Sequence[str]) -> Any:
 
 
 def fields_with(word: str, options: Any) -> str:
-    """Every field whose path has a word in it, as it is typed, with what its class says of it.
+    """Lists every field whose path contains a word, as it is typed, with the description in its class.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: there is no such field.
     """
-    wanted, lines, told = _dashed(word).lower(), [], set()
+    wanted, lines, described = _dashed(word).lower(), [], set()
     for path, value, owner in _leaves("", options):
         path = path.removeprefix("experiment.")
         if wanted not in _dashed(path).lower():
             continue
         name = path.rpartition(".")[2]
-        lines += _row(_spelled(path, value), "" if (owner, name) in told else _documented(owner).get(name, ""))
-        told.add((owner, name))
+        lines += _row(_spelled(path, value), "" if (owner, name) in described else _documented(owner).get(name, ""))
+        described.add((owner, name))
     if not lines:
-        raise ConfigError(f"--help-all {word}: no field has that in its name", "part of a name", "try --help-all alone")
+        raise ConfigError(f"--help-all {word}: no field's name contains it", "part of a name", "try --help-all alone")
     return "\n".join(lines)
 
 
 def _stages(stages: Sequence[Any]) -> list[str]:
-    """The table of stages: a number that is changed often in each column, under the option that changes it."""
+    """Formats the table of stages, with a column for each common option."""
     head = ["stage N", *(f"--{_dashed(f'stages.N.{column}')}" for column in COLUMNS)]
     rows = [head]
     for index, stage in enumerate(stages[:STAGES]):
@@ -103,15 +103,15 @@ def _stages(stages: Sequence[Any]) -> list[str]:
 
 
 def _common(experiment: Any) -> Iterator[tuple[str, str]]:
-    """Options outside of the stages, and what each is for."""
+    """Yields common options outside of the stages, with their descriptions."""
     about = _documented(experiment)
     if isinstance(experiment.model, WithCompute):
         compute = experiment.model.compute
         yield f"--model.compute.dtype {compute.dtype or 'float32'}", "of the whole model, such as bfloat16"
-        yield f"--model.compute.remat {compute.remat or 'none'}", "what the backward pass computes again: full, dots"
+        yield f"--model.compute.remat {compute.remat or 'none'}", "recomputed in the backward pass: full, dots"
     if (size := getattr(getattr(experiment.model, "llm", None), "hidden_size", None)) is not None:
-        yield f"--model.llm.hidden-size {size}", "the width of the LLM, and of what projectors make"
-    yield " ".join(f"--mesh.{axis} {getattr(experiment.mesh, axis)}" for axis in AXES), "-1: the devices that are left"
+        yield f"--model.llm.hidden-size {size}", "the width of the LLM and of the projectors' outputs"
+    yield " ".join(f"--mesh.{axis} {getattr(experiment.mesh, axis)}" for axis in AXES), "-1: the remaining devices"
     for name in ("cpu_devices", "seed"):
         yield _spelled(name, getattr(experiment, name)), about.get(name, "")
 
@@ -123,7 +123,7 @@ def _at(value: Any, path: str) -> Any:
 
 
 def _children(value: Any) -> list[tuple[str, Any]]:
-    """What is nested in a value, by the names that a path has for it."""
+    """Returns the values nested in a value, with their names in a path."""
     if dataclasses.is_dataclass(value):
         return [(field.name, getattr(value, field.name)) for field in dataclasses.fields(value)]
     if isinstance(value, Mapping):
@@ -133,7 +133,7 @@ def _children(value: Any) -> list[tuple[str, Any]]:
 
 
 def _leaves(path: str, value: Any, owner: Any = None) -> Iterator[tuple[str, Any, Any]]:
-    """The path, the value and the class of every field that holds no others."""
+    """Yields the path, the value and the class of every field without nested fields."""
     if children := _children(value):
         inner = type(value) if dataclasses.is_dataclass(value) else owner
         for name, child in children:
@@ -143,7 +143,7 @@ def _leaves(path: str, value: Any, owner: Any = None) -> Iterator[tuple[str, Any
 
 
 def _documented(config: Any) -> dict[str, str]:
-    """What the docstring of a dataclass says of each attribute."""
+    """Reads the description of each attribute from the docstring of a dataclass."""
     kind = config if isinstance(config, type) else type(config)
     found = re.findall(r"^ {8}(\w[\w, ]*): (.+(?:\n {12}.+)*)", kind.__doc__ or "", re.M)
     return {name: " ".join(text.split()).rstrip(".") for names, text in found for name in names.split(", ")}
@@ -158,7 +158,7 @@ def _dashed(path: str) -> str:
 
 
 def _spelled(path: str, value: Any) -> str:
-    """An option with a value, as it is typed."""
+    """Formats an option with a value, as it is typed."""
     name = _dashed(path)
     if isinstance(value, bool):
         return f"--{'no-' if value else ''}{name}"

@@ -35,7 +35,7 @@ def refused(command: Callable[[], int]) -> int:
     except BrokenPipeError:  # the reader has closed the pipe, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that Python's last flush does not fail
         return 128 + signal.SIGPIPE
-    except OSError as error:  # no bug of this library: a disk, a file or a permission
+    except OSError as error:  # not a bug of this library: a disk, a file or a permission
         refusal = MllmError(
             f"{type(error).__name__}: {error}",
             "files and folders that can be read and written, with room on the disk",

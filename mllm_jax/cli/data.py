@@ -1,4 +1,4 @@
-"""`mllm data`: what a config's data are like, before anything is trained on them. A subcommand is one line here."""
+"""`mllm data`: examines a config's data before training. A subcommand is one line here."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Suggest:
     """Proposes the rows of each stage from a sample of its data.
 
     Attributes:
-        sample: examples of each stage that are measured.
+        sample: number of examples of each stage to measure.
         stage: only this stage.
     """
 

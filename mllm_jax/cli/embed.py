@@ -24,7 +24,7 @@ class Embed:
     Attributes:
         model: a Hugging Face folder of CLIP or SigLIP, or of one of their encoders, or a native one; or a run of a dual
             encoder.
-        images: image files, and folders that hold images at any depth.
+        images: image files, and folders of images, with their subfolders.
         text: texts.
         out: the file to write, ending in .npz.
         batch_size: number of images or texts at a time.

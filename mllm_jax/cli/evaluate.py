@@ -1,4 +1,4 @@
-"""`mllm evaluate`: scores a run by its own tasks, or any model by questions of one's own."""
+"""`mllm evaluate`: scores a run by its own tasks, or any model by a file of questions."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from mllm_jax.cli.console import console
 from mllm_jax.cli.runs import assistant_of, experiment_of, use_cpu_devices
 from mllm_jax.errors import ConfigError
 
-ENOUGH = 30  # questions, below which an accuracy is uncertain by more than 18 points
+ENOUGH = 30  # questions; with fewer, an accuracy is uncertain by more than 18 points
 
 
 @dataclass(frozen=True)
 class Evaluate:
-    """Scores a run by its own config's tasks, or any model by questions of one's own.
+    """Scores a run by its own config's tasks, or any model by a file of questions.
 
     Attributes:
-        run: a folder that `mllm train` made; with --questions also a model's: Hugging Face's, or what `mllm convert`
-            wrote.
+        run: a folder that `mllm train` made; with --questions also a model's folder, from Hugging Face or `mllm
+            convert`.
         tasks: only these tasks of the run.
         questions: a .json or .jsonl file of records {question, image or images, answer, choices, id}.
-        media: the folder of the images that the questions name; without it the file's own.
-        limit: only the first of the questions.
+        media: the folder of the images that the questions name; default: the file's own folder.
+        limit: number of questions to use, from the first on.
         out: a folder for predictions.jsonl and results.json of the questions.
     """
 
@@ -74,7 +74,7 @@ def ask(options: Evaluate) -> int:
     from mllm_jax.evaluation.tasks.questions import questions_task
     from mllm_jax.training.operations.run_folder import write_json
 
-    # The questions first: what is wrong in them should not have to wait for the weights.
+    # Checks the questions before loading the weights.
     task = questions_task(options.questions, options.media, options.questions.stem, limit=options.limit)
     found = {task.name: measured(assistant_of(options.run), task, limit=options.limit, out=options.out)}
     _show(found)
@@ -104,7 +104,7 @@ def _show(results: Mapping[str, Mapping[str, float]]) -> None:
 
 
 def _few_questions(results: Mapping[str, Mapping[str, float]]) -> str | None:
-    """What to say where tasks are so small that their accuracies mean little; None where they are not."""
+    """Returns a note about tasks with too few questions for a meaningful accuracy; None if there are none."""
     counts = [found["n"] for found in results.values() if "n" in found]
     if not counts or max(counts) >= ENOUGH:
         return None

@@ -1,4 +1,4 @@
-"""`mllm generate`: answers a question, or many of them."""
+"""`mllm generate`: answers one question or many."""
 
 from __future__ import annotations
 
@@ -33,20 +33,20 @@ FLAGS = ("--stats", "--no-stats")  # options without a value
 
 @dataclass(frozen=True)
 class Generate:
-    """Answers a question, about images if any are given; or, with --prompts, many of them, into a file.
+    """Answers a question, about images if any are given; with --prompts, writes the answers to many into a file.
 
     Attributes:
-        run: a folder that `mllm train` made, or a model's: Hugging Face's, or what `mllm convert` wrote.
-        question: what to ask.
-        image: image files, in the order in which the question speaks of them; several may follow one --image.
+        run: a folder that `mllm train` made, or a model's folder, from Hugging Face or `mllm convert`.
+        question: the question.
+        image: image files, in the order in which the question mentions them; several may follow one --image.
         prompts: a .jsonl file of conversations, one a line: a text, a list of messages, {"messages": [...]} or
-            {"prompt": "...", "image": "a.png" or ["a.png", "b.png"]}, with an "id" or without; or a folder of images,
-            for each of which the question is asked.
-        out: the .jsonl file that the answers to --prompts are written to; where it exists, the same command goes on.
-        media: the folder of the media that a file of prompts names; without it the file's own.
-        batch_size: how many of the prompts are answered together.
-        max_new_tokens: the number of tokens after which an answer is cut off.
-        stats: also print what loading, compiling and answering took.
+            {"prompt": "...", "image": "a.png" or ["a.png", "b.png"]}, with an "id" or without; or a folder of images:
+            the question is asked about each.
+        out: the .jsonl file for the answers to --prompts; if it exists, the same command continues it.
+        media: the folder of the media that a file of prompts names; default: the file's own folder.
+        batch_size: number of prompts that are answered together.
+        max_new_tokens: maximum number of tokens of an answer.
+        stats: also print the time of loading, compiling and answering.
     """
 
     run: tyro.conf.Positional[Path]
@@ -111,7 +111,7 @@ def run(arguments: list[str]) -> int:
 
 
 def one_image_each(arguments: Sequence[str]) -> list[str]:
-    """Puts an --image before each image; where no question precedes the images, the last word after them is it."""
+    """Puts an --image before each image; without a question before the images, the last word after them is it."""
     if "--" in arguments:
         return list(arguments)
     words: list[str] = []  # model and question
@@ -141,7 +141,7 @@ def one_image_each(arguments: Sequence[str]) -> list[str]:
 
 
 def _ask_one(options: Generate) -> int:
-    # The images first: a wrong path should not have to wait for the weights.
+    # Checks the images before loading the weights.
     images = [Image(read_image(path)) for path in options.image]
     timing = Timing() if options.stats else None
     assistant = assistant_of(options.run, by_layer=False)
@@ -161,13 +161,13 @@ def _ask_one(options: Generate) -> int:
     return 0
 
 
-def _ask_all(options: Generate, place: Path, out: Path) -> int:
+def _ask_all(options: Generate, source: Path, out: Path) -> int:
     from mllm_jax.generation.answers_file import AnswersFile
     from mllm_jax.generation.prompts import PromptFile, PromptFolder
 
-    # The prompts first, and what was answered before: what is wrong there should not have to wait for the weights.
-    prompts: Prompts = PromptFolder(place, options.question) if place.is_dir() else PromptFile(place, options.media)
-    with AnswersFile(out, _what_is_asked(options, place, prompts), len(prompts)) as answers:
+    # Checks the prompts and the earlier answers before loading the weights.
+    prompts: Prompts = PromptFolder(source, options.question) if source.is_dir() else PromptFile(source, options.media)
+    with AnswersFile(out, _dependencies(options, source, prompts), len(prompts)) as answers:
         if before := len(answers.done):
             print(f"{out}: {before} of {len(prompts)} are answered already", file=sys.stderr)
         if before == len(prompts):
@@ -176,14 +176,14 @@ def _ask_all(options: Generate, place: Path, out: Path) -> int:
             failed = _answer_all(options, prompts, answers)
         except KeyboardInterrupt:
             done = f"{len(answers.done)} of {len(prompts)} are answered in {out}"
-            print(f"interrupted: {done}; the same command goes on from there", file=sys.stderr)
+            print(f"interrupted: {done}; the same command continues from there", file=sys.stderr)
             return 130
     print(f"{out}: {len(answers.done)} answers" + (f", {failed} prompts without one" if failed else ""))
     return 1 if failed else 0
 
 
 def _answer_all(options: Generate, prompts: Prompts, answers: AnswersFile) -> int:
-    """Answers what has no answer; returns how many prompts cannot be answered."""
+    """Answers the prompts without an answer; returns the number of those that cannot be answered."""
     from mllm_jax.generation.bulk import outcomes
 
     timing = Timing() if options.stats else None
@@ -225,15 +225,15 @@ def _line(prompt: Prompt, answer: Answer) -> dict[str, Any]:
     return line if prompt.image is None else line | dict(image=prompt.image)
 
 
-def _what_is_asked(options: Generate, place: Path, prompts: Prompts) -> dict[str, Any]:
-    """Lists what answers depend on; how many are answered together is no part of it."""
-    media = place.parent if options.media is None else options.media
+def _dependencies(options: Generate, source: Path, prompts: Prompts) -> dict[str, Any]:
+    """Lists everything that answers depend on, which excludes the number that are answered together."""
+    media = source.parent if options.media is None else options.media
     return dict(
         model=str(options.run.resolve()),
         weights=_weights(options.run),
-        prompts=str(place.resolve()),
+        prompts=str(source.resolve()),
         prompts_content=prompts.digest,
-        media=str((place if place.is_dir() else media).resolve()),
+        media=str((source if source.is_dir() else media).resolve()),
         question=options.question,
         max_new_tokens=options.max_new_tokens,
         **asdict(options.sampling),
@@ -241,7 +241,7 @@ def _what_is_asked(options: Generate, place: Path, prompts: Prompts) -> dict[str
 
 
 def _weights(folder: Path) -> str:
-    """Makes a checksum that differs once a model's files have changed, or a run was trained further."""
+    """Makes a checksum that changes with a model's files, and when a run was trained further."""
     if is_run(folder):
         files = [*folder.glob("stages/*"), *folder.glob("checkpoints/*/*")]
     else:

@@ -29,7 +29,7 @@ class Plan:
     """Compiles a stage's step for a TPU slice on this machine and reports its cost.
 
     Attributes:
-        topology: such as v5e-256, v5p-128 or 2xv6e-256; 8xh100 for an estimate without compiling.
+        topology: such as v5e-256, v5p-128 or 2xv6e-256; 8xh100: an estimate without compiling.
         stage: name of the stage; default: the last.
         json: a file for all figures.
         search: number of meshes, remat policies and numbers of pieces to try; the best are printed.
@@ -67,7 +67,7 @@ def run(arguments: list[str]) -> int:
 
     import jax
 
-    jax.config.update("jax_platforms", "cpu")  # the compiler needs no device
+    jax.config.update("jax_platforms", "cpu")  # compiling needs no device
 
     from mllm_jax.planning.plan import make_plan
     from mllm_jax.planning.report import show, show_search

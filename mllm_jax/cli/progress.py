@@ -1,4 +1,4 @@
-"""How far a command is that does one thing many times: a bar in a terminal, plain lines in a pipe."""
+"""Progress of a command over many items: a bar in a terminal, plain lines in a pipe."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ if TYPE_CHECKING:
 
 
 class Count:
-    """Shows how many of `total` are done, how many a second, and the time left; on standard error.
+    """Progress on standard error: the number of `total` items that are done, items a second, and the time left.
 
     Speed and time left are measured from the first update on, so that compilation does not count.
 
     Args:
-        unit: what is counted, in the plural.
-        done: of `total`, those that an earlier process has done.
+        unit: name of the items, in the plural.
+        done: number of items that an earlier process has done.
         interval: seconds between plain lines.
         clock: seconds, monotonic.
     """
@@ -61,7 +61,7 @@ class Count:
             self._bars.stop()
 
     def update(self, done: int) -> None:
-        """Shows that `done` are done."""
+        """Shows that `done` items are done."""
         now = self._clock()
         mark, at = self._mark = self._mark or (done, now)
         speed = (done - mark) / (now - at) if now > at else 0.0

@@ -1,4 +1,4 @@
-"""What several commands ask of a folder, and what must be set before a device is touched."""
+"""Functions that several commands share: they open folders and set the devices of a CPU."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def experiment_of(run: Path) -> Experiment:
-    """Reads the experiment of a run; warns where stages of it are not finished."""
+    """Reads the experiment of a run; warns if some of its stages are not finished."""
     from mllm_jax.checkpoints.run import RunFolder
 
     folder = RunFolder(run)
@@ -26,37 +26,37 @@ def experiment_of(run: Path) -> Experiment:
     return experiment
 
 
-MOST_DEVICES = 8  # as which a CPU is presented unless more are asked for
+MOST_DEVICES = 8  # default maximum number of devices that a CPU is presented as
 
 
 def use_cpu_devices(experiment: Experiment, hosts: Hosts = Hosts(), *, say: bool = False) -> None:
-    """Presents the CPU as several devices, before anything has touched a device; XLA_FLAGS have the last word.
+    """Presents the CPU as several devices; call it before any use of a device. XLA_FLAGS take precedence.
 
     Args:
         hosts: the processes that train together.
-        say: print how many there are and why.
+        say: print their number.
     """
     from mllm_jax.sharding.cpu import on_cpu, prepare_cpu
     from mllm_jax.training.operations.distributed import resolve
     from mllm_jax.training.operations.host import cores, enough_threads, keep_freed_memory
 
     prepare_cpu()
-    told = "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
+    given = "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
     devices = experiment.cpu_devices
-    # Of several processes each would have to choose for all, so there the number is a matter of whoever starts them.
-    if devices is None and not told and on_cpu() and resolve(hosts) is None:
+    # Several processes would have to agree on a number, so whoever starts them chooses it.
+    if devices is None and not given and on_cpu() and resolve(hosts) is None:
         devices = fitting_cpu_devices(experiment, cores())
         if say:
             print(f"{devices} CPU device(s) on {cores()} core(s); --cpu-devices N takes another number", flush=True)
     if devices:
         keep_freed_memory()
         enough_threads(devices)
-    if devices and not told:
+    if devices and not given:
         _set_cpu_devices(devices, required=experiment.cpu_devices is not None)
 
 
 def fitting_cpu_devices(experiment: Experiment, cores: int) -> int:
-    """The largest number of devices, at most one a core, whose mesh divides the rows of every stage; at least 1."""
+    """Returns the largest number of devices, at most one a core, whose mesh divides the rows of every stage, or 1."""
     from mllm_jax.sharding.mesh import mesh_sizes
 
     rows = [stage.data.rows // stage.accumulate for stage in experiment.stages]
@@ -64,7 +64,7 @@ def fitting_cpu_devices(experiment: Experiment, cores: int) -> int:
     for devices in range(min(cores, MOST_DEVICES), 1, -1):
         try:
             data, fsdp, *_ = mesh_sizes(experiment.mesh, devices)
-        except ConfigError:  # the mesh is of other sizes
+        except ConfigError:  # the mesh needs another number of devices
             continue
         if not any(count % (data * fsdp) for count in rows):
             return devices
@@ -82,10 +82,10 @@ def _set_cpu_devices(devices: int, *, required: bool) -> None:
 
 
 def assistant_of(folder: Path, *, dtype: Any = None, **options: Any) -> Assistant:
-    """Opens the model of a run, or of a model's folder, that is to write text; says so where a run is not finished.
+    """Opens a model that writes text, from a run or a model's folder; warns if the run is not finished.
 
     Args:
-        dtype: what to compute in; None is what is stored.
+        dtype: of the computation; None: as stored.
         options: see `Assistant.load`.
     """
     from mllm_jax.checkpoints.native import is_native
@@ -101,6 +101,6 @@ def assistant_of(folder: Path, *, dtype: Any = None, **options: Any) -> Assistan
         config = experiment.model
     else:
         config = pretrained_config(folder)
-    if not writes_text(config):  # before the weights are read
+    if not writes_text(config):  # checked before the weights are read
         raise no_text(config)
     return Assistant.load(folder, dtype=dtype, **options)

@@ -1,4 +1,4 @@
-"""Where the time of a command that answers went."""
+"""The time that a command spends on loading, compiling and answering."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import time
 
 
 class Timing:
-    """Seconds of loading, of compiling and of answering.
+    """Seconds of loading, compiling and answering.
 
-    Made before the model is loaded; `loaded` is called after that.
+    Make it before the model is loaded, and call `loaded` after that.
     """
 
     def __init__(self):
@@ -26,7 +26,7 @@ class Timing:
         self._since, self._compiling = time.monotonic(), 0.0
 
     def summary(self, tokens: int) -> str:
-        """Says what it took to write `tokens` tokens since the model was loaded."""
+        """Describes the time to write `tokens` tokens since the model was loaded."""
         answering = time.monotonic() - self._since - self._compiling
         return (
             f"loading {self._since - self._began:.1f} s, compiling {self._compiling:.1f} s, "

@@ -1,4 +1,4 @@
-"""`mllm train`: trains an experiment, or goes on with it, and evaluates it."""
+"""`mllm train`: trains an experiment, or continues it, and evaluates it."""
 
 from __future__ import annotations
 
@@ -29,22 +29,22 @@ The options are --run-dir DIR, --fresh and every field of the config. Name a con
 
   mllm train configs/quickstart.py --help
 
-A run's folder may stand for its config: mllm train runs/quickstart goes on with that run."""
+A run's folder may replace its config: mllm train runs/quickstart continues that run."""
 
 
 @dataclass(frozen=True)
 class Train:
-    """Trains an experiment, or goes on with it, then evaluates it.
+    """Trains an experiment, or continues it, then evaluates it.
 
     Attributes:
-        run_dir: where everything of the run lies; runs/<config name> if not given.
+        run_dir: the folder of the run; default: runs/<config name>.
         fresh: start over, removing what an earlier run left in the folder.
-        hosts: where several processes train together; see launch/README.md.
-        hang_seconds: where no step ends for this long, prints the stack of every thread and exits; 0: never.
+        hosts: the processes that train together; see launch/README.md.
+        hang_seconds: if no step ends for this long, print the stack of every thread and exit; 0: never.
         profile: write a trace of a few steps into the run folder.
-        self_contained: copy what `Pretrained` parts read into the run folder.
-        wandb: the project of Weights & Biases that the metrics go to as well; pip install 'mllm-jax[wandb]'.
-        compile_cache: whether compiled programs are kept in the user's cache folder for the next start.
+        self_contained: copy the weights of `Pretrained` parts into the run folder.
+        wandb: a project of Weights & Biases that receives the metrics too; pip install 'mllm-jax[wandb]'.
+        compile_cache: keep compiled programs in the user's cache folder for the next start.
     """
 
     experiment: Annotated[Experiment, tyro.conf.arg(name="")]
@@ -69,7 +69,7 @@ def run(arguments: list[str]) -> int:
             "name a config file, before any option",
         )
     if any(argument.partition("=")[0] == "--wandb" for argument in arguments):
-        require_wandb()  # before anything is read or loaded
+        require_wandb()  # checked before anything is loaded
     default = _default(Path(arguments[0]))
     if (options := parsed("train", default, arguments)) is None:
         return 0
@@ -82,7 +82,7 @@ def run(arguments: list[str]) -> int:
 
 
 def _default(path: Path) -> Train:
-    """What a config file asks for; or a run's folder, whose config it holds itself."""
+    """Returns the default options for a config file, or for a run's folder, which holds its config."""
     if is_run(path):
         return Train(RunFolder(path).experiment(), run_dir=path)
     return Train(load_config(path))
@@ -127,7 +127,7 @@ def _train(options: Train) -> int:
 
 
 def _next(experiment: Experiment, run: Path) -> str:
-    """The command with which a trained model is put to use."""
+    """Suggests a use of the trained model: a command, or a config that begins with it."""
     if isinstance(experiment.model, DualEncoderConfig):
         return f'mllm embed {run} --images FOLDER --text "a cat" --out vectors.npz'
     if isinstance(experiment.model, MultimodalConfig):

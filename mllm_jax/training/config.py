@@ -15,7 +15,7 @@ from mllm_jax.sharding.logical import PartRules
 from mllm_jax.sharding.mesh import MeshConfig
 from mllm_jax.training.objectives.protocol import Objective
 
-VOCAB_SIZE = 1024  # of a tokenizer where nothing in an experiment says how many tokens it has
+VOCAB_SIZE = 1024  # of a tokenizer, where nothing in an experiment gives the number of its tokens
 
 
 @dataclass(frozen=True)
@@ -27,8 +27,8 @@ class AdamW:
             learning rate depends on the number of steps; "constant" stays at the peak and depends on no end.
         end_factor: the learning rate at the end as a share of the peak, with the cosine.
         weight_decay: applies to kernels and embeddings, never to norms and biases.
-        factors: pairs of a pattern over parameter paths, such as "encoder_image/*", and what the learning rate of the
-            parameters that match is multiplied by; the first pattern that matches counts.
+        factors: pairs of a pattern over parameter paths, such as "encoder_image/*", and the factor of the learning rate
+            of the parameters that match; the first pattern that matches counts.
     """
 
     learning_rate: float = 1e-3
@@ -47,11 +47,11 @@ class AdamW:
             raise ConfigError(f"optimizer.schedule {self.schedule!r}", '"cosine" or "constant"', "change it")
 
     def transform(self, learning_rate: Any, mask: Any) -> Any:
-        """What turns clipped gradients into updates, of optax; another optimizer is a subclass that overrides this.
+        """Builds the optax transformation of clipped gradients into updates; a subclass overrides it for another one.
 
         Args:
             learning_rate: the schedule.
-            mask: of the parameters that decay.
+            mask: marks the parameters that decay.
         """
         import optax
 
@@ -64,21 +64,22 @@ class Stage:
     """One stage of training.
 
     Attributes:
-        trainable: patterns over parameter paths such as "llm/*" (`*` also matches `/`); all else is frozen, without
-            gradient and without optimizer state.
+        trainable: patterns over parameter paths such as "llm/*" (`*` also matches `/`). All other parameters are
+            frozen: they have no gradient and no optimizer state.
         model: the composition that the stage trains, such as a dual encoder for a contrastive stage; None: the
-            experiment's model. A part that bears the name of one of the experiment's model, such as encoder_image, is
-            that part, so that the stages after it go on with what this one trained.
-        accumulate: pieces that a batch is cut into, one after the other, their gradients summed.
-        validation: read every `validate_every` steps, `validation_batches` of it; None: no validation loss.
+            experiment's model. A part with the name of one of the experiment's model, such as encoder_image, is that
+            part: later stages continue with its trained parameters.
+        accumulate: number of pieces of a batch that are computed one after the other; their gradients are summed.
+        validation: data of the validation loss: `validation_batches` batches every `validate_every` steps; None: no
+            validation loss.
         patience: ends the stage after this many validations without a smaller validation loss, and keeps the parameters
-            of the best one as what the stage trained; each improvement takes a checkpoint. None: no early stopping.
-        evaluate_every: after each time this many steps, tasks of the experiment's evaluation measure the parameters as
-            they are; None: only when the run has ended. One task must take less time than `mllm train --hang-seconds`.
+            of the best one. Each improvement saves a checkpoint. None: no early stopping.
+        evaluate_every: number of steps between evaluations of the current parameters by tasks of the experiment; None:
+            only when the run has ended. One task must take less time than `mllm train --hang-seconds`.
         evaluate: names of these tasks; empty: all of them.
-        evaluate_limit: how many examples of each; None: all of them.
-        frozen_dtype: what frozen parameters are held in during the stage; None: as they are.
-        cache_features: the frozen encoder sees each picture once; what it makes of it is kept in the run folder.
+        evaluate_limit: number of examples of each; None: all of them.
+        frozen_dtype: dtype of frozen parameters during the stage; None: as they are.
+        cache_features: the frozen encoder reads each image once; its features are kept in the run folder.
     """
 
     name: str
@@ -124,7 +125,7 @@ class Stage:
 
     @property
     def mixtures(self) -> tuple[Mixture, ...]:
-        """The mixtures that the stage reads: its data, and its validation if it has one."""
+        """Returns the mixtures that the stage reads: its data, and its validation if it has one."""
         return (self.data,) if self.validation is None else (self.data, self.validation)
 
 
@@ -133,14 +134,14 @@ class TokenizerConfig:
     """A byte-level BPE trained on the stages' text, unless a file or a folder is named.
 
     Attributes:
-        vocab_size: of one that is trained; None: what the model holds.
+        vocab_size: of a tokenizer that is trained; None: the number of tokens that the model holds.
         path: a tokenizer.json that an earlier run wrote.
-        folder: a chat model's folder: its tokenizer, and rows laid out by its chat template.
-        system: with `folder`, the system message; None leaves it to the template.
-        template: of a named model, a chat template to train with instead of the folder's.
-        phrases: of several words, each of which is to be one token of a tokenizer that is trained.
-        places: words that stand in the text before each media token of a picture and tell its place in it, such as
-            "top left", "top right", ... for a picture of 2 x 2; empty: nothing stands there.
+        folder: a chat model's folder: its tokenizer and its chat template are used.
+        system: with `folder`, the system message; None: the template's own.
+        template: for a named model, the chat template to train with instead of the folder's.
+        phrases: groups of words, each of which becomes one token of a tokenizer that is trained.
+        places: words in the text before each media token of an image that name its position in the image, such as
+            "top left", "top right", ... for 2 x 2 tokens; empty: no words.
     """
 
     vocab_size: int | None = None
@@ -160,12 +161,12 @@ class TokenizerConfig:
 
 @dataclass(frozen=True)
 class Pretrained:
-    """Where a part of the model begins, instead of at random.
+    """The source of the initial parameters of a part, instead of random ones.
 
-    Checkpoints name the source and hold the fingerprint of what is frozen: it may move, but not change.
+    Checkpoints name the source and hold the fingerprint of the frozen parameters: the source may move, but not change.
 
     Attributes:
-        part: "llm", "encoder_image" or another part of the model; "*" is the whole model, of a folder that holds it.
+        part: "llm", "encoder_image" or another part of the model; "*": the whole model, from a folder that holds it.
         folder: a Hugging Face or native model folder; with `stage`, the folder of a run.
         stage: the stage of that run which trained the part.
         made_by: the Experiment that trains the run, up to that stage, if the folder does not hold it yet.
@@ -187,7 +188,7 @@ class Pretrained:
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    """When checkpoints are taken and which stay: the newest `keep_last`, and the best by validation loss."""
+    """Schedule of checkpoints, and the number to keep: the newest `keep_last`, and the best by validation loss."""
 
     every_steps: int = 200
     keep_last: int = 2
@@ -198,16 +199,15 @@ class Experiment:
     """Everything `mllm train` needs.
 
     Attributes:
-        model: the config of the model that is evaluated and asked when the run has ended, and that each stage trains
-            which names no composition of its own: a multimodal LLM, a dual encoder, or what BLIP-2's first stage or
-            P-Former training trains.
-        pretrained: parts that do not begin at random.
-        part_rules: what parts of the model have of their own in the table of logical axes, such as
+        model: config of the model that is evaluated when the run has ended: a multimodal LLM, a dual encoder, the model
+            of BLIP-2's first stage or that of P-Former training. Each stage without a `model` of its own trains it.
+        pretrained: sources of the parts that do not begin at random.
+        part_rules: rules for single parts of the model in the table of logical axes, such as
             `data_parallel("encoder_image")`.
-        cpu_devices: devices that a CPU is presented as. None: as many as it has cores, at most 8, that divide the rows
-            of every stage and fit the mesh. Ignored elsewhere.
+        cpu_devices: number of devices that a CPU is presented as. None: at most one a core and at most 8, a number that
+            divides the rows of every stage and fits the mesh. Ignored on other devices.
         nonfinite: "stop" at a loss or gradient that is not finite, or "skip" that step (it is never applied).
-        evaluation: what the trained model is evaluated by at the end of the run, such as `mllm_jax.Task`; see
+        evaluation: evaluations of the trained model at the end of the run, such as `mllm_jax.Task`; see
             `mllm_jax.training.evaluation`.
     """
 
@@ -252,9 +252,9 @@ class Experiment:
                 _check_length(stage, mixture, self.mesh)
 
     def model_of(self, stage: Stage | None = None) -> Any:
-        """The config of the composition that a stage trains, or else of the experiment's model, with nothing left open.
+        """Returns the complete config of the composition that a stage trains, or of the experiment's model.
 
-        What a composition leaves open is as the experiment's model and tokenizer have it.
+        Fields that a composition leaves open take the values of the experiment's model and tokenizer.
         """
         own = self.model if stage is None or stage.model is None else stage.model
         if own is not self.model and isinstance(self.model, WithCompute):
@@ -263,7 +263,7 @@ class Experiment:
 
     @property
     def vocab_size(self) -> int:
-        """Tokens of the vocabulary: the tokenizer's own number, else the least that a part of a model has."""
+        """Size of the vocabulary: the tokenizer's own, else the smallest one of the models' parts."""
         if self.tokenizer.vocab_size is not None:
             return self.tokenizer.vocab_size
         models = [self.model, *(stage.model for stage in self.stages if stage.model is not None)]
@@ -271,7 +271,7 @@ class Experiment:
         return min(sizes, default=VOCAB_SIZE)
 
     def tasks_of(self, stage: Stage) -> tuple[Any, ...]:
-        """The tasks that a stage evaluates by while it trains.
+        """Returns the tasks that evaluate a stage while it trains.
 
         Raises:
             ConfigError: names that no task has.
@@ -286,7 +286,7 @@ class Experiment:
 
     @property
     def compositions(self) -> tuple[Any, ...]:
-        """The experiment's model and what its stages train besides, each once."""
+        """The experiment's model and the other compositions of its stages, each once."""
         found = [self.model_of()]
         for stage in self.stages:
             found += [model] if (model := self.model_of(stage)) not in found else []
@@ -304,7 +304,7 @@ class Experiment:
             for name, part in model.parts.items():
                 if changed := part_differences(found.setdefault(name, part), part):
                     raise ConfigError(
-                        f"{name} of a {type(model).__name__}, which is another part than that of a"
+                        f"{name} of a {type(model).__name__}, which differs from that of a"
                         f" {type(self.model).__name__}: {'; '.join(changed[:5])}",
                         "equal configs for parts of one name, which are one part",
                         "build both from one config, such as model.image.encoder",
@@ -328,7 +328,7 @@ def _check_evaluation(experiment: Experiment) -> None:
 
 
 def _check_name(what: str, name: str) -> None:
-    """Names become parts of paths in the run folder."""
+    """Checks a name, which becomes part of paths in the run folder."""
     if not re.fullmatch(r"[^./\\:\x00-\x1f][^/\\:\x00-\x1f]{0,99}", name):
         raise ConfigError(
             f"{what} named {name!r}",
@@ -338,19 +338,19 @@ def _check_name(what: str, name: str) -> None:
 
 
 def require_vocabulary(experiment: Experiment, size: int) -> None:
-    """Raises ConfigError if a tokenizer of `size` ids has more than an embedding holds."""
-    for place, held in [item for model in experiment.compositions for item in model.vocab_sizes.items()]:
+    """Raises ConfigError if a tokenizer of `size` ids has more of them than an embedding has rows."""
+    for field, held in [item for model in experiment.compositions for item in model.vocab_sizes.items()]:
         if size > held:
             raise ConfigError(
-                f"a tokenizer of {size} for {held} tokens in {place}", "a vocabulary that it holds", f"raise {place}"
+                f"a tokenizer of {size} for {held} tokens in {field}", "a vocabulary that it holds", f"raise {field}"
             )
 
 
 def _check_length(stage: Stage, mixture: Mixture, mesh: MeshConfig) -> None:
-    """Rows that `context` does not divide would be computed whole on each of its devices."""
+    """Checks that `context` divides the rows; otherwise each of its devices would compute them whole."""
     if mesh.context > 1 and mixture.length % mesh.context:
         raise ConfigError(
-            f"stage {stage.name!r}: rows of {mixture.length} places over mesh.context {mesh.context}",
-            f"a multiple of {mesh.context}; of {2 * mesh.context} for causal attention in balance",
+            f"stage {stage.name!r}: rows of {mixture.length} positions over mesh.context {mesh.context}",
+            f"a multiple of {mesh.context}; of {2 * mesh.context} to balance causal attention",
             "change the mixture's length or mesh.context",
         )

@@ -1,4 +1,4 @@
-"""A config file: Python whose `config()` returns an Experiment, read with its errors told by line."""
+"""Reads a config file, whose `config()` returns an Experiment; reports errors with line numbers."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from mllm_jax.training.config import Experiment
 
 
 def load_config(path: Path) -> Experiment:
-    """The `Experiment` that `config()` of a Python file returns.
+    """Returns the `Experiment` that `config()` of a Python file builds.
 
     Raises:
-        ConfigError: no such file, no `config()` in it, or a config with a key that does not exist.
+        ConfigError: no such file, no `config()` in it, or a field that does not exist.
     """
     if not path.is_file():
         raise ConfigError(f"no config at {path}", "a Python file with `def config() -> Experiment`", "check the path")
@@ -34,12 +34,12 @@ def load_config(path: Path) -> Experiment:
     except Exception as error:
         raise _config_error(path, error) from error
     if not isinstance(experiment, Experiment):
-        raise ConfigError(f"{path}: config() returns {type(experiment).__name__}", "an Experiment", "mend the file")
+        raise ConfigError(f"{path}: config() returns {type(experiment).__name__}", "an Experiment", "correct the file")
     return experiment
 
 
 def _config_error(path: Path, error: Exception) -> ConfigError:
-    """What went wrong in a config and at which of its lines; of an unknown key also the nearest that exists."""
+    """Describes an error in a config, with its line; for an unknown field also the nearest one that exists."""
     frames = list(traceback.walk_tb(error.__traceback__))
     lines = [line for frame, line in frames if frame.f_code.co_filename == str(path)]
     where = f"{path}, line {lines[-1]}" if lines else str(path)
@@ -50,12 +50,12 @@ def _config_error(path: Path, error: Exception) -> ConfigError:
         todo = f"did you mean {near[0]!r}?" if near else "remove it"
         return ConfigError(f"{where}: {name} has no field {key!r}", f"some of {', '.join(fields)}", todo)
     given = f"{where}: {type(error).__name__}: {error}"
-    return ConfigError(given, "a config() that builds an Experiment", "mend the file")
+    return ConfigError(given, "a config() that builds an Experiment", "correct the file")
 
 
 def _fields(name: str, frames: list) -> list[str]:
-    """The fields of the dataclass of this name that a config or this package has; none if there is no such class."""
-    places = [frame.f_globals for frame, _ in frames]
-    places += [vars(module) for key, module in list(sys.modules.items()) if key.startswith("mllm_jax.")]
-    kind = next((place[name] for place in places if name in place), None)
+    """Returns the fields of the dataclass of this name in a config or in this package; none without such a class."""
+    scopes = [frame.f_globals for frame, _ in frames]
+    scopes += [vars(module) for key, module in list(sys.modules.items()) if key.startswith("mllm_jax.")]
+    kind = next((scope[name] for scope in scopes if name in scope), None)
     return [field.name for field in dataclasses.fields(kind) if field.init] if dataclasses.is_dataclass(kind) else []

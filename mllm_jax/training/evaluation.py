@@ -44,7 +44,7 @@ class Evaluation(Protocol):
     """Interface of the items of `Experiment.evaluation`: frozen dataclasses with these methods, such as `Task`.
 
     Attributes:
-        name: names its results; what precedes a "/" groups it with others.
+        name: names its results; the part before a "/" groups them with others.
     """
 
     @property

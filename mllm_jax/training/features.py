@@ -1,4 +1,4 @@
-"""Encoder features kept on disk: a frozen encoder sees each picture once, however many steps show it."""
+"""Encoder features kept on disk: a frozen encoder reads each image once, in any number of steps."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from mllm_jax.sharding.logical import PartRules, use_mesh
 from mllm_jax.training.config import Experiment, Stage
 
 KEY_BYTES = 16
-CHUNK = 16  # pictures that are encoded together
+CHUNK = 16  # number of images that are encoded together
 
 
 def stage_spec(experiment: Experiment, stage: Stage) -> BatchSpec:
-    """The batches of a stage, from its config alone: no data is read, no tokenizer, no folder; images are bytes."""
+    """Returns the spec of a stage's batches from its config alone: no data, tokenizer or folder is read."""
     config, mixture = experiment.model_of(stage), stage.data
     spec = config.batch_spec(mixture.rows, mixture.length, mixture.slots)
     if not stage.cache_features or "images" not in spec:
@@ -39,7 +39,7 @@ def stage_spec(experiment: Experiment, stage: Stage) -> BatchSpec:
 
 
 def with_features(spec: BatchSpec, shape: tuple[int, ...], dtype: str) -> BatchSpec:
-    """A batch's spec with features of each image, `shape` numbers, instead of images."""
+    """Returns a batch's spec with features of each image, `shape` numbers, instead of images."""
     if "images" not in spec:
         return spec
     images = spec["images"]
@@ -47,15 +47,15 @@ def with_features(spec: BatchSpec, shape: tuple[int, ...], dtype: str) -> BatchS
 
 
 class FeatureCache:
-    """Pictures by their bytes to what the encoder makes of them; every process keeps a file of its own.
+    """A map from the bytes of images to the encoder's features; every process keeps a file of its own.
 
-    Features are appended to `features.bin` and then their keys to `keys.bin`; after a kill, what has no key counts for
-    nothing. A folder belongs to one encoder: name it by the encoder's fingerprint.
+    Features are appended to `features.bin` and then their keys to `keys.bin`. After a kill, features without a key are
+    ignored. A folder belongs to one encoder: name it by the encoder's fingerprint.
 
     Args:
-        folder: where both files lie; it is made.
+        folder: holds both files; it is made.
         encode: uint8[n, H, W, 3] -> [n, P, E], for any n.
-        shape, dtype: of one picture's features, (P, E).
+        shape, dtype: of one image's features, (P, E).
 
     Raises:
         CheckpointError: a folder that cannot be written.
@@ -83,16 +83,16 @@ class FeatureCache:
         self._features.truncate(whole * self._size)
         self._keys.seek(0)
         stored = self._keys.read()
-        self._places = {stored[i * KEY_BYTES : (i + 1) * KEY_BYTES]: i for i in range(whole)}
+        self._indices = {stored[i * KEY_BYTES : (i + 1) * KEY_BYTES]: i for i in range(whole)}
 
     @classmethod
     def of(
         cls, folder: Path, model: nn.Module, params: dict, mesh: Mesh, parts: Sequence[PartRules] = ()
     ) -> FeatureCache:
-        """The cache of a composed model's encoder, which is compiled for a few pictures at a time.
+        """Builds the cache of a composed model's encoder, which is compiled for CHUNK images at a time.
 
         Raises:
-            ConfigError: several processes: they would have to agree on which pictures are new.
+            ConfigError: several processes: they would have to agree on the new images.
         """
         if jax.process_count() > 1:
             raise ConfigError(
@@ -118,24 +118,24 @@ class FeatureCache:
         return cls(folder, encode_all, made.shape[1:], made.dtype)
 
     def spec(self, spec: BatchSpec) -> BatchSpec:
-        """A batch's spec with features instead of images."""
+        """Returns a batch's spec with features instead of images."""
         return with_features(spec, self.shape, str(self.dtype))
 
     def __len__(self) -> int:
-        """Pictures that are held."""
-        return len(self._places)
+        """Returns the number of images in the cache."""
+        return len(self._indices)
 
     def __call__(self, batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """A batch with `features` [B, M, P, E] in the place of `images` uint8[B, M, H, W, 3]; others as they are."""
+        """Returns a batch with `features` [B, M, P, E] instead of `images` uint8[B, M, H, W, 3]."""
         if "images" not in batch:
             return dict(batch)
         images = batch["images"]
         flat = images.reshape(-1, *images.shape[2:])
         keys = [hashlib.blake2b(image.tobytes(), digest_size=KEY_BYTES).digest() for image in flat]
-        new = {key: i for i, key in enumerate(keys) if key not in self._places}
+        new = {key: i for i, key in enumerate(keys) if key not in self._indices}
         if new:
             self._add(new, np.asarray(self.encode(flat[list(new.values())])))
-        features = np.stack([self._read(self._places[key]) for key in keys])
+        features = np.stack([self._read(self._indices[key]) for key in keys])
         kept = {name: array for name, array in batch.items() if name != "images"}
         return kept | {"features": features.reshape(*images.shape[:2], *self.shape)}
 
@@ -144,13 +144,13 @@ class FeatureCache:
         self._features.close()
 
     def _add(self, new: dict[bytes, int], features: np.ndarray) -> None:
-        first = len(self._places)
+        first = len(self._indices)
         self._features.write(np.ascontiguousarray(features, self.dtype).tobytes())
         self._features.flush()
         self._keys.write(b"".join(new))
         self._keys.flush()
-        self._places |= {key: first + i for i, key in enumerate(new)}
+        self._indices |= {key: first + i for i, key in enumerate(new)}
 
-    def _read(self, place: int) -> np.ndarray:
-        raw = os.pread(self._features.fileno(), self._size, place * self._size)
+    def _read(self, index: int) -> np.ndarray:
+        raw = os.pread(self._features.fileno(), self._size, index * self._size)
         return np.frombuffer(raw, self.dtype).reshape(self.shape)

@@ -14,10 +14,10 @@ from mllm_jax.training.step import local_rows, place_batch
 
 
 class Feed:
-    """Places a pipeline's batches, each process its own rows, with precomputed features where there are any.
+    """A pipeline's batches on the devices; each process places its own rows, with precomputed features if any.
 
     Attributes:
-        spec: of a global batch.
+        spec: spec of a global batch.
     """
 
     def __init__(self, data: Pipeline, mesh: Mesh, features: FeatureCache | None = None):
@@ -26,11 +26,11 @@ class Feed:
         self.spec = data.spec if features is None else features.spec(data.spec)
 
     def batch(self, step: int) -> dict[str, jax.Array]:
-        """The batch of one step."""
+        """Returns the batch of one step."""
         return self._place(self.data.batch(step, self.rows))
 
     def iterate(self, start: int, stop: int) -> Iterator[tuple[int, dict[str, jax.Array]]]:
-        """The batches of steps start..stop-1, read ahead, each with its number of tokens over all processes."""
+        """Yields the batches of steps start..stop-1, read ahead, each with its number of tokens over all processes."""
         for local in self.data.iterate(start, stop, self.rows):
             tokens = int((local["segments"] > 0).sum()) * self.data.mixture.rows // len(self.rows)
             yield tokens, self._place(local)

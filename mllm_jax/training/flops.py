@@ -16,7 +16,7 @@ from mllm_jax.layers.attention import whole_scores
 
 @dataclass(frozen=True)
 class PartFlops:
-    """FLOPs of one part of a model in a step; a frozen part in front of all trained ones has no backward pass."""
+    """FLOPs of one part of a model in a step; a frozen part before all trained ones has no backward pass."""
 
     forward: int = 0
     backward: int = 0
@@ -27,24 +27,24 @@ class PartFlops:
 
 
 def count_flops(function, *args) -> int:
-    """Multiply-adds (as two operations) of all matrix products and convolutions that `function(*args)` performs.
+    """Counts the multiply-adds (as two operations) of all matrix products and convolutions of `function(*args)`.
 
-    What is in the program is counted, every part of a model alike; a frozen part counts its forward pass only, as no
-    gradient of it is in the program. Elementwise work is left out, as is usual for MFU (PaLM, arXiv 2204.02311, B).
+    A frozen part counts with its forward pass only: its gradient is not in the program. Elementwise work is left out,
+    as is usual for MFU (PaLM, arXiv 2204.02311, B).
     """
     return sum(_count(_traced(function, args), "").values())
 
 
 def flops_by_part(function, parts: Collection[str], *args) -> dict[str, PartFlops]:
-    """The same, apart for each part of a model and for its forward and backward pass.
+    """Counts the FLOPs of each part of a model, separately for its forward and backward pass.
 
     Args:
         function: a loss and its gradient.
-        parts: names of submodules. The output head of an LLM is "head", and what no part does is the "objective": the
-            head too, where a loss takes it in pieces.
+        parts: names of submodules. The output head of an LLM is "head". All other work is the "objective", which
+            includes the head if a loss computes it in chunks.
 
     Returns:
-        the parts that do anything, in the order of `parts`.
+        the parts with any FLOPs, in the order of `parts`.
     """
     by_stack = _count(_traced(function, args), "")
     sums: Counter[tuple[str, bool]] = Counter()
@@ -61,13 +61,13 @@ def flops_by_part(function, parts: Collection[str], *args) -> dict[str, PartFlop
 
 
 def _traced(function, args):
-    """The program with attention as the definition has it: loops over blocks stop at what a mask hides."""
+    """Traces the program with attention by its definition, since loops over blocks skip masked blocks."""
     with whole_scores():
         return jax.make_jaxpr(function)(*args).jaxpr
 
 
 def _count(jaxpr, stack: str) -> Counter[str]:
-    """FLOPs by the names around them."""
+    """Counts FLOPs by the name scopes around them."""
     total: Counter[str] = Counter()
     for eqn in jaxpr.eqns:
         name = eqn.primitive.name

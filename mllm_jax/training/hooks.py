@@ -1,4 +1,4 @@
-"""What is done around each step of a stage, by small objects that the loop calls in the order of a list."""
+"""Hooks: small objects that the loop calls before and after each step of a stage, in the order of a list."""
 
 from __future__ import annotations
 
@@ -29,18 +29,18 @@ from mllm_jax.training.step import TrainState
 
 @dataclass
 class StepDone:
-    """A step that was dispatched; a hook leaves here what the hooks after it, and the loop, need.
+    """A step that was dispatched; hooks write here what later hooks and the loop need.
 
     Attributes:
-        ended: steps of the stage that are done, with this one.
+        ended: number of steps of the stage that are done, including this one.
         last: whether it is the last of the stage.
-        state: the state after the step, until the next step takes it away.
-        metrics: of the step, on the devices: reading them waits for it.
-        tokens: of the batch, over all processes.
+        state: the state after the step; the next step donates it.
+        metrics: of the step, on the devices: reading them waits for the step.
+        tokens: number of tokens of the batch, over all processes.
         scores: mean metrics of a validation after the step; None: there was none.
         stop: whether the run stops here.
-        best: where the best validation so far was, of a stage with early stopping.
-        improved: whether it was after this step.
+        best: the best validation so far, of a stage with early stopping.
+        improved: whether the best validation followed this step.
     """
 
     ended: int
@@ -59,9 +59,9 @@ class Best:
     """The best validation of a stage with early stopping, kept with each checkpoint.
 
     Attributes:
-        step: steps of the stage that were done; None: no loss was finite yet.
-        since: validations after it.
-        validation: what it was computed on, described; of another, losses cannot be compared.
+        step: number of steps of the stage that were done; None: no loss was finite yet.
+        since: number of validations after it.
+        validation: describes its data; losses on other data cannot be compared.
     """
 
     step: int | None = None
@@ -70,29 +70,29 @@ class Best:
     validation: Any = None
 
     def after(self, step: int, loss: float) -> Best:
-        """The best after one more validation."""
+        """Returns the best after one more validation."""
         better = math.isfinite(loss) and (self.loss is None or loss < self.loss)
         return replace(self, step=step, loss=loss, since=0) if better else replace(self, since=self.since + 1)
 
 
 class Hook:
-    """What a hook may do; it overrides what it needs."""
+    """Base class of hooks, which override the methods that they need."""
 
     def before(self, step: int) -> None:
-        """Called before a step is dispatched, with its number in the stage."""
+        """Runs before a step is dispatched, with its number in the stage."""
 
     def after(self, done: StepDone) -> None:
-        """Called after each step was dispatched, while the devices still compute it."""
+        """Runs after a step was dispatched, while the devices still compute it."""
 
 
 @dataclass(frozen=True)
 class Context:
-    """What the hooks of a stage share.
+    """State that the hooks of a stage share.
 
     Attributes:
-        done_before: steps of the stages before this one.
+        done_before: number of steps of the stages before this one.
         writer: None on processes other than the first.
-        meter: of the stage's speed.
+        meter: measures the stage's speed.
     """
 
     experiment: Experiment
@@ -109,7 +109,7 @@ class Context:
 
 
 class Report(Hook):
-    """Writes and shows the metrics of a step once the next one is dispatched, so that the devices never wait for it.
+    """Writes and shows the metrics of a step after the next one is dispatched, so that the devices never wait for it.
 
     Raises:
         TrainingError: a loss or gradient that is not finite, with `nonfinite="stop"`.
@@ -128,7 +128,7 @@ class Report(Hook):
         return self._pending is not None and not self._pending.metrics["loss"].is_ready()
 
     def flush(self) -> None:
-        """Reports the latest step, if that is not done yet; waits for it."""
+        """Waits for the latest step and reports it, unless it is reported already."""
         if self._pending is not None:
             self._report(self._pending)
             self._pending = None
@@ -160,7 +160,7 @@ class Report(Hook):
 
 
 class Trace(Hook):
-    """Traces a few steps for `--profile`."""
+    """A trace of a few steps for `--profile`."""
 
     def __init__(self, profile: Profile):
         self.profile = profile
@@ -174,7 +174,7 @@ class Trace(Hook):
 
 
 class Stop(Hook):
-    """Says whether the run stops after a step; all processes agree on it. After the last step the stage ends anyway."""
+    """Decides, for all processes, whether the run stops after a step; the stage ends after its last step anyway."""
 
     def __init__(self, stopping: Stopping):
         self.stopping = stopping
@@ -198,7 +198,7 @@ class Validate(Hook):
             self.context.say(done.ended, f"validation loss {loss:.4f}")
 
     def _validate(self, params: dict, step: int) -> dict[str, float]:
-        """Mean metrics by weight, named and written as `validation_...`."""
+        """Returns the mean metrics by weight, named `validation_...`, and writes them."""
         context, total = self.context, {}
         for i in range(context.stage.validation_batches):
             values = jax.device_get(self.eval_step(params, self.frozen, self.feed.batch(i)))
@@ -217,7 +217,7 @@ class Patience(Hook):
     """Ends a stage whose validation loss has not become smaller for `Stage.patience` validations.
 
     Args:
-        best: what the checkpoint that the stage goes on from knows.
+        best: the best validation in the checkpoint that the stage continues from.
     """
 
     def __init__(self, context: Context, checkpoints: TrainingCheckpoints, best: Best):
@@ -226,7 +226,7 @@ class Patience(Hook):
 
     @property
     def exhausted(self) -> bool:
-        """Whether the stage has ended by it."""
+        """True if early stopping has ended the stage."""
         return self.best.since >= self.context.stage.patience
 
     def after(self, done: StepDone) -> None:
@@ -240,13 +240,13 @@ class Patience(Hook):
 
 
 class Evaluate(Hook):
-    """Measures the parameters as they are by tasks of the experiment's evaluation, every few steps.
+    """Evaluates the current parameters by tasks of the experiment's evaluation, every few steps.
 
-    Every process takes part, as in the evaluation at the end of a run. Nothing of the training's state changes.
+    Every process takes part, as in the evaluation at the end of a run. The state of training does not change.
 
     Args:
         tasks: see `mllm_jax.training.evaluation.Evaluation`.
-        assistant: of the stage's composition, without parameters.
+        assistant: runs the stage's composition; has no parameters of its own.
     """
 
     def __init__(self, context: Context, tasks: Sequence[Evaluation], assistant: Assistant, frozen: dict):
@@ -271,12 +271,12 @@ class Evaluate(Hook):
 
 
 class Save(Hook):
-    """Saves a checkpoint every few steps, where the run stops, and after the best validation of early stopping.
+    """Saves a checkpoint every few steps, when the run stops, and after the best validation of early stopping.
 
     Args:
-        origin: what the stage began with, kept with each checkpoint.
-        ahead: how many batches the data is ahead of the steps, where the rows have changed.
-        end: whether the stage's end is saved too, so that more steps can go on from it; its parameters are kept anyway.
+        origin: describes what the stage began with; kept with each checkpoint.
+        ahead: number of batches by which the data is ahead of the steps, if the number of rows has changed.
+        end: whether the stage's end is saved too, so that more steps can follow it; its parameters are kept anyway.
     """
 
     def __init__(
@@ -318,7 +318,7 @@ class Save(Hook):
 
 
 class Interrupt(Hook):
-    """Ends the run where it stops.
+    """Ends the run after the step at which it stops.
 
     Raises:
         Interrupted: a checkpoint was saved, and all files are closed.
@@ -336,4 +336,4 @@ class Interrupt(Hook):
         if self.context.writer:
             self.context.writer.close()
         account.write()
-        raise Interrupted(f"stopped at step {done.ended} of stage {stage.name}; the same command goes on from there")
+        raise Interrupted(f"stopped at step {done.ended} of stage {stage.name}; the same command continues from there")

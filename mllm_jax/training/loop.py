@@ -48,15 +48,15 @@ def train(
 
     Args:
         fresh: start over, removing what an earlier run left there.
-        devices: the devices to use; None: all.
-        cache_dir: where measured lengths are kept; None: in the run folder.
+        devices: to train on; None: all.
+        cache_dir: folder for measured lengths; None: the run folder.
         until: the stage to end with; None: the last.
-        hang_seconds: this process ends, its stacks told, when nothing is finished for so long (`mllm train`: 1800).
+        hang_seconds: after this time without progress, prints all stacks and exits (`mllm train`: 1800 s).
         profile: write a trace of a few steps.
-        self_contained: copy what `Pretrained` parts read into the run folder, instead of referring to their folders.
-        sinks: where the metrics go besides the run folder, such as `training.operations.wandb.Wandb`.
+        self_contained: copy the weights of `Pretrained` parts into the run folder, instead of referring to them.
+        sinks: receive the metrics too, such as `training.operations.wandb.Wandb`.
 
-    A run that the folder holds goes on with the present config: see `open_run` for what may have changed.
+    A run in the folder continues with the given config: `open_run` describes the changes that are allowed.
 
     Every process calls this with the same arguments; `run_dir` is one folder that all of them see. One run at a time
     trains in it.
@@ -84,7 +84,7 @@ def train(
 
 @contextlib.contextmanager
 def _receiving(sinks: Sequence[Sink], experiment: Experiment, folder: RunFolder) -> Iterator[None]:
-    """Begins and closes the sinks, on the first process alone."""
+    """Begins and closes the sinks, on the first process only."""
     finished = False
     try:
         first_alone(lambda: [sink.begin(experiment, folder.path) for sink in sinks])
@@ -108,7 +108,7 @@ def _train_stages(
     profile: bool,
     self_contained: bool,
 ) -> None:
-    # ---- the processor; all parameters, made or read in place
+    # ---- the processor; all parameters, drawn or read on their devices
     processor = prepare_processor(experiment, folder)
     params, _ = starting_params(experiment, folder, mesh, self_contained=self_contained)
     finished = finished_stages(folder, experiment)
@@ -140,7 +140,7 @@ def _train_stages(
             if is_first():
                 write_json(folder.path / "run.json", facts)
             if by.stopping.asked:
-                raise Interrupted(f"stopped after stage {stage.name}; the same command goes on from there")
+                raise Interrupted(f"stopped after stage {stage.name}; the same command continues from there")
             if stage.name == until:
                 break
 

@@ -17,9 +17,9 @@ DECAYED = ("kernel", "embedding")
 
 
 def learning_rate(config: AdamW, steps: int) -> optax.Schedule:
-    """Gives the schedule: linear warm-up from 0 to the peak, then what `AdamW.schedule` says.
+    """Builds the schedule: linear warm-up from 0 to the peak, then `AdamW.schedule`.
 
-    A warm-up before a cosine takes at most half of the steps; before a constant it does not depend on them.
+    A warm-up before a cosine takes at most half of the steps; before a constant it does not depend on their number.
     """
     if config.schedule == "constant":
         rise = optax.linear_schedule(0.0, config.learning_rate, config.warmup_steps)
@@ -31,7 +31,7 @@ def learning_rate(config: AdamW, steps: int) -> optax.Schedule:
 
 
 def _decay_mask(params):
-    """True where a path ends in a matrix's name: scanned norms have two dimensions as well, so the name decides."""
+    """Marks paths that end in a matrix's name. The name decides, as scanned norms have two dimensions too."""
 
     def one(path, _):
         return str(path[-1].key).endswith(DECAYED)
@@ -58,7 +58,7 @@ def _by_pattern(factors: Sequence[tuple[str, float]]) -> optax.GradientTransform
 
 
 def make_optimizer(config: AdamW, steps: int) -> optax.GradientTransformation:
-    """Clip by global norm, then AdamW or what a subclass has in its place, then the factors of single parts.
+    """Chains clipping by global norm, AdamW or a subclass's transformation, and the factors of single parts.
 
     Raises:
         ConfigError: at the first update, a factor's pattern that matches nothing.

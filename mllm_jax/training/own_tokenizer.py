@@ -1,4 +1,4 @@
-"""An experiment that begins with a whole named model and has another tokenizer than that model's."""
+"""Experiments that begin with a whole named model and have another tokenizer than that model."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from mllm_jax.training.config import Experiment, Pretrained
 
 
 def words_source(experiment: Experiment) -> Pretrained | None:
-    """The whole model that is read and gets another tokenizer; None: there is none."""
+    """Returns the source of a whole model that gets another tokenizer; None: there is none."""
     return next((source for source in experiment.pretrained if brings_words(experiment, source)), None)
 
 
 def with_own_tokenizer(experiment: Experiment) -> Experiment:
-    """The experiment whose model has the vocabulary of the tokenizer that it names; most are returned as they are.
+    """Gives the experiment's model the vocabulary of its own tokenizer; most experiments are returned as they are.
 
     Raises:
         ConfigError: a model that can have no other tokenizer, or special tokens that clash.
@@ -31,13 +31,13 @@ def with_own_tokenizer(experiment: Experiment) -> Experiment:
 
 
 def own_tokenizer_of(experiment: Experiment, source: Pretrained) -> ChatTokenizer:
-    """The tokenizer of the experiment with what the model's media need; see `own_tokenizer`."""
+    """Builds the experiment's tokenizer with the special tokens of the model's media; see `own_tokenizer`."""
     config = experiment.tokenizer
     return own_tokenizer(pretrained_config(source.folder), config.folder, source.folder, config.template)
 
 
 def vocabulary_of(experiment: Experiment, source: Pretrained) -> Vocabulary | None:
-    """Which stored rows the tokens of an experiment take; None: the vocabulary is the stored one."""
+    """Maps the tokens of an experiment to stored rows; None: the vocabulary is the stored one."""
     if not brings_words(experiment, source):
         return None
     ours, theirs = own_tokenizer_of(experiment, source), ChatTokenizer.load(source.folder)

@@ -1,4 +1,4 @@
-"""Which parameters a stage trains: two trees that add up to the whole."""
+"""The trainable and the frozen parameters of a stage: two trees that add up to the whole."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from mllm_jax.models.part_names import new_names
 
 
 def split(params: dict, patterns: Sequence[str]) -> tuple[dict, dict]:
-    """(trainable, frozen) nested dicts; a leaf is trainable if a pattern matches its path.
+    """Returns (trainable, frozen) nested dicts; a leaf is trainable if a pattern matches its path.
 
     Raises:
         ConfigError: a pattern that matches nothing.
@@ -39,7 +39,7 @@ def trains(patterns: Sequence[str], part: str) -> bool:
 
 
 def join(*trees: dict) -> dict:
-    """The inverse of `split`."""
+    """Joins trees; the inverse of `split`."""
     flat: dict = {}
     for tree in trees:
         flat |= flatten_dict(tree, sep="/")
@@ -47,7 +47,7 @@ def join(*trees: dict) -> dict:
 
 
 def num_bytes(tree) -> int:
-    """Bytes of all arrays of a tree, once, whatever the sharding."""
+    """Returns the bytes of all arrays of a tree, each counted once, whatever the sharding."""
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 

@@ -1,4 +1,4 @@
-"""The parameters that a run begins with: made from its seed, or read part by part from other models and runs."""
+"""The parameters that a run begins with: drawn with its seed, or read part by part from other models and runs."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ _READS_TOKENS = ("llm", "encoder_text", "prompter")
 
 
 def initial_params(experiment: Experiment, mesh: Mesh) -> tuple[dict, dict]:
-    """All parameters where they will live, those of `experiment.pretrained` read and the others made from the seed.
+    """Reads the parameters of `experiment.pretrained` and draws all others with the seed, on their devices.
 
     Returns:
         (params, shardings): nested dicts of float32 arrays and of their NamedShardings.
 
     Raises:
-        ConfigError: a source whose model is not the part's.
+        ConfigError: a source that holds another model than the part's.
         CheckpointError: weights that are absent, damaged or of other shapes.
     """
     placed = placed_together(experiment.compositions, mesh, experiment.part_rules)
@@ -41,16 +41,16 @@ def initial_params(experiment: Experiment, mesh: Mesh) -> tuple[dict, dict]:
 
 
 def _say(line: str) -> None:
-    """Prints how what is read differs from what is stored, once for all processes."""
+    """Prints a line about how a part differs from its source, once for all processes."""
     if is_first():
         print(line, flush=True)
 
 
 def require_words(experiment: Experiment, tokenizer: Tokenizer) -> None:
-    """Parts that read tokens go on with the ids that they were trained on.
+    """Checks that parts that read tokens get the ids that they were trained on.
 
     Raises:
-        ConfigError: a part of a run whose tokenizer gives some text another id.
+        ConfigError: a part of a run whose tokenizer has another id for some text.
     """
     ours = tokenizer.backend.get_vocab()
     for source in experiment.pretrained:
@@ -71,7 +71,7 @@ def require_words(experiment: Experiment, tokenizer: Tokenizer) -> None:
 
 
 def describe_sources(experiment: Experiment) -> dict[str, str]:
-    """{pattern of parameters: where they were read}."""
+    """Returns {pattern of parameters: their source}."""
     return {
         "*"
         if source.part == "*"

@@ -1,4 +1,4 @@
-"""The processor of a run: kept in its folder, whoever made its tokenizer; and a folder to leave with."""
+"""The processor of a run, kept in its folder; and the export of a run as a Hugging Face folder."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ from mllm_jax.training.pretrained import require_words
 
 
 def prepare_processor(experiment: Experiment, run: RunFolder) -> Processor:
-    """The processor that the run holds, or that is made for it: read from a folder, or with a tokenizer trained here.
+    """Reads the run's processor, or makes it: from a model's folder, or with a tokenizer trained here.
 
     Raises:
-        ConfigError: a named model without a folder, or a tokenizer that the model's embeddings do not hold.
+        ConfigError: a named model without a folder, or a tokenizer with more ids than the model's embeddings.
     """
     first_alone(partial(_write, experiment, run))
     processor = Processor.of_run(run, experiment)
@@ -70,14 +70,14 @@ def _write(experiment: Experiment, run: RunFolder) -> None:
         if named and not has_settings(temporary):
             _require_no_settings(model, temporary, config.folder)
     if config.template is not None:
-        # What is trained leaves with the template that it was trained with.
+        # The exported model has the template that it was trained with.
         (temporary / PROCESSORS_TEMPLATE).unlink(missing_ok=True)
         (temporary / TEMPLATE).write_text(config.template, "utf-8")
     temporary.rename(run.processor_folder)
 
 
 def _require_no_settings(model: Any, folder: Path, named: str) -> None:
-    """Refuses a folder without the settings of an image processor, where the model's layout reads them."""
+    """Refuses a folder without the settings of an image processor, if the model's layout reads them."""
     try:
         Processor.of(model, folder)
     except ConfigError as error:
@@ -89,7 +89,7 @@ def _require_no_settings(model: Any, folder: Path, named: str) -> None:
 
 
 def _tokenizer(experiment: Experiment) -> Tokenizer:
-    """The one that the config names, or one trained on the stages' text."""
+    """Returns the tokenizer that the config names, or one trained on the stages' text."""
     config = experiment.tokenizer
     if config.path is not None:
         return Tokenizer.load(Path(config.path))
@@ -102,7 +102,7 @@ def export_run(run: RunFolder, target: Path, *, dtype: Any = None, overwrite: bo
     """Writes a named model that a run trained as a Hugging Face folder.
 
     Raises:
-        ConfigError: a run of a model without a family; CheckpointError: a folder that is taken.
+        ConfigError: a run of a model without a family; CheckpointError: a target that exists.
     """
     _, model, params, _, _ = load_run(run)
     folder = run.processor_folder

@@ -1,4 +1,4 @@
-"""One stage as a program, built once for the loop, which runs it, and for the planner, which only compiles it."""
+"""A stage's compiled program: the loop runs it, and the planner only compiles it."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ from mllm_jax.training.step import (
 
 @dataclass(frozen=True)
 class StageProgram:
-    """The compiled steps of a stage, and all that they take as ShapeDtypeStructs with shardings.
+    """The compiled steps of a stage, and their arguments as ShapeDtypeStructs with shardings.
 
     Attributes:
         model: the model's config.
         optimizer: of the trained parameters.
-        state: what a step changes.
+        state: the arrays that a step changes.
         frozen: the other parameters, in the dtype in which the stage holds them.
         batch: a batch's arrays by name.
         step: (state, frozen, batch) -> (state, metrics), see `make_train_step`.
@@ -62,20 +62,20 @@ class StageProgram:
         }
 
     def init(self, params: dict, key: jax.Array) -> TrainState:
-        """Makes the state at step 0 from the trained parameters, which the first step takes away."""
+        """Makes the state at step 0 from the trained parameters, which the first step donates."""
         return init_state(self.optimizer, params, shardings_of(self.state), key)
 
     def flops(self) -> int:
-        """Model FLOPs of one step over all devices: recomputation by remat is not counted."""
+        """Counts the model FLOPs of one step over all devices, without recomputation by remat."""
         return count_flops(*self._gradient())
 
     def flops_by_part(self, parts: Collection[str]) -> dict[str, PartFlops]:
-        """The same by part of the model, forward and backward; see `mllm_jax.training.flops.flops_by_part`."""
+        """Counts them by part of the model, forward and backward; see `mllm_jax.training.flops.flops_by_part`."""
         function, *arguments = self._gradient()
         return flops_by_part(function, parts, *arguments)
 
     def _gradient(self):
-        """The loss's gradient without remat, and its arguments."""
+        """Returns the loss's gradient without remat, and its arguments."""
         apply = make_apply(with_compute(self.model, remat="none").make())
 
         def loss(params, frozen, batch):
@@ -102,8 +102,8 @@ def build_stage(
     """Builds a stage's program; nothing is computed or compiled.
 
     Args:
-        spec: of a global batch.
-        placed: all parameters of the stage's composition as ShapeDtypeStructs with shardings, where the caller has
+        spec: spec of a global batch.
+        placed: all parameters of the stage's composition as ShapeDtypeStructs with shardings, if the caller has
             them.
 
     Raises:

@@ -50,13 +50,13 @@ from mllm_jax.training.step import TrainState
 
 @dataclass(frozen=True)
 class Prepared:
-    """What a stage needs before its first step.
+    """Everything that a stage needs before its first step.
 
     Attributes:
-        trainable: the caller's own arrays, which no step takes away.
+        trainable: the caller's own arrays, which no step donates.
         frozen: in the dtype in which the stage holds them.
-        origin: fingerprints of what the stage begins with, and where the frozen parameters come from.
-        packing: how full the rows of its batches are.
+        origin: fingerprints of the parameters that the stage begins with, and the sources of the frozen ones.
+        packing: fill of the rows of its batches.
     """
 
     feed: Feed
@@ -71,11 +71,11 @@ class Prepared:
 
 @dataclass(frozen=True)
 class Start:
-    """Where a start of a stage begins.
+    """The position in a stage at which a start begins.
 
     Attributes:
-        step: steps of the stage that are done.
-        data: batches of the data that are done: as many, unless the number of rows has changed.
+        step: number of steps of the stage that are done.
+        data: number of batches of the data that are done: equal to `step`, unless the number of rows has changed.
         best: of early stopping.
     """
 
@@ -90,10 +90,10 @@ class StageRunner:
     """One stage of a run; `run` trains it.
 
     Attributes:
-        done_before: steps of the stages before this one.
-        sinks: where metrics go besides the run folder.
+        done_before: number of steps of the stages before this one.
+        sinks: receive the metrics too.
         last: whether the run ends with this stage.
-        cache_dir: where measured lengths are kept; None: in the run folder, as where several processes share them.
+        cache_dir: folder for measured lengths; None: the run folder, which several processes share.
     """
 
     experiment: Experiment
@@ -124,7 +124,7 @@ class StageRunner:
             params: all parameters; they stay as they are.
 
         Returns:
-            (the trained parameters, facts for the report).
+            (the trained parameters, values for the report).
         """
         started = time.monotonic()
         ready = self.prepare(params)
@@ -152,19 +152,19 @@ class StageRunner:
         with self.by.goodput.spending("checkpoint"):
             checkpoints.close()
         if patience is not None and patience.best.step not in (None, ended):
-            del start, state  # room for the best one
+            del start, state  # frees memory for the best one
             _, restored, _ = checkpoints.restore({"state": ready.program.state}, patience.best.step)
             state = restored["state"]
         return self.finish(ready, state.params, ended, context, patience, started)
 
     @property
     def words(self) -> Processor:
-        """What lays the stage's examples out."""
+        """The processor of the stage's examples."""
         return self.processor.of_composition(self.config)
 
     @property
     def peak(self) -> float | None:
-        """FLOP/s of a device, where one figure is known."""
+        """Peak FLOP/s of a device; None if unknown."""
         return peak_flops(self.mesh.devices.flat[0].device_kind, self.config.dtype)
 
     def prepare(self, params: dict) -> Prepared:
@@ -193,7 +193,7 @@ class StageRunner:
         return Prepared(feed, held_out, features, program, trainable, frozen, origin, packing)
 
     def restore(self, ready: Prepared, checkpoints: TrainingCheckpoints) -> Start:
-        """Gives the steps that are done and the state after them: of the newest sound checkpoint, or of the beginning.
+        """Reads the newest sound checkpoint: its step and state; without one, begins at step 0.
 
         Raises:
             CheckpointError: a checkpoint of a stage that began with other weights, or no sound one.
@@ -201,7 +201,7 @@ class StageRunner:
         say, name, origin = self.progress.message, self.stage.name, ready.origin
         if from_first(checkpoints.latest()) is None:
             key = jax.random.fold_in(jax.random.key(self.experiment.seed), self.index)
-            # The state is donated step by step; the parameters stay the caller's, so the state starts from a copy.
+            # Steps donate the state, but the parameters belong to the caller: the state starts with a copy.
             start = Start(
                 0, 0, ready.program.init(jax.tree.map(lambda x: x.copy(), ready.trainable), key), self.best({})
             )
@@ -213,7 +213,7 @@ class StageRunner:
             compare_fingerprints(origin["began"], meta["began"], f"the weights with which {where} began")
             best = self.best(meta.get("best") or {})
             if best.step is not None and best.step not in from_first(checkpoints.steps()):
-                say(f"stage {name}: the checkpoint of its best step {best.step} is gone; the best is looked for anew")
+                say(f"stage {name}: the checkpoint of its best step {best.step} is gone; its search starts anew")
                 best = self.best({})
             before = meta["config"]["stages"][self.index]["data"]["rows"]
             start = Start(step, -(-meta["data_step"] * before // self.stage.data.rows), restored["state"], best)
@@ -223,20 +223,20 @@ class StageRunner:
         return start
 
     def best(self, known: dict[str, Any]) -> Best:
-        """Gives what early stopping goes on from: what a checkpoint says, unless another validation judged it."""
+        """Returns the best validation in a checkpoint; a new one if it was computed on other validation data."""
         validation = describe(self.stage.validation)
         return Best(**known) if known.get("validation") == validation and known else Best(validation=validation)
 
     def loop(
         self, ready: Prepared, start: Start, report: Report, hooks: Sequence[Hook], *, over: bool
     ) -> tuple[int, TrainState]:
-        """Takes the stage's steps; step k is dispatched before the metrics of k - 1 are read.
+        """Runs the stage's steps; step k is dispatched before the metrics of step k - 1 are read.
 
         Args:
-            over: no step is left, as early stopping had ended the stage already.
+            over: no step is left, because early stopping has ended the stage already.
 
         Returns:
-            (the steps of the stage that are done, the state after them)
+            (the number of steps of the stage that are done, the state after them)
 
         Raises:
             Interrupted: the run was asked to stop; a checkpoint was saved.
@@ -270,14 +270,14 @@ class StageRunner:
         patience: Patience | None,
         started: float,
     ) -> tuple[dict, dict]:
-        """Keeps what the stage trained, for good; returns it and the facts for the report."""
+        """Saves the stage's trained parameters permanently; returns them and the values for the report."""
         account, early = self.by.goodput, {}
         if ready.features is not None:
             ready.features.close()
         if patience is not None and (best := patience.best).step is not None:
             context.say(ended, f"the parameters of step {best.step} are kept, with validation loss {best.loss:.4f}")
-            told = {"best_step": best.step, "validation_loss": best.loss, "stopped": ended < self.stage.steps}
-            early = {"early_stopping": told | {"patience": self.stage.patience}}
+            stopping = {"best_step": best.step, "validation_loss": best.loss, "stopped": ended < self.stage.steps}
+            early = {"early_stopping": stopping | {"patience": self.stage.patience}}
         facts = {
             "name": self.stage.name,
             "steps": ended,
@@ -309,14 +309,14 @@ class StageRunner:
         )
 
     def frozen_meta(self, frozen: dict) -> dict:
-        """Where the frozen parameters come from and what they are: enough to find and to check them."""
+        """Returns the sources and the fingerprint of the frozen parameters, to find and to check them."""
         sources = {"": f"init(seed={self.experiment.seed})"} | describe_sources(self.experiment)
         for i, earlier in enumerate(self.experiment.stages[: self.index]):
             sources |= {pattern: f"stages/{i}-{earlier.name}" for pattern in earlier.trainable}
         return {"sources": sources, "fingerprint": fingerprint(frozen)}
 
     def feature_cache(self, params: dict, frozen_meta: dict) -> FeatureCache:
-        """The encoder's features on disk, beside the run and under the name of what they come from."""
+        """Opens the cache of the encoder's features, in a folder named by the encoder's fingerprint."""
         key = hashlib.sha256(repr([frozen_meta["fingerprint"], describe(self.config)]).encode())
         folder = self.folder.features / key.hexdigest()[:16]
         return FeatureCache.of(folder, self.config.make(), params, self.mesh, self.experiment.part_rules)

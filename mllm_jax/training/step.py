@@ -1,4 +1,4 @@
-"""The one train step: objective -> gradient of the trainable part -> optimizer, jitted, donated and sharded."""
+"""The train step: objective -> gradient of the trainable parameters -> optimizer, jitted, donated and sharded."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from mllm_jax.training.partition import join
 
 @struct.dataclass
 class TrainState:
-    """What a step changes: step int32, trainable parameters, optimizer state, PRNG key (raw uint32 data)."""
+    """State that a step changes: step int32, trainable parameters, optimizer state, PRNG key (raw uint32 data)."""
 
     step: jax.Array
     params: dict
@@ -29,7 +29,7 @@ class TrainState:
 
 
 def state_shardings(optimizer: optax.GradientTransformation, params, shardings, mesh: Mesh) -> TrainState:
-    """Shardings of a TrainState: the optimizer's moments lie where their parameters lie."""
+    """Returns the shardings of a TrainState: the optimizer's moments have those of their parameters."""
     replicated = NamedSharding(mesh, PartitionSpec())
     opt_state = optax.tree_map_params(
         optimizer,
@@ -42,14 +42,14 @@ def state_shardings(optimizer: optax.GradientTransformation, params, shardings, 
 
 
 def init_state(optimizer, params, shardings: TrainState, key: jax.Array) -> TrainState:
-    """The state at step 0 of a stage."""
+    """Makes the state at step 0 of a stage."""
     opt_state = jax.jit(optimizer.init, out_shardings=shardings.opt_state)(params)
     place = partial(jax.device_put, device=shardings.step)
     return TrainState(place(jnp.int32(0)), params, opt_state, place(jax.random.key_data(key)))
 
 
 def make_apply(model: nn.Module) -> Callable:
-    """apply(params, batch, method=None): the model as objectives see it."""
+    """Returns apply(params, batch, method=None), through which objectives call the model."""
 
     def apply(params, batch, method=None):
         return model.apply({"params": params}, batch, method=method)
@@ -66,10 +66,10 @@ def make_train_step(
     and the metric `nonfinite` is 1.
 
     Args:
-        batch: arrays [rows, ...]; with `accumulate` > 1 it is cut into so many pieces along the rows, whose gradients
-            are averaged by the objective's `weight`, so that the result is that of the whole batch. (A contrastive
-            batch has the negatives of its piece only.)
-        parts: what parts of the model have of their own in the table of logical axes.
+        batch: arrays [rows, ...]; `accumulate` > 1 cuts the rows into that number of pieces, whose gradients are
+            averaged by the objective's `weight`, so that the result is that of the whole batch. (A contrastive piece
+            has only its own negatives.)
+        parts: rules for single parts of the model in the table of logical axes.
     """
     apply = make_apply(model)
 
@@ -102,14 +102,14 @@ def make_train_step(
 
 
 def _in_pieces(gradient: Callable, pieces: int, mesh: Mesh) -> Callable:
-    """The loss, metrics and gradient of a whole batch, computed piece by piece; see `make_train_step`."""
+    """Returns a function of the loss, metrics and gradient of a whole batch, piece by piece; see `make_train_step`."""
 
     def whole(params, frozen, batch, key):
         (value, metrics), grads = gradient(params, frozen, batch, key)
         return value, metrics, grads
 
     def cut(x):
-        """[rows, ...] -> [pieces, rows/pieces, ...]; neighbours go to different pieces: each shard keeps its rows."""
+        """Reshapes [rows, ...] to [pieces, rows/pieces, ...]; neighbors go to different pieces, so shards keep rows."""
         x = x.reshape(x.shape[0] // pieces, pieces, *x.shape[1:]).swapaxes(0, 1)
         spec = batch_sharding(mesh, x.ndim - 1, x.shape[1:]).spec
         return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(None, *spec)))
@@ -146,7 +146,7 @@ def make_eval_step(model: nn.Module, objective, *, mesh: Mesh, parts: Sequence[P
 
 
 def place_batch(local: dict, mesh: Mesh, spec: BatchSpec, rows: list[int]) -> dict:
-    """Global arrays from this process's rows, which `rows` names; nothing crosses hosts."""
+    """Makes global arrays from this process's rows, whose indices are `rows`; no data moves between hosts."""
     spec.check(local)
     position = {row: i for i, row in enumerate(rows)}
 
@@ -164,6 +164,6 @@ def place_batch(local: dict, mesh: Mesh, spec: BatchSpec, rows: list[int]) -> di
 
 
 def local_rows(mesh: Mesh, rows: int) -> list[int]:
-    """The rows of a global batch that this process's devices hold, in order."""
+    """Returns the indices of a global batch's rows that this process's devices hold, in order."""
     indices = batch_sharding(mesh, 1, (rows,)).addressable_devices_indices_map((rows,))
     return sorted({row for (piece,) in indices.values() for row in range(*piece.indices(rows))})

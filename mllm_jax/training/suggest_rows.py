@@ -1,4 +1,4 @@
-"""A sample of what a stage reads, measured, and the rows that would suit it."""
+"""Suggests the rows of a stage from a measured sample of its data."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from mllm_jax.training.config import Experiment, Stage
 from mllm_jax.training.own_tokenizer import with_own_tokenizer
 from mllm_jax.training.run_processor import prepare_processor
 
-LONGEST = 1 << 20  # positions, beyond any example
+LONGEST = 1 << 20  # positions, more than any example has
 
 
 @dataclass(frozen=True)
 class Suggestion:
-    """What rows one stage has, what others would make of its data, and which are proposed.
+    """The rows of a stage, alternatives with their effect on its data, and the proposed ones.
 
     Attributes:
-        examples: how many were measured; bad: how many cannot be used whatever the rows are, and the first reason.
-        unit: what a slot holds.
+        examples: number of measured examples; bad: number that no rows can hold, and the first reason.
+        unit: content of a slot.
         rows: of a batch with the proposed rows, which holds about as many tokens as now.
     """
 
@@ -48,11 +48,11 @@ def suggest(experiment: Experiment, sample: int = 1000) -> list[Suggestion]:
     """Measures a sample of each stage's data and proposes its rows.
 
     Args:
-        sample: examples of each stage, shared out to its sources by weight.
+        sample: number of examples of each stage, divided among its sources by weight.
 
     Raises:
-        DataError: a stage without an example that can be used.
-        ConfigError: what stops training too, such as a tokenizer that cannot serve.
+        DataError: a stage without a usable example.
+        ConfigError: an error that prevents training too, such as an unsuitable tokenizer.
     """
     experiment = with_own_tokenizer(experiment)
     with TemporaryDirectory() as folder:
@@ -83,7 +83,7 @@ def _of_stage(experiment: Experiment, stage: Stage, processor: Any, sample: int)
 
 
 def measured(mixture: Mixture, processor: Any, sample: int) -> tuple[Sizes, list[str]]:
-    """What evenly spaced examples of a mixture take of a row, whatever rows it has; and why some cannot be used.
+    """Measures the positions and slots of evenly spaced examples of a mixture; gives the reasons why some are unusable.
 
     Raises:
         DataError: none of them can.
@@ -100,7 +100,7 @@ def measured(mixture: Mixture, processor: Any, sample: int) -> tuple[Sizes, list
             except DataError as error:
                 bad.append(f"{source.name}[{index}]: {error.given}")
     if not found:
-        raise DataError(f"{len(bad)} examples, the first: {bad[0]}", "some that can be used", "mend the records")
+        raise DataError(f"{len(bad)} examples, the first: {bad[0]}", "some that can be used", "correct the records")
     modalities = sorted({modality for *_, slots in found for modality in slots})
     lengths, least = (np.array([each[i] for each in found]) for i in (0, 1))
     slots = {modality: np.array([each[2].get(modality, 0) for each in found]) for modality in modalities}
@@ -108,7 +108,7 @@ def measured(mixture: Mixture, processor: Any, sample: int) -> tuple[Sizes, list
 
 
 def _taken(example: Example, mixture: Mixture, processor: Any) -> tuple[int, int, dict[str, int]]:
-    """Positions of an example, of its first turn alone, and slots by modality."""
+    """Returns the positions of an example, those of its first turn alone, and its slots by modality."""
     if mixture.layout == "caption":
         encoded = processor.encode_captions(example, LONGEST, mixture.captions)
         return encoded.length, encoded.length, encoded.slots
@@ -117,6 +117,6 @@ def _taken(example: Example, mixture: Mixture, processor: Any) -> tuple[int, int
     if len(answers) < 2:
         return encoded.length, encoded.length, encoded.slots
     first = replace(example, messages=example.messages[: answers[0] + 1], segments=())
-    if len(first.media) < len(example.media):  # whose media are in later turns as well is shortened with them
+    if len(first.media) < len(example.media):  # media in later turns: the example cannot lose turns
         return encoded.length, encoded.length, encoded.slots
     return encoded.length, processor.encode(first, LONGEST, mixture.learn).length, encoded.slots

@@ -1,10 +1,10 @@
-"""The weights of a run: what it began with, kept once in its folder, and what its stages left.
+"""The weights of a run: the initial ones, kept once in its folder, and those that its stages trained.
 
-    initial/          what was drawn at the start and, with `self_contained`, what `Pretrained` parts read
-    stages/0-align/   what a stage trained
+    initial/          parameters drawn at the start and, with `self_contained`, those of `Pretrained` parts
+    stages/0-align/   parameters that a stage trained
 
-Each folder's meta has a fingerprint of every leaf that it stands for, so that files which were swapped or changed are
-found wherever a run is opened. Nothing is drawn a second time: another compiler or processor draws other last bits.
+Each folder's meta has a fingerprint of every leaf that it represents, so that opening a run finds files that were
+swapped or changed. No parameter is drawn twice: another compiler or processor draws other last bits.
 """
 
 from __future__ import annotations
@@ -35,16 +35,16 @@ Leaves = dict[str, Any]  # path -> leaf
 def starting_params(
     experiment: Experiment, folder: RunFolder, mesh: Mesh, *, self_contained: bool = False
 ) -> tuple[dict, dict]:
-    """Gives the parameters with which training goes on; a run that begins draws or reads them, and keeps them.
+    """Returns the parameters with which training continues; a new run draws or reads them, and saves them.
 
     Args:
-        self_contained: the run folder gets a copy of what `Pretrained` parts read, now or at its first start.
+        self_contained: copy the weights of `Pretrained` parts into the run folder, now or at its first start.
 
     Returns:
         (params, shardings): nested dicts of float32 arrays and of their NamedShardings.
 
     Raises:
-        CheckpointError: as `load_run`; RunFolderError: a folder with stages or checkpoints and without `initial`.
+        CheckpointError: as `load_run`; RunFolderError: a folder with stages or checkpoints but without `initial`.
     """
     if from_first(folder.initial.is_dir()):
         if self_contained:
@@ -59,7 +59,7 @@ def starting_params(
     params, shardings = initial_params(experiment, mesh)
     leaves = flatten_dict(params, sep="/")
     held = {name for source in experiment.pretrained for name in held_by(source, experiment)}
-    # What was made to fit another image size or vocabulary is kept: made elsewhere, its last bits would differ.
+    # Parameters resized for another image size or vocabulary are kept: made elsewhere, their last bits would differ.
     made = {path for source in experiment.pretrained for path in reshaped_paths(source, experiment)}
     read = [path for path in leaves if path.partition("/")[0] in held and path not in made]
     stored = list(leaves) if self_contained else [path for path in leaves if path not in set(read)]
@@ -77,7 +77,7 @@ def _keep(folder: RunFolder, leaves: Leaves, stored: Sequence[str], words: dict[
 
 
 def _copy_sources(experiment: Experiment, folder: RunFolder, mesh: Mesh) -> None:
-    """Adds to `initial` what is only referred to yet."""
+    """Copies the weights that `initial` only refers to into it."""
     begin = initial_meta(folder)
     if len(begin["stored"]) == len(begin["fingerprint"]):
         return

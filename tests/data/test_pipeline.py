@@ -23,7 +23,7 @@ from mllm_jax.sharding.mesh import MeshConfig, make_mesh
 from mllm_jax.training.config_file import load_config
 from mllm_jax.training.step import local_rows, place_batch
 
-TEXT = Weighted(Toy("toy_text", pictures=0))
+TEXT = Weighted(Toy("toy_text", images=0))
 
 
 def assert_equal(a: dict, b: dict) -> None:
@@ -220,10 +220,10 @@ class BrokenSource(ToySource):
             return Example((Message("user", "what colour"), Message("assistant", "  ")))
         return super().example(index)
 
-    def picture(self, index: int, number: int = 0) -> np.ndarray:
+    def image(self, index: int, number: int = 0) -> np.ndarray:
         if index in self.config.bad_images:
             raise DataError(f"image {index}: truncated", "a whole PNG", "replace it")
-        return super().picture(index, number)
+        return super().image(index, number)
 
 
 def broken(share: float, **kwargs) -> Mixture:

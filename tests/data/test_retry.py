@@ -93,11 +93,11 @@ class BucketSource(toy_data.ToySource):
         super().__init__(config)
         self.left = config.failures
 
-    def picture(self, index, number=0):
+    def image(self, index, number=0):
         if index % 7 == 0 and self.left:
             self.left -= 1
             raise OSError(110, "Connection timed out")
-        return super().picture(index, number)
+        return super().image(index, number)
 
 
 def make_images(failures: int, **kwargs):

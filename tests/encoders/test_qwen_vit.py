@@ -146,14 +146,14 @@ def test_packed_images_equal_each_alone(config):
         single = apply({"params": params}, other, *alone[1:])
         for name, x in outputs.items():
             unit = 1 if name == "last" else config.merge_unit
-            place = {"last": "last_hidden_state", "tokens": "pooler_output"}.get(name)
-            found = getattr(single, place) if place else single.deepstack_features[int(name[-1])]
+            field = {"last": "last_hidden_state", "tokens": "pooler_output"}.get(name)
+            found = getattr(single, field) if field else single.deepstack_features[int(name[-1])]
             wanted = x[0, start // unit : stop // unit]
             np.testing.assert_allclose(found[0, : len(wanted)], wanted, atol=2e-5, err_msg=f"{name} {grid}")
         start = stop
 
 
-def test_who_sees_whom():
+def test_the_range_of_attention():
     """Checks that windowed layers attend within a window, full layers within a frame."""
     layout = WINDOWED.lay_out([[(2, 4, 8)]], 64)
     windows, segments = layout.windows[0], layout.segments[0]

@@ -84,8 +84,8 @@ def test_without_layers_it_is_a_bag_of_words():
     ints = jnp.ones((1, 4), jnp.int32)
     params = random_params(module, ints, ints, ints)
     assert "position_embedding" not in params["params"] and "layers" not in params["params"]
-    ones, places = np.ones((1, 4), int), np.arange(4)[None]
-    one, other = (module.apply(params, np.array([t]), places, ones) for t in ([5, 6, 7, 8], [8, 7, 6, 5]))
+    ones, positions = np.ones((1, 4), int), np.arange(4)[None]
+    one, other = (module.apply(params, np.array([t]), positions, ones) for t in ([5, 6, 7, 8], [8, 7, 6, 5]))
     np.testing.assert_allclose(one, other, atol=1e-6)
 
 
@@ -105,11 +105,11 @@ def test_poolings_of_packed_texts(mask, pooling):
     kernel = params["params"]["projection"]["kernel"]
     trunk = {"params": {k: v for k, v in params["params"].items() if k != "projection"}}
     for number, text in enumerate(texts):
-        row, places, ones = np.array([text]), np.arange(len(text))[None], np.ones((1, len(text)), int)
+        row, positions, ones = np.array([text]), np.arange(len(text))[None], np.ones((1, len(text)), int)
         member = ones[:, None] > 0
-        states = hidden.apply(trunk, row, places, ones, None, member, method="run").last_hidden_state[0]
-        place = {"last": (4, 1), "eos": (2, 0), "largest": (2, 0)}[pooling][number]
-        np.testing.assert_allclose(packed[0, number], states[place] @ kernel, atol=1e-5)
+        states = hidden.apply(trunk, row, positions, ones, None, member, method="run").last_hidden_state[0]
+        selected = {"last": (4, 1), "eos": (2, 0), "largest": (2, 0)}[pooling][number]
+        np.testing.assert_allclose(packed[0, number], states[selected] @ kernel, atol=1e-5)
 
 
 def test_switches_that_are_refused():

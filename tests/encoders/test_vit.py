@@ -130,16 +130,16 @@ def pack(images, patch: int, class_token: bool):
     for number, pixels in enumerate(images, start=1):
         grid = np.array(pixels.shape[:2]) // patch
         patches = rearrange(pixels, "(h p) (w q) c -> (h w) (p q c)", p=patch, q=patch)
-        places = np.indices(grid).reshape(2, -1).T
+        positions = np.indices(grid).reshape(2, -1).T
         if class_token:
             patches = np.concatenate([np.zeros_like(patches[:1]), patches])
-            places = np.concatenate([[[-1, -1]], places])
-        parts.append((patches, np.full(len(patches), number), places, np.broadcast_to(grid, places.shape)))
+            positions = np.concatenate([[[-1, -1]], positions])
+        parts.append((patches, np.full(len(patches), number), positions, np.broadcast_to(grid, positions.shape)))
         spans.append(slice(start, start := start + len(patches)))
     parts.append((np.ones_like(parts[0][0][:2]), *(np.zeros(shape) for shape in ((2,), (2, 2), (2, 2)))))
     pixels, segments, coordinates, grids = (np.concatenate(part)[None] for part in zip(*parts, strict=True))
-    places = dict(segments=segments, coordinates=coordinates, grids=grids)
-    return pixels.astype(np.float32), {name: place.astype(np.int32) for name, place in places.items()}, spans
+    positions = dict(segments=segments, coordinates=coordinates, grids=grids)
+    return pixels.astype(np.float32), {name: array.astype(np.int32) for name, array in positions.items()}, spans
 
 
 @pytest.mark.parametrize("tower", TOWERS)
@@ -149,8 +149,8 @@ def test_packed_images_come_out_as_they_do_alone(tower):
     images = [rng.normal(size=(h, w, 3)).astype(np.float32) for h, w in ((12, 12), (8, 20))]
     params = random_params(module, images[0][None])
     apply = jax.jit(module.apply)
-    pixels, places, spans = pack(images, 4, c.class_token)
-    together = apply(params, pixels, **places)
+    pixels, positions, spans = pack(images, 4, c.class_token)
+    together = apply(params, pixels, **positions)
     assert together.pooler_output is None and np.isfinite(together.last_hidden_state).all()
     assert together.class_tokens == (None if c.class_token else 0)
     for image, span in zip(images, spans, strict=True):
@@ -159,7 +159,7 @@ def test_packed_images_come_out_as_they_do_alone(tower):
     # Another second image and other padding change nothing in the first.
     other = np.array(pixels)
     other[0, spans[1].start :] = 7.0
-    first = apply(params, other, **places).last_hidden_state[0, spans[0]]
+    first = apply(params, other, **positions).last_hidden_state[0, spans[0]]
     np.testing.assert_array_equal(first, together.last_hidden_state[0, spans[0]])
 
 
@@ -168,13 +168,13 @@ def test_gradients_of_packed_images_are_finite_and_ignore_padding():
     module = c.make()
     image = np.random.default_rng(0).normal(size=(8, 12, 3)).astype(np.float32)
     params = random_params(module, np.zeros((1, 12, 12, 3), np.float32))
-    pixels, places, (span,) = pack([image], 4, True)
+    pixels, positions, (span,) = pack([image], 4, True)
 
-    def loss(params, pixels, **places):
-        x = module.apply(params, pixels, **places).last_hidden_state
+    def loss(params, pixels, **positions):
+        x = module.apply(params, pixels, **positions).last_hidden_state
         return jnp.square(x[:, :7]).sum()
 
-    packed = jax.jit(jax.grad(loss))(params, pixels, **places)
+    packed = jax.jit(jax.grad(loss))(params, pixels, **positions)
     alone = jax.jit(jax.grad(loss))(params, image[None])
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-3 * (1 + np.abs(b).max())), packed, alone)
 
@@ -228,11 +228,11 @@ def test_class_tokens_among_patches_cannot_be_dropped():
 
 # ---- bad input
 
-PLACES = dict(segments=jnp.ones((1, 2), int), coordinates=jnp.zeros((1, 2, 2), int), grids=jnp.ones((1, 2, 2), int))
+POSITIONS = dict(segments=jnp.ones((1, 2), int), coordinates=jnp.zeros((1, 2, 2), int), grids=jnp.ones((1, 2, 2), int))
 
 
 @pytest.mark.parametrize(
-    "switches,shape,places,message",
+    "switches,shape,positions,message",
     [
         ({}, (1, 12, 12, 4), {}, "with 4 channels"),
         ({}, (1, 12, 12, 1), {}, "with 1 channels"),
@@ -240,19 +240,19 @@ PLACES = dict(segments=jnp.ones((1, 2), int), coordinates=jnp.zeros((1, 2, 2), i
         ({}, (1, 0, 12, 3), {}, "whole number of patches"),
         (dict(drop_remainder=True), (1, 3, 12, 3), {}, "whole number of patches"),
         ({}, (12, 12, 3), {}, "nothing beside them"),
-        ({}, (1, 12, 12, 3), PLACES, "packed patches"),
-        ({}, (1, 2, 48), PLACES | dict(grids=None), "segments, coordinates"),
-        ({}, (1, 2, 47), PLACES, "patches of 47 numbers"),
-        (dict(stem_channels=(4,)), (1, 2, 48), PLACES, "convolutional stem"),
-        (dict(regions=3), (1, 2, 48), PLACES, "regions on packed patches"),
+        ({}, (1, 12, 12, 3), POSITIONS, "packed patches"),
+        ({}, (1, 2, 48), POSITIONS | dict(grids=None), "segments, coordinates"),
+        ({}, (1, 2, 47), POSITIONS, "patches of 47 numbers"),
+        (dict(stem_channels=(4,)), (1, 2, 48), POSITIONS, "convolutional stem"),
+        (dict(regions=3), (1, 2, 48), POSITIONS, "regions on packed patches"),
         (dict(regions=3), (1, 24, 12, 3), {}, "3 regions"),
     ],
 )
-def test_pixels_that_do_not_fit_are_refused(switches, shape, places, message):
+def test_pixels_that_do_not_fit_are_refused(switches, shape, positions, message):
     module = make_config(ViTConfig, **SMALL | switches).make()
     params = jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, 12, 12, 3)))
     with pytest.raises(ConfigError, match=message):
-        jax.eval_shape(lambda p, x: module.apply(p, x, **places), nn.meta.unbox(params), jnp.zeros(shape))
+        jax.eval_shape(lambda p, x: module.apply(p, x, **positions), nn.meta.unbox(params), jnp.zeros(shape))
 
 
 def test_what_fills_no_patch_is_left_out_where_asked():

@@ -54,8 +54,8 @@ def model():
     ids=["gmask", "mask", "gmask before mask", "the first of each", "no mark", "no bos"],
 )
 def test_positions(tokens, wanted):
-    places = np.arange(5)[None]
-    positions = two_positions(places, find_marks(CONFIG, np.array([tokens]), places, None))
+    indices = np.arange(5)[None]
+    positions = two_positions(indices, find_marks(CONFIG, np.array([tokens]), indices, None))
     assert positions.tolist() == [wanted]
 
 
@@ -82,9 +82,9 @@ def test_token_by_token_equals_the_full_pass(model):
         np.testing.assert_allclose(logits[row, :n], wanted[row, :n], atol=2e-5)
     assert cache.marks.tolist() == [[5, 4, FAR], [3, FAR, 1]]
     for i in range(3):
-        place = lengths + i
-        logits, cache = step(TOKENS[[0, 1], place][:, None], np.ones((2, 1), np.int32), cache)
-        np.testing.assert_allclose(logits[:, 0], wanted[[0, 1], place], atol=2e-5)
+        index = lengths + i
+        logits, cache = step(TOKENS[[0, 1], index][:, None], np.ones((2, 1), np.int32), cache)
+        np.testing.assert_allclose(logits[:, 0], wanted[[0, 1], index], atol=2e-5)
     assert cache.length.tolist() == [10, 7]
 
 
@@ -100,10 +100,10 @@ def test_packed_texts_do_not_see_each_other(model):
 
 def test_positions_may_be_given(model):
     _, full, _ = model
-    places = np.tile(np.arange(10), (2, 1))
-    positions = two_positions(places, find_marks(CONFIG, TOKENS, places, None))
+    indices = np.tile(np.arange(10), (2, 1))
+    positions = two_positions(indices, find_marks(CONFIG, TOKENS, indices, None))
     np.testing.assert_array_equal(full(TOKENS, positions), full(TOKENS))
-    np.testing.assert_array_equal(full(TOKENS, places), full(TOKENS))
+    np.testing.assert_array_equal(full(TOKENS, indices), full(TOKENS))
     assert np.abs(full(TOKENS, positions.at[:, 1].add(1)) - full(TOKENS)).max() > 1e-3
 
 

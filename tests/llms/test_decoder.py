@@ -56,9 +56,9 @@ def test_token_by_token_equals_the_full_pass(decoder, prompts):
         np.testing.assert_allclose(logits[row, :n], wanted[row, :n], atol=2e-5)
     assert cache.length.tolist() == LENGTHS.tolist()
     for i in range(5):
-        place = LENGTHS + i
-        logits, cache = step(tokens[[0, 1], place][:, None], np.ones((2, 1), np.int32), cache)
-        np.testing.assert_allclose(logits[:, 0], wanted[jnp.arange(2), place], atol=2e-5)
+        index = LENGTHS + i
+        logits, cache = step(tokens[[0, 1], index][:, None], np.ones((2, 1), np.int32), cache)
+        np.testing.assert_allclose(logits[:, 0], wanted[jnp.arange(2), index], atol=2e-5)
     assert cache.length.tolist() == (LENGTHS + 5).tolist()
 
 
@@ -119,9 +119,9 @@ def test_embeddings_stand_in_for_tokens(decoder):
 
 def test_chosen_logits_are_those_of_their_places(decoder):
     _, full, _ = decoder
-    tokens, places = np.random.default_rng(3).integers(0, 37, (2, 12)), np.array([[3, 11], [0, 5]])
-    wanted = np.take_along_axis(np.asarray(full(tokens)), places[..., None], axis=1)
-    np.testing.assert_allclose(full(tokens, logits_at=places), wanted, atol=2e-5)
+    tokens, positions = np.random.default_rng(3).integers(0, 37, (2, 12)), np.array([[3, 11], [0, 5]])
+    wanted = np.take_along_axis(np.asarray(full(tokens)), positions[..., None], axis=1)
+    np.testing.assert_allclose(full(tokens, logits_at=positions), wanted, atol=2e-5)
 
 
 def test_learned_positions_end_with_their_table():
@@ -256,19 +256,19 @@ def test_text_continues_after_the_largest_part(mrope):
     _, full = mrope
     tokens = np.random.default_rng(2).integers(0, 37, (2, 9))
     read, resumed = np.array([6, 4]), np.array([4, 9])
-    places = np.zeros((2, 9, 3), np.int32)
-    places[0, :6] = [[0, 0, 0], [1, 1, 1], [1, 1, 2], [1, 2, 1], [1, 2, 2], [3, 3, 3]]
-    places[1, :4] = [[0, 0, 0], [1, 1, 8], [1, 4, 1], [1, 1, 1]]
+    positions = np.zeros((2, 9, 3), np.int32)
+    positions[0, :6] = [[0, 0, 0], [1, 1, 1], [1, 1, 2], [1, 2, 1], [1, 2, 2], [3, 3, 3]]
+    positions[1, :4] = [[0, 0, 0], [1, 1, 8], [1, 4, 1], [1, 1, 1]]
     for row in range(2):
-        places[row, read[row] :] = (resumed[row] + np.arange(9 - read[row]))[:, None]
-    wanted = full(tokens, places)
+        positions[row, read[row] :] = (resumed[row] + np.arange(9 - read[row]))[:, None]
+    wanted = full(tokens, positions)
     segments = (np.arange(6)[None] < read[:, None]).astype(np.int32)
-    _, cache = full(tokens[:, :6], places[:, :6], segments, cache=MROPE.make_cache(2, 9))
+    _, cache = full(tokens[:, :6], positions[:, :6], segments, cache=MROPE.make_cache(2, 9))
     assert (cache.length + cache.offset).tolist() == resumed.tolist()
     for i in range(3):
-        place = read + i
-        logits, cache = full(tokens[[0, 1], place][:, None], cache=cache)
-        np.testing.assert_allclose(logits[:, 0], wanted[jnp.arange(2), place], atol=2e-5)
+        index = read + i
+        logits, cache = full(tokens[[0, 1], index][:, None], cache=cache)
+        np.testing.assert_allclose(logits[:, 0], wanted[jnp.arange(2), index], atol=2e-5)
 
 
 def test_deepstack_adds_after_the_first_layers(mrope):

@@ -64,8 +64,8 @@ def test_place_embeddings_tell_equal_features_apart():
     c = MLPProjectorConfig(output_size=5, place_embedding=True)
     module, features = c.make(), np.ones((2, 4, 3), np.float32)
     params = nn.meta.unbox(module.init(jax.random.key(0), features))
-    places = params["params"].pop("place_embedding")
-    assert places.shape == (4, 5) and 0.1 < places.std() < 0.6
+    table = params["params"].pop("place_embedding")
+    assert table.shape == (4, 5) and 0.1 < table.std() < 0.6
     bare = MLPProjectorConfig(output_size=5).make().apply(params, features)
-    moved = module.apply({"params": params["params"] | {"place_embedding": places}}, features) - bare
-    np.testing.assert_allclose(moved, np.broadcast_to(places, (2, 4, 5)), atol=1e-6)
+    moved = module.apply({"params": params["params"] | {"place_embedding": table}}, features) - bare
+    np.testing.assert_allclose(moved, np.broadcast_to(table, (2, 4, 5)), atol=1e-6)

@@ -98,7 +98,7 @@ def test_an_encoder_decoder_reads_media_and_writes_the_caption():
 
 @pytest.mark.parametrize("kind", LLMS)
 def test_every_kind_of_llm_is_prompted(kind):
-    """Checks that the P-Former gets a gradient from the LLM, and so do the media of a model that it guides."""
+    """Checks that the P-Former and the media of a model that it guides get a gradient from the LLM."""
     llm = LLMS[kind]
     config = PFormerPretrainingConfig(TINY, llm, projection_size=4)
     module, objective = config.make(), PFormerObjective()

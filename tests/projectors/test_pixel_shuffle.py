@@ -10,8 +10,8 @@ from mllm_jax.projectors.pixel_shuffle import PixelShuffleProjectorConfig, pixel
 
 
 def test_which_patch_lands_where():
-    places = np.stack(np.meshgrid(np.arange(4), np.arange(6), indexing="ij"), axis=-1)[None]
-    kept, swapped = pixel_shuffle(places, 2), pixel_shuffle(places, 2, "v1")
+    positions = np.stack(np.meshgrid(np.arange(4), np.arange(6), indexing="ij"), axis=-1)[None]
+    kept, swapped = pixel_shuffle(positions, 2), pixel_shuffle(positions, 2, "v1")
     assert kept.shape == (1, 2, 3, 8) and swapped.shape == (1, 3, 2, 8)
     assert kept[0, 1, 2].reshape(4, 2).tolist() == [[2, 4], [2, 5], [3, 4], [3, 5]]
     np.testing.assert_array_equal(swapped, kept.transpose(0, 2, 1, 3))

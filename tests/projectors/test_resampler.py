@@ -62,7 +62,7 @@ def test_every_parameter_has_logical_names_and_bfloat16_computes_in_it():
         assert out.dtype == jnp.bfloat16 and out.shape == (2, config.num_tokens(3), 12)
 
 
-def test_positions_tell_places_apart():
+def test_positions_distinguish_patches():
     """Checks that the order of the patches matters with positions, and does not without."""
     order = np.array([8, 3, 1, 0, 7, 2, 4, 6, 5])
     for config, same in ((C, False), (PERCEIVER, True)):

@@ -1,10 +1,10 @@
-"""What a run that is killed must still hold, kept apart from the library: it neither asks nor believes its readers.
+"""An account of the checkpoints that a killed run must still have, independent of the library's readers.
 
 In the process that trains, `keep_account` writes a journal beside the run's folder: when the writing of a checkpoint
-began, which bytes it had when it was about to get its name, and that it got it. The process that kills reads it:
+began, its bytes just before it got its name, and that it got the name. The process that kills reads the journal:
 
-    whole      the newest two checkpoints of each stage, the one with the best validation loss, the parameters that a
-               stage ended with: every file, every byte, as they were named
+    whole      the newest two checkpoints of each stage, the one with the best validation loss, and the parameters at
+               the end of a stage: every byte of every file is as it was when it was named
     allowed    an older checkpoint that is whole, or that has lost its manifest: it is being deleted
     a fault    everything else that has a checkpoint's name
 """
@@ -19,12 +19,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-WRITING, MANIFEST = ".writing", "manifest.json"  # the names that readers of checkpoints go by
+WRITING, MANIFEST = ".writing", "manifest.json"  # the names that readers of checkpoints look for
 OPERATIONS = ("mkdir", "rename", "replace", "unlink", "remove", "rmdir")
 
 
 def listing(folder: Path) -> dict[str, list[int]]:
-    """Size and CRC-32 of each file."""
+    """Returns the size and CRC-32 of each file."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     return {str(path.relative_to(folder)): [path.stat().st_size, zlib.crc32(path.read_bytes())] for path in files}
 
@@ -33,10 +33,10 @@ def listing(folder: Path) -> dict[str, list[int]]:
 
 
 def keep_account(folder: Path, journal: Path, death: tuple[int, int] | None = None) -> None:
-    """Notes from now on what this process does to the checkpoints in `folder`.
+    """Records from now on the operations of this process on the checkpoints in `folder`.
 
     Args:
-        death: after so many have been named, the process kills itself so many file operations later.
+        death: (checkpoints, operations): the process kills itself that many file operations after naming that many.
     """
     real = {name: getattr(os, name) for name in OPERATIONS}
     file = os.open(journal, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
@@ -44,7 +44,7 @@ def keep_account(folder: Path, journal: Path, death: tuple[int, int] | None = No
 
     def note(what: str, path: Path, **more) -> None:
         line = json.dumps({"what": what, "path": str(path.relative_to(folder)), **more})
-        os.write(file, f"\n{line}\n".encode())  # a line that a kill cuts off spoils none behind it
+        os.write(file, f"\n{line}\n".encode())  # a line that a kill cuts off does not spoil the next one
 
     def watched(name: str):
         def operation(path, *more, **options):
@@ -77,11 +77,11 @@ def keep_account(folder: Path, journal: Path, death: tuple[int, int] | None = No
 
 @dataclass
 class Account:
-    """What the journal says.
+    """The contents of the journal.
 
     Attributes:
         forms: path -> every listing under which it was about to be named.
-        named: paths of which it is noted that they got their names.
+        named: paths that are recorded to have got their names.
         writing: the path that the last start began to write and has not named.
     """
 
@@ -95,7 +95,7 @@ def read_account(journal: Path) -> Account:
     for line in journal.read_text().splitlines() if journal.is_file() else ():
         try:
             entry = json.loads(line)
-        except ValueError:  # an empty line, or one cut off by a kill
+        except ValueError:  # an empty line, or one that a kill cut off
             continue
         path = entry["path"]
         if entry["what"] == "ready":
@@ -108,12 +108,12 @@ def read_account(journal: Path) -> Account:
 
 @dataclass(frozen=True)
 class Found:
-    """How a run's folder stands.
+    """The state of a run's folder.
 
     Attributes:
         newest: the newest step, over all stages, that must load.
-        faults: in words, what is not as it must be.
-        going: checkpoints of which a part is deleted.
+        faults: descriptions of the faults.
+        going: checkpoints that are partly deleted.
     """
 
     newest: int
@@ -122,14 +122,14 @@ class Found:
 
 
 def examine(folder: Path, account: Account, stages: int, steps: int, keep: int, scores: Mapping[int, float]) -> Found:
-    """Looks at every byte of what has a checkpoint's name.
+    """Checks every byte of everything with a checkpoint's name.
 
     Args:
-        stages, steps: how many stages there are, named stage0 and so on, and how many steps each has.
-        keep: how many of the newest checkpoints stay.
+        stages, steps: number of stages, named stage0 and so on, and number of steps of each.
+        keep: number of the newest checkpoints that stay.
         scores: validation loss by step over all stages; the lowest of a stage's checkpoints stays too.
     """
-    # What was about to be named may have got its name and been killed before that could be noted.
+    # A checkpoint may have got its name just before a kill that prevented the record of it.
     named = {path for path in account.forms if path in account.named or (folder / path).exists()}
     must, newest = set(), 0
     for stage in range(stages):

@@ -1,14 +1,14 @@
-"""Kills a small run with SIGKILL again and again, and counts what was lost or went on wrongly.
+"""Kills a small run with SIGKILL again and again, and counts losses and wrong resumes.
 
     PYTHONPATH=.:tests/training python tests/training/kill_and_resume.py --kills 200
 
-A third of the kills come at random instants, a third while a checkpoint or a stage's parameters are being written, a
-third at a file operation soon after one got its name, when an old one is deleted. What must be there afterwards the
-harness knows by itself (`kill_account.py`), to the last byte; the next start must go on from the newest, and whatever
-it writes must be the very bits of a run that was never killed. Exit code 1 if anything is not.
+A third of the kills come at random instants, a third while a checkpoint or a stage's parameters are being written, and
+a third at a file operation soon after a checkpoint got its name, when an old one is deleted. The harness knows by
+itself, to the last byte, which files must remain (`kill_account.py`). The next start must resume from the newest
+checkpoint and write the very bits of a run that was never killed. The exit code is 1 after any fault.
 
-Each start is a fork of this process, which has imported everything and touches no device: so it is killed as a process
-of its own, and spares the seconds of importing.
+Each start is a fork of this process, which has imported everything and uses no device. So it is killed as a separate
+process, and saves the seconds of importing.
 """
 
 from __future__ import annotations
@@ -45,9 +45,9 @@ COUNTED = (
 
 
 def in_child(work: Callable[[], object], output: Path) -> int:
-    """Runs `work` in a fork, which prints into a file; returns its process number at once."""
+    """Runs `work` in a fork, which prints into a file; returns its process id at once."""
     with warnings.catch_warnings():
-        # jax warns of its threads, of which there are none before a device is touched: this process never does.
+        # jax warns about its threads, but it has none before any use of a device, and this process uses none.
         warnings.simplefilter("ignore", RuntimeWarning)
         child = os.fork()
     if child:
@@ -81,12 +81,12 @@ def experiment():
 
     from mllm_jax.training.config import CheckpointConfig
 
-    os.environ |= {"TINY_STEPS": str(STEPS), "TINY_STAGES": str(STAGES)}  # not on import: tests import this file too
+    os.environ |= {"TINY_STEPS": str(STEPS), "TINY_STAGES": str(STAGES)}  # not at import: tests import this file too
     return replace(tiny_config.config(), checkpoint=CheckpointConfig(every_steps=EVERY, keep_last=KEEP))
 
 
 def metrics(folder: Path) -> list[dict]:
-    """The complete lines of metrics.jsonl, without their timing."""
+    """Returns the complete lines of metrics.jsonl, without their timing."""
     try:
         text = (folder / "metrics.jsonl").read_text()
     except FileNotFoundError:
@@ -95,7 +95,7 @@ def metrics(folder: Path) -> list[dict]:
 
 
 def resumed_at(printed: str) -> int:
-    """The step (over all stages) from which the last start went on, by what it printed."""
+    """Returns the step (over all stages) from which the last start resumed, according to its output."""
     step = 0
     for line in printed.splitlines():
         words = line.split()
@@ -107,7 +107,7 @@ def resumed_at(printed: str) -> int:
 
 
 def different(whole: Path, other: Path) -> list[str]:
-    """The leaves of all stages' parameters that differ. Reading them starts threads: to be called in a child."""
+    """Returns the leaves of all stages' parameters that differ. Call it in a child: reading starts threads."""
     from tiny_runs import arrays
 
     names = [Path("stages") / f"{stage}-stage{stage}" for stage in range(STAGES)]
@@ -116,7 +116,7 @@ def different(whole: Path, other: Path) -> list[str]:
 
 
 class Harness:
-    """One reference run, and runs beside it that are killed until the kills are used up."""
+    """A reference run, and runs that are killed until the number of kills is reached."""
 
     def __init__(self, base: Path, seed: int):
         self.base, self.random = base, random.Random(seed)
@@ -126,7 +126,7 @@ class Harness:
         began = time.monotonic()
         self.end(self.whole)
         self.seconds = time.monotonic() - began
-        began = time.monotonic()  # again, with everything compiled: how long an undisturbed run takes
+        began = time.monotonic()  # again, with everything compiled: measures the time of an undisturbed run
         self.end(base / "again")
         self.seconds = time.monotonic() - began
         self.lines = metrics(self.whole)
@@ -134,14 +134,14 @@ class Harness:
         assert not self.faults, self.faults
 
     def end(self, folder: Path) -> None:
-        """A start that nothing disturbs."""
+        """Runs a start to its end, without a kill."""
         ended_well(self.start(folder), folder.with_suffix(".out"))
 
     def start(self, folder: Path, death: tuple[int, int] | None = None) -> int:
         from mllm_jax.training import loop, stage
 
         def work():
-            stage.StageProgram.flops = lambda _: 1  # spares each start a second of tracing
+            stage.StageProgram.flops = lambda _: 1  # saves each start a second of tracing
             keep_account(folder, folder.with_suffix(".journal"), death)
             loop.train(experiment(), folder, cache_dir=self.base)
 
@@ -159,7 +159,7 @@ class Harness:
         print(self.faults[-1], flush=True)
 
     def check_end(self, folder: Path) -> None:
-        """What a run that has ended left must be what the undisturbed one left, to the last bit."""
+        """Checks that a run that has ended equals the undisturbed one, to the last bit."""
         if metrics(folder) != self.lines:
             self.fault(f"{folder.name}: metrics differ from those of the run that was never killed")
         output = folder.with_suffix(".compared")
@@ -168,7 +168,7 @@ class Harness:
             self.fault(f"{folder.name}: parameters differ: {found}")
 
     def check_kept(self, folder: Path) -> Found:
-        """What a run holds after a kill or at its end must be what it has to hold."""
+        """Checks the folder of a run after a kill or at its end."""
         found = self.examine(folder)
         for text in found.faults:
             self.counts["lost checkpoints"] += 1
@@ -176,10 +176,10 @@ class Harness:
         return found
 
     def cycle(self, folder: Path) -> bool:
-        """One start, killed; True if it came to its end before that."""
+        """Starts the run and kills it; returns True if it ended before the kill."""
         before = self.examine(folder)
         output = folder.with_suffix(".out")
-        output.write_text("")  # this start's alone, also if it is killed before it prints
+        output.write_text("")  # only this start's output, even if it is killed before it prints
         aim, wait = self.random.choice(("instant", "writing", "operation")), self.random.random()
         child = self.start(folder, (self.random.randrange(4), int(wait * 48)) if aim == "operation" else None)
         code = self.wait_or_kill(child, folder, aim, wait)
@@ -207,7 +207,7 @@ class Harness:
 
     def wait_or_kill(self, child: int, folder: Path, aim: str, wait: float) -> int:
         """Kills a start at its time, unless it ends or kills itself; returns its exit code."""
-        # The first sign of life of this start; what comes before are imports and restoring, which have their share too.
+        # The first sign of life of this start; some kills come before it, during imports and restoring.
         loops = aim != "instant" or self.random.random() < 0.7
         began, lines = time.monotonic(), len(metrics(folder))
         seen, until = not loops, began + wait * 2
@@ -233,7 +233,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
-    import orbax.checkpoint  # noqa: F401 - once, and not in every child
+    import orbax.checkpoint  # noqa: F401 - once, instead of in every child
     import tensorboardX  # noqa: F401
 
     with tempfile.TemporaryDirectory() as base:
@@ -249,7 +249,7 @@ def main(arguments: list[str] | None = None) -> int:
                 run += 1
             if harness.counts["kills"] % 20 == 0:
                 print(dict(harness.counts), f"{time.monotonic() - began:.0f} s", flush=True)
-        # The run under way ends undisturbed: what the last kills left must lead to the same bits.
+        # The current run ends undisturbed: after the last kills too, it must end with the same bits.
         last = Path(base) / f"run{run}"
         if last.is_dir():
             harness.end(last)

@@ -1,8 +1,8 @@
-"""Gives the parameters that an older run began with the names of today, so that its losses can be compared.
+"""Gives the initial parameters of an older run their present names, so that its losses can be compared.
 
 python tests/training/rename_parts.py OLD_RUN NEW_RUN
 
-NEW_RUN was begun by the same config under today's code. Its `initial` is replaced by that of OLD_RUN, leaf for leaf.
+NEW_RUN was begun by the same config with the present code. Its `initial` is replaced by that of OLD_RUN, leaf for leaf.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from mllm_jax.models.part_names import NEW_NAMES
 
 
 def renamed(path: str) -> str:
-    """The path of a parameter of an older run as it is today."""
+    """Returns the present path of a parameter of an older run."""
     part, slash, rest = path.partition("/")
     return NEW_NAMES.get(part, part) + slash + rest
 
 
 def take_over(old: Path, new: Path) -> None:
-    """Replaces the parameters that `new` began with by those of `old`. What is gone today is left out."""
+    """Replaces the initial parameters of `new` by those of `old`, without those that no longer exist."""
     meta, today = snapshot_meta(old / "initial"), snapshot_meta(new / "initial")
     wanted = {path for path in meta["stored"] if renamed(path) in today["fingerprint"]}
     missing = today["fingerprint"].keys() - {renamed(path) for path in wanted}

@@ -1,4 +1,4 @@
-"""What an experiment refuses before anything is loaded, and what the shipped configs hold."""
+"""Refusals of an experiment before anything is loaded, and the contents of the shipped configs."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ EXPERIMENT = Experiment("small", MODEL, (STAGE,), TokenizerConfig(vocab_size=320
         ({"stages": (replace(STAGE, model=replace(DUAL, captions=1)),)}, "up to 2 captions an image for heads of 1"),
         (
             {"stages": (replace(STAGE, model=replace(DUAL, vision=replace(DUAL.vision, num_layers=2))),)},
-            "encoder_image of a DualEncoderConfig, which is another part than that of a MultimodalConfig: num_layers",
+            "encoder_image of a DualEncoderConfig, which differs from that of a MultimodalConfig: num_layers",
         ),
         ({"pretrained": (Pretrained("encoder", "x"),)}, "pretrained parts ['encoder']"),
         ({"model": DUAL, "evaluation": openmoji_questions()}, "task 'validation/naming' for a DualEncoderConfig"),
@@ -63,7 +63,7 @@ EXPERIMENT = Experiment("small", MODEL, (STAGE,), TokenizerConfig(vocab_size=320
         ({"evaluation": openmoji_questions() * 2}, "two tasks of evaluation named ['composition/gender'"),
         ({"evaluation": openmoji_questions()[0]}, "evaluation Task(name='validation/naming'"),
         ({"evaluation": ("naming",)}, "evaluation ('naming',)"),
-        ({"mesh": MeshConfig(context=16)}, "rows of 24 places over mesh.context 16"),
+        ({"mesh": MeshConfig(context=16)}, "rows of 24 positions over mesh.context 16"),
         ({"part_rules": (data_parallel("head"),)}, "rules of parts ['head']"),
         ({"part_rules": (data_parallel("llm"), data_parallel("llm"))}, "rules of parts ['llm', 'llm']"),
         ({"cpu_devices": 0}, "cpu_devices 0"),
@@ -77,12 +77,12 @@ def test_impossible_experiments_are_refused(change, given):
     assert given in refusal.value.given and refusal.value.expected and refusal.value.todo
 
 
-# ---- an objective of one's own
+# ---- a user's own objective
 
 
 @dataclass(frozen=True)
 class Words:
-    """Trains what has at least so many words."""
+    """An objective for models with at least `least` words."""
 
     least: int = 320
 
@@ -127,8 +127,8 @@ def test_rules_of_parts_are_kept_with_the_run():
         assert rebuild(describe(kept)) == kept
 
 
-def test_what_the_text_tower_does_not_read_may_be_longer():
-    """Rows of conversations go to the LLM, whose positions have no end; a model may have no tower at all."""
+def test_rows_that_the_text_encoder_does_not_read_may_be_longer():
+    """Checks conversations, which go to the LLM with unlimited positions, and a model without a text encoder."""
     talk = Stage("talk", NextToken(), ("llm/*",), replace(PICTURES, length=500), steps=1)
     assert replace(EXPERIMENT, stages=(STAGE, talk), cpu_devices=1).stages[1].data.length == 500
     bag = replace(DUAL, text=replace(DUAL.text, num_layers=0))
@@ -160,7 +160,7 @@ def shipped(request):
 
 
 def test_stages_train_the_parts_they_name(shipped):
-    """In their order; whatever else a stage's composition has is frozen whole."""
+    """Checks the parts in order; all other parts of a stage's composition are frozen."""
     assert [stage.name for stage in shipped.stages] == list(TRAINED)
     for stage in shipped.stages:
         params = placed_params(shipped.model_of(stage).make(), make_mesh(MeshConfig(), jax.devices()[:1]))
@@ -191,12 +191,12 @@ def test_training_reads_the_training_split_and_validation_another(shipped):
     assert mixtures == {"data": {"train"}, "validation": {"validation"}}
 
 
-def test_the_full_config_is_the_quickstarts_on_all_pictures():
+def test_the_full_config_is_the_quickstarts_on_all_images():
     quickstart, full = (load_config(ROOT / "configs" / f"{name}.py") for name in ("quickstart", "openmoji_full"))
     assert (quickstart.name, full.name) == ("quickstart", "openmoji_full")
     assert full.model == quickstart.model
     assert full.tokenizer == quickstart.tokenizer
-    for experiment, pictures in ((quickstart, "quickstart"), (full, "full")):
+    for experiment, config in ((quickstart, "quickstart"), (full, "full")):
         mixtures = [m for stage in experiment.stages for m in (stage.data, stage.validation) if m is not None]
-        assert {weighted.source.config for mixture in mixtures for weighted in mixture.sources} == {pictures}
-        assert {task.source.config for task in experiment.evaluation} == {pictures}
+        assert {weighted.source.config for mixture in mixtures for weighted in mixture.sources} == {config}
+        assert {task.source.config for task in experiment.evaluation} == {config}

@@ -35,7 +35,7 @@ def pairs_of(params, batch, method):
 
 
 def example(rows: int = ROWS, captions: int = CAPTIONS, size: int = SIZE) -> tuple[dict, dict]:
-    """Parameters and a batch in which texts are equal within rows and across shards, and some places are empty."""
+    """Makes parameters and a batch with equal texts in rows and across shards, and some empty positions."""
     rng = np.random.default_rng(0)
     params = {k: jnp.asarray(rng.normal(size=(rows, captions, size)), jnp.float32) for k in ("image", "text")}
     params |= dict(scale=jnp.float32(9.0), bias=jnp.float32(-2.5))
@@ -48,7 +48,7 @@ def example(rows: int = ROWS, captions: int = CAPTIONS, size: int = SIZE) -> tup
 
 
 def dense(kind: str, params, batch):
-    """The definition, pair by pair in one matrix."""
+    """Computes the definition, with all pairs in one matrix."""
     image, text, scale, bias = pairs_of(params, batch, "embed_pairs")
     tokens, segments = np.asarray(batch["tokens"]), np.asarray(batch["segments"])
     words = [tuple(t[s == c]) for t, s in zip(tokens, segments, strict=True) for c in range(1, text.shape[1] + 1)]
@@ -71,7 +71,7 @@ def wanted():
 
 
 def assert_equal(found, wanted):
-    """Losses and gradients, each within 1e-5 of its largest number."""
+    """Checks losses and gradients, each to within 1e-5 of its largest number."""
     for (path, ours), theirs in zip(jax.tree.leaves_with_path(found), jax.tree.leaves(wanted), strict=True):
         # A bias that is common to all logits changes no softmax: its gradient is zero, up to rounding.
         np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5 * float(jnp.abs(theirs).max()) + 1e-6, err_msg=path)
@@ -82,7 +82,7 @@ def test_the_example_exercises_what_it_should(kind, wanted):
     _, batch = example()
     codes = np.asarray(batch["tokens"])
     assert len({t.tobytes() for t in codes.reshape(-1, 4)}) < ROWS * CAPTIONS, "some texts are equal"
-    assert (np.asarray(batch["segments"]) == CAPTIONS).any(axis=1).mean() < 1, "some places are empty"
+    assert (np.asarray(batch["segments"]) == CAPTIONS).any(axis=1).mean() < 1, "some positions are empty"
     loss, gradient = wanted[kind]
     assert loss > 0.5 and abs(gradient["scale"]) > 1e-3
     assert (abs(gradient["bias"]) > 1e-2) == (kind == "sigmoid")
@@ -98,7 +98,7 @@ def test_a_sharded_batch_has_the_loss_and_the_gradients_of_the_whole(kind, name,
 
     def loss(p, b):
         with use_mesh(mesh):
-            return Contrastive(kind, chunk=5).loss(pairs_of, p, b, None)  # 5 divides no device's part of 6 or 12 or 24
+            return Contrastive(kind, chunk=5).loss(pairs_of, p, b, None)  # 5 divides no device's share: 6, 12 or 24
 
     step = jax.jit(jax.value_and_grad(loss, has_aux=True))
     (value, metrics), gradient = step(placed, jax.device_put(batch, rows))
@@ -131,7 +131,7 @@ def test_rows_that_the_mesh_does_not_divide(devices):
 
 
 def temporaries(kind: str, rows: int, mesh, objective) -> int:
-    """Bytes that the loss with its gradient takes on one device, apart from what goes in and comes out."""
+    """Returns the bytes of the loss and its gradient on one device, without inputs and outputs."""
     params = {
         k: jax.ShapeDtypeStruct((rows, 1, 32), jnp.float32, sharding=batch_sharding(mesh, 3)) for k in ("image", "text")
     }
@@ -169,7 +169,7 @@ def test_memory_grows_with_the_local_batch_and_not_with_its_square(kind, devices
 
 
 def test_a_text_equal_to_the_own_one_in_vector_but_not_in_words_is_a_miss():
-    """A bag of words cannot tell two orders of the same words apart, and must not be credited for guessing."""
+    """Checks a bag of words, which cannot distinguish two orders of the same words and must not gain from guessing."""
     vectors = jnp.ones((4, 1, 3))
     batch = {"tokens": jnp.arange(8).reshape(4, 2), "segments": jnp.ones((4, 2), jnp.int32)}
     params = dict(image=vectors, text=vectors, scale=jnp.float32(1), bias=jnp.float32(0))

@@ -32,7 +32,7 @@ from mllm_jax.training.objectives.contrastive import Contrastive
 SIZE, STEPS = 16, 72
 VISION = ViTConfig(image_size=SIZE, patch_size=4, hidden_size=32, num_layers=1, num_heads=2, mlp_size=48)
 TEXT = TextTowerConfig(vocab_size=400, max_length=48, hidden_size=32, num_layers=1, num_heads=2, mlp_size=48)
-# Softmax on a tower that is causal and reads its last token, sigmoid on one that takes a mean both ways.
+# Softmax with a causal text encoder that pools the last token, sigmoid with a bidirectional one that pools the mean.
 MODELS = {
     "softmax": DualEncoderConfig(
         VISION, change_fields(TEXT, mask="causal", pooling="eos", eos_token_id=2), 24, pooling="patches"
@@ -68,7 +68,7 @@ def experiment(kind: str) -> Experiment:
 
 @pytest.fixture(scope="module", params=MODELS)
 def run(request, tmp_path_factory):
-    """(kind, the run's folder)"""
+    """Trains a run; returns (kind, the run's folder)."""
     with quick_compilation():
         folder = tmp_path_factory.mktemp("dual") / request.param
         train(experiment(request.param), folder)
@@ -90,7 +90,7 @@ def test_the_loss_falls_and_the_split_is_found_better_than_by_chance(run):
 
 
 def test_a_run_embeds_what_training_embeds(run, tmp_path):
-    """Other rows, other padding, one text at a time: the vectors are those of the training batch."""
+    """Checks that vectors equal those of the training batch, with other rows, other padding and one text at a time."""
     _, folder = run
     made, model, params, processor, _ = load_run(folder_of(folder))
     mixture = replace(made.stages[0].data, sources=(Weighted(OpenMojiCaptions(image_size=SIZE, variants=1)),))
@@ -101,18 +101,18 @@ def test_a_run_embeds_what_training_embeds(run, tmp_path):
     embedder = Embedder.trained(model, params, processor.tokenizer, batch_size=2)
     examples = [source.example(i) for i in index]
     captions = [next(m.text for m in example.messages if m.role == "assistant") for example in examples]
-    pictures = [as_picture(example.media[0].source) for example in examples]
+    images = [as_picture(example.media[0].source) for example in examples]
     assert len({len(processor.tokenizer.encode(caption)) for caption in captions}) > 1, "texts of several lengths"
     np.testing.assert_allclose(embedder.texts(captions), text[:5, 0], atol=2e-5)
-    np.testing.assert_allclose(embedder.pictures(pictures), image[:5, 0], atol=2e-5)
-    places = []
-    for number, picture in enumerate(pictures):
-        places.append(tmp_path / f"{number}.png")
-        Image.fromarray(picture).save(places[-1])
+    np.testing.assert_allclose(embedder.pictures(images), image[:5, 0], atol=2e-5)
+    paths = []
+    for number, pixels in enumerate(images):
+        paths.append(tmp_path / f"{number}.png")
+        Image.fromarray(pixels).save(paths[-1])
     out = tmp_path / "vectors.npz"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("mllm_jax.cli.embed.use_cpu_devices", lambda experiment: None)
-        command = ["embed", str(folder), "--out", str(out), "--images", *map(str, places), "--text", *captions]
+        command = ["embed", str(folder), "--out", str(out), "--images", *map(str, paths), "--text", *captions]
         assert cli.main(command) == 0
     with np.load(out) as stored:
         np.testing.assert_allclose(stored["image_embeds"], image[:5, 0], atol=2e-5)

@@ -30,7 +30,7 @@ def test_a_scan_counts_its_turns():
         return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, kernels)[0]
 
     assert count_flops(run, jnp.ones((4, 9)), square) == 6 * 2 * 4 * 9 * 9
-    # The first layer's input needs no gradient, but a scan is one program for all its turns.
+    # The first layer's input needs no gradient, but a scan is one program for all its iterations.
     gradient = jax.grad(lambda kernels: run(jnp.ones((4, 9)), kernels).sum())
     assert count_flops(gradient, square) == 3 * 6 * 2 * 4 * 9 * 9
 
@@ -52,7 +52,7 @@ def test_a_condition_counts_its_dearest_branch():
 
 
 def test_a_frozen_part_is_not_counted_backwards():
-    """x -> A -> B, hidden sizes 7, 11, 3."""
+    """Checks x -> A -> B, with hidden sizes 7, 11, 3."""
     params = {"a": W, "b": jnp.ones((11, 3))}
     first, second = MATMUL, 2 * 5 * 11 * 3
 
@@ -119,6 +119,6 @@ def test_parts_are_told_apart_forward_and_backward():
     one, head = 2 * 3 * 4 * 4, 2 * 3 * 4 * 8
     assert flops_by_part(jax.value_and_grad(loss), ("encoder", "llm", "lm_head"), params) == {
         "encoder": PartFlops(one, 0),
-        "llm": PartFlops(one, one),  # nothing trained stands before it
+        "llm": PartFlops(one, one),  # no trained part is before it
         "lm_head": PartFlops(head, 2 * head),
     }

@@ -1,4 +1,4 @@
-"""A run that goes on with another config: with more steps it ends as one that had them from the beginning."""
+"""A run that continues with another config: with more steps it ends as one that had them from the beginning."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ from mllm_jax.training.operations import run_folder
 from mllm_jax.training.operations.run_folder import open_run
 
 SHORT, LONG = 8, 12
-TASK = colours("toy/colour", toy_data.Toy(pictures=0), max_new_tokens=2)
-MIXTURE = Mixture((Weighted(toy_data.Toy(pictures=0)),), rows=4, length=24, slots={})
+TASK = colours("toy/colour", toy_data.Toy(images=0), max_new_tokens=2)
+MIXTURE = Mixture((Weighted(toy_data.Toy(images=0)),), rows=4, length=24, slots={})
 CONSTANT = AdamW(learning_rate=1e-2, warmup_steps=10, schedule="constant")
 STAGE = Stage("talk", NextToken(), ("llm/*",), MIXTURE, SHORT, CONSTANT)
 EXPERIMENT = Experiment(
@@ -49,14 +49,14 @@ EXPERIMENT = Experiment(
 
 
 def changed(experiment: Experiment = EXPERIMENT, number: int = 0, **fields) -> Experiment:
-    """The experiment with other fields of a stage."""
+    """Returns the experiment with other fields of a stage."""
     stages = list(experiment.stages)
     stages[number] = replace(stages[number], **fields)
     return replace(experiment, stages=tuple(stages))
 
 
 def run(experiment: Experiment, folder: Path, **options) -> str:
-    """Trains, and returns what was printed."""
+    """Trains, and returns the printed text."""
     printed = StringIO()
     with toy_data.quick_compilation(), redirect_stdout(printed):
         train(experiment, folder, devices=jax.devices()[:1], **options)
@@ -64,7 +64,7 @@ def run(experiment: Experiment, folder: Path, **options) -> str:
 
 
 class Kill(Exception):
-    """What ends a run as suddenly as a signal, as far as its folder shows."""
+    """An exception that ends a run as suddenly as a signal, as far as its folder shows."""
 
 
 class Killing:
@@ -98,7 +98,7 @@ def refusal(experiment: Experiment, folder: Path) -> str:
 
 @pytest.fixture(scope="module", autouse=True)
 def compiled(tmp_path_factory):
-    """What is compiled, which all of these runs share."""
+    """Shares compiled programs among all of these runs."""
     options = {
         "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
         "jax_persistent_cache_min_compile_time_secs": 0,
@@ -116,7 +116,7 @@ def compiled(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def short(tmp_path_factory) -> Path:
-    """A run of SHORT steps that has ended."""
+    """Trains a run of SHORT steps to its end."""
     folder = tmp_path_factory.mktemp("runs") / "short"
     run(EXPERIMENT, folder)
     return folder
@@ -124,7 +124,7 @@ def short(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def folder(short, tmp_path) -> Path:
-    """A copy of it."""
+    """Copies the short run."""
     return shutil.copytree(short, tmp_path / "run")
 
 
@@ -142,7 +142,7 @@ def said(experiment: Experiment, folder: Path) -> str:
 
 
 def test_more_steps_end_as_if_planned_so_even_when_killed_between(folder, tmp_path):
-    """TRIAL, row 30: 120 steps on the finished 80 were refused."""
+    """Checks TRIAL, row 30: 120 steps after the finished 80 were refused."""
     more, whole = changed(steps=LONG), tmp_path / "whole"
     run(more, whole)
     killed(more, folder, 11)
@@ -166,7 +166,7 @@ def test_the_command_takes_the_runs_folder_and_the_changed_field(short):
 
 def test_what_depends_on_the_end_is_said(folder):
     printed = said(changed(steps=LONG), folder)
-    assert "stage talk goes on from step 8" in printed and "stages.0.steps: 8 -> 12" in printed
+    assert "stage talk continues from step 8" in printed and "stages.0.steps: 8 -> 12" in printed
     assert "does not depend on the number of steps (schedule constant)" in printed
     cosine = replace(CONSTANT, schedule="cosine", learning_rate=1e-3)
     printed = said(changed(steps=16, optimizer=cosine), folder)
@@ -204,7 +204,7 @@ def test_other_rows_go_on_in_the_data_where_it_was(folder, monkeypatch):
     assert (record["meta"]["step"], record["meta"]["data_step"]) == (12, 20)
 
 
-# ---- what may change, and what is refused by name
+# ---- changes that are allowed, and changes that are refused by name
 
 FREE = {
     "learning rate": changed(optimizer=replace(CONSTANT, learning_rate=1.0)),
@@ -224,7 +224,7 @@ REFUSED = {
     "stages.0.objective.z_loss: 0.0 -> 0.1": changed(objective=NextToken(z_loss=0.1)),
     "stages.0.trainable.0: llm/* -> *": changed(trainable=("*",)),
     "stages.0.data.sources.0.source.size: 200 -> 100": changed(
-        data=replace(MIXTURE, sources=(Weighted(toy_data.Toy(pictures=0, size=100)),))
+        data=replace(MIXTURE, sources=(Weighted(toy_data.Toy(images=0, size=100)),))
     ),
     "stages.0.data.length: 24 -> 32": changed(data=replace(MIXTURE, length=32)),
     "seed: 0 -> 1": replace(EXPERIMENT, seed=1),
@@ -262,7 +262,7 @@ def test_a_run_of_an_older_version_lacks_fields_and_goes_on(folder):
     del config["stages"][0]["optimizer"]["schedule"]
     config["stages"].append(config["stages"][0] | {"name": "later"})
     (folder / "config.json").write_text(json.dumps(config))
-    cosine = replace(STAGE, optimizer=replace(CONSTANT, schedule="cosine"))  # what it was before there was a choice
+    cosine = replace(STAGE, optimizer=replace(CONSTANT, schedule="cosine"))  # the only schedule of older versions
     two = replace(EXPERIMENT, stages=(cosine, replace(cosine, name="later")))
     (RunFolder(folder).checkpoints(1, "later") / "00000003").mkdir(parents=True)
     assert open_run(folder, two).experiment() == two and not (folder / "changes.jsonl").exists()
@@ -309,7 +309,7 @@ def test_what_does_not_fit_together_is_refused(named, fields, tasks):
 
 
 def test_early_stopping_keeps_the_best_parameters_and_survives_a_kill(folder, monkeypatch):
-    """Best after 4 of the steps, the second validation without a smaller loss after 10."""
+    """Checks a best loss after 4 steps, and a second validation without a smaller one after 10."""
     scores = {2: 3.0, 4: 2.0, 6: 2.0, 8: 4.0, 10: 5.0}
     monkeypatch.setattr(Validate, "_validate", lambda self, params, step: {"validation_loss": scores[step]})
     patient = changed(steps=20, validation=MIXTURE, validate_every=2, patience=3)
@@ -327,7 +327,7 @@ def test_early_stopping_keeps_the_best_parameters_and_survives_a_kill(folder, mo
     early = {"best_step": 4, "validation_loss": 2.0, "stopped": True, "patience": 3}
     assert (facts["steps"], facts["early_stopping"]) == (10, early)
     assert RunFolder(folder).unfinished(patient) == []
-    # More patience goes on from its end, which as many steps again have not changed.
+    # With more patience it continues from its end, which repeating the command has not changed.
     shutil.rmtree(folder / "stages")  # killed after the last checkpoint, and before the result was written
     assert "step 10: the parameters of step 4 are kept" in run(patient, folder)
     assert arrays(folder / "stages/0-talk") == trained

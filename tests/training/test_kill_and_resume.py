@@ -1,4 +1,4 @@
-"""A few kills of the harness that otherwise does hundreds, and that it notices what it looks for."""
+"""A few kills of the harness, which can do hundreds; and the faults that it must find."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def test_three_kills_lose_nothing():
 
 
 def checkpoint(folder: Path, step: str, size: int = 8) -> None:
-    """Two files under a checkpoint's name, as the product names it: filled beside it and renamed."""
+    """Makes a checkpoint of two files as the library does: filled under another name, then renamed."""
     target = folder / step
     writing = target.with_name(target.name + ".writing")
     writing.mkdir(parents=True)
@@ -39,9 +39,9 @@ def checkpoint(folder: Path, step: str, size: int = 8) -> None:
 
 @pytest.fixture
 def run(tmp_path, monkeypatch):
-    """A folder with checkpoints 2, 4, 6 and 8 of stage 0, of which 4 was the best, and its journal."""
+    """Makes a folder with checkpoints 2, 4 (the best), 6 and 8 of stage 0, and its journal."""
     for name in OPERATIONS:
-        monkeypatch.setattr(os, name, getattr(os, name))  # which puts the real ones back at the end
+        monkeypatch.setattr(os, name, getattr(os, name))  # restores the real ones at the end
     folder = tmp_path / "run"
     keep_account(folder, tmp_path / "journal")
     for step in (2, 4, 6, 8):
@@ -96,7 +96,7 @@ def test_a_kill_before_the_name_or_before_the_note_of_it(run):
     folder, look = run
     journal = folder.with_name("journal")
     lines = journal.read_text()
-    cut = lines[: lines.rindex('"what": "named"') - 1]  # of checkpoint 8: it is there, the note is not
+    cut = lines[: lines.rindex('"what": "named"') - 1]  # checkpoint 8 exists, its record does not
     journal.write_text(cut + '{"what": "nam')
     assert look() == Found(8, [], [])
     shutil.rmtree(folder / "checkpoints" / "0-stage0" / "00000008")  # now it did not get its name

@@ -1,4 +1,4 @@
-"""Twenty float32 steps give the same losses on one device and on eight, however the eight are arranged."""
+"""Twenty float32 steps give the same losses on one device and on eight, in every mesh of the eight."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ CASES = {
 
 @lru_cache
 def first_params(name: str):
-    """The parameters that every run starts from, on the host."""
+    """Returns the initial parameters of every run, on the host."""
     params, _ = init_params(CASES[name].model.make(), make_mesh(ONE, jax.devices()[:1]), seed=0)
     return jax.device_get(params)
 
@@ -67,7 +67,7 @@ def batches(name: str) -> list[dict[str, np.ndarray]]:
 
 
 def on_mesh(mesh, name: str = "next_token"):
-    """The parameters laid out on a mesh, and their shardings."""
+    """Places the parameters on a mesh; returns them and their shardings."""
     shardings = shardings_of(placed_params(CASES[name].model.make(), mesh))
     return jax.device_put(first_params(name), shardings), shardings
 
@@ -108,7 +108,7 @@ def test_the_losses_that_agree_are_those_of_a_model_that_learns(name):
 
 @pytest.mark.parametrize("mesh", MESHES)
 def test_a_mesh_splits_parameters_where_its_sizes_divide_them(mesh, devices):
-    """fsdp and tensor split something, and leave something whole; data and context split no parameter."""
+    """Checks that fsdp and tensor split some parameters, but not all; data and context split none."""
     config = MESHES[mesh]
     params, _ = on_mesh(make_mesh(config))
     shares = {leaf.addressable_shards[0].data.size / leaf.size for leaf in jax.tree.leaves(params)}
@@ -120,7 +120,7 @@ def test_a_mesh_splits_parameters_where_its_sizes_divide_them(mesh, devices):
         assert kv.addressable_shards[0].data.shape[-2] == kv.shape[-2] == 2, "8 does not divide 2 key-value heads"
 
 
-# On four shards of the rows a batch of 8 has two pieces and no more.
+# With four shards of the rows, a batch of 8 has at most two pieces.
 @pytest.mark.parametrize("mesh, accumulate", [("one", 2), ("one", 4), ("data2_fsdp2_tensor2", 2)])
 def test_accumulated_pieces_agree_with_the_whole_batch(mesh, accumulate):
     config = MESHES.get(mesh, ONE)
@@ -128,6 +128,6 @@ def test_accumulated_pieces_agree_with_the_whole_batch(mesh, accumulate):
 
 
 def test_the_pieces_have_different_weights():
-    """Else a plain mean over the pieces would pass as well."""
+    """Checks that a plain mean over the pieces would not pass."""
     learnt = [batch["loss_weights"].sum(axis=1).reshape(4, 2).sum(axis=0) for batch in batches("next_token")]
     assert sum(bool(a != b) for a, b in learnt) > STEPS / 2

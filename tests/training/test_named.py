@@ -1,4 +1,4 @@
-"""A named model trained from its checkpoint: its own template, packed; features kept; a folder to leave with."""
+"""A named model trained from its checkpoint: its own template, packed rows, cached features, export to a folder."""
 
 from __future__ import annotations
 
@@ -62,21 +62,21 @@ MODEL = LlavaConfig(
     image_token_id=IMAGE,
 )  # fmt: skip
 DATA = Mixture(
-    (Weighted(Toy(), 0.5), Weighted(Toy("toy_pairs", pictures=2), 0.3), Weighted(Toy("toy_text", pictures=0), 0.2)),
+    (Weighted(Toy(), 0.5), Weighted(Toy("toy_pairs", images=2), 0.3), Weighted(Toy("toy_text", images=0), 0.2)),
     rows=4,
     length=64,
     slots={"image": 4},
 )
 EVALUATION = tuple(
-    colours(f"seen/{name}", Toy(pictures=number), size=3, max_new_tokens=8)
+    colours(f"seen/{name}", Toy(images=number), size=3, max_new_tokens=8)
     for number, name in enumerate(("none", "one", "two"))
 )
-EVALUATED: list[Experiment] = []  # what a config file of a test gives
+EVALUATED: list[Experiment] = []  # returned by the config file of a test
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A LLaVA of random weights with its tokenizer and processor, as the hub has them."""
+    """Makes a LLaVA of random weights with its tokenizer and processor, as on the hub."""
     folder = tmp_path_factory.mktemp("named") / "llava"
     module = MODEL.make()
     abstract = jax.eval_shape(lambda: module.init(jax.random.key(0), module.config.batch_spec().empty()))["params"]
@@ -136,7 +136,7 @@ def run(folder, tmp_path_factory):
 
 
 def talk(*said: str, images: int = 0) -> Example:
-    """Questions and answers in turn, with images before the first question."""
+    """Makes questions and answers in turn, with images before the first question."""
     shown = [Image(np.zeros((8, 8, 3), np.uint8))] * images
     messages = [Message(("user", "assistant")[number % 2], text) for number, text in enumerate(said)]
     return Example((replace(messages[0], content=(*shown, Text(said[0]))), *messages[1:]))
@@ -172,17 +172,17 @@ def test_packed_examples_say_what_each_says_alone(processor, folder):
     packed = np.asarray(apply(batch))
     plan = data.plan.step(3)
     for row, examples in enumerate(plan[:2]):
-        place = 0
+        start = 0
         for source, index in examples:
             alone = processor.encode(data.sources[source].example(index), DATA.length)
             single = processor.pack([[alone]] * DATA.rows, DATA.length, DATA.slots)
             n = len(alone.tokens)
-            np.testing.assert_allclose(packed[row, place : place + n], np.asarray(apply(single))[0, :n], atol=2e-5)
-            place += n
+            np.testing.assert_allclose(packed[row, start : start + n], np.asarray(apply(single))[0, :n], atol=2e-5)
+            start += n
 
 
 def test_stages_train_from_the_checkpoint_and_leave_as_a_folder(folder, run, tmp_path, capsys, monkeypatch):
-    # Stored configs name classes of the package only, and the toys are none.
+    # Stored configs name only classes of the package, and the toys are not in it.
     monkeypatch.setattr(RunFolder, "experiment", lambda self: experiment(folder))
     _, before = mllm_jax.from_pretrained(folder)
     _, model, params, own, _ = load_run(RunFolder(run))
@@ -211,7 +211,7 @@ def test_stages_train_from_the_checkpoint_and_leave_as_a_folder(folder, run, tmp
 
 
 def test_training_ends_with_an_evaluation_and_images_in_the_report(folder, tmp_path, capsys):
-    """`mllm train`, then `mllm evaluate` of one task again, of a named model."""
+    """Runs `mllm train`, then `mllm evaluate` of one task again, with a named model."""
     made = experiment(folder)
     stage = replace(made.stages[0], steps=1, validation=None)
     EVALUATED.append(replace(made, stages=(stage,), evaluation=EVALUATION))
@@ -224,7 +224,7 @@ def test_training_ends_with_an_evaluation_and_images_in_the_report(folder, tmp_p
     shown = {task: [e["image_png_base64"] for e in examples if e["task"] == task] for task in results}
     assert [{len(images) for images in each} for each in shown.values()] == [{0}, {1}, {2}]
     first = Pillow.open(io.BytesIO(base64.b64decode(shown["seen/one"][0][0])))
-    np.testing.assert_array_equal(np.asarray(first), Toy().build().picture(0))
+    np.testing.assert_array_equal(np.asarray(first), Toy().build().image(0))
     report = (tmp_path / "run" / "report.html").read_text()
     assert all(png in report for each in shown.values() for images in each for png in images)
     assert main(["evaluate", str(tmp_path / "run"), "--tasks", "two"]) == 0
@@ -243,7 +243,7 @@ def test_kept_features_change_no_loss(folder, run, tmp_path):
         .batch(step)["images"]
         .reshape(-1, 192)
     }
-    assert held >= len(shown), "every picture of the stage, and those of its validation"
+    assert held >= len(shown), "every image of the stage, and those of its validation"
 
 
 def test_the_cache_encodes_once_and_survives_a_kill(tmp_path):
@@ -261,7 +261,7 @@ def test_the_cache_encodes_once_and_survives_a_kill(tmp_path):
     np.testing.assert_allclose(one["features"][:, :, 0], images.astype(np.float32).mean(axis=(2, 3)), rtol=1e-6)
     cache.close()
     with (tmp_path / "features.bin").open("ab") as file:
-        file.write(b"torn")  # what a kill between the two writes leaves
+        file.write(b"torn")  # as after a kill between the two writes
     again = FeatureCache(tmp_path, encode, (2, 3), "float32")
     assert len(again) == 3
     np.testing.assert_array_equal(again({"images": images})["features"], one["features"])
@@ -294,7 +294,7 @@ def test_what_does_not_fit_is_refused(folder, tmp_path, change, message):
 
 
 def test_a_template_without_an_end_token_is_refused_once(folder, tmp_path):
-    """And by the name of the option that holds it, not of each record (TRIAL, row 33)."""
+    """Checks that the refusal names the option of the template, not each record (TRIAL, row 33)."""
     endless = "{% for m in messages %}{{ m.content[0].text if m.content is not string else m.content }} {% endfor %}"
     made = experiment(folder)
     with pytest.raises(ConfigError, match=r"none of the stop tokens \['</s>'\]") as refusal:
@@ -307,7 +307,7 @@ def test_a_template_without_an_end_token_is_refused_once(folder, tmp_path):
 
 @pytest.fixture
 def records(tmp_path):
-    """A file of captions, one of conversations (one without a picture, one with it behind the text), and pictures."""
+    """Writes a file of captions, one of conversations (without an image, and with it after the text), and images."""
     for n in range(4):
         Pillow.fromarray(np.full((8, 8 + n, 3), 60 * n, np.uint8)).save(tmp_path / f"{n}.png")
     captions, talks = [], []
@@ -328,7 +328,7 @@ def records(tmp_path):
 
 
 def on_records(folder, records) -> Experiment:
-    """The two stages of LLaVA: captions without a template, then conversations."""
+    """Makes the two stages of LLaVA: captions without a template, then conversations."""
     read = dict(image_folder=".", data_dir=str(records))
     sources = (LLaVARecords("captions.json", version="plain", **read), LLaVARecords("talks.json", **read))
     made = experiment(folder)
@@ -345,7 +345,7 @@ def test_llava_records_train_a_named_model(folder, records, tmp_path):
     assert len(found) == 12 and np.isfinite(found).all() and np.mean(found[4:6]) < found[0]
 
 
-def test_pictures_stand_where_the_records_have_them(records, processor):
+def test_images_are_where_the_records_have_them(records, processor):
     source = LLaVARecords("talks.json", ".", data_dir=str(records)).build()
     encoded = processor.encode(source.example(1), 64)
     row = encoded.row.tokens.tolist()

@@ -15,13 +15,13 @@ from mllm_jax.training.objectives.next_token import NextToken, cross_entropy
 
 
 def given_logits(params, batch, method):
-    """A model whose head leaves its inputs as they are: parameters are the logits."""
+    """Applies a model whose parameters are the logits."""
     return HeadInputs(params, jnp.eye(params.shape[-1]))
 
 
 @pytest.fixture
 def case():
-    """Packed examples with and without padding; weights ask for the first token of a segment too."""
+    """Returns packed examples with and without padding; the first token of a segment has a weight too."""
     rng = np.random.default_rng(0)
     logits = rng.normal(size=(2, 9, 7)).astype(np.float32) * 2
     batch = {
@@ -33,7 +33,7 @@ def case():
 
 
 def by_hand(logits, batch, z_loss=0.0):
-    """(loss, accuracy, weight): a token is learnt if weighted and preceded by one of its own segment."""
+    """Returns (loss, accuracy, weight): a weighted token carries loss if its own segment has a token before it."""
     loss = right = weight = 0.0
     for r, s in np.ndindex(batch["tokens"].shape):
         w = float(batch["loss_weights"][r, s])

@@ -1,6 +1,6 @@
 """A run opens on other devices and another kind of CPU than those that trained it, and answers the same (row 2).
 
-Run as a script this file is the other machine: it opens the run that is named and prints logits and answers.
+As a script, this file is the other machine: it opens the given run and prints logits and answers.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ def experiment():
 
 
 def pose_as_the_packages() -> None:
-    """A stored config names classes of the package only."""
+    """Poses as the package, because a stored config names only classes of the package."""
     sys.modules["mllm_jax.toy_data"] = toy_data
     toy_data.Toy.__module__ = "mllm_jax.toy_data"
 
 
 def asked(run: Path, devices=None) -> dict:
-    """What the run says: logits of one batch, and greedy answers."""
+    """Returns the run's logits of one batch, and its greedy answers."""
     import jax
 
     from mllm_jax.checkpoints.run import RunFolder

@@ -24,14 +24,14 @@ def moved(config: AdamW):
     optimizer, params = make_optimizer(config, STEPS), PARAMS
     state = optimizer.init(params)
     for step in range(STEPS):
-        gradients = jax.tree.map(lambda x, step=step: np.cos(step + x), PARAMS)  # whatever the parameters became
+        gradients = jax.tree.map(lambda x, step=step: np.cos(step + x), PARAMS)  # independent of the parameters
         updates, state = optimizer.update(gradients, state, params)
         params = jax.tree.map(np.add, params, updates)
     return params
 
 
 def test_a_part_with_a_factor_moves_as_with_that_learning_rate():
-    """Decay included; the gradients of all parts are clipped together, as without factors."""
+    """Checks that decay is included, and that the gradients of all parts are clipped together, as without factors."""
     slow = replace(CONFIG, learning_rate=CONFIG.learning_rate * 0.2)
     both = moved(replace(CONFIG, factors=(("encoder_image/*", 0.2), ("*", 1.0))))
     jax.tree.map(

@@ -1,4 +1,4 @@
-"""A named model that goes on with images of another size, or with another tokenizer than its own."""
+"""A named model that continues with images of another size, or with another tokenizer than its own."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def llava(tmp_path_factory) -> Path:
 
 
 def write_words(folder: Path, words=OTHERS, template: str | None = CHATML, special=(), **names: str) -> Path:
-    """A chat model's tokenizer: its template takes texts only, and nothing stands for images in it."""
+    """Writes a chat model's tokenizer; its template takes only texts and has no token for images."""
     backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     names = dict(pad_token="<|im_end|>", bos_token="<|im_start|>", eos_token="<|im_end|>") | names
@@ -67,23 +67,23 @@ def experiment(folder: Path, words: Path | None = None, model=None, **changes) -
 
 @pytest.fixture(scope="module")
 def made(llava, tmp_path_factory):
-    """A run with both changes, what it printed, its weights at the end, and the folder that it leaves with.
+    """Trains a run with both changes; returns it, its output, its final weights and the exported folder.
 
-    The model is read through a link, so that a test can let it move.
+    The model is read through a link, so that a test can move it.
     """
-    place = tmp_path_factory.mktemp("made")
-    (place / "llava").symlink_to(llava)
-    words = write_words(place / "words")
+    base = tmp_path_factory.mktemp("made")
+    (base / "llava").symlink_to(llava)
+    words = write_words(base / "words")
     model = mllm_jax.pretrained_config(llava)
     wide = model.with_branch("image", encoder=replace(model.image.encoder, image_size=16))
     one, said = jax.devices()[:1], io.StringIO()
     with quick_compilation(), redirect_stdout(said):
-        run = train(experiment(place / "llava", words, wide), place / "run", devices=one)
-        train(experiment(place / "llava", words, wide), place / "run", devices=one)  # the same run: nothing to train
+        run = train(experiment(base / "llava", words, wide), base / "run", devices=one)
+        train(experiment(base / "llava", words, wide), base / "run", devices=one)  # the same run: nothing to train
         _, _, params, _, _ = load_run(run, one)
-        export_run(run, place / "out")
+        export_run(run, base / "out")
     leaves = {path: np.asarray(leaf) for path, leaf in flatten_dict(params, sep="/").items()}
-    return SimpleNamespace(run=run, said=said.getvalue(), leaves=leaves, out=place / "out", source=place / "llava")
+    return SimpleNamespace(run=run, said=said.getvalue(), leaves=leaves, out=base / "out", source=base / "llava")
 
 
 def test_another_image_size(llava, made):
@@ -91,7 +91,7 @@ def test_another_image_size(llava, made):
     table = "encoder_image/position_embedding"
     _, ours = mllm_jax.from_pretrained(llava, image_size=16)
     np.testing.assert_array_equal(made.leaves[table], ours["encoder_image"]["position_embedding"])
-    # What was made is kept with the run: a computer that resamples otherwise opens it all the same.
+    # Resampled parameters are kept with the run: a computer that resamples differently can open it too.
     assert (
         table in initial_meta(made.run)["stored"]
         and "encoder_image/class_token" not in initial_meta(made.run)["stored"]
@@ -131,7 +131,7 @@ def test_models_without_one_image_size(tmp_path):
 
 
 def test_another_tokenizer(llava, made):
-    """Rows follow their tokens, what is new begins at the mean; the folder opens in transformers with the new words."""
+    """Checks that rows follow their tokens, new ones begin at the mean, and transformers opens the folder."""
     assert made.said.count("vocabulary of 14 tokens changed to 12: 4 rows kept by their token's text, 8 new") == 1
     config = made.run.experiment().model
     tokens = mllm_jax.ChatTokenizer.load(made.run.processor_folder)
@@ -145,7 +145,7 @@ def test_another_tokenizer(llava, made):
             np.testing.assert_array_equal(new[tokens.id_of(word)], old[WORDS.index(word)], err_msg=word)
         for word in ("bird", "colour", "<|im_end|>"):
             np.testing.assert_allclose(new[tokens.id_of(word)], old.mean(axis=0), atol=1e-6, err_msg=word)
-    # The template took texts only; now images may stand in its messages, in transformers too.
+    # The template took only texts; now its messages may have images, in transformers too.
     asked = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "what colour"}]}]
     batch = mllm_jax.Processor.from_pretrained(made.run.path)(asked, images=[np.zeros((9, 9, 3), np.uint8)])
     model, params = mllm_jax.from_pretrained(made.out)
@@ -192,7 +192,7 @@ def test_a_model_whose_prompts_need_its_own_tokenizer(llava, tmp_path):
 
 
 def test_a_tokenizer_without_a_model_to_begin_with(llava, tmp_path):
-    """No path that nobody named; and no word about files of the run."""
+    """Checks that the refusal has only paths that the config names, and no files of the run."""
     words = write_words(tmp_path / "words")
     with pytest.raises(ConfigError, match="no settings of an image processor there") as refusal:
         train(experiment(llava, words, pretrained=()), tmp_path / "run")
@@ -201,7 +201,7 @@ def test_a_tokenizer_without_a_model_to_begin_with(llava, tmp_path):
 
 
 def test_texts_are_compared_whichever_way_they_are_kept(tmp_path):
-    """A byte-level tokenizer's "Ġcat" is a sentencepiece's "▁cat"; a special token is no word."""
+    """Checks that a byte-level "Ġcat" equals a sentencepiece "▁cat", and that a special token is no word."""
     from tokenizers import decoders
 
     byte_level, pieces = (

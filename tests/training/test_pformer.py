@@ -42,7 +42,7 @@ LLM = DecoderConfig(VOCABULARY, hidden_size=32, num_layers=1, num_heads=4, num_k
 QFORMER = QFormerConfig(32, 16, 32, 1, 4, 32, num_queries=4, cross_attention_frequency=1)
 PFORMER = PFormerConfig(32, VOCABULARY, 32, 1, 4, 32, num_queries=4, max_length=96)
 COMPOSED = MultimodalConfig({"image": Branch(ENCODER, QFORMER)}, LLM)
-# Of a scene each place has a caption, and all of them are the picture's.
+# Each position of a scene has a caption, and all of them belong to the image.
 CAPTIONS = OpenMojiCaptions(image_size=16, variants=1, scene_share=0.2)
 PAIRS = Mixture((Weighted(CAPTIONS),), rows=8, length=96, slots={"image": 1}, layout="caption", captions=4)
 TEXTS = replace(PAIRS, sources=(Weighted(TextOnly(CAPTIONS)),), slots={})
@@ -90,7 +90,7 @@ def flat(tree: dict) -> dict[str, np.ndarray]:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """The folder of the three runs; the last of them twice, on eight devices and on one."""
+    """Trains the three runs, the last one on eight devices and on one; returns their folder."""
     folder = tmp_path_factory.mktemp("pformer")
     words = replace(TEXTS, layout="conversation", learn="all", captions=1)
     language = Stage("language", NextToken(), ("llm/*",), words, STEPS, replace(ADAMW, learning_rate=1e-2))
@@ -109,7 +109,7 @@ def test_the_prompter_learns(runs):
     parts = [losses(runs / "prompter", f"loss_{name}") for name in ("contrast", "nearness", "language")]
     total = losses(runs / "prompter", "loss")
     np.testing.assert_allclose(np.sum(parts, axis=0), total, rtol=1e-5)
-    # Captions begin as one, and come apart.
+    # The prompts of captions begin equal, and become different.
     assert parts[0][0] == pytest.approx(np.log(8), abs=1e-2)
     for values, share in ((parts[0], 0.85), (total, 0.95)):
         assert np.mean(values[-4:]) < share * np.mean(values[:4])
@@ -145,7 +145,7 @@ def test_one_device_and_eight_learn_alike(runs):
 
 
 def test_prompter_training_is_the_same_on_any_mesh(runs):
-    """Captions are contrasted with the whole batch's, and masked alike, whichever device holds them."""
+    """Checks that captions are contrasted with the whole batch and masked equally, on any device."""
     _, model, params, processor, _ = load_run(RunFolder(runs / "prompter"))
     batch = Pipeline(TEXTS, processor, seed=0).batch(0)
     assert "images" not in batch and batch["segments"].max() > 1

@@ -1,4 +1,4 @@
-"""Runs whose parts come from checkpoints: read where they belong, named and checked, followed when they move."""
+"""Runs whose parts come from checkpoints: read onto their devices, named, checked, and found after a move."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ TOWER = Experiment(
 
 
 def experiment(llm, tower, **changes) -> Experiment:
-    """A frozen LLM and tower with a new projector, then the LLM too."""
+    """Makes an experiment: a new projector for a frozen LLM and image encoder, then the LLM too."""
     config = mllm_jax.pretrained_config(llm)
     projector = replace(MODEL.image.projector, output_size=config.hidden_size)
     made = Experiment(
@@ -71,7 +71,7 @@ def experiment(llm, tower, **changes) -> Experiment:
 
 @pytest.fixture(scope="module", autouse=True)
 def setting():
-    """Compiles quickly; and as a stored config names classes of the package only, the toy source poses as one."""
+    """Compiles quickly; the toy source poses as a class of the package, as stored configs name only those."""
     with quick_compilation(), pytest.MonkeyPatch.context() as patch:
         patch.setitem(sys.modules, "mllm_jax.toy_data", toy_data)
         patch.setattr(toy_data.Toy, "__module__", "mllm_jax.toy_data")
@@ -80,14 +80,14 @@ def setting():
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory):
-    """(LLM folder, folder of the run that is to make the tower)."""
+    """Returns (LLM folder, folder of the run that makes the image encoder)."""
     folder = tmp_path_factory.mktemp("sources")
     return write_folder(folder / "llm", CONFIG), folder / "tower"
 
 
 @pytest.fixture(scope="module")
 def run(sources, tmp_path_factory):
-    """The whole run, once, on two devices."""
+    """Trains the whole run, once, on two devices."""
     return train(experiment(*sources), tmp_path_factory.mktemp("runs") / "run", devices=jax.devices()[:2])
 
 
@@ -101,7 +101,7 @@ def copy(run, sources, tmp_path):
 
 
 def snapshot(folder: RunFolder, index: int, stage: str) -> dict[str, np.ndarray]:
-    """Every leaf that a stage trained, read without the library."""
+    """Reads every leaf that a stage trained, without the library."""
     import orbax.checkpoint as ocp
 
     where = folder.snapshot(index, stage)
@@ -128,8 +128,8 @@ def assert_equal(ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray]) -> 
 
 
 def test_parts_begin_with_what_their_sources_hold(run, sources):
-    """The first stage trained the projector only, so a run cut after it holds the sources' very numbers."""
-    shutil.rmtree(run.snapshot(1, "instruct"))  # `load_run` then gives what stood before the second stage
+    """Checks a run cut after its first stage, which trained only the projector: its other parts equal the sources."""
+    shutil.rmtree(run.snapshot(1, "instruct"))  # `load_run` then gives the parameters before the second stage
     _, _, params, _, _ = load_run(run, jax.devices()[:2])
     assert_equal(flat(params["llm"]), flat(random_params(CONFIG)))
     tower = snapshot(RunFolder(sources[1]), 0, "pairs")
@@ -137,7 +137,7 @@ def test_parts_begin_with_what_their_sources_hold(run, sources):
         flat({"encoder_image": params["encoder_image"]}),
         {k: v for k, v in tower.items() if k.startswith("encoder_image/")},
     )
-    # The same command trains the stage that is missing, from there.
+    # The same command trains the missing stage.
     train(experiment(*sources), run.path, devices=jax.devices()[:2])
     after = snapshot(run, 1, "instruct")
     changed = [k for k, v in after.items() if k.startswith("llm/") and (v != flat(params)[k]).any()]
@@ -147,7 +147,7 @@ def test_parts_begin_with_what_their_sources_hold(run, sources):
 def test_the_tower_was_made_by_its_own_experiment_up_to_its_stage(run, sources):
     tower = RunFolder(sources[1])
     assert tower.experiment() == TOWER and tower.unfinished(TOWER) == ["later"]
-    train(TOWER, tower.path, devices=jax.devices()[:2])  # goes on with it, as with any run
+    train(TOWER, tower.path, devices=jax.devices()[:2])  # continues it, like any run
     assert tower.unfinished(TOWER) == []
 
 
@@ -166,8 +166,8 @@ def test_checkpoints_name_the_sources_and_what_they_held(run, sources):
 def test_a_finished_run_answers_with_the_models_own_tokens(run, sources):
     _, model, params, processor, mesh = load_run(run, jax.devices()[:2])
     assert processor.tokenizer.vocab_size == CONFIG.vocab_size and "messages" in processor.tokenizer.template
-    picture = np.zeros((MODEL.image.encoder.image_size,) * 2 + (3,), np.uint8)
-    asked = Message("user", (Image(picture), Text("what colour")))
+    pixels = np.zeros((MODEL.image.encoder.image_size,) * 2 + (3,), np.uint8)
+    asked = Message("user", (Image(pixels), Text("what colour")))
     answer = Assistant(model, params, processor, mesh=mesh).generate([asked], max_new_tokens=3)
     assert len(answer.tokens) == 3 or answer.reason == "stop"
 
@@ -175,7 +175,7 @@ def test_a_finished_run_answers_with_the_models_own_tokens(run, sources):
 def test_sources_may_move(copy):
     moved, run, sources = copy
     shutil.rmtree(run / "stages" / "1-instruct")
-    train(moved, run, devices=jax.devices()[:2])  # its checkpoint of step 1 is taken up
+    train(moved, run, devices=jax.devices()[:2])  # resumes from its checkpoint of step 1
     assert RunFolder(run).experiment() == moved
     assert meta(RunFolder(run), 1, "instruct")["frozen"]["sources"]["llm/*"].startswith("pretrained(")
     with pytest.raises(RunFolderError, match=r"tokenizer.system"):
@@ -184,10 +184,10 @@ def test_sources_may_move(copy):
 
 @pytest.mark.parametrize("part", ["llm", "encoder_image"])
 def test_sources_may_not_change(copy, part):
-    """Neither a finished stage nor a begun one goes on with other weights, and nothing can be evaluated with them."""
+    """Checks that no stage, finished or begun, continues with other weights, and that none can be evaluated."""
     moved, run, sources = copy
     if part == "llm":
-        shutil.rmtree(run / "stages" / "1-instruct")  # which trained the LLM: from then on its source counts no more
+        shutil.rmtree(run / "stages" / "1-instruct")  # it trained the LLM: after it, the LLM's source does not matter
         mllm_jax.save_pretrained(CONFIG.make(), random_params(CONFIG, seed=1), sources / "llm", overwrite=True)
         moved = replace(moved, tokenizer=TokenizerConfig(vocab_size=CONFIG.vocab_size, folder=moved.tokenizer.folder))
     else:
@@ -198,13 +198,13 @@ def test_sources_may_not_change(copy, part):
         train(moved, run, devices=jax.devices()[:2])
     with pytest.raises(CheckpointError, match=f"{part}/"):
         load_run(RunFolder(run), jax.devices()[:2])
-    shutil.rmtree(run / "stages")  # now the first stage is one that has only begun
+    shutil.rmtree(run / "stages")  # now the first stage has only begun
     with pytest.raises(CheckpointError, match=f"{part}/"):
         train(moved, run, devices=jax.devices()[:2])
 
 
 def test_a_run_opens_by_what_it_holds_and_draws_nothing_again(copy, monkeypatch):
-    """A second draw has other last bits under another jax or on another CPU (TRIAL, row 2)."""
+    """Checks that nothing is drawn twice, with other last bits under another jax or CPU (TRIAL, row 2)."""
     moved, run, sources = copy
     open_run(run, moved)  # it now refers to the copies
     whole = flat(load_run(RunFolder(run), jax.devices()[:2])[2])
@@ -240,7 +240,7 @@ def test_a_self_contained_run_needs_no_sources(copy):
 
 @pytest.mark.parametrize("change", ["permuted", "template", "absent"])
 def test_another_tokenizer_is_refused_by_name(copy, change):
-    """Ids would mean other words (ATTACK, F9)."""
+    """Checks another tokenizer, whose ids have other words (ATTACK, F9)."""
     _, run, _ = copy
     file = run / "processor" / ("chat_template.jinja" if change == "template" else "tokenizer.json")
     if change == "template":
@@ -283,8 +283,8 @@ def test_strangers_files_in_a_snapshot_change_nothing(copy):
     _, run, _ = copy
     whole = flat(load_run(RunFolder(run), jax.devices()[:2])[2])
     for folder in (run / "stages" / "1-instruct", run / "initial"):
-        for place in (folder, folder / "arrays"):
-            (place / "notes.txt").write_text("mine")
+        for owner in (folder, folder / "arrays"):
+            (owner / "notes.txt").write_text("mine")
     assert_equal(flat(load_run(RunFolder(run), jax.devices()[:2])[2]), whole)
 
 
@@ -300,7 +300,7 @@ def test_read_onto_a_mesh_each_part_lies_as_its_axes_say(run, sources, devices):
     assert jax.tree.map(lambda x: x.sharding, params) == shardings
     assert any(not leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(params["llm"]))
     assert_equal(flat(params["llm"]), flat(random_params(CONFIG)))
-    # What is not read begins as it would without sources.
+    # Parts without a source begin as in a run without sources.
     assert_equal(
         flat(params["projector_image"]),
         flat(initial_params(replace(config, pretrained=()), mesh)[0]["projector_image"]),
@@ -367,11 +367,11 @@ def test_contradictions_are_refused():
             TokenizerConfig(**wrong)
 
 
-# ---- what a person types
+# ---- the command line
 
 
 def test_sources_are_options_of_the_command_line(sources, tmp_path, monkeypatch):
-    """Every leaf of a config can be changed there, those of `pretrained` too."""
+    """Checks that every leaf of a config can be changed there, those of `pretrained` too."""
     import mllm_jax.training.loop as loop
     from mllm_jax.cli import main
     from mllm_jax.training.operations.stopping import Interrupted

@@ -112,7 +112,7 @@ def test_the_second_stage_begins_with_its_qformer(run):
 
 
 def test_the_loss_is_the_same_on_any_mesh(run):
-    """Negatives are of the whole batch, whichever device holds them."""
+    """Checks that negatives come from the whole batch, on any device."""
     _, model, params, _, _ = load_run(RunFolder(run))
     rng = np.random.default_rng(0)
     batch = dict(
@@ -134,7 +134,7 @@ def test_the_loss_is_the_same_on_any_mesh(run):
 
 
 def test_equal_texts_belong_together():
-    """Of four pairs two have one text: neither is the other's negative, and both are right for contrast."""
+    """Checks four pairs, two with the same text: neither is the other's negative, and both count as correct."""
     objective = QFormerStage1(equal_texts=True, label_smoothing=0.0)
     tokens = jnp.asarray([[1, 5, 6, 0], [1, 7, 0, 0], [1, 5, 6, 9], [1, 7, 8, 0]], jnp.int32)
     segments = jnp.asarray([[1, 1, 1, 0], [1, 1, 0, 0], [1, 1, 1, 0], [1, 1, 1, 0]], jnp.int32)

@@ -1,4 +1,4 @@
-"""A change of one size or of the dtype gives a model that fits together: configs write each of them once."""
+"""A change of one size or of the dtype gives a consistent model: configs have each of them once."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_the_vocabulary_is_written_once(name, size):
     assert (ROOT / "configs" / f"{name}.py").read_text().count(size) == 1
 
 
-# ---- what a stage's composition leaves open
+# ---- open fields of a stage's composition
 
 
 def test_a_stages_composition_takes_what_it_leaves_open_from_the_experiment():
@@ -98,7 +98,7 @@ def test_a_prompter_stands_beside_the_experiments_model():
 
 
 def test_a_whole_model_is_compared_with_nothing_left_open():
-    """What a folder holds has every width written out; what a config leaves open is no difference."""
+    """Checks that a config with open widths equals a folder's config, which has every width."""
     config = load_config(ROOT / "configs" / "llava15_7b.py")
     theirs = from_hf_config(to_hf_config(config.model))
     assert theirs.image.projector.output_size == 4096 and config.model.inputs["image"].projector.output_size is None
@@ -136,7 +136,7 @@ FULL_SIZE = (
 
 @pytest.mark.parametrize("name", FULL_SIZE)
 def test_a_full_size_config_fits_where_it_says(name):
-    """By what a device needs at least, on the slice of the command at the top of the file."""
+    """Checks the minimum memory of a device, on the slice of the command at the top of the file."""
     from mllm_jax.planning.arithmetic import least_bytes
     from mllm_jax.planning.topologies import topology
     from mllm_jax.sharding.logical import AXES

@@ -1,4 +1,4 @@
-"""A run that is killed again and again ends as one that never was: every bit of it, on one device and on eight."""
+"""A run that is killed again and again ends with the same bits as one that was not, on one device and on eight."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tiny_runs import (
 pytestmark = pytest.mark.slow
 
 STAGES = ("language", "contrastive", "align", "instruct")
-PAUSE = 0.1  # seconds before each step of a run that is to be killed in the middle of a stage
+PAUSE = 0.1  # seconds before each step of a run that is killed in the middle of a stage
 MESHES = {
     "one device": (1, {"data": 1}),
     "eight devices": (8, {"data": 2, "fsdp": 2, "tensor": 2}),
@@ -33,7 +33,7 @@ MESHES = {
 
 
 def kill_points(seed: int) -> list[tuple[int, int]]:
-    """Five (stage, steps done) pairs in order: one in each stage, and a second one in a stage chosen at random."""
+    """Draws five (stage, steps done) pairs in order: one in each stage, and a second one in a random stage."""
     rng = random.Random(seed)
     twice = rng.randrange(len(STAGES))
     points = [(i, rng.randint(2, 6)) for i in range(len(STAGES)) if i != twice]
@@ -42,7 +42,7 @@ def kill_points(seed: int) -> list[tuple[int, int]]:
 
 @dataclass(frozen=True)
 class Pair:
-    """A run that was never killed and one that was, five times; `copies` are the latter's folder after each kill."""
+    """A run without kills and one with five; `copies` are the latter's folder after each kill."""
 
     setting: Setting
     whole: Path
@@ -52,20 +52,20 @@ class Pair:
 
 
 def make_pair(base: Path, devices: int, mesh: dict[str, int]) -> Pair:
-    """The whole run compiles, the killed one takes what was compiled from the cache: they also compare the two."""
+    """Makes a pair; the whole run compiles and the killed one reads the cache, so the two are compared too."""
     setting = Setting(devices, mesh, base / "compiled")
     whole, killed = base / "whole", base / "killed"
     start(setting, whole, record=base / "whole.batches").end(expected=0)
     copies, printed = {}, []
     for stage, steps in kill_points(seed=devices):
-        # The kill comes when the step is seen to be done; the run waits two steps later, should that be seen late.
+        # The kill follows the end of the step; the run waits two steps later, in case the end is noticed late.
         hold = (STAGES[stage], steps + 1)
         run = start(setting, killed, pause=PAUSE, record=base / "killed.batches", hold=hold)
         run.wait_for(lambda lines, goal=stage * STEPS + steps: bool(lines) and lines[-1]["step"] >= goal)
         run.process.kill()
         printed.append(run.end(expected=-signal.SIGKILL))
         left = metrics(killed)[-1]
-        assert (left["stage"], left["step"] < (stage + 1) * STEPS) == (STAGES[stage], True), "killed at another place"
+        assert (left["stage"], left["step"] < (stage + 1) * STEPS) == (STAGES[stage], True), "killed at another step"
         assert not (killed / "stages" / f"{stage}-{STAGES[stage]}").exists()
         copies[stage, steps] = shutil.copytree(killed, base / f"killed-{stage}-{steps}")
     printed.append(start(setting, killed, record=base / "killed.batches").end(expected=0))
@@ -74,7 +74,7 @@ def make_pair(base: Path, devices: int, mesh: dict[str, int]) -> Pair:
 
 @pytest.fixture(scope="session")
 def pairs(tmp_path_factory):
-    """A future Pair for each mesh; they run side by side."""
+    """Starts a future Pair for each mesh; they run in parallel."""
     with ThreadPoolExecutor(len(MESHES)) as pool:
         yield {
             name: pool.submit(make_pair, tmp_path_factory.mktemp(name.replace(" ", "-")), *mesh)
@@ -97,7 +97,7 @@ def assert_same_leaves(expected: Path, found: Path) -> None:
 
 
 def assert_same_end(expected: Path, found: Path) -> None:
-    """Metrics and all parameters; equal facts but for what is measured in seconds."""
+    """Checks that metrics, all parameters and facts are equal, except seconds."""
     assert metrics(found) == metrics(expected)
     for i, stage in enumerate(STAGES):
         name = Path("stages") / f"{i}-{stage}"
@@ -116,13 +116,13 @@ def test_killed_five_times_it_ends_with_the_same_bits(pair):
 
 @on_every_mesh
 def test_and_with_the_same_optimizer_state(pair):
-    """What the checkpoints hold: parameters, moments, step and key, and beside them the data step and the scores."""
+    """Checks the checkpoints: parameters, moments, step and key, with the data step and the scores."""
     for i, stage in enumerate(STAGES):
         kept = [
             sorted(p.name for p in (run / "checkpoints" / f"{i}-{stage}").iterdir())
             for run in (pair.whole, pair.killed)
         ]
-        last = i + 1 == len(STAGES)  # which keeps its end, so that it can be given more steps
+        last = i + 1 == len(STAGES)  # it keeps its end, so that more steps can follow
         assert kept[0] == kept[1] == (["00000006", "00000008"] if last else ["00000003", "00000006"])
         for step in kept[0]:
             folders = [run / "checkpoints" / f"{i}-{stage}" / step for run in (pair.whole, pair.killed)]
@@ -138,7 +138,7 @@ def test_each_start_goes_on_from_the_last_checkpoint(pair):
     resumed = 0
     for (stage, copy), printed in zip(((s, c) for (s, _), c in pair.copies.items()), pair.printed[1:], strict=True):
         folder = copy / "checkpoints" / f"{stage}-{STAGES[stage]}"
-        # A kill between a checkpoint's manifest and its renaming leaves `00000003.writing`, which counts for nothing.
+        # A kill between a checkpoint's manifest and its renaming leaves `00000003.writing`, which is ignored.
         complete = sorted(int(p.parent.name) for p in folder.glob("*/manifest.json") if p.parent.name.isdecimal())
         said = f"stage {STAGES[stage]}: resumed at step "
         assert f"{said}{complete[-1]}" in printed if complete else said not in printed
@@ -146,7 +146,7 @@ def test_each_start_goes_on_from_the_last_checkpoint(pair):
     assert resumed >= 2
     trained_twice = len((pair.killed.parent / "killed.batches").read_text().splitlines())
     assert len(STAGES) * STEPS < trained_twice <= len(STAGES) * STEPS + 5 * 6
-    # Whatever is trained again is given the very batch of before: `hashes` keeps the last, the file has them all.
+    # A repeated step gets the same batch again: `hashes` has the last one, the file all of them.
     lines = [json.loads(line) for line in (pair.killed.parent / "killed.batches").read_text().splitlines()]
     expected = hashes(pair.whole.parent / "whole.batches")
     assert len(expected) == len(STAGES) * STEPS == len(set(expected.values()))
@@ -173,7 +173,7 @@ def test_eight_devices_then_four(pairs, tmp_path):
 
 
 def rewound(pair: Pair, target: Path, stage: int) -> Path:
-    """A copy of the whole run as it stood before a stage, its checkpoints of that stage aside."""
+    """Copies the whole run as it was before a stage, except its checkpoints of that stage."""
     folder = shutil.copytree(pair.whole, target)
     for i, name in enumerate(STAGES):
         if i >= stage:
@@ -229,7 +229,7 @@ def test_sigterm_saves_and_leaves_with_130(pair, tmp_path):
 def test_fresh_removes_what_a_run_writes_and_nothing_else(pair, tmp_path):
     folder = shutil.copytree(pair.whole, tmp_path / "run")
     (folder / "notes.txt").write_text("mine")
-    (folder / "pictures").mkdir()
+    (folder / "images").mkdir()
     run = start(pair.setting, folder, fresh=True, pause=PAUSE, hold=("language", 4))
     run.wait_for(lambda lines: 0 < len(lines) < STEPS)
     run.process.kill()
@@ -239,7 +239,7 @@ def test_fresh_removes_what_a_run_writes_and_nothing_else(pair, tmp_path):
     assert [p.name for p in (folder / "checkpoints").iterdir()] == ["0-language"]
     lines = metrics(folder)
     assert lines == metrics(pair.whole)[: len(lines)]
-    assert (folder / "notes.txt").read_text() == "mine" and (folder / "pictures").is_dir()
+    assert (folder / "notes.txt").read_text() == "mine" and (folder / "images").is_dir()
 
 
 def test_the_kill_points_differ_and_cover_the_stages():

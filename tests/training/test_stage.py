@@ -1,4 +1,4 @@
-"""A stage's program is one for the loop and the planner; its hooks do their work in the order of the list."""
+"""The loop and the planner share a stage's program; its hooks run in the order of the list."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ EXPERIMENT = Experiment("small", MODEL, (STAGE,), TokenizerConfig(vocab_size=320
 
 
 def test_the_planner_compiles_what_the_loop_runs():
-    """From the config alone, and from the data and the parameters that are there: one program, to the letter."""
+    """Checks that the program from the config alone equals the one from data and parameters, to the letter."""
     mesh = make_mesh(MeshConfig(fsdp=2, data=1), jax.devices()[:2])
     planned = abstract_step(EXPERIMENT, 0, mesh)
     feed = Feed(pipeline(), mesh)
@@ -65,7 +65,7 @@ def test_a_pattern_that_matches_nothing_is_refused():
 
 
 class Recorder:
-    """Notes what is called, whatever it is called."""
+    """A hook that records all calls."""
 
     def __init__(self, seen: list, name: str):
         self._seen, self._name = seen, name
@@ -125,7 +125,7 @@ def test_early_stopping_counts_validations_without_a_smaller_loss(seen):
         (3, 0, True, False),
     ]
     assert checkpoints.pinned == 3
-    again = Patience(context(seen, **stage), checkpoints, replace(steps[-1].best, since=1))  # as a checkpoint knows it
+    again = Patience(context(seen, **stage), checkpoints, replace(steps[-1].best, since=1))  # as in a checkpoint
     assert not again.exhausted
     take([again], [last := done(5, scores={"validation_loss": 1.0})])
     assert last.last and again.exhausted and again.best.step == 3

@@ -1,4 +1,4 @@
-"""The one train step: compiled once, donated, sharded from the start, blind to what is frozen, and safe from NaN."""
+"""The train step: compiled once, donated, sharded from the start, without changes to frozen parameters, NaN-safe."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def _quick():
 
 @dataclass(frozen=True)
 class Poisoned:
-    """Next-token whose loss is not a number for the batches with these sums of tokens."""
+    """Next-token objective with a NaN loss for batches with these sums of tokens."""
 
     marks: tuple[int, ...] = ()
 
@@ -105,7 +105,7 @@ class Setup:
 
 @pytest.fixture(scope="module")
 def one() -> Setup:
-    """One device; the batch of step 2 is poisoned."""
+    """Makes a step on one device; the batch of step 2 is poisoned."""
     marks = [mark(step) for step in range(STEPS)]
     assert marks.count(marks[2]) == 1
     return Setup(objective=Poisoned((mark(2),)))
@@ -129,7 +129,7 @@ def test_batches_of_different_content_do_not_recompile(plain):
         state, _ = plain.step_fn(state, plain.frozen, batch)
     assert not [name for name in compiled if "compile" in name]
     assert plain.step_fn._cache_size() == 1
-    jax.jit(lambda x: x + 7)(1.0)  # the listener does hear of a compilation
+    jax.jit(lambda x: x + 7)(1.0)  # the listener is called for a compilation
     assert [name for name in compiled if "compile" in name]
     compiled.clear()
 
@@ -189,7 +189,7 @@ def test_a_loss_that_is_not_finite_is_never_applied(one):
 
 
 def test_a_gradient_that_is_not_finite_is_never_applied(one):
-    """The loss alone may look fine."""
+    """Checks a gradient of NaN with a finite loss."""
     state = one.state()
     poisoned = jax.tree.map(lambda x: x.copy(), state.params)
     poisoned["llm"]["final_norm"]["scale"] = poisoned["llm"]["final_norm"]["scale"].at[0].set(jnp.inf)
@@ -208,8 +208,8 @@ def test_no_device_holds_a_whole_sharded_parameter(config, devices):
     layout = state_shardings(optimizer, params, shardings, mesh)
     state = init_state(optimizer, params, layout, jax.random.key(0))
     split_leaves = 0
-    for leaf, place in zip(jax.tree.leaves(state), jax.tree.leaves(layout), strict=True):
-        ways = [mesh.shape[a] for part in place.spec if part for a in (part if isinstance(part, tuple) else (part,))]
+    for leaf, sharding in zip(jax.tree.leaves(state), jax.tree.leaves(layout), strict=True):
+        ways = [mesh.shape[a] for part in sharding.spec if part for a in (part if isinstance(part, tuple) else (part,))]
         assert {shard.data.size * int(np.prod(ways)) for shard in leaf.addressable_shards} == {leaf.size}
         assert len(leaf.addressable_shards) == 8
         split_leaves += bool(ways)
@@ -232,7 +232,7 @@ def test_validation_changes_nothing_and_agrees_with_training(plain):
 
 
 def experiment(tmp_path, objective=NEXT_TOKEN, **change) -> Experiment:
-    """Two stages on toy data; the seed of a stage's data is that of its place."""
+    """Makes two stages on toy data; the seed of a stage's data is its index."""
     file = tmp_path / "tokenizer.json"
     tokenizer().save(file)
     stage = Stage("first", objective, TRAINABLE, PICTURES, STEPS, ADAMW)
@@ -255,9 +255,9 @@ def train(tmp_path, config: Experiment):
 
 def test_the_loop_stops_at_nan_and_names_the_batch(tmp_path):
     config = experiment(tmp_path, Poisoned((mark(2),)))
-    with pytest.raises(TrainingError, match="stage first, step 2: loss nan") as told:
+    with pytest.raises(TrainingError, match="stage first, step 2: loss nan") as refused:
         train(tmp_path, config)
-    assert pipeline().describe(2) in str(told.value)
+    assert pipeline().describe(2) in str(refused.value)
     assert [line["step"] for line in metrics(tmp_path / "run")] == [1, 2]
 
 
@@ -282,7 +282,7 @@ def test_the_loop_skips_nan_if_told_and_a_signal_at_a_stages_end_stops_before_th
 
 
 def test_frozen_dtype_in_a_run_leaves_the_parameters_themselves_alone(tmp_path, plain):
-    """The run counts half the bytes for what is frozen, and the next stage starts from all the bits."""
+    """Checks that frozen parameters take half the bytes, and that the next stage starts from all their bits."""
     config = experiment(tmp_path)
     first = replace(config.stages[0], frozen_dtype="bfloat16", steps=2)
     folder = train(tmp_path, replace(config, stages=(first, config.stages[1])))

@@ -1,10 +1,10 @@
-"""A run that is over in seconds, for tests that start it in several processes; the environment changes it a little.
+"""A run of a few seconds, for tests that start it in several processes; environment variables change it.
 
 TINY_MESH: sizes of the mesh axes as JSON. TINY_PAUSE: seconds before each step. TINY_RECORD: a file for a hash of each
-batch. TINY_EVALUATE: asks questions at the end, and after each time this many steps. TINY_STEPS: steps of a stage.
-TINY_STAGES: how many there are.
-TINY_HOLD: after how many steps each process waits, so that a test finds it there: until the file TINY_GATE exists, or,
-without one, until all processes have heard of a notice to stop. Each makes a file TINY_GATE.<its number>.
+batch. TINY_EVALUATE: evaluates at the end, and at this interval of steps. TINY_STEPS: number of steps of a stage.
+TINY_STAGES: number of stages.
+TINY_HOLD: number of steps after which each process waits for a test: until the file TINY_GATE exists, or, without one,
+until all processes have received a notice to stop. Each process makes a file TINY_GATE.<its index>.
 """
 
 from __future__ import annotations
@@ -68,13 +68,13 @@ def wait_at(gate: str | None) -> None:
             assert Path(gate).parent.is_dir(), "the test is over"
             time.sleep(0.01)
     else:
-        # Where jax notes, for each process that knows of the notice, how far it has come.
+        # Here jax records the progress of each process that has received the notice.
         while len(global_state.client.key_value_dir_get("PREEMPTION_CURRENT_COUNTER/")) < jax.process_count():
             time.sleep(0.01)
 
 
 def watch_steps(record: str | None, pause: float) -> None:
-    """Lets every step wait a little, and notes a hash of this process's part of the batch."""
+    """Lets every step wait a little, and records a hash of this process's part of the batch."""
     import jax
     import numpy as np
 

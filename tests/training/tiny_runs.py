@@ -1,4 +1,4 @@
-"""Tiny runs in processes of their own, for tests that kill them; run as a script this file is such a process."""
+"""Tiny runs in separate processes, for tests that kill them; as a script, this file is such a process."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ STEPS = 8  # of each stage of configs/smoke.py
 
 @dataclass(frozen=True)
 class Setting:
-    """On how many devices, in which mesh; `cache` is JAX's compilation cache, which the starts of a run share."""
+    """Number of devices, mesh, and `cache`: JAX's compilation cache, which the starts of a run share."""
 
     devices: int
     mesh: dict[str, int]
@@ -38,7 +38,7 @@ class Setting:
 
 
 def experiment(mesh: dict[str, int]):
-    """configs/smoke.py on a mesh, without its evaluation."""
+    """Returns the experiment of configs/smoke.py on a mesh, without its evaluation."""
     from mllm_jax.sharding.mesh import MeshConfig
     from mllm_jax.training.config_file import load_config
 
@@ -51,11 +51,11 @@ def experiment(mesh: dict[str, int]):
 def watch_steps(
     record: Path | None, pause: float, hold: tuple[str, int] | None = None, gate: str | None = None
 ) -> None:
-    """Lets every training step wait a little, and notes a hash of the batch that it is given.
+    """Lets every training step wait a little, and records a hash of its batch.
 
     Args:
-        hold: a stage, and how many of its steps are done when the run waits.
-        gate: the file that it waits for; without one, for its end.
+        hold: a stage, and the number of its steps after which the run waits.
+        gate: the file that it waits for; None: waits for its end.
     """
     import jax
     import numpy as np
@@ -81,7 +81,7 @@ def watch_steps(
                 with record.open("a") as file:
                     file.write(json.dumps(line) + "\n")
             time.sleep(pause)
-            # A test that has died kills nobody any more.
+            # A test that has died cannot kill this process.
             while hold and hold == (now["name"], int(state.step)) and os.getppid() == test:
                 if gate and Path(gate).exists():
                     break
@@ -110,7 +110,7 @@ class Started:
             time.sleep(0.005)
 
     def end(self, expected: int, seconds: float = 900) -> str:
-        """Waits for the end; returns what the run has printed."""
+        """Waits for the end; returns the output of the run."""
         try:
             code = self.process.wait(seconds)
         finally:
@@ -123,7 +123,7 @@ class Started:
 def start(
     setting: Setting, folder: Path, *, fresh=False, pause=0.0, record: Path | None = None, hold: tuple | None = None
 ) -> Started:
-    """Trains into `folder` in a new process; `hold`: (stage, steps) at which it waits to be killed."""
+    """Trains into `folder` in a new process; `hold`: (stage, steps) at which it waits for the kill."""
     arguments = {"folder": str(folder), "mesh": setting.mesh, "fresh": fresh, "pause": pause, "hold": hold}
     arguments |= {"record": record and str(record), "lengths": str(setting.cache.parent / "lengths")}
     return start_command([str(Path(__file__)), json.dumps(arguments)], setting, folder)
@@ -138,11 +138,11 @@ def start_command(arguments: list[str], setting: Setting, folder: Path) -> Start
     return Started(process, folder, output)
 
 
-# ---- what a run left
+# ---- the files of a run
 
 
 def metrics(folder: Path) -> list[dict]:
-    """The complete lines of metrics.jsonl, without their timing."""
+    """Returns the complete lines of metrics.jsonl, without their timing."""
     try:
         text = (folder / "metrics.jsonl").read_text()
     except FileNotFoundError:
@@ -152,7 +152,7 @@ def metrics(folder: Path) -> list[dict]:
 
 
 def arrays(folder: Path) -> dict[str, tuple]:
-    """Every leaf of a checkpoint or snapshot folder: path -> (dtype, shape, bytes)."""
+    """Reads every leaf of a checkpoint or snapshot folder: path -> (dtype, shape, bytes)."""
     import numpy as np
     import orbax.checkpoint as ocp
 

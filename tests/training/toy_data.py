@@ -1,4 +1,4 @@
-"""A source made of numbers, and a tiny model for it: for tests that need batches and no data set."""
+"""A source of random numbers and a tiny model, for tests that need batches but no data set."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ COLOURS = ("red", "green", "blue", "grey", "black", "white", "brown", "pink", "v
 
 @dataclass(frozen=True)
 class Toy:
-    """Pictures of noise, each told by its colour and number; `pictures` a conversation (0: a text in their place)."""
+    """Images of noise, described by color and number; `images` in each conversation (0: a text instead)."""
 
     name: str = "toy"
     size: int = 200
-    pictures: int = 1
+    images: int = 1
     image_size: int = SIZE
 
     def build(self) -> ToySource:
@@ -53,10 +53,10 @@ class ToySource:
 
     def example(self, index: int) -> Example:
         colour, number = COLOURS[index % len(COLOURS)], index // len(COLOURS)
-        context = () if self.config.pictures else (Text(f"number {number} is {colour}"),)
-        pictures = [Image(Drawn(partial(self.picture, index, i))) for i in range(self.config.pictures)]
+        context = () if self.config.images else (Text(f"number {number} is {colour}"),)
+        images = [Image(Drawn(partial(self.image, index, i))) for i in range(self.config.images)]
         messages = (
-            Message("user", (*pictures, *context, Text("what colour"))),
+            Message("user", (*images, *context, Text("what colour"))),
             Message("assistant", colour),
             Message("user", "which number"),
             Message("assistant", f"{number} {colour}"),
@@ -64,7 +64,7 @@ class ToySource:
         turns = 1 + index % 3 // 2
         return Example(messages[: 2 * turns], (Segment((1,)), Segment((3,), region=1))[:turns])
 
-    def picture(self, index: int, number: int = 0) -> np.ndarray:
+    def image(self, index: int, number: int = 0) -> np.ndarray:
         rng = np.random.default_rng((index, number))
         return rng.integers(0, 256, (self.config.image_size, self.config.image_size, 3), dtype=np.uint8)
 
@@ -74,11 +74,11 @@ class ToySource:
 
 @lru_cache
 def tokenizer() -> Tokenizer:
-    return Tokenizer.train(training_texts([Toy().build(), Toy(pictures=0).build()]), 320)
+    return Tokenizer.train(training_texts([Toy().build(), Toy(images=0).build()]), 320)
 
 
 PICTURES = Mixture(
-    (Weighted(Toy(), 0.5), Weighted(Toy("toy_pairs", pictures=2), 0.3), Weighted(Toy("toy_text", pictures=0), 0.2)),
+    (Weighted(Toy(), 0.5), Weighted(Toy("toy_pairs", images=2), 0.3), Weighted(Toy("toy_text", images=0), 0.2)),
     rows=8,
     length=64,
     slots={"image": 3},
@@ -104,13 +104,13 @@ DUAL = DualEncoderConfig(
 
 
 def processor(config: Any = MODEL, words: Tokenizer | None = None) -> Processor:
-    """Of a model that is composed here, with the toys' tokenizer."""
+    """Returns the processor of a composed model, with the toys' tokenizer."""
     words = words or tokenizer()
     return Processor(config, words, PlainLayout(config.image_size, config.media_tokens, words.image_token_id))
 
 
 def conversation(images: int, turns: Sequence[tuple[str, str]], context: str = "") -> Example:
-    """Images and a text before the first question, as the sources give them."""
+    """Makes a conversation with images and a text before the first question, as the sources give them."""
     opening = (*(Image(PIXELS) for _ in range(images)), *((Text(context),) if context else ()))
     messages = []
     for question, answer in turns:
@@ -120,14 +120,14 @@ def conversation(images: int, turns: Sequence[tuple[str, str]], context: str = "
 
 
 def media_index(encoded: Any, media_tokens: int | None = None) -> list[int]:
-    """Of a row that holds this example alone."""
+    """Returns the media index of a row that has only this example."""
     return encoded.row.media_index([(media_tokens or MODEL.media_tokens) * n for n in range(len(encoded.media))], 0)[
         :, 0
     ].tolist()
 
 
 def spec_of(batch: dict[str, np.ndarray]) -> BatchSpec:
-    """A spec of arrays that are there."""
+    """Returns the spec of given arrays."""
     return BatchSpec({name: ArraySpec(x.shape, str(x.dtype)) for name, x in batch.items()})
 
 
@@ -137,8 +137,7 @@ def pipeline(mixture: Mixture = PICTURES, *, seed: int = 0, **kwargs) -> Pipelin
 
 @contextmanager
 def quick_compilation() -> Iterator[None]:
-    """Leaves out LLVM's optimizations: compilation is nearly all the time of a test on toys, and partitioning is not
-    among what is left out."""
+    """Switches LLVM's optimizations off, since tests on toys spend most of their time compiling; partitioning stays."""
     name = "jax_disable_most_optimizations"
     before = jax.config.read(name)
     jax.config.update(name, True)

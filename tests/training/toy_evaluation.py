@@ -1,4 +1,4 @@
-"""Tasks about toys: a module of its own, so that a run that names it finds it again."""
+"""Tasks about toys, in a separate module, so that a run that names it finds it again."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ METRICS = {
 
 
 def ask(example):
-    """The conversation without its last answer."""
+    """Returns the conversation without its last answer."""
     return example.messages[:-1]
 
 
 def colours(name: str, source, *, size: int = 8, **options) -> Task:
-    """Questions about images of noise, of a source of toys; without media there are no controls."""
-    metrics = METRICS if source.pictures else {"accuracy": accuracy, "n": count}
+    """Returns a task of questions about images of noise from a source of toys; without media it has no controls."""
+    metrics = METRICS if source.images else {"accuracy": accuracy, "n": count}
     return Task(name, replace(source, size=size), ask, metrics, **options)

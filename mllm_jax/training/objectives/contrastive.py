@@ -77,10 +77,10 @@ def text_codes(tokens, segments, count: int):
     Together they have 63 bits: in a batch of 100,000 texts, two share them with a probability below 1e-9.
     """
     member = segments[:, None] == jnp.arange(1, count + 1)[None, :, None]
-    place = jnp.cumsum(member, axis=-1)
+    position = jnp.cumsum(member, axis=-1)
     codes = []
     for factor in (2654435761, 2246822519):
-        powers = jnp.cumprod(jnp.full(tokens.shape[1] + 1, factor, jnp.uint32))[place]
+        powers = jnp.cumprod(jnp.full(tokens.shape[1] + 1, factor, jnp.uint32))[position]
         terms = jnp.where(member, (tokens[:, None].astype(jnp.uint32) + 1) * powers, 0)
         codes.append(terms.sum(axis=-1, dtype=jnp.uint32))
     code = jnp.stack([codes[0], codes[1] | 1], axis=-1)

@@ -158,7 +158,7 @@ def _spread(plan: Plan, local, num_split: int, out_specs):
 
     def on_all(*args):
         specs = (PartitionSpec(plan.axes),) * num_split + (PartitionSpec(),) * (len(args) - num_split)
-        # jax need not check which outputs are equal on all devices: the sums above go over the axes.
+        # jax need not check that outputs are equal on all devices: the sums above go over the axes.
         return jax.shard_map(local, mesh=plan.mesh, in_specs=specs, out_specs=out_specs, check_vma=False)(*args)
 
     return on_all

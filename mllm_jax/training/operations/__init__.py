@@ -1,1 +1,1 @@
-"""What is about running: the run folder, its lock, metrics, progress, the account of time, stops and several hosts."""
+"""Operation of a run: its folder, its lock, metrics, progress, goodput, stops and several hosts."""

@@ -1,4 +1,4 @@
-"""What was compiled once is kept on disk, so that a restart does not compile it again."""
+"""Compiled programs, kept on disk so that a restart does not compile them again."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from mllm_jax.errors import ConfigError
 def keep_compiled(folder: Path | None = None) -> Path | None:
     """Lets JAX keep compiled programs in `folder`, by default one of the user's cache for this kind of machine.
 
-    JAX_COMPILATION_CACHE_DIR, where it is set, has the last word.
+    JAX_COMPILATION_CACHE_DIR takes precedence if it is set.
 
     Returns:
-        The folder, or None where the environment names one.
+        the folder, or None if the environment names one.
 
     Raises:
         ConfigError: the folder cannot be made.
@@ -43,7 +43,7 @@ def user_cache() -> Path:
 
 
 def machine() -> str:
-    """A name that two machines share only if a program compiled for the CPU of one runs on the other's."""
+    """Returns a name that two machines share only if programs compiled for one CPU run on the other."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         facts = sorted({line for line in lines if line.startswith(("model name", "flags", "Features", "CPU part"))})

@@ -1,4 +1,4 @@
-"""How the processes of a run find each other: told by flags or the environment, or seen from where they run."""
+"""The processes of a run: given by flags or the environment, or detected from the cluster."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ CONNECT_SECONDS = 300
 
 @dataclass(frozen=True)
 class Hosts:
-    """The processes that train together, one a host. Nothing given: the environment says, or there is one.
+    """The processes that train together, one a host. Default: as in the environment, or one process.
 
     Attributes:
-        coordinator: host:port of the first process, at which all meet.
-        num_processes: how many there are; 1 keeps a host of a TPU slice or of a SLURM step by itself.
-        process_id: the number of this one, from 0.
-        heartbeat_seconds: a process that has not been heard of for so long counts as dead, and the others stop.
+        coordinator: host:port of the first process, to which all connect.
+        num_processes: their number; 1 lets a host of a TPU slice or of a SLURM step train alone.
+        process_id: index of this process, from 0.
+        heartbeat_seconds: a process without a sign of life for this long counts as dead, and the others stop.
     """
 
     coordinator: str | None = None
@@ -33,13 +33,13 @@ class Hosts:
     heartbeat_seconds: int = 100
 
     def __post_init__(self):
-        told = (self.coordinator, self.num_processes, self.process_id)
+        given = (self.coordinator, self.num_processes, self.process_id)
         if self.num_processes == 1 and self.coordinator is None:
             return
-        if any(x is not None for x in told) and None in told:
+        if any(x is not None for x in given) and None in given:
             raise ConfigError(
                 f"coordinator {self.coordinator}, num_processes {self.num_processes}, process_id {self.process_id}",
-                "all three, or none where the processes are started by SLURM, Open MPI or on a TPU slice",
+                "all three, or none if SLURM, Open MPI or a TPU slice starts the processes",
                 f"give --hosts.coordinator, --hosts.num-processes and --hosts.process-id, or {COORDINATOR}, "
                 f"{PROCESSES} and {PROCESS} in the environment",
             )
@@ -50,10 +50,10 @@ class Hosts:
 
 
 def resolve(hosts: Hosts, environ: Mapping[str, str] = os.environ) -> Hosts | str | None:
-    """Who takes part: Hosts told by flags or environment, the name of what jax detects by itself, or None.
+    """Returns the Hosts of flags or environment, the name of a cluster that jax detects by itself, or None.
 
     Raises:
-        ConfigError: the environment names a coordinator and not all the rest, or numbers that are none.
+        ConfigError: the environment has a coordinator without the other two values, or values that are not numbers.
     """
     if hosts.num_processes is not None:
         return hosts if hosts.coordinator is not None else None
@@ -75,26 +75,26 @@ def resolve(hosts: Hosts, environ: Mapping[str, str] = os.environ) -> Hosts | st
         slices = int(environ.get("MEGASCALE_NUM_SLICES") or 1)
         workers = environ.get("TPU_PROCESS_ADDRESSES") or environ.get("TPU_WORKER_HOSTNAMES")
         if workers is None and "TPU_SKIP_MDS_QUERY" not in environ:
-            return "gcetpu"  # the metadata server knows, also of a slice of one host
+            return "gcetpu"  # jax asks the metadata server, for a slice of one host too
         if slices > 1 or (workers and "," in workers):
             return "gketpu"
     return None
 
 
 def _on_tpu_host(environ: Mapping[str, str]) -> bool:
-    """A host with TPU chips whose use is not switched off; a machine that merely has libtpu installed is none."""
+    """Returns whether the host has TPU chips whose use is not switched off; libtpu alone does not count."""
     if environ.get("JAX_PLATFORMS", "tpu").split(",")[0] != "tpu":
         return False
     return any(Path(device).exists() for device in ("/dev/accel0", "/dev/vfio/0"))
 
 
 def join(hosts: Hosts, environ: Mapping[str, str] = os.environ) -> bool:
-    """Connects this process with the others of its run, before anything touches a device; False if it is alone.
+    """Connects this process with the others of its run, before any use of a device; returns False if it is alone.
 
-    On a CPU collectives between processes go over gloo, whose lines on standard output are not printed.
+    On a CPU, collectives between processes use gloo; its lines on standard output are not printed.
 
     Raises:
-        TrainingError: the others did not come, or the coordinator could not be reached.
+        TrainingError: the others did not connect, or the coordinator could not be reached.
     """
     found = resolve(hosts, environ)
     if found is None:
@@ -105,13 +105,13 @@ def join(hosts: Hosts, environ: Mapping[str, str] = os.environ) -> bool:
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     common = dict(heartbeat_timeout_seconds=hosts.heartbeat_seconds, initialization_timeout=CONNECT_SECONDS)
     if isinstance(found, Hosts):
-        told = dict(
+        address = dict(
             coordinator_address=found.coordinator, num_processes=found.num_processes, process_id=found.process_id
         )
         where = f"process {found.process_id} of {found.num_processes} at {found.coordinator}"
-        common |= told | {"cluster_detection_method": "deactivate"}
+        common |= address | {"cluster_detection_method": "deactivate"}
     else:
-        where = f"processes as {found} tells them"
+        where = f"processes as {found} reports them"
         common |= {"cluster_detection_method": found}
     try:
         jax.distributed.initialize(**common)
@@ -125,7 +125,7 @@ def join(hosts: Hosts, environ: Mapping[str, str] = os.environ) -> bool:
 
 
 def _keep_standard_output() -> None:
-    """Leaves standard output to Python alone.
+    """Reserves standard output for Python.
 
     Gloo writes "[Gloo] Rank 0 is connected to ..." into C++'s standard output for every new group of devices, at any
     time, and has no option for it. C++ writes errors to standard error, which stays as it is.
@@ -146,7 +146,7 @@ def _keep_standard_output() -> None:
 
 
 def leave() -> None:
-    """Parts from the other processes, if there are any, once all have come to this point."""
+    """Disconnects from the other processes, if there are any, after all have reached this point."""
     import jax
 
     if jax.distributed.is_initialized():
@@ -154,16 +154,16 @@ def leave() -> None:
 
 
 def end_together(work: Callable[[], int], refused: Callable[[Callable[[], int]], int]) -> int:
-    """Runs the work of one of several processes; returns its exit code, 0, once all have come to the end.
+    """Runs the work of one of several processes; returns its exit code, 0, after all have finished.
 
-    Any other end ends the process here and at once: the usual one would first wait for the other processes, which may
-    be waiting for this one. They notice that it is gone.
+    A failure exits the process here and at once: a normal exit would first wait for the other processes, which may be
+    waiting for this one. They notice that it is gone.
 
     Args:
-        refused: runs what it is given and turns refusals into messages and exit codes.
+        refused: calls its argument and turns refusals into messages and exit codes.
     """
 
-    def told() -> int:
+    def attempt() -> int:
         try:
             return work()
         except Exception as error:
@@ -174,7 +174,7 @@ def end_together(work: Callable[[], int], refused: Callable[[Callable[[], int]],
 
     code = 1
     try:
-        code = refused(told)
+        code = refused(attempt)
         if code == 0:
             leave()
     except BaseException:
@@ -188,11 +188,11 @@ def end_together(work: Callable[[], int], refused: Callable[[Callable[[], int]],
 
 
 def lost_host(error: BaseException | None) -> TrainingError | None:
-    """What to say of an error that comes from a dead or unreachable process; None: it comes from something else."""
+    """Returns the error to report if a dead or unreachable process caused this one; otherwise None."""
     import jax
 
     while error is not None and not isinstance(error, jax.errors.JaxRuntimeError):
-        error = error.__cause__  # a checkpoint that failed for it, say
+        error = error.__cause__  # such as a checkpoint that failed because of it
     if error is None or jax.process_count() == 1:
         return None
     text = str(error)
@@ -201,6 +201,6 @@ def lost_host(error: BaseException | None) -> TrainingError | None:
         return None
     return TrainingError(
         f"process {jax.process_index()} of {jax.process_count()} lost another one: {text.splitlines()[0]:.300}",
-        "all processes of the run alive; what stopped the other one stands in its own output",
-        "start all of them again with the same command: the run goes on from its last checkpoint",
+        "all processes of the run alive; the output of the other one has the reason for its end",
+        "start all of them again with the same command: the run continues from its last checkpoint",
     )

@@ -1,4 +1,4 @@
-"""Where a run's time goes, over all its starts: what trained, and what compiled, waited, saved or was lost."""
+"""Goodput: the time of a run over all its starts, by use: training, compiling, waiting, saving, lost."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ WRITE_SECONDS = 1.0  # between two writes of the file
 class Goodput:
     """Seconds by kind, which add up to all the time since the run first started; kept in a file of the run folder.
 
-    Time belongs to the innermost `spending` block, outside of all to "other". When a run resumes at a step below the
-    one it had reached, what was productive since that step becomes lost.
+    Time belongs to the innermost `spending` block; outside of all blocks, to "other". If a run resumes before a step
+    that it had reached, the productive time after the resumed step becomes lost.
 
     Args:
-        file: the JSON file that holds the account; None keeps it in memory (processes other than the first).
-        clock, wall: seconds, monotonic and of the day; tests hand in their own.
+        file: the JSON file with the seconds; None keeps them in memory (processes other than the first).
+        clock, wall: seconds, monotonic and since the epoch; tests pass their own.
 
     Raises:
         RunFolderError: the file of an earlier start cannot be read.
@@ -54,7 +54,7 @@ class Goodput:
 
     @contextmanager
     def spending(self, kind: str) -> Iterator[None]:
-        """Books the time inside under `kind`, except what inner blocks book under theirs."""
+        """Counts the time of a block as `kind`, except the time of blocks inside it."""
         self._book()
         self._kinds.append(kind)
         try:
@@ -64,7 +64,7 @@ class Goodput:
             self._kinds.pop()
 
     def waited(self, batches: Iterator, busy: Callable[[], bool]) -> Iterator:
-        """The batches; waiting for one is input time unless `busy` says, at its end, that devices still computed."""
+        """Yields the batches; a wait for one is input time, unless `busy()` after it: the devices still computed."""
         while True:
             self._book()
             try:
@@ -75,11 +75,11 @@ class Goodput:
             yield batch
 
     def resumed(self, step: int) -> None:
-        """A stage goes on from `step` (over all stages), maybe below what an earlier start had reached."""
+        """Records that a stage continues from `step` (over all stages), perhaps before the step reached earlier."""
         if self._step > step:
             known = max((int(mark) for mark in self._marks if int(mark) <= step), default=0)
             gone = max(0.0, self.seconds["productive"] - self._marks[str(known)])
-            if known < step:  # marked before, not at the step: the steps between count alike
+            if known < step:  # the last mark is before the step: all steps between them count equally
                 gone *= (self._step - step) / (self._step - known)
             self.seconds["productive"] -= gone
             self.seconds["lost"] += gone
@@ -88,7 +88,7 @@ class Goodput:
         self.write()
 
     def reached(self, step: int, *, saved: bool = False) -> None:
-        """`step` steps are done, over all stages; `saved`: a run can go on from here."""
+        """Records that `step` steps are done, over all stages; `saved`: a run can resume here."""
         self._book()
         self._step = max(self._step, step)
         if saved:
@@ -97,14 +97,14 @@ class Goodput:
             self.write()
 
     def timing(self) -> dict[str, float]:
-        """The account as figures of a metrics line: seconds by kind, and the productive share of all."""
+        """Returns the figures for a metrics line: seconds by kind, and the productive share."""
         self._book()
         total = sum(self.seconds.values())
         share = {"goodput": self.seconds["productive"] / total} if total else {}
         return share | {f"{kind}_seconds": value for kind, value in self.seconds.items()}
 
     def write(self, *, finished: bool = False) -> None:
-        """Writes the file at once; `finished`: there is nothing left to train, so no time after this counts."""
+        """Writes the file at once; `finished`: training is complete, so no time after this counts."""
         self._book()
         self._written = self._clock()
         if self.file is None:

@@ -1,4 +1,4 @@
-"""What the host must be told before a CPU computes fast, and as several devices without a deadlock."""
+"""Settings of the host: for speed on a CPU, and for several CPU devices without a deadlock."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _TRIM_THRESHOLD, _TOP_PAD, _MMAP_MAX, _ARENA_MAX = -1, -2, -4, -8
 
 
 def keep_freed_memory() -> bool:
-    """Lets glibc keep freed memory for the next step instead of returning it to the system; False on another libc.
+    """Lets glibc keep freed memory for the next step instead of returning it; returns False on another libc.
 
     XLA allocates a step's temporaries anew each time. They are large, so malloc maps and unmaps them, and the system
     clears every page again: about a quarter of a step's time in the quickstart on two cores.
@@ -32,10 +32,10 @@ def cores() -> int:
 
 
 def enough_threads(devices: int) -> None:
-    """Gives XLA's pool threads for more CPU devices than cores; to be called before a device is touched.
+    """Gives XLA's pool enough threads for more CPU devices than cores; call it before any use of a device.
 
-    A collective holds a thread of each device while it waits for the others. The pool has one a core, so that devices
-    may wait for ever for one that finds no thread. XLA reads the pool's size from NPROC, which is kept if it is set.
+    A collective holds a thread of each device while it waits for the others. The pool has one thread a core, so devices
+    may wait for ever for one without a thread. XLA reads the pool's size from NPROC, which is kept if it is set.
     """
     if devices > (os.cpu_count() or 1):
         os.environ.setdefault("NPROC", str(4 * devices))

@@ -8,14 +8,14 @@ from collections.abc import Callable
 
 
 class Meter:
-    """Speed over the last steps; the first step, which compiles, is left out, and so is what `pause` is called for.
+    """Speed over the last steps, without the first step, which compiles, and without pauses.
 
     Args:
         flops: model FLOPs of a step, over all devices.
-        devices: over which the rates are divided.
+        devices: number of devices.
         peak: FLOP/s of one device, or None if unknown.
-        window: of how many steps.
-        clock: seconds, monotonic; tests hand in their own.
+        window: number of steps.
+        clock: seconds, monotonic; tests pass their own.
     """
 
     def __init__(
@@ -38,7 +38,7 @@ class Meter:
         self._mark = now
 
     def pause(self) -> None:
-        """Leaves out the time until the next step has ended: a validation or an evaluation comes between."""
+        """Leaves out the time until the next step has ended, for a validation or an evaluation before it."""
         self._mark = None
 
     @property

@@ -18,30 +18,30 @@ TENSORBOARD_FLUSH_SECONDS = 15.0
 
 
 class Sink(Protocol):
-    """Where else the metrics of a run go: what `train` takes as `sinks`. Only the first process calls it."""
+    """Interface of a further receiver of a run's metrics, for `train(sinks=...)`. Only the first process calls it."""
 
     def begin(self, experiment: Any, folder: Path) -> None:
-        """Called once before the first step of a start, with the experiment and the run's folder."""
+        """Begins: called once before the first step of a start, with the experiment and the run's folder."""
 
     def write(self, step: int, stage: str, values: Mapping[str, float], timing: Mapping[str, float]) -> None:
-        """Called with each line, see `MetricsWriter.write`; a run that resumes gives some lines again."""
+        """Receives each line, see `MetricsWriter.write`; a run that resumes repeats some lines."""
 
     def close(self, finished: bool) -> None:
-        """Called once at the end of a start, whether or not the run is finished then."""
+        """Closes: called once at the end of a start, finished or not."""
 
 
 class MetricsWriter:
     """metrics.jsonl and TensorBoard events of one run folder.
 
     A line is `{"step": int, "stage": str, <values>, "timing": {...}}` and reaches the operating system before `write`
-    returns, so a killed process loses none. `timing` stands apart because it alone differs between equal runs.
+    returns, so a killed process loses none. `timing` is separate because it alone differs between equal runs.
     One process of a run writes; `step` counts over all stages.
 
     Args:
         folder: the run folder; made if absent. Events go to `folder/tensorboard`.
-        sinks: what is given each line too, such as `Wandb`.
-        resume_from: the step of the checkpoint the run goes on from. Lines up to it stay, later ones are dropped
-            (the resumed run writes them again) and TensorBoard is told to forget them.
+        sinks: receive each line too, such as `Wandb`.
+        resume_from: the step of the checkpoint that the run resumes from. Lines up to it stay. Later lines are removed,
+            in TensorBoard too: the resumed run writes them again.
 
     Raises:
         RunFolderError: the folder cannot be written, or a line other than the last is not a metrics line.
@@ -58,9 +58,9 @@ class MetricsWriter:
             events.mkdir(parents=True, exist_ok=True)
             _keep_until(self.path, resume_from)
             self._lines = self.path.open("ab")
-            # tensorboardX names files by the whole second and truncates an equal name: a quick resume needs its own.
-            # Its SummaryWriter is passed by, for it hands each value through a process queue that blocks for ever
-            # once its thread has died of a full disk.
+            # tensorboardX names files by the second and truncates an existing one: a quick resume needs another name.
+            # Its SummaryWriter is not used: it passes each value through a process queue that blocks for ever
+            # after its thread has died of a full disk.
             self._events = EventsWriter(str(events / "events"), f".{resume_from:010d}.{os.getpid()}")
         except OSError as error:
             raise _unwritable(self.path, error) from error
@@ -74,11 +74,11 @@ class MetricsWriter:
         Args:
             step: steps done so far, over all stages.
             stage: the stage's name; TensorBoard groups by it.
-            values: numbers the run is judged by; scalars of any kind that `float` takes, kept exactly.
+            values: metrics, scalars of any kind that `float` takes, kept exactly.
             timing: seconds, tokens/s and other figures that differ from machine to machine.
 
         Raises:
-            TrainingError: a value is named like a field of the line.
+            TrainingError: a value has the name of a field of the line.
             RunFolderError: the file cannot be written, as when the disk is full.
         """
         if clash := RESERVED & values.keys():
@@ -89,7 +89,7 @@ class MetricsWriter:
             )
         numbers = {name: float(value) for name, value in values.items()}
         times = {name: float(value) for name, value in timing.items()}
-        # JSON has no NaN: a bare one would make the whole file unreadable for strict readers.
+        # JSON has no NaN: a strict reader could not read the file with one.
         line = {"step": int(step), "stage": stage, **_spelled(numbers), "timing": _spelled(times)}
         tagged = [(f"{stage}/{name}", value) for name, value in numbers.items()]
         tagged += [(f"timing/{name}", value) for name, value in times.items()]
@@ -107,7 +107,7 @@ class MetricsWriter:
             sink.write(int(step), stage, numbers, times)
 
     def flush(self) -> None:
-        """Puts everything on the disk itself; call it with each checkpoint, so that a power cut spares both."""
+        """Writes everything to the disk; call it with each checkpoint, so that both survive a power cut."""
         try:
             self._lines.flush()
             os.fsync(self._lines.fileno())
@@ -154,7 +154,7 @@ def _keep_until(path: Path, last_step: int) -> None:
         try:
             step = json.loads(line)["step"]
         except (ValueError, KeyError, TypeError):
-            if number == len(lines):  # no newline after it: the process died in the middle of this line
+            if number == len(lines):  # no newline after it: the process died while it wrote this line
                 break
             raise RunFolderError(
                 f"{path}, line {number}: {line[:60]!r}",

@@ -1,4 +1,4 @@
-"""What looks after a run while it trains: the account of its time, requests to stop, the watchdog, the profile."""
+"""The monitors of a run while it trains: goodput, requests to stop, the watchdog and the profile."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from mllm_jax.training.operations.watchdog import Watchdog
 
 @dataclass(frozen=True)
 class Monitors:
-    """Those of one run, from its first stage to its last."""
+    """The monitors of one run, from its first stage to its last."""
 
     goodput: Goodput
     stopping: Stopping
@@ -27,7 +27,7 @@ class Monitors:
 
 @contextmanager
 def attended(folder: RunFolder, progress: Progress, hang_seconds: float, profile: bool) -> Iterator[Monitors]:
-    """Makes them for a run; each process has its own, and the first writes what they have to tell."""
+    """Makes the monitors of a run; every process has its own, and the first one prints and writes."""
     with signals() as stopping:
         yield Monitors(
             Goodput(folder.goodput if is_first() else None),

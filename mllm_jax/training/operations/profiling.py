@@ -1,4 +1,4 @@
-"""`--profile`: a trace of a few steps, and where to open it."""
+"""`--profile`: a trace of a few steps."""
 
 from __future__ import annotations
 
@@ -8,26 +8,26 @@ from typing import Any
 
 import jax
 
-FIRST, STEPS = 2, 3  # steps after the start that are let pass, since they compile; and steps that are traced
+FIRST, STEPS = 2, 3  # number of steps that are skipped, since they compile, and number that are traced
 
 
 class Profile:
     """Traces a few steps of the first stage that has them.
 
     Args:
-        folder: where the trace goes; None traces nothing.
-        say: tells a person where to open it.
+        folder: for the trace; None: no trace.
+        say: prints a message about how to open the trace.
     """
 
     def __init__(self, folder: Path | None, say: Callable[[str], None]):
         self.folder, self._say, self._start = folder, say, None
 
     def next_stage(self) -> None:
-        """A stage begins; one that was too short to be traced leaves it to the next."""
+        """Begins a stage; if the stage before it was too short, this one is traced."""
         self._start = None
 
     def before(self, step: int) -> None:
-        """Called before each step is started, with its number in the stage."""
+        """Starts the trace if it is due; call it before each step is dispatched, with its number in the stage."""
         if self.folder is None:
             return
         if self._start is None:
@@ -36,7 +36,7 @@ class Profile:
             jax.profiler.start_trace(str(self.folder), create_perfetto_trace=True)
 
     def after(self, step: int, results: Any, last: bool) -> None:
-        """Called after each step was started; `results` is waited for at the end of the trace."""
+        """Ends the trace if it is due, after waiting for `results`; call it after each step was dispatched."""
         if self.folder is None or step < self._start:
             return
         if step == self._start + STEPS - 1 or last:

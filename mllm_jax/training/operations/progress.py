@@ -1,4 +1,4 @@
-"""Training on the screen: a progress bar, or plain lines where the output is no terminal."""
+"""Training on the screen: a progress bar, or plain lines if the output is not a terminal."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 FIELDS = ("loss", "seconds", "tokens", "flops", "mfu", "left")
-WIDE = 120  # columns of a terminal, below which the bar leaves FLOP/s out
+WIDE = 120  # columns of a terminal; a narrower one shows the bar without FLOP/s
 
 
 class Progress:
-    """A progress bar a stage; where the output is no terminal, one plain line every `interval` seconds instead.
+    """A progress bar for each stage, or a plain line every `interval` seconds if the output is not a terminal.
 
-    Shows loss, seconds a step, tokens/s and model FLOP/s of one device, MFU (the share of its peak, where that is
-    known) and the time left, which is measured from a stage's first update on, so that compilation does not count.
+    Shows loss, seconds a step, tokens/s and model FLOP/s of one device, MFU (the share of its peak, if that is known)
+    and the time left, which is measured from a stage's first update on, so that compilation does not count.
 
     Args:
         console: where to print; standard output by default.
-        quiet: print nothing, as every process but the first.
+        quiet: print nothing, for every process but the first.
         interval: seconds between plain lines.
-        clock: seconds, monotonic; tests hand in their own.
+        clock: seconds, monotonic; tests pass their own.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class Progress:
             self._bars.stop()
 
     def stage(self, name: str, total: int, start: int = 0) -> None:
-        """Begins a stage of `total` steps, `start` of which an earlier process has done."""
+        """Begins a stage of `total` steps, of which an earlier process has done `start`."""
         self._name, self._total, self._start = name, total, start
         self._began, self._mark, self._printed = self._clock(), None, -math.inf
         self._fields = dict.fromkeys(FIELDS, "")
@@ -120,7 +120,7 @@ def _escaped(text: str) -> str:
 
 
 def _metric(value: float, space: str = "") -> str:
-    """`12300` -> `"12.3k"`; `space` goes before the SI prefix, for units that join it, as in `"3.2 GFLOP/s"`."""
+    """Formats `12300` as `"12.3k"`; `space` goes before the SI prefix, if a unit follows it, as in `"3.2 GFLOP/s"`."""
     for size, prefix in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= size:
             return f"{value / size:.1f}{space}{prefix}"

@@ -25,7 +25,7 @@ MEASURED = ("results.json", "examples.json", "predictions.jsonl", "report.html")
 FOLDERS = ("initial", "stages", "checkpoints", "tensorboard", "processor", "features", "lengths", "hangs", "profile")
 FILES = ("config.json", "run.json", "metrics.jsonl", "goodput.json", "changes.jsonl", "wandb.json", *MEASURED)
 WRITTEN = (*FOLDERS, *FILES)
-UNDERWAY = tuple(f".{name}" for name in WRITTEN)  # how the names begin of what is being written or removed
+UNDERWAY = tuple(f".{name}" for name in WRITTEN)  # prefixes of names that are being written or removed
 
 
 def _is_ours(name: str) -> bool:
@@ -33,7 +33,7 @@ def _is_ours(name: str) -> bool:
 
 
 def is_ours(folder: RunFolder) -> bool:
-    """Whether the folder has our mark, or the config.json of an experiment: many programs write a config.json."""
+    """Returns whether the folder has our mark or an experiment's config.json, a name that other programs use too."""
     if (folder.path / MARK).is_file():
         return True
     try:
@@ -44,7 +44,7 @@ def is_ours(folder: RunFolder) -> bool:
 
 
 def _remove_run(folder: RunFolder) -> None:
-    """Removes what a run wrote but its config, from a folder with our mark and from no other."""
+    """Removes everything that a run wrote except its config, only from a folder with our mark."""
     if not is_ours(folder):
         raise RunFolderError(
             f"{folder.path}: a config.json of no run, beside {names_in(folder.path, 'config.json'.__ne__)[:5]}",
@@ -53,11 +53,11 @@ def _remove_run(folder: RunFolder) -> None:
         )
     for target in [folder.path / name for name in names_in(folder.path, _is_ours)]:
         if target == folder.config_file:
-            continue  # the new one replaces it: at no instant is the folder without one
+            continue  # the new one replaces it, so that the folder always has one
         if target.name in ("stages", "checkpoints") and not target.is_symlink():
             for stage in names_in(target, STAGE.fullmatch):
                 _remove(target / stage, folder.path)
-            with contextlib.suppress(OSError):  # what else lies there is somebody's, and stays
+            with contextlib.suppress(OSError):  # other files in it are the user's, and stay
                 target.rmdir()
         else:
             _remove(target, folder.path)
@@ -65,7 +65,7 @@ def _remove_run(folder: RunFolder) -> None:
 
 def _remove(target: Path, run: Path) -> None:
     if target.is_dir() and not target.is_symlink():
-        # First out of the way: half a folder must not be taken for a whole one if this is cut off.
+        # Renamed first: if this is interrupted, half a folder must not look like a whole one.
         if not target.name.startswith("."):
             name = ".".join(target.relative_to(run).parts)
             target = target.rename(run / f".{name}.removed.{time.time_ns()}")
@@ -75,10 +75,10 @@ def _remove(target: Path, run: Path) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes a whole file or none.
+    """Writes a whole file, or nothing.
 
     Raises:
-        RunFolderError: no permission or no room; what stood there before stays.
+        RunFolderError: no permission or no room; the earlier file stays.
     """
     try:
         files.write_atomic(path, json.dumps(value, indent=1) + "\n")
@@ -89,14 +89,15 @@ def write_json(path: Path, value: Any) -> None:
 def open_run(
     path: Path, experiment: Experiment, *, fresh: bool = False, say: Callable[[str], None] = lambda line: None
 ) -> RunFolder:
-    """Makes the folder, or takes up the run that it holds. Of several processes the first writes, and all must see it.
+    """Makes the folder, or opens the run in it. Only the first process writes; all processes must see the folder.
 
-    Stages that have not begun may change; of the last one that has, what only its steps still to come depend on, which
-    is recorded. A run of which none has ended or taken a checkpoint gives way to any config.
+    Stages that have not begun may change. In the last stage that has begun, only fields that nothing but its remaining
+    steps depends on may change; the change is recorded. Any config may replace that of a run without a checkpoint and
+    without a finished stage.
 
     Args:
-        fresh: remove an earlier run first. Only what a run writes is removed, from a folder that has our mark.
-        say: called on the first process with each line about what changed.
+        fresh: remove an earlier run first: only files that a run writes, from a folder that has our mark.
+        say: called on the first process with each line about the changes.
 
     Raises:
         RunFolderError: the folder holds another experiment's run or other files, cannot be written, or is not the same
@@ -115,7 +116,7 @@ def open_run(
 
 @contextlib.contextmanager
 def holding(path: Path) -> Iterator[None]:
-    """Keeps every other process from writing the run folder until the block ends; of several processes the first does.
+    """Keeps other runs from writing the run folder until the block ends; the first process of the run does it.
 
     Raises:
         RunFolderError: another process holds it, or it cannot be written. A folder that is not a run's is left alone.
@@ -126,7 +127,7 @@ def holding(path: Path) -> Iterator[None]:
 
 
 def _may_be_ours(folder: RunFolder) -> bool:
-    """Makes the folder if it is absent; whether it is a run's or empty. Any other is refused by `open_run`."""
+    """Makes the folder if it is absent; returns whether it is a run's or empty. `open_run` refuses any other."""
     try:
         folder.path.mkdir(parents=True, exist_ok=True)
         return is_ours(folder) or not _strangers(folder)
@@ -152,11 +153,11 @@ def _take_up(folder: RunFolder, experiment: Experiment, fresh: bool, say: Callab
             )
         folder.path.mkdir(parents=True, exist_ok=True)
         (folder.path / MARK).touch()
-        record_changes(folder, changes)  # first: cut off between the two, the next start finds them again
-        # What may change (the mesh, say) is kept up to date.
+        record_changes(folder, changes)  # first: if this start is interrupted here, the next one finds them again
+        # Fields that may change, such as the mesh, are kept up to date.
         write_json(folder.config_file, described)
         if folder.unfinished(experiment):
-            for name in MEASURED:  # of parameters that are about to change
+            for name in MEASURED:  # results of parameters that are about to change
                 (folder.path / name).unlink(missing_ok=True)
     except OSError as error:
         raise unwritable(folder.path, error) from error
@@ -165,7 +166,7 @@ def _take_up(folder: RunFolder, experiment: Experiment, fresh: bool, say: Callab
 
 
 def _go_on(folder: RunFolder, experiment: Experiment, described: dict) -> list[dict[str, Any]]:
-    """Finds what changes of the run that the folder holds; removes one of another config if there is nothing to lose.
+    """Finds the changes to the run in the folder; removes a run of another config that has trained nothing yet.
 
     Raises:
         RunFolderError: another experiment's run.
@@ -181,11 +182,11 @@ def _go_on(folder: RunFolder, experiment: Experiment, described: dict) -> list[d
 
 
 def _described_today(folder: RunFolder) -> dict:
-    """Describes the config that the folder holds, with fields that are newer than it as they are by default."""
+    """Describes the config in the folder, with the defaults of fields that are newer than it."""
     described = folder.described()
     try:
         return describe(folder.experiment())
-    except MllmError:  # of an older version, or with a module that is gone: the differences name it
+    except MllmError:  # an older version, or a module that is gone: the differences name it
         return described
 
 

@@ -1,4 +1,4 @@
-"""One process at a time writes a run folder: a lock that ends with the process, and a word on who holds it."""
+"""A lock that lets one process at a time write a run folder; it ends with the process and names its holder."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import Any
 
 from mllm_jax.errors import RunFolderError
 
-MARK = ".mllm_run"  # the lock's file; nothing else has the name, so a folder that has it was made here
+MARK = ".mllm_run"  # the lock's file; no other program uses the name, so a folder with it was made here
 HERE_SECONDS, ELSEWHERE_SECONDS = 10.0, 100.0
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 
@@ -24,14 +24,14 @@ _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 def held(folder: Path) -> Iterator[None]:
     """Holds an existing folder for this process until the block or the process ends, however it ends.
 
-    The lock is `flock` on a file in the folder, which Linux also keeps over NFS. A disk without locks, as some mounted
-    buckets are, is warned of and not locked.
+    The lock is `flock` on a file in the folder, which Linux also keeps over NFS. A disk without locks, such as some
+    mounted buckets, is not locked, with a warning.
 
-    Where the holder is about to end (a killed process of this host, or one of another host, whose lock NFS keeps for a
-    while after the host is gone), this waits: 10 s for the one, 100 s for the other.
+    If the holder may end soon, this waits: 10 s for a killed process of this host; 100 s for a process of another host,
+    whose lock NFS keeps for a while after the host is gone.
 
     Raises:
-        RunFolderError: another process holds it; the message has its host and process number. Or the lock cannot be
+        RunFolderError: another process holds it, whose host and number the message has; or the lock cannot be
             written.
     """
     try:
@@ -43,11 +43,11 @@ def held(folder: Path) -> Iterator[None]:
             _say_who(file, folder)
         yield
     finally:
-        os.close(file)  # and so unlocked; the file stays, as another process may be about to lock it
+        os.close(file)  # this unlocks it; the file stays, as another process may be about to lock it
 
 
 def _lock(file: int, folder: Path) -> bool:
-    """Locks the file; False where the disk has no locks."""
+    """Locks the file; returns False if the disk has no locks."""
     try:
         import fcntl
     except ImportError:  # Windows
@@ -78,12 +78,12 @@ def _say_who(file: int, folder: Path) -> None:
     try:
         os.ftruncate(file, 0)
         os.pwrite(file, (json.dumps(who) + "\n").encode(), 0)
-    except OSError as error:  # a full disk: the lock holds without a word, but nothing could be trained there
+    except OSError as error:  # a full disk: the file is locked, but no run could be trained there
         raise unwritable(folder / MARK, error) from error
 
 
 def _holder(file: int) -> dict[str, Any]:
-    """What the holder wrote; empty where it did not get so far."""
+    """Reads what the holder wrote; empty if it has written nothing yet."""
     try:
         found = json.loads(os.pread(file, 4096, 0))
         return found if isinstance(found, dict) else {}
@@ -92,7 +92,7 @@ def _holder(file: int) -> dict[str, Any]:
 
 
 def _patience(holder: dict[str, Any]) -> float:
-    """Seconds to wait for a holder: none where it is alive on this host."""
+    """Returns the seconds to wait for a holder: 0 if it is alive on this host."""
     if holder.get("host") != socket.gethostname():
         return ELSEWHERE_SECONDS if holder else HERE_SECONDS
     return 0.0 if _alive(holder.get("process")) else HERE_SECONDS
@@ -122,7 +122,7 @@ def _taken(folder: Path, holder: dict[str, Any]) -> RunFolderError:
 
 
 def unwritable(path: Path, error: OSError) -> RunFolderError:
-    """The refusal of a run folder, or of a file in it, that cannot be written."""
+    """Returns the error about a run folder, or a file in it, that cannot be written."""
     return RunFolderError(
         f"{path}: {error.strerror or error}",
         "a folder that can be written, with room on its disk",

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 
 import jax
 
-_calls = itertools.count(1)  # equal on all processes, and over all runs of this one: what jax compares
+_calls = itertools.count(1)  # jax compares these numbers: equal on all processes, and unique in each
 
 
 class Interrupted(Exception):
@@ -19,10 +19,10 @@ class Interrupted(Exception):
 
 
 class Stopping:
-    """Whether the run was asked to stop.
+    """Requests to stop the run.
 
-    One process looks at its own signals. Of several, each one's SIGTERM (what clouds and schedulers send before they
-    take a machine away) goes through jax's preemption service, which lets all of them stop after the same step.
+    A single process reads its own signals. With several processes, the SIGTERM of each (sent by clouds and schedulers
+    before they take a machine away) goes through jax's preemption service, so that all stop after the same step.
     """
 
     def __init__(self):
@@ -31,11 +31,11 @@ class Stopping:
 
     @property
     def asked(self) -> bool:
-        """Whether the run is to stop: so far as the latest `after_step` knew, or one process alone knows by now."""
+        """True if the run must stop: as of the latest `after_step`, or as of now for a single process."""
         return self._agreed or (jax.process_count() == 1 and self.signalled.is_set())
 
     def after_step(self) -> bool:
-        """Whether to stop after the step that was just started; all processes call it once a step."""
+        """Returns whether to stop after the step that was just dispatched; all processes call it once a step."""
         if jax.process_count() > 1:
             from jax.experimental.multihost_utils import reached_preemption_sync_point
 
@@ -45,7 +45,7 @@ class Stopping:
 
 @contextmanager
 def signals() -> Iterator[Stopping]:
-    """What SIGTERM and SIGINT set; a second SIGINT interrupts at once."""
+    """Yields the `Stopping` that SIGTERM and SIGINT set; a second SIGINT interrupts at once."""
     stopping = Stopping()
     if threading.current_thread() is not threading.main_thread():
         yield stopping
@@ -56,10 +56,10 @@ def signals() -> Iterator[Stopping]:
         if number == signal.SIGINT and stopping.signalled.is_set():
             raise KeyboardInterrupt
         stopping.signalled.set()
-        if not alone:  # to jax's own handler, which tells the other processes
+        if not alone:  # to jax's own handler, which notifies the other processes
             os.kill(os.getpid(), signal.SIGTERM)
 
-    # Among several processes SIGTERM stays with jax's handler: one of Python's would replace it.
+    # With several processes SIGTERM stays with jax's handler: a Python handler would replace it.
     caught = (signal.SIGTERM, signal.SIGINT) if alone else (signal.SIGINT,)
     previous = {number: signal.signal(number, handle) for number in caught}
     try:
@@ -70,6 +70,6 @@ def signals() -> Iterator[Stopping]:
 
 
 def heed_no_notice() -> None:
-    """SIGTERM ends the process from now on: after the last step nobody asks jax for notices any more."""
+    """Lets SIGTERM end the process: no step follows that would check for a notice."""
     if jax.process_count() > 1 and threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, signal.SIG_DFL)

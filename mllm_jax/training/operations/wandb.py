@@ -26,16 +26,16 @@ def require_wandb() -> Any:
         module = importlib.import_module("wandb")
     except ImportError:
         module = None
-    if not hasattr(module, "init"):  # absent, or the folder `wandb` that earlier runs left beside this one
+    if not hasattr(module, "init"):  # absent, or a folder `wandb` of earlier runs in the current folder
         raise ConfigError("--wandb without the package wandb", "wandb", "pip install 'mllm-jax[wandb]'")
     return module
 
 
 class Wandb:
-    """A `Sink`: one W&B run for each run folder, which keeps its id, so that a run that goes on goes on there too.
+    """A `Sink`: one W&B run for each run folder, which keeps its id, so that a resumed run resumes there too.
 
     Args:
-        project: of W&B.
+        project: name of the W&B project.
 
     Raises:
         ConfigError: the package wandb is not installed, or refuses the run.
@@ -54,13 +54,13 @@ class Wandb:
             self._run = self._wandb.init(
                 project=self.project, id=known["id"], name=experiment.name, config=describe(experiment), resume="allow"
             )
-        except Exception as error:  # no account, no network: its own kinds of error
+        except Exception as error:  # its own classes, for example without an account or a network
             raise ConfigError(
                 f"wandb.init: {type(error).__name__}: {error}",
                 f"a login that may write to the project {self.project}",
                 "run `wandb login`, set WANDB_MODE=offline, or leave --wandb out",
             ) from error
-        # Its own step must never fall, but a run that resumes writes steps again.
+        # W&B's own step must never decrease, but a run that resumes repeats steps.
         self._run.define_metric("*", step_metric="step")
 
     def write(self, step: int, stage: str, values: Mapping[str, float], timing: Mapping[str, float]) -> None:

@@ -1,4 +1,4 @@
-"""A watch over a run that may hang: no sign of life for too long, and every thread's stack is told before it ends."""
+"""A watchdog for a run that may hang: it prints the stack of every thread and exits."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ HANG_EXIT = 4
 
 
 class Watchdog:
-    """Ends the process, with exit code 4, when `beat` was not called for `seconds`.
+    """Ends the process, with exit code 4, if `beat` was not called for `seconds`.
 
-    Where every thread stands goes to standard error and to a file; the other processes of the run then notice that this
-    one is gone, and all can be started again. It watches only inside its `with` block.
+    Prints the stack of every thread to standard error and writes it to a file. The other processes of the run then
+    notice that this one is gone, and all can be started again. It watches only inside its `with` block.
 
     Args:
-        folder: where the stacks are written; made when needed.
-        seconds: patience; at least the longest compilation and step together. 0 watches nothing.
-        end: what ends the process; tests hand in their own.
+        folder: for the stacks; made when needed.
+        seconds: at least the longest compilation and step together; 0: no watchdog.
+        end: ends the process; tests pass their own.
     """
 
     def __init__(self, folder: Path, seconds: float, end: Callable[[int], object] = os._exit):
@@ -34,7 +34,7 @@ class Watchdog:
         self._thread: threading.Thread | None = None
 
     def beat(self, doing: str) -> None:
-        """The run lives and goes on with `doing`, which is told if nothing comes after it."""
+        """Records a sign of life: the run begins `doing`, which is reported if no sign follows."""
         self._doing, self._at = doing, time.monotonic()
 
     def __enter__(self) -> Watchdog:
@@ -54,21 +54,21 @@ class Watchdog:
         while not self._over.wait(min(5.0, self.seconds / 10)):
             silent = time.monotonic() - self._at
             if silent > self.seconds:
-                self._tell(silent)
+                self._report(silent)
                 self._end(HANG_EXIT)
                 return
 
-    def _tell(self, silent: float) -> None:
+    def _report(self, silent: float) -> None:
         text = (
             f"process {jax.process_index()} of {jax.process_count()}: no step finished for {silent:.0f} s, the last "
-            f"that was heard: {self._doing}\n"
+            f"sign of life: {self._doing}\n"
             f"  expected: a step, a checkpoint or a validation batch every {self.seconds:.0f} s\n"
-            "  to do:    see the stacks for what it waits for; the same command goes on from the last checkpoint; "
-            "--hang-seconds sets the patience, 0 watches nothing\n"
+            "  to do:    see the stacks for what it waits for; the same command continues from the last checkpoint; "
+            "--hang-seconds sets this limit, 0: no watchdog\n"
         )
         print(text, file=sys.stderr, flush=True)
         try:
-            # The descriptor itself: standard error may have been replaced by something that has none.
+            # The descriptor itself: standard error may have been replaced by an object without one.
             faulthandler.dump_traceback(file=sys.__stderr__.fileno(), all_threads=True)
             self.folder.mkdir(parents=True, exist_ok=True)
             name = f"process-{jax.process_index()}-{time.strftime('%Y%m%d-%H%M%S')}.txt"

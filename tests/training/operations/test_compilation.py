@@ -1,4 +1,4 @@
-"""Where compiled programs are kept."""
+"""The cache of compiled programs."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from mllm_jax.training.operations.compilation import keep_compiled, machine
 
 @pytest.fixture
 def unset(monkeypatch):
-    """No cache; what a test sets is undone."""
+    """Unsets the cache, and undoes a test's settings."""
     monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
     before = jax.config.jax_compilation_cache_dir
     yield

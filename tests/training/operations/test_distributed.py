@@ -1,4 +1,4 @@
-"""Who takes part in a run: what flags and environments say of its processes."""
+"""The processes of a run, as given by flags and environments."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def tpu_host(monkeypatch):
 
 
 def test_only_python_writes_to_standard_output():
-    """C++'s lines, as gloo's, are written to the descriptor; Python's lines and all errors still come out."""
+    """Checks that C++ lines, such as gloo's, are dropped, while Python's lines and all errors are printed."""
     code = """
 import os, sys
 from mllm_jax.training.operations.distributed import _keep_standard_output

@@ -1,4 +1,4 @@
-"""The account of a run's time: every second once, over restarts, and what was done twice counted as lost."""
+"""Goodput: every second counts once, over restarts, and repeated steps count as lost."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_a_wait_counts_only_while_nothing_was_computed(tmp_path):
         for i in range(2):
             time.now += 3
             yield i
-        time.now += 100  # an end is no wait for a batch
+        time.now += 100  # the end of the batches is not a wait for one
 
     with it.spending("productive"):
         given = []
@@ -98,7 +98,7 @@ def test_an_older_checkpoint_loses_more_and_a_step_without_a_mark_its_share(tmp_
     assert older.seconds["lost"] == 70 and older.seconds["productive"] == 30
     train(older, time, range(4, 9))
     between = account(file, time)
-    between.resumed(4)  # as on a checkpoint that was saved before the account had it
+    between.resumed(4)  # from a checkpoint that was saved before the account recorded it
     assert between.seconds["lost"] == 70 + 40 and between.seconds["productive"] == 40
 
 

@@ -1,4 +1,4 @@
-"""The allocator keeps what it was given back."""
+"""The allocator keeps freed memory."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ def read(folder: Path) -> list[dict]:
 
 
 def events(folder: Path) -> list[event_pb2.Event]:
-    """All events of all files, in the order in which TensorBoard reads the files."""
+    """Reads all events of all files, in TensorBoard's order of files."""
     found = []
     for path in sorted((folder / "tensorboard").iterdir()):
         data, at = path.read_bytes(), 0
@@ -168,5 +168,5 @@ def test_writing_is_quick(tmp_path):
             start = time.perf_counter()
             writer.write(step, "instruct", values, timing)
             taken.append(time.perf_counter() - start)
-    # The best of many: what the code costs, whatever else the machine does. The aim is 0.2 ms; the bound leaves slack.
+    # The best of many measures the code, not the machine's other work. The aim is 0.2 ms; the bound leaves slack.
     assert min(taken) < 5e-4

@@ -1,4 +1,4 @@
-"""A trace of three steps, and the place to open it."""
+"""A trace of three steps, and the message about how to open it."""
 
 from __future__ import annotations
 

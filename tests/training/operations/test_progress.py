@@ -91,7 +91,7 @@ def test_the_meter_gives_figures_of_one_device_and_leaves_pauses_out():
         clock.now += seconds
         meter.tick(40)
     meter.pause()
-    for seconds in (50, 0.5):  # a validation, which the step that ends after it waited for
+    for seconds in (50, 0.5):  # the next step waits for a validation
         clock.now += seconds
         meter.tick(40)
     assert meter.timing() == {

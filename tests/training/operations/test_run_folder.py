@@ -1,4 +1,4 @@
-"""A run folder is taken up, refused or cleared, and nothing that a run did not write is touched."""
+"""A run folder is opened, refused or cleared; files that a run did not write stay as they are."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ EXPERIMENT = Experiment(
     stages=tuple(Stage(name, NextToken(), ("llm/*",), Mixture(sources=()), steps=3) for name in "abc"),
 )
 OTHER = dataclasses.replace(EXPERIMENT, seed=1)
-SAME = dataclasses.replace(EXPERIMENT, log_every=3)  # changes no number
+SAME = dataclasses.replace(EXPERIMENT, log_every=3)  # changes no result
 
 
 def refused(*args, **options) -> str:
@@ -55,14 +55,14 @@ def refused(*args, **options) -> str:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """Every file but our mark."""
+    """Returns the bytes of every file but our mark."""
     files = [p for p in sorted(folder.rglob("*")) if p.is_file() and p.name != MARK]
     return {p.relative_to(folder).as_posix(): p.read_bytes() for p in files}
 
 
 @pytest.fixture
 def full(tmp_path):
-    """A run folder with something under every name that a run writes, and a file of somebody else."""
+    """Makes a run folder with an entry for every name that a run writes, and a file of another program."""
     folder = open_run(tmp_path / "run", EXPERIMENT)
     for name in FOLDERS:
         (folder.path / name / "0-a").mkdir(parents=True)
@@ -120,7 +120,7 @@ def test_measurements_stay_until_the_parameters_change(full):
 
 
 def test_fresh_removes_what_a_run_writes_and_nothing_else(full):
-    (full.path / ".stages.removed").mkdir()  # an earlier removal was cut off here
+    (full.path / ".stages.removed").mkdir()  # an earlier removal was interrupted here
     (full.path / ".stages.removed" / "x").write_text("x")
     (full.path / "metrics.jsonl.tmp").write_text("x")
     open_run(full.path, OTHER, fresh=True)
@@ -130,11 +130,11 @@ def test_fresh_removes_what_a_run_writes_and_nothing_else(full):
 
 @pytest.mark.parametrize("reached", ["nothing", "stage", "checkpoint"])
 def test_a_run_without_a_step_gives_way_to_another_config(tmp_path, reached):
-    """After a refusal before the first step, the mended config goes on in the same folder (TRIAL, row 31)."""
+    """Checks that after a refusal before the first step, the corrected config trains in the folder (TRIAL, row 31)."""
     folder = open_run(tmp_path, EXPERIMENT)
     folder.processor_folder.mkdir()
     folder.tokenizer_file.write_text("of the first config")
-    folder.checkpoints(0, "a").mkdir(parents=True)  # made at the start, before any step
+    folder.checkpoints(0, "a").mkdir(parents=True)  # a start makes it before any step
     (tmp_path / "notes.txt").write_text("mine")
     if reached == "stage":
         folder.snapshot(0, "a").mkdir(parents=True)
@@ -149,7 +149,7 @@ def test_a_run_without_a_step_gives_way_to_another_config(tmp_path, reached):
 
 
 def test_a_stage_that_has_not_begun_may_change(tmp_path):
-    """Another learning rate or number of steps for what is still to come (TRIAL, row 30)."""
+    """Checks another learning rate or number of steps for later stages (TRIAL, row 30)."""
     folder = open_run(tmp_path, EXPERIMENT)
     folder.snapshot(0, "a").mkdir(parents=True)
     (folder.checkpoints(1, "b") / "00000002").mkdir(parents=True)
@@ -168,7 +168,7 @@ def test_a_stage_that_has_not_begun_may_change(tmp_path):
 
 @pytest.mark.parametrize("config", ['{"a": 1}', "[", "", '{"class": "mllm_jax.training.config:AdamW"}'])
 def test_fresh_spares_other_programs_files_under_our_names(tmp_path, config):
-    """Other trainers also write `stages`, `checkpoints`, `report.html` beside a config.json (ATTACK, F1)."""
+    """Checks names that other trainers write too: `stages`, `checkpoints`, `report.html`, config.json (ATTACK, F1)."""
     for name in FOLDERS:
         (tmp_path / name).mkdir()
         (tmp_path / name / "thesis.txt").write_text("mine")
@@ -177,7 +177,7 @@ def test_fresh_spares_other_programs_files_under_our_names(tmp_path, config):
     (tmp_path / "config.json").write_text(config)
     before = contents(tmp_path)
     assert "config.json of no run" in refused(tmp_path, EXPERIMENT, fresh=True)
-    with holding(tmp_path):  # what `train` does first leaves no mark by which we would take the folder for ours
+    with holding(tmp_path):  # `train` does this first; it must not leave our mark in the folder
         assert "config.json of no run" in refused(tmp_path, EXPERIMENT, fresh=True)
     assert contents(tmp_path) == before and not (tmp_path / MARK).exists()
 
@@ -217,7 +217,7 @@ def test_a_removal_that_is_cut_off_anywhere_can_be_repeated(tmp_path, monkeypatc
             except KeyboardInterrupt:
                 cuts += 1
         half = [p for p in folder.path.glob("stages/*") if len(list(p.iterdir())) < 3]
-        assert not half, "half a snapshot stands under its own name"
+        assert not half, "half a snapshot has its final name"
         open_run(folder.path, OTHER, fresh=True)
         assert sorted(contents(folder.path)) == ["config.json"] and folder.experiment() == OTHER
     assert 8 < cuts < 20, "the cuts reached from the first removal to the last"
@@ -242,7 +242,7 @@ def test_a_start_that_was_killed_while_writing_the_config_is_no_stranger(tmp_pat
 
 
 def test_fresh_spares_the_model_folder_of_another_tool(tmp_path):
-    """Hugging Face folders hold a config.json and a tokenizer.json too."""
+    """Checks a Hugging Face folder, which has a config.json and a tokenizer.json too."""
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     (tmp_path / "tokenizer.json").write_text("{}")
     (tmp_path / "model.safetensors").write_text("weights")
@@ -286,7 +286,7 @@ def test_no_run_is_refused(tmp_path):
         RunFolder(tmp_path / "nowhere").experiment()
 
 
-# ---- what cannot be written
+# ---- files that cannot be written
 
 
 def test_a_folder_below_a_file_is_refused(tmp_path):
@@ -334,7 +334,7 @@ def test_json_files_come_back_or_are_refused(tmp_path):
 
 
 def test_words_of_a_run_with_a_language_models_own_tokenizer_are_compared(tmp_path):
-    """A part of such a run goes on with the same words, and the refusal names the folder that has them."""
+    """Checks that a part of such a run keeps its tokenizer, and that the refusal names the tokenizer's folder."""
     trained = open_run(tmp_path / "run", EXPERIMENT)
     byte_tokenizer().save(trained.processor_folder)
     source = Pretrained("llm", str(trained.path), stage="a")

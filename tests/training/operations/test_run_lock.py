@@ -1,4 +1,4 @@
-"""A run folder is written by one process at a time, and the refusal says by which."""
+"""One process at a time writes a run folder, and the refusal names it."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ with held(Path(sys.argv[1])):
 
 @pytest.fixture
 def holder(tmp_path):
-    """Another process that holds the folder until its input ends."""
+    """Starts another process that holds the folder until its input ends."""
     command = [sys.executable, "-c", HOLDER, str(tmp_path)]
     paths = os.pathsep.join([str(Path(__file__).parents[3]), os.environ.get("PYTHONPATH", "")])
     started = subprocess.Popen(
@@ -69,7 +69,7 @@ def test_the_lock_ends_with_its_process(tmp_path, holder, how):
 
 
 def test_a_holder_that_is_about_to_end_is_waited_for(tmp_path, monkeypatch):
-    """A killed process of this host may hold it a moment longer, one of another host as long as NFS has it."""
+    """Checks a killed process, which may hold it a moment longer, and one of another host, as long as NFS has it."""
     file = os.open(tmp_path / MARK, os.O_RDWR | os.O_CREAT)
     waits = []
     monkeypatch.setattr(
@@ -106,7 +106,7 @@ def test_a_disk_without_locks_is_warned_of(tmp_path, monkeypatch):
 @pytest.mark.parametrize("where", ["open", "ftruncate"])
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EACCES, errno.EROFS])
 def test_a_lock_that_cannot_be_written_is_refused_and_given_back(tmp_path, monkeypatch, where, number):
-    """A full disk, or another user's folder."""
+    """Checks a full disk, and another user's folder."""
 
     def fail(*_):
         raise OSError(number, os.strerror(number))
@@ -119,7 +119,7 @@ def test_a_lock_that_cannot_be_written_is_refused_and_given_back(tmp_path, monke
 
 
 def test_a_training_or_evaluation_beside_another_is_refused(tmp_path, holder, monkeypatch):
-    """`--fresh` removes nothing under a running one (ATTACK, F10)."""
+    """Checks that `--fresh` removes nothing of a running one (ATTACK, F10)."""
     from test_run_folder import EXPERIMENT
 
     from mllm_jax.evaluation import run

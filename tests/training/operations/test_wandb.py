@@ -1,4 +1,4 @@
-"""Metrics go to Weights & Biases where that is asked for, and its absence is said at once."""
+"""Metrics go to Weights & Biases on request; a missing package is reported at once."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ EXPERIMENT = Experiment(
 
 
 class Fake(ModuleType):
-    """What of the package is used, noted."""
+    """The used part of the package; records the calls."""
 
     def __init__(self):
         super().__init__("wandb")

@@ -1,4 +1,4 @@
-"""A process that hangs tells where every thread stands and ends; one that lives is let be."""
+"""A process that hangs prints the stack of every thread and exits; one that lives continues."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[3]
 
 
 class Clock:
-    """In place of the module's `time`: moved by hand, and it knows when the watching thread has looked at it."""
+    """Replacement of the module's `time`, moved by hand; it records when the watching thread reads it."""
 
     def __init__(self):
         self.now, self.looks = 100.0, threading.Semaphore(0)
@@ -66,6 +66,6 @@ with watchdog.Watchdog(Path({str(tmp_path / "hangs")!r}), 0.3) as watch:
     assert done.returncode == HANG_EXIT, done.stderr
     (file,) = (tmp_path / "hangs").iterdir()
     assert file.name.startswith("process-0-")
-    for told in (done.stderr, file.read_text()):
-        assert "process 0 of 1: no step finished" in told and "the last that was heard: step 7 of stage align" in told
-        assert "waits_for_a_bucket" in told and "most recent call first" in told
+    for text in (done.stderr, file.read_text()):
+        assert "process 0 of 1: no step finished" in text and "the last sign of life: step 7 of stage align" in text
+        assert "waits_for_a_bucket" in text and "most recent call first" in text
