@@ -20,6 +20,7 @@ CLEAN = (
     "mllm_jax/planning",
     "mllm_jax/checkpoints",
     "mllm_jax/llms",
+    "mllm_jax/projectors",
     "mllm_jax/errors.py",
     "mllm_jax/files.py",
     "launch",
