@@ -19,6 +19,7 @@ CLEAN = (
     "mllm_jax/sharding",
     "mllm_jax/planning",
     "mllm_jax/checkpoints",
+    "mllm_jax/encoders",
     "mllm_jax/llms",
     "mllm_jax/projectors",
     "mllm_jax/errors.py",
