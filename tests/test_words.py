@@ -24,6 +24,7 @@ CLEAN = (
     "mllm_jax/projectors",
     "mllm_jax/errors.py",
     "mllm_jax/files.py",
+    "configs",
     "launch",
     "benchmarks",
     "tests/layers",
