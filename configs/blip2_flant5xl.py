@@ -1,11 +1,11 @@
-"""BLIP-2 with EVA-CLIP-g and Flan-T5-XL at its real sizes, and how its authors trained it (arXiv 2301.12597).
+"""BLIP-2 with EVA-CLIP-g and Flan-T5-XL at its real sizes, with its authors' two training stages (arXiv 2301.12597).
 
 mllm plan configs/blip2_flant5xl.py --topology v5p-32
 
-The sizes are those of Salesforce/blip2-flan-t5-xl. Two stages: `represent` trains the Q-Former on pairs of pictures and
-texts, without an LLM; `align` trains it, begun there, to be read by the frozen LLM. Data is the reader's:
-`represent(mixture)` and `align(mixture)` are stages for an Experiment on `stage1_model()` and `model()`; `config()` has
-the second with no data yet. The paper has no length of a row; 64 is ours.
+The sizes are those of Salesforce/blip2-flan-t5-xl. `represent` trains the Q-Former on pairs of images and texts,
+without an LLM; `align` then trains it with the frozen LLM. You provide the data: `represent(mixture)` and
+`align(mixture)` are stages for an Experiment on `stage1_model()` and `model()`; `config()` has the second stage without
+data. The paper does not give the length of a row; 64 is ours.
 """
 
 from mllm_jax.data.pipeline import Mixture
@@ -22,16 +22,16 @@ from mllm_jax.training.config import AdamW, Experiment, Stage
 from mllm_jax.training.objectives.next_token import NextToken
 from mllm_jax.training.objectives.qformer import QFormerStage1
 
-# BERT's 30,522 and [DEC], with which a text to be written begins.
+# BERT's 30,522 and [DEC], the first token of a generated text.
 VOCAB_SIZE, DECODE = 30_523, 30_522
 NO_CLIPPING = 1e9
-# Section 3.4: rows of a batch with ViT-g, in the first stage and in the second with Flan-T5.
+# Section 3.4: rows of a batch with ViT-g, in the first stage, and in the second stage with Flan-T5.
 REPRESENT_ROWS, ALIGN_ROWS = 1680, 1520
 COMPUTE = Compute(dtype="bfloat16", remat="full")
 
 
 def encoder() -> ViTConfig:
-    """EVA-CLIP-g/14 without its last layer; the weights came as half precision and stay frozen."""
+    """Returns EVA-CLIP-g/14 without its last layer; its weights, released in half precision, stay frozen."""
     return ViTConfig(
         image_size=224,
         patch_size=14,
@@ -55,7 +55,7 @@ def encoder() -> ViTConfig:
 
 
 def llm() -> T5Config:
-    """Flan-T5-XL, with the exact GELU that BLIP-2 runs it with."""
+    """Returns Flan-T5-XL with the exact GELU, as BLIP-2 uses it."""
     return T5Config(
         vocab_size=32_128,
         hidden_size=2048,
@@ -72,13 +72,13 @@ def llm() -> T5Config:
 
 
 def model() -> Blip2Config:
-    """The composed model, as its folder has it."""
+    """Returns the composed model of the Hugging Face folder."""
     image = {"image": Branch(encoder(), QFormerConfig(), Connection(class_token=True))}
     return Blip2Config(image, llm(), image_token_id=32_100, compute=COMPUTE)
 
 
 def stage1_model() -> QFormerPretrainingConfig:
-    """Before there is an LLM: the Q-Former reads text too."""
+    """Returns the model of the first stage, without an LLM; its Q-Former also reads text."""
     return QFormerPretrainingConfig(
         encoder(),
         QFormerConfig(llm().hidden_size, vocab_size=VOCAB_SIZE),
@@ -88,7 +88,7 @@ def stage1_model() -> QFormerPretrainingConfig:
 
 
 def represent(data: Mixture) -> Stage:
-    """The first stage: section 3.4, 250,000 steps, from BERT-base; how low the learning rate ends is LAVIS' file's."""
+    """Returns the first stage (section 3.4): 250,000 steps from BERT-base; the last learning rate is LAVIS'."""
     return Stage(
         name="represent",
         objective=QFormerStage1(),
@@ -115,7 +115,7 @@ def represent(data: Mixture) -> Stage:
 
 
 def align(data: Mixture) -> Stage:
-    """The second: section 3.4, 80,000 steps that end at half of the learning rate; picture tower and LLM are frozen."""
+    """Returns the second stage (section 3.4): 80,000 steps to half of the learning rate; trains only the Q-Former."""
     return Stage(
         name="align",
         objective=NextToken(),

@@ -1,4 +1,4 @@
-"""CLIP from scratch on emoji: a picture and a text tower, minutes on two CPU cores.
+"""CLIP from scratch on emoji: an image encoder and a text encoder, minutes on two CPU cores.
 
 mllm train configs/clip_openmoji.py
 mllm train configs/siglip_openmoji.py   the same with the sigmoid loss
@@ -17,35 +17,35 @@ from mllm_jax.training.config import AdamW, Experiment, Stage, TokenizerConfig
 from mllm_jax.training.objectives.contrastive import Contrastive
 
 SIZE = 64
-PICTURES = "full"
+SUBSET = "full"
 STEPS = 1000
 WIDTH = 256  # of a word, and of the space in which images and texts are compared
 
 
 def experiment(name: str, kind: str) -> Experiment:
-    """Both towers trained with the loss of this kind, "softmax" or "sigmoid"."""
+    """Returns the training of both encoders with the loss of this kind, "softmax" or "sigmoid"."""
     quickstart = runpy.run_path(str(Path(__file__).with_name("quickstart.py")))["MODEL"]
-    captions = OpenMojiCaptions(config=PICTURES, image_size=SIZE, augment=True, variants=32)
+    captions = OpenMojiCaptions(config=SUBSET, image_size=SIZE, augment=True, variants=32)
     return Experiment(
         name=name,
         model=DualEncoderConfig(
             vision=replace(quickstart.image.encoder, regions=None),
-            # A bag of words, where a name never seen is the sum of words that were.
+            # A bag of words: the vector of an unseen name is the sum of the vectors of its words.
             text=TextTowerConfig(hidden_size=WIDTH, num_layers=0),
             projection_size=WIDTH,
             kind=kind,
-            pooling="patches",  # where a part of an emoji lies tells as much as what it is
+            pooling="patches",  # the position of a part of an emoji is as informative as its shape
             compute=quickstart.compute,
         ),
         tokenizer=TokenizerConfig(vocab_size=2048),
         cpu_devices=2,  # two devices on two cores are twice as fast as one
-        evaluation=openmoji_retrieval(config=PICTURES, image_size=SIZE),
+        evaluation=openmoji_retrieval(config=SUBSET, image_size=SIZE),
         stages=(
             Stage(
                 name="contrastive",
                 objective=Contrastive(kind=kind),
                 trainable=("*",),
-                # Four forms of a base side by side are each other's hard negatives.
+                # Four forms of a base in one group are hard negatives of each other.
                 data=Mixture((Weighted(captions),), rows=128, length=32, slots={"image": 1}, layout="caption", group=4),
                 optimizer=AdamW(learning_rate=1.5e-3, warmup_steps=50),
                 steps=STEPS,

@@ -2,9 +2,9 @@
 
 mllm plan configs/deepseek_vl_7b.py --topology v5p-128
 
-`model()` is what deepseek-community/deepseek-vl-7b-chat holds. `warm_up(mixture)`, `pretrain(mixture)` and
-`instruct(mixture)` are stages for an Experiment on it, on data that you give (table 4; what is trained: section 3.2).
-`config()` has the three of them with no data yet.
+`model()` is the model of deepseek-community/deepseek-vl-7b-chat. `warm_up(mixture)`, `pretrain(mixture)` and
+`instruct(mixture)` are stages for an Experiment on it, with your data (hyperparameters: table 4; trained parts:
+section 3.2). `config()` has all three stages without data.
 """
 
 from mllm_jax.data.pipeline import Mixture
@@ -21,15 +21,15 @@ from mllm_jax.sharding.mesh import MeshConfig
 from mllm_jax.training.config import AdamW, Experiment, Stage
 from mllm_jax.training.objectives.next_token import NextToken
 
-# Rows and their length, by stage; a picture is one slot. Only `pretrain` packed several examples into a row.
-WARM_UP_ROWS, WARM_UP_LENGTH = 256, 512 + 576  # the 512 of the table cannot count the tokens of a picture
+# Rows and their length, by stage; an image is one slot. Only `pretrain` packs several examples into a row.
+WARM_UP_ROWS, WARM_UP_LENGTH = 256, 512 + 576  # the 512 of the table cannot include the tokens of an image
 PRETRAIN_ROWS, INSTRUCT_ROWS, LENGTH = 2304, 256, 4096
-# The paper counts the convolutions behind SAM with the adaptor; of the second neck beside them it does not tell.
+# The paper's adaptor includes the convolutions after SAM; the paper does not mention the second neck.
 ADAPTOR = ("projector_image/*", "encoder_image/downsample_*", "encoder_image/neck/*", "encoder_image/alpha")
 
 
 def encoder() -> SiglipSamConfig:
-    """SigLIP-L/16 on 384 pixels beside SAM-B on 1,024: 576 vectors of 1024 + 1024."""
+    """Returns SigLIP-L/16 on 384 pixels with SAM-B on 1,024: 576 vectors of width 1024 + 1024."""
     low = ViTConfig(
         image_size=384,
         patch_size=16,
@@ -44,7 +44,7 @@ def encoder() -> SiglipSamConfig:
 
 
 def llm() -> DecoderConfig:
-    """DeepSeek-LLM-7B."""
+    """Returns DeepSeek-LLM-7B."""
     return DecoderConfig(
         vocab_size=102_400,
         hidden_size=4096,
@@ -61,16 +61,16 @@ def llm() -> DecoderConfig:
 
 
 def model(dtype: str = "bfloat16") -> DeepseekVLConfig:
-    """7,331,390,721 parameters: towers 400,045,313, projector 20,979,712, LLM 6,910,365,696.
+    """Returns the model: 7,331,390,721 parameters, encoders 400,045,313, projector 20,979,712, LLM 6,910,365,696.
 
-    The authors' folder has 14.69 GB in bfloat16: these, and the head of SigLIP, 12.6 million, that nothing reads.
+    The authors' folder has 14.69 GB in bfloat16: these, and the unused head of SigLIP, 12.6 million.
     """
     image = Branch(encoder(), PairedProjectorConfig())
     return DeepseekVLConfig({"image": image}, llm(), compute=Compute(dtype=dtype, remat="full"))
 
 
 def optimizer(learning_rate: float, warmup_steps: int, end_factor: float = 0.0) -> AdamW:
-    """AdamW (0.9, 0.95) without weight decay, clipped at 1.0."""
+    """Returns AdamW (0.9, 0.95) without weight decay, with gradients clipped at 1.0."""
     return AdamW(
         learning_rate,
         warmup_steps=warmup_steps,
@@ -83,22 +83,22 @@ def optimizer(learning_rate: float, warmup_steps: int, end_factor: float = 0.0) 
 
 
 def warm_up(data: Mixture) -> Stage:
-    """Stage 1: the adaptor alone."""
+    """Returns stage 1, which trains the adaptor."""
     return _stage("warm_up", data, ADAPTOR, 15_000, optimizer(1e-3, 128))
 
 
 def pretrain(data: Mixture) -> Stage:
-    """Stage 2: adaptor and LLM, seven parts of text to three of pictures with text.
+    """Returns stage 2, which trains adaptor and LLM on seven parts of text and three parts of images with text.
 
-    The authors' learning rate falls in steps; here it is a cosine to a tenth, where those of DeepSeek-LLM end.
+    The authors' learning rate falls in steps. Here it is a cosine to a tenth, the final rate of DeepSeek-LLM.
     """
-    # In pieces of 256 rows: SAM's attention over whole images is large.
+    # Accumulation of 256 rows at a time: SAM's attention over whole images needs much memory.
     pieces = PRETRAIN_ROWS // 256
     return _stage("pretrain", data, (*ADAPTOR, "llm/*"), 42_000, optimizer(4.2e-5, 2000, 0.1), pieces)
 
 
 def instruct(data: Mixture) -> Stage:
-    """Stage 3: SigLIP as well; SAM stays frozen."""
+    """Returns stage 3, which also trains SigLIP; SAM stays frozen."""
     return _stage("instruct", data, (*ADAPTOR, "llm/*", "encoder_image/low/*"), 10_000, optimizer(2e-5, 256))
 
 

@@ -1,10 +1,10 @@
-"""InstructBLIP with EVA-CLIP-g and Vicuna-7B at its real sizes, and how its authors trained it (arXiv 2305.06500).
+"""InstructBLIP with EVA-CLIP-g and Vicuna-7B at its real sizes, with its authors' training (arXiv 2305.06500).
 
 mllm plan configs/instructblip_vicuna7b.py --topology v5p-128
 
-The sizes are those of Salesforce/instructblip-vicuna-7b. Data is the reader's: `instruct(mixture)` is a stage for an
-Experiment on `model()`, whose Q-Former begins as BLIP-2's; `config()` has it with no data yet. The paper has no length
-of a row; 512 is ours.
+The sizes are those of Salesforce/instructblip-vicuna-7b. You provide the data: `instruct(mixture)` is a stage for an
+Experiment on `model()`, whose Q-Former starts from BLIP-2's; `config()` has the stage without data. The paper does not
+give the length of a row; 512 is ours.
 """
 
 from mllm_jax.data.pipeline import Mixture
@@ -25,7 +25,7 @@ ROWS = 128
 
 
 def model() -> InstructBlipConfig:
-    """The composed model, as its folder has it."""
+    """Returns the composed model of the Hugging Face folder."""
     encoder = ViTConfig(
         image_size=224,
         patch_size=14,
@@ -47,7 +47,7 @@ def model() -> InstructBlipConfig:
         ),
     )
     llm = DecoderConfig(
-        vocab_size=32_064,  # 32,000, [PAD] and <image>, and what fills up to a multiple of 64
+        vocab_size=32_064,  # 32,000, [PAD] and <image>, padded to a multiple of 64
         hidden_size=4096,
         num_layers=32,
         num_heads=32,
@@ -56,7 +56,7 @@ def model() -> InstructBlipConfig:
         tie_word_embeddings=False,
         max_position_embeddings=2048,
         bos_token_id=0,
-        eos_token_id=(1,),  # as its config.json says; generation_config.json and the tokenizer say what ends a text
+        eos_token_id=(1,),  # of its config.json; generation_config.json and the tokenizer have the real end of text
         pad_token_id=32_000,
         dialect=DecoderDialect(norm_eps=1e-6, family="LlamaForCausalLM"),
     )
@@ -66,7 +66,7 @@ def model() -> InstructBlipConfig:
 
 
 def instruct(data: Mixture) -> Stage:
-    """Section 2.6: at most 60,000 steps; only the Q-Former, its queries and its map to the LLM are trained."""
+    """Returns the stage of section 2.6: at most 60,000 steps of the Q-Former, its queries and its map to the LLM."""
     return Stage(
         name="instruct",
         objective=NextToken(),

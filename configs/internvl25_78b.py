@@ -2,9 +2,9 @@
 
 mllm plan configs/internvl25_78b.py --topology v5p-512
 
-`model()` has the sizes of OpenGVLab/InternVL2_5-78B, written as Hugging Face's class. `config()` is its second stage,
-everything trained (table 2): 512 rows of 16,384 tokens with up to 48 tiles, the script's maximum for a row. Data is the
-reader's; the 1,000 steps are ours.
+`model()` has the sizes of OpenGVLab/InternVL2_5-78B in the form of Hugging Face's class. `config()` is its second
+stage, which trains everything (table 2): 512 rows of 16,384 tokens with up to 48 tiles, the script's maximum for a row.
+You provide the data; the 1,000 steps are ours.
 """
 
 from mllm_jax.data.pipeline import Mixture
@@ -20,7 +20,7 @@ from mllm_jax.training.objectives.next_token import NextToken
 
 
 def encoder() -> ViTConfig:
-    """InternViT-6B-448px-V2.5: 1,024 patches of 3200 numbers for each tile."""
+    """Returns InternViT-6B-448px-V2.5: 1,024 vectors of width 3200 for each tile."""
     return ViTConfig(
         image_size=448,
         patch_size=14,
@@ -46,7 +46,7 @@ def encoder() -> ViTConfig:
 
 
 def llm() -> DecoderConfig:
-    """Qwen2.5-72B, its vocabulary cut behind the last token in use."""
+    """Returns Qwen2.5-72B with its vocabulary cut after the last token in use."""
     return DecoderConfig(
         vocab_size=151_674,
         hidden_size=8192,
@@ -63,7 +63,7 @@ def llm() -> DecoderConfig:
 
 
 def model(dtype: str = "bfloat16") -> InternVLConfig:
-    """78.4 billion parameters."""
+    """Returns the model of 78.4 billion parameters."""
     image = Branch(encoder(), PixelShuffleProjectorConfig())
     compute = Compute(dtype=dtype, remat="full")
     return InternVLConfig({"image": image}, llm(), image_token_id=151_667, compute=compute)

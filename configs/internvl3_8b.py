@@ -1,10 +1,10 @@
-"""InternVL3-8B (arXiv 2504.10479) at its real size, and how its authors' script trains it further.
+"""InternVL3-8B (arXiv 2504.10479) at its real size, with the finetuning of its authors' script.
 
 mllm plan configs/internvl3_8b.py --topology v5p-128
 
-`model()` is what OpenGVLab/InternVL3-8B-hf holds. `finetune(mixture, steps)` is a stage for an Experiment on it, on
-data that you give; `config()` has it with rows of up to four images and no data yet. The pre-training before it has no
-published script, and there is no stage for MPO here yet.
+`model()` is the model of OpenGVLab/InternVL3-8B-hf. `finetune(mixture, steps)` is a stage for an Experiment on it, with
+your data; `config()` has the stage with rows of up to four images and no data. The pre-training before it has no
+published script. A stage for MPO is not included.
 """
 
 from mllm_jax.data.pipeline import Mixture
@@ -24,7 +24,7 @@ ROWS, LENGTH, MAX_TILES = 128, 16_384, 12
 
 
 def encoder() -> ViTConfig:
-    """InternViT-300M-448px-V2.5: 1,024 patches of 1024 numbers for each tile."""
+    """Returns InternViT-300M-448px-V2.5: 1,024 vectors of width 1024 for each tile."""
     return ViTConfig(
         image_size=448,
         patch_size=14,
@@ -47,7 +47,7 @@ def encoder() -> ViTConfig:
 
 
 def llm() -> DecoderConfig:
-    """Qwen2.5-7B; its vocabulary ends with the last token in use, 151,674 of the 152,064 rows that Qwen's own has."""
+    """Returns Qwen2.5-7B with its vocabulary cut after the last token in use: 151,674 of the 152,064 rows."""
     return DecoderConfig(
         vocab_size=151_674,
         hidden_size=3584,
@@ -70,22 +70,25 @@ def llm() -> DecoderConfig:
 
 
 def model(dtype: str = "bfloat16") -> InternVLConfig:
-    """7,944,373,760 parameters: InternViT 304,012,288, MLP 27,540,480, Qwen2.5 7,612,820,992; the hub has 15.9 GB."""
+    """Returns the model: 7,944,373,760 parameters, InternViT 304,012,288, MLP 27,540,480, Qwen2.5 7,612,820,992.
+
+    The hub has 15.9 GB.
+    """
     image = Branch(encoder(), PixelShuffleProjectorConfig())
     compute = Compute(dtype=dtype, remat="full")
     return InternVLConfig({"image": image}, llm(), image_token_id=151_667, compute=compute)
 
 
 def optimizer(steps: int) -> AdamW:
-    """The script's: warm-up over 3 % of the steps, cosine to 0; betas and clipping are transformers' own."""
+    """Returns the script's optimizer: warm-up over 3 % of the steps, cosine to 0; transformers' betas and clipping."""
     return AdamW(2e-5, warmup_steps=-(-3 * steps // 100), end_factor=0.0, weight_decay=0.05, b2=0.999, clip_norm=1.0)
 
 
 def finetune(data: Mixture, steps: int) -> Stage:
-    """One epoch of the data with the picture tower frozen, as in that script.
+    """Returns one epoch of the data with the image encoder frozen, as in the script.
 
     Args:
-        data: rows=ROWS, length=LENGTH, and MAX_TILES + 1 slots for each picture of a row.
+        data: with rows=ROWS, length=LENGTH, and MAX_TILES + 1 slots for each image of a row.
         steps: of one epoch.
     """
     return Stage(

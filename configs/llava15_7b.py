@@ -3,12 +3,13 @@
 mllm train configs/llava15_7b.py
 mllm plan configs/llava15_7b.py --topology v5p-128
 
-`model()` is what llava-hf/llava-1.5-7b-hf holds; that folder lies in START. The records and pictures lie in the folder
-that the environment variable MLLM_DATA_DIR names, else in the working folder, by the names in RECORDS, which are those
-of the authors' repository.
+`model()` is the model of llava-hf/llava-1.5-7b-hf; START is the path of that folder. The records and images are in the
+folder of the environment variable MLLM_DATA_DIR, or without it in the working folder, under the names in RECORDS, which
+are those of the authors' repository.
 
-The authors began with openai/clip-vit-large-patch14-336, lmsys/vicuna-7b-v1.5 and a new projector. Vicuna has 64 tokens
-fewer than this model, so `config()` begins with the whole of START; `experiment(...)` takes parts instead.
+The authors started from openai/clip-vit-large-patch14-336, lmsys/vicuna-7b-v1.5 and a new projector. Vicuna has 64
+tokens fewer than this model, so `config()` starts from the whole model in START. `experiment(...)` can start from
+parts.
 """
 
 from typing import Any
@@ -26,7 +27,7 @@ from mllm_jax.sharding.mesh import MeshConfig
 from mllm_jax.training.config import AdamW, Experiment, Pretrained, Stage, TokenizerConfig
 from mllm_jax.training.objectives.next_token import NextToken
 
-# 558,128 pictures with captions in batches of 256; 665,298 conversations in batches of 128; one epoch each (the paper's
+# 558,128 images with captions in batches of 256; 665,298 conversations in batches of 128; one epoch each (the paper's
 # table of hyperparameters; the counts are those of LLaVA-Pretrain and llava_v1_5_mix665k.json).
 ALIGN_STEPS, INSTRUCT_STEPS = -(-558_128 // 256), -(-665_298 // 128)
 START = "runs/llava-1.5-7b-hf"
@@ -36,8 +37,8 @@ RECORDS = {
     ),
     "instruct": LLaVARecords(path="llava_v1_5_mix665k.json", image_folder="."),
 }
-# What is written around questions and answers: conv_vicuna_v1 in llava/conversation.py. START's own template ends an
-# answer without the end token, which training needs.
+# The chat template of training: conv_vicuna_v1 in llava/conversation.py. START's template has no end token after an
+# answer, which training needs.
 SYSTEM = (
     "A chat between a curious human and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the human's questions."
@@ -54,7 +55,7 @@ LENGTH = 2048  # model_max_length in scripts/v1_5/*.sh of haotian-liu/LLaVA
 
 
 def clip_large() -> ViTConfig:
-    """The picture tower of openai/clip-vit-large-patch14-336: 577 vectors of 1024."""
+    """Returns the image encoder of openai/clip-vit-large-patch14-336: 577 vectors of width 1024."""
     return ViTConfig(
         image_size=336,
         patch_size=14,
@@ -80,9 +81,9 @@ def clip_large() -> ViTConfig:
 
 
 def model(dtype: str = "bfloat16") -> LlavaConfig:
-    """7,063,427,072 parameters: CLIP 303,507,456, MLP 20,979,712, Vicuna with 64 more tokens 6,738,939,904.
+    """Returns the model: 7,063,427,072 parameters, CLIP 303,507,456, MLP 20,979,712, Vicuna 6,738,939,904.
 
-    The hub counts 7.06 billion in llava-hf/llava-1.5-7b-hf.
+    Vicuna has 64 more tokens here. The hub counts 7.06 billion parameters in llava-hf/llava-1.5-7b-hf.
     """
     return LlavaConfig(
         inputs={
@@ -106,20 +107,20 @@ def model(dtype: str = "bfloat16") -> LlavaConfig:
 
 
 def optimizer(learning_rate: float, steps: int) -> AdamW:
-    """AdamW without weight decay, 3 % warm-up, cosine to 0 (scripts/v1_5); betas and clipping are transformers' own."""
+    """Returns AdamW without weight decay, 3 % warm-up, cosine to 0 (scripts/v1_5); transformers' betas and clipping."""
     return AdamW(
         learning_rate, warmup_steps=-(-3 * steps // 100), end_factor=0.0, weight_decay=0.0, b2=0.999, clip_norm=1.0
     )
 
 
 def experiment(align: Any, instruct: Any, tokenizer: str, pretrained: tuple[Pretrained, ...] = ()) -> Experiment:
-    """The two stages. A row has one slot, so rows are the published batches wherever every record has a picture.
+    """Returns the two stages. A row has one slot; if every record has an image, batches are the published ones.
 
     Args:
         align, instruct: data sources.
         tokenizer: a folder with LLaVA's tokenizer and its processor's settings.
-        pretrained: where tower and LLM begin: the authors took openai/clip-vit-large-patch14-336 and
-            lmsys/vicuna-7b-v1.5, and a new projector.
+        pretrained: initial weights of image encoder and LLM; the authors used openai/clip-vit-large-patch14-336 and
+            lmsys/vicuna-7b-v1.5, with a new projector.
     """
     return Experiment(
         name="llava15_7b",

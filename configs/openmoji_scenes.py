@@ -1,4 +1,4 @@
-"""The quickstart in a run folder of its own, so that the two can be compared.
+"""The quickstart in a separate run folder, for comparison.
 
 mllm train configs/openmoji_scenes.py
 """

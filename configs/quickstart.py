@@ -2,8 +2,8 @@
 
 mllm train configs/quickstart.py
 
-Five stages: the LLM learns to read descriptions; a picture tower learns against a text tower; the projector learns the
-LLM's language; projector and LLM learn to say what they see, then to answer questions.
+Five stages: the LLM learns from descriptions; the image encoder learns by contrast with a text encoder; the projector
+is aligned with the LLM; projector and LLM learn to describe images, then to answer questions.
 """
 
 from mllm_jax.data.pipeline import Mixture, Weighted
@@ -53,7 +53,7 @@ MODEL = MultimodalConfig(
         )
     },
     llm=DecoderConfig(
-        vocab_size=1024,  # also of the tokenizer, and of the text encoder
+        vocab_size=1024,  # also the tokenizer's and the text encoder's
         hidden_size=WIDTH,
         num_layers=LAYERS,
         num_heads=HEADS,
@@ -65,8 +65,8 @@ MODEL = MultimodalConfig(
     ),
     compute=Compute(scan_unroll=LAYERS),
 )
-# What the contrastive stage trains: the model's image encoder, and a bag of words, where a name never seen is the sum
-# of words that were.
+# The contrastive stage trains the model's image encoder and a bag of words, in which the vector of an unseen name is
+# the sum of the vectors of its words.
 DUAL = DualEncoderConfig(
     text=TextTowerConfig(hidden_size=WIDTH, num_layers=0),
     projection_size=WIDTH,
@@ -76,15 +76,15 @@ DUAL = DualEncoderConfig(
 
 def experiment(
     name: str,
-    pictures: str,
+    subset: str,
     steps: dict[str, int],
     decay: dict[str, float] = DECAY,
     shares: dict[str, dict[str, float]] = SHARES,
     variants: int = 16,
     per_base: int = 3,
 ) -> Experiment:
-    """The stages on the named configuration of the data set."""
-    common = dict(config=pictures, image_size=SIZE, augment=True, per_base=per_base)
+    """Returns the stages on the configuration `subset` of the data set."""
+    common = dict(config=subset, image_size=SIZE, augment=True, per_base=per_base)
     sources = {
         "names": OpenMojiQuestions(**common, variants=variants, tasks=("naming",), turns=1),
         "yes_no": OpenMojiQuestions(**common, variants=variants, tasks=("yes_no",), turns=5),
@@ -97,21 +97,21 @@ def experiment(
     def weighted(stage: str) -> tuple[Weighted, ...]:
         return tuple(Weighted(sources[source], share) for source, share in shares[stage].items())
 
-    text = OpenMojiText(config=pictures, variants=variants, scene_share=shares["language"]["scenes"], per_base=per_base)
+    text = OpenMojiText(config=subset, variants=variants, scene_share=shares["language"]["scenes"], per_base=per_base)
     captions = OpenMojiCaptions(
         **common,
         variants=variants,
         scene_share=shares["contrastive"]["scenes"],
         category_share=shares["contrastive"]["categories"],
     )
-    held_out = OpenMojiQuestions(config=pictures, split="validation", image_size=SIZE, variants=4)
+    held_out = OpenMojiQuestions(config=subset, split="validation", image_size=SIZE, variants=4)
     describing = Mixture(weighted("describe"), rows=16, length=128, slots={"image": 6})
     return Experiment(
         name=name,
         model=MODEL,
         tokenizer=TokenizerConfig(phrases=PLACES[2], places=PLACES[2]),
         cpu_devices=2,  # two devices on two cores are twice as fast as one
-        evaluation=openmoji_questions(config=pictures, image_size=SIZE),
+        evaluation=openmoji_questions(config=subset, image_size=SIZE),
         stages=(
             Stage(
                 name="language",
@@ -126,7 +126,7 @@ def experiment(
                 objective=Contrastive(),
                 model=DUAL,
                 trainable=("encoder_image/*", "encoder_text/*", "heads/*"),
-                # Four forms of a base side by side are each other's hard negatives.
+                # Four forms of a base in one group are hard negatives of each other.
                 data=Mixture(
                     (Weighted(captions),),
                     rows=128,

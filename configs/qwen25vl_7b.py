@@ -2,9 +2,9 @@
 
 mllm plan configs/qwen25vl_7b.py --topology v5p-128
 
-`model()` is what Qwen/Qwen2.5-VL-7B-Instruct holds. `config()` trains its LLM on rows of the report's 8,192 tokens
+`model()` is the model of Qwen/Qwen2.5-VL-7B-Instruct. `config()` trains its LLM on rows of the report's 8,192 tokens
 (table 2), half of them images. The report has neither batch sizes nor learning rates: 256 rows, the optimizer and the
-1,000 steps are ours. Data is the reader's: give the stage a mixture with sources to train.
+1,000 steps are ours. You provide the data: a mixture with sources for the stage.
 """
 
 from mllm_jax.data.pipeline import Mixture
@@ -22,7 +22,7 @@ PATCHES = 4 * LENGTH // 2  # four patches are one media token
 
 
 def model(dtype: str = "bfloat16") -> QwenVLConfig:
-    """8,292,166,656 parameters: the tower with its merger 676,550,144, Qwen2.5 7,615,616,512."""
+    """Returns the model: 8,292,166,656 parameters, image encoder with merger 676,550,144, Qwen2.5 7,615,616,512."""
     return QwenVLConfig(
         inputs={
             "image": Branch(

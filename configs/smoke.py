@@ -1,4 +1,4 @@
-"""Four of the quickstart's stages at toy size: checks an installation in about a minute, learns next to nothing.
+"""Four of the quickstart's stages at toy size: a check of an installation in about a minute, which learns little.
 
 mllm train configs/smoke.py
 """
@@ -24,7 +24,7 @@ def config() -> Experiment:
     questions = Weighted(OpenMojiQuestions(image_size=SIZE, variants=1), 0.6)
     scenes = Weighted(OpenMojiScenes(image_size=SIZE, size=300), 0.3)
     text = Weighted(OpenMojiText(variants=1), 0.1)
-    pictures = Mixture((questions, scenes, text), rows=8, length=128, slots={"image": 2})
+    mixed = Mixture((questions, scenes, text), rows=8, length=128, slots={"image": 2})
     adamw = AdamW(learning_rate=1e-3, warmup_steps=4)
     encoder = ViTConfig(
         image_size=SIZE, patch_size=4, hidden_size=32, num_layers=2, num_heads=2, mlp_size=64, stem_channels=(8,)
@@ -67,7 +67,7 @@ def config() -> Experiment:
                 name="align",
                 objective=NextToken(),
                 trainable=("projector_image/*",),
-                data=pictures,
+                data=mixed,
                 optimizer=adamw,
                 steps=8,
             ),
@@ -75,7 +75,7 @@ def config() -> Experiment:
                 name="instruct",
                 objective=NextToken(),
                 trainable=("projector_image/*", "llm/*"),
-                data=pictures,
+                data=mixed,
                 optimizer=adamw,
                 steps=8,
                 validation=Mixture(

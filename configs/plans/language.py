@@ -1,6 +1,6 @@
-"""Plain language models as experiments to plan with: text only, a picture tower of next to nothing, no data.
+"""Language models as experiments for `mllm plan`: text only, a minimal image encoder, no data.
 
-`decoder(name)` has the published sizes of a few; the files beside this one make an experiment of each:
+`decoder(name)` returns a model of a published size; each other file of this folder is an experiment of one of them:
 
 mllm plan configs/plans/llama31_8b.py --topology v6e-256
 """
@@ -16,9 +16,10 @@ from mllm_jax.sharding.mesh import MeshConfig
 from mllm_jax.training.config import AdamW, Experiment, Stage
 from mllm_jax.training.objectives.next_token import NextToken
 
-# vocabulary, width, layers, heads, key-value heads, width of the MLP; heads are 128 wide, embedding and head apart.
-# meta-llama's config.json of each, and MaxText's default decoder (base.yml: 2048, 16, 16, 16, 7168) at
-# global_parameter_scale 16 and 32, which doubles heads and MLP first, then the width, then the layers.
+# vocabulary, hidden size, layers, heads, key-value heads, MLP size. Heads have 128 dimensions; embedding and output
+# head are not tied. The sources are meta-llama's config.json of each, and MaxText's default decoder (base.yml: 2048,
+# 16, 16, 16, 7168) at global_parameter_scale 16 and 32, which doubles heads and MLP first, then the width, then the
+# layers.
 SIZES = {
     "llama2_7b": (32_000, 4096, 32, 32, 32, 11_008),
     "llama2_70b": (32_000, 8192, 80, 64, 8, 28_672),
@@ -30,7 +31,7 @@ SIZES = {
 
 
 def decoder(name: str, remat: str = "full", layers: int | None = None) -> DecoderConfig:
-    """The LLM of that name, or its first layers."""
+    """Returns the LLM of this name, or its first layers."""
     vocab_size, hidden_size, num_layers, num_heads, num_kv_heads, mlp_size = SIZES[name]
     return DecoderConfig(
         vocab_size=vocab_size,
@@ -55,7 +56,7 @@ def experiment(
     accumulate: int = 1,
     layers: int | None = None,
 ) -> Experiment:
-    """Pre-training of a language model: every parameter of it trained, AdamW with float32 masters.
+    """Returns the pre-training of all parameters of a language model, with AdamW and float32 master weights.
 
     Args:
         mesh: None is fsdp over all chips.

@@ -2,8 +2,8 @@
 
     python benchmarks/projectors.py
 
-trains `base` once, then every projector of this folder with several seeds, and makes a table. Each picture is 16 media
-tokens for all: a patch each, or a learned query each.
+trains `base` once, then every projector of this folder with several seeds, and writes a table. With every projector an
+image has 16 media tokens: one for each patch, or one for each learned query.
 """
 
 from dataclasses import replace
@@ -36,7 +36,7 @@ from mllm_jax.training.objectives.qformer import QFormerStage1
 SIZE = 64
 VOCAB = 512
 WIDTH = 192
-TOKENS = 16  # media tokens of a picture, whatever the projector
+TOKENS = 16  # media tokens of an image, with every projector
 STEPS = {"language": 400, "contrastive": 400, "stage1": 200, "prompt": 200, "guided": 200, "align": 60, "instruct": 350}
 RUNS = "runs/projectors"
 COMPUTE = Compute(scan_unroll=4)
@@ -93,24 +93,24 @@ PFORMER = PFormerConfig(
 
 
 def composed(projector: Any) -> MultimodalConfig:
-    """The model with a projector of its own."""
+    """Returns the model with the given projector."""
     return MultimodalConfig(inputs={"image": Branch(ENCODER, projector)}, llm=LLM, compute=COMPUTE)
 
 
 def mixture(form: str, length: int, **settings) -> Mixture:
-    """Examples of all skills; those of places and numbers are the longest."""
+    """Returns examples of all skills; those of positions and numbers are the longest."""
     source = OpenMojiSkills(image_size=SIZE, augment=True, form=form)
     return Mixture((Weighted(source),), length=length, **settings)
 
 
 def common(name: str) -> dict[str, Any]:
-    """The same for all runs: with another tokenizer it would be another LLM."""
+    """Returns the settings that all runs share; the LLM depends on the tokenizer."""
     path = None if name == "base" else f"{RUNS}/base/tokenizer.json"
     return dict(name=f"projectors_{name}", tokenizer=TokenizerConfig(path=path), cpu_devices=2)
 
 
 def base() -> Experiment:
-    """Encoder and LLM before they meet: the LLM reads, the encoder learns against words."""
+    """Returns the separate training of the LLM on text, and of the encoder by contrast with words."""
     words = TextTowerConfig(hidden_size=WIDTH, num_layers=0)
     return Experiment(
         **common("base"),
@@ -142,7 +142,7 @@ def from_base(part: str, stage: str) -> Pretrained:
 
 
 def stage1() -> Experiment:
-    """BLIP-2's first stage of the Q-Former, on the pairs that the encoder was trained with."""
+    """Returns BLIP-2's first stage of the Q-Former, on the pairs that the encoder was trained with."""
     return Experiment(
         **common("stage1"),
         model=QFormerPretrainingConfig(
@@ -170,7 +170,7 @@ def stage1() -> Experiment:
 
 
 def prompt() -> Experiment:
-    """The P-Former, on the captions alone: prompts with which the LLM would say them."""
+    """Returns the training of the P-Former on captions, for prompts that make the LLM write them."""
     captions = mixture("captions", 48, rows=64, slots={}, layout="caption")
     texts = tuple(replace(source, source=TextOnly(source.source)) for source in captions.sources)
     return Experiment(
@@ -191,7 +191,7 @@ def prompt() -> Experiment:
 
 
 def guided() -> Experiment:
-    """The Q-Former drawn to the P-Former's prompts, and taught to make the frozen LLM say the captions."""
+    """Returns the training of the Q-Former for the P-Former's prompts and for captions of the frozen LLM."""
     return Experiment(
         **common("guided"),
         model=composed(QFORMER),
@@ -215,13 +215,13 @@ def guided() -> Experiment:
 
 
 def experiment(name: str) -> Experiment:
-    """The projector of that name between the frozen encoder and the LLM: aligned, then instructed together."""
+    """Returns the study of one projector: first alone between frozen encoder and LLM, then together with the LLM."""
     pretrained = (from_base("encoder_image", "contrastive"), from_base("llm", "language"))
     if name == "qformer_stage1":
         pretrained += (Pretrained("projector_image", f"{RUNS}/stage1", stage="stage1", made_by=stage1()),)
     if name == "pformer":
         pretrained += (Pretrained("projector_image", f"{RUNS}/guided", stage="guided", made_by=guided()),)
-    data = mixture("pictures", 128, rows=16, slots={"image": 6})
+    data = mixture("images", 128, rows=16, slots={"image": 6})
     return Experiment(
         **common(name),
         model=composed(PROJECTORS[name]),

@@ -1,4 +1,4 @@
-"""CLIP's text tower (arXiv 2103.00020, section 2.4): causal, pooled at the end of the text."""
+"""CLIP's text encoder (arXiv 2103.00020, section 2.4): causal, pooled at the end of the text."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from mllm_jax.encoders.text_hub import faithful, read_tower, tower_table, write_
 from mllm_jax.errors import ConfigError
 
 MODEL, WITH_PROJECTION = "CLIPTextModel", "CLIPTextModelWithProjection"
-# What an option is where config.json does not say.
+# Defaults of the options that config.json leaves out.
 _DEFAULTS = dict(
     vocab_size=49408,
     hidden_size=512,
@@ -25,15 +25,17 @@ _IDS = dict(pad_token_id=1, bos_token_id=49406, eos_token_id=49407)
 
 
 def from_hf_config(values: dict) -> TextTowerConfig:
-    """config.json of CLIPTextModel or CLIPTextModelWithProjection, or the text_config of CLIPModel.
+    """Reads config.json of CLIPTextModel or CLIPTextModelWithProjection, or the text_config of CLIPModel.
 
     Every option is honoured or refused by name.
     """
     family = (*named_as(values)[0], MODEL)[0]
     if family not in (MODEL, WITH_PROJECTION):
-        raise ConfigError(f"architecture {family!r} as CLIP's text tower", f"{MODEL} or {WITH_PROJECTION}", "name one")
+        raise ConfigError(
+            f"architecture {family!r} as CLIP's text encoder", f"{MODEL} or {WITH_PROJECTION}", "name one"
+        )
     values = {name: value for name, value in _IDS.items() if name not in values} | values
-    # Folders from before mid-2023 name a wrong end of text, 2; they are meant to be pooled at the largest id.
+    # Folders from before mid-2023 have a wrong end of text, 2; their texts are pooled at the largest id.
     eos = _DEFAULTS["eos_token_id"] if values["eos_token_id"] is None else values["eos_token_id"]
     return read_tower(
         values,
@@ -47,7 +49,7 @@ def from_hf_config(values: dict) -> TextTowerConfig:
 
 
 def to_hf_config(config: TextTowerConfig) -> dict:
-    """The inverse; refuses switches that the family does not have."""
+    """Returns config.json, the inverse of `from_hf_config`; refuses switches that the family does not have."""
     c = config
     projection = {} if c.dialect.projection_size is None else dict(projection_dim=c.dialect.projection_size)
     return faithful(c, write_tower(c) | projection, from_hf_config)

@@ -1,6 +1,6 @@
-"""CLIP's vision tower (arXiv 2103.00020) as `CLIPVisionModel`: a norm before the first layer, patches without a bias.
+"""CLIP's image encoder (arXiv 2103.00020) as `CLIPVisionModel`: a norm before the first layer, no bias of the patches.
 
-The last norm is taken on the pooled class token only; `last_hidden_state` is without it.
+The last norm applies only to the pooled class token, not to `last_hidden_state`.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """DINOv2 (arXiv 2304.07193) as `Dinov2Model`: layer scale, and SwiGLU in the giant.
 
-The mask token, which only masked pretraining reads, is neither kept nor written.
+The mask token, which only masked pretraining reads, is neither loaded nor saved.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _NAMES = Names(
     mlp_norm="norm2",
     mlp_scale="layer_scale2.lambda1",
     final_norm="layernorm",
-    # As transformers 5 names them in memory, and inside a larger model.
+    # The names of transformers 5 in memory, and inside a larger model.
     spellings=(
         (r"^dinov2\.", ""),
         (r"\.attention\.q_proj\.", ".attention.attention.query."),
@@ -42,13 +42,13 @@ _GATED = dict(gate="mlp.weights_in", up="mlp.weights_in", down="mlp.weights_out"
 
 
 def _mlp_size(width: int, ratio: float, gated: bool) -> int:
-    """SwiGLU has two thirds of the width, in steps of eight."""
+    """Returns the width of the MLP; SwiGLU has two thirds of it, rounded up to a multiple of 8."""
     size = int(width * ratio)
     return (int(size * 2 / 3) + 7) // 8 * 8 if gated else size
 
 
 def _read(options: Options) -> dict:
-    # What the backbone for detectors returns, and the mask token.
+    # Options of the backbone for detectors, and of the mask token.
     options.skip("out_features", "out_indices", "stage_names", "apply_layernorm", "reshape_hidden_states")
     options.skip("_out_features", "_out_indices", "use_mask_token")
     gated = options.flag("use_swiglu_ffn", False)
@@ -66,13 +66,14 @@ def _write(c: ViTConfig) -> dict:
 
 
 def _mlp_ratio(c: ViTConfig) -> int:
-    """The whole number that gives the MLP's width."""
+    """Returns the whole number that gives the MLP's width."""
     for ratio in range(1, 65):
         if _mlp_size(c.hidden_size, ratio, c.dialect.gated) == c.mlp_size:
             return ratio
     raise ConfigError(
         f"an MLP of {c.mlp_size} on {c.hidden_size} dimensions, to be written as Dinov2Model",
-        "a width that follows from a whole mlp_ratio" + (", two thirds of it in steps of 8" if c.dialect.gated else ""),
+        "the width of a whole mlp_ratio"
+        + (", two thirds of it rounded up to a multiple of 8" if c.dialect.gated else ""),
         "choose another mlp_size or family",
     )
 
@@ -86,7 +87,7 @@ FAMILY = replace(
     vit_family(
         "Dinov2Model",
         name="DINOv2",
-        defaults=dict(patch_size=14, intermediate_size=None),  # mlp_ratio says it
+        defaults=dict(patch_size=14, intermediate_size=None),  # determined by mlp_ratio
         names=_NAMES,
         fields={"qkv_bias": ("qkv_bias", "flag", True)},
         read=_read,

@@ -1,8 +1,8 @@
 """EVA: EVA-01 (arXiv 2303.15389) as `Blip2VisionModel`; EVA-01 and EVA-02-CLIP (arXiv 2303.11331) in timm's folders.
 
 EVA's queries and values have a bias and its keys have none; `Blip2VisionModel` stores one for keys too. EVA-02-CLIP B
-and L have SwiGLU, LayerNorms inside attention and MLP, and rotary positions beside learned ones; E has norms behind
-each branch and a plain MLP.
+and L have SwiGLU, LayerNorms inside attention and MLP, and both rotary and learned positions. E has norms after
+attention and MLP, and a plain MLP.
 """
 
 from __future__ import annotations
@@ -47,14 +47,14 @@ FAMILY = vit_family(
     ),
     fields={"qkv_bias": ("qkv_bias", "flag", True)},
     class_token=True,
-    norm_pooled=True,  # the reference takes the last norm twice on the class token
+    norm_pooled=True,  # the reference applies the last norm twice to the class token
     pooler="token",
 )
 
 
 # ---- timm
 
-# The published models' arguments; those that a config.json gives go before them.
+# The published models' arguments; those of config.json have precedence.
 _E02 = dict(
     mlp_ratio=4 * 2 / 3,
     qkv_fused=False,
@@ -80,13 +80,13 @@ _IDLE = (
     "head_init_scale", "dynamic_img_size", "strict_img_size", "rope_shift_coords", "rope_jitter_coords",
     "rope_rescale_coords", "attn_pool_num_heads", "attn_pool_mlp_ratio",
 )  # fmt: skip
-# What `pretrained_cfg` says besides the mean and the standard deviation of its pictures.
+# Entries of `pretrained_cfg`; only the mean and the standard deviation of the images are read.
 _SHOWN = (
     "tag", "custom_load", "input_size", "test_input_size", "fixed_input_size", "interpolation", "crop_pct", "crop_mode",
     "test_crop_pct", "mean", "std", "pool_size", "first_conv", "classifier", "license", "url", "file", "hf_hub_id",
     "hf_hub_filename", "source", "description", "origin_url", "paper_name", "paper_ids", "notes",
 )  # fmt: skip
-# Arguments that must have the value that the models of the table have.
+# Arguments with one supported value.
 _FIXED = dict(
     num_kv_heads=None,
     qk_norm=False,
@@ -132,7 +132,7 @@ _TIMM_NAMES = Names(
     mlp_scale="gamma_2",
     final_norm="norm",
     head="head",
-    # As the original repository and open_clip name them.
+    # The names of the original repository and of open_clip.
     spellings=(
         (r"^visual\.(trunk\.)?", ""),
         (r"\.inner_attn_ln\.", ".norm."),
@@ -148,19 +148,19 @@ _TIMM_NAMES = Names(
     ),
 )
 _UNFUSED = dict(q="attn.q_proj", k="attn.k_proj", v="attn.v_proj", q_bias="", v_bias="")
-# In one tensor where the MLP has no norm of its own.
+# Fused in one tensor if the MLP has no norm.
 _GATED = dict(gate="mlp.fc1_g", up="mlp.fc1_x")
 _GATED_FUSED = dict(gate="mlp.fc1", up="mlp.fc1")
 
 
 def from_timm_config(values: dict) -> ViTConfig:
-    """config.json of a timm folder: `architecture` and `model_args`, every argument honoured or refused by name."""
+    """Reads config.json of a timm folder; every argument in `model_args` is honoured or refused by name."""
     family = values.get("architecture")
     if not isinstance(family, str) or family not in _TIMM:
         raise ConfigError(
             f"a config.json with architecture={family!r}",
             f"one of {', '.join(_TIMM)}",
-            "read it with the family that knows it: mllm_jax.supported_models()",
+            "read it with the family of its architecture: mllm_jax.supported_models()",
         )
     whole = Options(values, f"config.json of {family}")
     cfg = whole.part("pretrained_cfg", {}) or values
@@ -170,14 +170,14 @@ def from_timm_config(values: dict) -> ViTConfig:
         "global_pool": values.get("global_pool") or "token",
     }
     given = {name: value for name, value in whole.part("model_args", {}).items() if value is not None}
-    # Folders without `pretrained_cfg` have its entries, what pictures are made for, beside the architecture.
+    # Folders without `pretrained_cfg` have its entries, about the images, next to the architecture.
     whole.skip("architecture", "num_classes", "num_features", "global_pool", *(_SHOWN if cfg is values else ()))
     whole.done()
     options = Options(defaults | beside | _TIMM[family] | given, f"config.json of {family}")
     options.skip(*_IDLE)
     for name, value in _FIXED.items():
         options.only(name, value)
-    # What fuses is no part of the module, so it cannot be kept.
+    # The module does not record whether tensors are fused.
     options.only("qkv_fused", _TIMM[family].get("qkv_fused", True))
     read = read_fields(options, _FIELDS)
     classes = options.count("num_classes")
@@ -222,13 +222,13 @@ def from_timm_config(values: dict) -> ViTConfig:
 
 
 def to_timm_config(config: ViTConfig) -> dict:
-    """The inverse; refuses switches that the family does not have."""
+    """Returns config.json, the inverse of `from_timm_config`; refuses switches that the family does not have."""
     c, dialect = config, config.dialect
     arguments = dict(
         **write_fields(c, _FIELDS),
         img_size=c.image_size,
         patch_size=c.patch_size,
-        # Half a dimension more, so that the product's rounding cannot lose one.
+        # Half a dimension more: rounding the product down must not lose a dimension.
         mlp_ratio=(c.mlp_size + 0.5) / c.hidden_size,
         num_classes=dialect.head_size or 0,
         use_fc_norm=dialect.norm_pooled,

@@ -1,4 +1,4 @@
-"""What the ViTs' Hugging Face folders share: the reading and writing of their options, and their weights' names."""
+"""The common parts of the ViTs' Hugging Face folders: their options, read and written, and their weights' names."""
 
 from __future__ import annotations
 
@@ -42,12 +42,12 @@ _FIELDS: Fields = LAYERS | {
     "norm_eps": ("layer_norm_eps", "number", ..., 0.0),
     "num_channels": ("num_channels", "size", 3),
 }
-# What an option is where config.json does not say, and the family has nothing else.
+# Defaults of the options that config.json leaves out, if the family has no others.
 _DEFAULTS = write_fields(ViTConfig(), _GRID | _FIELDS)
 
 
 def options_of(values: Mapping, defaults: Mapping, family: str) -> Options:
-    """The options of a config.json, or of the part of one that describes a vision tower; absent ones by default.
+    """Returns the options of a config.json, or of its part for the image encoder, with the defaults of absent ones.
 
     Raises:
         ConfigError: it names another architecture.
@@ -57,16 +57,16 @@ def options_of(values: Mapping, defaults: Mapping, family: str) -> Options:
         raise ConfigError(
             f"a config.json with architectures={list(named)}",
             family,
-            "read it with the family that knows it: mllm_jax.supported_models()",
+            "read it with the family of its architecture: mllm_jax.supported_models()",
         )
     return Options({**defaults, **{k: v for k, v in values.items() if v is not None}}, f"config.json of {family}")
 
 
 def read_vit(options: Options, **switches) -> ViTConfig:
-    """The options that the families spell alike; refuses those that nobody has read.
+    """Reads the options that the families have in common; refuses those that nothing has read.
 
     Args:
-        switches: fields of the config or of its dialect that the family decides.
+        switches: fields of the config or of its dialect that the family determines.
     """
     fields = {name: field for name, field in _FIELDS.items() if name not in switches}
     read = read_grid(options) | dict(drop_remainder=True) | read_fields(options, fields)
@@ -77,35 +77,35 @@ def read_vit(options: Options, **switches) -> ViTConfig:
 
 
 def write_vit(c: ViTConfig) -> dict:
-    """The inverse of `read_vit`."""
+    """Writes the options of a ViT, the inverse of `read_vit`."""
     return dict(**kind_of(c.family), **write_fields(c, _GRID | _FIELDS))
 
 
 def faithful(c: ViTConfig, written: dict, read: Callable[[dict], ViTConfig]) -> dict:
-    """`written`, if reading it gives the same encoder again.
+    """Returns `written`, if reading it gives the same encoder.
 
     Raises:
-        ConfigError: the family has no options for some of the switches; names them.
+        ConfigError: some fields cannot be expressed in the family's options; names them.
     """
     return check_written(c, written, read, "a ViT", _facts)
 
 
 def _facts(c: ViTConfig) -> dict:
-    """What pictures are normalised with no config.json says, and which of them are refused changes no numbers."""
+    """Returns the stored fields, without those of the image's preparation, which config.json does not have."""
     pooler = {"auto": "token" if c.class_token else "mean"}.get(c.dialect.pooler, c.dialect.pooler)
     return stored_fields(c, "image_mean", "image_std", "drop_remainder", "region_size") | dict(pooler=pooler)
 
 
 @dataclass(frozen=True)
 class Names:
-    """The hub's words for a ViT's tensors; q, k and v, or gate and up, may lie in one tensor and share its name.
+    """The hub's names of a ViT's tensors; q, k and v, or gate and up, have one name if one tensor fuses them.
 
     Attributes:
-        q_bias, v_bias: whole names where biases have their own, instead of the matrix' name with ".bias".
-        token_axes, position_axes: the axes that the hub has: "e", "1 e" or "1 1 e"; "n e" or "1 n e".
-        attention_scale, mlp_scale: whole names of the layer scales.
-        head: the linear map behind the pooling.
-        pooler: what an attention pooling's names begin with.
+        q_bias, v_bias: full names of biases that are not named after their matrix with ".bias".
+        token_axes, position_axes: the axes of the hub's tensors: "e", "1 e" or "1 1 e"; "n e" or "1 n e".
+        attention_scale, mlp_scale: full names of the layer scales.
+        head: the linear map after the pooling.
+        pooler: prefix of the names of an attention pooling.
     """
 
     patch: str
@@ -140,7 +140,7 @@ class Names:
 
 
 def vit_table(c: ViTConfig, names: Names) -> Table:
-    """The weights of a ViT under a family's names."""
+    """Returns the table of a ViT's weights under a family's names."""
     dialect = c.dialect
     width, head = c.hidden_size, {"h": c.hidden_size // c.num_heads}
     hub, layernorm = f"{names.layers}.{{layer}}.", dialect.norm == "layer"
@@ -202,14 +202,14 @@ def vit_family(
     write: Callable[[ViTConfig], dict] = lambda config: {},
     **fixed: Any,
 ) -> Family:
-    """A ViT as a class of transformers has it; every option of its config.json is honoured or refused by name.
+    """Returns the family of a ViT of transformers; every option of its config.json is honoured or refused by name.
 
     Args:
-        defaults: what an option is where config.json does not say, if it is not what `ViTConfig` has.
+        defaults: of options that config.json leaves out, if they differ from those of `ViTConfig`.
         names: of its tensors.
-        fields: options of this family alone.
-        read, write: what else it reads, as fields by name, and writes, as options; None: not this one.
-        fixed: the fields, of the config or of its dialect, that all its models have alike.
+        fields: options that only this family has.
+        read, write: functions that read other fields from the options, and write other options; None is not written.
+        fixed: fields of the config or of its dialect that are the same in all its models.
     """
 
     def from_hf(values: Mapping) -> ViTConfig:

@@ -1,7 +1,7 @@
 """InternViT (arXiv 2312.14238, 2404.16821): `InternVLVisionModel`, and the `InternVisionModel` of OpenGVLab's folders.
 
-The 300M has LayerNorms and biases of queries, keys and values; the 6B has RMSNorms, no such biases, and an RMSNorm over
-all heads of queries and keys before they are split. With mean pooling, which all have, there is no last norm.
+The 300M has LayerNorms and biases of queries, keys and values. The 6B has RMSNorms, no such biases, and an RMSNorm over
+all heads of queries and keys before they are split. All use mean pooling, so there is no last norm.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from mllm_jax.encoders.hub import Names, vit_family
 
 _NORMS = {"layer_norm": "layer", "rms_norm": "rms"}
 _NORM_TYPES = {ours: theirs for theirs, ours in _NORMS.items()}
-# Which the folders of InternVL 2.5 and 3 list, though they have no experts.
+# Options in the folders of InternVL 2.5 and 3, which have no experts.
 _OF_EXPERTS = (
     "capacity_factor", "eval_capacity_factor", "laux_allreduce", "moe_coeff_ratio", "moe_intermediate_size",
     "moe_output_scale", "noisy_gate_policy", "num_experts", "num_routed_experts", "num_shared_experts",
@@ -22,7 +22,7 @@ _OF_EXPERTS = (
 def _read_hub(options: Options) -> dict:
     options.only("use_absolute_position_embeddings", True)
     options.skip("use_mask_token")
-    # Without mean pooling a LayerNorm follows the last layer, whatever norm_type says.
+    # Without mean pooling a LayerNorm follows the last layer, for any norm_type.
     normed = not options.flag("use_mean_pooling", True)
     return dict(norm=_NORMS[options.only("norm_type", *_NORMS)], norm_output=normed)
 

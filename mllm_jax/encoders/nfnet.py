@@ -1,7 +1,7 @@
 """NFNet (arXiv 2102.06171): a convolutional network without normalisation layers, F0 to F6.
 
-Instead of activations the weights are standardised, so that with scaled activations each block's variance is known in
-advance; blocks divide by it. nfnet_timm.py reads and writes its folders.
+The weights are standardised instead of the activations. With scaled activations, the variance of each block is then
+known in advance, and the blocks divide by the standard deviation. nfnet_timm.py reads and writes its folders.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from mllm_jax.layers.requirements import Requirements
 from mllm_jax.layers.stack import REMAT_POLICIES
 from mllm_jax.sharding.logical import constrain
 
-# What keeps the variance of a standard normal input through each activation.
+# The factor of each activation that keeps the variance of a standard normal input.
 GAMMA = {
     "gelu": 1.7015043497085571,
     "gelu_tanh": 1.7015043497085571,
     "silu": 1.7881293296813965,
     "relu": 1.7139588594436646,
 }
-# Variant -> pixels a side in training and in testing, and the share of a test picture that is seen.
+# Variant -> pixels a side in training and in testing, and the share of a test image that is seen.
 VARIANTS = {
     "F0": (192, 256, 0.9), "F1": (224, 320, 0.91), "F2": (256, 352, 0.92), "F3": (320, 416, 0.94),
     "F4": (384, 512, 0.951), "F5": (416, 544, 0.954), "F6": (448, 576, 0.956),
@@ -39,11 +39,11 @@ VARIANTS = {
 
 @dataclass(frozen=True)
 class NFNetInput:
-    """How timm prepares pictures for a checkpoint; kept so that a folder is written as it was read.
+    """The preparation of images for a checkpoint in timm; stored so that a folder is saved as it was read.
 
     Attributes:
         size, test_size: (height, width) in training and in testing.
-        mean, std: what pixels in [0, 1] are normalised with.
+        mean, std: of the normalisation of pixels in [0, 1].
     """
 
     size: tuple[int, int] = (192, 192)
@@ -58,18 +58,19 @@ class NFNetInput:
 
 @dataclass(frozen=True)
 class NFNetDialect:
-    """Details of an NFNet's arithmetic; the defaults are its authors' choices, in timm's arithmetic.
+    """Details of an NFNet's arithmetic; the defaults are its authors' choices as timm computes them.
 
     Attributes:
         bottleneck: channels inside a block relative to its output, rounded to multiples of channel_divisor.
-        se_ratio, se_divisor, se_gain: of squeeze-and-excitation: its inner width, rounded, and a factor after it.
-        alpha: the share of a block's branch in the stream.
-        gamma_in_act: activations are scaled by GAMMA; False scales every convolution's weights instead.
-        same_padding: as TensorFlow pads, at the end first; False pads both sides alike.
-        skip_init: a learned gain on each branch, which starts at 0.
-        std_eps, std_floor: standardised weights divide by sqrt(variance + std_eps); with std_floor by
-            sqrt(max(variance * fan in, std_eps)), as the Haiku code with 1e-4 does.
-        family: the timm architecture that it is written as.
+        se_ratio, se_divisor, se_gain: of squeeze-and-excitation: its relative inner width, the divisor of that width,
+            and a factor after it.
+        alpha: factor of a block's branch.
+        gamma_in_act: whether activations are scaled by GAMMA; False scales every convolution's weights instead.
+        same_padding: whether to pad as TensorFlow does, more at the end; False pads both sides equally.
+        skip_init: whether each branch has a learned gain that starts at 0.
+        std_eps, std_floor: standardised weights are divided by sqrt(variance + std_eps), or with std_floor by
+            sqrt(max(variance * fan in, std_eps)), as in the Haiku code with 1e-4.
+        family: the timm architecture of the saved folder.
     """
 
     bottleneck: float = 0.5
@@ -92,9 +93,9 @@ class NFNetConfig(WithCompute):
 
     Attributes:
         depths, widths, group_sizes: blocks, channels, and channels a group of the 3x3 convolutions, of each stage.
-        stem_sizes: channels of the four 3x3 convolutions in front; the first and the last have stride 2.
+        stem_sizes: channels of the four 3x3 convolutions before the stages; the first and the last have stride 2.
         final_size: channels of the 1x1 convolution after the stages: the features' width.
-        num_classes: 0 is without a head.
+        num_classes: outputs of the head; 0 is no head.
         activation: "gelu" (exact) in timm, "gelu_tanh" in the authors' own Haiku code, "silu" or "relu".
     """
 
@@ -116,14 +117,14 @@ class NFNetConfig(WithCompute):
         lengths = {len(self.depths), len(self.widths), len(self.group_sizes)}
         require(
             lengths == {len(self.depths)} and min(self.depths, default=0) > 0,
-            "stages of unequal number or none",
-            "as many depths, all positive, as widths and group_sizes",
+            "depths, widths and group_sizes of different lengths, or a depth of 0",
+            "one positive depth, one width and one group size for each stage",
             "change depths, widths or group_sizes",
         )
         require(
             self.final_size > 0,
             f"num_features={self.final_size}",
-            "a convolution behind the stages",
+            "a convolution after the stages",
             "change final_size, which timm calls num_features",
         )
         require.one_of("activation", GAMMA)
@@ -137,19 +138,19 @@ class NFNetConfig(WithCompute):
             )
 
     def inner_size(self, stage: int) -> int:
-        """Channels inside a block; groups come before rounding, so that they stay whole."""
+        """Returns the channels inside a block, rounded so that groups remain whole."""
         width = round_to(self.widths[stage] * self.dialect.bottleneck, self.dialect.channel_divisor)
         group = self.group_sizes[stage]
         return width if group % self.dialect.channel_divisor else width // group * group
 
     @property
     def image_size(self) -> int:
-        """Side of the square pictures that a composed model reads; others are taken too."""
+        """The side of the square images of a composed model; the encoder accepts other sizes too."""
         return self.input.size[0]
 
     @property
     def grid(self) -> int:
-        """Vectors along one side of what comes out."""
+        """The number of output vectors along one side."""
         side = self.image_size
         for _ in range(len(self.depths) + 1):  # twice in the stem, once before each stage but the first
             side = -(-side // 2)
@@ -165,18 +166,18 @@ class NFNetConfig(WithCompute):
 
     @property
     def family(self) -> str:
-        """The architecture that it is written as."""
+        """The timm architecture of the saved folder."""
         return self.dialect.family
 
     def se_size(self, stage: int) -> int:
-        """Channels inside squeeze-and-excitation."""
+        """Returns the channels inside squeeze-and-excitation."""
         return round_to(self.widths[stage] * self.dialect.se_ratio, self.dialect.se_divisor, limit=0.0)
 
     def betas(self, stage: int) -> tuple[float, ...]:
-        """1 / the standard deviation that each block's input is expected to have.
+        """Returns 1 / the expected standard deviation of each block's input.
 
-        It grows by alpha^2 a block. The first block of a stage meets what the stage before has gathered, and its
-        shortcut sets the variance back to 1.
+        The variance grows by alpha^2 a block. The first block of a stage has the variance of the stage before, and its
+        shortcut resets the variance to 1.
         """
         before = self.depths[stage - 1] if stage else 0
         gathered = (before, *range(1, self.depths[stage]))
@@ -187,17 +188,17 @@ class NFNetConfig(WithCompute):
 
 
 def nfnet(variant: str) -> NFNetConfig:
-    """The config of "F0" to "F6", as timm's `dm_nfnet_f*` has it. Raises ConfigError: another name."""
+    """Returns the config of "F0" to "F6", which is that of timm's `dm_nfnet_f*`. Raises ConfigError: another name."""
     if variant not in VARIANTS:
         raise ConfigError(f"NFNet variant {variant!r}", f"one of {', '.join(VARIANTS)}", "choose one of them")
     train, test, crop = VARIANTS[variant]
-    pictures = NFNetInput((train, train), (test, test), crop_pct=crop, crop_mode="squash")
+    images = NFNetInput((train, train), (test, test), crop_pct=crop, crop_mode="squash")
     depths = tuple((int(variant[1:]) + 1) * depth for depth in (1, 2, 6, 3))
-    return NFNetConfig(depths=depths, input=pictures, dialect=NFNetDialect(family=f"dm_nfnet_{variant.lower()}"))
+    return NFNetConfig(depths=depths, input=images, dialect=NFNetDialect(family=f"dm_nfnet_{variant.lower()}"))
 
 
 def round_to(size: float, divisor: int, limit: float = 0.9) -> int:
-    """The nearest multiple of `divisor`, or the next where that would lose more than 1 - limit."""
+    """Returns the nearest multiple of `divisor`, or the next one if the nearest is less than limit * size."""
     rounded = max(divisor, int(size + divisor / 2) // divisor * divisor)
     return rounded + divisor if rounded < limit * size else rounded
 
@@ -206,7 +207,7 @@ def round_to(size: float, divisor: int, limit: float = 0.9) -> int:
 
 
 class ScaledConv(nn.Module):
-    """Convolution whose kernel is standardised over its inputs, then multiplied by a learned gain a channel."""
+    """Convolution with a kernel that is standardised over its inputs and multiplied by a learned gain a channel."""
 
     config: NFNetConfig
     features: int
@@ -216,7 +217,7 @@ class ScaledConv(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        """dtype[B, H, W, C] -> dtype[B, ceil(H / stride), ceil(W / stride), features]"""
+        """Maps dtype[B, H, W, C] to dtype[B, ceil(H / stride), ceil(W / stride), features]."""
         c, dialect = self.config, self.config.dialect
         shape = (self.size, self.size, x.shape[-1] // self.groups, self.features)
         fan_in = self.size**2 * shape[2]
@@ -254,18 +255,18 @@ def _convolve(x, kernel, stride: int, padding, groups: int):
 
     if groups == 1:
         return convolve(x, kernel)
-    # XLA's CPU compiler has a fast convolution without groups only: 9 times as fast with 6 groups of 128.
+    # XLA's CPU compiler is fast only without groups: this is 9 times as fast with 6 groups of 128.
     return jax.lax.platform_dependent(x, kernel, cpu=group_by_group, default=partial(convolve, groups=groups))
 
 
 class SqueezeExcite(nn.Module):
-    """Each channel by a gate in (0, 1) that is worked out from the means of all channels."""
+    """Multiplication of each channel by a gate in (0, 1), computed from the means of all channels."""
 
     inner_size: int
 
     @nn.compact
     def __call__(self, x):
-        """dtype[B, H, W, C] -> dtype[B, H, W, C]"""
+        """Maps dtype[B, H, W, C] to dtype[B, H, W, C]."""
         h = x.mean(axis=(1, 2))
         h = Linear((self.inner_size,), ("embed", "mlp"), use_bias=True, dtype=x.dtype, name="down")(h)
         h = Linear((x.shape[-1],), ("mlp", "embed"), use_bias=True, dtype=x.dtype, name="up")(jax.nn.relu(h))
@@ -273,7 +274,7 @@ class SqueezeExcite(nn.Module):
 
 
 class NFBlock(nn.Module):
-    """Activation first, then 1x1, 3x3, 3x3 and 1x1 convolutions beside a shortcut."""
+    """Block of an activation, then 1x1, 3x3, 3x3 and 1x1 convolutions, with a shortcut."""
 
     config: NFNetConfig
     stage: int
@@ -290,7 +291,7 @@ class NFBlock(nn.Module):
         shortcut = x
         if first and (self.stage or x.shape[-1] != width):
             shortcut = h
-            if stride > 1:  # over the places that there are: padding does not count
+            if stride > 1:  # padding does not count in the average
                 shortcut = nn.avg_pool(h, (2, 2), (2, 2), "SAME", count_include_pad=False).astype(h.dtype)
             shortcut = ScaledConv(c, width, name="shortcut")(shortcut)
         h = ScaledConv(c, inner, name="conv_1")(h)
@@ -310,7 +311,7 @@ def _activate(c: NFNetConfig, x):
 
 
 class NFNet(nn.Module):
-    """Pixels to a map of features, their mean, and logits (reference class: timm's `NormFreeNet`)."""
+    """NFNet from pixels to a map of features, their mean, and logits (reference class: timm's `NormFreeNet`)."""
 
     config: NFNetConfig
 
@@ -335,8 +336,8 @@ class NFNet(nn.Module):
 
         Returns:
             last_hidden_state dtype[B, N, final_size], the last map row by row, N about H/32 * W/32; pooler_output
-            dtype[B, final_size], its mean; hidden_states, the stem's map and each stage's, before its activation and
-            before the last convolution, each dtype[B, h * w, C] with a size of its own.
+            dtype[B, final_size], its mean; hidden_states, the maps of the stem and of each stage, without activation
+            and before the last convolution, dtype[B, h * w, C] with different h, w and C.
         """
         c = self.config
         x = pixels.astype(jnp.dtype(c.dtype))

@@ -1,4 +1,4 @@
-"""NFNet's folders, which are timm's: `dm_nfnet_f*` as its authors trained it, `nfnet_f*` as timm did."""
+"""NFNet's folders, in timm's format: `dm_nfnet_f*` with its authors' weights, `nfnet_f*` with timm's."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ _FIELDS: Fields = {
     "in_channels": ("in_chans", "size", NFNetConfig.in_channels),
     "num_classes": ("num_classes", "count", NFNetConfig.num_classes),
 }
-# The one value that is supported.
+# Options with one supported value.
 _FIXED = dict(stem_type="deep_quad", attn_layer="se", extra_conv=True, reg=False, width_factor=1.0)
 _FIXED |= dict(output_stride=32, global_pool="avg")
 _INPUT = dict(mean="numbers", std="numbers", interpolation="text", crop_pct="number", test_crop_pct="number")
 _INPUT |= dict(crop_mode="text")
-MOST_BLOCKS = 1_000  # of a stage, which are written out
+MOST_BLOCKS = 1_000  # of a stage; blocks are not scanned
 
 
 def _timm_options(architecture: str) -> dict[str, Any]:
-    """The options behind timm's name for a whole model."""
+    """Returns the options of a model that timm names."""
     config = nfnet(architecture.rpartition("_")[2].upper())
     switches = dict.fromkeys(("gamma_in_act", "same_padding", "skipinit"), architecture.startswith("dm_"))
     return switches | dict(
@@ -49,10 +49,10 @@ def _timm_options(architecture: str) -> dict[str, Any]:
 
 
 def from_hf_config(values: dict) -> NFNetConfig:
-    """timm's config.json, every option honoured or refused by name.
+    """Reads timm's config.json; every option is honoured or refused by name.
 
     Raises:
-        ConfigError: another architecture, an option that is not supported, or an incomplete file.
+        ConfigError: another architecture, an unsupported option, or an incomplete file.
     """
     options = Options(values, "timm's config.json")
     architecture = options.only("architecture", *ARCHITECTURES)
@@ -66,7 +66,7 @@ def from_hf_config(values: dict) -> NFNetConfig:
     )
     for name, value in _FIXED.items():
         model.only(name, value)
-    # Of training and of initialising only.
+    # Options of training and initialisation.
     model.skip("drop_rate", "drop_path_rate", "zero_init_fc")
     se = Options(model.part("attn_kwargs"), f"attn_kwargs of {architecture} in timm's config.json")
     divisor = model.size("ch_div")
@@ -74,7 +74,7 @@ def from_hf_config(values: dict) -> NFNetConfig:
     stem = round_to(model.size("stem_chs"), divisor)
     size = _pixels(pretrained, "input_size", (3, *defaults.input.size))
     test_size = _pixels(pretrained, "test_input_size", None)
-    pictures = {name: getattr(pretrained, kind)(name, getattr(defaults.input, name)) for name, kind in _INPUT.items()}
+    images = {name: getattr(pretrained, kind)(name, getattr(defaults.input, name)) for name, kind in _INPUT.items()}
     groups, final = model.size("group_size"), model.count("num_features")
     config = make_config(
         NFNetConfig,
@@ -88,7 +88,7 @@ def from_hf_config(values: dict) -> NFNetConfig:
         input=NFNetInput(
             size=size[1:],
             test_size=None if test_size is None else test_size[1:],
-            **pictures,
+            **images,
         ),
         family=architecture,
         **read_fields(model, _FIELDS),
@@ -96,14 +96,14 @@ def from_hf_config(values: dict) -> NFNetConfig:
     se.done()
     model.done()
     options.only("global_pool", "avg")
-    # Labels, origins, and what follows from the rest.
+    # Labels, origins, and options that follow from the others.
     options.skip("num_features", "label_names", "label_descriptions", "license")
     options.done()
     return config
 
 
 def _pixels(options: Options, name: str, default: tuple[int, ...] | None) -> tuple[int, ...] | None:
-    """Channels, height and width. Raises ConfigError: other than three sizes."""
+    """Reads channels, height and width. Raises ConfigError: not three sizes."""
     sizes = options.sizes(name, default)
     if sizes is not None and len(sizes) != 3:
         raise ConfigError(f"{name}={list(sizes)}", "channels, height and width", "restore it from its origin")
@@ -111,7 +111,7 @@ def _pixels(options: Options, name: str, default: tuple[int, ...] | None) -> tup
 
 
 def to_hf_config(config: NFNetConfig) -> dict:
-    """The inverse: what timm opens as `local-dir:FOLDER`, with `model_args` where the name does not say all.
+    """Returns config.json, which timm opens as `local-dir:FOLDER`; `model_args` has what the name does not determine.
 
     Raises:
         ConfigError: switches that timm does not have, such as those of the Haiku code.
@@ -129,16 +129,16 @@ def to_hf_config(config: NFNetConfig) -> dict:
     )
     plain = write_fields(NFNetConfig(), _FIELDS) | dict(num_classes=c.num_classes) | _timm_options(c.family)
     model_args = {name: value for name, value in full.items() if value != plain[name]}
-    pictures = {name: value for name in _INPUT if (value := getattr(c.input, name)) is not None}
-    pictures["input_size"] = (c.in_channels, *c.input.size)
+    images = {name: value for name in _INPUT if (value := getattr(c.input, name)) is not None}
+    images["input_size"] = (c.in_channels, *c.input.size)
     if c.input.test_size is not None:
-        pictures["test_input_size"] = (c.in_channels, *c.input.test_size)
+        images["test_input_size"] = (c.in_channels, *c.input.test_size)
     written = dict(
         architecture=c.family,
         num_classes=c.num_classes,
         num_features=c.final_size,
         global_pool="avg",
-        pretrained_cfg=pictures | dict(num_classes=c.num_classes, first_conv="stem.conv1", classifier="head.fc"),
+        pretrained_cfg=images | dict(num_classes=c.num_classes, first_conv="stem.conv1", classifier="head.fc"),
     )
     if model_args:
         written["model_args"] = model_args
@@ -152,7 +152,7 @@ def to_hf_config(config: NFNetConfig) -> dict:
 
 
 def table(config: NFNetConfig) -> Table:
-    """timm's names."""
+    """Returns the table of the weights under timm's names."""
     weights: list[Weight] = []
 
     def conv(name: str, path: str):
@@ -173,7 +173,7 @@ def table(config: NFNetConfig) -> Table:
             weights += linear(f"{name}.attn_last.fc1", f"{path}/squeeze_excite/down", "o i 1 1 -> i o")
             weights += linear(f"{name}.attn_last.fc2", f"{path}/squeeze_excite/up", "o i 1 1 -> i o")
             if config.dialect.skip_init:
-                # timm stores a number without axes; with one, every part of the engine can index it.
+                # timm stores a scalar; here it has one axis.
                 weights.append(Weight(f"{name}.skipinit_gain", f"{path}/skip_gain", " -> 1"))
     conv("final_conv", "final_conv")
     if config.num_classes:
@@ -182,7 +182,7 @@ def table(config: NFNetConfig) -> Table:
 
 
 def sample(config: NFNetConfig) -> tuple:
-    """Arguments with which `init` creates every parameter."""
+    """Returns arguments with which `init` creates every parameter."""
     return (jnp.zeros((1, 32, 32, config.in_channels), jnp.float32),)
 
 

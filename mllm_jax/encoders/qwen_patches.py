@@ -1,4 +1,4 @@
-"""Where the patches of packed pictures lie in rows for Qwen's vision towers: integers, worked out on the host."""
+"""The layout of packed images' patches in rows for Qwen's image encoders: integers, computed on the host."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from mllm_jax.errors import DataError
 
 
 class PatchLayout(NamedTuple):
-    """Static-size integers for rows of packed pictures, int32 NumPy arrays.
+    """The layout of rows of packed images: int32 NumPy arrays of fixed sizes.
 
     Attributes:
-        source: [B, N] which of the processor's patches, all pictures of all rows one after the other, comes here; -1 is
+        source: [B, N] index among the processor's patches, which are those of all images of all rows in order; -1 is
             padding.
         segments: [B, N] number of the frame in its row, from 1; 0 is padding.
         coordinates: [B, N, 2] row and column in patches.
-        grids: [B, N, 2] height and width in patches of the picture that the patch is of.
+        grids: [B, N, 2] height and width in patches of the patch's image.
         windows: [B, N] number of the attention window, or None without windows.
     """
 
@@ -31,11 +31,11 @@ class PatchLayout(NamedTuple):
     windows: np.ndarray | None
 
     def gather(self, patches: np.ndarray) -> np.ndarray:
-        """float[sum of all t*h*w, P] as processors concatenate them -> float[B, N, P] with zeros as padding."""
+        """Arranges the processor's patches float[sum of all t*h*w, P] as float[B, N, P], padded with zeros."""
         expected = int((self.source >= 0).sum())
         if len(patches) != expected:
             raise DataError(
-                f"{len(patches)} patches", f"{expected}, as the layout's grids say", "lay out the same pictures"
+                f"{len(patches)} patches", f"{expected}, the number in the layout's grids", "lay out the same images"
             )
         out = np.zeros((*self.source.shape, patches.shape[-1]), patches.dtype)
         here = self.source >= 0
@@ -49,15 +49,15 @@ def lay_out_patches(
     merge_size: int = 2,
     window_side: int | None = None,
 ) -> PatchLayout:
-    """Packs pictures and videos into rows of `num_patches`.
+    """Packs images and videos into rows of `num_patches`.
 
     Args:
-        rows: of each row its pictures' (frames / temporal_patch_size, height, width) in patches: `grid_thw`.
+        rows: for each row, (frames / temporal_patch_size, height, width) of each image in patches: `grid_thw`.
         num_patches: N, the same for every row.
         window_side: in patches, `QwenViTConfig.window_side`.
 
     Raises:
-        DataError: a grid that merging does not divide, or more patches than a row holds.
+        DataError: a grid that merge_size does not divide, or more patches than a row holds.
     """
     shape = (len(rows), num_patches)
     source, segments = np.full(shape, -1, np.int32), np.zeros(shape, np.int32)
@@ -65,22 +65,22 @@ def lay_out_patches(
     if num_patches % merge_size**2:
         raise DataError(f"rows of {num_patches} patches", f"a multiple of {merge_size**2}", "change num_patches")
     taken = 0
-    for b, pictures in enumerate(rows):
+    for b, images in enumerate(rows):
         start = frames = 0
-        for t, h, w in pictures:
+        for t, h, w in images:
             if min(t, h, w) < 1 or h % merge_size or w % merge_size:
                 raise DataError(
-                    f"a picture of {t} x {h} x {w} patches in row {b}",
+                    f"an image of {t} x {h} x {w} patches in row {b}",
                     f"at least one frame, and sides that are multiples of {merge_size}",
-                    "resize the picture as the processor does",
+                    "resize the image as the processor does",
                 )
             size = t * h * w
             if start + size > num_patches:
-                needed = sum(math.prod(grid) for grid in pictures)
+                needed = sum(math.prod(grid) for grid in images)
                 raise DataError(
                     f"row {b} with {needed} patches",
                     f"at most {num_patches}",
-                    "resize the pictures, put fewer in a row, or make rows longer",
+                    "resize the images, put fewer in a row, or make rows longer",
                 )
             here = slice(start, start + size)
             frame = rearrange(np.indices((h, w)), "a (h p) (w q) -> (h w p q) a", p=merge_size, q=merge_size)
@@ -94,9 +94,10 @@ def lay_out_patches(
 
 
 def window_numbers(segments, coordinates, grids, side: int):
-    """int[B, N]: a number for each window of each frame in a row, 0 for padding; of NumPy or JAX arrays.
+    """Returns int[B, N]: a number for each window of each frame in a row, 0 for padding; takes NumPy or JAX arrays.
 
-    Windows of `side` x `side` patches tile each frame from its upper left corner; those at its other edges are smaller.
+    Windows of `side` x `side` patches tile each frame from its upper left corner; those at the right and lower edges
+    may be smaller.
     """
     columns = -(-grids[..., 1] // side)
     within = coordinates[..., 0] // side * columns + coordinates[..., 1] // side

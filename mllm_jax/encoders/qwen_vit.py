@@ -1,8 +1,7 @@
-"""The vision towers of Qwen2-VL (arXiv 2409.12191), Qwen2.5-VL (arXiv 2502.13923) and Qwen3-VL
-(arXiv 2511.21631).
+"""The image encoders of Qwen2-VL (arXiv 2409.12191), Qwen2.5-VL (arXiv 2502.13923) and Qwen3-VL (arXiv 2511.21631).
 
-They take pictures and videos at their own resolution, several in a row. Patches come as the processors make them, in
-squares of merge_size x merge_size that lie one after the other ("merge-ordered"), so that merging is a reshape.
+They encode images and videos at their own resolution, several in a row. Patches have the processors' order: the patches
+of each square of merge_size x merge_size are consecutive ("merge-ordered"), so that merging is a reshape.
 """
 
 from __future__ import annotations
@@ -44,7 +43,7 @@ from mllm_jax.layers.rotary import grid_angles
 from mllm_jax.layers.stack import layers_of
 from mllm_jax.sharding.logical import constrain
 
-NORM_EPS = 1e-6  # of every norm in the three towers; no option sets it
+NORM_EPS = 1e-6  # of every norm in the three encoders; no option sets it
 
 
 @dataclass(frozen=True)
@@ -52,13 +51,13 @@ class QwenViTDialect:
     """Differences between the three vision encoders; the defaults are Qwen2-VL's.
 
     Attributes:
-        gated: True and activation "silu" are SwiGLU.
+        gated: whether the MLP is gated; with activation "silu" it is SwiGLU.
         norm: "layer" or "rms".
-        patch_bias: of the patch projection.
-        num_positions: None, or the size of a square table of learned positions, which is stretched over each image.
-        deepstack_layers: layers after which features are taken for the LLM's first layers, in rising order.
-        tokens_per_second: how the LLM counts time in videos; the encoder does not read it.
-        family: the Hugging Face architecture that it is written as.
+        patch_bias: whether the patch projection has a bias.
+        num_positions: None, or the size of a square table of learned positions, interpolated to each image.
+        deepstack_layers: layers whose outputs become features for the LLM's first layers, in ascending order.
+        tokens_per_second: unit of the LLM's time positions in videos; the encoder does not read it.
+        family: the Hugging Face architecture of the saved folder.
     """
 
     gated: bool = False
@@ -73,14 +72,14 @@ class QwenViTDialect:
 
 @dataclass(frozen=True)
 class QwenViTConfig(WithCompute):
-    """Sizes of a vision encoder; what only reproduces a family is in its dialect.
+    """Sizes of an image encoder; details that only reproduce a family are in its dialect.
 
     Attributes:
         temporal_patch_size: frames that make one patch; a still image is repeated.
         merge_size: side of the square of patches that becomes one media token.
-        output_size: width of a media token; None: the LLM's.
-        window_size: None, or the side in pixels of the windows that attention stays in, except in `full_layers`.
-        full_layers: numbers of the layers that attend to the whole frame, where there are windows.
+        output_size: width of a media token; None takes the LLM's hidden size.
+        window_size: None, or the side in pixels of the attention windows of the layers outside `full_layers`.
+        full_layers: with windows, the numbers of the layers that attend to the whole frame.
     """
 
     patch_size: int = 14
@@ -99,7 +98,7 @@ class QwenViTConfig(WithCompute):
 
     def __post_init__(self):
         require = Requirements("Qwen ViT", self)
-        require.heads(4, "RoPE turns pairs by row and pairs by column")
+        require.heads(4, "RoPE rotates pairs by row and pairs by column")
         require.one_of("dialect.norm", ("layer", "rms"))
         require.one_of("activation", ACTIVATIONS)
         require(
@@ -112,30 +111,30 @@ class QwenViTConfig(WithCompute):
         require(
             list(layers) == sorted(set(layers)) and all(0 <= layer < self.num_layers for layer in layers),
             f"dialect.deepstack_layers {layers} of {self.num_layers}",
-            "different layers of the tower in rising order",
+            "different layers of the encoder in ascending order",
             "change dialect.deepstack_layers",
         )
 
     @property
     def merge_unit(self) -> int:
-        """Patches in one media token."""
+        """The number of patches in one media token."""
         return self.merge_size**2
 
     @property
     def patch_values(self) -> int:
-        """Numbers in one flattened patch: channels, frames, rows, columns."""
+        """The number of values in one flattened patch: channels, frames, rows, columns."""
         return self.channels * self.temporal_patch_size * self.patch_size**2
 
     @property
     def window_side(self) -> int | None:
-        """Side of a window in patches, a whole number of media tokens; None without windows."""
+        """The side of a window in patches, a whole number of media tokens; None without windows."""
         if self.window_size is None:
             return None
         return self.window_size // self.merge_size // self.patch_size * self.merge_size
 
     @property
     def family(self) -> str:
-        """The architecture that it is written as."""
+        """The Hugging Face architecture of the saved folder."""
         return self.dialect.family
 
     packed = True  # it reads patches of images of any size
@@ -145,27 +144,27 @@ class QwenViTConfig(WithCompute):
         return QwenViT(self)
 
     def lay_out(self, rows: Sequence[Sequence[tuple[int, int, int]]], num_patches: int) -> PatchLayout:
-        """Packs pictures into rows for this tower, see `lay_out_patches`."""
+        """Packs images into rows for this encoder, see `lay_out_patches`."""
         return lay_out_patches(rows, num_patches, self.merge_size, self.window_side)
 
 
 @struct.dataclass
 class QwenVisionOutput(VisionOutput):
-    """What a tower gives; N patches in the order in which they came, M = N / merge_size^2 media tokens.
+    """The output of N patches in the order of the input, and M = N / merge_size^2 media tokens.
 
-    Of padding everything is finite and means nothing.
+    The values of padding are finite and have no meaning.
 
     Attributes:
-        last_hidden_state: [B, N, E] behind the last layer. The reference's Qwen2.5-VL has it in the order of windows.
+        last_hidden_state: [B, N, E], the last layer's output. The reference's Qwen2.5-VL orders it by windows.
         pooler_output: [B, M, output_size], the merged tokens.
         hidden_states: None, or the embeddings and then each layer's output, [B, N, E] each.
-        deepstack_features: of each deepstack layer merged tokens [B, M, output_size] (arXiv 2406.04334).
+        deepstack_features: merged tokens [B, M, output_size] of each deepstack layer (arXiv 2406.04334).
     """
 
     deepstack_features: tuple[jax.Array, ...] = ()
 
 
-# ---- the tower
+# ---- the encoder
 
 
 def _norm(c: QwenViTConfig, name: str) -> nn.Module:
@@ -173,17 +172,17 @@ def _norm(c: QwenViTConfig, name: str) -> nn.Module:
 
 
 class QwenViTBlock(nn.Module):
-    """Pre-norm transformer layer that attends within segments or, where its flag says so, within windows."""
+    """Pre-norm transformer layer that attends within segments or within windows."""
 
     config: QwenViTConfig
     keep_hidden_state: bool = False
 
     @nn.compact
     def __call__(self, carry, own, segments, windows, angles):
-        """`carry` is (x, the deepstack layers' outputs so far or None), `own` (full attention?, place among them)."""
+        """Applies the layer; `carry` is (x, deepstack outputs or None), `own` (full attention?, index in these)."""
         c = self.config
         dtype = jnp.dtype(c.dtype)
-        (x, features), (full, place) = carry, own
+        (x, features), (full, index) = carry, own
         if windows is not None:
             segments = jnp.where(full, segments, windows)
         attention = Attention(c.num_heads, dtype=dtype, name="attention")
@@ -191,19 +190,19 @@ class QwenViTBlock(nn.Module):
         x = x + MLP(c.mlp_size, c.activation, c.dialect.gated, dtype=dtype, name="mlp")(_norm(c, "mlp_norm")(x))
         x = constrain(x, "batch", "patches", None)
         if features is not None:
-            features = features.at[place].set(x, mode="drop")
+            features = features.at[index].set(x, mode="drop")
         return (x, features), x if self.keep_hidden_state else None
 
 
 class PatchMerger(nn.Module):
-    """Each square of patches to one media token: norm, Linear, GELU, Linear."""
+    """Merging of each square of patches to one media token: norm, Linear, GELU, Linear."""
 
     config: QwenViTConfig
     norm_merged: bool = False
 
     @nn.compact
     def __call__(self, x):
-        """dtype[B, N, E] -> dtype[B, N / merge_size^2, output_size]"""
+        """Maps dtype[B, N, E] to dtype[B, N / merge_size^2, output_size]."""
         c = self.config
         dtype, norm = jnp.dtype(c.dtype), _norm(c, "norm")
         x = x if self.norm_merged else norm(x)
@@ -215,7 +214,7 @@ class PatchMerger(nn.Module):
 
 
 class QwenViT(nn.Module):
-    """Patches of packed pictures to media tokens (reference classes: see FAMILIES)."""
+    """Image encoder from patches of packed images to media tokens (reference classes: see FAMILIES)."""
 
     config: QwenViTConfig
 
@@ -223,17 +222,17 @@ class QwenViT(nn.Module):
     def __call__(
         self, patches, segments, coordinates, grids, windows=None, *, output_hidden_states: bool = False
     ) -> QwenVisionOutput:
-        """Encodes rows of N patches, each square of merge_size^2 of them one after the other.
+        """Encodes rows of N merge-ordered patches.
 
         Args:
             patches: float[B, N, channels * temporal_patch_size * patch_size^2], normalised, as processors flatten them.
-            segments: int[B, N]; one frame of one picture or video each, 0 is padding. Attention never crosses them.
+            segments: int[B, N], one for each frame of an image or video, 0 is padding. Attention stays within segments.
             coordinates: int[B, N, 2], row and column in patches.
-            grids: int[B, N, 2], height and width in patches of the patch's picture.
-            windows: int[B, N] as `window_numbers` gives them; None works them out. Not read by towers without windows.
+            grids: int[B, N, 2], height and width in patches of the patch's image.
+            windows: int[B, N] of `window_numbers`; None computes them. Encoders without windows do not read them.
 
         Raises:
-            DataError: patches of another size, or a number of them that merging does not divide.
+            DataError: patches of another size, or a number of patches that merge_size^2 does not divide.
         """
         c, dialect = self.config, self.config.dialect
         dtype = jnp.dtype(c.dtype)
@@ -249,7 +248,7 @@ class QwenViT(nn.Module):
         if dialect.num_positions is not None:
             init = nn.with_logical_partitioning(nn.initializers.normal(0.02), ("patches", "embed"))
             table = self.param("position_embedding", init, (dialect.num_positions, c.hidden_size), jnp.float32)
-            table = constrain(table, None, None)  # looked up whole: it is small, and patches are split by row
+            table = constrain(table, None, None)  # replicated: it is small, and patches are sharded by row
             x = x + bilinear_packed(table, coordinates, grids).astype(dtype)
         x = embedded = constrain(x, "batch", "patches", None)
         if c.window_side is None:
@@ -258,13 +257,13 @@ class QwenViT(nn.Module):
             windows = window_numbers(segments, coordinates, grids, c.window_side)
         angles = grid_angles(coordinates, c.hidden_size // c.num_heads, dialect.rope_theta)
         numbers, depth = np.arange(c.num_layers), len(dialect.deepstack_layers)
-        # Layers that are none of the deepstack's get a place beyond the end, where writing is dropped.
-        places = np.array(
+        # Layers outside deepstack_layers get an index past the end, where writes are dropped.
+        indices = np.array(
             [dialect.deepstack_layers.index(i) if i in dialect.deepstack_layers else depth for i in numbers]
         )
         features = jnp.zeros((depth, *x.shape), dtype) if depth else None
         layers = layers_of(c, QwenViTBlock, 3)(c, output_hidden_states, name="layers")
-        own = (jnp.asarray(np.isin(numbers, c.full_layers)), jnp.asarray(places, jnp.int32))
+        own = (jnp.asarray(np.isin(numbers, c.full_layers)), jnp.asarray(indices, jnp.int32))
         (x, features), states = layers((x, features), own, segments, windows, angles)
         deepstack = ()
         if depth:
@@ -290,7 +289,7 @@ _QWEN2, _QWEN25, _QWEN3 = (
     "Qwen2_5_VisionTransformerPretrainedModel",
     "Qwen3VLVisionModel",
 )
-# What an option is where config.json does not say.
+# Defaults of the options that config.json leaves out.
 _COMMON = dict(num_heads=16, in_channels=3, patch_size=14, spatial_merge_size=2, temporal_patch_size=2)
 _DEFAULTS = {
     _QWEN2: _COMMON | dict(depth=32, embed_dim=1280, hidden_size=3584, hidden_act="quick_gelu", mlp_ratio=4),
@@ -330,7 +329,7 @@ _OWN: dict[str, Fields] = {
         "deepstack_layers": ("deepstack_visual_indexes", "counts"),
     },
 }
-# The modules' names: projections of the MLP, then norm and two maps of the merger.
+# The modules' names: projections of the MLP, then the merger's norm and two maps.
 _NAMES = {
     _QWEN2: (("fc1", "fc2"), ("ln_q", "mlp.0", "mlp.2")),
     _QWEN25: (("up_proj", "down_proj"), ("ln_q", "mlp.0", "mlp.2")),
@@ -339,10 +338,10 @@ _NAMES = {
 
 
 def from_hf_config(values: dict) -> QwenViTConfig:
-    """A tower's config.json, or the `vision_config` in that of a whole model, whose other entries are not read.
+    """Reads config.json of an image encoder, or only the `vision_config` in that of a whole model.
 
     Raises:
-        ConfigError: another architecture, or an option that is not supported.
+        ConfigError: another architecture, or an unsupported option.
     """
     part = Options(values, "config.json of a Qwen-VL").part("vision_config", {}) or values
     kind = str(named_as(values)[1]).removesuffix("_vision")
@@ -353,7 +352,7 @@ def from_hf_config(values: dict) -> QwenViTConfig:
         raise ConfigError(
             f"a config.json with architectures={part.get('architectures')}, model_type={values.get('model_type')!r}",
             f"{' or '.join(_DEFAULTS)}, or a model_type of {', '.join(kinds)}",
-            "read it with the family that knows it: mllm_jax.supported_models()",
+            "read it with the family of its architecture: mllm_jax.supported_models()",
         )
     options = Options(_DEFAULTS[family] | {k: v for k, v in part.items() if v is not None}, f"config.json of {family}")
     rope = Options(options.part("rope_parameters", {}), f"rope_parameters of {family}")
@@ -376,10 +375,10 @@ def from_hf_config(values: dict) -> QwenViTConfig:
 
 
 def to_hf_config(config: QwenViTConfig) -> dict:
-    """The inverse, for a folder of the tower alone.
+    """Returns config.json of a folder with only the encoder, the inverse of `from_hf_config`.
 
     Raises:
-        ConfigError: the family has no options for some of the switches; names them.
+        ConfigError: some fields cannot be expressed in the family's options; names them.
     """
     c = config
     if c.family not in _DEFAULTS:
@@ -392,7 +391,7 @@ def to_hf_config(config: QwenViTConfig) -> dict:
 
 
 def table(config: QwenViTConfig) -> Table:
-    """The tower's weights under the names of its own folder; in a whole model's folder the LLM's are passed over."""
+    """Returns the table of the encoder's weights; in a whole model's folder the LLM's weights are ignored."""
     c, dialect = config, config.dialect
     (up, down), merger = _NAMES[c.family]
     head, bias, hub = {"h": c.hidden_size // c.num_heads}, dialect.norm == "layer", "blocks.{layer}"
@@ -423,7 +422,7 @@ def table(config: QwenViTConfig) -> Table:
 
 
 def sample(config: QwenViTConfig) -> tuple:
-    """Arguments with which `init` creates every parameter."""
+    """Returns arguments with which `init` creates every parameter."""
     unit = (1, config.merge_unit)
     integers, pairs = jnp.ones(unit, jnp.int32), jnp.ones((*unit, 2), jnp.int32)
     return jnp.zeros((*unit, config.patch_values)), integers, pairs, pairs

@@ -1,4 +1,4 @@
-"""The first Qwen-VL's ViT-bigG (arXiv 2308.12966), whose patches a resampler reads: see models/qwen_vl_v1.py."""
+"""The ViT-bigG of the first Qwen-VL (arXiv 2308.12966), whose features a resampler reads: see models/qwen_vl_v1.py."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from mllm_jax.encoders.vit import ViT, ViTConfig
 from mllm_jax.layers.compute import WithCompute
 from mllm_jax.layers.requirements import Requirements
 
-NORM_EPS = 1e-6  # of every norm, the resampler's too; no option sets it
+NORM_EPS = 1e-6  # of every norm, also of the resampler's; no option sets it
 
 
 @dataclass(frozen=True)
@@ -21,10 +21,10 @@ class QwenViTV1Config(WithCompute):
     """Sizes of the ViT.
 
     Attributes:
-        image_size: pixels a side that it was trained on; other sizes are taken too, positions are interpolated.
-        mlp_ratio: the MLP's width over hidden_size, cut to a whole number.
+        image_size: pixels a side of the training images; for other sizes, positions are interpolated.
+        mlp_ratio: the MLP's width divided by hidden_size; the width is rounded down.
         num_positions: entries of the square table of learned positions.
-        image_mean, image_std: what pixels in [0, 1] are normalised with.
+        image_mean, image_std: of the normalisation of pixels in [0, 1].
     """
 
     image_size: int = 448
@@ -48,7 +48,7 @@ class QwenViTV1Config(WithCompute):
         require(
             self.image_size % self.patch_size == 0,
             f"image_size {self.image_size}, patch_size {self.patch_size}",
-            "a picture that is a whole number of patches",
+            "an image that is a whole number of patches",
             "change one of them",
         )
         require.heads()
@@ -59,13 +59,13 @@ class QwenViTV1Config(WithCompute):
 
     @property
     def grid(self) -> int:
-        """Patches along one side of a picture of image_size."""
+        """The number of patches along one side of an image of image_size."""
         return self.image_size // self.patch_size
 
     class_token = False  # there is none
 
     def make(self) -> ViT:
-        """The ViT without its last norm: what the resampler reads (`VisionTransformer` in Qwen-VL-Chat's visual.py)."""
+        """Returns the ViT without its last norm (reference: `VisionTransformer` in Qwen-VL-Chat's visual.py)."""
         shared = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "mlp_ratio"}
         return ViT(
             make_config(
@@ -93,17 +93,17 @@ _FIELDS: Fields = {
 
 
 def read_sizes(options: Options) -> QwenViTV1Config:
-    """The ViT's options of the `visual` part of a Qwen-VL config.json; the resampler's stand beside them."""
+    """Reads the ViT's options in the `visual` part of a Qwen-VL config.json; it also holds the resampler's."""
     return QwenViTV1Config(**read_grid(options), **read_fields(options, _FIELDS))
 
 
 def write_sizes(c: QwenViTV1Config) -> dict:
-    """The inverse."""
+    """Writes the ViT's options, the inverse of `read_sizes`."""
     return dict(image_size=c.image_size, patch_size=c.patch_size) | write_fields(c, _FIELDS)
 
 
 def table(c: QwenViTV1Config) -> Table:
-    """The ViT's weights under the names of visual.py."""
+    """Returns the table of the ViT's weights under the names of visual.py."""
     block, head = "transformer.resblocks.{layer}", {"h": c.hidden_size // c.num_heads}
     weights = [
         Weight("conv1.weight", "patch_embedding/projection/kernel", "e c p q -> (p q c) e", dict(c=3, p=c.patch_size)),

@@ -1,7 +1,7 @@
-"""The picture encoder of Segment Anything (arXiv 2304.02643) as `SamVisionModel`: a ViT with windows, and a neck.
+"""The image encoder of Segment Anything (arXiv 2304.02643) as `SamVisionModel`: a ViT with windows, and a neck.
 
-Most layers attend within windows, a few over the whole picture; a score gains a learned number for the distance of rows
-and one for that of columns (arXiv 2112.01526). The neck makes one small vector a patch.
+Most layers attend within windows and a few over the whole image. Each score has two learned terms, one for the distance
+of rows and one for the distance of columns (arXiv 2112.01526). The neck reduces the width of each patch's vector.
 """
 
 from __future__ import annotations
@@ -50,17 +50,17 @@ from mllm_jax.layers.requirements import Requirements
 from mllm_jax.layers.stack import REMAT_POLICIES
 from mllm_jax.sharding.logical import constrain
 
-NECK_EPS = 1e-6  # of the neck's LayerNorms, whatever that of the layers is
+NECK_EPS = 1e-6  # of the neck's LayerNorms, independent of the layers' epsilon
 
 
 @dataclass(frozen=True)
 class SamDialect:
-    """Details that all published SAMs share.
+    """Details that are the same in all published SAMs.
 
     Attributes:
         norm_eps: of the layers' LayerNorms.
-        absolute_positions, relative_positions: whether there are such tables.
-        family: the Hugging Face architecture that it is written as.
+        absolute_positions, relative_positions: whether the encoder has these tables of positions.
+        family: the Hugging Face architecture of the saved folder.
     """
 
     norm_eps: float = 1e-6
@@ -72,14 +72,14 @@ class SamDialect:
 
 @dataclass(frozen=True)
 class SamConfig(WithCompute):
-    """Sizes; the defaults are SAM-B's.
+    """Sizes of a SAM; the defaults are SAM-B's.
 
     Attributes:
-        image_size: side of the square images; others are refused, for the position tables fit one grid only.
+        image_size: side of the square images; others are refused, because the position tables fit one grid.
         output_channels: width after the neck.
-        window: side of the windows in patches; at the right and lower edge they are filled up with zeros.
-        global_layers: the layers that attend over the whole image instead.
-        image_mean, image_std: what pixels in [0, 1] are normalised with.
+        window: side of the windows in patches; at the right and lower edges they are padded with zeros.
+        global_layers: the layers that attend over the whole image instead of windows.
+        image_mean, image_std: of the normalisation of pixels in [0, 1].
     """
 
     image_size: int = 1024
@@ -103,7 +103,7 @@ class SamConfig(WithCompute):
         require = Requirements("SAM", self)
         require(
             self.image_size >= self.patch_size and not self.image_size % self.patch_size,
-            f"picture {self.image_size}, patch {self.patch_size}",
+            f"image {self.image_size}, patch {self.patch_size}",
             "an image that is a whole number of patches",
             "change image_size or patch_size",
         )
@@ -118,12 +118,12 @@ class SamConfig(WithCompute):
 
     @property
     def grid(self) -> int:
-        """Vectors along one side of what comes out."""
+        """The number of output vectors along one side."""
         return self.image_size // self.patch_size
 
     @property
     def family(self) -> str:
-        """The architecture that it is written as."""
+        """The Hugging Face architecture of the saved folder."""
         return self.dialect.family
 
     def make(self) -> Sam:
@@ -131,13 +131,13 @@ class SamConfig(WithCompute):
 
 
 class SamAttention(nn.Module):
-    """Attention over a grid of patches, with the learned numbers for distances of rows and of columns."""
+    """Attention over a grid of patches, with learned terms for the distances of rows and of columns."""
 
     config: SamConfig
 
     @nn.compact
     def __call__(self, x):
-        """dtype[B, H, W, E] -> dtype[B, H, W, E]; the tables fit this H and W."""
+        """Maps dtype[B, H, W, E] to dtype[B, H, W, E]; the tables fit this H and W."""
         c = self.config
         head, dtype = c.hidden_size // c.num_heads, jnp.dtype(c.dtype)
         into = dict(features=(c.num_heads, head), names=("embed", "heads", "head_dim"), use_bias=c.dialect.qkv_bias)
@@ -145,8 +145,8 @@ class SamAttention(nn.Module):
         height, width = x.shape[1:3]
         scaled = q * head**-0.5
         if c.dialect.relative_positions:
-            # A query's number for each row stands beside it, and the rows of keys as one-hot vectors beside these: the
-            # product adds the right one to the score, in any implementation of attention.
+            # Each query is extended by its terms of all rows and columns, and each key by one-hot vectors of its row
+            # and column. Their product adds the terms to the score in any implementation of attention.
             by_row = jnp.einsum("b r c n h, r k h -> b r c n k", q, self._distances("rows", height, head, dtype))
             by_column = jnp.einsum("b r c n h, c k h -> b r c n k", q, self._distances("columns", width, head, dtype))
             scaled = jnp.concatenate([scaled, by_row, by_column], axis=-1)
@@ -159,11 +159,11 @@ class SamAttention(nn.Module):
         return Linear(**out, use_bias=True, dtype=dtype, name="out")(y)
 
     def _distances(self, name: str, size: int, head: int, dtype):
-        """dtype[size, size, head]: the table's row for each query's and key's place along one axis."""
+        """Returns dtype[size, size, head]: the table's row for the distance of each query and key along one axis."""
         init = nn.with_logical_partitioning(nn.initializers.zeros, (None, "head_dim"))
         table = self.param(name, init, (2 * size - 1, head), jnp.float32).astype(dtype)
-        places = np.arange(size)
-        return table[places[:, None] - places[None, :] + size - 1]
+        index = np.arange(size)
+        return table[index[:, None] - index[None, :] + size - 1]
 
 
 class SamBlock(nn.Module):
@@ -174,7 +174,7 @@ class SamBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        """dtype[B, H, W, E] -> dtype[B, H, W, E]"""
+        """Maps dtype[B, H, W, E] to dtype[B, H, W, E]."""
         c = self.config
         dtype = jnp.dtype(c.dtype)
         h = LayerNorm(c.dialect.norm_eps, dtype, name="attention_norm")(x)
@@ -185,7 +185,7 @@ class SamBlock(nn.Module):
         return constrain(x, "batch", "patches", None, None)
 
     def _in_windows(self, attend, x):
-        # The zeros at the edge are attended to like any patch: so the weights were trained.
+        # The zeros at the edges are attended to like patches, as in training.
         (height, width), side = x.shape[1:3], self.config.window
         x = jnp.pad(x, ((0, 0), (0, -height % side), (0, -width % side), (0, 0)))
         sizes = dict(rows=x.shape[1] // side, columns=x.shape[2] // side)
@@ -195,7 +195,7 @@ class SamBlock(nn.Module):
 
 
 class Convolution(nn.Module):
-    """3 x 3 convolution without bias, a margin of one zero around."""
+    """3 x 3 convolution without bias, padded with one zero on each side."""
 
     features: int
     stride: int = 1
@@ -203,7 +203,7 @@ class Convolution(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        """dtype[B, H, W, C] -> dtype[B, H / stride, W / stride, features]"""
+        """Maps dtype[B, H, W, C] to dtype[B, H / stride, W / stride, features]."""
         init = nn.with_logical_partitioning(nn.initializers.he_normal(), (None, None, "channels", "channels"))
         kernel = self.param("kernel", init, (3, 3, x.shape[-1], self.features), jnp.float32).astype(self.dtype)
         steps, margins, order = (self.stride,) * 2, ((1, 1), (1, 1)), ("NHWC", "HWIO", "NHWC")
@@ -211,14 +211,14 @@ class Convolution(nn.Module):
 
 
 class SamNeck(nn.Module):
-    """Linear, LayerNorm, 3 x 3 convolution, LayerNorm."""
+    """The neck: Linear, LayerNorm, 3 x 3 convolution, LayerNorm."""
 
     features: int
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
     def __call__(self, x):
-        """dtype[B, H, W, E] -> dtype[B, H, W, features]"""
+        """Maps dtype[B, H, W, E] to dtype[B, H, W, features]."""
         norm = dict(eps=NECK_EPS, dtype=self.dtype, axis="channels")
         x = Linear((self.features,), ("embed", "channels"), dtype=self.dtype, name="projection")(x)
         x = Convolution(self.features, dtype=self.dtype, name="convolution")(LayerNorm(**norm, name="norm_1")(x))
@@ -226,23 +226,23 @@ class SamNeck(nn.Module):
 
 
 class Sam(nn.Module):
-    """Pictures to one vector a patch (reference: `SamVisionModel`)."""
+    """Encoder of images to one vector a patch (reference: `SamVisionModel`)."""
 
     config: SamConfig
 
     @nn.compact
     def __call__(self, pixels, output_hidden_states=False) -> VisionOutput:
-        """Encodes pictures.
+        """Encodes images.
 
         Args:
             pixels: normalised, float[B, image_size, image_size, C].
 
         Returns:
-            VisionOutput: last_hidden_state dtype[B, N, output_channels] behind the neck, patches row by row; the hidden
-            states, what entered the first layer and what left each, are dtype[B, N, E].
+            VisionOutput: last_hidden_state dtype[B, N, output_channels], the neck's output, patches row by row;
+            hidden_states, the input of the first layer and the output of each layer, dtype[B, N, E].
 
         Raises:
-            ConfigError: pictures of another shape.
+            ConfigError: images of another shape.
         """
         c = self.config
         dtype = jnp.dtype(c.dtype)
@@ -250,7 +250,7 @@ class Sam(nn.Module):
             raise ConfigError(
                 f"SAM: pixels of shape {list(pixels.shape)}",
                 f"[B, {c.image_size}, {c.image_size}, {c.num_channels}]",
-                "resize and fill up the pictures to that square",
+                "resize and pad the images to that square",
             )
         x = rearrange(pixels, "b (h p) (w q) c -> b h w (p q c)", p=c.patch_size, q=c.patch_size)
         x = Linear((c.hidden_size,), ("channels", "embed"), use_bias=True, dtype=dtype, name="patch_embedding")(x)
@@ -260,7 +260,7 @@ class Sam(nn.Module):
         policy = REMAT_POLICIES[c.remat]
         block = SamBlock if c.remat == "none" else nn.remat(SamBlock, policy=policy)
         states = [x]
-        # Not scanned: the tables of windows and of whole pictures differ in size.
+        # Not scanned: the tables of windows and of whole images differ in size.
         for i in range(c.num_layers):
             states.append(block(c, windowed=i not in c.global_layers, name=f"layer_{i}")(states[-1]))
         x = SamNeck(c.output_channels, dtype, name="neck")(states[-1])
@@ -288,9 +288,9 @@ _FIELDS: Fields = {
 
 
 def from_hf_config(values: dict) -> SamConfig:
-    """config.json of SamVisionModel, or the part of a larger one that describes such a tower."""
+    """Reads config.json of SamVisionModel, or the part for it in a larger model's config.json."""
     options = options_of(values, dict(image_size=1024, patch_size=16), _FAMILY)
-    options.skip("num_pos_feats", "scale", *ELSEWHERE)  # of the prompts' encoder
+    options.skip("num_pos_feats", "scale", *ELSEWHERE)  # of the prompt encoder
     read = read_grid(options) | read_fields(options, _FIELDS)
     width = int(read["hidden_size"] * options.number("mlp_ratio", 4.0, *RATIOS))
     config = make_config(SamConfig, **read, mlp_size=options.size("mlp_dim", width))
@@ -299,7 +299,7 @@ def from_hf_config(values: dict) -> SamConfig:
 
 
 def to_hf_config(config: SamConfig) -> dict:
-    """The inverse. Raises ConfigError: switches that no option says."""
+    """Returns config.json, the inverse of `from_hf_config`. Raises ConfigError: switches without an option."""
     c = config
     sizes = dict(image_size=c.image_size, patch_size=c.patch_size, mlp_dim=c.mlp_size)
     return check_written(c, kind_of(c.family) | sizes | write_fields(c, _FIELDS), from_hf_config, "a SAM", _facts)
@@ -310,7 +310,7 @@ def _facts(c: SamConfig) -> dict:
 
 
 def sam_weights(c: SamConfig) -> list[Weight]:
-    """The tower's weights under Hugging Face's names."""
+    """Returns the encoder's weights under Hugging Face's names."""
     head = {"h": c.hidden_size // c.num_heads}
     patch = dict(p=c.patch_size, q=c.patch_size, c=c.num_channels)
     weights = linear("patch_embed.projection", "patch_embedding", "e c p q -> (p q c) e", patch)
@@ -350,5 +350,5 @@ def table(config: SamConfig) -> Table:
 
 
 FAMILIES = families(
-    {_FAMILY: "SAM's picture encoder"}, from_hf=from_hf_config, to_hf=to_hf_config, table=table, sample=image_sample
+    {_FAMILY: "SAM's image encoder"}, from_hf=from_hf_config, to_hf=to_hf_config, table=table, sample=image_sample
 )

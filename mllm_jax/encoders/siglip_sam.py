@@ -1,6 +1,6 @@
-"""DeepSeek-VL's hybrid encoder (arXiv 2403.05525, section 2.1): SigLIP on a small picture, SAM on a large one.
+"""DeepSeek-VL's hybrid encoder (arXiv 2403.05525, section 2.1): SigLIP on a small image, SAM on a large image.
 
-SAM's features are resized and halved twice, so that both give one vector for each of the same places.
+SAM's features are resized and halved twice, so that both encoders have the same grid.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ from mllm_jax.layers.requirements import Requirements
 
 @dataclass(frozen=True)
 class SiglipSamConfig(WithCompute):
-    """The two towers.
+    """The configs of the two encoders.
 
     Attributes:
         low, high: SigLIP's and SAM's configs.
-        downsample: channels of the stride-2 convolutions that make SAM's grid that of SigLIP.
+        downsample: channels of the stride-2 convolutions that reduce SAM's grid to SigLIP's.
     """
 
     low: ViTConfig
     high: SamConfig
     downsample: tuple[int, ...] = (512, 1024)
 
-    # Each tower normalises its own picture, so both are read as numbers from 0 to 1.
+    # Each encoder normalises its own image, so both images have values from 0 to 1.
     image_mean = (0.0, 0.0, 0.0)
     image_std = (1.0, 1.0, 1.0)
     class_token = False
@@ -43,27 +43,27 @@ class SiglipSamConfig(WithCompute):
     def __post_init__(self):
         require = Requirements("SigLIP and SAM", self)
         require(self.high.global_layers, "a SAM without global layers", "at least one", "set high.global_layers")
-        require(self.downsample, "no convolutions behind SAM", "at least one", "set downsample")
+        require(self.downsample, "no convolutions after SAM", "at least one", "set downsample")
         require(
             self.low.image_size < self.high.image_size,
-            f"pictures of {self.low.image_size} for SigLIP and {self.high.image_size} for SAM",
-            "a smaller one for SigLIP",
+            f"images of {self.low.image_size} pixels for SigLIP and {self.high.image_size} for SAM",
+            "a smaller image for SigLIP",
             "change low.image_size or high.image_size",
         )
 
     @property
     def image_size(self) -> int:
-        """Side of the large picture."""
+        """The side of the large image."""
         return self.high.image_size
 
     @property
     def grid(self) -> int:
-        """Vectors along one side of what comes out."""
+        """The number of output vectors along one side."""
         return self.low.grid
 
     @property
     def widths(self) -> tuple[int, int]:
-        """How many numbers of each vector are SAM's, and how many SigLIP's."""
+        """The widths of SAM's and of SigLIP's part of each vector."""
         return self.downsample[-1], self.low.hidden_size
 
     def make(self) -> SiglipSam:
@@ -71,7 +71,7 @@ class SiglipSamConfig(WithCompute):
 
 
 class SiglipSam(nn.Module):
-    """A picture in two sizes to one vector a place (reference: the encoders of `DeepseekVLHybridModel`)."""
+    """Encoder of an image in two sizes to one grid of vectors (reference: the encoders of `DeepseekVLHybridModel`)."""
 
     config: SiglipSamConfig
 
@@ -85,27 +85,27 @@ class SiglipSam(nn.Module):
         self.alpha = self.param("alpha", nn.with_logical_partitioning(nn.initializers.zeros, (None,)), (1,))
 
     def __call__(self, pixels, output_hidden_states=False) -> VisionOutput:
-        """Encodes pictures.
+        """Encodes images.
 
         Args:
-            pixels: from 0 to 1, float[B, S + s, S, 3]: the large picture of side S and, below it, from the left edge,
-                the small one of side s. Or float[B, S, S, 3], the large one alone: it is made smaller here, bilinear
-                with antialiasing, as the authors' own code does.
-            output_hidden_states: has no effect, since the towers' layers have no common grid.
+            pixels: from 0 to 1, float[B, S + s, S, 3]: the large image of side S and, below it at the left edge, the
+                small image of side s. Or float[B, S, S, 3], only the large image: it is then resized to side s,
+                bilinear with antialiasing, as in the authors' code.
+            output_hidden_states: has no effect, because the encoders' layers have no common grid.
 
         Returns:
-            VisionOutput with dtype[B, N, E], SAM's numbers before SigLIP's, see `widths`.
+            VisionOutput with dtype[B, N, E], SAM's part before SigLIP's, see `widths`.
 
         Raises:
-            ConfigError: pictures of another shape.
+            ConfigError: images of another shape.
         """
         c = self.config
         large, small = c.high.image_size, c.low.image_size
         if pixels.shape[1:3] not in ((large, large), (large + small, large)):
             raise ConfigError(
                 f"SigLIP and SAM: pixels of shape {list(pixels.shape)}",
-                f"[B, {large + small}, {large}, 3], the large picture above the small one, or [B, {large}, {large}, 3]",
-                "resize and fill up the pictures to these squares",
+                f"[B, {large + small}, {large}, 3], the large image above the small one, or [B, {large}, {large}, 3]",
+                "resize and pad the images to these squares",
             )
         high, low = pixels[:, :large], pixels[:, large:, :small]
         if pixels.shape[1] == large:
@@ -116,32 +116,32 @@ class SiglipSam(nn.Module):
     def _high(self, pixels):
         c = self.config
         out = self.high(pixels, output_hidden_states=True)
-        first = out.hidden_states[c.high.global_layers[0] + 1]  # the first state is what entered the layers
+        first = out.hidden_states[c.high.global_layers[0] + 1]  # the first state is the input of the layers
         on_grid = dict(pattern="b (h w) e -> b h w e", h=c.high.grid)
         added = self._halve(self.neck(rearrange(first, **on_grid)))
         x = self._halve(rearrange(out.last_hidden_state, **on_grid)) + added * self.alpha.astype(added.dtype)
         return rearrange(x, "b h w e -> b (h w) e")
 
     def _halve(self, x):
-        """To SigLIP's grid, whatever SAM's is."""
+        """Reduces SAM's grid of any size to SigLIP's grid."""
         x = _resize(x, self.config.grid * 2 ** len(self.downsample), antialias=False)
         for convolution in self.downsample:
             x = convolution(x)
         return x
 
 
-def _normalise(pixels, tower):
-    return (pixels - jnp.asarray(tower.image_mean)) / jnp.asarray(tower.image_std)
+def _normalise(pixels, encoder):
+    return (pixels - jnp.asarray(encoder.image_mean)) / jnp.asarray(encoder.image_std)
 
 
 def _resize(x, side: int, antialias: bool):
-    """Bilinear, pixels' centres on centres ("align_corners" is False): [B, H, W, C] -> [B, side, side, C]."""
+    """Resizes [B, H, W, C] to [B, side, side, C], bilinear, with "align_corners" False."""
     shape = (x.shape[0], side, side, x.shape[-1])
     return jax.image.resize(x, shape, "linear", antialias=antialias, precision=jax.lax.Precision.HIGHEST)
 
 
 def siglip_sam_weights(c: SiglipSamConfig) -> list[Weight]:
-    """The encoder's weights as `DeepseekVLHybridModel` names them."""
+    """Returns the encoder's weights under the names of `DeepseekVLHybridModel`."""
     return [
         *nested(SIGLIP.table(c.low), "vision_model.", "low/"),
         *nested(sam_table(c.high), "high_res_vision_model.", "high/"),

@@ -1,4 +1,4 @@
-"""SigLIP's text tower (arXiv 2303.15343): every token sees all 64 places, the last of them stands for the text."""
+"""SigLIP's text encoder (arXiv 2303.15343): every token sees all 64 positions; the last one represents the text."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from mllm_jax.encoders.text_hub import faithful, read_tower, tower_table, write_
 from mllm_jax.errors import ConfigError
 
 MODEL = "SiglipTextModel"
-# What an option is where config.json does not say.
+# Defaults of the options that config.json leaves out.
 _DEFAULTS = dict(
     vocab_size=32000,
     hidden_size=768,
@@ -24,10 +24,10 @@ _IDS = dict(pad_token_id=1, bos_token_id=49406, eos_token_id=49407)
 
 
 def from_hf_config(values: dict) -> TextTowerConfig:
-    """config.json of SiglipTextModel, or the text_config of SiglipModel; each option honoured or refused by name."""
+    """Reads config.json of SiglipTextModel, or the text_config of SiglipModel; refuses unknown options by name."""
     family = (*named_as(values)[0], MODEL)[0]
     if family != MODEL:
-        raise ConfigError(f"architecture {family!r} as SigLIP's text tower", MODEL, "name it")
+        raise ConfigError(f"architecture {family!r} as SigLIP's text encoder", MODEL, "name it")
     sizes = Options(values, f"config.json of {family}")
     width = sizes.size("projection_size", sizes.size("hidden_size", _DEFAULTS["hidden_size"]))
     values = {name: value for name, value in _IDS.items() if name not in values} | values
@@ -35,7 +35,7 @@ def from_hf_config(values: dict) -> TextTowerConfig:
 
 
 def to_hf_config(config: TextTowerConfig) -> dict:
-    """The inverse; refuses switches that the family does not have."""
+    """Returns config.json, the inverse of `from_hf_config`; refuses switches that the family does not have."""
     return faithful(config, write_tower(config) | dict(projection_size=config.dialect.head_size), from_hf_config)
 
 

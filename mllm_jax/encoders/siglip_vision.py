@@ -1,4 +1,4 @@
-"""SigLIP's vision tower (arXiv 2303.15343) as `SiglipVisionModel`: no class token, a learned query that pools."""
+"""SigLIP's image encoder (arXiv 2303.15343) as `SiglipVisionModel`: no class token, pooling by a learned query."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Text towers, the other side of contrastive training: a small one of our own, CLIP's and SigLIP's, by switches."""
+"""Text encoders for contrastive training: by its options CLIP's, SigLIP's or a small one of our own."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ POOLINGS = ("mean", "last", "eos", "largest")
 
 @dataclass(frozen=True)
 class TextTowerDialect:
-    """Details that make a text encoder one of a family; the defaults are those of a small one from scratch.
+    """Details that distinguish the families of text encoders; the defaults are for a small one from scratch.
 
     Attributes:
-        mask: "full", or "causal": a token sees those before it (CLIP, arXiv 2103.00020, section 2.4).
-        pooling: what represents a text: "mean" of its tokens; "last" of them; "eos", the first that is `eos_token_id`;
-            "largest", the first with the largest id, which in CLIP's vocabulary is the end of text.
+        mask: "full", or "causal": a token sees itself and the tokens before it (CLIP, arXiv 2103.00020, section 2.4).
+        pooling: the vector of a text: "mean" of its tokens; the "last" token; "eos", the first `eos_token_id`;
+            "largest", the first token with the largest id, which in CLIP's vocabulary is the end of text.
         head_size: None, or the width of a linear map with bias of the pooled vector (SigLIP).
-        projection_size: None, or the width of one without bias after it (CLIPTextModelWithProjection).
-        family: None, or the Hugging Face architecture that it is written as: the module is then a `TextModel`.
+        projection_size: None, or the width of a linear map without bias after it (CLIPTextModelWithProjection).
+        family: None, or the Hugging Face architecture of the saved folder: the module is then a `TextModel`.
     """
 
     norm_eps: float = 1e-6
@@ -45,12 +45,12 @@ class TextTowerDialect:
 
 @dataclass(frozen=True)
 class TextTowerConfig(WithCompute):
-    """Sizes of a text encoder; what only reproduces a family is in its dialect.
+    """Sizes of a text encoder; details that only reproduce a family are in its dialect.
 
     Attributes:
-        vocab_size: None: that of the experiment's tokenizer.
-        max_length: how many positions there are.
-        num_layers: 0 is a bag of words: what the parts of a name add up to then holds for names never seen.
+        vocab_size: None takes the vocabulary of the experiment's tokenizer.
+        max_length: number of positions.
+        num_layers: 0 is a bag of words, in which the vector of an unseen name is the sum of its words' vectors.
         bos_token_id, eos_token_id, pad_token_id: of the tokenizer.
     """
 
@@ -67,7 +67,7 @@ class TextTowerConfig(WithCompute):
     dialect: TextTowerDialect = TextTowerDialect()
 
     def __post_init__(self):
-        require = Requirements("text tower", self)
+        require = Requirements("text encoder", self)
         require.one_of("dialect.mask", MASKS)
         require.one_of("dialect.pooling", POOLINGS)
         require.one_of("activation", ACTIVATIONS)
@@ -82,26 +82,26 @@ class TextTowerConfig(WithCompute):
 
     @property
     def output_size(self) -> int:
-        """Width of a text's vector."""
+        """The width of a text's vector."""
         return self.dialect.projection_size or self.dialect.head_size or self.hidden_size
 
     @property
     def family(self) -> str | None:
-        """The architecture that it is written as; None: none, the module is then a `TextTower`."""
+        """The Hugging Face architecture of the saved folder; with None the module is a `TextTower`."""
         return self.dialect.family
 
     def make(self) -> TextTower | TextModel:
-        Requirements("text tower", self).given("vocab_size")
+        Requirements("text encoder", self).given("vocab_size")
         return (TextTower if self.family is None else TextModel)(self)
 
 
 @struct.dataclass
 class TextOutput:
-    """What a text tower makes of texts.
+    """The output of a text encoder.
 
     Attributes:
-        last_hidden_state: [B, L, E] behind the final norm.
-        pooler_output: [B, E], or behind a head [B, head_size].
+        last_hidden_state: [B, L, E] after the final norm.
+        pooler_output: [B, E], or with a head [B, head_size].
         text_embeds: [B, projection_size], None without a projection.
         hidden_states: None, or embeddings and then each layer's output, each [B, L, E].
     """
@@ -113,7 +113,7 @@ class TextOutput:
 
 
 class TextBlock(nn.Module):
-    """Pre-norm transformer layer that attends within a segment, or to the keys of a mask."""
+    """Pre-norm transformer layer that attends within a segment, or to the keys that a mask allows."""
 
     config: TextTowerConfig
     keep: bool = False
@@ -125,7 +125,7 @@ class TextBlock(nn.Module):
         h = LayerNorm(c.dialect.norm_eps, dtype, name="attention_norm")(x)
         cache = None
         if keys is not None:
-            # A cache that x fills whole: what tells the segments of keys from those of queries.
+            # A cache that x fills gives the keys other segments than the queries.
             empty = jnp.zeros((*x.shape[:2], c.num_heads, c.hidden_size // c.num_heads), dtype)
             cache = empty, empty, keys, jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2])
         attention = Attention(c.num_heads, mask=c.dialect.mask, dtype=dtype, name="attention")
@@ -137,33 +137,33 @@ class TextBlock(nn.Module):
 
 
 class TextTower(nn.Module):
-    """Texts to one vector each."""
+    """Encoder of texts to one vector each."""
 
     config: TextTowerConfig
 
     def __call__(self, tokens, positions, segments, count: int = 1):
-        """int[B, L] each, `count` texts packed in a row as segments 1..count (0 is padding) -> dtype[B, count, P].
+        """Maps int[B, L] each, with `count` texts in a row as segments 1..count (0 is padding), to dtype[B, count, P].
 
-        P is `config.output_size`. By the mean, the vector of a text that is not there is 0.
+        P is `config.output_size`. With pooling "mean", the vector of an absent text is 0.
         """
         return self.embed(tokens, positions, segments, count)
 
     def embed(self, tokens, positions, segments, count: int = 1):
-        """See `__call__`."""
+        """Maps packed texts to their vectors, see `__call__`."""
         member = segments[:, None] == jnp.arange(1, count + 1)[None, :, None]
         out = self.run(tokens, positions, segments, None, member)
         return out.pooler_output if out.text_embeds is None else out.text_embeds
 
     @nn.compact
     def run(self, tokens, positions, segments, keys, member, keep: bool = False) -> TextOutput:
-        """One pass.
+        """Encodes and pools texts.
 
         Args:
             tokens, positions: int[B, L].
             segments: int[B, L] or None: a token sees its own segment.
             keys: int[B, L] or None: a token sees the tokens whose number here equals its own segment.
-            member: bool[B, C, L], the tokens of each text; what is pooled has an axis C.
-            keep: whether hidden states are wanted.
+            member: bool[B, C, L], the tokens of each text; the pooled vectors have an axis C.
+            keep: whether to return the hidden states.
         """
         c, dialect = self.config, self.config.dialect
         dtype = jnp.dtype(c.dtype)
@@ -184,16 +184,16 @@ class TextTower(nn.Module):
 
 
 class TextModel(TextTower):
-    """A text tower that is called as Hugging Face's classes are."""
+    """A text encoder that is called like Hugging Face's classes."""
 
     def __call__(self, tokens, mask=None, *, output_hidden_states: bool = False) -> TextOutput:
         """Encodes one text a row.
 
         Args:
             tokens: int[B, L].
-            mask: int[B, L], 0 at places that no token may see, or None. A mean is taken over the others; else it does
-                not change where a text is pooled: SigLIP reads the last place even if it is padding, so pad its texts
-                to `max_length`, as it was trained.
+            mask: int[B, L], 0 at positions that no token may see, or None. Pooling "mean" averages the others. Other
+                poolings ignore it: SigLIP reads the last position even if it is padding, so pad its texts to
+                `max_length`, as in training.
 
         Raises:
             ConfigError: more tokens than positions.
@@ -214,14 +214,14 @@ class TextModel(TextTower):
 
 
 def _pool(c: TextTowerConfig, x, tokens, member):
-    """dtype[B, L, E], int[B, L], bool[B, C, L] -> dtype[B, C, E]"""
+    """Pools dtype[B, L, E] to dtype[B, C, E]; tokens are int[B, L], member bool[B, C, L]."""
     if c.dialect.pooling == "mean":
         share = member.astype(x.dtype)
         return jnp.einsum("bcl,ble->bce", share, x) / jnp.maximum(share.sum(axis=-1), 1)[..., None]
     if c.dialect.pooling == "last":
-        place = jnp.where(member, jnp.arange(tokens.shape[1]), 0).max(axis=-1)
+        position = jnp.where(member, jnp.arange(tokens.shape[1]), 0).max(axis=-1)
     elif c.dialect.pooling == "eos":
-        place = (member * (1 + (tokens == c.eos_token_id)[:, None])).argmax(axis=-1)
+        position = (member * (1 + (tokens == c.eos_token_id)[:, None])).argmax(axis=-1)
     else:
-        place = jnp.where(member, tokens[:, None], -1).argmax(axis=-1)
-    return jnp.take_along_axis(x, place[..., None], axis=1)
+        position = jnp.where(member, tokens[:, None], -1).argmax(axis=-1)
+    return jnp.take_along_axis(x, position[..., None], axis=1)

@@ -1,4 +1,4 @@
-"""What the text towers' Hugging Face folders share: options, the names of their weights, and the written check."""
+"""The common parts of the text encoders' Hugging Face folders: their options and their weights' names."""
 
 from __future__ import annotations
 
@@ -24,14 +24,15 @@ _FIELDS: Fields = LAYERS | {
 
 
 def read_tower(values: dict, defaults: dict, what: str, **switches) -> TextTowerConfig:
-    """The options that CLIP's and SigLIP's text towers spell alike; refuses those that nobody has read.
+    """Reads the options that CLIP's and SigLIP's text encoders have in common; refuses those that nothing has read.
 
     Args:
-        defaults: what an option is where the file does not say.
-        switches: fields of the config or of its dialect that the family decides.
+        defaults: of the options that the file leaves out.
+        what: name of the file in messages.
+        switches: fields of the config or of its dialect that the family determines.
 
     Raises:
-        ConfigError: an option that is not supported, by name.
+        ConfigError: an unsupported option, by name.
     """
     options = Options(defaults | {name: value for name, value in values.items() if value is not None}, what)
     eos = _one_id(options.ids("eos_token_id"), what)
@@ -43,29 +44,31 @@ def read_tower(values: dict, defaults: dict, what: str, **switches) -> TextTower
 
 def _one_id(ids: tuple[int, ...], what: str) -> int | None:
     if len(ids) > 1:
-        raise ConfigError(f"{what}: eos_token_id={list(ids)}", "one id: it says where a text is pooled", "name the one")
+        raise ConfigError(
+            f"{what}: eos_token_id={list(ids)}", "one id, at which a text is pooled", "choose one of them"
+        )
     return ids[0] if ids else None
 
 
 def write_tower(c: TextTowerConfig) -> dict:
-    """The inverse of `read_tower`."""
+    """Writes the options of a text encoder, the inverse of `read_tower`."""
     return dict(**kind_of(c.family), eos_token_id=c.eos_token_id, **write_fields(c, _FIELDS))
 
 
 def faithful(config: TextTowerConfig, written: dict, read: Callable[[dict], TextTowerConfig]) -> dict:
-    """`written`, if reading it gives the same tower again.
+    """Returns `written`, if reading it gives the same text encoder.
 
     Raises:
-        ConfigError: the family has no options for some of the switches; names them.
+        ConfigError: some fields cannot be expressed in the family's options; names them.
     """
-    return check_written(config, written, read, "a text tower")
+    return check_written(config, written, read, "a text encoder")
 
 
 def tower_table(c: TextTowerConfig, projection: str = "") -> Table:
-    """The weights of a tower under the hub's names, which CLIP and SigLIP share.
+    """Returns the table of a text encoder's weights under the names of CLIP and SigLIP, which are the same.
 
     Args:
-        projection: the name of the projection's kernel, where the family has one.
+        projection: name of the projection's kernel, if the family has one.
     """
     layer, head = "text_model.encoder.layers.{layer}", c.hidden_size // c.num_heads
     weights = [
@@ -83,6 +86,6 @@ def tower_table(c: TextTowerConfig, projection: str = "") -> Table:
         weights += linear("text_model.head", "head")
     if projection:
         weights += linear(projection, "projection", bias=False)
-    # What transformers 5 writes for a tower alone has no prefix; older folders hold the positions' numbers.
+    # transformers 5 saves a text encoder alone without a prefix; older folders contain position_ids.
     spellings = ((r"^(embeddings|encoder|final_layer_norm|head)\.", r"text_model.\1."),)
     return Table(tuple(weights), spellings, ("text_model.embeddings.position_ids",))

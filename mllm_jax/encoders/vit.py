@@ -1,5 +1,7 @@
-"""Vision transformer (arXiv 2010.11929): pixels to one vector a patch. Its switches make it any of its descendants:
-CLIP, SigLIP, DINOv2, EVA-01, EVA-02-CLIP, InternViT; each has a file with its config and its checkpoints' names.
+"""Vision transformer (arXiv 2010.11929), from pixels to one vector a patch.
+
+Its options make it CLIP, SigLIP, DINOv2, EVA-01, EVA-02-CLIP or InternViT. Each of these has a file with its config and
+its checkpoints' names.
 """
 
 from __future__ import annotations
@@ -31,28 +33,32 @@ POOLERS = ("auto", "token", "mean", "attention", "none")
 
 @dataclass(frozen=True)
 class ViTDialect:
-    """Details that make a ViT one of a family; the defaults are those of a ViT from scratch.
+    """Details that distinguish the families of ViTs; the defaults are for a ViT from scratch.
 
     Attributes:
-        norm: "layer" or "rms"; that of the layers. `pre_norm`: one more before the first layer (CLIP).
-        norm_first: norms before attention and MLP; False puts them after each, before the sum (EVA-02-CLIP E/14).
-        norm_output, norm_pooled: where the final LayerNorm is taken: on all vectors; on the pooled one.
+        norm: "layer" or "rms", of the layers.
+        pre_norm: whether a norm precedes the first layer (CLIP).
+        norm_first: whether norms come before attention and MLP; False puts them after each, before the sum (EVA-02-CLIP
+            E/14).
+        norm_output, norm_pooled: whether the final LayerNorm applies to all vectors, and to the pooled vector.
         norm_eps: epsilon of all these norms.
-        patch_bias, qkv_bias, k_bias: of the patch projection; of queries, keys and values; of the keys among them.
-        gated: SwiGLU with activation "silu".
-        qk_norm: RMSNorm over all heads of queries and keys; qk_norm_eps is its epsilon.
+        patch_bias, qkv_bias, k_bias: whether there are biases of the patch projection; of queries, keys and values; of
+            the keys if queries and values have them.
+        gated: whether the MLP is gated; with activation "silu" it is SwiGLU.
+        qk_norm: whether an RMSNorm over all heads follows queries and keys; qk_norm_eps is its epsilon.
         attention_sub_norm_eps, mlp_sub_norm_eps: None, or the epsilons of LayerNorms before the last maps of attention
             and MLP (sub-LN).
-        layer_scale: None, or the start of a learned factor on what each attention and MLP adds, one a dimension.
-        num_positions: None, or the size of a square table of learned positions that is not that of image_size.
-        position_antialias: with antialiasing where fewer patches are asked for than there are position embeddings.
-        rope_grid: None, or the side of the grid on which rotary positions of patches are counted, whatever the number
-            of patches (EVA-02).
-        drop_remainder: pixels right and below that fill no patch are left out instead of refused.
+        layer_scale: None, or the initial value of a learned factor, one a dimension, of the outputs of attention and
+            MLP.
+        num_positions: None, or the size of a square table of learned positions if image_size has another number.
+        position_antialias: whether position embeddings are interpolated to fewer patches with antialiasing.
+        rope_grid: None, or the side of the grid to which the rotary positions of any number of patches are scaled
+            (EVA-02).
+        drop_remainder: whether pixels at the right and lower edges that fill no patch are left out instead of refused.
         pooler: "token" (the class token), "mean" (over the patches), "attention" (a learned query), "none"; "auto" is
             the class token if there is one, else the mean.
-        head_size, head_activation: None, or the width of a linear map after the pooling, and what follows it.
-        family: the architecture that it is written as.
+        head_size, head_activation: None, or the width of a linear map after the pooling, and its activation.
+        family: the Hugging Face or timm architecture of the saved folder.
     """
 
     norm: str = "layer"
@@ -83,18 +89,18 @@ class ViTDialect:
 
 @dataclass(frozen=True)
 class ViTConfig(WithCompute):
-    """Sizes of a ViT; what only reproduces a family is in its dialect.
+    """Sizes of a ViT; details that only reproduce a family are in its dialect.
 
     Attributes:
-        image_size: of the square images that the position embedding is made for; for others it is interpolated.
+        image_size: side of the square images of the position embedding; for others it is interpolated.
         class_token: whether a learned vector before the patches represents the whole image.
         stem_channels: channels of 3x3 stride-2 convolutions before the patch projection (arXiv 2106.14881); each
-            halves the image, so the patch that is projected shrinks by as much. Empty: patches are cut from pixels.
-        regions: None, or the side of a square grid of regions: the patches of each, side by side, become one vector of
-            `region_size` by the region's own linear map. Contrastive training then teaches positions as well, and the
-            LLM reads few tokens that lie in one space.
-        mimetic_init: for training from scratch on little data; see `Attention`.
-        image_mean, image_std: what pixels in [0, 1] are normalised with.
+            halves the image and with it the projected patch. If empty, patches are cut from pixels.
+        regions: None, or the side of a square grid of regions: a linear map of each region's own makes one vector of
+            `region_size` of its concatenated patches. Contrastive training then also teaches positions, and the LLM
+            reads few tokens.
+        mimetic_init: whether to initialise for training from scratch on little data; see `Attention`.
+        image_mean, image_std: of the normalisation of pixels in [0, 1].
     """
 
     image_size: int = 224
@@ -137,7 +143,7 @@ class ViTConfig(WithCompute):
         require.one_of("dialect.pooler", POOLERS)
         require.heads()
         if dialect.rope_grid is not None:
-            require.heads(4, "rows and columns turn pairs in half of a head each")
+            require.heads(4, "rows and columns rotate pairs in one half of a head each")
         require(
             self.class_token or dialect.pooler != "token",
             "dialect.pooler 'token' without a class token",
@@ -146,29 +152,29 @@ class ViTConfig(WithCompute):
         )
         require(
             dialect.pooler != "none" or not (dialect.head_size or dialect.norm_pooled),
-            "a head or a norm for the pooled vector, and dialect.pooler 'none'",
-            "a pooled vector for them",
+            "a head or a norm of the pooled vector, and dialect.pooler 'none'",
+            "a pooled vector",
             "change dialect.pooler, or leave out dialect.head_size and dialect.norm_pooled",
         )
 
     @property
     def side(self) -> int:
-        """Patches along one side of a picture of image_size."""
+        """The number of patches along one side of an image of image_size."""
         return self.image_size // self.patch_size
 
     @property
     def grid(self) -> int:
-        """Vectors along one side of what comes out: regions if there are any, else patches."""
+        """The number of output vectors along one side: regions if there are any, else patches."""
         return self.regions or self.side
 
     @property
     def family(self) -> str:
-        """The architecture that it is written as."""
+        """The Hugging Face architecture of the saved folder."""
         return self.dialect.family
 
     @property
     def feature_size(self) -> int:
-        """Width of the vectors that come out."""
+        """The width of the output vectors."""
         return self.hidden_size if self.regions is None else self.region_size
 
     resampled = ("position_embedding",)  # the parameters that `resample` makes for this image_size
@@ -185,13 +191,14 @@ class ViTConfig(WithCompute):
 
 @struct.dataclass
 class VisionOutput:
-    """What every vision encoder returns.
+    """The output of every image encoder.
 
     Attributes:
         last_hidden_state: [B, N, E].
-        pooler_output: [B, E], or None where the encoder pools nothing.
-        hidden_states: None, or what entered the first layer and what left each, [B, N, E] each, without the final norm.
-        class_tokens: how many vectors before the patches stand for the whole picture; None: they stand among them.
+        pooler_output: [B, E], or None without pooling.
+        hidden_states: None, or the first layer's input and each layer's output, [B, N, E] each, without the final norm.
+        class_tokens: number of vectors before the patches that represent the whole image; None if they are among the
+            patches.
     """
 
     last_hidden_state: jax.Array
@@ -201,28 +208,28 @@ class VisionOutput:
 
 
 def select_layers(output: VisionOutput, layers: int | Sequence[int], keep_class_token: bool = False) -> jax.Array:
-    """The hidden states that an LLM is to read: dtype[B, N, E * len(layers)], side by side when there are several.
+    """Returns the hidden states that an LLM reads, concatenated: dtype[B, N, E * len(layers)].
 
     Args:
-        layers: indices into `hidden_states`: 0 is what entered the first layer, -1 what left the last.
-        keep_class_token: whether the vectors before the patches stay.
+        layers: indices of `hidden_states`: 0 is the input of the first layer, -1 the output of the last.
+        keep_class_token: whether to keep the vectors before the patches.
 
     Raises:
-        ConfigError: hidden states that were not asked for, an index beyond them, or class tokens among packed patches.
+        ConfigError: an output without hidden states, an index out of range, or class tokens among packed patches.
     """
     wanted = (layers,) if isinstance(layers, int) else tuple(layers)
     states = output.hidden_states
     if states is None or not wanted or not all(-len(states) <= layer < len(states) for layer in wanted):
         raise ConfigError(
             f"hidden layers {wanted} of " + ("an output without any" if states is None else f"{len(states)}"),
-            "an output with hidden states, and indices into them",
+            "an output with hidden states, and indices of them",
             "apply the encoder with output_hidden_states=True, and count from 0 (embeddings) or back from -1",
         )
     if output.class_tokens is None and not keep_class_token:
         raise ConfigError(
-            "packed pictures whose class tokens are to be dropped",
-            "keep_class_token: they stand where their coordinates are -1",
-            "keep them, and do not point at them with media_index",
+            "packed images without keep_class_token",
+            "keep_class_token: class tokens are at coordinates -1, among the patches",
+            "keep them, and leave them out of media_index",
         )
     x = jnp.concatenate([states[layer] for layer in wanted], axis=-1)
     return x if keep_class_token else x[:, output.class_tokens :]
@@ -233,7 +240,7 @@ def _norm(c: ViTConfig, name: str) -> nn.Module:
 
 
 class ViTBlock(nn.Module):
-    """Transformer layer, full attention within a picture; `capture` gives its output to the scan too."""
+    """Transformer layer with full attention within an image; `capture` also returns its output to the scan."""
 
     config: ViTConfig
     capture: bool = False
@@ -274,23 +281,24 @@ class ViT(nn.Module):
 
     @nn.compact
     def __call__(self, pixels, output_hidden_states=False, *, segments=None, coordinates=None, grids=None):
-        """Encodes whole pictures, or patches of several pictures packed in a row.
+        """Encodes whole images, or patches of several images packed in a row.
 
-        A picture of another size than image_size gets interpolated position embeddings. A packed picture comes out as
-        it does alone; where the model has a class token, a place of the row whose coordinates are (-1, -1) becomes that
-        of its segment, whatever its pixels.
+        The position embeddings are interpolated for an image of another size than image_size. A packed image has the
+        same output as the image alone. If the model has a class token, a position with coordinates (-1, -1) becomes the
+        class token of its segment, for any pixels.
 
         Args:
             pixels: normalised, float[B, H, W, C]; or packed, float[B, N, P*P*C], a patch's rows, columns, channels.
-            segments: packed: int[B, N], the picture of each patch; 0 is padding.
-            coordinates: packed: int[B, N, 2], row and column of each patch in its picture.
-            grids: packed: int[B, N, 2], height and width of that picture in patches.
+            segments: packed: int[B, N], the image of each patch; 0 is padding.
+            coordinates: packed: int[B, N, 2], row and column of each patch in its image.
+            grids: packed: int[B, N, 2], height and width of that image in patches.
 
         Returns:
-            VisionOutput with N = patches (+ 1 with a class token, which comes first); packed, nothing is pooled.
+            VisionOutput with N = patches (+ 1 with a class token, which comes first); packed images are not pooled.
 
         Raises:
-            ConfigError: pixels that do not fit, packed patches without their places, regions of another picture size.
+            ConfigError: pixels that do not fit, packed patches without their coordinates, or regions and another image
+                size.
         """
         c, dialect = self.config, self.config.dialect
         dtype = jnp.dtype(c.dtype)
@@ -299,9 +307,9 @@ class ViT(nn.Module):
         packed = bool(given)
         if len(given) not in (0, 3) or pixels.ndim != (3 if packed else 4):
             raise ConfigError(
-                f"ViT: pixels of shape {pixels.shape} with {', '.join(given) or 'nothing beside them'}",
-                "pictures [B, H, W, C] alone, or packed patches [B, N, P*P*C] with segments, coordinates and grids",
-                "pass all four or the pictures alone",
+                f"ViT: pixels of shape {pixels.shape} with {', '.join(given) or 'nothing else'}",
+                "images [B, H, W, C] alone, or packed patches [B, N, P*P*C] with segments, coordinates and grids",
+                "pass all four or only the images",
             )
         if not packed:
             grids = np.array([size // c.patch_size for size in pixels.shape[1:3]])
@@ -311,22 +319,22 @@ class ViT(nn.Module):
         if c.regions is not None and (packed or tuple(grids) != (c.side, c.side)):
             raise ConfigError(
                 f"ViT: {c.regions} regions on " + ("packed patches" if packed else f"{grids} patches"),
-                f"pictures of {c.side} x {c.side} patches",
-                "resize the pictures, or leave out regions",
+                f"images of {c.side} x {c.side} patches",
+                "resize the images, or leave out regions",
             )
-        places = jnp.maximum(jnp.asarray(coordinates), 0)
-        grids = jnp.maximum(jnp.asarray(grids), 1)  # that of padding may be 0, which must not become NaN
-        x = self._embed(pixels.astype(dtype), coordinates, places, grids if packed else None)
+        clipped = jnp.maximum(jnp.asarray(coordinates), 0)
+        grids = jnp.maximum(jnp.asarray(grids), 1)  # the grid of padding may be 0, which would give NaN
+        x = self._embed(pixels.astype(dtype), coordinates, clipped, grids if packed else None)
         if dialect.pre_norm:
             x = _norm(c, "pre_norm")(x)
         angles = None
         if dialect.rope_grid is not None:
-            angles = grid_angles(places / grids * dialect.rope_grid, c.hidden_size // c.num_heads, dialect.rope_theta)
+            angles = grid_angles(clipped / grids * dialect.rope_grid, c.hidden_size // c.num_heads, dialect.rope_theta)
         layers = layers_of(c, ViTBlock, 2)
-        entered = x
+        first = x
         x, states = layers(c, output_hidden_states, name="layers")(x, None, segments, angles)
         if output_hidden_states:
-            states = (entered, *states)
+            states = (first, *states)
         if dialect.norm_output or dialect.norm_pooled:
             final_norm = LayerNorm(dialect.norm_eps, dtype, name="final_norm")
         if dialect.norm_output:
@@ -345,8 +353,8 @@ class ViT(nn.Module):
             pooled = ACTIVATIONS[dialect.head_activation](pooled)
         return VisionOutput(x, pooled, states, class_tokens=int(c.class_token))
 
-    def _embed(self, pixels, coordinates, places, grids):
-        """Patches and class tokens with their position embeddings; `grids` is None for whole pictures."""
+    def _embed(self, pixels, coordinates, clipped, grids):
+        """Returns patches and class tokens with their position embeddings; `grids` is None for whole images."""
         c = self.config
         x = PatchEmbedding(c, name="patch_embedding")(pixels)
         normal = nn.initializers.normal(0.02)
@@ -364,7 +372,7 @@ class ViT(nn.Module):
                 x = jnp.concatenate([jnp.broadcast_to(token, (x.shape[0], 1, c.hidden_size)), x], axis=1)
                 positions = jnp.concatenate([first, positions])
         else:
-            positions = bicubic_packed(table, places, grids, c.dialect.position_antialias)
+            positions = bicubic_packed(table, clipped, grids, c.dialect.position_antialias)
             if c.class_token:
                 here = coordinates[..., :1] < 0
                 x, positions = jnp.where(here, token, x), jnp.where(here, first, positions)

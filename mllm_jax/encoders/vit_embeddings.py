@@ -1,4 +1,4 @@
-"""What leads into and out of a ViT's layers: patches to vectors, and regions of patches."""
+"""The parts before and after a ViT's layers: patch embedding, pooling of regions, attention pooling."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ if TYPE_CHECKING:
 
 
 class PatchEmbedding(nn.Module):
-    """Pixels to patch vectors: an optional convolutional stem, then one linear map a patch."""
+    """Embedding of pixels as patch vectors: an optional convolutional stem, then one linear map a patch."""
 
     config: ViTConfig
 
     @nn.compact
     def __call__(self, pixels):
-        """dtype[B, H, W, C], or patches dtype[B, N, P*P*C] (row, column, channel) -> dtype[B, N, E]
+        """Maps dtype[B, H, W, C], or patches dtype[B, N, P*P*C] (row, column, channel), to dtype[B, N, E].
 
         Raises:
-            ConfigError: another number of channels, or pixels that are no whole number of patches.
+            ConfigError: another number of channels, or pixels that are not a whole number of patches.
         """
         c = self.config
         x = self._patches(pixels) if pixels.ndim == 4 else self._given(pixels)
@@ -44,7 +44,7 @@ class PatchEmbedding(nn.Module):
             raise ConfigError(
                 f"ViT: pixels {height} x {width} with {channels} channels",
                 f"{c.num_channels} channels, and a whole number of patches of {c.patch_size} each way",
-                "resize or convert the image, or set dialect.drop_remainder to leave out what is over",
+                "resize or convert the image, or set dialect.drop_remainder to leave out the remaining pixels",
             )
         x = x[:, : whole[0], : whole[1]]
         for i, channels in enumerate(c.stem_channels):
@@ -67,20 +67,20 @@ class PatchEmbedding(nn.Module):
                 f"ViT: packed patches of {x.shape[-1]} numbers"
                 + (" for a convolutional stem" if c.stem_channels else ""),
                 f"{c.patch_size}^2 * {c.num_channels} = {c.patch_size**2 * c.num_channels} numbers, and no stem, "
-                "whose convolutions reach into neighbouring patches",
-                "cut patches of that size, or pass whole pictures",
+                "because its convolutions read neighbouring patches",
+                "cut patches of that size, or pass whole images",
             )
         return x
 
 
 class RegionPooling(nn.Module):
-    """The patches of each region, side by side, to one vector."""
+    """Linear map of the concatenated patches of each region to one vector."""
 
     config: ViTConfig
 
     @nn.compact
     def __call__(self, x):
-        """dtype[B, N, E] -> dtype[B, regions^2, region_size]"""
+        """Maps dtype[B, N, E] to dtype[B, regions^2, region_size]."""
         c = self.config
         side = c.image_size // c.patch_size // c.regions
         x = rearrange(x, "b (h p w q) e -> b (h w) (p q e)", h=c.regions, w=c.regions, p=side, q=side)
@@ -92,7 +92,7 @@ class RegionPooling(nn.Module):
 
 
 class AttentionPooling(nn.Module):
-    """Multi-head attention pooling with an MLP behind it (arXiv 2106.04560, section 3.3, as in SigLIP)."""
+    """Multi-head attention pooling and an MLP after it (arXiv 2106.04560, section 3.3, as in SigLIP)."""
 
     num_heads: int
     mlp_size: int
@@ -102,7 +102,7 @@ class AttentionPooling(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        """dtype[B, N, E] -> dtype[B, E]"""
+        """Maps dtype[B, N, E] to dtype[B, E]."""
         width = x.shape[-1]
         init = nn.with_logical_partitioning(nn.initializers.normal(width**-0.5), ("queries", "embed"))
         probe = self.param("probe", init, (1, width), jnp.float32).astype(self.dtype)

@@ -1,4 +1,4 @@
-"""ViT (arXiv 2010.11929) as `ViTModel`: class token, LayerNorm of epsilon 1e-12, a dense layer with tanh that pools."""
+"""ViT (arXiv 2010.11929) as `ViTModel`: class token, LayerNorm of epsilon 1e-12, a dense pooler with tanh."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ _POOLER_ACTIVATIONS = ENCODER_ACTIVATIONS | {"linear": None}
 
 
 def _read_pooler(options: Options) -> dict:
-    """The dense layer behind the pooling.
+    """Reads the options of the dense layer after the pooling.
 
-    `add_pooling_layer` is an argument of the reference class, not an option of its config.json; set to false there, a
-    checkpoint without a pooler is read.
+    `add_pooling_layer` is an argument of the reference class, not an option of its config.json; the value false in
+    config.json selects a checkpoint without a pooler.
     """
     options.skip("encoder_stride")
     width = options.size("pooler_output_size", options.size("hidden_size"))
@@ -49,7 +49,7 @@ FAMILY = vit_family(
         down="output.dense",
         final_norm="layernorm",
         head="pooler.dense",
-        # As transformers 5 names them in memory, and inside a larger model.
+        # The names of transformers 5 in memory, and inside a larger model.
         spellings=(
             (r"^vit\.", ""),
             (r"^layers\.", "encoder.layer."),

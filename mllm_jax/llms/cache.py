@@ -12,10 +12,10 @@ from mllm_jax.sharding.logical import constrain
 
 @struct.dataclass
 class KVCache:
-    """What a decoder has read.
+    """The keys and values of the tokens that a decoder has read.
 
     keys, values: dtype[L, B, T, K, H]; segments: int[B, T], 0 where nothing was written; length: int[B];
-    offset: int[B], how far the next token's position lies from `length`, as it does behind media with M-RoPE.
+    offset: int[B], the next token's position minus `length`, which is not 0 after media with M-RoPE.
     """
 
     keys: jax.Array
@@ -37,16 +37,17 @@ class KVCache:
         )
 
     def reserve(self, segments: jax.Array, positions: jax.Array | None = None) -> tuple[KVCache, jax.Array]:
-        """Makes room for a chunk of tokens behind what is there.
+        """Makes room for a chunk of tokens after the cached tokens.
 
-        Padding (segment 0, at a chunk's end) takes no place: its index lies past the end, where writes are dropped.
+        Padding (segment 0, at the end of a chunk) takes no room: its index lies past the end, where writes are dropped.
 
         Args:
             segments: int[B, S] of the chunk.
-            positions: int[B, S] or int[B, S, 3] of it; None: counted. Text goes on behind the largest.
+            positions: int[B, S] or int[B, S, 3] of the chunk; None counts them. Text continues after the largest.
 
         Returns:
-            The cache with segments and length moved on (keys and values not yet), and index int[B, S].
+            The cache with new segments and length (keys and values are unchanged), and the index int[B, S] of each
+            token in the cache.
         """
         real = (segments > 0).astype(jnp.int32)
         index = jnp.where(real > 0, self.length[:, None] + jnp.cumsum(real, axis=1) - 1, self.keys.shape[2])

@@ -1,7 +1,7 @@
 """ChatGLM-6B, the first version (GLM-130B, arXiv 2210.02414): a prefix language model with two positions a token.
 
-A text is a context, which ends before the token `bos` and sees all of itself, and an answer, which is causal. The
-context holds a mark, gMASK or MASK, at whose place the answer stands.
+A text is a context and an answer. The context ends before the token `bos`, and each of its tokens sees all of it. The
+answer is causal. The context holds a mark, gMASK or MASK; the answer has the mark's position.
 """
 
 from __future__ import annotations
@@ -32,19 +32,19 @@ from mllm_jax.layers.stack import layers_of
 from mllm_jax.llms.cache import KVCache
 from mllm_jax.sharding.logical import constrain
 
-# The released model's sqrt(2 L): its code says 28 layers here whatever num_layers is.
+# sqrt(2 L) of the released model, whose code has 28 layers here for any num_layers.
 RESIDUAL_SCALE = (2 * 28) ** 0.5
-FAR = np.iinfo(np.int32).max  # the place of a mark that a text does not have
+FAR = np.iinfo(np.int32).max  # the index of a mark that a text does not have
 
 
 @dataclass(frozen=True)
 class ChatGLMConfig(WithCompute):
-    """Sizes, and the tokens that structure a text.
+    """Sizes of a ChatGLM and the tokens that structure a text.
 
     Attributes:
-        bos_token_id: the answer begins with it.
-        gmask_token_id, mask_token_id: the marks; the first counts where a text has both.
-        max_position_embeddings: the length it was trained on; no bound.
+        bos_token_id: the first token of the answer.
+        gmask_token_id, mask_token_id: the marks; gMASK counts if a text has both.
+        max_position_embeddings: the length of the training texts; longer texts are allowed.
     """
 
     vocab_size: int = 130528
@@ -62,7 +62,7 @@ class ChatGLMConfig(WithCompute):
     family: str = "ChatGLMModel"
 
     def __post_init__(self):
-        Requirements("ChatGLM", self).heads(4, "RoPE turns pairs in each half")
+        Requirements("ChatGLM", self).heads(4, "RoPE rotates pairs in each half")
 
     @property
     def head_dim(self) -> int:
@@ -74,7 +74,7 @@ class ChatGLMConfig(WithCompute):
         return ChatGLM(self)
 
     def make_cache(self, batch: int, size: int) -> PrefixCache:
-        """An empty cache for `batch` rows of at most `size` tokens."""
+        """Returns an empty cache for `batch` rows of at most `size` tokens."""
         kv = KVCache.zeros(self.num_layers, batch, size, self.num_heads, self.head_dim, jnp.dtype(self.dtype))
         return PrefixCache(
             **{field.name: getattr(kv, field.name) for field in fields(kv)},
@@ -85,76 +85,80 @@ class ChatGLMConfig(WithCompute):
 
 @struct.dataclass
 class PrefixCache(KVCache):
-    """What the model has read of one text a row; the context must come in one chunk, since it sees all of itself.
+    """The cache of one text a row; the context must come in one chunk, because each of its tokens sees all of it.
 
-    blocks: int[B, T], the second position of each token, 0 in the context; marks: int[B, 3], places of bos, gMASK and
-    MASK, FAR where there was none yet.
+    blocks: int[B, T], the second position of each token, 0 in the context; marks: int[B, 3], the indices of bos, gMASK
+    and MASK, FAR for each that has not been read.
     """
 
     blocks: jax.Array
     marks: jax.Array
 
 
-def find_marks(config: ChatGLMConfig, tokens, places, segments) -> jax.Array:
-    """int[B, S, 3]: the places of the first bos, gMASK and MASK in each token's own text, FAR where it has none.
+def find_marks(config: ChatGLMConfig, tokens, text_index, segments) -> jax.Array:
+    """Returns int[B, S, 3]: the indices of the first bos, gMASK and MASK of each token's text, FAR if it has none.
 
     Args:
-        tokens, places: int[B, S].  segments: int[B, S] or None.
+        tokens: int[B, S].
+        text_index: int[B, S], counted in each text.
+        segments: int[B, S] or None.
     """
     ids = jnp.array([config.bos_token_id, config.gmask_token_id, config.mask_token_id])
-    found = jnp.where(tokens[..., None] == ids, places[..., None], FAR)
+    found = jnp.where(tokens[..., None] == ids, text_index[..., None], FAR)
     if segments is None:
         return jnp.broadcast_to(found.min(axis=1, keepdims=True), found.shape)
     same = segments[:, :, None] == segments[:, None, :]
     return jnp.stack([jnp.where(same, found[:, None, :, i], FAR).min(axis=2) for i in range(3)], axis=-1)
 
 
-def two_positions(places: jax.Array, marks: jax.Array) -> jax.Array:
-    """Place in the context, where the answer stands at the mark; and place in the answer, 0 in the context.
+def two_positions(text_index: jax.Array, marks: jax.Array) -> jax.Array:
+    """Returns each token's position in the context and its position in the answer.
 
-    Without a mark the answer stands at the context's last token; without bos all is context.
+    A token of the answer has the position of the mark in the context; without a mark, that of the last context token.
+    A token of the context has position 0 in the answer. Without bos, the whole text is context.
 
     Args:
-        places: int[B, S] counted in each text.  marks: int[B, S, 3], see `find_marks`.
+        text_index: int[B, S], counted in each text.
+        marks: int[B, S, 3], see `find_marks`.
 
     Returns:
         int[B, 2, S].
     """
     bos, gmask, mask = (marks[..., i] for i in range(3))
     mark = jnp.where(gmask < FAR, gmask, jnp.where(mask < FAR, mask, bos - 1))
-    context = places < bos
-    return jnp.stack([jnp.where(context, places, mark), jnp.where(context, 0, places - bos + 1)], axis=1)
+    context = text_index < bos
+    return jnp.stack([jnp.where(context, text_index, mark), jnp.where(context, 0, text_index - bos + 1)], axis=1)
 
 
 def rotary_angles_2d(positions: jax.Array, head_dim: int) -> tuple[jax.Array, jax.Array]:
-    """Cosines and sines, float32[B, 2, S, head_dim/4], of int positions[B, 2, S]."""
+    """Returns cosines and sines, float32[B, 2, S, head_dim/4], of int positions[B, 2, S]."""
     size = head_dim // 2
     frequencies = (1 / 10_000 ** (np.arange(0, size, 2, dtype=np.float32) / size)).astype(np.float32)
-    # The model was trained with frequencies in half precision; others turn late tokens elsewhere.
+    # The model was trained with frequencies in half precision; exact ones change the angles of late tokens.
     frequencies = frequencies.astype(np.float16).astype(np.float32)
     angles = positions[..., None].astype(jnp.float32) * frequencies
     return jnp.cos(angles), jnp.sin(angles)
 
 
 def apply_rotary_2d(x: jax.Array, angles: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """Rotates each head of x[B, S, N, H]: its first half by the first position's angles, its second by the other's."""
+    """Rotates the first half of each head of x[B, S, N, H] by the first position and the second half by the second."""
     halves = jnp.split(x, 2, axis=-1)
     turned = [apply_rotary(half, tuple(a[:, i] for a in angles)) for i, half in enumerate(halves)]
     return jnp.concatenate(turned, axis=-1)
 
 
 class ChatGLMBlock(nn.Module):
-    """One layer; attention and MLP are added to the normed and scaled stream, not to the stream itself."""
+    """Transformer layer that adds attention and MLP to the normed and scaled stream, not to the stream itself."""
 
     config: ChatGLMConfig
 
     @nn.compact
-    def __call__(self, x, layer_cache, segments, angles, bias, cache_place):
-        """[B, S, E] -> ([B, S, E], keys and values as they stand in the cache)."""
+    def __call__(self, x, layer_cache, segments, angles, bias, cache_position):
+        """Maps [B, S, E] to ([B, S, E], the keys and values of the cache)."""
         c = self.config
         dtype = jnp.dtype(c.dtype)
         h = LayerNorm(c.norm_eps, dtype, name="attention_norm")(x)
-        y, written = ChatGLMAttention(c, name="attention")(h, layer_cache, segments, angles, bias, cache_place)
+        y, written = ChatGLMAttention(c, name="attention")(h, layer_cache, segments, angles, bias, cache_position)
         x = h * RESIDUAL_SCALE + y
         h = LayerNorm(c.norm_eps, dtype, name="mlp_norm")(x)
         x = h * RESIDUAL_SCALE + MLP(c.mlp_size, "gelu_tanh", dtype=dtype, name="mlp")(h)
@@ -162,12 +166,12 @@ class ChatGLMBlock(nn.Module):
 
 
 class ChatGLMAttention(nn.Module):
-    """Multi-head attention with two-dimensional RoPE; the mask comes as a bias."""
+    """Multi-head attention with two-dimensional RoPE; the mask is given as a bias."""
 
     config: ChatGLMConfig
 
     @nn.compact
-    def __call__(self, x, layer_cache, segments, angles, bias, cache_place):
+    def __call__(self, x, layer_cache, segments, angles, bias, cache_position):
         c = self.config
         inner, names = (c.num_heads, c.head_dim), ("embed", "heads", "head_dim")
         common = dict(use_bias=True, dtype=jnp.dtype(c.dtype))
@@ -175,7 +179,7 @@ class ChatGLMAttention(nn.Module):
         q, k = apply_rotary_2d(constrain(q, "batch", "seq", "heads", "head_dim"), angles), apply_rotary_2d(k, angles)
         k_segments, written = segments, None
         if layer_cache is not None:
-            k_segments, index = cache_place
+            k_segments, index = cache_position
             k, v = written = write_at(layer_cache[0], k, index), write_at(layer_cache[1], v, index)
         y = attention(q, k.astype(q.dtype), v.astype(q.dtype), q_segments=segments, k_segments=k_segments, bias=bias)
         y = constrain(y, "batch", "seq", "heads", "head_dim")
@@ -183,7 +187,7 @@ class ChatGLMAttention(nn.Module):
 
 
 class ChatGLM(nn.Module):
-    """Token or embedding rows to logits (reference class: the checkpoint's `ChatGLMForConditionalGeneration`)."""
+    """ChatGLM-6B from tokens or embeddings to logits (reference: the checkpoint's own code)."""
 
     config: ChatGLMConfig
 
@@ -196,54 +200,54 @@ class ChatGLM(nn.Module):
         self.lm_head = Linear((c.vocab_size,), ("embed", "vocab"), dtype=dtype)
 
     def embed(self, tokens):
-        """int[B, S] -> dtype[B, S, E]"""
+        """Maps int[B, S] to dtype[B, S, E]."""
         return self.token_embedding(tokens)
 
     def __call__(
         self, tokens, positions=None, segments=None, *, embeddings=None, cache=None, logits_at=None, project=True
     ):
-        """Logits for the token that follows each place.
+        """Computes the logits of the token that follows each position.
 
         Args:
-            tokens: int[B, S]; bos, gMASK and MASK in them make positions and mask, also where embeddings are given.
-            positions: int[B, S], places counted in each text; None counts them, on from the cache's length if there
-                is one. Or int[B, 2, S], both positions of each token, whatever the tokens say.
-            segments: int[B, S]; a token sees its own segment only, 0 is padding; None is one segment.
-            embeddings: dtype[B, S, E] in the place of embedded tokens: this is how media enter.
+            tokens: int[B, S]; their bos, gMASK and MASK determine positions and mask, also if embeddings are given.
+            positions: int[B, S], indices counted in each text; None counts them from 0, or from the cache's length. Or
+                int[B, 2, S], both positions of each token, which replace those that the tokens determine.
+            segments: int[B, S]; a token sees only its own segment, 0 is padding; None is one segment.
+            embeddings: dtype[B, S, E], used instead of the embedded tokens; media enter this way.
             cache: PrefixCache to read from and add to.
-            logits_at: int[B, M], the places whose logits are wanted; None is all.
-            project: False stops before the head and gives HeadInputs in the place of logits.
+            logits_at: int[B, M], the positions of the returned logits; None returns all.
+            project: False stops before the head and returns HeadInputs instead of logits.
 
         Returns:
             float32[B, S, V] ([B, M, V]), with a cache (logits, cache).
         """
         x = constrain(self.embed(tokens) if embeddings is None else embeddings, "batch", "seq", None)
-        layer_caches, place = None, None
+        layer_caches, cache_position = None, None
         if cache is None:
             index = jnp.arange(x.shape[1])[None]
-            places = index if segments is None else index - _starts(segments)
+            text_index = index if segments is None else index - _starts(segments)
         else:
             segments = jnp.ones(tokens.shape, jnp.int32) if segments is None else segments
             cache, index = cache.reserve(segments)
-            places = index
-            layer_caches, place = (cache.keys, cache.values), (cache.segments, index)
+            text_index = index
+            layer_caches, cache_position = (cache.keys, cache.values), (cache.segments, index)
         if positions is None or positions.ndim == 2:
-            places = jnp.broadcast_to(places if positions is None else positions, tokens.shape)
-            marks = find_marks(self.config, tokens, places, segments)
+            text_index = jnp.broadcast_to(text_index if positions is None else positions, tokens.shape)
+            marks = find_marks(self.config, tokens, text_index, segments)
             if cache is not None:
                 marks = jnp.minimum(marks, cache.marks[:, None])
                 real = (segments > 0)[..., None]
                 cache = cache.replace(marks=jnp.minimum(cache.marks, jnp.where(real, marks, FAR).min(axis=1)))
-            positions = two_positions(places, marks)
+            positions = two_positions(text_index, marks)
         blocks = positions[:, 1]
         if cache is not None:
             blocks = write_at(cache.blocks, blocks, index)
             cache = cache.replace(blocks=blocks)
-        # A context is seen by all of its text. Half of the least float: a score more cannot make it infinite.
+        # All tokens of a text see its context. Half of the least float stays finite when a score is added.
         seen = (blocks == 0)[:, None, :] | (index[:, :, None] >= jnp.arange(blocks.shape[1]))
         bias = jnp.where(seen, 0.0, 0.5 * jnp.finfo(jnp.float32).min)[:, None]
         angles = rotary_angles_2d(positions, self.config.head_dim)
-        x, written = self.layers(x, layer_caches, segments, angles, bias, place)
+        x, written = self.layers(x, layer_caches, segments, angles, bias, cache_position)
         x = self.final_norm(x)
         if logits_at is not None:
             x = jnp.take_along_axis(x, logits_at[..., None], axis=1)
@@ -254,13 +258,13 @@ class ChatGLM(nn.Module):
 
 
 def _starts(segments: jax.Array) -> jax.Array:
-    """int[B, S]: the index at which each token's segment begins."""
+    """Returns int[B, S], the index at which each token's segment begins."""
     same = segments[:, :, None] == segments[:, None, :]
     return jnp.argmax(same, axis=2)
 
 
 def is_v1(config: Mapping) -> bool:
-    """Whether a config.json of "ChatGLMModel" is of ChatGLM-6B's first version: 2 and 3 have other names for sizes."""
+    """Returns whether config.json of "ChatGLMModel" is ChatGLM-6B's: versions 2 and 3 name their sizes differently."""
     return "inner_hidden_size" in config or "position_encoding_2d" in config
 
 
@@ -282,16 +286,16 @@ _FIXED = dict(position_encoding_2d=True, quantization_bit=0, prefix_projection=F
 
 
 def from_hf_config(values: dict) -> ChatGLMConfig:
-    """config.json of ChatGLM-6B; its sizes and the ids of its tokens must be there, since releases differ in them.
+    """Reads config.json of ChatGLM-6B; sizes and token ids must be given, because releases differ in them.
 
     Raises:
-        ConfigError: another version, an option that is not supported, or one that is missing.
+        ConfigError: another version, an unsupported option, or a missing option.
     """
     if not is_v1(values):
         raise ConfigError(
             "config.json of a ChatGLM model without 'inner_hidden_size' and 'position_encoding_2d'",
             "the first ChatGLM-6B",
-            "read it with mllm_jax.llms.glm: ChatGLM2 and ChatGLM3 are models of another kind",
+            "read it with mllm_jax.llms.glm: ChatGLM2 and ChatGLM3 are other models",
         )
     option = Options(values, "config.json of ChatGLM-6B")
     for name, value in _FIXED.items():
@@ -303,12 +307,12 @@ def from_hf_config(values: dict) -> ChatGLMConfig:
 
 
 def to_hf_config(config: ChatGLMConfig) -> dict:
-    """config.json as ChatGLM-6B has it, without the pointers to its code."""
+    """Returns config.json of ChatGLM-6B, without the references to its code."""
     return kind_of(config.family) | _FIXED | dict(pre_seq_len=None) | write_fields(config, _FIELDS)
 
 
 def table(config: ChatGLMConfig) -> Table:
-    """The names of ChatGLM-6B: each head's rows of q, k and v follow one another."""
+    """Returns the table of ChatGLM-6B's weights; the fused tensor holds q, k and v head by head."""
     layer, heads = "transformer.layers.{layer}", {"n": config.num_heads}
     weights = [
         Weight("transformer.word_embeddings.weight", "token_embedding/embedding"),

@@ -1,4 +1,4 @@
-"""The decoder-only transformer: one module, whose switches make it LLaMA, Mistral, Qwen, GLM or OPT."""
+"""The decoder-only transformer: one module, whose options make it LLaMA, Mistral, Qwen, GLM or OPT."""
 
 from __future__ import annotations
 
@@ -26,26 +26,27 @@ LAYER_TYPES = ("full_attention", "sliding_attention")
 
 @dataclass(frozen=True)
 class DecoderDialect:
-    """Details that make a decoder one of a family; the defaults are LLaMA's.
+    """Details that distinguish the families of decoders; the defaults are LLaMA's.
 
     Attributes:
-        gated: True and activation "silu" are SwiGLU.
-        norm: "rms" or "layer"; norm_affine False is a LayerNorm without scale and bias; norm_eps is of all norms.
-        norm_first: norms before attention and MLP; False puts them after each sum (OPT-350m).
+        gated: whether the MLP is gated; with activation "silu" it is SwiGLU.
+        norm: "rms" or "layer"; norm_affine False is a LayerNorm without scale and bias; all norms have norm_eps.
+        norm_first: whether norms come before attention and MLP; False puts them after each sum (OPT-350m).
         final_norm: a norm before the output head.
         positions: "rotary", or "learned": a table of max_position_embeddings + position_offset vectors, added to the
             embedded tokens; the first position is row `position_offset`.
         rope_scaling, rope_theta, partial_rotary_factor, rotary_interleaved: see `RopeScaling` and `apply_rotary`; the
-            first `partial_rotary_factor` of each head's dimensions are turned.
-        mrope_sections: of three-part positions (M-RoPE, arXiv 2409.12191): how many pairs of a head's dimensions turn
-            by time, height and width, one after the other; empty: positions are single numbers.
-        mrope_interleaved: pairs take turns, time, height, width, time, ..., as long as the sections last (Qwen3-VL).
-        embedding_size: width of embedding and head where it is not hidden_size; linear maps lead in and out.
-        qkv_bias, out_bias, mlp_bias: of the layers' linear maps.
-        sliding_window: None, or how many keys a query sees, itself included.
-        layer_types: "full_attention" or "sliding_attention" of each layer; empty: the window, if any, is every layer's.
-        longest: None, or how many tokens a text may have: beyond it the family's own code does what is not done here.
-        family: the Hugging Face architecture that it is written as.
+            first `partial_rotary_factor` of each head's dimensions are rotated.
+        mrope_sections: numbers of pairs of a head's dimensions that time, height and width rotate, in this order
+            (M-RoPE, arXiv 2409.12191); empty: a position is a single number.
+        mrope_interleaved: whether the pairs alternate, time, height, width, time, ..., until a section is used up
+            (Qwen3-VL).
+        embedding_size: width of embedding and head if it is not hidden_size; linear maps connect the two widths.
+        qkv_bias, out_bias, mlp_bias: whether the layers' linear maps have biases.
+        sliding_window: None, or the number of keys that a query sees, its own included.
+        layer_types: "full_attention" or "sliding_attention" of each layer; empty: every layer has the sliding window.
+        longest: None, or the most tokens of a text: longer ones need code of the family that is not implemented here.
+        family: the Hugging Face architecture of the saved folder.
     """
 
     gated: bool = True
@@ -74,15 +75,15 @@ class DecoderDialect:
 
 @dataclass(frozen=True)
 class DecoderConfig(WithCompute):
-    """Sizes of a decoder; what only reproduces a family is in its dialect.
+    """Sizes of a decoder; details that only reproduce a family are in its dialect.
 
     Attributes:
         head_dim: None is hidden_size / num_heads.
-        qk_norm: a norm of each head's queries and keys.
-        mimetic_init: for training from scratch on little data; see `Attention`.
-        tie_word_embeddings: the output head is the embedding's transpose.
-        max_position_embeddings: the length it was trained on; a bound for learned positions only.
-        bos_token_id, eos_token_id, pad_token_id: kept for generation; each of several eos ids ends a text.
+        qk_norm: whether a norm follows each head's queries and keys.
+        mimetic_init: whether to initialise for training from scratch on little data; see `Attention`.
+        tie_word_embeddings: whether the output head is the transposed embedding.
+        max_position_embeddings: the length of the training texts; only learned positions are limited to it.
+        bos_token_id, eos_token_id, pad_token_id: read by generation; each of several eos ids ends a text.
     """
 
     vocab_size: int
@@ -117,28 +118,28 @@ class DecoderConfig(WithCompute):
         )
         require(
             dialect.positions == "learned" or 0 < self.rotary_dim + self.rotary_dim % 2 <= self.size_per_head,
-            f"an odd head_dim, {self.size_per_head}, of which RoPE is to turn {self.rotary_dim}",
-            "an even one: RoPE turns pairs",
+            f"an odd head_dim, {self.size_per_head}, of which RoPE rotates {self.rotary_dim} dimensions",
+            "an even head_dim: RoPE rotates pairs",
             "change head_dim or dialect.partial_rotary_factor",
         )
         require(
             not dialect.mrope_sections
             or (len(dialect.mrope_sections) == 3 and 2 * sum(dialect.mrope_sections) == self.rotary_dim),
-            f"dialect.mrope_sections {dialect.mrope_sections} of {self.rotary_dim // 2} pairs of dimensions that turn",
-            "three numbers whose sum that is",
+            f"dialect.mrope_sections {dialect.mrope_sections} of {self.rotary_dim // 2} pairs of rotated dimensions",
+            "three numbers with that sum",
             "change dialect.mrope_sections",
         )
         require(
             not dialect.mrope_sections or (dialect.positions == "rotary" and dialect.rope_scaling.kind != "dynamic"),
             f"dialect.mrope_sections with {dialect.positions} positions and {dialect.rope_scaling.kind} scaling",
-            "rotary positions whose scaling does not depend on the text's length",
+            "rotary positions with a scaling that does not depend on the length of the text",
             "leave out dialect.mrope_sections, or change the scaling",
         )
         require(
             not dialect.layer_types
             or (len(dialect.layer_types) == self.num_layers and set(dialect.layer_types) <= set(LAYER_TYPES)),
             f"dialect.layer_types {dialect.layer_types} for {self.num_layers} layers",
-            f"as many of {', '.join(LAYER_TYPES)} as there are layers",
+            f"one of {', '.join(LAYER_TYPES)} for each layer",
             "change dialect.layer_types",
         )
         require(
@@ -150,23 +151,23 @@ class DecoderConfig(WithCompute):
 
     @property
     def size_per_head(self) -> int:
-        """head_dim as it is used."""
+        """The dimensions of a head, also if head_dim is None."""
         return self.head_dim or self.hidden_size // self.num_heads
 
     @property
     def rotary_dim(self) -> int:
-        """How many dimensions of a head rotary positions turn; an odd number counts as one more."""
+        """The number of rotated dimensions of a head; an odd number counts as one more."""
         return int(self.size_per_head * self.dialect.partial_rotary_factor)
 
     @property
     def windows(self) -> tuple[int | None, ...]:
-        """The sliding window of each layer; None sees everything."""
+        """The sliding window of each layer; None is full attention."""
         kinds = self.dialect.layer_types or ("sliding_attention",) * self.num_layers
         return tuple(self.dialect.sliding_window if kind == "sliding_attention" else None for kind in kinds)
 
     @property
     def family(self) -> str:
-        """The architecture that it is written as."""
+        """The Hugging Face architecture of the saved folder."""
         return self.dialect.family
 
     encoder_decoder = False  # see `mllm_jax.llms.protocol`
@@ -175,7 +176,7 @@ class DecoderConfig(WithCompute):
         return Decoder(self)
 
     def make_cache(self, batch: int, size: int) -> KVCache:
-        """An empty cache for `batch` rows of at most `size` tokens."""
+        """Returns an empty cache for `batch` rows of at most `size` tokens."""
         return KVCache.zeros(self.num_layers, batch, size, self.num_kv_heads, self.size_per_head, jnp.dtype(self.dtype))
 
 
@@ -187,13 +188,13 @@ def _norm(c: DecoderConfig, **names) -> nn.Module:
 
 
 class DecoderBlock(nn.Module):
-    """One layer: attention, then MLP, each with its norm and added to the stream."""
+    """Transformer layer: attention, then MLP, each with its norm and a residual connection."""
 
     config: DecoderConfig
 
     @nn.compact
-    def __call__(self, x, own, segments, angles, cache_place, deepstack=None):
-        """`own` is what differs by layer: (cache or None, window or None, which is then every layer's, its number)."""
+    def __call__(self, x, own, segments, angles, cache_position, deepstack=None):
+        """Applies the layer; `own` is (cache or None, window or None if all layers have one, layer number)."""
         c, dialect = self.config, self.config.dialect
         dtype = jnp.dtype(c.dtype)
         out_std = 0.02 / (2 * c.num_layers) ** 0.5
@@ -228,7 +229,7 @@ class DecoderBlock(nn.Module):
             segments=segments,
             angles=angles,
             window=c.windows[0] if window is None else window,
-            cache=None if layer_cache is None else (*layer_cache, *cache_place),
+            cache=None if layer_cache is None else (*layer_cache, *cache_position),
         )
         x = x + h
         if dialect.norm_first:
@@ -243,7 +244,7 @@ class DecoderBlock(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Token or embedding rows to logits (reference classes: see the families' files)."""
+    """A decoder from tokens or embeddings to logits (reference classes: see the families' files)."""
 
     config: DecoderConfig
 
@@ -265,7 +266,7 @@ class Decoder(nn.Module):
             self.lm_head = Linear((c.vocab_size,), ("embed", "vocab"), dtype=dtype)
 
     def embed(self, tokens):
-        """int[B, S] -> dtype[B, S, E], without positions."""
+        """Maps int[B, S] to dtype[B, S, E], without positions."""
         x = self.token_embedding(tokens)
         return x if self.config.dialect.embedding_size is None else self.embedding_in(x)
 
@@ -281,25 +282,25 @@ class Decoder(nn.Module):
         logits_at=None,
         project=True,
     ):
-        """Logits for the token that follows each place.
+        """Computes the logits of the token that follows each position.
 
         Args:
             tokens: int[B, S] (not read when embeddings are given).
             positions: int[B, S] counted in each text, or int[B, S, 3], time, height and width, for M-RoPE; None counts
-                0..S-1, or on from what the cache holds.
-            segments: int[B, S]; a token sees its own segment only, 0 is padding; None is one segment.
-            embeddings: dtype[B, S, E] in the place of embedded tokens: this is how media enter.
-            deepstack: dtype[B, S, E] each, added to what leaves the first layers, one a layer.
+                from 0, or from the next position of the cache.
+            segments: int[B, S]; a token sees only its own segment, 0 is padding; None is one segment.
+            embeddings: dtype[B, S, E], used instead of the embedded tokens; media enter this way.
+            deepstack: dtype[B, S, E] each; the n-th is added to the output of the n-th layer.
             cache: KVCache to read from and add to.
-            logits_at: int[B, M], the places whose logits are wanted; None is all.
-            project: False stops before the head and gives HeadInputs in the place of logits.
+            logits_at: int[B, M], the positions of the returned logits; None returns all.
+            project: False stops before the head and returns HeadInputs instead of logits.
 
         Returns:
-            float32[B, S or M, V], with a cache (logits, cache). A position beyond a table of learned ones, or
-            beyond `longest`, makes NaN.
+            float32[B, S or M, V], with a cache (logits, cache). Logits are NaN for a position beyond the learned ones
+            or beyond `longest`.
 
         Raises:
-            ConfigError: more tokens than learned positions or `longest`, where `positions` does not say otherwise.
+            ConfigError: no `positions`, and more tokens than learned positions or `longest`.
         """
         c, dialect = self.config, self.config.dialect
         x = self.embed(tokens) if embeddings is None else embeddings
@@ -321,7 +322,7 @@ class Decoder(nn.Module):
             x = jnp.where(beyond[..., None], jnp.nan, x)
         angles = None
         if dialect.positions == "learned":
-            # Padding may be counted on beyond the table.
+            # The positions of padding may exceed the table.
             counted = positions if segments is None else jnp.where(segments > 0, positions, 0)
             x = x + self.position_embedding(counted + dialect.position_offset)
         else:
@@ -329,15 +330,15 @@ class Decoder(nn.Module):
             parts = mrope_parts(dialect.mrope_sections, dialect.mrope_interleaved) if positions.ndim == 3 else None
             angles = rotary_angles(positions, c.rotary_dim, dialect.rope_theta, dialect.rope_scaling, length, parts)
         x = constrain(x, "batch", "seq", None)
-        layer_caches, place = None, None
+        layer_caches, cache_position = None, None
         if cache is not None:
             cache, index = cache.reserve(segments, positions)
-            layer_caches, place = (cache.keys, cache.values), (cache.segments, index)
+            layer_caches, cache_position = (cache.keys, cache.values), (cache.segments, index)
         windows = None
         if len(set(c.windows)) > 1:
             windows = jnp.array([jnp.iinfo(jnp.int32).max if w is None else w for w in c.windows], jnp.int32)
         stacked, numbers = (jnp.stack(deepstack), jnp.arange(c.num_layers)) if deepstack else (None, None)
-        x, written = self.layers(x, (layer_caches, windows, numbers), segments, angles, place, stacked)
+        x, written = self.layers(x, (layer_caches, windows, numbers), segments, angles, cache_position, stacked)
         if logits_at is not None:
             x = jnp.take_along_axis(x, logits_at[..., None], axis=1)
         if dialect.final_norm:
@@ -354,7 +355,7 @@ class Decoder(nn.Module):
 
 
 def _text_length(positions: jax.Array, segments: jax.Array | None) -> jax.Array:
-    """int[B, S]: one more than the largest position in each token's own text, whatever shares its row or batch."""
+    """Returns int[B, S]: one more than the largest position of each token's own text."""
     if segments is None:
         return jnp.broadcast_to(positions.max(axis=1, keepdims=True) + 1, positions.shape)
     same = segments[:, :, None] == segments[:, None, :]

@@ -1,8 +1,8 @@
 """GLM-4, ChatGLM2 and ChatGLM3 (arXiv 2406.12793).
 
-LLaMA with biases of q, k and v, and rotary positions on one half of each head's dimensions, turned in neighbouring
-pairs. The checkpoints of ChatGLM2 and ChatGLM3 name and fuse their tensors differently; they are read, and written as
-GlmForCausalLM.
+They are LLaMA with biases of q, k and v. Rotary positions rotate neighbouring pairs in one half of each head's
+dimensions. The checkpoints of ChatGLM2 and ChatGLM3 name and fuse their tensors differently; they are read, and saved
+as GlmForCausalLM.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from mllm_jax.checkpoints.table import families, token_sample
 from mllm_jax.llms.decoder import DecoderConfig
 from mllm_jax.llms.hub import Names, decoder_table, faithful, read_decoder, write_decoder
 
-# What an option is where config.json does not say.
+# Defaults of the options that config.json leaves out.
 _DEFAULTS = dict(
     vocab_size=151552,
     hidden_size=4096,
@@ -33,7 +33,7 @@ _DEFAULTS = dict(
     tie_word_embeddings=False,
 )
 _GLM4 = _DEFAULTS["vocab_size"]  # its vocabulary is not ChatGLM2's and 3's of 65,024
-_EOS = [151329, 151336, 151338]  # also where config.json says null
+_EOS = [151329, 151336, 151338]  # also if config.json has null
 _NAMES = Names(gate="mlp.gate_up_proj", up="mlp.gate_up_proj")
 _CHATGLM_NAMES = Names(
     embedding="transformer.embedding.word_embeddings",
@@ -53,7 +53,7 @@ _CHATGLM_NAMES = Names(
 
 
 def from_hf_config(values: dict) -> DecoderConfig:
-    """config.json of GlmForCausalLM, every option honoured or refused by name."""
+    """Reads config.json of GlmForCausalLM; every option is honoured or refused by name."""
     family = architecture(values, "GlmForCausalLM")
     what = f"config.json of {family}"
     options = Options(_DEFAULTS | values | {"eos_token_id": values.get("eos_token_id") or _EOS}, what)
@@ -62,7 +62,7 @@ def from_hf_config(values: dict) -> DecoderConfig:
 
 
 def to_hf_config(config: DecoderConfig) -> dict:
-    """The inverse; refuses switches that the family does not have."""
+    """Returns config.json, the inverse of `from_hf_config`; refuses switches that the family does not have."""
     own = dict(attention_bias=config.dialect.qkv_bias, partial_rotary_factor=config.dialect.partial_rotary_factor)
     return faithful(config, write_decoder(config) | own, from_hf_config)
 
@@ -71,11 +71,11 @@ table = partial(decoder_table, names=_NAMES)
 
 
 def from_chatglm_config(values: dict) -> DecoderConfig:
-    """config.json of ChatGLM2 or ChatGLM3 (ChatGLMModel), every option honoured or refused by name.
+    """Reads config.json of ChatGLM2 or ChatGLM3 (ChatGLMModel); every option is honoured or refused by name.
 
-    GLM-4's first folders are of this kind too, and its `rope_ratio` multiplies the base. Of ChatGLM2 and 3 another
-    than 1 is refused: their versions with longer texts divided the positions by it or multiplied the base, and
-    config.json does not say which.
+    GLM-4's first folders have this form too, and their `rope_ratio` multiplies the rotary base. For ChatGLM2 and 3
+    only rope_ratio=1 is accepted: their versions for longer texts divide the positions by it or multiply the base, and
+    config.json does not specify which.
     """
     options = Options(values, "config.json of ChatGLMModel (ChatGLM2, ChatGLM3)")
     for name, needed in dict(
@@ -90,7 +90,7 @@ def from_chatglm_config(values: dict) -> DecoderConfig:
         pre_seq_len=0,
     ).items():
         options.only(name, needed)
-    # The same numbers, computed in another order or precision; and the code that is never executed.
+    # These change the order or precision of the computation, or name code that is never executed.
     options.skip("apply_query_key_layer_scaling", "attention_softmax_in_fp32", "fp32_residual_connection")
     options.skip("bias_dropout_fusion", "vocab_size", "ffn_dropout")
     heads, layers = options.size("num_attention_heads"), options.size("num_layers")

@@ -1,4 +1,4 @@
-"""What the decoders' Hugging Face folders share: the reading and writing of their options, and their weights' names."""
+"""The common parts of the decoders' Hugging Face folders: their options, read and written, and their weights' names."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ _FIELDS: Fields = (
         "max_position_embeddings": ("max_position_embeddings", "size"),
     }
 )
-# The least and the most that an option of rotary scaling may be: beyond it, angles or scores are no numbers.
+# The range of the options of rotary scaling; beyond it, angles or scores are infinite or NaN.
 _STRETCH = (1.0, 1e6)
 _ROPE_RANGES = dict(factor=_STRETCH) | dict.fromkeys(
     ("low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim"),
     (1e-3, 1e3),
 )
-# The options that each kind of rotary scaling has, and those of them that may be absent.
+# The options of each kind of rotary scaling, and the optional ones among them.
 _ROPE_OPTIONAL = ("beta_fast", "beta_slow", "truncate", "attention_factor", "mscale", "mscale_all_dim")
 _ROPE_OPTIONS = {
     "default": (),
@@ -49,18 +49,19 @@ _ROPE_OPTIONS = {
 
 
 def read_rope(options: Options, what: str, partial: bool = False) -> dict:
-    """Rotary options in either spelling: rope_parameters, or rope_theta beside rope_scaling.
+    """Reads the rotary options in either spelling: rope_parameters, or rope_theta and rope_scaling.
 
     Args:
-        partial: whether the family turns a part of each head's dimensions only; else a part is refused.
+        what: name of the file in messages.
+        partial: whether the family may rotate only a part of each head's dimensions.
 
     Raises:
-        ConfigError: a kind that is not implemented, or an option that it does not have.
+        ConfigError: a kind that is not implemented, an option that the kind does not have, or a refused part.
     """
     longest = options.size("max_position_embeddings")
     stored = options.part("rope_scaling", {}) or options.part("rope_parameters", {})
     options.skip("rope_parameters")
-    # What stands inside goes before what stands beside it.
+    # Options inside have precedence over those outside.
     beside = dict(
         rope_type=stored.get("type", "default"),
         rope_theta=options.number("rope_theta", 10_000.0, least=1.0),
@@ -97,7 +98,7 @@ def read_rope(options: Options, what: str, partial: bool = False) -> dict:
 
 
 def write_rope(c: DecoderConfig) -> dict:
-    """The older spelling, which every transformers reads."""
+    """Writes the older spelling, which every version of transformers reads."""
     s = c.dialect.rope_scaling
     values = {name: getattr(s, name) for name in _ROPE_OPTIONS[s.kind]}
     scaling = {"rope_type": s.kind} | {name: value for name, value in values.items() if value is not None}
@@ -105,11 +106,11 @@ def write_rope(c: DecoderConfig) -> dict:
 
 
 def read_decoder(options: Options, what: str, *, partial_rotary: bool = False, **switches) -> DecoderConfig:
-    """The options that LLaMA and its descendants spell alike; refuses those that nobody has read.
+    """Reads the options that LLaMA and its descendants have in common; refuses those that nothing has read.
 
     Args:
-        what: how to name the file in a message.
-        switches: fields of the config or of its dialect that the family decides.
+        what: name of the file in messages.
+        switches: fields of the config or of its dialect that the family determines.
     """
     width, heads = options.size("hidden_size"), options.size("num_attention_heads")
     head_dim = options.size("head_dim", None)
@@ -125,23 +126,22 @@ def read_decoder(options: Options, what: str, *, partial_rotary: bool = False, *
 
 
 def write_decoder(c: DecoderConfig) -> dict:
-    """The inverse of `read_decoder`."""
+    """Writes the options of a decoder, the inverse of `read_decoder`."""
     heads = dict(num_key_value_heads=c.num_kv_heads, head_dim=c.size_per_head)
     return kind_of(c.family) | heads | write_fields(c, _FIELDS) | write_rope(c)
 
 
 def faithful(c: DecoderConfig, written: dict, read: Callable[[dict], DecoderConfig]) -> dict:
-    """`written`, if reading it gives the same decoder again.
+    """Returns `written`, if reading it gives the same decoder.
 
     Raises:
-        ConfigError: the family has no options for some of the switches; names them.
+        ConfigError: some fields cannot be expressed in the family's options; names them.
     """
-
     return check_written(c, written, read, "a decoder", _facts)
 
 
 def _facts(c: DecoderConfig) -> dict:
-    """What the stored fields come to, where there are several ways to say the same."""
+    """Returns the stored fields, with one value for the equivalent ways to write a decoder."""
     return stored_fields(c) | dict(
         head_dim=c.size_per_head,
         layer_types=c.windows,
@@ -152,7 +152,7 @@ def _facts(c: DecoderConfig) -> dict:
 
 @dataclass(frozen=True)
 class Names:
-    """The hub's words for a decoder's tensors; q, k and v, or gate and up, may lie in one tensor and share its name."""
+    """The hub's names of a decoder's tensors; q, k and v, or gate and up, have one name if one tensor fuses them."""
 
     embedding: str = "model.embed_tokens"
     head: str = "lm_head"
@@ -177,7 +177,7 @@ class Names:
 
 
 def decoder_table(c: DecoderConfig, names: Names = Names()) -> Table:
-    """The weights of a decoder under a family's names."""
+    """Returns the table of a decoder's weights under a family's names."""
     dialect = c.dialect
     layer, head = f"{names.layers}.{{layer}}", {"h": c.size_per_head}
 

@@ -12,7 +12,7 @@ from mllm_jax.errors import ConfigError
 from mllm_jax.llms.decoder import DecoderConfig
 from mllm_jax.llms.hub import decoder_table, faithful, read_decoder, write_decoder
 
-# What an option is where config.json does not say.
+# Defaults of the options that config.json leaves out.
 _BOTH = dict(
     vocab_size=32000,
     hidden_size=4096,
@@ -32,7 +32,7 @@ _DEFAULTS = {
 
 
 def from_hf_config(values: dict) -> DecoderConfig:
-    """config.json of LlamaForCausalLM or MistralForCausalLM, every option honoured or refused by name."""
+    """Reads config.json of LlamaForCausalLM or MistralForCausalLM; every option is honoured or refused by name."""
     family = architecture(values, *_DEFAULTS)
     what = f"config.json of {family}"
     options = Options(_DEFAULTS[family] | values, what)
@@ -45,7 +45,7 @@ def from_hf_config(values: dict) -> DecoderConfig:
 
 
 def to_hf_config(config: DecoderConfig) -> dict:
-    """The inverse; refuses switches that the family does not have."""
+    """Returns config.json, the inverse of `from_hf_config`; refuses switches that the family does not have."""
     written = write_decoder(config)
     if config.family == "MistralForCausalLM":
         written |= dict(sliding_window=config.dialect.sliding_window)

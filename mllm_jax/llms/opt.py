@@ -1,6 +1,6 @@
 """OPT (arXiv 2205.01068): LayerNorm, learned positions, a plain MLP with ReLU, and biases.
 
-OPT-350m differs from its siblings: norms behind each sum, and an embedding narrower than the stream.
+OPT-350m differs from the other sizes: a norm follows each sum, and the embedding is narrower than the stream.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from mllm_jax.checkpoints.table import families, token_sample
 from mllm_jax.llms.decoder import DecoderConfig
 from mllm_jax.llms.hub import IDS, Names, decoder_table, faithful
 
-# What an option is where config.json does not say.
+# Defaults of the options that config.json leaves out.
 _DEFAULTS = dict(
     vocab_size=50272,
     hidden_size=768,
@@ -60,7 +60,7 @@ _NAMES = Names(
 
 
 def from_hf_config(values: dict) -> DecoderConfig:
-    """config.json of OPTForCausalLM, every option honoured or refused by name."""
+    """Reads config.json of OPTForCausalLM; every option is honoured or refused by name."""
     family = architecture(values, "OPTForCausalLM")
     options = Options(_DEFAULTS | values, f"config.json of {family}")
     read = read_fields(options, _FIELDS)
@@ -88,7 +88,7 @@ def from_hf_config(values: dict) -> DecoderConfig:
 
 
 def to_hf_config(config: DecoderConfig) -> dict:
-    """The inverse; refuses switches that the family does not have."""
+    """Returns config.json, the inverse of `from_hf_config`; refuses switches that the family does not have."""
     c = config
     written = dict(
         **kind_of(c.family),

@@ -1,4 +1,4 @@
-"""What the library asks of a language model: a new one has these, and nothing has to guess them."""
+"""The protocols of a language model: the attributes and methods that the library needs of it."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ class LLMConfig(Protocol):
     """The config of a language model, a dataclass with `mllm_jax.layers.compute.WithCompute` as its base.
 
     Attributes:
-        family: the Hugging Face architecture that it is written as; None of one that is composed here.
-        encoder_decoder: whether a text is read by an encoder and answers are written by a decoder. Such a config has
-            `decoder_start_token_id`, and its module `start`.
+        family: the Hugging Face architecture of the saved folder; None for a model that is composed here.
+        encoder_decoder: whether an encoder reads the text and a decoder writes the answer. Such a config has
+            `decoder_start_token_id`, and its module has `start`.
         eos_token_id: each of them ends an answer.
-        compute: how it is computed; `dtype`, `remat` and `scan_unroll` are what that comes to.
+        compute: the precision and memory settings; `dtype`, `remat` and `scan_unroll` are their values in use.
     """
 
     family: str | None
@@ -37,28 +37,28 @@ class LLMConfig(Protocol):
     def scan_unroll(self) -> int: ...
 
     def make(self) -> Any:
-        """The module."""
+        """Returns the module."""
         ...
 
     def make_cache(self, batch: int, size: int) -> Any:
-        """An empty cache for so many rows of so many tokens."""
+        """Returns an empty cache for `batch` rows of at most `size` tokens."""
         ...
 
 
 class LLM(Protocol):
-    """The module of a language model: tokens and what media became in, logits out.
+    """The module of a language model, from tokens and embedded media to logits.
 
-    Called as `module(tokens, positions, segments, *, embeddings=None, cache=None, project=True)`: with tokens, segments
-    int[B, S] and positions int[B, S], or None to count them. It gives float32[B, S, V] logits, (logits, cache) where a
-    cache is given, or what the output head reads, `mllm_jax.layers.head.HeadInputs`, with `project=False`. Besides,
-    `logits_at` int[B, M] asks for the logits of M positions a row; `decoder_tokens`, `decoder_positions` and
-    `decoder_segments` are what an encoder-decoder's decoder reads.
+    It is called as `module(tokens, positions, segments, *, embeddings=None, cache=None, project=True)`, with tokens and
+    segments int[B, S] and positions int[B, S], or None to count them. It returns float32[B, S, V] logits; with a cache,
+    (logits, cache); with `project=False`, the inputs of the output head, `mllm_jax.layers.head.HeadInputs`.
+    `logits_at` int[B, M] selects M positions a row. The decoder of an encoder-decoder reads `decoder_tokens`,
+    `decoder_positions` and `decoder_segments`.
     """
 
     def embed(self, tokens: jax.Array) -> jax.Array:
-        """int[...] -> dtype[..., E]"""
+        """Maps int[...] to dtype[..., E]."""
         ...
 
     def start(self, tokens: Any, positions: Any, segments: Any, *, embeddings: Any, size: int) -> Any:
-        """Of an encoder-decoder: reads the source and makes the cache for `size` tokens of an answer."""
+        """Encodes the source of an encoder-decoder and returns the cache for `size` tokens of an answer."""
         ...

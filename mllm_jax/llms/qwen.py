@@ -1,7 +1,7 @@
 """Qwen2 and Qwen2.5 (arXiv 2407.10671, 2412.15115) and Qwen3 (arXiv 2505.09388).
 
-LLaMA with, in Qwen2, biases of q, k and v; in Qwen3, a norm of each head's queries and keys. Late layers may see a
-sliding window only.
+They are LLaMA with biases of q, k and v (Qwen2) or a norm of each head's queries and keys (Qwen3). The last layers may
+have a sliding window.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from mllm_jax.errors import ConfigError
 from mllm_jax.llms.decoder import DecoderConfig
 from mllm_jax.llms.hub import decoder_table, faithful, read_decoder, write_decoder
 
-# What an option is where config.json does not say.
+# Defaults of the options that config.json leaves out.
 _BOTH = dict(
     vocab_size=151936,
     hidden_size=4096,
@@ -29,12 +29,12 @@ _BOTH = dict(
     sliding_window=4096,
     max_window_layers=28,
 )
-MOST_LAYERS = 10_000  # whose kinds are written out
+MOST_LAYERS = 10_000  # of a list with the kind of each layer
 _DEFAULTS = {"Qwen2ForCausalLM": _BOTH, "Qwen3ForCausalLM": _BOTH | dict(head_dim=128, attention_bias=False)}
 
 
 def from_hf_config(values: dict) -> DecoderConfig:
-    """config.json of Qwen2ForCausalLM or Qwen3ForCausalLM, every option honoured or refused by name."""
+    """Reads config.json of Qwen2ForCausalLM or Qwen3ForCausalLM; every option is honoured or refused by name."""
     family = architecture(values, *_DEFAULTS)
     what = f"config.json of {family}"
     options = Options(_DEFAULTS[family] | values, what)
@@ -49,7 +49,7 @@ def from_hf_config(values: dict) -> DecoderConfig:
 
 
 def to_hf_config(config: DecoderConfig) -> dict:
-    """The inverse; refuses switches that the family does not have."""
+    """Returns config.json, the inverse of `from_hf_config`; refuses switches that the family does not have."""
     written = write_decoder(config) | _write_windows(config)
     if config.family != "Qwen2ForCausalLM":
         written |= dict(attention_bias=config.dialect.qkv_bias)
@@ -57,7 +57,7 @@ def to_hf_config(config: DecoderConfig) -> dict:
 
 
 def _read_windows(options: Options) -> dict:
-    """The sliding window and the layers that have it."""
+    """Reads the sliding window and the layers that have it."""
     window, first = options.size("sliding_window", None), options.count("max_window_layers")
     layers, kinds = options.size("num_hidden_layers"), options.texts("layer_types", None)
     if not options.flag("use_sliding_window"):

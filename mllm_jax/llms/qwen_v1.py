@@ -1,8 +1,8 @@
-"""The first Qwen (arXiv 2309.16609): LLaMA with biases of q, k and v, which lie in one tensor, and other names.
+"""The first Qwen (arXiv 2309.16609): LLaMA with fused q, k and v, biases of these, and other names.
 
-Its code stretches texts beyond the trained length in two ways of its own, `use_dynamic_ntk` (a raised rotary base, by
-whole doublings of the first chunk's length) and `use_logn_attn` (queries scaled by the logarithm of their place). Up to
-`seq_length` tokens neither does anything. Longer texts are refused; where only the positions tell, logits are NaN.
+Its code changes texts longer than the trained length in two ways: `use_dynamic_ntk` raises the rotary base at each
+doubling of the first chunk's length, and `use_logn_attn` scales queries by the logarithm of their position. Neither has
+an effect up to `seq_length` tokens. Longer texts are refused; if only the given positions exceed it, logits are NaN.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ _FIELDS: Fields = (
     }
 )
 _FIXED = dict(rotary_pct=1.0, no_bias=True, scale_attn_weights=True, tie_word_embeddings=False)
-# Of precision, of faster kernels that give the same, of dropout; and the code that is never executed.
+# Options of precision, of equivalent faster kernels, of dropout, and of code that is never executed.
 _IDLE = (
     "bf16", "fp16", "fp32", "attn_dropout_prob", "emb_dropout_prob", "onnx_safe",
     "use_cache_quantization", "use_cache_kernel", "softmax_in_fp32",
@@ -55,14 +55,15 @@ _IDLE = (
 
 
 def from_hf_config(values: dict) -> DecoderConfig:
-    """config.json of QWenLMHeadModel without `visual`, every option honoured or refused by name."""
+    """Reads config.json of QWenLMHeadModel without `visual`; every option is honoured or refused by name."""
     what = f"config.json of {architecture(values, ARCHITECTURE)}"
     options = Options(values, what)
     if "visual" in options:
         raise ConfigError(
             f"{what} with a part 'visual', which makes it Qwen-VL",
             "a language model alone",
-            "read the whole with mllm_jax.from_pretrained, or its tower with architectures=['QWenVisionTransformer']",
+            "read the whole model with mllm_jax.from_pretrained, or its image encoder with "
+            "architectures=['QWenVisionTransformer']",
         )
     read = read_fields(options, _FIELDS)
     options.divided("hidden_size", "num_attention_heads")
@@ -71,7 +72,7 @@ def from_hf_config(values: dict) -> DecoderConfig:
         options.only(name, value)
     stretched = options.only("use_dynamic_ntk", True, False)
     options.only("use_logn_attn", stretched)
-    # The table of positions that nobody has: rotary positions have no end.
+    # The size of a table that does not exist: rotary positions are unlimited.
     options.skip("max_position_embeddings", *_IDLE)
     config = make_config(
         DecoderConfig,
@@ -88,7 +89,7 @@ def from_hf_config(values: dict) -> DecoderConfig:
 
 
 def to_hf_config(config: DecoderConfig) -> dict:
-    """The inverse; refuses switches that the family does not have."""
+    """Returns config.json, the inverse of `from_hf_config`; refuses switches that the family does not have."""
     c = config
     written = dict(
         **kind_of(ARCHITECTURE),

@@ -34,12 +34,12 @@ class T5Dialect:
     """Differences between the versions of T5; the defaults are T5 1.0's.
 
     Attributes:
-        gated: with activation, False and "relu" are T5 1.0; True and "gelu_tanh" T5 1.1 and Flan-T5; BLIP-2 runs
-            Flan-T5 with the exact "gelu".
+        gated: False with activation "relu" is T5 1.0; True with "gelu_tanh" is T5 1.1 and Flan-T5. BLIP-2 uses Flan-T5
+            with the exact "gelu".
         num_buckets, max_distance: of the relative position bias.
-        scale_outputs: a tied head reads outputs scaled by hidden_size**-0.5 (T5 1.0). False is what transformers 5
-            saves of a fresh model that asked for an untied head. An untied head never reads scaled ones.
-        family: the Hugging Face architecture that it is written as.
+        scale_outputs: whether a tied head reads outputs scaled by hidden_size**-0.5 (T5 1.0). transformers 5 saves
+            False for a new model with an untied head. An untied head never reads scaled outputs.
+        family: the Hugging Face architecture of the saved folder.
     """
 
     gated: bool = False
@@ -52,13 +52,13 @@ class T5Dialect:
 
 @dataclass(frozen=True)
 class T5Config(WithCompute):
-    """Sizes of an encoder-decoder; what only reproduces a version of T5 is in its dialect.
+    """Sizes of an encoder-decoder; details that only reproduce a version of T5 are in its dialect.
 
     Attributes:
-        head_dim: need not be hidden_size / num_heads.
+        head_dim: may differ from hidden_size / num_heads.
         num_layers, num_decoder_layers: of the encoder and of the decoder.
-        tie_word_embeddings: the head is the embedding's transpose; otherwise it has weights of its own.
-        decoder_start_token_id: what generation gives the decoder first.
+        tie_word_embeddings: whether the head is the transposed embedding; otherwise it has its own weights.
+        decoder_start_token_id: the decoder's first token in generation.
         eos_token_id: each of them ends a text.
     """
 
@@ -84,7 +84,7 @@ class T5Config(WithCompute):
 
     @property
     def family(self) -> str:
-        """The architecture that it is written as."""
+        """The Hugging Face architecture of the saved folder."""
         return self.dialect.family
 
     encoder_decoder = True  # see `mllm_jax.llms.protocol`
@@ -93,9 +93,9 @@ class T5Config(WithCompute):
         return T5(self)
 
     def make_cache(self, batch: int, size: int, source: int = 1) -> T5Cache:
-        """An empty cache: at most `size` decoded tokens over an encoded source of `source` tokens.
+        """Returns an empty cache for at most `size` decoded tokens and an encoded source of `source` tokens.
 
-        `T5.start` fills the source in; until then cross-attention sees nothing.
+        `T5.start` adds the source; before that, cross-attention sees nothing.
         """
         dtype = jnp.dtype(self.dtype)
         own = KVCache.zeros(self.num_decoder_layers, batch, size, self.num_heads, self.head_dim, dtype)
@@ -111,7 +111,7 @@ class T5Config(WithCompute):
 
 @struct.dataclass
 class T5Cache(KVCache):
-    """What the decoder has read, and what it sees of the source.
+    """The keys and values of the decoded tokens and of the source.
 
     positions: int[B, T] of the decoded tokens; cross_keys, cross_values: dtype[L, B, S, N, H], computed once;
     cross_segments: int[B, S] of the source, 0 is padding.
@@ -124,7 +124,7 @@ class T5Cache(KVCache):
 
 
 class _Stack(nn.Module):
-    """What encoder and decoder have in common: a relative bias that all their layers share, the layers, a last norm."""
+    """The common part of encoder and decoder: one relative bias for all layers, the layers, a last norm."""
 
     config: T5Config
 
@@ -145,11 +145,11 @@ class _Stack(nn.Module):
 
 
 class Encoder(_Stack):
-    """Embedded source to encoded source."""
+    """The encoder, from the embedded source to the encoded source."""
 
     @nn.compact
     def __call__(self, x, positions, segments):
-        """[B, S, E], int[B, S] or None twice -> [B, S, E]"""
+        """Maps [B, S, E] to [B, S, E]; positions and segments are int[B, S] or None."""
         bias, layers, norm = self._parts(EncoderBlock, self.config.num_layers, 2, bidirectional=True)
         positions = jnp.arange(x.shape[1])[None] if positions is None else positions
         x, _ = layers(constrain(x, "batch", "seq", None), None, segments, bias(positions, positions))
@@ -157,11 +157,11 @@ class Encoder(_Stack):
 
 
 class Decoder(_Stack):
-    """Embedded target and encoded source to the target's last hidden states."""
+    """The decoder, from the embedded target and the encoded source to the target's last hidden states."""
 
     @nn.compact
     def __call__(self, x, positions, segments, source, source_segments, cache):
-        """[B, T, E] -> ([B, T, E], cache); without x the layers' cross keys and values of the source."""
+        """Maps [B, T, E] to ([B, T, E], cache); without x, returns the layers' cross keys and values of the source."""
         bias, layers, norm = self._parts(DecoderBlock, self.config.num_decoder_layers, 5, bidirectional=False)
         if x is None:
             return layers(None, None, None, None, source, None, None)[1]
@@ -174,16 +174,16 @@ class Decoder(_Stack):
         positions = index if positions is None else positions
         seen = write_at(cache.positions, positions, index)
         held = (cache.keys, cache.values, cache.cross_keys, cache.cross_values)
-        place = (cache.segments, index)
-        x, (keys, values) = layers(x, held, segments, bias(positions, seen), None, cache.cross_segments, place)
+        cache_position = (cache.segments, index)
+        x, (keys, values) = layers(x, held, segments, bias(positions, seen), None, cache.cross_segments, cache_position)
         return norm(x), cache.replace(keys=keys, values=values, positions=seen)
 
 
 class T5(nn.Module):
-    """Source and target tokens to logits (reference class: `T5ForConditionalGeneration`).
+    """T5 from source and target tokens to logits (reference class: `T5ForConditionalGeneration`).
 
-    Training calls the module with both. Generation calls `start` on the source once and then, as with a decoder-only
-    model, the module on target tokens with the cache: `decoder_start_token_id` first.
+    Training calls the module with both. Generation calls `start` on the source once. It then calls the module on target
+    tokens with the cache, as for a decoder-only model; the first token is `decoder_start_token_id`.
     """
 
     config: T5Config
@@ -198,17 +198,17 @@ class T5(nn.Module):
             self.lm_head = Linear((c.vocab_size,), ("embed", "vocab"), dtype=dtype)
 
     def embed(self, tokens):
-        """int[B, S] -> dtype[B, S, E]"""
+        """Maps int[B, S] to dtype[B, S, E]."""
         return self.token_embedding(tokens)
 
     def encode(self, tokens, positions=None, segments=None, *, embeddings=None):
-        """The source as the decoder sees it.
+        """Encodes the source.
 
         Args:
             tokens: int[B, S] (not read when embeddings are given).
-            positions: int[B, S], of which only differences inside a segment count; None is 0..S-1.
-            segments: int[B, S]; a token sees its own segment only, 0 is padding; None is one segment.
-            embeddings: dtype[B, S, E] in the place of embedded tokens: this is how media enter.
+            positions: int[B, S]; only differences inside a segment count; None is 0..S-1.
+            segments: int[B, S]; a token sees only its own segment, 0 is padding; None is one segment.
+            embeddings: dtype[B, S, E], used instead of the embedded tokens; media enter this way.
 
         Returns:
             dtype[B, S, E].
@@ -216,11 +216,11 @@ class T5(nn.Module):
         return self.encoder(self.embed(tokens) if embeddings is None else embeddings, positions, segments)
 
     def start(self, tokens, positions=None, segments=None, *, embeddings=None, size: int):
-        """Encodes a source and makes the cache to generate from: each layer's cross keys and values are computed here.
+        """Encodes a source and returns a cache with each layer's cross keys and values, from which to generate.
 
         Args:
-            tokens, positions, segments, embeddings: as `encode` takes them.
-            size: places for decoded tokens, `decoder_start_token_id` included.
+            tokens, positions, segments, embeddings: see `encode`.
+            size: the most decoded tokens, `decoder_start_token_id` included.
 
         Returns:
             T5Cache.
@@ -234,15 +234,15 @@ class T5(nn.Module):
     def decode(
         self, tokens, positions=None, segments=None, *, source=None, source_segments=None, cache=None, project=True
     ):
-        """Logits for the token that follows each place of the target.
+        """Computes the logits of the token that follows each position of the target.
 
         Args:
             tokens: int[B, T] of the target, its start token first.
-            positions: int[B, T]; None counts 0..T-1, or on from the cache's length.
-            segments: int[B, T]; a token sees its own segment only, in the target and in the source; None is 1.
+            positions: int[B, T]; None counts from 0, or from the cache's length.
+            segments: int[B, T]; a token sees only its own segment, in the target and in the source; None is 1.
             source, source_segments: dtype[B, S, E] of `encode` and int[B, S], None is 1; not read with a cache.
             cache: T5Cache of `start`, to read from and add to.
-            project: False stops before the head and gives HeadInputs in the place of logits.
+            project: False stops before the head and returns HeadInputs instead of logits.
 
         Returns:
             float32[B, T, V], with a cache (logits, cache).
@@ -278,7 +278,7 @@ class T5(nn.Module):
         cache=None,
         project=True,
     ):
-        """Source and target to logits; with a cache the tokens are the target's, as for a decoder-only model.
+        """Maps source and target to logits; with a cache the tokens are the target's, as for a decoder-only model.
 
         Args:
             tokens, positions, segments, embeddings: of the source, see `encode`; with a cache see `decode`.
@@ -303,7 +303,7 @@ class T5(nn.Module):
         return self.decode(*target, source=source, source_segments=segments, project=project)
 
 
-MOST_DISTANCE = 1 << 20  # whose buckets are counted one by one
+MOST_DISTANCE = 1 << 20  # the bucket of each distance is computed separately
 _FIELDS: Fields = {
     "vocab_size": ("vocab_size", "size", T5Config.vocab_size),
     "hidden_size": ("d_model", "size", T5Config.hidden_size),
@@ -321,10 +321,10 @@ _FIELDS: Fields = {
 
 
 def from_hf_config(values: dict) -> T5Config:
-    """config.json of a T5 checkpoint, or the `text_config` of a model around one; what is absent is T5-small's.
+    """Reads config.json of a T5 checkpoint, or the `text_config` of a model with one; the defaults are T5-small's.
 
     Raises:
-        ConfigError: an option that is not supported.
+        ConfigError: an unsupported option.
     """
     option = Options(values, "config.json of T5ForConditionalGeneration")
     kinds = [f"{gate}{name}" for gate in ("", "gated-") for name in ACTIVATIONS]
@@ -335,7 +335,7 @@ def from_hf_config(values: dict) -> T5Config:
         option.only(fixed, value)
     option.skip("n_positions")
     read = read_fields(option, _FIELDS)
-    # transformers 5 writes tie_word_embeddings=True into every config and keeps the real answer in the other option.
+    # transformers 5 always writes tie_word_embeddings=True; the real value is in scale_decoder_outputs.
     tied = option.flag("tie_word_embeddings", True)
     config = make_config(
         T5Config,
@@ -351,7 +351,7 @@ def from_hf_config(values: dict) -> T5Config:
 
 
 def to_hf_config(config: T5Config) -> dict:
-    """config.json for `T5ForConditionalGeneration`."""
+    """Returns config.json of `T5ForConditionalGeneration`."""
     c, dialect = config, config.dialect
     activation = "gelu_new" if c.activation == "gelu_tanh" else write_activation(c.activation)
     projection = "gelu" if dialect.gated and activation == "gelu_new" else activation  # "gated-gelu" means gelu_new
@@ -370,33 +370,33 @@ def to_hf_config(config: T5Config) -> dict:
 
 
 def settle(config: T5Config, stored: Collection[str]) -> T5Config:
-    """What config.json leaves open: outputs that are not scaled go with a head of its own only where one is stored."""
+    """Returns the config with a tied head and unscaled outputs if no weights of an untied head are stored."""
     if config.tie_word_embeddings or any(name.endswith("lm_head.weight") for name in stored):
         return config
     return change_fields(config, tie_word_embeddings=True, scale_outputs=False)
 
 
 def table(config: T5Config) -> Table:
-    """The names of T5ForConditionalGeneration."""
+    """Returns the table of T5ForConditionalGeneration's weights."""
     c = config
     heads, rows = {"h": c.head_dim}, (c.num_heads * c.head_dim,) * 3
     weights = [Weight("shared.weight", "token_embedding/embedding")]
     for side, sublayers in (("encoder", ("SelfAttention",)), ("decoder", ("SelfAttention", "EncDecAttention"))):
         block, path = f"{side}.block.{{layer}}.layer", f"{side}/layers"
-        for i, (name, place) in enumerate(zip(sublayers, ("attention", "cross_attention"), strict=False)):
-            stored, ours = f"{block}.{i}.{name}", f"{path}/{place}"
+        for i, (name, sublayer) in enumerate(zip(sublayers, ("attention", "cross_attention"), strict=False)):
+            stored, ours = f"{block}.{i}.{name}", f"{path}/{sublayer}"
             weights += into_heads([f"{stored}.{part}" for part in "qkv"], ours, c.head_dim, rows, biased="")
             weights += linear(f"{stored}.o", f"{ours}/out", OUT_OF_HEADS, heads, bias=False)
             weights += norm(f"{block}.{i}.layer_norm", f"{ours}_norm", bias=False)
         mlp = f"{block}.{len(sublayers)}"
         wide = {"wi_0": "gate", "wi_1": "up", "wo": "down"} if c.dialect.gated else {"wi": "up", "wo": "down"}
-        for name, place in wide.items():
-            weights += linear(f"{mlp}.DenseReluDense.{name}", f"{path}/mlp/{place}", bias=False)
+        for name, part in wide.items():
+            weights += linear(f"{mlp}.DenseReluDense.{name}", f"{path}/mlp/{part}", bias=False)
         weights += norm(f"{mlp}.layer_norm", f"{path}/mlp_norm", bias=False)
         weights += norm(f"{side}.final_layer_norm", f"{side}/final_norm", bias=False)
         table = f"{side}.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
         weights.append(Weight(table, f"{side}/relative_bias/embedding"))
-    # Copies of `shared`, and a table that was stored by mistake and is never read.
+    # Copies of `shared`, and a table that is stored but never read.
     ignored = ["encoder.embed_tokens.weight", "decoder.embed_tokens.weight"]
     ignored.append("decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight")
     if c.tie_word_embeddings:
@@ -407,7 +407,7 @@ def table(config: T5Config) -> Table:
 
 
 def sample(config: T5Config) -> tuple:
-    """Arguments with which `init` creates every parameter."""
+    """Returns arguments with which `init` creates every parameter."""
     tokens = jnp.zeros((1, 4), jnp.int32)
     return tokens, None, None, tokens
 

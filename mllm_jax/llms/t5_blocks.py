@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class T5Attention(nn.Module):
-    """Multi-head attention from x to keys and values that may be made elsewhere; the scores are not scaled."""
+    """Multi-head attention from x to given keys and values; the scores are not scaled."""
 
     config: T5Config
 
@@ -26,25 +26,25 @@ class T5Attention(nn.Module):
         c = self.config
         dtype = jnp.dtype(c.dtype)
         inner, names = (c.num_heads, c.head_dim), ("embed", "heads", "head_dim")
-        # The missing 1/sqrt(head_dim) stands in the queries' deviation instead.
+        # The queries' standard deviation contains the missing 1/sqrt(head_dim).
         self.q = Linear(inner, names, init_std=(c.hidden_size * c.head_dim) ** -0.5, dtype=dtype)
         self.k = Linear(inner, names, dtype=dtype)
         self.v = Linear(inner, names, dtype=dtype)
         self.out = Linear((c.hidden_size,), (*names[1:], "embed"), in_ndim=2, dtype=dtype)
 
     def keys_values(self, x):
-        """[B, T, E] -> [B, T, N, H] twice."""
+        """Maps [B, T, E] to keys and values [B, T, N, H]."""
         return self.k(x), self.v(x)
 
     def __call__(self, x, keys_values, **where):
-        """[B, S, E] -> [B, S, E]; `where` is what `attention` takes."""
+        """Maps [B, S, E] to [B, S, E]; `where` holds arguments of `attention`."""
         q = constrain(self.q(x), "batch", "seq", "heads", "head_dim")
         k, v = (each.astype(q.dtype) for each in keys_values)
         return self.out(constrain(attention(q, k, v, scale=1.0, **where), "batch", "seq", "heads", "head_dim"))
 
 
 class EncoderBlock(nn.Module):
-    """Self-attention over a segment, then the MLP, each behind an RMSNorm and added to the stream."""
+    """Self-attention over a segment, then the MLP, each after an RMSNorm and with a residual connection."""
 
     config: T5Config
 
@@ -66,16 +66,16 @@ class DecoderBlock(nn.Module):
     config: T5Config
 
     @nn.compact
-    def __call__(self, x, layer_cache, segments, bias, source, source_segments, place):
-        """One layer; without x only the keys and values that it makes of the source.
+    def __call__(self, x, layer_cache, segments, bias, source, source_segments, cache_position):
+        """Applies the layer; without x, only computes the keys and values of the source.
 
         Args:
             layer_cache: None, or (keys, values, cross keys, cross values).
-            source: [B, S, E] from the encoder, not read where there is a cache.
-            place: None, or (segments of the cache, index of x in it).
+            source: [B, S, E] from the encoder, not read with a cache.
+            cache_position: None, or (segments of the cache, index of x in it).
 
         Returns:
-            (x, what the layer's cache is to hold).
+            (x, the keys and values of the layer's cache).
         """
         c = self.config
         dtype = jnp.dtype(c.dtype)
@@ -86,7 +86,7 @@ class DecoderBlock(nn.Module):
         k, v = own.keys_values(h)
         k_segments, index, written = segments, None, None
         if layer_cache is not None:
-            k_segments, index = place
+            k_segments, index = cache_position
             k, v = written = write_at(layer_cache[0], k, index), write_at(layer_cache[1], v, index)
         x = x + own(h, (k, v), mask="causal", q_segments=segments, k_segments=k_segments, q_index=index, bias=bias)
         h = RMSNorm(c.dialect.norm_eps, dtype, name="cross_attention_norm")(x)

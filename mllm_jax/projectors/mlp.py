@@ -1,6 +1,6 @@
-"""Linear maps and what lies between them: the projectors of LLaVA (arXiv 2304.08485: one; 1.5, arXiv 2310.03744: two).
+"""Linear maps with activations between them: the projectors of LLaVA and LLaVA-1.5 (arXiv 2304.08485, 2310.03744).
 
-Before them InternVL's merging of neighbouring patches.
+LLaVA has one map and LLaVA-1.5 has two. InternVL's merging of neighbouring patches may precede them.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from mllm_jax.layers.requirements import Requirements
 
 
 def merged_tokens(grid: int, factor: int, what: str) -> int:
-    """Media tokens of a square picture of grid x grid patches, of which each factor x factor become one.
+    """Returns the media tokens of grid x grid patches if each square of factor x factor patches becomes one.
 
     Raises:
-        ConfigError: such squares do not fill that grid.
+        ConfigError: the factor does not divide the grid.
     """
     if grid % factor:
         raise ConfigError(
@@ -36,16 +36,16 @@ def merged_tokens(grid: int, factor: int, what: str) -> int:
 
 @dataclass(frozen=True)
 class MLPProjectorConfig(WithCompute):
-    """Linear, activation, Linear; more or fewer of them.
+    """Linear maps with an activation between each two.
 
     Attributes:
-        output_size: None: the LLM's hidden size.
-        hidden_size: of all maps but the last; None is output_size.
-        num_layers: linear maps, with an activation between two of them; 1 is a linear projector.
+        output_size: width of a media token; None takes the LLM's hidden size.
+        hidden_size: width of all maps but the last; None is output_size.
+        num_layers: number of linear maps; 1 is a linear projector.
         merge: side of the square of patches that becomes one media token (pixel shuffle, arXiv 2404.16821); 1 is none.
-        input_norm: LayerNorm on what comes in.
-        place_embedding: a learned vector is added to each media token that tells its place in the picture. Features do
-            not tell it where the encoder gives all places one meaning, and the LLM's positions count from the question.
+        input_norm: whether a LayerNorm precedes the maps.
+        place_embedding: whether to add a learned vector for each media token's position in the image. An encoder may
+            give the same features at every position, and the LLM's positions depend on the text before the image.
     """
 
     output_size: int | None = None
@@ -64,16 +64,16 @@ class MLPProjectorConfig(WithCompute):
 
     @property
     def pointwise(self) -> bool:
-        """Whether each vector that comes in goes out by itself, class tokens among them."""
+        """A flag: each input vector, class tokens included, becomes one media token."""
         return self.merge == 1
 
     @property
     def needs_grid(self) -> bool:
-        """Whether what comes in must be a square of patches and nothing besides."""
+        """A flag: the input must be a square grid of patches without other vectors."""
         return self.merge > 1
 
     def num_tokens(self, grid: int) -> int:
-        """Media tokens of a square picture of grid x grid patches. Raises ConfigError: `merge` does not divide it."""
+        """Returns the media tokens of grid x grid patches. Raises ConfigError: `merge` does not divide the grid."""
         if grid % self.merge:
             raise ConfigError(
                 f"projector.merge {self.merge} on {grid} patches a side",
@@ -88,13 +88,13 @@ class MLPProjectorConfig(WithCompute):
 
 
 class MLPProjector(nn.Module):
-    """Encoder features to LLM embeddings."""
+    """MLP from encoder features to LLM embeddings."""
 
     config: MLPProjectorConfig
 
     @nn.compact
     def __call__(self, features):
-        """dtype[B, h*w, E] of a square grid -> dtype[B, h*w/merge^2, output_size]"""
+        """Maps dtype[B, h*w, E] of a square grid to dtype[B, h*w/merge^2, output_size]."""
         c = self.config
         dtype = jnp.dtype(c.dtype)
         x = features

@@ -15,32 +15,31 @@ from mllm_jax.layers.requirements import Requirements
 
 @dataclass(frozen=True)
 class PairedProjectorConfig(WithCompute):
-    """Each encoder's numbers by a linear map of their own to half the width, side by side, activation, Linear.
+    """A linear map of each encoder's features to half the width, concatenation, activation, Linear.
 
     Attributes:
-        output_size: None: the LLM's hidden size, an even number.
-        widths: how many numbers of each vector are the first encoder's, and how many the second's; None: as the
-            encoder has them.
+        output_size: width of a media token, an even number; None takes the LLM's hidden size.
+        widths: feature sizes of the first and of the second encoder; None takes them from the encoder.
     """
 
     output_size: int | None = None
     widths: tuple[int, int] | None = None
     activation: str = "gelu"
 
-    pointwise = True  # each vector that comes in becomes one media token
+    pointwise = True  # each input vector becomes one media token
 
     def __post_init__(self):
         require = Requirements("paired projector", self)
         require(
             self.output_size is None or self.output_size % 2 == 0,
             f"output_size {self.output_size}",
-            "an even number: each encoder has half of it",
+            "an even number: each encoder fills half of it",
             "change output_size",
         )
         require.one_of("activation", ACTIVATIONS)
 
     def num_tokens(self, grid: int) -> int:
-        """Media tokens of a square picture of grid x grid patches."""
+        """Returns the media tokens of an image of grid x grid patches."""
         return grid**2
 
     def make(self) -> PairedProjector:
@@ -49,13 +48,13 @@ class PairedProjectorConfig(WithCompute):
 
 
 class PairedProjector(nn.Module):
-    """Two encoders' features to LLM embeddings (reference: `DeepseekVLHybridAligner`)."""
+    """Projector from two encoders' features to LLM embeddings (reference: `DeepseekVLHybridAligner`)."""
 
     config: PairedProjectorConfig
 
     @nn.compact
     def __call__(self, features):
-        """dtype[B, N, sum(widths)] -> dtype[B, N, output_size]"""
+        """Maps dtype[B, N, sum(widths)] to dtype[B, N, output_size]."""
         c = self.config
         dtype = jnp.dtype(c.dtype)
         first, second = jnp.split(features, [c.widths[0]], axis=-1)

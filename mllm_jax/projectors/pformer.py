@@ -1,7 +1,7 @@
-"""The P-Former (arXiv 2307.07063, section 3.2): a caption to the prompts with which an LLM would say it.
+"""The P-Former (arXiv 2307.07063, section 3.2): a model from a caption to prompts that make an LLM write the caption.
 
-A BERT reads the caption; what its first token holds becomes a fixed number of vectors in the LLM's space. It learns
-from text alone, and its prompts are then what a picture's media tokens are drawn to.
+A BERT reads the caption. Its first token's last hidden state becomes a fixed number of vectors in the LLM's embedding
+space. The P-Former learns from text alone. Its prompts are then targets for the media tokens of images.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ class PFormerConfig(WithCompute):
     """Sizes of a P-Former; the defaults are BERT-base with 32 prompts.
 
     Attributes:
-        output_size: None: the LLM's hidden size.
-        vocab_size: ids that captions are made of, as many as the tokenizer has; None: as many as the LLM has.
-        num_queries: prompts of a caption, whatever its length.
-        max_length: how many positions a caption may have.
-        mask_token_id: the id that stands for a masked token; None: one of its own behind the vocabulary.
+        output_size: width of a prompt; None takes the LLM's hidden size.
+        vocab_size: number of the tokenizer's ids; None takes the LLM's vocabulary.
+        num_queries: number of prompts of a caption of any length.
+        max_length: the most tokens of a caption.
+        mask_token_id: the id of a masked token; None adds one after the vocabulary.
     """
 
     output_size: int | None = None
@@ -55,17 +55,17 @@ class PFormerConfig(WithCompute):
         require(
             None in (self.mask_token_id, self.vocab_size) or 0 <= self.mask_token_id < self.vocab_size,
             f"mask_token_id {self.mask_token_id} in a vocabulary of {self.vocab_size}",
-            "one of its ids, or None for one of its own",
+            "an id of the vocabulary, or None to add one",
             "change mask_token_id",
         )
 
     @property
     def mask_id(self) -> int:
-        """What stands in the place of a masked token."""
+        """The id that replaces a masked token."""
         return self.vocab_size if self.mask_token_id is None else self.mask_token_id
 
     def beside(self, llm: Any) -> PFormerConfig:
-        """Returns the config with what it leaves open taken from the LLM that it prompts."""
+        """Returns the config with the fields that are None taken from the LLM."""
         known = {"output_size": llm.hidden_size, "vocab_size": llm.vocab_size}
         return replace(self, **{name: value for name, value in known.items() if getattr(self, name) is None})
 
@@ -75,19 +75,19 @@ class PFormerConfig(WithCompute):
 
 
 class PFormerLayer(nn.Module):
-    """A layer of BERT: attention and MLP, a sum and a norm behind each."""
+    """A layer of BERT: attention and MLP, each with a residual connection and then a norm."""
 
     config: PFormerConfig
 
     @nn.compact
     def __call__(self, x, _, segments):
-        """x dtype[N, L, E], segments int[N, L] with 0 at what nobody may see."""
+        """Applies the layer to dtype[N, L, E]; segments are int[N, L], 0 at hidden tokens."""
         x, _ = QFormerAttention(self.config, name="attention")(x, x, k_segments=segments)
         return constrain(FeedForward(self.config, name="text_mlp")(x), "batch", "seq", None), None
 
 
 class PFormer(nn.Module):
-    """Captions to prompts."""
+    """The P-Former, from captions to prompts."""
 
     config: PFormerConfig
 
@@ -96,7 +96,7 @@ class PFormer(nn.Module):
         dtype = jnp.dtype(c.dtype)
         common = dict(use_bias=True, init_std=INIT_STD, dtype=dtype)
         self.token_embedding = Embedding(max(c.vocab_size, c.mask_id + 1), c.hidden_size, dtype=dtype)
-        # BERT's vector of the first of two texts is the same everywhere: these hold it.
+        # Includes BERT's segment embedding of the first text, which is the same at every position.
         self.position_embedding = Embedding(c.max_length, c.hidden_size, names=(None, "embed"), dtype=dtype)
         self.embedding_norm = LayerNorm(c.norm_eps, dtype)
         self.layers = layers_of(c, PFormerLayer, 1)(c)
@@ -105,27 +105,27 @@ class PFormer(nn.Module):
         self.language_projection = Linear((c.output_size,), ("channels", "embed"), **common)
 
     def __call__(self, tokens, segments=None):
-        """Prompts of captions, one a row: int[N, L] -> dtype[N, num_queries, output_size]; see `read`."""
+        """Maps captions int[N, L], one a row, to prompts dtype[N, num_queries, output_size]; see `read`."""
         return self.prompt(self.read(tokens, segments))
 
     def read(self, tokens, segments=None, masked=None):
-        """What the first token of each row holds in the end.
+        """Returns the last hidden state of each row's first token.
 
         Args:
-            tokens: int[N, L], one caption a row, from its first place on.
+            tokens: int[N, L], one caption a row, from its first position.
             segments: int[N, L], 0 at padding, or None.
-            masked: bool[N, L], the tokens that it may not read, or None.
+            masked: bool[N, L], the masked tokens, or None.
 
         Returns:
             dtype[N, hidden_size].
 
         Raises:
-            DataError: more places than positions.
+            DataError: rows longer than max_length.
         """
         c = self.config
         if tokens.shape[1] > c.max_length:
             raise DataError(
-                f"captions of {tokens.shape[1]} places for a P-Former of {c.max_length} positions",
+                f"captions of {tokens.shape[1]} tokens for a P-Former of {c.max_length} positions",
                 f"at most {c.max_length}",
                 "shorten the rows, or raise max_length",
             )
@@ -137,5 +137,5 @@ class PFormer(nn.Module):
         return self.layers(x, None, segments)[0][:, 0]
 
     def prompt(self, x):
-        """dtype[N, hidden_size] -> dtype[N, num_queries, output_size]"""
+        """Maps dtype[N, hidden_size] to dtype[N, num_queries, output_size]."""
         return self.language_projection(jnp.tanh(self.prompt_dense(self.prompt_projection(x))))

@@ -20,11 +20,11 @@ VERSIONS = ("v1", "v2")
 
 
 def pixel_shuffle(x, factor: int, version: str = "v2"):
-    """Squares of factor x factor neighbours become one vector each, its parts by row, then by column of the square.
+    """Concatenates each square of factor x factor vectors into one, row by row.
 
     Args:
         x: [B, H, W, E].
-        version: "v2" keeps rows and columns; "v1", the first OpenGVLab code, leaves the two swapped.
+        version: "v2" keeps rows and columns; "v1", the first OpenGVLab code, swaps them.
 
     Returns:
         v2: [B, H/factor, W/factor, factor^2 * E]; v1: [B, W/factor, H/factor, factor^2 * E].
@@ -35,10 +35,10 @@ def pixel_shuffle(x, factor: int, version: str = "v2"):
 
 @dataclass(frozen=True)
 class PixelShuffleProjectorConfig(WithCompute):
-    """Sizes and the version of the shuffle.
+    """Sizes of the projector and the version of the shuffle.
 
     Attributes:
-        output_size: None: the LLM's hidden size, and the width between the two linear maps.
+        output_size: width of a media token and of the hidden layer; None takes the LLM's hidden size.
         factor: side of the square of patches that becomes one media token; 1 / `downsample_ratio`.
         version: "v1" or "v2", see `pixel_shuffle`.
     """
@@ -50,7 +50,7 @@ class PixelShuffleProjectorConfig(WithCompute):
     norm_eps: float = 1e-5
 
     pointwise = False  # several vectors become one media token
-    needs_grid = True  # and a class token has no place among them
+    needs_grid = True  # the input has no class token
 
     def __post_init__(self):
         require = Requirements("pixel shuffle", self)
@@ -59,7 +59,7 @@ class PixelShuffleProjectorConfig(WithCompute):
         require(self.factor >= 1, f"factor {self.factor}", "1 or more patches a side", "change factor")
 
     def num_tokens(self, grid: int) -> int:
-        """See `merged_tokens`."""
+        """Returns the media tokens of grid x grid patches, see `merged_tokens`."""
         return merged_tokens(grid, self.factor, "pixel shuffle")
 
     def make(self) -> PixelShuffleProjector:
@@ -68,13 +68,13 @@ class PixelShuffleProjectorConfig(WithCompute):
 
 
 class PixelShuffleProjector(nn.Module):
-    """Encoder features to LLM embeddings (reference: `InternVLMultiModalProjector` behind `pixel_shuffle`)."""
+    """Projector from encoder features to LLM embeddings (reference: `pixel_shuffle`, `InternVLMultiModalProjector`)."""
 
     config: PixelShuffleProjectorConfig
 
     @nn.compact
     def __call__(self, features):
-        """dtype[B, h*w, E] of a square grid -> dtype[B, h*w/factor^2, output_size]"""
+        """Maps dtype[B, h*w, E] of a square grid to dtype[B, h*w/factor^2, output_size]."""
         c = self.config
         dtype = jnp.dtype(c.dtype)
         c.num_tokens(side := math.isqrt(features.shape[1]))  # refuses a grid that does not fit

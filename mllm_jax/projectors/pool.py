@@ -1,6 +1,6 @@
-"""Average pooling of the grid of patches, then an MLP: how LLaVA-NeXT-Video shortens a frame.
+"""Average pooling of the grid of patches, then an MLP: LLaVA-NeXT-Video's projector of a frame.
 
-Neighbours side by side instead of their mean, a "2 x 2 merge", are `MLPProjectorConfig.merge`.
+`MLPProjectorConfig.merge` concatenates neighbouring patches instead of averaging them.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from mllm_jax.projectors.mlp import MLPProjector, MLPProjectorConfig, merged_tok
 
 @dataclass(frozen=True)
 class PoolProjectorConfig(WithCompute):
-    """The side of the pooled squares and the MLP behind them.
+    """Sizes of the pooling and of the MLP after it.
 
     Attributes:
-        output_size: None: the LLM's hidden size.
+        output_size: width of a media token; None takes the LLM's hidden size.
         factor: side of the square of patches whose mean becomes one media token.
         hidden_size, num_layers, activation, use_bias: of the MLP, see `MLPProjectorConfig`.
     """
@@ -35,16 +35,16 @@ class PoolProjectorConfig(WithCompute):
     use_bias: bool = True
 
     pointwise = False  # several vectors become one media token
-    needs_grid = True  # and a class token has no place among them
+    needs_grid = True  # the input has no class token
 
     def __post_init__(self):
         require = Requirements("average pooling", self)
         require(self.factor >= 1, f"factor {self.factor}", "1 or more patches a side", "change factor")
-        self.mlp  # noqa: B018 - refuses what makes no MLP
+        self.mlp  # noqa: B018 - checks the MLP's fields
 
     @property
     def mlp(self) -> MLPProjectorConfig:
-        """What stands behind the pooling."""
+        """The config of the MLP after the pooling."""
         return MLPProjectorConfig(
             self.output_size,
             self.hidden_size,
@@ -55,7 +55,7 @@ class PoolProjectorConfig(WithCompute):
         )
 
     def num_tokens(self, grid: int) -> int:
-        """See `merged_tokens`."""
+        """Returns the media tokens of grid x grid patches, see `merged_tokens`."""
         return merged_tokens(grid, self.factor, "average pooling")
 
     def make(self) -> PoolProjector:
@@ -64,21 +64,21 @@ class PoolProjectorConfig(WithCompute):
 
 
 class PoolProjector(nn.Module):
-    """Encoder features to LLM embeddings (reference: transformers' `LlavaNextVideoPooler` and the projector behind)."""
+    """Projector from encoder features to LLM embeddings (reference: `LlavaNextVideoPooler` and its projector)."""
 
     config: PoolProjectorConfig
 
     @nn.compact
     def __call__(self, features):
-        """dtype[B, h*w, E] of a square grid -> dtype[B, h*w/factor^2, output_size]
+        """Maps dtype[B, h*w, E] of a square grid to dtype[B, h*w/factor^2, output_size].
 
         Raises:
-            ConfigError: a grid that is not square, or that squares of `factor` patches do not fill.
+            ConfigError: a grid that is not square, or whose side the factor does not divide.
         """
         c, (patches, side) = self.config, (features.shape[1], math.isqrt(features.shape[1]))
         if side**2 != patches:
             raise ConfigError(
-                f"average pooling of {patches} vectors of a picture",
+                f"average pooling of {patches} vectors of an image",
                 "a square grid of patches, without a class token",
                 "change the connection",
             )

@@ -1,8 +1,8 @@
-"""The Q-Former of BLIP-2 (arXiv 2301.12597, section 3.1) and InstructBLIP (arXiv 2305.06500): queries read a picture.
+"""The Q-Former of BLIP-2 (arXiv 2301.12597, section 3.1) and InstructBLIP (arXiv 2305.06500): queries read an image.
 
-A BERT whose input is a fixed number of learned queries and, where there is one, a text. Both attend to each other;
-every `cross_attention_frequency`-th layer the queries, never the text, attend to the picture as well; queries and text
-have feed-forward blocks of their own. What the queries hold in the end are the media tokens.
+It is a BERT whose input is a fixed number of learned queries and an optional text. Both attend to each other. In every
+`cross_attention_frequency`-th layer the queries, not the text, also attend to the image. Queries and text have separate
+feed-forward blocks. The last hidden states of the queries become the media tokens.
 """
 
 from __future__ import annotations
@@ -24,22 +24,22 @@ from mllm_jax.layers.requirements import Requirements
 from mllm_jax.layers.stack import scan_layers
 from mllm_jax.sharding.logical import constrain
 
-# As BERT starts all that is no norm and no bias.
+# BERT's standard deviation of all initial weights but norms and biases.
 INIT_STD = 0.02
 
 
 @dataclass(frozen=True)
 class QFormerConfig(WithCompute):
-    """Sizes and switches of a Q-Former; the defaults are BERT-base with 32 queries.
+    """Sizes and options of a Q-Former; the defaults are BERT-base with 32 queries.
 
     Attributes:
-        output_size: None: the LLM's hidden size; without an LLM no map to it, the queries' last hidden states as they
-            are.
-        feature_size: width of the features that come in; None: whatever that is.
-        num_queries: media tokens of a picture, whatever its size.
-        cross_attention_frequency: layers 0, n, 2n, ... have cross-attention.
-        vocab_size: None: it reads no text, and has no parameters for any.
-        max_length: how many positions a text may have.
+        output_size: width of a media token; None takes the LLM's hidden size. Without an LLM, None leaves out the map
+            to it.
+        feature_size: width of the input features; None accepts any.
+        num_queries: number of media tokens of an image of any size.
+        cross_attention_frequency: n, if layers 0, n, 2n, ... have cross-attention.
+        vocab_size: number of token ids; None is a Q-Former without text and without parameters for it.
+        max_length: the most tokens of a text.
     """
 
     output_size: int | None = None
@@ -68,7 +68,7 @@ class QFormerConfig(WithCompute):
 
     @property
     def group(self) -> tuple[bool, ...]:
-        """Whether each layer crosses, of the layers that repeat: all of them where the frequency does not divide."""
+        """Flags of cross-attention of the repeated layers: all layers if the frequency does not divide num_layers."""
         divides = self.num_layers % self.cross_attention_frequency == 0
         size = self.cross_attention_frequency if divides else self.num_layers
         return tuple(i % self.cross_attention_frequency == 0 for i in range(size))
@@ -77,10 +77,10 @@ class QFormerConfig(WithCompute):
     def reads_text(self) -> bool:
         return self.vocab_size is not None
 
-    pointwise = False  # the queries read all vectors that come in
+    pointwise = False  # the queries read all input vectors
 
     def num_tokens(self, grid: int) -> int:
-        """Media tokens of a picture of grid x grid patches: as many as there are queries."""
+        """Returns the media tokens of an image of grid x grid patches: one for each query."""
         return self.num_queries
 
     def make(self) -> QFormer:
@@ -89,7 +89,7 @@ class QFormerConfig(WithCompute):
 
 @struct.dataclass
 class QFormerCache:
-    """What every layer made of the queries when no text was beside them, for texts that are written from them.
+    """The keys and values of the queries in each layer, encoded without a text, from which texts are generated.
 
     Attributes:
         keys, values: [num_layers / layers that repeat, layers that repeat, N, num_queries, heads, head_dim].
@@ -100,18 +100,18 @@ class QFormerCache:
 
 
 class QFormerAttention(nn.Module):
-    """Attention of one sequence to another, with the sum and the norm behind it, as BERT has it."""
+    """Attention of one sequence to another, with a residual connection and then a norm, as in BERT."""
 
     config: QFormerConfig
 
     @nn.compact
     def __call__(self, x, source, cached=None, *, k_segments=None, q_index=None):
-        """x [N, S, E], source [N, T, F] -> [N, S, E] and the source's keys and values, each [N, T, heads, head_dim].
+        """Maps x [N, S, E] and source [N, T, F] to [N, S, E] and the source's keys and values [N, T, heads, head_dim].
 
         Args:
-            cached: keys and values that stand before the source's, or None.
-            k_segments: int[N, T], 0 at what nobody may see, or None.
-            q_index: int[N, S], places among all keys: what lies behind them is not seen; None: all is seen.
+            cached: keys and values that come before the source's, or None.
+            k_segments: int[N, T], 0 at hidden keys, or None.
+            q_index: int[N, S], index of the last key that each query sees; None shows all keys.
         """
         c = self.config
         dtype, heads = jnp.dtype(c.dtype), (c.num_heads, c.hidden_size // c.num_heads)
@@ -133,7 +133,7 @@ class QFormerAttention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """MLP, sum and norm."""
+    """MLP, residual connection and norm."""
 
     config: QFormerConfig
 
@@ -146,14 +146,14 @@ class FeedForward(nn.Module):
 
 
 class QFormerLayer(nn.Module):
-    """One layer; `crosses`: whether its queries attend to the picture."""
+    """Layer of a Q-Former; its queries attend to the image if `crosses`."""
 
     config: QFormerConfig
     crosses: bool
 
     @nn.compact
     def __call__(self, x, cached, queries: int, features, features_segments, k_segments, q_index):
-        """x is [N, queries + text, E]; see `QFormer.run`."""
+        """Applies the layer to [N, queries + text, E]; see `QFormer.run`."""
         own = QFormerAttention(self.config, name="attention")
         x, made = own(x, x, cached, k_segments=k_segments, q_index=q_index)
         parts = []
@@ -169,7 +169,7 @@ class QFormerLayer(nn.Module):
 
 
 class QFormerGroup(nn.Module):
-    """The layers that repeat, see `QFormerConfig.group`."""
+    """A group of layers that repeats, see `QFormerConfig.group`."""
 
     config: QFormerConfig
     queries: int
@@ -187,7 +187,7 @@ class QFormerGroup(nn.Module):
 
 
 class QFormer(nn.Module):
-    """Features, and a text where there is one, to media tokens (`Blip2QFormerModel`, `InstructBlipQFormerModel`)."""
+    """Q-Former from features and an optional text to media tokens (`Blip2QFormerModel`, `InstructBlipQFormerModel`)."""
 
     config: QFormerConfig
 
@@ -206,11 +206,11 @@ class QFormer(nn.Module):
             )
 
     def __call__(self, features, tokens=None, segments=None):
-        """Media tokens of pictures.
+        """Returns the media tokens of images.
 
         Args:
             features: dtype[N, P, feature_size].
-            tokens, segments: int[N, L], 0 in segments at padding, or None: the text that the queries read too.
+            tokens, segments: int[N, L], the text that the queries also read, or None; segments are 0 at padding.
 
         Returns:
             dtype[N, num_queries, output_size].
@@ -219,16 +219,16 @@ class QFormer(nn.Module):
         return queries if self.config.output_size is None else self.language_projection(queries)
 
     def encode(self, features, tokens=None, segments=None, *, feature_segments=None):
-        """The queries, and the text behind them, all of which see each other.
+        """Encodes the queries and then the text, all of which see each other.
 
         Args:
-            feature_segments: int[N, P], 0 at features that are padding, or None.
+            feature_segments: int[N, P], 0 at padding, or None.
 
         Returns:
             (dtype[N, num_queries + L, E], QFormerCache).
 
         Raises:
-            ConfigError, DataError: see `read`; features of another width.
+            ConfigError, DataError: see `read`, and features of another width.
         """
         c = self.config
         if c.feature_size not in (None, features.shape[-1]):
@@ -245,20 +245,20 @@ class QFormer(nn.Module):
         return self.run(x, c.num_queries, None, features, feature_segments, k_segments, None)
 
     def read(self, tokens, segments=None, cache: QFormerCache | None = None):
-        """A text by itself, or the continuation of what the queries hold.
+        """Encodes a text by itself, or a text after the queries.
 
         Args:
             tokens: int[N, L], one text a row.
             segments: int[N, L], 0 at padding, or None.
-            cache: None: every token sees the whole text. Else, of `encode` without a text: a token sees the queries
-                and the tokens before it.
+            cache: the cache of `encode` without a text: a token sees the queries, itself and the tokens before it. With
+                None, every token sees the whole text and no queries.
 
         Returns:
             dtype[N, L, E].
 
         Raises:
             ConfigError: a Q-Former without a vocabulary.
-            DataError: a text longer than its positions.
+            DataError: a text longer than max_length.
         """
         x, q_index = self._embed(tokens), None
         segments = jnp.ones_like(tokens) if segments is None else segments
@@ -269,11 +269,11 @@ class QFormer(nn.Module):
         return self.run(x, 0, cache, None, None, segments, q_index)[0]
 
     def _embed(self, tokens):
-        """int[N, L] -> dtype[N, L, E], whose positions count from 0."""
+        """Maps int[N, L] to dtype[N, L, E]; positions count from 0."""
         c = self.config
         if not c.reads_text:
             raise ConfigError(
-                "a text for a Q-Former that reads none", "vocab_size, or no text", "set the Q-Former's vocab_size"
+                "a text for a Q-Former without vocab_size", "vocab_size, or no text", "set the Q-Former's vocab_size"
             )
         if tokens.shape[1] > c.max_length:
             raise DataError(
@@ -281,12 +281,12 @@ class QFormer(nn.Module):
                 f"at most {c.max_length}",
                 "shorten the text",
             )
-        places = self.position_embedding(jnp.arange(tokens.shape[1]))
-        return constrain(self.token_embedding(tokens) + places, "batch", "seq", None)
+        positions = self.position_embedding(jnp.arange(tokens.shape[1]))
+        return constrain(self.token_embedding(tokens) + positions, "batch", "seq", None)
 
     @nn.compact
     def run(self, x, queries: int, cache, features, feature_segments, k_segments, q_index):
-        """The layers on embedded queries (the first `queries` places) and text."""
+        """Applies the layers to embedded queries (the first `queries` positions) and text."""
         c = self.config
         groups = c.num_layers // len(c.group)
         stack = scan_layers(QFormerGroup, num_layers=groups, remat=c.remat, unroll=c.scan_unroll, num_broadcast=4)

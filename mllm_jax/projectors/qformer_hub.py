@@ -1,4 +1,4 @@
-"""The Q-Former in Hugging Face folders of BLIP-2 and InstructBLIP: its options and its weights' names."""
+"""The Q-Former in the Hugging Face folders of BLIP-2 and InstructBLIP: its options and its weights' names."""
 
 from __future__ import annotations
 
@@ -24,12 +24,13 @@ VOCAB_SIZE = 30522
 
 
 def read_qformer(values: Mapping, what: str, *, text: bool | None, **sizes) -> QFormerConfig:
-    """`qformer_config` of a config.json, every option honoured or refused by name.
+    """Reads `qformer_config` of a config.json; every option is honoured or refused by name.
 
     Args:
-        what: how to name the file in a message.
-        text: whether the architecture's Q-Former reads text; None: InstructBLIP, which has no option for it and does.
-        sizes: the fields that stand elsewhere: output_size, feature_size, num_queries.
+        what: name of the file in messages.
+        text: whether the architecture's Q-Former reads text; None for InstructBLIP's, which reads text and has no
+            option for it.
+        sizes: the fields that other parts of the file determine: output_size, feature_size, num_queries.
     """
     options = Options(values, f"qformer_config of {what}")
     reads = True if text is None else options.only("use_qformer_text_input", text, default=False)
@@ -40,14 +41,14 @@ def read_qformer(values: Mapping, what: str, *, text: bool | None, **sizes) -> Q
         **sizes,
     )
     options.only("position_embedding_type", "absolute")
-    # The reference takes the features' width from the vision tower, whatever stands here.
+    # The reference takes the features' width from the image encoder and ignores encoder_hidden_size.
     options.skip("encoder_hidden_size", "pad_token_id", "bos_token_id", "eos_token_id", "tie_word_embeddings")
     options.done()
     return config
 
 
 def write_qformer(c: QFormerConfig, model_type: str) -> dict:
-    """The inverse of `read_qformer`."""
+    """Writes `qformer_config`, the inverse of `read_qformer`."""
     written = dict(
         model_type=model_type,
         **write_fields(c, _FIELDS),
@@ -68,11 +69,11 @@ def qformer_weights(
     projection: str = "language_projection",
     path: str = "projector_image",
 ) -> tuple[Weight, ...]:
-    """The weights of a Q-Former, its queries and its map to the LLM.
+    """Returns the weights of a Q-Former, its queries and its map to the LLM.
 
     Args:
-        own: what stands between a layer's "attention." and ".query": transformers' "attention", LAVIS' "self".
-        path: where its parameters stand.
+        own: the name between a layer's "attention." and ".query": transformers' "attention", LAVIS' "self".
+        path: of the Q-Former among the model's parameters.
     """
     weights = [Weight(query, f"{path}/query", "1 q e -> q e")]
     head, rows = c.hidden_size // c.num_heads, (c.hidden_size,) * 3
@@ -81,17 +82,17 @@ def qformer_weights(
             weights.append(Weight(f"{embeddings}.{theirs}_embeddings.weight", f"{path}/{ours}_embedding/embedding"))
     weights += layer_norm(norm, f"{path}/embedding_norm")
     for i, crosses in enumerate(c.group):
-        hub, place = f"{layers}.{{layer*{len(c.group)}+{i}}}", f"{path}/layers/layer_{i}"
+        hub, layer = f"{layers}.{{layer*{len(c.group)}+{i}}}", f"{path}/layers/layer_{i}"
         attentions = {"attention": "attention"} | ({"crossattention": "cross_attention"} if crosses else {})
         for theirs, ours in attentions.items():
             stored = [f"{hub}.{theirs}.{own}.{name}" for name in ("query", "key", "value")]
-            weights += into_heads(stored, f"{place}/{ours}", head, rows)
-            weights += linear(f"{hub}.{theirs}.output.dense", f"{place}/{ours}/out", OUT_OF_HEADS, {"h": head})
-            weights += layer_norm(f"{hub}.{theirs}.output.LayerNorm", f"{place}/{ours}/norm")
+            weights += into_heads(stored, f"{layer}/{ours}", head, rows)
+            weights += linear(f"{hub}.{theirs}.output.dense", f"{layer}/{ours}/out", OUT_OF_HEADS, {"h": head})
+            weights += layer_norm(f"{hub}.{theirs}.output.LayerNorm", f"{layer}/{ours}/norm")
         for suffix, ours in (("_query", "query_mlp"), *((("", "text_mlp"),) if c.reads_text else ())):
-            weights += linear(f"{hub}.intermediate{suffix}.dense", f"{place}/{ours}/mlp/up")
-            weights += linear(f"{hub}.output{suffix}.dense", f"{place}/{ours}/mlp/down")
-            weights += layer_norm(f"{hub}.output{suffix}.LayerNorm", f"{place}/{ours}/norm")
+            weights += linear(f"{hub}.intermediate{suffix}.dense", f"{layer}/{ours}/mlp/up")
+            weights += linear(f"{hub}.output{suffix}.dense", f"{layer}/{ours}/mlp/down")
+            weights += layer_norm(f"{hub}.output{suffix}.LayerNorm", f"{layer}/{ours}/norm")
     if c.output_size is not None:
         weights += linear(projection, f"{path}/language_projection")
     return tuple(weights)

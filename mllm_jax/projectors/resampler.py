@@ -1,7 +1,7 @@
-"""Cross-attention resampler: learned queries read a picture of any number of patches, and are its media tokens.
+"""Cross-attention resampler: learned queries read any number of patches and become the media tokens.
 
-Its switches make it Qwen-VL's (arXiv 2308.12966, section 2.1), whose defaults these are, or the Perceiver resampler of
-Flamingo (arXiv 2204.14198, section 3.1) and its descendants, Idefics and Idefics2.
+The defaults are Qwen-VL's (arXiv 2308.12966, section 2.1). Other options make it the Perceiver resampler of Flamingo
+(arXiv 2204.14198, section 3.1), Idefics and Idefics2.
 """
 
 from __future__ import annotations
@@ -30,17 +30,16 @@ POSITIONS = ("sincos", "none")
 
 @dataclass(frozen=True)
 class ResamplerDialect:
-    """Details that make a resampler one of a family; the defaults are Qwen-VL's.
+    """Details that distinguish the families of resamplers; the defaults are Qwen-VL's.
 
     Attributes:
         positions: "sincos" adds fixed 2-D positions to queries and keys, not to values; "none" adds nothing.
-        attends_itself: the queries follow the features among the keys and values (Flamingo).
-        gated: of the MLP; True and activation "silu" are SwiGLU.
-        bias: of the attention's maps; the MLP has none.
-        qk_norm: a LayerNorm of each head's queries and keys.
+        attends_itself: whether the queries follow the features among the keys and values (Flamingo).
+        gated: whether the MLP is gated; with activation "silu" it is SwiGLU.
+        bias: whether the attention's maps have biases; the MLP has none.
+        qk_norm: whether a LayerNorm follows each head's queries and keys.
         norm: "layer" or "rms".
-        output_map: a norm and a linear map without bias lead out; without it a norm does, and hidden_size is
-            output_size.
+        output_map: whether a linear map without bias follows the last norm; without it, hidden_size is output_size.
     """
 
     positions: str = "sincos"
@@ -55,16 +54,17 @@ class ResamplerDialect:
 
 @dataclass(frozen=True)
 class ResamplerConfig(WithCompute):
-    """Sizes of a resampler; what only reproduces a family is in its dialect.
+    """Sizes of a resampler; details that only reproduce a family are in its dialect.
 
     Attributes:
-        output_size: None: the LLM's hidden size.
-        hidden_size: None is output_size; features of another width are mapped to it first, without a bias.
-        num_queries: media tokens of an image; a square number with "sincos" positions.
-        num_kv_heads: None is num_heads, which is hidden_size / head_dim unless it is given.
-        mlp_size: None, or the width of a pre-norm MLP after each attention; it is always added.
+        output_size: width of a media token; None takes the LLM's hidden size.
+        hidden_size: None is output_size; a linear map without bias brings features of another width to it.
+        num_queries: number of media tokens of an image; a square number with "sincos" positions.
+        num_heads: None is hidden_size / head_dim.
+        num_kv_heads: None is num_heads.
+        mlp_size: None, or the width of a pre-norm MLP with a residual connection after each attention.
         activation: of that MLP.
-        residual: what attention finds is added to the queries, instead of taking their place.
+        residual: whether the output of attention is added to the queries instead of replacing them.
     """
 
     output_size: int | None = None
@@ -94,10 +94,10 @@ class ResamplerConfig(WithCompute):
             self.dialect.positions == "none"
             or (self.num_queries == math.isqrt(self.num_queries) ** 2 and (self.width is None or self.width % 4 == 0)),
             f"sincos positions of {self.num_queries} queries of width {self.width}",
-            "a square number, for they form a grid, and a width that is a multiple of 4",
+            "a square number, because they form a grid, and a width that is a multiple of 4",
             "change num_queries, hidden_size or dialect.positions",
         )
-        if self.width is None:  # the LLM's, whose heads are checked where it is known
+        if self.width is None:  # the LLM's: heads are checked when it is known
             return
         require(
             self.num_heads is not None or self.width % self.head_dim == 0,
@@ -115,28 +115,28 @@ class ResamplerConfig(WithCompute):
 
     @property
     def width(self) -> int | None:
-        """hidden_size as it is used; None: not known before the LLM's is."""
+        """The hidden size; None before the LLM's is known."""
         return self.hidden_size or self.output_size
 
     @property
     def heads(self) -> int:
-        """num_heads as it is used."""
+        """The number of heads, also if num_heads is None."""
         return self.num_heads or self.width // self.head_dim
 
     @property
     def kv_heads(self) -> int:
-        """num_kv_heads as it is used."""
+        """The number of key-value heads, also if num_kv_heads is None."""
         return self.num_kv_heads or self.heads
 
-    pointwise = False  # the queries read all vectors that come in
+    pointwise = False  # the queries read all input vectors
 
     @property
     def needs_grid(self) -> bool:
-        """Whether what comes in must be a square of patches and nothing besides."""
+        """A flag: the input must be a square grid of patches without other vectors."""
         return self.dialect.positions == "sincos"
 
     def num_tokens(self, grid: int) -> int:
-        """Media tokens of a picture of grid x grid patches: as many as there are queries."""
+        """Returns the media tokens of an image of grid x grid patches: one for each query."""
         return self.num_queries
 
     def make(self) -> Resampler:
@@ -145,10 +145,10 @@ class ResamplerConfig(WithCompute):
 
 
 def sincos_positions(side: int, width: int) -> np.ndarray:
-    """float32[side^2, width]: sines and cosines of the column, then of the row, half of the width each."""
+    """Returns float32[side^2, width]: sines and cosines, of the column in the first half, of the row in the second."""
     frequencies = (1.0 / 10_000 ** (np.arange(width // 4) / np.float32(width / 4))).astype(np.float32)
     rows, columns = np.divmod(np.arange(side**2, dtype=np.float32), side)
-    parts = [f(places[:, None] * frequencies) for places in (columns, rows) for f in (np.sin, np.cos)]
+    parts = [f(index[:, None] * frequencies) for index in (columns, rows) for f in (np.sin, np.cos)]
     return np.concatenate(parts, axis=1).astype(np.float32)
 
 
@@ -157,18 +157,18 @@ def _norm(c: ResamplerConfig, name: str) -> nn.Module:
 
 
 class ResamplerLayer(nn.Module):
-    """Attention of the queries to the features, and an MLP where there is one."""
+    """Attention of the queries to the features and an optional MLP."""
 
     config: ResamplerConfig
 
     @nn.compact
-    def __call__(self, queries, _, features, query_places, key_places):
-        """queries [B, Q, E], features [B, P, E]; positions of both [Q, E], [P, E] or None -> [B, Q, E]"""
+    def __call__(self, queries, _, features, query_positions, key_positions):
+        """Maps queries [B, Q, E] and features [B, P, E], with positions [Q, E] and [P, E] or None, to [B, Q, E]."""
         c, dialect = self.config, self.config.dialect
         dtype = jnp.dtype(c.dtype)
         x, found = _norm(c, "query_norm")(queries), _norm(c, "kv_norm")(features)
-        q = x if query_places is None else x + query_places.astype(dtype)
-        keys = found if key_places is None else found + key_places.astype(dtype)
+        q = x if query_positions is None else x + query_positions.astype(dtype)
+        keys = found if key_positions is None else found + key_positions.astype(dtype)
         if dialect.attends_itself:
             keys, found = jnp.concatenate([keys, q], axis=1), jnp.concatenate([found, x], axis=1)
         kv_names = ("embed", "kv_heads", "head_dim")
@@ -188,42 +188,42 @@ class ResamplerLayer(nn.Module):
 
 
 class Resampler(nn.Module):
-    """Features to a fixed number of media tokens."""
+    """Resampler from features to a fixed number of media tokens."""
 
     config: ResamplerConfig
 
     @nn.compact
     def __call__(self, features):
-        """dtype[N, P, F] -> dtype[N, num_queries, output_size]
+        """Maps dtype[N, P, F] to dtype[N, num_queries, output_size].
 
         Raises:
-            DataError: "sincos" positions for patches that form no square grid.
+            DataError: "sincos" positions and patches that do not form a square grid.
         """
         c = self.config
         dtype = jnp.dtype(c.dtype)
         shape, names = (c.num_queries, c.width), ("queries", "embed")
         init = nn.with_logical_partitioning(nn.initializers.normal(0.02), names)
         queries = self.param("query", init, shape, jnp.float32).astype(dtype)
-        query_places = key_places = None
+        query_positions = key_positions = None
         if c.dialect.positions == "sincos":
-            query_places, key_places = self._places(features.shape[1], shape, names)
+            query_positions, key_positions = self._positions(features.shape[1], shape, names)
         x = features
         if x.shape[-1] != c.width:
             x = Linear((c.width,), ("channels", "embed"), dtype=dtype, name="kv_projection")(x)
         layers = layers_of(c, ResamplerLayer, 3)
         y = jnp.broadcast_to(queries, (x.shape[0], *shape))
-        y, _ = layers(c, name="layers")(y, None, x.astype(dtype), query_places, key_places)
+        y, _ = layers(c, name="layers")(y, None, x.astype(dtype), query_positions, key_positions)
         y = _norm(c, "output_norm")(y)
         if not c.dialect.output_map:
             return y
         return Linear((c.output_size,), ("channels", "embed"), dtype=dtype, name="projection")(y)
 
-    def _places(self, patches: int, shape, names) -> tuple[jax.Array, jax.Array]:
-        """The positions of queries and of patches, which are the queries' stretched to their grid."""
+    def _positions(self, patches: int, shape, names) -> tuple[jax.Array, jax.Array]:
+        """Returns the positions of the queries, and of the patches by interpolation to their grid."""
         side = math.isqrt(patches)
         if side**2 != patches:
             raise DataError(
-                f"{patches} vectors of a picture for a resampler with sincos positions",
+                f"{patches} vectors of an image for a resampler with sincos positions",
                 "a square grid of patches, without a class token",
                 "change the connection, or the resampler's positions to 'none'",
             )
@@ -231,7 +231,7 @@ class Resampler(nn.Module):
         def fixed(*_):
             return jnp.asarray(sincos_positions(math.isqrt(shape[0]), shape[1]))
 
-        # Not learnt, but stored: checkpoints hold it rounded to their own precision.
+        # Constant, but stored: checkpoints hold it rounded to their precision.
         table = self.param("positions", nn.with_logical_partitioning(fixed, names), shape, jnp.float32)
         table = jax.lax.stop_gradient(table)
         return table, bicubic_grid(table, side, side)

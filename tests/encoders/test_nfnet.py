@@ -124,7 +124,7 @@ def test_options_are_refused_by_name():
         (dict(num_features=0), "num_features=0"),
         (dict(act_layer="hard_swish"), "hard_swish"),
         (dict(group_size=100), "groups of 100 in"),
-        (dict(depths=[1, 2]), "stages of unequal number"),
+        (dict(depths=[1, 2]), "of different lengths"),
     ):
         with pytest.raises(ConfigError, match=message):
             from_hf_config(F0 | dict(model_args=options))

@@ -263,7 +263,7 @@ def test_the_first_encoder_takes_images_of_any_size():
         (dict(norm="batch"), "norm 'batch'"),
         (dict(activation="sine"), "activation 'sine'"),
         (dict(window_size=3), "at least one media token, 4 pixels"),
-        (dict(deepstack_layers=(2, 0)), "in rising order"),
+        (dict(deepstack_layers=(2, 0)), "in ascending order"),
         (dict(deepstack_layers=(3,)), "different layers of the tower"),
     ],
     ids=lambda x: "",

@@ -239,7 +239,7 @@ POSITIONS = dict(segments=jnp.ones((1, 2), int), coordinates=jnp.zeros((1, 2, 2)
         ({}, (1, 12, 14, 3), {}, "whole number of patches"),
         ({}, (1, 0, 12, 3), {}, "whole number of patches"),
         (dict(drop_remainder=True), (1, 3, 12, 3), {}, "whole number of patches"),
-        ({}, (12, 12, 3), {}, "nothing beside them"),
+        ({}, (12, 12, 3), {}, "nothing else"),
         ({}, (1, 12, 12, 3), POSITIONS, "packed patches"),
         ({}, (1, 2, 48), POSITIONS | dict(grids=None), "segments, coordinates"),
         ({}, (1, 2, 47), POSITIONS, "patches of 47 numbers"),

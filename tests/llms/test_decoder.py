@@ -204,7 +204,7 @@ def test_each_layer_starts_mimetic_with_numbers_of_its_own():
     "change,message",
     [
         (dict(num_kv_heads=3), "key-value heads divide"),
-        (dict(head_dim=7), "RoPE turns pairs"),
+        (dict(head_dim=7), "RoPE rotates pairs"),
         (dict(hidden_size=12), "RoPE"),
         (dict(partial_rotary_factor=1.5), "RoPE"),
         (dict(norm="batch"), "norm 'batch'.*rms, layer"),

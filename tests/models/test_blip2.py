@@ -250,7 +250,7 @@ def test_configs_that_no_folder_can_say_are_refused():
 def test_texts_that_a_qformer_cannot_read_are_refused():
     config = QFormerConfig(8, 6, hidden_size=8, num_layers=2, num_heads=2, mlp_size=8, num_queries=2)
     features, tokens = jnp.zeros((1, 3, 6)), jnp.zeros((1, 5), int)
-    with pytest.raises(ConfigError, match="a Q-Former that reads none"):
+    with pytest.raises(ConfigError, match="a Q-Former without vocab_size"):
         jax.eval_shape(config.make().init, jax.random.key(0), features, tokens)
     short = dataclasses.replace(config, vocab_size=9, max_length=4)
     with pytest.raises(DataError, match="a text of 5 tokens for a Q-Former of 4 positions"):

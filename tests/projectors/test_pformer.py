@@ -75,7 +75,7 @@ def test_sizes_that_cannot_be_are_refused(changes):
 
 
 def test_captions_beyond_its_positions_are_refused():
-    with pytest.raises(DataError, match="7 places for a P-Former of 6 positions"):
+    with pytest.raises(DataError, match="7 tokens for a P-Former of 6 positions"):
         jax.eval_shape(TINY.make().init, jax.random.key(0), jnp.zeros((1, 7), jnp.int32))
 
 
