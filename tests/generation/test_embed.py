@@ -158,7 +158,7 @@ def test_an_assistant_embeds_texts_or_images(name, folders, pictures):
 
 def test_what_an_assistant_cannot_embed_is_refused_in_words(folders, pictures):
     assistant = Assistant.load(folders["clip"][0])
-    with pytest.raises(DataError, match="texts and images at once(.|\n)*would not say which is which(.|\n)*for each"):
+    with pytest.raises(DataError, match="texts and images at once(.|\n)*would not show which vectors are which(.|\n)*for each"):
         assistant.embed("dog", images=[pictures / "b.png"])
     with pytest.raises(DataError, match="neither texts nor images"):
         assistant.embed()
@@ -170,7 +170,7 @@ def test_what_an_assistant_cannot_embed_is_refused_in_words(folders, pictures):
         assistant.embed(images=[pictures / "absent.png"])
     with pytest.raises(ConfigError, match="CLIPVisionModel, asked for text vectors"):
         Assistant.load(folders["vision"][0]).embed("dog")
-    with pytest.raises(ConfigError, match="CLIPTextModel, asked for pooled picture vectors"):
+    with pytest.raises(ConfigError, match="CLIPTextModel, asked for pooled image vectors"):
         Assistant.load(folders["text"][0]).embed(images=[pictures / "b.png"])
     assert Assistant.load(folders["text"][0]).embed("dog").shape == (1, 16)
 
@@ -272,7 +272,7 @@ def test_what_is_no_file_is_refused_by_name(folders, tmp_path, name):
 
 
 REFUSED = {
-    "nothing": (dict(), ConfigError, "neither pictures nor texts"),
+    "nothing": (dict(), ConfigError, "neither images nor texts"),
     "an empty text": (dict(texts=["a", " "]), DataError, "0 tokens"),
     "half a character": (dict(texts=["a\udcff"]), DataError, r"\\udcff"),
     "no such picture": (dict(images=["nowhere.png"]), DataError, "nowhere.png"),
@@ -295,7 +295,7 @@ def test_what_is_refused(name, folders, tmp_path):
 
 
 def test_a_folder_without_pictures_and_a_picture_named_twice(folders, pictures, tmp_path):
-    for images, shown in (([tmp_path], "without pictures"), ([pictures, pictures / "b.png"], "named twice")):
+    for images, shown in (([tmp_path], "without images"), ([pictures, pictures / "b.png"], "named twice")):
         with pytest.raises(DataError, match=shown):
             embed_to_file(folders["clip"][0], tmp_path / "x.npz", images=images)
 
