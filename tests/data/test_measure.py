@@ -253,7 +253,7 @@ def test_a_bar_counts_examples(lines, monkeypatch):
 def test_each_host_measures_its_share_into_one_folder(lines, tmp_path):
     """Two hosts, the second first: alone it has blocks of its own, and sees that the others are missing."""
     first, second = (HowToMeasure(tmp_path / "kept", hosts=Hosts(index, 2)) for index in range(2))
-    with pytest.raises(ConfigError, match="where what the other processes measured is not"):
+    with pytest.raises(ConfigError, match="which lacks those that the other processes measured"):
         measure(encoder(lines), SLOTS, how=second)
     assert read(lines) == [*range(16, 32), *range(48, 64), *range(80, 96)]
     check(measure(encoder(lines), SLOTS, how=replace(first, hosts=Hosts(0, 1))))
