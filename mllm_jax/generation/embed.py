@@ -316,7 +316,7 @@ def _kind(path: Path) -> str:
     try:
         mode = path.stat().st_mode
     except (OSError, ValueError) as error:  # ValueError: a NUL byte, or half a character
-        return "a link that leads nowhere" if isinstance(error, OSError) and path.is_symlink() else "nothing there"
+        return "a broken link" if isinstance(error, OSError) and path.is_symlink() else "nothing there"
     kinds = {stat.S_IFREG: "file", stat.S_IFDIR: "folder", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}
     return kinds.get(stat.S_IFMT(mode), "a device")
 
