@@ -1,4 +1,4 @@
-"""Examples to rows: tokens with loss decode to the answers; whole turns are dropped; images are never cut."""
+"""Rows of examples: tokens with loss decode to the answers; whole turns are dropped; images are never cut."""
 
 from __future__ import annotations
 

@@ -83,7 +83,7 @@ def test_the_seed_decides():
     assert plan(seed=3).step(0) != plan(seed=4).step(0)
 
 
-def test_rows_hold_no_more_than_their_places_and_slots():
+def test_rows_hold_no_more_than_their_positions_and_slots():
     """Checks many images, so that the slots fill before the positions."""
     s = stream(images=4)
     p = plan(s, slots={"image": 5})
@@ -213,7 +213,7 @@ def test_text_only_needs_no_slots():
     "streams,change,given",
     [
         ([stream(), stream(low=65, high=66)], {}, "source 1: an example of 65 tokens"),
-        ([stream(pictures=7)], {}, "one of 7 image slots"),
+        ([stream(images=7)], {}, "one of 7 image slots"),
         ([stream(weight=0.0)], {}, "weight 0.0"),
         ([stream(weight=-1.0)], {}, "weight -1.0"),
         ([Stream(np.zeros(4, int), {"image": np.zeros(4, int)}, 1.0)], {}, "0 usable examples"),
