@@ -1,7 +1,7 @@
 """Compose, train, evaluate and run multimodal LLMs in JAX.
 
-Importing the package loads nothing else: a public name brings its module along when it is first used, and no module
-starts a device or loads transformers, orbax or TFDS before that is needed.
+Importing the package loads nothing else: the first use of a public name imports its module, and no module starts a
+device or loads transformers, orbax or TFDS before that is needed.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:  # what editors and type checkers read; `_HOMES` says the same to Python
+if TYPE_CHECKING:  # for editors and type checkers; `_HOMES` has the same names for Python
     from mllm_jax.checkpoints.run import RunFolder as RunFolder
     from mllm_jax.data.chat import ChatTokenizer as ChatTokenizer
     from mllm_jax.data.images import decode_image as decode_image

@@ -15,15 +15,15 @@ from mllm_jax.sharding.platform import has_flag
 NUM_DEVICES = 8
 MISSING_ASSET = "missing asset"
 
-# The suite means the same on every machine, so what the caller set is replaced. Child processes inherit it.
+# Replaces the caller's settings, so that the suite is the same on every machine. Child processes inherit them.
 if "jax" in sys.modules:
     raise pytest.UsageError("jax was imported before tests/conftest.py could choose its platform: drop the plugin")
 os.environ["JAX_PLATFORMS"] = "cpu"
-# XLA's pool has a thread a core unless told otherwise. Eight devices on two cores can then all wait in collectives of
-# which each holds a thread, with none left for the devices they wait for.
+# By default XLA's pool has a thread per core. On two cores, eight devices can then wait in collectives that hold all
+# threads, with none left for the devices that they wait for.
 os.environ["NPROC"] = str(4 * NUM_DEVICES)
-# Compiling is nearly all that tests on toys do. What is left out are LLVM's passes; XLA's own, partitioning and fusion
-# among them, run as always. The fixture `optimized` brings them back where much is computed or users' code is meant.
+# Tests on toys spend nearly all their time on compiling. This leaves out LLVM's passes; XLA's own, such as partitioning
+# and fusion, run as always. The fixture `optimized` restores them for large computations or users' code.
 os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "true"
 
 
@@ -40,7 +40,7 @@ def pytest_configure(config):
 
 @pytest.fixture(autouse=True)
 def _seeds():
-    """Global random state is the same at the start of each test, whatever ran before."""
+    """Sets the global random state at the start of each test."""
     import numpy as np
 
     random.seed(0)
@@ -49,7 +49,7 @@ def _seeds():
 
 @pytest.fixture(scope="module")
 def optimized():
-    """The file compiles as users do: `pytestmark = pytest.mark.usefixtures("optimized")`."""
+    """Compiles a file's tests with all optimizations: `pytestmark = pytest.mark.usefixtures("optimized")`."""
     import jax
 
     name = "jax_disable_most_optimizations"
@@ -61,7 +61,7 @@ def optimized():
 
 @pytest.fixture(scope="session")
 def devices():
-    """The eight CPU devices."""
+    """Returns the eight CPU devices."""
     import jax
 
     found = jax.devices()
@@ -71,9 +71,9 @@ def devices():
 
 @pytest.fixture(scope="session")
 def require_asset():
-    """`require_asset(condition, what)`: skips the test where `condition` is false, and fails it where CI=true.
+    """Returns `require_asset(condition, what)`: skips the test if `condition` is false, or fails it if CI=true.
 
-    For a whole file or a mark, give the reason yourself: it begins with "missing asset: ".
+    For a whole file or a mark, write the reason yourself: it begins with "missing asset: ".
     """
 
     def require(condition: object, what: str) -> None:
@@ -84,7 +84,7 @@ def require_asset():
 
 
 def _fail_if_asset_is_missing(report: pytest.TestReport | pytest.CollectReport) -> None:
-    """Turns a skip for want of an asset, or of a package (`importorskip`), into a failure where CI=true."""
+    """Turns a skip because of a missing asset or package (`importorskip`) into a failure if CI=true."""
     if os.environ.get("CI") != "true" or report.outcome != "skipped" or hasattr(report, "wasxfail"):
         return
     reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)

@@ -1,4 +1,4 @@
-"""What each test file costs: CPU seconds of the process that runs it and of the processes that it starts."""
+"""The cost of each test file: CPU seconds of the process that runs it and of the processes that it starts."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ def _spent() -> float:
 
 
 class Costs:
-    """Measures every test where it runs, and prints the sums by file where the session began.
+    """Measures every test in the process that runs it; the session's first process prints the sums by file.
 
-    Fixtures count for the first test that asks for them. CPU time depends less than wall time on what else the machine
-    does. A file over its budget is printed, never failed: no test may depend on a clock.
+    Fixtures count for the first test that uses them. CPU time depends less than wall time on other processes. A file
+    over its budget is printed and does not fail: no test may depend on a clock.
     """
 
     def __init__(self) -> None:
@@ -35,7 +35,7 @@ class Costs:
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_makereport(self, item: pytest.Item, call: pytest.CallInfo) -> None:
-        """Hands the seconds of a test's setup, call and teardown over with the report of each (pytest-xdist too)."""
+        """Adds the seconds of a test's setup, call and teardown to the report of each, also for pytest-xdist."""
         now = _spent()
         item.user_properties[:] = [pair for pair in item.user_properties if pair[0] != NAME]
         item.user_properties.append((NAME, now - self.before))

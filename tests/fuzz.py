@@ -27,12 +27,12 @@ HERE = Path(__file__).parent
 
 
 class TooLong(BaseException):
-    """A case took more than its seconds. No Exception, so that no library catches it."""
+    """A case took more than its seconds. It is no Exception, so that no library catches it."""
 
 
 @dataclass
 class Result:
-    """What became of one kind's cases."""
+    """The outcomes of one kind's cases."""
 
     counts: Counter = field(default_factory=Counter)
     faults: list[str] = field(default_factory=list)
@@ -40,7 +40,7 @@ class Result:
 
 
 def kinds() -> list[str]:
-    """The kinds that there are: the files in tests/fuzzing."""
+    """Returns the kinds: the files in tests/fuzzing."""
     return sorted(path.stem for path in (HERE / "fuzzing").glob("*.py") if not path.stem.startswith("_"))
 
 
@@ -57,7 +57,7 @@ def run(kind: str, cases: int, seed: int = 0, limits: tuple[float, float] = (LIM
             outcome, fault = _outcome(case, limits)
             result.counts[outcome] += 1
             if fault:
-                # In ASCII: a test's report has to be written in UTF-8, and half a character cannot be.
+                # In ASCII: a test's report is UTF-8, which cannot encode half a character.
                 result.faults.append(ascii_of(f"{description}\n{fault}"))
     finally:
         for number, handler in before.items():
@@ -71,7 +71,7 @@ def ascii_of(text: str) -> str:
 
 
 def _outcome(case: Callable[[], object], limits: tuple[float, float]) -> tuple[str, str]:
-    """What became of a case, and of an unhandled one the last calls."""
+    """Returns the outcome of a case, and the last calls of an unhandled one."""
     from mllm_jax.errors import MllmError
 
     _armed.append(limits)
@@ -87,7 +87,7 @@ def _outcome(case: Callable[[], object], limits: tuple[float, float]) -> tuple[s
     except BaseException:
         return "unhandled", traceback.format_exc(limit=-6)
     finally:
-        _armed.clear()  # a signal that comes from here on stops nothing
+        _armed.clear()  # a later signal stops nothing
         for timer in TIMERS:
             signal.setitimer(timer, 0)
 

@@ -1,4 +1,4 @@
-"""The command line end to end: a tiny run is trained, gone on with, evaluated, questioned, damaged and mended."""
+"""The command line end to end: a tiny run is trained, continued, evaluated, asked, damaged and repaired."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ MADE = {
     *("config.json", "processor", "run.json", "metrics.jsonl", "tensorboard", "stages", "checkpoints"),
     *("results.json", "examples.json", "predictions.jsonl", "report.html", "goodput.json", "initial", ".mllm_run"),
 }
-# Commands one after the other in one process: [exit code, stdout, stderr] of each.
+# Runs commands in one process: [exit code, stdout, stderr] of each.
 PRELUDE = """
 import contextlib, dataclasses, errno, io, json, sys
 from mllm_jax.cli import main
@@ -47,17 +47,17 @@ def mllm(*arguments):
 
 
 class Machine:
-    """Runs Python in processes with one device, one cache of compiled programs and data prepared only for them."""
+    """Processes of Python with one device, one cache of compiled programs and data prepared only for them."""
 
     def __init__(self, folder: Path):
         self.folder = folder
-        # The platform is chosen inside, in silence, although libtpu is installed; and transformers finds no PyTorch.
+        # The process picks the platform without a message, although libtpu is installed; transformers finds no PyTorch.
         quiet = {} if may_have_accelerator(os.environ, Path("/dev"), ()) else {"JAX_PLATFORMS": None}
         emitters = [flag for flag in os.environ["XLA_FLAGS"].split() if "emitters" in flag]
         self.environment = os.environ | {
             "PYTHONPATH": os.pathsep.join([str(hide_torch(folder / "hidden")), str(ROOT)]),
             "MLLM_DATA_DIR": str(folder / "data"),
-            # Most of the time would be the compiler's.
+            # Otherwise the compiler would take most of the time.
             "XLA_FLAGS": " ".join(
                 ["--xla_backend_optimization_level=0", "--xla_llvm_disable_expensive_passes=true", *emitters]
             ),
@@ -79,7 +79,7 @@ class Machine:
         )
 
     def run(self, code: str):
-        """What `code`, which can call `mllm(*arguments)`, leaves in `result`; it must print nothing itself."""
+        """Returns `result` of `code`, which can call `mllm(*arguments)` and must print nothing itself."""
         done = self.call("-c", PRELUDE + code + "\nprint(json.dumps(result))")
         assert done.returncode == 0, done.stdout + done.stderr
         assert done.stderr == "", "noise"
@@ -93,7 +93,7 @@ def machine(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def trained(machine):
-    """(the run folder, the process that trained it, as a person starts it on a machine that has no data yet)."""
+    """Returns the run folder and the process that trained it as a user does, on a machine without data."""
     folder = machine.folder / "run"
     done = machine.call("-m", "mllm_jax.cli", "train", SMOKE, "--run-dir", folder)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -101,15 +101,15 @@ def trained(machine):
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("pictures")
+def image_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("images")
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 30, 3), np.uint8)).save(folder / "a.png")
     Image.new("L", (16, 16), 128).save(folder / "b.png")
     return folder
 
 
 def values_of(metrics: str) -> list[dict]:
-    """The lines of metrics.jsonl without what differs from one run to the next."""
+    """Returns the lines of metrics.jsonl without the values that differ between runs."""
     found = [json.loads(line) for line in metrics.splitlines()]
     return [{name: value for name, value in line.items() if name != "timing"} for line in found]
 
@@ -119,12 +119,12 @@ def values(folder: Path) -> list[dict]:
 
 
 def files(folder: Path, *under: str) -> dict[Path, tuple[int, int]]:
-    """Every file but the lock, which each start writes."""
+    """Returns every file but the lock, which each start writes."""
     found = [p for name in under for p in (folder / name).rglob("*") if p.name != ".mllm_run"]
     return {p: (p.stat().st_mtime_ns, p.stat().st_size) for p in found}
 
 
-# ---- a run, and what is done with it
+# ---- a run and its commands
 
 
 def test_train_leaves_everything_in_the_run_folder(trained):
@@ -153,7 +153,7 @@ def test_results_put_every_accuracy_beside_its_controls(trained):
         assert re.search(rf"│ {kind} ", done.stdout), f"{kind} is cut off in the table"
 
 
-def test_the_report_shows_24_pictures_with_their_answers(trained):
+def test_the_report_shows_24_images_with_their_answers(trained):
     folder, _ = trained
     examples = json.loads((folder / "examples.json").read_text())
     assert {example["task"] for example in examples} == set(json.loads((folder / "results.json").read_text()))
@@ -163,21 +163,21 @@ def test_the_report_shows_24_pictures_with_their_answers(trained):
 
 
 def test_a_normal_run_prints_nothing_on_stderr(trained):
-    """Nor on stdout anything but the library's own lines; and it is a machine's first run, which prepares the data."""
+    """Checks a machine's first run, which prepares the data; on stdout are only the library's own lines."""
     _, done = trained
     assert done.stderr == ""
-    told = re.compile(rf"stage ({'|'.join(STAGES)}): |({'|'.join(STAGES)})  \d+/8  loss|[┏┃┡│├└]|/.*report\.html$")
+    printed = re.compile(rf"stage ({'|'.join(STAGES)}): |({'|'.join(STAGES)})  \d+/8  loss|[┏┃┡│├└]|/.*report\.html$")
     first, *lines, toy, report, following = done.stdout.splitlines()
     assert first.startswith(f"mllm train {SMOKE}: ") and toy == TOY
     assert report == f"{trained[0]}/report.html" and following.startswith(f"next: mllm generate {trained[0]} --image ")
-    assert not [line for line in lines if not told.match(line)]
+    assert not [line for line in lines if not printed.match(line)]
 
 
 def test_the_same_command_again_trains_nothing_more(machine, trained):
     folder, _ = trained
     kept = ("stages", "checkpoints", "tensorboard", "config.json", "metrics.jsonl")
     before, results, metrics = files(folder, *kept), (folder / "results.json").read_bytes(), values(folder)
-    # A run's folder stands for the config that it holds.
+    # A run's folder is a name of the config in it.
     commands = [["train", str(SMOKE), "--run-dir", str(folder)], ["train", str(folder)]]
     for code, out, err in machine.run(f"result = [mllm(*command) for command in {commands!r}]"):
         first, done, *_ = out.splitlines()
@@ -199,15 +199,15 @@ def test_another_config_on_the_same_folder_is_refused(trained, capsys):
     assert files(folder, ".") == before
 
 
-def test_evaluation_of_some_tasks_keeps_the_others_and_hangs_on_no_batch_size(machine, trained):
+def test_evaluation_of_some_tasks_keeps_the_others_and_depends_on_no_batch_size(machine, trained):
     folder, copy = trained[0], machine.folder / "evaluated"
     shutil.copytree(folder, copy)
     code, small = machine.run(
         f"""
 from mllm_jax.evaluation.run import evaluate_run
-told = mllm("evaluate", {str(copy)!r}, "--tasks", "naming", "scene3_count")
+printed = mllm("evaluate", {str(copy)!r}, "--tasks", "naming", "scene3_count")
 small = evaluate_run({str(copy)!r}, tasks=["naming", "scene3_count"], batch_size=8)
-result = [told, small]"""
+result = [printed, small]"""
     )
     assert code[0] == 0 and code[2] == "" and code[1].endswith(f"{copy}/report.html\n")
     assert "naming" in code[1] and "scene3_count" in code[1] and "yes_no" not in code[1]
@@ -217,8 +217,8 @@ result = [told, small]"""
         assert (copy / name).read_text() == (folder / name).read_text(), f"64 rows a batch and 8 differ in {name}"
 
 
-def test_generate_answers(machine, trained, pictures):
-    folder, a, b = trained[0], pictures / "a.png", pictures / "b.png"
+def test_generate_answers(machine, trained, image_folder):
+    folder, a, b = trained[0], image_folder / "a.png", image_folder / "b.png"
     asked = {
         "greedy": [a],
         "the likeliest of one": [a, "--temperature 5 --top-k 1"],
@@ -233,22 +233,22 @@ def test_generate_answers(machine, trained, pictures):
         options = [word for part in parts if isinstance(part, str) for word in part.split()]
         images = [word for part in parts if isinstance(part, Path) for word in ("--image", str(part))]
         commands[name] = [str(folder), *images, "What is this?", *options]
-    told = machine.run(f"result = {{n: mllm('generate', *c) for n, c in {commands!r}.items()}}")
-    assert all(code == 0 and out.endswith("\n") for code, out, _ in told.values()), told
-    assert told["short"][2] == "(cut off after 6 tokens; --max-new-tokens allows more)\n"
-    assert {err for name, (_, _, err) in told.items() if name != "short"} <= {"", CUT_OFF}, told
-    # After 32 steps the likeliest answer may well be none, but what is drawn at random is something.
-    said = {name: out.strip() for name, (_, out, _) in told.items()}
+    printed = machine.run(f"result = {{n: mllm('generate', *c) for n, c in {commands!r}.items()}}")
+    assert all(code == 0 and out.endswith("\n") for code, out, _ in printed.values()), printed
+    assert printed["short"][2] == "(cut off after 6 tokens; --max-new-tokens allows more)\n"
+    assert {err for name, (_, _, err) in printed.items() if name != "short"} <= {"", CUT_OFF}, printed
+    # After 32 steps the likeliest answer may be empty, but a sampled one is not.
+    said = {name: out.strip() for name, (_, out, _) in printed.items()}
     assert said["the likeliest of one"] == said["greedy"] != said["sampled"] != said["another seed"]
     assert said["two"] and said["none"]
     assert 1 < len(said["short"]) < len(said["sampled"])
-    # But for its last letter, which may be cut in the middle of its bytes.
+    # Except its last letter, whose bytes may be cut.
     assert said["sampled"].startswith(said["short"][:-1]), "a seed does not repeat its answer"
 
 
-def test_chat_talks_about_images_from_a_pipe(machine, trained, pictures):
-    folder, a = trained[0], pictures / "a.png"
-    lines = f"/image {pictures / 'absent.png'}\n/image {a}\nWhat is this?\n/reset\nWhat is this?\n"
+def test_chat_talks_about_images_from_a_pipe(machine, trained, image_folder):
+    folder, a = trained[0], image_folder / "a.png"
+    lines = f"/image {image_folder / 'absent.png'}\n/image {a}\nWhat is this?\n/reset\nWhat is this?\n"
     chat, about, alone = machine.run(
         f"""
 how = ("--max-new-tokens", 24, "--temperature", 1, "--top-k", 50, "--seed", 1)
@@ -264,7 +264,7 @@ result += [mllm("generate", {str(folder)!r}, *image, "What is this?", *how) for 
     assert answers.replace(note, "").strip() == alone[1].strip() != about[1].strip()
 
 
-# ---- full disks, other settings, damage: what is lost, and how it goes on
+# ---- full disks, other settings, damage
 
 
 def test_a_disk_that_is_full_while_saving_costs_no_finished_checkpoint(machine, trained):
@@ -280,7 +280,7 @@ def config():
     return dataclasses.replace(smoke, stages=smoke.stages[:1], tokenizer=tokenizer, evaluation=())
 """
     )
-    told = machine.run(
+    printed = machine.run(
         f"""
 from pathlib import Path
 from mllm_jax.checkpoints import folder
@@ -289,9 +289,9 @@ run = Path({str(folder)!r})
 result = []
 
 def train(*options):
-    told = mllm("train", {str(short)!r}, "--run-dir", run, *options)
+    printed = mllm("train", {str(short)!r}, "--run-dir", run, *options)
     kept = sorted(p.name for p in (run / "checkpoints" / "0-language").iterdir())
-    result.append([*told, kept, (run / "metrics.jsonl").read_text()])
+    result.append([*printed, kept, (run / "metrics.jsonl").read_text()])
 
 def full(real, after):
     calls = iter(range(after))
@@ -320,7 +320,7 @@ train("--stages.0.steps", 3)
 train("--stages.0.steps", 3, "--fresh")
 """
     )
-    in_background, before, done, cut, refused, fresh = told
+    in_background, before, done, cut, refused, fresh = printed
     for code, _, err, kept, _ in (in_background, before):
         assert code == 2 and err.count("to do: ") == 1 and "CheckpointError" in err and "Traceback" not in err
         assert kept == ["00000003"], "the finished checkpoint is gone, or half a one is left"
@@ -354,16 +354,16 @@ def test_after_damage_the_message_names_what_is_damaged(machine, trained):
     begun = machine.folder / "begun"
     shutil.copytree(unfinished, begun)
     shutil.rmtree(begun / "stages")
-    told = machine.run(
+    printed = machine.run(
         f"""
 folder, unfinished = {str(folder)!r}, {str(unfinished)!r}
 result = [mllm("evaluate", folder), mllm("train", {str(SMOKE)!r}, "--run-dir", folder)]
 result += [mllm("generate", unfinished, "What is this?"), mllm("generate", {str(begun)!r}, "What is this?")]
 """
     )
-    for code, _, err in told[:2]:
+    for code, _, err in printed[:2]:
         assert code == 2 and "3-instruct" in err and "is corrupt" in err and err.count("to do: ") == 1
-    code, out, err = told[2]
+    code, out, err = printed[2]
     warning = f"warning: {unfinished} is trained in part: stage align, instruct has not ended\n"
     assert code == 0 and err.removesuffix(CUT_OFF) == warning and out
-    assert told[3][0] == 2 and "no stage is finished" in told[3][2] and told[3][2].count("to do: ") == 1
+    assert printed[3][0] == 2 and "no stage is finished" in printed[3][2] and printed[3][2].count("to do: ") == 1

@@ -1,4 +1,4 @@
-"""`mllm convert` and `mllm models`: every direction, the proof that is printed, and what is refused."""
+"""`mllm convert` and `mllm models`: every direction, the printed proof, and refusals."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ BESIDE = {"tokenizer.json": "{}", "chat_template.jinja": "{{ messages }}", "gene
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
-    """A Hugging Face folder in two files, with tokenizer, template, code and a pickle beside them."""
+    """Returns a Hugging Face folder in two files, with tokenizer, template, code and a pickle."""
     folder = tmp_path_factory.mktemp("models") / "hub"
     rng = np.random.default_rng(0)
     abstract = nn.meta.unbox(abstract_params(CONFIG, family_of_config(CONFIG)))
-    # Subnormal numbers too: they must survive a conversion that promises every bit.
+    # Also subnormal numbers: a conversion that promises every bit must keep them.
     scales = [0.3, 1e-40]
     params = jax.tree.map(lambda x: rng.normal(0, rng.choice(scales, x.shape), x.shape).astype(np.float32), abstract)
     save_pretrained(CONFIG.make(), params, folder, max_shard_bytes=10_000)
@@ -151,7 +151,7 @@ print(jax._src.xla_bridge._backends, [n for n in ("torch", "transformers", "orba
 
 
 def test_a_model_that_is_written_as_another_architecture(tmp_path, capsys):
-    """ChatGLM2 leaves as GlmForCausalLM, under other names: the proof speaks of those."""
+    """Checks that ChatGLM2 is written as GlmForCausalLM, whose names are in the proof."""
     values = dict(
         architectures=["ChatGLMModel"],
         padded_vocab_size=32,

@@ -1,4 +1,4 @@
-"""`mllm data suggest`: the table, the line to paste, and what it cannot use."""
+"""`mllm data suggest`: the table, the line to paste, and refusals."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def config():
 
 @dataclass(frozen=True)
 class Half:
-    """A source half of whose records cannot be read."""
+    """A source with half of its records unreadable."""
 
     def build(self):
         return HalfSource(Toy("half", size=40).build())
@@ -44,7 +44,7 @@ class HalfSource:
 
     def example(self, index: int):
         if index % 2:
-            raise DataError("a torn record", "a whole one", "mend it")
+            raise DataError("a torn record", "a whole one", "correct it")
         return self.good.example(index)
 
     def fingerprint(self) -> str:

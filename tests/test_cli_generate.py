@@ -1,4 +1,4 @@
-"""`mllm generate`: several images after one option, and many prompts into a file that a later command goes on with."""
+"""`mllm generate`: several images after one option, and many prompts into a file that a later command continues."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def assistant(model):
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory):
-    """Six images, some in a folder of the folder, and a file that is none."""
+    """Returns six images, some in a subfolder, and a file that is no image."""
     folder = tmp_path_factory.mktemp("images")
     (folder / "deep").mkdir()
     for number, name in enumerate(("b.png", "deep/a.jpg", "a.png", "c.PNG", "deep/z.png", "d.png")):
@@ -53,7 +53,7 @@ def answers(file: Path) -> list[dict]:
 
 
 def said(assistant: Assistant, question: str, *files: Path) -> str:
-    """What the assistant says of one question alone."""
+    """Returns the assistant's answer to one question alone."""
     parts = (*(Image(str(file)) for file in files), Text(question))
     return assistant.generate(Message("user", parts if files else question), max_new_tokens=4).text
 
@@ -72,7 +72,7 @@ LINES = [
 
 
 def test_a_file_of_prompts(model, assistant, images, tmp_path, capsys):
-    """Bad lines are reported, the others answered; and a medium that was missing is asked about by the same command."""
+    """Checks that bad lines are reported and the others answered, and that a repeated command asks about new media."""
     prompts, out = tmp_path / "prompts.jsonl", tmp_path / "answers.jsonl"
     prompts.write_text("\n".join(LINES))
     command = ["generate", str(model), "--prompts", str(prompts), "--media", str(images), "--out", str(out), *HOW]
@@ -106,7 +106,7 @@ def test_a_file_of_prompts(model, assistant, images, tmp_path, capsys):
     assert [line for line in out.read_text().splitlines() if '"index": 4' not in line] == kept
 
 
-def test_a_folder_of_images_interrupted_and_gone_on_with(model, assistant, images, tmp_path, capsys, monkeypatch):
+def test_a_folder_of_images_interrupted_and_continued(model, assistant, images, tmp_path, capsys, monkeypatch):
     whole, out = tmp_path / "whole.jsonl", tmp_path / "parts.jsonl"
     command = [
         "generate",
@@ -143,10 +143,10 @@ def test_a_folder_of_images_interrupted_and_gone_on_with(model, assistant, image
 
     monkeypatch.setattr(Engine, "step", real)
     with out.open("ab") as file:
-        file.write(b'{"id": "c.PNG", "index": 2, "te')  # as a kill in the middle of a line leaves it
-    assert main([*command, "3", "--out", str(out)]) == 0  # how many are answered together may change
+        file.write(b'{"id": "c.PNG", "index": 2, "te')  # as after a kill in the middle of a line
+    assert main([*command, "3", "--out", str(out)]) == 0  # the batch size may change
     assert out.read_bytes() == whole.read_bytes()
-    monkeypatch.setattr("mllm_jax.cli.generate.assistant_of", None)  # all are answered: nothing is loaded
+    monkeypatch.setattr("mllm_jax.cli.generate.assistant_of", None)  # all have answers: nothing is loaded
     assert main([*command, "2", "--out", str(out)]) == 0
 
 
@@ -216,14 +216,14 @@ def places(images, tmp_path_factory):
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_cannot_be_asked_is_refused_before_the_model_is_loaded(model, places, capsys, monkeypatch, name):
     monkeypatch.setattr("mllm_jax.cli.generate.assistant_of", None)
-    words, told = REFUSED[name]
+    words, expected = REFUSED[name]
     assert main(["generate", str(model), *words.format(**places).split()]) == 2
     shown = capsys.readouterr()
-    assert told.format(**places) in shown.err and shown.err.count("to do: ") == 1 and shown.out == ""
+    assert expected.format(**places) in shown.err and shown.err.count("to do: ") == 1 and shown.out == ""
     assert not places["new"].exists() and list(places["empty"].iterdir()) == []
 
 
-def test_answers_to_something_else_are_not_gone_on_with(model, tmp_path, capsys, monkeypatch):
+def test_answers_to_something_else_are_not_continued(model, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("mllm_jax.cli.generate.assistant_of", lambda _: 1 / 0)
     prompts, out, other = tmp_path / "prompts.jsonl", tmp_path / "answers.jsonl", tmp_path / "other"
     prompts.write_text('"what"\n"is"\n')
@@ -236,7 +236,7 @@ def test_answers_to_something_else_are_not_gone_on_with(model, tmp_path, capsys,
 
     with pytest.raises(ZeroDivisionError):
         ask()
-    with pytest.raises(ZeroDivisionError):  # it goes on: nothing has changed
+    with pytest.raises(ZeroDivisionError):  # it continues: nothing has changed
         ask(model, "--batch-size", "3")
     capsys.readouterr()
     changes = {
@@ -280,13 +280,13 @@ BAD_LINES = {
 
 @pytest.mark.parametrize("name", BAD_LINES)
 def test_a_bad_line_is_an_error_in_its_place(tmp_path, name):
-    line, told = BAD_LINES[name]
+    line, expected = BAD_LINES[name]
     content = line if isinstance(line, bytes) else line.encode()
     (tmp_path / "a.jsonl").write_bytes(b'"one"\n' + content + b'\n\n"two"')
     first, bad, last = PromptFile(tmp_path / "a.jsonl")
     assert (first.messages, last.messages) == ((Message("user", "one"),), (Message("user", "two"),))
     assert (last.index, last.place) == (2, f"{tmp_path}/a.jsonl, line 4") and bad.place.endswith("line 2")
-    assert isinstance(bad.messages, DataError) and told in str(bad.messages)
+    assert isinstance(bad.messages, DataError) and expected in str(bad.messages)
 
 
 def test_a_line_without_an_end_is_not_read_whole(tmp_path, monkeypatch):

@@ -47,7 +47,7 @@ def test_generate_reads_what_convert_wrote(folder, tmp_path, capsys):
     assert capsys.readouterr().out.strip() == wanted(folder).strip()
 
 
-def test_a_picture_for_a_language_model_is_refused(folder, tmp_path, capsys):
+def test_an_image_for_a_language_model_is_refused(folder, tmp_path, capsys):
     Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
     assert main(["generate", str(folder), "why?", "--image", str(tmp_path / "a.png")]) == 2
     assert "words only" in capsys.readouterr().err
@@ -64,8 +64,8 @@ def test_chat_answers_and_leaves(folder, monkeypatch, capsys):
 def test_chat_ends_with_its_input_and_prints_answers_alone(folder, monkeypatch, capsys):
     monkeypatch.setattr("sys.stdin", io.StringIO("why?"))
     assert main(["chat", str(folder), "--max-new-tokens", "8", "--ignore-eos"]) == 0
-    told = Assistant.load(folder).generate("why?", max_new_tokens=8, ignore_eos=True).text
-    assert capsys.readouterr().out.splitlines() == [*told.splitlines(), "[cut off; --max-new-tokens allows more]"]
+    alone = Assistant.load(folder).generate("why?", max_new_tokens=8, ignore_eos=True).text
+    assert capsys.readouterr().out.splitlines() == [*alone.splitlines(), "[cut off; --max-new-tokens allows more]"]
 
 
 def test_chat_and_generate_see_images(tmp_path, monkeypatch, capsys):
@@ -102,7 +102,7 @@ class Unread(io.StringIO):
 
 @pytest.mark.parametrize("command", [["chat"], ["generate", "why?"]])
 def test_what_writes_no_text_is_refused_before_the_prompt(tmp_path, monkeypatch, capsys, command):
-    """Before the weights too: there are none."""
+    """Checks that the refusal comes also before the weights, which are absent."""
     encoder = ViTConfig(
         *(12, 4, 24),
         num_layers=2,
@@ -121,7 +121,7 @@ def test_what_writes_no_text_is_refused_before_the_prompt(tmp_path, monkeypatch,
 
 
 def test_chat_and_generate_are_silent_without_torch_and_a_tpu(folder, tmp_path):
-    """libtpu is installed, and transformers finds no PyTorch."""
+    """Runs with libtpu installed and without PyTorch for transformers."""
     hidden = {"JAX_PLATFORMS"} if not may_have_accelerator(os.environ, Path("/dev"), ()) else set()
     environment = {name: value for name, value in os.environ.items() if name not in hidden}
     path = [str(hide_torch(tmp_path / "hidden")), str(Path(__file__).parents[1])]

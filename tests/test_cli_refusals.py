@@ -1,4 +1,4 @@
-"""The command line refuses in one message what it cannot do, and its help helps; no model is run here."""
+"""The command line's refusals, in one message each, and its help; no model is run here."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ SMOKE = ROOT / "configs" / "smoke.py"
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """What looks like a finished run until its parameters are read."""
+    """Returns a folder that looks like a finished run until its parameters are read."""
     experiment = load_config(SMOKE)
     folder = open_run(tmp_path_factory.mktemp("runs") / "run", experiment)
     for index, stage in enumerate(experiment.stages):
@@ -44,7 +44,7 @@ def files(folder: Path) -> dict[Path, tuple[int, int]]:
 
 
 def check_refusal(code, out: str, err: str) -> str:
-    """One message in three parts, no traceback, exit code 2; on stdout at most the command's first line."""
+    """Checks one message in three parts, no traceback, exit code 2, and on stdout at most the command's first line."""
     assert code == 2, out + err
     assert "Traceback" not in err and re.fullmatch(r"(mllm \w+ [^\n]*\n)?", out), out
     assert err.count("expected: ") == 1 and err.count("to do: ") == 1, err
@@ -55,7 +55,7 @@ def check_refusal(code, out: str, err: str) -> str:
 
 
 def png_of(width: int, height: int) -> bytes:
-    """A PNG whose header declares a size that its few bytes do not hold."""
+    """Returns a PNG whose header declares a size that its few bytes do not hold."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
@@ -64,7 +64,7 @@ def png_of(width: int, height: int) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
 
 
-BAD_PICTURES = {
+BAD_IMAGES = {
     "missing.png": (None, "cannot be read"),
     "text.png": (b"no picture", "cannot be decoded"),
     "empty.png": (b"", "cannot be decoded"),
@@ -74,9 +74,9 @@ BAD_PICTURES = {
 }
 
 
-@pytest.mark.parametrize("name", BAD_PICTURES)
-def test_bad_pictures_are_refused_before_the_model_is_loaded(run, tmp_path, capsys, monkeypatch, name):
-    content, told = BAD_PICTURES[name]
+@pytest.mark.parametrize("name", BAD_IMAGES)
+def test_bad_images_are_refused_before_the_model_is_loaded(run, tmp_path, capsys, monkeypatch, name):
+    content, named = BAD_IMAGES[name]
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 30, 3), np.uint8)).save(tmp_path / "a.png")
     if content == "cut":
         whole = (tmp_path / "a.png").read_bytes()
@@ -86,7 +86,7 @@ def test_bad_pictures_are_refused_before_the_model_is_loaded(run, tmp_path, caps
     monkeypatch.setattr("mllm_jax.generation.assistant.load_run", None)
     images = ["--image", str(tmp_path / "a.png"), "--image", str(tmp_path / name)]
     message = check_refusal(main(["generate", str(run), *images, "What?"]), *capsys.readouterr())
-    assert name in message and told in message and "a.png" not in message
+    assert name in message and named in message and "a.png" not in message
 
 
 def config_file(folder: Path, text: str) -> str:
@@ -119,13 +119,13 @@ BAD_CONFIGS = {
 
 @pytest.mark.parametrize("case", BAD_CONFIGS)
 def test_bad_configs_are_refused_with_their_line(tmp_path, capsys, case):
-    text, told = BAD_CONFIGS[case]
+    text, named = BAD_CONFIGS[case]
     message = check_refusal(main(["train", config_file(tmp_path, text)]), *capsys.readouterr())
-    assert message.startswith("ConfigError: ") and told in message
+    assert message.startswith("ConfigError: ") and named in message
 
 
 def test_a_config_that_was_edited_at_once_is_read_anew(tmp_path):
-    """Of equal length and age, it could be taken for the one before by a cache."""
+    """Checks a file of equal length and age, which a cache could take for the previous one."""
     text = SMOKE.read_text()
     names = []
     for name in ("smoke", "smoky"):
@@ -181,20 +181,20 @@ REFUSED = {
 
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_cannot_be_done_is_refused_in_one_message(run, tmp_path, capsys, monkeypatch, case):
-    arguments, told = REFUSED[case]
+    arguments, named = REFUSED[case]
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "config.json").write_text('{"class": ')
     places = {"{run}": str(run), "{broken}": str(tmp_path / "broken"), "{new}": str(tmp_path / "new")}
     monkeypatch.chdir(tmp_path)
     before = files(run), files(ROOT / "configs")
     message = check_refusal(main([places.get(a, a) for a in arguments]), *capsys.readouterr())
-    assert told in message
+    assert named in message
     assert (files(run), files(ROOT / "configs")) == before
     assert not (tmp_path / "new").exists() and not (tmp_path / "runs").exists(), "a folder is left"
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "named"),
     [
         (["train", str(SMOKE), "--stages.0.stps", "3"], "--stages.0.steps"),
         (["train", str(SMOKE), "--stages.0.steps", "many"], "invalid literal"),
@@ -203,12 +203,12 @@ def test_what_cannot_be_done_is_refused_in_one_message(run, tmp_path, capsys, mo
         (["generate", "run", "What?", "--picture", "a.png"], "--picture"),
     ],
 )
-def test_unknown_and_missing_options_are_told(capsys, arguments, told):
+def test_unknown_and_missing_options_are_reported(capsys, arguments, named):
     with pytest.raises(SystemExit) as stop:
         main(arguments)
     out, err = capsys.readouterr()
     assert stop.value.code == 2 and re.fullmatch(r"(mllm \w+ [^\n]*\n)?", out)
-    assert told in err and "Traceback" not in err
+    assert named in err and "Traceback" not in err
 
 
 def test_a_failing_disk_or_file_elsewhere_is_one_message(capsys, monkeypatch):
@@ -249,7 +249,7 @@ def test_help_says_that_the_config_brings_the_options(capsys, command, option):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "named"),
     [
         (
             ["train", str(SMOKE), "--help-all"],
@@ -260,27 +260,27 @@ def test_help_says_that_the_config_brings_the_options(capsys, command, option):
         (["generate", "--help"], ("--image", "--temperature", "--top-k", "--seed", "--max-new-tokens", "default: 256")),
     ],
 )
-def test_help_lists_the_options(capsys, arguments, told):
+def test_help_lists_the_options(capsys, arguments, named):
     with pytest.raises(SystemExit) as stop:
         main(arguments)
     out, err = capsys.readouterr()
-    words = " ".join(out.replace("│", " ").split())  # wherever a line is broken
-    assert stop.value.code == 0 and err == "" and all(option in words for option in told)
+    words = " ".join(out.replace("│", " ").split())  # wherever a line breaks
+    assert stop.value.code == 0 and err == "" and all(option in words for option in named)
 
 
 @pytest.mark.parametrize("option", ["-h", "--help"])
 @pytest.mark.parametrize(
-    ("command", "config", "told"),
+    ("command", "config", "named"),
     [
         ("train", "quickstart.py", ("--run-dir DIR", "--fresh", "--stages.N.steps", "4 instruct  ", "--cpu-devices 2")),
         ("train", "qwen25vl_7b.py", ("--no-compile-cache", "0 instruct", "--model.compute.dtype bfloat16", "--seed 0")),
         ("plan", "smoke.py", ("--topology TOPOLOGY", "--stages.N.data.rows", "--model.llm.hidden-size 32")),
     ],
 )
-def test_the_help_of_a_config_fits_a_screen(capsys, command, config, told, option):
+def test_the_help_of_a_config_fits_a_screen(capsys, command, config, named, option):
     assert main([command, str(ROOT / "configs" / config), option]) == 0
     out, err = capsys.readouterr()
-    assert err == "" and all(text in out for text in told) and "--help-all" in out
+    assert err == "" and all(text in out for text in named) and "--help-all" in out
     assert len(out.splitlines()) <= 40 and max(map(len, out.splitlines())) <= 100
 
 
@@ -292,8 +292,8 @@ def test_the_help_of_a_word_lists_the_fields_with_it(capsys):
     out = capsys.readouterr().out
     assert "--model.compute.remat REMAT" in out and "--model.llm.compute.remat" in out
     assert out.count("recomputed in the backward pass") == 1, "said once"
-    told = "--help-all singing: no field's name contains it"
-    assert told in check_refusal(main(["train", str(SMOKE), "--help-all", "singing"]), *capsys.readouterr())
+    named = "--help-all singing: no field's name contains it"
+    assert named in check_refusal(main(["train", str(SMOKE), "--help-all", "singing"]), *capsys.readouterr())
 
 
 @pytest.mark.parametrize("option", ["--version", "-V"])
@@ -311,8 +311,8 @@ def test_a_run_folder_stands_for_its_config(run, capsys):
 # ---- before anything is loaded
 
 
-def test_every_command_says_something_before_it_loads_what_takes_seconds():
-    """The first line of each, and the libraries that were there when it was printed."""
+def test_every_command_prints_something_before_it_loads_for_seconds():
+    """Checks the first line of each command, and the libraries that were loaded when it was printed."""
     code = """
 import contextlib, io, json, sys, types
 from mllm_jax.cli import commands, main

@@ -1,4 +1,4 @@
-"""As how many devices a CPU is presented where the config does not say it: the same for every command."""
+"""The number of devices of a CPU if the config gives none: the same for every command."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def experiment(*rows: int, accumulate: int = 1, validation: int | None = None, *
         (1, dict(rows=(16,)), 1),
         (8, dict(rows=(16,), accumulate=4), 4),
         (8, dict(rows=(16,), validation=2), 2),
-        (8, dict(rows=(4,), tensor=2), 8),  # the rows lie over 4 of them
+        (8, dict(rows=(4,), tensor=2), 8),  # the rows are sharded over 4 of them
         (8, dict(rows=(6,), data=3, tensor=2), 6),
         (8, dict(rows=(16,), data=1, fsdp=4, context=1, tensor=1), 4),
         (2, dict(rows=(16,), data=1, fsdp=4), 1),  # refused later, by the mesh
@@ -86,7 +86,7 @@ def test_a_process_has_them(asked, wanted):
 
 
 def test_several_processes_choose_nothing(monkeypatch):
-    """Each would choose for itself what all have to agree on."""
+    """Checks that processes, which must agree, do not choose for themselves."""
     monkeypatch.setenv("XLA_FLAGS", "")
     monkeypatch.setattr(runs, "_set_cpu_devices", lambda devices, required: chosen.append(devices))
     chosen: list[int] = []
@@ -102,7 +102,7 @@ class _Reached(Exception):
 
 @pytest.mark.parametrize("command", ["generate", "evaluate", "evaluate with questions"])
 def test_commands_on_a_run_choose_alike(command, monkeypatch, tmp_path):
-    """They open a run on the devices that it is trained on."""
+    """Checks that commands open a run on the devices that it is trained on."""
     made = experiment(16)
 
     def chosen(given, *_, **__):

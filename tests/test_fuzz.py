@@ -15,7 +15,7 @@ LIMITS = ("30", "240")  # seconds of work and on the clock: the first case impor
 
 @pytest.mark.parametrize("kind", fuzz.kinds())
 def test_nothing_is_unhandled(kind):
-    """In a process of its own: what bad input kills is that, and its timers are nobody else's."""
+    """Runs the cases in another process, so that bad input kills only that, and timers are not shared."""
     command = [sys.executable, fuzz.__file__, "--kinds", kind, "--cases", str(CASES), "--limits", *LIMITS]
     done = subprocess.run(command, capture_output=True, text=True, cwd=Path(fuzz.__file__).parents[1])
     assert done.returncode == 0, f"exit status {done.returncode}\n{done.stdout}\n{done.stderr[-4000:]}"

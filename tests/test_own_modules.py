@@ -1,4 +1,4 @@
-"""What the contributing page writes beside a config trains, and is found again when the run is opened."""
+"""The contributing page's own modules beside a config train, and are found when the run is opened."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def config():
     return Experiment("own", model, (stage,), TokenizerConfig(vocab_size=320), evaluation=(BRIGHTNESS,))
 """
 
-# The same with a language model, an objective and an optimizer of one's own.
+# The same with the user's own language model, objective and optimizer.
 OWN = CONFIG.replace(
     "DecoderConfig(vocab_size=320, hidden_size=16, num_layers=1, num_heads=2, num_kv_heads=1, mlp_size=32)",
     "OneLayerConfig(vocab_size=320)",
@@ -42,7 +42,7 @@ OWN = CONFIG.replace(
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """A config with a module beside it, which nothing else has imported; what is remembered is of this test."""
+    """Returns a config with a module beside it that is not yet imported; remembered folders are this test's."""
     _, code, language = re.findall(
         r"^```python\n(.*?)^```", (ROOT / "CONTRIBUTING.md").read_text(), re.DOTALL | re.MULTILINE
     )
@@ -58,7 +58,7 @@ def folder(tmp_path, monkeypatch):
 
 
 def forget(monkeypatch) -> None:
-    """As a new process begins: nothing imported, no folder on the path."""
+    """Restores the state of a new process: nothing imported, no folder on the path."""
     for name in ("grey_squares", "own_language"):
         sys.modules.pop(name, None)
     monkeypatch.setattr(sys, "path", [entry for entry in sys.path if "project" not in entry])
@@ -96,7 +96,7 @@ def test_it_trains_and_is_found_again(folder, tmp_path, monkeypatch):
 
 
 def test_a_run_does_not_say_where_code_is_read_from(folder, tmp_path, monkeypatch):
-    """Without what this user remembers, a stored config imports nothing but what Python itself finds."""
+    """Checks that without remembered folders a stored config imports only modules that Python itself finds."""
     described = describe(load_config(folder / "config.py"))
     assert str(folder) not in str(described)
     forget(monkeypatch)

@@ -1,4 +1,4 @@
-"""The package's habits: style, who imports whom, a light import, declared dependencies, and commands that exist."""
+"""The package's rules: style, the import contract, a light import, declared dependencies, and commands that exist."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def lint_imports(root: Path) -> subprocess.CompletedProcess[str]:
 
 
 def third_party_imports() -> dict[str, Path]:
-    """Each top-level module that the package imports and that neither Python nor the package brings, with one user."""
+    """Returns each third-party top-level module that the package imports, with one file that imports it."""
     found = {}
     for path in SOURCES:
         for node in ast.walk(ast.parse(path.read_text())):
@@ -69,7 +69,7 @@ def third_party_imports() -> dict[str, Path]:
 
 
 def normalised(requirement: str) -> str:
-    """The name in a requirement, as indexes compare it."""
+    """Returns the name in a requirement, as indexes compare it."""
     return re.sub(r"[-_.]+", "-", re.match(r"[\w.-]+", requirement)[0]).lower()
 
 
@@ -91,7 +91,7 @@ def test_no_file_is_longer_than_500_lines():
     assert not {path: length for path, length in lengths.items() if length > 500}
 
 
-# ---- who imports whom
+# ---- the import contract
 
 
 def test_import_contract_is_kept():
@@ -166,13 +166,13 @@ print(jax._src.xla_bridge._backends)
 
 
 def test_heavy_packages_are_really_there():
-    """Otherwise the test above would pass for want of anything to load."""
+    """Guards the test above, which would pass if there were no package to load."""
     assert all(importlib.util.find_spec(name) for name in ("orbax", "tensorflow_datasets", "transformers"))
 
 
 def test_import_takes_less_than_four_seconds():
     def seconds() -> float:
-        """Of a processor, not of the clock: what else the machine does is not counted."""
+        """Returns CPU seconds, which do not count other processes."""
         before = os.times()
         done = python("import mllm_jax; [getattr(mllm_jax, name) for name in mllm_jax.__all__]")
         assert done.returncode == 0, done.stderr
@@ -216,7 +216,7 @@ def test_every_third_party_import_is_a_declared_dependency():
 def test_dependencies_have_lower_bounds_and_no_pins():
     assert {"torch", "tensorflow"}.isdisjoint(map(normalised, PROJECT["dependencies"]))
     for requirement in PROJECT["dependencies"]:
-        # The one version that is left out computes wrongly (tests/numerics).
+        # The excluded version computes wrong results (tests/numerics).
         specifier = requirement.partition(";")[0].removesuffix(",!=0.10.2")
         assert ">=" in specifier and not re.search(r"==|<|~=|!=", specifier), requirement
     assert {"quickstart", "test", "tpu", "gpu"} <= PROJECT["optional-dependencies"].keys()
@@ -259,7 +259,7 @@ done
 
 @pytest.fixture
 def ci(tmp_path):
-    """A checkout with `.ci/run`, a README and a stand-in for Python; call it to run `.ci/run` from elsewhere."""
+    """Returns a function that runs `.ci/run` of a checkout with a README and a stand-in for Python."""
     checkout, elsewhere, temporary = tmp_path / "check out", tmp_path / "elsewhere", tmp_path / "tmp"
     for folder in (checkout / ".ci", elsewhere, temporary):
         folder.mkdir(parents=True)
@@ -304,7 +304,7 @@ def test_ci_fails_with_the_suite_and_without_a_command(ci):
 
 
 def test_ci_runs_a_small_set_under_the_newest_python(ci, tmp_path):
-    """The newest of pyenv's versions that is newer than the one used; NEWEST_PYTHON has the last word."""
+    """Checks that it is the newest of pyenv's versions above the one in use; NEWEST_PYTHON overrides it."""
     readme = f"```\n{README_COMMANDS[1]}\n```\n"
     done, log = ci(readme)
     assert done.returncode == 0 and len(log) == 2 and "No Python newer than" in done.stdout
@@ -357,7 +357,7 @@ def test_the_encoder_of_the_contributing_page_works(tmp_path, monkeypatch):
     leaves = jax.tree.leaves(boxed["encoder_image"], is_leaf=lambda x: hasattr(x, "names"))
     assert len(leaves) == 6 and all(len(leaf.names) == leaf.value.ndim for leaf in leaves)
 
-    # Any numbers do, and drawing them here spares compiling the initialisers.
+    # Any numbers suffice; drawing them here avoids compiling the initialisers.
     numbers = np.random.default_rng(0)
     params = jax.tree.map(lambda x: numbers.normal(0, 0.1, x.shape).astype(x.dtype), nn.meta.unbox(boxed))
     logits = jax.jit(lambda images: model.apply({"params": params}, {**batch, "images": images}).logits)

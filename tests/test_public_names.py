@@ -1,4 +1,4 @@
-"""All that a config needs, and all that the pages name, comes from `mllm_jax` itself."""
+"""Every name that configs need or pages mention is in `mllm_jax` itself."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PAGES = ("README.md", "CONTRIBUTING.md", "launch/README.md", "docs/models.md", "
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_classes_that_configs_use(path):
-    """By the name under which the config has them, and the same objects; constants and helpers are their module's."""
+    """Checks that they are the same objects by the same name; constants and helpers stay in their modules."""
     nodes = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ImportFrom)]
     used = [
         (node.module, alias.name)
@@ -42,7 +42,7 @@ def test_names_on_a_page(page):
 
 
 def test_every_kind_of_config_has_a_public_name():
-    """A family that is added is added to `mllm_jax/__init__.py` as well; a protocol's name is no config."""
+    """Checks that `mllm_jax/__init__.py` has every family; a protocol's name is no config."""
     folders = ("encoders", "projectors", "llms")
     found = {
         name

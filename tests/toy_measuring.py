@@ -1,4 +1,4 @@
-"""A source of lines and what lays them out without a model: measuring processes import both in no time."""
+"""A source of lines and an encoder of them without a model: measuring processes import both fast."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from mllm_jax.errors import DataError, ReadError
 
 @dataclass(frozen=True)
 class Lines:
-    """Lines of as many letters as `1 + index % 9`.
+    """Lines of `1 + index % 9` letters.
 
     Attributes:
         log: a file to which each process appends the indices that it reads.
-        home: the process that nothing below happens to.
-        dies_at: the example at which a process is killed; "anywhere": at another each time; "start": as it is built.
-        deaths: how often.
+        home: the process that neither dies nor raises.
+        dies_at: the example at which a process is killed; "anywhere": a different one each time; "start": at building.
+        deaths: the number of deaths.
         raises: index -> name of an error.
     """
 
@@ -63,7 +63,7 @@ class LineSource:
                 os.kill(os.getpid(), signal.SIGKILL)
         kind = dict(c.raises).get(index)
         if kind == "DataError":
-            raise DataError(f"line {index} is bad", "a good one", "mend it")
+            raise DataError(f"line {index} is bad", "a good one", "correct it")
         if kind == "ReadError":
             raise ReadError("no disk", "a disk", "wait")
         if kind is not None:
@@ -76,9 +76,9 @@ class LineSource:
 
 @dataclass(frozen=True)
 class Letters:
-    """A letter is a token; five of them have an image, of 10 tokens and 2 slots."""
+    """Encodes a letter as a token; five of them have an image, of 10 tokens and 2 slots."""
 
-    held: Any = None  # whatever a test puts here is sent along
+    held: Any = None  # a test's object, which is sent too
     layout = SimpleNamespace(needs_sizes=True, unit="slot")
 
     def fingerprint(self) -> str:

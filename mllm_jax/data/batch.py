@@ -1,4 +1,4 @@
-"""The declared batch: what arrays it has, and the one place where rows of examples become them."""
+"""The arrays of a batch, declared, and their assembly from rows of examples."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ class ArraySpec:
 
     Attributes:
         shape: rows first.
-        fill: what stands where there is nothing.
-        axes: logical names of the first axes, see `mllm_jax.sharding.logical`; the others are not split.
+        fill: the value of empty positions.
+        axes: logical names of the first axes, see `mllm_jax.sharding.logical`; the others are not sharded.
     """
 
     shape: tuple[int, ...]
@@ -32,15 +32,15 @@ class ArraySpec:
     axes: tuple[str, ...] = (ROW, SEQ)
 
     def empty(self, rows: int | None = None) -> np.ndarray:
-        """The array with nothing in it; `rows` of it, or all."""
+        """Returns the empty array, with `rows` rows or all."""
         return np.full(self.shape if rows is None else (rows, *self.shape[1:]), self.fill, self.dtype)
 
 
 @dataclass(frozen=True)
 class BatchSpec(Mapping[str, ArraySpec]):
-    """Every array of a batch by name. Nothing else knows the keys of a batch.
+    """Every array of a batch by name: the only list of a batch's keys.
 
-    Pipeline, planner, `init`, precomputed values, inference and the placing on devices read it.
+    Pipeline, planner, `init`, precomputed values, inference and the transfer to devices read it.
     """
 
     arrays: Mapping[str, ArraySpec] = field(default_factory=dict)
@@ -61,20 +61,20 @@ class BatchSpec(Mapping[str, ArraySpec]):
         return BatchSpec({name: spec for name, spec in self.arrays.items() if name not in names})
 
     def empty(self, rows: int | None = None) -> dict[str, np.ndarray]:
-        """A batch with nothing in it, as `init` traces it."""
+        """Returns an empty batch, which `init` traces."""
         return {name: spec.empty(rows) for name, spec in self.arrays.items()}
 
     def abstract(self) -> dict[str, Any]:
-        """Shapes and dtypes alone."""
+        """Returns shapes and dtypes without data."""
         import jax
 
         return {name: jax.ShapeDtypeStruct(spec.shape, spec.dtype) for name, spec in self.arrays.items()}
 
     def check(self, batch: Mapping[str, Any]) -> None:
-        """Refuses a batch with a name that is not declared, or with arrays of other sizes a row.
+        """Refuses a batch with an undeclared name, or with arrays of another size per row.
 
         Raises:
-            DataError: names them all.
+            DataError: the batch is wrong; the error names all such arrays.
         """
         wrong = [f"{name}, which is not declared" for name in batch if name not in self.arrays]
         wrong += [
@@ -83,14 +83,14 @@ class BatchSpec(Mapping[str, ArraySpec]):
             if name in batch and tuple(batch[name].shape[1:]) != spec.shape[1:]
         ]
         if wrong:
-            raise DataError(f"a batch with {'; '.join(wrong)}", f"the arrays {sorted(self.arrays)}", "mend the batch")
+            raise DataError(f"a batch with {'; '.join(wrong)}", f"the arrays {sorted(self.arrays)}", "correct it")
 
 
 def text_spec(rows: int, length: int, *, width: int = 1, axes: int = 1) -> BatchSpec:
-    """The arrays of text that every batch has.
+    """Returns the arrays of text that every batch has.
 
     Args:
-        width: media tokens whose weighted sum may stand at one position.
+        width: the most media tokens of the weighted sum at one position.
         axes: numbers of a position: 3 for M-RoPE.
     """
     row = (rows, length)
@@ -107,18 +107,18 @@ def text_spec(rows: int, length: int, *, width: int = 1, axes: int = 1) -> Batch
 
 
 def target_spec(rows: int, length: int) -> BatchSpec:
-    """The arrays of what an encoder-decoder's decoder writes."""
+    """Returns the arrays of an encoder-decoder's targets."""
     return BatchSpec({f"decoder_{name}": ArraySpec((rows, length)) for name in ("tokens", "segments", "positions")})
 
 
 def images_spec(rows: int, slots: int, side: int, channels: int = 3) -> BatchSpec:
-    """Images as bytes, a tile in each slot; no array where there are no slots."""
+    """Returns the array of images as bytes, a tile in each slot; none if there are no slots."""
     shape = (rows, slots, side, side, channels)
     return BatchSpec(dict(images=ArraySpec(shape, "uint8", axes=(ROW, SLOTS))) if slots else {})
 
 
 def instruction_spec(rows: int, slots: int, length: int) -> BatchSpec:
-    """The arrays of what a projector reads of the text beside each slot."""
+    """Returns the arrays of the instruction that a projector reads for each slot."""
     read = ArraySpec((rows, slots, length), axes=(ROW, SLOTS))
     return BatchSpec(dict(query_tokens=read, query_segments=read))
 
@@ -126,11 +126,11 @@ def instruction_spec(rows: int, slots: int, length: int) -> BatchSpec:
 def assemble(
     packed: Sequence[Sequence[Any]], spec: BatchSpec, layout: Any, slots: Mapping[str, int]
 ) -> dict[str, np.ndarray]:
-    """Makes the batch of rows that hold several examples each.
+    """Builds a batch whose rows hold several examples each.
 
     Args:
-        packed: of each row its examples, `mllm_jax.data.processing.media.Encoded`, which fit together.
-        spec: of the batch; rows are counted by `packed`.
+        packed: the examples of each row, `mllm_jax.data.processing.media.Encoded`, which fit into it.
+        spec: of the batch; `packed` gives the number of rows.
         layout: the model's.
         slots: of a row, by modality.
 
@@ -157,7 +157,7 @@ def assemble(
 
 @dataclass(frozen=True)
 class _Cursor:
-    """Where the next example of a row begins."""
+    """The offsets of a row's next example."""
 
     text: int = 0
     target: int = 0
@@ -183,7 +183,7 @@ def _write_text(out, r: int, cursor: _Cursor, e: Any, index: np.ndarray, positio
     out["segments"][r, here] = cursor.segment + (1 if e.segments is None else e.segments)
     if "media_weights" in out:
         width = index.shape[1]
-        out["media_index"][r, here] = index[:, :1]  # those beyond its own have no weight
+        out["media_index"][r, here] = index[:, :1]  # the entries after its own have no weight
         out["media_index"][r, here, :width], out["media_weights"][r, here, :width] = index, e.row.weights
     elif index.shape[1] == 1:
         out["media_index"][r, here] = index[:, 0]
@@ -198,7 +198,7 @@ def _write_text(out, r: int, cursor: _Cursor, e: Any, index: np.ndarray, positio
 
 
 def _write_target(out, r: int, cursor: _Cursor, e: Any) -> None:
-    """What the decoder writes, in the segment that its text has on the encoder's side."""
+    """Writes the decoder's target, in the segment of its text in the encoder."""
     here = slice(cursor.target, cursor.target + len(e.target))
     out["decoder_tokens"][r, here] = e.target
     out["decoder_segments"][r, here] = cursor.segment + 1
@@ -209,5 +209,5 @@ def _write_target(out, r: int, cursor: _Cursor, e: Any) -> None:
 
 
 def _from_each_start(segments: np.ndarray) -> np.ndarray:
-    """Positions that begin anew with each segment."""
+    """Returns positions that count from 0 in each segment."""
     return np.arange(len(segments)) - np.searchsorted(segments, segments)

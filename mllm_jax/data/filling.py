@@ -1,4 +1,4 @@
-"""Filling one row: the subset of what is left that comes closest to the row's length within its media slots."""
+"""The filling of one row: the subset of the remaining examples nearest to its length, within its media slots."""
 
 from __future__ import annotations
 
@@ -6,21 +6,21 @@ from collections.abc import Mapping, Sequence
 
 MAX_KINDS = 64
 
-Kind = tuple[int, ...]  # what an example takes of a row: tokens, then slots of each modality
-Reach = dict[Kind, int]  # slots of each modality -> the sums of tokens that can be reached with them, as bits
+Kind = tuple[int, ...]  # the size of an example: tokens, then slots of each modality
+Reach = dict[Kind, int]  # slots of each modality -> reachable sums of tokens, as bits
 
 
 def fill_row(counts: Mapping[Kind, int], length: int, slots: Sequence[int], wanted: Sequence[float]) -> list[Kind]:
-    """Chooses examples for a row: the longest one, and with it the best bounded subset sum of the others.
+    """Chooses examples for a row: the longest one, and the best bounded subset sum of the others.
 
-    Reachable sums are kept as the bits of integers, one for each vector of slots, so a row costs microseconds. Where
-    there are many kinds of examples, MAX_KINDS of them, evenly spread over the sizes, are tried.
+    Reachable sums are the bits of integers, one for each vector of slots, so a row costs microseconds. Of many kinds of
+    examples it tries MAX_KINDS, evenly spread over the sizes.
 
     Args:
-        counts: how many examples of each kind are left; at least one.
+        counts: the number of remaining examples of each kind; at least one.
         slots: of the row, by modality.
-        wanted: slots of each modality that this row should take so that the slots of the rows to come last; a hundredth
-            of the row is given up for each slot more or less.
+        wanted: target number of slots of each modality for this row; each slot more or less costs as much as a
+            hundredth of the row.
 
     Returns:
         The kinds of the chosen examples.
@@ -52,7 +52,7 @@ def fill_row(counts: Mapping[Kind, int], length: int, slots: Sequence[int], want
 
 
 def _with_copies(reach: Reach, kind: Kind, copies: int, mask: int, slots: Sequence[int]) -> Reach:
-    """What can be reached with up to `copies` examples of a kind in addition."""
+    """Returns the sums that are reachable with up to `copies` more examples of a kind."""
     total, last = dict(reach), reach
     for _ in range(copies):
         more = {}

@@ -230,7 +230,7 @@ def read_video_processor(folder: str | Path) -> ImageProcessor:
 
 
 def default_sizes(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The sizes that a processor of the type that its settings name has where they say nothing; none of an unknown."""
+    """Returns the default sizes of the type of processor that the settings name; none for an unknown type."""
     name = str(named_type(values)).replace("FeatureExtractor", "ImageProcessor").removesuffix("Fast")
     kind = _KINDS.get(name.removesuffix("Pil"))
     if kind is None:

@@ -1,4 +1,4 @@
-"""An image processor's settings as files: copied beside weights, for images of another size where that is asked for."""
+"""The files of an image processor's settings: copied beside weights, and changed for another image size."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ _COUNTS = ("image_seq_length", "num_image_tokens")  # of one image, in a whole m
 
 
 def has_settings(folder: Path) -> bool:
-    """Whether a folder says how images are prepared."""
+    """Returns whether a folder has an image processor's settings."""
     return any((folder / name).is_file() for name in SETTINGS)
 
 
 def resize_settings(folder: Path, model: Path, old: int, new: int, tokens: int | None = None) -> None:
-    """Rewrites the settings in a folder, made for images of `old` pixels a side, for images of `new`.
+    """Rewrites the settings in a folder from images of `old` pixels a side to `new`.
 
     Args:
-        model: the folder whose config.json says what settings that name no type belong to.
-        tokens: media tokens of one image, where the settings count them.
+        model: the folder whose config.json gives the type of settings that name none.
+        tokens: media tokens of one image, if the settings have them.
     """
     for name in SETTINGS:
         path = folder / name
@@ -46,7 +46,7 @@ def resize_settings(folder: Path, model: Path, old: int, new: int, tokens: int |
 
 
 def _resized(values: Mapping[str, Any], old: int, new: int) -> dict[str, Any]:
-    """Settings whose pixels are as many times more as the image's side is; what a type has by default is written."""
+    """Scales the sizes of settings as the image's side; writes sizes that the type has by default."""
     given = {name: value for name, value in values.items() if value is not None}
     sizes = {name: value for name, value in {**default_sizes(values), **given}.items() if name in _SIZES}
     return {**values, **{name: _scaled(value, old, new) for name, value in sizes.items()}}

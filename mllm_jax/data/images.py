@@ -64,13 +64,13 @@ def read_image(path: str | os.PathLike) -> np.ndarray:
 
 
 def image_size(image: np.ndarray | Image.Image | Size | bytes | str | os.PathLike) -> Size:
-    """Reads how large `as_picture` would make an image, in any form that it takes, from its header alone.
+    """Reads the size of the result of `as_image`, for an image in any of its forms, from the header alone.
 
-    What is drawn (see `Drawn`) is drawn here too. A PNG that says after its pixels how it is turned is decoded, as is
-    a TIFF that lies on its side.
+    A `Drawn` without a known size is drawn. A PNG with metadata after its pixels is decoded, as is a TIFF that is
+    rotated by 90 degrees.
 
     Raises:
-        DataError: see `as_picture`; an image whose pixels are damaged is not noticed.
+        DataError: see `as_image`; damaged pixels are not found.
     """
     if isinstance(image, Size):
         return image
@@ -83,7 +83,7 @@ def image_size(image: np.ndarray | Image.Image | Size | bytes | str | os.PathLik
     if isinstance(image, (str, os.PathLike)):
         with _readable(image), open_regular(image, DataError) as file:
             return _header_size(file, os.fstat(file.fileno()).st_size, os.fspath(image))
-    return Size(*as_picture(image).shape[:2])
+    return Size(*as_image(image).shape[:2])
 
 
 def _header_size(file: BinaryIO, size: int, what: str) -> Size:
@@ -93,9 +93,9 @@ def _header_size(file: BinaryIO, size: int, what: str) -> Size:
     try:
         if image.format == "PNG" and _speaks_later(file):
             image.load()
-        # Pillow's PNGs would be decoded for what may follow their pixels.
+        # Pillow would decode a PNG for metadata after its pixels.
         turned = Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
-        if turned and image.format == "TIFF":  # Pillow's versions disagree on what its size is before it is decoded
+        if turned and image.format == "TIFF":  # Pillow's versions disagree on its size before decoding
             image, turned = ImageOps.exif_transpose(image), False
         return Size(image.width, image.height) if turned else Size(image.height, image.width)
     except Exception as error:
@@ -146,7 +146,7 @@ def _readable(path: str | os.PathLike) -> Iterator[None]:
         ) from error
 
 
-def as_picture(image: np.ndarray | Image.Image | bytes | str | os.PathLike) -> np.ndarray:
+def as_image(image: np.ndarray | Image.Image | bytes | str | os.PathLike) -> np.ndarray:
     """Converts an image in any common form to uint8[H, W, 3].
 
     Raises:
@@ -178,8 +178,8 @@ class Drawn:
     """An image that is drawn each time it is read, for sources that draw their images.
 
     Args:
-        draw: makes it.
-        size: gives its size without drawing it, where that is possible.
+        draw: draws it.
+        size: returns its size without drawing it, if possible.
     """
 
     def __init__(self, draw: Callable[[], np.ndarray], size: Callable[[], Size] | None = None):

@@ -1,7 +1,7 @@
-"""Measuring a source: what each example takes of a row, positions and slots; once, resumable, on all cores and hosts.
+"""Measures the positions and slots of each example of a source: once, resumable, on all cores and hosts.
 
-Lengths come from texts and from the sizes of images in the headers of their files. They are kept in a folder of their
-own under a name that differs wherever they would: by source, tokenizer, layout, image processor and template.
+Lengths come from texts and from the sizes of images in the headers of their files. They are stored in a folder whose
+name depends on all that they depend on: source, tokenizer, layout, image processor and template.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from mllm_jax.data.source_encoder import SourceEncoder
 from mllm_jax.errors import ConfigError, DataError
 from mllm_jax.sharding.hosts import ALONE, Hosts, first_alone, together
 
-SMALL = 8 * BLOCK  # examples that one process measures before it could have started others
-SHOWN, WORTH = 5.0, 20.0  # CPU seconds that one process needs, from which on a bar is shown and others are started
+SMALL = 8 * BLOCK  # one process measures fewer before others could start
+SHOWN, WORTH = 5.0, 20.0  # CPU seconds of one process from which a bar is shown, and others are started
 _ENOUGH = 1000  # bad examples more than allowed are enough to refuse a source
 
 
 class Shows(Protocol):
-    """What shows progress, such as `mllm_jax.training.operations.progress.Progress`."""
+    """A progress bar, such as `mllm_jax.training.operations.progress.Progress`."""
 
     def stage(self, name: str, total: int, start: int = 0) -> None: ...
     def update(self, step: int) -> None: ...
@@ -47,13 +47,13 @@ class Measured:
 
 @dataclass(frozen=True)
 class HowToMeasure:
-    """How sources are measured; nothing that is measured depends on it.
+    """The resources of measuring; the lengths do not depend on them.
 
     Attributes:
-        folder: where lengths are kept; None keeps nothing.
-        workers: processes; None: one a core where that saves time, else none but this.
-        hosts: of which each measures its share; they share `folder`.
-        progress: shows what takes a while; None shows nothing.
+        folder: of stored lengths; None stores nothing.
+        workers: number of processes; None: one per core if that saves time, else only this one.
+        hosts: each measures its share; they share `folder`.
+        progress: the progress bar; None shows nothing.
     """
 
     folder: Path | None = None
@@ -69,15 +69,15 @@ def measure(
     max_bad_share: float = 0.0,
     how: HowToMeasure = HowToMeasure(),
 ) -> Measured:
-    """Measures every example of a source that was not measured before.
+    """Measures the examples of a source that were not measured before.
 
     Args:
-        slots: that a row has, by modality.
-        max_bad_share: of the examples that cannot be used.
+        slots: of a row, by modality.
+        max_bad_share: the largest share of examples that cannot be used.
 
     Raises:
-        DataError: more examples than that cannot be used, the first named by source, index and reason.
-        ReadError: the source cannot be read for the moment.
+        DataError: too many examples cannot be used; it names the first ones by source, index and reason.
+        ReadError: the source cannot be read at the moment.
     """
     modalities, count = sorted(slots), len(encoder.source)
     folder = None if how.folder is None else how.folder / f"{encoder.key()}-{'-'.join(modalities)}"
@@ -105,10 +105,10 @@ def measure(
 
 
 def sample_sizes(encoder: SourceEncoder, sample: int = 2000) -> Measured:
-    """Measures evenly spaced examples of a source, whatever a row could hold: what its rows are chosen by.
+    """Measures evenly spaced examples of a source, of any length, to choose its rows.
 
     Args:
-        encoder: with a `length` that no example reaches, so that none is shortened.
+        encoder: its `length` is above every example's, so that none is shortened.
     """
     indices = np.unique(np.linspace(0, len(encoder.source) - 1, min(sample, len(encoder.source))).astype(np.int64))
     taken, bad = {}, []
@@ -127,14 +127,14 @@ def sample_sizes(encoder: SourceEncoder, sample: int = 2000) -> Measured:
 
 
 def cores() -> int:
-    """How many cores this process may use."""
+    """Returns the number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _measured(
     encoder: SourceEncoder, modalities: Sequence[str], tasks: Sequence[Task], how: HowToMeasure
 ) -> Iterator[Block]:
-    """The blocks of tasks; the first shows whether a bar and other processes are worth it, where none are asked for."""
+    """Yields the blocks of tasks; by default the time of the first decides on a bar and other processes."""
     waiting, done = dict(tasks), 0
     total, needed = sum(map(len, waiting.values())), 0.0
 
@@ -169,7 +169,7 @@ def _measured(
 
 
 def _checked(encoder: SourceEncoder, kept: MeasuredFiles, slots: Mapping[str, int], max_bad_share: float) -> Measured:
-    """What was measured, without examples that take more slots than a row has."""
+    """Returns the lengths, without examples that need more slots than a row has."""
     lengths, taken = kept.table[0], dict(zip(kept.modalities, kept.table[1:], strict=True))
     over = np.zeros(len(lengths), bool)
     for modality, column in taken.items():
@@ -189,9 +189,9 @@ def _checked(encoder: SourceEncoder, kept: MeasuredFiles, slots: Mapping[str, in
 
 def _not_shared(encoder: SourceEncoder, folder: Path | None) -> ConfigError:
     return ConfigError(
-        f"{encoder.name}: lengths in {folder}, where what the other processes measured is not",
-        "one folder that all processes of the run see",
-        "give a run folder on a disk that they share",
+        f"{encoder.name}: lengths in {folder}, which lacks those that the other processes measured",
+        "one folder that all processes of the run can read",
+        "name a run folder on a disk that they share",
     )
 
 
@@ -200,5 +200,5 @@ def _unusable(encoder: SourceEncoder, bad: Sequence[tuple[int, Any]], about: str
     return DataError(
         f"{encoder.name}: {about}{len(bad)} of {len(encoder.source)} examples cannot be used, the first:\n{first}",
         f"at most {max_bad_share:.2%}",
-        "mend the records, or raise the mixture's max_bad_share",
+        "correct the records, or raise the mixture's max_bad_share",
     )

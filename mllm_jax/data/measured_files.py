@@ -1,4 +1,4 @@
-"""Measured lengths as files: blocks while they are measured, one table that is mapped into memory once all are."""
+"""The files of measured lengths: blocks during measuring, then one table, which is mapped into memory."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ import numpy as np
 from mllm_jax.errors import DataError
 from mllm_jax.files import read_json, write_atomic
 
-BLOCK = 1024  # examples that are measured and written together: what a kill loses
+BLOCK = 1024  # examples that are measured and written together; a kill loses at most these
 _TABLE, _FACTS, _BLOCKS = "table.npy", "facts.json", "blocks"
 
 
 @dataclass(frozen=True)
 class Block:
-    """Some examples, measured.
+    """The measured lengths of some examples.
 
     Attributes:
-        number: of the block that they belong to.
-        indices: int64[k], which they are.
-        table: int32[1 + M, k], the length of each, 0 of one that cannot be used, and its slots of each modality.
-        bad: index and reason of those that cannot be used.
-        dropped_turns: of all of them.
+        number: of their block.
+        indices: int64[k], of the examples.
+        table: int32[1 + M, k], the length of each (0 if it cannot be used) and its slots of each modality.
+        bad: index and reason of examples that cannot be used.
+        dropped_turns: of all these examples.
     """
 
     number: int
@@ -38,12 +38,12 @@ class Block:
 
 
 class MeasuredFiles:
-    """The measured lengths of one source, in a folder of their own, or in memory alone.
+    """The measured lengths of one source, in a folder or in memory.
 
     Args:
-        folder: None keeps nothing.
-        count: examples of the source.
-        modalities: whose slots are kept.
+        folder: None stores nothing.
+        count: number of examples of the source.
+        modalities: those whose slots are stored.
 
     Attributes:
         table: int32[1 + M, n], see `Block`; a memory map once all examples are measured.
@@ -55,7 +55,7 @@ class MeasuredFiles:
         self.read()
 
     def read(self) -> None:
-        """Reads the table, and blocks that are newer than it. What cannot be read is measured again."""
+        """Reads the table and newer blocks. What cannot be read is measured again."""
         self.table = np.zeros((1 + len(self.modalities), self.count), np.int32)
         self.bad: dict[int, str] = {}
         self.dropped: dict[int, int] = {}  # by block
@@ -67,7 +67,7 @@ class MeasuredFiles:
 
     @property
     def complete(self) -> bool:
-        """Whether every example was measured, some of them as bad."""
+        """True if every example was measured, also as bad."""
         return len(self.dropped) == len(self.numbers)
 
     @property
@@ -75,7 +75,7 @@ class MeasuredFiles:
         return sum(self.dropped.values())
 
     def missing(self) -> list[tuple[int, np.ndarray]]:
-        """Blocks and their examples that are to be measured: new ones, and bad ones, which may have been mended."""
+        """Returns blocks and their examples to measure: new ones, and bad ones, which may have been corrected."""
         again: dict[int, list[int]] = {}
         for index in sorted(self.bad):
             again.setdefault(index // BLOCK, []).append(index)
@@ -85,14 +85,14 @@ class MeasuredFiles:
         return [(number, np.asarray(again[number], np.int64)) for number in sorted(again)]
 
     def examples(self, number: int) -> range:
-        """The examples of a block."""
+        """Returns the examples of a block."""
         return range(number * BLOCK, min((number + 1) * BLOCK, self.count))
 
     def add(self, block: Block) -> None:
-        """Keeps what was measured of a block, on the disk before this returns."""
+        """Stores the lengths of a block; they are on the disk when this returns."""
         before = {index: self.bad.pop(index) for index in block.indices.tolist() if index in self.bad}
         self.bad |= dict(block.bad)
-        if block.number in self.dropped and before == dict(block.bad):  # measured again, and as bad as it was
+        if block.number in self.dropped and before == dict(block.bad):  # measured again, with the same bad examples
             return
         self._writable()[:, block.indices] = block.table
         self.dropped[block.number] = self.dropped.get(block.number, 0) + block.dropped_turns
@@ -100,7 +100,7 @@ class MeasuredFiles:
             self._write_block(block.number)
 
     def merge(self) -> None:
-        """Makes one table of all blocks, on the disk before any block goes."""
+        """Merges all blocks into one table, which is on the disk before any block is removed."""
         if self.folder is None or not self.complete or not (self.folder / _BLOCKS).is_dir():
             return
         dropped = [self.dropped[number] for number in self.numbers]

@@ -1,8 +1,8 @@
-"""Processes that measure: each gets a copy of the source's encoder and measures one block after another.
+"""Worker processes that measure: each gets a copy of the source's encoder and measures one block at a time.
 
-They are new interpreters and no forks, as a process in which jax runs must not be forked, and they do not run the
-script that started them again, as those of `multiprocessing` do. A process that dies is replaced and its block measured
-again, record by record; a record at which processes die is reported as bad.
+They are new interpreters, not forks: a process that runs jax must not be forked. Unlike those of `multiprocessing`,
+they do not run the main script again. A process that dies is replaced and its block measured again, record by record; a
+record at which processes die is reported as bad.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ from mllm_jax.data.source_encoder import SourceEncoder
 from mllm_jax.data.units import in_words
 from mllm_jax.errors import DataError, ReadError
 
-ATTEMPTS = 3  # at one block, before a record is named
-# A measuring process computes nothing on devices, and has one core.
+ATTEMPTS = 3  # at one block, before a record is reported
+# A worker computes nothing on devices, and uses one core.
 _ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1",
 }  # fmt: skip
 _START = "from mllm_jax.data.measuring_workers import serve; serve()"
 
-Task = tuple[int, np.ndarray]  # the number of a block, and its examples that are to be measured
+Task = tuple[int, np.ndarray]  # the number of a block, and its examples to measure
 
 
 class NoWorkers(Exception):
-    """Processes that measure cannot be started; the text says why."""
+    """Worker processes cannot be started; the text is the reason."""
 
 
 def measure_block(
@@ -46,7 +46,7 @@ def measure_block(
     """Measures examples of one block.
 
     Args:
-        before: is called with each index before it is measured.
+        before: called with each index before it is measured.
     """
     number, indices = task
     table = np.zeros((1 + len(modalities), len(indices)), np.int32)
@@ -80,14 +80,14 @@ def too_many_slots(
 
 
 class Workers:
-    """Some processes that measure.
+    """Some worker processes.
 
     Args:
-        encoder: of which each gets a copy.
-        count: how many processes.
+        encoder: each process gets a copy.
+        count: number of processes.
 
     Raises:
-        NoWorkers: an encoder that cannot be sent to another process.
+        NoWorkers: the encoder cannot be sent to another process.
     """
 
     def __init__(self, encoder: SourceEncoder, modalities: Sequence[str], count: int):
@@ -101,12 +101,12 @@ class Workers:
         self._processes: set[subprocess.Popen] = set()
 
     def measure(self, tasks: Sequence[Task]) -> Iterator[Block]:
-        """The blocks, in the order in which they are done.
+        """Yields the blocks in the order in which they are finished.
 
         Raises:
             NoWorkers: a process did not start.
-            ReadError: processes die at different records, so none of them is at fault.
-            Exception: what measuring raised in a process.
+            ReadError: processes die at different records, so no record is at fault.
+            Exception: an error of measuring in a process.
         """
         waiting: queue.SimpleQueue[Task | None] = queue.SimpleQueue()
         count = min(self._count, len(tasks))
@@ -129,23 +129,23 @@ class Workers:
                 thread.join()
 
     def _attend(self, waiting: queue.SimpleQueue[Task | None]) -> None:
-        """Gives tasks to one process after another; runs in a thread."""
+        """Gives tasks to a process, and to its replacements; runs in a thread."""
         process = None
         try:
             while not self._closed.is_set() and (task := waiting.get()) is not None:
                 block, process = self._insist(task, process)
                 self._results.put(block)
-        except BaseException as error:  # of the thread: raised where the blocks are waited for
+        except BaseException as error:  # of the thread: raised in `measure`
             self._results.put(error)
         finally:
             if process is not None:
                 self._end(process)
 
     def _insist(self, task: Task, process: subprocess.Popen | None) -> tuple[Block, subprocess.Popen]:
-        """Measures a block, whatever processes that takes."""
+        """Measures a block, with new processes if one dies."""
         number, indices = task
         bad: list[tuple[int, str]] = []
-        died: list[int | None] = []  # at which examples
+        died: list[int | None] = []  # the examples at which processes died
         while True:
             process = self._started() if process is None else process
             answer, at = self._ask(process, (number, indices), careful=bool(died or bad))
@@ -166,8 +166,8 @@ class Workers:
                 raise ReadError(
                     f"{self.name}: {ATTEMPTS} processes that measured its records {indices[0]} to {indices[-1]} ended "
                     f"({how}), not all at the same record",
-                    "processes that are left alone, and enough memory for them",
-                    "look for what ends them, then start the same command again: it measures what is missing",
+                    "processes that nothing ends, and enough memory for them",
+                    "find out what ends them, then start the same command again: it measures the missing examples",
                 )
             reason = DataError(
                 f"{self.name}[{at}]: {ATTEMPTS} processes that measured it ended ({how})",
@@ -178,7 +178,7 @@ class Workers:
             indices, died = indices[indices != at], []
 
     def _started(self) -> subprocess.Popen:
-        """A process that is ready."""
+        """Starts a process and waits until it is ready."""
         path = os.pathsep.join(os.path.abspath(entry) for entry in sys.path)
         try:
             process = subprocess.Popen(
@@ -186,7 +186,7 @@ class Workers:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 env=os.environ | _ENVIRONMENT | {"PYTHONPATH": path},
-                process_group=0,  # an interrupt from the keyboard is its parent's to answer
+                process_group=0,  # its parent answers an interrupt from the keyboard
             )
         except OSError as error:
             raise NoWorkers(str(error)) from error
@@ -205,7 +205,7 @@ class Workers:
         return process
 
     def _ask(self, process: subprocess.Popen, task: Task, careful: bool) -> tuple[Any, int | None]:
-        """(What a process answers, None where it died; the example that it was at, of a careful one)."""
+        """Returns a process's answer (None if it died) and, with `careful`, the example that it was at."""
         at = None
         try:
             pickle.dump((task, careful), process.stdin)
@@ -219,7 +219,7 @@ class Workers:
     def _end(self, process: subprocess.Popen) -> int:
         """Ends a process that measures nothing; returns its exit code."""
         for pipe in (process.stdin, process.stdout):
-            with contextlib.suppress(OSError):  # what was not written yet, to a process that is gone
+            with contextlib.suppress(OSError):  # unwritten data for a process that has ended
                 pipe.close()
         code = process.wait()
         self._processes.discard(process)
@@ -227,7 +227,7 @@ class Workers:
 
 
 def _with_bad(block: Block, bad: list[tuple[int, str]], height: int) -> Block:
-    """The block with examples that no process could measure."""
+    """Returns the block with examples that no process could measure."""
     if not bad:
         return block
     indices = np.append(block.indices, [index for index, _ in bad])
@@ -239,7 +239,7 @@ def _with_bad(block: Block, bad: list[tuple[int, str]], height: int) -> Block:
 
 
 def serve() -> None:
-    """Answers tasks on standard input until there are no more; what the library prints goes to standard error."""
+    """Answers tasks on standard input until it ends; the library's own output goes to standard error."""
     answers, tasks = os.fdopen(os.dup(1), "wb"), sys.stdin.buffer
     os.dup2(2, 1)
     try:
@@ -266,7 +266,7 @@ def serve() -> None:
 def _answer(answers: BinaryIO, answer: Any) -> None:
     try:
         content = pickle.dumps(answer)
-    except Exception:  # an error that holds what cannot be sent
+    except Exception:  # an error with a value that cannot be sent
         content = pickle.dumps(RuntimeError("".join(traceback.format_exception(answer))))
     answers.write(content)
     answers.flush()

@@ -1,4 +1,4 @@
-"""What a conversation is, everywhere: messages of typed parts; and what a model learns from, examples of them."""
+"""Conversations, which are messages of typed parts, and training examples of them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from mllm_jax.errors import DataError
 
-# A message of this role is no turn: text with media in it, written without a chat template, as in pretraining.
+# A message of this role is no turn but text with media, without a chat template, as in pretraining.
 TEXT_ROLE = "text"
 
 
@@ -24,8 +24,8 @@ class Image:
     """An image.
 
     Attributes:
-        source: a path, the bytes of a file, an image of Pillow, an array uint8[H, W, 3] or what `numpy.asarray` makes
-            one of when it is read; None: it is given beside the conversation.
+        source: a path, the bytes of a file, a Pillow image, an array uint8[H, W, 3] or an object that `numpy.asarray`
+            converts to one when it is read; None: it is passed separately.
     """
 
     source: Any = None
@@ -33,13 +33,13 @@ class Image:
 
 @dataclass(frozen=True, eq=False)
 class Video:
-    """Frames in their order.
+    """Frames in order.
 
     Attributes:
-        source: a path, the bytes of a file, an array uint8[F, H, W, 3], or a sequence of what an `Image` takes; None:
-            it is given beside the conversation.
-        fps: frames a second.
-        times: of each frame, in seconds.
+        source: a path, the bytes of a file, an array uint8[F, H, W, 3], or a sequence of sources of an `Image`; None:
+            it is passed separately.
+        fps: frames per second.
+        times: the time of each frame in seconds.
     """
 
     source: Any = None
@@ -52,8 +52,8 @@ class Audio:
     """Sound.
 
     Attributes:
-        source: a path, the bytes of a file, or samples float32[n]; None: it is given beside the conversation.
-        rate: samples a second.
+        source: a path, the bytes of a file, or samples float32[n]; None: it is passed separately.
+        rate: samples per second.
     """
 
     source: Any = None
@@ -61,16 +61,16 @@ class Audio:
 
 
 Part = Text | Image | Video | Audio
-MEDIA = {"image": Image, "video": Video, "audio": Audio}  # by modality, as dicts and branches name it
+MEDIA = {"image": Image, "video": Video, "audio": Audio}  # by modality, the name in dicts and branches
 
 
 @dataclass(frozen=True)
 class Message:
-    """What one role says.
+    """One turn of a conversation, or a text.
 
     Attributes:
-        role: "user", "assistant" or "system"; "text" for a text that is written without a chat template.
-        content: text, or parts in their order.
+        role: "user", "assistant" or "system"; "text" for a text without a chat template.
+        content: text, or parts in order.
     """
 
     role: str
@@ -82,17 +82,17 @@ class Message:
 
     @property
     def text(self) -> str:
-        """What the message says, without its media."""
+        """The text of the message without its media."""
         return " ".join(part.text for part in self.parts if isinstance(part, Text))
 
 
 @dataclass(frozen=True)
 class Segment:
-    """Some messages of an example that stand together and apart from its others.
+    """Some messages of an example that attend to one another and not to the others.
 
     Attributes:
-        messages: their numbers.
-        region: of a caption, the media token of the image that it describes; None is the whole image.
+        messages: their indices.
+        region: the media token of the image that a caption describes; None is the whole image.
     """
 
     messages: tuple[int, ...]
@@ -101,12 +101,12 @@ class Segment:
 
 @dataclass(frozen=True)
 class Example:
-    """What a model learns from: a conversation, a text, an image with captions, or answers to compare.
+    """A training example: a conversation, a text, an image with captions, or answers to compare.
 
     Attributes:
-        messages: of which each segment holds some; media are shared by all segments.
-        segments: none: all messages are one.
-        id: names the example in messages to people.
+        messages: each segment holds some; all segments share the media.
+        segments: if empty, all messages are one segment.
+        id: name of the example in messages to people.
     """
 
     messages: tuple[Message, ...]
@@ -115,7 +115,7 @@ class Example:
 
     @property
     def media(self) -> list[Part]:
-        """All media in their order."""
+        """All media in order."""
         return [part for message in self.messages for part in message.parts if not isinstance(part, Text)]
 
 
@@ -130,7 +130,7 @@ def conversation(given: Conversation) -> tuple[Message, ...]:
             {"role": ..., "content": str | [{"type": "image", "path" | "image": ...}, {"type": "text", "text": ...}]}.
 
     Raises:
-        DataError: none of these.
+        DataError: another form.
     """
     if isinstance(given, str):
         return (Message("user", given),)
@@ -142,7 +142,7 @@ def conversation(given: Conversation) -> tuple[Message, ...]:
 
 
 def conversations(given: Conversation | Sequence[Conversation]) -> tuple[list[tuple[Message, ...]], bool]:
-    """Reads one conversation, or a list of them: (the conversations, whether it was a list)."""
+    """Reads one conversation or a list; returns the conversations, and whether it was a list."""
     several = (
         isinstance(given, Sequence)
         and not isinstance(given, (str, Message))

@@ -1,8 +1,8 @@
-"""The order of a source's examples: epoch after epoch in a new one, and any piece of the endless stream of them.
+"""The order of a source's examples: an endless stream with a new order each epoch, of which any piece can be computed.
 
-A stream is a function of (seed, source, epoch). Up to LARGE examples an epoch's order is a shuffled array. Above, it is
-computed: a keyed permutation of the numbers below n, of which any piece is found without the others, so that nothing
-has to be held of it but one sum of costs for each CHUNK of the order.
+A stream is a function of (seed, source, epoch). For up to LARGE examples an epoch's order is a shuffled array. For more
+it is a keyed permutation of the numbers below n, of which each piece is computed without the others; in memory is only
+one sum of costs for each CHUNK of the order.
 """
 
 from __future__ import annotations
@@ -20,30 +20,30 @@ ROUNDS = 8
 
 
 class Order(Protocol):
-    """An endless stream of a source's examples, each of which has a cost.
+    """An endless stream of a source's examples, each with a cost.
 
     Attributes:
         total: the cost of an epoch.
-        mean: the cost of an example, on average over those that can be used.
+        mean: the average cost of a usable example.
     """
 
     total: int
     mean: float
 
     def take(self, start: int, stop: int) -> list[int]:
-        """The examples whose running cost, over all epochs, lies in [start, stop)."""
+        """Returns the examples whose running cost over all epochs is in [start, stop)."""
         ...
 
 
 def order_of(lengths: np.ndarray, usable: np.ndarray | None, key: tuple[int, int], group: int, packed: bool) -> Order:
-    """The order of a source.
+    """Returns the order of a source.
 
     Args:
-        lengths: int[n] of its examples; 0: it is left out.
-        usable: int[m], which examples are not; None of a large source.
+        lengths: int[n] of its examples; an example of length 0 is left out.
+        usable: int[m], the examples that are not left out; None for a large source.
         key: seed and source.
-        group: so many neighbouring examples stay together.
-        packed: an example costs its tokens; else 1.
+        group: number of neighbouring examples that stay together.
+        packed: an example costs its tokens; if False, 1.
     """
     if usable is None:
         return ComputedOrder(lengths, key, group, packed)
@@ -51,7 +51,7 @@ def order_of(lengths: np.ndarray, usable: np.ndarray | None, key: tuple[int, int
 
 
 class ShuffledOrder:
-    """An order that is held as an array."""
+    """An order that is an array in memory."""
 
     def __init__(self, costs: np.ndarray, usable: np.ndarray, key: tuple[int, int], group: int):
         self.costs, self.usable, self.key, self.group = costs, usable, key, group
@@ -67,7 +67,7 @@ class ShuffledOrder:
         return np.concatenate(taken).tolist() if taken else []
 
     def _shuffle(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """The order in an epoch, and the running sum of costs before each example."""
+        """Returns an epoch's order, and the running sum of costs before each example."""
         rng = np.random.default_rng((*self.key, epoch))
         order = shuffled_groups(rng, len(self.usable), self.group).astype(np.int32)
         return order, np.concatenate([[0], np.cumsum(self.costs[order], dtype=np.int64)])
@@ -90,7 +90,7 @@ class ComputedOrder:
         taken: list[np.ndarray] = []
         for epoch in range(start // self.total, (stop - 1) // self.total + 1 if stop > start else 0):
             sums, base = self._sums(epoch), epoch * self.total
-            # The chunks in which an example may begin in [start, stop): from the one that holds `start` on.
+            # The chunks in which an example may begin in [start, stop), from the chunk that holds `start`.
             first, last = np.searchsorted(sums, [start - base, stop - base], side="left")
             for chunk in range(max(first - 1, 0), min(last, self.chunks)):
                 indices, running = self._piece(epoch, chunk)
@@ -103,7 +103,7 @@ class ComputedOrder:
         return lengths.astype(np.int64) if self.packed else (lengths > 0).astype(np.int64)
 
     def _chunk(self, epoch: int, chunk: int) -> tuple[np.ndarray, np.ndarray]:
-        """A piece of an epoch's order, and the running sum of costs in it before each example."""
+        """Returns a piece of an epoch's order, and the running sum of costs in it before each example."""
         places = np.arange(chunk * CHUNK, min((chunk + 1) * CHUNK, self.groups * self.group), dtype=np.uint64)
         permuted = permuted_numbers(places // np.uint64(self.group), self.groups, (*self.key, epoch))
         indices = permuted.astype(np.int64) * self.group + (places % np.uint64(self.group)).astype(np.int64)
@@ -113,7 +113,7 @@ class ComputedOrder:
         return indices, np.cumsum(costs) - costs
 
     def _sum_chunks(self, epoch: int) -> np.ndarray:
-        """int64[chunks + 1]: the running sum of costs before each chunk of an epoch."""
+        """Returns int64[chunks + 1]: the running sum of costs before each chunk of an epoch."""
         if self.total == len(self.lengths) == self.groups * self.group and not self.packed:  # each costs 1
             return np.minimum(np.arange(self.chunks + 1) * CHUNK, self.total)
         sums = [int(self._costs(self._chunk(epoch, chunk)[0]).sum()) for chunk in range(self.chunks)]
@@ -121,11 +121,11 @@ class ComputedOrder:
 
 
 def permuted_numbers(numbers: np.ndarray, count: int, key: tuple[int, ...]) -> np.ndarray:
-    """A permutation of 0..count-1 that the key chooses, at some numbers: uint64[k] -> uint64[k]; count is below 2^62.
+    """Applies the key's permutation of 0..count-1 to some numbers: uint64[k] -> uint64[k]; count is below 2^62.
 
-    A Feistel network on two digits to the base ceil(sqrt(count)), which adds to one digit a keyed function of the other
-    in turn. What falls on count or above goes through it again until it does not ("Ciphers with arbitrary finite
-    domains", Black and Rogaway 2002); of count numbers about 2 sqrt(count) do.
+    A Feistel network on two digits to the base ceil(sqrt(count)) adds to each digit in turn a keyed function of the
+    other. A result of count or more goes through it again until it is smaller ("Ciphers with arbitrary finite domains",
+    Black and Rogaway 2002); of count numbers about 2 sqrt(count) do.
     """
     base = np.uint64(math.isqrt(count - 1) + 1)
     keys = np.frombuffer(hashlib.blake2b(repr(key).encode(), digest_size=8 * ROUNDS).digest(), np.uint64)
@@ -142,20 +142,20 @@ def permuted_numbers(numbers: np.ndarray, count: int, key: tuple[int, ...]) -> n
 
 
 def _added(digit: np.ndarray, bits: np.ndarray, base: np.uint64) -> np.ndarray:
-    """The digit plus one that is drawn by 32 bits, modulo the base."""
+    """Adds to the digit a number that 32 bits determine, modulo the base."""
     total = digit + (((bits >> np.uint64(32)) * base) >> np.uint64(32))
     return np.where(total >= base, total - base, total)
 
 
 def shuffled_groups(rng: np.random.Generator, count: int, group: int) -> np.ndarray:
-    """0..count-1 in a random order in which each run of `group` stays together."""
+    """Returns 0..count-1 in a random order in which each run of `group` stays together."""
     starts = rng.permutation(-(-count // group)) * group
     order = (starts[:, None] + np.arange(group)).ravel()
     return order[order < count]
 
 
 def _mixed(x: np.ndarray) -> np.ndarray:
-    """The end of splitmix64: every bit of what goes in changes half of what comes out."""
+    """Applies the last step of splitmix64: every input bit changes half of the output bits."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))

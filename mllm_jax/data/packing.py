@@ -1,8 +1,8 @@
-"""The plan of a run's data: which examples stand in which row of which step, as integers and nothing else.
+"""The plan of a run's data: the examples of each row of each step, as integers.
 
-The plan is a function of (seed, step). Each source is an endless stream, epoch after epoch in a new order; a block of
-consecutive steps takes the piece of each stream whose running sum of tokens falls to it, found by arithmetic and one
-search, so that no step needs the ones before it and every example comes once an epoch.
+The plan is a function of (seed, step). Each source is an endless stream with a new order each epoch. A block of
+consecutive steps takes a piece of each stream by its running sum of tokens, found by arithmetic and one search. So no
+step needs earlier steps, and every example occurs once per epoch.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from mllm_jax.errors import DataError
 
 @dataclass(frozen=True)
 class Stream:
-    """What the plan knows of a source.
+    """The sizes of a source's examples, for the plan.
 
     Attributes:
         lengths: int[n], tokens of every example; 0: it cannot be used.
-        slots: int[n] of every example, by modality; one that is absent takes none.
+        slots: int[n] of every example, by modality; an absent modality needs none.
         weight: its share of the examples.
     """
 
@@ -34,7 +34,7 @@ class Stream:
     weight: float
 
     def taken(self, modality: str) -> np.ndarray:
-        """int[n], slots of a modality that each example takes."""
+        """Returns int[n], each example's slots of a modality."""
         return self.slots.get(modality, np.zeros_like(self.lengths))
 
 
@@ -44,13 +44,13 @@ class PackingPlan:
     Args:
         streams: the sources; weights are shares of examples.
         rows, length, slots: a batch's rows, a row's positions, and a row's media slots by modality.
-        packed: False gives each row one example.
-        group: so many neighbouring examples of a source stay neighbours in an unpacked batch.
+        packed: if False, each row has one example.
+        group: number of neighbouring examples of a source that stay together in an unpacked batch.
         block_steps: steps that are packed together.
-        unit: what a slot holds, see `mllm_jax.data.units`.
+        unit: the content of a slot, see `mllm_jax.data.units`.
 
     Attributes:
-        fill: the share of places that a block aims at; the largest tried at which nothing is left over.
+        fill: the share of positions that a block aims at: the largest tried with no example left over.
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class PackingPlan:
         self.rows, self.length, self.slots = rows, length, dict(slots)
         self.seed, self.packed, self.group, self.block_steps = seed, packed, group, block_steps
         self.streams = [replace(s, lengths=np.asarray(s.lengths)) for s in streams]
-        # Of a large source no array of its size is made, see `mllm_jax.data.orders`.
+        # For a large source no array of its size is made, see `mllm_jax.data.orders`.
         large = [len(s.lengths) > LARGE for s in streams]
         self.usable = [None if big else np.flatnonzero(s.lengths > 0) for s, big in zip(streams, large, strict=True)]
         for i, (stream, usable) in enumerate(zip(self.streams, self.usable, strict=True)):
@@ -86,7 +86,7 @@ class PackingPlan:
                     f"at most {length:,} tokens and {in_words(self.slots, unit)} a row",
                     "raise the row's length or slots",
                 )
-        # Examples a block takes cost tokens when packed and one row each when not.
+        # An example costs its tokens if packed, else one row.
         self.orders = [
             order_of(s.lengths, u, (seed, i), group, packed)
             for i, (s, u) in enumerate(zip(self.streams, self.usable, strict=True))
@@ -110,7 +110,7 @@ class PackingPlan:
             self.fill = bound * float(fill)
             if all(self._pack_block(block)[1] == 0 for block in range(3)):
                 self._block.cache_clear()
-                # A block may take almost one example a source more than its share; no later one shall overflow by it.
+                # A block may take almost one example per source more than its share, and must not overflow by it.
                 longest = sum(int(s.lengths.max()) - 1 for s in self.streams)
                 return min(self.fill, 1 - longest / (self.rows * self.length * self.block_steps))
         raise DataError(
@@ -118,7 +118,7 @@ class PackingPlan:
         )
 
     def _bounds(self, block: int) -> list[tuple[int, int]]:
-        """The piece of each stream that a block takes; unpacked, the pieces add up to its rows exactly."""
+        """Returns the piece of each stream for a block; unpacked, the pieces add up to its rows exactly."""
         capacity = self.rows * self.block_steps * (self.length if self.packed else 1) * self.fill
 
         def at(b: int) -> list[int]:
@@ -130,7 +130,7 @@ class PackingPlan:
         return list(zip(at(block), at(block + 1), strict=True))
 
     def _pack_block(self, block: int) -> tuple[list[list[tuple[int, int]]], int]:
-        """Fills row after row; returns the rows in a shuffled order, and how many examples were left over."""
+        """Fills one row at a time; returns the rows in a shuffled order, and the number of examples left over."""
         examples = [(i, e) for i, (a, b) in enumerate(self._bounds(block)) for e in self.orders[i].take(a, b)]
         count = self.rows * self.block_steps
         rng = np.random.default_rng((self.seed, 1 << 20, block))
@@ -153,13 +153,13 @@ class PackingPlan:
         return [rows[i] for i in rng.permutation(count)], sum(map(len, waiting.values()))
 
     def step(self, step: int) -> list[list[tuple[int, int]]]:
-        """The (source, example) pairs of each row of a step."""
+        """Returns the (source, example) pairs of each row of a step."""
         rows, _ = self._block(step // self.block_steps)
         start = (step % self.block_steps) * self.rows
         return rows[start : start + self.rows]
 
     def statistics(self, steps: int) -> dict[str, float]:
-        """Measured over the first `steps`: share of places and slots filled, examples a step, share left over."""
+        """Measures the first `steps`: share of positions and slots filled, examples per step, share left over."""
         blocks = [self._pack_block(b) for b in range(-(-steps // self.block_steps))]
         placed = [pair for rows, _ in blocks for row in rows for pair in row]
         tokens = sum(int(self.streams[i].lengths[e]) for i, e in placed)
@@ -176,5 +176,5 @@ class PackingPlan:
 
 
 def _some(values: np.ndarray, usable: np.ndarray | None) -> np.ndarray:
-    """The values of usable examples; of a large source all, of which the others are 0."""
+    """Returns the values of usable examples; for a large source all values, with 0 for the others."""
     return values if usable is None else values[usable]

@@ -1,4 +1,4 @@
-"""Batches as a function of (seed, step): measure the sources once, plan in integers, build the rows asked for."""
+"""Batches as a function of (seed, step): measures the sources once, plans in integers, builds the rows asked for."""
 
 from __future__ import annotations
 
@@ -35,17 +35,17 @@ class Weighted:
 
 @dataclass(frozen=True)
 class Mixture:
-    """What a stage reads, and the one shape of its batches.
+    """The sources of a stage, and the shape of its batches.
 
     Attributes:
         rows, length: rows of a global batch, positions of a row.
         slots: for media in a row, by modality, such as {"image": 4}: images or tiles, or patches; {}: text only.
-        layout: "conversation" (questions and answers, packed) or "caption" (one picture and its captions a row).
-        captions: in the caption layout, the most a picture may have.
-        learn: what carries loss in conversations: the answers, or all the text.
-        group: in the caption layout, so many neighbouring examples of a source stay together in a batch: hard negatives
-            for contrastive training where the source puts like beside like.
-        max_bad_share: share of examples that may be unusable before the run refuses to start.
+        layout: "conversation" (questions and answers, packed) or "caption" (one image and its captions per row).
+        captions: in the caption layout, the most captions of an image.
+        learn: the part of conversations that carries loss: the answers, or all the text.
+        group: in the caption layout, number of neighbouring examples of a source that stay together in a batch: hard
+            negatives for contrastive training if the source sorts similar examples together.
+        max_bad_share: the largest share of unusable examples; with more, the run does not start.
     """
 
     sources: tuple[Weighted, ...]
@@ -82,13 +82,13 @@ class Pipeline:
     Args:
         processor: lays examples out and packs rows of them, see `mllm_jax.models.processor.Processor`. Slots are those
             of the model's layout: tiles, or patches.
-        cache_dir: where measured lengths are kept, beside the data; None keeps nothing.
-        patience: how long a source that fails to read is tried.
-        workers, hosts, progress: see `HowToMeasure`; of several hosts each makes the same pipeline, at the same point.
+        cache_dir: folder of measured lengths, beside the data; None stores nothing.
+        patience: the retries of a source that fails to read.
+        workers, hosts, progress: see `HowToMeasure`; every host makes the same pipeline, at the same point.
 
     Attributes:
-        encoders: what lays out the examples of each source.
-        measured: what the examples of each source take of a row.
+        encoders: lay out the examples of each source.
+        measured: the positions and slots of each source's examples.
     """
 
     def __init__(
@@ -131,10 +131,10 @@ class Pipeline:
         return self.encoders[source].encode(index)
 
     def batch(self, step: int, rows: Sequence[int] | None = None) -> dict[str, np.ndarray]:
-        """The batch of a step, or only the given rows of it: the arrays of `spec`.
+        """Builds the batch of a step, or only the given rows of it: the arrays of `spec`.
 
         Raises:
-            DataError: an image cannot be read, by source, index and reason.
+            DataError: an image cannot be read; it names source, index and reason.
         """
         plan = self.plan.step(step)
         rows = range(self.mixture.rows) if rows is None else rows
@@ -142,19 +142,19 @@ class Pipeline:
         return self.processor.pack(packed, self.mixture.length, self.mixture.slots)
 
     def _planned(self, source: int, index: int) -> Encoded:
-        """An example as the plan knows it. Raises DataError: it is of another length than when it was measured."""
+        """Lays out an example. Raises DataError: its length differs from the measured one."""
         e = self.encode(source, index)
         if e.length != self.measured[source].lengths[index]:
             raise DataError(
                 f"{self.sources[source].name}[{index}]: {e.length} tokens, measured as "
                 f"{self.measured[source].lengths[index]}",
-                "data that does not change while its fingerprint stays",
-                "delete the stored lengths beside the data, or make the source's fingerprint tell the change",
+                "data that does not change while its fingerprint stays the same",
+                "delete the stored lengths beside the data, or make the source's fingerprint depend on the change",
             )
         return e
 
     def iterate(self, start: int, stop: int, rows: Sequence[int] | None = None, threads: int = 2) -> Iterator[dict]:
-        """The batches of steps start..stop-1, read ahead by grain's threads."""
+        """Yields the batches of steps start..stop-1, which grain's threads read ahead."""
         import grain
 
         steps = grain.MapDataset.range(start, stop).map(lambda step: self.batch(step, rows))
@@ -162,7 +162,7 @@ class Pipeline:
         return iter(steps.to_iter_dataset(options))
 
     def describe(self, step: int) -> str:
-        """The examples of a step by source and index: what a person needs to find a bad batch."""
+        """Lists the examples of a step by source and index, for a person who looks for a bad batch."""
         rows = self.plan.step(step)
         return "; ".join(
             f"row {r}: " + ", ".join(f"{self.sources[s].name}[{i}]" for s, i in row) for r, row in enumerate(rows)
@@ -170,16 +170,16 @@ class Pipeline:
 
 
 def encoders(mixture: Mixture, processor: Any, patience: Patience = Patience()) -> list[SourceEncoder]:
-    """What lays out the examples of each source of a mixture."""
+    """Returns the encoder of each source of a mixture."""
     m = mixture
     how = dict(length=m.length, layout=m.layout, captions=m.captions, learn=m.learn, decodes=m.max_bad_share > 0)
     return [SourceEncoder(w.source, w.source.build(), processor, patience=patience, **how) for w in m.sources]
 
 
 def training_texts(sources: Sequence[Source], limit: int = 4000) -> Iterator[str]:
-    """Every text of evenly spaced examples: what a tokenizer is trained on.
+    """Yields every text of evenly spaced examples, for the training of a tokenizer.
 
-    Records that cannot be used are passed over: `Pipeline` names and counts them, and refuses more than its share.
+    Skips records that cannot be used: `Pipeline` reports and counts them, and refuses too large a share.
     """
     for source in sources:
         for index in np.unique(np.linspace(0, len(source) - 1, min(limit, len(source))).astype(int)):

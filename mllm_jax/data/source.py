@@ -1,4 +1,4 @@
-"""What every source gives to the pipeline: examples, by index."""
+"""The interface of every source: examples by index."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ class Source(Protocol):
     def __len__(self) -> int: ...
 
     def example(self, index: int) -> Example:
-        """Example `index`. Its media are named or drawn when they are read: here nothing is decoded."""
+        """Returns example `index`. Its media are decoded or drawn when they are read, not here."""
         ...
 
     def fingerprint(self) -> str:
-        """A short text that changes whenever the data or the questions change."""
+        """Returns a short text that changes whenever the data or the questions change."""
         ...

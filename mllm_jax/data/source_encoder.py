@@ -1,4 +1,4 @@
-"""The examples of one source, laid out by index: as a batch needs them, and as they are measured."""
+"""The examples of one source, laid out by index for a batch, or measured."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from mllm_jax.data.retry import Patience, patiently
 from mllm_jax.data.source import Source
 from mllm_jax.errors import DataError
 
-_MEASURING = 1  # raise it whenever the same example is measured as another length
+_MEASURING = 1  # raise it whenever the measured length of an example changes
 
 T = TypeVar("T")
 
 
 class Taken(NamedTuple):
-    """What an example takes of a row.
+    """The positions and slots of an example in a row.
 
     Attributes:
-        slots: by modality; one that is absent takes none.
-        dropped_turns: how many did not fit.
+        slots: by modality; an absent modality needs none.
+        dropped_turns: number of turns that did not fit.
     """
 
     length: int
@@ -38,16 +38,16 @@ class Taken(NamedTuple):
 
 @dataclass(frozen=True)
 class SourceEncoder:
-    """Lays out the examples of one source. A copy of it goes to each measuring process.
+    """Lays out the examples of one source. Each measuring process gets a copy.
 
     Attributes:
-        config: the source's, anything with `build() -> Source`; what a process builds that gets a copy.
-        source: built of it.
+        config: the source's, anything with `build() -> Source`; a process that gets a copy builds it.
+        source: built from the config.
         processor: see `mllm_jax.models.processor.Processor`.
-        length: positions that an example may take.
+        length: the most positions of an example.
         layout, captions, learn: see `Mixture`.
-        decodes: measuring decodes all media, so that damaged ones are found; else it reads their sizes alone.
-        patience: how long a source that fails to read is tried.
+        decodes: measuring decodes all media, and so finds damaged ones; if False, it reads only their sizes.
+        patience: the retries of a source that fails to read.
     """
 
     config: Any
@@ -65,17 +65,17 @@ class SourceEncoder:
         return self.source.name
 
     def __reduce__(self):
-        """A source that can be sent goes as it is; any other is built again where the copy arrives."""
+        """Returns the pickled form: the source if it can be sent, else only its config, which the copy builds."""
         sent = self.source if getattr(self.source, "sendable", False) else None
         more = (self.processor, self.length, self.layout, self.captions, self.learn, self.decodes, self.patience)
         return _received, (self.config, sent, *more)
 
     def encode(self, index: int) -> Encoded:
-        """Lays out one example, whose arrays are read with patience too.
+        """Lays out one example; its arrays are also read with retries.
 
         Raises:
-            DataError: the example cannot be used, by source and index.
-            ReadError: the source cannot be read for the moment, which is no fault of the example.
+            DataError: the example cannot be used; it names source and index.
+            ReadError: the source cannot be read at the moment, which is no fault of the example.
         """
         encoded = self._read(lambda: self._lay_out(self.source.example(index)), index)
 
@@ -85,7 +85,7 @@ class SourceEncoder:
         return replace(encoded, media=[replace(medium, arrays=patient(medium.arrays)) for medium in encoded.media])
 
     def measure(self, index: int) -> Taken:
-        """What one example takes of a row, from its text and the sizes of its media; raises what `encode` does."""
+        """Measures one example from its text and the sizes of its media; raises the same as `encode`."""
         if self.decodes:
             encoded = self.encode(index)
             for medium in encoded.media:
@@ -96,10 +96,10 @@ class SourceEncoder:
         return Taken(encoded.length, encoded.slots, encoded.dropped_turns)
 
     def key(self) -> str:
-        """A name that differs wherever measured lengths would."""
+        """Returns a name that differs if measured lengths would."""
         settings = [self.processor.fingerprint(), self.length, self.layout, self.captions, self.decodes]
-        told = json.dumps([_MEASURING, self.source.fingerprint(), *settings])
-        return hashlib.sha256(told.encode()).hexdigest()[:24]
+        content = json.dumps([_MEASURING, self.source.fingerprint(), *settings])
+        return hashlib.sha256(content.encode()).hexdigest()[:24]
 
     def _lay_out(self, example: Example) -> Encoded:
         if self.layout == "caption":
@@ -116,10 +116,10 @@ class SourceEncoder:
 
 
 def without_pixels(example: Example, draws: bool = True) -> Example:
-    """The example with the sizes of its images and frames in their place.
+    """Replaces the images and frames of an example by their sizes.
 
     Args:
-        draws: also of images that have to be drawn for it; else these stay as they are.
+        draws: also for images that must be drawn for it; if False, these do not change.
 
     Raises:
         DataError: see `image_size`.

@@ -1,4 +1,4 @@
-"""What rows would suit data, from the measured sizes of a sample: how well they fill, whom they shorten or refuse."""
+"""Proposes rows for data from the measured sizes of a sample: their fill, and the examples they shorten or refuse."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ import numpy as np
 
 from mllm_jax.errors import DataError
 
-_ENOUGH = 0.99  # of the fill with any number of slots: more slots would be padding for nothing
-_MOST_SHORTENED = 0.01  # of the examples, in what is proposed
+_ENOUGH = 0.99  # of the fill without a bound on slots; more slots would be mostly padding
+_MOST_SHORTENED = 0.01  # of the examples, in the proposed rows
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """What examples take of a row, in a sample of a stage's data.
+    """The positions and slots of examples in a sample of a stage's data.
 
     Attributes:
         lengths: int[n], positions of each example with all its turns.
-        least: int[n], positions with its first turn alone: the shortest that it can be made.
+        least: int[n], positions with its first turn alone, its shortest form.
         slots: int[n] by modality.
     """
 
@@ -29,16 +29,16 @@ class Sizes:
 
     def __post_init__(self):
         if not len(self.lengths):
-            raise DataError("a sample without an example that can be used", "at least one", "mend the records")
+            raise DataError("a sample without an example that can be used", "at least one", "correct the records")
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """Rows of one length, and what becomes of the sample in them.
+    """Rows of one length, and the sample's result in them.
 
     Attributes:
         slots: of a row, by modality.
-        fill: share of the positions that hold something.
+        fill: share of the positions that are not padding.
         shortened, refused: shares of the examples that lose turns, or cannot be used.
     """
 
@@ -50,11 +50,11 @@ class Candidate:
 
 
 def judge(sizes: Sizes, length: int, slots: Mapping[str, int] | None = None, *, packed: bool = True) -> Candidate:
-    """What rows of this length make of the sample.
+    """Computes the sample's result in rows of one length.
 
     Args:
-        slots: of a row; None: as few as fill the rows about as well as any number would.
-        packed: False gives each row one example.
+        slots: of a row; None: the fewest that fill the rows about as well as any number.
+        packed: if False, each row has one example.
     """
     shortened = (sizes.lengths > length) & (sizes.least <= length)
     refused = sizes.least > length
@@ -72,10 +72,10 @@ def judge(sizes: Sizes, length: int, slots: Mapping[str, int] | None = None, *, 
 
 
 def candidates(sizes: Sizes, *, packed: bool = True, unit: int = 1) -> list[Candidate]:
-    """Rows of some lengths between those of a usual and of the longest example, the shortest first.
+    """Returns rows of some lengths from that of a usual example to that of the longest, the shortest first.
 
     Args:
-        unit: what the length must be a multiple of.
+        unit: the length is a multiple of it.
     """
     low, high = np.quantile(sizes.lengths, 0.5), sizes.lengths.max()
     longest = int(4 * high if packed else high)  # longer rows lose less at their ends
@@ -86,9 +86,9 @@ def candidates(sizes: Sizes, *, packed: bool = True, unit: int = 1) -> list[Cand
 
 
 def best(found: Sequence[Candidate]) -> Candidate:
-    """The candidate that is proposed: of those that refuse fewest examples and shorten almost none, one of the fullest.
+    """Returns the proposed candidate: of those that refuse fewest examples and shorten almost none, one of the fullest.
 
-    A per cent of fill is given up for shorter rows, in which attention costs less.
+    Prefers shorter rows, in which attention costs less, to one per cent of fill.
     """
     fewest = min(each.refused for each in found)
     kept = [each for each in found if each.refused == fewest]
@@ -99,10 +99,10 @@ def best(found: Sequence[Candidate]) -> Candidate:
 
 
 def rows_for(candidate: Candidate, rows: int, length: int, unit: int = 1) -> int:
-    """The rows with which a batch holds about as many tokens as `rows` of `length` do.
+    """Returns the number of rows with about as many tokens as `rows` of `length`.
 
     Args:
-        unit: what the rows must be a multiple of.
+        unit: the number of rows is a multiple of it.
     """
     return max(unit, round(rows * length / candidate.length / unit) * unit)
 
@@ -111,7 +111,7 @@ def rows_for(candidate: Candidate, rows: int, length: int, unit: int = 1) -> int
 
 
 def _fewest(lengths: np.ndarray, taken: Mapping[str, np.ndarray], length: int, packed: bool) -> dict[str, int]:
-    """The fewest slots with which rows fill about as well as with any number."""
+    """Returns the fewest slots with which rows fill about as well as with any number."""
     slots = {modality: int(column.max()) for modality, column in taken.items() if column.any()}
     if not slots or not packed:
         return slots
@@ -127,15 +127,15 @@ def _fewest(lengths: np.ndarray, taken: Mapping[str, np.ndarray], length: int, p
 def _packed(
     lengths: np.ndarray, taken: Mapping[str, np.ndarray], length: int, slots: Mapping[str, int], packed: bool
 ) -> tuple[float, dict[str, int]]:
-    """The share of positions that hold something where each example comes once, and the most slots that a row takes.
+    """Packs each example once; returns the share of positions that are filled, and the most slots of a row.
 
-    The longest comes first, each in the row where it fits best. A run's plan, which chooses among many more examples,
-    fills rows a little better.
+    The longest comes first, each in the row that it fits best. A run's plan chooses among many more examples and fills
+    rows a little better.
     """
     if not packed:
         return float(lengths.mean() / length), dict(slots)
     needed = np.stack([lengths, *(taken[name] for name in slots)], axis=1)
-    free = np.tile([length, *slots.values()], (len(lengths), 1))  # of as many rows as could be needed
+    free = np.tile([length, *slots.values()], (len(lengths), 1))  # at most one row per example
     used = 0
     for example in needed[np.argsort(-lengths, kind="stable")]:
         fitting = np.flatnonzero((free[: used + 1] >= example).all(axis=1))

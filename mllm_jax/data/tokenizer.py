@@ -60,7 +60,7 @@ class Tokenizer:
         self._piece = lru_cache(maxsize=1 << 17)(self._encoded)
 
     def __getstate__(self) -> dict[str, Any]:
-        """What a copy in another process gets: all but the pieces that were remembered."""
+        """Returns the state for a copy in another process: all but the cached pieces."""
         return {name: value for name, value in vars(self).items() if name != "_piece"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""What media take of a row, in words: images, tiles or patches, by modality."""
+"""The slots of media in words: images, tiles or patches, by modality."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Data sets: a file or a folder each."""
+"""Data sets, a file or a folder each."""

@@ -1,12 +1,12 @@
-"""Conversations in the form that LLaVA's are published in: one JSON file of records beside a folder of pictures.
+"""Conversations in LLaVA's format: one JSON file of records, and a folder of images.
 
-The files meant are blip_laion_cc_sbu_558k.json of liuhaotian/LLaVA-Pretrain and llava_v1_5_mix665k.json of
-liuhaotian/LLaVA-Instruct-150K; any list of such records, or a file with one a line, is read alike:
+Examples are blip_laion_cc_sbu_558k.json of liuhaotian/LLaVA-Pretrain and llava_v1_5_mix665k.json of
+liuhaotian/LLaVA-Instruct-150K. A file is a list of such records, or has one per line:
 
     {"id": "7", "image": "a.png", "conversations": [{"from": "human", "value": "<image>\\nWhat?"}, ...]}
 
 A record names images inside the image folder only. Symbolic links in that folder are followed, also out of it: a record
-cannot make one, and data sets are often linked into a folder. What they lead to has to be a regular file and an image.
+cannot make one, and data sets are often linked into a folder. A link's target must be a regular file and an image.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ from mllm_jax.files import parse_json
 T = TypeVar("T")
 PLACEHOLDER = "<image>"
 VERSIONS = ("chat", "plain")
-_READING = 1  # raise it whenever the same file gives other conversations
+_READING = 1  # raise it whenever the conversations of a file change
 # Each is matched once at a position and never goes back, so that a file is read in one pass. No JSON has a NUL byte.
 _BEGIN = re.compile(rb"(?:\xef\xbb\xbf)?[ \t\r\n]*+(\[?)[ \t\r\n]*+")
 _BETWEEN = re.compile(rb"[ \t\r\n]*+,?[ \t\r\n]*+")
-_REST = rb'(?:[^"{}\0]++|"[^"\\\0]*+(?:\\[^\0][^"\\\0]*+)*+")*+'  # a brace in a string is none
+_REST = rb'(?:[^"{}\0]++|"[^"\\\0]*+(?:\\[^\0][^"\\\0]*+)*+")*+'  # braces in strings do not count
 _TO_BRACE, _TO_ANY = re.compile(_REST + rb"([{}])"), re.compile(_REST)
 _END = re.compile(rb"[ \t\r\n]*+(\]?)[ \t\r\n]*+")
 
@@ -50,11 +50,11 @@ class LLaVARecords:
 
     Attributes:
         path: the file, JSON or JSON lines.
-        image_folder: what the records' picture names are relative to.
-        version: "chat" asks the human's questions; "plain" is LLaVA's pretraining, a picture and then its caption, the
-            question left out.
-        image_size: side that pictures are resized to, for a model that a run lays out itself; None: as they are.
-        data_dir: what relative paths begin at; None: the environment variable MLLM_DATA_DIR, else the working folder.
+        image_folder: the folder that the records' image names are relative to.
+        version: "chat" asks the human's questions; "plain" is LLaVA's pretraining: an image and its caption, without
+            the question.
+        image_size: side to which images are resized, for a model that a config composes; None: no resizing.
+        data_dir: base of relative paths; None: the environment variable MLLM_DATA_DIR, else the working folder.
     """
 
     path: str
@@ -68,14 +68,14 @@ class LLaVARecords:
             raise ConfigError(f"LLaVARecords: version {self.version!r}", f"one of {VERSIONS}", "change it")
 
     def build(self) -> LLaVASource:
-        """Raises DataError: a file that is absent, or that does not consist of records."""
+        """Opens the file. Raises DataError: it does not exist, or does not consist of records."""
         return LLaVASource(self)
 
 
 class LLaVASource:
-    """The records of one file. Held of each are two offsets; text and pictures are read when they are asked for."""
+    """The records of one file. In memory are two offsets per record; texts and images are read when needed."""
 
-    sendable = True  # with the offsets: another process need not look for them
+    sendable = True  # with the offsets, so that another process need not search them
 
     def __init__(self, settings: LLaVARecords):
         root = Path(settings.data_dir or os.environ.get("MLLM_DATA_DIR") or ".")
@@ -85,7 +85,7 @@ class LLaVASource:
         try:
             facts = path.stat()
             if not stat.S_ISREG(facts.st_mode):
-                raise OSError("no regular file")  # a pipe would be waited for
+                raise OSError("no regular file")  # reading a pipe would wait
             self._file = _open(path, facts.st_size, facts.st_mtime_ns)
         except (OSError, ValueError) as error:  # mmap refuses empty files with a ValueError
             raise DataError(
@@ -98,24 +98,24 @@ class LLaVASource:
         return len(self._file.spans) // 2
 
     def fingerprint(self) -> str:
-        """Changes with the file's bytes and with how they are read; of the pictures it knows their names."""
-        told = (_READING, self.settings.version, self.settings.image_size, self._file.digest)
-        return hashlib.sha256(repr(told).encode()).hexdigest()[:16]
+        """Returns a hash of the file's bytes and the settings; images count by their names only."""
+        content = (_READING, self.settings.version, self.settings.image_size, self._file.digest)
+        return hashlib.sha256(repr(content).encode()).hexdigest()[:16]
 
     def example(self, index: int) -> Example:
-        """A record with its images, which are read later. Raises DataError, which names the record's id: it is bad."""
+        """Returns a record with its images, which are read later. Raises DataError with the id of a bad record."""
         record = self._record(index)
-        turns, names = _turns(record), _pictures(record)
+        turns, names = _turns(record), _names(record)
         shown = sum(len(places) for _, places, _ in turns)
         if shown != len(names):
-            _refuse(record, f"{PLACEHOLDER} {shown} time(s) for {len(names)} picture(s)", "one for each picture")
+            _refuse(record, f"{PLACEHOLDER} {shown} time(s) for {len(names)} image(s)", "one for each image")
         images = iter(
             [Image(Drawn(partial(self._image, record, name), partial(self._size, record, name))) for name in names]
         )
         if self.settings.version == "plain":
             if len(turns) != 1 or not names:
                 _refuse(
-                    record, f"{len(turns)} turn(s) and {len(names)} picture(s), as a caption", "one turn with a picture"
+                    record, f"{len(turns)} turn(s) and {len(names)} image(s), as a caption", "one turn with an image"
                 )
             return Example((Message(TEXT_ROLE, (*images, Text(turns[0][2]))),), id=_called(record))
         messages = []
@@ -125,19 +125,19 @@ class LLaVASource:
         return Example(tuple(messages), id=_called(record))
 
     def _image(self, record: dict[str, Any], name: str) -> np.ndarray:
-        """uint8[H, W, 3]. Raises DataError: an image that is absent, broken or elsewhere."""
+        """Reads uint8[H, W, 3]. Raises DataError: the image does not exist, is damaged or is outside the folder."""
         image = self._read(read_image, record, name)
         return image if self.settings.image_size is None else resize(image, self.settings.image_size)
 
     def _size(self, record: dict[str, Any], name: str) -> Size:
-        """The size that the image will have, from its file's header. Raises DataError: as for its pixels."""
+        """Reads the size of the image from its file's header. Raises DataError as `_image` does."""
         size, side = self._read(image_size, record, name), self.settings.image_size
         return size if side is None else Size(side, side)
 
     def _read(self, read: Callable[[Path], T], record: dict[str, Any], name: str) -> T:
         path = inside(name)
         if path is None:
-            _refuse(record, f"the picture {short(name)}", "a file inside the folder of pictures")
+            _refuse(record, f"the image {short(name)}", "a file inside the folder of images")
         try:
             return read(self.folder / path)
         except DataError as error:
@@ -148,14 +148,14 @@ class LLaVASource:
             raise IndexError(f"index {index} of source {self.name}, which has {len(self)} records")
         start, stop = self._file.spans[2 * index : 2 * index + 2]
         name = f"bytes {start:,} to {stop:,}"
-        return parse_json(self._file.read(start, stop), name, DataError, todo="download the file again, or mend it")
+        return parse_json(self._file.read(start, stop), name, DataError, todo="download the file again, or correct it")
 
 
-# ---- what a record says
+# ---- records
 
 
 def _turns(record: dict[str, Any]) -> list[tuple[str, tuple[int, ...], str]]:
-    """Of each turn the question, the positions of images in it, in characters, and the answer."""
+    """Returns for each turn the question, the offsets of images in its characters, and the answer."""
     said = record.get("conversations")
     if not isinstance(said, list) or not all(isinstance(one, dict) for one in said):
         _refuse(record, "no list of `conversations`", 'messages such as {"from": "human", "value": "..."}')
@@ -167,9 +167,9 @@ def _turns(record: dict[str, Any]) -> list[tuple[str, tuple[int, ...], str]]:
         if one["from"] == "gpt" and not one["value"].strip():
             _refuse(record, "an empty answer", "an answer with text")
         if one["from"] == "gpt" and PLACEHOLDER in one["value"]:
-            _refuse(record, f"{PLACEHOLDER} in an answer", "pictures in questions only")
+            _refuse(record, f"{PLACEHOLDER} in an answer", "images in questions only")
     if said and said[0]["from"] == "gpt":
-        said = said[1:]  # the authors' training leaves out an answer to nothing, too
+        said = said[1:]  # LLaVA's own training also leaves out an answer without a question
     if not said or said[-1]["from"] != "gpt":
         _refuse(record, "a dialogue without an assistant turn at its end", "an answer to each question")
     if [one["from"] for one in said] != ["human", "gpt"] * (len(said) // 2):
@@ -179,10 +179,9 @@ def _turns(record: dict[str, Any]) -> list[tuple[str, tuple[int, ...], str]]:
 
 
 def _placed(question: str) -> tuple[str, tuple[int, ...]]:
-    """The text without placeholders, and where in it they stood.
+    """Returns the text without placeholders, and their offsets in it.
 
-    Line breaks between pictures and at the ends of the text go: they part a picture from the text, which chat templates
-    do by themselves.
+    Removes line breaks between images and at the ends of the text: chat templates separate images from text themselves.
     """
     pieces = [piece if piece.strip() else "" for piece in question.split(PLACEHOLDER)]
     texts = [i for i, piece in enumerate(pieces) if piece]
@@ -194,7 +193,7 @@ def _placed(question: str) -> tuple[str, tuple[int, ...]]:
 
 
 def _cut(question: str, places: tuple[int, ...], images: Iterator[Image]) -> Iterator[Part]:
-    """The text, cut where images stand, and the images."""
+    """Yields the text, cut at its images, and the images."""
     start = 0
     for place in places:
         if question[start:place]:
@@ -205,7 +204,7 @@ def _cut(question: str, places: tuple[int, ...], images: Iterator[Image]) -> Ite
         yield Text(question[start:])
 
 
-def _pictures(record: dict[str, Any]) -> list[str]:
+def _names(record: dict[str, Any]) -> list[str]:
     names = record.get("image")
     names = [] if names is None else [names] if isinstance(names, str) else names
     if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
@@ -221,20 +220,20 @@ def _called(record: dict[str, Any]) -> str:
 
 
 def _refuse(record: dict[str, Any], given: str, expected: str):
-    raise DataError(f"{_called(record)}: {given}", expected, "mend the record, or leave it out")
+    raise DataError(f"{_called(record)}: {given}", expected, "correct the record, or leave it out")
 
 
 # ---- the file
 
 
-_HELD = 32 << 20  # bytes of a mapped file that are read before the process lets go of them
+_HELD = 32 << 20  # bytes of a mapped file that are read before the process releases them
 
 
 class _File:
-    """A mapped file, where its records begin and end (two int64 for each), and a digest of its bytes.
+    """A mapped file, the offsets of its records' ends (two int64 for each), and a digest of its bytes.
 
-    What was read of it stays in the system's cache of files; the process lets go of it now and then, so that its memory
-    does not grow to the size of the file.
+    The process releases the pages that it has read from time to time, so that its memory does not grow to the size of
+    the file; they stay in the system's cache.
     """
 
     def __init__(self, path: Path, size: int, changed: int, spans: array | None = None, digest: str = ""):
@@ -268,26 +267,26 @@ class _File:
 
 @functools.lru_cache(maxsize=4)
 def _open(path: Path, size: int, changed: int) -> _File:
-    """Size and time of change make a file that was replaced be read again."""
+    """Opens a file and finds its records; `size` and `changed` make the cache read a replaced file again."""
     return _File(path, size, changed)
 
 
 def _reopened(path: Path, size: int, changed: int, spans: array, digest: str) -> _File:
-    """The same file in another process. Raises DataError: it is another by now."""
+    """Opens the file in another process. Raises DataError: it has changed."""
     facts = path.stat()
     if (facts.st_size, facts.st_mtime_ns) != (size, changed):
-        raise DataError(f"{path}, which changed while it was measured", "a file that stays", "start again")
+        raise DataError(f"{path}, which changed while it was measured", "a file that does not change", "start again")
     return _File(path, size, changed, spans, digest)
 
 
 def _spans(content: mmap.mmap, path: Path, passed: Callable[[int], None]) -> array:
-    """Offsets of the outermost braces, found in one pass.
+    """Finds the offsets of the outermost braces in one pass.
 
     Args:
-        passed: is called with how many bytes were read, after each record.
+        passed: called with the number of bytes read, after each record.
 
     Raises:
-        DataError: a file that is no list or lines of objects, with the first byte that does not fit.
+        DataError: the file is no list or lines of objects; it names the first byte that does not fit.
     """
     spans = array("q")
     begin = _BEGIN.match(content)
@@ -304,7 +303,7 @@ def _spans(content: mmap.mmap, path: Path, passed: Callable[[int], None]) -> arr
         spans.append(at)
         passed(at - spans[-2])
         at = _BETWEEN.match(content, at).end()
-    # Back to where the last record ends: no comma may follow it.
+    # Go back to the end of the last record: no comma may follow it.
     last = _END.match(content, spans[-1] if spans else at)
     if not spans or bool(last[1]) != bool(begin[1]) or last.end() != len(content):
         raise _does_not_fit(content, max(at, last.end()), path)
@@ -317,7 +316,7 @@ def _does_not_fit(content: mmap.mmap, at: int, path: Path) -> DataError:
         line += content[start : min(start + step, at)].count(b"\n")
     found = ascii(content[at : at + 1].decode("latin-1")) if at < len(content) else "the file's end"
     return DataError(
-        f"{path}: no whole file of records; it makes sense up to byte {at:,} (line {line:,}), where {found} is",
+        f"{path}: no whole file of records; it is readable up to byte {at:,} (line {line:,}), where {found} is",
         "a JSON list of objects, or one object a line",
         "name the file of records, or download it again: it may have been cut short",
     )

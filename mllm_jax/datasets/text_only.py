@@ -1,4 +1,4 @@
-"""Any source without its images, for stages that train on its text alone."""
+"""Any source without its images, for stages that train on text alone."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""report.html: what one run did, on one page that needs nothing but itself."""
+"""report.html: the results of one run on one self-contained page."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def write_report(run_dir: Path) -> Path:
 
     Reads `metrics.jsonl`, and where they exist `goodput.json`, `results.json` ({task: {metric: value}}),
     `examples.json` (images as base64 PNG), `changes.jsonl` and `run.json` (free facts; `"headline": [task, ...]`
-    chooses the large figures). What is missing is not shown. The page loads nothing: no script, no font, no address. An
+    chooses the large figures). Missing files are left out. The page loads nothing: no script, no font, no address. An
     older page is replaced at once or not at all.
 
     Raises:
@@ -63,7 +63,7 @@ def write_report(run_dir: Path) -> Path:
         _section("Questions and answers", NO_EVALUATION if examples is None else _cards(examples)),
         _section("How the figures were made", _method()),
     ]
-    # The policy makes the browser itself keep the promise that nothing is loaded and nothing runs.
+    # With this policy the browser itself loads nothing and runs nothing.
     policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
     page = (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
@@ -82,7 +82,7 @@ def write_report(run_dir: Path) -> Path:
 
 @dataclass(frozen=True)
 class Point:
-    """One line of metrics.jsonl; `values` holds the timing too, as `timing/<name>`."""
+    """One line of metrics.jsonl; `values` also holds the timing, as `timing/<name>`."""
 
     step: int
     stage: str
@@ -106,7 +106,7 @@ def _metrics(path: Path) -> list[Point]:
             values = line | {f"timing/{name}": value for name, value in timing.items()}
             points.append(Point(int(step), str(stage), {name: float(value) for name, value in values.items()}))
         except (ValueError, TypeError, KeyError, AttributeError):
-            if number == len(lines):  # without a newline: a run that is writing it or died while writing it
+            if number == len(lines):  # without a newline: a run is writing it, or died meanwhile
                 break
             raise DataError(
                 f"{path}, line {number}: {text[:60]!r}",
@@ -117,7 +117,7 @@ def _metrics(path: Path) -> list[Point]:
 
 
 def _json(path: Path, kind: type) -> Any:
-    """The file's content, None if there is no such file."""
+    """Reads a file; None if it does not exist."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -153,11 +153,11 @@ def _machine(run: Mapping[str, Any]) -> str:
 
 
 def _origin(run_dir: Path) -> str:
-    """Where the whole config is, the command that goes on with the run, and the version that wrote the page."""
+    """Returns a note on the config's file, the command that continues the run, and the version of the page."""
     command = f"mllm train {shlex.quote(str(run_dir))}"
     return (
         '<p class="note"><code>config.json</code> beside this page is the whole config; '
-        f"<code>{escape(command)}</code> goes on with the run. Written by mllm_jax {__version__}.</p>"
+        f"<code>{escape(command)}</code> continues the run. Written by mllm_jax {__version__}.</p>"
     )
 
 
@@ -199,12 +199,12 @@ def _curves(points: Sequence[Point]) -> str:
         steps, losses = zip(*found, strict=True)
         smooth = _smooth(losses)
         broken = sum(not math.isfinite(loss) for loss in losses)
-        told = f"{losses[0]:.4g} at first, {smooth[-1]:.4g} at last" + (f"; {broken} not finite" if broken else "")
-        # A loss that reaches zero has no logarithm: such a stage keeps its one picture under both settings.
+        ends = f"{losses[0]:.4g} at first, {smooth[-1]:.4g} at last" + (f"; {broken} not finite" if broken else "")
+        # A loss of zero has no logarithm: such a stage shows the same curve under both settings.
         both = all(loss > 0 for loss in losses if math.isfinite(loss))
         for css, log in (("linear", False), ("log", True)) if both else (("", False),):
             drawing = chart(f"loss of {stage}", [Line(steps, losses, "raw"), Line(steps, smooth, "smooth")], log=log)
-            drawings.append(_picture(f"{stage}: loss", told, drawing, css))
+            drawings.append(_curve(f"{stage}: loss", ends, drawing, css))
     begins = [(next(p.step for p in points if p.stage == stage), stage) for stage in stages]
     names = list(dict.fromkeys(name for point in points for name in point.values if name != "loss"))
     rate = next((name for name in LEARNING_RATE if name in names), None)
@@ -219,7 +219,7 @@ def _curves(points: Sequence[Point]) -> str:
             if css == "raw":
                 lines.append(Line(steps, _smooth(values), "smooth"))
         title = figures.words(name)
-        return _picture(title, f"{value:.4g} at last", chart(title, lines, marks=begins))
+        return _curve(title, f"{value:.4g} at last", chart(title, lines, marks=begins))
 
     judged = [name for name in names if name == VALIDATION or name.startswith(EVALUATION)]
     drawings += [over_run(name, "smooth") for name in judged]
@@ -227,7 +227,7 @@ def _curves(points: Sequence[Point]) -> str:
         drawings.append(over_run(rate, "smooth"))
     switch = '<input type="checkbox" id="log"><label for="log">logarithmic loss axis</label>'
     page = f'{switch}<div class="charts">{"".join(drawings)}</div>'
-    # Sums that only grow are in the table of where the time went.
+    # Sums that only grow are in the table of time.
     if others := [name for name in names if name not in (rate, *judged) and not name.endswith("_seconds")]:
         drawn = "".join(over_run(name) for name in others)
         summary = figures.count(len(others), "more curve")
@@ -235,8 +235,8 @@ def _curves(points: Sequence[Point]) -> str:
     return page
 
 
-def _picture(title: str, told: str, drawing: str, css: str = "") -> str:
-    caption = f"<b>{escape(title)}</b> <span>{escape(told)}</span>"
+def _curve(title: str, ends: str, drawing: str, css: str = "") -> str:
+    caption = f"<b>{escape(title)}</b> <span>{escape(ends)}</span>"
     return f'<figure class="{css}"><figcaption>{caption}</figcaption>{drawing}</figure>'
 
 
@@ -259,7 +259,7 @@ def _stages(stages: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _changes(changes: Sequence[Mapping[str, Any]]) -> str:
-    """What of the config changed between two starts of the run, in the order in which it did."""
+    """Returns a table of the config's changes between starts of the run, in order."""
     if not changes:
         return ""
     columns = {"stage": "stage", "step": "after step", "field": "field", "from": "from", "to": "to"}
@@ -268,7 +268,7 @@ def _changes(changes: Sequence[Mapping[str, Any]]) -> str:
         "<tr>" + "".join(f"<td>{escape(str(one.get(key, '–'))[:CHARACTERS])}</td>" for key in columns) + "</tr>"
         for one in changes
     )
-    note = '<p class="note">What config.json says now holds from these steps on.</p>'
+    note = '<p class="note">From these steps on the values of config.json hold.</p>'
     return f'{note}<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
 
 
@@ -293,12 +293,12 @@ def _cards(examples: Sequence[Mapping[str, Any]]) -> str:
             for place, text in enumerate(example.get("image_png_base64", []), start=1)
         )
         css, verdict = {True: ("right", "✓ right"), False: ("wrong", "✗ wrong"), None: ("", "")}[example["correct"]]
-        told = {"answer": example["answer"], "reference": example["reference"]}
+        texts = {"answer": example["answer"], "reference": example["reference"]}
         answers = "".join(
-            f"<dt>{name}</dt><dd>{escape(str(text))}</dd>" for name, text in told.items() if text is not None
+            f"<dt>{name}</dt><dd>{escape(str(text))}</dd>" for name, text in texts.items() if text is not None
         )
         cards.append(
-            f'<article class="card {css}"><div class="pictures">{images}</div>'
+            f'<article class="card {css}"><div class="images">{images}</div>'
             f'<p class="question">{escape(str(example["question"]))}</p><dl>{answers}</dl>'
             f'<p class="verdict"><b>{verdict}</b> <span>{escape(str(example["task"]))}</span></p></article>'
         )
@@ -310,7 +310,7 @@ def _cards(examples: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _spread(examples: Sequence[Mapping[str, Any]]) -> list[tuple[int, Mapping[str, Any]]]:
-    """The first CARDS examples with their places in the file, taken from each task in turn."""
+    """Returns the first CARDS examples with their numbers in the file, taken from each task in turn."""
     seen: Counter = Counter()
     ranked = []
     for number, example in enumerate(examples):
@@ -338,7 +338,7 @@ def _png(text: str, number: int) -> str:
 
 
 def _time(account: Mapping[str, Any] | None) -> str:
-    """Seconds by kind over all starts of the run, and their shares of all the time since the first."""
+    """Tabulates seconds by kind over all starts of the run, and their shares of the time since the first."""
     if account is None:
         return ""
     try:
@@ -378,5 +378,5 @@ def _method() -> str:
 
 
 def _smooth(values: Sequence[float]) -> list[float]:
-    """The moving average over a fortieth of a stage, at least five points."""
+    """Returns the moving average over a fortieth of a stage, at least five points."""
     return ema(values, max(5.0, len(values) / 40))

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 
 from mllm_jax.checkpoints.run import RunFolder, read_json
-from mllm_jax.data.images import as_picture
+from mllm_jax.data.images import as_image
 from mllm_jax.errors import ConfigError
 from mllm_jax.evaluation.evaluate import PREDICTIONS, lines, measure, read_predictions, write_predictions
 from mllm_jax.evaluation.report import write_report
@@ -113,7 +113,7 @@ def _example(task: str, said: Prediction) -> dict:
 def _png(source: Any) -> str:
     from PIL import Image
 
-    image, buffer = Image.fromarray(as_picture(source)), io.BytesIO()
+    image, buffer = Image.fromarray(as_image(source)), io.BytesIO()
     image.thumbnail((SIDE, SIDE))  # never enlarges
     image.save(buffer, "PNG")
     return base64.b64encode(buffer.getvalue()).decode()

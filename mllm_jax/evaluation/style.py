@@ -84,12 +84,12 @@ dt { color: var(--muted); } dd { margin: 0; overflow-wrap: anywhere; }
   border-top: 3px solid var(--accent); border-radius: 10px;
 }
 .card.wrong { border-top: 3px dashed var(--wrong); }
-.pictures {
+.images {
   display: flex; flex-wrap: wrap; justify-content: center; gap: 6px; padding: 8px; background: #ffffff;
   border-radius: 6px;
 }
-.pictures img { width: 128px; max-width: 100%; height: auto; object-fit: contain; }
-.pictures img:not(:only-child) { width: 80px; }
+.images img { width: 128px; max-width: 100%; height: auto; object-fit: contain; }
+.images img:not(:only-child) { width: 80px; }
 .question { margin: 10px 0 8px; font-weight: 550; }
 .card dl { display: grid; grid-template-columns: max-content 1fr; gap: 2px 10px; margin: 0 0 10px; }
 .verdict { margin: auto 0 0; font-size: 13px; } .verdict b { margin-right: 6px; }

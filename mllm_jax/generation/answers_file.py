@@ -1,4 +1,4 @@
-"""The answers to many prompts in a .jsonl file that a later command goes on with."""
+"""A .jsonl file of the answers to many prompts, which a later command can continue."""
 
 from __future__ import annotations
 
@@ -16,28 +16,27 @@ ELSE = "name another --out, or remove this one"
 class AnswersFile:
     """Answers, one a line, in the order of their prompts: {"id", "index", "text", "reason", "tokens"} and the image.
 
-    What was asked, of which model and how, is in `FILE.asked.json` beside it: the file itself has nothing but answers.
-    Each line is written whole and at once, so that an interruption at any instant leaves at most half of the last one,
-    which the next start drops.
+    `FILE.asked.json` beside it holds the prompts, the model and the options; the file itself holds only answers.
+    Each line is written at once: an interruption leaves at most half of the last line, and the next start drops it.
 
     Args:
-        asked: what the answers depend on, as JSON; answers to anything else are not gone on with.
+        asked: what the answers depend on, as JSON. A file of answers to anything else is refused.
         count: the number of prompts.
 
     Attributes:
         done: the numbers of the prompts that have an answer.
 
     Raises:
-        DataError: a file whose answers belong to something else, or that holds anything else.
-        OSError: a file that cannot be read or written.
+        DataError: the file holds answers to something else, or no answers.
+        OSError: the file cannot be read or written.
     """
 
     def __init__(self, path: Path, asked: Mapping[str, Any], count: int):
         self.path, self._count = path, count
         self._header = path.with_name(f"{path.name}.asked.json")
         if path.suffix != ".jsonl" or not path.parent.is_dir():
-            raise DataError(f"answers to {path}", "a name .jsonl in a folder that exists", "change --out")
-        self._places: dict[int, int] = {}  # where each line begins, by its index, in the order of the file
+            raise DataError(f"answers to {path}", "a name ending in .jsonl, in a folder that exists", "change --out")
+        self._places: dict[int, int] = {}  # the offset of each line by its index, in the file's order
         if path.exists():
             self._check(asked)
             self._places = self._read()
@@ -53,7 +52,7 @@ class AnswersFile:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Closes the file; puts answers in order that came late, to prompts that had failed before."""
+        """Closes the file; sorts it where answers came late, to prompts that had failed before."""
         self._file.close()
         if list(self._places) != sorted(self._places):
             write_atomic(self.path, self._write_in_order)

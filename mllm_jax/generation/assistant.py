@@ -1,4 +1,4 @@
-"""The Assistant: what asks a model, whatever it reads; command line, chat, evaluation and applications call it."""
+"""The Assistant: it asks any model; the command line, the chat, evaluations and applications call it."""
 
 from __future__ import annotations
 
@@ -38,25 +38,25 @@ from mllm_jax.models.run_weights import load_run
 from mllm_jax.sharding.hosts import fetch
 
 BATCH = 8
-CHUNK = 4  # tokens between two pieces of a stream
-UNBOUNDED = 1 << 20  # tokens of a text, for a model whose config names no bound
+CHUNK = 4  # tokens of each piece of a stream
+UNBOUNDED = 1 << 20  # tokens of a text if the model's config has no bound
 
 
 class Assistant:
-    """Answers conversations, many at a time or piece by piece; of a dual encoder or one of its towers, makes vectors.
+    """Answers conversations, many at a time or piece by piece; makes vectors with a dual encoder or a part of it.
 
-    In float32 a conversation gets the same answer alone and in any company. A sampled answer is drawn by the seed and
+    In float32 a conversation gets the same answer alone and in any batch. A sampled answer depends on the seed and on
     the conversation's position in the list.
 
     Args:
-        model, params: as `mllm_jax.from_pretrained` gives them; None for params: they come with `with_params`.
+        model, params: from `mllm_jax.from_pretrained`. Without params, `with_params` gives them.
         processor: the model's; None with an embedder.
-        mesh: what params are sharded over, if over anything.
-        max_length: tokens of a prompt and its answer together, of either for an encoder-decoder; None is the LLM's own
+        mesh: the mesh over which params are sharded, or None.
+        max_length: tokens of a prompt and its answer together; for an encoder-decoder, of each. None is the LLM's
             `max_position_embeddings`.
-        int8: store the linear kernels as int8; `quantization_errors` then says what that cost.
+        int8: store the linear kernels as int8; `quantization_errors` then holds the rounding errors.
         by_layer: see `LanguageSteps`; False compiles faster and decodes more slowly, which suits a single question.
-        embedder: of a model that writes no text; None: made of model and processor.
+        embedder: for a model that writes no text. None: made from model and processor.
     """
 
     def __init__(
@@ -87,17 +87,17 @@ class Assistant:
     def load(
         cls, folder_or_run: str | Path, *, mesh: Mesh | None = None, dtype: Any = None, **options: Any
     ) -> Assistant:
-        """The assistant of the model in a folder, or of the one that a run has trained so far.
+        """Loads the model of a folder, or the model that a run has trained so far.
 
         Args:
-            mesh: None: of a folder the default device, of a run the run's own where it fits the devices.
-            dtype: of the parameters and of the computation; None is what is stored.
+            mesh: None: the default device for a folder; for a run its own mesh, if it fits the devices.
+            dtype: of the parameters and of the computation; None is the stored dtype.
             options: max_length, int8 and by_layer.
 
         Raises:
             ConfigError, CheckpointError: see `mllm_jax.from_pretrained`; RunFolderError, TrainingError: see
                 `mllm_jax.load_run`.
-            DataError: no tokenizer.
+            DataError: the folder has no tokenizer.
         """
         folder = Path(folder_or_run)
         if is_run(folder):
@@ -107,7 +107,7 @@ class Assistant:
                 params = jax.tree.map(lambda leaf: leaf.astype(dtype), params)
                 model = with_compute(experiment.model_of(), dtype=str(dtype)).make()
             return cls(model, params, processor, mesh=mesh, **options)
-        # The small files first: who lacks one should not have to wait for the weights.
+        # Check the small files before loading weights.
         if not writes_text(pretrained_config(folder)):
             embedder = Embedder.load(folder, images=None, texts=None, dtype=dtype, mesh=mesh)
             return cls(embedder.module, embedder.params, None, mesh=mesh, embedder=embedder, **options)
@@ -116,7 +116,7 @@ class Assistant:
         return cls(model, params, processor, mesh=mesh, **options)
 
     def with_params(self, params: dict) -> Assistant:
-        """Gives the same assistant with other parameters; what is compiled serves both."""
+        """Returns the same assistant with other parameters; both share the compiled functions."""
         other = copy.copy(self)
         other.params = params
         if self._embedder is not None:
@@ -144,23 +144,23 @@ class Assistant:
         batch_size: int = BATCH,
         **options: Any,
     ) -> Answer | list[Answer] | Iterator[Answer]:
-        """Answers a conversation, each of a list of them, or each that an iterator gives.
+        """Answers a conversation, a list of conversations, or those of an iterator.
 
-        An iterator is read ahead a little (see `mllm_jax.generation.bulk`), and its answers come as an iterator, in its
-        order: its conversations may be more than memory holds.
+        An iterator is read a little ahead (see `mllm_jax.generation.bulk`) and answered by an iterator in its order:
+        it may yield more conversations than fit in memory.
 
         Args:
             conversation: see `mllm_jax.data.message.conversation`; a str is one question or, for a model without a
-                chat template, a text to continue. A generator, or what else has `__next__`, is an iterator of them.
+                chat template, a text to continue. Anything with `__next__` is an iterator of conversations.
             batch_size: conversations that are answered together; where an answer has ended, the next begins.
-            options: max_new_tokens=256, temperature=0.0, top_k, top_p, min_p, repetition_penalty, seed, stop (a text,
-                or several, that end an answer), stop_tokens, num_beams, logprobs, and what else `Options` and
-                `Sampling` have.
+            options: max_new_tokens=256, temperature=0.0, top_k, top_p, min_p, repetition_penalty, seed, stop (one or
+                several texts that end an answer), stop_tokens, num_beams, logprobs, and the other fields of `Options`
+                and `Sampling`.
 
         Raises:
-            DataError: a conversation that cannot be read or is too long; nothing has been computed then. Of an
-                iterator it is raised when its answer is asked for; `bulk.outcomes` goes on after it.
-            ConfigError: options that contradict one another or do not exist, or a model that writes no text.
+            DataError: a conversation cannot be read or is too long; nothing has been computed then. An iterator
+                raises it in place of the answer; `bulk.outcomes` continues after it.
+            ConfigError: options contradict one another or do not exist, or the model writes no text.
         """
         how, sampling = read_options(options)
         if isinstance(conversation, Iterator):
@@ -171,10 +171,10 @@ class Assistant:
         return answers if several else answers[0]
 
     def stream(self, conversation: Conversation, **options: Any) -> Generator[str, None, Answer]:
-        """Yields an answer's text piece by piece, whole characters only, and returns the answer.
+        """Yields an answer's text in pieces of whole characters, and returns the answer.
 
-        The pieces together are `Answer.text`, but for the end of an answer that is cut off within a character.
-        Takes and raises what `generate` does, for one conversation.
+        The pieces together are `Answer.text`, except for the end of an answer that is cut off within a character.
+        The arguments and errors are those of `generate`, for one conversation.
         """
         how, sampling = read_options(options)
         if how.num_beams > 1:
@@ -194,12 +194,12 @@ class Assistant:
         return or_raise(done[0][1])
 
     def prompt(self, messages: Sequence[Message]) -> Encoded:
-        """A conversation as the model reads it before its answer."""
+        """Encodes a conversation as the model reads it before its answer."""
         self._require_text()
         return self.processor.prompt(messages, plain=self._is_plain(messages))
 
     def _is_plain(self, messages: Sequence[Message]) -> bool:
-        """Whether a conversation is one text, to be continued as it is."""
+        """Returns whether a conversation is one text, to be continued as it is."""
         if len(messages) > 1 or messages[0].role not in ("user", TEXT_ROLE):
             return False
         return messages[0].role == TEXT_ROLE or not self.processor.tokenizer.has_template
@@ -212,7 +212,7 @@ class Assistant:
         *,
         batch_size: int = BATCH,
     ) -> list[Answer]:
-        """The answers to prompts, in their order."""
+        """Returns the answers to prompts, in their order."""
         options.check(sampling)
         requests = [self.asked(prompt, i, options, sampling) for i, prompt in enumerate(prompts)]
         requests.sort(key=lambda request: request.likeness)
@@ -221,10 +221,10 @@ class Assistant:
         return [found[i] for i in range(len(prompts))]
 
     def room(self, length: int, options: Options = Options()) -> int:
-        """How many tokens may follow a prompt of `length`: max_new_tokens, or fewer where max_length is nearer.
+        """Returns the number of tokens that may follow a prompt of `length`: max_new_tokens, or what max_length leaves.
 
         Raises:
-            DataError: the prompt leaves no room.
+            DataError: max_length leaves no room for an answer.
         """
         if self.max_length is None:
             return options.max_new_tokens
@@ -240,7 +240,7 @@ class Assistant:
     def request(
         self, prompt: Any, length: int, limit: int, index: int, options: Options, sampling: Sampling, media: tuple = ()
     ) -> Request:
-        """What is asked of an engine: see `Request`."""
+        """Makes a request to an engine; see `Request`."""
         own = (*self.llm.eos_token_id, *self.processor.tokenizer.stop_ids)
         stops = tuple(dict.fromkeys(options.stop_tokens + (() if options.ignore_eos else own)))
         return Request(prompt, length, limit, self.processor.decode, index, stops, options, sampling, media)
@@ -249,7 +249,7 @@ class Assistant:
         """Makes the request for the answer to a prompt.
 
         Raises:
-            DataError: a prompt without tokens, with one that the model does not have, or that leaves no room.
+            DataError: a prompt has no tokens, has a token that the model lacks, or leaves no room.
         """
         self._require_tokens([prompt])
         length, media = len(prompt.tokens), tuple(sorted(self._slots(prompt).items()))
@@ -269,14 +269,14 @@ class Assistant:
         *,
         batch_size: int = BATCH,
     ) -> list[np.ndarray]:
-        """The natural log of the probability of each token of answers that are given.
+        """Returns the natural log of the probability of each token of given answers.
 
         Returns:
-            Of each conversation float32[n]: the tokens of its answer, and the one that ends it.
+            float32[n] for each conversation: the tokens of its answer and its end token.
 
         Raises:
-            DataError: another number of answers than of conversations, or one that cannot be laid out or is too long.
-            ConfigError: a model that writes no text.
+            DataError: the numbers of answers and conversations differ, or one cannot be laid out or is too long.
+            ConfigError: the model writes no text.
         """
         self._require_text()
         given, _ = read_conversations(conversations)
@@ -295,7 +295,7 @@ class Assistant:
         return [out[i] for i in range(len(encoded))]
 
     def _answered(self, messages: Sequence[Message], answer: str) -> Encoded:
-        """A conversation with its answer, as training lays it out; only the answer carries loss."""
+        """Encodes a conversation with its answer as training does; only the answer carries loss."""
         longest = self.max_length or UNBOUNDED
         if self._is_plain(messages) and not self.llm.encoder_decoder:
             encoded = self.processor.answered(self.prompt(messages), answer)
@@ -329,24 +329,24 @@ class Assistant:
         return jax.jit(scored)
 
     def embed(self, texts: str | Sequence[str] | None = None, images: Any = None) -> np.ndarray:
-        """Unit vectors of texts or of images, in one space where the model is a dual encoder.
+        """Returns unit vectors of texts or of images, in one space if the model is a dual encoder.
 
         Args:
-            images: what a message's `Image` takes, one or a list.
+            images: one or a list of what a message's `Image` takes.
 
         Returns:
             float32[n, d]
 
         Raises:
-            DataError: both or neither, none of them, a text that is too long, an image that cannot be read.
-            ConfigError: a model that makes no such vectors.
+            DataError: both or neither are given, a list is empty, a text is too long, or an image cannot be read.
+            ConfigError: the model makes no such vectors.
         """
         if self._embedder is None:
             raise no_vectors(self.model.config, "vectors")
         if (texts is None) == (images is None):
             raise DataError(
                 "neither texts nor images" if texts is None else "texts and images at once",
-                "either of them: vectors of both in one array would not say which is which",
+                "one of them: one array of both would not show which vectors are which",
                 "call embed for each",
             )
         if texts is not None:
@@ -366,10 +366,10 @@ class Assistant:
         return steps_of(self.model, by_layer=False).prefill(params, batch, 2)
 
     def _require_tokens(self, prompts: Sequence[Encoded]) -> None:
-        """Raises DataError: a prompt without tokens, or with one that the model does not have."""
+        """Raises DataError: a prompt has no tokens, or a token that the model lacks."""
         size = self.llm.vocab_size
         for prompt in prompts:
-            words = prompt.tokens[prompt.row.owners < 0]  # where media stand, their ids are not read
+            words = prompt.tokens[prompt.row.owners < 0]  # ids at positions of media are not read
             if not len(prompt.tokens):
                 raise DataError("an empty prompt", "at least one token", "give it a text")
             if strange := sorted({int(i) for i in words if not 0 <= i < size}):
@@ -383,11 +383,11 @@ class Assistant:
         return padded_slots(encoded.slots, self.processor.config)
 
     def _batch(self, encoded: Sequence[Encoded], rows: int, length: int, learnt: bool = False) -> dict[str, np.ndarray]:
-        """Examples with equal slots, padded to `length` and to `rows` rows."""
+        """Collates examples with equal slots, padded to `length` and to `rows` rows."""
         batch = self.processor.batch(encoded, self._slots(encoded[0]), length, learnt=learnt)
         spec, more = self.processor.declared(batch), rows - len(encoded)
         batch = {name: np.concatenate([array, spec[name].empty(more)]) for name, array in batch.items()}
-        batch["segments"][len(encoded) :, 0] = 1  # a row without a prompt still has something to read
+        batch["segments"][len(encoded) :, 0] = 1  # a row without a prompt still reads one token
         if learnt and self.llm.encoder_decoder:
             width = batch["decoder_tokens"].shape[1]
             for name in self.processor.config.target_spec(1, 1).keys() & batch.keys():
@@ -399,25 +399,25 @@ class Assistant:
 
 
 def writes_text(config: Any) -> bool:
-    """Whether a model, by its config, can be asked for text."""
+    """Returns whether the model of a config generates text."""
     return isinstance(config, (LLMConfig, WritesText))
 
 
 def no_text(config: Any) -> ConfigError:
-    """The refusal of a model that was asked for text."""
+    """Returns the error for a model that generates no text."""
     name = config.family or type(config).__name__.removesuffix("Config")
     return ConfigError(
         f"a {name}, asked for text",
         "a model that generates text: a language model, or one with images, such as LLaVA",
-        "name another; `embed` makes vectors with a dual encoder or one of its towers",
+        "name another; `embed` makes vectors with a dual encoder or one of its encoders",
     )
 
 
 def padded_slots(slots: Mapping[str, int], config: Any) -> dict[str, int]:
-    """Pads a row's slots for media, so that numbers of media share compiled programs: 1, 2, 3, 4, 6, 8, 12, ...
+    """Pads a row's slots for media to 1, 2, 3, 4, 6, 8, 12, ..., so that rows share compiled programs.
 
     Args:
-        config: of the model; an encoder that packs patches takes multiples of its own.
+        config: of the model; an encoder that packs patches takes its own multiples.
     """
     branches = {modality: config.branch(modality) for modality in sorted(slots)}
     units = {modality: b.encoder.merge_unit if b.packed else 1 for modality, b in branches.items()}
@@ -425,13 +425,13 @@ def padded_slots(slots: Mapping[str, int], config: Any) -> dict[str, int]:
 
 
 def in_batches(sizes: Sequence[tuple[dict[str, int], int]], batch_size: int) -> Iterator[tuple[list[int], int]]:
-    """Puts examples with equal media and of similar lengths together, so that shapes repeat.
+    """Groups examples with equal media and similar lengths, so that shapes repeat.
 
     Args:
-        sizes: the slots and the length of each.
+        sizes: slots and length of each example.
 
-    Returns:
-        Of each batch the numbers of its examples, and of how many rows it is.
+    Yields:
+        For each batch, the indices of its examples and its number of rows.
     """
     if batch_size < 1:
         raise ConfigError(f"batch_size {batch_size}", "at least 1", "change batch_size")
@@ -444,7 +444,7 @@ def in_batches(sizes: Sequence[tuple[dict[str, int], int]], batch_size: int) -> 
 
 
 def rows_for(count: int, batch_size: int) -> int:
-    """The rows of a batch: few sizes, and no more rows than are needed or wanted."""
+    """Returns the number of rows of a batch: one of few sizes, at most what is needed or wanted."""
     if batch_size < 1:
         raise ConfigError(f"batch_size {batch_size}", "at least 1", "change batch_size")
     return min(batch_size, 1 << max(count - 1, 0).bit_length())

@@ -1,8 +1,9 @@
-"""Beam search as transformers' `generate(num_beams=n)` does it, as one compiled loop.
+"""Beam search as in transformers' `generate(num_beams=n)`, as one compiled loop.
 
-Of the num_beams * vocabulary continuations the best few are looked at: enough that num_beams of them go on even if the
-best all end. Those among the first num_beams that end join the finished ones, by log probability / length^penalty; a
-prompt is done when its best running beam, scored at its present length, is below the worst of its finished ones.
+A step looks at the best few of the num_beams * vocabulary continuations: enough that num_beams of them continue even
+if all of the best end. Of the first num_beams, those that end join the finished beams, which are ordered by
+log probability / length^penalty. A prompt is done when its best running beam, scored at its current length, is below
+its worst finished beam.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from jax.sharding import Mesh
 from mllm_jax.generation.decode_step import Batch, Steps, on_mesh
 from mllm_jax.generation.sampling import penalise, seen_tokens
 
-NEVER = -1e9  # a score that no beam has, and that can be added to one
+NEVER = -1e9  # below every score, and finite: it can be added to one
 
 
 @struct.dataclass
@@ -29,7 +30,7 @@ class Beams:
     state: the model's, of B*K rows.  step: int32 tokens added.
     running, finished: int32[B, K, N].  running_scores: float32[B, K] log probabilities.
     finished_scores: float32[B, K].  finished_lengths: int32[B, K].  is_finished: bool[B, K].
-    hopeful: bool[B], whether a running beam may still win.  seen: bool[B*K, V] or None.
+    hopeful: bool[B], True if a running beam may still win.  seen: bool[B*K, V] or None.
     """
 
     state: Any
@@ -67,12 +68,12 @@ def beam_search(
     num_stops: int,
     repetition_penalty: float,
 ) -> tuple[jax.Array, jax.Array]:
-    """The best beam of each prompt; to be compiled.
+    """Finds the best beam of each prompt; to be compiled.
 
     Args:
         limits, stops: see `Asked`.
         room, new: see `Program`.
-        num_stops: the most end tokens that a prompt has: with more of them, more continuations are looked at.
+        num_stops: the most end tokens of a prompt; more of them need more continuations.
 
     Returns:
         tokens int32[B, new], lengths int32[B].
@@ -87,7 +88,7 @@ def beam_search(
             state=steps.take(state, each),
             step=jnp.int32(0),
             running=jnp.zeros((prompts, beams, new), jnp.int32),
-            # All beams begin alike: only the first may be continued.
+            # All beams begin equal: only the first may be continued.
             running_scores=scores.at[:, 0].set(0.0),
             finished=jnp.zeros((prompts, beams, new), jnp.int32),
             finished_scores=scores,
@@ -112,12 +113,12 @@ def beam_search(
 
 
 def _closed(b: Beams, rule: Rule) -> jax.Array:
-    """bool[B]: whose finished beams are final."""
+    """Returns bool[B]: True where the finished beams are final."""
     return (b.is_finished.all(axis=1) & rule.early_stopping) | ~b.hopeful
 
 
 def _add(b: Beams, logits, *, steps: Steps, limits, stops, num_stops: int, penalty: float, rule: Rule) -> Beams:
-    """One token more for each running beam."""
+    """Adds a token to each running beam."""
     prompts, beams = b.running_scores.shape
     logprobs = jax.nn.log_softmax(logits)
     if b.seen is not None:
@@ -132,7 +133,7 @@ def _add(b: Beams, logits, *, steps: Steps, limits, stops, num_stops: int, penal
     length = b.step + 1
     ends = (token[:, :, None] == stops[:, None]).any(axis=-1) | (length >= limits)[:, None]
 
-    # What ended joins the finished; the continuations behind the first num_beams are there to go on only.
+    # Continuations that ended join the finished beams; those after the first num_beams can only continue.
     joins = ends & (jnp.arange(ends.shape[1]) < beams)
     new_scores = scores / length.astype(jnp.float32) ** rule.length_penalty
     new_scores = new_scores + NEVER * _closed(b, rule)[:, None] + NEVER * ~joins
@@ -145,7 +146,7 @@ def _add(b: Beams, logits, *, steps: Steps, limits, stops, num_stops: int, penal
 
     is_finished = keep(b.is_finished, joins)
 
-    # The best that did not end go on.
+    # The best that did not end continue.
     running_scores, on = jax.lax.top_k(scores + NEVER * ends, beams)
     parent = jnp.take_along_axis(parent, on, axis=1)
     running = jnp.take_along_axis(continued, on[:, :, None], axis=1)

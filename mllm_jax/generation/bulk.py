@@ -1,4 +1,4 @@
-"""Conversations that come one by one, answered many at a time in bounded memory; a bad one fails alone."""
+"""Answers to a stream of conversations, many at a time, in bounded memory; a bad one fails alone."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from mllm_jax.generation.sampling import Sampling
 if TYPE_CHECKING:
     from mllm_jax.generation.assistant import Assistant
 
-AHEAD = 16  # conversations of a window, for each row
-MEDIA_BYTES = 256 << 20  # of prepared media; a window ends where they take more
-HELD = 128  # conversations from the first without an answer on, for each row; no window is read past them
-LOOSE = 4  # rows that are this many times too long are not filled again: shorter ones replace them
+AHEAD = 16  # conversations of a window per row
+MEDIA_BYTES = 256 << 20  # of prepared media in a window, at most
+HELD = 128  # conversations per row from the first unanswered one on; no window is read past them
+LOOSE = 4  # rows that are this many times too long are replaced by shorter ones
 
 Outcome = Answer | MllmError
 
@@ -34,19 +34,18 @@ def outcomes(
 ) -> Iterator[tuple[int, Outcome]]:
     """Answers conversations as they come.
 
-    Reads a window of at most 16 * batch_size conversations at a time, fewer where their media are large, and the next
-    one when all of it have their rows. Media are read with their window and dropped when a row has read them.
+    Reads a window of at most 16 * batch_size conversations at a time, fewer if their media are large, and the next
+    window when all of them have rows. Media are read with their window and dropped when a row has read them.
 
     Args:
-        conversations: each with its number, by which, with the seed, a sampled answer is drawn; an error in place of
+        conversations: each with its number, which with the seed determines a sampled answer; an error in place of
             one that could not be read.
 
     Yields:
-        Each number with its answer, or with the error of a conversation that cannot be answered, in the order in which
-        they came.
+        Each number with its answer, or with the error of a conversation that cannot be answered, in the given order.
 
     Raises:
-        ConfigError: options that contradict one another, or a model that writes no text.
+        ConfigError: options contradict one another, or the model writes no text.
     """
     options.check(sampling)
     assistant.llm  # noqa: B018 - refuses a model that writes no text
@@ -66,9 +65,9 @@ class _Bulk:
         self.engine = assistant.engine(rows)
         self.source = iter(conversations)
         self.count = 0  # conversations that were read
-        self.window: list[tuple[int, Request]] = []  # what was read and is not submitted, by position
-        self.tickets: dict[int, int] = {}  # positions of what was submitted
-        self.found: dict[int, tuple[int, Outcome]] = {}  # by position, until all before have been given
+        self.window: list[tuple[int, Request]] = []  # requests that were read and not submitted, by position
+        self.tickets: dict[int, int] = {}  # positions of submitted requests, by ticket
+        self.found: dict[int, tuple[int, Outcome]] = {}  # by position, until all earlier ones have been yielded
         self.numbers: dict[int, int] = {}
 
     def run(self) -> Iterator[tuple[int, Outcome]]:
@@ -81,14 +80,14 @@ class _Bulk:
                 self._submit()
             for ticket, outcome in self.engine.step():
                 if not isinstance(outcome, Outcome):
-                    raise outcome  # no refusal: a bug
+                    raise outcome  # not an MllmError: a bug
                 self._end(self.tickets.pop(ticket), outcome)
             while given in self.found:
                 yield self.found.pop(given)
                 given += 1
 
     def _read(self) -> bool:
-        """Reads a window; returns whether there was anything to read."""
+        """Reads a window; returns False at the end of the input."""
         before, held = self.count, 0
         for number, given in islice(self.source, AHEAD * self.rows):
             position, self.count = self.count, self.count + 1
@@ -111,7 +110,7 @@ class _Bulk:
         return self.assistant.asked(prompt, number, self.options, self.sampling)
 
     def _loose(self) -> bool:
-        """Returns whether the rows that are being answered are far too long for the window."""
+        """Returns whether the rows in use are far too long for the window."""
         return self.engine.length >= LOOSE * bucket(max(request.length for _, request in self.window))
 
     def _submit(self) -> None:

@@ -19,15 +19,15 @@ PROMPT = "> "
 
 
 class Dialogue:
-    """What was said, as much of it as the model can read.
+    """The turns of a conversation, as many as the model can read.
 
     Args:
         system: the system message, which is never dropped.
 
     Attributes:
         turns: questions and answers in turn.
-        dropped: how many pairs of them were dropped for the last question.
-        answer: the last one, None where it was stopped.
+        dropped: the number of pairs that were dropped for the last question.
+        answer: the last one; None if it was stopped.
     """
 
     def __init__(self, assistant: Assistant, options: Options, sampling: Sampling, system: str = ""):
@@ -42,15 +42,15 @@ class Dialogue:
         self.turns, self._images = (), ()
 
     def show(self, path: str) -> None:
-        """Puts an image before the next question. Raises DataError: it cannot be read, or the model reads none."""
+        """Puts an image before the next question. Raises DataError: it cannot be read, or the model reads no images."""
         self.assistant.processor.encoder.kind_of(Image())
         self._images = (*self._images, Image(read_image(Path(path).expanduser())))
 
     def ask(self, question: str) -> Iterator[str]:
-        """The answer's text in pieces; closing the iterator ends the answer, and what was said until then stays said.
+        """Yields the answer's text in pieces. Closing the iterator ends the answer; its text so far stays in `turns`.
 
         Raises:
-            DataError: the question, with the images shown for it, does not fit even alone; they are forgotten.
+            DataError: the question with its images does not fit even alone; they are dropped.
         """
         turns = (*self.turns, Message("user", (*self._images, Text(question)) if self._images else question))
         self._images, self.dropped = (), 0
@@ -70,11 +70,11 @@ class Dialogue:
         except StopIteration as end:
             self.answer, said = end.value, end.value.text
         finally:
-            # A question without an answer would be followed by another one, which no template knows.
+            # Without an answer two questions would follow each other, which no template allows.
             self.turns = (*turns, Message("assistant", said)) if said else turns[:-1]
 
     def _fits(self, turns: tuple[Message, ...]) -> bool:
-        """Whether these turns leave room for a whole answer. One alone is taken with what room it leaves."""
+        """Returns whether these turns leave room for a whole answer. A single turn needs room for one token only."""
         length = len(self.assistant.prompt(self._system + turns).tokens)
         if len(turns) == 1:
             return self.assistant.room(length, self.options) > 0
@@ -89,11 +89,11 @@ def chat(
     console: Console | None = None,
     interactive: bool = True,
 ) -> int:
-    """Reads questions and prints answers until /exit or the end of the input; gives the exit status.
+    """Reads questions and prints answers until /exit or the end of the input. Returns the exit status.
 
     Args:
         read: prompt -> a line; raises EOFError at the end, KeyboardInterrupt at Ctrl-C.
-        interactive: whether a person types; else there are no prompts and no hints in the output.
+        interactive: a person types; if False, the output has no prompts and no hints.
     """
     console = console or Console()
 
@@ -128,7 +128,7 @@ def chat(
 
 
 def _show_image(dialogue: Dialogue, path: str, console: Console) -> bool:
-    """Returns whether the image will be shown; prints why not."""
+    """Returns whether the image is shown; if not, prints the error."""
     try:
         dialogue.show(path)
     except DataError as error:

@@ -1,10 +1,9 @@
-"""What generation needs of a model: read the prompts once, then take a token at a time.
+"""The interface of a model for generation: reads the prompts once, then takes one token at a time.
 
-Layers are trained as one scanned stack. A loop that decodes a token at a time would copy each layer's slice of the
-parameters, and the whole cache, at every step: on a CPU there are no dot products of slices, and a scan's inputs and
-outputs share no memory. So parameters and cache are kept apart, layer by layer, outside the compiled function, are
-stacked inside it, and the module unrolls its layers: XLA sees a slice of a concatenation, which is one of its parts,
-and neither is ever made.
+Layers are trained as one scanned stack. A loop that decodes one token at a time would copy each layer's slice of the
+parameters, and the whole cache, at every step: a CPU has no dot products of slices, and a scan's inputs and outputs
+share no memory. So parameters and cache are kept layer by layer outside the compiled function and stacked inside it,
+and the module unrolls its layers. XLA replaces a slice of a concatenation by the part, and makes neither.
 """
 
 from __future__ import annotations
@@ -28,49 +27,49 @@ from mllm_jax.models.multimodal import Multimodal
 from mllm_jax.sharding.logical import use_mesh
 
 Batch = dict[str, jax.Array]
-STACK = "layers"  # the end of a scanned stack's name among the parameters
+STACK = "layers"  # the last part of a scanned stack's name among the parameters
 
 
 def on_mesh(mesh: Mesh | None) -> AbstractContextManager:
-    """Makes activations follow the mesh, if there is one."""
+    """Returns a context in which activations follow the mesh, if there is one."""
     return nullcontext() if mesh is None else use_mesh(mesh)
 
 
 class Steps(Protocol):
-    """A model as a state that is moved on by tokens.
+    """A model as a state that tokens advance.
 
-    Batches hold tokens and segments int32[B, S], padding (segment 0) behind each prompt, and what else the model reads.
+    Batches hold tokens and segments int32[B, S], padding (segment 0) after each prompt, and the model's other inputs.
 
     Attributes:
-        prompt_takes_room: prompt and answer share one row. If not, the state holds prompts of one padded length.
+        prompt_takes_room: prompt and answer share one row. If False, the state holds prompts of one padded length.
     """
 
     prompt_takes_room: bool
 
     def prepare(self, params: dict) -> dict:
-        """The parameters in the form in which `prefill` and `step` take them."""
+        """Converts parameters to the form that `prefill` and `step` take."""
 
     def prefill(self, params: dict, batch: Batch, room: int) -> tuple[jax.Array, Any]:
-        """Reads the prompts: float32[B, V] logits of what follows them, and a state of `room` positions a row."""
+        """Reads the prompts; returns logits float32[B, V] of the next token, and a state of `room` positions a row."""
 
     def step(self, params: dict, state: Any, tokens: jax.Array) -> tuple[jax.Array, Any]:
-        """Takes the next token int32[B] of each row: float32[B, V] logits of the one behind it, and the new state."""
+        """Takes a token int32[B] of each row; returns logits float32[B, V] of the token after it, and the new state."""
 
     def logits(self, params: dict, batch: Batch) -> jax.Array:
-        """float32[B, S, V] of whole rows; of an encoder-decoder, of what its decoder reads."""
+        """Returns float32[B, S, V] for whole rows; for an encoder-decoder, for the rows of its decoder."""
 
     def take(self, state: Any, rows: jax.Array) -> Any:
-        """The state with row rows[i] in row i."""
+        """Returns the state with row rows[i] in row i."""
 
     def put(self, state: Any, other: Any, places: jax.Array) -> Any:
-        """The state with row i of another in row places[i]; places past the end are left out."""
+        """Returns the state with row i of another in row places[i]; rows with a place past the end are dropped."""
 
     def said(self, batch: Batch) -> tuple[jax.Array, jax.Array]:
-        """The tokens that a repetition penalty counts from the start: int32[B, S], and which of them bool[B, S]."""
+        """Returns the prompt's tokens int32[B, S], and bool[B, S]: True where a repetition penalty counts them."""
 
 
 def steps_of(module: nn.Module, by_layer: bool | None = None) -> Steps:
-    """The steps of a composed model, an encoder-decoder (it has a method `start`) or a decoder-only model."""
+    """Returns the steps of a composed model, an encoder-decoder (it has a method `start`) or a decoder-only model."""
     if isinstance(module, Multimodal):
         composed = MultimodalEncoderDecoderSteps if module.config.encoder_decoder else MultimodalSteps
         return composed(module, by_layer)
@@ -82,8 +81,8 @@ class LanguageSteps:
 
     Args:
         module: with a config that has `make()` and `make_cache(batch, size)`.
-        by_layer: keep the layers of parameters and cache apart (see above), which holds the layers' parameters a
-            second time. None: on a CPU, where it pays.
+        by_layer: keep parameters and cache layer by layer (see the module), which holds the layers' parameters a
+            second time. None: on a CPU, where it is faster.
     """
 
     prompt_takes_room = True
@@ -126,18 +125,18 @@ class LanguageSteps:
             return self.module.apply({"params": restack(params)}, *args, **kwargs)
 
     def open(self, state: Any) -> Any:
-        """The cache that a state holds."""
+        """Returns the cache of a state."""
         return self.layout.join(state) if self.by_layer else state
 
     def shut(self, cache: Any) -> Any:
-        """A cache as a state."""
+        """Returns the state of a cache."""
         return self.layout.split(cache) if self.by_layer else cache
 
 
 class EncoderDecoderSteps(LanguageSteps):
-    """An encoder-decoder: `start` reads the source and makes the cache; after that it is called as a decoder is.
+    """An encoder-decoder: `start` reads the source and makes the cache; the later calls are those of a decoder.
 
-    The prompt is the source; the answer begins behind the config's `decoder_start_token_id`.
+    The prompt is the source; the answer begins after the config's `decoder_start_token_id`.
     """
 
     prompt_takes_room = False
@@ -160,7 +159,7 @@ class EncoderDecoderSteps(LanguageSteps):
 
 
 class MultimodalSteps(LanguageSteps):
-    """The composed model; batches also hold positions, media_index and, where there are pictures, what shows them."""
+    """The composed model; batches also hold positions, media_index and, if there are images, their arrays."""
 
     def __init__(self, module: Multimodal, by_layer: bool | None = None):
         super().__init__(module.config.parts["llm"].make(), by_layer)
@@ -183,7 +182,7 @@ class MultimodalSteps(LanguageSteps):
 
 
 class MultimodalEncoderDecoderSteps(MultimodalSteps, EncoderDecoderSteps):
-    """The composed model over an encoder-decoder, which reads text and media in its encoder."""
+    """The composed model with an encoder-decoder, whose encoder reads text and media."""
 
     def prefill(self, params: dict, batch: Batch, room: int) -> tuple[jax.Array, Any]:
         cache = self.apply(params, batch, size=room, method="start")
@@ -191,18 +190,18 @@ class MultimodalEncoderDecoderSteps(MultimodalSteps, EncoderDecoderSteps):
 
 
 def last_token(batch: Batch) -> jax.Array:
-    """int[B, 1]: where each prompt ends."""
+    """Returns int[B, 1]: the position of each prompt's last token."""
     return (batch["segments"] > 0).sum(axis=1, keepdims=True) - 1
 
 
 def unrolled(config: LLMConfig) -> LLMConfig:
-    """The config of the same module with its scan over layers unrolled."""
+    """Returns the config of the same module with its scan over layers unrolled."""
     names = [f.name for f in dataclasses.fields(config) if f.name.startswith("num_") and f.name.endswith("layers")]
     return with_compute(config, scan_unroll=max(getattr(config, name) for name in names), remat="none")
 
 
 def unstack(params: dict) -> dict:
-    """Parameters with each stack of layers as a tuple of layers; a copy, sharded as the stack was."""
+    """Returns a copy of the parameters with each stack of layers as a tuple of layers, sharded as the stack was."""
     return {
         name: _layers(value) if name.endswith(STACK) else unstack(value) if isinstance(value, dict) else value
         for name, value in params.items()
@@ -216,7 +215,7 @@ def _layers(stack: dict) -> tuple[dict, ...]:
 
 
 def restack(tree: Any) -> Any:
-    """Undoes `unstack`; inside a compiled function whose layers are unrolled it costs nothing."""
+    """Undoes `unstack`; free inside a compiled function whose layers are unrolled."""
     if isinstance(tree, tuple):
         return jax.tree.map(lambda *layers: jnp.stack(layers), *map(restack, tree))
     return {name: restack(value) for name, value in tree.items()} if isinstance(tree, dict) else tree
@@ -224,10 +223,10 @@ def restack(tree: Any) -> Any:
 
 @dataclass(frozen=True)
 class CacheLayout:
-    """Where the rows of a cache lie, found out by making one with more rows.
+    """The axis of the rows in each leaf of a cache, found by making caches of two sizes.
 
     Attributes:
-        axes: for each leaf the axis of the rows; where they are on axis 1, layers are on axis 0.
+        axes: the axis of the rows for each leaf; if it is 1, the layers are on axis 0.
     """
 
     structure: jax.tree_util.PyTreeDef
@@ -235,7 +234,7 @@ class CacheLayout:
 
     @classmethod
     def of(cls, make_cache: Callable[[int], Any]) -> CacheLayout:
-        """`make_cache(batch)` -> a cache; it is only traced."""
+        """Traces `make_cache(batch)` -> a cache, and compares the shapes."""
         few, more = (jax.tree.flatten(jax.eval_shape(lambda rows=rows: make_cache(rows))) for rows in (2, 3))
         axes = (
             next(axis for axis, (a, b) in enumerate(zip(x.shape, y.shape, strict=True)) if a != b)
@@ -244,7 +243,7 @@ class CacheLayout:
         return cls(few[1], tuple(axes))
 
     def split(self, cache: Any) -> tuple:
-        """The cache's leaves, each stack of layers as a tuple of layers."""
+        """Returns the cache's leaves, each stack of layers as a tuple of layers."""
         leaves = zip(jax.tree.leaves(cache), self.axes, strict=True)
         return tuple(tuple(leaf) if axis == 1 else leaf for leaf, axis in leaves)
 
@@ -253,8 +252,8 @@ class CacheLayout:
         return jax.tree.unflatten(self.structure, [jnp.stack(p) if isinstance(p, tuple) else p for p in parts])
 
     def map(self, function: Callable[..., jax.Array], cache: Any, *others: Any) -> Any:
-        """function(leaf, axis of its rows, leaves of the others) over caches, or over what `split` makes of them."""
+        """Applies function(leaf, axis of its rows, leaves of the others) to caches, or to split ones."""
         leaves, structure = jax.tree.flatten(cache)
-        # Of a split cache each layer's leaf has its rows first.
+        # In a split cache the rows are each layer's first axis.
         axes = self.axes if structure == self.structure else (0,) * len(leaves)
         return jax.tree.unflatten(structure, map(function, leaves, axes, *map(jax.tree.leaves, others)))

@@ -1,4 +1,4 @@
-"""Pictures and texts to unit vectors in a file, for use in search."""
+"""Unit vectors of images and texts, in a file for search."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from flax import linen as nn
 
 from mllm_jax.data.chat import ChatTokenizer
 from mllm_jax.data.image_processors import ImageProcessor, read_image_processor
-from mllm_jax.data.images import as_picture, read_image, resize
+from mllm_jax.data.images import as_image, read_image, resize
 from mllm_jax.data.tokenizer import Tokenizer
 from mllm_jax.encoders.text import TextModel, TextTowerConfig
 from mllm_jax.encoders.vit import ViT, ViTConfig
@@ -36,11 +36,11 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", "
 
 @dataclass(frozen=True)
 class Embedder:
-    """A model's two ways into its space of unit vectors, in batches of one shape.
+    """The encoders of a model that make unit vectors of images and texts, in batches of one shape.
 
     Attributes:
-        processor: uint8[H, W, 3] -> float32[H', W', 3], normalised; None where only texts are embedded.
-        tokenizer: None where only pictures are.
+        processor: uint8[H, W, 3] -> float32[H', W', 3], normalised; None if only texts are embedded.
+        tokenizer: None if only images are embedded.
         truncate: shorten texts that are too long instead of refusing them.
     """
 
@@ -57,17 +57,17 @@ class Embedder:
 
     @classmethod
     def load(cls, folder: Path, *, images: bool | None = True, texts: bool | None = True, **options: Any) -> Embedder:
-        """The model in a folder, with what it needs for images or texts or both.
+        """Loads the model of a folder for images, texts or both.
 
         Args:
-            images, texts: whether they will be asked for; None: what the model has a tower for.
+            images, texts: load that encoder; None: the encoders that the model has.
             options: batch_size, truncate, and dtype and mesh, see `from_pretrained`.
 
         Raises:
-            ConfigError: a model without a tower for what is wanted, or no image processor's settings.
-            DataError: no tokenizer.
+            ConfigError: the model lacks an encoder that is wanted, or the folder has no image processor's settings.
+            DataError: the folder has no tokenizer.
         """
-        # The small files first: who lacks one should not have to wait for the weights.
+        # Check the small files before loading weights.
         if images is None or texts is None:
             config = pretrained_config(folder)
             images, texts = (
@@ -82,18 +82,18 @@ class Embedder:
         embedder = cls(module, params, processor, tokenizer, **options)
         for wanted, name in ((images, "_image_function"), (texts, "_text_function")):
             if wanted:
-                getattr(embedder, name)  # refuses a model that cannot do it
+                getattr(embedder, name)  # refuses a model without this encoder
         return embedder
 
     @classmethod
     def trained(cls, module: nn.Module, params: Any, tokenizer: Tokenizer, **options) -> Embedder:
-        """A dual encoder as a run leaves it; pictures are resized and texts laid out as they were in training.
+        """Returns the embedder of a run's dual encoder; it resizes images and lays out texts as training does.
 
         Args:
             options: batch_size and truncate.
 
         Raises:
-            ConfigError: a model of another kind.
+            ConfigError: the model is no dual encoder.
         """
         if not isinstance(module, DualEncoder):
             raise ConfigError(
@@ -107,41 +107,41 @@ class Embedder:
         return cls(module, params, prepare, _Captions(tokenizer), **options)
 
     def with_params(self, params: Any) -> Embedder:
-        """Gives the same with other parameters; what is compiled for a dual encoder serves both."""
+        """Returns the same with other parameters; with a dual encoder both share the compiled functions."""
         if isinstance(self.module, DualEncoder):
-            _ = self._image_function, self._text_function  # made here, they are in the copy too
+            _ = self._image_function, self._text_function  # made before the copy, which shares them
         other = copy.copy(self)
         object.__setattr__(other, "params", params)
         return other
 
-    def pictures(self, pictures: Sequence[Any]) -> np.ndarray:
-        """Images, see `as_picture`, to float32[N, P]. Raises DataError: no image, or one that cannot be read."""
+    def pictures(self, images: Sequence[Any]) -> np.ndarray:
+        """Embeds images (see `as_image`) as float32[N, P]. Raises DataError: there are none, or one cannot be read."""
 
         def stacked(piece: Sequence[Any]) -> np.ndarray:
-            return _stacked([self.processor(as_picture(p)) for p in piece])
+            return _stacked([self.processor(as_image(image)) for image in piece])
 
-        return self._all("image", self._image_function, pictures, stacked)
+        return self._all("image", self._image_function, images, stacked)
 
     def images(self, paths: Sequence[Path], bad: Callable[[DataError], None] | None = None) -> tuple[list, np.ndarray]:
-        """Picture files to vectors.
+        """Embeds image files.
 
         Args:
-            bad: is called with what is wrong with an unreadable picture, which is then left out; None: that is raised.
+            bad: called with the error of an unreadable image, which is then left out. None: the error is raised.
 
         Returns:
             (the paths that were read, float32[N, P]).
 
         Raises:
-            DataError: a picture that cannot be read, or none that can.
-            ConfigError: pictures that come out of the processor in several sizes.
+            DataError: an image cannot be read, or none can.
+            ConfigError: the processor makes images of several sizes.
         """
         compute, size = self._image_function, self._size(len(paths))
 
         def read(path: Path) -> np.ndarray | DataError:
             try:
-                picture = read_image(path)
+                image = read_image(path)
                 try:
-                    return self.processor(picture)
+                    return self.processor(image)
                 except DataError as error:
                     raise DataError(f"{path}: {error.given}", error.expected, error.todo) from error
             except DataError as error:
@@ -151,22 +151,22 @@ class Embedder:
 
         kept, out = [], []
         with ThreadPoolExecutor(4) as pool:
-            for some, pictures in _ahead(pool, read, paths, size):
-                for problem in (p for p in pictures if isinstance(p, DataError)):
+            for some, images in _ahead(pool, read, paths, size):
+                for problem in (i for i in images if isinstance(i, DataError)):
                     bad(problem)
-                good = [(path, p) for path, p in zip(some, pictures, strict=True) if not isinstance(p, DataError)]
+                good = [(path, p) for path, p in zip(some, images, strict=True) if not isinstance(p, DataError)]
                 if good:
                     kept += [path for path, _ in good]
                     out.append(self._run(compute, _stacked([p for _, p in good]), size))
         if not kept:
-            raise DataError(f"{len(paths)} pictures, none of which can be read", "pictures", "check the files")
+            raise DataError(f"{len(paths)} images, none of which can be read", "images", "check the files")
         return kept, np.concatenate(out)
 
     def texts(self, texts: Sequence[str]) -> np.ndarray:
-        """Texts to float32[N, P].
+        """Embeds texts as float32[N, P].
 
         Raises:
-            DataError: no text, an empty one, or one that is longer than the tower's positions.
+            DataError: there is no text, one is empty, or one is longer than the encoder's positions.
         """
         return self._all("text", self._text_function, [self._row(text) for text in texts], np.stack)
 
@@ -180,21 +180,21 @@ class Embedder:
         return np.concatenate([self._run(compute, stack(piece), size) for piece in pieces])
 
     def _row(self, text: str) -> np.ndarray:
-        """int[2, L]: the ids of a text, of the tower's full length, and 1 where they are its own."""
+        """Returns int[2, L], padded to the encoder's length: the ids of a text, and 1 where they are not padding."""
         tower = self._text_config()
         ids = self.tokenizer.encode(text) if text.strip() else []
         if not ids or len(ids) > tower.max_length and not self.truncate:
             raise DataError(
                 f"a text of {len(ids)} tokens: {text[:60]!r}",
                 f"1 to {tower.max_length} tokens",
-                "shorten it, or say truncate",
+                "shorten it, or set truncate",
             )
         if len(ids) > tower.max_length:
-            ids = [*ids[: tower.max_length - 1], ids[-1]]  # the last ends the text, and may stand for it
+            ids = [*ids[: tower.max_length - 1], ids[-1]]  # the last ends the text, and the encoder may read its vector
         if tower.dialect.pooling == "last":
             pad = next((i for i in (self.tokenizer.pad_token_id, tower.pad_token_id) if i is not None), None)
             if pad is None:
-                raise ConfigError("a tokenizer without padding", "what the texts are padded with", "set pad_token_id")
+                raise ConfigError("a tokenizer without a padding token", "one with it", "set pad_token_id")
         else:
             pad = ids[-1]  # no token before it sees what follows, and the first end of text counts
         free = tower.max_length - len(ids)
@@ -204,25 +204,25 @@ class Embedder:
         return self.module.config.text if isinstance(self.module, DualEncoder) else self.module.config
 
     def _size(self, count: int) -> int:
-        """The rows of each batch of `count` images or texts: one shape, which a few do not fill up to batch_size."""
+        """Returns the rows of each batch of `count` images or texts: batch_size, or fewer if count is small."""
         return min(self.batch_size, 1 << (count - 1).bit_length())
 
     def _run(self, compute, batch: np.ndarray, size: int) -> np.ndarray:
-        """One batch, filled up to the size that is compiled."""
+        """Computes one batch, padded to the compiled size."""
         filled = np.concatenate([batch, np.repeat(batch[:1], size - len(batch), axis=0)])
         vectors = fetch(compute(self.params, filled))[: len(batch)]
         if not np.isfinite(vectors).all():
             raise DataError("vectors that are not finite", "numbers", "try --dtype float32, or check the checkpoint")
         return vectors
 
-    @cached_property  # compiled once, however often it is asked for
+    @cached_property  # compiled once
     def _image_function(self):
         module = self.module
         if isinstance(module, DualEncoder):
             return jax.jit(lambda p, x: module.apply({"params": p}, x, method="encode_image"))
         if isinstance(module, ViT) and module.config.dialect.pooler != "none":
             return jax.jit(lambda p, x: _unit(module.apply({"params": p}, x).pooler_output))
-        raise no_vectors(module.config, "pooled picture vectors")
+        raise no_vectors(module.config, "pooled image vectors")
 
     @cached_property
     def _text_function(self):
@@ -230,8 +230,8 @@ class Embedder:
         if not isinstance(module, (DualEncoder, TextModel)):
             raise no_vectors(module.config, "text vectors")
         dialect = self._text_config().dialect
-        # What is read at the last place has padding as part of the text (SigLIP); a causal tower sees nothing behind
-        # the place that it reads.
+        # An encoder that reads the last position treats padding as text (SigLIP); a causal encoder sees nothing after
+        # the position that it reads.
         masked = dialect.pooling == "mean" or (dialect.mask == "full" and dialect.pooling != "last")
 
         def compute(params, rows):
@@ -258,13 +258,13 @@ class _Captions:
 
 
 def find_pictures(places: Sequence[Path]) -> list[Path]:
-    """Files as they are named, folders as the images in them at any depth, by name.
+    """Returns the named files, and the images in folders at any depth, sorted by name.
 
-    In a folder, links to files are followed, also out of it; links to folders are not, as they may form a ring. A
-    warning names what looks like an image and is left out: links that lead nowhere, pipes, devices; and linked folders.
+    In a folder, links to files are followed, also out of it; links to folders are not, as they may form a cycle. A
+    warning names files with an image's suffix that are left out: broken links, pipes, devices; and linked folders.
 
     Raises:
-        DataError: a place that does not exist or is no regular file, a folder without images, or one file twice.
+        DataError: a path does not exist or is no regular file, a folder has no images, or a file is named twice.
     """
     found: list[Path] = []
     for place in places:
@@ -275,25 +275,25 @@ def find_pictures(places: Sequence[Path]) -> list[Path]:
                 more = f"\n  and {len(left_out) - _NAMED:,} more" if len(left_out) > _NAMED else ""
                 warnings.warn(f"left out of {place}: {len(left_out):,}{named}{more}", stacklevel=2)
             if not inside:
-                raise DataError(f"{place} without pictures", f"files ending in {', '.join(SUFFIXES)}", "check the path")
+                raise DataError(f"{place} without images", f"files ending in {', '.join(SUFFIXES)}", "check the path")
             found += inside
         elif _kind(place) == "file":
             found.append(place)
         else:
             raise DataError(
-                f"no file or folder {place} ({_kind(place)})", "pictures, or folders of pictures", "check the path"
+                f"no file or folder {place} ({_kind(place)})", "images, or folders of images", "check the path"
             )
     twice = sorted({str(path) for path in found if found.count(path) > 1}) if len(set(found)) < len(found) else []
     if twice:
-        raise DataError(f"{twice[0]} and {len(twice) - 1} more, named twice", "each picture once", "name it once")
+        raise DataError(f"{twice[0]} and {len(twice) - 1} more, named twice", "each image once", "name it once")
     return found
 
 
-_NAMED = 10  # of what is left out, so many are named
+_NAMED = 10  # the most paths that a warning names
 
 
 def _inside(folder: Path) -> tuple[list[Path], list[tuple[Path, str]]]:
-    """The images in a folder, by name; and what is left out of it, with what it is."""
+    """Returns the images in a folder by name, and the paths that are left out with their kinds."""
     images: list[Path] = []
     left_out: list[tuple[Path, str]] = []
 
@@ -312,11 +312,11 @@ def _inside(folder: Path) -> tuple[list[Path], list[tuple[Path, str]]]:
 
 
 def _kind(path: Path) -> str:
-    """What a path leads to, in a word or two."""
+    """Names the kind of file that a path leads to."""
     try:
         mode = path.stat().st_mode
     except (OSError, ValueError) as error:  # ValueError: a NUL byte, or half a character
-        return "a link that leads nowhere" if isinstance(error, OSError) and path.is_symlink() else "nothing there"
+        return "a broken link" if isinstance(error, OSError) and path.is_symlink() else "nothing there"
     kinds = {stat.S_IFREG: "file", stat.S_IFDIR: "folder", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}
     return kinds.get(stat.S_IFMT(mode), "a device")
 
@@ -334,10 +334,10 @@ def embed_to_file(
     """Writes `image_names` and `image_embeds`, `texts` and `text_embeds` as an .npz, whole or not at all.
 
     Args:
-        model: a folder for `Embedder.load`, or another function of `images`, `texts` (is there any?) and the options
-            that makes an embedder; it is called when all else is seen to be right.
-        images: picture files and folders of pictures.
-        overwrite: replace a file that is there.
+        model: a folder for `Embedder.load`, or another function of `images` and `texts` (True if there are any) and
+            the options that makes an embedder. It is called after all other checks.
+        images: image files and folders of images.
+        overwrite: replace an existing file.
         bad: see `Embedder.images`.
         options: see `Embedder.load`.
 
@@ -345,15 +345,15 @@ def embed_to_file(
         The shape of each array in the file.
 
     Raises:
-        ConfigError: nothing to embed, a name that is taken or no .npz; or what `Embedder` refuses.
-        DataError: what `find_pictures` and `Embedder` refuse.
+        ConfigError: there is nothing to embed, `out` exists or is no .npz, or `Embedder` refuses the model.
+        DataError: `find_pictures` or `Embedder` refuses an image or a text.
     """
     if not images and not texts:
-        raise ConfigError("neither pictures nor texts", "at least one of them", "give --images or --text")
+        raise ConfigError("neither images nor texts", "at least one of them", "give --images or --text")
     if out.suffix != ".npz" or not out.parent.is_dir() or out.is_dir():
         raise ConfigError(f"{out} to write to", "a name ending in .npz in a folder that exists", "change --out")
     if out.exists() and not overwrite:
-        raise ConfigError(f"{out}, which exists", "a new file", "choose another name, or say --overwrite")
+        raise ConfigError(f"{out}, which exists", "a new file", "choose another name, or add --overwrite")
     paths = find_pictures(images)
     load = partial(Embedder.load, model) if isinstance(model, Path) else model
     embedder = load(images=bool(paths), texts=bool(texts), **options)
@@ -368,7 +368,7 @@ def embed_to_file(
 
 
 def _ahead(pool: ThreadPoolExecutor, work, items: Sequence, size: int) -> Iterator[tuple[Sequence, list]]:
-    """(items, results) of each batch; the next is being worked on meanwhile, and no more than it is held."""
+    """Yields (items, results) of each batch, while the pool works on the next batch and no more."""
     batches = [items[start : start + size] for start in range(0, len(items), size)]
     futures = [pool.submit(work, item) for item in batches[0]] if batches else []
     for number, batch in enumerate(batches):
@@ -382,16 +382,16 @@ def _ahead(pool: ThreadPoolExecutor, work, items: Sequence, size: int) -> Iterat
             raise
 
 
-def _stacked(pictures: Sequence[np.ndarray]) -> np.ndarray:
-    """Processed images as one array. Raises ConfigError: they are of several sizes."""
-    sizes = sorted({p.shape[:2] for p in pictures})
+def _stacked(images: Sequence[np.ndarray]) -> np.ndarray:
+    """Stacks processed images. Raises ConfigError: their sizes differ."""
+    sizes = sorted({image.shape[:2] for image in images})
     if len(sizes) > 1:
         raise ConfigError(
-            f"pictures of {sizes[0]} and {sizes[1]} pixels after processing",
+            f"images of {sizes[0]} and {sizes[1]} pixels after processing",
             "a processor with one size, or a crop",
             "set size or crop_size in preprocessor_config.json, or use --batch-size 1",
         )
-    return np.stack(pictures)
+    return np.stack(images)
 
 
 def _has_images(config: Any) -> bool:
@@ -403,7 +403,7 @@ def _has_texts(config: Any) -> bool:
 
 
 def no_vectors(config: Any, what: str) -> ConfigError:
-    """The refusal of a model that was asked for vectors that it does not make."""
+    """Returns the error for a model that does not make the vectors asked for."""
     name = config.family or type(config).__name__.removesuffix("Config")
     return ConfigError(f"a {name}, asked for {what}", "a model that makes them, such as CLIP", "name another folder")
 

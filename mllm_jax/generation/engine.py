@@ -1,4 +1,4 @@
-"""Requests in, answers out, as they come: a row whose answer has ended takes the next request that waits."""
+"""Continuous batching: a row whose answer has ended takes the next waiting request."""
 
 from __future__ import annotations
 
@@ -19,24 +19,24 @@ from mllm_jax.generation.sampling import Sampling
 from mllm_jax.generation.streaming import Decode, TextStream
 from mllm_jax.sharding.hosts import fetch
 
-CHUNK_OF_STOP_STRINGS = 16  # tokens between two looks for stop strings
-SHARE = 4  # free rows wait for one another until they are this part of all, so that prompts are read together
+CHUNK_OF_STOP_STRINGS = 16  # tokens between two searches for stop strings
+SHARE = 4  # rows are filled when 1/SHARE of them are free, so that prompts are read together
 STOPS = 8  # end tokens are padded to a multiple of this with NO_TOKEN
 NO_TOKEN = -1
 
 
 @dataclass(frozen=True)
 class Request:
-    """A prompt and what is asked of its answer.
+    """A prompt and the limits and options of its answer.
 
     Attributes:
-        prompt: what the engine's `collate` takes.
+        prompt: an input of the engine's `collate`.
         length: of the prompt in tokens.
-        limit: tokens that the answer may have.
+        limit: the most tokens of the answer.
         decode: ids to text, spaces kept.
-        index: the prompt's position in the caller's list; with the seed it decides what is drawn.
+        index: the prompt's position in the caller's list; with the seed it determines a sampled answer.
         stops: all ids that end the answer.
-        media: prompts that are read together have equal ones.
+        media: equal for prompts that are read together.
     """
 
     prompt: Any
@@ -51,38 +51,38 @@ class Request:
 
     @property
     def kind(self) -> tuple:
-        """What requests that are answered at the same time have in common."""
+        """The values that requests answered at the same time have in common."""
         o, stop_width = self.options, -(-max(len(self.stops), 1) // STOPS) * STOPS
         return self.drawn, stop_width, o.logprobs, o.num_beams, o.length_penalty, o.early_stopping
 
     @property
     def likeness(self) -> tuple:
-        """What requests are sorted by, so that those of one padded length and with equal media come together."""
+        """The sort key that groups requests of one padded length and with equal media."""
         return bucket(self.length), self.media
 
     @property
     def drawn(self) -> Sampling:
-        """How tokens are drawn but for the seed, which is a number of each row: another one compiles nothing."""
+        """The sampling without its seed, which is data of each row: another seed compiles nothing."""
         return replace(self.sampling, seed=0)
 
 
 class Engine:
     """Answers requests on a fixed number of rows.
 
-    An answer depends on its request alone: in float32 it has the same tokens in any company, whenever it gets a row.
-    Requests are served in their order. One that does not go with those being answered (see `Request.kind`), or is
-    longer, waits until they have ended. Beam search answers as many requests as there are rows at once, in one step.
+    An answer depends on its request alone: in float32 its tokens do not depend on the other rows or on when it starts.
+    Requests are served in order. One of another kind than those being answered (see `Request.kind`), or a longer one,
+    waits until they have ended. Beam search answers up to `slots` requests in one step.
 
-    A prompt that `collate` refuses fails alone: `step` gives what was raised in place of its answer, and the requests
-    that were taken with it are read without it. What the device raises ends the engine.
+    A prompt that `collate` refuses fails alone: `step` returns the error in place of its answer, and the requests
+    that were taken with it are read without it. An error of the device ends the engine.
 
     Args:
         collate: (prompts, rows, length) -> the arrays of a batch of `rows` rows, prompts first, each `length` long.
         slots: the number of rows.
-        longest: the most tokens of a prompt; None: no bound.
+        longest: the most tokens of a prompt; None is no bound.
 
     Attributes:
-        pieces: what the text of each ticket gained in the last step, if that was given a number of tokens.
+        pieces: the text that each ticket gained in the last step, if the step had a number of tokens.
         decode_steps: the number of decode steps that were computed.
     """
 
@@ -105,17 +105,17 @@ class Engine:
         self._running: list[tuple[int, Request, TextStream] | None] = [None] * slots
         self._state: Any = None
         self._rows: Rows | None = None
-        self._kind, self._length, self._new = (), 0, 0  # of what is being answered
+        self._kind, self._length, self._new = (), 0, 0  # of the requests being answered
 
     def submit(self, request: Request) -> int:
         """Queues a request.
 
         Returns:
-            Its ticket: a number that rises by one.
+            Its ticket: the tickets count up by one.
 
         Raises:
-            DataError: a prompt without tokens or with too many, or no room for an answer.
-            ConfigError: options that contradict one another.
+            DataError: the prompt has no tokens or too many, or leaves no room for an answer.
+            ConfigError: options contradict one another.
         """
         most = self.longest or request.length
         if not 1 <= request.length <= most or request.limit < 1:
@@ -129,13 +129,13 @@ class Engine:
         return ticket
 
     def step(self, tokens: int | None = None) -> list[tuple[int, Answer | Exception]]:
-        """Reads waiting prompts into free rows and adds their first tokens; if there is none, adds tokens to all rows.
+        """Reads waiting prompts into free rows and adds their first tokens; without any, adds tokens to all rows.
 
         Args:
             tokens: the most to add to each answer; None: until rows can be filled again, or until all answers end.
 
         Returns:
-            What has ended, by ticket: the answer, or what `collate` raised for this prompt.
+            The tickets that ended, each with its answer or with the error of `collate` for its prompt.
         """
         self.pieces = {}
         if taken := self._next():
@@ -153,7 +153,7 @@ class Engine:
         return self._look(tokens is not None)
 
     def answer(self, requests: Iterable[Request]) -> list[Answer]:
-        """The answers to requests, in their order; raises what the first prompt that cannot be read raised."""
+        """Returns the answers to requests, in their order; raises the error of the first prompt that cannot be read."""
         tickets, found = [self.submit(request) for request in requests], {}
         while len(found) < len(tickets):
             found |= self.step()
@@ -161,12 +161,12 @@ class Engine:
 
     @property
     def waiting(self) -> int:
-        """How many requests wait for a row."""
+        """The number of requests that wait for a row."""
         return len(self._waiting)
 
     @property
     def length(self) -> int:
-        """The longest prompt that the rows being answered hold; 0: no row is."""
+        """The longest prompt that the rows in use can hold; 0 if none is in use."""
         return self._length if any(self._running) else 0
 
     # ---- which requests are next
@@ -179,11 +179,11 @@ class Engine:
         return request.kind == self._kind and request.length <= self._length and request.limit <= self._new
 
     def _wanted_rows(self) -> int:
-        """How many rows must be free before the next are filled; 0: none waits that fits those being answered."""
+        """Returns the number of rows that must be free before the next are filled; 0 if no waiting request fits."""
         return min(self._together, len(self._waiting)) if self._waiting and self._fits(self._waiting[0][1]) else 0
 
     def _next(self) -> list[tuple[int, Request]]:
-        """Takes the requests that are to be read now."""
+        """Takes the requests to be read now."""
         free = len(self._free)
         if free == self.slots and self._waiting:
             self._begin()
@@ -199,7 +199,7 @@ class Engine:
         return taken
 
     def _refused(self, taken: list[tuple[int, Request]], error: Exception) -> list[tuple[int, Exception]]:
-        """Lets prompts that cannot be read together wait to be read one by one, so that only bad ones fail."""
+        """Queues prompts that cannot be read together to be read one by one, so that only bad ones fail."""
         if len(taken) == 1:
             return [(taken[0][0], error)]
         self._alone |= {ticket for ticket, _ in taken}
@@ -207,14 +207,14 @@ class Engine:
         return []
 
     def _begin(self) -> None:
-        """Chooses the lengths of rows: of all requests that are like the first and not much longer."""
+        """Chooses the lengths of rows from the requests of the first one's kind that are not much longer."""
         first = self._waiting[0][1]
         alike = [r for _, r in self._waiting if r.kind == first.kind]
         length, new = (2 * bucket(size) for size in (first.length, first.limit))
         alike = [r for r in alike if bucket(r.length) <= length and bucket(r.limit) <= new]
         self._length = bucket(max(r.length for r in alike), self.longest)
         self._kind, self._new = first.kind, bucket(max(r.limit for r in alike))
-        self._state = self._rows = None  # their memory is free before other rows are made
+        self._state = self._rows = None  # frees their memory before other rows are made
 
     # ---- what runs on the devices
 
@@ -222,7 +222,7 @@ class Engine:
         places, width, program = self._free[: len(taken)], len(asked.limits), self.program
         for place, (ticket, request) in zip(places, taken, strict=True):
             stream = TextStream(request.decode, request.options.stop_strings)
-            self._running[place] = ticket, replace(request, prompt=None), stream  # its media are not kept
+            self._running[place] = ticket, replace(request, prompt=None), stream  # drops its media
         first = taken[0][1]
         sizes |= dict(sampling=first.drawn, logprobs=first.options.logprobs)
         if self._rows is None:
@@ -233,7 +233,7 @@ class Engine:
             self._state, self._rows = program.refill(*held, batch, asked, places, **sizes)
 
     def _batch(self, requests: Sequence[Request]) -> tuple[Batch, Asked, dict[str, int]]:
-        """Prompts and what is asked of them, on the devices, and the lengths of their rows."""
+        """Returns prompts and their options on the devices, and the lengths of their rows."""
         first = self._rows is None
         width = self.slots if first and len(requests) > self._together else self._together
         shared = self.program.steps.prompt_takes_room
@@ -257,7 +257,7 @@ class Engine:
         self.decode_steps += int(fetch(steps))
 
     def _look(self, streaming: bool) -> list[tuple[int, Answer]]:
-        """Reads what the rows hold, and frees those that have ended."""
+        """Reads the rows' tokens, and frees the rows that have ended."""
         rows = self._rows
         tokens, counts, ended = (fetch(x).copy() for x in (rows.tokens, rows.counts, rows.ended))
         logprobs = None if rows.logprobs is None else fetch(rows.logprobs)
@@ -293,14 +293,14 @@ class Engine:
 
 
 def or_raise(outcome: Answer | Exception) -> Answer:
-    """Returns an answer as `Engine.step` gave it; raises what came in its place."""
+    """Returns an answer of `Engine.step`, or raises the error in its place."""
     if isinstance(outcome, Exception):
         raise outcome
     return outcome
 
 
 def _body(ids: np.ndarray, stops: tuple[int, ...]) -> np.ndarray:
-    """The tokens of an answer without the one that ended it."""
+    """Returns the tokens of an answer without its end token."""
     return ids[:-1] if len(ids) and ids[-1] in stops else ids
 
 

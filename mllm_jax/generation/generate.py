@@ -1,4 +1,4 @@
-"""Answers to a batch that a processor made: `mllm_jax.generate`."""
+"""Answers to a processor's batch: `mllm_jax.generate`."""
 
 from __future__ import annotations
 
@@ -27,18 +27,18 @@ def generate(
     mesh: Mesh | None = None,
     **options: Any,
 ) -> list[str]:
-    """The texts that follow each row of a batch.
+    """Generates the text that follows each row of a batch.
 
     Args:
-        model, params: as `from_pretrained` gives them.
-        batch: what the processor made of texts and media.
-        processor: whose tokenizer writes the answers.
-        mesh: what params are sharded over, if over anything.
+        model, params: from `from_pretrained`.
+        batch: the processor's output for texts and media.
+        processor: its tokenizer decodes the answers.
+        mesh: the mesh over which params are sharded, or None.
         options: see `Assistant.generate`.
 
     Raises:
-        DataError: a batch that leaves no room for an answer, or with an array that the model's spec lacks.
-        ConfigError: options that contradict one another, or that there are not.
+        DataError: the batch leaves no room for an answer, or has an array that the model's spec lacks.
+        ConfigError: options contradict one another, or do not exist.
     """
     return [answer.text for answer in complete(model, params, batch, processor, mesh=mesh, **options)]
 
@@ -53,7 +53,7 @@ def complete(
     max_length: int | None = None,
     **options: Any,
 ) -> list[Answer]:
-    """The same as answers."""
+    """Does what `generate` does, and returns `Answer`s."""
     how, sampling = read_options(options)
     how.check(sampling)
     assistant = Assistant(model, params, processor, mesh=mesh, max_length=max_length)
@@ -63,7 +63,7 @@ def complete(
     spec.check(batch)
 
     def padded(_, rows: int, wanted: int) -> dict[str, np.ndarray]:
-        """The batch with its texts padded to a bucket, so that lengths compile once for several."""
+        """Pads the batch's texts to a bucket, so that several lengths share a compiled function."""
         arrays = {name: np.asarray(array) for name, array in batch.items() if name != "loss_weights"}
         for name, array in arrays.items():
             if SEQ in spec[name].axes and array.shape[1] == length:
@@ -78,5 +78,5 @@ def complete(
 
 @lru_cache(maxsize=8)
 def _program(model: nn.Module, mesh: Mesh | None) -> Program:
-    """What is compiled for a model, without parameters, so that calls one after the other compile once."""
+    """Returns a model's compiled functions without parameters, so that later calls do not compile again."""
     return Program(model, None, mesh)

@@ -1,4 +1,4 @@
-"""What a caller asks of an answer, and what it gets."""
+"""The options of an answer, and the answer."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from mllm_jax.generation.sampling import Sampling
 
 @dataclass(frozen=True)
 class Options:
-    """How long an answer may be, where it ends, and how it is searched for.
+    """The length and the end of an answer, and the search for it.
 
     Attributes:
-        max_new_tokens: where an answer is cut off.
-        stop_tokens: ids that end an answer, besides the model's own end tokens.
+        max_new_tokens: an answer is cut off after this many tokens.
+        stop_tokens: ids that end an answer, in addition to the model's end tokens.
         stop_strings: texts that end an answer; it is cut before them.
-        ignore_eos: go on after the model's own end tokens.
-        num_beams: the number of beams of beam search; 1: no beam search.
+        ignore_eos: continue after the model's end tokens.
+        num_beams: the number of beams of beam search; 1 is no beam search.
         length_penalty: a finished beam's score is its log probability / length^length_penalty.
-        early_stopping: beam search ends once num_beams beams have finished. False: once the best running beam, taken
-            at its present length, scores less than the worst of them.
-        logprobs: also give each token's log probability, under the model itself: before temperature and filters.
+        early_stopping: beam search ends once num_beams beams have finished. False: once the best running beam, scored
+            at its current length, is below the worst of them.
+        logprobs: also return each token's log probability under the model, before temperature and filters.
     """
 
     max_new_tokens: int = 256
@@ -49,7 +49,7 @@ class Options:
             )
 
     def check(self, sampling: Sampling) -> None:
-        """Refuses a way of sampling that cannot go with these options."""
+        """Refuses a sampling that contradicts these options."""
         if self.num_beams > 1 and sampling.temperature > 0:
             raise ConfigError(
                 f"num_beams={self.num_beams} with temperature {sampling.temperature}",
@@ -66,8 +66,8 @@ class Answer:
         text: the answer without its end token or stop string.
         tokens: its ids without the end token, with those that spell a stop string.
         logprobs: natural log of each token's probability, if asked for.
-        reason: why it ended: "stop" at an end token or stop string, "length" where it was cut off.
-        media: what a generator made.
+        reason: "stop": it ended at an end token or stop string; "length": it was cut off.
+        media: the output of a generator.
     """
 
     text: str
@@ -78,10 +78,10 @@ class Answer:
 
 
 def longest_text(config, asked: int | None = None) -> int | None:
-    """Tokens that a text with its answer may have: `asked`, or what an LLM's config was trained on; None: no bound.
+    """Returns the most tokens of a text with its answer: `asked`, or the LLM's training length; None is no bound.
 
     Raises:
-        ConfigError: more than the LLM can read at all.
+        ConfigError: `asked` is more than the LLM can read.
     """
     bound = field_value(config, "longest")
     if asked is not None and bound is not None and asked > bound:
@@ -95,7 +95,7 @@ def read_options(given: Mapping[str, Any]) -> tuple[Options, Sampling]:
     """Sorts options by name; `stop` is one text or several.
 
     Raises:
-        ConfigError: a name that neither has, or a value that is refused.
+        ConfigError: an option does not exist, or its value is refused.
     """
     given = dict(given)
     if (stop := given.pop("stop", None)) is not None:

@@ -1,5 +1,4 @@
-"""The compiled part of generation: one function reads prompts, one puts more of them into rows that are free, one adds
-tokens to every row."""
+"""The compiled functions of generation: read prompts, read more prompts into free rows, add tokens to every row."""
 
 from __future__ import annotations
 
@@ -24,10 +23,10 @@ BUCKET = 32
 
 
 def bucket(length: int, most: int | None = None, *, least: int = BUCKET) -> int:
-    """Returns the length that a row of `length` is padded to: 32, 48, 64, 96, 128, 192, ..., two sizes a doubling.
+    """Returns the padded length of a row of `length`: 32, 48, 64, 96, 128, 192, ..., two sizes per doubling.
 
     Args:
-        most: what no row is padded beyond.
+        most: the largest size.
         least: the smallest size, a power of two.
     """
     power = max(least, 1 << max(length - 1, 0).bit_length())
@@ -37,13 +36,13 @@ def bucket(length: int, most: int | None = None, *, least: int = BUCKET) -> int:
 
 
 def placed(array: np.ndarray, mesh: Mesh | None) -> jax.Array:
-    """An array of rows on the devices."""
+    """Puts an array of rows on the devices."""
     return jnp.asarray(array) if mesh is None else jax.device_put(array, batch_sharding(mesh, array.ndim, array.shape))
 
 
 @struct.dataclass
 class Asked:
-    """What is asked of each row.
+    """The request of each row.
 
     seeds, indices: int32[B], see `row_keys`.  limits: int32[B] tokens that a row may add; one with 0 is not answered.
     stops: int32[B, n] end tokens, the rest negative.
@@ -57,9 +56,9 @@ class Asked:
 
 @struct.dataclass
 class Rows:
-    """Answers that are being written.
+    """The answers in progress.
 
-    tokens: int32[B, N].  counts: int32[B] tokens of each row, its end token counted in.  ended: bool[B].
+    tokens: int32[B, N].  counts: int32[B] tokens of each row with its end token.  ended: bool[B].
     seen: bool[B, V] or None, for the repetition penalty.  logprobs: float32[B, N] or None.
     """
 
@@ -72,13 +71,13 @@ class Rows:
 
 
 class Program:
-    """A model's compiled functions; what is compiled is compiled once for each shape: rows, and buckets of lengths.
+    """A model's compiled functions, compiled once for each shape: rows, and buckets of lengths.
 
-    They take the parameters first. The state is the model's own; each call uses it up, and writes it in place.
+    Their first argument is the parameters. Each call donates the model's state and writes it in place.
 
     Args:
         module: see `steps_of`.
-        params: its parameters, unboxed; sharded if there is a mesh. None: they come with `of`.
+        params: its parameters, unboxed; sharded if there is a mesh. None: `of` gives them.
         by_layer: see `LanguageSteps`.
     """
 
@@ -95,17 +94,17 @@ class Program:
         self.search = jax.jit(partial(beam_search, self.steps, mesh), static_argnames=sizes)
 
     def of(self, params: dict) -> Program:
-        """The same program with other parameters; what is compiled serves both."""
+        """Returns the same program with other parameters; both share the compiled functions."""
         other = copy.copy(self)
         other.params = self.steps.prepare(params)
         return other
 
     def place(self, tree: Any) -> Any:
-        """Arrays of rows on the devices."""
+        """Puts arrays of rows on the devices."""
         return jax.tree.map(lambda array: placed(array, self.mesh), tree)
 
     def _start(self, params, batch, asked, *, rows, room, new, sampling, logprobs=False):
-        """Reads prompts and adds each answer's first token; of `rows` rows, those after the prompts' are free.
+        """Reads prompts and adds each answer's first token; the rows after them, up to `rows`, are free.
 
         Args:
             room: positions of a row in the model's cache.
@@ -134,14 +133,14 @@ class Program:
             return self.steps.take(state, index), _split_over_mesh(begun)
 
     def _refill(self, params, state, rows, batch, asked, places, **sizes):
-        """The same into row places[i] for prompt i; one with a place past the end is dropped."""
+        """Reads prompt i into row places[i] as `_start` does; a prompt with a place past the end is dropped."""
         read, begun = self._start(params, batch, asked, rows=len(places), **sizes)
         with on_mesh(self.mesh):
             rows = jax.tree.map(lambda held, new: held.at[places].set(new, mode="drop"), rows, begun)
             return self.steps.put(state, read, places), _split_over_mesh(rows)
 
     def _advance(self, params, state, rows, most, least, *, sampling):
-        """Adds up to `most` tokens to each row, while more than `least` rows go on.
+        """Adds up to `most` tokens to each row, while more than `least` rows continue.
 
         Returns:
             The state, Rows, and the number of decode steps.
@@ -168,7 +167,7 @@ def _keys(asked: Asked, sampling: Sampling) -> jax.Array | None:
 
 
 def _add(rows: Rows, logits: jax.Array, keys: jax.Array | None, sampling: Sampling) -> Rows:
-    """The next token of each row; one that has ended takes none."""
+    """Adds the next token of each row that has not ended."""
     token = choose(logits, keys, rows.counts, sampling, rows.seen)
     each = jnp.arange(len(token))
     place = jnp.where(rows.ended, rows.tokens.shape[1], rows.counts)  # past the end, where writes are dropped
@@ -190,5 +189,5 @@ def _add(rows: Rows, logits: jax.Array, keys: jax.Array | None, sampling: Sampli
 
 
 def _split_over_mesh(rows: Rows) -> Rows:
-    """Rows split as those of a batch are, whichever function made them: another split would compile the next again."""
+    """Shards rows as a batch's rows, whichever function made them: another sharding would compile the next again."""
     return jax.tree.map(lambda leaf: constrain(leaf, "batch", *(None,) * (leaf.ndim - 1)), rows)

@@ -1,4 +1,4 @@
-"""Prompts in bulk: a file of conversations, one a line, or a folder of images with one question.
+"""Many prompts: a file of conversations, one a line, or a folder of images with one question.
 
 A line of a file is one of
 
@@ -7,7 +7,7 @@ A line of a file is one of
     {"messages": [...], "id": "7"}
     {"prompt": "What is different?", "image": ["a.png", "b.png"], "id": "8"}
 
-Paths are relative to the file's folder, or to another that is named. What else an object has is not read.
+Paths are relative to the file's folder, or to a given folder. Other keys of an object are not read.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from mllm_jax.files import open_regular, parse_json
 from mllm_jax.generation.embed import find_pictures
 
 LINE_BYTES = 64 << 20
-MEND = "mend the line, or leave it out"
+MEND = "correct the line, or leave it out"
 
 
 @dataclass(frozen=True)
@@ -36,10 +36,10 @@ class Prompt:
 
     Attributes:
         index: its number, from 0.
-        place: where it is, for messages.
-        id: its own name; None: it has none.
-        messages: what is asked; an error where that cannot be read.
-        image: of a folder, the image's path in there.
+        place: its file and line, or its path, for messages.
+        id: its name, or None.
+        messages: the conversation; an error if it cannot be read.
+        image: for a folder, the image's path in it.
     """
 
     index: int
@@ -50,10 +50,10 @@ class Prompt:
 
 
 class Prompts(Protocol):
-    """Many prompts, read one after the other.
+    """An iterable of prompts.
 
     Attributes:
-        digest: differs where other prompts would be read.
+        digest: equal only for equal prompts.
     """
 
     @property
@@ -68,17 +68,17 @@ class PromptFile:
     """The conversations of a .jsonl file.
 
     Args:
-        media: what paths in the file are relative to; None: its folder.
+        media: the folder that paths in the file are relative to; None is the file's folder.
 
     Raises:
-        DataError: a file that cannot be read, of another kind, or without prompts.
+        DataError: the file cannot be read, is of another kind, or has no prompts.
     """
 
     def __init__(self, path: Path, media: Path | None = None):
         self.path, self.media = path, path.parent if media is None else media
         if path.suffix != ".jsonl":
             raise DataError(
-                f"the prompts {path}", "a file .jsonl, one prompt a line, or a folder", "rename or convert it"
+                f"the prompts {path}", "a .jsonl file, one prompt a line, or a folder", "rename or convert it"
             )
         if not self.media.is_dir():
             raise DataError(f"the media of prompts in {self.media}", "a folder that exists", "correct the path")
@@ -110,7 +110,7 @@ class PromptFile:
             yield Prompt(index, place, name, messages)
 
     def _lines(self) -> Iterator[tuple[int, bytes]]:
-        """Yields the lines that hold something, with their numbers; of one that is too long its beginning."""
+        """Yields the lines that are not empty with their numbers; of a line that is too long, its beginning."""
         try:
             with open_regular(self.path, DataError) as file:
                 number, first = 1, True
@@ -135,7 +135,7 @@ class PromptFile:
         return name, tuple(self._found(message) for message in messages)
 
     def _found(self, message: Message) -> Message:
-        """Returns a message with the paths of its media completed."""
+        """Completes the paths of a message's media."""
         if not encodable(message.role) or not encodable(message.text):
             _refuse(f"a text {short(message.text)!a}, half of a pair of surrogates in it", "text that UTF-8 can write")
         if isinstance(message.content, str):
@@ -173,10 +173,10 @@ def _refuse(given: str, expected: str) -> NoReturn:
 
 
 class PromptFolder:
-    """One question about each image in a folder, at any depth, by name.
+    """One question about each image in a folder, at any depth, sorted by name.
 
     Raises:
-        DataError: no folder, or one without images.
+        DataError: the folder does not exist or has no images.
     """
 
     def __init__(self, folder: Path, question: str):

@@ -1,6 +1,6 @@
-"""Weights as int8 with a scale for each output channel (symmetric, round to nearest), and the matmul that reads them.
+"""Int8 weights with a scale for each output channel (symmetric, round to nearest), and the matmul that reads them.
 
-Storage only: activations stay as they are. Generation enters `int8_linear` as the hook of `Linear`.
+Only storage changes: activations stay as they are. Generation sets `int8_linear` as the hook of `Linear`.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ KERNEL, SCALE = "kernel", "kernel_scale"
 
 @dataclass(frozen=True)
 class TensorError:
-    """What rounding did to one kernel.
+    """The rounding error of one kernel.
 
     Attributes:
         relative: norm of the error / norm of the kernel.
-        bytes_before, bytes_after: the scales counted in.
+        bytes_before, bytes_after: its size, with the scales.
     """
 
     path: str
@@ -36,18 +36,18 @@ class TensorError:
 
 
 def quantize(run: Callable[[dict], Any], params: dict) -> tuple[dict, list[TensorError]]:
-    """The kernel of every `Linear` that a model applies as int8, with a `kernel_scale` beside it.
+    """Stores the kernel of every `Linear` that a model applies as int8, with a `kernel_scale` beside it.
 
-    Embeddings (a tied head too), norms, biases and convolutions stay.
+    Embeddings (also a tied head), norms, biases and convolutions do not change.
 
     Args:
-        run: what applies the model to parameters; it is traced, not computed.
+        run: applies the model to parameters; it is only traced.
 
     Returns:
         The parameters, and the error of each kernel.
 
     Raises:
-        ConfigError: there is nothing to quantize, as when it has been done already.
+        ConfigError: there is nothing to quantize, for example if it is quantized already.
     """
     flat = flatten_dict(params)
     errors = []
@@ -65,7 +65,7 @@ def quantize(run: Callable[[dict], Any], params: dict) -> tuple[dict, list[Tenso
 
 
 def summary(errors: list[TensorError]) -> str:
-    """One line about all kernels."""
+    """Describes the errors of all kernels in one line."""
     worst = max(errors, key=lambda error: error.relative)
     before, after = (sum(getattr(e, name) for e in errors) for name in ("bytes_before", "bytes_after"))
     return (
@@ -77,19 +77,19 @@ def summary(errors: list[TensorError]) -> str:
 def int8_linear(
     linear: Linear, x: jax.Array, kernel: jax.Array, product: Callable[[jax.Array], jax.Array]
 ) -> jax.Array:
-    """For `linear_hook`: where the kernel is int8, multiplies by it, then scales the result."""
+    """Multiplies by an int8 kernel, then scales the result; a hook for `linear_hook`."""
     if kernel.dtype != jnp.int8:
         return product(x)
     x = x.astype(linear.dtype)
-    # Nothing is larger than infinity: a zero that depends on x. Without it XLA converts every kernel once, before the
-    # loop over tokens, and keeps them all as floats; on a CPU it does so through an optimization barrier.
+    # Adds a zero that depends on x. Without it XLA converts every kernel once, before the loop over tokens, and keeps
+    # all as floats; on a CPU it does so even through an optimization barrier.
     kernel = kernel + (x.reshape(-1)[0] > jnp.inf).astype(jnp.int8)
     y = contract(x, kernel.astype(linear.dtype), linear.in_ndim)
     return y * linear.get_variable("params", SCALE).astype(linear.dtype)
 
 
 def _contracted(run: Callable[[dict], Any], params: dict) -> dict[tuple[str, ...], tuple[int, ...]]:
-    """The axes over which each `Linear` that is applied sums, a stack's axis of layers counted."""
+    """Returns the axes over which each applied `Linear` sums; the axis of a stack's layers counts."""
     found = {}
 
     def note(linear, x, kernel, product):

@@ -1,4 +1,4 @@
-"""How the next token is chosen from the logits."""
+"""The choice of the next token from the logits."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from mllm_jax.errors import ConfigError
 
 @dataclass(frozen=True)
 class Sampling:
-    """Greedy by default. The filters act in the order in which they stand here, as in transformers.
+    """Sampling options; greedy by default. The filters act in the order of the attributes, as in transformers.
 
     Attributes:
-        repetition_penalty: positive logits of tokens that the prompt or the answer already holds are divided by it,
-            negative ones multiplied (CTRL, arXiv 1909.05858); 1 is none.
-        temperature: what the logits are divided by; 0 is greedy.
+        repetition_penalty: divides positive logits of tokens that the prompt or the answer already holds, and
+            multiplies negative ones (CTRL, arXiv 1909.05858); 1 is none.
+        temperature: divides the logits; 0 is greedy.
         top_k: only the k likeliest tokens; 0 is all.
         top_p: only the likeliest tokens whose probabilities add up to p (nucleus sampling, arXiv 1904.09751).
         min_p: only tokens at least min_p times as likely as the likeliest (arXiv 2407.01082).
-        seed: a sampled answer is drawn by the seed and the prompt's place in the list, whatever else is answered.
+        seed: a sampled answer depends on the seed and the prompt's position in the list only.
     """
 
     temperature: float = 0.0
@@ -42,22 +42,22 @@ class Sampling:
 
 
 def penalise(logits: jax.Array, seen: jax.Array, penalty: float) -> jax.Array:
-    """float[..., V], bool[..., V] -> float[..., V]: makes what was seen less likely."""
+    """Makes seen tokens less likely: float[..., V], bool[..., V] -> float[..., V]."""
     return jnp.where(seen, jnp.where(logits < 0, logits * penalty, logits / penalty), logits)
 
 
 def seen_tokens(tokens: jax.Array, said: jax.Array, vocab_size: int) -> jax.Array:
-    """bool[B, V]: the tokens int32[B, S] where `said` bool[B, S]."""
+    """Returns bool[B, V]: the tokens int32[B, S] where `said` bool[B, S] is True."""
     place = jnp.where(said, tokens, vocab_size)  # past the end, where writes are dropped
     return jnp.zeros((len(place), vocab_size), bool).at[jnp.arange(len(place))[:, None], place].set(True, mode="drop")
 
 
 def filtered(logits: jax.Array, sampling: Sampling, seen: jax.Array | None = None) -> jax.Array:
-    """The logits that the next token is drawn from: -inf where a filter forbids it.
+    """Returns the logits that the next token is drawn from: -inf for tokens that a filter forbids.
 
     Args:
         logits: float32[B, V].
-        seen: bool[B, V] tokens of the prompt and of the answer so far; needed for a repetition penalty only.
+        seen: bool[B, V] tokens of the prompt and of the answer so far; only a repetition penalty needs it.
 
     Returns:
         float32[B, V].
@@ -68,7 +68,7 @@ def filtered(logits: jax.Array, sampling: Sampling, seen: jax.Array | None = Non
         return logits
     logits = logits / sampling.temperature
     if sampling.top_k or sampling.top_p < 1:
-        # With top_k, what lies behind the k likeliest needs no order: a sort of the whole vocabulary is spared.
+        # With top_k only the k likeliest need an order: no sort of the whole vocabulary.
         count = min(sampling.top_k or logits.shape[-1], logits.shape[-1])
         ordered = jax.lax.top_k(logits, count)[0]
         least = ordered[:, -1:]
@@ -84,7 +84,7 @@ def filtered(logits: jax.Array, sampling: Sampling, seen: jax.Array | None = Non
 
 
 def row_keys(seeds: jax.Array | int, indices: jax.Array) -> jax.Array:
-    """A random key for each prompt: int[B] seeds or one of all, int[B] places in the list -> key[B]."""
+    """Returns a random key for each prompt: int[B] seeds or one for all, int[B] positions in the list -> key[B]."""
     seeds = jnp.broadcast_to(jnp.asarray(seeds), indices.shape)
     return jax.vmap(lambda seed, index: jax.random.fold_in(jax.random.key(seed), index))(seeds, indices)
 
@@ -92,12 +92,12 @@ def row_keys(seeds: jax.Array | int, indices: jax.Array) -> jax.Array:
 def choose(
     logits: jax.Array, keys: jax.Array | None, steps: jax.Array | int, sampling: Sampling, seen: jax.Array | None = None
 ) -> jax.Array:
-    """The next token of each row.
+    """Chooses the next token of each row.
 
     Args:
         logits: float32[B, V].
         keys: key[B], one a row (see `row_keys`); not read when greedy.
-        steps: int[B], or one of all: which token of its answer this is.
+        steps: int[B] or one for all: the number of this token in its answer.
         seen: as in `filtered`.
 
     Returns:

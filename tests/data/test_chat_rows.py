@@ -187,12 +187,12 @@ LAST_THINKS = CHATML.replace(
     [
         (None, DataError, "without a chat template"),
         ("{% for m in messages %}{{ m.content }} {% endfor %}", ConfigError, "none of the stop tokens ['<|end|>']"),
-        ("{{ messages[-1].content }}<|end|>", DataError, "writes a question otherwise once it is answered"),
-        (LAST_THINKS, DataError, "writes a question otherwise once it is answered"),
+        ("{{ messages[-1].content }}<|end|>", DataError, "writes a question differently once it has an answer"),
+        (LAST_THINKS, DataError, "writes a question differently once it has an answer"),
         (
             CHATML.replace("<|assistant|>\n{% endif %}", "<|assistant|>\nwell: {% endif %}"),
             DataError,
-            "writes a question otherwise once it is answered",
+            "writes a question differently once it has an answer",
         ),
         ("{{ raise_exception('no') }}", DataError, "no"),
     ],

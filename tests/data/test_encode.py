@@ -1,4 +1,4 @@
-"""Examples to rows: tokens with loss decode to the answers; whole turns are dropped; images are never cut."""
+"""Rows of examples: tokens with loss decode to the answers; whole turns are dropped; images are never cut."""
 
 from __future__ import annotations
 
@@ -318,8 +318,8 @@ def test_captions_of_an_image_and_of_its_regions(reader, tokenizer):
         (("a red apple",), None, 4, "1 caption(s) of"),
         ((), None, 50, "0 captions"),
         (("a red apple",) * 3, None, 50, "3 captions"),
-        (("an apple",), (4,), 50, "a caption of place 4"),
-        (("an apple",), (-1,), 50, "a caption of place -1"),
+        (("an apple",), (4,), 50, "a caption of region 4"),
+        (("an apple",), (-1,), 50, "a caption of region -1"),
     ],
 )
 def test_captions_that_no_row_can_hold_are_refused(reader, said, regions, length, message):

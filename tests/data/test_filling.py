@@ -61,7 +61,7 @@ def test_an_image_too_many_costs_a_hundredth_of_the_row():
         assert figures(fill_row(counts, 200, [4], wanted=[0])) == (190 + gain * images, images)
 
 
-def test_slots_bind_where_places_do_not():
+def test_slots_bind_where_positions_do_not():
     counts = {(8, 2): 5, (1, 0): 4}
     assert figures(fill_row(counts, 64, [5], wanted=[5])) == (20, 4)
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mllm_jax.data.images import FORMATS, MAX_PIXELS, as_picture, decode_image, read_image, resize
+from mllm_jax.data.images import FORMATS, MAX_PIXELS, as_image, decode_image, read_image, resize
 from mllm_jax.errors import DataError
 
 
@@ -244,7 +244,7 @@ def test_only_regular_files_of_bounded_size_are_read(tmp_path):
         str(tmp_path / ("x" * 5_000)): "cannot be read",
     }
     for path, message in refused.items():
-        for read in (read_image, as_picture):
+        for read in (read_image, as_image):
             with pytest.raises(DataError, match=message) as refusal:
                 read(path)
             str(refusal.value).encode()
@@ -252,7 +252,7 @@ def test_only_regular_files_of_bounded_size_are_read(tmp_path):
 
 def test_pillows_images_are_finished_or_refused():
     whole = encode(Image.new("RGB", (64, 64), (1, 2, 3)))
-    assert as_picture(Image.open(io.BytesIO(whole))).shape == (64, 64, 3)
+    assert as_image(Image.open(io.BytesIO(whole))).shape == (64, 64, 3)
     for image in (Image.new("F", (3, 2), 0.5), Image.open(io.BytesIO(whole[:70]))):
         with pytest.raises(DataError, match="a Pillow image: cannot be decoded"):
-            as_picture(image)
+            as_image(image)

@@ -1,4 +1,4 @@
-"""Measuring: the same lengths by one process or several, in one go or resumed, whatever dies meanwhile."""
+"""Measuring: the same lengths by one process or several, at once or resumed, with processes that die."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def lines(tmp_path) -> Lines:
 
 
 def read(lines: Lines) -> list[int]:
-    """The indices that were read since the last time that this was asked."""
+    """Returns the indices that were read since the last call."""
     try:
         found = Path(lines.log).read_text().split()
     except FileNotFoundError:
@@ -80,8 +80,8 @@ def test_what_is_kept_is_not_measured_again(lines, tmp_path):
 
 
 @pytest.mark.parametrize("after", [1, 3, 6])
-def test_a_measuring_that_is_killed_goes_on_where_it_was(lines, tmp_path, monkeypatch, after):
-    """Killed after so many blocks of 16, and as a block is written."""
+def test_measuring_that_is_killed_continues_where_it_was(lines, tmp_path, monkeypatch, after):
+    """Kills measuring after a number of blocks of 16, and while a block is written."""
     how, whole = HowToMeasure(tmp_path / "kept"), measured_files.MeasuredFiles.add
 
     def add(self, block):
@@ -102,7 +102,7 @@ def test_a_measuring_that_is_killed_goes_on_where_it_was(lines, tmp_path, monkey
 
 @pytest.mark.parametrize("kept", [0, 1, 2])
 def test_a_kill_between_the_files_of_the_table_loses_nothing(lines, tmp_path, monkeypatch, kept):
-    """After none, one or both of them, with blocks beside."""
+    """Kills it after none, one or both of the table's files, with blocks beside them."""
     how, write, written = HowToMeasure(tmp_path / "kept"), measured_files.write_atomic, []
 
     def killed(path, content):
@@ -137,7 +137,7 @@ def test_files_that_are_damaged_are_measured_again(lines, tmp_path, name):
     assert len(read(lines)) == 100
 
 
-def test_bad_examples_alone_are_measured_again_and_may_be_mended(lines, tmp_path):
+def test_bad_examples_alone_are_measured_again_and_may_be_corrected(lines, tmp_path):
     how, allowed = HowToMeasure(tmp_path / "kept"), dict(max_bad_share=0.05)
     check(measure(encoder(replace(lines, raises=BAD)), SLOTS, how=how, **allowed), bad=(7, 40))
     for raises, bad in ((BAD, (7, 40)), (BAD[1:], (40,)), ((), ())):
@@ -159,7 +159,7 @@ def test_more_bad_examples_than_allowed_are_refused_by_name_and_the_good_ones_ke
 
 
 def test_examples_with_more_media_than_slots_are_bad(lines, tmp_path):
-    for _ in range(2):  # measured, and as kept
+    for _ in range(2):  # measured, and as stored
         how = HowToMeasure(tmp_path / "kept")
         found = measure(encoder(lines), {"image": 1}, how=how, max_bad_share=0.2)
         assert [index for index, _ in found.bad] == list(range(4, 100, 9))
@@ -187,7 +187,7 @@ def test_processes_find_what_one_does(lines, tmp_path):
 
 
 def test_a_process_that_dies_once_is_replaced(lines):
-    """Its block is measured again; no example is lost or named."""
+    """Checks that its block is measured again, and that no example is lost or reported."""
     dying = replace(lines, dies_at=21, deaths=1)
     check(measure(encoder(dying), SLOTS, how=HowToMeasure(workers=2)))
     assert read(lines).count(21) == 2
@@ -230,7 +230,7 @@ class Shown:
 
 @pytest.mark.parametrize("why", ["no pickle", "start"])
 def test_what_no_other_process_can_measure_this_one_does(lines, why):
-    """A processor that cannot be sent, or a source that does not start there; it is said."""
+    """Checks a processor that cannot be sent, and a source that does not start there; a message reports it."""
     shown, held = Shown(), (lambda: None) if why == "no pickle" else None
     config = replace(lines, dies_at="start") if why == "start" else lines
     check(measure(encoder(config, held), SLOTS, how=HowToMeasure(workers=2, progress=shown)))
@@ -240,7 +240,7 @@ def test_what_no_other_process_can_measure_this_one_does(lines, why):
 
 
 def test_a_bar_counts_examples(lines, monkeypatch):
-    """Of a source that takes a while; a small one shows nothing."""
+    """Checks a source that takes a while; a small one shows no bar."""
     shown = Shown()
     check(measure(encoder(lines), SLOTS, how=HowToMeasure(progress=shown)))
     assert not shown.stages and not shown.updates
@@ -251,9 +251,9 @@ def test_a_bar_counts_examples(lines, monkeypatch):
 
 
 def test_each_host_measures_its_share_into_one_folder(lines, tmp_path):
-    """Two hosts, the second first: alone it has blocks of its own, and sees that the others are missing."""
+    """Runs two hosts, the second first: it measures its own blocks, and refuses because the others are missing."""
     first, second = (HowToMeasure(tmp_path / "kept", hosts=Hosts(index, 2)) for index in range(2))
-    with pytest.raises(ConfigError, match="where what the other processes measured is not"):
+    with pytest.raises(ConfigError, match="which lacks those that the other processes measured"):
         measure(encoder(lines), SLOTS, how=second)
     assert read(lines) == [*range(16, 32), *range(48, 64), *range(80, 96)]
     check(measure(encoder(lines), SLOTS, how=replace(first, hosts=Hosts(0, 1))))
@@ -263,7 +263,7 @@ def test_each_host_measures_its_share_into_one_folder(lines, tmp_path):
 
 
 def test_sizes_of_a_sample(lines):
-    """Evenly spaced, whatever a row holds: what rows are chosen by."""
+    """Checks evenly spaced examples of any length."""
     found = sample_sizes(encoder(replace(lines, raises=((0, "DataError"),))), sample=12)
     where = list(range(9, 100, 9))
     assert read(lines) == [0, *where]

@@ -1,4 +1,4 @@
-"""Orders of sources: a computed one is a permutation, looks like a shuffle, and is found piece by piece."""
+"""Orders of sources: a computed one is a permutation, looks like a shuffle, and is computed piece by piece."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from mllm_jax.data.orders import ComputedOrder, ShuffledOrder, permuted_numbers
 from mllm_jax.data.packing import PackingPlan, Stream
 
 
-def stream(count=150, weight=1.0, seed=0, low=5, high=30, pictures=2) -> Stream:
+def stream(count=150, weight=1.0, seed=0, low=5, high=30, images=2) -> Stream:
     rng = np.random.default_rng(seed)
-    return Stream(rng.integers(low, high, count), {"image": rng.integers(0, pictures + 1, count)}, weight)
+    return Stream(rng.integers(low, high, count), {"image": rng.integers(0, images + 1, count)}, weight)
 
 
 def plan(*streams, **change) -> PackingPlan:
@@ -29,7 +29,7 @@ def test_it_permutes_the_numbers_below_any_count(count):
 
 
 def test_pieces_of_a_huge_permutation_agree_with_one_another():
-    """Above 2^32: every number alone, in any company, without those before it; and no two alike."""
+    """Checks numbers above 2^32: each alone or with others, without those before it; no two are equal."""
     count, key = 10**12 + 39, (7, 0, 3)
     numbers = np.random.default_rng(0).integers(0, count, 5000).astype(np.uint64)
     together = permuted_numbers(numbers, count, key)
@@ -46,9 +46,9 @@ def test_the_key_decides():
 
 
 def test_no_order_is_visible():
-    """Against a shuffle: fixed points, neighbours that stay neighbours, correlation, and where a piece lands.
+    """Compares with a shuffle: fixed points, neighbours that stay neighbours, correlation, and positions of a piece.
 
-    The bounds leave five standard deviations.
+    The bounds are five standard deviations.
     """
     count = 100_003
     for epoch in range(3):
@@ -58,7 +58,7 @@ def test_no_order_is_visible():
         assert (np.abs(steps) == 1).sum() <= 14
         assert abs(np.corrcoef(found[:-1], found[1:])[0, 1]) < 5 / np.sqrt(count)
         assert abs(np.corrcoef(np.arange(count), found)[0, 1]) < 5 / np.sqrt(count)
-        # The first tenth falls into 20 bins alike: chi-squared with 19 degrees of freedom.
+        # The first tenth falls into 20 bins equally: chi-squared with 19 degrees of freedom.
         bins = np.bincount(found[: count // 10] * 20 // count, minlength=20)
         assert ((bins - bins.mean()) ** 2 / bins.mean()).sum() < 19 + 5 * np.sqrt(38)
         # Steps between neighbours are triangular: no step is preferred.
@@ -73,7 +73,7 @@ def lengths_of(count: int, unusable: float = 0.1) -> np.ndarray:
 @pytest.mark.parametrize("packed", [True, False])
 @pytest.mark.parametrize("group", [1, 4])
 def test_a_computed_order_is_an_endless_stream_in_pieces(monkeypatch, packed, group):
-    """Any cut of the stream into pieces gives the same examples, each usable one once an epoch, others never."""
+    """Checks that any pieces of the stream give the same examples, each usable one once an epoch, others never."""
     monkeypatch.setattr(orders, "CHUNK", 64)
     lengths = lengths_of(1003)
     order = ComputedOrder(lengths, (2, 0), group, packed)
@@ -99,7 +99,7 @@ def test_a_computed_order_is_an_endless_stream_in_pieces(monkeypatch, packed, gr
 
 @pytest.mark.parametrize("packed", [True, False])
 def test_a_plan_of_a_large_source_needs_no_history(monkeypatch, packed):
-    """As for others: each example once an epoch, the same rows in any order of asking, no row too full."""
+    """Checks as for other sources: each example once an epoch, the same rows in any order of calls, no row too full."""
     monkeypatch.setattr(packing, "LARGE", 100)
     monkeypatch.setattr(orders, "CHUNK", 64)
     large, small = stream(300), stream(40, weight=0.5, seed=1)
@@ -118,7 +118,7 @@ def test_a_plan_of_a_large_source_needs_no_history(monkeypatch, packed):
 
 
 def test_up_to_16_million_the_order_stays_as_it_was():
-    """What runs were trained on: steps of the code before computed orders, written down."""
+    """Compares with stored steps of the code before computed orders, on which runs were trained."""
     assert orders.LARGE == packing.LARGE == 2**24
     assert plan(stream(), stream(40, weight=0.5, seed=1)).step(77)[0] == GOLDEN_PACKED
     assert [row[0] for row in plan(stream(152), rows=8, packed=False, group=4).step(21)] == GOLDEN_GROUPED
@@ -126,7 +126,7 @@ def test_up_to_16_million_the_order_stays_as_it_was():
 
 @pytest.mark.parametrize("packed", [True, False])
 def test_a_large_source_takes_little_memory(monkeypatch, packed):
-    """No array of the source's size is made: a shuffled order of it takes 20 bytes an example and more."""
+    """Checks that no array of the source's size is made: a shuffled order takes at least 20 bytes an example."""
     monkeypatch.setattr(packing, "LARGE", 1 << 20)
     count = 2_000_000
     lengths = np.full(count, 100, np.uint16)

@@ -83,7 +83,7 @@ def test_the_seed_decides():
     assert plan(seed=3).step(0) != plan(seed=4).step(0)
 
 
-def test_rows_hold_no_more_than_their_places_and_slots():
+def test_rows_hold_no_more_than_their_positions_and_slots():
     """Checks many images, so that the slots fill before the positions."""
     s = stream(images=4)
     p = plan(s, slots={"image": 5})

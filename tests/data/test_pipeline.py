@@ -254,7 +254,7 @@ def test_a_tokenizer_is_trained_past_records_that_cannot_be_used(monkeypatch):
 
     def some(self, index):
         if index in (5, 60):
-            raise DataError(f"record {index}", "text", "mend it")
+            raise DataError(f"record {index}", "text", "correct it")
         return whole(self, index)
 
     source = Broken("broken").build()
@@ -284,7 +284,7 @@ def test_an_unreadable_image_stops_a_run_that_allows_none():
 
 
 def test_measuring_draws_no_image(monkeypatch):
-    """Of a model whose images all take the same; they would be most of the time that a quickstart's start takes."""
+    """Checks a model whose images all have the same size; drawing would be most of the time of a quickstart's start."""
     monkeypatch.setattr(ToySource, "picture", lambda *_: pytest.fail("drawn"))
     assert pipeline().measured[0].slots["image"].tolist() == [1] * 200
 

@@ -1,4 +1,4 @@
-"""Media laid out by their sizes alone: what their pixels would have taken, for every layout, and the same refusals."""
+"""Media laid out by their sizes alone: the positions, slots and refusals of their pixels, for every layout."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def tiled(family: str, **change) -> LlavaConfig:
 
 
 class Own(Layout):
-    """A layout that says nothing of sizes."""
+    """A layout with the default methods for sizes."""
 
     image_token = 1
 
@@ -119,7 +119,7 @@ def qwen() -> PatchLayout:
 
 @pytest.mark.parametrize("name", ["LLaVA-1.5", "LLaVA-NeXT"])
 def test_sizes_are_refused_as_pixels_are(name):
-    """A long, thin image would become too large: refused before anything is made of it."""
+    """Checks a long, thin image that would become too large: it is refused before it is processed."""
     layout, thin = layouts()[name], Size(2, 45_000)
     layout.pictures = replace(layout.pictures, shortest_edge=5000)
     with pytest.raises(DataError) as by_size:
@@ -156,7 +156,7 @@ def test_headers_say_the_size_that_decoding_gives(kind, tmp_path, monkeypatch):
     shapes = [decode_image(each, what="it").shape[:2] for each in data]
     assert len(data) == 1 or set(shapes) == {(4, 7), (7, 4)}
     for number, (each, shape) in enumerate(zip(data, shapes, strict=True)):
-        if kind != "TIFF" or number < 5:  # of a TIFF that lies on its side Pillow's versions disagree when it is turned
+        if kind != "TIFF" or number < 5:  # Pillow's versions disagree on a rotated TIFF
             monkeypatch.setattr(Pillow.Image, "load", lambda self: pytest.fail("decoded"))
         (tmp_path / "image").write_bytes(each)
         assert image_size(each) == image_size(tmp_path / "image") == shape

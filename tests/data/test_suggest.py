@@ -1,4 +1,4 @@
-"""Rows proposed from sizes: by hand-made samples, and by the command on a config."""
+"""Rows proposed from sizes, for samples by hand and by the command for a config."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ def sizes(*lengths: int, least=None, **slots: list[int]) -> Sizes:
     )
 
 
-def test_fill_and_whom_a_row_loses():
-    # 60 and 40 fill a row of 100; 90 has one alone; 300 can be cut down to 50, which finds a place beside 40 only.
+def test_fill_and_the_examples_that_a_row_loses():
+    # 60 and 40 fill a row of 100; 90 has one alone; 300 can be shortened to 50, which fits beside 40 only.
     sample = sizes(60, 40, 90, 300, 40, least=[60, 40, 90, 50, 40], image=[1, 1, 1, 1, 1])
     judged = judge(sample, 100)
     assert (judged.shortened, judged.refused) == (0.2, 0.0) and judged.slots == {"image": 2}
@@ -28,14 +28,14 @@ def test_fill_and_whom_a_row_loses():
 
 
 def test_slots_are_as_few_as_fill_the_rows():
-    """Patches: half of the examples take 48 of them; texts fill the rest, so that all rows need some."""
+    """Checks patches: half of the examples have 48 of them; texts fill the rest, so that all rows need some."""
     sample = sizes(*[50] * 40, *[25] * 40, image=[48] * 40 + [0] * 40)
     judged = judge(sample, 100)
     assert judged.fill > 0.95 and judged.slots == {"image": 96}
     assert judge(sizes(*[50] * 8), 100).slots == {}, "text alone"
 
 
-def test_the_shortest_of_the_fullest_that_loses_almost_nobody():
+def test_the_shortest_of_the_fullest_that_loses_almost_no_example():
     wide = dict(slots={"image": 2})
     losing = Candidate(64, fill=0.99, shortened=0.5, refused=0.0, **wide)
     refusing = Candidate(96, fill=1.0, shortened=0.0, refused=0.1, **wide)

@@ -126,7 +126,7 @@ def test_colour_of_a_square():
     assert tall[:, :, 0].tolist() == [[9, 9, 1]] * 3
 
 
-def test_places_by_hand():
+def test_positions_by_hand():
     n = NEWLINE
     # Two tiles of 2 x 2 side by side; the image is half as high as both. One row of margin above and below would leave
     # nothing of two rows, so an image of a quarter keeps both.

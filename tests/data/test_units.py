@@ -1,4 +1,4 @@
-"""Slots are called what they hold, by modality."""
+"""The names of slots, by their contents and modality."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Galleries have the promised content, and their recall and its controls are right."""
+"""Galleries: their content, their recall and its controls."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The report is one valid page with the run's numbers, safe against malicious content."""
+"""The report: one valid page with the run's numbers, safe against malicious content."""
 
 from __future__ import annotations
 

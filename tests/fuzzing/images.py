@@ -100,18 +100,18 @@ def _sized(rng: random.Random, files: list, folder: Path) -> tuple[str, Callable
 
 def _of_pillow(rng: random.Random, files: list, folder: Path) -> tuple[str, Callable]:
     """Processes a Pillow image in any mode, or a damaged file that Pillow has opened but not read."""
-    from mllm_jax.data.images import as_picture
+    from mllm_jax.data.images import as_image
 
     if rng.random() < 0.5:
         mode, size = rng.choice(MODES), (rng.choice(SIDES), rng.choice(SIDES))
-        return f"Pillow's {mode} {size}", lambda: as_picture(_image(rng, mode, size))
+        return f"Pillow's {mode} {size}", lambda: as_image(_image(rng, mode, size))
     name, content = rng.choice(files)
     content = faults.data(rng, content)
     try:
         opened = Image.open(io.BytesIO(content))
     except Exception:  # Pillow's own error, before there is an image
-        return f"{name}, as bytes", lambda: as_picture(content)
-    return f"{name}, opened", lambda: as_picture(opened)
+        return f"{name}, as bytes", lambda: as_image(content)
+    return f"{name}, opened", lambda: as_image(opened)
 
 
 def _read(rng: random.Random, files: list, folder: Path) -> tuple[str, Callable]:

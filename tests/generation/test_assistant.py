@@ -1,4 +1,4 @@
-"""The assistant of a language model: the tokens of full passes, whatever the batch, the bucket and the options."""
+"""The assistant of a language model: the tokens of full passes for any batch, bucket and options."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def assistant(params):
 
 @pytest.fixture(scope="module")
 def reference(params):
-    """Tokens and log probabilities by full passes over one padded row, without a cache."""
+    """Returns tokens and log probabilities by full passes over one padded row, without a cache."""
 
     @partial(jax.jit, static_argnames="sampling")
     def choose(row, length, seen, sampling):
@@ -84,7 +84,7 @@ def test_unequal_prompts_get_the_tokens_of_full_passes(assistant, wanted):
     assert [c.text for c in found] == [assistant.processor.tokenizer.decode(row) for row in wanted]
 
 
-def test_alone_in_another_order_and_in_another_company(assistant, wanted):
+def test_alone_in_another_order_and_in_another_batch(assistant, wanted):
     for i in (0, 2):
         assert tokens(answers(assistant, [PROMPTS[i]], FREE)) == [wanted[i]]
     assert tokens(answers(assistant, PROMPTS[::-1], FREE)) == wanted[::-1]
@@ -296,7 +296,7 @@ def test_buckets_waste_little_and_are_few():
 
 
 def test_one_compilation_a_bucket(params):
-    """Lengths, limits, seeds, temperatures of zero, stops and company change nothing; a new bucket does."""
+    """Checks that lengths, limits, seeds, temperatures of zero, stops and other rows compile nothing; a bucket does."""
     other = language(CONFIG.make(), params, byte_tokenizer())
     program = other._program
 
@@ -315,7 +315,7 @@ def test_one_compilation_a_bucket(params):
 
 
 def test_the_loop_writes_its_cache_in_place(assistant):
-    """No stack of the layers' caches is made in the compiled loop, and the state's buffers are given over."""
+    """Checks that the compiled loop makes no stack of the layers' caches, and that the state's buffers are donated."""
     program = assistant._program
     state, rows = started(assistant, PROMPTS[:2])
     kept = jax.tree.leaves(state)
@@ -388,5 +388,5 @@ def test_a_text_is_continued_without_a_chat_template(params, assistant, referenc
     ids = bare.processor.tokenizer.encode("hi")
     whole = reference(ids)[0]
     assert list(bare.generate("hi", max_new_tokens=NEW, ignore_eos=True).tokens) == whole
-    told = assistant.generate(Message("text", "hi"), max_new_tokens=NEW, ignore_eos=True)
-    assert list(told.tokens) == whole, "a message of role text is none of a conversation"
+    found = assistant.generate(Message("text", "hi"), max_new_tokens=NEW, ignore_eos=True)
+    assert list(found.tokens) == whole, "a message of role text is none of a conversation"

@@ -1,4 +1,4 @@
-"""The assistant of a model with images: generation with a cache against one full pass a token, row by row."""
+"""The assistant of a model with images: generation with a cache against one full pass per token and row."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ WIDEST = 2 * BUCKET + NEW
 
 
 class IdTokenizer(Tokenizer):
-    """Answers as numbers, so that no two different answers look alike."""
+    """A tokenizer that writes ids as numbers, so that different answers differ as text."""
 
     def decode(self, ids: Sequence[int]) -> str:
         return " ".join(str(int(i)) for i in ids)
@@ -48,7 +48,7 @@ def tokenizer():
 
 
 def random_params_of(config: MultimodalConfig) -> dict:
-    """Every parameter random, without compiling `init`."""
+    """Returns random parameters without compiling `init`."""
     module = config.make()
     abstract = jax.eval_shape(lambda: module.init(jax.random.key(0), config.batch_spec().empty()))
     rng = np.random.default_rng(0)
@@ -65,7 +65,7 @@ def assistant(params, tokenizer):
     return Assistant(CONFIG.make(), params, processor_of(CONFIG, tokenizer))
 
 
-def picture(seed: int, *size: int) -> np.ndarray:
+def make_image(seed: int, *size: int) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, (*(size or (8, 8)), 3)).astype(np.uint8)
 
 
@@ -73,15 +73,15 @@ def asked(question: str, *images: np.ndarray) -> tuple[Message, ...]:
     return (Message("user", (*map(Image, images), Text(question))),)
 
 
-# Prompts of unequal length, of two buckets, with an image, with two and without; more of them than rows.
+# Prompts of unequal length, in two buckets, with no, one or two images; more prompts than rows.
 PROMPTS = [
-    asked("what?", picture(0)),
-    asked("what is this? a red apple", picture(1)),
-    asked("how many pears, cows and umbrellas are there?", picture(2)),
-    asked("is it?", picture(3)),
-    asked("is it?", picture(4)),
-    asked("red", picture(5), picture(6)),
-    asked("red", picture(6), picture(5)),
+    asked("what?", make_image(0)),
+    asked("what is this? a red apple", make_image(1)),
+    asked("how many pears, cows and umbrellas are there?", make_image(2)),
+    asked("is it?", make_image(3)),
+    asked("is it?", make_image(4)),
+    asked("red", make_image(5), make_image(6)),
+    asked("red", make_image(6), make_image(5)),
     asked("what is red?"),
     asked("why"),
 ]
@@ -89,7 +89,7 @@ PROMPTS = [
 
 @pytest.fixture(scope="module")
 def row(tokenizer):
-    """The row of a prompt, written by hand: its ids and the media token at each position."""
+    """Returns a function that lays out a prompt by hand: its ids, the media token at each position and its images."""
 
     def of(messages: tuple[Message, ...]) -> tuple[list[int], list[int], list[np.ndarray]]:
         images = [part.source for part in messages[0].content if isinstance(part, Image)]
@@ -111,7 +111,7 @@ def row(tokenizer):
 
 @pytest.fixture(scope="module")
 def forward(params):
-    """(ids, media token of each of the first, images) -> float32[n, V] log probabilities of what follows each."""
+    """Returns a function of ids, media tokens and images -> float32[n, V], log probabilities of the next tokens."""
     model = CONFIG.make()
     apply = jax.jit(lambda batch: jax.nn.log_softmax(model.apply({"params": params}, batch).logits))
 
@@ -132,7 +132,7 @@ def forward(params):
 
 @pytest.fixture(scope="module")
 def wanted(row, forward):
-    """Greedy ids of each prompt by full passes over a padded row."""
+    """Returns the greedy ids of each prompt by full passes over a padded row."""
 
     def answer(messages: tuple[Message, ...]) -> list[int]:
         ids, index, images = row(messages)
@@ -171,7 +171,7 @@ def test_the_image_and_the_order_of_images_decide(wanted):
 
 
 def test_an_answer_ends_before_eos_and_others_go_on(params, tokenizer, wanted):
-    """The second token of one answer is made the end token; each answer stops before its own first one."""
+    """Makes the second token of one answer the end token; each answer must end before its first end token."""
     eos = wanted[2][1]
     assert eos not in wanted[2][:1]
     config = dataclasses.replace(CONFIG, llm=dataclasses.replace(CONFIG.llm, eos_token_id=(eos,)))
@@ -197,14 +197,14 @@ def test_a_sharded_assistant_says_the_same(params, tokenizer, wanted):
 
 
 def test_an_image_of_another_size_is_resized_as_in_training(assistant, tmp_path):
-    large = picture(0, 20, 13)
+    large = make_image(0, 20, 13)
     Pillow.fromarray(large).save(tmp_path / "a.png")
     resized = assistant.processor.layout.image(large).arrays["images"][0]
     paths = [
         {"role": "user", "content": [{"type": "image", "path": tmp_path / "a.png"}, {"type": "text", "text": "what?"}]}
     ]
     first, second, third = ask(assistant, [asked("what?", resized), asked("what?", large), paths])
-    assert first == second == third != ask(assistant, [asked("what?", picture(0))])[0]
+    assert first == second == third != ask(assistant, [asked("what?", make_image(0))])[0]
 
 
 def test_images_that_cannot_be_read_are_refused_before_anything_runs(assistant, tmp_path, monkeypatch):

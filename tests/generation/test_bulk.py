@@ -1,4 +1,4 @@
-"""Conversations of an iterator: the answers of a list, in order, in bounded memory, with a handful of programs."""
+"""Conversations of an iterator: the answers of a list, in order, in bounded memory, with few programs."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from test_assistant_media import CONFIG as WITH_IMAGES
-from test_assistant_media import PROMPTS, IdTokenizer, asked, picture, random_params_of
+from test_assistant_media import PROMPTS, IdTokenizer, asked, make_image, random_params_of
 from tiny_language import CONFIG, byte_tokenizer, language, random_params
 from toy_data import processor as processor_of
 
@@ -39,13 +39,13 @@ def seeing():
 
 
 def words(count: int, longest: int = 110) -> list[str]:
-    """Texts of unequal lengths, all of which the tokenizer of bytes keeps."""
+    """Returns texts of unequal lengths that the tokenizer of bytes encodes."""
     rng = np.random.default_rng(count)
     return ["".join(rng.choice(list("abcdefgh"), int(n))) for n in rng.integers(1, longest, count)]
 
 
 class Read:
-    """An iterator that counts what was taken from it."""
+    """An iterator that counts the items taken from it."""
 
     def __init__(self, conversations):
         self.taken, self._rest = 0, iter(conversations)
@@ -84,8 +84,8 @@ def _sampling(how):
     return Sampling(temperature=how["temperature"], seed=how["seed"])
 
 
-def test_many_are_read_a_little_ahead_in_order_with_a_handful_of_programs(assistant):
-    """Unequal prompts, and answers that end after any number of tokens."""
+def test_many_are_read_a_little_ahead_in_order_with_few_programs(assistant):
+    """Checks unequal prompts, and answers that end after any number of tokens."""
     texts, source, rows = words(1500, 60), Read(words(1500, 60)), 8
     how = dict(max_new_tokens=12, temperature=1.0, stop_tokens=range(64))
     program = assistant._program
@@ -109,7 +109,7 @@ def test_images_are_dropped_once_they_are_read(seeing):
     def conversations() -> Iterator[tuple[Message, ...]]:
         nonlocal most
         for number in range(300):
-            image = picture(number % 7, 20, 20)
+            image = make_image(number % 7, 20, 20)
             alive.add(number)
             weakref.finalize(image, alive.discard, number)
             most = max(most, len(alive))
@@ -124,7 +124,7 @@ def test_images_are_dropped_once_they_are_read(seeing):
 
 
 def _count_prepared(assistant) -> list[int]:
-    """How many prepared images are alive, each time that one is made."""
+    """Returns a list that gets the number of live prepared images each time that one is made."""
     layout, alive, seen = assistant.processor.layout, set(), []
     fitted = type(layout)._fitted
 
@@ -141,13 +141,13 @@ def _count_prepared(assistant) -> list[int]:
 
 def test_a_window_ends_where_its_media_are_large(seeing, monkeypatch):
     monkeypatch.setattr(bulk, "MEDIA_BYTES", 3 * 8 * 8 * 3 - 1)  # of three images
-    source = Read(asked("red", picture(n)) for n in range(40))
+    source = Read(asked("red", make_image(n)) for n in range(40))
     next(seeing.generate(source, batch_size=2, **HOW))
     assert source.taken <= 3 + 2 + 3
 
 
 def test_a_bad_conversation_fails_alone_and_in_its_place(assistant):
-    unread, alike = DataError("line 5", "json", "mend it"), [Message("user", "b"), Message("user", "c")]
+    unread, alike = DataError("line 5", "json", "correct it"), [Message("user", "b"), Message("user", "c")]
     given = ["a", Message("text", ""), alike, 3, unread, "d" * 600, "e"]
     found = list(outcomes(assistant, enumerate(given), Options(4, ignore_eos=True), batch_size=2))
     assert [number for number, _ in found] == list(range(7))
@@ -166,7 +166,7 @@ def test_answers_wait_for_an_early_long_one_and_reading_stops(assistant, monkeyp
     monkeypatch.setattr(bulk, "HELD", 4)
     source = Read(["abc"] * 500)
     engine = assistant.engine(2)
-    never = engine.submit  # the first request goes on for ever: it is never submitted
+    never = engine.submit  # the first request never ends: it is never submitted
 
     def submit(request):
         return -1 if request.index == 0 else never(request)
@@ -199,8 +199,8 @@ def test_numbers_of_media_share_programs():
 
 
 def test_padded_slots_do_not_change_an_answer(seeing):
-    """Five images in a row for six, against a batch of their own number."""
-    prompt = asked("red", *(picture(n) for n in range(5)))
+    """Checks five images in a row for six against a batch for five."""
+    prompt = asked("red", *(make_image(n) for n in range(5)))
     batch = seeing.processor([prompt])
     [wanted] = complete(seeing.model, seeing.params, batch, seeing.processor, **HOW)
     assert batch["images"].shape[1] == 5
@@ -209,7 +209,7 @@ def test_padded_slots_do_not_change_an_answer(seeing):
 
 
 def test_rows_that_are_too_long_are_replaced(assistant):
-    """After a window with a long conversation, short ones get short rows again."""
+    """Checks that short conversations get short rows again after a window with a long one."""
     long, short = "a" * 300, ["abc"] * 100
     rows = []
     engine, real = assistant.engine(2), assistant._program

@@ -34,7 +34,7 @@ def dialogue(assistant):
 
 
 def talk(dialogue, *lines, interactive=True):
-    """What the console shows for these lines; an exception among them is raised by the reader."""
+    """Returns the console's output for these lines; the reader raises exceptions among them."""
     shown, script = io.StringIO(), iter(lines)
 
     def read(prompt: str) -> str:
@@ -116,7 +116,7 @@ def test_nothing_said_before_ctrl_c_leaves_no_question(assistant, dialogue, monk
 
 
 def test_the_oldest_turns_are_dropped_whole_when_the_context_is_full(assistant, dialogue):
-    """96 places: system prompt 9, each turn 3 marks, a question of 16 and an answer."""
+    """Fills 96 positions: system prompt 9, each turn 3 marks, a question of 16 and an answer."""
     questions = [f"question number{i}" for i in range(4)]
     shown = talk(dialogue, *questions, "/exit")
     assert "turn(s) no longer fit" in shown
@@ -153,7 +153,7 @@ def seeing():
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory):
-    """Two image files."""
+    """Returns two image files."""
     folder, rng = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
     for name in ("a b.png", "c.png"):
         Pillow.fromarray(rng.integers(0, 256, (8, 8, 3), np.uint8)).save(folder / name)
@@ -161,17 +161,17 @@ def images(tmp_path_factory):
 
 
 def test_images_are_shown_with_the_next_question(seeing, images):
-    def told(*messages) -> str:
+    def replied(*messages) -> str:
         return seeing.generate(list(messages), max_new_tokens=NEW, ignore_eos=True).text
 
     first, second = images
     asked = Message("user", (Image(first), Image(second), Text("what?")))
-    one = told(asked)
-    two = told(asked, Message("assistant", one), Message("user", "and?"))
+    one = replied(asked)
+    two = replied(asked, Message("assistant", one), Message("user", "and?"))
     dialogue = Dialogue(seeing, Options(NEW, ignore_eos=True), Sampling())
     shown = talk(dialogue, f"/image {first}", f"/image {second}", "what?", "and?", "/exit")
     assert shown.count("shown with your next question") == 2
-    assert one in shown and two in shown.split(one)[1] and one != told(Message("user", "what?"))
+    assert one in shown and two in shown.split(one)[1] and one != replied(Message("user", "what?"))
     assert [len(turn.parts) for turn in dialogue.turns] == [3, 1, 1, 1], "an image is shown once"
     talk(dialogue, f"/image {first}", "/reset", "why", "/exit")
     assert len(dialogue.turns[0].parts) == 1, "forgotten with the rest"

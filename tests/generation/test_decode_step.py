@@ -1,4 +1,4 @@
-"""Layers apart and together again."""
+"""Stacks of layers as tuples of layers, and back."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Vectors in a file: the model's own, whatever the batch, with names; and what is refused, with nothing written."""
+"""Vectors in a file: the model's own for any batch, with names; and refusals, which write nothing."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ CONFIGS = {
     "vision": clip_vision.FAMILY.from_hf(VISION),
     "text": clip_text(TEXT),
 }
-TEXTS = ("a red cat", "a big blue dog and cat", "dog")  # the second fills all 8 places
+TEXTS = ("a red cat", "a big blue dog and cat", "dog")  # the second fills all 8 positions
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -60,7 +60,7 @@ def _quickly():
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """name -> (folder, module, parameters); each folder has its tokenizer and its processor's settings."""
+    """Returns name -> (folder, module, parameters); each folder has its tokenizer and its processor's settings."""
     made = {}
     for name, config in CONFIGS.items():
         folder, module = tmp_path_factory.mktemp(name) / "model", config.make()
@@ -85,18 +85,18 @@ def folders(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory):
-    """A folder with three pictures, one in a folder of its own, and a file that is none."""
-    root, rng = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0)
+def image_folder(tmp_path_factory):
+    """Returns a folder with three images, one in a subfolder, and a file that is no image."""
+    root, rng = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
     (root / "more").mkdir()
     for name, size in (("b.png", (8, 8)), ("a.jpg", (20, 11)), ("more/c.PNG", (9, 30))):
         Image.fromarray(rng.integers(0, 256, (*size, 3), np.uint8)).save(root / name)
-    (root / "notes.txt").write_text("no picture")
+    (root / "notes.txt").write_text("no image")
     return root
 
 
 def wanted(folders, name: str, paths) -> tuple[np.ndarray, np.ndarray]:
-    """Pictures and texts one by one, past everything that is tested here."""
+    """Embeds images and texts one by one, without the code under test."""
     folder, module, params = folders[name]
     processor = read_image_processor(folder)
     images = [module.apply({"params": params}, processor(read_image(p))[None], method="encode_image") for p in paths]
@@ -109,10 +109,10 @@ def wanted(folders, name: str, paths) -> tuple[np.ndarray, np.ndarray]:
 
 @pytest.mark.parametrize("name", ["clip", "siglip"])
 @pytest.mark.parametrize("batch_size", [2, 5])
-def test_the_file_holds_names_and_the_models_own_vectors(name, batch_size, folders, pictures, tmp_path):
+def test_the_file_holds_names_and_the_models_own_vectors(name, batch_size, folders, image_folder, tmp_path):
     out = tmp_path / "vectors.npz"
-    shapes = embed_to_file(folders[name][0], out, images=[pictures], texts=TEXTS, batch_size=batch_size)
-    paths = [pictures / "a.jpg", pictures / "b.png", pictures / "more/c.PNG"]
+    shapes = embed_to_file(folders[name][0], out, images=[image_folder], texts=TEXTS, batch_size=batch_size)
+    paths = [image_folder / "a.jpg", image_folder / "b.png", image_folder / "more/c.PNG"]
     images, texts = wanted(folders, name, paths)
     with np.load(out, allow_pickle=False) as stored:
         assert {key: stored[key].shape for key in stored} == shapes
@@ -125,9 +125,9 @@ def test_the_file_holds_names_and_the_models_own_vectors(name, batch_size, folde
     assert [path.name for path in tmp_path.iterdir()] == ["vectors.npz"]
 
 
-def test_a_tower_alone(folders, pictures):
+def test_an_encoder_alone(folders, image_folder):
     folder, module, params = folders["vision"]
-    paths = [pictures / "b.png"]
+    paths = [image_folder / "b.png"]
     kept, vectors = Embedder.load(folder, texts=False, batch_size=2).images(paths)
     pooled = module.apply({"params": params}, read_image_processor(folder)(read_image(paths[0]))[None]).pooler_output
     np.testing.assert_allclose(vectors, pooled / np.linalg.norm(pooled), atol=1e-5)
@@ -138,9 +138,9 @@ def test_a_tower_alone(folders, pictures):
 
 
 @pytest.mark.parametrize("name", ["clip", "siglip"])
-def test_an_assistant_embeds_texts_or_images(name, folders, pictures):
+def test_an_assistant_embeds_texts_or_images(name, folders, image_folder):
     assistant = Assistant.load(folders[name][0])
-    paths = [pictures / "a.jpg", pictures / "b.png", pictures / "more/c.PNG"]
+    paths = [image_folder / "a.jpg", image_folder / "b.png", image_folder / "more/c.PNG"]
     images, texts = wanted(folders, name, paths)
     found = assistant.embed(texts=TEXTS)
     assert found.dtype == np.float32 and found.shape == texts.shape
@@ -150,16 +150,18 @@ def test_an_assistant_embeds_texts_or_images(name, folders, pictures):
     found = assistant.embed(images=sources)
     assert found.dtype == np.float32
     np.testing.assert_allclose(found, images, atol=1e-5)
-    # One alone is a list of one, and a few are not filled up to a whole batch.
+    # A single one is a list of one, and a few are not padded to a whole batch.
     np.testing.assert_allclose(assistant.embed(TEXTS[0]), texts[:1], atol=1e-5)
     for one in (paths[1], str(paths[1]), read_image(paths[1]), Image.open(paths[1]), paths[1].read_bytes()):
         np.testing.assert_allclose(assistant.embed(images=one), images[1:2], atol=1e-5)
 
 
-def test_what_an_assistant_cannot_embed_is_refused_in_words(folders, pictures):
+def test_what_an_assistant_cannot_embed_is_refused_in_words(folders, image_folder):
     assistant = Assistant.load(folders["clip"][0])
-    with pytest.raises(DataError, match="texts and images at once(.|\n)*would not say which is which(.|\n)*for each"):
-        assistant.embed("dog", images=[pictures / "b.png"])
+    with pytest.raises(
+        DataError, match="texts and images at once(.|\n)*would not show which vectors are which(.|\n)*for each"
+    ):
+        assistant.embed("dog", images=[image_folder / "b.png"])
     with pytest.raises(DataError, match="neither texts nor images"):
         assistant.embed()
     with pytest.raises(DataError, match="no text"):
@@ -167,11 +169,11 @@ def test_what_an_assistant_cannot_embed_is_refused_in_words(folders, pictures):
     with pytest.raises(DataError, match="no image"):
         assistant.embed(images=[])
     with pytest.raises(DataError, match="absent.png"):
-        assistant.embed(images=[pictures / "absent.png"])
+        assistant.embed(images=[image_folder / "absent.png"])
     with pytest.raises(ConfigError, match="CLIPVisionModel, asked for text vectors"):
         Assistant.load(folders["vision"][0]).embed("dog")
-    with pytest.raises(ConfigError, match="CLIPTextModel, asked for pooled picture vectors"):
-        Assistant.load(folders["text"][0]).embed(images=[pictures / "b.png"])
+    with pytest.raises(ConfigError, match="CLIPTextModel, asked for pooled image vectors"):
+        Assistant.load(folders["text"][0]).embed(images=[image_folder / "b.png"])
     assert Assistant.load(folders["text"][0]).embed("dog").shape == (1, 16)
 
 
@@ -200,11 +202,11 @@ def test_a_text_that_is_too_long_is_refused_or_keeps_its_end(folders):
     np.testing.assert_array_equal(cut, same)
 
 
-def test_bad_pictures_are_refused_or_named_and_left_out(folders, pictures, tmp_path):
+def test_bad_images_are_refused_or_named_and_left_out(folders, image_folder, tmp_path):
     folder, out = folders["clip"][0], tmp_path / "out.npz"
     broken = tmp_path / "broken.png"
-    broken.write_bytes((pictures / "b.png").read_bytes()[:60])
-    given = [broken, pictures / "b.png"]
+    broken.write_bytes((image_folder / "b.png").read_bytes()[:60])
+    given = [broken, image_folder / "b.png"]
     with pytest.raises(DataError, match="broken.png"):
         embed_to_file(folder, out, images=given)
     assert not out.exists() and [path.name for path in tmp_path.iterdir()] == ["broken.png"]
@@ -213,16 +215,16 @@ def test_bad_pictures_are_refused_or_named_and_left_out(folders, pictures, tmp_p
     assert shapes["image_embeds"] == (1, 12) and "broken.png" in str(problems[0]) and len(problems) == 1
     with pytest.raises(DataError, match="none of which"):
         embed_to_file(folder, out, images=[broken], bad=problems.append, overwrite=True)
-    assert np.load(out)["image_names"].tolist() == [str(pictures / "b.png")], "the file before is untouched"
+    assert np.load(out)["image_names"].tolist() == [str(image_folder / "b.png")], "the file before is untouched"
 
 
-def test_a_thin_picture_costs_itself_alone(folders, pictures, tmp_path, capsys):
-    """Its shorter side resized, it would take gigabytes; it has 205 bytes."""
+def test_a_thin_image_costs_itself_alone(folders, image_folder, tmp_path, capsys):
+    """Checks a file of 205 bytes that would take gigabytes with its shorter side resized."""
     Image.new("RGB", (1, 65_000)).save(tmp_path / "thin.png")
     model = shutil.copytree(folders["clip"][0], tmp_path / "model")
     settings = dict(image_processor_type="CLIPImageProcessor", size=dict(shortest_edge=224), crop_size=8)
     (model / "preprocessor_config.json").write_text(json.dumps(settings))
-    arguments = ["embed", str(model), "--images", str(tmp_path / "thin.png"), str(pictures)]
+    arguments = ["embed", str(model), "--images", str(tmp_path / "thin.png"), str(image_folder)]
     arguments += ["--out", str(tmp_path / "x.npz")]
     assert cli.main(arguments) == 2
     assert "thin.png: an image of 65,000 x 1 pixels, which would become" in capsys.readouterr().err
@@ -232,12 +234,12 @@ def test_a_thin_picture_costs_itself_alone(folders, pictures, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("skip_bad", [False, True])
-def test_what_is_left_out_of_a_folder_is_named(folders, pictures, tmp_path, monkeypatch, skip_bad):
+def test_what_is_left_out_of_a_folder_is_named(folders, image_folder, tmp_path, monkeypatch, skip_bad):
     root = tmp_path / "mixed"
     (root / "in").mkdir(parents=True)
     for path in (root / "pipe.png", *(root / f"in/pipe{i:02}.PNG" for i in range(12))):
         os.mkfifo(path)
-    (root / "b.png").symlink_to(pictures / "b.png")
+    (root / "b.png").symlink_to(image_folder / "b.png")
     (root / "zero.png").symlink_to("/dev/zero")
     (root / "broken.png").symlink_to("nowhere.png")
     (root / "in/loop.png").symlink_to("loop.png")
@@ -247,35 +249,35 @@ def test_what_is_left_out_of_a_folder_is_named(folders, pictures, tmp_path, monk
     with socket.socket(socket.AF_UNIX) as listening:
         listening.bind("socket.png")
     arguments = ["embed", str(folders["clip"][0]), "--images", str(root), "--out", str(tmp_path / "x.npz")]
-    with pytest.warns(UserWarning, match="left out") as told:
+    with pytest.warns(UserWarning, match="left out") as shown:
         assert cli.main([*arguments, *["--skip-bad"] * skip_bad]) == 0
     assert np.load(tmp_path / "x.npz")["image_names"].tolist() == [str(root / "b.png")], "a link to a file is followed"
-    (text,) = [str(one.message) for one in told]
+    (text,) = [str(one.message) for one in shown]
     assert text.startswith(f"left out of {root}: 18\n") and text.endswith("and 8 more") and "notes" not in text
-    assert "broken.png (a link that leads nowhere)" in text and "loop.png (a link that leads nowhere)" in text
+    assert "broken.png (a broken link)" in text and "loop.png (a broken link)" in text
     for path in (root / "in").glob("pipe*"):
         path.unlink()
-    with pytest.warns(UserWarning, match="left out") as told:
+    with pytest.warns(UserWarning, match="left out") as shown:
         find_pictures([root])
     for line in ("pipe.png (a pipe)", "zero.png (a device)", "socket.png (a socket)", "ring (a link to a folder)"):
-        assert line in str(told[0].message)
-    assert "more" not in str(told[0].message)
+        assert line in str(shown[0].message)
+    assert "more" not in str(shown[0].message)
 
 
 @pytest.mark.parametrize("name", ["pipe.png", "zero.png", "a\0.png", "\ud800.png"])
 def test_what_is_no_file_is_refused_by_name(folders, tmp_path, name):
     os.mkfifo(tmp_path / "pipe.png")
     (tmp_path / "zero.png").symlink_to("/dev/zero")
-    with pytest.raises(DataError, match="no file or folder") as told:
+    with pytest.raises(DataError, match="no file or folder") as shown:
         embed_to_file(folders["clip"][0], tmp_path / "x.npz", images=[tmp_path / name])
-    assert any(what in str(told.value) for what in ("a pipe", "a device", "nothing there"))
+    assert any(what in str(shown.value) for what in ("a pipe", "a device", "nothing there"))
 
 
 REFUSED = {
-    "nothing": (dict(), ConfigError, "neither pictures nor texts"),
+    "nothing": (dict(), ConfigError, "neither images nor texts"),
     "an empty text": (dict(texts=["a", " "]), DataError, "0 tokens"),
     "half a character": (dict(texts=["a\udcff"]), DataError, r"\\udcff"),
-    "no such picture": (dict(images=["nowhere.png"]), DataError, "nowhere.png"),
+    "no such image": (dict(images=["nowhere.png"]), DataError, "nowhere.png"),
     "another ending": (dict(texts=["a"], out="x.json"), ConfigError, "ending in .npz"),
     "no such folder": (dict(texts=["a"], out="no/x.npz"), ConfigError, "folder that exists"),
     "a batch of nothing": (dict(texts=["a"], batch_size=0), ConfigError, "batch size 0"),
@@ -294,15 +296,15 @@ def test_what_is_refused(name, folders, tmp_path):
     assert not list(tmp_path.rglob("*.npz"))
 
 
-def test_a_folder_without_pictures_and_a_picture_named_twice(folders, pictures, tmp_path):
-    for images, shown in (([tmp_path], "without pictures"), ([pictures, pictures / "b.png"], "named twice")):
+def test_a_folder_without_images_and_an_image_named_twice(folders, image_folder, tmp_path):
+    for images, shown in (([tmp_path], "without images"), ([image_folder, image_folder / "b.png"], "named twice")):
         with pytest.raises(DataError, match=shown):
             embed_to_file(folders["clip"][0], tmp_path / "x.npz", images=images)
 
 
-def test_the_command(folders, pictures, tmp_path, capsys):
+def test_the_command(folders, image_folder, tmp_path, capsys):
     folder, out = str(folders["clip"][0]), tmp_path / "x.npz"
-    arguments = ["embed", folder, "--images", str(pictures), "--text", *TEXTS[::2], "--out", str(out)]
+    arguments = ["embed", folder, "--images", str(image_folder), "--text", *TEXTS[::2], "--out", str(out)]
     assert cli.main(arguments) == 0
     assert "image_embeds [3, 12]" in capsys.readouterr().out
     assert np.load(out)["texts"].tolist() == list(TEXTS[::2])
@@ -312,7 +314,7 @@ def test_the_command(folders, pictures, tmp_path, capsys):
 
 
 def test_the_command_is_silent_without_torch_and_a_tpu(folders, tmp_path):
-    """libtpu is installed, and transformers finds no PyTorch."""
+    """Runs with libtpu installed and without PyTorch for transformers."""
     hidden = {"JAX_PLATFORMS"} if not may_have_accelerator(os.environ, Path("/dev"), ()) else set()
     environment = {name: value for name, value in os.environ.items() if name not in hidden}
     path = [str(hide_torch(tmp_path / "hidden")), str(Path(__file__).parents[2])]

@@ -1,4 +1,4 @@
-"""Rows that are refilled while others go on: every request gets the tokens that it gets alone, in fewer steps."""
+"""Rows that are refilled while others continue: every request gets the tokens that it gets alone, in fewer steps."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_refilled_rows_give_the_tokens_of_one_at_a_time(assistant, way):
 
 
 def test_a_long_answer_holds_up_no_other(assistant):
-    """Batch by batch the longest of each pair would be waited for: 19 + 1 + 1 + 1 steps."""
+    """Compares with batches, which would wait for the longest of each pair: 19 + 1 + 1 + 1 steps."""
     engine = engine_of(assistant, 2)
     asked = requests(assistant, limits=(20, 2, 2, 2, 2, 2, 2))
     ended = []
@@ -107,7 +107,7 @@ def test_pieces_add_up_and_a_stop_string_frees_the_row(assistant):
 
 
 def test_what_does_not_go_together_waits_and_is_answered(assistant):
-    """Other filters, beams, longer prompts: each gets what it gets alone."""
+    """Checks other filters, beams and longer prompts: each gets the answer that it gets alone."""
     greedy, sampled = requests(assistant), requests(assistant, Sampling(temperature=1.0, seed=2))
     beams = requests(assistant, options=replace(FREE, num_beams=3))
     [long] = encoded(assistant, [[5] * (2 * BUCKET + 1)])
@@ -128,7 +128,7 @@ def test_another_seed_shares_rows_and_compiles_nothing(assistant):
 
 
 def test_prompts_are_read_together(assistant, monkeypatch):
-    """Eight rows: first all at once, then two at a time."""
+    """Checks eight rows: first all at once, then two at a time."""
     widths = []
 
     def collate(prompts, rows, length):
@@ -189,7 +189,7 @@ class Torn(Exception):
 
 
 def refusing(assistant, bad: set[int]):
-    """A collate that refuses prompts with these numbers, and the widths that it was called with."""
+    """Returns a collate that refuses prompts with these numbers, and the list of widths of its calls."""
     asked = requests(assistant)
     numbers = {id(request.prompt): i for i, request in enumerate(asked)}
     widths = []
@@ -205,7 +205,7 @@ def refusing(assistant, bad: set[int]):
 
 @pytest.mark.parametrize("bad", [{0}, {2}, {1, 5, 6}, {6}])
 def test_a_prompt_that_cannot_be_read_fails_alone(assistant, bad):
-    """Whether it was to begin the rows or to be read into one while others go on."""
+    """Checks prompts that begin the rows, and prompts read into a row while others continue."""
     asked, collate, _ = refusing(assistant, bad)
     wanted = engine_of(assistant, 3).answer(requests(assistant))
     engine = Engine(assistant._program, collate, 3, assistant.max_length)

@@ -1,4 +1,4 @@
-"""int8 storage: how far it is from the exact weights, where the scales stand, and that generation reads it."""
+"""Int8 storage: its distance from the exact weights, its scales, and generation with it."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ def test_twice_is_refused(quantized):
 
 
 def test_the_loop_over_tokens_keeps_no_floats_of_the_kernels():
-    """XLA would gladly convert them all once and for all."""
+    """Guards against XLA, which would convert all kernels once before the loop."""
     config = dataclasses.replace(CONFIG, hidden_size=64, mlp_size=512, vocab_size=64)
     scratch, kept = {}, {}
     for int8 in (False, True):

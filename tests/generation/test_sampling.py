@@ -16,7 +16,7 @@ LOGITS = np.random.default_rng(0).normal(size=12).astype(np.float32) * 2
 
 
 def distribution(logits, s: Sampling) -> np.ndarray:
-    """Probabilities after temperature, top_k, top_p and min_p, by sorting."""
+    """Computes probabilities after temperature, top_k, top_p and min_p by sorting."""
     x = logits.astype(np.float64) / s.temperature
     order = np.argsort(-x)
     if s.top_k:
@@ -46,7 +46,7 @@ def distribution(logits, s: Sampling) -> np.ndarray:
     ids=str,
 )
 def test_frequencies(sampling):
-    """20,000 draws: nothing outside the kept tokens, and each kept token as often as it should come."""
+    """Draws 20,000 tokens: none outside the kept tokens, each kept token with its frequency."""
     draws = 20_000
     rows = jnp.broadcast_to(jnp.asarray(LOGITS), (draws, 12))
     keys = row_keys(1, jnp.arange(draws))
@@ -74,7 +74,7 @@ def test_greedy_takes_the_largest_and_no_key():
 
 
 def processors(s: Sampling) -> theirs.LogitsProcessorList:
-    """transformers' filters in the order in which `generate` applies them."""
+    """Returns transformers' filters in the order in which `generate` applies them."""
     found = theirs.LogitsProcessorList()
     if s.repetition_penalty != 1:
         found.append(theirs.RepetitionPenaltyLogitsProcessor(s.repetition_penalty))
@@ -117,8 +117,8 @@ def test_filters_equal_those_of_transformers(sampling):
     assert not np.array_equal(wanted, logits) or sampling.top_k >= 50
 
 
-def test_a_draw_hangs_on_seed_prompt_and_step_alone():
-    """The same logits in other rows, beside other rows, in a batch of another size."""
+def test_a_draw_depends_on_seed_prompt_and_step_alone():
+    """Checks the same logits in other rows, with other rows, in a batch of another size."""
     logits = jnp.asarray(np.random.default_rng(4).normal(size=(40, 30)))
     sampling = Sampling(temperature=1.0)
     order = np.random.default_rng(5).permutation(40)

@@ -1,4 +1,4 @@
-"""Probabilities of given answers, and vectors, by the assistant: against full passes, and each alone."""
+"""The assistant's probabilities of given answers, against full passes, in batches and alone."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 from test_assistant_media import CONFIG as MULTIMODAL
-from test_assistant_media import IdTokenizer, asked, picture, random_params_of
+from test_assistant_media import IdTokenizer, asked, make_image, random_params_of
 from tiny_language import CONFIG, byte_tokenizer, language, random_params
 from toy_data import processor as processor_of
 
@@ -52,13 +52,13 @@ def check(found, wanted) -> None:
 
 
 def of_rows(logits, ids, first) -> np.ndarray:
-    """The log probabilities of ids[first:]."""
+    """Returns the log probabilities of ids[first:]."""
     chosen = np.asarray(jax.nn.log_softmax(logits))[np.arange(len(ids) - 1), ids[1:]]
     return chosen[first - 1 :]
 
 
 def wanted_of(assistant: Assistant, conversations, said) -> list[np.ndarray]:
-    """By a full pass over one row at a time, which the template writes; the end of its answer counts."""
+    """Computes them by a full pass over one row of the template at a time; the answer's end token counts."""
     tokenizer, out = assistant.processor.tokenizer, []
     for messages, answer in zip(conversations, said, strict=True):
         before = tokenizer.encode_chat(messages)
@@ -121,7 +121,11 @@ def test_a_model_with_images(llm):
     tokenizer = IdTokenizer(Tokenizer.train(["what is this? a red apple"] * 3, 280).backend)
     params = random_params_of(config)
     assistant = Assistant(config.make(), params, processor_of(config, tokenizer))
-    asks = [asked("what?", picture(0)), asked("is it a red apple, or what?", picture(1), picture(2)), asked("why")]
+    asks = [
+        asked("what?", make_image(0)),
+        asked("is it a red apple, or what?", make_image(1), make_image(2)),
+        asked("why"),
+    ]
     said = ["a red apple", "it is", "so"]
     wanted = []
     for messages, answer in zip(asks, said, strict=True):
@@ -143,7 +147,7 @@ def test_a_model_with_images(llm):
     check(found, wanted)
     for each, answer, together in zip(asks, said, found, strict=True):
         check(assistant.score(each, answer), [together])
-    other = assistant.score(asked("what?", picture(3)), said[0])[0]
+    other = assistant.score(asked("what?", make_image(3)), said[0])[0]
     assert np.abs(other - found[0]).max() > 1e-2, "the image counts"
 
 
@@ -156,7 +160,7 @@ def test_what_cannot_be_scored_is_refused(decoder):
         decoder.score("hi", " ")
     with pytest.raises(DataError, match="at most 96"):
         decoder.score("hi", "x" * 100)
-    # Training would shorten it by its last turn: an answer that is not there has no probability.
+    # Training would drop its last turn; an absent answer has no probability.
     long = [Message("user", "hi"), Message("assistant", "ho"), Message("user", "x" * 80)]
     with pytest.raises(DataError, match="more than 96 tokens"):
         decoder.score(long, "y" * 20)

@@ -1,4 +1,4 @@
-"""Text that grows with its tokens: whole characters, and nothing of a stop string."""
+"""Text that grows with its tokens: whole characters, and no part of a stop string."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ TEXT = "Grüße, 你好 🦊👩‍🚀! Ende"
 
 
 def from_bytes(ids) -> str:
-    """A tokenizer of bytes."""
+    """Decodes ids as bytes."""
     return bytes(ids).decode("utf-8", errors="replace")
 
 
 def in_words(ids) -> str:
-    """One that drops the space before its first word, as SentencePiece does."""
+    """Decodes ids without the space before the first word, as SentencePiece does."""
     return "".join(f" {chr(i)}" for i in ids).removeprefix(" ")
 
 
@@ -53,7 +53,7 @@ def test_the_text_ends_before_the_first_stop_string(chunk, stops):
         shown += stream.push(ids[i : i + chunk])
         assert TEXT.startswith(shown) and not any(stop in shown for stop in stops)
     assert stream.stopped and stream.finish() == ""
-    # The tokens end where the first of the strings to be complete is complete.
+    # The tokens end where the first stop string is complete.
     n = next(n for n in range(len(ids) + 1) if any(stop in from_bytes(ids[:n]) for stop in stops))
     assert stream.ids == ids[:n]
     assert shown == stream.text == TEXT[: min(p for stop in stops if (p := from_bytes(ids[:n]).find(stop)) >= 0)]

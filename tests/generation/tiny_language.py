@@ -1,5 +1,4 @@
-"""A random decoder and a tokenizer of bytes with a chat template, small enough to compile in no time; and prompts that
-are ids."""
+"""A random decoder and a tokenizer of bytes with a chat template, small enough to compile fast; and prompts of ids."""
 
 from __future__ import annotations
 
@@ -34,7 +33,7 @@ TEMPLATE = (
 
 
 def byte_tokenizer(template: str | None = TEMPLATE, special: Sequence[str] = SPECIAL) -> ChatTokenizer:
-    """256 bytes and the special tokens; ids 0 to 259, unless there are more of them."""
+    """Returns a tokenizer of 256 bytes and the special tokens: by default ids 0 to 259."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -61,7 +60,7 @@ CONFIG = DecoderConfig(
 
 
 def random_params(config=CONFIG, seed: int = 0, scale: float = 0.5) -> dict:
-    """Every parameter random, without compiling `init`."""
+    """Returns random parameters without compiling `init`."""
     init = config.make().init
     abstract = nn.meta.unbox(jax.eval_shape(lambda: init(jax.random.key(0), jnp.ones((1, 4), jnp.int32))))["params"]
     rng = np.random.default_rng(seed)
@@ -69,7 +68,7 @@ def random_params(config=CONFIG, seed: int = 0, scale: float = 0.5) -> dict:
 
 
 class Numbers:
-    """A tokenizer that writes ids as numbers, so that no two different answers look alike."""
+    """A tokenizer that writes ids as numbers, so that different answers differ as text."""
 
     has_template = False
     stop_ids = special_tokens = ()
@@ -80,13 +79,13 @@ class Numbers:
 
 
 def language(module: Any, params: dict, tokenizer: Any = None, **options: Any) -> Assistant:
-    """The assistant of a language model; without a tokenizer it answers ids alone."""
+    """Returns the assistant of a language model; without a tokenizer it answers only ids."""
     processor = Processor(LanguageOnly(module.config), tokenizer or Numbers(), TextLayout())
     return Assistant(module, params, processor, **options)
 
 
 def encoded(assistant: Assistant, rows: Sequence[Sequence[int]]) -> list[Encoded]:
-    """Prompts that are ids."""
+    """Returns prompts of ids."""
     start = [assistant.llm.decoder_start_token_id] if assistant.llm.encoder_decoder else None
     target = None if start is None else np.asarray(start)
     return [Encoded(lay_out_row(ids, [], [], "ids"), np.zeros(len(ids), np.float32), target=target) for ids in rows]
@@ -99,12 +98,12 @@ def answers(
     sampling: Sampling = Sampling(),
     batch_size: int = 4,
 ) -> list[Answer]:
-    """The answers to ids."""
+    """Returns the answers to ids."""
     return assistant.complete(encoded(assistant, rows), options, sampling, batch_size=batch_size)
 
 
 def started(assistant: Assistant, rows: Sequence[Sequence[int]]) -> tuple[Any, Rows]:
-    """Ids read by the compiled program alone: the model's state and the rows, for 32 tokens more."""
+    """Returns the model's state and the rows after the compiled program has read ids, for 32 more tokens."""
     count, length = len(rows), bucket(max(map(len, rows)))
     batch = assistant._place(assistant._batch(encoded(assistant, rows), count, length))
     numbers = np.array([[0] * count, range(count), [32] * count], np.int32)
@@ -118,7 +117,7 @@ WITH_IMAGES = replace(CONFIG, vocab_size=261)
 
 
 def write_folder(folder: Path, config: DecoderConfig = CONFIG) -> Path:
-    """The model and its tokenizer as a Hugging Face folder."""
+    """Writes a model and its tokenizer as a Hugging Face folder."""
     import mllm_jax
 
     mllm_jax.save_pretrained(config.make(), random_params(config), folder)

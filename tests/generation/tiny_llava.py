@@ -1,4 +1,4 @@
-"""A LLaVA of random weights with its tokenizer and processor, as the hub has them."""
+"""A LLaVA of random weights with its tokenizer and processor, in the hub's format."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ MODEL = LlavaConfig(
 
 
 def write_llava(folder: Path) -> Path:
-    """The model, its tokenizer and its image processor's settings."""
+    """Writes the model, its tokenizer and its image processor's settings."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 

@@ -13,7 +13,7 @@ from toy_data import quick_compilation
 
 from mllm_jax import cli
 from mllm_jax.checkpoints.fields import change_fields
-from mllm_jax.data.images import as_picture
+from mllm_jax.data.images import as_image
 from mllm_jax.data.pipeline import Mixture, Pipeline, Weighted
 from mllm_jax.datasets.openmoji import OpenMojiCaptions
 from mllm_jax.encoders.text import TextTowerConfig
@@ -101,7 +101,7 @@ def test_a_run_embeds_what_training_embeds(run, tmp_path):
     embedder = Embedder.trained(model, params, processor.tokenizer, batch_size=2)
     examples = [source.example(i) for i in index]
     captions = [next(m.text for m in example.messages if m.role == "assistant") for example in examples]
-    images = [as_picture(example.media[0].source) for example in examples]
+    images = [as_image(example.media[0].source) for example in examples]
     assert len({len(processor.tokenizer.encode(caption)) for caption in captions}) > 1, "texts of several lengths"
     np.testing.assert_allclose(embedder.texts(captions), text[:5, 0], atol=2e-5)
     np.testing.assert_allclose(embedder.pictures(images), image[:5, 0], atol=2e-5)

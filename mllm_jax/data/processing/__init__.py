@@ -1,1 +1,1 @@
-"""Raw text and media to the arrays of a batch."""
+"""Conversion of raw text and media to the arrays of a batch."""

@@ -1,4 +1,4 @@
-"""Examples to rows: what a chat template makes of messages, and which of it carries loss."""
+"""Encoding of examples as rows: applies chat templates, and marks the tokens that carry loss."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from mllm_jax.errors import ConfigError, DataError
 
 
 class Words(Protocol):
-    """What makes ids of text: `ChatTokenizer`, or a `Tokenizer` that was trained here.
+    """The interface of `ChatTokenizer` and of a `Tokenizer` that was trained here.
 
     Attributes:
-        answer_id: what the chat template writes before each answer and nowhere else, of one that is known to write a
-            message whatever follows it; None: not known, so each answer's beginning is looked for.
+        answer_id: the id that the chat template writes before each answer and at no other position, if the text of a
+            message is known not to depend on later ones; None: unknown, so each answer's beginning is searched.
     """
 
     has_template: bool
@@ -42,10 +42,10 @@ class Words(Protocol):
 
 
 class Encoder:
-    """Lays messages out as a model's chat template and layout have them.
+    """Lays messages out with a model's chat template and layout.
 
     Args:
-        system: a message before each conversation that has none; None leaves it to the template.
+        system: the system message of conversations without one; None leaves it to the template.
     """
 
     def __init__(self, tokenizer: Words, layout: Layout, system: str | None = None):
@@ -56,30 +56,30 @@ class Encoder:
     # ---- text
 
     def ids_of(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> list[int]:
-        """A conversation to ids with a placeholder for each medium.
+        """Encodes a conversation as ids with a placeholder for each medium.
 
         Raises:
-            DataError: a message that spells a placeholder, one with media that the model lacks, or one that the chat
-                template refuses.
+            DataError: a message spells a placeholder or has media that the model lacks, or the chat template refuses
+                it.
         """
         return self.ids_of_shown(self.shown(self.with_system(messages)), add_generation_prompt)
 
     def with_system(self, messages: Sequence[Message]) -> Sequence[Message]:
-        """The messages after the system message, if there is one and they have none."""
+        """Adds the system message, if there is one and the messages have none."""
         if self.system is None or (messages and messages[0].role == "system"):
             return messages
         return (Message("system", self.system), *messages)
 
     def shown(self, messages: Sequence[Message]) -> list[dict[str, Any]]:
-        """What the template gets of messages; raises what `ids_of` does."""
+        """Returns the template's input for messages; raises the same as `ids_of`."""
         return [{"role": message.role, "content": self._content(message)} for message in messages]
 
     def ids_of_shown(self, shown: Sequence[dict[str, Any]], add_generation_prompt: bool = True) -> list[int]:
-        """The ids of what the template makes of messages."""
+        """Returns the ids of the template's output."""
         return self.layout.without_names(self.tokenizer.ids(self.tokenizer.render_chat(shown, add_generation_prompt)))
 
     def _content(self, message: Message) -> Any:
-        """What the template gets of a message."""
+        """Returns the template's input for a message's content."""
         if isinstance(message.content, str) and (self.layout.flattens or self._reads_texts):
             return self._text(message.content)
         parts = [self._part(part) for part in message.parts]
@@ -87,7 +87,7 @@ class Encoder:
 
     @cached_property
     def _reads_texts(self) -> bool:
-        """Whether the template writes a content that is a text; many of models with media leave it out, unsaid."""
+        """True if the template writes a content that is a str; many of models with media silently leave it out."""
         probe = [{"role": "user", "content": "wombat"}, {"role": "assistant", "content": "quokka"}]
         try:
             written = self.tokenizer.render_chat(probe, add_generation_prompt=False)
@@ -101,7 +101,7 @@ class Encoder:
         return {"type": self.kind_of(part)}
 
     def kind_of(self, part: Part) -> str:
-        """The modality of a medium. Raises DataError: the model reads no such media."""
+        """Returns the modality of a medium. Raises DataError: the model reads no such media."""
         kind = type(part).__name__.lower()
         if kind not in self._marks:
             raise DataError(
@@ -112,8 +112,8 @@ class Encoder:
         return kind
 
     def _flat(self, parts: Sequence[dict[str, str]]) -> str:
-        """One text in which media are their tokens. Two texts side by side, or the media before the only text, have a
-        line break between them."""
+        """Joins parts into one text in which media are their tokens. A line break separates adjacent texts, and the
+        media from an only text after them."""
         pieces: list[str] = []
         for number, part in enumerate(parts):
             is_text, before = part["type"] == "text", [each["type"] for each in parts[:number]]
@@ -130,43 +130,43 @@ class Encoder:
             if reserved in text:
                 raise DataError(
                     f"a message whose text has {reserved!r} in it ({text[:60]!r})",
-                    "text, in which this would become a place for a picture",
-                    'take it out, and give pictures as parts {"type": "image"} of the content',
+                    "text, in which this would become a placeholder for an image",
+                    'take it out, and give images as parts {"type": "image"} of the content',
                 )
         return text
 
     def text_ids(self, message: Message) -> list[int]:
-        """A message without a chat template around it, a placeholder for each medium."""
+        """Encodes a message without a chat template, with a placeholder for each medium."""
         pieces = []
         for is_text, parts in groupby(message.parts, lambda part: isinstance(part, Text)):
-            if is_text:  # as one: two texts side by side could spell a special token together
+            if is_text:  # as one: adjacent texts could spell a special token together
                 pieces.append(self._text("".join(part.text for part in parts)))
             elif not self.layout.places_pictures:
                 pieces += [self._marks[self.kind_of(part)] for part in parts]
         return self.tokenizer.encode("".join(pieces))
 
     def lay_out(self, ids: Sequence[int], media: Sequence[Media], what: str) -> Row:
-        """A text with media tokens in the positions of its media; `what` it is, for the message of a DataError."""
+        """Puts media tokens into a text at the positions of its media; `what` names it in a DataError."""
         return lay_out_row(self.layout.arrange(list(ids), len(media)), media, self.placeholders, what)
 
     def fingerprint(self) -> str:
-        """A text that differs where rows would."""
+        """Returns a text that differs if rows would."""
         return repr([self.tokenizer.fingerprint(), self.system, self.layout.fingerprint()])
 
 
 def encode_turns(encoder: Encoder, example: Example, max_length: int, learn: str) -> Encoded:
-    """Lays out questions and answers; what does not fit is shortened by whole turns from its end, media are never cut.
+    """Lays out questions and answers; drops whole turns at the end if they do not fit, and never cuts media.
 
-    The template writes the whole conversation and the beginning before each answer. What an answer adds to its
-    beginning carries loss, so no mask depends on how a template looks; one that rewrites what it wrote is refused.
+    The template writes the whole conversation and, for each answer, the conversation before it. The tokens that an
+    answer adds carry loss, so no mask depends on a template's details. Refuses a template that rewrites earlier text.
 
     Args:
-        learn: what carries loss: "answers", with what ends them, or "all" the text.
+        learn: the part that carries loss: "answers" with their end tokens, or "all" the text.
 
     Raises:
-        DataError: an answer without text, none at all, a first turn that does not fit, a text that spells a
-            placeholder, or a template that does not write a conversation as a continuation of its beginning.
-        ConfigError: a template without an end token.
+        DataError: there is no answer or one without text, the first turn does not fit, a text spells a placeholder, or
+            the template does not write a conversation as a continuation of its beginning.
+        ConfigError: the template has no end token.
     """
     require_answers(example.messages)
     messages = encoder.with_system(example.messages)
@@ -176,7 +176,7 @@ def encode_turns(encoder: Encoder, example: Example, max_length: int, learn: str
         ids = encoder.ids_of_shown(shown[: answers[kept - 1] + 1], add_generation_prompt=False)
         _end(
             encoder, ids, 0, len(ids)
-        )  # a template without an end may also leave out media; refuse the missing end first
+        )  # a template without an end token may also leave out media: refuse the missing end first
         row = encoder.lay_out(ids, media, "a conversation")
         if len(row.tokens) <= max_length:
             break
@@ -197,8 +197,10 @@ def encode_turns(encoder: Encoder, example: Example, max_length: int, learn: str
 
 
 def encode_answer(encoder: Encoder, example: Example, max_length: int, start_id: int, end_id: int) -> Encoded:
-    """Lays out a question for an encoder-decoder's encoder and the answer for its decoder; of a text its media are the
-    question."""
+    """Lays out a question for an encoder-decoder's encoder and the answer for its decoder.
+
+    The question of a text is its media.
+    """
     *asked, answer = example.messages
     _require_words(answer)
     media = encoder.layout.prepare(example.media)
@@ -216,7 +218,7 @@ def encode_answer(encoder: Encoder, example: Example, max_length: int, start_id:
 
 
 def encode_text(encoder: Encoder, example: Example, max_length: int, learn: str) -> Encoded:
-    """Lays out text with media in it and a line break, as LLaVA is pretrained; what follows media carries loss."""
+    """Lays out text with media and a line break, as in LLaVA's pretraining; the text after media carries loss."""
     (message,) = example.messages
     _require_words(message)
     media = encoder.layout.prepare(example.media)
@@ -231,31 +233,31 @@ def encode_text(encoder: Encoder, example: Example, max_length: int, learn: str)
 
 
 def encode_captions(encoder: Encoder, example: Example, max_length: int, most: int, regions: int) -> Encoded:
-    """Lays out (<bos> caption <eos>)* for a text encoder, a segment each; the image is beside the texts, not in them.
+    """Lays out (<bos> caption <eos>)* for a text encoder, a segment each; the image is not in the texts.
 
     Args:
-        most: captions that an image may have.
-        regions: media tokens of an image, which captions may describe.
+        most: the most captions of an image.
+        regions: number of media tokens of an image, which captions may describe.
 
     Raises:
-        DataError: an empty caption, more captions than `most` or `max_length` allow, or a region that no image has.
+        DataError: a caption is empty or of a region that no image has, or captions exceed `most` or `max_length`.
     """
     media = encoder.layout.prepare(example.media)
     captions = [(example.messages[number].text, s.region) for s in example.segments for number in s.messages]
     captions = captions or [(m.text, None) for m in example.messages if m.role == "assistant"]
     if not 0 < len(captions) <= most:
-        raise DataError(f"a picture with {len(captions)} captions", f"1 to {most}", "raise the mixture's captions")
+        raise DataError(f"an image with {len(captions)} captions", f"1 to {most}", "raise the mixture's captions")
     ids: list[int] = []
     segments: list[int] = []
     places: list[int] = []
     for number, (caption, region) in enumerate(captions, start=1):
         if not caption.strip():
-            raise DataError("an empty caption", "a caption with text", "drop or mend the record")
+            raise DataError("an empty caption", "a caption with text", "drop or correct the record")
         if region is not None and not 0 <= region < regions:
             raise DataError(
-                f"a caption of place {region}: {caption[:60]!r}",
-                f"one of the {regions} that the encoder makes of a picture",
-                "give the encoder as many regions as the pictures have",
+                f"a caption of region {region}: {caption[:60]!r}",
+                f"one of the {regions} regions of an image",
+                "give the encoder as many regions as the images have",
             )
         text = encoder.tokenizer.caption_ids(caption)
         ids += text
@@ -278,12 +280,12 @@ def require_answers(messages: Sequence[Message]) -> int:
     for i in answers:
         if not messages[i].text.strip():
             question = messages[i - 1].text if i else ""
-            raise DataError(f"an empty answer to {question[:60]!r}", "an answer with text", "drop or mend the record")
+            raise DataError(f"an empty answer to {question[:60]!r}", "an answer with text", "drop or correct it")
     if not answers or answers[-1] != len(messages) - 1:
         raise DataError(
             f"a conversation of {len(answers)} answers in {len(messages)} messages",
             "at least one question, and an answer to each",
-            "drop or mend the record",
+            "drop or correct the record",
         )
     return len(answers)
 
@@ -300,11 +302,11 @@ def _too_long(what: str, row: Row, media: Sequence[Media], most: str, more: str 
 
 def _require_words(message: Message) -> None:
     if not message.text.strip():
-        raise DataError("a text without words", "a caption or another text", "drop or mend the record")
+        raise DataError("a text without words", "a caption or another text", "drop or correct the record")
 
 
 def _start(encoder: Encoder, before: Sequence[dict[str, Any]], ids: list[int]) -> int:
-    """Where an answer begins: what the template writes to ask for it is how the conversation went on."""
+    """Returns the position at which an answer begins: after the text that the template writes to ask for it."""
     asked = encoder.ids_of_shown(before)
     if ids[: len(asked)] != asked:
         raise _rewritten()
@@ -312,37 +314,37 @@ def _start(encoder: Encoder, before: Sequence[dict[str, Any]], ids: list[int]) -
 
 
 def _require_kept(encoder: Encoder, shown: Sequence[dict[str, Any]], ids: list[int], end: int) -> None:
-    """Raises DataError: an answer that is written otherwise once another question follows."""
+    """Raises DataError: the template writes an answer differently if a question follows."""
     if encoder.ids_of_shown(shown, add_generation_prompt=False)[:end] != ids[:end]:
         raise _rewritten()
 
 
 def _rewritten() -> DataError:
     return DataError(
-        "a chat template that writes a question otherwise once it is answered",
-        "a conversation that goes on where its beginning ended",
-        "train with a template that only adds to what it wrote",
+        "a chat template that writes a question differently once it has an answer",
+        "a conversation that continues its beginning",
+        "train with a template that only adds text",
     )
 
 
 def _end(encoder: Encoder, ids: list[int], start: int, following: int) -> int:
-    """One past the stop token that ends an answer; what a template writes after it carries no loss."""
+    """Returns the position after an answer's stop token; the template's text after it carries no loss."""
     stops = encoder.tokenizer.stop_ids
     first = next((place for place in range(start, following) if ids[place] in stops), None)
     if first is None:
-        # No fault of a record, so it is no DataError, which would be counted with the bad records.
+        # Not a DataError, which would count as a bad record.
         names = [encoder.tokenizer.token_of(token) for token in stops]
         raise ConfigError(
             f"a chat template that writes none of the stop tokens {names} after an answer",
-            "answers that end, so that the model learns to",
-            "add one to the template (TokenizerConfig.template, or the folder's chat_template), or name the token "
-            "that it writes in tokenizer_config.json or generation_config.json",
+            "answers with an end, so that the model learns to stop",
+            "add one to the template (TokenizerConfig.template, or the folder's chat_template), or add the token "
+            "that it writes to tokenizer_config.json or generation_config.json",
         )
     return first + 1
 
 
 def _spread(encoder: Encoder, ids: Sequence[int], row: Row, weights: np.ndarray) -> np.ndarray:
-    """Loss weights of the text around what stands for media, which carries none."""
+    """Spreads the loss weights of a text over a row, in which media carry none."""
     spread = np.zeros(len(row.tokens), np.float32)
     spread[row.owners < 0] = weights[~one_of(np.asarray(ids), encoder.placeholders)]
     return spread

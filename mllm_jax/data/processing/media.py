@@ -1,4 +1,4 @@
-"""Pictures and videos on their way into a batch: what the encoder reads, and what stands for them in the text."""
+"""Prepared images and videos: the encoder's inputs, and their tokens in the text."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ import numpy as np
 from mllm_jax.data.units import in_words
 from mllm_jax.errors import DataError
 
-TEXT, NEWLINE = -1, -2  # what a place may be besides the number of a media token
+TEXT, NEWLINE = -1, -2  # values of a place that are not the index of a media token
 
 
 @dataclass(frozen=True)
 class Media:
-    """One picture or video, prepared.
+    """One prepared image or video.
 
     Attributes:
-        arrays: what the encoder reads, tiles uint8[n, H, W, 3] or patches float32[n, D], by its name in a batch.
-        tokens: int[L], the ids that stand in the text instead of the placeholder.
-        places: int[L], or int[L, K] with weights: the media token of this picture that stands there, counted from 0
-            over its tiles or merged patches; TEXT is the id itself, NEWLINE the model's newline vector.
-        weights: float[L, K] of the K media tokens whose sum stands at a place, or None.
+        arrays: the encoder's inputs by their names in a batch: tiles uint8[n, H, W, 3] or patches float32[n, D].
+        tokens: int[L], the ids that replace the placeholder in the text.
+        places: int[L], or int[L, K] with weights: the image's media token at each position, counted from 0 over its
+            tiles or merged patches; TEXT is the id itself, NEWLINE the model's newline vector.
+        weights: float[L, K] of the K media tokens whose sum is at a position, or None.
         grid: time, height and width in patches, for packed patches.
-        seconds: what one step in time of the grid takes, in a video.
-        count: slots of a row that it takes, where that is known without reading the arrays.
+        seconds: the duration of one step in time of the grid, in a video.
+        count: its slots of a row, if known without reading the arrays.
         modality: the branch of the model that encodes it.
     """
 
@@ -41,13 +41,13 @@ class Media:
 
     @property
     def slots(self) -> int:
-        """Slots of a row that it takes: tiles, or patches."""
+        """Its slots of a row: tiles, or patches."""
         return len(next(iter(self.arrays.values()))) if self.count is None else self.count
 
 
 @dataclass(frozen=True)
 class Lazy(Mapping[str, np.ndarray]):
-    """Arrays that are made each time that they are read."""
+    """Arrays that are made at each read."""
 
     names: tuple[str, ...]
     read: Callable[[str], np.ndarray]
@@ -69,9 +69,9 @@ class Collated:
     """The media of a batch.
 
     Attributes:
-        arrays: what the batch holds of them, by name; empty if there are none and no slots were asked for.
-        first: of each row the number in the row of each picture's first media token.
-        newline: the number of the newline vector.
+        arrays: by their names in the batch; empty if there are no media and no slots.
+        first: for each row, the index in the row of each image's first media token.
+        newline: the index of the newline vector.
     """
 
     arrays: dict[str, np.ndarray]
@@ -81,13 +81,13 @@ class Collated:
 
 @dataclass(frozen=True)
 class Row:
-    """A text with media tokens in the places of its pictures.
+    """A text with media tokens at the positions of its images.
 
     Attributes:
         tokens: int[L].
-        places: int[L, K], numbers of media tokens in each picture, TEXT or NEWLINE.
+        places: int[L, K], indices of media tokens in each image, TEXT or NEWLINE.
         weights: float[L, K].
-        owners: int[L], the picture that a token belongs to; -1 is text.
+        owners: int[L], the image that a token belongs to; -1 is text.
     """
 
     tokens: np.ndarray
@@ -96,12 +96,12 @@ class Row:
     owners: np.ndarray
 
     def media_index(self, first: Sequence[int], newline: int) -> np.ndarray:
-        """int[L, K]: numbers of media tokens in the row, -1 for text; see `Multimodal.merge`."""
-        start = np.asarray([*first, 0], np.int64)[self.owners]  # of text the last one, which is not read
+        """Returns int[L, K]: indices of media tokens in the row, -1 for text; see `Multimodal.merge`."""
+        start = np.asarray([*first, 0], np.int64)[self.owners]  # for text the last one, which is not read
         return np.where(self.places >= 0, self.places + start[:, None], np.where(self.places == NEWLINE, newline, -1))
 
     def followed_by(self, ids: Sequence[int]) -> Row:
-        """The row with more text behind it."""
+        """Returns the row with more text after it."""
         more = _text(np.asarray(ids, np.int64), self.places.shape[1])
         mine = (self.tokens, self.places, self.weights, self.owners)
         return Row(*(np.concatenate(pair) for pair in zip(mine, more, strict=True)))
@@ -110,15 +110,15 @@ class Row:
 def collate_tiles(
     rows: Sequence[Sequence[Media]], tokens_a_tile: int, slots: int | None = None, unit: str = "tile"
 ) -> Collated:
-    """Tiles of one size, side by side in each row: `images` uint8[B, M, H, W, 3].
+    """Collates tiles of one size: `images` uint8[B, M, H, W, 3].
 
     Args:
         tokens_a_tile: media tokens of one tile.
-        slots: M; None is as many as the fullest row has.
-        unit: what to call a tile in a message.
+        slots: M; None is the number of the fullest row.
+        unit: the name of a tile in a message.
 
     Raises:
-        DataError: a row with more tiles than slots.
+        DataError: a row has more tiles than slots.
     """
     counts = [[m.slots for m in row] for row in rows]
     needed = max((sum(row) for row in counts), default=0)
@@ -132,7 +132,7 @@ def collate_tiles(
     first = [list(np.cumsum([0, *row])[:-1] * tokens_a_tile) for row in counts]
     arrays = {}
     for name in dict.fromkeys(name for row in rows for m in row for name in m.arrays):
-        tiles = [[m.arrays[name] for m in row] for row in rows]  # read once: some are drawn when they are
+        tiles = [[m.arrays[name] for m in row] for row in rows]  # read once: some are drawn at each read
         example = next(each for row in tiles for each in row)
         batch = np.zeros((len(rows), slots, *example.shape[1:]), example.dtype)
         for row, filled in zip(batch, tiles, strict=True):
@@ -143,35 +143,35 @@ def collate_tiles(
 
 
 def lay_out_row(ids: Sequence[int], media: Sequence[Media], placeholders: Sequence[int], what: str) -> Row:
-    """Puts what stands for each picture in the place of its placeholder.
+    """Replaces the placeholder of each image or video by its tokens.
 
     Args:
         ids: of the text, with one placeholder for each of `media`, in order.
-        placeholders: all ids that stand for a picture or video.
-        what: the text, for the message.
+        placeholders: all placeholder ids of images and videos.
+        what: the name of the text in the message.
 
     Raises:
-        DataError: another number of placeholders than of pictures.
+        DataError: the numbers of placeholders and media differ.
     """
     ids = np.asarray(ids, np.int64)
     where = np.flatnonzero(one_of(ids, placeholders))
     if len(where) != len(media):
         raise DataError(
-            f"{what} with {len(where)} place(s) for pictures or videos, and {len(media)} of them",
-            "one place for each, in their order",
-            "give as many pictures as the text has placeholders, and no placeholder that is meant as text",
+            f"{what} with {len(where)} placeholder(s) for images or videos, and {len(media)} of them",
+            "one placeholder for each, in order",
+            "give as many images as the text has placeholders, and no placeholder that is meant as text",
         )
     width = max((m.places.shape[1] for m in media if m.places.ndim == 2), default=1)
     pieces, start = [], 0
     for number, (at, m) in enumerate(zip(where, media, strict=True)):
-        pieces += [_text(ids[start:at], width), _picture(m, number, width)]
+        pieces += [_text(ids[start:at], width), _medium(m, number, width)]
         start = at + 1
     pieces.append(_text(ids[start:], width))
     return Row(*(np.concatenate(parts) for parts in zip(*pieces, strict=True)))
 
 
 def one_of(ids: np.ndarray, tokens: Sequence[int]) -> np.ndarray:
-    """bool[n]: which ids are among a few."""
+    """Returns bool[n]: True for ids among `tokens`."""
     found = np.zeros(len(ids), bool)
     for token in tokens:
         found |= ids == token
@@ -183,10 +183,10 @@ def _text(ids: np.ndarray, width: int) -> tuple[np.ndarray, ...]:
     return ids, places, np.zeros(places.shape, np.float32), np.full(len(ids), -1, np.int64)
 
 
-def _picture(media: Media, number: int, width: int) -> tuple[np.ndarray, ...]:
+def _medium(media: Media, number: int, width: int) -> tuple[np.ndarray, ...]:
     places = media.places if media.places.ndim == 2 else media.places[:, None]
     weights = np.ones(places.shape, np.float32) if media.weights is None else media.weights
-    # The sum of fewer media tokens than others need: the first one again, with nothing of it.
+    # Sums of fewer media tokens repeat the first one with weight 0.
     if missing := width - places.shape[1]:
         places = np.concatenate([places, np.repeat(places[:, :1], missing, axis=1)], axis=1)
         weights = np.pad(weights, [(0, 0), (0, missing)])
@@ -195,16 +195,16 @@ def _picture(media: Media, number: int, width: int) -> tuple[np.ndarray, ...]:
 
 @dataclass(frozen=True)
 class Encoded:
-    """An example as one row or a part of one: its text with media in their positions, and what carries loss.
+    """An example as one row or a part of one: its text with media at their positions, and its loss weights.
 
     Attributes:
         row: the text.
-        loss_weights: float32[n], of the text or, with a target, of that.
-        media: what its media became.
-        segments: int[n], from 1: what may not see each other; None: all is one.
-        dropped_turns: how many turns did not fit.
-        target: of an encoder-decoder, int[n] that its decoder writes.
-        instruction: int[m] that the projector reads beside the media, in the projector's own ids.
+        loss_weights: float32[n], of the target if there is one, else of the text.
+        media: its prepared media.
+        segments: int[n], from 1: tokens of different segments do not attend to each other; None: one segment.
+        dropped_turns: number of turns that did not fit.
+        target: int[n], the text of an encoder-decoder's decoder.
+        instruction: int[m], read by the projector with the media, in the projector's own ids.
     """
 
     row: Row
@@ -221,12 +221,12 @@ class Encoded:
 
     @property
     def length(self) -> int:
-        """Positions of a row that it takes, on the side of an encoder-decoder where it takes more."""
+        """Its positions of a row; for an encoder-decoder, the larger of the two sides."""
         return max(len(self.row.tokens), 0 if self.target is None else len(self.target))
 
     @property
     def slots(self) -> dict[str, int]:
-        """Slots that its media take in a row, by modality."""
+        """Its media's slots of a row, by modality."""
         counts: Counter[str] = Counter()
         for medium in self.media:
             counts[medium.modality] += medium.slots

@@ -12,8 +12,8 @@ import numpy as np
 from mllm_jax.datasets.openmoji.records import Record, digest, load
 from mllm_jax.errors import DataError
 
-# A base that is also true of other images: of a whole subcategory ("person" is true of every record that names
-# persons), or of single other bases.
+# Bases that are also true of other images: of a whole subcategory ("person" is true of every record of persons), or of
+# single other bases.
 _TRUE_OF_GROUP = {"bird": "bird", "bug": "bug", "fish": "sea animal"}
 _PERSONS = ("person", "family")
 _TRUE_OF_BASE = {

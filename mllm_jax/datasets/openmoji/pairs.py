@@ -1,4 +1,4 @@
-"""Several images in one conversation: which of them shows something, and whether they show the same."""
+"""Several images in one conversation, with questions that compare them."""
 
 from __future__ import annotations
 
