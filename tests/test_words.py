@@ -19,6 +19,7 @@ CLEAN = (
     "mllm_jax/sharding",
     "mllm_jax/planning",
     "mllm_jax/checkpoints",
+    "mllm_jax/models",
     "mllm_jax/errors.py",
     "mllm_jax/files.py",
     "launch",
