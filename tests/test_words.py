@@ -27,6 +27,7 @@ CLEAN = (
     "mllm_jax/datasets",
     "mllm_jax/evaluation",
     "mllm_jax/__init__.py",
+    "mllm_jax/models",
     "mllm_jax/errors.py",
     "mllm_jax/files.py",
     "README.md",

@@ -66,7 +66,7 @@ class PackingPlan:
         block_steps: int = 16,
         unit: str = "slot",
     ):
-        self.rows, self.length, self.slots = rows, length, dict(slots)
+        self.rows, self.length, self.slots, self.unit = rows, length, dict(slots), unit
         self.seed, self.packed, self.group, self.block_steps = seed, packed, group, block_steps
         self.streams = [replace(s, lengths=np.asarray(s.lengths)) for s in streams]
         # For a large source no array of its size is made, see `mllm_jax.data.orders`.
@@ -114,7 +114,9 @@ class PackingPlan:
                 longest = sum(int(s.lengths.max()) - 1 for s in self.streams)
                 return min(self.fill, 1 - longest / (self.rows * self.length * self.block_steps))
         raise DataError(
-            "examples that pack into less than 60 % of the rows", "shorter examples", "raise the row's length"
+            f"examples that fill less than 60 % of rows of {self.length:,} tokens and {in_words(self.slots, self.unit)}",
+            "rows that they fill better",
+            "change the mixture's length and slots: `mllm data suggest CONFIG` proposes some",
         )
 
     def _bounds(self, block: int) -> list[tuple[int, int]]:

@@ -1,1 +1,1 @@
-"""Named models: presets of the five parts, and the parts as one module."""
+"""Named models, which are presets of the parts, and the module that joins the parts."""

@@ -1,6 +1,6 @@
-"""BLIP-2 (arXiv 2301.12597): a frozen picture tower, a Q-Former, and OPT or Flan-T5 that reads its queries first.
+"""BLIP-2 (arXiv 2301.12597): a frozen image encoder, a Q-Former, and OPT or Flan-T5, which reads the queries first.
 
-What InstructBLIP has in common with it stands here too.
+Includes the code that InstructBLIP shares.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ FAMILY = "Blip2ForConditionalGeneration"
 
 @dataclass(frozen=True)
 class Blip2Config(MultimodalConfig):
-    """BLIP-2: the queries stand before the text, its first token included.
+    """The config of BLIP-2, whose queries precede the text and its first token.
 
     Attributes:
-        image_token_id: what a query's place has as its id; None: an old config.json that says none, whose pictures the
-            processor cannot place.
+        image_token_id: the token id at a query's position; None: an old config.json has none, and the processor
+            refuses images.
     """
 
     image_token_id: int | None = None
@@ -48,23 +48,23 @@ class Blip2Config(MultimodalConfig):
 
 
 def read_encoder(values: Mapping | None) -> ViTConfig:
-    """`vision_config`, with what the pictures of all these models are normalised with."""
+    """Reads `vision_config`, and adds the mean and the standard deviation of images, which all these models share."""
     return replace(eva.FAMILY.from_hf(dict(values or {})), image_mean=CLIP_MEAN, image_std=CLIP_STD)
 
 
 def read_parts(values: Mapping, family: str, llms: Sequence[str], text: bool | None) -> dict:
-    """The fields of the config that BLIP-2 and InstructBLIP spell alike.
+    """Reads the fields that BLIP-2 and InstructBLIP spell alike.
 
     Args:
-        llms: model types of language models that the architecture is known with, the one by default first.
+        llms: model types of the language models that the architecture supports, the default first.
         text: see `read_qformer`.
 
     Raises:
-        ConfigError: an option that is not supported.
+        ConfigError: an option is not supported.
     """
     options = Options(values, f"config.json of {family}")
     options.skip("vision_config", "qformer_config", "text_config")
-    # Its model type decides: old files spell its architecture in their own ways.
+    # The model type decides: old files spell the architecture in various ways.
     llm_values = nameless(options.part("text_config", {}))
     kind = Options({"model_type": llms[0]} | llm_values, f"text_config of {family}").only("model_type", *llms)
     llm, encoder = (
@@ -89,10 +89,10 @@ def read_parts(values: Mapping, family: str, llms: Sequence[str], text: bool | N
 
 
 def write_parts(config: Blip2Config, prefix: str) -> dict:
-    """The inverse of `read_parts`.
+    """Writes the options that `read_parts` reads.
 
     Args:
-        prefix: what the model types of the parts begin with.
+        prefix: the beginning of the parts' model types.
     """
     vision = eva.FAMILY.to_hf(config.image.encoder) | dict(model_type=f"{prefix}_vision_model")
     return dict(
@@ -108,7 +108,7 @@ def write_parts(config: Blip2Config, prefix: str) -> dict:
 
 
 def faithful(config: Blip2Config, written: dict, read) -> dict:
-    """`written`, if it says everything that the config does; the parts have seen to themselves."""
+    """Returns `written` if it holds the whole config; the parts check their own values."""
 
     def facts(c):
         parts = dict(connection=c.image.connection, projector=stored_fields(c.image.projector))
@@ -118,7 +118,7 @@ def faithful(config: Blip2Config, written: dict, read) -> dict:
 
 
 def _llm(config: Blip2Config) -> Family:
-    """The family of the language model inside. Raises ConfigError: one that these models are not known with."""
+    """Returns the family of the language model. Raises ConfigError if these models do not support it."""
     part = find(config.llm.family)
     if part is None or BEFORE not in part.media:
         kinds = dict.fromkeys(part.model_type for part in llms_inside(BEFORE))
@@ -127,22 +127,22 @@ def _llm(config: Blip2Config) -> Family:
 
 
 def from_hf_config(values: dict) -> Blip2Config:
-    """config.json of Blip2ForConditionalGeneration, every option honoured or refused by name."""
+    """Reads config.json of Blip2ForConditionalGeneration; each option is honoured or refused by name."""
     return Blip2Config(**read_parts(values, FAMILY, ("opt", "t5"), text=False))
 
 
 def to_hf_config(config: Blip2Config) -> dict:
-    """The inverse; refuses switches that the family does not have."""
+    """Writes config.json; refuses options that the family does not have."""
     return faithful(config, write_parts(config, "blip_2"), from_hf_config)
 
 
 def settle(config: Blip2Config, stored: Collection[str]) -> Blip2Config:
-    """See `t5.settle`."""
+    """Settles a T5 by the stored tensors, see `t5.settle`."""
     return replace(config, llm=t5.settle(config.llm, stored)) if isinstance(config.llm, t5.T5Config) else config
 
 
 def table_of(config: Blip2Config, projector: tuple[Weight, ...]) -> Table:
-    """The weights of a composed model around a Q-Former."""
+    """Returns the weights of the model; `projector` has those of the Q-Former."""
     vision, llm = eva.FAMILY.table(config.image.encoder), _llm(config).table(config.llm)
     weights = nested(vision, "vision_model.", "encoder_image/") + projector + nested(llm, "language_model.", "llm/")
     ignored = tuple(f"language_model.{name}" for name in llm.ignored) + (
@@ -155,11 +155,11 @@ def table(config: Blip2Config) -> Table:
     return table_of(config, qformer_weights(config.image.projector))
 
 
-# ---- pictures
+# ---- images
 
 
 class QueryLayout(TileLayout):
-    """Pictures of one size; their queries stand before the text, its first token included."""
+    """Images of one size; their queries precede the text and its first token."""
 
     places_pictures = True
 
@@ -167,7 +167,7 @@ class QueryLayout(TileLayout):
         if config.image_token_id is None:
             raise ConfigError(
                 f"{folder}: a config.json without image_token_index",
-                "the id of <image> in the tokenizer, which current versions of the checkpoint say",
+                "the id of <image> in the tokenizer, which current versions of the checkpoint have",
                 "fetch config.json and the tokenizer's files again",
             )
         self.image_token = config.image_token_id
@@ -178,13 +178,11 @@ class QueryLayout(TileLayout):
         self._read.processor.require(size)
         return Media({}, np.full(self.tokens_a_tile, self.image_token), np.arange(self.tokens_a_tile), count=1)
 
-    def image(self, picture: np.ndarray) -> Media:
-        return replace(self.sized(Size(*picture.shape[:2])), arrays={"images": self._read(picture)[None]})
+    def image(self, image: np.ndarray) -> Media:
+        return replace(self.sized(Size(*image.shape[:2])), arrays={"images": self._read(image)[None]})
 
     def video(self, frames: np.ndarray) -> Media:
-        raise DataError(
-            f"a video of {len(frames)} frames for a model of pictures", "pictures", "give the frames as pictures"
-        )
+        raise DataError(f"a video of {len(frames)} frames for a model of images", "images", "give the frames as images")
 
     def arrange(self, ids: list[int], media: int) -> list[int]:
         return ids if self.image_token in ids else [self.image_token] * media + ids
@@ -192,32 +190,32 @@ class QueryLayout(TileLayout):
 
 @dataclass(frozen=True)
 class PixelReader:
-    """A folder's image processor as a function uint8[h, w, 3] -> [H, W, 3].
+    """A folder's image processor as a function from uint8[h, w, 3] to [H, W, 3].
 
     Attributes:
-        keeps_bytes: leaves bytes, which the model normalises; else float32, normalised.
+        keeps_bytes: whether it returns bytes, which the model normalises; else normalised float32.
     """
 
     processor: ImageProcessor
     keeps_bytes: bool
 
-    def __call__(self, picture: np.ndarray) -> np.ndarray:
-        pixels = self.processor(picture)
+    def __call__(self, image: np.ndarray) -> np.ndarray:
+        pixels = self.processor(image)
         return pixels.astype(np.uint8) if self.keeps_bytes else pixels
 
 
 def pixel_reader(encoder: ViTConfig, folder: Path) -> PixelReader:
-    """The reader of a folder, which leaves bytes where the model normalises them as the processor does.
+    """Returns the reader of a folder; it keeps bytes if the model normalises them as the processor does.
 
     Raises:
-        ConfigError: pictures of another size than the encoder's.
+        ConfigError: the processor's image size is not the encoder's.
     """
     processor: ImageProcessor = read_image_processor(folder)
     wanted = (encoder.image_size,) * 2
     if (processor.crop_size or processor.size) != wanted:
         raise ConfigError(
-            f"{folder}: pictures of {processor.crop_size or processor.size} pixels",
-            f"those of the vision tower, {wanted}",
+            f"{folder}: images of {processor.crop_size or processor.size} pixels",
+            f"those of the image encoder, {wanted}",
             "make preprocessor_config.json and config.json agree",
         )
     normalised = (processor.mean, processor.std, processor.rescale_factor)

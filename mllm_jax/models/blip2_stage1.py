@@ -1,6 +1,6 @@
-"""BLIP-2's first stage (arXiv 2301.12597, section 3.2): encoder, Q-Former and the heads that compare, match and write.
+"""BLIP-2's first stage (arXiv 2301.12597, section 3.2): encoder, Q-Former and heads that compare, match and generate.
 
-The same heads, without the one that writes, are what `Blip2ForImageTextRetrieval` ranks pictures and texts with.
+`Blip2ForImageTextRetrieval` ranks images and texts with the same heads, except the one that generates.
 """
 
 from __future__ import annotations
@@ -34,17 +34,16 @@ from mllm_jax.projectors.qformer_hub import qformer_weights, read_qformer, write
 
 @dataclass(frozen=True)
 class QFormerPretrainingConfig(WithCompute):
-    """What learns from pairs of pictures and texts before there is an LLM.
+    """The config of a model that learns from pairs of images and texts, without an LLM.
 
     Attributes:
-        projector: a Q-Former that reads text. It is the one that the composed model has in this place: what a run
-            trained is read there as its part "projector_image".
-        projection_size: width of the space in which pictures and texts are compared.
-        captioning: whether there are a temperature and a head that writes text, which only training needs.
-        init_temperature: what similarities are divided by at the start; it is learnt.
-        decode_token_id: the token that a text begins with when it is to be written; None: its own first one.
-        image_token_id: of the checkpoint's tokenizer; nothing here reads it.
-        family: None, or the Hugging Face architecture that it is written as.
+        projector: a Q-Former that reads text. A composed model reads the trained one as its part "projector_image".
+        projection_size: width of the space in which images and texts are compared.
+        captioning: whether there are a temperature and a head that generates text, which only training needs.
+        init_temperature: the initial divisor of similarities; it is learned.
+        decode_token_id: the first token of a text that is generated; None: the text's own first token.
+        image_token_id: of the checkpoint's tokenizer; unused here.
+        family: the Hugging Face architecture for writing it, or None.
     """
 
     encoder: Any
@@ -62,15 +61,15 @@ class QFormerPretrainingConfig(WithCompute):
 
     @property
     def media_tokens(self) -> int:
-        """Tokens that stand for a picture: the queries."""
+        """The number of tokens of an image: the queries."""
         return self.projector.num_tokens(self.encoder.grid)
 
-    llm = None  # it generates no text
+    llm = None  # it has no language model
     encoder_decoder = False
 
     @property
     def image_size(self) -> int:
-        """Side of the images that a batch holds."""
+        """The side of the images in a batch."""
         return self.encoder.image_size
 
     @property
@@ -81,25 +80,25 @@ class QFormerPretrainingConfig(WithCompute):
 
     @property
     def captions(self) -> int:
-        """The most captions that a picture may have in a row."""
+        """The maximum number of captions of an image in a row."""
         return 1
 
     @property
     def vocab_sizes(self) -> dict[str, int]:
-        """How many tokens each embedding holds, by its place in an experiment."""
+        """The number of tokens of each embedding, by its path in an experiment."""
         return {"model.projector.vocab_size": self.projector.vocab_size}
 
     @property
     def dtype(self) -> str:
-        """What most of the model computes in."""
+        """The dtype of most of the computation."""
         return self.parts["projector_image"].dtype
 
     def batch_spec(self, rows: int = 1, length: int = 8, slots: Mapping[str, int] = ONE_IMAGE) -> BatchSpec:
-        """The arrays of a batch: captions, and an image in each slot."""
+        """Returns the arrays of a batch: captions, and an image in each slot."""
         return text_spec(rows, length) | images_spec(rows, slots.get("image", 0), self.encoder.image_size)
 
     def beside(self, model: Any, vocab_size: int) -> QFormerPretrainingConfig:
-        """Returns the config with the width that its Q-Former leaves open; it asks nothing of the experiment."""
+        """Returns the config with the open width of its Q-Former filled in; it takes nothing from the experiment."""
         return replace(self, projector=filled(self.projector, **read_from(self.encoder)))
 
     def make(self) -> QFormerPretraining:
@@ -108,13 +107,13 @@ class QFormerPretrainingConfig(WithCompute):
 
 @struct.dataclass
 class Pairs:
-    """Pictures and texts, each by itself.
+    """Images and texts, encoded separately.
 
     Attributes:
-        features: dtype[B, P, E], what the queries read.
-        cache: the queries' keys and values, for texts that are written from them.
+        features: dtype[B, P, E], which the queries read.
+        cache: the queries' keys and values, for generating texts.
         image, text: float32[B, num_queries, D] and float32[B, D], unit vectors.
-        temperature: float32, what similarities are divided by; 1 without a captioning head.
+        temperature: float32, the divisor of similarities; 1 without a captioning head.
     """
 
     features: jax.Array
@@ -126,11 +125,11 @@ class Pairs:
 
 @struct.dataclass
 class PairScores:
-    """What the heads say.
+    """The outputs of the heads.
 
     Attributes:
-        similarity: float32[B, T], each picture with each text: the largest cosine over the queries.
-        matching: float32[B, 2], whether the picture and the text of a row belong together: logits of no and yes.
+        similarity: float32[B, T] of each image and each text: the largest cosine over the queries.
+        matching: float32[B, 2], the logits of "no match" and "match" for the image and the text of a row.
     """
 
     similarity: jax.Array
@@ -138,7 +137,7 @@ class PairScores:
 
 
 class QFormerPretraining(nn.Module):
-    """Pairs of pictures and texts to the three heads' answers."""
+    """A module that maps pairs of images and texts to the outputs of three heads."""
 
     config: QFormerPretrainingConfig
 
@@ -160,17 +159,17 @@ class QFormerPretraining(nn.Module):
             self.caption_bias = self.param("caption_bias", zeros, (c.projector.vocab_size,), jnp.float32)
 
     def __call__(self, batch) -> PairScores:
-        """Every picture of a batch with every text, and each with its own.
+        """Compares every image of a batch with every text, and matches each with its own.
 
         Args:
-            batch: images uint8[B, M, H, W, 3], of which the first of each row counts, or float where they are
-                normalised already; tokens, segments int[B, L], of which segment 1 counts, from its first place on.
+            batch: images uint8[B, M, H, W, 3], or float if they are normalised already; only the first of each row
+                counts. tokens, segments int[B, L]; only segment 1 counts, which starts at the first position.
         """
         pairs = self.encode_pairs(batch)
         return PairScores(similarity(pairs.image, pairs.text), self.match(batch | {"features": pairs.features}))
 
     def encode_pairs(self, batch) -> Pairs:
-        """Pictures and texts of a batch, apart from each other."""
+        """Encodes the images and the texts of a batch separately."""
         images, real = batch["images"][:, 0], _first_text(batch)
         pixels = normalise_pixels(images, self.config.encoder) if images.dtype == jnp.uint8 else images
         features = self.encoder_image(pixels).last_hidden_state
@@ -181,13 +180,13 @@ class QFormerPretraining(nn.Module):
         return Pairs(features, cache, image, text, temperature)
 
     def match(self, batch):
-        """float32[N, 2]: whether `features` dtype[N, P, E] and the text beside them belong together."""
+        """Computes matching logits float32[N, 2] of `features` dtype[N, P, E] and the text of the same row."""
         hidden, _ = self.projector_image.encode(batch["features"], batch["tokens"], _first_text(batch))
         queries = hidden[:, : self.config.projector.num_queries]
         return self.matching(queries).astype(jnp.float32).mean(axis=1)
 
     def write(self, batch):
-        """float32[B, L, V]: what follows each place of a text that is written from the queries in `cache`."""
+        """Computes next-token logits float32[B, L, V] of a text that is generated from the queries in `cache`."""
         c = self.config
         tokens = batch["tokens"]
         if c.decode_token_id is not None:
@@ -196,19 +195,19 @@ class QFormerPretraining(nn.Module):
         x = self.caption_norm(ACTIVATIONS[c.projector.activation](self.caption_dense(x)))
         return self.projector_image.token_embedding.attend(x).astype(jnp.float32) + self.caption_bias
 
-    # ---- what training asks of a model
+    # ---- for training
 
     def touch(self, batch):
-        """Runs every part once: what `init` traces so that all parameters exist."""
+        """Runs every part once, so that `init` creates all parameters."""
         pairs = self.encode_pairs(batch)
-        self.projector_image(pairs.features)  # the map to an LLM, which this stage carries along
+        self.projector_image(pairs.features)  # the map to an LLM, which this stage holds and does not train
         self.match(batch | {"features": pairs.features})
         if self.config.captioning:
             self.write(batch | {"cache": pairs.cache})
 
 
 def similarity(image, text):
-    """[B, Q, D], [T, D] -> [B, T]: of the queries' similarities with a text the largest."""
+    """Returns the largest similarity of a query with a text: [B, Q, D], [T, D] -> [B, T]."""
     return jnp.einsum("bqd,td->bqt", image, text).max(axis=1)
 
 
@@ -216,13 +215,13 @@ def _first_text(batch):
     return (batch["segments"] == 1).astype(jnp.int32)
 
 
-# ---- `Blip2ForImageTextRetrieval`: the stage as it ranks, without the head that writes
+# ---- `Blip2ForImageTextRetrieval`: the stage without the head that generates
 
 FAMILY = "Blip2ForImageTextRetrieval"
 
 
 def from_hf_config(values: dict) -> QFormerPretrainingConfig:
-    """config.json of Blip2ForImageTextRetrieval, every option honoured or refused by name."""
+    """Reads config.json of Blip2ForImageTextRetrieval; each option is honoured or refused by name."""
     options = Options(values, f"config.json of {FAMILY}")
     encoder = read_encoder(options.part("vision_config", {}))
     projector = read_qformer(
@@ -240,7 +239,7 @@ def from_hf_config(values: dict) -> QFormerPretrainingConfig:
         image_token_id=options.id("image_token_index", options.id("image_token_id")),
         family=FAMILY,
     )
-    # A language model is described there, but there is none.
+    # config.json describes a language model, but the model has none.
     options.skip("vision_config", "qformer_config", "text_config", "use_decoder_only_language_model")
     options.skip("tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id")
     options.done()
@@ -248,7 +247,7 @@ def from_hf_config(values: dict) -> QFormerPretrainingConfig:
 
 
 def to_hf_config(config: QFormerPretrainingConfig) -> dict:
-    """The inverse; refuses switches that the family does not have."""
+    """Writes config.json; refuses options that the family does not have."""
     written = dict(
         **kind_of(FAMILY),
         vision_config=nameless(eva.FAMILY.to_hf(config.encoder)),
@@ -263,7 +262,7 @@ def to_hf_config(config: QFormerPretrainingConfig) -> dict:
             projector=stored_fields(c.parts["projector_image"])
         )
 
-    return check_written(config, written, from_hf_config, "a model that compares pictures and texts", facts)
+    return check_written(config, written, from_hf_config, "a model that compares images and texts", facts)
 
 
 def table(config: QFormerPretrainingConfig) -> Table:

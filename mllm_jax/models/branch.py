@@ -1,4 +1,4 @@
-"""A branch of a multimodal model: how the LLM reads one modality, encoder -> projector."""
+"""The branch of a multimodal model for one modality: encoder -> projector."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from typing import Any
 from mllm_jax.data.batch import ROW, SLOTS, ArraySpec, BatchSpec, images_spec, instruction_spec
 from mllm_jax.errors import ConfigError
 
-INSTRUCTION = 128  # the most tokens of one in training: max_txt_len in LAVIS' configs
-KINDS = ("encoder", "projector")  # of the parts of a branch
+INSTRUCTION = 128  # the most tokens of an instruction in training: max_txt_len in LAVIS' configs
+KINDS = ("encoder", "projector")  # kinds of parts of a branch
 _PATCHES = ("patches", "patch_segments", "patch_coordinates", "patch_grids")
-ARRAYS = ("images", "features", "query_tokens", "query_segments", *_PATCHES)  # of one branch in a batch
+ARRAYS = ("images", "features", "query_tokens", "query_segments", *_PATCHES)  # arrays of one branch in a batch
 
 
 @dataclass(frozen=True)
 class Connection:
-    """Which of the encoder's features the projector reads.
+    """The features of the encoder that the projector reads.
 
     Attributes:
-        layers: hidden states, side by side when there are several: 0 is what entered the first layer, -1 what left the
-            last. None: the encoder's last hidden state, after its final norm.
-        class_token: whether vectors that stand for the whole image are read too.
+        layers: indices of hidden states, which are concatenated: 0 is the input of the first layer, -1 the output of
+            the last. None: the encoder's last hidden state, after its final norm.
+        class_token: whether the vectors of the whole image are read too.
     """
 
     layers: tuple[int, ...] | None = None
@@ -31,11 +31,11 @@ class Connection:
 
 @dataclass(frozen=True)
 class Branch:
-    """How the LLM reads one modality.
+    """The encoder and the projector of one modality.
 
     Attributes:
         encoder: of media of one size, or of packed patches, which it merges and projects itself; or the modality of
-            the branch whose encoder this one shares.
+            the branch whose encoder this branch shares.
         projector: None for an encoder of packed patches; or the modality of the branch whose projector it shares.
     """
 
@@ -45,11 +45,11 @@ class Branch:
 
     @property
     def packed(self) -> bool:
-        """Whether the encoder reads patches of media of any size, packed in rows, instead of tiles of one size."""
+        """True if the encoder reads packed patches of media of any size, not tiles of one size."""
         return getattr(self.encoder, "packed", False)
 
     def joined(self, hidden_size: int) -> Branch:
-        """Returns the branch with the widths that its parts leave open: the LLM's, and the encoder's."""
+        """Returns the branch with open widths filled in, from the LLM and the encoder."""
         if self.packed:
             return replace(self, encoder=filled(self.encoder, output_size=hidden_size))
         features = read_from(self.encoder) if self.connection.layers is None else {}
@@ -57,7 +57,7 @@ class Branch:
 
     @property
     def tokens(self) -> int:
-        """Media tokens of one medium, or tile of one."""
+        """The number of media tokens of one medium, or of one tile."""
         kept = self.connection.class_token and self.encoder.class_token
         if kept and getattr(self.projector, "needs_grid", False):
             raise ConfigError(
@@ -69,11 +69,11 @@ class Branch:
 
     @property
     def instruction_length(self) -> int:
-        """Tokens of an instruction that the projector reads in training; 0: it reads none."""
+        """The most tokens of an instruction that the projector reads in training; 0: it reads none."""
         return min(INSTRUCTION, self.projector.max_length) if getattr(self.projector, "reads_text", False) else 0
 
     def check(self, hidden_size: int) -> None:
-        """Raises ConfigError: parts that do not fit each other, or the LLM's width."""
+        """Raises ConfigError if the parts do not fit each other, or the LLM's width."""
         if self.packed != (self.projector is None):
             raise ConfigError(
                 f"encoder {type(self.encoder).__name__} with projector {type(self.projector).__name__}",
@@ -89,10 +89,10 @@ class Branch:
             self.tokens  # noqa: B018 - refuses a grid that the projector cannot divide
 
     def batch_spec(self, modality: str, rows: int, slots: int) -> BatchSpec:
-        """The arrays of a batch that hold its media.
+        """Returns the arrays of a batch that hold its media.
 
         Args:
-            slots: of a row: tiles, or patches of an encoder that packs them.
+            slots: the number of tiles in a row, or of patches for an encoder that packs them.
         """
         media = (rows, slots)
         if self.packed:
@@ -112,18 +112,18 @@ class Branch:
 
 
 def read_from(encoder: Any) -> dict[str, Any]:
-    """The fields of a projector that its encoder decides: `feature_size` and `widths`, of encoders that have them."""
+    """Returns the fields of a projector that its encoder decides: `feature_size` and `widths`, if it has them."""
     found = {name: getattr(encoder, name, None) for name in ("feature_size", "widths")}
     return {name: value for name, value in found.items() if value is not None}
 
 
 def filled(part: Any, **values: Any) -> Any:
-    """The part's config with these values in the fields of these names that are None."""
+    """Returns the part's config with its None fields set to the values of the same names."""
     fields = {field.name for field in dataclasses.fields(part)} if is_dataclass(part) else set()
     given = {name: value for name, value in values.items() if name in fields and getattr(part, name) is None}
     return replace(part, **given) if given else part
 
 
 def array_name(modality: str, name: str) -> str:
-    """The name in a batch of an array of a branch; those of images bear no prefix."""
+    """Returns the name in a batch of a branch's array; arrays of images have no prefix."""
     return name if modality == "image" else f"{modality}_{name}"

@@ -1,4 +1,4 @@
-"""Media tokens and their caption as an LLM learns to say the one from the other (arXiv 2301.12597, section 3.3)."""
+"""Rows in which an LLM learns to generate a caption from media tokens (arXiv 2301.12597, section 3.3)."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ import jax.numpy as jnp
 
 
 def caption_row(llm: Any, media, tokens, segments) -> dict:
-    """The batch in which each row's caption follows its media tokens, for `NextToken`; all of the caption is learnt.
+    """Returns a batch for `NextToken` whose captions follow their media tokens; the whole caption carries loss.
 
-    A decoder reads both in one text, the media first; an encoder-decoder reads the media and writes the caption.
+    A decoder reads both in one text, the media first; an encoder-decoder reads the media and generates the caption.
 
     Args:
         llm: the LLM's config.
         media: dtype[B, T, E], in the LLM's space.
-        tokens, segments: int[B, L], 0 in segments at padding, which is behind the caption. What stands in a row is one
-            caption, even if it is made of several.
+        tokens, segments: int[B, L]; segments are 0 at padding, which follows the caption. All segments of a row are
+            one caption.
 
     Returns:
         The arrays that a composed model reads, and `loss_weights`.
@@ -32,6 +32,6 @@ def caption_row(llm: Any, media, tokens, segments) -> dict:
             decoder_segments=jnp.concatenate([first, text], axis=1),
             loss_weights=jnp.concatenate([0 * first, text], axis=1).astype(jnp.float32),
         )
-    behind = dict(tokens=tokens, segments=text, media_index=jnp.full_like(tokens, -1))
-    row |= {name: jnp.concatenate([row[name], array], axis=1) for name, array in behind.items()}
+    caption = dict(tokens=tokens, segments=text, media_index=jnp.full_like(tokens, -1))
+    row |= {name: jnp.concatenate([row[name], array], axis=1) for name, array in caption.items()}
     return row | dict(loss_weights=jnp.concatenate([0 * ones, text], axis=1).astype(jnp.float32))

@@ -1,4 +1,4 @@
-"""Dual encoders, CLIP (arXiv 2103.00020) and SigLIP (arXiv 2303.15343): a picture and a text tower, one space."""
+"""Dual encoders, CLIP (arXiv 2103.00020) and SigLIP (arXiv 2303.15343): images and texts in one vector space."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from mllm_jax.models.branch import filled
 from mllm_jax.models.contrastive import POOLINGS, ContrastiveHeads
 
 KINDS = ("softmax", "sigmoid")
-# What OpenAI's and LAION's pictures are normalised with, which no config.json says.
+# Mean and standard deviation of OpenAI's and LAION's images; no config.json has them.
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 # Log scale and bias at the start of training.
 INIT = {"softmax": (math.log(1 / 0.07), 0.0), "sigmoid": (math.log(10.0), -10.0)}
@@ -36,16 +36,15 @@ INIT = {"softmax": (math.log(1 / 0.07), 0.0), "sigmoid": (math.log(10.0), -10.0)
 
 @dataclass(frozen=True)
 class DualEncoderConfig(WithCompute):
-    """Two towers and what joins them.
+    """The config of two encoders and their heads.
 
     Attributes:
-        vision: None: the encoder of images of the experiment's model, which the stage then trains.
-        projection_size: width of the common space; None: that of the towers' vectors, which are then not projected.
-        kind: "softmax" (CLIP), or "sigmoid" (SigLIP), which has a bias; the loss to train it with is named alike.
-        pooling, captions: what stands for a picture, and the most texts that one has in a row of a training batch; see
-            `ContrastiveHeads`.
-        init_log_scale, init_bias: of the similarity at the start of training; None is that of the kind's paper.
-        family: None, or the Hugging Face architecture that it is written as.
+        vision: the image encoder; None: that of the experiment's model, which the stage then trains.
+        projection_size: width of the common space; None: the width of the encoders' vectors, which are not projected.
+        kind: "softmax" (CLIP), or "sigmoid" (SigLIP), which has a bias; the loss for its training has the same name.
+        pooling, captions: see `ContrastiveHeads`.
+        init_log_scale, init_bias: of the similarity at the start of training; None: those of the kind's paper.
+        family: the Hugging Face architecture for writing it, or None.
     """
 
     vision: ViTConfig | None = None
@@ -68,18 +67,18 @@ class DualEncoderConfig(WithCompute):
             return
         if self.pooling == "pooler" and self.vision.dialect.pooler == "none":
             raise ConfigError(
-                "dual encoder: a vision encoder that pools nothing", "a pooled vector", "set vision.dialect.pooler"
+                "dual encoder: an image encoder that pools nothing", "a pooled vector", "set vision.dialect.pooler"
             )
         if self.projection_size is None and self.image_vector_size != self.text.output_size:
             raise ConfigError(
-                f"dual encoder: pictures of {self.image_vector_size} and texts of {self.text.output_size} dimensions",
+                f"dual encoder: images of {self.image_vector_size} and texts of {self.text.output_size} dimensions",
                 "equal widths, or a projection",
-                "set projection_size, or change a tower's width",
+                "set projection_size, or change an encoder's width",
             )
 
     @property
     def image_vector_size(self) -> int:
-        """Width of what the vision tower gives for a picture."""
+        """The width of the image encoder's vector of an image."""
         v = self.vision
         if self.pooling == "patches":
             return (v.grid**2 + int(v.class_token)) * (v.hidden_size if v.regions is None else v.region_size)
@@ -87,15 +86,15 @@ class DualEncoderConfig(WithCompute):
 
     @property
     def media_tokens(self) -> int:
-        """Places of a picture that a caption may describe."""
+        """The number of patches or regions of an image that a caption may describe."""
         return self.vision.grid**2
 
-    llm = None  # it generates no text
+    llm = None  # it has no language model
     encoder_decoder = False
 
     @property
     def image_size(self) -> int:
-        """Side of the images that a batch holds."""
+        """The side of the images in a batch."""
         return self.vision.image_size
 
     @property
@@ -106,16 +105,16 @@ class DualEncoderConfig(WithCompute):
 
     @property
     def vocab_sizes(self) -> dict[str, int]:
-        """How many tokens each embedding holds, by its place in an experiment."""
+        """The number of tokens of each embedding, by its path in an experiment."""
         return {"model.text.vocab_size": self.text.vocab_size}
 
     def batch_spec(self, rows: int = 1, length: int = 8, slots: Mapping[str, int] = ONE_IMAGE) -> BatchSpec:
-        """The arrays of a batch: captions, and an image in each slot."""
+        """Returns the arrays of a batch: captions, and an image in each slot."""
         images = images_spec(rows, slots.get("image", 0), self.vision.image_size, self.vision.num_channels)
         return text_spec(rows, length) | images
 
     def beside(self, model: Any, vocab_size: int) -> DualEncoderConfig:
-        """Returns the config with what it leaves open taken from the experiment; see `TakesFromExperiment`."""
+        """Returns the config with open fields filled in from the experiment; see `TakesFromExperiment`."""
         vision = model.parts.get("encoder_image") if self.vision is None else self.vision
         return replace(self, vision=vision, text=filled(self.text, vocab_size=vocab_size))
 
@@ -127,12 +126,12 @@ class DualEncoderConfig(WithCompute):
 
 @struct.dataclass
 class DualOutput:
-    """Pictures against texts.
+    """The vectors of images and texts, and their similarities.
 
     Attributes:
         image_embeds, text_embeds: float32[B, P], float32[T, P], unit vectors.
         logits_per_image: float32[B, T]; logits_per_text is its transpose.
-        vision, text: the towers' own outputs.
+        vision, text: the encoders' own outputs.
     """
 
     image_embeds: jax.Array
@@ -144,7 +143,7 @@ class DualOutput:
 
 
 class DualEncoder(nn.Module):
-    """Pictures and texts to unit vectors (reference classes: `CLIPModel`, `SiglipModel`)."""
+    """A module that maps images and texts to unit vectors (reference classes: `CLIPModel`, `SiglipModel`)."""
 
     config: DualEncoderConfig
 
@@ -162,7 +161,7 @@ class DualEncoder(nn.Module):
         )
 
     def __call__(self, pixels, tokens, mask=None, *, output_hidden_states: bool = False) -> DualOutput:
-        """Compares every picture with every text.
+        """Compares every image with every text.
 
         Args:
             pixels: float[B, H, W, 3], normalised.
@@ -170,7 +169,7 @@ class DualEncoder(nn.Module):
             mask: int[T, L], 0 at padding, or None; see `TextModel`.
 
         Raises:
-            ConfigError: texts longer than the tower's positions, pictures that the tower does not take.
+            ConfigError: texts are longer than the encoder's positions, or it does not take the images.
         """
         vision = self.encoder_image(pixels, output_hidden_states)
         text = self.encoder_text(tokens, mask, output_hidden_states=output_hidden_states)
@@ -181,37 +180,37 @@ class DualEncoder(nn.Module):
         return DualOutput(image_embeds, text_embeds, logits, logits.T, vision, text)
 
     def encode_image(self, pixels):
-        """float[B, H, W, 3], normalised -> float32[B, P], unit vectors."""
+        """Encodes normalised images float[B, H, W, 3] as unit vectors float32[B, P]."""
         return self.heads(self.encoder_image(pixels), None, None)[0][:, 0]
 
     def encode_text(self, tokens, mask=None):
-        """int[T, L] -> float32[T, P], unit vectors; for the mask see `TextModel`."""
+        """Encodes texts int[T, L] as unit vectors float32[T, P]; for the mask see `TextModel`."""
         return self.heads(None, None, _vector(self.encoder_text(tokens, mask))[:, None])[1][:, 0]
 
-    # ---- what training asks of a model
+    # ---- for training
 
     def embed_pairs(self, batch):
-        """The captions of each row and what they describe of its first picture, as unit vectors.
+        """Returns unit vectors of each row's captions, and of what they describe in its first image.
 
-        A caption stands in the row as a segment of its own. `media_index` at its first token names the patch or region
-        that it describes, -1 the whole picture; without `media_index` all describe the whole picture.
+        Each caption is a segment of the row. `media_index` at its first token is the patch or region that it
+        describes, or -1 for the whole image; without `media_index` all captions describe the whole image.
 
         Returns:
-            float32[B, C, P] of pictures or their places, float32[B, C, P] of captions, scale, bias. By softmax the
+            float32[B, C, P] of images or their patches, float32[B, C, P] of captions, scale, bias. With softmax the
             scale is clipped at 100, as in CLIP's training.
         """
         c = self.config
         vision = self.encoder_image(normalise_pixels(batch["images"][:, 0], c.vision))
         text = self.encoder_text.embed(batch["tokens"], batch["positions"], batch["segments"], c.captions)
-        place = None
+        patch = None
         if c.captions > 1 and "media_index" in batch:
             first = (batch["segments"][:, None] == jnp.arange(1, c.captions + 1)[None, :, None]).argmax(axis=-1)
-            place = jnp.take_along_axis(batch["media_index"], first, axis=1)
-        image, text, scale, bias = self.heads(vision, place, text)
+            patch = jnp.take_along_axis(batch["media_index"], first, axis=1)
+        image, text, scale, bias = self.heads(vision, patch, text)
         return image, text, jnp.minimum(scale, 100.0) if c.kind == "softmax" else scale, bias
 
     def touch(self, batch):
-        """Runs every part once: what `init` traces so that all parameters exist."""
+        """Runs every part once, so that `init` creates all parameters."""
         return self.embed_pairs(batch)
 
 
@@ -223,26 +222,26 @@ def _vector(text: TextOutput):
 
 
 def _parts(options: Options, readers: Sequence[Callable[[dict], Any]]) -> list:
-    """The configs of the vision and the text tower.
+    """Returns the configs of the image encoder and the text encoder.
 
-    Early folders hold one more of each, `vision_config_dict`, with defaults left out; it goes before the other, which
-    is read all the same, so that an unknown option in it is refused.
+    Early folders also have `vision_config_dict` and `text_config_dict`, without defaults. These take precedence; the
+    others are read too, so that their unknown options are refused.
 
     Args:
-        readers: of the two towers.
+        readers: read the options of the two encoders.
     """
     options.skip("vision_config", "text_config", "vision_config_dict", "text_config_dict")
     found = []
     for name, read in zip(("vision_config", "text_config"), readers, strict=True):
         parts = [options.part(f"{name}_dict", None), options.part(name, {})]
         for part in filter(None, parts):
-            part.pop("architectures", None)  # they name the whole model, or nothing
+            part.pop("architectures", None)  # of the whole model, or empty
         found.append([read(part) for part in parts if part is not None][0])
     return found
 
 
 def sample(config: DualEncoderConfig) -> tuple:
-    """Arguments with which `init` creates every parameter."""
+    """Returns arguments with which `init` creates every parameter."""
     side = config.vision.image_size
     return jnp.zeros((1, side, side, config.vision.num_channels)), jnp.zeros((1, 1), jnp.int32)
 
@@ -252,20 +251,20 @@ def _family(
     *,
     name: str,
     kind: str,
-    towers: tuple[Family, Family],
+    encoders: tuple[Family, Family],
     joined: tuple[Weight, ...],
     fields: Fields = {},  # noqa: B006
     normalised: Mapping[str, Any] = {},
 ) -> Family:
-    """A dual encoder as a class of transformers; every option of its config.json is honoured or refused by name.
+    """Returns the family of a dual encoder's class; each option of config.json is honoured or refused by name.
 
     Args:
-        towers: of images and of texts.
-        joined: the weights of what joins them.
-        fields: the options of the whole.
-        normalised: what no config.json says of the images.
+        encoders: families of the image encoder and the text encoder.
+        joined: the weights of the heads.
+        fields: the options of the whole model.
+        normalised: fields of the image encoder that no config.json has.
     """
-    vision, text = towers
+    vision, text = encoders
 
     def from_hf(values: dict) -> DualEncoderConfig:
         options = Options(values, f"config.json of {architecture}")
@@ -294,7 +293,7 @@ def _family(
 
 
 def _facts(c: DualEncoderConfig) -> dict:
-    """How a dual encoder joins its towers, which check themselves."""
+    """Returns the values that config.json must keep; the encoders check their own."""
     return {name: getattr(c, name) for name in ("projection_size", "kind", "pooling", "family")}
 
 
@@ -302,7 +301,7 @@ CLIP = _family(
     "CLIPModel",
     name="CLIP",
     kind="softmax",
-    towers=(clip_vision.FAMILY, clip_text.FAMILIES[0]),
+    encoders=(clip_vision.FAMILY, clip_text.FAMILIES[0]),
     joined=(
         *linear("visual_projection", "heads/image_projection", bias=False),
         *linear("text_projection", "heads/text_projection", bias=False),
@@ -318,7 +317,7 @@ SIGLIP = _family(
     "SiglipModel",
     name="SigLIP",
     kind="sigmoid",
-    towers=(siglip_vision.FAMILY, siglip_text.FAMILIES[0]),
+    encoders=(siglip_vision.FAMILY, siglip_text.FAMILIES[0]),
     joined=(Weight("logit_scale", "heads/log_scale", "1 ->"), Weight("logit_bias", "heads/bias", "1 ->")),
 )
 FAMILIES = (CLIP, SIGLIP)

@@ -1,4 +1,4 @@
-"""What goes along with a model's weights: its tokenizer, and its processor's settings for the images that it reads."""
+"""The files beside a model's weights: its tokenizer, and its processor's settings."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from mllm_jax.data.image_settings import has_settings, resize_settings
 
 
 def copy_for(config: Any, source: Path, target: Path) -> None:
-    """Copies what lies beside the weights in a model's folder, for a model of images of another size if need be."""
+    """Copies the files beside a model's weights, and adapts the processor's settings to the config's image size."""
     copy_companions(source, target)
     if sizes := _sizes(config, source):
         resize_settings(target, source, *sizes, tokens=getattr(config, "media_tokens", None))
@@ -22,7 +22,7 @@ def copy_for(config: Any, source: Path, target: Path) -> None:
 
 @contextmanager
 def fitting(config: Any, source: Path | None) -> Iterator[Path | None]:
-    """The folder itself, or a copy of what lies beside its weights whose settings fit the config."""
+    """Yields the folder, or a temporary copy of its companion files whose settings fit the config."""
     if source is None or _sizes(config, source) is None:
         yield source
         return
@@ -32,7 +32,7 @@ def fitting(config: Any, source: Path | None) -> Iterator[Path | None]:
 
 
 def _sizes(config: Any, source: Path) -> tuple[int, int] | None:
-    """The image size of the model in a folder, and that of a config where it is another."""
+    """Returns the image sizes of the model in a folder and of a config; None if they are equal or unknown."""
     from mllm_jax.models.registry import pretrained_config
 
     size = getattr(config, "image_size", None)

@@ -1,4 +1,4 @@
-"""The heads of a dual encoder: both encoders' features to one space of unit vectors."""
+"""The heads of a dual encoder, which map features of images and texts to unit vectors in one space."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ POOLINGS = ("pooler", "patches")
 
 
 class ContrastiveHeads(nn.Module):
-    """Images and texts as unit vectors, with the scale and bias of their similarity.
+    """The projections to unit vectors, and the scale and bias of the similarity.
 
     Attributes:
         projection_size: width of the common space; None: the encoders' own, without a projection.
-        pooling: what stands for an image: "pooler", the encoder's pooled vector, as in CLIP; "patches", all patches
-            side by side, which keeps positions apart and learns far faster from little data.
+        pooling: the vector of an image: "pooler", the encoder's pooled vector, as in CLIP; "patches", all patches
+            concatenated, which keeps positions separate and learns far faster from little data.
         captions: the most texts of an image in a row.
         init_log_scale, init_bias: of the similarity at the start.
-        learned_bias: whether there is a bias to learn; without, it is 0.
+        learned_bias: whether the bias is learned; otherwise it is 0.
     """
 
     projection_size: int | None
@@ -32,11 +32,16 @@ class ContrastiveHeads(nn.Module):
     learned_bias: bool
 
     @nn.compact
-    def __call__(self, vision, place, text):
-        """VisionOutput of B images, int[B, C], dtype[B, C, E] -> float32[B, C, P], float32[B, C, P], scale, bias
+    def __call__(self, vision, patch, text):
+        """Projects images and texts to unit vectors.
 
-        `place` is the media token that a caption describes; -1 is the whole image, and so is None. Without `vision`
-        or `text` there is None in its place.
+        Args:
+            vision: VisionOutput of B images, or None.
+            patch: int[B, C], the media token that each caption describes; -1, or None for all: the whole image.
+            text: dtype[B, C, E], or None.
+
+        Returns:
+            float32[B, C, P] of images and of texts, or None for an input that is None; scale; bias.
         """
         image = None
         if vision is not None:
@@ -45,10 +50,10 @@ class ContrastiveHeads(nn.Module):
                 image = rearrange(vision.last_hidden_state, "b n e -> b (n e)")
             count = 1 if text is None else text.shape[1]
             image = jnp.broadcast_to(image[:, None], (image.shape[0], count, image.shape[-1]))
-            if self.captions > 1 and place is not None:
+            if self.captions > 1 and patch is not None:
                 patches = vision.last_hidden_state[:, vision.class_tokens :]
-                there = jnp.take_along_axis(patches, jnp.maximum(place, 0)[..., None], axis=1)
-                image = jnp.where((place >= 0)[..., None], there, image)
+                described = jnp.take_along_axis(patches, jnp.maximum(patch, 0)[..., None], axis=1)
+                image = jnp.where((patch >= 0)[..., None], described, image)
             image = as_unit_vectors(self._project(image, "image_projection"))
         if text is not None:
             text = as_unit_vectors(self._project(text, "text_projection"))

@@ -1,4 +1,4 @@
-"""Conversion with proof: a model folder into another kind or dtype, read back from the disk and compared bit by bit."""
+"""Conversion of a model folder to another kind or dtype, which is read back and compared bit by bit."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ Kind = Literal["huggingface", "native"]
 
 @dataclass(frozen=True)
 class Proof:
-    """What the source and the target hold, each read from its files, in the hub's spelling.
+    """The checksums of source and target, each read from its files, with the hub's names.
 
     Attributes:
-        expected: the source's tensors, cast where another dtype was asked for; equal to `target`.
+        expected: of the source's tensors, cast if another dtype was requested; equal to `target`.
     """
 
     source: Checksum
@@ -50,14 +50,14 @@ def convert(
     """Writes the model in `source` as `target`, reads it back and compares every bit.
 
     Args:
-        to: None is the kind that the source is not.
-        dtype: of the target's tensors; None keeps the source's.
-        overwrite: replace a model that is there.
-        say: is told, line by line, what was done.
+        to: the kind of the target; None: the kind that the source does not have.
+        dtype: of the target's tensors; None: the source's.
+        overwrite: whether to replace an existing model.
+        say: is called with each line of the report.
 
     Raises:
-        CheckpointError: a source that cannot be read, a target that cannot be written or that reads back otherwise.
-        ConfigError: an unsupported model.
+        CheckpointError: the source cannot be read, the target cannot be written, or it reads back differently.
+        ConfigError: the model is not supported.
     """
     source, target = Path(source), Path(target)
     if source.resolve() == target.resolve():
@@ -71,7 +71,7 @@ def convert(
         write_native(target, module.config, params, companions=source, overwrite=overwrite)
     else:
         save_pretrained(module, params, target, companions=source, overwrite=overwrite)
-    del params  # the proof reads what lies on the disk
+    del params  # the proof reads the files
 
     tensors = _stored(source)
     before = checksum(tensors)
@@ -93,9 +93,9 @@ def convert(
 
 
 def _stored(folder: Path) -> dict[str, Callable[[], np.ndarray]]:
-    """The hub's name -> a function that gives this tensor of a model folder of either kind.
+    """Returns {the hub's name: a function that returns this tensor} of a model folder of either kind.
 
-    As the files have it where they are spelled as we would write them; else put together from the parameters.
+    Tensors come from the files if these have the names that we write; otherwise from the parameters.
     """
     if not is_native(folder):
         config, family = read_pretrained(folder)

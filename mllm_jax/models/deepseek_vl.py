@@ -1,6 +1,6 @@
-"""DeepSeek-VL (arXiv 2403.05525): SigLIP, in the larger model beside SAM, a projector, LLaMA; a picture is one tile.
+"""DeepSeek-VL (arXiv 2403.05525): SigLIP, in the larger model also SAM, a projector, LLaMA; an image is one tile.
 
-Read are folders of transformers' classes, such as deepseek-community's, not the authors' own `MultiModalityCausalLM`.
+Supports folders of transformers' classes, such as deepseek-community's, not the authors' `MultiModalityCausalLM`.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ _WHAT = "a DeepSeek-VL"
 
 @dataclass(frozen=True)
 class DeepseekVLConfig(MultimodalConfig):
-    """What DeepSeek-VL's config.json says besides its parts.
+    """The config of DeepSeek-VL.
 
     Attributes:
-        image_token_id: of the token that stands for a picture and for each of its media tokens.
-        preprocessing: "hub", as in transformers, or "original", as in the authors' repository: the shorter side of a
-            picture is cut off to whole pixels where "hub" rounds; beside SAM, SigLIP's picture is made on the device,
-            of SAM's pixels, bilinear with antialiasing and never rounded to bytes. No config.json says it.
+        image_token_id: of the token that stands for an image and for each of its media tokens.
+        preprocessing: "hub", as in transformers, or "original", as in the authors' repository, which rounds the shorter
+            side of an image down, where "hub" rounds to the nearest. With SAM, "original" also makes SigLIP's image on
+            the device from SAM's pixels, bilinear with antialiasing, never rounded to bytes. No config.json has it.
     """
 
     family: str | None = HYBRID
@@ -72,22 +72,22 @@ class DeepseekVLConfig(MultimodalConfig):
 
     @property
     def hybrid(self) -> bool:
-        """Whether there is a SAM."""
+        """True if the model has a SAM."""
         return self.family == HYBRID
 
 
-# ---- pictures
+# ---- images
 
 
 class DeepseekVLLayout(TileLayout):
-    """DeepSeek-VL's pictures: a square with margins of one colour; for the hybrid a large one and, below it, a small.
+    """A layout of square images with margins of one colour; the hybrid reads a large one and below it a small one.
 
     Args:
         config: the model's.
-        pictures: what prepares them.
+        pictures: the image processor.
 
     Raises:
-        ConfigError: a processor that makes other pictures than the model reads.
+        ConfigError: the processor makes other images than the model reads.
     """
 
     def __init__(self, config: DeepseekVLConfig, pictures: ImageProcessor):
@@ -95,7 +95,7 @@ class DeepseekVLLayout(TileLayout):
         made = [pictures] + ([pictures.low] if pictures.low is not None else [])
         if [{each.output_size(7, 9), each.output_size(9, 7)} for each in made] != [{(side, side)} for side in sides]:
             raise mismatch(
-                f"a {pictures.kind} that makes pictures of {[each.output_size(7, 9) for each in made]}",
+                f"a {pictures.kind} that makes images of {[each.output_size(7, 9) for each in made]}",
                 f"squares of {' and '.join(map(str, sides))} pixels, as the model reads",
             )
         self.config, self.pictures = config, replace(pictures, cuts_off=config.preprocessing == "original")
@@ -105,23 +105,23 @@ class DeepseekVLLayout(TileLayout):
         self.pictures.require(size)
         return Media({}, np.full(self.tokens_a_tile, self.image_token), np.arange(self.tokens_a_tile), count=1)
 
-    def image(self, picture: np.ndarray) -> Media:
-        tile = self.pictures.prepare(picture)
+    def image(self, image: np.ndarray) -> Media:
+        tile = self.pictures.prepare(image)
         tile = self._both(tile) if self.config.hybrid else self.pictures.for_encoder(tile, self.config.image.encoder)
-        return replace(self.sized(Size(*picture.shape[:2])), arrays={"images": tile[None]})
+        return replace(self.sized(Size(*image.shape[:2])), arrays={"images": tile[None]})
 
     def _both(self, large: np.ndarray) -> np.ndarray:
-        """The hybrid's picture, see `SiglipSam`: bytes, or numbers from 0 to 1."""
+        """Returns the hybrid's input, see `SiglipSam`: bytes, or numbers from 0 to 1."""
         encoder, processor = self.config.image.encoder, self.pictures
         shown = [(large, processor, encoder.high)]
         if self.config.preprocessing == "hub":
             shown.append((processor.low.prepare(large), processor.low, encoder.low))
-        parts = [made.for_encoder(pixels, tower) for pixels, made, tower in shown]
+        parts = [made.for_encoder(pixels, part) for pixels, made, part in shown]
         if any(part.dtype != np.uint8 for part in parts):
-            # Settings other than those that the towers' configs have: numbers that become theirs on the device.
+            # The settings differ from the encoders' configs: numbers that the device normalises to the right values.
             parts = [
-                made.normalise(pixels) * np.float32(tower.image_std) + np.float32(tower.image_mean)
-                for pixels, made, tower in shown
+                made.normalise(pixels) * np.float32(part.image_std) + np.float32(part.image_mean)
+                for pixels, made, part in shown
             ]
         if len(parts) == 1:
             return parts[0]
@@ -130,7 +130,7 @@ class DeepseekVLLayout(TileLayout):
 
 
 def layout(config: DeepseekVLConfig, folder: Path) -> DeepseekVLLayout:
-    """The layout of a model in a folder with its processor's settings."""
+    """Returns the layout of a model with its folder's processor settings."""
     return DeepseekVLLayout(config, read_image_processor(folder))
 
 
@@ -138,13 +138,13 @@ def layout(config: DeepseekVLConfig, folder: Path) -> DeepseekVLLayout:
 
 
 def from_hf_config(values: dict) -> DeepseekVLConfig:
-    """config.json of either kind, every option honoured or refused by name."""
+    """Reads config.json of either kind; each option is honoured or refused by name."""
     family = architecture(values, SINGLE, HYBRID)
     what = f"config.json of {family}"
     options = Options(values, what)
     text = options.part("text_config")
     text.setdefault("model_type", "llama")
-    # The whole model's word goes before the part's; where it says nothing, old files mean what the part says.
+    # The whole model's option takes precedence; if it is absent, as in old files, the LLM's part decides.
     tied = options.flag("tie_word_embeddings", Options(text, what).flag("tie_word_embeddings", False))
     llm = read_llm(text | {"tie_word_embeddings": tied}, what)
     encoder = low = _read_siglip(options.part("vision_config"), what)
@@ -161,9 +161,9 @@ def from_hf_config(values: dict) -> DeepseekVLConfig:
 
 
 def _part(values: dict, kind: str, what: str) -> dict:
-    """A tower's options, if it is that kind of tower."""
+    """Returns an encoder's options. Raises ConfigError if it is of another kind."""
     if values.get("model_type", kind) != kind:
-        raise ConfigError(f"{what}: a tower {values['model_type']!r}", kind, "convert another checkpoint")
+        raise ConfigError(f"{what}: an encoder {values['model_type']!r}", kind, "convert another checkpoint")
     return nameless(values)
 
 
@@ -172,14 +172,14 @@ def _read_siglip(values: dict, what: str) -> ViTConfig:
 
 
 def _read_sam(values: dict, what: str) -> sam.SamConfig:
-    # The conversion of the authors' weights wrote this word, which the class does not know and mlp_ratio means too.
+    # The conversion of the authors' weights wrote this option, which the class lacks; mlp_ratio has the same meaning.
     values = {name: value for name, value in values.items() if name != "intermediate_size"}
     read = sam.from_hf_config(_part(values, "sam_vision_model", what))
     return replace(read, image_mean=CLIP_MEAN, image_std=CLIP_STD)
 
 
 def to_hf_config(config: DeepseekVLConfig) -> dict:
-    """The inverse; refuses switches that the family does not have."""
+    """Writes config.json; refuses options that the family does not have."""
     c = config
     written = dict(
         **kind_of(c.family),
@@ -194,7 +194,7 @@ def to_hf_config(config: DeepseekVLConfig) -> dict:
 
 
 def _facts(c: DeepseekVLConfig) -> dict:
-    """What a config.json has to say of the whole; the parts have seen to themselves."""
+    """Returns the values of the whole model that config.json must keep; the parts check their own."""
     p = c.image.projector
     projector = stored_fields(p) | (dict(hidden_size=p.hidden_size or p.output_size) if not c.hybrid else {})
     downsample = c.image.encoder.downsample if c.hybrid else ()
@@ -204,18 +204,18 @@ def _facts(c: DeepseekVLConfig) -> dict:
 
 def table(config: DeepseekVLConfig) -> Table:
     c = config
-    tower = siglip_vision.FAMILY.table(c.image.encoder.low if c.hybrid else c.image.encoder)
+    siglip = siglip_vision.FAMILY.table(c.image.encoder.low if c.hybrid else c.image.encoder)
     llm = llm_table(c.llm, _WHAT)
     if c.hybrid:
         weights = list(nested(Table(tuple(siglip_sam_weights(c.image.encoder))), "model.", "encoder_image/"))
         maps = dict(high_res_vision_proj="first", vision_proj="second", proj="out")
     else:
-        weights = list(nested(tower, "model.vision_model.", "encoder_image/"))
+        weights = list(nested(siglip, "model.vision_model.", "encoder_image/"))
         maps = dict(linear1="linear_1", linear2="linear_2")
     for hub, ours in maps.items():
         weights += linear(f"model.aligner.{hub}", f"projector_image/{ours}")
     weights += [dataclasses.replace(w, name=_in_llm(w.name), path=f"llm/{w.path}") for w in llm.weights]
-    ignored = [f"model.vision_model.{name}" for name in tower.ignored] + [_in_llm(name) for name in llm.ignored]
+    ignored = [f"model.vision_model.{name}" for name in siglip.ignored] + [_in_llm(name) for name in llm.ignored]
     spellings = (
         (r"^model\.vision_model\.(embeddings|encoder|post_layernorm|head)\.", r"model.vision_model.vision_model.\1."),
     )
@@ -223,7 +223,7 @@ def table(config: DeepseekVLConfig) -> Table:
 
 
 def _in_llm(name: str) -> str:
-    """A name of the LLM's own folder: all but its head lies deeper here."""
+    """Maps a name of an LLM's folder to this model's: all except the head are nested deeper."""
     return f"model.language_model.{name.removeprefix('model.')}" if name.startswith("model.") else name
 
 

@@ -1,4 +1,4 @@
-"""InstructBLIP (arXiv 2305.06500): BLIP-2 whose Q-Former reads the instruction too; Vicuna or Flan-T5."""
+"""InstructBLIP (arXiv 2305.06500): BLIP-2 with Vicuna or Flan-T5, whose Q-Former also reads the instruction."""
 
 from __future__ import annotations
 
@@ -14,28 +14,28 @@ from mllm_jax.models.blip2 import Blip2Config, QueryLayout, faithful, read_parts
 from mllm_jax.projectors.qformer_hub import qformer_weights
 
 FAMILY = "InstructBlipForConditionalGeneration"
-# Where the folder has the Q-Former's own tokenizer, that of BERT.
+# The subfolder with the Q-Former's own tokenizer, that of BERT.
 TOKENIZER = "qformer_tokenizer"
-# How the language model's tokenizer spells the place of a query.
+# The language model's token at a query's position.
 IMAGE = "<image>"
-# Instructions are padded to a multiple of this, so that lengths compile once for several.
+# Instructions are padded to a multiple of this, so that several lengths share one compilation.
 BUCKET = 16
 
 
 @dataclass(frozen=True)
 class InstructBlipConfig(Blip2Config):
-    """InstructBLIP: `projector` has a vocabulary, and batches with pictures have `query_tokens`."""
+    """The config of InstructBLIP: `projector` has a vocabulary, and batches with images have `query_tokens`."""
 
     family: str | None = FAMILY
 
 
 def from_hf_config(values: dict) -> InstructBlipConfig:
-    """config.json of InstructBlipForConditionalGeneration, every option honoured or refused by name."""
+    """Reads config.json of InstructBlipForConditionalGeneration; each option is honoured or refused by name."""
     return InstructBlipConfig(**read_parts(values, FAMILY, ("llama", "t5", "opt"), text=None))
 
 
 def to_hf_config(config: InstructBlipConfig) -> dict:
-    """The inverse; refuses switches that the family does not have."""
+    """Writes config.json; refuses options that the family does not have."""
     return faithful(config, write_parts(config, "instructblip"), from_hf_config)
 
 
@@ -44,7 +44,7 @@ def table(config: InstructBlipConfig) -> Table:
 
 
 class InstructLayout(QueryLayout):
-    """As BLIP-2's; each picture's queries read the row's text as well."""
+    """BLIP-2's layout for queries that also read the row's text."""
 
     def __init__(self, config: InstructBlipConfig, folder: Path):
         super().__init__(config, folder)
@@ -52,7 +52,7 @@ class InstructLayout(QueryLayout):
         self.instruction_length = config.instruction_length
 
     def instruction(self, text: str, bounded: bool) -> np.ndarray:
-        ids = self._tokenizer.encode(text.replace(IMAGE, ""))  # a position for an image is no part of it
+        ids = self._tokenizer.encode(text.replace(IMAGE, ""))  # without positions of images
         if bounded and len(ids) > self.instruction_length:
             raise DataError(
                 f"an instruction of {len(ids)} tokens ({text[:60]!r})",

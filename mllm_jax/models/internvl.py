@@ -1,7 +1,7 @@
 """InternVL 2.5 and 3 (arXiv 2412.05271, 2504.10479): InternViT on dynamic tiles, pixel shuffle and MLP, a decoder.
 
-Two kinds of folders: Hugging Face's `InternVLForConditionalGeneration`, and OpenGVLab's own `InternVLChatModel`. The
-same weights serve both: `dataclasses.replace(config, family=...)` makes one the other, unless the shuffle is "v1".
+Supports Hugging Face's `InternVLForConditionalGeneration` and OpenGVLab's `InternVLChatModel`, with the same weights:
+`dataclasses.replace(config, family=...)` converts one to the other, unless the shuffle is "v1".
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from mllm_jax.models.parts import llm_table, read_llm, write_llm
 from mllm_jax.projectors.pixel_shuffle import PixelShuffleProjectorConfig
 
 HUB, ORIGINAL = "InternVLForConditionalGeneration", "InternVLChatModel"
-MOST_TILES = 1_024  # of an image
+MOST_TILES = 1_024  # limit for the tiles of an image
 _TOWERS = {HUB: internvit.HUB, ORIGINAL: internvit.ORIGINAL}
 IMAGE_MEAN, IMAGE_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CONTEXT_TOKEN = "<IMG_CONTEXT>"
@@ -39,13 +39,13 @@ CONTEXT_TOKEN = "<IMG_CONTEXT>"
 
 @dataclass(frozen=True)
 class InternVLConfig(MultimodalConfig):
-    """What InternVL's config.json says besides its parts.
+    """The config of InternVL.
 
     Attributes:
-        image_token_id: of the token that stands for a picture and for each of its media tokens; None: the folder's
-            tokenizer says it, as in OpenGVLab's folders.
-        tile_range: the least and the most tiles of a picture, the thumbnail not counted; None: the folder's processor
-            says it, as in Hugging Face's folders. (1, 1) is a single tile.
+        image_token_id: of the token that stands for an image and for each of its media tokens; None: the folder's
+            tokenizer decides, as in OpenGVLab's folders.
+        tile_range: the least and the most tiles of an image, without the thumbnail; None: the folder's processor
+            decides, as in Hugging Face's folders. (1, 1) is a single tile.
     """
 
     family: str | None = HUB
@@ -58,31 +58,31 @@ class InternVLConfig(MultimodalConfig):
         require.one_of("family", (HUB, ORIGINAL))
         require(
             self.image.encoder.class_token and not self.image.connection.class_token,
-            f"a tower with class_token={self.image.encoder.class_token}, read: {self.image.connection.class_token}",
-            "a tower with a class token, which is left out: the rest is a square to be shuffled",
+            f"an encoder with class_token={self.image.encoder.class_token}, read: {self.image.connection.class_token}",
+            "an encoder with a class token, which is left out: the rest is a square to be shuffled",
             "set encoder.class_token and leave out connection.class_token",
         )
         require(
             self.tile_range is None or 1 <= self.tile_range[0] <= self.tile_range[1],
             f"tile_range {self.tile_range}",
-            "at least one tile, and no fewer at most",
+            "a least number of at least 1, and a greatest that is no smaller",
             "change tile_range",
         )
 
 
-# ---- pictures and videos
+# ---- images and videos
 
 
 class InternVLLayout(TileLayout):
-    """InternVL's tiles, between a token that begins a picture and one that ends it; frames of a video with numbers.
+    """A layout of tiles between the tokens that begin and end an image; a video's frames are numbered.
 
     Args:
         config: the model's.
         tokenizer: the folder's.
-        pictures, frames: what prepares them; frames None: the model takes no videos.
+        pictures, frames: processors of images and of frames; frames None: the model takes no videos.
 
     Raises:
-        ConfigError: a processor that makes other tiles than the model reads, or a tokenizer without the tokens.
+        ConfigError: a processor makes other tiles than the model reads, or the tokenizer lacks the tokens.
     """
 
     unit = "tile"
@@ -116,17 +116,17 @@ class InternVLLayout(TileLayout):
         count = self.pictures.count(*size)
         return self._placed(count, self._shown(count))
 
-    def image(self, picture: np.ndarray) -> Media:
-        tiles = self.pictures.tiles(picture)
+    def image(self, image: np.ndarray) -> Media:
+        tiles = self.pictures.tiles(image)
         return self._filled(tiles, self._placed(len(tiles), self._shown(len(tiles))), self.pictures)
 
     def sized_video(self, frames: int, size: Size) -> Media:
-        """Each frame is one tile, with its number before it on a line of its own."""
+        """Lays out each frame as one tile, after its number, on a line of its own."""
         self.frames.require(size)
         ids: list[int] = []
         for number in range(1, frames + 1):
-            said = f"Frame{number}: " if number == 1 else f"\nFrame{number}: "
-            ids += [*self._backend(said, add_special_tokens=False)["input_ids"], *self._shown(1)]
+            label = f"Frame{number}: " if number == 1 else f"\nFrame{number}: "
+            ids += [*self._backend(label, add_special_tokens=False)["input_ids"], *self._shown(1)]
         return self._placed(frames, ids)
 
     def video(self, frames: np.ndarray) -> Media:
@@ -156,13 +156,13 @@ _EDGES = {"start": "<img>", "end": "</img>"}
 
 
 def layout(config: InternVLConfig, folder: Path) -> InternVLLayout:
-    """The layout of a model in a folder with its tokenizer and its processors' settings."""
+    """Returns the layout of a model with its folder's tokenizer and processor settings."""
     tokenizer, side = ChatTokenizer.load(folder), config.image.encoder.image_size
     if config.family == ORIGINAL:
-        # Its preprocessor_config.json is a CLIP's that nothing in its own code reads.
+        # Its preprocessor_config.json is CLIP's; OpenGVLab's code does not read it.
         tiles = ImageProcessor("GotOcr2ImageProcessor", (side, side), mean=IMAGE_MEAN, std=IMAGE_STD)
         return InternVLLayout(config, tokenizer, tiles, tiles)
-    # transformers' processor of the model always cuts, whatever the file of the image processor says.
+    # transformers' processor always cuts tiles, also if the file of the image processor says otherwise.
     pictures = read_image_processor(folder, crop_to_patches=True)
     return InternVLLayout(config, tokenizer, pictures, read_video_processor(folder))
 
@@ -171,7 +171,7 @@ def layout(config: InternVLConfig, folder: Path) -> InternVLLayout:
 
 
 def from_hf_config(values: dict) -> InternVLConfig:
-    """config.json of either kind, every option honoured or refused by name."""
+    """Reads config.json of either kind; each option is honoured or refused by name."""
     family = architecture(values, HUB, ORIGINAL)
     options = Options(values, f"config.json of {family}")
     return (_read_original if family == ORIGINAL else _read_hub)(options, f"config.json of {family}")
@@ -180,7 +180,7 @@ def from_hf_config(values: dict) -> InternVLConfig:
 def _read_hub(options: Options, what: str) -> InternVLConfig:
     text = options.part("text_config")
     text.setdefault("model_type", "qwen2")
-    # The whole model's word goes before the part's; where it says nothing, old files mean what the part says.
+    # The whole model's option takes precedence; if it is absent, as in old files, the LLM's part decides.
     tied = options.flag("tie_word_embeddings", Options(text, what).flag("tie_word_embeddings", False))
     llm = read_llm(text | {"tie_word_embeddings": tied}, what)
     options.only("vision_feature_select_strategy", "default")
@@ -229,11 +229,11 @@ def _read_original(options: Options, what: str) -> InternVLConfig:
 
 
 def _connection(options: Options, name: str, encoder: ViTConfig) -> Connection:
-    """-1 is the tower's output in both codes, which has a last norm where the tower has one."""
+    """Reads a layer; in both codes -1 is the encoder's output, after its last norm if it has one."""
     layer, *others = options.integers(name, (-1,)) or (None,)
     if others or layer is None or not -encoder.num_layers - 1 <= layer <= encoder.num_layers:
         raise ConfigError(
-            f"{name}={[layer, *others]}", f"one hidden state of a tower of {encoder.num_layers} layers", "mend it"
+            f"{name}={[layer, *others]}", f"one hidden state of an encoder of {encoder.num_layers} layers", "mend it"
         )
     return Connection() if layer == -1 else Connection(layers=(layer,))
 
@@ -248,20 +248,20 @@ def _factor(options: Options) -> int:
 def _read_tower(values: dict, family: str, what: str) -> ViTConfig:
     kind = named_as(values)[1]
     if family == HUB and kind not in (None, "internvl_vision"):
-        raise ConfigError(f"{what}: a vision tower {kind!r}", "internvl_vision", "convert another checkpoint")
+        raise ConfigError(f"{what}: an image encoder {kind!r}", "internvl_vision", "convert another checkpoint")
     tower = _TOWERS[family].from_hf(dict(values) | {"architectures": _TOWERS[family].architectures})
     return replace(tower, image_mean=IMAGE_MEAN, image_std=IMAGE_STD)
 
 
 def _tower(c: InternVLConfig) -> ViTConfig:
-    """The tower as the family's own folders have it, so that one family's model can be written as the other's."""
+    """Returns the encoder as the family's folders have it, so that either family's model is written as the other's."""
     return change_fields(
         c.image.encoder, family=_TOWERS[c.family].architectures[0], pooler="none" if c.family == HUB else "token"
     )
 
 
 def to_hf_config(config: InternVLConfig) -> dict:
-    """The inverse; refuses switches that the family does not have."""
+    """Writes config.json; refuses options that the family does not have."""
     c = config
     vision, text = _TOWERS[c.family].to_hf(_tower(c)), write_llm(c.llm, "an InternVL")
     layer, ratio = c.image.connection.layers, 1 / c.image.projector.factor
@@ -296,7 +296,7 @@ def to_hf_config(config: InternVLConfig) -> dict:
 
 
 def _facts(c: InternVLConfig) -> dict:
-    """What a config.json has to say of the whole; the parts have seen to themselves, other files say the rest."""
+    """Returns the values of the whole model that config.json must keep; other files hold the rest."""
     return stored_fields(c, "inputs", "llm", "image_token_id", "tile_range") | dict(
         connection=c.image.connection,
         projector=stored_fields(c.image.projector),

@@ -1,7 +1,7 @@
 """LLaVA-1.5 (arXiv 2310.03744), LLaVA-NeXT and LLaVA-OneVision (arXiv 2408.03326): ViT, MLP, decoder-only LLM.
 
-A picture of LLaVA-1.5 is one tile. LLaVA-NeXT adds tiles in high resolution and a newline vector behind their rows.
-LLaVA-OneVision reduces those where they are many, takes several pictures as one tile each, and videos.
+An image of LLaVA-1.5 is one tile. LLaVA-NeXT adds tiles in high resolution and a newline vector after each of their
+rows. LLaVA-OneVision reduces the features of many tiles, and takes several images, one tile each, and videos.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from mllm_jax.models.parts import family_of, llm_table, read_llm, write_llm
 from mllm_jax.projectors.mlp import MLPProjectorConfig
 
 LLAVA, NEXT, ONEVISION = (f"Llava{name}ForConditionalGeneration" for name in ("", "Next", "Onevision"))
-_TOWERS = ("clip_vision_model", "siglip_vision_model")  # `model_type` of vision_config, the first by default
+_TOWERS = ("clip_vision_model", "siglip_vision_model")  # `model_type` of vision_config; the first is the default
 NEXT_RESOLUTIONS = ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008))
 ONEVISION_RESOLUTIONS = tuple((384 * down, 384 * across) for down in range(1, 7) for across in range(1, 7))
 _ANYRES = "anyres_max_"
@@ -39,15 +39,15 @@ _ANYRES = "anyres_max_"
 
 @dataclass(frozen=True)
 class LlavaConfig(MultimodalConfig):
-    """What LLaVA's config.json says besides its parts.
+    """The config of LLaVA.
 
     Attributes:
         image_token_id, video_token_id: of the placeholders in the text.
-        resolutions: (height, width) that a picture may be resized to before it is cut into tiles; empty: it is one.
-        max_tiles: features of more tiles are resized to about as many; None: never.
-        preprocessing: "hub", as in transformers, or "original", as in the authors' repository: LLaVA-1.5 pads pictures
+        resolutions: (height, width) to which an image may be resized before it is cut into tiles; empty: one tile.
+        max_tiles: features of more tiles are resized to about this number; None: never.
+        preprocessing: "hub", as in transformers, or "original", as in the authors' repository: LLaVA-1.5 pads images
             to squares with the mean colour, LLaVA-NeXT and LLaVA-OneVision leave out more rows at the margins of some
-            (see `mllm_jax.data.tiles.unpadded`). No config.json says it.
+            (see `mllm_jax.data.tiles.unpadded`). No config.json has it.
     """
 
     family: str | None = LLAVA
@@ -57,7 +57,7 @@ class LlavaConfig(MultimodalConfig):
     max_tiles: int | None = None
     preprocessing: str = "hub"
 
-    placeholder_fields = ("image_token_id", "video_token_id")  # all that its layout needs of a tokenizer
+    placeholder_fields = ("image_token_id", "video_token_id")  # the only ids that its layout needs of a tokenizer
 
     def __post_init__(self):
         super().__post_init__()
@@ -74,7 +74,7 @@ class LlavaConfig(MultimodalConfig):
         require(
             not tiled or self.media_tokens == self.image.encoder.grid**2,
             "tiles whose class token is read: vision_feature_select_strategy 'full'",
-            "tiles whose features are a grid: strategy 'default' for a tower with a class token",
+            "tiles whose features are a grid: strategy 'default' for an encoder with a class token",
             "leave out connection.class_token",
         )
         side = self.image.encoder.image_size
@@ -87,29 +87,29 @@ class LlavaConfig(MultimodalConfig):
 
     @property
     def neighbours(self) -> int:
-        """Resized features of LLaVA-OneVision are weighted sums of four."""
+        """The most media tokens in a weighted sum: 4 in the resized features of LLaVA-OneVision."""
         return 4 if self.family == ONEVISION else 1
 
 
 def _places(c: LlavaConfig, size: tuple[int, int]) -> Places:
-    """Of a picture of that size that is cut into tiles."""
+    """Returns the positions of an image of this size that is cut into tiles."""
     target = best_resolution(size, c.resolutions)
     rounds = c.preprocessing == "hub"
     return anyres_places(size, target, c.image.encoder.image_size, c.image.encoder.grid, c.max_tiles, rounds)
 
 
-# ---- pictures
+# ---- images
 
 
 class LlavaLayout(TileLayout):
-    """LLaVA's pictures and videos.
+    """The layout of LLaVA's images and videos.
 
     Args:
         config: the model's.
-        pictures, frames: what prepares them; None: the model takes no videos.
+        pictures, frames: processors of images and of frames; frames None: the model takes no videos.
 
     Raises:
-        ConfigError: a processor that makes other tiles than the model reads.
+        ConfigError: a processor makes other tiles than the model reads.
     """
 
     def __init__(self, config: LlavaConfig, pictures: ImageProcessor, frames: ImageProcessor | None = None):
@@ -138,9 +138,9 @@ class LlavaLayout(TileLayout):
         tiled = self.config.resolutions
         return self._placed(_places(self.config, size) if tiled else Places(np.arange(self.tokens_a_tile)), count)
 
-    def image(self, picture: np.ndarray) -> Media:
-        """A picture that is alone in its text."""
-        return self._filled(self.pictures.tiles(picture), self.sized(Size(*picture.shape[:2])))
+    def image(self, image: np.ndarray) -> Media:
+        """Prepares the only image of a text."""
+        return self._filled(self.pictures.tiles(image), self.sized(Size(*image.shape[:2])))
 
     def all_sized(self, sizes: Sequence[Size]) -> list[Media]:
         if not self._one_each(len(sizes)):
@@ -149,14 +149,14 @@ class LlavaLayout(TileLayout):
             self.pictures.require(size)
         return [self._placed(tile_places(self.config.image.encoder.grid), 1) for _ in sizes]
 
-    def images(self, pictures: Sequence[np.ndarray]) -> list[Media]:
-        if not self._one_each(len(pictures)):
-            return super().images(pictures)
+    def images(self, images: Sequence[np.ndarray]) -> list[Media]:
+        if not self._one_each(len(images)):
+            return super().images(images)
         media = self._placed(tile_places(self.config.image.encoder.grid), 1)
-        return [self._filled(self.pictures.prepare(picture)[None], media) for picture in pictures]
+        return [self._filled(self.pictures.prepare(image)[None], media) for image in images]
 
     def _one_each(self, images: int) -> bool:
-        """LLaVA-OneVision makes one tile of each of several."""
+        """Returns whether each image is one tile, as in LLaVA-OneVision for several images."""
         return self.config.family == ONEVISION and images != 1
 
     def sized_video(self, frames: int, size: Size) -> Media:
@@ -164,7 +164,7 @@ class LlavaLayout(TileLayout):
         return self._placed(video_places(frames, self.config.image.encoder.grid), frames, self.video_token)
 
     def video(self, frames: np.ndarray) -> Media:
-        """Each frame a tile, whose features are resized to half the sides."""
+        """Prepares each frame as one tile, whose features are resized to half the sides."""
         tiles = np.stack([self.frames.prepare(frame) for frame in frames])
         return self._filled(tiles, self.sized_video(len(frames), Size(*frames.shape[1:3])), self.frames)
 
@@ -178,7 +178,7 @@ class LlavaLayout(TileLayout):
 
 
 def layout(config: LlavaConfig, folder: Path) -> LlavaLayout:
-    """The layout of a model in a folder with its processors' settings."""
+    """Returns the layout of a model with its folder's processor settings."""
     frames = None if config.video_token_id is None else read_video_processor(folder)
     return LlavaLayout(config, read_image_processor(folder), frames)
 
@@ -187,13 +187,13 @@ def layout(config: LlavaConfig, folder: Path) -> LlavaLayout:
 
 
 def from_hf_config(values: dict) -> LlavaConfig:
-    """config.json of the three, every option honoured or refused by name."""
+    """Reads config.json of any of the three; each option is honoured or refused by name."""
     family = architecture(values, LLAVA, NEXT, ONEVISION)
     what = f"config.json of {family}"
     options = Options(values, what)
     encoder = _read_tower(options.part("vision_config"), what)
     text = options.part("text_config")
-    # transformers reads it from the LLM's part too, except in LLaVA-NeXT.
+    # transformers also reads this from the LLM's part, except in LLaVA-NeXT.
     tied = options.flag("tie_word_embeddings", False) or (
         family != NEXT and Options(text, f"text_config of {what}").flag("tie_word_embeddings", False)
     )
@@ -233,18 +233,18 @@ def from_hf_config(values: dict) -> LlavaConfig:
             raise ConfigError(f"{what}: vision_aspect_ratio={most!r}", f"{_ANYRES}9 or another number", "mend it")
         read |= dict(max_tiles=int(most.removeprefix(_ANYRES)))
         read |= dict(video_token_id=options.id("video_token_index", options.id("video_token_id", 151647)))
-    # Of training, of generation or of the processor; vocab_size repeats the LLM's.
+    # Options of training, generation or the processor; vocab_size repeats the LLM's.
     options.skip("ignore_index", "pad_token_id", "bos_token_id", "eos_token_id", "image_seq_length", "vocab_size")
     options.done()
     return LlavaConfig(**read)
 
 
 def _existing(layers: tuple[int, ...], encoder: ViTConfig, what: str) -> tuple[int, ...]:
-    """Refuses hidden states that the tower does not have: 0 to num_layers, or counted from the end."""
+    """Refuses hidden states that the encoder does not have: 0 to num_layers, or counted from the end."""
     if not layers or not all(-encoder.num_layers - 1 <= layer <= encoder.num_layers for layer in layers):
         raise ConfigError(
             f"{what}: vision_feature_layer={list(layers)}",
-            f"hidden states of a tower of {encoder.num_layers} layers",
+            f"hidden states of an encoder of {encoder.num_layers} layers",
             "restore config.json from its origin",
         )
     return layers
@@ -260,8 +260,8 @@ def _resolutions(options: Options, usual: Sequence, what: str) -> tuple[tuple[in
 def _read_tower(values: dict, what: str) -> ViTConfig:
     kind = Options(values, f"vision_config of {what}").text("model_type", _TOWERS[0])
     if kind not in _TOWERS:
-        raise ConfigError(f"{what}: a vision tower {kind!r}", " or ".join(_TOWERS), "convert another checkpoint")
-    # Towers of whole CLIPs say their text tower's vocabulary.
+        raise ConfigError(f"{what}: an image encoder {kind!r}", " or ".join(_TOWERS), "convert another checkpoint")
+    # Image encoders from a whole CLIP have the vocabulary of its text encoder.
     tower = family_of(of_type(kind)).from_hf(
         {name: value for name, value in values.items() if name not in ("architectures", "vocab_size")}
     )
@@ -269,7 +269,7 @@ def _read_tower(values: dict, what: str) -> ViTConfig:
 
 
 def to_hf_config(config: LlavaConfig) -> dict:
-    """The inverse; refuses switches that the family does not have."""
+    """Writes config.json; refuses options that the family does not have."""
     layers, llm = config.image.connection.layers, config.llm
     full = config.image.connection.class_token or not config.image.encoder.class_token
     written = dict(
@@ -293,14 +293,14 @@ def to_hf_config(config: LlavaConfig) -> dict:
 
 
 def _facts(c: LlavaConfig) -> dict:
-    """What a config.json has to say of the whole; the parts have seen to themselves."""
+    """Returns the values of the whole model that config.json must keep; the parts check their own."""
     p = c.image.projector
     projector = stored_fields(p, "hidden_size") | dict(hidden_size=p.hidden_size or p.output_size)
     return stored_fields(c, "inputs", "llm", "preprocessing") | dict(connection=c.image.connection, projector=projector)
 
 
 def _tower(encoder: ViTConfig) -> Family:
-    """The family as which a tower is written."""
+    """Returns the family for writing an image encoder."""
     found = find(encoder.family)
     if found is not None and found.model_type in _TOWERS:
         return family_of(found)

@@ -1,4 +1,4 @@
-"""The parts of a multimodal LLM as one module: encoder -> projector -> LLM (MM-LLMs survey, arXiv 2401.13601)."""
+"""A multimodal LLM as one module: encoder -> projector -> LLM (MM-LLMs survey, arXiv 2401.13601)."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ from mllm_jax.sharding.logical import constrain, part_of_model, split_sizes
 
 @dataclass(frozen=True)
 class MultimodalConfig(WithCompute):
-    """The parts' configs and what joins them. A named model is a subclass that adds what its config.json says.
+    """The configs of the parts and their connections. A named model is a subclass with further fields.
 
     Attributes:
         inputs: a branch for each modality that the LLM reads, such as {"image": Branch(encoder, projector)}. In a row
             their media tokens follow each other in this order.
         llm: a decoder or an encoder-decoder, which reads media in its encoder.
-        newline: a learned vector that stands in the text where a row of patches ends (LLaVA-NeXT). Its token follows
-            the other media tokens of the row.
-        family: None, or the Hugging Face architecture that it is written as.
+        newline: whether a learned vector marks the end of each row of patches in the text (LLaVA-NeXT). Its index
+            follows those of all media tokens in the batch's row.
+        family: the Hugging Face architecture for writing it, or None.
     """
 
     inputs: Mapping[str, Branch]
@@ -54,11 +54,11 @@ class MultimodalConfig(WithCompute):
             self.branch(modality).check(self.llm.hidden_size)
 
     def branch(self, modality: str) -> Branch:
-        """The branch of a modality, with the parts of other branches that it shares and the widths of its neighbours.
+        """Returns the branch of a modality, with the parts that it shares and with open widths filled in.
 
         Raises:
-            ConfigError: the model does not read this modality, or a branch that shares a part which another one shares
-                itself, or that does not exist.
+            ConfigError: the model does not read this modality; or the branch shares a part that does not exist, or
+                that its owner shares itself.
         """
         if modality not in self.inputs:
             raise ConfigError(
@@ -71,7 +71,7 @@ class MultimodalConfig(WithCompute):
         return replace(own, **parts).joined(self.llm.hidden_size)
 
     def _owner(self, kind: str, modality: str) -> str:
-        """The modality under whose name a branch's part is kept."""
+        """Returns the modality of the branch that owns a branch's part."""
         part = getattr(self.inputs[modality], kind)
         if not isinstance(part, str):
             return modality
@@ -86,11 +86,11 @@ class MultimodalConfig(WithCompute):
 
     @property
     def image(self) -> Branch:
-        """The branch of images. Raises ConfigError: the model reads none."""
+        """The branch of images. Raises ConfigError if the model reads none."""
         return self.branch("image")
 
     def with_branch(self, modality: str, **changes: Any) -> MultimodalConfig:
-        """The same model with changes to one branch, such as another projector; what it shares stays shared.
+        """Returns the config with changes to one branch, such as another projector; shared parts stay shared.
 
         Raises:
             ConfigError: the model does not read this modality, or the parts no longer fit.
@@ -100,47 +100,47 @@ class MultimodalConfig(WithCompute):
 
     @property
     def parts(self) -> dict[str, Any]:
-        """Each part's config by the name of its parameters, such as encoder_image, with nothing left open."""
+        """Each part's config, with open fields filled in, by the name of its parameters, such as encoder_image."""
         own = [(kind, m) for kind in KINDS for m, b in self.inputs.items() if is_dataclass(getattr(b, kind))]
         found = {f"{kind}_{m}": getattr(self.branch(m), kind) for kind, m in own} | {"llm": self.llm}
         return {name: within(part, self.compute) for name, part in found.items()}
 
     @property
     def encoder_decoder(self) -> bool:
-        """Whether the LLM reads text and media in an encoder of its own and answers from a decoder."""
+        """True if the LLM reads text and media in its encoder, and answers with its decoder."""
         return self.llm.encoder_decoder
 
     @property
     def media_tokens(self) -> int:
-        """Tokens that one image, or tile of one, takes in the LLM's row."""
+        """The number of tokens of one image, or of one tile, in the LLM's row."""
         return self.image.tokens
 
     @property
     def vocab_sizes(self) -> dict[str, int]:
-        """How many tokens each embedding holds, by its place in an experiment."""
+        """The number of tokens of each embedding, by its path in an experiment."""
         return {"model.llm.vocab_size": self.llm.vocab_size}
 
     @property
     def dtype(self) -> str:
-        """What most of the model computes in."""
+        """The dtype of most of the computation."""
         return self.parts["llm"].dtype
 
     @property
     def image_size(self) -> int:
-        """Side of the images that a batch holds."""
+        """The side of the images in a batch."""
         return self.image.encoder.image_size
 
     @property
     def neighbours(self) -> int:
-        """The most media tokens whose weighted sum stands at one position."""
+        """The most media tokens in the weighted sum at one position."""
         return 1
 
     def batch_spec(self, rows: int = 1, length: int = 8, slots: Mapping[str, int] | None = None) -> BatchSpec:
-        """The arrays of a batch.
+        """Returns the arrays of a batch.
 
         Args:
             slots: of a row, by modality: tiles, or patches of an encoder that packs them; None: the fewest that hold
-                a medium of each.
+                a medium of each modality.
         """
         branches = {modality: self.branch(modality) for modality in self.inputs}
         if slots is None:
@@ -154,21 +154,21 @@ class MultimodalConfig(WithCompute):
         return spec
 
     def target_spec(self, rows: int, length: int) -> BatchSpec:
-        """The arrays of what an encoder-decoder's decoder writes."""
+        """Returns the arrays for the output of an encoder-decoder's decoder."""
         return target_spec(rows, length) | dict(loss_weights=ArraySpec((rows, length), "float32"))
 
     @property
     def position_axes(self) -> int:
-        """Numbers of a position: 3 for M-RoPE."""
+        """The number of coordinates of a position: 3 for M-RoPE."""
         return 3 if field_value(self.llm, "mrope_sections") else 1
 
     @property
     def instruction_length(self) -> int:
-        """Tokens of an instruction that the projector of images reads in training; 0: it reads none."""
+        """The most tokens of an instruction that the projector of images reads in training; 0: it reads none."""
         return self.image.instruction_length
 
     def beside(self, model: Any, vocab_size: int) -> MultimodalConfig:
-        """Returns the config with the widths that its parts leave open; it asks nothing of the experiment."""
+        """Returns the config with open widths filled in; it takes nothing from the experiment."""
 
         def own(modality: str, branch: Branch) -> Branch:
             kinds = [kind for kind in KINDS if is_dataclass(getattr(branch, kind))]
@@ -186,8 +186,8 @@ class MediaTokens:
 
     Attributes:
         tokens: dtype[B, N, E], every slot's media tokens in the order of the slots.
-        deepstack: of each of the LLM's first layers what is added behind it where these tokens stand (arXiv
-            2406.04334); empty for most encoders.
+        deepstack: for each of the LLM's first layers, dtype[B, N, E] that is added to its output at the positions of
+            these tokens (arXiv 2406.04334); empty for most encoders.
     """
 
     tokens: jax.Array
@@ -196,11 +196,11 @@ class MediaTokens:
 
 @struct.dataclass
 class MultimodalOutput:
-    """What a batch gives.
+    """The output for a batch.
 
     Attributes:
-        logits: float32[B, S, V], of what follows each place; [B, M, V] where only M places were asked for.
-        cache: what was read, where a cache was given.
+        logits: float32[B, S, V], of the next token at each position; [B, M, V] if only M positions are requested.
+        cache: the updated cache, if one was given.
     """
 
     logits: jax.Array
@@ -208,7 +208,7 @@ class MultimodalOutput:
 
 
 class Multimodal(nn.Module):
-    """One batch of packed rows to logits."""
+    """A module that maps a batch of packed rows to logits."""
 
     config: MultimodalConfig
 
@@ -224,14 +224,17 @@ class Multimodal(nn.Module):
             self.newline = self.param("newline", init, (c.llm.hidden_size,), jnp.float32)
 
     def encode_media(self, batch) -> MediaTokens | None:
-        """The media of a batch as the LLM reads them; None where it has none.
+        """Encodes the media of a batch for the LLM; None if it has none.
 
         Args:
-            batch: of images `images` uint8[B, M, H, W, 3], or float where they are normalised already, with
-                `query_tokens` and `query_segments` int[B, M, L] for a projector that reads text; or `features`
-                dtype[B, M, P, E] that `encode_images` gave before; or `patches` [B, N, D] with `patch_segments`,
-                `patch_coordinates` and `patch_grids` as `QwenViT` takes them. Of another modality the same with its
-                name in front, such as `video_images`. Or `media` dtype[B, N, E], encoded before; or none of these.
+            batch: one of:
+                `images` uint8[B, M, H, W, 3], or float if they are normalised already, with `query_tokens` and
+                `query_segments` int[B, M, L] for a projector that reads text;
+                `features` dtype[B, M, P, E] of `encode_images`;
+                `patches` [B, N, D] with `patch_segments`, `patch_coordinates` and `patch_grids`, see `QwenViT`;
+                the same of another modality, with its name as a prefix, such as `video_images`;
+                `media` dtype[B, N, E], encoded before;
+                none of these.
         """
         if "media" in batch:
             return MediaTokens(batch["media"])
@@ -239,7 +242,7 @@ class Multimodal(nn.Module):
         return _side_by_side([media for media in found if media is not None])
 
     def _encode(self, modality: str, batch) -> MediaTokens | None:
-        """The media of one branch."""
+        """Encodes the media of one branch."""
         here = {name: batch[key] for name in ARRAYS if (key := array_name(modality, name)) in batch}
         if "patches" in here:
             where = (here[f"patch_{name}"] for name in ("segments", "coordinates", "grids"))
@@ -248,7 +251,7 @@ class Multimodal(nn.Module):
         if "images" not in here and "features" not in here:
             return None
         given = "features" if "features" in here else "images"
-        # One image after the other, so ordered that each device's are those of its own rows and slots.
+        # Images are ordered so that each device has those of its own rows and slots.
         sizes = dict(zip("rs", split_sizes(("batch", "slots"), here[given].shape[:2]), strict=True))
         names = (given, "query_tokens", "query_segments")
         flat = [rearrange(here[n], "(r b) (s m) ... -> (r s b m) ...", **sizes) for n in names if n in here]
@@ -258,15 +261,15 @@ class Multimodal(nn.Module):
         return MediaTokens(rearrange(media, "(r s b m) t e -> (r b) (s m t) e", m=slots, **sizes))
 
     def encode_images(self, batch):
-        """The features that the projector reads: dtype[B * M, P, E] of `images` [B, M, H, W, 3]."""
+        """Returns the features dtype[B * M, P, E] that the projector reads, of `images` [B, M, H, W, 3]."""
         return self._features(rearrange(batch["images"], "b m h w c -> (b m) h w c"))
 
     def _features(self, images, modality: str = "image"):
-        """[N, H, W, 3] -> dtype[N, P, E]"""
+        """Encodes [N, H, W, 3] as dtype[N, P, E]."""
         branch, encoder = self.config.branch(modality), self._part("encoder", modality)
         pixels = normalise_pixels(images, branch.encoder) if images.dtype == jnp.uint8 else images
         with part_of_model(encoder.name):
-            pixels = constrain(pixels, "batch", None, None, None)  # before the tower's first layer, which is no block
+            pixels = constrain(pixels, "batch", None, None, None)  # before the encoder's first layer, which is no block
         chosen, keep = branch.connection.layers, branch.connection.class_token
         if chosen is not None:
             return select_layers(encoder(pixels, output_hidden_states=True), chosen, keep)
@@ -274,26 +277,26 @@ class Multimodal(nn.Module):
         return out.last_hidden_state if keep else out.last_hidden_state[:, out.class_tokens :]
 
     def _part(self, kind: str, modality: str) -> nn.Module:
-        """The module of a branch's part, its own or the one that it shares."""
+        """Returns the module of a branch's part, its own or a shared one."""
         return getattr(self, kind)[self.config._owner(kind, modality)]
 
     def merge(self, tokens, media, media_index, media_weights=None):
-        """Media tokens in the places of the text that ask for them: a gather inside each row.
+        """Puts media tokens at their positions in the text: a gather inside each row.
 
-        No shard of the batch is crossed. Where a mesh splits rows along the sequence, each device's media pass the
+        No shard of the batch is crossed. If a mesh splits rows along the sequence, each device's media pass the
         others once; see `take_along_rows`.
 
         Args:
             tokens: int[B, S].
-            media: dtype[B, N, E] or None; with a newline vector index N means that.
-            media_index: int[B, S], -1 for text; or int[B, S, K] with `media_weights` float[B, S, K], where a place
+            media: dtype[B, N, E] or None; index N is the newline vector, if there is one.
+            media_index: int[B, S], -1 for text; or int[B, S, K] with `media_weights` float[B, S, K], if a position
                 holds the weighted sum of K media tokens.
 
         Returns:
             dtype[B, S, E].
         """
         here = (media_index if media_index.ndim == 2 else media_index[..., 0]) >= 0
-        text = self.llm.embed(jnp.where(here, 0, tokens))  # the id that stands for a picture may be beyond the table
+        text = self.llm.embed(jnp.where(here, 0, tokens))  # the id that stands for an image may be beyond the table
         if media is None:
             return text
         newline = self.newline.astype(media.dtype) if self.config.newline else None
@@ -301,14 +304,14 @@ class Multimodal(nn.Module):
         return constrain(jnp.where(here[..., None], placed.astype(text.dtype), text), "batch", "seq", None)
 
     def __call__(self, batch, cache=None, logits_at=None) -> MultimodalOutput:
-        """Next-token logits of a batch of packed rows.
+        """Computes next-token logits of a batch of packed rows.
 
         Args:
             batch: tokens, segments int[B, S]; positions int[B, S], or int[B, S, 3] for M-RoPE; media_index and
-                media_weights, see `merge`; the media, see `encode_media`. An encoder-decoder reads all this in its
-                encoder and has decoder_tokens, decoder_positions and decoder_segments int[B, T] besides.
+                media_weights, see `merge`; the media, see `encode_media`. An encoder-decoder reads all of these in its
+                encoder, and also needs decoder_tokens, decoder_positions and decoder_segments int[B, T].
             cache: KVCache, for generation.
-            logits_at: int[B, M], the places whose logits are wanted; None is all.
+            logits_at: int[B, M], the positions of the requested logits; None: all.
         """
         more = {} if logits_at is None or self.config.encoder_decoder else {"logits_at": logits_at}
         if cache is None:
@@ -316,19 +319,19 @@ class Multimodal(nn.Module):
         return MultimodalOutput(*self._language(batch, cache=cache, **more))
 
     def head_inputs(self, batch) -> HeadInputs:
-        """What the LLM's output head makes the logits of a batch from."""
+        """Returns the inputs of the LLM's output head for a batch."""
         return self._language(batch, project=False)
 
     def _language(self, batch, **more):
-        """The LLM on a batch."""
+        """Applies the LLM to a batch."""
         embeddings, deepstack = self._read(batch)
-        places = batch["tokens"], batch.get("positions"), batch["segments"]
+        text = batch["tokens"], batch.get("positions"), batch["segments"]
         if "decoder_tokens" in batch:
             more |= {n: batch.get(n) for n in ("decoder_tokens", "decoder_positions", "decoder_segments")}
-        return self.llm(*places, embeddings=embeddings, **more, **deepstack)
+        return self.llm(*text, embeddings=embeddings, **more, **deepstack)
 
     def _read(self, batch):
-        """The LLM's input dtype[B, S, E], and what its first layers get besides."""
+        """Returns the LLM's input dtype[B, S, E], and its further arguments for deepstack."""
         media, index, weights = self.encode_media(batch), batch["media_index"], batch.get("media_weights")
         embeddings = self.merge(batch["tokens"], media and media.tokens, index, weights)
         if media is None or not media.deepstack:
@@ -337,22 +340,22 @@ class Multimodal(nn.Module):
         return embeddings, {"deepstack": tuple(jnp.where(here, _placed(x, index, weights), 0) for x in media.deepstack)}
 
     def start(self, batch, size: int):
-        """Lets an encoder-decoder read a batch and makes the cache to generate from; see `T5.start`."""
+        """Encodes a batch with an encoder-decoder and returns the cache for generation; see `T5.start`."""
         embeddings, _ = self._read(batch)
-        places = batch["tokens"], batch.get("positions"), batch["segments"]
-        return self.llm.start(*places, embeddings=embeddings, size=size)
+        text = batch["tokens"], batch.get("positions"), batch["segments"]
+        return self.llm.start(*text, embeddings=embeddings, size=size)
 
     def step(self, tokens, cache):
-        """One more token of each row, int[B, 1]: (float32[B, 1, V], cache)."""
+        """Reads one more token of each row, int[B, 1]; returns (float32[B, 1, V], cache)."""
         return self.llm(tokens, cache=cache)
 
     def touch(self, batch):
-        """Runs every part once: what `init` traces so that all parameters exist."""
+        """Runs every part once, so that `init` creates all parameters."""
         return self(batch)
 
 
 def _side_by_side(media: Sequence[MediaTokens]) -> MediaTokens | None:
-    """The media of several branches, one after the other; what one adds after layers is 0 for the others."""
+    """Concatenates the media of several branches; deepstack is 0 for branches that have none."""
     if len(media) < 2:
         return media[0] if media else None
     layers = range(max(len(m.deepstack) for m in media))
@@ -362,7 +365,7 @@ def _side_by_side(media: Sequence[MediaTokens]) -> MediaTokens | None:
 
 
 def _placed(media, index, weights, newline=None):
-    """dtype[B, N, E] gathered to [B, S, E]; index N means the newline [E], if there is one. See `Multimodal.merge`."""
+    """Gathers dtype[B, N, E] to [B, S, E]; index N is the newline [E], if there is one. See `Multimodal.merge`."""
 
     def take(index):
         found = take_along_rows(media, jnp.clip(index, 0, media.shape[1] - 1))

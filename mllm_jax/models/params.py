@@ -1,4 +1,4 @@
-"""A model's parameters where they will live: as shapes with shardings, or drawn there."""
+"""A model's parameters under their shardings: as shapes, or initialised."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from mllm_jax.sharding.mesh import param_shardings
 
 
 def placed_params(model: nn.Module, mesh: Mesh, parts: Sequence[PartRules] = ()) -> dict:
-    """All parameters as ShapeDtypeStructs with the shardings under which they will live; nothing is computed.
+    """Returns all parameters as ShapeDtypeStructs with their shardings; computes nothing.
 
     Args:
-        parts: what parts of the model have of their own in the table of logical axes.
+        parts: rules for logical axes of single parts.
     """
     boxed = abstract_init(model, model.config.batch_spec().empty(), method="touch")
     shardings = param_shardings(boxed, mesh, parts)
@@ -29,10 +29,10 @@ def placed_params(model: nn.Module, mesh: Mesh, parts: Sequence[PartRules] = ())
 
 
 def placed_together(configs: Sequence[Any], mesh: Mesh, parts: Sequence[PartRules] = ()) -> dict:
-    """The same of several compositions, which share the parts of one name.
+    """Returns `placed_params` of several compositions, which share parts of the same name.
 
     Raises:
-        ConfigError: parameters of one name and of different shapes.
+        ConfigError: parameters of the same name have different shapes.
     """
     placed: dict = {}
     for config in configs:
@@ -47,7 +47,7 @@ def placed_together(configs: Sequence[Any], mesh: Mesh, parts: Sequence[PartRule
 
 
 def shardings_of(placed: dict) -> dict:
-    """The shardings of a tree of ShapeDtypeStructs."""
+    """Returns the shardings of a tree of ShapeDtypeStructs."""
     return jax.tree.map(lambda x: x.sharding, placed)
 
 
@@ -60,12 +60,12 @@ def init_params(
     parts: Sequence[PartRules] = (),
     placed: dict | None = None,
 ) -> tuple[dict, dict]:
-    """Draws all parameters where they will live: no host or device ever holds a full copy of a sharded one.
+    """Initialises all parameters under their shardings; no host or device ever holds a full copy of a sharded one.
 
     Args:
-        without: parts that are not made.
-        parts: what parts of the model have of their own in the table of logical axes.
-        placed: what `placed_params` gives for these, where the caller has it.
+        without: parts that are not initialised.
+        parts: rules for logical axes of single parts.
+        placed: the result of `placed_params`, if the caller has it.
 
     Returns:
         (params, shardings): nested dicts of float32 arrays and of their NamedShardings, the latter of all parts.

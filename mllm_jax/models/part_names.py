@@ -1,4 +1,4 @@
-"""Names of parts, and whether two configs describe one part."""
+"""Names of parts, and comparison of two configs of one part."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from typing import Any
 from mllm_jax.checkpoints.description import describe
 from mllm_jax.checkpoints.differences import differences
 
-# How a part is started and computed; its parameters mean the same whatever these say.
+# Fields for the initialisation and computation of a part; its parameters do not depend on them.
 _FREE = ("compute", "mimetic_init")
-# What parts were called before they bore their modality.
+# Former names of parts, without the modality -> present names.
 NEW_NAMES = {
     "encoder": "encoder_image",
     "projector": "projector_image",
@@ -22,21 +22,21 @@ NEW_NAMES = {
 
 
 def new_names(patterns: Iterable[str]) -> str:
-    """What to add to a refusal of parts or patterns, if some of them are old names; else nothing."""
+    """Returns a note for error messages if some of the patterns use former names of parts; else an empty string."""
     split = [pattern.partition("/") for pattern in patterns]
     renamed = [f"{NEW_NAMES[part]}{slash}{rest}" for part, slash, rest in split if part in NEW_NAMES]
     return f"; the name is now {', '.join(map(repr, renamed))}" if renamed else ""
 
 
 def part_differences(one: Any, other: Any) -> list[str]:
-    """How two configs differ as far as their parameters are concerned, field by field; empty where they do not."""
+    """Returns the differences of two configs that concern their parameters, field by field."""
     if one == other:
         return []
     return differences(*(_binding(describe(config)) if config is not None else {} for config in (one, other)))
 
 
 def _binding(described: Any) -> Any:
-    """A described config without what is free, in its parts too."""
+    """Returns a described config without the fields in _FREE, also those of its parts."""
     if not isinstance(described, dict):
         return described
     return {name: _binding(value) for name, value in described.items() if name not in _FREE}

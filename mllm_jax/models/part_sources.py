@@ -1,4 +1,4 @@
-"""Where parts of a model begin: other models' folders, and stages of other runs; a source is a `Pretrained`."""
+"""Initial parameters of parts from other models' folders and stages of other runs; a source is a `Pretrained`."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ logger = logging.getLogger("mllm_jax.models")
 
 
 def held_by(source: Any, experiment: Any) -> set[str]:
-    """The names of the parts, and of parameters beside them, that begin with what the source holds."""
+    """Returns the names of the parts, and of parameters outside of parts, that the source initialises."""
     if source.part != "*":
         return {source.part}
     config = experiment.model_of()
@@ -51,16 +51,16 @@ def read_source(
     vocabulary: Vocabulary | None = None,
     report: Callable[[str], None] = logger.info,
 ) -> dict:
-    """Reads what a source holds for an experiment: {part: parameters}, or all parts of its model of "*".
+    """Reads {part: parameters} of a source for an experiment; the source "*" holds all parts of its model.
 
     Args:
         wanted: nested ShapeDtypeStructs with shardings, of whole parts of the model.
-        reshape: whether parameters of another image size or vocabulary are made to fit; else they are left out.
+        reshape: whether parameters of another image size or vocabulary are resized; else they are left out.
         vocabulary, report: see `mllm_jax.models.reshape.reshaped`.
 
     Raises:
-        ConfigError: a source whose model is not the part's.
-        CheckpointError: weights that are absent, damaged or of other shapes.
+        ConfigError: the source's model is not the part's.
+        CheckpointError: weights are absent, damaged or of other shapes.
     """
     how = dict(words=brings_words(experiment, source), reshape=reshape, vocabulary=vocabulary, report=report)
     if source.part == "*":
@@ -73,14 +73,14 @@ def read_source(
 
 
 def brings_words(experiment: Any, source: Any) -> bool:
-    """Whether a whole named model is read and another tokenizer than its own is named for it."""
+    """Returns whether a whole named model is read with a tokenizer other than its own."""
     folder = experiment.tokenizer.folder
     whole = source.part == "*" and experiment.model.family is not None
     return whole and folder is not None and Path(folder).resolve() != Path(source.folder).resolve()
 
 
 def reshaped_paths(source: Any, experiment: Any) -> set[str]:
-    """Returns the parameters that are not as the source stores them, because of another image size or vocabulary."""
+    """Returns the parameters that differ from the source's because of another image size or vocabulary."""
     if source.part != "*" and source.stage is not None:
         return set()
     config = experiment.model_of() if source.part == "*" else experiment.parts[source.part]
@@ -97,7 +97,7 @@ def reshaped_paths(source: Any, experiment: Any) -> set[str]:
 
 
 def vocabulary_axes(config: Any) -> dict[str, int]:
-    """The parameters that have a row for each token of a model's vocabulary, and along which axis."""
+    """Returns {path: axis} of the parameters that have a row for each token of a model's vocabulary."""
     larger = replace(config, llm=replace(config.llm, vocab_size=config.llm.vocab_size + 1))
     shapes, more = (
         {path: x.shape for path, x in flatten(nn.meta.unbox(abstract_params(c, family_of_config(c))))[0].items()}
@@ -108,7 +108,7 @@ def vocabulary_axes(config: Any) -> dict[str, int]:
 
 
 def snapshot_of(source: Any) -> Path:
-    """Where the run keeps what the stage trained. Raises RunFolderError (no run) or ConfigError (no such stage)."""
+    """Returns the folder of a stage's parameters. Raises RunFolderError (no run) or ConfigError (no such stage)."""
     run = RunFolder(Path(source.folder))
     names = [stage.name for stage in run.experiment().stages]
     if source.stage not in names:
@@ -130,7 +130,7 @@ def _from_model(
     report: Callable[[str], None],
 ) -> dict:
     _require_same(source, config, fitted(pretrained_config(source.folder), config, vocabulary=words))
-    # float32 as all that is trained; a stage may hold what it freezes in less.
+    # float32 like all trained parameters; a stage may hold frozen ones in less.
     _, params = from_pretrained(source.folder, dtype="float32", mesh=mesh)
     if reshape:
         params = reshaped(params, wanted, config, vocabulary=vocabulary, report=report)
@@ -151,7 +151,7 @@ def _from_run(source: Any, config: Any, wanted: dict) -> dict:
 
 
 def _require_same(source: Any, ours: Any, theirs: Any) -> None:
-    if isinstance(theirs, TakesFromExperiment):  # a folder's own model, of which nothing is open either
+    if isinstance(theirs, TakesFromExperiment):  # fills the open fields of the folder's model, as in ours
         theirs = theirs.beside(theirs, 0)
     if changed := part_differences(theirs, ours):
         shown = "".join(f"\n  {line}" for line in changed[:10])

@@ -1,4 +1,4 @@
-"""The parts inside a named model's config.json and among its weights: which file reads each, and its decoder."""
+"""The parts in a named model's config.json and weights: the families that read them, and the decoder."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from mllm_jax.llms.decoder import DecoderConfig
 
 
 def family_of(part: Architecture) -> Family:
-    """The family that reads and writes a part."""
+    """Returns the family that reads and writes a part."""
     families = importlib.import_module(part.module).FAMILIES
     return next(family for family in families if part.name in family.architectures)
 
 
 def read_llm(values: Mapping[str, Any], what: str) -> DecoderConfig:
-    """The decoder of `text_config` or `llm_config`, every option honoured or refused by name.
+    """Reads the decoder of `text_config` or `llm_config`; each option is honoured or refused by name.
 
     Args:
-        values: that part; it says what it is by `architectures`, else by `model_type`.
-        what: how to name the whole file in a message.
+        values: that part; its `architectures` name the decoder, or else its `model_type`.
+        what: the name of the whole file in a message.
 
     Raises:
-        ConfigError: a decoder that is not supported in there, or one of its options.
+        ConfigError: the decoder is not supported there, or one of its options is not.
     """
     named, kind = named_as(values)
     part = find(named[0]) if named else of_type(kind)
@@ -41,12 +41,12 @@ def read_llm(values: Mapping[str, Any], what: str) -> DecoderConfig:
 
 
 def write_llm(config: DecoderConfig, what: str) -> dict:
-    """The inverse. Raises ConfigError: a decoder that is not supported in there."""
+    """Writes the decoder's part of config.json. Raises ConfigError if the decoder is not supported there."""
     return family_of(_llm(config, what)).to_hf(config)
 
 
 def llm_table(config: DecoderConfig, what: str) -> Table:
-    """Its weights, with names as in a folder of its own."""
+    """Returns the decoder's weights, with the names of a folder of its own."""
     return family_of(_llm(config, what)).table(config)
 
 

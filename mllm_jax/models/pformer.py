@@ -1,4 +1,4 @@
-"""What trains a P-Former (arXiv 2307.07063, section 3.2): captions, their prompts, and the LLM that is prompted."""
+"""The training of a P-Former (arXiv 2307.07063, section 3.2) with captions, their prompts, and an LLM."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ from mllm_jax.projectors.qformer import INIT_STD
 
 @dataclass(frozen=True)
 class PFormerPretrainingConfig(WithCompute):
-    """A P-Former and the LLM that it prompts, which learns nothing.
+    """The config of a P-Former and the frozen LLM that it prompts.
 
     Attributes:
-        prompter: what a run trained is read by `PromptGuidedConfig` as its part "prompter".
+        prompter: the P-Former; `PromptGuidedConfig` reads the trained one as its part "prompter".
         llm: any LLM whose vocabulary is that of the captions.
-        projection_size: width of the space in which captions are told apart.
-        init_temperature: what similarities are divided by at the start; it is learnt.
+        projection_size: width of the space in which captions are distinguished.
+        init_temperature: the initial divisor of similarities; it is learned.
     """
 
     prompter: PFormerConfig
@@ -49,11 +49,11 @@ class PFormerPretrainingConfig(WithCompute):
 
     @property
     def media_tokens(self) -> int:
-        """Tokens that stand for what a caption describes: the prompts."""
+        """The number of prompts, which stand for the image of a caption."""
         return self.prompter.num_queries
 
-    image_size = 1  # it reads no images
-    encoder_decoder = False  # of the captions that it learns from, whatever its LLM is
+    image_size = 1  # the model reads no images
+    encoder_decoder = False  # captions are laid out for a decoder, whatever the LLM is
     family = None
 
     @property
@@ -64,16 +64,16 @@ class PFormerPretrainingConfig(WithCompute):
 
     @property
     def vocab_sizes(self) -> dict[str, int]:
-        """How many tokens each embedding holds, by its place in an experiment."""
+        """The number of tokens of each embedding, by its path in an experiment."""
         return {f"model.{name}.vocab_size": part.vocab_size for name, part in self.parts.items()}
 
     @property
     def dtype(self) -> str:
-        """What most of the model computes in."""
+        """The dtype of most of the computation."""
         return self.parts["prompter"].dtype
 
     def batch_spec(self, rows: int = 1, length: int = 8, slots: Mapping[str, int] = NO_MEDIA) -> BatchSpec:
-        """The arrays of a batch: captions without images."""
+        """Returns the arrays of a batch: captions without images."""
         return text_spec(rows, min(length, self.prompter.max_length))
 
     def make(self) -> PFormerPretraining:
@@ -82,13 +82,13 @@ class PFormerPretrainingConfig(WithCompute):
 
 @struct.dataclass
 class PromptedTexts:
-    """Captions as the P-Former has them.
+    """The P-Former's outputs for captions.
 
     Attributes:
         prompts: float32[B, Q, E].
-        nearest: float32[B, Q, E], of the LLM's embedded tokens the one nearest to each prompt; no gradient.
+        nearest: float32[B, Q, E], the LLM's token embedding nearest to each prompt; no gradient.
         text: float32[B, D], unit vectors.
-        temperature: float32, what similarities are divided by.
+        temperature: float32, the divisor of similarities.
         row: prompts and captions as the LLM reads them.
     """
 
@@ -100,7 +100,7 @@ class PromptedTexts:
 
 
 class PFormerPretraining(nn.Module):
-    """Captions to prompts, and prompts to the LLM's answer."""
+    """A module that maps captions to prompts, and prompts to the LLM's logits."""
 
     config: PFormerPretrainingConfig
 
@@ -115,12 +115,12 @@ class PFormerPretraining(nn.Module):
         self.temperature = self.param("temperature", constant, (), jnp.float32)
 
     def encode_texts(self, batch) -> PromptedTexts:
-        """The captions of a batch, one a row.
+        """Encodes the captions of a batch, one a row.
 
         Args:
-            batch: tokens, segments int[B, L], 0 in segments at padding; `masked` bool[B, L], what the P-Former may not
-                read of them; `llm_tokens`, `llm_segments` int[B, K], the same captions to the LLM, where it has a
-                tokenizer of its own.
+            batch: tokens, segments int[B, L], 0 in segments at padding; `masked` bool[B, L], the tokens that the
+                P-Former may not read; `llm_tokens`, `llm_segments` int[B, K], the same captions for the LLM, if it has
+                its own tokenizer.
         """
         c = self.config
         first = self.prompter.read(batch["tokens"], batch["segments"], batch.get("masked"))
@@ -131,32 +131,32 @@ class PFormerPretraining(nn.Module):
         return PromptedTexts(prompts, self.nearest(prompts), text, self.temperature, row)
 
     def nearest(self, x):
-        """float32[..., E] -> float32[..., E], the LLM's embedded token at the least distance, without a gradient."""
-        # [..., V] numbers, no more than the LLM's logits.
+        """Returns the LLM's nearest token embedding, float32[..., E] of float32[..., E], without a gradient."""
+        # The [..., V] distances are no larger than the LLM's logits.
         table = self.llm.embed(jnp.arange(self.config.llm.vocab_size)).astype(jnp.float32)
         table, x = jax.lax.stop_gradient((table, x))
-        # In full precision also where products are not by default: the near ones differ by little.
+        # In full precision, because the nearest embeddings differ by little.
         distance = jnp.square(table).sum(axis=-1) - 2 * jnp.matmul(x, table.T, precision="highest")
         return jnp.take(table, distance.argmin(axis=-1), axis=0)
 
     def __call__(self, batch) -> MultimodalOutput:
-        """Next-token logits of a `row` of `encode_texts`."""
+        """Computes next-token logits of a `row` of `encode_texts`."""
         return MultimodalOutput(self._language(batch))
 
     def head_inputs(self, batch) -> HeadInputs:
-        """What the LLM's output head makes the logits of a `row` from."""
+        """Returns the inputs of the LLM's output head for a `row`."""
         return self._language(batch, project=False)
 
     def _language(self, batch, **more):
         here = batch["media_index"] >= 0
-        placed = jnp.take_along_axis(batch["media"], jnp.maximum(batch["media_index"], 0)[..., None], axis=1)
+        prompts = jnp.take_along_axis(batch["media"], jnp.maximum(batch["media_index"], 0)[..., None], axis=1)
         text = self.llm.embed(batch["tokens"])
-        embeddings = jnp.where(here[..., None], placed.astype(text.dtype), text)
+        embeddings = jnp.where(here[..., None], prompts.astype(text.dtype), text)
         target = {name: batch[name] for name in ("decoder_tokens", "decoder_segments") if name in batch}
         return self.llm(batch["tokens"], None, batch["segments"], embeddings=embeddings, **target, **more)
 
-    # ---- what training asks of a model
+    # ---- for training
 
     def touch(self, batch):
-        """Runs every part once: what `init` traces so that all parameters exist."""
+        """Runs every part once, so that `init` creates all parameters."""
         return self(self.encode_texts(batch).row)

@@ -1,4 +1,4 @@
-"""From conversations and examples to batches: the one way, for every model, in training and in use."""
+"""The conversion of conversations and examples to batches, for every model, in training and generation."""
 
 from __future__ import annotations
 
@@ -32,19 +32,19 @@ from mllm_jax.models.companions import fitting
 from mllm_jax.models.protocol import LanguageOnly, ModelConfig
 from mllm_jax.models.reshape import with_image_size
 
-# Placeholders that vision-language models have for images, then whatever special token the template leaves unused.
+# The usual placeholders for images; without one, any special token that the template leaves unused.
 IMAGE_TOKENS = ("<image>", "<|image|>", "<|image_pad|>")
-BUCKET = 16  # instructions are padded to a multiple of it, so that lengths compile once for several
+BUCKET = 16  # instructions are padded to a multiple of this, so that several lengths share one compilation
 
 
 class Processor:
-    """Texts with media to batches.
+    """A processor that converts texts with media to batches.
 
     Args:
         config: the model's.
         tokenizer: with its chat template.
         layout: the model's.
-        system: a message before each conversation; None leaves it to the template.
+        system: a message before each conversation; None: the template decides.
     """
 
     def __init__(self, config: Any, tokenizer: Words, layout: Layout, system: str | None = None):
@@ -53,14 +53,14 @@ class Processor:
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, *, image_size: int | None = None) -> Processor:
-        """The processor of the model in a folder, or of the one that a run trains.
+        """Returns the processor of the model in a folder, or of the model that a run trains.
 
         Args:
             image_size: as given to `mllm_jax.from_pretrained`; None: the model's own.
 
         Raises:
-            ConfigError: an option of the model's processor that is not supported, or a size that it cannot have.
-            DataError: no tokenizer.
+            ConfigError: an option of the model's processor, or the image size, is not supported.
+            DataError: there is no tokenizer.
         """
         from mllm_jax.models.registry import pretrained_config
 
@@ -80,24 +80,24 @@ class Processor:
 
     @classmethod
     def of_run(cls, run: RunFolder, experiment: Any = None) -> Processor:
-        """The processor that a run keeps; its experiment is read where it is not given."""
+        """Returns the processor of a run; reads the run's experiment if it is None."""
         experiment = run.experiment() if experiment is None else experiment
         config = experiment.tokenizer
         return cls.of(experiment.model_of(), run.processor_folder, system=config.system, words=config.places)
 
     @classmethod
     def of(cls, config: Any, folder: Path, *, system: str | None = None, words: Sequence[str] = ()) -> Processor:
-        """The processor of a model whose tokenizer, and processor if it is a named one, are in a folder.
+        """Returns the processor of a model, with the tokenizer (and a named model's processor files) of a folder.
 
         Args:
-            words: before each media token of an image, for a model that is composed here.
+            words: text before each media token of an image, for a composed model.
         """
         family = cls.family_of(config)
         if family is not None:
             return cls(config, ChatTokenizer.load(folder), family.layout(config, folder), system)
         if not isinstance(config, (LLMConfig, ModelConfig)):
             raise ConfigError(
-                f"{folder}: {config.family}", "a model that reads pictures", "use its tokenizer: ChatTokenizer.load"
+                f"{folder}: {config.family}", "a model that reads images", "use its tokenizer: ChatTokenizer.load"
             )
         if isinstance(config, LLMConfig):
             return cls(LanguageOnly(config), ChatTokenizer.load(folder), TextLayout(), system)
@@ -113,12 +113,12 @@ class Processor:
         return cls(config, tokenizer, layout, system)
 
     def of_composition(self, config: Any) -> Processor:
-        """The same processor for a composition that a stage trains, which reads the same texts and images."""
+        """Returns the processor for another composition, which a stage trains on the same texts and images."""
         return Processor(config, self.tokenizer, self.layout, self.encoder.system)
 
     @staticmethod
     def family_of(config: Any) -> Family | None:
-        """The family of a named model, which has a layout of its own; None of a model that is composed here."""
+        """Returns the family of a named model with its own layout; None for a composed model."""
         from mllm_jax.models.registry import family_of_config
 
         family = None if config.family is None else family_of_config(config)
@@ -128,14 +128,14 @@ class Processor:
     def family(self) -> Family | None:
         return self.family_of(self.config)
 
-    # ---- to train on
+    # ---- for training
 
     def fingerprint(self) -> str:
-        """A text that differs where rows would."""
+        """Returns a text that differs if rows would differ."""
         return repr([self.config, self.encoder.fingerprint()])
 
     def encode(self, example: Example, max_length: int, learn: str = "answers") -> Encoded:
-        """Lays out an example as the model reads it; see `mllm_jax.data.processing.encode`."""
+        """Lays out an example for the model; see `mllm_jax.data.processing.encode`."""
         plain = bool(example.messages) and example.messages[0].role == TEXT_ROLE
         reads = self.layout.instruction_length > 0
         if (self.config.encoder_decoder or reads) and not plain:
@@ -158,19 +158,19 @@ class Processor:
         if (turns := require_answers(example.messages)) > 1:
             raise DataError(
                 f"a conversation of {turns} turns",
-                "one question and its answer: an encoder-decoder, or a Q-Former that reads the question, takes no more",
+                "one question and its answer, for an encoder-decoder, or a Q-Former that reads the question",
                 "make each question a record of its own",
             )
 
     def spec(self, rows: int, length: int, slots: Mapping[str, int]) -> BatchSpec:
-        """The batch that rows of this length, with these slots for media by modality, are packed into."""
+        """Returns the spec of a batch of rows of this length, with these slots for media by modality."""
         return self.layout.spec(self.config.batch_spec(rows, length, slots))
 
     def pack(self, rows: Sequence[Sequence[Encoded]], length: int, slots: Mapping[str, int]) -> dict[str, np.ndarray]:
-        """The batch of rows of several examples each."""
+        """Packs rows of several examples each into a batch."""
         return assemble(rows, self.spec(len(rows), length, slots), self.layout, slots)
 
-    # ---- to ask
+    # ---- for generation
 
     def __call__(
         self,
@@ -183,35 +183,37 @@ class Processor:
         slots: Mapping[str, int] | None = None,
         length: int | None = None,
     ) -> dict[str, np.ndarray]:
-        """A batch of one text, or of a list of texts.
+        """Makes a batch of one text, or of a list of texts.
 
         Args:
             text: a string with a placeholder for each image, as the model's tokenizer spells it, or a conversation, see
-                `mllm_jax.data.message.conversation`; an image may stand in the message or in `images`.
+                `mllm_jax.data.message.conversation`; an image may be part of the message or of `images`.
             images, videos: in the order of their positions, over all texts; or a list of lists, one for each text. An
-                image is uint8[H, W, 3], one of Pillow, a path or bytes; a video is a list of them, or an array.
-            answers: one for each text; the batch is then one to train on.
-            slots: for media in each row, by modality, such as {"image": 2}; None is what this batch needs.
-            length: of the rows; None is the longest text.
+                image is uint8[H, W, 3], one of Pillow, a path or bytes; a video is a list of images, or an array.
+            answers: one for each text, for a batch to train on.
+            slots: for media in each row, by modality, such as {"image": 2}; None: as many as this batch needs.
+            length: of the rows; None: that of the longest text.
 
         Returns:
             NumPy arrays by name, as `Multimodal` takes them; with `answers` also loss_weights.
 
         Raises:
-            DataError: media and their placeholders do not match, a text that spells a placeholder in a message, media
-                that the model does not take or that become too large (one, or all together, see
-                `mllm_jax.data.pixels`), a text longer than `length` or without anything in it.
+            DataError: media and their placeholders do not match, a message contains a placeholder, the model does not
+                take the media, they become too large (one, or all together, see `mllm_jax.data.pixels`), or a text is
+                empty or longer than `length`.
         """
         if audios:
             raise DataError(
                 f"{len(audios)} sound(s) for a {type(self.config).__name__}",
-                "pictures or videos: it has no encoder for sounds",
+                "images or videos: it has no encoder for sounds",
                 "leave them out",
             )
         texts = _texts(text)
         answers = [answers] if isinstance(answers, str) else answers
         if answers is not None and len(answers) != len(texts):
-            raise DataError(f"{len(texts)} texts and {len(answers)} answers", "one for each", "give as many")
+            raise DataError(
+                f"{len(texts)} texts and {len(answers)} answers", "one answer for each text", "give one for each"
+            )
         ids = [self._ids(each) for each in texts]
         wanted = [self._wanted(each, found) for each, found in zip(texts, ids, strict=True)]
         shown = _shown(wanted, {"image": images, "video": videos})
@@ -229,15 +231,15 @@ class Processor:
         *,
         learnt: bool = False,
     ) -> dict[str, np.ndarray]:
-        """The batch of one example a row, no longer than it must be."""
+        """Makes a batch of one example a row, as short as possible."""
         longest = max(len(e.tokens) for e in encoded)
         if not all(len(e.tokens) for e in encoded):
-            raise DataError("a text without anything in it", "at least one token", "give it a text")
+            raise DataError("an empty text", "at least one token", "leave it out")
         if length is not None and longest > length:
             raise DataError(
                 f"a text of {longest} tokens, media included",
                 f"at most {length}",
-                "raise `length`, shorten the text or give it fewer pictures: media are never cut",
+                "raise `length`, shorten the text or give it fewer images: media are never cut",
             )
         length = length or longest
         if slots is None:
@@ -246,7 +248,7 @@ class Processor:
         spec = self.spec(len(encoded), length, slots)
         if self.config.encoder_decoder:
             spec = spec | self.config.target_spec(len(encoded), max(len(e.target) for e in encoded))
-            spec = spec.without("decoder_positions")  # one target a row: they count
+            spec = spec.without("decoder_positions")  # one target a row: its positions are 0, 1, ...
         if read := [len(e.instruction) for e in encoded if e.instruction is not None]:
             spec = spec | instruction_spec(len(encoded), slots["image"], -(-max(read) // BUCKET) * BUCKET)
         elif self.layout.instruction_length:
@@ -256,7 +258,7 @@ class Processor:
         return assemble([[e] for e in encoded], spec, self.layout, slots)
 
     def declared(self, batch: Mapping[str, np.ndarray]) -> BatchSpec:
-        """The spec of a batch of these sizes that `batch` or `__call__` made."""
+        """Returns the spec of a batch that `batch` or `__call__` made."""
         rows, length = np.asarray(batch["tokens"]).shape
         held = {m: batch.keys() & self.config.branch(m).batch_spec(m, 1, 1).keys() for m in self.config.inputs}
         slots = {m: np.asarray(batch[min(names)]).shape[1] for m, names in held.items() if names}
@@ -268,14 +270,14 @@ class Processor:
         return spec
 
     def prompt(self, messages: Sequence[Message], *, plain: bool = False) -> Encoded:
-        """A conversation that waits for an answer; `plain`: its text alone, without a chat template."""
+        """Encodes a conversation that needs an answer; `plain`: its text alone, without a chat template."""
         media = self.layout.prepare([part for message in messages for part in message.parts if _is_medium(part)])
-        media = [replace(m, arrays=dict(m.arrays)) for m in media]  # read now, so that what cannot be is refused now
+        media = [replace(m, arrays=dict(m.arrays)) for m in media]  # reads media here, so that bad ones are refused
         ids = self.encoder.text_ids(messages[0]) if plain else self._ids(messages)
         return self._asked(messages, ids, media)
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Ids to text, special tokens left out."""
+        """Decodes ids to text without special tokens."""
         return self.tokenizer.decode(ids)
 
     def _ids(self, text: str | Sequence[Message]) -> list[int]:
@@ -284,7 +286,7 @@ class Processor:
         return self.encoder.ids_of(text)
 
     def _wanted(self, text: str | Sequence[Message], ids: Sequence[int]) -> list[Part]:
-        """The media that a text asks for, with those that it brings along."""
+        """Returns the media of a text; those without a source are given separately."""
         if isinstance(text, str):
             kinds = {token: kind for kind, token in self.layout.placeholders.items()}
             return [MEDIA[kinds[i]]() for i in ids if i in kinds]
@@ -301,7 +303,7 @@ class Processor:
         return encoded
 
     def answered(self, encoded: Encoded, answer: str) -> Encoded:
-        """A prompt with its answer and what ends it, which carry loss."""
+        """Returns a prompt followed by its answer and the end token, which carry loss."""
         ids = [*self.tokenizer.ids(answer), _end_of(self.config.llm)]
         if encoded.target is not None:
             target = np.concatenate([encoded.target, ids])
@@ -311,12 +313,12 @@ class Processor:
 
 
 def image_token(tokenizer: Words) -> int:
-    """An id for images that nothing else in a row has.
+    """Returns an id for images that nothing else in a row has.
 
-    Where the template writes all special tokens, one is added. No text has it and no embedding is read for it.
+    Adds a token if the template writes all special tokens. No text contains it, and its embedding is not read.
 
     Raises:
-        DataError: no chat template, or one that refuses a question and its answer.
+        DataError: there is no chat template, or it refuses a question and its answer.
     """
     special = {token: tokenizer.id_of(token) for token in tokenizer.special_tokens}
     if named := [special[name] for name in IMAGE_TOKENS if name in special]:
@@ -324,14 +326,14 @@ def image_token(tokenizer: Words) -> int:
     template = tokenizer.template if isinstance(tokenizer.template, str) else ""
     written = {i for token, i in special.items() if token in template} | _written(tokenizer)
     free = sorted(set(special.values()) - written)
-    # Those with a meaning of their own come last; a row without a template's end has them nowhere else.
+    # Tokens with a meaning of their own come last.
     meant = (*tokenizer.stop_ids, tokenizer.pad_token_id, tokenizer.bos_token_id)
     free.sort(key=lambda i: i in meant)
     return free[0] if free else tokenizer.add_placeholder(IMAGE_TOKENS[0])
 
 
 def _written(tokenizer: Words) -> set[int]:
-    """The ids that a chat template writes around messages of every role that it knows."""
+    """Returns the ids that a chat template writes around messages of every role that it knows."""
     talk = [{"role": role, "content": "a"} for role in ("user", "assistant", "user")]
     written = set(tokenizer.ids(tokenizer.render_chat(talk)))
     try:
@@ -350,7 +352,7 @@ def _end_of(llm: Any) -> int:
 
 
 def _texts(text: Any) -> list[str | tuple[Message, ...]]:
-    """Strings as they are, with placeholders of the tokenizer; conversations as messages."""
+    """Returns strings unchanged, and conversations as messages."""
     given = [text] if isinstance(text, str) or not (text and all(isinstance(each, str) for each in text)) else text
     texts: list[str | tuple[Message, ...]] = []
     for each in given:
@@ -361,7 +363,7 @@ def _texts(text: Any) -> list[str | tuple[Message, ...]]:
 
 
 def _shown(texts: list[list[Part]], given: Mapping[str, Sequence[Any] | None]) -> list[list[Part]]:
-    """Each text's media in the order of its positions: what a message brought along, else what was given beside."""
+    """Returns each text's media in the order of its positions: those in its messages, and those given separately."""
     rows: list[list[Part]] = [[] for _ in texts]
     dealt = {}
     for kind, things in given.items():
@@ -375,16 +377,16 @@ def _shown(texts: list[list[Part]], given: Mapping[str, Sequence[Any] | None]) -
                 row.append(part)
             elif left[kind]:
                 row.append(replace(part, source=left[kind].pop(0)))
-        # Too many or too few are found when the positions are counted; some models' texts have none.
+        # A wrong number is found when the positions are counted; some models' texts have none.
         row += [MEDIA[kind](thing) for kind, things in left.items() for thing in things]
     return rows
 
 
 def _deal(given: Sequence[Any] | None, kind: str, missing: Sequence[int]) -> list[list[Any]]:
-    """Media given beside the texts, to each text its own.
+    """Distributes separately given media to the texts.
 
     Args:
-        missing: how many each text asks for.
+        missing: the number of media that each text asks for.
     """
     given = [] if given is None else list(given)
     dealt = None
@@ -396,11 +398,11 @@ def _deal(given: Sequence[Any] | None, kind: str, missing: Sequence[int]) -> lis
         stops = np.cumsum(missing)
         dealt = [given[stop - count : stop] for stop, count in zip(stops, missing, strict=True)]
     elif not any(missing) and len(given) == len(missing):
-        dealt = [[each] for each in given]  # of models whose prompts name no position
+        dealt = [[each] for each in given]  # for models whose prompts have no placeholders
     if dealt is None or len(dealt) != len(missing):
         raise DataError(
             f"{len(given)} {kind}(s) for {len(missing)} texts that ask for {list(missing)}",
-            "as many as the texts ask for, or a list for each text",
+            "the number that the texts ask for, or a list for each text",
             "give each text its own list",
         )
     return dealt

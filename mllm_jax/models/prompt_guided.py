@@ -1,4 +1,4 @@
-"""A multimodal LLM beside the P-Former that guides its projector (arXiv 2307.07063, section 3.3)."""
+"""A multimodal LLM with a P-Former that guides its projector (arXiv 2307.07063, section 3.3)."""
 
 from __future__ import annotations
 
@@ -21,14 +21,13 @@ from mllm_jax.projectors.pformer import PFormerConfig
 
 @dataclass(frozen=True)
 class PromptGuidedConfig(WithCompute):
-    """What a stage trains that draws an image's media tokens to the prompts of its caption.
+    """The config of a stage that moves an image's media tokens towards the prompts of its caption.
 
-    The parts of `model` keep their names, so that what the stage trains is what the next one goes on with.
+    The parts of `model` keep their names, so that the next stage continues with the same parts.
 
     Attributes:
         model: the multimodal LLM; None: the experiment's model.
-        prompter: the P-Former that reads captions. What a run of `PFormerPretrainingConfig` trained is read here as the
-            part "prompter".
+        prompter: the P-Former that reads captions, the part "prompter" of a run of `PFormerPretrainingConfig`.
     """
 
     model: MultimodalConfig | None = None
@@ -46,7 +45,7 @@ class PromptGuidedConfig(WithCompute):
         if made != media:
             raise ConfigError(
                 "a prompter of {} prompts of width {}".format(*made),
-                "as many as an image has media tokens, in the LLM's width: {} of {}".format(*media),
+                "one for each media token of an image, in the LLM's width: {} of {}".format(*media),
                 "train without a prompter: images of any size have no fixed number of media tokens"
                 if packed
                 else "change num_queries or output_size of the prompter or the projector",
@@ -65,42 +64,42 @@ class PromptGuidedConfig(WithCompute):
 
     @property
     def encoder_decoder(self) -> bool:
-        """Whether the LLM reads text and media in an encoder of its own and answers from a decoder."""
+        """True if the LLM reads text and media in its encoder, and answers with its decoder."""
         return self.model.encoder_decoder
 
     @property
     def media_tokens(self) -> int:
-        """Tokens that one image takes in the LLM's row."""
+        """The number of tokens of one image in the LLM's row."""
         return self.model.media_tokens
 
     @property
     def image_size(self) -> int:
-        """Side of the images that a batch holds."""
+        """The side of the images in a batch."""
         return self.model.image_size
 
     @property
     def instruction_length(self) -> int:
-        """Tokens of an instruction that the projector reads in training; 0: it reads none."""
+        """The most tokens of an instruction that the projector reads in training; 0: it reads none."""
         return self.model.instruction_length
 
     @property
     def vocab_sizes(self) -> dict[str, int]:
-        """How many tokens each embedding holds, by its place in an experiment."""
+        """The number of tokens of each embedding, by its path in an experiment."""
         if self.model is None:
             return {}
         return self.model.vocab_sizes | {"prompter.vocab_size": self.parts["prompter"].vocab_size}
 
     @property
     def dtype(self) -> str:
-        """What most of the model computes in."""
+        """The dtype of most of the computation."""
         return self.parts["llm"].dtype
 
     def batch_spec(self, rows: int = 1, length: int = 8, slots=None) -> BatchSpec:
-        """The arrays of a batch: those of the model."""
+        """Returns the arrays of the model's batch."""
         return self.model.batch_spec(rows, length, slots)
 
     def beside(self, model: Any, vocab_size: int) -> PromptGuidedConfig:
-        """Returns the config with what it leaves open taken from the experiment; see `TakesFromExperiment`."""
+        """Returns the config with open fields filled in from the experiment; see `TakesFromExperiment`."""
         return self if self.model is not None else replace(self, model=model)
 
     def make(self) -> PromptGuidedModel:
@@ -110,7 +109,7 @@ class PromptGuidedConfig(WithCompute):
 
 @struct.dataclass
 class GuidedMedia:
-    """Images and what a P-Former makes of their captions.
+    """The media tokens of images, and the prompts of their captions.
 
     Attributes:
         media, prompts: dtype[B, T, E], of each row's image and of its caption.
@@ -123,33 +122,33 @@ class GuidedMedia:
 
 
 class PromptGuidedModel(nn.Module):
-    """Images to media tokens, captions to prompts."""
+    """A module that maps images to media tokens, and captions to prompts."""
 
     config: PromptGuidedConfig
 
     def setup(self):
         self.model = within(self.config.model, self.config.compute).make()
-        nn.share_scope(self, self.model)  # its parts stand beside the prompter, by their own names
+        nn.share_scope(self, self.model)  # its parts keep their names, at the level of the prompter
         self.prompter = self.config.parts["prompter"].make()
 
     def __call__(self, batch):
-        """Next-token logits of a row, see `Multimodal`."""
+        """Computes next-token logits of a row, see `Multimodal`."""
         return self.model(batch)
 
     def head_inputs(self, batch) -> HeadInputs:
-        """What the LLM's output head makes the logits of a row from."""
+        """Returns the inputs of the LLM's output head for a row."""
         return self.model.head_inputs(batch)
 
     def encode_images(self, batch):
-        """The features that the projector reads, see `Multimodal.encode_images`."""
+        """Returns the features that the projector reads, see `Multimodal.encode_images`."""
         return self.model.encode_images(batch)
 
     def guide(self, batch) -> GuidedMedia:
-        """An image and its caption, which are tokens and segments int[B, L], in each row; see `PromptGuided`."""
+        """Encodes an image and a caption (tokens, segments int[B, L]) in each row; see `PromptGuided`."""
         media, caption = self.model.encode_media(batch).tokens, (batch["tokens"], batch["segments"])
         return GuidedMedia(media, self.prompter(*caption), caption_row(self.config.llm, media, *caption))
 
     def touch(self, batch):
-        """Runs every part once: what `init` traces so that all parameters exist."""
+        """Runs every part once, so that `init` creates all parameters."""
         self.prompter(*(batch[name][:, : self.config.prompter.max_length] for name in ("tokens", "segments")))
         return self.model(batch)

@@ -1,4 +1,4 @@
-"""What the library asks of a model's config: declared here, so that nothing has to guess it."""
+"""Protocols of models' configs: the attributes and methods that the library uses."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from mllm_jax.data.batch import NO_MEDIA, ArraySpec, BatchSpec, target_spec, tex
 
 @runtime_checkable
 class ModelConfig(Protocol):
-    """The config of a model that is trained or asked.
+    """The config of a model for training or generation.
 
     Attributes:
-        family: the Hugging Face architecture that it is written as; None of a model that is composed here.
-        image_size: side of the images that a batch holds.
+        family: the Hugging Face architecture for writing it; None for a composed model.
+        image_size: side of the images in a batch.
         media_tokens: of one image.
-        llm: the language model's config; None of a model that generates no text.
+        llm: the language model's config; None for a model without one.
     """
 
     family: str | None
@@ -37,7 +37,7 @@ class ModelConfig(Protocol):
         ...
 
     def batch_spec(self, rows: int = 1, length: int = 8, slots: Mapping[str, int] = NO_MEDIA) -> BatchSpec:
-        """The arrays of a batch; without arguments those that `init` needs to make every parameter.
+        """Returns the arrays of a batch; without arguments, those that `init` needs to create every parameter.
 
         Args:
             slots: for media in a row, by modality.
@@ -49,13 +49,13 @@ class ModelConfig(Protocol):
 
 @runtime_checkable
 class TakesFromExperiment(Protocol):
-    """The config of a composition that may leave open what the experiment decides."""
+    """The config of a composition whose open fields the experiment fills in."""
 
     def beside(self, model: Any, vocab_size: int) -> Any:
-        """Returns the config with nothing left open.
+        """Returns the config with open fields filled in.
 
         Args:
-            model: the experiment's own, whose parts it takes where it has none.
+            model: the experiment's own, whose parts replace missing ones.
             vocab_size: of the experiment's tokenizer.
         """
         ...
@@ -63,16 +63,16 @@ class TakesFromExperiment(Protocol):
 
 @runtime_checkable
 class WritesText(Protocol):
-    """The config of a model that can be asked for text."""
+    """The config of a model that generates text."""
 
     def target_spec(self, rows: int, length: int) -> BatchSpec:
-        """The arrays of what an encoder-decoder's decoder writes."""
+        """Returns the arrays for the output of an encoder-decoder's decoder."""
         ...
 
 
 @dataclass(frozen=True)
 class LanguageOnly:
-    """A language model as a model without encoders, so that it is asked the same way.
+    """A language model in the role of a multimodal model without encoders.
 
     Attributes:
         llm: the language model's config.
@@ -97,15 +97,15 @@ class LanguageOnly:
 
     @property
     def parts(self) -> dict[str, Any]:
-        """None by a name of their own: the parameters are those of the language model."""
+        """No named parts: the parameters are those of the language model."""
         return {}
 
     def batch_spec(self, rows: int = 1, length: int = 8, slots: Mapping[str, int] = NO_MEDIA) -> BatchSpec:
-        """The arrays of a batch of text."""
+        """Returns the arrays of a batch of text."""
         return text_spec(rows, length)
 
     def target_spec(self, rows: int, length: int) -> BatchSpec:
-        """The arrays of what an encoder-decoder's decoder writes."""
+        """Returns the arrays for the output of an encoder-decoder's decoder."""
         return target_spec(rows, length) | dict(loss_weights=ArraySpec((rows, length), "float32"))
 
     def make(self) -> nn.Module:

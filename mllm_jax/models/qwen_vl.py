@@ -35,9 +35,9 @@ _OLDER = dict(
     num_key_value_heads=8, rms_norm_eps=1e-5, rope_theta=1_000_000.0, bos_token_id=151643, eos_token_id=151645,
     max_window_layers=80,
 )  # fmt: skip
-# What an option of the LLM is where config.json does not say.
+# Defaults of the LLM's options that are absent from config.json.
 _DEFAULTS = {QWEN2: _OLDER, QWEN25: _OLDER, QWEN3: dict(rope_theta=500_000.0, max_position_embeddings=128_000)}
-# Of the tokenizer, or written by transformers into every part.
+# Options of the tokenizer, or that transformers writes into every part.
 _IDLE = (
     "vision_start_token_id", "vision_end_token_id", "vision_token_id", "bos_token_id", "eos_token_id", "pad_token_id",
     "text_config", "vision_config", "tie_word_embeddings",
@@ -46,7 +46,7 @@ _IDLE = (
 
 @dataclass(frozen=True)
 class QwenVLConfig(MultimodalConfig):
-    """What the three's config.json says besides tower and LLM.
+    """The config of the three models.
 
     Attributes:
         image_token_id, video_token_id: of the placeholders in the text.
@@ -62,31 +62,31 @@ class QwenVLConfig(MultimodalConfig):
 
 
 class PatchLayout(Layout):
-    """Pictures of any size as packed patches, and videos as the frames that are given.
+    """A layout of images of any size as packed patches, and of videos as given frames.
 
-    Frames are resized as pictures are, and are taken as two a second; the reference samples them out of a file.
+    Frames are resized like images, and count as two a second; the reference samples them from a file.
     """
 
     unit = "patch"
 
     def __init__(self, config: QwenVLConfig, pictures: ImageProcessor):
-        tower = config.image.encoder
+        encoder = config.image.encoder
         cut = pictures.patch_size, pictures.merge_size, pictures.temporal_patch_size
-        if cut != (tower.patch_size, tower.merge_size, tower.temporal_patch_size):
+        if cut != (encoder.patch_size, encoder.merge_size, encoder.temporal_patch_size):
             raise mismatch(
                 f"a {pictures.kind} that cuts patches of {cut} (side, merged, frames)",
-                f"{(tower.patch_size, tower.merge_size, tower.temporal_patch_size)}, as the model",
+                f"{(encoder.patch_size, encoder.merge_size, encoder.temporal_patch_size)}, as the model",
             )
         self.config, self.pictures = config, pictures
         self.image_token = config.image_token_id
-        # Qwen3-VL writes each frame's time as text, which only its own processor knows how to spell.
+        # Qwen3-VL writes each frame's time as text, which only its own processor can spell.
         self.video_token = None if config.family == QWEN3 else config.video_token_id
 
     def sized(self, size: Size) -> Media:
         return self._placed(self.pictures.grid(1, *size), self.image_token)
 
-    def image(self, picture: np.ndarray) -> Media:
-        return self._filled(self.image_token, picture)
+    def image(self, image: np.ndarray) -> Media:
+        return self._filled(self.image_token, image)
 
     def sized_video(self, frames: int, size: Size) -> Media:
         return self._placed(self.pictures.grid(frames, *size), self.video_token)
@@ -105,7 +105,7 @@ class PatchLayout(Layout):
         return replace(self._placed(grid, token), arrays={"patches": patches})
 
     def collate(self, rows: Sequence[Sequence[Media]], slots: Mapping[str, int] | None = None) -> Collated:
-        """`slots` has the patches of a row; None: as many as the fullest row has."""
+        """Collates media into `slots` patches a row; None: the patches of the fullest row."""
         tower = self.config.image.encoder
         counts = [[len(m.arrays["patches"]) for m in row] for row in rows]
         needed = max((sum(row) for row in counts), default=0)
@@ -113,7 +113,7 @@ class PatchLayout(Layout):
         if needed > size or size % tower.merge_unit:
             raise DataError(
                 f"a row with {in_words({'image': needed}, self.unit)} and slots for {size:,}",
-                f"as many slots or more, a multiple of {tower.merge_unit}",
+                f"at least this number of slots, a multiple of {tower.merge_unit}",
                 "change `slots`, which count patches here; resize the images, or give it fewer",
             )
         first = [list(np.cumsum([0, *row])[:-1] // tower.merge_unit) for row in counts]
@@ -131,18 +131,19 @@ class PatchLayout(Layout):
 
 
 def layout(config: QwenVLConfig, folder: Path) -> PatchLayout:
-    """The layout of a model in a folder with its processor's settings."""
+    """Returns the layout of a model with its folder's processor settings."""
     return PatchLayout(config, read_image_processor(folder))
 
 
 def mrope_positions(row: Row, media: Sequence[Media], merge_size: int, tokens_per_second: int | None) -> np.ndarray:
-    """int[L, 3]: a text counts all three parts on; a picture's begin where the text before it ended.
+    """Returns M-RoPE positions int[L, 3]: equal coordinates for text; time, height and width for an image or video.
 
-    Behind a picture the text goes on by its longer side in media tokens, whatever time a video takes.
+    An image starts at the position after the text before it. The text after it continues at that start plus the longer
+    side in media tokens, whatever time a video takes.
 
     Args:
         merge_size: side of the square of patches that is one media token.
-        tokens_per_second: how fast a video's time runs by its own `seconds`; None: one a step.
+        tokens_per_second: steps of a video's time coordinate for each of its `seconds`; None: one a frame step.
     """
     positions = np.zeros((len(row.tokens), 3), np.int32)
     here = start = 0
@@ -167,7 +168,7 @@ def mrope_positions(row: Row, media: Sequence[Media], merge_size: int, tokens_pe
 
 
 def from_hf_config(values: dict) -> QwenVLConfig:
-    """config.json of the three, nested or, as Qwen2-VL's first ones, flat; every option honoured or refused by name."""
+    """Reads config.json, nested or flat (Qwen2-VL's first files); each option is honoured or refused by name."""
     family = architecture(values, QWEN2, QWEN25, QWEN3)
     what = f"config.json of {family}"
     own = ("image_token_id", "video_token_id", "architectures", "model_type", *_IDLE)
@@ -175,7 +176,7 @@ def from_hf_config(values: dict) -> QwenVLConfig:
     whole = Options(values, what)
     text = {name: value for name, value in values.items() if name not in own[:4] + ("vision_config",)}
     text = text if flat else whole.part("text_config")
-    # Before version 5 transformers wrote it into the LLM's part.
+    # Before version 5, transformers wrote this option into the LLM's part.
     tied = whole.flag("tie_word_embeddings", False) or Options(text, what).flag("tie_word_embeddings", False)
     options = Options(values if not flat else {n: v for n, v in values.items() if n in own}, what)
     options.skip("architectures", "model_type", *_IDLE)
@@ -192,7 +193,7 @@ def from_hf_config(values: dict) -> QwenVLConfig:
 
 
 def _read_llm(family: str, text: dict, what: str) -> DecoderConfig:
-    """Qwen2 or Qwen3 with positions in three parts."""
+    """Reads a Qwen2 or Qwen3 with M-RoPE."""
     left = {n: v for n, v in text.items() if n not in ("architectures", "rope_scaling", "rope_parameters", *_IDLE[:3])}
     options = Options(text, f"text_config of {what}")
     rope = options.part("rope_scaling", {}) or options.part("rope_parameters", {})
@@ -211,7 +212,7 @@ def _read_llm(family: str, text: dict, what: str) -> DecoderConfig:
 
 
 def to_hf_config(config: QwenVLConfig) -> dict:
-    """The inverse; refuses switches that the family does not have."""
+    """Writes config.json; refuses options that the family does not have."""
     llm, kind = config.llm, model_type(config.family)
     text = qwen.to_hf_config(change_fields(llm, mrope_sections=(), mrope_interleaved=False))
     rope = dict(text.pop("rope_scaling") or {"rope_type": "default"})
@@ -234,7 +235,7 @@ def to_hf_config(config: QwenVLConfig) -> dict:
 
 
 def _facts(c: QwenVLConfig) -> dict:
-    """What a config.json has to say; of tower and LLM too, whose positions the parts' own files do not know."""
+    """Returns the values that config.json must keep, also of the parts, whose own files have no M-RoPE."""
     parts = dict(encoder=stored_fields(c.image.encoder), llm=stored_fields(c.llm))
     return stored_fields(c, "inputs", "llm") | parts
 

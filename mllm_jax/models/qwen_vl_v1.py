@@ -1,7 +1,7 @@
 """The first Qwen-VL (arXiv 2308.12966): a ViT-bigG, a resampler with 256 queries and the first Qwen.
 
 Its folders have the architecture of the language model, `QWenLMHeadModel`, with a part `visual` in config.json. Their
-tokenizer is Python code over qwen.tiktoken, which is never run here: a tokenizer.json of the same ids has to lie there.
+tokenizer is Python code over qwen.tiktoken, which is never run here: the folder needs a tokenizer.json of the same ids.
 """
 
 from __future__ import annotations
@@ -31,17 +31,17 @@ from mllm_jax.llms import qwen_v1
 from mllm_jax.models.multimodal import Branch, MultimodalConfig
 from mllm_jax.projectors.resampler import ResamplerConfig, ResamplerDialect
 
-# Qwen-VL's repository has no class for the tower alone, and its folders no architecture of their own: these are ours.
+# Our names: Qwen-VL's repository has no class for the image encoder alone, and its folders name no architecture.
 TOWER, WHOLE = "QWenVisionTransformer", "QWenVL"
 _WHAT = "Qwen-VL's config.json"
 
 
-# ---- the tower: ViT and resampler
+# ---- ViT and resampler
 
 
 @dataclass(frozen=True)
 class QwenVLTowerConfig(WithCompute):
-    """The ViT and the resampler behind it, without a language model: `VisionTransformer` of visual.py."""
+    """The config of the ViT and the resampler, without a language model: `VisionTransformer` of visual.py."""
 
     encoder: QwenViTV1Config = QwenViTV1Config()
     projector: ResamplerConfig = ResamplerConfig(output_size=4096)
@@ -58,7 +58,7 @@ class QwenVLTowerConfig(WithCompute):
 
 
 class QwenVLTower(nn.Module):
-    """Pixels to media tokens."""
+    """A module that maps pixels to media tokens."""
 
     config: QwenVLTowerConfig
 
@@ -70,21 +70,21 @@ class QwenVLTower(nn.Module):
         """Encodes normalised pixels float[B, H, W, 3].
 
         Returns:
-            last_hidden_state [B, N, E] is what the resampler reads; pooler_output [B, num_queries, output_size] are
-            the media tokens, the only output of the reference.
+            VisionOutput with last_hidden_state [B, N, E], which the resampler reads, and pooler_output
+            [B, num_queries, output_size], the media tokens, which are the reference's only output.
 
         Raises:
-            DataError: pictures that are not square or no whole number of patches.
+            DataError: images are not square, or no whole number of patches.
         """
         out = self.encoder_image(pixels, output_hidden_states)
         return out.replace(pooler_output=self.projector_image(out.last_hidden_state))
 
 
 def read_tower(values: Mapping) -> QwenVLTowerConfig:
-    """The `visual` part of a Qwen-VL config.json, alone or within the whole, whose other entries are not read.
+    """Reads the `visual` part of a Qwen-VL config.json, alone or within the whole; other entries are not read.
 
     Raises:
-        ConfigError: no such part, or an option that is not supported.
+        ConfigError: the part is absent, or an option is not supported.
     """
     options = Options(Options(values, _WHAT).part("visual", {}) or values, f"the visual part of {_WHAT}")
     encoder = qwen_vit_v1.read_sizes(options)
@@ -93,13 +93,13 @@ def read_tower(values: Mapping) -> QwenVLTowerConfig:
         num_queries=options.size("n_queries", 256),
         dialect=ResamplerDialect(norm_eps=NORM_EPS),
     )
-    options.skip("image_start_id")  # where the LLM's text has a picture
+    options.skip("image_start_id")  # of images in the LLM's text
     options.done()
     return QwenVLTowerConfig(encoder, projector)
 
 
 def write_tower(config: QwenVLTowerConfig) -> dict:
-    """The inverse. Raises ConfigError: sizes that the reference has fixed, or another resampler."""
+    """Writes the `visual` part. Raises ConfigError for sizes that the reference fixes, or another resampler."""
     encoder, projector = config.encoder, config.projector
     fixed = ResamplerConfig(projector.output_size, num_queries=projector.num_queries)
     fixed = replace(fixed, compute=projector.compute)
@@ -109,7 +109,7 @@ def write_tower(config: QwenVLTowerConfig) -> dict:
     if given != expected or projector != fixed:
         raise ConfigError(
             f"Qwen-VL's ViT with (positions, mean, std, family) {given} and {projector}",
-            f"{expected} and {fixed}: no option says otherwise",
+            f"{expected} and {fixed}, which no option changes",
             "change them",
         )
     return dict(
@@ -121,10 +121,10 @@ def write_tower(config: QwenVLTowerConfig) -> dict:
 
 
 def resampler_weights(c: ResamplerConfig, feature_size: int) -> tuple[Weight, ...]:
-    """The resampler's weights under the names of visual.py; its one layer has no number there.
+    """Returns the resampler's weights under the names of visual.py, where its only layer has no number.
 
     Args:
-        feature_size: width of what it reads.
+        feature_size: width of its input.
     """
     layer, attention, heads = "layers", "attn_pool.attn", {"h": c.head_dim}
     weights = [
@@ -150,13 +150,13 @@ def resampler_weights(c: ResamplerConfig, feature_size: int) -> tuple[Weight, ..
 
 
 def vision_weights(encoder: QwenViTV1Config, projector: ResamplerConfig, name: str = "") -> tuple[Weight, ...]:
-    """Both parts' weights; names begin with `name`."""
+    """Returns the weights of both parts, with the prefix `name`."""
     resampler = Table(resampler_weights(projector, encoder.hidden_size))
     return nested(qwen_vit_v1.table(encoder), name, "encoder_image/") + nested(resampler, name, "projector_image/")
 
 
 def tower_table(config: QwenVLTowerConfig) -> Table:
-    """The tower's weights; in a whole model's folder the LLM's are passed over."""
+    """Returns the weights of ViT and resampler; those of the LLM in a whole model's folder are ignored."""
     spellings = (
         (r"^(?:transformer\.)?visual\.", ""),
         (r"^(?:transformer\.(?:wte|h|ln_f|rotary_emb)|lm_head)\..+$", "language_model"),
@@ -165,20 +165,21 @@ def tower_table(config: QwenVLTowerConfig) -> Table:
 
 
 def tower_sample(config: QwenVLTowerConfig) -> tuple:
-    """Arguments with which `init` creates every parameter."""
+    """Returns arguments with which `init` creates every parameter."""
     side = config.encoder.image_size
     return (jnp.zeros((1, side, side, 3)),)
 
 
-# ---- the whole
+# ---- the whole model
 
 
 @dataclass(frozen=True)
 class QwenVLV1Config(MultimodalConfig):
-    """What Qwen-VL's config.json says besides its parts.
+    """The config of the first Qwen-VL.
 
     Attributes:
-        image_start_id: of the token behind which a picture stands; the next id ends it, the one after fills its places.
+        image_start_id: of the token before an image; the next id is the token after it, the one after that fills the
+            positions of its media tokens.
     """
 
     family: str | None = WHOLE
@@ -197,17 +198,17 @@ class QwenVLV1Config(MultimodalConfig):
 
 
 class QwenVLV1Layout(TileLayout):
-    """Qwen-VL's pictures: squares, whatever their shape was; 256 places between a token before and one behind.
+    """A layout of images resized to squares; 256 positions between a start token and an end token.
 
-    In a text a picture is `<img>its name</img>`, or `<img>` alone. The authors' code opens the file of that name; here
-    pictures are given, and the name is left out.
+    In a text an image is `<img>its name</img>`, or `<img>` alone. The authors' code opens the file of that name; here
+    images are given, and the name is left out.
     """
 
     def __init__(self, config: QwenVLV1Config):
-        tower = config.image.encoder
-        side = (tower.image_size, tower.image_size)
+        encoder = config.image.encoder
+        side = (encoder.image_size, encoder.image_size)
         # Their code resizes with Pillow, bicubic, and has no preprocessor_config.json.
-        self.pictures = ImageProcessor(TOWER, side, mean=tower.image_mean, std=tower.image_std)
+        self.pictures = ImageProcessor(TOWER, side, mean=encoder.image_mean, std=encoder.image_std)
         self.config, self.image_token, self.tokens_a_tile = config, config.image_start_id, config.media_tokens
         self.end, self.filling = config.image_start_id + 1, config.image_start_id + 2
 
@@ -217,31 +218,31 @@ class QwenVLV1Layout(TileLayout):
         tokens = np.array([self.image_token, *[self.filling] * count, self.end])
         return Media({}, tokens, np.array([TEXT, *range(count), TEXT]), count=1)
 
-    def image(self, picture: np.ndarray) -> Media:
-        tile = self.pictures.for_encoder(self.pictures.prepare(picture), self.config.image.encoder)
-        return replace(self.sized(Size(*picture.shape[:2])), arrays={"images": tile[None]})
+    def image(self, image: np.ndarray) -> Media:
+        tile = self.pictures.for_encoder(self.pictures.prepare(image), self.config.image.encoder)
+        return replace(self.sized(Size(*image.shape[:2])), arrays={"images": tile[None]})
 
     def without_names(self, ids: Sequence[int]) -> list[int]:
         kept, name_ends = [], -1
-        for place, token in enumerate(ids):
-            if place <= name_ends:
+        for index, token in enumerate(ids):
+            if index <= name_ends:
                 continue
             kept.append(token)
-            edges = (p for p in range(place + 1, len(ids)) if ids[p] in (self.image_token, self.end))
+            edges = (i for i in range(index + 1, len(ids)) if ids[i] in (self.image_token, self.end))
             if token == self.image_token and (edge := next(edges, None)) is not None and ids[edge] == self.end:
                 name_ends = edge
         return kept
 
 
 def layout(config: QwenVLV1Config, folder: Path) -> QwenVLV1Layout:
-    """The layout of a model; its folder says no more than config.json does."""
+    """Returns the layout of a model, for which config.json suffices."""
     return QwenVLV1Layout(config)
 
 
 def from_hf_config(values: dict) -> QwenVLV1Config:
-    """config.json of Qwen-VL or Qwen-VL-Chat, every option honoured or refused by name."""
+    """Reads config.json of Qwen-VL or Qwen-VL-Chat; each option is honoured or refused by name."""
     if not Options(values, _WHAT).part("visual", {}):
-        raise ConfigError(f"{_WHAT} without a part 'visual'", "the picture tower's sizes", "restore it from its origin")
+        raise ConfigError(f"{_WHAT} without a part 'visual'", "the image encoder's sizes", "restore it from its origin")
     tower = read_tower(values)
     return QwenVLV1Config(
         inputs={"image": Branch(tower.encoder, tower.projector)},
@@ -251,7 +252,7 @@ def from_hf_config(values: dict) -> QwenVLV1Config:
 
 
 def to_hf_config(config: QwenVLV1Config) -> dict:
-    """The inverse; refuses switches that the family does not have."""
+    """Writes config.json; refuses options that the family does not have."""
     c = config
     visual = write_tower(QwenVLTowerConfig(c.image.encoder, c.image.projector)) | dict(image_start_id=c.image_start_id)
     visual.pop("architectures")
@@ -260,7 +261,7 @@ def to_hf_config(config: QwenVLV1Config) -> dict:
 
 
 def _facts(c: QwenVLV1Config) -> dict:
-    """What a config.json has to say of the whole; the parts have seen to themselves."""
+    """Returns the values of the whole model that config.json must keep; the parts check their own."""
     return stored_fields(c, "inputs", "llm") | dict(connection=c.image.connection)
 
 

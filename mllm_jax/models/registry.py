@@ -1,4 +1,4 @@
-"""Which file knows a model, and the public names that follow: load it, its config, save it, list what is supported."""
+"""The families of models, and public functions to load a model or its config, save it, and list supported ones."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ class SupportedModel:
 
     Attributes:
         architectures: as config.json names them.
-        reading, writing: whether folders of it can be read and written.
-        oracle: the reference that its parity tests compare with.
+        reading, writing: whether its folders can be read and written.
+        oracle: the reference of its parity tests.
     """
 
     name: str
@@ -49,7 +49,7 @@ class SupportedModel:
 
 
 def supported_models() -> list[SupportedModel]:
-    """Every model that `from_pretrained` reads, a row a family. `mllm models` prints it as a table."""
+    """Lists the models that `from_pretrained` reads, a row for each family. `mllm models` prints them as a table."""
     modules = dict.fromkeys(found.module for found in ARCHITECTURES)
     families = [family for module in modules for family in importlib.import_module(module).FAMILIES]
     return [
@@ -59,7 +59,7 @@ def supported_models() -> list[SupportedModel]:
 
 
 def family_of_component(component: Component, hf_config: Mapping[str, Any]) -> Family:
-    """The family that reads a component: of the class that model_index.json says, else as config.json says."""
+    """Returns the family that reads a component: of its class in model_index.json, or else of its config.json."""
     if not component.class_name:
         return family_of(hf_config)
     if (found := find(component.class_name, hf_config)) is None:
@@ -72,10 +72,10 @@ def family_of_component(component: Component, hf_config: Mapping[str, Any]) -> F
 
 
 def family_of(hf_config: Mapping[str, Any]) -> Family:
-    """The family that reads a config.json. Raises ConfigError: it names no architecture, or none that is supported."""
+    """Returns the family that reads a config.json. Raises ConfigError if it names no supported architecture."""
     architectures = named_as(hf_config)[0]
     if not architectures and isinstance(named := hf_config.get("architecture"), str):
-        architectures = (named,)  # as timm writes it
+        architectures = (named,)  # as in timm's files
     if not architectures:
         raise ConfigError(
             f"config.json with architectures={hf_config.get('architectures')!r}",
@@ -87,40 +87,40 @@ def family_of(hf_config: Mapping[str, Any]) -> Family:
 
 
 def family_of_config(config: Any) -> Family:
-    """The family as which a module's config is written: `config.family` is the architecture's name."""
+    """Returns the family that writes a module's config: `config.family` is the architecture's name."""
     if not isinstance(name := getattr(config, "family", None), str):
         raise ConfigError(
             f"a {type(config).__name__} without a family",
-            "a config that came from a Hugging Face folder, or names the architecture to be written as",
+            "a config from a Hugging Face folder, or one that names the architecture for writing it",
             "set its field `family`, or save a training checkpoint instead",
         )
     return part_family(known(name))
 
 
 def abstract_params(config: Any, family: Family) -> PyTree:
-    """Shapes, dtypes and logical names of the parameters of `config.make()`; nothing is computed."""
+    """Returns shapes, dtypes and logical names of the parameters of `config.make()`; computes nothing."""
     return abstract_init(config.make(), *jax.eval_shape(lambda: family.sample(config)))
 
 
 def abstract_init(module: nn.Module, *arguments: Any, **options: Any) -> PyTree:
-    """The same of any module; arguments, perhaps abstract, and options are those of its `init` after the key."""
+    """Does the same for any module; arguments, perhaps abstract, and options are those of its `init` after the key."""
     return jax.eval_shape(partial(module.init, **options), jax.random.key(0), *arguments)["params"]
 
 
 def pretrained_config(folder: str | Path) -> Any:
-    """The config of the module that `from_pretrained(folder)` gives, such as a DecoderConfig, without the weights.
+    """Returns the config of the module of `from_pretrained(folder)`, such as a DecoderConfig; reads no weights.
 
     Raises:
-        CheckpointError: no model there.
-        ConfigError: an unsupported architecture, or an option of it that is not supported.
+        CheckpointError: the folder has no model.
+        ConfigError: the architecture, or one of its options, is not supported.
     """
     return read_pretrained(folder)[0]
 
 
 def read_pretrained(folder: str | Path | Component) -> tuple[Any, Family]:
-    """The same, and the family of the folder; of a native one that as which it would be written.
+    """Does the same, and returns the folder's family; for a native folder, the family that writes it.
 
-    Where weights lie beside config.json, their headers say what it leaves open, and bound its numbers of layers.
+    The headers of stored weights settle what config.json leaves open, and bound its numbers of layers.
     """
     if not isinstance(folder, Component) and is_native(Path(folder)):
         config = read_native_config(Path(folder))
@@ -146,24 +146,24 @@ def from_pretrained(
     image_size: int | None = None,
     report: Callable[[Report], None] | None = None,
 ) -> tuple[nn.Module, PyTree]:
-    """The module and the parameters in a folder: a Hugging Face one of any supported model, or a native one.
+    """Loads the module and the parameters of a folder: a Hugging Face one of any supported model, or a native one.
 
     Args:
-        folder: config.json with (sharded) safetensors, or what `mllm convert` wrote. Of a folder with a
-            model_index.json, one of its components: see `mllm_jax.checkpoints.components.components_of`.
-        dtype: of the parameters and of the computation; None is what is stored, for the computation what most is.
-        mesh: shards the parameters over it; None puts them on the default device.
-        image_size: of the images that the model is to read, where that is not the folder's: its position tables are
-            resampled, as transformers does it with `interpolate_pos_encoding`.
-        report: is called with what reading Hugging Face files took; by default that is logged.
+        folder: config.json with (sharded) safetensors, or a folder of `mllm convert`; or one component of a folder with
+            a model_index.json, see `mllm_jax.checkpoints.components.components_of`.
+        dtype: of the parameters and of the computation; None: that of the stored parameters, for the computation that
+            of most of them.
+        mesh: on which the parameters are sharded; None puts them on the default device.
+        image_size: of the images that the model reads; None: the folder's. For another size, position tables are
+            resampled like transformers' `interpolate_pos_encoding`.
+        report: is called with statistics of reading Hugging Face files; by default they are logged.
 
     Returns:
         (module, params) for `module.apply({"params": params}, ...)`.
 
     Raises:
-        ConfigError: an unsupported architecture, or an option of it that is not supported; an image size that the
-            model cannot have.
-        CheckpointError: files absent or damaged, tensors that do not fit, or a model larger than the devices.
+        ConfigError: the architecture, one of its options, or the image size is not supported.
+        CheckpointError: files are absent or damaged, tensors do not fit, or the model is larger than the devices.
     """
     prepare_cpu()
     if dtype is not None:
@@ -183,17 +183,17 @@ def from_pretrained(
         config, abstract = resized, abstract_params(resized, family)
         params = reshaped(params, placed(abstract, mesh), config)
     computed = _dtype_of(params)
-    # float32 need not be stated: the config then stays as the family reads it.
+    # float32 is the default: the config stays as the family reads it.
     return with_compute(config, dtype=None if computed == "float32" else computed).make(), params
 
 
 def placed(abstract: PyTree, mesh: jax.sharding.Mesh | None) -> PyTree:
-    """ShapeDtypeStructs of parameters that `abstract_params` gives, with their shardings where there is a mesh."""
+    """Returns the parameters of `abstract_params` as ShapeDtypeStructs, with their shardings if there is a mesh."""
     plain = nn.meta.unbox(abstract)
     if mesh is None:
         return plain
-    places = param_shardings(abstract, mesh)
-    return jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), plain, places)
+    shardings = param_shardings(abstract, mesh)
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), plain, shardings)
 
 
 def save_pretrained(
@@ -209,15 +209,15 @@ def save_pretrained(
     """Writes a Hugging Face folder that transformers opens; it appears whole or not at all.
 
     Args:
-        module: as `from_pretrained` gives it; its config says as which architecture to write.
-        companions: a folder whose tokenizer, chat template and generation settings come along.
+        module: as `from_pretrained` returns it; its config names the architecture to write.
+        companions: a folder whose tokenizer, chat template and generation settings are copied.
         max_shard_bytes: a larger model is split over several files with an index.
-        dtype: what to store; None is that of each parameter.
-        overwrite: replace a model that is there.
+        dtype: of the stored parameters; None: that of each parameter.
+        overwrite: whether to replace an existing model.
 
     Raises:
-        ConfigError: a module without a family.
-        CheckpointError: parameters that are not this module's, a folder that is taken, a full disk.
+        ConfigError: the module has no family.
+        CheckpointError: the parameters are not this module's, the folder exists, or the disk is full.
     """
     config = module.config
     family = family_of_config(config)
@@ -236,24 +236,24 @@ def save_pretrained(
 
 
 def _dtype_of(params: PyTree) -> str:
-    """The dtype that most numbers have: norms may be wider than the matrices and do not decide."""
+    """Returns the dtype of most numbers, so that wider norms do not decide."""
     sizes: Counter[str] = Counter()
     for leaf in jax.tree.leaves(params):
         sizes[str(leaf.dtype)] += leaf.size
     return sizes.most_common(1)[0][0]
 
 
-FEW_LAYERS = 100  # as many can be written out, to say which tensors are missing
+FEW_LAYERS = 100  # a number for which an error message can list the missing tensors
 
 
 def require_layers(folder: Path, config: Any, stored: Iterable[str]) -> None:
-    """Refuses a config with more layers than the stored tensors can have, before anything is made for each layer.
+    """Refuses a config with more layers than the stored tensors, before anything is allocated for each layer.
 
     Args:
         stored: the names of the tensors, in which layers are numbered.
 
     Raises:
-        CheckpointError: names the number of layers and how many the tensors have.
+        CheckpointError: names both numbers of layers.
     """
     most = 1 + max((int(number) for name in stored for number in re.findall(r"(?<=\.)\d{1,9}(?=\.)", name)), default=-1)
     wrong = [f"{name}={count:,}" for name, count in layer_counts(config) if count > max(most, FEW_LAYERS)]
@@ -261,13 +261,13 @@ def require_layers(folder: Path, config: Any, stored: Iterable[str]) -> None:
         raise CheckpointError(
             f"{folder}: config.json has {', '.join(wrong)} (num_hidden_layers, num_layers or depth there), "
             f"and the stored tensors have at most {most:,} layers",
-            "as many layers as are stored",
+            "the number of stored layers",
             "check that weights and config.json belong together",
         )
 
 
 def layer_counts(config: Any, path: str = "") -> Iterator[tuple[str, int]]:
-    """The names and values of all fields that say how many layers a part of a model has."""
+    """Yields the names and values of all fields with a part's number of layers."""
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         if dataclasses.is_dataclass(value):

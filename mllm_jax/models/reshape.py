@@ -1,7 +1,7 @@
-"""A stored model for images of another size, or for another vocabulary: which parameters change, and how.
+"""A stored model with another image size or another vocabulary.
 
-Position tables are resampled as transformers does it with `interpolate_pos_encoding`. Rows of embedding and head follow
-their tokens. All else is read as it is, so that a model streams onto its devices whatever changes.
+Position tables are resampled like transformers' `interpolate_pos_encoding`. Rows of embedding and head follow their
+tokens. All other parameters are read unchanged, so that any such model streams onto its devices.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 @dataclasses.dataclass(frozen=True)
 class Vocabulary:
-    """Another vocabulary than the stored one.
+    """A vocabulary that replaces the stored one.
 
     Attributes:
-        rows: int[n], of each token the row of the stored vocabulary; -1: it has none, and gets the mean of all rows.
-        axes: the parameters that have a row for each token, and along which axis.
-        held: rows of the stored vocabulary.
+        rows: int[n], each token's row in the stored vocabulary; -1: it has none, and gets the mean of all rows.
+        axes: {path: axis} of the parameters that have a row for each token.
+        held: the number of rows of the stored vocabulary.
     """
 
     rows: np.ndarray
@@ -48,7 +48,7 @@ class Vocabulary:
         )
 
     def make(self, path: str) -> Callable:
-        """What makes a parameter from the stored one."""
+        """Returns a function that maps a stored parameter to the new one."""
         axis = self.axes[path]
 
         def made(table):
@@ -60,16 +60,16 @@ class Vocabulary:
 
 
 def with_image_size(config: Any, size: int) -> Any:
-    """The config of the same model, or part of one, for images of another size.
+    """Returns the config of a model or part for images of another size.
 
     Raises:
-        ConfigError: its images have no one size, a size that its patches do not fill, or parts that no longer fit.
+        ConfigError: its images have no single size, patches do not fill the new size, or parts no longer fit.
     """
     resized = _resized(config, size)
     if resized is None:
         raise ConfigError(
             f"image_size={size} for a {type(config).__name__}",
-            "a model whose images have one size: this one takes images of any size, or of sizes that its parts fix",
+            "a model with one image size: this one takes images of any size, or of sizes that its parts fix",
             "leave image_size out; a processor's own settings bound the pixels of images of any size",
         )
     check_image_size(config, resized)
@@ -77,10 +77,10 @@ def with_image_size(config: Any, size: int) -> Any:
 
 
 def check_image_size(stored: Any, config: Any) -> None:
-    """Refuses an image size, other than that of the stored config, that patches do not fill.
+    """Refuses an image size that differs from the stored config's and that patches do not fill.
 
     Raises:
-        ConfigError: names the next sizes that do.
+        ConfigError: names the nearest sizes that patches fill.
     """
     theirs = _image_parts(stored)
     for name, part in _image_parts(config).items():
@@ -95,10 +95,10 @@ def check_image_size(stored: Any, config: Any) -> None:
 
 
 def fitted(stored: Any, config: Any, *, vocabulary: bool = False) -> Any:
-    """The stored config for images of the size that the other config has.
+    """Returns the stored config with the image size of the other config.
 
     Args:
-        vocabulary: also with the other's vocabulary, see `mllm_jax.models.vocabulary`.
+        vocabulary: whether to take the other's vocabulary too, see `mllm_jax.models.vocabulary`.
     """
     size = getattr(config, "image_size", None)
     if size is not None and size != getattr(stored, "image_size", size) and _image_parts(stored):
@@ -108,7 +108,7 @@ def fitted(stored: Any, config: Any, *, vocabulary: bool = False) -> Any:
 
 
 def changed_leaves(stored: Shapes, wanted: Shapes) -> list[str]:
-    """The parameters that have another shape than the stored ones."""
+    """Returns the parameters whose shape differs from the stored one."""
     return [path for path, shape in wanted.items() if path in stored and tuple(stored[path]) != tuple(shape)]
 
 
@@ -120,17 +120,17 @@ def reshaped(
     vocabulary: Vocabulary | None = None,
     report: Callable[[str], None] = logger.info,
 ) -> PyTree:
-    """The stored parameters as another config of the model has them.
+    """Converts stored parameters to the shapes of another config of the model.
 
     Args:
-        params: as they are stored.
-        wanted: ShapeDtypeStructs of the parameters, perhaps with shardings, under which the changed ones are made.
-        config: the one that `wanted` belongs to.
+        params: the stored parameters.
+        wanted: ShapeDtypeStructs of the parameters, perhaps with shardings for the changed ones.
+        config: the config of `wanted`.
         vocabulary: None: the stored one.
         report: is called with a line for each kind of change.
 
     Raises:
-        ConfigError: parameters whose shape follows from the image size and that cannot be resampled.
+        ConfigError: parameters depend on the image size and cannot be resampled.
     """
     leaves, structure = flatten(params)
     targets = flatten(nn.meta.unbox(wanted))[0]
@@ -147,8 +147,8 @@ def reshaped(
             make = vocabulary.make(path)
         elif (make := _resampling(owner, name)) is not None:
             before, after = (math.isqrt(x.shape[0]) for x in (table, target))
-            place = part if part in parts else type(owner).__name__
-            report(f"positions of {place} resampled from {before} x {before} to {after} x {after}")
+            resampled = part if part in parts else type(owner).__name__
+            report(f"positions of {resampled} resampled from {before} x {before} to {after} x {after}")
         else:
             fixed.append(f"{path} {list(table.shape)}, which would be {list(target.shape)}")
             continue
@@ -156,15 +156,15 @@ def reshaped(
     if fixed:
         shown = "".join(f"\n    {line}" for line in fixed[:5])
         raise ConfigError(
-            f"another image size for parameters that were made for one size only:{shown}",
+            f"another image size for parameters that fit only one size:{shown}",
             "the image size of the stored model: relative positions and maps of whole regions do not resize",
-            "leave the image size as it is stored, or train this part anew instead of reading it",
+            "keep the stored image size, or train this part from scratch instead of reading it",
         )
     return jax.tree_util.tree_unflatten(structure, list(leaves.values()))
 
 
 def _resized(config: Any, size: int) -> Any:
-    """The config with another image size wherever it has one; None: nowhere."""
+    """Returns the config with another image size; None if it has no image size."""
     fields = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
     if "image_size" in fields:
         return dataclasses.replace(config, image_size=size)
@@ -176,7 +176,7 @@ def _resized(config: Any, size: int) -> Any:
         changes: dict[str, Any] = {
             "inputs": {**fields["inputs"], "image": dataclasses.replace(branch, encoder=encoder)}
         }
-        if fields.get("resolutions"):  # whole tiles, as many as before
+        if fields.get("resolutions"):  # the same numbers of tiles
             side = branch.encoder.image_size
             changes["resolutions"] = tuple(tuple(n // side * size for n in pair) for pair in fields["resolutions"])
         return dataclasses.replace(config, **changes)
@@ -187,11 +187,11 @@ def _resized(config: Any, size: int) -> Any:
 
 
 def _image_parts(config: Any) -> dict[str, Any]:
-    """The parts of a model that read images of one size, by name; of a part alone, itself."""
+    """Returns the parts of a model that read images of one size, by name; for a single part, {"": part}."""
     parts = getattr(config, "parts", None) or {"": config}
     return {name: part for name, part in parts.items() if isinstance(getattr(part, "image_size", None), int)}
 
 
 def _resampling(owner: Any, name: str) -> Callable | None:
-    """What makes a parameter of an encoder from the stored one; None: nothing does."""
+    """Returns a function that resamples a stored parameter of an encoder; None if it cannot be resampled."""
     return owner.resample if name in getattr(owner, "resampled", ()) else None

@@ -1,4 +1,4 @@
-"""The weights of a run, read: what it began with and what its stages left; see `mllm_jax.training.weights`."""
+"""Reading of a run's weights: the initial ones and those of its stages; see `mllm_jax.training.weights`."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ Leaves = dict[str, Any]  # path -> leaf
 
 
 def load_run(folder: RunFolder, devices: Sequence[jax.Device] | None = None, *, mesh: Mesh | None = None):
-    """Reads a run's model with the parameters that its finished stages left.
+    """Reads a run's model with the parameters of its finished stages.
 
-    Only the last weights are read. The run's mesh is used where it fits the devices; else the weights are spread over
-    those that are there (`fsdp`), so that a run of a pod opens on a laptop.
+    Only the last weights are read. The run's mesh is used if it fits the devices; otherwise the weights are sharded
+    over the available ones (`fsdp`), so that a run of a pod opens on a laptop.
 
     Returns:
         (experiment, model, params, processor, mesh)
 
     Raises:
-        RunFolderError: no run in the folder, or a tokenizer that is not the run's.
-        TrainingError: no stage of it is finished.
-        CheckpointError: weights that are absent, damaged or not those that the run was trained with.
+        RunFolderError: the folder has no run, or the tokenizer is not the run's.
+        TrainingError: no stage is finished.
+        CheckpointError: weights are absent, damaged or not those that the run was trained with.
     """
     experiment = folder.experiment()
     if not (ended := from_first(folder.ended(experiment))):
@@ -46,16 +46,16 @@ def load_run(folder: RunFolder, devices: Sequence[jax.Device] | None = None, *, 
 
 
 def finished_stages(folder: RunFolder, experiment: Any) -> int:
-    """Counts the stages, from the first on, that have nothing left to train."""
+    """Counts the stages, from the first on, that are completely trained."""
     return len(experiment.stages) - len(from_first(folder.unfinished(experiment)))
 
 
 def params_of(experiment: Any, folder: RunFolder, configs: Sequence[Any], mesh: Mesh, stages: int) -> tuple[dict, dict]:
-    """Reads each parameter where it was last written: the last of these stages, `initial`, or its `Pretrained` source.
+    """Reads each parameter from its last snapshot: of these stages, `initial`, or its `Pretrained` source.
 
     Args:
         configs: of the compositions whose parameters are read.
-        stages: of how many stages, from the first on.
+        stages: the number of stages, from the first on.
 
     Raises:
         CheckpointError: see `load_run`.
@@ -87,7 +87,7 @@ def params_of(experiment: Any, folder: RunFolder, configs: Sequence[Any], mesh: 
 
 
 def _check_words(folder: RunFolder, begin: dict) -> None:
-    """Refuses a tokenizer, or processor files, that are not those with which the run began.
+    """Refuses a tokenizer, or processor files, that differ from those at the start of the run.
 
     Raises:
         RunFolderError: names the files that differ.
@@ -111,7 +111,7 @@ def initial_meta(folder: RunFolder) -> dict[str, Any]:
 
 
 def read_sources(experiment: Any, placed: dict, missing: Collection[str], mesh: Mesh, known: dict[str, int]) -> Leaves:
-    """Reads leaves that no folder of the run holds from where `Pretrained` found them."""
+    """Reads leaves that no folder of the run holds from their `Pretrained` sources."""
     found: Leaves = {}
     for source in experiment.pretrained:
         held = held_by(source, experiment)
@@ -130,7 +130,7 @@ def read_sources(experiment: Any, placed: dict, missing: Collection[str], mesh: 
 
 
 def _check_began(meta: dict, known: dict[str, int], stage: Any) -> None:
-    """Refuses a finished stage that began with other weights than the stages before it left, by fingerprints alone."""
+    """Refuses a finished stage whose initial weights differ from those of the stages before it, by fingerprints."""
     expected = meta["frozen"]["fingerprint"] | meta["began"]  # of the composition that the stage trained
     actual = {path: value for path, value in known.items() if path in expected}
     compare_fingerprints(actual, expected, f"the weights before stage {stage.name}")

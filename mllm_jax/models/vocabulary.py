@@ -1,4 +1,4 @@
-"""Another tokenizer under a named model: its media's ids, and the row of the old vocabulary that each token takes."""
+"""Another tokenizer for a named model: the ids of its media, and each token's row in the stored vocabulary."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from mllm_jax.data.chat import ChatTokenizer
 from mllm_jax.errors import ConfigError, DataError
 
 _IDS = ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id")
-# Put before a chat template that takes texts only: content of parts becomes a text in which media are their tokens.
+# A prefix for a chat template that takes only texts: a list of parts becomes a text with the tokens of media.
 _FLAT = """\
 {%- set flat = namespace(messages=[]) -%}
 {%- for message in messages -%}
@@ -32,36 +32,36 @@ _FLAT = """\
 
 
 def with_ids_of(stored: Any, config: Any) -> Any:
-    """The stored config with the vocabulary and the ids of special tokens that another of its kind has."""
+    """Returns the stored config with the vocabulary and special tokens' ids of another config of the same class."""
     media = {name: getattr(config, name) for name in placeholder_fields(config)}
     own = {field.name for field in fields(stored.llm)} & set(_IDS)
     return replace(stored, llm=replace(stored.llm, **{name: getattr(config.llm, name) for name in own}), **media)
 
 
 def placeholder_fields(config: Any) -> tuple[str, ...]:
-    """The fields of a named model's config that hold the ids of its media; empty: its layout needs more than ids."""
+    """Returns the fields with the ids of a named model's media; empty if its layout needs more than ids."""
     named = getattr(config, "placeholder_fields", ())
     return tuple(name for name in named if getattr(config, name) is not None)
 
 
 def own_tokenizer(config: Any, folder: str | Path, source: str | Path, template: str | None = None) -> ChatTokenizer:
-    """The tokenizer in a folder, with the special tokens that a named model's media need.
+    """Returns the tokenizer of a folder, with the special tokens for a named model's media.
 
     Args:
-        config: the model's, as its own folder has it.
+        config: the model's, as stored in its folder.
         folder: the other tokenizer's.
         source: the model's folder, with the tokenizer that it was trained with.
-        template: a chat template instead of the other tokenizer's.
+        template: a chat template that replaces the other tokenizer's.
 
     Raises:
-        ConfigError: a model whose layout needs more of its tokenizer, or special tokens that clash.
-        DataError: no tokenizer, or no chat template.
+        ConfigError: the model's layout needs more of its tokenizer, or special tokens clash.
+        DataError: there is no tokenizer, or no chat template.
     """
     names = placeholder_fields(config)
     if not names:
         raise ConfigError(
             f"{config.family} with the tokenizer of {folder}",
-            "its own: its prompts are made of tokens that only that one has",
+            "the model's own, because its prompts need tokens that only that one has",
             f"set tokenizer.folder to {str(source)!r}, or compose a MultimodalConfig of its parts",
         )
     ours, theirs = ChatTokenizer.load(folder), ChatTokenizer.load(source)
@@ -81,20 +81,20 @@ def own_tokenizer(config: Any, folder: str | Path, source: str | Path, template:
     elif not ours.has_template:
         raise ConfigError(
             f"{folder}: a tokenizer without a chat template",
-            "one, for questions and answers are laid out by it",
+            "a chat template for questions and answers",
             "give TokenizerConfig.template, or take the tokenizer of a chat model",
         )
     elif not _takes_parts(ours, marks):
-        said = "{" + ", ".join(f"{kind!r}: {token!r}" for kind, token in marks.items()) + "}"
-        ours.backend.chat_template = _FLAT.replace("MARKS", said) + str(ours.template)
+        mapping = "{" + ", ".join(f"{kind!r}: {token!r}" for kind, token in marks.items()) + "}"
+        ours.backend.chat_template = _FLAT.replace("MARKS", mapping) + str(ours.template)
     return ours
 
 
 def check_placeholder(tokenizer: Any, kind: str, token_id: int, where: str) -> None:
-    """Refuses a token for media that a text could have for another reason.
+    """Refuses a token for media that a text could contain for another reason.
 
     Raises:
-        ConfigError: a word, or a token that pads, begins or ends a text.
+        ConfigError: it is a word, or a token that pads, begins or ends a text.
     """
     token = tokenizer.token_of(token_id)
     given = f"{where}: {token!r} (id {token_id}), which stands for a medium of kind {kind!r} and is also "
@@ -108,7 +108,7 @@ def check_placeholder(tokenizer: Any, kind: str, token_id: int, where: str) -> N
 
 
 def with_vocabulary(config: Any, ours: ChatTokenizer, theirs: ChatTokenizer) -> Any:
-    """The config of a named model with the vocabulary and the special tokens of another tokenizer.
+    """Returns the config of a named model with the vocabulary and the special tokens of another tokenizer.
 
     Args:
         theirs: the tokenizer that the config's ids belong to.
@@ -125,10 +125,10 @@ def with_vocabulary(config: Any, ours: ChatTokenizer, theirs: ChatTokenizer) -> 
 
 
 def rows_of(ours: ChatTokenizer, theirs: ChatTokenizer, held: int) -> np.ndarray:
-    """Of each of our tokens the id of theirs with the same text, int[n]; -1: they have none, or no row for it.
+    """Returns int[n], for each of our tokens the id of theirs with the same text; -1: no such token, or no row for it.
 
     Args:
-        held: rows of the stored vocabulary.
+        held: the number of rows of the stored vocabulary.
     """
     known = {text: number for text, number in _spelled(theirs).items() if number < held}
     rows = np.full(len(ours.backend), -1, np.int64)
@@ -138,7 +138,7 @@ def rows_of(ours: ChatTokenizer, theirs: ChatTokenizer, held: int) -> np.ndarray
 
 
 def _spelled(tokenizer: ChatTokenizer) -> dict[tuple[bool, bytes], int]:
-    """The tokens' ids by whether they are special, and the bytes that they write, however a tokenizer spells them."""
+    """Returns {(whether it is special, its bytes): id} of the tokens, independent of the tokenizer's spelling."""
     backend = getattr(tokenizer.backend, "backend_tokenizer", None)
     bytewise = backend is not None and '"ByteLevel"' in json.dumps(json.loads(backend.to_str()).get("decoder"))
     special, added = set(tokenizer.special_tokens), set(tokenizer.backend.get_added_vocab())
@@ -158,14 +158,14 @@ def _spelled(tokenizer: ChatTokenizer) -> dict[tuple[bool, bytes], int]:
 
 
 def _byte_letters() -> dict[str, int]:
-    """The letters by which byte-level tokenizers write bytes (GPT-2)."""
+    """Returns the letters that byte-level tokenizers use for bytes (GPT-2)."""
     plain = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = [byte for byte in range(256) if byte not in plain]
     return {chr(b): b for b in plain} | {chr(256 + number): byte for number, byte in enumerate(others)}
 
 
 def _takes_parts(tokenizer: ChatTokenizer, marks: dict[str, str]) -> bool:
-    """Whether the chat template writes a text and the token of each medium for content that is a list of parts."""
+    """Returns whether the chat template writes texts and media tokens for content that is a list of parts."""
     for kind, token in marks.items():
         asked = [{"type": kind}, {"type": "text", "text": "wombat"}]
         try:

@@ -183,7 +183,7 @@ def test_configs_that_do_not_fit_are_refused(config):
     [
         (HUB, dict(vision_feature_select_strategy="full"), "select_strategy='full'"),
         (HUB, dict(downsample_ratio=0.4), "downsample_ratio=0.4"),
-        (HUB, dict(vision_config=dict(model_type="clip_vision_model")), "a vision tower 'clip_vision_model'"),
+        (HUB, dict(vision_config=dict(model_type="clip_vision_model")), "an image encoder 'clip_vision_model'"),
         (HUB, dict(text_config=dict(model_type="gemma")), "model_type='gemma'"),
         (HUB, dict(use_abs=1), "use_abs=1"),
         (ORIGINAL, dict(pad2square=True), "pad2square=True"),

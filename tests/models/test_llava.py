@@ -225,7 +225,7 @@ def _changed(**changes) -> dict:
     "values,message",
     [
         (_changed(projector_hidden_act="sine"), "projector_hidden_act='sine'"),
-        (_changed(vision_config=dict(model_type="pixtral")), "a vision tower 'pixtral'"),
+        (_changed(vision_config=dict(model_type="pixtral")), "an image encoder 'pixtral'"),
         (_changed(text_config=dict(model_type="mamba")), "model_type='mamba'"),
         (_changed(vision_feature_select_strategy="some"), "strategy='some'"),
         (_changed(qformer=1), "qformer=1"),

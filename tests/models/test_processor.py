@@ -233,8 +233,8 @@ def test_answers_to_learn(processor, tokenizer):
         ("what <image>", dict(images=[picture(0)], slots={"image": 1}), "a row with 2 tiles"),
         ("what <image>", dict(images=[np.zeros((4, 4))]), r"given as float64\[4, 4\]"),
         (["a", "a"], dict(answers=["a"]), "2 texts and 1 answers"),
-        ("", {}, "a text without anything in it"),
-        (["a", ""], {}, "a text without anything in it"),
+        ("", {}, "an empty text"),
+        (["a", ""], {}, "an empty text"),
         ([], {}, "no text"),
     ],
 )

@@ -159,7 +159,7 @@ def test_what_does_not_fit_is_refused(randomise, tmp_path):
         deepseek_vl.to_hf_config(config.with_branch("image", encoder=other, projector=narrow))
     written = deepseek_vl.to_hf_config(config)
     for part, value, message in (
-        ("vision_config", dict(model_type="clip_vision_model"), "a tower 'clip_vision_model'"),
+        ("vision_config", dict(model_type="clip_vision_model"), "an encoder 'clip_vision_model'"),
         ("high_res_vision_config", dict(use_rope=True), "use_rope=True"),
         ("text_config", dict(model_type="gemma", architectures=None), "model_type='gemma'"),
     ):

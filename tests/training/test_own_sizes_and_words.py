@@ -125,7 +125,7 @@ def test_models_without_one_image_size(tmp_path):
         for c in (pooled, wide)
     )
     zeros = jax.tree.map(lambda x: jax.numpy.zeros(x.shape), nn.meta.unbox(params["params"]))
-    with pytest.raises(ConfigError, match="made for one size only") as refusal:
+    with pytest.raises(ConfigError, match="fit only one size") as refusal:
         reshaped(zeros, wanted["params"], wide)
     assert "region_pooling/kernel" in refusal.value.given and "position_embedding" not in refusal.value.given
 
