@@ -113,8 +113,9 @@ class PackingPlan:
                 # A block may take almost one example per source more than its share, and must not overflow by it.
                 longest = sum(int(s.lengths.max()) - 1 for s in self.streams)
                 return min(self.fill, 1 - longest / (self.rows * self.length * self.block_steps))
+        room = f"{self.length:,} tokens and {in_words(self.slots, self.unit)}"
         raise DataError(
-            f"examples that fill less than 60 % of rows of {self.length:,} tokens and {in_words(self.slots, self.unit)}",
+            f"examples that fill less than 60 % of rows of {room}",
             "rows that they fill better",
             "change the mixture's length and slots: `mllm data suggest CONFIG` proposes some",
         )
