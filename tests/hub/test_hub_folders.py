@@ -1,4 +1,4 @@
-"""Folders of popular checkpoints, with their config files spelled as on the hub, open: README.md here says whose."""
+"""Reading of popular checkpoints' folders, with config files as on the hub; README.md here names their owners."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from mllm_jax.errors import ConfigError, DataError
 from mllm_jax.models.registry import abstract_params, family_of_config, pretrained_config
 
 CHECKPOINTS = {path.stem: json.loads(path.read_text("utf-8")) for path in sorted(Path(__file__).parent.glob("*.json"))}
-# What the library does not have: a head that classifies, quantized weights. Each is refused by name.
+# Unsupported: a classification head, quantized weights. Each is refused by name.
 REFUSED = {
     "google__vit-base-patch16-224": "ViTForImageClassification",
     "Qwen__Qwen2-VL-2B-Instruct-AWQ": "quantization_config",
 }
 OPEN = [name for name in CHECKPOINTS if name not in REFUSED]
 WITH_PICTURES = [name for name, files in CHECKPOINTS.items() if "preprocessor_config.json" in files]
-PARAMETERS = {  # as the hub shows them, and README
+PARAMETERS = {  # as published on the hub, and in README
     "HuggingFaceTB__SmolLM2-135M-Instruct": 134_515_008,
     "mistralai__Mistral-7B-v0.1": 7_241_732_096,
     "Qwen__Qwen-7B-Chat": 7_721_324_544,
@@ -49,7 +49,7 @@ PARAMETERS = {  # as the hub shows them, and README
     "Qwen__Qwen3-VL-4B-Instruct": 4_437_815_808,
     "deepseek-community__deepseek-vl-7b-chat": 7_331_390_721,
 }
-# A config's field -> the spellings of its option, the one that counts first.
+# A config's field -> the spellings of its option, in order of precedence.
 SPELLINGS = {
     "vocab_size": ("padded_vocab_size", "vocab_size"),
     "hidden_size": ("hidden_size", "d_model", "width"),
@@ -65,13 +65,13 @@ SPELLINGS = {
     "patch_size": ("patch_size",),
     "output_size": ("out_hidden_size", "output_dim"),
 }
-# What a file does not state, or timm's name says, the numbers of parameters above tell.
+# Sizes that no file states, or only timm's name, are checked by the numbers of parameters above.
 STATES_LITTLE = ("google__siglip-base-patch16-224", "Salesforce__blip2-itm-vit-g")
 
 
 @pytest.fixture
 def write(tmp_path):
-    """A function that writes files, name -> what JSON is to say, and gives their folder."""
+    """Returns a function that writes files {name: content of the JSON} and returns their folder."""
 
     def write_files(files: Mapping[str, Any]) -> Path:
         for name, values in files.items():
@@ -82,7 +82,7 @@ def write(tmp_path):
 
 
 def nested(config: Mapping[str, Any]) -> list[str]:
-    """The options that are configs of parts, those of other tools and of an LLM that is not in the model left out."""
+    """Returns the options that are configs of parts, except those of other tools and of an absent LLM."""
     idle = {"transformers.js_config"}
     if config.get("architectures") == ["Blip2ForImageTextRetrieval"]:
         idle.add("text_config")
@@ -94,7 +94,7 @@ def nested(config: Mapping[str, Any]) -> list[str]:
 
 
 def parts(ours: Any, theirs: Mapping[str, Any]) -> Iterator[tuple[Any, Mapping[str, Any]]]:
-    """Each part of the config beside the part of config.json that describes it."""
+    """Yields each part of the config with the part of config.json that describes it."""
     text, vision = theirs.get("text_config", theirs.get("llm_config")), theirs.get("vision_config")
     if hasattr(ours, "vision"):
         yield from ((ours.vision, vision), (ours.text, text))
@@ -112,15 +112,15 @@ def parts(ours: Any, theirs: Mapping[str, Any]) -> Iterator[tuple[Any, Mapping[s
 
 
 def stated(part: Mapping[str, Any], kind: str) -> dict[str, Any]:
-    """The sizes that a part of config.json states, by the names of our fields."""
+    """Returns the sizes that a part of config.json states, by the names of our fields."""
     found = {
         field: next(part[name] for name in names if name in part)
         for field, names in SPELLINGS.items()
         if any(part.get(name) is not None for name in names)
     }
     if kind == "QWenLMHeadModel" and "mlp_size" in found:
-        found["mlp_size"] //= 2  # there it counts gate and up
-    if "embed_dim" in part:  # Qwen2-VL's tower, whose hidden_size is the LLM's
+        found["mlp_size"] //= 2  # there it includes gate and up
+    if "embed_dim" in part:  # Qwen2-VL's image encoder, whose hidden_size is the LLM's
         found |= dict(hidden_size=part["embed_dim"], output_size=part["hidden_size"])
     if part.get("rope_ratio"):
         found["rope_theta"] = 10_000 * part["rope_ratio"]
@@ -174,7 +174,7 @@ IMAGE = np.random.default_rng(0).integers(0, 256, (120, 200, 3), np.uint8)
 
 
 def side(values: Mapping[str, Any]) -> int:
-    """The side of the square that the settings make."""
+    """Returns the side of the square images that the settings produce."""
     size = values["crop_size"] if values.get("do_center_crop") else values["size"]
     if isinstance(size, int):
         return size
@@ -206,7 +206,7 @@ def test_preprocessor_config_opens_and_makes_what_it_says(name, write):
 
 
 def different() -> list[str]:
-    """One checkpoint for each way in which settings are spelled."""
+    """Returns one checkpoint for each spelling of settings."""
     seen = {}
     for name in WITH_PICTURES:
         text = json.dumps(CHECKPOINTS[name]["preprocessor_config.json"], sort_keys=True)
@@ -283,12 +283,12 @@ SENTENCE_PIECES = [name for name, values in TOKENIZERS.items() if values.get("to
 
 
 def content(token: Any) -> str | None:
-    """The text of a token, in either spelling."""
+    """Returns the text of a token, in either spelling."""
     return token["content"] if isinstance(token, dict) else token
 
 
 def small_tokenizer(values: Mapping[str, Any]) -> Any:
-    """A tokenizer.json of single bytes, or for T5 of single letters, with the special tokens that the settings name."""
+    """Makes a tokenizer.json of bytes, or for T5 of letters, with the special tokens that the settings name."""
     backend = pytest.importorskip("tokenizers")
     named = [content(value) for option, value in values.items() if option.endswith("_token")]
     named = [token for token in named if isinstance(token, str)]

@@ -1,4 +1,4 @@
-"""BLIP-2 and InstructBLIP: published files are read, configs have the published sizes, what does not fit is refused."""
+"""BLIP-2 and InstructBLIP: published files, published sizes, and refusals."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from mllm_jax.projectors.qformer import QFormerConfig
 from mllm_jax.projectors.qformer_hub import read_qformer
 
 CONFIGS = Path(__file__).parents[2] / "configs"
-# As the folders on the hub have them since they say where a picture stands.
+# As in the folders on the hub since they have the image token.
 BLIP2_FLAN_T5_XL = dict(
     architectures=["Blip2ForConditionalGeneration"],
     image_text_hidden_size=256,
@@ -138,18 +138,18 @@ def config_file(name: str):
 
 
 def plain(config):
-    """With every width that it takes from a neighbour, and without how it is run, which no folder says."""
+    """Returns the config with open widths filled in, and without `compute`, which no folder has."""
     return with_compute(config.with_branch("image", projector=config.image.projector), dtype=None, remat=None)
 
 
 def sizes(config) -> dict[str, int]:
-    """Parameters of each part."""
+    """Returns the number of parameters of each part."""
     abstract = abstract_params(config, family_of_config(config))
     return {part: sum(math.prod(x.shape) for x in jax.tree.leaves(tree)) for part, tree in abstract.items()}
 
 
 def reference_size(values: dict, kind: str, task: str = "ConditionalGeneration") -> int:
-    """Parameters of transformers' class, without allocating any."""
+    """Returns the number of parameters of transformers' class, without allocating any."""
     import torch
     import transformers
 
@@ -157,7 +157,7 @@ def reference_size(values: dict, kind: str, task: str = "ConditionalGeneration")
     with torch.device("meta"):
         reference = getattr(transformers, f"{kind}For{task}")(config)
     parameters = dict(reference.named_parameters())
-    # transformers 5 ties T5's head whatever the config says; the checkpoint has one of its own.
+    # transformers 5 always ties T5's head; the checkpoint has its own.
     head = 0
     if kind == "Blip2" and task == "ConditionalGeneration":
         assert not any(name.startswith("language_model.lm_head") for name in parameters)
@@ -166,7 +166,7 @@ def reference_size(values: dict, kind: str, task: str = "ConditionalGeneration")
 
 
 def test_blip2_flan_t5_xl():
-    """15.77 GB of float32 in its folder; 107 million parameters are trained (arXiv 2301.12597, table 2)."""
+    """Checks 15.77 GB of float32 in its folder; 107 million parameters are trained (arXiv 2301.12597, table 2)."""
     ours = config_file("blip2_flant5xl").model()
     assert blip2.from_hf_config(BLIP2_FLAN_T5_XL) == plain(ours)
     count = sizes(ours)
@@ -176,7 +176,7 @@ def test_blip2_flan_t5_xl():
 
 
 def test_instructblip_vicuna_7b():
-    """7.9 billion parameters, of which 188 million are trained (arXiv 2305.06500, section 2.6)."""
+    """Checks 7.9 billion parameters, of which 188 million are trained (arXiv 2305.06500, section 2.6)."""
     ours = config_file("instructblip_vicuna7b").model()
     assert instructblip.from_hf_config(INSTRUCTBLIP_VICUNA_7B) == plain(ours)
     count = sizes(ours)
@@ -192,7 +192,7 @@ def test_blip2_for_retrieval():
 
 
 def test_the_first_stages_model():
-    """`represent` trains what there is but for the picture tower, and the second stage begins with its Q-Former."""
+    """Checks that `represent` trains everything except the image encoder."""
     file = config_file("blip2_flant5xl")
     config = file.stage1_model()
     module = config.make()
@@ -205,7 +205,7 @@ def test_the_first_stages_model():
 
 
 class _NoData:
-    """What a stage asks of its mixture."""
+    """The attributes of a mixture that a stage reads."""
 
     rows = 1680
 

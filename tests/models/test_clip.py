@@ -1,4 +1,4 @@
-"""Dual encoders as training sees them, what their configs refuse, and the published numbers of parameters."""
+"""Dual encoders in training, refusals of their configs, and the published numbers of parameters."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def batch():
 
 
 def trained(kind: str, mesh_config: MeshConfig, devices, batch, steps: int) -> tuple[list[dict], dict]:
-    """Metrics of some steps on one batch, and the parameters after them."""
+    """Returns the metrics of some steps on one batch, and the parameters after them."""
     mesh = make_mesh(mesh_config, devices)
     model = CONFIGS[kind].make()
     params, shardings = init_params(model, mesh, seed=0)
@@ -81,7 +81,7 @@ def test_the_contrastive_stage_trains_it_alike_on_one_device_and_on_eight(kind, 
 
 @pytest.fixture(scope="module")
 def ready():
-    """(module, random parameters)"""
+    """Returns (module, random parameters)."""
     module = CONFIG.make()
     abstract = jax.eval_shape(
         lambda: module.init(jax.random.key(0), module.config.batch_spec().empty(), method="touch")
@@ -90,7 +90,7 @@ def ready():
     return module, jax.tree.map(lambda x: 0.4 * rng.normal(size=x.shape).astype(np.float32), nn.meta.unbox(abstract))
 
 
-def test_pairs_are_what_each_picture_and_text_gives_alone(ready, batch):
+def test_pairs_are_what_each_image_and_text_gives_alone(ready, batch):
     module, params = ready
     image, text, scale, bias = module.apply(params, batch, method="embed_pairs")
     assert image.shape == text.shape == (16, 2, 16) and bias == 0
@@ -104,10 +104,10 @@ def test_pairs_are_what_each_picture_and_text_gives_alone(ready, batch):
             np.testing.assert_allclose(text[row, number - 1], alone, atol=1e-5)
 
 
-def test_a_caption_of_a_place_is_compared_with_that_patch(ready, batch):
+def test_a_caption_of_a_patch_is_compared_with_that_patch(ready, batch):
     module, params = ready
     second = (batch["segments"] == 2).any(axis=1)
-    assert 0 < second.sum() < 16, "some rows have a second caption, which is of place 1"
+    assert 0 < second.sum() < 16, "some rows have a second caption, which describes patch 1"
     image = np.asarray(module.apply(params, batch, method="embed_pairs")[0])
     apart = np.abs(image[:, 0] - image[:, 1]).max(axis=1) > 1e-3
     assert apart.tolist() == second.tolist()

@@ -1,6 +1,6 @@
-"""Any encoder with any projector with any LLM: what composes, how many media tokens it has, and what is refused.
+"""Compositions of any encoder, projector and LLM: their shapes, numbers of media tokens, and refusals.
 
-Nothing is computed: shapes are traced. Each encoder meets each projector, and of these pairs each part meets each LLM.
+Only shapes are traced. Each encoder is tested with each projector, and each of these parts with each LLM.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ from mllm_jax.projectors.pool import PoolProjectorConfig
 from mllm_jax.projectors.qformer import QFormerConfig
 from mllm_jax.projectors.resampler import ResamplerConfig, ResamplerDialect
 
-WIDTH, VOCAB, SLOTS = 16, 23, 2  # of the LLMs; pictures a row
+WIDTH, VOCAB, SLOTS = 16, 23, 2  # of the LLMs; images in a row
 _VIT = dict(num_layers=1, num_heads=2, mlp_size=16)
 _SAM = SamConfig(32, 4, 8, 1, 2, 16, output_channels=6, window=3, global_layers=(0,))
 _SIGLIP = ViTConfig(16, 4, 8, **_VIT)
-# Each with a grid of 4 x 4 vectors, and the width of what it gives.
+# Each with a grid of 4 x 4 vectors, and the width of its output.
 ENCODERS = {
     "vit": (_SIGLIP, 8),
     "clip": (
@@ -68,7 +68,7 @@ ENCODERS = {
     ),
     "qwen_vit_v1": (QwenViTV1Config(16, 4, 8, 1, 2, 2.0, num_positions=9), 8),
 }
-# The width of what comes in -> a projector, and its media tokens.
+# The width of the input -> a projector, and its media tokens.
 PROJECTORS = {
     "linear": (lambda width: MLPProjectorConfig(WIDTH, num_layers=1), 16),
     "mlp": (lambda width: MLPProjectorConfig(WIDTH, 12, place_embedding=True), 16),
@@ -111,7 +111,7 @@ LLMS = {
 
 
 def read(module, batch):
-    """The media tokens, and the logits of a text with them."""
+    """Returns the media tokens, and the logits of a text with them."""
     media = module.encode_media(batch)
     text = {name: array for name, array in batch.items() if name not in ("images", "patches")}
     return media.tokens, module(text | {"media": media.tokens}).logits
@@ -127,7 +127,7 @@ def shapes(config: MultimodalConfig, length: int = 24):
 
 
 def compositions():
-    """Encoder, projector and LLM: a square in which every two parts of different kinds meet."""
+    """Returns encoder, projector and LLM of each test: every two parts of different kinds occur together."""
     llms = list(LLMS)
     for i, encoder in enumerate(ENCODERS):
         for j, projector in enumerate(PROJECTORS):
@@ -154,7 +154,7 @@ def test_any_three_compose(encoder, projector, llm):
 
 
 @pytest.mark.parametrize("llm", LLMS)
-def test_a_tower_of_packed_patches_composes(llm):
+def test_an_encoder_of_packed_patches_composes(llm):
     tower = QwenViTConfig(4, hidden_size=8, num_layers=1, num_heads=2, mlp_size=16, output_size=WIDTH)
     media, logits = shapes(MultimodalConfig({"image": Branch(tower)}, LLMS[llm]))
     assert (media[0], logits[0]) == ((2, SLOTS, WIDTH), (2, 24, VOCAB))
@@ -170,7 +170,7 @@ def test_the_class_token_goes_where_it_has_a_place(name):
                 MultimodalConfig({"image": branch}, LLMS["llama"])
             continue
         wanted = tokens + (tokens == 16)  # one more where each vector becomes one media token
-        if projector == "mlp":  # whose places are counted when they are made
+        if projector == "mlp":  # whose positions are counted at construction
             branch = dataclasses.replace(branch, projector=dataclasses.replace(branch.projector, place_embedding=False))
         config = MultimodalConfig({"image": branch}, LLMS["llama"])
         assert config.media_tokens == wanted

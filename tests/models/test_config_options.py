@@ -1,4 +1,4 @@
-"""config.json of every family: idle options in every nested part, wrong types and sizes, layers that are not stored."""
+"""config.json of every family: unused options in every nested part, wrong types and sizes, missing layers."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from mllm_jax import from_pretrained, pretrained_config, supported_models
 from mllm_jax.errors import CheckpointError, ConfigError
 from mllm_jax.models.registry import family_of
 
-# What transformers 4.27 wrote into every nested config: blip2-opt-2.7b and instructblip-vicuna-7b have it so.
+# Options that transformers 4.27 wrote into every nested config, as in blip2-opt-2.7b and instructblip-vicuna-7b.
 DUMP_OF_2023 = json.loads("""{
     "_name_or_path": "", "add_cross_attention": false, "architectures": null, "bad_words_ids": null,
     "begin_suppress_tokens": null, "chunk_size_feed_forward": 0, "cross_attention_hidden_size": null,
@@ -43,7 +43,7 @@ def read(values: dict):
 
 
 def parts(values: dict):
-    """Every nested config and the whole, which timm's and Qwen-VL's files do not share with transformers."""
+    """Returns every nested config and the whole; timm's and Qwen-VL's files have other forms than transformers'."""
     yield values
     for name, part in values.items():
         if name.endswith("_config") or name.endswith("_config_dict"):
@@ -77,7 +77,7 @@ def test_a_forgotten_option_in_any_part_is_named(name):
         if "architecture" in part:
             part = part["model_args"]
         part["surprise_factor"] = 0.5
-        replaced = name == "CLIPModel" and part is values["text_config"]  # text_config_dict goes before it
+        replaced = name == "CLIPModel" and part is values["text_config"]  # text_config_dict takes precedence
         ignored = part is values.get("pretrained_cfg") or (
             part is values and (name.startswith("Qwen") and "Vision" not in name and "CausalLM" not in name)
         )
@@ -95,7 +95,7 @@ def test_sizes_that_are_none_are_named(name, value):
             if option in part:
                 values = copy.deepcopy(CONFIGS[name])
                 list(parts(values))[i][option] = value
-                if name == "CLIPModel" and i == 1:  # text_config, before which text_config_dict goes
+                if name == "CLIPModel" and i == 1:  # text_config; text_config_dict takes precedence
                     continue
                 if name == "QWenLMHeadModel" and option == "max_position_embeddings":
                     continue
@@ -148,7 +148,7 @@ def test_wrong_options_are_named(name, change, message):
 )
 @pytest.mark.parametrize("layers", [1_000, 10_000_000])
 def test_layers_are_bounded_by_the_stored_tensors(name, layers, tmp_path):
-    """Before anything is made a layer: neither time nor memory."""
+    """Checks the bound before anything is allocated for each layer."""
     option = "num_layers" if name.startswith("T5") else "num_hidden_layers"
     (tmp_path / "config.json").write_text(json.dumps(CONFIGS[name] | {option: layers}))
     save_file({"model.layers.1.x": np.zeros(1, np.float32)}, tmp_path / "model.safetensors")
@@ -192,7 +192,7 @@ def test_no_other_kind_of_file_is_waited_for_or_read(name, kind, tmp_path):
 
 
 def test_glm4s_first_folders_multiply_the_base():
-    """As glm-4-9b-chat's config.json says it; with ChatGLM2's vocabulary nobody knows what the option means."""
+    """Checks glm-4-9b-chat's config.json; with ChatGLM2's vocabulary the meaning of the option is unknown."""
     values = CONFIGS["ChatGLM2"] | dict(rope_ratio=500, num_hidden_layers=2)
     assert read(values | dict(padded_vocab_size=151_552)).dialect.rope_theta == 5_000_000
     assert read(CONFIGS["ChatGLM2"]).dialect.rope_theta == 10_000

@@ -18,7 +18,7 @@ from mllm_jax.models.deepseek_vl import from_hf_config, to_hf_config
 from mllm_jax.models.registry import abstract_params, family_of_config
 
 CONFIG = Path(__file__).parents[2] / "configs" / "deepseek_vl_7b.py"
-# Of the head of SigLIP, which the authors' folder holds and nothing reads: a query, attention, norm and MLP.
+# The parameters of SigLIP's head, which is stored and unused: a query, attention, norm and MLP.
 HEAD = 1024 + 4 * (1024**2 + 1024) + 2 * 1024 + 2 * 1024 * 4096 + 4096 + 1024
 STAGES = {  # table 4: steps, learning rate, warm-up, rows
     "warm_up": (15_000, 1e-3, 128, 256),
@@ -43,7 +43,7 @@ def count(tree) -> int:
 
 
 def test_the_full_size(published, params):
-    """Of the config, of the reference class, and of the authors' files: 14.69 GB of two-byte numbers."""
+    """Checks the config, the reference class, and the authors' files: 14.69 GB of two-byte numbers."""
     config = published["model"]()
     assert {name: count(part) for name, part in params.items()} == dict(
         encoder_image=400_045_313, projector_image=20_979_712, llm=6_910_365_696

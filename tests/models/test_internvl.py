@@ -1,4 +1,4 @@
-"""InternVL's published size, what its configs and folders are refused for, and its tiles in texts."""
+"""InternVL's published size, refusals of configs and folders, and tiles in texts."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def published() -> dict:
 
 
 def test_the_full_size(published):
-    """Of the config, of the reference class, and as published: 15.9 GB of two-byte numbers on the hub."""
+    """Checks the config, the reference class, and the published 15.9 GB of two-byte numbers."""
     config = published["model"]()
     params = nn.meta.unbox(abstract_params(config, family_of_config(config)))
     count = {name: sum(math.prod(x.shape) for x in jax.tree.leaves(part)) for name, part in params.items()}
@@ -122,7 +122,7 @@ def test_conversations_to_train_on(config):
     asked = Message("user", (Image(WIDE), Image(WIDE[:, :9]), Text("a")))
     rest = (Message("assistant", "cat"), Message("user", (Text("cat"),)), Message("assistant", (Text("a"),)))
     encoded = processor.encode(Example((asked, *rest)), max_length=64)
-    assert encoded.slots == {"image": 4 + 1}, "three tiles and a thumbnail, and a picture of one tile"
+    assert encoded.slots == {"image": 4 + 1}, "three tiles and a thumbnail, and an image of one tile"
     assert encoded.tokens[encoded.loss_weights > 0].tolist() == [2, 9, 1, 9]
     assert (encoded.row.places >= 0).sum() == 4 * 4 + 4
     batch = processor.pack([[encoded], []], length=64, slots={"image": 6})

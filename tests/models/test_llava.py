@@ -1,4 +1,4 @@
-"""LLaVA's configs at their real sizes, what they refuse, and pictures prepared as on the hub and by the authors."""
+"""LLaVA's configs at their real sizes, refusals, and images prepared as on the hub and by the authors."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ WIDE = dict(crop_size=SIDE, size=SIDE)
 
 # ---- real sizes
 
-SIZES = {  # config file, its function -> (the published number, to the last one)
+SIZES = {  # config file, its function -> the published number of parameters
     ("llava15_7b", "model"): 7_063_427_072,
     ("llava_next", "vicuna_7b"): 7_063_431_168,
     ("llava_next", "mistral_7b"): 7_566_747_648,
@@ -67,26 +67,26 @@ SIZES = {  # config file, its function -> (the published number, to the last one
 }
 
 
-@pytest.mark.parametrize("place", SIZES, ids="/".join)
-def test_full_size_models_have_the_published_parameters(place):
-    """Of the config, of the reference class built from what the config writes, and as published on the hub."""
-    file, name = place
+@pytest.mark.parametrize("source", SIZES, ids="/".join)
+def test_full_size_models_have_the_published_parameters(source):
+    """Checks the config, the reference class for its config.json, and the number published on the hub."""
+    file, name = source
     config = runpy.run_path(str(CONFIGS / f"{file}.py"))[name]()
     count = sum(
         math.prod(x.shape) for x in jax.tree.leaves(nn.meta.unbox(abstract_params(config, family_of_config(config))))
     )
-    assert count == SIZES[place]
+    assert count == SIZES[source]
     written = to_hf_config(config)
     hf = transformers.AutoConfig.for_model(**{k: v for k, v in written.items() if k != "architectures"})
     with torch.device("meta"):
         reference = getattr(transformers, config.family)(hf)
     reference.tie_weights()
-    assert sum(p.numel() for p in reference.parameters()) == SIZES[place]
+    assert sum(p.numel() for p in reference.parameters()) == SIZES[source]
     assert config.media_tokens == {LLAVA: 576, NEXT: 576, ONEVISION: 729}[config.family]
 
 
 def test_published_stages():
-    """As many steps as the authors' runs: 558,128 / 256 and 665,298 / 128."""
+    """Checks the steps of the authors' runs: 558,128 / 256 and 665,298 / 128."""
     found = runpy.run_path(str(CONFIGS / "llava15_7b.py"))
     experiment = found["experiment"](None, None, "runs/vicuna")
     align, instruct = experiment.stages
@@ -96,7 +96,7 @@ def test_published_stages():
 
 
 def test_published_stages_of_next():
-    """558,128 / 256 and 760,000 / 128 steps; the tower's rate is 2e-6."""
+    """Checks 558,128 / 256 and 760,000 / 128 steps, and the encoder's rate of 2e-6."""
     experiment = runpy.run_path(str(CONFIGS / "llava_next.py"))["config"]()
     align, instruct = experiment.stages
     assert (align.steps, align.trainable, align.optimizer.factors) == (2181, ("projector_image/*",), ())
@@ -107,14 +107,14 @@ def test_published_stages_of_next():
     assert not split(nn.meta.unbox(params), instruct.trainable)[1], "everything is trained"
 
 
-# ---- pictures
+# ---- images
 
 
-def picture(height: int, width: int) -> np.ndarray:
+def random_image(height: int, width: int) -> np.ndarray:
     return np.random.default_rng(height).integers(0, 256, (height, width, 3), np.uint8)
 
 
-def pictures_of(config: LlavaConfig, **options) -> LlavaLayout:
+def layout_of(config: LlavaConfig, **options) -> LlavaLayout:
     kind = {LLAVA: "Llava", NEXT: "LlavaNext", ONEVISION: "LlavaOnevision"}[config.family]
     more = dict(image_grid_pinpoints=config.resolutions) if config.resolutions else {}
     values = dict(image_processor_type=f"{kind}ImageProcessor", **WIDE) | more | options
@@ -122,9 +122,9 @@ def pictures_of(config: LlavaConfig, **options) -> LlavaLayout:
 
 
 def test_the_authors_pad_to_squares_and_cut_without_rounding():
-    shown, means = picture(10, 30), dict(image_mean=[0.5] * 3, image_std=[0.5] * 3)
+    shown, means = random_image(10, 30), dict(image_mean=[0.5] * 3, image_std=[0.5] * 3)
     hub, own = (
-        pictures_of(replace(TINY, preprocessing=how), **means).image(shown).arrays["images"][0]
+        layout_of(replace(TINY, preprocessing=how), **means).image(shown).arrays["images"][0]
         for how in ("hub", "original")
     )
     padded = image_processor(dict(image_processor_type="LlavaImageProcessor", do_pad=True, **WIDE, **means))
@@ -134,41 +134,41 @@ def test_the_authors_pad_to_squares_and_cut_without_rounding():
     many = replace(TILED, inputs={"image": image}, resolutions=((96, 96), (192, 192)))
     wide = dict(crop_size=96, size=96)
     lengths = [
-        len(pictures_of(replace(many, preprocessing=how), **wide).image(picture(55, 176)).places)
+        len(layout_of(replace(many, preprocessing=how), **wide).image(random_image(55, 176)).places)
         for how in ("hub", "original")
     ]
     assert lengths == [24 * 24 + 16 * 49, 24 * 24 + 14 * 49]
 
 
-def test_other_means_than_the_towers_are_taken_on_the_host():
-    """The device normalises bytes by the tower's numbers; a folder with others gets numbers instead of bytes."""
-    image = picture(20, 31)
-    layout = pictures_of(TINY, image_mean=[0.5] * 3, image_std=[0.5] * 3)
+def test_other_means_than_the_encoders_are_taken_on_the_host():
+    """Checks bytes if the folder has the encoder's mean and deviation, and normalised numbers otherwise."""
+    image = random_image(20, 31)
+    layout = layout_of(TINY, image_mean=[0.5] * 3, image_std=[0.5] * 3)
     assert layout.image(image).arrays["images"].dtype == np.uint8
-    other = pictures_of(TINY, image_mean=[0.4] * 3, image_std=[0.5] * 3)
+    other = layout_of(TINY, image_mean=[0.4] * 3, image_std=[0.5] * 3)
     found = other.image(image).arrays["images"]
     assert found.dtype == np.float32
     np.testing.assert_array_equal(found[0], other.pictures(image))
 
 
-def test_places_and_tokens():
-    layout = pictures_of(replace(TILED, family=ONEVISION, max_tiles=9, image_token_id=7, video_token_id=8))
-    alone, (one, two) = layout.images([picture(20, 40)]), layout.images([picture(20, 40), picture(9, 9)])
+def test_positions_and_tokens():
+    layout = layout_of(replace(TILED, family=ONEVISION, max_tiles=9, image_token_id=7, video_token_id=8))
+    alone, (one, two) = layout.images([random_image(20, 40)]), layout.images([random_image(20, 40), random_image(9, 9)])
     assert len(alone) == 1 and len(alone[0].arrays["images"]) == 3
     assert [len(each.arrays["images"]) for each in (one, two)] == [1, 1]
     assert one.places.tolist() == [*range(GRID**2), NEWLINE] and set(one.tokens) == {7}
-    film = layout.video(np.stack([picture(9, 13)] * 3))
+    film = layout.video(np.stack([random_image(9, 13)] * 3))
     assert len(film.arrays["images"]) == 3 and film.places.shape == (3 * 4 + 1, 4) and set(film.tokens) == {8}
     np.testing.assert_allclose(film.weights.sum(axis=1), 1, atol=1e-6)
-    full = pictures_of(TINY.with_branch("image", connection=Connection((-2,), class_token=True)))
-    assert full.image(picture(9, 9)).places.tolist() == list(range(GRID**2 + 1))
+    full = layout_of(TINY.with_branch("image", connection=Connection((-2,), class_token=True)))
+    assert full.image(random_image(9, 9)).places.tolist() == list(range(GRID**2 + 1))
 
 
-def test_rows_to_train_on_hold_pictures_of_all_kinds():
-    """A picture whose features are reduced, and in the next example two of one tile each, share a row."""
+def test_rows_to_train_on_hold_images_of_all_kinds():
+    """Packs an image with reduced features, and an example of two images of one tile each, into a row."""
     config = replace(TILED, family=ONEVISION, max_tiles=2, image_token_id=7, video_token_id=8)
-    layout = pictures_of(config)
-    alone, two = layout.images([picture(40, 40)]), layout.images([picture(20, 40), picture(9, 9)])
+    layout = layout_of(config)
+    alone, two = layout.images([random_image(40, 40)]), layout.images([random_image(20, 40), random_image(9, 9)])
     examples = []
     for ids, media in (([1, 7, 2], alone), ([7, 3, 7], two)):
         row = lay_out_row(ids, media, (7, 8), "a text")
@@ -214,7 +214,7 @@ def test_what_makes_no_llava_is_refused(config, changes, message):
 )
 def test_processors_of_other_models_are_refused(config, options, message):
     with pytest.raises(ConfigError, match=f"(?s){message}.*belong together"):
-        pictures_of(config, **options)
+        layout_of(config, **options)
 
 
 def _changed(**changes) -> dict:

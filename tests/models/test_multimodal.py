@@ -1,4 +1,4 @@
-"""The parts as one module: where media land, what sees what, and what is refused."""
+"""The parts as one module: positions of media, separation of examples, and refusals."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ CONFIG = MultimodalConfig(
     },
     llm=DecoderConfig(vocab_size=29, hidden_size=16, num_layers=2, num_heads=4, num_kv_heads=2, mlp_size=24),
 )
-MEDIA = CONFIG.media_tokens  # 4 places a picture
+MEDIA = CONFIG.media_tokens  # 4 for each image
 
 
 def random_params(config: MultimodalConfig):
-    """Every parameter random, without compiling `init`."""
+    """Returns random parameters, without compiling `init`."""
     module = config.make()
     abstract = jax.eval_shape(
         lambda: module.init(jax.random.key(0), module.config.batch_spec().empty(), method="touch")
@@ -53,7 +53,7 @@ def forward(params):
 
 @pytest.fixture
 def batch():
-    """Row 0 packs two examples of one picture each; row 1 uses the picture of slot 1 and not that of slot 0."""
+    """Packs two examples of one image each in row 0; row 1 uses the image of slot 1 only."""
     rng = np.random.default_rng(1)
     media_index = np.full((2, 16), -1, np.int32)
     media_index[0, 1:5], media_index[0, 9:13] = np.arange(4), np.arange(4, 8)
@@ -114,18 +114,18 @@ def test_gradient_reaches_only_the_media_used(params, batch):
         return jnp.abs(jax.grad(total)(media)).max(axis=-1)
 
     used = np.array([[True] * 8, [False] * 4 + [True] * 4])
-    # The sum over the vocabulary is weighted by place only, so every token of a used picture has its say.
+    # The sum over the vocabulary is weighted only by position, so every token of a used image has a gradient.
     assert ((gradient(media, np.float32(batch["segments"] > 0)) > 0) == used).all()
     second = np.zeros((2, 16), np.float32)
     second[0, 8:15] = 1
     assert ((gradient(media, second) > 0) == np.array([[False] * 4 + [True] * 4, [False] * 8])).all()
 
 
-def test_packed_examples_do_not_see_each_others_pictures_or_text(forward, batch):
+def test_packed_examples_do_not_see_each_others_images_or_text(forward, batch):
     before = np.asarray(forward(batch))
-    picture = batch["images"].copy()
-    picture[0, 0] = 255 - picture[0, 0]
-    after = np.asarray(forward(batch | {"images": picture}))
+    images = batch["images"].copy()
+    images[0, 0] = 255 - images[0, 0]
+    after = np.asarray(forward(batch | {"images": images}))
     assert np.abs(after[0, :8] - before[0, :8]).max() > 1e-3
     np.testing.assert_array_equal(after[0, 8:15], before[0, 8:15])
     np.testing.assert_array_equal(after[1], before[1])
@@ -137,8 +137,8 @@ def test_packed_examples_do_not_see_each_others_pictures_or_text(forward, batch)
     np.testing.assert_array_equal(after[0, :13], before[0, :13])
 
 
-def test_projected_media_stand_in_for_pictures(params, forward, batch):
-    """What was encoded once serves every later step of a generation."""
+def test_projected_media_stand_in_for_images(params, forward, batch):
+    """Checks that encoded media can replace images, as in later steps of a generation."""
     media = CONFIG.make().apply(params, {"images": batch["images"]}, method="encode_media").tokens
     assert media.shape == (2, 2 * MEDIA, 16)
     others = {name: array for name, array in batch.items() if name != "images"}
@@ -154,8 +154,8 @@ def test_an_unused_slot_has_no_part(forward, batch):
     np.testing.assert_array_equal(forward(batch | {"images": images})[1], forward(batch)[1])
 
 
-def test_text_without_pictures_needs_none(params, forward, batch):
-    """A row of text says the same in a batch with pictures, in one without, and from the LLM alone."""
+def test_text_without_images_needs_none(params, forward, batch):
+    """Compares the logits of a text in a batch with images, in one without, and from the LLM alone."""
     text = batch | {"media_index": np.full((2, 16), -1, np.int32)}
     with_slots = forward(text)
     without = forward({name: array for name, array in text.items() if name != "images"})
@@ -167,7 +167,7 @@ def test_text_without_pictures_needs_none(params, forward, batch):
 
 
 @pytest.mark.parametrize("pooling,width", [("pooler", 12), ("patches", 60)])
-def test_contrastive_towers(pooling, width, batch):
+def test_contrastive_encoders(pooling, width, batch):
     words = TextTowerConfig(vocab_size=29, max_length=16, hidden_size=8, num_layers=1, num_heads=2, mlp_size=8)
     config = DualEncoderConfig(CONFIG.image.encoder, words, projection_size=6, pooling=pooling)
     params = random_params(config)
@@ -193,7 +193,7 @@ def test_contrastive_towers(pooling, width, batch):
     assert moved[0] > 1e-3 and moved[1] == 0
 
 
-def test_a_caption_is_compared_with_the_place_it_describes(batch):
+def test_a_caption_is_compared_with_the_region_it_describes(batch):
     encoder = ViTConfig(8, 2, 12, num_layers=1, num_heads=2, mlp_size=16, regions=2, region_size=10)
     words = TextTowerConfig(vocab_size=29, max_length=16, hidden_size=8, num_layers=0)
     config = DualEncoderConfig(encoder, words, projection_size=6, captions=3)
@@ -236,8 +236,8 @@ def test_a_named_model_reads_images_alone():
         CONFIG.branch("audio")
 
 
-def test_branches_share_an_encoder_and_stand_one_after_the_other(params, batch):
-    """Frames go through the images' encoder and a projector of their own; the row counts media over both."""
+def test_branches_share_an_encoder_and_follow_one_after_the_other(params, batch):
+    """Checks frames with the images' encoder and their own projector; the row counts media over both."""
     frames = Branch("image", MLPProjectorConfig(output_size=16, num_layers=1))
     config = dataclasses.replace(CONFIG, inputs={**CONFIG.inputs, "video": frames})
     assert list(config.parts) == ["encoder_image", "projector_image", "projector_video", "llm"]
@@ -258,7 +258,7 @@ def test_branches_share_an_encoder_and_stand_one_after_the_other(params, batch):
     own["projector_image"] = both["params"]["projector_video"]
     videos = {"images": shown["video_images"]}
     np.testing.assert_allclose(media[:, 2 * MEDIA :], encode(alone.make(), {"params": own}, videos), atol=1e-6)
-    # A position that names a frame's token reads it, and only then do the frames matter.
+    # Logits depend on the frames only if a position refers to a frame's token.
     logits = jax.jit(lambda x: config.make().apply(both, x).logits)
     other = shown | {"video_images": shown["video_images"][:, ::-1]}
     np.testing.assert_array_equal(logits(shown), logits(other))

@@ -1,4 +1,4 @@
-"""What a composition decides for its parts: how they are computed, and sizes that they leave open."""
+"""Values that a composition sets in its parts: the computation, and open sizes."""
 
 from __future__ import annotations
 

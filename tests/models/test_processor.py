@@ -1,4 +1,4 @@
-"""Texts with pictures to batches: places, shapes, what is refused; and answers that do not depend on company."""
+"""Batches of texts with images: positions, shapes, refusals; and answers that do not depend on the batch."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ CONFIG = MultimodalConfig(
 
 @dataclass(frozen=True)
 class Sums(MultimodalConfig):
-    """A model at whose positions sums of two media tokens may stand."""
+    """A model with sums of two media tokens at a position."""
 
     @property
     def neighbours(self) -> int:
@@ -72,13 +72,13 @@ class Sums(MultimodalConfig):
 
 
 class TwoTiles(TileLayout):
-    """A picture is its left and its right half; a newline stands between them. A video is one tile of its mean."""
+    """A layout of an image as two halves with a newline between them, and of a video as one tile of its mean."""
 
     image_token, video_token = ID["<image>"], ID["<video>"]
     tokens_a_tile = 4
 
-    def image(self, picture):
-        halves = np.split(np.asarray(Image.fromarray(picture).resize((16, 8))), 2, axis=1)
+    def image(self, image):
+        halves = np.split(np.asarray(Image.fromarray(image).resize((16, 8))), 2, axis=1)
         places = np.array([0, 1, 2, 3, NEWLINE, 4, 5, 6, 7])
         return Media({"images": np.stack(halves)}, np.full(9, self.image_token), places)
 
@@ -118,7 +118,7 @@ def random_params(config):
     return jax.tree.map(lambda x: 0.4 * rng.normal(size=x.shape).astype(np.float32), nn.meta.unbox(abstract))
 
 
-def test_pictures_stand_where_the_text_has_them(processor):
+def test_images_have_the_positions_of_the_text(processor):
     batch = processor(["what is <image> ? <image>", "a dog"], images=[picture(0), picture(1)])
     assert batch["images"].shape == (2, 4, 8, 8, 3) and batch["images"].dtype == np.uint8
     assert not batch["images"][1].any()
@@ -132,7 +132,7 @@ def test_pictures_stand_where_the_text_has_them(processor):
     np.testing.assert_array_equal(alone["images"][0], batch["images"][0])
 
 
-def test_a_conversation_brings_its_pictures_along_or_finds_them_beside(processor, tmp_path):
+def test_a_conversation_has_images_in_messages_or_beside(processor, tmp_path):
     Image.fromarray(picture(0)).save(tmp_path / "cat.png")
     said = [{"type": "image", "image": tmp_path / "cat.png"}, {"type": "text", "text": "what is it ?"}]
     brought = processor([{"role": "user", "content": said}])
@@ -146,7 +146,7 @@ def test_a_conversation_brings_its_pictures_along_or_finds_them_beside(processor
 
 
 def test_a_template_that_reads_lists_only_gets_texts_as_parts():
-    """As LLaVA's on the hub, which leaves out a content that is a text and says nothing."""
+    """Checks a template like LLaVA's on the hub, which silently leaves out content that is a text."""
     lists = TEMPLATE.replace("m['content'] is string", "false").replace(
         "in m['content'] %}", "in m['content'] if p['type'] is defined %}"
     )
@@ -155,7 +155,7 @@ def test_a_template_that_reads_lists_only_gets_texts_as_parts():
 
 
 def test_sums_of_media_tokens(processor, tokenizer):
-    """A video's places hold sums of two tokens; a picture beside it, whose hold one, is padded to that."""
+    """Checks a video with sums of two tokens at a position; an image, with one, is padded to two."""
     shown = dict(images=[picture(0)], videos=[[picture(1), picture(2)]])
     with pytest.raises(DataError, match="sums of 2 media tokens"):
         processor("<video> what <image>", **shown)
@@ -174,7 +174,7 @@ def test_sums_of_media_tokens(processor, tokenizer):
     np.testing.assert_allclose(merged[0, 7], params["newline"], atol=1e-6)
 
 
-def test_batches_without_pictures_have_the_shapes_of_others(processor):
+def test_batches_without_images_have_the_shapes_of_others(processor):
     some = processor(["what <image>", "a"], images=[picture(0)], slots={"image": 2}, length=12)
     none = processor(["what", "a"], slots={"image": 2}, length=12)
     assert {name: (a.shape, a.dtype) for name, a in some.items()} == {n: (a.shape, a.dtype) for n, a in none.items()}
@@ -244,12 +244,12 @@ def test_what_does_not_fit_is_refused(processor, text, given, message):
 
 
 class Prepared(TwoTiles):
-    """As TwoTiles, with image processors that say what they will make."""
+    """The layout TwoTiles with image processors, which know the sizes of their outputs."""
 
     pictures = ImageProcessor("ViTImageProcessor", size=(8, 16))
     frames = ImageProcessor("ViTImageProcessor", size=(8, 8))
 
-    def image(self, picture):
+    def image(self, image):
         raise AssertionError("an image was prepared")
 
     def video(self, frames):

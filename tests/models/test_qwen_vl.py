@@ -27,7 +27,7 @@ def text(width, layers, heads, kv, mlp, vocab=151936, **more):
     return dict(rope_parameters=ROPE) | sizes | dict(intermediate_size=mlp, vocab_size=vocab) | more
 
 
-# Sizes as in the config.json of Qwen's repositories: the class, LLM, tower, whether the head is tied.
+# Sizes in the config.json of Qwen's repositories: the class, LLM, image encoder, whether the head is tied.
 TOWER3 = dict(hidden_size=1152, depth=27, num_heads=16, intermediate_size=4304, out_hidden_size=4096)
 SIZES = {
     "Qwen2-VL-2B": ("Qwen2VL", text(1536, 28, 12, 2, 8960), dict(hidden_size=1536), True),
@@ -90,7 +90,7 @@ def test_text_goes_on_by_the_longer_side_and_time_by_the_second():
     places = np.where(owners < 0, -1, 0)[:, None]
     row = Row(np.zeros(13), places, np.ones((13, 1)), owners)
     found = mrope_positions(row, shown, 2, 2)
-    picture = [[2, 2 + h, 2 + w] for h in range(2) for w in range(3)]
+    image = [[2, 2 + h, 2 + w] for h in range(2) for w in range(3)]
     video = [[6, 6, 6], [8, 6, 6], [10, 6, 6]]
-    assert found.tolist() == [[0] * 3, [1] * 3, *picture, [5] * 3, *video, [7] * 3]
+    assert found.tolist() == [[0] * 3, [1] * 3, *image, [5] * 3, *video, [7] * 3]
     assert mrope_positions(row, shown, 2, None)[9:12, 0].tolist() == [6, 7, 8]

@@ -1,4 +1,4 @@
-"""The first Qwen-VL's configs: what is read, written and refused."""
+"""The first Qwen-VL's configs: reading, writing and refusals."""
 
 from __future__ import annotations
 
@@ -50,8 +50,8 @@ def test_the_towers_config():
 
 
 def test_the_towers_size():
-    """1,842,770,688 are the ViT's (1.9 billion in the paper), 76,054,528 the resampler's (0.08 billion), the rest is
-    the last norm and map."""
+    """Checks 1,842,770,688 of the ViT (1.9 billion in the paper), 76,054,528 of the resampler (0.08 billion), and the
+    last norm and map."""
     assert count(QwenVLTowerConfig()) == 1_935_610_624
 
 
@@ -89,7 +89,7 @@ def processor() -> Processor:
 
 
 def test_the_published_size():
-    """9.6 billion parameters, of which the LLM has 7.7 and the tower 1.9 (table 1 of the paper)."""
+    """Checks 9.6 billion parameters, 7.7 of the LLM and 1.9 of the image encoder (table 1 of the paper)."""
     values = LLM | dict(visual=VISUAL | dict(n_queries=256))
     assert family_of(values).name == "Qwen-VL (first)" != family_of(LLM).name
     config = from_hf_config(values)
@@ -99,7 +99,7 @@ def test_the_published_size():
     assert from_hf_config(written) == config
 
 
-def test_a_picture_stands_where_it_is_named(processor):
+def test_an_image_has_the_position_of_its_name(processor):
     named = processor("what is <img> cat.png </img> it <img> a cat </img>", images=[PICTURE, PICTURE])
     assert named["tokens"][0].tolist() == [ID["what"], ID["is"], *SHOWN, ID["it"], *SHOWN]
     assert named["media_index"][0].tolist() == [-1, -1, -1, 0, 1, 2, 3, -1, -1, -1, 4, 5, 6, 7, -1]

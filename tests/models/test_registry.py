@@ -1,4 +1,4 @@
-"""The public names: any supported folder in, the same folder out, and refusals that name what is wrong."""
+"""The public functions: reading and writing of any supported folder, and refusals that name the fault."""
 
 from __future__ import annotations
 
@@ -194,7 +194,7 @@ def test_what_is_stored_can_be_narrowed_and_split(tmp_path, params):
     assert len(files) > 1 and {t.dtype for f in files for t in load_file(f).values()} == {np.dtype("float16")}
 
 
-def test_what_stands_beside_the_weights_can_come_along(tmp_path, params):
+def test_what_is_beside_the_weights_can_come_along(tmp_path, params):
     (tmp_path / "from").mkdir()
     for name in ("tokenizer.json", "chat_template.jinja", "generation_config.json", "pytorch_model.bin", "modeling.py"):
         (tmp_path / "from" / name).write_text(name)

@@ -55,7 +55,7 @@ def test_a_tower(tower, size, randomise, assert_close, tmp_path, caplog):
 
 @pytest.mark.parametrize("case,size", [("llava", 20), ("next", 8)])
 def test_a_llava(case, size, randomise, assert_close, tmp_path):
-    """From images to logits: tiles, media tokens and positions of the new size; and the folder that is written."""
+    """Checks tiles, media tokens, positions and logits of the new size, and the written folder."""
     reference, processor = build(case, tmp_path / "theirs", randomise)
     model, params = from_pretrained(tmp_path / "theirs", image_size=size)
     ours = Processor.from_pretrained(tmp_path / "theirs", image_size=size)
