@@ -37,7 +37,7 @@ def llama(rows: int, length: int = 2048) -> tuple:
 def vit_large(rows: int, side: int) -> tuple:
     """Returns the same of CLIP's image encoder, trained with the softmax loss against a bag of words."""
     from mllm_jax.data.pipeline import Mixture
-    from mllm_jax.encoders.text import TextTowerConfig
+    from mllm_jax.encoders.text_encoder import TextTowerConfig
     from mllm_jax.layers.compute import Compute, with_compute
     from mllm_jax.models.clip import DualEncoderConfig
     from mllm_jax.training.objectives.contrastive import Contrastive

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from mllm_jax.data.pipeline import Mixture, Weighted
 from mllm_jax.datasets.openmoji import OpenMojiCaptions
-from mllm_jax.encoders.text import TextTowerConfig
+from mllm_jax.encoders.text_encoder import TextTowerConfig
 from mllm_jax.evaluation.tasks.openmoji import openmoji_retrieval
 from mllm_jax.models.clip import DualEncoderConfig
 from mllm_jax.training.config import AdamW, Experiment, Stage, TokenizerConfig

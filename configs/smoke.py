@@ -5,7 +5,7 @@ mllm train configs/smoke.py
 
 from mllm_jax.data.pipeline import Mixture, Weighted
 from mllm_jax.datasets.openmoji import OpenMojiCaptions, OpenMojiQuestions, OpenMojiScenes, OpenMojiText
-from mllm_jax.encoders.text import TextTowerConfig
+from mllm_jax.encoders.text_encoder import TextTowerConfig
 from mllm_jax.encoders.vit import ViTConfig
 from mllm_jax.evaluation.tasks.openmoji import openmoji_questions
 from mllm_jax.llms.decoder import DecoderConfig

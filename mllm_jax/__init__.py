@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # for editors and type checkers; `_HOMES` has the same names for Python
     from mllm_jax.checkpoints.run import RunFolder as RunFolder
-    from mllm_jax.data.chat import ChatTokenizer as ChatTokenizer
+    from mllm_jax.data.chat_tokenizer import ChatTokenizer as ChatTokenizer
     from mllm_jax.data.images import decode_image as decode_image
     from mllm_jax.data.message import Audio as Audio
     from mllm_jax.data.message import Example as Example
@@ -41,8 +41,8 @@ if TYPE_CHECKING:  # for editors and type checkers; `_HOMES` has the same names 
     from mllm_jax.encoders.sam import SamConfig as SamConfig
     from mllm_jax.encoders.sam import SamDialect as SamDialect
     from mllm_jax.encoders.siglip_sam import SiglipSamConfig as SiglipSamConfig
-    from mllm_jax.encoders.text import TextTowerConfig as TextTowerConfig
-    from mllm_jax.encoders.text import TextTowerDialect as TextTowerDialect
+    from mllm_jax.encoders.text_encoder import TextTowerConfig as TextTowerConfig
+    from mllm_jax.encoders.text_encoder import TextTowerDialect as TextTowerDialect
     from mllm_jax.encoders.vit import ViTConfig as ViTConfig
     from mllm_jax.encoders.vit import ViTDialect as ViTDialect
     from mllm_jax.errors import CheckpointError as CheckpointError
@@ -81,7 +81,7 @@ if TYPE_CHECKING:  # for editors and type checkers; `_HOMES` has the same names 
     from mllm_jax.models.llava import LlavaConfig as LlavaConfig
     from mllm_jax.models.multimodal import Multimodal as Multimodal
     from mllm_jax.models.multimodal import MultimodalConfig as MultimodalConfig
-    from mllm_jax.models.pformer import PFormerPretrainingConfig as PFormerPretrainingConfig
+    from mllm_jax.models.pformer_pretraining import PFormerPretrainingConfig as PFormerPretrainingConfig
     from mllm_jax.models.processor import Processor as Processor
     from mllm_jax.models.prompt_guided import PromptGuidedConfig as PromptGuidedConfig
     from mllm_jax.models.qwen_vl import QwenVLConfig as QwenVLConfig
@@ -112,8 +112,8 @@ if TYPE_CHECKING:  # for editors and type checkers; `_HOMES` has the same names 
     from mllm_jax.training.loop import train as train
     from mllm_jax.training.objectives.contrastive import Contrastive as Contrastive
     from mllm_jax.training.objectives.next_token import NextToken as NextToken
-    from mllm_jax.training.objectives.pformer import PFormerObjective as PFormerObjective
-    from mllm_jax.training.objectives.pformer import PromptGuided as PromptGuided
+    from mllm_jax.training.objectives.pformer_losses import PFormerObjective as PFormerObjective
+    from mllm_jax.training.objectives.pformer_losses import PromptGuided as PromptGuided
     from mllm_jax.training.objectives.protocol import Objective as Objective
     from mllm_jax.training.objectives.qformer import QFormerStage1 as QFormerStage1
     from mllm_jax.training.operations.stopping import Interrupted as Interrupted
@@ -122,7 +122,7 @@ __version__ = "0.1.0"
 
 _NAMES = {
     "checkpoints.run": ("RunFolder",),
-    "data.chat": ("ChatTokenizer",),
+    "data.chat_tokenizer": ("ChatTokenizer",),
     "data.images": ("decode_image",),
     "data.message": ("Audio", "Example", "Image", "Message", "Segment", "Text", "Video"),
     "data.pipeline": ("Mixture", "Weighted"),
@@ -144,7 +144,7 @@ _NAMES = {
     "encoders.qwen_vit_v1": ("QwenViTV1Config",),
     "encoders.sam": ("SamConfig", "SamDialect"),
     "encoders.siglip_sam": ("SiglipSamConfig",),
-    "encoders.text": ("TextTowerConfig", "TextTowerDialect"),
+    "encoders.text_encoder": ("TextTowerConfig", "TextTowerDialect"),
     "encoders.vit": ("ViTConfig", "ViTDialect"),
     "errors": ("CheckpointError", "ConfigError", "DataError", "MllmError", "RunFolderError", "TrainingError"),
     "evaluation.evaluate": ("evaluate",),
@@ -170,7 +170,7 @@ _NAMES = {
     "models.internvl": ("InternVLConfig",),
     "models.llava": ("LlavaConfig",),
     "models.multimodal": ("Multimodal", "MultimodalConfig"),
-    "models.pformer": ("PFormerPretrainingConfig",),
+    "models.pformer_pretraining": ("PFormerPretrainingConfig",),
     "models.processor": ("Processor",),
     "models.prompt_guided": ("PromptGuidedConfig",),
     "models.qwen_vl": ("QwenVLConfig",),
@@ -191,7 +191,7 @@ _NAMES = {
     "training.loop": ("train",),
     "training.objectives.contrastive": ("Contrastive",),
     "training.objectives.next_token": ("NextToken",),
-    "training.objectives.pformer": ("PFormerObjective", "PromptGuided"),
+    "training.objectives.pformer_losses": ("PFormerObjective", "PromptGuided"),
     "training.objectives.protocol": ("Objective",),
     "training.objectives.qformer": ("QFormerStage1",),
     "training.operations.stopping": ("Interrupted",),

@@ -12,7 +12,7 @@ from typing import Any
 from mllm_jax.data.pipeline import Mixture, Weighted
 from mllm_jax.datasets.openmoji import OpenMojiSkills
 from mllm_jax.datasets.text_only import TextOnly
-from mllm_jax.encoders.text import TextTowerConfig
+from mllm_jax.encoders.text_encoder import TextTowerConfig
 from mllm_jax.encoders.vit import ViTConfig
 from mllm_jax.evaluation.tasks.openmoji import openmoji_skills
 from mllm_jax.layers.compute import Compute
@@ -21,7 +21,7 @@ from mllm_jax.models.blip2_stage1 import QFormerPretrainingConfig
 from mllm_jax.models.branch import Branch
 from mllm_jax.models.clip import DualEncoderConfig
 from mllm_jax.models.multimodal import MultimodalConfig
-from mllm_jax.models.pformer import PFormerPretrainingConfig
+from mllm_jax.models.pformer_pretraining import PFormerPretrainingConfig
 from mllm_jax.models.prompt_guided import PromptGuidedConfig
 from mllm_jax.projectors.mlp import MLPProjectorConfig
 from mllm_jax.projectors.pformer import PFormerConfig
@@ -30,7 +30,7 @@ from mllm_jax.projectors.resampler import ResamplerConfig
 from mllm_jax.training.config import AdamW, Experiment, Pretrained, Stage, TokenizerConfig
 from mllm_jax.training.objectives.contrastive import Contrastive
 from mllm_jax.training.objectives.next_token import NextToken
-from mllm_jax.training.objectives.pformer import PFormerObjective, PromptGuided
+from mllm_jax.training.objectives.pformer_losses import PFormerObjective, PromptGuided
 from mllm_jax.training.objectives.qformer import QFormerStage1
 
 SIZE = 64

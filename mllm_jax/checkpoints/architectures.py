@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from mllm_jax.checkpoints.options import named_as
+from mllm_jax.checkpoints.config_options import named_as
 from mllm_jax.errors import ConfigError
 
 # The possible positions of a named model's media in the text of its LLM.

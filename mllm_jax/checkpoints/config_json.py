@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping
 from operator import attrgetter
 from typing import Any, TypeVar
 
+from mllm_jax.checkpoints.config_options import ENCODER_ACTIVATIONS, LARGEST, ConfigOptions
 from mllm_jax.checkpoints.fields import field_path, field_value, field_values
-from mllm_jax.checkpoints.options import ENCODER_ACTIVATIONS, LARGEST, Options
 from mllm_jax.errors import ConfigError
 
 Config = TypeVar("Config")
@@ -26,7 +26,7 @@ def write_activation(activation: str) -> str:
     return next(theirs for theirs, ours in ENCODER_ACTIVATIONS.items() if ours == activation)
 
 
-def read_square(options: Options, name: str, most: int = LARGEST) -> int:
+def read_square(options: ConfigOptions, name: str, most: int = LARGEST) -> int:
     """Returns the side that an option gives as one size or two equal ones. Raises ConfigError if it is no square."""
     sides = options.sizes(name, most=most)
     if len(sides) not in (1, 2) or len(set(sides)) != 1:
@@ -38,7 +38,7 @@ def read_square(options: Options, name: str, most: int = LARGEST) -> int:
     return sides[0]
 
 
-def read_grid(options: Options, image: str = "image_size", patch: str = "patch_size") -> dict[str, int]:
+def read_grid(options: ConfigOptions, image: str = "image_size", patch: str = "patch_size") -> dict[str, int]:
     """Returns image_size and patch_size of an image encoder. Raises ConfigError for no squares or no patches."""
     sizes = dict(image_size=read_square(options, image, MOST_PIXELS), patch_size=read_square(options, patch))
     if not 0 < sizes["image_size"] // sizes["patch_size"] <= MOST_PATCHES:
@@ -61,8 +61,8 @@ _WRITTEN: dict[str, Callable[[Any], Any]] = {
     "counts": list,
     "ids": lambda ids: one_or_several(ids) if ids else None,
 }
-# Options for one field of a config or of its dialect each: the field -> (the option, the method of `Options` that reads
-# it, and the method's arguments after the name).
+# Options for one field of a config or of its dialect each: the field -> (the option, the method of `ConfigOptions` that
+# reads it, and the method's arguments after the name).
 Fields = Mapping[str, tuple[Any, ...]]
 
 # The fields that most transformers have under these names.
@@ -73,8 +73,8 @@ LAYERS: Fields = {
 }
 
 
-def read_fields(options: Options, fields: Fields) -> dict[str, Any]:
-    """Reads the fields by name; raises what the methods of `Options` raise."""
+def read_fields(options: ConfigOptions, fields: Fields) -> dict[str, Any]:
+    """Reads the fields by name; raises what the methods of `ConfigOptions` raise."""
     return {field: getattr(options, kind)(name, *more) for field, (name, kind, *more) in fields.items()}
 
 

@@ -29,7 +29,7 @@ from mllm_jax.checkpoints import safetensors_files as st
 from mllm_jax.checkpoints.components import CONFIG, CONFIG_BYTES, Component, component_of
 from mllm_jax.checkpoints.folder import new_folder
 from mllm_jax.checkpoints.layout import (
-    Layout,
+    StoredTensor,
     assemble,
     gather_layers,
     is_layered,
@@ -59,7 +59,7 @@ logger = logging.getLogger("mllm_jax.checkpoints")
 
 
 @dataclass(frozen=True)
-class Report:
+class ReadReport:
     """The cost of reading a model.
 
     Attributes:
@@ -155,7 +155,7 @@ def read_weights(
     *,
     mesh: jax.sharding.Mesh | None = None,
     dtype: Any = None,
-    report: Callable[[Report], None] | None = None,
+    report: Callable[[ReadReport], None] | None = None,
 ) -> PyTree:
     """Reads the parameters of a Hugging Face folder, or of one component, onto the devices.
 
@@ -163,7 +163,7 @@ def read_weights(
         abstract: `jax.eval_shape` of `module.init(...)["params"]`, with its logical names.
         mesh: the mesh for `param_shardings`; None means the default device.
         dtype: dtype of the parameters; None keeps the stored dtypes.
-        report: function that is called with the Report; by default it is logged.
+        report: function that is called with the ReadReport; by default it is logged.
 
     Raises:
         CheckpointError: see `open_weights`; also a model that does not fit the devices, before anything is allocated.
@@ -180,7 +180,7 @@ def read_weights(
         params[path], held = _load(sources[path], shardings.get(path))
         peak |= held
     size = sum(entry.nbytes for entry in entries.values())
-    done = Report(len(entries), size, peak.buffers, peak.mapped, time.perf_counter() - begun)
+    done = ReadReport(len(entries), size, peak.buffers, peak.mapped, time.perf_counter() - begun)
     logger.info("%s: %s", component.folder, done) if report is None else report(done)
     return jax.tree_util.tree_unflatten(structure, [params[path] for path in leaves])
 
@@ -361,7 +361,7 @@ def hub_tensors(table: Table, params: PyTree) -> dict[str, Callable[[], np.ndarr
     }
 
 
-def _tensors(layouts: Iterable[Layout]) -> Iterator[tuple[Layout, int | None, str]]:
+def _tensors(layouts: Iterable[StoredTensor]) -> Iterator[tuple[StoredTensor, int | None, str]]:
     for layout in layouts:
         for layer, name in enumerate(layout.names()):
             yield layout, None if layout.layers is None else layer, name

@@ -24,7 +24,7 @@ Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True)
-class Layout:
+class StoredTensor:
     """A stored tensor, or one for each layer.
 
     Attributes:
@@ -57,7 +57,7 @@ def named(name: str, layer: int) -> str:
     return _LAYER.sub(lambda found: str(layer if found[1] is None else layer * int(found[1]) + int(found[2])), name)
 
 
-def lay_out(table: Table, shapes: Mapping[str, Shape]) -> list[Layout]:
+def lay_out(table: Table, shapes: Mapping[str, Shape]) -> list[StoredTensor]:
     """Returns the stored tensors of a model whose parameters have these shapes (path -> shape, with the layer axis).
 
     Raises:
@@ -90,7 +90,7 @@ def lay_out(table: Table, shapes: Mapping[str, Shape]) -> list[Layout]:
     return layouts
 
 
-def _layout(name: str, lines: list[Weight], shapes: Mapping[str, Shape]) -> Layout:
+def _layout(name: str, lines: list[Weight], shapes: Mapping[str, Shape]) -> StoredTensor:
     layered = is_layered(name)
     counts = {shapes[line.path][0] if layered and shapes[line.path] else None for line in lines}
     if len(counts) > 1 or (layered and None in counts):
@@ -114,7 +114,7 @@ def _layout(name: str, lines: list[Weight], shapes: Mapping[str, Shape]) -> Layo
             shape = (rows[1], *shape[1:])
         total = shape
         slots.append(tuple(slot))
-    return Layout(name, total, tuple(slots), counts.pop() if layered else None)
+    return StoredTensor(name, total, tuple(slots), counts.pop() if layered else None)
 
 
 def _stored_shape(slot: list[Weight], shapes: list[Shape]) -> Shape:
@@ -149,7 +149,7 @@ def parameter_view(line: Weight, tensor: np.ndarray) -> np.ndarray:
     return tensor if line.part is None else tensor[line.part]
 
 
-def assemble(layout: Layout, get: Callable[[str], np.ndarray]) -> np.ndarray:
+def assemble(layout: StoredTensor, get: Callable[[str], np.ndarray]) -> np.ndarray:
     """Makes a stored tensor from its parameters; `get(path)` returns the parameter, or one layer of it."""
     slots = [_join(slot, np, [get(line.path) for line in slot]) for slot in layout.slots]
     return slots[0] if len(slots) == 1 else np.concatenate(slots)
@@ -158,7 +158,7 @@ def assemble(layout: Layout, get: Callable[[str], np.ndarray]) -> np.ndarray:
 # ---- names
 
 
-def resolve(table: Table, layouts: list[Layout], stored: Mapping[str, Shape]) -> tuple[dict[str, str], list[str]]:
+def resolve(table: Table, layouts: list[StoredTensor], stored: Mapping[str, Shape]) -> tuple[dict[str, str], list[str]]:
     """Returns hub name -> stored name of each tensor, and a line for everything that does not match.
 
     Names in the table are kept; all others are replaced by its spellings, one after the other.

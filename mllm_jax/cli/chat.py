@@ -38,7 +38,7 @@ class Chat:
 def run(arguments: list[str]) -> int:
     options = tyro.cli(Chat, args=arguments, prog="mllm chat")
 
-    from mllm_jax.generation.chat import Dialogue, chat
+    from mllm_jax.generation.conversation import Dialogue, chat
     from mllm_jax.generation.quantize import summary
 
     assistant = assistant_of(options.model, dtype=options.dtype, int8=options.int8, max_length=options.max_length)

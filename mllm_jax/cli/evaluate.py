@@ -19,7 +19,7 @@ ENOUGH = 30  # questions; with fewer, an accuracy is uncertain by more than 18 p
 
 
 @dataclass(frozen=True)
-class Evaluate:
+class EvaluateCommand:
     """Scores a run by its own config's tasks, or any model by a file of questions.
 
     Attributes:
@@ -56,7 +56,7 @@ class Evaluate:
 
 
 def run(arguments: list[str]) -> int:
-    options = tyro.cli(Evaluate, args=arguments, prog="mllm evaluate")
+    options = tyro.cli(EvaluateCommand, args=arguments, prog="mllm evaluate")
     keep_compiled_programs()
     if options.questions is not None:
         return ask(options)
@@ -69,7 +69,7 @@ def run(arguments: list[str]) -> int:
     return 0
 
 
-def ask(options: Evaluate) -> int:
+def ask(options: EvaluateCommand) -> int:
     from mllm_jax.evaluation.evaluate import evaluate as measured
     from mllm_jax.evaluation.tasks.questions import questions_task
     from mllm_jax.training.operations.run_folder import write_json

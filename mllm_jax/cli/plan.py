@@ -25,7 +25,7 @@ estimate on GPUs), --stage NAME, --json FILE, --search N, and every field of the
 
 
 @dataclass(frozen=True)
-class Plan:
+class PlanCommand:
     """Compiles a stage's step for a TPU slice on this machine and reports its cost.
 
     Attributes:
@@ -61,7 +61,7 @@ def run(arguments: list[str]) -> int:
             "mllm plan configs/llava15_7b.py --topology v5e-256",
             "name a config file, before any option",
         )
-    default = Plan(load_config(Path(arguments[0])), tyro.MISSING)
+    default = PlanCommand(load_config(Path(arguments[0])), tyro.MISSING)
     if (options := parsed("plan", default, arguments)) is None:
         return 0
 
@@ -70,7 +70,7 @@ def run(arguments: list[str]) -> int:
     jax.config.update("jax_platforms", "cpu")  # compiling needs no device
 
     from mllm_jax.planning.plan import make_plan
-    from mllm_jax.planning.report import show, show_search
+    from mllm_jax.planning.plan_report import show, show_search
     from mllm_jax.planning.search import search
     from mllm_jax.planning.topologies import topology
 

@@ -20,7 +20,7 @@ from mllm_jax.data.measured_files import BLOCK, Block, MeasuredFiles
 from mllm_jax.data.measuring_workers import NoWorkers, Task, Workers, measure_block, too_many_slots
 from mllm_jax.data.source_encoder import SourceEncoder
 from mllm_jax.errors import ConfigError, DataError
-from mllm_jax.sharding.hosts import ALONE, Hosts, first_alone, together
+from mllm_jax.sharding.hosts import ALONE, Share, first_alone, together
 
 SMALL = 8 * BLOCK  # one process measures fewer before others could start
 SHOWN, WORTH = 5.0, 20.0  # CPU seconds of one process from which a bar is shown, and others are started
@@ -36,7 +36,7 @@ class Shows(Protocol):
 
 
 @dataclass(frozen=True)
-class Measured:
+class MeasuredLengths:
     """Length, and media slots by modality, of every example of a source; unusable ones have length 0 and a reason."""
 
     lengths: np.ndarray
@@ -58,7 +58,7 @@ class HowToMeasure:
 
     folder: Path | None = None
     workers: int | None = None
-    hosts: Hosts = ALONE
+    hosts: Share = ALONE
     progress: Shows | None = None
 
 
@@ -68,7 +68,7 @@ def measure(
     *,
     max_bad_share: float = 0.0,
     how: HowToMeasure = HowToMeasure(),
-) -> Measured:
+) -> MeasuredLengths:
     """Measures the examples of a source that were not measured before.
 
     Args:
@@ -104,7 +104,7 @@ def measure(
     return _checked(encoder, kept, slots, max_bad_share)
 
 
-def sample_sizes(encoder: SourceEncoder, sample: int = 2000) -> Measured:
+def sample_sizes(encoder: SourceEncoder, sample: int = 2000) -> MeasuredLengths:
     """Measures evenly spaced examples of a source, of any length, to choose its rows.
 
     Args:
@@ -118,7 +118,7 @@ def sample_sizes(encoder: SourceEncoder, sample: int = 2000) -> Measured:
         except DataError as error:
             bad.append((index, str(error)))
     modalities = sorted({modality for each in taken.values() for modality in each.slots})
-    return Measured(
+    return MeasuredLengths(
         np.array([each.length for each in taken.values()], np.int32),
         {m: np.array([each.slots.get(m, 0) for each in taken.values()], np.int32) for m in modalities},
         tuple(bad),
@@ -168,7 +168,9 @@ def _measured(
     yield from counted(here())
 
 
-def _checked(encoder: SourceEncoder, kept: MeasuredFiles, slots: Mapping[str, int], max_bad_share: float) -> Measured:
+def _checked(
+    encoder: SourceEncoder, kept: MeasuredFiles, slots: Mapping[str, int], max_bad_share: float
+) -> MeasuredLengths:
     """Returns the lengths, without examples that need more slots than a row has."""
     lengths, taken = kept.table[0], dict(zip(kept.modalities, kept.table[1:], strict=True))
     over = np.zeros(len(lengths), bool)
@@ -184,7 +186,7 @@ def _checked(encoder: SourceEncoder, kept: MeasuredFiles, slots: Mapping[str, in
         raise _unusable(encoder, sorted(bad), "at least " if len(wide) > most else "", max_bad_share)
     if len(wide):
         lengths = np.where(over, 0, lengths)
-    return Measured(lengths, taken, tuple(sorted(bad)), kept.dropped_turns)
+    return MeasuredLengths(lengths, taken, tuple(sorted(bad)), kept.dropped_turns)
 
 
 def _not_shared(encoder: SourceEncoder, folder: Path | None) -> ConfigError:

@@ -11,15 +11,15 @@ import numpy as np
 from flax.core import FrozenDict
 
 from mllm_jax.data.batch import BatchSpec
-from mllm_jax.data.measure import HowToMeasure, Measured, Shows, measure
+from mllm_jax.data.measure import HowToMeasure, MeasuredLengths, Shows, measure
 from mllm_jax.data.message import Text
 from mllm_jax.data.packing import PackingPlan, Stream
 from mllm_jax.data.processing.media import Encoded
-from mllm_jax.data.retry import Patience
+from mllm_jax.data.retry import RetryPolicy
 from mllm_jax.data.source import Source
 from mllm_jax.data.source_encoder import SourceEncoder
 from mllm_jax.errors import ConfigError, DataError
-from mllm_jax.sharding.hosts import ALONE, Hosts
+from mllm_jax.sharding.hosts import ALONE, Share
 
 LAYOUTS = ("conversation", "caption")
 LEARN = ("answers", "all")
@@ -98,16 +98,16 @@ class Pipeline:
         *,
         seed: int,
         cache_dir: Path | None = None,
-        patience: Patience = Patience(),
+        patience: RetryPolicy = RetryPolicy(),
         workers: int | None = None,
-        hosts: Hosts = ALONE,
+        hosts: Share = ALONE,
         progress: Shows | None = None,
     ):
         self.mixture, self.processor = mixture, processor
         self.encoders = encoders(mixture, processor, patience)
         self.sources: list[Source] = [encoder.source for encoder in self.encoders]
         how = HowToMeasure(cache_dir, workers, hosts, progress)
-        self.measured: list[Measured] = [
+        self.measured: list[MeasuredLengths] = [
             measure(encoder, mixture.slots, max_bad_share=mixture.max_bad_share, how=how) for encoder in self.encoders
         ]
         self.plan = PackingPlan(
@@ -169,7 +169,7 @@ class Pipeline:
         )
 
 
-def encoders(mixture: Mixture, processor: Any, patience: Patience = Patience()) -> list[SourceEncoder]:
+def encoders(mixture: Mixture, processor: Any, patience: RetryPolicy = RetryPolicy()) -> list[SourceEncoder]:
     """Returns the encoder of each source of a mixture."""
     m = mixture
     how = dict(length=m.length, layout=m.layout, captions=m.captions, learn=m.learn, decodes=m.max_bad_share > 0)

@@ -16,7 +16,7 @@ _LASTING = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectory
 
 
 @dataclass(frozen=True)
-class Patience:
+class RetryPolicy:
     """Retry policy of failing reads: pauses of `first_pause` seconds, each `factor` times the previous one.
 
     Attributes:
@@ -34,7 +34,7 @@ class Patience:
             raise ConfigError(f"{self}", "one attempt or more, and pauses that do not shrink", "change it")
 
 
-def patiently(read: Callable[[], T], what: str, patience: Patience = Patience()) -> T:
+def patiently(read: Callable[[], T], what: str, patience: RetryPolicy = RetryPolicy()) -> T:
     """Returns the result of `read`, after at most `patience.attempts` attempts if disk or network fail.
 
     Such a failure is an OSError, or an error caused by one, unless it reports that the file is absent or forbidden.

@@ -14,7 +14,7 @@ import numpy as np
 from mllm_jax.data.images import Drawn, image_size
 from mllm_jax.data.message import Example, Image, Message, Part, Video
 from mllm_jax.data.processing.media import Encoded, Lazy
-from mllm_jax.data.retry import Patience, patiently
+from mllm_jax.data.retry import RetryPolicy, patiently
 from mllm_jax.data.source import Source
 from mllm_jax.errors import DataError
 
@@ -58,7 +58,7 @@ class SourceEncoder:
     captions: int = 1
     learn: str = "answers"
     decodes: bool = False
-    patience: Patience = Patience()
+    patience: RetryPolicy = RetryPolicy()
 
     @property
     def name(self) -> str:

@@ -10,7 +10,6 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from mllm_jax.data.chat import ChatTokenizer, not_encodable, rendered
 from mllm_jax.data.chat_template import (
     ASSISTANT,
     BOS,
@@ -25,6 +24,7 @@ from mllm_jax.data.chat_template import (
     parted,
     spaced,
 )
+from mllm_jax.data.chat_tokenizer import ChatTokenizer, not_encodable, rendered
 from mllm_jax.errors import DataError
 from mllm_jax.files import read_json, write_atomic
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from mllm_jax.checkpoints.options import Options, named_as
+from mllm_jax.checkpoints.config_options import ConfigOptions, named_as
 from mllm_jax.checkpoints.table import Table, families, token_sample
-from mllm_jax.encoders.text import TextTowerConfig
+from mllm_jax.encoders.text_encoder import TextTowerConfig
 from mllm_jax.encoders.text_hub import faithful, read_tower, tower_table, write_tower
 from mllm_jax.errors import ConfigError
 
@@ -43,7 +43,9 @@ def from_hf_config(values: dict) -> TextTowerConfig:
         f"config.json of {family}",
         mask="causal",
         pooling="largest" if eos == 2 else "eos",
-        projection_size=Options(values, family).size("projection_dim", 512) if family == WITH_PROJECTION else None,
+        projection_size=ConfigOptions(values, family).size("projection_dim", 512)
+        if family == WITH_PROJECTION
+        else None,
         family=family,
     )
 

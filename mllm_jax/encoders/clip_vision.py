@@ -5,13 +5,13 @@ The last norm applies only to the pooled class token, not to `last_hidden_state`
 
 from __future__ import annotations
 
-from mllm_jax.encoders.hub import Names, vit_family
+from mllm_jax.encoders.vision_hub import ViTNames, vit_family
 
 FAMILY = vit_family(
     "CLIPVisionModel",
     name="CLIP vision",
     defaults=dict(patch_size=32, hidden_act="quick_gelu", layer_norm_eps=1e-5),  # OpenAI's B/32
-    names=Names(
+    names=ViTNames(
         patch="vision_model.embeddings.patch_embedding",
         layers="vision_model.encoder.layers",
         class_token="vision_model.embeddings.class_embedding",

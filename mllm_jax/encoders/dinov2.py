@@ -8,13 +8,13 @@ from __future__ import annotations
 from dataclasses import replace
 
 from mllm_jax.checkpoints.config_json import RATIOS
-from mllm_jax.checkpoints.options import Options
+from mllm_jax.checkpoints.config_options import ConfigOptions
 from mllm_jax.checkpoints.table import Table
-from mllm_jax.encoders.hub import Names, vit_family, vit_table
+from mllm_jax.encoders.vision_hub import ViTNames, vit_family, vit_table
 from mllm_jax.encoders.vit import ViTConfig
 from mllm_jax.errors import ConfigError
 
-_NAMES = Names(
+_NAMES = ViTNames(
     patch="embeddings.patch_embeddings.projection",
     layers="encoder.layer",
     class_token="embeddings.cls_token",
@@ -47,7 +47,7 @@ def _mlp_size(width: int, ratio: float, gated: bool) -> int:
     return (int(size * 2 / 3) + 7) // 8 * 8 if gated else size
 
 
-def _read(options: Options) -> dict:
+def _read(options: ConfigOptions) -> dict:
     # Options of the backbone for detectors, and of the mask token.
     options.skip("out_features", "out_indices", "stage_names", "apply_layernorm", "reshape_hidden_states")
     options.skip("_out_features", "_out_indices", "use_mask_token")

@@ -19,10 +19,10 @@ from mllm_jax.checkpoints.config_json import (
     read_square,
     write_fields,
 )
+from mllm_jax.checkpoints.config_options import ConfigOptions
 from mllm_jax.checkpoints.fields import make_config
-from mllm_jax.checkpoints.options import Options
 from mllm_jax.checkpoints.table import Family, Table, image_sample
-from mllm_jax.encoders.hub import Names, faithful, vit_family, vit_table
+from mllm_jax.encoders.vision_hub import ViTNames, faithful, vit_family, vit_table
 from mllm_jax.encoders.vit import ViTConfig
 from mllm_jax.errors import ConfigError
 
@@ -34,7 +34,7 @@ FAMILY = vit_family(
     defaults=dict(
         hidden_size=1408, num_hidden_layers=39, num_attention_heads=16, intermediate_size=6144, patch_size=14
     ),
-    names=Names(
+    names=ViTNames(
         patch="embeddings.patch_embedding",
         layers="encoder.layers",
         class_token="embeddings.class_embedding",
@@ -112,7 +112,7 @@ _FIELDS: Fields = {
     "qkv_bias": ("qkv_bias", "flag", True),
     "pre_norm": ("use_pre_transformer_norm", "flag", False),
 }
-_TIMM_NAMES = Names(
+_TIMM_NAMES = ViTNames(
     patch="patch_embed.proj",
     layers="blocks",
     class_token="cls_token",
@@ -162,7 +162,7 @@ def from_timm_config(values: dict) -> ViTConfig:
             f"one of {', '.join(_TIMM)}",
             "read it with the family of its architecture: mllm_jax.supported_models()",
         )
-    whole = Options(values, f"config.json of {family}")
+    whole = ConfigOptions(values, f"config.json of {family}")
     cfg = whole.part("pretrained_cfg", {}) or values
     defaults = dict(img_size=224, in_chans=3, mlp_ratio=4.0, qkv_fused=True, global_pool="token")
     beside = {
@@ -173,7 +173,7 @@ def from_timm_config(values: dict) -> ViTConfig:
     # Folders without `pretrained_cfg` have its entries, about the images, next to the architecture.
     whole.skip("architecture", "num_classes", "num_features", "global_pool", *(_SHOWN if cfg is values else ()))
     whole.done()
-    options = Options(defaults | beside | _TIMM[family] | given, f"config.json of {family}")
+    options = ConfigOptions(defaults | beside | _TIMM[family] | given, f"config.json of {family}")
     options.skip(*_IDLE)
     for name, value in _FIXED.items():
         options.only(name, value)
@@ -193,7 +193,7 @@ def from_timm_config(values: dict) -> ViTConfig:
         )
     options.skip("ref_feat_shape", "rope_temperature", "rope_mrope_section")
     scale = options.number("init_values", None)
-    shown = Options(cfg, f"pretrained_cfg of {family}")
+    shown = ConfigOptions(cfg, f"pretrained_cfg of {family}")
     if "mean" in shown and "std" in shown:
         switches |= dict(image_mean=shown.numbers("mean"), image_std=shown.numbers("std"))
     config = make_config(

@@ -6,8 +6,8 @@ all heads of queries and keys before they are split. All use mean pooling, so th
 
 from __future__ import annotations
 
-from mllm_jax.checkpoints.options import Options
-from mllm_jax.encoders.hub import Names, vit_family
+from mllm_jax.checkpoints.config_options import ConfigOptions
+from mllm_jax.encoders.vision_hub import ViTNames, vit_family
 
 _NORMS = {"layer_norm": "layer", "rms_norm": "rms"}
 _NORM_TYPES = {ours: theirs for theirs, ours in _NORMS.items()}
@@ -19,7 +19,7 @@ _OF_EXPERTS = (
 )  # fmt: skip
 
 
-def _read_hub(options: Options) -> dict:
+def _read_hub(options: ConfigOptions) -> dict:
     options.only("use_absolute_position_embeddings", True)
     options.skip("use_mask_token")
     # Without mean pooling a LayerNorm follows the last layer, for any norm_type.
@@ -27,7 +27,7 @@ def _read_hub(options: Options) -> dict:
     return dict(norm=_NORMS[options.only("norm_type", *_NORMS)], norm_output=normed)
 
 
-def _read_original(options: Options) -> dict:
+def _read_original(options: ConfigOptions) -> dict:
     options.only("use_moe", False)
     options.skip(*_OF_EXPERTS)
     norm = _NORMS[options.only("norm_type", *_NORMS)]
@@ -46,7 +46,7 @@ HUB = vit_family(
         patch_size=14,
         norm_type="layer_norm",
     ),
-    names=Names(
+    names=ViTNames(
         patch="embeddings.patch_embeddings.projection",
         layers="encoder.layer",
         class_token="embeddings.cls_token",
@@ -89,7 +89,7 @@ ORIGINAL = vit_family(
         patch_size=14,
         norm_type="rms_norm",
     ),
-    names=Names(
+    names=ViTNames(
         patch="embeddings.patch_embedding",
         layers="encoder.layers",
         class_token="embeddings.class_embedding",

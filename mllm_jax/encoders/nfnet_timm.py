@@ -7,8 +7,8 @@ from typing import Any
 import jax.numpy as jnp
 
 from mllm_jax.checkpoints.config_json import Fields, check_written, read_fields, write_fields
+from mllm_jax.checkpoints.config_options import ConfigOptions
 from mllm_jax.checkpoints.fields import make_config
-from mllm_jax.checkpoints.options import Options
 from mllm_jax.checkpoints.table import Family, Table, Weight, linear
 from mllm_jax.encoders.nfnet import VARIANTS, NFNetConfig, NFNetDialect, NFNetInput, nfnet, round_to
 from mllm_jax.errors import ConfigError
@@ -54,13 +54,13 @@ def from_hf_config(values: dict) -> NFNetConfig:
     Raises:
         ConfigError: another architecture, an unsupported option, or an incomplete file.
     """
-    options = Options(values, "timm's config.json")
+    options = ConfigOptions(values, "timm's config.json")
     architecture = options.only("architecture", *ARCHITECTURES)
-    pretrained = Options(options.part("pretrained_cfg", {}), "pretrained_cfg in timm's config.json")
+    pretrained = ConfigOptions(options.part("pretrained_cfg", {}), "pretrained_cfg in timm's config.json")
     defaults = NFNetConfig()
     given = options.part("model_args", {})
     classes = options.count("num_classes", pretrained.count("num_classes", 1000))
-    model = Options(
+    model = ConfigOptions(
         dict(num_classes=classes, ch_div=8) | _timm_options(architecture) | given,
         f"model_args of {architecture} in timm's config.json",
     )
@@ -68,7 +68,7 @@ def from_hf_config(values: dict) -> NFNetConfig:
         model.only(name, value)
     # Options of training and initialisation.
     model.skip("drop_rate", "drop_path_rate", "zero_init_fc")
-    se = Options(model.part("attn_kwargs"), f"attn_kwargs of {architecture} in timm's config.json")
+    se = ConfigOptions(model.part("attn_kwargs"), f"attn_kwargs of {architecture} in timm's config.json")
     divisor = model.size("ch_div")
     widths = tuple(round_to(width, divisor) for width in model.sizes("channels"))
     stem = round_to(model.size("stem_chs"), divisor)
@@ -102,7 +102,7 @@ def from_hf_config(values: dict) -> NFNetConfig:
     return config
 
 
-def _pixels(options: Options, name: str, default: tuple[int, ...] | None) -> tuple[int, ...] | None:
+def _pixels(options: ConfigOptions, name: str, default: tuple[int, ...] | None) -> tuple[int, ...] | None:
     """Reads channels, height and width. Raises ConfigError: not three sizes."""
     sizes = options.sizes(name, default)
     if sizes is not None and len(sizes) != 3:

@@ -26,8 +26,8 @@ from mllm_jax.checkpoints.config_json import (
     read_fields,
     write_fields,
 )
+from mllm_jax.checkpoints.config_options import ENCODER_ACTIVATIONS, ConfigOptions, named_as
 from mllm_jax.checkpoints.fields import make_config
-from mllm_jax.checkpoints.options import ENCODER_ACTIVATIONS, Options, named_as
 from mllm_jax.checkpoints.table import OUT_OF_HEADS, Table, Weight, families, into_heads, linear, norm
 from mllm_jax.encoders.qwen_patches import PatchLayout, lay_out_patches, window_numbers
 from mllm_jax.encoders.vit import VisionOutput
@@ -343,7 +343,7 @@ def from_hf_config(values: dict) -> QwenViTConfig:
     Raises:
         ConfigError: another architecture, or an unsupported option.
     """
-    part = Options(values, "config.json of a Qwen-VL").part("vision_config", {}) or values
+    part = ConfigOptions(values, "config.json of a Qwen-VL").part("vision_config", {}) or values
     kind = str(named_as(values)[1]).removesuffix("_vision")
     named = [name for name in named_as(part)[0] if name in _DEFAULTS]
     kinds = {model_type(name).removesuffix("_vision"): name for name in _DEFAULTS}
@@ -354,8 +354,10 @@ def from_hf_config(values: dict) -> QwenViTConfig:
             f"{' or '.join(_DEFAULTS)}, or a model_type of {', '.join(kinds)}",
             "read it with the family of its architecture: mllm_jax.supported_models()",
         )
-    options = Options(_DEFAULTS[family] | {k: v for k, v in part.items() if v is not None}, f"config.json of {family}")
-    rope = Options(options.part("rope_parameters", {}), f"rope_parameters of {family}")
+    options = ConfigOptions(
+        _DEFAULTS[family] | {k: v for k, v in part.items() if v is not None}, f"config.json of {family}"
+    )
+    rope = ConfigOptions(options.part("rope_parameters", {}), f"rope_parameters of {family}")
     rope.only("rope_type", "axial")
     read = read_fields(options, _FIELDS | _OWN[family]) | dict(family=family)
     read["rope_theta"] = rope.number("rope_theta", 10_000.0, least=1.0)

@@ -6,8 +6,8 @@ import math
 from dataclasses import dataclass, fields
 
 from mllm_jax.checkpoints.config_json import RATIOS, Fields, read_fields, read_grid, write_fields
+from mllm_jax.checkpoints.config_options import ConfigOptions
 from mllm_jax.checkpoints.fields import make_config
-from mllm_jax.checkpoints.options import Options
 from mllm_jax.checkpoints.table import OUT_OF_HEADS, Table, Weight, head_by_head, linear, norm
 from mllm_jax.encoders.vit import ViT, ViTConfig
 from mllm_jax.layers.compute import WithCompute
@@ -92,7 +92,7 @@ _FIELDS: Fields = {
 }
 
 
-def read_sizes(options: Options) -> QwenViTV1Config:
+def read_sizes(options: ConfigOptions) -> QwenViTV1Config:
     """Reads the ViT's options in the `visual` part of a Qwen-VL config.json; it also holds the resampler's."""
     return QwenViTV1Config(**read_grid(options), **read_fields(options, _FIELDS))
 

@@ -25,8 +25,8 @@ from mllm_jax.checkpoints.config_json import (
     stored_fields,
     write_fields,
 )
+from mllm_jax.checkpoints.config_options import ENCODER_ACTIVATIONS
 from mllm_jax.checkpoints.fields import make_config
-from mllm_jax.checkpoints.options import ENCODER_ACTIVATIONS
 from mllm_jax.checkpoints.table import (
     OUT_OF_HEADS,
     Table,
@@ -38,7 +38,7 @@ from mllm_jax.checkpoints.table import (
     nested,
     norm,
 )
-from mllm_jax.encoders.hub import options_of
+from mllm_jax.encoders.vision_hub import options_of
 from mllm_jax.encoders.vit import VisionOutput
 from mllm_jax.errors import ConfigError
 from mllm_jax.layers.attention import attention

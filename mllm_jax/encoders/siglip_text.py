@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from mllm_jax.checkpoints.options import Options, named_as
+from mllm_jax.checkpoints.config_options import ConfigOptions, named_as
 from mllm_jax.checkpoints.table import Table, families, token_sample
-from mllm_jax.encoders.text import TextTowerConfig
+from mllm_jax.encoders.text_encoder import TextTowerConfig
 from mllm_jax.encoders.text_hub import faithful, read_tower, tower_table, write_tower
 from mllm_jax.errors import ConfigError
 
@@ -28,7 +28,7 @@ def from_hf_config(values: dict) -> TextTowerConfig:
     family = (*named_as(values)[0], MODEL)[0]
     if family != MODEL:
         raise ConfigError(f"architecture {family!r} as SigLIP's text encoder", MODEL, "name it")
-    sizes = Options(values, f"config.json of {family}")
+    sizes = ConfigOptions(values, f"config.json of {family}")
     width = sizes.size("projection_size", sizes.size("hidden_size", _DEFAULTS["hidden_size"]))
     values = {name: value for name, value in _IDS.items() if name not in values} | values
     return read_tower(values, _DEFAULTS, f"config.json of {family}", pooling="last", head_size=width, family=family)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from mllm_jax.encoders.hub import Names, vit_family
+from mllm_jax.encoders.vision_hub import ViTNames, vit_family
 
 FAMILY = vit_family(
     "SiglipVisionModel",
     name="SigLIP vision",
     defaults=dict(hidden_act="gelu_pytorch_tanh"),
-    names=Names(
+    names=ViTNames(
         patch="vision_model.embeddings.patch_embedding",
         layers="vision_model.encoder.layers",
         position="vision_model.embeddings.position_embedding.weight",

@@ -6,10 +6,10 @@ from collections.abc import Callable
 
 from mllm_jax.checkpoints.architectures import kind_of
 from mllm_jax.checkpoints.config_json import ELSEWHERE, LAYERS, Fields, check_written, read_fields, write_fields
+from mllm_jax.checkpoints.config_options import ENCODER_ACTIVATIONS, ConfigOptions
 from mllm_jax.checkpoints.fields import make_config
-from mllm_jax.checkpoints.options import ENCODER_ACTIVATIONS, Options
 from mllm_jax.checkpoints.table import OUT_OF_HEADS, Table, Weight, into_heads, linear, norm
-from mllm_jax.encoders.text import TextTowerConfig
+from mllm_jax.encoders.text_encoder import TextTowerConfig
 from mllm_jax.errors import ConfigError
 
 _FIELDS: Fields = LAYERS | {
@@ -34,7 +34,7 @@ def read_tower(values: dict, defaults: dict, what: str, **switches) -> TextTower
     Raises:
         ConfigError: an unsupported option, by name.
     """
-    options = Options(defaults | {name: value for name, value in values.items() if value is not None}, what)
+    options = ConfigOptions(defaults | {name: value for name, value in values.items() if value is not None}, what)
     eos = _one_id(options.ids("eos_token_id"), what)
     config = make_config(TextTowerConfig, **read_fields(options, _FIELDS), eos_token_id=eos, **switches)
     options.skip("projection_size", *ELSEWHERE)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from mllm_jax.checkpoints.config_json import write_activation
-from mllm_jax.checkpoints.options import ENCODER_ACTIVATIONS, Options
-from mllm_jax.encoders.hub import Names, vit_family
+from mllm_jax.checkpoints.config_options import ENCODER_ACTIVATIONS, ConfigOptions
+from mllm_jax.encoders.vision_hub import ViTNames, vit_family
 from mllm_jax.encoders.vit import ViTConfig
 
 _POOLER_ACTIVATIONS = ENCODER_ACTIVATIONS | {"linear": None}
 
 
-def _read_pooler(options: Options) -> dict:
+def _read_pooler(options: ConfigOptions) -> dict:
     """Reads the options of the dense layer after the pooling.
 
     `add_pooling_layer` is an argument of the reference class, not an option of its config.json; the value false in
@@ -34,7 +34,7 @@ FAMILY = vit_family(
     "ViTModel",
     name="ViT",
     defaults=dict(layer_norm_eps=1e-12),
-    names=Names(
+    names=ViTNames(
         patch="embeddings.patch_embeddings.projection",
         layers="encoder.layer",
         class_token="embeddings.cls_token",

@@ -18,11 +18,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from mllm_jax.data.chat import ChatTokenizer
+from mllm_jax.data.chat_tokenizer import ChatTokenizer
 from mllm_jax.data.image_processors import ImageProcessor, read_image_processor
 from mllm_jax.data.images import as_image, read_image, resize
 from mllm_jax.data.tokenizer import Tokenizer
-from mllm_jax.encoders.text import TextModel, TextTowerConfig
+from mllm_jax.encoders.text_encoder import TextModel, TextTowerConfig
 from mllm_jax.encoders.vit import ViT, ViTConfig
 from mllm_jax.errors import ConfigError, DataError
 from mllm_jax.files import write_atomic

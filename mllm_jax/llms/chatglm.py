@@ -17,7 +17,7 @@ from flax import struct
 
 from mllm_jax.checkpoints.architectures import kind_of
 from mllm_jax.checkpoints.config_json import Fields, read_fields, write_fields
-from mllm_jax.checkpoints.options import Options
+from mllm_jax.checkpoints.config_options import ConfigOptions
 from mllm_jax.checkpoints.table import OUT_OF_HEADS, Family, Table, Weight, head_by_head, linear, norm, token_sample
 from mllm_jax.errors import ConfigError
 from mllm_jax.layers.attention import attention, write_at
@@ -297,7 +297,7 @@ def from_hf_config(values: dict) -> ChatGLMConfig:
             "the first ChatGLM-6B",
             "read it with mllm_jax.llms.glm: ChatGLM2 and ChatGLM3 are other models",
         )
-    option = Options(values, "config.json of ChatGLM-6B")
+    option = ConfigOptions(values, "config.json of ChatGLM-6B")
     for name, value in _FIXED.items():
         option.only(name, value)
     option.only("pre_seq_len", None, 0)

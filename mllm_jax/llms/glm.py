@@ -10,10 +10,10 @@ from __future__ import annotations
 from functools import partial
 
 from mllm_jax.checkpoints.architectures import architecture
-from mllm_jax.checkpoints.options import Options
+from mllm_jax.checkpoints.config_options import ConfigOptions
 from mllm_jax.checkpoints.table import families, token_sample
 from mllm_jax.llms.decoder import DecoderConfig
-from mllm_jax.llms.hub import Names, decoder_table, faithful, read_decoder, write_decoder
+from mllm_jax.llms.decoder_hub import DecoderNames, decoder_table, faithful, read_decoder, write_decoder
 
 # Defaults of the options that config.json leaves out.
 _DEFAULTS = dict(
@@ -34,8 +34,8 @@ _DEFAULTS = dict(
 )
 _GLM4 = _DEFAULTS["vocab_size"]  # its vocabulary is not ChatGLM2's and 3's of 65,024
 _EOS = [151329, 151336, 151338]  # also if config.json has null
-_NAMES = Names(gate="mlp.gate_up_proj", up="mlp.gate_up_proj")
-_CHATGLM_NAMES = Names(
+_NAMES = DecoderNames(gate="mlp.gate_up_proj", up="mlp.gate_up_proj")
+_CHATGLM_NAMES = DecoderNames(
     embedding="transformer.embedding.word_embeddings",
     head="transformer.output_layer",
     final_norm="transformer.encoder.final_layernorm",
@@ -56,7 +56,7 @@ def from_hf_config(values: dict) -> DecoderConfig:
     """Reads config.json of GlmForCausalLM; every option is honoured or refused by name."""
     family = architecture(values, "GlmForCausalLM")
     what = f"config.json of {family}"
-    options = Options(_DEFAULTS | values | {"eos_token_id": values.get("eos_token_id") or _EOS}, what)
+    options = ConfigOptions(_DEFAULTS | values | {"eos_token_id": values.get("eos_token_id") or _EOS}, what)
     switches = dict(qkv_bias=options.flag("attention_bias"), rotary_interleaved=True)
     return read_decoder(options, what, partial_rotary=True, family=family, **switches)
 
@@ -77,7 +77,7 @@ def from_chatglm_config(values: dict) -> DecoderConfig:
     only rope_ratio=1 is accepted: their versions for longer texts divide the positions by it or multiply the base, and
     config.json does not specify which.
     """
-    options = Options(values, "config.json of ChatGLMModel (ChatGLM2, ChatGLM3)")
+    options = ConfigOptions(values, "config.json of ChatGLMModel (ChatGLM2, ChatGLM3)")
     for name, needed in dict(
         original_rope=True,
         rmsnorm=True,

@@ -6,11 +6,11 @@ Mistral is LLaMA with a sliding window and without biases.
 from __future__ import annotations
 
 from mllm_jax.checkpoints.architectures import architecture
-from mllm_jax.checkpoints.options import Options
+from mllm_jax.checkpoints.config_options import ConfigOptions
 from mllm_jax.checkpoints.table import families, token_sample
 from mllm_jax.errors import ConfigError
 from mllm_jax.llms.decoder import DecoderConfig
-from mllm_jax.llms.hub import decoder_table, faithful, read_decoder, write_decoder
+from mllm_jax.llms.decoder_hub import decoder_table, faithful, read_decoder, write_decoder
 
 # Defaults of the options that config.json leaves out.
 _BOTH = dict(
@@ -35,7 +35,7 @@ def from_hf_config(values: dict) -> DecoderConfig:
     """Reads config.json of LlamaForCausalLM or MistralForCausalLM; every option is honoured or refused by name."""
     family = architecture(values, *_DEFAULTS)
     what = f"config.json of {family}"
-    options = Options(_DEFAULTS[family] | values, what)
+    options = ConfigOptions(_DEFAULTS[family] | values, what)
     if family == "MistralForCausalLM":
         return read_decoder(options, what, family=family, sliding_window=options.size("sliding_window", None))
     bias = options.flag("attention_bias", False)

@@ -9,11 +9,11 @@ from functools import partial
 
 from mllm_jax.checkpoints.architectures import architecture, kind_of
 from mllm_jax.checkpoints.config_json import LAYERS, Fields, read_fields, write_fields
+from mllm_jax.checkpoints.config_options import ConfigOptions
 from mllm_jax.checkpoints.fields import make_config
-from mllm_jax.checkpoints.options import Options
 from mllm_jax.checkpoints.table import families, token_sample
 from mllm_jax.llms.decoder import DecoderConfig
-from mllm_jax.llms.hub import IDS, Names, decoder_table, faithful
+from mllm_jax.llms.decoder_hub import IDS, DecoderNames, decoder_table, faithful
 
 # Defaults of the options that config.json leaves out.
 _DEFAULTS = dict(
@@ -42,7 +42,7 @@ _FIELDS: Fields = (
         "max_position_embeddings": ("max_position_embeddings", "size"),
     }
 )
-_NAMES = Names(
+_NAMES = DecoderNames(
     embedding="model.decoder.embed_tokens",
     positions="model.decoder.embed_positions",
     embedding_in="model.decoder.project_in",
@@ -62,7 +62,7 @@ _NAMES = Names(
 def from_hf_config(values: dict) -> DecoderConfig:
     """Reads config.json of OPTForCausalLM; every option is honoured or refused by name."""
     family = architecture(values, "OPTForCausalLM")
-    options = Options(_DEFAULTS | values, f"config.json of {family}")
+    options = ConfigOptions(_DEFAULTS | values, f"config.json of {family}")
     read = read_fields(options, _FIELDS)
     options.divided("hidden_size", "num_attention_heads")
     embedding_size = options.size("word_embed_proj_dim", read["hidden_size"])

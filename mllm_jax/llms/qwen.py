@@ -7,11 +7,11 @@ have a sliding window.
 from __future__ import annotations
 
 from mllm_jax.checkpoints.architectures import architecture
-from mllm_jax.checkpoints.options import Options
+from mllm_jax.checkpoints.config_options import ConfigOptions
 from mllm_jax.checkpoints.table import families, token_sample
 from mllm_jax.errors import ConfigError
 from mllm_jax.llms.decoder import DecoderConfig
-from mllm_jax.llms.hub import decoder_table, faithful, read_decoder, write_decoder
+from mllm_jax.llms.decoder_hub import decoder_table, faithful, read_decoder, write_decoder
 
 # Defaults of the options that config.json leaves out.
 _BOTH = dict(
@@ -37,7 +37,7 @@ def from_hf_config(values: dict) -> DecoderConfig:
     """Reads config.json of Qwen2ForCausalLM or Qwen3ForCausalLM; every option is honoured or refused by name."""
     family = architecture(values, *_DEFAULTS)
     what = f"config.json of {family}"
-    options = Options(_DEFAULTS[family] | values, what)
+    options = ConfigOptions(_DEFAULTS[family] | values, what)
     switches = _read_windows(options)
     if family == "Qwen2ForCausalLM":
         options.only("use_mrope", False)
@@ -56,7 +56,7 @@ def to_hf_config(config: DecoderConfig) -> dict:
     return faithful(config, written, from_hf_config)
 
 
-def _read_windows(options: Options) -> dict:
+def _read_windows(options: ConfigOptions) -> dict:
     """Reads the sliding window and the layers that have it."""
     window, first = options.size("sliding_window", None), options.count("max_window_layers")
     layers, kinds = options.size("num_hidden_layers"), options.texts("layer_types", None)

@@ -11,16 +11,16 @@ from functools import partial
 
 from mllm_jax.checkpoints.architectures import architecture, kind_of
 from mllm_jax.checkpoints.config_json import LAYERS, Fields, read_fields, write_fields
+from mllm_jax.checkpoints.config_options import ConfigOptions
 from mllm_jax.checkpoints.fields import make_config
-from mllm_jax.checkpoints.options import Options
 from mllm_jax.checkpoints.table import families, token_sample
 from mllm_jax.errors import ConfigError
 from mllm_jax.llms.decoder import DecoderConfig
-from mllm_jax.llms.hub import IDS, Names, decoder_table, faithful
+from mllm_jax.llms.decoder_hub import IDS, DecoderNames, decoder_table, faithful
 
 ARCHITECTURE = "QWenLMHeadModel"
 # The MLP is c_proj(w1(x) * silu(w2(x))).
-_NAMES = Names(
+_NAMES = DecoderNames(
     embedding="transformer.wte",
     final_norm="transformer.ln_f",
     layers="transformer.h",
@@ -57,7 +57,7 @@ _IDLE = (
 def from_hf_config(values: dict) -> DecoderConfig:
     """Reads config.json of QWenLMHeadModel without `visual`; every option is honoured or refused by name."""
     what = f"config.json of {architecture(values, ARCHITECTURE)}"
-    options = Options(values, what)
+    options = ConfigOptions(values, what)
     if "visual" in options:
         raise ConfigError(
             f"{what} with a part 'visual', which makes it Qwen-VL",

@@ -12,8 +12,8 @@ from flax import struct
 
 from mllm_jax.checkpoints.architectures import kind_of
 from mllm_jax.checkpoints.config_json import Fields, read_fields, write_activation, write_fields
+from mllm_jax.checkpoints.config_options import ACTIVATIONS, ConfigOptions
 from mllm_jax.checkpoints.fields import change_fields, make_config
-from mllm_jax.checkpoints.options import ACTIVATIONS, Options
 from mllm_jax.checkpoints.table import OUT_OF_HEADS, Family, Table, Weight, into_heads, linear, norm
 from mllm_jax.errors import DataError
 from mllm_jax.layers.attention import write_at
@@ -25,7 +25,7 @@ from mllm_jax.layers.relative_bias import RelativeBias, bucket_of_distance
 from mllm_jax.layers.requirements import Requirements
 from mllm_jax.layers.stack import scan_layers
 from mllm_jax.llms.cache import KVCache
-from mllm_jax.llms.t5_blocks import DecoderBlock, EncoderBlock
+from mllm_jax.llms.t5_blocks import EncoderBlock, T5DecoderBlock
 from mllm_jax.sharding.logical import constrain
 
 
@@ -144,7 +144,7 @@ class _Stack(nn.Module):
         return bias, layers, RMSNorm(c.dialect.norm_eps, jnp.dtype(c.dtype), name="final_norm")
 
 
-class Encoder(_Stack):
+class T5Encoder(_Stack):
     """The encoder, from the embedded source to the encoded source."""
 
     @nn.compact
@@ -156,13 +156,13 @@ class Encoder(_Stack):
         return norm(x)
 
 
-class Decoder(_Stack):
+class T5Decoder(_Stack):
     """The decoder, from the embedded target and the encoded source to the target's last hidden states."""
 
     @nn.compact
     def __call__(self, x, positions, segments, source, source_segments, cache):
         """Maps [B, T, E] to ([B, T, E], cache); without x, returns the layers' cross keys and values of the source."""
-        bias, layers, norm = self._parts(DecoderBlock, self.config.num_decoder_layers, 5, bidirectional=False)
+        bias, layers, norm = self._parts(T5DecoderBlock, self.config.num_decoder_layers, 5, bidirectional=False)
         if x is None:
             return layers(None, None, None, None, source, None, None)[1]
         x = constrain(x, "batch", "seq", None)
@@ -192,8 +192,8 @@ class T5(nn.Module):
         c = self.config
         dtype = jnp.dtype(c.dtype)
         self.token_embedding = Embedding(c.vocab_size, c.hidden_size, init_std=1.0, dtype=dtype)
-        self.encoder = Encoder(c)
-        self.decoder = Decoder(c)
+        self.encoder = T5Encoder(c)
+        self.decoder = T5Decoder(c)
         if not c.tie_word_embeddings:
             self.lm_head = Linear((c.vocab_size,), ("embed", "vocab"), dtype=dtype)
 
@@ -326,7 +326,7 @@ def from_hf_config(values: dict) -> T5Config:
     Raises:
         ConfigError: an unsupported option.
     """
-    option = Options(values, "config.json of T5ForConditionalGeneration")
+    option = ConfigOptions(values, "config.json of T5ForConditionalGeneration")
     kinds = [f"{gate}{name}" for gate in ("", "gated-") for name in ACTIVATIONS]
     projection = option.only("feed_forward_proj", *kinds, default="relu")
     gate, _, name = projection.rpartition("-")

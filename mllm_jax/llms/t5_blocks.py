@@ -60,7 +60,7 @@ class EncoderBlock(nn.Module):
         return constrain(x, "batch", "seq", None), None
 
 
-class DecoderBlock(nn.Module):
+class T5DecoderBlock(nn.Module):
     """Causal self-attention, cross-attention to the source, MLP."""
 
     config: T5Config

@@ -13,7 +13,7 @@ import numpy as np
 
 from mllm_jax.checkpoints.architectures import BEFORE, find, kind_of, llms_inside, nameless, of_type
 from mllm_jax.checkpoints.config_json import check_written, stored_fields
-from mllm_jax.checkpoints.options import Options
+from mllm_jax.checkpoints.config_options import ConfigOptions
 from mllm_jax.checkpoints.table import Family, Table, Weight, families, nested
 from mllm_jax.data.image_processors import ImageProcessor, read_image_processor
 from mllm_jax.data.images import Size
@@ -62,11 +62,11 @@ def read_parts(values: Mapping, family: str, llms: Sequence[str], text: bool | N
     Raises:
         ConfigError: an option is not supported.
     """
-    options = Options(values, f"config.json of {family}")
+    options = ConfigOptions(values, f"config.json of {family}")
     options.skip("vision_config", "qformer_config", "text_config")
     # The model type decides: old files spell the architecture in various ways.
     llm_values = nameless(options.part("text_config", {}))
-    kind = Options({"model_type": llms[0]} | llm_values, f"text_config of {family}").only("model_type", *llms)
+    kind = ConfigOptions({"model_type": llms[0]} | llm_values, f"text_config of {family}").only("model_type", *llms)
     llm, encoder = (
         family_of(of_type(kind)).from_hf({"model_type": kind} | llm_values),
         read_encoder(options.part("vision_config", {})),

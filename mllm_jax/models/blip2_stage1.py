@@ -16,7 +16,7 @@ from flax import struct
 
 from mllm_jax.checkpoints.architectures import kind_of, nameless
 from mllm_jax.checkpoints.config_json import check_written, stored_fields
-from mllm_jax.checkpoints.options import Options
+from mllm_jax.checkpoints.config_options import ConfigOptions
 from mllm_jax.checkpoints.table import Table, families, linear, nested
 from mllm_jax.data.batch import ONE_IMAGE, BatchSpec, images_spec, text_spec
 from mllm_jax.encoders import eva
@@ -222,7 +222,7 @@ FAMILY = "Blip2ForImageTextRetrieval"
 
 def from_hf_config(values: dict) -> QFormerPretrainingConfig:
     """Reads config.json of Blip2ForImageTextRetrieval; each option is honoured or refused by name."""
-    options = Options(values, f"config.json of {FAMILY}")
+    options = ConfigOptions(values, f"config.json of {FAMILY}")
     encoder = read_encoder(options.part("vision_config", {}))
     projector = read_qformer(
         options.part("qformer_config", {}),

@@ -14,11 +14,11 @@ from flax import struct
 
 from mllm_jax.checkpoints.architectures import kind_of, nameless
 from mllm_jax.checkpoints.config_json import ELSEWHERE, Fields, check_written, read_fields, write_fields
-from mllm_jax.checkpoints.options import Options
+from mllm_jax.checkpoints.config_options import ConfigOptions
 from mllm_jax.checkpoints.table import Family, Table, Weight, linear, nested
 from mllm_jax.data.batch import ONE_IMAGE, BatchSpec, images_spec, text_spec
 from mllm_jax.encoders import clip_text, clip_vision, siglip_text, siglip_vision
-from mllm_jax.encoders.text import TextModel, TextOutput, TextTowerConfig
+from mllm_jax.encoders.text_encoder import TextModel, TextOutput, TextTowerConfig
 from mllm_jax.encoders.vit import VisionOutput, ViTConfig
 from mllm_jax.errors import ConfigError
 from mllm_jax.layers.compute import WithCompute, within
@@ -221,7 +221,7 @@ def _vector(text: TextOutput):
 # ---- Hugging Face folders
 
 
-def _parts(options: Options, readers: Sequence[Callable[[dict], Any]]) -> list:
+def _parts(options: ConfigOptions, readers: Sequence[Callable[[dict], Any]]) -> list:
     """Returns the configs of the image encoder and the text encoder.
 
     Early folders also have `vision_config_dict` and `text_config_dict`, without defaults. These take precedence; the
@@ -267,7 +267,7 @@ def _family(
     vision, text = encoders
 
     def from_hf(values: dict) -> DualEncoderConfig:
-        options = Options(values, f"config.json of {architecture}")
+        options = ConfigOptions(values, f"config.json of {architecture}")
         seen, read = _parts(options, (vision.from_hf, text.from_hf))
         given = dict(projection_size=None) | read_fields(options, fields)
         options.skip(*ELSEWHERE)

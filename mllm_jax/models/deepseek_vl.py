@@ -13,7 +13,7 @@ import numpy as np
 
 from mllm_jax.checkpoints.architectures import architecture, kind_of, nameless
 from mllm_jax.checkpoints.config_json import check_written, stored_fields
-from mllm_jax.checkpoints.options import Options
+from mllm_jax.checkpoints.config_options import ConfigOptions
 from mllm_jax.checkpoints.table import Table, families, linear, nested
 from mllm_jax.data.image_processors import ImageProcessor, read_image_processor
 from mllm_jax.data.image_steps import mismatch
@@ -141,11 +141,11 @@ def from_hf_config(values: dict) -> DeepseekVLConfig:
     """Reads config.json of either kind; each option is honoured or refused by name."""
     family = architecture(values, SINGLE, HYBRID)
     what = f"config.json of {family}"
-    options = Options(values, what)
+    options = ConfigOptions(values, what)
     text = options.part("text_config")
     text.setdefault("model_type", "llama")
     # The whole model's option takes precedence; if it is absent, as in old files, the LLM's part decides.
-    tied = options.flag("tie_word_embeddings", Options(text, what).flag("tie_word_embeddings", False))
+    tied = options.flag("tie_word_embeddings", ConfigOptions(text, what).flag("tie_word_embeddings", False))
     llm = read_llm(text | {"tie_word_embeddings": tied}, what)
     encoder = low = _read_siglip(options.part("vision_config"), what)
     projector = MLPProjectorConfig(llm.hidden_size)

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from mllm_jax.checkpoints.table import Table, families
-from mllm_jax.data.chat import ChatTokenizer
+from mllm_jax.data.chat_tokenizer import ChatTokenizer
 from mllm_jax.errors import DataError
 from mllm_jax.models.blip2 import Blip2Config, QueryLayout, faithful, read_parts, settle, table_of, write_parts
 from mllm_jax.projectors.qformer_hub import qformer_weights

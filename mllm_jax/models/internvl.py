@@ -13,10 +13,10 @@ import numpy as np
 
 from mllm_jax.checkpoints.architectures import architecture, kind_of
 from mllm_jax.checkpoints.config_json import check_written, stored_fields, write_activation
+from mllm_jax.checkpoints.config_options import ConfigOptions, named_as
 from mllm_jax.checkpoints.fields import change_fields
-from mllm_jax.checkpoints.options import Options, named_as
 from mllm_jax.checkpoints.table import Table, families, linear, nested, norm
-from mllm_jax.data.chat import ChatTokenizer
+from mllm_jax.data.chat_tokenizer import ChatTokenizer
 from mllm_jax.data.image_processors import ImageProcessor, read_image_processor, read_video_processor
 from mllm_jax.data.image_steps import mismatch
 from mllm_jax.data.images import Size
@@ -173,15 +173,15 @@ def layout(config: InternVLConfig, folder: Path) -> InternVLLayout:
 def from_hf_config(values: dict) -> InternVLConfig:
     """Reads config.json of either kind; each option is honoured or refused by name."""
     family = architecture(values, HUB, ORIGINAL)
-    options = Options(values, f"config.json of {family}")
+    options = ConfigOptions(values, f"config.json of {family}")
     return (_read_original if family == ORIGINAL else _read_hub)(options, f"config.json of {family}")
 
 
-def _read_hub(options: Options, what: str) -> InternVLConfig:
+def _read_hub(options: ConfigOptions, what: str) -> InternVLConfig:
     text = options.part("text_config")
     text.setdefault("model_type", "qwen2")
     # The whole model's option takes precedence; if it is absent, as in old files, the LLM's part decides.
-    tied = options.flag("tie_word_embeddings", Options(text, what).flag("tie_word_embeddings", False))
+    tied = options.flag("tie_word_embeddings", ConfigOptions(text, what).flag("tie_word_embeddings", False))
     llm = read_llm(text | {"tie_word_embeddings": tied}, what)
     options.only("vision_feature_select_strategy", "default")
     options.skip("image_seq_length", "bos_token_id", "eos_token_id", "pad_token_id")
@@ -200,7 +200,7 @@ def _read_hub(options: Options, what: str) -> InternVLConfig:
     return read
 
 
-def _read_original(options: Options, what: str) -> InternVLConfig:
+def _read_original(options: ConfigOptions, what: str) -> InternVLConfig:
     llm = read_llm(options.part("llm_config"), what)
     vision = options.part("vision_config")
     encoder = _read_tower(vision, ORIGINAL, what)
@@ -228,7 +228,7 @@ def _read_original(options: Options, what: str) -> InternVLConfig:
     return read
 
 
-def _connection(options: Options, name: str, encoder: ViTConfig) -> Connection:
+def _connection(options: ConfigOptions, name: str, encoder: ViTConfig) -> Connection:
     """Reads a layer; in both codes -1 is the encoder's output, after its last norm if it has one."""
     layer, *others = options.integers(name, (-1,)) or (None,)
     if others or layer is None or not -encoder.num_layers - 1 <= layer <= encoder.num_layers:
@@ -238,7 +238,7 @@ def _connection(options: Options, name: str, encoder: ViTConfig) -> Connection:
     return Connection() if layer == -1 else Connection(layers=(layer,))
 
 
-def _factor(options: Options) -> int:
+def _factor(options: ConfigOptions) -> int:
     ratio = options.number("downsample_ratio", 0.5, least=1 / 64, most=1.0)
     factor = round(1 / ratio)
     options.only("downsample_ratio", *([ratio] if factor * ratio == 1 else [0.5, 1.0]), default=ratio)

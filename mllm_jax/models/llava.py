@@ -14,7 +14,7 @@ import numpy as np
 
 from mllm_jax.checkpoints.architectures import architecture, find, kind_of, of_type
 from mllm_jax.checkpoints.config_json import check_written, stored_fields, write_activation
-from mllm_jax.checkpoints.options import Options
+from mllm_jax.checkpoints.config_options import ConfigOptions
 from mllm_jax.checkpoints.table import Family, Table, Weight, families, linear, nested
 from mllm_jax.data.image_processors import ImageProcessor, read_image_processor, read_video_processor
 from mllm_jax.data.image_steps import mismatch
@@ -190,12 +190,12 @@ def from_hf_config(values: dict) -> LlavaConfig:
     """Reads config.json of any of the three; each option is honoured or refused by name."""
     family = architecture(values, LLAVA, NEXT, ONEVISION)
     what = f"config.json of {family}"
-    options = Options(values, what)
+    options = ConfigOptions(values, what)
     encoder = _read_tower(options.part("vision_config"), what)
     text = options.part("text_config")
     # transformers also reads this from the LLM's part, except in LLaVA-NeXT.
     tied = options.flag("tie_word_embeddings", False) or (
-        family != NEXT and Options(text, f"text_config of {what}").flag("tie_word_embeddings", False)
+        family != NEXT and ConfigOptions(text, f"text_config of {what}").flag("tie_word_embeddings", False)
     )
     text.setdefault("model_type", "llama")
     llm = read_llm(text | {"tie_word_embeddings": tied}, what)
@@ -250,7 +250,7 @@ def _existing(layers: tuple[int, ...], encoder: ViTConfig, what: str) -> tuple[i
     return layers
 
 
-def _resolutions(options: Options, usual: Sequence, what: str) -> tuple[tuple[int, int], ...]:
+def _resolutions(options: ConfigOptions, usual: Sequence, what: str) -> tuple[tuple[int, int], ...]:
     listed = options.resolutions("image_grid_pinpoints", usual)
     if not listed:
         raise ConfigError(f"{what}: image_grid_pinpoints=[]", "at least one [height, width]", "leave it out")
@@ -258,7 +258,7 @@ def _resolutions(options: Options, usual: Sequence, what: str) -> tuple[tuple[in
 
 
 def _read_tower(values: dict, what: str) -> ViTConfig:
-    kind = Options(values, f"vision_config of {what}").text("model_type", _TOWERS[0])
+    kind = ConfigOptions(values, f"vision_config of {what}").text("model_type", _TOWERS[0])
     if kind not in _TOWERS:
         raise ConfigError(f"{what}: an image encoder {kind!r}", " or ".join(_TOWERS), "convert another checkpoint")
     # Image encoders from a whole CLIP have the vocabulary of its text encoder.

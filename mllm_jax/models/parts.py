@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from mllm_jax.checkpoints.architectures import AMONG, Architecture, find, llms_inside, of_type
-from mllm_jax.checkpoints.options import named_as
+from mllm_jax.checkpoints.config_options import named_as
 from mllm_jax.checkpoints.table import Family, Table
 from mllm_jax.errors import ConfigError
 from mllm_jax.llms.decoder import DecoderConfig

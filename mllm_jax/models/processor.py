@@ -12,10 +12,10 @@ import numpy as np
 from mllm_jax.checkpoints.run import RunFolder, is_run
 from mllm_jax.checkpoints.table import Family
 from mllm_jax.data.batch import BatchSpec, assemble, instruction_spec
-from mllm_jax.data.chat import ChatTokenizer
+from mllm_jax.data.chat_tokenizer import ChatTokenizer
 from mllm_jax.data.message import MEDIA, TEXT_ROLE, Conversation, Example, Message, Part, Text, conversations
 from mllm_jax.data.processing.encode import (
-    Encoder,
+    ExampleEncoder,
     Words,
     encode_answer,
     encode_captions,
@@ -49,7 +49,7 @@ class Processor:
 
     def __init__(self, config: Any, tokenizer: Words, layout: Layout, system: str | None = None):
         self.config, self.tokenizer, self.layout = config, tokenizer, layout
-        self.encoder = Encoder(tokenizer, layout, system)
+        self.encoder = ExampleEncoder(tokenizer, layout, system)
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, *, image_size: int | None = None) -> Processor:

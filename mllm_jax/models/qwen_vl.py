@@ -11,8 +11,8 @@ import numpy as np
 
 from mllm_jax.checkpoints.architectures import architecture, model_type
 from mllm_jax.checkpoints.config_json import check_written, stored_fields
+from mllm_jax.checkpoints.config_options import ConfigOptions
 from mllm_jax.checkpoints.fields import change_fields
-from mllm_jax.checkpoints.options import Options
 from mllm_jax.checkpoints.table import Table, families, nested
 from mllm_jax.data.image_processors import ImageProcessor, read_image_processor
 from mllm_jax.data.image_steps import mismatch
@@ -61,7 +61,7 @@ class QwenVLConfig(MultimodalConfig):
         Requirements("Qwen-VL", self).one_of("family", (QWEN2, QWEN25, QWEN3))
 
 
-class PatchLayout(Layout):
+class QwenVLLayout(Layout):
     """A layout of images of any size as packed patches, and of videos as given frames.
 
     Frames are resized like images, and count as two a second; the reference samples them from a file.
@@ -130,9 +130,9 @@ class PatchLayout(Layout):
         return mrope_positions(row, media, tower.merge_size, tower.dialect.tokens_per_second)
 
 
-def layout(config: QwenVLConfig, folder: Path) -> PatchLayout:
+def layout(config: QwenVLConfig, folder: Path) -> QwenVLLayout:
     """Returns the layout of a model with its folder's processor settings."""
-    return PatchLayout(config, read_image_processor(folder))
+    return QwenVLLayout(config, read_image_processor(folder))
 
 
 def mrope_positions(row: Row, media: Sequence[Media], merge_size: int, tokens_per_second: int | None) -> np.ndarray:
@@ -173,12 +173,12 @@ def from_hf_config(values: dict) -> QwenVLConfig:
     what = f"config.json of {family}"
     own = ("image_token_id", "video_token_id", "architectures", "model_type", *_IDLE)
     flat = values.get("text_config") is None
-    whole = Options(values, what)
+    whole = ConfigOptions(values, what)
     text = {name: value for name, value in values.items() if name not in own[:4] + ("vision_config",)}
     text = text if flat else whole.part("text_config")
     # Before version 5, transformers wrote this option into the LLM's part.
-    tied = whole.flag("tie_word_embeddings", False) or Options(text, what).flag("tie_word_embeddings", False)
-    options = Options(values if not flat else {n: v for n, v in values.items() if n in own}, what)
+    tied = whole.flag("tie_word_embeddings", False) or ConfigOptions(text, what).flag("tie_word_embeddings", False)
+    options = ConfigOptions(values if not flat else {n: v for n, v in values.items() if n in own}, what)
     options.skip("architectures", "model_type", *_IDLE)
     tower = qwen_vit.from_hf_config(dict(model_type=model_type(family), vision_config=whole.part("vision_config", {})))
     config = QwenVLConfig(
@@ -195,9 +195,9 @@ def from_hf_config(values: dict) -> QwenVLConfig:
 def _read_llm(family: str, text: dict, what: str) -> DecoderConfig:
     """Reads a Qwen2 or Qwen3 with M-RoPE."""
     left = {n: v for n, v in text.items() if n not in ("architectures", "rope_scaling", "rope_parameters", *_IDLE[:3])}
-    options = Options(text, f"text_config of {what}")
+    options = ConfigOptions(text, f"text_config of {what}")
     rope = options.part("rope_scaling", {}) or options.part("rope_parameters", {})
-    sections = Options(rope, f"rope options in {what}").counts("mrope_section", _SECTIONS[family])
+    sections = ConfigOptions(rope, f"rope options in {what}").counts("mrope_section", _SECTIONS[family])
     rope.pop("mrope_section", None)
     rope.pop("mrope_interleaved", None)  # Qwen3-VL's always are
     kind = rope.pop("type", None)

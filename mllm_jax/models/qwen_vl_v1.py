@@ -16,7 +16,7 @@ import numpy as np
 from flax import linen as nn
 
 from mllm_jax.checkpoints.config_json import check_written, stored_fields
-from mllm_jax.checkpoints.options import Options
+from mllm_jax.checkpoints.config_options import ConfigOptions
 from mllm_jax.checkpoints.table import Table, Weight, beside, families, linear, nested
 from mllm_jax.data.image_processors import ImageProcessor
 from mllm_jax.data.images import Size
@@ -86,7 +86,7 @@ def read_tower(values: Mapping) -> QwenVLTowerConfig:
     Raises:
         ConfigError: the part is absent, or an option is not supported.
     """
-    options = Options(Options(values, _WHAT).part("visual", {}) or values, f"the visual part of {_WHAT}")
+    options = ConfigOptions(ConfigOptions(values, _WHAT).part("visual", {}) or values, f"the visual part of {_WHAT}")
     encoder = qwen_vit_v1.read_sizes(options)
     projector = ResamplerConfig(
         output_size=options.size("output_dim"),
@@ -241,13 +241,13 @@ def layout(config: QwenVLV1Config, folder: Path) -> QwenVLV1Layout:
 
 def from_hf_config(values: dict) -> QwenVLV1Config:
     """Reads config.json of Qwen-VL or Qwen-VL-Chat; each option is honoured or refused by name."""
-    if not Options(values, _WHAT).part("visual", {}):
+    if not ConfigOptions(values, _WHAT).part("visual", {}):
         raise ConfigError(f"{_WHAT} without a part 'visual'", "the image encoder's sizes", "restore it from its origin")
     tower = read_tower(values)
     return QwenVLV1Config(
         inputs={"image": Branch(tower.encoder, tower.projector)},
         llm=qwen_v1.from_hf_config({name: value for name, value in values.items() if name != "visual"}),
-        image_start_id=Options(values["visual"], f"the visual part of {_WHAT}").id("image_start_id", ...),
+        image_start_id=ConfigOptions(values["visual"], f"the visual part of {_WHAT}").id("image_start_id", ...),
     )
 
 

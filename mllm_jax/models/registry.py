@@ -16,10 +16,10 @@ from flax import linen as nn
 
 from mllm_jax.checkpoints.architectures import ARCHITECTURES, find, known
 from mllm_jax.checkpoints.components import Component, component_of
-from mllm_jax.checkpoints.hf import Report, float_dtype, read_config, read_weights, write_weights
+from mllm_jax.checkpoints.config_options import named_as
+from mllm_jax.checkpoints.hf import ReadReport, float_dtype, read_config, read_weights, write_weights
 from mllm_jax.checkpoints.leaves import PyTree
 from mllm_jax.checkpoints.native import is_native, read_native, read_native_config
-from mllm_jax.checkpoints.options import named_as
 from mllm_jax.checkpoints.safetensors_files import has_weights, read_folder
 from mllm_jax.checkpoints.table import Family
 from mllm_jax.errors import CheckpointError, ConfigError
@@ -144,7 +144,7 @@ def from_pretrained(
     dtype: Any = None,
     mesh: jax.sharding.Mesh | None = None,
     image_size: int | None = None,
-    report: Callable[[Report], None] | None = None,
+    report: Callable[[ReadReport], None] | None = None,
 ) -> tuple[nn.Module, PyTree]:
     """Loads the module and the parameters of a folder: a Hugging Face one of any supported model, or a native one.
 

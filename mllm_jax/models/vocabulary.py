@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from mllm_jax.data.chat import ChatTokenizer
+from mllm_jax.data.chat_tokenizer import ChatTokenizer
 from mllm_jax.errors import ConfigError, DataError
 
 _IDS = ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id")

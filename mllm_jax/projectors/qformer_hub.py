@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from mllm_jax.checkpoints.config_json import Fields, read_fields, write_fields
-from mllm_jax.checkpoints.options import ENCODER_ACTIVATIONS, Options
+from mllm_jax.checkpoints.config_options import ENCODER_ACTIVATIONS, ConfigOptions
 from mllm_jax.checkpoints.table import OUT_OF_HEADS, Weight, into_heads, linear
 from mllm_jax.checkpoints.table import norm as layer_norm
 from mllm_jax.projectors.qformer import QFormerConfig
@@ -32,7 +32,7 @@ def read_qformer(values: Mapping, what: str, *, text: bool | None, **sizes) -> Q
             option for it.
         sizes: the fields that other parts of the file determine: output_size, feature_size, num_queries.
     """
-    options = Options(values, f"qformer_config of {what}")
+    options = ConfigOptions(values, f"qformer_config of {what}")
     reads = True if text is None else options.only("use_qformer_text_input", text, default=False)
     vocab_size = options.size("vocab_size", VOCAB_SIZE)
     config = QFormerConfig(

@@ -17,19 +17,19 @@ BLOCK = 1024  # bytes
 
 
 @dataclass(frozen=True)
-class Hosts:
+class Share:
     """The index of this process and the number of processes that share the work."""
 
     index: int = 0
     count: int = 1
 
     @classmethod
-    def of_run(cls) -> Hosts:
+    def of_run(cls) -> Share:
         """Returns this process among all processes of jax."""
         return cls(jax.process_index(), jax.process_count())
 
 
-ALONE = Hosts()
+ALONE = Share()
 
 
 def is_first() -> bool:

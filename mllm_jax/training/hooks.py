@@ -108,7 +108,7 @@ class Context:
         self.progress.message(f"stage {self.stage.name}, step {ended}: {text}")
 
 
-class Report(Hook):
+class ReportSteps(Hook):
     """Writes and shows the metrics of a step after the next one is dispatched, so that the devices never wait for it.
 
     Raises:
@@ -213,7 +213,7 @@ class Validate(Hook):
         return means
 
 
-class Patience(Hook):
+class EarlyStopping(Hook):
     """Ends a stage whose validation loss has not become smaller for `Stage.patience` validations.
 
     Args:
@@ -239,7 +239,7 @@ class Patience(Hook):
         done.best = self.best
 
 
-class Evaluate(Hook):
+class EvaluateTasks(Hook):
     """Evaluates the current parameters by tasks of the experiment's evaluation, every few steps.
 
     Every process takes part, as in the evaluation at the end of a run. The state of training does not change.
@@ -284,7 +284,7 @@ class Save(Hook):
         context: Context,
         checkpoints: TrainingCheckpoints,
         origin: dict[str, Any],
-        report: Report,
+        report: ReportSteps,
         *,
         ahead: int = 0,
         end: bool = False,

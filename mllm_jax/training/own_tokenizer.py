@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from mllm_jax.data.chat import ChatTokenizer
+from mllm_jax.data.chat_tokenizer import ChatTokenizer
 from mllm_jax.models.part_sources import brings_words, vocabulary_axes
 from mllm_jax.models.registry import pretrained_config
 from mllm_jax.models.reshape import Vocabulary

@@ -9,7 +9,7 @@ from typing import Any
 
 from mllm_jax.checkpoints.description import describe
 from mllm_jax.checkpoints.run import RunFolder
-from mllm_jax.data.chat import PROCESSORS_TEMPLATE
+from mllm_jax.data.chat_tokenizer import PROCESSORS_TEMPLATE
 from mllm_jax.data.image_settings import SETTINGS, has_settings
 from mllm_jax.data.pipeline import training_texts
 from mllm_jax.data.tokenizer import TEMPLATE, Tokenizer

@@ -20,18 +20,18 @@ from mllm_jax.generation.assistant import Assistant
 from mllm_jax.models.params import placed_params
 from mllm_jax.models.processor import Processor
 from mllm_jax.sharding.chips import peak_flops
-from mllm_jax.sharding.hosts import Hosts, from_first, is_first
+from mllm_jax.sharding.hosts import Share, from_first, is_first
 from mllm_jax.training.config import Experiment, Stage
 from mllm_jax.training.features import FeatureCache
 from mllm_jax.training.feed import Feed
 from mllm_jax.training.hooks import (
     Best,
     Context,
-    Evaluate,
+    EarlyStopping,
+    EvaluateTasks,
     Hook,
     Interrupt,
-    Patience,
-    Report,
+    ReportSteps,
     Save,
     StepDone,
     Stop,
@@ -137,15 +137,15 @@ class StageRunner:
         writer = MetricsWriter(self.folder.path, resume_from=reached, sinks=self.sinks) if is_first() else None
         meter = Meter(ready.program.flops(), self.mesh.devices.size, self.peak)
         context = Context(self.experiment, self.stage, self.done_before, writer, self.progress, self.by, meter)
-        report = Report(context, lambda step: ready.feed.data.describe(step + ahead))
+        report = ReportSteps(context, lambda step: ready.feed.data.describe(step + ahead))
         hooks: list[Hook] = [report, Stop(self.by.stopping)]
         if ready.validation is not None:
             hooks.append(Validate(context, ready.validation, ready.program.eval_step, ready.frozen))
-        patience = None if self.stage.patience is None else Patience(context, checkpoints, start.best)
+        patience = None if self.stage.patience is None else EarlyStopping(context, checkpoints, start.best)
         hooks += [Trace(self.by.profile)] if patience is None else [patience, Trace(self.by.profile)]
         if tasks := self.experiment.tasks_of(self.stage):
             assistant = Assistant(self.config.make(), None, self.words, mesh=self.mesh)
-            hooks.append(Evaluate(context, tasks, assistant, ready.frozen))
+            hooks.append(EvaluateTasks(context, tasks, assistant, ready.frozen))
         save = Save(context, checkpoints, ready.origin, report, ahead=ahead, end=self.last)
         hooks += [save, Interrupt(context, checkpoints)]
         ended, state = self.loop(ready, start, report, hooks, over=patience is not None and patience.exhausted)
@@ -228,7 +228,7 @@ class StageRunner:
         return Best(**known) if known.get("validation") == validation and known else Best(validation=validation)
 
     def loop(
-        self, ready: Prepared, start: Start, report: Report, hooks: Sequence[Hook], *, over: bool
+        self, ready: Prepared, start: Start, report: ReportSteps, hooks: Sequence[Hook], *, over: bool
     ) -> tuple[int, TrainState]:
         """Runs the stage's steps; step k is dispatched before the metrics of step k - 1 are read.
 
@@ -267,7 +267,7 @@ class StageRunner:
         trained: dict,
         ended: int,
         context: Context,
-        patience: Patience | None,
+        patience: EarlyStopping | None,
         started: float,
     ) -> tuple[dict, dict]:
         """Saves the stage's trained parameters permanently; returns them and the values for the report."""
@@ -304,7 +304,7 @@ class StageRunner:
             self.words,
             seed=(self.experiment.seed * 1009 + self.index) * 2 + salt,
             cache_dir=self.folder.lengths if shared else self.cache_dir,
-            hosts=Hosts.of_run(),
+            hosts=Share.of_run(),
             progress=self.progress,
         )
 

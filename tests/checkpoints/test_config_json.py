@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import pytest
 
 from mllm_jax.checkpoints.config_json import check_written, one_or_several, write_activation
-from mllm_jax.checkpoints.options import ACTIVATIONS, ENCODER_ACTIVATIONS, Options
+from mllm_jax.checkpoints.config_options import ACTIVATIONS, ENCODER_ACTIVATIONS, ConfigOptions
 from mllm_jax.errors import ConfigError
 from mllm_jax.layers import mlp
 from mllm_jax.layers.compute import Compute
@@ -18,21 +18,21 @@ from mllm_jax.llms.decoder import DecoderConfig
 def test_every_activation_is_read_as_it_was_written():
     assert set(ENCODER_ACTIVATIONS.values()) == set(mlp.ACTIVATIONS)
     for name in mlp.ACTIVATIONS:
-        options = Options({"hidden_act": write_activation(name)}, "config.json")
+        options = ConfigOptions({"hidden_act": write_activation(name)}, "config.json")
         assert options.activation("hidden_act", ENCODER_ACTIVATIONS) == name
 
 
 def test_decoders_have_no_tanh():
     assert ENCODER_ACTIVATIONS.keys() - ACTIVATIONS.keys() == {"tanh"}
     with pytest.raises(ConfigError, match="hidden_act='tanh'"):
-        Options({"hidden_act": "tanh"}, "config.json").activation("hidden_act")
+        ConfigOptions({"hidden_act": "tanh"}, "config.json").activation("hidden_act")
     with pytest.raises(ConfigError, match="hidden_act='tanh'"):
         llama.to_hf_config(DecoderConfig(vocab_size=8, activation="tanh"))
 
 
 def test_ids_are_written_as_they_were_read():
     for stored, ids in ((0, (0,)), ([3, 0], (3, 0)), ([], ())):
-        assert Options({"eos_token_id": stored}, "config.json").ids("eos_token_id") == ids
+        assert ConfigOptions({"eos_token_id": stored}, "config.json").ids("eos_token_id") == ids
         assert one_or_several(ids) == stored
 
 

@@ -12,7 +12,7 @@ import pytest
 from mllm_jax.checkpoints.description import describe, rebuild
 from mllm_jax.checkpoints.differences import binding_differences, differences
 from mllm_jax.data.pipeline import Mixture
-from mllm_jax.encoders.text import TextTowerConfig
+from mllm_jax.encoders.text_encoder import TextTowerConfig
 from mllm_jax.encoders.vit import ViTConfig
 from mllm_jax.errors import ConfigError
 from mllm_jax.evaluation.metrics import normalise

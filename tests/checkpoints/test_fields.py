@@ -11,7 +11,7 @@ from mllm_jax.checkpoints.fields import change_fields, field_path, field_value, 
 from mllm_jax.encoders.nfnet import NFNetConfig
 from mllm_jax.encoders.qwen_vit import QwenViTConfig
 from mllm_jax.encoders.sam import SamConfig
-from mllm_jax.encoders.text import TextTowerConfig
+from mllm_jax.encoders.text_encoder import TextTowerConfig
 from mllm_jax.encoders.vit import ViTConfig, ViTDialect
 from mllm_jax.errors import ConfigError
 from mllm_jax.llms.chatglm import ChatGLMConfig

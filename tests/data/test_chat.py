@@ -8,7 +8,7 @@ import json
 import pytest
 from tiny_language import byte_tokenizer
 
-from mllm_jax.data.chat import ChatTokenizer
+from mllm_jax.data.chat_tokenizer import ChatTokenizer
 from mllm_jax.errors import DataError
 
 USER, ASSISTANT, SYSTEM, END = 257, 258, 259, 256

@@ -7,7 +7,7 @@ from tiny_language import byte_tokenizer
 from toy_data import MODEL, PIXELS, media_index
 from toy_data import conversation as example
 
-from mllm_jax.data.chat import ChatTokenizer
+from mllm_jax.data.chat_tokenizer import ChatTokenizer
 from mllm_jax.data.message import Example, Image, Message, Text
 from mllm_jax.errors import ConfigError, DataError
 from mllm_jax.models.processor import Processor

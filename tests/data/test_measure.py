@@ -13,9 +13,9 @@ from toy_measuring import Lines, encoder
 
 from mllm_jax.data import measure as measuring
 from mllm_jax.data import measured_files
-from mllm_jax.data.measure import HowToMeasure, Measured, measure, sample_sizes
+from mllm_jax.data.measure import HowToMeasure, MeasuredLengths, measure, sample_sizes
 from mllm_jax.errors import ConfigError, DataError, ReadError
-from mllm_jax.sharding.hosts import Hosts
+from mllm_jax.sharding.hosts import Share
 
 SLOTS = {"image": 4}
 BAD = ((7, "DataError"), (40, "DataError"))
@@ -48,7 +48,7 @@ def expected(bad: tuple[int, ...] = ()) -> np.ndarray:
     return lengths
 
 
-def check(found: Measured, bad: tuple[int, ...] = ()) -> None:
+def check(found: MeasuredLengths, bad: tuple[int, ...] = ()) -> None:
     assert found.lengths.dtype == np.int32 and found.lengths.tolist() == expected(bad).tolist()
     assert found.slots["image"].tolist() == [2 * int(n == 15) for n in expected(bad)]
     assert [index for index, _ in found.bad] == list(bad)
@@ -252,11 +252,11 @@ def test_a_bar_counts_examples(lines, monkeypatch):
 
 def test_each_host_measures_its_share_into_one_folder(lines, tmp_path):
     """Runs two hosts, the second first: it measures its own blocks, and refuses because the others are missing."""
-    first, second = (HowToMeasure(tmp_path / "kept", hosts=Hosts(index, 2)) for index in range(2))
+    first, second = (HowToMeasure(tmp_path / "kept", hosts=Share(index, 2)) for index in range(2))
     with pytest.raises(ConfigError, match="which lacks those that the other processes measured"):
         measure(encoder(lines), SLOTS, how=second)
     assert read(lines) == [*range(16, 32), *range(48, 64), *range(80, 96)]
-    check(measure(encoder(lines), SLOTS, how=replace(first, hosts=Hosts(0, 1))))
+    check(measure(encoder(lines), SLOTS, how=replace(first, hosts=Share(0, 1))))
     assert read(lines) == [*range(16), *range(32, 48), *range(64, 80), *range(96, 100)]
     check(measure(encoder(lines), SLOTS, how=second))
     assert not read(lines)

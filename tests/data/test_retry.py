@@ -9,10 +9,10 @@ import toy_data
 
 from mllm_jax.data import retry
 from mllm_jax.data.pipeline import Mixture, Weighted
-from mllm_jax.data.retry import Patience, patiently
+from mllm_jax.data.retry import RetryPolicy, patiently
 from mllm_jax.errors import ConfigError, DataError, ReadError
 
-QUICK = Patience(attempts=3, first_pause=0.0)
+QUICK = RetryPolicy(attempts=3, first_pause=0.0)
 
 
 class Flaky:
@@ -46,7 +46,7 @@ def test_pauses_double(monkeypatch):
     pauses = []
     monkeypatch.setattr(retry.time, "sleep", pauses.append)
     with pytest.warns(UserWarning), pytest.raises(ReadError):
-        patiently(Flaky(9, OSError(5, "x")), "toy[3]", Patience(attempts=5, first_pause=1.5))
+        patiently(Flaky(9, OSError(5, "x")), "toy[3]", RetryPolicy(attempts=5, first_pause=1.5))
     assert pauses == [1.5, 3.0, 6.0, 12.0]
 
 
@@ -75,7 +75,7 @@ def test_a_slow_read_is_reported():
 def test_patience_that_cannot_be_is_refused():
     for wrong in (dict(attempts=0), dict(first_pause=-1.0), dict(factor=0.5)):
         with pytest.raises(ConfigError):
-            Patience(**wrong)
+            RetryPolicy(**wrong)
 
 
 @dataclass(frozen=True)

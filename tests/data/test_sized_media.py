@@ -24,7 +24,7 @@ from mllm_jax.llms.decoder import DecoderConfig
 from mllm_jax.models.branch import Branch
 from mllm_jax.models.llava import NEXT, ONEVISION, LlavaConfig, LlavaLayout
 from mllm_jax.models.multimodal import Connection
-from mllm_jax.models.qwen_vl import PatchLayout, QwenVLConfig
+from mllm_jax.models.qwen_vl import QwenVLConfig, QwenVLLayout
 from mllm_jax.projectors.mlp import MLPProjectorConfig
 
 SIDE = 12
@@ -108,8 +108,8 @@ def test_sizes_say_what_patches_are(qwen):
 
 
 @pytest.fixture
-def qwen() -> PatchLayout:
-    layout = PatchLayout.__new__(PatchLayout)
+def qwen() -> QwenVLLayout:
+    layout = QwenVLLayout.__new__(QwenVLLayout)
     layout.config = QwenVLConfig.__new__(QwenVLConfig)
     object.__setattr__(layout.config, "inputs", {"image": Branch(QwenViTConfig())})
     object.__setattr__(layout.config, "llm", LLAVA.llm)

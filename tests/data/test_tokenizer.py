@@ -121,7 +121,7 @@ def theirs(tokenizer, tmp_path_factory):
 @pytest.mark.parametrize("name", TALKS)
 @pytest.mark.parametrize("prompt", [False, True])
 def test_the_fast_text_is_what_the_template_writes_here_and_in_transformers(tokenizer, theirs, name, prompt):
-    from mllm_jax.data.chat import rendered
+    from mllm_jax.data.chat_tokenizer import rendered
 
     talk = TALKS[name]
     text = own_text(talk, prompt)

@@ -11,7 +11,7 @@ from mllm_jax.data.pipeline import Pipeline
 from mllm_jax.data.units import in_words
 from mllm_jax.errors import DataError
 from mllm_jax.models.internvl import InternVLLayout
-from mllm_jax.models.qwen_vl import PatchLayout
+from mllm_jax.models.qwen_vl import QwenVLLayout
 
 
 @pytest.mark.parametrize(
@@ -39,4 +39,4 @@ def test_an_example_that_takes_more_slots_than_a_row_has(unit, said):
 
 
 def test_layouts_say_what_their_slots_hold():
-    assert (PatchLayout.unit, InternVLLayout.unit) == ("patch", "tile")
+    assert (QwenVLLayout.unit, InternVLLayout.unit) == ("patch", "tile")

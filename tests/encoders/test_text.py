@@ -11,7 +11,7 @@ import pytest
 from flax import linen as nn
 
 from mllm_jax.checkpoints.fields import change_fields
-from mllm_jax.encoders.text import TextTowerConfig
+from mllm_jax.encoders.text_encoder import TextTowerConfig
 from mllm_jax.errors import ConfigError
 
 CONFIG = TextTowerConfig(vocab_size=31, max_length=8, hidden_size=12, num_layers=2, num_heads=3, mlp_size=20)

@@ -184,7 +184,7 @@ def _processor(settings: dict) -> Any:
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    from mllm_jax.data.chat import ChatTokenizer
+    from mllm_jax.data.chat_tokenizer import ChatTokenizer
     from mllm_jax.data.image_processors import image_processor
     from mllm_jax.data.processing.layouts import TileLayout
     from mllm_jax.data.processing.media import Media

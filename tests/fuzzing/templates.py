@@ -60,7 +60,7 @@ STATEMENTS = (
 
 
 def cases(rng: Any, n: int) -> Iterator[tuple[str, Callable[[], object]]]:
-    from mllm_jax.data.chat import ChatTokenizer
+    from mllm_jax.data.chat_tokenizer import ChatTokenizer
 
     rng = random.Random(rng.random())
     with tempfile.TemporaryDirectory() as temporary:
@@ -149,7 +149,7 @@ def _damage(rng: random.Random, folder: Path) -> str:
 
 
 def _load(folder: Path) -> None:
-    from mllm_jax.data.chat import ChatTokenizer
+    from mllm_jax.data.chat_tokenizer import ChatTokenizer
 
     tokenizer = ChatTokenizer.load(folder)
     tokenizer.decode(tokenizer.encode("a text"))

@@ -16,7 +16,7 @@ from toy_data import processor as processor_of
 from mllm_jax.data.message import Image, Message, Text
 from mllm_jax.data.tokenizer import Tokenizer
 from mllm_jax.generation.assistant import Assistant
-from mllm_jax.generation.chat import Dialogue, chat
+from mllm_jax.generation.conversation import Dialogue, chat
 from mllm_jax.generation.options import Answer, Options
 from mllm_jax.generation.sampling import Sampling
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from mllm_jax.data.chat import ChatTokenizer
+from mllm_jax.data.chat_tokenizer import ChatTokenizer
 from mllm_jax.data.processing.layouts import TextLayout
 from mllm_jax.data.processing.media import Encoded, lay_out_row
 from mllm_jax.generation.assistant import Assistant

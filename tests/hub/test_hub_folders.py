@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from mllm_jax.checkpoints.fields import field_value, field_values
-from mllm_jax.data.chat import ChatTokenizer
+from mllm_jax.data.chat_tokenizer import ChatTokenizer
 from mllm_jax.data.image_processors import read_image_processor
 from mllm_jax.errors import ConfigError, DataError
 from mllm_jax.models.registry import abstract_params, family_of_config, pretrained_config

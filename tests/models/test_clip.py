@@ -13,7 +13,7 @@ from toy_data import PAIRS, SIZE, Toy, processor, quick_compilation
 
 from mllm_jax.checkpoints.fields import change_fields
 from mllm_jax.data.pipeline import Pipeline, Weighted
-from mllm_jax.encoders.text import TextTowerConfig, TextTowerDialect
+from mllm_jax.encoders.text_encoder import TextTowerConfig, TextTowerDialect
 from mllm_jax.encoders.vit import ViTConfig
 from mllm_jax.errors import ConfigError
 from mllm_jax.layers.pixels import normalise_pixels

@@ -16,7 +16,7 @@ from flax import linen as nn
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from mllm_jax.checkpoints.fields import change_fields
-from mllm_jax.data.chat import ChatTokenizer
+from mllm_jax.data.chat_tokenizer import ChatTokenizer
 from mllm_jax.data.image_processors import ImageProcessor
 from mllm_jax.data.message import Example, Image, Message, Text
 from mllm_jax.errors import ConfigError

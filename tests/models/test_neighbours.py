@@ -14,11 +14,11 @@ from mllm_jax.checkpoints.fields import change_fields
 from mllm_jax.encoders.qwen_vit import QwenViTConfig
 from mllm_jax.encoders.sam import SamConfig
 from mllm_jax.encoders.siglip_sam import SiglipSamConfig
-from mllm_jax.encoders.text import TextTowerConfig
+from mllm_jax.encoders.text_encoder import TextTowerConfig
 from mllm_jax.models.blip2_stage1 import QFormerPretrainingConfig
 from mllm_jax.models.clip import DualEncoderConfig
 from mllm_jax.models.part_names import part_differences
-from mllm_jax.models.pformer import PFormerPretrainingConfig
+from mllm_jax.models.pformer_pretraining import PFormerPretrainingConfig
 from mllm_jax.models.prompt_guided import PromptGuidedConfig
 from mllm_jax.projectors.paired import PairedProjectorConfig
 from mllm_jax.projectors.pformer import PFormerConfig

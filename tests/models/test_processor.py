@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 
 from mllm_jax import generate
 from mllm_jax.data import pixels
-from mllm_jax.data.chat import ChatTokenizer
+from mllm_jax.data.chat_tokenizer import ChatTokenizer
 from mllm_jax.data.image_steps import ImageProcessor
 from mllm_jax.data.processing.layouts import TileLayout
 from mllm_jax.data.processing.media import NEWLINE, Media

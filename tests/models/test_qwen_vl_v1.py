@@ -10,7 +10,7 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from mllm_jax.data.chat import ChatTokenizer
+from mllm_jax.data.chat_tokenizer import ChatTokenizer
 from mllm_jax.data.message import Example, Image, Message, Text
 from mllm_jax.encoders.vit import ViTConfig
 from mllm_jax.errors import ConfigError, DataError

@@ -12,7 +12,7 @@ from mllm_jax.layers.head import HeadInputs, head_cross_entropy
 from mllm_jax.layers.norms import LayerNorm, RMSNorm, as_unit_vectors
 from mllm_jax.training.config import AdamW
 from mllm_jax.training.objectives.next_token import cross_entropy
-from mllm_jax.training.objectives.ring import Plan, pair_loss
+from mllm_jax.training.objectives.ring import RingPlan, pair_loss
 from mllm_jax.training.optimizer import learning_rate, make_optimizer
 
 pytestmark = pytest.mark.usefixtures("optimized")
@@ -139,7 +139,7 @@ def test_the_contrastive_losses(kind):
     rows, width, scale, bias = 4_096, 3, 5.0, -2.0
     image, text = (np.asarray(as_unit_vectors(normal(rows, width, seed=seed))) for seed in (0, 1))
     code = np.stack([np.arange(1, rows + 1), np.ones(rows)], axis=1).astype(np.uint32)[:, None]
-    plan = Plan(kind, 1_024)
+    plan = RingPlan(kind, 1_024)
 
     def loss(image, text):
         return pair_loss(plan, image[:, None], text[:, None], code, jnp.float32(scale), jnp.float32(bias))[0]

@@ -18,9 +18,9 @@ from mllm_jax.checkpoints.hf import hub_tensors, read_weights
 from mllm_jax.checkpoints.table import Table, Weight
 from mllm_jax.layers.head import HeadInputs
 from mllm_jax.llms import opt
-from mllm_jax.models.pformer import PFormerPretrainingConfig
+from mllm_jax.models.pformer_pretraining import PFormerPretrainingConfig
 from mllm_jax.projectors.pformer import PFormerConfig
-from mllm_jax.training.objectives.pformer import PFormerObjective, PromptGuided
+from mllm_jax.training.objectives.pformer_losses import PFormerObjective, PromptGuided
 from mllm_jax.training.step import make_apply
 
 LOSSES = {"loss_c": "loss_contrast", "loss_vq": "loss_nearness", "loss_lm": "loss_language"}

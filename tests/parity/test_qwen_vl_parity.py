@@ -17,7 +17,7 @@ from mllm_jax import Processor, from_pretrained, save_pretrained
 from mllm_jax.data.image_processors import read_image_processor
 from mllm_jax.errors import ConfigError
 from mllm_jax.generation.generate import complete
-from mllm_jax.models.qwen_vl import PatchLayout
+from mllm_jax.models.qwen_vl import QwenVLLayout
 from mllm_jax.models.registry import pretrained_config
 
 IMAGE, VIDEO, START, END = (len(WORDS) + i for i in range(4))
@@ -192,4 +192,4 @@ def test_a_processor_of_other_patches_is_refused(case):
     _, folder, _, _ = case
     config, processor = pretrained_config(folder), read_image_processor(folder)
     with pytest.raises(ConfigError, match="do not belong together"):
-        PatchLayout(config, dataclasses.replace(processor, patch_size=7))
+        QwenVLLayout(config, dataclasses.replace(processor, patch_size=7))

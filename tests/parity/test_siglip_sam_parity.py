@@ -14,16 +14,16 @@ from vision_checks import GOLDENS
 
 from mllm_jax.checkpoints.hf import read_weights
 from mllm_jax.checkpoints.table import Table, Weight, nested
-from mllm_jax.encoders.hub import Names, vit_table
 from mllm_jax.encoders.sam import SamConfig, convolution_weight, neck_weights, sam_weights
 from mllm_jax.encoders.siglip_sam import SiglipSamConfig
+from mllm_jax.encoders.vision_hub import ViTNames, vit_table
 from mllm_jax.encoders.vit import ViTConfig, ViTDialect
 from mllm_jax.errors import ConfigError
 from mllm_jax.models.registry import abstract_init
 from mllm_jax.projectors.paired import PairedProjectorConfig
 
 HALF, CLIP_MEAN, CLIP_STD = (0.5,) * 3, (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-TIMM = Names(
+TIMM = ViTNames(
     patch="patch_embed.proj",
     layers="blocks",
     position="pos_embed",

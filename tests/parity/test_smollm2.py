@@ -12,7 +12,7 @@ from smollm2 import REQUIREMENTS, smollm2
 from transformers import AutoModelForCausalLM
 
 import mllm_jax
-from mllm_jax.data.chat import ChatTokenizer
+from mllm_jax.data.chat_tokenizer import ChatTokenizer
 from mllm_jax.data.message import Example, Message
 from mllm_jax.generation.assistant import Assistant
 from mllm_jax.models.processor import Processor

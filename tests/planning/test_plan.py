@@ -21,7 +21,7 @@ from mllm_jax.planning import search as searching
 from mllm_jax.planning.compile import OutOfMemory, topology_mesh
 from mllm_jax.planning.hlo import account
 from mllm_jax.planning.plan import make_plan
-from mllm_jax.planning.report import render, show, show_search
+from mllm_jax.planning.plan_report import render, show, show_search
 from mllm_jax.planning.topologies import topology
 from mllm_jax.sharding.chips import GIB
 from mllm_jax.sharding.mesh import MeshConfig

@@ -19,11 +19,11 @@ from mllm_jax.llms.t5 import T5Config
 from mllm_jax.models.branch import Branch
 from mllm_jax.models.caption_row import caption_row
 from mllm_jax.models.multimodal import MultimodalConfig
-from mllm_jax.models.pformer import PFormerPretrainingConfig
+from mllm_jax.models.pformer_pretraining import PFormerPretrainingConfig
 from mllm_jax.models.prompt_guided import PromptGuidedConfig
 from mllm_jax.projectors.mlp import MLPProjectorConfig
 from mllm_jax.projectors.pformer import PFormerConfig
-from mllm_jax.training.objectives.pformer import PFormerObjective, PromptGuided
+from mllm_jax.training.objectives.pformer_losses import PFormerObjective, PromptGuided
 from mllm_jax.training.step import make_apply
 
 TINY = PFormerConfig(12, 20, hidden_size=8, num_layers=2, num_heads=2, mlp_size=16, num_queries=3, max_length=6)

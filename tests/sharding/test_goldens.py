@@ -16,7 +16,7 @@ import optax
 import pytest
 from flax import linen as nn
 
-from mllm_jax.encoders.text import TextTowerConfig
+from mllm_jax.encoders.text_encoder import TextTowerConfig
 from mllm_jax.encoders.vit import ViTConfig
 from mllm_jax.llms.decoder import DecoderConfig, DecoderDialect
 from mllm_jax.models.branch import Branch

@@ -16,7 +16,7 @@ from mllm_jax.checkpoints.fields import change_fields
 from mllm_jax.data.images import as_image
 from mllm_jax.data.pipeline import Mixture, Pipeline, Weighted
 from mllm_jax.datasets.openmoji import OpenMojiCaptions
-from mllm_jax.encoders.text import TextTowerConfig
+from mllm_jax.encoders.text_encoder import TextTowerConfig
 from mllm_jax.encoders.vit import ViTConfig
 from mllm_jax.errors import ConfigError
 from mllm_jax.evaluation.run import evaluate_run

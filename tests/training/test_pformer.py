@@ -20,7 +20,7 @@ from mllm_jax.errors import ConfigError
 from mllm_jax.llms.decoder import DecoderConfig
 from mllm_jax.models.branch import Branch
 from mllm_jax.models.multimodal import MultimodalConfig
-from mllm_jax.models.pformer import PFormerPretrainingConfig
+from mllm_jax.models.pformer_pretraining import PFormerPretrainingConfig
 from mllm_jax.models.prompt_guided import PromptGuidedConfig
 from mllm_jax.models.run_weights import load_run
 from mllm_jax.projectors.pformer import PFormerConfig
@@ -31,7 +31,7 @@ from mllm_jax.training.config import AdamW, Experiment, Pretrained, Stage, Token
 from mllm_jax.training.loop import train
 from mllm_jax.training.objectives.contrastive import Contrastive
 from mllm_jax.training.objectives.next_token import NextToken
-from mllm_jax.training.objectives.pformer import PFormerObjective, PromptGuided
+from mllm_jax.training.objectives.pformer_losses import PFormerObjective, PromptGuided
 from mllm_jax.training.pretrained import initial_params
 from mllm_jax.training.step import make_apply
 

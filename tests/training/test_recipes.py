@@ -13,7 +13,7 @@ from mllm_jax import Compute, ConfigError, Experiment, PFormerConfig, PromptGuid
 from mllm_jax.checkpoints.description import describe, rebuild
 from mllm_jax.cli.config_help import parsed
 from mllm_jax.cli.train import Train
-from mllm_jax.encoders.text import TextTowerConfig
+from mllm_jax.encoders.text_encoder import TextTowerConfig
 from mllm_jax.models.clip import DualEncoderConfig
 from mllm_jax.models.llava import from_hf_config, to_hf_config
 from mllm_jax.models.part_names import part_differences
@@ -21,7 +21,7 @@ from mllm_jax.models.registry import abstract_init
 from mllm_jax.training.config_file import load_config
 from mllm_jax.training.objectives.contrastive import Contrastive
 from mllm_jax.training.objectives.next_token import NextToken
-from mllm_jax.training.objectives.pformer import PromptGuided
+from mllm_jax.training.objectives.pformer_losses import PromptGuided
 
 OPEN = replace(DUAL, vision=None, text=replace(DUAL.text, vocab_size=None))
 TALK = Stage("talk", NextToken(), ("llm/*",), PICTURES, steps=1)

@@ -17,7 +17,7 @@ from mllm_jax.planning.compile import abstract_step
 from mllm_jax.sharding.mesh import MeshConfig, make_mesh
 from mllm_jax.training.config import CheckpointConfig, Experiment, Stage, TokenizerConfig
 from mllm_jax.training.feed import Feed
-from mllm_jax.training.hooks import Best, Context, Hook, Interrupt, Patience, Save, StepDone, Stop, Validate
+from mllm_jax.training.hooks import Best, Context, EarlyStopping, Hook, Interrupt, Save, StepDone, Stop, Validate
 from mllm_jax.training.objectives.next_token import NextToken
 from mllm_jax.training.operations.stopping import Interrupted
 from mllm_jax.training.partition import num_bytes
@@ -115,7 +115,7 @@ def test_the_last_stages_end_is_saved_so_that_more_steps_can_follow(seen):
 
 def test_early_stopping_counts_validations_without_a_smaller_loss(seen):
     stage, nan = dict(patience=2, validation=PICTURES), float("nan")
-    patience = Patience(context(seen, **stage), checkpoints := SimpleNamespace(pinned=None), Best())
+    patience = EarlyStopping(context(seen, **stage), checkpoints := SimpleNamespace(pinned=None), Best())
     steps = [done(n, scores=None if x is None else {"validation_loss": x}) for n, x in enumerate([nan, 2.0, None, 1.0])]
     take([patience], steps)
     assert [(step.best.step, step.best.since, step.improved, step.last) for step in steps] == [
@@ -125,7 +125,7 @@ def test_early_stopping_counts_validations_without_a_smaller_loss(seen):
         (3, 0, True, False),
     ]
     assert checkpoints.pinned == 3
-    again = Patience(context(seen, **stage), checkpoints, replace(steps[-1].best, since=1))  # as in a checkpoint
+    again = EarlyStopping(context(seen, **stage), checkpoints, replace(steps[-1].best, since=1))  # as in a checkpoint
     assert not again.exhausted
     take([again], [last := done(5, scores={"validation_loss": 1.0})])
     assert last.last and again.exhausted and again.best.step == 3

@@ -17,7 +17,7 @@ from mllm_jax.data.message import Example, Image, Message, Segment, Text
 from mllm_jax.data.pipeline import Mixture, Pipeline, Weighted, training_texts
 from mllm_jax.data.processing.layouts import PlainLayout
 from mllm_jax.data.tokenizer import Tokenizer
-from mllm_jax.encoders.text import TextTowerConfig
+from mllm_jax.encoders.text_encoder import TextTowerConfig
 from mllm_jax.encoders.vit import ViTConfig
 from mllm_jax.llms.decoder import DecoderConfig
 from mllm_jax.models.branch import Branch

@@ -41,7 +41,7 @@ class Words(Protocol):
     def fingerprint(self) -> str: ...
 
 
-class Encoder:
+class ExampleEncoder:
     """Lays messages out with a model's chat template and layout.
 
     Args:
@@ -154,7 +154,7 @@ class Encoder:
         return repr([self.tokenizer.fingerprint(), self.system, self.layout.fingerprint()])
 
 
-def encode_turns(encoder: Encoder, example: Example, max_length: int, learn: str) -> Encoded:
+def encode_turns(encoder: ExampleEncoder, example: Example, max_length: int, learn: str) -> Encoded:
     """Lays out questions and answers; drops whole turns at the end if they do not fit, and never cuts media.
 
     The template writes the whole conversation and, for each answer, the conversation before it. The tokens that an
@@ -196,7 +196,7 @@ def encode_turns(encoder: Encoder, example: Example, max_length: int, learn: str
     return Encoded(row, _spread(encoder, ids, row, weights), media, dropped_turns=len(answers) - kept)
 
 
-def encode_answer(encoder: Encoder, example: Example, max_length: int, start_id: int, end_id: int) -> Encoded:
+def encode_answer(encoder: ExampleEncoder, example: Example, max_length: int, start_id: int, end_id: int) -> Encoded:
     """Lays out a question for an encoder-decoder's encoder and the answer for its decoder.
 
     The question of a text is its media.
@@ -217,7 +217,7 @@ def encode_answer(encoder: Encoder, example: Example, max_length: int, start_id:
     return encoded
 
 
-def encode_text(encoder: Encoder, example: Example, max_length: int, learn: str) -> Encoded:
+def encode_text(encoder: ExampleEncoder, example: Example, max_length: int, learn: str) -> Encoded:
     """Lays out text with media and a line break, as in LLaVA's pretraining; the text after media carries loss."""
     (message,) = example.messages
     _require_words(message)
@@ -232,7 +232,7 @@ def encode_text(encoder: Encoder, example: Example, max_length: int, learn: str)
     return Encoded(row, _spread(encoder, ids, row, weights), media)
 
 
-def encode_captions(encoder: Encoder, example: Example, max_length: int, most: int, regions: int) -> Encoded:
+def encode_captions(encoder: ExampleEncoder, example: Example, max_length: int, most: int, regions: int) -> Encoded:
     """Lays out (<bos> caption <eos>)* for a text encoder, a segment each; the image is not in the texts.
 
     Args:
@@ -305,7 +305,7 @@ def _require_words(message: Message) -> None:
         raise DataError("a text without words", "a caption or another text", "drop or correct the record")
 
 
-def _start(encoder: Encoder, before: Sequence[dict[str, Any]], ids: list[int]) -> int:
+def _start(encoder: ExampleEncoder, before: Sequence[dict[str, Any]], ids: list[int]) -> int:
     """Returns the position at which an answer begins: after the text that the template writes to ask for it."""
     asked = encoder.ids_of_shown(before)
     if ids[: len(asked)] != asked:
@@ -313,7 +313,7 @@ def _start(encoder: Encoder, before: Sequence[dict[str, Any]], ids: list[int]) -
     return len(asked)
 
 
-def _require_kept(encoder: Encoder, shown: Sequence[dict[str, Any]], ids: list[int], end: int) -> None:
+def _require_kept(encoder: ExampleEncoder, shown: Sequence[dict[str, Any]], ids: list[int], end: int) -> None:
     """Raises DataError: the template writes an answer differently if a question follows."""
     if encoder.ids_of_shown(shown, add_generation_prompt=False)[:end] != ids[:end]:
         raise _rewritten()
@@ -327,7 +327,7 @@ def _rewritten() -> DataError:
     )
 
 
-def _end(encoder: Encoder, ids: list[int], start: int, following: int) -> int:
+def _end(encoder: ExampleEncoder, ids: list[int], start: int, following: int) -> int:
     """Returns the position after an answer's stop token; the template's text after it carries no loss."""
     stops = encoder.tokenizer.stop_ids
     first = next((place for place in range(start, following) if ids[place] in stops), None)
@@ -343,7 +343,7 @@ def _end(encoder: Encoder, ids: list[int], start: int, following: int) -> int:
     return first + 1
 
 
-def _spread(encoder: Encoder, ids: Sequence[int], row: Row, weights: np.ndarray) -> np.ndarray:
+def _spread(encoder: ExampleEncoder, ids: Sequence[int], row: Row, weights: np.ndarray) -> np.ndarray:
     """Spreads the loss weights of a text over a row, in which media carry none."""
     spread = np.zeros(len(row.tokens), np.float32)
     spread[row.owners < 0] = weights[~one_of(np.asarray(ids), encoder.placeholders)]

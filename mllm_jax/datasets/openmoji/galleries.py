@@ -16,7 +16,7 @@ _STREAM = 200  # different from the streams of sources and questions
 
 
 @dataclass(frozen=True)
-class Gallery:
+class EmojiGallery:
     """Images and their captions, all different; the first `asked` are the split's own, the others are distractors.
 
     Attributes:
@@ -37,7 +37,7 @@ def galleries(
     ways: int = 300,
     seed: int = 0,
     data_dir: str | None = None,
-) -> list[Gallery]:
+) -> list[EmojiGallery]:
     """Builds one gallery for each of WAYS: up to `ways` images of the split, filled up from `train` to `ways` in all.
 
     Other forms of the split's bases come first, so that the distractors are as similar as possible.
@@ -61,7 +61,7 @@ def galleries(
     drawn = [(own, of_own, index) for index in asked] + [(train, of_train, index) for index in others]
     images = tuple(of.single(index, image_size) for _, of, index in drawn)
     captions = tuple(caption(known, index) for known, _, index in drawn)
-    return [Gallery(task, images, captions, len(asked)) for task in WAYS]
+    return [EmojiGallery(task, images, captions, len(asked)) for task in WAYS]
 
 
 def _mixed(known: Catalog, indices: list[int], seed: int) -> list[int]:

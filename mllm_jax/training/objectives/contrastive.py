@@ -11,7 +11,7 @@ from mllm_jax.errors import ConfigError
 from mllm_jax.models.clip import DualEncoderConfig
 from mllm_jax.sharding.logical import active_mesh, partition_spec
 from mllm_jax.training.objectives.checks import check_captions, check_features, require_model
-from mllm_jax.training.objectives.ring import Plan, pair_loss
+from mllm_jax.training.objectives.ring import RingPlan, pair_loss
 
 if TYPE_CHECKING:
     from mllm_jax.training.config import Stage
@@ -62,13 +62,13 @@ class Contrastive:
         total, hits = pair_loss(self._plan(image.shape), image, text, code, scale, bias)
         return total / pairs, {"recall_at_1": hits / pairs, "logit_scale": scale, "weight": pairs}
 
-    def _plan(self, shape: tuple[int, ...]) -> Plan:
+    def _plan(self, shape: tuple[int, ...]) -> RingPlan:
         active = active_mesh()
         if active is None:
-            return Plan(self.kind, self.chunk)
+            return RingPlan(self.kind, self.chunk)
         mesh, rules = active
         axes = partition_spec(("batch", None, None), shape, mesh, rules)[0] or ()
-        return Plan(self.kind, self.chunk, mesh, (axes,) if isinstance(axes, str) else axes)
+        return RingPlan(self.kind, self.chunk, mesh, (axes,) if isinstance(axes, str) else axes)
 
 
 def text_codes(tokens, segments, count: int):

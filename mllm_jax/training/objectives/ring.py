@@ -20,7 +20,7 @@ NEVER = -1e9  # logit of a pair that is left out
 
 
 @dataclass(frozen=True)
-class Plan:
+class RingPlan:
     """Settings of the sums.
 
     Attributes:
@@ -44,7 +44,7 @@ class Texts(NamedTuple):
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def pair_loss(plan: Plan, image, text, code, scale, bias):
+def pair_loss(plan: RingPlan, image, text, code, scale, bias):
     """Computes the loss of each image against all texts and of each text against all images, summed over real pairs.
 
     Args:
@@ -58,7 +58,7 @@ def pair_loss(plan: Plan, image, text, code, scale, bias):
     return _forward(plan, image, text, code, scale, bias)[0]
 
 
-def _forward(plan: Plan, image, text, code, scale, bias):
+def _forward(plan: RingPlan, image, text, code, scale, bias):
     def local(image, text, code, scale, bias):
         shape = code.shape[:2]
         image, text, code = (rearrange(x, "b c p -> (b c) p") for x in (image, text, code))
@@ -95,7 +95,7 @@ def _forward(plan: Plan, image, text, code, scale, bias):
     return sums, (image, text, code, scale, bias, *normalisers)
 
 
-def _backward(plan: Plan, kept, cotangents):
+def _backward(plan: RingPlan, kept, cotangents):
     def local(image, text, code, *rest):
         *normalisers, scale, bias, weight = rest
         shape = image.shape
@@ -151,7 +151,7 @@ def _add(largest, total, logits, axis: int):
     return now, total * jnp.exp(largest - now) + fresh
 
 
-def _spread(plan: Plan, local, num_split: int, out_specs):
+def _spread(plan: RingPlan, local, num_split: int, out_specs):
     """Runs `local` on every device's rows: its first arguments are split, the others are scalars."""
     if not plan.axes:
         return local
@@ -164,7 +164,7 @@ def _spread(plan: Plan, local, num_split: int, out_specs):
     return on_all
 
 
-def _round(plan: Plan, meet, rows, texts: Texts):
+def _round(plan: RingPlan, meet, rows, texts: Texts):
     """Moves the texts past every device, chunk by chunk, and back home.
 
     Args:

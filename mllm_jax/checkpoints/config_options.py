@@ -90,11 +90,11 @@ def named_as(values: Mapping[str, Any]) -> tuple[tuple[str, ...], str | None]:
     Raises:
         ConfigError: they are not strings.
     """
-    options = Options(values, "config.json")
+    options = ConfigOptions(values, "config.json")
     return options.texts("architectures", ()), options.text("model_type", None)
 
 
-class Options:
+class ConfigOptions:
     """A config.json (or a part of it) that records which options were read.
 
     Each method but `skip` and `done` takes the option's name and a default for an option that is absent or null.

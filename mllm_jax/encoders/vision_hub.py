@@ -17,8 +17,8 @@ from mllm_jax.checkpoints.config_json import (
     stored_fields,
     write_fields,
 )
+from mllm_jax.checkpoints.config_options import ENCODER_ACTIVATIONS, ConfigOptions, named_as
 from mllm_jax.checkpoints.fields import make_config
-from mllm_jax.checkpoints.options import ENCODER_ACTIVATIONS, Options, named_as
 from mllm_jax.checkpoints.table import (
     HEAD_BIAS,
     LINEAR,
@@ -46,7 +46,7 @@ _FIELDS: Fields = LAYERS | {
 _DEFAULTS = write_fields(ViTConfig(), _GRID | _FIELDS)
 
 
-def options_of(values: Mapping, defaults: Mapping, family: str) -> Options:
+def options_of(values: Mapping, defaults: Mapping, family: str) -> ConfigOptions:
     """Returns the options of a config.json, or of its part for the image encoder, with the defaults of absent ones.
 
     Raises:
@@ -59,10 +59,10 @@ def options_of(values: Mapping, defaults: Mapping, family: str) -> Options:
             family,
             "read it with the family of its architecture: mllm_jax.supported_models()",
         )
-    return Options({**defaults, **{k: v for k, v in values.items() if v is not None}}, f"config.json of {family}")
+    return ConfigOptions({**defaults, **{k: v for k, v in values.items() if v is not None}}, f"config.json of {family}")
 
 
-def read_vit(options: Options, **switches) -> ViTConfig:
+def read_vit(options: ConfigOptions, **switches) -> ViTConfig:
     """Reads the options that the families have in common; refuses those that nothing has read.
 
     Args:
@@ -97,7 +97,7 @@ def _facts(c: ViTConfig) -> dict:
 
 
 @dataclass(frozen=True)
-class Names:
+class ViTNames:
     """The hub's names of a ViT's tensors; q, k and v, or gate and up, have one name if one tensor fuses them.
 
     Attributes:
@@ -139,7 +139,7 @@ class Names:
     ignored: tuple[str, ...] = ()
 
 
-def vit_table(c: ViTConfig, names: Names) -> Table:
+def vit_table(c: ViTConfig, names: ViTNames) -> Table:
     """Returns the table of a ViT's weights under a family's names."""
     dialect = c.dialect
     width, head = c.hidden_size, {"h": c.hidden_size // c.num_heads}
@@ -196,9 +196,9 @@ def vit_family(
     name: str,
     oracle: str = "",
     defaults: Mapping[str, Any],
-    names: Names,
+    names: ViTNames,
     fields: Fields = {},  # noqa: B006
-    read: Callable[[Options], dict] = lambda options: {},
+    read: Callable[[ConfigOptions], dict] = lambda options: {},
     write: Callable[[ViTConfig], dict] = lambda config: {},
     **fixed: Any,
 ) -> Family:

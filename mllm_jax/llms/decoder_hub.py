@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from mllm_jax.checkpoints.architectures import kind_of
 from mllm_jax.checkpoints.config_json import LAYERS, Fields, check_written, read_fields, stored_fields, write_fields
+from mllm_jax.checkpoints.config_options import ConfigOptions
 from mllm_jax.checkpoints.fields import make_config
-from mllm_jax.checkpoints.options import Options
 from mllm_jax.checkpoints.table import LINEAR, OUT_OF_HEADS, Table, Weight, beside, into_heads, linear, norm
 from mllm_jax.errors import ConfigError
 from mllm_jax.layers.rotary import RopeScaling
@@ -48,7 +48,7 @@ _ROPE_OPTIONS = {
 }
 
 
-def read_rope(options: Options, what: str, partial: bool = False) -> dict:
+def read_rope(options: ConfigOptions, what: str, partial: bool = False) -> dict:
     """Reads the rotary options in either spelling: rope_parameters, or rope_theta and rope_scaling.
 
     Args:
@@ -68,7 +68,7 @@ def read_rope(options: Options, what: str, partial: bool = False) -> dict:
         partial_rotary_factor=options.number("partial_rotary_factor", 1.0, least=0.0, most=1.0),
     )
     inside = {name: value for name, value in stored.items() if value is not None and name != "type"}
-    rope = Options(beside | inside, f"rope options in {what}")
+    rope = ConfigOptions(beside | inside, f"rope options in {what}")
     kind = rope.only("rope_type", *_ROPE_OPTIONS)
     scaling = {}
     if kind == "dynamic":
@@ -105,7 +105,7 @@ def write_rope(c: DecoderConfig) -> dict:
     return dict(rope_theta=c.dialect.rope_theta, rope_scaling=None if s.kind == "default" else scaling)
 
 
-def read_decoder(options: Options, what: str, *, partial_rotary: bool = False, **switches) -> DecoderConfig:
+def read_decoder(options: ConfigOptions, what: str, *, partial_rotary: bool = False, **switches) -> DecoderConfig:
     """Reads the options that LLaMA and its descendants have in common; refuses those that nothing has read.
 
     Args:
@@ -151,7 +151,7 @@ def _facts(c: DecoderConfig) -> dict:
 
 
 @dataclass(frozen=True)
-class Names:
+class DecoderNames:
     """The hub's names of a decoder's tensors; q, k and v, or gate and up, have one name if one tensor fuses them."""
 
     embedding: str = "model.embed_tokens"
@@ -176,7 +176,7 @@ class Names:
     ignored: tuple[str, ...] = ("model.rotary_emb.inv_freq", "model.layers.{layer}.self_attn.rotary_emb.inv_freq")
 
 
-def decoder_table(c: DecoderConfig, names: Names = Names()) -> Table:
+def decoder_table(c: DecoderConfig, names: DecoderNames = DecoderNames()) -> Table:
     """Returns the table of a decoder's weights under a family's names."""
     dialect = c.dialect
     layer, head = f"{names.layers}.{{layer}}", {"h": c.size_per_head}

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from mllm_jax.errors import ConfigError
-from mllm_jax.models.pformer import PFormerPretrainingConfig
+from mllm_jax.models.pformer_pretraining import PFormerPretrainingConfig
 from mllm_jax.models.prompt_guided import PromptGuidedConfig
 from mllm_jax.training.objectives.checks import check_features, require_model
 from mllm_jax.training.objectives.contrastive import text_codes
