@@ -14,13 +14,13 @@ from mllm_jax.errors import DataError
 CONFIG = """
 from dataclasses import replace
 from test_cli_data import Half
-from toy_data import MODEL, PICTURES, Toy
+from toy_data import MODEL, IMAGES, Toy
 from mllm_jax import Experiment, NextToken, Stage, TokenizerConfig, Weighted
 
 
 def config():
-    stage = Stage("first", NextToken(), ("*",), replace(PICTURES, rows=8, length=64), 1)
-    broken = replace(stage, name="second", data=replace(PICTURES, sources=(Weighted(Half()),)))
+    stage = Stage("first", NextToken(), ("*",), replace(IMAGES, rows=8, length=64), 1)
+    broken = replace(stage, name="second", data=replace(IMAGES, sources=(Weighted(Half()),)))
     return Experiment("suggested", MODEL, (stage, broken), TokenizerConfig(320))
 """
 

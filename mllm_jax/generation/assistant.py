@@ -352,7 +352,7 @@ class Assistant:
         if texts is not None:
             return self._embedder.texts([texts] if isinstance(texts, str) else list(texts))
         one = isinstance(images, (str, bytes)) or not isinstance(images, Iterable) or getattr(images, "ndim", 4) == 3
-        return self._embedder.pictures([images] if one else list(images))
+        return self._embedder.image_vectors([images] if one else list(images))
 
     # ---- inside
 

@@ -114,7 +114,7 @@ class Embedder:
         object.__setattr__(other, "params", params)
         return other
 
-    def pictures(self, images: Sequence[Any]) -> np.ndarray:
+    def image_vectors(self, images: Sequence[Any]) -> np.ndarray:
         """Embeds images (see `as_image`) as float32[N, P]. Raises DataError: there are none, or one cannot be read."""
 
         def stacked(piece: Sequence[Any]) -> np.ndarray:
@@ -257,7 +257,7 @@ class _Captions:
         return self.tokenizer.pad_token_id
 
 
-def find_pictures(places: Sequence[Path]) -> list[Path]:
+def find_images(places: Sequence[Path]) -> list[Path]:
     """Returns the named files, and the images in folders at any depth, sorted by name.
 
     In a folder, links to files are followed, also out of it; links to folders are not, as they may form a cycle. A
@@ -346,7 +346,7 @@ def embed_to_file(
 
     Raises:
         ConfigError: there is nothing to embed, `out` exists or is no .npz, or `Embedder` refuses the model.
-        DataError: `find_pictures` or `Embedder` refuses an image or a text.
+        DataError: `find_images` or `Embedder` refuses an image or a text.
     """
     if not images and not texts:
         raise ConfigError("neither images nor texts", "at least one of them", "give --images or --text")
@@ -354,7 +354,7 @@ def embed_to_file(
         raise ConfigError(f"{out} to write to", "a name ending in .npz in a folder that exists", "change --out")
     if out.exists() and not overwrite:
         raise ConfigError(f"{out}, which exists", "a new file", "choose another name, or add --overwrite")
-    paths = find_pictures(images)
+    paths = find_images(images)
     load = partial(Embedder.load, model) if isinstance(model, Path) else model
     embedder = load(images=bool(paths), texts=bool(texts), **options)
     arrays: dict[str, np.ndarray] = {}

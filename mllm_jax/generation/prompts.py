@@ -24,7 +24,7 @@ from mllm_jax.data.message import Image, Message, Part, Text, Video, conversatio
 from mllm_jax.datasets.record_checks import encodable, may_name_file, short
 from mllm_jax.errors import DataError, MllmError
 from mllm_jax.files import open_regular, parse_json
-from mllm_jax.generation.embed import find_pictures
+from mllm_jax.generation.embed import find_images
 
 LINE_BYTES = 64 << 20
 MEND = "correct the line, or leave it out"
@@ -181,7 +181,7 @@ class PromptFolder:
 
     def __init__(self, folder: Path, question: str):
         self.folder, self.question = folder, question
-        self._images = [path.relative_to(folder) for path in find_pictures([folder])]
+        self._images = [path.relative_to(folder) for path in find_images([folder])]
 
     @cached_property
     def digest(self) -> str:

@@ -161,7 +161,7 @@ def table(config: Blip2Config) -> Table:
 class QueryLayout(TileLayout):
     """Images of one size; their queries precede the text and its first token."""
 
-    places_pictures = True
+    inserts_images = True
 
     def __init__(self, config: Blip2Config, folder: Path):
         if config.image_token_id is None:

@@ -84,35 +84,39 @@ class DeepseekVLLayout(TileLayout):
 
     Args:
         config: the model's.
-        pictures: the image processor.
+        image_processor: the image processor.
 
     Raises:
         ConfigError: the processor makes other images than the model reads.
     """
 
-    def __init__(self, config: DeepseekVLConfig, pictures: ImageProcessor):
+    def __init__(self, config: DeepseekVLConfig, image_processor: ImageProcessor):
         sides = [config.image.encoder.image_size] + ([config.image.encoder.low.image_size] if config.hybrid else [])
-        made = [pictures] + ([pictures.low] if pictures.low is not None else [])
+        made = [image_processor] + ([image_processor.low] if image_processor.low is not None else [])
         if [{each.output_size(7, 9), each.output_size(9, 7)} for each in made] != [{(side, side)} for side in sides]:
             raise mismatch(
-                f"a {pictures.kind} that makes images of {[each.output_size(7, 9) for each in made]}",
+                f"a {image_processor.kind} that makes images of {[each.output_size(7, 9) for each in made]}",
                 f"squares of {' and '.join(map(str, sides))} pixels, as the model reads",
             )
-        self.config, self.pictures = config, replace(pictures, cuts_off=config.preprocessing == "original")
+        self.config = config
+        self.image_processor = replace(image_processor, cuts_off=config.preprocessing == "original")
         self.image_token, self.tokens_a_tile = config.image_token_id, config.media_tokens
 
     def sized(self, size: Size) -> Media:
-        self.pictures.require(size)
+        self.image_processor.require(size)
         return Media({}, np.full(self.tokens_a_tile, self.image_token), np.arange(self.tokens_a_tile), count=1)
 
     def image(self, image: np.ndarray) -> Media:
-        tile = self.pictures.prepare(image)
-        tile = self._both(tile) if self.config.hybrid else self.pictures.for_encoder(tile, self.config.image.encoder)
+        tile = self.image_processor.prepare(image)
+        if self.config.hybrid:
+            tile = self._both(tile)
+        else:
+            tile = self.image_processor.for_encoder(tile, self.config.image.encoder)
         return replace(self.sized(Size(*image.shape[:2])), arrays={"images": tile[None]})
 
     def _both(self, large: np.ndarray) -> np.ndarray:
         """Returns the hybrid's input, see `SiglipSam`: bytes, or numbers from 0 to 1."""
-        encoder, processor = self.config.image.encoder, self.pictures
+        encoder, processor = self.config.image.encoder, self.image_processor
         shown = [(large, processor, encoder.high)]
         if self.config.preprocessing == "hub":
             shown.append((processor.low.prepare(large), processor.low, encoder.low))

@@ -79,7 +79,7 @@ class InternVLLayout(TileLayout):
     Args:
         config: the model's.
         tokenizer: the folder's.
-        pictures, frames: processors of images and of frames; frames None: the model takes no videos.
+        image_processor, frames: processors of images and of frames; frames None: the model takes no videos.
 
     Raises:
         ConfigError: a processor makes other tiles than the model reads, or the tokenizer lacks the tokens.
@@ -91,19 +91,21 @@ class InternVLLayout(TileLayout):
         self,
         config: InternVLConfig,
         tokenizer: ChatTokenizer,
-        pictures: ImageProcessor,
+        image_processor: ImageProcessor,
         frames: ImageProcessor | None = None,
     ):
         side = config.image.encoder.image_size
-        for processor in filter(None, (pictures, frames)):
-            if processor.size != (side, side):
+        for each in filter(None, (image_processor, frames)):
+            if each.size != (side, side):
                 raise mismatch(
-                    f"a {processor.kind} that makes tiles of {processor.size}",
+                    f"a {each.kind} that makes tiles of {each.size}",
                     f"{side} x {side} pixels, as the model reads",
                 )
         if config.tile_range is not None:
-            pictures = replace(pictures, tile_range=config.tile_range if config.tile_range[1] > 1 else None)
-        self.config, self.pictures, self.frames, self._backend = config, pictures, frames, tokenizer.backend
+            several = config.tile_range[1] > 1
+            image_processor = replace(image_processor, tile_range=config.tile_range if several else None)
+        self.config, self._backend = config, tokenizer.backend
+        self.image_processor, self.frames = image_processor, frames
         self._ids = self._backend.get_vocab()
         self.begin, self.end = (self._id(f"{which}_image_token", given) for which, given in _EDGES.items())
         own = self._id("context_image_token", CONTEXT_TOKEN)
@@ -113,12 +115,12 @@ class InternVLLayout(TileLayout):
         self.tokens_a_tile = config.media_tokens
 
     def sized(self, size: Size) -> Media:
-        count = self.pictures.count(*size)
+        count = self.image_processor.count(*size)
         return self._placed(count, self._shown(count))
 
     def image(self, image: np.ndarray) -> Media:
-        tiles = self.pictures.tiles(image)
-        return self._filled(tiles, self._placed(len(tiles), self._shown(len(tiles))), self.pictures)
+        tiles = self.image_processor.tiles(image)
+        return self._filled(tiles, self._placed(len(tiles), self._shown(len(tiles))), self.image_processor)
 
     def sized_video(self, frames: int, size: Size) -> Media:
         """Lays out each frame as one tile, after its number, on a line of its own."""
@@ -163,8 +165,8 @@ def layout(config: InternVLConfig, folder: Path) -> InternVLLayout:
         tiles = ImageProcessor("GotOcr2ImageProcessor", (side, side), mean=IMAGE_MEAN, std=IMAGE_STD)
         return InternVLLayout(config, tokenizer, tiles, tiles)
     # transformers' processor always cuts tiles, also if the file of the image processor says otherwise.
-    pictures = read_image_processor(folder, crop_to_patches=True)
-    return InternVLLayout(config, tokenizer, pictures, read_video_processor(folder))
+    image_processor = read_image_processor(folder, crop_to_patches=True)
+    return InternVLLayout(config, tokenizer, image_processor, read_video_processor(folder))
 
 
 # ---- folders

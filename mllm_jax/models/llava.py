@@ -106,54 +106,55 @@ class LlavaLayout(TileLayout):
 
     Args:
         config: the model's.
-        pictures, frames: processors of images and of frames; frames None: the model takes no videos.
+        image_processor, frames: processors of images and of frames; frames None: the model takes no videos.
 
     Raises:
         ConfigError: a processor makes other tiles than the model reads.
     """
 
-    def __init__(self, config: LlavaConfig, pictures: ImageProcessor, frames: ImageProcessor | None = None):
+    def __init__(self, config: LlavaConfig, image_processor: ImageProcessor, frames: ImageProcessor | None = None):
         side = config.image.encoder.image_size
         if config.preprocessing == "original" and config.family == LLAVA:
-            mean = pictures.mean or config.image.encoder.image_mean
-            pictures = replace(pictures, background=tuple(int(x * 255) for x in mean))
-        for processor in filter(None, (pictures, frames)):
-            made = {processor.output_size(*size) for size in ((side, 2 * side), (2 * side, side))}
+            mean = image_processor.mean or config.image.encoder.image_mean
+            image_processor = replace(image_processor, background=tuple(int(x * 255) for x in mean))
+        for each in filter(None, (image_processor, frames)):
+            made = {each.output_size(*size) for size in ((side, 2 * side), (2 * side, side))}
             if made != {(side, side)}:
-                raise mismatch(f"a {processor.kind} that makes tiles of {sorted(made)}", f"{side} x {side} pixels")
-        if (pictures.resolutions, pictures.tile_size * bool(config.resolutions)) != (
+                raise mismatch(f"a {each.kind} that makes tiles of {sorted(made)}", f"{side} x {side} pixels")
+        if (image_processor.resolutions, image_processor.tile_size * bool(config.resolutions)) != (
             config.resolutions,
             side * bool(config.resolutions),
         ):
             raise mismatch(
-                f"a {pictures.kind} that cuts tiles of {pictures.tile_size} out of {pictures.resolutions}",
+                f"a {image_processor.kind} that cuts tiles of {image_processor.tile_size} out of"
+                f" {image_processor.resolutions}",
                 f"tiles of {side} out of {config.resolutions}, as the model",
             )
-        self.config, self.pictures, self.frames = config, pictures, frames
+        self.config, self.image_processor, self.frames = config, image_processor, frames
         self.image_token, self.video_token = config.image_token_id, config.video_token_id
         self.tokens_a_tile, self.unit = config.media_tokens, "tile" if config.resolutions else "image"
 
     def sized(self, size: Size) -> Media:
-        count = self.pictures.count(*size)
+        count = self.image_processor.count(*size)
         tiled = self.config.resolutions
         return self._placed(_places(self.config, size) if tiled else Places(np.arange(self.tokens_a_tile)), count)
 
     def image(self, image: np.ndarray) -> Media:
         """Prepares the only image of a text."""
-        return self._filled(self.pictures.tiles(image), self.sized(Size(*image.shape[:2])))
+        return self._filled(self.image_processor.tiles(image), self.sized(Size(*image.shape[:2])))
 
     def all_sized(self, sizes: Sequence[Size]) -> list[Media]:
         if not self._one_each(len(sizes)):
             return super().all_sized(sizes)
         for size in sizes:
-            self.pictures.require(size)
+            self.image_processor.require(size)
         return [self._placed(tile_places(self.config.image.encoder.grid), 1) for _ in sizes]
 
     def images(self, images: Sequence[np.ndarray]) -> list[Media]:
         if not self._one_each(len(images)):
             return super().images(images)
         media = self._placed(tile_places(self.config.image.encoder.grid), 1)
-        return [self._filled(self.pictures.prepare(image)[None], media) for image in images]
+        return [self._filled(self.image_processor.prepare(image)[None], media) for image in images]
 
     def _one_each(self, images: int) -> bool:
         """Returns whether each image is one tile, as in LLaVA-OneVision for several images."""
@@ -173,7 +174,7 @@ class LlavaLayout(TileLayout):
         return Media({}, tokens, where.places, where.weights, count=count)
 
     def _filled(self, tiles: np.ndarray, media: Media, processor: ImageProcessor | None = None) -> Media:
-        processor, encoder = processor or self.pictures, self.config.image.encoder
+        processor, encoder = processor or self.image_processor, self.config.image.encoder
         return replace(media, arrays={"images": processor.for_encoder(tiles, encoder)})
 
 

@@ -69,27 +69,27 @@ class QwenVLLayout(Layout):
 
     unit = "patch"
 
-    def __init__(self, config: QwenVLConfig, pictures: ImageProcessor):
+    def __init__(self, config: QwenVLConfig, image_processor: ImageProcessor):
         encoder = config.image.encoder
-        cut = pictures.patch_size, pictures.merge_size, pictures.temporal_patch_size
+        cut = image_processor.patch_size, image_processor.merge_size, image_processor.temporal_patch_size
         if cut != (encoder.patch_size, encoder.merge_size, encoder.temporal_patch_size):
             raise mismatch(
-                f"a {pictures.kind} that cuts patches of {cut} (side, merged, frames)",
+                f"a {image_processor.kind} that cuts patches of {cut} (side, merged, frames)",
                 f"{(encoder.patch_size, encoder.merge_size, encoder.temporal_patch_size)}, as the model",
             )
-        self.config, self.pictures = config, pictures
+        self.config, self.image_processor = config, image_processor
         self.image_token = config.image_token_id
         # Qwen3-VL writes each frame's time as text, which only its own processor can spell.
         self.video_token = None if config.family == QWEN3 else config.video_token_id
 
     def sized(self, size: Size) -> Media:
-        return self._placed(self.pictures.grid(1, *size), self.image_token)
+        return self._placed(self.image_processor.grid(1, *size), self.image_token)
 
     def image(self, image: np.ndarray) -> Media:
         return self._filled(self.image_token, image)
 
     def sized_video(self, frames: int, size: Size) -> Media:
-        return self._placed(self.pictures.grid(frames, *size), self.video_token)
+        return self._placed(self.image_processor.grid(frames, *size), self.video_token)
 
     def video(self, frames: np.ndarray) -> Media:
         return self._filled(self.video_token, *frames)
@@ -97,11 +97,11 @@ class QwenVLLayout(Layout):
     def _placed(self, grid: tuple[int, int, int], token: int) -> Media:
         patches = math.prod(grid)
         count = patches // self.config.image.encoder.merge_unit
-        seconds = self.pictures.temporal_patch_size / 2 if token == self.video_token else None
+        seconds = self.image_processor.temporal_patch_size / 2 if token == self.video_token else None
         return Media({}, np.full(count, token), np.arange(count), grid=grid, seconds=seconds, count=patches)
 
     def _filled(self, token: int, *frames: np.ndarray) -> Media:
-        patches, grid = self.pictures.patches(*frames)
+        patches, grid = self.image_processor.patches(*frames)
         return replace(self._placed(grid, token), arrays={"patches": patches})
 
     def collate(self, rows: Sequence[Sequence[Media]], slots: Mapping[str, int] | None = None) -> Collated:

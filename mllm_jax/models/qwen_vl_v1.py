@@ -208,18 +208,18 @@ class QwenVLV1Layout(TileLayout):
         encoder = config.image.encoder
         side = (encoder.image_size, encoder.image_size)
         # Their code resizes with Pillow, bicubic, and has no preprocessor_config.json.
-        self.pictures = ImageProcessor(TOWER, side, mean=encoder.image_mean, std=encoder.image_std)
+        self.image_processor = ImageProcessor(TOWER, side, mean=encoder.image_mean, std=encoder.image_std)
         self.config, self.image_token, self.tokens_a_tile = config, config.image_start_id, config.media_tokens
         self.end, self.filling = config.image_start_id + 1, config.image_start_id + 2
 
     def sized(self, size: Size) -> Media:
-        self.pictures.require(size)
+        self.image_processor.require(size)
         count = self.tokens_a_tile
         tokens = np.array([self.image_token, *[self.filling] * count, self.end])
         return Media({}, tokens, np.array([TEXT, *range(count), TEXT]), count=1)
 
     def image(self, image: np.ndarray) -> Media:
-        tile = self.pictures.for_encoder(self.pictures.prepare(image), self.config.image.encoder)
+        tile = self.image_processor.for_encoder(self.image_processor.prepare(image), self.config.image.encoder)
         return replace(self.sized(Size(*image.shape[:2])), arrays={"images": tile[None]})
 
     def without_names(self, ids: Sequence[int]) -> list[int]:

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 from tiny_runs import ROOT
-from toy_data import MODEL, PAIRS, PICTURES, SIZE, Toy, ToySource, pipeline, processor, tokenizer
+from toy_data import IMAGES, MODEL, PAIRS, SIZE, Toy, ToySource, pipeline, processor, tokenizer
 
 from mllm_jax.data.message import Example, Message, Text
 from mllm_jax.data.pipeline import Mixture, Pipeline, Weighted, training_texts
@@ -37,7 +37,7 @@ def differ(a: dict, b: dict) -> bool:
     return any((a[name] != b[name]).any() for name in a)
 
 
-@pytest.mark.parametrize("mixture", [PICTURES, PAIRS], ids=["conversation", "caption"])
+@pytest.mark.parametrize("mixture", [IMAGES, PAIRS], ids=["conversation", "caption"])
 def test_a_batch_needs_no_history_and_no_order(mixture):
     forwards = {step: pipeline(mixture).batch(step) for step in (0, 1, 2, 17, 40, 1000)}
     data = pipeline(mixture)
@@ -47,7 +47,7 @@ def test_a_batch_needs_no_history_and_no_order(mixture):
     assert differ(pipeline(mixture, seed=1).batch(0), forwards[0])
 
 
-@pytest.mark.parametrize("mixture", [PICTURES, PAIRS], ids=["conversation", "caption"])
+@pytest.mark.parametrize("mixture", [IMAGES, PAIRS], ids=["conversation", "caption"])
 def test_some_rows_are_those_of_the_whole(mixture):
     data = pipeline(mixture)
     whole = data.batch(5)
@@ -95,7 +95,7 @@ def test_shapes_hold_for_every_batch():
 
 def test_rows_without_an_image_have_the_same_shape():
     """Checks text among images: slots stay empty and no position refers to them."""
-    data = pipeline(replace(PICTURES, sources=(Weighted(Toy(), 0.1), TEXT), length=32, slots={"image": 2}))
+    data = pipeline(replace(IMAGES, sources=(Weighted(Toy(), 0.1), TEXT), length=32, slots={"image": 2}))
     found = [(batch, row) for batch in map(data.batch, range(16)) for row in range(8)]
     textual = [(b, r) for b, r in found if (b["media_index"][r] < 0).all()]
     assert 0 < len(textual) < len(found)
@@ -134,7 +134,7 @@ def test_media_index_points_at_the_slots_of_the_example():
 
 
 def test_the_mixture_chooses_the_tokens_that_carry_loss():
-    answers, everything = pipeline().batch(3), pipeline(replace(PICTURES, learn="all")).batch(3)
+    answers, everything = pipeline().batch(3), pipeline(replace(IMAGES, learn="all")).batch(3)
     for name in answers.keys() - {"loss_weights"}:
         np.testing.assert_array_equal(answers[name], everything[name])
     given = (answers["positions"] == 0) | (answers["media_index"] >= 0)
@@ -166,7 +166,7 @@ def test_neighbours_of_a_source_stay_together_in_a_batch():
 )
 def test_impossible_mixtures_are_refused(change, given):
     with pytest.raises(ConfigError) as refusal:
-        replace(PICTURES, **change)
+        replace(IMAGES, **change)
     assert given in refusal.value.given and refusal.value.expected and refusal.value.todo
 
 
@@ -227,7 +227,7 @@ class BrokenSource(ToySource):
 
 
 def broken(share: float, **kwargs) -> Mixture:
-    return replace(PICTURES, sources=(Weighted(Broken("broken", **kwargs)), TEXT), max_bad_share=share)
+    return replace(IMAGES, sources=(Weighted(Broken("broken", **kwargs)), TEXT), max_bad_share=share)
 
 
 def test_a_corrupt_png_is_named_by_source_and_index(monkeypatch):
@@ -285,7 +285,7 @@ def test_an_unreadable_image_stops_a_run_that_allows_none():
 
 def test_measuring_draws_no_image(monkeypatch):
     """Checks a model whose images all have the same size; drawing would be most of the time of a quickstart's start."""
-    monkeypatch.setattr(ToySource, "picture", lambda *_: pytest.fail("drawn"))
+    monkeypatch.setattr(ToySource, "image", lambda *_: pytest.fail("drawn"))
     assert pipeline().measured[0].slots["image"].tolist() == [1] * 200
 
 
@@ -296,7 +296,7 @@ def test_an_empty_answer_is_refused_at_measuring():
 
 def test_more_images_than_slots_are_refused_at_measuring():
     with pytest.raises(DataError, match=r"toy_pairs\[0\]: 2 images\n.*at most 1 image a row"):
-        pipeline(replace(PICTURES, slots={"image": 1}))
+        pipeline(replace(IMAGES, slots={"image": 1}))
 
 
 # ---- stored lengths
@@ -304,7 +304,7 @@ def test_more_images_than_slots_are_refused_at_measuring():
 
 def test_lengths_are_measured_once(tmp_path, monkeypatch):
     first = pipeline(cache_dir=tmp_path)
-    assert len(list(tmp_path.glob("*/table.npy"))) == len(PICTURES.sources)
+    assert len(list(tmp_path.glob("*/table.npy"))) == len(IMAGES.sources)
     monkeypatch.setattr(SourceEncoder, "measure", lambda *_: pytest.fail("measured again"))
     second = pipeline(cache_dir=tmp_path)
     monkeypatch.undo()
@@ -319,15 +319,15 @@ def test_lengths_are_measured_anew_for_another_processor(tmp_path):
     readers += [Processor(MODEL, words, processor().layout, system) for system in ("", "be brief")]
     for number, reader in enumerate(readers, start=1):
         for _ in range(2):
-            Pipeline(PICTURES, reader, seed=0, cache_dir=tmp_path)
-            assert len(list(tmp_path.glob("*/table.npy"))) == number * len(PICTURES.sources)
+            Pipeline(IMAGES, reader, seed=0, cache_dir=tmp_path)
+            assert len(list(tmp_path.glob("*/table.npy"))) == number * len(IMAGES.sources)
 
 
 def test_lengths_are_measured_anew_for_other_data_or_settings(tmp_path):
     pipeline(cache_dir=tmp_path)
-    for change in ({"length": 80}, {"sources": (Weighted(Toy(size=100)), *PICTURES.sources[1:])}):
+    for change in ({"length": 80}, {"sources": (Weighted(Toy(size=100)), *IMAGES.sources[1:])}):
         before = set(tmp_path.iterdir())
-        pipeline(replace(PICTURES, **change), cache_dir=tmp_path)
+        pipeline(replace(IMAGES, **change), cache_dir=tmp_path)
         assert set(tmp_path.iterdir()) - before
 
 

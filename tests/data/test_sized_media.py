@@ -52,8 +52,8 @@ class Own(Layout):
 
     image_token = 1
 
-    def image(self, picture: np.ndarray) -> Media:
-        count = picture.shape[0] // 4 + 1
+    def image(self, image: np.ndarray) -> Media:
+        count = image.shape[0] // 4 + 1
         return Media({"images": np.zeros((count, 2, 2, 3))}, np.full(count, 1), np.arange(count))
 
 
@@ -113,7 +113,7 @@ def qwen() -> QwenVLLayout:
     layout.config = QwenVLConfig.__new__(QwenVLConfig)
     object.__setattr__(layout.config, "inputs", {"image": Branch(QwenViTConfig())})
     object.__setattr__(layout.config, "llm", LLAVA.llm)
-    layout.pictures, layout.image_token, layout.video_token = PATCHES, 1, 2
+    layout.image_processor, layout.image_token, layout.video_token = PATCHES, 1, 2
     return layout
 
 
@@ -121,7 +121,7 @@ def qwen() -> QwenVLLayout:
 def test_sizes_are_refused_as_pixels_are(name):
     """Checks a long, thin image that would become too large: it is refused before it is processed."""
     layout, thin = layouts()[name], Size(2, 45_000)
-    layout.pictures = replace(layout.pictures, shortest_edge=5000)
+    layout.image_processor = replace(layout.image_processor, shortest_edge=5000)
     with pytest.raises(DataError) as by_size:
         layout.prepare([Image(thin)])
     with pytest.raises(DataError) as by_pixels:

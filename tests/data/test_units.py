@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from toy_data import PICTURES, processor
+from toy_data import IMAGES, processor
 
 from mllm_jax.data.pipeline import Pipeline
 from mllm_jax.data.units import in_words
@@ -35,7 +35,7 @@ def test_an_example_that_takes_more_slots_than_a_row_has(unit, said):
     of_unit = processor()
     of_unit.layout.unit = unit
     with pytest.raises(DataError, match=rf"toy_pairs\[0\]: {said}\n.*at most 1 {said[2:].removesuffix('s')[:11]}"):
-        Pipeline(replace(PICTURES, slots={"image": 1}), of_unit, seed=0)
+        Pipeline(replace(IMAGES, slots={"image": 1}), of_unit, seed=0)
 
 
 def test_layouts_say_what_their_slots_hold():

@@ -192,10 +192,10 @@ def _processor(settings: dict) -> Any:
 
     class Tiles(TileLayout):
         image_token, video_token, tokens_a_tile = 1, 2, 1
-        pictures = frames = image_processor(settings)
+        image_processor = frames = image_processor(settings)
 
-        def image(self, picture: np.ndarray) -> Media:
-            tiles = self.pictures.tiles(picture)
+        def image(self, image: np.ndarray) -> Media:
+            tiles = self.image_processor.tiles(image)
             return Media({"images": tiles}, np.full(len(tiles), 1), np.arange(len(tiles)))
 
         def video(self, frames: np.ndarray) -> Media:

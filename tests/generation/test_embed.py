@@ -29,7 +29,7 @@ from mllm_jax.encoders.clip_text import from_hf_config as clip_text
 from mllm_jax.encoders.siglip_text import from_hf_config as siglip_text
 from mllm_jax.errors import ConfigError, DataError
 from mllm_jax.generation.assistant import Assistant
-from mllm_jax.generation.embed import Embedder, embed_to_file, find_pictures
+from mllm_jax.generation.embed import Embedder, embed_to_file, find_images
 from mllm_jax.models.clip import DualEncoderConfig
 from mllm_jax.models.registry import save_pretrained
 from mllm_jax.sharding.platform import may_have_accelerator
@@ -258,7 +258,7 @@ def test_what_is_left_out_of_a_folder_is_named(folders, image_folder, tmp_path, 
     for path in (root / "in").glob("pipe*"):
         path.unlink()
     with pytest.warns(UserWarning, match="left out") as shown:
-        find_pictures([root])
+        find_images([root])
     for line in ("pipe.png (a pipe)", "zero.png (a device)", "socket.png (a socket)", "ring (a link to a folder)"):
         assert line in str(shown[0].message)
     assert "more" not in str(shown[0].message)

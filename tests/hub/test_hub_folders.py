@@ -25,7 +25,7 @@ REFUSED = {
     "Qwen__Qwen2-VL-2B-Instruct-AWQ": "quantization_config",
 }
 OPEN = [name for name in CHECKPOINTS if name not in REFUSED]
-WITH_PICTURES = [name for name, files in CHECKPOINTS.items() if "preprocessor_config.json" in files]
+WITH_IMAGES = [name for name, files in CHECKPOINTS.items() if "preprocessor_config.json" in files]
 PARAMETERS = {  # as published on the hub, and in README
     "HuggingFaceTB__SmolLM2-135M-Instruct": 134_515_008,
     "mistralai__Mistral-7B-v0.1": 7_241_732_096,
@@ -181,7 +181,7 @@ def side(values: Mapping[str, Any]) -> int:
     return size.get("height", size.get("shortest_edge"))
 
 
-@pytest.mark.parametrize("name", WITH_PICTURES)
+@pytest.mark.parametrize("name", WITH_IMAGES)
 def test_preprocessor_config_opens_and_makes_what_it_says(name, write):
     values = CHECKPOINTS[name]["preprocessor_config.json"]
     processor = read_image_processor(write(CHECKPOINTS[name]))
@@ -208,7 +208,7 @@ def test_preprocessor_config_opens_and_makes_what_it_says(name, write):
 def different() -> list[str]:
     """Returns one checkpoint for each spelling of settings."""
     seen = {}
-    for name in WITH_PICTURES:
+    for name in WITH_IMAGES:
         text = json.dumps(CHECKPOINTS[name]["preprocessor_config.json"], sort_keys=True)
         seen.setdefault(text, name)
     return list(seen.values())

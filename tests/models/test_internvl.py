@@ -91,12 +91,12 @@ def tokenizer(special: tuple[str, ...] = SPECIAL) -> ChatTokenizer:
     return ChatTokenizer(made)
 
 
-PICTURES = ImageProcessor("GotOcr2ImageProcessor", (8, 8), tile_range=(1, 6), mean=IMAGE_MEAN, std=IMAGE_STD)
+IMAGES = ImageProcessor("GotOcr2ImageProcessor", (8, 8), tile_range=(1, 6), mean=IMAGE_MEAN, std=IMAGE_STD)
 WIDE = np.random.default_rng(0).integers(0, 256, (10, 30, 3), np.uint8)
 
 
 def test_tiles_in_the_text(config):
-    layout = InternVLLayout(config, tokenizer(), PICTURES, PICTURES)
+    layout = InternVLLayout(config, tokenizer(), IMAGES, IMAGES)
     shown = layout.image(WIDE)
     assert shown.arrays["images"].shape == (4, 8, 8, 3) and shown.arrays["images"].dtype == np.uint8
     assert shown.tokens.tolist() == [5, *[7] * 16, 6]
@@ -118,7 +118,7 @@ def test_conversations_to_train_on(config):
     made = tokenizer()
     made.backend.add_special_tokens(dict(eos_token="</s>"))
     made.backend.chat_template, made.stop_ids = TEMPLATE, (made.backend.eos_token_id,)
-    processor = Processor(config, made, InternVLLayout(config, made, PICTURES))
+    processor = Processor(config, made, InternVLLayout(config, made, IMAGES))
     asked = Message("user", (Image(WIDE), Image(WIDE[:, :9]), Text("a")))
     rest = (Message("assistant", "cat"), Message("user", (Text("cat"),)), Message("assistant", (Text("a"),)))
     encoded = processor.encode(Example((asked, *rest)), max_length=64)
@@ -131,23 +131,23 @@ def test_conversations_to_train_on(config):
 
 def test_the_config_may_say_how_many_tiles(config):
     for bounds, tiles in (((1, 1), 1), ((1, 2), 3), ((4, 4), 5)):
-        layout = InternVLLayout(dataclasses.replace(config, tile_range=bounds), tokenizer(), PICTURES)
+        layout = InternVLLayout(dataclasses.replace(config, tile_range=bounds), tokenizer(), IMAGES)
         assert len(layout.image(WIDE).arrays["images"]) == tiles
         assert layout.video_token is None
 
 
 def test_other_colours_become_numbers(config):
-    halves = dataclasses.replace(PICTURES, mean=(0.5,) * 3, std=(0.5,) * 3)
+    halves = dataclasses.replace(IMAGES, mean=(0.5,) * 3, std=(0.5,) * 3)
     tiles = InternVLLayout(config, tokenizer(), halves).image(WIDE).arrays["images"]
     assert tiles.dtype == np.float32
-    np.testing.assert_array_equal(tiles, halves.normalise(PICTURES.tiles(WIDE)))
+    np.testing.assert_array_equal(tiles, halves.normalise(IMAGES.tiles(WIDE)))
 
 
 def test_folders_that_do_not_fit_are_refused(config):
     with pytest.raises(ConfigError, match=r"(?s)tiles of \(9, 8\).*8 x 8 pixels"):
-        InternVLLayout(config, tokenizer(), dataclasses.replace(PICTURES, size=(9, 8)))
+        InternVLLayout(config, tokenizer(), dataclasses.replace(IMAGES, size=(9, 8)))
     with pytest.raises(ConfigError, match=r"(?s)a tokenizer without '</img>'.*end_image_token"):
-        InternVLLayout(config, tokenizer(("<img>", "<IMG_CONTEXT>")), PICTURES)
+        InternVLLayout(config, tokenizer(("<img>", "<IMG_CONTEXT>")), IMAGES)
 
 
 def test_configs_that_do_not_fit_are_refused(config):

@@ -148,7 +148,7 @@ def test_other_means_than_the_encoders_are_taken_on_the_host():
     other = layout_of(TINY, image_mean=[0.4] * 3, image_std=[0.5] * 3)
     found = other.image(image).arrays["images"]
     assert found.dtype == np.float32
-    np.testing.assert_array_equal(found[0], other.pictures(image))
+    np.testing.assert_array_equal(found[0], other.image_processor(image))
 
 
 def test_positions_and_tokens():

@@ -107,7 +107,7 @@ def processor(tokenizer):
     return Processor(CONFIG, tokenizer, TwoTiles())
 
 
-def picture(seed: int, height: int = 9, width: int = 13) -> np.ndarray:
+def make_image(seed: int, height: int = 9, width: int = 13) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
 
 
@@ -119,7 +119,7 @@ def random_params(config):
 
 
 def test_images_have_the_positions_of_the_text(processor):
-    batch = processor(["what is <image> ? <image>", "a dog"], images=[picture(0), picture(1)])
+    batch = processor(["what is <image> ? <image>", "a dog"], images=[make_image(0), make_image(1)])
     assert batch["images"].shape == (2, 4, 8, 8, 3) and batch["images"].dtype == np.uint8
     assert not batch["images"][1].any()
     one, two = [0, 1, 2, 3, 16, 4, 5, 6, 7], [8, 9, 10, 11, 16, 12, 13, 14, 15]
@@ -128,16 +128,16 @@ def test_images_have_the_positions_of_the_text(processor):
     assert batch["tokens"][0].tolist() == [7, 8, *[3] * 9, 13, *[3] * 9]
     assert batch["segments"].sum(axis=1).tolist() == [21, 2]
     assert batch["positions"][0].tolist() == list(range(21))
-    alone = processor("what is <image> ? <image>", images=[picture(0), picture(1)])
+    alone = processor("what is <image> ? <image>", images=[make_image(0), make_image(1)])
     np.testing.assert_array_equal(alone["images"][0], batch["images"][0])
 
 
 def test_a_conversation_has_images_in_messages_or_beside(processor, tmp_path):
-    Image.fromarray(picture(0)).save(tmp_path / "cat.png")
+    Image.fromarray(make_image(0)).save(tmp_path / "cat.png")
     said = [{"type": "image", "image": tmp_path / "cat.png"}, {"type": "text", "text": "what is it ?"}]
     brought = processor([{"role": "user", "content": said}])
     bare = [{"type": "image"}, {"type": "text", "text": "what is it ?"}]
-    beside = processor([{"role": "user", "content": bare}], images=[Image.fromarray(picture(0))])
+    beside = processor([{"role": "user", "content": bare}], images=[Image.fromarray(make_image(0))])
     for name, array in brought.items():
         np.testing.assert_array_equal(array, beside[name])
     assert brought["tokens"][0].tolist() == [5, *[3] * 9, 7, 8, 9, 13, 6]
@@ -156,7 +156,7 @@ def test_a_template_that_reads_lists_only_gets_texts_as_parts():
 
 def test_sums_of_media_tokens(processor, tokenizer):
     """Checks a video with sums of two tokens at a position; an image, with one, is padded to two."""
-    shown = dict(images=[picture(0)], videos=[[picture(1), picture(2)]])
+    shown = dict(images=[make_image(0)], videos=[[make_image(1), make_image(2)]])
     with pytest.raises(DataError, match="sums of 2 media tokens"):
         processor("<video> what <image>", **shown)
     batch = Processor(Sums(**vars(CONFIG)), tokenizer, TwoTiles())("<video> what <image>", **shown)
@@ -175,7 +175,7 @@ def test_sums_of_media_tokens(processor, tokenizer):
 
 
 def test_batches_without_images_have_the_shapes_of_others(processor):
-    some = processor(["what <image>", "a"], images=[picture(0)], slots={"image": 2}, length=12)
+    some = processor(["what <image>", "a"], images=[make_image(0)], slots={"image": 2}, length=12)
     none = processor(["what", "a"], slots={"image": 2}, length=12)
     assert {name: (a.shape, a.dtype) for name, a in some.items()} == {n: (a.shape, a.dtype) for n, a in none.items()}
     assert not none["images"].any() and "images" not in processor(["what", "a"])
@@ -183,7 +183,7 @@ def test_batches_without_images_have_the_shapes_of_others(processor):
 
 def test_the_connection_chooses_the_layer(processor):
     params, model = random_params(CONFIG), CONFIG.make()
-    batch = processor("<image>", images=[picture(0)])
+    batch = processor("<image>", images=[make_image(0)])
     features = model.apply({"params": params}, batch, method="encode_images")
     pixels = (jnp.asarray(batch["images"][0], jnp.float32) / 255 - 0.5) / 0.5
     wanted = (
@@ -198,7 +198,7 @@ def test_an_answer_is_the_same_in_any_company(tokenizer, llm):
     processor = Processor(config, tokenizer, TwoTiles())
     model, params = config.make(), random_params(config)
     texts = ["what is <image> ?", "a dog", "<image> <image>", "<image> a cat is what ?"]
-    shown = [[picture(0)], [], [picture(1), picture(2)], [picture(3, 20, 5)]]
+    shown = [[make_image(0)], [], [make_image(1), make_image(2)], [make_image(3, 20, 5)]]
     options = dict(max_new_tokens=8, ignore_eos=True)
     together = generate(model, params, processor(texts, images=shown), processor, **options)
     assert len(set(together)) > 1
@@ -209,13 +209,13 @@ def test_an_answer_is_the_same_in_any_company(tokenizer, llm):
 
 
 def test_answers_to_learn(processor, tokenizer):
-    batch = processor(["what is <image>", "a"], images=[picture(0)], answers=["a cat", "dog ?"])
+    batch = processor(["what is <image>", "a"], images=[make_image(0)], answers=["a cat", "dog ?"])
     assert batch["tokens"][0, -3:].tolist() == [ID["a"], ID["cat"], 2]
     assert batch["loss_weights"].tolist() == [[0] * 11 + [1] * 3, [0, 1, 1, 1] + [0] * 10]
     t5 = MultimodalConfig(
         {"image": Branch(ENCODER, MLPProjectorConfig(16))}, T5Config(len(WORDS), 16, 8, 24, 1, 1, 2), newline=True
     )
-    batch = Processor(t5, tokenizer, TwoTiles())(["<image>", "a"], images=[picture(0)], answers=["a cat", "dog"])
+    batch = Processor(t5, tokenizer, TwoTiles())(["<image>", "a"], images=[make_image(0)], answers=["a cat", "dog"])
     assert batch["decoder_tokens"].tolist() == [[0, 10, 11, 1], [0, 12, 1, 0]]
     assert batch["loss_weights"].tolist() == [[0, 1, 1, 1], [0, 1, 1, 0]]
 
@@ -224,13 +224,13 @@ def test_answers_to_learn(processor, tokenizer):
     "text,given,message",
     [
         ("what <image>", {}, r"1 placeholder\(s\) for images or videos, and 0 of them"),
-        ("what", dict(images=[picture(0)]), r"0 placeholder\(s\) for images or videos, and 1 of them"),
-        (["<image>", "<image>"], dict(images=[picture(0)] * 3), r"3 image\(s\) for 2 texts that ask for \[1, 1\]"),
-        ([{"role": "user", "content": "what <image> ?"}], dict(images=[picture(0)]), "text has '<image>' in it"),
+        ("what", dict(images=[make_image(0)]), r"0 placeholder\(s\) for images or videos, and 1 of them"),
+        (["<image>", "<image>"], dict(images=[make_image(0)] * 3), r"3 image\(s\) for 2 texts that ask for \[1, 1\]"),
+        ([{"role": "user", "content": "what <image> ?"}], dict(images=[make_image(0)]), "text has '<image>' in it"),
         ([{"role": "user", "content": [{"type": "audio"}]}], {}, "part of type 'audio'"),
         ("a", dict(audios=[np.zeros(9)]), r"1 sound\(s\)"),
-        ("what <image>", dict(images=[picture(0)], length=8), "a text of 10 tokens, media included"),
-        ("what <image>", dict(images=[picture(0)], slots={"image": 1}), "a row with 2 tiles"),
+        ("what <image>", dict(images=[make_image(0)], length=8), "a text of 10 tokens, media included"),
+        ("what <image>", dict(images=[make_image(0)], slots={"image": 1}), "a row with 2 tiles"),
         ("what <image>", dict(images=[np.zeros((4, 4))]), r"given as float64\[4, 4\]"),
         (["a", "a"], dict(answers=["a"]), "2 texts and 1 answers"),
         ("", {}, "an empty text"),
@@ -246,7 +246,7 @@ def test_what_does_not_fit_is_refused(processor, text, given, message):
 class Prepared(TwoTiles):
     """The layout TwoTiles with image processors, which know the sizes of their outputs."""
 
-    pictures = ImageProcessor("ViTImageProcessor", size=(8, 16))
+    image_processor = ImageProcessor("ViTImageProcessor", size=(8, 16))
     frames = ImageProcessor("ViTImageProcessor", size=(8, 8))
 
     def image(self, image):
@@ -260,13 +260,13 @@ class Prepared(TwoTiles):
     ("layout", "given", "message"),
     [
         # Decoded: 9 x 13 pixels each; prepared: 128 for an image, 64 for a frame.
-        (TwoTiles, dict(images=[picture(i) for i in range(9)]), "images and frames of one text of 1,053 pixels"),
-        (TwoTiles, dict(videos=[[picture(0)] * 9]), "images and frames of one text of 1,053 pixels"),
-        (Prepared, dict(images=[picture(i, 1, 1) for i in range(8)]), "prepared images and frames of 1,024 pixels"),
-        (Prepared, dict(videos=[[picture(0, 1, 1)] * 16]), "prepared images and frames of 1,024 pixels"),
+        (TwoTiles, dict(images=[make_image(i) for i in range(9)]), "images and frames of one text of 1,053 pixels"),
+        (TwoTiles, dict(videos=[[make_image(0)] * 9]), "images and frames of one text of 1,053 pixels"),
+        (Prepared, dict(images=[make_image(i, 1, 1) for i in range(8)]), "prepared images and frames of 1,024 pixels"),
+        (Prepared, dict(videos=[[make_image(0, 1, 1)] * 16]), "prepared images and frames of 1,024 pixels"),
         (
             Prepared,
-            dict(images=[picture(i, 1, 1) for i in range(4)], videos=[[picture(0, 1, 1)] * 8]),
+            dict(images=[make_image(i, 1, 1) for i in range(4)], videos=[[make_image(0, 1, 1)] * 8]),
             "prepared images and frames of 1,024 pixels",
         ),
     ],
@@ -280,9 +280,9 @@ def test_all_media_of_a_call_are_bounded_together(tokenizer, monkeypatch, layout
 
 def test_texts_of_a_call_are_decoded_one_by_one_and_prepared_together(processor, tokenizer, monkeypatch):
     monkeypatch.setattr(pixels, "MAX_CALL_PIXELS", 1_000)
-    texts, images = ["what is <image>"] * 9, [picture(i) for i in range(9)]
+    texts, images = ["what is <image>"] * 9, [make_image(i) for i in range(9)]
     assert processor(texts, images=images)["images"].shape[0] == 9, "117 pixels of one text at a time"
     layout = TwoTiles()
-    layout.pictures = Prepared.pictures
+    layout.image_processor = Prepared.image_processor
     with pytest.raises(DataError, match="prepared images and frames of 1,024 pixels together"):
         Processor(CONFIG, tokenizer, layout)(texts, images=images)

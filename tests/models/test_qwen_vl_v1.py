@@ -74,7 +74,7 @@ TEMPLATE = (
     "{{ '</s> ' if m['role'] == 'assistant' else '' }}{% endfor %}"
     "{{ 'assistant: ' if add_generation_prompt else '' }}"
 )
-PICTURE = np.full((5, 9, 3), 70, np.uint8)
+IMAGE = np.full((5, 9, 3), 70, np.uint8)
 SHOWN = [10, 12, 12, 12, 12, 11]
 
 
@@ -100,11 +100,11 @@ def test_the_published_size():
 
 
 def test_an_image_has_the_position_of_its_name(processor):
-    named = processor("what is <img> cat.png </img> it <img> a cat </img>", images=[PICTURE, PICTURE])
+    named = processor("what is <img> cat.png </img> it <img> a cat </img>", images=[IMAGE, IMAGE])
     assert named["tokens"][0].tolist() == [ID["what"], ID["is"], *SHOWN, ID["it"], *SHOWN]
     assert named["media_index"][0].tolist() == [-1, -1, -1, 0, 1, 2, 3, -1, -1, -1, 4, 5, 6, 7, -1]
     assert named["images"].shape == (1, 2, 8, 8, 3) and named["images"].dtype == np.uint8
-    begun = processor("what is <img> it <img>", images=[PICTURE, PICTURE])
+    begun = processor("what is <img> it <img>", images=[IMAGE, IMAGE])
     for name, array in named.items():
         np.testing.assert_array_equal(begun[name], array)
     assert processor.layout.without_names([10, 10, 9, 11, 11, 4]) == [10, 10, 11, 4], "an end without a beginning stays"
@@ -113,7 +113,7 @@ def test_an_image_has_the_position_of_its_name(processor):
 def test_conversations_to_train_on(processor):
     said = [("user", "what is it"), ("assistant", "a cat"), ("user", "is it a cat"), ("assistant", "it is")]
     (_, asked), *rest = said
-    messages = (Message("user", (Image(PICTURE), Text(asked))), *(Message(*each) for each in rest))
+    messages = (Message("user", (Image(IMAGE), Text(asked))), *(Message(*each) for each in rest))
     encoded = processor.encode(Example(messages), 64)
     first = "user: I what is it assistant: a cat </s> user: is it a cat assistant: it is </s>"
     wanted = [i for word in first.split() for i in (SHOWN if word == "I" else [ID[word]])]

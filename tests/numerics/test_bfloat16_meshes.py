@@ -7,7 +7,7 @@ from functools import lru_cache
 import jax
 import numpy as np
 import pytest
-from toy_data import MODEL, PICTURES, pipeline, spec_of
+from toy_data import IMAGES, MODEL, pipeline, spec_of
 
 from mllm_jax.models.params import init_params
 from mllm_jax.sharding.mesh import MeshConfig, make_mesh, param_shardings
@@ -41,7 +41,7 @@ def first_params():
 
 @lru_cache
 def batches() -> list[dict[str, np.ndarray]]:
-    data = pipeline(PICTURES)
+    data = pipeline(IMAGES)
     return [data.batch(step) for step in range(STEPS)]
 
 
@@ -59,7 +59,7 @@ def losses(dtype: str, config: MeshConfig, devices: int = 8) -> np.ndarray:
     found = []
     for batch in batches():
         shapes = spec_of(batch)
-        state, metrics = step_fn(state, {}, place_batch(batch, mesh, shapes, list(range(PICTURES.rows))))
+        state, metrics = step_fn(state, {}, place_batch(batch, mesh, shapes, list(range(IMAGES.rows))))
         found.append(float(metrics["loss"]))
     return np.array(found)
 

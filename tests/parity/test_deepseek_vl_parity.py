@@ -141,7 +141,7 @@ def test_what_does_not_fit_is_refused(randomise, tmp_path):
     config = deepseek_vl.from_hf_config(
         transformers.AutoConfig.from_pretrained(tmp_path).to_dict() | dict(architectures=[HYBRID])
     )
-    images = layout(config, tmp_path).pictures
+    images = layout(config, tmp_path).image_processor
     for wrong in (dataclasses.replace(images, low=None), dataclasses.replace(images, longest_edge=(20, 4))):
         with pytest.raises(ConfigError, match="squares of 24 and 16 pixels"):
             DeepseekVLLayout(config, wrong)

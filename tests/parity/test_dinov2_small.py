@@ -107,6 +107,8 @@ def test_features_are_better_than_pixels(folder, ours):
         return float((labels[similarity.argmax(axis=1)] == labels).mean())
 
     processor = read_image_processor(folder)
-    real, random = (share(Embedder(module, p, processor, batch_size=16).pictures(images)) for p in (params, shuffled))
+    real, random = (
+        share(Embedder(module, p, processor, batch_size=16).image_vectors(images)) for p in (params, shuffled)
+    )
     pixels = share(np.stack([image.ravel() for image in images]).astype(np.float32))
     assert len(chosen) == 132 and real > pixels > random and real > 1.5 * random, (real, pixels, random)

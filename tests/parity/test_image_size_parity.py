@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from llava_reference import TEXTS, build, pictures, reference_inputs
-from vision_checks import picture, to_torch
+from llava_reference import TEXTS, build, make_images, reference_inputs
+from vision_checks import make_image, to_torch
 
 from mllm_jax import Processor, from_pretrained, save_pretrained
 
@@ -34,14 +34,14 @@ def test_a_tower(tower, size, randomise, assert_close, tmp_path, caplog):
     reference.save_pretrained(tmp_path / "theirs")
     how = {} if tower == "DINOv2" else dict(interpolate_pos_encoding=True)  # which that class always does
     with torch.no_grad():
-        theirs = reference(to_torch(picture(size, size)), **how)
+        theirs = reference(to_torch(make_image(size, size)), **how)
     with caplog.at_level("INFO", "mllm_jax.models"):
         module, params = from_pretrained(tmp_path / "theirs", image_size=size)
     grid, before = size // 5, side["image_size"] // 5
     rows = grid**2 + int(module.config.class_token)
     assert params["position_embedding"].shape == (rows, 24) and module.config.image_size == size
     assert f"from {before} x {before} to {grid} x {grid}" in caplog.text
-    ours = jax.jit(module.apply)({"params": params}, picture(size, size))
+    ours = jax.jit(module.apply)({"params": params}, make_image(size, size))
     assert_close(ours.last_hidden_state, theirs.last_hidden_state, 1e-4, "last hidden state")
     assert_close(ours.pooler_output, theirs.pooler_output, 1e-4, "pooled")
     # What is written is a model of that size to transformers: its table needs no interpolation any more.
@@ -50,7 +50,9 @@ def test_a_tower(tower, size, randomise, assert_close, tmp_path, caplog):
     assert not any(report[what] for what in ("missing_keys", "unexpected_keys", "mismatched_keys")), report
     assert opened.config.image_size == size
     with torch.no_grad():
-        assert_close(opened(to_torch(picture(size, size))).last_hidden_state, theirs.last_hidden_state, 1e-4, "written")
+        assert_close(
+            opened(to_torch(make_image(size, size))).last_hidden_state, theirs.last_hidden_state, 1e-4, "written"
+        )
 
 
 @pytest.mark.parametrize("case,size", [("llava", 20), ("next", 8)])
@@ -59,7 +61,7 @@ def test_a_llava(case, size, randomise, assert_close, tmp_path):
     reference, processor = build(case, tmp_path / "theirs", randomise)
     model, params = from_pretrained(tmp_path / "theirs", image_size=size)
     ours = Processor.from_pretrained(tmp_path / "theirs", image_size=size)
-    batch = ours(TEXTS, images=pictures())
+    batch = ours(TEXTS, images=make_images())
     assert batch["images"].shape[2:] == (size, size, 3)
     logits = np.asarray(jax.jit(model.apply)({"params": params}, batch).logits)
     save_pretrained(model, params, tmp_path / "ours", companions=tmp_path / "theirs")
@@ -67,7 +69,7 @@ def test_a_llava(case, size, randomise, assert_close, tmp_path):
     kind = type(processor.image_processor)
     pixels = kind(**{name: value for name, value in settings.items() if not name.endswith("_type")})
     processor.image_processor = pixels
-    inputs = reference_inputs(processor, TEXTS, pictures(), "right")
+    inputs = reference_inputs(processor, TEXTS, make_images(), "right")
     tower, config = reference.model.vision_tower, reference.config
     tower.forward = partial(tower.forward, interpolate_pos_encoding=True)
     config.vision_config.image_size = size  # the whole model reads the tiles' side from it, the tower does not

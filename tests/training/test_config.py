@@ -10,7 +10,7 @@ import pytest
 import tyro
 from flax.traverse_util import flatten_dict
 from tiny_runs import ROOT
-from toy_data import DUAL, MODEL, PAIRS, PICTURES
+from toy_data import DUAL, IMAGES, MODEL, PAIRS
 
 from mllm_jax.checkpoints.description import describe, rebuild
 from mllm_jax.errors import ConfigError
@@ -25,7 +25,7 @@ from mllm_jax.training.objectives.next_token import NextToken
 from mllm_jax.training.partition import split
 
 STAGE = Stage("contrastive", Contrastive(), ("encoder_image/*",), PAIRS, steps=1, model=DUAL)
-TALK = Stage("talk", NextToken(), ("llm/*",), PICTURES, steps=1)
+TALK = Stage("talk", NextToken(), ("llm/*",), IMAGES, steps=1)
 EXPERIMENT = Experiment("small", MODEL, (STAGE,), TokenizerConfig(vocab_size=320))
 
 
@@ -129,7 +129,7 @@ def test_rules_of_parts_are_kept_with_the_run():
 
 def test_rows_that_the_text_encoder_does_not_read_may_be_longer():
     """Checks conversations, which go to the LLM with unlimited positions, and a model without a text encoder."""
-    talk = Stage("talk", NextToken(), ("llm/*",), replace(PICTURES, length=500), steps=1)
+    talk = Stage("talk", NextToken(), ("llm/*",), replace(IMAGES, length=500), steps=1)
     assert replace(EXPERIMENT, stages=(STAGE, talk), cpu_devices=1).stages[1].data.length == 500
     bag = replace(DUAL, text=replace(DUAL.text, num_layers=0))
     captions = replace(STAGE, data=replace(PAIRS, length=99), model=bag)

@@ -104,7 +104,7 @@ def test_a_run_embeds_what_training_embeds(run, tmp_path):
     images = [as_image(example.media[0].source) for example in examples]
     assert len({len(processor.tokenizer.encode(caption)) for caption in captions}) > 1, "texts of several lengths"
     np.testing.assert_allclose(embedder.texts(captions), text[:5, 0], atol=2e-5)
-    np.testing.assert_allclose(embedder.pictures(images), image[:5, 0], atol=2e-5)
+    np.testing.assert_allclose(embedder.image_vectors(images), image[:5, 0], atol=2e-5)
     paths = []
     for number, pixels in enumerate(images):
         paths.append(tmp_path / f"{number}.png")

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from toy_data import DUAL, MODEL, PAIRS, PICTURES, pipeline, quick_compilation, spec_of
+from toy_data import DUAL, IMAGES, MODEL, PAIRS, pipeline, quick_compilation, spec_of
 
 from mllm_jax.data.pipeline import Mixture
 from mllm_jax.models.params import init_params, placed_params, shardings_of
@@ -48,7 +48,7 @@ class Case:
 
 
 CASES = {
-    "next_token": Case(NextToken(), MODEL, PICTURES, ("encoder_image/*", "projector_image/*", "llm/*")),
+    "next_token": Case(NextToken(), MODEL, IMAGES, ("encoder_image/*", "projector_image/*", "llm/*")),
     "contrastive": Case(Contrastive(), DUAL, PAIRS, ("encoder_image/*", "encoder_text/*", "heads/*")),
 }
 

@@ -24,7 +24,7 @@ def experiment():
     from mllm_jax.training.config import AdamW, Experiment, Stage, TokenizerConfig
     from mllm_jax.training.objectives.next_token import NextToken
 
-    stage = Stage("only", NextToken(), ("projector_image/*", "llm/*"), toy_data.PICTURES, 40, AdamW(1e-2, 1))
+    stage = Stage("only", NextToken(), ("projector_image/*", "llm/*"), toy_data.IMAGES, 40, AdamW(1e-2, 1))
     return Experiment(
         name="anywhere",
         model=toy_data.MODEL,  # the encoder is drawn and never trained

@@ -15,7 +15,7 @@ import toy_data
 from flax.traverse_util import flatten_dict
 from tiny_language import WITH_IMAGES as CONFIG
 from tiny_language import random_params, write_folder
-from toy_data import DUAL, MODEL, PAIRS, PICTURES, quick_compilation
+from toy_data import DUAL, IMAGES, MODEL, PAIRS, quick_compilation
 
 import mllm_jax
 from mllm_jax.checkpoints.fields import change_fields
@@ -36,7 +36,7 @@ from mllm_jax.training.operations.run_folder import open_run
 pytestmark = pytest.mark.slow
 
 ADAMW = AdamW(learning_rate=1e-2, warmup_steps=1)
-ROWS = replace(PICTURES, length=128)
+ROWS = replace(IMAGES, length=128)
 
 TOWER = Experiment(
     name="tower",
@@ -46,7 +46,7 @@ TOWER = Experiment(
     seed=5,
     stages=(
         Stage("pairs", Contrastive(), ("encoder_image/*", "encoder_text/*", "heads/*"), PAIRS, 2, ADAMW, model=DUAL),
-        Stage("later", NextToken(), ("llm/*",), PICTURES, 1, ADAMW),
+        Stage("later", NextToken(), ("llm/*",), IMAGES, 1, ADAMW),
     ),
 )
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from tiny_runs import ROOT
-from toy_data import DUAL, MODEL, PAIRS, PICTURES
+from toy_data import DUAL, IMAGES, MODEL, PAIRS
 
 from mllm_jax import Compute, ConfigError, Experiment, PFormerConfig, PromptGuidedConfig, Stage, TokenizerConfig
 from mllm_jax.checkpoints.description import describe, rebuild
@@ -24,7 +24,7 @@ from mllm_jax.training.objectives.next_token import NextToken
 from mllm_jax.training.objectives.pformer_losses import PromptGuided
 
 OPEN = replace(DUAL, vision=None, text=replace(DUAL.text, vocab_size=None))
-TALK = Stage("talk", NextToken(), ("llm/*",), PICTURES, steps=1)
+TALK = Stage("talk", NextToken(), ("llm/*",), IMAGES, steps=1)
 LEARN = Stage("contrastive", Contrastive(), ("encoder_image/*",), PAIRS, steps=1, model=OPEN)
 EXPERIMENT = Experiment("recipe", MODEL, (TALK, LEARN))
 

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import jax
 import pytest
-from toy_data import MODEL, PICTURES, pipeline
+from toy_data import IMAGES, MODEL, pipeline
 
 from mllm_jax.errors import ConfigError
 from mllm_jax.layers.compute import Compute
@@ -23,7 +23,7 @@ from mllm_jax.training.operations.stopping import Interrupted
 from mllm_jax.training.partition import num_bytes
 from mllm_jax.training.stage import build_stage, hold_frozen
 
-STAGE = Stage("talk", NextToken(), ("projector_image/*", "llm/*"), PICTURES, steps=6, frozen_dtype="bfloat16")
+STAGE = Stage("talk", NextToken(), ("projector_image/*", "llm/*"), IMAGES, steps=6, frozen_dtype="bfloat16")
 EXPERIMENT = Experiment("small", MODEL, (STAGE,), TokenizerConfig(vocab_size=320))
 
 
@@ -114,7 +114,7 @@ def test_the_last_stages_end_is_saved_so_that_more_steps_can_follow(seen):
 
 
 def test_early_stopping_counts_validations_without_a_smaller_loss(seen):
-    stage, nan = dict(patience=2, validation=PICTURES), float("nan")
+    stage, nan = dict(patience=2, validation=IMAGES), float("nan")
     patience = EarlyStopping(context(seen, **stage), checkpoints := SimpleNamespace(pinned=None), Best())
     steps = [done(n, scores=None if x is None else {"validation_loss": x}) for n, x in enumerate([nan, 2.0, None, 1.0])]
     take([patience], steps)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from tiny_runs import metrics
-from toy_data import DUAL, MODEL, PAIRS, PICTURES, pipeline, quick_compilation, tokenizer
+from toy_data import DUAL, IMAGES, MODEL, PAIRS, pipeline, quick_compilation, tokenizer
 
 from mllm_jax.checkpoints.run import read_json
 from mllm_jax.checkpoints.training import fingerprint, snapshot_meta
@@ -235,7 +235,7 @@ def experiment(tmp_path, objective=NEXT_TOKEN, **change) -> Experiment:
     """Makes two stages on toy data; the seed of a stage's data is its index."""
     file = tmp_path / "tokenizer.json"
     tokenizer().save(file)
-    stage = Stage("first", objective, TRAINABLE, PICTURES, STEPS, ADAMW)
+    stage = Stage("first", objective, TRAINABLE, IMAGES, STEPS, ADAMW)
     pairs = Stage("second", Contrastive(), ("heads/*",), PAIRS, 2, ADAMW, model=DUAL)
     settings = dict(
         name="toy",

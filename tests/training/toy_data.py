@@ -77,7 +77,7 @@ def tokenizer() -> Tokenizer:
     return Tokenizer.train(training_texts([Toy().build(), Toy(images=0).build()]), 320)
 
 
-PICTURES = Mixture(
+IMAGES = Mixture(
     (Weighted(Toy(), 0.5), Weighted(Toy("toy_pairs", images=2), 0.3), Weighted(Toy("toy_text", images=0), 0.2)),
     rows=8,
     length=64,
@@ -131,7 +131,7 @@ def spec_of(batch: dict[str, np.ndarray]) -> BatchSpec:
     return BatchSpec({name: ArraySpec(x.shape, str(x.dtype)) for name, x in batch.items()})
 
 
-def pipeline(mixture: Mixture = PICTURES, *, seed: int = 0, **kwargs) -> Pipeline:
+def pipeline(mixture: Mixture = IMAGES, *, seed: int = 0, **kwargs) -> Pipeline:
     return Pipeline(mixture, processor(), seed=seed, **kwargs)
 
 

@@ -141,7 +141,7 @@ class ExampleEncoder:
         for is_text, parts in groupby(message.parts, lambda part: isinstance(part, Text)):
             if is_text:  # as one: adjacent texts could spell a special token together
                 pieces.append(self._text("".join(part.text for part in parts)))
-            elif not self.layout.places_pictures:
+            elif not self.layout.inserts_images:
                 pieces += [self._marks[self.kind_of(part)] for part in parts]
         return self.tokenizer.encode("".join(pieces))
 

@@ -24,24 +24,24 @@ class Layout:
     Attributes:
         image_token, video_token: the id that the chat template writes for one image or video; None: the model reads
             none.
-        places_pictures: prompts have no position for an image, so `arrange` inserts the placeholder.
+        inserts_images: prompts have no position for an image, so `arrange` inserts the placeholder.
         instruction_length: the most tokens of an instruction that the projector reads in training; 0: it reads none.
         keeps_text: a special token that a message spells stays text.
         needs_sizes: the positions and slots of an image depend on its size.
         flattens: the chat template takes content only as one text, in which media are tokens.
         unit: the content of a slot: "image" (a whole medium), "tile" or "patch".
-        pictures, frames: the processors of images, and of frames of videos if that differs; None: no `ImageProcessor`.
+        image_processor, frames: of images, and of frames of videos if that differs; None: no `ImageProcessor`.
     """
 
     image_token: int | None = None
     video_token: int | None = None
-    places_pictures: bool = False
+    inserts_images: bool = False
     instruction_length: int = 0
     keeps_text: bool = False
     needs_sizes: bool = True
     flattens: bool = False
     unit: str = "image"
-    pictures: ImageProcessor | None = None
+    image_processor: ImageProcessor | None = None
     frames: ImageProcessor | None = None
 
     @property
@@ -52,15 +52,15 @@ class Layout:
 
     def fingerprint(self) -> str:
         """Returns a text that differs if the rows of two layouts for one model would."""
-        return repr([self.pictures, self.frames])
+        return repr([self.image_processor, self.frames])
 
-    def image(self, picture: np.ndarray) -> Media:
+    def image(self, image: np.ndarray) -> Media:
         """Prepares a decoded image uint8[H, W, 3]."""
         raise DataError("an image", "text: the model reads no images", "leave it out")
 
-    def images(self, pictures: Sequence[np.ndarray]) -> list[Media]:
+    def images(self, images: Sequence[np.ndarray]) -> list[Media]:
         """Prepares the images of one text; some models prepare a single image differently."""
-        return [self.image(picture) for picture in pictures]
+        return [self.image(image) for image in images]
 
     def video(self, frames: np.ndarray) -> Media:
         """Prepares uint8[F, H, W, 3], the frames for the model."""
@@ -121,8 +121,8 @@ class Layout:
     def _pixels(self, part: Part, sizes: Sequence[Size]) -> int:
         """Returns the number of pixels of an image or of a video's frames after preparation."""
         if isinstance(part, Image):
-            return sum(self.pictures.pixels(*size) for size in sizes) if self.pictures else 0
-        reader = self.frames or self.pictures
+            return sum(self.image_processor.pixels(*size) for size in sizes) if self.image_processor else 0
+        reader = self.frames or self.image_processor
         return sum(math.prod(reader.output_size(*size)) for size in sizes) if reader else 0
 
     def arrange(self, ids: list[int], media: int) -> list[int]:
@@ -245,8 +245,8 @@ class PlainLayout(TileLayout):
             raise DataError(f"a {type(strange[0]).__name__}", "images: the model reads nothing else", "leave it out")
         return [[self._media(lambda source=part.source: as_image(source)) for part in parts] for parts in rows]
 
-    def image(self, picture: np.ndarray) -> Media:
-        return self._media(lambda: picture)
+    def image(self, image: np.ndarray) -> Media:
+        return self._media(lambda: image)
 
     def _media(self, read: Callable[[], np.ndarray]) -> Media:
         images = Lazy(("images",), lambda _: self._fitted(read())[None])
