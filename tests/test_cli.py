@@ -166,7 +166,9 @@ def test_a_normal_run_prints_nothing_on_stderr(trained):
     """Checks a machine's first run, which prepares the data; on stdout are only the library's own lines."""
     _, done = trained
     assert done.stderr == ""
-    printed = re.compile(rf"stage ({'|'.join(STAGES)}): |({'|'.join(STAGES)})  \d+/8  loss|[┏┃┡│├└]|/.*report\.html$")
+    names = "|".join(STAGES)
+    lines_of = rf"\d+ CPU device\(s\) on|stage ({names})[:,] |({names})  \d+/8  loss|[┏┃┡│├└]|/.*report\.html$"
+    printed = re.compile(lines_of)
     first, *lines, toy, report, following = done.stdout.splitlines()
     assert first.startswith(f"mllm train {SMOKE}: ") and toy == TOY
     assert report == f"{trained[0]}/report.html" and following.startswith(f"next: mllm generate {trained[0]} --image ")

@@ -230,7 +230,7 @@ def test_answers_to_learn(processor, tokenizer):
         ([{"role": "user", "content": [{"type": "audio"}]}], {}, "part of type 'audio'"),
         ("a", dict(audios=[np.zeros(9)]), r"1 sound\(s\)"),
         ("what <image>", dict(images=[make_image(0)], length=8), "a text of 10 tokens, media included"),
-        ("what <image>", dict(images=[make_image(0)], slots={"image": 1}), "a row with 2 tiles"),
+        ("what <image>", dict(images=[make_image(0)], slots={"image": 1}), "a row with 2 images"),
         ("what <image>", dict(images=[np.zeros((4, 4))]), r"given as float64\[4, 4\]"),
         (["a", "a"], dict(answers=["a"]), "2 texts and 1 answers"),
         ("", {}, "an empty text"),
