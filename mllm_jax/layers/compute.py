@@ -17,14 +17,15 @@ Config = TypeVar("Config")
 
 @dataclass(frozen=True)
 class Compute:
-    """The way to compute; parameters mean the same whatever this says.
+    """The dtype, rematerialisation and unrolling of a part; they do not change the meaning of its parameters.
 
-    None is what the composition that holds the part says, else float32, "none" and 1.
+    None is the value of the composition that holds the part, else float32, "none" and 1.
 
     Attributes:
         dtype: of the activations, "float32", "bfloat16" or "float16".
-        remat: what the backward pass computes again, a key of `REMAT_POLICIES`: "none", "full", "dots" or "offload".
-        scan_unroll: layers that each turn of the loop over them computes; more is faster on a CPU and slower to
+        remat: the values recomputed in the backward pass, a key of `REMAT_POLICIES`: "none", "full", "dots" or
+            "offload".
+        scan_unroll: layers that each iteration of the loop over them computes; more is faster on a CPU and slower to
             compile.
     """
 
@@ -41,16 +42,16 @@ class Compute:
         require(given is None or given >= 1, f"scan_unroll {given}", "at least 1 layer", "change scan_unroll")
 
     def over(self, outer: Compute) -> Compute:
-        """Returns this with what it leaves open taken from `outer`."""
+        """Returns these values, with those that are open taken from `outer`."""
         names = [field.name for field in dataclasses.fields(self)]
         return Compute(**{n: getattr(outer, n) if getattr(self, n) is None else getattr(self, n) for n in names})
 
 
 @dataclass(frozen=True, kw_only=True)
 class WithCompute:
-    """A config that says how it is computed: the base of that of every part and of every composition.
+    """A config with a `Compute`: the base of the configs of every part and every composition.
 
-    What a composition says holds for the parts that leave it open; see `within`.
+    A composition's values apply to the parts that leave them open; see `within`.
 
     Attributes:
         compute: dtype, remat and unrolling.
@@ -70,7 +71,7 @@ class WithCompute:
 
     @property
     def scan_unroll(self) -> int:
-        """Layers that each turn of the loop over them computes."""
+        """Layers that each iteration of the loop over them computes."""
         return self.compute.scan_unroll or 1
 
     def with_dtype(self, dtype: str) -> Self:
@@ -79,14 +80,14 @@ class WithCompute:
 
 
 def within(part: Config, outer: Compute) -> Config:
-    """Returns a part's config with what its `compute` leaves open taken from the composition's."""
+    """Returns a part's config whose open values of `compute` are those of the composition."""
     if not isinstance(part, WithCompute):
         return part
     return dataclasses.replace(part, compute=part.compute.over(outer))
 
 
 def with_compute(config: Config, **changes: Any) -> Config:
-    """Returns a config that is computed as the changes say, whatever its parts said before.
+    """Returns the config with these values of `compute` in all its parts.
 
     Args:
         config: of a part, or of a composition.

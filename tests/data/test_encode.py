@@ -99,7 +99,7 @@ def test_words_may_name_each_region_of_an_image(reader, tokenizer):
     assert prompt.tokens.tolist() == ids[: len(prompt.tokens)]
     assert named.fingerprint() != reader.fingerprint(), "rows have other lengths"
     assert not encoded.loss_weights[: where[-1] + 1].any()
-    with pytest.raises(ConfigError, match="words for 4 .*which takes 9"):
+    with pytest.raises(ConfigError, match="words for 4 .*which has 9"):
         PlainLayout(8, 9, tokenizer.image_token_id, [[1]] * 4)
 
 

@@ -222,7 +222,7 @@ def test_layers_that_are_not_there_are_refused(layers):
 def test_class_tokens_among_patches_cannot_be_dropped():
     output = VisionOutput(jnp.zeros((1, 2, 3)), None, (jnp.ones((1, 2, 3)),), class_tokens=None)
     assert select_layers(output, 0, keep_class_token=True).shape == (1, 2, 3)
-    with pytest.raises(ConfigError, match="coordinates are -1"):
+    with pytest.raises(ConfigError, match="coordinates -1"):
         select_layers(output, 0)
 
 
