@@ -264,7 +264,7 @@ def test_the_first_encoder_takes_images_of_any_size():
         (dict(activation="sine"), "activation 'sine'"),
         (dict(window_size=3), "at least one media token, 4 pixels"),
         (dict(deepstack_layers=(2, 0)), "in ascending order"),
-        (dict(deepstack_layers=(3,)), "different layers of the tower"),
+        (dict(deepstack_layers=(3,)), "different layers of the encoder"),
     ],
     ids=lambda x: "",
 )
