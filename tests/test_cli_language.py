@@ -50,7 +50,7 @@ def test_generate_reads_what_convert_wrote(folder, tmp_path, capsys):
 def test_an_image_for_a_language_model_is_refused(folder, tmp_path, capsys):
     Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
     assert main(["generate", str(folder), "why?", "--image", str(tmp_path / "a.png")]) == 2
-    assert "words only" in capsys.readouterr().err
+    assert "for a language model" in capsys.readouterr().err
 
 
 def test_chat_answers_and_leaves(folder, monkeypatch, capsys):
