@@ -182,7 +182,7 @@ def test_the_same_command_again_trains_nothing_more(machine, trained):
     # A run's folder is a name of the config in it.
     commands = [["train", str(SMOKE), "--run-dir", str(folder)], ["train", str(folder)]]
     for code, out, err in machine.run(f"result = [mllm(*command) for command in {commands!r}]"):
-        first, done, *_ = out.splitlines()
+        first, _, done, *_ = out.splitlines()  # the second line is that of the devices
         assert (code, err) == (0, "") and first.startswith("mllm train ") and "tokens/s" not in out
         assert done == f"nothing to train: all stages of {folder} are done"
     assert files(folder, *kept) == before and values(folder) == metrics
@@ -314,7 +314,7 @@ folder.free_bytes = free
 train()
 # The newest checkpoint is cut in half, and the stage's end was not reached.
 (run / "stages" / "0-language").rename(run.parent / "aside")
-newest = max((p for p in (run / "checkpoints/0-language/00000006/arrays").rglob("*") if p.is_file()),
+newest = max((p for p in (run / "checkpoints/0-language/00000008/arrays").rglob("*") if p.is_file()),
              key=lambda p: p.stat().st_size)
 newest.write_bytes(newest.read_bytes()[:100])
 train()
@@ -329,12 +329,12 @@ train("--stages.0.steps", 3, "--fresh")
         assert "the checkpoints before it are untouched" in err
     assert "No space left on device" in in_background[2] and "1,000 bytes" in before[2]
     assert "resumed at step 3" in before[1] and "resumed at step 3" in done[1]
-    assert done[0] == 0 and done[2] == "" and done[3] == ["00000003", "00000006"]
+    assert done[0] == 0 and done[2] == "" and done[3] == ["00000006", "00000008"]
     whole = [line for line in values(trained[0]) if line["stage"] == "language"]
     for _, _, _, _, metrics in (done, cut):
         assert values_of(metrics) == whole, "not what the run gives that no disk disturbed"
-    assert cut[2].startswith("warning: checkpoint of step 6 not used: ") and cut[2].count("\n") == 1
-    assert cut[0] == 0 and "checkpoint of step 6 not used" in cut[1] and "resumed at step 3" in cut[1]
+    assert cut[2].startswith("warning: checkpoint of step 8 not used: ") and cut[2].count("\n") == 1
+    assert cut[0] == 0 and "checkpoint of step 8 not used" in cut[1] and "resumed at step 6" in cut[1]
     assert refused[0] == 2 and "stages.0.steps: 8 -> 3" in refused[2]
     assert fresh[0] == 0 and "resumed" not in fresh[1] and "3/3" in fresh[1] and fresh[3] == []
     assert [line["step"] for line in values_of(fresh[4])] == [1, 2, 3]

@@ -109,7 +109,7 @@ def test_a_language_models_folder(questions, tmp_path, capsys):
     assert (
         main(["evaluate", str(folder), "--questions", str(questions), "--media", str(questions.parent / "media")]) == 2
     )
-    assert "words only" in capsys.readouterr().err
+    assert "for a language model" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -61,7 +61,10 @@ def make_pair(base: Path, devices: int, mesh: dict[str, int]) -> Pair:
         # The kill follows the end of the step; the run waits two steps later, in case the end is noticed late.
         hold = (STAGES[stage], steps + 1)
         run = start(setting, killed, pause=PAUSE, record=base / "killed.batches", hold=hold)
-        run.wait_for(lambda lines, goal=stage * STEPS + steps: bool(lines) and lines[-1]["step"] >= goal)
+        # Kills from step 4 on leave the checkpoint of step 3; earlier ones may leave it half written.
+        saved = killed / "checkpoints" / f"{stage}-{STAGES[stage]}" / "00000003" if steps > 3 else killed
+        goal = stage * STEPS + steps
+        run.wait_for(lambda lines, goal=goal, saved=saved: lines and lines[-1]["step"] >= goal and saved.is_dir())
         run.process.kill()
         printed.append(run.end(expected=-signal.SIGKILL))
         left = metrics(killed)[-1]
