@@ -336,7 +336,7 @@ train("--stages.0.steps", 3, "--fresh")
     assert cut[2].startswith("warning: checkpoint of step 8 not used: ") and cut[2].count("\n") == 1
     assert cut[0] == 0 and "checkpoint of step 8 not used" in cut[1] and "resumed at step 6" in cut[1]
     assert refused[0] == 2 and "stages.0.steps: 8 -> 3" in refused[2]
-    assert fresh[0] == 0 and "resumed" not in fresh[1] and "3/3" in fresh[1] and fresh[3] == []
+    assert fresh[0] == 0 and "resumed" not in fresh[1] and "3/3" in fresh[1] and fresh[3] == ["00000003"]
     assert [line["step"] for line in values_of(fresh[4])] == [1, 2, 3]
     assert RunFolder(folder).experiment().stages[0].steps == 3
 

@@ -59,7 +59,7 @@ class PFormerPretrainingConfig(WithCompute):
     @property
     def parts(self) -> dict[str, Any]:
         """Each part's config by the name of its parameters."""
-        parts = {"prompter": self.prompter.beside(self.llm), "llm": self.llm}
+        parts = {"prompter": self.prompter.for_llm(self.llm), "llm": self.llm}
         return {name: within(part, self.compute) for name, part in parts.items()}
 
     @property

@@ -59,7 +59,7 @@ class PromptGuidedConfig(WithCompute):
     @property
     def parts(self) -> dict[str, Any]:
         """Each part's config by the name of its parameters."""
-        prompter = self.prompter.beside(self.llm)
+        prompter = self.prompter.for_llm(self.llm)
         return within(self.model, self.compute).parts | {"prompter": within(prompter, self.compute)}
 
     @property

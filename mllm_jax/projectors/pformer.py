@@ -64,7 +64,7 @@ class PFormerConfig(WithCompute):
         """The id that replaces a masked token."""
         return self.vocab_size if self.mask_token_id is None else self.mask_token_id
 
-    def beside(self, llm: Any) -> PFormerConfig:
+    def for_llm(self, llm: Any) -> PFormerConfig:
         """Returns the config with the fields that are None taken from the LLM."""
         known = {"output_size": llm.hidden_size, "vocab_size": llm.vocab_size}
         return replace(self, **{name: value for name, value in known.items() if getattr(self, name) is None})
