@@ -190,9 +190,11 @@ def _processor(settings: dict) -> Any:
     from mllm_jax.data.processing.media import Media
     from mllm_jax.models.processor import Processor
 
+    read = image_processor(settings)
+
     class Tiles(TileLayout):
         image_token, video_token, tokens_a_tile = 1, 2, 1
-        image_processor = frames = image_processor(settings)
+        image_processor = frames = read
 
         def image(self, image: np.ndarray) -> Media:
             tiles = self.image_processor.tiles(image)
