@@ -61,8 +61,8 @@ def test_the_largest_number_that_fits(cores, made, devices):
 
 CODE = """
     import sys
-    from mllm_jax.training.operations import host
-    host.cores = lambda: 4
+    from mllm_jax.sharding import cpu
+    cpu.cores = lambda: 4
     sys.path[:0] = ["{tests}", "{tests}/training"]
     from dataclasses import replace
     from test_cpu_devices import experiment

@@ -36,9 +36,9 @@ def use_cpu_devices(experiment: Experiment, hosts: Hosts = Hosts(), *, say: bool
         hosts: the processes that train together.
         say: print their number.
     """
-    from mllm_jax.sharding.cpu import on_cpu, prepare_cpu
+    from mllm_jax.sharding.cpu import cores, on_cpu, prepare_cpu
     from mllm_jax.training.operations.distributed import resolve
-    from mllm_jax.training.operations.host import cores, enough_threads, keep_freed_memory
+    from mllm_jax.training.operations.host import enough_threads, keep_freed_memory
 
     prepare_cpu()
     given = "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")

@@ -7,7 +7,6 @@ name depends on all that they depend on: source, tokenizer, layout, image proces
 from __future__ import annotations
 
 import itertools
-import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from mllm_jax.data.measured_files import BLOCK, Block, MeasuredFiles
 from mllm_jax.data.measuring_workers import NoWorkers, Task, Workers, measure_block, too_many_slots
 from mllm_jax.data.source_encoder import SourceEncoder
 from mllm_jax.errors import ConfigError, DataError
+from mllm_jax.sharding.cpu import cores
 from mllm_jax.sharding.hosts import ALONE, Share, first_alone, together
 
 SMALL = 8 * BLOCK  # one process measures fewer before others could start
@@ -102,33 +102,6 @@ def measure(
         share()
         kept.merge()
     return _checked(encoder, kept, slots, max_bad_share)
-
-
-def sample_sizes(encoder: SourceEncoder, sample: int = 2000) -> MeasuredLengths:
-    """Measures evenly spaced examples of a source, of any length, to choose its rows.
-
-    Args:
-        encoder: its `length` is above every example's, so that none is shortened.
-    """
-    indices = np.unique(np.linspace(0, len(encoder.source) - 1, min(sample, len(encoder.source))).astype(np.int64))
-    taken, bad = {}, []
-    for index in indices.tolist():
-        try:
-            taken[index] = encoder.measure(index)
-        except DataError as error:
-            bad.append((index, str(error)))
-    modalities = sorted({modality for each in taken.values() for modality in each.slots})
-    return MeasuredLengths(
-        np.array([each.length for each in taken.values()], np.int32),
-        {m: np.array([each.slots.get(m, 0) for each in taken.values()], np.int32) for m in modalities},
-        tuple(bad),
-        sum(each.dropped_turns for each in taken.values()),
-    )
-
-
-def cores() -> int:
-    """Returns the number of cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _measured(

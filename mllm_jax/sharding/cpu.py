@@ -81,3 +81,8 @@ def _pass_is_disabled() -> bool:
     from jaxlib.xla_client import CompileOptions
 
     return PASS.encode() in CompileOptions().SerializeAsString()
+
+
+def cores() -> int:
+    """Returns the number of cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -14,6 +14,7 @@ import numpy as np
 from mllm_jax.checkpoints.run import RunFolder
 from mllm_jax.data.message import Example
 from mllm_jax.data.pipeline import Mixture
+from mllm_jax.data.source_encoder import without_pixels
 from mllm_jax.data.suggest import Candidate, Sizes, best, candidates, judge, rows_for
 from mllm_jax.errors import DataError
 from mllm_jax.training.config import Experiment, Stage
@@ -62,8 +63,7 @@ def suggest(experiment: Experiment, sample: int = 1000) -> list[Suggestion]:
 
 def _of_stage(experiment: Experiment, stage: Stage, processor: Any, sample: int) -> Suggestion:
     mixture = stage.data
-    if stage.model is not None:
-        processor = processor.of_composition(stage.model)
+    processor = processor.of_composition(experiment.model_of(stage))
     sizes, bad = measured(mixture, processor, sample)
     packed, mesh = mixture.layout == "conversation", experiment.mesh
     found = candidates(sizes, packed=packed, unit=2 * mesh.context if mesh.context > 1 else 1)
@@ -96,7 +96,8 @@ def measured(mixture: Mixture, processor: Any, sample: int) -> tuple[Sizes, list
         count = min(len(source), max(1, round(sample * weighted.weight / total)))
         for index in np.unique(np.linspace(0, len(source) - 1, count).astype(np.int64)).tolist():
             try:
-                found.append(_taken(source.example(index), mixture, processor))
+                example = without_pixels(source.example(index), processor.layout.needs_sizes)
+                found.append(_taken(example, mixture, processor))
             except DataError as error:
                 bad.append(f"{source.name}[{index}]: {error.given}")
     if not found:

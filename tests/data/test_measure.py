@@ -13,7 +13,7 @@ from toy_measuring import Lines, encoder
 
 from mllm_jax.data import measure as measuring
 from mllm_jax.data import measured_files
-from mllm_jax.data.measure import HowToMeasure, MeasuredLengths, measure, sample_sizes
+from mllm_jax.data.measure import HowToMeasure, MeasuredLengths, measure
 from mllm_jax.errors import ConfigError, DataError, ReadError
 from mllm_jax.sharding.hosts import Share
 
@@ -260,12 +260,3 @@ def test_each_host_measures_its_share_into_one_folder(lines, tmp_path):
     assert read(lines) == [*range(16), *range(32, 48), *range(64, 80), *range(96, 100)]
     check(measure(encoder(lines), SLOTS, how=second))
     assert not read(lines)
-
-
-def test_sizes_of_a_sample(lines):
-    """Checks evenly spaced examples of any length."""
-    found = sample_sizes(encoder(replace(lines, raises=((0, "DataError"),))), sample=12)
-    where = list(range(9, 100, 9))
-    assert read(lines) == [0, *where]
-    assert found.lengths.tolist() == expected()[where].tolist() and found.slots == {} and found.bad[0][0] == 0
-    assert sample_sizes(encoder(lines)).slots["image"].sum() == 22

@@ -26,11 +26,6 @@ def keep_freed_memory() -> bool:
     return all([mallopt(option, value) for option, value in options.items()])
 
 
-def cores() -> int:
-    """Counts the cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def enough_threads(devices: int) -> None:
     """Gives XLA's pool enough threads for more CPU devices than cores; call it before any use of a device.
 
