@@ -23,6 +23,7 @@ ROOT = Path(__file__).parents[2]
 CONFIG = ROOT / "tests" / "training" / "tiny_config.py"
 STEPS = 8
 FOUR = {"data": 2, "fsdp": 2}
+EVALUATED = {2: {"evaluate": "4"}, 4: {}}  # what runs in so many processes ask of a task while they train
 
 
 @dataclass
@@ -143,9 +144,7 @@ def several(place, one) -> dict[int, Path]:
     """Returns the run in two and in four processes without interruptions."""
     found = {}
     for processes in (2, 4):
-        started = place.start(
-            str(processes), processes, 4 // processes, FOUR, **({"evaluate": "4"} if processes == 2 else {})
-        )
+        started = place.start(str(processes), processes, 4 // processes, FOUR, **EVALUATED[processes])
         started.end(0)
         found[processes] = started.folder
     return found
@@ -191,7 +190,8 @@ def test_one_is_killed_and_all_go_on_to_the_same_bits(place, several, processes)
     rng = random.Random(processes)
     name = f"{processes}-killed"
     gate = place.base / f"{name}.gate"  # before the last step: the kill comes at any time before that, never later
-    started = place.start(name, processes, 4 // processes, FOUR, pause=0.3, restarts=1, hold="7", gate=str(gate))
+    held = {"hold": "7", "gate": str(gate)} | EVALUATED[processes]
+    started = place.start(name, processes, 4 // processes, FOUR, pause=0.3, restarts=1, **held)
     started.wait_for(rng.randint(3, 5), checkpoint=3)
     started.kill(rng.randrange(processes))
     gate.touch()

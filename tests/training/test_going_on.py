@@ -23,6 +23,7 @@ from mllm_jax.cli.train import _default
 from mllm_jax.data.pipeline import Mixture, Weighted
 from mllm_jax.errors import ConfigError, RunFolderError
 from mllm_jax.evaluation.report import write_report
+from mllm_jax.layers.compute import Compute
 from mllm_jax.sharding.mesh import MeshConfig
 from mllm_jax.training.config import AdamW, CheckpointConfig, Experiment, Stage, TokenizerConfig
 from mllm_jax.training.feed import Feed
@@ -213,8 +214,8 @@ FREE = {
     "evaluation": changed(replace(EXPERIMENT, evaluation=(TASK,)), evaluate_every=2, evaluate_limit=1),
     "batch": changed(data=replace(MIXTURE, rows=8), accumulate=2),
     "frozen dtype": changed(frozen_dtype="bfloat16"),
-    "dtype": replace(EXPERIMENT, model=replace(toy_data.MODEL, llm=replace(toy_data.MODEL.llm, dtype="bfloat16"))),
-    "remat": replace(EXPERIMENT, model=replace(toy_data.MODEL, llm=replace(toy_data.MODEL.llm, remat="full"))),
+    "dtype": replace(EXPERIMENT, model=replace(toy_data.MODEL, compute=Compute(dtype="bfloat16"))),
+    "remat": replace(EXPERIMENT, model=replace(toy_data.MODEL, compute=Compute(remat="full"))),
 }
 REFUSED = {
     "stages.0.steps: 8 -> 7, where stage talk has done 8": changed(steps=7),
