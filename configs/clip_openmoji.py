@@ -24,18 +24,18 @@ WIDTH = 256  # of a word, and of the space in which images and texts are compare
 
 def experiment(name: str, kind: str) -> Experiment:
     """Returns the training of both encoders with the loss of this kind, "softmax" or "sigmoid"."""
-    quickstart = runpy.run_path(str(Path(__file__).with_name("quickstart.py")))["MODEL"]
+    scenes = runpy.run_path(str(Path(__file__).with_name("openmoji_scenes.py")))["MODEL"]
     captions = OpenMojiCaptions(config=SUBSET, image_size=SIZE, augment=True, variants=32)
     return Experiment(
         name=name,
         model=DualEncoderConfig(
-            vision=replace(quickstart.image.encoder, regions=None),
+            vision=replace(scenes.image.encoder, regions=None),
             # A bag of words: the vector of an unseen name is the sum of the vectors of its words.
             text=TextTowerConfig(hidden_size=WIDTH, num_layers=0),
             projection_size=WIDTH,
             kind=kind,
             pooling="patches",  # the position of a part of an emoji is as informative as its shape
-            compute=quickstart.compute,
+            compute=scenes.compute,
         ),
         tokenizer=TokenizerConfig(vocab_size=2048),
         cpu_devices=2,  # two devices on two cores are twice as fast as one

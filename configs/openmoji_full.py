@@ -1,4 +1,4 @@
-"""The quickstart's stages on all images: four times as many images, fewer scenes, other numbers of steps.
+"""The stages of openmoji_scenes.py on all images: four times as many images, fewer scenes, other numbers of steps.
 
 mllm train configs/openmoji_full.py
 """
@@ -19,6 +19,6 @@ SHARES = {
 
 
 def config() -> Experiment:
-    quickstart = runpy.run_path(str(Path(__file__).with_name("quickstart.py")))
+    scenes = runpy.run_path(str(Path(__file__).with_name("openmoji_scenes.py")))
     # per_base=1: nine bases of ten have one form; with three copies of each, persons would be only a fifth.
-    return quickstart["experiment"]("openmoji_full", "full", STEPS, DECAY, SHARES, variants=8, per_base=1)
+    return scenes["experiment"]("openmoji_full", "full", STEPS, DECAY, SHARES, variants=8, per_base=1)

@@ -40,12 +40,12 @@ class MLP(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        """Maps dtype[B, S, E] to dtype[B, S, E]."""
+        """Maps dtype[B, S, E], or a grid dtype[B, H, W, E], to the same shape."""
         wide = dict(features=(self.hidden_size,), names=("embed", "mlp"), use_bias=self.use_bias, dtype=self.dtype)
         h = ACTIVATIONS[self.activation](Linear(**wide, name="gate" if self.gated else "up")(x))
         if self.gated:
             h = h * Linear(**wide, name="up")(x)
-        h = constrain(h, "batch", "seq", "mlp")
+        h = constrain(h, "batch", "seq", *[None] * (h.ndim - 3), "mlp")
         if self.norm_eps is not None:
             h = LayerNorm(self.norm_eps, self.dtype, axis="mlp", name="norm")(h)
         return Linear(

@@ -30,6 +30,8 @@ from mllm_jax.projectors.pixel_shuffle import PixelShuffleProjectorConfig
 from mllm_jax.projectors.pool import PoolProjectorConfig
 from mllm_jax.projectors.qformer import QFormerConfig
 from mllm_jax.projectors.resampler import ResamplerConfig, ResamplerDialect
+from mllm_jax.sharding.logical import use_mesh
+from mllm_jax.sharding.mesh import MeshConfig, make_mesh
 
 WIDTH, VOCAB, SLOTS = 16, 23, 2  # of the LLMs; images in a row
 _VIT = dict(num_layers=1, num_heads=2, mlp_size=16)
@@ -109,6 +111,8 @@ LLMS = {
     "t5": T5Config(VOCAB, WIDTH, 4, 24, 1, 1, 2),
 }
 
+KINDS = {"encoder": ENCODERS, "projector": PROJECTORS, "llm": LLMS}
+
 
 def read(module, batch):
     """Returns the media tokens, and the logits of a text with them."""
@@ -151,6 +155,18 @@ def test_any_three_compose(encoder, projector, llm):
     media, logits = shapes(config)
     assert media == ((2, SLOTS * tokens, WIDTH), jnp.float32)
     assert logits == ((2, 24, VOCAB), jnp.float32)
+
+
+@pytest.mark.parametrize("kind,name", [(kind, name) for kind, all_of_it in KINDS.items() for name in all_of_it])
+def test_each_part_is_traced_on_a_mesh(kind, name, devices):
+    """Checks that a part's constraints have as many names as its arrays have dimensions."""
+    parts = {"encoder": "vit", "projector": "linear", "llm": "llama"} | {kind: name}
+    encoder, width = ENCODERS[parts["encoder"]]
+    projector, tokens = PROJECTORS[parts["projector"]]
+    config = MultimodalConfig({"image": Branch(encoder, projector(width))}, LLMS[parts["llm"]])
+    with use_mesh(make_mesh(MeshConfig(data=2, fsdp=2, tensor=2), devices)):
+        media, logits = shapes(config)
+    assert (media[0], logits[0]) == ((2, SLOTS * tokens, WIDTH), (2, 24, VOCAB))
 
 
 @pytest.mark.parametrize("llm", LLMS)

@@ -191,12 +191,12 @@ def test_training_reads_the_training_split_and_validation_another(shipped):
     assert mixtures == {"data": {"train"}, "validation": {"validation"}}
 
 
-def test_the_full_config_is_the_quickstarts_on_all_images():
-    quickstart, full = (load_config(ROOT / "configs" / f"{name}.py") for name in ("quickstart", "openmoji_full"))
-    assert (quickstart.name, full.name) == ("quickstart", "openmoji_full")
-    assert full.model == quickstart.model
-    assert full.tokenizer == quickstart.tokenizer
-    for experiment, config in ((quickstart, "quickstart"), (full, "full")):
+def test_the_full_config_is_that_of_scenes_on_all_images():
+    scenes, full = (load_config(ROOT / "configs" / f"{name}.py") for name in ("openmoji_scenes", "openmoji_full"))
+    assert (scenes.name, full.name) == ("openmoji_scenes", "openmoji_full")
+    assert full.model == scenes.model
+    assert full.tokenizer == scenes.tokenizer
+    for experiment, config in ((scenes, "quickstart"), (full, "full")):
         mixtures = [m for stage in experiment.stages for m in (stage.data, stage.validation) if m is not None]
         assert {weighted.source.config for mixture in mixtures for weighted in mixture.sources} == {config}
         assert {task.source.config for task in experiment.evaluation} == {config}

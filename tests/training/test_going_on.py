@@ -199,7 +199,7 @@ def test_other_rows_go_on_in_the_data_where_it_was(folder, monkeypatch):
     data, cosine = replace(MIXTURE, rows=2), replace(CONSTANT, schedule="cosine", factors=(("llm/*", 0.5),))
     printed = run(changed(steps=LONG, data=data, accumulate=2, optimizer=cosine), folder)
     assert asked == [(16, 20)], "eight batches of 4 rows are 16 of 2"
-    assert "stages.0.data.rows: 4 -> 2" in printed and "where it was" in printed
+    assert "stages.0.data.rows: 4 -> 2" in printed and "the data continues at its position" in printed
     assert {one["field"].split(".")[2] for one in changes(folder)} == {"steps", "data", "accumulate", "optimizer"}
     record = json.loads((folder / f"checkpoints/0-talk/{LONG:08d}/record.json").read_text())
     assert (record["meta"]["step"], record["meta"]["data_step"]) == (12, 20)

@@ -1,4 +1,4 @@
-"""configs/smollm2_openmoji.py from end to end, with a tiny random LLM and the smoke config as the quickstart."""
+"""configs/smollm2_openmoji.py from end to end, with a tiny random LLM and the smoke config for openmoji_scenes."""
 
 from __future__ import annotations
 
@@ -25,21 +25,21 @@ def llm(tmp_path):
     return write_folder(tmp_path / "llm", WITH_IMAGES)
 
 
-def make(llm, quickstart, tower, **options):
-    return runpy.run_path(str(CONFIG))["experiment"](str(llm), quickstart, str(tower), **options)
+def make(llm, scenes, tower, **options):
+    return runpy.run_path(str(CONFIG))["experiment"](str(llm), scenes, str(tower), **options)
 
 
-def test_the_shipped_config_follows_the_quickstart(llm, tmp_path, monkeypatch):
+def test_the_shipped_config_follows_openmoji_scenes(llm, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ConfigError, match="python tests/assets/smollm2.py runs/smollm2-135m-instruct"):
         load_config(CONFIG)
     (tmp_path / "runs").mkdir()
     llm.rename(tmp_path / "runs" / "smollm2-135m-instruct")
-    shipped, quickstart = load_config(CONFIG), load_config(ROOT / "configs" / "quickstart.py")
-    assert shipped.model.image.encoder == quickstart.model.image.encoder
+    shipped, scenes = load_config(CONFIG), load_config(ROOT / "configs" / "openmoji_scenes.py")
+    assert shipped.model.image.encoder == scenes.model.image.encoder
     read = {source.part: source for source in shipped.pretrained}
-    assert set(read) == {"llm", "encoder_image"} and read["encoder_image"].made_by == quickstart
-    assert (read["encoder_image"].folder, read["encoder_image"].stage) == ("runs/quickstart", "contrastive")
+    assert set(read) == {"llm", "encoder_image"} and read["encoder_image"].made_by == scenes
+    assert (read["encoder_image"].folder, read["encoder_image"].stage) == ("runs/openmoji_scenes", "contrastive")
     assert [stage.trainable for stage in shipped.stages] == [("projector_image/*",), ("projector_image/*", "llm/*")]
     assert all(stage.data.rows * stage.data.length <= 512 for stage in shipped.stages), "too much for two cores"
 
