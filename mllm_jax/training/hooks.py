@@ -12,7 +12,7 @@ import numpy as np
 
 from mllm_jax.checkpoints.description import describe
 from mllm_jax.checkpoints.training import TrainingCheckpoints
-from mllm_jax.errors import TrainingError
+from mllm_jax.errors import TooFewError, TrainingError
 from mllm_jax.generation.assistant import Assistant
 from mllm_jax.training.config import Experiment, Stage
 from mllm_jax.training.evaluation import EVALUATION, Evaluation
@@ -259,7 +259,11 @@ class EvaluateTasks(Hook):
         with context.by.goodput.spending("other"):
             asked, found = self.assistant.with_params(join(done.state.params, self.frozen)), {}
             for task in self.tasks:
-                measured = task.measure(asked, limit=stage.evaluate_limit)
+                try:
+                    measured = task.measure(asked, limit=stage.evaluate_limit)
+                except TooFewError as error:
+                    context.say(done.ended, f"left out {task.name}: {error.given}")
+                    continue
                 context.by.watchdog.beat(f"task {task.name} after step {done.ended} of stage {stage.name}")
                 found[task.name] = measured.metrics
         context.meter.pause()
