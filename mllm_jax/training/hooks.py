@@ -269,7 +269,7 @@ class EvaluateTasks(Hook):
         context.meter.pause()
         for name, metrics in found.items():
             context.say(done.ended, f"{name}: " + ", ".join(f"{key} {value:.4g}" for key, value in metrics.items()))
-        if context.writer:
+        if context.writer and found:
             values = {f"{EVALUATION}{name}/{key}": x for name, metrics in found.items() for key, x in metrics.items()}
             context.writer.write(context.done_before + done.ended, stage.name, values, {})
 
