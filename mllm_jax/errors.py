@@ -28,6 +28,10 @@ class DataError(MllmError):
     """A record, image or source that cannot be used."""
 
 
+class TooFewError(DataError):
+    """Too few examples, or none, for something that can be left out."""
+
+
 class ReadError(MllmError):
     """A source that could not be read after several attempts; the record is not at fault."""
 

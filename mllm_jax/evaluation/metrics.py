@@ -10,7 +10,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 
 from mllm_jax.data.message import Example, Message, Part, Text
-from mllm_jax.errors import DataError
+from mllm_jax.errors import DataError, TooFewError
 from mllm_jax.generation.options import Answer
 
 CONTROL_ANSWERS = 300
@@ -88,10 +88,10 @@ class ShuffledMedia:
     seed: int = 0
 
     def again(self, asked: Sequence[tuple[Message, ...]]) -> list[tuple[int, tuple[Message, ...]]]:
-        """Implements `AsksAgain`. Raises DataError: fewer than two examples with media."""
+        """Implements `AsksAgain`. Raises TooFewError: fewer than two examples with media."""
         media = {index: found for index, messages in enumerate(asked) if (found := _media(messages))}
         if len(media) < 2:
-            raise DataError(
+            raise TooFewError(
                 f"shuffled media of {len(media)} example(s) with media", "at least two", "raise the number of examples"
             )
         numbers = list(media)

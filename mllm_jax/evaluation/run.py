@@ -12,12 +12,12 @@ import jax
 
 from mllm_jax.checkpoints.run import RunFolder, read_json
 from mllm_jax.data.images import as_image
-from mllm_jax.errors import ConfigError
+from mllm_jax.errors import ConfigError, TooFewError
 from mllm_jax.evaluation.evaluate import PREDICTIONS, lines, measure, read_predictions, write_predictions
 from mllm_jax.evaluation.report import write_report
 from mllm_jax.generation.assistant import Assistant
 from mllm_jax.models.run_weights import load_run
-from mllm_jax.training.evaluation import BATCH, Evaluation, Prediction
+from mllm_jax.training.evaluation import BATCH, Evaluation, Measured, Prediction
 from mllm_jax.training.operations.run_folder import holding, write_json
 
 SHOWN = 4  # examples of a task in the report
@@ -33,15 +33,18 @@ def evaluate_run(
 ) -> dict[str, dict[str, float]]:
     """Evaluates a run on the tasks of its config and writes the results into its folder.
 
+    Leaves out tasks with too few examples to measure and prints their names.
+
     Args:
         tasks: names of tasks, or the part of a name before or after the "/"; None: all. Results of other tasks in the
             folder are kept.
 
     Returns:
-        {task: {metric: value}} of these tasks.
+        {task: {metric: value}} of the tasks that were measured.
 
     Raises:
         ConfigError: the config has no tasks, or not all of these.
+        TooFewError: none of the tasks has enough examples.
     """
     folder = RunFolder(Path(run_dir))
     # Refuse all that can be refused before the model is loaded, which takes seconds.
@@ -49,7 +52,7 @@ def evaluate_run(
     with holding(folder.path):
         _, model, params, processor, mesh = load_run(folder, devices)
         assistant = Assistant(model, params, processor, mesh=mesh)
-        measured = {task.name: measure(assistant, task, batch_size=batch_size) for task in chosen}
+        measured = _measured(assistant, chosen, batch_size)
         results = {name: found.metrics for name, found in measured.items()}
         if jax.process_index() == 0:
             said = [line for name, found in measured.items() for line in lines(name, found.predictions)]
@@ -62,6 +65,23 @@ def evaluate_run(
             write_json(path / "results.json", {name: everything[name] for name in known if name in everything})
             write_report(path)
     return results
+
+
+def _measured(assistant: Assistant, tasks: Sequence[Evaluation], batch_size: int) -> dict[str, Measured]:
+    """Measures the tasks that have enough examples; raises TooFewError if none has."""
+    measured: dict[str, Measured] = {}
+    scant: dict[str, tuple[list[str], TooFewError]] = {}
+    for task in tasks:
+        try:
+            measured[task.name] = measure(assistant, task, batch_size=batch_size)
+        except TooFewError as error:
+            scant.setdefault(str(error), ([], error))[0].append(task.name)
+    for names, error in scant.values():
+        if not measured:
+            raise error
+        if jax.process_index() == 0:
+            print(f"left out {', '.join(names)}: {error.given}; {error.todo}")
+    return measured
 
 
 def _asked(folder: RunFolder, tasks: Sequence[str] | None) -> tuple[list[str], list[Evaluation]]:

@@ -11,7 +11,7 @@ from typing import Any, Protocol, runtime_checkable
 from flax.core import FrozenDict
 
 from mllm_jax.data.message import Conversation, Image, Message, conversation
-from mllm_jax.errors import ConfigError, DataError
+from mllm_jax.errors import ConfigError, DataError, TooFewError
 from mllm_jax.evaluation.metrics import AsksAgain, references
 from mllm_jax.generation.assistant import Assistant, writes_text
 from mllm_jax.generation.options import Answer
@@ -74,7 +74,7 @@ class Task:
         """Returns the first `limit` examples.
 
         Raises:
-            DataError: there are none.
+            TooFewError: there are none.
             ConfigError: a source of another kind.
         """
         build = getattr(self.source, "build", None)
@@ -88,7 +88,7 @@ class Task:
             )
         count = len(source) if limit is None else min(limit, len(source))
         if count < 1:
-            raise DataError(
+            raise TooFewError(
                 f"task {self.name!r} with {len(source)} example(s), limit {limit}", "at least one", "change the source"
             )
         return list(source[:count]) if listed else [source.example(index) for index in range(count)]

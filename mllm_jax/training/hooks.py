@@ -12,7 +12,7 @@ import numpy as np
 
 from mllm_jax.checkpoints.description import describe
 from mllm_jax.checkpoints.training import TrainingCheckpoints
-from mllm_jax.errors import TrainingError
+from mllm_jax.errors import TooFewError, TrainingError
 from mllm_jax.generation.assistant import Assistant
 from mllm_jax.training.config import Experiment, Stage
 from mllm_jax.training.evaluation import EVALUATION, Evaluation
@@ -259,13 +259,17 @@ class EvaluateTasks(Hook):
         with context.by.goodput.spending("other"):
             asked, found = self.assistant.with_params(join(done.state.params, self.frozen)), {}
             for task in self.tasks:
-                measured = task.measure(asked, limit=stage.evaluate_limit)
+                try:
+                    measured = task.measure(asked, limit=stage.evaluate_limit)
+                except TooFewError as error:
+                    context.say(done.ended, f"left out {task.name}: {error.given}")
+                    continue
                 context.by.watchdog.beat(f"task {task.name} after step {done.ended} of stage {stage.name}")
                 found[task.name] = measured.metrics
         context.meter.pause()
         for name, metrics in found.items():
             context.say(done.ended, f"{name}: " + ", ".join(f"{key} {value:.4g}" for key, value in metrics.items()))
-        if context.writer:
+        if context.writer and found:
             values = {f"{EVALUATION}{name}/{key}": x for name, metrics in found.items() for key, x in metrics.items()}
             context.writer.write(context.done_before + done.ended, stage.name, values, {})
 

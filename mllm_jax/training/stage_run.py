@@ -16,6 +16,7 @@ from mllm_jax.checkpoints.description import describe
 from mllm_jax.checkpoints.run import RunFolder
 from mllm_jax.checkpoints.training import TrainingCheckpoints, compare_fingerprints, fingerprint, save_snapshot
 from mllm_jax.data.pipeline import Mixture, Pipeline
+from mllm_jax.errors import TooFewError
 from mllm_jax.generation.assistant import Assistant
 from mllm_jax.models.params import placed_params
 from mllm_jax.models.processor import Processor
@@ -171,7 +172,7 @@ class StageRunner:
         """Measures the data, and builds the stage's program."""
         stage = self.stage
         data = self.pipeline(stage.data)
-        validation = self.pipeline(stage.validation, salt=1) if stage.validation else None
+        validation = self.validation()
         placed = placed_params(self.config.make(), self.mesh, self.experiment.part_rules)
         trainable, frozen = split({name: params[name] for name in placed}, stage.trainable)
         origin = {"frozen": self.frozen_meta(frozen), "began": fingerprint(trainable)}
@@ -307,6 +308,22 @@ class StageRunner:
             hosts=Share.of_run(),
             progress=self.progress,
         )
+
+    def validation(self) -> Pipeline | None:
+        """Measures the validation data; returns None if there is none.
+
+        Raises:
+            TooFewError: there is none, and early stopping needs it.
+        """
+        if self.stage.validation is None:
+            return None
+        try:
+            return self.pipeline(self.stage.validation, salt=1)
+        except TooFewError as error:
+            if self.stage.patience is not None:
+                raise
+            self.progress.message(f"stage {self.stage.name}: no validation loss: {error.given}; {error.todo}")
+            return None
 
     def frozen_meta(self, frozen: dict) -> dict:
         """Returns the sources and the fingerprint of the frozen parameters, to find and to check them."""

@@ -18,9 +18,9 @@ from mllm_jax import Answer, Example, Message, Task, Text, evaluate
 from mllm_jax.checkpoints.description import describe, rebuild
 from mllm_jax.data.message import Image
 from mllm_jax.datasets.openmoji import evaluation as asked_of_openmoji
-from mllm_jax.errors import ConfigError, DataError, RunFolderError
+from mllm_jax.errors import ConfigError, DataError, RunFolderError, TooFewError
 from mllm_jax.evaluation.metrics import ShuffledMedia, accuracy, count, majority, normalise, references, shuffles
-from mllm_jax.evaluation.run import _example, _means, _merged
+from mllm_jax.evaluation.run import _example, _means, _measured, _merged
 from mllm_jax.evaluation.task import CHUNK
 from mllm_jax.evaluation.tasks.openmoji import openmoji_questions, openmoji_retrieval, openmoji_skills
 from mllm_jax.training.evaluation import Evaluation, Prediction
@@ -204,6 +204,24 @@ def test_many_conversations_are_asked_in_pieces_and_answers_keep_their_order():
 def test_a_control_without_two_examples_with_media_is_refused(examples):
     with pytest.raises(DataError, match="shuffled media of"):
         evaluate(Seer(), task(*examples))
+
+
+def test_tasks_with_too_few_examples_are_left_out_with_a_line_for_each_reason(capsys):
+    class Absent:
+        def build(self):
+            raise TooFewError("no images", "some", "draw them")
+
+    tasks = [task(asked(1), name="one"), Task("absent", Absent(), ask, METRICS), task(name="none")]
+    tasks += [Task("absent too", Absent(), ask, METRICS), task(asked(1), asked(2), name="two")]
+    assert list(_measured(Seer(), tasks, 8)) == ["two"]
+    assert capsys.readouterr().out.splitlines() == [
+        "left out one: shuffled media of 1 example(s) with media; raise the number of examples",
+        "left out absent, absent too: no images; draw them",
+        "left out none: task 'none' with 0 example(s), limit None; change the source",
+    ]
+    with pytest.raises(TooFewError, match="shuffled media of 1"):
+        _measured(Seer(), tasks[:-1], 8)
+    assert capsys.readouterr().out == ""
 
 
 def test_what_is_no_task_is_refused():

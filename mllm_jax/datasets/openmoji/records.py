@@ -12,7 +12,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from mllm_jax.datasets.openmoji.splits import SPLITS
+from mllm_jax.datasets.openmoji.drawing import can_join
+from mllm_jax.datasets.openmoji.splits import SIMPLE_SPLITS, SPLITS
 from mllm_jax.errors import DataError
 
 CONFIGS = ("quickstart", "study", "full")
@@ -35,12 +36,15 @@ class Record:
 def load(config: str = "quickstart", data_dir: str | os.PathLike | None = None) -> Mapping[str, Sequence[Record]]:
     """Returns the splits of the data set; draws and stores them first if needed (a few seconds, once).
 
+    If they are not stored and Pillow has no raqm, draws and stores fewer images, apart from the whole data set, which
+    a later call draws once Pillow has raqm.
+
     Args:
         config: "quickstart", "study" or "full".
         data_dir: folder of prepared data; default: the environment variable MLLM_DATA_DIR, else TFDS's own default.
 
     Returns:
-        Split name -> records. The images stay encoded.
+        Split name -> records; without raqm there are splits without any. The images stay encoded.
 
     Raises:
         DataError: an unknown config, a missing package, a folder that cannot be written, damaged files.
@@ -55,10 +59,13 @@ def load(config: str = "quickstart", data_dir: str | os.PathLike | None = None) 
 def _load(config: str, data_dir: str | None) -> Mapping[str, tuple[Record, ...]]:
     import tensorflow_datasets as tfds
 
-    from mllm_jax.datasets.openmoji.openmoji_dataset_builder import Builder
+    from mllm_jax.datasets.openmoji.openmoji_dataset_builder import SIMPLE, Builder
 
     try:
         builder = Builder(config=config, data_dir=data_dir)
+        if not Path(builder.data_dir).exists() and not can_join():
+            config += SIMPLE
+            builder = Builder(config=config, data_dir=data_dir)
         folder = Path(builder.data_dir)
         if not folder.exists():
             with _lock(folder.parent):
@@ -78,13 +85,17 @@ def _load(config: str, data_dir: str | None) -> Mapping[str, tuple[Record, ...]]
         ) from error
     names = [field.name for field in fields(Record) if field.name != "image"]
     splits = {}
-    if set(builder.info.splits) != set(SPLITS):
+    stored = SIMPLE_SPLITS if config.endswith(SIMPLE) else SPLITS
+    if set(builder.info.splits) != set(stored):
         raise DataError(
             f"{folder} holds the splits {sorted(builder.info.splits)}",
-            f"the splits {', '.join(SPLITS)}",
+            f"the splits {', '.join(stored)}",
             "remove that folder; it is drawn again in seconds",
         )
     for split in SPLITS:
+        if split not in stored:
+            splits[split] = ()
+            continue
         try:
             source = builder.as_data_source(split=split, decoders={"image": tfds.decode.SkipDecoding()})
             rows = source.__getitems__(range(len(source)))

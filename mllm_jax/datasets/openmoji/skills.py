@@ -21,7 +21,7 @@ from mllm_jax.datasets.openmoji.scenes import ASKED as ASKED_OF_SCENES
 from mllm_jax.datasets.openmoji.scenes import PLACES, Scene, compose_scene, count_of, position, scene_caption
 from mllm_jax.datasets.openmoji.sources import EmojiSource, SourceSettings
 from mllm_jax.datasets.openmoji.turns import Turn, asked, captioned
-from mllm_jax.errors import ConfigError, DataError
+from mllm_jax.errors import ConfigError, TooFewError
 
 SKILLS = ("naming", "place", "number", "text")
 ASKED = ("composition/naming", "new/number", "new/text", "new/top_left")  # split and task of `skill_questions`
@@ -138,14 +138,8 @@ class OpenMojiSkillsAsked:
 
     def build(self) -> tuple[EvalQuestion, ...]:
         split, _, task = self.name.partition("/")
-        found = _skill_questions(self.config, self.image_size, self.seed, self.limit, self.data_dir)
-        return tuple(question for question in found[split] if question.task == task)
-
-
-@functools.lru_cache(maxsize=2)
-def _skill_questions(*settings) -> dict[str, list[EvalQuestion]]:
-    """Builds the questions of all skills, which share their images."""
-    return skill_questions(*settings)
+        found = _QUESTIONS[split](self.config, self.image_size, self.seed, self.limit, self.data_dir)
+        return tuple(question for question in found if question.task == task)
 
 
 def skill_questions(
@@ -158,11 +152,19 @@ def skill_questions(
     Raises:
         DataError: no such config, or an image that cannot be decoded.
     """
+    settings = (config, image_size, seed, limit, data_dir)
+    return {split: list(questions(*settings)) for split, questions in _QUESTIONS.items()}
+
+
+@functools.lru_cache(maxsize=2)
+def _naming_questions(
+    config: str, image_size: int, seed: int, limit: int, data_dir: str | None
+) -> tuple[EvalQuestion, ...]:
     held = _restricted(config, "composition", data_dir)
     images = EmojiImages(held)
     order = list(held.all)
     Dice(seed, _EVALUATION).shuffle(order)
-    naming = [
+    return tuple(
         EvalQuestion(
             "naming",
             ASKED_OF_IMAGES["naming"][0],
@@ -171,7 +173,13 @@ def skill_questions(
             record,
         )
         for record in order[:limit]
-    ]
+    )
+
+
+@functools.lru_cache(maxsize=2)
+def _new_questions(
+    config: str, image_size: int, seed: int, limit: int, data_dir: str | None
+) -> tuple[EvalQuestion, ...]:
     known = _restricted(config, "train", data_dir)
     images, things, asked = EmojiImages(known), _things(known), []
     for number in range(limit):
@@ -188,7 +196,10 @@ def skill_questions(
             asked.append(
                 EvalQuestion(task, turn.question, turn.answer, (_drawn(images, shown, image_size, None),), record)
             )
-    return {"composition": naming, "new": sorted(asked, key=lambda question: question.task)}
+    return tuple(sorted(asked, key=lambda question: question.task))
+
+
+_QUESTIONS = {"composition": _naming_questions, "new": _new_questions}
 
 
 def draw_sign(things: list[int], dice: Dice, held_out: bool = False) -> Sign:
@@ -229,7 +240,7 @@ def _restricted(config: str, split: str, data_dir: str | None) -> Catalog:
     whole = catalog(config, split, data_dir)
     records = [record for record in whole.records if record.base in {*PEOPLE, *THINGS}]
     if not records:
-        raise DataError(f"{whole.where} without {', '.join(PEOPLE)} and things", "some", "choose another split")
+        raise TooFewError(f"{whole.where} without {', '.join(PEOPLE)} and things", "some", "choose another split")
     return Catalog(records, f"{whole.where}, some bases")
 
 

@@ -9,10 +9,12 @@ from collections.abc import Sequence
 from mllm_jax.datasets.openmoji.vocabulary import Form
 
 SPLITS = ("train", "validation", "composition", "unseen")
+SIMPLE_SPLITS = ("train", "unseen")  # that hold forms where hardly any base has several
 UNSEEN_SHARE = 0.12  # of the bases of each category
 LARGEST_CATEGORY = 0.18  # of the bases in `unseen`
 COMPOSITION_SHARE = 0.15  # of the forms of a base with genders
 VALIDATION_SHARE = 0.05  # of the remaining bases with several forms: about 3 % of the remaining forms
+FEWEST = 8  # forms in `validation`: fewer measure nothing, and stay in `train`
 _MANY_FORMS = 6
 
 
@@ -21,7 +23,8 @@ def assign_splits(forms: Sequence[Form]) -> list[str]:
 
     `unseen` holds all forms of its bases. `composition` holds (gender, tone) combinations of bases whose every gender
     and every tone is in other forms of `train`; a base with one gender gives none. `validation` takes a few forms of
-    bases that keep others in `train`, because a base with a single image would be one more unseen base.
+    bases that keep others in `train`, because a base with a single image would be one more unseen base. It
+    has none if they would be fewer than FEWEST, as where each base has a single form.
 
     Args:
         forms: distinct forms of one configuration, in any order.
@@ -51,6 +54,9 @@ def assign_splits(forms: Sequence[Form]) -> list[str]:
             else:
                 split_of[form.codepoints] = "train"
     _return_lonely_parts(forms, split_of)
+    validation = [codepoints for codepoints, split in split_of.items() if split == "validation"]
+    if len(validation) < FEWEST:
+        split_of.update(dict.fromkeys(validation, "train"))
     return [split_of[form.codepoints] for form in forms]
 
 
