@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[2]
 CONFIG = ROOT / "tests" / "training" / "tiny_config.py"
 STEPS = 8
 FOUR = {"data": 2, "fsdp": 2}
-EVALUATED = {2: {"evaluate": "4"}, 4: {}}  # what runs in so many processes ask of a task while they train
+EVALUATED = {2: {"evaluate": "4"}, 4: {}}  # what a run in this number of processes asks of a task while they train
 
 
 @dataclass
