@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import resource
 from collections import Counter
+from pathlib import Path
 
 import pytest
 
 BUDGET = 90.0  # CPU seconds of a file
+SLOW = 15.0  # CPU seconds of a file from which it belongs in slow.txt
+LISTED = Path(__file__).with_name("slow.txt")
 SHOWN = 5
 NAME = "cpu_seconds"
 
@@ -16,6 +19,11 @@ def _spent() -> float:
     """Returns the CPU seconds of this process and of its children that have ended."""
     found = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
     return sum(usage.ru_utime + usage.ru_stime for usage in found)
+
+
+def slow_files() -> list[str]:
+    """Returns the files that `pytest -m "not slow"` leaves out as a whole."""
+    return [line for line in LISTED.read_text().splitlines() if not line.startswith("#")]
 
 
 class Costs:
@@ -27,6 +35,14 @@ class Costs:
 
     def __init__(self) -> None:
         self.files: Counter[str] = Counter()
+
+    @pytest.hookimpl(tryfirst=True)  # before -m selects
+    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+        """Marks all tests of a listed file."""
+        listed = set(slow_files())
+        for item in items:
+            if item.nodeid.split("::")[0] in listed:
+                item.add_marker("slow")
 
     @pytest.hookimpl(wrapper=True, tryfirst=True)
     def pytest_runtest_protocol(self, item: pytest.Item):
@@ -54,3 +70,6 @@ class Costs:
         show(f"{total:.0f} CPU seconds in {len(self.files)} files, {over} of them over the budget of {BUDGET:.0f}")
         for name, cost in self.files.most_common(None if config.option.verbose else SHOWN):
             show(f"{cost:8.1f}  {name}")
+        listed = set(slow_files())
+        for name in sorted(name for name, cost in self.files.items() if cost > 2 * SLOW and name not in listed):
+            show(f"{name} takes more than {SLOW:.0f} CPU seconds and is not in {LISTED.name}")

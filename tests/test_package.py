@@ -390,10 +390,28 @@ def test_expected():
 """
 
 
+def copy_of_the_setting(folder: Path) -> None:
+    """Copies what the tests of this repository share into a folder of other tests."""
+    for file in ("conftest.py", "costs.py", "slow.txt"):
+        shutil.copy(ROOT / "tests" / file, folder)
+
+
+def test_listed_files_are_slow(tmp_path):
+    copy_of_the_setting(tmp_path)
+    for name in ("test_one.py", "test_two.py"):
+        (tmp_path / name).write_text("def test_it():\n    pass\n")
+    (tmp_path / "slow.txt").write_text("# a comment\ntest_one.py\n")
+    (tmp_path / "pytest.ini").write_text("[pytest]\npythonpath = .\nmarkers = slow\n")
+    for words, files in (("not slow", ["test_two.py"]), ("slow", ["test_one.py"])):
+        done = call(sys.executable, "-m", "pytest", "-v", "-m", words, cwd=tmp_path)
+        assert re.findall(r"(test_\w+\.py)::test_it PASSED", done.stdout) == files, done.stdout
+    listed = [line for line in (ROOT / "tests" / "slow.txt").read_text().splitlines() if not line.startswith("#")]
+    assert listed == sorted(listed) and all((ROOT / file).is_file() for file in listed)
+
+
 @pytest.mark.parametrize(("ci", "passed", "failed", "errors", "skipped"), [("", 1, 0, 0, 4), ("true", 1, 1, 2, 1)])
 def test_absent_assets_skip_here_and_fail_in_ci(tmp_path, ci, passed, failed, errors, skipped):
-    for file in ("conftest.py", "costs.py"):
-        shutil.copy(ROOT / "tests" / file, tmp_path)
+    copy_of_the_setting(tmp_path)
     (tmp_path / "test_one.py").write_text(ASSET_TESTS)
     (tmp_path / "test_two.py").write_text("import pytest\npytest.importorskip('a_package_of_the_moon')\n")
     (tmp_path / "pytest.ini").write_text(

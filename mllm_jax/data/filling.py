@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from operator import add, le
 
 MAX_KINDS = 64
 
@@ -52,17 +53,22 @@ def fill_row(counts: Mapping[Kind, int], length: int, slots: Sequence[int], want
 
 
 def _with_copies(reach: Reach, kind: Kind, copies: int, mask: int, slots: Sequence[int]) -> Reach:
-    """Returns the sums that are reachable with up to `copies` more examples of a kind."""
-    total, last = dict(reach), reach
-    for _ in range(copies):
-        more = {}
-        for used, bits in last.items():
-            after = tuple(u + k for u, k in zip(used, kind[1:], strict=True))
-            if all(a <= s for a, s in zip(after, slots, strict=True)) and (bits := (bits << kind[0]) & mask):
+    """Returns the sums that are reachable with up to `copies` more examples of a kind.
+
+    It adds 1, 2, 4, ... examples at once, whose sums are all numbers of copies.
+    """
+    at_once = 1
+    while copies > 0:
+        number = min(at_once, copies)
+        added, more = [number * k for k in kind[1:]], {}
+        for used, bits in reach.items():
+            after = tuple(map(add, used, added))
+            if all(map(le, after, slots)) and (bits := (bits << number * kind[0]) & mask):
                 more[after] = bits
-        if not more:
+        if not more:  # fewer copies are counted already
             break
+        reach = dict(reach)
         for used, bits in more.items():
-            total[used] = total.get(used, 0) | bits
-        last = more
-    return total
+            reach[used] = reach.get(used, 0) | bits
+        copies, at_once = copies - number, 2 * at_once
+    return reach

@@ -7,7 +7,7 @@ import importlib
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -104,7 +104,22 @@ def abstract_params(config: Any, family: Family) -> PyTree:
 
 def abstract_init(module: nn.Module, *arguments: Any, **options: Any) -> PyTree:
     """Does the same for any module; arguments, perhaps abstract, and options are those of its `init` after the key."""
-    return jax.eval_shape(partial(module.init, **options), jax.random.key(0), *arguments)["params"]
+    leaves, tree = jax.tree.flatten(arguments)
+    shapes = tuple((leaf.shape, leaf.dtype) for leaf in leaves)
+    try:
+        hash(module)
+        trace = _traced_init
+    except TypeError:  # its config has a list or a dict
+        trace = _traced_init.__wrapped__
+    traced = trace(module, tree, shapes, tuple(options.items()))
+    return jax.tree.map(lambda leaf: leaf, traced)  # a caller may change its copy
+
+
+@lru_cache(maxsize=64)
+def _traced_init(module: nn.Module, tree: Any, leaves: tuple, options: tuple) -> PyTree:
+    """Traces a module's `init`, which takes a second for a tiny model and ten for a large one."""
+    arguments = jax.tree.unflatten(tree, [jax.ShapeDtypeStruct(*leaf) for leaf in leaves])
+    return jax.eval_shape(partial(module.init, **dict(options)), jax.random.key(0), *arguments)["params"]
 
 
 def pretrained_config(folder: str | Path) -> Any:

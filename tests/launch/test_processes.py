@@ -23,7 +23,6 @@ ROOT = Path(__file__).parents[2]
 CONFIG = ROOT / "tests" / "training" / "tiny_config.py"
 STEPS = 8
 FOUR = {"data": 2, "fsdp": 2}
-EVALUATED = {2: {"evaluate": "4"}, 4: {}}  # what a run in this number of processes asks of a task while they train
 
 
 @dataclass
@@ -144,7 +143,9 @@ def several(place, one) -> dict[int, Path]:
     """Returns the run in two and in four processes without interruptions."""
     found = {}
     for processes in (2, 4):
-        started = place.start(str(processes), processes, 4 // processes, FOUR, **EVALUATED[processes])
+        started = place.start(
+            str(processes), processes, 4 // processes, FOUR, **({"evaluate": "4"} if processes == 2 else {})
+        )
         started.end(0)
         found[processes] = started.folder
     return found
@@ -159,8 +160,13 @@ def evaluations(folder: Path) -> list[dict]:
     return [line for line in metrics(folder) if any(name.startswith("evaluation/") for name in line)]
 
 
+def training(folder: Path) -> list[dict]:
+    """Returns the other lines."""
+    return [line for line in metrics(folder) if line not in evaluations(folder)]
+
+
 def assert_close(folder: Path, expected: Path, tolerance: float) -> None:
-    lines, wanted = ([line for line in metrics(run) if line not in evaluations(run)] for run in (folder, expected))
+    lines, wanted = training(folder), training(expected)
     assert [sorted(line) for line in lines] == [sorted(line) for line in wanted]
     for line, other in zip(lines, wanted, strict=True):
         for name in {"loss", "validation_loss"} & line.keys():
@@ -190,14 +196,13 @@ def test_one_is_killed_and_all_go_on_to_the_same_bits(place, several, processes)
     rng = random.Random(processes)
     name = f"{processes}-killed"
     gate = place.base / f"{name}.gate"  # before the last step: the kill comes at any time before that, never later
-    held = {"hold": "7", "gate": str(gate)} | EVALUATED[processes]
-    started = place.start(name, processes, 4 // processes, FOUR, pause=0.3, restarts=1, **held)
+    started = place.start(name, processes, 4 // processes, FOUR, pause=0.3, restarts=1, hold="7", gate=str(gate))
     started.wait_for(rng.randint(3, 5), checkpoint=3)
     started.kill(rng.randrange(processes))
     gate.touch()
     printed = started.end(0)
     assert "restart 1 of 1" in printed and re.search(r"\[0\] stage stage0: resumed at step [36]", printed)
-    assert metrics(started.folder) == metrics(several[processes])
+    assert metrics(started.folder) == training(several[processes])
     assert snapshot(started.folder) == snapshot(several[processes])
     assert place.batches(name) == place.batches(str(processes))
     seconds = json.loads((started.folder / "goodput.json").read_text())["seconds"]
