@@ -93,9 +93,8 @@ class LlavaConfig(MultimodalConfig):
 
 def _places(c: LlavaConfig, size: tuple[int, int]) -> Places:
     """Returns the positions of an image of this size that is cut into tiles."""
-    target = best_resolution(size, c.resolutions)
-    rounds = c.preprocessing == "hub"
-    return anyres_places(size, target, c.image.encoder.image_size, c.image.encoder.grid, c.max_tiles, rounds)
+    target, encoder = best_resolution(size, c.resolutions), c.image.encoder
+    return anyres_places(size, target, encoder.image_size, encoder.grid, c.max_tiles, c.preprocessing == "hub")
 
 
 # ---- images
