@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from contextlib import redirect_stdout
 from dataclasses import replace
 from io import StringIO
@@ -69,25 +70,30 @@ class Kill(Exception):
 
 
 class Killing:
-    """A sink that ends the run at a step."""
+    """A sink that ends the run at a step, once an earlier checkpoint, written in the background, is complete."""
 
-    def __init__(self, step: int):
-        self.step = step
+    def __init__(self, step: int, saved: Path):
+        self.step, self.saved = step, saved
 
     def begin(self, experiment, folder):
         pass
 
     def write(self, step, stage, values, timing):
         if step == self.step and "loss" in values:
+            until = time.monotonic() + 600
+            while not self.saved.is_file():
+                assert time.monotonic() < until, f"no {self.saved}"
+                time.sleep(0.01)
             raise Kill
 
     def close(self, finished):
         assert not finished
 
 
-def killed(experiment: Experiment, folder: Path, step: int) -> None:
+def killed(experiment: Experiment, folder: Path, step: int, saved: int) -> None:
+    """Trains up to a step, with a checkpoint of step `saved`."""
     with pytest.raises(Kill):
-        run(experiment, folder, sinks=(Killing(step),))
+        run(experiment, folder, sinks=(Killing(step, folder / f"checkpoints/0-talk/{saved:08d}/manifest.json"),))
 
 
 def refusal(experiment: Experiment, folder: Path) -> str:
@@ -146,7 +152,7 @@ def test_more_steps_end_as_if_planned_so_even_when_killed_between(folder, tmp_pa
     """Checks TRIAL, row 30: 120 steps after the finished 80 were refused."""
     more, whole = changed(steps=LONG), tmp_path / "whole"
     run(more, whole)
-    killed(more, folder, 11)
+    killed(more, folder, 11, saved=10)
     assert RunFolder(folder).unfinished(more) == ["talk"] and RunFolder(folder).ended(more) == 1
     assert snapshot_meta(RunFolder(folder).snapshot(0, "talk"))["facts"]["steps"] == SHORT, "to be asked meanwhile"
     printed = run(more, folder)
@@ -315,7 +321,7 @@ def test_early_stopping_keeps_the_best_parameters_and_survives_a_kill(folder, mo
     monkeypatch.setattr(Validate, "_validate", lambda self, params, step: {"validation_loss": scores[step]})
     patient = changed(steps=20, validation=MIXTURE, validate_every=2, patience=3)
     shutil.rmtree(folder)
-    killed(patient, folder, 7)
+    killed(patient, folder, 7, saved=5)
     printed = run(patient, folder)
     assert "stage talk: resumed at step 5" in printed
     assert "step 6: validation loss 2.0000" in printed
