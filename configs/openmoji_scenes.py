@@ -2,7 +2,7 @@
 
 mllm train configs/openmoji_scenes.py
 
-The quickstart's five stages, each longer, with an image encoder that tells the four quarters of an image apart and with
+The quickstart's five stages, each longer, with an image encoder that reads the four quarters of an image apart and with
 questions about positions, numbers and presence.
 """
 
