@@ -1,9 +1,9 @@
-"""A multimodal LLM from scratch on emoji and on scenes of four: 25 minutes on two CPU cores.
+"""A multimodal LLM from scratch on emoji and on scenes of four: half an hour or more on two CPU cores.
 
 mllm train configs/openmoji_scenes.py
 
-The quickstart's five stages, each longer, with an image encoder that reads the four quarters of an image apart and with
-questions about positions, numbers and presence.
+The quickstart's five stages, most of them longer, with a vector for each quarter of an image and with questions about
+positions, numbers and presence.
 """
 
 from mllm_jax.data.pipeline import Mixture, Weighted

@@ -1,4 +1,4 @@
-"""A multimodal LLM from scratch on emoji: six to nine minutes on two CPU cores.
+"""A multimodal LLM from scratch on emoji: eight or nine minutes on two CPU cores.
 
 mllm train configs/quickstart.py
 

@@ -48,6 +48,14 @@ def test_nothing_scores_better(slots):
         assert found == pytest.approx(best_of_all(counts, length, slots, wanted)), (counts, length, wanted)
 
 
+def test_any_number_of_copies_is_found():
+    """Checks numbers that are no power of two, and more copies than the positions or the slots have room for."""
+    for copies, fit in itertools.product(range(14), (5, 10)):
+        counts = {(20, 0): 1} | ({(3, 1): copies} if copies else {})
+        taken = min(copies, fit)
+        assert figures(fill_row(counts, 50, [fit], [fit])) == (20 + 3 * taken, taken), copies
+
+
 def test_what_is_wanted_decides_between_rows_of_one_length():
     counts = {(10, 0): 1, (5, 0): 2, (5, 1): 2}
     for wanted in (0, 1, 2):
