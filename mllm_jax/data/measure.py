@@ -85,17 +85,21 @@ def measure(
     allowed = max_bad_share * count
 
     def share() -> None:
-        tasks = kept.missing()[how.hosts.index :: how.hosts.count]
+        # by number: the others may have stored blocks before this process read which are missing
+        tasks = [task for task in kept.missing() if task[0] % how.hosts.count == how.hosts.index]
         for block in _measured(encoder, modalities, tasks, how):
             kept.add(block)
             if len(kept.bad) > allowed + _ENOUGH:
                 raise _unusable(encoder, sorted(kept.bad.items()), "at least ", max_bad_share)
 
-    if how.hosts.count > 1:
-        together(share)
+    def read_all() -> None:
         kept.read()
         if not kept.complete:
             raise _not_shared(encoder, folder)
+
+    if how.hosts.count > 1:
+        together(share)
+        together(read_all)  # merging removes the blocks: none may still be reading them
         first_alone(kept.merge)
         kept.read()
     else:

@@ -251,12 +251,39 @@ def test_a_bar_counts_examples(lines, monkeypatch):
 
 
 def test_each_host_measures_its_share_into_one_folder(lines, tmp_path):
-    """Runs two hosts, the second first: it measures its own blocks, and refuses because the others are missing."""
+    """Runs two hosts, the second first: it measures its own blocks, and refuses because the others are missing.
+
+    Each measures the same blocks, also if it begins after the other one has stored some.
+    """
     first, second = (HowToMeasure(tmp_path / "kept", hosts=Share(index, 2)) for index in range(2))
     with pytest.raises(ConfigError, match="which lacks those that the other processes measured"):
         measure(encoder(lines), SLOTS, how=second)
     assert read(lines) == [*range(16, 32), *range(48, 64), *range(80, 96)]
-    check(measure(encoder(lines), SLOTS, how=replace(first, hosts=Share(0, 1))))
+    check(measure(encoder(lines), SLOTS, how=first))
     assert read(lines) == [*range(16), *range(32, 48), *range(64, 80), *range(96, 100)]
     check(measure(encoder(lines), SLOTS, how=second))
     assert not read(lines)
+
+
+def test_no_host_merges_while_another_one_reads(lines, tmp_path, monkeypatch):
+    """Reads on the second host; between its two reads the first one merges as soon as nothing makes it wait."""
+    first, second = (HowToMeasure(tmp_path / "kept", hosts=Share(index, 2)) for index in range(2))
+    with pytest.raises(ConfigError, match="which lacks"):
+        measure(encoder(lines), SLOTS, how=first)
+    read_table, others_wait, merged = measured_files.MeasuredFiles._read_table, [True], []
+
+    def together(work):
+        others_wait[0] = True
+        work()
+        others_wait[0] = False
+
+    def slowly(self):
+        read_table(self)
+        if not others_wait[0] and not merged:
+            merged.append(True)
+            measured_files.MeasuredFiles(self.folder, self.count, self.modalities).merge()
+
+    monkeypatch.setattr(measuring, "together", together)
+    monkeypatch.setattr(measured_files.MeasuredFiles, "_read_table", slowly)
+    check(measure(encoder(lines), SLOTS, how=second))
+    assert merged, "the first one had no opportunity"

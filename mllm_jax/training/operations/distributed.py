@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable, Mapping
@@ -191,7 +192,7 @@ def lost_host(error: BaseException | None) -> TrainingError | None:
     """Returns the error to report if a dead or unreachable process caused this one; otherwise None."""
     import jax
 
-    while error is not None and not isinstance(error, jax.errors.JaxRuntimeError):
+    while error is not None and not (isinstance(error, jax.errors.JaxRuntimeError) or _has_status(error)):
         error = error.__cause__  # such as a checkpoint that failed because of it
     if error is None or jax.process_count() == 1:
         return None
@@ -204,3 +205,8 @@ def lost_host(error: BaseException | None) -> TrainingError | None:
         "all processes of the run alive; the output of the other one has the reason for its end",
         "start all of them again with the same command: the run continues from its last checkpoint",
     )
+
+
+def _has_status(error: BaseException) -> bool:
+    """Returns whether a ValueError is one of jax's that begin with a status, such as "UNKNOWN: Gloo all-reduce"."""
+    return isinstance(error, ValueError) and re.match(r"[A-Z_]+: ", str(error)) is not None

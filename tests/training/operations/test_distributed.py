@@ -101,5 +101,11 @@ def test_an_error_of_a_lost_process_is_told_as_one(monkeypatch):
     assert distributed.lost_host(error) is None, "one process loses no other"
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     assert "process 0 of 2 lost another one: UNAVAILABLE: Socket closed" in str(distributed.lost_host(error))
-    for other in (CheckpointError("a", "b", "c"), jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")):
+    gloo = ValueError("UNKNOWN: Gloo all-reduce failed: Read error: Connection reset by peer")
+    assert "lost another one: UNKNOWN: Gloo" in str(distributed.lost_host(gloo))
+    for other in (
+        ValueError("no connection"),
+        CheckpointError("a", "b", "c"),
+        jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory"),
+    ):
         assert distributed.lost_host(other) is None
