@@ -12,14 +12,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, NoReturn, Protocol
 
 import numpy as np
 
 from mllm_jax.errors import ConfigError, DataError
 from mllm_jax.files import read_json
 
-FRAMES = 4_096  # whose spectra are computed at a time
+FRAMES = 1_024  # whose spectra are computed at a time
+MAX_CHUNK = 1 << 27  # samples, or values of features, that one sound is padded to
 
 
 class AudioProcessor(Protocol):
@@ -113,6 +114,13 @@ class LogMel:
     def __post_init__(self):
         if self.padding not in ("max_length", "longest"):
             raise ConfigError(f"padding={self.padding!r:.40}", "'max_length' or 'longest'", "change the padding")
+        values = self.chunk_samples // self.hop_length * self.feature_size
+        if max(self.chunk_samples, values) > MAX_CHUNK:
+            raise ConfigError(
+                f"chunks of {self.chunk_samples:,} samples, {values:,} values of features",
+                f"at most {MAX_CHUNK:,}",
+                "correct chunk_length, sampling_rate, hop_length or feature_size",
+            )
 
     @property
     def chunk_samples(self) -> int:
@@ -173,6 +181,133 @@ class LogMel:
         return ((out + 4.0) / 4.0).astype(np.float32)
 
 
+# The features of models whose folders name none: by `model_type`, or by the architecture of ours.
+OF_MODELS = {
+    "whisper": "WhisperFeatureExtractor",
+    "qwen2_audio": "WhisperFeatureExtractor",
+    "qwen2_audio_encoder": "WhisperFeatureExtractor",
+    "qwen2_5_omni": "WhisperFeatureExtractor",
+    "qwen2_5_omni_thinker": "WhisperFeatureExtractor",
+    "hubert": "Wav2Vec2FeatureExtractor",
+    "wav2vec2": "Wav2Vec2FeatureExtractor",
+    "BEATs": "waveform",
+}
+_FILES = (
+    ("processor_config.json", "feature_extractor"),
+    ("processor_config.json", "audio_processor"),
+    ("preprocessor_config.json", None),
+)
+_COUNTS = {
+    "feature_size": 4_096,
+    "sampling_rate": 1_000_000,
+    "hop_length": 1 << 16,
+    "chunk_length": 3_600,
+    "n_fft": 1 << 16,
+}
+# Derived from other options by transformers, or of other tools.
+_IDLE = (
+    "n_samples",
+    "nb_max_frames",
+    "mel_filters",
+    "processor_class",
+    "feature_extractor_type",
+    "auto_map",
+    "return_tensors",
+)
+
+
+def read_audio_processor(folder: str | Path, **options: Any) -> AudioProcessor:
+    """Reads the processor of sound of a Hugging Face folder.
+
+    Args:
+        folder: with preprocessor_config.json, or a processor_config.json with `feature_extractor`, which has precedence
+            as in transformers. If the file names no type, config.json decides; BEATs needs no other file.
+        options: override the file's, as do those of transformers' processors of whole models. `padding` and
+            `truncation`, which transformers passes with each call, are fields of `LogMel`: use `dataclasses.replace`.
+
+    Raises:
+        ConfigError: there is no such file, it is no JSON, its type is not supported, or an option would change the
+            features and is not supported.
+    """
+    folder = Path(folder)
+    known = _of_model(_read_file(folder / "config.json") or {})
+    for name, part in _FILES:
+        values = _read_file(folder / name)
+        values = values.get(part) if part and values is not None else values
+        if isinstance(values, Mapping):
+            named = {"feature_extractor_type": known, **{k: v for k, v in values.items() if v is not None}}
+            return audio_processor({**named, **options}, str(folder / name))
+    if known == "waveform":
+        return audio_processor({"feature_extractor_type": known, **options}, str(folder / "config.json"))
+    raise ConfigError(
+        f"{folder} without preprocessor_config.json", "a folder with its processor's settings", "fetch the file as well"
+    )
+
+
+def audio_processor(values: Mapping[str, Any], what: str = "preprocessor_config.json") -> AudioProcessor:
+    """Builds the processor of sound that a file's options describe.
+
+    Raises:
+        ConfigError: see `read_audio_processor`.
+    """
+
+    def refuse(given: str, expected: str) -> NoReturn:
+        raise ConfigError(f"{what}: {given}", expected, "correct the file, or prepare the features yourself")
+
+    kind = str(values.get("feature_extractor_type")).removesuffix("Fast")
+    if kind not in set(OF_MODELS.values()):
+        refuse(f"feature_extractor_type={kind!r:.80}", f"one of {', '.join(sorted(set(OF_MODELS.values())))}")
+    mel = kind == "WhisperFeatureExtractor"
+    fields: dict[str, Any] = {}
+    read = {"padding_side", "dither", "feature_size", *_IDLE}
+    for name, most in _COUNTS.items():
+        if (mel or name == "sampling_rate") and name in values:
+            if type(values[name]) is not int or not 1 <= values[name] <= most:
+                refuse(f"{name}={values[name]!r:.80}", f"an integer from 1 to {most:,}")
+            fields["rate" if name == "sampling_rate" else name] = values[name]
+    flags = {"return_attention_mask": "return_attention_mask"}
+    if kind == "Wav2Vec2FeatureExtractor":
+        fields |= {"normalise": True, "return_attention_mask": False}
+        flags["do_normalize"] = "normalise"
+    for name, field in flags.items():
+        if name in values:
+            if not isinstance(values[name], bool):
+                refuse(f"{name}={values[name]!r:.80}", "true or false")
+            fields[field] = values[name]
+    value = fields["padding_value"] = values.get("padding_value", 0.0)
+    if type(value) not in (int, float) or not abs(value) < 1e30:
+        refuse(f"padding_value={value!r:.80}", "a number")
+    if not mel and values.get("feature_size", 1) != 1:
+        refuse(f"feature_size={values['feature_size']!r:.80}", f"1: {kind} has one value a sample")
+    if values.get("padding_side", "right") != "right":
+        refuse(f"padding_side={values['padding_side']!r:.80}", "'right': the encoders read sound from its beginning")
+    if values.get("dither", 0.0) != 0:
+        refuse(f"dither={values['dither']!r:.80}", "0: equal sounds have equal features")
+    read |= flags.keys() | {"padding_value", "sampling_rate"} | (_COUNTS.keys() if mel else set())
+    unread = {name: value for name, value in values.items() if name not in read and value not in (None, False)}
+    if unread and "image_processor_type" not in values:  # some models' files hold the options of both
+        refuse(", ".join(f"{name}={value!r:.80}" for name, value in sorted(unread.items())), f"options of {kind}")
+    return LogMel(**fields) if mel else Waveform(**fields)
+
+
+def _read_file(path: Path) -> Mapping[str, Any] | None:
+    """Returns the JSON object in a file, or None if there is no file."""
+    try:
+        return read_json(path, ConfigError)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise ConfigError(f"{path}: {error}", "JSON", "fetch the file again") from error
+
+
+def _of_model(config: Mapping[str, Any]) -> str | None:
+    named = config.get("architectures")
+    for name in (config.get("model_type"), *(named if isinstance(named, list) else ())):
+        if isinstance(name, str) and name in OF_MODELS:
+            return OF_MODELS[name]
+    return None
+
+
 @lru_cache(maxsize=8)
 def _mel_filters(n_fft: int, count: int, rate: int) -> np.ndarray:
     """Returns Slaney's mel filters of equal area up to 8 kHz, float64[count, n_fft // 2 + 1]."""
@@ -192,7 +327,9 @@ def _require_sounds(sounds: Sequence[np.ndarray]) -> list[int]:
         form = f"{sound.dtype}{list(sound.shape)}" if isinstance(sound, np.ndarray) else type(sound).__name__
         if not listed or not isinstance(sound, np.ndarray) or sound.ndim != 1 or sound.dtype.kind != "f":
             raise DataError(
-                f"sound given as {form}", "a list of mono samples float[n]", "read each with mllm_jax.data.audio.as_audio"
+                f"sound given as {form}",
+                "a list of mono samples float[n]",
+                "read each with mllm_jax.data.audio.as_audio",
             )
         if not len(sound) or not np.isfinite(sound).all():
             raise DataError(
