@@ -44,7 +44,7 @@ BLOCK = 1 << 16  # samples of a channel that soundfile decodes at a time
 _UNKNOWN = 1 << 61  # from here on, libsndfile's number of samples means that the header has none
 _PIPED = 0x7FFF_F000  # from here on, the size of a chunk means that the file was written to a pipe
 _MAX_CHUNKS = 1_000
-_PADDING = 0.25  # seconds at the end by which encoders and headers of compressed sound differ
+_PADDING = 4_096  # samples at the end by which the headers and the frames of compressed sound differ
 _ELSEWHERE = (1, 4)  # libsndfile's errors for a format or an encoding that it does not have
 
 
@@ -161,10 +161,10 @@ def _with_av(file: BinaryIO, what: str, stack: ExitStack) -> Sound:
     length = round(seconds * rate) if seconds and exact else None
     blocks = _av_blocks(av, container, stream, what)
     if length is not None:
-        return Sound(what, rate, length, _about(blocks, length, round(rate * _PADDING), what))
+        return Sound(what, rate, length, _about(blocks, length, what))
     least = container.duration if container.format.name.startswith("matroska") and len(container.streams) == 1 else None
     if least:
-        blocks = _at_least(blocks, round((least / av.time_base - 2 * _PADDING) * rate), what)
+        blocks = _at_least(blocks, round(least / av.time_base * rate) - _PADDING, what)
     return Sound(what, rate, None, blocks)
 
 
@@ -180,13 +180,13 @@ def _av_blocks(av: Any, container: Any, stream: Any, what: str) -> Iterator[np.n
         raise broken(what, error) from error
 
 
-def _about(blocks: Iterator[np.ndarray], length: int, padding: int, what: str) -> Iterator[np.ndarray]:
+def _about(blocks: Iterator[np.ndarray], length: int, what: str) -> Iterator[np.ndarray]:
     """Cuts blocks to `length` samples: those after it are the encoder's padding.
 
     A few that the decoder swallows are zeros, so that the length is the header's.
 
     Raises:
-        DataError: the lengths differ by more than `padding`.
+        DataError: the lengths differ by more than _PADDING.
     """
     count, channels = 0, 1
     for block in blocks:
@@ -194,7 +194,7 @@ def _about(blocks: Iterator[np.ndarray], length: int, padding: int, what: str) -
         if len(kept := block[: max(0, length - count)]):
             yield kept
         count += len(block)
-    if abs(count - length) > padding:
+    if abs(count - length) > _PADDING:
         raise ends_early(what, f"its header declares {length:,} samples, it has {count:,}")
     if count < length:
         yield np.zeros((length - count, channels), np.float32)

@@ -95,7 +95,12 @@ def _error_rate(name: str, answers: Sequence[str], targets: Sequence[str]) -> fl
     jiwer = media_package("jiwer", f"the {name}")
     if not any(target.strip() for target in targets):
         return float(any(answer.strip() for answer in answers))
-    return float(getattr(jiwer, name)(list(targets), list(answers)))
+    # jiwer splits words at spaces alone
+    texts = [[" ".join(text.split()) for text in each] for each in (targets, answers)]
+    return float(getattr(jiwer, name)(*texts))
+
+
+_UNITS = {"word": "wer", "character": "cer"}
 
 
 @dataclass(frozen=True)
@@ -106,14 +111,14 @@ class ErrorRate:
 
     Attributes:
         unit: "word" or "character".
-        normalise: applied to answers and targets, such as `english_normalizer(folder)`.
+        normalise: applied to answers and targets, such as `EnglishNormalizer(folder)`.
     """
 
     unit: str = "word"
     normalise: Callable[[str], str] = normalise
 
     def __post_init__(self):
-        if self.unit not in ("word", "character"):
+        if self.unit not in _UNITS:
             raise ConfigError(f"an error rate by {self.unit!r:.40}", "'word' or 'character'", "change the unit")
 
     def __call__(self, answers: Sequence[Answer], examples: Sequence[Any]) -> float:
@@ -122,7 +127,7 @@ class ErrorRate:
             if not (found := references(example)):
                 raise _without_answer(example)
             targets.append(self.normalise(found[0]))
-        return _error_rate(f"{self.unit[0]}er", [self.normalise(answer.text) for answer in answers], targets)
+        return _error_rate(_UNITS[self.unit], [self.normalise(answer.text) for answer in answers], targets)
 
 
 def count(answers: Sequence[Answer], examples: Sequence[Any]) -> int:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -13,35 +15,57 @@ from mllm_jax.files import read_json
 PACKAGE = "whisper_normalizer"  # its name for pip has a hyphen
 
 
-def basic_normalizer(remove_diacritics: bool = False, split_letters: bool = False) -> Callable[[str], str]:
-    """Returns Whisper's normaliser for every language: lower case, no punctuation, nothing in brackets.
+@dataclass(frozen=True)
+class BasicNormalizer:
+    """Whisper's normaliser for every language: lower case, no punctuation, nothing in brackets.
 
-    Args:
+    Attributes:
         remove_diacritics: write letters without accents.
         split_letters: separate all letters by spaces, for languages that are written without spaces.
     """
-    from transformers.models.whisper.english_normalizer import BasicTextNormalizer
 
-    return _stripped(BasicTextNormalizer(remove_diacritics, split_letters))
+    remove_diacritics: bool = False
+    split_letters: bool = False
+
+    @cached_property
+    def _normalizer(self) -> Callable[[str], str]:
+        from transformers.models.whisper.english_normalizer import BasicTextNormalizer
+
+        return BasicTextNormalizer(self.remove_diacritics, self.split_letters)
+
+    def __call__(self, text: str) -> str:
+        return self._normalizer(text).strip()
 
 
-def english_normalizer(folder: str | Path | None = None) -> Callable[[str], str]:
-    """Returns Whisper's normaliser for English: also contractions, numbers in digits and American spelling.
+@dataclass(frozen=True)
+class EnglishNormalizer:
+    """Whisper's normaliser for English: also contractions, numbers in digits and American spelling.
 
-    Args:
+    Attributes:
         folder: a model's, whose normalizer.json has the table of spellings. Without the file or the folder, the table
             of the package whisper-normalizer is used if it is installed.
 
     Raises:
         DataError: neither has a table, or it maps no words to words.
     """
-    from transformers.models.whisper.english_normalizer import EnglishTextNormalizer
 
-    return _stripped(EnglishTextNormalizer(spellings(folder)))
+    folder: str | None = None
+
+    def __post_init__(self):
+        self._normalizer  # noqa: B018  reads the table, so that its absence is refused here
+
+    @cached_property
+    def _normalizer(self) -> Callable[[str], str]:
+        from transformers.models.whisper.english_normalizer import EnglishTextNormalizer
+
+        return EnglishTextNormalizer(spellings(self.folder))
+
+    def __call__(self, text: str) -> str:
+        return self._normalizer(text).strip()
 
 
 def spellings(folder: str | Path | None = None) -> dict[str, str]:
-    """Returns the table of British spellings and their American ones; see `english_normalizer`."""
+    """Returns the table of British spellings and their American ones; see `EnglishNormalizer`."""
     for path in (None if folder is None else Path(folder) / "normalizer.json", _packaged()):
         try:
             if path is not None:
@@ -68,7 +92,3 @@ def _checked(table: Mapping[str, Any], path: Path) -> dict[str, str]:
     if not table or not all(isinstance(word, str) for word in table.values()):
         raise DataError(f"{path} with {len(table)} entries", "an object of words by words", "fetch the file again")
     return dict(table)
-
-
-def _stripped(normalizer: Callable[[str], str]) -> Callable[[str], str]:
-    return lambda text: normalizer(text).strip()
