@@ -136,11 +136,12 @@ def _exactly(blocks: Iterator[np.ndarray], length: int, what: str) -> Iterator[n
 
 def _with_av(file: BinaryIO, what: str, stack: ExitStack) -> Sound:
     av = media_package("av", what)
+    # Before version 19, titles in another encoding than UTF-8 are errors.
+    tags = {"metadata_errors": "replace"} if int(av.__version__.split(".")[0]) < 19 else {}
     mp3_length = _declares_length(file)
     file.seek(0)
     try:
-        options = {"format_whitelist": ",".join(FORMATS)}
-        container = stack.enter_context(av.open(file, options=options, metadata_errors="ignore"))
+        container = stack.enter_context(av.open(file, options={"format_whitelist": ",".join(FORMATS)}, **tags))
         streams = container.streams.audio
         kinds = ", ".join(sorted({stream.type for stream in container.streams}))
     except Exception as error:  # PyAV raises many kinds on hostile bytes

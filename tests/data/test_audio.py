@@ -136,6 +136,8 @@ def test_mp3_in_blocks_and_without_a_declared_length():
     assert len(as_audio(bare)) == audio_length(bare) >= len(samples)
     tagged = b"ID3\x04\x00\x00" + bytes((0, 0, 10, 0)) + bytes(1280) + data
     assert audio_length(tagged) == len(as_audio(tagged)) == len(samples)
+    titled = data + b"TAG" + b"\xc4\xe0" * 15 + bytes(95)
+    assert len(titled) == len(data) + 128 and len(as_audio(titled)) == len(samples), "a title that is not UTF-8"
 
 
 def test_channels_are_averaged():
