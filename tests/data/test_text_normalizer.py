@@ -15,7 +15,7 @@ from mllm_jax.evaluation.metrics import ErrorRate
 
 TABLE = {"colour": "color", "centre": "center"}
 TEXTS = [
-    "Mr. O'Neill won't pay $20 million, um, for the colour!",
+    "Mr. Neill won't pay $20 million, um, for the colour!",
     "It's twenty-one [noise] o'clock (sharp)",
     "",
     "Ünïcode",

@@ -1,8 +1,8 @@
 """Features of sound as audio encoders read them, with only NumPy.
 
-The results equal those of transformers' feature extractors. Log-mel spectrograms are those of `WhisperFeatureExtractor`
-without torch to 1e-6. With torch, it computes in float32: a few values in bins some 80 dB below the loudest differ by up
-to 1e-4, the others by less than 1e-5. Samples are those of `Wav2Vec2FeatureExtractor`.
+The results equal those of transformers' extractors. Log-mel spectrograms are those of `WhisperFeatureExtractor`
+without torch to 1e-6. With torch, it computes in float32: a few values in bins some 80 dB below the loudest differ by
+up to 1e-4, the others by less than 1e-5. Samples are those of `Wav2Vec2FeatureExtractor`.
 """
 
 from __future__ import annotations
