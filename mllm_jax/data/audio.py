@@ -40,7 +40,7 @@ def as_audio(source: Source, rate: int = RATE) -> np.ndarray:
         DataError: the sound cannot be read, ends early, is longer than MAX_SECONDS, has no samples, or samples that are
             not finite numbers of about -1 to 1; or its rate is not what was said.
     """
-    _require_rate(rate)
+    rate = _require_rate(rate)
     with _opened(source) as sound:
         if sound.length is not None:
             _require_short(sound.what, sound.length / sound.rate)
@@ -60,7 +60,7 @@ def audio_length(source: Source, rate: int = RATE) -> int:
     Raises:
         DataError: see `as_audio`; damaged samples are not found, and any length is allowed.
     """
-    _require_rate(rate)
+    rate = _require_rate(rate)
     with _opened(source) as sound:
         length = sound.length
         if length is None:
@@ -82,7 +82,7 @@ def audio_blocks(source: Source, seconds: float, rate: int = RATE) -> Iterator[n
     Raises:
         DataError: see `as_audio`, without its bound on the length. A damaged file raises when its reading gets there.
     """
-    _require_rate(rate)
+    rate = _require_rate(rate)
     if not isinstance(seconds, numbers.Real) or not 1 / rate <= seconds <= MAX_SECONDS:
         raise DataError(
             f"blocks of {seconds!r:.40} seconds", f"a number of seconds up to {MAX_SECONDS:,}", "change the duration"
@@ -96,10 +96,11 @@ def _blocks(source: Source, size: int, rate: int) -> Iterator[np.ndarray]:
         for piece in _mono_at(sound, rate):
             held.append(piece)
             count += len(piece)
-            while count >= size:
+            if count >= size:
                 joined = np.concatenate(held)
-                yield joined[:size].copy()
-                held, count = [joined[size:]], count - size
+                for start in range(0, count - size + 1, size):
+                    yield joined[start : start + size].copy()
+                held, count = [joined[count - count % size :]], count % size
         if count:
             yield np.concatenate(held)
 
@@ -123,8 +124,7 @@ def _opened(source: Source) -> Iterator[Sound]:
             "a path or the bytes of a file, alone; or (samples, rate) with samples float[n] or float[n, channels]",
             "give a file without a rate, and samples with theirs, as in (samples, 16000)",
         )
-    _require_rate(rate)
-    yield _of_samples(given, int(rate))
+    yield _of_samples(given, _require_rate(rate))
 
 
 def _of_samples(given: Any, rate: int) -> Sound:
@@ -187,12 +187,13 @@ def _require_samples(sound: Sound, block: np.ndarray, place: int) -> None:
     )
 
 
-def _require_rate(rate: Any) -> None:
+def _require_rate(rate: Any) -> int:
     whole = isinstance(rate, numbers.Real) and not isinstance(rate, bool) and rate == rate // 1
     if not whole or not RATES[0] <= rate <= RATES[1]:
         raise DataError(
             f"a rate of {rate!r:.40} samples a second", f"a whole number, {RATES[0]:,} to {RATES[1]:,}", "correct it"
         )
+    return int(rate)
 
 
 def _require_same(what: str, own: Any, said: Any) -> None:

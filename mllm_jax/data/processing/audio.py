@@ -24,7 +24,7 @@ MAX_CHUNK = 1 << 27  # samples, or values of features, that one sound is padded 
 
 
 class AudioProcessor(Protocol):
-    """What turns mono samples into an audio encoder's features.
+    """The interface of `LogMel` and `Waveform`, which convert mono samples to an audio encoder's features.
 
     Attributes:
         name: of the features in the result, which transformers gives the encoder's input.
