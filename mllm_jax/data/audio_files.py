@@ -96,6 +96,10 @@ def _open_file(path: str | os.PathLike) -> BinaryIO:
 
 def _with_soundfile(file: BinaryIO, what: str, stack: ExitStack) -> Sound | None:
     """Opens a file with soundfile; returns None for what PyAV must decode."""
+    file.seek(0)
+    head = file.read(3)
+    if head == b"ID3" or (head[:1] == b"\xff" and head[1:2] >= b"\xe0"):
+        return None  # an MP3, which soundfile's seeking after each block damages
     soundfile = media_package("soundfile", what)
     file.seek(0)
     try:
@@ -106,7 +110,7 @@ def _with_soundfile(file: BinaryIO, what: str, stack: ExitStack) -> Sound | None
         raise broken(what, error) from error
     except Exception as error:  # of a file object in the midst of hostile bytes
         raise broken(what, error) from error
-    # soundfile seeks after each block, which damages MP3; without a known length it cannot.
+    # Also an MP3 with something before it; without a known length, soundfile cannot seek.
     if sound.format == "MP3" or sound.frames >= _UNKNOWN:
         return None
     _require_form(what, sound.samplerate, sound.channels)
@@ -151,6 +155,8 @@ def _with_av(file: BinaryIO, what: str, stack: ExitStack) -> Sound:
             f"{what}: a file without sound (it has: {kinds or 'nothing'})", "a file with a sound track", "name another"
         )
     stream = streams[0]
+    if stream.codec_context is None:
+        raise broken(what, ValueError("FFmpeg has no decoder for its encoding"))
     try:
         stream.thread_type = "SLICE"  # threads by frame may never end if decoding stops early
         rate, channels = stream.rate, stream.codec_context.channels
