@@ -140,6 +140,20 @@ def test_mp3_in_blocks_and_without_a_declared_length():
     assert len(titled) == len(data) + 128 and len(as_audio(titled)) == len(samples), "a title that is not UTF-8"
 
 
+@pytest.mark.parametrize("data", [*(encode(tone(4_800, 48_000), *each, 48_000) for each in CODED), movie(tone(4_800))])
+def test_the_length_comes_from_the_header(data, monkeypatch):
+    def decoded(*_):
+        raise AssertionError("decoded")
+        yield
+
+    length = len(as_audio(data))
+    for name in ("_soundfile_blocks", "_av_blocks"):
+        monkeypatch.setattr(audio_files, name, decoded)
+    assert audio_length(data) == audio_length(Audio(data)) == length
+    with pytest.raises(AssertionError, match="decoded"):
+        as_audio(data)
+
+
 def test_channels_are_averaged():
     left, right = tone(seed=1), tone(seed=2)
     both = np.stack([left, right], 1)
