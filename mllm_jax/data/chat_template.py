@@ -9,7 +9,6 @@ from mllm_jax.errors import DataError
 
 PAD, BOS, EOS, IMAGE, USER, ASSISTANT = "<pad>", "<bos>", "<eos>", "<image>", "<user>", "<assistant>"
 SPECIAL_TOKENS = (PAD, BOS, EOS, IMAGE, USER, ASSISTANT)
-MEDIA_TOKENS = {"image": IMAGE, "video": "<video>", "audio": "<audio>"}  # all but the image's only where a model has it
 
 # <bos> (media and texts of a question but its last) <user> question <assistant> answer <eos> ...
 # A word has the same ids at every position, so each text begins with a space. `own_text` writes the same.
@@ -24,15 +23,14 @@ OWN_TEMPLATE = """\
 {%- endif -%}
 {%- for part in parts -%}
 {%- if message.role == 'user' and loop.last -%}<user>{%- endif -%}
-{%- if part.type in ('image', 'video', 'audio') -%}<{{ part.type }}>
-{%- elif part.type == 'text' -%}{{- spaced(part.text) -}}{%- endif -%}
+{%- if part.type == 'image' -%}<image>{%- elif part.type == 'text' -%}{{- spaced(part.text) -}}{%- endif -%}
 {%- endfor -%}
 {%- if message.role == 'assistant' -%}{{- eos_token -}}{%- endif -%}
 {%- endfor -%}
 {%- if add_generation_prompt -%}<assistant>{%- endif -%}
 """
 
-_WRITTEN = {**MEDIA_TOKENS, "text": None}  # nothing for parts of other types
+_WRITTEN = {"image": IMAGE, "text": None}  # nothing for parts of other types
 
 # A character that occurs in no text (Unicode reserves it for programs). It splits text that spells a special token.
 SEAM = "\ufdd0"

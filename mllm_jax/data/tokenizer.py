@@ -15,7 +15,6 @@ from mllm_jax.data.chat_template import (
     BOS,
     EOS,
     IMAGE,
-    MEDIA_TOKENS,
     OWN_TEMPLATE,
     PAD,
     SEAM,
@@ -29,7 +28,8 @@ from mllm_jax.data.chat_tokenizer import ChatTokenizer, not_encodable, rendered
 from mllm_jax.errors import DataError
 from mllm_jax.files import read_json, write_atomic
 
-_NAMED = [IMAGE, USER, ASSISTANT]  # by which transformers knows the tokens that have no role of their own there
+# Where the backend splits a text first, so that the pieces have the same ids alone; SEAMs are left out.
+_PIECES = re.compile(f"({'|'.join(map(re.escape, SPECIAL_TOKENS))})|{SEAM}")
 TOKENIZER, SETTINGS, TEMPLATE = "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"
 
 
@@ -54,10 +54,7 @@ class Tokenizer:
         self.backend, self.template = backend, template
         self.pad_token_id, self.bos_token_id, self.eos_token_id, self.image_token_id, *_ = ids
         self.stop_ids: tuple[int, ...] = (self.eos_token_id,)
-        more = [token for token in MEDIA_TOKENS.values() if token != IMAGE and backend.token_to_id(token) is not None]
-        self.special_tokens = (*SPECIAL_TOKENS, *more)
-        # Where the backend splits a text first, so that the pieces have the same ids alone; SEAMs are left out.
-        self._pieces = re.compile(f"({'|'.join(map(re.escape, self.special_tokens))})|{SEAM}")
+        self.special_tokens = SPECIAL_TOKENS
         self.vocab_size = backend.get_vocab_size()
         self.answer_id = backend.token_to_id(ASSISTANT) if template == OWN_TEMPLATE else None
         self._piece = lru_cache(maxsize=1 << 17)(self._encoded)
@@ -79,7 +76,7 @@ class Tokenizer:
 
     def ids(self, text: str) -> list[int]:
         """Encodes a text with special tokens, without adding any; a SEAM splits those that are plain text."""
-        return [i for piece in self._pieces.split(text) if piece for i in self._piece(piece)]
+        return [i for piece in _PIECES.split(text) if piece for i in self._piece(piece)]
 
     def _encoded(self, piece: str) -> tuple[int, ...]:
         """Encodes a text between special tokens, or one such token; cached, because questions and answers repeat."""
@@ -94,7 +91,7 @@ class Tokenizer:
 
     def words(self, text: str) -> list[int]:
         """Encodes plain text at any position of a conversation; special tokens that it spells are text."""
-        return self.ids(parted(spaced(text), self.special_tokens))
+        return self.ids(parted(spaced(text), SPECIAL_TOKENS))
 
     def caption_ids(self, text: str) -> list[int]:
         """Encodes <bos> caption <eos>."""
@@ -117,8 +114,7 @@ class Tokenizer:
     def save(self, folder: Path) -> None:
         """Writes tokenizer.json, tokenizer_config.json and chat_template.jinja; transformers can read them."""
         folder.mkdir(parents=True, exist_ok=True)
-        named = [*_NAMED, *self.special_tokens[len(SPECIAL_TOKENS) :]]
-        names = dict(bos_token=BOS, eos_token=EOS, pad_token=PAD, additional_special_tokens=named)
+        names = dict(bos_token=BOS, eos_token=EOS, pad_token=PAD, additional_special_tokens=[IMAGE, USER, ASSISTANT])
         settings = dict(tokenizer_class="PreTrainedTokenizerFast", clean_up_tokenization_spaces=False, **names)
         write_atomic(folder / SETTINGS, json.dumps(settings, indent=1) + "\n")
         write_atomic(folder / TEMPLATE, self.template)
@@ -131,8 +127,7 @@ class Tokenizer:
             settings = read_json(folder / SETTINGS, DataError)
         except (OSError, DataError):
             return False
-        named = settings.get("additional_special_tokens")
-        return isinstance(named, list) and named[: len(_NAMED)] == _NAMED
+        return settings.get("additional_special_tokens") == [IMAGE, USER, ASSISTANT]
 
     @classmethod
     def load(cls, path: Path) -> Tokenizer:
@@ -160,14 +155,11 @@ class Tokenizer:
             raise DataError(f"{path}: {error}", "a tokenizer.json of the tokenizers library", "restore it") from error
 
     @classmethod
-    def train(
-        cls, texts: Iterable[str], vocab_size: int, phrases: Sequence[str] = (), media: Iterable[str] = ("image",)
-    ) -> Tokenizer:
+    def train(cls, texts: Iterable[str], vocab_size: int, phrases: Sequence[str] = ()) -> Tokenizer:
         """Trains byte-level BPE (arXiv 1508.07909) of at most `vocab_size` entries, with special tokens and phrases.
 
         Args:
             phrases: sequences of words, each of which becomes one token wherever it occurs.
-            media: modalities that a text may have; there is always a token for images.
         """
         from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
         from tokenizers import Tokenizer as Backend
@@ -178,7 +170,7 @@ class Tokenizer:
         backend.decoder = decoders.ByteLevel()
         trainer = trainers.BpeTrainer(
             vocab_size=vocab_size - len(phrases),
-            special_tokens=list(dict.fromkeys([*SPECIAL_TOKENS, *(MEDIA_TOKENS[kind] for kind in media)])),
+            special_tokens=list(SPECIAL_TOKENS),
             initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
             show_progress=False,
         )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -96,12 +95,7 @@ def _tokenizer(experiment: Experiment) -> Tokenizer:
         return Tokenizer.load(Path(config.path))
     sources = {repr(describe(w.source)): w.source for stage in experiment.stages for w in stage.data.sources}
     built = [source.build() for _, source in sorted(sources.items())]
-    return Tokenizer.train(training_texts(built), experiment.vocab_size, config.phrases, _modalities(experiment.model))
-
-
-def _modalities(model: Any) -> Iterable[str]:
-    """Returns what a model reads besides text; one with two encoders reads images."""
-    return getattr(model, "inputs", ("image",))
+    return Tokenizer.train(training_texts(built), experiment.vocab_size, config.phrases)
 
 
 def export_run(run: RunFolder, target: Path, *, dtype: Any = None, overwrite: bool = False) -> None:
