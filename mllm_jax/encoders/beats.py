@@ -143,11 +143,27 @@ class BEATsConfig(WithCompute):
         """
         if row is None:
             return num_frames(samples) // self.patch_size * (MEL // self.patch_size)
+        for size, parts in self.chunks(row):
+            samples = -(-samples // size)
+            samples -= (samples - parts) * (samples > parts)
+        return samples
+
+    def chunks(self, row: int) -> tuple[tuple[int, int], tuple[int, int]]:
+        """Returns the (size, number) of the chunks of a row's mask: of samples, one a frame; of frames, one a vector.
+
+        A chunk is valid if any of its entries is; those at the end of the row are in no chunk.
+
+        Raises:
+            DataError: a row for which the model cannot read a mask.
+        """
         frames, vectors = num_frames(row), self.frames(row)
-        found = samples
-        for whole, parts in ((row, frames), (frames, vectors)):
-            found = np.minimum(-(-found // (whole // parts)), parts)
-        return int(found) if isinstance(samples, int) else found
+        if not 0 < vectors <= frames:
+            raise DataError(
+                f"BEATs: a mask for {vectors} patches of {frames} frames",
+                "patches, and at most as many as frames: the model assigns whole frames to each patch",
+                "leave out the mask, pass longer waveforms, or choose a model with larger patches",
+            )
+        return (row // frames, frames), (frames // vectors, vectors)
 
     def make(self) -> BEATs:
         return BEATs(self)
@@ -172,7 +188,7 @@ class BEATs(nn.Module):
             the hidden states is not.
 
         Raises:
-            DataError: no waveforms, fewer samples than one row of patches, or a mask of another shape.
+            DataError: no waveforms, fewer samples than one row of patches, or a mask that does not fit.
         """
         return self.run(features, mask, output_hidden_states)[0]
 
@@ -201,17 +217,15 @@ class BEATs(nn.Module):
         dtype = jnp.dtype(c.dtype)
         self._check(features, mask)
         spectrum = ((fbank(features.astype(jnp.float32) * SCALE, MEL) - MEAN) / (2 * STD)).astype(dtype)
-        if mask is not None:
-            mask = _any_of_chunks(mask != 0, spectrum.shape[1])
-        x = self._patches(spectrum)
-        if mask is not None:
-            mask = _any_of_chunks(mask, x.shape[1])
-        x = LayerNorm(NORM_EPS, dtype, axis="channels", name="patch_norm")(x)
+        x = LayerNorm(NORM_EPS, dtype, axis="channels", name="patch_norm")(self._patches(spectrum))
         if c.embedding_size != c.hidden_size:
             names = ("channels", "embed")
             x = Linear((c.hidden_size,), names, use_bias=True, dtype=dtype, name="projection")(x)
         segments = None
         if mask is not None:
+            mask = mask != 0
+            for size, parts in c.chunks(mask.shape[1]):
+                mask = rearrange(mask[:, : size * parts], "b (parts size) -> b parts size", size=size).any(axis=-1)
             x = jnp.where(mask[..., None], x, 0)
             # Padding sees valid vectors too, as in the original.
             segments = jnp.ones_like(mask, jnp.int32), mask.astype(jnp.int32)
@@ -234,19 +248,11 @@ class BEATs(nn.Module):
                 f"[B, samples] with at least {least} samples ({least / RATE:g} s at {RATE:,} Hz), one row of patches",
                 "pass a batch, and pad short waveforms with zeros, with a mask",
             )
-        if mask is None:
-            return
-        if mask.shape != features.shape:
+        if mask is not None and mask.shape != features.shape:
             raise DataError(
                 f"BEATs: a mask of shape {mask.shape} for waveforms of shape {features.shape}",
                 "one entry a sample, 1 for valid samples",
                 "pass a mask over samples",
-            )
-        if (frames := num_frames(features.shape[1])) < (vectors := c.frames(features.shape[1])):
-            raise DataError(
-                f"BEATs: a mask for {vectors} patches of {frames} frames",
-                "at most as many patches as frames: the model assigns whole frames to each patch",
-                "leave out the mask, or choose a model with larger patches",
             )
 
     def _patches(self, spectrum):
@@ -283,15 +289,6 @@ class BEATs(nn.Module):
         share = jnp.ones(x.shape[:2]) if mask is None else mask.astype(jnp.float32)
         total = jnp.einsum("bt,btc->bc", share, logits)
         return jax.nn.sigmoid(total / jnp.maximum(share.sum(axis=1), 1.0)[:, None])
-
-
-def _any_of_chunks(mask: jax.Array, parts: int) -> jax.Array:
-    """Returns bool[B, parts]: whether any entry of each of `parts` equal chunks of bool[B, N] is True.
-
-    Up to `parts - 1` entries at the end are in no chunk.
-    """
-    size = mask.shape[1] // parts
-    return rearrange(mask[:, : parts * size], "b (parts size) -> b parts size", parts=parts).any(axis=-1)
 
 
 _FIELDS: Fields = {

@@ -82,9 +82,7 @@ class Reference:
 
     def attention(self, x, layer, padding, bias):
         heads, name = self.c["encoder_attention_heads"], f"encoder.layers.{layer}.self_attn"
-        q, k, v = (
-            self.linear(x, f"{name}.{part}_proj").unflatten(-1, (heads, -1)).transpose(1, 2) for part in "qkv"
-        )
+        q, k, v = (self.linear(x, f"{name}.{part}_proj").unflatten(-1, (heads, -1)).transpose(1, 2) for part in "qkv")
         scores = q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5
         if padding is not None:
             scores = scores.masked_fill(padding[:, None, None], float("-inf"))

@@ -208,7 +208,7 @@ def test_full_size_parameters(classes):
     embedding = 512 * 16 * 16 + 2 * 512 + 512 * 768 + 768
     assert found == 12 * layer + 320 * 12 + position + 2 * 768 + embedding + (768 + 1) * classes
     assert found == sum(math.prod(shape) for shape in shapes(config).values())
-    assert found == 90_344_192 + 769 * classes
+    assert found == 90_311_792 + 769 * classes
 
 
 # ---- masks
@@ -245,13 +245,14 @@ def test_padding_has_no_effect_on_valid_vectors(assert_close):
     valid = max(n for n in range(samples) if config.frames(n, samples) == bands)
     read = 400 + (config.patch_size - 1) * 160  # samples of the first row of patches
     waveform = np.random.default_rng(0).normal(0, 0.1, (2, samples)).astype(np.float32)
+    waveform[1, read:] *= 100
     waveform[1, :read] = waveform[0, :read]
     mask = np.broadcast_to(np.arange(samples) < valid, waveform.shape)
     states = module.apply({"params": params}, waveform, mask).last_hidden_state
     assert_close(states[0, :bands], states[1, :bands], 1e-5)
     assert np.abs(states[0, bands:] - states[1, bands:]).max() < 1e-5, "padding is zero, whatever it was"
     unmasked = module.apply({"params": params}, waveform).last_hidden_state
-    assert np.abs(unmasked[0, :bands] - unmasked[1, :bands]).max() > 1e-2
+    assert np.abs(unmasked[0, :bands] - unmasked[1, :bands]).max() > 1e-3
 
 
 @pytest.mark.parametrize("samples", [2_800, 5_200, 9_600, 16_001])
@@ -328,9 +329,9 @@ def test_inputs_that_do_not_fit_are_refused(tmp_path):
         apply(np.zeros((2, 4_000), np.float32), np.ones((2, 25)))
     config = from_hf_config(BASE | TINY | dict(input_patch_size=8))
     with pytest.raises(DataError, match="64 patches of 38 frames"):
-        jax.eval_shape(
-            config.make().init, jax.random.key(0), jnp.zeros((1, 6_400)), jax.ShapeDtypeStruct((1, 6_400), bool)
-        )
+        jax.eval_shape(config.make().init, jax.random.key(0), jnp.zeros((1, 6_400)), jnp.ones((1, 6_400)))
+    with pytest.raises(DataError, match="0 patches of 1 frames"):
+        config.frames(300, 400)
     plain = from_hf_config(BASE | TINY)
     with pytest.raises(ConfigError, match="without a predictor"):
         plain.make().apply({}, jnp.zeros((1, 4_000)), method="classify")
