@@ -134,12 +134,19 @@ class BEATsConfig(WithCompute):
         """The width of the output vectors."""
         return self.hidden_size
 
+    def inputs(self, seconds: float) -> tuple[int]:
+        """Returns the shape of a waveform of that length."""
+        return (round(seconds * RATE),)
+
     def frames(self, samples: Count, row: int | None = None) -> Count:
         """Returns the number of output vectors for n samples, for an int or an integer array.
 
         Args:
             row: samples of the row that holds them, padding included; None: they are a row by themselves. The number
                 of valid vectors depends on the row, because the model divides a row's mask into equal chunks.
+
+        Raises:
+            DataError: see `chunks`.
         """
         if row is None:
             return num_frames(samples) // self.patch_size * (MEL // self.patch_size)

@@ -202,6 +202,7 @@ def test_full_size_parameters(classes):
     config = BASE | dict(finetuned_model=bool(classes), predictor_class=classes or 527)
     read = from_hf_config(config | NAMED)
     assert read.num_classes == classes and (read.rate, read.feature_size) == (16_000, 768)
+    assert read.inputs(30.0) == (480_000,) and read.frames(480_000) == 1_496
     found = sum(leaf.size for leaf in jax.tree.leaves(abstract_params(read, FAMILIES[0])))
     layer = 4 * (768 * 768 + 768) + (64 * 8 + 8) + 12 + (2 * 768 * 3072 + 3072 + 768) + 4 * 768
     position = 768 * (768 // 16) * 128 + 128 + 768
