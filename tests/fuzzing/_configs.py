@@ -33,6 +33,12 @@ CLIP_VISION, SIGLIP_VISION = (
 DINO = {name: value for name, value in VISION.items() if name != "intermediate_size"} | dict(
     model_type="dinov2", mlp_ratio=2, layerscale_value=1.0, use_swiglu_ffn=False
 )
+BEATS = dict(
+    model_type="beats", input_patch_size=16, embed_dim=8, encoder_layers=2, encoder_embed_dim=16,
+    encoder_ffn_embed_dim=24, encoder_attention_heads=4, activation_fn="gelu", deep_norm=True, conv_pos=8,
+    conv_pos_groups=4, relative_position_embedding=True, num_buckets=8, max_distance=16, gru_rel_pos=True,
+    finetuned_model=True, predictor_class=5,
+)  # fmt: skip
 SAM = dict(
     model_type="sam_vision_model", hidden_size=16, output_channels=8, num_hidden_layers=2, num_attention_heads=4,
     image_size=32, patch_size=8, mlp_ratio=2.0, window_size=2, global_attn_indexes=[1], hidden_act="gelu",
@@ -125,6 +131,7 @@ _ALL = [
     _named("Qwen2_5_VisionTransformerPretrainedModel", QWEN25_VIT),
     _named("Qwen3VLVisionModel", QWEN3_VIT),
     _named("QWenVisionTransformer", QWEN1_VISUAL),
+    _named("BEATs", BEATS),
     _llava("LlavaForConditionalGeneration", "llava"),
     _llava("LlavaNextForConditionalGeneration", "llava_next", image_grid_pinpoints=[[16, 32], [32, 16]]),
     _llava("LlavaOnevisionForConditionalGeneration", "llava_onevision", vision_config=SIGLIP_VISION,
