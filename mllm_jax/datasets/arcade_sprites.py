@@ -1,4 +1,4 @@
-"""Videos of six characters who walk, jump, fall, stand or climb, drawn from the sprites of the package arcade.
+"""Videos of six characters in five actions, such as walking, drawn from the sprites of the package arcade.
 
     pip install --no-deps arcade==3.3.3
 
@@ -207,7 +207,6 @@ def _file(character: str, pose: str) -> str:
     return f"{character.replace(' ', '_')}/{first}{''.join(map(str.capitalize, rest))}_{pose}.png"
 
 
-@functools.lru_cache(maxsize=4)
 def _digest(folder: Path) -> str:
     """Returns a hash of all sprites. Raises DataError: one is missing."""
     digest = hashlib.sha256()

@@ -10,7 +10,6 @@ in Asterisk's own archive of the sounds.
 
 from __future__ import annotations
 
-import functools
 import gzip
 import hashlib
 import re
@@ -78,7 +77,7 @@ class Prompt:
 
     @property
     def held_out(self) -> bool:
-        """Whether its words belong to the held-out split; recordings with the same words are on one side."""
+        """True if its words belong to the held-out split; recordings with the same words are on one side."""
         words = " ".join(re.findall(r"[a-z0-9']+", self.text.lower()))
         return stable_hash(f"asterisk:{words}") < HELD_OUT_SHARE * 2**64
 
@@ -129,7 +128,6 @@ def _find(folder: Path) -> tuple[Path, Path]:
     raise DataError(f"{folder} without {' and '.join(_DEBIAN)}", "these, or recordings with their texts", TODO)
 
 
-@functools.lru_cache(maxsize=4)
 def _prompts(folder: Path, texts: Path) -> tuple[tuple[Prompt, ...], str]:
     """Returns all recordings with speech, and a digest of them."""
     found, digest = [], hashlib.sha256()

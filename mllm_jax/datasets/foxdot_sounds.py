@@ -10,7 +10,6 @@ data set also reads the folder `FoxDot` of its unpacked source archive.
 from __future__ import annotations
 
 import ast
-import functools
 import hashlib
 from collections import Counter
 from dataclasses import dataclass
@@ -94,7 +93,6 @@ class FoxDotSource:
         return Example((Message("user", asked), Message("assistant", sound.description)), id=sound.file)
 
 
-@functools.lru_cache(maxsize=4)
 def _sounds(folder: Path) -> tuple[tuple[Sound, ...], str]:
     """Returns all described sounds and a digest of them.
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 
-from mllm_jax.datasets.openmoji.vocabulary import Form
 from mllm_jax.datasets.held_out import stable_hash
+from mllm_jax.datasets.openmoji.vocabulary import Form
 
 SPLITS = ("train", "validation", "composition", "unseen")
 SIMPLE_SPLITS = ("train", "unseen")  # that hold forms where hardly any base has several
