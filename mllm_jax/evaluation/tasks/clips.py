@@ -2,28 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
 
 from mllm_jax.data.message import Example, Message
 from mllm_jax.datasets.arcade_sprites import HELD_OUT, QUESTIONS, ArcadeSprites
 from mllm_jax.datasets.asterisk_speech import AsteriskSpeech
 from mllm_jax.datasets.foxdot_sounds import FoxDotSounds
-from mllm_jax.evaluation.metrics import ShuffledMedia, count, references
+from mllm_jax.evaluation.metrics import ShuffledMedia, count
 from mllm_jax.evaluation.task import Task
 from mllm_jax.evaluation.tasks.openmoji import METRICS
-from mllm_jax.generation.options import Answer
 
 
 def ask(example: Example) -> tuple[Message, ...]:
     """Returns the example without its last answer."""
     return example.messages[:-1]
-
-
-def word_error_rate(answers: Sequence[Answer], examples: Sequence[Example]) -> float:
-    """Returns the word error rate of transcriptions; see `mllm_jax.evaluation.metrics.wer`."""
-    from mllm_jax.evaluation.metrics import wer
-
-    return wer([answer.text for answer in answers], [references(example)[0] for example in examples])
 
 
 def foxdot_task(folder: str | None = None) -> Task:
@@ -35,14 +27,20 @@ def foxdot_task(folder: str | None = None) -> Task:
     return Task("held_out/sound", FoxDotSounds("held_out", folder), ask, METRICS)
 
 
-def asterisk_task(folder: str | None = None, max_seconds: float = 30.0) -> Task:
-    """Returns the task of transcribing speech.
+def asterisk_task(
+    folder: str | None = None, max_seconds: float = 30.0, normalise: Callable[[str], str] | None = None
+) -> Task:
+    """Returns the task of transcribing speech: the word error rate.
 
     Args:
         folder, max_seconds: see `mllm_jax.AsteriskSpeech`.
+        normalise: applied to answers and texts, such as an `EnglishNormalizer`; None: `normalise` of the metrics.
     """
+    from mllm_jax.evaluation.metrics import ErrorRate
+
     source = AsteriskSpeech("held_out", folder, max_seconds)
-    metrics = {"wer": word_error_rate, "wer_shuffled_media": ShuffledMedia(word_error_rate), "n": count}
+    error_rate = ErrorRate() if normalise is None else ErrorRate(normalise=normalise)
+    metrics = {"wer": error_rate, "wer_shuffled_media": ShuffledMedia(error_rate), "n": count}
     return Task("held_out/speech", source, ask, metrics, max_new_tokens=128)
 
 
