@@ -7,8 +7,8 @@ import os
 import pytest
 from asterisk_package import NotFetched, asterisk
 from foxdot_package import foxdot
-from mllm_jax.data.audio import as_audio, audio_length
 
+from mllm_jax.data import audio
 from mllm_jax.datasets.asterisk_speech import AsteriskSpeech
 from mllm_jax.datasets.foxdot_sounds import FoxDotSounds
 
@@ -19,7 +19,7 @@ def check(*sources) -> int:
     """Checks each clip at 16 kHz, and returns the number of clips."""
     files = sorted({source.example(index).media[0].source for source in sources for index in range(len(source))})
     for file in files:
-        assert audio_length(file) == len(as_audio(file)), file
+        assert audio.audio_length(file) == len(audio.as_audio(file)), file
     return len(files)
 
 
@@ -38,5 +38,5 @@ def test_telephone_speech(require_asset):
     sources = [AsteriskSpeech(split, str(folder), 100).build() for split in ("train", "held_out")]
     assert check(*sources) == sum(map(len, sources)) == 551
     for source in sources:
-        lengths = [audio_length(source.example(index).media[0]) for index in range(len(source))]
+        lengths = [audio.audio_length(source.example(index).media[0]) for index in range(len(source))]
         assert lengths == [round(prompt.seconds * 16_000) for prompt in source.prompts]
