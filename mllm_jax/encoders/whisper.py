@@ -81,11 +81,11 @@ def require_sinusoids(require: Requirements, width: int) -> None:
     )
 
 
-def sinusoids(length: int, width: int) -> np.ndarray:
+def sinusoids(length: int, width: int) -> jax.Array:
     """Returns the positions float32[length, width]: sines, then cosines, of wavelengths from 2 pi to 20,000 pi."""
-    rates = np.exp(-np.log(10_000.0) / (width // 2 - 1) * np.arange(width // 2))
-    angles = np.arange(length)[:, None] * rates[None]
-    return np.concatenate([np.sin(angles), np.cos(angles)], axis=1).astype(np.float32)
+    rates = jnp.exp(-np.log(10_000.0) / (width // 2 - 1) * jnp.arange(width // 2, dtype=jnp.float32))
+    angles = jnp.arange(length, dtype=jnp.float32)[:, None] * rates[None]
+    return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=1)
 
 
 class ConvStem(nn.Module):
@@ -175,9 +175,7 @@ class WhisperEncoder(nn.Module):
                 "take them from the folder's feature extractor, which pads audio to the length of the model",
             )
         x = ConvStem(c.hidden_size, dtype, name="stem")(features)
-        init = nn.with_logical_partitioning(
-            lambda key, shape, dtype: jnp.asarray(sinusoids(*shape), dtype), (None, "embed")
-        )
+        init = nn.with_logical_partitioning(lambda _, shape, dtype: sinusoids(*shape).astype(dtype), (None, "embed"))
         positions = self.param("positions", init, (c.max_source_positions, c.hidden_size), jnp.float32)
         x = first = constrain(x + jax.lax.stop_gradient(positions).astype(dtype), "batch", "patches", None)
         x, states = layers_of(c, WhisperLayer, 1)(c, output_hidden_states, name="layers")(x, None, None)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from mllm_jax.checkpoints.architectures import kind_of
-from mllm_jax.checkpoints.config_json import read_fields, write_fields
+from mllm_jax.checkpoints.config_json import Fields, read_fields, write_fields
 from mllm_jax.checkpoints.config_options import ConfigOptions
 from mllm_jax.checkpoints.table import Family, Table, linear, nested
 from mllm_jax.encoders import whisper as encoder
@@ -32,12 +32,16 @@ class WhisperConfig(WithCompute):
 
     Attributes:
         median_filter_width: of the filter over time with which the attention to the audio is smoothed for word times.
+        suppress_tokens, begin_suppress_tokens: ids that a text does not contain, and does not begin with, unless
+            generation_config.json has others.
         family: the Hugging Face architecture of the saved folder.
     """
 
     audio: WhisperEncoderConfig = WhisperEncoderConfig()
     llm: WhisperDecoderConfig = WhisperDecoderConfig()
     median_filter_width: int = 7
+    suppress_tokens: tuple[int, ...] | None = None
+    begin_suppress_tokens: tuple[int, ...] | None = (220, 50256)
     family: str = WITH_HEAD
 
     encoder_decoder = True
@@ -131,7 +135,14 @@ class Whisper(nn.Module):
 
 # ---- Hugging Face folders
 
-_IDS = write_fields(WhisperDecoderConfig(), {n: field for n, field in DECODER_FIELDS.items() if n.endswith("token_id")})
+_FIELDS: Fields = {
+    "median_filter_width": ("median_filter_width", "size", WhisperConfig.median_filter_width),
+    "suppress_tokens": ("suppress_tokens", "integers", None),
+    "begin_suppress_tokens": ("begin_suppress_tokens", "integers", None),
+}
+# Absent ids have these defaults; null is none.
+_ABSENT = write_fields(WhisperDecoderConfig(), {n: f for n, f in DECODER_FIELDS.items() if n.endswith("token_id")})
+_ABSENT["begin_suppress_tokens"] = WhisperConfig.begin_suppress_tokens
 
 
 def from_hf_config(family: str, values: dict) -> WhisperConfig:
@@ -140,15 +151,14 @@ def from_hf_config(family: str, values: dict) -> WhisperConfig:
     Raises:
         ConfigError: an unsupported option.
     """
-    # An absent id has a default, and null is none.
-    options = ConfigOptions(_IDS | values, f"config.json of {family}")
+    options = ConfigOptions(_ABSENT | values, f"config.json of {family}")
     options.only("is_encoder_decoder", True)
     if family == WITHOUT:
         options.only("tie_word_embeddings", True)  # its folders have no weights of a head
     config = WhisperConfig(
         read_encoder(options),
         WhisperDecoderConfig(**read_fields(options, DECODER_FIELDS)),
-        median_filter_width=options.size("median_filter_width", WhisperConfig.median_filter_width),
+        **read_fields(options, _FIELDS),
         family=family,
     )
     options.done()
@@ -160,7 +170,7 @@ def to_hf_config(config: WhisperConfig) -> dict:
     return dict(
         **kind_of(config.family),
         is_encoder_decoder=True,
-        median_filter_width=config.median_filter_width,
+        **write_fields(config, _FIELDS),
         **write_fields(config.audio, ENCODER_FIELDS) | write_fields(config.llm, DECODER_FIELDS),
     )
 
