@@ -23,7 +23,8 @@ WHISPER = dict(
     encoder_attention_heads=4, encoder_ffn_dim=24, decoder_layers=2, decoder_attention_heads=2, decoder_ffn_dim=20,
     activation_function="gelu", max_source_positions=6, max_target_positions=16, scale_embedding=False,
     decoder_start_token_id=3, bos_token_id=1, eos_token_id=2, pad_token_id=2, is_encoder_decoder=True,
-    encoder_layerdrop=0.0, apply_spec_augment=False, median_filter_width=7, max_length=16, suppress_tokens=[],
+    encoder_layerdrop=0.0, apply_spec_augment=False, median_filter_width=7, max_length=16,
+    suppress_tokens=[], begin_suppress_tokens=[1, 2],
 )  # fmt: skip
 VISION = dict(
     hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4, image_size=16, patch_size=8,

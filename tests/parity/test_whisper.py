@@ -230,6 +230,12 @@ def collate(prompts: Sequence[dict], rows: int, length: int) -> dict[str, np.nda
     return batch | {name: np.pad(audio, [(0, rows - len(prompts)), (0, 0), (0, 0)])}
 
 
+def encoded(audio: np.ndarray) -> np.ndarray:
+    """Returns audio that is encoded once, as for several attempts at a text."""
+    module, params = MADE["untied"][2:]
+    return np.asarray(module.apply({"params": params}, audio, method="encode").last_hidden_state)
+
+
 def generated(program, prompts, name: str, audio, options: Options, stops=()) -> list[list[int]]:
     """Returns the tokens after each prompt, two rows at a time, so that prompts are read into rows that ended."""
     asked = [{"tokens": tokens, name: one} for tokens, one in zip(prompts, audio, strict=True)]
@@ -258,10 +264,7 @@ def test_32_greedy_tokens(engine):
     reference, program, audio = engine
     theirs = wanted(reference, PROMPTS, audio, max_new_tokens=32, eos_token_id=None)
     assert all(len(ids) == 32 for ids in theirs) and len(set(theirs[0])) > 4
-    # Audio that is encoded once, as for several attempts at a text.
-    module, params = MADE["untied"][2:]
-    encoded = module.apply({"params": params}, audio, method="encode").last_hidden_state
-    assert generated(program, PROMPTS, "encoded", np.asarray(encoded), Options(32)) == theirs
+    assert generated(program, PROMPTS, "encoded", encoded(audio), Options(32)) == theirs
 
 
 @pytest.mark.parametrize("length_penalty", [1.0, 0.3])
@@ -282,13 +285,11 @@ def test_whispers_own_generate(engine, forced, beams):
     settings = reference.generation_config
     settings.forced_decoder_ids, settings.eos_token_id, settings.suppress_tokens = forced, ENDS, None
     prompt = [START, *(token for _, token in forced or ())]
-    theirs = [
-        [t for t in reference.generate(torch.tensor(one[None]), max_new_tokens=20, num_beams=beams)[0].tolist()]
-        for one in audio[:2]
-    ]
+    how = dict(max_new_tokens=20, num_beams=beams)
+    theirs = [reference.generate(torch.tensor(one[None]), **how)[0].tolist() for one in audio[:2]]
     theirs = [ids[:-1] if ids[-1] in ENDS else ids for ids in theirs]
-    found = generated(program, [prompt] * 2, "features", audio[:2], Options(20, num_beams=beams), ENDS)
-    assert found == theirs and len(theirs[0]) > 3
+    given = ("features", audio[:2]) if beams > 1 else ("encoded", encoded(audio[:2]))
+    assert generated(program, [prompt] * 2, *given, Options(**how), ENDS) == theirs and len(theirs[0]) > 3
 
 
 # ---- training, and other precisions
@@ -339,6 +340,24 @@ def test_bfloat16(load, tmp_path):
 
 # ---- folders
 
+# Options without effect that the published folders have.
+OLD = dict(
+    _name_or_path="openai/whisper",
+    activation_dropout=0.0,
+    begin_suppress_tokens=[220, 50257],
+    decoder_layerdrop=0.0,
+    encoder_layerdrop=0.0,
+    forced_decoder_ids=[[1, 50259], [2, 50359], [3, 50363]],
+    init_std=0.02,
+    is_encoder_decoder=True,
+    max_length=448,
+    model_type="whisper",
+    scale_embedding=False,
+    suppress_tokens=[1, 2, 7],
+    torch_dtype="float16",
+    transformers_version="4.27.0.dev0",
+    use_cache=True,
+)
 # encoder and decoder layers, width, heads, vocabulary, mels -> parameters of the reference class
 FULL = {
     "tiny": (4, 384, 6, 51865, 80, 37_760_640),
@@ -355,7 +374,7 @@ def test_full_sizes_to_the_last_parameter(size):
     options = dict(vocab_size=vocabulary, num_mel_bins=mels, d_model=width)
     for side in ("encoder", "decoder"):
         options |= {f"{side}_layers": layers, f"{side}_attention_heads": heads, f"{side}_ffn_dim": 4 * width}
-    values = dict(architectures=["WhisperForConditionalGeneration"], **options)
+    values = dict(architectures=["WhisperForConditionalGeneration"], num_hidden_layers=layers) | OLD | options
     family = family_of(values)
     c = family.from_hf(values)
     params = abstract_params(c, family)
