@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
+from einops import rearrange
 from flax import linen as nn
 
 from mllm_jax.checkpoints.config_json import Fields
@@ -88,10 +89,13 @@ class CrossAttention(nn.Module):
         return self.k(source), self.v(source)
 
     def __call__(self, x, keys_values):
-        """Maps [B, T, E] to ([B, T, E], the queries [B, T, N, H])."""
+        """Maps [B, T, E] to ([B, T, E], the queries [B, T, N, H]); the source may have fewer rows, of K beams each."""
         q = constrain(self.q(x), "batch", "seq", "heads", "head_dim")
         k, v = (each.astype(q.dtype) for each in keys_values)
-        return self.out(constrain(attention(q, k, v), "batch", "seq", "heads", "head_dim")), q
+        beams = q.shape[0] // k.shape[0]
+        heard = attention(rearrange(q, "(b k) t n h -> b (k t) n h", k=beams), k, v)
+        heard = rearrange(heard, "b (k t) n h -> (b k) t n h", k=beams)
+        return self.out(constrain(heard, "batch", "seq", "heads", "head_dim")), q
 
 
 class WhisperDecoderLayer(nn.Module):
