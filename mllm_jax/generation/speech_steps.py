@@ -19,9 +19,8 @@ from mllm_jax.generation.timestamp_rules import Rules, Written
 from mllm_jax.llms.cache import CrossCache
 from mllm_jax.models.whisper import Whisper
 
-Heard = tuple[
-    Any, Any
-]  # the keys and values of the audio that the decoder's layers attend to, layer by layer or stacked
+# The keys and values of the audio that the decoder's layers attend to, layer by layer or stacked.
+Heard = tuple[Any, Any]
 
 
 @struct.dataclass
