@@ -51,11 +51,12 @@ def save_tokenizer(folder: Path) -> None:
     transformers.PreTrainedTokenizerFast(tokenizer_object=backend, **ends).save_pretrained(folder)
 
 
-def make(folder: Path, seed: int = 0, ends: float = 1.0, **generation: Any) -> Path:
+def make(folder: Path, seed: int = 3, ends: float = 1.0, width: float = 0.1, **generation: Any) -> Path:
     """Writes the folder.
 
     Args:
         ends: the weight of the end in every logit; with more, texts are shorter.
+        width: of the embeddings, which are also the head; with less, all times together are likelier than a letter.
         generation: replaces settings of generation_config.json; those that are None are left out.
     """
     config = transformers.WhisperConfig(
@@ -81,9 +82,9 @@ def make(folder: Path, seed: int = 0, ends: float = 1.0, **generation: Any) -> P
             if parameter.ndim == 1:
                 parameter.copy_(0.3 * noise + (1.0 if "norm" in name and name.endswith("weight") else 0.0))
             elif "embed" in name:
-                parameter.copy_(0.5 * noise)
+                parameter.copy_(width * noise)
             else:
-                parameter.copy_(1.5 * noise / parameter[0].numel() ** 0.5)
+                parameter.copy_(3.0 * noise / parameter[0].numel() ** 0.5)
         decoder = model.model.decoder
         decoder.layer_norm.bias.add_(ends * decoder.embed_tokens.weight[END])
     folder.mkdir(parents=True, exist_ok=True)
