@@ -81,7 +81,8 @@ def _command(arguments: list[str]) -> int:
 def _begin(command: str, arguments: Sequence[str]) -> None:
     """Prints the first line, before imports that take seconds.
 
-    The output of `generate`, `transcribe` and `chat` is the answer, so their line goes to standard error, and only to a terminal.
+    The output of `generate`, `transcribe` and `chat` is the answer, so their line goes to standard error, and only to
+    a terminal.
     """
     doing = COMMANDS[command]
     if doing is None or not arguments or arguments[0].startswith("-") or {*HELP, "--help-all"} & set(arguments):

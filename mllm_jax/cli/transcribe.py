@@ -128,9 +128,8 @@ def _recordings(options: Transcribe) -> Iterator[Recording]:
         elif path.is_dir():
             files = sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file())
             if not files:
-                raise ConfigError(
-                    f"{path} without files of sound", f"files ending in {', '.join(SUFFIXES)}", "name them"
-                )
+                wanted = f"files ending in {', '.join(SUFFIXES)}"
+                raise ConfigError(f"{path} without files of sound", wanted, "name the files themselves")
             for file in files:
                 yield Recording(file, _out(options, file.relative_to(path)))
         elif not path.exists():

@@ -17,7 +17,8 @@ SPECIAL = [
     *("<|endoftext|>", "<|startoftranscript|>", "<|en|>", "<|de|>", "<|ja|>", "<|translate|>", "<|transcribe|>"),
     *("<|startoflm|>", "<|startofprev|>", "<|nospeech|>", "<|notimestamps|>"),
 ]
-END = 256
+LETTERS = ["Ġ", *map(chr, range(33, 127))]  # a space and the printable characters of ASCII
+END = len(LETTERS)
 IDS = {token: END + i for i, token in enumerate(SPECIAL)}
 TIMES = END + len(SPECIAL)
 VOCABULARY = TIMES + POSITIONS + 1
@@ -35,14 +36,13 @@ GENERATION = dict(
     max_initial_timestamp_index=20,
     alignment_heads=[[0, 1], [1, 0], [1, 1]],
     suppress_tokens=[3, 12, *(IDS[token] for token in SPECIAL[1:2] + SPECIAL[5:10])],
-    begin_suppress_tokens=[32, END],
+    begin_suppress_tokens=[0, END],
 )
 
 
 def save_tokenizer(folder: Path) -> None:
-    """Writes a tokenizer of single bytes with Whisper's special tokens and times."""
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    backend = Tokenizer(models.BPE({letter: i for i, letter in enumerate(letters)}, []))
+    """Writes a tokenizer of single letters with Whisper's special tokens and times."""
+    backend = Tokenizer(models.BPE({letter: i for i, letter in enumerate(LETTERS)}, []))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     backend.add_special_tokens(SPECIAL)
