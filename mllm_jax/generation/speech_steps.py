@@ -16,6 +16,7 @@ from mllm_jax.generation.beam import Rule, beam_search
 from mllm_jax.generation.decode_step import Batch, WhisperSteps, last_token, on_mesh, restack
 from mllm_jax.generation.sampling import row_keys
 from mllm_jax.generation.timestamp_rules import Rules, Written
+from mllm_jax.layers.head_attention import head_by_head
 from mllm_jax.llms.cache import CrossCache
 from mllm_jax.models.whisper import Whisper
 
@@ -137,7 +138,7 @@ class SpeechProgram:
         return other
 
     def _hear(self, params, features) -> Heard:
-        with on_mesh(self.mesh):
+        with on_mesh(self.mesh), head_by_head(self.steps.by_layer):
             return self.steps.hear(params, features)
 
     def _probabilities(self, params, batch, *, wanted: tuple[int, ...]) -> jax.Array:
