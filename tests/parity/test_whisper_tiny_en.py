@@ -1,4 +1,4 @@
-"""The folder that tests/assets/whisper_tiny_en.py makes: transformers opens it, and it hears words."""
+"""The folder that tests/assets/whisper_tiny_en.py makes: transformers opens it, and it hears words; so do we."""
 
 from __future__ import annotations
 
@@ -15,6 +15,12 @@ from foxdot_package import foxdot
 from transformers import WhisperForConditionalGeneration, WhisperProcessor
 from transformers.models.whisper.modeling_whisper import sinusoids
 from whisper_tiny_en import NO_TIMESTAMPS, REQUIREMENTS, whisper_tiny_en
+
+import mllm_jax
+from mllm_jax.data.audio import as_audio
+from mllm_jax.data.processing.text_normalizer import EnglishNormalizer
+from mllm_jax.datasets.asterisk_speech import AsteriskSpeech
+from mllm_jax.evaluation.metrics import wer
 
 FETCH = os.environ.get("CI") == "true"
 
@@ -90,3 +96,106 @@ def test_it_hears_sentences(transcribe, require_asset):
     (timed,) = transcribe(login, return_timestamps=True)
     times = [float(part.split("|>")[0]) for part in timed.split("<|")[1:] if part[0].isdigit()]
     assert times[0] < 0.5 and times == sorted(times) and np.isclose(times[-1], 4.9, atol=0.8)
+
+
+# ---- ours beside transformers
+
+PLAIN = dict(temperatures=(0.0,), compression_ratio=None, logprob=None, no_speech=None)  # as transformers' defaults
+
+
+@pytest.fixture(scope="module")
+def prompts(require_asset) -> list[tuple[Path, str]]:
+    """Returns 100 of Asterisk's prompts of four words or more, with their texts."""
+    try:
+        found = asterisk(fetch=FETCH)
+    except NotFetched as reason:
+        pytest.skip(f"Asterisk's prompts: {reason}")
+    require_asset(found, "Asterisk's prompts: python tests/assets/asterisk_package.py")
+    source = AsteriskSpeech(folder=str(found)).build()
+    pairs = [(source.folder / f"{p.name}.wav", p.text) for p in source.prompts if len(p.text.split()) >= 4]
+    return [pairs[i] for i in np.linspace(0, len(pairs) - 1, 100).astype(int)]
+
+
+@pytest.fixture(scope="module")
+def ours(folder, optimized) -> mllm_jax.Assistant:
+    return mllm_jax.Assistant.load(folder)
+
+
+@pytest.fixture(scope="module")
+def theirs(folder):
+    torch.set_num_threads(1)
+    # Attention that can be returned, as word times need.
+    model = WhisperForConditionalGeneration.from_pretrained(folder, attn_implementation="eager").eval()
+    return model, WhisperProcessor.from_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def said(ours, prompts) -> list[str]:
+    return [found.text for found in ours.transcribe([path for path, _ in prompts], **PLAIN)]
+
+
+def error_rate(folder: Path, answers: list[str], targets: list[str]) -> float:
+    normalise = EnglishNormalizer(str(folder))
+    return wer([normalise(text) for text in answers], [normalise(text) for text in targets])
+
+
+@pytest.mark.slow
+def test_transcripts_of_20_clips_equal_those_of_transformers(theirs, prompts, said):
+    model, processor = theirs
+    wanted = []
+    for start in range(0, 100, 50):
+        heard = [as_audio(path) for path, _ in prompts[start : start + 50 : 5]]
+        with torch.no_grad():
+            tokens = model.generate(processor(heard, sampling_rate=16_000, return_tensors="pt").input_features)
+        wanted += [text.strip() for text in processor.batch_decode(tokens, skip_special_tokens=True)]
+    assert len(wanted) == 20 and said[::5] == wanted
+
+
+@pytest.mark.slow
+def test_word_error_rate_of_100_prompts(folder, prompts, said):
+    rate = error_rate(folder, said, [text for _, text in prompts])
+    print(f"word error rate of 100 prompts: {100 * rate:.2f} %")
+    assert rate < 0.12
+
+
+@pytest.mark.slow
+def test_three_minutes_and_their_word_times(folder, ours, theirs, prompts):
+    model, processor = theirs
+    silence, pieces, texts = np.zeros(8_000, np.float32), [], []
+    for path, text in prompts:
+        pieces += [as_audio(path), silence]
+        texts.append(text)
+        if sum(map(len, pieces)) > 180 * 16_000:
+            break
+    samples = np.concatenate(pieces)
+    assert len(samples) > 180 * 16_000
+    how = dict(sampling_rate=16_000, return_tensors="pt", return_attention_mask=True)
+    given = processor(samples, truncation=False, padding="longest", **how)
+    with torch.no_grad():
+        found = model.generate(
+            given.input_features,
+            attention_mask=given.attention_mask,
+            return_timestamps=True,
+            return_token_timestamps=True,
+            return_segments=True,
+        )
+    wanted = processor.tokenizer.decode(found["sequences"][0], skip_special_tokens=True)
+    transcript = ours.transcribe((samples, 16_000), timestamps="word", **PLAIN)
+    rates = [error_rate(folder, [text], [" ".join(texts)]) for text in (transcript.text, wanted)]
+    print(f"word error rate of {len(samples) / 16_000:.0f} s: ours {100 * rates[0]:.2f}, theirs {100 * rates[1]:.2f} %")
+    assert abs(rates[0] - rates[1]) < 0.01 and rates[0] < 0.15
+
+    decode = processor.tokenizer.decode
+    times = []  # of their words: a token begins where the one before it ends
+    for segment in found["segments"][0]:
+        tokens, ends = segment["tokens"].tolist(), segment["token_timestamps"].tolist()
+        for i, token in enumerate(tokens):
+            if token < 50_256 and decode([token]).startswith(" ") and decode([token]).strip():
+                times.append((decode([token]).strip(), ends[i - 1]))
+    words = [word for segment in transcript.segments for word in segment.words]
+    begun = [(word.text, word.start) for word in words]
+    assert len(words) > 300 and transcript.text == wanted.strip()
+    assert len(begun) == len(times) and all(a.startswith(b) for (a, _), (b, _) in zip(begun, times, strict=True))
+    differences = [abs(a - b) for (_, a), (_, b) in zip(begun, times, strict=True)]
+    print(f"largest difference of {len(words)} word times: {max(differences):.3f} s")
+    assert max(differences) < 0.1
