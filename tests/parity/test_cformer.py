@@ -1,4 +1,7 @@
-"""The C-Former against its authors' recorded code (tests/goldens/cif.json, xllm_speech_interface.json) and plain loops."""
+"""The C-Former against its authors' recorded code, a plain loop, and torch.
+
+tests/goldens/cif.json and tests/goldens/xllm_speech_interface.json describe the recording.
+"""
 
 from __future__ import annotations
 
@@ -176,11 +179,9 @@ def test_the_plain_loop_is_the_recorded_one(mode):
         safe = slice(None) if target is None else slice(int(np.flatnonzero(fires)[-1]))
         np.testing.assert_allclose(sums[safe], arrays[f"outputs/{mode}/acc_trace"][b][safe], atol=2e-6)
         np.testing.assert_array_equal(fires[safe], arrays[f"outputs/{mode}/fire_trace"][b][safe])
-        recorded = arrays[f"outputs/{mode}/cif_out"][b] @ np.linalg.pinv(arrays["weights/cif_output_proj.weight"]).T
         sized = len(vectors) - (target is not None)
         projected = np.stack(vectors)[:sized] @ arrays["weights/cif_output_proj.weight"].T
         np.testing.assert_allclose(projected, arrays[f"outputs/{mode}/cif_out"][b][:sized], atol=1e-5)
-        assert recorded.shape[1] == features.shape[2]
 
 
 @pytest.mark.parametrize("largest", [0.95, 2.5])
@@ -200,7 +201,9 @@ def test_random_weights_thresholds_and_masks(tail, trained, largest):
         lengths = rng.integers(1, size + 1, rows)
         lengths[0] = size
         mask = np.arange(size) < lengths[:, None]
-        targets = (rng.integers(0, lengths + 3) + 0.4).astype(np.float32)  # not marginal; some exceed the length
+        targets = (rng.integers(0, lengths + 3) + 0.37).astype(
+            np.float32
+        )  # no rounding decides; some exceed the length
         fired = run(features, alphas, mask.astype(np.int32), targets, threshold)
         assert fired.vectors.shape == (rows, size, 3) and fired.mask.shape == (rows, size)
         for b in range(rows):
@@ -306,12 +309,12 @@ BERT = dict(hidden_size=24, num_hidden_layers=2, num_attention_heads=4, intermed
 FOLDERS = {
     "a wide convolution": (dict(conv_cif_width=5), dict(max_position_embeddings=19)),
     "a linear map and ReLU": (
-        dict(produce_weight_type="dense", cif_embedding_dim=16, max_fires=5, apply_tail_handling=False),
+        dict(produce_weight_type="dense", cif_embedding_dim=16, max_fires=4, apply_tail_handling=False),
         dict(max_position_embeddings=6, hidden_act="relu", num_hidden_layers=3),
     ),
     "one linear map": (
         dict(produce_weight_type="linear", cif_threshold=1.0, apply_scaling=False),
-        dict(max_position_embeddings=40, layer_norm_eps=1e-3, hidden_act="gelu_new", num_attention_heads=2),
+        dict(max_position_embeddings=40, layer_norm_eps=1e-3, hidden_act="gelu_pytorch_tanh", num_attention_heads=2),
     ),
 }
 
@@ -429,14 +432,14 @@ def test_full_size_has_the_parameters_of_its_references():
     with torch.device("meta"):
         reference = Reference(to_hf_config(config), to_hf_config(config)["bert_config"])
     unread = [f"speech_bert_adaptor.{name}" for name in UNREAD]
-    assert found == sum(p.numel() for name, p in reference.named_parameters() if name not in unread) == 89_477_377
+    assert found == sum(p.numel() for name, p in reference.named_parameters() if name not in unread) == 89_322_753
 
 
 # ---- refusals
 
 
-def without_max_fires(**changes) -> dict:
-    return {k: v for k, v in (TINY | dict(bert_config=BERT | dict(max_position_embeddings=30)) | changes).items()}
+def options(**changes) -> dict:
+    return TINY | dict(bert_config=BERT | dict(max_position_embeddings=30)) | changes
 
 
 @pytest.mark.parametrize(
@@ -459,13 +462,13 @@ def without_max_fires(**changes) -> dict:
     ],
 )
 def test_options_are_refused_by_name(changes, message):
-    assert from_hf_config(without_max_fires()).max_fires is None
+    assert from_hf_config(options()).max_length == 30
     with pytest.raises(ConfigError, match=message):
-        from_hf_config(without_max_fires(**changes))
+        from_hf_config(options(**changes))
 
 
 def test_inputs_are_refused():
-    config = dataclasses.replace(from_hf_config(without_max_fires()), num_layers=1)
+    config = dataclasses.replace(from_hf_config(options()), num_layers=1)
     key = jax.random.key(0)
     with pytest.raises(DataError, match="features of width 15"):
         config.make().init(key, jnp.ones((1, 4, 15)))
