@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -185,7 +186,7 @@ def test_the_plain_loop_is_the_recorded_one(mode):
 
 
 @pytest.mark.parametrize("largest", [0.95, 2.5])
-@pytest.mark.parametrize("tail,trained", [(0.5, False), (0.2, False), (None, False), (None, True)])
+@pytest.mark.parametrize("tail,trained", [(0.5, False), (0.2, False), (None, False), (0.5, True)])
 def test_random_weights_thresholds_and_masks(tail, trained, largest):
     """Compares random samples with the loop; a weight above 1 fires once, and the rest of it fires the next vectors."""
     rng, rows, size = np.random.default_rng(7), 24, 17
@@ -242,16 +243,29 @@ def test_a_bound_of_fires():
 
 def test_a_sample_without_valid_vectors():
     """Checks that such a sample fires nothing and leaves all gradients finite, in training and evaluation."""
-    features, mask = jnp.ones((2, 6, 3)), jnp.asarray([[1] * 6, [0] * 6])
-    for targets in (None, jnp.asarray([3, 0])):
+    mask, given = jnp.asarray([[1] * 6, [0] * 6]), (jnp.ones((2, 6, 3)), jnp.full((2, 6), 0.45))
 
-        def total(alphas, targets=targets):
-            fired = cif(features, alphas, mask, targets)
+    @partial(jax.jit, static_argnums=1)
+    def gradient(given, trained):
+        def total(given):
+            fired = cif(*given, mask, jnp.asarray([3, 0]) if trained else None)
             return fired.vectors.sum() + fired.quantity.sum(), fired
 
-        grads, fired = jax.grad(total, has_aux=True)(jnp.full((2, 6), 0.45))
-        assert np.isfinite(grads).all() and np.isfinite(fired.vectors).all()
+        return jax.grad(total, has_aux=True)(given)
+
+    for trained in (False, True):
+        grads, fired = gradient(given, trained)
+        assert all(np.isfinite(each).all() for each in (*grads, fired.vectors))
         assert fired.fires[0] >= 2 and fired.fires[1] == 0
+
+
+def test_a_tail_above_its_threshold():
+    """Checks a tail of 0.5: it is fired above a threshold, not at it."""
+    features, alphas, mask = jnp.full((1, 4, 1), 6.0), jnp.full((1, 4), 0.5), jnp.asarray([[1, 1, 1, 0]])
+    for threshold, expected in ((0.5, [6.0, 0.0]), (0.49, [6.0, 6.0])):
+        fired = cif(features, alphas, mask, tail_threshold=threshold)
+        np.testing.assert_allclose(fired.vectors[0, :2, 0], expected)
+        assert fired.fires == np.count_nonzero(expected)
 
 
 @pytest.mark.parametrize("alphas,mask", [((2, 4, 1), (2, 4)), ((2, 5), (2, 4)), ((2, 4), (2, 5)), ((2, 4), (4,))])
