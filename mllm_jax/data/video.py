@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 
@@ -32,6 +32,7 @@ MAX_FRAME_PIXELS = 1920 * 1088  # of a frame that is kept; all frames of a video
 FORMATS = ("mov", "mp4", "matroska", "webm", "avi", "mpegts", "mpeg", "flv", "asf", "ogg", "gif")
 
 Source = str | os.PathLike | bytes
+Position = Literal["start", "middle", "ends"]
 
 
 @dataclass(frozen=True)
@@ -43,11 +44,11 @@ class FrameSampling:
         fps: the number of frames for each second, at least `min_frames`, at most `max_frames` and all frames of the
             file. None: `num_frames` decides.
         multiple: the number of frames is a multiple of it, if the file has that many.
-        ends: frames are at equal distances from the first to the last one; if False, they begin equal parts of the
-            file.
+        position: frames at the "start" or the "middle" of equal parts of the file; or at its "ends", and at equal
+            distances between them.
 
     Raises:
-        ConfigError: both or neither of `num_frames` and `fps`, or numbers that are not positive.
+        ConfigError: both or neither of `num_frames` and `fps`, numbers that are not positive, or another position.
     """
 
     num_frames: int | None = 5
@@ -55,7 +56,7 @@ class FrameSampling:
     min_frames: int = 4
     max_frames: int = 768
     multiple: int = 1
-    ends: bool = False
+    position: Position = "start"
 
     def __post_init__(self):
         if (self.num_frames is None) == (self.fps is None):
@@ -64,6 +65,8 @@ class FrameSampling:
         fps = 1.0 if self.fps is None else self.fps
         if min(numbers) < 1 or self.num_frames == 0 or self.min_frames > self.max_frames or not 0 < fps < math.inf:
             raise ConfigError(f"{self}", "positive numbers, and min_frames at most max_frames", "change them")
+        if self.position not in get_args(Position):
+            raise ConfigError(f"{self}", f"position: one of {', '.join(get_args(Position))}", "change it")
 
     def count(self, frames: int, fps: float) -> int:
         """Returns the number of frames to sample from `frames` at `fps` frames a second."""
@@ -75,9 +78,10 @@ class FrameSampling:
 
     def indices(self, frames: int, count: int) -> np.ndarray:
         """Returns the indices int[count] of `count` of `frames` frames."""
-        if self.ends:
+        if self.position == "ends":
             return np.linspace(0, frames - 1, count).round().astype(np.int64)
-        return np.arange(count) * frames // count
+        parts = np.arange(count) * 2 + (self.position == "middle")
+        return parts * frames // (2 * count)
 
 
 @dataclass(frozen=True, eq=False)
