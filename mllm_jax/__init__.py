@@ -24,6 +24,7 @@ if TYPE_CHECKING:  # for editors and type checkers; `_HOMES` has the same names 
     from mllm_jax.data.pipeline import Weighted as Weighted
     from mllm_jax.data.source import Source as Source
     from mllm_jax.data.tokenizer import Tokenizer as Tokenizer
+    from mllm_jax.data.video import FrameSampling as FrameSampling
     from mllm_jax.datasets.llava import LLaVARecords as LLaVARecords
     from mllm_jax.datasets.openmoji.skills import OpenMojiSkills as OpenMojiSkills
     from mllm_jax.datasets.openmoji.sources import OpenMojiCaptions as OpenMojiCaptions
@@ -124,6 +125,7 @@ _NAMES = {
     "checkpoints.run": ("RunFolder",),
     "data.chat_tokenizer": ("ChatTokenizer",),
     "data.images": ("decode_image",),
+    "data.video": ("FrameSampling",),
     "data.message": ("Audio", "Example", "Image", "Message", "Segment", "Text", "Video"),
     "data.pipeline": ("Mixture", "Weighted"),
     "data.source": ("Source",),

@@ -28,7 +28,7 @@ def clip(
     size: tuple[int, int] = (32, 48),
     *,
     codec: str = "libx264",
-    container: str = "mp4",
+    suffix: str = "mp4",
     times: Sequence[float] | None = None,
     frames: np.ndarray | None = None,
     rotation: int = 0,
@@ -39,13 +39,14 @@ def clip(
 
     Args:
         size: height and width.
+        suffix: of the file's name, which decides on the container.
         times: of each frame in seconds, for a variable frame rate.
         frames: uint8[count, h, w, 3]; None: grey ones of `shade`.
         rotation: the angle by which a player turns the frames counterclockwise.
         header_first: the header of an mp4 comes first, so that the beginning of the file can be read.
     """
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / f"clip.{container}"
+        path = Path(folder) / f"clip.{suffix}"
         _write(path, count, fps, size, codec, times, frames, rotation, key_every, header_first)
         return path.read_bytes()
 

@@ -14,7 +14,7 @@ from rich.console import Console
 from tiny_llava import write_llava
 
 from mllm_jax.cli import main
-from mllm_jax.cli.generate import one_image_each
+from mllm_jax.cli.generate import one_medium_each
 from mllm_jax.cli.progress import Count
 from mllm_jax.data.message import Image, Message, Text
 from mllm_jax.errors import DataError
@@ -173,7 +173,7 @@ WORDS = {
 
 @pytest.mark.parametrize("name", WORDS)
 def test_the_last_word_after_images_is_the_question(name):
-    found = one_image_each(WORDS[name].split())
+    found = one_medium_each(WORDS[name].split())
     assert found[:2] == ["M", "Q"] and found[-4:] == ["--image", "a", "--image", "b"]
     rest = [word for word in WORDS[name].split() if word.startswith(("--top", "--st")) or word == "3"]
     assert found[2:-4] == rest

@@ -20,6 +20,7 @@ from mllm_jax.data.retry import RetryPolicy, patiently
 from mllm_jax.data.source import Source
 from mllm_jax.errors import DataError
 
+_ANY = Layout()
 _MEASURING = 1  # raise it whenever the measured length of an example changes
 
 T = TypeVar("T")
@@ -117,7 +118,7 @@ class SourceEncoder:
             raise DataError(f"{name}: {error.given}", error.expected, error.todo) from error
 
 
-def without_pixels(example: Example, layout: Layout = Layout()) -> Example:
+def without_pixels(example: Example, layout: Layout = _ANY) -> Example:
     """Replaces the images and frames of an example by their sizes.
 
     Args:

@@ -84,6 +84,9 @@ class FrameSampling:
         return parts * frames // (2 * count)
 
 
+FIVE_FRAMES = FrameSampling()
+
+
 @dataclass(frozen=True, eq=False)
 class FrameTimes:
     """The times of a video's frames.
@@ -161,7 +164,7 @@ def measure_video(source: Source, sampling: FrameSampling, exact: bool = False) 
 
 
 def read_video(
-    source: Source, sampling: FrameSampling = FrameSampling(), fit: Callable[[np.ndarray], np.ndarray] | None = None
+    source: Source, sampling: FrameSampling = FIVE_FRAMES, fit: Callable[[np.ndarray], np.ndarray] | None = None
 ) -> tuple[np.ndarray, FrameTimes]:
     """Reads frames of a video.
 

@@ -19,9 +19,9 @@ from mllm_jax.data.image_processors import ImageProcessor, read_image_processor
 from mllm_jax.data.images import Size
 from mllm_jax.data.processing.layouts import TileLayout
 from mllm_jax.data.processing.media import Media
+from mllm_jax.data.video import FrameTimes
 from mllm_jax.encoders import eva
 from mllm_jax.encoders.vit import ViTConfig
-from mllm_jax.data.video import FrameTimes
 from mllm_jax.errors import ConfigError, DataError
 from mllm_jax.llms import t5
 from mllm_jax.models.clip import CLIP_MEAN, CLIP_STD

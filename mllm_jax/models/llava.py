@@ -22,7 +22,7 @@ from mllm_jax.data.images import Size
 from mllm_jax.data.processing.layouts import TileLayout
 from mllm_jax.data.processing.media import Media
 from mllm_jax.data.tiles import Places, anyres_places, best_resolution, tile_places, video_places
-from mllm_jax.data.video import FrameSampling, FrameTimes
+from mllm_jax.data.video import FIVE_FRAMES, FrameSampling, FrameTimes
 from mllm_jax.data.video_settings import read_sampling
 from mllm_jax.encoders.vit import ViTConfig
 from mllm_jax.errors import ConfigError
@@ -119,7 +119,7 @@ class LlavaLayout(TileLayout):
         config: LlavaConfig,
         image_processor: ImageProcessor,
         frames: ImageProcessor | None = None,
-        sampling: FrameSampling = FrameSampling(),
+        sampling: FrameSampling = FIVE_FRAMES,
     ):
         side = config.image.encoder.image_size
         if config.preprocessing == "original" and config.family == LLAVA:
@@ -191,7 +191,7 @@ class LlavaLayout(TileLayout):
 def layout(config: LlavaConfig, folder: Path) -> LlavaLayout:
     """Returns the layout of a model with its folder's processor settings."""
     frames = None if config.video_token_id is None else read_video_processor(folder)
-    return LlavaLayout(config, read_image_processor(folder), frames, read_sampling(folder, FrameSampling()))
+    return LlavaLayout(config, read_image_processor(folder), frames, read_sampling(folder, FIVE_FRAMES))
 
 
 # ---- Hugging Face folders

@@ -27,7 +27,7 @@ from mllm_jax.data.processing.frames import FrameTokens
 from mllm_jax.data.processing.layouts import Layout, PlainLayout, TextLayout
 from mllm_jax.data.processing.media import Encoded, Media
 from mllm_jax.data.tokenizer import tokenizer_in
-from mllm_jax.data.video import FrameSampling
+from mllm_jax.data.video import FIVE_FRAMES, FrameSampling
 from mllm_jax.errors import ConfigError, DataError
 from mllm_jax.llms.protocol import LLMConfig
 from mllm_jax.models.companions import fitting
@@ -86,9 +86,7 @@ class Processor:
         experiment = run.experiment() if experiment is None else experiment
         config = experiment.tokenizer
         frames = dict(sampling=config.frames, frame_time=config.frame_time)
-        return cls.of(
-            experiment.model_of(), run.processor_folder, system=config.system, words=config.places, **frames
-        )
+        return cls.of(experiment.model_of(), run.processor_folder, system=config.system, words=config.places, **frames)
 
     @classmethod
     def of(
@@ -98,7 +96,7 @@ class Processor:
         *,
         system: str | None = None,
         words: Sequence[str] = (),
-        sampling: FrameSampling = FrameSampling(),
+        sampling: FrameSampling = FIVE_FRAMES,
         frame_time: str = "",
     ) -> Processor:
         """Returns the processor of a model, with the tokenizer (and a named model's processor files) of a folder.
@@ -314,7 +312,9 @@ class Processor:
         if isinstance(text, str):
             # A placeholder that kinds share is of a kind that is given, else of images.
             kinds = {token: kind for kind, token in reversed(self.layout.placeholders.items())}
-            kinds |= {token: kind for kind, token in reversed(self.layout.placeholders.items()) if _number(given.get(kind))}
+            kinds |= {
+                token: kind for kind, token in reversed(self.layout.placeholders.items()) if _number(given.get(kind))
+            }
             return [MEDIA[kinds[i]]() for i in ids if i in kinds]
         return [part for message in text for part in message.parts if _is_medium(part)]
 

@@ -124,7 +124,10 @@ class QwenVLLayout(Layout):
     def sized_video(self, size: Size, times: FrameTimes) -> Media:
         count = len(times.seconds)
         grid = self._processor(count, size).grid(count, *size)
-        step, tokens = self.image_processor.temporal_patch_size, math.prod(grid[1:]) // self.config.image.encoder.merge_unit
+        step, tokens = (
+            self.image_processor.temporal_patch_size,
+            math.prod(grid[1:]) // self.config.image.encoder.merge_unit,
+        )
         if not self.needs_times:
             ids = np.full(grid[0] * tokens, self.video_token)
             return replace(self._placed(grid, ids), seconds=step / times.fps)
@@ -194,7 +197,9 @@ def layout(config: QwenVLConfig, folder: Path) -> QwenVLLayout:
 def _id_of(tokenizer: ChatTokenizer, token: str) -> int:
     number = tokenizer.id_of(token)
     if number is None:
-        raise ConfigError(f"a tokenizer without {token!r}", "the tokens around a frame of Qwen3-VL", "restore its files")
+        raise ConfigError(
+            f"a tokenizer without {token!r}", "the tokens around a frame of Qwen3-VL", "restore its files"
+        )
     return number
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mllm_jax.data.pipeline import Mixture
-from mllm_jax.data.video import FrameSampling
+from mllm_jax.data.video import FIVE_FRAMES, FrameSampling
 from mllm_jax.errors import ConfigError
 from mllm_jax.layers.compute import WithCompute, within
 from mllm_jax.models.part_names import new_names, part_differences
@@ -155,7 +155,7 @@ class TokenizerConfig:
     template: str | None = None
     places: tuple[str, ...] = ()
     phrases: tuple[str, ...] = ()
-    frames: FrameSampling = FrameSampling()
+    frames: FrameSampling = FIVE_FRAMES
     frame_time: str = ""
 
     def __post_init__(self):

@@ -263,7 +263,11 @@ class Prepared(TwoTiles):
         (TwoTiles, dict(images=[make_image(i) for i in range(9)]), "images and frames of one text of 1,053 pixels"),
         (TwoTiles, dict(videos=[Video([make_image(0)] * 9, fps=1)]), "images and frames of one text of 1,053 pixels"),
         (Prepared, dict(images=[make_image(i, 1, 1) for i in range(8)]), "prepared images and frames of 1,024 pixels"),
-        (Prepared, dict(videos=[Video([make_image(0, 1, 1)] * 16, fps=1)]), "prepared images and frames of 1,024 pixels"),
+        (
+            Prepared,
+            dict(videos=[Video([make_image(0, 1, 1)] * 16, fps=1)]),
+            "prepared images and frames of 1,024 pixels",
+        ),
         (
             Prepared,
             dict(images=[make_image(i, 1, 1) for i in range(4)], videos=[Video([make_image(0, 1, 1)] * 8, fps=1)]),

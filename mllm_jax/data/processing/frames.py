@@ -11,7 +11,7 @@ from mllm_jax.data.images import resize
 from mllm_jax.data.message import Video
 from mllm_jax.data.processing.media import TEXT, Lazy, Media
 from mllm_jax.data.processing.video import frame_times, frames_of, sampling_of
-from mllm_jax.data.video import FrameSampling, FrameTimes, measure_video
+from mllm_jax.data.video import FIVE_FRAMES, FrameSampling, FrameTimes, measure_video
 from mllm_jax.errors import ConfigError
 
 ARRAY = "video_images"  # in a batch
@@ -34,7 +34,7 @@ class FrameTokens:
 
     side: int
     tokens: int
-    sampling: FrameSampling = FrameSampling()
+    sampling: FrameSampling = FIVE_FRAMES
     time: str = ""
     words: Callable[[str], Sequence[int]] | None = None
 

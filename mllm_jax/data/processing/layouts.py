@@ -17,7 +17,7 @@ from mllm_jax.data.pixels import require_call
 from mllm_jax.data.processing.frames import ARRAY, FrameTokens, fitted
 from mllm_jax.data.processing.media import TEXT, Collated, Lazy, Media, Row, collate_tiles
 from mllm_jax.data.processing.video import frame_times, frames_of
-from mllm_jax.data.video import FrameSampling, FrameTimes
+from mllm_jax.data.video import FIVE_FRAMES, FrameSampling, FrameTimes
 from mllm_jax.errors import ConfigError, DataError
 
 
@@ -49,7 +49,7 @@ class Layout:
     unit: str = "image"
     image_processor: ImageProcessor | None = None
     frames: ImageProcessor | None = None
-    sampling: FrameSampling = FrameSampling()
+    sampling: FrameSampling = FIVE_FRAMES
     needs_times: bool = False
     one_placeholder: bool = False
 
