@@ -110,7 +110,7 @@ class FrameTimes:
 
 
 class VideoHeader(NamedTuple):
-    """What is known of a video without decoding it.
+    """Facts of a video that need no decoding.
 
     Attributes:
         size: of a frame as a person sees it, after rotation.

@@ -311,10 +311,9 @@ class Processor:
         """Returns the media of a text; those without a source are given separately."""
         if isinstance(text, str):
             # A placeholder that kinds share is of a kind that is given, else of images.
-            kinds = {token: kind for kind, token in reversed(self.layout.placeholders.items())}
-            kinds |= {
-                token: kind for kind, token in reversed(self.layout.placeholders.items()) if _number(given.get(kind))
-            }
+            pairs = [*reversed(self.layout.placeholders.items())]
+            kinds = {token: kind for kind, token in pairs}
+            kinds |= {token: kind for kind, token in pairs if _number(given.get(kind))}
             return [MEDIA[kinds[i]]() for i in ids if i in kinds]
         return [part for message in text for part in message.parts if _is_medium(part)]
 

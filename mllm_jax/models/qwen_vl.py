@@ -73,8 +73,8 @@ class QwenVLLayout(Layout):
     """A layout of images of any size as packed patches, and of videos as patches of several frames each.
 
     Qwen2.5-VL's positions in time follow from the frames a second. Qwen3-VL writes the mean time of the frames of each
-    patch as text before it, "<1.5 seconds>", and the tokens that begin and end an image around it. transformers' version
-    5 keeps those tokens around the whole video too, if the text has them there; Qwen's own code drops these.
+    patch as text before it, "<1.5 seconds>", and the tokens that begin and end an image around it. As in transformers
+    5, those tokens also stay around the whole video if the text has them there; transformers 4 drops them.
 
     Args:
         config: the model's.
@@ -124,10 +124,8 @@ class QwenVLLayout(Layout):
     def sized_video(self, size: Size, times: FrameTimes) -> Media:
         count = len(times.seconds)
         grid = self._processor(count, size).grid(count, *size)
-        step, tokens = (
-            self.image_processor.temporal_patch_size,
-            math.prod(grid[1:]) // self.config.image.encoder.merge_unit,
-        )
+        tokens = math.prod(grid[1:]) // self.config.image.encoder.merge_unit
+        step = self.image_processor.temporal_patch_size
         if not self.needs_times:
             ids = np.full(grid[0] * tokens, self.video_token)
             return replace(self._placed(grid, ids), seconds=step / times.fps)

@@ -45,7 +45,8 @@ def test_frames_begin_equal_parts(frames, count):
 @pytest.mark.parametrize(
     "change,frames,fps,count",
     [
-        ({}, 300, 30.0, 20), ({}, 30, 30.0, 4), ({}, 3, 30.0, 3), ({}, 100_000, 25.0, 768), (dict(max_frames=6), 300, 30.0, 6),
+        ({}, 300, 30.0, 20), ({}, 30, 30.0, 4), ({}, 3, 30.0, 3), ({}, 100_000, 25.0, 768),
+        (dict(max_frames=6), 300, 30.0, 6),
         (dict(multiple=2), 25, 8.0, 6), (dict(multiple=2), 1, 8.0, 1), (dict(multiple=2, max_frames=7), 300, 30.0, 6),
         (dict(fps=0.1, min_frames=1), 300, 30.0, 1),
     ],

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 from dataclasses import dataclass, replace
 
 import jax
 import numpy as np
 import pytest
 from clips import clip, shades
+from rich.console import Console
 from toy_data import MODEL, SIZE, Toy, quick_compilation, tokenizer
 
 from mllm_jax import AdamW, Experiment, Mixture, NextToken, Stage, TokenizerConfig, Video, Weighted
@@ -20,6 +22,10 @@ from mllm_jax.data.source_encoder import without_pixels
 from mllm_jax.data.video import FrameSampling
 from mllm_jax.errors import ConfigError, DataError
 from mllm_jax.generation.assistant import Assistant
+from mllm_jax.generation.conversation import Dialogue, chat
+from mllm_jax.generation.options import Options
+from mllm_jax.generation.prompts import PromptFile
+from mllm_jax.generation.sampling import Sampling
 from mllm_jax.models.branch import Branch
 from mllm_jax.models.multimodal import MultimodalConfig
 from mllm_jax.models.processor import Processor
@@ -165,6 +171,22 @@ def test_a_run_answers_about_a_video(run, tmp_path, capsys):
     path.write_text("no video")
     assert main(["generate", str(run), "--video", str(path), "what"]) != 0
     assert "cannot be opened as a video" in capsys.readouterr().err
+
+
+def test_chat_and_prompts_with_videos(run, tmp_path):
+    path, absent = tmp_path / "a.mp4", tmp_path / "absent.mp4"
+    path.write_bytes(FILM)
+    assistant = Assistant.load(run)
+    dialogue = Dialogue(assistant, Options(4, ignore_eos=True), Sampling())
+    lines, said = iter([f"/video {absent}", f"/video {path}", "what", "/exit"]), io.StringIO()
+    assert chat(dialogue, read=lambda _: next(lines), console=Console(file=said, width=200)) == 0
+    assert "absent.mp4 cannot be read" in said.getvalue() and said.getvalue().count("shown with your next") == 1
+    asked = Message("user", (Video(path), Text("what")))
+    assert dialogue.turns[1].content == assistant.generate(asked, max_new_tokens=4, ignore_eos=True).text
+    (tmp_path / "asked.jsonl").write_text('{"prompt": "what", "video": "a.mp4"}\n{"prompt": "what", "video": ["b", 7]}')
+    first, second = PromptFile(tmp_path / "asked.jsonl")
+    assert assistant.prompt(first.messages).slots == {"video": FRAMES}
+    assert isinstance(second.messages, DataError)
 
 
 def test_models_without_videos_refuse_them():
