@@ -374,8 +374,9 @@ def _settle(config: Any, stored: Any) -> Any:
 
 
 # transformers 4 wrote the weight norm with its old names.
-_SPELLINGS = tuple(
-    (rf"\.conv\.weight_{old}$", f".conv.parametrizations.weight.original{i}") for i, old in enumerate("gv")
+_OLD_NORM = tuple(
+    (rf"\.conv\.weight_{old}$", f".conv.parametrizations.weight.{new}")
+    for old, new in (("g", "original0"), ("v", "original1"))
 )
 
 
@@ -383,7 +384,7 @@ def table(config: HubertConfig | HubertCTCConfig) -> Table:
     """Returns the weights' table."""
     if isinstance(config, HubertCTCConfig):
         inner = nested(table(config.encoder), "hubert.", "encoder/")
-        return Table((*inner, *linear("lm_head", "head")), _SPELLINGS)
+        return Table((*inner, *linear("lm_head", "head")), _OLD_NORM)
     c, dialect = config, config.dialect
     weights, head = [], {"h": c.hidden_size // c.num_heads}
     for i in range(len(c.conv_channels)):
@@ -410,7 +411,7 @@ def table(config: HubertConfig | HubertCTCConfig) -> Table:
     weights += linear(f"{hub}.feed_forward.intermediate_dense", "layers/mlp/up")
     weights += linear(f"{hub}.feed_forward.output_dense", "layers/mlp/down")
     weights += norm(f"{hub}.final_layer_norm", "layers/mlp_norm")
-    return Table(tuple(weights), ((r"^hubert\.", ""), *_SPELLINGS))
+    return Table(tuple(weights), ((r"^hubert\.", ""), *_OLD_NORM))
 
 
 def wave_sample(config: HubertConfig | HubertCTCConfig) -> tuple:
