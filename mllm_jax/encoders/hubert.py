@@ -178,7 +178,8 @@ class WaveConvolutions(nn.Module):
             init = nn.initializers.variance_scaling(2.0, "fan_in", "normal")
             init = nn.with_logical_partitioning(init, (None, "channels", "embed"))
             weight = self.param(f"kernel_{i}", init, (kernel, x.shape[-1], channels), jnp.float32)
-            x = convolve(x, weight.astype(dtype), stride)
+            # Whole rows: XLA computes a strided convolution wrongly whose input it splits unevenly over time.
+            x = convolve(constrain(x, "batch", None, None), weight.astype(dtype), stride)
             if dialect.conv_bias:
                 init = nn.with_logical_partitioning(nn.initializers.zeros, ("embed",))
                 x = x + self.param(f"bias_{i}", init, (channels,), jnp.float32).astype(dtype)
@@ -324,7 +325,7 @@ def from_hf_config(values: dict) -> HubertConfig | HubertCTCConfig:
     Raises:
         ConfigError: another architecture, or an unsupported option.
     """
-    family = architecture(values, HubertConfig.family, HubertCTCConfig.family)
+    family = architecture(values, HubertCTCConfig.family, HubertConfig.family)  # the last if only model_type says it
     options = ConfigOptions(values, f"config.json of {family}")
     read = read_fields(options, _FIELDS)
     masking = [options.number(name, default, 0.0, 1.0) for name, default in _MASKING.items()]
@@ -333,11 +334,10 @@ def from_hf_config(values: dict) -> HubertConfig | HubertCTCConfig:
     options.only("conv_pos_batch_norm", False)
     options.only("add_adapter", False)
     options.only("adapter_attn_dim", None)
+    vocab_size, blank = options.size("vocab_size", 32), options.id("pad_token_id", 0)
     if family == HubertCTCConfig.family:
-        config = HubertCTCConfig(
-            encoder=config, vocab_size=options.size("vocab_size", 32), blank=options.id("pad_token_id", 0)
-        )
-    options.skip("vocab_size", *ELSEWHERE, *_IDLE)
+        config = HubertCTCConfig(encoder=config, vocab_size=vocab_size, blank=blank)
+    options.skip(*ELSEWHERE, *_IDLE)
     options.done()
     return config
 

@@ -21,6 +21,8 @@ from mllm_jax.encoders.ctc import ctc_greedy
 from mllm_jax.encoders.hubert import HubertConfig, HubertCTCConfig
 from mllm_jax.errors import ConfigError, DataError
 from mllm_jax.models.registry import abstract_params, family_of, family_of_config, from_pretrained, save_pretrained
+from mllm_jax.sharding.logical import use_mesh
+from mllm_jax.sharding.mesh import MeshConfig, make_mesh
 
 BASE = dict(
     vocab_size=13,
@@ -177,6 +179,22 @@ def test_a_row_that_is_all_padding_or_too_short_is_finite(load, speech):
     assert np.isfinite(out.last_hidden_state).all() and out.mask.sum(axis=1).tolist() == [out.mask.shape[1], 0, 0]
 
 
+@pytest.mark.parametrize("case", ["base", "large"])
+def test_a_mesh_that_splits_rows_over_time(case, load, assert_close, tmp_path):
+    """Checks 44 vectors split over two devices; the last convolution's input has 89, which no two devices share."""
+    _, module, params = load(case)
+    values = np.random.default_rng(2).normal(size=(4, 900)).astype(np.float32)
+    mask = (np.arange(900) < np.array([[900], [701], [300], [899]])).astype(int)
+    alone = jax.jit(module.apply)({"params": params}, values, mask)
+    mesh = make_mesh(MeshConfig(fsdp=2, context=2, tensor=2))
+    module, params = from_pretrained(tmp_path / "theirs", mesh=mesh)
+    with use_mesh(mesh):
+        split = jax.jit(module.apply)({"params": params}, values, mask)
+    valid = np.asarray(alone.mask)
+    assert valid.shape == (4, 44) and np.array_equal(split.mask, valid)
+    assert_close(np.asarray(split.last_hidden_state)[valid], np.asarray(alone.last_hidden_state)[valid], 1e-5)
+
+
 # ---- CTC
 
 
@@ -310,6 +328,7 @@ OF_2021 = dict(
 
 def test_options_without_effect_change_nothing():
     family = family_of(NAMED)
+    assert family.from_hf(dict(model_type="hubert")) == HubertConfig()  # as a part of a larger model
     assert family.from_hf(NAMED | OF_2021) == family.from_hf(NAMED) == HubertConfig()
     named = dict(architectures=["HubertForCTC"])
     assert family.from_hf(named | OF_2021) == family.from_hf(named) == HubertCTCConfig()
