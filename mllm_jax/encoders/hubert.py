@@ -108,6 +108,10 @@ class HubertConfig(WithCompute):
         """The width of the output vectors."""
         return self.hidden_size
 
+    def inputs(self, seconds: float) -> tuple[int]:
+        """Returns the shape of the samples of a sound of that length."""
+        return (round(seconds * self.rate),)
+
     def frames(self, n: Any) -> Any:
         """Returns the number of output vectors for n samples, an integer or an array of integers."""
         for kernel, stride in zip(self.conv_kernels, self.conv_strides, strict=True):

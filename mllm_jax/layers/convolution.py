@@ -63,8 +63,9 @@ class PositionalConvolution(nn.Module):
         """Maps dtype[B, T, E] to dtype[B, T, E], to be added to x."""
         width = x.shape[-1]
         shape = self.size, width // self.groups, width
-        init, names = nn.initializers.variance_scaling(2.0, "fan_out", "normal"), (None, "channels", "embed")
-        direction = self.param("direction", nn.with_logical_partitioning(init, names), shape, jnp.float32)
+        init = nn.initializers.normal((4 / (self.size * width)) ** 0.5)
+        init = nn.with_logical_partitioning(init, (None, "channels", "embed"))
+        direction = self.param("direction", init, shape, jnp.float32)
         init = nn.with_logical_partitioning(lambda *_: _lengths(direction), (None,))
         length = self.param("length", init, (self.size,), jnp.float32)
         bias = self.param("bias", nn.with_logical_partitioning(nn.initializers.zeros, ("embed",)), (width,))

@@ -167,7 +167,7 @@ def test_the_number_of_frames(options):
     assert np.array_equal(config.frames(n), wanted) and np.array_equal(config.frames(jnp.asarray(n)), wanted)
     assert all(config.frames(int(one)) == frames for one, frames in zip(n, wanted, strict=True))
     assert config.frames(config.least_samples) == 1 and config.frames(config.least_samples - 1) == 0
-    assert config.rate == 16_000 and config.feature_size == config.hidden_size
+    assert config.rate == 16_000 and config.inputs(1.5) == (24_000,) and config.feature_size == config.hidden_size
 
 
 def test_a_row_that_is_all_padding_or_too_short_is_finite(load, speech):
