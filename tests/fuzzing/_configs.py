@@ -43,6 +43,12 @@ SAM = dict(
     model_type="sam_vision_model", hidden_size=16, output_channels=8, num_hidden_layers=2, num_attention_heads=4,
     image_size=32, patch_size=8, mlp_ratio=2.0, window_size=2, global_attn_indexes=[1], hidden_act="gelu",
 )  # fmt: skip
+HUBERT = dict(
+    model_type="hubert", vocab_size=12, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
+    num_attention_heads=4, conv_dim=[6, 8], conv_kernel=[10, 3], conv_stride=[5, 2], num_conv_pos_embeddings=4,
+    num_conv_pos_embedding_groups=2, feat_extract_norm="layer", do_stable_layer_norm=True, conv_bias=True,
+    layer_norm_eps=1e-5, hidden_act="gelu", mask_time_prob=0.05,
+)  # fmt: skip
 BLIP_VISION = VISION | dict(model_type="blip_2_vision_model", qkv_bias=True)
 QFORMER = dict(
     hidden_size=16, num_hidden_layers=2, num_attention_heads=4, intermediate_size=24, cross_attention_frequency=2,
@@ -124,6 +130,8 @@ _ALL = [
     _named("SiglipModel", model_type="siglip", text_config=TEXT, vision_config=SIGLIP_VISION),
     _named("SamVisionModel", SAM),
     _named("Dinov2Model", DINO),
+    _named("HubertModel", HUBERT),
+    _named("HubertForCTC", HUBERT, pad_token_id=0),
     _named("Blip2VisionModel", BLIP_VISION),
     _named("InternVLVisionModel", INTERN),
     _named("InternVisionModel", INTERN_ORIGINAL),
