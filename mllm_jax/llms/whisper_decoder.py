@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -89,6 +90,8 @@ class WhisperCache(KVCache):
 
     cross_keys: jax.Array
     cross_values: jax.Array
+
+    shared: ClassVar[tuple[str, ...]] = ("cross_keys", "cross_values")
 
 
 class WhisperAttention(nn.Module):
