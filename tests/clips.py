@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import tempfile
 from collections.abc import Sequence
 from fractions import Fraction
@@ -71,16 +70,26 @@ def _write(path: Path, count, fps, size, codec, times, frames, rotation, key_eve
         out.mux(stream.encode())
 
 
-def sound(seconds: float = 0.2) -> bytes:
-    """Returns the bytes of an mp4 without a video stream."""
+def sound(cover: bool = False, seconds: float = 0.2) -> bytes:
+    """Returns the bytes of an mp4 with sound alone, or with the image of a cover, which is a stream of one frame."""
     import av
+    from av.stream import Disposition
 
-    file = io.BytesIO()
-    with av.open(file, "w", format="mp4") as out:
-        stream = out.add_stream("aac", rate=16_000, layout="mono")
-        samples = np.zeros((1, int(16_000 * seconds)), np.float32)
-        frame = av.AudioFrame.from_ndarray(samples, format="fltp", layout="mono")
-        frame.sample_rate = 16_000
-        out.mux(stream.encode(frame))
-        out.mux(stream.encode())
-    return file.getvalue()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "sound.mp4"
+        with av.open(str(path), "w") as out:
+            stream = out.add_stream("aac", rate=16_000, layout="mono")
+            if cover:
+                image = out.add_stream("mjpeg")
+                image.height, image.width, image.pix_fmt = 32, 48, "yuvj420p"
+                image.disposition = Disposition.attached_pic
+            samples = np.zeros((1, int(16_000 * seconds)), np.float32)
+            frame = av.AudioFrame.from_ndarray(samples, format="fltp", layout="mono")
+            frame.sample_rate = 16_000
+            out.mux(stream.encode(frame))
+            out.mux(stream.encode())
+            if cover:
+                grey = av.VideoFrame.from_ndarray(np.zeros((32, 48, 3), np.uint8), format="rgb24")
+                out.mux(image.encode(grey.reformat(format="yuvj420p")))
+                out.mux(image.encode())
+        return path.read_bytes()

@@ -191,6 +191,8 @@ def refused() -> dict[str, tuple[bytes, str]]:
         "text": (b"not a video\n" * 100, "cannot be opened as a video"),
         "half a header": (clip(8)[:40], "cannot be opened as a video"),
         "sound": (sound(), "with audio\n  expected: a video stream"),
+        "sound with a cover": (sound(cover=True), "with audio\n  expected: a video stream"),
+        "an unknown codec": (clip(4).replace(b"avc1", b"zzz1"), "a codec that FFmpeg does not know"),
         "a playlist": (b"#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\n/etc/passwd\n", "cannot be opened as a video"),
         "a list of files": (b"ffconcat version 1.0\nfile /etc/passwd\n", "cannot be opened as a video"),
     }
@@ -206,6 +208,22 @@ def test_what_is_no_video_is_refused(name, tmp_path):
             with pytest.raises(DataError, match=message) as refusal:
                 read(source)
             assert refusal.value.todo and ("a.mp4" in refusal.value.given) == (source is not content)
+
+
+def test_changed_bytes_are_read_or_refused():
+    warnings.simplefilter("ignore")  # that not all frames can be read
+    rng, refused = np.random.default_rng(7), 0
+    files = [clip(12, codec=codec, suffix=suffix) for codec, suffix in (("mpeg4", "avi"), ("libx264", "mkv"))]
+    for number in range(40):
+        made = bytearray(files[number % 2])
+        for place in rng.integers(0, min(len(made), 1500), 8):
+            made[place] = rng.integers(256)
+        try:
+            frames, times = read_video(bytes(made))
+            assert len(frames) == len(times.seconds) == 5
+        except DataError:
+            refused += 1
+    assert 0 < refused < 40
 
 
 def test_paths_that_cannot_be_read(tmp_path):
