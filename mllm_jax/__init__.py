@@ -25,6 +25,9 @@ if TYPE_CHECKING:  # for editors and type checkers; `_HOMES` has the same names 
     from mllm_jax.data.source import Source as Source
     from mllm_jax.data.tokenizer import Tokenizer as Tokenizer
     from mllm_jax.data.video import FrameSampling as FrameSampling
+    from mllm_jax.datasets.arcade_sprites import ArcadeSprites as ArcadeSprites
+    from mllm_jax.datasets.asterisk_speech import AsteriskSpeech as AsteriskSpeech
+    from mllm_jax.datasets.foxdot_sounds import FoxDotSounds as FoxDotSounds
     from mllm_jax.datasets.llava import LLaVARecords as LLaVARecords
     from mllm_jax.datasets.openmoji.skills import OpenMojiSkills as OpenMojiSkills
     from mllm_jax.datasets.openmoji.sources import OpenMojiCaptions as OpenMojiCaptions
@@ -34,6 +37,9 @@ if TYPE_CHECKING:  # for editors and type checkers; `_HOMES` has the same names 
     from mllm_jax.datasets.openmoji.sources import OpenMojiText as OpenMojiText
     from mllm_jax.datasets.questions import Questions as Questions
     from mllm_jax.datasets.text_only import TextOnly as TextOnly
+    from mllm_jax.encoders.beats import BEATsConfig as BEATsConfig
+    from mllm_jax.encoders.beats import BEATsDialect as BEATsDialect
+    from mllm_jax.encoders.cformer import CFormerConfig as CFormerConfig
     from mllm_jax.encoders.nfnet import NFNetConfig as NFNetConfig
     from mllm_jax.encoders.nfnet import NFNetDialect as NFNetDialect
     from mllm_jax.encoders.qwen_vit import QwenViTConfig as QwenViTConfig
@@ -55,6 +61,9 @@ if TYPE_CHECKING:  # for editors and type checkers; `_HOMES` has the same names 
     from mllm_jax.evaluation.evaluate import evaluate as evaluate
     from mllm_jax.evaluation.metrics import ShuffledMedia as ShuffledMedia
     from mllm_jax.evaluation.task import Task as Task
+    from mllm_jax.evaluation.tasks.clips import arcade_tasks as arcade_tasks
+    from mllm_jax.evaluation.tasks.clips import asterisk_task as asterisk_task
+    from mllm_jax.evaluation.tasks.clips import foxdot_task as foxdot_task
     from mllm_jax.evaluation.tasks.openmoji import openmoji_questions as openmoji_questions
     from mllm_jax.evaluation.tasks.openmoji import openmoji_retrieval as openmoji_retrieval
     from mllm_jax.evaluation.tasks.openmoji import openmoji_skills as openmoji_skills
@@ -130,6 +139,9 @@ _NAMES = {
     "data.pipeline": ("Mixture", "Weighted"),
     "data.source": ("Source",),
     "data.tokenizer": ("Tokenizer",),
+    "datasets.arcade_sprites": ("ArcadeSprites",),
+    "datasets.asterisk_speech": ("AsteriskSpeech",),
+    "datasets.foxdot_sounds": ("FoxDotSounds",),
     "datasets.llava": ("LLaVARecords",),
     "datasets.openmoji.skills": ("OpenMojiSkills",),
     "datasets.openmoji.sources": (
@@ -141,6 +153,8 @@ _NAMES = {
     ),
     "datasets.questions": ("Questions",),
     "datasets.text_only": ("TextOnly",),
+    "encoders.beats": ("BEATsConfig", "BEATsDialect"),
+    "encoders.cformer": ("CFormerConfig",),
     "encoders.nfnet": ("NFNetConfig", "NFNetDialect"),
     "encoders.qwen_vit": ("QwenViTConfig", "QwenViTDialect"),
     "encoders.qwen_vit_v1": ("QwenViTV1Config",),
@@ -152,6 +166,7 @@ _NAMES = {
     "evaluation.evaluate": ("evaluate",),
     "evaluation.metrics": ("ShuffledMedia",),
     "evaluation.task": ("Task",),
+    "evaluation.tasks.clips": ("arcade_tasks", "asterisk_task", "foxdot_task"),
     "evaluation.tasks.openmoji": ("openmoji_questions", "openmoji_retrieval", "openmoji_skills"),
     "evaluation.tasks.questions": ("questions_task",),
     "generation.assistant": ("Assistant",),

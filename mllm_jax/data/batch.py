@@ -117,6 +117,19 @@ def images_spec(rows: int, slots: int, side: int, channels: int = 3) -> BatchSpe
     return BatchSpec(dict(images=ArraySpec(shape, "uint8", axes=(ROW, SLOTS))) if slots else {})
 
 
+def sounds_spec(rows: int, slots: int, inputs: tuple[int, ...]) -> BatchSpec:
+    """Returns the arrays of an encoder's inputs for sounds, and masks of their valid steps; none without slots.
+
+    Args:
+        inputs: shape of one sound, (samples,) or (mel, frames).
+    """
+    spec = dict(
+        sounds=ArraySpec((rows, slots, *inputs), "float32", axes=(ROW, SLOTS)),
+        masks=ArraySpec((rows, slots, inputs[-1]), axes=(ROW, SLOTS)),
+    )
+    return BatchSpec(spec if slots else {})
+
+
 def instruction_spec(rows: int, slots: int, length: int) -> BatchSpec:
     """Returns the arrays of the instruction that a projector reads for each slot."""
     read = ArraySpec((rows, slots, length), axes=(ROW, SLOTS))

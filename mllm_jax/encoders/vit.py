@@ -225,7 +225,7 @@ def select_layers(output: VisionOutput, layers: int | Sequence[int], keep_class_
             "an output with hidden states, and indices of them",
             "apply the encoder with output_hidden_states=True, and count from 0 (embeddings) or back from -1",
         )
-    if output.class_tokens is None and not keep_class_token:
+    if not keep_class_token and output.class_tokens is None:
         raise ConfigError(
             "packed images without keep_class_token",
             "keep_class_token: class tokens are at coordinates -1, among the patches",

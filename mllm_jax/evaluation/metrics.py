@@ -10,7 +10,8 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 
 from mllm_jax.data.message import Example, Message, Part, Text
-from mllm_jax.errors import DataError, TooFewError
+from mllm_jax.data.packages import media_package
+from mllm_jax.errors import ConfigError, DataError, TooFewError
 from mllm_jax.generation.options import Answer
 
 CONTROL_ANSWERS = 300
@@ -66,6 +67,69 @@ def majority(answers: Sequence[Answer], examples: Sequence[Any]) -> float:
     return counts.most_common(1)[0][1] / len(examples)
 
 
+def wer(answers: Sequence[str], targets: Sequence[str]) -> float:
+    """Returns the word error rate over all texts: wrong, missing and added words / words of the targets.
+
+    Texts are compared as they are; see `mllm_jax.data.processing.text_normalizer`. Every word of the answer to an empty
+    target is an added one. If all targets are empty, the rate is 0 if all answers are empty too, else 1.
+
+    Raises:
+        DataError: no texts, or another number of answers than of targets; or the package jiwer is missing.
+    """
+    return _error_rate("wer", answers, targets)
+
+
+def cer(answer: str, target: str) -> float:
+    """Returns the character error rate of one text; counts and raises as `wer`, also for an empty target."""
+    return _error_rate("cer", [answer], [target])
+
+
+def _error_rate(name: str, answers: Sequence[str], targets: Sequence[str]) -> float:
+    if isinstance(answers, str) or isinstance(targets, str) or not len(answers) == len(targets) > 0:
+        raise DataError(
+            f"the {name} of {len(answers):,} answers to {len(targets):,} targets"
+            f"{', given as one text' if isinstance(answers, str) or isinstance(targets, str) else ''}",
+            "lists of texts of equal length, at least one",
+            "give one answer for each target",
+        )
+    jiwer = media_package("jiwer", f"the {name}")
+    if not any(target.strip() for target in targets):
+        return float(any(answer.strip() for answer in answers))
+    # jiwer splits words at spaces alone
+    texts = [[" ".join(text.split()) for text in each] for each in (targets, answers)]
+    return float(getattr(jiwer, name)(*texts))
+
+
+_UNITS = {"word": "wer", "character": "cer"}
+
+
+@dataclass(frozen=True)
+class ErrorRate:
+    """The word error rate of a task's answers, or the character error rate, over all examples; lower is better.
+
+    An example's target is its first reference.
+
+    Attributes:
+        unit: "word" or "character".
+        normalise: applied to answers and targets, such as `EnglishNormalizer(folder)`.
+    """
+
+    unit: str = "word"
+    normalise: Callable[[str], str] = normalise
+
+    def __post_init__(self):
+        if self.unit not in _UNITS:
+            raise ConfigError(f"an error rate by {self.unit!r:.40}", "'word' or 'character'", "change the unit")
+
+    def __call__(self, answers: Sequence[Answer], examples: Sequence[Any]) -> float:
+        targets = []
+        for example in examples:
+            if not (found := references(example)):
+                raise _without_answer(example)
+            targets.append(self.normalise(found[0]))
+        return _error_rate(_UNITS[self.unit], [self.normalise(answer.text) for answer in answers], targets)
+
+
 def count(answers: Sequence[Answer], examples: Sequence[Any]) -> int:
     """Returns the number of examples, reported as "n"."""
     return len(examples)
@@ -73,8 +137,12 @@ def count(answers: Sequence[Answer], examples: Sequence[Any]) -> int:
 
 def _accepted(example: Any) -> set[str]:
     if not (found := references(example)):
-        raise DataError(f"an example without an answer: {example!r:.100}", "`answer` or `answers`", "use other metrics")
+        raise _without_answer(example)
     return set(map(normalise, found))
+
+
+def _without_answer(example: Any) -> DataError:
+    return DataError(f"an example without an answer: {example!r:.100}", "`answer` or `answers`", "use other metrics")
 
 
 @dataclass(frozen=True)

@@ -6,13 +6,14 @@ import dataclasses
 from dataclasses import dataclass, is_dataclass, replace
 from typing import Any
 
-from mllm_jax.data.batch import ROW, SLOTS, ArraySpec, BatchSpec, images_spec, instruction_spec
+from mllm_jax.data.batch import ROW, SLOTS, ArraySpec, BatchSpec, images_spec, instruction_spec, sounds_spec
 from mllm_jax.errors import ConfigError
 
 INSTRUCTION = 128  # the most tokens of an instruction in training: max_txt_len in LAVIS' configs
 KINDS = ("encoder", "projector")  # kinds of parts of a branch
 _PATCHES = ("patches", "patch_segments", "patch_coordinates", "patch_grids")
-ARRAYS = ("images", "features", "query_tokens", "query_segments", *_PATCHES)  # arrays of one branch in a batch
+# The arrays of one branch in a batch.
+ARRAYS = ("images", "sounds", "masks", "features", "query_tokens", "query_segments", *_PATCHES)
 
 
 @dataclass(frozen=True)
@@ -37,16 +38,28 @@ class Branch:
         encoder: of media of one size, or of packed patches, which it merges and projects itself; or the modality of
             the branch whose encoder this branch shares.
         projector: None for an encoder of packed patches; or the modality of the branch whose projector it shares.
+        seconds: for an encoder of sounds: the longest sound in one slot; a longer one takes several.
     """
 
     encoder: Any
     projector: Any = None
     connection: Connection = Connection()
+    seconds: float = 30.0
 
     @property
     def packed(self) -> bool:
         """True if the encoder reads packed patches of media of any size, not tiles of one size."""
         return getattr(self.encoder, "packed", False)
+
+    @property
+    def sound(self) -> bool:
+        """True if the encoder reads sounds."""
+        return getattr(self.encoder, "rate", None) is not None
+
+    @property
+    def inputs(self) -> tuple[int, ...]:
+        """The shape of the encoder's input for a sound of `seconds`; steps in time are its last axis."""
+        return self.encoder.inputs(self.seconds)
 
     def joined(self, hidden_size: int) -> Branch:
         """Returns the branch with open widths filled in, from the LLM and the encoder."""
@@ -57,7 +70,9 @@ class Branch:
 
     @property
     def tokens(self) -> int:
-        """The number of media tokens of one medium, or of one tile."""
+        """The number of media tokens of one medium, of one tile, or of a sound of `seconds`."""
+        if self.sound:
+            return self.length(self.inputs[-1])
         kept = self.connection.class_token and self.encoder.class_token
         if kept and getattr(self.projector, "needs_grid", False):
             raise ConfigError(
@@ -66,6 +81,20 @@ class Branch:
                 "leave out the class token, or change the projector",
             )
         return self.projector.num_tokens(self.encoder.grid) + int(kept and self.projector.pointwise)
+
+    def length(self, steps: int) -> int:
+        """Returns the media tokens of a sound of that many of the encoder's input steps, samples or mel frames.
+
+        Raises:
+            ConfigError: the projector reads only images.
+        """
+        if not hasattr(self.projector, "length"):
+            raise ConfigError(
+                f"projector {type(self.projector).__name__} after {type(self.encoder).__name__}",
+                "a projector of sequences",
+                "take StackedProjectorConfig, or MLPProjectorConfig",
+            )
+        return self.projector.length(self.encoder.frames(steps))
 
     @property
     def instruction_length(self) -> int:
@@ -92,7 +121,7 @@ class Branch:
         """Returns the arrays of a batch that hold its media.
 
         Args:
-            slots: the number of tiles in a row, or of patches for an encoder that packs them.
+            slots: the number of tiles or sounds in a row, or of patches for an encoder that packs them.
         """
         media = (rows, slots)
         if self.packed:
@@ -104,6 +133,8 @@ class Branch:
                     patch_grids=ArraySpec((*media, 2), axes=(ROW, SLOTS)),
                 )
             )
+        elif self.sound:
+            spec = sounds_spec(rows, slots, self.inputs)
         else:
             spec = images_spec(rows, slots, self.encoder.image_size)
         if self.instruction_length:

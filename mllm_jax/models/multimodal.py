@@ -112,8 +112,8 @@ class MultimodalConfig(WithCompute):
 
     @property
     def media_tokens(self) -> int:
-        """The number of tokens of one image, or of one tile, in the LLM's row."""
-        return self.image.tokens
+        """The number of tokens of one image, or of one tile, in the LLM's row; 0 for a model without images."""
+        return self.image.tokens if "image" in self.inputs else 0
 
     @property
     def vocab_sizes(self) -> dict[str, int]:
@@ -127,8 +127,8 @@ class MultimodalConfig(WithCompute):
 
     @property
     def image_size(self) -> int:
-        """The side of the images in a batch."""
-        return self.image.encoder.image_size
+        """The side of the images in a batch; 0 for a model without images."""
+        return self.image.encoder.image_size if "image" in self.inputs else 0
 
     @property
     def neighbours(self) -> int:
@@ -165,7 +165,7 @@ class MultimodalConfig(WithCompute):
     @property
     def instruction_length(self) -> int:
         """The most tokens of an instruction that the projector of images reads in training; 0: it reads none."""
-        return self.image.instruction_length
+        return self.image.instruction_length if "image" in self.inputs else 0
 
     def beside(self, model: Any, vocab_size: int) -> MultimodalConfig:
         """Returns the config with open widths filled in; it takes nothing from the experiment."""
@@ -230,6 +230,7 @@ class Multimodal(nn.Module):
             batch: one of:
                 `images` uint8[B, M, H, W, 3], or float if they are normalised already, with `query_tokens` and
                 `query_segments` int[B, M, L] for a projector that reads text;
+                `sounds` float[B, M, ...], the encoder's inputs, with `masks` int[B, M, T] of their valid steps;
                 `features` dtype[B, M, P, E] of `encode_images`;
                 `patches` [B, N, D] with `patch_segments`, `patch_coordinates` and `patch_grids`, see `QwenViT`;
                 the same of another modality, with its name as a prefix, such as `video_images`;
@@ -248,15 +249,19 @@ class Multimodal(nn.Module):
             where = (here[f"patch_{name}"] for name in ("segments", "coordinates", "grids"))
             out = self._part("encoder", modality)(here["patches"], *where)
             return MediaTokens(out.pooler_output, out.deepstack_features)
-        if "images" not in here and "features" not in here:
+        given = next((name for name in ("features", "images", "sounds") if name in here), None)
+        if given is None:
             return None
-        given = "features" if "features" in here else "images"
         # Images are ordered so that each device has those of its own rows and slots.
         sizes = dict(zip("rs", split_sizes(("batch", "slots"), here[given].shape[:2]), strict=True))
-        names = (given, "query_tokens", "query_segments")
-        flat = [rearrange(here[n], "(r b) (s m) ... -> (r s b m) ...", **sizes) for n in names if n in here]
-        features = flat[0] if given == "features" else self._features(flat[0], modality)
-        media = self._part("projector", modality)(features, *flat[1:])
+        names = (given, "masks", "query_tokens", "query_segments")
+        flat = {n: rearrange(here[n], "(r b) (s m) ... -> (r s b m) ...", **sizes) for n in names if n in here}
+        features, mask = flat.pop(given), flat.pop("masks", None)
+        if given == "sounds":
+            features = self._heard(features, mask, modality)
+        elif given == "images":
+            features = self._features(features, modality)
+        media = self._part("projector", modality)(features, *flat.values())
         slots = here[given].shape[1] // sizes["s"]
         return MediaTokens(rearrange(media, "(r s b m) t e -> (r b) (s m t) e", m=slots, **sizes))
 
@@ -275,6 +280,19 @@ class Multimodal(nn.Module):
             return select_layers(encoder(pixels, output_hidden_states=True), chosen, keep)
         out = encoder(pixels)
         return out.last_hidden_state if keep else out.last_hidden_state[:, out.class_tokens :]
+
+    def _heard(self, sounds, mask, modality: str):
+        """Encodes sounds [N, ...] as dtype[N, T, E], which is 0 for vectors after a sound's end.
+
+        An empty slot is encoded as valid: a sum over nothing has no gradient. No text refers to it.
+        """
+        encoder, layers = self._part("encoder", modality), self.config.branch(modality).connection.layers
+        with part_of_model(encoder.name):
+            sounds = constrain(sounds, "batch", *[None] * (sounds.ndim - 1))
+        mask = jnp.where(mask.any(axis=-1, keepdims=True), mask, 1)
+        out = encoder(sounds, mask, output_hidden_states=layers is not None)
+        found = out.last_hidden_state if layers is None else select_layers(out, layers, True)
+        return found if out.mask is None else jnp.where(out.mask[..., None], found, 0)
 
     def _part(self, kind: str, modality: str) -> nn.Module:
         """Returns the module of a branch's part, its own or a shared one."""

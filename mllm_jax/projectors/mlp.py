@@ -82,6 +82,17 @@ class MLPProjectorConfig(WithCompute):
             )
         return (grid // self.merge) ** 2
 
+    def length(self, vectors: int) -> int:
+        """Returns the media tokens of a sequence, such as a sound's; also of an integer array of lengths.
+
+        Raises:
+            ConfigError: `merge`, which needs a grid.
+        """
+        Requirements("MLP projector", self)(
+            self.merge == 1, f"merge {self.merge} of a sequence", "1: it has no squares", "take StackedProjectorConfig"
+        )
+        return vectors
+
     def make(self) -> MLPProjector:
         Requirements("MLP projector", self).given("output_size")
         return MLPProjector(self)

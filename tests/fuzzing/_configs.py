@@ -33,6 +33,12 @@ CLIP_VISION, SIGLIP_VISION = (
 DINO = {name: value for name, value in VISION.items() if name != "intermediate_size"} | dict(
     model_type="dinov2", mlp_ratio=2, layerscale_value=1.0, use_swiglu_ffn=False
 )
+BEATS = dict(
+    model_type="beats", input_patch_size=16, embed_dim=8, encoder_layers=2, encoder_embed_dim=16,
+    encoder_ffn_embed_dim=24, encoder_attention_heads=4, activation_fn="gelu", deep_norm=True, conv_pos=8,
+    conv_pos_groups=4, relative_position_embedding=True, num_buckets=8, max_distance=16, gru_rel_pos=True,
+    finetuned_model=True, predictor_class=5,
+)  # fmt: skip
 SAM = dict(
     model_type="sam_vision_model", hidden_size=16, output_channels=8, num_hidden_layers=2, num_attention_heads=4,
     image_size=32, patch_size=8, mlp_ratio=2.0, window_size=2, global_attn_indexes=[1], hidden_act="gelu",
@@ -125,6 +131,7 @@ _ALL = [
     _named("Qwen2_5_VisionTransformerPretrainedModel", QWEN25_VIT),
     _named("Qwen3VLVisionModel", QWEN3_VIT),
     _named("QWenVisionTransformer", QWEN1_VISUAL),
+    _named("BEATs", BEATS),
     _llava("LlavaForConditionalGeneration", "llava"),
     _llava("LlavaNextForConditionalGeneration", "llava_next", image_grid_pinpoints=[[16, 32], [32, 16]]),
     _llava("LlavaOnevisionForConditionalGeneration", "llava_onevision", vision_config=SIGLIP_VISION,
@@ -162,5 +169,10 @@ CONFIGS = {values["architectures"][0]: values for values in _ALL} | {
         architecture="dm_nfnet_f0", num_classes=4,
         model_args=dict(depths=[1, 1, 1, 1], channels=[16, 16, 16, 16], stem_chs=16, group_size=8, num_features=16),
         pretrained_cfg=dict(input_size=[3, 32, 32], mean=[0.5, 0.5, 0.5], std=[0.5, 0.5, 0.5], crop_pct=0.9),
+    ),
+    "CFormer": _named(
+        "CFormer", cif_threshold=0.99, cif_embedding_dim=16, encoder_embed_dim=24, produce_weight_type="conv",
+        conv_cif_width=3, apply_scaling=True, apply_tail_handling=True, tail_handling_firing_threshold=0.5,
+        llm_hidden_size=16, bert_config={name: value for name, value in TEXT.items() if name != "hidden_act"},
     ),
 }  # fmt: skip

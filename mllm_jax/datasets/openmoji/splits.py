@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 
+from mllm_jax.datasets.held_out import stable_hash
 from mllm_jax.datasets.openmoji.vocabulary import Form
 
 SPLITS = ("train", "validation", "composition", "unseen")
@@ -105,5 +105,4 @@ def _return_lonely_parts(forms: Sequence[Form], split_of: dict[str, str]) -> Non
 
 
 def _order(salt: str, key: str) -> int:
-    """Returns an integer in [0, 2**64) that is the same in every process, unlike Python's own hash."""
-    return int.from_bytes(hashlib.sha256(f"openmoji:{salt}:{key}".encode()).digest()[:8], "big")
+    return stable_hash(f"openmoji:{salt}:{key}")

