@@ -225,8 +225,10 @@ def _opened(source: Source) -> Iterator[tuple[Any, Any, str]]:
             ) from error
         stack.enter_context(file)
         try:
+            # Titles need not be UTF-8; before version 19, PyAV refuses others.
+            titles = {"metadata_errors": "ignore"} if int(av.__version__.partition(".")[0]) < 19 else {}
             options = {"format_whitelist": ",".join(FORMATS)}
-            container = stack.enter_context(av.open(file, options=options, metadata_errors="ignore"))
+            container = stack.enter_context(av.open(file, options=options, **titles))
             # Covers of songs are streams of one frame.
             cover = av.stream.Disposition.attached_pic
             streams = [stream for stream in container.streams.video if not stream.disposition & cover]

@@ -91,6 +91,12 @@ def test_five_frames_of_a_file(codec, suffix, tmp_path):
         np.testing.assert_allclose(measured.seconds, times.seconds, atol=1e-9 if exact else 1e-3)
 
 
+def test_titles_need_not_be_utf_8():
+    made = clip(3, 2)
+    assert b"Lavf" in made, "the name of the program that wrote it"
+    assert shades(read_video(made.replace(b"Lavf", b"\xff\xfe\xff\xfe"), FrameSampling(3))[0]) == [0, 1, 2]
+
+
 def test_frames_by_rate():
     frames, times = read_video(clip(24, 8), RATE)
     assert shades(frames) == [0, 4, 8, 12, 1, 5] and times.seconds.tolist() == [0, 0.5, 1, 1.5, 2, 2.5]
