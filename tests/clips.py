@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 import tempfile
 from collections.abc import Sequence
 from fractions import Fraction
@@ -41,16 +42,28 @@ def clip(
         suffix: of the file's name, which decides on the container.
         times: of each frame in seconds, for a variable frame rate.
         frames: uint8[count, h, w, 3]; None: grey ones of `shade`.
-        rotation: the angle by which a player turns the frames counterclockwise.
+        rotation: the angle by which a player turns the frames of an mp4 counterclockwise.
         header_first: the header of an mp4 comes first, so that the beginning of the file can be read.
     """
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / f"clip.{suffix}"
-        _write(path, count, fps, size, codec, times, frames, rotation, key_every, header_first)
-        return path.read_bytes()
+        _write(path, count, fps, size, codec, times, frames, key_every, header_first)
+        return _turned(path.read_bytes(), rotation)
 
 
-def _write(path: Path, count, fps, size, codec, times, frames, rotation, key_every, header_first) -> None:
+def _turned(made: bytes, rotation: int) -> bytes:
+    """Rotates the matrix in the header of an mp4's track."""
+    if not rotation:
+        return made
+    cosine, sine = round(np.cos(np.deg2rad(rotation))), round(np.sin(np.deg2rad(rotation)))
+    upright, turned = (
+        struct.pack(">9i", *(a << 16 for a in (c, -s, 0, s, c, 0, 0, 0)), 1 << 30) for c, s in ((1, 0), (cosine, sine))
+    )
+    place = made.index(upright, made.index(b"tkhd"))
+    return made[:place] + turned + made[place + len(turned) :]
+
+
+def _write(path: Path, count, fps, size, codec, times, frames, key_every, header_first) -> None:
     import av
 
     with av.open(str(path), "w", options={"movflags": "faststart"} if header_first else {}) as out:
@@ -59,8 +72,6 @@ def _write(path: Path, count, fps, size, codec, times, frames, rotation, key_eve
         stream.codec_context.gop_size = key_every
         if times is not None:
             stream.codec_context.time_base = Fraction(1, 1000)
-        if rotation:
-            stream.set_display_rotation(rotation)
         for index in range(count):
             pixels = np.full((*size, 3), shade(index), np.uint8) if frames is None else frames[index]
             frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
