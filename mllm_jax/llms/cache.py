@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import jax
 import jax.numpy as jnp
 from flax import struct
@@ -16,7 +18,10 @@ class KVCache:
 
     keys, values: dtype[L, B, T, K, H]; segments: int[B, T], 0 where nothing was written; length: int[B];
     offset: int[B], the next token's position minus `length`, which is not 0 after media with M-RoPE.
+    shared: names of the fields that are equal for all beams of a prompt.
     """
+
+    shared: ClassVar[tuple[str, ...]] = ()
 
     keys: jax.Array
     values: jax.Array
@@ -50,7 +55,7 @@ class KVCache:
             token in the cache.
         """
         real = (segments > 0).astype(jnp.int32)
-        index = jnp.where(real > 0, self.length[:, None] + jnp.cumsum(real, axis=1) - 1, self.keys.shape[2])
+        index = jnp.where(real > 0, self.length[:, None] + jnp.cumsum(real, axis=1) - 1, self.segments.shape[1])
         written = write_at(self.segments, segments, index)
         length, offset = self.length + real.sum(axis=1), self.offset
         if positions is not None:

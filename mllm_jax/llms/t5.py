@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass, fields
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -121,6 +122,8 @@ class T5Cache(KVCache):
     cross_keys: jax.Array
     cross_values: jax.Array
     cross_segments: jax.Array
+
+    shared: ClassVar[tuple[str, ...]] = ("cross_keys", "cross_values", "cross_segments")
 
 
 class _Stack(nn.Module):

@@ -18,6 +18,14 @@ T5 = dict(
     feed_forward_proj="gated-gelu", tie_word_embeddings=False, decoder_start_token_id=0, is_encoder_decoder=True,
     relative_attention_num_buckets=8, relative_attention_max_distance=16, layer_norm_epsilon=1e-6,
 )  # fmt: skip
+WHISPER = dict(
+    model_type="whisper", vocab_size=32, num_mel_bins=4, d_model=16, encoder_layers=2, num_hidden_layers=2,
+    encoder_attention_heads=4, encoder_ffn_dim=24, decoder_layers=2, decoder_attention_heads=2, decoder_ffn_dim=20,
+    activation_function="gelu", max_source_positions=6, max_target_positions=16, scale_embedding=False,
+    decoder_start_token_id=3, bos_token_id=1, eos_token_id=2, pad_token_id=2, is_encoder_decoder=True,
+    encoder_layerdrop=0.0, apply_spec_augment=False, median_filter_width=7, max_length=16,
+    suppress_tokens=[], begin_suppress_tokens=[1, 2],
+)  # fmt: skip
 VISION = dict(
     hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4, image_size=16, patch_size=8,
     hidden_act="gelu", layer_norm_eps=1e-5, num_channels=3,
@@ -42,6 +50,12 @@ BEATS = dict(
 SAM = dict(
     model_type="sam_vision_model", hidden_size=16, output_channels=8, num_hidden_layers=2, num_attention_heads=4,
     image_size=32, patch_size=8, mlp_ratio=2.0, window_size=2, global_attn_indexes=[1], hidden_act="gelu",
+)  # fmt: skip
+HUBERT = dict(
+    model_type="hubert", vocab_size=12, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
+    num_attention_heads=4, conv_dim=[6, 8], conv_kernel=[10, 3], conv_stride=[5, 2], num_conv_pos_embeddings=4,
+    num_conv_pos_embedding_groups=2, feat_extract_norm="layer", do_stable_layer_norm=True, conv_bias=True,
+    layer_norm_eps=1e-5, hidden_act="gelu", mask_time_prob=0.05,
 )  # fmt: skip
 BLIP_VISION = VISION | dict(model_type="blip_2_vision_model", qkv_bias=True)
 QFORMER = dict(
@@ -113,6 +127,9 @@ _ALL = [
         pad_token_id=3, mask_token_id=4, gmask_token_id=5, position_encoding_2d=True, quantization_bit=0,
         pre_seq_len=None, prefix_projection=False,
     ),
+    _named("WhisperForConditionalGeneration", WHISPER),
+    _named("WhisperModel", WHISPER),
+    _named("WhisperEncoder", WHISPER),
     _named("ViTModel", VISION, model_type="vit"),
     _named("CLIPVisionModel", CLIP_VISION),
     _named("CLIPTextModel", TEXT, model_type="clip_text_model", eos_token_id=2),
@@ -124,6 +141,8 @@ _ALL = [
     _named("SiglipModel", model_type="siglip", text_config=TEXT, vision_config=SIGLIP_VISION),
     _named("SamVisionModel", SAM),
     _named("Dinov2Model", DINO),
+    _named("HubertModel", HUBERT),
+    _named("HubertForCTC", HUBERT, pad_token_id=0),
     _named("Blip2VisionModel", BLIP_VISION),
     _named("InternVLVisionModel", INTERN),
     _named("InternVisionModel", INTERN_ORIGINAL),
