@@ -24,10 +24,10 @@ if TYPE_CHECKING:  # for editors and type checkers; `_HOMES` has the same names 
     from mllm_jax.data.pipeline import Weighted as Weighted
     from mllm_jax.data.source import Source as Source
     from mllm_jax.data.tokenizer import Tokenizer as Tokenizer
-    from mllm_jax.data.video import FrameSampling as FrameSampling
     from mllm_jax.datasets.arcade_sprites import ArcadeSprites as ArcadeSprites
     from mllm_jax.datasets.asterisk_speech import AsteriskSpeech as AsteriskSpeech
     from mllm_jax.datasets.foxdot_sounds import FoxDotSounds as FoxDotSounds
+    from mllm_jax.data.video import FrameSampling as FrameSampling
     from mllm_jax.datasets.llava import LLaVARecords as LLaVARecords
     from mllm_jax.datasets.openmoji.skills import OpenMojiSkills as OpenMojiSkills
     from mllm_jax.datasets.openmoji.sources import OpenMojiCaptions as OpenMojiCaptions
@@ -39,6 +39,7 @@ if TYPE_CHECKING:  # for editors and type checkers; `_HOMES` has the same names 
     from mllm_jax.datasets.text_only import TextOnly as TextOnly
     from mllm_jax.encoders.beats import BEATsConfig as BEATsConfig
     from mllm_jax.encoders.beats import BEATsDialect as BEATsDialect
+    from mllm_jax.encoders.cformer import CFormerConfig as CFormerConfig
     from mllm_jax.encoders.nfnet import NFNetConfig as NFNetConfig
     from mllm_jax.encoders.nfnet import NFNetDialect as NFNetDialect
     from mllm_jax.encoders.qwen_vit import QwenViTConfig as QwenViTConfig
@@ -156,6 +157,7 @@ _NAMES = {
     "datasets.questions": ("Questions",),
     "datasets.text_only": ("TextOnly",),
     "encoders.beats": ("BEATsConfig", "BEATsDialect"),
+    "encoders.cformer": ("CFormerConfig",),
     "encoders.nfnet": ("NFNetConfig", "NFNetDialect"),
     "encoders.qwen_vit": ("QwenViTConfig", "QwenViTDialect"),
     "encoders.qwen_vit_v1": ("QwenViTV1Config",),

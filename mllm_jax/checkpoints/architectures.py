@@ -79,6 +79,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (
     # Its folders give the class of its language model.
     Architecture("QWenVL", "mllm_jax.models.qwen_vl_v1", called="QWenLMHeadModel", option="visual"),
     Architecture("BEATs", "mllm_jax.encoders.beats", "beats"),
+    Architecture("CFormer", "mllm_jax.encoders.cformer_hub", "cformer"),
     Architecture("InternVLForConditionalGeneration", "mllm_jax.models.internvl", "internvl"),
     Architecture("InternVLChatModel", "mllm_jax.models.internvl", "internvl_chat"),
     Architecture("DeepseekVLForConditionalGeneration", "mllm_jax.models.deepseek_vl", "deepseek_vl"),

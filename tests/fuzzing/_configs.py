@@ -181,4 +181,9 @@ CONFIGS = {values["architectures"][0]: values for values in _ALL} | {
         model_args=dict(depths=[1, 1, 1, 1], channels=[16, 16, 16, 16], stem_chs=16, group_size=8, num_features=16),
         pretrained_cfg=dict(input_size=[3, 32, 32], mean=[0.5, 0.5, 0.5], std=[0.5, 0.5, 0.5], crop_pct=0.9),
     ),
+    "CFormer": _named(
+        "CFormer", cif_threshold=0.99, cif_embedding_dim=16, encoder_embed_dim=24, produce_weight_type="conv",
+        conv_cif_width=3, apply_scaling=True, apply_tail_handling=True, tail_handling_firing_threshold=0.5,
+        llm_hidden_size=16, bert_config={name: value for name, value in TEXT.items() if name != "hidden_act"},
+    ),
 }  # fmt: skip
