@@ -24,10 +24,10 @@ if TYPE_CHECKING:  # for editors and type checkers; `_HOMES` has the same names 
     from mllm_jax.data.pipeline import Weighted as Weighted
     from mllm_jax.data.source import Source as Source
     from mllm_jax.data.tokenizer import Tokenizer as Tokenizer
+    from mllm_jax.data.video import FrameSampling as FrameSampling
     from mllm_jax.datasets.arcade_sprites import ArcadeSprites as ArcadeSprites
     from mllm_jax.datasets.asterisk_speech import AsteriskSpeech as AsteriskSpeech
     from mllm_jax.datasets.foxdot_sounds import FoxDotSounds as FoxDotSounds
-    from mllm_jax.data.video import FrameSampling as FrameSampling
     from mllm_jax.datasets.llava import LLaVARecords as LLaVARecords
     from mllm_jax.datasets.openmoji.skills import OpenMojiSkills as OpenMojiSkills
     from mllm_jax.datasets.openmoji.sources import OpenMojiCaptions as OpenMojiCaptions
