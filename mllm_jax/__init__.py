@@ -40,6 +40,9 @@ if TYPE_CHECKING:  # for editors and type checkers; `_HOMES` has the same names 
     from mllm_jax.encoders.beats import BEATsConfig as BEATsConfig
     from mllm_jax.encoders.beats import BEATsDialect as BEATsDialect
     from mllm_jax.encoders.cformer import CFormerConfig as CFormerConfig
+    from mllm_jax.encoders.hubert import HubertConfig as HubertConfig
+    from mllm_jax.encoders.hubert import HubertCTCConfig as HubertCTCConfig
+    from mllm_jax.encoders.hubert import HubertDialect as HubertDialect
     from mllm_jax.encoders.nfnet import NFNetConfig as NFNetConfig
     from mllm_jax.encoders.nfnet import NFNetDialect as NFNetDialect
     from mllm_jax.encoders.qwen2_audio import Qwen2AudioEncoderConfig as Qwen2AudioEncoderConfig
@@ -160,6 +163,7 @@ _NAMES = {
     "datasets.text_only": ("TextOnly",),
     "encoders.beats": ("BEATsConfig", "BEATsDialect"),
     "encoders.cformer": ("CFormerConfig",),
+    "encoders.hubert": ("HubertConfig", "HubertCTCConfig", "HubertDialect"),
     "encoders.nfnet": ("NFNetConfig", "NFNetDialect"),
     "encoders.qwen2_audio": ("Qwen2AudioEncoderConfig",),
     "encoders.qwen_vit": ("QwenViTConfig", "QwenViTDialect"),

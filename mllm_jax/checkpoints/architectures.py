@@ -90,6 +90,8 @@ ARCHITECTURES: tuple[Architecture, ...] = (
     Architecture("Qwen2VLForConditionalGeneration", "mllm_jax.models.qwen_vl", "qwen2_vl"),
     Architecture("Qwen2_5_VLForConditionalGeneration", "mllm_jax.models.qwen_vl", "qwen2_5_vl"),
     Architecture("Qwen3VLForConditionalGeneration", "mllm_jax.models.qwen_vl", "qwen3_vl"),
+    Architecture("HubertModel", "mllm_jax.encoders.hubert", "hubert"),
+    Architecture("HubertForCTC", "mllm_jax.encoders.hubert", "hubert"),
     Architecture("WhisperForConditionalGeneration", "mllm_jax.models.whisper", "whisper"),
     Architecture("WhisperModel", "mllm_jax.models.whisper", "whisper"),
     Architecture("WhisperEncoder", "mllm_jax.encoders.whisper", "whisper"),

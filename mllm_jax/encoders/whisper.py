@@ -30,8 +30,8 @@ from mllm_jax.layers.stack import layers_of
 from mllm_jax.sharding.logical import constrain
 
 NORM_EPS = 1e-5
+FRAMES_A_SECOND = 100  # a log-mel frame each 160 samples
 KERNEL, STRIDE = 3, 2  # of the convolutions; the second one has the stride
-FRAME_RATE = 100  # mel frames a second
 
 
 @dataclass(frozen=True)
@@ -64,24 +64,24 @@ class WhisperEncoderConfig(WithCompute):
         """The width of the output vectors."""
         return self.hidden_size
 
+    def inputs(self, seconds: float) -> tuple[int, int]:
+        """Returns the shape of the features of a sound, which is always padded to the model's length.
+
+        Raises:
+            ConfigError: a sound that is longer, which the feature extractor would cut off.
+        """
+        longest = STRIDE * self.max_source_positions / FRAMES_A_SECOND
+        if seconds > longest:
+            raise ConfigError(
+                f"Whisper encoder: a sound of {seconds:g} seconds",
+                f"at most {longest:g} seconds, which its {self.max_source_positions} positions cover",
+                f"set seconds={longest:g}; a longer sound is cut into several",
+            )
+        return self.num_mel_bins, STRIDE * self.max_source_positions
+
     def frames(self, n: Any) -> Any:
         """Returns the number of output vectors for n mel frames, an int or an array of them."""
         return (n - 1) // STRIDE + 1
-
-    def inputs(self, seconds: float) -> tuple[int, int]:
-        """Returns the shape of the features of one sound, which is padded to the length of the model.
-
-        Raises:
-            ConfigError: a sound of this length has more frames.
-        """
-        most = STRIDE * self.max_source_positions
-        if not 0 < seconds * FRAME_RATE <= most:
-            raise ConfigError(
-                f"seconds {seconds} in one slot of a {self.family}",
-                f"more than 0, at most {most / FRAME_RATE}: it reads {most} frames",
-                "change the branch's seconds; a longer sound takes several slots",
-            )
-        return self.num_mel_bins, most
 
     def make(self) -> WhisperEncoder:
         return WhisperEncoder(self)

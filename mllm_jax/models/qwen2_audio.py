@@ -20,7 +20,7 @@ from mllm_jax.data.processing.audio import LogMel, read_audio_processor
 from mllm_jax.data.processing.layouts import Layout
 from mllm_jax.data.processing.media import Collated, Lazy, Media, collate_tiles
 from mllm_jax.encoders import qwen2_audio
-from mllm_jax.encoders.whisper import FRAME_RATE
+from mllm_jax.encoders.whisper import FRAMES_A_SECOND, STRIDE
 from mllm_jax.errors import ConfigError, DataError
 from mllm_jax.models.branch import Branch
 from mllm_jax.models.multimodal import MultimodalConfig
@@ -181,7 +181,7 @@ def from_hf_config(values: dict) -> Qwen2AudioConfig:
     branch = Branch(
         encoder,
         MLPProjectorConfig(llm.hidden_size, num_layers=1),
-        seconds=encoder.max_source_positions * qwen2_audio.STRIDE / FRAME_RATE,
+        seconds=STRIDE * encoder.max_source_positions / FRAMES_A_SECOND,
     )
     return Qwen2AudioConfig({"audio": branch}, llm, audio_token_id=token)
 

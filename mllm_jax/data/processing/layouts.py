@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 
@@ -14,11 +14,10 @@ from mllm_jax.data.image_steps import ImageProcessor
 from mllm_jax.data.images import Size, as_image
 from mllm_jax.data.message import Image, Part, Video
 from mllm_jax.data.pixels import require_call
-from mllm_jax.data.processing.frames import ARRAY, FrameTokens, fitted
-from mllm_jax.data.processing.media import TEXT, Collated, Lazy, Media, Row, collate_tiles
+from mllm_jax.data.processing.media import Collated, Media, Row, collate_tiles
 from mllm_jax.data.processing.video import frame_times, frames_of
 from mllm_jax.data.video import FIVE_FRAMES, FrameSampling, FrameTimes
-from mllm_jax.errors import ConfigError, DataError
+from mllm_jax.errors import DataError
 
 
 class Layout:
@@ -211,108 +210,6 @@ class TileLayout(Layout):
         }
 
 
-class PlainLayout(TileLayout):
-    """The layout of a model that a config composes: images resized to the encoder's size, one tile each.
-
-    Args:
-        side: of the images that the encoder reads.
-        media_tokens: of one image.
-        image_token: the placeholder of an image, or of another medium.
-        words: ids before each media token, such as those of "top left", "top right"; empty: none.
-        video: the conversion of videos; None: the model reads none.
-        modalities: those that the model reads, in the order of its branches.
-
-    Raises:
-        ConfigError: the numbers of words and media tokens differ.
-    """
-
-    keeps_text = True
-    needs_sizes = False
-    one_placeholder = True
-
-    def __init__(
-        self,
-        side: int,
-        media_tokens: int,
-        image_token: int,
-        words: Sequence[Sequence[int]] = (),
-        flattens: bool = False,
-        video: FrameTokens | None = None,
-        modalities: Sequence[str] = ("image",),
-    ):
-        if words and len(words) != media_tokens:
-            raise ConfigError(
-                f"words for {len(words)} media tokens of an image, which has {media_tokens}",
-                "words before each",
-                "change tokenizer.places, or leave it out",
-            )
-        self.side, self.tokens_a_tile, self.image_token, self.flattens = side, media_tokens, image_token, flattens
-        self.frame_tokens, self.modalities = video, tuple(modalities)
-        if video is not None:
-            self.sampling, self.needs_times = video.sampling, bool(video.time)
-        tokens, places = [], []
-        for number in range(media_tokens):
-            before = list(words[number]) if words else []
-            tokens += [*before, image_token]
-            places += [TEXT] * len(before) + [number]
-        self._tokens, self._places = np.asarray(tokens), np.asarray(places)
-
-    @property
-    def placeholders(self) -> dict[str, int]:
-        return dict.fromkeys(self.modalities, self.image_token)
-
-    def fingerprint(self) -> str:
-        video = self.frame_tokens
-        read = [] if video is None else [video.side, video.tokens, video.sampling, video.time]
-        return repr([self.side, self._tokens.tolist(), *read])
-
-    def prepare_all(self, rows: Sequence[Sequence[Part]]) -> list[list[Media]]:
-        """Prepares images and videos that are decoded when their arrays are read: the row does not depend on sizes."""
-        return [[self._prepared(part) for part in parts] for parts in rows]
-
-    def _prepared(self, part: Part) -> Media:
-        kind = type(part).__name__.lower()
-        if kind not in self.modalities:
-            known = " and ".join(f"{modality}s" for modality in self.modalities)
-            raise DataError(f"a {type(part).__name__}", f"{known}: the model reads nothing else", "leave it out")
-        if kind == "video":
-            return self.frame_tokens.media(part, self.image_token)
-        return self._media(lambda source=part.source: as_image(source))
-
-    def image(self, image: np.ndarray) -> Media:
-        return self._media(lambda: image)
-
-    def _media(self, read: Callable[[], np.ndarray]) -> Media:
-        images = Lazy(("images",), lambda _: fitted(read(), self.side)[None])
-        return Media(images, self._tokens, self._places, count=1)
-
-    def collate(self, rows: Sequence[Sequence[Media]], slots: Mapping[str, int] | None = None) -> Collated:
-        if self.modalities == ("image",):
-            return super().collate(rows, slots)
-        arrays, first, before = {}, [[0] * len(row) for row in rows], 0
-        for modality in self.modalities:
-            tokens, blank = self._kinds[modality]
-            own = [[(i, m) for i, m in enumerate(row) if m.modality == modality] for row in rows]
-            count = None if slots is None else slots.get(modality, 0)
-            found = collate_tiles([[m for _, m in row] for row in own], tokens, count, "tile", modality)
-            arrays |= found.arrays
-            if count and not found.arrays:
-                arrays |= {n: np.zeros((len(rows), count, *tile.shape), tile.dtype) for n, tile in blank.items()}
-            for starts, row, mine in zip(first, own, found.first, strict=True):
-                for (i, _), start in zip(row, mine, strict=True):
-                    starts[i] = before + start
-            before += found.newline  # the media tokens of each branch follow those of the branches before it
-        return Collated(arrays, first, before)
-
-    @cached_property
-    def _kinds(self) -> dict[str, tuple[int, dict[str, np.ndarray]]]:
-        """The media tokens of a slot, and its arrays, by modality."""
-        kinds = {"image": (self.tokens_a_tile, {"images": np.zeros((self.side, self.side, 3), np.uint8)})}
-        if (video := self.frame_tokens) is not None:
-            kinds["video"] = video.tokens, {ARRAY: np.zeros((video.side, video.side, 3), np.uint8)}
-        return kinds
-
-
 def _sizes(parts: Sequence[Part]) -> list[Sequence[Size]] | None:
     """Returns the sizes of each medium's frames (an image is one); None if there are no media, or not only sizes."""
     sources = [[part.source] if isinstance(part, Image) else part.source for part in parts]
@@ -353,5 +250,5 @@ def _decoded(
         elif isinstance(part, Video):
             media.append((part, *frames_of(part, sampling, counted)))
         else:
-            raise DataError(f"a {type(part).__name__}", "images or videos", "take a model that reads it")
+            raise DataError(f"a medium of type {type(part).__name__}", "images or videos", "take a model that reads it")
     return media
