@@ -358,9 +358,9 @@ def test_a_sound_of_any_length(load):
             loaded.ours(f"{MARK}?", audios=[wrong])
     with pytest.raises(DataError, match="1 placeholder.s. for media, and 2"):
         loaded.ours(f"{MARK}?", audios=GIVEN[0])
-    with pytest.raises(DataError, match="sounds: the model reads nothing else"):
+    with pytest.raises(DataError, match="audios: the model reads nothing else"):
         loaded.ours("what?", images=[np.zeros((8, 8, 3), np.uint8)])
-    with pytest.raises(DataError, match="4 audio sounds"):
+    with pytest.raises(DataError, match="4 audio pieces"):
         loaded.ours(f"{MARK}{MARK}{MARK}{MARK}", audios=GIVEN[3] + GIVEN[2], slots={"audio": 3})
 
 
