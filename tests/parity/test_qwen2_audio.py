@@ -6,7 +6,7 @@ import io
 import json
 import re
 import wave
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import jax
@@ -21,13 +21,20 @@ from toy_data import quick_compilation
 from transformers.models.qwen2_audio.modeling_qwen2_audio import Qwen2AudioEncoder
 
 from mllm_jax import (
+    AdamW,
     Assistant,
     Audio,
+    Experiment,
     Message,
+    Mixture,
     MLPProjectorConfig,
     NextToken,
+    Pretrained,
     Processor,
+    Stage,
     Text,
+    TokenizerConfig,
+    Weighted,
     from_pretrained,
     save_pretrained,
 )
@@ -46,6 +53,7 @@ from mllm_jax.generation.sampling import Sampling
 from mllm_jax.models.qwen2_audio import TEMPLATE, Qwen2AudioLayout
 from mllm_jax.models.registry import abstract_params, family_of_config
 from mllm_jax.training.config_file import load_config
+from mllm_jax.training.loop import train
 
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|AUDIO|>", "<|audio_bos|>", "<|audio_eos|>")
 LETTERS = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -402,6 +410,54 @@ def test_loss_and_gradients_of_a_packed_row(load, assert_close):
     assert theirs.pop(frozen) is None and not found.pop(frozen).any()
     for name, gradient in theirs.items():
         assert_close(found[name], gradient.numpy(), 1e-4, name)
+
+
+@dataclass(frozen=True)
+class Clips:
+    """Conversations about one, two or three sounds."""
+
+    name: str = "clips"
+
+    def build(self) -> ClipSource:
+        return ClipSource(self)
+
+
+class ClipSource:
+    def __init__(self, config: Clips):
+        self.config, self.name = config, config.name
+
+    def __len__(self) -> int:
+        return 6
+
+    def example(self, index: int) -> Example:
+        return said((2, 0, 3)[index % 3], f"{index} bells")
+
+    def fingerprint(self) -> str:
+        return repr(self.config)
+
+
+def test_a_run_from_the_folder(load, tmp_path):
+    """Checks two steps on measured and packed rows, and that the run, as a folder, opens in transformers."""
+    loaded = load("untied")
+    folder = str(loaded.folder)
+    data = Mixture((Weighted(Clips()),), rows=2, length=160, slots={"audio": 4})
+    trained = ("encoder_audio/*", "projector_*", "llm/*")
+    experiment = Experiment(
+        name="sounds",
+        model=loaded.model.config,
+        tokenizer=TokenizerConfig(folder=folder),
+        pretrained=(Pretrained("*", folder),),
+        stages=(Stage("all", NextToken(), trained, data, 2, AdamW(1e-3, warmup_steps=0)),),
+    )
+    train(experiment, tmp_path / "run", devices=jax.devices()[:1])
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert any(np.isfinite(line.get("loss", np.nan)) for line in lines)
+    assert main(["convert", str(tmp_path / "run"), str(tmp_path / "hf")]) == 0
+    opened, info = type(loaded.reference).from_pretrained(tmp_path / "hf", output_loading_info=True)
+    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    moved = {name for name, x in opened.state_dict().items() if not torch.equal(x, loaded.reference.state_dict()[name])}
+    assert moved == opened.state_dict().keys() - {"model.audio_tower.embed_positions.weight"}
+    assert transformers.AutoProcessor.from_pretrained(tmp_path / "hf").audio_token == "<|AUDIO|>"
 
 
 # ---- answers, from Python and from the command line
