@@ -36,6 +36,7 @@ class Layout:
         sampling: the choice of frames of a video's file.
         needs_times: the positions of a video depend on the times of its frames.
         one_placeholder: all media of a text have the placeholder of images, which the chat template writes.
+        template: the chat template of a folder without one; None: such a folder has none.
     """
 
     image_token: int | None = None
@@ -51,6 +52,7 @@ class Layout:
     sampling: FrameSampling = FIVE_FRAMES
     needs_times: bool = False
     one_placeholder: bool = False
+    template: str | None = None
 
     @property
     def placeholders(self) -> dict[str, int]:
