@@ -24,6 +24,7 @@ if TYPE_CHECKING:  # for editors and type checkers; `_HOMES` has the same names 
     from mllm_jax.data.pipeline import Weighted as Weighted
     from mllm_jax.data.source import Source as Source
     from mllm_jax.data.tokenizer import Tokenizer as Tokenizer
+    from mllm_jax.data.video import FrameSampling as FrameSampling
     from mllm_jax.datasets.arcade_sprites import ArcadeSprites as ArcadeSprites
     from mllm_jax.datasets.asterisk_speech import AsteriskSpeech as AsteriskSpeech
     from mllm_jax.datasets.foxdot_sounds import FoxDotSounds as FoxDotSounds
@@ -38,8 +39,13 @@ if TYPE_CHECKING:  # for editors and type checkers; `_HOMES` has the same names 
     from mllm_jax.datasets.text_only import TextOnly as TextOnly
     from mllm_jax.encoders.beats import BEATsConfig as BEATsConfig
     from mllm_jax.encoders.beats import BEATsDialect as BEATsDialect
+    from mllm_jax.encoders.cformer import CFormerConfig as CFormerConfig
+    from mllm_jax.encoders.hubert import HubertConfig as HubertConfig
+    from mllm_jax.encoders.hubert import HubertCTCConfig as HubertCTCConfig
+    from mllm_jax.encoders.hubert import HubertDialect as HubertDialect
     from mllm_jax.encoders.nfnet import NFNetConfig as NFNetConfig
     from mllm_jax.encoders.nfnet import NFNetDialect as NFNetDialect
+    from mllm_jax.encoders.qwen2_audio import Qwen2AudioEncoderConfig as Qwen2AudioEncoderConfig
     from mllm_jax.encoders.qwen_vit import QwenViTConfig as QwenViTConfig
     from mllm_jax.encoders.qwen_vit import QwenViTDialect as QwenViTDialect
     from mllm_jax.encoders.qwen_vit_v1 import QwenViTV1Config as QwenViTV1Config
@@ -94,6 +100,7 @@ if TYPE_CHECKING:  # for editors and type checkers; `_HOMES` has the same names 
     from mllm_jax.models.pformer_pretraining import PFormerPretrainingConfig as PFormerPretrainingConfig
     from mllm_jax.models.processor import Processor as Processor
     from mllm_jax.models.prompt_guided import PromptGuidedConfig as PromptGuidedConfig
+    from mllm_jax.models.qwen2_audio import Qwen2AudioConfig as Qwen2AudioConfig
     from mllm_jax.models.qwen_vl import QwenVLConfig as QwenVLConfig
     from mllm_jax.models.qwen_vl_v1 import QwenVLV1Config as QwenVLV1Config
     from mllm_jax.models.registry import from_pretrained as from_pretrained
@@ -111,6 +118,7 @@ if TYPE_CHECKING:  # for editors and type checkers; `_HOMES` has the same names 
     from mllm_jax.projectors.qformer import QFormerConfig as QFormerConfig
     from mllm_jax.projectors.resampler import ResamplerConfig as ResamplerConfig
     from mllm_jax.projectors.resampler import ResamplerDialect as ResamplerDialect
+    from mllm_jax.projectors.stacked import StackedProjectorConfig as StackedProjectorConfig
     from mllm_jax.sharding.logical import PartRules as PartRules
     from mllm_jax.sharding.logical import data_parallel as data_parallel
     from mllm_jax.sharding.mesh import MeshConfig as MeshConfig
@@ -135,6 +143,7 @@ _NAMES = {
     "checkpoints.run": ("RunFolder",),
     "data.chat_tokenizer": ("ChatTokenizer",),
     "data.images": ("decode_image",),
+    "data.video": ("FrameSampling",),
     "data.message": ("Audio", "Example", "Image", "Message", "Segment", "Text", "Video"),
     "data.pipeline": ("Mixture", "Weighted"),
     "data.source": ("Source",),
@@ -154,7 +163,10 @@ _NAMES = {
     "datasets.questions": ("Questions",),
     "datasets.text_only": ("TextOnly",),
     "encoders.beats": ("BEATsConfig", "BEATsDialect"),
+    "encoders.cformer": ("CFormerConfig",),
+    "encoders.hubert": ("HubertConfig", "HubertCTCConfig", "HubertDialect"),
     "encoders.nfnet": ("NFNetConfig", "NFNetDialect"),
+    "encoders.qwen2_audio": ("Qwen2AudioEncoderConfig",),
     "encoders.qwen_vit": ("QwenViTConfig", "QwenViTDialect"),
     "encoders.qwen_vit_v1": ("QwenViTV1Config",),
     "encoders.sam": ("SamConfig", "SamDialect"),
@@ -191,6 +203,7 @@ _NAMES = {
     "models.pformer_pretraining": ("PFormerPretrainingConfig",),
     "models.processor": ("Processor",),
     "models.prompt_guided": ("PromptGuidedConfig",),
+    "models.qwen2_audio": ("Qwen2AudioConfig",),
     "models.qwen_vl": ("QwenVLConfig",),
     "models.qwen_vl_v1": ("QwenVLV1Config",),
     "models.registry": ("from_pretrained", "pretrained_config", "save_pretrained", "supported_models"),
@@ -204,6 +217,7 @@ _NAMES = {
     "projectors.pool": ("PoolProjectorConfig",),
     "projectors.qformer": ("QFormerConfig",),
     "projectors.resampler": ("ResamplerConfig", "ResamplerDialect"),
+    "projectors.stacked": ("StackedProjectorConfig",),
     "sharding.logical": ("PartRules", "data_parallel"),
     "sharding.mesh": ("MeshConfig",),
     "training.config": ("AdamW", "CheckpointConfig", "Experiment", "Pretrained", "Stage", "TokenizerConfig"),

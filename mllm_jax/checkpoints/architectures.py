@@ -79,6 +79,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (
     # Its folders give the class of its language model.
     Architecture("QWenVL", "mllm_jax.models.qwen_vl_v1", called="QWenLMHeadModel", option="visual"),
     Architecture("BEATs", "mllm_jax.encoders.beats", "beats"),
+    Architecture("CFormer", "mllm_jax.encoders.cformer_hub", "cformer"),
     Architecture("InternVLForConditionalGeneration", "mllm_jax.models.internvl", "internvl"),
     Architecture("InternVLChatModel", "mllm_jax.models.internvl", "internvl_chat"),
     Architecture("DeepseekVLForConditionalGeneration", "mllm_jax.models.deepseek_vl", "deepseek_vl"),
@@ -89,9 +90,13 @@ ARCHITECTURES: tuple[Architecture, ...] = (
     Architecture("Qwen2VLForConditionalGeneration", "mllm_jax.models.qwen_vl", "qwen2_vl"),
     Architecture("Qwen2_5_VLForConditionalGeneration", "mllm_jax.models.qwen_vl", "qwen2_5_vl"),
     Architecture("Qwen3VLForConditionalGeneration", "mllm_jax.models.qwen_vl", "qwen3_vl"),
+    Architecture("HubertModel", "mllm_jax.encoders.hubert", "hubert"),
+    Architecture("HubertForCTC", "mllm_jax.encoders.hubert", "hubert"),
     Architecture("WhisperForConditionalGeneration", "mllm_jax.models.whisper", "whisper"),
     Architecture("WhisperModel", "mllm_jax.models.whisper", "whisper"),
     Architecture("WhisperEncoder", "mllm_jax.encoders.whisper", "whisper"),
+    Architecture("Qwen2AudioEncoder", "mllm_jax.encoders.qwen2_audio", "qwen2_audio_encoder"),
+    Architecture("Qwen2AudioForConditionalGeneration", "mllm_jax.models.qwen2_audio", "qwen2_audio"),
     # timm's names
     Architecture("eva_giant_patch14_clip_224", "mllm_jax.encoders.eva"),
     Architecture("eva02_base_patch16_clip_224", "mllm_jax.encoders.eva"),

@@ -20,10 +20,12 @@ from mllm_jax.checkpoints.config_json import Fields, check_written, read_fields,
 from mllm_jax.checkpoints.config_options import ConfigOptions
 from mllm_jax.checkpoints.fields import make_config
 from mllm_jax.checkpoints.table import OUT_OF_HEADS, Family, Table, Weight, beside, into_heads, linear, norm
+from mllm_jax.data.processing.audio import Waveform
 from mllm_jax.encoders.audio_output import AudioOutput
-from mllm_jax.encoders.beats_blocks import NORM_EPS, BEATsBlock, PositionalConvolution
+from mllm_jax.encoders.beats_blocks import NORM_EPS, BEATsBlock
 from mllm_jax.errors import ConfigError, DataError
 from mllm_jax.layers.compute import WithCompute
+from mllm_jax.layers.convolution import PositionalConvolution
 from mllm_jax.layers.fbank import FRAME, RATE, SHIFT, fbank, num_frames
 from mllm_jax.layers.linear import Linear
 from mllm_jax.layers.mlp import ACTIVATIONS
@@ -138,6 +140,10 @@ class BEATsConfig(WithCompute):
         """Returns the shape of a waveform of that length."""
         return (round(seconds * RATE),)
 
+    def processor(self, seconds: float) -> Waveform:
+        """Returns what collects waveforms with their masks."""
+        return Waveform(RATE)
+
     def frames(self, samples: Count, row: int | None = None) -> Count:
         """Returns the number of output vectors for n samples, for an int or an integer array.
 
@@ -236,7 +242,7 @@ class BEATs(nn.Module):
             x = jnp.where(mask[..., None], x, 0)
             # Padding sees valid vectors too, as in the original.
             segments = jnp.ones_like(mask, jnp.int32), mask.astype(jnp.int32)
-        x = x + PositionalConvolution(dialect.conv_size, dialect.conv_groups, dtype, name="position")(x)
+        x = x + PositionalConvolution(dialect.conv_size, dialect.conv_groups, dtype=dtype, name="position")(x)
         final_norm = LayerNorm(NORM_EPS, dtype, name="norm")
         first = x = constrain(x if dialect.norm_first else final_norm(x), "batch", "patches", None)
         bias = self._bias(x.shape[1])

@@ -18,8 +18,9 @@ from mllm_jax.checkpoints.config_json import ELSEWHERE, Fields, read_fields, wri
 from mllm_jax.checkpoints.config_options import ACTIVATIONS, ConfigOptions
 from mllm_jax.checkpoints.fields import make_config
 from mllm_jax.checkpoints.table import OUT_OF_HEADS, Family, Table, Weight, into_heads, linear, norm
+from mllm_jax.data.processing.audio import LogMel
 from mllm_jax.encoders.audio_output import AudioOutput
-from mllm_jax.errors import DataError
+from mllm_jax.errors import ConfigError, DataError
 from mllm_jax.layers.attention import Attention
 from mllm_jax.layers.compute import WithCompute
 from mllm_jax.layers.linear import Linear
@@ -30,6 +31,7 @@ from mllm_jax.layers.stack import layers_of
 from mllm_jax.sharding.logical import constrain
 
 NORM_EPS = 1e-5
+FRAMES_A_SECOND = 100  # a log-mel frame each 160 samples
 KERNEL, STRIDE = 3, 2  # of the convolutions; the second one has the stride
 
 
@@ -63,6 +65,32 @@ class WhisperEncoderConfig(WithCompute):
         """The width of the output vectors."""
         return self.hidden_size
 
+    def inputs(self, seconds: float) -> tuple[int, int]:
+        """Returns the shape of the features of a sound, an even number of frames.
+
+        Raises:
+            ConfigError: a sound that is longer than the model's.
+        """
+        longest = STRIDE * self.max_source_positions / FRAMES_A_SECOND
+        if seconds > longest:
+            raise ConfigError(
+                f"Whisper encoder: a sound of {seconds:g} seconds",
+                f"at most {longest:g} seconds, which its {self.max_source_positions} positions cover",
+                f"set seconds={longest:g}; a longer sound is cut into several",
+            )
+        return self.num_mel_bins, STRIDE * -(-round(seconds * FRAMES_A_SECOND) // STRIDE)
+
+    def processor(self, seconds: float) -> LogMel:
+        """Returns what makes the features of sounds that are padded to whole seconds.
+
+        Raises:
+            ConfigError: a part of a second.
+        """
+        Requirements("Whisper encoder", self)(
+            seconds == round(seconds) > 0, f"sounds of {seconds:g} seconds", "whole seconds", "change seconds"
+        )
+        return LogMel(self.num_mel_bins, chunk_length=round(seconds), return_attention_mask=True)
+
     def frames(self, n: Any) -> Any:
         """Returns the number of output vectors for n mel frames, an int or an array of them."""
         return (n - 1) // STRIDE + 1
@@ -86,6 +114,30 @@ def sinusoids(length: int, width: int) -> jax.Array:
     rates = jnp.exp(-np.log(10_000.0) / (width // 2 - 1) * jnp.arange(width // 2, dtype=jnp.float32))
     angles = jnp.arange(length, dtype=jnp.float32)[:, None] * rates[None]
     return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=1)
+
+
+# The table of positions is a parameter that is not trained.
+POSITIONS = nn.with_logical_partitioning(lambda _, shape, dtype: sinusoids(*shape).astype(dtype), (None, "embed"))
+
+
+def add_positions(x: jax.Array, positions: jax.Array) -> jax.Array:
+    """Adds the first of the positions float32[N, E], which are not trained, to dtype[B, T, E]."""
+    positions = jax.lax.stop_gradient(positions[: x.shape[1]])
+    return constrain(x + positions.astype(x.dtype), "batch", "patches", None)
+
+
+def require_features(config: WhisperEncoderConfig, features: jax.Array, mask: jax.Array | None) -> None:
+    """Raises DataError: features or a mask of another shape than the model reads."""
+    longest = STRIDE * config.max_source_positions
+    frames = features.shape[2] if features.ndim == 3 else 0
+    right = features.shape[1:] == (config.num_mel_bins, frames) and 0 < frames <= longest and frames % STRIDE == 0
+    if not right or (mask is not None and mask.shape[1:] != (frames,)):
+        raise DataError(
+            f"{config.family}: features of shape {features.shape}"
+            + ("" if mask is None else f" with a mask of shape {mask.shape}"),
+            f"features [B, {config.num_mel_bins}, {longest}]" + ("" if mask is None else f", mask [B, {longest}]"),
+            "take them from the folder's feature extractor, which pads audio to the length of the model",
+        )
 
 
 class ConvStem(nn.Module):
@@ -156,7 +208,9 @@ class WhisperEncoder(nn.Module):
         So a mask changes no output; it only marks the vectors of the audio itself. The positions are not trained.
 
         Args:
-            features: float[B, mel, T] as `WhisperFeatureExtractor` returns them, T = 2 * max_source_positions.
+            features: float[B, mel, T] as `WhisperFeatureExtractor` returns them, T = 2 * max_source_positions; also an
+                even number of fewer frames, which get the first positions: shorter sounds cost less. The reference
+                refuses these.
             mask: [B, T], 1 for frames of the audio, or None.
 
         Returns:
@@ -166,18 +220,10 @@ class WhisperEncoder(nn.Module):
             DataError: features of another shape.
         """
         c = self.config
-        dtype, wanted = jnp.dtype(c.dtype), (c.num_mel_bins, STRIDE * c.max_source_positions)
-        if features.ndim != 3 or features.shape[1:] != wanted or (mask is not None and mask.shape[1:] != wanted[1:]):
-            raise DataError(
-                f"Whisper encoder: features of shape {features.shape}"
-                + ("" if mask is None else f" with a mask of shape {mask.shape}"),
-                f"features [B, {wanted[0]}, {wanted[1]}]" + ("" if mask is None else f", mask [B, {wanted[1]}]"),
-                "take them from the folder's feature extractor, which pads audio to the length of the model",
-            )
-        x = ConvStem(c.hidden_size, dtype, name="stem")(features)
-        init = nn.with_logical_partitioning(lambda _, shape, dtype: sinusoids(*shape).astype(dtype), (None, "embed"))
-        positions = self.param("positions", init, (c.max_source_positions, c.hidden_size), jnp.float32)
-        x = first = constrain(x + jax.lax.stop_gradient(positions).astype(dtype), "batch", "patches", None)
+        dtype = jnp.dtype(c.dtype)
+        require_features(c, features, mask)
+        positions = self.param("positions", POSITIONS, (c.max_source_positions, c.hidden_size), jnp.float32)
+        x = first = add_positions(ConvStem(c.hidden_size, dtype, name="stem")(features), positions)
         x, states = layers_of(c, WhisperLayer, 1)(c, output_hidden_states, name="layers")(x, None, None)
         x = LayerNorm(NORM_EPS, dtype, name="final_norm")(x)
         states = (first, *states[:-1], x) if output_hidden_states else None

@@ -17,7 +17,7 @@ from mllm_jax.generation.decode_step import Batch, WhisperSteps, last_token, on_
 from mllm_jax.generation.sampling import row_keys
 from mllm_jax.generation.timestamp_rules import Rules, Written
 from mllm_jax.layers.head_attention import head_by_head
-from mllm_jax.llms.cache import CrossCache
+from mllm_jax.llms.whisper_decoder import WhisperCache
 from mllm_jax.models.whisper import Whisper
 
 # The keys and values of the audio that the decoder's layers attend to, layer by layer or stacked.
@@ -82,6 +82,8 @@ class SpeechSteps(WhisperSteps):
         written = jax.tree.map(lambda leaf: leaf[rows], state.written)
         return Held(super().take(state.cache, rows), state.heard, written)
 
+    exchange = take  # the audio is not copied
+
     def read(self, params: dict, batch: Batch, room: int) -> tuple[jax.Array, Any]:
         """Returns the log probabilities float32[B, V] of the token after each prompt, without rules, and the cache."""
         cache = self._hearing(self.config.make_cache(len(batch["tokens"]), room, 0), batch["heard"])
@@ -95,12 +97,12 @@ class SpeechSteps(WhisperSteps):
         logits, _, weights = self.apply(params, tokens, cache, heads=heads, method="step")
         return logits, weights
 
-    def _hearing(self, cache: CrossCache, heard: Heard) -> CrossCache:
+    def _hearing(self, cache: WhisperCache, heard: Heard) -> WhisperCache:
         keys, values = (restack(part) for part in heard)
         return cache.replace(cross_keys=keys, cross_values=values)
 
-    def _deaf(self, cache: CrossCache) -> CrossCache:
-        none = cache.keys[:, :, :0]
+    def _deaf(self, cache: WhisperCache) -> WhisperCache:
+        none = cache.keys[..., :0]
         return cache.replace(cross_keys=none, cross_values=none)
 
 

@@ -23,17 +23,17 @@ from mllm_jax.data.processing.encode import (
     encode_turns,
     require_answers,
 )
-from mllm_jax.data.processing.layouts import Layout, PlainLayout, TextLayout
+from mllm_jax.data.processing.layouts import Layout, TextLayout
 from mllm_jax.data.processing.media import Encoded, Media
 from mllm_jax.data.tokenizer import tokenizer_in
+from mllm_jax.data.video import FIVE_FRAMES, FrameSampling
 from mllm_jax.errors import ConfigError, DataError
 from mllm_jax.llms.protocol import LLMConfig
 from mllm_jax.models.companions import fitting
+from mllm_jax.models.composed_layout import composed_layout
 from mllm_jax.models.protocol import LanguageOnly, ModelConfig
 from mllm_jax.models.reshape import with_image_size
 
-# The usual placeholders for images; without one, any special token that the template leaves unused.
-IMAGE_TOKENS = ("<image>", "<|image|>", "<|image_pad|>")
 BUCKET = 16  # instructions are padded to a multiple of this, so that several lengths share one compilation
 
 
@@ -83,18 +83,30 @@ class Processor:
         """Returns the processor of a run; reads the run's experiment if it is None."""
         experiment = run.experiment() if experiment is None else experiment
         config = experiment.tokenizer
-        return cls.of(experiment.model_of(), run.processor_folder, system=config.system, words=config.places)
+        frames = dict(sampling=config.frames, frame_time=config.frame_time)
+        return cls.of(experiment.model_of(), run.processor_folder, system=config.system, words=config.places, **frames)
 
     @classmethod
-    def of(cls, config: Any, folder: Path, *, system: str | None = None, words: Sequence[str] = ()) -> Processor:
+    def of(
+        cls,
+        config: Any,
+        folder: Path,
+        *,
+        system: str | None = None,
+        words: Sequence[str] = (),
+        sampling: FrameSampling = FIVE_FRAMES,
+        frame_time: str = "",
+    ) -> Processor:
         """Returns the processor of a model, with the tokenizer (and a named model's processor files) of a folder.
 
         Args:
-            words: text before each media token of an image, for a composed model.
+            words, sampling, frame_time: text before each media token of an image, the choice of a video's frames, and
+                the text before each, for a composed model; see `TokenizerConfig`.
         """
         family = cls.family_of(config)
         if family is not None:
-            return cls(config, ChatTokenizer.load(folder), family.layout(config, folder), system)
+            layout = family.layout(config, folder)
+            return cls(config, ChatTokenizer.load(folder, layout.template), layout, system)
         if not isinstance(config, (LLMConfig, ModelConfig)):
             raise ConfigError(
                 f"{folder}: {config.family}", "a model that reads images", "use its tokenizer: ChatTokenizer.load"
@@ -102,14 +114,7 @@ class Processor:
         if isinstance(config, LLMConfig):
             return cls(LanguageOnly(config), ChatTokenizer.load(folder), TextLayout(), system)
         tokenizer = tokenizer_in(folder)
-        ids = [tokenizer.words(word) for word in words]
-        layout = PlainLayout(
-            config.image_size,
-            config.media_tokens,
-            image_token(tokenizer),
-            ids,
-            flattens=isinstance(tokenizer, ChatTokenizer),
-        )
+        layout = composed_layout(config, tokenizer, words, sampling, frame_time)
         return cls(config, tokenizer, layout, system)
 
     def of_composition(self, config: Any) -> Processor:
@@ -186,10 +191,11 @@ class Processor:
         """Makes a batch of one text, or of a list of texts.
 
         Args:
-            text: a string with a placeholder for each image, as the model's tokenizer spells it, or a conversation, see
-                `mllm_jax.data.message.conversation`; an image may be part of the message or of `images`.
-            images, videos: in the order of their positions, over all texts; or a list of lists, one for each text. An
-                image is uint8[H, W, 3], one of Pillow, a path or bytes; a video is a list of images, or an array.
+            text: a string with a placeholder for each medium, as the model's tokenizer spells it, or a conversation,
+                see `mllm_jax.data.message.conversation`; a medium may be part of the message or given separately.
+            images, videos, audios: in the order of their positions, over all texts; or a list of lists, one for each
+                text. An image is uint8[H, W, 3], one of Pillow, a path or bytes; a video is a path, bytes or a
+                `Video`; a sound is a path, bytes, (samples float[n], rate) or an `Audio`.
             answers: one for each text, for a batch to train on.
             slots: for media in each row, by modality, such as {"image": 2}; None: as many as this batch needs.
             length: of the rows; None: that of the longest text.
@@ -202,12 +208,6 @@ class Processor:
                 take the media, they become too large (one, or all together, see `mllm_jax.data.pixels`), or a text is
                 empty or longer than `length`.
         """
-        if audios:
-            raise DataError(
-                f"{len(audios)} sound(s) for a {type(self.config).__name__}",
-                "images or videos: it has no encoder for sounds",
-                "leave them out",
-            )
         texts = _texts(text)
         answers = [answers] if isinstance(answers, str) else answers
         if answers is not None and len(answers) != len(texts):
@@ -215,8 +215,9 @@ class Processor:
                 f"{len(texts)} texts and {len(answers)} answers", "one answer for each text", "give one for each"
             )
         ids = [self._ids(each) for each in texts]
-        wanted = [self._wanted(each, found) for each, found in zip(texts, ids, strict=True)]
-        shown = _shown(wanted, {"image": images, "video": videos})
+        given = {"image": images, "video": videos, "audio": audios}
+        wanted = [self._wanted(each, found, given) for each, found in zip(texts, ids, strict=True)]
+        shown = _shown(wanted, given)
         media = self.layout.prepare_all(shown)
         encoded = [self._asked(*each) for each in zip(texts, ids, media, strict=True)]
         if answers is not None:
@@ -285,10 +286,15 @@ class Processor:
             return self.layout.without_names(self.tokenizer.encode(text))
         return self.encoder.ids_of(text)
 
-    def _wanted(self, text: str | Sequence[Message], ids: Sequence[int]) -> list[Part]:
+    def _wanted(
+        self, text: str | Sequence[Message], ids: Sequence[int], given: Mapping[str, Sequence[Any] | None]
+    ) -> list[Part]:
         """Returns the media of a text; those without a source are given separately."""
         if isinstance(text, str):
-            kinds = {token: kind for kind, token in self.layout.placeholders.items()}
+            # A placeholder that kinds share is of a kind that is given, else of images.
+            pairs = [*reversed(self.layout.placeholders.items())]
+            kinds = {token: kind for kind, token in pairs}
+            kinds |= {token: kind for kind, token in pairs if _number(given.get(kind))}
             return [MEDIA[kinds[i]]() for i in ids if i in kinds]
         return [part for message in text for part in message.parts if _is_medium(part)]
 
@@ -310,36 +316,6 @@ class Processor:
             return replace(encoded, target=target, loss_weights=np.float32(np.arange(len(target)) > 0))
         weights = np.concatenate([encoded.loss_weights, np.ones(len(ids), np.float32)])
         return replace(encoded, row=encoded.row.followed_by(ids), loss_weights=weights)
-
-
-def image_token(tokenizer: Words) -> int:
-    """Returns an id for images that nothing else in a row has.
-
-    Adds a token if the template writes all special tokens. No text contains it, and its embedding is not read.
-
-    Raises:
-        DataError: there is no chat template, or it refuses a question and its answer.
-    """
-    special = {token: tokenizer.id_of(token) for token in tokenizer.special_tokens}
-    if named := [special[name] for name in IMAGE_TOKENS if name in special]:
-        return named[0]
-    template = tokenizer.template if isinstance(tokenizer.template, str) else ""
-    written = {i for token, i in special.items() if token in template} | _written(tokenizer)
-    free = sorted(set(special.values()) - written)
-    # Tokens with a meaning of their own come last.
-    meant = (*tokenizer.stop_ids, tokenizer.pad_token_id, tokenizer.bos_token_id)
-    free.sort(key=lambda i: i in meant)
-    return free[0] if free else tokenizer.add_placeholder(IMAGE_TOKENS[0])
-
-
-def _written(tokenizer: Words) -> set[int]:
-    """Returns the ids that a chat template writes around messages of every role that it knows."""
-    talk = [{"role": role, "content": "a"} for role in ("user", "assistant", "user")]
-    written = set(tokenizer.ids(tokenizer.render_chat(talk)))
-    try:
-        return written | set(tokenizer.ids(tokenizer.render_chat([{"role": "system", "content": "a"}, *talk])))
-    except DataError:  # a template without system messages
-        return written
 
 
 def _is_medium(part: Part) -> bool:
@@ -376,10 +352,26 @@ def _shown(texts: list[list[Part]], given: Mapping[str, Sequence[Any] | None]) -
             if part.source is not None:
                 row.append(part)
             elif left[kind]:
-                row.append(replace(part, source=left[kind].pop(0)))
+                row.append(_medium(part, left[kind].pop(0)))
         # A wrong number is found when the positions are counted; some models' texts have none.
-        row += [MEDIA[kind](thing) for kind, things in left.items() for thing in things]
+        row += [_medium(MEDIA[kind](), thing) for kind, things in left.items() for thing in things]
     return rows
+
+
+def _holds(things: Sequence[Any], kind: str) -> bool:
+    """Returns whether a list holds the media of one text; of videos, parts alone: other lists are frames. A tuple may
+    be the samples of a sound and their rate."""
+    anything = kind == "image" or (kind == "audio" and isinstance(things, list))
+    return anything or all(isinstance(thing, MEDIA[kind]) for thing in things)
+
+
+def _medium(part: Part, thing: Any) -> Part:
+    """Returns a medium that was given separately: the part itself, or its source."""
+    return thing if isinstance(thing, type(part)) else replace(part, source=thing)
+
+
+def _number(given: Sequence[Any] | None) -> int:
+    return 0 if given is None else len(given)
 
 
 def _deal(given: Sequence[Any] | None, kind: str, missing: Sequence[int]) -> list[list[Any]]:
@@ -388,9 +380,9 @@ def _deal(given: Sequence[Any] | None, kind: str, missing: Sequence[int]) -> lis
     Args:
         missing: the number of media that each text asks for.
     """
-    given = [] if given is None else list(given)
+    given = list(given) if _number(given) else []
     dealt = None
-    if kind == "image" and given and all(isinstance(each, (list, tuple)) for each in given):
+    if given and all(isinstance(each, (list, tuple)) and _holds(each, kind) for each in given):
         dealt = [list(each) for each in given]
     elif len(missing) == 1:
         dealt = [given]

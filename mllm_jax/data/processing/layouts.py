@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 
@@ -11,11 +11,13 @@ import numpy as np
 
 from mllm_jax.data.batch import BatchSpec
 from mllm_jax.data.image_steps import ImageProcessor
-from mllm_jax.data.images import Size, as_image, resize
+from mllm_jax.data.images import Size, as_image
 from mllm_jax.data.message import Image, Part, Video
 from mllm_jax.data.pixels import require_call
-from mllm_jax.data.processing.media import TEXT, Collated, Lazy, Media, Row, collate_tiles
-from mllm_jax.errors import ConfigError, DataError
+from mllm_jax.data.processing.media import Collated, Media, Row, collate_tiles
+from mllm_jax.data.processing.video import frame_times, frames_of
+from mllm_jax.data.video import FIVE_FRAMES, FrameSampling, FrameTimes
+from mllm_jax.errors import DataError
 
 
 class Layout:
@@ -31,6 +33,10 @@ class Layout:
         flattens: the chat template takes content only as one text, in which media are tokens.
         unit: the content of a slot: "image" (a whole medium), "tile" or "patch".
         image_processor, frames: of images, and of frames of videos if that differs; None: no `ImageProcessor`.
+        sampling: the choice of frames of a video's file.
+        needs_times: the positions of a video depend on the times of its frames.
+        one_placeholder: all media of a text have the placeholder of images, which the chat template writes.
+        template: the chat template of a folder without one; None: such a folder has none.
     """
 
     image_token: int | None = None
@@ -43,6 +49,10 @@ class Layout:
     unit: str = "image"
     image_processor: ImageProcessor | None = None
     frames: ImageProcessor | None = None
+    sampling: FrameSampling = FIVE_FRAMES
+    needs_times: bool = False
+    one_placeholder: bool = False
+    template: str | None = None
 
     @property
     def placeholders(self) -> dict[str, int]:
@@ -52,7 +62,7 @@ class Layout:
 
     def fingerprint(self) -> str:
         """Returns a text that differs if the rows of two layouts for one model would."""
-        return repr([self.image_processor, self.frames])
+        return repr([self.image_processor, self.frames, self.sampling])
 
     def image(self, image: np.ndarray) -> Media:
         """Prepares a decoded image uint8[H, W, 3]."""
@@ -62,8 +72,8 @@ class Layout:
         """Prepares the images of one text; some models prepare a single image differently."""
         return [self.image(image) for image in images]
 
-    def video(self, frames: np.ndarray) -> Media:
-        """Prepares uint8[F, H, W, 3], the frames for the model."""
+    def video(self, frames: np.ndarray, times: FrameTimes) -> Media:
+        """Prepares uint8[F, H, W, 3], the frames for the model, which are shown at these times."""
         raise DataError(f"a video of {len(frames)} frames", "images: the model reads no video", "leave it out")
 
     def sized(self, size: Size) -> Media:
@@ -77,9 +87,9 @@ class Layout:
         """Returns the result of `images` for images of these sizes, without their arrays."""
         return [self.sized(size) for size in sizes]
 
-    def sized_video(self, frames: int, size: Size) -> Media:
+    def sized_video(self, size: Size, times: FrameTimes) -> Media:
         """Returns the result of `video` for frames of a size, without its arrays; the default prepares black frames."""
-        return _without_arrays(self.video(np.zeros((frames, *size, 3), np.uint8)))
+        return _without_arrays(self.video(np.zeros((len(times.seconds), *size, 3), np.uint8), times))
 
     def prepare(self, parts: Sequence[Part]) -> list[Media]:
         """Prepares the media of one text, in order; raises the same as `prepare_all`."""
@@ -96,11 +106,13 @@ class Layout:
             if (sizes := _sizes(parts)) is not None:
                 prepared.append(self._from_sizes(parts, sizes))
                 continue
-            decoded = _decoded(parts)
-            pixels += sum(self._pixels(part, [frame.shape[:2] for frame in frames]) for part, frames in decoded)
+            decoded = _decoded(parts, self.sampling)
+            pixels += sum(self._pixels(part, [frame.shape[:2] for frame in frames]) for part, frames, _ in decoded)
             require_call(pixels, "prepared images and frames")
-            images = iter(self.images([frames[0] for part, frames in decoded if isinstance(part, Image)]))
-            prepared.append([next(images) if isinstance(p, Image) else self._video(frames) for p, frames in decoded])
+            images = iter(self.images([frames[0] for part, frames, _ in decoded if isinstance(part, Image)]))
+            prepared.append(
+                [next(images) if isinstance(part, Image) else self._video(*shown) for part, *shown in decoded]
+            )
         return prepared
 
     def _from_sizes(self, parts: Sequence[Part], sizes: Sequence[Sequence[Size]]) -> list[Media]:
@@ -110,13 +122,13 @@ class Layout:
         known = list(zip(parts, sizes, strict=True))
         images = iter(self.all_sized([each[0] for part, each in known if isinstance(part, Image)]))
         return [
-            next(images) if isinstance(part, Image) else self.sized_video(len(each), _only(each))
+            next(images) if isinstance(part, Image) else self.sized_video(_only(each), frame_times(part))
             for part, each in known
         ]
 
-    def _video(self, frames: list[np.ndarray]) -> Media:
+    def _video(self, frames: Sequence[np.ndarray], times: FrameTimes) -> Media:
         _only([frame.shape for frame in frames])
-        return self.video(np.stack(frames))
+        return self.video(np.stack(frames), times)
 
     def _pixels(self, part: Part, sizes: Sequence[Size]) -> int:
         """Returns the number of pixels of an image or of a video's frames after preparation."""
@@ -198,64 +210,6 @@ class TileLayout(Layout):
         }
 
 
-class PlainLayout(TileLayout):
-    """The layout of a model that a config composes: images resized to the encoder's size, one tile each.
-
-    Args:
-        side: of the images that the encoder reads.
-        media_tokens: of one image.
-        image_token: the placeholder of an image.
-        words: ids before each media token, such as those of "top left", "top right"; empty: none.
-
-    Raises:
-        ConfigError: the numbers of words and media tokens differ.
-    """
-
-    keeps_text = True
-    needs_sizes = False
-
-    def __init__(
-        self,
-        side: int,
-        media_tokens: int,
-        image_token: int,
-        words: Sequence[Sequence[int]] = (),
-        flattens: bool = False,
-    ):
-        if words and len(words) != media_tokens:
-            raise ConfigError(
-                f"words for {len(words)} media tokens of an image, which has {media_tokens}",
-                "words before each",
-                "change tokenizer.places, or leave it out",
-            )
-        self.side, self.tokens_a_tile, self.image_token, self.flattens = side, media_tokens, image_token, flattens
-        tokens, places = [], []
-        for number in range(media_tokens):
-            before = list(words[number]) if words else []
-            tokens += [*before, image_token]
-            places += [TEXT] * len(before) + [number]
-        self._tokens, self._places = np.asarray(tokens), np.asarray(places)
-
-    def fingerprint(self) -> str:
-        return repr([self.side, self._tokens.tolist()])
-
-    def prepare_all(self, rows: Sequence[Sequence[Part]]) -> list[list[Media]]:
-        """Prepares images that are decoded when their arrays are read: the row does not depend on their sizes."""
-        if strange := [part for parts in rows for part in parts if not isinstance(part, Image)]:
-            raise DataError(f"a {type(strange[0]).__name__}", "images: the model reads nothing else", "leave it out")
-        return [[self._media(lambda source=part.source: as_image(source)) for part in parts] for parts in rows]
-
-    def image(self, image: np.ndarray) -> Media:
-        return self._media(lambda: image)
-
-    def _media(self, read: Callable[[], np.ndarray]) -> Media:
-        images = Lazy(("images",), lambda _: self._fitted(read())[None])
-        return Media(images, self._tokens, self._places, count=1)
-
-    def _fitted(self, image: np.ndarray) -> np.ndarray:
-        return image if image.shape[:2] == (self.side, self.side) else resize(image, self.side)
-
-
 def _sizes(parts: Sequence[Part]) -> list[Sequence[Size]] | None:
     """Returns the sizes of each medium's frames (an image is one); None if there are no media, or not only sizes."""
     sources = [[part.source] if isinstance(part, Image) else part.source for part in parts]
@@ -274,16 +228,27 @@ def _without_arrays(media: Media) -> Media:
     return replace(media, arrays={}, count=media.slots)
 
 
-def _decoded(parts: Sequence[Part]) -> list[tuple[Part, list[np.ndarray]]]:
-    """Decodes the media of one text; an image is one frame. Raises DataError: see `as_image`, or too many pixels."""
+def _decoded(
+    parts: Sequence[Part], sampling: FrameSampling
+) -> list[tuple[Part, Sequence[np.ndarray], FrameTimes | None]]:
+    """Decodes the media of one text, with the times of frames; an image is one frame without a time.
+
+    Raises:
+        DataError: see `as_image` and `read_video`, or too many pixels.
+    """
     media, pixels = [], 0
+
+    def counted(frame: np.ndarray) -> np.ndarray:
+        nonlocal pixels
+        pixels += math.prod(frame.shape[:2])
+        require_call(pixels, "images and frames of one text")
+        return frame
+
     for part in parts:
-        if not isinstance(part, (Image, Video)):
-            raise DataError(f"a {type(part).__name__}", "images or videos", "take a model that reads it")
-        frames = []
-        for frame in [part.source] if isinstance(part, Image) else part.source:
-            frames.append(as_image(frame))
-            pixels += math.prod(frames[-1].shape[:2])
-            require_call(pixels, "images and frames of one text")
-        media.append((part, frames))
+        if isinstance(part, Image):
+            media.append((part, [counted(as_image(part.source))], None))
+        elif isinstance(part, Video):
+            media.append((part, *frames_of(part, sampling, counted)))
+        else:
+            raise DataError(f"a medium of type {type(part).__name__}", "images or videos", "take a model that reads it")
     return media

@@ -108,14 +108,18 @@ class Row:
 
 
 def collate_tiles(
-    rows: Sequence[Sequence[Media]], tokens_a_tile: int, slots: int | None = None, unit: str = "tile"
+    rows: Sequence[Sequence[Media]],
+    tokens_a_tile: int,
+    slots: int | None = None,
+    unit: str = "tile",
+    modality: str = "image",
 ) -> Collated:
     """Collates tiles of one size: `images` uint8[B, M, H, W, 3].
 
     Args:
         tokens_a_tile: media tokens of one tile.
         slots: M; None is the number of the fullest row.
-        unit: the name of a tile in a message.
+        unit, modality: the name of a tile in a message, and of its branch.
 
     Raises:
         DataError: a row has more tiles than slots.
@@ -125,7 +129,7 @@ def collate_tiles(
     slots = needed if slots is None else slots
     if needed > slots:
         raise DataError(
-            f"a row with {in_words({'image': needed}, unit)}",
+            f"a row with {in_words({modality: needed}, unit)}",
             f"at most {slots:,}",
             "raise `slots`, or give it fewer or smaller images",
         )
@@ -157,9 +161,9 @@ def lay_out_row(ids: Sequence[int], media: Sequence[Media], placeholders: Sequen
     where = np.flatnonzero(one_of(ids, placeholders))
     if len(where) != len(media):
         raise DataError(
-            f"{what} with {len(where)} placeholder(s) for images or videos, and {len(media)} of them",
+            f"{what} with {len(where)} placeholder(s) for media, and {len(media)} of them",
             "one placeholder for each, in order",
-            "give as many images as the text has placeholders, and no placeholder that is meant as text",
+            "give as many media as the text has placeholders, and no placeholder that is meant as text",
         )
     width = max((m.places.shape[1] for m in media if m.places.ndim == 2), default=1)
     pieces, start = [], 0
