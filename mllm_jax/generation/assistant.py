@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -17,7 +17,6 @@ from jax.sharding import Mesh
 
 from mllm_jax.checkpoints.hf import float_dtype
 from mllm_jax.checkpoints.run import RunFolder, is_run
-from mllm_jax.data.audio import Source
 from mllm_jax.data.message import TEXT_ROLE, Conversation, Example, Message
 from mllm_jax.data.message import conversations as read_conversations
 from mllm_jax.data.processing.media import Encoded
@@ -31,8 +30,8 @@ from mllm_jax.generation.program import Program, bucket, placed
 from mllm_jax.generation.quantize import TensorError, quantize
 from mllm_jax.generation.rows import in_batches, padded_slots, rows_for
 from mllm_jax.generation.sampling import Sampling
-from mllm_jax.generation.transcribe import Transcriber, no_speech
-from mllm_jax.generation.transcript import Transcript
+from mllm_jax.generation.transcribe import Transcriber
+from mllm_jax.generation.transcribes import Transcribes
 from mllm_jax.layers.compute import with_compute
 from mllm_jax.llms.protocol import LLMConfig
 from mllm_jax.models.processor import Processor
@@ -47,7 +46,7 @@ CHUNK = 4  # tokens of each piece of a stream
 UNBOUNDED = 1 << 20  # tokens of a text if the model's config has no bound
 
 
-class Assistant:
+class Assistant(Transcribes):
     """Answers conversations, many at a time or piece by piece; makes vectors with a dual encoder or a part of it.
 
     In float32 a conversation gets the same answer alone and in any batch. A sampled answer depends on the seed and on
@@ -367,32 +366,6 @@ class Assistant:
             return self._embedder.texts([texts] if isinstance(texts, str) else list(texts))
         one = isinstance(images, (str, bytes)) or not isinstance(images, Iterable) or getattr(images, "ndim", 4) == 3
         return self._embedder.image_vectors([images] if one else list(images))
-
-    def transcribe(
-        self,
-        audio: Source | list[Source],
-        *,
-        on_segment: Callable[..., Any] | None = None,
-        on_progress: Callable[[float], Any] | None = None,
-        **options: Any,
-    ) -> Transcript | list[Transcript]:
-        """Writes down the speech of a recording of any length, or of a list of recordings.
-
-        Args:
-            audio: a path, the bytes of a file, or (samples float[n], rate); a list gives a list.
-            on_segment: called with each segment when it is found; for a list, with the recording's position first.
-            on_progress: called with the number of seconds that are done, of all recordings.
-            options: language=None, task="transcribe", timestamps=None, beams=1, temperatures=(0.0, 0.2, ...),
-                batch_size=8, and the other fields of `SpeechOptions`.
-
-        Raises:
-            DataError: a recording cannot be read.
-            ConfigError: the model writes down no speech, or does not have the language, the task or the timestamps;
-                options do not exist.
-        """
-        if self._transcriber is None:
-            raise no_speech(self.model.config)
-        return self._transcriber.transcribe(audio, on_segment, on_progress, **options)
 
     # ---- inside
 

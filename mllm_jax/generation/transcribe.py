@@ -80,7 +80,7 @@ class Transcriber:
         on_progress: Callable[[float], Any] | None = None,
         **options: Any,
     ) -> Transcript | list[Transcript]:
-        """Transcribes a recording, or a list of recordings; see `Assistant.transcribe`."""
+        """Transcribes a recording, or a list of recordings; see `Transcribes`."""
         if unknown := options.keys() - {field.name for field in dataclasses.fields(SpeechOptions)}:
             names = ", ".join(field.name for field in dataclasses.fields(SpeechOptions))
             raise ConfigError(f"transcribe({sorted(unknown)[0]}=...)", f"options among {names}", "correct the name")
