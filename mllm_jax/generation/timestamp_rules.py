@@ -1,4 +1,4 @@
-"""Which token may follow in a text of Whisper: never some, times in pairs and in order, as in transformers.
+"""The rules of the next token in a text of Whisper, as in transformers: some never, times in pairs and in order.
 
 Times come in pairs, the end of a segment and the beginning of the next; the first one is alone, and the last one may
 be. The rules depend on the last two tokens and on the latest time only, so a decoding loop carries just these.
@@ -18,7 +18,7 @@ NONE = -1  # no time yet
 
 @struct.dataclass
 class Written:
-    """What the rules depend on, for each text.
+    """The state of each text on which the rules depend.
 
     count: int32[B] tokens.  last, before: bool[B], whether the last token and the one before it are times; before is
     True if there is none.  latest: int32[B], the latest time, or NONE.  timed: bool[B], whether the text has times.
