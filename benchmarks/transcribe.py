@@ -133,7 +133,7 @@ class FasterWhisper:
             beam_size=beams,
             temperature=0.0,
             without_timestamps=True,
-            max_new_tokens=self.tokens,
+            max_new_tokens=2 * self.tokens - 4,  # CTranslate2 writes half of this and the prompt of 4
             suppress_tokens=NEVER,
             compression_ratio_threshold=None,
             log_prob_threshold=None,
