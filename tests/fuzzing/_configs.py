@@ -200,6 +200,6 @@ CONFIGS = {values["architectures"][0]: values for values in _ALL} | {
     "CFormer": _named(
         "CFormer", cif_threshold=0.99, cif_embedding_dim=16, encoder_embed_dim=24, produce_weight_type="conv",
         conv_cif_width=3, apply_scaling=True, apply_tail_handling=True, tail_handling_firing_threshold=0.5,
-        llm_hidden_size=16, bert_config={name: value for name, value in TEXT.items() if name != "hidden_act"},
+        llm_hidden_size=16, bert_config={n: v for n, v in TEXT.items() if n not in ("hidden_act", "vocab_size")},
     ),
 }  # fmt: skip
