@@ -23,6 +23,7 @@ USAGE = """mllm: multimodal LLMs in JAX
   mllm generate RUN --image a.png "What is this?"                         text
   mllm generate MODEL "Why is the sky blue?"                              text of a language model's folder
   mllm generate MODEL --prompts FILE|DIR --out answers.jsonl              many answers; the same command continues
+  mllm transcribe FILE|DIR|- ... --model WHISPER [--format srt --out DIR]  the speech of recordings of any length
   mllm chat MODEL [--temperature 0.7 --top-p 0.9 ...]                     in the terminal
   mllm convert SRC DST [--to native|huggingface] [--dtype bfloat16]       Hugging Face <-> native, with a proof
   mllm embed MODEL --images DIR --text "a cat" --out vectors.npz          unit vectors of images and texts
@@ -38,6 +39,7 @@ COMMANDS = {
     "train": "reading the config, preparing the data, compiling: the first loss follows",
     "evaluate": "loading the model and its questions",
     "generate": "loading the model",
+    "transcribe": "loading the model",
     "chat": "loading the model",
     "convert": "reading the model",
     "embed": "loading the model",
@@ -79,13 +81,14 @@ def _command(arguments: list[str]) -> int:
 def _begin(command: str, arguments: Sequence[str]) -> None:
     """Prints the first line, before imports that take seconds.
 
-    The output of `generate` and `chat` is the answer, so their line goes to standard error, and only to a terminal.
+    The output of `generate`, `transcribe` and `chat` is the answer, so their line goes to standard error, and only to
+    a terminal.
     """
     doing = COMMANDS[command]
     if doing is None or not arguments or arguments[0].startswith("-") or {*HELP, "--help-all"} & set(arguments):
         return
     if any(os.environ.get(name, "0") != "0" for name in PROCESS):
         return
-    file = sys.stderr if command in ("generate", "chat") else sys.stdout
+    file = sys.stderr if command in ("generate", "transcribe", "chat") else sys.stdout
     if file is sys.stdout or file.isatty():
         print(f"mllm {command} {arguments[0]}: {doing}", file=file, flush=True)

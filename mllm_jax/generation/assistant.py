@@ -28,13 +28,17 @@ from mllm_jax.generation.engine import Engine, Request, or_raise
 from mllm_jax.generation.options import Answer, Options, longest_text, read_options
 from mllm_jax.generation.program import Program, bucket, placed
 from mllm_jax.generation.quantize import TensorError, quantize
+from mllm_jax.generation.rows import in_batches, padded_slots, rows_for
 from mllm_jax.generation.sampling import Sampling
+from mllm_jax.generation.transcribe import Transcriber
+from mllm_jax.generation.transcribes import Transcribes
 from mllm_jax.layers.compute import with_compute
 from mllm_jax.llms.protocol import LLMConfig
 from mllm_jax.models.processor import Processor
 from mllm_jax.models.protocol import WritesText
 from mllm_jax.models.registry import from_pretrained, pretrained_config
 from mllm_jax.models.run_weights import load_run
+from mllm_jax.models.whisper import WhisperConfig
 from mllm_jax.sharding.hosts import fetch
 
 BATCH = 8
@@ -42,7 +46,7 @@ CHUNK = 4  # tokens of each piece of a stream
 UNBOUNDED = 1 << 20  # tokens of a text if the model's config has no bound
 
 
-class Assistant:
+class Assistant(Transcribes):
     """Answers conversations, many at a time or piece by piece; makes vectors with a dual encoder or a part of it.
 
     In float32 a conversation gets the same answer alone and in any batch. A sampled answer depends on the seed and on
@@ -56,7 +60,8 @@ class Assistant:
             `max_position_embeddings`.
         int8: store the linear kernels as int8; `quantization_errors` then holds the rounding errors.
         by_layer: see `LanguageSteps`; False compiles faster and decodes more slowly, which suits a single question.
-        embedder: for a model that writes no text. None: made from model and processor.
+        embedder: for a model that makes vectors. None: made from model and processor, unless there is a transcriber.
+        transcriber: for a model that writes down speech.
     """
 
     def __init__(
@@ -70,17 +75,19 @@ class Assistant:
         int8: bool = False,
         by_layer: bool | None = None,
         embedder: Embedder | None = None,
+        transcriber: Transcriber | None = None,
     ):
         self.model, self.processor, self.mesh = model, processor, mesh
         self.quantization_errors: list[TensorError] = []
         self.params, self._by_layer, self._embedder, self.max_length = params, by_layer, embedder, None
+        self._transcriber = transcriber
         if processor is not None and writes_text(processor.config):
             self.max_length = longest_text(self.llm, max_length)
             if int8:
                 self.params, self.quantization_errors = quantize(self._one_step, params)
         elif int8 or max_length is not None:
             self._require_text()
-        elif embedder is None:
+        elif embedder is None and transcriber is None:
             self._embedder = Embedder.trained(model, params, processor.tokenizer)
 
     @classmethod
@@ -108,7 +115,11 @@ class Assistant:
                 model = with_compute(experiment.model_of(), dtype=str(dtype)).make()
             return cls(model, params, processor, mesh=mesh, **options)
         # Check the small files before loading weights.
-        if not writes_text(pretrained_config(folder)):
+        config = pretrained_config(folder)
+        if isinstance(config, WhisperConfig):
+            heard = Transcriber.load(folder, dtype=dtype, mesh=mesh)
+            return cls(heard.model, heard.params, None, mesh=mesh, transcriber=heard, **options)
+        if not writes_text(config):
             embedder = Embedder.load(folder, images=None, texts=None, dtype=dtype, mesh=mesh)
             return cls(embedder.module, embedder.params, None, mesh=mesh, embedder=embedder, **options)
         processor = Processor.from_pretrained(folder)
@@ -121,6 +132,8 @@ class Assistant:
         other.params = params
         if self._embedder is not None:
             other._embedder = self._embedder.with_params(params)
+        if self._transcriber is not None:
+            other._transcriber = self._transcriber.with_params(params)
         if self.processor is not None and writes_text(self.processor.config):
             other._scored, other._program = self._scored, self._program.of(params)
         return other
@@ -411,40 +424,3 @@ def no_text(config: Any) -> ConfigError:
         "a model that generates text: a language model, or one with images, such as LLaVA",
         "name another; `embed` makes vectors with a dual encoder or one of its encoders",
     )
-
-
-def padded_slots(slots: Mapping[str, int], config: Any) -> dict[str, int]:
-    """Pads a row's slots for media to 1, 2, 3, 4, 6, 8, 12, ..., so that rows share compiled programs.
-
-    Args:
-        config: of the model; an encoder that packs patches takes its own multiples.
-    """
-    branches = {modality: config.branch(modality) for modality in sorted(slots)}
-    units = {modality: b.encoder.merge_unit if b.packed else 1 for modality, b in branches.items()}
-    return {modality: unit * bucket(-(-slots[modality] // unit), least=1) for modality, unit in units.items()}
-
-
-def in_batches(sizes: Sequence[tuple[dict[str, int], int]], batch_size: int) -> Iterator[tuple[list[int], int]]:
-    """Groups examples with equal media and similar lengths, so that shapes repeat.
-
-    Args:
-        sizes: slots and length of each example.
-
-    Yields:
-        For each batch, the indices of its examples and its number of rows.
-    """
-    if batch_size < 1:
-        raise ConfigError(f"batch_size {batch_size}", "at least 1", "change batch_size")
-    order = sorted(range(len(sizes)), key=lambda i: (sorted(sizes[i][0].items()), sizes[i][1]))
-    while order:
-        slots = sizes[order[0]][0]
-        chunk = [i for i in order[:batch_size] if sizes[i][0] == slots]
-        order = order[len(chunk) :]
-        yield chunk, rows_for(len(chunk), batch_size)
-
-
-def rows_for(count: int, batch_size: int) -> int:
-    """Returns the number of rows of a batch: one of few sizes, at most what is needed or wanted."""
-    if batch_size < 1:
-        raise ConfigError(f"batch_size {batch_size}", "at least 1", "change batch_size")
-    return min(batch_size, 1 << max(count - 1, 0).bit_length())

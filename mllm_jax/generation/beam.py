@@ -31,6 +31,7 @@ class Beams:
     running, finished: int32[B, K, N].  running_scores: float32[B, K] log probabilities.
     finished_scores: float32[B, K].  finished_lengths: int32[B, K].  is_finished: bool[B, K].
     hopeful: bool[B], True if a running beam may still win.  seen: bool[B*K, V] or None.
+    running_masses, finished_masses: float32[B, K] sums of the log of the probability that masks left over; 0 without.
     """
 
     state: Any
@@ -43,6 +44,8 @@ class Beams:
     is_finished: jax.Array
     hopeful: jax.Array
     seen: jax.Array | None
+    running_masses: jax.Array
+    finished_masses: jax.Array
 
 
 @struct.dataclass
@@ -67,7 +70,7 @@ def beam_search(
     beams: int,
     num_stops: int,
     repetition_penalty: float,
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Finds the best beam of each prompt; to be compiled.
 
     Args:
@@ -76,7 +79,7 @@ def beam_search(
         num_stops: the most end tokens of a prompt; more of them need more continuations.
 
     Returns:
-        tokens int32[B, new], lengths int32[B].
+        tokens int32[B, new], lengths int32[B], and log probabilities float32[B] among the tokens that may follow.
     """
     with on_mesh(mesh):
         logits, state = steps.prefill(params, batch, room)
@@ -96,6 +99,8 @@ def beam_search(
             is_finished=jnp.zeros((prompts, beams), bool),
             hopeful=limits > 0,
             seen=seen_tokens(*steps.said(batch), logits.shape[1])[each] if penalty else None,
+            running_masses=jnp.zeros((prompts, beams)),
+            finished_masses=jnp.zeros((prompts, beams)),
         )
         rest = dict(steps=steps, limits=limits, stops=stops, num_stops=num_stops, penalty=repetition_penalty, rule=rule)
         add = partial(_add, **rest)
@@ -109,7 +114,9 @@ def beam_search(
             return add(b.replace(state=state), logits)
 
         end = jax.lax.while_loop(going, body, add(start, repeat(logits, "b v -> (b k) v", k=beams)))
-        return end.finished[:, 0], end.finished_lengths[:, 0]
+        lengths = end.finished_lengths[:, 0]
+        total = end.finished_scores[:, 0] * lengths.astype(jnp.float32) ** rule.length_penalty
+        return end.finished[:, 0], lengths, total - end.finished_masses[:, 0]
 
 
 def _closed(b: Beams, rule: Rule) -> jax.Array:
@@ -120,7 +127,10 @@ def _closed(b: Beams, rule: Rule) -> jax.Array:
 def _add(b: Beams, logits, *, steps: Steps, limits, stops, num_stops: int, penalty: float, rule: Rule) -> Beams:
     """Adds a token to each running beam."""
     prompts, beams = b.running_scores.shape
-    logprobs = jax.nn.log_softmax(logits)
+    logprobs = logits if steps.masked else jax.nn.log_softmax(logits)
+    masses = b.running_masses
+    if steps.masked:
+        masses += rearrange(jax.nn.logsumexp(logits, axis=-1), "(b k) -> b k", k=beams)
     if b.seen is not None:
         logprobs = penalise(logprobs, b.seen, penalty)
     vocab = logprobs.shape[-1]
@@ -145,11 +155,14 @@ def _add(b: Beams, logits, *, steps: Steps, limits, stops, num_stops: int, penal
         return jnp.take_along_axis(merged, best.reshape(best.shape + (1,) * (old.ndim - 2)), axis=1)
 
     is_finished = keep(b.is_finished, joins)
+    masses = jnp.take_along_axis(masses, parent, axis=1)
+    finished_masses = keep(b.finished_masses, masses)
 
     # The best that did not end continue.
     running_scores, on = jax.lax.top_k(scores + NEVER * ends, beams)
     parent = jnp.take_along_axis(parent, on, axis=1)
     running = jnp.take_along_axis(continued, on[:, :, None], axis=1)
+    running_masses = jnp.take_along_axis(masses, on, axis=1)
     chosen = rearrange(parent + beams * jnp.arange(prompts)[:, None], "b k -> (b k)")
     seen = None
     if b.seen is not None:
@@ -168,4 +181,6 @@ def _add(b: Beams, logits, *, steps: Steps, limits, stops, num_stops: int, penal
         is_finished=is_finished,
         hopeful=b.hopeful & (possible[:, None] > worst).any(axis=1),
         seen=seen,
+        running_masses=running_masses,
+        finished_masses=finished_masses,
     )

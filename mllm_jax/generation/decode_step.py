@@ -43,9 +43,11 @@ class Steps(Protocol):
 
     Attributes:
         prompt_takes_room: prompt and answer share one row. If False, the state holds prompts of one padded length.
+        masked: `prefill` and `step` return log probabilities, and -inf for tokens that may not follow.
     """
 
     prompt_takes_room: bool
+    masked: bool
 
     def prepare(self, params: dict) -> dict:
         """Converts parameters to the form that `prefill` and `step` take."""
@@ -91,7 +93,7 @@ class LanguageSteps:
             second time. None: on a CPU, where it is faster.
     """
 
-    prompt_takes_room = True
+    prompt_takes_room, masked = True, False
 
     def __init__(self, module: nn.Module, by_layer: bool | None = None):
         self.by_layer = jax.default_backend() == "cpu" if by_layer is None else by_layer

@@ -287,7 +287,7 @@ class Engine:
         sizes |= dict(beams=options.num_beams, num_stops=max(len(r.stops) for r in requests))
         prompts = self.program.params, batch, asked.limits, asked.stops
         found = self.program.search(*prompts, rule, **sizes, repetition_penalty=penalty)
-        tokens, lengths = (fetch(x) for x in found)
+        tokens, lengths, _ = (fetch(x) for x in found)
         answers = (_answer(r, tokens[row, : lengths[row]]) for row, r in enumerate(requests))
         return [(ticket, answer) for (ticket, _), answer in zip(taken, answers, strict=True)]
 

@@ -13,6 +13,7 @@ from flax import linen as nn
 
 from mllm_jax.layers.context_attention import blockwise_attention, context_attention, row_split, visible
 from mllm_jax.layers.cudnn import cudnn_attention, cudnn_supports
+from mllm_jax.layers.head_attention import head_attention, is_head_by_head
 from mllm_jax.layers.linear import Linear
 from mllm_jax.layers.norms import LayerNorm, RMSNorm
 from mllm_jax.layers.rotary import apply_rotary
@@ -95,6 +96,9 @@ def attention(
             return splash_attention(q, k, v, mesh=active[0], rules=active[1], **common)
         if worth_it and platform in GPUS and cudnn_supports(q, mask, window):
             return cudnn_attention(q, k, v, **common)
+        masks = (q_segments, k_segments, q_index)
+        if is_head_by_head() and worth_it and mask == "full" and q.shape[2] == k.shape[2] and masks == (None,) * 3:
+            return head_attention(q, k, v, scale)
         cached = platform == "cpu" and mask == "causal"
         if q.shape[1] * k.shape[1] >= (CPU_LONG if cached else LONG) ** 2:
             block = CPU_BLOCK if cached else BLOCK

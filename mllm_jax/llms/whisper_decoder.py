@@ -122,7 +122,7 @@ class WhisperAttention(nn.Module):
 
         Args:
             x: [B, T, E].
-            keys, values: [B, N, H, S].
+            keys, values: [B, N, H, S]; or of fewer rows, if each is of several beams, which are one after another.
             seen: bool[B, 1, T, S], the keys that a token sees; None is all.
 
         Returns:
@@ -130,11 +130,14 @@ class WhisperAttention(nn.Module):
         """
         q = constrain(self.q(x), "batch", "seq", "heads", "head_dim")
         q, keys, values = q * q.shape[-1] ** -0.5, keys.astype(q.dtype), values.astype(q.dtype)
-        scores = jnp.einsum("btnh,bnhs->bnts", q, keys, preferred_element_type=jnp.float32)
+        beams = q.shape[0] // keys.shape[0]
+        asked = rearrange(q, "(b k) t n h -> b (k t) n h", k=beams)
+        scores = jnp.einsum("btnh,bnhs->bnts", asked, keys, preferred_element_type=jnp.float32)
         if seen is not None:
             scores = jnp.where(seen, scores, jnp.finfo(jnp.float32).min)
         weights = jax.nn.softmax(scores, axis=-1)
         y = jnp.einsum("bnts,bnhs->btnh", weights.astype(q.dtype), values)
+        y = rearrange(y, "b (k t) n h -> (b k) t n h", k=beams)
         return self.out(constrain(y, "batch", "seq", "heads", "head_dim")), q
 
 

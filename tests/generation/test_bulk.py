@@ -18,10 +18,11 @@ from mllm_jax.data.message import Message
 from mllm_jax.data.tokenizer import Tokenizer
 from mllm_jax.errors import ConfigError, DataError
 from mllm_jax.generation import bulk
-from mllm_jax.generation.assistant import Assistant, padded_slots
+from mllm_jax.generation.assistant import Assistant
 from mllm_jax.generation.bulk import outcomes
 from mllm_jax.generation.generate import complete
 from mllm_jax.generation.options import Answer, Options
+from mllm_jax.generation.rows import padded_slots
 
 HOW = dict(max_new_tokens=5, ignore_eos=True)
 

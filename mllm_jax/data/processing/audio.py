@@ -8,7 +8,7 @@ up to 1e-4, the others by less than 1e-5. Samples are those of `Wav2Vec2FeatureE
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -167,18 +167,48 @@ class LogMel:
 
     def _log_mel(self, samples: np.ndarray) -> np.ndarray:
         """Converts float32[n] to float32[feature_size, n // hop_length]."""
-        wave = np.pad(samples.astype(np.float64), self.n_fft // 2, mode="reflect")
-        frames = np.lib.stride_tricks.sliding_window_view(wave, self.n_fft)[:: self.hop_length]
-        frames = frames[: len(samples) // self.hop_length]  # Whisper leaves out the last frame
+        spectrogram = np.concatenate(list(self.spectrogram([samples])), axis=1)
+        return self.scaled(spectrogram, spectrogram.max())
+
+    def scaled(self, spectrogram: np.ndarray, largest: float) -> np.ndarray:
+        """Returns the features float32 of a log spectrogram.
+
+        Args:
+            largest: value in the spectrogram of the whole sound.
+        """
+        return ((np.maximum(spectrogram, largest - 8.0) + 4.0) / 4.0).astype(np.float32)
+
+    def spectrogram(self, pieces: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+        """Computes the log10 mel spectrogram of a sound in pieces, with a few pieces in memory at a time.
+
+        Yields:
+            float64[feature_size, n], of at most FRAMES frames. Joined, n // hop_length frames of n samples.
+        """
+        edge, hop = self.n_fft // 2, self.hop_length
+        held, last = np.zeros(0), np.zeros(0)  # the samples of the next frames, and the last ones of the sound
+        total, done, begun = 0, 0, False
+        for piece in pieces:
+            held = np.concatenate([held, piece.astype(np.float64)])
+            total += len(piece)
+            last = np.concatenate([last, held[-len(piece) :]])[-edge - 1 :]
+            if not begun and total > edge:
+                held, begun = np.concatenate([held[edge:0:-1], held]), True
+            if begun:
+                # Whisper leaves out the last frame.
+                count = max(min((len(held) - self.n_fft) // hop + 1, total // hop - done), 0)
+                yield from self._log_frames(held, count)
+                held, done = held[count * hop :], done + count
+        held = np.concatenate([held, last[-2::-1]]) if begun else np.pad(held, edge, mode="reflect")
+        yield from self._log_frames(held, total // hop - done)
+
+    def _log_frames(self, wave: np.ndarray, count: int) -> Iterator[np.ndarray]:
+        """Yields the log10 mel spectrogram of the first `count` frames of padded samples."""
         window = 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(self.n_fft) / self.n_fft)
         filters = _mel_filters(self.n_fft, self.feature_size, self.rate)
-        out = np.empty((self.feature_size, len(frames)))
-        for start in range(0, len(frames), FRAMES):
-            spectrum = np.fft.rfft(frames[start : start + FRAMES] * window)
-            out[:, start : start + FRAMES] = filters @ (spectrum.real**2 + spectrum.imag**2).T
-        out = np.log10(np.maximum(out, 1e-10, out=out), out=out)
-        np.maximum(out, out.max() - 8.0, out=out)
-        return ((out + 4.0) / 4.0).astype(np.float32)
+        for start in range(0, count, FRAMES):
+            frames = np.lib.stride_tricks.sliding_window_view(wave, self.n_fft)[:: self.hop_length]
+            spectrum = np.fft.rfft(frames[start : min(start + FRAMES, count)] * window)
+            yield np.log10(np.maximum(filters @ (spectrum.real**2 + spectrum.imag**2).T, 1e-10))
 
 
 # The features of models whose folders name none: by `model_type`, or by the architecture of ours.
