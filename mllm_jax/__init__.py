@@ -50,6 +50,7 @@ if TYPE_CHECKING:  # for editors and type checkers; `_HOMES` has the same names 
     from mllm_jax.encoders.text_encoder import TextTowerDialect as TextTowerDialect
     from mllm_jax.encoders.vit import ViTConfig as ViTConfig
     from mllm_jax.encoders.vit import ViTDialect as ViTDialect
+    from mllm_jax.encoders.whisper import WhisperEncoderConfig as WhisperEncoderConfig
     from mllm_jax.errors import CheckpointError as CheckpointError
     from mllm_jax.errors import ConfigError as ConfigError
     from mllm_jax.errors import DataError as DataError
@@ -78,6 +79,7 @@ if TYPE_CHECKING:  # for editors and type checkers; `_HOMES` has the same names 
     from mllm_jax.llms.decoder import DecoderDialect as DecoderDialect
     from mllm_jax.llms.t5 import T5Config as T5Config
     from mllm_jax.llms.t5 import T5Dialect as T5Dialect
+    from mllm_jax.llms.whisper_decoder import WhisperDecoderConfig as WhisperDecoderConfig
     from mllm_jax.models.blip2 import Blip2Config as Blip2Config
     from mllm_jax.models.blip2_stage1 import QFormerPretrainingConfig as QFormerPretrainingConfig
     from mllm_jax.models.branch import Branch as Branch
@@ -100,6 +102,7 @@ if TYPE_CHECKING:  # for editors and type checkers; `_HOMES` has the same names 
     from mllm_jax.models.registry import supported_models as supported_models
     from mllm_jax.models.reshape import with_image_size as with_image_size
     from mllm_jax.models.run_weights import load_run as load_run
+    from mllm_jax.models.whisper import WhisperConfig as WhisperConfig
     from mllm_jax.projectors.mlp import MLPProjectorConfig as MLPProjectorConfig
     from mllm_jax.projectors.paired import PairedProjectorConfig as PairedProjectorConfig
     from mllm_jax.projectors.pformer import PFormerConfig as PFormerConfig
@@ -158,6 +161,7 @@ _NAMES = {
     "encoders.siglip_sam": ("SiglipSamConfig",),
     "encoders.text_encoder": ("TextTowerConfig", "TextTowerDialect"),
     "encoders.vit": ("ViTConfig", "ViTDialect"),
+    "encoders.whisper": ("WhisperEncoderConfig",),
     "errors": ("CheckpointError", "ConfigError", "DataError", "MllmError", "RunFolderError", "TrainingError"),
     "evaluation.evaluate": ("evaluate",),
     "evaluation.metrics": ("ShuffledMedia",),
@@ -174,6 +178,7 @@ _NAMES = {
     "llms.chatglm": ("ChatGLMConfig",),
     "llms.decoder": ("DecoderConfig", "DecoderDialect"),
     "llms.t5": ("T5Config", "T5Dialect"),
+    "llms.whisper_decoder": ("WhisperDecoderConfig",),
     "models.blip2": ("Blip2Config",),
     "models.blip2_stage1": ("QFormerPretrainingConfig",),
     "models.branch": ("Branch", "Connection"),
@@ -191,6 +196,7 @@ _NAMES = {
     "models.registry": ("from_pretrained", "pretrained_config", "save_pretrained", "supported_models"),
     "models.reshape": ("with_image_size",),
     "models.run_weights": ("load_run",),
+    "models.whisper": ("WhisperConfig",),
     "projectors.mlp": ("MLPProjectorConfig",),
     "projectors.paired": ("PairedProjectorConfig",),
     "projectors.pformer": ("PFormerConfig",),

@@ -89,6 +89,9 @@ ARCHITECTURES: tuple[Architecture, ...] = (
     Architecture("Qwen2VLForConditionalGeneration", "mllm_jax.models.qwen_vl", "qwen2_vl"),
     Architecture("Qwen2_5_VLForConditionalGeneration", "mllm_jax.models.qwen_vl", "qwen2_5_vl"),
     Architecture("Qwen3VLForConditionalGeneration", "mllm_jax.models.qwen_vl", "qwen3_vl"),
+    Architecture("WhisperForConditionalGeneration", "mllm_jax.models.whisper", "whisper"),
+    Architecture("WhisperModel", "mllm_jax.models.whisper", "whisper"),
+    Architecture("WhisperEncoder", "mllm_jax.encoders.whisper", "whisper"),
     # timm's names
     Architecture("eva_giant_patch14_clip_224", "mllm_jax.encoders.eva"),
     Architecture("eva02_base_patch16_clip_224", "mllm_jax.encoders.eva"),

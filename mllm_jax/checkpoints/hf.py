@@ -51,7 +51,7 @@ COMPANIONS = (
     "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "ice_text.model",
     "*.tiktoken", "chat_template.jinja", "chat_template.json", "additional_chat_templates", "generation_config.json",
     "preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json",
-    "qformer_tokenizer",
+    "qformer_tokenizer", "normalizer.json",
 )
 # fmt: on
 BAND = 4 << 20  # bytes of a file that are mapped at a time, if the tensor's layout can be cut

@@ -24,6 +24,7 @@ from mllm_jax.layers.compute import with_compute
 from mllm_jax.layers.linear import linear_hook
 from mllm_jax.llms.protocol import LLMConfig
 from mllm_jax.models.multimodal import Multimodal
+from mllm_jax.models.whisper import Whisper
 from mllm_jax.sharding.logical import use_mesh
 
 Batch = dict[str, jax.Array]
@@ -69,10 +70,12 @@ class Steps(Protocol):
 
 
 def steps_of(module: nn.Module, by_layer: bool | None = None) -> Steps:
-    """Returns the steps of a composed model, an encoder-decoder (it has a method `start`) or a decoder-only model."""
+    """Returns the steps of a composed model, Whisper, another encoder-decoder, or a decoder-only model."""
     if isinstance(module, Multimodal):
         composed = MultimodalEncoderDecoderSteps if module.config.encoder_decoder else MultimodalSteps
         return composed(module, by_layer)
+    if isinstance(module, Whisper):
+        return WhisperSteps(module, by_layer)
     return (EncoderDecoderSteps if module.config.encoder_decoder else LanguageSteps)(module, by_layer)
 
 
@@ -187,6 +190,23 @@ class MultimodalEncoderDecoderSteps(MultimodalSteps, EncoderDecoderSteps):
     def prefill(self, params: dict, batch: Batch, room: int) -> tuple[jax.Array, Any]:
         cache = self.apply(params, batch, size=room, method="start")
         return self.step(params, self.shut(cache), self._first(batch)[:, 0])
+
+
+class WhisperSteps(MultimodalSteps):
+    """Whisper: the prompt is what its decoder reads first, and the answer continues it.
+
+    Batches also hold the audio: `features` float[B, mel, T] or, if it is encoded already, `encoded` dtype[B, S, E].
+    """
+
+    def prefill(self, params: dict, batch: Batch, room: int) -> tuple[jax.Array, Any]:
+        audio = dict(encoded=batch["encoded"]) if "encoded" in batch else dict(features=batch["features"])
+        cache = self.apply(params, **audio, size=room, method="start")
+        ask = dict(logits_at=last_token(batch), method="step")
+        logits, cache = self.apply(params, batch["tokens"], cache, batch["segments"], **ask)
+        return logits[:, 0], self.shut(cache)
+
+    def logits(self, params: dict, batch: Batch) -> jax.Array:
+        return self.apply(params, batch["features"], batch["tokens"], batch["positions"], batch["segments"])
 
 
 def last_token(batch: Batch) -> jax.Array:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 from flax import struct
@@ -58,3 +60,32 @@ class KVCache:
             largest = jnp.where(real > 0, largest, -1).max(axis=1)
             offset = jnp.where(largest >= 0, largest + 1 - length, offset)
         return self.replace(segments=written, length=length, offset=offset), index
+
+
+@struct.dataclass
+class CrossCache(KVCache):
+    """The keys and values of the decoded tokens, and of the source that an encoder-decoder's decoder attends to.
+
+    cross_keys, cross_values: dtype[L, B, S, N, H], computed once.
+    """
+
+    cross_keys: jax.Array
+    cross_values: jax.Array
+
+    @classmethod
+    def zeros(
+        cls,
+        num_layers: int,
+        batch: int,
+        size: int,
+        num_kv_heads: int,
+        head_dim: int,
+        dtype,
+        *,
+        source: int = 1,
+        **more: jax.Array,
+    ):
+        """Returns an empty cache for `size` tokens and a source of `source` vectors; `more` are a subclass's fields."""
+        own, cross = (KVCache.zeros(num_layers, batch, n, num_kv_heads, head_dim, dtype) for n in (size, source))
+        fields = {field.name: getattr(own, field.name) for field in dataclasses.fields(own)}
+        return cls(**fields, cross_keys=cross.keys, cross_values=cross.values, **more)

@@ -18,6 +18,14 @@ T5 = dict(
     feed_forward_proj="gated-gelu", tie_word_embeddings=False, decoder_start_token_id=0, is_encoder_decoder=True,
     relative_attention_num_buckets=8, relative_attention_max_distance=16, layer_norm_epsilon=1e-6,
 )  # fmt: skip
+WHISPER = dict(
+    model_type="whisper", vocab_size=32, num_mel_bins=4, d_model=16, encoder_layers=2, num_hidden_layers=2,
+    encoder_attention_heads=4, encoder_ffn_dim=24, decoder_layers=2, decoder_attention_heads=2, decoder_ffn_dim=20,
+    activation_function="gelu", max_source_positions=6, max_target_positions=16, scale_embedding=False,
+    decoder_start_token_id=3, bos_token_id=1, eos_token_id=2, pad_token_id=2, is_encoder_decoder=True,
+    encoder_layerdrop=0.0, apply_spec_augment=False, median_filter_width=7, max_length=16,
+    suppress_tokens=[], begin_suppress_tokens=[1, 2],
+)  # fmt: skip
 VISION = dict(
     hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4, image_size=16, patch_size=8,
     hidden_act="gelu", layer_norm_eps=1e-5, num_channels=3,
@@ -113,6 +121,9 @@ _ALL = [
         pad_token_id=3, mask_token_id=4, gmask_token_id=5, position_encoding_2d=True, quantization_bit=0,
         pre_seq_len=None, prefix_projection=False,
     ),
+    _named("WhisperForConditionalGeneration", WHISPER),
+    _named("WhisperModel", WHISPER),
+    _named("WhisperEncoder", WHISPER),
     _named("ViTModel", VISION, model_type="vit"),
     _named("CLIPVisionModel", CLIP_VISION),
     _named("CLIPTextModel", TEXT, model_type="clip_text_model", eos_token_id=2),
