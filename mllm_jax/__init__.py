@@ -24,6 +24,7 @@ if TYPE_CHECKING:  # for editors and type checkers; `_HOMES` has the same names 
     from mllm_jax.data.pipeline import Weighted as Weighted
     from mllm_jax.data.source import Source as Source
     from mllm_jax.data.tokenizer import Tokenizer as Tokenizer
+    from mllm_jax.data.video import FrameSampling as FrameSampling
     from mllm_jax.datasets.arcade_sprites import ArcadeSprites as ArcadeSprites
     from mllm_jax.datasets.asterisk_speech import AsteriskSpeech as AsteriskSpeech
     from mllm_jax.datasets.foxdot_sounds import FoxDotSounds as FoxDotSounds
@@ -135,6 +136,7 @@ _NAMES = {
     "checkpoints.run": ("RunFolder",),
     "data.chat_tokenizer": ("ChatTokenizer",),
     "data.images": ("decode_image",),
+    "data.video": ("FrameSampling",),
     "data.message": ("Audio", "Example", "Image", "Message", "Segment", "Text", "Video"),
     "data.pipeline": ("Mixture", "Weighted"),
     "data.source": ("Source",),

@@ -14,7 +14,7 @@ from rich.console import Console
 from tiny_llava import write_llava
 
 from mllm_jax.cli import main
-from mllm_jax.cli.generate import one_image_each
+from mllm_jax.cli.generate import one_medium_each
 from mllm_jax.cli.progress import Count
 from mllm_jax.data.message import Image, Message, Text
 from mllm_jax.errors import DataError
@@ -173,10 +173,17 @@ WORDS = {
 
 @pytest.mark.parametrize("name", WORDS)
 def test_the_last_word_after_images_is_the_question(name):
-    found = one_image_each(WORDS[name].split())
+    found = one_medium_each(WORDS[name].split())
     assert found[:2] == ["M", "Q"] and found[-4:] == ["--image", "a", "--image", "b"]
     rest = [word for word in WORDS[name].split() if word.startswith(("--top", "--st")) or word == "3"]
     assert found[2:-4] == rest
+
+
+def test_images_and_videos_in_one_question():
+    found = one_medium_each(["M", "--image", "a", "b", "--video", "c", "--video=d", "Q", "--frames", "8"])
+    media = ["--image", "a", "--image", "b", "--video", "c", "--video", "d"]
+    assert found == ["M", "Q", "--frames", "8", *media]
+    assert one_medium_each(["M", "Q", "--video", "c", "d"]) == ["M", "Q", "--video", "c", "--video", "d"]
 
 
 REFUSED = {
@@ -193,6 +200,11 @@ REFUSED = {
     "a folder without images": ("Q --prompts {empty} --out {new}", "{empty} without"),
     "a file with a question": ("Q --prompts {file} --out {new}", "beside the file"),
     "images and prompts": ("--image {images}/a.png --prompts {file} --out {new}", "--image with --prompts"),
+    "videos and prompts": ("--video {images}/a.png --prompts {file} --out {new}", "--video with --prompts"),
+    "frames of no video": ("Q --frames 8", "with --video FILE"),
+    "no frames": ("Q --video {images}/a.png --frames 0", "at least 1"),
+    "an image as a video": ("Q --video {images}/a.png", "cannot be opened as a video"),
+    "text as a video": ("Q --video {images}/notes.txt", "cannot be opened as a video"),
     "no file": ("--prompts {empty}/none.jsonl --out {new}", "none.jsonl cannot be read"),
     "no jsonl": ("--prompts {images}/notes.txt --out {new}", "one prompt a line"),
     "no prompts": ("--prompts {blank} --out {new}", "at least one line"),

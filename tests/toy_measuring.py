@@ -6,12 +6,12 @@ import os
 import signal
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 
 from mllm_jax.data.message import Example, Message
+from mllm_jax.data.processing.layouts import Layout
 from mllm_jax.data.processing.media import Encoded, Media, lay_out_row
 from mllm_jax.data.source_encoder import SourceEncoder
 from mllm_jax.errors import DataError, ReadError
@@ -74,12 +74,16 @@ class LineSource:
         return f"lines {self.config.size}"
 
 
+class Slots(Layout):
+    unit = "slot"
+
+
 @dataclass(frozen=True)
 class Letters:
     """Encodes a letter as a token; five of them have an image, of 10 tokens and 2 slots."""
 
     held: Any = None  # a test's object, which is sent too
-    layout = SimpleNamespace(needs_sizes=True, unit="slot")
+    layout = Slots()
 
     def fingerprint(self) -> str:
         return "letters"

@@ -16,7 +16,9 @@ from mllm_jax.generation.sampling import Sampling
 
 @dataclass(frozen=True)
 class Chat:
-    """Talks with a model in the terminal; `/image FILE` shows it an image. From a pipe, it answers each line.
+    """Talks with a model in the terminal; `/image FILE` shows it an image, `/video FILE` a video.
+
+    From a pipe, it answers each line.
 
     Attributes:
         model: a folder that `mllm train` made, or a model's folder from Hugging Face or `mllm convert`.

@@ -18,7 +18,8 @@ from mllm_jax.cli.progress import Count
 from mllm_jax.cli.runs import assistant_of
 from mllm_jax.cli.timing import Timing
 from mllm_jax.data.images import read_image
-from mllm_jax.data.message import Image, Message, Text
+from mllm_jax.data.message import Image, Message, Part, Text, Video
+from mllm_jax.data.video import video_header
 from mllm_jax.errors import ConfigError, MllmError
 from mllm_jax.generation.options import Answer, Options
 from mllm_jax.generation.sampling import Sampling
@@ -29,16 +30,19 @@ if TYPE_CHECKING:
 
 BATCH = 8
 FLAGS = ("--stats", "--no-stats")  # options without a value
+MEDIA = ("--image", "--video")  # options of several values
 
 
 @dataclass(frozen=True)
 class Generate:
-    """Answers a question, about images if any are given; with --prompts, writes the answers to many into a file.
+    """Answers a question, about images and videos if any are given; with --prompts, writes many answers into a file.
 
     Attributes:
         run: a folder that `mllm train` made, or a model's folder, from Hugging Face or `mllm convert`.
         question: the question.
         image: image files, in the order in which the question mentions them; several may follow one --image.
+        video: video files, after the images; several may follow one --video.
+        frames: number of frames of each video; default: the model's choice.
         prompts: a .jsonl file of conversations, one a line: a text, a list of messages, {"messages": [...]} or
             {"prompt": "...", "image": "a.png" or ["a.png", "b.png"]}, with an "id" or without; or a folder of images:
             the question is asked about each.
@@ -52,6 +56,8 @@ class Generate:
     run: tyro.conf.Positional[Path]
     question: tyro.conf.Positional[str] = ""
     image: tyro.conf.UseAppendAction[tuple[Path, ...]] = ()
+    video: tyro.conf.UseAppendAction[tuple[Path, ...]] = ()
+    frames: int | None = None
     prompts: Path | None = None
     out: Path | None = None
     media: Path | None = None
@@ -81,16 +87,19 @@ class Generate:
                 raise ConfigError(
                     f"--image {path}, a folder", "image files", f"to ask about each of its images: {typed}"
                 )
+        if self.frames is not None and (self.frames < 1 or not self.video):
+            raise ConfigError(f"--frames {self.frames}", "at least 1, with --video FILE", "change or drop it")
         if not self.question:
             raise ConfigError(f"mllm generate {self.run} without a question", "what to ask", "add it, in quotes")
-        if self.image and os.path.isfile(self.question):
+        if (self.image or self.video) and os.path.isfile(self.question):
             raise ConfigError(f"the file {self.question} as the question", "what to ask", "add it, in quotes")
 
     def _check_prompts(self, prompts: Path) -> None:
         if self.out is None:
             raise ConfigError(f"--prompts {prompts} without --out", "a file for the answers", "add --out answers.jsonl")
-        if self.image:
-            raise ConfigError("--image with --prompts", "images in the prompts", "drop one of the two")
+        for name in ("image", "video", "frames"):
+            if getattr(self, name):
+                raise ConfigError(f"--{name} with --prompts", f"{name}s in the prompts", "drop one of the two")
         if prompts.is_dir():
             if not self.question:
                 raise ConfigError(f"the images in {prompts} without a question", "what to ask", "add it, in quotes")
@@ -105,49 +114,55 @@ class Generate:
 
 
 def run(arguments: list[str]) -> int:
-    options = tyro.cli(Generate, args=one_image_each(arguments), prog="mllm generate")
+    options = tyro.cli(Generate, args=one_medium_each(arguments), prog="mllm generate")
     keep_compiled_programs()
     return _ask_one(options) if options.prompts is None else _ask_all(options, options.prompts, options.out)
 
 
-def one_image_each(arguments: Sequence[str]) -> list[str]:
-    """Puts an --image before each image; without a question before the images, the last word after them is it."""
+def one_medium_each(arguments: Sequence[str]) -> list[str]:
+    """Puts an --image before each image, and a --video before each video.
+
+    Without a question before these, the last word after them is it.
+    """
     if "--" in arguments:
         return list(arguments)
     words: list[str] = []  # model and question
     others: list[str] = []
-    images: list[list[str]] = []
+    media: list[tuple[str, list[str]]] = []
     into, wanted = words, 0
     for word in arguments:
         if wanted:
             others.append(word)
             wanted = 0
-        elif word == "--image" or word.startswith("--image="):
+        elif (option := word.partition("=")[0]) in MEDIA:
             into = [word.partition("=")[2]] if "=" in word else []
-            images.append(into)
+            media.append((option, into))
         elif word.startswith("-") and word != "-":
             others.append(word)
             wanted, into = word.startswith("--") and "=" not in word and word not in (*FLAGS, "--help"), words
         else:
             into.append(word)
     missing = max(2 - len(words), 0)
-    for group in reversed(images):
+    for _, group in reversed(media):
         if missing and len(group) > missing:
             words += group[-missing:]
             del group[-missing:]
             break
-    named = [part for group in images for image in group or [""] for part in ("--image", image)]
+    named = [part for option, group in media for file in group or [""] for part in (option, file)]
     return [*words, *others, *(part for part in named if part)]
 
 
 def _ask_one(options: Generate) -> int:
-    # Checks the images before loading the weights.
-    images = [Image(read_image(path)) for path in options.image]
+    # Checks the media before loading the weights.
+    media: list[Part] = [Image(read_image(path)) for path in options.image]
+    for path in options.video:
+        video_header(path)
+        media.append(Video(path, num_frames=options.frames))
     timing = Timing() if options.stats else None
     assistant = assistant_of(options.run, by_layer=False)
     if timing is not None:
         timing.loaded()
-    asked = (*images, Text(options.question)) if images else options.question
+    asked = (*media, Text(options.question)) if media else options.question
     prompt = assistant.prompt((Message("user", asked),))
     how = Options(max_new_tokens=options.max_new_tokens)
     answer = assistant.complete([prompt], how, options.sampling)[0]

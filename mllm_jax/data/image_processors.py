@@ -189,7 +189,14 @@ _KINDS = {
     "Qwen2VLImageProcessor": _Kind(
         dict(shortest_edge=56 * 56, longest_edge=28 * 28 * 1280), _CLIP_MEAN, _CLIP_STD, square=False
     ),
+    "Qwen2VLVideoProcessor": _Kind(
+        dict(shortest_edge=128 * 28 * 28, longest_edge=28 * 28 * 768), _CLIP_MEAN, _CLIP_STD, square=False
+    ),
+    "Qwen3VLVideoProcessor": _Kind(
+        dict(shortest_edge=128 * 32 * 32, longest_edge=32 * 32 * 768), _HALF, _HALF, square=False
+    ),
 }
+_PACKED = ("Qwen2VLImageProcessor", "Qwen2VLVideoProcessor", "Qwen3VLVideoProcessor")
 _SQUARED = ("DeepseekVLImageProcessor", "DeepseekVLHybridImageProcessor")  # resized, then padded to a square
 # fmt: off
 _IDLE = (  # options of layout, of training or of other tools; images are always RGB here
@@ -239,8 +246,12 @@ def default_sizes(values: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in sizes.items() if value}
 
 
-def _read(folder: str | Path, places: Sequence[tuple[str, str | None]], more: Mapping = {}) -> ImageProcessor:  # noqa: B006
-    """Reads the processor from the first of these files, or parts of files; `more` overrides its options."""
+def settings(folder: str | Path, places: Sequence[tuple[str, str | None]]) -> tuple[Any, str] | None:
+    """Returns the settings in the first of these files, or parts of files, and the file's path; None: there are none.
+
+    Raises:
+        ConfigError: a file that is no JSON, or cannot be read.
+    """
     for name, part in places:
         path = Path(folder) / name
         try:
@@ -251,12 +262,23 @@ def _read(folder: str | Path, places: Sequence[tuple[str, str | None]], more: Ma
             raise ConfigError(f"{path}: {error}", "JSON", "fetch the file again") from error
         values = values.get(part) if part and isinstance(values, dict) else values
         if values is not None:
-            if isinstance(values, Mapping):
-                values = {**with_type(values, Path(folder)), **more}
-            return image_processor(values, str(path))
-    raise ConfigError(
-        f"{folder} without preprocessor_config.json", "a folder with its processor's settings", "fetch the file as well"
-    )
+            return values, str(path)
+    return None
+
+
+def _read(folder: str | Path, places: Sequence[tuple[str, str | None]], more: Mapping = {}) -> ImageProcessor:  # noqa: B006
+    """Reads the processor from the first of these files, or parts of files; `more` overrides its options."""
+    found = settings(folder, places)
+    if found is None:
+        raise ConfigError(
+            f"{folder} without preprocessor_config.json",
+            "a folder with its processor's settings",
+            "fetch the file as well",
+        )
+    values, path = found
+    if isinstance(values, Mapping):
+        values = {**with_type(values, Path(folder)), **more}
+    return image_processor(values, path)
 
 
 def image_processor(values: Mapping[str, Any], what: str = "preprocessor_config.json") -> ImageProcessor:
@@ -289,9 +311,9 @@ def image_processor(values: Mapping[str, Any], what: str = "preprocessor_config.
         refuse(f"resample={fields['resample']!r}", "Pillow's number of a filter, 0 to 5")
     square = option("default_to_square", default.square)
     size, crop, resize = option("size", default.size), option("crop_size", default.crop), option("do_resize", True)
-    if kind == "Qwen2VLImageProcessor":
+    if kind in _PACKED:
         fields |= dict(
-            patch_size=option("patch_size", 14),
+            patch_size=option("patch_size", 16 if kind == "Qwen3VLVideoProcessor" else 14),
             merge_size=option("merge_size", 2),
             temporal_patch_size=option("temporal_patch_size", 2),
         )
@@ -305,7 +327,7 @@ def image_processor(values: Mapping[str, Any], what: str = "preprocessor_config.
     if kind in _SQUARED and resize:
         fields["longest_edge"] = _side(fields.pop("size", None), "size", refuse), option("min_size", 14)
     if option("do_center_crop", default.crop is not None):
-        if kind in ("Qwen2VLImageProcessor", "GotOcr2ImageProcessor", *_SQUARED):
+        if kind in (*_PACKED, "GotOcr2ImageProcessor", *_SQUARED):
             refuse("do_center_crop=True", f"no crop: {kind} does not crop")
         sides = _read_size(crop, True, refuse, "crop_size") if crop is not None else {}
         fields["crop_size"] = sides.get("size") or refuse(f"crop_size={crop!r}", "its height and width")
@@ -328,8 +350,10 @@ def image_processor(values: Mapping[str, Any], what: str = "preprocessor_config.
             refuse("crop_to_patches=True without height and width to resize to", "these, for each tile")
         fields["tile_range"] = (least, most) if cuts and most > 1 else None
     if kind.endswith("VideoProcessor"):
-        # do_sample_frames: the caller that decodes the video chooses the frames
+        # options of the choice of frames, see `mllm_jax.data.video_settings`
         read |= {"return_metadata", "video_metadata", "initial_shift", "num_frames", "fps"}
+    if kind in _PACKED[1:]:
+        read |= {"do_sample_frames", "min_frames", "max_frames", "max_video_tokens", "max_image_size", "max_duration"}
     if kind in _SQUARED:
         colour = _colour(option("image_mean", default.mean), "image_mean", refuse)
         pads = option("do_pad", True) and (resize or kind == "DeepseekVLImageProcessor")

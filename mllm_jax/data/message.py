@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import math
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
+from numbers import Integral, Real
 from typing import Any
 
 from mllm_jax.errors import DataError
@@ -33,18 +37,34 @@ class Image:
 
 @dataclass(frozen=True, eq=False)
 class Video:
-    """Frames in order.
+    """Frames in order, each with its time.
 
     Attributes:
-        source: a path, the bytes of a file, an array uint8[F, H, W, 3], or a sequence of sources of an `Image`; None:
-            it is passed separately.
-        fps: frames per second.
-        times: the time of each frame in seconds.
+        source: a path or the bytes of a file, from which frames are sampled; or the frames, which need `fps` or
+            `times`: an array uint8[F, H, W, 3] or a sequence of sources of an `Image`; None: it is passed separately.
+        fps: frames per second; of a file, the rate at which frames are sampled instead of the model's.
+        times: the time of each frame in seconds, for frames.
+        num_frames: the number of frames to sample from a file; None: `fps`, or the model's number.
+
+    Raises:
+        DataError: frames without times, times that do not fit the frames, or a number that is not positive.
     """
 
     source: Any = None
     fps: float | None = field(default=None, kw_only=True)
     times: Sequence[float] | None = field(default=None, kw_only=True)
+    num_frames: int | None = field(default=None, kw_only=True)
+
+    def __post_init__(self):
+        if wrong := _wrong_video(self):
+            raise DataError(
+                *wrong, "write Video(path), Video(frames, fps=...) or Video(frames, times=[...]): a frame has a time"
+            )
+
+    @property
+    def is_file(self) -> bool:
+        """True if the source is a path or the bytes of a file."""
+        return isinstance(self.source, (str, os.PathLike, bytes))
 
 
 @dataclass(frozen=True, eq=False)
@@ -151,6 +171,45 @@ def conversations(given: Conversation | Sequence[Conversation]) -> tuple[list[tu
     return ([conversation(each) for each in given], True) if several else ([conversation(given)], False)
 
 
+def _wrong_video(video: Video) -> tuple[str, str] | None:
+    """Returns what is wrong with a video, and what is expected; None if it is right."""
+    source, fps, times, number = video.source, video.fps, video.times, video.num_frames
+    if fps is not None and not (_is_number(fps) and 0 < fps < math.inf):
+        return f"a video with fps={fps!r:.100}", "a positive number of frames a second"
+    if number is not None and not (_is_number(number, Integral) and number > 0):
+        return f"a video with num_frames={number!r:.100}", "a positive whole number"
+    if source is None:
+        return None
+    if video.is_file:
+        if times is not None:
+            return "a video's file with times", "a file alone: it has its own times"
+        both = fps is not None and number is not None
+        return ("a video's file with fps and num_frames", "one of the two") if both else None
+    if not hasattr(source, "__len__") or getattr(source, "ndim", 4) != 4:
+        shape = getattr(source, "shape", None)
+        given = f"a {type(source).__name__}" if shape is None else f"an array {list(shape)}"
+        return f"a video given as {given}", "a path, the bytes of a file, uint8[F, H, W, 3] or a list of images"
+    if not len(source):
+        return "a video of no frames", "at least one frame"
+    if number is not None:
+        return "frames with num_frames", "frames alone: all of them are shown"
+    if fps is None and times is None:
+        return f"a video of {len(source)} frames without their times", "fps or times"
+    if times is None:
+        return None
+    listed = hasattr(times, "__len__") and all(_is_number(time) and math.isfinite(time) for time in times)
+    if not listed or len(times) != len(source):
+        given = f"{len(times)} times" if listed else f"times {times!r:.100}"
+        return f"a video of {len(source)} frames with {given}", "a time in seconds for each frame"
+    if any(later < earlier for earlier, later in pairwise(times)):
+        return f"frames with times {list(times)!r:.100}", "times that do not decrease"
+    return None
+
+
+def _is_number(value: Any, kind: type = Real) -> bool:
+    return isinstance(value, kind) and not isinstance(value, bool)
+
+
 def _message(given: Any) -> Message:
     if isinstance(given, Message):
         return given
@@ -175,7 +234,7 @@ def _parts(content: Sequence[Any]) -> Iterator[Part]:
             source = next((part[name] for name in (kind, "path") if part.get(name) is not None), None)
             more = {
                 name: part[name]
-                for name in ("fps", "times", "rate")
+                for name in ("fps", "times", "num_frames", "rate")
                 if name in part and name in MEDIA[kind].__dataclass_fields__
             }
             yield MEDIA[kind](source, **more)

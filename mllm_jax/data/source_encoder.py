@@ -13,11 +13,14 @@ import numpy as np
 
 from mllm_jax.data.images import Drawn, image_size
 from mllm_jax.data.message import Example, Image, Message, Part, Video
+from mllm_jax.data.processing.layouts import Layout
 from mllm_jax.data.processing.media import Encoded, Lazy
+from mllm_jax.data.processing.video import sized_frames
 from mllm_jax.data.retry import RetryPolicy, patiently
 from mllm_jax.data.source import Source
 from mllm_jax.errors import DataError
 
+_ANY = Layout()
 _MEASURING = 1  # raise it whenever the measured length of an example changes
 
 T = TypeVar("T")
@@ -91,8 +94,8 @@ class SourceEncoder:
             for medium in encoded.media:
                 dict(medium.arrays)  # some are decoded only when they are read
         else:
-            draws = self.processor.layout.needs_sizes
-            encoded = self._read(lambda: self._lay_out(without_pixels(self.source.example(index), draws)), index)
+            layout = self.processor.layout
+            encoded = self._read(lambda: self._lay_out(without_pixels(self.source.example(index), layout)), index)
         return Taken(encoded.length, encoded.slots, encoded.dropped_turns)
 
     def key(self) -> str:
@@ -115,30 +118,31 @@ class SourceEncoder:
             raise DataError(f"{name}: {error.given}", error.expected, error.todo) from error
 
 
-def without_pixels(example: Example, draws: bool = True) -> Example:
+def without_pixels(example: Example, layout: Layout = _ANY) -> Example:
     """Replaces the images and frames of an example by their sizes.
 
     Args:
-        draws: also for images that must be drawn for it; if False, these do not change.
+        layout: the model's; if positions do not depend on sizes, images that must be drawn for their sizes and frames
+            that are given stay as they are.
 
     Raises:
-        DataError: see `image_size`.
+        DataError: see `image_size` and `video_header`.
     """
-    return replace(example, messages=tuple(_sized_message(message, draws) for message in example.messages))
+    return replace(example, messages=tuple(_sized_message(message, layout) for message in example.messages))
 
 
-def _sized_message(message: Message, draws: bool) -> Message:
+def _sized_message(message: Message, layout: Layout) -> Message:
     if isinstance(message.content, str):
         return message
-    return replace(message, content=tuple(_sized(part, draws) for part in message.parts))
+    return replace(message, content=tuple(_sized(part, layout) for part in message.parts))
 
 
-def _sized(part: Part, draws: bool) -> Part:
+def _sized(part: Part, layout: Layout) -> Part:
     if isinstance(part, Image):
         drawn = isinstance(part.source, Drawn) and part.source.size is None
-        return part if drawn and not draws else replace(part, source=image_size(part.source))
-    if isinstance(part, Video) and not isinstance(part.source, (str, bytes)):
-        return replace(part, source=tuple(map(image_size, part.source)))
+        return part if drawn and not layout.needs_sizes else replace(part, source=image_size(part.source))
+    if isinstance(part, Video) and (layout.needs_sizes or part.is_file):
+        return sized_frames(part, layout.sampling, layout.needs_times)
     return part
 
 

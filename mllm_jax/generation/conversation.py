@@ -8,13 +8,17 @@ from pathlib import Path
 from rich.console import Console
 
 from mllm_jax.data.images import read_image
-from mllm_jax.data.message import Image, Message, Text
+from mllm_jax.data.message import MEDIA, Image, Message, Part, Text, Video
+from mllm_jax.data.video import read_video
 from mllm_jax.errors import DataError
 from mllm_jax.generation.assistant import Assistant
 from mllm_jax.generation.options import Answer, Options
 from mllm_jax.generation.sampling import Sampling
 
-HELP = "/image FILE shows an image, /reset forgets the conversation, /exit leaves; Ctrl-C stops an answer"
+HELP = (
+    "/image FILE shows an image, /video FILE a video, /reset forgets the conversation, /exit leaves; "
+    "Ctrl-C stops an answer"
+)
 PROMPT = "> "
 
 
@@ -34,26 +38,36 @@ class Dialogue:
         self.assistant, self.options, self.sampling = assistant, options, sampling
         self._system = (Message("system", system),) if system else ()
         self.turns: tuple[Message, ...] = ()
-        self._images: tuple[Image, ...] = ()
+        self._media: tuple[Part, ...] = ()
         self.dropped = 0
         self.answer: Answer | None = None
 
     def reset(self) -> None:
-        self.turns, self._images = (), ()
+        self.turns, self._media = (), ()
 
-    def show(self, path: str) -> None:
-        """Puts an image before the next question. Raises DataError: it cannot be read, or the model reads no images."""
-        self.assistant.processor.encoder.kind_of(Image())
-        self._images = (*self._images, Image(read_image(Path(path).expanduser())))
+    def show(self, path: str, kind: str = "image") -> None:
+        """Puts an image or a video before the next question; decodes it once.
+
+        Raises:
+            DataError: it cannot be read, or the model reads no such media.
+        """
+        processor, file = self.assistant.processor, Path(path).expanduser()
+        processor.encoder.kind_of(MEDIA[kind]())
+        if kind == "image":
+            medium: Part = Image(read_image(file))
+        else:
+            frames, times = read_video(file, processor.layout.sampling)
+            medium = Video(frames, times=times.seconds, fps=times.fps)
+        self._media = (*self._media, medium)
 
     def ask(self, question: str) -> Iterator[str]:
         """Yields the answer's text in pieces. Closing the iterator ends the answer; its text so far stays in `turns`.
 
         Raises:
-            DataError: the question with its images does not fit even alone; they are dropped.
+            DataError: the question with its media does not fit even alone; they are dropped.
         """
-        turns = (*self.turns, Message("user", (*self._images, Text(question)) if self._images else question))
-        self._images, self.dropped = (), 0
+        turns = (*self.turns, Message("user", (*self._media, Text(question)) if self._media else question))
+        self._media, self.dropped = (), 0
         while not self._fits(turns):
             turns, self.dropped = turns[2:], self.dropped + 1
         return self._answer(turns)
@@ -118,8 +132,9 @@ def chat(
         if line == "/reset":
             dialogue.reset()
             hint("the conversation begins anew")
-        elif line.startswith("/image "):
-            if _show_image(dialogue, line.removeprefix("/image ").strip(), console):
+        elif line.startswith(("/image ", "/video ")):
+            command, path = line.split(maxsplit=1)
+            if _show(dialogue, path, command[1:], console):
                 hint("shown with your next question")
         elif line.startswith("/"):
             console.print(HELP, style="dim")
@@ -127,10 +142,10 @@ def chat(
             _answer(dialogue, line, console)
 
 
-def _show_image(dialogue: Dialogue, path: str, console: Console) -> bool:
-    """Returns whether the image is shown; if not, prints the error."""
+def _show(dialogue: Dialogue, path: str, kind: str, console: Console) -> bool:
+    """Returns whether the image or video is shown; if not, prints the error."""
     try:
-        dialogue.show(path)
+        dialogue.show(path, kind)
     except DataError as error:
         console.print(f"{error}", style="red", markup=False, emoji=False, highlight=False, soft_wrap=True)
         return False

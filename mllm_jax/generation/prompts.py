@@ -6,6 +6,7 @@ A line of a file is one of
     [{"role": "user", "content": [{"type": "image", "path": "a.png"}, {"type": "text", "text": "What is this?"}]}]
     {"messages": [...], "id": "7"}
     {"prompt": "What is different?", "image": ["a.png", "b.png"], "id": "8"}
+    {"prompt": "What happens?", "video": "a.mp4"}
 
 Paths are relative to the file's folder, or to a given folder. Other keys of an object are not read.
 """
@@ -20,13 +21,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NoReturn, Protocol
 
-from mllm_jax.data.message import Image, Message, Part, Text, Video, conversation
+from mllm_jax.data.message import MEDIA, Image, Message, Part, Text, Video, conversation
 from mllm_jax.datasets.record_checks import encodable, may_name_file, short
 from mllm_jax.errors import DataError, MllmError
 from mllm_jax.files import open_regular, parse_json
 from mllm_jax.generation.embed import find_images
 
 LINE_BYTES = 64 << 20
+SHOWN = ("image", "video")  # keys beside "prompt", in the order in which the media come before it
 MEND = "correct the line, or leave it out"
 
 
@@ -158,14 +160,17 @@ def _asked(record: dict[str, Any]) -> tuple[Message, ...]:
     if ("messages" in record) == ("prompt" in record):
         _refuse(f"an object with {short(sorted(record))}", 'either "messages" or "prompt"')
     if "messages" in record:
-        if "image" in record:
-            _refuse('"image" beside "messages"', "images inside the messages")
+        for kind in SHOWN:
+            if kind in record:
+                _refuse(f'"{kind}" beside "messages"', f"{kind}s inside the messages")
         return conversation(record["messages"])
-    text, names = record["prompt"], record.get("image", [])
-    names = names if isinstance(names, list) else [names]
+    text, media = record["prompt"], []
+    for kind in SHOWN:
+        names = record.get(kind, [])
+        media += map(MEDIA[kind], names if isinstance(names, list) else [names])
     if not isinstance(text, str):
         _refuse(f"prompt {short(text)}", "a text")
-    return (Message("user", (*map(Image, names), Text(text)) if names else text),)
+    return (Message("user", (*media, Text(text)) if media else text),)
 
 
 def _refuse(given: str, expected: str) -> NoReturn:

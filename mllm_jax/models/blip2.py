@@ -19,6 +19,7 @@ from mllm_jax.data.image_processors import ImageProcessor, read_image_processor
 from mllm_jax.data.images import Size
 from mllm_jax.data.processing.layouts import TileLayout
 from mllm_jax.data.processing.media import Media
+from mllm_jax.data.video import FrameTimes
 from mllm_jax.encoders import eva
 from mllm_jax.encoders.vit import ViTConfig
 from mllm_jax.errors import ConfigError, DataError
@@ -181,7 +182,7 @@ class QueryLayout(TileLayout):
     def image(self, image: np.ndarray) -> Media:
         return replace(self.sized(Size(*image.shape[:2])), arrays={"images": self._read(image)[None]})
 
-    def video(self, frames: np.ndarray) -> Media:
+    def video(self, frames: np.ndarray, times: FrameTimes) -> Media:
         raise DataError(f"a video of {len(frames)} frames for a model of images", "images", "give the frames as images")
 
     def arrange(self, ids: list[int], media: int) -> list[int]:

@@ -22,6 +22,8 @@ from mllm_jax.data.image_steps import mismatch
 from mllm_jax.data.images import Size
 from mllm_jax.data.processing.layouts import TileLayout
 from mllm_jax.data.processing.media import TEXT, Media
+from mllm_jax.data.video import FrameSampling, FrameTimes
+from mllm_jax.data.video_settings import read_sampling
 from mllm_jax.encoders import internvit
 from mllm_jax.encoders.vit import ViTConfig
 from mllm_jax.errors import ConfigError
@@ -72,6 +74,8 @@ class InternVLConfig(MultimodalConfig):
 
 # ---- images and videos
 
+SAMPLING = FrameSampling(position="middle")  # of a video's file
+
 
 class InternVLLayout(TileLayout):
     """A layout of tiles between the tokens that begin and end an image; a video's frames are numbered.
@@ -80,6 +84,7 @@ class InternVLLayout(TileLayout):
         config: the model's.
         tokenizer: the folder's.
         image_processor, frames: processors of images and of frames; frames None: the model takes no videos.
+        sampling: of the frames of a video's file.
 
     Raises:
         ConfigError: a processor makes other tiles than the model reads, or the tokenizer lacks the tokens.
@@ -93,6 +98,7 @@ class InternVLLayout(TileLayout):
         tokenizer: ChatTokenizer,
         image_processor: ImageProcessor,
         frames: ImageProcessor | None = None,
+        sampling: FrameSampling = SAMPLING,
     ):
         side = config.image.encoder.image_size
         for each in filter(None, (image_processor, frames)):
@@ -105,7 +111,7 @@ class InternVLLayout(TileLayout):
             several = config.tile_range[1] > 1
             image_processor = replace(image_processor, tile_range=config.tile_range if several else None)
         self.config, self._backend = config, tokenizer.backend
-        self.image_processor, self.frames = image_processor, frames
+        self.image_processor, self.frames, self.sampling = image_processor, frames, sampling
         self._ids = self._backend.get_vocab()
         self.begin, self.end = (self._id(f"{which}_image_token", given) for which, given in _EDGES.items())
         own = self._id("context_image_token", CONTEXT_TOKEN)
@@ -122,18 +128,19 @@ class InternVLLayout(TileLayout):
         tiles = self.image_processor.tiles(image)
         return self._filled(tiles, self._placed(len(tiles), self._shown(len(tiles))), self.image_processor)
 
-    def sized_video(self, frames: int, size: Size) -> Media:
+    def sized_video(self, size: Size, times: FrameTimes) -> Media:
         """Lays out each frame as one tile, after its number, on a line of its own."""
         self.frames.require(size)
         ids: list[int] = []
+        frames = len(times.seconds)
         for number in range(1, frames + 1):
             label = f"Frame{number}: " if number == 1 else f"\nFrame{number}: "
             ids += [*self._backend(label, add_special_tokens=False)["input_ids"], *self._shown(1)]
         return self._placed(frames, ids)
 
-    def video(self, frames: np.ndarray) -> Media:
+    def video(self, frames: np.ndarray, times: FrameTimes) -> Media:
         tiles = np.stack([self.frames.prepare(frame) for frame in frames])
-        return self._filled(tiles, self.sized_video(len(frames), Size(*frames.shape[1:3])), self.frames)
+        return self._filled(tiles, self.sized_video(Size(*frames.shape[1:3]), times), self.frames)
 
     def _shown(self, tiles: int) -> list[int]:
         return [self.begin, *[self.image_token] * (tiles * self.tokens_a_tile), self.end]
@@ -166,7 +173,8 @@ def layout(config: InternVLConfig, folder: Path) -> InternVLLayout:
         return InternVLLayout(config, tokenizer, tiles, tiles)
     # transformers' processor always cuts tiles, also if the file of the image processor says otherwise.
     image_processor = read_image_processor(folder, crop_to_patches=True)
-    return InternVLLayout(config, tokenizer, image_processor, read_video_processor(folder))
+    sampling = read_sampling(folder, SAMPLING)
+    return InternVLLayout(config, tokenizer, image_processor, read_video_processor(folder), sampling)
 
 
 # ---- folders

@@ -22,6 +22,8 @@ from mllm_jax.data.images import Size
 from mllm_jax.data.processing.layouts import TileLayout
 from mllm_jax.data.processing.media import Media
 from mllm_jax.data.tiles import Places, anyres_places, best_resolution, tile_places, video_places
+from mllm_jax.data.video import FIVE_FRAMES, FrameSampling, FrameTimes
+from mllm_jax.data.video_settings import read_sampling
 from mllm_jax.encoders.vit import ViTConfig
 from mllm_jax.errors import ConfigError
 from mllm_jax.layers.requirements import Requirements
@@ -106,12 +108,19 @@ class LlavaLayout(TileLayout):
     Args:
         config: the model's.
         image_processor, frames: processors of images and of frames; frames None: the model takes no videos.
+        sampling: of the frames of a video's file.
 
     Raises:
         ConfigError: a processor makes other tiles than the model reads.
     """
 
-    def __init__(self, config: LlavaConfig, image_processor: ImageProcessor, frames: ImageProcessor | None = None):
+    def __init__(
+        self,
+        config: LlavaConfig,
+        image_processor: ImageProcessor,
+        frames: ImageProcessor | None = None,
+        sampling: FrameSampling = FIVE_FRAMES,
+    ):
         side = config.image.encoder.image_size
         if config.preprocessing == "original" and config.family == LLAVA:
             mean = image_processor.mean or config.image.encoder.image_mean
@@ -130,6 +139,7 @@ class LlavaLayout(TileLayout):
                 f"tiles of {side} out of {config.resolutions}, as the model",
             )
         self.config, self.image_processor, self.frames = config, image_processor, frames
+        self.sampling = sampling
         self.image_token, self.video_token = config.image_token_id, config.video_token_id
         self.tokens_a_tile, self.unit = config.media_tokens, "tile" if config.resolutions else "image"
 
@@ -159,14 +169,15 @@ class LlavaLayout(TileLayout):
         """Returns whether each image is one tile, as in LLaVA-OneVision for several images."""
         return self.config.family == ONEVISION and images != 1
 
-    def sized_video(self, frames: int, size: Size) -> Media:
+    def sized_video(self, size: Size, times: FrameTimes) -> Media:
         self.frames.require(size)
+        frames = len(times.seconds)
         return self._placed(video_places(frames, self.config.image.encoder.grid), frames, self.video_token)
 
-    def video(self, frames: np.ndarray) -> Media:
+    def video(self, frames: np.ndarray, times: FrameTimes) -> Media:
         """Prepares each frame as one tile, whose features are resized to half the sides."""
         tiles = np.stack([self.frames.prepare(frame) for frame in frames])
-        return self._filled(tiles, self.sized_video(len(frames), Size(*frames.shape[1:3])), self.frames)
+        return self._filled(tiles, self.sized_video(Size(*frames.shape[1:3]), times), self.frames)
 
     def _placed(self, where: Places, count: int, token: int | None = None) -> Media:
         tokens = np.full(len(where.places), self.image_token if token is None else token)
@@ -180,7 +191,7 @@ class LlavaLayout(TileLayout):
 def layout(config: LlavaConfig, folder: Path) -> LlavaLayout:
     """Returns the layout of a model with its folder's processor settings."""
     frames = None if config.video_token_id is None else read_video_processor(folder)
-    return LlavaLayout(config, read_image_processor(folder), frames)
+    return LlavaLayout(config, read_image_processor(folder), frames, read_sampling(folder, FIVE_FRAMES))
 
 
 # ---- Hugging Face folders

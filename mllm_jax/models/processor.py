@@ -23,9 +23,11 @@ from mllm_jax.data.processing.encode import (
     encode_turns,
     require_answers,
 )
+from mllm_jax.data.processing.frames import FrameTokens
 from mllm_jax.data.processing.layouts import Layout, PlainLayout, TextLayout
 from mllm_jax.data.processing.media import Encoded, Media
 from mllm_jax.data.tokenizer import tokenizer_in
+from mllm_jax.data.video import FIVE_FRAMES, FrameSampling
 from mllm_jax.errors import ConfigError, DataError
 from mllm_jax.llms.protocol import LLMConfig
 from mllm_jax.models.companions import fitting
@@ -83,14 +85,25 @@ class Processor:
         """Returns the processor of a run; reads the run's experiment if it is None."""
         experiment = run.experiment() if experiment is None else experiment
         config = experiment.tokenizer
-        return cls.of(experiment.model_of(), run.processor_folder, system=config.system, words=config.places)
+        frames = dict(sampling=config.frames, frame_time=config.frame_time)
+        return cls.of(experiment.model_of(), run.processor_folder, system=config.system, words=config.places, **frames)
 
     @classmethod
-    def of(cls, config: Any, folder: Path, *, system: str | None = None, words: Sequence[str] = ()) -> Processor:
+    def of(
+        cls,
+        config: Any,
+        folder: Path,
+        *,
+        system: str | None = None,
+        words: Sequence[str] = (),
+        sampling: FrameSampling = FIVE_FRAMES,
+        frame_time: str = "",
+    ) -> Processor:
         """Returns the processor of a model, with the tokenizer (and a named model's processor files) of a folder.
 
         Args:
-            words: text before each media token of an image, for a composed model.
+            words, sampling, frame_time: text before each media token of an image, the choice of a video's frames, and
+                the text before each, for a composed model; see `TokenizerConfig`.
         """
         family = cls.family_of(config)
         if family is not None:
@@ -103,12 +116,18 @@ class Processor:
             return cls(LanguageOnly(config), ChatTokenizer.load(folder), TextLayout(), system)
         tokenizer = tokenizer_in(folder)
         ids = [tokenizer.words(word) for word in words]
+        video = None
+        if "video" in config.inputs:
+            branch = config.branch("video")
+            video = FrameTokens(branch.encoder.image_size, branch.tokens, sampling, frame_time, tokenizer.words)
         layout = PlainLayout(
             config.image_size,
             config.media_tokens,
             image_token(tokenizer),
             ids,
             flattens=isinstance(tokenizer, ChatTokenizer),
+            video=video,
+            modalities=tuple(config.inputs),
         )
         return cls(config, tokenizer, layout, system)
 
@@ -189,7 +208,7 @@ class Processor:
             text: a string with a placeholder for each image, as the model's tokenizer spells it, or a conversation, see
                 `mllm_jax.data.message.conversation`; an image may be part of the message or of `images`.
             images, videos: in the order of their positions, over all texts; or a list of lists, one for each text. An
-                image is uint8[H, W, 3], one of Pillow, a path or bytes; a video is a list of images, or an array.
+                image is uint8[H, W, 3], one of Pillow, a path or bytes; a video is a path, bytes or a `Video`.
             answers: one for each text, for a batch to train on.
             slots: for media in each row, by modality, such as {"image": 2}; None: as many as this batch needs.
             length: of the rows; None: that of the longest text.
@@ -215,8 +234,9 @@ class Processor:
                 f"{len(texts)} texts and {len(answers)} answers", "one answer for each text", "give one for each"
             )
         ids = [self._ids(each) for each in texts]
-        wanted = [self._wanted(each, found) for each, found in zip(texts, ids, strict=True)]
-        shown = _shown(wanted, {"image": images, "video": videos})
+        given = {"image": images, "video": videos}
+        wanted = [self._wanted(each, found, given) for each, found in zip(texts, ids, strict=True)]
+        shown = _shown(wanted, given)
         media = self.layout.prepare_all(shown)
         encoded = [self._asked(*each) for each in zip(texts, ids, media, strict=True)]
         if answers is not None:
@@ -285,10 +305,15 @@ class Processor:
             return self.layout.without_names(self.tokenizer.encode(text))
         return self.encoder.ids_of(text)
 
-    def _wanted(self, text: str | Sequence[Message], ids: Sequence[int]) -> list[Part]:
+    def _wanted(
+        self, text: str | Sequence[Message], ids: Sequence[int], given: Mapping[str, Sequence[Any] | None]
+    ) -> list[Part]:
         """Returns the media of a text; those without a source are given separately."""
         if isinstance(text, str):
-            kinds = {token: kind for kind, token in self.layout.placeholders.items()}
+            # A placeholder that kinds share is of a kind that is given, else of images.
+            pairs = [*reversed(self.layout.placeholders.items())]
+            kinds = {token: kind for kind, token in pairs}
+            kinds |= {token: kind for kind, token in pairs if _number(given.get(kind))}
             return [MEDIA[kinds[i]]() for i in ids if i in kinds]
         return [part for message in text for part in message.parts if _is_medium(part)]
 
@@ -376,10 +401,24 @@ def _shown(texts: list[list[Part]], given: Mapping[str, Sequence[Any] | None]) -
             if part.source is not None:
                 row.append(part)
             elif left[kind]:
-                row.append(replace(part, source=left[kind].pop(0)))
+                row.append(_medium(part, left[kind].pop(0)))
         # A wrong number is found when the positions are counted; some models' texts have none.
-        row += [MEDIA[kind](thing) for kind, things in left.items() for thing in things]
+        row += [_medium(MEDIA[kind](), thing) for kind, things in left.items() for thing in things]
     return rows
+
+
+def _holds(things: Sequence[Any], kind: str) -> bool:
+    """Returns whether a list holds the media of one text; of videos, parts alone: other lists are frames."""
+    return kind == "image" or all(isinstance(thing, MEDIA[kind]) for thing in things)
+
+
+def _medium(part: Part, thing: Any) -> Part:
+    """Returns a medium that was given separately: the part itself, or its source."""
+    return thing if isinstance(thing, type(part)) else replace(part, source=thing)
+
+
+def _number(given: Sequence[Any] | None) -> int:
+    return 0 if given is None else len(given)
 
 
 def _deal(given: Sequence[Any] | None, kind: str, missing: Sequence[int]) -> list[list[Any]]:
@@ -388,9 +427,9 @@ def _deal(given: Sequence[Any] | None, kind: str, missing: Sequence[int]) -> lis
     Args:
         missing: the number of media that each text asks for.
     """
-    given = [] if given is None else list(given)
+    given = list(given) if _number(given) else []
     dealt = None
-    if kind == "image" and given and all(isinstance(each, (list, tuple)) for each in given):
+    if given and all(isinstance(each, (list, tuple)) and _holds(each, kind) for each in given):
         dealt = [list(each) for each in given]
     elif len(missing) == 1:
         dealt = [given]

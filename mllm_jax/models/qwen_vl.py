@@ -14,14 +14,20 @@ from mllm_jax.checkpoints.config_json import check_written, stored_fields
 from mllm_jax.checkpoints.config_options import ConfigOptions
 from mllm_jax.checkpoints.fields import change_fields
 from mllm_jax.checkpoints.table import Table, families, nested
+from mllm_jax.data.chat_tokenizer import ChatTokenizer
 from mllm_jax.data.image_processors import ImageProcessor, read_image_processor
 from mllm_jax.data.image_steps import mismatch
 from mllm_jax.data.images import Size
+from mllm_jax.data.message import Image, Part
 from mllm_jax.data.processing.layouts import Layout
-from mllm_jax.data.processing.media import Collated, Media, Row
+from mllm_jax.data.processing.media import TEXT, Collated, Media, Row
 from mllm_jax.data.units import in_words
+from mllm_jax.data.video import FrameSampling, FrameTimes
+from mllm_jax.data.video_settings import QWEN2 as QWEN2_FRAMES
+from mllm_jax.data.video_settings import QWEN3 as QWEN3_FRAMES
+from mllm_jax.data.video_settings import for_video, read_frames, read_sampling
 from mllm_jax.encoders import qwen_vit
-from mllm_jax.errors import DataError
+from mllm_jax.errors import ConfigError, DataError
 from mllm_jax.layers.requirements import Requirements
 from mllm_jax.llms import qwen
 from mllm_jax.llms.decoder import DecoderConfig
@@ -35,6 +41,8 @@ _OLDER = dict(
     num_key_value_heads=8, rms_norm_eps=1e-5, rope_theta=1_000_000.0, bos_token_id=151643, eos_token_id=151645,
     max_window_layers=80,
 )  # fmt: skip
+# Of a video's file: two frames a second, as in Qwen's own code.
+SAMPLING = FrameSampling(num_frames=None, fps=2.0, min_frames=4, max_frames=768, multiple=2)
 # Defaults of the LLM's options that are absent from config.json.
 _DEFAULTS = {QWEN2: _OLDER, QWEN25: _OLDER, QWEN3: dict(rope_theta=500_000.0, max_position_embeddings=128_000)}
 # Options of the tokenizer, or that transformers writes into every part.
@@ -62,47 +70,91 @@ class QwenVLConfig(MultimodalConfig):
 
 
 class QwenVLLayout(Layout):
-    """A layout of images of any size as packed patches, and of videos as given frames.
+    """A layout of images of any size as packed patches, and of videos as patches of several frames each.
 
-    Frames are resized like images, and count as two a second; the reference samples them from a file.
+    Qwen2.5-VL's positions in time follow from the frames a second. Qwen3-VL writes the mean time of the frames of each
+    patch as text before it, "<1.5 seconds>", and the tokens that begin and end an image around it. As in transformers
+    5, those tokens also stay around the whole video if the text has them there; transformers 4 drops them.
+
+    Args:
+        config: the model's.
+        image_processor: of images.
+        frames: of the frames of a video; None: as images.
+        sampling: of the frames of a video's file.
+        tokenizer: for Qwen3-VL's times; None: Qwen3-VL takes no videos.
+
+    Raises:
+        ConfigError: a processor makes other patches than the model reads, or the tokenizer lacks the tokens.
     """
 
     unit = "patch"
 
-    def __init__(self, config: QwenVLConfig, image_processor: ImageProcessor):
+    def __init__(
+        self,
+        config: QwenVLConfig,
+        image_processor: ImageProcessor,
+        frames: ImageProcessor | None = None,
+        sampling: FrameSampling = SAMPLING,
+        tokenizer: ChatTokenizer | None = None,
+    ):
+        self.config, self.image_processor, self.frames = config, image_processor, frames
+        self.sampling, self._tokenizer = sampling, tokenizer
         encoder = config.image.encoder
-        cut = image_processor.patch_size, image_processor.merge_size, image_processor.temporal_patch_size
-        if cut != (encoder.patch_size, encoder.merge_size, encoder.temporal_patch_size):
-            raise mismatch(
-                f"a {image_processor.kind} that cuts patches of {cut} (side, merged, frames)",
-                f"{(encoder.patch_size, encoder.merge_size, encoder.temporal_patch_size)}, as the model",
-            )
-        self.config, self.image_processor = config, image_processor
+        for each in filter(None, (image_processor, frames)):
+            cut = each.patch_size, each.merge_size, each.temporal_patch_size
+            if cut != (encoder.patch_size, encoder.merge_size, encoder.temporal_patch_size):
+                raise mismatch(
+                    f"a {each.kind} that cuts patches of {cut} (side, merged, frames)",
+                    f"{(encoder.patch_size, encoder.merge_size, encoder.temporal_patch_size)}, as the model",
+                )
         self.image_token = config.image_token_id
-        # Qwen3-VL writes each frame's time as text, which only its own processor can spell.
-        self.video_token = None if config.family == QWEN3 else config.video_token_id
+        self.needs_times = config.family == QWEN3
+        self.video_token = None if self.needs_times and tokenizer is None else config.video_token_id
+        if self.needs_times and tokenizer is not None:
+            self._edges = [_id_of(tokenizer, name) for name in ("<|vision_start|>", "<|vision_end|>")]
 
     def sized(self, size: Size) -> Media:
-        return self._placed(self.image_processor.grid(1, *size), self.image_token)
+        grid = self.image_processor.grid(1, *size)
+        return self._placed(grid, np.full(math.prod(grid) // self.config.image.encoder.merge_unit, self.image_token))
 
     def image(self, image: np.ndarray) -> Media:
-        return self._filled(self.image_token, image)
+        patches, _ = self.image_processor.patches(image)
+        return replace(self.sized(Size(*image.shape[:2])), arrays={"patches": patches})
 
-    def sized_video(self, frames: int, size: Size) -> Media:
-        return self._placed(self.image_processor.grid(frames, *size), self.video_token)
+    def sized_video(self, size: Size, times: FrameTimes) -> Media:
+        count = len(times.seconds)
+        grid = self._processor(count, size).grid(count, *size)
+        tokens = math.prod(grid[1:]) // self.config.image.encoder.merge_unit
+        step = self.image_processor.temporal_patch_size
+        if not self.needs_times:
+            ids = np.full(grid[0] * tokens, self.video_token)
+            return replace(self._placed(grid, ids), seconds=step / times.fps)
+        seconds = np.pad(times.seconds, (0, -count % step), mode="edge").reshape(-1, step)
+        begin, end = self._edges
+        ids = []
+        for first, last in zip(seconds[:, 0].tolist(), seconds[:, -1].tolist(), strict=True):
+            written = self._tokenizer.ids(f"<{(first + last) / 2:.1f} seconds>")
+            ids += [*written, begin, *[self.video_token] * tokens, end]
+        return self._placed(grid, np.asarray(ids))
 
-    def video(self, frames: np.ndarray) -> Media:
-        return self._filled(self.video_token, *frames)
+    def video(self, frames: np.ndarray, times: FrameTimes) -> Media:
+        size = Size(*frames.shape[1:3])
+        patches, _ = self._processor(len(frames), size).patches(*frames)
+        return replace(self.sized_video(size, times), arrays={"patches": patches})
 
-    def _placed(self, grid: tuple[int, int, int], token: int) -> Media:
-        patches = math.prod(grid)
-        count = patches // self.config.image.encoder.merge_unit
-        seconds = self.image_processor.temporal_patch_size / 2 if token == self.video_token else None
-        return Media({}, np.full(count, token), np.arange(count), grid=grid, seconds=seconds, count=patches)
+    def _placed(self, grid: tuple[int, int, int], ids: np.ndarray) -> Media:
+        """Lays out ids with a merged patch at each placeholder of media."""
+        here = (ids == self.image_token) | (ids == self.video_token)
+        return Media({}, ids, np.where(here, np.cumsum(here) - 1, TEXT), grid=grid, count=math.prod(grid))
 
-    def _filled(self, token: int, *frames: np.ndarray) -> Media:
-        patches, grid = self.image_processor.patches(*frames)
-        return replace(self._placed(grid, token), arrays={"patches": patches})
+    def _pixels(self, part: Part, sizes: Sequence[Size]) -> int:
+        if isinstance(part, Image):
+            return super()._pixels(part, sizes)
+        return sum(math.prod(self._processor(len(sizes), size).output_size(*size)) for size in sizes)
+
+    def _processor(self, frames: int, size: Size) -> ImageProcessor:
+        """Returns the processor of the frames of a video."""
+        return for_video(self.frames or self.image_processor, frames, size)
 
     def collate(self, rows: Sequence[Sequence[Media]], slots: Mapping[str, int] | None = None) -> Collated:
         """Collates media into `slots` patches a row; None: the patches of the fullest row."""
@@ -131,8 +183,22 @@ class QwenVLLayout(Layout):
 
 
 def layout(config: QwenVLConfig, folder: Path) -> QwenVLLayout:
-    """Returns the layout of a model with its folder's processor settings."""
-    return QwenVLLayout(config, read_image_processor(folder))
+    """Returns the layout of a model with its folder's tokenizer and processor settings."""
+    third, images = config.family == QWEN3, read_image_processor(folder)
+    frames = read_frames(folder, QWEN3_FRAMES if third else QWEN2_FRAMES, images)
+    usual = replace(SAMPLING, multiple=1, position="ends") if third else SAMPLING
+    return QwenVLLayout(
+        config, images, frames, read_sampling(folder, usual), ChatTokenizer.load(folder) if third else None
+    )
+
+
+def _id_of(tokenizer: ChatTokenizer, token: str) -> int:
+    number = tokenizer.id_of(token)
+    if number is None:
+        raise ConfigError(
+            f"a tokenizer without {token!r}", "the tokens around a frame of Qwen3-VL", "restore its files"
+        )
+    return number
 
 
 def mrope_positions(row: Row, media: Sequence[Media], merge_size: int, tokens_per_second: int | None) -> np.ndarray:
@@ -146,18 +212,22 @@ def mrope_positions(row: Row, media: Sequence[Media], merge_size: int, tokens_pe
         tokens_per_second: steps of a video's time coordinate for each of its `seconds`; None: one a frame step.
     """
     positions = np.zeros((len(row.tokens), 3), np.int32)
+    owners = np.where(row.places[:, 0] >= 0, row.owners, -1)  # -1: text, also the times between patches of a video
     here = start = 0
     while here < len(row.tokens):
-        owner = row.owners[here]
-        stop = here + int(np.argmin(np.append(row.owners[here:] == owner, False)))
-        if owner < 0 or not (row.places[here:stop, 0] >= 0).any():
+        owner = owners[here]
+        stop = here + int(np.argmin(np.append(owners[here:] == owner, False)))
+        if owner < 0:
             positions[here:stop] = (start + np.arange(stop - here))[:, None]
             start += stop - here
         else:
-            time, height, width = media[owner].grid
-            grid = np.indices((time, height // merge_size, width // merge_size)).reshape(3, -1).T
+            _, height, width = media[owner].grid
+            sides = height // merge_size, width // merge_size
+            grid = np.indices(((stop - here) // math.prod(sides), *sides)).reshape(3, -1).T
             if tokens_per_second is not None and media[owner].seconds is not None:
-                grid[:, 0] = (grid[:, 0] * (tokens_per_second * media[owner].seconds)).astype(np.int64)
+                # in float32 and cut off, as the reference: above 2 frames a second several steps may share a position
+                step = np.float32(tokens_per_second) * np.float32(media[owner].seconds)
+                grid[:, 0] = (grid[:, 0].astype(np.float32) * step).astype(np.int64)
             positions[here:stop] = start + grid
             start += max(height, width) // merge_size
         here = stop

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mllm_jax.data.pipeline import Mixture
+from mllm_jax.data.video import FIVE_FRAMES, FrameSampling
 from mllm_jax.errors import ConfigError
 from mllm_jax.layers.compute import WithCompute, within
 from mllm_jax.models.part_names import new_names, part_differences
@@ -142,6 +143,9 @@ class TokenizerConfig:
         phrases: groups of words, each of which becomes one token of a tokenizer that is trained.
         places: words in the text before each media token of an image that name its position in the image, such as
             "top left", "top right", ... for 2 x 2 tokens; empty: no words.
+        frames: the choice of frames of a video's file, for a composed model with a branch "video".
+        frame_time: text before the media tokens of each frame of a video, with its seconds, such as "{:.1f} s"; empty:
+            no text.
     """
 
     vocab_size: int | None = None
@@ -151,6 +155,8 @@ class TokenizerConfig:
     template: str | None = None
     places: tuple[str, ...] = ()
     phrases: tuple[str, ...] = ()
+    frames: FrameSampling = FIVE_FRAMES
+    frame_time: str = ""
 
     def __post_init__(self):
         if (self.path and self.folder) or (self.system is not None and not self.folder):

@@ -96,7 +96,7 @@ def measured(mixture: Mixture, processor: Any, sample: int) -> tuple[Sizes, list
         count = min(len(source), max(1, round(sample * weighted.weight / total)))
         for index in np.unique(np.linspace(0, len(source) - 1, count).astype(np.int64)).tolist():
             try:
-                example = without_pixels(source.example(index), processor.layout.needs_sizes)
+                example = without_pixels(source.example(index), processor.layout)
                 found.append(_taken(example, mixture, processor))
             except DataError as error:
                 bad.append(f"{source.name}[{index}]: {error.given}")

@@ -243,7 +243,7 @@ def test_a_text_with_the_seam_in_it_is_refused(reader):
         reader.encode_captions(captions([f"a{SEAM}b"]), 200, 1)
 
 
-@pytest.mark.parametrize("part,kind", [(Video([PIXELS]), "video"), (Audio(np.zeros(9, np.float32)), "audio")])
+@pytest.mark.parametrize("part,kind", [(Video([PIXELS], fps=1), "video"), (Audio(np.zeros(9, np.float32)), "audio")])
 def test_a_part_that_the_model_does_not_read_is_refused(reader, part, kind):
     messages = (Message("user", (part, Text("what?"))), Message("assistant", "a cat"))
     for read in (lambda: reader.encode(Example(messages), 200), lambda: reader.prompt(messages[:1])):

@@ -98,13 +98,13 @@ def test_sizes_say_what_pixels_take(name):
         compare(layout, [image])
     compare(layout, images[:3])
     if layout.video_token is not None:
-        compare(layout, [images[1], Video(np.zeros((3, 20, 30, 3), np.uint8))])
+        compare(layout, [images[1], Video(np.zeros((3, 20, 30, 3), np.uint8), fps=2)])
 
 
 def test_sizes_say_what_patches_are(qwen):
     for size in SIZES[:5]:
         compare(qwen, [Image(np.zeros((*size, 3), np.uint8))])
-    compare(qwen, [Image(np.zeros((9, 12, 3), np.uint8)), Video(np.zeros((3, 20, 30, 3), np.uint8))])
+    compare(qwen, [Image(np.zeros((9, 12, 3), np.uint8)), Video(np.zeros((3, 20, 30, 3), np.uint8), fps=2)])
 
 
 @pytest.fixture

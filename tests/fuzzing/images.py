@@ -150,7 +150,9 @@ def _together(rng: random.Random, files: list, folder: Path) -> tuple[str, Calla
     text = "a " + "<image> " * (len(things) + rng.choice((0, 0, 0, 1, -1))) + "<video>" * bool(frames)
 
     def case():
-        _processor(KINDS[kind])(text, images=things, videos=[frames] if frames else None)
+        from mllm_jax import Video
+
+        _processor(KINDS[kind])(text, images=things, videos=[Video(frames, fps=1)] if frames else None)
 
     return f"{len(things)} images and {len(frames)} frames for {kind}", case
 
@@ -188,6 +190,7 @@ def _processor(settings: dict) -> Any:
     from mllm_jax.data.image_processors import image_processor
     from mllm_jax.data.processing.layouts import TileLayout
     from mllm_jax.data.processing.media import Media
+    from mllm_jax.data.video import FrameTimes
     from mllm_jax.models.processor import Processor
 
     read = image_processor(settings)
@@ -200,7 +203,7 @@ def _processor(settings: dict) -> Any:
             tiles = self.image_processor.tiles(image)
             return Media({"images": tiles}, np.full(len(tiles), 1), np.arange(len(tiles)))
 
-        def video(self, frames: np.ndarray) -> Media:
+        def video(self, frames: np.ndarray, times: FrameTimes) -> Media:
             tiles = np.stack([self.frames.prepare(frame) for frame in frames])
             return Media({"images": tiles}, np.full(len(tiles), 2), np.arange(len(tiles)))
 

@@ -19,6 +19,7 @@ from mllm_jax.checkpoints.fields import change_fields
 from mllm_jax.data.chat_tokenizer import ChatTokenizer
 from mllm_jax.data.image_processors import ImageProcessor
 from mllm_jax.data.message import Example, Image, Message, Text
+from mllm_jax.data.video import FrameTimes
 from mllm_jax.errors import ConfigError
 from mllm_jax.models.internvl import (
     HUB,
@@ -101,7 +102,7 @@ def test_tiles_in_the_text(config):
     assert shown.arrays["images"].shape == (4, 8, 8, 3) and shown.arrays["images"].dtype == np.uint8
     assert shown.tokens.tolist() == [5, *[7] * 16, 6]
     assert shown.places.tolist() == [-1, *range(16), -1]
-    video = layout.video(np.stack([WIDE, WIDE]))
+    video = layout.video(np.stack([WIDE, WIDE]), FrameTimes.of(2, 2.0, None))
     assert video.tokens.tolist() == [3, 5, 7, 7, 7, 7, 6, 4, 5, 7, 7, 7, 7, 6]
     assert video.places[video.places >= 0].tolist() == list(range(8)) and video.arrays["images"].shape[0] == 2
 

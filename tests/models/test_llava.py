@@ -18,6 +18,7 @@ from mllm_jax.checkpoints.native import read_native_config, write_native
 from mllm_jax.data.batch import assemble
 from mllm_jax.data.image_processors import image_processor
 from mllm_jax.data.processing.media import NEWLINE, Encoded, lay_out_row
+from mllm_jax.data.video import FrameTimes
 from mllm_jax.encoders.vit import ViTConfig, ViTDialect
 from mllm_jax.errors import ConfigError
 from mllm_jax.llms.decoder import DecoderConfig, DecoderDialect
@@ -157,7 +158,7 @@ def test_positions_and_tokens():
     assert len(alone) == 1 and len(alone[0].arrays["images"]) == 3
     assert [len(each.arrays["images"]) for each in (one, two)] == [1, 1]
     assert one.places.tolist() == [*range(GRID**2), NEWLINE] and set(one.tokens) == {7}
-    film = layout.video(np.stack([random_image(9, 13)] * 3))
+    film = layout.video(np.stack([random_image(9, 13)] * 3), FrameTimes.of(3, 2.0, None))
     assert len(film.arrays["images"]) == 3 and film.places.shape == (3 * 4 + 1, 4) and set(film.tokens) == {8}
     np.testing.assert_allclose(film.weights.sum(axis=1), 1, atol=1e-6)
     full = layout_of(TINY.with_branch("image", connection=Connection((-2,), class_token=True)))

@@ -13,7 +13,7 @@ from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from mllm_jax import generate
+from mllm_jax import Video, generate
 from mllm_jax.data import pixels
 from mllm_jax.data.chat_tokenizer import ChatTokenizer
 from mllm_jax.data.image_steps import ImageProcessor
@@ -82,7 +82,7 @@ class TwoTiles(TileLayout):
         places = np.array([0, 1, 2, 3, NEWLINE, 4, 5, 6, 7])
         return Media({"images": np.stack(halves)}, np.full(9, self.image_token), places)
 
-    def video(self, frames):
+    def video(self, frames, times):
         tile = np.asarray(Image.fromarray(frames.mean(axis=0).astype(np.uint8)).resize((8, 8)))
         places, weights = np.array([[0, 1], [2, 3]]), np.array([[0.25, 0.75], [0.5, 0.5]], np.float32)
         return Media({"images": tile[None]}, np.full(2, self.video_token), places, weights)
@@ -156,7 +156,7 @@ def test_a_template_that_reads_lists_only_gets_texts_as_parts():
 
 def test_sums_of_media_tokens(processor, tokenizer):
     """Checks a video with sums of two tokens at a position; an image, with one, is padded to two."""
-    shown = dict(images=[make_image(0)], videos=[[make_image(1), make_image(2)]])
+    shown = dict(images=[make_image(0)], videos=[Video([make_image(1), make_image(2)], fps=1)])
     with pytest.raises(DataError, match="sums of 2 media tokens"):
         processor("<video> what <image>", **shown)
     batch = Processor(Sums(**vars(CONFIG)), tokenizer, TwoTiles())("<video> what <image>", **shown)
@@ -252,7 +252,7 @@ class Prepared(TwoTiles):
     def image(self, image):
         raise AssertionError("an image was prepared")
 
-    def video(self, frames):
+    def video(self, frames, times):
         raise AssertionError("a video was prepared")
 
 
@@ -261,12 +261,16 @@ class Prepared(TwoTiles):
     [
         # Decoded: 9 x 13 pixels each; prepared: 128 for an image, 64 for a frame.
         (TwoTiles, dict(images=[make_image(i) for i in range(9)]), "images and frames of one text of 1,053 pixels"),
-        (TwoTiles, dict(videos=[[make_image(0)] * 9]), "images and frames of one text of 1,053 pixels"),
+        (TwoTiles, dict(videos=[Video([make_image(0)] * 9, fps=1)]), "images and frames of one text of 1,053 pixels"),
         (Prepared, dict(images=[make_image(i, 1, 1) for i in range(8)]), "prepared images and frames of 1,024 pixels"),
-        (Prepared, dict(videos=[[make_image(0, 1, 1)] * 16]), "prepared images and frames of 1,024 pixels"),
         (
             Prepared,
-            dict(images=[make_image(i, 1, 1) for i in range(4)], videos=[[make_image(0, 1, 1)] * 8]),
+            dict(videos=[Video([make_image(0, 1, 1)] * 16, fps=1)]),
+            "prepared images and frames of 1,024 pixels",
+        ),
+        (
+            Prepared,
+            dict(images=[make_image(i, 1, 1) for i in range(4)], videos=[Video([make_image(0, 1, 1)] * 8, fps=1)]),
             "prepared images and frames of 1,024 pixels",
         ),
     ],

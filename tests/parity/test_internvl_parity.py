@@ -16,7 +16,7 @@ from safetensors.numpy import save_file
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
 from vision_checks import GOLDENS
 
-from mllm_jax import Processor, from_pretrained, save_pretrained
+from mllm_jax import Processor, Video, from_pretrained, save_pretrained
 from mllm_jax.errors import ConfigError
 from mllm_jax.layers.pixels import normalise_pixels
 from mllm_jax.models import internvl
@@ -106,7 +106,7 @@ def test_videos_and_conversations(randomise, tmp_path):
     _, processor = build("300M and Qwen2", tmp_path, randomise)
     ours = Processor.from_pretrained(tmp_path)
     frames = [make_image(20, 30), make_image(20, 30)[::-1]]
-    batch = ours("what <video> <IMG_CONTEXT>", images=[make_image(16, 16)], videos=[frames])
+    batch = ours("what <video> <IMG_CONTEXT>", images=[make_image(16, 16)], videos=[Video(frames, fps=1)])
     expanded = processor.replace_video_token(dict(pixel_values_videos=[np.zeros((2, 3, 16, 16))]), 0)
     said = f"what {expanded} {processor.replace_image_token(dict(num_patches=[1]), 0)}"
     assert batch["tokens"][0].tolist() == processor.tokenizer(said)["input_ids"]

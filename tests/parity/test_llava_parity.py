@@ -11,7 +11,7 @@ from llava_reference import CASES, ID, IMAGE, TEXTS, VIDEO, build, make_images, 
 from safetensors.numpy import load_file, save_file
 from toy_data import quick_compilation
 
-from mllm_jax import Processor, from_pretrained, save_pretrained
+from mllm_jax import Processor, Video, from_pretrained, save_pretrained
 from mllm_jax.generation.generate import complete
 from mllm_jax.layers.pixels import normalise_pixels
 from mllm_jax.models.registry import family_of_config
@@ -137,7 +137,7 @@ def test_videos(case, randomise, assert_close, tmp_path):
         ours = Processor.from_pretrained(tmp_path)
         side, (image,) = model.config.image.encoder.image_size, make_images()[2]
         frames = np.random.default_rng(5).integers(0, 256, (3, side, side, 3), np.uint8)
-        batch = ours("what is in <video> and <image> ?", images=[image], videos=[frames])
+        batch = ours("what is in <video> and <image> ?", images=[image], videos=[Video(frames, fps=1)])
         logits = np.asarray(jax.jit(model.apply)({"params": params}, batch).logits)
     film = torch.tensor(np.moveaxis(np.stack([ours.layout.frames(frame) for frame in frames]), -1, 1))[None]
     tokens = processor.replace_video_token({"pixel_values_videos": film}, 0).count("<video>")

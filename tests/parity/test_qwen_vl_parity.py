@@ -13,7 +13,7 @@ from composed_checks import NEW_TOKENS, WORDS, prompts, tokenizer
 from einops import rearrange
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from mllm_jax import Processor, from_pretrained, save_pretrained
+from mllm_jax import Processor, Video, from_pretrained, save_pretrained
 from mllm_jax.data.image_processors import read_image_processor
 from mllm_jax.errors import ConfigError
 from mllm_jax.generation.generate import complete
@@ -152,7 +152,7 @@ def test_logits_answers_and_folder(case, assert_close):
     videos = None
     frames = np.random.default_rng(5).integers(0, 256, (4, 16, 24, 3), np.uint8)
     if takes_videos:
-        texts[2], videos = "<|vision_start|> <|video_pad|> <|vision_end|> is it a dog ?", [frames]
+        texts[2], videos = "<|vision_start|> <|video_pad|> <|vision_end|> is it a dog ?", [Video(frames, fps=2)]
     batch = ours(texts, images=images, videos=videos)
     logits = np.asarray(jax.jit(module.apply)({"params": params}, batch).logits)
     how = dict(max_new_tokens=NEW_TOKENS, ignore_eos=True)
@@ -173,7 +173,7 @@ def test_logits_answers_and_folder(case, assert_close):
     assert len({answer.tokens for answer in answers}) == len(texts), "equal answers prove nothing"
     for row, (text, mine) in enumerate(zip(texts, images, strict=True)):
         size = dict(slots={"image": batch["patches"].shape[1]}, length=batch["tokens"].shape[1])
-        one = ours(text, images=mine, videos=[frames] if takes_videos and row == 2 else None, **size)
+        one = ours(text, images=mine, videos=videos if row == 2 else None, **size)
         assert complete(module, params, one, ours, **how)[0].tokens == answers[row].tokens, text
 
     save_pretrained(module, params, folder / "ours")

@@ -52,6 +52,8 @@ class ExampleEncoder:
         self.tokenizer, self.layout, self.system = tokenizer, layout, system
         self.placeholders = tuple(layout.placeholders.values())
         self._marks = {kind: tokenizer.token_of(token) for kind, token in layout.placeholders.items()}
+        # The mark of a type in the template's input.
+        self._written = {"image": next(iter(self._marks.values()))} if layout.one_placeholder else self._marks
 
     # ---- text
 
@@ -98,7 +100,8 @@ class ExampleEncoder:
     def _part(self, part: Part) -> dict[str, str]:
         if isinstance(part, Text):
             return {"type": "text", "text": self._text(part.text)}
-        return {"type": self.kind_of(part)}
+        kind = self.kind_of(part)
+        return {"type": "image" if self.layout.one_placeholder else kind}
 
     def kind_of(self, part: Part) -> str:
         """Returns the modality of a medium. Raises DataError: the model reads no such media."""
@@ -120,7 +123,7 @@ class ExampleEncoder:
             alone = number == len(parts) - 1 and "text" not in before
             if is_text and before and (alone or before[-1] == "text"):
                 pieces.append("\n")
-            pieces.append(part["text"] if is_text else self._marks[part["type"]])
+            pieces.append(part["text"] if is_text else self._written[part["type"]])
         return "".join(pieces)
 
     def _text(self, text: str) -> str:

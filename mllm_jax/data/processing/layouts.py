@@ -11,10 +11,13 @@ import numpy as np
 
 from mllm_jax.data.batch import BatchSpec
 from mllm_jax.data.image_steps import ImageProcessor
-from mllm_jax.data.images import Size, as_image, resize
+from mllm_jax.data.images import Size, as_image
 from mllm_jax.data.message import Image, Part, Video
 from mllm_jax.data.pixels import require_call
+from mllm_jax.data.processing.frames import ARRAY, FrameTokens, fitted
 from mllm_jax.data.processing.media import TEXT, Collated, Lazy, Media, Row, collate_tiles
+from mllm_jax.data.processing.video import frame_times, frames_of
+from mllm_jax.data.video import FIVE_FRAMES, FrameSampling, FrameTimes
 from mllm_jax.errors import ConfigError, DataError
 
 
@@ -31,6 +34,9 @@ class Layout:
         flattens: the chat template takes content only as one text, in which media are tokens.
         unit: the content of a slot: "image" (a whole medium), "tile" or "patch".
         image_processor, frames: of images, and of frames of videos if that differs; None: no `ImageProcessor`.
+        sampling: the choice of frames of a video's file.
+        needs_times: the positions of a video depend on the times of its frames.
+        one_placeholder: all media of a text have the placeholder of images, which the chat template writes.
     """
 
     image_token: int | None = None
@@ -43,6 +49,9 @@ class Layout:
     unit: str = "image"
     image_processor: ImageProcessor | None = None
     frames: ImageProcessor | None = None
+    sampling: FrameSampling = FIVE_FRAMES
+    needs_times: bool = False
+    one_placeholder: bool = False
 
     @property
     def placeholders(self) -> dict[str, int]:
@@ -52,7 +61,7 @@ class Layout:
 
     def fingerprint(self) -> str:
         """Returns a text that differs if the rows of two layouts for one model would."""
-        return repr([self.image_processor, self.frames])
+        return repr([self.image_processor, self.frames, self.sampling])
 
     def image(self, image: np.ndarray) -> Media:
         """Prepares a decoded image uint8[H, W, 3]."""
@@ -62,8 +71,8 @@ class Layout:
         """Prepares the images of one text; some models prepare a single image differently."""
         return [self.image(image) for image in images]
 
-    def video(self, frames: np.ndarray) -> Media:
-        """Prepares uint8[F, H, W, 3], the frames for the model."""
+    def video(self, frames: np.ndarray, times: FrameTimes) -> Media:
+        """Prepares uint8[F, H, W, 3], the frames for the model, which are shown at these times."""
         raise DataError(f"a video of {len(frames)} frames", "images: the model reads no video", "leave it out")
 
     def sized(self, size: Size) -> Media:
@@ -77,9 +86,9 @@ class Layout:
         """Returns the result of `images` for images of these sizes, without their arrays."""
         return [self.sized(size) for size in sizes]
 
-    def sized_video(self, frames: int, size: Size) -> Media:
+    def sized_video(self, size: Size, times: FrameTimes) -> Media:
         """Returns the result of `video` for frames of a size, without its arrays; the default prepares black frames."""
-        return _without_arrays(self.video(np.zeros((frames, *size, 3), np.uint8)))
+        return _without_arrays(self.video(np.zeros((len(times.seconds), *size, 3), np.uint8), times))
 
     def prepare(self, parts: Sequence[Part]) -> list[Media]:
         """Prepares the media of one text, in order; raises the same as `prepare_all`."""
@@ -96,11 +105,13 @@ class Layout:
             if (sizes := _sizes(parts)) is not None:
                 prepared.append(self._from_sizes(parts, sizes))
                 continue
-            decoded = _decoded(parts)
-            pixels += sum(self._pixels(part, [frame.shape[:2] for frame in frames]) for part, frames in decoded)
+            decoded = _decoded(parts, self.sampling)
+            pixels += sum(self._pixels(part, [frame.shape[:2] for frame in frames]) for part, frames, _ in decoded)
             require_call(pixels, "prepared images and frames")
-            images = iter(self.images([frames[0] for part, frames in decoded if isinstance(part, Image)]))
-            prepared.append([next(images) if isinstance(p, Image) else self._video(frames) for p, frames in decoded])
+            images = iter(self.images([frames[0] for part, frames, _ in decoded if isinstance(part, Image)]))
+            prepared.append(
+                [next(images) if isinstance(part, Image) else self._video(*shown) for part, *shown in decoded]
+            )
         return prepared
 
     def _from_sizes(self, parts: Sequence[Part], sizes: Sequence[Sequence[Size]]) -> list[Media]:
@@ -110,13 +121,13 @@ class Layout:
         known = list(zip(parts, sizes, strict=True))
         images = iter(self.all_sized([each[0] for part, each in known if isinstance(part, Image)]))
         return [
-            next(images) if isinstance(part, Image) else self.sized_video(len(each), _only(each))
+            next(images) if isinstance(part, Image) else self.sized_video(_only(each), frame_times(part))
             for part, each in known
         ]
 
-    def _video(self, frames: list[np.ndarray]) -> Media:
+    def _video(self, frames: Sequence[np.ndarray], times: FrameTimes) -> Media:
         _only([frame.shape for frame in frames])
-        return self.video(np.stack(frames))
+        return self.video(np.stack(frames), times)
 
     def _pixels(self, part: Part, sizes: Sequence[Size]) -> int:
         """Returns the number of pixels of an image or of a video's frames after preparation."""
@@ -204,8 +215,10 @@ class PlainLayout(TileLayout):
     Args:
         side: of the images that the encoder reads.
         media_tokens: of one image.
-        image_token: the placeholder of an image.
+        image_token: the placeholder of an image, or of another medium.
         words: ids before each media token, such as those of "top left", "top right"; empty: none.
+        video: the conversion of videos; None: the model reads none.
+        modalities: those that the model reads, in the order of its branches.
 
     Raises:
         ConfigError: the numbers of words and media tokens differ.
@@ -213,6 +226,7 @@ class PlainLayout(TileLayout):
 
     keeps_text = True
     needs_sizes = False
+    one_placeholder = True
 
     def __init__(
         self,
@@ -221,6 +235,8 @@ class PlainLayout(TileLayout):
         image_token: int,
         words: Sequence[Sequence[int]] = (),
         flattens: bool = False,
+        video: FrameTokens | None = None,
+        modalities: Sequence[str] = ("image",),
     ):
         if words and len(words) != media_tokens:
             raise ConfigError(
@@ -229,6 +245,9 @@ class PlainLayout(TileLayout):
                 "change tokenizer.places, or leave it out",
             )
         self.side, self.tokens_a_tile, self.image_token, self.flattens = side, media_tokens, image_token, flattens
+        self.frame_tokens, self.modalities = video, tuple(modalities)
+        if video is not None:
+            self.sampling, self.needs_times = video.sampling, bool(video.time)
         tokens, places = [], []
         for number in range(media_tokens):
             before = list(words[number]) if words else []
@@ -236,24 +255,60 @@ class PlainLayout(TileLayout):
             places += [TEXT] * len(before) + [number]
         self._tokens, self._places = np.asarray(tokens), np.asarray(places)
 
+    @property
+    def placeholders(self) -> dict[str, int]:
+        return dict.fromkeys(self.modalities, self.image_token)
+
     def fingerprint(self) -> str:
-        return repr([self.side, self._tokens.tolist()])
+        video = self.frame_tokens
+        read = [] if video is None else [video.side, video.tokens, video.sampling, video.time]
+        return repr([self.side, self._tokens.tolist(), *read])
 
     def prepare_all(self, rows: Sequence[Sequence[Part]]) -> list[list[Media]]:
-        """Prepares images that are decoded when their arrays are read: the row does not depend on their sizes."""
-        if strange := [part for parts in rows for part in parts if not isinstance(part, Image)]:
-            raise DataError(f"a {type(strange[0]).__name__}", "images: the model reads nothing else", "leave it out")
-        return [[self._media(lambda source=part.source: as_image(source)) for part in parts] for parts in rows]
+        """Prepares images and videos that are decoded when their arrays are read: the row does not depend on sizes."""
+        return [[self._prepared(part) for part in parts] for parts in rows]
+
+    def _prepared(self, part: Part) -> Media:
+        kind = type(part).__name__.lower()
+        if kind not in self.modalities:
+            known = " and ".join(f"{modality}s" for modality in self.modalities)
+            raise DataError(f"a {type(part).__name__}", f"{known}: the model reads nothing else", "leave it out")
+        if kind == "video":
+            return self.frame_tokens.media(part, self.image_token)
+        return self._media(lambda source=part.source: as_image(source))
 
     def image(self, image: np.ndarray) -> Media:
         return self._media(lambda: image)
 
     def _media(self, read: Callable[[], np.ndarray]) -> Media:
-        images = Lazy(("images",), lambda _: self._fitted(read())[None])
+        images = Lazy(("images",), lambda _: fitted(read(), self.side)[None])
         return Media(images, self._tokens, self._places, count=1)
 
-    def _fitted(self, image: np.ndarray) -> np.ndarray:
-        return image if image.shape[:2] == (self.side, self.side) else resize(image, self.side)
+    def collate(self, rows: Sequence[Sequence[Media]], slots: Mapping[str, int] | None = None) -> Collated:
+        if self.modalities == ("image",):
+            return super().collate(rows, slots)
+        arrays, first, before = {}, [[0] * len(row) for row in rows], 0
+        for modality in self.modalities:
+            tokens, blank = self._kinds[modality]
+            own = [[(i, m) for i, m in enumerate(row) if m.modality == modality] for row in rows]
+            count = None if slots is None else slots.get(modality, 0)
+            found = collate_tiles([[m for _, m in row] for row in own], tokens, count, "tile", modality)
+            arrays |= found.arrays
+            if count and not found.arrays:
+                arrays |= {n: np.zeros((len(rows), count, *tile.shape), tile.dtype) for n, tile in blank.items()}
+            for starts, row, mine in zip(first, own, found.first, strict=True):
+                for (i, _), start in zip(row, mine, strict=True):
+                    starts[i] = before + start
+            before += found.newline  # the media tokens of each branch follow those of the branches before it
+        return Collated(arrays, first, before)
+
+    @cached_property
+    def _kinds(self) -> dict[str, tuple[int, dict[str, np.ndarray]]]:
+        """The media tokens of a slot, and its arrays, by modality."""
+        kinds = {"image": (self.tokens_a_tile, {"images": np.zeros((self.side, self.side, 3), np.uint8)})}
+        if (video := self.frame_tokens) is not None:
+            kinds["video"] = video.tokens, {ARRAY: np.zeros((video.side, video.side, 3), np.uint8)}
+        return kinds
 
 
 def _sizes(parts: Sequence[Part]) -> list[Sequence[Size]] | None:
@@ -274,16 +329,27 @@ def _without_arrays(media: Media) -> Media:
     return replace(media, arrays={}, count=media.slots)
 
 
-def _decoded(parts: Sequence[Part]) -> list[tuple[Part, list[np.ndarray]]]:
-    """Decodes the media of one text; an image is one frame. Raises DataError: see `as_image`, or too many pixels."""
+def _decoded(
+    parts: Sequence[Part], sampling: FrameSampling
+) -> list[tuple[Part, Sequence[np.ndarray], FrameTimes | None]]:
+    """Decodes the media of one text, with the times of frames; an image is one frame without a time.
+
+    Raises:
+        DataError: see `as_image` and `read_video`, or too many pixels.
+    """
     media, pixels = [], 0
+
+    def counted(frame: np.ndarray) -> np.ndarray:
+        nonlocal pixels
+        pixels += math.prod(frame.shape[:2])
+        require_call(pixels, "images and frames of one text")
+        return frame
+
     for part in parts:
-        if not isinstance(part, (Image, Video)):
+        if isinstance(part, Image):
+            media.append((part, [counted(as_image(part.source))], None))
+        elif isinstance(part, Video):
+            media.append((part, *frames_of(part, sampling, counted)))
+        else:
             raise DataError(f"a {type(part).__name__}", "images or videos", "take a model that reads it")
-        frames = []
-        for frame in [part.source] if isinstance(part, Image) else part.source:
-            frames.append(as_image(frame))
-            pixels += math.prod(frames[-1].shape[:2])
-            require_call(pixels, "images and frames of one text")
-        media.append((part, frames))
     return media

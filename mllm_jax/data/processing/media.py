@@ -108,14 +108,18 @@ class Row:
 
 
 def collate_tiles(
-    rows: Sequence[Sequence[Media]], tokens_a_tile: int, slots: int | None = None, unit: str = "tile"
+    rows: Sequence[Sequence[Media]],
+    tokens_a_tile: int,
+    slots: int | None = None,
+    unit: str = "tile",
+    modality: str = "image",
 ) -> Collated:
     """Collates tiles of one size: `images` uint8[B, M, H, W, 3].
 
     Args:
         tokens_a_tile: media tokens of one tile.
         slots: M; None is the number of the fullest row.
-        unit: the name of a tile in a message.
+        unit, modality: the name of a tile in a message, and of its branch.
 
     Raises:
         DataError: a row has more tiles than slots.
@@ -125,7 +129,7 @@ def collate_tiles(
     slots = needed if slots is None else slots
     if needed > slots:
         raise DataError(
-            f"a row with {in_words({'image': needed}, unit)}",
+            f"a row with {in_words({modality: needed}, unit)}",
             f"at most {slots:,}",
             "raise `slots`, or give it fewer or smaller images",
         )
