@@ -201,17 +201,20 @@ class Processor:
         answers: str | Sequence[str] | None = None,
         slots: Mapping[str, int] | None = None,
         length: int | None = None,
+        use_audio_in_video: bool = False,
     ) -> dict[str, np.ndarray]:
         """Makes a batch of one text, or of a list of texts.
 
         Args:
             text: a string with a placeholder for each image, as the model's tokenizer spells it, or a conversation, see
                 `mllm_jax.data.message.conversation`; an image may be part of the message or of `images`.
-            images, videos: in the order of their positions, over all texts; or a list of lists, one for each text. An
-                image is uint8[H, W, 3], one of Pillow, a path or bytes; a video is a path, bytes or a `Video`.
+            images, videos, audios: in the order of their positions, over all texts; or a list of lists, one for each
+                text. An image is uint8[H, W, 3], one of Pillow, a path or bytes; a video is a path, bytes or a `Video`;
+                a sound is a path, bytes, (samples, rate) or an `Audio`.
             answers: one for each text, for a batch to train on.
             slots: for media in each row, by modality, such as {"image": 2}; None: as many as this batch needs.
             length: of the rows; None: that of the longest text.
+            use_audio_in_video: the model also hears the sound of every video's file; see `Video`.
 
         Returns:
             NumPy arrays by name, as `Multimodal` takes them; with `answers` also loss_weights.
@@ -221,7 +224,7 @@ class Processor:
                 take the media, they become too large (one, or all together, see `mllm_jax.data.pixels`), or a text is
                 empty or longer than `length`.
         """
-        if audios:
+        if audios and "audio" not in self.layout.placeholders:
             raise DataError(
                 f"{len(audios)} sound(s) for a {type(self.config).__name__}",
                 "images or videos: it has no encoder for sounds",
@@ -234,9 +237,11 @@ class Processor:
                 f"{len(texts)} texts and {len(answers)} answers", "one answer for each text", "give one for each"
             )
         ids = [self._ids(each) for each in texts]
-        given = {"image": images, "video": videos}
+        given = {"image": images, "video": videos, "audio": audios}
         wanted = [self._wanted(each, found, given) for each, found in zip(texts, ids, strict=True)]
         shown = _shown(wanted, given)
+        if use_audio_in_video:
+            shown = [[with_sound(part) for part in row] for row in shown]
         media = self.layout.prepare_all(shown)
         encoded = [self._asked(*each) for each in zip(texts, ids, media, strict=True)]
         if answers is not None:

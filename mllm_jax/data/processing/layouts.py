@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 
+from mllm_jax.data.audio import Samples, as_audio
 from mllm_jax.data.batch import BatchSpec
 from mllm_jax.data.image_steps import ImageProcessor
 from mllm_jax.data.images import Size, as_image
-from mllm_jax.data.message import Image, Part, Video
+from mllm_jax.data.message import Audio, Image, Part, Video
 from mllm_jax.data.pixels import require_call
 from mllm_jax.data.processing.frames import ARRAY, FrameTokens, fitted
 from mllm_jax.data.processing.media import TEXT, Collated, Lazy, Media, Row, collate_tiles
@@ -25,8 +27,8 @@ class Layout:
     """The conversion of a model's media to rows; each named model has its own.
 
     Attributes:
-        image_token, video_token: the id that the chat template writes for one image or video; None: the model reads
-            none.
+        image_token, video_token, audio_token: the id that the chat template writes for one image, video or sound; None:
+            the model reads none.
         inserts_images: prompts have no position for an image, so `arrange` inserts the placeholder.
         instruction_length: the most tokens of an instruction that the projector reads in training; 0: it reads none.
         keeps_text: a special token that a message spells stays text.
@@ -41,6 +43,7 @@ class Layout:
 
     image_token: int | None = None
     video_token: int | None = None
+    audio_token: int | None = None
     inserts_images: bool = False
     instruction_length: int = 0
     keeps_text: bool = False
@@ -56,7 +59,7 @@ class Layout:
     @property
     def placeholders(self) -> dict[str, int]:
         """The placeholder ids of media in a text, by modality."""
-        tokens = {"image": self.image_token, "video": self.video_token}
+        tokens = {"image": self.image_token, "video": self.video_token, "audio": self.audio_token}
         return {kind: token for kind, token in tokens.items() if token is not None}
 
     def fingerprint(self) -> str:
@@ -75,6 +78,10 @@ class Layout:
         """Prepares uint8[F, H, W, 3], the frames for the model, which are shown at these times."""
         raise DataError(f"a video of {len(frames)} frames", "images: the model reads no video", "leave it out")
 
+    def audio(self, samples: np.ndarray) -> Media:
+        """Prepares the samples float32[n] of a sound."""
+        raise DataError("a sound", "media of another kind: the model hears nothing", "leave it out")
+
     def sized(self, size: Size) -> Media:
         """Returns the result of `image` for an image of a size, without its arrays.
 
@@ -90,40 +97,55 @@ class Layout:
         """Returns the result of `video` for frames of a size, without its arrays; the default prepares black frames."""
         return _without_arrays(self.video(np.zeros((len(times.seconds), *size, 3), np.uint8), times))
 
+    def sized_audio(self, length: int) -> Media:
+        """Returns the result of `audio` for that many samples, without its arrays; the default prepares silence."""
+        return _without_arrays(self.audio(np.zeros(length, np.float32)))
+
     def prepare(self, parts: Sequence[Part]) -> list[Media]:
         """Prepares the media of one text, in order; raises the same as `prepare_all`."""
         return self.prepare_all([parts])[0]
 
     def prepare_all(self, rows: Sequence[Sequence[Part]]) -> list[list[Media]]:
-        """Prepares the media of several texts. If all sources of a text are a `Size`, it decodes and makes no arrays.
+        """Prepares the media of several texts. If all sources of a text are a `Size` or `Samples`, it decodes and makes no
+        arrays.
 
         Raises:
-            DataError: see `as_image`; or a text, or all texts, have too many pixels, or frames differ in size.
+            DataError: see `as_image` and `as_audio`; or a text, or all texts, have too many pixels, or frames differ in
+                size, or a video is given with sound to a model that hears none.
         """
+        _require_silent(rows)
         prepared, pixels = [], 0
         for parts in rows:
             if (sizes := _sizes(parts)) is not None:
                 prepared.append(self._from_sizes(parts, sizes))
                 continue
             decoded = _decoded(parts, self.sampling)
-            pixels += sum(self._pixels(part, [frame.shape[:2] for frame in frames]) for part, frames, _ in decoded)
+            seen = [each for each in decoded if not isinstance(each[0], Audio)]
+            pixels += sum(self._pixels(part, [frame.shape[:2] for frame in frames]) for part, frames, _ in seen)
             require_call(pixels, "prepared images and frames")
-            images = iter(self.images([frames[0] for part, frames, _ in decoded if isinstance(part, Image)]))
-            prepared.append(
-                [next(images) if isinstance(part, Image) else self._video(*shown) for part, *shown in decoded]
-            )
+            images = iter(self.images([frames[0] for part, frames, _ in seen if isinstance(part, Image)]))
+            prepared.append([self._medium(part, images, *shown) for part, *shown in decoded])
         return prepared
+
+    def _medium(self, part: Part, images: Iterator[Media], shown: Any, times: FrameTimes | None) -> Media:
+        """Prepares one decoded medium; of images, the next of those that are prepared already."""
+        if isinstance(part, Audio):
+            return self.audio(shown)
+        return next(images) if isinstance(part, Image) else self._video(shown, times)
 
     def _from_sizes(self, parts: Sequence[Part], sizes: Sequence[Sequence[Size]]) -> list[Media]:
         """Returns the media of one text from the sizes of its images and frames."""
         require_call(sum(math.prod(size) for each in sizes for size in each), "images and frames of one text")
-        require_call(sum(map(self._pixels, parts, sizes)), "prepared images and frames")
         known = list(zip(parts, sizes, strict=True))
+        pixels = [self._pixels(part, each) for part, each in known if not isinstance(part, Audio)]
+        require_call(sum(pixels), "prepared images and frames")
         images = iter(self.all_sized([each[0] for part, each in known if isinstance(part, Image)]))
-        return [
-            next(images) if isinstance(part, Image) else self.sized_video(_only(each), frame_times(part))
-            for part, each in known
-        ]
+        return [self._sized_medium(part, images, each) for part, each in known]
+
+    def _sized_medium(self, part: Part, images: Iterator[Media], sizes: Sequence[Size]) -> Media:
+        if isinstance(part, Audio):
+            return self.sized_audio(part.source)
+        return next(images) if isinstance(part, Image) else self.sized_video(_only(sizes), frame_times(part))
 
     def _video(self, frames: Sequence[np.ndarray], times: FrameTimes) -> Media:
         _only([frame.shape for frame in frames])
@@ -266,6 +288,7 @@ class PlainLayout(TileLayout):
 
     def prepare_all(self, rows: Sequence[Sequence[Part]]) -> list[list[Media]]:
         """Prepares images and videos that are decoded when their arrays are read: the row does not depend on sizes."""
+        _require_silent(rows)
         return [[self._prepared(part) for part in parts] for parts in rows]
 
     def _prepared(self, part: Part) -> Media:
@@ -312,10 +335,20 @@ class PlainLayout(TileLayout):
 
 
 def _sizes(parts: Sequence[Part]) -> list[Sequence[Size]] | None:
-    """Returns the sizes of each medium's frames (an image is one); None if there are no media, or not only sizes."""
+    """Returns the sizes of each medium's frames (an image is one, a sound has none); None if there are no media, or not
+    only sizes."""
     sources = [[part.source] if isinstance(part, Image) else part.source for part in parts]
+    sources = [() if isinstance(source, Samples) else source for source in sources]
     given = [isinstance(each, (list, tuple)) and all(isinstance(frame, Size) for frame in each) for each in sources]
     return sources if given and all(given) else None
+
+
+def _require_silent(rows: Sequence[Sequence[Part]]) -> None:
+    """Raises DataError: a video is given with its sound."""
+    if any(isinstance(part, Video) and part.use_audio_in_video for parts in rows for part in parts):
+        raise DataError(
+            "a video with use_audio_in_video", "a video alone: the model does not hear its sound", "leave it out"
+        )
 
 
 def _only(sizes: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
@@ -331,11 +364,12 @@ def _without_arrays(media: Media) -> Media:
 
 def _decoded(
     parts: Sequence[Part], sampling: FrameSampling
-) -> list[tuple[Part, Sequence[np.ndarray], FrameTimes | None]]:
-    """Decodes the media of one text, with the times of frames; an image is one frame without a time.
+) -> list[tuple[Part, Sequence[np.ndarray] | np.ndarray, FrameTimes | None]]:
+    """Decodes the media of one text, with the times of frames; an image is one frame without a time. A sound's samples
+    take the place of frames.
 
     Raises:
-        DataError: see `as_image` and `read_video`, or too many pixels.
+        DataError: see `as_image`, `read_video` and `as_audio`, or too many pixels.
     """
     media, pixels = [], 0
 
@@ -351,5 +385,5 @@ def _decoded(
         elif isinstance(part, Video):
             media.append((part, *frames_of(part, sampling, counted)))
         else:
-            raise DataError(f"a {type(part).__name__}", "images or videos", "take a model that reads it")
+            media.append((part, as_audio(part), None))
     return media
