@@ -39,6 +39,10 @@ if TYPE_CHECKING:  # for editors and type checkers; `_HOMES` has the same names 
     from mllm_jax.datasets.text_only import TextOnly as TextOnly
     from mllm_jax.encoders.beats import BEATsConfig as BEATsConfig
     from mllm_jax.encoders.beats import BEATsDialect as BEATsDialect
+    from mllm_jax.encoders.cformer import CFormerConfig as CFormerConfig
+    from mllm_jax.encoders.hubert import HubertConfig as HubertConfig
+    from mllm_jax.encoders.hubert import HubertCTCConfig as HubertCTCConfig
+    from mllm_jax.encoders.hubert import HubertDialect as HubertDialect
     from mllm_jax.encoders.nfnet import NFNetConfig as NFNetConfig
     from mllm_jax.encoders.nfnet import NFNetDialect as NFNetDialect
     from mllm_jax.encoders.qwen_vit import QwenViTConfig as QwenViTConfig
@@ -156,6 +160,8 @@ _NAMES = {
     "datasets.questions": ("Questions",),
     "datasets.text_only": ("TextOnly",),
     "encoders.beats": ("BEATsConfig", "BEATsDialect"),
+    "encoders.cformer": ("CFormerConfig",),
+    "encoders.hubert": ("HubertConfig", "HubertCTCConfig", "HubertDialect"),
     "encoders.nfnet": ("NFNetConfig", "NFNetDialect"),
     "encoders.qwen_vit": ("QwenViTConfig", "QwenViTDialect"),
     "encoders.qwen_vit_v1": ("QwenViTV1Config",),

@@ -81,6 +81,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (
     # Its folders give the class of its language model.
     Architecture("QWenVL", "mllm_jax.models.qwen_vl_v1", called="QWenLMHeadModel", option="visual"),
     Architecture("BEATs", "mllm_jax.encoders.beats", "beats"),
+    Architecture("CFormer", "mllm_jax.encoders.cformer_hub", "cformer"),
     Architecture("InternVLForConditionalGeneration", "mllm_jax.models.internvl", "internvl"),
     Architecture("InternVLChatModel", "mllm_jax.models.internvl", "internvl_chat"),
     Architecture("DeepseekVLForConditionalGeneration", "mllm_jax.models.deepseek_vl", "deepseek_vl"),
@@ -95,6 +96,8 @@ ARCHITECTURES: tuple[Architecture, ...] = (
     # The folder of the whole model, of which the thinker is read.
     Architecture("Qwen2_5OmniForConditionalGeneration", "mllm_jax.models.qwen_omni", "qwen2_5_omni"),
     Architecture("Qwen2_5OmniModel", "mllm_jax.models.qwen_omni", "qwen2_5_omni"),
+    Architecture("HubertModel", "mllm_jax.encoders.hubert", "hubert"),
+    Architecture("HubertForCTC", "mllm_jax.encoders.hubert", "hubert"),
     Architecture("WhisperForConditionalGeneration", "mllm_jax.models.whisper", "whisper"),
     Architecture("WhisperModel", "mllm_jax.models.whisper", "whisper"),
     Architecture("WhisperEncoder", "mllm_jax.encoders.whisper", "whisper"),

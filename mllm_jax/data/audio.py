@@ -21,10 +21,6 @@ MAX_SECONDS = 3_600  # of sound that is read at once: 230 MB at 16 kHz
 MAX_MAGNITUDE = 100.0  # of a sample; sound that is not clipped exceeds 1 a little, integers by far
 
 
-class Samples(int):
-    """The number of samples of a sound at the encoder's rate, in the place of the sound."""
-
-
 Source = Audio | bytes | str | os.PathLike | tuple[Any, int]
 
 

@@ -11,9 +11,8 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
-from mllm_jax.data.audio import Samples, audio_length
 from mllm_jax.data.images import Drawn, image_size
-from mllm_jax.data.message import Audio, Example, Image, Message, Part, Video
+from mllm_jax.data.message import Example, Image, Message, Part, Video
 from mllm_jax.data.processing.layouts import Layout
 from mllm_jax.data.processing.media import Encoded, Lazy
 from mllm_jax.data.processing.video import sized_frames, sound_of
@@ -120,7 +119,7 @@ class SourceEncoder:
 
 
 def without_pixels(example: Example, layout: Layout = _ANY) -> Example:
-    """Replaces the images and frames of an example by their sizes, and its sounds by their lengths.
+    """Replaces the images and frames of an example by their sizes.
 
     Args:
         layout: the model's; if positions do not depend on sizes, images that must be drawn for their sizes and frames
@@ -143,11 +142,11 @@ def _sized(part: Part, layout: Layout) -> Part:
         drawn = isinstance(part.source, Drawn) and part.source.size is None
         return part if drawn and not layout.needs_sizes else replace(part, source=image_size(part.source))
     if isinstance(part, Video) and (layout.needs_sizes or part.is_file):
-        sound = sound_of(part)
-        part = replace(part, use_audio_in_video=False if sound is None else _sized(sound, layout))
+        if part.use_audio_in_video:
+            if not layout.hears_videos:
+                return part  # it will be refused
+            part = replace(part, use_audio_in_video=sound_of(part) or False)
         return sized_frames(part, layout.sampling, layout.needs_times)
-    if isinstance(part, Audio) and layout.needs_sizes:
-        return Audio(Samples(audio_length(part)))
     return part
 
 

@@ -21,9 +21,10 @@ from mllm_jax.checkpoints.config_options import ConfigOptions
 from mllm_jax.checkpoints.fields import make_config
 from mllm_jax.checkpoints.table import OUT_OF_HEADS, Family, Table, Weight, beside, into_heads, linear, norm
 from mllm_jax.encoders.audio_output import AudioOutput
-from mllm_jax.encoders.beats_blocks import NORM_EPS, BEATsBlock, PositionalConvolution
+from mllm_jax.encoders.beats_blocks import NORM_EPS, BEATsBlock
 from mllm_jax.errors import ConfigError, DataError
 from mllm_jax.layers.compute import WithCompute
+from mllm_jax.layers.convolution import PositionalConvolution
 from mllm_jax.layers.fbank import FRAME, RATE, SHIFT, fbank, num_frames
 from mllm_jax.layers.linear import Linear
 from mllm_jax.layers.mlp import ACTIVATIONS
@@ -236,7 +237,7 @@ class BEATs(nn.Module):
             x = jnp.where(mask[..., None], x, 0)
             # Padding sees valid vectors too, as in the original.
             segments = jnp.ones_like(mask, jnp.int32), mask.astype(jnp.int32)
-        x = x + PositionalConvolution(dialect.conv_size, dialect.conv_groups, dtype, name="position")(x)
+        x = x + PositionalConvolution(dialect.conv_size, dialect.conv_groups, dtype=dtype, name="position")(x)
         final_norm = LayerNorm(NORM_EPS, dtype, name="norm")
         first = x = constrain(x if dialect.norm_first else final_norm(x), "batch", "patches", None)
         bias = self._bias(x.shape[1])

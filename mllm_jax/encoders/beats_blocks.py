@@ -1,4 +1,4 @@
-"""The parts of BEATs: the convolution that gives positions, attention with a gated relative bias, and the layer."""
+"""The parts of BEATs: attention with a gated relative bias, and the layer."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from flax import linen as nn
 
 from mllm_jax.layers.attention import attention
 from mllm_jax.layers.linear import Linear
-from mllm_jax.layers.mlp import ACTIVATIONS, MLP
+from mllm_jax.layers.mlp import MLP
 from mllm_jax.layers.norms import LayerNorm
 from mllm_jax.sharding.logical import constrain
 
@@ -20,35 +20,6 @@ if TYPE_CHECKING:
 
 NORM_EPS = 1e-5
 GATES = 2, 4  # the gate's map has two groups of four outputs, and each group is summed
-
-
-class PositionalConvolution(nn.Module):
-    """Grouped convolution over the sequence and GELU; its sum with x says where a vector is (arXiv 2006.11477).
-
-    The kernel is normalised: each of its steps in time has a direction and a learned length (arXiv 1602.07868).
-    """
-
-    size: int
-    groups: int
-    dtype: jnp.dtype = jnp.float32
-
-    @nn.compact
-    def __call__(self, x):
-        """Maps dtype[B, T, E] to dtype[B, T, E]."""
-        width = x.shape[-1]
-        init = nn.initializers.normal((4 / (self.size * width)) ** 0.5)
-        init = nn.with_logical_partitioning(init, (None, "channels", "channels"))
-        direction = self.param("direction", init, (self.size, width // self.groups, width), jnp.float32)
-        norm = jnp.sqrt(jnp.sum(jnp.square(direction), axis=(1, 2)))
-        length = self.param("length", nn.with_logical_partitioning(lambda *_: norm, (None,)), (self.size,))
-        bias = self.param("bias", nn.with_logical_partitioning(nn.initializers.zeros, ("channels",)), (width,))
-        kernel = (direction * (length / norm)[:, None, None]).astype(self.dtype)
-        margins = ((self.size // 2, (self.size - 1) // 2),)
-        order = ("NWC", "WIO", "NWC")
-        x = jax.lax.conv_general_dilated(
-            x.astype(self.dtype), kernel, (1,), margins, dimension_numbers=order, feature_group_count=self.groups
-        )
-        return ACTIVATIONS["gelu"](x + bias.astype(self.dtype))
 
 
 class BEATsAttention(nn.Module):

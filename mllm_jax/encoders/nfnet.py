@@ -7,7 +7,6 @@ known in advance, and the blocks divide by the standard deviation. nfnet_timm.py
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +16,7 @@ from flax import linen as nn
 from mllm_jax.encoders.vit import VisionOutput
 from mllm_jax.errors import ConfigError
 from mllm_jax.layers.compute import WithCompute
+from mllm_jax.layers.convolution import convolve
 from mllm_jax.layers.linear import Linear
 from mllm_jax.layers.mlp import ACTIVATIONS
 from mllm_jax.layers.requirements import Requirements
@@ -239,24 +239,7 @@ class ScaledConv(nn.Module):
         kernel = (kernel - kernel.mean(axis=(0, 1, 2))) * (scale * gain)
         side = (self.size - 1) // 2
         padding = "SAME" if dialect.same_padding else ((side, side), (side, side))
-        return _convolve(x, kernel.astype(x.dtype), self.stride, padding, self.groups) + bias.astype(x.dtype)
-
-
-def _convolve(x, kernel, stride: int, padding, groups: int):
-    def convolve(x, kernel, groups: int = 1):
-        axes = ("NHWC", "HWIO", "NHWC")
-        return jax.lax.conv_general_dilated(
-            x, kernel, (stride, stride), padding, dimension_numbers=axes, feature_group_count=groups
-        )
-
-    def group_by_group(x, kernel):
-        parts = zip(jnp.split(x, groups, axis=-1), jnp.split(kernel, groups, axis=-1), strict=True)
-        return jnp.concatenate([convolve(*part) for part in parts], axis=-1)
-
-    if groups == 1:
-        return convolve(x, kernel)
-    # XLA's CPU compiler is fast only without groups: this is 9 times as fast with 6 groups of 128.
-    return jax.lax.platform_dependent(x, kernel, cpu=group_by_group, default=partial(convolve, groups=groups))
+        return convolve(x, kernel.astype(x.dtype), self.stride, padding, self.groups) + bias.astype(x.dtype)
 
 
 class SqueezeExcite(nn.Module):

@@ -19,7 +19,7 @@ from mllm_jax.checkpoints.config_options import ACTIVATIONS, ConfigOptions
 from mllm_jax.checkpoints.fields import make_config
 from mllm_jax.checkpoints.table import OUT_OF_HEADS, Family, Table, Weight, into_heads, linear, norm
 from mllm_jax.encoders.audio_output import AudioOutput
-from mllm_jax.errors import DataError
+from mllm_jax.errors import ConfigError, DataError
 from mllm_jax.layers.attention import Attention
 from mllm_jax.layers.compute import WithCompute
 from mllm_jax.layers.linear import Linear
@@ -30,6 +30,7 @@ from mllm_jax.layers.stack import layers_of
 from mllm_jax.sharding.logical import constrain
 
 NORM_EPS = 1e-5
+FRAMES_A_SECOND = 100  # a log-mel frame each 160 samples
 KERNEL, STRIDE = 3, 2  # of the convolutions; the second one has the stride
 
 
@@ -62,6 +63,21 @@ class WhisperEncoderConfig(WithCompute):
     def feature_size(self) -> int:
         """The width of the output vectors."""
         return self.hidden_size
+
+    def inputs(self, seconds: float) -> tuple[int, int]:
+        """Returns the shape of the features of a sound, which is always padded to the model's length.
+
+        Raises:
+            ConfigError: a sound that is longer, which the feature extractor would cut off.
+        """
+        longest = STRIDE * self.max_source_positions / FRAMES_A_SECOND
+        if seconds > longest:
+            raise ConfigError(
+                f"Whisper encoder: a sound of {seconds:g} seconds",
+                f"at most {longest:g} seconds, which its {self.max_source_positions} positions cover",
+                f"set seconds={longest:g}; a longer sound is cut into several",
+            )
+        return self.num_mel_bins, STRIDE * self.max_source_positions
 
     def frames(self, n: Any) -> Any:
         """Returns the number of output vectors for n mel frames, an int or an array of them."""

@@ -158,7 +158,7 @@ def _add(b: Beams, logits, *, steps: Steps, limits, stops, num_stops: int, penal
     possible = running_scores[:, 0] / length.astype(jnp.float32) ** rule.length_penalty
     worst = jnp.where(is_finished, finished_scores.min(axis=1, keepdims=True), NEVER)
     return Beams(
-        state=steps.take(b.state, chosen),
+        state=steps.exchange(b.state, chosen),
         step=length,
         running=running,
         running_scores=running_scores,

@@ -62,6 +62,9 @@ class Steps(Protocol):
     def take(self, state: Any, rows: jax.Array) -> Any:
         """Returns the state with row rows[i] in row i."""
 
+    def exchange(self, state: Any, rows: jax.Array) -> Any:
+        """Does the same for rows[i] that have the prompt of row i, whose encoded source need not be copied."""
+
     def put(self, state: Any, other: Any, places: jax.Array) -> Any:
         """Returns the state with row i of another in row places[i]; rows with a place past the end are dropped."""
 
@@ -113,6 +116,10 @@ class LanguageSteps:
 
     def take(self, state: Any, rows: jax.Array) -> Any:
         return self.layout.map(lambda leaf, axis: jnp.take(leaf, rows, axis=axis), state)
+
+    def exchange(self, state: Any, rows: jax.Array) -> Any:
+        old, new = self.open(state), self.open(self.take(state, rows))
+        return self.shut(new.replace(**{name: getattr(old, name) for name in old.shared}))
 
     def put(self, state: Any, other: Any, places: jax.Array) -> Any:
         def write(held, axis, new):

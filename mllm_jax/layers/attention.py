@@ -161,12 +161,13 @@ class Attention(nn.Module):
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x, *, segments=None, angles=None, window=None, cache=None):
+    def __call__(self, x, *, segments=None, k_segments=None, angles=None, window=None, cache=None):
         """Computes self-attention over x, and over the cache if there is one.
 
         Args:
             x: [B, S, E].
             segments: int[B, S] or None.
+            k_segments: int[B, S], the segments of the keys; None: `segments`. With a cache, its own are used.
             angles: rotary angles of the positions of x, or None.
             window: see `attention`.
             cache: None, or (keys [B, T, K, H], values [B, T, K, H], k_segments int[B, T], index int[B, S]): the keys
@@ -197,7 +198,7 @@ class Attention(nn.Module):
             k = RMSNorm(self.norm_eps, self.dtype, name="k_norm")(k)
         if angles is not None:
             q, k = (apply_rotary(each, angles, self.rotary_interleaved) for each in (q, k))
-        written, k_segments, index = None, segments, None
+        written, k_segments, index = None, segments if k_segments is None else k_segments, None
         if cache is not None:
             keys, values, k_segments, index = cache
             k, v = written = write_at(keys, k, index), write_at(values, v, index)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,10 @@ class KVCache:
 
     keys, values: dtype[L, B, T, K, H]; segments: int[B, T], 0 where nothing was written; length: int[B];
     offset: int[B], the next token's position minus `length`, which is not 0 after media with M-RoPE.
+    shared: names of the fields that are equal for all beams of a prompt.
     """
+
+    shared: ClassVar[tuple[str, ...]] = ()
 
     keys: jax.Array
     values: jax.Array
@@ -52,7 +55,7 @@ class KVCache:
             token in the cache.
         """
         real = (segments > 0).astype(jnp.int32)
-        index = jnp.where(real > 0, self.length[:, None] + jnp.cumsum(real, axis=1) - 1, self.keys.shape[2])
+        index = jnp.where(real > 0, self.length[:, None] + jnp.cumsum(real, axis=1) - 1, self.segments.shape[1])
         written = write_at(self.segments, segments, index)
         length, offset = self.length + real.sum(axis=1), self.offset
         if positions is not None:
@@ -60,32 +63,3 @@ class KVCache:
             largest = jnp.where(real > 0, largest, -1).max(axis=1)
             offset = jnp.where(largest >= 0, largest + 1 - length, offset)
         return self.replace(segments=written, length=length, offset=offset), index
-
-
-@struct.dataclass
-class CrossCache(KVCache):
-    """The keys and values of the decoded tokens, and of the source that an encoder-decoder's decoder attends to.
-
-    cross_keys, cross_values: dtype[L, B, S, N, H], computed once.
-    """
-
-    cross_keys: jax.Array
-    cross_values: jax.Array
-
-    @classmethod
-    def zeros(
-        cls,
-        num_layers: int,
-        batch: int,
-        size: int,
-        num_kv_heads: int,
-        head_dim: int,
-        dtype,
-        *,
-        source: int = 1,
-        **more: jax.Array,
-    ):
-        """Returns an empty cache for `size` tokens and a source of `source` vectors; `more` are a subclass's fields."""
-        own, cross = (KVCache.zeros(num_layers, batch, n, num_kv_heads, head_dim, dtype) for n in (size, source))
-        fields = {field.name: getattr(own, field.name) for field in dataclasses.fields(own)}
-        return cls(**fields, cross_keys=cross.keys, cross_values=cross.values, **more)

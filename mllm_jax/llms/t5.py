@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +25,7 @@ from mllm_jax.layers.norms import RMSNorm
 from mllm_jax.layers.relative_bias import RelativeBias, bucket_of_distance
 from mllm_jax.layers.requirements import Requirements
 from mllm_jax.layers.stack import scan_layers
-from mllm_jax.llms.cache import CrossCache
+from mllm_jax.llms.cache import KVCache
 from mllm_jax.llms.t5_blocks import EncoderBlock, T5DecoderBlock
 from mllm_jax.sharding.logical import constrain
 
@@ -97,28 +98,32 @@ class T5Config(WithCompute):
 
         `T5.start` adds the source; before that, cross-attention sees nothing.
         """
-        return T5Cache.zeros(
-            self.num_decoder_layers,
-            batch,
-            size,
-            self.num_heads,
-            self.head_dim,
-            jnp.dtype(self.dtype),
-            source=source,
+        dtype = jnp.dtype(self.dtype)
+        own = KVCache.zeros(self.num_decoder_layers, batch, size, self.num_heads, self.head_dim, dtype)
+        cross = KVCache.zeros(self.num_decoder_layers, batch, source, self.num_heads, self.head_dim, dtype)
+        return T5Cache(
+            **{field.name: getattr(own, field.name) for field in fields(own)},
             positions=jnp.zeros((batch, size), jnp.int32),
-            cross_segments=jnp.zeros((batch, source), jnp.int32),
+            cross_keys=cross.keys,
+            cross_values=cross.values,
+            cross_segments=cross.segments,
         )
 
 
 @struct.dataclass
-class T5Cache(CrossCache):
+class T5Cache(KVCache):
     """The keys and values of the decoded tokens and of the source.
 
-    positions: int[B, T] of the decoded tokens; cross_segments: int[B, S] of the source, 0 is padding.
+    positions: int[B, T] of the decoded tokens; cross_keys, cross_values: dtype[L, B, S, N, H], computed once;
+    cross_segments: int[B, S] of the source, 0 is padding.
     """
 
     positions: jax.Array
+    cross_keys: jax.Array
+    cross_values: jax.Array
     cross_segments: jax.Array
+
+    shared: ClassVar[tuple[str, ...]] = ("cross_keys", "cross_values", "cross_segments")
 
 
 class _Stack(nn.Module):

@@ -4,24 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
+from einops import rearrange
 from flax import linen as nn
+from flax import struct
 
 from mllm_jax.checkpoints.config_json import Fields
 from mllm_jax.checkpoints.config_options import ACTIVATIONS
 from mllm_jax.checkpoints.table import OUT_OF_HEADS, Table, Weight, into_heads, linear, norm
 from mllm_jax.errors import ConfigError
-from mllm_jax.layers.attention import Attention, attention
+from mllm_jax.layers.attention import attention
 from mllm_jax.layers.compute import WithCompute
+from mllm_jax.layers.context_attention import visible
 from mllm_jax.layers.head import head_inputs
 from mllm_jax.layers.linear import Embedding, Linear
 from mllm_jax.layers.mlp import MLP
 from mllm_jax.layers.norms import LayerNorm
 from mllm_jax.layers.requirements import Requirements
 from mllm_jax.layers.stack import layers_of
-from mllm_jax.llms.cache import CrossCache
+from mllm_jax.llms.cache import KVCache
 from mllm_jax.sharding.logical import constrain
 
 NORM_EPS = 1e-5
@@ -62,15 +66,36 @@ class WhisperDecoderConfig(WithCompute):
     def make(self) -> WhisperDecoder:
         return WhisperDecoder(self)
 
-    def make_cache(self, batch: int, size: int, source: int = 1) -> CrossCache:
+    def make_cache(self, batch: int, size: int, source: int = 1) -> WhisperCache:
         """Returns an empty cache for at most `size` tokens and a source of `source` vectors, which `start` adds."""
-        head_dim = self.hidden_size // self.num_heads
-        how = dict(source=source, dtype=jnp.dtype(self.dtype))
-        return CrossCache.zeros(self.num_layers, batch, size, self.num_heads, head_dim, **how)
+        held, names = (
+            (self.num_heads, self.hidden_size // self.num_heads),
+            ("layers", "batch", "heads", "head_dim", None),
+        )
+        dtype = jnp.dtype(self.dtype)
+        keys, cross = (constrain(jnp.zeros((self.num_layers, batch, *held, n), dtype), *names) for n in (size, source))
+        none = jnp.zeros((batch,), jnp.int32)
+        return WhisperCache(keys, keys, jnp.zeros((batch, size), jnp.int32), none, none, cross, cross)
 
 
-class CrossAttention(nn.Module):
-    """Multi-head attention from tokens to all vectors of a source; the keys have no bias."""
+@struct.dataclass
+class WhisperCache(KVCache):
+    """The keys and values of the decoded tokens and of the source.
+
+    Time is the last axis: on a CPU, one token of several rows attends to a long source in a thirtieth of the time that
+    it takes with time before the heads.
+
+    keys, values: dtype[L, B, N, H, T]; cross_keys, cross_values: dtype[L, B, N, H, S], computed once.
+    """
+
+    cross_keys: jax.Array
+    cross_values: jax.Array
+
+    shared: ClassVar[tuple[str, ...]] = ("cross_keys", "cross_values")
+
+
+class WhisperAttention(nn.Module):
+    """Multi-head attention from tokens to given keys and values; the keys have no bias."""
 
     config: WhisperDecoderConfig
 
@@ -83,15 +108,34 @@ class CrossAttention(nn.Module):
         self.v = Linear(inner, names, use_bias=True, dtype=dtype)
         self.out = Linear((c.hidden_size,), (*names[1:], "embed"), in_ndim=2, use_bias=True, dtype=dtype)
 
-    def keys_values(self, source):
+    def keys_values(self, x):
         """Maps [B, S, E] to keys and values [B, S, N, H]."""
-        return self.k(source), self.v(source)
+        return self.k(x), self.v(x)
 
-    def __call__(self, x, keys_values):
-        """Maps [B, T, E] to ([B, T, E], the queries [B, T, N, H])."""
+    def __call__(self, x, keys_values, **where):
+        """Maps [B, T, E] to [B, T, E]; `where` holds arguments of `attention`."""
         q = constrain(self.q(x), "batch", "seq", "heads", "head_dim")
-        k, v = (each.astype(q.dtype) for each in keys_values)
-        return self.out(constrain(attention(q, k, v), "batch", "seq", "heads", "head_dim")), q
+        return self.out(constrain(attention(q, *keys_values, **where), "batch", "seq", "heads", "head_dim"))
+
+    def from_cache(self, x, keys, values, seen=None):
+        """Attends to cached keys and values.
+
+        Args:
+            x: [B, T, E].
+            keys, values: [B, N, H, S].
+            seen: bool[B, 1, T, S], the keys that a token sees; None is all.
+
+        Returns:
+            ([B, T, E], the scaled queries [B, T, N, H]).
+        """
+        q = constrain(self.q(x), "batch", "seq", "heads", "head_dim")
+        q, keys, values = q * q.shape[-1] ** -0.5, keys.astype(q.dtype), values.astype(q.dtype)
+        scores = jnp.einsum("btnh,bnhs->bnts", q, keys, preferred_element_type=jnp.float32)
+        if seen is not None:
+            scores = jnp.where(seen, scores, jnp.finfo(jnp.float32).min)
+        weights = jax.nn.softmax(scores, axis=-1)
+        y = jnp.einsum("bnts,bnhs->btnh", weights.astype(q.dtype), values)
+        return self.out(constrain(y, "batch", "seq", "heads", "head_dim")), q
 
 
 class WhisperDecoderLayer(nn.Module):
@@ -100,34 +144,49 @@ class WhisperDecoderLayer(nn.Module):
     config: WhisperDecoderConfig
 
     @nn.compact
-    def __call__(self, x, layer_cache, segments, source, cache_position):
+    def __call__(self, x, layer_cache, segments, source, place):
         """Applies the layer; without x, only computes the keys and values of the source.
 
         Args:
             layer_cache: None, or (keys, values, cross keys, cross values).
             source: [B, S, E] from the encoder, not read with a cache.
-            cache_position: None, or (segments of the cache, index of x in it).
+            place: None, or (index of x in the cache, which entries of the cache each token sees).
 
         Returns:
-            (x, (the keys and values of the layer's cache, the queries to the source)); without x, (None, keys and
-            values).
+            (x, (keys, values, queries to the source)): of a cache, else None; without x, of the source.
         """
         c = self.config
         dtype = jnp.dtype(c.dtype)
-        cross = CrossAttention(c, name="cross_attention")
+        own, cross = WhisperAttention(c, name="attention"), WhisperAttention(c, name="cross_attention")
         if x is None:
-            return None, cross.keys_values(source)
-        cache = None if layer_cache is None else (*layer_cache[:2], *cache_position)
+            return None, (*map(_time_last, cross.keys_values(source)), None)
+        keys = values = queries = None
         h = LayerNorm(NORM_EPS, dtype, name="attention_norm")(x)
-        own = Attention(c.num_heads, mask="causal", k_bias=False, dtype=dtype, name="attention")
-        h, written = own(h, segments=segments, cache=cache)
-        x = x + h
+        new = own.keys_values(h)
+        if layer_cache is None:
+            x = x + own(h, new, mask="causal", q_segments=segments, k_segments=segments)
+        else:
+            keys, values = (_write(*pair, place[0]) for pair in zip(layer_cache[:2], new, strict=True))
+            x = x + own.from_cache(h, keys, values, place[1])[0]
         h = LayerNorm(NORM_EPS, dtype, name="cross_attention_norm")(x)
-        h, queries = cross(h, cross.keys_values(source) if layer_cache is None else layer_cache[2:])
-        x = x + h
+        if layer_cache is None:
+            x = x + cross(h, cross.keys_values(source))
+        else:
+            h, queries = cross.from_cache(h, *layer_cache[2:])
+            x = x + h
         h = LayerNorm(NORM_EPS, dtype, name="mlp_norm")(x)
         x = x + MLP(c.mlp_size, c.activation, dtype=dtype, name="mlp")(h)
-        return constrain(x, "batch", "seq", None), (written, queries)
+        return constrain(x, "batch", "seq", None), (keys, values, queries)
+
+
+def _time_last(x: jax.Array) -> jax.Array:
+    return rearrange(x, "b s n h -> b n h s")
+
+
+def _write(held: jax.Array, new: jax.Array, index: jax.Array) -> jax.Array:
+    """Writes new [B, S, N, H] into held [B, N, H, T] at index int[B, S]; drops entries with an index past the end."""
+    rows = jnp.arange(index.shape[0])[:, None]
+    return held.at[rows, :, :, index].set(new.astype(held.dtype), mode="drop")
 
 
 class WhisperDecoder(nn.Module):
@@ -153,9 +212,9 @@ class WhisperDecoder(nn.Module):
         """Maps int[B, T] to dtype[B, T, E], without positions."""
         return self.token_embedding(tokens)
 
-    def start(self, source, size: int) -> CrossCache:
+    def start(self, source, size: int) -> WhisperCache:
         """Returns a cache with each layer's keys and values of a source [B, S, E], and room for `size` tokens."""
-        keys, values = self.layers(None, None, None, source, None)[1]
+        keys, values, _ = self.layers(None, None, None, source, None)[1]
         cache = self.config.make_cache(source.shape[0], size, source.shape[1])
         return cache.replace(cross_keys=keys, cross_values=values)
 
@@ -166,7 +225,7 @@ class WhisperDecoder(nn.Module):
         segments=None,
         *,
         source=None,
-        cache: CrossCache | None = None,
+        cache: WhisperCache | None = None,
         logits_at=None,
         heads: Sequence[tuple[int, int]] = (),
         project: bool = True,
@@ -201,12 +260,13 @@ class WhisperDecoder(nn.Module):
         # The positions of padding may exceed the table.
         counted = positions if segments is None else jnp.where(segments > 0, positions, 0)
         x = constrain(self.embed(tokens) + self.position_embedding(counted), "batch", "seq", None)
-        layer_caches, cache_position = None, None
+        layer_caches = place = None
         if cache is not None:
             cache, index = cache.reserve(segments, positions)
             layer_caches = cache.keys, cache.values, cache.cross_keys, cache.cross_values
-            cache_position = cache.segments, index
-        x, (written, queries) = self.layers(x, layer_caches, segments, source, cache_position)
+            held = jnp.arange(cache.segments.shape[1])[None]
+            place = index, visible(True, index, segments, held, cache.segments, None)[:, 0]
+        x, (keys, values, queries) = self.layers(x, layer_caches, segments, source, place)
         if logits_at is not None:
             x = jnp.take_along_axis(x, logits_at[..., None], axis=1)
         x = self.final_norm(x)
@@ -216,7 +276,7 @@ class WhisperDecoder(nn.Module):
         logits = constrain(logits.astype(jnp.float32), "batch", "seq", "vocab")
         if cache is None:
             return logits
-        cache = cache.replace(keys=written[0], values=written[1])
+        cache = cache.replace(keys=keys, values=values)
         return (logits, cache, _probabilities(queries, cache.cross_keys, heads)) if heads else (logits, cache)
 
     def _check(self, tokens, positions, source, cache, heads):
@@ -247,9 +307,10 @@ class WhisperDecoder(nn.Module):
 
 
 def _probabilities(queries, keys, heads: Sequence[tuple[int, int]]) -> jax.Array:
-    """Returns float32[B, A, T, S] of A heads, from queries [L, B, T, N, H] and keys [L, B, S, N, H] of all layers."""
-    q, k = (jnp.stack([x[layer, :, :, head] for layer, head in heads], axis=1) for x in (queries, keys))
-    scores = jnp.einsum("bath,bash->bats", q * q.shape[-1] ** -0.5, k, preferred_element_type=jnp.float32)
+    """Returns float32[B, A, T, S] of A heads, from scaled queries [L, B, T, N, H] and keys [L, B, N, H, S]."""
+    q = jnp.stack([queries[layer, :, :, head] for layer, head in heads], axis=1)
+    k = jnp.stack([keys[layer, :, head] for layer, head in heads], axis=1)
+    scores = jnp.einsum("bath,bahs->bats", q, k.astype(q.dtype), preferred_element_type=jnp.float32)
     return jax.nn.softmax(scores, axis=-1)
 
 

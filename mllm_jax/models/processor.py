@@ -23,19 +23,18 @@ from mllm_jax.data.processing.encode import (
     encode_turns,
     require_answers,
 )
-from mllm_jax.data.processing.frames import FrameTokens
-from mllm_jax.data.processing.layouts import Layout, PlainLayout, TextLayout
+from mllm_jax.data.processing.layouts import Layout, TextLayout
 from mllm_jax.data.processing.media import Encoded, Media
+from mllm_jax.data.processing.video import with_sound
 from mllm_jax.data.tokenizer import tokenizer_in
 from mllm_jax.data.video import FIVE_FRAMES, FrameSampling
 from mllm_jax.errors import ConfigError, DataError
 from mllm_jax.llms.protocol import LLMConfig
 from mllm_jax.models.companions import fitting
+from mllm_jax.models.composed_layout import composed_layout
 from mllm_jax.models.protocol import LanguageOnly, ModelConfig
 from mllm_jax.models.reshape import with_image_size
 
-# The usual placeholders for images; without one, any special token that the template leaves unused.
-IMAGE_TOKENS = ("<image>", "<|image|>", "<|image_pad|>")
 BUCKET = 16  # instructions are padded to a multiple of this, so that several lengths share one compilation
 
 
@@ -115,20 +114,7 @@ class Processor:
         if isinstance(config, LLMConfig):
             return cls(LanguageOnly(config), ChatTokenizer.load(folder), TextLayout(), system)
         tokenizer = tokenizer_in(folder)
-        ids = [tokenizer.words(word) for word in words]
-        video = None
-        if "video" in config.inputs:
-            branch = config.branch("video")
-            video = FrameTokens(branch.encoder.image_size, branch.tokens, sampling, frame_time, tokenizer.words)
-        layout = PlainLayout(
-            config.image_size,
-            config.media_tokens,
-            image_token(tokenizer),
-            ids,
-            flattens=isinstance(tokenizer, ChatTokenizer),
-            video=video,
-            modalities=tuple(config.inputs),
-        )
+        layout = composed_layout(config, tokenizer, words, sampling, frame_time)
         return cls(config, tokenizer, layout, system)
 
     def of_composition(self, config: Any) -> Processor:
@@ -208,9 +194,8 @@ class Processor:
         Args:
             text: a string with a placeholder for each image, as the model's tokenizer spells it, or a conversation, see
                 `mllm_jax.data.message.conversation`; an image may be part of the message or of `images`.
-            images, videos, audios: in the order of their positions, over all texts; or a list of lists, one for each
-                text. An image is uint8[H, W, 3], one of Pillow, a path or bytes; a video is a path, bytes or a `Video`;
-                a sound is a path, bytes, (samples, rate) or an `Audio`.
+            images, videos: in the order of their positions, over all texts; or a list of lists, one for each text. An
+                image is uint8[H, W, 3], one of Pillow, a path or bytes; a video is a path, bytes or a `Video`.
             answers: one for each text, for a batch to train on.
             slots: for media in each row, by modality, such as {"image": 2}; None: as many as this batch needs.
             length: of the rows; None: that of the longest text.
@@ -224,12 +209,6 @@ class Processor:
                 take the media, they become too large (one, or all together, see `mllm_jax.data.pixels`), or a text is
                 empty or longer than `length`.
         """
-        if audios and "audio" not in self.layout.placeholders:
-            raise DataError(
-                f"{len(audios)} sound(s) for a {type(self.config).__name__}",
-                "images or videos: it has no encoder for sounds",
-                "leave them out",
-            )
         texts = _texts(text)
         answers = [answers] if isinstance(answers, str) else answers
         if answers is not None and len(answers) != len(texts):
@@ -340,36 +319,6 @@ class Processor:
             return replace(encoded, target=target, loss_weights=np.float32(np.arange(len(target)) > 0))
         weights = np.concatenate([encoded.loss_weights, np.ones(len(ids), np.float32)])
         return replace(encoded, row=encoded.row.followed_by(ids), loss_weights=weights)
-
-
-def image_token(tokenizer: Words) -> int:
-    """Returns an id for images that nothing else in a row has.
-
-    Adds a token if the template writes all special tokens. No text contains it, and its embedding is not read.
-
-    Raises:
-        DataError: there is no chat template, or it refuses a question and its answer.
-    """
-    special = {token: tokenizer.id_of(token) for token in tokenizer.special_tokens}
-    if named := [special[name] for name in IMAGE_TOKENS if name in special]:
-        return named[0]
-    template = tokenizer.template if isinstance(tokenizer.template, str) else ""
-    written = {i for token, i in special.items() if token in template} | _written(tokenizer)
-    free = sorted(set(special.values()) - written)
-    # Tokens with a meaning of their own come last.
-    meant = (*tokenizer.stop_ids, tokenizer.pad_token_id, tokenizer.bos_token_id)
-    free.sort(key=lambda i: i in meant)
-    return free[0] if free else tokenizer.add_placeholder(IMAGE_TOKENS[0])
-
-
-def _written(tokenizer: Words) -> set[int]:
-    """Returns the ids that a chat template writes around messages of every role that it knows."""
-    talk = [{"role": role, "content": "a"} for role in ("user", "assistant", "user")]
-    written = set(tokenizer.ids(tokenizer.render_chat(talk)))
-    try:
-        return written | set(tokenizer.ids(tokenizer.render_chat([{"role": "system", "content": "a"}, *talk])))
-    except DataError:  # a template without system messages
-        return written
 
 
 def _is_medium(part: Part) -> bool:

@@ -20,8 +20,7 @@ from mllm_jax.encoders.whisper import ENCODER_FIELDS, WhisperEncoderConfig, laye
 from mllm_jax.errors import ConfigError
 from mllm_jax.layers.compute import WithCompute, within
 from mllm_jax.layers.requirements import Requirements
-from mllm_jax.llms.cache import CrossCache
-from mllm_jax.llms.whisper_decoder import DECODER_FIELDS, WhisperDecoderConfig, decoder_table
+from mllm_jax.llms.whisper_decoder import DECODER_FIELDS, WhisperCache, WhisperDecoderConfig, decoder_table
 
 WITH_HEAD, WITHOUT = "WhisperForConditionalGeneration", "WhisperModel"
 
@@ -80,7 +79,7 @@ class Whisper(nn.Module):
         """Encodes log-mel features float[B, mel, T]; see `WhisperEncoder`."""
         return self.encoder_audio(features, mask, output_hidden_states=output_hidden_states)
 
-    def start(self, features=None, *, encoded=None, size: int) -> CrossCache:
+    def start(self, features=None, *, encoded=None, size: int) -> WhisperCache:
         """Returns a cache from which to generate: what the decoder's layers read of the audio, and room for tokens.
 
         Args:
@@ -90,7 +89,9 @@ class Whisper(nn.Module):
         """
         return self.llm.start(self.encode(features).last_hidden_state if encoded is None else encoded, size)
 
-    def step(self, tokens, cache: CrossCache, segments=None, *, logits_at=None, heads: Sequence[tuple[int, int]] = ()):
+    def step(
+        self, tokens, cache: WhisperCache, segments=None, *, logits_at=None, heads: Sequence[tuple[int, int]] = ()
+    ):
         """Reads tokens after those in the cache.
 
         Args:

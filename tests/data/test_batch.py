@@ -19,13 +19,13 @@ from mllm_jax.data.batch import (
     text_spec,
 )
 from mllm_jax.data.message import Image
-from mllm_jax.data.processing.layouts import PlainLayout
+from mllm_jax.data.processing.composed import ComposedLayout, ImageTokens
 from mllm_jax.data.processing.media import Encoded, lay_out_row
 from mllm_jax.errors import DataError
 
 IMAGE, PAD = 9, 5
 SPEC = text_spec(2, 12) | {"tokens": ArraySpec((2, 12), fill=PAD)} | images_spec(2, 3, 4)
-LAYOUT = PlainLayout(4, 2, IMAGE)
+LAYOUT = ComposedLayout({"image": ImageTokens(4, 2)}, IMAGE)
 
 
 def test_nothing_in_it():

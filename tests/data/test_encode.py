@@ -10,7 +10,7 @@ from toy_data import MODEL, PIXELS, conversation, media_index, processor
 
 from mllm_jax.data.chat_template import ASSISTANT, OWN_TEMPLATE, SEAM, USER
 from mllm_jax.data.message import TEXT_ROLE, Audio, Example, Image, Message, Segment, Text, Video
-from mllm_jax.data.processing.layouts import PlainLayout
+from mllm_jax.data.processing.composed import ComposedLayout, ImageTokens
 from mllm_jax.data.tokenizer import SPECIAL_TOKENS, Tokenizer
 from mllm_jax.errors import ConfigError, DataError
 from mllm_jax.models.processor import Processor
@@ -86,7 +86,7 @@ def test_words_may_name_each_region_of_an_image(reader, tokenizer):
     words = ("one", "two", "three", "four")
     assert len(words) == MEDIA
     ids = [tokenizer.words(word) for word in words]
-    named = Processor(MODEL, tokenizer, PlainLayout(8, MEDIA, tokenizer.image_token_id, ids))
+    named = Processor(MODEL, tokenizer, ComposedLayout({"image": ImageTokens(8, MEDIA, ids)}, tokenizer.image_token_id))
     encoded, plain = named.encode(example(2), 200), reader.encode(example(2), 200)
     assert loss_texts(encoded, tokenizer) == loss_texts(plain, tokenizer)
     index = media_index(encoded)
@@ -100,7 +100,7 @@ def test_words_may_name_each_region_of_an_image(reader, tokenizer):
     assert named.fingerprint() != reader.fingerprint(), "rows have other lengths"
     assert not encoded.loss_weights[: where[-1] + 1].any()
     with pytest.raises(ConfigError, match="words for 4 .*which has 9"):
-        PlainLayout(8, 9, tokenizer.image_token_id, [[1]] * 4)
+        ImageTokens(8, 9, [[1]] * 4)
 
 
 @pytest.mark.parametrize("images", [0, 2])

@@ -12,7 +12,7 @@ from toy_data import IMAGES, MODEL, PAIRS, SIZE, Toy, ToySource, pipeline, proce
 
 from mllm_jax.data.message import Example, Message, Text
 from mllm_jax.data.pipeline import Mixture, Pipeline, Weighted, training_texts
-from mllm_jax.data.processing.layouts import PlainLayout
+from mllm_jax.data.processing.composed import ComposedLayout, ImageTokens
 from mllm_jax.data.source_encoder import SourceEncoder
 from mllm_jax.data.tokenizer import Tokenizer
 from mllm_jax.datasets.openmoji import OpenMojiQuestions
@@ -314,7 +314,8 @@ def test_lengths_are_measured_once(tmp_path, monkeypatch):
 def test_lengths_are_measured_anew_for_another_processor(tmp_path):
     """Checks another tokenizer, system message or layout of images, which give rows of another length."""
     words, few = tokenizer(), Tokenizer.train(["a text"], 300)
-    named = PlainLayout(SIZE, MODEL.media_tokens, words.image_token_id, [words.words("here")] * MODEL.media_tokens)
+    said = [words.words("here")] * MODEL.media_tokens
+    named = ComposedLayout({"image": ImageTokens(SIZE, MODEL.media_tokens, said)}, words.image_token_id)
     readers = [processor(), processor(MODEL, few), Processor(MODEL, words, named)]
     readers += [Processor(MODEL, words, processor().layout, system) for system in ("", "be brief")]
     for number, reader in enumerate(readers, start=1):

@@ -14,7 +14,8 @@ from PIL.PngImagePlugin import PngInfo
 from mllm_jax.data.image_steps import ImageProcessor
 from mllm_jax.data.images import Drawn, Size, decode_image, image_size
 from mllm_jax.data.message import Example, Image, Message, Text, Video
-from mllm_jax.data.processing.layouts import Layout, PlainLayout
+from mllm_jax.data.processing.composed import ComposedLayout, ImageTokens
+from mllm_jax.data.processing.layouts import Layout
 from mllm_jax.data.processing.media import Media
 from mllm_jax.data.source_encoder import without_pixels
 from mllm_jax.encoders.qwen_vit import QwenViTConfig
@@ -66,7 +67,7 @@ def layouts() -> dict[str, Layout]:
         "LLaVA-NeXT": LlavaLayout(tiled(NEXT), TILES),
         "LLaVA-OneVision": LlavaLayout(one_vision, replace(squares, resolutions=RESOLUTIONS, tile_size=SIDE), squares),
         "own": Own(),
-        "plain": PlainLayout(SIDE, 4, 3),
+        "plain": ComposedLayout({"image": ImageTokens(SIDE, 4)}, 3),
     }
 
 
@@ -87,7 +88,7 @@ def compare(layout: Layout, parts: list) -> None:
     example = without_pixels(Example((Message("user", tuple(parts)),)))
     for found, pixels in zip(layout.prepare(example.media), layout.prepare(parts), strict=True):
         same(found, pixels)
-        assert isinstance(layout, PlainLayout) or not found.arrays
+        assert isinstance(layout, ComposedLayout) or not found.arrays
 
 
 @pytest.mark.parametrize("name", layouts())

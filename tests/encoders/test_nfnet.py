@@ -11,7 +11,7 @@ import pytest
 from flax import linen as nn
 
 from mllm_jax.checkpoints.fields import change_fields
-from mllm_jax.encoders.nfnet import NFNetConfig, NFNetDialect, _convolve, nfnet
+from mllm_jax.encoders.nfnet import NFNetConfig, NFNetDialect, nfnet
 from mllm_jax.encoders.nfnet_timm import FAMILIES, from_hf_config, table, to_hf_config
 from mllm_jax.errors import ConfigError
 from mllm_jax.layers.compute import Compute
@@ -159,34 +159,3 @@ def test_a_head_is_optional():
     config = replace(TINY, num_classes=0)
     assert "head" not in abstract_params(config, FAMILIES[0])
     assert not [line for line in table(config).weights if line.name.startswith("head")]
-
-
-# ---- convolutions in groups
-
-
-@pytest.mark.parametrize("same_padding", (True, False))
-def test_group_by_group_on_a_cpu_equals_one_grouped_convolution(same_padding):
-    rng = np.random.default_rng(3)
-    x = rng.normal(size=(2, 9, 6, 12)).astype(np.float32)
-    kernel = rng.normal(size=(3, 3, 4, 15)).astype(np.float32)
-    padding = "SAME" if same_padding else ((1, 1), (1, 1))
-
-    def grouped(x, kernel):
-        numbers = ("NHWC", "HWIO", "NHWC")
-        return jax.lax.conv_general_dilated(
-            x, kernel, (2, 2), padding, dimension_numbers=numbers, feature_group_count=3
-        )
-
-    def ours(x, kernel):
-        return _convolve(x, kernel, 2, padding, 3)
-
-    def graded(convolve):
-        return jax.value_and_grad(lambda *args: jnp.square(convolve(*args)).sum(), (0, 1))(x, kernel)
-
-    np.testing.assert_allclose(ours(x, kernel), grouped(x, kernel), atol=1e-4)
-    for mine, other in zip(jax.tree.leaves(graded(ours)), jax.tree.leaves(graded(grouped)), strict=True):
-        np.testing.assert_allclose(mine, other, rtol=1e-4, atol=1e-3)
-    for platform, convolutions in (("cpu", 3), ("tpu", 1), ("cuda", 1)):
-        text = jax.jit(ours).trace(x, kernel).lower(lowering_platforms=(platform,)).as_text()
-        assert text.count("stablehlo.convolution") == convolutions, platform
-        assert f"feature_group_count = {3 if convolutions == 1 else 1} : i64" in text, platform

@@ -51,6 +51,12 @@ SAM = dict(
     model_type="sam_vision_model", hidden_size=16, output_channels=8, num_hidden_layers=2, num_attention_heads=4,
     image_size=32, patch_size=8, mlp_ratio=2.0, window_size=2, global_attn_indexes=[1], hidden_act="gelu",
 )  # fmt: skip
+HUBERT = dict(
+    model_type="hubert", vocab_size=12, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
+    num_attention_heads=4, conv_dim=[6, 8], conv_kernel=[10, 3], conv_stride=[5, 2], num_conv_pos_embeddings=4,
+    num_conv_pos_embedding_groups=2, feat_extract_norm="layer", do_stable_layer_norm=True, conv_bias=True,
+    layer_norm_eps=1e-5, hidden_act="gelu", mask_time_prob=0.05,
+)  # fmt: skip
 BLIP_VISION = VISION | dict(model_type="blip_2_vision_model", qkv_bias=True)
 QFORMER = dict(
     hidden_size=16, num_hidden_layers=2, num_attention_heads=4, intermediate_size=24, cross_attention_frequency=2,
@@ -135,6 +141,8 @@ _ALL = [
     _named("SiglipModel", model_type="siglip", text_config=TEXT, vision_config=SIGLIP_VISION),
     _named("SamVisionModel", SAM),
     _named("Dinov2Model", DINO),
+    _named("HubertModel", HUBERT),
+    _named("HubertForCTC", HUBERT, pad_token_id=0),
     _named("Blip2VisionModel", BLIP_VISION),
     _named("InternVLVisionModel", INTERN),
     _named("InternVisionModel", INTERN_ORIGINAL),
@@ -180,5 +188,10 @@ CONFIGS = {values["architectures"][0]: values for values in _ALL} | {
         architecture="dm_nfnet_f0", num_classes=4,
         model_args=dict(depths=[1, 1, 1, 1], channels=[16, 16, 16, 16], stem_chs=16, group_size=8, num_features=16),
         pretrained_cfg=dict(input_size=[3, 32, 32], mean=[0.5, 0.5, 0.5], std=[0.5, 0.5, 0.5], crop_pct=0.9),
+    ),
+    "CFormer": _named(
+        "CFormer", cif_threshold=0.99, cif_embedding_dim=16, encoder_embed_dim=24, produce_weight_type="conv",
+        conv_cif_width=3, apply_scaling=True, apply_tail_handling=True, tail_handling_firing_threshold=0.5,
+        llm_hidden_size=16, bert_config={name: value for name, value in TEXT.items() if name != "hidden_act"},
     ),
 }  # fmt: skip

@@ -228,7 +228,7 @@ def test_answers_to_learn(processor, tokenizer):
         (["<image>", "<image>"], dict(images=[make_image(0)] * 3), r"3 image\(s\) for 2 texts that ask for \[1, 1\]"),
         ([{"role": "user", "content": "what <image> ?"}], dict(images=[make_image(0)]), "text has '<image>' in it"),
         ([{"role": "user", "content": [{"type": "audio"}]}], {}, "part of type 'audio'"),
-        ("a", dict(audios=[np.zeros(9)]), r"1 sound\(s\)"),
+        ("a", dict(audios=[np.zeros(9)]), r"a medium of type Audio"),
         ("what <image>", dict(images=[make_image(0)], length=8), "a text of 10 tokens, media included"),
         ("what <image>", dict(images=[make_image(0)], slots={"image": 1}), "a row with 2 images"),
         ("what <image>", dict(images=[np.zeros((4, 4))]), r"given as float64\[4, 4\]"),

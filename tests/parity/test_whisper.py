@@ -181,6 +181,9 @@ def test_a_mask_marks_vectors_and_changes_none(load):
     np.testing.assert_array_equal(masked.mask.sum(axis=1), frames)
     c = module.config.audio
     np.testing.assert_array_equal(c.frames(lengths), frames)
+    assert c.inputs(0.2) == audio.shape[1:]
+    with pytest.raises(ConfigError, match="30 seconds(?s:.*)at most 0.2 seconds"):
+        c.inputs(30)
     assert [c.frames(n) for n in (0, 1, 2, 3)] == [0, 1, 1, 2] and (c.rate, c.feature_size) == (16_000, 30)
 
 

@@ -16,8 +16,6 @@ from mllm_jax import AdamW, Experiment, Mixture, NextToken, Stage, TokenizerConf
 from mllm_jax.cli import main
 from mllm_jax.data.message import Example, Image, Message, Text
 from mllm_jax.data.pipeline import training_texts
-from mllm_jax.data.processing.frames import FrameTokens
-from mllm_jax.data.processing.layouts import PlainLayout
 from mllm_jax.data.source_encoder import without_pixels
 from mllm_jax.data.video import FrameSampling
 from mllm_jax.errors import ConfigError, DataError
@@ -27,6 +25,7 @@ from mllm_jax.generation.options import Options
 from mllm_jax.generation.prompts import PromptFile
 from mllm_jax.generation.sampling import Sampling
 from mllm_jax.models.branch import Branch
+from mllm_jax.models.composed_layout import composed_layout
 from mllm_jax.models.multimodal import MultimodalConfig
 from mllm_jax.models.processor import Processor
 from mllm_jax.projectors.pool import PoolProjectorConfig
@@ -69,10 +68,7 @@ class FilmSource:
 
 def processor(config: MultimodalConfig = SEEING, time: str = "", frames: int = FRAMES) -> Processor:
     words = tokenizer()
-    video = FrameTokens(SIZE, config.branch("video").tokens, FrameSampling(frames), time, words.words)
-    image = config.image_size, config.media_tokens
-    layout = PlainLayout(*image, words.image_token_id, video=video, modalities=tuple(config.inputs))
-    return Processor(config, words, layout)
+    return Processor(config, words, composed_layout(config, words, sampling=FrameSampling(frames), frame_time=time))
 
 
 def test_frames_follow_each_other_after_the_images():
@@ -124,7 +120,7 @@ def test_logits_are_those_of_the_frames_as_images():
     shared = replace(SEEING, inputs={**MODEL.inputs, "video": Branch("image", "image")})
     ours, frames = processor(shared), np.random.default_rng(1).integers(0, 256, (2, SIZE, SIZE, 3), np.uint8)
     video = ours("<image> what", videos=[Video(frames, fps=1)])
-    images = Processor(MODEL, tokenizer(), PlainLayout(SIZE, IMAGE_TOKENS, tokenizer().image_token_id))(
+    images = Processor(MODEL, tokenizer(), composed_layout(MODEL, tokenizer()))(
         "<image><image> what", images=list(frames)
     )
     np.testing.assert_array_equal(video["media_index"], images["media_index"])
@@ -190,10 +186,10 @@ def test_chat_and_prompts_with_videos(run, tmp_path):
 
 
 def test_models_without_videos_refuse_them():
-    alone = Processor(MODEL, tokenizer(), PlainLayout(SIZE, IMAGE_TOKENS, tokenizer().image_token_id))
+    alone = Processor(MODEL, tokenizer(), composed_layout(MODEL, tokenizer()))
     with pytest.raises(DataError, match="a part of type 'video'"):
         alone((Message("user", (Video(FILM), Text("what"))),))
-    with pytest.raises(DataError, match="a Video\n  expected: images: the model reads nothing else"):
+    with pytest.raises(DataError, match="a medium of type Video\n  expected: images: the model reads nothing else"):
         alone("<image> what", videos=[FILM])
     with pytest.raises(DataError, match="2 frames without their times"):
         processor()("<image> what", videos=[[np.zeros((8, 8, 3), np.uint8)] * 2])

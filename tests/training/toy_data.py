@@ -15,7 +15,7 @@ from mllm_jax.data.batch import ArraySpec, BatchSpec
 from mllm_jax.data.images import Drawn
 from mllm_jax.data.message import Example, Image, Message, Segment, Text
 from mllm_jax.data.pipeline import Mixture, Pipeline, Weighted, training_texts
-from mllm_jax.data.processing.layouts import PlainLayout
+from mllm_jax.data.processing.composed import ComposedLayout, ImageTokens
 from mllm_jax.data.tokenizer import Tokenizer
 from mllm_jax.encoders.text_encoder import TextTowerConfig
 from mllm_jax.encoders.vit import ViTConfig
@@ -106,7 +106,11 @@ DUAL = DualEncoderConfig(
 def processor(config: Any = MODEL, words: Tokenizer | None = None) -> Processor:
     """Returns the processor of a composed model, with the toys' tokenizer."""
     words = words or tokenizer()
-    return Processor(config, words, PlainLayout(config.image_size, config.media_tokens, words.image_token_id))
+    return Processor(
+        config,
+        words,
+        ComposedLayout({"image": ImageTokens(config.image_size, config.media_tokens)}, words.image_token_id),
+    )
 
 
 def conversation(images: int, turns: Sequence[tuple[str, str]], context: str = "") -> Example:

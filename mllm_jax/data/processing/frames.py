@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from mllm_jax.data.images import resize
 from mllm_jax.data.message import Video
+from mllm_jax.data.processing.composed import fitted
 from mllm_jax.data.processing.media import TEXT, Lazy, Media
 from mllm_jax.data.processing.video import frame_times, frames_of, sampling_of
 from mllm_jax.data.video import FIVE_FRAMES, FrameSampling, FrameTimes, measure_video
@@ -37,6 +37,8 @@ class FrameTokens:
     sampling: FrameSampling = FIVE_FRAMES
     time: str = ""
     words: Callable[[str], Sequence[int]] | None = None
+
+    unit = "frame"
 
     def __post_init__(self):
         try:
@@ -80,7 +82,9 @@ class FrameTokens:
         """Returns uint8[side, side, 3]."""
         return fitted(image, self.side)
 
+    @property
+    def blank(self) -> Mapping[str, np.ndarray]:
+        return {ARRAY: np.zeros((self.side, self.side, 3), np.uint8)}
 
-def fitted(image: np.ndarray, side: int) -> np.ndarray:
-    """Returns an image as uint8[side, side, 3]."""
-    return image if image.shape[:2] == (side, side) else resize(image, side)
+    def fingerprint(self) -> str:
+        return repr([self.side, self.tokens, self.sampling, self.time])
