@@ -101,6 +101,8 @@ ARCHITECTURES: tuple[Architecture, ...] = (
     Architecture("WhisperForConditionalGeneration", "mllm_jax.models.whisper", "whisper"),
     Architecture("WhisperModel", "mllm_jax.models.whisper", "whisper"),
     Architecture("WhisperEncoder", "mllm_jax.encoders.whisper", "whisper"),
+    Architecture("Qwen2AudioEncoder", "mllm_jax.encoders.qwen2_audio", "qwen2_audio_encoder"),
+    Architecture("Qwen2AudioForConditionalGeneration", "mllm_jax.models.qwen2_audio", "qwen2_audio"),
     # timm's names
     Architecture("eva_giant_patch14_clip_224", "mllm_jax.encoders.eva"),
     Architecture("eva02_base_patch16_clip_224", "mllm_jax.encoders.eva"),

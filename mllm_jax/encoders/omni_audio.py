@@ -20,6 +20,7 @@ from mllm_jax.checkpoints.fields import make_config
 from mllm_jax.checkpoints.table import Family, Table, Weight, linear, norm
 from mllm_jax.encoders.audio_output import AudioOutput
 from mllm_jax.encoders.whisper import (
+    FRAMES_A_SECOND,
     NORM_EPS,
     STRIDE,
     WITHOUT_EFFECT,
@@ -38,7 +39,6 @@ from mllm_jax.layers.requirements import Requirements
 from mllm_jax.layers.stack import layers_of
 from mllm_jax.sharding.logical import constrain
 
-FRAME_RATE = 100  # mel frames a second
 POOL = 2  # vectors that are averaged
 
 
@@ -90,7 +90,7 @@ class OmniAudioConfig(WithCompute):
 
     def inputs(self, seconds: float) -> tuple[int, int]:
         """Returns the shape of features of that length, rounded up to whole pieces."""
-        return self.num_mel_bins, max(1, -(-round(seconds * FRAME_RATE) // self.piece)) * self.piece
+        return self.num_mel_bins, max(1, -(-round(seconds * FRAMES_A_SECOND) // self.piece)) * self.piece
 
     def frames(self, n: Any) -> Any:
         """Returns the number of output vectors for n mel frames, an int or an array of them."""

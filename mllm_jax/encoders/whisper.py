@@ -104,6 +104,27 @@ def sinusoids(length: int, width: int) -> jax.Array:
     return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=1)
 
 
+# The table of positions is a parameter that is not trained.
+POSITIONS = nn.with_logical_partitioning(lambda _, shape, dtype: sinusoids(*shape).astype(dtype), (None, "embed"))
+
+
+def add_positions(x: jax.Array, positions: jax.Array) -> jax.Array:
+    """Adds a table of positions that is not trained, float32[T, E], to dtype[B, T, E]."""
+    return constrain(x + jax.lax.stop_gradient(positions).astype(x.dtype), "batch", "patches", None)
+
+
+def require_features(config: WhisperEncoderConfig, features: jax.Array, mask: jax.Array | None) -> None:
+    """Raises DataError: features or a mask of another shape than the model reads."""
+    wanted = (config.num_mel_bins, STRIDE * config.max_source_positions)
+    if features.ndim != 3 or features.shape[1:] != wanted or (mask is not None and mask.shape[1:] != wanted[1:]):
+        raise DataError(
+            f"{config.family}: features of shape {features.shape}"
+            + ("" if mask is None else f" with a mask of shape {mask.shape}"),
+            f"features [B, {wanted[0]}, {wanted[1]}]" + ("" if mask is None else f", mask [B, {wanted[1]}]"),
+            "take them from the folder's feature extractor, which pads audio to the length of the model",
+        )
+
+
 class ConvStem(nn.Module):
     """Two convolutions over time, the second of stride 2, each followed by GELU."""
 
@@ -182,18 +203,10 @@ class WhisperEncoder(nn.Module):
             DataError: features of another shape.
         """
         c = self.config
-        dtype, wanted = jnp.dtype(c.dtype), (c.num_mel_bins, STRIDE * c.max_source_positions)
-        if features.ndim != 3 or features.shape[1:] != wanted or (mask is not None and mask.shape[1:] != wanted[1:]):
-            raise DataError(
-                f"Whisper encoder: features of shape {features.shape}"
-                + ("" if mask is None else f" with a mask of shape {mask.shape}"),
-                f"features [B, {wanted[0]}, {wanted[1]}]" + ("" if mask is None else f", mask [B, {wanted[1]}]"),
-                "take them from the folder's feature extractor, which pads audio to the length of the model",
-            )
-        x = ConvStem(c.hidden_size, dtype, name="stem")(features)
-        init = nn.with_logical_partitioning(lambda _, shape, dtype: sinusoids(*shape).astype(dtype), (None, "embed"))
-        positions = self.param("positions", init, (c.max_source_positions, c.hidden_size), jnp.float32)
-        x = first = constrain(x + jax.lax.stop_gradient(positions).astype(dtype), "batch", "patches", None)
+        dtype = jnp.dtype(c.dtype)
+        require_features(c, features, mask)
+        positions = self.param("positions", POSITIONS, (c.max_source_positions, c.hidden_size), jnp.float32)
+        x = first = add_positions(ConvStem(c.hidden_size, dtype, name="stem")(features), positions)
         x, states = layers_of(c, WhisperLayer, 1)(c, output_hidden_states, name="layers")(x, None, None)
         x = LayerNorm(NORM_EPS, dtype, name="final_norm")(x)
         states = (first, *states[:-1], x) if output_hidden_states else None

@@ -44,11 +44,15 @@ class MultimodalConfig(WithCompute):
     newline: bool = False
     family: str | None = None
 
+    reads = ("image",)  # the modalities of a named model
+
     def __post_init__(self):
         object.__setattr__(self, "inputs", FrozenDict(self.inputs))
-        if self.family is not None and set(self.inputs) != {"image"}:
+        if self.family is not None and set(self.inputs) != set(self.reads):
             raise ConfigError(
-                f"{self.family} with inputs {sorted(self.inputs)}", "images", "compose a MultimodalConfig instead"
+                f"{self.family} with inputs {sorted(self.inputs)}",
+                " and ".join(f"{modality}s" for modality in self.reads),
+                "compose a MultimodalConfig instead",
             )
         for modality in self.inputs:
             self.branch(modality).check(self.llm.hidden_size)

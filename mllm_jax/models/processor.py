@@ -106,7 +106,8 @@ class Processor:
         """
         family = cls.family_of(config)
         if family is not None:
-            return cls(config, ChatTokenizer.load(folder), family.layout(config, folder), system)
+            layout = family.layout(config, folder)
+            return cls(config, ChatTokenizer.load(folder, layout.template), layout, system)
         if not isinstance(config, (LLMConfig, ModelConfig)):
             raise ConfigError(
                 f"{folder}: {config.family}", "a model that reads images", "use its tokenizer: ChatTokenizer.load"
@@ -192,10 +193,11 @@ class Processor:
         """Makes a batch of one text, or of a list of texts.
 
         Args:
-            text: a string with a placeholder for each image, as the model's tokenizer spells it, or a conversation, see
-                `mllm_jax.data.message.conversation`; an image may be part of the message or of `images`.
-            images, videos: in the order of their positions, over all texts; or a list of lists, one for each text. An
-                image is uint8[H, W, 3], one of Pillow, a path or bytes; a video is a path, bytes or a `Video`.
+            text: a string with a placeholder for each medium, as the model's tokenizer spells it, or a conversation,
+                see `mllm_jax.data.message.conversation`; a medium may be part of the message or given separately.
+            images, videos, audios: in the order of their positions, over all texts; or a list of lists, one for each
+                text. An image is uint8[H, W, 3], one of Pillow, a path or bytes; a video is a path, bytes or a
+                `Video`; a sound is a path, bytes, (samples float[n], rate) or an `Audio`.
             answers: one for each text, for a batch to train on.
             slots: for media in each row, by modality, such as {"image": 2}; None: as many as this batch needs.
             length: of the rows; None: that of the longest text.
@@ -362,8 +364,10 @@ def _shown(texts: list[list[Part]], given: Mapping[str, Sequence[Any] | None]) -
 
 
 def _holds(things: Sequence[Any], kind: str) -> bool:
-    """Returns whether a list holds the media of one text; of videos, parts alone: other lists are frames."""
-    return kind == "image" or all(isinstance(thing, MEDIA[kind]) for thing in things)
+    """Returns whether a list holds the media of one text; of videos, parts alone: other lists are frames. A tuple may
+    be the samples of a sound and their rate."""
+    anything = kind == "image" or (kind == "audio" and isinstance(things, list))
+    return anything or all(isinstance(thing, MEDIA[kind]) for thing in things)
 
 
 def _medium(part: Part, thing: Any) -> Part:

@@ -37,6 +37,7 @@ class Layout:
         needs_times: the positions of a video depend on the times of its frames.
         hears_videos: the model also hears the sound of a video if asked to.
         one_placeholder: all media of a text have the placeholder of images, which the chat template writes.
+        template: the chat template of a folder without one; None: such a folder has none.
     """
 
     image_token: int | None = None
@@ -53,6 +54,7 @@ class Layout:
     needs_times: bool = False
     hears_videos: bool = False
     one_placeholder: bool = False
+    template: str | None = None
 
     @property
     def placeholders(self) -> dict[str, int]:

@@ -167,9 +167,9 @@ def lay_out_row(ids: Sequence[int], media: Sequence[Media], placeholders: Sequen
     placed = [(number, m) for number, m in enumerate(media) if not m.inside]
     if len(where) != len(placed):
         raise DataError(
-            f"{what} with {len(where)} placeholder(s) for images or videos, and {len(placed)} of them",
+            f"{what} with {len(where)} placeholder(s) for media, and {len(placed)} of them",
             "one placeholder for each, in order",
-            "give as many images as the text has placeholders, and no placeholder that is meant as text",
+            "give as many media as the text has placeholders, and no placeholder that is meant as text",
         )
     width = max((m.places.shape[1] for m in media if m.places.ndim == 2), default=1)
     pieces, start = [], 0
