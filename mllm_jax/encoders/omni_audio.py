@@ -1,7 +1,7 @@
 """The audio encoder of Qwen2.5-Omni (arXiv 2503.20215): Whisper's, in chunks of two seconds that see only themselves.
 
-A chunk is `2 * n_window` log-mel frames, with positions of its own. After the layers, each two vectors are averaged, and
-mapped to the LLM's width. As chunks are independent, sound of any length is encoded piece by piece with equal results.
+A chunk is `2 * n_window` log-mel frames, with positions of its own. After the layers, each two vectors are averaged and
+mapped to the LLM's width. As chunks are independent, sound of any length can be encoded piece by piece.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax.numpy as jnp
-from einops import rearrange
+from einops import rearrange, reduce
 from flax import linen as nn
 
 from mllm_jax.checkpoints.architectures import kind_of
@@ -20,6 +20,7 @@ from mllm_jax.checkpoints.fields import make_config
 from mllm_jax.checkpoints.table import Family, Table, Weight, linear, norm
 from mllm_jax.encoders.audio_output import AudioOutput
 from mllm_jax.encoders.whisper import (
+    ENCODER_FIELDS,
     FRAMES_A_SECOND,
     NORM_EPS,
     STRIDE,
@@ -149,8 +150,8 @@ class OmniAudioEncoder(nn.Module):
             return rearrange(x, "(b k) t ... -> b (k t) ...", b=features.shape[0])[:, : (steps - 1) // STRIDE + 1]
 
         count = c.frames(steps)
-        pairs = rearrange(joined(x)[:, : POOL * count], "b (t p) e -> b t p e", p=POOL)
-        x = LayerNorm(NORM_EPS, dtype, name="final_norm")(pairs.mean(axis=2))
+        x = reduce(joined(x)[:, : POOL * count], "b (t p) e -> b t e", "mean", p=POOL)
+        x = LayerNorm(NORM_EPS, dtype, name="final_norm")(x)
         x = Linear((c.output_size,), ("channels", "embed"), use_bias=True, dtype=dtype, name="output")(x)
         # Vectors of tokens around audio, which checkpoints have and the reference does not read.
         init = nn.with_logical_partitioning(nn.initializers.normal(0.02), (None, "embed"))
@@ -163,13 +164,9 @@ class OmniAudioEncoder(nn.Module):
 # ---- Hugging Face folders
 
 _FIELDS: Fields = {
-    "num_mel_bins": ("num_mel_bins", "size", OmniAudioConfig.num_mel_bins),
-    "hidden_size": ("d_model", "size", OmniAudioConfig.hidden_size),
-    "num_layers": ("encoder_layers", "size", OmniAudioConfig.num_layers),
-    "num_heads": ("encoder_attention_heads", "size", OmniAudioConfig.num_heads),
-    "mlp_size": ("encoder_ffn_dim", "size", OmniAudioConfig.mlp_size),
-    "activation": ("activation_function", "activation", ACTIVATIONS, "gelu"),
-    "max_source_positions": ("max_source_positions", "size", OmniAudioConfig.max_source_positions),
+    name: (*option[:2], getattr(OmniAudioConfig, name)) if option[1] == "size" else option
+    for name, option in ENCODER_FIELDS.items()
+} | {
     "n_window": ("n_window", "size", OmniAudioConfig.n_window),
     "output_size": ("output_dim", "size", 3584),
 }
