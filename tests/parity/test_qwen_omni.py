@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +20,8 @@ from transformers.models.qwen2_5_omni.modeling_qwen2_5_omni import (
 )
 from transformers.models.qwen2_5_omni.processing_qwen2_5_omni import Qwen2_5OmniProcessor
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+from transformers.processing_utils import VideosKwargs
 
 from mllm_jax import Processor, from_pretrained, save_pretrained
 from mllm_jax.data.message import Audio, Image, Message, Text, Video
@@ -204,7 +205,7 @@ class Cut:
     """The part of transformers' processor of videos that cuts patches from frames that need no resizing."""
 
     merge_size = temporal_patch_size = 2
-    valid_kwargs = SimpleNamespace(__annotations__={})
+    valid_kwargs = VideosKwargs
 
     def __call__(self, videos, **_) -> dict:
         mean, std = np.float32([0.48145466, 0.4578275, 0.40821073]), np.float32([0.26862954, 0.26130258, 0.27577711])
@@ -220,7 +221,7 @@ class Cut:
 def reference_inputs(case, text, images, sounds, videos, sound) -> dict:
     """Returns the inputs of transformers' model from its own processor."""
     reference, processor, _ = case
-    more = dict(seconds_per_chunk=reference.config.seconds_per_chunk)
+    more = dict(seconds_per_chunk=float(reference.config.seconds_per_chunk))
     more |= dict(position_id_per_seconds=reference.config.position_id_per_seconds)
     heard = [noise(seconds) for seconds in sounds]
     if videos:
