@@ -34,6 +34,7 @@ def clip(
     rotation: int = 0,
     key_every: int = 4,
     header_first: bool = False,
+    heard: np.ndarray | None = None,
 ) -> bytes:
     """Returns the bytes of a video.
 
@@ -43,15 +44,16 @@ def clip(
         times: of each frame in seconds, for a variable frame rate.
         frames: uint8[count, h, w, 3]; None: grey ones of `shade`.
         rotation: the angle by which a player turns the frames counterclockwise.
+        heard: float32[n], samples of a sound track, 16,000 a second.
         header_first: the header of an mp4 comes first, so that the beginning of the file can be read.
     """
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / f"clip.{suffix}"
-        _write(path, count, fps, size, codec, times, frames, rotation, key_every, header_first)
+        _write(path, count, fps, size, codec, times, frames, rotation, key_every, header_first, heard)
         return path.read_bytes()
 
 
-def _write(path: Path, count, fps, size, codec, times, frames, rotation, key_every, header_first) -> None:
+def _write(path: Path, count, fps, size, codec, times, frames, rotation, key_every, header_first, heard) -> None:
     import av
 
     with av.open(str(path), "w", options={"movflags": "faststart"} if header_first else {}) as out:
@@ -62,6 +64,7 @@ def _write(path: Path, count, fps, size, codec, times, frames, rotation, key_eve
             stream.codec_context.time_base = Fraction(1, 1000)
         if rotation:
             stream.set_display_rotation(rotation)
+        track = None if heard is None else out.add_stream("aac", rate=16_000, layout="mono")
         for index in range(count):
             pixels = np.full((*size, 3), shade(index), np.uint8) if frames is None else frames[index]
             frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
@@ -69,6 +72,11 @@ def _write(path: Path, count, fps, size, codec, times, frames, rotation, key_eve
                 frame.pts, frame.time_base = round(1000 * times[index]), Fraction(1, 1000)
             out.mux(stream.encode(frame))
         out.mux(stream.encode())
+        if track is not None:
+            frame = av.AudioFrame.from_ndarray(heard[None], format="fltp", layout="mono")
+            frame.sample_rate = 16_000
+            out.mux(track.encode(frame))
+            out.mux(track.encode())
 
 
 def sound(seconds: float = 0.2) -> bytes:

@@ -3,42 +3,54 @@
 from __future__ import annotations
 
 import json
+from itertools import product
+from types import MethodType, SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from composed_checks import WORDS, make_image, tokenizer
-from einops import rearrange
-from test_qwen_vl_parity import TEXT
-from transformers import Qwen2_5OmniThinkerConfig, WhisperFeatureExtractor
+from composed_checks import make_image
+from flax import linen as nn
+from omni_reference import (
+    AUDIO,
+    AUDIO_END,
+    AUDIO_ID,
+    AUDIO_START,
+    CASES,
+    HEARD,
+    IMAGE,
+    MARKS,
+    RATE,
+    SEEN,
+    VIDEO,
+    VISION_END,
+    VISION_START,
+    WATCHED,
+    Cut,
+    frames,
+    noise,
+    save_reference,
+)
+from safetensors.torch import load_file, save_file
+from transformers import Qwen2_5OmniThinkerConfig
 from transformers.models.qwen2_5_omni.configuration_qwen2_5_omni import Qwen2_5OmniAudioEncoderConfig
 from transformers.models.qwen2_5_omni.modeling_qwen2_5_omni import (
     Qwen2_5OmniAudioEncoder,
     Qwen2_5OmniThinkerForConditionalGeneration,
 )
 from transformers.models.qwen2_5_omni.processing_qwen2_5_omni import Qwen2_5OmniProcessor
-from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
-
-from transformers.processing_utils import VideosKwargs
 
 from mllm_jax import Processor, from_pretrained, save_pretrained
-from mllm_jax.data.message import Audio, Image, Message, Text, Video
+from mllm_jax.data.message import Audio, Video
+from mllm_jax.data.processing.media import Media, lay_out_row
+from mllm_jax.errors import DataError
 from mllm_jax.generation.generate import complete
-from mllm_jax.errors import ConfigError, DataError
-from mllm_jax.models.registry import abstract_params, family_of
+from mllm_jax.models.qwen_omni import FAMILIES, QwenOmniLayout
+from mllm_jax.models.registry import abstract_params
+from mllm_jax.models.tmrope import Timing
 
-AUDIO = dict(
-    num_mel_bins=8,
-    encoder_layers=2,
-    encoder_attention_heads=2,
-    encoder_ffn_dim=24,
-    d_model=16,
-    max_source_positions=9,
-    n_window=4,
-    output_dim=32,
-)
 TOWERS = {
     "even": AUDIO,
     # Averages span two chunks of 3 vectors each.
@@ -70,10 +82,9 @@ def test_the_audio_tower(name, tmp_path, randomise, assert_close):
         assert_close(np.asarray(ours)[valid], theirs, 1e-5, f"{name}: hidden states")
     # Each sound alone, without padding or a mask; and in pieces, as a batch of a language model has it.
     piece = module.config.piece
-    for row, (length, count) in enumerate(zip(LENGTHS, counts, strict=True)):
-        if count:
-            alone = module.apply({"params": params}, features[row : row + 1, :, :length]).last_hidden_state[0]
-            assert_close(alone, out.last_hidden_state[row, :count], 1e-5, f"{length} frames alone")
+    for row in (0, 4):  # a part of a chunk at the end, and whole chunks
+        alone = module.apply({"params": params}, features[row : row + 1, :, : LENGTHS[row]]).last_hidden_state[0]
+        assert_close(alone, out.last_hidden_state[row, : counts[row]], 1e-5, f"{LENGTHS[row]} frames alone")
     pieces = np.zeros((-(-33 // piece), mel, piece), np.float32)
     for number in range(len(pieces)):
         cut = features[0, :, number * piece : (number + 1) * piece]
@@ -98,60 +109,7 @@ def test_the_audio_tower_refuses_features_of_another_shape(tmp_path, randomise):
 
 # ---- the whole thinker
 
-MARKS = dict(
-    image_token="<|IMAGE|>",
-    video_token="<|VIDEO|>",
-    audio_token="<|AUDIO|>",
-    vision_bos_token="<|vision_bos|>",
-    vision_eos_token="<|vision_eos|>",
-    audio_bos_token="<|audio_bos|>",
-    audio_eos_token="<|audio_eos|>",
-)
-IMAGE, VIDEO, AUDIO_ID, VISION_START, VISION_END, AUDIO_START, AUDIO_END = (len(WORDS) + i for i in range(7))
-TOWER = dict(
-    depth=2,
-    num_heads=2,
-    patch_size=4,
-    hidden_size=24,
-    intermediate_size=40,
-    out_hidden_size=32,
-    window_size=16,
-    fullatt_block_indexes=[1],
-)
-ROPE = dict(rope_type="default", rope_theta=1000.0, mrope_section=[2, 1, 1])
-# text_config, vision_config, audio_config, the rest.
-CASES = {
-    "plain": (dict(), dict(), dict(), dict(seconds_per_chunk=1)),
-    "tied, averages over two chunks": (
-        dict(num_key_value_heads=4, rope_parameters=ROPE | dict(mrope_section=[1, 1, 2])),
-        dict(num_heads=3, fullatt_block_indexes=[]),
-        dict(n_window=3, activation_function="relu", encoder_attention_heads=4),
-        dict(tie_word_embeddings=True),
-    ),
-    "other steps of time": (
-        dict(num_key_value_heads=1, use_sliding_window=True, sliding_window=50, max_window_layers=1),
-        dict(depth=1, hidden_size=32, fullatt_block_indexes=[0], window_size=24),
-        dict(n_window=9, encoder_layers=1, num_mel_bins=5),
-        dict(seconds_per_chunk=1, position_id_per_seconds=13),
-    ),
-}
-SEEN, HEARD, WATCHED = (
-    "<|vision_bos|> <|IMAGE|> <|vision_eos|>",
-    "<|audio_bos|> <|AUDIO|> <|audio_eos|>",
-    "<|vision_bos|> <|VIDEO|> <|vision_eos|>",
-)
-RATE, NEW_TOKENS = 16_000, 16
-
-
-def noise(seconds: float) -> np.ndarray:
-    samples = np.random.default_rng(round(1000 * seconds)).normal(size=round(RATE * seconds))
-    return (0.1 * samples).astype(np.float32)
-
-
-def frames(count: int, height: int, width: int) -> np.ndarray:
-    return np.random.default_rng(count).integers(0, 256, (count, height, width, 3), np.uint8)
-
-
+NEW_TOKENS = 16
 # Text, images, sounds, videos as (frames, frames a second), the sound of the first video.
 ROWS = [
     (f"user {HEARD} what is it ?", [], [0.73], [], None),
@@ -167,55 +125,8 @@ ROWS = [
 @pytest.fixture(scope="module", params=CASES)
 def case(request, tmp_path_factory, randomise):
     """Returns (reference, its processor without torchvision's part, folder)."""
-    text, vision, audio, rest = CASES[request.param]
     folder = tmp_path_factory.mktemp("omni")
-    ids = dict(image_token_index=IMAGE, video_token_index=VIDEO, audio_token_index=AUDIO_ID)
-    ids |= dict(vision_start_token_id=VISION_START, vision_end_token_id=VISION_END)
-    ids |= dict(audio_start_token_id=AUDIO_START, audio_end_token_id=AUDIO_END)
-    config = Qwen2_5OmniThinkerConfig(
-        text_config=TEXT | dict(vocab_size=AUDIO_END + 1, rope_parameters=ROPE) | text,
-        vision_config=TOWER | vision,
-        audio_config=AUDIO | audio,
-        **ids,
-        **rest,
-    )
-    reference = randomise(Qwen2_5OmniThinkerForConditionalGeneration(config)).eval()
-    reference.tie_weights()
-    reference.generation_config.eos_token_id = None
-    reference.save_pretrained(folder)
-    words = tokenizer(**MARKS)
-    assert words.convert_tokens_to_ids(list(MARKS.values())) == list(range(IMAGE, AUDIO_END + 1))
-    words.save_pretrained(folder)
-    images = Qwen2VLImageProcessorPil(patch_size=4, merge_size=2, size=dict(shortest_edge=128, longest_edge=1024))
-    sounds = WhisperFeatureExtractor(feature_size=config.audio_config.num_mel_bins, chunk_length=4)
-    # One file for both, as the hub's.
-    settings = sounds.to_dict() | images.to_dict() | dict(image_processor_type="Qwen2VLImageProcessor")
-    settings.pop("mel_filters", None)
-    (folder / "preprocessor_config.json").write_text(json.dumps(settings, default=lambda x: x.tolist()))
-    made = Qwen2_5OmniProcessor.__new__(Qwen2_5OmniProcessor)
-    made.tokenizer, made.image_processor, made.feature_extractor = words, images, sounds
-    made.video_processor, made.chat_template = Cut(), None
-    for name, mark in MARKS.items():
-        setattr(made, name, mark)
-        setattr(made, f"{name}_id", words.convert_tokens_to_ids(mark))
-    return reference, made, folder
-
-
-class Cut:
-    """The part of transformers' processor of videos that cuts patches from frames that need no resizing."""
-
-    merge_size = temporal_patch_size = 2
-    valid_kwargs = VideosKwargs
-
-    def __call__(self, videos, **_) -> dict:
-        mean, std = np.float32([0.48145466, 0.4578275, 0.40821073]), np.float32([0.26862954, 0.26130258, 0.27577711])
-        patches, grids = [], []
-        for shown in videos:
-            shown = np.concatenate([shown, shown[-1:]]) if len(shown) % 2 else shown
-            cut = "(f t) (h p a) (w q b) c -> (f h w p q) (c t a b)"
-            patches.append(rearrange((shown.astype(np.float32) / 255 - mean) / std, cut, t=2, p=2, q=2, a=4, b=4))
-            grids.append([len(shown) // 2, shown.shape[1] // 4, shown.shape[2] // 4])
-        return dict(pixel_values_videos=torch.tensor(np.concatenate(patches)), video_grid_thw=torch.tensor(grids))
+    return *save_reference(folder, request.param, randomise), folder
 
 
 def reference_inputs(case, text, images, sounds, videos, sound) -> dict:
@@ -240,11 +151,9 @@ def reference_inputs(case, text, images, sounds, videos, sound) -> dict:
     return inputs
 
 
-def test_processor_positions_logits_and_answers(case, assert_close):
-    reference, _, folder = case
-    module, params = from_pretrained(folder)
-    ours = Processor.from_pretrained(folder)
-    given = dict(
+def given_rows() -> dict:
+    """Returns the media of ROWS for our processor."""
+    return dict(
         images=[[make_image(*size) for size in images] for _, images, *_ in ROWS],
         audios=[[(noise(seconds), RATE) for seconds in sounds] for _, _, sounds, *_ in ROWS],
         videos=[
@@ -255,7 +164,13 @@ def test_processor_positions_logits_and_answers(case, assert_close):
             for *_, videos, sound in ROWS
         ],
     )
-    batch = ours([text for text, *_ in ROWS], **given)
+
+
+def test_processor_positions_logits_answers_and_folder(case, assert_close):
+    reference, _, folder = case
+    module, params = from_pretrained(folder)
+    ours = Processor.from_pretrained(folder)
+    batch = ours([text for text, *_ in ROWS], **given_rows())
     logits = np.asarray(jax.jit(module.apply)({"params": params}, batch).logits)
     answers = complete(module, params, batch, ours, max_new_tokens=NEW_TOKENS, ignore_eos=True)
     for row, (text, *media) in enumerate(ROWS):
@@ -263,18 +178,102 @@ def test_processor_positions_logits_and_answers(case, assert_close):
         length = int(batch["segments"][row].sum())
         np.testing.assert_array_equal(batch["tokens"][row, :length], inputs["input_ids"][0], err_msg=text)
         lengths = inputs["feature_attention_mask"].sum(-1) if "feature_attention_mask" in inputs else None
-        positions, _ = reference.get_rope_index(
-            inputs["input_ids"],
-            inputs.get("image_grid_thw"),
-            inputs.get("video_grid_thw"),
-            inputs["attention_mask"],
-            inputs["use_audio_in_video"],
-            lengths,
-            inputs.get("video_second_per_grid"),
-        )
+        grids = inputs.get("image_grid_thw"), inputs.get("video_grid_thw")
+        more = inputs["use_audio_in_video"], lengths, inputs.get("video_second_per_grid")
+        positions, _ = reference.get_rope_index(inputs["input_ids"], *grids, inputs["attention_mask"], *more)
         np.testing.assert_array_equal(batch["positions"][row, :length].T, positions[:, 0], err_msg=text)
         with torch.no_grad():
             assert_close(logits[row, :length], reference(**inputs).logits[0], 1e-4, f"logits of {text!r}")
             said = reference.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False, pad_token_id=0)
         assert list(answers[row].tokens) == said[0, length:].tolist(), text
     assert len({answer.tokens for answer in answers}) == len(ROWS), "equal answers prove nothing"
+
+    save_pretrained(module, params, folder / "ours")
+    opened, report = type(reference).from_pretrained(folder / "ours", output_loading_info=True)
+    assert not any(report[what] for what in ("missing_keys", "unexpected_keys", "mismatched_keys")), report
+    kept = reference.state_dict()
+    assert opened.state_dict().keys() == kept.keys()
+    assert all(torch.equal(tensor, kept[name]) for name, tensor in opened.state_dict().items())
+    with torch.no_grad():  # of the last row, which has media of every kind
+        assert_close(opened(**inputs).logits, reference(**inputs).logits, 1e-6, "written")
+
+
+def test_the_thinker_in_the_folder_of_the_whole_model(case, tmp_path):
+    reference, _, folder = case
+    thinker = json.loads((folder / "config.json").read_text())
+    whole = dict(architectures=["Qwen2_5OmniModel"], model_type="qwen2_5_omni", enable_audio_output=True)
+    whole |= dict(thinker_config=thinker, talker_config=dict(hidden_size=7), token2wav_config={})
+    (tmp_path / "config.json").write_text(json.dumps(whole))
+    tensors = {f"thinker.{name}": tensor for name, tensor in load_file(folder / "model.safetensors").items()}
+    tensors |= {"talker.model.layers.0.weight": torch.ones(3), "token2wav.bias": torch.ones(1)}
+    save_file(tensors, tmp_path / "model.safetensors")
+    (module, params), (alone, wanted) = from_pretrained(tmp_path), from_pretrained(folder)
+    assert module == alone
+    jax.tree.map(np.testing.assert_array_equal, params, wanted)
+
+
+# ---- positions in time
+
+TIMES = dict(image_token_id=IMAGE, video_token_id=VIDEO, audio_token_id=AUDIO_ID, vision_start_token_id=VISION_START)
+
+
+@pytest.mark.parametrize("steps, chunk", [(25, 2), (25, 1), (13, 3)])
+def test_interleaving_and_positions_of_every_length(steps, chunk):
+    """Steps of a video that are longer than chunks, sounds that end before and after it, frames of any size."""
+    config = SimpleNamespace(
+        **TIMES, audio_start_token_id=AUDIO_START, position_id_per_seconds=steps, seconds_per_chunk=chunk
+    )
+    reference = SimpleNamespace(config=config, spatial_merge_size=2)
+    for name in ("get_llm_pos_ids_for_vision", "get_chunked_index"):
+        setattr(reference, name, MethodType(getattr(Qwen2_5OmniThinkerForConditionalGeneration, name), reference))
+    own = SimpleNamespace(video_processor=Cut, **{name: mark + " " for name, mark in MARKS.items()})
+    own.get_chunked_index = MethodType(Qwen2_5OmniProcessor.get_chunked_index, own)
+    ids = dict(zip(MARKS.values(), range(IMAGE, AUDIO_END + 1), strict=True))
+    layout = QwenOmniLayout.__new__(QwenOmniLayout)
+    layout.config = SimpleNamespace(
+        timing=Timing(steps, chunk, 2), audio_start_token_id=AUDIO_START, audio_end_token_id=AUDIO_END
+    )
+    seen = set()
+    for fps, grid, mel in product((0.4, 1.0, 2.0, 3.0, 8.0), ((1, 4, 6), (3, 2, 2), (5, 4, 4)), (3, 100, 441, 1023)):
+        count, seconds, patches = (mel + 1) // 4, 2 / fps, np.prod(grid) // 4
+        video = Media({}, np.full(patches, VIDEO), np.arange(patches), grid=grid, seconds=seconds)
+        sound = Media({}, np.full(count, AUDIO_ID), np.arange(count), modality="audio")
+        text = [3, VISION_START, VIDEO, VISION_END, 4, 5]
+        row = lay_out_row(text, layout._together(video, sound), [VIDEO, AUDIO_ID], "a text")
+        written = Qwen2_5OmniProcessor.replace_video_with_audio_token(
+            own,
+            dict(video_grid_thw=[np.asarray(grid)], video_second_per_grid=[seconds]),
+            0,
+            dict(num_audio_tokens=[count]),
+            0,
+            position_id_per_seconds=steps,
+            seconds_per_chunk=chunk,
+        )
+        wanted = [*text[:2], *(ids[mark] for mark in written.split()), *text[3:]]
+        assert row.tokens.tolist() == wanted, (fps, grid, mel)
+        assert row.places[row.owners == 1, 0].tolist() == list(range(count))
+        positions, _ = Qwen2_5OmniThinkerForConditionalGeneration.get_rope_index(
+            reference,
+            torch.tensor([wanted]),
+            video_grid_thw=torch.tensor([grid]),
+            attention_mask=torch.ones(1, len(wanted)),
+            use_audio_in_video=True,
+            audio_seqlens=torch.tensor([mel]),
+            second_per_grids=torch.tensor([seconds]),
+        )
+        found = layout.positions(row, layout._together(video, sound))
+        np.testing.assert_array_equal(found.T, positions[:, 0], err_msg=f"{fps} {grid} {mel}")
+        seen.add(found.tobytes())
+    assert len(seen) == 44  # one frame has the same positions at every rate
+
+
+def test_the_published_model_has_every_parameter():
+    vision = dict(hidden_size=1280, out_hidden_size=3584)
+    settings = Qwen2_5OmniThinkerConfig(vision_config=vision)
+    with torch.device("meta"):
+        reference = Qwen2_5OmniThinkerForConditionalGeneration(settings)
+    family = FAMILIES[0]
+    config = family.from_hf(settings.to_dict() | dict(architectures=[family.architectures[0]]))
+    wanted = sum(parameter.numel() for parameter in reference.parameters())
+    assert wanted == sum(leaf.size for leaf in jax.tree.leaves(nn.meta.unbox(abstract_params(config, family))))
+    print(f"{wanted:,}")

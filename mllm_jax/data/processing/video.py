@@ -65,4 +65,5 @@ def sized_frames(part: Video, usual: FrameSampling, exact: bool) -> Video:
     if not part.is_file:
         return replace(part, source=tuple(map(image_size, part.source)))
     size, times = measure_video(part.source, sampling_of(part, usual), exact)
-    return Video((size,) * len(times.seconds), times=times.seconds, fps=times.fps)
+    heard = part.use_audio_in_video
+    return Video((size,) * len(times.seconds), times=times.seconds, fps=times.fps, use_audio_in_video=heard)
