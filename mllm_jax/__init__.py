@@ -118,6 +118,7 @@ if TYPE_CHECKING:  # for editors and type checkers; `_HOMES` has the same names 
     from mllm_jax.projectors.qformer import QFormerConfig as QFormerConfig
     from mllm_jax.projectors.resampler import ResamplerConfig as ResamplerConfig
     from mllm_jax.projectors.resampler import ResamplerDialect as ResamplerDialect
+    from mllm_jax.projectors.stacked import StackedProjectorConfig as StackedProjectorConfig
     from mllm_jax.sharding.logical import PartRules as PartRules
     from mllm_jax.sharding.logical import data_parallel as data_parallel
     from mllm_jax.sharding.mesh import MeshConfig as MeshConfig
@@ -216,6 +217,7 @@ _NAMES = {
     "projectors.pool": ("PoolProjectorConfig",),
     "projectors.qformer": ("QFormerConfig",),
     "projectors.resampler": ("ResamplerConfig", "ResamplerDialect"),
+    "projectors.stacked": ("StackedProjectorConfig",),
     "sharding.logical": ("PartRules", "data_parallel"),
     "sharding.mesh": ("MeshConfig",),
     "training.config": ("AdamW", "CheckpointConfig", "Experiment", "Pretrained", "Stage", "TokenizerConfig"),

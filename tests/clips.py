@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import io
+import struct
 import tempfile
 from collections.abc import Sequence
 from fractions import Fraction
@@ -43,17 +43,29 @@ def clip(
         suffix: of the file's name, which decides on the container.
         times: of each frame in seconds, for a variable frame rate.
         frames: uint8[count, h, w, 3]; None: grey ones of `shade`.
-        rotation: the angle by which a player turns the frames counterclockwise.
+        rotation: the angle by which a player turns the frames of an mp4 counterclockwise.
         heard: float32[n], samples of a sound track, 16,000 a second.
         header_first: the header of an mp4 comes first, so that the beginning of the file can be read.
     """
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / f"clip.{suffix}"
-        _write(path, count, fps, size, codec, times, frames, rotation, key_every, header_first, heard)
-        return path.read_bytes()
+        _write(path, count, fps, size, codec, times, frames, key_every, header_first, heard)
+        return _turned(path.read_bytes(), rotation)
 
 
-def _write(path: Path, count, fps, size, codec, times, frames, rotation, key_every, header_first, heard) -> None:
+def _turned(made: bytes, rotation: int) -> bytes:
+    """Rotates the matrix in the header of an mp4's track."""
+    if not rotation:
+        return made
+    cosine, sine = round(np.cos(np.deg2rad(rotation))), round(np.sin(np.deg2rad(rotation)))
+    upright, turned = (
+        struct.pack(">9i", *(a << 16 for a in (c, -s, 0, s, c, 0, 0, 0)), 1 << 30) for c, s in ((1, 0), (cosine, sine))
+    )
+    place = made.index(upright, made.index(b"tkhd"))
+    return made[:place] + turned + made[place + len(turned) :]
+
+
+def _write(path: Path, count, fps, size, codec, times, frames, key_every, header_first, heard) -> None:
     import av
 
     with av.open(str(path), "w", options={"movflags": "faststart"} if header_first else {}) as out:
@@ -62,8 +74,6 @@ def _write(path: Path, count, fps, size, codec, times, frames, rotation, key_eve
         stream.codec_context.gop_size = key_every
         if times is not None:
             stream.codec_context.time_base = Fraction(1, 1000)
-        if rotation:
-            stream.set_display_rotation(rotation)
         track = None if heard is None else out.add_stream("aac", rate=16_000, layout="mono")
         for index in range(count):
             pixels = np.full((*size, 3), shade(index), np.uint8) if frames is None else frames[index]
@@ -79,16 +89,26 @@ def _write(path: Path, count, fps, size, codec, times, frames, rotation, key_eve
             out.mux(track.encode())
 
 
-def sound(seconds: float = 0.2) -> bytes:
-    """Returns the bytes of an mp4 without a video stream."""
+def sound(cover: bool = False, seconds: float = 0.2) -> bytes:
+    """Returns the bytes of an mp4 with sound alone, or with the image of a cover, which is a stream of one frame."""
     import av
+    from av.stream import Disposition
 
-    file = io.BytesIO()
-    with av.open(file, "w", format="mp4") as out:
-        stream = out.add_stream("aac", rate=16_000, layout="mono")
-        samples = np.zeros((1, int(16_000 * seconds)), np.float32)
-        frame = av.AudioFrame.from_ndarray(samples, format="fltp", layout="mono")
-        frame.sample_rate = 16_000
-        out.mux(stream.encode(frame))
-        out.mux(stream.encode())
-    return file.getvalue()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "sound.mp4"
+        with av.open(str(path), "w") as out:
+            stream = out.add_stream("aac", rate=16_000, layout="mono")
+            if cover:
+                image = out.add_stream("mjpeg")
+                image.height, image.width, image.pix_fmt = 32, 48, "yuvj420p"
+                image.disposition = Disposition.attached_pic
+            samples = np.zeros((1, int(16_000 * seconds)), np.float32)
+            frame = av.AudioFrame.from_ndarray(samples, format="fltp", layout="mono")
+            frame.sample_rate = 16_000
+            out.mux(stream.encode(frame))
+            out.mux(stream.encode())
+            if cover:
+                grey = av.VideoFrame.from_ndarray(np.zeros((32, 48, 3), np.uint8), format="rgb24")
+                out.mux(image.encode(grey.reformat(format="yuvj420p")))
+                out.mux(image.encode())
+        return path.read_bytes()

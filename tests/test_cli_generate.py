@@ -184,6 +184,8 @@ def test_images_and_videos_in_one_question():
     media = ["--image", "a", "--image", "b", "--video", "c", "--video", "d"]
     assert found == ["M", "Q", "--frames", "8", *media]
     assert one_medium_each(["M", "Q", "--video", "c", "d"]) == ["M", "Q", "--video", "c", "--video", "d"]
+    heard = one_medium_each(["M", "--image", "a", "--audio", "e", "f", "Q"])
+    assert heard == ["M", "Q", "--image", "a", "--audio", "e", "--audio", "f"]
 
 
 REFUSED = {
@@ -201,6 +203,9 @@ REFUSED = {
     "a file with a question": ("Q --prompts {file} --out {new}", "beside the file"),
     "images and prompts": ("--image {images}/a.png --prompts {file} --out {new}", "--image with --prompts"),
     "videos and prompts": ("--video {images}/a.png --prompts {file} --out {new}", "--video with --prompts"),
+    "sounds and prompts": ("--audio {images}/a.wav --prompts {file} --out {new}", "--audio with --prompts"),
+    "an image as a sound": ("Q --audio {images}/a.png", "a.png"),
+    "a sound and no question": ("--audio {images}/a.png {images}/b.png", "b.png as the question"),
     "frames of no video": ("Q --frames 8", "with --video FILE"),
     "no frames": ("Q --video {images}/a.png --frames 0", "at least 1"),
     "an image as a video": ("Q --video {images}/a.png", "cannot be opened as a video"),

@@ -16,7 +16,8 @@ from mllm_jax.generation.sampling import Sampling
 
 @dataclass(frozen=True)
 class Chat:
-    """Talks with a model in the terminal; `/image FILE` shows it an image, `/video FILE` a video.
+    """Talks with a model in the terminal; `/image FILE` shows it an image, `/video FILE` a video, `/audio FILE` plays
+    it a sound.
 
     From a pipe, it answers each line.
 

@@ -17,8 +17,9 @@ from mllm_jax.cli.caches import keep_compiled_programs
 from mllm_jax.cli.progress import Count
 from mllm_jax.cli.runs import assistant_of
 from mllm_jax.cli.timing import Timing
+from mllm_jax.data.audio import audio_length
 from mllm_jax.data.images import read_image
-from mllm_jax.data.message import Image, Message, Part, Text, Video
+from mllm_jax.data.message import Audio, Image, Message, Part, Text, Video
 from mllm_jax.data.video import video_header
 from mllm_jax.errors import ConfigError, MllmError
 from mllm_jax.generation.options import Answer, Options
@@ -30,18 +31,19 @@ if TYPE_CHECKING:
 
 BATCH = 8
 FLAGS = ("--stats", "--no-stats")  # options without a value
-MEDIA = ("--image", "--video")  # options of several values
+MEDIA = ("--image", "--video", "--audio")  # options of several values
 
 
 @dataclass(frozen=True)
 class Generate:
-    """Answers a question, about images and videos if any are given; with --prompts, writes many answers into a file.
+    """Answers a question, about media if any are given; with --prompts, writes many answers into a file.
 
     Attributes:
         run: a folder that `mllm train` made, or a model's folder, from Hugging Face or `mllm convert`.
         question: the question.
         image: image files, in the order in which the question mentions them; several may follow one --image.
         video: video files, after the images; several may follow one --video.
+        audio: sound files, after images and videos; several may follow one --audio.
         frames: number of frames of each video; default: the model's choice.
         prompts: a .jsonl file of conversations, one a line: a text, a list of messages, {"messages": [...]} or
             {"prompt": "...", "image": "a.png" or ["a.png", "b.png"]}, with an "id" or without; or a folder of images:
@@ -57,6 +59,7 @@ class Generate:
     question: tyro.conf.Positional[str] = ""
     image: tyro.conf.UseAppendAction[tuple[Path, ...]] = ()
     video: tyro.conf.UseAppendAction[tuple[Path, ...]] = ()
+    audio: tyro.conf.UseAppendAction[tuple[Path, ...]] = ()
     frames: int | None = None
     prompts: Path | None = None
     out: Path | None = None
@@ -91,13 +94,13 @@ class Generate:
             raise ConfigError(f"--frames {self.frames}", "at least 1, with --video FILE", "change or drop it")
         if not self.question:
             raise ConfigError(f"mllm generate {self.run} without a question", "what to ask", "add it, in quotes")
-        if (self.image or self.video) and os.path.isfile(self.question):
+        if (self.image or self.video or self.audio) and os.path.isfile(self.question):
             raise ConfigError(f"the file {self.question} as the question", "what to ask", "add it, in quotes")
 
     def _check_prompts(self, prompts: Path) -> None:
         if self.out is None:
             raise ConfigError(f"--prompts {prompts} without --out", "a file for the answers", "add --out answers.jsonl")
-        for name in ("image", "video", "frames"):
+        for name in ("image", "video", "audio", "frames"):
             if getattr(self, name):
                 raise ConfigError(f"--{name} with --prompts", f"{name}s in the prompts", "drop one of the two")
         if prompts.is_dir():
@@ -120,7 +123,7 @@ def run(arguments: list[str]) -> int:
 
 
 def one_medium_each(arguments: Sequence[str]) -> list[str]:
-    """Puts an --image before each image, and a --video before each video.
+    """Puts the option, --image, --video or --audio, before each medium.
 
     Without a question before these, the last word after them is it.
     """
@@ -158,6 +161,9 @@ def _ask_one(options: Generate) -> int:
     for path in options.video:
         video_header(path)
         media.append(Video(path, num_frames=options.frames))
+    for path in options.audio:
+        audio_length(path)
+        media.append(Audio(path))
     timing = Timing() if options.stats else None
     assistant = assistant_of(options.run, by_layer=False)
     if timing is not None:

@@ -43,11 +43,11 @@ class ChatTokenizer:
         self.stop_ids: tuple[int, ...] = tuple(dict.fromkeys(ids))
 
     @classmethod
-    def load(cls, folder: str | Path, template: str | None = None) -> ChatTokenizer:
+    def load(cls, folder: str | Path, default_template: str | None = None) -> ChatTokenizer:
         """Reads the tokenizer in a model's folder, without running any code in it.
 
         Args:
-            template: the chat template if the folder has none; None: no template.
+            default_template: the chat template if the folder has none; None: no template.
 
         Raises:
             DataError: there is none, or it cannot be read.
@@ -72,7 +72,7 @@ class ChatTokenizer:
             backend.chat_template = template["chat_template"]
         if not _is_template(getattr(backend, "chat_template", None)):
             raise _unreadable(folder, f"a chat template that is {type(backend.chat_template).__name__}")
-        backend.chat_template = backend.chat_template or template
+        backend.chat_template = backend.chat_template or default_template
         return cls(backend, generation)
 
     def save(self, folder: str | Path) -> None:

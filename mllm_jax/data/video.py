@@ -31,6 +31,8 @@ MAX_FRAME_PIXELS = 1920 * 1088  # of a frame that is kept; all frames of a video
 # FFmpeg's names of the containers that are opened. Others, such as playlists, would open further files or addresses.
 FORMATS = ("mov", "mp4", "matroska", "webm", "avi", "mpegts", "mpeg", "flv", "asf", "ogg", "gif")
 
+_MANY = 1 << 31  # frames: a header with more is not believed
+
 Source = str | os.PathLike | bytes
 Position = Literal["start", "middle", "ends"]
 
@@ -139,7 +141,7 @@ def video_header(source: Source) -> VideoHeader:
         duration = stream.duration * stream.time_base if stream.duration else (container.duration or 0) / 1e6
         frames = stream.frames or round(duration * (rate or 0))
         size = _seen(_first_frame(container, stream, what))
-    if frames and rate:
+    if 0 < frames < _MANY and rate:
         return VideoHeader(size, frames, float(rate))
     timeline = _timeline(source)
     return VideoHeader(size, len(timeline.stamps), len(timeline.stamps) / timeline.duration)
@@ -229,12 +231,19 @@ def _opened(source: Source) -> Iterator[tuple[Any, Any, str]]:
             ) from error
         stack.enter_context(file)
         try:
+            # Titles need not be UTF-8; before version 19, PyAV refuses others.
+            titles = {"metadata_errors": "ignore"} if int(av.__version__.partition(".")[0]) < 19 else {}
             options = {"format_whitelist": ",".join(FORMATS)}
-            container = stack.enter_context(av.open(file, options=options, metadata_errors="ignore"))
-            if not container.streams.video:
-                kinds = ", ".join(sorted({stream.type for stream in container.streams})) or "nothing"
+            container = stack.enter_context(av.open(file, options=options, **titles))
+            # Covers of songs are streams of one frame.
+            cover = av.stream.Disposition.attached_pic
+            streams = [stream for stream in container.streams.video if not stream.disposition & cover]
+            if not streams:
+                kinds = ", ".join(sorted({s.type for s in container.streams} - {"video"})) or "nothing"
                 raise DataError(f"{what} with {kinds}", "a video stream", "name a video")
-            stream = container.streams.video[0]
+            stream = streams[0]
+            if stream.codec_context is None:
+                raise DataError(f"{what} with a codec that FFmpeg does not know", "a usual codec", "convert the video")
             if stream.width * stream.height > MAX_PIXELS:
                 raise _too_large(what, stream.height, stream.width)
             stream.thread_type = "SLICE"  # with AUTO, PyAV can wait for ever if decoding ends early
@@ -321,13 +330,14 @@ class _Timeline:
 def _timeline(source: Source) -> _Timeline:
     """Reads the times of all frames without decoding any."""
     with _opened(source) as (container, stream, what):
-        stored = [packet for packet in _packets(container, stream) if packet.size]
-        found = [packet for packet in stored if not packet.is_discard]
+        # Without the packets, which hold the compressed frames.
+        stored = [(p.pts, p.dts, p.is_keyframe, p.is_discard) for p in _packets(container, stream) if p.size]
+        found = [(shown, read, key) for shown, read, key, left_out in stored if not left_out]
         if not found:
             raise _unreadable(what)
-        stamped = all(packet.pts is not None for packet in found)
-        stamps = sorted({packet.pts for packet in found}) if stamped else list(range(len(found)))
-        keys = [(p.pts, p.pts if p.dts is None else p.dts) for p in found if p.is_keyframe] if stamped else []
+        stamped = all(shown is not None for shown, _, _ in found)
+        stamps = sorted({shown for shown, _, _ in found}) if stamped else list(range(len(found)))
+        keys = [(shown, shown if read is None else read) for shown, read, key in found if key] if stamped else []
         rate = stream.average_rate or stream.guessed_rate or stream.base_rate or 25
         alone = len(stamps) == 1 or not stamped  # a duration is known only from the rate
         unit = 1 / rate if alone else stream.time_base

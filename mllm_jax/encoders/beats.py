@@ -20,6 +20,7 @@ from mllm_jax.checkpoints.config_json import Fields, check_written, read_fields,
 from mllm_jax.checkpoints.config_options import ConfigOptions
 from mllm_jax.checkpoints.fields import make_config
 from mllm_jax.checkpoints.table import OUT_OF_HEADS, Family, Table, Weight, beside, into_heads, linear, norm
+from mllm_jax.data.processing.audio import Waveform
 from mllm_jax.encoders.audio_output import AudioOutput
 from mllm_jax.encoders.beats_blocks import NORM_EPS, BEATsBlock
 from mllm_jax.errors import ConfigError, DataError
@@ -138,6 +139,10 @@ class BEATsConfig(WithCompute):
     def inputs(self, seconds: float) -> tuple[int]:
         """Returns the shape of a waveform of that length."""
         return (round(seconds * RATE),)
+
+    def processor(self, seconds: float) -> Waveform:
+        """Returns what collects waveforms with their masks."""
+        return Waveform(RATE)
 
     def frames(self, samples: Count, row: int | None = None) -> Count:
         """Returns the number of output vectors for n samples, for an int or an integer array.

@@ -18,6 +18,7 @@ from mllm_jax.checkpoints.config_json import ELSEWHERE, Fields, check_written, r
 from mllm_jax.checkpoints.config_options import ENCODER_ACTIVATIONS, ConfigOptions
 from mllm_jax.checkpoints.fields import change_fields, make_config
 from mllm_jax.checkpoints.table import OUT_OF_HEADS, Family, Table, Weight, into_heads, linear, nested, norm
+from mllm_jax.data.processing.audio import Waveform
 from mllm_jax.encoders.audio_output import AudioOutput
 from mllm_jax.encoders.ctc import CTCOutput
 from mllm_jax.errors import ConfigError
@@ -111,6 +112,10 @@ class HubertConfig(WithCompute):
     def inputs(self, seconds: float) -> tuple[int]:
         """Returns the shape of the samples of a sound of that length."""
         return (round(seconds * self.rate),)
+
+    def processor(self, seconds: float) -> Waveform:
+        """Returns what scales the samples of each sound to zero mean and unit variance."""
+        return Waveform(self.rate, normalise=True)
 
     def frames(self, n: Any) -> Any:
         """Returns the number of output vectors for n samples, an integer or an array of integers."""

@@ -78,7 +78,8 @@ class Qwen2AudioEncoder(nn.Module):
         """Encodes log-mel features.
 
         Args:
-            features: float[B, mel, T] as `WhisperFeatureExtractor` returns them, T = 2 * max_source_positions.
+            features: float[B, mel, T] as `WhisperFeatureExtractor` returns them, T = 2 * max_source_positions; also an
+                even number of fewer frames, which the reference refuses.
             mask: [B, T], 1 for frames of the sound, which then attend only to each other; None: all are. The
                 convolutions read the frames after the sound too, as in the reference.
 

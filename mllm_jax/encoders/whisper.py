@@ -18,6 +18,7 @@ from mllm_jax.checkpoints.config_json import ELSEWHERE, Fields, read_fields, wri
 from mllm_jax.checkpoints.config_options import ACTIVATIONS, ConfigOptions
 from mllm_jax.checkpoints.fields import make_config
 from mllm_jax.checkpoints.table import OUT_OF_HEADS, Family, Table, Weight, into_heads, linear, norm
+from mllm_jax.data.processing.audio import LogMel
 from mllm_jax.encoders.audio_output import AudioOutput
 from mllm_jax.errors import ConfigError, DataError
 from mllm_jax.layers.attention import Attention
@@ -65,10 +66,10 @@ class WhisperEncoderConfig(WithCompute):
         return self.hidden_size
 
     def inputs(self, seconds: float) -> tuple[int, int]:
-        """Returns the shape of the features of a sound, which is always padded to the model's length.
+        """Returns the shape of the features of a sound, an even number of frames.
 
         Raises:
-            ConfigError: a sound that is longer, which the feature extractor would cut off.
+            ConfigError: a sound that is longer than the model's.
         """
         longest = STRIDE * self.max_source_positions / FRAMES_A_SECOND
         if seconds > longest:
@@ -77,7 +78,18 @@ class WhisperEncoderConfig(WithCompute):
                 f"at most {longest:g} seconds, which its {self.max_source_positions} positions cover",
                 f"set seconds={longest:g}; a longer sound is cut into several",
             )
-        return self.num_mel_bins, STRIDE * self.max_source_positions
+        return self.num_mel_bins, STRIDE * -(-round(seconds * FRAMES_A_SECOND) // STRIDE)
+
+    def processor(self, seconds: float) -> LogMel:
+        """Returns what makes the features of sounds that are padded to whole seconds.
+
+        Raises:
+            ConfigError: a part of a second.
+        """
+        Requirements("Whisper encoder", self)(
+            seconds == round(seconds) > 0, f"sounds of {seconds:g} seconds", "whole seconds", "change seconds"
+        )
+        return LogMel(self.num_mel_bins, chunk_length=round(seconds), return_attention_mask=True)
 
     def frames(self, n: Any) -> Any:
         """Returns the number of output vectors for n mel frames, an int or an array of them."""
@@ -109,18 +121,21 @@ POSITIONS = nn.with_logical_partitioning(lambda _, shape, dtype: sinusoids(*shap
 
 
 def add_positions(x: jax.Array, positions: jax.Array) -> jax.Array:
-    """Adds a table of positions that is not trained, float32[T, E], to dtype[B, T, E]."""
-    return constrain(x + jax.lax.stop_gradient(positions).astype(x.dtype), "batch", "patches", None)
+    """Adds the first of the positions float32[N, E], which are not trained, to dtype[B, T, E]."""
+    positions = jax.lax.stop_gradient(positions[: x.shape[1]])
+    return constrain(x + positions.astype(x.dtype), "batch", "patches", None)
 
 
 def require_features(config: WhisperEncoderConfig, features: jax.Array, mask: jax.Array | None) -> None:
     """Raises DataError: features or a mask of another shape than the model reads."""
-    wanted = (config.num_mel_bins, STRIDE * config.max_source_positions)
-    if features.ndim != 3 or features.shape[1:] != wanted or (mask is not None and mask.shape[1:] != wanted[1:]):
+    longest = STRIDE * config.max_source_positions
+    frames = features.shape[2] if features.ndim == 3 else 0
+    right = features.shape[1:] == (config.num_mel_bins, frames) and 0 < frames <= longest and frames % STRIDE == 0
+    if not right or (mask is not None and mask.shape[1:] != (frames,)):
         raise DataError(
             f"{config.family}: features of shape {features.shape}"
             + ("" if mask is None else f" with a mask of shape {mask.shape}"),
-            f"features [B, {wanted[0]}, {wanted[1]}]" + ("" if mask is None else f", mask [B, {wanted[1]}]"),
+            f"features [B, {config.num_mel_bins}, {longest}]" + ("" if mask is None else f", mask [B, {longest}]"),
             "take them from the folder's feature extractor, which pads audio to the length of the model",
         )
 
@@ -193,7 +208,9 @@ class WhisperEncoder(nn.Module):
         So a mask changes no output; it only marks the vectors of the audio itself. The positions are not trained.
 
         Args:
-            features: float[B, mel, T] as `WhisperFeatureExtractor` returns them, T = 2 * max_source_positions.
+            features: float[B, mel, T] as `WhisperFeatureExtractor` returns them, T = 2 * max_source_positions; also an
+                even number of fewer frames, which get the first positions: shorter sounds cost less. The reference
+                refuses these.
             mask: [B, T], 1 for frames of the audio, or None.
 
         Returns:

@@ -7,8 +7,9 @@ from pathlib import Path
 
 from rich.console import Console
 
+from mllm_jax.data.audio import RATE, as_audio
 from mllm_jax.data.images import read_image
-from mllm_jax.data.message import MEDIA, Image, Message, Part, Text, Video
+from mllm_jax.data.message import MEDIA, Audio, Image, Message, Part, Text, Video
 from mllm_jax.data.video import read_video
 from mllm_jax.errors import DataError
 from mllm_jax.generation.assistant import Assistant
@@ -16,8 +17,8 @@ from mllm_jax.generation.options import Answer, Options
 from mllm_jax.generation.sampling import Sampling
 
 HELP = (
-    "/image FILE shows an image, /video FILE a video, /reset forgets the conversation, /exit leaves; "
-    "Ctrl-C stops an answer"
+    "/image FILE shows an image, /video FILE a video, /audio FILE plays a sound, /reset forgets the conversation, "
+    "/exit leaves; Ctrl-C stops an answer"
 )
 PROMPT = "> "
 
@@ -46,7 +47,7 @@ class Dialogue:
         self.turns, self._media = (), ()
 
     def show(self, path: str, kind: str = "image") -> None:
-        """Puts an image or a video before the next question; decodes it once.
+        """Puts an image, a video or a sound before the next question; decodes it once.
 
         Raises:
             DataError: it cannot be read, or the model reads no such media.
@@ -55,6 +56,8 @@ class Dialogue:
         processor.encoder.kind_of(MEDIA[kind]())
         if kind == "image":
             medium: Part = Image(read_image(file))
+        elif kind == "audio":
+            medium = Audio(as_audio(file), rate=RATE)
         else:
             frames, times = read_video(file, processor.layout.sampling)
             medium = Video(frames, times=times.seconds, fps=times.fps)
@@ -132,7 +135,7 @@ def chat(
         if line == "/reset":
             dialogue.reset()
             hint("the conversation begins anew")
-        elif line.startswith(("/image ", "/video ")):
+        elif line.startswith(("/image ", "/video ", "/audio ")):
             command, path = line.split(maxsplit=1)
             if _show(dialogue, path, command[1:], console):
                 hint("shown with your next question")
@@ -143,7 +146,7 @@ def chat(
 
 
 def _show(dialogue: Dialogue, path: str, kind: str, console: Console) -> bool:
-    """Returns whether the image or video is shown; if not, prints the error."""
+    """Returns whether the medium is shown; if not, prints the error."""
     try:
         dialogue.show(path, kind)
     except DataError as error:

@@ -7,6 +7,7 @@ A line of a file is one of
     {"messages": [...], "id": "7"}
     {"prompt": "What is different?", "image": ["a.png", "b.png"], "id": "8"}
     {"prompt": "What happens?", "video": "a.mp4"}
+    {"prompt": "What is this sound?", "audio": "a.wav"}
 
 Paths are relative to the file's folder, or to a given folder. Other keys of an object are not read.
 """
@@ -28,7 +29,7 @@ from mllm_jax.files import open_regular, parse_json
 from mllm_jax.generation.embed import find_images
 
 LINE_BYTES = 64 << 20
-SHOWN = ("image", "video")  # keys beside "prompt", in the order in which the media come before it
+SHOWN = ("image", "video", "audio")  # keys beside "prompt", in the order in which the media come before it
 MEND = "correct the line, or leave it out"
 
 

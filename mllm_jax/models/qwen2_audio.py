@@ -2,33 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
-
-import numpy as np
 
 from mllm_jax.checkpoints.architectures import kind_of, nameless
 from mllm_jax.checkpoints.config_json import check_written, stored_fields
 from mllm_jax.checkpoints.config_options import ConfigOptions
 from mllm_jax.checkpoints.fields import change_fields
 from mllm_jax.checkpoints.table import Family, Table, linear, nested
-from mllm_jax.data.audio import as_audio, audio_length
 from mllm_jax.data.image_steps import mismatch
-from mllm_jax.data.message import Audio, Part
 from mllm_jax.data.processing.audio import LogMel, read_audio_processor
-from mllm_jax.data.processing.layouts import Layout
-from mllm_jax.data.processing.media import Collated, Lazy, Media, collate_tiles
+from mllm_jax.data.processing.composed import ComposedLayout
+from mllm_jax.data.processing.sounds import SoundTokens
 from mllm_jax.encoders import qwen2_audio
-from mllm_jax.encoders.whisper import FRAMES_A_SECOND
-from mllm_jax.errors import ConfigError, DataError
+from mllm_jax.encoders.whisper import FRAMES_A_SECOND, STRIDE
+from mllm_jax.errors import ConfigError
 from mllm_jax.models.branch import Branch
 from mllm_jax.models.multimodal import MultimodalConfig
 from mllm_jax.models.parts import llm_table, read_llm, write_llm
 from mllm_jax.projectors.mlp import MLPProjectorConfig
 
 QWEN2_AUDIO = "Qwen2AudioForConditionalGeneration"
-SOUNDS, MASKS = "audio_sounds", "audio_masks"  # in a batch
 _WHAT = "a Qwen2-Audio"
 # The reference's template for folders without one.
 TEMPLATE = """\
@@ -76,7 +71,7 @@ class Qwen2AudioConfig(MultimodalConfig):
 # ---- sounds
 
 
-class Qwen2AudioLayout(Layout):
+class Qwen2AudioLayout(ComposedLayout):
     """The layout of sounds, each in pieces of at most the encoder's length, usually 30 seconds.
 
     A piece has one slot, and the media tokens of all pieces follow each other. The reference cuts a longer sound off.
@@ -89,70 +84,20 @@ class Qwen2AudioLayout(Layout):
         ConfigError: the processor makes other features than the model reads.
     """
 
-    needs_sizes = False
-    unit = "sound"
+    keeps_text = one_placeholder = False
     template = TEMPLATE
 
     def __init__(self, config: Qwen2AudioConfig, processor: LogMel):
-        self.branch, self.audio_token = config.branch("audio"), config.audio_token_id
-        self.tokens_a_slot = self.branch.tokens
-        encoder = self.branch.encoder
+        branch = config.branch("audio")
         made = processor.feature_size, processor.chunk_samples // processor.hop_length, processor.rate
-        if made != (*self.branch.inputs, encoder.rate):
+        if made != (*branch.inputs, branch.encoder.rate):
             raise mismatch(
                 f"a processor of sounds that makes {made[0]} x {made[1]} values from {made[2]:,} samples a second",
-                f"{' x '.join(map(str, self.branch.inputs))} from {encoder.rate:,}, as the model",
+                f"{' x '.join(map(str, branch.inputs))} from {branch.encoder.rate:,}, as the model",
             )
-        self.processor = replace(processor, padding="max_length", return_attention_mask=True)
-
-    @property
-    def placeholders(self) -> dict[str, int]:
-        return {"audio": self.audio_token}
-
-    def fingerprint(self) -> str:
-        return repr([self.processor, self.branch, self.audio_token])
-
-    def prepare_all(self, rows: Sequence[Sequence[Part]]) -> list[list[Media]]:
-        """Prepares sounds, which are decoded when their arrays are read: the row depends on their lengths alone.
-
-        Raises:
-            DataError: see `audio_length`; or another medium, or a sound that is too short for one media token.
-        """
-        return [[self._sound(part) for part in parts] for parts in rows]
-
-    def _sound(self, part: Part) -> Media:
-        if not isinstance(part, Audio):
-            raise DataError(f"a {type(part).__name__}", "sounds: the model reads nothing else", "leave it out")
-        processor, size = self.processor, self.processor.chunk_samples
-        length = audio_length(part, processor.rate)
-        starts = np.arange(0, length, size)
-        steps = processor.steps(np.minimum(length - starts, size))
-        counts = self.branch.length(steps)
-        starts, steps, counts = (each[counts > 0] for each in (starts, steps, counts))
-        if not len(counts):
-            raise DataError(
-                f"a sound of {length / processor.rate:.3f} s",
-                f"enough for one media token of {processor.chunk_length / self.tokens_a_slot:.2f} s",
-                "leave it out, or join it with others",
-            )
-
-        def read(name: str) -> np.ndarray:
-            if name == MASKS:
-                return (np.arange(self.branch.inputs[-1]) < steps[:, None]).astype(np.int32)
-            samples = as_audio(part, processor.rate)
-            return processor([samples[start : start + size] for start in starts])[processor.name]
-
-        places = [slot * self.tokens_a_slot + np.arange(count) for slot, count in enumerate(counts)]
-        ids = np.full(counts.sum(), self.audio_token)
-        return Media(Lazy((SOUNDS, MASKS), read), ids, np.concatenate(places), count=len(counts), modality="audio")
-
-    def collate(self, rows: Sequence[Sequence[Media]], slots: Mapping[str, int] | None = None) -> Collated:
-        count = None if slots is None else slots.get("audio", 0)
-        collated = collate_tiles(rows, self.tokens_a_slot, count, self.unit, "audio")
-        if count and not collated.arrays:
-            # Batches with and without sounds have the same shapes, and so one compiled program.
-            collated = replace(collated, arrays=self.branch.batch_spec("audio", len(rows), count).empty())
-        return collated
+        processor = replace(processor, padding="max_length", return_attention_mask=True)
+        sounds = SoundTokens(processor, processor.chunk_samples, branch.inputs, branch.length)
+        super().__init__({"audio": sounds}, config.audio_token_id)
 
 
 def layout(config: Qwen2AudioConfig, folder: Path) -> Qwen2AudioLayout:
@@ -181,7 +126,7 @@ def from_hf_config(values: dict) -> Qwen2AudioConfig:
     branch = Branch(
         encoder,
         MLPProjectorConfig(llm.hidden_size, num_layers=1),
-        seconds=encoder.max_source_positions * qwen2_audio.STRIDE / FRAMES_A_SECOND,
+        seconds=STRIDE * encoder.max_source_positions / FRAMES_A_SECOND,
     )
     return Qwen2AudioConfig({"audio": branch}, llm, audio_token_id=token)
 

@@ -91,6 +91,12 @@ def test_five_frames_of_a_file(codec, suffix, tmp_path):
         np.testing.assert_allclose(measured.seconds, times.seconds, atol=1e-9 if exact else 1e-3)
 
 
+def test_titles_need_not_be_utf_8():
+    made = clip(3, 2)
+    assert b"Lavf" in made, "the name of the program that wrote it"
+    assert shades(read_video(made.replace(b"Lavf", b"\xff\xfe\xff\xfe"), FrameSampling(3))[0]) == [0, 1, 2]
+
+
 def test_frames_by_rate():
     frames, times = read_video(clip(24, 8), RATE)
     assert shades(frames) == [0, 4, 8, 12, 1, 5] and times.seconds.tolist() == [0, 0.5, 1, 1.5, 2, 2.5]
@@ -191,6 +197,8 @@ def refused() -> dict[str, tuple[bytes, str]]:
         "text": (b"not a video\n" * 100, "cannot be opened as a video"),
         "half a header": (clip(8)[:40], "cannot be opened as a video"),
         "sound": (sound(), "with audio\n  expected: a video stream"),
+        "sound with a cover": (sound(cover=True), "with audio\n  expected: a video stream"),
+        "an unknown codec": (clip(4).replace(b"avc1", b"zzz1"), "a codec that FFmpeg does not know"),
         "a playlist": (b"#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\n/etc/passwd\n", "cannot be opened as a video"),
         "a list of files": (b"ffconcat version 1.0\nfile /etc/passwd\n", "cannot be opened as a video"),
     }
@@ -206,6 +214,22 @@ def test_what_is_no_video_is_refused(name, tmp_path):
             with pytest.raises(DataError, match=message) as refusal:
                 read(source)
             assert refusal.value.todo and ("a.mp4" in refusal.value.given) == (source is not content)
+
+
+def test_changed_bytes_are_read_or_refused():
+    warnings.simplefilter("ignore")  # that not all frames can be read
+    rng, refused = np.random.default_rng(7), 0
+    files = [clip(12, codec=codec, suffix=suffix) for codec, suffix in (("mpeg4", "avi"), ("libx264", "mkv"))]
+    for number in range(40):
+        made = bytearray(files[number % 2])
+        for place in rng.integers(0, min(len(made), 1500), 8):
+            made[place] = rng.integers(256)
+        try:
+            frames, times = read_video(bytes(made))
+            assert len(frames) == len(times.seconds) == 5
+        except DataError:
+            refused += 1
+    assert 0 < refused < 40
 
 
 def test_paths_that_cannot_be_read(tmp_path):

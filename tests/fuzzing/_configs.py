@@ -26,6 +26,11 @@ WHISPER = dict(
     encoder_layerdrop=0.0, apply_spec_augment=False, median_filter_width=7, max_length=16,
     suppress_tokens=[], begin_suppress_tokens=[1, 2],
 )  # fmt: skip
+QWEN2_AUDIO = dict(
+    model_type="qwen2_audio_encoder", num_mel_bins=4, d_model=16, encoder_layers=2, encoder_attention_heads=4,
+    encoder_ffn_dim=24, activation_function="gelu", max_source_positions=6, scale_embedding=False,
+    encoder_layerdrop=0.0,
+)  # fmt: skip
 VISION = dict(
     hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4, image_size=16, patch_size=8,
     hidden_act="gelu", layer_norm_eps=1e-5, num_channels=3,
@@ -173,6 +178,9 @@ _ALL = [
     _qwen_vl("Qwen2VLForConditionalGeneration", "qwen2_vl", QWEN2_VIT),
     _qwen_vl("Qwen2_5_VLForConditionalGeneration", "qwen2_5_vl", QWEN25_VIT),
     _qwen_vl("Qwen3VLForConditionalGeneration", "qwen3_vl", QWEN3_VIT),
+    _named("Qwen2AudioEncoder", QWEN2_AUDIO),
+    _named("Qwen2AudioForConditionalGeneration", model_type="qwen2_audio", audio_config=QWEN2_AUDIO, text_config=QWEN2,
+           audio_token_index=31),
 ]  # fmt: skip
 CONFIGS = {values["architectures"][0]: values for values in _ALL} | {
     "ChatGLM2": _named(

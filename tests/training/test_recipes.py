@@ -126,6 +126,7 @@ FULL_SIZE = (
     "llava15_7b",
     "llava_next",
     "qwen25vl_7b",
+    "qwen2_audio_7b",
     "internvl3_8b",
     "internvl25_78b",
     "deepseek_vl_7b",

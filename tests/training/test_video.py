@@ -29,6 +29,8 @@ from mllm_jax.models.composed_layout import composed_layout
 from mllm_jax.models.multimodal import MultimodalConfig
 from mllm_jax.models.processor import Processor
 from mllm_jax.projectors.pool import PoolProjectorConfig
+from mllm_jax.projectors.qformer import QFormerConfig
+from mllm_jax.projectors.resampler import ResamplerConfig
 from mllm_jax.training.loop import train
 
 IMAGE_TOKENS, FRAME_TOKENS, FRAMES = MODEL.media_tokens, 1, 3
@@ -113,6 +115,31 @@ def test_measured_as_encoded(time, film):
         measured = ours.encode(without_pixels(example, ours.layout), 200)
         assert encoded.slots == measured.slots == {"video": len(encoded.media[0].arrays["video_images"])}
         np.testing.assert_array_equal(encoded.tokens, measured.tokens)
+
+
+@pytest.mark.parametrize(
+    "projector,tokens",
+    [
+        ("image", IMAGE_TOKENS),
+        (PoolProjectorConfig(), 1),
+        (ResamplerConfig(hidden_size=16, num_queries=4, num_heads=2, head_dim=8), 4),
+        (
+            QFormerConfig(
+                hidden_size=16, num_layers=1, num_heads=2, mlp_size=16, num_queries=2, cross_attention_frequency=1
+            ),
+            2,
+        ),
+    ],
+    ids=["shared", "pool", "resampler", "Q-Former"],
+)
+def test_each_frame_is_compressed_by_the_projector(projector, tokens):
+    config = replace(MODEL, inputs={**MODEL.inputs, "video": Branch("image", projector)})
+    batch = processor(config)("<image> what", videos=[FILM])
+    assert (batch["media_index"] >= 0).sum() == FRAMES * tokens == batch["media_index"].max() + 1
+    module = config.make()
+    params = jax.eval_shape(module.init, jax.random.key(0), batch)
+    media = jax.eval_shape(lambda p: module.apply(p, batch, method="encode_media").tokens, params)
+    assert media.shape == (1, FRAMES * tokens, MODEL.llm.hidden_size)
 
 
 def test_logits_are_those_of_the_frames_as_images():
