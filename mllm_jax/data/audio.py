@@ -20,7 +20,6 @@ RATE = 16_000  # samples per second that encoders expect
 MAX_SECONDS = 3_600  # of sound that is read at once: 230 MB at 16 kHz
 MAX_MAGNITUDE = 100.0  # of a sample; sound that is not clipped exceeds 1 a little, integers by far
 
-
 Source = Audio | bytes | str | os.PathLike | tuple[Any, int]
 
 

@@ -15,7 +15,7 @@ from flax import linen as nn
 
 from mllm_jax.checkpoints.architectures import kind_of
 from mllm_jax.checkpoints.config_json import Fields, read_fields, write_fields
-from mllm_jax.checkpoints.config_options import ACTIVATIONS, ConfigOptions
+from mllm_jax.checkpoints.config_options import ConfigOptions
 from mllm_jax.checkpoints.fields import make_config
 from mllm_jax.checkpoints.table import Family, Table, Weight, linear, norm
 from mllm_jax.encoders.audio_output import AudioOutput
@@ -26,14 +26,13 @@ from mllm_jax.encoders.whisper import (
     STRIDE,
     WITHOUT_EFFECT,
     ConvStem,
+    WhisperEncoderConfig,
     WhisperLayer,
     layer_weights,
-    require_sinusoids,
     sinusoids,
     stem_weights,
 )
 from mllm_jax.errors import DataError
-from mllm_jax.layers.compute import WithCompute
 from mllm_jax.layers.linear import Linear
 from mllm_jax.layers.norms import LayerNorm
 from mllm_jax.layers.requirements import Requirements
@@ -44,7 +43,7 @@ POOL = 2  # vectors that are averaged
 
 
 @dataclass(frozen=True)
-class OmniAudioConfig(WithCompute):
+class OmniAudioConfig(WhisperEncoderConfig):
     """Sizes of the audio encoder; the defaults are Qwen2.5-Omni-7B's.
 
     Attributes:
@@ -58,21 +57,15 @@ class OmniAudioConfig(WithCompute):
     num_layers: int = 32
     num_heads: int = 20
     mlp_size: int = 5120
-    activation: str = "gelu"
-    max_source_positions: int = 1500
     n_window: int = 100
     output_size: int | None = None
 
     family = "Qwen2_5OmniAudioEncoder"  # the Hugging Face architecture of the saved folder
-    rate = 16_000  # samples a second of the audio from which the features are made
     projects = True  # its output has the LLM's width
 
     def __post_init__(self):
-        require = Requirements("Qwen2.5-Omni audio encoder", self)
-        require.one_of("activation", sorted(set(ACTIVATIONS.values())))
-        require.heads()
-        require_sinusoids(require, self.hidden_size)
-        require(
+        super().__post_init__()
+        Requirements("Qwen2.5-Omni audio encoder", self)(
             self.n_window <= self.max_source_positions,
             f"n_window {self.n_window} with max_source_positions {self.max_source_positions}",
             "a position for each vector of a chunk",
@@ -95,7 +88,7 @@ class OmniAudioConfig(WithCompute):
 
     def frames(self, n: Any) -> Any:
         """Returns the number of output vectors for n mel frames, an int or an array of them."""
-        return ((n - 1) // STRIDE + 1) // POOL
+        return super().frames(n) // POOL
 
     def make(self) -> OmniAudioEncoder:
         Requirements("Qwen2.5-Omni audio encoder", self).given("output_size")
