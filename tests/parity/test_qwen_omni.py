@@ -201,6 +201,13 @@ def test_processor_positions_logits_answers_and_folder(case, assert_close):
 def test_the_thinker_in_the_folder_of_the_whole_model(case, tmp_path):
     reference, _, folder = case
     thinker = json.loads((folder / "config.json").read_text())
+    # As the hub's file has them.
+    thinker |= dict(architectures=["Qwen2OmniNaViTThinkerForConditionalGeneration"], ignore_index=-100, pad_token_id=0)
+    rope = thinker["text_config"].pop("rope_parameters")
+    thinker["text_config"] |= dict(rope_theta=rope.pop("rope_theta"), rope_scaling=rope | dict(type="default"))
+    vision, audio = thinker["vision_config"], thinker["audio_config"]
+    vision |= dict(embed_dim=vision["hidden_size"], in_chans=3, spatial_patch_size=4, tokens_per_second=25)
+    audio |= dict(encoder_layerdrop=0.0, num_hidden_layers=audio["encoder_layers"], init_std=0.02)
     whole = dict(architectures=["Qwen2_5OmniModel"], model_type="qwen2_5_omni", enable_audio_output=True)
     whole |= dict(thinker_config=thinker, talker_config=dict(hidden_size=7), token2wav_config={})
     (tmp_path / "config.json").write_text(json.dumps(whole))
@@ -275,5 +282,8 @@ def test_the_published_model_has_every_parameter():
     family = FAMILIES[0]
     config = family.from_hf(settings.to_dict() | dict(architectures=[family.architectures[0]]))
     wanted = sum(parameter.numel() for parameter in reference.parameters())
-    assert wanted == sum(leaf.size for leaf in jax.tree.leaves(nn.meta.unbox(abstract_params(config, family))))
-    print(f"{wanted:,}")
+    assert (
+        wanted
+        == 8_931_813_888
+        == sum(leaf.size for leaf in jax.tree.leaves(nn.meta.unbox(abstract_params(config, family))))
+    )

@@ -121,3 +121,22 @@ def test_slots_that_stay_empty_change_nothing(ours, assert_close):
     silent = ours("what is it ?", slots=slots)
     assert silent.keys() == batch.keys()
     assert np.isfinite(apply({"params": params}, silent).logits).all()
+
+
+def test_packed_examples_are_answered_as_alone(ours, assert_close):
+    ours, folder = ours
+    module, params = from_pretrained(folder)
+    apply = jax.jit(module.apply)
+    heard = Video(frames(6, 16, 16), fps=2, use_audio_in_video=Audio(noise(1.3), rate=RATE))
+    asked = [
+        (Text("<|vision_bos|>"), heard, Text("<|vision_eos|> what ?"), Audio((noise(0.3), RATE))),
+        (Image(make_image(20, 61)), Text("a cat"), Audio((noise(0.5), RATE)), Text("?"), Video(frames(4, 8, 8), fps=2)),
+    ]
+    rows = [ours.prompt((Message("user", parts),), plain=True) for parts in asked]
+    length = sum(len(row.tokens) for row in rows)
+    slots = {name: sum(row.slots[name] for row in rows) for name in ("image", "audio")}
+    packed = apply({"params": params}, ours.pack([rows], length, slots)).logits[0]
+    apart = apply({"params": params}, ours.batch(rows, slots, length)).logits
+    first, second = (len(row.tokens) for row in rows)
+    assert_close(packed[:first], apart[0, :first], 1e-5, "the first")
+    assert_close(packed[first:], apart[1, :second], 1e-5, "the second")
