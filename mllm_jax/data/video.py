@@ -23,6 +23,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import numpy as np
 
 from mllm_jax.data.images import MAX_PIXELS, Size
+from mllm_jax.data.packages import media_package
 from mllm_jax.data.pixels import MAX_CALL_PIXELS
 from mllm_jax.errors import ConfigError, DataError
 from mllm_jax.files import open_regular
@@ -218,7 +219,7 @@ def read_video(
 @contextmanager
 def _opened(source: Source) -> Iterator[tuple[Any, Any, str]]:
     """Opens the first video stream of a file; yields container, stream and name."""
-    av = _pyav()
+    av = media_package("av", "a video")
     what = "a video" if isinstance(source, bytes) else os.fspath(source)
     with ExitStack() as stack:
         try:
@@ -256,19 +257,9 @@ def _opened(source: Source) -> Iterator[tuple[Any, Any, str]]:
             ) from error
 
 
-def _pyav() -> Any:
-    try:
-        import av
-    except ImportError as error:
-        raise DataError(
-            f"a video, and no package that reads it ({error})", "PyAV", "run: pip install 'mllm-jax[media]'"
-        ) from error
-    return av
-
-
 def _packets(container: Any, stream: Any) -> Iterator[Any]:
     """Yields the packets of a stream; the last one, which is empty, flushes the decoder. A damaged end is no error."""
-    av = _pyav()
+    av = media_package("av", "a video")
     try:
         yield from container.demux(stream)
     except av.FFmpegError:
@@ -277,7 +268,7 @@ def _packets(container: Any, stream: Any) -> Iterator[Any]:
 
 def _frames(container: Any, stream: Any) -> Iterator[Any]:
     """Yields the frames that can be decoded, in the order in which they are shown."""
-    av = _pyav()
+    av = media_package("av", "a video")
     for packet in _packets(container, stream):
         try:
             frames = packet.decode()

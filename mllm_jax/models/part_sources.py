@@ -85,6 +85,8 @@ def reshaped_paths(source: Any, experiment: Any) -> set[str]:
         return set()
     config = experiment.model_of() if source.part == "*" else experiment.parts[source.part]
     stored, family = read_pretrained(source.folder)
+    if (part := _part_inside(source, stored)) is not None:
+        stored, family = part, family_of_config(part)
     words = set(vocabulary_axes(config)) if brings_words(experiment, source) else set()
     if not part_differences(stored, config):
         return words
@@ -129,15 +131,23 @@ def _from_model(
     vocabulary: Vocabulary | None,
     report: Callable[[str], None],
 ) -> dict:
-    _require_same(source, config, fitted(pretrained_config(source.folder), config, vocabulary=words))
+    stored = pretrained_config(source.folder)
+    part = _part_inside(source, stored)
+    _require_same(source, config, fitted(stored if part is None else part, config, vocabulary=words))
     # float32 like all trained parameters; a stage may hold frozen ones in less.
     _, params = from_pretrained(source.folder, dtype="float32", mesh=mesh)
+    params = params if part is None else params[source.part]
     if reshape:
         params = reshaped(params, wanted, config, vocabulary=vocabulary, report=report)
         return jax.device_put(params, shardings_of(wanted))
     leaves, targets = flatten_dict(params), flatten_dict(wanted)
     same = {path: leaf for path, leaf in leaves.items() if path in targets and leaf.shape == targets[path].shape}
     return unflatten_dict({path: jax.device_put(leaf, targets[path].sharding) for path, leaf in same.items()})
+
+
+def _part_inside(source: Any, stored: Any) -> Any:
+    """Returns the config of the source's part inside a folder's whole model; None: the folder holds what is asked."""
+    return None if source.part == "*" else getattr(stored, "parts", {}).get(source.part)
 
 
 def _from_run(source: Any, config: Any, wanted: dict) -> dict:
