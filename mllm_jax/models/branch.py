@@ -114,7 +114,7 @@ class Branch:
         if self.projects != (self.projector is None):
             raise ConfigError(
                 f"encoder {type(self.encoder).__name__} with projector {type(self.projector).__name__}",
-                "a projector, and None after an encoder that projects itself, as those of packed patches do",
+                "a projector for an encoder of whole images, and None for one that projects, as of packed patches",
                 "change the projector",
             )
         where, width = ("encoder", self.encoder) if self.projects else ("projector", self.projector)
