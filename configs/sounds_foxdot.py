@@ -62,7 +62,7 @@ def config() -> Experiment:
                 trainable=("projector_audio/*", "llm/*"),
                 data=Mixture((Weighted(FoxDotSounds()),), rows=8, length=128, slots={"audio": 6}),
                 optimizer=AdamW(learning_rate=1e-3, warmup_steps=30, weight_decay=0.1),
-                steps=400,
+                steps=250,
             ),
         ),
     )

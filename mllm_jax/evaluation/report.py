@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import binascii
 import json
 import math
 import shlex
@@ -19,6 +17,7 @@ from mllm_jax.checkpoints.run import RunFolder, read_json_lines
 from mllm_jax.errors import DataError, RunFolderError
 from mllm_jax.evaluation import figures, scores
 from mllm_jax.evaluation.charts import Line, chart, ema
+from mllm_jax.evaluation.shown_media import html
 from mllm_jax.evaluation.style import STYLE
 from mllm_jax.evaluation.tables import grouped, percent
 from mllm_jax.files import write_atomic
@@ -36,7 +35,7 @@ def write_report(run_dir: Path) -> Path:
     """Writes `report.html` into a run folder and returns its path.
 
     Reads `metrics.jsonl`, and where they exist `goodput.json`, `results.json` ({task: {metric: value}}),
-    `examples.json` (images as base64 PNG), `changes.jsonl` and `run.json` (free facts; `"headline": [task, ...]`
+    `examples.json` (media as base64), `changes.jsonl` and `run.json` (free facts; `"headline": [task, ...]`
     chooses the large figures). Missing files are left out. The page loads nothing: no script, no font, no address. An
     older page is replaced at once or not at all.
 
@@ -288,17 +287,13 @@ def _cards(examples: Sequence[Mapping[str, Any]]) -> str:
     judged = [example["correct"] for _, example in shown if example["correct"] is not None]
     cards = []
     for number, example in shown:
-        images = "".join(
-            f'<img alt="image {place}" src="data:image/png;base64,{_png(text, number)}">'
-            for place, text in enumerate(example.get("image_png_base64", []), start=1)
-        )
         css, verdict = {True: ("right", "✓ right"), False: ("wrong", "✗ wrong"), None: ("", "")}[example["correct"]]
         texts = {"answer": example["answer"], "reference": example["reference"]}
         answers = "".join(
             f"<dt>{name}</dt><dd>{escape(str(text))}</dd>" for name, text in texts.items() if text is not None
         )
         cards.append(
-            f'<article class="card {css}"><div class="images">{images}</div>'
+            f'<article class="card {css}"><div class="images">{html(example, number)}</div>'
             f'<p class="question">{escape(str(example["question"]))}</p><dl>{answers}</dl>'
             f'<p class="verdict"><b>{verdict}</b> <span>{escape(str(example["task"]))}</span></p></article>'
         )
@@ -324,17 +319,6 @@ def _spread(examples: Sequence[Mapping[str, Any]]) -> list[tuple[int, Mapping[st
         seen[example["task"]] += 1
     ranked.sort(key=lambda item: item[:2])
     return sorted(((number, example) for _, number, example in ranked[:CARDS]), key=lambda item: item[0])
-
-
-def _png(text: str, number: int) -> str:
-    try:
-        sound = base64.b64decode(text, validate=True).startswith(b"\x89PNG\r\n\x1a\n")
-    except (binascii.Error, ValueError, TypeError):
-        sound = False
-    if not sound:
-        todo = "evaluate again to write the file anew"
-        raise DataError(f"examples.json, entry {number}: an image that is no PNG", "PNG bytes in base64", todo)
-    return text
 
 
 def _time(account: Mapping[str, Any] | None) -> str:

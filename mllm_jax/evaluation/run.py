@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,17 +9,16 @@ from typing import Any
 import jax
 
 from mllm_jax.checkpoints.run import RunFolder, read_json
-from mllm_jax.data.images import as_image
 from mllm_jax.errors import ConfigError, TooFewError
 from mllm_jax.evaluation.evaluate import PREDICTIONS, lines, measure, read_predictions, write_predictions
 from mllm_jax.evaluation.report import write_report
+from mllm_jax.evaluation.shown_media import encoded
 from mllm_jax.generation.assistant import Assistant
 from mllm_jax.models.run_weights import load_run
 from mllm_jax.training.evaluation import BATCH, Evaluation, Measured, Prediction
 from mllm_jax.training.operations.run_folder import holding, write_json
 
 SHOWN = 4  # examples of a task in the report
-SIDE = 256  # largest side of their images in pixels
 
 
 def evaluate_run(
@@ -119,21 +116,12 @@ def _json(path: Path, kind: type) -> Any:
 
 
 def _example(task: str, said: Prediction) -> dict:
-    """Returns a prediction as the report shows it, with its images as base64 PNG."""
+    """Returns a prediction as the report shows it, with its media."""
     return {
         "task": task,
-        "image_png_base64": [_png(image.source) for image in said.images],
+        **encoded(said.media),
         "question": said.question,
         "answer": said.answer,
         "reference": said.reference,
         "correct": said.correct,
     }
-
-
-def _png(source: Any) -> str:
-    from PIL import Image
-
-    image, buffer = Image.fromarray(as_image(source)), io.BytesIO()
-    image.thumbnail((SIDE, SIDE))  # never enlarges
-    image.save(buffer, "PNG")
-    return base64.b64encode(buffer.getvalue()).decode()

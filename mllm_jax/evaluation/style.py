@@ -90,6 +90,8 @@ dt { color: var(--muted); } dd { margin: 0; overflow-wrap: anywhere; }
 }
 .images img { width: 128px; max-width: 100%; height: auto; object-fit: contain; }
 .images img:not(:only-child) { width: 80px; }
+.images audio { width: 100%; }
+.images:empty { display: none; }
 .question { margin: 10px 0 8px; font-weight: 550; }
 .card dl { display: grid; grid-template-columns: max-content 1fr; gap: 2px 10px; margin: 0 0 10px; }
 .verdict { margin: auto 0 0; font-size: 13px; } .verdict b { margin-right: 6px; }

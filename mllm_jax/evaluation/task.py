@@ -10,7 +10,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from flax.core import FrozenDict
 
-from mllm_jax.data.message import Conversation, Image, Message, conversation
+from mllm_jax.data.message import Conversation, Message, Text, conversation
 from mllm_jax.errors import ConfigError, DataError, TooFewError
 from mllm_jax.evaluation.metrics import AsksAgain, references
 from mllm_jax.generation.assistant import Assistant, writes_text
@@ -129,7 +129,7 @@ class Task:
         return Prediction(
             id=identity if isinstance(identity, str) and identity else index,
             question="\n".join(message.text for message in messages if message.role != "system"),
-            images=tuple(part for message in messages for part in message.parts if isinstance(part, Image)),
+            media=tuple(part for message in messages for part in message.parts if not isinstance(part, Text)),
             answer=answer.text,
             reference=next(iter(references(example)), None),
             correct=bool(score) if score in (0, 1) else None,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
-from mllm_jax.data.message import Image
+from mllm_jax.data.message import Part
 from mllm_jax.generation.assistant import Assistant
 
 BATCH = 64
@@ -18,14 +18,14 @@ class Prediction:
 
     Attributes:
         id: the example's own id, or its index.
-        images: the images of the question.
+        media: of the question.
         reference: the right answer; None: the example has none.
         correct: whether the answer is right; None: undefined for a single example.
     """
 
     id: str | int
     question: str
-    images: tuple[Image, ...]
+    media: tuple[Part, ...]
     answer: str
     reference: str | None
     correct: bool | None

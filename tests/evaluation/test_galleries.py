@@ -73,4 +73,4 @@ def test_recall_counts_strangers_and_keeps_to_its_own(task):
     with pytest.raises(DataError, match=f"{task} with 1 query"):
         search(Angles(), hand(task), limit=1)
     assert [one.reference for one in said] == ["0", "90"] and [one.answer for one in said] == ["0", "60"]
-    assert all(len(one.images) == 1 and "3" in one.question for one in said)
+    assert all(len(one.media) == 1 and "3" in one.question for one in said)

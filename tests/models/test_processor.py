@@ -223,8 +223,8 @@ def test_answers_to_learn(processor, tokenizer):
 @pytest.mark.parametrize(
     "text,given,message",
     [
-        ("what <image>", {}, r"1 placeholder\(s\) for images or videos, and 0 of them"),
-        ("what", dict(images=[make_image(0)]), r"0 placeholder\(s\) for images or videos, and 1 of them"),
+        ("what <image>", {}, r"1 placeholder\(s\) for media, and 0 of them"),
+        ("what", dict(images=[make_image(0)]), r"0 placeholder\(s\) for media, and 1 of them"),
         (["<image>", "<image>"], dict(images=[make_image(0)] * 3), r"3 image\(s\) for 2 texts that ask for \[1, 1\]"),
         ([{"role": "user", "content": "what <image> ?"}], dict(images=[make_image(0)]), "text has '<image>' in it"),
         ([{"role": "user", "content": [{"type": "audio"}]}], {}, "part of type 'audio'"),
