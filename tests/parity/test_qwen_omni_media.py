@@ -5,10 +5,12 @@ from __future__ import annotations
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from clips import clip
 from composed_checks import make_image
+from flax import linen as nn
 from omni_reference import HEARD, RATE, SEEN, WATCHED, frames, noise, save_reference
 
 from mllm_jax import Processor, from_pretrained
@@ -19,6 +21,7 @@ from mllm_jax.data.processing.composed import ComposedLayout, ImageTokens
 from mllm_jax.data.processing.layouts import Layout
 from mllm_jax.data.source_encoder import without_pixels
 from mllm_jax.data.video import read_video
+from mllm_jax.encoders.omni_audio import OmniAudioConfig
 from mllm_jax.errors import ConfigError, DataError
 from mllm_jax.models.qwen_omni import QwenOmniLayout
 from mllm_jax.models.registry import pretrained_config
@@ -140,3 +143,20 @@ def test_packed_examples_are_answered_as_alone(ours, assert_close):
     first, second = (len(row.tokens) for row in rows)
     assert_close(packed[:first], apart[0, :first], 1e-5, "the first")
     assert_close(packed[first:], apart[1, :second], 1e-5, "the second")
+
+
+@pytest.mark.parametrize("window", [3, 4])
+def test_gradients_are_finite_and_zero_after_the_end(window):
+    sizes = dict(num_mel_bins=4, hidden_size=8, num_layers=2, num_heads=2, mlp_size=8, output_size=8)
+    module = OmniAudioConfig(n_window=window, **sizes).make()
+    features = np.random.default_rng(0).normal(size=(3, 4, 24)).astype(np.float32)
+    mask = np.arange(24) < np.asarray([[24], [5], [0]])  # chunks that are empty, and a sound that is
+    params = nn.meta.unbox(module.init(jax.random.key(0), features)["params"])
+
+    def heard(params, features):
+        out = module.apply({"params": params}, features, mask)
+        return jnp.where(out.mask[..., None], out.last_hidden_state, 0).sum()
+
+    own, given = jax.jit(jax.grad(heard, (0, 1)))(params, features)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(own))
+    assert np.isfinite(given).all() and (given.swapaxes(1, 2)[~mask] == 0).all() and given[0].any()
