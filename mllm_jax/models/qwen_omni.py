@@ -187,7 +187,8 @@ class QwenOmniLayout(QwenVLLayout):
         The processor pads to minutes. Here it pads until no frame reads the sound, which changes no value.
         """
         p = self.audio_processor
-        padded = np.pad(samples, (0, min(2 * p.n_fft, p.chunk_samples - len(samples))))
+        more = min(2 * p.n_fft, p.chunk_samples - len(samples))
+        padded = np.pad(samples, (0, more), constant_values=p.padding_value)
         return replace(p, padding="longest")([padded])[p.name][0][:, : p.steps(len(samples))]
 
     def _together(self, video: Media, sound: Media) -> list[Media]:
