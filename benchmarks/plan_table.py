@@ -28,6 +28,7 @@ MODELS = {
     "llava15_7b:instruct": "configs/llava15_7b.py",
     "internvl3_8b:finetune": "configs/internvl3_8b.py",
     "qwen25vl_7b:instruct": "configs/qwen25vl_7b.py",
+    "qwen2_audio_7b:instruct": "configs/qwen2_audio_7b.py",
     "instructblip_vicuna7b:instruct": "configs/instructblip_vicuna7b.py",
     "internvl25_78b:finetune": "configs/internvl25_78b.py",
 }

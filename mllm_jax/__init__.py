@@ -45,6 +45,7 @@ if TYPE_CHECKING:  # for editors and type checkers; `_HOMES` has the same names 
     from mllm_jax.encoders.hubert import HubertDialect as HubertDialect
     from mllm_jax.encoders.nfnet import NFNetConfig as NFNetConfig
     from mllm_jax.encoders.nfnet import NFNetDialect as NFNetDialect
+    from mllm_jax.encoders.omni_audio import OmniAudioConfig as OmniAudioConfig
     from mllm_jax.encoders.qwen2_audio import Qwen2AudioEncoderConfig as Qwen2AudioEncoderConfig
     from mllm_jax.encoders.qwen_vit import QwenViTConfig as QwenViTConfig
     from mllm_jax.encoders.qwen_vit import QwenViTDialect as QwenViTDialect
@@ -101,6 +102,7 @@ if TYPE_CHECKING:  # for editors and type checkers; `_HOMES` has the same names 
     from mllm_jax.models.processor import Processor as Processor
     from mllm_jax.models.prompt_guided import PromptGuidedConfig as PromptGuidedConfig
     from mllm_jax.models.qwen2_audio import Qwen2AudioConfig as Qwen2AudioConfig
+    from mllm_jax.models.qwen_omni import QwenOmniConfig as QwenOmniConfig
     from mllm_jax.models.qwen_vl import QwenVLConfig as QwenVLConfig
     from mllm_jax.models.qwen_vl_v1 import QwenVLV1Config as QwenVLV1Config
     from mllm_jax.models.registry import from_pretrained as from_pretrained
@@ -166,6 +168,7 @@ _NAMES = {
     "encoders.cformer": ("CFormerConfig",),
     "encoders.hubert": ("HubertConfig", "HubertCTCConfig", "HubertDialect"),
     "encoders.nfnet": ("NFNetConfig", "NFNetDialect"),
+    "encoders.omni_audio": ("OmniAudioConfig",),
     "encoders.qwen2_audio": ("Qwen2AudioEncoderConfig",),
     "encoders.qwen_vit": ("QwenViTConfig", "QwenViTDialect"),
     "encoders.qwen_vit_v1": ("QwenViTV1Config",),
@@ -204,6 +207,7 @@ _NAMES = {
     "models.processor": ("Processor",),
     "models.prompt_guided": ("PromptGuidedConfig",),
     "models.qwen2_audio": ("Qwen2AudioConfig",),
+    "models.qwen_omni": ("QwenOmniConfig",),
     "models.qwen_vl": ("QwenVLConfig",),
     "models.qwen_vl_v1": ("QwenVLV1Config",),
     "models.registry": ("from_pretrained", "pretrained_config", "save_pretrained", "supported_models"),

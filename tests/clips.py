@@ -34,6 +34,7 @@ def clip(
     rotation: int = 0,
     key_every: int = 4,
     header_first: bool = False,
+    heard: np.ndarray | None = None,
 ) -> bytes:
     """Returns the bytes of a video.
 
@@ -43,11 +44,12 @@ def clip(
         times: of each frame in seconds, for a variable frame rate.
         frames: uint8[count, h, w, 3]; None: grey ones of `shade`.
         rotation: the angle by which a player turns the frames of an mp4 counterclockwise.
+        heard: float32[n], samples of a sound track, 16,000 a second.
         header_first: the header of an mp4 comes first, so that the beginning of the file can be read.
     """
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / f"clip.{suffix}"
-        _write(path, count, fps, size, codec, times, frames, key_every, header_first)
+        _write(path, count, fps, size, codec, times, frames, key_every, header_first, heard)
         return _turned(path.read_bytes(), rotation)
 
 
@@ -63,7 +65,7 @@ def _turned(made: bytes, rotation: int) -> bytes:
     return made[:place] + turned + made[place + len(turned) :]
 
 
-def _write(path: Path, count, fps, size, codec, times, frames, key_every, header_first) -> None:
+def _write(path: Path, count, fps, size, codec, times, frames, key_every, header_first, heard) -> None:
     import av
 
     with av.open(str(path), "w", options={"movflags": "faststart"} if header_first else {}) as out:
@@ -72,6 +74,7 @@ def _write(path: Path, count, fps, size, codec, times, frames, key_every, header
         stream.codec_context.gop_size = key_every
         if times is not None:
             stream.codec_context.time_base = Fraction(1, 1000)
+        track = None if heard is None else out.add_stream("aac", rate=16_000, layout="mono")
         for index in range(count):
             pixels = np.full((*size, 3), shade(index), np.uint8) if frames is None else frames[index]
             frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
@@ -79,6 +82,11 @@ def _write(path: Path, count, fps, size, codec, times, frames, key_every, header
                 frame.pts, frame.time_base = round(1000 * times[index]), Fraction(1, 1000)
             out.mux(stream.encode(frame))
         out.mux(stream.encode())
+        if track is not None:
+            frame = av.AudioFrame.from_ndarray(heard[None], format="fltp", layout="mono")
+            frame.sample_rate = 16_000
+            out.mux(track.encode(frame))
+            out.mux(track.encode())
 
 
 def sound(cover: bool = False, seconds: float = 0.2) -> bytes:

@@ -183,6 +183,8 @@ def test_images_and_videos_in_one_question():
     found = one_medium_each(["M", "--image", "a", "b", "--video", "c", "--video=d", "Q", "--frames", "8"])
     media = ["--image", "a", "--image", "b", "--video", "c", "--video", "d"]
     assert found == ["M", "Q", "--frames", "8", *media]
+    heard = ["M", "--use-audio-in-video", "Q", "--video", "c"]
+    assert one_medium_each(heard) == ["M", "Q", "--use-audio-in-video", "--video", "c"]
     assert one_medium_each(["M", "Q", "--video", "c", "d"]) == ["M", "Q", "--video", "c", "--video", "d"]
     heard = one_medium_each(["M", "--image", "a", "--audio", "e", "f", "Q"])
     assert heard == ["M", "Q", "--image", "a", "--audio", "e", "--audio", "f"]
@@ -207,6 +209,8 @@ REFUSED = {
     "an image as a sound": ("Q --audio {images}/a.png", "a.png"),
     "a sound and no question": ("--audio {images}/a.png {images}/b.png", "b.png as the question"),
     "frames of no video": ("Q --frames 8", "with --video FILE"),
+    "the sound of no video": ("Q --use-audio-in-video", "without a video"),
+    "no place for its sound": ("Q --image {images}/a.png --use-audio-in-video", "with --video FILE"),
     "no frames": ("Q --video {images}/a.png --frames 0", "at least 1"),
     "an image as a video": ("Q --video {images}/a.png", "cannot be opened as a video"),
     "text as a video": ("Q --video {images}/notes.txt", "cannot be opened as a video"),

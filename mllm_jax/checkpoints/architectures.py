@@ -75,6 +75,8 @@ ARCHITECTURES: tuple[Architecture, ...] = (
     Architecture("Qwen2VisionTransformerPretrainedModel", "mllm_jax.encoders.qwen_vit", "qwen2_vl_vision"),
     Architecture("Qwen2_5_VisionTransformerPretrainedModel", "mllm_jax.encoders.qwen_vit", "qwen2_5_vl_vision"),
     Architecture("Qwen3VLVisionModel", "mllm_jax.encoders.qwen_vit", "qwen3_vl_vision"),
+    Architecture("Qwen2_5OmniVisionEncoder", "mllm_jax.encoders.qwen_vit", "qwen2_5_omni_vision_encoder"),
+    Architecture("Qwen2_5OmniAudioEncoder", "mllm_jax.encoders.omni_audio", "qwen2_5_omni_audio_encoder"),
     Architecture("QWenVisionTransformer", "mllm_jax.models.qwen_vl_v1"),
     # Its folders give the class of its language model.
     Architecture("QWenVL", "mllm_jax.models.qwen_vl_v1", called="QWenLMHeadModel", option="visual"),
@@ -90,6 +92,10 @@ ARCHITECTURES: tuple[Architecture, ...] = (
     Architecture("Qwen2VLForConditionalGeneration", "mllm_jax.models.qwen_vl", "qwen2_vl"),
     Architecture("Qwen2_5_VLForConditionalGeneration", "mllm_jax.models.qwen_vl", "qwen2_5_vl"),
     Architecture("Qwen3VLForConditionalGeneration", "mllm_jax.models.qwen_vl", "qwen3_vl"),
+    Architecture("Qwen2_5OmniThinkerForConditionalGeneration", "mllm_jax.models.qwen_omni", "qwen2_5_omni_thinker"),
+    # The folder of the whole model, of which the thinker is read.
+    Architecture("Qwen2_5OmniForConditionalGeneration", "mllm_jax.models.qwen_omni", "qwen2_5_omni"),
+    Architecture("Qwen2_5OmniModel", "mllm_jax.models.qwen_omni", "qwen2_5_omni"),
     Architecture("HubertModel", "mllm_jax.encoders.hubert", "hubert"),
     Architecture("HubertForCTC", "mllm_jax.encoders.hubert", "hubert"),
     Architecture("WhisperForConditionalGeneration", "mllm_jax.models.whisper", "whisper"),

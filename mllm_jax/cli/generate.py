@@ -30,7 +30,8 @@ if TYPE_CHECKING:
     from mllm_jax.generation.prompts import Prompt, Prompts
 
 BATCH = 8
-FLAGS = ("--stats", "--no-stats")  # options without a value
+# options without a value
+FLAGS = ("--stats", "--no-stats", "--use-audio-in-video", "--no-use-audio-in-video")
 MEDIA = ("--image", "--video", "--audio")  # options of several values
 
 
@@ -45,6 +46,7 @@ class Generate:
         video: video files, after the images; several may follow one --video.
         audio: sound files, after images and videos; several may follow one --audio.
         frames: number of frames of each video; default: the model's choice.
+        use_audio_in_video: the model also hears the videos' sound, in time with the frames.
         prompts: a .jsonl file of conversations, one a line: a text, a list of messages, {"messages": [...]} or
             {"prompt": "...", "image": "a.png" or ["a.png", "b.png"]}, with an "id" or without; or a folder of images:
             the question is asked about each.
@@ -61,6 +63,7 @@ class Generate:
     video: tyro.conf.UseAppendAction[tuple[Path, ...]] = ()
     audio: tyro.conf.UseAppendAction[tuple[Path, ...]] = ()
     frames: int | None = None
+    use_audio_in_video: bool = False
     prompts: Path | None = None
     out: Path | None = None
     media: Path | None = None
@@ -74,6 +77,8 @@ class Generate:
             if getattr(self, name) < 1:
                 option = f"--{name.replace('_', '-')}"
                 raise ConfigError(f"{name} {getattr(self, name)}", "at least 1", f"change {option}")
+        if self.use_audio_in_video and not self.video:
+            raise ConfigError("--use-audio-in-video without a video", "it with --video FILE", "name one, or drop it")
         if self.prompts is None:
             self._check_question()
         else:
@@ -160,7 +165,7 @@ def _ask_one(options: Generate) -> int:
     media: list[Part] = [Image(read_image(path)) for path in options.image]
     for path in options.video:
         video_header(path)
-        media.append(Video(path, num_frames=options.frames))
+        media.append(Video(path, num_frames=options.frames, use_audio_in_video=options.use_audio_in_video))
     for path in options.audio:
         audio_length(path)
         media.append(Audio(path))

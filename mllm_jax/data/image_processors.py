@@ -199,6 +199,10 @@ _KINDS = {
 _PACKED = ("Qwen2VLImageProcessor", "Qwen2VLVideoProcessor", "Qwen3VLVideoProcessor")
 _SQUARED = ("DeepseekVLImageProcessor", "DeepseekVLHybridImageProcessor")  # resized, then padded to a square
 # fmt: off
+_OF_SOUNDS = (
+    *("feature_size", "sampling_rate", "hop_length", "chunk_length", "n_fft", "n_samples", "nb_max_frames", "dither"),
+    *("padding_side", "padding_value", "return_attention_mask"),
+)
 _IDLE = (  # options of layout, of training or of other tools; images are always RGB here
     "image_processor_type", "feature_extractor_type", "processor_class", "auto_map", "do_convert_rgb", "data_format",
     "input_data_format", "device", "return_tensors", "disable_grouping", "image_seq_length", "_valid_processor_keys",
@@ -376,6 +380,8 @@ def image_processor(values: Mapping[str, Any], what: str = "preprocessor_config.
         if low.mean is not None:
             mean, std = _three(mean, "high_res_image_mean", refuse), _three(std, "high_res_image_std", refuse)
             fields |= dict(mean=mean, std=std)
+    if values.get("feature_extractor_type") == "WhisperFeatureExtractor":  # Qwen2.5-Omni's file is of both processors
+        read |= set(_OF_SOUNDS)
     unread = {name: value for name, value in values.items() if name not in read and value not in (None, False)}
     if unread:
         refuse(", ".join(f"{name}={value!r}" for name, value in sorted(unread.items())), f"options of {kind}")

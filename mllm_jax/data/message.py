@@ -45,15 +45,19 @@ class Video:
         fps: frames per second; of a file, the rate at which frames are sampled instead of the model's.
         times: the time of each frame in seconds, for frames.
         num_frames: the number of frames to sample from a file; None: `fps`, or the model's number.
+        use_audio_in_video: True: the model also hears the file's sound, in time with the frames, if the file has any;
+            an `Audio`: it hears that, with frames or instead of the file's.
 
     Raises:
-        DataError: frames without times, times that do not fit the frames, or a number that is not positive.
+        DataError: frames without times, times that do not fit the frames, a number that is not positive, or frames
+            whose sound is not given.
     """
 
     source: Any = None
     fps: float | None = field(default=None, kw_only=True)
     times: Sequence[float] | None = field(default=None, kw_only=True)
     num_frames: int | None = field(default=None, kw_only=True)
+    use_audio_in_video: bool | Audio = field(default=False, kw_only=True)
 
     def __post_init__(self):
         if wrong := _wrong_video(self):
@@ -178,6 +182,8 @@ def _wrong_video(video: Video) -> tuple[str, str] | None:
         return f"a video with fps={fps!r:.100}", "a positive number of frames a second"
     if number is not None and not (_is_number(number, Integral) and number > 0):
         return f"a video with num_frames={number!r:.100}", "a positive whole number"
+    if not isinstance(video.use_audio_in_video, (bool, Audio)):
+        return f"a video with use_audio_in_video={video.use_audio_in_video!r:.100}", "True, False or an Audio"
     if source is None:
         return None
     if video.is_file:
@@ -193,6 +199,8 @@ def _wrong_video(video: Video) -> tuple[str, str] | None:
         return "a video of no frames", "at least one frame"
     if number is not None:
         return "frames with num_frames", "frames alone: all of them are shown"
+    if video.use_audio_in_video is True:
+        return "frames with use_audio_in_video=True", "use_audio_in_video=Audio(...): frames have no sound themselves"
     if fps is None and times is None:
         return f"a video of {len(source)} frames without their times", "fps or times"
     if times is None:
@@ -234,7 +242,7 @@ def _parts(content: Sequence[Any]) -> Iterator[Part]:
             source = next((part[name] for name in (kind, "path") if part.get(name) is not None), None)
             more = {
                 name: part[name]
-                for name in ("fps", "times", "num_frames", "rate")
+                for name in ("fps", "times", "num_frames", "use_audio_in_video", "rate")
                 if name in part and name in MEDIA[kind].__dataclass_fields__
             }
             yield MEDIA[kind](source, **more)

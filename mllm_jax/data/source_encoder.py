@@ -15,7 +15,7 @@ from mllm_jax.data.images import Drawn, image_size
 from mllm_jax.data.message import Example, Image, Message, Part, Video
 from mllm_jax.data.processing.layouts import Layout
 from mllm_jax.data.processing.media import Encoded, Lazy
-from mllm_jax.data.processing.video import sized_frames
+from mllm_jax.data.processing.video import sized_frames, sound_of
 from mllm_jax.data.retry import RetryPolicy, patiently
 from mllm_jax.data.source import Source
 from mllm_jax.errors import DataError
@@ -142,6 +142,10 @@ def _sized(part: Part, layout: Layout) -> Part:
         drawn = isinstance(part.source, Drawn) and part.source.size is None
         return part if drawn and not layout.needs_sizes else replace(part, source=image_size(part.source))
     if isinstance(part, Video) and (layout.needs_sizes or part.is_file):
+        if part.use_audio_in_video:
+            if not layout.hears_videos:
+                return part  # it will be refused
+            part = replace(part, use_audio_in_video=sound_of(part) or False)
         return sized_frames(part, layout.sampling, layout.needs_times)
     return part
 

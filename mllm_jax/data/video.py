@@ -148,6 +148,12 @@ def video_header(source: Source) -> VideoHeader:
     return VideoHeader(size, len(timeline.stamps), len(timeline.stamps) / timeline.duration)
 
 
+def has_sound(source: Source) -> bool:
+    """Returns whether a video's file has a sound track. Raises DataError: see `read_video`."""
+    with _opened(source) as (container, _, _):
+        return bool(container.streams.audio)
+
+
 def measure_video(source: Source, sampling: FrameSampling, exact: bool = False) -> tuple[Size, FrameTimes]:
     """Returns the size and the times of the frames from `read_video`, without decoding them.
 

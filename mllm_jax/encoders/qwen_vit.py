@@ -1,4 +1,5 @@
-"""The image encoders of Qwen2-VL (arXiv 2409.12191), Qwen2.5-VL (arXiv 2502.13923) and Qwen3-VL (arXiv 2511.21631).
+"""The image encoders of Qwen2-VL (arXiv 2409.12191), Qwen2.5-VL (arXiv 2502.13923), Qwen3-VL (arXiv 2511.21631) and
+Qwen2.5-Omni (arXiv 2503.20215), which has Qwen2.5-VL's with other names.
 
 They encode images and videos at their own resolution, several in a row. Patches have the processors' order: the patches
 of each square of merge_size x merge_size are consecutive ("merge-ordered"), so that merging is a reshape.
@@ -43,12 +44,12 @@ from mllm_jax.layers.rotary import grid_angles
 from mllm_jax.layers.stack import layers_of
 from mllm_jax.sharding.logical import constrain
 
-NORM_EPS = 1e-6  # of every norm in the three encoders; no option sets it
+NORM_EPS = 1e-6  # of every norm in the encoders; no option sets it
 
 
 @dataclass(frozen=True)
 class QwenViTDialect:
-    """Differences between the three vision encoders; the defaults are Qwen2-VL's.
+    """Differences between the vision encoders; the defaults are Qwen2-VL's.
 
     Attributes:
         gated: whether the MLP is gated; with activation "silu" it is SwiGLU.
@@ -284,18 +285,22 @@ class QwenViT(nn.Module):
 
 # ---- Hugging Face folders
 
-_QWEN2, _QWEN25, _QWEN3 = (
+_QWEN2, _QWEN25, _QWEN3, _OMNI = (
     "Qwen2VisionTransformerPretrainedModel",
     "Qwen2_5_VisionTransformerPretrainedModel",
     "Qwen3VLVisionModel",
+    "Qwen2_5OmniVisionEncoder",
 )
 # Defaults of the options that config.json leaves out.
 _COMMON = dict(num_heads=16, in_channels=3, patch_size=14, spatial_merge_size=2, temporal_patch_size=2)
+_WINDOWED = _COMMON | dict(
+    depth=32, hidden_size=3584, hidden_act="silu", intermediate_size=3420, out_hidden_size=3584, window_size=112,
+    fullatt_block_indexes=(7, 15, 23, 31),
+)  # fmt: skip
 _DEFAULTS = {
     _QWEN2: _COMMON | dict(depth=32, embed_dim=1280, hidden_size=3584, hidden_act="quick_gelu", mlp_ratio=4),
-    _QWEN25: _COMMON
-    | dict(depth=32, hidden_size=3584, hidden_act="silu", intermediate_size=3420, out_hidden_size=3584)
-    | dict(window_size=112, fullatt_block_indexes=(7, 15, 23, 31), tokens_per_second=4),
+    _QWEN25: _WINDOWED | dict(tokens_per_second=4),
+    _OMNI: _WINDOWED,
     _QWEN3: _COMMON
     | dict(depth=27, hidden_size=1152, hidden_act="gelu_pytorch_tanh", intermediate_size=4304, out_hidden_size=3584)
     | dict(patch_size=16, num_position_embeddings=2304, deepstack_visual_indexes=(8, 16, 24)),
@@ -315,25 +320,26 @@ _WIDTHS: Fields = {
     "mlp_size": ("intermediate_size", "size"),
     "output_size": ("out_hidden_size", "size"),
 }
+_WINDOWS: Fields = _WIDTHS | {
+    "window_size": ("window_size", "size"),
+    "full_layers": ("fullatt_block_indexes", "counts"),
+}
 _OWN: dict[str, Fields] = {
     _QWEN2: {"hidden_size": ("embed_dim", "size"), "output_size": ("hidden_size", "size")},
-    _QWEN25: _WIDTHS
-    | {
-        "window_size": ("window_size", "size"),
-        "full_layers": ("fullatt_block_indexes", "counts"),
-        "tokens_per_second": ("tokens_per_second", "size"),
-    },
+    _QWEN25: _WINDOWS | {"tokens_per_second": ("tokens_per_second", "size")},
+    _OMNI: _WINDOWS,
     _QWEN3: _WIDTHS
     | {
         "num_positions": ("num_position_embeddings", "size", ..., MOST_PATCHES**2),
         "deepstack_layers": ("deepstack_visual_indexes", "counts"),
     },
 }
-# The modules' names: projections of the MLP, then the merger's norm and two maps.
+# The modules' names: queries, keys and values, projections of the MLP, then the merger's norm and two maps.
 _NAMES = {
-    _QWEN2: (("fc1", "fc2"), ("ln_q", "mlp.0", "mlp.2")),
-    _QWEN25: (("up_proj", "down_proj"), ("ln_q", "mlp.0", "mlp.2")),
-    _QWEN3: (("linear_fc1", "linear_fc2"), ("norm", "linear_fc1", "linear_fc2")),
+    _QWEN2: (("qkv",) * 3, ("fc1", "fc2"), ("ln_q", "mlp.0", "mlp.2")),
+    _QWEN25: (("qkv",) * 3, ("up_proj", "down_proj"), ("ln_q", "mlp.0", "mlp.2")),
+    _QWEN3: (("qkv",) * 3, ("linear_fc1", "linear_fc2"), ("norm", "linear_fc1", "linear_fc2")),
+    _OMNI: (tuple("qkv"), ("up_proj", "down_proj"), ("ln_q", "mlp.0", "mlp.2")),
 }
 
 
@@ -367,8 +373,11 @@ def from_hf_config(values: dict) -> QwenViTConfig:
     options.only("spatial_patch_size", read["patch_size"])
     if family == _QWEN2:
         read["mlp_size"] = int(read["hidden_size"] * options.number("mlp_ratio", ..., *RATIOS))
-    if family == _QWEN25:
+    if family in (_QWEN25, _OMNI):
         read |= dict(norm="rms", gated=True)
+    if family == _OMNI:  # as the hub's files have them; the whole model has its own steps a second
+        options.only("embed_dim", read["hidden_size"])
+        options.skip("tokens_per_second")
     if family == _QWEN3:
         read |= dict(patch_bias=True)
     options.skip(*ELSEWHERE)
@@ -395,7 +404,7 @@ def to_hf_config(config: QwenViTConfig) -> dict:
 def table(config: QwenViTConfig) -> Table:
     """Returns the table of the encoder's weights; in a whole model's folder the LLM's weights are ignored."""
     c, dialect = config, config.dialect
-    (up, down), merger = _NAMES[c.family]
+    heads, (up, down), merger = _NAMES[c.family]
     head, bias, hub = {"h": c.hidden_size // c.num_heads}, dialect.norm == "layer", "blocks.{layer}"
 
     def merge(name: str, path: str) -> list[Weight]:
@@ -408,7 +417,8 @@ def table(config: QwenViTConfig) -> Table:
         weights.append(Weight("pos_embed.weight", "position_embedding"))
     weights += norm(f"{hub}.norm1", "layers/attention_norm", bias=bias)
     weights += norm(f"{hub}.norm2", "layers/mlp_norm", bias=bias)
-    weights += into_heads((f"{hub}.attn.qkv",) * 3, "layers/attention", head["h"], (c.hidden_size,) * 3)
+    names = [f"{hub}.attn.{name}" for name in heads]
+    weights += into_heads(names, "layers/attention", head["h"], (c.hidden_size,) * 3)
     weights += linear(f"{hub}.attn.proj", "layers/attention/out", OUT_OF_HEADS, head)
     if dialect.gated:
         weights += linear(f"{hub}.mlp.gate_proj", "layers/mlp/gate")
@@ -431,7 +441,7 @@ def sample(config: QwenViTConfig) -> tuple:
 
 
 FAMILIES = families(
-    {_QWEN2: "Qwen2-VL ViT", _QWEN25: "Qwen2.5-VL ViT", _QWEN3: "Qwen3-VL ViT"},
+    {_QWEN2: "Qwen2-VL ViT", _QWEN25: "Qwen2.5-VL ViT", _QWEN3: "Qwen3-VL ViT", _OMNI: "Qwen2.5-Omni ViT"},
     from_hf=from_hf_config,
     to_hf=to_hf_config,
     table=table,

@@ -7,6 +7,7 @@ A line of a file is one of
     {"messages": [...], "id": "7"}
     {"prompt": "What is different?", "image": ["a.png", "b.png"], "id": "8"}
     {"prompt": "What happens?", "video": "a.mp4"}
+    [{"role": "user", "content": [{"type": "video", "path": "a.mp4", "use_audio_in_video": true}]}]
     {"prompt": "What is this sound?", "audio": "a.wav"}
 
 Paths are relative to the file's folder, or to a given folder. Other keys of an object are not read.

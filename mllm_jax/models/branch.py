@@ -35,9 +35,10 @@ class Branch:
     """The encoder and the projector of one modality.
 
     Attributes:
-        encoder: of media of one size, or of packed patches, which it merges and projects itself; or the modality of
-            the branch whose encoder this branch shares.
-        projector: None for an encoder of packed patches; or the modality of the branch whose projector it shares.
+        encoder: of media of one size, or of packed patches; or the modality of the branch whose encoder this branch
+            shares.
+        projector: None for an encoder that projects itself, see `projects`; or the modality of the branch whose
+            projector it shares.
         seconds: for an encoder of sounds: the longest sound in one slot; a longer one takes several.
     """
 
@@ -52,6 +53,11 @@ class Branch:
         return getattr(self.encoder, "packed", False)
 
     @property
+    def projects(self) -> bool:
+        """True if the encoder merges its vectors and projects them to the LLM's width itself."""
+        return self.packed or getattr(self.encoder, "projects", False)
+
+    @property
     def sound(self) -> bool:
         """True if the encoder reads sounds."""
         return getattr(self.encoder, "rate", None) is not None
@@ -63,7 +69,7 @@ class Branch:
 
     def joined(self, hidden_size: int) -> Branch:
         """Returns the branch with open widths filled in, from the LLM and the encoder."""
-        if self.packed:
+        if self.projects:
             return replace(self, encoder=filled(self.encoder, output_size=hidden_size))
         features = read_from(self.encoder) if self.connection.layers is None else {}
         return replace(self, projector=filled(self.projector, output_size=hidden_size, **features))
@@ -88,6 +94,8 @@ class Branch:
         Raises:
             ConfigError: the projector reads only images.
         """
+        if self.projects:
+            return self.encoder.frames(steps)
         if not hasattr(self.projector, "length"):
             raise ConfigError(
                 f"projector {type(self.projector).__name__} after {type(self.encoder).__name__}",
@@ -103,13 +111,13 @@ class Branch:
 
     def check(self, hidden_size: int) -> None:
         """Raises ConfigError if the parts do not fit each other, or the LLM's width."""
-        if self.packed != (self.projector is None):
+        if self.projects != (self.projector is None):
             raise ConfigError(
                 f"encoder {type(self.encoder).__name__} with projector {type(self.projector).__name__}",
-                "a projector for an encoder of whole images, and None for one of packed patches, which projects",
+                "a projector for an encoder of whole images, and None for one that projects, as of packed patches",
                 "change the projector",
             )
-        where, width = ("encoder", self.encoder) if self.packed else ("projector", self.projector)
+        where, width = ("encoder", self.encoder) if self.projects else ("projector", self.projector)
         if width.output_size != hidden_size:
             raise ConfigError(
                 f"{where}.output_size {width.output_size}", f"the LLM's hidden_size {hidden_size}", "make the two equal"

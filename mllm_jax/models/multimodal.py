@@ -265,7 +265,10 @@ class Multimodal(nn.Module):
             features = self._heard(features, mask, modality)
         elif given == "images":
             features = self._features(features, modality)
-        media = self._part("projector", modality)(features, *flat.values())
+        if self.config.branch(modality).projects:
+            media = features
+        else:
+            media = self._part("projector", modality)(features, *flat.values())
         slots = here[given].shape[1] // sizes["s"]
         return MediaTokens(rearrange(media, "(r s b m) t e -> (r b) (s m t) e", m=slots, **sizes))
 

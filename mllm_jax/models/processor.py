@@ -25,6 +25,7 @@ from mllm_jax.data.processing.encode import (
 )
 from mllm_jax.data.processing.layouts import Layout, TextLayout
 from mllm_jax.data.processing.media import Encoded, Media
+from mllm_jax.data.processing.video import with_sound
 from mllm_jax.data.tokenizer import tokenizer_in
 from mllm_jax.data.video import FIVE_FRAMES, FrameSampling
 from mllm_jax.errors import ConfigError, DataError
@@ -187,6 +188,7 @@ class Processor:
         answers: str | Sequence[str] | None = None,
         slots: Mapping[str, int] | None = None,
         length: int | None = None,
+        use_audio_in_video: bool = False,
     ) -> dict[str, np.ndarray]:
         """Makes a batch of one text, or of a list of texts.
 
@@ -199,6 +201,7 @@ class Processor:
             answers: one for each text, for a batch to train on.
             slots: for media in each row, by modality, such as {"image": 2}; None: as many as this batch needs.
             length: of the rows; None: that of the longest text.
+            use_audio_in_video: the model also hears the sound of every video's file; see `Video`.
 
         Returns:
             NumPy arrays by name, as `Multimodal` takes them; with `answers` also loss_weights.
@@ -218,6 +221,8 @@ class Processor:
         given = {"image": images, "video": videos, "audio": audios}
         wanted = [self._wanted(each, found, given) for each, found in zip(texts, ids, strict=True)]
         shown = _shown(wanted, given)
+        if use_audio_in_video:
+            shown = [[with_sound(part) for part in row] for row in shown]
         media = self.layout.prepare_all(shown)
         encoded = [self._asked(*each) for each in zip(texts, ids, media, strict=True)]
         if answers is not None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mllm_jax.checkpoints.architectures import architecture, model_type
+from mllm_jax.checkpoints.architectures import architecture, model_type, nameless
 from mllm_jax.checkpoints.config_json import check_written, stored_fields
 from mllm_jax.checkpoints.config_options import ConfigOptions
 from mllm_jax.checkpoints.fields import change_fields
@@ -253,7 +253,9 @@ def from_hf_config(values: dict) -> QwenVLConfig:
     tower = qwen_vit.from_hf_config(dict(model_type=model_type(family), vision_config=whole.part("vision_config", {})))
     config = QwenVLConfig(
         inputs={"image": Branch(tower)},
-        llm=_read_llm(family, text | {"tie_word_embeddings": tied}, what),
+        llm=read_mrope_llm(
+            text | {"tie_word_embeddings": tied}, what, _LLMS[family], _DEFAULTS[family], _SECTIONS[family], _IDLE[:3]
+        ),
         image_token_id=options.id("image_token_id", 151655),
         video_token_id=options.id("video_token_id", 151656),
         family=family,
@@ -262,40 +264,53 @@ def from_hf_config(values: dict) -> QwenVLConfig:
     return config
 
 
-def _read_llm(family: str, text: dict, what: str) -> DecoderConfig:
-    """Reads a Qwen2 or Qwen3 with M-RoPE."""
-    left = {n: v for n, v in text.items() if n not in ("architectures", "rope_scaling", "rope_parameters", *_IDLE[:3])}
+def read_mrope_llm(
+    text: dict, what: str, kind: str, usual: Mapping, sections: Sequence[int], idle: Sequence[str] = ()
+) -> DecoderConfig:
+    """Reads the options of a Qwen2 or Qwen3 with M-RoPE.
+
+    Args:
+        kind: its model_type, "qwen2" or "qwen3", whose M-RoPE is interleaved.
+        usual: values of absent options.
+        sections: those of M-RoPE if they are absent.
+        idle: options to pass over.
+    """
+    left = {n: v for n, v in text.items() if n not in ("architectures", "rope_scaling", "rope_parameters", *idle)}
     options = ConfigOptions(text, f"text_config of {what}")
     rope = options.part("rope_scaling", {}) or options.part("rope_parameters", {})
-    sections = ConfigOptions(rope, f"rope options in {what}").counts("mrope_section", _SECTIONS[family])
+    sections = ConfigOptions(rope, f"rope options in {what}").counts("mrope_section", sections)
     rope.pop("mrope_section", None)
     rope.pop("mrope_interleaved", None)  # Qwen3-VL's always are
-    kind = rope.pop("type", None)
-    rope.setdefault("rope_type", kind or "default")
+    old = rope.pop("type", None)
+    rope.setdefault("rope_type", old or "default")
     if rope["rope_type"] == "mrope":
         rope["rope_type"] = "default"
-    rope.setdefault("rope_theta", options.number("rope_theta", _DEFAULTS[family]["rope_theta"]))
-    left = _DEFAULTS[family] | left | dict(model_type=_LLMS[family], rope_parameters=rope)
+    rope.setdefault("rope_theta", options.number("rope_theta", usual["rope_theta"]))
+    left = dict(usual) | left | dict(model_type=kind, rope_parameters=rope)
     left.pop("rope_theta", None)
     read = qwen.from_hf_config({name: value for name, value in left.items() if name != "use_mrope"})
-    return change_fields(read, mrope_sections=sections, mrope_interleaved=family == QWEN3)
+    return change_fields(read, mrope_sections=sections, mrope_interleaved=kind == "qwen3")
+
+
+def write_mrope_llm(llm: DecoderConfig) -> dict:
+    """Returns the options of an LLM with M-RoPE: the inverse of `read_mrope_llm`."""
+    text = qwen.to_hf_config(change_fields(llm, mrope_sections=(), mrope_interleaved=False))
+    text.pop("architectures")
+    rope = dict(text.pop("rope_scaling") or {"rope_type": "default"})
+    rope |= dict(rope_theta=text.pop("rope_theta"), mrope_section=list(llm.dialect.mrope_sections))
+    return text | dict(rope_parameters=rope)
 
 
 def to_hf_config(config: QwenVLConfig) -> dict:
     """Writes config.json; refuses options that the family does not have."""
     llm, kind = config.llm, model_type(config.family)
-    text = qwen.to_hf_config(change_fields(llm, mrope_sections=(), mrope_interleaved=False))
-    rope = dict(text.pop("rope_scaling") or {"rope_type": "default"})
-    rope |= dict(rope_theta=text.pop("rope_theta"), mrope_section=list(llm.dialect.mrope_sections))
-    vision = qwen_vit.to_hf_config(config.image.encoder)
-    for part in (text, vision):
-        part.pop("architectures")
+    vision = nameless(qwen_vit.to_hf_config(config.image.encoder))
     if config.family == QWEN3:
         vision["model_type"] = kind
     written = dict(
         architectures=[config.family],
         model_type=kind,
-        text_config=text | dict(model_type=f"{kind}_text", rope_parameters=rope),
+        text_config=write_mrope_llm(llm) | dict(model_type=f"{kind}_text"),
         vision_config=vision,
         tie_word_embeddings=llm.tie_word_embeddings,
         image_token_id=config.image_token_id,

@@ -83,6 +83,12 @@ QWEN25_VIT = dict(
     in_channels=3, patch_size=4, spatial_merge_size=2, temporal_patch_size=2, window_size=16, hidden_act="silu",
     fullatt_block_indexes=[1], tokens_per_second=2,
 )  # fmt: skip
+OMNI_VIT = QWEN25_VIT | dict(model_type="qwen2_5_omni_vision_encoder")
+OMNI_AUDIO = dict(
+    model_type="qwen2_5_omni_audio_encoder", num_mel_bins=4, d_model=16, encoder_layers=2, encoder_attention_heads=4,
+    encoder_ffn_dim=24, activation_function="gelu", max_source_positions=6, scale_embedding=False, n_window=4,
+    output_dim=16, num_hidden_layers=2,
+)  # fmt: skip
 QWEN3_VIT = dict(
     model_type="qwen3_vl", depth=2, hidden_size=16, intermediate_size=24, out_hidden_size=16, num_heads=2,
     in_channels=3, patch_size=4, spatial_merge_size=2, temporal_patch_size=2, num_position_embeddings=16,
@@ -97,6 +103,13 @@ QWEN1_VISUAL = dict(
     heads=4, image_size=16, image_start_id=20, layers=2, mlp_ratio=2.0, output_dim=128, patch_size=4, width=16
 )
 MROPE = dict(rope_scaling=dict(type="mrope", mrope_section=[2, 1, 1]))
+THINKER = dict(
+    model_type="qwen2_5_omni_thinker",
+    text_config=QWEN2 | dict(model_type="qwen2_5_omni_text", rope_scaling=dict(type="mrope", mrope_section=[1, 0, 1])),
+    vision_config=OMNI_VIT, audio_config=OMNI_AUDIO, image_token_index=30, video_token_index=29, audio_token_index=28,
+    vision_start_token_id=27, audio_start_token_id=26, audio_end_token_id=25, user_token_id=24,
+    position_id_per_seconds=25, seconds_per_chunk=2,
+)  # fmt: skip
 TIMM = dict(patch_size=8, embed_dim=16, depth=2, num_heads=4, img_size=16, num_classes=4)
 
 
@@ -154,6 +167,8 @@ _ALL = [
     _named("Qwen2VisionTransformerPretrainedModel", QWEN2_VIT),
     _named("Qwen2_5_VisionTransformerPretrainedModel", QWEN25_VIT),
     _named("Qwen3VLVisionModel", QWEN3_VIT),
+    _named("Qwen2_5OmniVisionEncoder", OMNI_VIT),
+    _named("Qwen2_5OmniAudioEncoder", OMNI_AUDIO),
     _named("QWenVisionTransformer", QWEN1_VISUAL),
     _named("BEATs", BEATS),
     _llava("LlavaForConditionalGeneration", "llava"),
@@ -178,6 +193,7 @@ _ALL = [
     _qwen_vl("Qwen2VLForConditionalGeneration", "qwen2_vl", QWEN2_VIT),
     _qwen_vl("Qwen2_5_VLForConditionalGeneration", "qwen2_5_vl", QWEN25_VIT),
     _qwen_vl("Qwen3VLForConditionalGeneration", "qwen3_vl", QWEN3_VIT),
+    _named("Qwen2_5OmniThinkerForConditionalGeneration", THINKER),
     _named("Qwen2AudioEncoder", QWEN2_AUDIO),
     _named("Qwen2AudioForConditionalGeneration", model_type="qwen2_audio", audio_config=QWEN2_AUDIO, text_config=QWEN2,
            audio_token_index=31),
@@ -200,6 +216,6 @@ CONFIGS = {values["architectures"][0]: values for values in _ALL} | {
     "CFormer": _named(
         "CFormer", cif_threshold=0.99, cif_embedding_dim=16, encoder_embed_dim=24, produce_weight_type="conv",
         conv_cif_width=3, apply_scaling=True, apply_tail_handling=True, tail_handling_firing_threshold=0.5,
-        llm_hidden_size=16, bert_config={name: value for name, value in TEXT.items() if name != "hidden_act"},
+        llm_hidden_size=16, bert_config={n: v for n, v in TEXT.items() if n not in ("hidden_act", "vocab_size")},
     ),
 }  # fmt: skip

@@ -92,9 +92,10 @@ def test_supported_models_lists_every_family_once():
 def test_only_what_takes_other_arguments_has_a_sample_of_its_own():
     families = [f for module in MODULES for f in families_of(module)]
     own = {f.name for f in families if f.sample not in (batch_sample, token_sample, image_sample)}
-    vits = {"Qwen2-VL ViT", "Qwen2.5-VL ViT", "Qwen3-VL ViT", "Qwen-VL (first) ViT and resampler"}
+    vits = {"Qwen2-VL ViT", "Qwen2.5-VL ViT", "Qwen3-VL ViT", "Qwen-VL (first) ViT and resampler", "Qwen2.5-Omni ViT"}
     heard = {"BEATs", "C-Former", "HuBERT", "HuBERT with a CTC head"}
     heard |= {"Whisper", "Whisper without a head", "Whisper encoder", "Qwen2-Audio encoder"}
+    heard |= {"Qwen2.5-Omni audio encoder"}
     assert own == {"T5, Flan-T5", "CLIP", "SigLIP", "NFNet"} | vits | heard
 
 

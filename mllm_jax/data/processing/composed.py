@@ -127,6 +127,7 @@ class ComposedLayout(Layout):
 
     def prepare_all(self, rows: Sequence[Sequence[Part]]) -> list[list[Media]]:
         """Prepares media; raises the same as the conversions, and DataError for a medium of another kind."""
+        self.require_silent(rows)
         return [[self._prepared(part) for part in parts] for parts in rows]
 
     def _prepared(self, part: Part) -> Media:

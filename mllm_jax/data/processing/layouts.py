@@ -35,6 +35,7 @@ class Layout:
         image_processor, frames: of images, and of frames of videos if that differs; None: no `ImageProcessor`.
         sampling: the choice of frames of a video's file.
         needs_times: the positions of a video depend on the times of its frames.
+        hears_videos: the model also hears the sound of a video if asked to.
         one_placeholder: all media of a text have the placeholder of images, which the chat template writes.
         template: the chat template of a folder without one; None: such a folder has none.
     """
@@ -51,6 +52,7 @@ class Layout:
     frames: ImageProcessor | None = None
     sampling: FrameSampling = FIVE_FRAMES
     needs_times: bool = False
+    hears_videos: bool = False
     one_placeholder: bool = False
     template: str | None = None
 
@@ -99,8 +101,10 @@ class Layout:
         """Prepares the media of several texts. If all sources of a text are a `Size`, it decodes and makes no arrays.
 
         Raises:
-            DataError: see `as_image`; or a text, or all texts, have too many pixels, or frames differ in size.
+            DataError: see `as_image` and `require_silent`; or a text, or all texts, have too many pixels, or frames
+                differ in size.
         """
+        self.require_silent(rows)
         prepared, pixels = [], 0
         for parts in rows:
             if (sizes := _sizes(parts)) is not None:
@@ -125,6 +129,14 @@ class Layout:
             next(images) if isinstance(part, Image) else self.sized_video(_only(each), frame_times(part))
             for part, each in known
         ]
+
+    def require_silent(self, rows: Sequence[Sequence[Part]]) -> None:
+        """Raises DataError: a model that does not hear videos is given one with `use_audio_in_video`."""
+        heard = (part for parts in rows for part in parts if isinstance(part, Video) and part.use_audio_in_video)
+        if not self.hears_videos and any(heard):
+            raise DataError(
+                "a video with use_audio_in_video", "a video alone: the model does not hear its sound", "leave it out"
+            )
 
     def _video(self, frames: Sequence[np.ndarray], times: FrameTimes) -> Media:
         _only([frame.shape for frame in frames])

@@ -1,4 +1,4 @@
-"""Prepared images and videos: the encoder's inputs, and their tokens in the text."""
+"""Prepared images, videos and sounds: the encoder's inputs, and their tokens in the text."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ TEXT, NEWLINE = -1, -2  # values of a place that are not the index of a media to
 
 @dataclass(frozen=True)
 class Media:
-    """One prepared image or video.
+    """One prepared image, video or sound.
 
     Attributes:
         arrays: the encoder's inputs by their names in a batch: tiles uint8[n, H, W, 3] or patches float32[n, D].
@@ -28,6 +28,9 @@ class Media:
         seconds: the duration of one step in time of the grid, in a video.
         count: its slots of a row, if known without reading the arrays.
         modality: the branch of the model that encodes it.
+        owners: int[L], for a medium whose tokens include those of the next one in the list: 0 for its own and for text,
+            1 for the next one's; None: all are its own.
+        inside: its tokens are among those of the medium before it; it has no placeholder in the text.
     """
 
     arrays: Mapping[str, np.ndarray]
@@ -38,6 +41,8 @@ class Media:
     seconds: float | None = None
     count: int | None = None
     modality: str = "image"
+    owners: np.ndarray | None = None
+    inside: bool = False
 
     @property
     def slots(self) -> int:
@@ -150,7 +155,7 @@ def lay_out_row(ids: Sequence[int], media: Sequence[Media], placeholders: Sequen
     """Replaces the placeholder of each image or video by its tokens.
 
     Args:
-        ids: of the text, with one placeholder for each of `media`, in order.
+        ids: of the text, with one placeholder for each of `media` that is not inside another, in order.
         placeholders: all placeholder ids of images and videos.
         what: the name of the text in the message.
 
@@ -159,15 +164,16 @@ def lay_out_row(ids: Sequence[int], media: Sequence[Media], placeholders: Sequen
     """
     ids = np.asarray(ids, np.int64)
     where = np.flatnonzero(one_of(ids, placeholders))
-    if len(where) != len(media):
+    placed = [(number, m) for number, m in enumerate(media) if not m.inside]
+    if len(where) != len(placed):
         raise DataError(
-            f"{what} with {len(where)} placeholder(s) for media, and {len(media)} of them",
+            f"{what} with {len(where)} placeholder(s) for media, and {len(placed)} of them",
             "one placeholder for each, in order",
             "give as many media as the text has placeholders, and no placeholder that is meant as text",
         )
     width = max((m.places.shape[1] for m in media if m.places.ndim == 2), default=1)
     pieces, start = [], 0
-    for number, (at, m) in enumerate(zip(where, media, strict=True)):
+    for at, (number, m) in zip(where, placed, strict=True):
         pieces += [_text(ids[start:at], width), _medium(m, number, width)]
         start = at + 1
     pieces.append(_text(ids[start:], width))
@@ -194,7 +200,8 @@ def _medium(media: Media, number: int, width: int) -> tuple[np.ndarray, ...]:
     if missing := width - places.shape[1]:
         places = np.concatenate([places, np.repeat(places[:, :1], missing, axis=1)], axis=1)
         weights = np.pad(weights, [(0, 0), (0, missing)])
-    return np.asarray(media.tokens, np.int64), places, weights, np.full(len(places), number, np.int64)
+    owners = np.full(len(places), number, np.int64) + (0 if media.owners is None else media.owners)
+    return np.asarray(media.tokens, np.int64), places, weights, owners
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from mllm_jax.data.processing.audio import AudioProcessor
 from mllm_jax.data.processing.media import Lazy, Media
 from mllm_jax.errors import DataError
 
-ARRAYS = ("audio_sounds", "audio_masks")  # in a batch
+ARRAYS = SOUNDS, MASKS = "audio_sounds", "audio_masks"  # in a batch
 
 
 @dataclass(frozen=True)
@@ -65,8 +65,11 @@ class SoundTokens:
         places = [slot * self.tokens + np.arange(count) for slot, (_, _, count) in enumerate(kept)]
 
         def read(name: str) -> np.ndarray:
+            if name == MASKS:
+                valid = [[self.processor.steps(size)] for _, size, _ in kept]
+                return (np.arange(self.inputs[-1]) < np.asarray(valid)).astype(np.int32)
             samples = as_audio(part, rate)
-            return self._inputs([samples[start : start + size] for start, size, _ in kept])[name]
+            return self._inputs([samples[start : start + size] for start, size, _ in kept])
 
         ids = np.full(sum(map(len, places)), token)
         return Media(Lazy(ARRAYS, read), ids, np.concatenate(places), count=len(kept), modality="audio")
@@ -74,14 +77,8 @@ class SoundTokens:
     def _count(self, samples: int) -> int:
         return int(self.length(self.processor.steps(samples)))
 
-    def _inputs(self, pieces: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
-        """Returns the encoder's inputs of some pieces and their masks, in the shape of a slot."""
-        made = dict(self.processor(pieces))
-        mask = made.pop("attention_mask")
+    def _inputs(self, pieces: Sequence[np.ndarray]) -> np.ndarray:
+        """Returns the encoder's inputs of some pieces, in the shape of a slot."""
         steps = self.inputs[-1]
-
-        def fit(array: np.ndarray) -> np.ndarray:
-            array = array[..., :steps]
-            return np.pad(array, [(0, 0)] * (array.ndim - 1) + [(0, steps - array.shape[-1])])
-
-        return dict(zip(ARRAYS, (fit(made[self.processor.name]), fit(mask)), strict=True))
+        made = self.processor(pieces)[self.processor.name][..., :steps]
+        return np.pad(made, [(0, 0)] * (made.ndim - 1) + [(0, steps - made.shape[-1])])

@@ -8,8 +8,8 @@ from dataclasses import replace
 import numpy as np
 
 from mllm_jax.data.images import as_image, image_size
-from mllm_jax.data.message import Video
-from mllm_jax.data.video import FrameSampling, FrameTimes, measure_video, read_video
+from mllm_jax.data.message import Audio, Part, Video
+from mllm_jax.data.video import FrameSampling, FrameTimes, has_sound, measure_video, read_video
 
 
 def sampling_of(part: Video, usual: FrameSampling) -> FrameSampling:
@@ -37,6 +37,25 @@ def frames_of(
     return [fit(as_image(frame)) for frame in part.source], frame_times(part)
 
 
+def with_sound(part: Part) -> Part:
+    """Returns a video that is heard too; other media, and videos whose sound is given, as they are."""
+    if not isinstance(part, Video) or part.use_audio_in_video:
+        return part
+    return replace(part, use_audio_in_video=True)
+
+
+def sound_of(part: Video) -> Audio | None:
+    """Returns the sound that the model hears with a video; None: none, or the file has none.
+
+    Raises:
+        DataError: see `read_video`.
+    """
+    asked = part.use_audio_in_video
+    if isinstance(asked, Audio):
+        return asked
+    return Audio(part.source) if asked and has_sound(part.source) else None
+
+
 def sized_frames(part: Video, usual: FrameSampling, exact: bool) -> Video:
     """Returns a video with the sizes of its frames instead of their pixels.
 
@@ -46,4 +65,5 @@ def sized_frames(part: Video, usual: FrameSampling, exact: bool) -> Video:
     if not part.is_file:
         return replace(part, source=tuple(map(image_size, part.source)))
     size, times = measure_video(part.source, sampling_of(part, usual), exact)
-    return Video((size,) * len(times.seconds), times=times.seconds, fps=times.fps)
+    heard = part.use_audio_in_video
+    return Video((size,) * len(times.seconds), times=times.seconds, fps=times.fps, use_audio_in_video=heard)
