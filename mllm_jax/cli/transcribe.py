@@ -71,8 +71,8 @@ class Transcribe:
 
 
 @dataclass(frozen=True)
-class Recording:
-    """A recording and the file for its transcript, if there is one; a path of None is standard input."""
+class Given:
+    """A recording that is given, and the file for its transcript, if there is one; a path of None is standard input."""
 
     path: Path | None
     out: Path | None
@@ -120,29 +120,29 @@ def run(arguments: list[str]) -> int:
     return 1 if failed else 0
 
 
-def _recordings(options: Transcribe) -> Iterator[Recording]:
+def _recordings(options: Transcribe) -> Iterator[Given]:
     for name in options.recordings:
         path = Path(name)
         if name == "-":
-            yield Recording(None, _out(options, Path("stdin")))
+            yield Given(None, _out(options, Path("stdin")))
         elif path.is_dir():
             files = sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file())
             if not files:
                 wanted = f"files ending in {', '.join(SUFFIXES)}"
                 raise ConfigError(f"{path} without files of sound", wanted, "name the files themselves")
             for file in files:
-                yield Recording(file, _out(options, file.relative_to(path)))
+                yield Given(file, _out(options, file.relative_to(path)))
         elif not path.exists():
             raise ConfigError(f"{path}, which does not exist", "a file, a folder or -", "check the path")
         else:
-            yield Recording(path, _out(options, Path(path.name)))
+            yield Given(path, _out(options, Path(path.name)))
 
 
 def _out(options: Transcribe, name: Path) -> Path | None:
     return None if options.out is None else options.out / name.with_suffix(f".{options.format}")
 
 
-def _check(options: Transcribe, recordings: list[Recording]) -> None:
+def _check(options: Transcribe, recordings: list[Given]) -> None:
     """Refuses transcripts that would be lost or mixed, before anything is loaded."""
     if not recordings:
         raise ConfigError("mllm transcribe without a recording", "files, folders or -", "name them")
@@ -170,7 +170,7 @@ def _print(_: int, segment: Segment) -> None:
     print(segment.text, flush=True)
 
 
-def _write(options: Transcribe, recording: Recording, transcript: Transcript, several: bool) -> None:
+def _write(options: Transcribe, recording: Given, transcript: Transcript, several: bool) -> None:
     """Writes a transcript to its file, or prints it."""
     from mllm_jax.files import write_atomic
     from mllm_jax.generation.transcript import formatted

@@ -34,8 +34,8 @@ class Held:
 
 
 @struct.dataclass
-class Texts:
-    """Texts that are being written.
+class SpeechTexts:
+    """SpeechTexts that are being written.
 
     tokens: int32[B, N].  counts: int32[B] tokens with the end.  ended: bool[B].
     logprobs: float32[B], the sums of the tokens' log probabilities among the tokens that may follow.
@@ -149,7 +149,7 @@ class SpeechProgram:
             logprobs, _ = self.steps.read(params, batch, batch["tokens"].shape[1])
         return jnp.exp(logprobs[:, np.asarray(wanted)])
 
-    def _write(self, params, batch, limits, temperature, seeds, indices, *, room: int, new: int) -> Texts:
+    def _write(self, params, batch, limits, temperature, seeds, indices, *, room: int, new: int) -> SpeechTexts:
         """Continues prompts token by token.
 
         Args:
@@ -165,13 +165,13 @@ class SpeechProgram:
             each = jax.vmap(jax.random.fold_in)(keys, counts)
             return jax.vmap(jax.random.categorical)(each, logprobs / temperature).astype(jnp.int32)
 
-        def add(texts: Texts, logprobs) -> Texts:
+        def add(texts: SpeechTexts, logprobs) -> SpeechTexts:
             best = lambda logprobs, _: logprobs.argmax(axis=-1).astype(jnp.int32)  # noqa: E731
             token = jax.lax.cond(temperature > 0, draw, best, logprobs, texts.counts)
             place = jnp.where(texts.ended, new, texts.counts)  # past the end, where writes are dropped
             gained = jnp.take_along_axis(jax.nn.log_softmax(logprobs), token[:, None], axis=1)[:, 0]
             counts = texts.counts + ~texts.ended
-            return Texts(
+            return SpeechTexts(
                 tokens=texts.tokens.at[jnp.arange(len(token)), place].set(token, mode="drop"),
                 counts=counts,
                 ended=texts.ended | (token == end) | (counts >= limits),
@@ -187,17 +187,17 @@ class SpeechProgram:
         with on_mesh(self.mesh):
             logprobs, state = self.steps.prefill(params, batch, room)
             zero = jnp.zeros(limits.shape, jnp.int32)
-            none = Texts(jnp.zeros((len(limits), new), jnp.int32), zero, limits <= 0, zero.astype(jnp.float32))
+            none = SpeechTexts(jnp.zeros((len(limits), new), jnp.int32), zero, limits <= 0, zero.astype(jnp.float32))
             going = lambda carry: ~carry[1].ended.all()  # noqa: E731
             return jax.lax.while_loop(going, body, (state, add(none, logprobs)))[1]
 
-    def search(self, params, batch, limits, *, room: int, new: int, beams: int) -> Texts:
+    def search(self, params, batch, limits, *, room: int, new: int, beams: int) -> SpeechTexts:
         """Continues prompts by beam search; see `write`."""
         stops = jnp.full((len(limits), 1), self.steps.rules.end, jnp.int32)
         rule = Rule(np.float32(1.0), np.asarray(False))
         sizes = self._how | dict(room=room, new=new, beams=beams)
         tokens, counts, logprobs = self._search(params, batch, limits, stops, rule, **sizes)
-        return Texts(tokens, counts, counts >= 0, logprobs)
+        return SpeechTexts(tokens, counts, counts >= 0, logprobs)
 
     def _align(self, params, tokens, heard):
         """Returns the attention float32[B, A, T, S] of tokens int[B, T], and each one's log probability float32[B, T]

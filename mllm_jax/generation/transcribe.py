@@ -22,7 +22,7 @@ from mllm_jax.generation.long_form import Piece, Recording, cut
 from mllm_jax.generation.program import bucket, placed
 from mllm_jax.generation.rows import rows_for
 from mllm_jax.generation.speech_options import Attempt, SpeechOptions
-from mllm_jax.generation.speech_steps import Heard, SpeechProgram, Texts
+from mllm_jax.generation.speech_steps import Heard, SpeechProgram, SpeechTexts
 from mllm_jax.generation.speech_tokens import SpeechTokens, has_spaces
 from mllm_jax.generation.transcript import Segment, Transcript, Word
 from mllm_jax.generation.words import split_words
@@ -239,7 +239,7 @@ class Transcriber:
             row.conditioned = options.condition_on_previous and attempt.temperature < CERTAIN
         return attempts
 
-    def _texts(self, rows, prompts, batch, missing: list[int], temperature: float, options: SpeechOptions) -> Texts:
+    def _texts(self, rows, prompts, batch, missing: list[int], temperature: float, options: SpeechOptions) -> SpeechTexts:
         most, width = self.model.config.llm.max_position_embeddings, batch["tokens"].shape[0]
         limits, indices = (np.zeros(width, np.int32) for _ in range(2))
         for place in missing:
