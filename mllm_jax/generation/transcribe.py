@@ -239,7 +239,8 @@ class Transcriber:
             row.conditioned = options.condition_on_previous and attempt.temperature < CERTAIN
         return attempts
 
-    def _texts(self, rows, prompts, batch, missing: list[int], temperature: float, options: SpeechOptions) -> SpeechTexts:
+    def _texts(self, rows, prompts, batch, missing: list[int], temperature: float, options) -> SpeechTexts:
+        """Writes the missing texts at one temperature; the others stay empty."""
         most, width = self.model.config.llm.max_position_embeddings, batch["tokens"].shape[0]
         limits, indices = (np.zeros(width, np.int32) for _ in range(2))
         for place in missing:
