@@ -15,6 +15,7 @@ from tiny_language import CONFIG, byte_tokenizer, language, random_params
 from toy_data import processor as processor_of
 
 from mllm_jax.data.message import Message
+from mllm_jax.data.processing import composed
 from mllm_jax.data.tokenizer import Tokenizer
 from mllm_jax.errors import ConfigError, DataError
 from mllm_jax.generation import bulk
@@ -103,7 +104,7 @@ def test_many_are_read_a_little_ahead_in_order_with_few_programs(assistant):
     assert found[:40] == listed and len(set(answer.text for answer in listed)) > 20
 
 
-def test_images_are_dropped_once_they_are_read(seeing):
+def test_images_are_dropped_once_they_are_read(seeing, monkeypatch):
     alive: set[int] = set()
     most = 0
 
@@ -117,26 +118,25 @@ def test_images_are_dropped_once_they_are_read(seeing):
             yield asked("red" if number % 3 else "what is this?", image)
             del image
 
-    prepared = _count_prepared(seeing)
+    prepared = _count_prepared(monkeypatch)
     found = list(seeing.generate(conversations(), batch_size=2, **HOW))
     assert len(found) == 300 and found[0].tokens == found[21].tokens != found[1].tokens
     assert most <= (bulk.AHEAD + 1) * 2 + 1, "images of conversations that were answered are held"
     assert max(prepared) <= (bulk.AHEAD + 1) * 2 + 1, "prepared media are held after they were read"
 
 
-def _count_prepared(assistant) -> list[int]:
+def _count_prepared(monkeypatch) -> list[int]:
     """Returns a list that gets the number of live prepared images each time that one is made."""
-    layout, alive, seen = assistant.processor.layout, set(), []
-    fitted = type(layout)._fitted
+    fitted, alive, seen = composed.fitted, set(), []
 
-    def counted(image):
-        made, number = fitted(layout, image), len(seen)
+    def counted(image, side):
+        made, number = fitted(image, side), len(seen)
         alive.add(number)
         weakref.finalize(made, alive.discard, number)
         seen.append(len(alive))
         return made
 
-    layout._fitted = counted
+    monkeypatch.setattr(composed, "fitted", counted)
     return seen
 
 

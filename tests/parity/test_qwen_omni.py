@@ -1,4 +1,4 @@
-"""Qwen2.5-Omni's thinker against transformers: its audio tower, positions, logits, answers and folders."""
+"""Qwen2.5-Omni's thinker against transformers: its audio encoder, positions, logits, answers and folders."""
 
 from __future__ import annotations
 
