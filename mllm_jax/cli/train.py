@@ -126,10 +126,14 @@ def _train(options: Train) -> int:
     return 0
 
 
+EXAMPLES = {"image": "--image cat.png ", "video": "--video cat.mp4 ", "audio": "--audio cat.wav "}
+
+
 def _next(experiment: Experiment, run: Path) -> str:
     """Suggests a use of the trained model: a command, or a config that begins with it."""
     if isinstance(experiment.model, DualEncoderConfig):
         return f'mllm embed {run} --images FOLDER --text "a cat" --out vectors.npz'
     if isinstance(experiment.model, MultimodalConfig):
-        return f'mllm generate {run} --image cat.png "What is this?"'
+        asked = next((EXAMPLES[modality] for modality in EXAMPLES if modality in experiment.model.inputs), "")
+        return f'mllm generate {run} {asked}"What is this?"'
     return f"a config that begins with it: Pretrained(part, {str(run)!r}, stage={experiment.stages[-1].name!r})"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 from toy_data import MODEL, SIZE, Toy, quick_compilation, tokenizer
 
 from mllm_jax import AdamW, Audio, Experiment, Mixture, NextToken, Stage, TokenizerConfig, Weighted
+from mllm_jax.cli.train import _next
 from mllm_jax.data.message import Example, Image, Message, Text
 from mllm_jax.data.pipeline import training_texts
 from mllm_jax.encoders.beats import BEATsConfig
@@ -178,6 +180,14 @@ def run(tmp_path_factory):
     with quick_compilation():
         train(experiment, base / "run", devices=jax.devices()[:1])
     return base / "run"
+
+
+@pytest.mark.parametrize("modality,option", [("image", "--image cat.png"), ("audio", "--audio cat.wav")])
+def test_what_to_type_next(modality, option):
+    stage = Stage("all", NextToken(), ("llm/*",), Mixture((Weighted(Tones()),), 2, 48, {}), 2)
+    model = replace(SEEING, inputs={modality: SEEING.inputs[modality]})
+    made = Experiment(name="tones", model=model, tokenizer=TokenizerConfig(), stages=(stage,))
+    assert _next(made, Path("run")) == f'mllm generate run {option} "What is this?"'
 
 
 def test_a_run_answers_about_a_sound(run, tmp_path):
