@@ -6,6 +6,7 @@ LLaVA has one map and LLaVA-1.5 has two. InternVL's merging of neighbouring patc
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import jax.numpy as jnp
 from einops import rearrange
@@ -96,6 +97,16 @@ class MLPProjectorConfig(WithCompute):
     def make(self) -> MLPProjector:
         Requirements("MLP projector", self).given("output_size")
         return MLPProjector(self)
+
+
+def mlp_after(config: Any, **more: Any) -> MLPProjectorConfig:
+    """Returns the config of the MLP of a projector that first brings vectors together, from its fields of equal names.
+
+    Args:
+        more: further fields of the MLP.
+    """
+    names = ("output_size", "hidden_size", "num_layers", "activation", "use_bias", "compute")
+    return MLPProjectorConfig(**{name: getattr(config, name) for name in names}, **more)
 
 
 class MLPProjector(nn.Module):

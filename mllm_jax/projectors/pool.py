@@ -14,7 +14,7 @@ from flax import linen as nn
 from mllm_jax.errors import ConfigError
 from mllm_jax.layers.compute import WithCompute
 from mllm_jax.layers.requirements import Requirements
-from mllm_jax.projectors.mlp import MLPProjector, MLPProjectorConfig, merged_tokens
+from mllm_jax.projectors.mlp import MLPProjector, MLPProjectorConfig, merged_tokens, mlp_after
 
 
 @dataclass(frozen=True)
@@ -45,14 +45,7 @@ class PoolProjectorConfig(WithCompute):
     @property
     def mlp(self) -> MLPProjectorConfig:
         """The config of the MLP after the pooling."""
-        return MLPProjectorConfig(
-            self.output_size,
-            self.hidden_size,
-            activation=self.activation,
-            compute=self.compute,
-            num_layers=self.num_layers,
-            use_bias=self.use_bias,
-        )
+        return mlp_after(self)
 
     def num_tokens(self, grid: int) -> int:
         """Returns the media tokens of grid x grid patches, see `merged_tokens`."""

@@ -13,7 +13,7 @@ from flax import linen as nn
 
 from mllm_jax.layers.compute import WithCompute
 from mllm_jax.layers.requirements import Requirements
-from mllm_jax.projectors.mlp import MLPProjector, MLPProjectorConfig
+from mllm_jax.projectors.mlp import MLPProjector, MLPProjectorConfig, mlp_after
 
 
 @dataclass(frozen=True)
@@ -44,15 +44,7 @@ class StackedProjectorConfig(WithCompute):
     @property
     def mlp(self) -> MLPProjectorConfig:
         """The config of the MLP after the concatenation."""
-        return MLPProjectorConfig(
-            self.output_size,
-            self.hidden_size,
-            activation=self.activation,
-            input_norm=self.input_norm,
-            compute=self.compute,
-            num_layers=self.num_layers,
-            use_bias=self.use_bias,
-        )
+        return mlp_after(self, input_norm=self.input_norm)
 
     def num_tokens(self, grid: int) -> int:
         """Returns the media tokens of grid x grid patches."""
