@@ -343,7 +343,7 @@ print(json.dumps(found))
     for name, doing in COMMANDS.items():
         (out, terminal), (piped, err) = found[name]
         first = f"mllm {name} THIS: {doing}\n" if doing else ""
-        if name in ("generate", "chat"):  # their output is answers
+        if name in ("generate", "transcribe", "chat"):  # their output is answers
             assert (out, terminal, piped, err) == ("[]\n", first, "[]\n", "")
         else:
             assert (out, terminal, piped, err) == (f"{first}[]\n", "", f"{first}[]\n", "")
