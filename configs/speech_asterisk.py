@@ -7,7 +7,8 @@ python tests/assets/smollm2.py runs/smollm2-135m-instruct
 mllm train configs/speech_asterisk.py
 
 Ten of the encoder's vectors, 0.2 seconds, become one media token (arXiv 2402.08846). The first stage trains the
-projector, the second also the LLM. The evaluation transcribes 59 held-out prompts.
+projector, the second also the LLM. The evaluation transcribes held-out prompts. No run has reached its
+end yet.
 """
 
 from pathlib import Path

@@ -1,10 +1,11 @@
-"""A multimodal LLM of videos, from scratch on sprites: who does what, about ten minutes on two CPU cores.
+"""A multimodal LLM of videos, from scratch on sprites: who does what.
 
 pip install --no-deps arcade==3.3.3
 mllm train configs/sprites_video.py
 
 Each of eight frames becomes one media token. Image encoder, projector and LLM learn together from questions about six
 characters in five actions. The evaluation asks about pairs of character and action that no training video shows.
+One run answered none of their actions: see benchmarks/RESULTS.md.
 """
 
 from mllm_jax.data.pipeline import Mixture, Weighted

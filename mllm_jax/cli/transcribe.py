@@ -65,7 +65,8 @@ class Transcribe:
     @property
     def speech(self) -> SpeechOptions:
         """The options of the library's call."""
-        given = {field.name: getattr(self, field.name) for field in fields(SpeechOptions) if hasattr(self, field.name)}
+        shared = {field.name for field in fields(SpeechOptions)} & {field.name for field in fields(self)}
+        given = {name: getattr(self, name) for name in shared}
         given["timestamps"] = self.timestamps or (None if self.format == "txt" else "segment")
         return SpeechOptions(**given)
 

@@ -39,7 +39,7 @@ QUESTIONS = {
     "action": ("What is the character doing?", "Which action do you see?", "What happens to the character?"),
     "both": ("What happens in the video?", "Who does what?", "Describe the video."),
 }
-TODO = "run: pip install --no-deps arcade==3.3.3, or name the folder `arcade` of its unpacked wheel"
+FETCH = "run: pip install --no-deps arcade==3.3.3, or name the folder `arcade` of its unpacked wheel"
 _VERSION = 1  # increase it whenever the questions, answers or the drawing of frames change
 _BYTES = 1 << 20  # of a sprite
 _HEIGHT = (0.5, 0.62)  # of a character, as a share of the frame's
@@ -117,7 +117,7 @@ class ArcadeSource:
 
     def __init__(self, settings: ArcadeSprites):
         if settings.folder is None:
-            folder = package_folder("arcade", expected="arcade's folder of sprites", todo=TODO)
+            folder = package_folder("arcade", expected="arcade's folder of sprites", todo=FETCH)
         else:
             folder = named_folder(settings.folder)
         self.settings = settings
@@ -225,4 +225,4 @@ def _digest(folder: Path) -> str:
 
 
 def _unreadable(path: Path, error: Exception) -> DataError:
-    return DataError(f"{path} cannot be read ({error})", "a sprite of arcade 3.3.3", TODO)
+    return DataError(f"{path} cannot be read ({error})", "a sprite of arcade 3.3.3", FETCH)

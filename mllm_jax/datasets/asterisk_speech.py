@@ -26,7 +26,7 @@ from mllm_jax.files import read_bytes
 
 QUESTION = "What is said?"
 HELD_OUT_SHARE = 0.1  # of the texts
-TODO = "unpack Debian's packages asterisk-core-sounds-en-wav and asterisk-core-sounds-en, and name the folder"
+FETCH = "unpack Debian's packages asterisk-core-sounds-en-wav and asterisk-core-sounds-en, and name the folder"
 _VERSION = 1  # increase it whenever the splits, questions or texts change
 _BYTES = 64 << 20  # of a file
 _TEXTS = "core-sounds-en.txt"
@@ -125,7 +125,7 @@ def _find(folder: Path) -> tuple[Path, Path]:
     for sounds, texts in (_DEBIAN, ("", f"{_TEXTS}.gz"), ("", _TEXTS)):
         if (folder / sounds).is_dir() and (folder / texts).is_file():
             return folder / sounds, folder / texts
-    raise DataError(f"{folder} without {' and '.join(_DEBIAN)}", "these, or recordings with their texts", TODO)
+    raise DataError(f"{folder} without {' and '.join(_DEBIAN)}", "these, or recordings with their texts", FETCH)
 
 
 def _prompts(folder: Path, texts: Path) -> tuple[tuple[Prompt, ...], str]:
@@ -138,7 +138,7 @@ def _prompts(folder: Path, texts: Path) -> tuple[tuple[Prompt, ...], str]:
             digest.update(repr((name, text, hashlib.sha256(content).digest())).encode())
             found.append(Prompt(name, original, text, _seconds(path)))
     if not found:
-        raise DataError(f"no recording of {texts.name} in {folder}", "files such as activated.wav", TODO)
+        raise DataError(f"no recording of {texts.name} in {folder}", "files such as activated.wav", FETCH)
     return tuple(found), digest.hexdigest()
 
 
@@ -149,7 +149,7 @@ def _texts(file: Path) -> dict[str, str]:
         content = gzip.decompress(content) if file.suffix == ".gz" else content
         lines = content.decode().splitlines()
     except (OSError, EOFError, zlib.error, ValueError) as error:
-        raise DataError(f"{file} cannot be read ({error})", "a text, or a text compressed by gzip", TODO) from error
+        raise DataError(f"{file} cannot be read ({error})", "a text, or a text compressed by gzip", FETCH) from error
     pairs = [line.partition(":") for line in lines if not line.startswith(";")]
     return {name.strip(): text.strip() for name, colon, text in pairs if colon}
 
@@ -158,7 +158,7 @@ def _read(path: Path) -> bytes:
     try:
         return read_bytes(path, _BYTES, DataError)
     except OSError as error:
-        raise DataError(f"{path} cannot be read ({error})", "a file that may be read", TODO) from error
+        raise DataError(f"{path} cannot be read ({error})", "a file that may be read", FETCH) from error
 
 
 def _seconds(path: Path) -> float:
@@ -167,4 +167,4 @@ def _seconds(path: Path) -> float:
         with wave.open(str(path)) as file:
             return file.getnframes() / file.getframerate()
     except (wave.Error, EOFError, ZeroDivisionError) as error:
-        raise DataError(f"{path} is no recording ({error})", "a WAV file of whole numbers", TODO) from error
+        raise DataError(f"{path} is no recording ({error})", "a WAV file of whole numbers", FETCH) from error

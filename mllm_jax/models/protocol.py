@@ -48,6 +48,34 @@ class ModelConfig(Protocol):
 
 
 @runtime_checkable
+class SoundEncoderConfig(Protocol):
+    """The config of an encoder of sounds, in the role of `Branch.encoder`; a composed model also calls `processor`.
+
+    Attributes:
+        rate: samples a second.
+    """
+
+    rate: int
+
+    def inputs(self, seconds: float) -> tuple[int, ...]:
+        """Returns the shape of the encoder's input for a sound of that length; steps in time are its last axis."""
+        ...
+
+    def frames(self, n: Any) -> Any:
+        """Returns the number of output vectors for n steps of the input, an integer or an array of integers."""
+        ...
+
+
+@runtime_checkable
+class SequenceProjectorConfig(Protocol):
+    """The config of a projector that reads sequences of any length, in the role of `Branch.projector`."""
+
+    def length(self, vectors: Any) -> Any:
+        """Returns the media tokens of a sequence of that many vectors, an integer or an array of integers."""
+        ...
+
+
+@runtime_checkable
 class TakesFromExperiment(Protocol):
     """The config of a composition whose open fields the experiment fills in."""
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+import soundfile
 from toy_data import MODEL, SIZE, Toy, quick_compilation, tokenizer
 
 from mllm_jax import AdamW, Audio, Experiment, Mixture, NextToken, Stage, TokenizerConfig, Weighted
@@ -191,7 +192,6 @@ def test_what_to_type_next(modality, option):
 
 
 def test_a_run_answers_about_a_sound(run, tmp_path):
-    soundfile = pytest.importorskip("soundfile")
     soundfile.write(tmp_path / "a.wav", *tone(1.2), subtype="FLOAT")
     assistant = Assistant.load(run)
     how = dict(max_new_tokens=4, ignore_eos=True)
