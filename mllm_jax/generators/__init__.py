@@ -1,0 +1,1 @@
+"""Modality generators: diffusion models and their autoencoders."""

@@ -1,0 +1,1 @@
+"""Noise schedules and the steps of diffusion samplers."""
