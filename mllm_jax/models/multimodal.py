@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, is_dataclass, replace
+from dataclasses import dataclass, field, is_dataclass, replace
 from typing import Any
 
 import jax
@@ -23,6 +23,9 @@ from mllm_jax.layers.head import HeadInputs
 from mllm_jax.layers.pixels import normalise_pixels
 from mllm_jax.models.branch import ARRAYS, KINDS, Branch, array_name
 from mllm_jax.models.branch import Connection as Connection
+from mllm_jax.models.output import KINDS as OUTPUT_KINDS
+from mllm_jax.models.output import Output, slots_of
+from mllm_jax.models.produces import Produces
 from mllm_jax.sharding.logical import constrain, part_of_model, split_sizes
 
 
@@ -37,17 +40,20 @@ class MultimodalConfig(WithCompute):
         newline: whether a learned vector marks the end of each row of patches in the text (LLaVA-NeXT). Its index
             follows those of all media tokens in the batch's row.
         family: the Hugging Face architecture for writing it, or None.
+        outputs: an output branch for each modality that the model produces, such as {"image": Output(projector, ...)}.
     """
 
     inputs: Mapping[str, Branch]
     llm: Any
     newline: bool = False
     family: str | None = None
+    outputs: Mapping[str, Output] = field(default_factory=FrozenDict, kw_only=True)
 
     reads = ("image",)  # the modalities of a named model
 
     def __post_init__(self):
         object.__setattr__(self, "inputs", FrozenDict(self.inputs))
+        object.__setattr__(self, "outputs", FrozenDict(self.outputs))
         if self.family is not None and set(self.inputs) != set(self.reads):
             raise ConfigError(
                 f"{self.family} with inputs {sorted(self.inputs)}",
@@ -56,6 +62,22 @@ class MultimodalConfig(WithCompute):
             )
         for modality in self.inputs:
             self.branch(modality).check(self.llm.hidden_size)
+        for modality in self.outputs:
+            self.output(modality).check(self.llm.hidden_size)
+
+    def output(self, modality: str) -> Output:
+        """Returns the output branch of a modality, with open widths filled in.
+
+        Raises:
+            ConfigError: the model does not produce this modality.
+        """
+        if modality not in self.outputs:
+            raise ConfigError(
+                f"{modality}s from a model that produces {', '.join(('text', *self.outputs))}",
+                f"an output branch outputs[{modality!r}]",
+                "take a model that produces them",
+            )
+        return self.outputs[modality].joined(self.llm.hidden_size, self.llm.vocab_size)
 
     def branch(self, modality: str) -> Branch:
         """Returns the branch of a modality, with the parts that it shares and with open widths filled in.
@@ -107,6 +129,7 @@ class MultimodalConfig(WithCompute):
         """Each part's config, with open fields filled in, by the name of its parameters, such as encoder_image."""
         own = [(kind, m) for kind in KINDS for m, b in self.inputs.items() if is_dataclass(getattr(b, kind))]
         found = {f"{kind}_{m}": getattr(self.branch(m), kind) for kind, m in own} | {"llm": self.llm}
+        found |= {name: part for m in self.outputs for name, part in self.output(m).parts(m).items()}
         return {name: within(part, self.compute) for name, part in found.items()}
 
     @property
@@ -147,13 +170,16 @@ class MultimodalConfig(WithCompute):
                 a medium of each modality.
         """
         branches = {modality: self.branch(modality) for modality in self.inputs}
+        produced = {slots_of(modality): modality for modality in self.outputs}
         if slots is None:
-            slots = {m: b.encoder.merge_unit if b.packed else 1 for m, b in branches.items()}
+            slots = {m: b.encoder.merge_unit if b.packed else 1 for m, b in branches.items()} | dict.fromkeys(produced, 1)
         spec = text_spec(rows, length, width=self.neighbours, axes=self.position_axes)
         if self.encoder_decoder:
             spec |= target_spec(rows, length)
         for modality, count in slots.items():
-            if count:
+            if count and modality in produced:
+                spec |= self.output(produced[modality]).batch_spec(produced[modality], rows, count)
+            elif count:
                 spec |= self.branch(modality).batch_spec(modality, rows, count)
         return spec
 
@@ -178,7 +204,8 @@ class MultimodalConfig(WithCompute):
             kinds = [kind for kind in KINDS if is_dataclass(getattr(branch, kind))]
             return replace(branch, **{kind: getattr(self.branch(modality), kind) for kind in kinds})
 
-        return replace(self, inputs={modality: own(modality, branch) for modality, branch in self.inputs.items()})
+        inputs = {modality: own(modality, branch) for modality, branch in self.inputs.items()}
+        return replace(self, inputs=inputs, outputs={modality: self.output(modality) for modality in self.outputs})
 
     def make(self) -> Multimodal:
         return Multimodal(self)
@@ -211,7 +238,7 @@ class MultimodalOutput:
     cache: Any = None
 
 
-class Multimodal(nn.Module):
+class Multimodal(Produces, nn.Module):
     """A module that maps a batch of packed rows to logits."""
 
     config: MultimodalConfig
@@ -219,9 +246,13 @@ class Multimodal(nn.Module):
     def setup(self):
         c = self.config
         made = {name: part.make() for name, part in c.parts.items()}
-        self.encoder, self.projector = (
-            {m: made[name] for m in c.inputs if (name := f"{kind}_{m}") in made} for kind in KINDS
-        )
+        # A mapping of submodules becomes parts with the names of both, such as encoder_image.
+        parts = {kind: {} for kind in (*KINDS, *OUTPUT_KINDS)}
+        for name, module in made.items():
+            kind = next((kind for kind in parts if name.startswith(f"{kind}_")), None)
+            if kind is not None:
+                parts[kind][name.removeprefix(f"{kind}_")] = module
+        self.encoder, self.projector, self.output_projector, self.generator = parts.values()
         self.llm = made["llm"]
         if c.newline:
             init = nn.with_logical_partitioning(nn.initializers.normal(0.02), ("embed",))
@@ -376,7 +407,7 @@ class Multimodal(nn.Module):
 
     def touch(self, batch):
         """Runs every part once, so that `init` creates all parameters."""
-        return self(batch)
+        return self(batch), *self.produced(batch)
 
 
 def _side_by_side(media: Sequence[MediaTokens]) -> MediaTokens | None:

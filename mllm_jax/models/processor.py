@@ -115,7 +115,7 @@ class Processor:
         if isinstance(config, LLMConfig):
             return cls(LanguageOnly(config), ChatTokenizer.load(folder), TextLayout(), system)
         tokenizer = tokenizer_in(folder)
-        layout = composed_layout(config, tokenizer, words, sampling, frame_time)
+        layout = composed_layout(config, tokenizer, words, sampling, frame_time, folder)
         return cls(config, tokenizer, layout, system)
 
     def of_composition(self, config: Any) -> Processor:
@@ -277,7 +277,7 @@ class Processor:
 
     def prompt(self, messages: Sequence[Message], *, plain: bool = False) -> Encoded:
         """Encodes a conversation that needs an answer; `plain`: its text alone, without a chat template."""
-        media = self.layout.prepare([part for message in messages for part in message.parts if _is_medium(part)])
+        media = self.encoder.media_of(messages, learned=False)
         media = [replace(m, arrays=dict(m.arrays)) for m in media]  # reads media here, so that bad ones are refused
         ids = self.encoder.text_ids(messages[0]) if plain else self._ids(messages)
         return self._asked(messages, ids, media)

@@ -13,6 +13,7 @@ from mllm_jax.data.images import as_image, resize
 from mllm_jax.data.message import Image, Part
 from mllm_jax.data.processing.layouts import Layout
 from mllm_jax.data.processing.media import TEXT, Collated, Lazy, Media, collate_tiles
+from mllm_jax.data.processing.signals import Produced, SignalTokens
 from mllm_jax.errors import ConfigError, DataError
 
 
@@ -99,19 +100,32 @@ def fitted(image: np.ndarray, side: int) -> np.ndarray:
     return image if image.shape[:2] == (side, side) else resize(image, side)
 
 
+def _kind(part: Part) -> str:
+    """Returns the modality of a medium."""
+    return type(part).__name__.lower()
+
+
 class ComposedLayout(Layout):
     """The layout of a composed model, whose rows do not depend on the sizes of images.
 
     Args:
         conversions: by modality, in the order of the model's branches, which is that of their media tokens in a row.
         placeholder: the id that stands for a medium of any kind in a text.
+        produced: by modality, the media that the model produces.
     """
 
     keeps_text = True
     needs_sizes = False
     one_placeholder = True
 
-    def __init__(self, conversions: Mapping[str, Conversion], placeholder: int, flattens: bool = False):
+    def __init__(
+        self,
+        conversions: Mapping[str, Conversion],
+        placeholder: int,
+        flattens: bool = False,
+        produced: Mapping[str, SignalTokens] = {},  # noqa: B006
+    ):
+        self.produced = dict(produced)
         self.conversions, self.image_token, self.flattens = dict(conversions), placeholder, flattens
         self.unit = "image" if list(conversions) == ["image"] else "slot"
         if (video := self.conversions.get("video")) is not None:
@@ -119,19 +133,30 @@ class ComposedLayout(Layout):
 
     @property
     def placeholders(self) -> dict[str, int]:
-        return dict.fromkeys(self.conversions, self.image_token)
+        return dict.fromkeys([*self.conversions, *self.produced], self.image_token)
 
     def fingerprint(self) -> str:
-        found = [(modality, each.fingerprint()) for modality, each in self.conversions.items()]
+        found = [(modality, each.fingerprint()) for modality, each in self._all.items()]
         return repr([self.image_token, *found])
+
+    @property
+    def _all(self) -> dict[str, Conversion]:
+        """The conversions by the names of their slots; those of produced media come last."""
+        return self.conversions | {f"{modality}_targets": each for modality, each in self.produced.items()}
+
+    def answered(self, part: Part, learned: bool = True) -> Any:
+        """Returns a medium of an answer, marked if the model produces media of its kind."""
+        return Produced(part, learned) if _kind(part) in self.produced else part
 
     def prepare_all(self, rows: Sequence[Sequence[Part]]) -> list[list[Media]]:
         """Prepares media; raises the same as the conversions, and DataError for a medium of another kind."""
         self.require_silent(rows)
         return [[self._prepared(part) for part in parts] for parts in rows]
 
-    def _prepared(self, part: Part) -> Media:
-        kind = type(part).__name__.lower()
+    def _prepared(self, part: Part | Produced) -> Media:
+        if isinstance(part, Produced):
+            return self.produced[_kind(part.part)].media(part.part, self.image_token, learned=part.learned)
+        kind = _kind(part)
         if kind not in self.conversions:
             known = " and ".join(f"{modality}s" for modality in self.conversions)
             given = f"a medium of type {type(part).__name__}"
@@ -143,11 +168,11 @@ class ComposedLayout(Layout):
 
     @cached_property
     def _blank(self) -> dict[str, Mapping[str, np.ndarray]]:
-        return {modality: each.blank for modality, each in self.conversions.items()}
+        return {modality: each.blank for modality, each in self._all.items()}
 
     def collate(self, rows: Sequence[Sequence[Media]], slots: Mapping[str, int] | None = None) -> Collated:
         arrays, first, before = {}, [[0] * len(row) for row in rows], 0
-        for modality, each in self.conversions.items():
+        for modality, each in self._all.items():
             own = [[(i, m) for i, m in enumerate(row) if m.modality == modality] for row in rows]
             count = None if slots is None else slots.get(modality, 0)
             found = collate_tiles([[m for _, m in row] for row in own], each.tokens, count, each.unit, modality)

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 
@@ -92,6 +93,14 @@ class Layout:
     def sized_video(self, size: Size, times: FrameTimes) -> Media:
         """Returns the result of `video` for frames of a size, without its arrays; the default prepares black frames."""
         return _without_arrays(self.video(np.zeros((len(times.seconds), *size, 3), np.uint8), times))
+
+    def answered(self, part: Part, learned: bool = True) -> Any:
+        """Returns a medium of an answer as `prepare` takes it; models that produce none read it like a question's.
+
+        Args:
+            learned: whether the model learns from it; False: it is part of a prompt.
+        """
+        return part
 
     def prepare(self, parts: Sequence[Part]) -> list[Media]:
         """Prepares the media of one text, in order; raises the same as `prepare_all`."""

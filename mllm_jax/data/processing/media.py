@@ -31,6 +31,9 @@ class Media:
         owners: int[L], for a medium whose tokens include those of the next one in the list: 0 for its own and for text,
             1 for the next one's; None: all are its own.
         inside: its tokens are among those of the medium before it; it has no placeholder in the text.
+        carried: float[L], the loss weights of its tokens in an answer; None: they carry no loss.
+        signals: int[N], indices among its tokens of those whose hidden states an output projector reads; None: it is
+            no medium to produce.
     """
 
     arrays: Mapping[str, np.ndarray]
@@ -43,6 +46,8 @@ class Media:
     modality: str = "image"
     owners: np.ndarray | None = None
     inside: bool = False
+    carried: np.ndarray | None = None
+    signals: np.ndarray | None = None
 
     @property
     def slots(self) -> int:
@@ -164,7 +169,7 @@ def lay_out_row(ids: Sequence[int], media: Sequence[Media], placeholders: Sequen
     """
     ids = np.asarray(ids, np.int64)
     where = np.flatnonzero(one_of(ids, placeholders))
-    placed = [(number, m) for number, m in enumerate(media) if not m.inside]
+    placed = each_placed(media)
     if len(where) != len(placed):
         raise DataError(
             f"{what} with {len(where)} placeholder(s) for media, and {len(placed)} of them",
@@ -178,6 +183,11 @@ def lay_out_row(ids: Sequence[int], media: Sequence[Media], placeholders: Sequen
         start = at + 1
     pieces.append(_text(ids[start:], width))
     return Row(*(np.concatenate(parts) for parts in zip(*pieces, strict=True)))
+
+
+def each_placed(media: Sequence[Media]) -> list[tuple[int, Media]]:
+    """Returns the index and the medium of each that has a placeholder in the text."""
+    return [(number, m) for number, m in enumerate(media) if not m.inside]
 
 
 def one_of(ids: np.ndarray, tokens: Sequence[int]) -> np.ndarray:
