@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 
 from mllm_jax.encoders.cformer import CFormer, CFormerConfig
@@ -46,8 +47,19 @@ class CFormerProjectorConfig(CFormerConfig):
         require(self.factor >= 1, f"factor {self.factor}", "1 or more vectors for a media token", "change factor")
 
     def length(self, vectors: Any) -> Any:
-        """Returns the most media tokens of a sequence; also of an integer array of lengths."""
-        return self.frames(-(-vectors // self.factor))
+        """Returns the most media tokens of a sequence; also of an integer array of lengths.
+
+        Raises:
+            ConfigError: more than the transformer has positions.
+        """
+        most = self.frames(-(-vectors // self.factor))
+        Requirements("C-Former", self)(
+            np.max(most, initial=0) <= self.max_length,
+            f"up to {np.max(most, initial=0)} media tokens of a slot",
+            f"at most {self.max_length}, the positions of its transformer",
+            "raise factor, set max_fires, or lower the branch's seconds",
+        )
+        return most
 
     def num_tokens(self, grid: int) -> int:
         """Returns the most media tokens of grid x grid patches."""
