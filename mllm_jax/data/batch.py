@@ -200,7 +200,9 @@ class _Cursor:
     segment: int = 0
     media: int = 0
     slot: int = 0  # of images
-    produced: Mapping[str, int] = field(default_factory=dict)  # media that the model produces, by the name of their slots
+    produced: Mapping[str, int] = field(
+        default_factory=dict
+    )  # by the name of their slots
 
     def after(self, e: Any) -> _Cursor:
         return replace(

@@ -14,7 +14,7 @@ from mllm_jax.models.output import text_part
 
 
 class Produces:
-    """Methods of `Multimodal` for its output branches, whose parts are `output_projector`, `generator` and `encoder`."""
+    """Methods of `Multimodal` for its output branches, whose parts are `output_projector` and `generator`."""
 
     def head_and_conditions(self, batch) -> tuple[HeadInputs, dict[str, jax.Array]]:
         """Applies the LLM and the output projectors to a batch.
