@@ -117,9 +117,7 @@ if TYPE_CHECKING:  # for editors and type checkers; `_HOMES` has the same names 
     from mllm_jax.output_projectors.query_connector import QueryConnectorConfig as QueryConnectorConfig
     from mllm_jax.output_projectors.several import SeveralConditionsConfig as SeveralConditionsConfig
     from mllm_jax.output_projectors.states import PromptStatesConfig as PromptStatesConfig
-    from mllm_jax.output_projectors.transformer import (
-        TransformerMapperConfig as TransformerMapperConfig,
-    )
+    from mllm_jax.output_projectors.transformer import TransformerMapperConfig as TransformerMapperConfig
     from mllm_jax.projectors.mlp import MLPProjectorConfig as MLPProjectorConfig
     from mllm_jax.projectors.paired import PairedProjectorConfig as PairedProjectorConfig
     from mllm_jax.projectors.pformer import PFormerConfig as PFormerConfig
