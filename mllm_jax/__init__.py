@@ -113,6 +113,12 @@ if TYPE_CHECKING:  # for editors and type checkers; `_HOMES` has the same names 
     from mllm_jax.models.reshape import with_image_size as with_image_size
     from mllm_jax.models.run_weights import load_run as load_run
     from mllm_jax.models.whisper import WhisperConfig as WhisperConfig
+    from mllm_jax.output_projectors.linear import LinearOutputProjectorConfig as LinearOutputProjectorConfig
+    from mllm_jax.output_projectors.mlp import MLPOutputProjectorConfig as MLPOutputProjectorConfig
+    from mllm_jax.output_projectors.query_connector import QueryConnectorConfig as QueryConnectorConfig
+    from mllm_jax.output_projectors.several import SeveralConditionsConfig as SeveralConditionsConfig
+    from mllm_jax.output_projectors.states import PromptStatesConfig as PromptStatesConfig
+    from mllm_jax.output_projectors.transformer import TransformerMapperConfig as TransformerMapperConfig
     from mllm_jax.projectors.mlp import MLPProjectorConfig as MLPProjectorConfig
     from mllm_jax.projectors.paired import PairedProjectorConfig as PairedProjectorConfig
     from mllm_jax.projectors.pformer import PFormerConfig as PFormerConfig
@@ -217,6 +223,12 @@ _NAMES = {
     "models.reshape": ("with_image_size",),
     "models.run_weights": ("load_run",),
     "models.whisper": ("WhisperConfig",),
+    "output_projectors.linear": ("LinearOutputProjectorConfig",),
+    "output_projectors.mlp": ("MLPOutputProjectorConfig",),
+    "output_projectors.query_connector": ("QueryConnectorConfig",),
+    "output_projectors.several": ("SeveralConditionsConfig",),
+    "output_projectors.states": ("PromptStatesConfig",),
+    "output_projectors.transformer": ("TransformerMapperConfig",),
     "projectors.mlp": ("MLPProjectorConfig",),
     "projectors.paired": ("PairedProjectorConfig",),
     "projectors.pformer": ("PFormerConfig",),

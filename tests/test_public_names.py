@@ -43,7 +43,7 @@ def test_names_on_a_page(page):
 
 def test_every_kind_of_config_has_a_public_name():
     """Checks that `mllm_jax/__init__.py` has every family; a protocol's name is no config."""
-    folders = ("encoders", "projectors", "llms")
+    folders = ("encoders", "projectors", "llms", "output_projectors")
     found = {
         name
         for folder in folders

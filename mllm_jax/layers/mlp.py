@@ -27,6 +27,8 @@ class MLP(nn.Module):
     SwiGLU is `gated=True, activation="silu"`.
 
     Attributes:
+        init_std: standard deviation of the initial kernels before the last map; None means 1/sqrt(fan in).
+        out_init_std: that of the last map.
         norm_eps: epsilon of a LayerNorm before the last map (sub-LN, arXiv 2210.06423), or None.
     """
 
@@ -34,6 +36,7 @@ class MLP(nn.Module):
     activation: str
     gated: bool = False
     use_bias: bool = True
+    init_std: float | None = None
     out_init_std: float | None = None
     norm_eps: float | None = None
     dtype: jnp.dtype = jnp.float32
@@ -41,18 +44,12 @@ class MLP(nn.Module):
     @nn.compact
     def __call__(self, x):
         """Maps dtype[B, S, E], or a grid dtype[B, H, W, E], to the same shape."""
-        wide = dict(features=(self.hidden_size,), names=("embed", "mlp"), use_bias=self.use_bias, dtype=self.dtype)
+        common = dict(use_bias=self.use_bias, dtype=self.dtype)
+        wide = dict(features=(self.hidden_size,), names=("embed", "mlp"), init_std=self.init_std, **common)
         h = ACTIVATIONS[self.activation](Linear(**wide, name="gate" if self.gated else "up")(x))
         if self.gated:
             h = h * Linear(**wide, name="up")(x)
         h = constrain(h, "batch", "seq", *[None] * (h.ndim - 3), "mlp")
         if self.norm_eps is not None:
             h = LayerNorm(self.norm_eps, self.dtype, axis="mlp", name="norm")(h)
-        return Linear(
-            (x.shape[-1],),
-            ("mlp", "embed"),
-            use_bias=self.use_bias,
-            init_std=self.out_init_std,
-            dtype=self.dtype,
-            name="down",
-        )(h)
+        return Linear((x.shape[-1],), ("mlp", "embed"), init_std=self.out_init_std, **common, name="down")(h)

@@ -12,15 +12,17 @@ class RMSNorm(nn.Module):
 
     Attributes:
         axis: logical name of that dimension.
+        init_scale: initial value of the scale.
     """
 
     eps: float = 1e-6
     dtype: jnp.dtype = jnp.float32
     axis: str = "embed"
+    init_scale: float = 1.0
 
     @nn.compact
     def __call__(self, x):
-        init = nn.with_logical_partitioning(nn.initializers.ones, (self.axis,))
+        init = nn.with_logical_partitioning(nn.initializers.constant(self.init_scale), (self.axis,))
         scale = self.param("scale", init, (x.shape[-1],), jnp.float32)
         x = x.astype(jnp.float32)
         x = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + self.eps)

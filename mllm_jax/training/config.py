@@ -79,6 +79,8 @@ class Stage:
             only when the run has ended. One task must take less time than `mllm train --hang-seconds`.
         evaluate: names of these tasks; empty: all of them.
         evaluate_limit: number of examples of each; None: all of them.
+        ema: decay of a moving average of the trained parameters, such as 0.999. Validation, evaluation, later stages
+            and the finished run use the average. None: the parameters themselves.
         frozen_dtype: dtype of frozen parameters during the stage; None: as they are.
         cache_features: the frozen encoder reads each image once; its features are kept in the run folder.
     """
@@ -100,6 +102,7 @@ class Stage:
     evaluate_every: int | None = None
     evaluate: tuple[str, ...] = ()
     evaluate_limit: int | None = None
+    ema: float | None = None
 
     def __post_init__(self):
         _check_name("a stage", self.name)
@@ -115,6 +118,8 @@ class Stage:
                 "at least one step, and pieces that divide the rows",
                 "change steps, data.rows or accumulate",
             )
+        if self.ema is not None and not 0 < self.ema < 1:
+            raise ConfigError(f"stage {self.name!r}: ema {self.ema}", "a decay between 0 and 1", "change ema")
         counts = ("validate_every", "patience", "evaluate_every", "evaluate_limit")
         if low := [f"{name} {value}" for name in counts if (value := getattr(self, name)) is not None and value < 1]:
             raise ConfigError(f"stage {self.name!r}: {', '.join(low)}", "at least 1", "change it")

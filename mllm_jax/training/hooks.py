@@ -192,7 +192,7 @@ class Validate(Hook):
     def after(self, done: StepDone) -> None:
         if done.last or done.ended % self.context.stage.validate_every == 0:
             with self.context.by.goodput.spending("other"):
-                done.scores = self._validate(done.state.params, self.context.done_before + done.ended)
+                done.scores = self._validate(done.state.result, self.context.done_before + done.ended)
             self.context.meter.pause()
             loss = done.scores["validation_loss"]
             self.context.say(done.ended, f"validation loss {loss:.4f}")
@@ -257,7 +257,7 @@ class EvaluateTasks(Hook):
         if done.ended % stage.evaluate_every:
             return
         with context.by.goodput.spending("other"):
-            asked, found = self.assistant.with_params(join(done.state.params, self.frozen)), {}
+            asked, found = self.assistant.with_params(join(done.state.result, self.frozen)), {}
             for task in self.tasks:
                 try:
                     measured = task.measure(asked, limit=stage.evaluate_limit)

@@ -11,6 +11,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from mllm_jax.errors import ConfigError
 from mllm_jax.models.part_names import new_names
+from mllm_jax.training.average import moving_average
 from mllm_jax.training.config import AdamW
 
 DECAYED = ("kernel", "embedding")
@@ -57,8 +58,11 @@ def _by_pattern(factors: Sequence[tuple[str, float]]) -> optax.GradientTransform
     return optax.stateless(scale)
 
 
-def make_optimizer(config: AdamW, steps: int) -> optax.GradientTransformation:
+def make_optimizer(config: AdamW, steps: int, ema: float | None = None) -> optax.GradientTransformation:
     """Chains clipping by global norm, AdamW or a subclass's transformation, and the factors of single parts.
+
+    Args:
+        ema: decay of a moving average of the parameters, which the last state of the chain holds; None: no average.
 
     Raises:
         ConfigError: at the first update, a factor's pattern that matches nothing.
@@ -67,4 +71,5 @@ def make_optimizer(config: AdamW, steps: int) -> optax.GradientTransformation:
         optax.clip_by_global_norm(config.clip_norm),
         config.transform(learning_rate(config, steps), _decay_mask),
     ]
-    return optax.chain(*transformations, *([_by_pattern(config.factors)] if config.factors else []))
+    transformations += [_by_pattern(config.factors)] if config.factors else []
+    return optax.chain(*transformations, *([] if ema is None else [moving_average(ema)]))

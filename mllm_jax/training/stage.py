@@ -114,7 +114,8 @@ def build_stage(
     model = config.make()
     placed = placed_params(model, mesh, parts) if placed is None else placed
     trainable, frozen = split(placed, stage.trainable)
-    optimizer, schedule = make_optimizer(stage.optimizer, stage.steps), learning_rate(stage.optimizer, stage.steps)
+    optimizer = make_optimizer(stage.optimizer, stage.steps, stage.ema)
+    schedule = learning_rate(stage.optimizer, stage.steps)
     layout = state_shardings(optimizer, trainable, shardings_of(trainable), mesh)
     state = TrainState(
         jax.ShapeDtypeStruct((), "int32"),

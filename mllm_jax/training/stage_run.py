@@ -156,7 +156,7 @@ class StageRunner:
             del start, state  # frees memory for the best one
             _, restored, _ = checkpoints.restore({"state": ready.program.state}, patience.best.step)
             state = restored["state"]
-        return self.finish(ready, state.params, ended, context, patience, started)
+        return self.finish(ready, state.result, ended, context, patience, started)
 
     @property
     def words(self) -> Processor:

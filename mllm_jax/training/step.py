@@ -15,6 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from mllm_jax.data.batch import BatchSpec
 from mllm_jax.sharding.logical import PartRules, use_mesh
 from mllm_jax.sharding.mesh import batch_sharding
+from mllm_jax.training.average import averaged
 from mllm_jax.training.partition import join
 
 
@@ -26,6 +27,11 @@ class TrainState:
     params: dict
     opt_state: optax.OptState
     key: jax.Array
+
+    @property
+    def result(self) -> dict:
+        """The trained parameters that are evaluated and kept: their moving average, if the stage has one."""
+        return averaged(self.params, self.opt_state)
 
 
 def state_shardings(optimizer: optax.GradientTransformation, params, shardings, mesh: Mesh) -> TrainState:

@@ -11,6 +11,7 @@ from io import StringIO
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
 import toy_data
 from jax.experimental.compilation_cache import compilation_cache
@@ -229,6 +230,7 @@ REFUSED = {
         EXPERIMENT, model=replace(toy_data.MODEL, llm=replace(toy_data.MODEL.llm, mlp_size=32))
     ),
     "stages.0.objective.z_loss: 0.0 -> 0.1": changed(objective=NextToken(z_loss=0.1)),
+    "stages.0.ema: None -> 0.9": changed(ema=0.9),
     "stages.0.trainable.0: llm/* -> *": changed(trainable=("*",)),
     "stages.0.data.sources.0.source.size: 200 -> 100": changed(
         data=replace(MIXTURE, sources=(Weighted(toy_data.Toy(images=0, size=100)),))
@@ -264,7 +266,7 @@ def test_a_stage_that_others_built_on_is_closed(folder):
 
 def test_a_run_of_an_older_version_lacks_fields_and_goes_on(folder):
     config = json.loads((folder / "config.json").read_text())
-    for name in ("patience", "evaluate_every", "evaluate", "evaluate_limit"):
+    for name in ("patience", "evaluate_every", "evaluate", "evaluate_limit", "ema"):
         del config["stages"][0][name]
     del config["stages"][0]["optimizer"]["schedule"]
     config["stages"].append(config["stages"][0] | {"name": "later"})
@@ -303,6 +305,8 @@ def test_evaluation_in_the_loop_changes_nothing_of_the_training(short, tmp_path)
         ("evaluate_limit without evaluate_every", {"evaluate_limit": 3}, (TASK,)),
         ("evaluate_every 0", {"evaluate_every": 0}, (TASK,)),
         ("patience without validation", {"patience": 2}, ()),
+        ("ema 1.0", {"ema": 1.0}, ()),
+        ("ema 0", {"ema": 0}, ()),
         ("patience 0", {"patience": 0, "validation": MIXTURE}, ()),
         ("task 'toy/colour' for a DualEncoderConfig", {"evaluate_every": 2, "model": toy_data.DUAL}, (TASK,)),
     ],
@@ -310,6 +314,27 @@ def test_evaluation_in_the_loop_changes_nothing_of_the_training(short, tmp_path)
 def test_what_does_not_fit_together_is_refused(named, fields, tasks):
     with pytest.raises(ConfigError, match=named):
         replace(EXPERIMENT, stages=(replace(STAGE, **fields),), evaluation=tasks)
+
+
+# ---- the moving average
+
+
+def test_the_moving_average_is_kept_and_survives_a_kill(short, tmp_path):
+    """Checks that the training is the same, and that the stage keeps the average, also of a run that was killed."""
+    smooth, whole, again = changed(ema=0.7), tmp_path / "whole", tmp_path / "again"
+    run(smooth, whole)
+    killed(smooth, again, 7, saved=5)
+    assert "stage talk: resumed at step 5" in run(smooth, again)
+    end, stage = "checkpoints/0-talk/00000008", "stages/0-talk"
+    plain, held, kept = arrays(short / end), arrays(whole / end), arrays(whole / stage)
+    assert arrays(again / end) == held and arrays(again / stage) == kept
+    raw = [path for path in plain if path.startswith("state/params/")]
+    for path in raw:  # another program may round otherwise
+        one, two = (np.frombuffer(found[path][2], found[path][0]) for found in (plain, held))
+        np.testing.assert_allclose(one, two, rtol=1e-4, atol=1e-5)
+    added = [path for path in held if path not in plain and "/params/" in path]
+    assert kept == {path.partition("/params/")[2]: held[path] for path in added} and len(kept) == len(raw) > 0
+    assert all(kept[path] != held[f"state/params/{path}"] for path in kept)
 
 
 # ---- early stopping

@@ -1,4 +1,4 @@
-"""The learning rate of single parts."""
+"""The learning rate of single parts, and the moving average."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from mllm_jax.errors import ConfigError
+from mllm_jax.training.average import averaged
 from mllm_jax.training.config import AdamW
 from mllm_jax.training.optimizer import make_optimizer
 
@@ -44,3 +45,24 @@ def test_a_part_with_a_factor_moves_as_with_that_learning_rate():
 def test_a_pattern_that_matches_nothing_is_refused():
     with pytest.raises(ConfigError, match="'tower/\\*' matches nothing.*\n.*encoder"):
         moved(replace(CONFIG, factors=(("tower/*", 0.2),)))
+
+
+def test_the_moving_average():
+    """Checks the average against a loop in float64, and that it changes no update; without it, the last parameters."""
+    optimizer, plain = make_optimizer(CONFIG, STEPS, ema=0.3), make_optimizer(CONFIG, STEPS)
+    params = same = jax.tree.map(np.float32, PARAMS)
+    average = jax.tree.map(np.float64, PARAMS)
+    state, other = optimizer.init(params), plain.init(same)
+    for step in range(STEPS):
+        gradients = jax.tree.map(lambda x, step=step: np.cos(step + x), PARAMS)
+        updates, state = optimizer.update(gradients, state, params)
+        params = jax.tree.map(np.add, params, updates)
+        updates, other = plain.update(gradients, other, same)
+        same = jax.tree.map(np.add, same, updates)
+        kept = min(0.3, (1 + step) / (10 + step))
+        average = jax.tree.map(lambda old, new, kept=kept: kept * old + (1 - kept) * np.float64(new), average, params)
+    assert 0.1 < (1 + 1) / (10 + 1) < 0.3 < (1 + 4) / (10 + 4), "both cases come"
+    jax.tree.map(np.testing.assert_array_equal, params, same)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), averaged(params, state), average)
+    assert averaged(same, other) is same
+    assert np.abs(average["llm"]["kernel"] - params["llm"]["kernel"]).max() > 1e-4

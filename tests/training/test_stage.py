@@ -87,7 +87,7 @@ def context(seen, **stage) -> Context:
 
 
 def done(ended: int, **given) -> StepDone:
-    state = SimpleNamespace(key=jax.random.key_data(jax.random.key(0)), params={})
+    state = SimpleNamespace(key=jax.random.key_data(jax.random.key(0)), result="average")
     return StepDone(ended, ended == STAGE.steps, state, {}, 7, **given)
 
 
@@ -153,8 +153,13 @@ def test_validation_is_a_mean_by_weight(seen):
         context(seen, validate_every=4, validation_batches=2),
         writer=SimpleNamespace(write=lambda *given: written.append(given)),
     )
+
+    def eval_step(params, frozen, batch):
+        assert params == "average", "of a stage with `ema`"
+        return values[batch]
+
     steps = [done(ended) for ended in range(1, 7)]
-    take([Validate(here, feed, lambda params, frozen, batch: values[batch], {})], steps)
+    take([Validate(here, feed, eval_step, {})], steps)
     assert [step.scores for step in steps] == [
         None,
         None,

@@ -204,7 +204,7 @@ def test_a_gradient_that_is_not_finite_is_never_applied(one):
 def test_no_device_holds_a_whole_sharded_parameter(config, devices):
     mesh = make_mesh(config)
     params, shardings = init_params(MODEL.make(), mesh, seed=0)
-    optimizer = make_optimizer(ADAMW, STEPS)
+    optimizer = make_optimizer(ADAMW, STEPS, ema=0.9)
     layout = state_shardings(optimizer, params, shardings, mesh)
     state = init_state(optimizer, params, layout, jax.random.key(0))
     split_leaves = 0
