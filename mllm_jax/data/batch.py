@@ -138,23 +138,23 @@ def instruction_spec(rows: int, slots: int, length: int) -> BatchSpec:
 
 
 def targets_spec(
-    modality: str, rows: int, slots: int, target: tuple[tuple[int, ...], str] | None, signals: int, length: int
+    modality: str, rows: int, slots: int, target: tuple[tuple[int, ...], str], signals: int, length: int
 ) -> BatchSpec:
     """Returns the arrays for media that the model produces; none without slots.
 
     Args:
-        target: shape and dtype of one medium as the generator learns it; None: only its caption is learned from.
+        target: shape and dtype of one medium as the generator learns it.
         signals: signal tokens of one medium: `<modality>_signals` has their positions in the row, -1 in empty slots.
+            `<modality>_empty` has the ids of an empty caption.
         length: of a caption's ids.
     """
-    media = (rows, slots)
+    media, (shape, dtype) = (rows, slots), target
     spec = dict(
+        targets=ArraySpec((*media, *shape), dtype, axes=(ROW, SLOTS)),
         captions=ArraySpec((*media, length), axes=(ROW, SLOTS)),
         signals=ArraySpec((*media, signals), fill=-1, axes=(ROW, SLOTS)),
+        empty=ArraySpec((rows, length), axes=(ROW,)),
     )
-    if target is not None:
-        shape, dtype = target
-        spec["targets"] = ArraySpec((*media, *shape), dtype, axes=(ROW, SLOTS))
     return BatchSpec({f"{modality}_{name}": array for name, array in spec.items()} if slots else {})
 
 
@@ -200,9 +200,7 @@ class _Cursor:
     segment: int = 0
     media: int = 0
     slot: int = 0  # of images
-    produced: Mapping[str, int] = field(
-        default_factory=dict
-    )  # by the name of their slots
+    produced: Mapping[str, int] = field(default_factory=dict)  # by the name of their slots
 
     def after(self, e: Any) -> _Cursor:
         return replace(

@@ -73,11 +73,11 @@ def signal_conversions(config: MultimodalConfig, tokenizer: Words, folder: Path 
             modality,
             ids_of(tokenizer, names, str(folder)),
             output.queries,
-            None if generator is None else generator.target_shape,
-            "uint8",
+            generator.target_shape,
+            generator.target_dtype,
             _TARGETS[modality](generator),
             words.caption_ids if isinstance(words, Tokenizer) else words.encode,
-            output.caption_length,
+            generator.longest,
             words.pad_token_id or 0,
         )
     return found

@@ -21,34 +21,31 @@ class Output:
 
     A medium of an answer becomes `projector.tokens` signal tokens in the text: special tokens <image_0>, <image_1>, ...
     (GILL, arXiv 2305.17216; NExT-GPT, arXiv 2309.05519), which the LLM writes. As queries (MetaQuery, arXiv 2504.06256)
-    they stand between <begin_image> and <end_image>, and the LLM writes only the first of these.
+    they are between <begin_image> and <end_image>, and the LLM writes only the first of these.
 
     Attributes:
         projector: the output projector, from the LLM's hidden states to the condition of the generator.
-        generator: None: the model only learns the condition.
-        text: the generator's own text encoder. Its output for a caption is what the condition is aligned to, and its
-            output for an empty caption is the condition of guidance. None: neither is needed.
+        generator: a generator with its own text encoder, such as a `TextToImageConfig`. The text encoder's output for a
+            caption is what the condition is aligned to, and for an empty caption the condition without one.
         queries: whether the tokens are queries.
-        caption_length: positions of a caption for the text encoder.
         tokenizer: folder of the text encoder's tokenizer; None: the model's own.
     """
 
     projector: Any
-    generator: Any = None
-    text: Any = None
+    generator: Any
     queries: bool = False
-    caption_length: int = 77
     tokenizer: str | None = None
 
     def joined(self, hidden_size: int, vocab_size: int) -> Output:
         """Returns the branch with open widths filled in from the LLM, and the open vocabulary of its text encoder."""
-        text = self.text if self.tokenizer else filled(self.text, vocab_size=vocab_size)
-        return replace(self, projector=filled(self.projector, input_size=hidden_size), text=text)
+        generator = self.generator
+        if self.tokenizer is None:
+            generator = replace(generator, text_encoder=filled(generator.text_encoder, vocab_size=vocab_size))
+        return replace(self, projector=filled(self.projector, input_size=hidden_size), generator=generator)
 
     def parts(self, modality: str) -> dict[str, Any]:
         """Returns each part's config by the name of its parameters."""
-        named = {f"output_projector_{modality}": self.projector, f"generator_{modality}": self.generator}
-        return {n: part for n, part in (named | {text_part(modality): self.text}).items() if part is not None}
+        return {f"output_projector_{modality}": self.projector, f"generator_{modality}": self.generator}
 
     def check(self, hidden_size: int) -> None:
         """Raises ConfigError if the parts do not fit each other, or the LLM's width."""
@@ -58,16 +55,14 @@ class Output:
                 f"the LLM's hidden_size {hidden_size}",
                 "make the two equal, or leave it out",
             )
-        made = self.projector.output_size
-        sizes = {
-            "generator.condition_size": None if self.generator is None else self.generator.condition_size,
-            "text.hidden_size": None if self.text is None else self.text.hidden_size,
-        }
-        for name, size in sizes.items():
-            if size is not None and size != made:
-                raise ConfigError(
-                    f"projector.output_size {made}", f"{name} {size}", "change the output projector's width"
-                )
+        made = (self.projector.output_tokens, self.projector.output_size)
+        read = (self.generator.longest, self.generator.condition_size)
+        if made != read:
+            raise ConfigError(
+                "an output projector that makes {} vectors of width {}".format(*made),
+                "the generator's condition: {} vectors of width {}".format(*read),
+                "change output_tokens or output_size of the output projector",
+            )
 
     def batch_spec(self, modality: str, rows: int, slots: int) -> BatchSpec:
         """Returns the arrays of a batch for media that the model produces.
@@ -75,8 +70,8 @@ class Output:
         Args:
             slots: of a row.
         """
-        target = None if self.generator is None else (self.generator.target_shape, self.generator.target_dtype)
-        return targets_spec(modality, rows, slots, target, self.projector.tokens, self.caption_length)
+        target = self.generator.target_shape, self.generator.target_dtype
+        return targets_spec(modality, rows, slots, target, self.projector.tokens, self.generator.longest)
 
 
 def names_of_signals(config: Any) -> dict[str, tuple[str, ...]]:
@@ -92,8 +87,3 @@ def captions_folder(folder: Path, modality: str) -> Path:
 def slots_of(modality: str) -> str:
     """Returns the name of the slots of media that the model produces, such as image_targets."""
     return f"{modality}_{TARGETS}"
-
-
-def text_part(modality: str) -> str:
-    """Returns the name of the part that is a generator's text encoder; that of images has no suffix."""
-    return "encoder_text" if modality == "image" else f"encoder_text_{modality}"

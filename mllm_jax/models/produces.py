@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from einops import rearrange
 
 from mllm_jax.layers.context_gather import take_along_rows
 from mllm_jax.layers.head import HeadInputs
-from mllm_jax.models.output import text_part
+from mllm_jax.models.diffused import Diffused, OfMedia, diffuse
 
 
-class Produces:
+class Produces(OfMedia):
     """Methods of `Multimodal` for its output branches, whose parts are `output_projector` and `generator`."""
 
     def head_and_conditions(self, batch) -> tuple[HeadInputs, dict[str, jax.Array]]:
@@ -46,39 +44,17 @@ class Produces:
         """Returns the conditions of generators, see `head_and_conditions`."""
         return self.head_and_conditions(batch)[1]
 
-    def caption_conditions(self, batch) -> dict[str, jax.Array]:
-        """Returns the conditions that the generators' own text encoders make of `<modality>_captions` int[B, M, L]."""
-        found = {}
-        for modality, output in self.config.outputs.items():
-            if output.text is not None and (captions := batch.get(f"{modality}_captions")) is not None:
-                encoder = self.encoder[text_part(modality).removeprefix("encoder_")]
-                flat = rearrange(captions, "b m l -> (b m) l")
-                made = encoder.states(flat)
-                found[modality] = rearrange(made, "(b m) ... -> b m ...", m=captions.shape[1])
-        return found
-
-    def targets(self, batch) -> dict[str, jax.Array]:
-        """Returns the latents [B, M, ...] of `<modality>_targets`, which generators learn to denoise."""
-        found = {}
-        for modality, generator in self.generator.items():
-            if (targets := batch.get(f"{modality}_targets")) is not None:
-                made = generator.learned(rearrange(targets, "b m ... -> (b m) ..."))
-                found[modality] = rearrange(made, "(b m) ... -> b m ...", m=targets.shape[1])
-        return found
-
-    def produced(self, batch) -> tuple[Any, ...]:
-        """Runs every part that produces media once, so that `init` creates all parameters."""
-        made, texts, latents = self.conditions(batch), self.caption_conditions(batch), self.targets(batch)
-        outputs = []
-        for modality, each in latents.items():
-            inputs = dict(latents=each[:, 0], timesteps=jnp.zeros(len(each), jnp.int32), condition=made[modality][:, 0])
-            outputs.append(self.generator[modality].decode(self.denoise(dict(modality=modality, **inputs))))
-        return made, texts, *outputs
-
-    def denoise(self, batch) -> jax.Array:
-        """Applies the generator of a modality.
+    def diffused(self, batch) -> tuple[HeadInputs | None, dict[str, Diffused]]:
+        """Noises the targets of generators and denoises them under the conditions of output projectors.
 
         Args:
-            batch: `modality`, and `latents` [N, ...], `timesteps` [N] and `condition` [N, L, E] in place of a batch.
+            batch: also has, for each modality to produce, `<modality>_latents` and `<modality>_noise`
+                float32[B, M, ...], the result of `targets` and normally distributed numbers; `<modality>_level`
+                float32[B, M] in [0, 1), the timestep as a share of all; `<modality>_dropped` bool[B, M], media whose
+                condition is that of an empty caption.
+
+        Returns:
+            The inputs of the LLM's output head; the results by modality.
         """
-        return self.generator[batch["modality"]](batch["latents"], batch["timesteps"], batch["condition"])
+        head, conditions = self.head_and_conditions(batch)
+        return head, {m: diffuse(self.generator[m], m, batch, condition) for m, condition in conditions.items()}

@@ -184,5 +184,7 @@ class ComposedLayout(Layout):
             for starts, row, mine in zip(first, own, found.first, strict=True):
                 for (i, _), start in zip(row, mine, strict=True):
                     starts[i] = before + start
+            if count and isinstance(each, SignalTokens):
+                arrays[f"{each.modality}_empty"] = np.tile(each.empty, (len(rows), 1))
             before += found.newline  # the media tokens of each branch follow those of the branches before it
         return Collated(arrays, first, before)

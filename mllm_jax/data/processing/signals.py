@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -35,8 +35,8 @@ class SignalTokens:
         ids: of the tokens in the text: with markers the begin token, the signals, and the end token.
         markers: whether a begin token comes before the signals and an end token after them. The model then writes only
             the begin token itself; the others follow it.
-        shape: of the target; None: the model learns only from captions.
-        dtype, target: of the target, and a function that returns it for a medium.
+        shape, dtype: of the target.
+        target: returns the target of a medium.
         caption: returns the ids of a caption, as the generator's text encoder reads them.
         length: of a caption; shorter ones are padded with `pad`.
     """
@@ -44,7 +44,7 @@ class SignalTokens:
     modality: str
     ids: tuple[int, ...]
     markers: bool
-    shape: tuple[int, ...] | None
+    shape: tuple[int, ...]
     dtype: str
     target: Callable[[Part], np.ndarray]
     caption: Callable[[str], Sequence[int]]
@@ -61,21 +61,25 @@ class SignalTokens:
     @property
     def blank(self) -> Mapping[str, np.ndarray]:
         """The arrays of an empty slot by their names in a batch."""
-        target = {} if self.shape is None else {f"{self.modality}_targets": np.zeros(self.shape, self.dtype)}
-        return {f"{self.modality}_captions": np.full(self.length, self.pad, np.int32)} | target
+        return {
+            f"{self.modality}_targets": np.zeros(self.shape, self.dtype),
+            f"{self.modality}_captions": np.zeros(self.length, np.int32),
+        }
+
+    @cached_property
+    def empty(self) -> np.ndarray:
+        """The ids int[length] of an empty caption."""
+        return self._padded("")
 
     def media(self, part: Part, token: int, learned: bool = True) -> Media:
         """Implements `Conversion`; without `learned` there are only the tokens."""
-        read: dict[str, Callable[[], np.ndarray]] = {}
-        if learned:
-            read[f"{self.modality}_captions"] = self._ids(part)
-            if self.shape is not None:
-                read[f"{self.modality}_targets"] = partial(self.target, part)
+        targets, captions = self.blank
+        read = {targets: partial(self.target, part), captions: partial(self._caption, part)} if learned else {}
         count = len(self.ids)
         carried = np.ones(count, np.float32)
         carried[1:] = not self.markers
         return Media(
-            Lazy(tuple(read), lambda name: np.asarray(read[name]())[None]),
+            Lazy(tuple(read), lambda name: read[name]()[None]),
             np.asarray(self.ids),
             np.full(count, TEXT),
             count=int(learned),
@@ -84,17 +88,21 @@ class SignalTokens:
             signals=np.arange(count)[1:-1] if self.markers else np.arange(count),
         )
 
-    def _ids(self, part: Part) -> Callable[[], np.ndarray]:
-        """Returns a function of the ids int[length] of a medium's caption; what does not fit is cut off."""
+    def _caption(self, part: Part) -> np.ndarray:
+        """Returns the ids int[length] of a medium's caption. Raises DataError: it has none."""
         if not (part.caption or "").strip():
             raise DataError(
                 f"{self.unit} without a caption",
                 f"{type(part).__name__}(source, caption=...): the generator's text encoder reads it",
                 "give it one, or drop the record",
             )
-        ids = list(self.caption(part.caption))
+        return self._padded(part.caption)
+
+    def _padded(self, text: str) -> np.ndarray:
+        """Returns the ids int[length] of a caption; what does not fit is cut off before its end token."""
+        ids = list(self.caption(text))
         cut = ids if len(ids) <= self.length else [*ids[: self.length - 1], ids[-1]]
-        return lambda: np.asarray(cut + [self.pad] * (self.length - len(cut)), np.int32)
+        return np.asarray(cut + [self.pad] * (self.length - len(cut)), np.int32)
 
     def fingerprint(self) -> str:
         """Returns a text that differs if the rows would."""
