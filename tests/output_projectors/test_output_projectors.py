@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import lru_cache
 
 import jax
 import jax.numpy as jnp
@@ -51,6 +52,7 @@ def as_tuple(x) -> tuple:
     return x if isinstance(x, tuple) else (x,)
 
 
+@lru_cache
 def boxed(config):
     return abstract_init(config.make(), STATES, EMBEDDINGS)
 
@@ -60,8 +62,13 @@ def random_params(config):
     return jax.tree.map(lambda x: 0.5 * rng.normal(size=x.shape).astype(np.float32), nn.meta.unbox(boxed(config)))
 
 
+@lru_cache
+def compiled(config):
+    return jax.jit(lambda params, *given: config.make().apply({"params": params}, *given))
+
+
 def apply(config, params, states=STATES, mask=None, embeddings=EMBEDDINGS):
-    return jax.jit(lambda *given: config.make().apply({"params": params}, *given))(states, embeddings, mask)
+    return compiled(config)(params, states, embeddings, mask)
 
 
 @EVERY
