@@ -110,6 +110,8 @@ ARCHITECTURES: tuple[Architecture, ...] = (
     Architecture("Qwen2AudioForConditionalGeneration", "mllm_jax.models.qwen2_audio", "qwen2_audio"),
     # parts of diffusers
     Architecture("AutoencoderKL", "mllm_jax.generators.vae", diffusers=True),
+    # pipelines of diffusers
+    Architecture("StableDiffusionPipeline", "mllm_jax.models.stable_diffusion", diffusers=True),
     # timm's names
     Architecture("eva_giant_patch14_clip_224", "mllm_jax.encoders.eva"),
     Architecture("eva02_base_patch16_clip_224", "mllm_jax.encoders.eva"),
