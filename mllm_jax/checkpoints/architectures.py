@@ -109,7 +109,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (
     Architecture("Qwen2AudioEncoder", "mllm_jax.encoders.qwen2_audio", "qwen2_audio_encoder"),
     Architecture("Qwen2AudioForConditionalGeneration", "mllm_jax.models.qwen2_audio", "qwen2_audio"),
     # parts of diffusers
-    Architecture("AutoencoderKL", "mllm_jax.generators.vae", diffusers=True),
+    Architecture("AutoencoderKL", "mllm_jax.generators.vae_hub", diffusers=True),
     # pipelines of diffusers
     Architecture("StableDiffusionPipeline", "mllm_jax.models.stable_diffusion", diffusers=True),
     # timm's names
