@@ -110,6 +110,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (
     Architecture("Qwen2AudioForConditionalGeneration", "mllm_jax.models.qwen2_audio", "qwen2_audio"),
     # parts of diffusers
     Architecture("AutoencoderKL", "mllm_jax.generators.vae", diffusers=True),
+    Architecture("UNet2DConditionModel", "mllm_jax.generators.unet_hub", diffusers=True),
     # timm's names
     Architecture("eva_giant_patch14_clip_224", "mllm_jax.encoders.eva"),
     Architecture("eva02_base_patch16_clip_224", "mllm_jax.encoders.eva"),
