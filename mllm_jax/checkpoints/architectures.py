@@ -110,6 +110,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (
     Architecture("Qwen2AudioForConditionalGeneration", "mllm_jax.models.qwen2_audio", "qwen2_audio"),
     # parts of diffusers
     Architecture("AutoencoderKL", "mllm_jax.generators.vae_hub", diffusers=True),
+    Architecture("UNet2DConditionModel", "mllm_jax.generators.unet_hub", diffusers=True),
     # pipelines of diffusers
     Architecture("StableDiffusionPipeline", "mllm_jax.models.stable_diffusion", diffusers=True),
     # timm's names
