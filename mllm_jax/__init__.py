@@ -76,6 +76,7 @@ if TYPE_CHECKING:  # for editors and type checkers; `_HOMES` has the same names 
     from mllm_jax.evaluation.tasks.questions import questions_task as questions_task
     from mllm_jax.generation.assistant import Assistant as Assistant
     from mllm_jax.generation.generate import generate as generate
+    from mllm_jax.generation.media import Media as Media
     from mllm_jax.generation.options import Answer as Answer
     from mllm_jax.generation.options import Options as Options
     from mllm_jax.generation.sampling import Sampling as Sampling
@@ -112,6 +113,7 @@ if TYPE_CHECKING:  # for editors and type checkers; `_HOMES` has the same names 
     from mllm_jax.models.registry import supported_models as supported_models
     from mllm_jax.models.reshape import with_image_size as with_image_size
     from mllm_jax.models.run_weights import load_run as load_run
+    from mllm_jax.models.stable_diffusion import StableDiffusionConfig as StableDiffusionConfig
     from mllm_jax.models.whisper import WhisperConfig as WhisperConfig
     from mllm_jax.projectors.mlp import MLPProjectorConfig as MLPProjectorConfig
     from mllm_jax.projectors.paired import PairedProjectorConfig as PairedProjectorConfig
@@ -187,6 +189,7 @@ _NAMES = {
     "evaluation.tasks.questions": ("questions_task",),
     "generation.assistant": ("Assistant",),
     "generation.generate": ("generate",),
+    "generation.media": ("Media",),
     "generation.options": ("Answer", "Options"),
     "generation.sampling": ("Sampling",),
     "generators.vae": ("AutoencoderKLConfig",),
@@ -215,6 +218,7 @@ _NAMES = {
     "models.registry": ("from_pretrained", "pretrained_config", "save_pretrained", "supported_models"),
     "models.reshape": ("with_image_size",),
     "models.run_weights": ("load_run",),
+    "models.stable_diffusion": ("StableDiffusionConfig",),
     "models.whisper": ("WhisperConfig",),
     "projectors.mlp": ("MLPProjectorConfig",),
     "projectors.paired": ("PairedProjectorConfig",),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import zlib
 
 import jax
@@ -21,6 +22,11 @@ def fingerprint(params: PyTree) -> dict[str, int]:
     leaves = storable(flatten(params)[0])
     sums = {path: _checksum(leaf, np.uint32(_salt(leaf))) for path, leaf in leaves.items()}
     return {path: int(value) for path, value in jax.device_get(sums).items()}
+
+
+def short_fingerprint(params: PyTree) -> str:
+    """Returns the fingerprint of all leaves as 16 characters, for metadata."""
+    return hashlib.sha256(repr(sorted(fingerprint(params).items())).encode()).hexdigest()[:16]
 
 
 def check_fingerprint(params: PyTree, expected: dict[str, int], source: str, **refusal: str) -> None:

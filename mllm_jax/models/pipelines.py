@@ -39,7 +39,11 @@ SCHEDULER = "scheduler"
 # Subfolders that are no part of the model: the files and options that give the class, and its library.
 CARRIED = {
     "tokenizer": ("tokenizer_config.json", ("tokenizer_class",), "transformers"),
-    "feature_extractor": ("preprocessor_config.json", ("image_processor_type", "feature_extractor_type"), "transformers"),
+    "feature_extractor": (
+        "preprocessor_config.json",
+        ("image_processor_type", "feature_extractor_type"),
+        "transformers",
+    ),
     "image_encoder": (CONFIG, ("architectures",), "transformers"),
     "safety_checker": (CONFIG, ("architectures",), "stable_diffusion"),
 }
@@ -115,9 +119,7 @@ def read_parts(
     """Reads the parameters of a pipeline's parts onto the devices; takes and raises the same as `read_weights`."""
     components = {component.name: component for component in components_of(folder)}
     return {
-        name: read_weights(
-            components[name], part_table(part), abstract[name], mesh=mesh, dtype=dtype, report=report
-        )
+        name: read_weights(components[name], part_table(part), abstract[name], mesh=mesh, dtype=dtype, report=report)
         for name, part in config.parts.items()
     }
 

@@ -46,6 +46,7 @@ class StableDiffusionConfig(WithCompute):
 
     def __post_init__(self):
         require, latents = Requirements("Stable Diffusion", self), self.vae.latent_channels
+        width, read = self.text_encoder.hidden_size, self.unet.text_widths
         require(
             self.text_encoder.family == TEXT_ENCODER,
             f"a text encoder of class {self.text_encoder.family}",
@@ -59,8 +60,8 @@ class StableDiffusionConfig(WithCompute):
             "change unet or vae",
         )
         require(
-            self.unet.text_widths == (self.text_encoder.hidden_size,),
-            f"a UNet that reads texts of width {list(self.unet.text_widths)}, and texts of {self.text_encoder.hidden_size}",
+            read == (width,),
+            f"a UNet that reads texts of width {list(read)}, and texts of {width}",
             "equal widths",
             "change unet (cross_attention_dim) or text_encoder",
         )
@@ -186,9 +187,7 @@ def sampler(scheduler: Any) -> Any:
 
 def table(config: StableDiffusionConfig) -> Table:
     """Returns the weights of all parts; names and paths begin with the part's name."""
-    return Table(
-        sum((nested(part_table(part), f"{name}.", f"{name}/") for name, part in config.parts.items()), ())
-    )
+    return Table(sum((nested(part_table(part), f"{name}.", f"{name}/") for name, part in config.parts.items()), ()))
 
 
 def sample(config: StableDiffusionConfig) -> tuple:
