@@ -94,7 +94,7 @@ def by_name(name: str, values: Mapping[str, Any] | Scheduler | None = None) -> S
 
 
 def _indexed_class(folder: Path) -> dict[str, str]:
-    """Returns the scheduler's class in a pipeline's model_index.json, which diffusers prefers to the scheduler's own."""
+    """Returns the scheduler's class in a pipeline's model_index.json; diffusers prefers it too."""
     if not os.path.isfile(folder / MODEL_INDEX):
         return {}
     entry = read_json(folder / MODEL_INDEX, CheckpointError, limit=_BYTES).get("scheduler")
