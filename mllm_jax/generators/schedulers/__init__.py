@@ -11,18 +11,27 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from mllm_jax.checkpoints.components import MODEL_INDEX
 from mllm_jax.errors import CheckpointError, ConfigError
 from mllm_jax.files import read_json
 from mllm_jax.generators.schedulers.config import FILE, SchedulerConfig
 from mllm_jax.generators.schedulers.ddim import DDIM
+from mllm_jax.generators.schedulers.ddpm import DDPM
+from mllm_jax.generators.schedulers.dpm_solver import DPMSolver
 from mllm_jax.generators.schedulers.euler import Euler, EulerAncestral
+from mllm_jax.generators.schedulers.flow_euler import FlowEuler
+from mllm_jax.generators.schedulers.pndm import PNDM
 from mllm_jax.generators.schedulers.protocol import Scheduler, State
 
 _BYTES = 16 << 20
 NAMES: dict[str, type[SchedulerConfig]] = {
+    "ddpm": DDPM,
     "ddim": DDIM,
+    "pndm": PNDM,
     "euler": Euler,
     "euler_ancestral": EulerAncestral,
+    "dpm++": DPMSolver,
+    "flow": FlowEuler,
 }
 _CLASSES = {each.class_name: each for each in NAMES.values()}
 _KNOWN = frozenset().union(*(each.option_names() for each in NAMES.values()))
@@ -53,6 +62,8 @@ def from_folder(folder: str | Path, name: str | None = None) -> Scheduler:
         raise CheckpointError(f"{path}: {error}", "a readable file", "fetch the file again") from error
     if name is not None:
         return by_name(name, values)
+    if path.parent != folder:
+        values = {**values, **_indexed_class(folder)}
     return _class_of(values, str(path)).from_values(values, _KNOWN)
 
 
@@ -73,9 +84,22 @@ def by_name(name: str, values: Mapping[str, Any] | Scheduler | None = None) -> S
         values = values.values()
     values = dict(values or {})
     made = NAMES[name]
-    if "_class_name" in values:
-        _class_of(values, "the options")
+    if "_class_name" in values and FlowEuler in (old := _class_of(values, "the options"), made) and old is not made:
+        raise ConfigError(
+            f"the scheduler {name!r} for the options of {old.class_name}",
+            "a scheduler of the same kind: flow matching, or diffusion",
+            "choose another scheduler; the model was trained for one kind",
+        )
     return made.from_values({**values, "_class_name": made.class_name}, _KNOWN)
+
+
+def _indexed_class(folder: Path) -> dict[str, str]:
+    """Returns the scheduler's class in a pipeline's model_index.json; diffusers prefers it too."""
+    if not os.path.isfile(folder / MODEL_INDEX):
+        return {}
+    entry = read_json(folder / MODEL_INDEX, CheckpointError, limit=_BYTES).get("scheduler")
+    listed = isinstance(entry, list) and len(entry) == 2 and isinstance(entry[1], str)
+    return {"_class_name": entry[1]} if listed else {}
 
 
 def _class_of(values: Mapping[str, Any], where: str) -> type[SchedulerConfig]:

@@ -8,7 +8,6 @@ import os.path
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, ClassVar, Self
 
 import jax
@@ -21,7 +20,7 @@ from mllm_jax.files import write_atomic
 from mllm_jax.generators.schedulers.protocol import State
 
 FILE = "scheduler_config.json"
-LARGEST = 1 << 20  # limit of training timesteps
+LARGEST = 1 << 20  # limit of timesteps
 _METADATA = frozenset(("_class_name", "_diffusers_version", "_use_default_values", "_name_or_path", "_commit_hash"))
 # diffusers keeps all options of a file whatever the class, so that another scheduler can be made from it, and a class
 # ignores those of others. These belong to diffusers' schedulers that are not here.
@@ -111,13 +110,14 @@ class SchedulerConfig(abc.ABC):
             ConfigError: a value of another type or without support, or an option that no scheduler has.
         """
         own = cls.option_names()
-        unset = values.get("_use_default_values") or ()
+        unset = values.get("_use_default_values")
+        unset = unset if isinstance(unset, list) else ()
         values = {name: value for name, value in values.items() if name not in unset}
         if unknown := sorted(values.keys() - own - known - _METADATA - _OTHERS):
             listed = ", ".join(f"{name}={values[name]!r:.60}" for name in unknown)
             raise cls.refusal(listed, f"the options {', '.join(sorted(own))}", "remove those without effect")
         kept = {name: value for name, value in values.items() if name in own and value is not None}
-        return cls(**kept, given=MappingProxyType(values))
+        return cls(**kept, given=values)
 
     def values(self) -> dict[str, Any]:
         """Returns the options as a scheduler_config.json has them: those that were read, and those that are set."""
@@ -156,8 +156,8 @@ class SchedulerConfig(abc.ABC):
 
     def init(self, steps: int, shape: tuple[int, ...] | None = None) -> State:
         """Returns the state of the first step. A compiled loop needs the sample's shape; see `Scheduler`."""
-        if not is_whole(steps) or steps < 1:
-            raise self.refusal(f"{steps!r} steps", "a whole number from 1")
+        if not is_whole(steps) or not 1 <= steps <= LARGEST:
+            raise self.refusal(f"{steps!r} steps", f"a whole number, 1 to {LARGEST:,}")
         timesteps, tables = self.schedule(steps)
         history = tuple(jnp.zeros(shape, jnp.float32) for _ in range(self.memory)) if shape is not None else None
         return State(

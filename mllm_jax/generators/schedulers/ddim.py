@@ -11,7 +11,7 @@ import numpy as np
 
 from mllm_jax.checkpoints.config_options import is_number
 from mllm_jax.generators.schedulers.config import flag
-from mllm_jax.generators.schedulers.diffusion import Limited
+from mllm_jax.generators.schedulers.diffusion import Clipped
 from mllm_jax.generators.schedulers.prediction import to_noise, to_sample
 from mllm_jax.generators.schedulers.protocol import State
 
@@ -21,7 +21,7 @@ def _is_share(value: object) -> bool:
 
 
 @dataclass(frozen=True)
-class DDIM(Limited):
+class DDIM(Clipped):
     """diffusers' DDIMScheduler.
 
     Attributes:

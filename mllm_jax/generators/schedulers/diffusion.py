@@ -123,17 +123,29 @@ class Diffusion(SchedulerConfig):
 
 
 @dataclass(frozen=True)
-class Limited(Diffusion):
-    """The options of schedulers that limit a predicted sample."""
+class Thresholded(Diffusion):
+    """The options of schedulers that may limit a predicted sample by its own magnitudes."""
 
-    clip_sample: bool = flag(True)
-    clip_sample_range: float = number(1.0, above=0)
     thresholding: bool = flag(False)
     dynamic_thresholding_ratio: float = number(0.995, above=0, most=1)
     sample_max_value: float = number(1.0, above=0)
 
     def limited(self, sample: jax.Array) -> jax.Array:
-        """Returns the predicted sample [B, ...], clipped or thresholded; thresholding comes first."""
+        """Returns the predicted sample [B, ...] within its limits."""
         if self.thresholding:
             return threshold(sample, self.dynamic_thresholding_ratio, self.sample_max_value)
-        return sample.clip(-self.clip_sample_range, self.clip_sample_range) if self.clip_sample else sample
+        return sample
+
+
+@dataclass(frozen=True)
+class Clipped(Thresholded):
+    """The options of schedulers that clip a predicted sample, unless it is thresholded."""
+
+    clip_sample: bool = flag(True)
+    clip_sample_range: float = number(1.0, above=0)
+
+    def limited(self, sample: jax.Array) -> jax.Array:
+        """Returns the predicted sample [B, ...] within its limits."""
+        if self.thresholding or not self.clip_sample:
+            return super().limited(sample)
+        return sample.clip(-self.clip_sample_range, self.clip_sample_range)
