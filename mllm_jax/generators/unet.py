@@ -163,9 +163,9 @@ class UNetConfig(WithCompute):
             "set class_size",
         )
         self._require_texts(require)
-        for block in (*self.down, *((self.mid,) if self.mid else ()), *self.up):
+        for block in (*self.down, *self.up):
             require(
-                not block.depths or len(block.depths) >= len(block.inputs) - (block is self.mid),
+                not block.depths or len(block.depths) >= len(block.inputs),
                 f"depths {list(block.depths)} of a block of {len(block.inputs)} residual blocks",
                 "one for each",
                 "change depths or up_depths",
@@ -237,7 +237,7 @@ class UNetConfig(WithCompute):
             return None
         attends, last = self.mid_block == MID[0], len(self.channels) - 1
         block = self._block(last, attends, (self.channels[-1],) * (1 + attends), self.depths[-1])
-        return replace(block, depths=block.depths[:1], only_cross=False, scale=self.dialect.mid_scale, resample=False)
+        return replace(block, only_cross=False, scale=self.dialect.mid_scale, resample=False)
 
     @property
     def up(self) -> tuple[Block, ...]:
