@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import tyro
 
-from mllm_jax.checkpoints.native import is_native
+from mllm_jax.checkpoints.components import CONFIG
+from mllm_jax.checkpoints.native import is_native, read_native_config
+from mllm_jax.checkpoints.run import is_run
 from mllm_jax.cli.caches import keep_compiled_programs
 from mllm_jax.cli.progress import Count
 from mllm_jax.errors import ConfigError
@@ -35,7 +38,7 @@ class Draw:
         width: of the images in pixels.
         start_image: an image file that drawing begins with.
         strength: of the change of the start image, above 0 to 1; default: 0.8.
-        scheduler: another scheduler than the folder's: ddpm, ddim, pndm, euler, euler_ancestral, dpmsolver.
+        scheduler: another scheduler than the folder's: ddpm, ddim, pndm, euler, euler_ancestral or dpm++.
         batch_size: number of images that are drawn together.
         dtype: of the computation; default: as stored.
         out: folder for the images.
@@ -59,16 +62,17 @@ class Draw:
     out: Path = Path(".")
 
 
-def draws(word: str) -> bool:
-    """Returns whether a word of the command line is the folder of a model that draws."""
+def draws(arguments: Sequence[str]) -> bool:
+    """Returns whether the first folder of a model among the arguments is of one that draws."""
     from mllm_jax.models.pipelines import PipelineConfig, is_pipeline
 
-    folder = Path(word)
-    if is_native(folder):
-        from mllm_jax.checkpoints.native import read_native_config
-
-        return isinstance(read_native_config(folder), PipelineConfig)
-    return is_pipeline(folder)
+    for word in arguments:
+        folder = Path(word)
+        if is_native(folder):
+            return isinstance(read_native_config(folder), PipelineConfig)
+        if is_pipeline(folder) or is_run(folder) or (folder / CONFIG).is_file():
+            return is_pipeline(folder)
+    return False
 
 
 def refuse_options(arguments: Sequence[str], known: type, others: type, what: str, instead: str) -> None:
@@ -100,21 +104,16 @@ def run(arguments: list[str]) -> int:
     check(options)
     keep_compiled_programs()
 
-    from mllm_jax.generation.assistant import Assistant
+    from mllm_jax.generation.draw import Drawer, Drawing
 
-    assistant = Assistant.load(options.model, dtype=options.dtype)
-    done, how = 0, {}
-    with Count("steps", total_steps(assistant.model.config, options)) as progress:
-
-        def on_step(*_: Any) -> None:
-            nonlocal done
-            done += 1
-            progress.update(done)
-
-        names = ("negative", "steps", "guidance_interval", "seed", "count", "height", "width", "scheduler", "batch_size")
-        how = {name: getattr(options, name) for name in (*names, "start_image", "strength")}
-        how["negative"] = options.negative or None
-        answers = assistant.draw(options.prompt, guidance_scale=options.guidance, on_step=on_step, **how)
+    shared = {field.name for field in fields(Drawing)} & {field.name for field in fields(Draw)}
+    given = {name: getattr(options, name) for name in shared} | dict(negative=options.negative or None)
+    how = Drawing(guidance_scale=options.guidance, **given)
+    drawer = Drawer.load(options.model, dtype=options.dtype)
+    _, first, calls = drawer.schedule(how)
+    done = itertools.count(1)
+    with Count("steps", (calls - first) * -(-how.count // how.batch_size)) as progress:
+        answers = drawer.draw(options.prompt, how, lambda *_: progress.update(next(done)))
     options.out.mkdir(parents=True, exist_ok=True)
     for answer in answers:
         (image,) = answer.media
@@ -135,11 +134,6 @@ def check(options: Draw) -> None:
         raise ConfigError(f"--scheduler {options.scheduler}", f"one of {', '.join(NAMES)}", "choose one of them")
     if options.out.exists() and not options.out.is_dir():
         raise ConfigError(f"--out {options.out}, which is a file", "a folder", "name another")
-
-
-def total_steps(config: Any, options: Draw) -> int:
-    """Returns the number of the model's calls for all batches."""
-    ...
 
 
 def free_name(folder: Path, prompt: str, seed: str) -> Path:

@@ -25,7 +25,7 @@ from mllm_jax.generation.diffusion import Asked, OnStep, Plan, Sampler, calls
 from mllm_jax.generation.media import Media
 from mllm_jax.generation.options import Answer
 from mllm_jax.generation.rows import rows_for
-from mllm_jax.generators.schedulers import by_name
+from mllm_jax.generators.schedulers import Scheduler, by_name
 from mllm_jax.models.registry import from_pretrained
 from mllm_jax.models.stable_diffusion import StableDiffusionConfig, sampler
 
@@ -74,6 +74,11 @@ class Drawing:
             )
         if self.strength is not None and not 0 < self.strength <= 1:
             raise ConfigError(f"strength={self.strength}", "above 0, up to 1", "change it")
+
+    @property
+    def change(self) -> float:
+        """The strength."""
+        return STRENGTH if self.strength is None else self.strength
 
     @property
     def guided(self) -> bool:
@@ -131,15 +136,9 @@ class Drawer:
             warnings.warn(
                 f"the negative prompt has no effect with guidance_scale={how.guidance_scale}", stacklevel=_ABOVE
             )
-        scheduler = (
-            self.config.scheduler if how.scheduler is None else sampler(by_name(how.scheduler, self.config.scheduler))
-        )
+        scheduler, first, total = self.schedule(how)
         start, (height, width) = self._start_and_size(how, images)
         shape = (height // self.factor, width // self.factor, self.config.unet.in_channels)
-        total = calls(scheduler, how.steps)
-        first = 0
-        if start is not None:
-            first = scheduler.first_step(how.steps, STRENGTH if how.strength is None else how.strength)
         edges = [round(share * total) for share in how.guidance_interval] if how.guided else [0, 0]
         plan = Plan(scheduler, how.steps, shape, first, (edges[0], edges[1]), on_step is not None)
         tokens = [self._tokens(text) for text in texts]
@@ -161,11 +160,21 @@ class Drawer:
             version=f"mllm_jax {__version__}",
         )
         if start is not None:
-            about["strength"] = f"{STRENGTH if how.strength is None else how.strength:g}"
+            about["strength"] = f"{how.change:g}"
         return [
             self._answer(image, texts[i // how.count], negatives[i // how.count], seeds[i], about)
             for i, image in enumerate(drawn)
         ]
+
+    def schedule(self, how: Drawing) -> tuple[Scheduler, int, int]:
+        """Returns the scheduler, the model's first call, above 0 with a start image, and the number of all calls."""
+        scheduler, first = self.config.scheduler, 0
+        if how.scheduler is not None:
+            scheduler = sampler(by_name(how.scheduler, scheduler))
+        total = calls(scheduler, how.steps)
+        if how.start_image is not None:
+            first = scheduler.first_step(how.steps, how.change)
+        return scheduler, first, total
 
     # ---- inside
 
@@ -262,7 +271,7 @@ class Drawer:
 
     def _noises(self, how: Drawing, plan: Plan, images: int, steps: int) -> dict[str, Any]:
         """Returns the arrays of `Asked` that hold given noise."""
-        shape, started = plan.latents, plan.first > 0 or how.start_image is not None
+        shape, started = plan.latents, how.start_image is not None
         given = dict(latents=None, posterior=None, noise=None, mean=False)
         if how.latents is not None:
             array = _numbers("latents", how.latents)
