@@ -75,19 +75,20 @@ def draws(arguments: Sequence[str]) -> bool:
     return False
 
 
-def refuse_options(arguments: Sequence[str], known: type, others: type, what: str, instead: str) -> None:
+def refuse_options(arguments: Sequence[str], known: type, others: type, what: str, listed: str) -> None:
     """Raises ConfigError for an option of the other kind of model.
 
     Args:
         known, others: the options of this kind, and of the other.
         what: this kind of model.
-        instead: what the user may do.
+        listed: the command that lists the options of this kind.
     """
     foreign = _names(others) - _names(known)
     for word in arguments:
         option = re.sub("^--no-", "--", word.partition("=")[0].replace("_", "-"))
         if option in foreign:
-            raise ConfigError(f"{word.partition('=')[0]} for {what}", instead, "drop it, or name another folder")
+            given = word.partition("=")[0]
+            raise ConfigError(f"{given} for {what}", f"the options that {listed} lists", "drop it, or name another folder")
 
 
 def _names(options: type) -> set[str]:
