@@ -76,9 +76,11 @@ if TYPE_CHECKING:  # for editors and type checkers; `_HOMES` has the same names 
     from mllm_jax.evaluation.tasks.questions import questions_task as questions_task
     from mllm_jax.generation.assistant import Assistant as Assistant
     from mllm_jax.generation.generate import generate as generate
+    from mllm_jax.generation.media import Media as Media
     from mllm_jax.generation.options import Answer as Answer
     from mllm_jax.generation.options import Options as Options
     from mllm_jax.generation.sampling import Sampling as Sampling
+    from mllm_jax.generators.vae import AutoencoderKLConfig as AutoencoderKLConfig
     from mllm_jax.layers.compute import Compute as Compute
     from mllm_jax.layers.rotary import RopeScaling as RopeScaling
     from mllm_jax.llms.chatglm import ChatGLMConfig as ChatGLMConfig
@@ -112,6 +114,7 @@ if TYPE_CHECKING:  # for editors and type checkers; `_HOMES` has the same names 
     from mllm_jax.models.registry import supported_models as supported_models
     from mllm_jax.models.reshape import with_image_size as with_image_size
     from mllm_jax.models.run_weights import load_run as load_run
+    from mllm_jax.models.stable_diffusion import StableDiffusionConfig as StableDiffusionConfig
     from mllm_jax.models.whisper import WhisperConfig as WhisperConfig
     from mllm_jax.output_projectors.linear import LinearOutputProjectorConfig as LinearOutputProjectorConfig
     from mllm_jax.output_projectors.mlp import MLPOutputProjectorConfig as MLPOutputProjectorConfig
@@ -194,8 +197,10 @@ _NAMES = {
     "evaluation.tasks.questions": ("questions_task",),
     "generation.assistant": ("Assistant",),
     "generation.generate": ("generate",),
+    "generation.media": ("Media",),
     "generation.options": ("Answer", "Options"),
     "generation.sampling": ("Sampling",),
+    "generators.vae": ("AutoencoderKLConfig",),
     "layers.compute": ("Compute",),
     "layers.rotary": ("RopeScaling",),
     "llms.chatglm": ("ChatGLMConfig",),
@@ -222,6 +227,7 @@ _NAMES = {
     "models.registry": ("from_pretrained", "pretrained_config", "save_pretrained", "supported_models"),
     "models.reshape": ("with_image_size",),
     "models.run_weights": ("load_run",),
+    "models.stable_diffusion": ("StableDiffusionConfig",),
     "models.whisper": ("WhisperConfig",),
     "output_projectors.linear": ("LinearOutputProjectorConfig",),
     "output_projectors.mlp": ("MLPOutputProjectorConfig",),
