@@ -206,9 +206,7 @@ def to_hf_config(config: UNetConfig) -> dict:
         list(each) if isinstance(each, tuple) else each for each in config.up_depths
     ]  # fmt: skip
     written = written_options(config) | write_fields(config, _CENTER)
-    return check_written(
-        config, written | dict(reverse_transformer_layers_per_block=up), from_hf_config, "a UNet"
-    )
+    return check_written(config, written | dict(reverse_transformer_layers_per_block=up), from_hf_config, "a UNet")
 
 
 # ---- tensors

@@ -12,6 +12,7 @@ from mllm_jax.errors import ConfigError
 from mllm_jax.models.diffused import Diffused
 from mllm_jax.models.generator_only import GeneratorOnlyConfig
 from mllm_jax.models.multimodal import MultimodalConfig
+from mllm_jax.models.output import slots_of
 from mllm_jax.training.objectives.checks import require_model, require_targets
 from mllm_jax.training.objectives.diffusion_losses import diffusion_loss, min_snr_weights
 from mllm_jax.training.objectives.next_token import NextToken
@@ -46,6 +47,14 @@ class Diffusion(NextToken):
         """Raises ConfigError: a model that produces no media, or a stage without slots for them."""
         require_model(stage, model, MultimodalConfig, GeneratorOnlyConfig)
         require_targets(stage, model)
+        known = {slots_of(modality) for modality in model.outputs}
+        others = {name for m in stage.mixtures for name, count in m.slots.items() if count} - known
+        if isinstance(model, GeneratorOnlyConfig) and others:
+            raise ConfigError(
+                f"stage {stage.name!r}: slots {sorted(others)} for generators alone",
+                f"slots {sorted(known)} alone, and data whose questions have no media",
+                "take the other sources and slots out of the stage's data",
+            )
 
     def loss(self, apply, params, batch, key):
         """Computes the losses.
