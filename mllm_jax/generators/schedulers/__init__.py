@@ -71,9 +71,9 @@ def by_name(name: str, values: Mapping[str, Any] | Scheduler | None = None) -> S
     """Makes a scheduler by its name, one of `NAMES`, as diffusers' `EulerDiscreteScheduler.from_config(values)`.
 
     Args:
-        values: options as a scheduler_config.json has them, or the scheduler that they are taken from. Options that
-            were not set there have the defaults of the new scheduler, and those of the old one alone are kept for
-            saving.
+        values: options as a scheduler_config.json has them, of any class, or the scheduler that they are taken from.
+            Options that were not set there have the defaults of the new scheduler. Those of the old one alone have no
+            effect and are kept for saving.
 
     Raises:
         ConfigError: an unknown name, or options of flow matching for a scheduler of diffusion, or the inverse.
@@ -84,9 +84,10 @@ def by_name(name: str, values: Mapping[str, Any] | Scheduler | None = None) -> S
         values = values.values()
     values = dict(values or {})
     made = NAMES[name]
-    if "_class_name" in values and FlowEuler in (old := _class_of(values, "the options"), made) and old is not made:
+    old = values.get("_class_name", made.class_name)
+    if str(old).startswith("FlowMatch") != (made is FlowEuler):
         raise ConfigError(
-            f"the scheduler {name!r} for the options of {old.class_name}",
+            f"the scheduler {name!r} for the options of {old!r:.100}",
             "a scheduler of the same kind: flow matching, or diffusion",
             "choose another scheduler; the model was trained for one kind",
         )

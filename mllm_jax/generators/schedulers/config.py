@@ -23,15 +23,13 @@ FILE = "scheduler_config.json"
 LARGEST = 1 << 20  # limit of timesteps
 _METADATA = frozenset(("_class_name", "_diffusers_version", "_use_default_values", "_name_or_path", "_commit_hash"))
 # diffusers keeps all options of a file whatever the class, so that another scheduler can be made from it, and a class
-# ignores those of others. These belong to diffusers' schedulers that are not here.
-_OTHERS = frozenset(
-    ("disable_corrector", "predict_x0", "rho", "sigma_data", "sigma_schedule", "solver_p", "prediction_mode")
-)
+# ignores those of others. These are the options of its schedulers for the same models that are not here.
+_OTHERS = frozenset(("disable_corrector", "predict_x0", "solver_p"))
 
 
-def option(default: Any, fits: Callable[[Any], bool], expected: str) -> Any:
-    """Declares an option of a dataclass, with the values that it takes."""
-    return field(default=default, metadata={"fits": fits, "expected": expected})
+def option(default: Any, fits: Callable[[Any], bool], expected: str, ours: bool = False) -> Any:
+    """Declares an option of a dataclass, with the values that it takes; `ours` if diffusers' class does not have it."""
+    return field(default=default, metadata={"fits": fits, "expected": expected, "ours": ours})
 
 
 def flag(default: bool) -> Any:
@@ -55,11 +53,11 @@ def number(default: float | None, above: float = -1e30, most: float = 1e30) -> A
     )
 
 
-def choice(*allowed: Any) -> Any:
+def choice(*allowed: Any, ours: bool = False) -> Any:
     """Declares an option that has one of some values, of which the first is the default."""
     kinds = [(type(each), each) for each in allowed]
     listed = " or ".join(map(repr, allowed))
-    return option(allowed[0], lambda value: (type(value), value) in kinds, f"{listed}; nothing else is supported")
+    return option(allowed[0], lambda value: (type(value), value) in kinds, f"{listed}; nothing else is supported", ours)
 
 
 @dataclass(frozen=True)
@@ -91,7 +89,7 @@ class SchedulerConfig(abc.ABC):
     @classmethod
     def option_names(cls) -> frozenset[str]:
         """Returns the names of the options that diffusers' class has too."""
-        return frozenset(each.name for each in cls._options() if not each.metadata.get("ours"))
+        return frozenset(each.name for each in cls._options() if not each.metadata["ours"])
 
     @classmethod
     def refusal(cls, given: str, expected: str, todo: str = "change it, or choose another scheduler") -> ConfigError:

@@ -42,7 +42,7 @@ class PNDM(Diffusion):
     memory: ClassVar[int] = 5  # three outputs, latest first; the sample of a step in several calls; their weighted sum
 
     prediction_type: str = choice("epsilon", "v_prediction")
-    rescale_betas_zero_snr: bool = choice(False)
+    rescale_betas_zero_snr: bool = choice(False, ours=True)
     skip_prk_steps: bool = flag(False)
     set_alpha_to_one: bool = flag(False)
 
