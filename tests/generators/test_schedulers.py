@@ -52,7 +52,7 @@ def run(scheduler, sample: jax.Array, noise: jax.Array, steps: int = 6) -> jax.A
 
 
 def test_python_loop_equals_scan(scheduler):
-    """Without the sample's shape, the first step allocates the history."""
+    """Steps without the sample's shape: the first one allocates the history."""
     sample, state = draw(0, *SHAPE), scheduler.init(6)
     noise = draw(1, len(state.timesteps), *SHAPE)
     expected = jax.jit(lambda sample: run(scheduler, sample, noise))(sample)
@@ -65,7 +65,7 @@ def test_python_loop_equals_scan(scheduler):
 
 
 def test_one_sample_of_a_batch(scheduler):
-    """A sample is the same alone, in a batch, and under vmap."""
+    """Draws the same sample alone, in a batch, and under vmap."""
     calls = len(scheduler.init(6).timesteps)
     sample, noise = draw(0, *SHAPE), draw(1, calls, *SHAPE)
     whole = jax.jit(lambda *given: run(scheduler, *given))(sample, noise)
@@ -98,8 +98,12 @@ def test_sample_keeps_its_dtype(scheduler):
     assert scheduler.add_noise(sample, sample, state.timesteps[:4]).dtype == jnp.bfloat16
 
 
+def test_protocol(scheduler):
+    assert all(hasattr(scheduler, name) for name in vars(schedulers.Scheduler) if not name.startswith("_"))
+
+
 def test_config_is_a_value(scheduler):
-    """It is hashable, so it may be a static argument of jit, and can be copied and pickled."""
+    """Hashes it, as a static argument of jit is, copies it and pickles it."""
     same = schedulers.by_name(*next((k, v) for k, v in OPTIONS.items() if schedulers.NAMES[k] is type(scheduler)))
     assert same == scheduler and hash(same) == hash(scheduler)
     assert copy.deepcopy(scheduler) == pickle.loads(pickle.dumps(scheduler)) == scheduler
@@ -108,7 +112,7 @@ def test_config_is_a_value(scheduler):
 
 
 def test_start_forgets(scheduler):
-    """A state after some steps starts again as a fresh one."""
+    """Starts a state again after a step: it equals a fresh one."""
     fresh = scheduler.init(6, SHAPE)
     state, _ = scheduler.step(fresh, draw(0, *SHAPE), draw(1, *SHAPE), noise=draw(2, *SHAPE))
     for ours, expected in zip(
@@ -124,7 +128,7 @@ def test_saved_options_return(scheduler, tmp_path):
 
 
 def test_changed_options_are_saved(tmp_path):
-    """An option that was read and then changed, to the default too, is written as it is now; the unknown ones stay."""
+    """Writes an option that was read and then changed, to the default too, as it is now; those of others stay."""
     values = {"steps_offset": 1, "clip_sample": False, "skip_prk_steps": True, "_diffusers_version": "0.20.0"}
     scheduler = schedulers.by_name("ddim", values)
     dataclasses.replace(scheduler, steps_offset=0, set_alpha_to_one=False).save(tmp_path)
@@ -133,7 +137,7 @@ def test_changed_options_are_saved(tmp_path):
 
 
 def test_pipeline_names_the_class(tmp_path):
-    """The class in model_index.json comes first, as in diffusers."""
+    """Takes the class in model_index.json first, as diffusers does."""
     schedulers.by_name("ddim").save(tmp_path / "scheduler")
     assert isinstance(schedulers.from_folder(tmp_path), schedulers.NAMES["ddim"])
     index = {"_class_name": "StableDiffusionPipeline", "scheduler": ["diffusers", "EulerDiscreteScheduler"]}
@@ -144,14 +148,14 @@ def test_pipeline_names_the_class(tmp_path):
 
 @pytest.mark.parametrize("name", ["ddpm", "ddim", "euler", "dpm++"])
 def test_trailing_timesteps_are_never_negative(name):
-    """Rounding adds a 62nd timestep of -1 to 61 of 1,000 in NumPy's arange."""
+    """Takes 61 of 1,000 timesteps, where rounding in NumPy's arange adds a 62nd one of -1."""
     assert len(np.arange(1000, 0, -1000 / 61)) == 62
     timesteps = schedulers.by_name(name, {"timestep_spacing": "trailing"}).init(61).timesteps
     assert len(timesteps) == 61 and timesteps.min() >= 0
 
 
 def test_initial_scale_depends_on_spacing():
-    """The factor of the whole training schedule, and that of a run which begins at an earlier timestep."""
+    """Compares the factor of the whole training schedule with that of a run which begins at an earlier timestep."""
     scheduler = schedulers.by_name("euler", {"timestep_spacing": "leading"})
     highest = scheduler.sigmas.max()
     assert scheduler.initial_scale == pytest.approx(np.sqrt(highest**2 + 1))
@@ -179,6 +183,7 @@ def test_missing_noise_is_refused(name):
         *((name, {}, 1001, "1001 steps") for name in ("ddpm", "ddim", "pndm", "dpm++")),
         ("euler", {"timestep_spacing": "leading"}, 1001, "1001 steps"),
         ("dpm++", {"timestep_spacing": "leading"}, 1000, "1000 steps"),
+        ("dpm++", {}, 1000, "1000 steps"),  # one timestep twice, by rounding; diffusers computes NaN
         ("dpm++", {"lambda_min_clipped": 4.5}, 900, "lambda_min_clipped"),
         ("ddim", {"steps_offset": 1}, 1000, "timestep 1000 of 1000 steps with steps_offset=1"),
         ("pndm", {}, 3, "3 steps"),
@@ -235,7 +240,7 @@ def test_steps_that_are_refused(name, options, steps, message):
     ],
 )
 def test_options_that_are_refused(name, options):
-    """The message has the option's name."""
+    """Finds the option's name in the message."""
     with pytest.raises(ConfigError, match=next(iter(options))):
         schedulers.by_name(name, options)
 
@@ -245,7 +250,7 @@ def test_null_is_the_default():
     assert schedulers.by_name("euler", nulls) == schedulers.by_name("euler")
 
 
-@pytest.mark.parametrize("strength", [0, 0.05, 1.5, -1, float("nan"), "0.5", None])
+@pytest.mark.parametrize("strength", [0, 0.05, 1e-9, 1.5, -1, float("nan"), "0.5", None])
 def test_strengths_that_are_refused(strength):
     with pytest.raises(ConfigError, match="strength"):
         schedulers.by_name("ddim").first_step(10, strength)

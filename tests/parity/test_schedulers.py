@@ -273,7 +273,7 @@ def test_flow_training(assert_close):
 
 @pytest.mark.parametrize("name", schedulers.NAMES)
 def test_every_option_is_known(name):
-    """Every option of diffusers' class is declared: used, or refused unless it has the value without effect."""
+    """Finds every option of diffusers' class declared: used, or refused unless it has the value without effect."""
     made = schedulers.NAMES[name]
     theirs = inspect.signature(getattr(diffusers, made.class_name).__init__).parameters
     assert made.option_names() == theirs.keys() - {"self"}
@@ -285,7 +285,7 @@ def test_every_option_is_known(name):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_options_of_other_classes(kind, tmp_path):
-    """A folder of any diffusion scheduler opens under another name: what belongs to that class alone has no effect."""
+    """Opens a folder of any diffusion scheduler by another name: options of the other class have no effect."""
     getattr(diffusers, kind)().save_pretrained(tmp_path)
     for name in ("ddim", "euler"):
         scheduler = schedulers.from_folder(tmp_path, name)

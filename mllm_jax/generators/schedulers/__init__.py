@@ -56,10 +56,7 @@ def from_folder(folder: str | Path, name: str | None = None) -> Scheduler:
         raise CheckpointError(
             f"{folder} without {FILE}", f"it in the folder or in {folder / 'scheduler'}", "fetch the scheduler's folder"
         )
-    try:
-        values = read_json(path, CheckpointError, limit=_BYTES)
-    except OSError as error:
-        raise CheckpointError(f"{path}: {error}", "a readable file", "fetch the file again") from error
+    values = _read(path)
     if name is not None:
         return by_name(name, values)
     if path.parent != folder:
@@ -94,11 +91,18 @@ def by_name(name: str, values: Mapping[str, Any] | Scheduler | None = None) -> S
     return made.from_values({**values, "_class_name": made.class_name}, _KNOWN)
 
 
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return read_json(path, CheckpointError, limit=_BYTES)
+    except OSError as error:
+        raise CheckpointError(f"{path}: {error}", "a readable file", "fetch the file again") from error
+
+
 def _indexed_class(folder: Path) -> dict[str, str]:
     """Returns the scheduler's class in a pipeline's model_index.json; diffusers prefers it too."""
     if not os.path.isfile(folder / MODEL_INDEX):
         return {}
-    entry = read_json(folder / MODEL_INDEX, CheckpointError, limit=_BYTES).get("scheduler")
+    entry = _read(folder / MODEL_INDEX).get("scheduler")
     listed = isinstance(entry, list) and len(entry) == 2 and isinstance(entry[1], str)
     return {"_class_name": entry[1]} if listed else {}
 

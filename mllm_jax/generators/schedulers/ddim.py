@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from mllm_jax.checkpoints.config_options import is_number
-from mllm_jax.generators.schedulers.config import flag, option
 from mllm_jax.generators.schedulers.diffusion import Clipped
+from mllm_jax.generators.schedulers.options import flag, option
 from mllm_jax.generators.schedulers.prediction import to_noise, to_sample
 from mllm_jax.generators.schedulers.protocol import State
 
