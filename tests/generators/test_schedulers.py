@@ -154,6 +154,16 @@ def test_trailing_timesteps_are_never_negative(name):
     assert len(timesteps) == 61 and timesteps.min() >= 0
 
 
+def test_last_level_twice():
+    """Steps from the least noise level to itself: the sample stays, where diffusers divides 0 by 0."""
+    options = {"use_karras_sigmas": True, "final_sigmas_type": "sigma_min", "solver_type": "heun"}
+    state = schedulers.by_name("dpm++", options).init(20, SHAPE)
+    last = state.replace(index=state.index + 19)
+    sample = draw(0, *SHAPE)
+    _, result = schedulers.by_name("dpm++", options).step(last, draw(1, *SHAPE), sample)
+    np.testing.assert_allclose(result, sample, rtol=1e-5)
+
+
 def test_initial_scale_depends_on_spacing():
     """Compares the factor of the whole training schedule with that of a run which begins at an earlier timestep."""
     scheduler = schedulers.by_name("euler", {"timestep_spacing": "leading"})

@@ -80,6 +80,8 @@ CASES = [
     ("dpm++", {**LATENT, "use_beta_sigmas": True}, 25),
     ("dpm++", {**LATENT, **LIMITS, "final_sigmas_type": "sigma_min", "lower_order_final": False}, 10),
     ("dpm++", {**LATENT, "final_sigmas_type": "sigma_min", "euler_at_final": True, "lower_order_final": False}, 10),
+    ("dpm++", {**LATENT, "final_sigmas_type": "sigma_min"}, 10),
+    ("dpm++", {**LATENT, "final_sigmas_type": "sigma_min", "solver_type": "heun"}, 15),
     ("dpm++", {**COSINE, **V, "lambda_min_clipped": -5.1}, 10),
     ("dpm++", {**COSINE, "use_karras_sigmas": True, "solver_type": "heun"}, 10),
     ("dpm++", {**LATENT, **ZERO_SNR, **TRAILING}, 10),

@@ -111,7 +111,8 @@ class DPMSolver(Thresholded):
             half_log_snr = np.log(alpha) - np.log(sigma)
             step = np.diff(half_log_snr)
             decay = np.expm1(-step)
-            share = -0.5 * decay if self.solver_type == "midpoint" else decay / step + 1
+            heun = np.where(step == 0, 0, decay / step + 1)  # 0 / 0 where the last level comes twice
+            share = -0.5 * decay if self.solver_type == "midpoint" else heun
             # The change over the last step, extrapolated to this one.
             change = np.append(0, alpha[2:] * share[1:] * step[1:] / step[:-1])
         change[~self._second_order(len(step))] = 0
