@@ -1,4 +1,4 @@
-"""The autoencoder of latent diffusion (arXiv 2112.10752) as diffusers' `AutoencoderKL`: of images, or of log-mel frames.
+"""The autoencoder of latent diffusion (arXiv 2112.10752) as diffusers' `AutoencoderKL`: of images or of log-mel frames.
 
 Its latents are neither scaled nor shifted. A diffusion model works on `config.scaled(latents)`.
 """
