@@ -73,6 +73,12 @@ class AutoencoderKLConfig(WithCompute):
                 f"latent_channels={self.latent_channels} numbers",
                 f"change {name}",
             )
+        require(
+            0 not in (self.scaling_factor, *(self.latents_std or ())),
+            f"scaling_factor {self.scaling_factor}, latents_std {self.latents_std}",
+            "numbers other than 0: latents are divided by them",
+            "restore config.json from its origin",
+        )
 
     @property
     def factor(self) -> int:
