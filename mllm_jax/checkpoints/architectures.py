@@ -1,7 +1,8 @@
 """The one registry of architectures: a model's name in config.json, and the module that reads and writes it.
 
-A new family is a file with its `FAMILIES` and a line here for each of its architectures. Nothing is imported: modules
-are names, which `mllm_jax.models.registry` and `mllm_jax.models.parts` look up.
+A new family is a file with its `FAMILIES` and a line here for each of its architectures. A part of diffusers is one
+line with its class: `Architecture("UNet2DConditionModel", "mllm_jax.generators.unet", diffusers=True)`. Nothing is
+imported: modules are names, which `mllm_jax.models.registry` and `mllm_jax.models.parts` look up.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from typing import Any
 from mllm_jax.checkpoints.config_options import named_as
 from mllm_jax.errors import ConfigError
 
+# The version whose meaning of the options is read and written.
+DIFFUSERS_VERSION = "0.42.1"
 # The possible positions of a named model's media in the text of its LLM.
 AMONG, BEFORE = "among", "before"
 
@@ -23,11 +26,12 @@ class Architecture:
     """One architecture.
 
     Attributes:
-        name: its name in the families of its module, and in config.json under `architectures`.
+        name: its name in the families of its module, and in config.json under `architectures`, or `_class_name`.
         module: name of the module with its `FAMILIES`.
         model_type: its name in a part of a config.json without `architectures`.
         media: for an LLM that may be a part of a named model: whether such models put media AMONG the tokens, BEFORE
             them, or some AMONG and some BEFORE.
+        diffusers: whether it is a class of diffusers, whose folders differ from those of transformers.
         called: another architecture's name, if config.json has that instead.
         option: the option that then distinguishes it, which the other architecture lacks.
     """
@@ -36,6 +40,7 @@ class Architecture:
     module: str
     model_type: str = ""
     media: tuple[str, ...] = ()
+    diffusers: bool = False
     called: str = ""
     option: str = ""
 
@@ -103,6 +108,9 @@ ARCHITECTURES: tuple[Architecture, ...] = (
     Architecture("WhisperEncoder", "mllm_jax.encoders.whisper", "whisper"),
     Architecture("Qwen2AudioEncoder", "mllm_jax.encoders.qwen2_audio", "qwen2_audio_encoder"),
     Architecture("Qwen2AudioForConditionalGeneration", "mllm_jax.models.qwen2_audio", "qwen2_audio"),
+    Architecture("SpeechT5HifiGan", "mllm_jax.generators.vocoder", "speecht5_hifigan"),
+    # parts of diffusers
+    Architecture("AutoencoderKL", "mllm_jax.generators.vae_hub", diffusers=True),
     # timm's names
     Architecture("eva_giant_patch14_clip_224", "mllm_jax.encoders.eva"),
     Architecture("eva02_base_patch16_clip_224", "mllm_jax.encoders.eva"),
@@ -151,7 +159,9 @@ def model_type(name: str) -> str:
 
 
 def kind_of(name: str) -> dict[str, Any]:
-    """Returns `architectures` and `model_type` for a config.json. Raises ConfigError if it is unknown."""
+    """Returns the entries of a config.json that name an architecture. Raises ConfigError if it is unknown."""
+    if known(name).diffusers:
+        return dict(_class_name=name, _diffusers_version=DIFFUSERS_VERSION)
     return dict(architectures=[name], model_type=model_type(name))
 
 

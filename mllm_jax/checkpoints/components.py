@@ -14,6 +14,7 @@ names: code beside a model is never executed.
 from __future__ import annotations
 
 import os.path
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -62,6 +63,11 @@ def component_of(where: str | Path | Component) -> Component:
             f"name one of its subfolders: {', '.join(names) or 'none of them has a config.json'}",
         )
     return Component(folder, _stem(folder))
+
+
+def new_component(folder: str | Path, config: Mapping[str, Any]) -> Component:
+    """Returns the component to be written to a folder with this config.json, with the weights' stem of its library."""
+    return Component(Path(folder), DIFFUSERS_STEM if "_class_name" in config else STEM)
 
 
 def components_of(folder: str | Path) -> tuple[Component, ...]:
@@ -115,9 +121,10 @@ def _fault(name: str, entry: list[Any]) -> str | None:
 
 
 def _stem(folder: Path) -> str:
-    """Returns the stem of the weights in a folder; that of transformers if there are none, or both."""
+    """Returns the stem of the weights in a folder: that of diffusers if only its files are there."""
 
-    def has(stem: str) -> bool:
-        return any(os.path.exists(folder / f"{stem}.safetensors{rest}") for rest in ("", ".index.json"))
+    def has(stem: str, *rests: str) -> bool:
+        return any(os.path.exists(folder / f"{stem}.{rest}") for rest in rests)
 
-    return DIFFUSERS_STEM if has(DIFFUSERS_STEM) and not has(STEM) else STEM
+    usual = ("safetensors", "safetensors.index.json")
+    return DIFFUSERS_STEM if has(DIFFUSERS_STEM, *usual, "bin") and not has(STEM, *usual) else STEM

@@ -24,7 +24,7 @@ IDLE = frozenset((
     "_output_attentions", "output_hidden_states", "output_past", "return_dict", "torchscript", "attn_implementation",
     "_attn_implementation", "_attn_implementation_autoset", "_attn_implementation_internal", "use_flash_attn",
     "chunk_size_feed_forward", "pretraining_tp", "xla_device", "use_bfloat16", "tf_legacy_loss", "is_llama_config",
-    "max_sequence_length",
+    "max_sequence_length", "_class_name", "_diffusers_version",
     # training
     "initializer_range", "initializer_factor", "init_std", "gradient_checkpointing", "attention_dropout",
     "hidden_dropout", "hidden_dropout_prob", "attention_probs_dropout_prob", "resid_pdrop", "embd_pdrop", "dropout",
@@ -87,11 +87,14 @@ def is_number(value: Any) -> bool:
 def named_as(values: Mapping[str, Any]) -> tuple[tuple[str, ...], str | None]:
     """Returns `architectures` and `model_type` of a config.json, or of a part of one.
 
+    A config.json of diffusers has neither: its `_class_name` is the architecture.
+
     Raises:
         ConfigError: they are not strings.
     """
     options = ConfigOptions(values, "config.json")
-    return options.texts("architectures", ()), options.text("model_type", None)
+    named, class_name = options.texts("architectures", ()), options.text("_class_name", None)
+    return named or (() if class_name is None else (class_name,)), options.text("model_type", None)
 
 
 class ConfigOptions:
@@ -137,6 +140,15 @@ class ConfigOptions:
             return isinstance(pair, (list, tuple)) and len(pair) == 2 and all(is_whole(v) and v > 0 for v in pair)
 
         return self._several(name, default, fits, "pairs of whole numbers above 0", alone=False)
+
+    def several_sizes(self, name: str, default: Any = ..., most: int = LARGEST) -> Any:
+        """Returns a list of lists of integers from 1 to `most`, as a tuple of tuples."""
+
+        def fits(each: Any) -> bool:
+            return isinstance(each, (list, tuple)) and all(is_whole(v) and 1 <= v <= most for v in each)
+
+        value = self._several(name, default, fits, f"lists of whole numbers, 1 to {most:,}", alone=False)
+        return tuple(map(tuple, value))
 
     def integers(self, name: str, default: Any = ...) -> Any:
         """Returns one or several integers, as a tuple, such as layer indices counted from the end."""
@@ -207,11 +219,16 @@ class ConfigOptions:
     def done(self) -> None:
         """Refuses options that were not read: an option that is not known to be harmless may change the result.
 
+        In a config.json of diffusers, names that begin with "_" are its own records of the file.
+
         Raises:
             ConfigError: there are such options; lists them.
         """
         self.only("pruned_heads", {})
-        unread = {name: value for name, value in self._values.items() if name not in self._read and value is not None}
+        given = {name: value for name, value in self._values.items() if value is not None}
+        if "_class_name" in given:
+            given = {name: value for name, value in given.items() if not name.startswith("_")}
+        unread = {name: value for name, value in given.items() if name not in self._read}
         if unread:
             listed = ", ".join(f"{name}={_shown.repr(value)}" for name, value in sorted(unread.items()))
             raise ConfigError(

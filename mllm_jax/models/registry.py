@@ -15,7 +15,7 @@ import jax
 from flax import linen as nn
 
 from mllm_jax.checkpoints.architectures import ARCHITECTURES, find, known
-from mllm_jax.checkpoints.components import Component, component_of
+from mllm_jax.checkpoints.components import DIFFUSERS_STEM, Component, component_of, new_component
 from mllm_jax.checkpoints.config_options import named_as
 from mllm_jax.checkpoints.hf import ReadReport, float_dtype, read_config, read_weights, write_weights
 from mllm_jax.checkpoints.leaves import PyTree
@@ -221,7 +221,7 @@ def save_pretrained(
     dtype: Any = None,
     overwrite: bool = False,
 ) -> None:
-    """Writes a Hugging Face folder that transformers opens; it appears whole or not at all.
+    """Writes a Hugging Face folder that transformers, or diffusers, opens; it appears whole or not at all.
 
     Args:
         module: as `from_pretrained` returns it; its config names the architecture to write.
@@ -236,13 +236,16 @@ def save_pretrained(
     """
     config = module.config
     family = family_of_config(config)
-    stored = _dtype_of(params) if dtype is None else str(float_dtype(dtype))
+    written = family.to_hf(config)
+    target = new_component(folder, written)
+    if target.stem != DIFFUSERS_STEM:  # diffusers takes the dtype of the tensors
+        written |= {"torch_dtype": _dtype_of(params) if dtype is None else str(float_dtype(dtype))}
     with fitting(config, None if companions is None else Path(companions)) as beside:
         write_weights(
-            Path(folder),
+            target,
             family.table(config),
             params,
-            config=family.to_hf(config) | {"torch_dtype": stored},
+            config=written,
             companions=beside,
             max_shard_bytes=max_shard_bytes,
             dtype=dtype,
