@@ -93,6 +93,7 @@ if TYPE_CHECKING:  # for editors and type checkers; `_HOMES` has the same names 
     from mllm_jax.models.blip2_stage1 import QFormerPretrainingConfig as QFormerPretrainingConfig
     from mllm_jax.models.branch import Branch as Branch
     from mllm_jax.models.branch import Connection as Connection
+    from mllm_jax.models.cformer_projector import CFormerProjectorConfig as CFormerProjectorConfig
     from mllm_jax.models.clip import DualEncoderConfig as DualEncoderConfig
     from mllm_jax.models.deepseek_vl import DeepseekVLConfig as DeepseekVLConfig
     from mllm_jax.models.instructblip import InstructBlipConfig as InstructBlipConfig
@@ -145,6 +146,7 @@ if TYPE_CHECKING:  # for editors and type checkers; `_HOMES` has the same names 
     from mllm_jax.training.objectives.pformer_losses import PromptGuided as PromptGuided
     from mllm_jax.training.objectives.protocol import Objective as Objective
     from mllm_jax.training.objectives.qformer import QFormerStage1 as QFormerStage1
+    from mllm_jax.training.objectives.quantity import QuantityGuided as QuantityGuided
     from mllm_jax.training.operations.stopping import Interrupted as Interrupted
 
 __version__ = "0.1.0"
@@ -207,6 +209,7 @@ _NAMES = {
     "models.blip2": ("Blip2Config",),
     "models.blip2_stage1": ("QFormerPretrainingConfig",),
     "models.branch": ("Branch", "Connection"),
+    "models.cformer_projector": ("CFormerProjectorConfig",),
     "models.clip": ("DualEncoderConfig",),
     "models.deepseek_vl": ("DeepseekVLConfig",),
     "models.instructblip": ("InstructBlipConfig",),
@@ -247,6 +250,7 @@ _NAMES = {
     "training.objectives.pformer_losses": ("PFormerObjective", "PromptGuided"),
     "training.objectives.protocol": ("Objective",),
     "training.objectives.qformer": ("QFormerStage1",),
+    "training.objectives.quantity": ("QuantityGuided",),
     "training.operations.stopping": ("Interrupted",),
 }
 _HOMES = {name: f"{__name__}.{module}" for module, names in _NAMES.items() for name in names}

@@ -59,6 +59,11 @@ class Branch:
         return self.packed or getattr(self.encoder, "projects", False)
 
     @property
+    def fires(self) -> bool:
+        """True if the projector decides the number of media tokens, of which `tokens` is the most."""
+        return getattr(self.projector, "fires", False)
+
+    @property
     def sound(self) -> bool:
         """True if the encoder reads sounds."""
         return isinstance(self.encoder, SoundEncoderConfig)
@@ -152,8 +157,9 @@ class Branch:
 
 
 def read_from(encoder: Any) -> dict[str, Any]:
-    """Returns the fields of a projector that its encoder decides: `feature_size` and `widths`, if it has them."""
+    """Returns the fields of a projector that its encoder decides, such as the width of its input, if it has them."""
     found = {name: getattr(encoder, name, None) for name in ("feature_size", "widths")}
+    found["input_size"] = found["feature_size"]
     return {name: value for name, value in found.items() if value is not None}
 
 

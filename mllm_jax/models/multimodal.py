@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, is_dataclass, replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -18,11 +19,13 @@ from mllm_jax.data.batch import ArraySpec, BatchSpec, target_spec, text_spec
 from mllm_jax.encoders.vit import select_layers
 from mllm_jax.errors import ConfigError
 from mllm_jax.layers.compute import WithCompute, within
-from mllm_jax.layers.context_gather import take_along_rows
 from mllm_jax.layers.head import HeadInputs
 from mllm_jax.layers.pixels import normalise_pixels
 from mllm_jax.models.branch import ARRAYS, KINDS, Branch, array_name
 from mllm_jax.models.branch import Connection as Connection
+from mllm_jax.models.hidden import hide
+from mllm_jax.models.media_tokens import MediaTokens, placed, side_by_side
+from mllm_jax.models.sound_targets import Heard, sound_targets
 from mllm_jax.sharding.logical import constrain, part_of_model, split_sizes
 
 
@@ -56,6 +59,12 @@ class MultimodalConfig(WithCompute):
             )
         for modality in self.inputs:
             self.branch(modality).check(self.llm.hidden_size)
+        if self.fires and field_value(self.llm, "sliding_window") is not None:
+            raise ConfigError(
+                "an LLM with a sliding window after a projector that hides positions of a row",
+                "an LLM whose tokens see all tokens before them: a window counts hidden positions too",
+                "take another LLM, or a projector with a fixed number of media tokens",
+            )
 
     def branch(self, modality: str) -> Branch:
         """Returns the branch of a modality, with the parts that it shares and with open widths filled in.
@@ -108,6 +117,11 @@ class MultimodalConfig(WithCompute):
         own = [(kind, m) for kind in KINDS for m, b in self.inputs.items() if is_dataclass(getattr(b, kind))]
         found = {f"{kind}_{m}": getattr(self.branch(m), kind) for kind, m in own} | {"llm": self.llm}
         return {name: within(part, self.compute) for name, part in found.items()}
+
+    @property
+    def fires(self) -> bool:
+        """True if the projector of a branch decides the number of its media tokens."""
+        return any(self.branch(modality).fires for modality in self.inputs)
 
     @property
     def encoder_decoder(self) -> bool:
@@ -185,20 +199,6 @@ class MultimodalConfig(WithCompute):
 
 
 @struct.dataclass
-class MediaTokens:
-    """Encoded media of a batch of rows.
-
-    Attributes:
-        tokens: dtype[B, N, E], every slot's media tokens in the order of the slots.
-        deepstack: for each of the LLM's first layers, dtype[B, N, E] that is added to its output at the positions of
-            these tokens (arXiv 2406.04334); empty for most encoders.
-    """
-
-    tokens: jax.Array
-    deepstack: tuple[jax.Array, ...] = ()
-
-
-@struct.dataclass
 class MultimodalOutput:
     """The output for a batch.
 
@@ -209,6 +209,23 @@ class MultimodalOutput:
 
     logits: jax.Array
     cache: Any = None
+
+
+@dataclass(frozen=True)
+class _Read:
+    """The part of a batch that the LLM reads.
+
+    Attributes:
+        text: tokens, positions and segments, see `mllm_jax.llms.protocol.LLM`.
+        embeddings: dtype[B, S, E].
+        deepstack: further arguments of the LLM.
+        last: see `Visible`; None: no position is hidden.
+    """
+
+    text: tuple
+    embeddings: jax.Array
+    deepstack: dict[str, tuple[jax.Array, ...]]
+    last: jax.Array | None
 
 
 class Multimodal(nn.Module):
@@ -238,16 +255,21 @@ class Multimodal(nn.Module):
                 `features` dtype[B, M, P, E] of `encode_images`;
                 `patches` [B, N, D] with `patch_segments`, `patch_coordinates` and `patch_grids`, see `QwenViT`;
                 the same of another modality, with its name as a prefix, such as `video_images`;
-                `media` dtype[B, N, E], encoded before;
+                `media` dtype[B, N, E], encoded before, with `media_mask` if they have a mask;
                 none of these.
+                With `answer_lengths` int[B, S], projectors that fire are trained, see `sound_targets`.
         """
         if "media" in batch:
-            return MediaTokens(batch["media"])
-        found = [self._encode(modality, batch) for modality in self.config.inputs]
-        return _side_by_side([media for media in found if media is not None])
+            return MediaTokens(batch["media"], mask=batch.get("media_mask"))
+        found, first = [], 0
+        for modality in self.config.inputs:
+            if (media := self._encode(modality, batch, first)) is not None:
+                found.append(media)
+                first += media.tokens.shape[1]
+        return side_by_side(found)
 
-    def _encode(self, modality: str, batch) -> MediaTokens | None:
-        """Encodes the media of one branch."""
+    def _encode(self, modality: str, batch, first: int) -> MediaTokens | None:
+        """Encodes the media of one branch, whose first media token has the index `first`."""
         here = {name: batch[key] for name in ARRAYS if (key := array_name(modality, name)) in batch}
         if "patches" in here:
             where = (here[f"patch_{name}"] for name in ("segments", "coordinates", "grids"))
@@ -262,14 +284,20 @@ class Multimodal(nn.Module):
         flat = {n: rearrange(here[n], "(r b) (s m) ... -> (r s b m) ...", **sizes) for n in names if n in here}
         features, mask = flat.pop(given), flat.pop("masks", None)
         if given == "sounds":
-            features = self._heard(features, mask, modality)
+            features, mask = self._heard(features, mask, modality)
         elif given == "images":
             features = self._features(features, modality)
-        if self.config.branch(modality).projects:
-            media = features
-        else:
-            media = self._part("projector", modality)(features, *flat.values())
-        slots = here[given].shape[1] // sizes["s"]
+        branch, slots = self.config.branch(modality), here[given].shape[1] // sizes["s"]
+        if branch.fires:
+            size = branch.projector.length(features.shape[1])
+            targets = sound_targets(batch, first, here[given].shape[1], size)
+            wanted = None if targets is None else rearrange(targets, "(r b) (s m) -> (r s b m)", **sizes)
+            fired = self._part("projector", modality)(features, mask, wanted)
+            apart = partial(rearrange, pattern="(r s b m) ... -> (r b) (s m) ...", m=slots, **sizes)
+            tokens, kept = (rearrange(apart(x), "b m t ... -> b (m t) ...") for x in (fired.tokens, fired.mask))
+            heard = Heard(*map(apart, (fired.fires, fired.mask.sum(axis=1), fired.quantity)), targets)
+            return MediaTokens(tokens, mask=kept, heard=(heard,))
+        media = features if branch.projects else self._part("projector", modality)(features, *flat.values())
         return MediaTokens(rearrange(media, "(r s b m) t e -> (r b) (s m t) e", m=slots, **sizes))
 
     def encode_images(self, batch):
@@ -289,7 +317,7 @@ class Multimodal(nn.Module):
         return out.last_hidden_state if keep else out.last_hidden_state[:, out.class_tokens :]
 
     def _heard(self, sounds, mask, modality: str):
-        """Encodes sounds [N, ...] as dtype[N, T, E], which is 0 for vectors after a sound's end.
+        """Encodes sounds [N, ...]: dtype[N, T, E], 0 for vectors after a sound's end, and bool[N, T] or None.
 
         An empty slot is encoded as valid: a sum over nothing has no gradient. No text refers to it.
         """
@@ -299,7 +327,7 @@ class Multimodal(nn.Module):
         mask = jnp.where(mask.any(axis=-1, keepdims=True), mask, 1)
         out = encoder(sounds, mask, output_hidden_states=layers is not None)
         found = out.last_hidden_state if layers is None else select_layers(out, layers, True)
-        return found if out.mask is None else jnp.where(out.mask[..., None], found, 0)
+        return (found if out.mask is None else jnp.where(out.mask[..., None], found, 0)), out.mask
 
     def _part(self, kind: str, modality: str) -> nn.Module:
         """Returns the module of a branch's part, its own or a shared one."""
@@ -325,8 +353,8 @@ class Multimodal(nn.Module):
         if media is None:
             return text
         newline = self.newline.astype(media.dtype) if self.config.newline else None
-        placed = _placed(media, media_index, media_weights, newline)
-        return constrain(jnp.where(here[..., None], placed.astype(text.dtype), text), "batch", "seq", None)
+        there = placed(media, media_index, media_weights, newline)
+        return constrain(jnp.where(here[..., None], there.astype(text.dtype), text), "batch", "seq", None)
 
     def __call__(self, batch, cache=None, logits_at=None) -> MultimodalOutput:
         """Computes next-token logits of a batch of packed rows.
@@ -338,37 +366,52 @@ class Multimodal(nn.Module):
             cache: KVCache, for generation.
             logits_at: int[B, M], the positions of the requested logits; None: all.
         """
-        more = {} if logits_at is None or self.config.encoder_decoder else {"logits_at": logits_at}
         if cache is None:
-            return MultimodalOutput(self._language(batch, **more))
-        return MultimodalOutput(*self._language(batch, cache=cache, **more))
+            return MultimodalOutput(self._language(batch, logits_at))
+        return MultimodalOutput(*self._language(batch, logits_at, cache=cache))
 
     def head_inputs(self, batch) -> HeadInputs:
         """Returns the inputs of the LLM's output head for a batch."""
         return self._language(batch, project=False)
 
-    def _language(self, batch, **more):
-        """Applies the LLM to a batch."""
-        embeddings, deepstack = self._read(batch)
-        text = batch["tokens"], batch.get("positions"), batch["segments"]
+    def hear(self, batch) -> tuple[HeadInputs, tuple[Heard, ...]]:
+        """Returns the inputs of the output head, and the facts about sounds of projectors that fire."""
+        media = self.encode_media(batch)
+        return self._language(batch, media=media, project=False), () if media is None else media.heard
+
+    def _language(self, batch, logits_at=None, media: MediaTokens | None = None, **more):
+        """Applies the LLM to a batch, whose media may be encoded already."""
+        read = self._read(batch, media)
         if "decoder_tokens" in batch:
             more |= {n: batch.get(n) for n in ("decoder_tokens", "decoder_positions", "decoder_segments")}
-        return self.llm(*text, embeddings=embeddings, **more, **deepstack)
+        if read.last is not None:  # what follows a hidden position is predicted from the last visible one
+            logits_at = read.last if logits_at is None else jnp.take_along_axis(read.last, logits_at, axis=1)
+        if logits_at is not None and not self.config.encoder_decoder:
+            more["logits_at"] = logits_at
+        return self.llm(*read.text, embeddings=read.embeddings, **more, **read.deepstack)
 
-    def _read(self, batch):
-        """Returns the LLM's input dtype[B, S, E], and its further arguments for deepstack."""
-        media, index, weights = self.encode_media(batch), batch["media_index"], batch.get("media_weights")
+    def _read(self, batch, media: MediaTokens | None = None) -> _Read:
+        """Encodes and merges the media of a batch, and hides positions without a media token."""
+        media = self.encode_media(batch) if media is None else media
+        index, weights = batch["media_index"], batch.get("media_weights")
         embeddings = self.merge(batch["tokens"], media and media.tokens, index, weights)
-        if media is None or not media.deepstack:
-            return embeddings, {}
-        here = (index if index.ndim == 2 else index[..., 0])[..., None] >= 0
-        return embeddings, {"deepstack": tuple(jnp.where(here, _placed(x, index, weights), 0) for x in media.deepstack)}
+        text = batch.get("positions"), batch["segments"]
+        first = index if index.ndim == 2 else index[..., 0]
+        last, deepstack = None, {}
+        if media is not None and media.mask is not None:
+            fired = placed(media.mask[..., None], first, None)[..., 0]
+            hidden = (first >= 0) & (first < media.mask.shape[1]) & ~fired
+            seen = hide(hidden, *text)
+            text, last = (seen.positions, seen.segments), seen.last
+        if media is not None and media.deepstack:
+            here = first[..., None] >= 0
+            deepstack["deepstack"] = tuple(jnp.where(here, placed(x, index, weights), 0) for x in media.deepstack)
+        return _Read((batch["tokens"], *text), embeddings, deepstack, last)
 
     def start(self, batch, size: int):
         """Encodes a batch with an encoder-decoder and returns the cache for generation; see `T5.start`."""
-        embeddings, _ = self._read(batch)
-        text = batch["tokens"], batch.get("positions"), batch["segments"]
-        return self.llm.start(*text, embeddings=embeddings, size=size)
+        read = self._read(batch)
+        return self.llm.start(*read.text, embeddings=read.embeddings, size=size)
 
     def step(self, tokens, cache):
         """Reads one more token of each row, int[B, 1]; returns (float32[B, 1, V], cache)."""
@@ -377,26 +420,3 @@ class Multimodal(nn.Module):
     def touch(self, batch):
         """Runs every part once, so that `init` creates all parameters."""
         return self(batch)
-
-
-def _side_by_side(media: Sequence[MediaTokens]) -> MediaTokens | None:
-    """Concatenates the media of several branches; deepstack is 0 for branches that have none."""
-    if len(media) < 2:
-        return media[0] if media else None
-    layers = range(max(len(m.deepstack) for m in media))
-    added = [[m.deepstack[layer] if m.deepstack else 0 * m.tokens for m in media] for layer in layers]
-    tokens = jnp.concatenate([m.tokens for m in media], axis=1)
-    return MediaTokens(tokens, tuple(jnp.concatenate(each, axis=1) for each in added))
-
-
-def _placed(media, index, weights, newline=None):
-    """Gathers dtype[B, N, E] to [B, S, E]; index N is the newline [E], if there is one. See `Multimodal.merge`."""
-
-    def take(index):
-        found = take_along_rows(media, jnp.clip(index, 0, media.shape[1] - 1))
-        return found if newline is None else jnp.where((index == media.shape[1])[..., None], newline, found)
-
-    if index.ndim == 2:
-        return take(index)
-    found = rearrange(take(rearrange(index, "b s k -> b (s k)")), "b (s k) e -> b s k e", k=index.shape[-1])
-    return jnp.einsum("bske,bsk->bse", found, weights.astype(media.dtype))

@@ -127,6 +127,7 @@ FULL_SIZE = (
     "llava_next",
     "qwen25vl_7b",
     "qwen2_audio_7b",
+    "xllm_speech",
     "internvl3_8b",
     "internvl25_78b",
     "deepseek_vl_7b",

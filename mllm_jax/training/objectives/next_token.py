@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 
-from mllm_jax.layers.head import head_cross_entropy, logits_bytes
+from mllm_jax.layers.head import HeadInputs, head_cross_entropy, logits_bytes
 from mllm_jax.models.multimodal import MultimodalConfig
 from mllm_jax.training.objectives.checks import check_features, require_model
 
@@ -44,7 +44,10 @@ class NextToken:
         Returns:
             (float32, metrics): `weight` is the number of these tokens, the weight of means over several batches.
         """
-        head = apply(params, batch, method="head_inputs")
+        return self.of_head(apply(params, batch, method="head_inputs"), batch)
+
+    def of_head(self, head: HeadInputs, batch) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """Computes the loss and the metrics of a batch from the inputs of the output head."""
         # The target of an encoder-decoder carries loss; its encoder's text is given.
         side = "decoder_" if "decoder_tokens" in batch else ""
         segments = batch[f"{side}segments"]
