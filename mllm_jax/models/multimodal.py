@@ -239,7 +239,7 @@ class MultimodalOutput:
 
 @dataclass(frozen=True)
 class _Read:
-    """What the LLM reads of a batch.
+    """The part of a batch that the LLM reads.
 
     Attributes:
         text: tokens, positions and segments, see `mllm_jax.llms.protocol.LLM`.
@@ -332,7 +332,7 @@ class Multimodal(Encodes, Produces, nn.Module):
         return self.llm(*read.text, embeddings=read.embeddings, **more, **read.deepstack)
 
     def _read(self, batch, media: MediaTokens | None = None) -> _Read:
-        """Returns what the LLM reads."""
+        """Encodes and merges the media of a batch, and hides positions without a media token."""
         media = self.encode_media(batch) if media is None else media
         index, weights = batch["media_index"], batch.get("media_weights")
         embeddings = self.merge(batch["tokens"], media and media.tokens, index, weights)

@@ -34,7 +34,7 @@ from mllm_jax.projectors.stacked import StackedProjectorConfig
 
 TESTS = Path(__file__).parents[1]
 sys.path.append(str(TESTS / "training"))
-from toy_data import tokenizer  # noqa: E402
+from toy_data import quick_compilation, tokenizer  # noqa: E402
 
 RATE = 16_000
 LLM = DecoderConfig(320, 28, num_layers=2, num_heads=2, num_kv_heads=1, mlp_size=24)
@@ -43,6 +43,12 @@ ENCODERS = {
     "hubert": HubertConfig(16, 1, 2, 24, conv_channels=(8,) * 7, position_kernel=4, position_groups=2),
     "whisper": WhisperEncoderConfig(8, 16, num_layers=1, num_heads=2, mlp_size=32, max_source_positions=100),
 }
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quickly():
+    with quick_compilation():
+        yield
 
 
 def composed(encoder=ENCODERS["hubert"], seconds: float = 1.0, **changes) -> MultimodalConfig:
@@ -238,8 +244,13 @@ def test_target_lengths_by_hand():
 
 
 def trained(config, bias: float = 0.3):
+    """Returns parameters, and a batch of two sounds, encoded already, with answers of five and of three tokens."""
     params = random_params(config, bias)
     batch = processor(config)([ask(0.9), ask(0.5, 1)], slots={"audio": 2})
+    encoder, steps = config.branch("audio").encoder, batch.pop("audio_sounds").shape[-1]
+    lengths, size = encoder.frames(batch["audio_masks"].sum(axis=-1)), encoder.frames(steps)
+    batch["audio_features"] = np.random.default_rng(5).normal(size=(2, 2, size, 16)).astype(np.float32)
+    batch["audio_masks"] = (np.arange(size) < lengths[..., None]).astype(np.int32)
     batch["loss_weights"] = np.zeros(batch["tokens"].shape, np.float32)
     for i, answer in enumerate((5, 3)):
         last = int((batch["segments"][i] > 0).sum())

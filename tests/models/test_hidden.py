@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +26,9 @@ from mllm_jax.models.cformer_projector import CFormerProjectorConfig
 from mllm_jax.models.hidden import hide
 from mllm_jax.models.multimodal import MultimodalConfig
 
+sys.path.append(str(Path(__file__).parents[1] / "training"))
+from toy_data import quick_compilation  # noqa: E402
+
 WIDTH, WORDS = 16, 29
 ENCODER = HubertConfig(WIDTH, 1, 2, 24, conv_channels=(8,) * 7, position_kernel=4, position_groups=2)
 PROJECTOR = CFormerProjectorConfig(cif_size=8, hidden_size=8, num_layers=1, num_heads=2, mlp_size=12, max_length=32)
@@ -36,6 +41,12 @@ DECODERS = {
     "prefix": ChatGLMConfig(**SIZES, bos_token_id=28, gmask_token_id=27, mask_token_id=26, eos_token_id=(25,)),
 }
 T5 = T5Config(WORDS, WIDTH, 4, num_heads=2, mlp_size=24, num_layers=2, num_decoder_layers=2)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quickly():
+    with quick_compilation():
+        yield
 
 
 def composed(llm) -> MultimodalConfig:

@@ -21,9 +21,10 @@ class QuantityGuided(NextToken):
 
     The target length of a sound is the number of tokens that carry loss in its segment of the row, less `ends`: with
     one sound and one answer, the tokens of the transcript. Several sounds of a segment share them in proportion to
-    their lengths. The weights of each sound are scaled to its target length, if the projector's `scale` is set, so the
-    number of media tokens is right from the first step on. The quantity loss is the mean distance of the unscaled sums
-    to the target lengths. Sounds of segments without an answer are not scaled, and have no quantity loss.
+    their lengths. The weights of each sound are scaled to its target length, if the projector's `scale` is set: it
+    fires that number of media tokens from the first step on, or one less, which rounding decides as in the reference.
+    The quantity loss is the mean distance of the unscaled sums to the target lengths. Sounds of segments without an
+    answer are not scaled, and have no quantity loss.
 
     Attributes:
         quantity: weight of the quantity loss.
