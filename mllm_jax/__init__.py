@@ -79,6 +79,7 @@ if TYPE_CHECKING:  # for editors and type checkers; `_HOMES` has the same names 
     from mllm_jax.generation.options import Answer as Answer
     from mllm_jax.generation.options import Options as Options
     from mllm_jax.generation.sampling import Sampling as Sampling
+    from mllm_jax.generators.vae import AutoencoderKLConfig as AutoencoderKLConfig
     from mllm_jax.layers.compute import Compute as Compute
     from mllm_jax.layers.rotary import RopeScaling as RopeScaling
     from mllm_jax.llms.chatglm import ChatGLMConfig as ChatGLMConfig
@@ -188,6 +189,7 @@ _NAMES = {
     "generation.generate": ("generate",),
     "generation.options": ("Answer", "Options"),
     "generation.sampling": ("Sampling",),
+    "generators.vae": ("AutoencoderKLConfig",),
     "layers.compute": ("Compute",),
     "layers.rotary": ("RopeScaling",),
     "llms.chatglm": ("ChatGLMConfig",),

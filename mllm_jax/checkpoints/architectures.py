@@ -109,8 +109,9 @@ ARCHITECTURES: tuple[Architecture, ...] = (
     Architecture("Qwen2AudioEncoder", "mllm_jax.encoders.qwen2_audio", "qwen2_audio_encoder"),
     Architecture("Qwen2AudioForConditionalGeneration", "mllm_jax.models.qwen2_audio", "qwen2_audio"),
     # parts of diffusers
-    Architecture("AutoencoderKL", "mllm_jax.generators.vae", diffusers=True),
+    Architecture("AutoencoderKL", "mllm_jax.generators.vae_hub", diffusers=True),
     Architecture("UNet2DConditionModel", "mllm_jax.generators.unet_hub", diffusers=True),
+    Architecture("AudioLDM2UNet2DConditionModel", "mllm_jax.generators.unet_audio", diffusers=True),
     # timm's names
     Architecture("eva_giant_patch14_clip_224", "mllm_jax.encoders.eva"),
     Architecture("eva02_base_patch16_clip_224", "mllm_jax.encoders.eva"),

@@ -121,9 +121,10 @@ def _fault(name: str, entry: list[Any]) -> str | None:
 
 
 def _stem(folder: Path) -> str:
-    """Returns the stem of the weights in a folder; that of transformers if there are none, or both."""
+    """Returns the stem of the weights in a folder: that of diffusers if only its files are there."""
 
-    def has(stem: str) -> bool:
-        return any(os.path.exists(folder / f"{stem}.safetensors{rest}") for rest in ("", ".index.json"))
+    def has(stem: str, *rests: str) -> bool:
+        return any(os.path.exists(folder / f"{stem}.{rest}") for rest in rests)
 
-    return DIFFUSERS_STEM if has(DIFFUSERS_STEM) and not has(STEM) else STEM
+    usual = ("safetensors", "safetensors.index.json")
+    return DIFFUSERS_STEM if has(DIFFUSERS_STEM, *usual, "bin") and not has(STEM, *usual) else STEM

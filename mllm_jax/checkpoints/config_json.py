@@ -59,6 +59,8 @@ def one_or_several(ids: tuple[int, ...]) -> int | list[int]:
 _WRITTEN: dict[str, Callable[[Any], Any]] = {
     "activation": write_activation,
     "counts": list,
+    "sizes": list,
+    "numbers": lambda numbers: None if numbers is None else list(numbers),
     "ids": lambda ids: one_or_several(ids) if ids else None,
 }
 # Options for one field of a config or of its dialect each: the field -> (the option, the method of `ConfigOptions` that

@@ -247,9 +247,7 @@ class UNetConfig(WithCompute):
         for i, kind in enumerate(self.up_blocks):
             above, here, below = channels[max(i - 1, 0)], channels[i], channels[min(i + 1, len(channels) - 1)]
             layers = self.layers[::-1][i]
-            inputs = tuple(
-                (here if j else above) + (here if j < layers else below) for j in range(layers + 1)
-            )
+            inputs = tuple((here if j else above) + (here if j < layers else below) for j in range(layers + 1))
             block = self._block(len(channels) - 1 - i, kind == UP[0], inputs, depths[i])
             blocks.append(replace(block, resample=i < len(channels) - 1))
         return tuple(blocks)
