@@ -1,165 +1,190 @@
-"""The UNet against diffusers' UNet2DConditionModel, through real folders both ways."""
+"""The UNet of Stable Diffusion against diffusers' UNet2DConditionModel, through real folders both ways."""
 
 from __future__ import annotations
 
-import json
-
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
-from einops import rearrange
 from flax import linen as nn
+from unet_checks import check, check_full_size, inputs
 
-from mllm_jax.checkpoints.hf import hub_tensors
-from mllm_jax.checkpoints.layout import lay_out
-from mllm_jax.checkpoints.leaves import flatten
 from mllm_jax.errors import ConfigError
-from mllm_jax.generators.unet import UNetConfig
-from mllm_jax.generators.unet_hub import from_hf_config, sample, table
-from mllm_jax.models.registry import abstract_params, family_of_config, from_pretrained, save_pretrained
+from mllm_jax.generators.unet import UNetConfig, embed_time
+from mllm_jax.generators.unet_blocks import resize_nearest
+from mllm_jax.generators.unet_hub import from_hf_config, sample
 from mllm_jax.sharding.logical import use_mesh
 from mllm_jax.sharding.mesh import MeshConfig, make_mesh, param_shardings
 
 CROSS, PLAIN = "CrossAttnDownBlock2D", "DownBlock2D"
 UP_CROSS, UP_PLAIN = "CrossAttnUpBlock2D", "UpBlock2D"
-SD_1 = dict(
+TINY = dict(
     block_out_channels=(8, 16), layers_per_block=1, cross_attention_dim=12, attention_head_dim=4, norm_num_groups=4,
     down_block_types=(CROSS, PLAIN), up_block_types=(UP_PLAIN, UP_CROSS), sample_size=8,
 )  # fmt: skip
-# Options of diffusers' class, and height and width of the latents.
+# Options of diffusers' class, height and width of the latents, and whether the text has a mask.
 CASES = {
-    "SD 1": (SD_1 | dict(block_out_channels=(8, 16, 24), down_block_types=(CROSS, CROSS, PLAIN),
-                         up_block_types=(UP_PLAIN, UP_CROSS, UP_CROSS), layers_per_block=2), (8, 12)),
-    "SD 2": (SD_1 | dict(attention_head_dim=(2, 3), use_linear_projection=True, upcast_attention=True,
-                         down_block_types=(CROSS, CROSS), up_block_types=(UP_CROSS, UP_CROSS)), (7, 10)),
-    "scale_shift, uneven layers": (SD_1 | dict(
-        resnet_time_scale_shift="scale_shift", layers_per_block=(2, 1, 3), attention_head_dim=(2, 4, 3),
-        block_out_channels=(8, 16, 12), down_block_types=(CROSS, PLAIN, CROSS), mid_block_type="UNetMidBlock2D",
-        up_block_types=(UP_CROSS, UP_CROSS, UP_PLAIN), transformer_layers_per_block=(2, 1, 0), norm_eps=0.1,
-        only_cross_attention=(True, False, True), act_fn="mish"), (9, 13)),
-    "no middle": (SD_1 | dict(
-        mid_block_type=None, center_input_sample=True, flip_sin_to_cos=False, freq_shift=1, downsample_padding=0,
-        conv_in_kernel=5, conv_out_kernel=1, in_channels=3, out_channels=6, time_embedding_dim=20,
-        timestep_post_act="gelu", time_embedding_act_fn="relu", time_cond_proj_dim=5, act_fn="GELU",
-        attention_head_dim=3, num_class_embeds=7), (11, 5)),
-    "vectors as classes": (SD_1 | dict(
-        class_embed_type="projection", projection_class_embeddings_input_dim=6, class_embeddings_concat=True,
-        mid_block_scale_factor=1.5, sample_size=(4, 6), transformer_layers_per_block=((1, 2), (2, 1)),
-        reverse_transformer_layers_per_block=((2, 1, 3), (1, 2)), block_out_channels=(16, 8), dropout=0.1,
-        down_block_types=(CROSS, CROSS), only_cross_attention=True), (4, 6)),
+    "SD 1": (TINY, (8, 12), False),
+    "SD 2": (
+        TINY | dict(
+            attention_head_dim=(2, 3), use_linear_projection=True, upcast_attention=True, only_cross_attention=True,
+            block_out_channels=(16, 8), down_block_types=(CROSS, CROSS), up_block_types=(UP_CROSS, UP_CROSS),
+        ),
+        (7, 10), True,
+    ),
+    "scale_shift, uneven layers, three resolutions": (
+        TINY | dict(
+            resnet_time_scale_shift="scale_shift", layers_per_block=(2, 1, 1), attention_head_dim=(2, 4, 5),
+            block_out_channels=(8, 16, 12), down_block_types=(CROSS, PLAIN, PLAIN), norm_eps=0.1, act_fn="mish",
+            up_block_types=(UP_CROSS, UP_PLAIN, UP_PLAIN), transformer_layers_per_block=(2, 1, 0),
+            mid_block_type="UNetMidBlock2D", only_cross_attention=(True, False, True),
+        ),
+        (9, 13), True,
+    ),
+    "no middle": (
+        TINY | dict(
+            mid_block_type=None, center_input_sample=True, flip_sin_to_cos=False, freq_shift=1, downsample_padding=0,
+            conv_in_kernel=5, conv_out_kernel=1, in_channels=3, out_channels=6, time_embedding_dim=20,
+            timestep_post_act="gelu", time_embedding_act_fn="relu", time_cond_proj_dim=5, act_fn="Swish",
+            attention_head_dim=3, num_class_embeds=7,
+        ),
+        (11, 5), False,
+    ),
+    "vectors as classes": (
+        TINY | dict(
+            class_embed_type="projection", projection_class_embeddings_input_dim=6, class_embeddings_concat=True,
+            mid_block_scale_factor=1.5, sample_size=(4, 6), transformer_layers_per_block=((1,), (2,)),
+            reverse_transformer_layers_per_block=((1, 0), (1, 2)), block_out_channels=(16, 8), dropout=0.1,
+            down_block_types=(PLAIN, CROSS), up_block_types=(UP_CROSS, UP_PLAIN),
+        ),
+        (4, 6), False,
+    ),
 }  # fmt: skip
 
 
-def build(options: dict, randomise) -> UNet2DConditionModel:
-    return randomise(UNet2DConditionModel(**options))
-
-
-def inputs(config: UNetConfig, size: tuple[int, int], rows: int = 3, seed: int = 0) -> dict[str, np.ndarray]:
-    """Returns the arguments of a call, with a different time and a different mask for each row."""
-    rng, d = np.random.default_rng(seed), config.dialect
-    text = rng.normal(size=(rows, 5, config.text_widths[0] or 12)).astype(np.float32)
-    found = dict(
-        latents=rng.normal(size=(rows, *size, config.in_channels)).astype(np.float32),
-        timesteps=rng.permutation(1000)[:rows],
-        text=text,
-    )
-    if d.class_embedding == "index":
-        found["class_labels"] = rng.integers(config.class_size, size=rows)
-    elif d.class_embedding is not None:
-        widths = dict(identity=config.time_width).get(d.class_embedding, config.class_size)
-        shape = (rows,) if d.class_embedding == "timestep" else (rows, widths)
-        found["class_labels"] = rng.normal(size=shape).astype(np.float32)
-    if config.condition_size is not None:
-        found["timestep_cond"] = rng.normal(size=(rows, config.condition_size)).astype(np.float32)
-    return found
-
-
-def mask_of(text: np.ndarray) -> np.ndarray:
-    """Returns a mask of which the last row has nothing."""
-    return (np.arange(text.shape[1]) < np.arange(len(text), 0, -1)[:, None] - 1).astype(np.int32)
-
-
-def theirs(model: UNet2DConditionModel, latents, timesteps, text, text_mask=None, **more) -> torch.Tensor:
-    """Returns the reference's output, channels last."""
-    more = {name: torch.tensor(value) for name, value in more.items()}
-    if text_mask is not None:
-        more["encoder_attention_mask"] = torch.tensor(text_mask)
-    x = torch.tensor(rearrange(latents, "b h w c -> b c h w"))
-    out = model(x, torch.tensor(timesteps), torch.tensor(text), **more).sample
-    return rearrange(out, "b c h w -> b h w c")
-
-
-@pytest.fixture(scope="module")
-def case(request, randomise, tmp_path_factory):
-    """Returns (reference, module, parameters, size, folder, compiled call) of a case."""
-    options, size = CASES[request.param]
-    reference, folder = build(options, randomise), tmp_path_factory.mktemp("unet")
-    reference.save_pretrained(folder)
-    module, params = from_pretrained(folder)
-    return reference, module, params, size, folder, jax.jit(module.apply)
-
-
-every_case = pytest.mark.parametrize("case", CASES, indirect=True)
-
-
-@every_case
-def test_outputs_and_folders_both_ways(case, assert_close, tmp_path):
-    reference, module, params, size, folder, apply = case
-    call = inputs(module.config, size)
-    with torch.no_grad():
-        wanted = theirs(reference, **call)
-    out = apply({"params": params}, **call)
-    assert_close(out, wanted, 1e-4, "output")
-    call["text_mask"] = mask_of(call["text"])
-    with torch.no_grad():
-        masked = theirs(reference, **call)
-    assert_close(apply({"params": params}, **call), masked, 1e-4, "with a mask")
-
-    save_pretrained(module, params, tmp_path / "ours")
-    opened, report = UNet2DConditionModel.from_pretrained(tmp_path / "ours", output_loading_info=True)
-    assert not any(report[what] for what in ("missing_keys", "unexpected_keys", "mismatched_keys")), report
-    with torch.no_grad():
-        assert torch.equal(theirs(opened.eval(), **call), masked)
-    before, after = (json.loads((path / "config.json").read_text("utf-8")) for path in (folder, tmp_path / "ours"))
-    assert from_hf_config(after) == from_hf_config(before) == module.config
-
-
-@every_case
-def test_gradient_of_every_parameter(case, assert_close):
-    reference, module, params, size, *_ = case
-    call = inputs(module.config, size, rows=2, seed=1)
-    rng = np.random.default_rng(2)
-    noise = rng.normal(size=(2, *size, module.config.out_channels)).astype(np.float32)
-    reference.zero_grad()
-    torch.mean((theirs(reference, **call) - torch.tensor(noise)) ** 2).backward()
-    loss = lambda p: ((module.apply({"params": p}, **call) - noise) ** 2).mean()  # noqa: E731
-    mine = hub_tensors(table(module.config), jax.jit(jax.grad(loss))(params))
-    found = dict(reference.named_parameters())
-    assert found.keys() == mine.keys()
-    for name, parameter in found.items():
-        assert_close(mine[name](), parameter.grad.numpy(), 1e-3, name)
-
-
-SD_15 = UNetConfig()
-SD_2 = dict(cross_attention_dim=1024, attention_head_dim=(5, 10, 20, 20), use_linear_projection=True)
+@pytest.mark.parametrize("case", CASES)
+def test_output_gradients_and_folders_both_ways(case, randomise, assert_close, tmp_path):
+    options, size, masked = CASES[case]
+    check(randomise(UNet2DConditionModel(**options)), size, tmp_path, assert_close, masked)
 
 
 def test_full_size_parameters():
     """Checks names and shapes against diffusers'; the first number is that of the published weights."""
-    for options, count in ((dict(cross_attention_dim=768), 859_520_964), (SD_2, 865_910_724)):
-        with torch.device("meta"):
-            reference = UNet2DConditionModel(**options)
-        config = from_hf_config(json.loads(json.dumps(dict(reference.config))))
-        shapes = {path: leaf.shape for path, leaf in _leaves(config).items()}
-        assert sum(map(np.prod, shapes.values())) == count == sum(p.numel() for p in reference.parameters())
-        layouts = lay_out(table(config), shapes)
-        assert {name: tuple(p.shape) for name, p in reference.named_parameters()} == {
-            layout.name: layout.shape for layout in layouts
-        }
-    assert SD_15 == from_hf_config(dict(cross_attention_dim=768, sample_size=64))
+    with torch.device("meta"):
+        one = UNet2DConditionModel(cross_attention_dim=768, sample_size=64)
+        two = UNet2DConditionModel(
+            cross_attention_dim=1024, attention_head_dim=(5, 10, 20, 20), use_linear_projection=True
+        )
+    assert check_full_size(one, from_hf_config, 859_520_964) == UNetConfig()
+    check_full_size(two, from_hf_config, 865_910_724)
 
 
-def _leaves(config):
-    return flatten(nn.meta.unbox(abstract_params(config, family_of_config(config))))[0]
+def test_two_devices_compute_the_same():
+    config = from_hf_config({name: list(v) if isinstance(v, tuple) else v for name, v in TINY.items()})
+    module = config.make()
+    boxed = jax.eval_shape(module.init, jax.random.key(0), *sample(config))["params"]
+    assert not [leaf for leaf in jax.tree.leaves(boxed, is_leaf=_is_boxed) if not _is_boxed(leaf)]
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(lambda x: rng.normal(size=x.shape, scale=0.3).astype(np.float32), nn.meta.unbox(boxed))
+    call = inputs(config, (8, 6))
+    wanted = jax.jit(module.apply)({"params": params}, **call)
+    for axes in (dict(fsdp=2), dict(tensor=2)):
+        mesh = make_mesh(MeshConfig(data=1, **axes), jax.devices()[:2])
+        placed = jax.device_put(params, param_shardings(boxed, mesh))
+        split = [leaf for leaf in jax.tree.leaves(placed) if not leaf.sharding.is_fully_replicated]
+        assert len(split) > 20
+        with use_mesh(mesh):
+            found = jax.jit(module.apply)({"params": placed}, **call)
+        np.testing.assert_allclose(found, wanted, rtol=0, atol=2e-5 * np.abs(wanted).max())
+
+
+def _is_boxed(leaf) -> bool:
+    return isinstance(leaf, nn.LogicallyPartitioned)
+
+
+@pytest.mark.parametrize("sizes", [((5, 4), (10, 7)), ((4, 9), (9, 4)), ((3, 3), (11, 6)), ((7, 5), (7, 5))])
+def test_nearest_pixels(sizes):
+    (height, width), new = sizes
+    x = np.arange(height * width * 2, dtype=np.float32).reshape(1, height, width, 2)
+    wanted = torch.nn.functional.interpolate(torch.tensor(x).permute(0, 3, 1, 2), size=new, mode="nearest")
+    np.testing.assert_array_equal(resize_nearest(jnp.asarray(x), *new), wanted.permute(0, 2, 3, 1).numpy())
+
+
+def test_time_of_an_odd_width():
+    found = np.asarray(embed_time(jnp.asarray([0, 999]), 5, flip_sin_to_cos=True, freq_shift=0.0))
+    np.testing.assert_allclose(found[:, 4], 0)
+    np.testing.assert_allclose(found[0, :4], [1, 1, 0, 0])
+    np.testing.assert_allclose(found[1, :4], [np.cos(999), np.cos(9.99), np.sin(999), np.sin(9.99)], atol=1e-4)
+
+
+HUB = {name: list(value) if isinstance(value, tuple) else value for name, value in TINY.items()}
+
+
+@pytest.mark.parametrize(
+    "name,value",
+    [
+        ("dual_cross_attention", True),
+        ("num_attention_heads", 4),
+        ("encoder_hid_dim", 5),
+        ("encoder_hid_dim_type", "text_proj"),
+        ("addition_embed_type", "text_time"),
+        ("addition_time_embed_dim", 8),
+        ("resnet_skip_time_act", True),
+        ("resnet_out_scale_factor", 2.0),
+        ("resnet_time_scale_shift", "spatial"),
+        ("time_embedding_type", "fourier"),
+        ("attention_type", "gated"),
+        ("mid_block_only_cross_attention", True),
+        ("cross_attention_norm", "layer_norm"),
+        ("class_embed_type", "other"),
+        ("act_fn", "tanh"),
+        ("act_fn", None),
+        ("norm_num_groups", None),
+        ("mid_block_type", "UNetMidBlock2DSimpleCrossAttn"),
+        ("down_block_types", ["AttnDownBlock2D", PLAIN]),
+        ("up_block_types", [UP_PLAIN, "SimpleCrossAttnUpBlock2D"]),
+        ("cross_attention_dim", [12, 16]),
+        ("cross_attention_dim", [[12, 12], 12]),
+        ("cross_attention_dim", "12"),
+        ("attention_head_dim", [4, 4, 4]),
+        ("attention_head_dim", 100),
+        ("layers_per_block", [1]),
+        ("layers_per_block", 10**9),
+        ("only_cross_attention", [True, 1]),
+        ("transformer_layers_per_block", [[1], 1]),
+        ("transformer_layers_per_block", [1, []]),
+        ("sample_size", [8, 8, 8]),
+        ("norm_num_groups", 3),
+        ("freq_shift", 4),
+        ("projection_class_embeddings_input_dim", 4),
+        ("a_new_option", 1),
+    ],
+)
+def test_unsupported_options_are_refused_by_name(name, value):
+    config = HUB | {name: value}
+    if name == "cross_attention_dim":
+        config["down_block_types"] = [CROSS, CROSS]
+    with pytest.raises(ConfigError, match=name.removesuffix("_types").replace("_type", "")):
+        from_hf_config(config)
+
+
+@pytest.mark.parametrize(
+    "name,shape",
+    [
+        ("latents", (2, 4, 8, 12)),
+        ("latents", (8, 12, 4)),
+        ("timesteps", (3,)),
+        ("text", (2, 5, 11)),
+        ("text", (1, 5, 12)),
+        ("text_mask", (2, 4)),
+        ("class_labels", (2,)),
+        ("timestep_cond", (2, 4)),
+    ],
+)
+def test_wrong_shapes_are_named(name, shape):
+    config = from_hf_config(HUB)
+    call = inputs(config, (8, 12)) | {name: np.ones(shape, np.float32)}
+    with pytest.raises(ConfigError, match=name):
+        jax.eval_shape(config.make().init, jax.random.key(0), **call)
