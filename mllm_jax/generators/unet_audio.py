@@ -14,7 +14,7 @@ from mllm_jax.checkpoints.config_json import check_written
 from mllm_jax.checkpoints.fields import make_config
 from mllm_jax.checkpoints.table import Family
 from mllm_jax.errors import ConfigError
-from mllm_jax.generators.unet import MID, Denoiser, UNetConfig, UNetDialect
+from mllm_jax.generators.unet import DOWN, MID, UP, Denoiser, UNetConfig, UNetDialect
 from mllm_jax.generators.unet_blocks import Text
 from mllm_jax.generators.unet_hub import FIXED, read_options, sample_inputs, table, written_options
 from mllm_jax.layers.requirements import Requirements
@@ -25,14 +25,16 @@ MOST_TRANSFORMERS = 4  # after a residual block
 
 @dataclass(frozen=True)
 class AudioUNetConfig(UNetConfig):
-    """Sizes of AudioLDM-2's UNet; the defaults are those of the published one."""
+    """Sizes of AudioLDM-2's UNet; the defaults are those of its base model."""
 
-    sample_size: tuple[int, ...] | None = (256, 16)
+    sample_size: tuple[int, ...] | None = None
     in_channels: int = 8
     out_channels: int = 8
     channels: tuple[int, ...] = (128, 256, 384, 640)
     num_heads: tuple[int, ...] = (8,) * 4
     text_sizes: tuple[tuple[int | None, ...], ...] = ((None, 768, 1024),) * 4
+    down_blocks: tuple[str, ...] = (DOWN[1], *DOWN[:1] * 3)
+    up_blocks: tuple[str, ...] = (*UP[:1] * 3, UP[1])
     dialect: UNetDialect = UNetDialect(family=FAMILY)
 
     num_texts = 2

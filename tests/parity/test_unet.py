@@ -13,7 +13,7 @@ from unet_checks import check, check_full_size, inputs
 
 from mllm_jax.errors import ConfigError
 from mllm_jax.generators.unet import UNetConfig, embed_time
-from mllm_jax.generators.unet_blocks import resize_nearest
+from mllm_jax.generators.unet_blocks import Text, UNetAttention, resize_nearest
 from mllm_jax.generators.unet_hub import from_hf_config, sample
 from mllm_jax.sharding.logical import use_mesh
 from mllm_jax.sharding.mesh import MeshConfig, make_mesh, param_shardings
@@ -110,6 +110,17 @@ def test_nearest_pixels(sizes):
     x = np.arange(height * width * 2, dtype=np.float32).reshape(1, height, width, 2)
     wanted = torch.nn.functional.interpolate(torch.tensor(x).permute(0, 3, 1, 2), size=new, mode="nearest")
     np.testing.assert_array_equal(resize_nearest(jnp.asarray(x), *new), wanted.permute(0, 2, 3, 1).numpy())
+
+
+def test_a_text_that_is_masked_whole_is_read_whole():
+    """Checks the published arithmetic: masked scores are lowered by 10,000, which float32 rounds to 0.001."""
+    rng = np.random.default_rng(0)
+    x, text = (jnp.asarray(rng.normal(size=(2, length, 8)), jnp.float32) for length in (6, 5))
+    module = UNetAttention(num_heads=2, head_dim=4)
+    variables = module.init(jax.random.key(0), x, Text(text))
+    masked = module.apply(variables, x, Text(text, jnp.asarray([[0] * 5, [1, 1, 0, 0, 0]])))
+    np.testing.assert_allclose(masked[0], module.apply(variables, x, Text(text))[0], atol=2e-3)
+    np.testing.assert_allclose(masked[1], module.apply(variables, x, Text(text[:, :2]))[1], atol=1e-6)
 
 
 def test_time_of_an_odd_width():
