@@ -68,7 +68,7 @@ def read_options(values: dict, what: str, fixed: dict[str, Any]) -> tuple[Config
     Raises:
         ConfigError: an unsupported option; names it.
     """
-    if nulls := [name for name, value in values.items() if value is None and name[0] != "_" and name not in _NULL]:
+    if nulls := [name for name in _NEVER_NULL if name in values and values[name] is None]:
         raise ConfigError(f"{what} with {', '.join(sorted(nulls))} null", "values", "restore it from its origin")
     for name in ("act_fn", "time_embedding_act_fn", "timestep_post_act"):
         if isinstance(given := values.get(name), str):  # diffusers reads them in any case
