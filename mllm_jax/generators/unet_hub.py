@@ -48,21 +48,19 @@ _FIXED: dict[str, Any] = FIXED | dict(
     addition_time_embed_dim=None, resnet_skip_time_act=False, resnet_out_scale_factor=1.0, attention_type="default",
     mid_block_only_cross_attention=False, cross_attention_norm=None,
 )  # fmt: skip
-# Options that may be null; null of another one is not its default in diffusers.
-_NULL = {
-    "sample_size", "mid_block_type", "class_embed_type", "num_class_embeds", "projection_class_embeddings_input_dim",
-    "reverse_transformer_layers_per_block", "mid_block_only_cross_attention", "time_embedding_dim",
-    "time_embedding_act_fn", "timestep_post_act", "time_cond_proj_dim", "num_attention_heads", "encoder_hid_dim",
-    "encoder_hid_dim_type", "addition_embed_type", "addition_time_embed_dim", "cross_attention_norm",
+# Options of which null is not the default.
+_NEVER_NULL = {name for name, _, default, *_ in (*FIELDS.values(), *_CENTER.values()) if default is not None} | {
+    "block_out_channels", "layers_per_block", "attention_head_dim", "cross_attention_dim", "only_cross_attention",
+    "transformer_layers_per_block", "down_block_types", "up_block_types", "resnet_time_scale_shift",
 }  # fmt: skip
 
 
-def read_options(values: dict, family: str, fixed: dict[str, Any], text_size: Any) -> tuple[ConfigOptions, dict]:
+def read_options(values: dict, what: str, fixed: dict[str, Any]) -> tuple[ConfigOptions, dict]:
     """Reads what all families have in common.
 
     Args:
+        what: name of the file in messages.
         fixed: options with one supported value.
-        text_size: default of cross_attention_dim.
 
     Returns:
         the options, some of which are left to be read, and the fields of the config.
@@ -70,8 +68,7 @@ def read_options(values: dict, family: str, fixed: dict[str, Any], text_size: An
     Raises:
         ConfigError: an unsupported option; names it.
     """
-    what = f"config.json of {family}"
-    if nulls := [name for name, value in values.items() if value is None and name[0] != "_" and name not in _NULL]:
+    if nulls := [name for name in _NEVER_NULL if name in values and values[name] is None]:
         raise ConfigError(f"{what} with {', '.join(sorted(nulls))} null", "values", "restore it from its origin")
     for name in ("act_fn", "time_embedding_act_fn", "timestep_post_act"):
         if isinstance(given := values.get(name), str):  # diffusers reads them in any case
@@ -97,13 +94,13 @@ def read_options(values: dict, family: str, fixed: dict[str, Any], text_size: An
         num_heads=each("attention_head_dim", 8, options.sizes),
         only_cross=_flags(options, values, count),
         scale_shift=options.only("resnet_time_scale_shift", "default", "scale_shift") == "scale_shift",
-        text_sizes=_nested(options, what, values, "cross_attention_dim", text_size, count, MOST_CHANNELS, null=True),
+        text_sizes=_nested(options, what, values, "cross_attention_dim", 1280, count, MOST_CHANNELS, null=True),
         depths=_nested(options, what, values, "transformer_layers_per_block", 1, count, MOST_LAYERS),
         down_blocks=options.texts("down_block_types", (*DOWN[:1] * 3, DOWN[1])),
         up_blocks=options.texts("up_block_types", (UP[1], *UP[:1] * 3)),
         mid_block=options.text("mid_block_type", None if "mid_block_type" in values else MID[0]),
     )
-    if len(fields["sample_size"] or (1,)) > 2:
+    if fields["sample_size"] is not None and len(fields["sample_size"]) not in (1, 2):
         raise ConfigError(f"{what}: sample_size={values['sample_size']}", "a side, or height and width", "restore it")
     fields["text_sizes"] = tuple(each if isinstance(each, tuple) else (each,) for each in fields["text_sizes"])
     kind = options.only("class_embed_type", None, "timestep", "identity", "projection", "simple_projection")
@@ -153,16 +150,16 @@ def _nested(
 
 def from_hf_config(values: dict) -> UNetConfig:
     """Reads config.json of UNet2DConditionModel; every option is honoured or refused by name."""
-    options, fields = read_options(values, "UNet2DConditionModel", _FIXED, 1280)
+    what = "config.json of UNet2DConditionModel"
+    options, fields = read_options(values, what, _FIXED)
     options.skip("addition_embed_type_num_heads")  # of an addition_embed_type
     fields |= read_fields(options, _CENTER)
-    reverse = "reverse_transformer_layers_per_block"
-    if options.skip(reverse) is None and values.get(reverse) is not None:
-        count, what = len(fields["channels"]), "config.json of UNet2DConditionModel"
+    reverse, count = "reverse_transformer_layers_per_block", len(fields["channels"])
+    if reverse in options:
         fields["up_depths"] = _nested(options, what, values, reverse, 1, count, MOST_LAYERS)
     elif not all(isinstance(each, int) for each in fields["depths"]):
         raise ConfigError(
-            f"config.json: transformer_layers_per_block={values['transformer_layers_per_block']!r:.100}",
+            f"{what}: transformer_layers_per_block={values['transformer_layers_per_block']!r:.100}",
             f"with lists in it, {reverse} too: the way up has one more residual block",
             "restore it from its origin",
         )
