@@ -88,7 +88,9 @@ def refuse_options(arguments: Sequence[str], known: type, others: type, what: st
         option = re.sub("^--no-", "--", word.partition("=")[0].replace("_", "-"))
         if option in foreign:
             given = word.partition("=")[0]
-            raise ConfigError(f"{given} for {what}", f"the options that {listed} lists", "drop it, or name another folder")
+            raise ConfigError(
+                f"{given} for {what}", f"the options that {listed} lists", "drop it, or name another folder"
+            )
 
 
 def _names(options: type) -> set[str]:

@@ -343,7 +343,7 @@ def start_image(image: Any, height: int | None, width: int | None, unit: int) ->
 
 
 def _texts(prompts: str | Sequence[str]) -> list[str]:
-    texts = [prompts] if isinstance(prompts, str) else list(prompts)
+    texts = list(prompts) if isinstance(prompts, (list, tuple)) else [prompts]
     if not texts or not all(isinstance(text, str) for text in texts):
         raise DataError(f"the prompts {prompts!r:.100}", "a text, or a list of texts", "give one or more")
     return texts
