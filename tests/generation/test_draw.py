@@ -19,17 +19,13 @@ from mllm_jax.generation.draw import start_image
 from mllm_jax.generation.media import Media
 from mllm_jax.sharding.mesh import MeshConfig, make_mesh
 
-SMALL = dict(
-    unet=dict(block_out_channels=(8, 16), attention_head_dim=2, sample_size=8),
-    vae=dict(block_out_channels=(8, 8)),
-)
 FAST = dict(steps=3, guidance_scale=2.0)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("tiny")
-    tiny.write(path, **SMALL)
+    tiny.write(path, **tiny.SMALL)
     return path
 
 

@@ -22,15 +22,6 @@ from mllm_jax.models.registry import from_pretrained, pretrained_config, save_pr
 
 PROMPTS, NEGATIVES = ["a red cat", "blue dog, on the sofa"], ["blurry", "a small dog"]
 STEPS, TOLERANCE = 10, 1e-4
-SMALL = dict(
-    unet=dict(
-        block_out_channels=(8, 16),
-        down_block_types=("DownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "UpBlock2D"),
-        attention_head_dim=2,
-    ),
-    vae=dict(block_out_channels=(8, 8)),
-)
 # Stable Diffusion 1, 2 and 2.1 with a zero terminal signal, as their options are.
 SECOND = dict(
     text=dict(hidden_size=32, num_attention_heads=2, num_hidden_layers=3, hidden_act="gelu", projection_dim=20),
@@ -68,7 +59,7 @@ FOLDERS = {
 def small(tmp_path_factory):
     """Returns the smallest pipeline and its assistant, for what depends on the sampler alone."""
     folder = tmp_path_factory.mktemp("small")
-    return tiny.write(folder, **SMALL), mllm_jax.Assistant.load(folder)
+    return tiny.write(folder, **tiny.SMALL), mllm_jax.Assistant.load(folder)
 
 
 def drawn(answers) -> np.ndarray:
