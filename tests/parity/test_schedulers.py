@@ -80,6 +80,8 @@ CASES = [
     ("dpm++", {**LATENT, "use_beta_sigmas": True}, 25),
     ("dpm++", {**LATENT, **LIMITS, "final_sigmas_type": "sigma_min", "lower_order_final": False}, 10),
     ("dpm++", {**LATENT, "final_sigmas_type": "sigma_min", "euler_at_final": True, "lower_order_final": False}, 10),
+    ("dpm++", {**LATENT, "final_sigmas_type": "sigma_min"}, 10),
+    ("dpm++", {**LATENT, "final_sigmas_type": "sigma_min", "solver_type": "heun"}, 15),
     ("dpm++", {**COSINE, **V, "lambda_min_clipped": -5.1}, 10),
     ("dpm++", {**COSINE, "use_karras_sigmas": True, "solver_type": "heun"}, 10),
     ("dpm++", {**LATENT, **ZERO_SNR, **TRAILING}, 10),
@@ -91,6 +93,8 @@ CASES = [
     ("flow", {"use_karras_sigmas": True}, 10),
     ("flow", {"use_beta_sigmas": True, "shift": 3.0}, 1),
 ]
+# The classes for the same models, but one that needs torchsde and one that belongs to other models.
+KINDS = sorted({each.name for each in KarrasDiffusionSchedulers} - {"DPMSolverSDEScheduler", "EDMEulerScheduler"})
 IDS = [f"{name}-{index}" for index, (name, _, _) in enumerate(CASES)]
 
 
@@ -117,6 +121,8 @@ def numpy_of(sample: torch.Tensor) -> np.ndarray:
 
 def sampled_there(scheduler, theirs, timesteps, sample: torch.Tensor, noise: np.ndarray, monkeypatch) -> np.ndarray:
     """Samples in diffusers, with the given noise in place of its own."""
+    if hasattr(theirs, "set_begin_index") and theirs.begin_index is None:
+        theirs.set_begin_index(0)  # else the second of two equal timesteps is taken for the first
     queue = [torch_of(each) for each in noise]
     module = inspect.getmodule(type(theirs))
     if hasattr(module, "randn_tensor"):
@@ -152,7 +158,11 @@ def test_sampling(name, options, steps, monkeypatch, assert_close):
     scheduler, theirs = both(name, options)
     theirs.set_timesteps(steps)
     state = scheduler.init(steps, SHAPE)
-    np.testing.assert_array_equal(state.timesteps, theirs.timesteps.numpy())
+    if name == "euler" and any(key.endswith("_sigmas") for key in options):
+        # Logarithms of PyTorch's square roots, which are not rounded as NumPy's.
+        np.testing.assert_allclose(state.timesteps, theirs.timesteps.numpy(), rtol=1e-6)
+    else:
+        np.testing.assert_array_equal(state.timesteps, theirs.timesteps.numpy())
     scale = getattr(theirs, "init_noise_sigma", 1.0)
     np.testing.assert_allclose(scheduler.initial_scale_of(state), float(scale), rtol=1e-6)
 
@@ -160,7 +170,8 @@ def test_sampling(name, options, steps, monkeypatch, assert_close):
     expected = sampled_there(scheduler, theirs, theirs.timesteps, torch_of(first) * scale, noise, monkeypatch)
     assert np.isfinite(expected).all()
     result = sampled_here(scheduler, state, first * scheduler.initial_scale_of(state), noise)
-    assert_close(result, expected, 2e-5, f"{name} {options}")
+    # Euler's noise is 4,096 times the sample at first if the schedule ends without signal.
+    assert_close(result, expected, 1e-4 if "rescale_betas_zero_snr" in options else 2e-5, f"{name} {options}")
 
 
 @pytest.mark.parametrize(
@@ -179,7 +190,7 @@ def test_sampling(name, options, steps, monkeypatch, assert_close):
 )
 @pytest.mark.parametrize("strength", [0.55, 0.9, 1.0])
 def test_start_from_an_image(name, options, strength, monkeypatch, assert_close):
-    """Follows the pipelines of diffusers: timesteps after the first ones, the image noised to the first that is left."""
+    """Follows the pipelines of diffusers: the later timesteps, and the image with the noise of the first."""
     scheduler, theirs = both(name, options)
     steps = 10
     theirs.set_timesteps(steps)
@@ -226,6 +237,8 @@ def test_training_noise_of_solvers(name, options, assert_close):
     scheduler, theirs = both(name, options)
     sample, noise = draw(0, 4, 4, 6, 3), draw(1, 4, 4, 6, 3)
     timesteps = np.array([0, 7, 500, 998])
+    if name == "dpm++":  # before set_timesteps, diffusers' levels are in another order than its timesteps
+        theirs = diffusers.DDPMScheduler(**options)
     there = theirs.add_noise(torch_of(sample), torch_of(noise), torch.from_numpy(timesteps).to(theirs.timesteps.dtype))
     # Relative to each sample: the noise of Euler grows with the timestep.
     for ours, expected in zip(scheduler.add_noise(sample, noise, timesteps), numpy_of(there), strict=True):
@@ -262,7 +275,7 @@ def test_flow_training(assert_close):
 
 @pytest.mark.parametrize("name", schedulers.NAMES)
 def test_every_option_is_known(name):
-    """Every option of diffusers' class is declared: used, or refused unless it has the value without effect."""
+    """Finds every option of diffusers' class declared: used, or refused unless it has the value without effect."""
     made = schedulers.NAMES[name]
     theirs = inspect.signature(getattr(diffusers, made.class_name).__init__).parameters
     assert made.option_names() == theirs.keys() - {"self"}
@@ -272,11 +285,9 @@ def test_every_option_is_known(name):
     }
 
 
-@pytest.mark.parametrize("kind", [each.name for each in KarrasDiffusionSchedulers])
+@pytest.mark.parametrize("kind", KINDS)
 def test_options_of_other_classes(kind, tmp_path):
-    """A folder of any diffusion scheduler opens under another name: what belongs to that class alone has no effect."""
-    if kind in ("DPMSolverSDEScheduler", "EDMEulerScheduler"):
-        pytest.skip("needs torchsde" if "SDE" in kind else "is of another kind")
+    """Opens a folder of any diffusion scheduler by another name: options of the other class have no effect."""
     getattr(diffusers, kind)().save_pretrained(tmp_path)
     for name in ("ddim", "euler"):
         scheduler = schedulers.from_folder(tmp_path, name)
@@ -317,8 +328,8 @@ def test_another_scheduler_by_name(name, tmp_path, monkeypatch, assert_close):
     assert_close(sampled_here(scheduler, state, first * scheduler.initial_scale, noise), expected, 2e-5)
 
 
-@pytest.mark.parametrize("name, options", [(name, options) for name, options, _ in CASES if options], ids=str)
-def test_folders_both_ways(name, options, tmp_path):
+@pytest.mark.parametrize("name, options, _", CASES, ids=IDS)
+def test_folders_both_ways(name, options, _, tmp_path):
     scheduler, theirs = both(name, options)
     scheduler.save(tmp_path / "ours")
     loaded = type(theirs).from_pretrained(tmp_path / "ours")

@@ -56,10 +56,7 @@ def from_folder(folder: str | Path, name: str | None = None) -> Scheduler:
         raise CheckpointError(
             f"{folder} without {FILE}", f"it in the folder or in {folder / 'scheduler'}", "fetch the scheduler's folder"
         )
-    try:
-        values = read_json(path, CheckpointError, limit=_BYTES)
-    except OSError as error:
-        raise CheckpointError(f"{path}: {error}", "a readable file", "fetch the file again") from error
+    values = _read(path)
     if name is not None:
         return by_name(name, values)
     if path.parent != folder:
@@ -71,9 +68,9 @@ def by_name(name: str, values: Mapping[str, Any] | Scheduler | None = None) -> S
     """Makes a scheduler by its name, one of `NAMES`, as diffusers' `EulerDiscreteScheduler.from_config(values)`.
 
     Args:
-        values: options as a scheduler_config.json has them, or the scheduler that they are taken from. Options that
-            were not set there have the defaults of the new scheduler, and those of the old one alone are kept for
-            saving.
+        values: options as a scheduler_config.json has them, of any class, or the scheduler that they are taken from.
+            Options that were not set there have the defaults of the new scheduler. Those of the old one alone have no
+            effect and are kept for saving.
 
     Raises:
         ConfigError: an unknown name, or options of flow matching for a scheduler of diffusion, or the inverse.
@@ -84,20 +81,28 @@ def by_name(name: str, values: Mapping[str, Any] | Scheduler | None = None) -> S
         values = values.values()
     values = dict(values or {})
     made = NAMES[name]
-    if "_class_name" in values and FlowEuler in (old := _class_of(values, "the options"), made) and old is not made:
+    old = values.get("_class_name", made.class_name)
+    if str(old).startswith("FlowMatch") != (made is FlowEuler):
         raise ConfigError(
-            f"the scheduler {name!r} for the options of {old.class_name}",
+            f"the scheduler {name!r} for the options of {old!r:.100}",
             "a scheduler of the same kind: flow matching, or diffusion",
             "choose another scheduler; the model was trained for one kind",
         )
     return made.from_values({**values, "_class_name": made.class_name}, _KNOWN)
 
 
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return read_json(path, CheckpointError, limit=_BYTES)
+    except OSError as error:
+        raise CheckpointError(f"{path}: {error}", "a readable file", "fetch the file again") from error
+
+
 def _indexed_class(folder: Path) -> dict[str, str]:
     """Returns the scheduler's class in a pipeline's model_index.json; diffusers prefers it too."""
     if not os.path.isfile(folder / MODEL_INDEX):
         return {}
-    entry = read_json(folder / MODEL_INDEX, CheckpointError, limit=_BYTES).get("scheduler")
+    entry = _read(folder / MODEL_INDEX).get("scheduler")
     listed = isinstance(entry, list) and len(entry) == 2 and isinstance(entry[1], str)
     return {"_class_name": entry[1]} if listed else {}
 

@@ -1,11 +1,11 @@
-"""The options of a scheduler: their types, reading from scheduler_config.json's values, and writing."""
+"""The base of all schedulers: options from and to scheduler_config.json, and the parts that most of them share."""
 
 from __future__ import annotations
 
 import abc
 import json
 import os.path
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -17,49 +17,14 @@ import numpy as np
 from mllm_jax.checkpoints.config_options import is_number, is_whole
 from mllm_jax.errors import ConfigError
 from mllm_jax.files import write_atomic
+from mllm_jax.generators.schedulers.options import LARGEST
 from mllm_jax.generators.schedulers.protocol import State
 
 FILE = "scheduler_config.json"
-LARGEST = 1 << 20  # limit of timesteps
-_METADATA = frozenset(("_class_name", "_diffusers_version", "_use_default_values", "_name_or_path", "_commit_hash"))
+_METADATA = frozenset(("_class_name", "_diffusers_version", "_name_or_path", "_commit_hash"))
 # diffusers keeps all options of a file whatever the class, so that another scheduler can be made from it, and a class
-# ignores those of others. These belong to diffusers' schedulers that are not here.
-_OTHERS = frozenset(
-    ("disable_corrector", "predict_x0", "rho", "sigma_data", "sigma_schedule", "solver_p", "prediction_mode")
-)
-
-
-def option(default: Any, fits: Callable[[Any], bool], expected: str) -> Any:
-    """Declares an option of a dataclass, with the values that it takes."""
-    return field(default=default, metadata={"fits": fits, "expected": expected})
-
-
-def flag(default: bool) -> Any:
-    """Declares an option that is true or false."""
-    return option(default, lambda value: isinstance(value, bool), "true or false")
-
-
-def whole(default: int, least: int = 0, most: int = LARGEST) -> Any:
-    """Declares an option that is an integer."""
-    return option(
-        default, lambda value: is_whole(value) and least <= value <= most, f"a whole number, {least} to {most:,}"
-    )
-
-
-def number(default: float | None, above: float = -1e30, most: float = 1e30) -> Any:
-    """Declares an option that is a number; None as the default allows None."""
-    return option(
-        default,
-        lambda value: (value is None and default is None) or (is_number(value) and above < value <= most),
-        f"a number above {above:g}, at most {most:g}",
-    )
-
-
-def choice(*allowed: Any) -> Any:
-    """Declares an option that has one of some values, of which the first is the default."""
-    kinds = [(type(each), each) for each in allowed]
-    listed = " or ".join(map(repr, allowed))
-    return option(allowed[0], lambda value: (type(value), value) in kinds, f"{listed}; nothing else is supported")
+# ignores those of others. These are the options of its schedulers for the same models that are not here.
+_OTHERS = frozenset(("disable_corrector", "predict_x0", "solver_p"))
 
 
 @dataclass(frozen=True)
@@ -91,10 +56,11 @@ class SchedulerConfig(abc.ABC):
     @classmethod
     def option_names(cls) -> frozenset[str]:
         """Returns the names of the options that diffusers' class has too."""
-        return frozenset(each.name for each in cls._options() if not each.metadata.get("ours"))
+        return frozenset(each.name for each in cls._options() if not each.metadata["ours"])
 
     @classmethod
     def refusal(cls, given: str, expected: str, todo: str = "change it, or choose another scheduler") -> ConfigError:
+        """Returns the error of something that this scheduler does not take."""
         return ConfigError(f"{cls.class_name}: {given}", expected, todo)
 
     @classmethod
@@ -112,7 +78,7 @@ class SchedulerConfig(abc.ABC):
         own = cls.option_names()
         unset = values.get("_use_default_values")
         unset = unset if isinstance(unset, list) else ()
-        values = {name: value for name, value in values.items() if name not in unset}
+        values = {name: value for name, value in values.items() if name not in (*unset, "_use_default_values")}
         if unknown := sorted(values.keys() - own - known - _METADATA - _OTHERS):
             listed = ", ".join(f"{name}={values[name]!r:.60}" for name in unknown)
             raise cls.refusal(listed, f"the options {', '.join(sorted(own))}", "remove those without effect")
@@ -133,8 +99,6 @@ class SchedulerConfig(abc.ABC):
         """Writes scheduler_config.json into the scheduler's folder; diffusers loads it."""
         os.makedirs(folder, exist_ok=True)
         write_atomic(Path(folder) / FILE, json.dumps(self.values(), indent=2, sort_keys=True) + "\n")
-
-    # What follows is the protocol's part that most schedulers share.
 
     @property
     def stochastic(self) -> bool:
@@ -180,7 +144,7 @@ class SchedulerConfig(abc.ABC):
     def first_step(self, steps: int, strength: float) -> int:
         """Returns the step that an image's sampling starts with: none is left out at strength 1."""
         if not is_number(strength) or not 0 < strength <= 1 or int(steps * strength) < 1:
-            raise self.refusal(f"strength={strength!r} with {steps} steps", f"a number, {1 / steps:g} to 1")
+            raise self.refusal(f"strength={strength!r} with {steps} steps", "a number up to 1 that leaves a step")
         return steps - min(int(steps * strength), steps)
 
     def scale(self, state: State, sample: jax.Array) -> jax.Array:

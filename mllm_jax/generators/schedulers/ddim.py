@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar
 
 import jax
@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from mllm_jax.checkpoints.config_options import is_number
-from mllm_jax.generators.schedulers.config import flag
 from mllm_jax.generators.schedulers.diffusion import Clipped
+from mllm_jax.generators.schedulers.options import flag, option
 from mllm_jax.generators.schedulers.prediction import to_noise, to_sample
 from mllm_jax.generators.schedulers.protocol import State
 
@@ -31,7 +31,7 @@ class DDIM(Clipped):
     class_name: ClassVar[str] = "DDIMScheduler"
 
     set_alpha_to_one: bool = flag(True)
-    eta: float = field(default=0.0, metadata={"fits": _is_share, "expected": "a number, 0 to 1", "ours": True})
+    eta: float = option(0.0, _is_share, "a number, 0 to 1", ours=True)
 
     @property
     def stochastic(self) -> bool:

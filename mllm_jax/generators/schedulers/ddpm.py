@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from mllm_jax.generators.schedulers.betas import SCHEDULES
-from mllm_jax.generators.schedulers.config import choice
 from mllm_jax.generators.schedulers.diffusion import Clipped
+from mllm_jax.generators.schedulers.options import choice
 from mllm_jax.generators.schedulers.prediction import to_sample
 from mllm_jax.generators.schedulers.protocol import State
 

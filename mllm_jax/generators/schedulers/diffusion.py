@@ -1,4 +1,4 @@
-"""What the schedulers of discrete-time diffusion share: the noise schedule of training."""
+"""The noise schedule of training, which all schedulers of discrete-time diffusion share."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ import numpy as np
 
 from mllm_jax.checkpoints.config_options import is_number
 from mllm_jax.generators.schedulers.betas import SCHEDULES, betas_of, cumulative, zero_terminal_snr
-from mllm_jax.generators.schedulers.config import SchedulerConfig, choice, flag, number, option, whole
+from mllm_jax.generators.schedulers.config import SchedulerConfig
+from mllm_jax.generators.schedulers.options import choice, flag, number, option, whole
 from mllm_jax.generators.schedulers.prediction import PREDICTIONS, threshold
 from mllm_jax.generators.schedulers.protocol import State, per_sample
 from mllm_jax.generators.schedulers.spacing import SPACINGS, discrete
@@ -113,12 +114,12 @@ class Diffusion(SchedulerConfig):
 
     def snr(self, timesteps: Any) -> jax.Array:
         """Returns the signal-to-noise ratio a / (1 - a) at each timestep."""
-        share = jnp.asarray(self.alphas_cumprod)[timesteps]
+        share = jnp.asarray(self.alphas_cumprod)[jnp.asarray(timesteps)]
         return share / (1 - share)
 
     def _levels(self, sample: jax.Array, timesteps: Any) -> tuple[jax.Array, jax.Array]:
         """Returns the factors of sample and noise in training, float32."""
-        share = per_sample(jnp.asarray(self.alphas_cumprod)[timesteps], sample)
+        share = per_sample(jnp.asarray(self.alphas_cumprod)[jnp.asarray(timesteps)], sample)
         return jnp.sqrt(share), jnp.sqrt(1 - share)
 
 

@@ -13,9 +13,9 @@ import numpy as np
 
 from mllm_jax.checkpoints.config_options import is_number
 from mllm_jax.generators.schedulers import spacing
-from mllm_jax.generators.schedulers.config import choice, flag, number, option
 from mllm_jax.generators.schedulers.diffusion import Thresholded
 from mllm_jax.generators.schedulers.euler import converter
+from mllm_jax.generators.schedulers.options import choice, flag, number, option
 from mllm_jax.generators.schedulers.prediction import to_sample
 from mllm_jax.generators.schedulers.protocol import State
 
@@ -80,8 +80,8 @@ class DPMSolver(Thresholded):
     def _spaced(self, steps: int) -> np.ndarray:
         """Returns the timesteps of a spacing; the last of steps + 1 is left out, except in "trailing"."""
         train = self.num_train_timesteps
-        if steps > train or (self.timestep_spacing == "leading" and steps >= train):
-            raise self.refusal(f"{steps} steps", f"fewer than num_train_timesteps={train}", "take fewer steps")
+        if steps > train:
+            raise self.refusal(f"{steps} steps", f"at most num_train_timesteps={train}", "take fewer steps")
         # Half the log of the signal-to-noise ratio may have a least value, for the cosine schedule.
         share = self.alphas_cumprod
         half_log_snr = np.log(np.sqrt(share)) - np.log(np.sqrt(1 - share))
@@ -92,10 +92,10 @@ class DPMSolver(Thresholded):
             timesteps = spacing.discrete(self.timestep_spacing, last, steps + 1, 0)[:-1]
             if self.timestep_spacing == "leading":
                 timesteps = timesteps + self.steps_offset
-        if not len(timesteps) or (len(timesteps) > 1 and timesteps[0] == timesteps[-1]):
+        if not len(timesteps) or len(np.unique(timesteps)) < len(timesteps):
             raise self.refusal(
                 f"{steps} steps with lambda_min_clipped={self.lambda_min_clipped}",
-                f"fewer than the {last} timesteps above it",
+                f"different timesteps, of the {last} that are left",
                 "take fewer steps",
             )
         return timesteps.astype(np.int64)
@@ -111,7 +111,8 @@ class DPMSolver(Thresholded):
             half_log_snr = np.log(alpha) - np.log(sigma)
             step = np.diff(half_log_snr)
             decay = np.expm1(-step)
-            share = -0.5 * decay if self.solver_type == "midpoint" else decay / step + 1
+            heun = np.where(step == 0, 0, decay / step + 1)  # 0 / 0 where the last level comes twice
+            share = -0.5 * decay if self.solver_type == "midpoint" else heun
             # The change over the last step, extrapolated to this one.
             change = np.append(0, alpha[2:] * share[1:] * step[1:] / step[:-1])
         change[~self._second_order(len(step))] = 0

@@ -10,8 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from mllm_jax.checkpoints.config_options import is_number
-from mllm_jax.generators.schedulers.config import SchedulerConfig, choice, flag, number, whole
+from mllm_jax.generators.schedulers.config import SchedulerConfig
 from mllm_jax.generators.schedulers.euler import converter
+from mllm_jax.generators.schedulers.options import choice, flag, number, whole
 from mllm_jax.generators.schedulers.protocol import State, per_sample
 
 

@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mllm_jax.generators.schedulers.config import choice, flag
 from mllm_jax.generators.schedulers.diffusion import Diffusion
+from mllm_jax.generators.schedulers.options import choice, flag
 from mllm_jax.generators.schedulers.prediction import to_noise
 from mllm_jax.generators.schedulers.protocol import State
 
@@ -42,7 +42,7 @@ class PNDM(Diffusion):
     memory: ClassVar[int] = 5  # three outputs, latest first; the sample of a step in several calls; their weighted sum
 
     prediction_type: str = choice("epsilon", "v_prediction")
-    rescale_betas_zero_snr: bool = choice(False)
+    rescale_betas_zero_snr: bool = choice(False, ours=True)
     skip_prk_steps: bool = flag(False)
     set_alpha_to_one: bool = flag(False)
 
@@ -56,7 +56,7 @@ class PNDM(Diffusion):
             halves = np.tile([0, self.num_train_timesteps // steps // 2], 4)
             calls = (rising[-4:].repeat(2) + halves)[:-1].repeat(2)[1:-1]
             timesteps = np.concatenate([calls[::-1], rising[:-3][::-1]])
-        return timesteps.astype(np.int32), {"alphas_cumprod": self.alphas_cumprod}
+        return timesteps.astype(np.int32), {}
 
     def start(self, state: State, index: int) -> State:
         """Returns a fresh state at a later step."""

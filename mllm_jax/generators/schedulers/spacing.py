@@ -1,4 +1,4 @@
-"""Which timesteps and noise levels a sampler visits (table 2 of arXiv 2305.08891, and k-diffusion's schedules)."""
+"""The timesteps and noise levels that a sampler visits (table 2 of arXiv 2305.08891, and k-diffusion's schedules)."""
 
 from __future__ import annotations
 
