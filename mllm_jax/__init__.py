@@ -80,6 +80,8 @@ if TYPE_CHECKING:  # for editors and type checkers; `_HOMES` has the same names 
     from mllm_jax.generation.options import Answer as Answer
     from mllm_jax.generation.options import Options as Options
     from mllm_jax.generation.sampling import Sampling as Sampling
+    from mllm_jax.generators.unet import UNetConfig as UNetConfig
+    from mllm_jax.generators.unet_audio import AudioUNetConfig as AudioUNetConfig
     from mllm_jax.generators.vae import AutoencoderKLConfig as AutoencoderKLConfig
     from mllm_jax.layers.compute import Compute as Compute
     from mllm_jax.layers.rotary import RopeScaling as RopeScaling
@@ -192,6 +194,8 @@ _NAMES = {
     "generation.media": ("Media",),
     "generation.options": ("Answer", "Options"),
     "generation.sampling": ("Sampling",),
+    "generators.unet": ("UNetConfig",),
+    "generators.unet_audio": ("AudioUNetConfig",),
     "generators.vae": ("AutoencoderKLConfig",),
     "layers.compute": ("Compute",),
     "layers.rotary": ("RopeScaling",),

@@ -114,15 +114,20 @@ class UNetConfig(WithCompute):
     def __post_init__(self):
         require = Requirements("UNet", self)
         d, count = self.dialect, len(self.channels)
-        of_blocks = dict(
-            layers=self.layers, num_heads=self.num_heads, text_sizes=self.text_sizes, depths=self.depths,
-            up_depths=self.depths if self.up_depths is None else self.up_depths, down_blocks=self.down_blocks,
-            up_blocks=self.up_blocks, only_cross=d.only_cross,
-        )  # fmt: skip
+        of_blocks = {
+            "layers (layers_per_block)": self.layers,
+            "num_heads (attention_head_dim)": self.num_heads,
+            "text_sizes (cross_attention_dim)": self.text_sizes,
+            "depths (transformer_layers_per_block)": self.depths,
+            "up_depths (reverse_transformer_layers_per_block)": self.up_depths or self.depths,
+            "down_blocks (down_block_types)": self.down_blocks,
+            "up_blocks (up_block_types)": self.up_blocks,
+            "only_cross (only_cross_attention)": d.only_cross,
+        }
         wrong = [f"{name} of {len(values)}" for name, values in of_blocks.items() if len(values) != count]
         require(
             count and not wrong,
-            f"{count} blocks (channels) and {', '.join(wrong)}",
+            f"{count} channels (block_out_channels) and {', '.join(wrong)}",
             "one value for each block",
             "change the lists so that they are of one length",
         )
@@ -142,7 +147,7 @@ class UNetConfig(WithCompute):
             not [each for each in self.channels if each % d.norm_groups],
             f"channels {list(self.channels)} in {d.norm_groups} groups",
             "groups that divide the channels",
-            "change channels or norm_groups",
+            "change channels (block_out_channels) or norm_groups (norm_num_groups)",
         )
         require(
             not [i for _, i in self._reading() if self.num_heads[i] > self.channels[i]],
@@ -247,9 +252,7 @@ class UNetConfig(WithCompute):
         for i, kind in enumerate(self.up_blocks):
             above, here, below = channels[max(i - 1, 0)], channels[i], channels[min(i + 1, len(channels) - 1)]
             layers = self.layers[::-1][i]
-            inputs = tuple(
-                (here if j else above) + (here if j < layers else below) for j in range(layers + 1)
-            )
+            inputs = tuple((here if j else above) + (here if j < layers else below) for j in range(layers + 1))
             block = self._block(len(channels) - 1 - i, kind == UP[0], inputs, depths[i])
             blocks.append(replace(block, resample=i < len(channels) - 1))
         return tuple(blocks)

@@ -57,12 +57,12 @@ _NULL = {
 }  # fmt: skip
 
 
-def read_options(values: dict, family: str, fixed: dict[str, Any], text_size: Any) -> tuple[ConfigOptions, dict]:
+def read_options(values: dict, what: str, fixed: dict[str, Any]) -> tuple[ConfigOptions, dict]:
     """Reads what all families have in common.
 
     Args:
+        what: name of the file in messages.
         fixed: options with one supported value.
-        text_size: default of cross_attention_dim.
 
     Returns:
         the options, some of which are left to be read, and the fields of the config.
@@ -70,7 +70,6 @@ def read_options(values: dict, family: str, fixed: dict[str, Any], text_size: An
     Raises:
         ConfigError: an unsupported option; names it.
     """
-    what = f"config.json of {family}"
     if nulls := [name for name, value in values.items() if value is None and name[0] != "_" and name not in _NULL]:
         raise ConfigError(f"{what} with {', '.join(sorted(nulls))} null", "values", "restore it from its origin")
     for name in ("act_fn", "time_embedding_act_fn", "timestep_post_act"):
@@ -97,7 +96,7 @@ def read_options(values: dict, family: str, fixed: dict[str, Any], text_size: An
         num_heads=each("attention_head_dim", 8, options.sizes),
         only_cross=_flags(options, values, count),
         scale_shift=options.only("resnet_time_scale_shift", "default", "scale_shift") == "scale_shift",
-        text_sizes=_nested(options, what, values, "cross_attention_dim", text_size, count, MOST_CHANNELS, null=True),
+        text_sizes=_nested(options, what, values, "cross_attention_dim", 1280, count, MOST_CHANNELS, null=True),
         depths=_nested(options, what, values, "transformer_layers_per_block", 1, count, MOST_LAYERS),
         down_blocks=options.texts("down_block_types", (*DOWN[:1] * 3, DOWN[1])),
         up_blocks=options.texts("up_block_types", (UP[1], *UP[:1] * 3)),
@@ -153,16 +152,16 @@ def _nested(
 
 def from_hf_config(values: dict) -> UNetConfig:
     """Reads config.json of UNet2DConditionModel; every option is honoured or refused by name."""
-    options, fields = read_options(values, "UNet2DConditionModel", _FIXED, 1280)
+    what = "config.json of UNet2DConditionModel"
+    options, fields = read_options(values, what, _FIXED)
     options.skip("addition_embed_type_num_heads")  # of an addition_embed_type
     fields |= read_fields(options, _CENTER)
-    reverse = "reverse_transformer_layers_per_block"
-    if options.skip(reverse) is None and values.get(reverse) is not None:
-        count, what = len(fields["channels"]), "config.json of UNet2DConditionModel"
+    reverse, count = "reverse_transformer_layers_per_block", len(fields["channels"])
+    if reverse in options:
         fields["up_depths"] = _nested(options, what, values, reverse, 1, count, MOST_LAYERS)
     elif not all(isinstance(each, int) for each in fields["depths"]):
         raise ConfigError(
-            f"config.json: transformer_layers_per_block={values['transformer_layers_per_block']!r:.100}",
+            f"{what}: transformer_layers_per_block={values['transformer_layers_per_block']!r:.100}",
             f"with lists in it, {reverse} too: the way up has one more residual block",
             "restore it from its origin",
         )
@@ -206,9 +205,7 @@ def to_hf_config(config: UNetConfig) -> dict:
         list(each) if isinstance(each, tuple) else each for each in config.up_depths
     ]  # fmt: skip
     written = written_options(config) | write_fields(config, _CENTER)
-    return check_written(
-        config, written | dict(reverse_transformer_layers_per_block=up), from_hf_config, "a UNet"
-    )
+    return check_written(config, written | dict(reverse_transformer_layers_per_block=up), from_hf_config, "a UNet")
 
 
 # ---- tensors
