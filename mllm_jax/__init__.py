@@ -83,6 +83,7 @@ if TYPE_CHECKING:  # for editors and type checkers; `_HOMES` has the same names 
     from mllm_jax.generators.unet import UNetConfig as UNetConfig
     from mllm_jax.generators.unet_audio import AudioUNetConfig as AudioUNetConfig
     from mllm_jax.generators.vae import AutoencoderKLConfig as AutoencoderKLConfig
+    from mllm_jax.generators.vocoder import VocoderConfig as VocoderConfig
     from mllm_jax.layers.compute import Compute as Compute
     from mllm_jax.layers.rotary import RopeScaling as RopeScaling
     from mllm_jax.llms.chatglm import ChatGLMConfig as ChatGLMConfig
@@ -197,6 +198,7 @@ _NAMES = {
     "generators.unet": ("UNetConfig",),
     "generators.unet_audio": ("AudioUNetConfig",),
     "generators.vae": ("AutoencoderKLConfig",),
+    "generators.vocoder": ("VocoderConfig",),
     "layers.compute": ("Compute",),
     "layers.rotary": ("RopeScaling",),
     "llms.chatglm": ("ChatGLMConfig",),

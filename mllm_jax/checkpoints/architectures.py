@@ -108,6 +108,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (
     Architecture("WhisperEncoder", "mllm_jax.encoders.whisper", "whisper"),
     Architecture("Qwen2AudioEncoder", "mllm_jax.encoders.qwen2_audio", "qwen2_audio_encoder"),
     Architecture("Qwen2AudioForConditionalGeneration", "mllm_jax.models.qwen2_audio", "qwen2_audio"),
+    Architecture("SpeechT5HifiGan", "mllm_jax.generators.vocoder", "speecht5_hifigan"),
     # parts of diffusers
     Architecture("AutoencoderKL", "mllm_jax.generators.vae_hub", diffusers=True),
     Architecture("UNet2DConditionModel", "mllm_jax.generators.unet_hub", diffusers=True),

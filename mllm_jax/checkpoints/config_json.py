@@ -60,6 +60,7 @@ _WRITTEN: dict[str, Callable[[Any], Any]] = {
     "activation": write_activation,
     "counts": list,
     "sizes": list,
+    "several_sizes": lambda lists: [list(sizes) for sizes in lists],
     "numbers": lambda numbers: None if numbers is None else list(numbers),
     "ids": lambda ids: one_or_several(ids) if ids else None,
 }

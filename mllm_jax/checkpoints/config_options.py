@@ -141,6 +141,15 @@ class ConfigOptions:
 
         return self._several(name, default, fits, "pairs of whole numbers above 0", alone=False)
 
+    def several_sizes(self, name: str, default: Any = ..., most: int = LARGEST) -> Any:
+        """Returns a list of lists of integers from 1 to `most`, as a tuple of tuples."""
+
+        def fits(each: Any) -> bool:
+            return isinstance(each, (list, tuple)) and all(is_whole(v) and 1 <= v <= most for v in each)
+
+        value = self._several(name, default, fits, f"lists of whole numbers, 1 to {most:,}", alone=False)
+        return tuple(map(tuple, value))
+
     def integers(self, name: str, default: Any = ...) -> Any:
         """Returns one or several integers, as a tuple, such as layer indices counted from the end."""
         return self._several(name, default, lambda v: is_whole(v) and abs(v) <= LARGEST, "whole numbers")

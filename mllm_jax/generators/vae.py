@@ -1,4 +1,4 @@
-"""The autoencoder of latent diffusion (arXiv 2112.10752) as diffusers' `AutoencoderKL`: of images, or of log-mel frames.
+"""The autoencoder of latent diffusion (arXiv 2112.10752) as diffusers' `AutoencoderKL`: of images or of log-mel frames.
 
 Its latents are neither scaled nor shifted. A diffusion model works on `config.scaled(latents)`.
 """
@@ -73,6 +73,12 @@ class AutoencoderKLConfig(WithCompute):
                 f"latent_channels={self.latent_channels} numbers",
                 f"change {name}",
             )
+        require(
+            0 not in (self.scaling_factor, *(self.latents_std or ())),
+            f"scaling_factor {self.scaling_factor}, latents_std {self.latents_std}",
+            "numbers other than 0: latents are divided by them",
+            "restore config.json from its origin",
+        )
 
     @property
     def factor(self) -> int:

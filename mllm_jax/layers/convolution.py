@@ -14,23 +14,35 @@ from mllm_jax.layers.mlp import ACTIVATIONS
 _DIMENSIONS = {1: ("NWC", "WIO", "NWC"), 2: ("NHWC", "HWIO", "NHWC")}
 
 
-def convolve(x: jax.Array, kernel: jax.Array, stride: int = 1, padding="VALID", groups: int = 1) -> jax.Array:
+def convolve(
+    x: jax.Array,
+    kernel: jax.Array,
+    stride: int = 1,
+    padding="VALID",
+    groups: int = 1,
+    *,
+    dilation: int = 1,
+    spacing: int = 1,
+) -> jax.Array:
     """Convolves over time or over an image.
 
     Args:
         x: dtype[B, T, C] or [B, H, W, C].
         kernel: dtype[K, C / groups, E] or [K, L, C / groups, E].
         padding: "VALID", "SAME", or a pair (before, after) for each dimension.
+        dilation: distance of the positions that neighbouring elements of the kernel read.
+        spacing: distance of the elements of x, with zeros between them.
 
     Returns:
         dtype[B, T', E] or [B, H', W', E].
     """
 
     def whole(x, kernel, groups: int = 1):
-        strides = (stride,) * (x.ndim - 2)
-        axes = _DIMENSIONS[x.ndim - 2]
+        ndim = x.ndim - 2
+        strides, spacings, dilations = (stride,) * ndim, (spacing,) * ndim, (dilation,) * ndim
+        axes = _DIMENSIONS[ndim]
         return jax.lax.conv_general_dilated(
-            x, kernel, strides, padding, dimension_numbers=axes, feature_group_count=groups
+            x, kernel, strides, padding, spacings, dilations, dimension_numbers=axes, feature_group_count=groups
         )
 
     def group_by_group(x, kernel):

@@ -124,12 +124,20 @@ def test_the_class_of_the_index_decides_where_the_config_names_none(pipeline):
     path = pipeline / "vision" / "config.json"
     values = json.loads(path.read_text())
     del values["architectures"], values["model_type"]
-    path.write_text(json.dumps(values | {"_class_name": "ViTModel"}))
     vision = components_of(pipeline)[0]
-    refused(from_pretrained, vision, kind=ConfigError)  # this family does not read "_class_name"
     path.write_text(json.dumps(values))
     assert identical(from_pretrained(vision)[1], PARAMS["vision"])
     assert "architectures=None" in refused(from_pretrained, vision.folder, kind=ConfigError)
+
+
+def test_the_class_of_a_config_of_diffusers_decides_without_an_index(pipeline):
+    path = pipeline / "vision" / "config.json"
+    values = json.loads(path.read_text())
+    del values["architectures"], values["model_type"]
+    path.write_text(json.dumps(values | {"_class_name": "ViTModel", "_records": 1}))
+    assert identical(from_pretrained(pipeline / "vision")[1], PARAMS["vision"])
+    path.write_text(json.dumps(values | {"_class_name": "ViTModel", "records": 1}))
+    assert "records=1" in refused(from_pretrained, pipeline / "vision", kind=ConfigError)
 
 
 # ---- one

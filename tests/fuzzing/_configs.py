@@ -218,4 +218,16 @@ CONFIGS = {values["architectures"][0]: values for values in _ALL} | {
         conv_cif_width=3, apply_scaling=True, apply_tail_handling=True, tail_handling_firing_threshold=0.5,
         llm_hidden_size=16, bert_config={n: v for n, v in TEXT.items() if n not in ("hidden_act", "vocab_size")},
     ),
+    "SpeechT5HifiGan": _named(
+        "SpeechT5HifiGan", model_type="speecht5_hifigan", model_in_dim=6, upsample_initial_channel=16,
+        upsample_rates=[3, 2], upsample_kernel_sizes=[5, 4], resblock_kernel_sizes=[3, 5],
+        resblock_dilation_sizes=[[1, 3], [2, 1]], leaky_relu_slope=0.1, normalize_before=True, sampling_rate=16000,
+    ),
+    "AutoencoderKL": dict(
+        _class_name="AutoencoderKL", _diffusers_version="0.42.1", in_channels=3, out_channels=3, latent_channels=4,
+        down_block_types=["DownEncoderBlock2D"] * 2, up_block_types=["UpDecoderBlock2D"] * 2, layers_per_block=1,
+        block_out_channels=[4, 8], norm_num_groups=2, act_fn="silu", sample_size=16, scaling_factor=0.18215,
+        shift_factor=None, latents_mean=None, latents_std=None, force_upcast=True, use_quant_conv=True,
+        use_post_quant_conv=True, mid_block_add_attention=True,
+    ),
 }  # fmt: skip

@@ -37,6 +37,8 @@ DUMP_OF_2023 = json.loads("""{
 SIZES = ("hidden_size", "num_attention_heads", "num_hidden_layers", "num_layers", "num_heads", "vocab_size", "d_model")
 SIZES += ("intermediate_size", "patch_size", "image_size", "depth", "embed_dim", "max_position_embeddings")
 SIZES += ("encoder_layers", "encoder_ffn_dim", "encoder_embed_dim", "num_mel_bins", "max_source_positions")
+SIZES += ("in_channels", "latent_channels", "norm_num_groups", "layers_per_block")
+SIZES += ("model_in_dim", "upsample_initial_channel", "sampling_rate")
 
 
 def read(values: dict):

@@ -76,6 +76,16 @@ def test_every_architecture_has_the_home_that_reads_it():
         assert name in family.architectures and family.name
 
 
+def test_a_part_of_diffusers_is_named_by_its_class():
+    values = {"_class_name": "AutoencoderKL", "_diffusers_version": "0.6.0"}
+    assert family_of(values).architectures == ("AutoencoderKL",)
+    assert architectures.kind_of("AutoencoderKL").keys() == values.keys()
+    with pytest.raises(ConfigError, match="(?s)'AutoencoderKl'.*did you mean 'AutoencoderKL'"):
+        family_of({"_class_name": "AutoencoderKl"})
+    with pytest.raises(ConfigError, match=r"_class_name=\[1\]"):
+        family_of({"_class_name": [1]})
+
+
 def test_chatglm_2_is_not_taken_for_the_first_one():
     first = family_of({"architectures": ["ChatGLMModel"], "position_encoding_2d": True})
     second = family_of({"architectures": ["ChatGLMModel"], "padded_vocab_size": 64})
@@ -96,7 +106,8 @@ def test_only_what_takes_other_arguments_has_a_sample_of_its_own():
     heard = {"BEATs", "C-Former", "HuBERT", "HuBERT with a CTC head"}
     heard |= {"Whisper", "Whisper without a head", "Whisper encoder", "Qwen2-Audio encoder"}
     heard |= {"Qwen2.5-Omni audio encoder"}
-    assert own == {"T5, Flan-T5", "CLIP", "SigLIP", "NFNet"} | vits | heard
+    made = {"Autoencoder of latent diffusion", "HiFi-GAN vocoder"}
+    assert own == {"T5, Flan-T5", "CLIP", "SigLIP", "NFNet"} | vits | heard | made
 
 
 @pytest.mark.parametrize(
