@@ -36,7 +36,7 @@ FIRST, POSTERIOR, STEPS = 0, 1, 2
 
 @dataclass(frozen=True)
 class Plan:
-    """What a program is compiled for, beside the shapes of its arrays.
+    """The static arguments of a program, which is compiled for these and for the shapes of its arrays.
 
     Attributes:
         steps: as asked for; a scheduler may call the model more often, see `calls`.

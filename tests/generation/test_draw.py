@@ -248,7 +248,7 @@ def test_options(assistant, asked, named):
 
 
 def test_other_models(assistant, folder, tmp_path):
-    """Checks that a text model does not draw, that a Stable Diffusion writes no text, and a folder without tokenizer."""
+    """Checks that a text model does not draw, what a Stable Diffusion does not do, and a folder without tokenizer."""
     from tiny_whisper import make
 
     with pytest.raises(ConfigError, match="asked to draw"):

@@ -14,7 +14,7 @@ from PIL import Image
 
 import mllm_jax
 from mllm_jax.checkpoints.fingerprint import short_fingerprint
-from mllm_jax.errors import ConfigError
+from mllm_jax.errors import ConfigError, MllmError
 from mllm_jax.generation.draw import Drawer
 from mllm_jax.generators.schedulers import NAMES
 from mllm_jax.models.convert import convert
@@ -223,7 +223,7 @@ def test_an_index(folder, values, named):
     if "text_encoder_2" in values:
         shutil.copytree(folder / "text_encoder", folder / "text_encoder_2")
     change(folder / "model_index.json", **values)
-    with pytest.raises(ConfigError, match=named):
+    with pytest.raises(MllmError, match=named):
         pretrained_config(folder)
 
 
