@@ -105,7 +105,7 @@ def test_weights_that_make_nan(assistant):
 
 
 def test_steps_are_reported(assistant):
-    """Checks the reports, in order and for each batch, that they change nothing, and that an exception ends the loop."""
+    """Checks the reports of each batch, in order; that they change nothing; that an exception ends the loop."""
     seen = []
     how = dict(seed=4, count=3, batch_size=2, **FAST)
     watched = drawn(assistant.draw("dog", on_step=lambda *step: seen.append(step), **how))
