@@ -120,11 +120,12 @@ class Sampler:
         """Computes a batch of images; traced once for each plan and shape."""
         with on_mesh(self.mesh):
             call = lambda method, *inputs: self.module.apply({"params": params}, *inputs, method=method)  # noqa: E731
-            text = _by_rows(call("condition", asked.tokens))
-            pair = None
             if plan.guided[0] < plan.guided[1]:
-                negative = call("condition", asked.negatives)
-                pair = _by_rows(rearrange([negative, text], "two b ... -> (b two) ..."))
+                both = rearrange(jnp.stack([asked.negatives, asked.tokens]), "two b l -> (b two) l")
+                pair = _by_rows(call("condition", _by_rows(both)))
+                text = _by_rows(pair[1::2])
+            else:
+                pair, text = None, _by_rows(call("condition", _by_rows(asked.tokens)))
             noise = partial(_noise, asked.seeds, plan.latents)
             state, latents = self._begin(call, asked, plan, noise)
 

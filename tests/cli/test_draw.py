@@ -90,6 +90,11 @@ def test_what_a_text_model_refuses(tmp_path, capsys):
         assert f"{more[0].partition('=')[0]} for a model that writes text" in capsys.readouterr().err
 
 
+def test_a_long_text_is_no_folder(capsys):
+    assert main(["generate", "nowhere-to-be-found", "a cat " * 100]) == 2
+    assert "nowhere-to-be-found: no config.json" in capsys.readouterr().err
+
+
 def test_help(folder, capsys):
     for arguments, option in ((["generate", str(folder), "--help"], "--negative"), (["generate", "--help"], "--image")):
         with pytest.raises(SystemExit):
