@@ -219,7 +219,7 @@ class UNetConfig(WithCompute):
 
     @property
     def style(self) -> Style:
-        """What all blocks have in common."""
+        """The settings that all blocks share."""
         d = self.dialect
         return Style(
             d.norm_groups, d.norm_eps, d.activation, d.scale_shift, d.upcast_attention, d.downsample_padding,

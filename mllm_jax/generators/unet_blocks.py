@@ -1,7 +1,7 @@
 """The blocks of a diffusion UNet: residual convolutions, transformers that read a text, and changes of resolution.
 
-The numbers of a block are in a `Block`, which the table of tensor names reads as well. What all blocks have in common
-is in a `Style`.
+The sizes of a block are in a `Block`, which the table of tensor names reads as well; settings that all blocks share are
+in a `Style`.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Text(NamedTuple):
 
 @dataclass(frozen=True)
 class Style:
-    """What all blocks of a UNet have in common.
+    """The settings that all blocks of a UNet share.
 
     Attributes:
         norm_groups, norm_eps: of the group norms in residual blocks.
@@ -63,7 +63,7 @@ class Style:
 
 @dataclass(frozen=True)
 class Block:
-    """The numbers of one block.
+    """The sizes of one block.
 
     Attributes:
         inputs: channels that enter each residual block.

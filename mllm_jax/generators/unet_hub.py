@@ -48,12 +48,10 @@ _FIXED: dict[str, Any] = FIXED | dict(
     addition_time_embed_dim=None, resnet_skip_time_act=False, resnet_out_scale_factor=1.0, attention_type="default",
     mid_block_only_cross_attention=False, cross_attention_norm=None,
 )  # fmt: skip
-# Options that may be null; null of another one is not its default in diffusers.
-_NULL = {
-    "sample_size", "mid_block_type", "class_embed_type", "num_class_embeds", "projection_class_embeddings_input_dim",
-    "reverse_transformer_layers_per_block", "mid_block_only_cross_attention", "time_embedding_dim",
-    "time_embedding_act_fn", "timestep_post_act", "time_cond_proj_dim", "num_attention_heads", "encoder_hid_dim",
-    "encoder_hid_dim_type", "addition_embed_type", "addition_time_embed_dim", "cross_attention_norm",
+# Options of which null is not the default.
+_NEVER_NULL = {name for name, _, default, *_ in (*FIELDS.values(), *_CENTER.values()) if default is not None} | {
+    "block_out_channels", "layers_per_block", "attention_head_dim", "cross_attention_dim", "only_cross_attention",
+    "transformer_layers_per_block", "down_block_types", "up_block_types", "resnet_time_scale_shift",
 }  # fmt: skip
 
 
@@ -70,7 +68,7 @@ def read_options(values: dict, what: str, fixed: dict[str, Any]) -> tuple[Config
     Raises:
         ConfigError: an unsupported option; names it.
     """
-    if nulls := [name for name, value in values.items() if value is None and name[0] != "_" and name not in _NULL]:
+    if nulls := [name for name in _NEVER_NULL if name in values and values[name] is None]:
         raise ConfigError(f"{what} with {', '.join(sorted(nulls))} null", "values", "restore it from its origin")
     for name in ("act_fn", "time_embedding_act_fn", "timestep_post_act"):
         if isinstance(given := values.get(name), str):  # diffusers reads them in any case
@@ -102,7 +100,7 @@ def read_options(values: dict, what: str, fixed: dict[str, Any]) -> tuple[Config
         up_blocks=options.texts("up_block_types", (UP[1], *UP[:1] * 3)),
         mid_block=options.text("mid_block_type", None if "mid_block_type" in values else MID[0]),
     )
-    if len(fields["sample_size"] or (1,)) > 2:
+    if fields["sample_size"] is not None and len(fields["sample_size"]) not in (1, 2):
         raise ConfigError(f"{what}: sample_size={values['sample_size']}", "a side, or height and width", "restore it")
     fields["text_sizes"] = tuple(each if isinstance(each, tuple) else (each,) for each in fields["text_sizes"])
     kind = options.only("class_embed_type", None, "timestep", "identity", "projection", "simple_projection")

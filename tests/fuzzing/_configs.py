@@ -56,6 +56,13 @@ SAM = dict(
     model_type="sam_vision_model", hidden_size=16, output_channels=8, num_hidden_layers=2, num_attention_heads=4,
     image_size=32, patch_size=8, mlp_ratio=2.0, window_size=2, global_attn_indexes=[1], hidden_act="gelu",
 )  # fmt: skip
+UNET = dict(
+    _diffusers_version="0.42.1", sample_size=8, in_channels=4, out_channels=4, block_out_channels=[4, 8],
+    layers_per_block=1, attention_head_dim=[2, 4], norm_num_groups=2, norm_eps=1e-5, act_fn="silu",
+    down_block_types=["CrossAttnDownBlock2D", "DownBlock2D"], mid_block_type="UNetMidBlock2DCrossAttn",
+    up_block_types=["UpBlock2D", "CrossAttnUpBlock2D"], transformer_layers_per_block=1, only_cross_attention=False,
+    flip_sin_to_cos=True, freq_shift=0, downsample_padding=1, use_linear_projection=False, time_embedding_dim=None,
+)  # fmt: skip
 HUBERT = dict(
     model_type="hubert", vocab_size=12, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
     num_attention_heads=4, conv_dim=[6, 8], conv_kernel=[10, 3], conv_stride=[5, 2], num_conv_pos_embeddings=4,
@@ -229,5 +236,12 @@ CONFIGS = {values["architectures"][0]: values for values in _ALL} | {
         block_out_channels=[4, 8], norm_num_groups=2, act_fn="silu", sample_size=16, scaling_factor=0.18215,
         shift_factor=None, latents_mean=None, latents_std=None, force_upcast=True, use_quant_conv=True,
         use_post_quant_conv=True, mid_block_add_attention=True,
+    ),
+    "UNet2DConditionModel": UNET | dict(
+        _class_name="UNet2DConditionModel", cross_attention_dim=6, center_input_sample=False,
+        num_attention_heads=None, dual_cross_attention=False, attention_type="default", dropout=0.0,
+    ),
+    "AudioLDM2UNet2DConditionModel": UNET | dict(
+        _class_name="AudioLDM2UNet2DConditionModel", cross_attention_dim=[[None, 6, 10]] * 2,
     ),
 }  # fmt: skip
