@@ -153,7 +153,7 @@ if TYPE_CHECKING:  # for editors and type checkers; `_HOMES` has the same names 
     from mllm_jax.training.objectives.quantity import QuantityGuided as QuantityGuided
     from mllm_jax.training.operations.stopping import Interrupted as Interrupted
 
-__version__ = "0.1.0"
+from mllm_jax.version import __version__
 
 _NAMES = {
     "checkpoints.run": ("RunFolder",),

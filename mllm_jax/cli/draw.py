@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import os
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -66,8 +67,7 @@ def draws(arguments: Sequence[str]) -> bool:
     """Returns whether the first folder of a model among the arguments is of one that draws."""
     from mllm_jax.models.pipelines import PipelineConfig, is_pipeline
 
-    for word in arguments:
-        folder = Path(word)
+    for folder in map(Path, filter(os.path.isdir, arguments)):
         if is_native(folder):
             return isinstance(read_native_config(folder), PipelineConfig)
         if is_pipeline(folder) or is_run(folder) or (folder / CONFIG).is_file():
@@ -98,7 +98,7 @@ def _names(options: type) -> set[str]:
     found = set()
     for field in fields(options):
         inner = type(field.default)
-        found |= _names(inner) if hasattr(inner, "__dataclass_fields__") else {f"--{field.name.replace('_', '-')}"}
+        found |= _names(inner) if is_dataclass(inner) else {f"--{field.name.replace('_', '-')}"}
     return found
 
 

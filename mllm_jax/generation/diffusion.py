@@ -9,6 +9,7 @@ Guidance doubles the batch: each image has a row with its negative text beside t
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,7 +22,6 @@ import numpy as np
 from einops import rearrange, repeat
 from flax import linen as nn
 from flax import struct
-from jax.experimental import io_callback
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mllm_jax.generation.decode_step import on_mesh
@@ -36,7 +36,7 @@ FIRST, POSTERIOR, STEPS = 0, 1, 2
 
 @dataclass(frozen=True)
 class Plan:
-    """What a program is compiled for, beside the shapes of its arrays.
+    """The static arguments of a program, which is compiled for these and for the shapes of its arrays.
 
     Attributes:
         steps: as asked for; a scheduler may call the model more often, see `calls`.
@@ -96,7 +96,7 @@ class Sampler:
     def __init__(self, module: nn.Module, params: dict | None, mesh: Mesh | None = None):
         self.module, self.params, self.mesh = module, params, mesh
         self._compiled = jax.jit(self._images, static_argnames="plan")
-        self._watcher = _Watcher()
+        self._watcher = _Watcher(alone=mesh is None or mesh.size == 1)
 
     def of(self, params: dict) -> Sampler:
         """Returns the same with other parameters; both share the compiled program."""
@@ -109,26 +109,28 @@ class Sampler:
 
         Args:
             on_step: called after each step with its number from 0, its timestep and the latents float32[B, h, w, C]. An
-                exception ends the loop and is raised.
+                exception ends the loop, over several devices after its last step, and is raised.
         """
         whole = None if self.mesh is None else NamedSharding(self.mesh, PartitionSpec())
         with self._watcher.reporting(on_step):
-            return fetch(self._compiled(self.params, jax.device_put(asked, whole), plan=plan))
+            images = fetch(self._compiled(self.params, jax.device_put(asked, whole), plan=plan))
+        return images
 
     def _images(self, params: dict, asked: Asked, plan: Plan) -> jax.Array:
         """Computes a batch of images; traced once for each plan and shape."""
         with on_mesh(self.mesh):
             call = lambda method, *inputs: self.module.apply({"params": params}, *inputs, method=method)  # noqa: E731
-            text = _by_rows(call("condition", asked.tokens))
-            pair = None
             if plan.guided[0] < plan.guided[1]:
-                negative = call("condition", asked.negatives)
-                pair = _by_rows(rearrange([negative, text], "two b ... -> (b two) ..."))
+                both = rearrange(jnp.stack([asked.negatives, asked.tokens]), "two b l -> (b two) l")
+                pair = _by_rows(call("condition", _by_rows(both)))
+                text = _by_rows(pair[1::2])
+            else:
+                pair, text = None, _by_rows(call("condition", _by_rows(asked.tokens)))
             noise = partial(_noise, asked.seeds, plan.latents)
             state, latents = self._begin(call, asked, plan, noise)
 
             def step(carry, number, *, guided: bool):
-                state, latents, reports = carry
+                state, latents = carry
                 timestep, model_input = state.timestep, plan.scheduler.scale(state, latents)
                 if guided:
                     model_input = _by_rows(repeat(model_input, "b ... -> (b two) ...", two=2))
@@ -143,10 +145,10 @@ class Sampler:
                 state, latents = plan.scheduler.step(state, output, latents, fresh)
                 latents = _by_rows(latents)
                 if plan.watched:
-                    reports = io_callback(self._watcher, REPORT, reports, timestep, latents)
-                return (state, latents, reports), None
+                    jax.debug.callback(self._watcher, number, timestep, latents)
+                return (state, latents), None
 
-            carry, total = (state, latents, jnp.int32(0)), len(state.timesteps) - plan.first
+            carry, total = (state, latents), len(state.timesteps) - plan.first
             start, stop = (min(max(edge - plan.first, 0), total) for edge in plan.guided)
             for begin, end, guided in ((0, start, False), (start, stop, True), (stop, total, False)):
                 if begin < end:
@@ -180,36 +182,40 @@ def _noise(seeds: jax.Array, shape: tuple[int, ...], number: jax.Array | int) ->
     return _by_rows(jax.vmap(one)(seeds))
 
 
-REPORT = jax.ShapeDtypeStruct((), jnp.int32)
-
-
 class _Watcher:
     """Reports a compiled loop's steps to a function that each call of the program may replace.
 
-    A report's result is an input of the next report, so that they keep their order.
+    `jax.debug.callback` promises no order, so a report waits for those before it. (`io_callback`, which does, cannot be
+    in one program with the gathers of sharding/fsdp.py.)
+
+    Args:
+        alone: whether the program runs on one device. Others would wait forever for one that has failed.
     """
 
-    def __init__(self):
-        self._on_step: OnStep | None = None
-        self._failure: BaseException | None = None
+    def __init__(self, alone: bool):
+        self._alone, self._lock = alone, threading.Lock()
 
     @contextmanager
     def reporting(self, on_step: OnStep | None) -> Iterator[None]:
-        self._on_step, self._failure = on_step, None
+        """Reports the steps of the programs that run inside; raises what `on_step` raised."""
+        self._on_step, self._failure, self._waiting, self._next = on_step, None, {}, 0
         try:
             yield
+            jax.effects_barrier()
         except jax.errors.JaxRuntimeError:
             if self._failure is None:
                 raise
-            raise self._failure from None
-        finally:
-            self._on_step = None
+        if self._failure is not None:
+            raise self._failure
 
-    def __call__(self, number: Any, timestep: Any, latents: Any) -> np.ndarray:
-        number = int(number)
-        try:
-            self._on_step(number, float(timestep), np.asarray(latents))
-        except BaseException as error:
-            self._failure = error
-            raise
-        return np.int32(number + 1)
+    def __call__(self, number: Any, timestep: Any, latents: Any) -> None:
+        with self._lock:
+            self._waiting[int(number)] = float(timestep), np.asarray(latents)
+            while self._failure is None and (report := self._waiting.pop(self._next, None)) is not None:
+                try:
+                    self._on_step(self._next, *report)
+                except BaseException as error:
+                    self._failure = error
+                    if self._alone:
+                        raise
+                self._next += 1

@@ -16,7 +16,6 @@ from flax import linen as nn
 from jax.sharding import Mesh
 from PIL import Image as Pillow
 
-from mllm_jax import __version__
 from mllm_jax.checkpoints.fingerprint import short_fingerprint
 from mllm_jax.data.chat_tokenizer import ChatTokenizer
 from mllm_jax.data.images import as_image
@@ -28,6 +27,7 @@ from mllm_jax.generation.rows import rows_for
 from mllm_jax.generators.schedulers import Scheduler, by_name
 from mllm_jax.models.registry import from_pretrained
 from mllm_jax.models.stable_diffusion import StableDiffusionConfig, sampler
+from mllm_jax.version import __version__
 
 _ABOVE = 4  # the frames between a warning and the call of `Assistant.draw`
 TOKENIZER = "tokenizer"  # the subfolder of a pipeline
@@ -82,7 +82,7 @@ class Drawing:
 
     @property
     def guided(self) -> bool:
-        """Whether any step has guidance; a scale up to 1 is none, as in diffusers."""
+        """Returns whether any step has guidance; a scale up to 1 is none, as in diffusers."""
         return self.guidance_scale > 1 and self.guidance_interval[0] < self.guidance_interval[1]
 
 
@@ -343,7 +343,7 @@ def start_image(image: Any, height: int | None, width: int | None, unit: int) ->
 
 
 def _texts(prompts: str | Sequence[str]) -> list[str]:
-    texts = [prompts] if isinstance(prompts, str) else list(prompts)
+    texts = list(prompts) if isinstance(prompts, (list, tuple)) else [prompts]
     if not texts or not all(isinstance(text, str) for text in texts):
         raise DataError(f"the prompts {prompts!r:.100}", "a text, or a list of texts", "give one or more")
     return texts

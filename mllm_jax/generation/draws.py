@@ -66,7 +66,8 @@ class Draws:
                 them the images get its size. `latents` are then the noise that is added to it.
             strength: of the change of the start image: the share of the steps that is done. None is 0.8.
             on_step: called after each step with its number from 0, its timestep and the latents of the batch as
-                float32[B, h, w, channels]; each batch counts from 0. An exception ends the drawing and is raised.
+                float32[B, h, w, channels]; each batch counts from 0. An exception ends the drawing (over several
+                devices at the end of the batch) and is raised.
             guidance_interval: shares of the steps at which guidance begins and ends (arXiv 2404.07724). Without it a
                 step takes half the time, so (0, 0.5) is a quarter faster.
             scheduler: name of another scheduler, one of `mllm_jax.generators.schedulers.NAMES`, with the options of the

@@ -21,7 +21,7 @@ from typing import Any, Protocol, runtime_checkable
 import jax
 from flax import linen as nn
 
-from mllm_jax.checkpoints.architectures import DIFFUSERS_VERSION, known
+from mllm_jax.checkpoints.architectures import DIFFUSERS_VERSION, find, known
 from mllm_jax.checkpoints.components import CONFIG, CONFIG_BYTES, MODEL_INDEX, Component, components_of
 from mllm_jax.checkpoints.folder import new_folder
 from mllm_jax.checkpoints.hf import copy_companions, float_dtype, read_weights
@@ -87,25 +87,25 @@ def read_pipeline(folder: Path, read: Callable[[Component], tuple[Any, Family]])
         read: returns a part's config and family.
 
     Raises:
-        CheckpointError: files are absent or damaged.
-        ConfigError: the pipeline, a part, the scheduler, or an option of one of these is not supported.
+        CheckpointError: files are absent or damaged, or the pipeline is not supported.
+        ConfigError: a part, the scheduler, or an option of one of these is not supported.
     """
+    components = components_of(folder)
     index = read_json(folder / MODEL_INDEX, CheckpointError, limit=CONFIG_BYTES)
     name = index.get("_class_name")
-    try:
-        family = family_of(known(name))
-    except ConfigError as error:
-        raise ConfigError(
-            f"{folder / MODEL_INDEX} with _class_name={name!r}",
-            "a pipeline that `mllm models` lists",
-            f"read its parts one by one: {', '.join(c.name for c in components_of(folder) if c.has_config)}",
-        ) from error
+    if not isinstance(name, str) or not name.endswith("Pipeline") or find(name) is None:
+        raise CheckpointError(
+            f"{folder} of class {name!r:.100}, a folder of several models",
+            "a pipeline that `mllm models` lists, or a folder of one model",
+            f"name one of its subfolders: {', '.join(c.name for c in components if c.has_config)}",
+        )
+    family = family_of(known(name))
     strange = sorted(k for k, v in index.items() if not isinstance(v, list) and k not in OPTIONS)
     if strange:
         listed = ", ".join(f"{k}={index[k]!r:.60}" for k in strange)
         raise ConfigError(f"{folder / MODEL_INDEX}: {listed}", f"only {', '.join(OPTIONS)}", "take another folder")
     parts = {}
-    for component in components_of(folder):
+    for component in components:
         if component.name == SCHEDULER:
             parts[SCHEDULER] = schedulers.from_folder(component.folder)
         elif component.name not in CARRIED:

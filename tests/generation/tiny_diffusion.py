@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,17 @@ import transformers
 
 WORDS = ("a", "red", "blue", "cat", "dog", "on", "the", "sofa", "blurry", "small", ",")
 LONGEST = 12  # tokens of a text with its beginning and end
+# The smallest pipeline: a text is read between the one block of each way.
+SMALL = dict(
+    unet=dict(
+        block_out_channels=(8,),
+        down_block_types=("DownBlock2D",),
+        up_block_types=("UpBlock2D",),
+        attention_head_dim=2,
+        sample_size=8,
+    ),
+    vae=dict(block_out_channels=(8, 8)),
+)
 SCHEDULER = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
 
 
