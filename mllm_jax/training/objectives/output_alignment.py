@@ -42,7 +42,7 @@ class OutputAlignment(NextToken):
             )
 
     def check(self, stage: Stage, model: Any) -> None:
-        """Raises ConfigError: a model that produces no media, a trained generator, or a stage without slots for media."""
+        """Raises ConfigError: a model that produces no media, a trained generator, or a stage without slots."""
         require_model(stage, model, MultimodalConfig)
         require_targets(stage, model, frozen=True)
 
