@@ -99,11 +99,13 @@ if TYPE_CHECKING:  # for editors and type checkers; `_HOMES` has the same names 
     from mllm_jax.models.cformer_projector import CFormerProjectorConfig as CFormerProjectorConfig
     from mllm_jax.models.clip import DualEncoderConfig as DualEncoderConfig
     from mllm_jax.models.deepseek_vl import DeepseekVLConfig as DeepseekVLConfig
+    from mllm_jax.models.generator_only import GeneratorOnlyConfig as GeneratorOnlyConfig
     from mllm_jax.models.instructblip import InstructBlipConfig as InstructBlipConfig
     from mllm_jax.models.internvl import InternVLConfig as InternVLConfig
     from mllm_jax.models.llava import LlavaConfig as LlavaConfig
     from mllm_jax.models.multimodal import Multimodal as Multimodal
     from mllm_jax.models.multimodal import MultimodalConfig as MultimodalConfig
+    from mllm_jax.models.output import Output as Output
     from mllm_jax.models.pformer_pretraining import PFormerPretrainingConfig as PFormerPretrainingConfig
     from mllm_jax.models.processor import Processor as Processor
     from mllm_jax.models.prompt_guided import PromptGuidedConfig as PromptGuidedConfig
@@ -118,6 +120,7 @@ if TYPE_CHECKING:  # for editors and type checkers; `_HOMES` has the same names 
     from mllm_jax.models.reshape import with_image_size as with_image_size
     from mllm_jax.models.run_weights import load_run as load_run
     from mllm_jax.models.stable_diffusion import StableDiffusionConfig as StableDiffusionConfig
+    from mllm_jax.models.text_to_image import TextToImageConfig as TextToImageConfig
     from mllm_jax.models.whisper import WhisperConfig as WhisperConfig
     from mllm_jax.output_projectors.linear import LinearOutputProjectorConfig as LinearOutputProjectorConfig
     from mllm_jax.output_projectors.mlp import MLPOutputProjectorConfig as MLPOutputProjectorConfig
@@ -145,7 +148,9 @@ if TYPE_CHECKING:  # for editors and type checkers; `_HOMES` has the same names 
     from mllm_jax.training.config import TokenizerConfig as TokenizerConfig
     from mllm_jax.training.loop import train as train
     from mllm_jax.training.objectives.contrastive import Contrastive as Contrastive
+    from mllm_jax.training.objectives.diffusion import Diffusion as Diffusion
     from mllm_jax.training.objectives.next_token import NextToken as NextToken
+    from mllm_jax.training.objectives.output_alignment import OutputAlignment as OutputAlignment
     from mllm_jax.training.objectives.pformer_losses import PFormerObjective as PFormerObjective
     from mllm_jax.training.objectives.pformer_losses import PromptGuided as PromptGuided
     from mllm_jax.training.objectives.protocol import Objective as Objective
@@ -219,10 +224,12 @@ _NAMES = {
     "models.cformer_projector": ("CFormerProjectorConfig",),
     "models.clip": ("DualEncoderConfig",),
     "models.deepseek_vl": ("DeepseekVLConfig",),
+    "models.generator_only": ("GeneratorOnlyConfig",),
     "models.instructblip": ("InstructBlipConfig",),
     "models.internvl": ("InternVLConfig",),
     "models.llava": ("LlavaConfig",),
     "models.multimodal": ("Multimodal", "MultimodalConfig"),
+    "models.output": ("Output",),
     "models.pformer_pretraining": ("PFormerPretrainingConfig",),
     "models.processor": ("Processor",),
     "models.prompt_guided": ("PromptGuidedConfig",),
@@ -234,6 +241,7 @@ _NAMES = {
     "models.reshape": ("with_image_size",),
     "models.run_weights": ("load_run",),
     "models.stable_diffusion": ("StableDiffusionConfig",),
+    "models.text_to_image": ("TextToImageConfig",),
     "models.whisper": ("WhisperConfig",),
     "output_projectors.linear": ("LinearOutputProjectorConfig",),
     "output_projectors.mlp": ("MLPOutputProjectorConfig",),
@@ -254,7 +262,9 @@ _NAMES = {
     "training.config": ("AdamW", "CheckpointConfig", "Experiment", "Pretrained", "Stage", "TokenizerConfig"),
     "training.loop": ("train",),
     "training.objectives.contrastive": ("Contrastive",),
+    "training.objectives.diffusion": ("Diffusion",),
     "training.objectives.next_token": ("NextToken",),
+    "training.objectives.output_alignment": ("OutputAlignment",),
     "training.objectives.pformer_losses": ("PFormerObjective", "PromptGuided"),
     "training.objectives.protocol": ("Objective",),
     "training.objectives.qformer": ("QFormerStage1",),

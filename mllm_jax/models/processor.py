@@ -24,7 +24,7 @@ from mllm_jax.data.processing.encode import (
     require_answers,
 )
 from mllm_jax.data.processing.layouts import Layout, TextLayout
-from mllm_jax.data.processing.media import Encoded, Media
+from mllm_jax.data.processing.media import Encoded, PreparedMedia
 from mllm_jax.data.processing.video import with_sound
 from mllm_jax.data.tokenizer import tokenizer_in
 from mllm_jax.data.video import FIVE_FRAMES, FrameSampling
@@ -303,7 +303,7 @@ class Processor:
             return [MEDIA[kinds[i]]() for i in ids if i in kinds]
         return [part for message in text for part in message.parts if _is_medium(part)]
 
-    def _asked(self, text: str | Sequence[Message], ids: list[int], media: Sequence[Media]) -> Encoded:
+    def _asked(self, text: str | Sequence[Message], ids: list[int], media: Sequence[PreparedMedia]) -> Encoded:
         written = text if isinstance(text, str) else text[-1].text
         row = self.encoder.lay_out(ids, media, f"a text ({written[:60]!r})")
         encoded = Encoded(row, np.zeros(len(row.tokens), np.float32), media)

@@ -12,7 +12,7 @@ import numpy as np
 from mllm_jax.data.images import as_image, resize
 from mllm_jax.data.message import Image, Part
 from mllm_jax.data.processing.layouts import Layout
-from mllm_jax.data.processing.media import TEXT, Collated, Lazy, Media, collate_tiles
+from mllm_jax.data.processing.media import TEXT, Collated, Lazy, PreparedMedia, collate_tiles
 from mllm_jax.data.processing.signals import Produced, SignalTokens
 from mllm_jax.errors import ConfigError, DataError
 
@@ -33,7 +33,7 @@ class Conversion(Protocol):
         """The arrays of an empty slot by their names in a batch."""
         ...
 
-    def media(self, part: Any, token: int) -> Media:
+    def media(self, part: Any, token: int) -> PreparedMedia:
         """Returns a medium, which is decoded when its arrays are read.
 
         Args:
@@ -77,11 +77,11 @@ class ImageTokens:
     def blank(self) -> Mapping[str, np.ndarray]:
         return {"images": np.zeros((self.side, self.side, 3), np.uint8)}
 
-    def media(self, part: Image, token: int) -> Media:
+    def media(self, part: Image, token: int) -> PreparedMedia:
         """Implements `Conversion`."""
         return self.read(lambda: as_image(part.source), token)
 
-    def read(self, decode: Callable[[], np.ndarray], token: int) -> Media:
+    def read(self, decode: Callable[[], np.ndarray], token: int) -> PreparedMedia:
         """Returns an image that `decode` returns as uint8[H, W, 3]."""
         images = Lazy(("images",), lambda _: fitted(decode(), self.side)[None])
         tokens, places = [], []
@@ -89,7 +89,7 @@ class ImageTokens:
             before = list(self.words[number]) if self.words else []
             tokens += [*before, token]
             places += [TEXT] * len(before) + [number]
-        return Media(images, np.asarray(tokens), np.asarray(places), count=1)
+        return PreparedMedia(images, np.asarray(tokens), np.asarray(places), count=1)
 
     def fingerprint(self) -> str:
         return repr([self.side, self.tokens, [list(ids) for ids in self.words]])
@@ -148,12 +148,12 @@ class ComposedLayout(Layout):
         """Returns a medium of an answer, marked if the model produces media of its kind."""
         return Produced(part, learned) if _kind(part) in self.produced else part
 
-    def prepare_all(self, rows: Sequence[Sequence[Part]]) -> list[list[Media]]:
+    def prepare_all(self, rows: Sequence[Sequence[Part]]) -> list[list[PreparedMedia]]:
         """Prepares media; raises the same as the conversions, and DataError for a medium of another kind."""
         self.require_silent(rows)
         return [[self._prepared(part) for part in parts] for parts in rows]
 
-    def _prepared(self, part: Part | Produced) -> Media:
+    def _prepared(self, part: Part | Produced) -> PreparedMedia:
         if isinstance(part, Produced):
             return self.produced[_kind(part.part)].media(part.part, self.image_token, learned=part.learned)
         kind = _kind(part)
@@ -163,14 +163,14 @@ class ComposedLayout(Layout):
             raise DataError(given, f"{known}: the model reads nothing else", "leave it out")
         return self.conversions[kind].media(part, self.image_token)
 
-    def image(self, image: np.ndarray) -> Media:
+    def image(self, image: np.ndarray) -> PreparedMedia:
         return self.conversions["image"].read(lambda: image, self.image_token)
 
     @cached_property
     def _blank(self) -> dict[str, Mapping[str, np.ndarray]]:
         return {modality: each.blank for modality, each in self._all.items()}
 
-    def collate(self, rows: Sequence[Sequence[Media]], slots: Mapping[str, int] | None = None) -> Collated:
+    def collate(self, rows: Sequence[Sequence[PreparedMedia]], slots: Mapping[str, int] | None = None) -> Collated:
         arrays, first, before = {}, [[0] * len(row) for row in rows], 0
         for modality, each in self._all.items():
             own = [[(i, m) for i, m in enumerate(row) if m.modality == modality] for row in rows]

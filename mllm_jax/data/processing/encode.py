@@ -14,7 +14,7 @@ import numpy as np
 from mllm_jax.data.chat_template import parted
 from mllm_jax.data.message import Example, Message, Part, Text
 from mllm_jax.data.processing.layouts import Layout
-from mllm_jax.data.processing.media import TEXT, Encoded, Media, Row, each_placed, lay_out_row, one_of
+from mllm_jax.data.processing.media import TEXT, Encoded, PreparedMedia, Row, each_placed, lay_out_row, one_of
 from mllm_jax.data.units import in_words
 from mllm_jax.errors import ConfigError, DataError
 
@@ -148,7 +148,7 @@ class ExampleEncoder:
                 pieces += [self._marks[self.kind_of(part)] for part in parts]
         return self.tokenizer.encode("".join(pieces))
 
-    def media_of(self, messages: Sequence[Message], learned: bool = True) -> list[Media]:
+    def media_of(self, messages: Sequence[Message], learned: bool = True) -> list[PreparedMedia]:
         """Prepares the media of a conversation in order; those of answers may be media that the model produces.
 
         Args:
@@ -158,7 +158,7 @@ class ExampleEncoder:
         answered = self.layout.answered
         return self.layout.prepare([answered(part, learned) if role == "assistant" else part for role, part in parts])
 
-    def lay_out(self, ids: Sequence[int], media: Sequence[Media], what: str) -> Row:
+    def lay_out(self, ids: Sequence[int], media: Sequence[PreparedMedia], what: str) -> Row:
         """Puts media tokens into a text at the positions of its media; `what` names it in a DataError."""
         return lay_out_row(self.layout.arrange(list(ids), len(media)), media, self.placeholders, what)
 
@@ -304,7 +304,7 @@ def require_answers(messages: Sequence[Message]) -> int:
     return len(answers)
 
 
-def _too_long(what: str, row: Row, media: Sequence[Media], most: str, more: str = "") -> DataError:
+def _too_long(what: str, row: Row, media: Sequence[PreparedMedia], most: str, more: str = "") -> DataError:
     kinds = Counter(medium.modality for medium in media)
     fewer = ", or give it fewer or smaller " + " and ".join(f"{kind}s" for kind in kinds) if kinds else ""
     return DataError(
@@ -358,7 +358,7 @@ def _end(encoder: ExampleEncoder, ids: list[int], start: int, following: int) ->
 
 
 def _spread(
-    encoder: ExampleEncoder, ids: Sequence[int], row: Row, media: Sequence[Media], weights: np.ndarray
+    encoder: ExampleEncoder, ids: Sequence[int], row: Row, media: Sequence[PreparedMedia], weights: np.ndarray
 ) -> np.ndarray:
     """Spreads the loss weights of a text over a row, in which media carry none, unless the model produces them."""
     placed = one_of(np.asarray(ids), encoder.placeholders)

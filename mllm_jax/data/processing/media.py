@@ -15,7 +15,7 @@ TEXT, NEWLINE = -1, -2  # values of a place that are not the index of a media to
 
 
 @dataclass(frozen=True)
-class Media:
+class PreparedMedia:
     """One prepared image, video or sound.
 
     Attributes:
@@ -118,7 +118,7 @@ class Row:
 
 
 def collate_tiles(
-    rows: Sequence[Sequence[Media]],
+    rows: Sequence[Sequence[PreparedMedia]],
     tokens_a_tile: int,
     slots: int | None = None,
     unit: str = "tile",
@@ -156,7 +156,7 @@ def collate_tiles(
     return Collated(arrays, first, slots * tokens_a_tile)
 
 
-def lay_out_row(ids: Sequence[int], media: Sequence[Media], placeholders: Sequence[int], what: str) -> Row:
+def lay_out_row(ids: Sequence[int], media: Sequence[PreparedMedia], placeholders: Sequence[int], what: str) -> Row:
     """Replaces the placeholder of each image or video by its tokens.
 
     Args:
@@ -185,7 +185,7 @@ def lay_out_row(ids: Sequence[int], media: Sequence[Media], placeholders: Sequen
     return Row(*(np.concatenate(parts) for parts in zip(*pieces, strict=True)))
 
 
-def each_placed(media: Sequence[Media]) -> list[tuple[int, Media]]:
+def each_placed(media: Sequence[PreparedMedia]) -> list[tuple[int, PreparedMedia]]:
     """Returns the index and the medium of each that has a placeholder in the text."""
     return [(number, m) for number, m in enumerate(media) if not m.inside]
 
@@ -203,7 +203,7 @@ def _text(ids: np.ndarray, width: int) -> tuple[np.ndarray, ...]:
     return ids, places, np.zeros(places.shape, np.float32), np.full(len(ids), -1, np.int64)
 
 
-def _medium(media: Media, number: int, width: int) -> tuple[np.ndarray, ...]:
+def _medium(media: PreparedMedia, number: int, width: int) -> tuple[np.ndarray, ...]:
     places = media.places if media.places.ndim == 2 else media.places[:, None]
     weights = np.ones(places.shape, np.float32) if media.weights is None else media.weights
     # Sums of fewer media tokens repeat the first one with weight 0.
@@ -230,7 +230,7 @@ class Encoded:
 
     row: Row
     loss_weights: np.ndarray
-    media: Sequence[Media] = ()
+    media: Sequence[PreparedMedia] = ()
     segments: np.ndarray | None = None
     dropped_turns: int = 0
     target: np.ndarray | None = None

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from mllm_jax.data.message import Part
-from mllm_jax.data.processing.media import TEXT, Lazy, Media
+from mllm_jax.data.processing.media import TEXT, Lazy, PreparedMedia
 from mllm_jax.errors import ConfigError, DataError
 
 
@@ -71,14 +71,14 @@ class SignalTokens:
         """The ids int[length] of an empty caption."""
         return self._padded("")
 
-    def media(self, part: Part, token: int, learned: bool = True) -> Media:
+    def media(self, part: Part, token: int, learned: bool = True) -> PreparedMedia:
         """Implements `Conversion`; without `learned` there are only the tokens."""
         targets, captions = self.blank
         read = {targets: partial(self.target, part), captions: partial(self._caption, part)} if learned else {}
         count = len(self.ids)
         carried = np.ones(count, np.float32)
         carried[1:] = not self.markers
-        return Media(
+        return PreparedMedia(
             Lazy(tuple(read), lambda name: read[name]()[None]),
             np.asarray(self.ids),
             np.full(count, TEXT),
