@@ -75,12 +75,11 @@ def test_a_condition_depends_on_its_own_answer_alone(queries):
     assert isinstance(head, HeadInputs)
     at = alone["image_signals"][:, 0]
     states = np.take_along_axis(np.asarray(head.x), at[..., None], axis=1)
-    table = params["llm"]["token_embedding"]["embedding"] if "token_embedding" in params["llm"] else None
-    embeddings = None if table is None else table[np.take_along_axis(alone["tokens"], at, axis=1)]
-    if embeddings is not None or queries:
-        projector = config.output("image").projector.make()
-        made = projector.apply({"params": params["output_projector_image"]}, states, embeddings)
-        np.testing.assert_allclose(made, apart[:, 0], atol=2e-5, rtol=2e-5)
+    table = params["llm"]["token_embedding"]["embedding"]
+    embeddings = table[np.take_along_axis(alone["tokens"], at, axis=1)]
+    projector = config.output("image").projector.make()
+    made = projector.apply({"params": params["output_projector_image"]}, states, embeddings)
+    np.testing.assert_allclose(made, apart[:, 0], atol=2e-5, rtol=2e-5)
 
 
 def test_the_error_of_diffusion_is_that_of_the_scheduler_and_drops_conditions():
