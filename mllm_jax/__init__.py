@@ -76,6 +76,7 @@ if TYPE_CHECKING:  # for editors and type checkers; `_HOMES` has the same names 
     from mllm_jax.evaluation.tasks.questions import questions_task as questions_task
     from mllm_jax.generation.assistant import Assistant as Assistant
     from mllm_jax.generation.generate import generate as generate
+    from mllm_jax.generation.media import Media as Media
     from mllm_jax.generation.options import Answer as Answer
     from mllm_jax.generation.options import Options as Options
     from mllm_jax.generation.sampling import Sampling as Sampling
@@ -98,11 +99,13 @@ if TYPE_CHECKING:  # for editors and type checkers; `_HOMES` has the same names 
     from mllm_jax.models.cformer_projector import CFormerProjectorConfig as CFormerProjectorConfig
     from mllm_jax.models.clip import DualEncoderConfig as DualEncoderConfig
     from mllm_jax.models.deepseek_vl import DeepseekVLConfig as DeepseekVLConfig
+    from mllm_jax.models.generator_only import GeneratorOnlyConfig as GeneratorOnlyConfig
     from mllm_jax.models.instructblip import InstructBlipConfig as InstructBlipConfig
     from mllm_jax.models.internvl import InternVLConfig as InternVLConfig
     from mllm_jax.models.llava import LlavaConfig as LlavaConfig
     from mllm_jax.models.multimodal import Multimodal as Multimodal
     from mllm_jax.models.multimodal import MultimodalConfig as MultimodalConfig
+    from mllm_jax.models.output import Output as Output
     from mllm_jax.models.pformer_pretraining import PFormerPretrainingConfig as PFormerPretrainingConfig
     from mllm_jax.models.processor import Processor as Processor
     from mllm_jax.models.prompt_guided import PromptGuidedConfig as PromptGuidedConfig
@@ -116,6 +119,8 @@ if TYPE_CHECKING:  # for editors and type checkers; `_HOMES` has the same names 
     from mllm_jax.models.registry import supported_models as supported_models
     from mllm_jax.models.reshape import with_image_size as with_image_size
     from mllm_jax.models.run_weights import load_run as load_run
+    from mllm_jax.models.stable_diffusion import StableDiffusionConfig as StableDiffusionConfig
+    from mllm_jax.models.text_to_image import TextToImageConfig as TextToImageConfig
     from mllm_jax.models.whisper import WhisperConfig as WhisperConfig
     from mllm_jax.output_projectors.linear import LinearOutputProjectorConfig as LinearOutputProjectorConfig
     from mllm_jax.output_projectors.mlp import MLPOutputProjectorConfig as MLPOutputProjectorConfig
@@ -143,7 +148,9 @@ if TYPE_CHECKING:  # for editors and type checkers; `_HOMES` has the same names 
     from mllm_jax.training.config import TokenizerConfig as TokenizerConfig
     from mllm_jax.training.loop import train as train
     from mllm_jax.training.objectives.contrastive import Contrastive as Contrastive
+    from mllm_jax.training.objectives.diffusion import Diffusion as Diffusion
     from mllm_jax.training.objectives.next_token import NextToken as NextToken
+    from mllm_jax.training.objectives.output_alignment import OutputAlignment as OutputAlignment
     from mllm_jax.training.objectives.pformer_losses import PFormerObjective as PFormerObjective
     from mllm_jax.training.objectives.pformer_losses import PromptGuided as PromptGuided
     from mllm_jax.training.objectives.protocol import Objective as Objective
@@ -151,7 +158,7 @@ if TYPE_CHECKING:  # for editors and type checkers; `_HOMES` has the same names 
     from mllm_jax.training.objectives.quantity import QuantityGuided as QuantityGuided
     from mllm_jax.training.operations.stopping import Interrupted as Interrupted
 
-__version__ = "0.1.0"
+from mllm_jax.version import __version__
 
 _NAMES = {
     "checkpoints.run": ("RunFolder",),
@@ -198,6 +205,7 @@ _NAMES = {
     "evaluation.tasks.questions": ("questions_task",),
     "generation.assistant": ("Assistant",),
     "generation.generate": ("generate",),
+    "generation.media": ("Media",),
     "generation.options": ("Answer", "Options"),
     "generation.sampling": ("Sampling",),
     "generators.unet": ("UNetConfig",),
@@ -216,10 +224,12 @@ _NAMES = {
     "models.cformer_projector": ("CFormerProjectorConfig",),
     "models.clip": ("DualEncoderConfig",),
     "models.deepseek_vl": ("DeepseekVLConfig",),
+    "models.generator_only": ("GeneratorOnlyConfig",),
     "models.instructblip": ("InstructBlipConfig",),
     "models.internvl": ("InternVLConfig",),
     "models.llava": ("LlavaConfig",),
     "models.multimodal": ("Multimodal", "MultimodalConfig"),
+    "models.output": ("Output",),
     "models.pformer_pretraining": ("PFormerPretrainingConfig",),
     "models.processor": ("Processor",),
     "models.prompt_guided": ("PromptGuidedConfig",),
@@ -230,6 +240,8 @@ _NAMES = {
     "models.registry": ("from_pretrained", "pretrained_config", "save_pretrained", "supported_models"),
     "models.reshape": ("with_image_size",),
     "models.run_weights": ("load_run",),
+    "models.stable_diffusion": ("StableDiffusionConfig",),
+    "models.text_to_image": ("TextToImageConfig",),
     "models.whisper": ("WhisperConfig",),
     "output_projectors.linear": ("LinearOutputProjectorConfig",),
     "output_projectors.mlp": ("MLPOutputProjectorConfig",),
@@ -250,7 +262,9 @@ _NAMES = {
     "training.config": ("AdamW", "CheckpointConfig", "Experiment", "Pretrained", "Stage", "TokenizerConfig"),
     "training.loop": ("train",),
     "training.objectives.contrastive": ("Contrastive",),
+    "training.objectives.diffusion": ("Diffusion",),
     "training.objectives.next_token": ("NextToken",),
+    "training.objectives.output_alignment": ("OutputAlignment",),
     "training.objectives.pformer_losses": ("PFormerObjective", "PromptGuided"),
     "training.objectives.protocol": ("Objective",),
     "training.objectives.qformer": ("QFormerStage1",),

@@ -12,7 +12,7 @@ import numpy as np
 
 from mllm_jax.data.message import Example, Message
 from mllm_jax.data.processing.layouts import Layout
-from mllm_jax.data.processing.media import Encoded, Media, lay_out_row
+from mllm_jax.data.processing.media import Encoded, PreparedMedia, lay_out_row
 from mllm_jax.data.source_encoder import SourceEncoder
 from mllm_jax.errors import DataError, ReadError
 
@@ -90,7 +90,7 @@ class Letters:
 
     def encode(self, example: Example, max_length: int, learn: str) -> Encoded:
         ids = [ord(letter) for letter in example.messages[0].text][:max_length]
-        media = [Media({}, np.ones(10, int), np.arange(10), count=2)] if len(ids) == 5 else []
+        media = [PreparedMedia({}, np.ones(10, int), np.arange(10), count=2)] if len(ids) == 5 else []
         row = lay_out_row([*ids, *[0] * len(media)], media, [0], "a line")
         return Encoded(row, np.ones(len(row.tokens), np.float32), media, dropped_turns=int(len(ids) == 9))
 

@@ -113,6 +113,8 @@ ARCHITECTURES: tuple[Architecture, ...] = (
     Architecture("AutoencoderKL", "mllm_jax.generators.vae_hub", diffusers=True),
     Architecture("UNet2DConditionModel", "mllm_jax.generators.unet_hub", diffusers=True),
     Architecture("AudioLDM2UNet2DConditionModel", "mllm_jax.generators.unet_audio", diffusers=True),
+    # pipelines of diffusers
+    Architecture("StableDiffusionPipeline", "mllm_jax.models.stable_diffusion", diffusers=True),
     # timm's names
     Architecture("eva_giant_patch14_clip_224", "mllm_jax.encoders.eva"),
     Architecture("eva02_base_patch16_clip_224", "mllm_jax.encoders.eva"),

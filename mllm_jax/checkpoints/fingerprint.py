@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import zlib
 
 import jax
@@ -10,6 +11,7 @@ import numpy as np
 
 from mllm_jax.checkpoints.leaves import PyTree, dtype_of, flatten, listed, storable
 from mllm_jax.errors import CheckpointError
+from mllm_jax.sharding.hosts import fetch
 
 
 def fingerprint(params: PyTree) -> dict[str, int]:
@@ -21,6 +23,20 @@ def fingerprint(params: PyTree) -> dict[str, int]:
     leaves = storable(flatten(params)[0])
     sums = {path: _checksum(leaf, np.uint32(_salt(leaf))) for path, leaf in leaves.items()}
     return {path: int(value) for path, value in jax.device_get(sums).items()}
+
+
+def short_fingerprint(params: PyTree) -> str:
+    """Returns 16 characters that depend on every bit of the parameters, for metadata.
+
+    The bytes are read on the host, which needs no compilation: a drawing takes it once for each model.
+    """
+    digest = hashlib.sha256()
+    for path, leaf in sorted(storable(flatten(params)[0]).items()):
+        # A copy, because JAX keeps the host's copy of an array as long as the array exists.
+        array = fetch(jnp.copy(leaf)) if isinstance(leaf, jax.Array) else np.asarray(leaf)
+        crc = zlib.crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+        digest.update(f"{path} {array.dtype}{list(array.shape)} {crc:08x}\n".encode())
+    return digest.hexdigest()[:16]
 
 
 def check_fingerprint(params: PyTree, expected: dict[str, int], source: str, **refusal: str) -> None:

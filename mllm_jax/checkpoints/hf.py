@@ -52,7 +52,9 @@ COMPANIONS = (
     "*.tiktoken", "chat_template.jinja", "chat_template.json", "additional_chat_templates", "generation_config.json",
     "preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json",
     "qformer_tokenizer", "normalizer.json",
+    "tokenizer", "feature_extractor", "image_encoder", "safety_checker",  # subfolders of diffusers' pipelines
 )
+_CODE = ("*.py", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.h5", "*.msgpack")  # not copied with a subfolder
 # fmt: on
 BAND = 4 << 20  # bytes of a file that are mapped at a time, if the tensor's layout can be cut
 logger = logging.getLogger("mllm_jax.checkpoints")
@@ -113,7 +115,11 @@ def copy_companions(source: Path, target: Path) -> list[str]:
     """Copies tokenizer, chat template and generation settings; returns their names."""
     found = sorted({path for pattern in COMPANIONS for path in Path(source).glob(pattern)})
     for path in found:
-        (shutil.copytree if path.is_dir() else shutil.copyfile)(path, Path(target) / path.name)
+        copied = Path(target) / path.name
+        if path.is_dir():
+            shutil.copytree(path, copied, ignore=shutil.ignore_patterns(*_CODE))
+        else:
+            shutil.copyfile(path, copied)
     return [path.name for path in found]
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 
 from mllm_jax.errors import ConfigError
 
-TEXTS = ("text", "system", "stop-strings", "prompt")  # options whose values are the user's text
+TEXTS = ("text", "system", "stop-strings", "prompt", "negative")  # options whose values are the user's text
 SEVERAL = ("text", "stop-strings", "images", "tasks")  # options that take several values
 
 

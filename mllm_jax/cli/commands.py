@@ -23,6 +23,7 @@ USAGE = """mllm: multimodal LLMs in JAX
   mllm generate RUN --image a.png "What is this?"                         text
   mllm generate MODEL "Why is the sky blue?"                              text of a language model's folder
   mllm generate MODEL --prompts FILE|DIR --out answers.jsonl              many answers; the same command continues
+  mllm generate SD_FOLDER "a red cat" [--steps 20 --count 4 --out DIR]     PNG files; --help after the folder says more
   mllm transcribe FILE|DIR|- ... --model WHISPER [--format srt --out DIR]  the speech of recordings of any length
   mllm chat MODEL [--temperature 0.7 --top-p 0.9 ...]                     in the terminal
   mllm convert SRC DST [--to native|huggingface] [--dtype bfloat16]       Hugging Face <-> native, with a proof

@@ -1,4 +1,4 @@
-"""`mllm generate`: answers one question or many."""
+"""`mllm generate`: answers one question or many; for a model that draws, see draw.py."""
 
 from __future__ import annotations
 
@@ -38,6 +38,8 @@ MEDIA = ("--image", "--video", "--audio")  # options of several values
 @dataclass(frozen=True)
 class Generate:
     """Answers a question, about media if any are given; with --prompts, writes many answers into a file.
+
+    A model that draws, such as a Stable Diffusion, draws the prompt; `mllm generate MODEL --help` lists its options.
 
     Attributes:
         run: a folder that `mllm train` made, or a model's folder, from Hugging Face or `mllm convert`.
@@ -122,6 +124,16 @@ class Generate:
 
 
 def run(arguments: list[str]) -> int:
+    from mllm_jax.cli import draw
+
+    if draw.draws(arguments):
+        draw.refuse_options(
+            arguments, draw.Draw, Generate, "a model that draws", "`mllm generate MODEL --help` lists them"
+        )
+        return draw.run(arguments)
+    draw.refuse_options(
+        arguments, Generate, draw.Draw, "a model that writes text", "an option of `mllm generate --help`"
+    )
     options = tyro.cli(Generate, args=one_medium_each(arguments), prog="mllm generate")
     keep_compiled_programs()
     return _ask_one(options) if options.prompts is None else _ask_all(options, options.prompts, options.out)

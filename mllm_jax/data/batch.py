@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
@@ -136,6 +137,27 @@ def instruction_spec(rows: int, slots: int, length: int) -> BatchSpec:
     return BatchSpec(dict(query_tokens=read, query_segments=read))
 
 
+def targets_spec(
+    modality: str, rows: int, slots: int, target: tuple[tuple[int, ...], str], signals: int, length: int
+) -> BatchSpec:
+    """Returns the arrays for media that the model produces; none without slots.
+
+    Args:
+        target: shape and dtype of one medium as the generator learns it.
+        signals: signal tokens of one medium: `<modality>_signals` has their positions in the row, -1 in empty slots.
+            `<modality>_empty` has the ids of an empty caption.
+        length: of a caption's ids.
+    """
+    media, (shape, dtype) = (rows, slots), target
+    spec = dict(
+        targets=ArraySpec((*media, *shape), dtype, axes=(ROW, SLOTS)),
+        captions=ArraySpec((*media, length), axes=(ROW, SLOTS)),
+        signals=ArraySpec((*media, signals), fill=-1, axes=(ROW, SLOTS)),
+        empty=ArraySpec((rows, length), axes=(ROW,)),
+    )
+    return BatchSpec({f"{modality}_{name}": array for name, array in spec.items()} if slots else {})
+
+
 def assemble(
     packed: Sequence[Sequence[Any]], spec: BatchSpec, layout: Any, slots: Mapping[str, int]
 ) -> dict[str, np.ndarray]:
@@ -158,6 +180,7 @@ def assemble(
         for e in row:
             first = collated.first[r][cursor.media : cursor.media + len(e.media)]
             _write_text(out, r, cursor, e, e.row.media_index(first, collated.newline), layout.positions(e.row, e.media))
+            _write_signals(out, r, cursor, e)
             if e.target is not None:
                 _write_target(out, r, cursor, e)
             if e.instruction is not None:
@@ -177,6 +200,7 @@ class _Cursor:
     segment: int = 0
     media: int = 0
     slot: int = 0  # of images
+    produced: Mapping[str, int] = field(default_factory=dict)  # by the name of their slots
 
     def after(self, e: Any) -> _Cursor:
         return replace(
@@ -186,6 +210,7 @@ class _Cursor:
             segment=self.segment + (1 if e.segments is None else int(e.segments[-1])),
             media=self.media + len(e.media),
             slot=self.slot + e.slots.get("image", 0),
+            produced={name: self.produced.get(name, 0) + count for name, count in e.slots.items()},
         )
 
 
@@ -208,6 +233,19 @@ def _write_text(out, r: int, cursor: _Cursor, e: Any, index: np.ndarray, positio
         )
     if e.target is None and "loss_weights" in out:
         out["loss_weights"][r, here] = e.loss_weights
+
+
+def _write_signals(out, r: int, cursor: _Cursor, e: Any) -> None:
+    """Writes the positions of the signal tokens of media that the model produces."""
+    taken: Counter[str] = Counter()
+    for number, medium in enumerate(e.media):
+        name = f"{medium.modality.removesuffix('_targets')}_signals"
+        if medium.signals is None or not medium.slots or name not in out:
+            continue
+        slot = cursor.produced.get(medium.modality, 0) + taken[name]
+        positions = np.flatnonzero(e.row.owners == number)[medium.signals]
+        out[name][r, slot, : len(positions)] = cursor.text + positions
+        taken[name] += medium.slots
 
 
 def _write_target(out, r: int, cursor: _Cursor, e: Any) -> None:

@@ -149,7 +149,7 @@ class ChatTokenizer:
 
     def _ids(self, text: str, **how: bool) -> list[int]:
         try:
-            return list(self.backend(text, **how)["input_ids"])
+            return list(self.backend(text, verbose=False, **how)["input_ids"])  # callers check the length
         except Exception as error:  # tokenizers raises TypeError for half a character, and plain Exceptions
             raise not_encodable(text, error) from error
 

@@ -30,9 +30,11 @@ class Image:
     Attributes:
         source: a path, the bytes of a file, a Pillow image, an array uint8[H, W, 3] or an object that `numpy.asarray`
             converts to one when it is read; None: it is passed separately.
+        caption: its description. A model that produces images learns to produce it from its caption.
     """
 
     source: Any = None
+    caption: str | None = field(default=None, kw_only=True)
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,6 +49,7 @@ class Video:
         num_frames: the number of frames to sample from a file; None: `fps`, or the model's number.
         use_audio_in_video: True: the model also hears the file's sound, in time with the frames, if the file has any;
             an `Audio`: it hears that, with frames or instead of the file's.
+        caption: see `Image`.
 
     Raises:
         DataError: frames without times, times that do not fit the frames, a number that is not positive, or frames
@@ -58,6 +61,7 @@ class Video:
     times: Sequence[float] | None = field(default=None, kw_only=True)
     num_frames: int | None = field(default=None, kw_only=True)
     use_audio_in_video: bool | Audio = field(default=False, kw_only=True)
+    caption: str | None = field(default=None, kw_only=True)
 
     def __post_init__(self):
         if wrong := _wrong_video(self):
@@ -78,10 +82,12 @@ class Audio:
     Attributes:
         source: a path, the bytes of a file, or samples float32[n]; None: it is passed separately.
         rate: samples per second.
+        caption: see `Image`.
     """
 
     source: Any = None
     rate: int | None = field(default=None, kw_only=True)
+    caption: str | None = field(default=None, kw_only=True)
 
 
 Part = Text | Image | Video | Audio
@@ -242,7 +248,7 @@ def _parts(content: Sequence[Any]) -> Iterator[Part]:
             source = next((part[name] for name in (kind, "path") if part.get(name) is not None), None)
             more = {
                 name: part[name]
-                for name in ("fps", "times", "num_frames", "use_audio_in_video", "rate")
+                for name in ("fps", "times", "num_frames", "use_audio_in_video", "rate", "caption")
                 if name in part and name in MEDIA[kind].__dataclass_fields__
             }
             yield MEDIA[kind](source, **more)

@@ -28,8 +28,6 @@ from mllm_jax.data.chat_tokenizer import ChatTokenizer, not_encodable, rendered
 from mllm_jax.errors import DataError
 from mllm_jax.files import read_json, write_atomic
 
-# Where the backend splits a text first, so that the pieces have the same ids alone; SEAMs are left out.
-_PIECES = re.compile(f"({'|'.join(map(re.escape, SPECIAL_TOKENS))})|{SEAM}")
 TOKENIZER, SETTINGS, TEMPLATE = "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"
 
 
@@ -54,7 +52,9 @@ class Tokenizer:
         self.backend, self.template = backend, template
         self.pad_token_id, self.bos_token_id, self.eos_token_id, self.image_token_id, *_ = ids
         self.stop_ids: tuple[int, ...] = (self.eos_token_id,)
-        self.special_tokens = SPECIAL_TOKENS
+        self.special_tokens = (*SPECIAL_TOKENS, *_others(backend))
+        # Where the backend splits a text first, so that the pieces have the same ids alone; SEAMs are left out.
+        self._pieces = re.compile(f"({'|'.join(map(re.escape, self.special_tokens))})|{SEAM}")
         self.vocab_size = backend.get_vocab_size()
         self.answer_id = backend.token_to_id(ASSISTANT) if template == OWN_TEMPLATE else None
         self._piece = lru_cache(maxsize=1 << 17)(self._encoded)
@@ -76,7 +76,7 @@ class Tokenizer:
 
     def ids(self, text: str) -> list[int]:
         """Encodes a text with special tokens, without adding any; a SEAM splits those that are plain text."""
-        return [i for piece in _PIECES.split(text) if piece for i in self._piece(piece)]
+        return [i for piece in self._pieces.split(text) if piece for i in self._piece(piece)]
 
     def _encoded(self, piece: str) -> tuple[int, ...]:
         """Encodes a text between special tokens, or one such token; cached, because questions and answers repeat."""
@@ -91,7 +91,7 @@ class Tokenizer:
 
     def words(self, text: str) -> list[int]:
         """Encodes plain text at any position of a conversation; special tokens that it spells are text."""
-        return self.ids(parted(spaced(text), SPECIAL_TOKENS))
+        return self.ids(parted(spaced(text), self.special_tokens))
 
     def caption_ids(self, text: str) -> list[int]:
         """Encodes <bos> caption <eos>."""
@@ -155,11 +155,14 @@ class Tokenizer:
             raise DataError(f"{path}: {error}", "a tokenizer.json of the tokenizers library", "restore it") from error
 
     @classmethod
-    def train(cls, texts: Iterable[str], vocab_size: int, phrases: Sequence[str] = ()) -> Tokenizer:
+    def train(
+        cls, texts: Iterable[str], vocab_size: int, phrases: Sequence[str] = (), special: Sequence[str] = ()
+    ) -> Tokenizer:
         """Trains byte-level BPE (arXiv 1508.07909) of at most `vocab_size` entries, with special tokens and phrases.
 
         Args:
             phrases: sequences of words, each of which becomes one token wherever it occurs.
+            special: further special tokens, such as those of media that a model produces.
         """
         from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
         from tokenizers import Tokenizer as Backend
@@ -170,13 +173,19 @@ class Tokenizer:
         backend.decoder = decoders.ByteLevel()
         trainer = trainers.BpeTrainer(
             vocab_size=vocab_size - len(phrases),
-            special_tokens=list(SPECIAL_TOKENS),
+            special_tokens=[*SPECIAL_TOKENS, *special],
             initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
             show_progress=False,
         )
         backend.train_from_iterator(map(spaced, texts), trainer)
         backend.add_tokens([AddedToken(f" {phrase}") for phrase in phrases])
         return cls(backend)
+
+
+def _others(backend: Any) -> list[str]:
+    """Returns the special tokens besides SPECIAL_TOKENS, in the order of their ids."""
+    added = sorted(backend.get_added_tokens_decoder().items())
+    return [token.content for _, token in added if token.special and token.content not in SPECIAL_TOKENS]
 
 
 def tokenizer_in(folder: Path) -> Tokenizer | ChatTokenizer:

@@ -154,6 +154,15 @@ class TextTower(nn.Module):
         out = self.run(tokens, positions, segments, None, member)
         return out.pooler_output if out.text_embeds is None else out.text_embeds
 
+    def states(self, tokens):
+        """Returns the last hidden state dtype[B, L, E] of every token of int[B, L], one text a row, padding included.
+
+        Generators read texts so: their rows are as long as in training, without a mask.
+        """
+        positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+        member = jnp.ones((tokens.shape[0], 1, tokens.shape[1]), bool)
+        return self.run(tokens, positions, None, None, member).last_hidden_state
+
     @nn.compact
     def run(self, tokens, positions, segments, keys, member, keep: bool = False) -> TextOutput:
         """Encodes and pools texts.

@@ -23,6 +23,8 @@ from mllm_jax.data.processing.media import Encoded
 from mllm_jax.errors import ConfigError, DataError
 from mllm_jax.generation.bulk import outcomes
 from mllm_jax.generation.decode_step import on_mesh, steps_of
+from mllm_jax.generation.draw import Drawer
+from mllm_jax.generation.draws import Draws
 from mllm_jax.generation.embed import Embedder, no_vectors
 from mllm_jax.generation.engine import Engine, Request, or_raise
 from mllm_jax.generation.options import Answer, Options, longest_text, read_options
@@ -38,6 +40,7 @@ from mllm_jax.models.processor import Processor
 from mllm_jax.models.protocol import WritesText
 from mllm_jax.models.registry import from_pretrained, pretrained_config
 from mllm_jax.models.run_weights import load_run
+from mllm_jax.models.stable_diffusion import StableDiffusionConfig
 from mllm_jax.models.whisper import WhisperConfig
 from mllm_jax.sharding.hosts import fetch
 
@@ -46,7 +49,7 @@ CHUNK = 4  # tokens of each piece of a stream
 UNBOUNDED = 1 << 20  # tokens of a text if the model's config has no bound
 
 
-class Assistant(Transcribes):
+class Assistant(Transcribes, Draws):
     """Answers conversations, many at a time or piece by piece; makes vectors with a dual encoder or a part of it.
 
     In float32 a conversation gets the same answer alone and in any batch. A sampled answer depends on the seed and on
@@ -60,8 +63,10 @@ class Assistant(Transcribes):
             `max_position_embeddings`.
         int8: store the linear kernels as int8; `quantization_errors` then holds the rounding errors.
         by_layer: see `LanguageSteps`; False compiles faster and decodes more slowly, which suits a single question.
-        embedder: for a model that makes vectors. None: made from model and processor, unless there is a transcriber.
+        embedder: for a model that makes vectors. None: made from model and processor, unless there is a transcriber
+            or a drawer.
         transcriber: for a model that writes down speech.
+        drawer: for a model that draws images.
     """
 
     def __init__(
@@ -76,18 +81,19 @@ class Assistant(Transcribes):
         by_layer: bool | None = None,
         embedder: Embedder | None = None,
         transcriber: Transcriber | None = None,
+        drawer: Drawer | None = None,
     ):
         self.model, self.processor, self.mesh = model, processor, mesh
         self.quantization_errors: list[TensorError] = []
         self.params, self._by_layer, self._embedder, self.max_length = params, by_layer, embedder, None
-        self._transcriber = transcriber
+        self._transcriber, self._drawer = transcriber, drawer
         if processor is not None and writes_text(processor.config):
             self.max_length = longest_text(self.llm, max_length)
             if int8:
                 self.params, self.quantization_errors = quantize(self._one_step, params)
         elif int8 or max_length is not None:
             self._require_text()
-        elif embedder is None and transcriber is None:
+        elif embedder is None and transcriber is None and drawer is None:
             self._embedder = Embedder.trained(model, params, processor.tokenizer)
 
     @classmethod
@@ -119,6 +125,9 @@ class Assistant(Transcribes):
         if isinstance(config, WhisperConfig):
             heard = Transcriber.load(folder, dtype=dtype, mesh=mesh)
             return cls(heard.model, heard.params, None, mesh=mesh, transcriber=heard, **options)
+        if isinstance(config, StableDiffusionConfig):
+            drawer = Drawer.load(folder, dtype=dtype, mesh=mesh)
+            return cls(drawer.model, drawer.params, None, mesh=mesh, drawer=drawer, **options)
         if not writes_text(config):
             embedder = Embedder.load(folder, images=None, texts=None, dtype=dtype, mesh=mesh)
             return cls(embedder.module, embedder.params, None, mesh=mesh, embedder=embedder, **options)
@@ -134,6 +143,8 @@ class Assistant(Transcribes):
             other._embedder = self._embedder.with_params(params)
         if self._transcriber is not None:
             other._transcriber = self._transcriber.with_params(params)
+        if self._drawer is not None:
+            other._drawer = self._drawer.with_params(params)
         if self.processor is not None and writes_text(self.processor.config):
             other._scored, other._program = self._scored, self._program.of(params)
         return other

@@ -67,7 +67,7 @@ class Answer:
         tokens: its ids without the end token, with those that spell a stop string.
         logprobs: natural log of each token's probability, if asked for.
         reason: "stop": it ended at an end token or stop string; "length": it was cut off.
-        media: the output of a generator.
+        media: what a generator made, a `Media` for each mark such as "<image 1>" in the text.
     """
 
     text: str

@@ -18,7 +18,7 @@ from mllm_jax.checkpoints.table import Family, Table, Weight, families, nested
 from mllm_jax.data.image_processors import ImageProcessor, read_image_processor
 from mllm_jax.data.images import Size
 from mllm_jax.data.processing.layouts import TileLayout
-from mllm_jax.data.processing.media import Media
+from mllm_jax.data.processing.media import PreparedMedia
 from mllm_jax.data.video import FrameTimes
 from mllm_jax.encoders import eva
 from mllm_jax.encoders.vit import ViTConfig
@@ -175,14 +175,14 @@ class QueryLayout(TileLayout):
         self.tokens_a_tile = config.image.projector.num_queries
         self._read = pixel_reader(config.image.encoder, folder)
 
-    def sized(self, size: Size) -> Media:
+    def sized(self, size: Size) -> PreparedMedia:
         self._read.processor.require(size)
-        return Media({}, np.full(self.tokens_a_tile, self.image_token), np.arange(self.tokens_a_tile), count=1)
+        return PreparedMedia({}, np.full(self.tokens_a_tile, self.image_token), np.arange(self.tokens_a_tile), count=1)
 
-    def image(self, image: np.ndarray) -> Media:
+    def image(self, image: np.ndarray) -> PreparedMedia:
         return replace(self.sized(Size(*image.shape[:2])), arrays={"images": self._read(image)[None]})
 
-    def video(self, frames: np.ndarray, times: FrameTimes) -> Media:
+    def video(self, frames: np.ndarray, times: FrameTimes) -> PreparedMedia:
         raise DataError(f"a video of {len(frames)} frames for a model of images", "images", "give the frames as images")
 
     def arrange(self, ids: list[int], media: int) -> list[int]:

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from mllm_jax.data.chat_tokenizer import ChatTokenizer
-from mllm_jax.data.processing.composed import ComposedLayout, ImageTokens
+from mllm_jax.data.images import as_image
+from mllm_jax.data.message import Image
+from mllm_jax.data.processing.composed import ComposedLayout, ImageTokens, fitted
 from mllm_jax.data.processing.encode import Words
 from mllm_jax.data.processing.frames import FrameTokens
+from mllm_jax.data.processing.signals import SignalTokens, ids_of
 from mllm_jax.data.processing.sounds import SoundTokens
+from mllm_jax.data.tokenizer import Tokenizer, tokenizer_in
 from mllm_jax.data.video import FIVE_FRAMES, FrameSampling
 from mllm_jax.errors import DataError
 from mllm_jax.models.multimodal import MultimodalConfig
+from mllm_jax.models.output import captions_folder, names_of_signals
 
 # The usual placeholders for images; without one, any special token that the template leaves unused.
 IMAGE_TOKENS = ("<image>", "<|image|>", "<|image_pad|>")
@@ -24,8 +32,14 @@ def composed_layout(
     words: Sequence[str] = (),
     sampling: FrameSampling = FIVE_FRAMES,
     frame_time: str = "",
+    folder: Path | None = None,
 ) -> ComposedLayout:
-    """Returns the layout of a composed model; the arguments are those of `Processor.of`."""
+    """Returns the layout of a composed model; the arguments are those of `Processor.of`.
+
+    Args:
+        folder: the tokenizer's, with those of the captions of media that the model produces.
+    """
+    produced = signal_conversions(config, tokenizer, folder) if isinstance(config, MultimodalConfig) else {}
     conversions = {}
     for modality in config.inputs if isinstance(config, MultimodalConfig) else ("image",):
         if modality == "image":
@@ -40,11 +54,53 @@ def composed_layout(
         else:
             side = branch.encoder.image_size
             conversions[modality] = FrameTokens(side, branch.tokens, sampling, frame_time, tokenizer.words)
-    return ComposedLayout(conversions, image_token(tokenizer), flattens=isinstance(tokenizer, ChatTokenizer))
+    placeholder = image_token(tokenizer, {i for each in produced.values() for i in each.ids})
+    return ComposedLayout(conversions, placeholder, isinstance(tokenizer, ChatTokenizer), produced)
 
 
-def image_token(tokenizer: Words) -> int:
+def signal_conversions(config: MultimodalConfig, tokenizer: Words, folder: Path | None) -> dict[str, SignalTokens]:
+    """Returns the conversions of media that a model produces, by modality.
+
+    Raises:
+        ConfigError: the tokenizer lacks their signal tokens.
+    """
+    found = {}
+    for modality, names in names_of_signals(config).items():
+        output = config.output(modality)
+        words = tokenizer if output.tokenizer is None else tokenizer_in(captions_folder(folder, modality))
+        generator = output.generator
+        found[modality] = SignalTokens(
+            modality,
+            ids_of(tokenizer, names, str(folder)),
+            output.queries,
+            generator.target_shape,
+            generator.target_dtype,
+            _TARGETS[modality](generator),
+            words.caption_ids if isinstance(words, Tokenizer) else words.encode,
+            generator.longest,
+            words.pad_token_id or 0,
+        )
+    return found
+
+
+def _image_target(generator: Any):
+    """Returns a function of an image's pixels uint8[side, side, 3] as the generator learns them."""
+
+    def target(part: Image) -> np.ndarray:
+        return fitted(as_image(part.source), generator.target_shape[0])
+
+    return target
+
+
+# By modality, from the config of a generator to a function of the medium that it learns to produce.
+_TARGETS = {"image": _image_target}
+
+
+def image_token(tokenizer: Words, taken: Collection[int] = ()) -> int:
     """Returns an id for images that nothing else in a row has.
+
+    Args:
+        taken: ids of tokens with another meaning.
 
     Adds a token if the template writes all special tokens. No text contains it, and its embedding is not read.
 
@@ -56,7 +112,7 @@ def image_token(tokenizer: Words) -> int:
         return named[0]
     template = tokenizer.template if isinstance(tokenizer.template, str) else ""
     written = {i for token, i in special.items() if token in template} | _written(tokenizer)
-    free = sorted(set(special.values()) - written)
+    free = sorted(set(special.values()) - written - set(taken))
     # Tokens with a meaning of their own come last.
     meant = (*tokenizer.stop_ids, tokenizer.pad_token_id, tokenizer.bos_token_id)
     free.sort(key=lambda i: i in meant)

@@ -14,6 +14,7 @@ from mllm_jax.checkpoints.hf import Checksum, checksum, float_dtype, hub_tensors
 from mllm_jax.checkpoints.leaves import flatten
 from mllm_jax.checkpoints.native import is_native, write_native
 from mllm_jax.errors import CheckpointError, ConfigError
+from mllm_jax.models.pipelines import is_pipeline
 from mllm_jax.models.registry import (
     abstract_params,
     family_of_config,
@@ -97,7 +98,7 @@ def _stored(folder: Path) -> dict[str, Callable[[], np.ndarray]]:
 
     Tensors come from the files if these have the names that we write; otherwise from the parameters.
     """
-    if not is_native(folder):
+    if not is_native(folder) and not is_pipeline(folder):
         config, family = read_pretrained(folder)
         if family == family_of_config(config):
             leaves = flatten(nn.meta.unbox(abstract_params(config, family)))[0]

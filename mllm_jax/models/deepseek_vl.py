@@ -19,7 +19,7 @@ from mllm_jax.data.image_processors import ImageProcessor, read_image_processor
 from mllm_jax.data.image_steps import mismatch
 from mllm_jax.data.images import Size
 from mllm_jax.data.processing.layouts import TileLayout
-from mllm_jax.data.processing.media import Media
+from mllm_jax.data.processing.media import PreparedMedia
 from mllm_jax.encoders import sam, siglip_vision
 from mllm_jax.encoders.siglip_sam import SiglipSamConfig, siglip_sam_weights
 from mllm_jax.encoders.vit import ViTConfig
@@ -102,11 +102,11 @@ class DeepseekVLLayout(TileLayout):
         self.image_processor = replace(image_processor, cuts_off=config.preprocessing == "original")
         self.image_token, self.tokens_a_tile = config.image_token_id, config.media_tokens
 
-    def sized(self, size: Size) -> Media:
+    def sized(self, size: Size) -> PreparedMedia:
         self.image_processor.require(size)
-        return Media({}, np.full(self.tokens_a_tile, self.image_token), np.arange(self.tokens_a_tile), count=1)
+        return PreparedMedia({}, np.full(self.tokens_a_tile, self.image_token), np.arange(self.tokens_a_tile), count=1)
 
-    def image(self, image: np.ndarray) -> Media:
+    def image(self, image: np.ndarray) -> PreparedMedia:
         tile = self.image_processor.prepare(image)
         if self.config.hybrid:
             tile = self._both(tile)

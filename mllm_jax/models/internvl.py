@@ -21,7 +21,7 @@ from mllm_jax.data.image_processors import ImageProcessor, read_image_processor,
 from mllm_jax.data.image_steps import mismatch
 from mllm_jax.data.images import Size
 from mllm_jax.data.processing.layouts import TileLayout
-from mllm_jax.data.processing.media import TEXT, Media
+from mllm_jax.data.processing.media import TEXT, PreparedMedia
 from mllm_jax.data.video import FrameSampling, FrameTimes
 from mllm_jax.data.video_settings import read_sampling
 from mllm_jax.encoders import internvit
@@ -120,15 +120,15 @@ class InternVLLayout(TileLayout):
         self.video_token = None if named is None or frames is None else self._id("video_token", named)
         self.tokens_a_tile = config.media_tokens
 
-    def sized(self, size: Size) -> Media:
+    def sized(self, size: Size) -> PreparedMedia:
         count = self.image_processor.count(*size)
         return self._placed(count, self._shown(count))
 
-    def image(self, image: np.ndarray) -> Media:
+    def image(self, image: np.ndarray) -> PreparedMedia:
         tiles = self.image_processor.tiles(image)
         return self._filled(tiles, self._placed(len(tiles), self._shown(len(tiles))), self.image_processor)
 
-    def sized_video(self, size: Size, times: FrameTimes) -> Media:
+    def sized_video(self, size: Size, times: FrameTimes) -> PreparedMedia:
         """Lays out each frame as one tile, after its number, on a line of its own."""
         self.frames.require(size)
         ids: list[int] = []
@@ -138,19 +138,19 @@ class InternVLLayout(TileLayout):
             ids += [*self._backend(label, add_special_tokens=False)["input_ids"], *self._shown(1)]
         return self._placed(frames, ids)
 
-    def video(self, frames: np.ndarray, times: FrameTimes) -> Media:
+    def video(self, frames: np.ndarray, times: FrameTimes) -> PreparedMedia:
         tiles = np.stack([self.frames.prepare(frame) for frame in frames])
         return self._filled(tiles, self.sized_video(Size(*frames.shape[1:3]), times), self.frames)
 
     def _shown(self, tiles: int) -> list[int]:
         return [self.begin, *[self.image_token] * (tiles * self.tokens_a_tile), self.end]
 
-    def _placed(self, tiles: int, ids: list[int]) -> Media:
+    def _placed(self, tiles: int, ids: list[int]) -> PreparedMedia:
         tokens = np.array(ids)
         here = tokens == self.image_token
-        return Media({}, tokens, np.where(here, np.cumsum(here) - 1, TEXT), count=tiles)
+        return PreparedMedia({}, tokens, np.where(here, np.cumsum(here) - 1, TEXT), count=tiles)
 
-    def _filled(self, tiles: np.ndarray, media: Media, processor: ImageProcessor) -> Media:
+    def _filled(self, tiles: np.ndarray, media: PreparedMedia, processor: ImageProcessor) -> PreparedMedia:
         return replace(media, arrays={"images": processor.for_encoder(tiles, self.config.image.encoder)})
 
     def _id(self, name: str, usual: str) -> int:

@@ -20,7 +20,7 @@ from mllm_jax.data.image_processors import ImageProcessor, read_image_processor,
 from mllm_jax.data.image_steps import mismatch
 from mllm_jax.data.images import Size
 from mllm_jax.data.processing.layouts import TileLayout
-from mllm_jax.data.processing.media import Media
+from mllm_jax.data.processing.media import PreparedMedia
 from mllm_jax.data.tiles import Places, anyres_places, best_resolution, tile_places, video_places
 from mllm_jax.data.video import FIVE_FRAMES, FrameSampling, FrameTimes
 from mllm_jax.data.video_settings import read_sampling
@@ -143,23 +143,23 @@ class LlavaLayout(TileLayout):
         self.image_token, self.video_token = config.image_token_id, config.video_token_id
         self.tokens_a_tile, self.unit = config.media_tokens, "tile" if config.resolutions else "image"
 
-    def sized(self, size: Size) -> Media:
+    def sized(self, size: Size) -> PreparedMedia:
         count = self.image_processor.count(*size)
         tiled = self.config.resolutions
         return self._placed(_places(self.config, size) if tiled else Places(np.arange(self.tokens_a_tile)), count)
 
-    def image(self, image: np.ndarray) -> Media:
+    def image(self, image: np.ndarray) -> PreparedMedia:
         """Prepares the only image of a text."""
         return self._filled(self.image_processor.tiles(image), self.sized(Size(*image.shape[:2])))
 
-    def all_sized(self, sizes: Sequence[Size]) -> list[Media]:
+    def all_sized(self, sizes: Sequence[Size]) -> list[PreparedMedia]:
         if not self._one_each(len(sizes)):
             return super().all_sized(sizes)
         for size in sizes:
             self.image_processor.require(size)
         return [self._placed(tile_places(self.config.image.encoder.grid), 1) for _ in sizes]
 
-    def images(self, images: Sequence[np.ndarray]) -> list[Media]:
+    def images(self, images: Sequence[np.ndarray]) -> list[PreparedMedia]:
         if not self._one_each(len(images)):
             return super().images(images)
         media = self._placed(tile_places(self.config.image.encoder.grid), 1)
@@ -169,21 +169,23 @@ class LlavaLayout(TileLayout):
         """Returns whether each image is one tile, as in LLaVA-OneVision for several images."""
         return self.config.family == ONEVISION and images != 1
 
-    def sized_video(self, size: Size, times: FrameTimes) -> Media:
+    def sized_video(self, size: Size, times: FrameTimes) -> PreparedMedia:
         self.frames.require(size)
         frames = len(times.seconds)
         return self._placed(video_places(frames, self.config.image.encoder.grid), frames, self.video_token)
 
-    def video(self, frames: np.ndarray, times: FrameTimes) -> Media:
+    def video(self, frames: np.ndarray, times: FrameTimes) -> PreparedMedia:
         """Prepares each frame as one tile, whose features are resized to half the sides."""
         tiles = np.stack([self.frames.prepare(frame) for frame in frames])
         return self._filled(tiles, self.sized_video(Size(*frames.shape[1:3]), times), self.frames)
 
-    def _placed(self, where: Places, count: int, token: int | None = None) -> Media:
+    def _placed(self, where: Places, count: int, token: int | None = None) -> PreparedMedia:
         tokens = np.full(len(where.places), self.image_token if token is None else token)
-        return Media({}, tokens, where.places, where.weights, count=count)
+        return PreparedMedia({}, tokens, where.places, where.weights, count=count)
 
-    def _filled(self, tiles: np.ndarray, media: Media, processor: ImageProcessor | None = None) -> Media:
+    def _filled(
+        self, tiles: np.ndarray, media: PreparedMedia, processor: ImageProcessor | None = None
+    ) -> PreparedMedia:
         processor, encoder = processor or self.image_processor, self.config.image.encoder
         return replace(media, arrays={"images": processor.for_encoder(tiles, encoder)})
 

@@ -3,30 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, is_dataclass, replace
-from functools import partial
+from dataclasses import dataclass, field, is_dataclass, replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from einops import rearrange
 from flax import linen as nn
 from flax import struct
 from flax.core import FrozenDict
 
 from mllm_jax.checkpoints.fields import field_value
 from mllm_jax.data.batch import ArraySpec, BatchSpec, target_spec, text_spec
-from mllm_jax.encoders.vit import select_layers
 from mllm_jax.errors import ConfigError
 from mllm_jax.layers.compute import WithCompute, within
 from mllm_jax.layers.head import HeadInputs
-from mllm_jax.layers.pixels import normalise_pixels
-from mllm_jax.models.branch import ARRAYS, KINDS, Branch, array_name
+from mllm_jax.models.branch import KINDS, Branch
 from mllm_jax.models.branch import Connection as Connection
+from mllm_jax.models.encodes import Encodes
 from mllm_jax.models.hidden import hide
-from mllm_jax.models.media_tokens import MediaTokens, placed, side_by_side
-from mllm_jax.models.sound_targets import Heard, sound_targets
-from mllm_jax.sharding.logical import constrain, part_of_model, split_sizes
+from mllm_jax.models.media_tokens import MediaTokens, placed
+from mllm_jax.models.output import KINDS as OUTPUT_KINDS
+from mllm_jax.models.output import Output, slots_of
+from mllm_jax.models.produces import Produces
+from mllm_jax.models.sound_targets import Heard
+from mllm_jax.sharding.logical import constrain
 
 
 @dataclass(frozen=True)
@@ -40,17 +40,20 @@ class MultimodalConfig(WithCompute):
         newline: whether a learned vector marks the end of each row of patches in the text (LLaVA-NeXT). Its index
             follows those of all media tokens in the batch's row.
         family: the Hugging Face architecture for writing it, or None.
+        outputs: an output branch for each modality that the model produces, such as {"image": Output(projector, ...)}.
     """
 
     inputs: Mapping[str, Branch]
     llm: Any
     newline: bool = False
     family: str | None = None
+    outputs: Mapping[str, Output] = field(default_factory=FrozenDict, kw_only=True)
 
     reads = ("image",)  # the modalities of a named model
 
     def __post_init__(self):
         object.__setattr__(self, "inputs", FrozenDict(self.inputs))
+        object.__setattr__(self, "outputs", FrozenDict(self.outputs))
         if self.family is not None and set(self.inputs) != set(self.reads):
             raise ConfigError(
                 f"{self.family} with inputs {sorted(self.inputs)}",
@@ -65,6 +68,22 @@ class MultimodalConfig(WithCompute):
                 "an LLM whose tokens see all tokens before them: a window counts hidden positions too",
                 "take another LLM, or a projector with a fixed number of media tokens",
             )
+        for modality in self.outputs:
+            self.output(modality).check(self.llm.hidden_size)
+
+    def output(self, modality: str) -> Output:
+        """Returns the output branch of a modality, with open widths filled in.
+
+        Raises:
+            ConfigError: the model does not produce this modality.
+        """
+        if modality not in self.outputs:
+            raise ConfigError(
+                f"{modality}s from a model that produces {', '.join(('text', *self.outputs))}",
+                f"an output branch outputs[{modality!r}]",
+                "take a model that produces them",
+            )
+        return self.outputs[modality].joined(self.llm.hidden_size, self.llm.vocab_size)
 
     def branch(self, modality: str) -> Branch:
         """Returns the branch of a modality, with the parts that it shares and with open widths filled in.
@@ -116,6 +135,7 @@ class MultimodalConfig(WithCompute):
         """Each part's config, with open fields filled in, by the name of its parameters, such as encoder_image."""
         own = [(kind, m) for kind in KINDS for m, b in self.inputs.items() if is_dataclass(getattr(b, kind))]
         found = {f"{kind}_{m}": getattr(self.branch(m), kind) for kind, m in own} | {"llm": self.llm}
+        found |= {name: part for m in self.outputs for name, part in self.output(m).parts(m).items()}
         return {name: within(part, self.compute) for name, part in found.items()}
 
     @property
@@ -161,13 +181,18 @@ class MultimodalConfig(WithCompute):
                 a medium of each modality.
         """
         branches = {modality: self.branch(modality) for modality in self.inputs}
+        produced = {slots_of(modality): modality for modality in self.outputs}
         if slots is None:
-            slots = {m: b.encoder.merge_unit if b.packed else 1 for m, b in branches.items()}
+            slots = {m: b.encoder.merge_unit if b.packed else 1 for m, b in branches.items()} | dict.fromkeys(
+                produced, 1
+            )
         spec = text_spec(rows, length, width=self.neighbours, axes=self.position_axes)
         if self.encoder_decoder:
             spec |= target_spec(rows, length)
         for modality, count in slots.items():
-            if count:
+            if count and modality in produced:
+                spec |= self.output(produced[modality]).batch_spec(produced[modality], rows, count)
+            elif count:
                 spec |= self.branch(modality).batch_spec(modality, rows, count)
         return spec
 
@@ -192,7 +217,8 @@ class MultimodalConfig(WithCompute):
             kinds = [kind for kind in KINDS if is_dataclass(getattr(branch, kind))]
             return replace(branch, **{kind: getattr(self.branch(modality), kind) for kind in kinds})
 
-        return replace(self, inputs={modality: own(modality, branch) for modality, branch in self.inputs.items()})
+        inputs = {modality: own(modality, branch) for modality, branch in self.inputs.items()}
+        return replace(self, inputs=inputs, outputs={modality: self.output(modality) for modality in self.outputs})
 
     def make(self) -> Multimodal:
         return Multimodal(self)
@@ -228,7 +254,7 @@ class _Read:
     last: jax.Array | None
 
 
-class Multimodal(nn.Module):
+class Multimodal(Encodes, Produces, nn.Module):
     """A module that maps a batch of packed rows to logits."""
 
     config: MultimodalConfig
@@ -236,102 +262,17 @@ class Multimodal(nn.Module):
     def setup(self):
         c = self.config
         made = {name: part.make() for name, part in c.parts.items()}
-        self.encoder, self.projector = (
-            {m: made[name] for m in c.inputs if (name := f"{kind}_{m}") in made} for kind in KINDS
-        )
+        # A mapping of submodules becomes parts with the names of both, such as encoder_image.
+        parts = {kind: {} for kind in (*KINDS, *OUTPUT_KINDS)}
+        for name, module in made.items():
+            kind = next((kind for kind in parts if name.startswith(f"{kind}_")), None)
+            if kind is not None:
+                parts[kind][name.removeprefix(f"{kind}_")] = module
+        self.encoder, self.projector, self.output_projector, self.generator = parts.values()
         self.llm = made["llm"]
         if c.newline:
             init = nn.with_logical_partitioning(nn.initializers.normal(0.02), ("embed",))
             self.newline = self.param("newline", init, (c.llm.hidden_size,), jnp.float32)
-
-    def encode_media(self, batch) -> MediaTokens | None:
-        """Encodes the media of a batch for the LLM; None if it has none.
-
-        Args:
-            batch: one of:
-                `images` uint8[B, M, H, W, 3], or float if they are normalised already, with `query_tokens` and
-                `query_segments` int[B, M, L] for a projector that reads text;
-                `sounds` float[B, M, ...], the encoder's inputs, with `masks` int[B, M, T] of their valid steps;
-                `features` dtype[B, M, P, E] of `encode_images`;
-                `patches` [B, N, D] with `patch_segments`, `patch_coordinates` and `patch_grids`, see `QwenViT`;
-                the same of another modality, with its name as a prefix, such as `video_images`;
-                `media` dtype[B, N, E], encoded before, with `media_mask` if they have a mask;
-                none of these.
-                With `answer_lengths` int[B, S], projectors that fire are trained, see `sound_targets`.
-        """
-        if "media" in batch:
-            return MediaTokens(batch["media"], mask=batch.get("media_mask"))
-        found, first = [], 0
-        for modality in self.config.inputs:
-            if (media := self._encode(modality, batch, first)) is not None:
-                found.append(media)
-                first += media.tokens.shape[1]
-        return side_by_side(found)
-
-    def _encode(self, modality: str, batch, first: int) -> MediaTokens | None:
-        """Encodes the media of one branch, whose first media token has the index `first`."""
-        here = {name: batch[key] for name in ARRAYS if (key := array_name(modality, name)) in batch}
-        if "patches" in here:
-            where = (here[f"patch_{name}"] for name in ("segments", "coordinates", "grids"))
-            out = self._part("encoder", modality)(here["patches"], *where)
-            return MediaTokens(out.pooler_output, out.deepstack_features)
-        given = next((name for name in ("features", "images", "sounds") if name in here), None)
-        if given is None:
-            return None
-        # Images are ordered so that each device has those of its own rows and slots.
-        sizes = dict(zip("rs", split_sizes(("batch", "slots"), here[given].shape[:2]), strict=True))
-        names = (given, "masks", "query_tokens", "query_segments")
-        flat = {n: rearrange(here[n], "(r b) (s m) ... -> (r s b m) ...", **sizes) for n in names if n in here}
-        features, mask = flat.pop(given), flat.pop("masks", None)
-        if given == "sounds":
-            features, mask = self._heard(features, mask, modality)
-        elif given == "images":
-            features = self._features(features, modality)
-        branch, slots = self.config.branch(modality), here[given].shape[1] // sizes["s"]
-        if branch.fires:
-            size = branch.projector.length(features.shape[1])
-            targets = sound_targets(batch, first, here[given].shape[1], size)
-            wanted = None if targets is None else rearrange(targets, "(r b) (s m) -> (r s b m)", **sizes)
-            fired = self._part("projector", modality)(features, mask, wanted)
-            apart = partial(rearrange, pattern="(r s b m) ... -> (r b) (s m) ...", m=slots, **sizes)
-            tokens, kept = (rearrange(apart(x), "b m t ... -> b (m t) ...") for x in (fired.tokens, fired.mask))
-            heard = Heard(*map(apart, (fired.fires, fired.mask.sum(axis=1), fired.quantity)), targets)
-            return MediaTokens(tokens, mask=kept, heard=(heard,))
-        media = features if branch.projects else self._part("projector", modality)(features, *flat.values())
-        return MediaTokens(rearrange(media, "(r s b m) t e -> (r b) (s m t) e", m=slots, **sizes))
-
-    def encode_images(self, batch):
-        """Returns the features dtype[B * M, P, E] that the projector reads, of `images` [B, M, H, W, 3]."""
-        return self._features(rearrange(batch["images"], "b m h w c -> (b m) h w c"))
-
-    def _features(self, images, modality: str = "image"):
-        """Encodes [N, H, W, 3] as dtype[N, P, E]."""
-        branch, encoder = self.config.branch(modality), self._part("encoder", modality)
-        pixels = normalise_pixels(images, branch.encoder) if images.dtype == jnp.uint8 else images
-        with part_of_model(encoder.name):
-            pixels = constrain(pixels, "batch", None, None, None)  # before the encoder's first layer, which is no block
-        chosen, keep = branch.connection.layers, branch.connection.class_token
-        if chosen is not None:
-            return select_layers(encoder(pixels, output_hidden_states=True), chosen, keep)
-        out = encoder(pixels)
-        return out.last_hidden_state if keep else out.last_hidden_state[:, out.class_tokens :]
-
-    def _heard(self, sounds, mask, modality: str):
-        """Encodes sounds [N, ...]: dtype[N, T, E], 0 for vectors after a sound's end, and bool[N, T] or None.
-
-        An empty slot is encoded as valid: a sum over nothing has no gradient. No text refers to it.
-        """
-        encoder, layers = self._part("encoder", modality), self.config.branch(modality).connection.layers
-        with part_of_model(encoder.name):
-            sounds = constrain(sounds, "batch", *[None] * (sounds.ndim - 1))
-        mask = jnp.where(mask.any(axis=-1, keepdims=True), mask, 1)
-        out = encoder(sounds, mask, output_hidden_states=layers is not None)
-        found = out.last_hidden_state if layers is None else select_layers(out, layers, True)
-        return (found if out.mask is None else jnp.where(out.mask[..., None], found, 0)), out.mask
-
-    def _part(self, kind: str, modality: str) -> nn.Module:
-        """Returns the module of a branch's part, its own or a shared one."""
-        return getattr(self, kind)[self.config._owner(kind, modality)]
 
     def merge(self, tokens, media, media_index, media_weights=None):
         """Puts media tokens at their positions in the text: a gather inside each row.
@@ -419,4 +360,4 @@ class Multimodal(nn.Module):
 
     def touch(self, batch):
         """Runs every part once, so that `init` creates all parameters."""
-        return self(batch)
+        return self(batch), *self.produced(batch)

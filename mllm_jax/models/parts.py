@@ -6,7 +6,7 @@ import importlib
 from collections.abc import Mapping
 from typing import Any
 
-from mllm_jax.checkpoints.architectures import AMONG, Architecture, find, llms_inside, of_type
+from mllm_jax.checkpoints.architectures import AMONG, Architecture, find, known, llms_inside, of_type
 from mllm_jax.checkpoints.config_options import named_as
 from mllm_jax.checkpoints.table import Family, Table
 from mllm_jax.errors import ConfigError
@@ -48,6 +48,16 @@ def write_llm(config: DecoderConfig, what: str) -> dict:
 def llm_table(config: DecoderConfig, what: str) -> Table:
     """Returns the decoder's weights, with the names of a folder of its own."""
     return family_of(_llm(config, what)).table(config)
+
+
+def family_of_part(part: Any) -> Family:
+    """Returns the family that reads and writes a part with this config."""
+    return family_of(known(part.family))
+
+
+def part_table(part: Any) -> Table:
+    """Returns a part's weights, with the names of a folder of its own."""
+    return family_of_part(part).table(part)
 
 
 def _llm(config: DecoderConfig, what: str) -> Architecture:

@@ -24,7 +24,7 @@ from mllm_jax.data.processing.encode import (
     require_answers,
 )
 from mllm_jax.data.processing.layouts import Layout, TextLayout
-from mllm_jax.data.processing.media import Encoded, Media
+from mllm_jax.data.processing.media import Encoded, PreparedMedia
 from mllm_jax.data.processing.video import with_sound
 from mllm_jax.data.tokenizer import tokenizer_in
 from mllm_jax.data.video import FIVE_FRAMES, FrameSampling
@@ -115,7 +115,7 @@ class Processor:
         if isinstance(config, LLMConfig):
             return cls(LanguageOnly(config), ChatTokenizer.load(folder), TextLayout(), system)
         tokenizer = tokenizer_in(folder)
-        layout = composed_layout(config, tokenizer, words, sampling, frame_time)
+        layout = composed_layout(config, tokenizer, words, sampling, frame_time, folder)
         return cls(config, tokenizer, layout, system)
 
     def of_composition(self, config: Any) -> Processor:
@@ -277,7 +277,7 @@ class Processor:
 
     def prompt(self, messages: Sequence[Message], *, plain: bool = False) -> Encoded:
         """Encodes a conversation that needs an answer; `plain`: its text alone, without a chat template."""
-        media = self.layout.prepare([part for message in messages for part in message.parts if _is_medium(part)])
+        media = self.encoder.media_of(messages, learned=False)
         media = [replace(m, arrays=dict(m.arrays)) for m in media]  # reads media here, so that bad ones are refused
         ids = self.encoder.text_ids(messages[0]) if plain else self._ids(messages)
         return self._asked(messages, ids, media)
@@ -303,7 +303,7 @@ class Processor:
             return [MEDIA[kinds[i]]() for i in ids if i in kinds]
         return [part for message in text for part in message.parts if _is_medium(part)]
 
-    def _asked(self, text: str | Sequence[Message], ids: list[int], media: Sequence[Media]) -> Encoded:
+    def _asked(self, text: str | Sequence[Message], ids: list[int], media: Sequence[PreparedMedia]) -> Encoded:
         written = text if isinstance(text, str) else text[-1].text
         row = self.encoder.lay_out(ids, media, f"a text ({written[:60]!r})")
         encoded = Encoded(row, np.zeros(len(row.tokens), np.float32), media)

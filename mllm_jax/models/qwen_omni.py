@@ -17,7 +17,7 @@ from mllm_jax.data.image_processors import ImageProcessor, read_image_processor
 from mllm_jax.data.image_steps import mismatch
 from mllm_jax.data.message import Audio, Image, Part, Video
 from mllm_jax.data.processing.audio import LogMel, read_audio_processor
-from mllm_jax.data.processing.media import TEXT, Collated, Lazy, Media, Row, collate_tiles
+from mllm_jax.data.processing.media import TEXT, Collated, Lazy, PreparedMedia, Row, collate_tiles
 from mllm_jax.data.processing.sounds import ARRAYS as SOUNDS
 from mllm_jax.data.processing.video import sound_of
 from mllm_jax.data.video import FrameSampling
@@ -126,7 +126,7 @@ class QwenOmniLayout(QwenVLLayout):
     def fingerprint(self) -> str:
         return repr([super().fingerprint(), self.audio_processor, self.hearing, self.config.timing])
 
-    def prepare_all(self, rows: Sequence[Sequence[Part]]) -> list[list[Media]]:
+    def prepare_all(self, rows: Sequence[Sequence[Part]]) -> list[list[PreparedMedia]]:
         """Prepares the media of several texts; of a sound only its length is read before its arrays are.
 
         Raises:
@@ -145,14 +145,14 @@ class QwenOmniLayout(QwenVLLayout):
             prepared.append(row)
         return prepared
 
-    def _sound_of(self, part: Part) -> Media | None:
+    def _sound_of(self, part: Part) -> PreparedMedia | None:
         """Returns a sound, also that of a video; None: there is none."""
         if isinstance(part, Image):
             return None
         part = sound_of(part) if isinstance(part, Video) else part
         return None if part is None else self._sound(part)
 
-    def _sound(self, part: Audio) -> Media:
+    def _sound(self, part: Audio) -> PreparedMedia:
         processor, encoder, steps_a_slot = self.audio_processor, self.hearing.encoder, self.hearing.inputs[-1]
         length = audio_length(part, processor.rate)
         if length > processor.chunk_samples:
@@ -179,7 +179,7 @@ class QwenOmniLayout(QwenVLLayout):
             return features.reshape(len(features), slots, steps_a_slot).swapaxes(0, 1)
 
         ids = np.full(tokens, self.audio_token)
-        return Media(Lazy(SOUNDS, read), ids, np.arange(tokens), count=slots, modality="audio")
+        return PreparedMedia(Lazy(SOUNDS, read), ids, np.arange(tokens), count=slots, modality="audio")
 
     def _features(self, samples: np.ndarray) -> np.ndarray:
         """Returns float32[mel, steps], the part of the processor's result for the sound itself.
@@ -191,7 +191,7 @@ class QwenOmniLayout(QwenVLLayout):
         padded = np.pad(samples, (0, more), constant_values=p.padding_value)
         return replace(p, padding="longest")([padded])[p.name][0][:, : p.steps(len(samples))]
 
-    def _together(self, video: Media, sound: Media) -> list[Media]:
+    def _together(self, video: PreparedMedia, sound: PreparedMedia) -> list[PreparedMedia]:
         """Returns a video whose tokens include those of its sound, and the sound."""
         chunks = interleaved(video, len(sound.tokens), self.config.timing)
         both = (video, sound)
@@ -208,7 +208,7 @@ class QwenOmniLayout(QwenVLLayout):
         )
         return [video, replace(sound, tokens=sound.tokens[:0], places=sound.places[:0], inside=True)]
 
-    def collate(self, rows: Sequence[Sequence[Media]], slots: Mapping[str, int] | None = None) -> Collated:
+    def collate(self, rows: Sequence[Sequence[PreparedMedia]], slots: Mapping[str, int] | None = None) -> Collated:
         """Collates images and videos into patches, and sounds into slots."""
         seen = super().collate([[m for m in row if m.modality != "audio"] for row in rows], slots)
         heard = [[m for m in row if m.modality == "audio"] for row in rows]
@@ -225,7 +225,7 @@ class QwenOmniLayout(QwenVLLayout):
             first.append([next(kinds[m.modality == "audio"]) for m in row])
         return Collated(arrays, first)
 
-    def positions(self, row: Row, media: Sequence[Media]) -> np.ndarray:
+    def positions(self, row: Row, media: Sequence[PreparedMedia]) -> np.ndarray:
         return tmrope_positions(row, media, self.config.timing)
 
 

@@ -20,7 +20,7 @@ from mllm_jax.data.image_steps import mismatch
 from mllm_jax.data.images import Size
 from mllm_jax.data.message import Image, Part
 from mllm_jax.data.processing.layouts import Layout
-from mllm_jax.data.processing.media import TEXT, Collated, Media, Row
+from mllm_jax.data.processing.media import TEXT, Collated, PreparedMedia, Row
 from mllm_jax.data.units import in_words
 from mllm_jax.data.video import FrameSampling, FrameTimes
 from mllm_jax.data.video_settings import QWEN2 as QWEN2_FRAMES
@@ -113,15 +113,15 @@ class QwenVLLayout(Layout):
         if self.needs_times and tokenizer is not None:
             self._edges = [_id_of(tokenizer, name) for name in ("<|vision_start|>", "<|vision_end|>")]
 
-    def sized(self, size: Size) -> Media:
+    def sized(self, size: Size) -> PreparedMedia:
         grid = self.image_processor.grid(1, *size)
         return self._placed(grid, np.full(math.prod(grid) // self.config.image.encoder.merge_unit, self.image_token))
 
-    def image(self, image: np.ndarray) -> Media:
+    def image(self, image: np.ndarray) -> PreparedMedia:
         patches, _ = self.image_processor.patches(image)
         return replace(self.sized(Size(*image.shape[:2])), arrays={"patches": patches})
 
-    def sized_video(self, size: Size, times: FrameTimes) -> Media:
+    def sized_video(self, size: Size, times: FrameTimes) -> PreparedMedia:
         count = len(times.seconds)
         grid = self._processor(count, size).grid(count, *size)
         tokens = math.prod(grid[1:]) // self.config.image.encoder.merge_unit
@@ -137,15 +137,15 @@ class QwenVLLayout(Layout):
             ids += [*written, begin, *[self.video_token] * tokens, end]
         return self._placed(grid, np.asarray(ids))
 
-    def video(self, frames: np.ndarray, times: FrameTimes) -> Media:
+    def video(self, frames: np.ndarray, times: FrameTimes) -> PreparedMedia:
         size = Size(*frames.shape[1:3])
         patches, _ = self._processor(len(frames), size).patches(*frames)
         return replace(self.sized_video(size, times), arrays={"patches": patches})
 
-    def _placed(self, grid: tuple[int, int, int], ids: np.ndarray) -> Media:
+    def _placed(self, grid: tuple[int, int, int], ids: np.ndarray) -> PreparedMedia:
         """Lays out ids with a merged patch at each placeholder of media."""
         here = (ids == self.image_token) | (ids == self.video_token)
-        return Media({}, ids, np.where(here, np.cumsum(here) - 1, TEXT), grid=grid, count=math.prod(grid))
+        return PreparedMedia({}, ids, np.where(here, np.cumsum(here) - 1, TEXT), grid=grid, count=math.prod(grid))
 
     def _pixels(self, part: Part, sizes: Sequence[Size]) -> int:
         if isinstance(part, Image):
@@ -156,7 +156,7 @@ class QwenVLLayout(Layout):
         """Returns the processor of the frames of a video."""
         return for_video(self.frames or self.image_processor, frames, size)
 
-    def collate(self, rows: Sequence[Sequence[Media]], slots: Mapping[str, int] | None = None) -> Collated:
+    def collate(self, rows: Sequence[Sequence[PreparedMedia]], slots: Mapping[str, int] | None = None) -> Collated:
         """Collates media into `slots` patches a row; None: the patches of the fullest row."""
         tower = self.config.image.encoder
         counts = [[len(m.arrays["patches"]) for m in row] for row in rows]
@@ -177,7 +177,7 @@ class QwenVLLayout(Layout):
         names = dict(segments=where.segments, coordinates=where.coordinates, grids=where.grids)
         return Collated({"patches": patches} | {f"patch_{name}": x for name, x in names.items()}, first)
 
-    def positions(self, row: Row, media: Sequence[Media]) -> np.ndarray:
+    def positions(self, row: Row, media: Sequence[PreparedMedia]) -> np.ndarray:
         tower = self.config.image.encoder
         return mrope_positions(row, media, tower.merge_size, tower.dialect.tokens_per_second)
 
@@ -201,7 +201,9 @@ def _id_of(tokenizer: ChatTokenizer, token: str) -> int:
     return number
 
 
-def mrope_positions(row: Row, media: Sequence[Media], merge_size: int, tokens_per_second: int | None) -> np.ndarray:
+def mrope_positions(
+    row: Row, media: Sequence[PreparedMedia], merge_size: int, tokens_per_second: int | None
+) -> np.ndarray:
     """Returns M-RoPE positions int[L, 3]: equal coordinates for text; time, height and width for an image or video.
 
     An image starts at the position after the text before it. The text after it continues at that start plus the longer

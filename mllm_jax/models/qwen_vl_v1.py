@@ -21,7 +21,7 @@ from mllm_jax.checkpoints.table import Table, Weight, beside, families, linear, 
 from mllm_jax.data.image_processors import ImageProcessor
 from mllm_jax.data.images import Size
 from mllm_jax.data.processing.layouts import TileLayout
-from mllm_jax.data.processing.media import TEXT, Media
+from mllm_jax.data.processing.media import TEXT, PreparedMedia
 from mllm_jax.encoders import qwen_vit_v1
 from mllm_jax.encoders.qwen_vit_v1 import NORM_EPS, QwenViTV1Config
 from mllm_jax.encoders.vit import VisionOutput
@@ -212,13 +212,13 @@ class QwenVLV1Layout(TileLayout):
         self.config, self.image_token, self.tokens_a_tile = config, config.image_start_id, config.media_tokens
         self.end, self.filling = config.image_start_id + 1, config.image_start_id + 2
 
-    def sized(self, size: Size) -> Media:
+    def sized(self, size: Size) -> PreparedMedia:
         self.image_processor.require(size)
         count = self.tokens_a_tile
         tokens = np.array([self.image_token, *[self.filling] * count, self.end])
-        return Media({}, tokens, np.array([TEXT, *range(count), TEXT]), count=1)
+        return PreparedMedia({}, tokens, np.array([TEXT, *range(count), TEXT]), count=1)
 
-    def image(self, image: np.ndarray) -> Media:
+    def image(self, image: np.ndarray) -> PreparedMedia:
         tile = self.image_processor.for_encoder(self.image_processor.prepare(image), self.config.image.encoder)
         return replace(self.sized(Size(*image.shape[:2])), arrays={"images": tile[None]})
 

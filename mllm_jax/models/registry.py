@@ -26,6 +26,7 @@ from mllm_jax.errors import CheckpointError, ConfigError
 from mllm_jax.layers.compute import with_compute
 from mllm_jax.models.companions import fitting
 from mllm_jax.models.parts import family_of as part_family
+from mllm_jax.models.pipelines import PipelineConfig, is_pipeline, read_parts, read_pipeline, write_pipeline
 from mllm_jax.models.reshape import reshaped, with_image_size
 from mllm_jax.sharding.cpu import prepare_cpu
 from mllm_jax.sharding.mesh import param_shardings
@@ -140,6 +141,8 @@ def read_pretrained(folder: str | Path | Component) -> tuple[Any, Family]:
     if not isinstance(folder, Component) and is_native(Path(folder)):
         config = read_native_config(Path(folder))
         return config, family_of_config(config)
+    if is_pipeline(folder):
+        return read_pipeline(Path(folder), read_pretrained)
     component = component_of(folder)
     hf_config = read_config(component)
     family = family_of_component(component, hf_config)
@@ -164,8 +167,8 @@ def from_pretrained(
     """Loads the module and the parameters of a folder: a Hugging Face one of any supported model, or a native one.
 
     Args:
-        folder: config.json with (sharded) safetensors, or a folder of `mllm convert`; or one component of a folder with
-            a model_index.json, see `mllm_jax.checkpoints.components.components_of`.
+        folder: config.json with (sharded) safetensors, or a folder of `mllm convert`; a pipeline's folder, with a
+            model_index.json, or one of its components, see `mllm_jax.checkpoints.components.components_of`.
         dtype: of the parameters and of the computation; None: that of the stored parameters, for the computation that
             of most of them.
         mesh: on which the parameters are sharded; None puts them on the default device.
@@ -190,6 +193,8 @@ def from_pretrained(
         params = read_native(Path(folder), abstract, mesh=mesh)
         if dtype is not None:
             params = jax.tree.map(lambda leaf: leaf.astype(dtype), params)
+    elif is_pipeline(folder):
+        params = read_parts(Path(folder), config, abstract, mesh=mesh, dtype=dtype, report=report)
     else:
         params = read_weights(
             component_of(folder), family.table(config), abstract, mesh=mesh, dtype=dtype, report=report
@@ -199,7 +204,10 @@ def from_pretrained(
         params = reshaped(params, placed(abstract, mesh), config)
     computed = _dtype_of(params)
     # float32 is the default: the config stays as the family reads it.
-    return with_compute(config, dtype=None if computed == "float32" else computed).make(), params
+    module = with_compute(config, dtype=None if computed == "float32" else computed).make()
+    if isinstance(config, PipelineConfig):
+        module = module.clone(companions=str(folder))
+    return module, params
 
 
 def placed(abstract: PyTree, mesh: jax.sharding.Mesh | None) -> PyTree:
@@ -225,7 +233,8 @@ def save_pretrained(
 
     Args:
         module: as `from_pretrained` returns it; its config names the architecture to write.
-        companions: a folder whose tokenizer, chat template and generation settings are copied.
+        companions: a folder whose tokenizer, chat template and generation settings are copied; None: for a pipeline
+            the folder that it was read from.
         max_shard_bytes: a larger model is split over several files with an index.
         dtype: of the stored parameters; None: that of each parameter.
         overwrite: whether to replace an existing model.
@@ -234,23 +243,20 @@ def save_pretrained(
         ConfigError: the module has no family.
         CheckpointError: the parameters are not this module's, the folder exists, or the disk is full.
     """
-    config = module.config
+    config, how = module.config, dict(max_shard_bytes=max_shard_bytes, dtype=dtype, overwrite=overwrite)
+    companions = None if companions is None else Path(companions)
+    if isinstance(config, PipelineConfig):
+        if companions is None and module.companions is not None:
+            companions = Path(module.companions)
+        write_pipeline(Path(folder), config, params, save_pretrained, companions=companions, **how)
+        return
     family = family_of_config(config)
     written = family.to_hf(config)
     target = new_component(folder, written)
     if target.stem != DIFFUSERS_STEM:  # diffusers takes the dtype of the tensors
         written |= {"torch_dtype": _dtype_of(params) if dtype is None else str(float_dtype(dtype))}
-    with fitting(config, None if companions is None else Path(companions)) as beside:
-        write_weights(
-            target,
-            family.table(config),
-            params,
-            config=written,
-            companions=beside,
-            max_shard_bytes=max_shard_bytes,
-            dtype=dtype,
-            overwrite=overwrite,
-        )
+    with fitting(config, companions) as beside:
+        write_weights(target, family.table(config), params, config=written, companions=beside, **how)
 
 
 def _dtype_of(params: PyTree) -> str:

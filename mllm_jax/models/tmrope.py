@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mllm_jax.data.processing.media import Media, Row
+from mllm_jax.data.processing.media import PreparedMedia, Row
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Timing:
     merge_size: int
 
 
-def interleaved(video: Media, sound_tokens: int, timing: Timing) -> list[tuple[int, slice]]:
+def interleaved(video: PreparedMedia, sound_tokens: int, timing: Timing) -> list[tuple[int, slice]]:
     """Returns the chunks of a video's and its sound's media tokens in the order of the text.
 
     Returns:
@@ -53,7 +53,7 @@ def _chunks(times: np.ndarray, size: int) -> list[slice]:
     return [*found, slice(start, len(times))]
 
 
-def tmrope_positions(row: Row, media: Sequence[Media], timing: Timing) -> np.ndarray:
+def tmrope_positions(row: Row, media: Sequence[PreparedMedia], timing: Timing) -> np.ndarray:
     """Returns positions int[L, 3]: time, height and width; equal for text and for sound by itself.
 
     After an image or a video, positions continue after its largest. A video with sound shares its first position with
@@ -84,7 +84,7 @@ def tmrope_positions(row: Row, media: Sequence[Media], timing: Timing) -> np.nda
     return positions
 
 
-def _grid(media: Media, timing: Timing) -> np.ndarray:
+def _grid(media: PreparedMedia, timing: Timing) -> np.ndarray:
     """Returns int[n, 3]: time, height and width of an image's or a video's media tokens, each from 0."""
     frames, height, width = media.grid
     sides = height // timing.merge_size, width // timing.merge_size

@@ -117,7 +117,7 @@ def model_flops(program: StageProgram) -> dict[str, PartFlops]:
 
     A frozen part counts for what it computes: its forward pass, and a backward pass if a trained part comes before it.
     """
-    parts = {part: part.partition("_")[0] for part in {*program.state.params, *program.frozen}}
+    parts = {part: part.rpartition("_")[0] or part for part in {*program.state.params, *program.frozen}}
     order = {part: (_ORDER.index(kind) if kind in _ORDER else 2, part) for part, kind in parts.items()}
     return program.flops_by_part(sorted(order, key=order.__getitem__))
 

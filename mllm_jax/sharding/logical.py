@@ -103,7 +103,7 @@ _part: ContextVar[str | None] = ContextVar("part_of_the_model", default=None)
 
 def table_of_part(part: str | None, parts: Sequence[PartRules] = ()) -> Table:
     """Returns the rules of a part such as encoder_image: those of its kind in `PARTS`, overridden by `parts`."""
-    kind, _, modality = (part or "").partition("_")
+    kind, _, modality = (part or "").rpartition("_")
     own = dict(PARTS.get(kind, {})) if modality not in ("", "text") else {}
     for rules in parts:
         own |= dict(rules.axes) if rules.part == part else {}

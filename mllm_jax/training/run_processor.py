@@ -9,12 +9,14 @@ from typing import Any
 
 from mllm_jax.checkpoints.description import describe
 from mllm_jax.checkpoints.run import RunFolder
-from mllm_jax.data.chat_tokenizer import PROCESSORS_TEMPLATE
+from mllm_jax.data.chat_tokenizer import PROCESSORS_TEMPLATE, ChatTokenizer
 from mllm_jax.data.image_settings import SETTINGS, has_settings
 from mllm_jax.data.pipeline import training_texts
 from mllm_jax.data.tokenizer import TEMPLATE, Tokenizer
 from mllm_jax.errors import ConfigError
 from mllm_jax.models.companions import copy_for
+from mllm_jax.models.multimodal import MultimodalConfig
+from mllm_jax.models.output import captions_folder, names_of_signals
 from mllm_jax.models.processor import Processor
 from mllm_jax.models.registry import save_pretrained
 from mllm_jax.models.run_weights import load_run
@@ -67,12 +69,17 @@ def _write(experiment: Experiment, run: RunFolder) -> None:
         own_tokenizer_of(experiment, source).save(temporary)
     else:
         copy_for(model, Path(config.folder), temporary)
+        if signals := _signals(experiment):
+            tokenizer = ChatTokenizer.load(temporary)
+            tokenizer.backend.add_special_tokens({"additional_special_tokens": list(signals)}, False)
+            tokenizer.save(temporary)
         if named and not has_settings(temporary):
             _require_no_settings(model, temporary, config.folder)
     if config.template is not None:
         # The exported model has the template that it was trained with.
         (temporary / PROCESSORS_TEMPLATE).unlink(missing_ok=True)
         (temporary / TEMPLATE).write_text(config.template, "utf-8")
+    _copy_caption_tokenizers(experiment, temporary)
     temporary.rename(run.processor_folder)
 
 
@@ -95,7 +102,22 @@ def _tokenizer(experiment: Experiment) -> Tokenizer:
         return Tokenizer.load(Path(config.path))
     sources = {repr(describe(w.source)): w.source for stage in experiment.stages for w in stage.data.sources}
     built = [source.build() for _, source in sorted(sources.items())]
-    return Tokenizer.train(training_texts(built), experiment.vocab_size, config.phrases)
+    return Tokenizer.train(training_texts(built), experiment.vocab_size, config.phrases, _signals(experiment))
+
+
+def _signals(experiment: Experiment) -> tuple[str, ...]:
+    """Returns the special tokens of the media that the experiment's model produces."""
+    model = experiment.model_of()
+    found = names_of_signals(model) if isinstance(model, MultimodalConfig) else {}
+    return tuple(name for names in found.values() for name in names)
+
+
+def _copy_caption_tokenizers(experiment: Experiment, target: Path) -> None:
+    """Copies the tokenizers of generators' text encoders into the folder of the run's own."""
+    model = experiment.model_of()
+    for modality, output in model.outputs.items() if isinstance(model, MultimodalConfig) else ():
+        if output.tokenizer is not None:
+            ChatTokenizer.load(output.tokenizer).save(captions_folder(target, modality))
 
 
 def export_run(run: RunFolder, target: Path, *, dtype: Any = None, overwrite: bool = False) -> None:

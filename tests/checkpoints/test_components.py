@@ -210,10 +210,10 @@ def test_components_that_are_missing_are_all_listed(pipeline):
 
 
 def test_a_class_that_nobody_reads_is_refused_and_the_others_are_read(pipeline):
-    index(pipeline, vision=["diffusers", "UNet2DConditionModel"])
+    index(pipeline, vision=["diffusers", "Kandinsky3UNet"])
     vision, _, text = components_of(pipeline)
     given = refused(from_pretrained, vision, kind=ConfigError)
-    assert "vision: a component of class 'UNet2DConditionModel'" in given and "read the other components" in given
+    assert "vision: a component of class 'Kandinsky3UNet'" in given and "read the other components" in given
     assert identical(from_pretrained(text)[1], PARAMS["text_encoder"])
 
 

@@ -16,7 +16,7 @@ from mllm_jax.data.images import Drawn, Size, decode_image, image_size
 from mllm_jax.data.message import Example, Image, Message, Text, Video
 from mllm_jax.data.processing.composed import ComposedLayout, ImageTokens
 from mllm_jax.data.processing.layouts import Layout
-from mllm_jax.data.processing.media import Media
+from mllm_jax.data.processing.media import PreparedMedia
 from mllm_jax.data.source_encoder import without_pixels
 from mllm_jax.encoders.qwen_vit import QwenViTConfig
 from mllm_jax.encoders.vit import ViTConfig, ViTDialect
@@ -53,9 +53,9 @@ class Own(Layout):
 
     image_token = 1
 
-    def image(self, image: np.ndarray) -> Media:
+    def image(self, image: np.ndarray) -> PreparedMedia:
         count = image.shape[0] // 4 + 1
-        return Media({"images": np.zeros((count, 2, 2, 3))}, np.full(count, 1), np.arange(count))
+        return PreparedMedia({"images": np.zeros((count, 2, 2, 3))}, np.full(count, 1), np.arange(count))
 
 
 def layouts() -> dict[str, Layout]:
@@ -74,7 +74,7 @@ def layouts() -> dict[str, Layout]:
 SIZES = ((12, 12), (7, 40), (40, 7), (30, 31), (100, 64), (1, 3))
 
 
-def same(found: Media, pixels: Media) -> None:
+def same(found: PreparedMedia, pixels: PreparedMedia) -> None:
     assert found.slots == pixels.slots and found.modality == pixels.modality
     assert (found.grid, found.seconds) == (pixels.grid, pixels.seconds)
     np.testing.assert_array_equal(found.tokens, pixels.tokens)

@@ -189,7 +189,7 @@ def _processor(settings: dict) -> Any:
     from mllm_jax.data.chat_tokenizer import ChatTokenizer
     from mllm_jax.data.image_processors import image_processor
     from mllm_jax.data.processing.layouts import TileLayout
-    from mllm_jax.data.processing.media import Media
+    from mllm_jax.data.processing.media import PreparedMedia
     from mllm_jax.data.video import FrameTimes
     from mllm_jax.models.processor import Processor
 
@@ -199,13 +199,13 @@ def _processor(settings: dict) -> Any:
         image_token, video_token, tokens_a_tile = 1, 2, 1
         image_processor = frames = read
 
-        def image(self, image: np.ndarray) -> Media:
+        def image(self, image: np.ndarray) -> PreparedMedia:
             tiles = self.image_processor.tiles(image)
-            return Media({"images": tiles}, np.full(len(tiles), 1), np.arange(len(tiles)))
+            return PreparedMedia({"images": tiles}, np.full(len(tiles), 1), np.arange(len(tiles)))
 
-        def video(self, frames: np.ndarray, times: FrameTimes) -> Media:
+        def video(self, frames: np.ndarray, times: FrameTimes) -> PreparedMedia:
             tiles = np.stack([self.frames.prepare(frame) for frame in frames])
-            return Media({"images": tiles}, np.full(len(tiles), 2), np.arange(len(tiles)))
+            return PreparedMedia({"images": tiles}, np.full(len(tiles), 2), np.arange(len(tiles)))
 
     backend = Tokenizer(models.WordLevel({"a": 0, "<image>": 1, "<video>": 2}, unk_token="a"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()

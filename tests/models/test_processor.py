@@ -18,7 +18,7 @@ from mllm_jax.data import pixels
 from mllm_jax.data.chat_tokenizer import ChatTokenizer
 from mllm_jax.data.image_steps import ImageProcessor
 from mllm_jax.data.processing.layouts import TileLayout
-from mllm_jax.data.processing.media import NEWLINE, Media
+from mllm_jax.data.processing.media import NEWLINE, PreparedMedia
 from mllm_jax.encoders.vit import ViTConfig
 from mllm_jax.errors import DataError
 from mllm_jax.llms.decoder import DecoderConfig
@@ -80,12 +80,12 @@ class TwoTiles(TileLayout):
     def image(self, image):
         halves = np.split(np.asarray(Image.fromarray(image).resize((16, 8))), 2, axis=1)
         places = np.array([0, 1, 2, 3, NEWLINE, 4, 5, 6, 7])
-        return Media({"images": np.stack(halves)}, np.full(9, self.image_token), places)
+        return PreparedMedia({"images": np.stack(halves)}, np.full(9, self.image_token), places)
 
     def video(self, frames, times):
         tile = np.asarray(Image.fromarray(frames.mean(axis=0).astype(np.uint8)).resize((8, 8)))
         places, weights = np.array([[0, 1], [2, 3]]), np.array([[0.25, 0.75], [0.5, 0.5]], np.float32)
-        return Media({"images": tile[None]}, np.full(2, self.video_token), places, weights)
+        return PreparedMedia({"images": tile[None]}, np.full(2, self.video_token), places, weights)
 
 
 def word_tokenizer(template: str = TEMPLATE) -> ChatTokenizer:

@@ -13,7 +13,7 @@ import torch
 import transformers
 from flax import linen as nn
 
-from mllm_jax.data.processing.media import Media, Row
+from mllm_jax.data.processing.media import PreparedMedia, Row
 from mllm_jax.models import qwen_vl
 from mllm_jax.models.qwen_vl import mrope_positions
 from mllm_jax.models.registry import abstract_params, family_of_config
@@ -83,7 +83,7 @@ def test_old_flat_folders_say_the_same():
 def test_text_goes_on_by_the_longer_side_and_time_by_the_second():
     def media(grid, seconds=None):
         size = math.prod(grid) // 4
-        return Media({}, np.zeros(size), np.arange(size), grid=grid, seconds=seconds)
+        return PreparedMedia({}, np.zeros(size), np.arange(size), grid=grid, seconds=seconds)
 
     shown = [media((1, 4, 6)), media((3, 2, 2), seconds=1.0)]
     owners = np.array([-1, -1, *[0] * 6, -1, *[1] * 3, -1])

@@ -44,7 +44,7 @@ from transformers.models.qwen2_5_omni.processing_qwen2_5_omni import Qwen2_5Omni
 
 from mllm_jax import Processor, from_pretrained, save_pretrained
 from mllm_jax.data.message import Audio, Video
-from mllm_jax.data.processing.media import Media, lay_out_row
+from mllm_jax.data.processing.media import PreparedMedia, lay_out_row
 from mllm_jax.errors import DataError
 from mllm_jax.generation.generate import complete
 from mllm_jax.models.qwen_omni import FAMILIES, QwenOmniLayout
@@ -243,8 +243,8 @@ def test_interleaving_and_positions_of_every_length(steps, chunk):
     seen = set()
     for fps, grid, mel in product((0.4, 1.0, 2.0, 3.0, 8.0), ((1, 4, 6), (3, 2, 2), (5, 4, 4)), (3, 100, 441, 1023)):
         count, seconds, patches = (mel + 1) // 4, 2 / fps, np.prod(grid) // 4
-        video = Media({}, np.full(patches, VIDEO), np.arange(patches), grid=grid, seconds=seconds)
-        sound = Media({}, np.full(count, AUDIO_ID), np.arange(count), modality="audio")
+        video = PreparedMedia({}, np.full(patches, VIDEO), np.arange(patches), grid=grid, seconds=seconds)
+        sound = PreparedMedia({}, np.full(count, AUDIO_ID), np.arange(count), modality="audio")
         text = [3, VISION_START, VIDEO, VISION_END, 4, 5]
         row = lay_out_row(text, layout._together(video, sound), [VIDEO, AUDIO_ID], "a text")
         written = Qwen2_5OmniProcessor.replace_video_with_audio_token(

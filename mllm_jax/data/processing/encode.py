@@ -14,7 +14,7 @@ import numpy as np
 from mllm_jax.data.chat_template import parted
 from mllm_jax.data.message import Example, Message, Part, Text
 from mllm_jax.data.processing.layouts import Layout
-from mllm_jax.data.processing.media import TEXT, Encoded, Media, Row, lay_out_row, one_of
+from mllm_jax.data.processing.media import TEXT, Encoded, PreparedMedia, Row, each_placed, lay_out_row, one_of
 from mllm_jax.data.units import in_words
 from mllm_jax.errors import ConfigError, DataError
 
@@ -148,7 +148,17 @@ class ExampleEncoder:
                 pieces += [self._marks[self.kind_of(part)] for part in parts]
         return self.tokenizer.encode("".join(pieces))
 
-    def lay_out(self, ids: Sequence[int], media: Sequence[Media], what: str) -> Row:
+    def media_of(self, messages: Sequence[Message], learned: bool = True) -> list[PreparedMedia]:
+        """Prepares the media of a conversation in order; those of answers may be media that the model produces.
+
+        Args:
+            learned: whether the model learns from the answers.
+        """
+        parts = [(message.role, part) for message in messages for part in message.parts if not isinstance(part, Text)]
+        answered = self.layout.answered
+        return self.layout.prepare([answered(part, learned) if role == "assistant" else part for role, part in parts])
+
+    def lay_out(self, ids: Sequence[int], media: Sequence[PreparedMedia], what: str) -> Row:
         """Puts media tokens into a text at the positions of its media; `what` names it in a DataError."""
         return lay_out_row(self.layout.arrange(list(ids), len(media)), media, self.placeholders, what)
 
@@ -174,9 +184,10 @@ def encode_turns(encoder: ExampleEncoder, example: Example, max_length: int, lea
     require_answers(example.messages)
     messages = encoder.with_system(example.messages)
     answers = [i for i, message in enumerate(messages) if message.role == "assistant"]
-    media, shown = encoder.layout.prepare(example.media), encoder.shown(messages)
+    media, shown = encoder.media_of(example.messages), encoder.shown(messages)
     for kept in range(len(answers), 0, -1):
         ids = encoder.ids_of_shown(shown[: answers[kept - 1] + 1], add_generation_prompt=False)
+        media = media[: sum(not isinstance(part, Text) for m in messages[: answers[kept - 1] + 1] for part in m.parts)]
         _end(
             encoder, ids, 0, len(ids)
         )  # a template without an end token may also leave out media: refuse the missing end first
@@ -196,7 +207,7 @@ def encode_turns(encoder: ExampleEncoder, example: Example, max_length: int, lea
         weights[(1 if learn == "all" else start) : end] = 1
         if following < len(ids) and known is None:
             _require_kept(encoder, shown[: i + 1], ids, end)
-    return Encoded(row, _spread(encoder, ids, row, weights), media, dropped_turns=len(answers) - kept)
+    return Encoded(row, _spread(encoder, ids, row, media, weights), media, dropped_turns=len(answers) - kept)
 
 
 def encode_answer(encoder: ExampleEncoder, example: Example, max_length: int, start_id: int, end_id: int) -> Encoded:
@@ -232,7 +243,7 @@ def encode_text(encoder: ExampleEncoder, example: Example, max_length: int, lear
     row = encoder.lay_out(ids, media, "a conversation")
     if len(row.tokens) > max_length:
         raise _too_long("a caption", row, media, f"{max_length} tokens")
-    return Encoded(row, _spread(encoder, ids, row, weights), media)
+    return Encoded(row, _spread(encoder, ids, row, media, weights), media)
 
 
 def encode_captions(encoder: ExampleEncoder, example: Example, max_length: int, most: int, regions: int) -> Encoded:
@@ -281,7 +292,7 @@ def require_answers(messages: Sequence[Message]) -> int:
     """Returns the number of answers. Raises DataError: none, one without text, or messages after the last."""
     answers = [i for i, message in enumerate(messages) if message.role == "assistant"]
     for i in answers:
-        if not messages[i].text.strip():
+        if not messages[i].text.strip() and all(isinstance(part, Text) for part in messages[i].parts):
             question = messages[i - 1].text if i else ""
             raise DataError(f"an empty answer to {question[:60]!r}", "an answer with text", "drop or correct it")
     if not answers or answers[-1] != len(messages) - 1:
@@ -293,7 +304,7 @@ def require_answers(messages: Sequence[Message]) -> int:
     return len(answers)
 
 
-def _too_long(what: str, row: Row, media: Sequence[Media], most: str, more: str = "") -> DataError:
+def _too_long(what: str, row: Row, media: Sequence[PreparedMedia], most: str, more: str = "") -> DataError:
     kinds = Counter(medium.modality for medium in media)
     fewer = ", or give it fewer or smaller " + " and ".join(f"{kind}s" for kind in kinds) if kinds else ""
     return DataError(
@@ -346,8 +357,14 @@ def _end(encoder: ExampleEncoder, ids: list[int], start: int, following: int) ->
     return first + 1
 
 
-def _spread(encoder: ExampleEncoder, ids: Sequence[int], row: Row, weights: np.ndarray) -> np.ndarray:
-    """Spreads the loss weights of a text over a row, in which media carry none."""
+def _spread(
+    encoder: ExampleEncoder, ids: Sequence[int], row: Row, media: Sequence[PreparedMedia], weights: np.ndarray
+) -> np.ndarray:
+    """Spreads the loss weights of a text over a row, in which media carry none, unless the model produces them."""
+    placed = one_of(np.asarray(ids), encoder.placeholders)
     spread = np.zeros(len(row.tokens), np.float32)
-    spread[row.owners < 0] = weights[~one_of(np.asarray(ids), encoder.placeholders)]
+    spread[row.owners < 0] = weights[~placed]
+    for (number, medium), weight in zip(each_placed(media), weights[placed], strict=True):
+        if medium.carried is not None:
+            spread[row.owners == number] = weight * medium.carried
     return spread

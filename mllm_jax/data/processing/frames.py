@@ -9,7 +9,7 @@ import numpy as np
 
 from mllm_jax.data.message import Video
 from mllm_jax.data.processing.composed import fitted
-from mllm_jax.data.processing.media import TEXT, Lazy, Media
+from mllm_jax.data.processing.media import TEXT, Lazy, PreparedMedia
 from mllm_jax.data.processing.video import frame_times, frames_of, sampling_of
 from mllm_jax.data.video import FIVE_FRAMES, FrameSampling, FrameTimes, measure_video
 from mllm_jax.errors import ConfigError
@@ -48,7 +48,7 @@ class FrameTokens:
         if not right:
             raise ConfigError(f"a frame's time as {self.time!r}", 'a format of the seconds, "{:.1f} s"', "change it")
 
-    def media(self, part: Video, token: int) -> Media:
+    def media(self, part: Video, token: int) -> PreparedMedia:
         """Returns a video, whose frames are decoded when they are read.
 
         Args:
@@ -63,7 +63,7 @@ class FrameTokens:
             tokens += [*ids, *[token] * self.tokens]
             places += [*[TEXT] * len(ids), *range(number * self.tokens, (number + 1) * self.tokens)]
         arrays = Lazy((ARRAY,), lambda _: np.stack(frames_of(part, self.sampling, self.fitted)[0]))
-        return Media(arrays, np.asarray(tokens), np.asarray(places), count=len(before), modality="video")
+        return PreparedMedia(arrays, np.asarray(tokens), np.asarray(places), count=len(before), modality="video")
 
     def _times(self, part: Video) -> Sequence[float]:
         """Returns the seconds of each frame; for a fixed number of frames without times in the text, only as many."""

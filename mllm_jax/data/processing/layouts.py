@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 
@@ -14,7 +15,7 @@ from mllm_jax.data.image_steps import ImageProcessor
 from mllm_jax.data.images import Size, as_image
 from mllm_jax.data.message import Image, Part, Video
 from mllm_jax.data.pixels import require_call
-from mllm_jax.data.processing.media import Collated, Media, Row, collate_tiles
+from mllm_jax.data.processing.media import Collated, PreparedMedia, Row, collate_tiles
 from mllm_jax.data.processing.video import frame_times, frames_of
 from mllm_jax.data.video import FIVE_FRAMES, FrameSampling, FrameTimes
 from mllm_jax.errors import DataError
@@ -66,38 +67,46 @@ class Layout:
         """Returns a text that differs if the rows of two layouts for one model would."""
         return repr([self.image_processor, self.frames, self.sampling])
 
-    def image(self, image: np.ndarray) -> Media:
+    def image(self, image: np.ndarray) -> PreparedMedia:
         """Prepares a decoded image uint8[H, W, 3]."""
         raise DataError("an image", "text: the model reads no images", "leave it out")
 
-    def images(self, images: Sequence[np.ndarray]) -> list[Media]:
+    def images(self, images: Sequence[np.ndarray]) -> list[PreparedMedia]:
         """Prepares the images of one text; some models prepare a single image differently."""
         return [self.image(image) for image in images]
 
-    def video(self, frames: np.ndarray, times: FrameTimes) -> Media:
+    def video(self, frames: np.ndarray, times: FrameTimes) -> PreparedMedia:
         """Prepares uint8[F, H, W, 3], the frames for the model, which are shown at these times."""
         raise DataError(f"a video of {len(frames)} frames", "images: the model reads no video", "leave it out")
 
-    def sized(self, size: Size) -> Media:
+    def sized(self, size: Size) -> PreparedMedia:
         """Returns the result of `image` for an image of a size, without its arrays.
 
         The default prepares a black image.
         """
         return _without_arrays(self.image(np.zeros((*size, 3), np.uint8)))
 
-    def all_sized(self, sizes: Sequence[Size]) -> list[Media]:
+    def all_sized(self, sizes: Sequence[Size]) -> list[PreparedMedia]:
         """Returns the result of `images` for images of these sizes, without their arrays."""
         return [self.sized(size) for size in sizes]
 
-    def sized_video(self, size: Size, times: FrameTimes) -> Media:
+    def sized_video(self, size: Size, times: FrameTimes) -> PreparedMedia:
         """Returns the result of `video` for frames of a size, without its arrays; the default prepares black frames."""
         return _without_arrays(self.video(np.zeros((len(times.seconds), *size, 3), np.uint8), times))
 
-    def prepare(self, parts: Sequence[Part]) -> list[Media]:
+    def answered(self, part: Part, learned: bool = True) -> Any:
+        """Returns a medium of an answer as `prepare` takes it; models that produce none read it like a question's.
+
+        Args:
+            learned: whether the model learns from it; False: it is part of a prompt.
+        """
+        return part
+
+    def prepare(self, parts: Sequence[Part]) -> list[PreparedMedia]:
         """Prepares the media of one text, in order; raises the same as `prepare_all`."""
         return self.prepare_all([parts])[0]
 
-    def prepare_all(self, rows: Sequence[Sequence[Part]]) -> list[list[Media]]:
+    def prepare_all(self, rows: Sequence[Sequence[Part]]) -> list[list[PreparedMedia]]:
         """Prepares the media of several texts. If all sources of a text are a `Size`, it decodes and makes no arrays.
 
         Raises:
@@ -119,7 +128,7 @@ class Layout:
             )
         return prepared
 
-    def _from_sizes(self, parts: Sequence[Part], sizes: Sequence[Sequence[Size]]) -> list[Media]:
+    def _from_sizes(self, parts: Sequence[Part], sizes: Sequence[Sequence[Size]]) -> list[PreparedMedia]:
         """Returns the media of one text from the sizes of its images and frames."""
         require_call(sum(math.prod(size) for each in sizes for size in each), "images and frames of one text")
         require_call(sum(map(self._pixels, parts, sizes)), "prepared images and frames")
@@ -138,7 +147,7 @@ class Layout:
                 "a video with use_audio_in_video", "a video alone: the model does not hear its sound", "leave it out"
             )
 
-    def _video(self, frames: Sequence[np.ndarray], times: FrameTimes) -> Media:
+    def _video(self, frames: Sequence[np.ndarray], times: FrameTimes) -> PreparedMedia:
         _only([frame.shape for frame in frames])
         return self.video(np.stack(frames), times)
 
@@ -160,7 +169,7 @@ class Layout:
         """Removes the names of images, for models whose texts have names after placeholders."""
         return list(ids)
 
-    def collate(self, rows: Sequence[Sequence[Media]], slots: Mapping[str, int] | None = None) -> Collated:
+    def collate(self, rows: Sequence[Sequence[PreparedMedia]], slots: Mapping[str, int] | None = None) -> Collated:
         """Collates the media of a batch as arrays with one shape for every row; none if the model reads no media."""
         return Collated({}, [[] for _ in rows])
 
@@ -176,7 +185,7 @@ class Layout:
         """
         return np.zeros(0, np.int32)
 
-    def positions(self, row: Row, media: Sequence[Media]) -> np.ndarray:
+    def positions(self, row: Row, media: Sequence[PreparedMedia]) -> np.ndarray:
         """Returns the positions int[n] of a row's tokens, or int[n, 3] for M-RoPE."""
         return np.arange(len(row.tokens), dtype=np.int32)
 
@@ -186,7 +195,7 @@ class TextLayout(Layout):
 
     flattens = True
 
-    def prepare_all(self, rows: Sequence[Sequence[Part]]) -> list[list[Media]]:
+    def prepare_all(self, rows: Sequence[Sequence[Part]]) -> list[list[PreparedMedia]]:
         if media := [part for parts in rows for part in parts]:
             raise DataError(
                 f"{len(media)} {type(media[0]).__name__.lower()}(s) for a language model",
@@ -205,7 +214,7 @@ class TileLayout(Layout):
     def _blank(self) -> Mapping[str, np.ndarray]:
         return dict(self.image(np.zeros((32, 32, 3), np.uint8)).arrays)
 
-    def collate(self, rows: Sequence[Sequence[Media]], slots: Mapping[str, int] | None = None) -> Collated:
+    def collate(self, rows: Sequence[Sequence[PreparedMedia]], slots: Mapping[str, int] | None = None) -> Collated:
         count = None if slots is None else slots.get("image", 0)
         collated = collate_tiles(rows, self.tokens_a_tile, count, self.unit)
         if count and not collated.arrays:
@@ -236,7 +245,7 @@ def _only(sizes: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
     return sizes[0]
 
 
-def _without_arrays(media: Media) -> Media:
+def _without_arrays(media: PreparedMedia) -> PreparedMedia:
     return replace(media, arrays={}, count=media.slots)
 
 

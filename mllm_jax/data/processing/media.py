@@ -15,7 +15,7 @@ TEXT, NEWLINE = -1, -2  # values of a place that are not the index of a media to
 
 
 @dataclass(frozen=True)
-class Media:
+class PreparedMedia:
     """One prepared image, video or sound.
 
     Attributes:
@@ -31,6 +31,9 @@ class Media:
         owners: int[L], for a medium whose tokens include those of the next one in the list: 0 for its own and for text,
             1 for the next one's; None: all are its own.
         inside: its tokens are among those of the medium before it; it has no placeholder in the text.
+        carried: float[L], the loss weights of its tokens in an answer; None: they carry no loss.
+        signals: int[N], indices among its tokens of those whose hidden states an output projector reads; None: it is
+            no medium to produce.
     """
 
     arrays: Mapping[str, np.ndarray]
@@ -43,6 +46,8 @@ class Media:
     modality: str = "image"
     owners: np.ndarray | None = None
     inside: bool = False
+    carried: np.ndarray | None = None
+    signals: np.ndarray | None = None
 
     @property
     def slots(self) -> int:
@@ -113,7 +118,7 @@ class Row:
 
 
 def collate_tiles(
-    rows: Sequence[Sequence[Media]],
+    rows: Sequence[Sequence[PreparedMedia]],
     tokens_a_tile: int,
     slots: int | None = None,
     unit: str = "tile",
@@ -151,7 +156,7 @@ def collate_tiles(
     return Collated(arrays, first, slots * tokens_a_tile)
 
 
-def lay_out_row(ids: Sequence[int], media: Sequence[Media], placeholders: Sequence[int], what: str) -> Row:
+def lay_out_row(ids: Sequence[int], media: Sequence[PreparedMedia], placeholders: Sequence[int], what: str) -> Row:
     """Replaces the placeholder of each image or video by its tokens.
 
     Args:
@@ -164,7 +169,7 @@ def lay_out_row(ids: Sequence[int], media: Sequence[Media], placeholders: Sequen
     """
     ids = np.asarray(ids, np.int64)
     where = np.flatnonzero(one_of(ids, placeholders))
-    placed = [(number, m) for number, m in enumerate(media) if not m.inside]
+    placed = each_placed(media)
     if len(where) != len(placed):
         raise DataError(
             f"{what} with {len(where)} placeholder(s) for media, and {len(placed)} of them",
@@ -180,6 +185,11 @@ def lay_out_row(ids: Sequence[int], media: Sequence[Media], placeholders: Sequen
     return Row(*(np.concatenate(parts) for parts in zip(*pieces, strict=True)))
 
 
+def each_placed(media: Sequence[PreparedMedia]) -> list[tuple[int, PreparedMedia]]:
+    """Returns the index and the medium of each that has a placeholder in the text."""
+    return [(number, m) for number, m in enumerate(media) if not m.inside]
+
+
 def one_of(ids: np.ndarray, tokens: Sequence[int]) -> np.ndarray:
     """Returns bool[n]: True for ids among `tokens`."""
     found = np.zeros(len(ids), bool)
@@ -193,7 +203,7 @@ def _text(ids: np.ndarray, width: int) -> tuple[np.ndarray, ...]:
     return ids, places, np.zeros(places.shape, np.float32), np.full(len(ids), -1, np.int64)
 
 
-def _medium(media: Media, number: int, width: int) -> tuple[np.ndarray, ...]:
+def _medium(media: PreparedMedia, number: int, width: int) -> tuple[np.ndarray, ...]:
     places = media.places if media.places.ndim == 2 else media.places[:, None]
     weights = np.ones(places.shape, np.float32) if media.weights is None else media.weights
     # Sums of fewer media tokens repeat the first one with weight 0.
@@ -220,7 +230,7 @@ class Encoded:
 
     row: Row
     loss_weights: np.ndarray
-    media: Sequence[Media] = ()
+    media: Sequence[PreparedMedia] = ()
     segments: np.ndarray | None = None
     dropped_turns: int = 0
     target: np.ndarray | None = None

@@ -10,7 +10,7 @@ import numpy as np
 from mllm_jax.data.audio import as_audio, audio_length
 from mllm_jax.data.message import Audio
 from mllm_jax.data.processing.audio import AudioProcessor
-from mllm_jax.data.processing.media import Lazy, Media
+from mllm_jax.data.processing.media import Lazy, PreparedMedia
 from mllm_jax.errors import DataError
 
 ARRAYS = SOUNDS, MASKS = "audio_sounds", "audio_masks"  # in a batch
@@ -46,7 +46,7 @@ class SoundTokens:
     def fingerprint(self) -> str:
         return repr([self.processor, self.samples, self.inputs, self.tokens])
 
-    def media(self, part: Audio, token: int) -> Media:
+    def media(self, part: Audio, token: int) -> PreparedMedia:
         """Returns a sound, which is decoded when its arrays are read; its media tokens depend on its length alone.
 
         Args:
@@ -72,7 +72,7 @@ class SoundTokens:
             return self._inputs([samples[start : start + size] for start, size, _ in kept])
 
         ids = np.full(sum(map(len, places)), token)
-        return Media(Lazy(ARRAYS, read), ids, np.concatenate(places), count=len(kept), modality="audio")
+        return PreparedMedia(Lazy(ARRAYS, read), ids, np.concatenate(places), count=len(kept), modality="audio")
 
     def _count(self, samples: int) -> int:
         return int(self.length(self.processor.steps(samples)))

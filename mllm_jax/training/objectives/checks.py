@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from mllm_jax.errors import ConfigError
+from mllm_jax.models.output import slots_of
 from mllm_jax.training.partition import trains
 
 if TYPE_CHECKING:
@@ -37,6 +38,33 @@ def check_features(stage: Stage, model: Any, *, read: bool) -> None:
             f"stage {stage.name!r}: cache_features of {type(model).__name__}, trainable {stage.trainable}",
             "next-token or prompt-guided training of a model with a frozen encoder of whole images",
             "freeze the encoder, or drop cache_features",
+        )
+
+
+def require_targets(stage: Stage, model: Any, *, frozen: bool = False) -> None:
+    """Checks that a stage has media to produce.
+
+    Args:
+        frozen: whether the generators must be frozen.
+
+    Raises:
+        ConfigError: a model without output branches, mixtures without slots for their media, or a trained generator.
+    """
+    slots = [slots_of(modality) for modality in model.outputs]
+    lacking = [m.slots for m in stage.mixtures if not any(m.slots.get(name) for name in slots)]
+    if not slots or lacking:
+        raise ConfigError(
+            f"stage {stage.name!r}: {type(stage.objective).__name__} with slots {lacking} for a model that produces "
+            f"{', '.join(model.outputs) or 'no media'}",
+            f"slots for media of answers, such as {{{(slots or ['image_targets'])[0]!r}: 2}}, and an output branch",
+            "set the mixture's slots, or give the model outputs",
+        )
+    trained = [m for m in model.outputs if trains(stage.trainable, f"generator_{m}")]
+    if frozen and trained:
+        raise ConfigError(
+            f"stage {stage.name!r}: trainable {stage.trainable} with {type(stage.objective).__name__}",
+            f"a frozen generator_{trained[0]}, whose text encoder gives the targets",
+            "leave it out of `trainable`",
         )
 
 

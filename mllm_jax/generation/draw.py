@@ -1,0 +1,381 @@
+"""Drawing: prompts, negative prompts and start images to images, with a Stable Diffusion."""
+
+from __future__ import annotations
+
+import copy
+import math
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from flax import linen as nn
+from jax.sharding import Mesh
+from PIL import Image as Pillow
+
+from mllm_jax.checkpoints.fingerprint import short_fingerprint
+from mllm_jax.data.chat_tokenizer import ChatTokenizer
+from mllm_jax.data.images import as_image
+from mllm_jax.errors import ConfigError, DataError
+from mllm_jax.generation.diffusion import Asked, OnStep, Plan, Sampler, calls
+from mllm_jax.generation.media import Media
+from mllm_jax.generation.options import Answer
+from mllm_jax.generation.rows import rows_for
+from mllm_jax.generators.schedulers import Scheduler, by_name
+from mllm_jax.models.registry import from_pretrained
+from mllm_jax.models.stable_diffusion import StableDiffusionConfig, sampler
+from mllm_jax.version import __version__
+
+_ABOVE = 4  # the frames between a warning and the call of `Assistant.draw`
+TOKENIZER = "tokenizer"  # the subfolder of a pipeline
+UNIT = 8  # pixels of which sides are multiples, as diffusers asks
+LARGEST_SEED = 2**32 - 1
+STRENGTH = 0.8  # of an image that starts from another one, if nothing else is asked for
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """The options of a drawing; see `Draws.draw`."""
+
+    negative: str | Sequence[str] | None = None
+    steps: int = 50
+    guidance_scale: float = 7.5
+    seed: int | Sequence[int] = 0
+    count: int = 1
+    height: int | None = None
+    width: int | None = None
+    latents: Any = None
+    noise: Any = None
+    start_image: Any = None
+    strength: float | None = None
+    guidance_interval: tuple[float, float] = (0.0, 1.0)
+    scheduler: str | None = None
+    batch_size: int = 4
+
+    def __post_init__(self):
+        for name in ("steps", "count", "batch_size"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:
+                raise ConfigError(f"{name}={value!r}", "a whole number from 1", f"change {name}")
+        if not math.isfinite(self.guidance_scale):
+            raise ConfigError(f"guidance_scale={self.guidance_scale}", "a number, such as 7.5", "change it")
+        if len(self.guidance_interval) != 2 or not 0 <= self.guidance_interval[0] <= self.guidance_interval[1] <= 1:
+            raise ConfigError(
+                f"guidance_interval={self.guidance_interval}",
+                "the shares of the steps at which guidance begins and ends, from 0 to 1",
+                "change it",
+            )
+        if self.strength is not None and self.start_image is None:
+            raise ConfigError(
+                f"strength={self.strength} without a start image", "strength with start_image", "give it, or drop it"
+            )
+        if self.strength is not None and not 0 < self.strength <= 1:
+            raise ConfigError(f"strength={self.strength}", "above 0, up to 1", "change it")
+
+    @property
+    def change(self) -> float:
+        """The strength."""
+        return STRENGTH if self.strength is None else self.strength
+
+    @property
+    def guided(self) -> bool:
+        """Returns whether any step has guidance; a scale up to 1 is none, as in diffusers."""
+        return self.guidance_scale > 1 and self.guidance_interval[0] < self.guidance_interval[1]
+
+
+class Drawer:
+    """A model that draws, with its tokenizer.
+
+    Args:
+        model, params: from `mllm_jax.from_pretrained` of a Stable Diffusion.
+        mesh: over which params are sharded, or None.
+    """
+
+    def __init__(self, model: nn.Module, params: dict | None, tokenizer: ChatTokenizer, *, mesh: Mesh | None = None):
+        self.model, self.params, self.tokenizer, self.mesh = model, params, tokenizer, mesh
+        self._sampler = Sampler(model, params, mesh)
+        if tokenizer.pad_token_id is None or tokenizer.bos_token_id is None:
+            raise DataError(
+                "a tokenizer without a padding token, or without a beginning of text",
+                "CLIP's tokenizer",
+                "restore the folder's tokenizer",
+            )
+
+    @classmethod
+    def load(cls, folder: str | Path, *, mesh: Mesh | None = None, dtype: Any = None) -> Drawer:
+        """Loads a folder. Raises as `mllm_jax.from_pretrained`; DataError: it has no tokenizer."""
+        tokenizer = ChatTokenizer.load(Path(folder) / TOKENIZER)
+        model, params = from_pretrained(folder, dtype=dtype, mesh=mesh)
+        return cls(model, params, tokenizer, mesh=mesh)
+
+    def with_params(self, params: dict) -> Drawer:
+        """Returns the same with other parameters; both share the compiled program."""
+        other = copy.copy(self)
+        other.__dict__.pop("fingerprint", None)
+        other.params, other._sampler = params, self._sampler.of(params)
+        return other
+
+    @property
+    def config(self) -> StableDiffusionConfig:
+        return self.model.config
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A short checksum of the parameters."""
+        return short_fingerprint(self.params)
+
+    def draw(self, prompts: str | Sequence[str], how: Drawing, on_step: OnStep | None = None) -> list[Answer]:
+        """Returns an answer for each prompt and count; see `Draws.draw`."""
+        texts = _texts(prompts)
+        images = len(texts) * how.count
+        negatives, seeds = _negatives(how.negative, len(texts)), _seeds(how.seed, len(texts), how.count)
+        if how.negative and not how.guided:
+            warnings.warn(
+                f"the negative prompt has no effect with guidance_scale={how.guidance_scale}", stacklevel=_ABOVE
+            )
+        scheduler, first, total = self.schedule(how)
+        start, (height, width) = self._start_and_size(how, images)
+        shape = (height // self.factor, width // self.factor, self.config.unet.in_channels)
+        edges = [round(share * total) for share in how.guidance_interval] if how.guided else [0, 0]
+        plan = Plan(scheduler, how.steps, shape, first, (edges[0], edges[1]), on_step is not None)
+        tokens = [self._tokens(text) for text in texts]
+        negative_tokens = [self._tokens(text) for text in negatives] if how.guided else []
+        arrays = dict(
+            tokens=np.repeat(tokens, how.count, axis=0),
+            seeds=np.array(seeds, np.uint32),
+            negatives=np.repeat(negative_tokens, how.count, axis=0) if how.guided else None,
+            start=start,
+            **self._noises(how, plan, images, total - first),
+        )
+        drawn = self._drawn(arrays, plan, how, on_step)
+        about = dict(
+            steps=str(how.steps),
+            guidance=f"{how.guidance_scale:g}",
+            scheduler=scheduler.class_name,
+            size=f"{width}x{height}",
+            model=self.fingerprint,
+            version=f"mllm_jax {__version__}",
+        )
+        if start is not None:
+            about["strength"] = f"{how.change:g}"
+        return [
+            self._answer(image, texts[i // how.count], negatives[i // how.count], seeds[i], about)
+            for i, image in enumerate(drawn)
+        ]
+
+    def schedule(self, how: Drawing) -> tuple[Scheduler, int, int]:
+        """Returns the scheduler, the model's first call, above 0 with a start image, and the number of all calls."""
+        scheduler, first = self.config.scheduler, 0
+        if how.scheduler is not None:
+            scheduler = sampler(by_name(how.scheduler, scheduler))
+        total = calls(scheduler, how.steps)
+        if how.start_image is not None:
+            first = scheduler.first_step(how.steps, how.change)
+        return scheduler, first, total
+
+    # ---- inside
+
+    @property
+    def factor(self) -> int:
+        """Pixels of an image's side for each position of its latents."""
+        return self.config.vae.factor
+
+    def _drawn(self, arrays: dict[str, Any], plan: Plan, how: Drawing, on_step: OnStep | None) -> list[np.ndarray]:
+        """Draws in batches; the rows of a batch without an image repeat its last one."""
+        images, found = len(arrays["seeds"]), []
+        mean = arrays.pop("mean")
+        for begin in range(0, images, how.batch_size):
+            count = min(how.batch_size, images - begin)
+            rows = np.minimum(np.arange(begin, begin + rows_for(count, how.batch_size)), begin + count - 1)
+            batch = {
+                name: None if array is None else np.take(array, rows, axis=1 if name == "noise" else 0)
+                for name, array in arrays.items()
+            }
+            watched = None if on_step is None else lambda i, t, latents, n=count: on_step(i, t, latents[:n])
+            asked = Asked(guidance=np.float32(how.guidance_scale), mean=mean, **batch)
+            found += list(self._sampler(asked, plan, watched)[:count])
+        if wrong := [i for i, image in enumerate(found) if not np.isfinite(image).all()]:
+            raise DataError(
+                f"image {wrong[0] + 1} of {images}, whose latents became NaN or infinite",
+                "finite numbers",
+                "compute in float32 (dtype), lower guidance_scale, or check the weights",
+            )
+        return found
+
+    def _answer(self, image: np.ndarray, prompt: str, negative: str, seed: int, about: dict[str, str]) -> Answer:
+        metadata = dict(prompt=prompt, negative=negative, seed=str(seed)) | about
+        return Answer("<image 1>", (), media=(Media("image", image, metadata=metadata),))
+
+    def _tokens(self, text: str) -> np.ndarray:
+        """Returns int32[L] of a text, cut to the text encoder's length with a warning that names what is cut."""
+        backend, longest = self.tokenizer.backend, self.config.longest
+        longest = min(backend.model_max_length, longest)
+        ids = self.tokenizer.encode(text)
+        if len(ids) > longest:
+            cut = self.tokenizer.decode(ids[longest - 1 : -1]).strip()
+            warnings.warn(
+                f"the text encoder reads {longest} tokens; the end of the prompt is left out: {cut!r}",
+                stacklevel=_ABOVE,
+            )
+            ids = ids[: longest - 1] + ids[-1:]
+        size = self.config.text_encoder.vocab_size
+        if strange := [i for i in ids if i >= size]:
+            raise DataError(
+                f"a prompt with the token {strange[0]}",
+                f"tokens from 0 to {size - 1}",
+                "take the tokenizer that belongs to the model",
+            )
+        return np.array(ids + [self.tokenizer.pad_token_id] * (longest - len(ids)), np.int32)
+
+    def _start_and_size(self, how: Drawing, images: int) -> tuple[np.ndarray | None, tuple[int, int]]:
+        """Returns the start images float32[B, H, W, 3], or None, and height and width."""
+        asked, own = [how.height, how.width], self._own_size()
+        self._require_size(asked, own)
+        if how.latents is not None:
+            given = [self.factor * side for side in np.shape(how.latents)[-3:-1]]
+            for name, side, held in zip(("height", "width"), asked, given, strict=False):
+                if side is not None and side != held:
+                    raise ConfigError(
+                        f"{name} {side} beside latents of {held}", "latents alone, or of that size", f"drop {name}"
+                    )
+            asked = given if len(given) == 2 else asked
+        if how.start_image is None:
+            height, width = (side or default for side, default in zip(asked, own, strict=True))
+            return None, (height, width)
+        several = isinstance(how.start_image, (list, tuple))
+        given = list(how.start_image) if several else [how.start_image]
+        if several and len(given) != images:
+            raise DataError(f"{len(given)} start images for {images} images", "one, or one for each", "change the list")
+        found = [start_image(image, *asked, self.factor) for image in given]
+        if len({image.shape for image in found}) > 1:
+            raise DataError("start images of several sizes", "height and width beside them", "give height and width")
+        array = np.stack(found if several else found * images)
+        return array, array.shape[1:3]
+
+    def _own_size(self) -> tuple[int, int]:
+        sides = self.config.unet.height_and_width or (64, 64)
+        return sides[0] * self.factor, sides[1] * self.factor
+
+    def _require_size(self, asked: Sequence[int | None], own: tuple[int, int]) -> None:
+        """Raises ConfigError for a side that is neither a multiple nor the model's own, with the nearest multiple."""
+        unit = math.lcm(UNIT, self.factor)
+        for name, side, default in zip(("height", "width"), asked, own, strict=True):
+            if side in (None, default):
+                continue
+            if isinstance(side, bool) or not isinstance(side, (int, np.integer)) or side % unit or side < unit:
+                near = max(unit, round(side / unit) * unit)
+                raise ConfigError(f"{name} {side}", f"a multiple of {unit}", f"the nearest is {near}")
+
+    def _noises(self, how: Drawing, plan: Plan, images: int, steps: int) -> dict[str, Any]:
+        """Returns the arrays of `Asked` that hold given noise."""
+        shape, started = plan.latents, how.start_image is not None
+        given = dict(latents=None, posterior=None, noise=None, mean=False)
+        if how.latents is not None:
+            array = _numbers("latents", how.latents)
+            array = array[None] if array.ndim == 3 else array
+            wanted = (images, *shape)
+            if array.shape != wanted:
+                raise DataError(
+                    f"latents {list(array.shape)}", f"{list(wanted)}: images, height, width, channels", "change them"
+                )
+            given["latents"], given["mean"] = array, how.noise is None
+        if how.noise is None:
+            return given
+        array = _numbers("noise", how.noise)
+        array = array[None] if array.ndim == 4 else array
+        names = ["posterior", "latents"] if started else []
+        names = names[:1] if started and how.latents is not None else names
+        most = len(names) + steps * plan.scheduler.stochastic
+        allowed = (most, most - 1) if started and most > 1 else (most,)
+        if array.shape[1:] != (images, *shape) or len(array) not in allowed or not most:
+            raise DataError(
+                f"noise {list(array.shape)}",
+                f"{list((most, images, *shape))}: noises, images, height, width, channels"
+                if most
+                else f"none: a {plan.scheduler.class_name} without a start image draws no noise",
+                "change it; latents are the first noise",
+            )
+        if len(array) < most:
+            names, given["mean"] = names[1:], True
+        for name in names:
+            given[name], array = array[0], array[1:]
+        given["noise"] = array if plan.scheduler.stochastic else None
+        return given
+
+
+def start_image(image: Any, height: int | None, width: int | None, unit: int) -> np.ndarray:
+    """Reads a start image and resizes it as diffusers does.
+
+    Args:
+        image: a path, the bytes of a file, a Pillow image or uint8[H, W, 3], which is resized with Lanczos' filter; or
+            float[H, W, 3] in [0, 1], whose nearest pixels are taken.
+        height, width: of the result; None: the image's own, lowered to a multiple of `unit`.
+
+    Returns:
+        float32[height, width, 3] in [0, 1].
+    """
+    if isinstance(image, np.ndarray) and np.issubdtype(image.dtype, np.floating):
+        if image.ndim != 3 or image.shape[-1] != 3 or not ((image >= 0) & (image <= 1)).all():
+            raise DataError(
+                f"a start image {image.dtype}{list(image.shape)}", "float[H, W, 3] from 0 to 1, or uint8", "convert it"
+            )
+        pixels = image.astype(np.float32)
+    else:
+        pixels = as_image(image)
+    asked = [side or held // unit * unit for side, held in zip((height, width), pixels.shape, strict=False)]
+    if 0 in asked:
+        raise DataError(
+            f"a start image of {pixels.shape[0]} x {pixels.shape[1]} pixels",
+            f"sides from {unit} on",
+            "take a larger one",
+        )
+    if pixels.shape[:2] == tuple(asked):
+        pass
+    elif pixels.dtype == np.uint8:
+        pixels = np.asarray(Pillow.fromarray(pixels).resize(asked[::-1], Pillow.Resampling.LANCZOS))
+    else:
+        rows, columns = (np.arange(side) * held // side for side, held in zip(asked, pixels.shape, strict=False))
+        pixels = pixels[rows][:, columns]
+    return pixels.astype(np.float32) / 255 if pixels.dtype == np.uint8 else pixels
+
+
+def _texts(prompts: str | Sequence[str]) -> list[str]:
+    texts = list(prompts) if isinstance(prompts, (list, tuple)) else [prompts]
+    if not texts or not all(isinstance(text, str) for text in texts):
+        raise DataError(f"the prompts {prompts!r:.100}", "a text, or a list of texts", "give one or more")
+    return texts
+
+
+def _negatives(negative: str | Sequence[str] | None, prompts: int) -> list[str]:
+    if negative is None or isinstance(negative, str):
+        return [negative or ""] * prompts
+    if len(negative) != prompts or not all(isinstance(text, str) for text in negative):
+        raise DataError(
+            f"{len(negative)} negative prompts for {prompts} prompts", "a text, or one for each", "change them"
+        )
+    return list(negative)
+
+
+def _seeds(seed: int | Sequence[int], prompts: int, count: int) -> list[int]:
+    """Returns a seed for each image: prompt by prompt, and counting up from a prompt's seed."""
+    given = list(seed) if np.ndim(seed) else [seed] * prompts
+    if len(given) == prompts:
+        given = [one + i for one in given for i in range(count)]
+    right = all(isinstance(one, (int, np.integer)) and 0 <= one <= LARGEST_SEED for one in given)
+    if len(given) != prompts * count or not right:
+        raise ConfigError(
+            f"seed={seed!r:.100} for {prompts} prompt(s) of {count} image(s)",
+            f"a whole number from 0 to {LARGEST_SEED:,}, a list with one for each prompt, or with one for each image",
+            "change seed",
+        )
+    return [int(one) for one in given]
+
+
+def _numbers(name: str, given: Any) -> np.ndarray:
+    array = np.asarray(given, np.float32)
+    if not np.isfinite(array).all():
+        raise DataError(f"{name} with NaN or infinity", "finite numbers", "draw them again")
+    return array

@@ -1,0 +1,79 @@
+"""Targets of generators, noised and denoised: what their training needs of a model."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from flax import linen as nn
+from flax import struct
+
+
+@struct.dataclass
+class Diffused:
+    """The output of a generator for noised targets, [B, M, ...] each.
+
+    Attributes:
+        output: the prediction.
+        target: its target, which is noise, the velocity, the sample or the flow.
+        snr: float32[B, M], the signal-to-noise ratios.
+        prediction: the scheduler's prediction type.
+    """
+
+    output: jax.Array
+    target: jax.Array
+    snr: jax.Array
+    prediction: str = struct.field(pytree_node=False)
+
+
+def diffuse(generator: nn.Module, modality: str, batch, condition: jax.Array) -> Diffused:
+    """Noises the targets of one modality and denoises them; see `Produces.diffused`.
+
+    Args:
+        condition: [B, M, L, E].
+    """
+    names = ("latents", "noise", "level", "dropped")
+    media = batch[f"{modality}_latents"].shape[:2]
+    latents, noise, level, dropped = (rearrange(batch[f"{modality}_{name}"], "b m ... -> (b m) ...") for name in names)
+    empty = jax.lax.stop_gradient(generator.condition(batch[f"{modality}_empty"][:1]))
+    condition = rearrange(condition, "b m ... -> (b m) ...")
+    condition = jnp.where(dropped.astype(bool)[:, None, None], empty.astype(condition.dtype), condition)
+    scheduler = generator.config.scheduler
+    times = (level * scheduler.num_train_timesteps).astype(jnp.int32)
+    output = generator.denoise(scheduler.add_noise(latents, noise, times), times, condition)
+    target, snr = scheduler.target(latents, noise, times), scheduler.snr(times)
+    apart = partial(rearrange, pattern="(b m) ... -> b m ...", m=media[1])
+    return Diffused(apart(output), apart(target), apart(snr), scheduler.prediction_type)
+
+
+class OfMedia:
+    """Methods of a module with the submodules `generator`, by modality, and a method `diffused`."""
+
+    def caption_conditions(self, batch) -> dict[str, jax.Array]:
+        """Returns the conditions that the generators' own text encoders make of `<modality>_captions` int[B, M, L]."""
+        return self._of_media(batch, "captions", lambda generator, captions: generator.condition(captions))
+
+    def targets(self, batch) -> dict[str, jax.Array]:
+        """Returns what the generators learn to denoise, the latents [B, M, ...] of `<modality>_targets`."""
+        return self._of_media(batch, "targets", lambda generator, targets: generator.encode(targets / 255))
+
+    def _of_media(self, batch, name: str, function) -> dict[str, jax.Array]:
+        """Applies a function of generators to the arrays of a name [B, M, ...], by modality."""
+        found = {}
+        for modality, generator in self.generator.items():
+            if (given := batch.get(f"{modality}_{name}")) is not None:
+                made = function(generator, rearrange(given, "b m ... -> (b m) ..."))
+                found[modality] = rearrange(made, "(b m) ... -> b m ...", m=given.shape[1])
+        return found
+
+    def produced(self, batch) -> tuple[Any, ...]:
+        """Runs every part that produces media once, so that `init` creates all parameters."""
+        targets = self.targets(batch)
+        for m, latents in targets.items():
+            some = jnp.zeros(latents.shape[:2])
+            batch = {**batch, f"{m}_latents": latents, f"{m}_noise": latents, f"{m}_level": some, f"{m}_dropped": some}
+        made = self.diffused(batch)[1]
+        return tuple(self.generator[m].decode(each.output[:, 0]) for m, each in made.items())
