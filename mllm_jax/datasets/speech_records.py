@@ -23,7 +23,7 @@ from mllm_jax.datasets.record_checks import encodable, inside, may_name_file, sh
 from mllm_jax.errors import ConfigError, DataError
 from mllm_jax.files import parse_json, read_bytes
 
-QUESTION = "Transcribe the speech."
+QUESTION = "Transcribe speech to text."
 FILES, TEXTS = ("audio_filepath", "audio", "path"), ("text", "sentence")
 SUFFIXES = (".flac", ".wav", ".ogg", ".mp3")  # of LibriSpeech's recordings
 _VERSION = 1  # raise it whenever the same files give other examples
