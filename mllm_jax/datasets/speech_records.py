@@ -86,7 +86,8 @@ class SpeechSource:
                 _refuse(one.place, f"{short(one.file)}, which is also in {first[one.file]}", "each recording once")
         self.recordings = [one for one in records if most is None or self._seconds(one) <= most]
         if not self.recordings:
-            raise DataError(f"{path}: {len(records)} record(s), none to use", "at least one", "add records")
+            expected = "a manifest with records, or a folder with LibriSpeech's *.trans.txt"
+            raise DataError(f"{path}: {len(records)} record(s), none to use", expected, "name another, or add records")
 
     def __len__(self) -> int:
         return len(self.recordings)

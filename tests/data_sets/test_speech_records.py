@@ -141,13 +141,17 @@ def test_a_missing_recording_is_refused_when_it_is_read(folder):
     source = written(folder, GOOD, {"audio": "sub/z.wav", "text": "lost"}, {"audio": "x" * 300, "text": "long"}).build()
     assert source.example(0).id == "sub/a.wav"
     for index, name in ((1, "z.wav"), (2, "xxx")):
-        with pytest.raises(DataError, match=f"line {index + 2}: no recording .*{name}"):
+        with pytest.raises(DataError, match=f"line {index + 1}: no recording .*{name}"):
             source.example(index)
 
 
 def test_files_that_are_no_transcripts_are_refused(folder):
     (folder / "empty.jsonl").write_text("\n")
-    for name, said in (("empty.jsonl", "0 record"), ("gone.jsonl", "cannot be read"), ("sub", r"without \*.trans.txt")):
+    for name, said in (
+        ("empty.jsonl", "0 record"),
+        ("gone.jsonl", "cannot be read"),
+        ("sub", r"0 record\(s\), none to use\n.* \*.trans.txt"),
+    ):
         with pytest.raises(DataError, match=said):
             SpeechRecords(str(folder / name)).build()
 
