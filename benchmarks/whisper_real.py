@@ -66,9 +66,8 @@ def main() -> None:
         said[name] = transcribe(options.whisper, [path for path, _ in chosen])
         took, used = time.perf_counter() - start, time.process_time() - cpu
         rate = 100 * wer([normalise(text) for text in said[name]], targets)
-        print(
-            f"{name}: word error rate of {len(chosen)} prompts {rate:.2f} %, {took:.0f} s, {used:.0f} CPU s with loading"
-        )
+        print(f"{name}: word error rate of {len(chosen)} prompts {rate:.2f} %")
+        print(f"{name}: {took:.0f} s, {used:.0f} CPU s with loading")
     equal = sum(a == b for a, b in zip(*said.values(), strict=True))
     print(f"equal transcripts: {equal} of {len(chosen)}")
 

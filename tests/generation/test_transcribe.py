@@ -164,8 +164,8 @@ def test_word_times_equal_those_of_transformers(assistant, reference, beams):
 
 @pytest.mark.parametrize("beams", [1, 3])
 def test_a_cache_that_grows_changes_no_text(assistant, monkeypatch, beams):
-    """Checks a text that is longer than the room that its cache has at first."""
-    audio, rooms, grow = sound(1.31), [], speech_steps.SpeechSteps.grow
+    """Checks windows with texts that are longer than the room that their cache has at first."""
+    audio, rooms, grow = sound(6.13), [], speech_steps.SpeechSteps.grow
     wanted = assistant.transcribe(audio, **TIMED, beams=beams)
     monkeypatch.setattr(speech_steps, "FEW", 1)
     noted = lambda self, state, room: rooms.append(room) or grow(self, state, room)  # noqa: E731
