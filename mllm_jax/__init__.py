@@ -36,6 +36,7 @@ if TYPE_CHECKING:  # for editors and type checkers; `_HOMES` has the same names 
     from mllm_jax.datasets.openmoji.sources import OpenMojiScenes as OpenMojiScenes
     from mllm_jax.datasets.openmoji.sources import OpenMojiText as OpenMojiText
     from mllm_jax.datasets.questions import Questions as Questions
+    from mllm_jax.datasets.speech_records import SpeechRecords as SpeechRecords
     from mllm_jax.datasets.text_only import TextOnly as TextOnly
     from mllm_jax.encoders.beats import BEATsConfig as BEATsConfig
     from mllm_jax.encoders.beats import BEATsDialect as BEATsDialect
@@ -70,6 +71,7 @@ if TYPE_CHECKING:  # for editors and type checkers; `_HOMES` has the same names 
     from mllm_jax.evaluation.tasks.clips import arcade_tasks as arcade_tasks
     from mllm_jax.evaluation.tasks.clips import asterisk_task as asterisk_task
     from mllm_jax.evaluation.tasks.clips import foxdot_task as foxdot_task
+    from mllm_jax.evaluation.tasks.clips import speech_task as speech_task
     from mllm_jax.evaluation.tasks.openmoji import openmoji_questions as openmoji_questions
     from mllm_jax.evaluation.tasks.openmoji import openmoji_retrieval as openmoji_retrieval
     from mllm_jax.evaluation.tasks.openmoji import openmoji_skills as openmoji_skills
@@ -182,6 +184,7 @@ _NAMES = {
         "OpenMojiText",
     ),
     "datasets.questions": ("Questions",),
+    "datasets.speech_records": ("SpeechRecords",),
     "datasets.text_only": ("TextOnly",),
     "encoders.beats": ("BEATsConfig", "BEATsDialect"),
     "encoders.cformer": ("CFormerConfig",),
@@ -200,7 +203,7 @@ _NAMES = {
     "evaluation.evaluate": ("evaluate",),
     "evaluation.metrics": ("ShuffledMedia",),
     "evaluation.task": ("Task",),
-    "evaluation.tasks.clips": ("arcade_tasks", "asterisk_task", "foxdot_task"),
+    "evaluation.tasks.clips": ("arcade_tasks", "asterisk_task", "foxdot_task", "speech_task"),
     "evaluation.tasks.openmoji": ("openmoji_questions", "openmoji_retrieval", "openmoji_skills"),
     "evaluation.tasks.questions": ("questions_task",),
     "generation.assistant": ("Assistant",),

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 Results = Mapping[str, Mapping[str, float]]  # {task: {metric: value}}
 SHUFFLED = "_shuffled_media"
-SHARES = ("accuracy", "majority", "recall", SHUFFLED)  # in the names of metrics from 0 to 1
+SHARES = ("accuracy", "majority", "recall")  # in the names of metrics from 0 to 1
 
 
 def table(results: Results) -> Table:

@@ -8,7 +8,6 @@ its worst finished beam.
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import jax
@@ -81,11 +80,31 @@ def beam_search(
     Returns:
         tokens int32[B, new], lengths int32[B], and log probabilities float32[B] among the tokens that may follow.
     """
+    asked = dict(limits=limits, stops=stops, rule=rule, num_stops=num_stops, repetition_penalty=repetition_penalty)
+    begun = begin_beams(steps, mesh, params, batch, **asked, room=room, new=new, beams=beams)
+    return best_beam(advance_beams(steps, mesh, params, begun, new, **asked)[0], rule)
+
+
+def begin_beams(
+    steps: Steps,
+    mesh: Mesh | None,
+    params: dict,
+    batch: Batch,
+    *,
+    limits: jax.Array,
+    stops: jax.Array,
+    rule: Rule,
+    num_stops: int,
+    repetition_penalty: float,
+    room: int,
+    new: int,
+    beams: int,
+) -> Beams:
+    """Reads the prompts and adds the first token of each beam; see `beam_search`."""
     with on_mesh(mesh):
         logits, state = steps.prefill(params, batch, room)
         prompts = logits.shape[0]
         each = jnp.repeat(jnp.arange(prompts), beams)
-        penalty = repetition_penalty != 1
         scores = jnp.full((prompts, beams), NEVER)
         start = Beams(
             state=steps.take(state, each),
@@ -98,25 +117,52 @@ def beam_search(
             finished_lengths=jnp.zeros((prompts, beams), jnp.int32),
             is_finished=jnp.zeros((prompts, beams), bool),
             hopeful=limits > 0,
-            seen=seen_tokens(*steps.said(batch), logits.shape[1])[each] if penalty else None,
+            seen=seen_tokens(*steps.said(batch), logits.shape[1])[each] if repetition_penalty != 1 else None,
             running_masses=jnp.zeros((prompts, beams)),
             finished_masses=jnp.zeros((prompts, beams)),
         )
-        rest = dict(steps=steps, limits=limits, stops=stops, num_stops=num_stops, penalty=repetition_penalty, rule=rule)
-        add = partial(_add, **rest)
+        how = dict(steps=steps, limits=limits, stops=stops, num_stops=num_stops, penalty=repetition_penalty, rule=rule)
+        return _add(start, repeat(logits, "b v -> (b k) v", k=beams), **how)
 
-        def going(b):
-            return (~_closed(b, rule)).any() & (b.step < limits.max())
 
-        def body(b):
-            last = jax.lax.dynamic_slice_in_dim(b.running, b.step - 1, 1, axis=2)
-            logits, state = steps.step(params, b.state, rearrange(last, "b k 1 -> (b k)"))
-            return add(b.replace(state=state), logits)
+def advance_beams(
+    steps: Steps,
+    mesh: Mesh | None,
+    params: dict,
+    begun: Beams,
+    most: int | jax.Array,
+    *,
+    limits: jax.Array,
+    stops: jax.Array,
+    rule: Rule,
+    num_stops: int,
+    repetition_penalty: float,
+) -> tuple[Beams, jax.Array]:
+    """Adds tokens while a prompt is open and the beams have at most `most`; see `beam_search`.
 
-        end = jax.lax.while_loop(going, body, add(start, repeat(logits, "b v -> (b k) v", k=beams)))
-        lengths = end.finished_lengths[:, 0]
-        total = end.finished_scores[:, 0] * lengths.astype(jnp.float32) ** rule.length_penalty
-        return end.finished[:, 0], lengths, total - end.finished_masses[:, 0]
+    Returns:
+        The beams, and bool[]: whether a prompt is open.
+    """
+    how = dict(steps=steps, limits=limits, stops=stops, num_stops=num_stops, penalty=repetition_penalty, rule=rule)
+
+    def is_open(b):
+        return (~_closed(b, rule)).any() & (b.step < limits.max())
+
+    def body(b):
+        last = jax.lax.dynamic_slice_in_dim(b.running, b.step - 1, 1, axis=2)
+        logits, state = steps.step(params, b.state, rearrange(last, "b k 1 -> (b k)"))
+        return _add(b.replace(state=state), logits, **how)
+
+    with on_mesh(mesh):
+        end = jax.lax.while_loop(lambda b: is_open(b) & (b.step <= most), body, begun)
+        return end, is_open(end)
+
+
+def best_beam(b: Beams, rule: Rule) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Returns the tokens, the length and the log probability of each prompt's best beam."""
+    lengths = b.finished_lengths[:, 0]
+    total = b.finished_scores[:, 0] * lengths.astype(jnp.float32) ** rule.length_penalty
+    return b.finished[:, 0], lengths, total - b.finished_masses[:, 0]
 
 
 def _closed(b: Beams, rule: Rule) -> jax.Array:

@@ -4,11 +4,15 @@ Layers are trained as one scanned stack. A loop that decodes one token at a time
 parameters, and the whole cache, at every step: a CPU has no dot products of slices, and a scan's inputs and outputs
 share no memory. So parameters and cache are kept layer by layer outside the compiled function and stacked inside it,
 and the module unrolls its layers. XLA replaces a slice of a concatenation by the part, and makes neither.
+
+For one row, a CPU's product of a vector and a matrix is fast only if the matrix is the loop's own: a matrix that is the
+reshaped kernel of several heads takes 20 times as long. So such kernels are kept as matrices too.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -17,6 +21,7 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from flax import struct
 from jax.sharding import Mesh
 
 from mllm_jax.generation.quantize import int8_linear
@@ -205,7 +210,22 @@ class WhisperSteps(MultimodalSteps):
     """Whisper: the prompt is what its decoder reads first, and the answer continues it.
 
     Batches also hold the audio: `features` float[B, mel, T] or, if it is encoded already, `encoded` dtype[B, S, E].
+    Layer by layer, the head has its own weights: a CPU transposes a large embedding table at every step.
     """
+
+    def __init__(self, module: Whisper, by_layer: bool | None = None):
+        self.tied = module.config.llm.tie_word_embeddings
+        super().__init__(module, by_layer)
+        if self.by_layer and self.tied:
+            self.config = dataclasses.replace(self.config, tie_word_embeddings=False)
+            self.module = dataclasses.replace(module.config, llm=self.config).make()
+
+    def prepare(self, params: dict) -> dict:
+        if self.by_layer and self.tied:
+            llm = params["llm"]
+            head = {"kernel": jnp.swapaxes(llm["token_embedding"]["embedding"], 0, 1)}
+            params = {**params, "llm": {**llm, "lm_head": head}}
+        return super().prepare(params)
 
     def prefill(self, params: dict, batch: Batch, room: int) -> tuple[jax.Array, Any]:
         audio = dict(encoded=batch["encoded"]) if "encoded" in batch else dict(features=batch["features"])
@@ -229,8 +249,34 @@ def unrolled(config: LLMConfig) -> LLMConfig:
     return with_compute(config, scan_unroll=max(getattr(config, name) for name in names), remat="none")
 
 
+@struct.dataclass
+class Matrix:
+    """The kernel of heads as a matrix of inputs and outputs.
+
+    values: dtype[inputs, outputs].  shape: the kernel's.
+    """
+
+    values: jax.Array
+    shape: tuple[int, ...] = struct.field(pytree_node=False)
+
+    @classmethod
+    def of(cls, leaf: jax.Array) -> Matrix | jax.Array:
+        """Returns a kernel [E, N, H] or [N, H, E] as a matrix, and any other leaf as it is."""
+        if leaf.ndim != 3:
+            return leaf
+        # The longer end is the model's width: inputs of q, k and v, outputs of the map after them.
+        inputs = leaf.shape[:1] if leaf.shape[0] >= leaf.shape[2] else leaf.shape[:2]
+        return cls(leaf.reshape(math.prod(inputs), -1), leaf.shape)
+
+    def kernel(self) -> jax.Array:
+        return self.values.reshape(self.shape)
+
+
 def unstack(params: dict) -> dict:
-    """Returns a copy of the parameters with each stack of layers as a tuple of layers, sharded as the stack was."""
+    """Returns a copy of the parameters with each stack of layers as a tuple of layers, sharded as the stack was.
+
+    Kernels of heads become `Matrix`.
+    """
     return {
         name: _layers(value) if name.endswith(STACK) else unstack(value) if isinstance(value, dict) else value
         for name, value in params.items()
@@ -240,13 +286,15 @@ def unstack(params: dict) -> dict:
 @jax.jit
 def _layers(stack: dict) -> tuple[dict, ...]:
     flat, structure = jax.tree.flatten(stack)
-    return tuple(jax.tree.unflatten(structure, layer) for layer in zip(*map(tuple, flat), strict=True))
+    return tuple(jax.tree.unflatten(structure, map(Matrix.of, layer)) for layer in zip(*map(tuple, flat), strict=True))
 
 
 def restack(tree: Any) -> Any:
     """Undoes `unstack`; free inside a compiled function whose layers are unrolled."""
     if isinstance(tree, tuple):
         return jax.tree.map(lambda *layers: jnp.stack(layers), *map(restack, tree))
+    if isinstance(tree, Matrix):
+        return tree.kernel()
     return {name: restack(value) for name, value in tree.items()} if isinstance(tree, dict) else tree
 
 

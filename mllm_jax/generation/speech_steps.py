@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -12,8 +13,9 @@ import numpy as np
 from flax import struct
 from jax.sharding import Mesh
 
-from mllm_jax.generation.beam import Rule, beam_search
+from mllm_jax.generation.beam import Beams, Rule, advance_beams, begin_beams, best_beam
 from mllm_jax.generation.decode_step import Batch, WhisperSteps, last_token, on_mesh, restack
+from mllm_jax.generation.program import bucket
 from mllm_jax.generation.sampling import row_keys
 from mllm_jax.generation.timestamp_rules import Rules, Written
 from mllm_jax.layers.head_attention import head_by_head
@@ -22,6 +24,9 @@ from mllm_jax.models.whisper import Whisper
 
 # The keys and values of the audio that the decoder's layers attend to, layer by layer or stacked.
 Heard = tuple[Any, Any]
+
+T = TypeVar("T")
+FEW = 64  # tokens for which a cache has room at first: each step reads the whole cache
 
 
 @struct.dataclass
@@ -84,6 +89,10 @@ class SpeechSteps(WhisperSteps):
 
     exchange = take  # the audio is not copied
 
+    def grow(self, state: Held, room: int) -> Held:
+        """Returns the state with a cache of `room` positions a row."""
+        return state.replace(cache=self.shut(self.open(state.cache).grown(room)))
+
     def read(self, params: dict, batch: Batch, room: int) -> tuple[jax.Array, Any]:
         """Returns the log probabilities float32[B, V] of the token after each prompt, without rules, and the cache."""
         cache = self._hearing(self.config.make_cache(len(batch["tokens"]), room, 0), batch["heard"])
@@ -104,6 +113,31 @@ class SpeechSteps(WhisperSteps):
     def _deaf(self, cache: WhisperCache) -> WhisperCache:
         none = cache.keys[..., :0]
         return cache.replace(cross_keys=none, cross_values=none)
+
+
+_HOW = dict(num_stops=1, repetition_penalty=1.0)
+_SIZES = ("room", "new", "beams")
+_RULE = Rule(np.float32(1.0), np.asarray(False))
+
+
+def _in_rooms(begin: Callable[[int], T], advance: Callable[..., tuple[T, Any]], batch: Batch, largest: int) -> T:
+    """Writes texts in a cache that grows with them, up to `largest` positions a row.
+
+    Args:
+        begin: room -> texts with a token each.
+        advance: (texts, most tokens, room) -> texts with more tokens, and whether one has not ended.
+    """
+    length = batch["tokens"].shape[1]
+    room = bucket(length + FEW, largest)
+    texts, going = begin(room), True
+    while going:
+        # A token of a text is in the cache when the next one is written.
+        most = largest if room == largest else room - length
+        texts, going = advance(texts, np.int32(most), room)
+        if room == largest:
+            break
+        room = min(2 * room, largest)
+    return texts
 
 
 class SpeechProgram:
@@ -127,10 +161,11 @@ class SpeechProgram:
         self.params = self.steps.prepare(params)
         self.hear = jax.jit(self._hear)
         self.probabilities = jax.jit(self._probabilities, static_argnames="wanted")
-        self.write = jax.jit(self._write, static_argnames=("room", "new"))
-        how = dict(room=None, new=None, beams=None, num_stops=1, repetition_penalty=1.0)
-        self._search = jax.jit(partial(beam_search, self.steps, mesh), static_argnames=tuple(how))
-        self._how = how
+        self._begin = jax.jit(self._begin_texts, static_argnames=("room", "new"))
+        self._advance = jax.jit(self._advance_texts, static_argnames="room")
+        self._begin_search = jax.jit(partial(begin_beams, self.steps, mesh, **_HOW), static_argnames=_SIZES)
+        self._advance_search = jax.jit(self._advance_beams, static_argnames="room")
+        self._best = jax.jit(best_beam)
         self.align = jax.jit(self._align)
 
     def of(self, params: dict) -> SpeechProgram:
@@ -149,55 +184,86 @@ class SpeechProgram:
             logprobs, _ = self.steps.read(params, batch, batch["tokens"].shape[1])
         return jnp.exp(logprobs[:, np.asarray(wanted)])
 
-    def _write(self, params, batch, limits, temperature, seeds, indices, *, room: int, new: int) -> SpeechTexts:
+    def write(self, params, batch, limits, temperature, seeds, indices, *, room: int, new: int) -> SpeechTexts:
         """Continues prompts token by token.
 
         Args:
             limits: int32[B], the most tokens of each text; a row with 0 is not written.
             temperature: float32, 0 is greedy.
             seeds, indices: int32[B], see `row_keys`.
-            room: positions of a row in the cache.
+            room: the most positions of a row in the cache.
             new: the most tokens of any text.
         """
-        keys, end = row_keys(seeds, indices), self.steps.rules.end
+        how = limits, temperature, seeds, indices
 
-        def draw(logprobs, counts):
-            each = jax.vmap(jax.random.fold_in)(keys, counts)
-            return jax.vmap(jax.random.categorical)(each, logprobs / temperature).astype(jnp.int32)
+        def advance(begun, most, room):
+            *begun, going = self._advance(params, *begun, *how, most, room=room)
+            return begun, going
 
-        def add(texts: SpeechTexts, logprobs) -> SpeechTexts:
-            best = lambda logprobs, _: logprobs.argmax(axis=-1).astype(jnp.int32)  # noqa: E731
-            token = jax.lax.cond(temperature > 0, draw, best, logprobs, texts.counts)
-            place = jnp.where(texts.ended, new, texts.counts)  # past the end, where writes are dropped
-            gained = jnp.take_along_axis(jax.nn.log_softmax(logprobs), token[:, None], axis=1)[:, 0]
-            counts = texts.counts + ~texts.ended
-            return SpeechTexts(
-                tokens=texts.tokens.at[jnp.arange(len(token)), place].set(token, mode="drop"),
-                counts=counts,
-                ended=texts.ended | (token == end) | (counts >= limits),
-                logprobs=texts.logprobs + jnp.where(texts.ended, 0.0, gained),
-            )
+        return _in_rooms(lambda room: self._begin(params, batch, *how, room=room, new=new), advance, batch, room)[1]
+
+    def _begin_texts(self, params, batch, limits, temperature, seeds, indices, *, room: int, new: int):
+        """Reads the prompts and adds the first token of each text; see `write`."""
+        with on_mesh(self.mesh):
+            logprobs, state = self.steps.prefill(params, batch, room)
+            zero = jnp.zeros(limits.shape, jnp.int32)
+            none = SpeechTexts(jnp.zeros((len(limits), new), jnp.int32), zero, limits <= 0, zero.astype(jnp.float32))
+            return state, self._add(none, logprobs, limits, temperature, row_keys(seeds, indices))
+
+    def _advance_texts(self, params, state, texts, limits, temperature, seeds, indices, most, *, room: int):
+        """Adds tokens to texts of at most `most`; returns their state, the texts, and whether one has not ended."""
+        keys = row_keys(seeds, indices)
+
+        def going(carry):
+            return (~carry[1].ended & (carry[1].counts <= most)).any()
 
         def body(carry):
             state, texts = carry
             last = jnp.take_along_axis(texts.tokens, jnp.maximum(texts.counts - 1, 0)[:, None], axis=1)[:, 0]
             logprobs, state = self.steps.step(params, state, last)
-            return state, add(texts, logprobs)
+            return state, self._add(texts, logprobs, limits, temperature, keys)
 
         with on_mesh(self.mesh):
-            logprobs, state = self.steps.prefill(params, batch, room)
-            zero = jnp.zeros(limits.shape, jnp.int32)
-            none = SpeechTexts(jnp.zeros((len(limits), new), jnp.int32), zero, limits <= 0, zero.astype(jnp.float32))
-            going = lambda carry: ~carry[1].ended.all()  # noqa: E731
-            return jax.lax.while_loop(going, body, (state, add(none, logprobs)))[1]
+            state, texts = jax.lax.while_loop(going, body, (self.steps.grow(state, room), texts))
+        return state, texts, ~texts.ended.all()
+
+    def _add(self, texts: SpeechTexts, logprobs, limits, temperature, keys) -> SpeechTexts:
+        """Adds the next token of each text that has not ended."""
+
+        def draw(logprobs, counts):
+            each = jax.vmap(jax.random.fold_in)(keys, counts)
+            return jax.vmap(jax.random.categorical)(each, logprobs / temperature).astype(jnp.int32)
+
+        best = lambda logprobs, _: logprobs.argmax(axis=-1).astype(jnp.int32)  # noqa: E731
+        token = jax.lax.cond(temperature > 0, draw, best, logprobs, texts.counts)
+        place = jnp.where(texts.ended, texts.tokens.shape[1], texts.counts)  # past the end, where writes are dropped
+        gained = jnp.take_along_axis(jax.nn.log_softmax(logprobs), token[:, None], axis=1)[:, 0]
+        counts = texts.counts + ~texts.ended
+        return SpeechTexts(
+            tokens=texts.tokens.at[jnp.arange(len(token)), place].set(token, mode="drop"),
+            counts=counts,
+            ended=texts.ended | (token == self.steps.rules.end) | (counts >= limits),
+            logprobs=texts.logprobs + jnp.where(texts.ended, 0.0, gained),
+        )
 
     def search(self, params, batch, limits, *, room: int, new: int, beams: int) -> SpeechTexts:
         """Continues prompts by beam search; see `write`."""
         stops = jnp.full((len(limits), 1), self.steps.rules.end, jnp.int32)
-        rule = Rule(np.float32(1.0), np.asarray(False))
-        sizes = self._how | dict(room=room, new=new, beams=beams)
-        tokens, counts, logprobs = self._search(params, batch, limits, stops, rule, **sizes)
+        how = dict(limits=limits, stops=stops, rule=_RULE)
+
+        def begin(room):
+            return self._begin_search(params, batch, **how, room=room, new=new, beams=beams)
+
+        def advance(begun, most, room):
+            return self._advance_search(params, begun, most, room=room, **how)
+
+        tokens, counts, logprobs = self._best(_in_rooms(begin, advance, batch, room), _RULE)
         return SpeechTexts(tokens, counts, counts >= 0, logprobs)
+
+    def _advance_beams(self, params, begun: Beams, most, *, room: int, **how):
+        with on_mesh(self.mesh):
+            begun = begun.replace(state=self.steps.grow(begun.state, room))
+        return advance_beams(self.steps, self.mesh, params, begun, most, **how, **_HOW)
 
     def _align(self, params, tokens, heard):
         """Returns the attention float32[B, A, T, S] of tokens int[B, T], and each one's log probability float32[B, T]

@@ -93,6 +93,12 @@ class WhisperCache(KVCache):
 
     shared: ClassVar[tuple[str, ...]] = ("cross_keys", "cross_values")
 
+    def grown(self, size: int) -> WhisperCache:
+        """Returns the cache with room for `size` tokens, at least as many as it has."""
+        more = size - self.segments.shape[1]
+        wider = lambda x: jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, more)])  # noqa: E731
+        return self.replace(keys=wider(self.keys), values=wider(self.values), segments=wider(self.segments))
+
 
 class WhisperAttention(nn.Module):
     """Multi-head attention from tokens to given keys and values; the keys have no bias."""

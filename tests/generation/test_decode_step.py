@@ -24,6 +24,13 @@ def test_parameters_come_back_as_they_were():
     layers = apart["llm"]["layers"]
     assert isinstance(layers, tuple) and len(layers) == CONFIG.num_layers
     np.testing.assert_array_equal(layers[1]["mlp"]["up"]["kernel"], params["layers"]["mlp"]["up"]["kernel"][1])
+    q, out = (params["layers"]["attention"][name]["kernel"] for name in ("q", "out"))
+    held = [layers[1]["attention"][name]["kernel"] for name in ("q", "out")]
+    assert [matrix.values.shape for matrix in held] == [
+        (q.shape[1], q[0, 0].size),
+        (out[0, :, :, 0].size, out.shape[3]),
+    ]
+    np.testing.assert_array_equal(held[0].kernel(), q[1])
     same(restack(apart)["llm"], params)
     same(restack(params), params)
 

@@ -19,6 +19,7 @@ from toy_data import quick_compilation
 import mllm_jax
 from mllm_jax.cli.commands import main
 from mllm_jax.errors import ConfigError, DataError
+from mllm_jax.generation import speech_steps
 from mllm_jax.generation.speech_options import SpeechOptions, compression_ratio
 from mllm_jax.generation.transcript import Segment, Transcript, Word, formatted
 from mllm_jax.generation.words import split_words
@@ -159,6 +160,18 @@ def test_word_times_equal_those_of_transformers(assistant, reference, beams):
     words = [word for segment in transcript.segments for word in segment.words]
     assert len(words) > 3 and all(0 < word.probability <= 1 for word in words)
     np.testing.assert_allclose([(word.start, word.end) for word in words], wanted, atol=1e-5)
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_a_cache_that_grows_changes_no_text(assistant, monkeypatch, beams):
+    """Checks windows with texts that are longer than the room that their cache has at first."""
+    audio, rooms, grow = sound(6.13), [], speech_steps.SpeechSteps.grow
+    wanted = assistant.transcribe(audio, **TIMED, beams=beams)
+    monkeypatch.setattr(speech_steps, "FEW", 1)
+    noted = lambda self, state, room: rooms.append(room) or grow(self, state, room)  # noqa: E731
+    monkeypatch.setattr(speech_steps.SpeechSteps, "grow", noted)
+    assert assistant.transcribe(audio, **TIMED, beams=beams) == wanted
+    assert rooms == [32, tiny_whisper.LONGEST]
 
 
 # ---- attempts

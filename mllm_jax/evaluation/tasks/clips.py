@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from mllm_jax.data.message import Example, Message
 from mllm_jax.datasets.arcade_sprites import HELD_OUT, QUESTIONS, ArcadeSprites
@@ -30,18 +31,34 @@ def foxdot_task(folder: str | None = None) -> Task:
 def asterisk_task(
     folder: str | None = None, max_seconds: float = 30.0, normalise: Callable[[str], str] | None = None
 ) -> Task:
-    """Returns the task of transcribing speech: the word error rate.
+    """Returns the task of transcribing Asterisk's held-out prompts.
 
     Args:
         folder, max_seconds: see `mllm_jax.AsteriskSpeech`.
+        normalise: see `speech_task`.
+    """
+    return speech_task(AsteriskSpeech("held_out", folder, max_seconds), normalise)
+
+
+def speech_task(
+    source: Any,
+    normalise: Callable[[str], str] | None = None,
+    *,
+    name: str = "held_out/speech",
+    max_new_tokens: int = 128,
+) -> Task:
+    """Returns the task of transcribing speech: the word error rate.
+
+    Args:
+        source: held-out recordings with their texts, such as `mllm_jax.SpeechRecords`.
         normalise: applied to answers and texts, such as an `EnglishNormalizer`; None: `normalise` of the metrics.
+        name, max_new_tokens: see `Task`.
     """
     from mllm_jax.evaluation.metrics import ErrorRate
 
-    source = AsteriskSpeech("held_out", folder, max_seconds)
     error_rate = ErrorRate() if normalise is None else ErrorRate(normalise=normalise)
     metrics = {"wer": error_rate, "wer_shuffled_media": ShuffledMedia(error_rate), "n": count}
-    return Task("held_out/speech", source, ask, metrics, max_new_tokens=128)
+    return Task(name, source, ask, metrics, max_new_tokens=max_new_tokens)
 
 
 def arcade_tasks(limit: int = 20 * len(HELD_OUT), **settings) -> tuple[Task, ...]:
