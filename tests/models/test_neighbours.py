@@ -68,7 +68,9 @@ def test_a_composed_module_computes_so():
 
     def read():
         params = module.init(jax.random.key(0), batch)
-        return module.apply(params, batch, method="encode_media").tokens, module.apply(params, batch, method="head_inputs").x
+        return module.apply(params, batch, method="encode_media").tokens, module.apply(
+            params, batch, method="head_inputs"
+        ).x
 
     media, text = jax.eval_shape(read)
     assert media.dtype == text.dtype == jnp.bfloat16
