@@ -159,6 +159,11 @@ class Assistant(Transcribes, Draws, Scores):
         self._require_text()
         return self.processor.config.llm
 
+    @property
+    def produces(self) -> tuple[str, ...]:
+        """The modalities of media that its answers may hold."""
+        return () if self._producer is None else tuple(self._producer.signals)
+
     def _require_text(self) -> None:
         if self.processor is None or not writes_text(self.processor.config):
             raise no_text(self.model.config)
