@@ -196,7 +196,7 @@ REFUSED = {
     "an image and no question": ("--image {images}/a.png", "what to ask"),
     "images and no question": ("--image {images}/a.png {images}/b.png", "b.png as the question"),
     "no out": ("Q --prompts {images}", "without --out"),
-    "out alone": ("Q --out {new}", "--out without --prompts"),
+    "media of many": ("Q --prompts {images} --out {new} --steps 3", "options of media with --prompts"),
     "a batch of one question": ("Q --batch-size 2", "--batch-size without --prompts"),
     "an empty batch": ("Q --prompts {images} --out {new} --batch-size 0", "batch_size 0"),
     "a folder without a question": ("--prompts {images} --out {new}", "without a question"),

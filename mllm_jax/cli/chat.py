@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
 
+from mllm_jax.cli.media import MediaOptions, saved
 from mllm_jax.cli.runs import assistant_of
 from mllm_jax.generation.options import Options
 from mllm_jax.generation.sampling import Sampling
@@ -27,6 +29,7 @@ class Chat:
         dtype: of the computation and the parameters; default: as in the folder.
         max_length: maximum number of tokens of the conversation; default: the model's limit.
         int8: store the linear kernels as int8.
+        out: folder for media that the model produces; default: the current one.
     """
 
     model: tyro.conf.Positional[Path]
@@ -36,6 +39,8 @@ class Chat:
     int8: bool = False
     options: Annotated[Options, tyro.conf.arg(name="")] = Options()
     sampling: Annotated[Sampling, tyro.conf.arg(name="")] = Sampling()
+    making: Annotated[MediaOptions, tyro.conf.arg(name="")] = MediaOptions()
+    out: Path | None = None
 
 
 def run(arguments: list[str]) -> int:
@@ -44,8 +49,11 @@ def run(arguments: list[str]) -> int:
     from mllm_jax.generation.conversation import Dialogue, chat
     from mllm_jax.generation.quantize import summary
 
-    assistant = assistant_of(options.model, dtype=options.dtype, int8=options.int8, max_length=options.max_length)
+    how = dict(dtype=options.dtype, int8=options.int8, max_length=options.max_length)
+    assistant = assistant_of(options.model, check=partial(options.making.check, out=options.out), **how)
     if options.int8:
         print(summary(assistant.quantization_errors))
-    dialogue = Dialogue(assistant, options.options, options.sampling, options.system)
-    return chat(dialogue, interactive=sys.stdin.isatty())
+    producing = options.making.producing() if assistant.produces else None
+    dialogue = Dialogue(assistant, options.options, options.sampling, options.system, producing)
+    save = lambda medium, question: saved(medium, options.out or Path("."), question)  # noqa: E731
+    return chat(dialogue, save=save, interactive=sys.stdin.isatty())

@@ -16,10 +16,9 @@ from mllm_jax.checkpoints.components import CONFIG
 from mllm_jax.checkpoints.native import is_native, read_native_config
 from mllm_jax.checkpoints.run import is_run
 from mllm_jax.cli.caches import keep_compiled_programs
+from mllm_jax.cli.media import require_folder, saved, with_paths
 from mllm_jax.cli.progress import Count
 from mllm_jax.errors import ConfigError
-
-LONGEST_NAME = 40  # characters of the prompt in a file's name
 
 
 @dataclass(frozen=True)
@@ -117,12 +116,10 @@ def run(arguments: list[str]) -> int:
     done = itertools.count(1)
     with Count("steps", (calls - first) * -(-how.count // how.batch_size)) as progress:
         answers = drawer.draw(options.prompt, how, lambda *_: progress.update(next(done)))
-    options.out.mkdir(parents=True, exist_ok=True)
     for answer in answers:
         (image,) = answer.media
-        path = free_name(options.out, options.prompt, image.metadata["seed"])
-        image.save(path)
-        print(answer.text.replace("<image 1>", str(path)), flush=True)
+        path = saved(image, options.out, options.prompt)
+        print(with_paths(answer.text, [(image.kind, path)]), flush=True)
     return 0
 
 
@@ -135,15 +132,4 @@ def check(options: Draw) -> None:
         image_size(options.start_image)
     if options.scheduler is not None and options.scheduler not in NAMES:
         raise ConfigError(f"--scheduler {options.scheduler}", f"one of {', '.join(NAMES)}", "choose one of them")
-    if options.out.exists() and not options.out.is_dir():
-        raise ConfigError(f"--out {options.out}, which is a file", "a folder", "name another")
-
-
-def free_name(folder: Path, prompt: str, seed: str) -> Path:
-    """Returns a path that does not exist, from the prompt and the seed."""
-    words = re.sub(r"[^\w]+", "-", prompt.lower()).strip("-")[:LONGEST_NAME].rstrip("-") or "image"
-    path, number = folder / f"{words}-{seed}.png", 1
-    while path.exists():
-        number += 1
-        path = folder / f"{words}-{seed}-{number}.png"
-    return path
+    require_folder(options.out)

@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,6 +15,7 @@ import tyro
 
 from mllm_jax.checkpoints.run import is_run
 from mllm_jax.cli.caches import keep_compiled_programs
+from mllm_jax.cli.media import MediaOptions, saved, with_paths
 from mllm_jax.cli.progress import Count
 from mllm_jax.cli.runs import assistant_of
 from mllm_jax.cli.timing import Timing
@@ -52,7 +54,8 @@ class Generate:
         prompts: a .jsonl file of conversations, one a line: a text, a list of messages, {"messages": [...]} or
             {"prompt": "...", "image": "a.png" or ["a.png", "b.png"]}, with an "id" or without; or a folder of images:
             the question is asked about each.
-        out: the .jsonl file for the answers to --prompts; if it exists, the same command continues it.
+        out: the .jsonl file for the answers to --prompts; if it exists, the same command continues it. For a question:
+            folder for media that the model produces; default: the current one.
         media: the folder of the media that a file of prompts names; default: the file's own folder.
         batch_size: number of prompts that are answered together.
         max_new_tokens: maximum number of tokens of an answer.
@@ -73,6 +76,7 @@ class Generate:
     max_new_tokens: int = Options.max_new_tokens
     stats: bool = False
     sampling: Annotated[Sampling, tyro.conf.arg(name="")] = Sampling()
+    making: Annotated[MediaOptions, tyro.conf.arg(name="")] = MediaOptions()
 
     def __post_init__(self):
         for name in ("max_new_tokens", "batch_size"):
@@ -87,7 +91,7 @@ class Generate:
             self._check_prompts(self.prompts)
 
     def _check_question(self) -> None:
-        given = [f"--{name}" for name in ("out", "media") if getattr(self, name) is not None]
+        given = ["--media"] if self.media is not None else []
         given += ["--batch-size"] if self.batch_size != BATCH else []
         if given:
             raise ConfigError(f"{', '.join(given)} without --prompts", "--prompts FILE or DIR", "name them, or drop it")
@@ -107,6 +111,8 @@ class Generate:
     def _check_prompts(self, prompts: Path) -> None:
         if self.out is None:
             raise ConfigError(f"--prompts {prompts} without --out", "a file for the answers", "add --out answers.jsonl")
+        if self.making != MediaOptions():
+            raise ConfigError("options of media with --prompts", "answers in text", "ask one question, or drop them")
         for name in ("image", "video", "audio", "frames"):
             if getattr(self, name):
                 raise ConfigError(f"--{name} with --prompts", f"{name}s in the prompts", "drop one of the two")
@@ -182,14 +188,18 @@ def _ask_one(options: Generate) -> int:
         audio_length(path)
         media.append(Audio(path))
     timing = Timing() if options.stats else None
-    assistant = assistant_of(options.run, by_layer=False)
+    check = partial(options.making.check, out=options.out)
+    assistant = assistant_of(options.run, by_layer=False, check=check)
     if timing is not None:
         timing.loaded()
     asked = (*media, Text(options.question)) if media else options.question
     prompt = assistant.prompt((Message("user", asked),))
     how = Options(max_new_tokens=options.max_new_tokens)
-    answer = assistant.complete([prompt], how, options.sampling)[0]
-    print(answer.text, flush=True)
+    producing = options.making.producing() if assistant.produces else None
+    answer = assistant.complete([prompt], how, options.sampling, producing)[0]
+    out = options.out or Path(".")
+    paths = [(medium.kind, saved(medium, out, options.question)) for medium in answer.media]
+    print(with_paths(answer.text, paths), flush=True)
     if answer.reason == "length":
         count = len(answer.tokens)
         todo = "--max-new-tokens allows more" if count == options.max_new_tokens else "the model takes no longer text"

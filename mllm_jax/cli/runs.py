@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -81,11 +82,14 @@ def _set_cpu_devices(devices: int, *, required: bool) -> None:
             raise
 
 
-def assistant_of(folder: Path, *, dtype: Any = None, **options: Any) -> Assistant:
+def assistant_of(
+    folder: Path, *, dtype: Any = None, check: Callable[[Any], None] | None = None, **options: Any
+) -> Assistant:
     """Opens a model that writes text, from a run or a model's folder; warns if the run is not finished.
 
     Args:
         dtype: of the computation; None: as stored.
+        check: refuses a model's config, before its weights are read.
         options: see `Assistant.load`.
     """
     from mllm_jax.checkpoints.native import is_native
@@ -103,4 +107,6 @@ def assistant_of(folder: Path, *, dtype: Any = None, **options: Any) -> Assistan
         config = pretrained_config(folder)
     if not writes_text(config):  # checked before the weights are read
         raise no_text(config)
+    if check is not None:
+        check(config)
     return Assistant.load(folder, dtype=dtype, **options)

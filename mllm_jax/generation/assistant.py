@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -17,39 +17,41 @@ from jax.sharding import Mesh
 
 from mllm_jax.checkpoints.hf import float_dtype
 from mllm_jax.checkpoints.run import RunFolder, is_run
-from mllm_jax.data.message import TEXT_ROLE, Conversation, Example, Message
+from mllm_jax.data.message import TEXT_ROLE, Conversation, Message
 from mllm_jax.data.message import conversations as read_conversations
 from mllm_jax.data.processing.media import Encoded
 from mllm_jax.errors import ConfigError, DataError
 from mllm_jax.generation.bulk import outcomes
-from mllm_jax.generation.decode_step import on_mesh, steps_of
+from mllm_jax.generation.decode_step import steps_of
 from mllm_jax.generation.draw import Drawer
 from mllm_jax.generation.draws import Draws
 from mllm_jax.generation.embed import Embedder, no_vectors
 from mllm_jax.generation.engine import Engine, Request, or_raise
+from mllm_jax.generation.media import Media
 from mllm_jax.generation.options import Answer, Options, longest_text, read_options
+from mllm_jax.generation.produce import Producer, Producing
 from mllm_jax.generation.program import Program, bucket, placed
 from mllm_jax.generation.quantize import TensorError, quantize
-from mllm_jax.generation.rows import in_batches, padded_slots, rows_for
+from mllm_jax.generation.rows import padded_slots, rows_for
 from mllm_jax.generation.sampling import Sampling
+from mllm_jax.generation.scores import Scores
 from mllm_jax.generation.transcribe import Transcriber
 from mllm_jax.generation.transcribes import Transcribes
 from mllm_jax.layers.compute import with_compute
 from mllm_jax.llms.protocol import LLMConfig
+from mllm_jax.models.multimodal import MultimodalConfig
 from mllm_jax.models.processor import Processor
 from mllm_jax.models.protocol import WritesText
 from mllm_jax.models.registry import from_pretrained, pretrained_config
 from mllm_jax.models.run_weights import load_run
 from mllm_jax.models.stable_diffusion import StableDiffusionConfig
 from mllm_jax.models.whisper import WhisperConfig
-from mllm_jax.sharding.hosts import fetch
 
 BATCH = 8
 CHUNK = 4  # tokens of each piece of a stream
-UNBOUNDED = 1 << 20  # tokens of a text if the model's config has no bound
 
 
-class Assistant(Transcribes, Draws):
+class Assistant(Transcribes, Draws, Scores):
     """Answers conversations, many at a time or piece by piece; makes vectors with a dual encoder or a part of it.
 
     In float32 a conversation gets the same answer alone and in any batch. A sampled answer depends on the seed and on
@@ -147,6 +149,8 @@ class Assistant(Transcribes, Draws):
             other._drawer = self._drawer.with_params(params)
         if self.processor is not None and writes_text(self.processor.config):
             other._scored, other._program = self._scored, self._program.of(params)
+        if self._producer is not None:
+            other._producer = self._producer.of(other)
         return other
 
     @property
@@ -154,6 +158,11 @@ class Assistant(Transcribes, Draws):
         """The language model's config. Raises ConfigError: the model writes no text."""
         self._require_text()
         return self.processor.config.llm
+
+    @property
+    def produces(self) -> tuple[str, ...]:
+        """The modalities of media that its answers may hold."""
+        return () if self._producer is None else tuple(self._producer.signals)
 
     def _require_text(self) -> None:
         if self.processor is None or not writes_text(self.processor.config):
@@ -179,38 +188,58 @@ class Assistant(Transcribes, Draws):
             batch_size: conversations that are answered together; where an answer has ended, the next begins.
             options: max_new_tokens=256, temperature=0.0, top_k, top_p, min_p, repetition_penalty, seed, stop (one or
                 several texts that end an answer), stop_tokens, num_beams, logprobs, and the other fields of `Options`
-                and `Sampling`.
+                and `Sampling`. For a model that also produces media: produce=("image",), incomplete, drawing and most,
+                the fields of `Producing`; `Answer.media` are the media, and "<image 1>" in the text is their place.
 
         Raises:
             DataError: a conversation cannot be read or is too long; nothing has been computed then. An iterator
                 raises it in place of the answer; `bulk.outcomes` continues after it.
             ConfigError: options contradict one another or do not exist, or the model writes no text.
         """
+        producing = self._read_producing(options)
         how, sampling = read_options(options)
+        if isinstance(conversation, Iterator) and producing is not None:
+            return self._producer.each(conversation, how, sampling, producing, batch_size=batch_size)
         if isinstance(conversation, Iterator):
             found = outcomes(self, enumerate(conversation), how, sampling, batch_size=batch_size)
             return (or_raise(outcome) for _, outcome in found)
         given, several = read_conversations(conversation)
-        answers = self.complete([self.prompt(each) for each in given], how, sampling, batch_size=batch_size)
+        prompts = [self.prompt(each) for each in given]
+        answers = self.complete(prompts, how, sampling, producing, batch_size=batch_size)
         return answers if several else answers[0]
 
-    def stream(self, conversation: Conversation, **options: Any) -> Generator[str, None, Answer]:
-        """Yields an answer's text in pieces of whole characters, and returns the answer.
+    def _read_producing(self, options: dict[str, Any]) -> Producing | None:
+        """Takes the options of media out of all options; None for a model that produces none."""
+        given = {field.name: options.pop(field.name) for field in fields(Producing) if field.name in options}
+        if self._producer is not None:
+            return Producing(**given)
+        if given:
+            name, value = next(iter(given.items()))
+            raise ConfigError(f"{name}={value!r} for a model of text alone", "a model with an output branch", "drop it")
+        return None
 
-        The pieces together are `Answer.text`, except for the end of an answer that is cut off within a character.
-        The arguments and errors are those of `generate`, for one conversation.
+    def stream(self, conversation: Conversation, **options: Any) -> Generator[str | Media, None, Answer]:
+        """Yields an answer's text in pieces of whole characters, and each medium at its place; returns the answer.
+
+        The pieces together are `Answer.text`, except for the end of an answer that is cut off within a character, and
+        for the marks of media. The arguments and errors are those of `generate`, for one conversation.
         """
+        producing = self._read_producing(options)
         how, sampling = read_options(options)
         if how.num_beams > 1:
             raise ConfigError(f"a stream with num_beams={how.num_beams}", "num_beams=1", "use generate")
         given, several = read_conversations(conversation)
         if several:
             raise DataError(f"a stream of {len(given)} conversations", "one", "use generate, or a stream for each")
+        prompt = self.prompt(given[0])
+        if producing is not None:
+            return self._producer.stream(prompt, how, sampling, producing)
         engine = self.engine(1)
-        engine.submit(self.asked(self.prompt(given[0]), 0, how, sampling))
-        return self._stream(engine)
+        engine.submit(self.asked(prompt, 0, how, sampling))
+        return self.streamed(engine)
 
-    def _stream(self, engine: Engine) -> Generator[str, None, Answer]:
+    def streamed(self, engine: Engine) -> Generator[str, None, Answer]:
+        """Yields the pieces of the only request of an engine; returns its answer."""
         done: list[tuple[int, Answer | Exception]] = []
         while not done:
             done = engine.step(CHUNK)
@@ -233,10 +262,17 @@ class Assistant(Transcribes, Draws):
         prompts: Sequence[Encoded],
         options: Options = Options(),
         sampling: Sampling = Sampling(),
+        producing: Producing | None = None,
         *,
         batch_size: int = BATCH,
     ) -> list[Answer]:
-        """Returns the answers to prompts, in their order."""
+        """Returns the answers to prompts, in their order.
+
+        Args:
+            producing: of a model that produces media; None: only their signal tokens are written.
+        """
+        if producing is not None:
+            return self._producer.answers(prompts, options, sampling, producing, batch_size=batch_size)
         options.check(sampling)
         requests = [self.asked(prompt, i, options, sampling) for i, prompt in enumerate(prompts)]
         requests.sort(key=lambda request: request.likeness)
@@ -284,73 +320,7 @@ class Assistant(Transcribes, Draws):
         self._require_text()
         return Engine(self._program, self._batch, rows, self.max_length)
 
-    # ---- probabilities and vectors
-
-    def score(
-        self,
-        conversations: Conversation | Sequence[Conversation],
-        answers: str | Sequence[str],
-        *,
-        batch_size: int = BATCH,
-    ) -> list[np.ndarray]:
-        """Returns the natural log of the probability of each token of given answers.
-
-        Returns:
-            float32[n] for each conversation: the tokens of its answer and its end token.
-
-        Raises:
-            DataError: the numbers of answers and conversations differ, or one cannot be laid out or is too long.
-            ConfigError: the model writes no text.
-        """
-        self._require_text()
-        given, _ = read_conversations(conversations)
-        said = [answers] if isinstance(answers, str) else list(answers)
-        if len(given) != len(said):
-            raise DataError(f"{len(given)} conversation(s), {len(said)} answer(s)", "one for each", "give as many")
-        encoded = [self._answered(*pair) for pair in zip(given, said, strict=True)]
-        self._require_tokens(encoded)
-        out: dict[int, np.ndarray] = {}
-        for chunk, rows in in_batches([(self._slots(e), e.length) for e in encoded], batch_size):
-            length = bucket(max(len(encoded[i].tokens) for i in chunk), self.max_length)
-            batch = self._batch([encoded[i] for i in chunk], rows, length, learnt=True)
-            learnt = batch.pop("loss_weights") > 0
-            scores = fetch(self._scored(self.params, self._place(batch)))
-            out |= {i: scores[row][learnt[row]] for row, i in enumerate(chunk)}
-        return [out[i] for i in range(len(encoded))]
-
-    def _answered(self, messages: Sequence[Message], answer: str) -> Encoded:
-        """Encodes a conversation with its answer as training does; only the answer carries loss."""
-        longest = self.max_length or UNBOUNDED
-        if self._is_plain(messages) and not self.llm.encoder_decoder:
-            encoded = self.processor.answered(self.prompt(messages), answer)
-        else:
-            encoded = self.processor.encode(Example((*messages, Message("assistant", answer))), longest)
-        if encoded.length > longest or encoded.dropped_turns:
-            raise DataError(
-                f"a conversation and its answer of more than {longest} tokens, media included",
-                f"at most {longest}",
-                "shorten them, or raise max_length if the model can read more",
-            )
-        *_, last = np.flatnonzero(encoded.loss_weights)
-        before = np.flatnonzero(encoded.loss_weights[:last] == 0)
-        first = before[-1] + 1 if len(before) else 0
-        return replace(
-            encoded, loss_weights=np.where(np.arange(len(encoded.loss_weights)) < first, 0, encoded.loss_weights)
-        )
-
-    @cached_property
-    def _scored(self):
-        """Compiled: (params, batch) -> float32[B, T], the log probability of each token after those before it."""
-        targets = "decoder_tokens" if self.llm.encoder_decoder else "tokens"
-        steps = steps_of(self.model, by_layer=False)
-
-        def scored(params, batch):
-            with on_mesh(self.mesh):
-                logits = steps.logits(params, batch)[:, :-1].astype(jnp.float32)
-            chosen = jnp.take_along_axis(jax.nn.log_softmax(logits), batch[targets][:, 1:, None], axis=-1)[..., 0]
-            return jnp.pad(chosen, [(0, 0), (1, 0)])
-
-        return jax.jit(scored)
+    # ---- vectors
 
     def embed(self, texts: str | Sequence[str] | None = None, images: Any = None) -> np.ndarray:
         """Returns unit vectors of texts or of images, in one space if the model is a dual encoder.
@@ -379,6 +349,11 @@ class Assistant(Transcribes, Draws):
         return self._embedder.image_vectors([images] if one else list(images))
 
     # ---- inside
+
+    @cached_property
+    def _producer(self) -> Producer | None:
+        produces = self.processor is not None and isinstance(self.processor.config, MultimodalConfig)
+        return Producer(self) if produces and self.processor.config.outputs else None
 
     @cached_property
     def _program(self) -> Program:

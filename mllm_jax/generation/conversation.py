@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -13,7 +13,9 @@ from mllm_jax.data.message import MEDIA, Audio, Image, Message, Part, Text, Vide
 from mllm_jax.data.video import read_video
 from mllm_jax.errors import DataError
 from mllm_jax.generation.assistant import Assistant
+from mllm_jax.generation.media import Media
 from mllm_jax.generation.options import Answer, Options
+from mllm_jax.generation.produce import Producing
 from mllm_jax.generation.sampling import Sampling
 
 HELP = (
@@ -28,6 +30,7 @@ class Dialogue:
 
     Args:
         system: the system message, which is never dropped.
+        producing: for a model that produces media.
 
     Attributes:
         turns: questions and answers in turn.
@@ -35,8 +38,15 @@ class Dialogue:
         answer: the last one; None if it was stopped.
     """
 
-    def __init__(self, assistant: Assistant, options: Options, sampling: Sampling, system: str = ""):
-        self.assistant, self.options, self.sampling = assistant, options, sampling
+    def __init__(
+        self,
+        assistant: Assistant,
+        options: Options,
+        sampling: Sampling,
+        system: str = "",
+        producing: Producing | None = None,
+    ):
+        self.assistant, self.options, self.sampling, self.producing = assistant, options, sampling, producing
         self._system = (Message("system", system),) if system else ()
         self.turns: tuple[Message, ...] = ()
         self._media: tuple[Part, ...] = ()
@@ -63,8 +73,10 @@ class Dialogue:
             medium = Video(frames, times=times.seconds, fps=times.fps)
         self._media = (*self._media, medium)
 
-    def ask(self, question: str) -> Iterator[str]:
-        """Yields the answer's text in pieces. Closing the iterator ends the answer; its text so far stays in `turns`.
+    def ask(self, question: str) -> Iterator[str | Media]:
+        """Yields the answer's text in pieces, and media that the model produces at their places.
+
+        Closing the iterator ends the answer; its text so far stays in `turns`.
 
         Raises:
             DataError: the question with its media does not fit even alone; they are dropped.
@@ -75,20 +87,22 @@ class Dialogue:
             turns, self.dropped = turns[2:], self.dropped + 1
         return self._answer(turns)
 
-    def _answer(self, turns: tuple[Message, ...]) -> Iterator[str]:
-        said, self.answer = "", None
-        how = vars(self.options) | vars(self.sampling)
+    def _answer(self, turns: tuple[Message, ...]) -> Iterator[str | Media]:
+        said: list[str | Media] = []
+        self.answer = None
+        how = vars(self.options) | vars(self.sampling) | ({} if self.producing is None else vars(self.producing))
         stream = self.assistant.stream(self._system + turns, **how)
         try:
             while True:
                 piece = next(stream)
-                said += piece
+                said.append(piece)
                 yield piece
         except StopIteration as end:
-            self.answer, said = end.value, end.value.text
+            self.answer = end.value
+            said = said if end.value.media else [end.value.text]
         finally:
             # Without an answer two questions would follow each other, which no template allows.
-            self.turns = (*turns, Message("assistant", said)) if said else turns[:-1]
+            self.turns = (*turns, Message("assistant", _content(said))) if any(said) else turns[:-1]
 
     def _fits(self, turns: tuple[Message, ...]) -> bool:
         """Returns whether these turns leave room for a whole answer. A single turn needs room for one token only."""
@@ -99,9 +113,25 @@ class Dialogue:
         return limit is None or length + self.options.max_new_tokens <= limit
 
 
+def _content(said: Sequence[str | Media]) -> str | tuple[Part, ...]:
+    """Returns an answer as the content of a message."""
+    if all(isinstance(piece, str) for piece in said):
+        return "".join(said)
+    parts: list[Part] = []
+    for piece in filter(None, said):
+        if not isinstance(piece, str):
+            parts.append(piece.part())
+        elif parts and isinstance(parts[-1], Text):
+            parts[-1] = Text(parts[-1].text + piece)
+        else:
+            parts.append(Text(piece))
+    return tuple(parts)
+
+
 def chat(
     dialogue: Dialogue,
     *,
+    save: Callable[[Media, str], Path] | None = None,
     read: Callable[[str], str] = input,
     console: Console | None = None,
     interactive: bool = True,
@@ -110,6 +140,7 @@ def chat(
 
     Args:
         read: prompt -> a line; raises EOFError at the end, KeyboardInterrupt at Ctrl-C.
+        save: writes a medium of an answer to a question; returns its path.
         interactive: a person types; if False, the output has no prompts and no hints.
     """
     console = console or Console()
@@ -142,7 +173,7 @@ def chat(
         elif line.startswith("/"):
             console.print(HELP, style="dim")
         elif line:
-            _answer(dialogue, line, console)
+            _answer(dialogue, line, console, save)
 
 
 def _show(dialogue: Dialogue, path: str, kind: str, console: Console) -> bool:
@@ -155,7 +186,7 @@ def _show(dialogue: Dialogue, path: str, kind: str, console: Console) -> bool:
     return True
 
 
-def _answer(dialogue: Dialogue, question: str, console: Console) -> None:
+def _answer(dialogue: Dialogue, question: str, console: Console, save: Callable[[Media, str], Path] | None) -> None:
     def show(text: str, **style) -> None:
         console.print(text, markup=False, emoji=False, highlight=False, soft_wrap=True, **style)
 
@@ -167,7 +198,7 @@ def _answer(dialogue: Dialogue, question: str, console: Console) -> None:
         show(f"[the oldest {dialogue.dropped} turn(s) no longer fit and are forgotten]", style="dim")
     try:
         for piece in pieces:
-            show(piece, end="")
+            show(piece if isinstance(piece, str) else f" {save(piece, question)} ", end="")
     except KeyboardInterrupt:
         pieces.close()
     show("")

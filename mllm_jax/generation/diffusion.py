@@ -60,6 +60,7 @@ class Asked:
 
     Attributes:
         tokens, negatives: int32[B, L], of the texts and the negative texts; the latter None without guidance.
+        conditions: float32[B, L, E] instead of tokens.
         seeds: uint32[B].
         guidance: float32 scalar.
         latents: float32[B, h, w, C], the unit noise that an image begins with; None: from the seed.
@@ -73,6 +74,7 @@ class Asked:
     seeds: Any
     guidance: Any
     negatives: Any = None
+    conditions: Any = None
     latents: Any = None
     start: Any = None
     posterior: Any = None
@@ -120,12 +122,7 @@ class Sampler:
         """Computes a batch of images; traced once for each plan and shape."""
         with on_mesh(self.mesh):
             call = lambda method, *inputs: self.module.apply({"params": params}, *inputs, method=method)  # noqa: E731
-            if plan.guided[0] < plan.guided[1]:
-                both = rearrange(jnp.stack([asked.negatives, asked.tokens]), "two b l -> (b two) l")
-                pair = _by_rows(call("condition", _by_rows(both)))
-                text = _by_rows(pair[1::2])
-            else:
-                pair, text = None, _by_rows(call("condition", _by_rows(asked.tokens)))
+            pair, text = _conditions(call, asked, guided=plan.guided[0] < plan.guided[1])
             noise = partial(_noise, asked.seeds, plan.latents)
             state, latents = self._begin(call, asked, plan, noise)
 
@@ -166,6 +163,20 @@ class Sampler:
         latents = call("encode", asked.start, posterior)
         state = scheduler.start(state, plan.first)
         return state, _by_rows(scheduler.noised(state, latents, first))
+
+
+def _conditions(call: Callable, asked: Asked, guided: bool) -> tuple[jax.Array | None, jax.Array]:
+    """Returns the conditions of images: each beside that of its negative text [2 B, L, E] if guided, and alone."""
+    text = lambda tokens: _by_rows(call("condition", _by_rows(tokens)))  # noqa: E731
+    beside = partial(rearrange, pattern="two b ... -> (b two) ...")
+    if not guided:
+        return None, text(asked.tokens) if asked.conditions is None else _by_rows(asked.conditions)
+    if asked.conditions is None:
+        pair = text(beside(jnp.stack([asked.negatives, asked.tokens])))
+    else:
+        without = text(asked.negatives)
+        pair = _by_rows(beside(jnp.stack([without, asked.conditions.astype(without.dtype)])))
+    return pair, _by_rows(pair[1::2])
 
 
 def _by_rows(x: jax.Array) -> jax.Array:

@@ -1,4 +1,4 @@
-"""Drawing: prompts, negative prompts and start images to images, with a Stable Diffusion."""
+"""Drawing: prompts, negative prompts and start images to images, with a text-to-image generator."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from PIL import Image as Pillow
 from mllm_jax.checkpoints.fingerprint import short_fingerprint
 from mllm_jax.data.chat_tokenizer import ChatTokenizer
 from mllm_jax.data.images import as_image
+from mllm_jax.data.processing.captions import Captions
 from mllm_jax.errors import ConfigError, DataError
 from mllm_jax.generation.diffusion import Asked, OnStep, Plan, Sampler, calls
 from mllm_jax.generation.media import Media
@@ -26,7 +27,8 @@ from mllm_jax.generation.options import Answer
 from mllm_jax.generation.rows import rows_for
 from mllm_jax.generators.schedulers import Scheduler, by_name
 from mllm_jax.models.registry import from_pretrained
-from mllm_jax.models.stable_diffusion import StableDiffusionConfig, sampler
+from mllm_jax.models.stable_diffusion import sampler
+from mllm_jax.models.text_to_image import TextToImageConfig
 from mllm_jax.version import __version__
 
 _ABOVE = 4  # the frames between a warning and the call of `Assistant.draw`
@@ -90,13 +92,14 @@ class Drawer:
     """A model that draws, with its tokenizer.
 
     Args:
-        model, params: from `mllm_jax.from_pretrained` of a Stable Diffusion.
+        model, params: a `TextToImage`, such as `mllm_jax.from_pretrained` gives of a Stable Diffusion.
+        tokenizer: of its text encoder, of either class.
         mesh: over which params are sharded, or None.
     """
 
-    def __init__(self, model: nn.Module, params: dict | None, tokenizer: ChatTokenizer, *, mesh: Mesh | None = None):
-        self.model, self.params, self.tokenizer, self.mesh = model, params, tokenizer, mesh
-        self._sampler = Sampler(model, params, mesh)
+    def __init__(self, model: nn.Module, params: dict | None, tokenizer: Any, *, mesh: Mesh | None = None):
+        self.model, self.params, self.mesh = model, params, mesh
+        self._sampler, self._captions = Sampler(model, params, mesh), Captions.of(tokenizer, model.config.longest)
         if tokenizer.pad_token_id is None or tokenizer.bos_token_id is None:
             raise DataError(
                 "a tokenizer without a padding token, or without a beginning of text",
@@ -119,7 +122,7 @@ class Drawer:
         return other
 
     @property
-    def config(self) -> StableDiffusionConfig:
+    def config(self) -> TextToImageConfig:
         return self.model.config
 
     @cached_property
@@ -130,21 +133,44 @@ class Drawer:
     def draw(self, prompts: str | Sequence[str], how: Drawing, on_step: OnStep | None = None) -> list[Answer]:
         """Returns an answer for each prompt and count; see `Draws.draw`."""
         texts = _texts(prompts)
-        images = len(texts) * how.count
-        negatives, seeds = _negatives(how.negative, len(texts)), _seeds(how.seed, len(texts), how.count)
+        seeds = _seeds(how.seed, len(texts), how.count)
+        tokens = np.repeat([self._tokens(text) for text in texts], how.count, axis=0)
+        return self._draw(dict(tokens=tokens), texts, seeds, how, on_step)
+
+    def draw_conditions(
+        self, conditions: np.ndarray, texts: Sequence[str], how: Drawing, on_step: OnStep | None = None
+    ) -> list[Answer]:
+        """Returns an answer for each condition that an output projector has made, instead of the text encoder.
+
+        Args:
+            conditions: float32[n, L, E].
+            texts: what they stand for, for the metadata.
+            how: its count is 1.
+        """
+        seeds = _seeds(how.seed, len(texts), 1)
+        return self._draw(dict(tokens=None, conditions=np.asarray(conditions)), texts, seeds, how, on_step)
+
+    def _draw(
+        self, read: dict[str, Any], texts: Sequence[str], seeds: list[int], how: Drawing, on_step: OnStep | None
+    ) -> list[Answer]:
+        """Returns an answer for each text and count.
+
+        Args:
+            read: the arrays of `Asked` that the images are drawn of.
+        """
+        images, negatives = len(seeds), _negatives(how.negative, len(texts))
         if how.negative and not how.guided:
             warnings.warn(
-                f"the negative prompt has no effect with guidance_scale={how.guidance_scale}", stacklevel=_ABOVE
+                f"the negative prompt has no effect with guidance_scale={how.guidance_scale}", stacklevel=_ABOVE + 1
             )
         scheduler, first, total = self.schedule(how)
         start, (height, width) = self._start_and_size(how, images)
         shape = (height // self.factor, width // self.factor, self.config.unet.in_channels)
         edges = [round(share * total) for share in how.guidance_interval] if how.guided else [0, 0]
         plan = Plan(scheduler, how.steps, shape, first, (edges[0], edges[1]), on_step is not None)
-        tokens = [self._tokens(text) for text in texts]
-        negative_tokens = [self._tokens(text) for text in negatives] if how.guided else []
+        negative_tokens = [self._tokens(text, deeper=1) for text in negatives] if how.guided else []
         arrays = dict(
-            tokens=np.repeat(tokens, how.count, axis=0),
+            **read,
             seeds=np.array(seeds, np.uint32),
             negatives=np.repeat(negative_tokens, how.count, axis=0) if how.guided else None,
             start=start,
@@ -181,7 +207,7 @@ class Drawer:
     @property
     def factor(self) -> int:
         """Pixels of an image's side for each position of its latents."""
-        return self.config.vae.factor
+        return self.config.factor
 
     def _drawn(self, arrays: dict[str, Any], plan: Plan, how: Drawing, on_step: OnStep | None) -> list[np.ndarray]:
         """Draws in batches; the rows of a batch without an image repeat its last one."""
@@ -209,18 +235,14 @@ class Drawer:
         metadata = dict(prompt=prompt, negative=negative, seed=str(seed)) | about
         return Answer("<image 1>", (), media=(Media("image", image, metadata=metadata),))
 
-    def _tokens(self, text: str) -> np.ndarray:
+    def _tokens(self, text: str, deeper: int = 0) -> np.ndarray:
         """Returns int32[L] of a text, cut to the text encoder's length with a warning that names what is cut."""
-        backend, longest = self.tokenizer.backend, self.config.longest
-        longest = min(backend.model_max_length, longest)
-        ids = self.tokenizer.encode(text)
-        if len(ids) > longest:
-            cut = self.tokenizer.decode(ids[longest - 1 : -1]).strip()
+        if cut := self._captions.left_out(text):
             warnings.warn(
-                f"the text encoder reads {longest} tokens; the end of the prompt is left out: {cut!r}",
-                stacklevel=_ABOVE,
+                f"the text encoder reads {self._captions.longest} tokens; the end of the prompt is left out: {cut!r}",
+                stacklevel=_ABOVE + deeper,
             )
-            ids = ids[: longest - 1] + ids[-1:]
+        ids = self._captions.padded(text)
         size = self.config.text_encoder.vocab_size
         if strange := [i for i in ids if i >= size]:
             raise DataError(
@@ -228,7 +250,7 @@ class Drawer:
                 f"tokens from 0 to {size - 1}",
                 "take the tokenizer that belongs to the model",
             )
-        return np.array(ids + [self.tokenizer.pad_token_id] * (longest - len(ids)), np.int32)
+        return ids
 
     def _start_and_size(self, how: Drawing, images: int) -> tuple[np.ndarray | None, tuple[int, int]]:
         """Returns the start images float32[B, H, W, 3], or None, and height and width."""
@@ -256,6 +278,8 @@ class Drawer:
         return array, array.shape[1:3]
 
     def _own_size(self) -> tuple[int, int]:
+        if self.config.image_size is not None:
+            return self.config.image_size, self.config.image_size
         sides = self.config.unet.height_and_width or (64, 64)
         return sides[0] * self.factor, sides[1] * self.factor
 

@@ -11,13 +11,22 @@ from flax import linen as nn
 from mllm_jax.errors import ConfigError
 from mllm_jax.generation.draw import Drawer, Drawing
 from mllm_jax.generation.options import Answer
+from mllm_jax.generation.produce import Producer
 
 
 class Draws:
-    """The call `draw`, with the drawer that `Assistant` has for a Stable Diffusion."""
+    """The call `draw`, of an `Assistant` for a Stable Diffusion or for a model that produces images."""
 
     model: nn.Module
     _drawer: Drawer | None
+    _producer: Producer | None
+
+    @property
+    def drawer(self) -> Drawer | None:
+        """What draws texts: the model, or its generator of images with its own text encoder; None: nothing."""
+        if self._producer is None:
+            return self._drawer
+        return self._producer.drawers.get("image")
 
     def draw(
         self,
@@ -82,7 +91,7 @@ class Draws:
             ConfigError: the model draws no images, an option is refused, or a size is no multiple.
             DataError: prompts, latents, noise or start images cannot be used; or a drawing became NaN.
         """
-        if self._drawer is None:
+        if (drawer := self.drawer) is None:
             raise no_images(self.model.config)
         for name, value in (("frames", frames), ("seconds", seconds)):
             if value is not None:
@@ -93,7 +102,7 @@ class Draws:
             negative, steps, guidance_scale, seed, count, height, width, latents, noise, start_image, strength,
             guidance_interval, scheduler, batch_size,
         )  # fmt: skip
-        return self._drawer.draw(prompts, how, on_step)
+        return drawer.draw(prompts, how, on_step)
 
 
 def no_images(config: Any) -> ConfigError:

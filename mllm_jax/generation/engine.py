@@ -316,5 +316,6 @@ def _answer(
         text=stream.text if stopped else request.decode(kept),
         tokens=kept,
         reason="stop" if stopped or len(body) < len(ids) else "length",
+        stop_token=int(ids[-1]) if len(body) < len(ids) and not stopped else None,
         logprobs=None if logprobs is None else tuple(logprobs[: len(kept)].tolist()),
     )

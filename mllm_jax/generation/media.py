@@ -11,6 +11,7 @@ from typing import Literal
 
 import numpy as np
 
+from mllm_jax.data.message import Audio, Image, Part, Video
 from mllm_jax.data.packages import media_package
 from mllm_jax.errors import DataError
 from mllm_jax.files import write_atomic
@@ -54,6 +55,13 @@ class Media:
                 "None for an image, else frames or samples a second",
                 "change the rate",
             )
+
+    def part(self) -> Part:
+        """Returns it as a part of a message, as the assistant's turn in a conversation that goes on."""
+        if self.kind == "audio":
+            return Audio(self.array, rate=round(self.rate))
+        pixels = _bytes_of(np.clip(self.array, 0, 1))
+        return Image(pixels) if self.kind == "image" else Video(pixels, fps=self.rate)
 
     def save(self, path: str | Path) -> None:
         """Writes the file, whole or not at all.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from mllm_jax.checkpoints.fields import field_value
@@ -66,8 +66,10 @@ class Answer:
         text: the answer without its end token or stop string.
         tokens: its ids without the end token, with those that spell a stop string.
         logprobs: natural log of each token's probability, if asked for.
-        reason: "stop": it ended at an end token or stop string; "length": it was cut off.
+        reason: "stop": it ended at an end token or stop string; "length": it was cut off; "incomplete": see
+            `mllm_jax.generation.produce.Producing`.
         media: what a generator made, a `Media` for each mark such as "<image 1>" in the text.
+        stop_token: the end token that ended it, which is not among `tokens`; None: another reason.
     """
 
     text: str
@@ -75,6 +77,7 @@ class Answer:
     logprobs: tuple[float, ...] | None = None
     reason: str = "stop"
     media: tuple[Any, ...] = ()
+    stop_token: int | None = field(default=None, compare=False, repr=False)
 
 
 def longest_text(config, asked: int | None = None) -> int | None:

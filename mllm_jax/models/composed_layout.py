@@ -11,12 +11,13 @@ import numpy as np
 from mllm_jax.data.chat_tokenizer import ChatTokenizer
 from mllm_jax.data.images import as_image
 from mllm_jax.data.message import Image
+from mllm_jax.data.processing.captions import Captions
 from mllm_jax.data.processing.composed import ComposedLayout, ImageTokens, fitted
 from mllm_jax.data.processing.encode import Words
 from mllm_jax.data.processing.frames import FrameTokens
 from mllm_jax.data.processing.signals import SignalTokens, ids_of
 from mllm_jax.data.processing.sounds import SoundTokens
-from mllm_jax.data.tokenizer import Tokenizer, tokenizer_in
+from mllm_jax.data.tokenizer import tokenizer_in
 from mllm_jax.data.video import FIVE_FRAMES, FrameSampling
 from mllm_jax.errors import DataError
 from mllm_jax.models.multimodal import MultimodalConfig
@@ -76,9 +77,7 @@ def signal_conversions(config: MultimodalConfig, tokenizer: Words, folder: Path 
             generator.target_shape,
             generator.target_dtype,
             _TARGETS[modality](generator),
-            words.caption_ids if isinstance(words, Tokenizer) else words.encode,
-            generator.longest,
-            words.pad_token_id or 0,
+            Captions.of(words, generator.longest),
         )
     return found
 

@@ -8,6 +8,7 @@ from toy_data import MODEL, PIXELS
 
 from mllm_jax.data.batch import assemble, targets_spec, text_spec
 from mllm_jax.data.message import Audio, Example, Image, Message, Text
+from mllm_jax.data.processing.captions import Captions
 from mllm_jax.data.processing.composed import ComposedLayout, ImageTokens
 from mllm_jax.data.processing.encode import ExampleEncoder, encode_turns
 from mllm_jax.data.processing.signals import SignalTokens, ids_of, signal_names
@@ -29,9 +30,7 @@ def encoder_of(markers: bool, count: int = 3) -> ExampleEncoder:
         (SIDE, SIDE, 3),
         "uint8",
         lambda part: np.asarray(part.source),
-        tokenizer.caption_ids,
-        LENGTH,
-        tokenizer.pad_token_id,
+        Captions.of(tokenizer, LENGTH),
     )
     reads = {"image": ImageTokens(MODEL.image_size, MODEL.media_tokens)}
     return ExampleEncoder(tokenizer, ComposedLayout(reads, tokenizer.image_token_id, produced={"image": signals}))

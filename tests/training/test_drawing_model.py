@@ -11,16 +11,23 @@ import numpy as np
 import pytest
 from flax import linen as nn
 from flax.traverse_util import flatten_dict
+from PIL import Image as Pillow
 from tiny_drawing import GENERATOR, LENGTH, MAPPER, SIZE, WIDTH, Drawings, drawing_model, shade
 from toy_data import MODEL, quick_compilation
 
 from mllm_jax import AdamW, Experiment, Mixture, Stage, TokenizerConfig, Weighted
 from mllm_jax.checkpoints.run import RunFolder
+from mllm_jax.cli import main
 from mllm_jax.data.message import Example, Image, Message, Text
 from mllm_jax.data.pipeline import training_texts
 from mllm_jax.data.processing.signals import signal_names
 from mllm_jax.data.tokenizer import Tokenizer
 from mllm_jax.errors import ConfigError
+from mllm_jax.generation.assistant import Assistant
+from mllm_jax.generation.conversation import Dialogue
+from mllm_jax.generation.options import Options
+from mllm_jax.generation.produce import Producing
+from mllm_jax.generation.sampling import Sampling
 from mllm_jax.layers.head import HeadInputs
 from mllm_jax.models.composed_layout import composed_layout
 from mllm_jax.models.generator_only import GeneratorOnlyConfig
@@ -157,6 +164,28 @@ def test_the_text_encoder_stays_and_what_is_trained_changes(run):
     assert all(path in same for path in first if path.startswith("generator_image/text_encoder/"))
     assert not any(path.startswith("generator_image/unet/") and "kernel" in path for path in same)
     assert not any(path.startswith("output_projector_image/") and path.endswith("kernel") for path in same)
+
+
+def test_the_path_of_an_image_stands_in_the_answer(run, tmp_path, capsys):
+    asked = ["generate", str(run[0]), "draw red", "--produce", "image", "--steps", "2", "--max-new-tokens", "2"]
+    assert main([*asked, "--out", str(tmp_path / "new"), "--guidance", "1"]) == 0
+    path = tmp_path / "new" / "draw-red-0.png"
+    assert str(path) in capsys.readouterr().out
+    image = Pillow.open(path)
+    assert image.size == (SIZE, SIZE) and image.text["steps"] == "2" and "draw red" in image.text["prompt"]
+
+
+def test_a_conversation_holds_what_the_model_drew(run):
+    assistant = Assistant.load(run[0], by_layer=False)
+    producing = Producing(("image",), drawing=dict(steps=1, guidance_scale=1.0))
+    dialogue = Dialogue(assistant, Options(2), Sampling(), producing=producing)
+    pieces = list(dialogue.ask("draw red"))
+    drawn = [piece for piece in pieces if not isinstance(piece, str)]
+    assert drawn and dialogue.answer.media == tuple(drawn)
+    said = [part for part in dialogue.turns[-1].parts if isinstance(part, Image)]
+    assert len(said) == len(drawn)
+    np.testing.assert_array_equal(said[0].source, (255 * drawn[0].array).round().astype(np.uint8))
+    assert list(dialogue.ask("again")), "the next turn reads it"
 
 
 def test_stages_that_cannot_learn_to_draw_are_refused():

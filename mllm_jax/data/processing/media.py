@@ -251,4 +251,4 @@ class Encoded:
         counts: Counter[str] = Counter()
         for medium in self.media:
             counts[medium.modality] += medium.slots
-        return dict(counts)
+        return {modality: count for modality, count in counts.items() if count}

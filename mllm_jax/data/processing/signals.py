@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from mllm_jax.data.message import Part
+from mllm_jax.data.processing.captions import Captions
 from mllm_jax.data.processing.media import TEXT, Lazy, PreparedMedia
 from mllm_jax.errors import ConfigError, DataError
 
@@ -37,8 +38,7 @@ class SignalTokens:
             the begin token itself; the others follow it.
         shape, dtype: of the target.
         target: returns the target of a medium.
-        caption: returns the ids of a caption, as the generator's text encoder reads them.
-        length: of a caption; shorter ones are padded with `pad`.
+        captions: the conversion of captions for the generator's text encoder.
     """
 
     modality: str
@@ -47,9 +47,7 @@ class SignalTokens:
     shape: tuple[int, ...]
     dtype: str
     target: Callable[[Part], np.ndarray]
-    caption: Callable[[str], Sequence[int]]
-    length: int
-    pad: int
+    captions: Captions
 
     tokens = 0  # the LLM reads no encoder's vectors for them
 
@@ -63,13 +61,13 @@ class SignalTokens:
         """The arrays of an empty slot by their names in a batch."""
         return {
             f"{self.modality}_targets": np.zeros(self.shape, self.dtype),
-            f"{self.modality}_captions": np.zeros(self.length, np.int32),
+            f"{self.modality}_captions": np.zeros(self.captions.length, np.int32),
         }
 
     @cached_property
     def empty(self) -> np.ndarray:
         """The ids int[length] of an empty caption."""
-        return self._padded("")
+        return self.captions.padded("")
 
     def media(self, part: Part, token: int, learned: bool = True) -> PreparedMedia:
         """Implements `Conversion`; without `learned` there are only the tokens."""
@@ -96,17 +94,11 @@ class SignalTokens:
                 f"{type(part).__name__}(source, caption=...): the generator's text encoder reads it",
                 "give it one, or drop the record",
             )
-        return self._padded(part.caption)
-
-    def _padded(self, text: str) -> np.ndarray:
-        """Returns the ids int[length] of a caption; what does not fit is cut off before its end token."""
-        ids = list(self.caption(text))
-        cut = ids if len(ids) <= self.length else [*ids[: self.length - 1], ids[-1]]
-        return np.asarray(cut + [self.pad] * (self.length - len(cut)), np.int32)
+        return self.captions.padded(part.caption)
 
     def fingerprint(self) -> str:
         """Returns a text that differs if the rows would."""
-        return repr([self.modality, self.ids, self.markers, self.shape, self.length, self.pad, self.caption("a cat")])
+        return repr([self.modality, self.ids, self.markers, self.shape, self.captions.fingerprint()])
 
 
 def signal_names(modality: str, count: int, markers: bool) -> tuple[str, ...]:
