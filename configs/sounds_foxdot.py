@@ -5,8 +5,8 @@ python tests/assets/whisper_tiny_en.py runs/whisper-tiny.en
 mllm train configs/sounds_foxdot.py
 
 The second command makes Whisper's Hugging Face folder, once. The encoder stays as it is; projector and LLM learn from
-246 sounds in 67 classes. The evaluation names 71 held-out sounds of the same classes.
-No run has reached its end yet.
+246 sounds in 67 classes. The evaluation names 71 held-out sounds of the same classes: 33.8 % in the run of
+benchmarks/RESULTS.md, where it knows its training sounds by heart.
 """
 
 from pathlib import Path
