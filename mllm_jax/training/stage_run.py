@@ -39,6 +39,7 @@ from mllm_jax.training.hooks import (
     Trace,
     Validate,
 )
+from mllm_jax.training.operations.host import return_large_memory
 from mllm_jax.training.operations.meter import Meter
 from mllm_jax.training.operations.metrics_writer import MetricsWriter, Sink
 from mllm_jax.training.operations.monitors import Monitors
@@ -183,6 +184,7 @@ class StageRunner:
         packing = data.plan.statistics(64)
         dropped = sum(m.dropped_turns for m in data.measured)
         bad = sum(len(m.bad) for m in data.measured)
+        return_large_memory(sum(program.sizes.values()))
         sizes = program.sizes.items()
         shown = ", ".join(f"{name.split('_')[0]} {size / 2**20:.2f} MiB" for name, size in sizes)
         self.progress.message(

@@ -15,10 +15,12 @@ from mllm_jax.training.operations.host import enough_threads
 PROBE = """
 import resource, sys
 import numpy as np
-from mllm_jax.training.operations.host import keep_freed_memory
+from mllm_jax.training.operations.host import LARGE, keep_freed_memory, return_large_memory
 
-if sys.argv[1] == "keep":
+if sys.argv[1] != "return":
     assert keep_freed_memory()
+if sys.argv[1] == "large":
+    assert return_large_memory(LARGE) and not return_large_memory(LARGE - 1)
 for _ in range(3):
     np.ones(1 << 23)  # 64 MB, allocated, written and freed
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -39,6 +41,7 @@ def faults(how: str) -> int:
 def test_freed_memory_is_not_asked_of_the_system_again():
     kept, returned = faults("keep"), faults("return")
     assert kept < 100 and returned > 10 * kept + 100, (kept, returned)
+    assert faults("large") > 10 * kept + 100, "beside a large state, large blocks go back to the system"
 
 
 @pytest.mark.parametrize("given,devices,wanted", [(None, 1, None), (None, 10_000, "40000"), ("7", 10_000, "7")])
