@@ -29,6 +29,7 @@ if TYPE_CHECKING:  # for editors and type checkers; `_HOMES` has the same names 
     from mllm_jax.datasets.asterisk_speech import AsteriskSpeech as AsteriskSpeech
     from mllm_jax.datasets.foxdot_sounds import FoxDotSounds as FoxDotSounds
     from mllm_jax.datasets.llava import LLaVARecords as LLaVARecords
+    from mllm_jax.datasets.openmoji.requests import OpenMojiRequests as OpenMojiRequests
     from mllm_jax.datasets.openmoji.skills import OpenMojiSkills as OpenMojiSkills
     from mllm_jax.datasets.openmoji.sources import OpenMojiCaptions as OpenMojiCaptions
     from mllm_jax.datasets.openmoji.sources import OpenMojiPairs as OpenMojiPairs
@@ -175,6 +176,7 @@ _NAMES = {
     "datasets.asterisk_speech": ("AsteriskSpeech",),
     "datasets.foxdot_sounds": ("FoxDotSounds",),
     "datasets.llava": ("LLaVARecords",),
+    "datasets.openmoji.requests": ("OpenMojiRequests",),
     "datasets.openmoji.skills": ("OpenMojiSkills",),
     "datasets.openmoji.sources": (
         "OpenMojiCaptions",
