@@ -76,6 +76,7 @@ if TYPE_CHECKING:  # for editors and type checkers; `_HOMES` has the same names 
     from mllm_jax.evaluation.tasks.openmoji import openmoji_questions as openmoji_questions
     from mllm_jax.evaluation.tasks.openmoji import openmoji_retrieval as openmoji_retrieval
     from mllm_jax.evaluation.tasks.openmoji import openmoji_skills as openmoji_skills
+    from mllm_jax.evaluation.tasks.openmoji_drawn import openmoji_drawn as openmoji_drawn
     from mllm_jax.evaluation.tasks.questions import questions_task as questions_task
     from mllm_jax.generation.assistant import Assistant as Assistant
     from mllm_jax.generation.generate import generate as generate
@@ -207,6 +208,7 @@ _NAMES = {
     "evaluation.task": ("Task",),
     "evaluation.tasks.clips": ("arcade_tasks", "asterisk_task", "foxdot_task", "speech_task"),
     "evaluation.tasks.openmoji": ("openmoji_questions", "openmoji_retrieval", "openmoji_skills"),
+    "evaluation.tasks.openmoji_drawn": ("openmoji_drawn",),
     "evaluation.tasks.questions": ("questions_task",),
     "generation.assistant": ("Assistant",),
     "generation.generate": ("generate",),

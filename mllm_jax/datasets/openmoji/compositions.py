@@ -10,7 +10,7 @@ from mllm_jax.datasets.held_out import stable_hash
 from mllm_jax.datasets.openmoji.catalog import FULL, Catalog, Dice, catalog
 from mllm_jax.datasets.openmoji.pairs import clearly_different
 from mllm_jax.datasets.openmoji.questions import caption, with_article
-from mllm_jax.datasets.openmoji.records import CONFIGS
+from mllm_jax.datasets.openmoji.records import CONFIGS, Record
 from mllm_jax.datasets.openmoji.scenes import NUMBERS, PLACES
 from mllm_jax.datasets.openmoji.skills import THINGS
 from mllm_jax.errors import ConfigError, TooFewError
@@ -67,6 +67,10 @@ class Compositions:
         """Returns the names of all that is shown, in both splits; without `tones`, in the cells of scenes."""
         indices = self.catalog.all if tones else self.things
         return tuple(dict.fromkeys(caption(self.catalog, index) for index in indices))
+
+    def named(self, name: str) -> Record:
+        """Returns the first record of a name of `names`."""
+        return next(self.catalog.records[index] for index in self.catalog.all if caption(self.catalog, index) == name)
 
     def compose(self, dice: Dice, kind: str, singles: list[int]) -> Composition:
         """Draws a composition of a kind.
