@@ -123,10 +123,18 @@ def test_several_requests_make_a_conversation():
     assert len(example.media) == sum(request.task in ("draw", "read") for request in source.requests(5))
 
 
+def test_captions_are_of_what_the_requests_show(source):
+    captions = OpenMojiRequests(form="captions").build()
+    for index in range(20):
+        example, (request,) = captions.example(index), source.requests(index)
+        assert [message.text for message in example.messages[1:]] == [request.shown.caption]
+        np.testing.assert_array_equal(np.asarray(example.media[0].source), source.images(index)[0])
+
+
 @pytest.mark.parametrize(
     "settings",
-    [{"kinds": ("pair",)}, {"kinds": ()}, {"wordings": "test"}, {"draw_share": 0.9}, {"draw_share": 1.1},
-     {"split": "unseen"}, {"config": "toned"}],
+    [{"kinds": ("pair",)}, {"form": "text"}, {"kinds": ()}, {"wordings": "test"}, {"draw_share": 0.9},
+     {"draw_share": 1.1}, {"split": "unseen"}, {"config": "toned"}],
 )  # fmt: skip
 def test_wrong_settings_are_refused(settings):
     with pytest.raises(ConfigError):

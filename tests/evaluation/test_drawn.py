@@ -161,7 +161,7 @@ def test_rates_of_drawing():
         judged.draws_when_asked([wrote], [to_write])
     source = OpenMojiRequests(size=60, split="composition", wordings="held_out").build()
     right = [source.example(i) for i in range(60)]
-    task = openmoji_drawn(limit=60)[-1]
+    (task,) = [each for each in openmoji_drawn(limit=60) if each.name == "requests/drawing"]
     painter = Painter([real if judged.asks_to_draw(one) else None for one in right for real in [np.zeros((2, 2, 3))]])
     found = task.measure(painter).metrics
     assert found == {"accuracy": 1, "accuracy_when_asked": 1, "accuracy_when_not_asked": 1, "n": 60}

@@ -14,9 +14,11 @@ from mllm_jax.datasets.openmoji.images import EmojiImages
 from mllm_jax.datasets.openmoji.questions import true_answers
 from mllm_jax.datasets.openmoji.scenes import NUMBERS
 from mllm_jax.datasets.openmoji.sources import EmojiSource, SourceSettings
+from mllm_jax.datasets.openmoji.turns import captioned
 from mllm_jax.errors import ConfigError
 
 WORDINGS = ("train", "held_out")
+FORMS = ("requests", "captions")
 # `{x}` is what to draw, with its article.
 DRAW = {
     "train": (
@@ -90,6 +92,7 @@ class OpenMojiRequests(SourceSettings):
         read_share: of requests about an image, answered by its caption. The others are about words.
         wordings: "train", or the wordings of requests that are "held_out".
         turns: requests of a conversation.
+        form: "captions" gives what is shown and its caption instead, for contrastive training.
     """
 
     config: str = "tones"
@@ -99,16 +102,18 @@ class OpenMojiRequests(SourceSettings):
     read_share: float = 0.25
     wordings: str = "train"
     turns: int = 1
+    form: str = "requests"
     size: int = 20_000
 
     def check(self) -> None:
         super().check()
-        known = set(self.kinds) <= set(KINDS) and self.wordings in WORDINGS
+        known = set(self.kinds) <= set(KINDS) and self.wordings in WORDINGS and self.form in FORMS
         if not known or not self.kinds or self.draw_share + self.read_share > 1:
             raise ConfigError(
-                f"OpenMojiRequests: kinds {self.kinds}, wordings {self.wordings!r}, "
+                f"OpenMojiRequests: kinds {self.kinds}, wordings {self.wordings!r}, form {self.form!r}, "
                 f"shares {self.draw_share} and {self.read_share}",
-                f"some of {', '.join(KINDS)}; one of {', '.join(WORDINGS)}; shares of at most 1 together",
+                f"some of {', '.join(KINDS)}; one of {', '.join(WORDINGS)}; one of {', '.join(FORMS)}; "
+                "shares of at most 1 together",
                 "correct the config",
             )
 
@@ -187,6 +192,8 @@ class _Requests(EmojiSource):
         return answers
 
     def example(self, index: int) -> Example:
+        if self.settings.form == "captions":
+            return captioned([self.requests(index)[0].shown.caption], lambda: self.images(index)[0])
         messages: list[Message] = []
         for turn, request in enumerate(self.requests(index)):
             asked: tuple[Part, ...] = (Text(request.question),)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from mllm_jax.evaluation.drawn import (
 )
 from mllm_jax.evaluation.metrics import count, shuffles
 from mllm_jax.evaluation.task import Task
+from mllm_jax.evaluation.tasks.openmoji import METRICS
 from mllm_jax.generation.assistant import Assistant
 from mllm_jax.generation.options import Answer
 from mllm_jax.training.evaluation import BATCH, Measured, Prediction
@@ -59,7 +60,8 @@ def openmoji_drawn(
     """Returns the tasks of a model that draws, on held-out compositions and wordings of requests.
 
     "drawn/single", "drawn/two", "drawn/position" and "drawn/count" name the drawn images, see `OpenMojiDrawn`.
-    "requests/drawing" measures whether the model draws if it is asked to, and otherwise answers in text.
+    "requests/drawing" measures whether the model draws if it is asked to, and otherwise answers in text;
+    "requests/reading" and "requests/text" whether its answers about images and about words are right.
 
     Args:
         limit: of the images of a kind, and of the requests.
@@ -69,8 +71,13 @@ def openmoji_drawn(
     how = dict(classifier=classifier, limit=limit, steps=steps, guidance_scale=guidance_scale, seed=seed)
     requests = OpenMojiRequests(**settings, split="composition", wordings="held_out", seed=seed, size=limit)
     quick = {"drawing": {"steps": 1, "guidance_scale": 1.0}}
-    drawing = Task("requests/drawing", requests, asked, ASKED, max_new_tokens=64, options=quick)
-    return (*(OpenMojiDrawn(kind, **settings, **how) for kind in KINDS), drawing)
+    reading, text = (replace(requests, draw_share=0.0, read_share=share) for share in (1.0, 0.0))
+    return (
+        *(OpenMojiDrawn(kind, **settings, **how) for kind in KINDS),
+        Task("requests/drawing", requests, asked, ASKED, max_new_tokens=64, options=quick),
+        Task("requests/reading", reading, asked, METRICS, options=quick),
+        Task("requests/text", text, asked, {name: METRICS[name] for name in ("accuracy", "n")}, options=quick),
+    )
 
 
 def asked(example: Example) -> Conversation:
