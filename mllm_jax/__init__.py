@@ -29,6 +29,7 @@ if TYPE_CHECKING:  # for editors and type checkers; `_HOMES` has the same names 
     from mllm_jax.datasets.asterisk_speech import AsteriskSpeech as AsteriskSpeech
     from mllm_jax.datasets.foxdot_sounds import FoxDotSounds as FoxDotSounds
     from mllm_jax.datasets.llava import LLaVARecords as LLaVARecords
+    from mllm_jax.datasets.openmoji.requests import OpenMojiRequests as OpenMojiRequests
     from mllm_jax.datasets.openmoji.skills import OpenMojiSkills as OpenMojiSkills
     from mllm_jax.datasets.openmoji.sources import OpenMojiCaptions as OpenMojiCaptions
     from mllm_jax.datasets.openmoji.sources import OpenMojiPairs as OpenMojiPairs
@@ -75,6 +76,7 @@ if TYPE_CHECKING:  # for editors and type checkers; `_HOMES` has the same names 
     from mllm_jax.evaluation.tasks.openmoji import openmoji_questions as openmoji_questions
     from mllm_jax.evaluation.tasks.openmoji import openmoji_retrieval as openmoji_retrieval
     from mllm_jax.evaluation.tasks.openmoji import openmoji_skills as openmoji_skills
+    from mllm_jax.evaluation.tasks.openmoji_drawn import openmoji_drawn as openmoji_drawn
     from mllm_jax.evaluation.tasks.questions import questions_task as questions_task
     from mllm_jax.generation.assistant import Assistant as Assistant
     from mllm_jax.generation.generate import generate as generate
@@ -175,6 +177,7 @@ _NAMES = {
     "datasets.asterisk_speech": ("AsteriskSpeech",),
     "datasets.foxdot_sounds": ("FoxDotSounds",),
     "datasets.llava": ("LLaVARecords",),
+    "datasets.openmoji.requests": ("OpenMojiRequests",),
     "datasets.openmoji.skills": ("OpenMojiSkills",),
     "datasets.openmoji.sources": (
         "OpenMojiCaptions",
@@ -205,6 +208,7 @@ _NAMES = {
     "evaluation.task": ("Task",),
     "evaluation.tasks.clips": ("arcade_tasks", "asterisk_task", "foxdot_task", "speech_task"),
     "evaluation.tasks.openmoji": ("openmoji_questions", "openmoji_retrieval", "openmoji_skills"),
+    "evaluation.tasks.openmoji_drawn": ("openmoji_drawn",),
     "evaluation.tasks.questions": ("questions_task",),
     "generation.assistant": ("Assistant",),
     "generation.generate": ("generate",),

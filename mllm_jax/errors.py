@@ -29,7 +29,7 @@ class DataError(MllmError):
 
 
 class TooFewError(DataError):
-    """Too few examples, or none, for something that can be left out."""
+    """Too few examples, or no model to compare with, for something that can be left out."""
 
 
 class ReadError(MllmError):

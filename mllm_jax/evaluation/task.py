@@ -44,6 +44,7 @@ class Task:
             `mllm_jax.evaluation.metrics`. The metric "accuracy" is also called with a single answer: if it gives 1 or
             0, the answer is reported as right or wrong.
         max_new_tokens: maximum number of tokens of an answer.
+        options: further options of `Assistant.generate`.
     """
 
     name: str
@@ -51,6 +52,7 @@ class Task:
     prompt: Callable[[Any], Conversation]
     metrics: Mapping[str, Metric]
     max_new_tokens: int = field(default=32, kw_only=True)
+    options: Mapping[str, Any] = field(default=FrozenDict(), kw_only=True)
 
     def __post_init__(self):
         if not self.name.strip() or not self.metrics or not all(map(callable, (self.prompt, *self.metrics.values()))):
@@ -60,6 +62,7 @@ class Task:
                 "correct the task",
             )
         object.__setattr__(self, "metrics", FrozenDict(self.metrics))
+        object.__setattr__(self, "options", FrozenDict(self.options))
         if isinstance(self.source, list):
             object.__setattr__(self, "source", tuple(self.source))
 
@@ -115,7 +118,8 @@ class Task:
         said: list[Answer] = []
         for start in range(0, len(asked), CHUNK):
             chunk = list(asked[start : start + CHUNK])
-            said += assistant.generate(chunk, batch_size=batch_size, max_new_tokens=self.max_new_tokens)
+            how = dict(batch_size=batch_size, max_new_tokens=self.max_new_tokens)
+            said += assistant.generate(chunk, **how, **self.options)
         return said
 
     def _number(self, name: str, value: Any) -> float:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from mllm_jax.datasets.openmoji.evaluation import EvalQuestion, evaluation_questions
 from mllm_jax.datasets.openmoji.records import Record, load, summary
+from mllm_jax.datasets.openmoji.requests import OpenMojiRequests
 from mllm_jax.datasets.openmoji.skills import OpenMojiSkills
 from mllm_jax.datasets.openmoji.sources import (
     OpenMojiCaptions,
@@ -21,6 +22,7 @@ __all__ = [
     "OpenMojiCaptions",
     "OpenMojiPairs",
     "OpenMojiQuestions",
+    "OpenMojiRequests",
     "OpenMojiScenes",
     "OpenMojiSkills",
     "OpenMojiText",

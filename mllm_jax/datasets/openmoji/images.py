@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from mllm_jax.data.images import decode_image, resize
@@ -10,6 +12,13 @@ from mllm_jax.datasets.openmoji.scenes import Scene
 
 _CACHE_BYTES = 256 * 2**20
 _SCALES = (1.0, 0.95, 0.9, 0.85)  # few, so that resized images are reused
+
+
+def grid_cells(size: int, rows: int, columns: int) -> list[tuple[int, int, int]]:
+    """Returns (top, left, side) of the square cells of a grid in the middle of an image, in reading order."""
+    side = size // max(rows, columns)
+    top, left = (size - side * rows) // 2, (size - side * columns) // 2
+    return [(top + row * side, left + column * side, side) for row in range(rows) for column in range(columns)]
 
 
 class EmojiImages:
@@ -34,12 +43,16 @@ class EmojiImages:
 
     def scene(self, scene: Scene, size: int, dice: Dice | None = None) -> np.ndarray:
         """Returns a grid of images as uint8 [size, size, 3]; with `dice`, each is shifted and scaled in its cell."""
+        return self.grid(scene.cells, scene.grid, scene.grid, size, dice)
+
+    def grid(
+        self, cells: Sequence[int | None], rows: int, columns: int, size: int, dice: Dice | None = None
+    ) -> np.ndarray:
+        """Returns images in the cells of `grid_cells` as uint8 [size, size, 3]; None leaves a cell white."""
         canvas = np.full((size, size, 3), 255, np.uint8)
-        cell = size // scene.grid
-        margin = (size - cell * scene.grid) // 2
-        for place, index in enumerate(scene.cells):
-            row, column = divmod(place, scene.grid)
-            self._paste(canvas, index, margin + row * cell, margin + column * cell, cell, dice)
+        for index, (top, left, side) in zip(cells, grid_cells(size, rows, columns), strict=True):
+            if index is not None:
+                self._paste(canvas, index, top, left, side, dice)
         return canvas
 
     def _paste(self, canvas: np.ndarray, index: int, top: int, left: int, cell: int, dice: Dice | None) -> None:

@@ -36,7 +36,7 @@ def compose_group(catalog: Catalog, dice: Dice, schedule: list[int]) -> Group:
     members = [first]
     for _ in range(40):
         other = dice.pick(pool)
-        if all(_clearly_different(catalog, other, member) for member in members):
+        if all(clearly_different(catalog, other, member) for member in members):
             members.append(other)
         if len(members) == count:
             dice.shuffle(members)
@@ -68,6 +68,6 @@ def _ask(dice: Dice, task: str, answer: str, count: int, **words: str) -> Turn:
     return Turn(question, answer, task)
 
 
-def _clearly_different(catalog: Catalog, one: int, other: int) -> bool:
+def clearly_different(catalog: Catalog, one: int, other: int) -> bool:
     """Returns whether neither record could go by the other's name."""
     return catalog.refutes(catalog.claims[one][FULL], other) and catalog.refutes(catalog.claims[other][FULL], one)

@@ -43,6 +43,8 @@ _RANGES = {
     "grid": (min(PLACES), max(PLACES)),
     "scene_share": (0, 1),
     "category_share": (0, 1),
+    "draw_share": (0, 1),
+    "read_share": (0, 1),
     "naming_last": (0, 1),
     "turns": (1, 64),
 }
