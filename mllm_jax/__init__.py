@@ -40,6 +40,7 @@ if TYPE_CHECKING:  # for editors and type checkers; `_HOMES` has the same names 
     from mllm_jax.encoders.beats import BEATsConfig as BEATsConfig
     from mllm_jax.encoders.beats import BEATsDialect as BEATsDialect
     from mllm_jax.encoders.cformer import CFormerConfig as CFormerConfig
+    from mllm_jax.encoders.clap_text import ClapTextConfig as ClapTextConfig
     from mllm_jax.encoders.hubert import HubertConfig as HubertConfig
     from mllm_jax.encoders.hubert import HubertCTCConfig as HubertCTCConfig
     from mllm_jax.encoders.hubert import HubertDialect as HubertDialect
@@ -180,6 +181,7 @@ _NAMES = {
     "datasets.text_only": ("TextOnly",),
     "encoders.beats": ("BEATsConfig", "BEATsDialect"),
     "encoders.cformer": ("CFormerConfig",),
+    "encoders.clap_text": ("ClapTextConfig",),
     "encoders.hubert": ("HubertConfig", "HubertCTCConfig", "HubertDialect"),
     "encoders.nfnet": ("NFNetConfig", "NFNetDialect"),
     "encoders.omni_audio": ("OmniAudioConfig",),

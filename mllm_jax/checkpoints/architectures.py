@@ -65,6 +65,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (
     Architecture("CLIPVisionModel", "mllm_jax.encoders.clip_vision", "clip_vision_model"),
     Architecture("CLIPTextModel", "mllm_jax.encoders.clip_text", "clip_text_model"),
     Architecture("CLIPTextModelWithProjection", "mllm_jax.encoders.clip_text", "clip_text_model"),
+    Architecture("ClapTextModelWithProjection", "mllm_jax.encoders.clap_text", "clap_text_model"),
     Architecture("CLIPModel", "mllm_jax.models.clip", "clip"),
     Architecture("SiglipVisionModel", "mllm_jax.encoders.siglip_vision", "siglip_vision_model"),
     Architecture("SamVisionModel", "mllm_jax.encoders.sam", "sam_vision_model"),

@@ -159,6 +159,8 @@ _ALL = [
     _named("CLIPVisionModel", CLIP_VISION),
     _named("CLIPTextModel", TEXT, model_type="clip_text_model", eos_token_id=2),
     _named("CLIPTextModelWithProjection", TEXT, model_type="clip_text_model", projection_dim=8),
+    _named("ClapTextModelWithProjection", TEXT, model_type="clap_text_model", hidden_act="gelu", type_vocab_size=1,
+           projection_dim=8, projection_hidden_act="relu", pad_token_id=1),
     _named("CLIPModel", model_type="clip", text_config=TEXT, vision_config=CLIP_VISION, projection_dim=8,
            text_config_dict=TEXT),
     _named("SiglipVisionModel", SIGLIP_VISION),

@@ -58,9 +58,11 @@ def transformers_configs():
 
 
 def test_every_family_is_here():
-    names = {name for model in supported_models() for name in model.architectures}
+    # A pipeline is a folder of several configs.
+    models = [model for model in supported_models() if not model.architectures[0].endswith("Pipeline")]
+    names = {name for model in models for name in model.architectures}
     kinds = {family_of(values).name for values in CONFIGS.values()}
-    assert kinds == {model.name for model in supported_models()} and CONFIGS.keys() - {"ChatGLM2"} <= names
+    assert kinds == {model.name for model in models} and CONFIGS.keys() - {"ChatGLM2"} <= names
 
 
 @pytest.mark.parametrize("name", transformers_configs())
