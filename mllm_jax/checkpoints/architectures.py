@@ -54,6 +54,8 @@ ARCHITECTURES: tuple[Architecture, ...] = (
     Architecture("QWenLMHeadModel", "mllm_jax.llms.qwen_v1", "qwen"),
     Architecture("GlmForCausalLM", "mllm_jax.llms.glm", "glm"),
     Architecture("OPTForCausalLM", "mllm_jax.llms.opt", "opt", media=(BEFORE,)),
+    Architecture("GPT2LMHeadModel", "mllm_jax.llms.gpt2", "gpt2"),
+    Architecture("GPT2Model", "mllm_jax.llms.gpt2", "gpt2"),
     Architecture("T5ForConditionalGeneration", "mllm_jax.llms.t5", "t5", media=(BEFORE,)),
     Architecture("T5WithLMHeadModel", "mllm_jax.llms.t5", "t5", media=(BEFORE,)),
     Architecture("ChatGLMModel", "mllm_jax.llms.chatglm", "chatglm"),

@@ -1,4 +1,4 @@
-"""The decoder-only transformer: one module, whose options make it LLaMA, Mistral, Qwen, GLM or OPT."""
+"""The decoder-only transformer: one module, whose options make it LLaMA, Mistral, Qwen, GLM, OPT or GPT-2."""
 
 from __future__ import annotations
 

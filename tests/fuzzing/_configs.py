@@ -13,6 +13,11 @@ OPT = dict(
     model_type="opt", vocab_size=32, hidden_size=16, ffn_dim=24, num_hidden_layers=2, num_attention_heads=4,
     word_embed_proj_dim=16, max_position_embeddings=48, activation_function="relu", do_layer_norm_before=True,
 )  # fmt: skip
+GPT2 = dict(
+    model_type="gpt2", vocab_size=32, n_embd=16, n_inner=24, n_layer=2, n_head=4, n_positions=48, n_ctx=48,
+    activation_function="gelu_new", layer_norm_epsilon=1e-5, scale_attn_weights=True, reorder_and_upcast_attn=False,
+    scale_attn_by_inverse_layer_idx=False, summary_type="cls_index", bos_token_id=1, eos_token_id=2,
+)  # fmt: skip
 T5 = dict(
     model_type="t5", vocab_size=32, d_model=16, d_kv=4, d_ff=24, num_layers=2, num_decoder_layers=2, num_heads=4,
     feed_forward_proj="gated-gelu", tie_word_embeddings=False, decoder_start_token_id=0, is_encoder_decoder=True,
@@ -145,6 +150,8 @@ _ALL = [
     _named("QWenLMHeadModel", QWEN1),
     _named("GlmForCausalLM", DECODER, model_type="glm", head_dim=4, attention_bias=True, partial_rotary_factor=0.5),
     _named("OPTForCausalLM", OPT),
+    _named("GPT2LMHeadModel", GPT2),
+    _named("GPT2Model", GPT2),
     _named("T5ForConditionalGeneration", T5),
     _named(
         "ChatGLMModel", model_type="chatglm", vocab_size=32, hidden_size=16, num_layers=2, num_attention_heads=4,

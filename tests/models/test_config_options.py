@@ -38,6 +38,7 @@ SIZES = ("hidden_size", "num_attention_heads", "num_hidden_layers", "num_layers"
 SIZES += ("intermediate_size", "patch_size", "image_size", "depth", "embed_dim", "max_position_embeddings")
 SIZES += ("encoder_layers", "encoder_ffn_dim", "encoder_embed_dim", "num_mel_bins", "max_source_positions")
 SIZES += ("in_channels", "latent_channels", "norm_num_groups", "layers_per_block")
+SIZES += ("n_embd", "n_layer", "n_head", "n_positions", "n_inner")
 SIZES += ("model_in_dim", "upsample_initial_channel", "sampling_rate")
 
 
