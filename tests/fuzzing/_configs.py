@@ -250,6 +250,10 @@ CONFIGS = {values["architectures"][0]: values for values in _ALL} | {
         _class_name="UNet2DConditionModel", cross_attention_dim=6, center_input_sample=False,
         num_attention_heads=None, dual_cross_attention=False, attention_type="default", dropout=0.0,
     ),
+    "AudioLDM2ProjectionModel": dict(
+        _class_name="AudioLDM2ProjectionModel", _diffusers_version="0.42.1", text_encoder_dim=6, text_encoder_1_dim=10,
+        langauge_model_dim=8, use_learned_position_embedding=None, max_seq_length=None,
+    ),
     "AudioLDM2UNet2DConditionModel": UNET | dict(
         _class_name="AudioLDM2UNet2DConditionModel", cross_attention_dim=[[None, 6, 10]] * 2,
     ),

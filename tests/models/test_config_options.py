@@ -39,6 +39,7 @@ SIZES += ("intermediate_size", "patch_size", "image_size", "depth", "embed_dim",
 SIZES += ("encoder_layers", "encoder_ffn_dim", "encoder_embed_dim", "num_mel_bins", "max_source_positions")
 SIZES += ("in_channels", "latent_channels", "norm_num_groups", "layers_per_block")
 SIZES += ("n_embd", "n_layer", "n_head", "n_positions", "n_inner")
+SIZES += ("text_encoder_dim", "text_encoder_1_dim", "langauge_model_dim")
 SIZES += ("model_in_dim", "upsample_initial_channel", "sampling_rate")
 
 
