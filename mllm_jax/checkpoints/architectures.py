@@ -58,6 +58,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (
     Architecture("GPT2Model", "mllm_jax.llms.gpt2", "gpt2"),
     Architecture("T5ForConditionalGeneration", "mllm_jax.llms.t5", "t5", media=(BEFORE,)),
     Architecture("T5WithLMHeadModel", "mllm_jax.llms.t5", "t5", media=(BEFORE,)),
+    Architecture("T5EncoderModel", "mllm_jax.llms.t5_encoder", "t5"),
     Architecture("ChatGLMModel", "mllm_jax.llms.chatglm", "chatglm"),
     Architecture("ChatGLMForConditionalGeneration", "mllm_jax.llms.chatglm", "chatglm"),
     # ChatGLM 2 and 3 have the same name as the first.

@@ -153,6 +153,7 @@ _ALL = [
     _named("GPT2LMHeadModel", GPT2),
     _named("GPT2Model", GPT2),
     _named("T5ForConditionalGeneration", T5),
+    _named("T5EncoderModel", T5, is_encoder_decoder=False),
     _named(
         "ChatGLMModel", model_type="chatglm", vocab_size=32, hidden_size=16, num_layers=2, num_attention_heads=4,
         inner_hidden_size=24, layernorm_epsilon=1e-5, max_sequence_length=64, bos_token_id=1, eos_token_id=2,
