@@ -95,6 +95,7 @@ if TYPE_CHECKING:  # for editors and type checkers; `_HOMES` has the same names 
     from mllm_jax.llms.t5 import T5Dialect as T5Dialect
     from mllm_jax.llms.t5_encoder import T5EncoderConfig as T5EncoderConfig
     from mllm_jax.llms.whisper_decoder import WhisperDecoderConfig as WhisperDecoderConfig
+    from mllm_jax.models.audioldm2 import AudioLDM2Config as AudioLDM2Config
     from mllm_jax.models.blip2 import Blip2Config as Blip2Config
     from mllm_jax.models.blip2_stage1 import QFormerPretrainingConfig as QFormerPretrainingConfig
     from mllm_jax.models.branch import Branch as Branch
@@ -219,6 +220,7 @@ _NAMES = {
     "llms.t5": ("T5Config", "T5Dialect"),
     "llms.t5_encoder": ("T5EncoderConfig",),
     "llms.whisper_decoder": ("WhisperDecoderConfig",),
+    "models.audioldm2": ("AudioLDM2Config",),
     "models.blip2": ("Blip2Config",),
     "models.blip2_stage1": ("QFormerPretrainingConfig",),
     "models.branch": ("Branch", "Connection"),

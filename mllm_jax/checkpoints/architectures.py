@@ -69,6 +69,8 @@ ARCHITECTURES: tuple[Architecture, ...] = (
     Architecture("CLIPTextModel", "mllm_jax.encoders.clip_text", "clip_text_model"),
     Architecture("CLIPTextModelWithProjection", "mllm_jax.encoders.clip_text", "clip_text_model"),
     Architecture("ClapTextModelWithProjection", "mllm_jax.encoders.clap_text", "clap_text_model"),
+    # The whole CLAP, of which the text encoder is read.
+    Architecture("ClapModel", "mllm_jax.encoders.clap_text", "clap"),
     Architecture("CLIPModel", "mllm_jax.models.clip", "clip"),
     Architecture("SiglipVisionModel", "mllm_jax.encoders.siglip_vision", "siglip_vision_model"),
     Architecture("SamVisionModel", "mllm_jax.encoders.sam", "sam_vision_model"),
@@ -120,6 +122,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (
     Architecture("AudioLDM2ProjectionModel", "mllm_jax.generators.audioldm2_projection", diffusers=True),
     # pipelines of diffusers
     Architecture("StableDiffusionPipeline", "mllm_jax.models.stable_diffusion", diffusers=True),
+    Architecture("AudioLDM2Pipeline", "mllm_jax.models.audioldm2", diffusers=True),
     # timm's names
     Architecture("eva_giant_patch14_clip_224", "mllm_jax.encoders.eva"),
     Architecture("eva02_base_patch16_clip_224", "mllm_jax.encoders.eva"),

@@ -1,4 +1,4 @@
-"""`mllm generate` with a model that draws: writes images of a prompt, and prints their paths."""
+"""`mllm generate` with a model that draws: writes images or sounds of a prompt, and prints their paths."""
 
 from __future__ import annotations
 
@@ -26,8 +26,10 @@ LONGEST_NAME = 40  # characters of the prompt in a file's name
 class Draw:
     """Draws images of a prompt, writes them as PNG files with the prompt and all settings inside, and prints the paths.
 
+    With an AudioLDM-2 it writes sounds as WAV files.
+
     Attributes:
-        model: folder of a Stable Diffusion, from diffusers or `mllm convert`.
+        model: folder of a Stable Diffusion or an AudioLDM-2, from diffusers or `mllm convert`.
         prompt: what the images show.
         negative: what they do not show.
         steps: of the scheduler.
@@ -37,6 +39,7 @@ class Draw:
         count: number of images.
         height: of the images in pixels; default: as in the model's training.
         width: of the images in pixels.
+        seconds: of the sounds; default: as in the model's training.
         start_image: an image file that drawing begins with.
         strength: of the change of the start image, above 0 to 1; default: 0.8.
         scheduler: another scheduler than the folder's: ddpm, ddim, pndm, euler, euler_ancestral or dpm++.
@@ -55,6 +58,7 @@ class Draw:
     count: int = 1
     height: int | None = None
     width: int | None = None
+    seconds: float | None = None
     start_image: Path | None = None
     strength: float | None = None
     scheduler: str | None = None
@@ -107,22 +111,25 @@ def run(arguments: list[str]) -> int:
     check(options)
     keep_compiled_programs()
 
-    from mllm_jax.generation.draw import Drawer, Drawing
+    from mllm_jax.generation.draw import Drawing
+    from mllm_jax.generation.draws import drawer_of
+    from mllm_jax.generation.media import SUFFIXES
 
     shared = {field.name for field in fields(Drawing)} & {field.name for field in fields(Draw)}
     given = {name: getattr(options, name) for name in shared} | dict(negative=options.negative or None)
     how = Drawing(guidance_scale=options.guidance, **given)
-    drawer = Drawer.load(options.model, dtype=options.dtype)
+    drawer = drawer_of(options.model, dtype=options.dtype)
+    drawer.require(given)
     _, first, calls = drawer.schedule(how)
     done = itertools.count(1)
     with Count("steps", (calls - first) * -(-how.count // how.batch_size)) as progress:
         answers = drawer.draw(options.prompt, how, lambda *_: progress.update(next(done)))
     options.out.mkdir(parents=True, exist_ok=True)
     for answer in answers:
-        (image,) = answer.media
-        path = free_name(options.out, options.prompt, image.metadata["seed"])
-        image.save(path)
-        print(answer.text.replace("<image 1>", str(path)), flush=True)
+        (medium,) = answer.media
+        path = free_name(options.out, options.prompt, medium.metadata["seed"], SUFFIXES[medium.kind][0])
+        medium.save(path)
+        print(answer.text.replace(f"<{medium.kind} 1>", str(path)), flush=True)
     return 0
 
 
@@ -139,11 +146,11 @@ def check(options: Draw) -> None:
         raise ConfigError(f"--out {options.out}, which is a file", "a folder", "name another")
 
 
-def free_name(folder: Path, prompt: str, seed: str) -> Path:
+def free_name(folder: Path, prompt: str, seed: str, suffix: str) -> Path:
     """Returns a path that does not exist, from the prompt and the seed."""
     words = re.sub(r"[^\w]+", "-", prompt.lower()).strip("-")[:LONGEST_NAME].rstrip("-") or "image"
-    path, number = folder / f"{words}-{seed}.png", 1
+    path, number = folder / f"{words}-{seed}{suffix}", 1
     while path.exists():
         number += 1
-        path = folder / f"{words}-{seed}-{number}.png"
+        path = folder / f"{words}-{seed}-{number}{suffix}"
     return path

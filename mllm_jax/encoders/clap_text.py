@@ -22,7 +22,7 @@ from mllm_jax.layers.requirements import Requirements
 from mllm_jax.layers.stack import layers_of
 from mllm_jax.sharding.logical import constrain
 
-MODEL = "ClapTextModelWithProjection"
+MODEL, WHOLE = "ClapTextModelWithProjection", "ClapModel"
 
 
 @dataclass(frozen=True)
@@ -181,6 +181,17 @@ def from_hf_config(values: dict) -> ClapTextConfig:
     return ClapTextConfig(**read)
 
 
+def from_whole(values: dict) -> ClapTextConfig:
+    """Reads the text encoder of config.json of `ClapModel`; the audio encoder is not read."""
+    options = ConfigOptions(values, f"config.json of {architecture(values, WHOLE)}")
+    text = options.part("text_config")
+    shared = dict(projection_dim=_DEFAULTS.projection_size, projection_hidden_act=_DEFAULTS.projection_activation)
+    shared = {name: options.only(name, values.get(name, default)) for name, default in shared.items()}
+    options.skip("audio_config", "logit_scale_init_value", "hidden_size", "num_hidden_layers", "tie_word_embeddings")
+    options.done()
+    return from_hf_config(text | shared | dict(architectures=[MODEL]))
+
+
 def to_hf_config(config: ClapTextConfig) -> dict:
     """Returns config.json, the inverse of `from_hf_config`."""
     fields = _FIELDS | {field: (name, "activation") for field, name in _ACTIVATIONS.items()}
@@ -211,9 +222,13 @@ def table(config: ClapTextConfig) -> Table:
         *linear("text_projection.linear1", "projection_in"),
         *linear("text_projection.linear2", "projection_out"),
     ]
-    return Table(tuple(weights), ignored=(f"{embeddings}.position_ids", f"{embeddings}.token_type_ids"))
+    ignored = f"{embeddings}.position_ids", f"{embeddings}.token_type_ids", _REST
+    return Table(tuple(weights), ((r"^(audio_model|audio_projection|logit_scale_[at])\b.*", _REST),), ignored)
 
 
-FAMILIES = families(
-    {MODEL: "CLAP text with projection"}, from_hf=from_hf_config, to_hf=to_hf_config, table=table, sample=token_sample
+_REST = "audio"  # the other parameters of a whole CLAP
+_WAYS = dict(to_hf=to_hf_config, table=table, sample=token_sample)
+FAMILIES = (
+    *families({MODEL: "CLAP text with projection"}, from_hf=from_hf_config, **_WAYS),
+    *families({WHOLE: "CLAP, of which the text encoder is read"}, from_hf=from_whole, **_WAYS),
 )

@@ -1,4 +1,4 @@
-"""The sampling loop of a diffusion model, from the text to the image, as one compiled program.
+"""The sampling loop of a diffusion model, from the text to the image or the sound, as one compiled program.
 
     text condition -> a scan over the scheduler's steps, with classifier-free guidance (arXiv 2207.12598) -> decoder
 
@@ -59,7 +59,8 @@ class Asked:
     """The images of one batch.
 
     Attributes:
-        tokens, negatives: int32[B, L], of the texts and the negative texts; the latter None without guidance.
+        tokens, negatives: int32[B, L], of the texts and the negative texts, or a tree of such arrays if the model reads
+            texts in several ways; the latter None without guidance.
         seeds: uint32[B].
         guidance: float32 scalar.
         latents: float32[B, h, w, C], the unit noise that an image begins with; None: from the seed.
@@ -105,7 +106,7 @@ class Sampler:
         return other
 
     def __call__(self, asked: Asked, plan: Plan, on_step: OnStep | None = None) -> np.ndarray:
-        """Returns images, float32[B, H, W, 3] in [0, 1].
+        """Returns what `decode` makes: images float32[B, H, W, 3] in [0, 1], or sounds float32[B, samples].
 
         Args:
             on_step: called after each step with its number from 0, its timestep and the latents float32[B, h, w, C]. An
@@ -121,9 +122,9 @@ class Sampler:
         with on_mesh(self.mesh):
             call = lambda method, *inputs: self.module.apply({"params": params}, *inputs, method=method)  # noqa: E731
             if plan.guided[0] < plan.guided[1]:
-                both = rearrange(jnp.stack([asked.negatives, asked.tokens]), "two b l -> (b two) l")
+                both = jax.tree.map(_alternating, asked.negatives, asked.tokens)
                 pair = _by_rows(call("condition", _by_rows(both)))
-                text = _by_rows(pair[1::2])
+                text = _by_rows(jax.tree.map(lambda states: states[1::2], pair))
             else:
                 pair, text = None, _by_rows(call("condition", _by_rows(asked.tokens)))
             noise = partial(_noise, asked.seeds, plan.latents)
@@ -168,9 +169,14 @@ class Sampler:
         return state, _by_rows(scheduler.noised(state, latents, first))
 
 
-def _by_rows(x: jax.Array) -> jax.Array:
-    """Splits rows over the mesh."""
-    return constrain(x, "batch", *(None,) * (x.ndim - 1))
+def _by_rows(tree: Any) -> Any:
+    """Splits the rows of arrays over the mesh."""
+    return jax.tree.map(lambda x: constrain(x, "batch", *(None,) * (x.ndim - 1)), tree)
+
+
+def _alternating(one: jax.Array, other: jax.Array) -> jax.Array:
+    """Returns rows of both, [2 * B, ...], one after the other."""
+    return rearrange(jnp.stack([one, other]), "two b ... -> (b two) ...")
 
 
 def _noise(seeds: jax.Array, shape: tuple[int, ...], number: jax.Array | int) -> jax.Array:

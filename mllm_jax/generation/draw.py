@@ -5,12 +5,13 @@ from __future__ import annotations
 import copy
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from flax import linen as nn
 from jax.sharding import Mesh
@@ -54,6 +55,7 @@ class Drawing:
     guidance_interval: tuple[float, float] = (0.0, 1.0)
     scheduler: str | None = None
     batch_size: int = 4
+    seconds: float | None = None
 
     def __post_init__(self):
         for name in ("steps", "count", "batch_size"):
@@ -94,6 +96,9 @@ class Drawer:
         mesh: over which params are sharded, or None.
     """
 
+    made = "images"
+    refused = ("frames", "seconds")  # options of other kinds of models
+
     def __init__(self, model: nn.Module, params: dict | None, tokenizer: ChatTokenizer, *, mesh: Mesh | None = None):
         self.model, self.params, self.tokenizer, self.mesh = model, params, tokenizer, mesh
         self._sampler = Sampler(model, params, mesh)
@@ -118,6 +123,13 @@ class Drawer:
         other.params, other._sampler = params, self._sampler.of(params)
         return other
 
+    def require(self, given: Mapping[str, Any]) -> None:
+        """Raises ConfigError for an option, that is not None, of another kind of model."""
+        for name in self.refused:
+            if (value := given.get(name)) is not None:
+                shown = f"{name}={value!r:.40}"
+                raise ConfigError(f"{shown} for a model that draws {self.made}", "one that has it", f"drop {name}")
+
     @property
     def config(self) -> StableDiffusionConfig:
         return self.model.config
@@ -141,12 +153,11 @@ class Drawer:
         shape = (height // self.factor, width // self.factor, self.config.unet.in_channels)
         edges = [round(share * total) for share in how.guidance_interval] if how.guided else [0, 0]
         plan = Plan(scheduler, how.steps, shape, first, (edges[0], edges[1]), on_step is not None)
-        tokens = [self._tokens(text) for text in texts]
-        negative_tokens = [self._tokens(text) for text in negatives] if how.guided else []
+        tokens, negative_tokens = self._encoded(texts, negatives if how.guided else None)
         arrays = dict(
-            tokens=np.repeat(tokens, how.count, axis=0),
+            tokens=_repeated(tokens, how.count),
             seeds=np.array(seeds, np.uint32),
-            negatives=np.repeat(negative_tokens, how.count, axis=0) if how.guided else None,
+            negatives=_repeated(negative_tokens, how.count),
             start=start,
             **self._noises(how, plan, images, total - first),
         )
@@ -155,16 +166,17 @@ class Drawer:
             steps=str(how.steps),
             guidance=f"{how.guidance_scale:g}",
             scheduler=scheduler.class_name,
-            size=f"{width}x{height}",
             model=self.fingerprint,
             version=f"mllm_jax {__version__}",
+            **self._size_shown(how, height, width),
         )
         if start is not None:
             about["strength"] = f"{how.change:g}"
-        return [
-            self._answer(image, texts[i // how.count], negatives[i // how.count], seeds[i], about)
-            for i, image in enumerate(drawn)
+        own = [
+            dict(prompt=texts[i // how.count], negative=negatives[i // how.count], seed=str(seed)) | about
+            for i, seed in enumerate(seeds)
         ]
+        return [self._answer(made, how, metadata) for made, metadata in zip(drawn, own, strict=True)]
 
     def schedule(self, how: Drawing) -> tuple[Scheduler, int, int]:
         """Returns the scheduler, the model's first call, above 0 with a start image, and the number of all calls."""
@@ -191,7 +203,7 @@ class Drawer:
             count = min(how.batch_size, images - begin)
             rows = np.minimum(np.arange(begin, begin + rows_for(count, how.batch_size)), begin + count - 1)
             batch = {
-                name: None if array is None else np.take(array, rows, axis=1 if name == "noise" else 0)
+                name: jax.tree.map(partial(np.take, indices=rows, axis=1 if name == "noise" else 0), array)
                 for name, array in arrays.items()
             }
             watched = None if on_step is None else lambda i, t, latents, n=count: on_step(i, t, latents[:n])
@@ -205,29 +217,24 @@ class Drawer:
             )
         return found
 
-    def _answer(self, image: np.ndarray, prompt: str, negative: str, seed: int, about: dict[str, str]) -> Answer:
-        metadata = dict(prompt=prompt, negative=negative, seed=str(seed)) | about
-        return Answer("<image 1>", (), media=(Media("image", image, metadata=metadata),))
+    def _answer(self, made: np.ndarray, how: Drawing, metadata: dict[str, str]) -> Answer:
+        return Answer("<image 1>", (), media=(Media("image", made, metadata=metadata),))
+
+    def _size_shown(self, how: Drawing, height: int, width: int) -> dict[str, str]:
+        return dict(size=f"{width}x{height}")
+
+    def _encoded(self, texts: list[str], negatives: list[str] | None) -> tuple[Any, Any]:
+        """Returns `tokens` and `negatives` of `Asked`, with a row for each text."""
+        rows = [
+            None if each is None else np.array([self._tokens(text) for text in each]) for each in (texts, negatives)
+        ]
+        return rows[0], rows[1]
 
     def _tokens(self, text: str) -> np.ndarray:
-        """Returns int32[L] of a text, cut to the text encoder's length with a warning that names what is cut."""
-        backend, longest = self.tokenizer.backend, self.config.longest
-        longest = min(backend.model_max_length, longest)
-        ids = self.tokenizer.encode(text)
-        if len(ids) > longest:
-            cut = self.tokenizer.decode(ids[longest - 1 : -1]).strip()
-            warnings.warn(
-                f"the text encoder reads {longest} tokens; the end of the prompt is left out: {cut!r}",
-                stacklevel=_ABOVE,
-            )
-            ids = ids[: longest - 1] + ids[-1:]
-        size = self.config.text_encoder.vocab_size
-        if strange := [i for i in ids if i >= size]:
-            raise DataError(
-                f"a prompt with the token {strange[0]}",
-                f"tokens from 0 to {size - 1}",
-                "take the tokenizer that belongs to the model",
-            )
+        """Returns int32[L] of a text."""
+        longest = self.config.longest
+        ids = ids_of(text, self.tokenizer, longest, self.config.text_encoder.vocab_size)
+        longest = min(self.tokenizer.backend.model_max_length, longest)
         return np.array(ids + [self.tokenizer.pad_token_id] * (longest - len(ids)), np.int32)
 
     def _start_and_size(self, how: Drawing, images: int) -> tuple[np.ndarray | None, tuple[int, int]]:
@@ -306,6 +313,30 @@ class Drawer:
         return given
 
 
+def ids_of(text: str, tokenizer: ChatTokenizer, longest: int, vocab_size: int) -> list[int]:
+    """Returns the ids of a text, cut to what its encoder reads with a warning that names what is cut.
+
+    Raises:
+        DataError: an id that the text encoder does not have.
+    """
+    longest = min(tokenizer.backend.model_max_length, longest)
+    ids = tokenizer.encode(text)
+    if len(ids) > longest:
+        cut = tokenizer.decode(ids[longest - 1 : -1]).strip()
+        warnings.warn(
+            f"the text encoder reads {longest} tokens; the end of the prompt is left out: {cut!r}",
+            stacklevel=_ABOVE + 2,
+        )
+        ids = ids[: longest - 1] + ids[-1:]
+    if strange := [i for i in ids if i >= vocab_size]:
+        raise DataError(
+            f"a prompt with the token {strange[0]}",
+            f"tokens from 0 to {vocab_size - 1}",
+            "take the tokenizer that belongs to the model",
+        )
+    return ids
+
+
 def start_image(image: Any, height: int | None, width: int | None, unit: int) -> np.ndarray:
     """Reads a start image and resizes it as diffusers does.
 
@@ -340,6 +371,11 @@ def start_image(image: Any, height: int | None, width: int | None, unit: int) ->
         rows, columns = (np.arange(side) * held // side for side, held in zip(asked, pixels.shape, strict=False))
         pixels = pixels[rows][:, columns]
     return pixels.astype(np.float32) / 255 if pixels.dtype == np.uint8 else pixels
+
+
+def _repeated(tree: Any, count: int) -> Any:
+    """Repeats each row of arrays."""
+    return jax.tree.map(lambda array: np.repeat(array, count, axis=0), tree)
 
 
 def _texts(prompts: str | Sequence[str]) -> list[str]:

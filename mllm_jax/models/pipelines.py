@@ -39,6 +39,7 @@ SCHEDULER = "scheduler"
 # Subfolders that are no part of the model: the files and options that give the class, and its library.
 CARRIED = {
     "tokenizer": ("tokenizer_config.json", ("tokenizer_class",), "transformers"),
+    "tokenizer_2": ("tokenizer_config.json", ("tokenizer_class",), "transformers"),
     "feature_extractor": (
         "preprocessor_config.json",
         ("image_processor_type", "feature_extractor_type"),
@@ -46,6 +47,11 @@ CARRIED = {
     ),
     "image_encoder": (CONFIG, ("architectures",), "transformers"),
     "safety_checker": (CONFIG, ("architectures",), "stable_diffusion"),
+}
+# Those that each class of pipelines has.
+_SUBFOLDERS = {
+    "StableDiffusionPipeline": ("tokenizer", "feature_extractor", "image_encoder", "safety_checker"),
+    "AudioLDM2Pipeline": ("tokenizer", "tokenizer_2", "feature_extractor"),
 }
 # Options of a model_index.json beside its parts.
 OPTIONS = ("_class_name", "_diffusers_version", "_name_or_path", "requires_safety_checker")
@@ -155,8 +161,9 @@ def write_pipeline(
         index[SCHEDULER] = ["diffusers", config.scheduler.class_name]
         if companions is not None:
             copy_companions(companions, temporary)
-        index |= {name: _carried(temporary / name, *how) for name, how in CARRIED.items()}
-        index["requires_safety_checker"] = index["safety_checker"] != [None, None]
+        index |= {name: _carried(temporary / name, *CARRIED[name]) for name in _SUBFOLDERS[config.family]}
+        if "safety_checker" in index:
+            index["requires_safety_checker"] = index["safety_checker"] != [None, None]
         (temporary / MODEL_INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", "utf-8")
 
 

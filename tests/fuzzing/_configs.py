@@ -169,6 +169,9 @@ _ALL = [
     _named("CLIPTextModelWithProjection", TEXT, model_type="clip_text_model", projection_dim=8),
     _named("ClapTextModelWithProjection", TEXT, model_type="clap_text_model", hidden_act="gelu", type_vocab_size=1,
            projection_dim=8, projection_hidden_act="relu", pad_token_id=1),
+    # The audio encoder's options are not read.
+    _named("ClapModel", model_type="clap", text_config=TEXT | dict(hidden_act="gelu"), projection_dim=8,
+           projection_hidden_act="relu"),
     _named("CLIPModel", model_type="clip", text_config=TEXT, vision_config=CLIP_VISION, projection_dim=8,
            text_config_dict=TEXT),
     _named("SiglipVisionModel", SIGLIP_VISION),
