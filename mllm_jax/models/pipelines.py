@@ -24,7 +24,7 @@ from flax import linen as nn
 from mllm_jax.checkpoints.architectures import DIFFUSERS_VERSION, find, known
 from mllm_jax.checkpoints.components import CONFIG, CONFIG_BYTES, MODEL_INDEX, Component, components_of
 from mllm_jax.checkpoints.folder import new_folder
-from mllm_jax.checkpoints.hf import copy_companions, float_dtype, read_weights
+from mllm_jax.checkpoints.hf import copy_companions, float_dtype, read_config, read_weights, write_config
 from mllm_jax.checkpoints.leaves import PyTree
 from mllm_jax.checkpoints.safetensors_files import has_weights
 from mllm_jax.checkpoints.table import Family
@@ -53,6 +53,8 @@ _SUBFOLDERS = {
     "StableDiffusionPipeline": ("tokenizer", "feature_extractor", "image_encoder", "safety_checker"),
     "AudioLDM2Pipeline": ("tokenizer", "tokenizer_2", "feature_extractor"),
 }
+# Options that a class of pipelines reads in a part's config.json, and that the part itself does not have.
+_ADDED = {("AudioLDM2Pipeline", "language_model"): {"max_new_tokens": 8}}
 # Options of a model_index.json beside its parts.
 OPTIONS = ("_class_name", "_diffusers_version", "_name_or_path", "requires_safety_checker")
 
@@ -156,6 +158,8 @@ def write_pipeline(
         index: dict[str, Any] = {"_class_name": config.family, "_diffusers_version": DIFFUSERS_VERSION}
         for name, part in config.parts.items():
             save(part.make(), params[name], temporary / name, dtype=dtype, **how)
+            if added := _ADDED.get((config.family, name)):
+                write_config(temporary / name, read_config(Component(temporary / name)) | added)
             index[name] = ["diffusers" if known(part.family).diffusers else "transformers", part.family]
         config.scheduler.save(temporary / SCHEDULER)
         index[SCHEDULER] = ["diffusers", config.scheduler.class_name]

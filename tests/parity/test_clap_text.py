@@ -109,6 +109,31 @@ def test_all_outputs_and_the_folder_written(case, load, assert_close, tmp_path):
     assert from_hf_config(to_hf_config(module.config)) == module.config
 
 
+def test_the_text_part_of_a_whole_clap(randomise, assert_close, tmp_path):
+    audio = dict(spec_size=16, num_mel_bins=4, patch_size=2, patch_stride=[2, 2], patch_embeds_hidden_size=8)
+    audio |= dict(hidden_size=16, depths=[1, 1], num_attention_heads=[1, 2], window_size=2, num_classes=3)
+    config = transformers.ClapConfig(
+        text_config=SIZES, audio_config=audio, projection_dim=7, projection_hidden_act="gelu"
+    )
+    reference = randomise_whole(transformers.ClapModel(config), randomise)
+    reference.save_pretrained(tmp_path)
+    module, params = from_pretrained(tmp_path)
+    assert (module.config.projection_size, module.config.projection_activation) == (7, "gelu")
+    tokens, mask = texts(1)
+    ours = module.apply({"params": params}, tokens, mask)
+    with torch.no_grad():
+        theirs = reference.text_model(torch.tensor(tokens), attention_mask=torch.tensor(mask))
+        wanted = reference.text_projection(theirs.pooler_output)
+    assert_close(ours.last_hidden_state, theirs.last_hidden_state, 1e-5)
+    assert_close(ours.text_embeds, wanted, 1e-5)
+
+
+def randomise_whole(reference, randomise):
+    """Fills the text part; the audio part keeps what its class draws."""
+    randomise(reference.text_model), randomise(reference.text_projection)
+    return reference.eval()
+
+
 def test_gradients(load, assert_close):
     reference, module, params = load("relu")
     tokens, mask = texts(1)
