@@ -42,6 +42,7 @@ if TYPE_CHECKING:  # for editors and type checkers; `_HOMES` has the same names 
     from mllm_jax.encoders.beats import BEATsConfig as BEATsConfig
     from mllm_jax.encoders.beats import BEATsDialect as BEATsDialect
     from mllm_jax.encoders.cformer import CFormerConfig as CFormerConfig
+    from mllm_jax.encoders.clap_text import ClapTextConfig as ClapTextConfig
     from mllm_jax.encoders.hubert import HubertConfig as HubertConfig
     from mllm_jax.encoders.hubert import HubertCTCConfig as HubertCTCConfig
     from mllm_jax.encoders.hubert import HubertDialect as HubertDialect
@@ -84,6 +85,7 @@ if TYPE_CHECKING:  # for editors and type checkers; `_HOMES` has the same names 
     from mllm_jax.generation.options import Answer as Answer
     from mllm_jax.generation.options import Options as Options
     from mllm_jax.generation.sampling import Sampling as Sampling
+    from mllm_jax.generators.audioldm2_projection import AudioLDM2ProjectionConfig as AudioLDM2ProjectionConfig
     from mllm_jax.generators.unet import UNetConfig as UNetConfig
     from mllm_jax.generators.unet_audio import AudioUNetConfig as AudioUNetConfig
     from mllm_jax.generators.vae import AutoencoderKLConfig as AutoencoderKLConfig
@@ -95,7 +97,9 @@ if TYPE_CHECKING:  # for editors and type checkers; `_HOMES` has the same names 
     from mllm_jax.llms.decoder import DecoderDialect as DecoderDialect
     from mllm_jax.llms.t5 import T5Config as T5Config
     from mllm_jax.llms.t5 import T5Dialect as T5Dialect
+    from mllm_jax.llms.t5_encoder import T5EncoderConfig as T5EncoderConfig
     from mllm_jax.llms.whisper_decoder import WhisperDecoderConfig as WhisperDecoderConfig
+    from mllm_jax.models.audioldm2 import AudioLDM2Config as AudioLDM2Config
     from mllm_jax.models.blip2 import Blip2Config as Blip2Config
     from mllm_jax.models.blip2_stage1 import QFormerPretrainingConfig as QFormerPretrainingConfig
     from mllm_jax.models.branch import Branch as Branch
@@ -191,6 +195,7 @@ _NAMES = {
     "datasets.text_only": ("TextOnly",),
     "encoders.beats": ("BEATsConfig", "BEATsDialect"),
     "encoders.cformer": ("CFormerConfig",),
+    "encoders.clap_text": ("ClapTextConfig",),
     "encoders.hubert": ("HubertConfig", "HubertCTCConfig", "HubertDialect"),
     "encoders.nfnet": ("NFNetConfig", "NFNetDialect"),
     "encoders.omni_audio": ("OmniAudioConfig",),
@@ -215,6 +220,7 @@ _NAMES = {
     "generation.media": ("Media",),
     "generation.options": ("Answer", "Options"),
     "generation.sampling": ("Sampling",),
+    "generators.audioldm2_projection": ("AudioLDM2ProjectionConfig",),
     "generators.unet": ("UNetConfig",),
     "generators.unet_audio": ("AudioUNetConfig",),
     "generators.vae": ("AutoencoderKLConfig",),
@@ -224,7 +230,9 @@ _NAMES = {
     "llms.chatglm": ("ChatGLMConfig",),
     "llms.decoder": ("DecoderConfig", "DecoderDialect"),
     "llms.t5": ("T5Config", "T5Dialect"),
+    "llms.t5_encoder": ("T5EncoderConfig",),
     "llms.whisper_decoder": ("WhisperDecoderConfig",),
+    "models.audioldm2": ("AudioLDM2Config",),
     "models.blip2": ("Blip2Config",),
     "models.blip2_stage1": ("QFormerPretrainingConfig",),
     "models.branch": ("Branch", "Connection"),

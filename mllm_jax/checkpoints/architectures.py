@@ -54,8 +54,11 @@ ARCHITECTURES: tuple[Architecture, ...] = (
     Architecture("QWenLMHeadModel", "mllm_jax.llms.qwen_v1", "qwen"),
     Architecture("GlmForCausalLM", "mllm_jax.llms.glm", "glm"),
     Architecture("OPTForCausalLM", "mllm_jax.llms.opt", "opt", media=(BEFORE,)),
+    Architecture("GPT2LMHeadModel", "mllm_jax.llms.gpt2", "gpt2"),
+    Architecture("GPT2Model", "mllm_jax.llms.gpt2", "gpt2"),
     Architecture("T5ForConditionalGeneration", "mllm_jax.llms.t5", "t5", media=(BEFORE,)),
     Architecture("T5WithLMHeadModel", "mllm_jax.llms.t5", "t5", media=(BEFORE,)),
+    Architecture("T5EncoderModel", "mllm_jax.llms.t5_encoder", "t5"),
     Architecture("ChatGLMModel", "mllm_jax.llms.chatglm", "chatglm"),
     Architecture("ChatGLMForConditionalGeneration", "mllm_jax.llms.chatglm", "chatglm"),
     # ChatGLM 2 and 3 have the same name as the first.
@@ -65,6 +68,9 @@ ARCHITECTURES: tuple[Architecture, ...] = (
     Architecture("CLIPVisionModel", "mllm_jax.encoders.clip_vision", "clip_vision_model"),
     Architecture("CLIPTextModel", "mllm_jax.encoders.clip_text", "clip_text_model"),
     Architecture("CLIPTextModelWithProjection", "mllm_jax.encoders.clip_text", "clip_text_model"),
+    Architecture("ClapTextModelWithProjection", "mllm_jax.encoders.clap_text", "clap_text_model"),
+    # The whole CLAP, of which the text encoder is read.
+    Architecture("ClapModel", "mllm_jax.encoders.clap_text", "clap"),
     Architecture("CLIPModel", "mllm_jax.models.clip", "clip"),
     Architecture("SiglipVisionModel", "mllm_jax.encoders.siglip_vision", "siglip_vision_model"),
     Architecture("SamVisionModel", "mllm_jax.encoders.sam", "sam_vision_model"),
@@ -113,8 +119,10 @@ ARCHITECTURES: tuple[Architecture, ...] = (
     Architecture("AutoencoderKL", "mllm_jax.generators.vae_hub", diffusers=True),
     Architecture("UNet2DConditionModel", "mllm_jax.generators.unet_hub", diffusers=True),
     Architecture("AudioLDM2UNet2DConditionModel", "mllm_jax.generators.unet_audio", diffusers=True),
+    Architecture("AudioLDM2ProjectionModel", "mllm_jax.generators.audioldm2_projection", diffusers=True),
     # pipelines of diffusers
     Architecture("StableDiffusionPipeline", "mllm_jax.models.stable_diffusion", diffusers=True),
+    Architecture("AudioLDM2Pipeline", "mllm_jax.models.audioldm2", diffusers=True),
     # timm's names
     Architecture("eva_giant_patch14_clip_224", "mllm_jax.encoders.eva"),
     Architecture("eva02_base_patch16_clip_224", "mllm_jax.encoders.eva"),

@@ -52,7 +52,8 @@ COMPANIONS = (
     "*.tiktoken", "chat_template.jinja", "chat_template.json", "additional_chat_templates", "generation_config.json",
     "preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json",
     "qformer_tokenizer", "normalizer.json",
-    "tokenizer", "feature_extractor", "image_encoder", "safety_checker",  # subfolders of diffusers' pipelines
+    # subfolders of diffusers' pipelines
+    "tokenizer", "tokenizer_2", "feature_extractor", "image_encoder", "safety_checker",
 )
 _CODE = ("*.py", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.h5", "*.msgpack")  # not copied with a subfolder
 # fmt: on

@@ -1,4 +1,4 @@
-"""`mllm generate` with a model that draws: writes images of a prompt, and prints their paths."""
+"""`mllm generate` with a model that draws: writes images or sounds of a prompt, and prints their paths."""
 
 from __future__ import annotations
 
@@ -25,8 +25,10 @@ from mllm_jax.errors import ConfigError
 class Draw:
     """Draws images of a prompt, writes them as PNG files with the prompt and all settings inside, and prints the paths.
 
+    With an AudioLDM-2 it writes sounds as WAV files.
+
     Attributes:
-        model: folder of a Stable Diffusion, from diffusers or `mllm convert`.
+        model: folder of a Stable Diffusion or an AudioLDM-2, from diffusers or `mllm convert`.
         prompt: what the images show.
         negative: what they do not show.
         steps: of the scheduler.
@@ -36,6 +38,7 @@ class Draw:
         count: number of images.
         height: of the images in pixels; default: as in the model's training.
         width: of the images in pixels.
+        seconds: of the sounds; default: as in the model's training.
         start_image: an image file that drawing begins with.
         strength: of the change of the start image, above 0 to 1; default: 0.8.
         scheduler: another scheduler than the folder's: ddpm, ddim, pndm, euler, euler_ancestral or dpm++.
@@ -54,6 +57,7 @@ class Draw:
     count: int = 1
     height: int | None = None
     width: int | None = None
+    seconds: float | None = None
     start_image: Path | None = None
     strength: float | None = None
     scheduler: str | None = None
@@ -106,20 +110,22 @@ def run(arguments: list[str]) -> int:
     check(options)
     keep_compiled_programs()
 
-    from mllm_jax.generation.draw import Drawer, Drawing
+    from mllm_jax.generation.draw import Drawing
+    from mllm_jax.generation.draws import drawer_of
 
     shared = {field.name for field in fields(Drawing)} & {field.name for field in fields(Draw)}
     given = {name: getattr(options, name) for name in shared} | dict(negative=options.negative or None)
     how = Drawing(guidance_scale=options.guidance, **given)
-    drawer = Drawer.load(options.model, dtype=options.dtype)
+    drawer = drawer_of(options.model, dtype=options.dtype)
+    drawer.require(given)
     _, first, calls = drawer.schedule(how)
     done = itertools.count(1)
     with Count("steps", (calls - first) * -(-how.count // how.batch_size)) as progress:
         answers = drawer.draw(options.prompt, how, lambda *_: progress.update(next(done)))
     for answer in answers:
-        (image,) = answer.media
-        path = saved(image, options.out, options.prompt)
-        print(with_paths(answer.text, [(image.kind, path)]), flush=True)
+        (medium,) = answer.media
+        path = saved(medium, options.out, options.prompt)
+        print(with_paths(answer.text, [(medium.kind, path)]), flush=True)
     return 0
 
 

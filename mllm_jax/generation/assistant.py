@@ -24,7 +24,7 @@ from mllm_jax.errors import ConfigError, DataError
 from mllm_jax.generation.bulk import outcomes
 from mllm_jax.generation.decode_step import steps_of
 from mllm_jax.generation.draw import Drawer
-from mllm_jax.generation.draws import Draws
+from mllm_jax.generation.draws import DRAWERS, Draws
 from mllm_jax.generation.embed import Embedder, no_vectors
 from mllm_jax.generation.engine import Engine, Request, or_raise
 from mllm_jax.generation.media import Media
@@ -44,7 +44,6 @@ from mllm_jax.models.processor import Processor
 from mllm_jax.models.protocol import WritesText
 from mllm_jax.models.registry import from_pretrained, pretrained_config
 from mllm_jax.models.run_weights import load_run
-from mllm_jax.models.stable_diffusion import StableDiffusionConfig
 from mllm_jax.models.whisper import WhisperConfig
 
 BATCH = 8
@@ -127,8 +126,8 @@ class Assistant(Transcribes, Draws, Scores):
         if isinstance(config, WhisperConfig):
             heard = Transcriber.load(folder, dtype=dtype, mesh=mesh)
             return cls(heard.model, heard.params, None, mesh=mesh, transcriber=heard, **options)
-        if isinstance(config, StableDiffusionConfig):
-            drawer = Drawer.load(folder, dtype=dtype, mesh=mesh)
+        if type(config) in DRAWERS:
+            drawer = DRAWERS[type(config)].load(folder, dtype=dtype, mesh=mesh)
             return cls(drawer.model, drawer.params, None, mesh=mesh, drawer=drawer, **options)
         if not writes_text(config):
             embedder = Embedder.load(folder, images=None, texts=None, dtype=dtype, mesh=mesh)

@@ -1,4 +1,4 @@
-"""The sampling loop of a diffusion model, from the text to the image, as one compiled program.
+"""The sampling loop of a diffusion model, from the text to the image or the sound, as one compiled program.
 
     text condition -> a scan over the scheduler's steps, with classifier-free guidance (arXiv 2207.12598) -> decoder
 
@@ -59,7 +59,8 @@ class Asked:
     """The images of one batch.
 
     Attributes:
-        tokens, negatives: int32[B, L], of the texts and the negative texts; the latter None without guidance.
+        tokens, negatives: int32[B, L], of the texts and the negative texts, or a tree of such arrays if the model reads
+            texts in several ways; the latter None without guidance.
         conditions: float32[B, L, E] instead of tokens.
         seeds: uint32[B].
         guidance: float32 scalar.
@@ -107,7 +108,7 @@ class Sampler:
         return other
 
     def __call__(self, asked: Asked, plan: Plan, on_step: OnStep | None = None) -> np.ndarray:
-        """Returns images, float32[B, H, W, 3] in [0, 1].
+        """Returns what `decode` makes: images float32[B, H, W, 3] in [0, 1], or sounds float32[B, samples].
 
         Args:
             on_step: called after each step with its number from 0, its timestep and the latents float32[B, h, w, C]. An
@@ -165,23 +166,27 @@ class Sampler:
         return state, _by_rows(scheduler.noised(state, latents, first))
 
 
-def _conditions(call: Callable, asked: Asked, guided: bool) -> tuple[jax.Array | None, jax.Array]:
-    """Returns the conditions of images: each beside that of its negative text [2 B, L, E] if guided, and alone."""
+def _conditions(call: Callable, asked: Asked, guided: bool) -> tuple[Any, Any]:
+    """Returns the conditions of images: each beside that of its negative text [2 B, ...] if guided, and alone."""
     text = lambda tokens: _by_rows(call("condition", _by_rows(tokens)))  # noqa: E731
-    beside = partial(rearrange, pattern="two b ... -> (b two) ...")
     if not guided:
         return None, text(asked.tokens) if asked.conditions is None else _by_rows(asked.conditions)
     if asked.conditions is None:
-        pair = text(beside(jnp.stack([asked.negatives, asked.tokens])))
+        pair = text(jax.tree.map(_alternating, asked.negatives, asked.tokens))
     else:
         without = text(asked.negatives)
-        pair = _by_rows(beside(jnp.stack([without, asked.conditions.astype(without.dtype)])))
-    return pair, _by_rows(pair[1::2])
+        pair = _by_rows(_alternating(without, asked.conditions.astype(without.dtype)))
+    return pair, _by_rows(jax.tree.map(lambda states: states[1::2], pair))
 
 
-def _by_rows(x: jax.Array) -> jax.Array:
-    """Splits rows over the mesh."""
-    return constrain(x, "batch", *(None,) * (x.ndim - 1))
+def _by_rows(tree: Any) -> Any:
+    """Splits the rows of arrays over the mesh."""
+    return jax.tree.map(lambda x: constrain(x, "batch", *(None,) * (x.ndim - 1)), tree)
+
+
+def _alternating(one: jax.Array, other: jax.Array) -> jax.Array:
+    """Returns rows of both, [2 * B, ...], one after the other."""
+    return rearrange(jnp.stack([one, other]), "two b ... -> (b two) ...")
 
 
 def _noise(seeds: jax.Array, shape: tuple[int, ...], number: jax.Array | int) -> jax.Array:

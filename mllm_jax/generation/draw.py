@@ -5,12 +5,13 @@ from __future__ import annotations
 import copy
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from flax import linen as nn
 from jax.sharding import Mesh
@@ -56,6 +57,7 @@ class Drawing:
     guidance_interval: tuple[float, float] = (0.0, 1.0)
     scheduler: str | None = None
     batch_size: int = 4
+    seconds: float | None = None
 
     def __post_init__(self):
         for name in ("steps", "count", "batch_size"):
@@ -97,6 +99,9 @@ class Drawer:
         mesh: over which params are sharded, or None.
     """
 
+    made = "images"
+    refused = ("frames", "seconds")  # options of other kinds of models
+
     def __init__(self, model: nn.Module, params: dict | None, tokenizer: Any, *, mesh: Mesh | None = None):
         self.model, self.params, self.mesh = model, params, mesh
         self._sampler, self._captions = Sampler(model, params, mesh), Captions.of(tokenizer, model.config.longest)
@@ -121,6 +126,13 @@ class Drawer:
         other.params, other._sampler = params, self._sampler.of(params)
         return other
 
+    def require(self, given: Mapping[str, Any]) -> None:
+        """Raises ConfigError for an option, that is not None, of another kind of model."""
+        for name in self.refused:
+            if (value := given.get(name)) is not None:
+                shown = f"{name}={value!r:.40}"
+                raise ConfigError(f"{shown} for a model that draws {self.made}", "one that has it", f"drop {name}")
+
     @property
     def config(self) -> TextToImageConfig:
         return self.model.config
@@ -133,9 +145,10 @@ class Drawer:
     def draw(self, prompts: str | Sequence[str], how: Drawing, on_step: OnStep | None = None) -> list[Answer]:
         """Returns an answer for each prompt and count; see `Draws.draw`."""
         texts = _texts(prompts)
-        seeds = _seeds(how.seed, len(texts), how.count)
-        tokens = np.repeat([self._tokens(text) for text in texts], how.count, axis=0)
-        return self._draw(dict(tokens=tokens), texts, seeds, how, on_step)
+        negatives, seeds = _negatives(how.negative, len(texts)), _seeds(how.seed, len(texts), how.count)
+        tokens, without = self._encoded(texts, negatives if how.guided else None)
+        read = dict(tokens=_repeated(tokens, how.count), negatives=_repeated(without, how.count))
+        return self._draw(read, texts, negatives, seeds, how, on_step)
 
     def draw_conditions(
         self, conditions: np.ndarray, texts: Sequence[str], how: Drawing, on_step: OnStep | None = None
@@ -147,18 +160,26 @@ class Drawer:
             texts: what they stand for, for the metadata.
             how: its count is 1.
         """
-        seeds = _seeds(how.seed, len(texts), 1)
-        return self._draw(dict(tokens=None, conditions=np.asarray(conditions)), texts, seeds, how, on_step)
+        negatives, seeds = _negatives(how.negative, len(texts)), _seeds(how.seed, len(texts), 1)
+        without = self._encoded(negatives, None)[0] if how.guided else None
+        read = dict(tokens=None, negatives=without, conditions=np.asarray(conditions))
+        return self._draw(read, texts, negatives, seeds, how, on_step)
 
     def _draw(
-        self, read: dict[str, Any], texts: Sequence[str], seeds: list[int], how: Drawing, on_step: OnStep | None
+        self,
+        read: dict[str, Any],
+        texts: Sequence[str],
+        negatives: Sequence[str],
+        seeds: list[int],
+        how: Drawing,
+        on_step: OnStep | None,
     ) -> list[Answer]:
         """Returns an answer for each text and count.
 
         Args:
             read: the arrays of `Asked` that the images are drawn of.
         """
-        images, negatives = len(seeds), _negatives(how.negative, len(texts))
+        images = len(seeds)
         if how.negative and not how.guided:
             warnings.warn(
                 f"the negative prompt has no effect with guidance_scale={how.guidance_scale}", stacklevel=_ABOVE + 1
@@ -168,11 +189,9 @@ class Drawer:
         shape = (height // self.factor, width // self.factor, self.config.unet.in_channels)
         edges = [round(share * total) for share in how.guidance_interval] if how.guided else [0, 0]
         plan = Plan(scheduler, how.steps, shape, first, (edges[0], edges[1]), on_step is not None)
-        negative_tokens = [self._tokens(text, deeper=1) for text in negatives] if how.guided else []
         arrays = dict(
             **read,
             seeds=np.array(seeds, np.uint32),
-            negatives=np.repeat(negative_tokens, how.count, axis=0) if how.guided else None,
             start=start,
             **self._noises(how, plan, images, total - first),
         )
@@ -181,16 +200,17 @@ class Drawer:
             steps=str(how.steps),
             guidance=f"{how.guidance_scale:g}",
             scheduler=scheduler.class_name,
-            size=f"{width}x{height}",
             model=self.fingerprint,
             version=f"mllm_jax {__version__}",
+            **self._size_shown(how, height, width),
         )
         if start is not None:
             about["strength"] = f"{how.change:g}"
-        return [
-            self._answer(image, texts[i // how.count], negatives[i // how.count], seeds[i], about)
-            for i, image in enumerate(drawn)
+        own = [
+            dict(prompt=texts[i // how.count], negative=negatives[i // how.count], seed=str(seed)) | about
+            for i, seed in enumerate(seeds)
         ]
+        return [self._answer(made, how, metadata) for made, metadata in zip(drawn, own, strict=True)]
 
     def schedule(self, how: Drawing) -> tuple[Scheduler, int, int]:
         """Returns the scheduler, the model's first call, above 0 with a start image, and the number of all calls."""
@@ -217,7 +237,7 @@ class Drawer:
             count = min(how.batch_size, images - begin)
             rows = np.minimum(np.arange(begin, begin + rows_for(count, how.batch_size)), begin + count - 1)
             batch = {
-                name: None if array is None else np.take(array, rows, axis=1 if name == "noise" else 0)
+                name: jax.tree.map(partial(np.take, indices=rows, axis=1 if name == "noise" else 0), array)
                 for name, array in arrays.items()
             }
             watched = None if on_step is None else lambda i, t, latents, n=count: on_step(i, t, latents[:n])
@@ -231,26 +251,23 @@ class Drawer:
             )
         return found
 
-    def _answer(self, image: np.ndarray, prompt: str, negative: str, seed: int, about: dict[str, str]) -> Answer:
-        metadata = dict(prompt=prompt, negative=negative, seed=str(seed)) | about
-        return Answer("<image 1>", (), media=(Media("image", image, metadata=metadata),))
+    def _answer(self, made: np.ndarray, how: Drawing, metadata: dict[str, str]) -> Answer:
+        return Answer("<image 1>", (), media=(Media("image", made, metadata=metadata),))
 
-    def _tokens(self, text: str, deeper: int = 0) -> np.ndarray:
-        """Returns int32[L] of a text, cut to the text encoder's length with a warning that names what is cut."""
-        if cut := self._captions.left_out(text):
-            warnings.warn(
-                f"the text encoder reads {self._captions.longest} tokens; the end of the prompt is left out: {cut!r}",
-                stacklevel=_ABOVE + deeper,
-            )
-        ids = self._captions.padded(text)
-        size = self.config.text_encoder.vocab_size
-        if strange := [i for i in ids if i >= size]:
-            raise DataError(
-                f"a prompt with the token {strange[0]}",
-                f"tokens from 0 to {size - 1}",
-                "take the tokenizer that belongs to the model",
-            )
-        return ids
+    def _size_shown(self, how: Drawing, height: int, width: int) -> dict[str, str]:
+        return dict(size=f"{width}x{height}")
+
+    def _encoded(self, texts: list[str], negatives: list[str] | None) -> tuple[Any, Any]:
+        """Returns `tokens` and `negatives` of `Asked`, with a row for each text."""
+        rows = [
+            None if each is None else np.array([self._tokens(text) for text in each]) for each in (texts, negatives)
+        ]
+        return rows[0], rows[1]
+
+    def _tokens(self, text: str) -> np.ndarray:
+        """Returns int32[L] of a text."""
+        ids_of(text, self._captions, self.config.text_encoder.vocab_size)
+        return self._captions.padded(text)
 
     def _start_and_size(self, how: Drawing, images: int) -> tuple[np.ndarray | None, tuple[int, int]]:
         """Returns the start images float32[B, H, W, 3], or None, and height and width."""
@@ -330,6 +347,27 @@ class Drawer:
         return given
 
 
+def ids_of(text: str, captions: Captions, vocab_size: int) -> list[int]:
+    """Returns the ids of a text, cut to what its encoder reads with a warning that names what is cut.
+
+    Raises:
+        DataError: an id that the text encoder does not have.
+    """
+    if cut := captions.left_out(text):
+        warnings.warn(
+            f"the text encoder reads {captions.longest} tokens; the end of the prompt is left out: {cut!r}",
+            stacklevel=_ABOVE + 3,
+        )
+    ids = captions.cut(text)
+    if strange := [i for i in ids if i >= vocab_size]:
+        raise DataError(
+            f"a prompt with the token {strange[0]}",
+            f"tokens from 0 to {vocab_size - 1}",
+            "take the tokenizer that belongs to the model",
+        )
+    return ids
+
+
 def start_image(image: Any, height: int | None, width: int | None, unit: int) -> np.ndarray:
     """Reads a start image and resizes it as diffusers does.
 
@@ -364,6 +402,11 @@ def start_image(image: Any, height: int | None, width: int | None, unit: int) ->
         rows, columns = (np.arange(side) * held // side for side, held in zip(asked, pixels.shape, strict=False))
         pixels = pixels[rows][:, columns]
     return pixels.astype(np.float32) / 255 if pixels.dtype == np.uint8 else pixels
+
+
+def _repeated(tree: Any, count: int) -> Any:
+    """Repeats each row of arrays."""
+    return jax.tree.map(lambda array: np.repeat(array, count, axis=0), tree)
 
 
 def _texts(prompts: str | Sequence[str]) -> list[str]:

@@ -1,8 +1,9 @@
-"""The part of the Assistant that draws images."""
+"""The part of the Assistant that draws images and sounds."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,12 +11,19 @@ from flax import linen as nn
 
 from mllm_jax.errors import ConfigError
 from mllm_jax.generation.draw import Drawer, Drawing
+from mllm_jax.generation.draw_sound import SoundDrawer
 from mllm_jax.generation.options import Answer
 from mllm_jax.generation.produce import Producer
+from mllm_jax.models.audioldm2 import AudioLDM2Config
+from mllm_jax.models.registry import pretrained_config
+from mllm_jax.models.stable_diffusion import StableDiffusionConfig
+
+# The models that draw, by the class of their configs.
+DRAWERS: dict[type, type[Drawer]] = {StableDiffusionConfig: Drawer, AudioLDM2Config: SoundDrawer}
 
 
 class Draws:
-    """The call `draw`, of an `Assistant` for a Stable Diffusion or for a model that produces images."""
+    """The call `draw`, of an `Assistant` for a model in DRAWERS or for one that produces images in its answers."""
 
     model: nn.Module
     _drawer: Drawer | None
@@ -50,7 +58,7 @@ class Draws:
         scheduler: str | None = None,
         batch_size: int = 4,
     ) -> list[Answer]:
-        """Draws images of texts.
+        """Draws images or sounds of texts.
 
         An image depends on its own prompt and seed: it is the same alone and in any batch, up to rounding.
 
@@ -63,7 +71,8 @@ class Draws:
                 list with one for each image.
             count: images of each prompt.
             height, width: of the images in pixels, multiples of 8; None: as in the model's training.
-            frames, seconds: of videos and sounds; a model that draws images refuses them.
+            frames, seconds: of videos and sounds; a model that draws images refuses them. A sound's authors take 200
+                steps and a guidance_scale of 3.5 (AudioLDM-2); its latents are [time, mel bands, channels].
             latents: float[images, h, w, channels], the first noise of unit variance, before the scheduler's first
                 scale; its shape fixes the size. None: from the seeds.
             noise: float[n, images, h, w, channels], or without the first axis for n = 1: the other noises, in the order
@@ -84,8 +93,8 @@ class Draws:
             batch_size: images that are drawn together.
 
         Returns:
-            An answer for each prompt and count, prompt by prompt, whose `media` is the image and whose text is its
-            mark, "<image 1>".
+            An answer for each prompt and count, prompt by prompt, whose `media` is the image or the sound and whose
+            text is its mark, "<image 1>" or "<audio 1>".
 
         Raises:
             ConfigError: the model draws no images, an option is refused, or a size is no multiple.
@@ -93,19 +102,25 @@ class Draws:
         """
         if (drawer := self.drawer) is None:
             raise no_images(self.model.config)
-        for name, value in (("frames", frames), ("seconds", seconds)):
-            if value is not None:
-                raise ConfigError(
-                    f"{name}={value} for a model that draws images", "a model of videos or sounds", f"drop {name}"
-                )
+        drawer.require(dict(frames=frames, seconds=seconds, height=height, width=width, start_image=start_image))
         how = Drawing(
             negative, steps, guidance_scale, seed, count, height, width, latents, noise, start_image, strength,
-            guidance_interval, scheduler, batch_size,
+            guidance_interval, scheduler, batch_size, seconds,
         )  # fmt: skip
         return drawer.draw(prompts, how, on_step)
+
+
+def drawer_of(folder: str | Path, **how: Any) -> Drawer:
+    """Loads a folder's drawer; raises as `Drawer.load`. ConfigError: its model does not draw."""
+    config = pretrained_config(folder)
+    if type(config) not in DRAWERS:
+        raise no_images(config)
+    return DRAWERS[type(config)].load(folder, **how)
 
 
 def no_images(config: Any) -> ConfigError:
     """Returns the error for a model that draws no images."""
     name = config.family or type(config).__name__.removesuffix("Config")
-    return ConfigError(f"a {name}, asked to draw", "a Stable Diffusion", "name the folder of another model")
+    return ConfigError(
+        f"a {name}, asked to draw", "a Stable Diffusion or an AudioLDM-2", "name the folder of another model"
+    )

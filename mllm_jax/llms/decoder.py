@@ -1,4 +1,4 @@
-"""The decoder-only transformer: one module, whose options make it LLaMA, Mistral, Qwen, GLM or OPT."""
+"""The decoder-only transformer: one module, whose options make it LLaMA, Mistral, Qwen, GLM, OPT or GPT-2."""
 
 from __future__ import annotations
 
@@ -296,8 +296,8 @@ class Decoder(nn.Module):
             project: False stops before the head and returns HeadInputs instead of logits.
 
         Returns:
-            float32[B, S or M, V], with a cache (logits, cache). Logits are NaN for a position beyond the learned ones
-            or beyond `longest`.
+            float32[B, S or M, V] or HeadInputs; with a cache (the same, cache). Logits are NaN for a position beyond
+            the learned ones or beyond `longest`.
 
         Raises:
             ConfigError: no `positions`, and more tokens than learned positions or `longest`.
@@ -345,13 +345,14 @@ class Decoder(nn.Module):
             x = self.final_norm(x)
         if dialect.embedding_size is not None:
             x = self.embedding_out(x)
-        if not project:
-            return head_inputs(x, self.token_embedding, None if c.tie_word_embeddings else self.lm_head)
-        logits = self.token_embedding.attend(x) if c.tie_word_embeddings else self.lm_head(x)
-        logits = constrain(logits.astype(jnp.float32), "batch", "seq", "vocab")
+        if project:
+            out = self.token_embedding.attend(x) if c.tie_word_embeddings else self.lm_head(x)
+            out = constrain(out.astype(jnp.float32), "batch", "seq", "vocab")
+        else:
+            out = head_inputs(x, self.token_embedding, None if c.tie_word_embeddings else self.lm_head)
         if cache is None:
-            return logits
-        return logits, cache.replace(keys=written[0], values=written[1])
+            return out
+        return out, cache.replace(keys=written[0], values=written[1])
 
 
 def _text_length(positions: jax.Array, segments: jax.Array | None) -> jax.Array:

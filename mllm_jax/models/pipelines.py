@@ -24,7 +24,7 @@ from flax import linen as nn
 from mllm_jax.checkpoints.architectures import DIFFUSERS_VERSION, find, known
 from mllm_jax.checkpoints.components import CONFIG, CONFIG_BYTES, MODEL_INDEX, Component, components_of
 from mllm_jax.checkpoints.folder import new_folder
-from mllm_jax.checkpoints.hf import copy_companions, float_dtype, read_weights
+from mllm_jax.checkpoints.hf import copy_companions, float_dtype, read_config, read_weights, write_config
 from mllm_jax.checkpoints.leaves import PyTree
 from mllm_jax.checkpoints.safetensors_files import has_weights
 from mllm_jax.checkpoints.table import Family
@@ -39,6 +39,7 @@ SCHEDULER = "scheduler"
 # Subfolders that are no part of the model: the files and options that give the class, and its library.
 CARRIED = {
     "tokenizer": ("tokenizer_config.json", ("tokenizer_class",), "transformers"),
+    "tokenizer_2": ("tokenizer_config.json", ("tokenizer_class",), "transformers"),
     "feature_extractor": (
         "preprocessor_config.json",
         ("image_processor_type", "feature_extractor_type"),
@@ -47,6 +48,13 @@ CARRIED = {
     "image_encoder": (CONFIG, ("architectures",), "transformers"),
     "safety_checker": (CONFIG, ("architectures",), "stable_diffusion"),
 }
+# Those that each class of pipelines has.
+_SUBFOLDERS = {
+    "StableDiffusionPipeline": ("tokenizer", "feature_extractor", "image_encoder", "safety_checker"),
+    "AudioLDM2Pipeline": ("tokenizer", "tokenizer_2", "feature_extractor"),
+}
+# Options that a class of pipelines reads in a part's config.json, and that the part itself does not have.
+_ADDED = {("AudioLDM2Pipeline", "language_model"): {"max_new_tokens": 8}}
 # Options of a model_index.json beside its parts.
 OPTIONS = ("_class_name", "_diffusers_version", "_name_or_path", "requires_safety_checker")
 
@@ -150,13 +158,16 @@ def write_pipeline(
         index: dict[str, Any] = {"_class_name": config.family, "_diffusers_version": DIFFUSERS_VERSION}
         for name, part in config.parts.items():
             save(part.make(), params[name], temporary / name, dtype=dtype, **how)
+            if added := _ADDED.get((config.family, name)):
+                write_config(temporary / name, read_config(Component(temporary / name)) | added)
             index[name] = ["diffusers" if known(part.family).diffusers else "transformers", part.family]
         config.scheduler.save(temporary / SCHEDULER)
         index[SCHEDULER] = ["diffusers", config.scheduler.class_name]
         if companions is not None:
             copy_companions(companions, temporary)
-        index |= {name: _carried(temporary / name, *how) for name, how in CARRIED.items()}
-        index["requires_safety_checker"] = index["safety_checker"] != [None, None]
+        index |= {name: _carried(temporary / name, *CARRIED[name]) for name in _SUBFOLDERS[config.family]}
+        if "safety_checker" in index:
+            index["requires_safety_checker"] = index["safety_checker"] != [None, None]
         (temporary / MODEL_INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", "utf-8")
 
 

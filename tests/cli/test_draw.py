@@ -6,6 +6,8 @@ import re
 
 import numpy as np
 import pytest
+import soundfile
+import tiny_audioldm2
 import tiny_diffusion as tiny
 from PIL import Image
 from tiny_language import write_folder
@@ -100,3 +102,16 @@ def test_help(folder, capsys):
         with pytest.raises(SystemExit):
             main(arguments)
         assert option in capsys.readouterr().out
+
+
+def test_sounds(tmp_path, capsys):
+    """Checks the file that an AudioLDM-2 writes, and an option that only images have."""
+    tiny_audioldm2.write(tmp_path / "model")
+    command = ["generate", str(tmp_path / "model"), "A bell", "--steps", "2", "--out", str(tmp_path / "out")]
+    assert main([*command, "--seconds", "0.1"]) == 0
+    path = tmp_path / "out" / "a-bell-0.wav"
+    assert capsys.readouterr().out == f"{path}\n"
+    samples, rate = soundfile.read(path)
+    assert (samples.shape, rate) == ((100,), 1000) and np.abs(samples).max() > 0.01
+    assert main([*command, "--height", "16"]) != 0
+    assert "height=16 for a model that draws sounds" in capsys.readouterr().err

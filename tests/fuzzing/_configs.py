@@ -13,6 +13,11 @@ OPT = dict(
     model_type="opt", vocab_size=32, hidden_size=16, ffn_dim=24, num_hidden_layers=2, num_attention_heads=4,
     word_embed_proj_dim=16, max_position_embeddings=48, activation_function="relu", do_layer_norm_before=True,
 )  # fmt: skip
+GPT2 = dict(
+    model_type="gpt2", vocab_size=32, n_embd=16, n_inner=24, n_layer=2, n_head=4, n_positions=48, n_ctx=48,
+    activation_function="gelu_new", layer_norm_epsilon=1e-5, scale_attn_weights=True, reorder_and_upcast_attn=False,
+    scale_attn_by_inverse_layer_idx=False, summary_type="cls_index", bos_token_id=1, eos_token_id=2,
+)  # fmt: skip
 T5 = dict(
     model_type="t5", vocab_size=32, d_model=16, d_kv=4, d_ff=24, num_layers=2, num_decoder_layers=2, num_heads=4,
     feed_forward_proj="gated-gelu", tie_word_embeddings=False, decoder_start_token_id=0, is_encoder_decoder=True,
@@ -145,7 +150,10 @@ _ALL = [
     _named("QWenLMHeadModel", QWEN1),
     _named("GlmForCausalLM", DECODER, model_type="glm", head_dim=4, attention_bias=True, partial_rotary_factor=0.5),
     _named("OPTForCausalLM", OPT),
+    _named("GPT2LMHeadModel", GPT2),
+    _named("GPT2Model", GPT2),
     _named("T5ForConditionalGeneration", T5),
+    _named("T5EncoderModel", T5, is_encoder_decoder=False),
     _named(
         "ChatGLMModel", model_type="chatglm", vocab_size=32, hidden_size=16, num_layers=2, num_attention_heads=4,
         inner_hidden_size=24, layernorm_epsilon=1e-5, max_sequence_length=64, bos_token_id=1, eos_token_id=2,
@@ -159,6 +167,11 @@ _ALL = [
     _named("CLIPVisionModel", CLIP_VISION),
     _named("CLIPTextModel", TEXT, model_type="clip_text_model", eos_token_id=2),
     _named("CLIPTextModelWithProjection", TEXT, model_type="clip_text_model", projection_dim=8),
+    _named("ClapTextModelWithProjection", TEXT, model_type="clap_text_model", hidden_act="gelu", type_vocab_size=1,
+           projection_dim=8, projection_hidden_act="relu", pad_token_id=1),
+    # The audio encoder's options are not read.
+    _named("ClapModel", model_type="clap", text_config=TEXT | dict(hidden_act="gelu"), projection_dim=8,
+           projection_hidden_act="relu"),
     _named("CLIPModel", model_type="clip", text_config=TEXT, vision_config=CLIP_VISION, projection_dim=8,
            text_config_dict=TEXT),
     _named("SiglipVisionModel", SIGLIP_VISION),
@@ -240,6 +253,10 @@ CONFIGS = {values["architectures"][0]: values for values in _ALL} | {
     "UNet2DConditionModel": UNET | dict(
         _class_name="UNet2DConditionModel", cross_attention_dim=6, center_input_sample=False,
         num_attention_heads=None, dual_cross_attention=False, attention_type="default", dropout=0.0,
+    ),
+    "AudioLDM2ProjectionModel": dict(
+        _class_name="AudioLDM2ProjectionModel", _diffusers_version="0.42.1", text_encoder_dim=6, text_encoder_1_dim=10,
+        langauge_model_dim=8, use_learned_position_embedding=None, max_seq_length=None,
     ),
     "AudioLDM2UNet2DConditionModel": UNET | dict(
         _class_name="AudioLDM2UNet2DConditionModel", cross_attention_dim=[[None, 6, 10]] * 2,

@@ -90,7 +90,7 @@ def write(
     )
     autoencoder = diffusers.AutoencoderKL(**options | (vae or {}))
     for i, part in enumerate((encoder, denoiser, autoencoder)):
-        _fill(part, seed + i)
+        fill(part, seed + i)
     if scheduler is None:
         scheduler = diffusers.PNDMScheduler(**SCHEDULER, skip_prk_steps=True, steps_offset=1, set_alpha_to_one=False)
     pipeline = diffusers.StableDiffusionPipeline(
@@ -113,13 +113,13 @@ def quiet(pipeline: Any) -> Any:
     return pipeline
 
 
-def _fill(module: torch.nn.Module, seed: int) -> None:
+def fill(module: torch.nn.Module, seed: int) -> None:
     """Fills every parameter with numbers far from its default, such that activations keep their size."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in module.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
-            if parameter.ndim == 1:
+            if parameter.ndim < 2:
                 scale = name.endswith("weight")
                 parameter.copy_(0.1 * noise + float(scale))
             elif "embed" in name and "time" not in name:

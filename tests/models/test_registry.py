@@ -107,7 +107,7 @@ def test_only_what_takes_other_arguments_has_a_sample_of_its_own():
     heard |= {"Whisper", "Whisper without a head", "Whisper encoder", "Qwen2-Audio encoder"}
     heard |= {"Qwen2.5-Omni audio encoder"}
     made = {"Autoencoder of latent diffusion", "HiFi-GAN vocoder", "Stable Diffusion"}
-    made |= {"Stable Diffusion's UNet", "AudioLDM-2's UNet"}
+    made |= {"Stable Diffusion's UNet", "AudioLDM-2's UNet", "AudioLDM-2's projection model", "AudioLDM-2"}
     assert own == {"T5, Flan-T5", "CLIP", "SigLIP", "NFNet"} | vits | heard | made
 
 

@@ -31,6 +31,8 @@ SIZES = dict(
 )
 OPT = {name: SIZES[name] for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")}
 OPT |= dict(ffn_dim=52, max_position_embeddings=40, pad_token_id=1)
+GPT2 = dict(vocab_size=61, n_embd=24, n_inner=52, n_layer=3, n_head=6, n_positions=40, layer_norm_epsilon=1e-2)
+GPT2 |= dict(bos_token_id=3, eos_token_id=4)
 GLM = SIZES | dict(head_dim=12, pad_token_id=3, eos_token_id=[5, 6])
 ODD_HEAD = dict(head_dim=10)  # 6 heads x 10 is not the hidden size
 TIED = dict(tie_word_embeddings=True)
@@ -87,6 +89,10 @@ CASES = {
         OPT | dict(_remove_final_layer_norm=True, tie_word_embeddings=False, word_embed_proj_dim=40),
     ),
 }
+CASES |= {
+    "gpt2": ("GPT2", GPT2),
+    "gpt2 untied": ("GPT2", GPT2 | dict(tie_word_embeddings=False, n_inner=None, reorder_and_upcast_attn=True)),
+}
 LENGTHS = (21, 9)
 
 
@@ -103,10 +109,12 @@ def load(randomise, tmp_path_factory):
         folder = tmp_path_factory.mktemp("theirs")
         # A copy: transformers writes its own defaults into its argument.
         config = getattr(transformers, f"{name}Config")(**deepcopy(options), attn_implementation="eager")
-        reference = randomise(getattr(transformers, f"{name}ForCausalLM")(config))
+        reference = randomise(transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager"))
         for name, parameter in reference.named_parameters():
-            if parameter.ndim == 2 and "embed" not in name:
+            if parameter.ndim == 2 and "embed" not in name and "wte" not in name:
                 parameter.data.mul_(gain)
+            if ".ln_" in name and name.endswith("weight"):
+                parameter.data.add_(1)  # norms of GPT-2, near 1 as those of the others
         reference.save_pretrained(folder)
         return reference, *from_pretrained(folder, dtype=dtype)
 
@@ -141,7 +149,7 @@ def packed(texts, orders) -> tuple[np.ndarray, np.ndarray, np.ndarray, dict]:
 
 @torch.no_grad()
 def logits_of(reference, *args, **kwargs) -> np.ndarray:
-    if hasattr(reference.model, "rotary_emb"):
+    if hasattr(reference.base_model, "rotary_emb"):
         # "dynamic" rotary frequencies remember the longest text so far: forget it.
         reference.model.rotary_emb = type(reference.model.rotary_emb)(config=reference.config)
     return reference(*args, **kwargs).logits.float().numpy()
@@ -196,7 +204,7 @@ def test_greedy_32_tokens(case, load):
     assert len({token for answer in said for token in answer.tokens}) > 2
 
 
-CACHED = ("llama dynamic", "mistral", "qwen2 late windows", "qwen3 mixed", "glm", "opt 350m")
+CACHED = ("llama dynamic", "mistral", "qwen2 late windows", "qwen3 mixed", "glm", "opt 350m", "gpt2")
 
 
 @pytest.mark.parametrize("case", CACHED)
@@ -239,7 +247,7 @@ def test_bfloat16(case, load, assert_close):
     assert np.linalg.norm(ours - exact) <= 1.5 * np.linalg.norm(theirs - exact), "as exact as torch is in bfloat16"
 
 
-@pytest.mark.parametrize("case", ("llama tied", "llama biases", "qwen3", "qwen3 biases"))
+@pytest.mark.parametrize("case", ("llama tied", "llama biases", "qwen3", "qwen3 biases", "gpt2"))
 def test_next_token_loss_and_every_gradient(case, load, assert_close):
     """Checks packed rows here, each text alone in torch."""
     reference, module, params = load(case)

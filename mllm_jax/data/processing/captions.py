@@ -36,10 +36,13 @@ class Captions:
 
     def padded(self, text: str) -> np.ndarray:
         """Returns the ids int32[length] of a caption; what does not fit is cut off before its end token."""
-        ids = self.ids(text)
-        if len(ids) > self.longest:
-            ids = [*ids[: self.longest - 1], ids[-1]]
+        ids = self.cut(text)
         return np.asarray(ids + [self.words.pad_token_id or 0] * (self.length - len(ids)), np.int32)
+
+    def cut(self, text: str) -> list[int]:
+        """Encodes a caption; what does not fit is cut off before its end token."""
+        ids = self.ids(text)
+        return ids if len(ids) <= self.longest else [*ids[: self.longest - 1], ids[-1]]
 
     def left_out(self, text: str) -> str:
         """Returns the end of a caption that `padded` cuts off."""
