@@ -48,7 +48,7 @@ class MediaOptions:
         given += ["--out"] if out is not None else []
         if given and not getattr(config, "outputs", None):
             raise ConfigError(
-                f"{', '.join(given)} for a model of text alone",
+                f"{', '.join(given)} for a model that writes text alone",
                 "a model that produces media",
                 "drop it, or name another",
             )

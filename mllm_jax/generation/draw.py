@@ -104,7 +104,7 @@ class Drawer:
 
     def __init__(self, model: nn.Module, params: dict | None, tokenizer: Any, *, mesh: Mesh | None = None):
         self.model, self.params, self.mesh = model, params, mesh
-        self._sampler, self._captions = Sampler(model, params, mesh), Captions.of(tokenizer, model.config.longest)
+        self._sampler, self.captions = Sampler(model, params, mesh), Captions.of(tokenizer, model.config.longest)
         if tokenizer.pad_token_id is None or tokenizer.bos_token_id is None:
             raise DataError(
                 "a tokenizer without a padding token, or without a beginning of text",
@@ -266,8 +266,8 @@ class Drawer:
 
     def _tokens(self, text: str) -> np.ndarray:
         """Returns int32[L] of a text."""
-        ids_of(text, self._captions, self.config.text_encoder.vocab_size)
-        return self._captions.padded(text)
+        ids_of(text, self.captions, self.config.text_encoder.vocab_size)
+        return self.captions.padded(text)
 
     def _start_and_size(self, how: Drawing, images: int) -> tuple[np.ndarray | None, tuple[int, int]]:
         """Returns the start images float32[B, H, W, 3], or None, and height and width."""

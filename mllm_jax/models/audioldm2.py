@@ -125,6 +125,11 @@ class AudioLDM2Config(WithCompute):
         return {name: within(getattr(self, name), self.compute) for name in PARTS}
 
     @property
+    def factor(self) -> int:
+        """Mel frames, and mel bins, for each position of the latents."""
+        return self.vae.factor
+
+    @property
     def longest(self) -> int:
         """The number of Flan-T5's tokens that the language model has positions for."""
         return self.language_model.max_position_embeddings - AROUND - VECTORS + 1

@@ -13,7 +13,7 @@ from mllm_jax.errors import ConfigError
 
 
 def test_options_of_media_are_refused_without_them(tmp_path):
-    with pytest.raises(ConfigError, match="--produce, --steps, --out for a model of text alone"):
+    with pytest.raises(ConfigError, match="--produce, --steps, --out for a model that writes text alone"):
         MediaOptions(produce=("image",), steps=3).check(MODEL, tmp_path)
     MediaOptions().check(MODEL, None)
     (tmp_path / "file").write_text("")
