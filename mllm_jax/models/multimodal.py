@@ -21,7 +21,7 @@ from mllm_jax.layers.compute import WithCompute, within
 from mllm_jax.layers.context_gather import take_along_rows
 from mllm_jax.layers.head import HeadInputs
 from mllm_jax.layers.pixels import normalise_pixels
-from mllm_jax.models.branch import ARRAYS, KINDS, Branch, array_name
+from mllm_jax.models.branch import ARRAYS, KINDS, MEDIA, Branch, array_name
 from mllm_jax.models.branch import Connection as Connection
 from mllm_jax.sharding.logical import constrain, part_of_model, split_sizes
 
@@ -73,6 +73,10 @@ class MultimodalConfig(WithCompute):
         own = self.inputs[modality]
         parts = {kind: getattr(self.inputs[self._owner(kind, modality)], kind) for kind in KINDS}
         return replace(own, **parts).joined(self.llm.hidden_size)
+
+    def part_name(self, kind: str, modality: str) -> str:
+        """Returns the name of a branch's part, its own or a shared one, such as encoder_image."""
+        return f"{kind}_{self._owner(kind, modality)}"
 
     def _owner(self, kind: str, modality: str) -> str:
         """Returns the modality of the branch that owns a branch's part."""
@@ -235,7 +239,7 @@ class Multimodal(nn.Module):
                 `images` uint8[B, M, H, W, 3], or float if they are normalised already, with `query_tokens` and
                 `query_segments` int[B, M, L] for a projector that reads text;
                 `sounds` float[B, M, ...], the encoder's inputs, with `masks` int[B, M, T] of their valid steps;
-                `features` dtype[B, M, P, E] of `encode_images`;
+                `features` dtype[B, M, P, E] of `encode_features`;
                 `patches` [B, N, D] with `patch_segments`, `patch_coordinates` and `patch_grids`, see `QwenViT`;
                 the same of another modality, with its name as a prefix, such as `video_images`;
                 `media` dtype[B, N, E], encoded before;
@@ -260,11 +264,8 @@ class Multimodal(nn.Module):
         sizes = dict(zip("rs", split_sizes(("batch", "slots"), here[given].shape[:2]), strict=True))
         names = (given, "masks", "query_tokens", "query_segments")
         flat = {n: rearrange(here[n], "(r b) (s m) ... -> (r s b m) ...", **sizes) for n in names if n in here}
-        features, mask = flat.pop(given), flat.pop("masks", None)
-        if given == "sounds":
-            features = self._heard(features, mask, modality)
-        elif given == "images":
-            features = self._features(features, modality)
+        read = {n: flat.pop(n) for n in (given, "masks") if n in flat}
+        features = read[given] if given == "features" else self._features(read, modality)
         if self.config.branch(modality).projects:
             media = features
         else:
@@ -274,10 +275,23 @@ class Multimodal(nn.Module):
 
     def encode_images(self, batch):
         """Returns the features dtype[B * M, P, E] that the projector reads, of `images` [B, M, H, W, 3]."""
-        return self._features(rearrange(batch["images"], "b m h w c -> (b m) h w c"))
+        return self.encode_features(batch, "image")
 
-    def _features(self, images, modality: str = "image"):
-        """Encodes [N, H, W, 3] as dtype[N, P, E]."""
+    def encode_features(self, batch, modality: str):
+        """Returns the features dtype[B * M, P, E] that a branch's projector reads, of the branch's media in a batch.
+
+        Args:
+            batch: `images`, or `sounds` with `masks`, of that modality; see `encode_media`.
+        """
+        given = {name: batch[key] for name in MEDIA if (key := array_name(modality, name)) in batch}
+        return self._features({name: rearrange(x, "b m ... -> (b m) ...") for name, x in given.items()}, modality)
+
+    def _features(self, given, modality: str):
+        """Encodes images [N, H, W, 3], or sounds [N, ...] with masks [N, T], as dtype[N, P, E]."""
+        return self._seen(given["images"], modality) if "images" in given else self._heard(**given, modality=modality)
+
+    def _seen(self, images, modality: str):
+        """Encodes images [N, H, W, 3] as dtype[N, P, E]."""
         branch, encoder = self.config.branch(modality), self._part("encoder", modality)
         pixels = normalise_pixels(images, branch.encoder) if images.dtype == jnp.uint8 else images
         with part_of_model(encoder.name):
@@ -288,7 +302,7 @@ class Multimodal(nn.Module):
         out = encoder(pixels)
         return out.last_hidden_state if keep else out.last_hidden_state[:, out.class_tokens :]
 
-    def _heard(self, sounds, mask, modality: str):
+    def _heard(self, sounds, masks, modality: str):
         """Encodes sounds [N, ...] as dtype[N, T, E], which is 0 for vectors after a sound's end.
 
         An empty slot is encoded as valid: a sum over nothing has no gradient. No text refers to it.
@@ -296,8 +310,8 @@ class Multimodal(nn.Module):
         encoder, layers = self._part("encoder", modality), self.config.branch(modality).connection.layers
         with part_of_model(encoder.name):
             sounds = constrain(sounds, "batch", *[None] * (sounds.ndim - 1))
-        mask = jnp.where(mask.any(axis=-1, keepdims=True), mask, 1)
-        out = encoder(sounds, mask, output_hidden_states=layers is not None)
+        masks = jnp.where(masks.any(axis=-1, keepdims=True), masks, 1)
+        out = encoder(sounds, masks, output_hidden_states=layers is not None)
         found = out.last_hidden_state if layers is None else select_layers(out, layers, True)
         return found if out.mask is None else jnp.where(out.mask[..., None], found, 0)
 
