@@ -7,8 +7,8 @@ python tests/assets/smollm2.py runs/smollm2-135m-instruct
 mllm train configs/speech_asterisk.py
 
 Ten of the encoder's vectors, 0.2 seconds, become one media token (arXiv 2402.08846). The first stage trains the
-projector, the second also the LLM. The evaluation transcribes held-out prompts. No run has reached its
-end yet.
+projector, the second also the LLM, about half an hour on two CPU cores and 9 GB. The evaluation transcribes held-out
+prompts: a word error rate of 80.6 % in the run of benchmarks/RESULTS.md, and 151.2 % with shuffled sounds.
 """
 
 from pathlib import Path
@@ -64,7 +64,7 @@ def config() -> Experiment:
                 trainable=("projector_audio/*", "llm/*"),
                 data=data,
                 optimizer=AdamW(learning_rate=2e-4, warmup_steps=20, weight_decay=0.0),
-                steps=240,
+                steps=120,
             ),
         ),
     )

@@ -13,8 +13,9 @@ from mllm_jax.models.protocol import SequenceProjectorConfig, SoundEncoderConfig
 INSTRUCTION = 128  # the most tokens of an instruction in training: max_txt_len in LAVIS' configs
 KINDS = ("encoder", "projector")  # kinds of parts of a branch
 _PATCHES = ("patches", "patch_segments", "patch_coordinates", "patch_grids")
+MEDIA = ("images", "sounds", "masks")  # the arrays that an encoder of media of one size reads
 # The arrays of one branch in a batch.
-ARRAYS = ("images", "sounds", "masks", "features", "query_tokens", "query_segments", *_PATCHES)
+ARRAYS = (*MEDIA, "features", "query_tokens", "query_segments", *_PATCHES)
 
 
 @dataclass(frozen=True)

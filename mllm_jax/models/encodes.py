@@ -10,7 +10,7 @@ from flax import linen as nn
 
 from mllm_jax.encoders.vit import select_layers
 from mllm_jax.layers.pixels import normalise_pixels
-from mllm_jax.models.branch import ARRAYS, array_name
+from mllm_jax.models.branch import ARRAYS, MEDIA, array_name
 from mllm_jax.models.media_tokens import MediaTokens, side_by_side
 from mllm_jax.models.sound_targets import Heard, sound_targets
 from mllm_jax.sharding.logical import constrain, part_of_model, split_sizes
@@ -27,7 +27,7 @@ class Encodes:
                 `images` uint8[B, M, H, W, 3], or float if they are normalised already, with `query_tokens` and
                 `query_segments` int[B, M, L] for a projector that reads text;
                 `sounds` float[B, M, ...], the encoder's inputs, with `masks` int[B, M, T] of their valid steps;
-                `features` dtype[B, M, P, E] of `encode_images`;
+                `features` dtype[B, M, P, E] of `encode_features`;
                 `patches` [B, N, D] with `patch_segments`, `patch_coordinates` and `patch_grids`, see `QwenViT`;
                 the same of another modality, with its name as a prefix, such as `video_images`;
                 `media` dtype[B, N, E], encoded before, with `media_mask` if they have a mask;
@@ -57,11 +57,8 @@ class Encodes:
         sizes = dict(zip("rs", split_sizes(("batch", "slots"), here[given].shape[:2]), strict=True))
         names = (given, "masks", "query_tokens", "query_segments")
         flat = {n: rearrange(here[n], "(r b) (s m) ... -> (r s b m) ...", **sizes) for n in names if n in here}
-        features, mask = flat.pop(given), flat.pop("masks", None)
-        if given == "sounds":
-            features, mask = self._heard(features, mask, modality)
-        elif given == "images":
-            features = self._features(features, modality)
+        read = {n: flat.pop(n) for n in (given, "masks") if n in flat}
+        features, mask = (read[given], None) if given == "features" else self._features(read, modality)
         branch, slots = self.config.branch(modality), here[given].shape[1] // sizes["s"]
         if branch.fires:
             size = branch.projector.length(features.shape[1])
@@ -77,10 +74,25 @@ class Encodes:
 
     def encode_images(self, batch):
         """Returns the features dtype[B * M, P, E] that the projector reads, of `images` [B, M, H, W, 3]."""
-        return self._features(rearrange(batch["images"], "b m h w c -> (b m) h w c"))
+        return self.encode_features(batch, "image")
 
-    def _features(self, images, modality: str = "image"):
-        """Encodes [N, H, W, 3] as dtype[N, P, E]."""
+    def encode_features(self, batch, modality: str):
+        """Returns the features dtype[B * M, P, E] that a branch's projector reads, of the branch's media in a batch.
+
+        Args:
+            batch: `images`, or `sounds` with `masks`, of that modality; see `encode_media`.
+        """
+        given = {name: batch[key] for name in MEDIA if (key := array_name(modality, name)) in batch}
+        return self._features({name: rearrange(x, "b m ... -> (b m) ...") for name, x in given.items()}, modality)[0]
+
+    def _features(self, given, modality: str):
+        """Encodes images [N, H, W, 3], or sounds [N, ...] with masks [N, T]: dtype[N, P, E], and bool[N, P] or None."""
+        if "images" in given:
+            return self._seen(given["images"], modality), None
+        return self._heard(given["sounds"], given["masks"], modality)
+
+    def _seen(self, images, modality: str):
+        """Encodes images [N, H, W, 3] as dtype[N, P, E]."""
         branch, encoder = self.config.branch(modality), self._part("encoder", modality)
         pixels = normalise_pixels(images, branch.encoder) if images.dtype == jnp.uint8 else images
         with part_of_model(encoder.name):

@@ -102,6 +102,10 @@ class MultimodalConfig(WithCompute):
         parts = {kind: getattr(self.inputs[self._owner(kind, modality)], kind) for kind in KINDS}
         return replace(own, **parts).joined(self.llm.hidden_size)
 
+    def part_name(self, kind: str, modality: str) -> str:
+        """Returns the name of a branch's part, its own or a shared one, such as encoder_image."""
+        return f"{kind}_{self._owner(kind, modality)}"
+
     def _owner(self, kind: str, modality: str) -> str:
         """Returns the modality of the branch that owns a branch's part."""
         part = getattr(self.inputs[modality], kind)

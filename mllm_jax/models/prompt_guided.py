@@ -139,9 +139,9 @@ class PromptGuidedModel(nn.Module):
         """Returns the inputs of the LLM's output head for a row."""
         return self.model.head_inputs(batch)
 
-    def encode_images(self, batch):
-        """Returns the features that the projector reads, see `Multimodal.encode_images`."""
-        return self.model.encode_images(batch)
+    def encode_features(self, batch, modality: str):
+        """Returns the features that the projector reads, see `Multimodal.encode_features`."""
+        return self.model.encode_features(batch, modality)
 
     def guide(self, batch) -> GuidedMedia:
         """Encodes an image and a caption (tokens, segments int[B, L]) in each row; see `PromptGuided`."""

@@ -82,7 +82,8 @@ class Stage:
         ema: decay of a moving average of the trained parameters, such as 0.999. Validation, evaluation, later stages
             and the finished run use the average. None: the parameters themselves.
         frozen_dtype: dtype of frozen parameters during the stage; None: as they are.
-        cache_features: the frozen encoder reads each image once; its features are kept in the run folder.
+        cache_features: frozen encoders read each image, frame and sound once; their features are kept in the run
+            folder.
     """
 
     name: str
@@ -133,6 +134,11 @@ class Stage:
     def mixtures(self) -> tuple[Mixture, ...]:
         """Returns the mixtures that the stage reads: its data, and its validation if it has one."""
         return (self.data,) if self.validation is None else (self.data, self.validation)
+
+    @property
+    def modalities(self) -> tuple[str, ...]:
+        """Returns the modalities of the media in these mixtures."""
+        return tuple(dict.fromkeys(m for mixture in self.mixtures for m, slots in mixture.slots.items() if slots))
 
 
 @dataclass(frozen=True)

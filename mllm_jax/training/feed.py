@@ -9,7 +9,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from mllm_jax.data.pipeline import Pipeline
-from mllm_jax.training.features import FeatureCache
+from mllm_jax.training.features import FeatureCaches
 from mllm_jax.training.step import local_rows, place_batch
 
 
@@ -20,7 +20,7 @@ class Feed:
         spec: spec of a global batch.
     """
 
-    def __init__(self, data: Pipeline, mesh: Mesh, features: FeatureCache | None = None):
+    def __init__(self, data: Pipeline, mesh: Mesh, features: FeatureCaches | None = None):
         self.data, self.mesh, self.features = data, mesh, features
         self.rows = local_rows(mesh, data.mixture.rows)
         self.spec = data.spec if features is None else features.spec(data.spec)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ from mllm_jax.models.processor import Processor
 from mllm_jax.sharding.chips import peak_flops
 from mllm_jax.sharding.hosts import Share, from_first, is_first
 from mllm_jax.training.config import Experiment, Stage
-from mllm_jax.training.features import FeatureCache
+from mllm_jax.training.features import FeatureCaches
 from mllm_jax.training.feed import Feed
 from mllm_jax.training.hooks import (
     Best,
@@ -63,7 +62,7 @@ class Prepared:
 
     feed: Feed
     validation: Feed | None
-    features: FeatureCache | None
+    features: FeatureCaches | None
     program: StageProgram
     trainable: dict
     frozen: dict
@@ -178,7 +177,7 @@ class StageRunner:
         trainable, frozen = split({name: params[name] for name in placed}, stage.trainable)
         origin = {"frozen": self.frozen_meta(frozen), "began": fingerprint(trainable)}
         frozen = hold_frozen(stage, frozen)
-        features = self.feature_cache(join(trainable, frozen), origin["frozen"]) if stage.cache_features else None
+        features = self.feature_caches(join(trainable, frozen), origin["frozen"]) if stage.cache_features else None
         feed = Feed(data, self.mesh, features)
         program = build_stage(self.experiment, self.index, self.mesh, feed.spec, placed)
         packing = data.plan.statistics(64)
@@ -334,8 +333,8 @@ class StageRunner:
             sources |= {pattern: f"stages/{i}-{earlier.name}" for pattern in earlier.trainable}
         return {"sources": sources, "fingerprint": fingerprint(frozen)}
 
-    def feature_cache(self, params: dict, frozen_meta: dict) -> FeatureCache:
-        """Opens the cache of the encoder's features, in a folder named by the encoder's fingerprint."""
-        key = hashlib.sha256(repr([frozen_meta["fingerprint"], describe(self.config)]).encode())
-        folder = self.folder.features / key.hexdigest()[:16]
-        return FeatureCache.of(folder, self.config.make(), params, self.mesh, self.experiment.part_rules)
+    def feature_caches(self, params: dict, frozen_meta: dict) -> FeatureCaches:
+        """Opens the caches of the encoders' features, in folders named by the fingerprint of the frozen parameters."""
+        key = repr([frozen_meta["fingerprint"], describe(self.config)])
+        model, rules = self.config.make(), self.experiment.part_rules
+        return FeatureCaches.of(self.folder.features, key, self.stage, model, params, self.mesh, rules)

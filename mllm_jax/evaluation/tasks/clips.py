@@ -61,14 +61,17 @@ def speech_task(
     return Task(name, source, ask, metrics, max_new_tokens=max_new_tokens)
 
 
-def arcade_tasks(limit: int = 20 * len(HELD_OUT), **settings) -> tuple[Task, ...]:
+def arcade_tasks(
+    limit: int = 20 * len(HELD_OUT), questions: tuple[str, ...] = tuple(QUESTIONS), **settings
+) -> tuple[Task, ...]:
     """Returns a task for each question about videos: the character, the action, and both.
 
     Args:
         limit: number of videos.
+        questions: "character", "action" or "both".
         settings: folder, frames, fps, image_size and seed of `mllm_jax.ArcadeSprites`.
     """
     return tuple(
         Task(f"held_out/{kind}", ArcadeSprites("held_out", size=limit, questions=(kind,), **settings), ask, METRICS)
-        for kind in QUESTIONS
+        for kind in questions
     )

@@ -26,19 +26,25 @@ def check_features(stage: Stage, model: Any, *, read: bool) -> None:
     """Checks that precomputed features make sense, if the stage asks for them.
 
     Args:
-        read: whether the objective's loss takes `features` instead of `images`.
+        read: whether the objective's loss takes features instead of media.
 
     Raises:
-        ConfigError: they are not read, or their encoder is trained or reads packed patches.
+        ConfigError: they are not read, or an encoder of the stage's media is trained or reads packed patches.
     """
     if not stage.cache_features:
         return
-    if not read or model.image.packed or trains(stage.trainable, "encoder_image"):
+    if not read or not all(_fixed(stage, model, modality) for modality in stage.modalities):
         raise ConfigError(
             f"stage {stage.name!r}: cache_features of {type(model).__name__}, trainable {stage.trainable}",
-            "next-token or prompt-guided training of a model with a frozen encoder of whole images",
-            "freeze the encoder, or drop cache_features",
+            "next-token or prompt-guided training of a model with frozen encoders of whole images or of sounds",
+            "freeze the encoders, or drop cache_features",
         )
+
+
+def _fixed(stage: Stage, model: Any, modality: str) -> bool:
+    """Returns whether each medium of a modality has the same features in every step."""
+    branch = model.branch(modality)
+    return not (branch.packed or branch.fires) and not trains(stage.trainable, model.part_name("encoder", modality))
 
 
 def require_targets(stage: Stage, model: Any, *, frozen: bool = False) -> None:

@@ -13,7 +13,7 @@ from mllm_jax.models.diffused import Diffused
 from mllm_jax.models.generator_only import GeneratorOnlyConfig
 from mllm_jax.models.multimodal import MultimodalConfig
 from mllm_jax.models.output import slots_of
-from mllm_jax.training.objectives.checks import require_model, require_targets
+from mllm_jax.training.objectives.checks import check_features, require_model, require_targets
 from mllm_jax.training.objectives.diffusion_losses import diffusion_loss, min_snr_weights
 from mllm_jax.training.objectives.next_token import NextToken
 
@@ -47,6 +47,7 @@ class Diffusion(NextToken):
         """Raises ConfigError: a model that produces no media, or a stage without slots for them."""
         require_model(stage, model, MultimodalConfig, GeneratorOnlyConfig)
         require_targets(stage, model)
+        check_features(stage, model, read=False)
         known = {slots_of(modality) for modality in model.outputs}
         others = {name for m in stage.mixtures for name, count in m.slots.items() if count} - known
         if isinstance(model, GeneratorOnlyConfig) and others:

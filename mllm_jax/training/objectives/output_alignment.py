@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from mllm_jax.errors import ConfigError
 from mllm_jax.models.multimodal import MultimodalConfig
 from mllm_jax.training.objectives.alignment_losses import KINDS, condition_loss
-from mllm_jax.training.objectives.checks import require_model, require_targets
+from mllm_jax.training.objectives.checks import check_features, require_model, require_targets
 from mllm_jax.training.objectives.next_token import NextToken
 
 if TYPE_CHECKING:
@@ -45,6 +45,7 @@ class OutputAlignment(NextToken):
         """Raises ConfigError: a model that produces no media, a trained generator, or a stage without slots."""
         require_model(stage, model, MultimodalConfig)
         require_targets(stage, model, frozen=True)
+        check_features(stage, model, read=False)
 
     def loss(self, apply, params, batch, key):
         """Computes both losses.
