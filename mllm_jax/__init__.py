@@ -82,6 +82,7 @@ if TYPE_CHECKING:  # for editors and type checkers; `_HOMES` has the same names 
     from mllm_jax.generation.sampling import Sampling as Sampling
     from mllm_jax.generators.unet import UNetConfig as UNetConfig
     from mllm_jax.generators.unet_audio import AudioUNetConfig as AudioUNetConfig
+    from mllm_jax.generators.unet_video import VideoUNetConfig as VideoUNetConfig
     from mllm_jax.generators.vae import AutoencoderKLConfig as AutoencoderKLConfig
     from mllm_jax.generators.vocoder import VocoderConfig as VocoderConfig
     from mllm_jax.layers.compute import Compute as Compute
@@ -205,6 +206,7 @@ _NAMES = {
     "generation.sampling": ("Sampling",),
     "generators.unet": ("UNetConfig",),
     "generators.unet_audio": ("AudioUNetConfig",),
+    "generators.unet_video": ("VideoUNetConfig",),
     "generators.vae": ("AutoencoderKLConfig",),
     "generators.vocoder": ("VocoderConfig",),
     "layers.compute": ("Compute",),

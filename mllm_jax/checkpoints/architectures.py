@@ -113,6 +113,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (
     Architecture("AutoencoderKL", "mllm_jax.generators.vae_hub", diffusers=True),
     Architecture("UNet2DConditionModel", "mllm_jax.generators.unet_hub", diffusers=True),
     Architecture("AudioLDM2UNet2DConditionModel", "mllm_jax.generators.unet_audio", diffusers=True),
+    Architecture("UNet3DConditionModel", "mllm_jax.generators.unet_video_hub", diffusers=True),
     # pipelines of diffusers
     Architecture("StableDiffusionPipeline", "mllm_jax.models.stable_diffusion", diffusers=True),
     # timm's names

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from einops import rearrange, repeat
 from flax import linen as nn
 
 from mllm_jax.errors import ConfigError
@@ -48,6 +50,8 @@ class UNetDialect:
         center_input: whether the latents are in [0, 1] and are scaled to [-1, 1].
         class_embedding: one of CLASSES, or None.
         class_concat: whether the class is concatenated with the time; else it is added.
+        head_dim: width of every head of the transformers; None: the block's channels // num_heads.
+        out_activation: before the last convolution; None: `activation`.
         family: the class of the saved folder.
     """
 
@@ -69,6 +73,8 @@ class UNetDialect:
     conv_out_kernel: int = 3
     class_embedding: str | None = None
     class_concat: bool = False
+    head_dim: int | None = None
+    out_activation: str | None = None
     family: str = "UNet2DConditionModel"
 
 
@@ -108,6 +114,7 @@ class UNetConfig(WithCompute):
     class_size: int | None = None
     dialect: UNetDialect = UNetDialect()
 
+    axes = ("batch", "height", "width")  # of latents, before their channels
     num_texts = 1  # that a call brings
     mid_blocks = MID  # that are supported
 
@@ -140,7 +147,7 @@ class UNetConfig(WithCompute):
             )
         require.one_of("mid_block", self.mid_blocks)
         require.one_of("dialect.activation", ACTIVATIONS)
-        for name in ("dialect.time_activation", "dialect.time_post_activation"):
+        for name in ("dialect.time_activation", "dialect.time_post_activation", "dialect.out_activation"):
             require.one_of(name, (None, *ACTIVATIONS))
         require.one_of("dialect.class_embedding", (None, *CLASSES))
         require(
@@ -150,7 +157,7 @@ class UNetConfig(WithCompute):
             "change channels (block_out_channels) or norm_groups (norm_num_groups)",
         )
         require(
-            not [i for _, i in self._reading() if self.num_heads[i] > self.channels[i]],
+            all(0 < self.num_heads[i] <= self.channels[i] for _, i in self._reading()),
             f"{list(self.num_heads)} heads of {list(self.channels)} channels",
             "at least one channel a head (`attention_head_dim` is the number of heads)",
             "change num_heads",
@@ -218,6 +225,11 @@ class UNetConfig(WithCompute):
         return self.dialect.family
 
     @property
+    def spatial(self) -> UNetConfig:
+        """The config of the layers that read single images: all of them."""
+        return self
+
+    @property
     def style(self) -> Style:
         """The settings that all blocks share."""
         d = self.dialect
@@ -260,9 +272,10 @@ class UNetConfig(WithCompute):
     def _block(self, i: int, attends: bool, inputs: tuple[int, ...], depth: int | tuple[int, ...]) -> Block:
         depths = (depth,) * len(inputs) if isinstance(depth, int) else depth
         texts = tuple(None if size is None else self.text_of(j) for j, size in enumerate(self.text_sizes[i]))
+        head_dim = self.dialect.head_dim or (self.channels[i] // self.num_heads[i] if attends else 0)
         return Block(
-            inputs, self.channels[i], depths if attends else (), texts, self.num_heads[i], self.dialect.only_cross[i],
-            resample=i < len(self.channels) - 1,
+            inputs, self.channels[i], depths if attends else (), texts, self.num_heads[i], head_dim,
+            self.dialect.only_cross[i], resample=i < len(self.channels) - 1,
         )  # fmt: skip
 
     def make(self) -> UNet:
@@ -309,42 +322,51 @@ class TimeEmbedding(nn.Module):
 class Denoiser(nn.Module):
     """The UNet for any number of texts; the classes that are called define their order."""
 
-    config: UNetConfig
+    config: Any
+
+    blocks = DownBlock, MidBlock, UpBlock  # their classes
 
     @nn.compact
     def denoise(self, latents, timesteps, texts: Sequence[Text], class_labels=None, timestep_cond=None):
-        """Maps latents [B, H, W, in_channels] to dtype[B, H, W, out_channels]."""
-        c, d = self.config, self.config.dialect
-        dtype = jnp.dtype(c.dtype)
-        latents, timesteps = checked_latents(c, latents, timesteps)
+        """Maps latents [B, H, W, in_channels] to dtype[B, H, W, out_channels], videos with their frames after B."""
+        c = self.config.spatial
+        d, dtype = c.dialect, jnp.dtype(c.dtype)
+        down_block, mid_block, up_block = self.blocks
+        latents, timesteps = checked_latents(self.config, latents, timesteps)
         texts = checked_texts(c, texts, len(latents))
-        x = latents.astype(dtype)
-        time = self._time(timesteps, class_labels, timestep_cond)
+        x = rearrange(latents.astype(dtype), "b ... h w c -> (b ...) h w c")
+        style = replace(c.style, frames=len(x) // len(latents))
+        time = repeat(self._time(timesteps, class_labels, timestep_cond), "b t -> (b f) t", f=style.frames)
         around = (d.conv_in_kernel - 1) // 2
         names = (None, None, "channels", "embed")
         x = 2 * x - 1 if d.center_input else x
         x = Conv2D(c.channels[0], d.conv_in_kernel, 1, around, names=names, dtype=dtype, name="conv_in")(x)
-        x = constrain(x, "batch", None, None, None)
+        x = self.begin(constrain(x, "batch", None, None, None), style)
         skips = [x]
         for i, block in enumerate(c.down):
-            x, made = DownBlock(c.style, block, name=f"down_{i}")(x, time, texts)
+            x, made = down_block(style, block, name=f"down_{i}")(x, time, texts)
             skips += made
         if c.mid is not None:
-            x = MidBlock(c.style, c.mid, name="mid")(x, time, texts)
+            x = mid_block(style, c.mid, name="mid")(x, time, texts)
         for i, block in enumerate(c.up):
             skips, read = skips[: -len(block.inputs)], skips[-len(block.inputs) :]
             # An image of odd height was halved to one of the same height as an even one: the skipped image decides.
             size = skips[-1].shape[1:3] if skips else None
-            x = UpBlock(c.style, block, name=f"up_{i}")(x, time, texts, read, size)
+            x = up_block(style, block, name=f"up_{i}")(x, time, texts, read, size)
         x = GroupNorm(d.norm_groups, d.norm_eps, dtype, name="norm_out")(x)
-        x = ACTIVATIONS[d.activation](x)
+        x = ACTIVATIONS[d.out_activation or d.activation](x)
         around, names = (d.conv_out_kernel - 1) // 2, (None, None, "embed", "channels")
-        return Conv2D(c.out_channels, d.conv_out_kernel, 1, around, names=names, dtype=dtype, name="conv_out")(x)
+        x = Conv2D(c.out_channels, d.conv_out_kernel, 1, around, names=names, dtype=dtype, name="conv_out")(x)
+        return x.reshape(*latents.shape[:-1], c.out_channels)
+
+    def begin(self, x, style: Style):
+        """Returns what the first block reads of the first convolution's output, dtype[B, H, W, C]."""
+        return x
 
     def _time(self, timesteps, class_labels, timestep_cond):
         """Returns the embedding dtype[B, T] of the time and the class."""
-        c, d = self.config, self.config.dialect
-        dtype = jnp.dtype(c.dtype)
+        c = self.config.spatial
+        d, dtype = c.dialect, jnp.dtype(c.dtype)
         how = dict(width=c.channels[0], flip_sin_to_cos=d.flip_sin_to_cos, freq_shift=d.freq_shift)
         if timestep_cond is not None and c.condition_size is None:
             raise ConfigError("timestep_cond of a UNet without condition_size", "None", "leave it out")
@@ -400,12 +422,12 @@ class UNet(Denoiser):
         return self.denoise(latents, timesteps, [Text(text, text_mask)], class_labels, timestep_cond)
 
 
-def checked_latents(c: UNetConfig, latents, timesteps) -> tuple[jax.Array, jax.Array]:
+def checked_latents(c: Any, latents, timesteps) -> tuple[jax.Array, jax.Array]:
     """Returns the latents, and the timesteps as [B]. Raises ConfigError: other shapes than a call takes."""
-    if latents.ndim != 4 or latents.shape[-1] != c.in_channels or not all(latents.shape):
+    if latents.ndim != len(c.axes) + 1 or latents.shape[-1] != c.in_channels or not all(latents.shape):
         raise ConfigError(
             f"UNet: latents of shape {list(latents.shape)}",
-            f"[batch, height, width, {c.in_channels}]",
+            f"[{', '.join(c.axes)}, {c.in_channels}]",
             "give latents with the channels last, as many as in_channels",
         )
     timesteps = jnp.asarray(timesteps)
