@@ -119,6 +119,7 @@ if TYPE_CHECKING:  # for editors and type checkers; `_HOMES` has the same names 
     from mllm_jax.models.reshape import with_image_size as with_image_size
     from mllm_jax.models.run_weights import load_run as load_run
     from mllm_jax.models.stable_diffusion import StableDiffusionConfig as StableDiffusionConfig
+    from mllm_jax.models.text_to_video import TextToVideoConfig as TextToVideoConfig
     from mllm_jax.models.whisper import WhisperConfig as WhisperConfig
     from mllm_jax.output_projectors.linear import LinearOutputProjectorConfig as LinearOutputProjectorConfig
     from mllm_jax.output_projectors.mlp import MLPOutputProjectorConfig as MLPOutputProjectorConfig
@@ -236,6 +237,7 @@ _NAMES = {
     "models.reshape": ("with_image_size",),
     "models.run_weights": ("load_run",),
     "models.stable_diffusion": ("StableDiffusionConfig",),
+    "models.text_to_video": ("TextToVideoConfig",),
     "models.whisper": ("WhisperConfig",),
     "output_projectors.linear": ("LinearOutputProjectorConfig",),
     "output_projectors.mlp": ("MLPOutputProjectorConfig",),

@@ -116,6 +116,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (
     Architecture("UNet3DConditionModel", "mllm_jax.generators.unet_video_hub", diffusers=True),
     # pipelines of diffusers
     Architecture("StableDiffusionPipeline", "mllm_jax.models.stable_diffusion", diffusers=True),
+    Architecture("TextToVideoSDPipeline", "mllm_jax.models.text_to_video", diffusers=True),
     # timm's names
     Architecture("eva_giant_patch14_clip_224", "mllm_jax.encoders.eva"),
     Architecture("eva02_base_patch16_clip_224", "mllm_jax.encoders.eva"),

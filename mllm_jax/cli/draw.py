@@ -1,4 +1,4 @@
-"""`mllm generate` with a model that draws: writes images of a prompt, and prints their paths."""
+"""`mllm generate` with a model that draws: writes images or videos of a prompt, and prints their paths."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ LONGEST_NAME = 40  # characters of the prompt in a file's name
 
 @dataclass(frozen=True)
 class Draw:
-    """Draws images of a prompt, writes them as PNG files with the prompt and all settings inside, and prints the paths.
+    """Draws images or videos of a prompt, writes PNG or MP4 files with all settings inside, and prints the paths.
 
     Attributes:
-        model: folder of a Stable Diffusion, from diffusers or `mllm convert`.
+        model: folder of a Stable Diffusion or of a Zeroscope, from diffusers or `mllm convert`.
         prompt: what the images show.
         negative: what they do not show.
         steps: of the scheduler.
@@ -37,12 +37,13 @@ class Draw:
         count: number of images.
         height: of the images in pixels; default: as in the model's training.
         width: of the images in pixels.
+        frames: of a video, 8 a second; default: 16.
         start_image: an image file that drawing begins with.
         strength: of the change of the start image, above 0 to 1; default: 0.8.
         scheduler: another scheduler than the folder's: ddpm, ddim, pndm, euler, euler_ancestral or dpm++.
         batch_size: number of images that are drawn together.
         dtype: of the computation; default: as stored.
-        out: folder for the images.
+        out: folder for the files.
     """
 
     model: tyro.conf.Positional[Path]
@@ -55,6 +56,7 @@ class Draw:
     count: int = 1
     height: int | None = None
     width: int | None = None
+    frames: int | None = None
     start_image: Path | None = None
     strength: float | None = None
     scheduler: str | None = None
@@ -108,6 +110,7 @@ def run(arguments: list[str]) -> int:
     keep_compiled_programs()
 
     from mllm_jax.generation.draw import Drawer, Drawing
+    from mllm_jax.generation.media import SUFFIXES
 
     shared = {field.name for field in fields(Drawing)} & {field.name for field in fields(Draw)}
     given = {name: getattr(options, name) for name in shared} | dict(negative=options.negative or None)
@@ -119,18 +122,22 @@ def run(arguments: list[str]) -> int:
         answers = drawer.draw(options.prompt, how, lambda *_: progress.update(next(done)))
     options.out.mkdir(parents=True, exist_ok=True)
     for answer in answers:
-        (image,) = answer.media
-        path = free_name(options.out, options.prompt, image.metadata["seed"])
-        image.save(path)
-        print(answer.text.replace("<image 1>", str(path)), flush=True)
+        (medium,) = answer.media
+        path = free_name(options.out, options.prompt, medium.metadata["seed"], SUFFIXES[medium.kind][0])
+        medium.save(path)
+        print(answer.text.replace(f"<{medium.kind} 1>", str(path)), flush=True)
     return 0
 
 
 def check(options: Draw) -> None:
     """Refuses what needs no weights to be refused."""
     from mllm_jax.data.images import image_size
+    from mllm_jax.data.packages import media_package
     from mllm_jax.generators.schedulers import NAMES
+    from mllm_jax.models.registry import pretrained_config
 
+    if pretrained_config(options.model).modality == "video":
+        media_package("av", "writing a video")
     if options.start_image is not None:
         image_size(options.start_image)
     if options.scheduler is not None and options.scheduler not in NAMES:
@@ -139,11 +146,11 @@ def check(options: Draw) -> None:
         raise ConfigError(f"--out {options.out}, which is a file", "a folder", "name another")
 
 
-def free_name(folder: Path, prompt: str, seed: str) -> Path:
+def free_name(folder: Path, prompt: str, seed: str, suffix: str) -> Path:
     """Returns a path that does not exist, from the prompt and the seed."""
     words = re.sub(r"[^\w]+", "-", prompt.lower()).strip("-")[:LONGEST_NAME].rstrip("-") or "image"
-    path, number = folder / f"{words}-{seed}.png", 1
+    path, number = folder / f"{words}-{seed}{suffix}", 1
     while path.exists():
         number += 1
-        path = folder / f"{words}-{seed}-{number}.png"
+        path = folder / f"{words}-{seed}-{number}{suffix}"
     return path

@@ -1,4 +1,4 @@
-"""Drawing: prompts, negative prompts and start images to images, with a Stable Diffusion."""
+"""Drawing: prompts, negative prompts and start images to images or videos, with a Stable Diffusion."""
 
 from __future__ import annotations
 
@@ -47,6 +47,7 @@ class Drawing:
     count: int = 1
     height: int | None = None
     width: int | None = None
+    frames: int | None = None
     latents: Any = None
     noise: Any = None
     start_image: Any = None
@@ -56,8 +57,10 @@ class Drawing:
     batch_size: int = 4
 
     def __post_init__(self):
-        for name in ("steps", "count", "batch_size"):
+        for name in ("steps", "count", "batch_size", "frames"):
             value = getattr(self, name)
+            if value is None and name == "frames":
+                continue
             if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:
                 raise ConfigError(f"{name}={value!r}", "a whole number from 1", f"change {name}")
         if not math.isfinite(self.guidance_scale):
@@ -129,6 +132,7 @@ class Drawer:
 
     def draw(self, prompts: str | Sequence[str], how: Drawing, on_step: OnStep | None = None) -> list[Answer]:
         """Returns an answer for each prompt and count; see `Draws.draw`."""
+        self._require_options(how)
         texts = _texts(prompts)
         images = len(texts) * how.count
         negatives, seeds = _negatives(how.negative, len(texts)), _seeds(how.seed, len(texts), how.count)
@@ -138,7 +142,8 @@ class Drawer:
             )
         scheduler, first, total = self.schedule(how)
         start, (height, width) = self._start_and_size(how, images)
-        shape = (height // self.factor, width // self.factor, self.config.unet.in_channels)
+        frames = self._frames(how)
+        shape = (*frames, height // self.factor, width // self.factor, self.config.unet.in_channels)
         edges = [round(share * total) for share in how.guidance_interval] if how.guided else [0, 0]
         plan = Plan(scheduler, how.steps, shape, first, (edges[0], edges[1]), on_step is not None)
         tokens = [self._tokens(text) for text in texts]
@@ -161,6 +166,8 @@ class Drawer:
         )
         if start is not None:
             about["strength"] = f"{how.change:g}"
+        if frames:
+            about["frames"] = str(*frames)
         return [
             self._answer(image, texts[i // how.count], negatives[i // how.count], seeds[i], about)
             for i, image in enumerate(drawn)
@@ -199,7 +206,7 @@ class Drawer:
             found += list(self._sampler(asked, plan, watched)[:count])
         if wrong := [i for i, image in enumerate(found) if not np.isfinite(image).all()]:
             raise DataError(
-                f"image {wrong[0] + 1} of {images}, whose latents became NaN or infinite",
+                f"{self.config.modality} {wrong[0] + 1} of {images}, whose latents became NaN or infinite",
                 "finite numbers",
                 "compute in float32 (dtype), lower guidance_scale, or check the weights",
             )
@@ -207,7 +214,8 @@ class Drawer:
 
     def _answer(self, image: np.ndarray, prompt: str, negative: str, seed: int, about: dict[str, str]) -> Answer:
         metadata = dict(prompt=prompt, negative=negative, seed=str(seed)) | about
-        return Answer("<image 1>", (), media=(Media("image", image, metadata=metadata),))
+        kind = self.config.modality
+        return Answer(f"<{kind} 1>", (), media=(Media(kind, image, self.config.rate, metadata),))
 
     def _tokens(self, text: str) -> np.ndarray:
         """Returns int32[L] of a text, cut to the text encoder's length with a warning that names what is cut."""
@@ -255,6 +263,27 @@ class Drawer:
         array = np.stack(found if several else found * images)
         return array, array.shape[1:3]
 
+    def _require_options(self, how: Drawing) -> None:
+        """Raises ConfigError for an option of the other modality."""
+        name, wanted = ("start_image", "images") if self.config.modality == "video" else ("frames", "videos")
+        if getattr(how, name) is not None:
+            raise ConfigError(
+                f"{name}{f'={how.frames}' if name == 'frames' else ''} for a model that draws {self.config.modality}s",
+                f"a model of {wanted}",
+                f"drop {name}",
+            )
+
+    def _frames(self, how: Drawing) -> tuple[int, ...]:
+        """Returns the number of frames of a video in a tuple, which is empty for images."""
+        if self.config.modality != "video":
+            return ()
+        shape = np.shape(how.latents)[-4:-3]
+        if how.frames is not None and shape not in ((), (how.frames,)):
+            raise ConfigError(
+                f"frames {how.frames} beside latents of {shape[0]}", "latents alone, or of that number", "drop frames"
+            )
+        return shape or (how.frames or self.config.frames,)
+
     def _own_size(self) -> tuple[int, int]:
         sides = self.config.unet.height_and_width or (64, 64)
         return sides[0] * self.factor, sides[1] * self.factor
@@ -272,20 +301,19 @@ class Drawer:
     def _noises(self, how: Drawing, plan: Plan, images: int, steps: int) -> dict[str, Any]:
         """Returns the arrays of `Asked` that hold given noise."""
         shape, started = plan.latents, how.start_image is not None
+        axes = ", ".join((f"{self.config.modality}s", *self.config.unet.axes[1:], "channels"))
         given = dict(latents=None, posterior=None, noise=None, mean=False)
         if how.latents is not None:
             array = _numbers("latents", how.latents)
-            array = array[None] if array.ndim == 3 else array
+            array = array[None] if array.ndim == len(shape) else array
             wanted = (images, *shape)
             if array.shape != wanted:
-                raise DataError(
-                    f"latents {list(array.shape)}", f"{list(wanted)}: images, height, width, channels", "change them"
-                )
+                raise DataError(f"latents {list(array.shape)}", f"{list(wanted)}: {axes}", "change them")
             given["latents"], given["mean"] = array, how.noise is None
         if how.noise is None:
             return given
         array = _numbers("noise", how.noise)
-        array = array[None] if array.ndim == 4 else array
+        array = array[None] if array.ndim == len(shape) + 1 else array
         names = ["posterior", "latents"] if started else []
         names = names[:1] if started and how.latents is not None else names
         most = len(names) + steps * plan.scheduler.stochastic
@@ -293,7 +321,7 @@ class Drawer:
         if array.shape[1:] != (images, *shape) or len(array) not in allowed or not most:
             raise DataError(
                 f"noise {list(array.shape)}",
-                f"{list((most, images, *shape))}: noises, images, height, width, channels"
+                f"{list((most, images, *shape))}: noises, {axes}"
                 if most
                 else f"none: a {plan.scheduler.class_name} without a start image draws no noise",
                 "change it; latents are the first noise",

@@ -1,4 +1,4 @@
-"""The part of the Assistant that draws images."""
+"""The part of the Assistant that draws images and videos."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Draws:
         scheduler: str | None = None,
         batch_size: int = 4,
     ) -> list[Answer]:
-        """Draws images of texts.
+        """Draws images of texts, or videos; what is said of images holds for videos, whose arrays have frames too.
 
         An image depends on its own prompt and seed: it is the same alone and in any batch, up to rounding.
 
@@ -54,16 +54,18 @@ class Draws:
                 list with one for each image.
             count: images of each prompt.
             height, width: of the images in pixels, multiples of 8; None: as in the model's training.
-            frames, seconds: of videos and sounds; a model that draws images refuses them.
+            frames: of each video; None is 16, of which 8 are a second. A model that draws images refuses it.
+            seconds: of sounds, which no model draws yet.
             latents: float[images, h, w, channels], the first noise of unit variance, before the scheduler's first
-                scale; its shape fixes the size. None: from the seeds.
+                scale; its shape fixes the size. None: from the seeds. Of videos: [videos, frames, h, w, channels], and
+                likewise below.
             noise: float[n, images, h, w, channels], or without the first axis for n = 1: the other noises, in the order
                 in which diffusers draws them. With a start image that is the noise of the distribution of its latents,
                 and, without `latents`, the noise that is added to them; then one a step for a stochastic scheduler. The
                 first of these may be left out: the latents are then the distribution's mean. None: from the seeds.
             start_image: an image, or one for each image, that drawing begins with: a path, the bytes of a file, a
                 Pillow image, uint8[H, W, 3], or float[H, W, 3] in [0, 1]. It is resized to height and width; without
-                them the images get its size. `latents` are then the noise that is added to it.
+                them the images get its size. `latents` are then the noise that is added to it. Not for videos.
             strength: of the change of the start image: the share of the steps that is done. None is 0.8.
             on_step: called after each step with its number from 0, its timestep and the latents of the batch as
                 float32[B, h, w, channels]; each batch counts from 0. An exception ends the drawing (over several
@@ -75,8 +77,8 @@ class Draws:
             batch_size: images that are drawn together.
 
         Returns:
-            An answer for each prompt and count, prompt by prompt, whose `media` is the image and whose text is its
-            mark, "<image 1>".
+            An answer for each prompt and count, prompt by prompt, whose `media` is the image or the video and whose
+            text is its mark, "<image 1>" or "<video 1>".
 
         Raises:
             ConfigError: the model draws no images, an option is refused, or a size is no multiple.
@@ -84,13 +86,11 @@ class Draws:
         """
         if self._drawer is None:
             raise no_images(self.model.config)
-        for name, value in (("frames", frames), ("seconds", seconds)):
-            if value is not None:
-                raise ConfigError(
-                    f"{name}={value} for a model that draws images", "a model of videos or sounds", f"drop {name}"
-                )
+        if seconds is not None:
+            kind = self._drawer.config.modality
+            raise ConfigError(f"seconds={seconds} for a model that draws {kind}s", "a model of sounds", "drop seconds")
         how = Drawing(
-            negative, steps, guidance_scale, seed, count, height, width, latents, noise, start_image, strength,
+            negative, steps, guidance_scale, seed, count, height, width, frames, latents, noise, start_image, strength,
             guidance_interval, scheduler, batch_size,
         )  # fmt: skip
         return self._drawer.draw(prompts, how, on_step)

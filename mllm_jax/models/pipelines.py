@@ -58,10 +58,12 @@ class PipelineConfig(Protocol):
     Attributes:
         family: the class of the pipeline.
         scheduler: see `mllm_jax.generators.schedulers`.
+        carried: names of CARRIED that the pipeline takes.
     """
 
     family: str
     scheduler: Any
+    carried: tuple[str, ...]
 
     @property
     def parts(self) -> Mapping[str, Any]:
@@ -155,8 +157,9 @@ def write_pipeline(
         index[SCHEDULER] = ["diffusers", config.scheduler.class_name]
         if companions is not None:
             copy_companions(companions, temporary)
-        index |= {name: _carried(temporary / name, *how) for name, how in CARRIED.items()}
-        index["requires_safety_checker"] = index["safety_checker"] != [None, None]
+        index |= {name: _carried(temporary / name, *CARRIED[name]) for name in config.carried}
+        if "safety_checker" in index:
+            index["requires_safety_checker"] = index["safety_checker"] != [None, None]
         (temporary / MODEL_INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", "utf-8")
 
 
