@@ -89,6 +89,7 @@ if TYPE_CHECKING:  # for editors and type checkers; `_HOMES` has the same names 
     from mllm_jax.generators.unet import UNetConfig as UNetConfig
     from mllm_jax.generators.unet import UNetDialect as UNetDialect
     from mllm_jax.generators.unet_audio import AudioUNetConfig as AudioUNetConfig
+    from mllm_jax.generators.unet_video import VideoUNetConfig as VideoUNetConfig
     from mllm_jax.generators.vae import AutoencoderKLConfig as AutoencoderKLConfig
     from mllm_jax.generators.vocoder import VocoderConfig as VocoderConfig
     from mllm_jax.layers.compute import Compute as Compute
@@ -130,6 +131,7 @@ if TYPE_CHECKING:  # for editors and type checkers; `_HOMES` has the same names 
     from mllm_jax.models.run_weights import load_run as load_run
     from mllm_jax.models.stable_diffusion import StableDiffusionConfig as StableDiffusionConfig
     from mllm_jax.models.text_to_image import TextToImageConfig as TextToImageConfig
+    from mllm_jax.models.text_to_video import TextToVideoConfig as TextToVideoConfig
     from mllm_jax.models.whisper import WhisperConfig as WhisperConfig
     from mllm_jax.output_projectors.linear import LinearOutputProjectorConfig as LinearOutputProjectorConfig
     from mllm_jax.output_projectors.mlp import MLPOutputProjectorConfig as MLPOutputProjectorConfig
@@ -224,6 +226,7 @@ _NAMES = {
     "generators.audioldm2_projection": ("AudioLDM2ProjectionConfig",),
     "generators.unet": ("UNetConfig", "UNetDialect"),
     "generators.unet_audio": ("AudioUNetConfig",),
+    "generators.unet_video": ("VideoUNetConfig",),
     "generators.vae": ("AutoencoderKLConfig",),
     "generators.vocoder": ("VocoderConfig",),
     "layers.compute": ("Compute",),
@@ -258,6 +261,7 @@ _NAMES = {
     "models.run_weights": ("load_run",),
     "models.stable_diffusion": ("StableDiffusionConfig",),
     "models.text_to_image": ("TextToImageConfig",),
+    "models.text_to_video": ("TextToVideoConfig",),
     "models.whisper": ("WhisperConfig",),
     "output_projectors.linear": ("LinearOutputProjectorConfig",),
     "output_projectors.mlp": ("MLPOutputProjectorConfig",),

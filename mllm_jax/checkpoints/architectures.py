@@ -120,8 +120,10 @@ ARCHITECTURES: tuple[Architecture, ...] = (
     Architecture("UNet2DConditionModel", "mllm_jax.generators.unet_hub", diffusers=True),
     Architecture("AudioLDM2UNet2DConditionModel", "mllm_jax.generators.unet_audio", diffusers=True),
     Architecture("AudioLDM2ProjectionModel", "mllm_jax.generators.audioldm2_projection", diffusers=True),
+    Architecture("UNet3DConditionModel", "mllm_jax.generators.unet_video_hub", diffusers=True),
     # pipelines of diffusers
     Architecture("StableDiffusionPipeline", "mllm_jax.models.stable_diffusion", diffusers=True),
+    Architecture("TextToVideoSDPipeline", "mllm_jax.models.text_to_video", diffusers=True),
     Architecture("AudioLDM2Pipeline", "mllm_jax.models.audioldm2", diffusers=True),
     # timm's names
     Architecture("eva_giant_patch14_clip_224", "mllm_jax.encoders.eva"),

@@ -1,4 +1,4 @@
-"""`mllm generate` with a model that draws: writes images or sounds of a prompt, and prints their paths."""
+"""`mllm generate` with a model that draws: writes images, videos or sounds of a prompt, and prints their paths."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from mllm_jax.errors import ConfigError
 
 @dataclass(frozen=True)
 class Draw:
-    """Draws images of a prompt, writes them as PNG files with the prompt and all settings inside, and prints the paths.
+    """Draws images or videos of a prompt, writes PNG or MP4 files with all settings inside, and prints the paths.
 
     With an AudioLDM-2 it writes sounds as WAV files.
 
     Attributes:
-        model: folder of a Stable Diffusion or an AudioLDM-2, from diffusers or `mllm convert`.
+        model: folder of a Stable Diffusion, a Zeroscope or an AudioLDM-2, from diffusers or `mllm convert`.
         prompt: what the images show.
         negative: what they do not show.
         steps: of the scheduler.
@@ -38,13 +38,14 @@ class Draw:
         count: number of images.
         height: of the images in pixels; default: as in the model's training.
         width: of the images in pixels.
+        frames: of a video, 8 a second; default: 16.
         seconds: of the sounds; default: as in the model's training.
         start_image: an image file that drawing begins with.
         strength: of the change of the start image, above 0 to 1; default: 0.8.
         scheduler: another scheduler than the folder's: ddpm, ddim, pndm, euler, euler_ancestral or dpm++.
         batch_size: number of images that are drawn together.
         dtype: of the computation; default: as stored.
-        out: folder for the images.
+        out: folder for the files.
     """
 
     model: tyro.conf.Positional[Path]
@@ -57,6 +58,7 @@ class Draw:
     count: int = 1
     height: int | None = None
     width: int | None = None
+    frames: int | None = None
     seconds: float | None = None
     start_image: Path | None = None
     strength: float | None = None
@@ -132,8 +134,13 @@ def run(arguments: list[str]) -> int:
 def check(options: Draw) -> None:
     """Refuses what needs no weights to be refused."""
     from mllm_jax.data.images import image_size
+    from mllm_jax.data.packages import media_package
     from mllm_jax.generators.schedulers import NAMES
+    from mllm_jax.models.registry import pretrained_config
 
+    modality = pretrained_config(options.model).modality
+    if modality != "image":
+        media_package("av" if modality == "video" else "soundfile", f"writing {modality}")
     if options.start_image is not None:
         image_size(options.start_image)
     if options.scheduler is not None and options.scheduler not in NAMES:

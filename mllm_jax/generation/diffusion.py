@@ -2,6 +2,8 @@
 
     text condition -> a scan over the scheduler's steps, with classifier-free guidance (arXiv 2207.12598) -> decoder
 
+A video is an "image" whose arrays have an axis of frames before their height.
+
 Guidance doubles the batch: each image has a row with its negative text beside the row with its own. Steps outside
 `Plan.guided` compute the second row alone, which takes half the time.
 """
@@ -40,7 +42,7 @@ class Plan:
 
     Attributes:
         steps: as asked for; a scheduler may call the model more often, see `calls`.
-        latents: height, width and channels of an image's latents.
+        latents: height, width and channels of an image's latents; of a video's with the frames before these.
         first: the call that begins, above 0 for an image that starts from another one.
         guided: the first call with guidance and the first one after them.
         watched: whether each step is reported.
@@ -48,7 +50,7 @@ class Plan:
 
     scheduler: Scheduler
     steps: int
-    latents: tuple[int, int, int]
+    latents: tuple[int, ...]
     first: int = 0
     guided: tuple[int, int] = (0, 0)
     watched: bool = False
@@ -108,7 +110,8 @@ class Sampler:
         return other
 
     def __call__(self, asked: Asked, plan: Plan, on_step: OnStep | None = None) -> np.ndarray:
-        """Returns what `decode` makes: images float32[B, H, W, 3] in [0, 1], or sounds float32[B, samples].
+        """Returns what `decode` makes: images float32[B, H, W, 3] in [0, 1], videos with their frames after B, or sounds
+        float32[B, samples].
 
         Args:
             on_step: called after each step with its number from 0, its timestep and the latents float32[B, h, w, C]. An
@@ -140,8 +143,8 @@ class Sampler:
                 fresh = None
                 if plan.scheduler.stochastic:
                     fresh = noise(STEPS + number) if asked.noise is None else asked.noise[number]
-                state, latents = plan.scheduler.step(state, output, latents, fresh)
-                latents = _by_rows(latents)
+                state, stepped = plan.scheduler.step(state, *map(_by_frame, (output, latents, fresh)))
+                latents = _by_rows(stepped.reshape(latents.shape))
                 if plan.watched:
                     jax.debug.callback(self._watcher, number, timestep, latents)
                 return (state, latents), None
@@ -157,7 +160,7 @@ class Sampler:
         """Returns the scheduler's state and the latents that the first call reads."""
         scheduler = plan.scheduler
         first = noise(FIRST) if asked.latents is None else asked.latents
-        state = scheduler.init(plan.steps, first.shape)
+        state = scheduler.init(plan.steps, _by_frame(first).shape)
         if asked.start is None:
             return state, _by_rows(first * scheduler.initial_scale_of(state))
         posterior = noise(POSTERIOR) if asked.posterior is None and not asked.mean else asked.posterior
@@ -177,6 +180,11 @@ def _conditions(call: Callable, asked: Asked, guided: bool) -> tuple[Any, Any]:
         without = text(asked.negatives)
         pair = _by_rows(_alternating(without, asked.conditions.astype(without.dtype)))
     return pair, _by_rows(jax.tree.map(lambda states: states[1::2], pair))
+
+
+def _by_frame(x: jax.Array | None) -> jax.Array | None:
+    """Returns images [B, h, w, C] as they are, and videos with a row for each frame: a scheduler limits each alone."""
+    return None if x is None else rearrange(x, "b ... h w c -> (b ...) h w c")
 
 
 def _by_rows(tree: Any) -> Any:

@@ -15,17 +15,16 @@ import jax
 import numpy as np
 from flax import linen as nn
 from jax.sharding import Mesh
-from PIL import Image as Pillow
 
 from mllm_jax.checkpoints.fingerprint import short_fingerprint
 from mllm_jax.data.chat_tokenizer import ChatTokenizer
-from mllm_jax.data.images import as_image
 from mllm_jax.data.processing.captions import Captions
 from mllm_jax.errors import ConfigError, DataError
 from mllm_jax.generation.diffusion import Asked, OnStep, Plan, Sampler, calls
 from mllm_jax.generation.media import Media
 from mllm_jax.generation.options import Answer
 from mllm_jax.generation.rows import rows_for
+from mllm_jax.generation.start_image import start_image
 from mllm_jax.generators.schedulers import Scheduler, by_name
 from mllm_jax.models.registry import from_pretrained
 from mllm_jax.models.stable_diffusion import sampler
@@ -50,6 +49,7 @@ class Drawing:
     count: int = 1
     height: int | None = None
     width: int | None = None
+    frames: int | None = None
     latents: Any = None
     noise: Any = None
     start_image: Any = None
@@ -60,8 +60,10 @@ class Drawing:
     seconds: float | None = None
 
     def __post_init__(self):
-        for name in ("steps", "count", "batch_size"):
+        for name in ("steps", "count", "batch_size", "frames"):
             value = getattr(self, name)
+            if value is None and name == "frames":
+                continue
             if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:
                 raise ConfigError(f"{name}={value!r}", "a whole number from 1", f"change {name}")
         if not math.isfinite(self.guidance_scale):
@@ -99,7 +101,7 @@ class Drawer:
         mesh: over which params are sharded, or None.
     """
 
-    made = "images"
+    made, axes = "images", ("height", "width")
     refused = ("frames", "seconds")  # options of other kinds of models
 
     def __init__(self, model: nn.Module, params: dict | None, tokenizer: Any, *, mesh: Mesh | None = None):
@@ -186,7 +188,7 @@ class Drawer:
             )
         scheduler, first, total = self.schedule(how)
         start, (height, width) = self._start_and_size(how, images)
-        shape = (height // self.factor, width // self.factor, self.config.unet.in_channels)
+        shape = self._shape(how, height, width)
         edges = [round(share * total) for share in how.guidance_interval] if how.guided else [0, 0]
         plan = Plan(scheduler, how.steps, shape, first, (edges[0], edges[1]), on_step is not None)
         arrays = dict(
@@ -245,7 +247,7 @@ class Drawer:
             found += list(self._sampler(asked, plan, watched)[:count])
         if wrong := [i for i, image in enumerate(found) if not np.isfinite(image).all()]:
             raise DataError(
-                f"image {wrong[0] + 1} of {images}, whose latents became NaN or infinite",
+                f"{self.made[:-1]} {wrong[0] + 1} of {images}, whose latents became NaN or infinite",
                 "finite numbers",
                 "compute in float32 (dtype), lower guidance_scale, or check the weights",
             )
@@ -256,6 +258,10 @@ class Drawer:
 
     def _size_shown(self, how: Drawing, height: int, width: int) -> dict[str, str]:
         return dict(size=f"{width}x{height}")
+
+    def _shape(self, how: Drawing, height: int, width: int) -> tuple[int, ...]:
+        """Returns the shape of the latents of one image."""
+        return height // self.factor, width // self.factor, self.config.unet.in_channels
 
     def _encoded(self, texts: list[str], negatives: list[str] | None) -> tuple[Any, Any]:
         """Returns `tokens` and `negatives` of `Asked`, with a row for each text."""
@@ -313,20 +319,19 @@ class Drawer:
     def _noises(self, how: Drawing, plan: Plan, images: int, steps: int) -> dict[str, Any]:
         """Returns the arrays of `Asked` that hold given noise."""
         shape, started = plan.latents, how.start_image is not None
+        axes = ", ".join((self.made, *self.axes, "channels"))
         given = dict(latents=None, posterior=None, noise=None, mean=False)
         if how.latents is not None:
             array = _numbers("latents", how.latents)
-            array = array[None] if array.ndim == 3 else array
+            array = array[None] if array.ndim == len(shape) else array
             wanted = (images, *shape)
             if array.shape != wanted:
-                raise DataError(
-                    f"latents {list(array.shape)}", f"{list(wanted)}: images, height, width, channels", "change them"
-                )
+                raise DataError(f"latents {list(array.shape)}", f"{list(wanted)}: {axes}", "change them")
             given["latents"], given["mean"] = array, how.noise is None
         if how.noise is None:
             return given
         array = _numbers("noise", how.noise)
-        array = array[None] if array.ndim == 4 else array
+        array = array[None] if array.ndim == len(shape) + 1 else array
         names = ["posterior", "latents"] if started else []
         names = names[:1] if started and how.latents is not None else names
         most = len(names) + steps * plan.scheduler.stochastic
@@ -334,7 +339,7 @@ class Drawer:
         if array.shape[1:] != (images, *shape) or len(array) not in allowed or not most:
             raise DataError(
                 f"noise {list(array.shape)}",
-                f"{list((most, images, *shape))}: noises, images, height, width, channels"
+                f"{list((most, images, *shape))}: noises, {axes}"
                 if most
                 else f"none: a {plan.scheduler.class_name} without a start image draws no noise",
                 "change it; latents are the first noise",
@@ -366,47 +371,6 @@ def ids_of(text: str, captions: Captions, vocab_size: int) -> list[int]:
             "take the tokenizer that belongs to the model",
         )
     return ids
-
-
-def start_image(image: Any, height: int | None, width: int | None, unit: int) -> np.ndarray:
-    """Reads a start image and resizes it as diffusers does.
-
-    Args:
-        image: a path, the bytes of a file, a Pillow image or uint8[H, W, 3], which is resized with Lanczos' filter; or
-            float[H, W, 3] in [0, 1], whose nearest pixels are taken.
-        height, width: of the result; None: the image's own, lowered to a multiple of `unit`.
-
-    Returns:
-        float32[height, width, 3] in [0, 1].
-    """
-    if isinstance(image, np.ndarray) and np.issubdtype(image.dtype, np.floating):
-        if image.ndim != 3 or image.shape[-1] != 3 or not ((image >= 0) & (image <= 1)).all():
-            raise DataError(
-                f"a start image {image.dtype}{list(image.shape)}", "float[H, W, 3] from 0 to 1, or uint8", "convert it"
-            )
-        pixels = image.astype(np.float32)
-    else:
-        pixels = as_image(image)
-    asked = [side or held // unit * unit for side, held in zip((height, width), pixels.shape, strict=False)]
-    if 0 in asked:
-        raise DataError(
-            f"a start image of {pixels.shape[0]} x {pixels.shape[1]} pixels",
-            f"sides from {unit} on",
-            "take a larger one",
-        )
-    if pixels.shape[:2] == tuple(asked):
-        pass
-    elif pixels.dtype == np.uint8:
-        pixels = np.asarray(Pillow.fromarray(pixels).resize(asked[::-1], Pillow.Resampling.LANCZOS))
-    else:
-        rows, columns = (np.arange(side) * held // side for side, held in zip(asked, pixels.shape, strict=False))
-        pixels = pixels[rows][:, columns]
-    return pixels.astype(np.float32) / 255 if pixels.dtype == np.uint8 else pixels
-
-
-def _repeated(tree: Any, count: int) -> Any:
-    """Repeats each row of arrays."""
-    return jax.tree.map(lambda array: np.repeat(array, count, axis=0), tree)
 
 
 def _texts(prompts: str | Sequence[str]) -> list[str]:

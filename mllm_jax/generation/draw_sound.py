@@ -37,7 +37,7 @@ class SoundDrawer(Drawer):
         mesh: over which params are sharded, or None.
     """
 
-    made = "sounds"
+    made, axes = "sounds", ("time", "mel bands")
     refused = ("frames", "height", "width", "start_image")
 
     def __init__(

@@ -1,4 +1,4 @@
-"""The part of the Assistant that draws images and sounds."""
+"""The part of the Assistant that draws images, videos and sounds."""
 
 from __future__ import annotations
 
@@ -12,14 +12,20 @@ from flax import linen as nn
 from mllm_jax.errors import ConfigError
 from mllm_jax.generation.draw import Drawer, Drawing
 from mllm_jax.generation.draw_sound import SoundDrawer
+from mllm_jax.generation.draw_video import VideoDrawer
 from mllm_jax.generation.options import Answer
 from mllm_jax.generation.produce import Producer
 from mllm_jax.models.audioldm2 import AudioLDM2Config
 from mllm_jax.models.registry import pretrained_config
 from mllm_jax.models.stable_diffusion import StableDiffusionConfig
+from mllm_jax.models.text_to_video import TextToVideoConfig
 
 # The models that draw, by the class of their configs.
-DRAWERS: dict[type, type[Drawer]] = {StableDiffusionConfig: Drawer, AudioLDM2Config: SoundDrawer}
+DRAWERS: dict[type, type[Drawer]] = {
+    StableDiffusionConfig: Drawer,
+    TextToVideoConfig: VideoDrawer,
+    AudioLDM2Config: SoundDrawer,
+}
 
 
 class Draws:
@@ -58,7 +64,9 @@ class Draws:
         scheduler: str | None = None,
         batch_size: int = 4,
     ) -> list[Answer]:
-        """Draws images or sounds of texts.
+        """Draws images of texts, or videos or sounds.
+
+        What is said of images holds for videos, whose arrays have frames too.
 
         An image depends on its own prompt and seed: it is the same alone and in any batch, up to rounding.
 
@@ -71,17 +79,19 @@ class Draws:
                 list with one for each image.
             count: images of each prompt.
             height, width: of the images in pixels, multiples of 8; None: as in the model's training.
-            frames, seconds: of videos and sounds; a model that draws images refuses them. A sound's authors take 200
-                steps and a guidance_scale of 3.5 (AudioLDM-2); its latents are [time, mel bands, channels].
+            frames: of each video; None is 16, of which 8 are a second. Other models refuse it.
+            seconds: of each sound. A sound's authors take 200 steps and a guidance_scale of 3.5 (AudioLDM-2); its
+                latents are [time, mel bands, channels].
             latents: float[images, h, w, channels], the first noise of unit variance, before the scheduler's first
-                scale; its shape fixes the size. None: from the seeds.
+                scale; its shape fixes the size. None: from the seeds. Of videos: [videos, frames, h, w, channels], and
+                likewise below.
             noise: float[n, images, h, w, channels], or without the first axis for n = 1: the other noises, in the order
                 in which diffusers draws them. With a start image that is the noise of the distribution of its latents,
                 and, without `latents`, the noise that is added to them; then one a step for a stochastic scheduler. The
                 first of these may be left out: the latents are then the distribution's mean. None: from the seeds.
             start_image: an image, or one for each image, that drawing begins with: a path, the bytes of a file, a
                 Pillow image, uint8[H, W, 3], or float[H, W, 3] in [0, 1]. It is resized to height and width; without
-                them the images get its size. `latents` are then the noise that is added to it.
+                them the images get its size. `latents` are then the noise that is added to it. Not for videos.
             strength: of the change of the start image: the share of the steps that is done. None is 0.8.
             on_step: called after each step with its number from 0, its timestep and the latents of the batch as
                 float32[B, h, w, channels]; each batch counts from 0. An exception ends the drawing (over several
@@ -93,8 +103,8 @@ class Draws:
             batch_size: images that are drawn together.
 
         Returns:
-            An answer for each prompt and count, prompt by prompt, whose `media` is the image or the sound and whose
-            text is its mark, "<image 1>" or "<audio 1>".
+            An answer for each prompt and count, prompt by prompt, whose `media` is the image, the video or the sound,
+            and whose text is its mark, "<image 1>", "<video 1>" or "<audio 1>".
 
         Raises:
             ConfigError: the model draws no images, an option is refused, or a size is no multiple.
@@ -104,7 +114,7 @@ class Draws:
             raise no_images(self.model.config)
         drawer.require(dict(frames=frames, seconds=seconds, height=height, width=width, start_image=start_image))
         how = Drawing(
-            negative, steps, guidance_scale, seed, count, height, width, latents, noise, start_image, strength,
+            negative, steps, guidance_scale, seed, count, height, width, frames, latents, noise, start_image, strength,
             guidance_interval, scheduler, batch_size, seconds,
         )  # fmt: skip
         return drawer.draw(prompts, how, on_step)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -31,7 +32,8 @@ class Media:
         kind: "image", "video" or "audio".
         array: float32; an image [H, W, 3] and a video [F, H, W, 3] in [0, 1], a sound [samples] in [-1, 1].
         rate: frames a second of a video, samples a second of a sound; None for an image.
-        metadata: what it was made from, such as the prompt and the seed; a PNG carries it as text.
+        metadata: what it was made from, such as the prompt and the seed. A PNG carries it as text, and an MP4 as its
+            comment, in JSON.
     """
 
     kind: Kind
@@ -103,6 +105,8 @@ class Media:
         av = media_package("av", "writing a video")
         file, (_, height, width, _) = io.BytesIO(), values.shape
         with av.open(file, "w", format=suffix[1:]) as container:
+            if self.metadata:
+                container.metadata["comment"] = json.dumps(dict(self.metadata), ensure_ascii=False)
             stream = container.add_stream("libx264", rate=Fraction(float(self.rate)).limit_denominator(1001))
             stream.width, stream.height = width, height
             # Chroma at half the size needs even sides.

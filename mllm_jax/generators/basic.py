@@ -17,17 +17,17 @@ CONV2D = "o i h w -> h w i o"  # from the stored kernel's axes to the parameter'
 
 
 class Conv2D(nn.Module):
-    """A convolution over images; its kernel is [size, size, inputs, features].
+    """A convolution over images; its kernel is [*size, inputs, features].
 
     Attributes:
-        size: side of the kernel.
+        size: side of the kernel, or its height and width.
         padding: zeros on each side of the image, or ((above, below), (left, right)); None: size // 2.
         names: logical names of the kernel's dimensions.
         kernel_init: initializer of the kernel; None means a deviation of 1/sqrt(fan in).
     """
 
     features: int
-    size: int = 3
+    size: int | tuple[int, int] = 3
     stride: int = 1
     padding: int | tuple[tuple[int, int], tuple[int, int]] | None = None
     use_bias: bool = True
@@ -39,8 +39,9 @@ class Conv2D(nn.Module):
     def __call__(self, x):
         """Maps [B, H, W, C] to dtype[B, H', W', features]."""
         init = nn.with_logical_partitioning(self.kernel_init or nn.initializers.lecun_normal(), self.names)
-        kernel = self.param("kernel", init, (self.size, self.size, x.shape[-1], self.features), jnp.float32)
-        around = self.size // 2 if self.padding is None else self.padding
+        size = (self.size,) * 2 if isinstance(self.size, int) else self.size
+        kernel = self.param("kernel", init, (*size, x.shape[-1], self.features), jnp.float32)
+        around = tuple((side // 2, side // 2) for side in size) if self.padding is None else self.padding
         padding = ((around, around),) * 2 if isinstance(around, int) else around
         move = partial(convolve, stride=self.stride, padding=padding)
         y = with_gathered(move, x.astype(self.dtype), kernel, self.names, self.dtype)

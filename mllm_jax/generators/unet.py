@@ -8,15 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
+from einops import rearrange, repeat
 from flax import linen as nn
 
 from mllm_jax.errors import ConfigError
 from mllm_jax.generators.basic import Conv2D, GroupNorm
 from mllm_jax.generators.unet_blocks import ACTIVATIONS, Block, DownBlock, MidBlock, Style, Text, UpBlock
+from mllm_jax.generators.unet_time import TimeEmbedding, embed_time
 from mllm_jax.layers.compute import WithCompute
 from mllm_jax.layers.linear import Embedding, Linear
 from mllm_jax.layers.requirements import Requirements
@@ -28,7 +30,6 @@ UP = ("CrossAttnUpBlock2D", "UpBlock2D")
 # Ways to embed a class, beside None: its index, a number embedded like the time, a vector as it is, or a vector through
 # an MLP or a linear map.
 CLASSES = ("index", "timestep", "identity", "projection", "simple_projection")
-LONGEST_PERIOD = 10_000  # of the time's embedding
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,8 @@ class UNetDialect:
         center_input: whether the latents are in [0, 1] and are scaled to [-1, 1].
         class_embedding: one of CLASSES, or None.
         class_concat: whether the class is concatenated with the time; else it is added.
+        head_dim: width of every head of the transformers; None: the block's channels // num_heads.
+        out_activation: before the last convolution; None: `activation`.
         family: the class of the saved folder.
     """
 
@@ -69,6 +72,8 @@ class UNetDialect:
     conv_out_kernel: int = 3
     class_embedding: str | None = None
     class_concat: bool = False
+    head_dim: int | None = None
+    out_activation: str | None = None
     family: str = "UNet2DConditionModel"
 
 
@@ -108,6 +113,7 @@ class UNetConfig(WithCompute):
     class_size: int | None = None
     dialect: UNetDialect = UNetDialect()
 
+    axes = ("batch", "height", "width")  # of latents, before their channels
     num_texts = 1  # that a call brings
     mid_blocks = MID  # that are supported
 
@@ -140,7 +146,7 @@ class UNetConfig(WithCompute):
             )
         require.one_of("mid_block", self.mid_blocks)
         require.one_of("dialect.activation", ACTIVATIONS)
-        for name in ("dialect.time_activation", "dialect.time_post_activation"):
+        for name in ("dialect.time_activation", "dialect.time_post_activation", "dialect.out_activation"):
             require.one_of(name, (None, *ACTIVATIONS))
         require.one_of("dialect.class_embedding", (None, *CLASSES))
         require(
@@ -150,7 +156,7 @@ class UNetConfig(WithCompute):
             "change channels (block_out_channels) or norm_groups (norm_num_groups)",
         )
         require(
-            not [i for _, i in self._reading() if self.num_heads[i] > self.channels[i]],
+            all(0 < self.num_heads[i] <= self.channels[i] for _, i in self._reading()),
             f"{list(self.num_heads)} heads of {list(self.channels)} channels",
             "at least one channel a head (`attention_head_dim` is the number of heads)",
             "change num_heads",
@@ -218,6 +224,11 @@ class UNetConfig(WithCompute):
         return self.dialect.family
 
     @property
+    def spatial(self) -> UNetConfig:
+        """The config of the layers that read single images: all of them."""
+        return self
+
+    @property
     def style(self) -> Style:
         """The settings that all blocks share."""
         d = self.dialect
@@ -260,91 +271,64 @@ class UNetConfig(WithCompute):
     def _block(self, i: int, attends: bool, inputs: tuple[int, ...], depth: int | tuple[int, ...]) -> Block:
         depths = (depth,) * len(inputs) if isinstance(depth, int) else depth
         texts = tuple(None if size is None else self.text_of(j) for j, size in enumerate(self.text_sizes[i]))
+        head_dim = self.dialect.head_dim or (self.channels[i] // self.num_heads[i] if attends else 0)
         return Block(
-            inputs, self.channels[i], depths if attends else (), texts, self.num_heads[i], self.dialect.only_cross[i],
-            resample=i < len(self.channels) - 1,
+            inputs, self.channels[i], depths if attends else (), texts, self.num_heads[i], head_dim,
+            self.dialect.only_cross[i], resample=i < len(self.channels) - 1,
         )  # fmt: skip
 
     def make(self) -> UNet:
         return UNet(self)
 
 
-def embed_time(time: jax.Array, width: int, flip_sin_to_cos: bool, freq_shift: float) -> jax.Array:
-    """Embeds float32[B] as sines and cosines, float32[B, width], of periods up to 2 pi LONGEST_PERIOD."""
-    half = width // 2
-    exponent = np.float32(-np.log(LONGEST_PERIOD)) * np.arange(half, dtype=np.float32) / np.float32(half - freq_shift)
-    angles = time.astype(jnp.float32)[:, None] * np.exp(exponent)
-    parts = [jnp.sin(angles), jnp.cos(angles)]
-    found = jnp.concatenate(parts[::-1] if flip_sin_to_cos else parts, axis=-1)
-    return jnp.pad(found, ((0, 0), (0, width % 2)))
-
-
-class TimeEmbedding(nn.Module):
-    """Two linear maps with an activation between, for a time or a class.
-
-    Attributes:
-        condition_size: width of a further vector, or None.
-        post_activation: an activation after both, or None.
-    """
-
-    features: int
-    activation: str = "silu"
-    post_activation: str | None = None
-    condition_size: int | None = None
-    dtype: jnp.dtype = jnp.float32
-
-    @nn.compact
-    def __call__(self, x, condition=None):
-        """Maps [B, C], and the further vector [B, condition_size], to dtype[B, features]."""
-        x = x.astype(self.dtype)
-        if self.condition_size is not None and (condition is not None or self.is_initializing()):
-            condition = jnp.zeros((len(x), self.condition_size)) if condition is None else condition
-            x = x + Linear((x.shape[-1],), ("channels", "embed"), dtype=self.dtype, name="condition")(condition)
-        wide = dict(features=(self.features,), use_bias=True, dtype=self.dtype)
-        x = Linear(**wide, names=("embed", "mlp"), name="linear_1")(x)
-        x = Linear(**wide, names=("mlp", "embed"), name="linear_2")(ACTIVATIONS[self.activation](x))
-        return x if self.post_activation is None else ACTIVATIONS[self.post_activation](x)
-
-
 class Denoiser(nn.Module):
     """The UNet for any number of texts; the classes that are called define their order."""
 
-    config: UNetConfig
+    config: Any
+
+    blocks = DownBlock, MidBlock, UpBlock  # their classes
 
     @nn.compact
     def denoise(self, latents, timesteps, texts: Sequence[Text], class_labels=None, timestep_cond=None):
-        """Maps latents [B, H, W, in_channels] to dtype[B, H, W, out_channels]."""
-        c, d = self.config, self.config.dialect
-        dtype = jnp.dtype(c.dtype)
-        latents, timesteps = checked_latents(c, latents, timesteps)
+        """Maps latents [B, H, W, in_channels] to dtype[B, H, W, out_channels], videos with their frames after B."""
+        c = self.config.spatial
+        d, dtype = c.dialect, jnp.dtype(c.dtype)
+        down_block, mid_block, up_block = self.blocks
+        latents, timesteps = checked_latents(self.config, latents, timesteps)
         texts = checked_texts(c, texts, len(latents))
-        x = latents.astype(dtype)
-        time = self._time(timesteps, class_labels, timestep_cond)
+        x = rearrange(latents.astype(dtype), "b ... h w c -> (b ...) h w c")
+        style = replace(c.style, frames=len(x) // len(latents))
+        time = repeat(self._time(timesteps, class_labels, timestep_cond), "b t -> (b f) t", f=style.frames)
         around = (d.conv_in_kernel - 1) // 2
         names = (None, None, "channels", "embed")
         x = 2 * x - 1 if d.center_input else x
         x = Conv2D(c.channels[0], d.conv_in_kernel, 1, around, names=names, dtype=dtype, name="conv_in")(x)
-        x = constrain(x, "batch", None, None, None)
+        x = self.begin(constrain(x, "batch", None, None, None), style)
         skips = [x]
         for i, block in enumerate(c.down):
-            x, made = DownBlock(c.style, block, name=f"down_{i}")(x, time, texts)
+            x, made = down_block(style, block, name=f"down_{i}")(x, time, texts)
             skips += made
         if c.mid is not None:
-            x = MidBlock(c.style, c.mid, name="mid")(x, time, texts)
+            x = mid_block(style, c.mid, name="mid")(x, time, texts)
         for i, block in enumerate(c.up):
             skips, read = skips[: -len(block.inputs)], skips[-len(block.inputs) :]
             # An image of odd height was halved to one of the same height as an even one: the skipped image decides.
             size = skips[-1].shape[1:3] if skips else None
-            x = UpBlock(c.style, block, name=f"up_{i}")(x, time, texts, read, size)
+            x = up_block(style, block, name=f"up_{i}")(x, time, texts, read, size)
         x = GroupNorm(d.norm_groups, d.norm_eps, dtype, name="norm_out")(x)
-        x = ACTIVATIONS[d.activation](x)
+        x = ACTIVATIONS[d.out_activation or d.activation](x)
         around, names = (d.conv_out_kernel - 1) // 2, (None, None, "embed", "channels")
-        return Conv2D(c.out_channels, d.conv_out_kernel, 1, around, names=names, dtype=dtype, name="conv_out")(x)
+        x = Conv2D(c.out_channels, d.conv_out_kernel, 1, around, names=names, dtype=dtype, name="conv_out")(x)
+        return x.reshape(*latents.shape[:-1], c.out_channels)
+
+    def begin(self, x, style: Style):
+        """Returns what the first block reads of the first convolution's output, dtype[B, H, W, C]."""
+        return x
 
     def _time(self, timesteps, class_labels, timestep_cond):
         """Returns the embedding dtype[B, T] of the time and the class."""
-        c, d = self.config, self.config.dialect
-        dtype = jnp.dtype(c.dtype)
+        c = self.config.spatial
+        d, dtype = c.dialect, jnp.dtype(c.dtype)
         how = dict(width=c.channels[0], flip_sin_to_cos=d.flip_sin_to_cos, freq_shift=d.freq_shift)
         if timestep_cond is not None and c.condition_size is None:
             raise ConfigError("timestep_cond of a UNet without condition_size", "None", "leave it out")
@@ -400,12 +384,12 @@ class UNet(Denoiser):
         return self.denoise(latents, timesteps, [Text(text, text_mask)], class_labels, timestep_cond)
 
 
-def checked_latents(c: UNetConfig, latents, timesteps) -> tuple[jax.Array, jax.Array]:
+def checked_latents(c: Any, latents, timesteps) -> tuple[jax.Array, jax.Array]:
     """Returns the latents, and the timesteps as [B]. Raises ConfigError: other shapes than a call takes."""
-    if latents.ndim != 4 or latents.shape[-1] != c.in_channels or not all(latents.shape):
+    if latents.ndim != len(c.axes) + 1 or latents.shape[-1] != c.in_channels or not all(latents.shape):
         raise ConfigError(
             f"UNet: latents of shape {list(latents.shape)}",
-            f"[batch, height, width, {c.in_channels}]",
+            f"[{', '.join(c.axes)}, {c.in_channels}]",
             "give latents with the channels last, as many as in_channels",
         )
     timesteps = jnp.asarray(timesteps)

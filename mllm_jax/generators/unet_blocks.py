@@ -49,6 +49,7 @@ class Style:
         scale_shift: whether the time scales and shifts the second norm's output; else it is added before that norm.
         upcast_attention: whether the scores are products of float32 numbers.
         downsample_padding: zeros around an image that is halved; 0 means one row below and one column on the right.
+        frames: rows of a batch, one after the other, that are the frames of one video.
     """
 
     norm_groups: int = 32
@@ -59,6 +60,7 @@ class Style:
     downsample_padding: int = 1
     dtype: str = "float32"
     remat: str = "none"
+    frames: int = 1
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,7 @@ class Block:
             one residual block more than depths.
         texts: the transformers that follow a residual block one after the other: the index of the text that each reads,
             or None for self-attention in its place.
-        num_heads: of the transformers; each head has channels // num_heads dimensions.
+        num_heads, head_dim: of the transformers; their product may differ from `channels`.
         only_cross: whether the first attention of a transformer's layer reads the text too, without its mask.
         resample: whether the block ends with a halving of the resolution, or a doubling.
         scale: divisor of the sum of a residual block's input and output.
@@ -83,6 +85,7 @@ class Block:
     depths: tuple[int, ...] = ()
     texts: tuple[int | None, ...] = (0,)
     num_heads: int = 8
+    head_dim: int = 40
     only_cross: bool = False
     resample: bool = False
     scale: float = 1.0
@@ -133,11 +136,13 @@ class UNetAttention(nn.Module):
 
     @nn.compact
     def __call__(self, x, text: Text | None = None):
-        """Maps dtype[B, S, E] to dtype[B, S, E]."""
+        """Maps dtype[B, S, E] to dtype[B, S, E]; each row of a shorter batch of texts is read by several rows of x."""
         source = x if text is None else text.states
         into = dict(features=(self.num_heads, self.head_dim), names=("embed", "heads", "head_dim"), dtype=self.dtype)
         q = constrain(Linear(**into, name="q")(x), "batch", "patches", "heads", "head_dim")
         k, v = (Linear(**into, name=name)(source) for name in "kv")
+        if len(k) < len(x):
+            k, v = (repeat(each, "b ... -> (b f) ...", f=len(x) // len(k)) for each in (k, v))
         if self.upcast:
             q, k, v = (each.astype(jnp.float32) for each in (q, k, v))
         bias = None
@@ -177,24 +182,29 @@ class Transformer(nn.Module):
 
     style: Style
     num_heads: int
+    head_dim: int
     depth: int
     only_cross: bool = False
 
     @nn.compact
     def __call__(self, x, text: Text | None):
         """Maps dtype[B, H, W, C] to dtype[B, H, W, C]."""
-        s, dtype = self.style, jnp.dtype(self.style.dtype)
-        height, channels = x.shape[1], x.shape[3]
-        head_dim = channels // self.num_heads
-        h = GroupNorm(s.norm_groups, TRANSFORMER_EPS, dtype, name="norm")(x)
-        h = rearrange(h, "b h w c -> b (h w) c")
+        h = rearrange(self.normed(x), "b h w c -> b (h w) c")
+        return x + rearrange(self.layers(h, text), "b (h w) c -> b h w c", h=x.shape[1])
+
+    def normed(self, x):
+        return GroupNorm(self.style.norm_groups, TRANSFORMER_EPS, jnp.dtype(self.style.dtype), name="norm")(x)
+
+    def layers(self, h, text: Text | None):
+        """Maps dtype[B, S, C] to dtype[B, S, C]."""
+        channels = h.shape[-1]
         # A convolution of one pixel is a linear map; folders have either.
-        linear = dict(names=("embed", "channels"), use_bias=True, dtype=dtype)
-        h = Linear((self.num_heads * head_dim,), **linear, name="project_in")(h)
+        linear = dict(names=("embed", "channels"), use_bias=True, dtype=jnp.dtype(self.style.dtype))
+        h = Linear((self.num_heads * self.head_dim,), **linear, name="project_in")(h)
         for i in range(self.depth):
-            h = TransformerLayer(s, self.num_heads, head_dim, self.only_cross, name=f"layer_{i}")(h, text)
-        h = Linear((channels,), **linear | dict(names=("channels", "embed")), name="project_out")(h)
-        return x + rearrange(h, "b (h w) c -> b h w c", h=height)
+            layer = TransformerLayer(self.style, self.num_heads, self.head_dim, self.only_cross, name=f"layer_{i}")
+            h = layer(h, text)
+        return Linear((channels,), **linear | dict(names=("channels", "embed")), name="project_out")(h)
 
 
 def resize_nearest(x: jax.Array, height: int, width: int) -> jax.Array:
@@ -224,8 +234,9 @@ class _Layers(nn.Module):
         b, transformer = self.block, rematerialised(Transformer, self.style)
         for j, index in enumerate(b.texts if b.depths else ()):
             made = transformer(
-                self.style, b.num_heads, b.depths[i], b.only_cross, name=f"transformer_{i * len(b.texts) + j}"
-            )
+                self.style, b.num_heads, b.head_dim, b.depths[i], b.only_cross,
+                name=f"transformer_{i * len(b.texts) + j}",
+            )  # fmt: skip
             x = made(x, None if index is None else texts[index])
         return x
 

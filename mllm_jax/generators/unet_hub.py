@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import jax.numpy as jnp
@@ -55,6 +55,16 @@ _NEVER_NULL = {name for name, _, default, *_ in (*FIELDS.values(), *_CENTER.valu
 }  # fmt: skip
 
 
+def usual(values: dict, what: str, never_null: Collection[str]) -> dict:
+    """Returns the options with the usual names of activations. Raises ConfigError: one is null that may not be."""
+    if nulls := [name for name in never_null if name in values and values[name] is None]:
+        raise ConfigError(f"{what} with {', '.join(sorted(nulls))} null", "values", "restore it from its origin")
+    for name in ("act_fn", "time_embedding_act_fn", "timestep_post_act"):
+        if isinstance(given := values.get(name), str):  # diffusers reads them in any case
+            values = values | {name: "silu" if given.lower() == "swish" else given.lower()}
+    return values
+
+
 def read_options(values: dict, what: str, fixed: dict[str, Any]) -> tuple[ConfigOptions, dict]:
     """Reads what all families have in common.
 
@@ -68,11 +78,7 @@ def read_options(values: dict, what: str, fixed: dict[str, Any]) -> tuple[Config
     Raises:
         ConfigError: an unsupported option; names it.
     """
-    if nulls := [name for name in _NEVER_NULL if name in values and values[name] is None]:
-        raise ConfigError(f"{what} with {', '.join(sorted(nulls))} null", "values", "restore it from its origin")
-    for name in ("act_fn", "time_embedding_act_fn", "timestep_post_act"):
-        if isinstance(given := values.get(name), str):  # diffusers reads them in any case
-            values = values | {name: "silu" if given.lower() == "swish" else given.lower()}
+    values = usual(values, what, _NEVER_NULL)
     options = ConfigOptions(values, what)
     for name, value in fixed.items():
         options.only(name, value)
@@ -222,20 +228,29 @@ def table(config: UNetConfig) -> Table:
         weights += _two_linear("class_embedding", "class_embedding")
     elif d.class_embedding == "simple_projection":
         weights += linear("class_embedding", "class_embedding")
-    for i, block in enumerate(c.down):
-        weights += _block(c, block, f"down_blocks.{i}", f"down_{i}", "downsamplers")
-    if c.mid is not None:
-        weights += _block(c, c.mid, "mid_block", "mid", "")
-    for i, block in enumerate(c.up):
-        weights += _block(c, block, f"up_blocks.{i}", f"up_{i}", "upsamplers")
+    for block, name, path in named_blocks(c):
+        weights += _block(c, block, name, path)
     return Table(tuple(weights))
+
+
+def named_blocks(config: UNetConfig) -> Iterator[tuple[Block, str, str]]:
+    """Yields each block with its name in folders and its path."""
+    yield from ((block, f"down_blocks.{i}", f"down_{i}") for i, block in enumerate(config.down))
+    if config.mid is not None:
+        yield config.mid, "mid_block", "mid"
+    yield from ((block, f"up_blocks.{i}", f"up_{i}") for i, block in enumerate(config.up))
+
+
+def attending_layers(block: Block, path: str) -> int:
+    """Returns the number of residual blocks that transformers follow."""
+    return len(block.inputs) - (path == "mid") if block.depths else 0
 
 
 def _two_linear(name: str, path: str) -> list[Weight]:
     return linear(f"{name}.linear_1", f"{path}/linear_1") + linear(f"{name}.linear_2", f"{path}/linear_2")
 
 
-def _block(c: UNetConfig, block: Block, name: str, path: str, resamplers: str) -> list[Weight]:
+def _block(c: UNetConfig, block: Block, name: str, path: str) -> list[Weight]:
     weights: list[Weight] = []
     for i, inputs in enumerate(block.inputs):
         hub, ours = f"{name}.resnets.{i}", f"{path}/resnet_{i}"
@@ -244,20 +259,24 @@ def _block(c: UNetConfig, block: Block, name: str, path: str, resamplers: str) -
         weights += norm(f"{hub}.norm2", f"{ours}/norm_2") + conv2d(f"{hub}.conv2", f"{ours}/conv_2")
         if inputs != block.channels:
             weights += conv2d(f"{hub}.conv_shortcut", f"{ours}/shortcut")
-    layers = len(block.inputs) if resamplers else len(block.inputs) - 1
-    for i in range(layers * len(block.texts) if block.depths else 0):
+    for i in range(attending_layers(block, path) * len(block.texts)):
         depth = block.depths[i // len(block.texts)]
-        hub, ours = f"{name}.attentions.{i}", f"{path}/transformer_{i}"
-        weights += transformer(block, depth, hub, ours, c.dialect.linear_projection)
+        heads, hub, ours = (block.num_heads, block.head_dim), f"{name}.attentions.{i}", f"{path}/transformer_{i}"
+        weights += transformer(heads, depth, hub, ours, c.dialect.linear_projection)
     if block.resample:
+        resamplers = "downsamplers" if path.startswith("down") else "upsamplers"
         weights += conv2d(f"{name}.{resamplers}.0.conv", f"{path}/resample")
     return weights
 
 
-def transformer(block: Block, depth: int, name: str, path: str, linear_projection: bool) -> list[Weight]:
-    """Returns the weights of one `Transformer`."""
-    head_dim = block.channels // block.num_heads
-    inner = block.num_heads * head_dim
+def transformer(heads: tuple[int, int], depth: int, name: str, path: str, linear_projection: bool) -> list[Weight]:
+    """Returns the weights of one `Transformer`.
+
+    Args:
+        heads: their number and their width.
+    """
+    num_heads, head_dim = heads
+    inner = num_heads * head_dim
     project = "o i -> i o" if linear_projection else "o i 1 1 -> i o"
     weights = norm(f"{name}.norm", f"{path}/norm")
     weights += linear(f"{name}.proj_in", f"{path}/project_in", project)

@@ -70,6 +70,8 @@ class AudioLDM2Config(WithCompute):
     scheduler: Any
 
     family = FAMILY  # the class of the saved folder
+    modality = "audio"  # of what it draws
+    carried = ("tokenizer", "tokenizer_2", "feature_extractor")  # subfolders that are copied
 
     def __post_init__(self):
         require, projection, unet = Requirements("AudioLDM-2", self), self.projection_model, self.unet

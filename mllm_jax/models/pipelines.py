@@ -48,11 +48,6 @@ CARRIED = {
     "image_encoder": (CONFIG, ("architectures",), "transformers"),
     "safety_checker": (CONFIG, ("architectures",), "stable_diffusion"),
 }
-# Those that each class of pipelines has.
-_SUBFOLDERS = {
-    "StableDiffusionPipeline": ("tokenizer", "feature_extractor", "image_encoder", "safety_checker"),
-    "AudioLDM2Pipeline": ("tokenizer", "tokenizer_2", "feature_extractor"),
-}
 # Options that a class of pipelines reads in a part's config.json, and that the part itself does not have.
 _ADDED = {("AudioLDM2Pipeline", "language_model"): {"max_new_tokens": 8}}
 # Options of a model_index.json beside its parts.
@@ -66,10 +61,12 @@ class PipelineConfig(Protocol):
     Attributes:
         family: the class of the pipeline.
         scheduler: see `mllm_jax.generators.schedulers`.
+        carried: names of CARRIED that the pipeline takes.
     """
 
     family: str
     scheduler: Any
+    carried: tuple[str, ...]
 
     @property
     def parts(self) -> Mapping[str, Any]:
@@ -165,7 +162,7 @@ def write_pipeline(
         index[SCHEDULER] = ["diffusers", config.scheduler.class_name]
         if companions is not None:
             copy_companions(companions, temporary)
-        index |= {name: _carried(temporary / name, *CARRIED[name]) for name in _SUBFOLDERS[config.family]}
+        index |= {name: _carried(temporary / name, *CARRIED[name]) for name in config.carried}
         if "safety_checker" in index:
             index["requires_safety_checker"] = index["safety_checker"] != [None, None]
         (temporary / MODEL_INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", "utf-8")

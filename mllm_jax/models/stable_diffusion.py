@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import jax.numpy as jnp
 
@@ -22,7 +22,7 @@ from mllm_jax.models.parts import part_table
 from mllm_jax.models.text_to_image import TextToImageConfig
 
 FAMILY = "StableDiffusionPipeline"
-PARTS = dict(text_encoder=TextTowerConfig, unet=UNetConfig, vae=AutoencoderKLConfig, scheduler=object)
+Config = TypeVar("Config", bound="StableDiffusionConfig")
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,9 @@ class StableDiffusionConfig(TextToImageConfig):
     """
 
     family: str = FAMILY
+
+    carried = ("tokenizer", "feature_extractor", "image_encoder", "safety_checker")  # subfolders that are copied
+    unet_class = UNetConfig
 
     def __post_init__(self):
         super().__post_init__()
@@ -49,25 +52,34 @@ class StableDiffusionConfig(TextToImageConfig):
 
 
 def from_parts(parts: Mapping[str, Any]) -> StableDiffusionConfig:
-    """Builds the config from those of the parts of a folder, by their names.
+    """Builds the config from those of the parts of a folder, by their names; raises as `composed`."""
+    found = composed(parts, StableDiffusionConfig)
+    return replace(found, scheduler=sampler(found.scheduler))
+
+
+def composed(parts: Mapping[str, Any], config: type[Config]) -> Config:
+    """Builds a config of a class from those of the parts of a folder, by their names.
 
     Raises:
         ConfigError: a part is missing, is unknown, or is of another class.
     """
-    wrong = [f"no {name}" for name in PARTS if name not in parts]
-    wrong += [f"{name} of class {type(part).__name__}" for name, part in parts.items() if name not in PARTS]
+    kinds = dict(text_encoder=TextTowerConfig, unet=config.unet_class, vae=AutoencoderKLConfig, scheduler=object)
+    wrong = [f"no {name}" for name in kinds if name not in parts]
+    wrong += [f"{name} of class {type(part).__name__}" for name, part in parts.items() if name not in kinds]
     wrong += [
         f"{name} of class {getattr(parts[name], 'family', type(parts[name]).__name__)}"
-        for name, kind in PARTS.items()
+        for name, kind in kinds.items()
         if name in parts and not isinstance(parts[name], kind)
     ]
     if wrong:
         raise ConfigError(
-            f"a {FAMILY} with {', '.join(wrong)}",
-            "CLIPTextModel as text_encoder, UNet2DConditionModel as unet, AutoencoderKL as vae, and a scheduler",
+            f"a {config.family} with {', '.join(wrong)}",
+            f"CLIPTextModel as text_encoder, {config.unet_class().family} as unet, AutoencoderKL as vae, and a "
+            "scheduler",
             "take another folder; parts can be read by themselves",
         )
-    return StableDiffusionConfig(**{**parts, "scheduler": sampler(parts["scheduler"])})
+    require_diffusion(parts["scheduler"])
+    return config(**parts)
 
 
 def sampler(scheduler: Any) -> Any:
@@ -78,13 +90,18 @@ def sampler(scheduler: Any) -> Any:
     Raises:
         ConfigError: a scheduler of flow matching, which a Stable Diffusion is not trained for.
     """
+    require_diffusion(scheduler)
     options = {"clip_sample": False, "steps_offset": 1}
     names = {each.name for each in fields(scheduler)}
-    if "steps_offset" not in names:
+    return replace(scheduler, **{name: value for name, value in options.items() if name in names})
+
+
+def require_diffusion(scheduler: Any) -> None:
+    """Raises ConfigError for a scheduler of flow matching."""
+    if "steps_offset" not in {each.name for each in fields(scheduler)}:
         raise ConfigError(
             f"a Stable Diffusion with {scheduler.class_name}", "a scheduler of diffusion", "name another scheduler"
         )
-    return replace(scheduler, **{name: value for name, value in options.items() if name in names})
 
 
 def table(config: StableDiffusionConfig) -> Table:
@@ -94,8 +111,8 @@ def table(config: StableDiffusionConfig) -> Table:
 
 def sample(config: StableDiffusionConfig) -> tuple:
     """Returns arguments with which `init` creates every parameter."""
-    side = 2 ** len(config.unet.channels)
-    latents = jnp.zeros((1, side, side, config.unet.in_channels))
+    side, unet = 2 ** len(config.unet.channels), config.unet
+    latents = jnp.zeros((*[1] * (len(unet.axes) - 2), side, side, unet.in_channels))
     return jnp.zeros((1, config.longest), jnp.int32), latents, jnp.zeros((1,), jnp.int32)
 
 

@@ -7,7 +7,7 @@ multimodal model it is the part `generator_image`, whose patterns then read `gen
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -39,6 +39,8 @@ class TextToImageConfig(WithCompute):
     image_size: int | None = None
 
     family = None
+    modality = "image"  # of what it draws
+    rate: ClassVar[float | None] = None  # frames a second of a video
     target_dtype = "uint8"
 
     def __post_init__(self):
@@ -57,9 +59,9 @@ class TextToImageConfig(WithCompute):
             "change unet (text_sizes, cross_attention_dim) or text_encoder",
         )
         require(
-            self.unet.condition_size is None and self.unet.dialect.class_embedding is None,
+            self.unet.condition_size is None and self.unet.spatial.dialect.class_embedding is None,
             f"a UNet with condition_size={self.unet.condition_size} (time_cond_proj_dim) and "
-            f"class_embedding={self.unet.dialect.class_embedding!r}",
+            f"class_embedding={self.unet.spatial.dialect.class_embedding!r}",
             "a UNet that reads latents, time and text",
             "take another folder; the UNet can be read by itself",
         )

@@ -261,4 +261,11 @@ CONFIGS = {values["architectures"][0]: values for values in _ALL} | {
     "AudioLDM2UNet2DConditionModel": UNET | dict(
         _class_name="AudioLDM2UNet2DConditionModel", cross_attention_dim=[[None, 6, 10]] * 2,
     ),
+    "UNet3DConditionModel": dict(
+        _class_name="UNet3DConditionModel", _diffusers_version="0.42.1", sample_size=8, in_channels=4, out_channels=4,
+        down_block_types=["CrossAttnDownBlock3D", "DownBlock3D"], up_block_types=["UpBlock3D", "CrossAttnUpBlock3D"],
+        block_out_channels=[4, 8], layers_per_block=1, downsample_padding=1, mid_block_scale_factor=1, act_fn="silu",
+        norm_num_groups=2, norm_eps=1e-5, cross_attention_dim=6, attention_head_dim=2, num_attention_heads=None,
+        time_cond_proj_dim=None,
+    ),
 }  # fmt: skip

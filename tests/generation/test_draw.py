@@ -15,8 +15,8 @@ from PIL import Image
 import mllm_jax
 from mllm_jax.errors import ConfigError, DataError, MllmError
 from mllm_jax.generation.assistant import Assistant
-from mllm_jax.generation.draw import start_image
 from mllm_jax.generation.media import Media
+from mllm_jax.generation.start_image import start_image
 from mllm_jax.sharding.mesh import MeshConfig, make_mesh
 
 FAST = dict(steps=3, guidance_scale=2.0)

@@ -1,4 +1,4 @@
-"""Folders of tiny Stable Diffusion pipelines with random weights, written by diffusers."""
+"""Folders of tiny pipelines of Stable Diffusion and of Zeroscope with random weights, written by diffusers."""
 
 from __future__ import annotations
 
@@ -50,10 +50,12 @@ def write(
     unet: dict[str, Any] | None = None,
     vae: dict[str, Any] | None = None,
     seed: int = 0,
-) -> diffusers.StableDiffusionPipeline:
+    video: bool = False,
+) -> diffusers.DiffusionPipeline:
     """Writes a folder and returns its pipeline.
 
     Args:
+        video: whether it draws videos.
         scheduler: of diffusers; None is Stable Diffusion 1's PNDM.
         text, unet, vae: replace options of the parts.
     """
@@ -81,7 +83,12 @@ def write(
         down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
         up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
     )
-    denoiser = diffusers.UNet2DConditionModel(**options | (unet or {}))
+    if video:
+        options |= dict(
+            down_block_types=("CrossAttnDownBlock3D", "DownBlock3D"), up_block_types=("UpBlock3D", "CrossAttnUpBlock3D")
+        )
+    kind = diffusers.UNet3DConditionModel if video else diffusers.UNet2DConditionModel
+    denoiser = kind(**options | (unet or {}))
     options = dict(
         block_out_channels=(16, 16),
         norm_num_groups=4,
@@ -93,16 +100,13 @@ def write(
         fill(part, seed + i)
     if scheduler is None:
         scheduler = diffusers.PNDMScheduler(**SCHEDULER, skip_prk_steps=True, steps_offset=1, set_alpha_to_one=False)
-    pipeline = diffusers.StableDiffusionPipeline(
-        vae=autoencoder,
-        text_encoder=encoder,
-        tokenizer=words,
-        unet=denoiser,
-        scheduler=scheduler,
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
+    parts = dict(vae=autoencoder, text_encoder=encoder, tokenizer=words, unet=denoiser, scheduler=scheduler)
+    if video:
+        pipeline = diffusers.TextToVideoSDPipeline(**parts)
+    else:
+        pipeline = diffusers.StableDiffusionPipeline(
+            **parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False
+        )
     pipeline.save_pretrained(folder, safe_serialization=True)
     return quiet(pipeline)
 

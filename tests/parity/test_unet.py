@@ -12,9 +12,10 @@ from flax import linen as nn
 from unet_checks import check, check_full_size, inputs
 
 from mllm_jax.errors import ConfigError
-from mllm_jax.generators.unet import UNetConfig, embed_time
+from mllm_jax.generators.unet import UNetConfig
 from mllm_jax.generators.unet_blocks import Text, UNetAttention, resize_nearest
 from mllm_jax.generators.unet_hub import from_hf_config, sample
+from mllm_jax.generators.unet_time import embed_time
 from mllm_jax.sharding.logical import use_mesh
 from mllm_jax.sharding.mesh import MeshConfig, make_mesh, param_shardings
 

@@ -8,7 +8,6 @@ from dataclasses import replace
 import jax
 import numpy as np
 import torch
-from einops import rearrange
 from flax import linen as nn
 
 from mllm_jax.checkpoints.hf import hub_tensors
@@ -23,9 +22,9 @@ NAMES = dict(
 )  # fmt: skip
 
 
-def inputs(config, size: tuple[int, int], rows: int = 2) -> dict[str, np.ndarray]:
+def inputs(config, size: tuple[int, ...], rows: int = 2) -> dict[str, np.ndarray]:
     """Returns the arguments of a call, with another time for each row, in a UNet of two texts of another length."""
-    rng, kind = np.random.default_rng(sum(size)), config.dialect.class_embedding
+    rng, kind = np.random.default_rng(sum(size)), config.spatial.dialect.class_embedding
 
     def normal(*shape: int) -> np.ndarray:
         return rng.normal(size=shape).astype(np.float32)
@@ -52,8 +51,8 @@ def masks(call: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 def theirs(model: torch.nn.Module, latents, timesteps, **more) -> torch.Tensor:
     """Returns the reference's output, channels last."""
     more = {NAMES[name]: torch.tensor(value) for name, value in more.items()}
-    x = torch.tensor(rearrange(latents, "b h w c -> b c h w"))
-    return rearrange(model(x, torch.tensor(timesteps), **more).sample, "b c h w -> b h w c")
+    x = torch.tensor(np.moveaxis(latents, -1, 1))
+    return model(x, torch.tensor(timesteps), **more).sample.movedim(1, -1)
 
 
 def check(reference, size, folder, assert_close, masked: bool):
