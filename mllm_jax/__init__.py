@@ -85,6 +85,7 @@ if TYPE_CHECKING:  # for editors and type checkers; `_HOMES` has the same names 
     from mllm_jax.generation.options import Options as Options
     from mllm_jax.generation.sampling import Sampling as Sampling
     from mllm_jax.generators.unet import UNetConfig as UNetConfig
+    from mllm_jax.generators.unet import UNetDialect as UNetDialect
     from mllm_jax.generators.unet_audio import AudioUNetConfig as AudioUNetConfig
     from mllm_jax.generators.vae import AutoencoderKLConfig as AutoencoderKLConfig
     from mllm_jax.generators.vocoder import VocoderConfig as VocoderConfig
@@ -215,7 +216,7 @@ _NAMES = {
     "generation.media": ("Media",),
     "generation.options": ("Answer", "Options"),
     "generation.sampling": ("Sampling",),
-    "generators.unet": ("UNetConfig",),
+    "generators.unet": ("UNetConfig", "UNetDialect"),
     "generators.unet_audio": ("AudioUNetConfig",),
     "generators.vae": ("AutoencoderKLConfig",),
     "generators.vocoder": ("VocoderConfig",),
