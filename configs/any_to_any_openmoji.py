@@ -42,8 +42,8 @@ WIDTH, LAYERS, HEADS, MLP = 256, 4, 4, 512  # of the image encoder and of the LL
 WORDS, TEXT = 24, 128  # tokens of a caption, and the width of each
 KINDS = ("single", "single", "single", "two", "position", "count")  # half of what is drawn is a single emoji
 BASE = "runs/any_to_any_openmoji_base"
-STEPS = {"generator": 1500, "encoder": 300, "language": 150, "align": 200}
-INSTRUCT = {"mapper": 900, "connector": 600}  # steps of about equal time
+STEPS = {"generator": 1300, "encoder": 300, "language": 150, "align": 200}
+INSTRUCT = {"mapper": 1200, "connector": 450}  # steps of about equal time
 
 GENERATOR = TextToImageConfig(
     text_encoder=TextTowerConfig(max_length=WORDS, hidden_size=TEXT, num_layers=2, num_heads=4, mlp_size=256),
@@ -51,7 +51,7 @@ GENERATOR = TextToImageConfig(
         sample_size=(SIZE,),
         in_channels=3,
         out_channels=3,
-        channels=(32, 64, 128),
+        channels=(24, 48, 96),
         layers=(1, 1, 1),
         num_heads=(2, 2, 4),
         text_sizes=((TEXT,),) * 3,
@@ -131,7 +131,7 @@ def base() -> Experiment:
                 objective=Diffusion(drop=0.1, min_snr=5.0),
                 model=GeneratorOnlyConfig(),
                 trainable=("generator_image/*",),
-                data=Mixture((requests(1.0, 0.0, size=60_000),), rows=16, length=256, slots={"image_targets": 4}),
+                data=Mixture((requests(1.0, 0.0),), rows=8, length=256, slots={"image_targets": 4}),
                 optimizer=AdamW(learning_rate=2e-3, warmup_steps=50, end_factor=0.1, weight_decay=0.01, b2=0.99),
                 steps=STEPS["generator"],
                 ema=0.995,
@@ -169,12 +169,13 @@ def experiment(variant: str = "mapper", name: str = "any_to_any_openmoji") -> Ex
     """Returns the training of a variant, "mapper" or "connector"."""
     shared = {"generator_image": "generator", "encoder_image": "encoder", "llm": "language"}
     parts = ("output_projector_*", "projector_image/*", "llm/*")
-    mixed = dict(rows=16, length=192, slots={"image": 3, "image_targets": 3})
+    length = 112 if variant == "mapper" else 192  # a drawing has 4 signal tokens, or 24 queries between two markers
+    mixed = dict(rows=16, length=length, slots={"image": 3, "image_targets": 3})
     objective = OutputAlignment() if variant == "mapper" else Diffusion(drop=0.1, min_snr=5.0)
     return Experiment(
         name=name,
         model=model(variant),
-        tokenizer=TokenizerConfig(path=f"{BASE}/tokenizer.json"),
+        tokenizer=TokenizerConfig(path=f"{BASE}/processor/tokenizer.json"),
         pretrained=tuple(Pretrained(part, BASE, stage=stage, made_by=base()) for part, stage in shared.items()),
         cpu_devices=2,
         evaluation=openmoji_drawn(image_size=SIZE),

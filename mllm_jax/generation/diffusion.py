@@ -110,8 +110,9 @@ class Sampler:
         return other
 
     def __call__(self, asked: Asked, plan: Plan, on_step: OnStep | None = None) -> np.ndarray:
-        """Returns what `decode` makes: images float32[B, H, W, 3] in [0, 1], videos with their frames after B, or sounds
-        float32[B, samples].
+        """Returns what `decode` makes: images float32[B, H, W, 3] in [0, 1], videos with frames after B, or sounds.
+
+        Sounds are float32[B, samples].
 
         Args:
             on_step: called after each step with its number from 0, its timestep and the latents float32[B, h, w, C]. An

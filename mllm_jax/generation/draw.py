@@ -373,6 +373,11 @@ def ids_of(text: str, captions: Captions, vocab_size: int) -> list[int]:
     return ids
 
 
+def _repeated(tree: Any, count: int) -> Any:
+    """Repeats each row of arrays."""
+    return jax.tree.map(lambda array: np.repeat(array, count, axis=0), tree)
+
+
 def _texts(prompts: str | Sequence[str]) -> list[str]:
     texts = list(prompts) if isinstance(prompts, (list, tuple)) else [prompts]
     if not texts or not all(isinstance(text, str) for text in texts):

@@ -45,8 +45,3 @@ def start_image(image: Any, height: int | None, width: int | None, unit: int) ->
         rows, columns = (np.arange(side) * held // side for side, held in zip(asked, pixels.shape, strict=False))
         pixels = pixels[rows][:, columns]
     return pixels.astype(np.float32) / 255 if pixels.dtype == np.uint8 else pixels
-
-
-def _repeated(tree: Any, count: int) -> Any:
-    """Repeats each row of arrays."""
-    return jax.tree.map(lambda array: np.repeat(array, count, axis=0), tree)

@@ -54,7 +54,7 @@ def require_words(experiment: Experiment, tokenizer: Tokenizer) -> None:
     """
     ours = tokenizer.backend.get_vocab()
     for source in experiment.pretrained:
-        if source.stage is None or source.part not in _READS_TOKENS:
+        if source.stage is None or not _reads_tokens(source.part, experiment):
             continue
         run = RunFolder(Path(source.folder))
         made = tokenizer_in(run.processor_folder)
@@ -68,6 +68,12 @@ def require_words(experiment: Experiment, tokenizer: Tokenizer) -> None:
                 "the tokenizer that the part was trained with",
                 f"set tokenizer=TokenizerConfig({wanted})",
             )
+
+
+def _reads_tokens(part: str, experiment: Experiment) -> bool:
+    """Returns whether a part reads ids of the experiment's tokenizer, as a generator's text encoder may."""
+    outputs, modality = getattr(experiment.model, "outputs", {}), part.removeprefix("generator_")
+    return part in _READS_TOKENS or (part != modality and modality in outputs and outputs[modality].tokenizer is None)
 
 
 def describe_sources(experiment: Experiment) -> dict[str, str]:
