@@ -132,7 +132,7 @@ class Drawer:
         """Raises ConfigError for an option, that is not None, of another kind of model."""
         for name in self.refused:
             if (value := given.get(name)) is not None:
-                shown = f"{name}={value!r:.40}"
+                shown = f"{name}={value}" if isinstance(value, (int, float, str)) else name
                 raise ConfigError(f"{shown} for a model that draws {self.made}", "one that has it", f"drop {name}")
 
     @property
