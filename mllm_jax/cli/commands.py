@@ -13,7 +13,7 @@ from mllm_jax import __version__
 from mllm_jax.cli.arguments import check_arguments
 from mllm_jax.cli.console import refused
 from mllm_jax.errors import ConfigError
-from mllm_jax.sharding.platform import choose_platform
+from mllm_jax.sharding.platform import choose_platform, quiet_loader
 
 USAGE = """mllm: multimodal LLMs in JAX
 
@@ -76,6 +76,8 @@ def _command(arguments: list[str]) -> int:
     # transformers would print that PyTorch is missing, which is not needed here.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     choose_platform()
+    if not any(name in os.environ for name in PROCESS):  # of a run of several, the log says which process is missing
+        quiet_loader()
     return importlib.import_module(f"mllm_jax.cli.{name}").run(rest)
 
 

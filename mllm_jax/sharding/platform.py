@@ -41,6 +41,16 @@ def choose_platform(environ: MutableMapping[str, str] = os.environ, devices: Pat
     return "cpu"
 
 
+def quiet_loader(environ: MutableMapping[str, str] = os.environ) -> None:
+    """Hides the errors that XLA's C++ code logs on a CPU; call it before jax is imported.
+
+    XLA chooses tuning features for a CPU and, when it loads a kept program, logs a line of thousands of characters for
+    each that the CPU does not name itself. What really fails is raised. TF_CPP_MIN_LOG_LEVEL takes precedence.
+    """
+    if environ.get("JAX_PLATFORMS") == "cpu":
+        environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+
 def may_have_accelerator(environ: MutableMapping[str, str], devices: Path, plugins: Iterable[str]) -> bool:
     """Returns whether there is a sign of an accelerator: a device file, a TPU's variable, or a plugin of jax.
 

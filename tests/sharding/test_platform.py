@@ -10,7 +10,7 @@ from pathlib import Path
 import jax
 import pytest
 
-from mllm_jax.sharding.platform import choose_platform, may_have_accelerator
+from mllm_jax.sharding.platform import choose_platform, may_have_accelerator, quiet_loader
 
 ROOT = Path(__file__).parents[2]
 
@@ -66,3 +66,36 @@ print(jax.devices()[0].platform)
     environment = {name: x for name, x in os.environ.items() if name != "JAX_PLATFORMS"} | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "cpu\n", "")
+
+
+@pytest.mark.parametrize(
+    "given,level",
+    [
+        (dict(JAX_PLATFORMS="cpu"), "3"),
+        (dict(JAX_PLATFORMS="cpu", TF_CPP_MIN_LOG_LEVEL="0"), "0"),
+        (dict(JAX_PLATFORMS="cuda"), None),
+        ({}, None),
+    ],
+)
+def test_the_log_of_xla_on_a_cpu(given, level):
+    environ = dict(given)
+    quiet_loader(environ)
+    assert environ.get("TF_CPP_MIN_LOG_LEVEL") == level
+
+
+KEPT = """
+import jax, jax.numpy as jnp
+for name in ("min_compile_time_secs", "min_entry_size_bytes"):
+    jax.config.update(f"jax_persistent_cache_{name}", 0)
+print(jax.jit(lambda x: jax.lax.fori_loop(0, 3, lambda i, y: jnp.sin(y @ y) + i, x))(jnp.ones((64, 64))).sum())
+"""
+
+
+def test_loading_a_kept_program_prints_nothing(tmp_path):
+    """Checks it where XLA chooses features that the CPU does not name; elsewhere nothing would be printed anyway."""
+    environ = {name: value for name, value in os.environ.items() if name != "TF_CPP_MIN_LOG_LEVEL"}
+    environ |= dict(JAX_PLATFORMS="cpu", JAX_COMPILATION_CACHE_DIR=str(tmp_path))
+    quiet_loader(environ)
+    for _ in range(2):
+        found = subprocess.run([sys.executable, "-c", KEPT], env=environ, capture_output=True, text=True, check=True)
+        assert not found.stderr and list(tmp_path.iterdir())
