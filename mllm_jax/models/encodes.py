@@ -58,7 +58,7 @@ class Encodes:
         names = (given, "masks", "query_tokens", "query_segments")
         flat = {n: rearrange(here[n], "(r b) (s m) ... -> (r s b m) ...", **sizes) for n in names if n in here}
         read = {n: flat.pop(n) for n in (given, "masks") if n in flat}
-        features, mask = (read[given], None) if given == "features" else self._features(read, modality)
+        features, mask = self._features(read, modality) if given != "features" else (read[given], read.get("masks"))
         branch, slots = self.config.branch(modality), here[given].shape[1] // sizes["s"]
         if branch.fires:
             size = branch.projector.length(features.shape[1])

@@ -364,7 +364,8 @@ def _spread(
     placed = one_of(np.asarray(ids), encoder.placeholders)
     spread = np.zeros(len(row.tokens), np.float32)
     spread[row.owners < 0] = weights[~placed]
-    for (number, medium), weight in zip(each_placed(media), weights[placed], strict=True):
+    # Models whose texts have no placeholders produce no media.
+    for (number, medium), weight in zip(each_placed(media), weights[placed], strict=bool(placed.any())):
         if medium.carried is not None:
             spread[row.owners == number] = weight * medium.carried
     return spread
