@@ -46,6 +46,10 @@ def mllm(*arguments):
 """
 
 
+# For code that imports jax before a command hides what XLA logs.
+QUIET = 'import os; os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"\n'
+
+
 class Machine:
     """Processes of Python with one device, one cache of compiled programs and data prepared only for them."""
 
@@ -53,6 +57,7 @@ class Machine:
         self.folder = folder
         # The process picks the platform without a message, although libtpu is installed; transformers finds no PyTorch.
         quiet = {} if may_have_accelerator(os.environ, Path("/dev"), ()) else {"JAX_PLATFORMS": None}
+        quiet["TF_CPP_MIN_LOG_LEVEL"] = None  # jax, imported here, has set it; a shell has not
         emitters = [flag for flag in os.environ["XLA_FLAGS"].split() if "emitters" in flag]
         self.environment = os.environ | {
             "PYTHONPATH": os.pathsep.join([str(hide_torch(folder / "hidden")), str(ROOT)]),
@@ -78,9 +83,13 @@ class Machine:
             timeout=300,
         )
 
-    def run(self, code: str):
-        """Returns `result` of `code`, which can call `mllm(*arguments)` and must print nothing itself."""
-        done = self.call("-c", PRELUDE + code + "\nprint(json.dumps(result))")
+    def run(self, code: str, before: str = ""):
+        """Returns `result` of `code`, which can call `mllm(*arguments)` and must print nothing itself.
+
+        Args:
+            before: what is done before all imports.
+        """
+        done = self.call("-c", before + PRELUDE + code + "\nprint(json.dumps(result))")
         assert done.returncode == 0, done.stdout + done.stderr
         assert done.stderr == "", "noise"
         return json.loads(done.stdout)
@@ -209,7 +218,8 @@ def test_evaluation_of_some_tasks_keeps_the_others_and_depends_on_no_batch_size(
 from mllm_jax.evaluation.run import evaluate_run
 printed = mllm("evaluate", {str(copy)!r}, "--tasks", "naming", "scene3_count")
 small = evaluate_run({str(copy)!r}, tasks=["naming", "scene3_count"], batch_size=8)
-result = [printed, small]"""
+result = [printed, small]""",
+        QUIET,
     )
     assert code[0] == 0 and code[2] == "" and code[1].endswith(f"{copy}/report.html\n")
     assert "naming" in code[1] and "scene3_count" in code[1] and "yes_no" not in code[1]
@@ -320,7 +330,8 @@ newest.write_bytes(newest.read_bytes()[:100])
 train()
 train("--stages.0.steps", 3)
 train("--stages.0.steps", 3, "--fresh")
-"""
+""",
+        QUIET,
     )
     in_background, before, done, cut, refused, fresh = printed
     for code, _, err, kept, _ in (in_background, before):
