@@ -37,7 +37,7 @@ class Draws:
 
     @property
     def drawer(self) -> Drawer | None:
-        """What draws texts: the model, or its generator of images with its own text encoder; None: nothing."""
+        """The drawer of texts: the model's, or that of its generator of images; None: it draws no texts."""
         if self._producer is None:
             return self._drawer
         return self._producer.drawers.get("image")
