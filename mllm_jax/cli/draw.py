@@ -119,7 +119,6 @@ def run(arguments: list[str]) -> int:
     given = {name: getattr(options, name) for name in shared} | dict(negative=options.negative or None)
     how = Drawing(guidance_scale=options.guidance, **given)
     drawer = drawer_of(options.model, dtype=options.dtype)
-    drawer.require(given)
     _, first, calls = drawer.schedule(how)
     done = itertools.count(1)
     with Count("steps", (calls - first) * -(-how.count // how.batch_size)) as progress:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import tyro
 
 from mllm_jax.errors import ConfigError
+from mllm_jax.models.protocol import produced
 
 if TYPE_CHECKING:
     from mllm_jax.generation.media import Media
@@ -46,7 +47,7 @@ class MediaOptions:
         """Raises ConfigError: options for a model that produces no media, or a folder that is a file."""
         given = [f"--{field.name}" for field in fields(self) if getattr(self, field.name) != field.default]
         given += ["--out"] if out is not None else []
-        if given and not getattr(config, "outputs", None):
+        if given and not produced(config):
             raise ConfigError(
                 f"{', '.join(given)} for a model that writes text alone",
                 "a model that produces media",

@@ -112,6 +112,15 @@ class ChatTokenizer:
     def bos_token_id(self) -> int | None:
         return self.backend.bos_token_id
 
+    @property
+    def longest(self) -> int:
+        """Returns the most ids of a text that the folder's model reads, a huge number if its files name none."""
+        return self.backend.model_max_length
+
+    def caption_ids(self, text: str) -> list[int]:
+        """Encodes a caption with the tokens that its text encoder expects around it, which are those of any text."""
+        return self.encode(text)
+
     def words(self, text: str) -> list[int]:
         """Returns the ids of plain text; special tokens that it spells are text."""
         return self.ids(parted(text, self.special_tokens))

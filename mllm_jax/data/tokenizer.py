@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -39,6 +40,7 @@ class Tokenizer:
     """
 
     has_template = True
+    longest = sys.maxsize  # ids of a text: it is trained for no length
 
     def __init__(self, backend, template: str = OWN_TEMPLATE):
         ids = [backend.token_to_id(token) for token in SPECIAL_TOKENS]

@@ -59,7 +59,7 @@ class SpeechRecords:
 
 
 @dataclass(frozen=True)
-class Recording:
+class SpeechRecord:
     """A recording: its file, its text, its id, its line in messages, and its seconds if the record gives them."""
 
     file: str
@@ -105,17 +105,17 @@ class SpeechSource:
         asked = (Audio(self._file(one)), Text(self.settings.question))
         return Example((Message("user", asked), Message("assistant", one.text)), id=one.id)
 
-    def _file(self, one: Recording) -> str:
+    def _file(self, one: SpeechRecord) -> str:
         file = os.path.join(self.folder, one.file)
         if not os.path.isfile(file):
             _refuse(one.place, f"no recording {file}", "a file", "correct the name, or audio_folder")
         return file
 
-    def _seconds(self, one: Recording) -> float:
+    def _seconds(self, one: SpeechRecord) -> float:
         return audio_length(self._file(one)) / RATE if one.seconds is None else one.seconds
 
 
-def _manifest(path: Path) -> Iterator[Recording]:
+def _manifest(path: Path) -> Iterator[SpeechRecord]:
     for place, line in _lines(path):
         record = parse_json(line, place, DataError, todo=MEND)
         seconds = record.get("duration")
@@ -129,7 +129,7 @@ def _manifest(path: Path) -> Iterator[Recording]:
         yield replace(found, seconds=seconds)
 
 
-def _librispeech(folder: Path) -> Iterator[Recording]:
+def _librispeech(folder: Path) -> Iterator[SpeechRecord]:
     for texts in sorted(folder.rglob("*.trans.txt")):
         for place, line in _lines(texts):
             name, _, text = line.decode(errors="surrogateescape").strip().partition(" ")
@@ -153,12 +153,12 @@ def _first(record: dict[str, Any], names: tuple[str, ...], place: str) -> Any:
     return next(record[name] for name in names if name in record)
 
 
-def _recording(place: str, file: Any, text: Any, name: str) -> Recording:
+def _recording(place: str, file: Any, text: Any, name: str) -> SpeechRecord:
     if not may_name_file(file) or (path := inside(file)) is None:
         _refuse(place, f"the recording {short(file)}", "a file inside the folder of recordings")
     if not isinstance(text, str) or not text.strip() or not encodable(text + name):
         _refuse(place, f"the text {short(text)}", "the words that are spoken, in UTF-8")
-    return Recording(path, text.strip(), name, place)
+    return SpeechRecord(path, text.strip(), name, place)
 
 
 def _refuse(place: str, given: str, expected: str, todo: str = MEND) -> NoReturn:

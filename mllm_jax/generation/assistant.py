@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import fields
 from functools import cached_property
 from pathlib import Path
@@ -30,18 +30,17 @@ from mllm_jax.generation.engine import Engine, Request, or_raise
 from mllm_jax.generation.media import Media
 from mllm_jax.generation.options import Answer, Options, longest_text, read_options
 from mllm_jax.generation.produce import Producer, Producing
-from mllm_jax.generation.program import Program, bucket, placed
+from mllm_jax.generation.program import Program, bucket
 from mllm_jax.generation.quantize import TensorError, quantize
-from mllm_jax.generation.rows import padded_slots, rows_for
+from mllm_jax.generation.rows import in_batches, padded_slots, rows_for
 from mllm_jax.generation.sampling import Sampling
-from mllm_jax.generation.scores import Scores
+from mllm_jax.generation.scores import AnswerScores
 from mllm_jax.generation.transcribe import Transcriber
 from mllm_jax.generation.transcribes import Transcribes
 from mllm_jax.layers.compute import with_compute
 from mllm_jax.llms.protocol import LLMConfig
-from mllm_jax.models.multimodal import MultimodalConfig
 from mllm_jax.models.processor import Processor
-from mllm_jax.models.protocol import WritesText
+from mllm_jax.models.protocol import WritesText, produced
 from mllm_jax.models.registry import from_pretrained, pretrained_config
 from mllm_jax.models.run_weights import load_run
 from mllm_jax.models.whisper import WhisperConfig
@@ -50,7 +49,7 @@ BATCH = 8
 CHUNK = 4  # tokens of each piece of a stream
 
 
-class Assistant(Transcribes, Draws, Scores):
+class Assistant(Transcribes, Draws, AnswerScores):
     """Answers conversations, many at a time or piece by piece; makes vectors with a dual encoder or a part of it.
 
     In float32 a conversation gets the same answer alone and in any batch. A sampled answer depends on the seed and on
@@ -147,7 +146,7 @@ class Assistant(Transcribes, Draws, Scores):
         if self._drawer is not None:
             other._drawer = self._drawer.with_params(params)
         if self.processor is not None and writes_text(self.processor.config):
-            other._scored, other._program = self._scored, self._program.of(params)
+            other._scored, other.program = self._scored, self.program.of(params)
         if self._producer is not None:
             other._producer = self._producer.of(other)
         return other
@@ -161,7 +160,7 @@ class Assistant(Transcribes, Draws, Scores):
     @property
     def produces(self) -> tuple[str, ...]:
         """The modalities of media that its answers may hold."""
-        return () if self._producer is None else tuple(self._producer.signals)
+        return () if self._producer is None else produced(self.processor.config)
 
     def _require_text(self) -> None:
         if self.processor is None or not writes_text(self.processor.config):
@@ -317,7 +316,7 @@ class Assistant(Transcribes, Draws, Scores):
     def engine(self, rows: int) -> Engine:
         """Makes an engine that answers `rows` requests at a time. Raises ConfigError: the model writes no text."""
         self._require_text()
-        return Engine(self._program, self._batch, rows, self.max_length)
+        return Engine(self.program, self._batch, rows, self.max_length)
 
     # ---- vectors
 
@@ -351,11 +350,11 @@ class Assistant(Transcribes, Draws, Scores):
 
     @cached_property
     def _producer(self) -> Producer | None:
-        produces = self.processor is not None and isinstance(self.processor.config, MultimodalConfig)
-        return Producer(self) if produces and self.processor.config.outputs else None
+        return Producer(self) if self.processor is not None and produced(self.processor.config) else None
 
     @cached_property
-    def _program(self) -> Program:
+    def program(self) -> Program:
+        """The compiled functions of generation."""
         return Program(self.model, self.params, self.mesh, by_layer=self._by_layer)
 
     def _one_step(self, params: dict) -> Any:
@@ -380,6 +379,18 @@ class Assistant(Transcribes, Draws, Scores):
     def _slots(self, encoded: Encoded) -> dict[str, int]:
         return padded_slots(encoded.slots, self.processor.config)
 
+    def batches(
+        self, encoded: Sequence[Encoded], batch_size: int, *, learnt: bool = False
+    ) -> Iterator[tuple[list[int], dict[str, np.ndarray]]]:
+        """Yields batches of examples of similar lengths and with equal media: the examples' indices, and the arrays.
+
+        Args:
+            learnt: whether the arrays have the loss weights too.
+        """
+        for chunk, rows in in_batches([(self._slots(each), each.length) for each in encoded], batch_size):
+            length = bucket(max(len(encoded[i].tokens) for i in chunk), self.max_length)
+            yield chunk, self._batch([encoded[i] for i in chunk], rows, length, learnt)
+
     def _batch(self, encoded: Sequence[Encoded], rows: int, length: int, learnt: bool = False) -> dict[str, np.ndarray]:
         """Collates examples with equal slots, padded to `length` and to `rows` rows."""
         batch = self.processor.batch(encoded, self._slots(encoded[0]), length, learnt=learnt)
@@ -391,9 +402,6 @@ class Assistant(Transcribes, Draws, Scores):
             for name in self.processor.config.target_spec(1, 1).keys() & batch.keys():
                 batch[name] = np.pad(batch[name], [(0, 0), (0, bucket(width) - width)])
         return batch
-
-    def _place(self, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
-        return {name: placed(array, self.mesh) for name, array in batch.items()}
 
 
 def writes_text(config: Any) -> bool:

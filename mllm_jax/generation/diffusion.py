@@ -5,7 +5,7 @@
 A video is an "image" whose arrays have an axis of frames before their height.
 
 Guidance doubles the batch: each image has a row with its negative text beside the row with its own. Steps outside
-`Plan.guided` compute the second row alone, which takes half the time.
+`SamplingPlan.guided` compute the second row alone, which takes half the time.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ FIRST, POSTERIOR, STEPS = 0, 1, 2
 
 
 @dataclass(frozen=True)
-class Plan:
+class SamplingPlan:
     """The static arguments of a program, which is compiled for these and for the shapes of its arrays.
 
     Attributes:
@@ -57,7 +57,7 @@ class Plan:
 
 
 @struct.dataclass
-class Asked:
+class SamplerInputs:
     """The images of one batch.
 
     Attributes:
@@ -109,7 +109,7 @@ class Sampler:
         other.params = params
         return other
 
-    def __call__(self, asked: Asked, plan: Plan, on_step: OnStep | None = None) -> np.ndarray:
+    def __call__(self, asked: SamplerInputs, plan: SamplingPlan, on_step: OnStep | None = None) -> np.ndarray:
         """Returns what `decode` makes: images float32[B, H, W, 3] in [0, 1], videos with frames after B, or sounds.
 
         Sounds are float32[B, samples].
@@ -123,7 +123,7 @@ class Sampler:
             images = fetch(self._compiled(self.params, jax.device_put(asked, whole), plan=plan))
         return images
 
-    def _images(self, params: dict, asked: Asked, plan: Plan) -> jax.Array:
+    def _images(self, params: dict, asked: SamplerInputs, plan: SamplingPlan) -> jax.Array:
         """Computes a batch of images; traced once for each plan and shape."""
         with on_mesh(self.mesh):
             call = lambda method, *inputs: self.module.apply({"params": params}, *inputs, method=method)  # noqa: E731
@@ -157,7 +157,9 @@ class Sampler:
                     carry, _ = jax.lax.scan(partial(step, guided=guided), carry, jnp.arange(begin, end))
             return call("decode", carry[1])
 
-    def _begin(self, call: Callable, asked: Asked, plan: Plan, noise: Callable) -> tuple[State, jax.Array]:
+    def _begin(
+        self, call: Callable, asked: SamplerInputs, plan: SamplingPlan, noise: Callable
+    ) -> tuple[State, jax.Array]:
         """Returns the scheduler's state and the latents that the first call reads."""
         scheduler = plan.scheduler
         first = noise(FIRST) if asked.latents is None else asked.latents
@@ -170,7 +172,7 @@ class Sampler:
         return state, _by_rows(scheduler.noised(state, latents, first))
 
 
-def _conditions(call: Callable, asked: Asked, guided: bool) -> tuple[Any, Any]:
+def _conditions(call: Callable, asked: SamplerInputs, guided: bool) -> tuple[Any, Any]:
     """Returns the conditions of images: each beside that of its negative text [2 B, ...] if guided, and alone."""
     text = lambda tokens: _by_rows(call("condition", _by_rows(tokens)))  # noqa: E731
     if not guided:

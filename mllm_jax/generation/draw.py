@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -20,18 +19,17 @@ from mllm_jax.checkpoints.fingerprint import short_fingerprint
 from mllm_jax.data.chat_tokenizer import ChatTokenizer
 from mllm_jax.data.processing.captions import Captions
 from mllm_jax.errors import ConfigError, DataError
-from mllm_jax.generation.diffusion import Asked, OnStep, Plan, Sampler, calls
+from mllm_jax.generation.diffusion import OnStep, Sampler, SamplerInputs, SamplingPlan, calls
 from mllm_jax.generation.media import Media
 from mllm_jax.generation.options import Answer
 from mllm_jax.generation.rows import rows_for
 from mllm_jax.generation.start_image import start_image
+from mllm_jax.generation.warn import warn_user
 from mllm_jax.generators.schedulers import Scheduler, by_name
 from mllm_jax.models.registry import from_pretrained
-from mllm_jax.models.stable_diffusion import sampler
 from mllm_jax.models.text_to_image import TextToImageConfig
 from mllm_jax.version import __version__
 
-_ABOVE = 4  # the frames between a warning and the call of `Assistant.draw`
 TOKENIZER = "tokenizer"  # the subfolder of a pipeline
 UNIT = 8  # pixels of which sides are multiples, as diffusers asks
 LARGEST_SEED = 2**32 - 1
@@ -60,10 +58,8 @@ class Drawing:
     seconds: float | None = None
 
     def __post_init__(self):
-        for name in ("steps", "count", "batch_size", "frames"):
+        for name in ("steps", "count", "batch_size", *(["frames"] if self.frames is not None else [])):
             value = getattr(self, name)
-            if value is None and name == "frames":
-                continue
             if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:
                 raise ConfigError(f"{name}={value!r}", "a whole number from 1", f"change {name}")
         if not math.isfinite(self.guidance_scale):
@@ -128,10 +124,10 @@ class Drawer:
         other.params, other._sampler = params, self._sampler.of(params)
         return other
 
-    def require(self, given: Mapping[str, Any]) -> None:
-        """Raises ConfigError for an option, that is not None, of another kind of model."""
+    def _require(self, how: Drawing) -> None:
+        """Raises ConfigError for an option of another kind of model."""
         for name in self.refused:
-            if (value := given.get(name)) is not None:
+            if (value := getattr(how, name)) is not None:
                 shown = f"{name}={value}" if isinstance(value, (int, float, str)) else name
                 raise ConfigError(f"{shown} for a model that draws {self.made}", "one that has it", f"drop {name}")
 
@@ -146,6 +142,7 @@ class Drawer:
 
     def draw(self, prompts: str | Sequence[str], how: Drawing, on_step: OnStep | None = None) -> list[Answer]:
         """Returns an answer for each prompt and count; see `Draws.draw`."""
+        self._require(how)
         texts = _texts(prompts)
         negatives, seeds = _negatives(how.negative, len(texts)), _seeds(how.seed, len(texts), how.count)
         tokens, without = self._encoded(texts, negatives if how.guided else None)
@@ -162,6 +159,7 @@ class Drawer:
             texts: what they stand for, for the metadata.
             how: its count is 1.
         """
+        self._require(how)
         negatives, seeds = _negatives(how.negative, len(texts)), _seeds(how.seed, len(texts), 1)
         without = self._encoded(negatives, None)[0] if how.guided else None
         read = dict(tokens=None, negatives=without, conditions=np.asarray(conditions))
@@ -179,18 +177,16 @@ class Drawer:
         """Returns an answer for each text and count.
 
         Args:
-            read: the arrays of `Asked` that the images are drawn of.
+            read: the arrays of `SamplerInputs` that the images are drawn of.
         """
         images = len(seeds)
         if how.negative and not how.guided:
-            warnings.warn(
-                f"the negative prompt has no effect with guidance_scale={how.guidance_scale}", stacklevel=_ABOVE + 1
-            )
+            warn_user(f"the negative prompt has no effect with guidance_scale={how.guidance_scale}")
         scheduler, first, total = self.schedule(how)
         start, (height, width) = self._start_and_size(how, images)
         shape = self._shape(how, height, width)
         edges = [round(share * total) for share in how.guidance_interval] if how.guided else [0, 0]
-        plan = Plan(scheduler, how.steps, shape, first, (edges[0], edges[1]), on_step is not None)
+        plan = SamplingPlan(scheduler, how.steps, shape, first, (edges[0], edges[1]), on_step is not None)
         arrays = dict(
             **read,
             seeds=np.array(seeds, np.uint32),
@@ -218,7 +214,7 @@ class Drawer:
         """Returns the scheduler, the model's first call, above 0 with a start image, and the number of all calls."""
         scheduler, first = self.config.scheduler, 0
         if how.scheduler is not None:
-            scheduler = sampler(by_name(how.scheduler, scheduler))
+            scheduler = self.config.sampler(by_name(how.scheduler, scheduler))
         total = calls(scheduler, how.steps)
         if how.start_image is not None:
             first = scheduler.first_step(how.steps, how.change)
@@ -231,7 +227,9 @@ class Drawer:
         """Pixels of an image's side for each position of its latents."""
         return self.config.factor
 
-    def _drawn(self, arrays: dict[str, Any], plan: Plan, how: Drawing, on_step: OnStep | None) -> list[np.ndarray]:
+    def _drawn(
+        self, arrays: dict[str, Any], plan: SamplingPlan, how: Drawing, on_step: OnStep | None
+    ) -> list[np.ndarray]:
         """Draws in batches; the rows of a batch without an image repeat its last one."""
         images, found = len(arrays["seeds"]), []
         mean = arrays.pop("mean")
@@ -243,7 +241,7 @@ class Drawer:
                 for name, array in arrays.items()
             }
             watched = None if on_step is None else lambda i, t, latents, n=count: on_step(i, t, latents[:n])
-            asked = Asked(guidance=np.float32(how.guidance_scale), mean=mean, **batch)
+            asked = SamplerInputs(guidance=np.float32(how.guidance_scale), mean=mean, **batch)
             found += list(self._sampler(asked, plan, watched)[:count])
         if wrong := [i for i, image in enumerate(found) if not np.isfinite(image).all()]:
             raise DataError(
@@ -264,7 +262,7 @@ class Drawer:
         return height // self.factor, width // self.factor, self.config.unet.in_channels
 
     def _encoded(self, texts: list[str], negatives: list[str] | None) -> tuple[Any, Any]:
-        """Returns `tokens` and `negatives` of `Asked`, with a row for each text."""
+        """Returns `tokens` and `negatives` of `SamplerInputs`, with a row for each text."""
         rows = [
             None if each is None else np.array([self._tokens(text) for text in each]) for each in (texts, negatives)
         ]
@@ -272,8 +270,7 @@ class Drawer:
 
     def _tokens(self, text: str) -> np.ndarray:
         """Returns int32[L] of a text."""
-        ids_of(text, self.captions, self.config.text_encoder.vocab_size)
-        return self.captions.padded(text)
+        return self.captions.pad(ids_of(text, self.captions, self.config.text_encoder.vocab_size))
 
     def _start_and_size(self, how: Drawing, images: int) -> tuple[np.ndarray | None, tuple[int, int]]:
         """Returns the start images float32[B, H, W, 3], or None, and height and width."""
@@ -316,8 +313,8 @@ class Drawer:
                 near = max(unit, round(side / unit) * unit)
                 raise ConfigError(f"{name} {side}", f"a multiple of {unit}", f"the nearest is {near}")
 
-    def _noises(self, how: Drawing, plan: Plan, images: int, steps: int) -> dict[str, Any]:
-        """Returns the arrays of `Asked` that hold given noise."""
+    def _noises(self, how: Drawing, plan: SamplingPlan, images: int, steps: int) -> dict[str, Any]:
+        """Returns the arrays of `SamplerInputs` that hold given noise."""
         shape, started = plan.latents, how.start_image is not None
         axes = ", ".join((self.made, *self.axes, "channels"))
         given = dict(latents=None, posterior=None, noise=None, mean=False)
@@ -358,12 +355,9 @@ def ids_of(text: str, captions: Captions, vocab_size: int) -> list[int]:
     Raises:
         DataError: an id that the text encoder does not have.
     """
-    if cut := captions.left_out(text):
-        warnings.warn(
-            f"the text encoder reads {captions.longest} tokens; the end of the prompt is left out: {cut!r}",
-            stacklevel=_ABOVE + 3,
-        )
-    ids = captions.cut(text)
+    ids, left_out = captions.read(text)
+    if left_out:
+        warn_user(f"the text encoder reads {captions.longest} tokens; the end of the prompt is left out: {left_out!r}")
     if strange := [i for i in ids if i >= vocab_size]:
         raise DataError(
             f"a prompt with the token {strange[0]}",

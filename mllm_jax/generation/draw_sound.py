@@ -17,8 +17,7 @@ from mllm_jax.generation.draw import TOKENIZER, Drawer, Drawing, ids_of
 from mllm_jax.generation.media import Media
 from mllm_jax.generation.options import Answer
 from mllm_jax.generation.program import bucket
-from mllm_jax.generators.schedulers import Scheduler, by_name
-from mllm_jax.models.audioldm2 import AudioLDM2Config, Texts
+from mllm_jax.models.audioldm2 import AudioLDM2Config, SoundTexts
 from mllm_jax.models.registry import from_pretrained
 
 TOKENIZER_2 = f"{TOKENIZER}_2"
@@ -72,16 +71,9 @@ class SoundDrawer(Drawer):
     def config(self) -> AudioLDM2Config:
         return self.model.config
 
-    def schedule(self, how: Drawing) -> tuple[Scheduler, int, int]:
-        """Returns the scheduler, the model's first call, which is 0, and the number of all calls."""
-        scheduler = self.config.scheduler
-        if how.scheduler is not None:
-            scheduler = by_name(how.scheduler, scheduler)
-        return scheduler, 0, len(scheduler.init(how.steps).timesteps)
-
     # ---- inside
 
-    def _encoded(self, texts: list[str], negatives: list[str] | None) -> tuple[Texts, Texts | None]:
+    def _encoded(self, texts: list[str], negatives: list[str] | None) -> tuple[SoundTexts, SoundTexts | None]:
         both = [texts] if negatives is None else [texts, negatives]
         clap, t5 = ([[ids_of(text, *read) for text in each] for each in both] for read in self._read)
         lengths = [len(ids) for ids in t5[0]]
@@ -92,7 +84,7 @@ class SoundDrawer(Drawer):
             longest = max(len(ids) for each in clap for ids in each)
             padded = _padded(first, longest, self._read[0][0].words.pad_token_id)
             padded_2 = _padded(second, max(lengths), self._read[1][0].words.pad_token_id)
-            found.append(Texts(*padded, *padded_2, np.array(lengths, np.int32)))
+            found.append(SoundTexts(*padded, *padded_2, np.array(lengths, np.int32)))
         return found[0], found[1] if negatives is not None else None
 
     def _start_and_size(self, how: Drawing, images: int) -> tuple[None, tuple[int, int]]:

@@ -112,7 +112,6 @@ class Draws:
         """
         if (drawer := self.drawer) is None:
             raise no_images(self.model.config)
-        drawer.require(dict(frames=frames, seconds=seconds, height=height, width=width, start_image=start_image))
         how = Drawing(
             negative, steps, guidance_scale, seed, count, height, width, frames, latents, noise, start_image, strength,
             guidance_interval, scheduler, batch_size, seconds,

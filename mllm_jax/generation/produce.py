@@ -8,9 +8,8 @@ computed once the answers are complete, or for a stream after each run.
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Literal
@@ -27,8 +26,9 @@ from mllm_jax.generation.draw import LARGEST_SEED, Drawer, Drawing
 from mllm_jax.generation.media import Media
 from mllm_jax.generation.options import Answer, Options
 from mllm_jax.generation.program import bucket
-from mllm_jax.generation.rows import in_batches, rows_for
+from mllm_jax.generation.rows import rows_for
 from mllm_jax.generation.sampling import Sampling
+from mllm_jax.generation.warn import warn_user
 from mllm_jax.sharding.hosts import fetch
 
 if TYPE_CHECKING:
@@ -64,23 +64,18 @@ class Producing:
             raise ConfigError(f"incomplete={self.incomplete!r}", "'repair' or 'report'", "change it")
         if self.most < max(1, len(produce)):
             raise ConfigError(f"most={self.most} media", "at least 1, and one for each of `produce`", "raise it")
-        if fixed := sorted(set(self.drawing) & set(NO_DRAWING)):
+        known = {each.name for each in fields(Drawing)} - set(NO_DRAWING)
+        if others := sorted(set(self.drawing) - known):
             raise ConfigError(
-                f"drawing with {', '.join(fixed)} inside an answer",
-                "options of `draw` without these; the seed is that of the answer",
-                "drop them",
+                f"drawing with {', '.join(others)} inside an answer",
+                f"some of {', '.join(sorted(known))}; the seed is that of the answer",
+                "correct or drop them",
             )
+        self.how()
 
     def how(self) -> Drawing:
-        """Returns the options of drawing. Raises ConfigError: one does not exist, or its value is refused."""
-        try:
-            return Drawing(**self.drawing)
-        except TypeError:
-            known = sorted(set(Drawing.__dataclass_fields__) - set(NO_DRAWING))
-            given = sorted(set(self.drawing) - set(known))
-            raise ConfigError(
-                f"drawing with {', '.join(given)}", f"some of {', '.join(known)}", "correct the name"
-            ) from None
+        """Returns the options of drawing. Raises ConfigError: the value of one is refused."""
+        return Drawing(**self.drawing)
 
 
 @dataclass
@@ -96,6 +91,7 @@ class Draft:
         written: number of tokens that the LLM has written itself.
         reason: see `Answer`; None: the answer goes on.
         rest: signal tokens that the LLM must write next.
+        conditions: float32[L, E] of each run, once they are computed.
     """
 
     prompt: Encoded
@@ -106,6 +102,7 @@ class Draft:
     written: int = 0
     reason: str | None = None
     rest: tuple[str, tuple[int, ...]] | None = None
+    conditions: list[np.ndarray] = field(default_factory=list)
 
     @property
     def read(self) -> Encoded:
@@ -221,7 +218,6 @@ class Producer:
         options.check(sampling)
         for modality in how.produce:
             self.assistant.processor.config.output(modality)
-        how.how()
         if options.logprobs:
             raise ConfigError(
                 "logprobs of answers with media", "answers without: signal tokens are put in", "use `score`"
@@ -302,10 +298,9 @@ class Producer:
 
     def _report(self, draft: Draft, modality: str, found: int) -> None:
         count = len(self.signals[modality].ids)
-        warnings.warn(
+        warn_user(
             f"answer {draft.index}: {found} of the {count} signal tokens of the {modality} are in their order, so it "
-            "is not produced; incomplete='repair' puts the others in",
-            stacklevel=4,
+            "is not produced; incomplete='repair' puts the others in"
         )
         draft.reason = INCOMPLETE
 
@@ -324,42 +319,36 @@ class Producer:
         """
         found: list[Media | None] = [None] * len(wanted)
         drafts = list({id(draft): draft for draft, _ in wanted}.values())
-        conditions = self._conditions(drafts, batch_size)
-        for modality in {draft.runs[n][0] for draft, n in wanted}:
+        self._compute_conditions(drafts, batch_size)
+        for modality in self.signals:  # in one order on all hosts
             places = [i for i, (draft, n) in enumerate(wanted) if draft.runs[n][0] == modality]
             mine = [wanted[i] for i in places]
+            if not mine:
+                continue
             seeds = [(sampling.seed + draft.index + APART * n) % (LARGEST_SEED + 1) for draft, n in mine]
             texts = [self.assistant.processor.decode(draft.prompt.tokens).strip() for draft, _ in mine]
-            states = np.stack([conditions[id(draft)][n] for draft, n in mine])
+            states = np.stack([draft.conditions[n] for draft, n in mine])
             made = self.drawers[modality].draw_conditions(states, texts, replace(how.how(), seed=seeds))
             for place, answer in zip(places, made, strict=True):
                 found[place] = answer.media[0]
         return iter(found)
 
-    def _conditions(self, drafts: Sequence[Draft], batch_size: int) -> dict[int, list[np.ndarray]]:
-        """Returns the conditions float32[L, E] of each run, by the id of its draft."""
-        found: dict[int, list[np.ndarray]] = {}
-        if not drafts:
-            return found
-        ours, encoded = self.assistant, [draft.read for draft in drafts]
-        for chunk, rows in in_batches([(ours._slots(e), e.length) for e in encoded], batch_size):
-            length = bucket(max(len(encoded[i].tokens) for i in chunk), ours.max_length)
-            batch = ours._batch([encoded[i] for i in chunk], rows, length)
+    def _compute_conditions(self, drafts: Sequence[Draft], batch_size: int) -> None:
+        """Sets the conditions of drafts, from the hidden states of whole answers."""
+        program = self.assistant.program
+        for chunk, batch in self.assistant.batches([draft.read for draft in drafts], batch_size):
             for modality, signals in self.signals.items():
                 starts = [self._starts(drafts[i], modality) for i in chunk]
                 if most := max(map(len, starts)):
-                    at = np.full((rows, bucket(most, least=1), len(signals.ids) - 2 * signals.markers), -1, np.int32)
+                    size = len(batch["tokens"]), bucket(most, least=1), len(signals.ids) - 2 * signals.markers
+                    at = np.full(size, -1, np.int32)
                     for row, places in enumerate(starts):
-                        at[row, : len(places)] = np.asarray(places)[:, None] + np.arange(at.shape[2])
+                        at[row, : len(places)] = np.asarray(places)[:, None] + np.arange(size[2])
                     batch[f"{modality}_signals"] = at
-            program = ours._program
-            made = jax.tree.map(fetch, self._projected(program.params, ours._place(batch)))
+            made = jax.tree.map(fetch, self._projected(program.params, program.place(batch)))
             for row, i in enumerate(chunk):
-                taken = dict.fromkeys(made, 0)
-                for modality, _ in drafts[i].runs:
-                    found.setdefault(id(drafts[i]), []).append(made[modality][row, taken[modality]])
-                    taken[modality] += 1
-        return found
+                each = {modality: iter(rows[row]) for modality, rows in made.items()}
+                drafts[i].conditions = [next(each[modality]) for modality, _ in drafts[i].runs]
 
     @staticmethod
     def _starts(draft: Draft, modality: str) -> list[int]:
@@ -369,7 +358,7 @@ class Producer:
     @cached_property
     def _projected(self) -> Callable:
         """Compiled: (params, batch) -> conditions [B, M, L, E] by modality."""
-        steps, mesh = self.assistant._program.steps, self.assistant.mesh
+        steps, mesh = self.assistant.program.steps, self.assistant.mesh
 
         def projected(params, batch):
             with on_mesh(mesh):

@@ -40,6 +40,11 @@ def placed(array: np.ndarray, mesh: Mesh | None) -> jax.Array:
     return jnp.asarray(array) if mesh is None else jax.device_put(array, batch_sharding(mesh, array.ndim, array.shape))
 
 
+def placed_batch(tree: Any, mesh: Mesh | None) -> Any:
+    """Puts arrays of rows on the devices."""
+    return jax.tree.map(lambda array: placed(array, mesh), tree)
+
+
 @struct.dataclass
 class Asked:
     """The request of each row.
@@ -101,7 +106,7 @@ class Program:
 
     def place(self, tree: Any) -> Any:
         """Puts arrays of rows on the devices."""
-        return jax.tree.map(lambda array: placed(array, self.mesh), tree)
+        return placed_batch(tree, self.mesh)
 
     def _start(self, params, batch, asked, *, rows, room, new, sampling, logprobs=False):
         """Reads prompts and adds each answer's first token; the rows after them, up to `rows`, are free.

@@ -18,8 +18,7 @@ from mllm_jax.data.message import conversations as read_conversations
 from mllm_jax.data.processing.media import Encoded
 from mllm_jax.errors import DataError
 from mllm_jax.generation.decode_step import on_mesh, steps_of
-from mllm_jax.generation.program import bucket
-from mllm_jax.generation.rows import in_batches
+from mllm_jax.generation.program import placed_batch
 from mllm_jax.models.processor import Processor
 from mllm_jax.sharding.hosts import fetch
 
@@ -27,7 +26,7 @@ BATCH = 8
 UNBOUNDED = 1 << 20  # tokens of a text if the model's config has no bound
 
 
-class Scores:
+class AnswerScores:
     """The call `score`, of an `Assistant` for a model that writes text."""
 
     model: nn.Module
@@ -61,11 +60,9 @@ class Scores:
         encoded = [self._answered(*pair) for pair in zip(given, said, strict=True)]
         self._require_tokens(encoded)
         out: dict[int, np.ndarray] = {}
-        for chunk, rows in in_batches([(self._slots(e), e.length) for e in encoded], batch_size):
-            length = bucket(max(len(encoded[i].tokens) for i in chunk), self.max_length)
-            batch = self._batch([encoded[i] for i in chunk], rows, length, learnt=True)
+        for chunk, batch in self.batches(encoded, batch_size, learnt=True):
             learnt = batch.pop("loss_weights") > 0
-            scores = fetch(self._scored(self.params, self._place(batch)))
+            scores = fetch(self._scored(self.params, placed_batch(batch, self.mesh)))
             out |= {i: scores[row][learnt[row]] for row, i in enumerate(chunk)}
         return [out[i] for i in range(len(encoded))]
 

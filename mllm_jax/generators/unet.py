@@ -17,7 +17,7 @@ from flax import linen as nn
 
 from mllm_jax.errors import ConfigError
 from mllm_jax.generators.basic import Conv2D, GroupNorm
-from mllm_jax.generators.unet_blocks import ACTIVATIONS, Block, DownBlock, MidBlock, Style, Text, UpBlock
+from mllm_jax.generators.unet_blocks import ACTIVATIONS, DownBlock, MidBlock, Style, TextStates, UNetBlock, UpBlock
 from mllm_jax.generators.unet_time import TimeEmbedding, embed_time
 from mllm_jax.layers.compute import WithCompute
 from mllm_jax.layers.linear import Embedding, Linear
@@ -238,7 +238,7 @@ class UNetConfig(WithCompute):
         )  # fmt: skip
 
     @property
-    def down(self) -> tuple[Block, ...]:
+    def down(self) -> tuple[UNetBlock, ...]:
         """The blocks of the way down."""
         before = (self.channels[0], *self.channels)
         return tuple(
@@ -247,7 +247,7 @@ class UNetConfig(WithCompute):
         )
 
     @property
-    def mid(self) -> Block | None:
+    def mid(self) -> UNetBlock | None:
         """The middle block."""
         if self.mid_block is None:
             return None
@@ -256,7 +256,7 @@ class UNetConfig(WithCompute):
         return replace(block, only_cross=False, scale=self.dialect.mid_scale, resample=False)
 
     @property
-    def up(self) -> tuple[Block, ...]:
+    def up(self) -> tuple[UNetBlock, ...]:
         """The blocks of the way up, the smallest resolution first."""
         depths = self.depths[::-1] if self.up_depths is None else self.up_depths
         channels, blocks = self.channels[::-1], []
@@ -268,11 +268,11 @@ class UNetConfig(WithCompute):
             blocks.append(replace(block, resample=i < len(channels) - 1))
         return tuple(blocks)
 
-    def _block(self, i: int, attends: bool, inputs: tuple[int, ...], depth: int | tuple[int, ...]) -> Block:
+    def _block(self, i: int, attends: bool, inputs: tuple[int, ...], depth: int | tuple[int, ...]) -> UNetBlock:
         depths = (depth,) * len(inputs) if isinstance(depth, int) else depth
         texts = tuple(None if size is None else self.text_of(j) for j, size in enumerate(self.text_sizes[i]))
         head_dim = self.dialect.head_dim or (self.channels[i] // self.num_heads[i] if attends else 0)
-        return Block(
+        return UNetBlock(
             inputs, self.channels[i], depths if attends else (), texts, self.num_heads[i], head_dim,
             self.dialect.only_cross[i], resample=i < len(self.channels) - 1,
         )  # fmt: skip
@@ -289,7 +289,7 @@ class Denoiser(nn.Module):
     blocks = DownBlock, MidBlock, UpBlock  # their classes
 
     @nn.compact
-    def denoise(self, latents, timesteps, texts: Sequence[Text], class_labels=None, timestep_cond=None):
+    def denoise(self, latents, timesteps, texts: Sequence[TextStates], class_labels=None, timestep_cond=None):
         """Maps latents [B, H, W, in_channels] to dtype[B, H, W, out_channels], videos with their frames after B."""
         c = self.config.spatial
         d, dtype = c.dialect, jnp.dtype(c.dtype)
@@ -381,7 +381,7 @@ class UNet(Denoiser):
         Raises:
             ConfigError: arrays of other shapes.
         """
-        return self.denoise(latents, timesteps, [Text(text, text_mask)], class_labels, timestep_cond)
+        return self.denoise(latents, timesteps, [TextStates(text, text_mask)], class_labels, timestep_cond)
 
 
 def checked_latents(c: Any, latents, timesteps) -> tuple[jax.Array, jax.Array]:
@@ -402,7 +402,7 @@ def checked_latents(c: Any, latents, timesteps) -> tuple[jax.Array, jax.Array]:
     return latents, jnp.broadcast_to(timesteps, (len(latents),))
 
 
-def checked_texts(c: UNetConfig, texts: Sequence[Text], rows: int) -> tuple[Text, ...]:
+def checked_texts(c: UNetConfig, texts: Sequence[TextStates], rows: int) -> tuple[TextStates, ...]:
     """Returns the texts in the computation's dtype. Raises ConfigError: other shapes than a call takes."""
     for i, (text, width) in enumerate(zip(texts, c.text_widths, strict=True)):
         name = f"text_{i}" if i else "text"
@@ -419,4 +419,4 @@ def checked_texts(c: UNetConfig, texts: Sequence[Text], rows: int) -> tuple[Text
                 f"{list(shape[:2])}, as {name}",
                 "give a mask with a number for each position",
             )
-    return tuple(Text(text.states.astype(jnp.dtype(c.dtype)), text.mask) for text in texts)
+    return tuple(TextStates(text.states.astype(jnp.dtype(c.dtype)), text.mask) for text in texts)

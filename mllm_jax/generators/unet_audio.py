@@ -15,7 +15,7 @@ from mllm_jax.checkpoints.fields import make_config
 from mllm_jax.checkpoints.table import Family
 from mllm_jax.errors import ConfigError
 from mllm_jax.generators.unet import DOWN, MID, UP, Denoiser, UNetConfig, UNetDialect
-from mllm_jax.generators.unet_blocks import Text
+from mllm_jax.generators.unet_blocks import TextStates
 from mllm_jax.generators.unet_hub import FIXED, read_options, sample_inputs, table, written_options
 from mllm_jax.layers.requirements import Requirements
 
@@ -86,7 +86,7 @@ class AudioUNet(Denoiser):
         Raises:
             ConfigError: arrays of other shapes.
         """
-        texts = [Text(text, text_mask), Text(text_1, text_1_mask)]
+        texts = [TextStates(text, text_mask), TextStates(text_1, text_1_mask)]
         return self.denoise(latents, timesteps, texts, class_labels, timestep_cond)
 
 

@@ -1,7 +1,7 @@
 """The blocks of a diffusion UNet: residual convolutions, transformers that read a text, and changes of resolution.
 
-The sizes of a block are in a `Block`, which the table of tensor names reads as well; settings that all blocks share are
-in a `Style`.
+The sizes of a block are in a `UNetBlock`, which the table of tensor names reads as well; settings that all blocks share
+are in a `Style`.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _OUTER, _INNER = (None, None, "channels", "embed"), (None, None, "embed", "mlp")
 _BACK = (None, None, "mlp", "embed")
 
 
-class Text(NamedTuple):
+class TextStates(NamedTuple):
     """A text condition: states [B, L, E], and mask [B, L] that is 0 at positions to be ignored, or None."""
 
     states: jax.Array
@@ -64,7 +64,7 @@ class Style:
 
 
 @dataclass(frozen=True)
-class Block:
+class UNetBlock:
     """The sizes of one block.
 
     Attributes:
@@ -135,7 +135,7 @@ class UNetAttention(nn.Module):
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x, text: Text | None = None):
+    def __call__(self, x, text: TextStates | None = None):
         """Maps dtype[B, S, E] to dtype[B, S, E]; each row of a shorter batch of texts is read by several rows of x."""
         source = x if text is None else text.states
         into = dict(features=(self.num_heads, self.head_dim), names=("embed", "heads", "head_dim"), dtype=self.dtype)
@@ -163,11 +163,11 @@ class TransformerLayer(nn.Module):
     only_cross: bool = False
 
     @nn.compact
-    def __call__(self, x, text: Text | None):
+    def __call__(self, x, text: TextStates | None):
         """Maps dtype[B, S, E] to dtype[B, S, E]; without a text, both attentions are self-attention."""
         dtype = jnp.dtype(self.style.dtype)
         heads = dict(num_heads=self.num_heads, head_dim=self.head_dim, upcast=self.style.upcast_attention, dtype=dtype)
-        first = Text(text.states) if self.only_cross and text is not None else None
+        first = TextStates(text.states) if self.only_cross and text is not None else None
         h = LayerNorm(LAYER_EPS, dtype, name="norm_1")(x)
         x = x + UNetAttention(**heads, name="attention_1")(h, first)
         h = LayerNorm(LAYER_EPS, dtype, name="norm_2")(x)
@@ -187,7 +187,7 @@ class Transformer(nn.Module):
     only_cross: bool = False
 
     @nn.compact
-    def __call__(self, x, text: Text | None):
+    def __call__(self, x, text: TextStates | None):
         """Maps dtype[B, H, W, C] to dtype[B, H, W, C]."""
         h = rearrange(self.normed(x), "b h w c -> b (h w) c")
         return x + rearrange(self.layers(h, text), "b (h w) c -> b h w c", h=x.shape[1])
@@ -195,7 +195,7 @@ class Transformer(nn.Module):
     def normed(self, x):
         return GroupNorm(self.style.norm_groups, TRANSFORMER_EPS, jnp.dtype(self.style.dtype), name="norm")(x)
 
-    def layers(self, h, text: Text | None):
+    def layers(self, h, text: TextStates | None):
         """Maps dtype[B, S, C] to dtype[B, S, C]."""
         channels = h.shape[-1]
         # A convolution of one pixel is a linear map; folders have either.
@@ -223,13 +223,13 @@ class _Layers(nn.Module):
     """A block's residual blocks and their transformers, of which the blocks below are made."""
 
     style: Style
-    block: Block
+    block: UNetBlock
 
     def resnet(self, i: int, x, time):
         resnet = rematerialised(ResnetBlock, self.style)
         return resnet(self.style, self.block.channels, self.block.scale, name=f"resnet_{i}")(x, time)
 
-    def transformers(self, i: int, x, texts: tuple[Text, ...]):
+    def transformers(self, i: int, x, texts: tuple[TextStates, ...]):
         """Applies the transformers of layer `i`, if there are some."""
         b, transformer = self.block, rematerialised(Transformer, self.style)
         for j, index in enumerate(b.texts if b.depths else ()):
@@ -250,7 +250,7 @@ class DownBlock(_Layers):
     """Layers of one resolution, then one of half the height and width unless it is the last."""
 
     @nn.compact
-    def __call__(self, x, time, texts: tuple[Text, ...]):
+    def __call__(self, x, time, texts: tuple[TextStates, ...]):
         """Maps dtype[B, H, W, C] to (the block's output, the images that the block of the way up reads)."""
         skips = []
         for i in range(len(self.block.inputs)):
@@ -266,7 +266,7 @@ class MidBlock(_Layers):
     """A residual block, and more after transformers."""
 
     @nn.compact
-    def __call__(self, x, time, texts: tuple[Text, ...]):
+    def __call__(self, x, time, texts: tuple[TextStates, ...]):
         """Maps dtype[B, H, W, C] to dtype[B, H, W, C]."""
         x = self.resnet(0, x, time)
         for i in range(1, len(self.block.inputs)):
@@ -278,7 +278,7 @@ class UpBlock(_Layers):
     """Layers of one resolution, each of which also reads an image of the way down, then one of a larger resolution."""
 
     @nn.compact
-    def __call__(self, x, time, texts: tuple[Text, ...], skips: list[jax.Array], size: tuple[int, int] | None):
+    def __call__(self, x, time, texts: tuple[TextStates, ...], skips: list[jax.Array], size: tuple[int, int] | None):
         """Maps dtype[B, H, W, C] to dtype[B, *size, channels]; reads the last of `skips` first."""
         for i, skip in enumerate(reversed(skips)):
             x = self.resnet(i, jnp.concatenate([x, skip], axis=-1), time)

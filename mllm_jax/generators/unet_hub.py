@@ -15,7 +15,7 @@ from mllm_jax.checkpoints.table import Family, Table, Weight, beside, into_heads
 from mllm_jax.errors import ConfigError
 from mllm_jax.generators.basic import conv2d
 from mllm_jax.generators.unet import DOWN, MID, UP, UNetConfig
-from mllm_jax.generators.unet_blocks import ACTIVATIONS, Block
+from mllm_jax.generators.unet_blocks import ACTIVATIONS, UNetBlock
 
 MOST_LAYERS, MOST_CHANNELS, MOST_KERNEL = 100, 1 << 16, 63  # limits of a config.json
 _POSITIVE = (1e-12, 1e12)
@@ -233,7 +233,7 @@ def table(config: UNetConfig) -> Table:
     return Table(tuple(weights))
 
 
-def named_blocks(config: UNetConfig) -> Iterator[tuple[Block, str, str]]:
+def named_blocks(config: UNetConfig) -> Iterator[tuple[UNetBlock, str, str]]:
     """Yields each block with its name in folders and its path."""
     yield from ((block, f"down_blocks.{i}", f"down_{i}") for i, block in enumerate(config.down))
     if config.mid is not None:
@@ -241,7 +241,7 @@ def named_blocks(config: UNetConfig) -> Iterator[tuple[Block, str, str]]:
     yield from ((block, f"up_blocks.{i}", f"up_{i}") for i, block in enumerate(config.up))
 
 
-def attending_layers(block: Block, path: str) -> int:
+def attending_layers(block: UNetBlock, path: str) -> int:
     """Returns the number of residual blocks that transformers follow."""
     return len(block.inputs) - (path == "mid") if block.depths else 0
 
@@ -250,7 +250,7 @@ def _two_linear(name: str, path: str) -> list[Weight]:
     return linear(f"{name}.linear_1", f"{path}/linear_1") + linear(f"{name}.linear_2", f"{path}/linear_2")
 
 
-def _block(c: UNetConfig, block: Block, name: str, path: str) -> list[Weight]:
+def _block(c: UNetConfig, block: UNetBlock, name: str, path: str) -> list[Weight]:
     weights: list[Weight] = []
     for i, inputs in enumerate(block.inputs):
         hub, ours = f"{name}.resnets.{i}", f"{path}/resnet_{i}"

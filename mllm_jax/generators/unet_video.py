@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from mllm_jax.generators.unet import DOWN, UP, Denoiser, UNetConfig, UNetDialect
-from mllm_jax.generators.unet_blocks import ACTIVATIONS, Style, Text
+from mllm_jax.generators.unet_blocks import ACTIVATIONS, Style, TextStates
 from mllm_jax.generators.unet_temporal import TemporalTransformer, VideoDownBlock, VideoMidBlock, VideoUpBlock
 from mllm_jax.layers.compute import WithCompute
 from mllm_jax.layers.requirements import Requirements
@@ -158,7 +158,7 @@ class VideoUNet(Denoiser):
         Raises:
             ConfigError: arrays of other shapes.
         """
-        return self.denoise(latents, timesteps, [Text(text)], None, timestep_cond)
+        return self.denoise(latents, timesteps, [TextStates(text)], None, timestep_cond)
 
     def begin(self, x, style: Style):
         return TemporalTransformer(style, FIRST_HEADS, self.config.head_dim, 1, name="transformer_in")(x)

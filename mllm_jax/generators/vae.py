@@ -15,7 +15,7 @@ from flax import linen as nn
 
 from mllm_jax.errors import DataError
 from mllm_jax.generators.basic import Conv2D
-from mllm_jax.generators.vae_blocks import Decoder, Encoder
+from mllm_jax.generators.vae_blocks import ImageDecoder, ImageEncoder
 from mllm_jax.layers.compute import WithCompute
 from mllm_jax.layers.requirements import Requirements
 
@@ -116,7 +116,7 @@ class AutoencoderKL(nn.Module):
 
     def setup(self):
         c = self.config
-        self.encoder, self.decoder = Encoder(c), Decoder(c)
+        self.encoder, self.decoder = ImageEncoder(c), ImageDecoder(c)
         if c.quant_conv:
             self.quant_conv = Conv2D(2 * c.latent_channels, 1, dtype=c.compute_dtype)
         if c.post_quant_conv:

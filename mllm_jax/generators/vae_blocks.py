@@ -97,7 +97,7 @@ class Middle(nn.Module):
         return block_of(c, Residual)(c, width, name="residual_1")(x)
 
 
-class Encoder(nn.Module):
+class ImageEncoder(nn.Module):
     """Images to moments; each block but the last halves height and width."""
 
     config: AutoencoderKLConfig
@@ -116,7 +116,7 @@ class Encoder(nn.Module):
         return Normed(c, 2 * c.latent_channels, "silu", name="out")(x)
 
 
-class Decoder(nn.Module):
+class ImageDecoder(nn.Module):
     """Latents to images; each block but the last doubles height and width."""
 
     config: AutoencoderKLConfig

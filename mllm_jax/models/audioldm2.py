@@ -144,12 +144,17 @@ class AudioLDM2Config(WithCompute):
             samples *= rate
         return samples / self.vocoder.rate
 
+    @staticmethod
+    def sampler(scheduler: Any) -> Any:
+        """Returns a scheduler as it is."""
+        return scheduler
+
     def make(self) -> AudioLDM2:
         return AudioLDM2(self)
 
 
 @struct.dataclass
-class Texts:
+class SoundTexts:
     """Texts as both text encoders read them.
 
     Attributes:
@@ -180,7 +185,7 @@ class AudioLDM2(nn.Module):
         for name, part in self.config.parts.items():
             setattr(self, name, part.make())
 
-    def __call__(self, texts: Texts, latents, timesteps):
+    def __call__(self, texts: SoundTexts, latents, timesteps):
         """Returns the output of `denoise` for texts."""
         if self.is_initializing():
             spectrogram = self.vae.decode(latents)
@@ -188,7 +193,7 @@ class AudioLDM2(nn.Module):
             self.language_model(texts.t5)
         return self.denoise(latents, timesteps, self.condition(texts))
 
-    def condition(self, texts: Texts) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def condition(self, texts: SoundTexts) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Encodes texts.
 
         Returns:
@@ -295,7 +300,7 @@ def sample(config: AudioLDM2Config) -> tuple:
     side, one = 2 ** len(config.unet.channels), jnp.ones((1, 1), jnp.int32)
     mel = config.vocoder.num_mel_bins // config.vae.factor
     latents = jnp.zeros((1, side, mel, config.unet.in_channels))
-    return Texts(one, one, one, one, jnp.ones((1,), jnp.int32)), latents, jnp.zeros((1,), jnp.int32)
+    return SoundTexts(one, one, one, one, jnp.ones((1,), jnp.int32)), latents, jnp.zeros((1,), jnp.int32)
 
 
 FAMILIES = (

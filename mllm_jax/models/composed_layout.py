@@ -40,7 +40,7 @@ def composed_layout(
     Args:
         folder: the tokenizer's, with those of the captions of media that the model produces.
     """
-    produced = signal_conversions(config, tokenizer, folder) if isinstance(config, MultimodalConfig) else {}
+    produced = signal_conversions(config, tokenizer, folder)
     conversions = {}
     for modality in config.inputs if isinstance(config, MultimodalConfig) else ("image",):
         if modality == "image":
@@ -59,7 +59,7 @@ def composed_layout(
     return ComposedLayout(conversions, placeholder, isinstance(tokenizer, ChatTokenizer), produced)
 
 
-def signal_conversions(config: MultimodalConfig, tokenizer: Words, folder: Path | None) -> dict[str, SignalTokens]:
+def signal_conversions(config: Any, tokenizer: Words, folder: Path | None) -> dict[str, SignalTokens]:
     """Returns the conversions of media that a model produces, by modality.
 
     Raises:
@@ -76,7 +76,7 @@ def signal_conversions(config: MultimodalConfig, tokenizer: Words, folder: Path 
             output.queries,
             generator.target_shape,
             generator.target_dtype,
-            _TARGETS[modality](generator),
+            _image_target(generator),
             Captions.of(words, generator.longest),
         )
     return found
@@ -89,10 +89,6 @@ def _image_target(generator: Any):
         return fitted(as_image(part.source), generator.target_shape[0])
 
     return target
-
-
-# By modality, from the config of a generator to a function of the medium that it learns to produce.
-_TARGETS = {"image": _image_target}
 
 
 def image_token(tokenizer: Words, taken: Collection[int] = ()) -> int:

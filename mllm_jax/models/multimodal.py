@@ -69,7 +69,13 @@ class MultimodalConfig(WithCompute):
                 "take another LLM, or a projector with a fixed number of media tokens",
             )
         for modality in self.outputs:
-            self.output(modality).check(self.llm.hidden_size)
+            self.output(modality).check(modality, self.llm.hidden_size)
+        if self.outputs and self.encoder_decoder:
+            raise ConfigError(
+                f"outputs {sorted(self.outputs)} of a model with an encoder-decoder",
+                "a decoder, whose hidden states at signal tokens are the conditions",
+                "take another LLM, or leave out the outputs",
+            )
 
     def output(self, modality: str) -> Output:
         """Returns the output branch of a modality, with open widths filled in.

@@ -10,8 +10,10 @@ from mllm_jax.data.batch import BatchSpec, targets_spec
 from mllm_jax.data.processing.signals import signal_names
 from mllm_jax.errors import ConfigError
 from mllm_jax.models.branch import filled
+from mllm_jax.models.protocol import produced
 
 KINDS = ("output_projector", "generator")  # kinds of parts of an output branch
+SUPPORTED = ("image",)  # modalities of output branches
 TARGETS = "targets"  # the slots of a row for media of a modality that the model produces are <modality>_targets
 
 
@@ -47,8 +49,14 @@ class Output:
         """Returns each part's config by the name of its parameters."""
         return {f"output_projector_{modality}": self.projector, f"generator_{modality}": self.generator}
 
-    def check(self, hidden_size: int) -> None:
-        """Raises ConfigError if the parts do not fit each other, or the LLM's width."""
+    def check(self, modality: str, hidden_size: int) -> None:
+        """Raises ConfigError if the parts do not fit each other, the modality, or the LLM's width."""
+        if modality not in SUPPORTED or self.generator.modality != modality:
+            raise ConfigError(
+                f"outputs[{modality!r}] with a generator of {self.generator.modality}",
+                f"a generator of its modality, one of {', '.join(SUPPORTED)}",
+                "take a TextToImageConfig; other generators can be used by themselves",
+            )
         if self.projector.input_size != hidden_size:
             raise ConfigError(
                 f"projector.input_size {self.projector.input_size}",
@@ -75,8 +83,9 @@ class Output:
 
 
 def names_of_signals(config: Any) -> dict[str, tuple[str, ...]]:
-    """Returns the special tokens that a composed model needs for each modality that it produces."""
-    return {m: signal_names(m, config.output(m).projector.tokens, config.output(m).queries) for m in config.outputs}
+    """Returns the special tokens that a model needs for each modality that it produces."""
+    outputs = {modality: config.output(modality) for modality in produced(config)}
+    return {m: signal_names(m, output.projector.tokens, output.queries) for m, output in outputs.items()}
 
 
 def captions_folder(folder: Path, modality: str) -> Path:

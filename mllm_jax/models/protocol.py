@@ -98,6 +98,25 @@ class WritesText(Protocol):
         ...
 
 
+@runtime_checkable
+class ProducesMedia(Protocol):
+    """The config of a model that also generates media, if it has output branches."""
+
+    @property
+    def outputs(self) -> Mapping[str, Any]:
+        """The output branches by modality."""
+        ...
+
+    def output(self, modality: str) -> Any:
+        """Returns an output branch, with open widths filled in. Raises ConfigError: there is none."""
+        ...
+
+
+def produced(config: Any) -> tuple[str, ...]:
+    """Returns the modalities of media that the model of a config generates."""
+    return tuple(config.outputs) if isinstance(config, ProducesMedia) else ()
+
+
 @dataclass(frozen=True)
 class LanguageOnly:
     """A language model in the role of a multimodal model without encoders.

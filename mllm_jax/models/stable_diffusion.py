@@ -47,6 +47,20 @@ class StableDiffusionConfig(TextToImageConfig):
             "change text_encoder or vae",
         )
 
+    @staticmethod
+    def sampler(scheduler: Any) -> Any:
+        """Returns a scheduler with two settings that diffusers' pipeline replaces in old folders.
+
+        Predicted latents are not clipped to [-1, 1] (`clip_sample`), and `steps_offset` is 1.
+
+        Raises:
+            ConfigError: a scheduler of flow matching.
+        """
+        require_diffusion(scheduler)
+        options = {"clip_sample": False, "steps_offset": 1}
+        names = {each.name for each in fields(scheduler)}
+        return replace(scheduler, **{name: value for name, value in options.items() if name in names})
+
 
 # ---- folders of diffusers
 
@@ -54,7 +68,7 @@ class StableDiffusionConfig(TextToImageConfig):
 def from_parts(parts: Mapping[str, Any]) -> StableDiffusionConfig:
     """Builds the config from those of the parts of a folder, by their names; raises as `composed`."""
     found = composed(parts, StableDiffusionConfig)
-    return replace(found, scheduler=sampler(found.scheduler))
+    return replace(found, scheduler=found.sampler(found.scheduler))
 
 
 def composed(parts: Mapping[str, Any], config: type[Config]) -> Config:
@@ -82,22 +96,8 @@ def composed(parts: Mapping[str, Any], config: type[Config]) -> Config:
     return config(**parts)
 
 
-def sampler(scheduler: Any) -> Any:
-    """Returns a scheduler with two settings that diffusers' pipeline replaces in old folders.
-
-    Predicted latents are not clipped to [-1, 1] (`clip_sample`), and `steps_offset` is 1.
-
-    Raises:
-        ConfigError: a scheduler of flow matching, which a Stable Diffusion is not trained for.
-    """
-    require_diffusion(scheduler)
-    options = {"clip_sample": False, "steps_offset": 1}
-    names = {each.name for each in fields(scheduler)}
-    return replace(scheduler, **{name: value for name, value in options.items() if name in names})
-
-
 def require_diffusion(scheduler: Any) -> None:
-    """Raises ConfigError for a scheduler of flow matching."""
+    """Raises ConfigError for a scheduler of flow matching, which a Stable Diffusion is not trained for."""
     if "steps_offset" not in {each.name for each in fields(scheduler)}:
         raise ConfigError(
             f"a Stable Diffusion with {scheduler.class_name}", "a scheduler of diffusion", "name another scheduler"

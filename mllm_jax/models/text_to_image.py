@@ -98,6 +98,11 @@ class TextToImageConfig(WithCompute):
         side = self.image_size or self.unet.sample_size[0] * self.factor
         return side, side, self.image_channels
 
+    @staticmethod
+    def sampler(scheduler: Any) -> Any:
+        """Returns a scheduler as such a model samples with it. Raises ConfigError: it cannot."""
+        return scheduler
+
     def make(self) -> TextToImage:
         return TextToImage(self)
 

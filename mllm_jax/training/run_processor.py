@@ -15,9 +15,9 @@ from mllm_jax.data.pipeline import training_texts
 from mllm_jax.data.tokenizer import TEMPLATE, Tokenizer
 from mllm_jax.errors import ConfigError
 from mllm_jax.models.companions import copy_for
-from mllm_jax.models.multimodal import MultimodalConfig
 from mllm_jax.models.output import captions_folder, names_of_signals
 from mllm_jax.models.processor import Processor
+from mllm_jax.models.protocol import produced
 from mllm_jax.models.registry import save_pretrained
 from mllm_jax.models.run_weights import load_run
 from mllm_jax.models.vocabulary import check_placeholder, placeholder_fields
@@ -107,17 +107,15 @@ def _tokenizer(experiment: Experiment) -> Tokenizer:
 
 def _signals(experiment: Experiment) -> tuple[str, ...]:
     """Returns the special tokens of the media that the experiment's model produces."""
-    model = experiment.model_of()
-    found = names_of_signals(model) if isinstance(model, MultimodalConfig) else {}
-    return tuple(name for names in found.values() for name in names)
+    return tuple(name for names in names_of_signals(experiment.model_of()).values() for name in names)
 
 
 def _copy_caption_tokenizers(experiment: Experiment, target: Path) -> None:
     """Copies the tokenizers of generators' text encoders into the folder of the run's own."""
     model = experiment.model_of()
-    for modality, output in model.outputs.items() if isinstance(model, MultimodalConfig) else ():
-        if output.tokenizer is not None:
-            ChatTokenizer.load(output.tokenizer).save(captions_folder(target, modality))
+    for modality in produced(model):
+        if (source := model.output(modality).tokenizer) is not None:
+            ChatTokenizer.load(source).save(captions_folder(target, modality))
 
 
 def export_run(run: RunFolder, target: Path, *, dtype: Any = None, overwrite: bool = False) -> None:

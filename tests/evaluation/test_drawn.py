@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import toy_data
+from tiny_drawing import drawing_model
 
 from mllm_jax import evaluate
 from mllm_jax.checkpoints.description import describe, rebuild
@@ -31,7 +32,7 @@ from mllm_jax.training.evaluation import Evaluation
 
 SIZE, COUNT = 32, 40
 KNOWN = compositions("tones", "composition")
-DRAWS = SimpleNamespace(outputs={"image": None})
+DRAWS = drawing_model()
 
 
 def vector(image: np.ndarray) -> np.ndarray:

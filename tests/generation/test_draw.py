@@ -141,7 +141,7 @@ def test_guidance_in_part_of_the_steps(assistant):
 
     text, negative = (call("condition", drawer._tokens(words)[None]) for words in ("dog", "cat"))
     scheduler = mllm_jax.generators.schedulers.by_name("ddim", assistant.model.config.scheduler)
-    scheduler = mllm_jax.models.stable_diffusion.sampler(scheduler)
+    scheduler = mllm_jax.StableDiffusionConfig.sampler(scheduler)
     state, latents = scheduler.start(scheduler.init(4), 1), states[0][2]  # the first step has no guidance
     for guided in (True, True, False):
         output = call("denoise", latents, state.timestep[None], text)
@@ -212,8 +212,9 @@ def test_start_images(assistant, tmp_path):
 def test_prompts(assistant):
     """Checks that the end of a long prompt is left out with a warning that names it."""
     long = "a red cat " * 3 + "on the sofa"
-    with pytest.warns(UserWarning, match="left out: 'the sofa'"):
+    with pytest.warns(UserWarning, match="left out: 'the sofa'") as warned:
         cut = drawn(assistant.draw(long, seed=4, **FAST))
+    assert warned[0].filename == __file__, "the line that called the library"
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert close(cut, drawn(assistant.draw("a red cat " * 3 + "on", seed=4, **FAST)))

@@ -191,7 +191,7 @@ def test_what_cannot_be_produced_is_refused(assistant):
     for given, message in (
         (dict(produce=("video",)), "videos from a model that produces text, image"),
         (dict(incomplete="guess"), "'repair' or 'report'"),
-        (dict(drawing=dict(start_image="a.png")), "without these"),
+        (dict(drawing=dict(start_image="a.png")), "drawing with start_image inside"),
         (dict(drawing=dict(stepz=3)), "drawing with stepz"),
         (dict(logprobs=True), "signal tokens are put in"),
         (dict(most=0), "most=0"),

@@ -277,7 +277,7 @@ def test_conversion(folder, tmp_path, small):
     convert(tmp_path / "native", tmp_path / "back")
     drawer, wanted = Drawer.load(tmp_path / "native"), small[1].params
     assert drawer.config == small[1].model.config and drawer.fingerprint == short_fingerprint(wanted)
-    assert drawer.captions.ids("a red cat") == small[0].tokenizer("a red cat").input_ids
+    assert drawer.captions.read("a red cat")[0] == small[0].tokenizer("a red cat").input_ids
     pipeline = diffusers.StableDiffusionPipeline.from_pretrained(tmp_path / "back")
     assert pipeline.tokenizer("a red cat").input_ids == small[0].tokenizer("a red cat").input_ids
     flat = torch.nn.utils.parameters_to_vector

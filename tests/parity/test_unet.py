@@ -13,7 +13,7 @@ from unet_checks import check, check_full_size, inputs
 
 from mllm_jax.errors import ConfigError
 from mllm_jax.generators.unet import UNetConfig
-from mllm_jax.generators.unet_blocks import Text, UNetAttention, resize_nearest
+from mllm_jax.generators.unet_blocks import TextStates, UNetAttention, resize_nearest
 from mllm_jax.generators.unet_hub import from_hf_config, sample
 from mllm_jax.generators.unet_time import embed_time
 from mllm_jax.sharding.logical import use_mesh
@@ -118,10 +118,10 @@ def test_a_text_that_is_masked_whole_is_read_whole():
     rng = np.random.default_rng(0)
     x, text = (jnp.asarray(rng.normal(size=(2, length, 8)), jnp.float32) for length in (6, 5))
     module = UNetAttention(num_heads=2, head_dim=4)
-    variables = module.init(jax.random.key(0), x, Text(text))
-    masked = module.apply(variables, x, Text(text, jnp.asarray([[0] * 5, [1, 1, 0, 0, 0]])))
-    np.testing.assert_allclose(masked[0], module.apply(variables, x, Text(text))[0], atol=2e-3)
-    np.testing.assert_allclose(masked[1], module.apply(variables, x, Text(text[:, :2]))[1], atol=1e-6)
+    variables = module.init(jax.random.key(0), x, TextStates(text))
+    masked = module.apply(variables, x, TextStates(text, jnp.asarray([[0] * 5, [1, 1, 0, 0, 0]])))
+    np.testing.assert_allclose(masked[0], module.apply(variables, x, TextStates(text))[0], atol=2e-3)
+    np.testing.assert_allclose(masked[1], module.apply(variables, x, TextStates(text[:, :2]))[1], atol=1e-6)
 
 
 def test_time_of_an_odd_width():

@@ -29,6 +29,7 @@ from mllm_jax.generation.options import Options
 from mllm_jax.generation.produce import Producing
 from mllm_jax.generation.sampling import Sampling
 from mllm_jax.layers.head import HeadInputs
+from mllm_jax.llms.t5 import T5Config
 from mllm_jax.models.composed_layout import composed_layout
 from mllm_jax.models.generator_only import GeneratorOnlyConfig
 from mllm_jax.models.params import init_params
@@ -186,6 +187,14 @@ def test_a_conversation_holds_what_the_model_drew(run):
     assert len(said) == len(drawn)
     np.testing.assert_array_equal(said[0].source, (255 * drawn[0].array).round().astype(np.uint8))
     assert list(dialogue.ask("again")), "the next turn reads it"
+
+
+def test_outputs_that_no_model_can_have_are_refused():
+    model = drawing_model()
+    with pytest.raises(ConfigError, match="'video'.* with a generator of image"):
+        replace(model, outputs={"video": model.outputs["image"]})
+    with pytest.raises(ConfigError, match="encoder-decoder"):
+        replace(model, llm=T5Config(vocab_size=320, hidden_size=32, num_layers=1, num_heads=2))
 
 
 def test_stages_that_cannot_learn_to_draw_are_refused():

@@ -14,7 +14,6 @@ import jax
 import numpy as np
 import pytest
 import toy_data
-from jax.experimental.compilation_cache import compilation_cache
 from tiny_runs import arrays, metrics
 from toy_evaluation import colours
 
@@ -107,19 +106,8 @@ def refusal(experiment: Experiment, folder: Path) -> str:
 @pytest.fixture(scope="module", autouse=True)
 def compiled(tmp_path_factory):
     """Shares compiled programs among all of these runs."""
-    options = {
-        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
-        "jax_persistent_cache_min_compile_time_secs": 0,
-        "jax_persistent_cache_min_entry_size_bytes": -1,
-    }
-    before = {name: getattr(jax.config, name) for name in options}
-    for name, value in options.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
-    yield
-    for name, value in before.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
+    with toy_data.kept_programs(tmp_path_factory.mktemp("compiled")):
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -9,9 +9,8 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 from tiny_runs import arrays
-from toy_data import quick_compilation, tokenizer
+from toy_data import kept_programs, quick_compilation, tokenizer
 
 from mllm_jax import AdamW, Audio, Experiment, Mixture, QuantityGuided, Stage, TokenizerConfig, Weighted
 from mllm_jax.data.message import Example, Message, Text
@@ -97,19 +96,8 @@ def lines(run: Path) -> list[dict]:
 @pytest.fixture(scope="module", autouse=True)
 def compiled(tmp_path_factory):
     """Shares compiled programs between both runs."""
-    options = {
-        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
-        "jax_persistent_cache_min_compile_time_secs": 0,
-        "jax_persistent_cache_min_entry_size_bytes": -1,
-    }
-    before = {name: getattr(jax.config, name) for name in options}
-    for name, value in options.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
-    yield
-    for name, value in before.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
+    with kept_programs(tmp_path_factory.mktemp("compiled")):
+        yield
 
 
 @pytest.fixture(scope="module")

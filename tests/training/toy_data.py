@@ -6,10 +6,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache, partial
+from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental.compilation_cache import compilation_cache
 
 from mllm_jax.data.batch import ArraySpec, BatchSpec
 from mllm_jax.data.images import Drawn
@@ -137,6 +139,26 @@ def spec_of(batch: dict[str, np.ndarray]) -> BatchSpec:
 
 def pipeline(mixture: Mixture = IMAGES, *, seed: int = 0, **kwargs) -> Pipeline:
     return Pipeline(mixture, processor(), seed=seed, **kwargs)
+
+
+@contextmanager
+def kept_programs(folder: Path) -> Iterator[None]:
+    """Keeps every compiled program in a folder, so that the runs inside share them."""
+    options = {
+        "jax_compilation_cache_dir": str(folder),
+        "jax_persistent_cache_min_compile_time_secs": 0,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }
+    before = {name: getattr(jax.config, name) for name in options}
+    for name, value in options.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()
 
 
 @contextmanager

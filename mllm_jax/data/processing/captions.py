@@ -7,15 +7,13 @@ from typing import Any
 
 import numpy as np
 
-from mllm_jax.data.tokenizer import Tokenizer
-
 
 @dataclass(frozen=True)
 class Captions:
     """The conversion of captions to ids.
 
     Attributes:
-        words: the text encoder's tokenizer.
+        words: the text encoder's tokenizer, of either class.
         length: ids of a caption; shorter ones are padded.
         longest: ids of a caption without its padding, at most `length`.
     """
@@ -27,27 +25,23 @@ class Captions:
     @classmethod
     def of(cls, words: Any, length: int) -> Captions:
         """Returns the conversion for a text encoder of `length` ids, of which a tokenizer may allow fewer."""
-        allowed = length if isinstance(words, Tokenizer) else words.backend.model_max_length
-        return cls(words, length, min(length, allowed))
+        return cls(words, length, min(length, words.longest))
 
-    def ids(self, text: str) -> list[int]:
-        """Encodes a caption, uncut, with the tokens that the text encoder expects around it."""
-        return self.words.caption_ids(text) if isinstance(self.words, Tokenizer) else self.words.encode(text)
+    def read(self, text: str) -> tuple[list[int], str]:
+        """Returns the ids of a caption, and its end that does not fit and is cut off before the end token."""
+        ids = self.words.caption_ids(text)
+        if len(ids) <= self.longest:
+            return ids, ""
+        kept = self.longest - 1
+        return [*ids[:kept], ids[-1]], self.words.decode(ids[kept:-1]).strip()
 
-    def padded(self, text: str) -> np.ndarray:
-        """Returns the ids int32[length] of a caption; what does not fit is cut off before its end token."""
-        ids = self.cut(text)
+    def pad(self, ids: list[int]) -> np.ndarray:
+        """Returns int32[length]."""
         return np.asarray(ids + [self.words.pad_token_id or 0] * (self.length - len(ids)), np.int32)
 
-    def cut(self, text: str) -> list[int]:
-        """Encodes a caption; what does not fit is cut off before its end token."""
-        ids = self.ids(text)
-        return ids if len(ids) <= self.longest else [*ids[: self.longest - 1], ids[-1]]
-
-    def left_out(self, text: str) -> str:
-        """Returns the end of a caption that `padded` cuts off."""
-        ids = self.ids(text)
-        return self.words.decode(ids[self.longest - 1 : -1]).strip() if len(ids) > self.longest else ""
+    def padded(self, text: str) -> np.ndarray:
+        """Returns the ids int32[length] of a caption; what does not fit is left out."""
+        return self.pad(self.read(text)[0])
 
     def fingerprint(self) -> str:
         """Returns a text that differs if ids would."""

@@ -122,7 +122,7 @@ class OpenMojiRequests(SourceSettings):
 
 
 @dataclass(frozen=True)
-class Request:
+class EmojiRequest:
     """One request and its answer.
 
     Attributes:
@@ -157,28 +157,28 @@ class _Requests(EmojiSource):
     def fingerprint(self) -> str:
         return f"{super().fingerprint()}-{len(self.schedule)}"
 
-    def requests(self, index: int) -> list[Request]:
+    def requests(self, index: int) -> list[EmojiRequest]:
         """Returns the requests of an example."""
         dice = self._dice(index)
         return [self._request(dice) for _ in range(self.settings.turns)]
 
-    def _request(self, dice: Dice) -> Request:
+    def _request(self, dice: Dice) -> EmojiRequest:
         s, chance = self.settings, dice.below(1 << 20) / (1 << 20)
         if chance < s.draw_share:
             shown = self._compose(dice, s.kinds)
             opening = dice.pick(OPENINGS).format(x=shown.caption)
-            return Request("draw", dice.pick(DRAW[s.wordings]).format(x=shown.caption), shown, opening)
+            return EmojiRequest("draw", dice.pick(DRAW[s.wordings]).format(x=shown.caption), shown, opening)
         if chance < s.draw_share + s.read_share:
             # Two words for one image, such as "left of" and "right of", would make two right answers.
             shown = self._compose(dice, tuple(kind for kind in s.kinds if kind in ("single", "count")) or s.kinds)
             said = shown if dice.chance(0.5) else self._compose(dice, s.kinds)
-            return Request("read", dice.pick(READ[s.wordings]).format(x=said.caption), shown, shown.caption)
+            return EmojiRequest("read", dice.pick(READ[s.wordings]).format(x=said.caption), shown, shown.caption)
         task = dice.pick(tuple(TEXT[s.wordings]))
         kinds = ("single",) if task in _OF_SINGLES and "single" in s.kinds else s.kinds
         shown = self._compose(dice, kinds)
         answers = self._answers(shown)
         task = task if task in answers else "show"
-        return Request(task, dice.pick(TEXT[s.wordings][task]).format(x=shown.caption), shown, answers[task])
+        return EmojiRequest(task, dice.pick(TEXT[s.wordings][task]).format(x=shown.caption), shown, answers[task])
 
     def _compose(self, dice: Dice, kinds: tuple[str, ...]) -> Composition:
         return self.compositions.compose(dice, dice.pick(kinds), self.schedule)

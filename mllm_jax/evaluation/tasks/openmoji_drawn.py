@@ -34,6 +34,7 @@ from mllm_jax.evaluation.task import Task
 from mllm_jax.evaluation.tasks.openmoji import METRICS
 from mllm_jax.generation.assistant import Assistant
 from mllm_jax.generation.options import Answer
+from mllm_jax.models.protocol import produced
 from mllm_jax.training.evaluation import BATCH, Measured, Prediction
 
 CLASSIFIER = "runs/clip_openmoji"
@@ -138,7 +139,7 @@ class OpenMojiDrawn:
 
     def check(self, model: Any) -> None:
         """Raises ConfigError: a model that produces no images."""
-        if "image" not in getattr(model, "outputs", {}):
+        if "image" not in produced(model):
             raise ConfigError(
                 f"{type(self).__name__} of a {type(model).__name__} that produces no images",
                 'a model with outputs={"image": ...}',

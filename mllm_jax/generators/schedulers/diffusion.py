@@ -26,7 +26,7 @@ def _are_betas(value: Any) -> bool:
 
 
 @dataclass(frozen=True)
-class Diffusion(SchedulerConfig):
+class DiffusionScheduler(SchedulerConfig):
     """The options that all schedulers of discrete-time diffusion have, under diffusers' names.
 
     Training noise: noisy = sqrt(a) * sample + sqrt(1 - a) * noise, with a = `alphas_cumprod` at the timestep.
@@ -124,7 +124,7 @@ class Diffusion(SchedulerConfig):
 
 
 @dataclass(frozen=True)
-class Thresholded(Diffusion):
+class Thresholded(DiffusionScheduler):
     """The options of schedulers that may limit a predicted sample by its own magnitudes."""
 
     thresholding: bool = flag(False)

@@ -12,14 +12,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from mllm_jax.generators.schedulers import spacing
-from mllm_jax.generators.schedulers.diffusion import Diffusion
+from mllm_jax.generators.schedulers.diffusion import DiffusionScheduler
 from mllm_jax.generators.schedulers.options import choice, flag, number
 from mllm_jax.generators.schedulers.prediction import to_sample
 from mllm_jax.generators.schedulers.protocol import State, per_sample
 
 
 @dataclass(frozen=True)
-class EulerBase(Diffusion):
+class EulerBase(DiffusionScheduler):
     """Noise levels of both Euler schedulers: samples are sample + sigma * noise, and `scale` gives them unit variance.
 
     `add_noise` has this form too. For training take "ddpm" with the same options: its samples are the model's inputs.

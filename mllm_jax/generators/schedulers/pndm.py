@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mllm_jax.generators.schedulers.diffusion import Diffusion
+from mllm_jax.generators.schedulers.diffusion import DiffusionScheduler
 from mllm_jax.generators.schedulers.options import choice, flag
 from mllm_jax.generators.schedulers.prediction import to_noise
 from mllm_jax.generators.schedulers.protocol import State
@@ -31,7 +31,7 @@ _SHARES = np.array((1 / 6, 1 / 3, 1 / 3, 1 / 6), np.float32)
 
 
 @dataclass(frozen=True)
-class PNDM(Diffusion):
+class PNDM(DiffusionScheduler):
     """diffusers' PNDMScheduler.
 
     With skip_prk_steps the model is called once more than `steps`: its second timestep comes twice. Else the first

@@ -23,8 +23,8 @@ def keep_freed_memory() -> bool:
 def return_large_memory(state: int) -> bool:
     """Lets glibc return large freed blocks again if a stage's state, in bytes, is large; returns whether it does.
 
-    Between blocks of hundreds of MB that come and go, a heap has holes too small for the next ones. With a state of 1.6
-    GB it grew from 7 to 23 GB in 80 steps; with blocks that are mapped it stays at 9 GB, and no step is slower.
+    Between blocks of hundreds of MB that come and go, a heap has holes too small for the next ones: one with a state of
+    1.6 GB grew to 23 GB, until the system killed it. With large blocks mapped the same run takes 9 GB.
     """
     return state >= LARGE and _mallopt({_MMAP_THRESHOLD: 32 * 2**20, _MMAP_MAX: 2**16})
 
