@@ -93,7 +93,7 @@ def test_alone_in_another_order_and_in_another_batch(assistant, wanted):
 @pytest.mark.parametrize("by_layer", [False, True])
 def test_scanned_and_unrolled_layers_say_the_same(params, wanted, by_layer):
     other = language(CONFIG.make(), params, by_layer=by_layer)
-    assert other._program.steps.by_layer == by_layer
+    assert other.program.steps.by_layer == by_layer
     assert tokens(answers(other, PROMPTS, FREE)) == wanted
 
 
@@ -298,7 +298,7 @@ def test_buckets_waste_little_and_are_few():
 def test_one_compilation_a_bucket(params):
     """Checks that lengths, limits, seeds, temperatures of zero, stops and other rows compile nothing; a bucket does."""
     other = language(CONFIG.make(), params, byte_tokenizer())
-    program = other._program
+    program = other.program
 
     def compiled():
         return program.start._cache_size(), program.advance._cache_size()
@@ -316,7 +316,7 @@ def test_one_compilation_a_bucket(params):
 
 def test_the_loop_writes_its_cache_in_place(assistant):
     """Checks that the compiled loop makes no stack of the layers' caches, and that the state's buffers are donated."""
-    program = assistant._program
+    program = assistant.program
     state, rows = started(assistant, PROMPTS[:2])
     kept = jax.tree.leaves(state)
     args = program.params, state, rows, np.int32(4), np.int32(0)

@@ -90,7 +90,7 @@ def test_many_are_read_a_little_ahead_in_order_with_few_programs(assistant):
     """Checks unequal prompts, and answers that end after any number of tokens."""
     texts, source, rows = words(1500, 60), Read(words(1500, 60)), 8
     how = dict(max_new_tokens=12, temperature=1.0, stop_tokens=range(64))
-    program = assistant._program
+    program = assistant.program
     before = [f._cache_size() for f in (program.start, program.refill, program.advance)]
     found, ahead = [], 0
     for answer in assistant.generate(source, batch_size=rows, **how):
@@ -213,7 +213,7 @@ def test_rows_that_are_too_long_are_replaced(assistant):
     """Checks that short conversations get short rows again after a window with a long one."""
     long, short = "a" * 300, ["abc"] * 100
     rows = []
-    engine, real = assistant.engine(2), assistant._program
+    engine, real = assistant.engine(2), assistant.program
     begin = engine._begin
 
     def begun():
@@ -226,7 +226,7 @@ def test_rows_that_are_too_long_are_replaced(assistant):
         assert len(list(assistant.generate(iter([long, *short]), batch_size=2, **HOW))) == 101
     finally:
         del assistant.__dict__["engine"]
-    assert assistant._program is real and max(rows) >= 304 and rows[-1] == 32
+    assert assistant.program is real and max(rows) >= 304 and rows[-1] == 32
 
 
 def test_what_cannot_be_asked_at_all_is_refused_at_once(assistant):

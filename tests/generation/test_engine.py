@@ -31,7 +31,7 @@ def assistant():
 
 
 def engine_of(assistant, slots: int) -> Engine:
-    return Engine(assistant._program, assistant._batch, slots, assistant.max_length)
+    return Engine(assistant.program, assistant._batch, slots, assistant.max_length)
 
 
 def requests(assistant, sampling: Sampling = Sampling(), options: Options = FREE, limits=LIMITS) -> list[Request]:
@@ -121,9 +121,9 @@ def test_another_seed_shares_rows_and_compiles_nothing(assistant):
     asked = requests(assistant, Sampling(temperature=1.0))
     mixed = [replace(r, sampling=replace(r.sampling, seed=i % 2)) for i, r in enumerate(asked)]
     alone = [engine_of(assistant, 1).answer([request])[0].tokens for request in mixed]
-    compiled = assistant._program.advance._cache_size()
+    compiled = assistant.program.advance._cache_size()
     assert [a.tokens for a in engine_of(assistant, 1).answer(mixed)] == alone
-    assert assistant._program.advance._cache_size() == compiled
+    assert assistant.program.advance._cache_size() == compiled
     assert [a.tokens for a in engine_of(assistant, 2).answer(mixed)] == alone
 
 
@@ -135,7 +135,7 @@ def test_prompts_are_read_together(assistant, monkeypatch):
         widths.append((len(prompts), rows))
         return assistant._batch(prompts, rows, length)
 
-    engine = Engine(assistant._program, collate, 8)
+    engine = Engine(assistant.program, collate, 8)
     [prompt] = encoded(assistant, PROMPTS[:1])
     limits = (2, 3, 4, 5, 6, 7, 8, 9, 2, 2, 2)
     engine.answer(assistant.request(prompt, 7, limit, i, FREE, Sampling()) for i, limit in enumerate(limits))
@@ -160,7 +160,7 @@ def test_rows_over_a_mesh_are_refilled(assistant, devices):
     sharded = language(CONFIG.make(), random_params(), mesh=make_mesh(MeshConfig(data=2, tensor=2), devices[:4]))
     wanted = [a.tokens for a in engine_of(assistant, 4).answer(asked)]
     assert [a.tokens for a in engine_of(sharded, 4).answer(asked)] == wanted
-    compiled = [function._cache_size() for function in (sharded._program.refill, sharded._program.advance)]
+    compiled = [function._cache_size() for function in (sharded.program.refill, sharded.program.advance)]
     assert compiled == [1, 1], "what was made in another way is split over the mesh in the same way"
 
 
@@ -208,7 +208,7 @@ def test_a_prompt_that_cannot_be_read_fails_alone(assistant, bad):
     """Checks prompts that begin the rows, and prompts read into a row while others continue."""
     asked, collate, _ = refusing(assistant, bad)
     wanted = engine_of(assistant, 3).answer(requests(assistant))
-    engine = Engine(assistant._program, collate, 3, assistant.max_length)
+    engine = Engine(assistant.program, collate, 3, assistant.max_length)
     tickets, found = [engine.submit(request) for request in asked], {}
     while len(found) < len(tickets):
         found |= engine.step()
@@ -219,7 +219,7 @@ def test_a_prompt_that_cannot_be_read_fails_alone(assistant, bad):
             assert found[ticket].tokens == wanted[i].tokens
     assert engine.step() == [] and engine.waiting == 0
     with pytest.raises(Torn, match=f"prompt {min(bad)}"):
-        Engine(assistant._program, collate, 3).answer(asked)
+        Engine(assistant.program, collate, 3).answer(asked)
 
 
 def test_prompts_that_cannot_be_read_together_are_read_one_by_one(assistant):
@@ -231,14 +231,14 @@ def test_prompts_that_cannot_be_read_together_are_read_one_by_one(assistant):
         return collate(prompts, rows, length)
 
     wanted = engine_of(assistant, 4).answer(asked)
-    assert [a.tokens for a in Engine(assistant._program, alone, 4).answer(asked)] == [a.tokens for a in wanted]
+    assert [a.tokens for a in Engine(assistant.program, alone, 4).answer(asked)] == [a.tokens for a in wanted]
     assert widths == [1] * len(asked)
 
 
 def test_a_search_by_beams_fails_alone_too(assistant):
     asked, collate, _ = refusing(assistant, {1})
     asked = [replace(request, options=replace(FREE, num_beams=2)) for request in asked[:3]]
-    engine = Engine(assistant._program, collate, 2, assistant.max_length)
+    engine = Engine(assistant.program, collate, 2, assistant.max_length)
     tickets, found = [engine.submit(request) for request in asked], {}
     while len(found) < len(tickets):
         found |= engine.step()

@@ -96,7 +96,7 @@ def test_generation_reads_what_is_stored(params, quantized):
     options = Options(12, ignore_eos=True)
     prompts = [TOKENS[0].tolist(), TOKENS[1, :3].tolist()]
     assistant = language(C.make(), params, int8=True)
-    stored = jax.tree.leaves(assistant._program.params)
+    stored = jax.tree.leaves(assistant.program.params)
     assert sum(leaf.dtype == jnp.int8 for leaf in stored) == 7 * 2 + 1
     assert [e.relative for e in assistant.quantization_errors] == [e.relative for e in quantized[1]]
     found = [a.tokens for a in answers(assistant, prompts, options)]
@@ -127,7 +127,7 @@ def test_the_loop_over_tokens_keeps_no_floats_of_the_kernels():
     scratch, kept = {}, {}
     for int8 in (False, True):
         assistant = language(config.make(), random_params(config), int8=int8)
-        program = assistant._program
+        program = assistant.program
         args = program.params, *started(assistant, [[1]]), np.int32(4), np.int32(0)
         compiled = program.advance.lower(*args, sampling=Sampling()).compile()
         scratch[int8] = compiled.memory_analysis().temp_size_in_bytes

@@ -17,7 +17,7 @@ from mllm_jax.data.processing.layouts import TextLayout
 from mllm_jax.data.processing.media import Encoded, lay_out_row
 from mllm_jax.generation.assistant import Assistant
 from mllm_jax.generation.options import Answer, Options
-from mllm_jax.generation.program import Asked, Rows, bucket
+from mllm_jax.generation.program import Asked, Rows, bucket, placed_batch
 from mllm_jax.generation.sampling import Sampling
 from mllm_jax.llms.decoder import DecoderConfig
 from mllm_jax.models.processor import Processor
@@ -105,9 +105,9 @@ def answers(
 def started(assistant: Assistant, rows: Sequence[Sequence[int]]) -> tuple[Any, Rows]:
     """Returns the model's state and the rows after the compiled program has read ids, for 32 more tokens."""
     count, length = len(rows), bucket(max(map(len, rows)))
-    batch = assistant._place(assistant._batch(encoded(assistant, rows), count, length))
+    batch = placed_batch(assistant._batch(encoded(assistant, rows), count, length), assistant.mesh)
     numbers = np.array([[0] * count, range(count), [32] * count], np.int32)
-    program = assistant._program
+    program = assistant.program
     asked = program.place(Asked(*numbers, np.full((count, 8), -1, np.int32)))
     return program.start(program.params, batch, asked, rows=count, room=length + 32, new=32, sampling=Sampling())
 
