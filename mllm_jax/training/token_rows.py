@@ -57,7 +57,7 @@ class TokenRows:
         return trainable | {_rows(path): self._cut(frozen[path], axis) for path, axis in self.axes.items()}, frozen
 
     def join(self, leaves: Leaves) -> Leaves:
-        """Puts the rows of a step's leaves into copies of their tables, in the tables' dtype."""
+        """Puts the rows of a step's leaves into copies of their tables, in the rows' dtype."""
         rows = {path: leaves[_rows(path)] for path in self.axes}
         tables = {path: self._put(leaves[path], each, self.axes[path]) for path, each in rows.items()}
         return {path: leaf for path, leaf in leaves.items() if path not in map(_rows, rows)} | tables
@@ -85,7 +85,7 @@ class TokenRows:
 
     def _put(self, table: jax.Array, rows: jax.Array, axis: int) -> jax.Array:
         where = (slice(None),) * axis + (np.asarray(self.ids),)
-        return table.at[where].set(rows.astype(table.dtype), unique_indices=True)
+        return table.astype(rows.dtype).at[where].set(rows, unique_indices=True)
 
 
 def signal_rows(model: nn.Module, tokenizer: Any = None) -> TokenRows:
