@@ -133,7 +133,8 @@ def test_a_run_refers_to_parts_and_hands_them_on(folders, tmp_path):
     tiny.write(tmp_path / "pipeline", **tiny.SMALL)
     sources = [Pretrained(part, str(tmp_path / "pipeline")) for part in PARTS[:2]]
     made = experiment(one, *sources)
-    trained = replace(made.stages[0], trainable=("projector_image/*", "generator_image/unet/*"))
+    parts = ("projector_image/*", "generator_image/unet/*")
+    trained = replace(made.stages[0], trainable=parts, optimizer=AdamW(warmup_steps=0))
     run = train(replace(made, stages=(trained,)), tmp_path / "run", devices=one_device)
     stored, every = (set(initial_meta(run)[name]) for name in ("stored", "fingerprint"))
     assert every - stored == {path for path in every if path.startswith(PARTS[:2])}
