@@ -28,6 +28,7 @@ if TYPE_CHECKING:  # for editors and type checkers; `_HOMES` has the same names 
     from mllm_jax.data.video import FrameSampling as FrameSampling
     from mllm_jax.datasets.arcade_sprites import ArcadeSprites as ArcadeSprites
     from mllm_jax.datasets.asterisk_speech import AsteriskSpeech as AsteriskSpeech
+    from mllm_jax.datasets.draw_captions import DrawCaptions as DrawCaptions
     from mllm_jax.datasets.foxdot_sounds import FoxDotSounds as FoxDotSounds
     from mllm_jax.datasets.llava import LLaVARecords as LLaVARecords
     from mllm_jax.datasets.openmoji.requests import OpenMojiRequests as OpenMojiRequests
@@ -187,6 +188,7 @@ _NAMES = {
     "data.tokenizer": ("Tokenizer",),
     "datasets.arcade_sprites": ("ArcadeSprites",),
     "datasets.asterisk_speech": ("AsteriskSpeech",),
+    "datasets.draw_captions": ("DrawCaptions",),
     "datasets.foxdot_sounds": ("FoxDotSounds",),
     "datasets.llava": ("LLaVARecords",),
     "datasets.openmoji.requests": ("OpenMojiRequests",),

@@ -7,9 +7,11 @@ from typing import Any
 
 import jax
 from flax import linen as nn
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh
 
 from mllm_jax.errors import ConfigError
+from mllm_jax.models.part_names import is_inside
 from mllm_jax.models.registry import abstract_init
 from mllm_jax.sharding.logical import PartRules
 from mllm_jax.sharding.mesh import param_shardings
@@ -63,7 +65,7 @@ def init_params(
     """Initialises all parameters under their shardings; no host or device ever holds a full copy of a sharded one.
 
     Args:
-        without: parts that are not initialised.
+        without: parts, and parts inside them, that are not initialised.
         parts: rules for logical axes of single parts.
         placed: the result of `placed_params`, if the caller has it.
 
@@ -71,10 +73,13 @@ def init_params(
         (params, shardings): nested dicts of float32 arrays and of their NamedShardings, the latter of all parts.
     """
     shardings = shardings_of(placed_params(model, mesh, parts) if placed is None else placed)
-    wanted = {part: places for part, places in shardings.items() if part not in without}
+    flat = flatten_dict(shardings, sep="/")
+    wanted = {path: sharding for path, sharding in flat.items() if not is_inside(path, without)}
 
     def make(key):
         params = nn.meta.unbox(model.init(key, model.config.batch_spec().empty(), method="touch")["params"])
-        return {part: params[part] for part in wanted}
+        leaves = flatten_dict(params, sep="/")
+        return {path: leaves[path] for path in wanted}
 
-    return jax.jit(make, out_shardings=wanted)(jax.random.key(seed)) if wanted else {}, shardings
+    drawn = jax.jit(make, out_shardings=wanted)(jax.random.key(seed)) if wanted else {}
+    return unflatten_dict(drawn, sep="/"), shardings

@@ -1,8 +1,8 @@
-"""Names of parts, and comparison of two configs of one part."""
+"""Names of parts and of the parts inside them, and comparison of two configs of one part."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from mllm_jax.checkpoints.description import describe
@@ -26,6 +26,19 @@ def new_names(patterns: Iterable[str]) -> str:
     split = [pattern.partition("/") for pattern in patterns]
     renamed = [f"{NEW_NAMES[part]}{slash}{rest}" for part, slash, rest in split if part in NEW_NAMES]
     return f"; the name is now {', '.join(map(repr, renamed))}" if renamed else ""
+
+
+def with_inner_parts(parts: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the configs of parts and of the parts inside them, such as generator_image/unet, by name."""
+    found = dict(parts)
+    for name, part in parts.items():
+        found |= {f"{name}/{inner}": config for inner, config in getattr(part, "parts", {}).items()}
+    return found
+
+
+def is_inside(path: str, names: Iterable[str]) -> bool:
+    """Returns whether a parameter's path is in one of these parts, or is a name itself."""
+    return any(path == name or path.startswith(f"{name}/") for name in names)
 
 
 def part_differences(one: Any, other: Any) -> list[str]:

@@ -13,12 +13,14 @@ from flax import linen as nn
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh
 
+from mllm_jax.checkpoints.components import Component, components_of
 from mllm_jax.checkpoints.leaves import flatten
 from mllm_jax.checkpoints.run import RunFolder
 from mllm_jax.checkpoints.training import load_snapshot
 from mllm_jax.errors import CheckpointError, ConfigError
 from mllm_jax.models.params import shardings_of
-from mllm_jax.models.part_names import part_differences
+from mllm_jax.models.part_names import part_differences, with_inner_parts
+from mllm_jax.models.pipelines import is_pipeline
 from mllm_jax.models.protocol import TakesFromExperiment
 from mllm_jax.models.registry import (
     abstract_init,
@@ -34,7 +36,10 @@ logger = logging.getLogger("mllm_jax.models")
 
 
 def held_by(source: Any, experiment: Any) -> set[str]:
-    """Returns the names of the parts, and of parameters outside of parts, that the source initialises."""
+    """Returns the names of the parts, and of parameters outside of parts, that the source initialises.
+
+    A part may be inside another one, such as generator_image/unet.
+    """
     if source.part != "*":
         return {source.part}
     config = experiment.model_of()
@@ -51,7 +56,7 @@ def read_source(
     vocabulary: Vocabulary | None = None,
     report: Callable[[str], None] = logger.info,
 ) -> dict:
-    """Reads {part: parameters} of a source for an experiment; the source "*" holds all parts of its model.
+    """Reads the parameters of a source for an experiment, nested; the source "*" holds all parts of its model.
 
     Args:
         wanted: nested ShapeDtypeStructs with shardings, of whole parts of the model.
@@ -66,10 +71,11 @@ def read_source(
     if source.part == "*":
         held = {name: wanted[name] for name in held_by(source, experiment)}
         return _from_model(source, experiment.model_of(), mesh, held, **how)
-    config, part = experiment.parts[source.part], wanted[source.part]
-    if source.stage is not None:
-        return {source.part: _from_run(source, config, part)}
-    return {source.part: _from_model(source, config, mesh, part, **how)}
+    config, part = with_inner_parts(experiment.parts)[source.part], _at(source.part, wanted)
+    read = (
+        _from_run(source, config, part) if source.stage is not None else _from_model(source, config, mesh, part, **how)
+    )
+    return _nested(source.part, read)
 
 
 def brings_words(experiment: Any, source: Any) -> bool:
@@ -83,8 +89,8 @@ def reshaped_paths(source: Any, experiment: Any) -> set[str]:
     """Returns the parameters that differ from the source's because of another image size or vocabulary."""
     if source.part != "*" and source.stage is not None:
         return set()
-    config = experiment.model_of() if source.part == "*" else experiment.parts[source.part]
-    stored, family = read_pretrained(source.folder)
+    config = experiment.model_of() if source.part == "*" else with_inner_parts(experiment.parts)[source.part]
+    stored, family = read_pretrained(_folder(source))
     if (part := _part_inside(source, stored)) is not None:
         stored, family = part, family_of_config(part)
     words = set(vocabulary_axes(config)) if brings_words(experiment, source) else set()
@@ -99,8 +105,12 @@ def reshaped_paths(source: Any, experiment: Any) -> set[str]:
 
 
 def vocabulary_axes(config: Any) -> dict[str, int]:
-    """Returns {path: axis} of the parameters that have a row for each token of a model's vocabulary."""
-    larger = replace(config, llm=replace(config.llm, vocab_size=config.llm.vocab_size + 1))
+    """Returns {path: axis} of the parameters that have a row for each token of the vocabulary of a model or an LLM."""
+    larger = (
+        replace(config, llm=replace(config.llm, vocab_size=config.llm.vocab_size + 1))
+        if hasattr(config, "llm")
+        else replace(config, vocab_size=config.vocab_size + 1)
+    )
     shapes, more = (
         {path: x.shape for path, x in flatten(nn.meta.unbox(abstract_params(c, family_of_config(c))))[0].items()}
         for c in (config, larger)
@@ -131,12 +141,15 @@ def _from_model(
     vocabulary: Vocabulary | None,
     report: Callable[[str], None],
 ) -> dict:
-    stored = pretrained_config(source.folder)
+    folder = _folder(source)
+    stored = pretrained_config(folder)
     part = _part_inside(source, stored)
-    _require_same(source, config, fitted(stored if part is None else part, config, vocabulary=words))
+    theirs = fitted(stored if part is None else part, config, vocabulary=words)
+    grown = grows(source, theirs, config)
+    _require_same(source, config, replace(theirs, vocab_size=config.vocab_size) if grown else theirs)
     # float32 like all trained parameters; a stage may hold frozen ones in less.
-    _, params = from_pretrained(source.folder, dtype="float32", mesh=mesh)
-    params = params if part is None else params[source.part]
+    _, params = from_pretrained(folder, dtype="float32", mesh=mesh)
+    params = params if part is None else _at(source.part, params)
     if reshape:
         params = reshaped(params, wanted, config, vocabulary=vocabulary, report=report)
         return jax.device_put(params, shardings_of(wanted))
@@ -147,23 +160,72 @@ def _from_model(
 
 def _part_inside(source: Any, stored: Any) -> Any:
     """Returns the config of the source's part inside a folder's whole model; None: the folder holds what is asked."""
-    return None if source.part == "*" else getattr(stored, "parts", {}).get(source.part)
+    return None if source.part == "*" else with_inner_parts(getattr(stored, "parts", {})).get(source.part)
+
+
+def stored_part(source: Any) -> Any:
+    """Returns the config of what a source's folder has for its part; reads no weights."""
+    stored = pretrained_config(_folder(source))
+    part = _part_inside(source, stored)
+    return stored if part is None else part
+
+
+def grows(source: Any, stored: Any, config: Any) -> bool:
+    """Returns whether a language model is read into one with more tokens, as of signal tokens."""
+    if source.part != "llm" or type(stored) is not type(config):
+        return False
+    sizes = [getattr(each, "vocab_size", None) for each in (stored, config)]
+    return None not in sizes and sizes[0] < sizes[1]
+
+
+def _folder(source: Any) -> str | Component:
+    """Returns the source's folder, or for a part inside a generator that part's component of a pipeline's folder.
+
+    Raises:
+        ConfigError: the pipeline has no such part.
+    """
+    _, slash, inner = source.part.partition("/")
+    if not slash or not is_pipeline(source.folder):
+        return source.folder
+    found = {component.name: component for component in components_of(source.folder) if component.has_config}
+    if inner not in found:
+        raise ConfigError(
+            f"{source.folder} as {source.part}, a pipeline without a part {inner!r}",
+            f"one of its parts {sorted(found)}",
+            "name another folder, or the folder of this part alone",
+        )
+    return found[inner]
+
+
+def _at(part: str, tree: dict) -> dict:
+    """Returns the tree's branch with the name of a part, such as generator_image/unet."""
+    for name in part.split("/"):
+        tree = tree[name]
+    return tree
+
+
+def _nested(part: str, tree: dict) -> dict:
+    """Returns a tree whose only branch is the part's."""
+    for name in reversed(part.split("/")):
+        tree = {name: tree}
+    return tree
 
 
 def _from_run(source: Any, config: Any, wanted: dict) -> dict:
-    _require_same(source, config, RunFolder(Path(source.folder)).experiment().parts.get(source.part))
+    parts = with_inner_parts(RunFolder(Path(source.folder)).experiment().parts)
+    _require_same(source, config, parts.get(source.part))
     snapshot = snapshot_of(source)
     if not snapshot.is_dir():
         raise CheckpointError(
             f"{source.folder}: stage {source.stage} has not ended", "its parameters", "train that run further first"
         )
-    return load_snapshot(snapshot, {source.part: wanted}, whole=False)[0][source.part]
+    return _at(source.part, load_snapshot(snapshot, _nested(source.part, wanted), whole=False)[0])
 
 
 def _require_same(source: Any, ours: Any, theirs: Any) -> None:
     if isinstance(theirs, TakesFromExperiment):  # fills the open fields of the folder's model, as in ours
         theirs = theirs.beside(theirs, 0)
-    if changed := part_differences(theirs, ours):
+    if changed := _differences(source, theirs, ours):
         shown = "".join(f"\n  {line}" for line in changed[:10])
         name = "model" if source.part == "*" else f"model.{source.part}"
         raise ConfigError(
@@ -171,3 +233,13 @@ def _require_same(source: Any, ours: Any, theirs: Any) -> None:
             "the config that the weights were trained with",
             f"build {name} from it: mllm_jax.pretrained_config(folder), or the run's own config",
         )
+
+
+def _differences(source: Any, theirs: Any, ours: Any) -> list[str]:
+    """Returns the differences that concern parameters; of a generator those of its parts, not of its sampler."""
+    inner = [getattr(each, "parts", None) for each in (theirs, ours)]
+    if source.part == "*" or not all(inner):
+        return part_differences(theirs, ours)
+    names = dict.fromkeys([*inner[1], *inner[0]])
+    pairs = {name: [parts.get(name) for parts in inner] for name in names}
+    return [f"{name}.{line}" for name, pair in pairs.items() for line in part_differences(*pair)]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
+import zlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -22,6 +23,7 @@ from mllm_jax.errors import ConfigError
 from mllm_jax.models.vocabulary import with_ids_of
 
 logger = logging.getLogger("mllm_jax.models")
+NOISE = 0.1  # of new rows that differ, as a share of the standard deviation of the stored ones
 Shapes = Mapping[str, tuple[int, ...]]
 
 
@@ -33,18 +35,22 @@ class Vocabulary:
         rows: int[n], each token's row in the stored vocabulary; -1: it has none, and gets the mean of all rows.
         axes: {path: axis} of the parameters that have a row for each token.
         held: the number of rows of the stored vocabulary.
+        seed: with one, normal noise is added to the mean in each new row, as signal tokens must differ from each other.
+            Its deviation is NOISE times that of the stored rows from their mean.
     """
 
     rows: np.ndarray
     axes: Mapping[str, int]
     held: int
+    seed: int | None = None
 
     def __str__(self) -> str:
         kept = int((self.rows >= 0).sum())
         new = len(self.rows) - kept
+        how = "by their token's text" if self.seed is None else "as they are"
         return (
-            f"vocabulary of {self.held:,} tokens changed to {len(self.rows):,}: {kept:,} rows kept by their token's "
-            f"text, {new:,} new ones begin at the mean"
+            f"vocabulary of {self.held:,} tokens changed to {len(self.rows):,}: {kept:,} rows kept {how}, {new:,} new "
+            f"ones begin at the mean{'' if self.seed is None else ', with a little noise'}"
         )
 
     def make(self, path: str) -> Callable:
@@ -52,9 +58,14 @@ class Vocabulary:
         axis = self.axes[path]
 
         def made(table):
-            mean = table.astype(jnp.float32).mean(axis=axis, keepdims=True).astype(table.dtype)
+            mean = table.astype(jnp.float32).mean(axis=axis, keepdims=True)
             known = jnp.asarray(self.rows >= 0).reshape([-1 if i == axis else 1 for i in range(table.ndim)])
-            return jnp.where(known, jnp.take(table, np.maximum(self.rows, 0), axis=axis), mean)
+            kept = jnp.take(table, np.maximum(self.rows, 0), axis=axis)
+            if self.seed is not None:
+                key = jax.random.fold_in(jax.random.key(self.seed), zlib.crc32(path.encode()))
+                deviation = jnp.sqrt(jnp.square(table.astype(jnp.float32) - mean).mean())
+                mean += NOISE * deviation * jax.random.normal(key, kept.shape)
+            return jnp.where(known, kept, mean.astype(table.dtype))
 
         return made
 

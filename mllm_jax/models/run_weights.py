@@ -14,6 +14,7 @@ from mllm_jax.checkpoints.run import RunFolder, words_of
 from mllm_jax.checkpoints.training import check_fingerprint, compare_fingerprints, load_snapshot, snapshot_meta
 from mllm_jax.errors import CheckpointError, RunFolderError, TrainingError
 from mllm_jax.models.params import placed_together, shardings_of
+from mllm_jax.models.part_names import is_inside
 from mllm_jax.models.part_sources import held_by, read_source
 from mllm_jax.models.processor import Processor
 from mllm_jax.sharding.hosts import from_first
@@ -115,7 +116,7 @@ def read_sources(experiment: Any, placed: dict, missing: Collection[str], mesh: 
     found: Leaves = {}
     for source in experiment.pretrained:
         held = held_by(source, experiment)
-        if wanted := [path for path in missing if path.partition("/")[0] in held]:
+        if wanted := [path for path in missing if is_inside(path, held)]:
             read = flatten_dict(read_source(source, experiment, mesh, placed, reshape=False), sep="/")
             leaves = {path: read[path] for path in wanted}
             check_fingerprint(

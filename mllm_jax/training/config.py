@@ -10,8 +10,8 @@ from mllm_jax.data.pipeline import Mixture
 from mllm_jax.data.video import FIVE_FRAMES, FrameSampling
 from mllm_jax.errors import ConfigError
 from mllm_jax.layers.compute import WithCompute, within
-from mllm_jax.models.part_names import new_names, part_differences
-from mllm_jax.models.protocol import TakesFromExperiment
+from mllm_jax.models.part_names import is_inside, new_names, part_differences, with_inner_parts
+from mllm_jax.models.protocol import TakesFromExperiment, produced
 from mllm_jax.sharding.logical import PartRules
 from mllm_jax.sharding.mesh import MeshConfig
 from mllm_jax.training.objectives.protocol import Objective
@@ -84,6 +84,9 @@ class Stage:
         frozen_dtype: dtype of frozen parameters during the stage; None: as they are.
         cache_features: frozen encoders read each image, frame and sound once; their features are kept in the run
             folder.
+        signal_tokens: whether the rows of signal and query tokens in the LLM's embedding, and in a head that is not its
+            transpose, train too, while all other rows of these tables stay frozen; for a model with `outputs`. The
+            optimizer's state is that of these rows.
     """
 
     name: str
@@ -104,6 +107,7 @@ class Stage:
     evaluate: tuple[str, ...] = ()
     evaluate_limit: int | None = None
     ema: float | None = None
+    signal_tokens: bool = False
 
     def __post_init__(self):
         _check_name("a stage", self.name)
@@ -183,8 +187,11 @@ class Pretrained:
     Checkpoints name the source and hold the fingerprint of the frozen parameters: the source may move, but not change.
 
     Attributes:
-        part: "llm", "encoder_image" or another part of the model; "*": the whole model, from a folder that holds it.
-        folder: a Hugging Face or native model folder; with `stage`, the folder of a run.
+        part: "llm", "encoder_image" or another part of the model, or a part inside one, such as "generator_image/unet";
+            "*": the whole model, from a folder that holds it.
+        folder: a Hugging Face or native model folder, which may be a whole model's that has the part, such as a
+            diffusers pipeline; with `stage`, the folder of a run. An LLM in a folder may have fewer tokens than the
+            model: its rows are kept, and new ones begin at their mean with a little noise.
         stage: the stage of that run which trained the part.
         made_by: the Experiment that trains the run, up to that stage, if the folder does not hold it yet.
     """
@@ -247,11 +254,12 @@ class Experiment:
         names = [stage.name for stage in self.stages]
         if not names or len(set(names)) != len(names):
             raise ConfigError(f"stages {names}", "at least one, with names that differ", "rename the stages")
-        known = list(self.parts)
+        known, inner = list(self.parts), list(with_inner_parts(self.parts))
         parts = [source.part for source in self.pretrained]
-        if parts != ["*"] and (len(set(parts)) != len(parts) or not set(parts) <= set(known)):
+        twice = [part for i, part in enumerate(parts) if is_inside(part, parts[:i] + parts[i + 1 :])]
+        if parts != ["*"] and (twice or not set(parts) <= set(inner)):
             todo = f"change experiment.pretrained{new_names(parts)}"
-            raise ConfigError(f"pretrained parts {parts}", f"some of {known}, each once, or '*' alone", todo)
+            raise ConfigError(f"pretrained parts {parts}", f"some of {inner}, each once, or '*' alone", todo)
         ruled = [rules.part for rules in self.part_rules]
         if len(set(ruled)) != len(ruled) or not set(ruled) <= set(known):
             todo = f"change experiment.part_rules{new_names(ruled)}"
@@ -264,6 +272,7 @@ class Experiment:
             raise ConfigError(f"cpu_devices {self.cpu_devices}", "at least 1, or None", "change cpu_devices")
         _check_evaluation(self)
         for stage in self.stages:
+            _check_signals(stage, self.model_of(stage))
             stage.objective.check(stage, self.model_of(stage))
             for mixture in stage.mixtures:
                 _check_length(stage, mixture, self.mesh)
@@ -342,6 +351,15 @@ def _check_evaluation(experiment: Experiment) -> None:
     for stage in experiment.stages:
         for task in experiment.tasks_of(stage):
             task.check(experiment.model_of(stage))
+
+
+def _check_signals(stage: Stage, model: Any) -> None:
+    if stage.signal_tokens and not (produced(model) and "llm" in model.parts):
+        raise ConfigError(
+            f"stage {stage.name!r}: signal_tokens of a {type(model).__name__} that writes none",
+            "a multimodal LLM with output branches",
+            "leave out signal_tokens, or give the model outputs",
+        )
 
 
 def _check_name(what: str, name: str) -> None:

@@ -50,8 +50,9 @@ def flops_by_part(function, parts: Collection[str], *args) -> dict[str, PartFlop
     sums: Counter[tuple[str, bool]] = Counter()
     for stack, flops in by_stack.items():
         path = [step for step in re.split(r"[/()]+", stack) if step]
-        found = next((i for i, step in enumerate(path) if step in parts), None)
-        part = "objective" if found is None else path[found]
+        owners = [step.partition(".")[0] for step in path]  # a step is a module, or one of its methods: llm, llm.embed
+        found = next((i for i, owner in enumerate(owners) if owner in parts), None)
+        part = "objective" if found is None else owners[found]
         if found is not None and any(re.search(r"(\.|^)(attend|lm_head|head)$", step) for step in path[found + 1 :]):
             part = "head"
         sums[part, "transpose(" in stack] += flops

@@ -23,7 +23,7 @@ from mllm_jax.training.operations.monitors import Monitors
 from mllm_jax.training.operations.profiling import Profile
 from mllm_jax.training.operations.progress import Progress
 from mllm_jax.training.operations.stopping import Interrupted, Stopping
-from mllm_jax.training.partition import join
+from mllm_jax.training.partition import Partition
 from mllm_jax.training.step import TrainState
 
 
@@ -247,17 +247,26 @@ class EvaluateTasks(Hook):
     Args:
         tasks: see `mllm_jax.training.evaluation.Evaluation`.
         assistant: runs the stage's composition; has no parameters of its own.
+        frozen, partition: the frozen parameters, and how they and the trained ones make up the whole.
     """
 
-    def __init__(self, context: Context, tasks: Sequence[Evaluation], assistant: Assistant, frozen: dict):
-        self.context, self.tasks, self.assistant, self.frozen = context, tasks, assistant, frozen
+    def __init__(
+        self,
+        context: Context,
+        tasks: Sequence[Evaluation],
+        assistant: Assistant,
+        frozen: dict,
+        partition: Partition,
+    ):
+        self.context, self.tasks, self.assistant = context, tasks, assistant
+        self.frozen, self.partition = frozen, partition
 
     def after(self, done: StepDone) -> None:
         context, stage = self.context, self.context.stage
         if done.ended % stage.evaluate_every:
             return
         with context.by.goodput.spending("other"):
-            asked, found = self.assistant.with_params(join(done.state.result, self.frozen)), {}
+            asked, found = self.assistant.with_params(self.partition.join(done.state.result, self.frozen)), {}
             for task in self.tasks:
                 try:
                     measured = task.measure(asked, limit=stage.evaluate_limit)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
+
 from mllm_jax.data.chat_tokenizer import ChatTokenizer
-from mllm_jax.models.part_sources import brings_words, vocabulary_axes
+from mllm_jax.models.part_sources import brings_words, grows, stored_part, vocabulary_axes
 from mllm_jax.models.registry import pretrained_config
 from mllm_jax.models.reshape import Vocabulary
 from mllm_jax.models.vocabulary import own_tokenizer, rows_of, with_ids_of, with_vocabulary
@@ -37,9 +39,19 @@ def own_tokenizer_of(experiment: Experiment, source: Pretrained) -> ChatTokenize
 
 
 def vocabulary_of(experiment: Experiment, source: Pretrained) -> Vocabulary | None:
-    """Maps the tokens of an experiment to stored rows; None: the vocabulary is the stored one."""
+    """Maps the tokens of an experiment to stored rows; None: the vocabulary is the stored one, or that of a run."""
     if not brings_words(experiment, source):
-        return None
+        return None if source.stage is not None or source.part != "llm" else _grown(experiment, source)
     ours, theirs = own_tokenizer_of(experiment, source), ChatTokenizer.load(source.folder)
     held = pretrained_config(source.folder).llm.vocab_size
     return Vocabulary(rows_of(ours, theirs, held), vocabulary_axes(experiment.model), held)
+
+
+def _grown(experiment: Experiment, source: Pretrained) -> Vocabulary | None:
+    """Maps the tokens of a larger vocabulary to the rows of a stored LLM; None: the vocabulary is not larger."""
+    stored, config = stored_part(source), experiment.parts[source.part]
+    if not grows(source, stored, config):
+        return None
+    held, new = stored.vocab_size, config.vocab_size - stored.vocab_size
+    rows = np.concatenate([np.arange(held), np.full(new, -1)])
+    return Vocabulary(rows, vocabulary_axes(config), held, seed=experiment.seed)

@@ -10,10 +10,11 @@ from mllm_jax.checkpoints.run import RunFolder
 from mllm_jax.data.tokenizer import Tokenizer, tokenizer_in
 from mllm_jax.errors import ConfigError
 from mllm_jax.models.params import init_params, placed_together, shardings_of
-from mllm_jax.models.part_sources import read_source
+from mllm_jax.models.part_sources import held_by, read_source
 from mllm_jax.sharding.hosts import is_first
 from mllm_jax.training.config import Experiment
 from mllm_jax.training.own_tokenizer import vocabulary_of
+from mllm_jax.training.partition import join
 
 _READS_TOKENS = ("llm", "encoder_text", "prompter")
 
@@ -30,13 +31,16 @@ def initial_params(experiment: Experiment, mesh: Mesh) -> tuple[dict, dict]:
     """
     placed = placed_together(experiment.compositions, mesh, experiment.part_rules)
     params: dict = {}
+    made: set[str] = set()  # names of parts, and of parts inside them
     for source in experiment.pretrained:
         vocabulary = vocabulary_of(experiment, source)
-        params |= read_source(source, experiment, mesh, placed, vocabulary=vocabulary, report=_say)
+        params = join(params, read_source(source, experiment, mesh, placed, vocabulary=vocabulary, report=_say))
+        made |= held_by(source, experiment)
     for config in experiment.compositions:
-        params |= init_params(config.make(), mesh, experiment.seed, without=list(params), parts=experiment.part_rules)[
-            0
-        ]
+        rules = experiment.part_rules
+        drawn, shardings = init_params(config.make(), mesh, experiment.seed, without=sorted(made), parts=rules)
+        params = join(params, drawn)
+        made |= shardings.keys()
     return params, shardings_of(placed)
 
 
@@ -73,6 +77,7 @@ def require_words(experiment: Experiment, tokenizer: Tokenizer) -> None:
 def _reads_tokens(part: str, experiment: Experiment) -> bool:
     """Returns whether a part reads ids of the experiment's tokenizer, as a generator's text encoder may."""
     outputs, modality = getattr(experiment.model, "outputs", {}), part.removeprefix("generator_")
+    modality = modality.removesuffix("/text_encoder")
     return part in _READS_TOKENS or (part != modality and modality in outputs and outputs[modality].tokenizer is None)
 
 

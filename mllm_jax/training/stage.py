@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import optax
+from flax import linen as nn
 from jax.sharding import Mesh
 
 from mllm_jax.data.batch import BatchSpec
@@ -17,7 +18,7 @@ from mllm_jax.sharding.mesh import batch_sharding
 from mllm_jax.training.config import Experiment, Stage
 from mllm_jax.training.flops import PartFlops, count_flops, flops_by_part
 from mllm_jax.training.optimizer import learning_rate, make_optimizer
-from mllm_jax.training.partition import join, num_bytes, split
+from mllm_jax.training.partition import Partition, num_bytes
 from mllm_jax.training.step import (
     TrainState,
     init_state,
@@ -26,6 +27,7 @@ from mllm_jax.training.step import (
     make_train_step,
     state_shardings,
 )
+from mllm_jax.training.token_rows import signal_rows
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,7 @@ class StageProgram:
 
     Attributes:
         model: the model's config.
+        partition: of the parameters into trained and frozen ones.
         optimizer: of the trained parameters.
         state: the arrays that a step changes.
         frozen: the other parameters, in the dtype in which the stage holds them.
@@ -44,6 +47,7 @@ class StageProgram:
 
     stage: Stage
     model: Any
+    partition: Partition
     mesh: Mesh
     optimizer: optax.GradientTransformation
     state: TrainState
@@ -79,7 +83,7 @@ class StageProgram:
         apply = make_apply(with_compute(self.model, remat="none").make())
 
         def loss(params, frozen, batch):
-            return self.stage.objective.loss(apply, join(params, frozen), batch, jax.random.key(0))
+            return self.stage.objective.loss(apply, self.partition.join(params, frozen), batch, jax.random.key(0))
 
         arguments = (self.state.params, self.frozen, self.batch)
         plain = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), arguments)
@@ -92,12 +96,22 @@ def hold_frozen(stage: Stage, frozen: dict) -> dict:
     return frozen if dtype is None else jax.tree.map(lambda x: x.astype(dtype), frozen)
 
 
+def partition_of(stage: Stage, model: nn.Module, tokenizer: Any = None) -> Partition:
+    """Returns the division of a stage's parameters.
+
+    Args:
+        tokenizer: the run's; None: a plan, which does not depend on the ids of signal tokens.
+    """
+    return Partition(stage.trainable, signal_rows(model, tokenizer) if stage.signal_tokens else None)
+
+
 def build_stage(
     experiment: Experiment,
     index: int,
     mesh: Mesh,
     spec: BatchSpec,
     placed: dict | None = None,
+    partition: Partition | None = None,
 ) -> StageProgram:
     """Builds a stage's program; nothing is computed or compiled.
 
@@ -105,6 +119,7 @@ def build_stage(
         spec: spec of a global batch.
         placed: all parameters of the stage's composition as ShapeDtypeStructs with shardings, if the caller has
             them.
+        partition: of the parameters; None: as for a plan, see `partition_of`.
 
     Raises:
         ConfigError: a pattern of `trainable` that matches nothing.
@@ -113,7 +128,8 @@ def build_stage(
     config = experiment.model_of(stage)
     model = config.make()
     placed = placed_params(model, mesh, parts) if placed is None else placed
-    trainable, frozen = split(placed, stage.trainable)
+    partition = partition_of(stage, model) if partition is None else partition
+    trainable, frozen = partition.split(placed)
     optimizer = make_optimizer(stage.optimizer, stage.steps, stage.ema)
     schedule = learning_rate(stage.optimizer, stage.steps)
     layout = state_shardings(optimizer, trainable, shardings_of(trainable), mesh)
@@ -132,17 +148,19 @@ def build_stage(
         parts=parts,
         shardings=layout,
         accumulate=stage.accumulate,
+        joined=partition.join,
     )
     return StageProgram(
         stage,
         config,
+        partition,
         mesh,
         optimizer,
         jax.tree.map(_placed, state, layout),
         jax.tree.map(lambda leaf: _placed(leaf, leaf.sharding, stage.frozen_dtype), frozen),
         {n: _placed(x, batch_sharding(mesh, len(x.shape), x.shape)) for n, x in spec.abstract().items()},
         step,
-        make_eval_step(model, stage.objective, mesh=mesh, parts=parts),
+        make_eval_step(model, stage.objective, mesh=mesh, parts=parts, joined=partition.join),
     )
 
 

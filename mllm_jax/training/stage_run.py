@@ -43,9 +43,9 @@ from mllm_jax.training.operations.meter import Meter
 from mllm_jax.training.operations.metrics_writer import MetricsWriter, Sink
 from mllm_jax.training.operations.monitors import Monitors
 from mllm_jax.training.operations.progress import Progress
-from mllm_jax.training.partition import join, split
+from mllm_jax.training.partition import split
 from mllm_jax.training.pretrained import describe_sources
-from mllm_jax.training.stage import StageProgram, build_stage, hold_frozen
+from mllm_jax.training.stage import StageProgram, build_stage, hold_frozen, partition_of
 from mllm_jax.training.step import TrainState
 
 
@@ -146,7 +146,7 @@ class StageRunner:
         hooks += [Trace(self.by.profile)] if patience is None else [patience, Trace(self.by.profile)]
         if tasks := self.experiment.tasks_of(self.stage):
             assistant = Assistant(self.config.make(), None, self.words, mesh=self.mesh)
-            hooks.append(EvaluateTasks(context, tasks, assistant, ready.frozen))
+            hooks.append(EvaluateTasks(context, tasks, assistant, ready.frozen, ready.program.partition))
         save = Save(context, checkpoints, ready.origin, report, ahead=ahead, end=self.last)
         hooks += [save, Interrupt(context, checkpoints)]
         ended, state = self.loop(ready, start, report, hooks, over=patience is not None and patience.exhausted)
@@ -156,7 +156,8 @@ class StageRunner:
             del start, state  # frees memory for the best one
             _, restored, _ = checkpoints.restore({"state": ready.program.state}, patience.best.step)
             state = restored["state"]
-        return self.finish(ready, state.result, ended, context, patience, started)
+        trained = ready.program.partition.trained(state.result, params)
+        return self.finish(ready, trained, ended, context, patience, started)
 
     @property
     def words(self) -> Processor:
@@ -173,13 +174,19 @@ class StageRunner:
         stage = self.stage
         data = self.pipeline(stage.data)
         validation = self.validation()
-        placed = placed_params(self.config.make(), self.mesh, self.experiment.part_rules)
-        trainable, frozen = split({name: params[name] for name in placed}, stage.trainable)
-        origin = {"frozen": self.frozen_meta(frozen), "began": fingerprint(trainable)}
+        model = self.config.make()
+        placed = placed_params(model, self.mesh, self.experiment.part_rules)
+        partition = partition_of(stage, model, self.words.tokenizer)
+        own = {name: params[name] for name in placed}
+        trainable, frozen = partition.split(own)
+        # The rows of signal tokens begin as those of the frozen tables.
+        origin = {"frozen": self.frozen_meta(frozen), "began": fingerprint(split(own, stage.trainable)[0])}
         frozen = hold_frozen(stage, frozen)
-        features = self.feature_caches(join(trainable, frozen), origin["frozen"]) if stage.cache_features else None
+        features = (
+            self.feature_caches(partition.join(trainable, frozen), origin["frozen"]) if stage.cache_features else None
+        )
         feed = Feed(data, self.mesh, features)
-        program = build_stage(self.experiment, self.index, self.mesh, feed.spec, placed)
+        program = build_stage(self.experiment, self.index, self.mesh, feed.spec, placed, partition)
         packing = data.plan.statistics(64)
         dropped = sum(m.dropped_turns for m in data.measured)
         bad = sum(len(m.bad) for m in data.measured)

@@ -64,7 +64,16 @@ def make_apply(model: nn.Module) -> Callable:
 
 
 def make_train_step(
-    model: nn.Module, objective, optimizer, schedule, *, mesh: Mesh, shardings: TrainState, accumulate=1, parts=()
+    model: nn.Module,
+    objective,
+    optimizer,
+    schedule,
+    *,
+    mesh: Mesh,
+    shardings: TrainState,
+    accumulate=1,
+    parts=(),
+    joined: Callable = join,
 ):
     """Compiles (state, frozen, batch) -> (state, metrics).
 
@@ -76,11 +85,12 @@ def make_train_step(
             averaged by the objective's `weight`, so that the result is that of the whole batch. (A contrastive piece
             has only its own negatives.)
         parts: rules for single parts of the model in the table of logical axes.
+        joined: (trainable, frozen) -> all parameters, see `Partition.join`.
     """
     apply = make_apply(model)
 
     def loss(params, frozen, batch, key):
-        return objective.loss(apply, join(params, frozen), batch, key)
+        return objective.loss(apply, joined(params, frozen), batch, key)
 
     gradient = _in_pieces(jax.value_and_grad(loss, has_aux=True), accumulate, mesh)
 
@@ -139,13 +149,15 @@ def _in_pieces(gradient: Callable, pieces: int, mesh: Mesh) -> Callable:
     return whole if pieces == 1 else summed
 
 
-def make_eval_step(model: nn.Module, objective, *, mesh: Mesh, parts: Sequence[PartRules] = ()):
+def make_eval_step(
+    model: nn.Module, objective, *, mesh: Mesh, parts: Sequence[PartRules] = (), joined: Callable = join
+):
     """Compiles (params, frozen, batch) -> metrics with the loss, without gradient."""
     apply = make_apply(model)
 
     def step(params, frozen, batch):
         with use_mesh(mesh, parts=parts):
-            value, metrics = objective.loss(apply, join(params, frozen), batch, jax.random.key(0))
+            value, metrics = objective.loss(apply, joined(params, frozen), batch, jax.random.key(0))
             return metrics | {"loss": value}
 
     return jax.jit(step, out_shardings=NamedSharding(mesh, PartitionSpec()))

@@ -23,6 +23,7 @@ from mllm_jax.checkpoints.training import (
 )
 from mllm_jax.errors import RunFolderError
 from mllm_jax.models.params import placed_together
+from mllm_jax.models.part_names import is_inside
 from mllm_jax.models.part_sources import held_by, reshaped_paths
 from mllm_jax.models.run_weights import finished_stages, initial_meta, params_of, read_sources
 from mllm_jax.sharding.hosts import from_first
@@ -61,7 +62,7 @@ def starting_params(
     held = {name for source in experiment.pretrained for name in held_by(source, experiment)}
     # Parameters resized for another image size or vocabulary are kept: made elsewhere, their last bits would differ.
     made = {path for source in experiment.pretrained for path in reshaped_paths(source, experiment)}
-    read = [path for path in leaves if path.partition("/")[0] in held and path not in made]
+    read = [path for path in leaves if is_inside(path, held) and path not in made]
     stored = list(leaves) if self_contained else [path for path in leaves if path not in set(read)]
     _keep(folder, leaves, stored, from_first(words_of(folder)))
     return params, shardings
