@@ -192,12 +192,12 @@ class AudioLDM2(nn.Module):
             setattr(self, name, part.make())
 
     def __call__(self, texts: SoundTexts, latents, timesteps):
-        """Returns the output of `denoise` for texts."""
+        """Returns the output of `denoise` for texts; a subclass may read others."""
         if self.is_initializing():
             spectrogram = self.vae.decode(latents)
             self.vae.encode(spectrogram), self.vocoder(spectrogram[..., 0])
             self.language_model(texts.t5)
-        return self.denoise(latents, timesteps, self.condition(texts))
+        return AudioLDM2.denoise(self, latents, timesteps, AudioLDM2.condition(self, texts))
 
     def condition(self, texts: SoundTexts) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Encodes texts.

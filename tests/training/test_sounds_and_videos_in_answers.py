@@ -18,7 +18,7 @@ import tiny_audioldm2
 import tiny_diffusion
 
 import mllm_jax
-from mllm_jax import AdamW, Experiment, Mixture, Stage, TokenizerConfig, Weighted
+from mllm_jax import AdamW, Experiment, Mixture, Pretrained, Stage, TokenizerConfig, Weighted
 from mllm_jax.data.message import Audio, Example, Message, Text, Video
 from mllm_jax.data.processing.mel_magnitudes import MelMagnitudes
 from mllm_jax.errors import ConfigError
@@ -110,6 +110,7 @@ def run(folders, tmp_path_factory):
         name="both",
         model=both(folders),
         tokenizer=TokenizerConfig(vocab_size=320),
+        pretrained=tuple(Pretrained(f"generator_{kind}", str(folders / kind)) for kind in ("video", "audio")),
         stages=(
             Stage("align", OutputAlignment(), trained, data, 4, OPTIMIZER),
             Stage("denoise", Diffusion(), trained, data, 2, OPTIMIZER),
