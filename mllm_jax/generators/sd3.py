@@ -288,7 +288,7 @@ class SD3Transformer(nn.Module):
 
         def fresh(_, shape, dtype):
             step = c.sample_size // c.patch_size / c.max_patches
-            return jnp.asarray(sincos_positions(c.max_patches, c.hidden_size, step), dtype).reshape(shape)
+            return sincos_positions(c.max_patches, c.hidden_size, step).astype(dtype).reshape(shape)
 
         init = nn.with_logical_partitioning(fresh, (None, None, "embed"))
         table = self.param("positions", init, (c.max_patches, c.max_patches, c.hidden_size), jnp.float32)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 
-def sincos_positions(side: int, width: int, step: float = 1.0) -> np.ndarray:
+def sincos_positions(side: int, width: int, step: float = 1.0) -> jax.Array:
     """Returns float32[side^2, width]: sines and cosines, of the column in the first half, of the row in the second.
 
     Args:
@@ -13,6 +15,8 @@ def sincos_positions(side: int, width: int, step: float = 1.0) -> np.ndarray:
         step: distance of neighbours of the grid.
     """
     frequencies = (1.0 / 10_000 ** (np.arange(width // 4) / np.float32(width / 4))).astype(np.float32)
-    rows, columns = np.divmod(np.arange(side**2, dtype=np.float32), side)
-    parts = [f(step * index[:, None] * frequencies) for index in (columns, rows) for f in (np.sin, np.cos)]
-    return np.concatenate(parts, axis=1).astype(np.float32)
+    angles = step * np.arange(side, dtype=np.float32)[:, None] * frequencies
+    line = jnp.asarray(np.concatenate([np.sin(angles), np.cos(angles)], axis=1), jnp.float32)
+    # Broadcast by JAX: a table of millions of positions is abstract where shapes alone are computed.
+    columns, rows = (jnp.broadcast_to(each, (side, side, width // 2)) for each in (line[None], line[:, None]))
+    return jnp.concatenate([columns, rows], axis=-1).reshape(side**2, width)

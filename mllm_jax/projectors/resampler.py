@@ -221,7 +221,7 @@ class Resampler(nn.Module):
             )
 
         def fixed(*_):
-            return jnp.asarray(sincos_positions(math.isqrt(shape[0]), shape[1]))
+            return sincos_positions(math.isqrt(shape[0]), shape[1])
 
         # Constant, but stored: checkpoints hold it rounded to their precision.
         table = self.param("positions", nn.with_logical_partitioning(fixed, names), shape, jnp.float32)

@@ -118,7 +118,7 @@ def check_full_size(reference: torch.nn.Module, from_hf_config, count: int):
     config = from_hf_config(json.loads(reference.to_json_string()))
     family = family_of_config(config)
     shapes = {path: leaf.shape for path, leaf in flatten(nn.meta.unbox(abstract_params(config, family)))[0].items()}
-    stored = {layout.name: layout.shape for layout in lay_out(family.table(config), shapes)}
+    stored = {name: layout.shape for layout in lay_out(family.table(config), shapes) for name in layout.names()}
     assert stored == {name: tuple(tensor.shape) for name, tensor in reference.state_dict().items()}
     assert sum(map(np.prod, shapes.values())) == count
     return config
