@@ -80,8 +80,6 @@ def test_output_gradients_and_folders_both_ways(case, randomise, assert_close, t
     module, params = check_call(
         reference, lambda config: inputs(config, size), tmp_path, assert_close, without_effect(options)
     )
-    for name in without_effect(options):  # kept, not zeros
-        assert reference.get_parameter(name).abs().max() > 0
     if case == "SD 3.5 medium":
         call = inputs(module.config, (6, 6))
         with torch.no_grad():

@@ -106,6 +106,8 @@ def check_call(reference, make_call, folder, assert_close, without_effect=frozen
     save_pretrained(module, params, folder / "ours")
     opened, report = type(reference).from_pretrained(folder / "ours", output_loading_info=True)
     assert not any(report[what] for what in ("missing_keys", "unexpected_keys", "mismatched_keys")), report
+    written = opened.state_dict()  # weights without effect included
+    assert all(torch.equal(written[name], tensor) for name, tensor in reference.state_dict().items())
     with torch.no_grad():
         assert_close(theirs(opened.eval(), **call), wanted, 1e-6, "the folder written here")
     before, after = (json.loads((folder / by / "config.json").read_text("utf-8")) for by in ("theirs", "ours"))
