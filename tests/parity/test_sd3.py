@@ -77,15 +77,7 @@ def without_effect(options: dict) -> frozenset[str]:
 def test_output_gradients_and_folders_both_ways(case, randomise, assert_close, tmp_path):
     options, size = CASES[case]
     reference = randomise(SD3Transformer2DModel(**options))
-    module, params = check_call(
-        reference, lambda config: inputs(config, size), tmp_path, assert_close, without_effect(options)
-    )
-    if case == "SD 3.5 medium":
-        call = inputs(module.config, (6, 6))
-        with torch.no_grad():
-            wanted = theirs(reference, **call)
-        wrapped = jax.jit(with_compute(module.config, remat="full", scan_unroll=2).make().apply)
-        assert_close(wrapped({"params": params}, **call), wanted, 1e-4, "another size")
+    check_call(reference, lambda config: inputs(config, size), tmp_path, assert_close, without_effect(options))
 
 
 def test_a_stored_table_of_positions_and_whole_timesteps(randomise, assert_close, tmp_path):
@@ -102,7 +94,7 @@ def test_a_stored_table_of_positions_and_whole_timesteps(randomise, assert_close
 
 def test_a_fresh_model(assert_close):
     """Checks its positions against diffusers' and that its blocks change nothing yet, so that no text is read."""
-    reference = SD3Transformer2DModel(**TINY | dict(num_layers=2, sample_size=7, patch_size=3, pos_embed_max_size=9))
+    reference = SD3Transformer2DModel(**TINY | dict(num_layers=1, sample_size=7, patch_size=3, pos_embed_max_size=9))
     config = from_hf_config(json.loads(reference.to_json_string()))
     call = inputs(config, (6, 3), rows=1)
     made, params = jax.jit(config.make().init_with_output)(jax.random.key(0), **call)
